@@ -1,0 +1,44 @@
+# The commands people and CI share. `make demo` and `make test` set everything up on first use.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+STUBS  := services/moiety/wire
+PROTOS := $(wildcard protos/moiety/wire/*.proto)
+
+.PHONY: help demo test test-all check proto bench clean
+.DEFAULT_GOAL := help
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@echo "Setting up $(VENV): a few minutes, once …"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[serve,dev]'
+	@touch $@
+
+demo: $(VENV)/.installed ## the main job, start to end, on this machine
+	$(BIN)/moiety demo
+
+test: $(VENV)/.installed ## the tests that every change must pass (≤ 6 minutes on 2 cores)
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: $(VENV)/.installed ## these and the long ones
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.installed ## lint, types, import rule, stubs
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python tests/check_stubs.py
+
+proto: $(VENV)/.installed ## regenerate the committed protobuf stubs
+	$(BIN)/python -m grpc_tools.protoc -Iprotos --python_out=services --pyi_out=services --grpc_python_out=services $(PROTOS)
+
+bench: $(VENV)/.installed ## hop latency and serving speed beside plain transformers
+	$(BIN)/moiety bench hop
+	$(BIN)/moiety bench serve
+
+clean: ## remove the virtual environment and caches
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

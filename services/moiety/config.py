@@ -1,0 +1,116 @@
+"""Frozen settings, one model per service: the only reader of the environment and of YAML files.
+
+Precedence, resolved once in `resolve`: flag > MOIETY_* environment variable > YAML file > default.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from moiety.core import ExpertSet
+from moiety.errors import ConfigError
+
+ENV_PREFIX = "MOIETY_"
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+Settings = TypeVar("Settings", bound="ServiceSettings")
+
+
+class ServiceSettings(BaseModel):
+    """What every service needs: which model, which registry, where to listen."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str = Field(description="path of the checkpoint folder")
+    served_name: str = Field(default="", description="name clients ask for; default: the folder's name")
+    app: str = Field(default="moiety", pattern=r"^[A-Za-z0-9_.-]{1,64}$", description="prefix of this system's registry keys")
+    registry: str = Field(default="redis://127.0.0.1:6379/0", description="redis://…, rediss://… or file:///…")
+    listen_host: str = "127.0.0.1"
+    advertise_host: str = Field(default="", description="address others reach this host by; default: listen_host")
+    port: int = Field(default=0, ge=0, le=65535, description="0 = a free one")
+    threads: int = Field(default=1, ge=1, le=1024, description="compute threads")
+    dtype: str = Field(default="auto", description="auto = as published")
+    device: str = "cpu"
+    drain_s: float = Field(default=8.0, ge=0, le=600, description="time for work in flight on shutdown")
+
+    @field_validator("dtype")
+    @classmethod
+    def _known_dtype(cls, value: str) -> str:
+        if value not in DTYPES:
+            raise ValueError(f"must be one of {', '.join(DTYPES)}")
+        return value
+
+    @property
+    def name(self) -> str:
+        return self.served_name or Path(self.model).name
+
+    @property
+    def advertised(self) -> str:
+        return self.advertise_host or self.listen_host
+
+
+class ExpertSettings(ServiceSettings):
+    deployment: str = "experts-0"
+    held: str = Field(description="experts to hold until a placement says otherwise, e.g. 0-31:0-7")
+    queue_calls: int = Field(default=256, ge=1, le=65536, description="calls that may wait for the device")
+    capacity: float | None = Field(
+        default=None, gt=0, description="pace the experts to at most this many rows per second (for tests on small machines)"
+    )
+
+    @field_validator("held")
+    @classmethod
+    def _readable(cls, value: str) -> str:
+        return str(ExpertSet.parse(value))
+
+
+class RouterSettings(ServiceSettings):
+    deployment: str = "router"
+    slots: int = Field(default=32, ge=1, le=4096, description="sequences that run at once")
+    max_context: int | None = Field(default=None, ge=1, description="tokens per sequence; default: the model's")
+    token_budget: int = Field(default=256, ge=1, le=65536, description="tokens per step, decode and prefill together")
+    queue_limit: int = Field(default=256, ge=1, le=1_000_000, description="requests that may wait for a slot")
+    expert_wait_s: float = Field(default=30.0, ge=0, le=3600, description="wait for a holder of an expert none holds")
+    hedge_after_s: float = Field(default=0.02, gt=0, le=60, description="least wait before a call is sent again")
+    retry_budget: float = Field(default=0.1, ge=0, le=1, description="hedges and timeout retries, as a fraction of calls")
+
+
+class GatewaySettings(ServiceSettings):
+    deployment: str = "gateway"
+    max_concurrent: int = Field(default=1024, ge=1, description="requests in flight before RESOURCE_EXHAUSTED")
+    router_wait_s: float = Field(default=30.0, ge=0, le=3600, description="wait for a ready router")
+
+
+def resolve(kind: type[Settings], flags: Mapping[str, Any], yaml_path: str | None = None) -> Settings:
+    """Settings of `kind` from flags (None = not given), MOIETY_* variables and a YAML file, in that order."""
+    values: dict[str, Any] = {}
+    if yaml_path is not None:
+        values.update(_read_yaml(yaml_path))
+    for name in kind.model_fields:
+        if (text := os.environ.get(ENV_PREFIX + name.upper())) is not None:
+            values[name] = text
+    values.update({name: value for name, value in flags.items() if value is not None})
+    return validated(kind, values)
+
+
+def validated(kind: type[Settings], values: Mapping[str, Any]) -> Settings:
+    """`kind(**values)`, with the first problem told as a ConfigError."""
+    try:
+        return kind(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ConfigError(".".join(map(str, first["loc"])), first.get("input"), first["msg"]) from None
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
+    try:
+        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError("config file", path, f"cannot be read: {error}") from error
+    if not isinstance(data, dict):
+        raise ConfigError("config file", path, "must hold a mapping of settings")
+    return data

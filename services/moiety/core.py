@@ -1,0 +1,228 @@
+"""The value types and protocols every part shares. No I/O, no clock, no torch at run time.
+
+Shape legend: T tokens, K experts per token (top-k), D hidden size, I intermediate size, E experts per layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+WIRE_VERSION = 1
+
+
+class Role(StrEnum):
+    EXPERT = "expert"
+    ROUTER = "router"
+    GATEWAY = "gateway"
+
+
+class ReplicaState(StrEnum):
+    STARTING = "starting"
+    READY = "ready"
+    DRAINING = "draining"
+
+
+class CallClass(StrEnum):
+    DECODE = "decode"
+    PREFILL = "prefill"
+
+
+class FinishReason(StrEnum):
+    STOP = "stop"
+    LENGTH = "length"
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertSet:
+    """Which experts of which MoE layers are held: layer ordinal -> expert ids.
+
+    The text form is compact and readable: `0-31:0-7` is experts 0 to 7 of layers 0 to 31; `0:1,5;3:2` is two layers.
+    """
+
+    by_layer: Mapping[int, frozenset[int]] = field(default_factory=dict)
+
+    @classmethod
+    def block(cls, layers: int, experts: Iterable[int]) -> ExpertSet:
+        """The same `experts` in each of the first `layers` MoE layers."""
+        held = frozenset(experts)
+        return cls({layer: held for layer in range(layers)} if held else {})
+
+    @classmethod
+    def parse(cls, text: str) -> ExpertSet:
+        """The inverse of `str()`; raises ValueError where the text is not of that form."""
+        by_layer: dict[int, frozenset[int]] = {}
+        for part in filter(None, (piece.strip() for piece in text.split(";"))):
+            layers, separator, experts = part.partition(":")
+            if not separator:
+                raise ValueError(f"{part!r}: expected LAYERS:EXPERTS, such as 0-31:0-7")
+            ids = frozenset(_parse_ranges(experts))
+            for layer in _parse_ranges(layers):
+                by_layer[layer] = by_layer.get(layer, frozenset()) | ids
+        return cls({layer: ids for layer, ids in by_layer.items() if ids})
+
+    def __str__(self) -> str:
+        layers_of: dict[frozenset[int], list[int]] = {}
+        for layer, ids in sorted(self.by_layer.items()):
+            layers_of.setdefault(ids, []).append(layer)
+        return ";".join(f"{_format_ranges(layers)}:{_format_ranges(ids)}" for ids, layers in layers_of.items())
+
+    def __contains__(self, pair: tuple[int, int]) -> bool:
+        layer, expert = pair
+        return expert in self.by_layer.get(layer, frozenset())
+
+    def __len__(self) -> int:
+        return sum(map(len, self.by_layer.values()))
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        for layer, ids in sorted(self.by_layer.items()):
+            for expert in sorted(ids):
+                yield layer, expert
+
+    def layer(self, layer: int) -> frozenset[int]:
+        return self.by_layer.get(layer, frozenset())
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertMLP:
+    """What one expert computes, declared instead of coded, so that every kernel can serve every model.
+
+    `down(act(gate(x)) * up(x))` when gated, else `down(act(up(x)))`. `activation` is a name of
+    `moiety_kernels.reference.ACTIVATIONS`; `swiglu_clamped` is gpt-oss's
+    `(clamp(up, ±limit) + 1) * gate * sigmoid(alpha * gate)` with gate clamped from above only.
+    """
+
+    hidden: int  # D
+    intermediate: int  # I
+    activation: str = "silu"
+    gated: bool = True
+    interleaved: bool = False  # gate and up alternate along the output dimension, instead of gate first, then up
+    transposed: bool = False  # weights are stored [in, out], instead of [out, in]
+    biased: bool = False
+    limit: float | None = None
+    alpha: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """What every part must know of a checkpoint before it reads a weight."""
+
+    architecture: str  # transformers' model_type
+    moe_layers: int
+    experts: int  # E, per MoE layer
+    top_k: int
+    mlp: ExpertMLP
+    dtype: str  # as published: float32, bfloat16, float16
+    vocabulary: int
+    max_context: int
+
+    def partition(self, groups: int) -> tuple[ExpertSet, ...]:
+        """`groups` contiguous, near-equal blocks of experts, each across all MoE layers: the default placement."""
+        base, extra = divmod(self.experts, groups)
+        bounds = [0]
+        for group in range(groups):
+            bounds.append(bounds[-1] + base + (group < extra))
+        return tuple(ExpertSet.block(self.moe_layers, range(bounds[g], bounds[g + 1])) for g in range(groups))
+
+
+@dataclass(frozen=True, slots=True)
+class Replica:
+    """One live service, as the registry knows it."""
+
+    id: str
+    role: Role
+    deployment: str  # e.g. experts-3
+    address: str  # host:port of its gRPC server
+    node: str
+    model: str
+    revision: str
+    state: ReplicaState = ReplicaState.READY
+    held: ExpertSet = field(default_factory=ExpertSet)  # empty unless role is EXPERT
+    placement_epoch: int = 0
+    wire_version: int = WIRE_VERSION
+    started: float = 0.0  # Unix seconds
+    pid: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Which deployment holds which experts; `epoch` grows by one with every change."""
+
+    epoch: int
+    held: Mapping[str, ExpertSet]
+
+
+@dataclass(frozen=True, slots=True)
+class Busy:
+    """One expert replica's load over its last reporting window."""
+
+    busy: float  # fraction of the window in which the device was occupied, 0 to 1
+    queue_wait_ms: float  # mean time a call of the window waited for the device
+    rows_per_s: float
+    calls_per_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """A router's cumulative counters since it started. A new writer id is a reset; readers difference over a window."""
+
+    rows: tuple[tuple[int, ...], ...]  # [moe_layers][experts]: rows sent to each expert
+    activations: tuple[tuple[int, ...], ...]  # [moe_layers][experts]: steps in which each expert got at least one row
+    time: float  # Unix seconds of this reading
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How one request picks its tokens; already checked against the bounds of generation.proto."""
+
+    max_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0 = the whole vocabulary
+    seed: int = 0
+    ignore_eos: bool = False
+    logprobs: bool = False
+
+
+class PendingRows(Protocol):
+    """Rows on their way back from the experts."""
+
+    def result(self) -> torch.Tensor:
+        """Blocks for the expert outputs, [T, K, D], unweighted, in the model dtype. Raises HopFailed."""
+        ...
+
+
+class ExpertBackend(Protocol):
+    """Where a model's routed experts are computed. The seam (`model/seam.py`) calls it once per MoE layer."""
+
+    def submit(self, layer: int, hidden: torch.Tensor, top_k_index: torch.Tensor) -> PendingRows:
+        """Starts layer `layer` for hidden [T, D] routed to top_k_index [T, K] (int64, -1 = no expert)."""
+        ...
+
+    def while_waiting(self, layer: int) -> None:
+        """Called between submit and result: work that may overlap the hop."""
+        ...
+
+
+def _parse_ranges(text: str) -> Iterator[int]:
+    for part in text.split(","):
+        low, dash, high = part.strip().partition("-")
+        first, last = int(low), int(high) if dash else int(low)
+        if last < first:
+            raise ValueError(f"{part!r}: the range runs backwards")
+        yield from range(first, last + 1)
+
+
+def _format_ranges(ids: Iterable[int]) -> str:
+    runs: list[list[int]] = []
+    for value in sorted(ids):
+        if runs and value == runs[-1][1] + 1:
+            runs[-1][1] = value
+        else:
+            runs.append([value, value])
+    return ",".join(str(low) if low == high else f"{low}-{high}" for low, high in runs)

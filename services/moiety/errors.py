@@ -1,0 +1,108 @@
+"""The exception tree. Nothing here knows gRPC; `wire/status.py` maps it to status codes.
+
+MoietyError
+├── InvalidRequest           a client's value is out of bounds: names field, value and bound
+├── NotFound                 an unknown model
+├── ResourceExhausted        a bounded queue is full: carries a retry hint
+├── DeadlineExceeded         the request's own deadline has passed
+├── Cancelled                the client went away
+├── FailedPrecondition       this system cannot do that as it is set up
+│   ├── ConfigError          a setting is wrong: names field, value and bound
+│   └── CheckpointError      a checkpoint is missing, corrupt or unsupported
+├── Unavailable              something that should be there is not, now
+│   ├── RegistryUnreachable  Redis (or the registry file) does not answer
+│   ├── PeerLost             a stream to a replica broke
+│   └── NoHolder             no live replica holds an expert that a token needs
+└── CallRejected             an expert replica refused a whole call
+    ├── NotHeld              it lacks one of the (layer, expert) pairs asked for
+    └── RevisionMismatch     it serves another revision of the model
+"""
+
+from __future__ import annotations
+
+
+class MoietyError(Exception):
+    """Every error that Moiety raises on purpose."""
+
+
+class InvalidRequest(MoietyError):
+    """A client's value is out of bounds."""
+
+    def __init__(self, field: str, value: object, bound: str) -> None:
+        self.field, self.value, self.bound = field, value, bound
+        super().__init__(f"{field} = {_shown(value)}: must be {bound}")
+
+
+class NotFound(MoietyError):
+    """The named thing does not exist here."""
+
+
+class ResourceExhausted(MoietyError):
+    """A bounded queue is full."""
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        self.retry_after_s = retry_after_s
+        super().__init__(f"{message}; retry in {retry_after_s:g} s")
+
+
+class DeadlineExceeded(MoietyError):
+    """The request's deadline passed before it was done."""
+
+
+class Cancelled(MoietyError):
+    """The client cancelled, or the service is going away."""
+
+
+class FailedPrecondition(MoietyError):
+    """The system, as it is set up, cannot do what was asked."""
+
+
+class ConfigError(FailedPrecondition):
+    """A setting is wrong."""
+
+    def __init__(self, field: str, value: object, bound: str) -> None:
+        self.field, self.value, self.bound = field, value, bound
+        super().__init__(f"setting {field} = {_shown(value)}: {bound}")
+
+
+class CheckpointError(FailedPrecondition):
+    """A checkpoint is missing, corrupt or of an unsupported kind."""
+
+
+class Unavailable(MoietyError):
+    """Something that should be there is not, for now."""
+
+
+class RegistryUnreachable(Unavailable):
+    """The registry does not answer; the last known table stays in force."""
+
+
+class PeerLost(Unavailable):
+    """The stream to a replica broke before it answered."""
+
+
+class NoHolder(Unavailable):
+    """No live replica holds these experts of a layer, and waiting for one took too long."""
+
+    def __init__(self, layer: int, experts: list[int], waited_s: float) -> None:
+        self.layer, self.experts, self.waited_s = layer, experts, waited_s
+        super().__init__(
+            f"no live replica holds expert(s) {experts} of MoE layer {layer}; waited {waited_s:.1f} s for one"
+        )
+
+
+class CallRejected(MoietyError):
+    """An expert replica refused a whole call; nothing of it was computed."""
+
+
+class NotHeld(CallRejected):
+    """The replica lacks a (layer, expert) that the call names."""
+
+
+class RevisionMismatch(CallRejected):
+    """The replica serves another revision of the model."""
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}…"
