@@ -18,7 +18,7 @@ from moiety.errors import ConfigError
 
 ENV_PREFIX = "MOIETY_"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-Settings = TypeVar("Settings", bound="ServiceSettings")
+Settings = TypeVar("Settings", bound=BaseModel)
 
 
 class ServiceSettings(BaseModel):
@@ -83,6 +83,47 @@ class GatewaySettings(ServiceSettings):
     deployment: str = "gateway"
     max_concurrent: int = Field(default=1024, ge=1, description="requests in flight before RESOURCE_EXHAUSTED")
     router_wait_s: float = Field(default=30.0, ge=0, le=3600, description="wait for a ready router")
+
+
+class GroupSettings(BaseModel):
+    """How one expert group is scaled and what a replica of it takes; the same for every group of an app."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    min_replicas: int = Field(default=1, ge=0, le=1000)
+    max_replicas: int = Field(default=4, ge=1, le=1000)
+    num_cpus: float = Field(default=1.0, ge=0, description="Ray CPUs per replica")
+    num_gpus: float = Field(default=0.0, ge=0, description="Ray GPUs per replica")
+    threads: int = Field(default=1, ge=1, le=1024)
+    capacity: float | None = Field(default=None, gt=0, description="pace a replica to this many rows per second")
+    target_busy: float = Field(default=0.6, gt=0, le=1, description="busy fraction that scaling aims at")
+    queue_wait_ms: float = Field(default=50.0, gt=0, description="mean wait that forces a step up")
+    shrink_after_s: float = Field(default=30.0, ge=0, description="how long load must stay low before a step down")
+
+
+class AppSettings(BaseModel):
+    """Arguments of the Serve application; changing one restarts every deployment of it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    app: str = Field(default="moiety", pattern=r"^[A-Za-z0-9_.-]{1,64}$")
+    model: str = Field(description="path of the checkpoint folder, the same on every node")
+    served_name: str = ""
+    groups: int = Field(default=2, ge=1, le=4096, description="expert groups; at most the model's experts per layer")
+    registry: str = "redis://127.0.0.1:6379/0"
+    listen_host: str = Field(default="127.0.0.1", description="0.0.0.0 on a cluster")
+    advertise_host: str = Field(default="", description="default: the node's address, or listen_host on loopback")
+    grpc_port: int = Field(default=50051, ge=0, le=65535, description="the gateway's, one per node")
+    dtype: str = "auto"
+    device: str = "cpu"
+    router_replicas: int = Field(default=1, ge=1, le=1000)
+    router_cpus: float = Field(default=1.0, ge=0)
+    router_gpus: float = Field(default=0.0, ge=0)
+    slots: int = Field(default=32, ge=1, le=4096)
+    token_budget: int = Field(default=256, ge=1, le=65536)
+    max_context: int | None = Field(default=None, ge=1)
+    expert_wait_s: float = Field(default=30.0, ge=0, le=3600)
+    experts: GroupSettings = GroupSettings()
 
 
 def resolve(kind: type[Settings], flags: Mapping[str, Any], yaml_path: str | None = None) -> Settings:

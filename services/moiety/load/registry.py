@@ -1,0 +1,69 @@
+"""The registry (who is where) and the load ledger (how hot): one interface, three implementations.
+
+`load/memory.py` is the naive twin the others are tested against, `load/redis.py` the real one, and `load/file.py` serves
+a `LocalCluster` on machines without Redis: its parent process is the only writer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from moiety.core import Busy, Demand, Placement, Replica
+
+HEARTBEAT_S = 0.5  # every replica rewrites its entry this often
+TTL_S = 3.0  # and is forgotten after this long without
+
+
+class Registry(Protocol):
+    """Every method raises RegistryUnreachable when the store does not answer; callers go on with what they knew."""
+
+    async def register(self, replica: Replica) -> None:
+        """Writes `replica` under its TTL: called at start and by every heartbeat, so an emptied store refills itself."""
+        ...
+
+    async def deregister(self, replica_id: str) -> None: ...
+
+    async def replicas(self) -> tuple[Replica, ...]:
+        """All live replicas, sorted by id. Expired ones are pruned."""
+        ...
+
+    async def placement(self) -> Placement | None:
+        """The placement in force, or None while the deterministic default plan is."""
+        ...
+
+    async def set_placement(self, placement: Placement) -> bool:
+        """Compare-and-set: stored only if `placement.epoch` is one more than the current epoch (0 where there is none)."""
+        ...
+
+    async def publish_demand(self, writer: str, demand: Demand) -> None:
+        """One key per writer, cumulative: a flush repeated is a flush done once."""
+        ...
+
+    async def demand(self) -> Mapping[str, Demand]:
+        """Writer id -> its latest counters."""
+        ...
+
+    async def publish_busy(self, replica_id: str, busy: Busy) -> None: ...
+
+    async def busy(self) -> Mapping[str, Busy]:
+        """Replica id -> its load over the last window; entries expire after 5 s."""
+        ...
+
+    async def wake(self, layer: int, experts: Sequence[int]) -> None:
+        """Records that requests wait for experts no live replica holds; the entry expires after 5 s."""
+        ...
+
+    async def wakes(self) -> Mapping[int, frozenset[int]]:
+        """MoE layer -> experts waited for."""
+        ...
+
+    async def record_decision(self, decision: Mapping[str, Any]) -> None:
+        """Appends to a bounded log (1,000 entries) of scaling decisions; values are JSON-able."""
+        ...
+
+    async def decisions(self, count: int = 100) -> Sequence[Mapping[str, Any]]:
+        """The newest `count` decisions, oldest first."""
+        ...
+
+    async def close(self) -> None: ...
