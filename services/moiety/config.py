@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator
 
 from moiety.core import ExpertSet
 from moiety.errors import ConfigError
@@ -73,6 +73,7 @@ class RouterSettings(ServiceSettings):
     slots: int = Field(default=32, ge=1, le=4096, description="sequences that run at once")
     max_context: int | None = Field(default=None, ge=1, description="tokens per sequence; default: the model's")
     token_budget: int = Field(default=256, ge=1, le=65536, description="tokens per step, decode and prefill together")
+    kv_memory: ByteSize = Field(default=ByteSize(1 << 30), ge=1 << 10, description="memory for keys and values, e.g. 4GiB")
     queue_limit: int = Field(default=256, ge=1, le=1_000_000, description="requests that may wait for a slot")
     expert_wait_s: float = Field(default=30.0, ge=0, le=3600, description="wait for a holder of an expert none holds")
     hedge_after_s: float = Field(default=0.02, gt=0, le=60, description="least wait before a call is sent again")
@@ -122,6 +123,7 @@ class AppSettings(BaseModel):
     slots: int = Field(default=32, ge=1, le=4096)
     token_budget: int = Field(default=256, ge=1, le=65536)
     max_context: int | None = Field(default=None, ge=1)
+    kv_memory: ByteSize = Field(default=ByteSize(1 << 30), ge=1 << 10)
     expert_wait_s: float = Field(default=30.0, ge=0, le=3600)
     experts: GroupSettings = GroupSettings()
 
@@ -136,6 +138,16 @@ def resolve(kind: type[Settings], flags: Mapping[str, Any], yaml_path: str | Non
             values[name] = text
     values.update({name: value for name, value in flags.items() if value is not None})
     return validated(kind, values)
+
+
+def cache_dir() -> Path | None:
+    """Where derived files may be kept between runs: $MOIETY_CACHE or ~/.cache/moiety; None where there is no home."""
+    if text := os.environ.get(ENV_PREFIX + "CACHE"):
+        return Path(text)
+    try:
+        return Path.home() / ".cache" / "moiety"
+    except RuntimeError:
+        return None
 
 
 def validated(kind: type[Settings], values: Mapping[str, Any]) -> Settings:

@@ -1,0 +1,82 @@
+"""What transformers knows of a checkpoint: its config class, its causal-LM class and where its routed experts are.
+
+Only functions import transformers: it costs 4.5 s and 170 MiB, and an expert replica must start without it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from moiety.errors import CheckpointError
+from moiety.model.checkpoint import Checkpoint
+
+
+def load_config(checkpoint: Checkpoint) -> Any:
+    """The transformers config; code shipped inside a checkpoint is never run. Raises CheckpointError where unknown."""
+    from transformers import AutoConfig
+
+    if quantization := checkpoint.config.get("quantization_config"):
+        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
+        raise unsupported(checkpoint, f"its weights are quantised ({method}); only float checkpoints can be served")
+    try:
+        return AutoConfig.from_pretrained(checkpoint.path, local_files_only=True, trust_remote_code=False)
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise unsupported(checkpoint, f"transformers cannot read its config: {_first_line(error)}") from error
+
+
+def causal_lm_class(checkpoint: Checkpoint, config: Any) -> type[nn.Module]:
+    """The class that transformers would generate text with; raises CheckpointError where there is none."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    found = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if found is None:
+        raise unsupported(checkpoint, "transformers has no causal language model for it")
+    return found[0] if isinstance(found, tuple | list) else found
+
+
+def meta_model(model_class: type[nn.Module], config: Any) -> nn.Module:
+    """A model of `config` whose tensors have shapes and no storage."""
+    with torch.device("meta"):
+        return model_class(copy.deepcopy(config))
+
+
+def experts_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """(path, module) of each MoE layer's routed experts, in layer order: those that go through transformers' seam."""
+    return [(path, module) for path, module in model.named_modules() if _behind_the_seam(type(module))]
+
+
+def unsupported(checkpoint: Checkpoint, reason: str) -> CheckpointError:
+    """The error for a checkpoint that is sound, but not one that can be served."""
+    return CheckpointError(f"checkpoint {checkpoint.path} (architecture {checkpoint.architecture}): {reason}")
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No progress bars and load reports: a service's log is not a terminal."""
+    from transformers.utils import logging
+
+    bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _behind_the_seam(module_class: type[nn.Module]) -> bool:
+    # `use_experts_implementation` leaves no mark but its closure; the registry it closes over is the seam itself.
+    code = getattr(module_class.forward, "__code__", None)
+    return code is not None and "experts_interface" in code.co_freevars
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]

@@ -1,0 +1,74 @@
+"""The header of one safetensors file, checked against the file's size before anything trusts it.
+
+Format: https://github.com/huggingface/safetensors#format (8 bytes little-endian length, JSON, then the tensors' bytes).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from moiety.errors import CheckpointError
+
+MAX_HEADER_BYTES = 100_000_000  # safetensors' own bound
+ITEM_BITS: Mapping[str, int] = {
+    **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
+    **dict.fromkeys(("F32", "I32", "U32"), 32),
+    **dict.fromkeys(("BF16", "F16", "I16", "U16"), 16),
+    **dict.fromkeys(("BOOL", "I8", "U8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    "F4": 4,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """Where one tensor lies: row-major bytes [start, end) of `file`, `dtype` as safetensors names it (BF16, F32, …)."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+def read_header(file: Path) -> dict[str, TensorEntry]:
+    """Tensor name -> entry for one file; raises CheckpointError where header or size are wrong."""
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            prefix = stream.read(8)
+            length = int.from_bytes(prefix, "little")
+            if len(prefix) < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+                raise CheckpointError(f"{file}: damaged: {size} bytes cannot hold the safetensors header it announces")
+            header = json.loads(stream.read(length))
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read: {error}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{file}: damaged: its safetensors header is not JSON: {error}") from error
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{file}: damaged: its safetensors header is not an object")
+    entries = {
+        name: _entry(file, name, fields, 8 + length) for name, fields in header.items() if name != "__metadata__"
+    }
+    needed = max((entry.end for entry in entries.values()), default=0)
+    if needed > size:
+        raise CheckpointError(f"{file}: truncated: {size} bytes, its header promises {needed}")
+    return entries
+
+
+def _entry(file: Path, name: str, fields: Any, data_start: int) -> TensorEntry:
+    try:
+        dtype, shape = str(fields["dtype"]), tuple(map(int, fields["shape"]))
+        first, last = map(int, fields["data_offsets"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{file}: damaged: tensor {name} has no dtype, shape and data_offsets") from error
+    if dtype not in ITEM_BITS:
+        raise CheckpointError(f"{file}: tensor {name} has the unknown dtype {dtype}")
+    if first < 0 or min(shape, default=0) < 0 or 8 * (last - first) != prod(shape) * ITEM_BITS[dtype]:
+        raise CheckpointError(f"{file}: damaged: tensor {name} {dtype}{list(shape)} does not fit its data_offsets")
+    return TensorEntry(file, dtype, shape, data_start + first, data_start + last)

@@ -1,0 +1,61 @@
+"""Joins transformers' experts interface to an ExpertBackend: the one place where a model's forward leaves the router.
+
+Which backend a forward uses is a context variable, because transformers hands experts functions no extra arguments, and
+because two lanes must be able to run the same model object at the same time, each with its own backend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+from torch import nn
+
+from moiety.core import ExpertBackend
+
+IMPLEMENTATION = "moiety"  # the name under which transformers knows `remote_experts`
+LAYER_ATTRIBUTE = "moiety_layer"  # set on each experts module: its MoE layer ordinal
+
+_backend: ContextVar[ExpertBackend] = ContextVar("moiety_expert_backend")
+
+
+@contextmanager
+def use_backend(backend: ExpertBackend) -> Iterator[None]:
+    """Forwards inside the block, in this thread, send their experts' rows to `backend`."""
+    token = _backend.set(backend)
+    try:
+        yield
+    finally:
+        _backend.reset(token)
+
+
+def current_backend() -> ExpertBackend:
+    """The backend of the innermost `use_backend`; raises RuntimeError outside of one."""
+    try:
+        return _backend.get()
+    except LookupError:
+        raise RuntimeError("a router model was run outside of use_backend(...)") from None
+
+
+def remote_experts(
+    module: nn.Module, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """The experts function: hidden [T, D], top_k_index and top_k_weights [T, K] -> weighted sum over K, [T, D].
+
+    Rows come back unweighted and are combined as transformers' grouped_mm does, to the bit: product in the promoted
+    dtype of rows and weights (models differ: float32 or the model's), sum over K in slot order, then the hidden dtype.
+    """
+    backend, layer = current_backend(), int(getattr(module, LAYER_ATTRIBUTE))
+    pending = backend.submit(layer, hidden, top_k_index)
+    backend.while_waiting(layer)
+    rows = pending.result()  # [T, K, D]
+    return (rows * top_k_weights.unsqueeze(-1)).sum(dim=1).to(hidden.dtype)
+
+
+def register() -> None:
+    """Makes `remote_experts` selectable as `experts_implementation="moiety"`; harmless when repeated."""
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, remote_experts)
