@@ -28,7 +28,9 @@ class ServiceSettings(BaseModel):
 
     model: str = Field(description="path of the checkpoint folder")
     served_name: str = Field(default="", description="name clients ask for; default: the folder's name")
-    app: str = Field(default="moiety", pattern=r"^[A-Za-z0-9_.-]{1,64}$", description="prefix of this system's registry keys")
+    app: str = Field(
+        default="moiety", pattern=r"^[A-Za-z0-9_.-]{1,64}$", description="prefix of this system's registry keys"
+    )
     registry: str = Field(default="redis://127.0.0.1:6379/0", description="redis://…, rediss://… or file:///…")
     listen_host: str = "127.0.0.1"
     advertise_host: str = Field(default="", description="address others reach this host by; default: listen_host")
@@ -59,7 +61,9 @@ class ExpertSettings(ServiceSettings):
     held: str = Field(description="experts to hold until a placement says otherwise, e.g. 0-31:0-7")
     queue_calls: int = Field(default=256, ge=1, le=65536, description="calls that may wait for the device")
     capacity: float | None = Field(
-        default=None, gt=0, description="pace the experts to at most this many rows per second (for tests on small machines)"
+        default=None,
+        gt=0,
+        description="pace the experts to at most this many rows per second (for tests on small machines)",
     )
 
     @field_validator("held")
@@ -73,11 +77,15 @@ class RouterSettings(ServiceSettings):
     slots: int = Field(default=32, ge=1, le=4096, description="sequences that run at once")
     max_context: int | None = Field(default=None, ge=1, description="tokens per sequence; default: the model's")
     token_budget: int = Field(default=256, ge=1, le=65536, description="tokens per step, decode and prefill together")
-    kv_memory: ByteSize = Field(default=ByteSize(1 << 30), ge=1 << 10, description="memory for keys and values, e.g. 4GiB")
+    kv_memory: ByteSize = Field(
+        default=ByteSize(1 << 30), ge=1 << 10, description="memory for keys and values, e.g. 4GiB"
+    )
     queue_limit: int = Field(default=256, ge=1, le=1_000_000, description="requests that may wait for a slot")
     expert_wait_s: float = Field(default=30.0, ge=0, le=3600, description="wait for a holder of an expert none holds")
     hedge_after_s: float = Field(default=0.02, gt=0, le=60, description="least wait before a call is sent again")
-    retry_budget: float = Field(default=0.1, ge=0, le=1, description="hedges and timeout retries, as a fraction of calls")
+    retry_budget: float = Field(
+        default=0.1, ge=0, le=1, description="hedges and timeout retries, as a fraction of calls"
+    )
 
 
 class GatewaySettings(ServiceSettings):

@@ -51,7 +51,7 @@ class ExpertSet:
     def block(cls, layers: int, experts: Iterable[int]) -> ExpertSet:
         """The same `experts` in each of the first `layers` MoE layers."""
         held = frozenset(experts)
-        return cls({layer: held for layer in range(layers)} if held else {})
+        return cls(dict.fromkeys(range(layers), held) if held else {})
 
     @classmethod
     def parse(cls, text: str) -> ExpertSet:
@@ -174,6 +174,7 @@ class Demand:
     rows: tuple[tuple[int, ...], ...]  # [moe_layers][experts]: rows sent to each expert
     activations: tuple[tuple[int, ...], ...]  # [moe_layers][experts]: steps in which each expert got at least one row
     time: float  # Unix seconds of this reading
+    started: float = 0.0  # Unix seconds at which the counters were zero; 0 = unknown
 
 
 @dataclass(frozen=True, slots=True)

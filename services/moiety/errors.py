@@ -13,6 +13,7 @@ MoietyError
 │   ├── RegistryUnreachable  Redis (or the registry file) does not answer
 │   ├── PeerLost             a stream to a replica broke
 │   └── NoHolder             no live replica holds an expert that a token needs
+├── HopFailed                a layer's rows could not be had for some tokens of a step
 └── CallRejected             an expert replica refused a whole call
     ├── NotHeld              it lacks one of the (layer, expert) pairs asked for
     └── RevisionMismatch     it serves another revision of the model
@@ -89,6 +90,14 @@ class NoHolder(Unavailable):
         super().__init__(
             f"no live replica holds expert(s) {experts} of MoE layer {layer}; waited {waited_s:.1f} s for one"
         )
+
+
+class HopFailed(MoietyError):
+    """A MoE layer could not be computed for some tokens of a step, for good: their requests must end."""
+
+    def __init__(self, tokens: list[int], cause: MoietyError) -> None:
+        self.tokens, self.cause = tokens, cause  # positions in the step's packed batch
+        super().__init__(f"{len(tokens)} token(s) of the step: {cause}")
 
 
 class CallRejected(MoietyError):

@@ -1,0 +1,1 @@
+"""The Ray Serve application. The only place that imports Ray."""

@@ -1,0 +1,1 @@
+"""The expert service: RPC room, waiting room, device room."""

@@ -1,0 +1,1 @@
+"""The stateless front: text in, streamed text out."""

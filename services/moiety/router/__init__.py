@@ -1,0 +1,1 @@
+"""The router: attention, gating, cache, scheduling, sampling, and the hop to the experts."""

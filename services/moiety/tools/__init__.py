@@ -1,0 +1,1 @@
+"""What the commands do: parity, benchmarks, the demo."""

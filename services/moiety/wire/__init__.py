@@ -1,0 +1,1 @@
+"""What travels between services: messages, frames, deadlines, status codes, channels."""

@@ -1,0 +1,92 @@
+"""Builds one replica of an expert group."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from moiety.compose.running import Parts, Running, Site, every
+from moiety.config import ExpertSettings
+from moiety.core import ExpertSet, Replica, Role
+from moiety.errors import ConfigError, Unavailable
+from moiety.expert.runtime import Runtime
+from moiety.expert.service import SERVICE, ExpertService
+from moiety.model.checkpoint import Checkpoint
+from moiety.model.layout import expert_layout
+from moiety.model.revision import revision
+from moiety.model.slices import load_experts
+from moiety.wire.channels import Server
+from moiety.wire.codec import torch_dtype
+
+_log = logging.getLogger(__name__)
+LEDGER_S = 1.0
+
+
+async def start(settings: ExpertSettings, replica_id: str, node: str) -> Running:
+    """Reads the weights that the placement (or, without one, the settings) names; serves, registers, follows."""
+    async with Site(settings, settings.deployment, replica_id, node) as site:
+        checkpoint = await asyncio.to_thread(Checkpoint.open, settings.model)
+        layout = await asyncio.to_thread(expert_layout, checkpoint)
+        of = await asyncio.to_thread(revision, checkpoint)
+        dtype = torch_dtype(settings.dtype, layout.shape.dtype)
+        runtime = Runtime(
+            layout.shape.mlp,
+            dtype,
+            settings.device,
+            lambda experts: load_experts(checkpoint, layout, experts, dtype, settings.device),
+            queue_calls=settings.queue_calls,
+            capacity=settings.capacity,
+            threads=settings.threads,
+        )
+
+        async def follow_placement(default: ExpertSet | None = None) -> None:
+            placement = await site.registry.placement()
+            held, epoch = default, 0
+            if placement is not None and placement.epoch > runtime.epoch:
+                held, epoch = placement.held.get(settings.deployment, default), placement.epoch
+            if held is not None:
+                began = time.monotonic()
+                await asyncio.to_thread(runtime.hold, held, epoch)
+                took = time.monotonic() - began
+                _log.info("%s holds %s (epoch %d), read in %.2f s", settings.deployment, held, epoch, took)
+
+        await follow_placement(ExpertSet.parse(settings.held))
+        runtime.start()
+        site.closers.push_async_callback(asyncio.to_thread, runtime.stop, settings.drain_s)
+        service = ExpertService(runtime, layout.shape, settings.name, of, dtype, site.tracer)
+
+        async def publish_busy() -> None:
+            await site.registry.publish_busy(replica_id, runtime.load_since_last())
+
+        def describe(replica: Replica) -> Replica:
+            return dataclasses.replace(replica, held=runtime.held, placement_epoch=runtime.epoch)
+
+        def healthy() -> None:
+            if not runtime.alive:
+                raise Unavailable("the expert runtime's thread has ended")
+
+        async def reconfigure(values: Mapping[str, Any]) -> None:
+            for name, value in values.items():
+                if name != "capacity" or not (value is None or value > 0):
+                    raise ConfigError(
+                        f"user_config.{name}", value, "an expert's one live setting is capacity > 0, or null"
+                    )
+                runtime.capacity = value
+
+        return await site.serve(
+            Parts(
+                role=Role.EXPERT,
+                deployment=settings.deployment,
+                revision=of,
+                server=Server([service.handler()], [SERVICE]),
+                idle=lambda: runtime.idle,
+                healthy=healthy,
+                reconfigure=reconfigure,
+                describe=describe,
+                on_beat=(every(LEDGER_S, publish_busy), follow_placement),
+            )
+        )

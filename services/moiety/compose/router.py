@@ -1,0 +1,154 @@
+"""Builds a router."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import time
+
+import torch
+
+from moiety.compose.running import Parts, Running, Site, every
+from moiety.config import RouterSettings
+from moiety.core import Replica, ReplicaState, Role
+from moiety.errors import ConfigError, MoietyError, Unavailable
+from moiety.load.watch import Watch
+from moiety.model.checkpoint import Checkpoint
+from moiety.model.layout import ExpertLayout, expert_layout
+from moiety.model.revision import revision
+from moiety.model.router import load_router
+from moiety.router import attention
+from moiety.router.demand import DemandCounter
+from moiety.router.engine import Engine
+from moiety.router.fleet import Fleet
+from moiety.router.hedge import Hedging
+from moiety.router.hop import Hop, HopSettings
+from moiety.router.kvcache import KVCache
+from moiety.router.probe import cache_spec
+from moiety.router.service import SERVICE, EngineService
+from moiety.wire.channels import Server
+from moiety.wire.codec import DTYPE_NAMES, torch_dtype
+from moiety.wire.engine_pb2_grpc import add_EngineServicer_to_server
+
+_log = logging.getLogger(__name__)
+LEDGER_S = 1.0
+
+
+async def start(settings: RouterSettings, replica_id: str, node: str) -> Running:
+    """Loads all but the routed experts, follows the registry, serves; READY once every expert has a holder."""
+    async with Site(settings, settings.deployment, replica_id, node) as site:
+        checkpoint = await asyncio.to_thread(Checkpoint.open, settings.model)
+        layout = await asyncio.to_thread(expert_layout, checkpoint)
+        of = await asyncio.to_thread(revision, checkpoint)
+        shape = layout.shape
+        dtype = torch_dtype(settings.dtype, shape.dtype)
+        max_context = _max_context(settings, shape.max_context)
+        model, cache = await asyncio.to_thread(_load, settings, checkpoint, layout, dtype)
+
+        watch = Watch(site.registry)
+        await watch.start()
+        site.closers.push_async_callback(watch.stop)
+        fleet = Fleet(watch, shape, of, DTYPE_NAMES[dtype])
+        fleet.start()
+        site.closers.push_async_callback(fleet.close)
+
+        demand = DemandCounter(shape.moe_layers, shape.experts)
+        loop = asyncio.get_running_loop()
+        engine = Engine(
+            model,
+            Hop(
+                fleet,
+                HopSettings(of, dtype, settings.expert_wait_s),
+                Hedging(settings.hedge_after_s, settings.retry_budget),
+                demand,
+                site.tracer,
+            ),
+            cache,
+            slots=settings.slots,
+            token_budget=settings.token_budget,
+            queue_limit=settings.queue_limit,
+            threads=settings.threads,
+            waits=lambda layer, experts: _record_wake(site, loop, layer, experts),
+            tracer=site.tracer,
+        )
+        engine.start()
+        site.closers.push_async_callback(asyncio.to_thread, engine.stop, settings.drain_s)
+        service = EngineService(
+            engine,
+            settings.name,
+            of,
+            vocabulary=shape.vocabulary,
+            max_context=max_context,
+            slots=settings.slots,
+            tracer=site.tracer,
+        )
+        covered = False
+
+        def describe(replica: Replica) -> Replica:
+            nonlocal covered
+            covered = covered or not fleet.table.uncovered()
+            return replica if covered else dataclasses.replace(replica, state=ReplicaState.STARTING)
+
+        async def publish_demand() -> None:
+            await site.registry.publish_demand(replica_id, demand.reading(time.time()))
+
+        def healthy() -> None:
+            if not engine.alive:
+                raise Unavailable("the engine's thread has ended")
+
+        server = Server([], [SERVICE])
+        add_EngineServicer_to_server(service, server.grpc)
+        return await site.serve(
+            Parts(
+                role=Role.ROUTER,
+                deployment=settings.deployment,
+                revision=of,
+                server=server,
+                idle=lambda: engine.load.running + engine.load.waiting == 0,
+                healthy=healthy,
+                describe=describe,
+                on_beat=(every(LEDGER_S, publish_demand),),
+            )
+        )
+
+
+def _load(
+    settings: RouterSettings, checkpoint: Checkpoint, layout: ExpertLayout, dtype: torch.dtype
+) -> tuple[torch.nn.Module, KVCache]:
+    attention.register()
+    torch.set_num_threads(settings.threads)
+    began = time.monotonic()
+    model = load_router(checkpoint, layout, dtype, settings.device, attention.NAME)
+    spec = cache_spec(model, layout.shape)
+    cache = KVCache(spec, int(settings.kv_memory), torch.device(settings.device))
+    weights = sum(parameter.numel() * parameter.itemsize for parameter in model.parameters())
+    _log.info(
+        "router weights %.1f MiB, read in %.2f s; KV cache of %.1f MiB holds %d tokens of %d bytes",
+        weights / 2**20,
+        time.monotonic() - began,
+        settings.kv_memory / 2**20,
+        cache.capacity,
+        spec.bytes_per_token,
+    )
+    return model, cache
+
+
+def _max_context(settings: RouterSettings, of_model: int) -> int:
+    if settings.max_context is None:
+        return of_model
+    if settings.max_context > of_model:
+        raise ConfigError("max_context", settings.max_context, f"at most {of_model}, the model's")
+    return settings.max_context
+
+
+def _record_wake(site: Site, loop: asyncio.AbstractEventLoop, layer: int, experts: list[int]) -> None:
+    """From the engine's thread, many times a second while it waits: never blocks, never raises."""
+
+    async def record() -> None:
+        try:
+            await site.registry.wake(layer, experts)
+        except MoietyError as error:
+            _log.debug("the wake of layer %d was not recorded: %s", layer, error)
+
+    asyncio.run_coroutine_threadsafe(record(), loop)

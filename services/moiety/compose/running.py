@@ -1,0 +1,146 @@
+"""A service's life, the same for all three kinds: bind, register, beat, drain, close."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import os
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from typing import Any
+
+from moiety.config import ServiceSettings
+from moiety.core import Replica, ReplicaState, Role
+from moiety.errors import ConfigError
+from moiety.load.connect import connect
+from moiety.load.heartbeat import Heartbeat
+from moiety.load.registry import Registry
+from moiety.telemetry.names import ResourceAttribute
+from moiety.telemetry.tracing import Tracer, configure
+from moiety.wire.channels import Server
+
+DRAIN_NOTICE_S = 0.6  # others look at the registry every quarter second; after this nobody sends new work
+Beat = Callable[[], Awaitable[None]]
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What makes one kind of service: handed to `Site.serve` by its builder."""
+
+    role: Role
+    deployment: str
+    revision: str
+    server: Server
+    idle: Callable[[], bool]
+    healthy: Callable[[], None] = lambda: None  # raises Unavailable when the service is broken
+    reconfigure: Callable[[Mapping[str, Any]], Awaitable[None]] | None = None
+    describe: Callable[[Replica], Replica] = lambda replica: replica  # what changes from beat to beat
+    on_beat: Sequence[Beat] = ()
+
+
+class Running:
+    """A started service. `drain` then `close`; both may be called again."""
+
+    def __init__(self, parts: Parts, replica: Replica, registry: Registry, closers: AsyncExitStack):
+        self._parts, self._replica, self._closers = parts, replica, closers
+        self._heartbeat = Heartbeat(registry, lambda: self.replica, on_beat=parts.on_beat, require=True)
+        self._draining = False
+
+    @property
+    def replica(self) -> Replica:
+        """The registry entry as of now."""
+        replica = self._parts.describe(self._replica)
+        return dataclasses.replace(replica, state=ReplicaState.DRAINING) if self._draining else replica
+
+    @property
+    def address(self) -> str:
+        return self._replica.address
+
+    async def register(self) -> None:
+        """Raises RegistryUnreachable when the registry does not answer at start."""
+        await self._heartbeat.start()
+
+    def healthy(self) -> None:
+        """Raises Unavailable when the service is broken and should be replaced."""
+        self._parts.healthy()
+
+    async def reconfigure(self, values: Mapping[str, Any]) -> None:
+        """Applies live settings. Raises ConfigError for one that cannot change while the service runs."""
+        if self._parts.reconfigure is not None:
+            await self._parts.reconfigure(values)
+        elif values:
+            raise ConfigError("user_config", dict(values), f"a {self._parts.role} has no live settings")
+
+    async def drain(self, grace_s: float) -> None:
+        """Tells the others, then gives work in flight up to `grace_s` to finish."""
+        if self._draining:
+            return
+        self._draining = True
+        until = time.monotonic() + grace_s
+        await self._heartbeat.beat()
+        await asyncio.sleep(min(DRAIN_NOTICE_S, grace_s))
+        while not self._parts.idle() and time.monotonic() < until:
+            await asyncio.sleep(0.02)
+
+    async def close(self) -> None:
+        """Deregisters, stops at once whatever still runs, and frees everything."""
+        self._draining = True
+        await self._heartbeat.stop()
+        await self._parts.server.stop(0)
+        await self._closers.aclose()
+
+
+class Site:
+    """Where one service starts: its settings, registry and tracer, and what must be undone if it does not."""
+
+    def __init__(self, settings: ServiceSettings, deployment: str, replica_id: str, node: str):
+        self.settings, self.replica_id, self.node = settings, replica_id, node
+        self.tracer: Tracer = configure(
+            f"moiety-{deployment}", {ResourceAttribute.INSTANCE: replica_id, ResourceAttribute.DEPLOYMENT: deployment}
+        )
+        self.registry = connect(settings.registry, settings.app)
+        self.closers = AsyncExitStack()
+        self.closers.push_async_callback(asyncio.to_thread, self.tracer.shutdown, 2.0)
+        self.closers.push_async_callback(self.registry.close)
+
+    async def __aenter__(self) -> Site:
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            await self.closers.aclose()
+
+    async def serve(self, parts: Parts) -> Running:
+        """Binds, registers and returns the running service."""
+        settings = self.settings
+        port = await parts.server.start(settings.listen_host, settings.port)
+        self.closers.push_async_callback(parts.server.stop, 0)
+        replica = Replica(
+            id=self.replica_id,
+            role=parts.role,
+            deployment=parts.deployment,
+            address=f"{settings.advertised}:{port}",
+            node=self.node,
+            model=settings.name,
+            revision=parts.revision,
+            started=time.time(),
+            pid=os.getpid(),
+        )
+        running = Running(parts, replica, self.registry, self.closers)
+        await running.register()
+        return running
+
+
+def every(seconds: float, action: Beat) -> Beat:
+    """`action`, run by the heartbeat but at most once per `seconds`."""
+    due = 0.0
+
+    async def maybe() -> None:
+        nonlocal due
+        if (now := time.monotonic()) >= due:
+            due = now + seconds
+            await action()
+
+    return maybe

@@ -1,0 +1,87 @@
+"""The waiting room between RPC and device: bounded, and merging calls of all routers that wait for the same layer."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from moiety.core import CallClass
+from moiety.errors import ResourceExhausted
+from moiety.wire.codec import Rows
+from moiety.wire.frames import ForwardCall
+
+MAX_BATCH_ROWS = 4096  # assignments merged into one batch; bounds the device's scratch memory
+
+
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """What the runtime did for one call."""
+
+    payload: Rows  # [A], unweighted expert outputs in the order of the call's experts
+    activated_experts: int
+    batch_rows: int
+    queue_ms: float
+    compute_ms: float
+    started_ns: int  # Unix time at which the device began
+    ended_ns: int
+
+
+@dataclass(slots=True)
+class Waiting:
+    """A call in the queue, and whom to tell: `done` is called once, from the runtime's thread."""
+
+    call: ForwardCall
+    done: Callable[[Computed | BaseException], None]
+    since: float = field(default_factory=time.monotonic)
+    since_ns: int = field(default_factory=time.time_ns)
+
+
+class Batcher:
+    """Per (class, layer) queues. `take` gives all that wait for one layer: decode before prefill, oldest first."""
+
+    def __init__(self, limit: int):
+        self._limit = limit
+        self._queues: dict[tuple[CallClass, int], deque[Waiting]] = {}
+        self._size = 0
+        self._closed = False
+        self._changed = threading.Condition()
+
+    def put(self, waiting: Waiting) -> None:
+        """Raises ResourceExhausted when `limit` calls already wait."""
+        with self._changed:
+            if self._closed or self._size >= self._limit:
+                raise ResourceExhausted(f"{self._size} of at most {self._limit} calls wait for the device", 0.05)
+            key = (waiting.call.call_class, waiting.call.layer)
+            self._queues.setdefault(key, deque()).append(waiting)
+            self._size += 1
+            self._changed.notify()
+
+    def take(self) -> list[Waiting]:
+        """Blocks for the next batch; empty when the batcher was closed and drained."""
+        with self._changed:
+            while not self._size and not self._closed:
+                self._changed.wait()
+            if not self._size:
+                return []
+            key = min(self._queues, key=lambda k: (k[0] is CallClass.PREFILL, self._queues[k][0].since))
+            queue, rows = self._queues[key], 0
+            batch: list[Waiting] = []
+            while queue and (not batch or rows + len(queue[0].call.experts) <= MAX_BATCH_ROWS):
+                rows += len(queue[0].call.experts)
+                batch.append(queue.popleft())
+            if not queue:
+                del self._queues[key]
+            self._size -= len(batch)
+            return batch
+
+    def close(self) -> None:
+        """No more puts; `take` hands out what is left, then nothing."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    def __len__(self) -> int:
+        return self._size

@@ -1,0 +1,165 @@
+"""The RPC room: Describe, and the Forward stream that feeds the runtime and sends back what it computed."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+
+import grpc
+import torch
+
+from moiety.core import WIRE_VERSION, ModelShape
+from moiety.errors import (
+    DeadlineExceeded,
+    InvalidRequest,
+    MoietyError,
+    NotHeld,
+    ResourceExhausted,
+    RevisionMismatch,
+)
+from moiety.expert.batcher import Computed, Waiting
+from moiety.expert.runtime import Runtime
+from moiety.telemetry.names import Attribute, SpanName
+from moiety.telemetry.tracing import Tracer
+from moiety.wire import codec, experts_pb2
+from moiety.wire.channels import MAX_MESSAGE_BYTES
+from moiety.wire.frames import parse_call
+
+SERVICE = "moiety.v1.Experts"
+
+_OUTCOMES: tuple[tuple[type[MoietyError], experts_pb2.Outcome], ...] = (
+    (NotHeld, experts_pb2.OUTCOME_NOT_HELD),
+    (RevisionMismatch, experts_pb2.OUTCOME_REVISION_MISMATCH),
+    (InvalidRequest, experts_pb2.OUTCOME_INVALID),
+    (ResourceExhausted, experts_pb2.OUTCOME_OVERLOADED),
+    (DeadlineExceeded, experts_pb2.OUTCOME_EXPIRED),
+)
+
+
+class ExpertService:
+    """moiety.v1.Experts. Frames pass through gRPC as raw bytes, see `wire/codec.py`."""
+
+    def __init__(
+        self, runtime: Runtime, shape: ModelShape, model: str, revision: str, dtype: torch.dtype, tracer: Tracer
+    ):
+        self._runtime, self._shape, self._model, self._revision, self._tracer = runtime, shape, model, revision, tracer
+        self._dtype = codec.DTYPE_NAMES[dtype]
+        self._row_bytes = shape.mlp.hidden * dtype.itemsize
+        self.open_streams = 0
+
+    def handler(self) -> grpc.GenericRpcHandler:
+        """To be added to a server under its service name."""
+        describe = grpc.unary_unary_rpc_method_handler(
+            self._describe,
+            request_deserializer=experts_pb2.DescribeRequest.FromString,
+            response_serializer=experts_pb2.DescribeResponse.SerializeToString,
+        )
+        forward = grpc.stream_stream_rpc_method_handler(self._forward)  # no serialisers: raw frames
+        return grpc.method_handlers_generic_handler(SERVICE, {"Describe": describe, "Forward": forward})
+
+    async def _describe(
+        self, _request: experts_pb2.DescribeRequest, _context: grpc.aio.ServicerContext
+    ) -> experts_pb2.DescribeResponse:
+        return experts_pb2.DescribeResponse(
+            model=self._model,
+            revision=self._revision,
+            dtype=self._dtype,
+            hidden=self._shape.mlp.hidden,
+            wire_version=WIRE_VERSION,
+            held=str(self._runtime.held),
+            placement_epoch=self._runtime.epoch,
+            max_message_bytes=MAX_MESSAGE_BYTES,
+        )
+
+    async def _forward(self, frames: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> None:
+        """Reads calls and writes replies side by side until the router closes its half and all is answered."""
+        replies: asyncio.Queue[bytes | None] = asyncio.Queue()
+        writer = asyncio.create_task(_write(replies, context))
+        outstanding = 0
+        loop = asyncio.get_running_loop()
+        idle = asyncio.Event()
+        idle.set()
+
+        def answered(frame: bytes) -> None:
+            nonlocal outstanding
+            outstanding -= 1
+            replies.put_nowait(frame)
+            if not outstanding:
+                idle.set()
+
+        self.open_streams += 1
+        try:
+            async for frame in frames:
+                outstanding += 1
+                idle.clear()
+                self._accept(frame, lambda reply: loop.call_soon_threadsafe(answered, reply))
+            await idle.wait()
+            replies.put_nowait(None)
+            await writer
+        finally:
+            self.open_streams -= 1
+            writer.cancel()
+
+    def _accept(self, frame: bytes, reply: Callable[[bytes], object]) -> None:
+        """Hands one frame to the runtime; every path ends in exactly one `reply`."""
+        try:
+            header, payload = codec.decode(experts_pb2.ForwardRequest, frame)
+        except InvalidRequest as error:
+            reply(codec.encode(experts_pb2.ForwardReply(outcome=experts_pb2.OUTCOME_INVALID, detail=str(error))))
+            return
+        try:
+            if header.revision != self._revision:
+                raise RevisionMismatch(
+                    f"this replica serves revision {self._revision}, not {header.revision or '(none)'}"
+                )
+            call = parse_call(
+                header, payload, dtype=self._dtype, hidden=self._shape.mlp.hidden, row_bytes=self._row_bytes
+            )
+
+            def done(result: Computed | BaseException) -> None:
+                reply(self._reply(header, result))
+                self._trace(waiting, result)
+
+            waiting = Waiting(call, done)
+            self._runtime.submit(waiting)
+        except MoietyError as error:
+            reply(self._reply(header, error))
+
+    def _reply(self, header: experts_pb2.ForwardRequest, result: Computed | BaseException) -> bytes:
+        reply = experts_pb2.ForwardReply(
+            call_id=header.call_id, attempt=header.attempt, revision=self._revision, held_epoch=self._runtime.epoch
+        )
+        if isinstance(result, BaseException):
+            reply.outcome = next((o for kind, o in _OUTCOMES if isinstance(result, kind)), experts_pb2.OUTCOME_FAILED)
+            reply.detail = str(result)
+            return codec.encode(reply)
+        reply.rows = len(result.payload)
+        reply.activated_experts = result.activated_experts
+        reply.batch_rows = result.batch_rows
+        reply.queue_ms = result.queue_ms
+        reply.compute_ms = result.compute_ms
+        return codec.encode(reply, result.payload)
+
+    def _trace(self, waiting: Waiting, result: Computed | BaseException) -> None:
+        """The spans of one call, made after the fact and only for a sampled hop: expert -> queue, kernel."""
+        call = waiting.call
+        if not call.traceparent:
+            return
+        attributes = {Attribute.LAYER: call.layer, Attribute.ROWS: len(call.experts), Attribute.ATTEMPT: call.attempt}
+        expert = self._tracer.start(
+            SpanName.EXPERT, parent=call.traceparent, attributes=attributes, start_ns=waiting.since_ns
+        )
+        if isinstance(result, BaseException):
+            expert.error(result)
+            expert.end()
+            return
+        expert.set(Attribute.EXPERTS_ACTIVATED, result.activated_experts)
+        expert.set(Attribute.BATCH_ROWS, result.batch_rows)
+        self._tracer.start(SpanName.EXPERT_QUEUE, parent=expert, start_ns=waiting.since_ns).end(result.started_ns)
+        self._tracer.start(SpanName.EXPERT_KERNEL, parent=expert, start_ns=result.started_ns).end(result.ended_ns)
+        expert.end(result.ended_ns)
+
+
+async def _write(replies: asyncio.Queue[bytes | None], context: grpc.aio.ServicerContext) -> None:
+    while (frame := await replies.get()) is not None:
+        await context.write(frame)

@@ -1,0 +1,142 @@
+"""moiety.v1.Generation: the public gRPC API. Checks requests, speaks text, streams, and cancels what its client leaves."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import AsyncIterator
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from moiety.core import FinishReason
+from moiety.errors import InvalidRequest, MoietyError, NotFound, ResourceExhausted
+from moiety.gateway.routers import Routers
+from moiety.gateway.text import Detokenizer, Tokenizer
+from moiety.telemetry.names import Attribute, SpanName
+from moiety.telemetry.tracing import Tracer
+from moiety.wire import engine_pb2, generation_pb2, status
+from moiety.wire.deadline import Deadline
+from moiety.wire.metadata import traceparent_in
+from moiety.wire.sampling import check_prompt, check_sampling
+
+SERVICE = "moiety.v1.Generation"
+MAX_REQUEST_ID = 128
+
+
+class GenerationService:
+    """One model's public API."""
+
+    def __init__(self, routers: Routers, tokenizer: Tokenizer, model: str, max_concurrent: int, tracer: Tracer):
+        self._routers, self._tokenizer, self._model, self._tracer = routers, tokenizer, model, tracer
+        self._max_concurrent = max_concurrent
+        self.running = 0
+
+    def handler(self) -> grpc.GenericRpcHandler:
+        """To be added to a server under its service name."""
+        return grpc.method_handlers_generic_handler(
+            SERVICE,
+            {
+                "Generate": grpc.unary_stream_rpc_method_handler(
+                    self._generate,
+                    request_deserializer=_parse,
+                    response_serializer=generation_pb2.GenerateResponse.SerializeToString,
+                ),
+                "ListModels": grpc.unary_unary_rpc_method_handler(
+                    self._list_models,
+                    request_deserializer=generation_pb2.ListModelsRequest.FromString,
+                    response_serializer=generation_pb2.ListModelsResponse.SerializeToString,
+                ),
+            },
+        )
+
+    async def _list_models(
+        self, _request: generation_pb2.ListModelsRequest, context: grpc.aio.ServicerContext
+    ) -> generation_pb2.ListModelsResponse:
+        try:
+            router = await self._routers.pick(Deadline.after(context.time_remaining()))
+        except MoietyError as error:
+            await status.abort(context, error)
+        told = router.description
+        model = generation_pb2.Model(name=self._model, revision=told.revision, max_context=told.max_context)
+        return generation_pb2.ListModelsResponse(models=[model])
+
+    async def _generate(
+        self, request: generation_pb2.GenerateRequest | InvalidRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[generation_pb2.GenerateResponse]:
+        span = self._tracer.start(
+            SpanName.GENERATE,
+            parent=traceparent_in(context),
+            attributes={Attribute.OPERATION: "text_completion", Attribute.REQUEST_MODEL: self._model},
+        )
+        self.running += 1
+        try:
+            if isinstance(request, InvalidRequest):
+                raise request
+            deadline = Deadline.after(context.time_remaining())
+            engine_request = await self._admit(request, deadline)
+            span.set(Attribute.REQUEST_ID, engine_request.request_id)
+            span.set(Attribute.INPUT_TOKENS, len(engine_request.prompt_ids))
+            detokenizer, produced = Detokenizer(self._tokenizer), 0
+            async for event in self._routers.generate(engine_request, deadline, span.traceparent):
+                first, ended = produced == 0, bool(event.finish_reason)
+                produced += len(event.token_ids)
+                response = generation_pb2.GenerateResponse(
+                    text=detokenizer.push(event.token_ids, last=ended),
+                    token_ids=event.token_ids,
+                    logprobs=event.logprobs,
+                    finish_reason=event.finish_reason,
+                    request_id=engine_request.request_id if first else "",
+                )
+                if ended:
+                    response.usage.prompt_tokens = len(engine_request.prompt_ids)
+                    response.usage.completion_tokens = produced
+                    span.set(Attribute.OUTPUT_TOKENS, produced)
+                    span.set(Attribute.FINISH_REASONS, [_finish_name(event.finish_reason)])
+                yield response
+        except MoietyError as error:
+            span.error(error)
+            await status.abort(context, error)
+        finally:
+            self.running -= 1
+            span.end()
+
+    async def _admit(self, request: generation_pb2.GenerateRequest, deadline: Deadline) -> engine_pb2.EngineRequest:
+        """The request in token ids, checked against the model it goes to. Raises what the client should hear."""
+        if self.running > self._max_concurrent:
+            raise ResourceExhausted(f"{self.running - 1} requests are in flight, the most allowed", 1.0)
+        if request.model and request.model != self._model:
+            raise NotFound(f"model {request.model!r} is not served here; this is {self._model!r}")
+        if len(request.request_id) > MAX_REQUEST_ID:
+            raise InvalidRequest("request_id", request.request_id, f"at most {MAX_REQUEST_ID} characters")
+        kind = request.WhichOneof("prompt")
+        if kind is None:
+            raise InvalidRequest("prompt", None, "text or token_ids")
+        ids = self._tokenizer.encode(request.text) if kind == "text" else list(request.token_ids.ids)
+        router = await self._routers.pick(deadline)
+        told = router.description
+        check_prompt(ids, told.vocabulary, told.max_context)
+        sampling = check_sampling(request.sampling, len(ids), told.vocabulary, told.max_context)
+        engine_request = engine_pb2.EngineRequest(
+            request_id=request.request_id or secrets.token_hex(8),
+            prompt_ids=ids,
+            sampling=request.sampling,
+            stop_ids=self._tokenizer.stop_ids,
+        )
+        # Drawn once, so that a router that takes over samples the same tokens.
+        engine_request.sampling.seed, engine_request.sampling.max_tokens = sampling.seed, sampling.max_tokens
+        return engine_request
+
+
+def _parse(data: bytes) -> generation_pb2.GenerateRequest | InvalidRequest:
+    """Unreadable requests become an error with a name, instead of gRPC's INTERNAL."""
+    try:
+        return generation_pb2.GenerateRequest.FromString(data)
+    except DecodeError as error:
+        return InvalidRequest("request", f"{len(data)} bytes", f"a GenerateRequest with valid UTF-8 text: {error}")
+
+
+def _finish_name(reason: generation_pb2.FinishReason) -> str:
+    return {
+        generation_pb2.FINISH_REASON_STOP: FinishReason.STOP.value,
+        generation_pb2.FINISH_REASON_LENGTH: FinishReason.LENGTH.value,
+    }.get(reason, "")

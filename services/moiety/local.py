@@ -1,0 +1,315 @@
+"""LocalCluster: the whole system as plain child processes of this one, without Ray and, if need be, without Redis.
+
+A child (`python -m moiety.local`) reads its settings as one JSON line on stdin and answers with one JSON line on stdout
+once it is ready; more lines tell when its registry entry changes. Its stdin is its lifeline: when the parent goes, however
+it goes, the child sees the end of the file and stops. Logs go to files in `LocalCluster.folder`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from moiety import compose
+from moiety.client import Client
+from moiety.config import ExpertSettings, GatewaySettings, RouterSettings, ServiceSettings, validated
+from moiety.core import ExpertSet, ModelShape, Placement, Replica, Role
+from moiety.errors import ConfigError, MoietyError, Unavailable
+from moiety.load.connect import connect
+from moiety.load.entries import replica_from_json, replica_to_json
+from moiety.load.file import FileRegistryWriter
+from moiety.load.registry import Registry
+from moiety.model.checkpoint import Checkpoint
+from moiety.model.layout import expert_layout
+
+READY_S = 120.0
+STOP_S = 10.0
+_SETTINGS: Mapping[Role, type[ServiceSettings]] = {
+    Role.EXPERT: ExpertSettings,
+    Role.ROUTER: RouterSettings,
+    Role.GATEWAY: GatewaySettings,
+}
+
+
+@dataclass(slots=True, eq=False)
+class Child:
+    """One service process."""
+
+    replica: Replica
+    process: asyncio.subprocess.Process
+    follower: asyncio.Task[None] | None = None
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def signal(self, number: int) -> None:
+        """Sends a signal, such as SIGKILL or SIGSTOP, to the process."""
+        self.process.send_signal(number)
+
+
+class LocalCluster:
+    """Gateway, router and `groups` expert groups on this machine. An async context manager.
+
+    `registry` is a redis:// URL, or None for a registry file that this process keeps. `expert`, `router` and `gateway`
+    are settings on top of the common ones (config.py); `env` is added to the children's environment.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        groups: int = 2,
+        registry: str | None = None,
+        app: str = "local",
+        dtype: str = "auto",
+        threads: int = 1,
+        expert: Mapping[str, Any] | None = None,
+        router: Mapping[str, Any] | None = None,
+        gateway: Mapping[str, Any] | None = None,
+        env: Mapping[str, str] | None = None,
+    ):
+        self.model, self.groups = str(model), groups
+        self.folder = Path(tempfile.mkdtemp(prefix="moiety-"))
+        self.children: list[Child] = []
+        self._writer = FileRegistryWriter(self.folder / "registry.json") if registry is None else None
+        self.registry_url = registry or f"file://{self.folder / 'registry.json'}"
+        self.registry: Registry = self._writer or connect(self.registry_url, app)
+        self._common = {
+            "model": self.model,
+            "registry": self.registry_url,
+            "app": app,
+            "dtype": dtype,
+            "threads": threads,
+        }
+        self._extra = {Role.EXPERT: expert or {}, Role.ROUTER: router or {}, Role.GATEWAY: gateway or {}}
+        self._env = {**os.environ, **child_environment(threads), **(env or {})}
+        self._count = 0
+
+    async def __aenter__(self) -> Self:
+        try:
+            self.shape = await asyncio.to_thread(_shape, self.model)
+            self.plan = partition(self.shape, self.groups)
+            experts = [self.add_expert(group) for group in range(self.groups)]
+            await asyncio.gather(*experts, self._add(Role.ROUTER, "router", {}), self._add(Role.GATEWAY, "gateway", {}))
+            await self._until_ready()
+        except BaseException:
+            await self.stop()
+            raise
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.stop()
+
+    @property
+    def address(self) -> str:
+        """Of the gateway: moiety.v1.Generation."""
+        return next(child.replica.address for child in self.children if child.replica.role is Role.GATEWAY)
+
+    def experts(self, group: int) -> list[Child]:
+        """The live replicas of one group, oldest first."""
+        return [child for child in self.children if child.replica.deployment == f"experts-{group}"]
+
+    def router(self) -> Child:
+        return next(child for child in self.children if child.replica.role is Role.ROUTER)
+
+    async def add_expert(self, group: int) -> Child:
+        """Starts one more replica of `group`; returns when it is registered."""
+        return await self._add(Role.EXPERT, f"experts-{group}", {"held": str(self.plan[group])})
+
+    async def add_router(self) -> Child:
+        """Starts one more router."""
+        return await self._add(Role.ROUTER, "router", {})
+
+    async def place(self, held: Mapping[str, ExpertSet]) -> None:
+        """Puts a new placement in force: deployment -> experts. Replicas follow at their next beat."""
+        current = await self.registry.placement()
+        if not await self.registry.set_placement(Placement((current.epoch if current else 0) + 1, held)):
+            raise Unavailable("another placement was set at the same time")
+
+    async def drain(self, child: Child, grace_s: float = 8.0) -> None:
+        """Stops one child as an autoscaler would: deregistered first, work in flight finished."""
+        await _write(child.process, {"drain_s": grace_s})
+        async with asyncio.timeout(grace_s + STOP_S):
+            await child.process.wait()
+
+    async def stop(self) -> None:
+        """Ends every child and removes every file."""
+        for child in self.children:
+            with suppress(ProcessLookupError):
+                child.signal(signal.SIGCONT)  # a stopped one could not see the end of its stdin
+            if child.process.stdin is not None:
+                child.process.stdin.close()
+        await asyncio.gather(*(_ended(child.process) for child in self.children))
+        await asyncio.gather(*(child.follower for child in self.children if child.follower), return_exceptions=True)
+        await self.registry.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    async def _add(self, role: Role, deployment: str, settings: Mapping[str, Any]) -> Child:
+        self._count += 1
+        replica_id = f"{deployment}#{self._count}"
+        values = {**self._common, "deployment": deployment, **settings, **self._extra[role]}
+        validated(_SETTINGS[role], values)  # a wrong setting is told here, not in a child's log
+        log = (self.folder / f"{replica_id.replace('#', '-')}.log").open("wb")
+        with log:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                "moiety.local",
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=log,
+                env=self._env,
+                limit=1 << 20,
+                start_new_session=True,  # Ctrl-C at a terminal reaches the parent, which stops us in order
+            )
+        try:
+            await _write(process, {"role": role, "settings": values, "replica_id": replica_id})
+            async with asyncio.timeout(READY_S):
+                told = await _read(process)
+            if "error" in told:
+                raise Unavailable(f"{deployment} did not start: {told['error']}")
+        except BaseException as error:
+            with suppress(ProcessLookupError):
+                process.kill()
+            await process.wait()
+            if isinstance(error, EOFError):
+                raise Unavailable(f"{deployment} died while starting:\n{_tail(Path(log.name))}") from None
+            raise
+        child = Child(replica_from_json(json.dumps(told["replica"])), process)
+        await self._note(child.replica)
+        child.follower = asyncio.create_task(self._follow(child))
+        self.children.append(child)
+        return child
+
+    async def _follow(self, child: Child) -> None:
+        """Keeps the registry file in step with one child, to its end."""
+        with suppress(EOFError):
+            while True:
+                told = await _read(child.process)
+                child.replica = replica_from_json(json.dumps(told["replica"]))
+                await self._note(child.replica)
+        await child.process.wait()
+        if self._writer is not None:
+            await self._writer.deregister(child.replica.id)
+        self.children.remove(child)
+
+    async def _note(self, replica: Replica) -> None:
+        if self._writer is not None:
+            await self._writer.register(replica)
+
+    async def _until_ready(self) -> None:
+        async with asyncio.timeout(READY_S), Client(self.address) as client:
+            while True:
+                with suppress(Unavailable):
+                    await client.models()
+                    return
+                await asyncio.sleep(0.1)
+
+
+def partition(shape: ModelShape, groups: int) -> tuple[ExpertSet, ...]:
+    """The default placement. Raises ConfigError where `groups` does not fit the model."""
+    if not 1 <= groups <= shape.experts:
+        raise ConfigError("groups", groups, f"must be 1 to {shape.experts}, the experts of a layer of this model")
+    return shape.partition(groups)
+
+
+def child_environment(threads: int) -> dict[str, str]:
+    """What every service process should have in its environment before it starts."""
+    return {
+        "OMP_NUM_THREADS": str(threads),
+        "OMP_WAIT_POLICY": "passive",  # replicas share cores: a spinning one steals from the others
+        "HF_HUB_OFFLINE": "1",
+        "THP_MEM_ALLOC_ENABLE": "1",  # huge pages for torch: weights stream at up to twice the speed
+        "GRPC_VERBOSITY": os.environ.get("GRPC_VERBOSITY", "NONE"),
+    }
+
+
+def _shape(model: str) -> ModelShape:
+    return expert_layout(Checkpoint.open(model)).shape
+
+
+async def _write(process: asyncio.subprocess.Process, message: Mapping[str, Any]) -> None:
+    assert process.stdin is not None
+    process.stdin.write(json.dumps(message).encode() + b"\n")
+    await process.stdin.drain()
+
+
+async def _read(process: asyncio.subprocess.Process) -> dict[str, Any]:
+    """The child's next message. Raises EOFError when it has gone."""
+    assert process.stdout is not None
+    if not (line := await process.stdout.readline()):
+        raise EOFError
+    message: dict[str, Any] = json.loads(line)
+    return message
+
+
+async def _ended(process: asyncio.subprocess.Process) -> None:
+    try:
+        async with asyncio.timeout(STOP_S):
+            await process.wait()
+    except TimeoutError:
+        process.kill()
+        await process.wait()
+
+
+def _tail(log: Path, lines: int = 15) -> str:
+    return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
+
+
+# The child ---------------------------------------------------------------------------------------------------------
+
+
+async def _child() -> int:
+    loop = asyncio.get_running_loop()
+    lifeline = asyncio.StreamReader(limit=1 << 20)
+    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(lifeline), sys.stdin)
+    order = json.loads(await lifeline.readline())
+    role, node = Role(order["role"]), os.uname().nodename
+    try:
+        settings = validated(_SETTINGS[role], order["settings"])
+        start = {
+            Role.EXPERT: compose.start_expert,
+            Role.ROUTER: compose.start_router,
+            Role.GATEWAY: compose.start_gateway,
+        }
+        running = await start[role](settings, replica_id=order["replica_id"], node=node)  # type: ignore[operator]
+    except MoietyError as error:
+        _tell({"error": str(error)})
+        return 1
+    replica = running.replica
+    _tell({"replica": json.loads(replica_to_json(replica))})
+    command = asyncio.create_task(lifeline.readline())
+    while not command.done():
+        await asyncio.wait([command], timeout=0.1)
+        if running.replica != replica:
+            replica = running.replica
+            _tell({"replica": json.loads(replica_to_json(replica))})
+    if line := command.result():
+        draining = asyncio.create_task(running.drain(json.loads(line)["drain_s"]))
+        await asyncio.sleep(0)
+        _tell({"replica": json.loads(replica_to_json(running.replica))})
+        await draining
+    await running.close()
+    return 0
+
+
+def _tell(message: Mapping[str, Any]) -> None:
+    with suppress(BrokenPipeError):
+        print(json.dumps(message), flush=True)
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    sys.exit(asyncio.run(_child()))

@@ -1,0 +1,56 @@
+"""One request's life inside the engine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from moiety.core import FinishReason, Sampling
+from moiety.errors import MoietyError
+from moiety.telemetry.tracing import NO_SPAN, Span
+from moiety.wire.deadline import Deadline
+
+
+@dataclass(frozen=True, slots=True)
+class Emitted:
+    """What one step brought a request: a token, its end, or both. An error ends it too."""
+
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[float, ...] = ()
+    finish: FinishReason | None = None
+    error: MoietyError | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """Token ids so far, and how many of them are in the cache. Changed by the engine's thread only."""
+
+    request_id: str
+    tokens: list[int]  # prompt, what a lost router had generated, and what we generate
+    prompt_tokens: int
+    sampling: Sampling
+    stop_ids: frozenset[int]
+    emit: Callable[[Emitted], None]  # called from the engine's thread
+    deadline: Deadline = field(default_factory=Deadline)
+    span: Span = NO_SPAN
+    computed: int = 0  # tokens whose keys and values are in the cache
+    cancelled: bool = False  # set by any thread, honoured at the next step
+    submitted_ns: int = field(default_factory=time.time_ns)
+
+    @property
+    def generated(self) -> int:
+        return len(self.tokens) - self.prompt_tokens
+
+    @property
+    def most_tokens(self) -> int:
+        """The cache space it may come to need."""
+        return self.prompt_tokens + self.sampling.max_tokens
+
+    @property
+    def prefilling(self) -> bool:
+        return len(self.tokens) - self.computed > 1
+
+    @property
+    def given_up(self) -> bool:
+        return self.cancelled or self.deadline.passed

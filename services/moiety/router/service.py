@@ -1,0 +1,109 @@
+"""moiety.v1.Engine: token ids in, token ids out. The asyncio side of the engine; it never computes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import grpc
+
+from moiety.core import FinishReason
+from moiety.errors import FailedPrecondition, MoietyError
+from moiety.router.engine import Engine
+from moiety.router.sequence import Emitted, Sequence
+from moiety.telemetry.names import Attribute, SpanName
+from moiety.telemetry.tracing import Tracer
+from moiety.wire import engine_pb2, engine_pb2_grpc, generation_pb2, status
+from moiety.wire.deadline import Deadline
+from moiety.wire.metadata import traceparent_in
+from moiety.wire.sampling import check_prompt, check_sampling
+
+SERVICE = "moiety.v1.Engine"
+_FINISH = {
+    None: generation_pb2.FINISH_REASON_NONE,
+    FinishReason.STOP: generation_pb2.FINISH_REASON_STOP,
+    FinishReason.LENGTH: generation_pb2.FINISH_REASON_LENGTH,
+}
+
+
+class EngineService(engine_pb2_grpc.EngineServicer):
+    """One engine's RPCs."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        model: str,
+        revision: str,
+        *,
+        vocabulary: int,
+        max_context: int,
+        slots: int,
+        tracer: Tracer,
+    ):
+        self._engine, self._model, self._revision, self._tracer = engine, model, revision, tracer
+        self._vocabulary, self._max_context, self._slots = vocabulary, max_context, slots
+
+    async def Describe(
+        self, _request: engine_pb2.EngineDescribeRequest, _context: grpc.aio.ServicerContext
+    ) -> engine_pb2.EngineDescription:
+        load = self._engine.load
+        return engine_pb2.EngineDescription(
+            model=self._model,
+            revision=self._revision,
+            max_context=self._max_context,
+            vocabulary=self._vocabulary,
+            running=load.running,
+            waiting=load.waiting,
+            slots=self._slots,
+        )
+
+    async def Generate(
+        self, request: engine_pb2.EngineRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[engine_pb2.EngineEvent]:
+        events: asyncio.Queue[Emitted] = asyncio.Queue()
+        try:
+            sequence = self._sequence(request, context, events)
+            self._engine.submit(sequence)
+        except MoietyError as error:
+            await status.abort(context, error)
+        try:
+            while True:
+                emitted = await events.get()
+                if emitted.error is not None:
+                    await status.abort(context, emitted.error)
+                yield engine_pb2.EngineEvent(
+                    token_ids=emitted.token_ids, logprobs=emitted.logprobs, finish_reason=_FINISH[emitted.finish]
+                )
+                if emitted.finish is not None:
+                    return
+        finally:
+            self._engine.cancel(sequence)  # no-op when it has ended; frees the slot when the client went away
+
+    def _sequence(
+        self, request: engine_pb2.EngineRequest, context: grpc.aio.ServicerContext, events: asyncio.Queue[Emitted]
+    ) -> Sequence:
+        if request.revision and request.revision != self._revision:
+            raise FailedPrecondition(f"this router serves revision {self._revision}, not {request.revision}")
+        prompt, generated = list(request.prompt_ids), list(request.generated_ids)
+        check_prompt(prompt + generated, self._vocabulary, self._max_context)
+        sampling = check_sampling(request.sampling, len(prompt), self._vocabulary, self._max_context)
+        loop = asyncio.get_running_loop()
+
+        def emit(emitted: Emitted) -> None:
+            loop.call_soon_threadsafe(events.put_nowait, emitted)
+
+        span = self._tracer.start(
+            SpanName.ENGINE_REQUEST,
+            parent=traceparent_in(context) or "",
+            attributes={Attribute.REQUEST_ID: request.request_id, Attribute.INPUT_TOKENS: len(prompt)},
+        )
+        return Sequence(
+            request_id=f"{request.request_id}/{id(events):x}",  # the same request may come again after a lost gateway
+            tokens=prompt + generated,
+            prompt_tokens=len(prompt),
+            sampling=sampling,
+            stop_ids=frozenset(request.stop_ids),
+            emit=emit,
+            deadline=Deadline.after(context.time_remaining()),
+            span=span,
+        )

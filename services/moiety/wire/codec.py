@@ -1,0 +1,90 @@
+"""Frames of the Forward stream: protobuf messages whose payload is written and read in place.
+
+A frame is an ordinary serialised message, so any gRPC client can speak it. `payload_bytes` comes first and `payload`
+last, so we join the payload on, and slice it out again, without protobuf copying megabytes through its arena.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import TypeVar
+
+import numpy as np
+import torch
+from google.protobuf.message import DecodeError
+
+from moiety.errors import InvalidRequest
+from moiety.wire.experts_pb2 import ForwardReply, ForwardRequest
+
+Header = TypeVar("Header", ForwardRequest, ForwardReply)
+Rows = np.ndarray  # one item per row, dtype void of the row's bytes: moved by memcpy whatever the dtype means
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+_PAYLOAD_BYTES_TAG = 0x0D  # field 1, fixed32
+_PAYLOAD_TAG = 0x7A  # field 15, length-delimited
+
+
+def torch_dtype(setting: str, published: str) -> torch.dtype:
+    """The dtype that a `dtype` setting means; `auto` is the checkpoint's own."""
+    return DTYPES[published if setting == "auto" else setting]
+
+
+def encode(header: Header, payload: Rows | None = None) -> bytes:
+    """One frame: `header` (payload unset) with the rows of `payload` behind it."""
+    if payload is None or payload.nbytes == 0:
+        header.payload_bytes = 0
+        return header.SerializeToString()
+    header.payload_bytes = payload.nbytes
+    body = np.ascontiguousarray(payload).view(np.uint8).data
+    return b"".join((header.SerializeToString(), _payload_prefix(payload.nbytes), body))
+
+
+def decode(kind: type[Header], frame: bytes) -> tuple[Header, memoryview]:
+    """(header without its payload, payload as a view of `frame`). Raises InvalidRequest when it is not a `kind`."""
+    try:
+        if len(frame) > 5 and frame[0] == _PAYLOAD_BYTES_TAG:
+            size = struct.unpack_from("<I", frame, 1)[0]
+            prefix = _payload_prefix(size) if size else b""
+            end = len(frame) - size
+            start = end - len(prefix)
+            if start >= 5 and frame[start:end] == prefix:
+                header = kind.FromString(frame[:start])
+                if not header.payload:
+                    return header, memoryview(frame)[end:]
+        header = kind.FromString(frame)  # written by another protobuf library, in another order
+    except DecodeError as error:
+        raise InvalidRequest("frame", f"{len(frame)} bytes", f"a {kind.DESCRIPTOR.name}: {error}") from None
+    return header, memoryview(header.payload)
+
+
+def rows_of(tensor: torch.Tensor) -> Rows:
+    """A contiguous CPU tensor [R, ...] as R opaque rows sharing its memory."""
+    flat = tensor.detach().reshape(tensor.shape[0], -1)
+    row_bytes = flat.shape[1] * flat.element_size()
+    return flat.view(torch.uint8).numpy().view(np.dtype((np.void, row_bytes)))[:, 0]
+
+
+def rows_in(payload: memoryview, row_bytes: int) -> Rows:
+    """A received payload as opaque rows, read-only, without a copy."""
+    return np.frombuffer(payload, dtype=np.dtype((np.void, row_bytes)))
+
+
+def int32_bytes(values: np.ndarray) -> bytes:
+    """Little-endian int32, the form of k_offsets and experts."""
+    return values.astype("<i4", copy=False).tobytes()
+
+
+def int32_array(data: bytes) -> np.ndarray:
+    """The inverse of `int32_bytes`."""
+    return np.frombuffer(data, dtype="<i4")
+
+
+def _payload_prefix(size: int) -> bytes:
+    out = bytearray([_PAYLOAD_TAG])
+    while size > 0x7F:
+        out.append(size & 0x7F | 0x80)
+        size >>= 7
+    out.append(size)
+    return bytes(out)

@@ -1,0 +1,70 @@
+"""Forward calls and replies as values: the codec's frames, checked against their own arithmetic."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from moiety.core import CallClass
+from moiety.errors import InvalidRequest
+from moiety.wire import codec
+from moiety.wire.deadline import Deadline
+from moiety.wire.experts_pb2 import CALL_CLASS_PREFILL, ForwardRequest
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardCall:
+    """One call as an expert replica received it: R rows, A (row, expert) assignments."""
+
+    call_id: int
+    attempt: int
+    revision: str
+    layer: int
+    call_class: CallClass
+    deadline: Deadline
+    traceparent: str
+    k_offsets: np.ndarray  # int32 [R + 1]
+    experts: np.ndarray  # int32 [A], global ids
+    payload: codec.Rows  # [R]
+
+    @property
+    def row_of(self) -> np.ndarray:
+        """[A]: the row each assignment takes."""
+        return np.repeat(np.arange(len(self.k_offsets) - 1), np.diff(self.k_offsets))
+
+
+def parse_call(header: ForwardRequest, payload: memoryview, *, dtype: str, hidden: int, row_bytes: int) -> ForwardCall:
+    """Checks a received message against itself and against what Describe promised. Raises InvalidRequest."""
+    if header.dtype != dtype:
+        raise InvalidRequest("dtype", header.dtype, f"{dtype}, as Describe says")
+    if len(header.k_offsets) != 4 * (header.rows + 1):
+        raise InvalidRequest(
+            "k_offsets", f"{len(header.k_offsets)} bytes", f"{4 * (header.rows + 1)} bytes: rows + 1 int32"
+        )
+    if len(payload) != header.rows * row_bytes:
+        raise InvalidRequest(
+            "payload",
+            f"{len(payload)} bytes",
+            f"{header.rows * row_bytes} bytes: {header.rows} rows of {hidden} {dtype}",
+        )
+    offsets = codec.int32_array(header.k_offsets)
+    if len(header.experts) % 4:
+        raise InvalidRequest("experts", f"{len(header.experts)} bytes", "a whole number of int32")
+    experts = codec.int32_array(header.experts)
+    if offsets[0] != 0 or offsets[-1] != len(experts) or np.any(np.diff(offsets) < 0):
+        raise InvalidRequest(
+            "k_offsets", offsets[:8].tolist(), f"non-decreasing from 0 to {len(experts)}, the experts given"
+        )
+    return ForwardCall(
+        call_id=header.call_id,
+        attempt=header.attempt,
+        revision=header.revision,
+        layer=header.layer,
+        call_class=CallClass.PREFILL if header.call_class == CALL_CLASS_PREFILL else CallClass.DECODE,
+        deadline=Deadline.after(header.deadline_ms / 1000 if header.deadline_ms else None),
+        traceparent=header.traceparent,
+        k_offsets=offsets,
+        experts=experts,
+        payload=codec.rows_in(payload, row_bytes) if header.rows else np.empty(0, dtype=np.dtype((np.void, row_bytes))),
+    )

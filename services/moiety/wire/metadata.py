@@ -1,0 +1,17 @@
+"""What travels beside the messages: trace context."""
+
+from __future__ import annotations
+
+import grpc
+
+TRACEPARENT = "traceparent"
+
+
+def traceparent_in(context: grpc.aio.ServicerContext) -> str | None:
+    """The caller's W3C trace context, or None where it sent none."""
+    return next((value for key, value in context.invocation_metadata() or () if key == TRACEPARENT), None)
+
+
+def with_traceparent(traceparent: str) -> tuple[tuple[str, str], ...]:
+    """Metadata for a call; empty when the caller's span is not sampled."""
+    return ((TRACEPARENT, traceparent),) if traceparent else ()
