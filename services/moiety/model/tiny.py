@@ -106,7 +106,7 @@ def write_tiny(
 
 def _weight(name: str, shape: torch.Size, dtype: torch.dtype, seed: int, deviation: float) -> torch.Tensor:
     """Normal noise, around one for norms and zero for all else, biases and sinks included: zeros hide mistakes."""
-    generator = torch.Generator().manual_seed(seed << 32 | zlib.crc32(name.encode()))
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
     stored = torch.float32 if name.endswith("e_score_correction_bias") else dtype
     noise = torch.empty(shape, dtype=stored).normal_(0.0, deviation, generator=generator)
     return noise + 1 if len(shape) == 1 and "norm" in name else noise

@@ -1,0 +1,107 @@
+"""Tiny checkpoints, opened once, and an ExpertBackend that computes in this process from slices of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from moiety.core import ExpertMLP, ExpertSet, PendingRows
+from moiety.model.checkpoint import Checkpoint
+from moiety.model.layout import ExpertLayout, expert_layout
+from moiety.model.slices import load_experts
+from moiety.model.tiny import write_tiny
+from moiety_kernels import ExpertWeights, grouped_expert_mlp
+
+Held = dict[tuple[int, int], ExpertWeights]
+OpenTiny = Callable[[str], tuple[Checkpoint, ExpertLayout]]
+MakeExperts = Callable[..., "LocalExperts"]
+
+
+class Rows:
+    """Rows that are already there."""
+
+    def __init__(self, rows: torch.Tensor) -> None:
+        self._rows = rows
+
+    def result(self) -> torch.Tensor:
+        return self._rows
+
+
+class LocalExperts:
+    """Stands where the hop stands: each slice computes the rows of the experts it holds, and nobody else does."""
+
+    def __init__(self, mlp: ExpertMLP, slices: Sequence[Held]) -> None:
+        self._options = {
+            "activation": mlp.activation,
+            "gated": mlp.gated,
+            "interleaved": mlp.interleaved,
+            "transposed": mlp.transposed,
+            "limit": mlp.limit,
+            "alpha": mlp.alpha,
+        }
+        self._slices = slices
+        self.tokens: list[int] = []  # T of every call, in order
+
+    def submit(self, layer: int, hidden: torch.Tensor, top_k_index: torch.Tensor) -> PendingRows:
+        self.tokens.append(hidden.shape[0])
+        flat, top_k = top_k_index.reshape(-1), top_k_index.shape[1]
+        out = torch.full((flat.numel(), hidden.shape[1]), torch.nan, dtype=hidden.dtype)
+        for held in self._slices:
+            experts = sorted(expert for held_layer, expert in held if held_layer == layer)
+            slots = [(flat == expert).nonzero().squeeze(1) for expert in experts]
+            order = torch.cat(slots)
+            rows, counts = hidden[order // top_k], [len(slot) for slot in slots]
+            out[order] = grouped_expert_mlp(rows, counts, [held[layer, e] for e in experts], **self._options)
+        return Rows(out.view(*top_k_index.shape, -1))
+
+    def while_waiting(self, layer: int) -> None:
+        pass
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Matrices of 64 columns gain nothing from threads that other tests may be using."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Layouts are cached in a folder of this run only."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("cache")
+        patch.setenv("MOIETY_CACHE", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def open_tiny(tmp_path_factory: pytest.TempPathFactory) -> OpenTiny:
+    """Architecture -> its tiny checkpoint and layout, written on first use."""
+    opened: dict[str, tuple[Checkpoint, ExpertLayout]] = {}
+
+    def open_one(architecture: str) -> tuple[Checkpoint, ExpertLayout]:
+        if architecture not in opened:
+            folder = tmp_path_factory.mktemp(architecture)
+            checkpoint = Checkpoint.open(write_tiny(architecture, folder, shard_bytes=200_000))
+            opened[architecture] = checkpoint, expert_layout(checkpoint)
+        return opened[architecture]
+
+    return open_one
+
+
+@pytest.fixture(scope="session")
+def make_experts() -> MakeExperts:
+    """(checkpoint, layout, dtype) -> LocalExperts over two uneven slices: the first 3 experts, and the others."""
+
+    def make(checkpoint: Checkpoint, layout: ExpertLayout, dtype: torch.dtype = torch.float32) -> LocalExperts:
+        shape = layout.shape
+        parts = (range(3), range(3, shape.experts))
+        sets = [ExpertSet.block(shape.moe_layers, part) for part in parts]
+        return LocalExperts(shape.mlp, [load_experts(checkpoint, layout, held, dtype) for held in sets])
+
+    return make

@@ -1,0 +1,158 @@
+"""The split model (router, and experts in two slices) against plain transformers."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from moiety.core import PendingRows
+from moiety.errors import CheckpointError
+from moiety.model.architecture import experts_modules
+from moiety.model.checkpoint import Checkpoint
+from moiety.model.layout import expert_layout
+from moiety.model.router import load_router
+from moiety.model.seam import use_backend
+from moiety.model.tiny import TINY, write_tiny
+
+PROMPT_LENGTHS = (1, 11, 40)  # decode-like; within gpt-oss's sliding window of 16; past it
+NEW_TOKENS = 12
+
+
+def attention_of(architecture: str) -> str:
+    """transformers has no sdpa for attention sinks."""
+    return "eager" if architecture == "gpt_oss" else "sdpa"
+
+
+def reference(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32):
+    """Plain transformers."""
+    attention = attention_of(checkpoint.architecture)
+    return AutoModelForCausalLM.from_pretrained(
+        checkpoint.path, dtype=dtype, attn_implementation=attention, local_files_only=True
+    ).eval()
+
+
+def prompt(length: int, seed: int = 0) -> torch.Tensor:
+    """Random token ids [1, length], none of them special."""
+    return torch.randint(3, 320, (1, length), generator=torch.Generator().manual_seed(seed + length))
+
+
+def greedy(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """The greedy continuation by `generate`, end-of-sequence tokens suppressed."""
+    options = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 2}
+    return model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+
+
+@pytest.mark.parametrize("architecture", TINY)
+def test_greedy_tokens_are_those_of_transformers(
+    open_tiny, make_experts, architecture: str, record_property, capsys: pytest.CaptureFixture[str]
+):
+    """In fp32 every greedy token is the reference's; logits are equal, and the largest error is reported."""
+    checkpoint, layout = open_tiny(architecture)
+    plain = reference(checkpoint)
+    router = load_router(checkpoint, layout, torch.float32, attention=attention_of(architecture))
+    worst = 0.0
+    with use_backend(make_experts(checkpoint, layout)), torch.no_grad():
+        for length in PROMPT_LENGTHS:
+            expected = greedy(plain, prompt(length))
+            assert torch.equal(greedy(router, prompt(length)), expected)
+            worst = max(worst, (router(expected).logits - plain(expected).logits).abs().max().item())
+    record_property("max_logit_error", worst)
+    with capsys.disabled():
+        print(f"\n{architecture}: max logit error {worst:.1e}", end=" ")
+    assert worst <= 1e-5
+
+
+@pytest.mark.parametrize("architecture", ["mixtral", "deepseek_v3", "gpt_oss"])
+def test_bfloat16_logits_agree(open_tiny, make_experts, architecture: str):
+    """In bf16 too the split changes nothing: weights keep their dtype, sums their order."""
+    checkpoint, layout = open_tiny(architecture)
+    attention = attention_of(architecture)
+    router = load_router(checkpoint, layout, torch.bfloat16, attention=attention)
+    with use_backend(make_experts(checkpoint, layout, torch.bfloat16)), torch.no_grad():
+        logits = router(prompt(40)).logits
+        assert torch.equal(logits, reference(checkpoint, torch.bfloat16)(prompt(40)).logits)
+
+
+@pytest.mark.parametrize("architecture", TINY)
+def test_parameters_are_split_without_remainder(open_tiny, make_experts, architecture: str):
+    """The router has every parameter but the experts', the slices have those, and both have them to the byte."""
+    checkpoint, layout = open_tiny(architecture)
+    plain = reference(checkpoint)
+    in_experts = sum(p.nbytes for _, module in experts_modules(plain) for p in module.parameters())
+    router = load_router(checkpoint, layout, torch.float32, attention=attention_of(architecture))
+    assert all(not list(module.parameters()) for _, module in experts_modules(router))
+    assert sum(p.nbytes for p in router.parameters()) == sum(p.nbytes for p in plain.parameters()) - in_experts
+    storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in router.parameters()}
+    assert sum(storages.values()) == sum(p.nbytes for p in router.parameters())
+    slices = make_experts(checkpoint, layout)._slices
+    per_expert = in_experts // (layout.shape.moe_layers * layout.shape.experts)
+    for held in slices:
+        assert sum(weights.nbytes for weights in held.values()) == len(held) * per_expert
+    assert sum(len(held) for held in slices) * per_expert == in_experts
+
+
+def test_two_forwards_of_one_model_interleave(open_tiny, make_experts):
+    """Two threads, in step layer by layer, each with its own backend: each gets its own logits, as if alone."""
+    checkpoint, layout = open_tiny("deepseek_v3")
+    router = load_router(checkpoint, layout, torch.float32)
+    experts = make_experts(checkpoint, layout)
+    barrier = threading.Barrier(2, timeout=20)
+
+    class InStep:
+        """Waits, with a submitted layer in hand, for the other lane to have submitted its own."""
+
+        def __init__(self) -> None:
+            self.tokens: list[int] = []
+
+        def submit(self, layer: int, hidden: torch.Tensor, top_k_index: torch.Tensor) -> PendingRows:
+            self.tokens.append(hidden.shape[0])
+            return experts.submit(layer, hidden, top_k_index)
+
+        def while_waiting(self, layer: int) -> None:
+            barrier.wait()
+
+    lanes = {length: InStep() for length in (5, 23)}
+    logits: dict[int, torch.Tensor] = {}
+
+    def forward(length: int) -> None:
+        with use_backend(lanes[length]), torch.no_grad():
+            logits[length] = router(prompt(length)).logits
+
+    threads = [threading.Thread(target=forward, args=(length,)) for length in lanes]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    for length, lane in lanes.items():
+        assert lane.tokens == [length] * layout.shape.moe_layers
+        with use_backend(experts), torch.no_grad():
+            assert torch.equal(logits[length], router(prompt(length)).logits)
+
+
+def test_a_forward_without_a_backend_is_refused(open_tiny):
+    """A router that is run outside of use_backend says so instead of computing without experts."""
+    checkpoint, layout = open_tiny("mixtral")
+    with pytest.raises(RuntimeError, match="outside of use_backend"):
+        load_router(checkpoint, layout, torch.float32)(prompt(3))
+
+
+def test_a_missing_router_weight_is_named(tmp_path: Path):
+    """A checkpoint that lacks a non-expert tensor is refused: random values must never be served."""
+    folder = write_tiny("mixtral", tmp_path)
+    shard = next(folder.glob("*.safetensors"))
+    tensors = load_file(shard)
+    del tensors["model.norm.weight"]
+    save_file(tensors, shard, metadata={"format": "pt"})
+    index = folder / "model.safetensors.index.json"
+    data = json.loads(index.read_text())
+    del data["weight_map"]["model.norm.weight"]
+    index.write_text(json.dumps(data))
+    checkpoint = Checkpoint.open(folder)
+    with pytest.raises(CheckpointError, match=r"missing keys: model\.norm\.weight"):
+        load_router(checkpoint, expert_layout(checkpoint), torch.float32)
