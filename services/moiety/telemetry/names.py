@@ -1,0 +1,115 @@
+"""Every span and attribute name, declared once. OpenTelemetry's semantic conventions are followed where one exists.
+
+One trace reads: client.generate → generate → engine.request → queue, then steps; step → layer → hop → expert → its queue
+and kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import StrEnum
+
+
+class SpanName(StrEnum):
+    """What a span measures; which one of its kind (layer, replica, step class) is told by attributes."""
+
+    CLIENT_GENERATE = "client.generate"  # client: call sent → stream closed
+    GENERATE = "generate"  # gateway: request accepted → last text sent
+    ENGINE_REQUEST = "engine.request"  # router: request accepted → last token emitted
+    QUEUE = "queue"  # router: request accepted → it has a slot
+    STEP = "step"  # router: one engine step; STEP_CLASS tells prefill from decode
+    ATTENTION = "attention"  # router, in a step: what it computes between two MoE layers (attention, norms, gating)
+    LAYER = "layer"  # router, in a step: one MoE layer's experts, from rows known to all of them answered
+    PARK = "park"  # router, in a layer: no live replica holds an expert that it needs
+    HOP = "hop"  # router, in a layer: call sent → reply decoded, one replica
+    SAMPLE = "sample"  # router, in a step: logits → tokens
+    EXPERT = "expert"  # expert: call received → reply handed to the stream
+    EXPERT_QUEUE = "expert.queue"  # expert: waiting for the device
+    EXPERT_KERNEL = "expert.kernel"  # expert: computing on the device
+    SCALING_DECISION = "scaling.decision"  # gateway: one change of a deployment's target, with its reason
+
+
+class SpanKind(StrEnum):
+    """OpenTelemetry's span kinds, as far as they occur here."""
+
+    CLIENT = "client"
+    SERVER = "server"
+    INTERNAL = "internal"
+
+
+_KINDS: Mapping[SpanName, SpanKind] = {
+    SpanName.CLIENT_GENERATE: SpanKind.CLIENT,
+    SpanName.GENERATE: SpanKind.SERVER,
+    SpanName.ENGINE_REQUEST: SpanKind.SERVER,
+    SpanName.HOP: SpanKind.CLIENT,
+    SpanName.EXPERT: SpanKind.SERVER,
+}
+
+
+def kind_of(name: SpanName) -> SpanKind:
+    """Which side of a call spans of that name are; INTERNAL unless they are one."""
+    return _KINDS.get(name, SpanKind.INTERNAL)
+
+
+class Attribute(StrEnum):
+    """Keys of span attributes, with the type and unit of their values."""
+
+    # Semantic conventions: generative AI.
+    OPERATION = "gen_ai.operation.name"  # str: "text_completion" or "chat"
+    REQUEST_MODEL = "gen_ai.request.model"  # str
+    MAX_TOKENS = "gen_ai.request.max_tokens"  # int
+    TEMPERATURE = "gen_ai.request.temperature"  # float
+    TOP_P = "gen_ai.request.top_p"  # float
+    TOP_K = "gen_ai.request.top_k"  # int
+    SEED = "gen_ai.request.seed"  # int
+    INPUT_TOKENS = "gen_ai.usage.input_tokens"  # int
+    OUTPUT_TOKENS = "gen_ai.usage.output_tokens"  # int
+    FINISH_REASONS = "gen_ai.response.finish_reasons"  # list of str
+
+    # Semantic conventions: calls, peers, errors.
+    RPC_SYSTEM = "rpc.system.name"  # str: "grpc"
+    RPC_METHOD = "rpc.method"  # str: full name, e.g. "moiety.v1.Experts/Forward"
+    RPC_STATUS = "rpc.response.status_code"  # str, e.g. "UNAVAILABLE"
+    SERVER_ADDRESS = "server.address"  # str: host
+    SERVER_PORT = "server.port"  # int
+    ERROR_TYPE = "error.type"  # str: class of the exception; set by Span.error
+
+    # Ours: the request.
+    REQUEST_ID = "moiety.request_id"  # str
+    REVISION = "moiety.revision"  # str
+    RESUMED = "moiety.resumed"  # bool: another router began this request
+
+    # Ours: a step.
+    STEP_CLASS = "moiety.step.class"  # str: decode, prefill or mixed
+    STEP_SEQUENCES = "moiety.step.sequences"  # int
+    STEP_TOKENS = "moiety.step.tokens"  # int: rows that went through the model
+
+    # Ours: a layer and its hops.
+    LAYER = "moiety.layer"  # int: ordinal of the MoE layer, from 0
+    DEPLOYMENT = "moiety.deployment"  # str, e.g. "experts-3"
+    REPLICA = "moiety.replica"  # str: replica id
+    ROWS = "moiety.rows"  # int: rows of hidden states sent
+    ATTEMPT = "moiety.attempt"  # int, from 0
+    HEDGE = "moiety.hedge"  # bool: sent beside a call that is still out
+    OUTCOME = "moiety.outcome"  # str: the reply's Outcome, e.g. "NOT_HELD"
+    QUEUE_MS = "moiety.queue_ms"  # float, milliseconds: waiting for the expert's device
+    COMPUTE_MS = "moiety.compute_ms"  # float, milliseconds: on the expert's device
+    EXPERTS_ACTIVATED = "moiety.experts.activated"  # int: distinct experts that ran
+    BATCH_ROWS = "moiety.batch_rows"  # int: rows of the expert's batch, other calls' included
+
+    # Ours: a scaling decision.
+    SCALING_FROM = "moiety.scaling.from"  # int: replicas before
+    SCALING_TO = "moiety.scaling.to"  # int: replicas wanted
+    SCALING_REASON = "moiety.scaling.reason"  # str, for people
+    SCALING_BUSY = "moiety.scaling.busy"  # float, 0 to 1: predicted busy fraction
+    SCALING_QUEUE_WAIT_MS = "moiety.scaling.queue_wait_ms"  # float, milliseconds
+
+
+class ResourceAttribute(StrEnum):
+    """Keys that describe the service itself, on every span of it. `service.name` is `configure`'s first argument."""
+
+    INSTANCE = "service.instance.id"  # str: replica id
+    NAMESPACE = "service.namespace"  # str: name of the app
+    VERSION = "service.version"  # str
+    DEPLOYMENT = "moiety.deployment"  # str
+    REVISION = "moiety.revision"  # str

@@ -1,0 +1,200 @@
+"""`Tracer` and `Span` on the OpenTelemetry SDK: a provider, batch processor and exporter for each service."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from opentelemetry import trace
+from opentelemetry.context import Context
+from opentelemetry.exporter.otlp.proto.grpc import exporter as otlp
+from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
+
+from moiety.telemetry.names import Attribute, SpanKind, SpanName, kind_of
+from moiety.telemetry.tracing import NO_SPAN, Parent, Span, Value, parse_traceparent
+
+_logger = logging.getLogger("moiety.telemetry")
+_KINDS = {
+    SpanKind.CLIENT: trace.SpanKind.CLIENT,
+    SpanKind.SERVER: trace.SpanKind.SERVER,
+    SpanKind.INTERNAL: trace.SpanKind.INTERNAL,
+}
+
+
+class OtelSpan:
+    """A sampled span."""
+
+    __slots__ = ("span",)
+
+    def __init__(self, span: trace.Span) -> None:
+        self.span = span
+
+    @property
+    def recording(self) -> bool:
+        return self.span.is_recording()
+
+    @property
+    def traceparent(self) -> str:
+        context = self.span.get_span_context()
+        return f"00-{context.trace_id:032x}-{context.span_id:016x}-{context.trace_flags & 0xFF:02x}"
+
+    def set(self, key: Attribute, value: Value) -> None:
+        if self.span.is_recording():
+            self.span.set_attribute(key, value)
+
+    def error(self, cause: BaseException | str) -> None:
+        if not self.span.is_recording():
+            return
+        if isinstance(cause, BaseException):
+            self.span.set_attribute(Attribute.ERROR_TYPE, type(cause).__qualname__)
+        self.span.set_status(trace.StatusCode.ERROR, str(cause))
+
+    def end(self, end_ns: int | None = None) -> None:
+        if self.span.is_recording():
+            self.span.end(end_ns)
+
+    def __enter__(self) -> Span:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if error is not None:
+            self.error(error)
+        self.end()
+
+
+class OtelTracer:
+    """Spans of one service, exported over OTLP/gRPC in batches by a thread of its own."""
+
+    def __init__(self, service: str, attributes: Mapping[str, str], endpoint: str | None) -> None:
+        self._exporter = _QuietExporter(endpoint)
+        self._processor = BatchSpanProcessor(self._exporter)
+        # Not the global provider: that one may be Ray Serve's, and one process may run several services.
+        provider = TracerProvider(
+            resource=Resource.create({**attributes, "service.name": service}), shutdown_on_exit=False
+        )
+        provider.add_span_processor(self._processor)
+        self._tracer = provider.get_tracer("moiety")
+
+    def start(
+        self,
+        name: SpanName,
+        *,
+        parent: Parent,
+        attributes: Mapping[Attribute, Value] | None = None,
+        start_ns: int | None = None,
+        links: Iterable[Span | str] = (),
+    ) -> Span:
+        context = _context(parent)
+        if context is None:
+            return NO_SPAN
+        span = self._tracer.start_span(
+            name.value,
+            context,
+            _KINDS[kind_of(name)],
+            {key.value: value for key, value in attributes.items()} if attributes else None,
+            [trace.Link(linked) for link in links if (linked := _span_context(link)) is not None],
+            start_ns,
+        )
+        return OtelSpan(span) if span.is_recording() else NO_SPAN
+
+    def flush(self, timeout_s: float = 2.0) -> bool:
+        # The SDK's force_flush ignores its timeout.
+        return _within(timeout_s, self._processor.force_flush) and not self._exporter.failing
+
+    def shutdown(self, timeout_s: float = 2.0) -> None:
+        if self._exporter.failing:
+            self._exporter.shutdown()
+        if not _within(timeout_s, self._processor.shutdown):
+            self._exporter.shutdown()  # cuts off the export that the processor waits for
+
+
+class _QuietExporter(SpanExporter):
+    """The OTLP exporter with one warning per outage in place of one per retry, and none during shutdown.
+
+    A collector that is down is the normal state of a laptop. The SDK logs every retry, and a stack trace if its channel
+    is closed under a call.
+    """
+
+    def __init__(self, endpoint: str | None) -> None:
+        self.failing = False  # since the last export that went through
+        self._exporter = OTLPSpanExporter(endpoint=endpoint)
+        self._closed = threading.Event()
+        self._thread = 0  # the one inside export(): what the SDK logs there is ours to report
+        otlp.logger.addFilter(self._not_ours)
+
+    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+        if self._closed.is_set():
+            return SpanExportResult.FAILURE
+        self._thread = threading.get_ident()
+        try:
+            result = self._exporter.export(spans)
+        except Exception as error:
+            self._failed(f"{type(error).__name__}: {error}")
+            return SpanExportResult.FAILURE
+        finally:
+            self._thread = 0
+            if self._closed.is_set():
+                otlp.logger.removeFilter(self._not_ours)
+        if result is not SpanExportResult.SUCCESS:
+            self._failed("export failed")
+        elif self.failing:
+            self.failing = False
+            _logger.info("spans are exported again")
+        return result
+
+    def shutdown(self) -> None:
+        if not self._closed.is_set():
+            self._closed.set()
+            self._exporter.shutdown()
+            if not self._thread:  # else the export that this cuts off still has something to log
+                otlp.logger.removeFilter(self._not_ours)
+
+    def force_flush(self, timeout_millis: int = 30_000) -> bool:
+        return True
+
+    def _failed(self, why: str) -> None:
+        if not (self.failing or self._closed.is_set()):
+            _logger.warning("spans cannot be exported and are dropped until they can (said once): %s", why)
+        self.failing = True
+
+    def _not_ours(self, record: logging.LogRecord) -> bool:
+        if record.thread != self._thread:
+            return True
+        self._failed(record.getMessage())
+        return False
+
+
+def _context(parent: Parent) -> Context | None:
+    """The context to start a child of `parent` in; None where it is not sampled."""
+    if isinstance(parent, OtelSpan):
+        return trace.set_span_in_context(parent.span, Context())
+    if parent is None:
+        return Context()
+    if not isinstance(parent, str) or not parent:
+        return None
+    if parse_traceparent(parent) is None:
+        return Context()
+    remote = _span_context(parent)
+    return trace.set_span_in_context(trace.NonRecordingSpan(remote), Context()) if remote is not None else None
+
+
+def _span_context(span: Span | str) -> trace.SpanContext | None:
+    if isinstance(span, OtelSpan):
+        return span.span.get_span_context()
+    parsed = parse_traceparent(span) if isinstance(span, str) else None
+    if parsed is None or not parsed.sampled:
+        return None
+    flags = trace.TraceFlags(trace.TraceFlags.SAMPLED)
+    return trace.SpanContext(parsed.trace_id, parsed.span_id, is_remote=True, trace_flags=flags)
+
+
+def _within(timeout_s: float, action: Callable[[], object]) -> bool:
+    """Whether `action`, on a thread of its own, came back in time."""
+    thread = threading.Thread(target=action, name="telemetry-drain", daemon=True)
+    thread.start()
+    thread.join(timeout_s)
+    return not thread.is_alive()

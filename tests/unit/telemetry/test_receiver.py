@@ -1,0 +1,34 @@
+"""The in-memory OTLP endpoint."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from moiety.telemetry import SpanName, configure
+from moiety.telemetry.receiver import TraceReceiver
+
+
+def test_waiting_ends_with_what_did_arrive():
+    """A wait that fails names the spans that came, so that the missing one is plain."""
+    with TraceReceiver() as receiver:
+        tracer = configure("moiety-router", endpoint=receiver.endpoint)
+        tracer.start(SpanName.STEP, parent=None).end()
+        assert tracer.flush()
+        with pytest.raises(TimeoutError, match=re.escape("1 arrived: step")):
+            receiver.wait_for(lambda spans: len(spans) == 2, timeout_s=0.05)
+        tracer.shutdown()
+
+
+def test_memory_is_bounded():
+    """The oldest spans make room for the newest; clear forgets all."""
+    with TraceReceiver(limit=3) as receiver:
+        tracer = configure("moiety-router", endpoint=receiver.endpoint)
+        for start in range(5):
+            tracer.start(SpanName.STEP, parent=None, start_ns=start).end(start + 1)
+        tracer.shutdown()
+        receiver.wait_for(len)
+        assert [span.start_ns for span in receiver.spans()] == [2, 3, 4]
+        receiver.clear()
+        assert receiver.spans() == ()
