@@ -232,7 +232,6 @@ def child_environment(threads: int) -> dict[str, str]:
         "OMP_WAIT_POLICY": "passive",  # replicas share cores: a spinning one steals from the others
         "HF_HUB_OFFLINE": "1",
         "THP_MEM_ALLOC_ENABLE": "1",  # huge pages for torch: weights stream at up to twice the speed
-        "GRPC_VERBOSITY": os.environ.get("GRPC_VERBOSITY", "NONE"),
     }
 
 

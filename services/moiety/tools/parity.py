@@ -1,0 +1,197 @@
+"""`moiety parity`: the served system against plain transformers, token for token.
+
+The reference runs one unpadded prompt at a time. The served side runs all prompts at once, as a ragged batch with chunked
+prefill, through a LocalCluster. Then, over the same served experts, each whole text is run once more to compare logits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from moiety.client import Client
+from moiety.core import CallClass
+from moiety.load.watch import Watch
+from moiety.local import LocalCluster
+from moiety.model.architecture import quiet_transformers
+from moiety.model.checkpoint import Checkpoint
+from moiety.model.layout import expert_layout
+from moiety.model.revision import revision
+from moiety.model.router import load_router
+from moiety.model.seam import use_backend
+from moiety.router import attention
+from moiety.router.attention import CachedBatch, Segment
+from moiety.router.demand import DemandCounter
+from moiety.router.fleet import Fleet
+from moiety.router.hedge import Hedging
+from moiety.router.hop import Hop, HopSettings, StepContext
+from moiety.router.kvcache import KVCache
+from moiety.router.probe import cache_spec
+from moiety.telemetry.tracing import NO_SPAN, NO_TRACER
+from moiety.wire.codec import DTYPE_NAMES, torch_dtype
+
+PROMPT_LENGTHS = (3, 9, 17, 40, 25, 60, 33, 8)
+TIE_FACTOR = 4.0  # a reference whose two best logits are closer than this many logit errors decides nothing
+
+
+@dataclass(frozen=True, slots=True)
+class PromptResult:
+    """One prompt's verdict."""
+
+    prompt_tokens: int
+    new_tokens: int
+    first_difference: int | None  # index of the first generated token that differs
+    tie: bool  # the reference's own choice there was within the logit error
+    logit_error: float  # largest absolute difference over the whole text and vocabulary
+    margin: float  # the reference's smallest distance between its two best logits
+
+    @property
+    def ok(self) -> bool:
+        return self.first_difference is None or self.tie
+
+
+@dataclass(frozen=True, slots=True)
+class ParityReport:
+    """All verdicts of one checkpoint."""
+
+    architecture: str
+    dtype: str
+    groups: int
+    prompts: tuple[PromptResult, ...]
+
+    @property
+    def ok(self) -> bool:
+        return all(prompt.ok for prompt in self.prompts)
+
+    @property
+    def logit_error(self) -> float:
+        return max(prompt.logit_error for prompt in self.prompts)
+
+    def lines(self) -> Iterator[str]:
+        """The report for people; the last line is the verdict."""
+        yield f"{'prompt':>8} {'new':>5}  tokens        max logit error   smallest margin"
+        for prompt in self.prompts:
+            told = "identical" if prompt.first_difference is None else f"differ at {prompt.first_difference}"
+            told += " (tie)" if prompt.tie else ""
+            yield (
+                f"{prompt.prompt_tokens:>8} {prompt.new_tokens:>5}  {told:<12}  {prompt.logit_error:>15.3g}"
+                f"   {prompt.margin:>15.3g}"
+            )
+        identical = sum(prompt.first_difference is None for prompt in self.prompts)
+        ties = sum(prompt.tie for prompt in self.prompts)
+        yield (
+            f"{'PASS' if self.ok else 'FAIL'}: {self.architecture} {self.dtype}, {self.groups} expert groups: "
+            f"{identical}/{len(self.prompts)} prompts identical, {ties} ties, max logit error {self.logit_error:.3g}"
+        )
+
+
+async def run_parity(
+    checkpoint: str,
+    *,
+    groups: int = 2,
+    dtype: str = "float32",
+    new_tokens: int = 24,
+    seed: int = 0,
+    progress: Callable[[str], None] = lambda _: None,
+) -> ParityReport:
+    """Compares; raises CheckpointError or ConfigError where the checkpoint cannot be served at all."""
+    shape = (await asyncio.to_thread(expert_layout, Checkpoint.open(checkpoint))).shape
+    prompts = _prompts(shape.vocabulary, shape.max_context - new_tokens, seed)
+    progress(f"reference: {len(prompts)} prompts through plain transformers, one at a time")
+    texts, logits = await asyncio.to_thread(
+        _reference, checkpoint, torch_dtype(dtype, shape.dtype), prompts, new_tokens
+    )
+    progress(f"served: the same prompts at once through a LocalCluster of {groups} expert groups")
+    async with LocalCluster(checkpoint, groups=groups, dtype=dtype, router={"token_budget": 24}) as cluster:
+        async with Client(cluster.address) as client:
+            served = await asyncio.gather(*(_generate(client, prompt, new_tokens) for prompt in prompts))
+        progress("logits: each whole text once more over the served experts")
+        async with _own_router(cluster, checkpoint, dtype) as forward:
+            errors = [
+                float((await asyncio.to_thread(forward, text) - expected).abs().max())
+                for text, expected in zip(texts, logits, strict=True)
+            ]
+    results = []
+    for prompt, text, tokens, expected, error in zip(prompts, texts, served, logits, errors, strict=True):
+        best = expected[len(prompt) - 1 : -1].topk(2).values  # [new tokens, 2]
+        margins = best[:, 0] - best[:, 1]
+        differ = next((i for i, (a, b) in enumerate(zip(tokens, text[len(prompt) :], strict=True)) if a != b), None)
+        tie = differ is not None and bool(margins[differ] < TIE_FACTOR * error)
+        results.append(PromptResult(len(prompt), len(tokens), differ, tie, error, float(margins.min())))
+    return ParityReport(shape.architecture, dtype, groups, tuple(results))
+
+
+def _prompts(vocabulary: int, longest: int, seed: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    lengths = [min(length, longest) for length in PROMPT_LENGTHS]
+    return [torch.randint(3, vocabulary, (length,), generator=generator).tolist() for length in lengths]
+
+
+@torch.inference_mode()
+def _reference(
+    checkpoint: str, dtype: torch.dtype, prompts: Sequence[Sequence[int]], new_tokens: int
+) -> tuple[list[list[int]], list[torch.Tensor]]:
+    """(prompt + greedy tokens, logits [tokens, V]) of each prompt, by plain transformers."""
+    from transformers import AutoModelForCausalLM
+
+    with quiet_transformers():
+        model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype, local_files_only=True).eval()
+    model.generation_config.eos_token_id = None  # compare the same number of tokens, whatever they are
+    texts, logits = [], []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        options = {"max_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0}
+        text = model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0]
+        texts.append(text.tolist())
+        logits.append(model(text[None]).logits[0].float())
+    return texts, logits
+
+
+async def _generate(client: Client, prompt: Sequence[int], new_tokens: int) -> list[int]:
+    stream = client.generate(prompt, max_tokens=new_tokens, ignore_eos=True)
+    return [token async for chunk in stream for token in chunk.token_ids]
+
+
+@asynccontextmanager
+async def _own_router(
+    cluster: LocalCluster, checkpoint: str, dtype_name: str
+) -> AsyncIterator[Callable[[Sequence[int]], torch.Tensor]]:
+    """A function text -> logits [tokens, V] that runs the router's model here and the experts in `cluster`."""
+    opened = Checkpoint.open(checkpoint)
+    layout, of = expert_layout(opened), revision(opened)
+    dtype = torch_dtype(dtype_name, layout.shape.dtype)
+    attention.register()
+    model = await asyncio.to_thread(load_router, opened, layout, dtype, "cpu", attention.NAME)
+    cache = KVCache(cache_spec(model, layout.shape), 1 << 30, torch.device("cpu"))
+    watch = Watch(cluster.registry)
+    await watch.start()
+    fleet = Fleet(watch, layout.shape, of, DTYPE_NAMES[dtype])
+    fleet.start()
+    demand = DemandCounter(layout.shape.moe_layers, layout.shape.experts)
+    hop = Hop(fleet, HopSettings(of, dtype, expert_wait_s=30.0), Hedging(0.02, 0.1), demand, NO_TRACER)
+
+    @torch.inference_mode()
+    def forward(text: Sequence[int]) -> torch.Tensor:
+        cache.reserve("parity", len(text))
+        hop.begin_step(StepContext(CallClass.PREFILL, NO_SPAN, lambda: None, lambda *_: None))
+        with use_backend(hop):
+            output = model(
+                input_ids=torch.tensor([text]),
+                position_ids=torch.arange(len(text))[None],
+                use_cache=False,
+                moiety_batch=CachedBatch([Segment("parity", 0, len(text), 0)], cache),
+            )
+        cache.release("parity")
+        logits: torch.Tensor = output.logits[0].float()
+        return logits
+
+    try:
+        yield forward
+    finally:
+        await fleet.close()
+        await watch.stop()
