@@ -1,0 +1,1 @@
+"""The registry and the load ledger; see README.md."""

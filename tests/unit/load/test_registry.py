@@ -1,0 +1,174 @@
+"""What every registry must do: the same tests on the in-memory twin and on a real Redis."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+from load_support import demand_of, expert_replica
+
+from moiety.core import Busy, Demand, ExpertSet, Placement, ReplicaState, Role
+from moiety.load.registry import DECISIONS_KEPT, Registry
+
+Run = Callable[[Callable[[Registry], Awaitable[None]]], None]
+
+
+def test_a_registered_replica_is_read_back_whole(run: Run) -> None:
+    """Every field of a replica survives the store."""
+
+    async def behaviour(registry: Registry) -> None:
+        replica = expert_replica(state=ReplicaState.DRAINING)
+        await registry.register(replica)
+        assert await registry.replicas() == (replica,)
+
+    run(behaviour)
+
+
+def test_replicas_are_sorted_and_the_last_registration_counts(run: Run) -> None:
+    """Order is by id, whatever the order of arrival, and a heartbeat replaces the entry."""
+
+    async def behaviour(registry: Registry) -> None:
+        first, second = expert_replica("b"), expert_replica("a", role=Role.ROUTER, held=ExpertSet())
+        await registry.register(first)
+        await registry.register(second)
+        moved = expert_replica("b", held=ExpertSet.block(1, [7]), placement_epoch=3)
+        await registry.register(moved)
+        assert await registry.replicas() == (second, moved)
+
+    run(behaviour)
+
+
+def test_a_deregistered_replica_is_gone_at_once(run: Run) -> None:
+    """Deregistering takes effect before the TTL, and again is harmless."""
+
+    async def behaviour(registry: Registry) -> None:
+        await registry.register(expert_replica())
+        await registry.deregister("e0")
+        await registry.deregister("e0")
+        assert await registry.replicas() == ()
+
+    run(behaviour)
+
+
+def test_a_generation_begins_with_the_first_registration_and_stays(run: Run) -> None:
+    """An empty store has no generation; a filled one keeps its own, also when the last replica leaves."""
+
+    async def behaviour(registry: Registry) -> None:
+        assert await registry.generation() is None
+        await registry.register(expert_replica())
+        generation = await registry.generation()
+        assert generation is not None
+        await registry.register(expert_replica("e1"))
+        await registry.deregister("e0")
+        await registry.deregister("e1")
+        assert await registry.generation() == generation
+
+    run(behaviour)
+
+
+def test_a_placement_needs_the_next_epoch(run: Run) -> None:
+    """Only the successor of the epoch in force is stored; the first is 1."""
+
+    async def behaviour(registry: Registry) -> None:
+        def placement(epoch: int) -> Placement:
+            return Placement(epoch, {"experts-0": ExpertSet.block(2, range(epoch)), "hot-0": ExpertSet()})
+
+        assert await registry.placement() is None
+        assert not await registry.set_placement(placement(2))
+        assert await registry.set_placement(placement(1))
+        assert not await registry.set_placement(placement(1))
+        assert not await registry.set_placement(placement(3))
+        assert await registry.set_placement(placement(2))
+        assert await registry.placement() == placement(2)
+
+    run(behaviour)
+
+
+def test_one_of_racing_placements_wins(run: Run) -> None:
+    """Of eight writers that propose the same epoch at once exactly one is told that it was stored."""
+
+    async def behaviour(registry: Registry) -> None:
+        proposals = [Placement(1, {f"experts-{writer}": ExpertSet.block(1, [writer])}) for writer in range(8)]
+        stored = await asyncio.gather(*(registry.set_placement(proposal) for proposal in proposals))
+        assert stored.count(True) == 1
+        assert await registry.placement() == proposals[stored.index(True)]
+
+    run(behaviour)
+
+
+def test_counters_are_exact_through_repeated_flushes(run: Run) -> None:
+    """A flush sent three times counts once, per writer, up to the largest 64-bit counts."""
+
+    async def behaviour(registry: Registry) -> None:
+        huge = Demand(rows=((1, 2**63 - 1), (0, 4)), activations=((1, 2), (0, 3)), time=1700000000.123456, started=5.5)
+        other = demand_of((7, 0), (0, 0), time=3.0)
+        for _ in range(3):
+            await registry.publish_demand("router-a", huge)
+        await registry.publish_demand("router-b", other)
+        assert await registry.demand() == {"router-a": huge, "router-b": other}
+
+    run(behaviour)
+
+
+def test_a_restarted_writer_has_counters_of_its_own(run: Run) -> None:
+    """A router's new id neither adds to nor replaces what its last life counted; a flush replaces only its own."""
+
+    async def behaviour(registry: Registry) -> None:
+        await registry.publish_demand("router-a1", demand_of((5, 5)))
+        await registry.publish_demand("router-a2", demand_of((1, 0)))
+        await registry.publish_demand("router-a2", demand_of((1, 2)))
+        assert await registry.demand() == {"router-a1": demand_of((5, 5)), "router-a2": demand_of((1, 2))}
+
+    run(behaviour)
+
+
+def test_the_last_busy_report_counts(run: Run) -> None:
+    """Busy figures are kept per replica, the newest only."""
+
+    async def behaviour(registry: Registry) -> None:
+        await registry.publish_busy("e0", Busy(0.1, 1.0, 10.0, 2.0))
+        await registry.publish_busy("e0", Busy(0.9, 30.5, 100.0, 20.0))
+        await registry.publish_busy("e1", Busy(0.0, 0.0, 0.0, 0.0))
+        assert await registry.busy() == {"e0": Busy(0.9, 30.5, 100.0, 20.0), "e1": Busy(0.0, 0.0, 0.0, 0.0)}
+
+    run(behaviour)
+
+
+def test_wakes_of_all_routers_are_joined(run: Run) -> None:
+    """Experts waited for are a union per layer; a wake for none records none."""
+
+    async def behaviour(registry: Registry) -> None:
+        assert await registry.wakes() == {}
+        await registry.wake(0, [1, 2])
+        await registry.wake(0, [2, 3])
+        await registry.wake(11, [40])
+        await registry.wake(5, [])
+        assert await registry.wakes() == {0: frozenset({1, 2, 3}), 11: frozenset({40})}
+
+    run(behaviour)
+
+
+def test_decisions_come_back_oldest_first(run: Run) -> None:
+    """The newest `count` are returned in order, with their values' types."""
+
+    async def behaviour(registry: Registry) -> None:
+        assert await registry.decisions() == []
+        for number in range(5):
+            await registry.record_decision({"group": f"experts-{number}", "target": number, "why": {"busy": 0.5}})
+        assert [decision["target"] for decision in await registry.decisions(3)] == [2, 3, 4]
+        assert (await registry.decisions())[0] == {"group": "experts-0", "target": 0, "why": {"busy": 0.5}}
+
+    run(behaviour)
+
+
+def test_the_log_of_decisions_is_bounded(run: Run) -> None:
+    """Past its bound the log forgets the oldest."""
+
+    async def behaviour(registry: Registry) -> None:
+        for start in range(0, DECISIONS_KEPT + 20, 60):
+            await asyncio.gather(*(registry.record_decision({"number": start + n}) for n in range(60)))
+        kept = await registry.decisions(count=2 * DECISIONS_KEPT)
+        assert len(kept) == DECISIONS_KEPT
+        assert min(decision["number"] for decision in kept) > 0
+
+    run(behaviour)
