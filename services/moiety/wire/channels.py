@@ -8,11 +8,11 @@ from collections.abc import Sequence
 # Before grpc is imported: its own chatter about connections that end as they should is no news.
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 
-import grpc  # noqa: E402
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc  # noqa: E402
-from grpc_reflection.v1alpha import reflection  # noqa: E402
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
 
-from moiety.errors import ConfigError  # noqa: E402
+from moiety.errors import ConfigError
 
 MAX_MESSAGE_BYTES = 64 << 20
 # A cut link hangs for over a minute without keepalive; with these it is noticed within two seconds.
