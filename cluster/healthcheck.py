@@ -1,0 +1,21 @@
+"""Exits 0 if the gateway on this machine says SERVING over the gRPC health protocol, 1 otherwise. Docker's HEALTHCHECK."""
+
+import os
+import sys
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+
+def serving(address: str, timeout_s: float = 3.0) -> bool:
+    """Whether the server at `address` (host:port) answers SERVING for itself as a whole within `timeout_s` seconds."""
+    with grpc.insecure_channel(address) as channel:
+        try:
+            answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=timeout_s)
+        except grpc.RpcError:
+            return False
+    return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+
+if __name__ == "__main__":
+    sys.exit(0 if serving("127.0.0.1:" + os.environ.get("MOIETY_GRPC_PORT", "50051")) else 1)

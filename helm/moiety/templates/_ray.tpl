@@ -1,0 +1,87 @@
+{{/* What `serve deploy` would be given; the same application as cluster/serve.yaml. */}}
+{{- define "moiety.serveConfig" -}}
+{{- $given := dict "model" (include "moiety.modelPath" .) "listen_host" "0.0.0.0" -}}
+proxy_location: Disabled
+logging_config:
+  encoding: JSON
+  log_level: INFO
+  enable_access_log: false
+applications:
+  - name: moiety
+    import_path: moiety.deploy.app:build
+    args:
+      {{- toYaml (merge $given .Values.app) | nindent 6 }}
+{{- end -}}
+
+{{/* One Ray pod. Takes `root`, `node` (head or worker), `settings` (resources, nodeSelector, tolerations). */}}
+{{- define "moiety.rayPod" -}}
+{{- $root := .root -}}
+{{- $model := $root.Values.model -}}
+metadata:
+  labels:
+    {{- include "moiety.selector" $root | nindent 4 }}
+    app.kubernetes.io/component: ray-{{ .node }}
+spec:
+  enableServiceLinks: false # a Service's injected MOIETY_… variables would be read as settings
+  {{- if eq .node "worker" }}
+  automountServiceAccountToken: false
+  {{- end }}
+  securityContext:
+    {{- include "moiety.podSecurity" $root | nindent 4 }}
+    runAsUser: 1000
+    fsGroup: 1000
+  {{- with $root.Values.image.pullSecrets }}
+  imagePullSecrets:
+    {{- range . }}
+    - name: {{ . }}
+    {{- end }}
+  {{- end }}
+  {{- with .settings.nodeSelector }}
+  nodeSelector: {{- toYaml . | nindent 4 }}
+  {{- end }}
+  {{- with .settings.tolerations }}
+  tolerations: {{- toYaml . | nindent 4 }}
+  {{- end }}
+  containers:
+    - name: ray-{{ .node }}
+      image: "{{ required "image.repository is required: there is no published image" $root.Values.image.repository }}:{{ $root.Values.image.tag | default $root.Chart.AppVersion }}"
+      imagePullPolicy: {{ $root.Values.image.pullPolicy }}
+      securityContext: {{- include "moiety.containerSecurity" $root | nindent 8 }}
+      resources: {{- toYaml .settings.resources | nindent 8 }}
+      env:
+        {{- include "moiety.registryEnv" $root | nindent 8 }}
+        - name: RAY_USAGE_STATS_ENABLED
+          value: "0"
+        {{- with include "moiety.otlpEndpoint" $root }}
+        - name: OTEL_EXPORTER_OTLP_ENDPOINT
+          value: {{ . }}
+        {{- end }}
+        {{- with $root.Values.ray.extraEnv }}
+        {{- toYaml . | nindent 8 }}
+        {{- end }}
+      {{- if eq .node "head" }}
+      ports:
+        - {name: gcs-server, containerPort: 6379}
+        - {name: dashboard, containerPort: 8265}
+        - {name: client, containerPort: 10001}
+      {{- else }}
+      ports:
+        - {name: grpc, containerPort: {{ $root.Values.app.grpc_port }}}
+      # Ready means that this pod's gateway answers; a worker without one serves the others and stays out of the Service.
+      readinessProbe:
+        grpc: {port: {{ $root.Values.app.grpc_port }}}
+        periodSeconds: 2
+        failureThreshold: 2
+      {{- end }}
+      volumeMounts:
+        - {name: model, mountPath: /models, readOnly: true}
+  volumes:
+    - name: model
+      {{- if and $model.existingClaim $model.hostPath }}
+      {{- fail "model.existingClaim and model.hostPath: give one of the two" }}
+      {{- else if $model.existingClaim }}
+      persistentVolumeClaim: {claimName: {{ $model.existingClaim }}, readOnly: true}
+      {{- else }}
+      hostPath: {type: Directory, path: {{ required "model.existingClaim or model.hostPath is required" $model.hostPath }}}
+      {{- end }}
+{{- end -}}

@@ -1,0 +1,159 @@
+"""local.yaml and gpu.yaml against what they name: Ray's own validator, the repository, the settings, a shell."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cluster_files import CLUSTER, REPOSITORY, Config, launch_check, load
+
+from moiety.config import AppSettings, resolve
+
+LAUNCHER_FILES = ["local.yaml", "gpu.yaml"]
+SECRETS = {"~/.ray/auth_token", "~/.moiety/redis_password"}
+
+
+def start_commands(config: Config) -> list[str]:
+    """What runs on the head and on the workers at every `ray up`."""
+    return [*config["head_start_ray_commands"], *config["worker_start_ray_commands"]]
+
+
+@pytest.mark.parametrize("name", LAUNCHER_FILES)
+def test_ray_accepts_the_launcher_file(name: str) -> None:
+    """`ray up` finds nothing wrong with the file as it stands."""
+    launch_check(load(name))
+
+
+def rename_workers(config: Config) -> None:
+    """An unknown key in place of a known one."""
+    config["max_worker"] = config.pop("max_workers")
+
+
+def misspell_command(config: Config) -> None:
+    """A command list under a wrong name."""
+    config["head_start_commands"] = config.pop("head_start_ray_commands")
+
+
+def mistype_commands(config: Config) -> None:
+    """A number where a list of commands belongs."""
+    config["setup_commands"] = 3
+
+
+def mistype_mounts(config: Config) -> None:
+    """A list where a mapping belongs."""
+    config["file_mounts"] = ["services"]
+
+
+@pytest.mark.parametrize("name", LAUNCHER_FILES)
+@pytest.mark.parametrize("break_it", [rename_workers, misspell_command, mistype_commands, mistype_mounts])
+def test_rays_check_of_the_launcher_file_can_fail(name: str, break_it: Callable[[Config], None]) -> None:
+    """Each mutation of a valid file is refused."""
+    config = load(name)
+    break_it(config)
+    with pytest.raises(Exception, match=r".+"):
+        launch_check(config)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("head_node_type",), "none"),
+        (("available_node_types", "gpu", "min_workers"), 99),
+        (("available_node_types", "gpu", "min_worker"), 1),
+    ],
+)
+def test_rays_check_of_node_types_can_fail(path: tuple[str, ...], value: Any) -> None:
+    """An unknown head type, more workers than allowed and an unknown key are refused."""
+    config = load("gpu.yaml")
+    node = config
+    for key in path[:-1]:
+        node = node[key]
+    node[path[-1]] = value
+    with pytest.raises(Exception, match=r".+"):
+        launch_check(config)
+
+
+@pytest.mark.parametrize("name", LAUNCHER_FILES)
+def test_what_is_mounted_exists(name: str) -> None:
+    """Every mounted path is in the repository, but for the two secrets, which the user makes."""
+    mounts = load(name)["file_mounts"]
+    assert {local for local in mounts.values() if local.startswith("~")} == SECRETS
+    assert [local for local in set(mounts.values()) - SECRETS if not (REPOSITORY / local).exists()] == []
+    assert {"~/moiety/" + local for local in set(mounts.values()) - SECRETS} <= set(mounts)
+
+
+@pytest.mark.parametrize("name", LAUNCHER_FILES)
+def test_every_ray_process_has_the_environment(name: str) -> None:
+    """Each `ray start` runs under environment.sh: token authentication, the model and the registry are set on every node."""
+    starts = [command for command in start_commands(load(name)) if "ray start" in command]
+    assert len(starts) == 2
+    assert all(command.startswith(". ~/moiety/cluster/environment.sh;") for command in starts)
+    assert all("--dashboard-host=127.0.0.1" in command for command in starts if "--head" in command)
+
+
+@pytest.mark.parametrize("name", LAUNCHER_FILES)
+def test_shell_commands_parse(name: str) -> None:
+    """bash finds no syntax error in any command."""
+    config = load(name)
+    for command in [*config.get("initialization_commands", []), *config["setup_commands"], *start_commands(config)]:
+        subprocess.run(["bash", "-n", "-c", command], check=True, capture_output=True, timeout=10)
+
+
+def test_the_local_provider_has_the_old_autoscaler() -> None:
+    """With autoscaler v2 the local provider never launches its workers."""
+    head = " ".join(load("local.yaml")["head_start_ray_commands"])
+    assert "RAY_enable_autoscaler_v2=0 ~/venv/bin/ray start" in head
+
+
+def run_under_environment(home: Path, command: str, **extra: str) -> str:
+    """Output of `command` in a shell that has sourced environment.sh with `home` as its HOME."""
+    script = f". {CLUSTER / 'environment.sh'}; {command}"
+    environment = {"HOME": str(home), "PATH": "/usr/local/bin:/usr/bin:/bin", **extra}
+    done = subprocess.run(
+        ["bash", "-ec", script], env=environment, capture_output=True, text=True, timeout=10, check=True
+    )
+    return done.stdout
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    """A home directory with a Redis password in it."""
+    (tmp_path / ".moiety").mkdir()
+    (tmp_path / ".moiety" / "redis_password").write_text("s3cret\n")
+    return tmp_path
+
+
+def test_the_environment_is_the_applications(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The MOIETY_ variables of environment.sh are settings of the application; a worker takes the head's address."""
+    lines = run_under_environment(home, "env", RAY_HEAD_IP="192.0.2.10").splitlines()
+    variables = dict(line.partition("=")[::2] for line in lines)
+    ours = {name: value for name, value in variables.items() if name.startswith("MOIETY_")}
+    assert {name.removeprefix("MOIETY_").lower() for name in ours} <= set(AppSettings.model_fields)
+    for name, value in ours.items():
+        monkeypatch.setenv(name, value)
+    settings = resolve(AppSettings, {})
+    assert settings.registry == "redis://:s3cret@192.0.2.10:6390/0"
+    assert (settings.model, settings.listen_host) == ("/models/moiety", "0.0.0.0")
+    assert variables["RAY_AUTH_MODE"] == "token"
+
+
+@pytest.mark.parametrize("name", LAUNCHER_FILES)
+def test_redis_is_configured_through_stdin(name: str, home: Path, tmp_path: Path) -> None:
+    """The head's Redis gets a password and its addresses, none of it as an argument that others could see."""
+    server = tmp_path / "redis-server"
+    server.write_text('#!/bin/sh\necho "arguments: $*"; cat\n')
+    server.chmod(0o755)
+    command = next(line for line in load(name)["head_start_ray_commands"] if "redis-server" in line)
+    own = command.removeprefix(". ~/moiety/cluster/environment.sh; ")
+    told = run_under_environment(home, f"PATH={tmp_path}:$PATH; {own}", RAY_HEAD_IP="192.0.2.10")
+    assert told.splitlines() == [
+        "arguments: -",
+        "port 6390",
+        "bind 127.0.0.1 192.0.2.10",
+        "requirepass s3cret",
+        'save ""',
+        "daemonize yes",
+    ]

@@ -1,0 +1,45 @@
+"""serve.yaml and serve-gpu.yaml against Serve's own schema and the application's settings."""
+
+from __future__ import annotations
+
+import pytest
+from cluster_files import LoggingConfig, ServeApplicationSchema, ServeDeploySchema, load
+
+from moiety.config import AppSettings, resolve
+
+SERVE_FILES = ["serve.yaml", "serve-gpu.yaml"]
+
+
+@pytest.mark.parametrize("name", SERVE_FILES)
+def test_serve_accepts_the_deploy_file(name: str) -> None:
+    """Serve's schema accepts the file, and its application is Moiety's, away from Serve's proxies."""
+    schema = ServeDeploySchema.model_validate(load(name))
+    assert [application.import_path for application in schema.applications] == ["moiety.deploy.app:build"]
+    assert str(schema.proxy_location.value) == "Disabled"
+
+
+@pytest.mark.parametrize("name", SERVE_FILES)
+def test_the_arguments_are_settings(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Arguments plus MOIETY_MODEL are complete; an argument wins over its variable."""
+    arguments = load(name)["applications"][0]["args"]
+    monkeypatch.setenv("MOIETY_MODEL", "/models/mixtral")
+    monkeypatch.setenv("MOIETY_GROUPS", "7")
+    settings = resolve(AppSettings, arguments)
+    assert (settings.model, settings.groups) == ("/models/mixtral", arguments["groups"])
+    assert (settings.device == "cuda") == (settings.experts.num_gpus > 0) == (settings.router_gpus > 0)
+
+
+@pytest.mark.parametrize("name", SERVE_FILES)
+def test_every_key_is_one_of_serves(name: str) -> None:
+    """Serve ignores keys that it does not know: none of ours may be one."""
+    config = load(name)
+    assert set(config) <= set(ServeDeploySchema.model_fields)
+    assert set(config["logging_config"]) <= set(LoggingConfig.model_fields)
+    for application in config["applications"]:
+        assert set(application) <= set(ServeApplicationSchema.model_fields)
+
+
+def test_serves_check_can_fail() -> None:
+    """A mistyped value of the deploy file is refused."""
+    with pytest.raises(ValueError, match="proxy_location"):
+        ServeDeploySchema.model_validate(load("serve.yaml") | {"proxy_location": "Nowhere"})

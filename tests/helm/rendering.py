@@ -1,0 +1,75 @@
+"""Renders the chart and finds things in what came out; no tests here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import helm_python
+import yaml
+
+REPOSITORY = Path(__file__).parents[2]
+CHART = REPOSITORY / "helm" / "moiety"
+# The least that a user must give.
+MINIMAL: dict[str, Any] = {"image": {"repository": "registry.example.com/moiety"}, "model": {"existingClaim": "models"}}
+# Every optional object on.
+EVERYTHING: dict[str, Any] = {
+    **MINIMAL,
+    "redis": {"existingSecret": {"name": "redis-password"}},
+    "telemetry": {"collector": {"enabled": True, "forwardTo": "https://tempo:4317"}},
+    "networkPolicy": {"enabled": True, "clients": [{"namespaceSelector": {"matchLabels": {"team": "chat"}}}]},
+}
+Manifest = dict[str, Any]
+
+
+def merged(below: Any, above: Any) -> Any:
+    """`above` laid over `below`, as Helm merges values: mappings key by key, everything else replaced."""
+    if not (isinstance(below, dict) and isinstance(above, dict)):
+        return above
+    return {key: merged(below.get(key), above[key]) if key in above else below[key] for key in {**below, **above}}
+
+
+def nested(path: str, value: Any) -> dict[str, Any]:
+    """`a.b` and 1 as {"a": {"b": 1}}."""
+    for key in reversed(path.split(".")):
+        value = {key: value}
+    return value
+
+
+def templates(values: dict[str, Any], release: str = "rel") -> dict[str, str]:
+    """Template path -> rendered text. Raises helm_python.HelmError where values or templates refuse."""
+    return helm_python.Chart.load(CHART).render(values, name=release, namespace="ns")
+
+
+def manifests(values: dict[str, Any], release: str = "rel") -> list[Manifest]:
+    """Every rendered object, NOTES.txt left out."""
+    rendered = templates(values, release)
+    texts = [text for path, text in rendered.items() if path.endswith(".yaml")]
+    return [document for text in texts for document in yaml.safe_load_all(text) if document]
+
+
+def named(documents: list[Manifest], kind: str, suffix: str = "") -> Manifest | None:
+    """The one object of `kind` whose name ends in `suffix`, or None."""
+    found = [doc for doc in documents if doc["kind"] == kind and doc["metadata"]["name"].endswith(suffix)]
+    return found[0] if found else None
+
+
+def dig(value: Any, path: str) -> Any:
+    """`value` at a path such as `spec/ports/0`, list positions as numbers; None where there is nothing."""
+    for key in path.split("/"):
+        if isinstance(value, list):
+            value = value[int(key)] if int(key) < len(value) else None
+        elif isinstance(value, dict):
+            value = value.get(key)
+        else:
+            return None
+    return value
+
+
+def leaves(value: Any, path: str = "") -> list[str]:
+    """Dotted paths of all values; lists of mappings are entered, `resources` count as one value."""
+    if isinstance(value, dict) and value and not path.endswith(".resources"):
+        return [leaf for key, below in value.items() for leaf in leaves(below, f"{path}.{key}".lstrip("."))]
+    if isinstance(value, list) and value:
+        return [leaf for item in value for leaf in leaves(item, path)]
+    return [path]

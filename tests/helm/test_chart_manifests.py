@@ -1,0 +1,195 @@
+"""The chart lints, and what it renders is what Kubernetes and KubeRay accept; mutations prove that the checks can fail."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import helm_python
+import jsonschema
+import kubernetes_validate
+import pytest
+import yaml
+from rendering import CHART, EVERYTHING, MINIMAL, Manifest, dig, manifests, merged, named, nested, templates
+
+KUBERNETES = "1.32"
+CRD_VARIABLE = "MOIETY_RAYSERVICE_CRD"
+POD = "spec/rayClusterConfig/workerGroupSpecs/0/template/spec"
+HEAD_POD = "spec/rayClusterConfig/headGroupSpec/template/spec"
+GROUP = {"name": "gpus", "replicas": 1, "minReplicas": 0, "maxReplicas": 2, "resources": {}}
+
+
+def as_objects(document: Manifest) -> list[Manifest]:
+    """`document`, or for a RayService the Pods and the Service that it describes."""
+    if document["kind"] != "RayService":
+        return [document]
+    cluster = document["spec"]["rayClusterConfig"]
+    templates_of_pods = [cluster["headGroupSpec"]["template"], *(g["template"] for g in cluster["workerGroupSpecs"])]
+    pods = [{"apiVersion": "v1", "kind": "Pod", **template} for template in templates_of_pods]
+    return [*pods, {"apiVersion": "v1", "kind": "Service", **document["spec"]["serveService"]}]
+
+
+def rayservice(values: dict[str, Any] = MINIMAL) -> Manifest:
+    """The RayService that the chart renders."""
+    document = named(manifests(values), "RayService")
+    assert document is not None
+    return document
+
+
+def small_schema() -> dict[str, Any]:
+    """The fields that the chart uses, written by hand."""
+    schema: dict[str, Any] = json.loads(Path(__file__).with_name("rayservice.schema.json").read_text())
+    return schema
+
+
+def crd_schema() -> dict[str, Any]:
+    """KubeRay's own schema of a RayService, closed, as JSON Schema; skips where the CRD is not at hand."""
+    path = os.environ.get(CRD_VARIABLE)
+    if not path:
+        pytest.skip(f"{CRD_VARIABLE} does not name KubeRay's ray.io_rayservices.yaml")
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    versions = yaml.load(Path(path).read_text(), Loader=loader)["spec"]["versions"]
+    schema = next(version for version in versions if version["name"] == "v1")["schema"]["openAPIV3Schema"]
+    converted: dict[str, Any] = closed(schema)
+    converted["properties"]["metadata"] = {"type": "object"}
+    return converted
+
+
+def closed(schema: Any) -> Any:
+    """An OpenAPI v3 schema as JSON Schema that refuses unknown fields, as the API server does when asked to be strict."""
+    if isinstance(schema, list):
+        return [closed(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    dropped = ("format", "description", "default", "example", "nullable")
+    out = {key: value for key, value in schema.items() if key not in dropped and not key.startswith("x-kubernetes")}
+    if "properties" in out:
+        out["properties"] = {name: closed(below) for name, below in out["properties"].items()}
+        if not schema.get("x-kubernetes-preserve-unknown-fields"):
+            out.setdefault("additionalProperties", False)
+    for key in ("items", "additionalProperties", "allOf", "anyOf", "oneOf"):
+        if key in out:
+            out[key] = closed(out[key])
+    if schema.get("x-kubernetes-int-or-string"):
+        out.pop("type", None)
+        out["anyOf"] = [{"type": "integer"}, {"type": "string"}]
+    return out
+
+
+@pytest.mark.parametrize("values", [MINIMAL, EVERYTHING], ids=["minimal", "everything"])
+def test_the_chart_lints(values: dict[str, Any]) -> None:
+    """Helm's strict lint finds nothing to say."""
+    assert helm_python.lint(CHART, values, strict=True)["messages"] == []
+
+
+@pytest.mark.parametrize("values", [MINIMAL, EVERYTHING], ids=["minimal", "everything"])
+def test_kubernetes_accepts_every_object(values: dict[str, Any]) -> None:
+    """Each built-in object, and each Pod and Service inside the RayService, fits Kubernetes' schema, unknown keys refused."""
+    for document in manifests(values):
+        for built_in in as_objects(document):
+            kubernetes_validate.validate(built_in, KUBERNETES, strict=True)
+
+
+def test_the_kubernetes_check_can_fail() -> None:
+    """A misspelt key in a worker's container is found."""
+    pod = as_objects(rayservice())[1]
+    pod["spec"]["containers"][0]["volumeMount"] = []
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(pod, KUBERNETES, strict=True)
+
+
+@pytest.mark.parametrize("schema", [small_schema, crd_schema], ids=["fields in use", "KubeRay's CRD"])
+def test_kuberay_accepts_the_rayservice(schema: Callable[[], dict[str, Any]]) -> None:
+    """The RayService fits the schema, and a misspelt, a missing and a mistyped field do not."""
+    validator = jsonschema.Draft202012Validator(schema())
+    for values in (MINIMAL, EVERYTHING):
+        assert list(validator.iter_errors(rayservice(values))) == []
+    broken = copy.deepcopy(rayservice())
+    group = broken["spec"]["rayClusterConfig"]["workerGroupSpecs"][0]
+    group["minReplica"] = 1
+    del group["groupName"]
+    broken["spec"]["rayClusterConfig"]["enableInTreeAutoscaling"] = "yes"
+    assert {error.validator for error in validator.iter_errors(broken)} == {"additionalProperties", "required", "type"}
+
+
+def test_pods_have_no_privileges() -> None:
+    """No container runs as root, escalates, or keeps a capability."""
+    pods = [doc["spec"]["template"]["spec"] for doc in manifests(EVERYTHING) if doc["kind"] == "Deployment"]
+    pods += [pod["spec"] for pod in as_objects(rayservice(EVERYTHING)) if pod["kind"] == "Pod"]
+    assert len(pods) == 4
+    for pod in pods:
+        assert pod["securityContext"]["runAsNonRoot"] is True
+        for container in pod["containers"]:
+            assert container["securityContext"]["allowPrivilegeEscalation"] is False
+            assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+            assert container["resources"]["limits"]["memory"]
+
+
+def test_a_worker_is_ready_when_its_gateway_is() -> None:
+    """Probe, container port, Service port and the application's argument are one port."""
+    document = rayservice(merged(MINIMAL, nested("app.grpc_port", 50052)))
+    container = dig(document, f"{POD}/containers/0")
+    port = dig(document, "spec/serveService/spec/ports/0")
+    arguments = yaml.safe_load(document["spec"]["serveConfigV2"])["applications"][0]["args"]
+    assert container["readinessProbe"]["grpc"]["port"] == 50052
+    assert (
+        container["ports"][0]["containerPort"] == port["port"] == port["targetPort"] == arguments["grpc_port"] == 50052
+    )
+    assert port["name"] == "serve"
+
+
+def test_service_links_are_off() -> None:
+    """Kubernetes injects no <SERVICE>_PORT variables, which a release called `moiety` would turn into settings."""
+    document = rayservice()
+    assert dig(document, f"{POD}/enableServiceLinks") is False
+    assert dig(document, f"{HEAD_POD}/enableServiceLinks") is False
+
+
+def test_a_password_stays_in_its_secret() -> None:
+    """The Ray pods and Redis take the password from the Secret; no object holds it, and the URL only refers to it."""
+    documents = manifests(EVERYTHING)
+    environment = {item["name"]: item for item in dig(rayservice(EVERYTHING), f"{POD}/containers/0/env")}
+    assert environment["MOIETY_REGISTRY"]["value"] == "redis://:$(REDIS_PASSWORD)@rel-moiety-redis:6379/0"
+    assert environment["REDIS_PASSWORD"]["valueFrom"]["secretKeyRef"] == {"name": "redis-password", "key": "password"}
+    assert all(document["kind"] != "Secret" for document in documents)
+
+
+def test_several_worker_groups() -> None:
+    """Each item of ray.workerGroups is a group of its own, and optional keys may be left out."""
+    groups = rayservice(merged(MINIMAL, nested("ray.workerGroups", [{**GROUP, "name": "cpus"}, GROUP])))
+    assert [g["groupName"] for g in groups["spec"]["rayClusterConfig"]["workerGroupSpecs"]] == ["cpus", "gpus"]
+
+
+def test_names_carry_the_release() -> None:
+    """Two releases in one namespace share no object, and a release called moiety is not named twice."""
+    first = {(doc["kind"], doc["metadata"]["name"]) for doc in manifests(EVERYTHING, "one")}
+    second = {(doc["kind"], doc["metadata"]["name"]) for doc in manifests(EVERYTHING, "two")}
+    assert not first & second
+    assert named(manifests(MINIMAL, "moiety"), "RayService")["metadata"]["name"] == "moiety"  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        (merged(MINIMAL, nested("image.repository", "")), "there is no published image"),
+        (merged(MINIMAL, nested("model.existingClaim", "")), "model.existingClaim or model.hostPath is required"),
+        (merged(MINIMAL, nested("model.hostPath", "/srv")), "give one of the two"),
+        (merged(MINIMAL, nested("redis.enabled", False)), "set redis.external.url"),
+    ],
+    ids=["no image", "no model", "two models", "no Redis"],
+)
+def test_what_is_missing_is_named(values: dict[str, Any], told: str) -> None:
+    """Values that cannot work are refused with the keys to set."""
+    with pytest.raises(helm_python.HelmError, match=told):
+        templates(values)
+
+
+def test_the_notes_name_what_was_installed() -> None:
+    """NOTES.txt gives the commands with this release's own names and port."""
+    notes = templates(merged(MINIMAL, nested("app.grpc_port", 50052)))["moiety/templates/NOTES.txt"]
+    assert "kubectl -n ns port-forward service/rel-moiety-gateway 50052" in notes
+    assert "kubectl -n ns wait rayservice/rel-moiety --for=condition=Ready" in notes

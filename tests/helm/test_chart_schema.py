@@ -1,0 +1,158 @@
+"""values.schema.json is closed, refuses wrong types, and says of `app` what the application's own settings say."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Iterator
+from typing import Any
+
+import helm_python
+import pytest
+import yaml
+from rendering import CHART, EVERYTHING, MINIMAL, REPOSITORY, manifests, merged, named, nested
+
+import moiety
+from moiety.config import AppSettings, GroupSettings, validated
+
+# Set by the chart itself: what they must be follows from running in pods.
+GIVEN_BY_THE_CHART = {"model", "registry", "listen_host", "advertise_host"}
+BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
+
+
+def values() -> dict[str, Any]:
+    """values.yaml."""
+    loaded: dict[str, Any] = yaml.safe_load((CHART / "values.yaml").read_text())
+    return loaded
+
+
+def schema() -> dict[str, Any]:
+    """values.schema.json."""
+    loaded: dict[str, Any] = json.loads((CHART / "values.schema.json").read_text())
+    return loaded
+
+
+def objects(node: Any, path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every sub-schema with named properties."""
+    if isinstance(node, dict):
+        if "properties" in node and isinstance(node["properties"], dict):
+            yield path, node
+        for key, below in node.items():
+            yield from objects(below, f"{path}/{key}")
+
+
+def refuses(changes: dict[str, Any]) -> bool:
+    """Whether the schema refuses otherwise good values with `changes`."""
+    try:
+        helm_python.Chart.load(CHART).validate_schema(merged(EVERYTHING, changes))
+    except helm_python.HelmError:
+        return True
+    return False
+
+
+def test_every_object_is_closed() -> None:
+    """No object with named properties lets an unknown one through."""
+    found = dict(objects(schema()))
+    assert len(found) > 10
+    assert [path for path, node in found.items() if node.get("additionalProperties") is not False] == []
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "replicas",
+        "image.repo",
+        "model.path",
+        "app.model",
+        "app.experts.replicas",
+        "ray.head.cpu",
+        "redis.password",
+        "redis.external.password",
+        "gateway.port",
+        "telemetry.collector.port",
+        "networkPolicy.ingress",
+    ],
+)
+def test_an_unknown_key_is_refused(path: str) -> None:
+    """A misspelt or invented key is an error at every level."""
+    assert refuses(nested(path, 1))
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("image.tag", 7),
+        ("image.pullPolicy", "Sometimes"),
+        ("image.pullSecrets", "mine"),
+        ("model.hostPath", "relative"),
+        ("model.folder", "../elsewhere"),
+        ("app.groups", 0),
+        ("app.groups", "2"),
+        ("app.grpc_port", 0),
+        ("app.dtype", "float8"),
+        ("app.kv_memory", "lots"),
+        ("app.experts.target_busy", 1.5),
+        ("app.experts.capacity", 0),
+        ("ray.version", "latest"),
+        ("ray.auth", "off"),
+        ("ray.autoscaling", "yes"),
+        ("ray.workerGroups", []),
+        ("ray.workerGroups", [{"name": "w"}]),
+        ("gateway.serviceType", "ExternalName"),
+        ("redis.external.url", "redis://:password@host:6379/0"),
+        ("redis.resources.limits.memory", "much"),
+        ("telemetry.endpoint", "collector:4317"),
+        ("networkPolicy.clients", [{"anyone": True}]),
+    ],
+)
+def test_a_wrong_value_is_refused(path: str, value: Any) -> None:
+    """A value of a wrong type, or out of its bounds, is an error; a password in a URL is one too."""
+    assert refuses(nested(path, value))
+
+
+def test_good_values_pass() -> None:
+    """The refusals above are about their one change."""
+    assert not refuses({})
+
+
+def test_app_has_the_applications_settings() -> None:
+    """`app` in values.yaml and in the schema has the fields of AppSettings, defaults and bounds included."""
+    documented = values()["app"]
+    for kind, given, defaults, node in (
+        (AppSettings, GIVEN_BY_THE_CHART, documented, schema()["properties"]["app"]),
+        (GroupSettings, set[str](), documented["experts"], schema()["properties"]["app"]["properties"]["experts"]),
+    ):
+        own = kind.model_json_schema()["properties"]
+        assert set(defaults) == set(own) - given == set(node["properties"])
+        # A port must be fixed in a Service, pydantic tells no bound of a size, and the experts' fields come next.
+        for name in set(own) - given - {"experts", "grpc_port", "kv_memory"}:
+            options = own[name].get("anyOf", [own[name]])
+            for bound in BOUNDS:
+                assert node["properties"][name].get(bound) == options[0].get(bound), f"{name}: {bound}"
+    assert validated(AppSettings, {**documented, "model": "/m"}) == AppSettings(model="/m")
+
+
+def test_the_application_accepts_its_arguments() -> None:
+    """What the chart puts into serveConfigV2 is valid for AppSettings, the listening address open to other pods."""
+    document = named(manifests(MINIMAL), "RayService")
+    assert document is not None
+    application = yaml.safe_load(document["spec"]["serveConfigV2"])["applications"][0]
+    settings = validated(AppSettings, application["args"])
+    assert (settings.model, settings.listen_host) == ("/models", "0.0.0.0")
+
+
+def test_versions_agree() -> None:
+    """The chart's appVersion is the project's, and its Ray is the one that pyproject.toml and constraints.txt ask for."""
+    chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
+    assert chart["appVersion"] == moiety.__version__
+    assert f"ray=={values()['ray']['version']}" in (REPOSITORY / "constraints.txt").read_text().splitlines()
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    assert any(need.startswith("ray[serve]>=2.60,") for need in project["optional-dependencies"]["serve"])
+
+
+def test_the_collector_is_the_one_of_the_cluster_folder() -> None:
+    """Chart and cluster/otel-collector.yaml run the same pipelines; only the listening addresses differ."""
+    config_map = named(manifests(merged(MINIMAL, nested("telemetry.collector.enabled", True))), "ConfigMap")
+    assert config_map is not None
+    plain = (REPOSITORY / "cluster" / "otel-collector.yaml").read_text().replace("127.0.0.1", "0.0.0.0")
+    assert yaml.safe_load(config_map["data"]["collector.yaml"]) == yaml.safe_load(plain)
