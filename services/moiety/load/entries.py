@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any, TypeVar
@@ -96,6 +97,11 @@ def busy_from_json(text: str | bytes) -> Busy:
     )
 
 
+def decision_from_json(text: str | bytes) -> dict[str, Any]:
+    """One entry of the log of decisions: any JSON object."""
+    return _mapping(_decoded(text), "decision")
+
+
 def demand_to_fields(demand: Demand) -> dict[str, bytes]:
     """The fields of a hash, named by DEMAND_FIELDS; counters are row-major [moe_layers][experts]."""
     rows = np.asarray(demand.rows, dtype="<i8")
@@ -122,8 +128,8 @@ def demand_from_fields(fields: Mapping[str, bytes | None]) -> Demand:
     return Demand(
         rows=_field(fields, "rows", table),
         activations=_field(fields, "activations", table),
-        time=_field(fields, "time", float),
-        started=_field(fields, "started", float, 0.0),
+        time=_field(fields, "time", _seconds),
+        started=_field(fields, "started", _seconds, 0.0),
     )
 
 
@@ -187,7 +193,13 @@ def _integer(value: object) -> int:
 def _number(value: object) -> float:
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise ValueError("must be a number")
+    if not math.isfinite(value):
+        raise ValueError("must be finite")
     return float(value)
+
+
+def _seconds(raw: bytes) -> float:
+    return _number(float(raw))
 
 
 def _experts(value: object) -> ExpertSet:

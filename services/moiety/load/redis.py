@@ -126,7 +126,8 @@ class RedisRegistry:
     async def wakes(self) -> Mapping[int, frozenset[int]]:
         waited: dict[int, frozenset[int]] = {}
         for raw in await self._script(redis_scripts.WAKES, ["wake"]):
-            if pair := self._reader.read("wake", _layer_and_expert, raw):
+            name = raw.decode(errors="replace")
+            if pair := self._reader.read(f"wake:{name}", _layer_and_expert, raw):
                 layer, expert = pair
                 waited[layer] = waited.get(layer, frozenset()) | {expert}
         return waited
@@ -139,8 +140,8 @@ class RedisRegistry:
     async def decisions(self, count: int = 100) -> Sequence[Mapping[str, Any]]:
         async with self._store() as client:
             newest = await client.xrevrange(self._key("decisions"), count=count)
-        read = (self._reader.read("decisions", json.loads, fields.get(b"json", b"")) for _, fields in reversed(newest))
-        return [decision for decision in read if isinstance(decision, dict)]
+        found = [part for name, fields in reversed(newest) for part in (name, fields.get(b"json", b""))]
+        return list(self._decoded("decisions", found, entries.decision_from_json).values())
 
     async def close(self) -> None:
         client = self._clients.pop(asyncio.get_running_loop(), None)
