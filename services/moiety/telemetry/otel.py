@@ -189,7 +189,7 @@ def _span_context(span: Span | str) -> trace.SpanContext | None:
     if parsed is None or not parsed.sampled:
         return None
     flags = trace.TraceFlags(trace.TraceFlags.SAMPLED)
-    return trace.SpanContext(parsed.trace_id, parsed.span_id, is_remote=True, trace_flags=flags)
+    return trace.SpanContext(int(parsed.trace_id, 16), int(parsed.span_id, 16), is_remote=True, trace_flags=flags)
 
 
 def _within(timeout_s: float, action: Callable[[], object]) -> bool:

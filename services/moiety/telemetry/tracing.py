@@ -87,10 +87,10 @@ class Tracer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class TraceContext:
-    """A parsed traceparent."""
+    """A parsed traceparent; the ids are lower-case hexadecimal, as in ReceivedSpan."""
 
-    trace_id: int
-    span_id: int
+    trace_id: str
+    span_id: str
     sampled: bool
 
 
@@ -99,7 +99,7 @@ def parse_traceparent(text: str) -> TraceContext | None:
     match = _TRACEPARENT.fullmatch(text)
     if match is None or (match[1] == "00" and match[5] is not None):
         return None
-    return TraceContext(int(match[2], 16), int(match[3], 16), sampled=bool(int(match[4], 16) & 1))
+    return TraceContext(match[2], match[3], sampled=bool(int(match[4], 16) & 1))
 
 
 class _NoSpan:

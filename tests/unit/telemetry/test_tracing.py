@@ -258,7 +258,7 @@ def test_a_process_without_collector_exits_cleanly(dead_endpoint):
 def test_opentelemetry_is_loaded_only_when_asked_for():
     """Importing telemetry and configuring it without an endpoint loads neither OpenTelemetry nor gRPC."""
     program = (
-        "import sys, moiety.telemetry as telemetry\n"
+        "import sys, moiety.telemetry as telemetry, moiety.telemetry.waterfall\n"
         "telemetry.configure('moiety-router')\n"
         "print([name for name in sys.modules if name.partition('.')[0] in ('opentelemetry', 'grpc')])\n"
     )
@@ -282,9 +282,9 @@ def test_without_the_package_traces_are_off():
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        (SAMPLED, TraceContext(int(TRACE_ID, 16), int(SPAN_ID, 16), sampled=True)),
-        (UNSAMPLED, TraceContext(int(TRACE_ID, 16), int(SPAN_ID, 16), sampled=False)),
-        (f"01-{TRACE_ID}-{SPAN_ID}-03-more", TraceContext(int(TRACE_ID, 16), int(SPAN_ID, 16), sampled=True)),
+        (SAMPLED, TraceContext(TRACE_ID, SPAN_ID, sampled=True)),
+        (UNSAMPLED, TraceContext(TRACE_ID, SPAN_ID, sampled=False)),
+        (f"01-{TRACE_ID}-{SPAN_ID}-03-more", TraceContext(TRACE_ID, SPAN_ID, sampled=True)),
         ("", None),
         (SAMPLED.upper(), None),  # hexadecimal is lower-case
         (SAMPLED + "-more", None),  # version 00 ends after the flags
