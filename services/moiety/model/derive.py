@@ -127,11 +127,12 @@ def _in_order(
 def _template(checkpoint: Checkpoint, target: str, tensors: list[str]) -> str:
     """The one name, with `{expert}` for the number in which they differ, that stands for all of `tensors`."""
     parts = [re.split(r"(\d+)", name) for name in tensors]
-    varying = {place for other in parts for place, part in enumerate(other) if part != parts[0][place : place + 1][0]}
-    if len(varying) != 1 or len({len(split) for split in parts}) != 1:
+    same_form = len({len(part) for part in parts}) == 1
+    varying = [place for place, column in enumerate(zip(*parts, strict=False)) if len(set(column)) > 1]
+    if not same_form or len(varying) != 1:
         raise unsupported(checkpoint, f"the tensors of {target} are not numbered by expert: {tensors[0]}, …")
     template = list(parts[0])
-    template[varying.pop()] = EXPERT
+    template[varying[0]] = EXPERT
     return "".join(template)
 
 

@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from moiety.errors import CheckpointError
@@ -48,8 +49,8 @@ def load_router(
                 local_files_only=True,
                 output_loading_info=True,
             )
-        except (RuntimeError, OSError) as error:
-            raise unsupported(checkpoint, f"its weights cannot be loaded: {error}") from error
+        except (RuntimeError, ValueError, ImportError, OSError, SafetensorError) as error:
+            raise unsupported(checkpoint, f"transformers cannot load it: {error}") from error
     for kind in ("missing_keys", "mismatched_keys"):
         if bad := sorted(map(str, report[kind])):
             raise CheckpointError(f"checkpoint {checkpoint.path}: {kind.replace('_', ' ')}: {', '.join(bad[:8])}")

@@ -60,6 +60,15 @@ class LocalExperts:
     def while_waiting(self, layer: int) -> None:
         pass
 
+    def replace(self, layer: int, expert: int, *, by: tuple[int, int]) -> None:
+        """From now on (layer, expert) computes with the weights of the pair `by`, which the same slice must hold."""
+        held = next(held for held in self._slices if (layer, expert) in held)
+        held[layer, expert] = held[by]
+
+    def held_bytes(self) -> list[tuple[int, int]]:
+        """Per slice: how many experts, and the bytes their storages keep alive."""
+        return [(len(held), sum(weights.nbytes for weights in held.values())) for held in self._slices]
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> Iterator[None]:

@@ -68,6 +68,23 @@ def test_greedy_tokens_are_those_of_transformers(
     assert worst <= 1e-5
 
 
+def test_one_wrong_expert_changes_the_logits(open_tiny, make_experts):
+    """The comparison above can fail: one expert of one layer with other weights moves the logits."""
+    checkpoint, layout = open_tiny("mixtral")
+    router = load_router(checkpoint, layout, torch.float32)
+    experts = make_experts(checkpoint, layout)
+    with use_backend(experts), torch.no_grad():
+        right = router(prompt(40)).logits
+        experts.replace(2, 1, by=(2, 0))
+        assert (router(prompt(40)).logits - right).abs().max() > 0.1
+
+
+def test_an_attention_it_lacks_is_named(open_tiny):
+    """gpt-oss has attention sinks, which sdpa cannot do: the error says so, and for which checkpoint."""
+    with pytest.raises(CheckpointError, match=r"architecture gpt_oss.*scaled_dot_product_attention"):
+        load_router(*open_tiny("gpt_oss"), torch.float32, attention="sdpa")
+
+
 @pytest.mark.parametrize("architecture", ["mixtral", "deepseek_v3", "gpt_oss"])
 def test_bfloat16_logits_agree(open_tiny, make_experts, architecture: str):
     """In bf16 too the split changes nothing: weights keep their dtype, sums their order."""
@@ -90,11 +107,10 @@ def test_parameters_are_split_without_remainder(open_tiny, make_experts, archite
     assert sum(p.nbytes for p in router.parameters()) == sum(p.nbytes for p in plain.parameters()) - in_experts
     storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in router.parameters()}
     assert sum(storages.values()) == sum(p.nbytes for p in router.parameters())
-    slices = make_experts(checkpoint, layout)._slices
+    held = make_experts(checkpoint, layout).held_bytes()
     per_expert = in_experts // (layout.shape.moe_layers * layout.shape.experts)
-    for held in slices:
-        assert sum(weights.nbytes for weights in held.values()) == len(held) * per_expert
-    assert sum(len(held) for held in slices) * per_expert == in_experts
+    assert all(held_bytes == experts * per_expert for experts, held_bytes in held)
+    assert sum(held_bytes for _, held_bytes in held) == in_experts
 
 
 def test_two_forwards_of_one_model_interleave(open_tiny, make_experts):
