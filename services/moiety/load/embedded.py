@@ -89,7 +89,10 @@ class EmbeddedRedis:
         return self._process.pid
 
     def start(self) -> None:
-        """Returns when the server answers; raises Unavailable with its last output where it does not."""
+        """Returns when the server answers; raises Unavailable with its last output where it does not.
+
+        Call it once before each `stop`.
+        """
         binary = server_binary()
         for attempt in range(1, PORT_TRIES + 1):
             self.port = self._wanted_port or _free_port()

@@ -53,6 +53,7 @@ class RedisRegistry:
         self._prefix = f"moiety:{{{app}}}:"
         self._clients: dict[asyncio.AbstractEventLoop, Any] = {}
         self._reader = entries.TolerantReader()
+        self._parsed: dict[bytes, Replica] = {}  # the entries of the last reading
 
     async def register(self, replica: Replica) -> None:
         async with self._store() as client, client.pipeline(transaction=True) as pipeline:
@@ -68,7 +69,15 @@ class RedisRegistry:
             await pipeline.execute()
 
     async def replicas(self) -> tuple[Replica, ...]:
-        live = await self._read_entries("replicas", "replica", entries.replica_from_json)
+        parsed: dict[bytes, Replica] = {}
+
+        def decode(raw: bytes) -> Replica:
+            # Readers poll several times a second, and a beat mostly writes the same text again.
+            parsed[raw] = self._parsed.get(raw) or entries.replica_from_json(raw)
+            return parsed[raw]
+
+        live = await self._read_entries("replicas", "replica", decode)
+        self._parsed = parsed
         return tuple(live[replica_id] for replica_id in sorted(live))
 
     async def generation(self) -> str | None:

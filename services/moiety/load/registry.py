@@ -44,7 +44,10 @@ class Registry(Protocol):
         ...
 
     async def set_placement(self, placement: Placement) -> bool:
-        """Compare-and-set: stored only if its epoch is one more than that in force (0 where there is none)."""
+        """Compare-and-set: stored only if its epoch is one more than that in force (0 where there is none).
+
+        After RegistryUnreachable it may have been stored all the same: read `placement` before proposing again.
+        """
         ...
 
     async def publish_demand(self, writer: str, demand: Demand) -> None:

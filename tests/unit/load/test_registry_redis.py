@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 
 import pytest
 import redis
@@ -35,7 +35,7 @@ async def opened(url: str, app: str) -> AsyncIterator[Registry]:
 
 
 @pytest.fixture
-def redis_cli(redis_server: EmbeddedRedis) -> redis.Redis:
+def redis_cli(redis_server: EmbeddedRedis) -> Iterator[redis.Redis]:
     """A plain client, for what an operator sees."""
     with redis.Redis(port=redis_server.port, decode_responses=True) as client:
         yield client
