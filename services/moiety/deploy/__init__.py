@@ -1,1 +1,1 @@
-"""The Ray Serve application. The only place that imports Ray."""
+"""The system on Ray Serve. The only package that imports Ray."""

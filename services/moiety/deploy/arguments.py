@@ -1,0 +1,76 @@
+"""From the application's arguments to the settings of each replica, and how the arguments travel between processes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from moiety.config import AppSettings, ExpertSettings, GatewaySettings, RouterSettings, resolve
+from moiety.load.urls import without_secrets
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+def carried(settings: AppSettings) -> dict[str, Any]:
+    """`settings` as plain values that Ray may store and log.
+
+    A registry URL that holds a password is left out: each process reads it from MOIETY_REGISTRY in its own environment.
+    """
+    values = settings.model_dump(mode="json")
+    if without_secrets(settings.registry) != settings.registry:
+        del values["registry"]
+    return values
+
+
+def restored(values: Mapping[str, Any]) -> AppSettings:
+    """The inverse of `carried`, in the process that got the values. Raises ConfigError."""
+    return resolve(AppSettings, values)
+
+
+def expert_settings(settings: AppSettings, deployment: str, held: str, node_address: str) -> ExpertSettings:
+    """Settings of one replica of the expert group `deployment` that holds `held` until a placement says otherwise."""
+    group = settings.experts
+    return ExpertSettings(
+        **_shared(settings, node_address),
+        deployment=deployment,
+        held=held,
+        threads=group.threads,
+        capacity=group.capacity,
+    )
+
+
+def router_settings(settings: AppSettings, node_address: str) -> RouterSettings:
+    """Settings of a router replica."""
+    return RouterSettings(
+        **_shared(settings, node_address),
+        slots=settings.slots,
+        token_budget=settings.token_budget,
+        max_context=settings.max_context,
+        kv_memory=settings.kv_memory,
+        expert_wait_s=settings.expert_wait_s,
+    )
+
+
+def gateway_settings(settings: AppSettings, node_address: str) -> GatewaySettings:
+    """Settings of a gateway replica, the only one with a port that is known beforehand."""
+    return GatewaySettings(**_shared(settings, node_address), port=settings.grpc_port)
+
+
+def _shared(settings: AppSettings, node_address: str) -> dict[str, Any]:
+    return {
+        "model": settings.model,
+        "served_name": settings.served_name,
+        "app": settings.app,
+        "registry": settings.registry,
+        "listen_host": settings.listen_host,
+        "advertise_host": _advertised(settings, node_address),
+        "dtype": settings.dtype,
+        "device": settings.device,
+    }
+
+
+def _advertised(settings: AppSettings, node_address: str) -> str:
+    """Loopback stays loopback: a service that listens there can't be reached by the node's address."""
+    if settings.advertise_host:
+        return settings.advertise_host
+    return settings.listen_host if settings.listen_host in LOOPBACK else node_address

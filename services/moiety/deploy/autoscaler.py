@@ -1,0 +1,153 @@
+"""The stateful half of autoscaling, living in Serve's controller: one thread per system reads the ledger and decides.
+
+The policy call of `autoscaling.py` only looks up what the thread has published.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from moiety.config import AppSettings, GroupSettings
+from moiety.core import ExpertSet
+from moiety.deploy.arguments import restored
+from moiety.deploy.ledger import Ledger, Reading
+from moiety.errors import MoietyError
+from moiety.load.registry import Registry
+from moiety.policy.autoscale import Decision, State, decide
+
+PERIOD_S = 0.25
+TRUSTED_S = 3.0  # a target older than this is not followed
+FORGET_S = 10.0  # Serve asks nine times a second: a deployment it no longer asks for is gone
+
+_log = logging.getLogger("ray.serve")
+
+
+@dataclass(slots=True, eq=False)
+class Subscription:
+    """One deployment: what Serve says of it, and what was decided. Two threads meet here, one assignment at a time."""
+
+    deployment: str
+    settings: GroupSettings
+    held: ExpertSet
+    state: State = field(default_factory=State)
+    asked_at: float = 0.0  # time.monotonic() of Serve's last call
+    serve_target: int | None = None
+    published: tuple[int, float] | None = None  # a target, and the time.monotonic() at which it was last decided
+
+    def target(self, serve_target: int, low: int, high: int) -> int:
+        """Called by Serve's controller: notes what Serve knows, returns the target to have. Never waits."""
+        now = time.monotonic()
+        if (low, high) != (self.settings.min_replicas, self.settings.max_replicas):  # changed in a live application
+            self.settings = self.settings.model_copy(update={"min_replicas": low, "max_replicas": high})
+        self.serve_target, self.asked_at = serve_target, now
+        published = self.published
+        return published[0] if published is not None and now - published[1] < TRUSTED_S else serve_target
+
+    def decide(self, reading: Reading, now: float) -> Decision | None:
+        """Called by the autoscaler's thread; None while Serve has not said how many replicas it has asked for."""
+        if self.serve_target is None:
+            return None
+        # The published target is what Serve is about to have, or has; its own number is one call old.
+        fresh = self.published is not None and now - self.published[1] < TRUSTED_S
+        current = self.published[0] if self.published is not None and fresh else self.serve_target
+        decision = decide(reading.snapshot(self.deployment, current, self.held), self.state, self.settings, now)
+        self.state, self.published = decision.state, (decision.target, now)
+        return decision
+
+
+class Autoscaler:
+    """Decides for all deployments of one system together, every PERIOD_S, in a daemon thread with a loop of its own.
+
+    The thread lives as long as the controller; while Serve asks for none of its deployments, it reads nothing.
+    """
+
+    def __init__(self, settings: AppSettings) -> None:
+        self._settings = settings
+        self._subscriptions: dict[str, Subscription] = {}
+        self._thread = threading.Thread(target=self._run, name=f"autoscaler-{settings.app}", daemon=True)
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def add(self, subscription: Subscription) -> None:
+        """Decides for this one too; one of the same name is replaced."""
+        self._subscriptions = {**self._subscriptions, subscription.deployment: subscription}
+
+    def _run(self) -> None:
+        try:
+            asyncio.run(self._follow())
+        except Exception:
+            _log.exception("autoscaling of %s has ended: replicas stay as they are", self._settings.app)
+
+    async def _follow(self) -> None:
+        # Imports redis-py: here, in the thread, it costs the controller's loop nothing.
+        from moiety.load.connect import connect
+
+        registry = connect(self._settings.registry, self._settings.app)
+        try:
+            ledger = Ledger(registry)
+            while True:
+                began = time.monotonic()
+                try:
+                    if asked := [each for each in self._subscriptions.values() if began - each.asked_at < FORGET_S]:
+                        await _decide(asked, await ledger.read(), registry)
+                except Exception:
+                    _log.exception("autoscaling of %s: this round is skipped", self._settings.app)
+                await asyncio.sleep(max(0.0, began + PERIOD_S - time.monotonic()))
+        finally:
+            await registry.close()
+
+
+async def _decide(asked: Sequence[Subscription], reading: Reading, registry: Registry) -> None:
+    now = time.monotonic()
+    for subscription in asked:
+        decision = subscription.decide(reading, now)
+        if decision is not None and decision.changes:
+            _log.info("%s: %s", decision.deployment, decision.reason)
+            await _record(registry, decision)
+
+
+async def _record(registry: Registry, decision: Decision) -> None:
+    entry = {
+        "time": time.time(),
+        "deployment": decision.deployment,
+        "from": decision.current,
+        "to": decision.target,
+        "reason": decision.reason,
+        "inputs": dict(decision.inputs),
+    }
+    try:
+        await registry.record_decision(entry)
+    except MoietyError as error:
+        _log.warning("%s: decided, but not recorded: %s", decision.deployment, error)
+
+
+# Serve makes one policy per deployment and gives them nothing in common but the process: that is why this is global.
+_lock = threading.Lock()
+_autoscalers: dict[tuple[str, str], Autoscaler] = {}
+
+
+def subscribe(deployment: str, arguments: Mapping[str, Any], held: str) -> Subscription:
+    """Has `deployment` decided for by its system's autoscaler, which is started if it is the first one."""
+    settings = restored(arguments)
+    subscription = Subscription(deployment, settings.experts, ExpertSet.parse(held), asked_at=time.monotonic())
+    with _lock:
+        key = (settings.registry, settings.app)
+        autoscaler = _autoscalers.get(key)
+        if autoscaler is None or not autoscaler.alive:
+            autoscaler = _autoscalers[key] = Autoscaler(settings)
+            autoscaler.add(subscription)
+            autoscaler.start()
+        else:
+            autoscaler.add(subscription)
+    return subscription

@@ -1,0 +1,84 @@
+"""A Ray of this process's own, on this machine only, or a connection to one that runs already."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+OBJECT_STORE_BYTES = 80 << 20  # nothing of ours travels through Ray's object store; this is about Ray's least
+LOGICAL_CPUS = 64  # replicas of a one-machine system share its cores: Ray must not refuse them for that
+
+_LOCAL = {
+    "RAY_AUTH_MODE": "disabled",  # everything listens on loopback
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # on Linux, too, this is what binds Ray to loopback
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "OMP_WAIT_POLICY": "passive",  # replicas share cores: a spinning one steals from the others
+    "HF_HUB_OFFLINE": "1",
+    "THP_MEM_ALLOC_ENABLE": "1",  # huge pages for torch: weights stream at up to twice the speed
+    "GRPC_VERBOSITY": "NONE",
+}
+
+
+@contextmanager
+def local_ray(
+    *, registry: str = "", num_cpus: int = LOGICAL_CPUS, dashboard: bool = False, folder: Path | None = None
+) -> Iterator[None]:
+    """Runs a Ray for the time of the context and ends it by its own handles. Ray must not have been imported before.
+
+    `registry` may hold a password: it reaches the replicas through their environment only. `folder` is where Ray keeps
+    its sockets and logs (a short path; default: /tmp/ray).
+    """
+    with _environment(_LOCAL, {"MOIETY_REGISTRY": registry} if registry else {}):
+        # Ray reads its environment when it is imported.
+        import ray
+
+        ray.init(
+            num_cpus=num_cpus,
+            include_dashboard=dashboard,
+            dashboard_host="127.0.0.1",
+            object_store_memory=OBJECT_STORE_BYTES,
+            log_to_driver=False,
+            _node_ip_address="127.0.0.1",
+            _temp_dir=str(folder) if folder else None,
+        )
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+@contextmanager
+def existing_ray(address: str) -> Iterator[None]:
+    """Connects to the Ray at `address`, as `ray start` printed it or `auto`, and disconnects at the end."""
+    import ray
+
+    ray.init(address=address, log_to_driver=False)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def connected() -> bool:
+    """Whether this process is connected to a Ray."""
+    ray = sys.modules.get("ray")
+    return ray is not None and bool(ray.is_initialized())
+
+
+@contextmanager
+def _environment(defaults: Mapping[str, str], values: Mapping[str, str]) -> Iterator[None]:
+    """Sets `values`, and `defaults` where the user has set nothing, for the time of the context."""
+    changed = {**{name: value for name, value in defaults.items() if name not in os.environ}, **values}
+    before = {name: os.environ.get(name) for name in changed}
+    os.environ.update(changed)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

@@ -1,0 +1,70 @@
+"""Waits for a deployed application: the registry says which replicas are ready, Serve whether it has given up."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+
+from moiety.config import AppSettings
+from moiety.core import ReplicaState
+from moiety.errors import FailedPrecondition, RegistryUnreachable, Unavailable
+from moiety.load.connect import connect
+from moiety.load.registry import Registry
+
+POLL_S = 0.1
+Progress = Callable[[str], None]
+
+
+def wanted_replicas(args: AppSettings) -> dict[str, int]:
+    """Deployment name -> replicas it starts with."""
+    experts = {f"experts-{group}": max(1, args.experts.min_replicas) for group in range(args.groups)}
+    return {"gateway": 1, "router": args.router_replicas, **experts}
+
+
+async def until_ready(
+    args: AppSettings, wanted: Mapping[str, int], wait_s: float, progress: Progress
+) -> tuple[str, ...]:
+    """The gateways' addresses, once every replica of `wanted` is ready; tells `progress` what has come up.
+
+    Raises FailedPrecondition where Serve has given the application up, Unavailable after `wait_s`.
+    """
+    registry = connect(args.registry, args.app)
+    ready: dict[str, list[str]] = {}
+    try:
+        async with asyncio.timeout(wait_s):
+            while True:
+                before, ready = ready, await _ready(registry)
+                for deployment, addresses in ready.items():
+                    if len(addresses) != len(before.get(deployment, [])):
+                        progress(f"{deployment}: {len(addresses)}/{wanted.get(deployment, 0)} ready")
+                complete = all(len(ready.get(deployment, [])) >= count for deployment, count in wanted.items())
+                if _serve_runs(args.app) and complete:
+                    return tuple(ready["gateway"])
+                await asyncio.sleep(POLL_S)
+    except TimeoutError:
+        counts = [f"{name} {len(ready.get(name, []))}/{count}" for name, count in wanted.items()]
+        raise Unavailable(f"{args.app} is not ready after {wait_s:g} s: {', '.join(counts)}") from None
+    finally:
+        await registry.close()
+
+
+async def _ready(registry: Registry) -> dict[str, list[str]]:
+    """Deployment -> addresses of its ready replicas; empty while the registry does not answer."""
+    ready: dict[str, list[str]] = {}
+    try:
+        for replica in await registry.replicas():
+            if replica.state is ReplicaState.READY:
+                ready.setdefault(replica.deployment, []).append(replica.address)
+    except RegistryUnreachable:
+        return {}
+    return ready
+
+
+def _serve_runs(app: str) -> bool:
+    from ray import serve
+    from ray.serve.schema import ApplicationStatus
+
+    found = serve.status().applications.get(app)
+    if found is not None and found.status is ApplicationStatus.DEPLOY_FAILED:
+        raise FailedPrecondition(f"Serve could not deploy {app}: {found.message}")
+    return found is not None and found.status is ApplicationStatus.RUNNING

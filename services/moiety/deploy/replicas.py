@@ -1,0 +1,77 @@
+"""The Serve deployments' classes: each starts one service through the composition root and adds nothing to it.
+
+Serve pickles what it finds here: the module holds no clients, locks or other live objects.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import ray
+from ray import serve
+
+from moiety import compose
+from moiety.deploy.arguments import expert_settings, gateway_settings, restored, router_settings
+
+
+class _Replica:
+    """What the three have in common: health, live settings, and an orderly end."""
+
+    _running: compose.Running | None = None
+    _drain_s: float = 0.0
+
+    async def check_health(self) -> None:
+        """Called by Serve every second; raises when this replica should be replaced."""
+        if self._running is not None:
+            self._running.healthy()
+
+    async def reconfigure(self, user_config: Mapping[str, Any] | None) -> None:
+        """Called by Serve after start and whenever `user_config` changes. Raises ConfigError for an unknown setting."""
+        if self._running is not None and user_config:
+            await self._running.reconfigure(user_config)
+
+    async def __del__(self) -> None:
+        """Awaited by Serve, once, before it ends a replica on purpose; a killed one leaves its entry to expire."""
+        running, self._running = self._running, None
+        if running is not None:
+            await running.drain(self._drain_s)
+            await running.close()
+
+
+class ExpertReplica(_Replica):
+    """One replica of the expert group that its deployment is named after."""
+
+    async def __init__(self, arguments: Mapping[str, Any], held: str) -> None:  # type: ignore[misc]  # Serve awaits it
+        context = serve.get_replica_context()
+        settings = expert_settings(restored(arguments), context.deployment, held, ray.util.get_node_ip_address())
+        self._drain_s = settings.drain_s
+        self._running = await compose.start_expert(settings, replica_id=_replica_id(), node=_node())
+
+
+class RouterReplica(_Replica):
+    """One router."""
+
+    async def __init__(self, arguments: Mapping[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits it
+        settings = router_settings(restored(arguments), ray.util.get_node_ip_address())
+        self._drain_s = settings.drain_s
+        self._running = await compose.start_router(settings, replica_id=_replica_id(), node=_node())
+
+
+class GatewayReplica(_Replica):
+    """The ingress deployment: Serve deploys what is bound to it. Tokens never travel through Serve's handles."""
+
+    async def __init__(self, arguments: Mapping[str, Any], *_bound: object) -> None:  # type: ignore[misc]  # Serve awaits it
+        settings = gateway_settings(restored(arguments), ray.util.get_node_ip_address())
+        self._drain_s = settings.drain_s
+        self._running = await compose.start_gateway(settings, replica_id=_replica_id(), node=_node())
+
+
+def _replica_id() -> str:
+    unique: str = serve.get_replica_context().replica_id.unique_id
+    return unique
+
+
+def _node() -> str:
+    node: str = ray.get_runtime_context().get_node_id()
+    return node

@@ -1,0 +1,96 @@
+"""Deploys an application and waits until it serves: what `moiety serve` and the demo do."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from moiety.config import AppSettings
+from moiety.deploy.cluster import LOGICAL_CPUS, connected, existing_ray, local_ray
+from moiety.deploy.ready import Progress, until_ready, wanted_replicas
+
+
+class DeployedApp:
+    """A deployed application; a context manager that ends it, and the Ray below it if that was started for it."""
+
+    def __init__(self, name: str, gateways: tuple[str, ...], seconds: Mapping[str, float], ends: ExitStack) -> None:
+        self.name = name
+        self.gateways = gateways  # host:port of each gateway
+        self.seconds = seconds  # what took how long: ray, build, ready
+        self._ends = ends
+
+    def shutdown(self) -> None:
+        """Drains and ends what `deploy_app` started, and nothing else; a second call does nothing."""
+        self._ends.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.shutdown()
+
+
+def deploy_app(
+    args: AppSettings,
+    *,
+    wait_s: float = 180.0,
+    address: str | None = None,
+    num_cpus: int = LOGICAL_CPUS,
+    dashboard: bool = False,
+    ray_folder: Path | None = None,
+    progress: Progress = lambda line: None,
+) -> DeployedApp:
+    """Returns once every replica is ready, having told `progress` what came up on the way.
+
+    Runs on the Ray this process is connected to, or on the one at `address`, or starts one on this machine (the other
+    keywords are about that one). Raises FailedPrecondition where Serve gives the application up, Unavailable where it
+    is not ready within `wait_s`; then nothing is left running.
+    """
+    began = time.monotonic()
+    args = args.model_copy(update={"model": str(Path(args.model).absolute())})
+    with ExitStack() as ends:
+        owned = address is None and not connected()
+        ends.enter_context(_ray(args, address, num_cpus, dashboard, ray_folder))
+        ray_s = time.monotonic() - began
+        progress(f"Ray: ready in {ray_s:.1f} s")
+        # Imports Ray, whose environment is set by now.
+        from ray import serve
+
+        from moiety.deploy.app import build
+
+        application = build(args)
+        build_s = time.monotonic() - began - ray_s
+        serve.start(proxy_location="Disabled")
+        if owned:
+            ends.callback(serve.shutdown)
+        elif args.app not in serve.status().applications:
+            ends.callback(serve.delete, args.app)
+        serve.run_many(
+            [serve.RunTarget(application, name=args.app, route_prefix=None)],
+            wait_for_ingress_deployment_creation=False,
+            wait_for_applications_running=False,
+        )
+        gateways = asyncio.run(until_ready(args, wanted_replicas(args), wait_s, progress))
+        ready_s = time.monotonic() - began - ray_s - build_s
+        progress(f"{args.app}: ready in {ready_s:.1f} s")
+        seconds = {"ray": ray_s, "build": build_s, "ready": ready_s}
+        return DeployedApp(args.app, gateways, seconds, ends.pop_all())
+
+
+@contextmanager
+def _ray(args: AppSettings, address: str | None, num_cpus: int, dashboard: bool, folder: Path | None) -> Iterator[None]:
+    if address is not None:
+        with existing_ray(address):
+            yield
+    elif connected():
+        yield
+    else:
+        with local_ray(registry=args.registry, num_cpus=num_cpus, dashboard=dashboard, folder=folder):
+            yield
