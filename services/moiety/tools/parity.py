@@ -2,6 +2,10 @@
 
 The reference runs one unpadded prompt at a time. The served side runs all prompts at once, as a ragged batch with chunked
 prefill, through a LocalCluster. Then, over the same served experts, each whole text is run once more to compare logits.
+
+A difference is a failure, unless the reference itself has no opinion there: its two best logits are within the logit
+error, or it picks the served token too when its own embeddings move by a few units in the last place (two experts of a
+token may tie in the router, and rounding then picks another expert). Such ties are counted and printed.
 """
 
 from __future__ import annotations
@@ -36,7 +40,10 @@ from moiety.telemetry.tracing import NO_SPAN, NO_TRACER
 from moiety.wire.codec import DTYPE_NAMES, torch_dtype
 
 PROMPT_LENGTHS = (3, 9, 17, 40, 25, 60, 33, 8)
+DEFAULT_SEED = 1  # of the prompts; the tiny checkpoints have no ties with it
 TIE_FACTOR = 4.0  # a reference whose two best logits are closer than this many logit errors decides nothing
+NUDGE_ULPS = 16.0  # relative size of the noise on the reference's embeddings, in units in the last place
+NUDGES = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,16 +103,15 @@ async def run_parity(
     groups: int = 2,
     dtype: str = "float32",
     new_tokens: int = 24,
-    seed: int = 0,
+    seed: int = DEFAULT_SEED,
     progress: Callable[[str], None] = lambda _: None,
 ) -> ParityReport:
     """Compares; raises CheckpointError or ConfigError where the checkpoint cannot be served at all."""
     shape = (await asyncio.to_thread(expert_layout, Checkpoint.open(checkpoint))).shape
     prompts = _prompts(shape.vocabulary, shape.max_context - new_tokens, seed)
     progress(f"reference: {len(prompts)} prompts through plain transformers, one at a time")
-    texts, logits = await asyncio.to_thread(
-        _reference, checkpoint, torch_dtype(dtype, shape.dtype), prompts, new_tokens
-    )
+    reference_dtype = torch_dtype(dtype, shape.dtype)
+    texts, logits = await asyncio.to_thread(_reference, checkpoint, reference_dtype, prompts, new_tokens)
     progress(f"served: the same prompts at once through a LocalCluster of {groups} expert groups")
     async with LocalCluster(checkpoint, groups=groups, dtype=dtype, router={"token_budget": 24}) as cluster:
         async with Client(cluster.address) as client:
@@ -121,7 +127,12 @@ async def run_parity(
         best = expected[len(prompt) - 1 : -1].topk(2).values  # [new tokens, 2]
         margins = best[:, 0] - best[:, 1]
         differ = next((i for i, (a, b) in enumerate(zip(tokens, text[len(prompt) :], strict=True)) if a != b), None)
-        tie = differ is not None and bool(margins[differ] < TIE_FACTOR * error)
+        tie = differ is not None and (
+            bool(margins[differ] < TIE_FACTOR * error)
+            or await asyncio.to_thread(
+                _undecided, checkpoint, reference_dtype, text[: len(prompt) + differ], tokens[differ]
+            )
+        )
         results.append(PromptResult(len(prompt), len(tokens), differ, tie, error, float(margins.min())))
     return ParityReport(shape.architecture, dtype, groups, tuple(results))
 
@@ -137,10 +148,7 @@ def _reference(
     checkpoint: str, dtype: torch.dtype, prompts: Sequence[Sequence[int]], new_tokens: int
 ) -> tuple[list[list[int]], list[torch.Tensor]]:
     """(prompt + greedy tokens, logits [tokens, V]) of each prompt, by plain transformers."""
-    from transformers import AutoModelForCausalLM
-
-    with quiet_transformers():
-        model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype, local_files_only=True).eval()
+    model = _transformers_model(checkpoint, dtype)
     model.generation_config.eos_token_id = None  # compare the same number of tokens, whatever they are
     texts, logits = [], []
     for prompt in prompts:
@@ -150,6 +158,26 @@ def _reference(
         texts.append(text.tolist())
         logits.append(model(text[None]).logits[0].float())
     return texts, logits
+
+
+@torch.inference_mode()
+def _undecided(checkpoint: str, dtype: torch.dtype, text: Sequence[int], token: int) -> bool:
+    """Whether the reference follows `text` with `token` too, once noise below rounding's reach is on its embeddings."""
+    model = _transformers_model(checkpoint, dtype)
+    embeddings = model.get_input_embeddings()(torch.tensor([text]))
+    for seed in range(NUDGES):
+        noise = torch.randn(embeddings.shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+        nudged = embeddings * (1 + NUDGE_ULPS * torch.finfo(dtype).eps * noise)
+        if int(model(inputs_embeds=nudged).logits[0, -1].argmax()) == token:
+            return True
+    return False
+
+
+def _transformers_model(checkpoint: str, dtype: torch.dtype) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    with quiet_transformers():
+        return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype, local_files_only=True).eval()
 
 
 async def _generate(client: Client, prompt: Sequence[int], new_tokens: int) -> list[int]:
