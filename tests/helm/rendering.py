@@ -22,23 +22,25 @@ EVERYTHING: dict[str, Any] = {
 Manifest = dict[str, Any]
 
 
-def merged(below: Any, above: Any) -> Any:
+def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     """`above` laid over `below`, as Helm merges values: mappings key by key, everything else replaced."""
-    if not (isinstance(below, dict) and isinstance(above, dict)):
-        return above
-    return {key: merged(below.get(key), above[key]) if key in above else below[key] for key in {**below, **above}}
+    out = {**below, **above}
+    for key in below.keys() & above.keys():
+        if isinstance(below[key], dict) and isinstance(above[key], dict):
+            out[key] = merged(below[key], above[key])
+    return out
 
 
 def nested(path: str, value: Any) -> dict[str, Any]:
     """`a.b` and 1 as {"a": {"b": 1}}."""
-    for key in reversed(path.split(".")):
-        value = {key: value}
-    return value
+    key, _, rest = path.partition(".")
+    return {key: nested(rest, value) if rest else value}
 
 
 def templates(values: dict[str, Any], release: str = "rel") -> dict[str, str]:
     """Template path -> rendered text. Raises helm_python.HelmError where values or templates refuse."""
-    return helm_python.Chart.load(CHART).render(values, name=release, namespace="ns")
+    rendered: dict[str, str] = helm_python.Chart.load(CHART).render(values, name=release, namespace="ns")
+    return rendered
 
 
 def manifests(values: dict[str, Any], release: str = "rel") -> list[Manifest]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import os
+import shlex
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ import kubernetes_validate
 import pytest
 import yaml
 from rendering import CHART, EVERYTHING, MINIMAL, Manifest, dig, manifests, merged, named, nested, templates
+
+from moiety.cli.generate import generate
 
 KUBERNETES = "1.32"
 CRD_VARIABLE = "MOIETY_RAYSERVICE_CRD"
@@ -158,6 +162,18 @@ def test_a_password_stays_in_its_secret() -> None:
     assert all(document["kind"] != "Secret" for document in documents)
 
 
+def test_redis_reads_its_password_from_stdin(tmp_path: Path) -> None:
+    """The container's command gives Redis the password as configuration, not as an argument that others could see."""
+    deployment = named(manifests(EVERYTHING), "Deployment", "-redis")
+    server = tmp_path / "redis-server"
+    server.write_text('#!/bin/sh\necho "arguments: $*"; cat\n')
+    server.chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "REDIS_PASSWORD": "s3cret"}
+    command = dig(deployment, "spec/template/spec/containers/0/command")
+    told = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=10, check=True).stdout
+    assert told.splitlines() == ["arguments: -", 'save ""', "requirepass s3cret"]
+
+
 def test_several_worker_groups() -> None:
     """Each item of ray.workerGroups is a group of its own, and optional keys may be left out."""
     groups = rayservice(merged(MINIMAL, nested("ray.workerGroups", [{**GROUP, "name": "cpus"}, GROUP])))
@@ -193,3 +209,6 @@ def test_the_notes_name_what_was_installed() -> None:
     notes = templates(merged(MINIMAL, nested("app.grpc_port", 50052)))["moiety/templates/NOTES.txt"]
     assert "kubectl -n ns port-forward service/rel-moiety-gateway 50052" in notes
     assert "kubectl -n ns wait rayservice/rel-moiety --for=condition=Ready" in notes
+    command = next(line.split("moiety generate ")[1] for line in notes.splitlines() if "moiety generate" in line)
+    parsed = generate.make_context("generate", shlex.split(command)).params
+    assert parsed["address"] == "127.0.0.1:50052"
