@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Sequence
 
@@ -57,6 +58,7 @@ class Server:
         self.grpc = grpc.aio.server(options=[*_SERVER, ("grpc.so_reuseport", int(share_port))])
         self._health = health.aio.HealthServicer()
         self._services = services
+        self._stopping: asyncio.Task[None] | None = None
         if handlers:
             self.grpc.add_generic_rpc_handlers(tuple(handlers))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.grpc)
@@ -74,7 +76,12 @@ class Server:
         return bound
 
     async def stop(self, grace_s: float) -> None:
-        """Refuses new RPCs at once; those in flight have `grace_s` to finish."""
+        """Refuses new RPCs at once; those in flight have `grace_s` to finish. A second call waits for the first."""
+        if self._stopping is None:  # grpc.aio ends the process with a segmentation fault where two stops overlap
+            self._stopping = asyncio.create_task(self._stop(grace_s))
+        await asyncio.shield(self._stopping)
+
+    async def _stop(self, grace_s: float) -> None:
         await self._report(health_pb2.HealthCheckResponse.NOT_SERVING)
         await self.grpc.stop(grace_s)
 
