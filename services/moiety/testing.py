@@ -1,0 +1,305 @@
+"""Fakes that ship with the project: real gRPC services on loopback with the simplest insides, and a Hop that uses them.
+
+Nothing here mocks the transport: a fake replica reads and answers the frames a real one does, so what is tested against
+it is what runs. Its insides can be told to wait, refuse, answer twice or vanish.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+
+import grpc
+import numpy as np
+import torch
+
+from moiety.core import WIRE_VERSION, CallClass, ExpertMLP, ExpertSet, ModelShape, Replica, ReplicaState, Role
+from moiety.load.memory import MemoryRegistry
+from moiety.load.watch import Watch
+from moiety.router.demand import DemandCounter
+from moiety.router.fleet import Fleet
+from moiety.router.hedge import Hedging
+from moiety.router.hop import Hop, HopSettings, StepContext
+from moiety.telemetry.tracing import NO_SPAN, NO_TRACER
+from moiety.wire import codec, engine_pb2, engine_pb2_grpc, experts_pb2, generation_pb2
+from moiety.wire.channels import MAX_MESSAGE_BYTES, Server
+from moiety.wire.frames import ForwardCall, parse_call
+
+HOST = "127.0.0.1"
+MODEL = "fake"
+REVISION = "fake-revision"
+
+OnCall = Callable[[ForwardCall], Awaitable["experts_pb2.Outcome | None"]]
+
+
+def fake_shape(
+    *, layers: int = 2, experts: int = 8, top_k: int = 2, hidden: int = 16, vocabulary: int = 320, max_context: int = 64
+) -> ModelShape:
+    """The shape of a model that exists only as numbers."""
+    mlp = ExpertMLP(hidden=hidden, intermediate=2 * hidden)
+    return ModelShape("fake", layers, experts, top_k, mlp, "float32", vocabulary, max_context)
+
+
+def fake_expert(layer: int, expert: int, rows: torch.Tensor) -> torch.Tensor:
+    """What fake experts compute for rows [R, D]: a product and a sum, each rounded element by element.
+
+    No row's bits depend on the rows beside it, as they may in a matrix product, so a difference of one bit between two
+    ways of sending the same rows is the transport's fault.
+    """
+    scale, shift = 0.3 + 0.1 * expert + 0.01 * layer, 0.7 - 0.3 * expert
+    return rows * scale + shift
+
+
+def fake_layer(layer: int, hidden: torch.Tensor, top_k_index: torch.Tensor) -> torch.Tensor:
+    """The naive twin of a hop over fake replicas: hidden [T, D], top_k_index [T, K] -> [T, K, D], zeros where -1."""
+    rows = [
+        fake_expert(layer, int(expert), hidden[token]) if expert >= 0 else torch.zeros_like(hidden[token])
+        for token, experts in enumerate(top_k_index)
+        for expert in experts
+    ]
+    return torch.stack(rows).view(*top_k_index.shape, -1)
+
+
+async def at_once(_call: ForwardCall) -> None:
+    """Answers without ado."""
+
+
+class FakeExperts:
+    """An expert replica: Describe and Forward over loopback, `fake_expert` inside.
+
+    `on_call` is awaited before each answer; what it returns, if anything, is the outcome sent instead of rows. `held`
+    may be changed while it runs without telling the registry; `copies` sends every reply that many times.
+    """
+
+    def __init__(
+        self,
+        replica_id: str,
+        held: ExpertSet,
+        shape: ModelShape,
+        *,
+        dtype: str = "float32",
+        on_call: OnCall = at_once,
+        copies: int = 1,
+    ):
+        self.id, self.held, self.on_call, self.copies = replica_id, held, on_call, copies
+        self.calls: list[ForwardCall] = []  # every call that arrived, in order
+        self.replica: Replica | None = None  # its registry entry, once started
+        self._shape, self._dtype = shape, dtype
+        self._row_bytes = shape.mlp.hidden * codec.DTYPES[dtype].itemsize
+        describe = grpc.unary_unary_rpc_method_handler(
+            self._describe,
+            request_deserializer=experts_pb2.DescribeRequest.FromString,
+            response_serializer=experts_pb2.DescribeResponse.SerializeToString,
+        )
+        handlers = {"Describe": describe, "Forward": grpc.stream_stream_rpc_method_handler(self._forward)}
+        service = "moiety.v1.Experts"
+        self._server = Server([grpc.method_handlers_generic_handler(service, handlers)], [service])
+
+    async def start(self, registry: MemoryRegistry) -> None:
+        """Serves on a free port and registers."""
+        port = await self._server.start(HOST, 0)
+        self.replica = fake_replica(self.id, Role.EXPERT, port, held=self.held)
+        await registry.register(self.replica)
+
+    async def vanish(self) -> None:
+        """Breaks every stream at once; the registry is not told, as when a process is killed."""
+        await self._server.stop(0)
+
+    async def _describe(
+        self, _request: experts_pb2.DescribeRequest, _context: grpc.aio.ServicerContext
+    ) -> experts_pb2.DescribeResponse:
+        return experts_pb2.DescribeResponse(
+            model=MODEL,
+            revision=REVISION,
+            dtype=self._dtype,
+            hidden=self._shape.mlp.hidden,
+            wire_version=WIRE_VERSION,
+            held=str(self.held),
+            max_message_bytes=MAX_MESSAGE_BYTES,
+        )
+
+    async def _forward(self, frames: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> None:
+        writing = asyncio.Lock()
+
+        async def answer(header: experts_pb2.ForwardRequest, call: ForwardCall) -> None:
+            frame = self._reply(header, call, await self.on_call(call))
+            async with writing:
+                for _ in range(self.copies):
+                    await context.write(frame)
+
+        async with asyncio.TaskGroup() as answers:
+            async for frame in frames:
+                header, payload = codec.decode(experts_pb2.ForwardRequest, frame)
+                call = parse_call(
+                    header, payload, dtype=self._dtype, hidden=self._shape.mlp.hidden, row_bytes=self._row_bytes
+                )
+                self.calls.append(call)
+                answers.create_task(answer(header, call))
+
+    def _reply(
+        self, header: experts_pb2.ForwardRequest, call: ForwardCall, outcome: experts_pb2.Outcome | None
+    ) -> bytes:
+        reply = experts_pb2.ForwardReply(call_id=header.call_id, attempt=header.attempt, revision=REVISION)
+        if outcome is None and not set(call.experts.tolist()) <= self.held.layer(call.layer):
+            outcome = experts_pb2.OUTCOME_NOT_HELD
+        if outcome is not None:
+            reply.outcome, reply.detail = outcome, f"{self.id} was told to"
+            return codec.encode(reply)
+        given = torch.empty(len(call.experts), self._shape.mlp.hidden, dtype=codec.DTYPES[self._dtype])
+        codec.rows_of(given)[:] = call.payload[call.row_of]
+        rows = [fake_expert(call.layer, expert, row) for expert, row in zip(call.experts.tolist(), given, strict=True)]
+        reply.rows = len(rows)
+        return codec.encode(reply, codec.rows_of(torch.stack(rows)) if rows else None)
+
+
+@dataclass(slots=True)
+class LoopbackHop:
+    """A Hop and what it stands on, as a router has them."""
+
+    hop: Hop
+    fleet: Fleet
+    watch: Watch
+    registry: MemoryRegistry
+    waited_for: list[tuple[int, list[int]]] = field(default_factory=list)  # (layer, experts) of every wake
+
+    async def compute(
+        self,
+        layer: int,
+        hidden: torch.Tensor,
+        top_k_index: torch.Tensor,
+        *,
+        call_class: CallClass = CallClass.DECODE,
+        check: Callable[[], None] = lambda: None,
+    ) -> torch.Tensor:
+        """One layer's hop, run on a thread as an engine does: [T, K, D]."""
+
+        def run() -> torch.Tensor:
+            self.hop.begin_step(StepContext(call_class, NO_SPAN, check, self._waits))
+            return self.hop.submit(layer, hidden, top_k_index).result()
+
+        return await asyncio.to_thread(run)
+
+    def _waits(self, layer: int, experts: list[int]) -> None:
+        self.waited_for.append((layer, experts))
+
+
+@asynccontextmanager
+async def loopback_hop(
+    replicas: Sequence[FakeExperts],
+    shape: ModelShape,
+    *,
+    dtype: str = "float32",
+    revision: str = REVISION,
+    expert_wait_s: float = 5.0,
+    hedge_after_s: float = 5.0,
+    retry_budget: float = 0.1,
+    registry: MemoryRegistry | None = None,
+) -> AsyncIterator[LoopbackHop]:
+    """Starts `replicas` and a Hop that has found them all; ends everything. Entries of the registry never expire.
+
+    Before a layer has latencies of its own a call is hedged after a second, or `hedge_after_s` where that is more.
+    """
+    registry = registry or MemoryRegistry(clock=lambda: 0.0)
+    async with AsyncExitStack() as stack:
+        for replica in replicas:
+            await replica.start(registry)
+            stack.push_async_callback(replica.vanish)
+        watch = Watch(registry, interval_s=0.02)
+        await watch.start()
+        stack.push_async_callback(watch.stop)
+        fleet = Fleet(watch, shape, revision, dtype)
+        fleet.start()
+        stack.push_async_callback(fleet.close)
+        settings = HopSettings(revision, codec.DTYPES[dtype], expert_wait_s)
+        demand = DemandCounter(shape.moe_layers, shape.experts)
+        hop = Hop(fleet, settings, Hedging(hedge_after_s, retry_budget), demand, NO_TRACER)
+        await eventually(lambda: {replica.id for replica in replicas} <= set(fleet.table.replicas))
+        yield LoopbackHop(hop, fleet, watch, registry)
+
+
+class FakeEngine(engine_pb2_grpc.EngineServicer):
+    """A router: the token at each position is a function of prompt, seed and position, as a real engine's is.
+
+    `before_token(position)` is awaited before each token, counted from the first generated one; it may wait or raise.
+    """
+
+    def __init__(self, replica_id: str, shape: ModelShape, *, revision: str = REVISION):
+        self.id = replica_id
+        self.requests: list[engine_pb2.EngineRequest] = []  # in order of arrival
+        self.cancelled = 0  # requests whose client went away
+        self.before_token: Callable[[int], Awaitable[None]] = _no_wait
+        self._shape, self._revision = shape, revision
+        self._server = Server([], ["moiety.v1.Engine"])
+        engine_pb2_grpc.add_EngineServicer_to_server(self, self._server.grpc)
+
+    async def start(self, registry: MemoryRegistry) -> None:
+        """Serves on a free port and registers."""
+        port = await self._server.start(HOST, 0)
+        replica = fake_replica(self.id, Role.ROUTER, port)
+        await registry.register(dataclasses.replace(replica, revision=self._revision))
+
+    async def vanish(self) -> None:
+        """Breaks every stream at once; the registry is not told."""
+        await self._server.stop(0)
+
+    async def Describe(
+        self, _request: engine_pb2.EngineDescribeRequest, _context: grpc.aio.ServicerContext
+    ) -> engine_pb2.EngineDescription:
+        return engine_pb2.EngineDescription(
+            model=MODEL,
+            revision=self._revision,
+            max_context=self._shape.max_context,
+            vocabulary=self._shape.vocabulary,
+        )
+
+    async def Generate(
+        self, request: engine_pb2.EngineRequest, _context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[engine_pb2.EngineEvent]:
+        self.requests.append(request)
+        most = request.sampling.max_tokens
+        try:
+            for position in range(len(request.generated_ids), most):
+                await self.before_token(position)
+                ended = position + 1 == most
+                finish = generation_pb2.FINISH_REASON_LENGTH if ended else generation_pb2.FINISH_REASON_NONE
+                token = fake_token(request.prompt_ids, request.sampling.seed, position, self._shape.vocabulary)
+                yield engine_pb2.EngineEvent(token_ids=[token], finish_reason=finish)
+        except (asyncio.CancelledError, GeneratorExit):
+            self.cancelled += 1
+            raise
+
+
+def fake_token(prompt: Sequence[int], seed: int, position: int, vocabulary: int) -> int:
+    """The token a FakeEngine generates at `position` (from 0)."""
+    return int(np.random.Generator(np.random.Philox(key=seed + sum(prompt), counter=position)).integers(vocabulary))
+
+
+def fake_replica(replica_id: str, role: Role, port: int, held: ExpertSet | None = None) -> Replica:
+    """The registry entry of a ready service on this machine."""
+    return Replica(
+        id=replica_id,
+        role=role,
+        deployment=role.value,
+        address=f"{HOST}:{port}",
+        node="here",
+        model=MODEL,
+        revision=REVISION,
+        state=ReplicaState.READY,
+        held=held or ExpertSet(),
+    )
+
+
+async def eventually(condition: Callable[[], bool], within_s: float = 10.0) -> None:
+    """Returns once `condition` holds; raises AssertionError when it does not within `within_s`."""
+    try:
+        async with asyncio.timeout(within_s):
+            while not condition():  # noqa: ASYNC110  # conditions of other threads raise no event here
+                await asyncio.sleep(0.005)
+    except TimeoutError:
+        raise AssertionError(f"{condition} did not come true within {within_s:g} s") from None
+
+
+async def _no_wait(_position: int) -> None: ...
