@@ -234,6 +234,7 @@ class PendingLayer:
     def _refused(self, call: _Call, reply: experts_pb2.ForwardReply) -> None:
         outcome = experts_pb2.Outcome.Name(reply.outcome).removeprefix("OUTCOME_")
         error = MoietyError(f"replica {call.replica} answered {outcome}: {reply.detail}")
+        call.span.set(Attribute.OUTCOME, outcome)
         call.span.error(error)
         call.span.end()
         if reply.outcome in (experts_pb2.OUTCOME_NOT_HELD, experts_pb2.OUTCOME_REVISION_MISMATCH):
