@@ -39,6 +39,8 @@ def build(args: Mapping[str, Any] | AppSettings) -> serve.Application:
     impossible argument, CheckpointError for a checkpoint that cannot be served.
     """
     settings = args if isinstance(args, AppSettings) else resolve(AppSettings, args)
+    if settings.registry.startswith("file:"):
+        raise ConfigError("registry", settings.registry, "Serve's replicas need a redis:// or rediss:// registry")
     arguments = carried(settings)
     routers = serve.deployment(RouterReplica).options(
         name=ROUTER,

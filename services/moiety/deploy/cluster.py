@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from moiety.deploy.arguments import LOOPBACK
+from moiety.errors import FailedPrecondition
+
 OBJECT_STORE_BYTES = 80 << 20  # nothing of ours travels through Ray's object store; this is about Ray's least
 LOGICAL_CPUS = 64  # replicas of a one-machine system share its cores: Ray must not refuse them for that
 
+LOOPBACK_ONLY = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # "0" binds Ray to loopback on Linux, too, whatever its name says
+
 _LOCAL = {
     "RAY_AUTH_MODE": "disabled",  # everything listens on loopback
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # on Linux, too, this is what binds Ray to loopback
+    LOOPBACK_ONLY: "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "OMP_WAIT_POLICY": "passive",  # replicas share cores: a spinning one steals from the others
     "HF_HUB_OFFLINE": "1",
@@ -26,10 +32,11 @@ _LOCAL = {
 def local_ray(
     *, registry: str = "", num_cpus: int = LOGICAL_CPUS, dashboard: bool = False, folder: Path | None = None
 ) -> Iterator[None]:
-    """Runs a Ray for the time of the context and ends it by its own handles. Ray must not have been imported before.
+    """Runs a Ray on loopback for the time of the context and ends it by its own handles.
 
     `registry` may hold a password: it reaches the replicas through their environment only. `folder` is where Ray keeps
-    its sockets and logs (a short path; default: /tmp/ray).
+    its sockets and logs (a short path; default: /tmp/ray). Raises FailedPrecondition where Ray would listen on the
+    network, which it decides when it is first imported.
     """
     with _environment(_LOCAL, {"MOIETY_REGISTRY": registry} if registry else {}):
         # Ray reads its environment when it is imported.
@@ -41,10 +48,15 @@ def local_ray(
             dashboard_host="127.0.0.1",
             object_store_memory=OBJECT_STORE_BYTES,
             log_to_driver=False,
-            _node_ip_address="127.0.0.1",
+            logging_level=logging.WARNING,
+            _node_ip_address=LOOPBACK[0],
             _temp_dir=str(folder) if folder else None,
         )
         try:
+            if (host := ray.util.get_node_ip_address()) not in LOOPBACK:
+                raise FailedPrecondition(
+                    f"a local Ray would listen on {host}: set {LOOPBACK_ONLY}=0 before Ray is first imported"
+                )
             yield
         finally:
             ray.shutdown()

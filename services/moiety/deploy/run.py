@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -56,7 +57,6 @@ def deploy_app(
     began = time.monotonic()
     args = args.model_copy(update={"model": str(Path(args.model).absolute())})
     with ExitStack() as ends:
-        owned = address is None and not connected()
         ends.enter_context(_ray(args, address, num_cpus, dashboard, ray_folder))
         ray_s = time.monotonic() - began
         progress(f"Ray: ready in {ray_s:.1f} s")
@@ -65,12 +65,11 @@ def deploy_app(
 
         from moiety.deploy.app import build
 
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)  # `progress` tells the same in fewer lines
         application = build(args)
         build_s = time.monotonic() - began - ray_s
         serve.start(proxy_location="Disabled")
-        if owned:
-            ends.callback(serve.shutdown)
-        elif args.app not in serve.status().applications:
+        if args.app not in serve.status().applications:
             ends.callback(serve.delete, args.app)
         serve.run_many(
             [serve.RunTarget(application, name=args.app, route_prefix=None)],

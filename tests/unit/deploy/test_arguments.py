@@ -1,0 +1,99 @@
+"""How the application's arguments reach its replicas."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from moiety.config import AppSettings
+from moiety.deploy.app import build, default_placement
+from moiety.deploy.arguments import carried, expert_settings, gateway_settings, restored, router_settings
+from moiety.errors import ConfigError
+from moiety.model.tiny import write_tiny
+
+SECRET_URL = "redis://:hunter2@10.0.0.1:6390/0"
+NODE = "10.0.0.7"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny checkpoint with 8 experts per layer."""
+    return write_tiny("mixtral", tmp_path_factory.mktemp("mixtral"))
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of the user's cache or environment takes part."""
+    monkeypatch.setenv("MOIETY_CACHE", str(tmp_path))
+    monkeypatch.delenv("MOIETY_REGISTRY", raising=False)
+
+
+def test_a_password_travels_in_the_environment_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Ray stores and logs holds no password; a process with MOIETY_REGISTRY gets the whole URL back."""
+    settings = AppSettings(model="m", registry=SECRET_URL)
+    values = carried(settings)
+    assert "hunter2" not in json.dumps(values)
+    monkeypatch.setenv("MOIETY_REGISTRY", SECRET_URL)
+    assert restored(values) == settings
+
+
+def test_carried_arguments_win_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A node's own MOIETY_* variables change nothing that the application's arguments say."""
+    settings = AppSettings(model="m", registry="redis://10.0.0.1:6390/0", slots=7)
+    monkeypatch.setenv("MOIETY_REGISTRY", "redis://elsewhere:1/0")
+    monkeypatch.setenv("MOIETY_SLOTS", "9")
+    assert restored(carried(settings)) == settings
+
+
+def test_loopback_stays_loopback() -> None:
+    """A service that listens on loopback is not announced under the node's address; one on all interfaces is."""
+    local = AppSettings(model="m")
+    assert gateway_settings(local, NODE).advertised == "127.0.0.1"
+    cluster = local.model_copy(update={"listen_host": "0.0.0.0"})
+    assert router_settings(cluster, NODE).advertised == NODE
+    named = cluster.model_copy(update={"advertise_host": "pod-3.experts"})
+    assert expert_settings(named, "experts-3", "0:0", NODE).advertised == "pod-3.experts"
+
+
+def test_each_service_gets_what_is_its_own() -> None:
+    """The gateway's port goes to no one else; the group's settings reach its replicas."""
+    settings = AppSettings(model="m", grpc_port=50999, slots=5, experts={"threads": 3, "capacity": 9.5})
+    expert = expert_settings(settings, "experts-1", "0:4-7", NODE)
+    assert (expert.port, expert.threads, expert.capacity, expert.deployment) == (0, 3, 9.5, "experts-1")
+    assert (router_settings(settings, NODE).port, router_settings(settings, NODE).slots) == (0, 5)
+    assert gateway_settings(settings, NODE).port == 50999
+
+
+def test_default_placement_covers_every_expert_once(model: Path) -> None:
+    """Deployments are called experts-0, experts-1, … and share the model's experts out without overlap."""
+    placement = default_placement(AppSettings(model=str(model), groups=3))
+    assert list(placement) == ["experts-0", "experts-1", "experts-2"]
+    pairs = [pair for held in placement.values() for pair in held]
+    assert len(pairs) == len(set(pairs)) == len(default_placement(AppSettings(model=str(model), groups=1))["experts-0"])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "field"),
+    [
+        ({"groups": 9}, "groups"),
+        ({"grups": 2}, "grups"),
+        ({"registry": "file:///run/registry.json"}, "registry"),
+        ({"experts": {"min_replicas": 5, "max_replicas": 4}}, "experts.min_replicas"),
+        ({"experts": {"min_replica": 1}}, "experts.min_replica"),
+    ],
+)
+def test_impossible_arguments_are_refused(model: Path, wrong: dict[str, object], field: str) -> None:
+    """Before anything starts, the error names the argument, its value and what it must be."""
+    with pytest.raises(ConfigError) as caught:
+        build({"model": str(model), **wrong})
+    assert caught.value.field == field
+
+
+def test_missing_arguments_come_from_the_environment(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same config file serves on machines that differ: facts of the machine are MOIETY_* variables."""
+    with pytest.raises(ConfigError, match="model"):
+        build({"groups": 2})
+    monkeypatch.setenv("MOIETY_MODEL", str(model))
+    build({"groups": 2})

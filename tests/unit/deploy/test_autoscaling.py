@@ -1,0 +1,134 @@
+"""The policy as Serve's controller meets it: copied by value, called often, never blocking, never raising."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from ray import cloudpickle
+
+from moiety.config import AppSettings
+from moiety.core import Busy, Replica, Role
+from moiety.deploy import autoscaling
+from moiety.deploy.arguments import carried
+from moiety.load.connect import connect
+from moiety.load.embedded import EmbeddedRedis
+
+WAIT_S = 10.0
+
+
+@dataclass
+class Context:
+    """The fields of Serve's AutoscalingContext that the policy reads."""
+
+    deployment_name: str = "experts-0"
+    target_num_replicas: int = 1
+    capacity_adjusted_min_replicas: int = 1
+    capacity_adjusted_max_replicas: int = 4
+
+
+@pytest.fixture
+def redis() -> Iterator[EmbeddedRedis]:
+    """A server of this test's own: one of the tests stops it."""
+    with EmbeddedRedis() as server:
+        yield server
+
+
+def _settings(redis: EmbeddedRedis) -> AppSettings:
+    return AppSettings(model="m", app=f"test-{uuid.uuid4().hex[:8]}", registry=redis.url)
+
+
+def _policy(settings: AppSettings) -> Any:
+    """The policy after the journey that Serve sends it on."""
+    cloudpickle.register_pickle_by_value(autoscaling)
+    try:
+        copied = cloudpickle.loads(cloudpickle.dumps(autoscaling.ExpertPolicy))
+    finally:
+        cloudpickle.unregister_pickle_by_value(autoscaling)
+    return copied(arguments=carried(settings), held="0:0-3")
+
+
+def _report(settings: AppSettings, busy: float) -> None:
+    """What a replica would say of itself."""
+
+    async def publish() -> None:
+        registry = connect(settings.registry, settings.app)
+        await registry.register(Replica("a", Role.EXPERT, "experts-0", "127.0.0.1:1", "node", "m", "r"))
+        await registry.publish_busy("a", Busy(busy, 0.0, 100.0, 10.0))
+        await registry.close()
+
+    asyncio.run(publish())
+
+
+def _decisions(settings: AppSettings) -> Sequence[Mapping[str, Any]]:
+    async def read() -> Sequence[Mapping[str, Any]]:
+        registry = connect(settings.registry, settings.app)
+        try:
+            return await registry.decisions()
+        finally:
+            await registry.close()
+
+    return asyncio.run(read())
+
+
+def _until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < deadline, "the condition was not met in time"
+        time.sleep(0.05)
+
+
+def test_a_busy_replica_is_joined_by_another_and_the_decision_is_recorded(redis: EmbeddedRedis) -> None:
+    """Load in the ledger reaches the policy's answer; who decided what, why and on which numbers can be read later."""
+    settings = _settings(redis)
+    policy, context = _policy(settings), Context()
+    assert policy(context) == (1, {})
+    _report(settings, busy=1.0)
+    _until(lambda: policy(context)[0] == 2)
+    _until(lambda: len(_decisions(settings)) == 1)
+    (decision,) = _decisions(settings)
+    assert (decision["deployment"], decision["from"], decision["to"]) == ("experts-0", 1, 2)
+    assert decision["reason"] == "busy 1.00 of 1 replica > target 0.60: 1 → 2"
+    assert decision["inputs"]["busy"] == 1.0
+    assert abs(decision["time"] - time.time()) < WAIT_S
+
+
+def test_live_bounds_win_over_the_arguments(redis: EmbeddedRedis) -> None:
+    """Bounds changed in the running application hold from the next decision on."""
+    settings = _settings(redis)
+    policy = _policy(settings)
+    context = Context(capacity_adjusted_min_replicas=3, capacity_adjusted_max_replicas=8)
+    _until(lambda: policy(context)[0] == 3)
+
+
+def test_without_a_registry_the_current_target_holds(redis: EmbeddedRedis) -> None:
+    """When Redis goes, whatever Serve has is what the policy answers, at once."""
+    settings = _settings(redis)
+    policy = _policy(settings)
+    _report(settings, busy=1.0)
+    _until(lambda: policy(Context())[0] == 2)
+    redis.stop()
+    context = Context(target_num_replicas=2)
+    for _ in range(20):
+        began = time.monotonic()
+        assert policy(context) == (2, {})
+        assert time.monotonic() - began < 0.1
+        time.sleep(0.05)
+
+
+def test_the_policy_never_raises(caplog: pytest.LogCaptureFixture) -> None:
+    """Arguments it can't use make it hold the current target; it says so once, not nine times a second."""
+    policy = autoscaling.ExpertPolicy(arguments={"nonsense": 1}, held="0:0")
+    logger = logging.getLogger("ray.serve")  # it does not propagate
+    logger.addHandler(caplog.handler)
+    try:
+        assert [policy(Context(target_num_replicas=3)) for _ in range(3)] == [(3, {})] * 3
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert [record.message for record in caplog.records] == ["experts-0: scaling holds"]

@@ -1,0 +1,89 @@
+"""From registry entries to the snapshots that the policy decides on."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+
+import pytest
+
+from moiety.core import Busy, Demand, ExpertSet, Placement, Replica, ReplicaState, Role
+from moiety.deploy.ledger import Ledger
+from moiety.load.memory import MemoryRegistry
+
+HELD = ExpertSet.parse("0:0-1")
+OTHER = ExpertSet.parse("0:2-3")
+READY = Replica("a", Role.EXPERT, "experts-0", "127.0.0.1:1", "node", "m", "r", held=HELD)
+
+
+async def _registry(*replicas: Replica) -> MemoryRegistry:
+    registry = MemoryRegistry()
+    for each in replicas:
+        await registry.register(each)
+    return registry
+
+
+def test_only_ready_replicas_of_the_deployment_count() -> None:
+    """Starting and draining replicas are not live, nor is another group's; busy is the mean, queue wait the worst."""
+
+    async def check() -> None:
+        registry = await _registry(
+            READY,
+            replace(READY, id="b"),
+            replace(READY, id="c", state=ReplicaState.DRAINING),
+            replace(READY, id="d", deployment="experts-1"),
+        )
+        await registry.publish_busy("a", Busy(0.2, 5.0, 100.0, 10.0))
+        await registry.publish_busy("b", Busy(0.6, 1.0, 50.0, 10.0))
+        await registry.publish_busy("c", Busy(1.0, 99.0, 50.0, 10.0))
+        snapshot = (await Ledger(registry).read()).snapshot("experts-0", 3, HELD)
+        assert (snapshot.target, snapshot.live, snapshot.reporting) == (3, 2, 2)
+        assert snapshot.busy == pytest.approx(0.4)
+        assert (snapshot.queue_wait_ms, snapshot.rows_per_s) == (5.0, 150.0)
+
+    asyncio.run(check())
+
+
+def test_demand_is_what_routers_send_to_the_experts_held() -> None:
+    """Rows of another group's experts are not this one's demand; the first reading has no rate yet."""
+
+    async def check() -> None:
+        registry = await _registry()
+        ledger = Ledger(registry)
+        await registry.publish_demand("router", Demand(((0, 0, 0, 0),), ((0, 0, 0, 0),), time=100.0))
+        assert (await ledger.read()).snapshot("experts-0", 0, HELD).rows_per_s == 0
+        await registry.publish_demand("router", Demand(((10, 20, 400, 0),), ((1, 1, 1, 0),), time=102.0))
+        reading = await ledger.read()
+        assert reading.snapshot("experts-0", 0, HELD).rows_per_s == 15.0
+        assert reading.snapshot("experts-1", 0, OTHER).rows_per_s == 200.0
+
+    asyncio.run(check())
+
+
+def test_a_wake_concerns_the_groups_that_hold_the_expert() -> None:
+    """Waiting for expert 2 wakes its group alone; once a placement moves the expert, it wakes the new holder alone."""
+
+    async def check() -> None:
+        registry = await _registry()
+        await registry.wake(0, [2])
+        reading = await Ledger(registry).read()
+        assert not reading.snapshot("experts-0", 0, HELD).wake
+        assert reading.snapshot("experts-1", 0, OTHER).wake
+        assert await registry.set_placement(Placement(1, {"experts-0": OTHER, "experts-1": HELD}))
+        reading = await Ledger(registry).read()
+        assert reading.snapshot("experts-0", 0, HELD).wake
+        assert not reading.snapshot("experts-1", 0, OTHER).wake
+
+    asyncio.run(check())
+
+
+def test_experts_beyond_the_counters_are_no_error() -> None:
+    """A placement for a larger model than the routers count for asks for nothing there."""
+
+    async def check() -> None:
+        registry = await _registry()
+        await registry.publish_demand("router", Demand(((1, 1),), ((1, 1),), time=1.0))
+        snapshot = (await Ledger(registry).read()).snapshot("experts-0", 0, ExpertSet.parse("0-3:0-9"))
+        assert snapshot.rows_per_s == 0
+
+    asyncio.run(check())
