@@ -1,0 +1,95 @@
+"""Option types, and options that several commands share."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from moiety.config import DTYPES
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+class IntegerList(click.ParamType[tuple[int, ...]]):
+    """Integers with commas between them, each from `low` to `high` and a multiple of `step`."""
+
+    name = "integers"
+
+    def __init__(self, low: int, high: int, step: int = 1):
+        self.low, self.high, self.step = low, high, step
+        self.bound = f"integers from {low} to {high}" + (f", multiples of {step}" if step > 1 else "")
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            numbers = tuple(int(part) for part in str(value).split(","))
+        except ValueError:
+            self.fail(f"{value!r}: must be {self.bound}, with commas between them", param, ctx)
+        for number in numbers:
+            if not self.low <= number <= self.high or number % self.step:
+                self.fail(f"{number}: must be {self.bound}", param, ctx)
+        return numbers
+
+
+def groups_option(function: Function) -> Function:
+    """--groups."""
+    return click.option(
+        "--groups",
+        type=click.IntRange(min=1),
+        default=2,
+        show_default=True,
+        help="Expert groups, each a process of its own; at most the model's experts per layer.",
+    )(function)
+
+
+def dtype_option(default: str) -> Callable[[Function], Function]:
+    """--dtype."""
+    return click.option(
+        "--dtype",
+        type=click.Choice(DTYPES),
+        default=default,
+        show_default=True,
+        help="Of weights and rows; auto: as published.",
+    )
+
+
+def json_option(function: Function) -> Function:
+    """--json FILE, as `json_file`."""
+    return click.option(
+        "--json",
+        "json_file",
+        type=click.Path(dir_okay=False, writable=True, path_type=Path),
+        callback=_writable,
+        help="Write the result to this file too.",
+    )(function)
+
+
+def write_json(file: Path | None, value: object) -> None:
+    """Writes `value` for people and machines; nothing where no file was asked for."""
+    if file is not None:
+        file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def invocation(context: click.Context) -> str:
+    """The command line that does the same again, defaults spelled out."""
+    words = context.command_path.split()
+    for parameter in context.command.params:
+        value = context.params.get(parameter.name or "")
+        if value is None or parameter.name == "json_file":
+            continue
+        text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        words += [text] if isinstance(parameter, click.Argument) else [parameter.opts[0], text]
+    return shlex.join(words)
+
+
+def _writable(_context: click.Context, _parameter: click.Parameter, file: Path | None) -> Path | None:
+    """A file that cannot be written is told before the work, not after it."""
+    if file is not None and not file.parent.is_dir():
+        raise click.BadParameter(f"{file.parent} is no folder")
+    return file

@@ -1,0 +1,70 @@
+"""Runs a command's coroutine so that Ctrl-C and SIGTERM end it in order, and tells its progress."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
+
+import click
+
+Result = TypeVar("Result")
+
+
+class Interrupted(Exception):
+    """A signal ended the command, after its clean-up."""
+
+    def __init__(self, number: int = signal.SIGINT) -> None:
+        self.exit_status = 128 + number  # the shell's convention
+        super().__init__(f"interrupted by {signal.Signals(number).name}")
+
+
+def run_async(work: Coroutine[Any, Any, Result]) -> Result:
+    """The result of `work`. Raises Interrupted on SIGINT or SIGTERM, once `work` was cancelled and has cleaned up.
+
+    After an interruption it does not wait for worker threads: they cannot be cancelled and have nothing to clean up.
+    """
+    runner = asyncio.Runner()
+    threads_may_be_busy = False
+    try:
+        return runner.run(_until_signalled(work))
+    except Interrupted:
+        threads_may_be_busy = True
+        raise
+    finally:
+        if not threads_may_be_busy:
+            runner.close()
+
+
+async def _until_signalled(work: Coroutine[Any, Any, Result]) -> Result:
+    loop = asyncio.get_running_loop()
+    task = asyncio.ensure_future(work)
+    received: list[int] = []
+
+    def stop(number: int) -> None:
+        received.append(number)
+        task.cancel()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop, number)
+    try:
+        return await task
+    except asyncio.CancelledError:
+        if received:
+            raise Interrupted(received[0]) from None
+        raise
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(number)
+
+
+def progress() -> Callable[[str], None]:
+    """A function that tells one stage on stderr, with the seconds since now."""
+    began = time.monotonic()
+
+    def tell(stage: str) -> None:
+        click.echo(f"[{time.monotonic() - began:6.1f} s] {stage}", err=True)
+
+    return tell
