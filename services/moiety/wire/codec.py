@@ -61,7 +61,7 @@ def decode(kind: type[Header], frame: bytes) -> tuple[Header, memoryview]:
 
 def rows_of(tensor: torch.Tensor) -> Rows:
     """A contiguous CPU tensor [R, ...] as R opaque rows sharing its memory."""
-    flat = tensor.detach().reshape(tensor.shape[0], -1)
+    flat = tensor.detach().flatten(1)
     row_bytes = flat.shape[1] * flat.element_size()
     return flat.view(torch.uint8).numpy().view(np.dtype((np.void, row_bytes)))[:, 0]
 
