@@ -50,9 +50,11 @@ class Batcher:
         self._changed = threading.Condition()
 
     def put(self, waiting: Waiting) -> None:
-        """Raises ResourceExhausted when `limit` calls already wait."""
+        """Raises ResourceExhausted when `limit` calls already wait, and after `close`."""
         with self._changed:
-            if self._closed or self._size >= self._limit:
+            if self._closed:
+                raise ResourceExhausted("this replica is shutting down", 0.05)
+            if self._size >= self._limit:
                 raise ResourceExhausted(f"{self._size} of at most {self._limit} calls wait for the device", 0.05)
             key = (waiting.call.call_class, waiting.call.layer)
             self._queues.setdefault(key, deque()).append(waiting)

@@ -15,11 +15,27 @@ from moiety.core import Busy, ExpertMLP, ExpertSet
 from moiety.errors import DeadlineExceeded, MoietyError, NotHeld
 from moiety.expert.batcher import Batcher, Computed, Waiting
 from moiety.wire import codec
+from moiety.wire.frames import ForwardCall
 from moiety_kernels.expert_mlp import ExpertWeights, grouped_expert_mlp
 
 _log = logging.getLogger(__name__)
 
 Weights = Mapping[tuple[int, int], ExpertWeights]
+
+
+@dataclass(frozen=True, slots=True)
+class _Holding:
+    """What is held, as one value: a batch that was checked against it computes with the same weights."""
+
+    held: ExpertSet
+    epoch: int
+    weights: Weights
+
+    def check(self, call: ForwardCall) -> None:
+        """Raises NotHeld unless every expert of the call is here."""
+        missing = sorted(set(call.experts.tolist()) - self.held.layer(call.layer))
+        if missing:
+            raise NotHeld(f"layer {call.layer}: expert(s) {missing} are not held here (epoch {self.epoch})")
 
 
 @dataclass(slots=True)
@@ -50,8 +66,6 @@ class Runtime:
         threads: int = 1,
     ):
         self.capacity = capacity
-        self.held = ExpertSet()
-        self.epoch = 0
         self._mlp, self._dtype, self._device, self._load, self._threads = (
             mlp,
             dtype,
@@ -59,27 +73,37 @@ class Runtime:
             load,
             threads,
         )
-        self._weights: Weights = {}
+        self._holding = _Holding(ExpertSet(), 0, {})
+        self._loading = threading.Lock()
         self._batcher = Batcher(queue_calls)
-        self._holding = threading.Lock()
-        self._computing = False
+        self._unanswered = 0
+        self._unanswered_lock = threading.Lock()
         self._window = _Window(time.monotonic())
         self._window_lock = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="expert-runtime", daemon=True)
 
+    @property
+    def held(self) -> ExpertSet:
+        return self._holding.held
+
+    @property
+    def epoch(self) -> int:
+        """Of the placement that `held` follows; 0 = none yet."""
+        return self._holding.epoch
+
     def hold(self, held: ExpertSet, epoch: int) -> None:
         """Loads what is new beside what is there, then drops what is no longer `held`. Blocks for the reading."""
-        with self._holding:
+        with self._loading:
+            current = self._holding
             new = ExpertSet(
                 {
-                    layer: ids - self.held.layer(layer)
+                    layer: ids - current.held.layer(layer)
                     for layer, ids in held.by_layer.items()
-                    if ids - self.held.layer(layer)
+                    if ids - current.held.layer(layer)
                 }
             )
-            loaded = {**self._weights, **self._load(new)}
-            self._weights = {pair: weights for pair, weights in loaded.items() if pair in held}
-            self.held, self.epoch = held, epoch
+            loaded = {**current.weights, **self._load(new)}
+            self._holding = _Holding(held, epoch, {pair: loaded[pair] for pair in held})
 
     def start(self) -> None:
         self._thread.start()
@@ -95,13 +119,18 @@ class Runtime:
 
     @property
     def idle(self) -> bool:
-        """No call waits or is being computed."""
-        return not len(self._batcher) and not self._computing
+        """Every call that was accepted has been answered."""
+        return self._unanswered == 0
 
     def submit(self, waiting: Waiting) -> None:
         """Queues a call. Raises NotHeld or ResourceExhausted; nothing of the call is computed then."""
-        self._check_held(waiting)
-        self._batcher.put(waiting)
+        self._holding.check(waiting.call)
+        self._count(1)
+        try:
+            self._batcher.put(waiting)
+        except BaseException:
+            self._count(-1)
+            raise
 
     def load_since_last(self) -> Busy:
         """The load since this was last asked for."""
@@ -119,44 +148,51 @@ class Runtime:
     def _run(self) -> None:
         torch.set_num_threads(self._threads)
         while batch := self._batcher.take():
-            ready = [waiting for waiting in batch if self._admit(waiting)]
+            holding = self._holding  # one for the whole batch: `hold` may replace it meanwhile
+            ready = [waiting for waiting in batch if self._admit(waiting, holding)]
             if not ready:
                 continue
-            self._computing = True
             try:
-                results = self._compute(ready)
+                results = self._compute(ready, holding.weights)
             except Exception as error:
                 _log.exception("a batch of %d calls for layer %d failed", len(ready), ready[0].call.layer)
                 for waiting in ready:
-                    waiting.done(MoietyError(f"the expert computation failed: {type(error).__name__}: {error}"))
+                    self._answer(
+                        waiting, MoietyError(f"the expert computation failed: {type(error).__name__}: {error}")
+                    )
                 continue
-            finally:
-                self._computing = False
             for waiting, result in zip(ready, results, strict=True):
-                waiting.done(result)
+                self._answer(waiting, result)
 
-    def _admit(self, waiting: Waiting) -> bool:
+    def _answer(self, waiting: Waiting, result: Computed | BaseException) -> None:
+        """Tells the caller; one that can no longer be told is no reason to stop computing for the others."""
+        try:
+            waiting.done(result)
+        except Exception:
+            _log.exception("the answer of a call for layer %d could not be handed over", waiting.call.layer)
+        finally:
+            self._count(-1)
+
+    def _count(self, change: int) -> None:
+        with self._unanswered_lock:
+            self._unanswered += change
+
+    def _admit(self, waiting: Waiting, holding: _Holding) -> bool:
         """Whether the call may go to the device; tells its caller when not."""
         try:
-            self._check_held(waiting)
+            holding.check(waiting.call)
             if waiting.call.deadline.passed:
                 raise DeadlineExceeded(f"the call waited {time.monotonic() - waiting.since:.3f} s for the device")
         except MoietyError as error:
-            waiting.done(error)
+            self._answer(waiting, error)
             return False
         return True
 
-    def _check_held(self, waiting: Waiting) -> None:
-        held = self.held.layer(waiting.call.layer)
-        missing = sorted(set(waiting.call.experts.tolist()) - held)
-        if missing:
-            raise NotHeld(f"layer {waiting.call.layer}: expert(s) {missing} are not held here (epoch {self.epoch})")
-
     @torch.inference_mode()
-    def _compute(self, batch: list[Waiting]) -> list[Computed]:
+    def _compute(self, batch: list[Waiting], weights: Weights) -> list[Computed]:
         """Gathers the rows of all calls sorted by expert, computes them, and hands each call its rows in its own order."""
         began, began_ns = time.monotonic(), time.time_ns()
-        layer, weights = batch[0].call.layer, self._weights
+        layer = batch[0].call.layer
         experts = np.concatenate([waiting.call.experts for waiting in batch])  # [A]
         order = np.argsort(experts, kind="stable")
         activated, counts = np.unique(experts, return_counts=True)
