@@ -1,0 +1,102 @@
+"""Small random experts, calls for them, and their answers."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from moiety.core import CallClass
+from moiety.expert.batcher import Computed, Waiting
+from moiety.expert.runtime import Runtime
+from moiety.testing import fake_shape
+from moiety.wire import codec
+from moiety.wire.deadline import Deadline
+from moiety.wire.frames import ForwardCall
+from moiety_kernels import ExpertWeights, grouped_expert_mlp
+
+MakeRuntime = Callable[..., Runtime]  # see the fixture `make_runtime`
+SHAPE = fake_shape(layers=3, experts=6, hidden=16)
+
+
+@dataclass(slots=True)
+class Answers:
+    """Collects what a call is answered; more than one answer is a mistake."""
+
+    arrived: threading.Event = field(default_factory=threading.Event)
+    given: list[Computed | BaseException] = field(default_factory=list)
+
+    def __call__(self, result: Computed | BaseException) -> None:
+        self.given.append(result)
+        self.arrived.set()
+
+    def one(self) -> Computed | BaseException:
+        """The answer, once it has come."""
+        assert self.arrived.wait(10), "no answer"
+        assert len(self.given) == 1
+        return self.given[0]
+
+
+def weights_of(pair: tuple[int, int]) -> ExpertWeights:
+    """Random weights that depend on (layer, expert) only."""
+    mlp, generator = SHAPE.mlp, torch.Generator().manual_seed(100 * pair[0] + pair[1])
+    return ExpertWeights(
+        torch.randn(2 * mlp.intermediate, mlp.hidden, generator=generator) / 4,
+        torch.randn(mlp.hidden, mlp.intermediate, generator=generator) / 4,
+    )
+
+
+def call_for(
+    experts: Iterable[int],
+    *,
+    layer: int = 0,
+    call_class: CallClass = CallClass.DECODE,
+    deadline: Deadline | None = None,
+    rows: torch.Tensor | None = None,
+) -> ForwardCall:
+    """One row per expert."""
+    ids = np.array(list(experts), dtype=np.int32)
+    given = rows_for(len(ids)) if rows is None else rows
+    return ForwardCall(
+        call_id=1,
+        attempt=0,
+        revision="r",
+        layer=layer,
+        call_class=call_class,
+        deadline=deadline or Deadline(),
+        traceparent="",
+        k_offsets=np.arange(len(ids) + 1, dtype=np.int32),
+        experts=ids,
+        payload=codec.rows_of(given),
+    )
+
+
+def rows_for(count: int) -> torch.Tensor:
+    """[count, D], the same every time."""
+    return torch.randn(count, SHAPE.mlp.hidden, generator=torch.Generator().manual_seed(count))
+
+
+def waiting_for(call: ForwardCall) -> tuple[Waiting, Answers]:
+    """The call as the service queues it, and where its answer will lie."""
+    answers = Answers()
+    return Waiting(call, answers), answers
+
+
+def plainly(experts: Iterable[int], rows: torch.Tensor, layer: int = 0) -> torch.Tensor:
+    """The naive twin: each row through its expert, one at a time."""
+    return torch.cat(
+        [
+            grouped_expert_mlp(row[None], [1], [weights_of((layer, expert))])
+            for expert, row in zip(experts, rows, strict=True)
+        ]
+    )
+
+
+def tensor_of(computed: Computed) -> torch.Tensor:
+    """The answered rows [A, D]."""
+    out = torch.empty(len(computed.payload), SHAPE.mlp.hidden)
+    codec.rows_of(out)[:] = computed.payload
+    return out

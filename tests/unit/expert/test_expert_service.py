@@ -1,0 +1,278 @@
+"""moiety.v1.Experts over loopback: the real service on a real server, spoken to as a router does."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import grpc
+import numpy as np
+import pytest
+import torch
+from expert_support import SHAPE, MakeRuntime, plainly, rows_for, weights_of
+from google.protobuf.descriptor_pb2 import FileDescriptorProto
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from moiety.core import WIRE_VERSION, ExpertSet
+from moiety.errors import PeerLost
+from moiety.expert.runtime import Runtime
+from moiety.expert.service import SERVICE, ExpertService
+from moiety.telemetry.tracing import NO_TRACER
+from moiety.testing import HOST, eventually
+from moiety.wire import codec, experts_pb2, experts_pb2_grpc
+from moiety.wire.channels import MAX_MESSAGE_BYTES, Server, channel
+from moiety.wire.expert_stream import ExpertStream, Reply
+
+HELD = ExpertSet.block(3, range(4))
+
+
+@dataclass(slots=True)
+class Served:
+    """A running service and one open stream to it."""
+
+    service: ExpertService
+    server: Server
+    address: str
+    stream: ExpertStream
+
+    def send(self, wanted: list[int], **changes: object) -> asyncio.Future[Reply | PeerLost]:
+        """One row per expert of layer 0, with `changes` to the header."""
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[Reply | PeerLost] = loop.create_future()
+        fields = {
+            "call_id": 1,
+            "revision": "r1",
+            "rows": len(wanted),
+            "k_offsets": codec.int32_bytes(np.arange(len(wanted) + 1)),
+            "experts": codec.int32_bytes(np.array(wanted)),
+            "dtype": "float32",
+            **changes,
+        }
+        header = experts_pb2.ForwardRequest(**fields)
+        self.stream.send(header, codec.rows_of(rows_for(len(wanted))), answer.set_result)
+        return answer
+
+
+Scenario = Callable[[Served], Awaitable[None]]
+
+
+@asynccontextmanager
+async def served(runtime: Runtime) -> AsyncIterator[Served]:
+    """The service over `runtime`, and a stream to it."""
+    service = ExpertService(runtime, SHAPE, "tiny", "r1", torch.float32, NO_TRACER)
+    server = Server([service.handler()], [SERVICE])
+    address = f"{HOST}:{await server.start(HOST, 0)}"
+    stream = await ExpertStream.open(address, 5)
+    try:
+        yield Served(service, server, address, stream)
+    finally:
+        await stream.close()
+        await server.stop(0)
+
+
+def run(runtime: Runtime, scenario: Scenario) -> None:
+    """`scenario` on a service over `runtime`."""
+
+    async def whole() -> None:
+        async with asyncio.timeout(20), served(runtime) as it:
+            await scenario(it)
+
+    asyncio.run(whole())
+
+
+def tensor_of(reply: Reply) -> torch.Tensor:
+    """The rows of a reply."""
+    return torch.frombuffer(bytearray(reply.payload), dtype=torch.float32).view(-1, SHAPE.mlp.hidden)
+
+
+def test_rows_come_back_in_the_order_asked_for(make_runtime: MakeRuntime):
+    """A call's rows, echoes and measurements are in its reply."""
+
+    async def scenario(it: Served) -> None:
+        reply = await it.send([3, 0, 3], call_id=42, attempt=5)
+        assert isinstance(reply, Reply)
+        told = reply.header
+        assert (told.call_id, told.attempt, told.revision, told.outcome) == (42, 5, "r1", experts_pb2.OUTCOME_OK)
+        assert (told.rows, told.activated_experts, told.batch_rows) == (3, 2, 3)
+        assert told.compute_ms > 0
+        torch.testing.assert_close(tensor_of(reply), plainly([3, 0, 3], rows_for(3)))
+
+    run(make_runtime(HELD), scenario)
+
+
+@pytest.mark.parametrize(
+    ("changes", "outcome", "said"),
+    [
+        ({"experts": codec.int32_bytes(np.array([0, 5]))}, experts_pb2.OUTCOME_NOT_HELD, "expert(s) [5]"),
+        ({"layer": 3}, experts_pb2.OUTCOME_NOT_HELD, "layer 3"),
+        ({"revision": "other"}, experts_pb2.OUTCOME_REVISION_MISMATCH, "serves revision r1, not other"),
+        ({"revision": ""}, experts_pb2.OUTCOME_REVISION_MISMATCH, "not (none)"),
+        ({"dtype": "float16"}, experts_pb2.OUTCOME_INVALID, "dtype = 'float16': must be float32"),
+        ({"k_offsets": codec.int32_bytes(np.array([0, 3, 2]))}, experts_pb2.OUTCOME_INVALID, "k_offsets"),
+        ({"rows": 3}, experts_pb2.OUTCOME_INVALID, "k_offsets = '12 bytes': must be 16 bytes"),
+    ],
+    ids=["one expert not held", "no such layer", "revision", "no revision", "dtype", "k_offsets", "rows"],
+)
+def test_a_refusal_names_its_reason_and_costs_nobody_else(make_runtime: MakeRuntime, changes, outcome, said):
+    """A refused call has its own outcome and no rows; the stream goes on, and the next call is answered."""
+
+    async def scenario(it: Served) -> None:
+        refused = await it.send([0, 1], **changes)
+        assert refused.header.outcome == outcome
+        assert said in refused.header.detail
+        assert (refused.header.rows, len(refused.payload)) == (0, 0)
+        assert (await it.send([0])).header.outcome == experts_pb2.OUTCOME_OK
+
+    run(make_runtime(HELD), scenario)
+
+
+def test_garbage_on_the_stream_is_answered_and_survived(make_runtime: MakeRuntime):
+    """A frame that is no message gets OUTCOME_INVALID, and the same stream serves the next call."""
+
+    async def scenario(it: Served) -> None:
+        async with channel(it.address) as link:
+            call = link.stream_stream("/moiety.v1.Experts/Forward")()
+            await call.write(b"\xff\xff garbage")
+            told, _ = codec.decode(experts_pb2.ForwardReply, await call.read())
+            assert told.outcome == experts_pb2.OUTCOME_INVALID
+            assert "ForwardRequest" in told.detail
+            good = experts_pb2.ForwardRequest(call_id=3, revision="r1", dtype="float32", k_offsets=bytes(4))
+            await call.write(good.SerializeToString())
+            told, _ = codec.decode(experts_pb2.ForwardReply, await call.read())
+            assert (told.call_id, told.outcome) == (3, experts_pb2.OUTCOME_OK)
+            await call.done_writing()
+            assert await call.read() is grpc.aio.EOF
+
+    run(make_runtime(HELD), scenario)
+
+
+def test_a_client_without_our_codec_is_served(make_runtime: MakeRuntime):
+    """The generated stub, which knows nothing of payload_bytes, gets the same rows."""
+
+    async def scenario(it: Served) -> None:
+        async with channel(it.address) as link:
+            request = experts_pb2.ForwardRequest(
+                call_id=1,
+                revision="r1",
+                rows=1,
+                k_offsets=codec.int32_bytes(np.array([0, 1])),
+                experts=codec.int32_bytes(np.array([2])),
+                dtype="float32",
+                payload=rows_for(1).numpy().tobytes(),
+            )
+            replies = experts_pb2_grpc.ExpertsStub(link).Forward(iter([request]))
+            reply = await replies.read()
+            got = torch.frombuffer(bytearray(reply.payload), dtype=torch.float32)[None]
+            torch.testing.assert_close(got, plainly([2], rows_for(1)))
+
+    run(make_runtime(HELD), scenario)
+
+
+def test_a_full_replica_says_overloaded(make_runtime: MakeRuntime):
+    """Beyond queue_calls the answer is OVERLOADED, at once; what was accepted is answered later."""
+    runtime = make_runtime(HELD, start=False, queue_calls=2)
+
+    async def scenario(it: Served) -> None:
+        accepted = [it.send([0], call_id=1), it.send([0], call_id=2)]
+        refused = await it.send([0], call_id=3)
+        assert refused.header.outcome == experts_pb2.OUTCOME_OVERLOADED
+        assert "2 of at most 2 calls" in refused.header.detail
+        runtime.start()
+        for answer in accepted:
+            assert (await answer).header.outcome == experts_pb2.OUTCOME_OK
+
+    run(runtime, scenario)
+
+
+def test_a_late_call_says_expired(make_runtime: MakeRuntime):
+    """A call whose time was over before the device was free is not computed."""
+    runtime = make_runtime(HELD, start=False)
+
+    async def scenario(it: Served) -> None:
+        late = it.send([0], deadline_ms=1)
+        await eventually(lambda: not runtime.idle)
+        await asyncio.sleep(0.002)
+        runtime.start()
+        assert (await late).header.outcome == experts_pb2.OUTCOME_EXPIRED
+
+    run(runtime, scenario)
+
+
+def test_a_failed_computation_is_told_and_survived(make_runtime: MakeRuntime):
+    """OUTCOME_FAILED carries the reason; the next call is computed."""
+
+    def load(held):
+        good = {pair: weights_of(pair) for pair in held}
+        return {**good, (0, 1): type(good[0, 1])(torch.ones(3, 5), torch.ones(2, 2))}
+
+    async def scenario(it: Served) -> None:
+        failed = await it.send([1])
+        assert failed.header.outcome == experts_pb2.OUTCOME_FAILED
+        assert "RuntimeError" in failed.header.detail
+        assert (await it.send([0])).header.outcome == experts_pb2.OUTCOME_OK
+
+    run(make_runtime(HELD, load=load), scenario)
+
+
+def test_describe_tells_the_truth(make_runtime: MakeRuntime):
+    """The handshake says what is served and held, and follows a new placement."""
+    runtime = make_runtime(HELD)
+
+    async def scenario(it: Served) -> None:
+        told = it.stream.description
+        assert (told.model, told.revision, told.dtype, told.hidden) == ("tiny", "r1", "float32", SHAPE.mlp.hidden)
+        assert (told.wire_version, told.max_message_bytes) == (WIRE_VERSION, MAX_MESSAGE_BYTES)
+        assert (ExpertSet.parse(told.held), told.placement_epoch) == (HELD, 0)
+        moved = ExpertSet.parse("0-1:4-5")
+        await asyncio.to_thread(runtime.hold, moved, 7)
+        told = await it.stream.describe(5)
+        assert (ExpertSet.parse(told.held), told.placement_epoch) == (moved, 7)
+        reply = await it.send([4])
+        assert (reply.header.outcome, reply.header.held_epoch) == (experts_pb2.OUTCOME_OK, 7)
+
+    run(runtime, scenario)
+
+
+def test_health_and_reflection_know_the_service(make_runtime: MakeRuntime):
+    """Standard tools find it: health is SERVING, reflection lists it and gives its description."""
+
+    async def scenario(it: Served) -> None:
+        async with channel(it.address) as link:
+            health = health_pb2_grpc.HealthStub(link)
+            for service in ("", SERVICE):
+                told = await health.Check(health_pb2.HealthCheckRequest(service=service))
+                assert told.status == health_pb2.HealthCheckResponse.SERVING
+            ask = reflection_pb2.ServerReflectionRequest
+            questions = [ask(list_services=""), ask(file_containing_symbol=SERVICE)]
+            replies = reflection_pb2_grpc.ServerReflectionStub(link).ServerReflectionInfo(iter(questions))
+            listed = await replies.read()
+            assert SERVICE in {service.name for service in listed.list_services_response.service}
+            described = (await replies.read()).file_descriptor_response.file_descriptor_proto
+            files = [FileDescriptorProto.FromString(data) for data in described]
+            assert "Forward" in {method.name for file in files for service in file.service for method in service.method}
+
+    run(make_runtime(HELD), scenario)
+
+
+def test_a_router_that_leaves_is_forgotten(make_runtime: MakeRuntime):
+    """When a router's stream breaks, others are served on, and the calls it left behind harm nobody."""
+    runtime = make_runtime(HELD, start=False)
+
+    async def scenario(it: Served) -> None:
+        left = await ExpertStream.open(it.address, 5)
+        await eventually(lambda: it.service.open_streams == 2)
+        answers: list[Reply | PeerLost] = []
+        header = experts_pb2.ForwardRequest(call_id=8, revision="r1", rows=0, k_offsets=bytes(4), dtype="float32")
+        left.send(header, codec.rows_of(rows_for(0)), answers.append)
+        await eventually(lambda: not runtime.idle)
+        await left.close()
+        assert isinstance(answers[0], PeerLost)
+        await eventually(lambda: it.service.open_streams == 1)
+        runtime.start()
+        assert (await it.send([0])).header.outcome == experts_pb2.OUTCOME_OK
+        await eventually(lambda: runtime.idle)
+
+    run(runtime, scenario)

@@ -1,0 +1,192 @@
+"""The device room: right rows for every call, failures that stay where they belong, experts swapped under load."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+from expert_support import Answers, MakeRuntime, call_for, plainly, rows_for, tensor_of, waiting_for, weights_of
+
+from moiety.core import ExpertSet
+from moiety.errors import DeadlineExceeded, MoietyError, NotHeld, ResourceExhausted
+from moiety.expert.batcher import Computed, Waiting
+from moiety.wire.deadline import Deadline
+
+ALL = ExpertSet.block(3, range(6))
+
+
+def submit(runtime, experts, **options) -> Answers:
+    """Queues one call; its answer will lie in what is returned."""
+    waiting, answers = waiting_for(call_for(experts, **options))
+    runtime.submit(waiting)
+    return answers
+
+
+def test_merged_calls_get_their_own_rows_in_their_own_order(make_runtime: MakeRuntime):
+    """Calls that share a batch each get what they would get alone, whatever order their experts are in."""
+    runtime = make_runtime(ALL, start=False)
+    wanted = ([5, 0, 5, 2], [2, 0], [0], [])
+    answers = [submit(runtime, experts) for experts in wanted]
+    runtime.start()
+    for experts, answer in zip(wanted, answers, strict=True):
+        computed = answer.one()
+        assert isinstance(computed, Computed)
+        assert computed.batch_rows == 7
+        assert computed.activated_experts == 3
+        if experts:
+            torch.testing.assert_close(tensor_of(computed), plainly(experts, rows_for(len(experts))))
+
+
+def test_a_call_of_no_rows_is_answered_with_none(make_runtime: MakeRuntime):
+    """Zero rows alone in a batch are computed, not an error."""
+    computed = submit(make_runtime(ALL), []).one()
+    assert isinstance(computed, Computed)
+    assert len(computed.payload) == 0
+
+
+def test_a_failing_batch_fails_only_its_own_calls(make_runtime: MakeRuntime):
+    """Calls of the batch that raised are told so; calls of other batches, and the next ones, succeed."""
+    broken = {(0, 1)}
+
+    def load(held):  # an expert whose matrices do not fit each other
+        return {
+            pair: weights_of(pair) if pair not in broken else type(weights_of(pair))(torch.ones(3, 5), torch.ones(2, 2))
+            for pair in held
+        }
+
+    runtime = make_runtime(ALL, start=False, load=load)
+    failing, other = submit(runtime, [1]), submit(runtime, [1], layer=1)
+    runtime.start()
+    assert isinstance(failing.one(), MoietyError)
+    assert "RuntimeError" in str(failing.one())
+    assert isinstance(other.one(), Computed)
+    assert isinstance(submit(runtime, [0]).one(), Computed)
+    assert runtime.alive
+
+
+def test_a_caller_that_cannot_be_told_harms_nobody(make_runtime: MakeRuntime):
+    """A `done` that raises (its loop is gone) neither ends the thread nor its batch mates."""
+    runtime = make_runtime(ALL, start=False)
+
+    def gone(_result) -> None:
+        raise RuntimeError("Event loop is closed")
+
+    runtime.submit(Waiting(call_for([0]), gone))
+    mate = submit(runtime, [0])
+    runtime.start()
+    assert isinstance(mate.one(), Computed)
+    assert isinstance(submit(runtime, [1]).one(), Computed)
+
+
+def test_what_is_not_held_is_refused_whole(make_runtime: MakeRuntime):
+    """One missing (layer, expert) refuses the call before anything is queued, naming what is missing."""
+    runtime = make_runtime(ExpertSet.block(3, [0, 1]), start=False)
+    with pytest.raises(NotHeld, match=r"layer 2: expert\(s\) \[4, 5\]"):
+        submit(runtime, [0, 4, 1, 5], layer=2)
+    with pytest.raises(NotHeld, match="layer 7"):
+        submit(runtime, [0], layer=7)
+    assert runtime.idle
+
+
+def test_experts_dropped_while_a_call_waited_are_not_computed(make_runtime: MakeRuntime):
+    """What was held on arrival and is gone when the device is free is NOT_HELD; its batch mates are computed."""
+    runtime = make_runtime(ALL, start=False)
+    gone, kept = submit(runtime, [0, 5]), submit(runtime, [1])
+    runtime.hold(ExpertSet.block(3, range(5)), epoch=3)
+    runtime.start()
+    assert isinstance(gone.one(), NotHeld)
+    assert "epoch 3" in str(gone.one())
+    assert isinstance(kept.one(), Computed)
+
+
+def test_a_batch_computes_with_the_weights_it_was_checked_against(make_runtime: MakeRuntime):
+    """A placement that changes between a batch's check and its computation neither fails nor corrupts it."""
+    runtime = make_runtime(ALL, start=False)
+    checked = submit(runtime, [0, 5])
+    # An expired call is answered between the check of the one before it and the computation.
+    swap = Waiting(
+        call_for([0], deadline=Deadline.after(0.0)), lambda _: runtime.hold(ExpertSet.block(3, range(3)), epoch=1)
+    )
+    runtime.submit(swap)
+    runtime.start()
+    computed = checked.one()
+    assert isinstance(computed, Computed)
+    torch.testing.assert_close(tensor_of(computed), plainly([0, 5], rows_for(2)))
+    with pytest.raises(NotHeld, match=r"\[5\].*epoch 1"):
+        submit(runtime, [0, 5])
+
+
+def test_only_new_experts_are_read(make_runtime: MakeRuntime):
+    """A new placement reads what it adds, never what is there."""
+    reads: list[ExpertSet] = []
+
+    def load(held):
+        reads.append(held)
+        return {pair: weights_of(pair) for pair in held}
+
+    runtime = make_runtime(ExpertSet.parse("0-1:0-1"), start=False, load=load)
+    runtime.hold(ExpertSet.parse("0-1:1-2;2:0"), 1)
+    assert str(reads[-1]) == "0-1:2;2:0"
+    runtime.hold(ExpertSet.parse("0:1"), 2)
+    assert len(reads[-1]) == 0
+
+
+def test_an_expired_call_never_reaches_the_device(make_runtime: MakeRuntime):
+    """A deadline that passed in the queue is answered with DeadlineExceeded; the others of the batch run."""
+    runtime = make_runtime(ALL, start=False)
+    late, good = submit(runtime, [0], deadline=Deadline.after(0.0)), submit(runtime, [0])
+    runtime.start()
+    assert isinstance(late.one(), DeadlineExceeded)
+    assert good.one().batch_rows == 1
+
+
+def test_the_queue_is_bounded(make_runtime: MakeRuntime):
+    """Beyond queue_calls a call is refused at once, and the refused one leaves no trace."""
+    runtime = make_runtime(ALL, start=False, queue_calls=2)
+    answers = [submit(runtime, [0]) for _ in range(2)]
+    with pytest.raises(ResourceExhausted, match="2 of at most 2"):
+        submit(runtime, [0])
+    runtime.start()
+    for answer in answers:
+        assert isinstance(answer.one(), Computed)
+    runtime.stop(10)
+    assert runtime.idle
+
+
+def test_idle_means_answered(make_runtime: MakeRuntime):
+    """A drain may end the replica once `idle`: not while a call waits, is computed, or has no answer yet."""
+    runtime = make_runtime(ALL, start=False)
+    seen: list[bool] = []
+    assert runtime.idle
+    runtime.submit(Waiting(call_for([0]), lambda _: seen.append(runtime.idle)))
+    assert not runtime.idle
+    runtime.start()
+    runtime.stop(10)
+    assert seen == [False]
+    assert runtime.idle
+
+
+def test_stopping_finishes_what_is_queued(make_runtime: MakeRuntime):
+    """Calls accepted before the stop are answered."""
+    runtime = make_runtime(ALL, start=False)
+    answers = [submit(runtime, [expert], layer=layer) for expert in range(6) for layer in range(3)]
+    runtime.start()
+    runtime.stop(10)
+    assert not runtime.alive
+    assert all(isinstance(answer.one(), Computed) for answer in answers)
+
+
+def test_pacing_shows_in_the_load(make_runtime: MakeRuntime):
+    """A replica paced to 100 rows a second takes 0.1 s for 10, and reports itself busy that long."""
+    runtime = make_runtime(ALL, capacity=100.0)
+    runtime.load_since_last()
+    began = time.monotonic()
+    submit(runtime, [0] * 10).one()
+    took = time.monotonic() - began
+    load = runtime.load_since_last()
+    assert took >= 0.1
+    assert load.busy > 0.5
+    assert load.rows_per_s == pytest.approx(10 / took, rel=0.5)
+    assert load.calls_per_s == pytest.approx(1 / took, rel=0.5)
+    assert runtime.load_since_last().busy == 0.0
