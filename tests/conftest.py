@@ -1,14 +1,19 @@
-"""What all tests share: tiny checkpoints made once a session, and a layout cache of the session's own."""
+"""What all tests share: tiny checkpoints made once a session, a layout cache of its own, one served system."""
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from serving import Served
 
+from moiety.load.embedded import EmbeddedRedis
+from moiety.local import LocalCluster
 from moiety.model.tiny import write_tiny
+from moiety.telemetry.receiver import TraceReceiver
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -34,3 +39,20 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
         return str(made[architecture])
 
     return folder
+
+
+@pytest.fixture(scope="session")
+def served(tiny: Callable[[str], str]) -> Iterator[Served]:
+    """qwen3_moe in fp32, two expert groups, one router, one gateway; shared by the whole session."""
+    with TraceReceiver() as receiver, EmbeddedRedis() as redis, asyncio.Runner() as runner:
+        cluster = LocalCluster(
+            tiny("qwen3_moe"),
+            dtype="float32",
+            registry=redis.url,
+            env={"OTEL_EXPORTER_OTLP_ENDPOINT": receiver.endpoint, "OTEL_BSP_SCHEDULE_DELAY": "200"},
+        )
+        runner.run(cluster.__aenter__())
+        try:
+            yield Served(cluster, receiver, redis, runner)
+        finally:
+            runner.run(cluster.stop())

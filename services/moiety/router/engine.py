@@ -123,10 +123,13 @@ class Engine:
         plan = self._scheduler.plan()
         if not plan.scheduled:
             return False
-        span = self._step_span(plan)
+        span, linked = self._step_spans(plan)
         plan, logits = self._run_plan(plan, span)
         sampled = self._sample(plan, logits)
+        self._tracer.start(SpanName.SAMPLE, parent=span, start_ns=self._hop.layer_began_ns).end()
         span.end()
+        for other in linked:
+            other.end()
         self._commit(plan, sampled)
         return True
 
@@ -229,20 +232,21 @@ class Engine:
                     self._changed.wait_for(lambda: self._stopping or self._arrived, timeout=0.1)
         self._admit()
 
-    def _step_span(self, plan: StepPlan) -> Span:
-        """The step belongs to the trace of its first sampled request; those of the others get a link to it."""
+    def _step_spans(self, plan: StepPlan) -> tuple[Span, list[Span]]:
+        """The step in the trace of its first sampled request, and a span linked to it in those of the others."""
         traced = [item.sequence.span for item in plan.scheduled if item.sequence.span.recording]
         if not traced:
-            return NO_SPAN
-        attributes = {
+            return NO_SPAN, []
+        attributes: dict[Attribute, str | int] = {
             Attribute.STEP_CLASS: plan.call_class.value,
             Attribute.STEP_SEQUENCES: len(plan.scheduled),
             Attribute.STEP_TOKENS: sum(item.count for item in plan.scheduled),
         }
         span = self._tracer.start(SpanName.STEP, parent=traced[0], attributes=attributes)
-        for other in traced[1:]:
-            self._tracer.start(SpanName.STEP, parent=other, attributes=attributes, links=(span,)).end()
-        return span
+        return span, [
+            self._tracer.start(SpanName.STEP, parent=other, attributes=attributes, links=(span,))
+            for other in traced[1:]
+        ]
 
     def _end(self, sequence: Sequence, emitted: Emitted) -> None:
         self._scheduler.remove(sequence)

@@ -75,11 +75,13 @@ class Hop:
 
     def __init__(self, fleet: Fleet, settings: HopSettings, hedging: Hedging, demand: DemandCounter, tracer: Tracer):
         self.fleet, self.settings, self.hedging, self.demand, self.tracer = fleet, settings, hedging, demand, tracer
+        self.layer_began_ns = 0  # Unix time at which the layer before was done, or the step began
         self._step: StepContext | None = None
 
     def begin_step(self, step: StepContext) -> None:
         """Every layer submitted from now on belongs to `step`."""
         self._step = step
+        self.layer_began_ns = time.time_ns()
 
     def submit(self, layer: int, hidden: torch.Tensor, top_k_index: torch.Tensor) -> PendingLayer:
         """Sends hidden [T, D] to the experts in top_k_index [T, K] (int64, -1: none)."""
@@ -107,7 +109,11 @@ class PendingLayer:
         self._refusing: set[str] = set()  # replicas that refused this layer, until the next try
         self._failure: MoietyError | None = None  # what the last refusing replica said, if waiting cannot mend it
         self._uncovered = np.empty(0, dtype=np.int64)
-        self._span = hop.tracer.start(SpanName.LAYER, parent=step.span, attributes={Attribute.LAYER: layer})
+        began_ns = hop.layer_began_ns
+        self._span = hop.tracer.start(
+            SpanName.LAYER, parent=step.span, attributes={Attribute.LAYER: layer}, start_ns=began_ns
+        )
+        hop.tracer.start(SpanName.ATTENTION, parent=self._span, start_ns=began_ns).end()
         wanted = np.flatnonzero(~self._filled)
         hop.demand.count(layer, self._experts[wanted])
         self._dispatch(wanted)
@@ -127,6 +133,7 @@ class PendingLayer:
             for call in self._calls.values():
                 call.span.end()
             self._span.end()
+            self._hop.layer_began_ns = time.time_ns()
         return self._output.view(self._tokens, self._top_k, -1).to(self._device)
 
     # Sending -----------------------------------------------------------------------------------------------------

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Sequence
-
-# Before grpc is imported: its own chatter about connections that end as they should is no news.
-os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc

@@ -1,0 +1,129 @@
+"""A replica dies, hangs or changes in the middle of eight streams: every one ends with the tokens of a quiet run."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Callable
+
+import pytest
+from serving import Served
+from streams import Streams
+
+from moiety.client import Client
+from moiety.errors import Unavailable
+from moiety.local import LocalCluster
+
+NEW_TOKENS = 80
+STRIKE_AT = 20  # tokens every stream has when the fault comes
+
+
+@pytest.fixture(scope="module")
+def expected(served: Served) -> list[list[int]]:
+    """The tokens of a fault-free run."""
+    return served.run(lambda client: Streams(client, NEW_TOKENS).finish())
+
+
+def test_a_killed_replica_with_a_spare_costs_no_token(served: Served, expected: list[list[int]]) -> None:
+    """kill -9 of one of two holders: no stream fails or changes; the worst token gap is printed (goal 0.4 s)."""
+
+    async def scenario(client: Client) -> None:
+        await served.have(2, 2)
+        streams = Streams(client, NEW_TOKENS)
+        await streams.reach(STRIKE_AT)
+        served.cluster.experts(0)[0].signal(signal.SIGKILL)
+        assert await streams.finish() == expected
+        print(f"worst token gap after kill -9 with a second holder: {streams.worst_gap:.3f} s (goal 0.4 s)")
+
+    served.run(scenario)
+
+
+def test_a_hung_replica_with_a_spare_is_hedged(served: Served, expected: list[list[int]]) -> None:
+    """SIGSTOP of one of two holders: hedges carry every stream on with the same tokens, and it is welcome back."""
+
+    async def scenario(client: Client) -> None:
+        await served.have(2, 1)
+        streams = Streams(client, NEW_TOKENS)
+        await streams.reach(STRIKE_AT)
+        hung = served.cluster.experts(0)[0]
+        hung.signal(signal.SIGSTOP)
+        assert await streams.finish() == expected
+        print(f"worst token gap after SIGSTOP with a second holder: {streams.worst_gap:.3f} s")
+        hung.signal(signal.SIGCONT)
+        assert await Streams(client, NEW_TOKENS).finish() == expected
+
+    served.run(scenario)
+
+
+@pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hung"])
+def test_a_lost_sole_holder_is_waited_for(served: Served, expected: list[list[int]], fault: signal.Signals) -> None:
+    """The only holder dies or hangs: streams keep their slots, wait for its replacement, and end with the same tokens."""
+
+    async def scenario(client: Client) -> None:
+        await served.have(1, 1)
+        streams = Streams(client, NEW_TOKENS)
+        await streams.reach(STRIKE_AT)
+        lost = served.cluster.experts(1)[0]
+        lost.signal(fault)
+        await served.cluster.add_expert(1)
+        assert await streams.finish() == expected
+        if fault is signal.SIGSTOP:
+            lost.signal(signal.SIGKILL)
+
+    served.run(scenario)
+
+
+def test_experts_change_places_under_a_running_router(served: Served, expected: list[list[int]]) -> None:
+    """Two groups swap their experts while streams run: stale calls are answered NOT_HELD, and no token changes."""
+
+    async def scenario(client: Client) -> None:
+        await served.have(1, 1)
+        first, second = served.cluster.plan
+        served.receiver.clear()
+        for held in ({"experts-0": second, "experts-1": first}, {"experts-0": first, "experts-1": second}):
+            streams = Streams(client, NEW_TOKENS)
+            await streams.reach(STRIKE_AT)
+            await served.cluster.place(held)
+            assert await streams.finish() == expected
+            replicas = {r.deployment: r.held for r in await served.cluster.registry.replicas() if r.held}
+            assert replicas == held
+
+    served.run(scenario)
+    hops = [span for span in served.receiver.spans() if span.name == "hop"]
+    assert "NOT_HELD" in {span.attributes.get("moiety.outcome") for span in hops}
+
+
+def test_a_lost_router_is_replaced_behind_its_tokens(served: Served, expected: list[list[int]]) -> None:
+    """kill -9 of one of two routers: another goes on behind the tokens already streamed; none is lost or repeated."""
+
+    async def scenario(client: Client) -> None:
+        await served.have(1, 1)
+        doomed = served.cluster.router()
+        await served.cluster.add_router()
+        streams = Streams(client, NEW_TOKENS)
+        await streams.reach(STRIKE_AT)
+        doomed.signal(signal.SIGKILL)
+        assert await streams.finish() == expected
+
+    served.run(scenario)
+
+
+@pytest.mark.slow
+def test_nobody_comes(tiny: Callable[[str], str]) -> None:
+    """Without a replacement in time requests end with UNAVAILABLE naming layer and experts; the next ones work.
+
+    Over 20 s: its router waits one second only, so it needs a cluster of its own.
+    """
+
+    async def scenario() -> None:
+        async with LocalCluster(tiny("qwen3_moe"), dtype="float32", router={"expert_wait_s": 1.0}) as cluster:
+            async with Client(cluster.address) as client:
+                streams = Streams(client, NEW_TOKENS)
+                await streams.reach(STRIKE_AT)
+                cluster.experts(1)[0].signal(signal.SIGKILL)
+                with pytest.raises(Unavailable, match=r"no live replica holds expert\(s\) \[.*\] of MoE layer \d"):
+                    await streams.finish()
+                await cluster.add_expert(1)
+                await Streams(client, NEW_TOKENS).finish()
+
+    asyncio.run(scenario())

@@ -1,0 +1,65 @@
+"""Generations as the fault tests watch them: their tokens, and when each came."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from moiety.client import Client
+
+PROMPTS = tuple(tuple(3 + (7 * i + 11 * j) % 250 for j in range(4 + 3 * i)) for i in range(8))
+
+
+@dataclass
+class Stream:
+    """One generation under way."""
+
+    tokens: list[int] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)
+
+    @property
+    def worst_gap(self) -> float:
+        """Seconds between two tokens, at worst."""
+        return max(b - a for a, b in zip(self.times, self.times[1:], strict=False))
+
+
+class Streams:
+    """The eight prompts, generating at once."""
+
+    def __init__(self, client: Client, new_tokens: int, prompts: Sequence[Sequence[int]] = PROMPTS) -> None:
+        self.streams = [Stream() for _ in prompts]
+        self._arrived = asyncio.Event()
+        self._tasks = [
+            asyncio.create_task(self._run(client, prompt, stream, new_tokens))
+            for prompt, stream in zip(prompts, self.streams, strict=True)
+        ]
+
+    async def reach(self, tokens: int, timeout_s: float = 60.0) -> None:
+        """Waits until every stream has that many tokens, or has failed."""
+        async with asyncio.timeout(timeout_s):
+            while any(len(stream.tokens) < tokens for stream in self.streams):
+                if failed := next((t for t in self._tasks if t.done() and t.exception()), None):
+                    failed.result()
+                self._arrived.clear()
+                await self._arrived.wait()
+
+    async def finish(self, timeout_s: float = 100.0) -> list[list[int]]:
+        """Every stream's tokens, once all have ended; raises what any of them raised."""
+        async with asyncio.timeout(timeout_s):
+            await asyncio.gather(*self._tasks)
+        return [stream.tokens for stream in self.streams]
+
+    @property
+    def worst_gap(self) -> float:
+        return max(stream.worst_gap for stream in self.streams)
+
+    async def _run(self, client: Client, prompt: Sequence[int], stream: Stream, new_tokens: int) -> None:
+        try:
+            async for chunk in client.generate(prompt, max_tokens=new_tokens, ignore_eos=True):
+                stream.tokens.extend(chunk.token_ids)
+                stream.times.append(time.monotonic())
+                self._arrived.set()
+        finally:
+            self._arrived.set()
