@@ -27,15 +27,14 @@ def run_async(work: Coroutine[Any, Any, Result]) -> Result:
     After an interruption it does not wait for worker threads: they cannot be cancelled and have nothing to clean up.
     """
     runner = asyncio.Runner()
-    threads_may_be_busy = False
+    close = runner.close
     try:
         return runner.run(_until_signalled(work))
     except Interrupted:
-        threads_may_be_busy = True
+        close = runner.get_loop().close  # unlike the runner's, it does not join threads
         raise
     finally:
-        if not threads_may_be_busy:
-            runner.close()
+        close()
 
 
 async def _until_signalled(work: Coroutine[Any, Any, Result]) -> Result:
@@ -52,9 +51,13 @@ async def _until_signalled(work: Coroutine[Any, Any, Result]) -> Result:
     try:
         return await task
     except asyncio.CancelledError:
-        if received:
-            raise Interrupted(received[0]) from None
-        raise
+        if not received:
+            raise
+        leftovers = asyncio.all_tasks() - {asyncio.current_task()}
+        for leftover in leftovers:
+            leftover.cancel()
+        await asyncio.gather(*leftovers, return_exceptions=True)
+        raise Interrupted(received[0]) from None
     finally:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.remove_signal_handler(number)

@@ -1,0 +1,107 @@
+"""The group: help, versions, errors and exit statuses, without a system behind it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import pytest
+
+from moiety import __version__
+from moiety.cli.main import COMMANDS
+from moiety.cli.run import Interrupted, run_async
+
+HEAVY = ("torch", "transformers", "ray", "grpc", "numpy", "pydantic")
+
+
+def test_help_is_quick() -> None:
+    """`moiety --help` answers within half a second, the best of three: a person is waiting."""
+    took = []
+    for _ in range(3):
+        began = time.monotonic()
+        subprocess.run([sys.executable, "-m", "moiety.cli.main", "--help"], check=True, capture_output=True)
+        took.append(time.monotonic() - began)
+    assert min(took) < 0.5
+
+
+def test_help_imports_nothing_heavy() -> None:
+    """Listing the commands imports none of what they need."""
+    script = (
+        "import sys; from moiety.cli.main import run; assert run(['--help']) == 0; "
+        f"print([name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+    assert done.stderr.strip() == "[]"
+    assert all(name in done.stdout for name in COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_list_agrees_with_commands(name: str, moiety: Callable) -> None:
+    """What the list says of a command is how the command's own help begins, and that help shows an example."""
+    command = COMMANDS[name].load()
+    assert (command.help or "").startswith(COMMANDS[name].summary)
+    helps = [[name]] if not hasattr(command, "commands") else [[name, child] for child in command.commands]
+    for words in helps:
+        told = moiety(*words, "--help")
+        assert told.status == 0
+        assert "Example" in told.out
+
+
+def test_version(moiety: Callable) -> None:
+    """`--version` names the program and its version."""
+    assert moiety("--version").out == f"moiety, version {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["frobnicate"], "No such command 'frobnicate'"),
+        (["--log-level", "loud", "bench"], "'loud' is not one of 'debug', 'info', 'warning', 'error'"),
+        (["parity", "x", "--groups", "0"], "0 is not in the range x>=1"),
+        (["parity", "x", "--dtype", "int3"], "'int3' is not one of 'auto', 'float32', 'bfloat16', 'float16'"),
+        (["parity", "x", "--json", "no/such/folder/file"], "no/such/folder is no folder"),
+        (["bench", "hop", "--payload", "4,6"], "6: must be integers from 4 to 16384, multiples of 4"),
+        (["bench", "serve", "--concurrency", "1,many"], "'1,many': must be integers from 1 to 1024"),
+        (["bench", "serve", "--new", "1"], "1 is not in the range"),
+        (["generate", "x", "--temperature", "11"], "11.0 is not in the range 0<=x<=10"),
+        (["generate", "x", "--top-p", "0"], "0.0 is not in the range 0<x<=1"),
+        (["generate"], "Missing argument 'PROMPT'"),
+    ],
+)
+def test_wrong_usage(words: list[str], told: str, moiety: Callable) -> None:
+    """A wrong word costs nothing: exit status 2, and the value and its bound on stderr."""
+    outcome = moiety(*words)
+    assert (outcome.status, outcome.out) == (2, "")
+    assert told in " ".join(outcome.err.split())
+
+
+@pytest.mark.parametrize("words", [["parity"], ["bench", "serve"]])
+def test_error_is_one_line(words: list[str], moiety: Callable) -> None:
+    """What cannot be done is told in one line on stderr, with exit status 1."""
+    outcome = moiety(*words, "/no/such/checkpoint")
+    assert (outcome.status, outcome.out) == (1, "")
+    assert outcome.err == "error: checkpoint /no/such/checkpoint: no such folder\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_lets_work_clean_up(number: signal.Signals) -> None:
+    """A signal cancels the work, waits for its clean-up, and tells which it was."""
+    steps = []
+
+    async def work() -> None:
+        try:
+            os.kill(os.getpid(), number)
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.sleep(0)
+            steps.append("cleaned up")
+
+    with pytest.raises(Interrupted) as told:
+        run_async(work())
+    assert steps == ["cleaned up"]
+    assert told.value.exit_status == 128 + number

@@ -1,0 +1,86 @@
+"""`moiety generate` against a running system."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import signal
+from collections.abc import Callable
+
+import pytest
+
+from moiety.client import Chunk, Client
+
+PROMPT = "Each expert group is a service"
+
+
+def chunks_of(address: str, prompt: str, **options: object) -> list[Chunk]:
+    """What the client says to the same request."""
+
+    async def collect() -> list[Chunk]:
+        async with Client(address) as client:
+            return [chunk async for chunk in client.generate(prompt, **options)]  # type: ignore[arg-type]
+
+    return asyncio.run(collect())
+
+
+def test_same_text_as_client(gateway: str, moiety: Callable) -> None:
+    """The text on stdout is the client's, ended by a line feed; usage goes to stderr."""
+    chunks = chunks_of(gateway, PROMPT, max_tokens=12, ignore_eos=True)
+    outcome = moiety("generate", PROMPT, "--address", gateway, "--max-tokens", "12", "--ignore-eos")
+    assert outcome.status == 0
+    assert outcome.out == "".join(chunk.text for chunk in chunks) + "\n"
+    assert f"{chunks[-1].prompt_tokens} prompt tokens, 12 new tokens, finished by length" in outcome.err
+
+
+def test_token_ids_sampled(gateway: str, moiety: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sampling options reach the system: seeded ids are the client's; the address may come from the environment."""
+    sampling = {"temperature": 0.8, "top_p": 0.9, "top_k": 40, "seed": 7}
+    chunks = chunks_of(gateway, PROMPT, max_tokens=8, ignore_eos=True, **sampling)
+    monkeypatch.setenv("MOIETY_ADDRESS", gateway)
+    flags = [word for name, value in sampling.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    outcome = moiety("generate", PROMPT, "--max-tokens", "8", "--ignore-eos", "--token-ids", *flags)
+    assert outcome.out.split() == [str(token) for chunk in chunks for token in chunk.token_ids]
+
+
+def test_prompt_from_stdin(gateway: str, moiety: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`-` reads the prompt from stdin."""
+    expected = moiety("generate", PROMPT, "--address", gateway, "--max-tokens", "4")
+    monkeypatch.setattr("sys.stdin", io.StringIO(PROMPT))
+    assert moiety("generate", "-", "--address", gateway, "--max-tokens", "4").out == expected.out
+
+
+def test_refusal_is_told(gateway: str, moiety: Callable) -> None:
+    """What the gateway refuses is told in its own words, with field, value and bound."""
+    outcome = moiety("generate", PROMPT, "--address", gateway, "--max-tokens", "100000")
+    assert outcome.status == 1
+    assert outcome.err.startswith("error: sampling.max_tokens = 100000: must be 1 to ")
+
+
+def test_nobody_there(moiety: Callable) -> None:
+    """Where no gateway listens, the address is named."""
+    outcome = moiety("generate", PROMPT, "--address", "127.0.0.1:1")
+    assert outcome.status == 1
+    assert outcome.err.startswith("error: gateway 127.0.0.1:1: ")
+    assert outcome.err.count("\n") == 1
+
+
+def test_deadline(gateway: str, moiety: Callable) -> None:
+    """`--timeout` ends a request that takes longer, as an error."""
+    outcome = moiety(
+        "generate", PROMPT, "--address", gateway, "--max-tokens", "400", "--ignore-eos", "--timeout", "0.2"
+    )
+    assert outcome.status == 1
+    assert outcome.err.startswith("error: ")
+
+
+def test_ctrl_c_cancels(gateway: str, moiety: Callable, moiety_process: Callable) -> None:
+    """Ctrl-C in the middle of a stream ends the command with 130 and without a trace; the system serves on."""
+    words = ["generate", PROMPT, "--address", gateway, "--max-tokens", "400", "--ignore-eos", "--token-ids"]
+    process = moiety_process(*words)
+    assert process.stdout.read(1)  # a token has come
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=10)
+    assert process.returncode == 130
+    assert err.strip() == "interrupted by SIGINT"
+    assert moiety("generate", PROMPT, "--address", gateway, "--max-tokens", "2").status == 0
