@@ -1,0 +1,161 @@
+"""Elasticity through Ray Serve itself: a hot group grows and shrinks, a killed one comes back, and no request notices."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+from moiety.client import Client
+from moiety.config import AppSettings
+from moiety.core import ExpertSet, Placement, Replica, ReplicaState
+from moiety.deploy.run import DeployedApp, deploy_app
+from moiety.load.connect import connect
+from moiety.load.registry import Registry
+from moiety.model.checkpoint import Checkpoint
+from moiety.model.layout import expert_layout
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
+
+APP = "scaling"
+HOT, COLD = "experts-0", "experts-1"
+PROMPT = list(range(1, 9))
+TOKENS = 12
+STREAMS = 3
+WAIT_S = 60.0
+
+
+@pytest.fixture(scope="module")
+def app(ray_cluster: None, redis_url: str, tiny_model: Path) -> Iterator[DeployedApp]:
+    """Two groups; a placement gives the first one all experts but one, and pacing makes that more than it can do."""
+    settings = AppSettings(
+        app=APP,
+        model=str(tiny_model),
+        groups=2,
+        registry=redis_url,
+        grpc_port=0,
+        router_cpus=0.1,
+        kv_memory=64 << 20,
+        experts={
+            "num_cpus": 0.1,
+            "min_replicas": 1,
+            "max_replicas": 2,
+            "capacity": 100.0,
+            "target_busy": 0.7,
+            "queue_wait_ms": 10_000.0,
+            "shrink_after_s": 2.0,
+        },
+    )
+    shape = expert_layout(Checkpoint.open(tiny_model)).shape
+    split = shape.experts - 1
+    held = {
+        HOT: ExpertSet.block(shape.moe_layers, range(split)),
+        COLD: ExpertSet.block(shape.moe_layers, [split]),
+    }
+    asyncio.run(_with_registry(redis_url, lambda registry: registry.set_placement(Placement(1, held))))
+    with deploy_app(settings, wait_s=120, progress=print) as deployed:
+        yield deployed
+
+
+def test_a_hot_group_grows_and_shrinks_under_traffic(app: DeployedApp, redis_url: str) -> None:
+    """Load brings the hot group, and only it, a second replica, calm takes it away; every answer is the same tokens."""
+
+    async def check(registry: Registry) -> None:
+        async with _traffic(app.gateways[0], STREAMS) as answers:
+            await _until(lambda: _count(registry, HOT, 2))
+            await _more(answers, STREAMS)
+        async with _traffic(app.gateways[0], 1, tokens=2, pause_s=1.5) as answers:
+            await _until(lambda: _count(registry, HOT, 1))
+            await _more(answers, 1)
+        moves = [(entry["deployment"], entry["from"], entry["to"]) for entry in await registry.decisions()]
+        assert moves == [(HOT, 1, 2), (HOT, 2, 1)]
+
+    asyncio.run(_with_registry(redis_url, check))
+
+
+def test_a_killed_sole_replica_is_replaced_and_requests_go_on(app: DeployedApp, redis_url: str) -> None:
+    """kill -9 of the only holder of an expert ends no request: they wait for its replacement and get the same tokens."""
+
+    async def check(registry: Registry) -> None:
+        await _until(lambda: _count(registry, COLD, 1))
+        (victim,) = await _ready(registry, COLD)
+        async with _traffic(app.gateways[0], STREAMS) as answers:
+            await _more(answers, 1)
+            os.kill(victim.pid, signal.SIGKILL)
+            await _until(lambda: _replaced(registry, victim))
+            await _more(answers, STREAMS)
+
+    asyncio.run(_with_registry(redis_url, check))
+
+
+@asynccontextmanager
+async def _traffic(
+    address: str, streams: int, *, tokens: int = TOKENS, pause_s: float = 0.0
+) -> AsyncIterator[list[tuple[int, ...]]]:
+    """Generates in a loop on `streams` streams; on leaving, none may have failed and all answers must be equal."""
+    answers: list[tuple[int, ...]] = []
+    ending = asyncio.Event()
+
+    async def stream(client: Client) -> None:
+        while not ending.is_set():
+            answer: tuple[int, ...] = ()
+            async for chunk in client.generate(PROMPT, max_tokens=tokens, ignore_eos=True):
+                answer += chunk.token_ids
+            answers.append(answer)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(ending.wait(), pause_s)
+
+    async with Client(address) as client, asyncio.TaskGroup() as group:
+        for _ in range(streams):
+            group.create_task(stream(client))
+        try:
+            yield answers
+        finally:
+            ending.set()
+    assert len(set(answers)) == 1
+    assert len(answers[0]) == tokens
+
+
+async def _with_registry(url: str, action: Callable[[Registry], Awaitable[object]]) -> None:
+    registry = connect(url, APP)
+    try:
+        await action(registry)
+    finally:
+        await registry.close()
+
+
+async def _until(condition: Callable[[], Awaitable[bool]]) -> None:
+    async with asyncio.timeout(WAIT_S):
+        while not await condition():  # noqa: ASYNC110 - a registry can only be polled
+            await asyncio.sleep(0.05)
+
+
+async def _ready(registry: Registry, deployment: str) -> list[Replica]:
+    return [
+        replica
+        for replica in await registry.replicas()
+        if (replica.deployment, replica.state) == (deployment, ReplicaState.READY)
+    ]
+
+
+async def _count(registry: Registry, deployment: str, count: int) -> bool:
+    return len(await _ready(registry, deployment)) == count
+
+
+async def _replaced(registry: Registry, victim: Replica) -> bool:
+    return any(replica.id != victim.id for replica in await _ready(registry, victim.deployment))
+
+
+async def _more(answers: list[tuple[int, ...]], count: int) -> None:
+    """Waits for `count` answers more than there are now."""
+    wanted = len(answers) + count
+
+    async def arrived() -> bool:
+        return len(answers) >= wanted
+
+    await _until(arrived)
