@@ -19,10 +19,12 @@ from moiety.errors import MoietyError
 COMMANDS: Mapping[str, LazyCommand] = MappingProxyType(
     {
         "bench": LazyCommand("moiety.cli.bench:bench", "Measure this machine: the hop, and serving speed."),
+        "demo": LazyCommand("moiety.cli.demo:demo", "Show the main job on this machine, start to end."),
         "generate": LazyCommand("moiety.cli.generate:generate", "Generate text from a running gateway."),
         "parity": LazyCommand(
             "moiety.cli.parity:parity", "Compare the served system with transformers, token for token."
         ),
+        "serve": LazyCommand("moiety.cli.serve:serve", "Serve a checkpoint on Ray, expert group by expert group."),
     }
 )
 LOG_LEVELS = ("debug", "info", "warning", "error")

@@ -70,7 +70,7 @@ def plan(table: Table, layer: int, experts: np.ndarray, assignments: np.ndarray,
 
     Whole experts go to one replica each: two replicas streaming the same weights for half the rows each gain nothing in
     decode. An expert's preferred holder is fixed by its id, so sets stay disjoint and sticky from step to step; it is
-    passed over only when it is busier than another holder by more than the expert itself costs.
+    passed over only when it is busier than another holder by what the expert itself costs, or more.
     """
     wanted = experts[assignments]
     owner = table.sole[layer][wanted]  # [len(assignments)]
@@ -103,7 +103,7 @@ def _choose(table: Table, layer: int, wanted: np.ndarray, owner: np.ndarray, bar
             continue
         preferred = holders[expert % len(holders)]
         lightest = min(holders, key=lambda index: load[index])
-        chosen = preferred if load[preferred] - load[lightest] <= _cost(count) else lightest
+        chosen = preferred if load[preferred] - load[lightest] < _cost(count) else lightest
         load[chosen] += _cost(count)
         owner_of[expert] = chosen
     return np.array([owner_of[expert] for expert in wanted.tolist()], dtype=np.int64)

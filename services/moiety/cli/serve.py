@@ -1,0 +1,59 @@
+"""`moiety serve`."""
+
+from __future__ import annotations
+
+import threading
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import click
+
+from moiety.cli.options import dtype_option
+from moiety.cli.run import progress, signals_interrupt
+
+
+@click.command()
+@click.argument("model", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--groups", type=click.IntRange(1, 4096), help="Expert groups, one deployment each.  [default: 2]")
+@click.option("--max-replicas", type=click.IntRange(1, 1000), help="Per expert group, when it is hot.  [default: 4]")
+@click.option("--registry", help="redis://… or rediss://…  [default: a Redis of this command's own]")
+@click.option("--grpc-port", type=click.IntRange(0, 65535), help="The gateway's; 0: a free one.  [default: 50051]")
+@click.option("--slots", type=click.IntRange(1, 4096), help="Sequences that run at once.  [default: 32]")
+@click.option("--kv-memory", help="For keys and values, e.g. 4GiB.  [default: 1GiB]")
+@click.option("--app", help="Name of the application, and prefix of its registry keys.  [default: moiety]")
+@click.option("--ray-address", help="An existing Ray: auto, or host:port.  [default: a Ray of this command's own]")
+@click.option("--dashboard", is_flag=True, help="Ray's dashboard on 127.0.0.1 (needs ray[default]).")
+@click.option("--config", type=click.Path(exists=True, dir_okay=False), help="YAML with AppSettings; options win.")
+@dtype_option("auto")
+def serve(model: Path, ray_address: str | None, dashboard: bool, config: str | None, **flags: Any) -> None:
+    """Serve a checkpoint on Ray: gateway, router and elastic expert groups.
+
+    Starts whatever is not there yet (Ray, Redis), says where to knock, and runs until Ctrl-C; then it drains and ends
+    what it started, and nothing else.
+
+    \b
+    Example:
+      moiety serve ./Mixtral-8x7B-v0.1 --groups 4
+    """
+    from moiety.config import AppSettings, resolve
+    from moiety.deploy.run import deploy_app
+    from moiety.load.embedded import EmbeddedRedis
+
+    tell = progress()
+    max_replicas = flags.pop("max_replicas")
+    flags["experts"] = {"max_replicas": max_replicas} if max_replicas is not None else None
+    settings = resolve(AppSettings, {**flags, "model": str(model)}, config)
+    with signals_interrupt(), ExitStack() as ends:
+        if "registry" not in settings.model_fields_set:
+            redis = ends.enter_context(EmbeddedRedis())
+            settings = settings.model_copy(update={"registry": redis.url})
+            tell(f"Redis: {redis.url}")
+        deployed = ends.enter_context(
+            deploy_app(settings, address=ray_address, dashboard=dashboard, progress=tell, wait_s=1800.0)
+        )
+        for gateway in deployed.gateways:
+            click.echo(f"ready: gRPC moiety.v1.Generation at {gateway}")
+        click.echo(f'try:   moiety generate "Hello" --address {deployed.gateways[0]}')
+        click.echo("Ctrl-C drains and stops.")
+        threading.Event().wait()

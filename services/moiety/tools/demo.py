@@ -1,0 +1,292 @@
+"""The main job on one machine, told stage by stage: serve, stream, heat, scale, trace, kill, finish."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import ExitStack, asynccontextmanager, contextmanager
+from itertools import pairwise
+from pathlib import Path
+
+from moiety.client import Client
+from moiety.config import AppSettings, GroupSettings
+from moiety.core import Replica, ReplicaState, Role
+from moiety.deploy.run import deploy_app
+from moiety.errors import Unavailable
+from moiety.load.connect import connect
+from moiety.load.embedded import EmbeddedRedis
+from moiety.load.registry import Registry
+from moiety.model.tiny import write_tiny
+from moiety.telemetry import configure
+from moiety.telemetry.receiver import TraceReceiver
+from moiety.telemetry.spans import ReceivedSpan
+from moiety.telemetry.waterfall import coverage, waterfall
+
+Say = Callable[[str], None]
+
+GROUPS = 2
+CAPACITY = 120.0  # rows per second a replica is paced to: on a few shared cores there is no real speed-up to show
+PROMPT = "The experts were asked"
+STREAMS = 6
+KILL_TOKENS = 60
+PROMPT_TOKENS = 8
+LEDGER_S = 1.1  # routers report once a second
+CANDIDATES = 6  # prompts tried for one that keeps one group busier than the other
+POLL_S = 0.2
+
+
+def run_demo(say: Say, wait_s: float) -> None:
+    """Runs all stages; each wait is bounded by `wait_s`. Raises Unavailable where something did not happen in time."""
+    began = time.monotonic()
+
+    def stage(title: str) -> None:
+        say(f"\n[{time.monotonic() - began:5.1f} s] {title}")
+
+    with ExitStack() as ends:
+        stage("A small Mixtral checkpoint with random weights")
+        model = Path(ends.enter_context(tempfile.TemporaryDirectory(prefix="moiety-demo-"))) / "tiny-mixtral"
+        write_tiny("mixtral", model, num_hidden_layers=2)
+        receiver = ends.enter_context(TraceReceiver())
+        redis = ends.enter_context(EmbeddedRedis())
+        stage(f"Redis at {redis.url}; Ray, the gateway, the router and {GROUPS} expert groups, each its own deployment")
+        settings = AppSettings(
+            app="demo",
+            model=str(model),
+            dtype="float32",
+            groups=GROUPS,
+            registry=redis.url,
+            grpc_port=0,
+            router_cpus=0.1,
+            experts=GroupSettings(
+                max_replicas=2,
+                num_cpus=0.1,
+                capacity=CAPACITY,
+                target_busy=0.75,
+                queue_wait_ms=10_000.0,
+                shrink_after_s=4.0,
+            ),
+        )
+        with _traced_to(receiver.endpoint):
+            deployed = ends.enter_context(
+                deploy_app(settings, progress=lambda line: say(f"    {line}"), wait_s=wait_s * 3)
+            )
+        registry = connect(redis.url, settings.app)
+        demo = _Demo(say, stage, registry, deployed.gateways[0], receiver, wait_s)
+        asyncio.run(demo.show())
+        stage("Shutting down: replicas drain, then Ray and Redis end")
+    stage("Done; nothing is left behind")
+
+
+@contextmanager
+def _traced_to(endpoint: str) -> Iterator[None]:
+    """Every process started inside exports its traces to `endpoint`; only requests that ask for it are sampled."""
+    values = {
+        "OTEL_EXPORTER_OTLP_ENDPOINT": endpoint,
+        "OTEL_TRACES_SAMPLER": "parentbased_always_off",
+        "OTEL_BSP_SCHEDULE_DELAY": "200",
+    }
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+class _Demo:
+    """The stages that need the running system."""
+
+    def __init__(
+        self, say: Say, stage: Say, registry: Registry, address: str, receiver: TraceReceiver, wait_s: float
+    ) -> None:
+        self._say, self._stage, self._registry, self._address = say, stage, registry, address
+        self._receiver, self._wait_s = receiver, wait_s
+
+    async def show(self) -> None:
+        try:
+            async with Client(self._address) as client:
+                await self._stream(client)
+                await self._heat(client)
+                await self._trace()
+                await self._kill(client)
+        finally:
+            await self._registry.close()
+
+    async def _stream(self, client: Client) -> None:
+        self._stage(f"A generation, streamed over gRPC from {self._address}")
+        pieces, count, began = [], 0, time.monotonic()
+        async for chunk in client.generate(PROMPT, max_tokens=32, ignore_eos=True):
+            pieces.append(chunk.text)
+            count += len(chunk.token_ids)
+        self._say(f"    {PROMPT!r} → {''.join(pieces)!r}")
+        self._say(
+            f"    {count} tokens in {len(pieces)} messages, {time.monotonic() - began:.2f} s (random weights: no sense)"
+        )
+
+    async def _heat(self, client: Client) -> None:
+        self._stage("Heating one expert group: traffic on a prompt whose tokens prefer its experts")
+        token, hot, shares = await self._skewed_prompt(client)
+        told = ", ".join(f"experts-{group} {share:.0%}" for group, share in enumerate(shares))
+        self._say(
+            f"    prompt [{token}] x {PROMPT_TOKENS} sends its rows to {told} of the time: experts-{hot} should grow"
+        )
+        async with _traffic(client, [token] * PROMPT_TOKENS):
+            await self._until(f"experts-{hot} to grow", lambda counts: counts[f"experts-{hot}"] >= 2)
+            await asyncio.sleep(2.0)  # let the new replica's share of the load be seen
+            for replica_id, busy in sorted((await self._registry.busy()).items()):
+                self._say(
+                    f"    {replica_id}: busy {busy.busy:.0%}, {busy.rows_per_s:.0f} rows/s, waits {busy.queue_wait_ms:.1f} ms"
+                )
+        self._stage("The traffic ends: the group shrinks again")
+        await self._until(f"experts-{hot} to shrink", lambda counts: counts[f"experts-{hot}"] == 1)
+
+    async def _skewed_prompt(self, client: Client) -> tuple[int, int, list[float]]:
+        """(token, the group it prefers, each group's share of its rows): the most skewed of a few candidates."""
+        best: tuple[float, int, list[float]] = (0.0, 0, [])
+        before = await self._rows_by_group()
+        for token in range(20, 20 + CANDIDATES):
+            async for _ in client.generate([token] * PROMPT_TOKENS, max_tokens=8, ignore_eos=True):
+                pass
+            after = await self._rows_after(before)
+            rows = [new - old for new, old in zip(after, before, strict=True)]
+            shares = [row / sum(rows) for row in rows]
+            best, before = max(best, (max(shares), token, shares)), after
+        share, token, shares = best
+        return token, shares.index(share), shares
+
+    async def _rows_after(self, before: Sequence[int]) -> list[int]:
+        """The ledger's totals once they have moved and then stood still for a reporting period."""
+        async with asyncio.timeout(self._wait_s):
+            last = list(before)
+            while True:
+                await asyncio.sleep(LEDGER_S)
+                rows = await self._rows_by_group()
+                if rows == last and rows != list(before):
+                    return rows
+                last = rows
+
+    async def _rows_by_group(self) -> list[int]:
+        """Rows that routers have sent to each group's experts, by the load ledger."""
+        held = [replica.held for replica in sorted(await self._experts(), key=lambda replica: replica.deployment)]
+        totals = [0] * len(held)
+        for demand in (await self._registry.demand()).values():
+            for layer, rows in enumerate(demand.rows):
+                for group, experts in enumerate(held):
+                    totals[group] += sum(rows[expert] for expert in experts.layer(layer))
+        return totals
+
+    async def _until(self, what: str, reached: Callable[[dict[str, int]], bool]) -> None:
+        """Waits for `reached(replicas per group)`; tells every change of it, and every decision with its reason."""
+        began, told = time.monotonic(), len(await self._registry.decisions())
+        counts: dict[str, int] = {}
+        try:
+            async with asyncio.timeout(self._wait_s):
+                while not reached(counts := await self._tell_counts(counts, began)):
+                    told = await self._tell_decisions(told)
+                    await asyncio.sleep(POLL_S)
+        except TimeoutError:
+            raise Unavailable(f"waited {self._wait_s:g} s for {what}; replicas are {counts}") from None
+        await self._tell_decisions(told)
+
+    async def _tell_counts(self, before: dict[str, int], began: float) -> dict[str, int]:
+        counts = {f"experts-{group}": 0 for group in range(GROUPS)}
+        for replica in await self._experts():
+            counts[replica.deployment] += 1
+        if counts != before:
+            told = "  ".join(f"{name} {'■' * count} {count}" for name, count in counts.items())
+            self._say(f"    +{time.monotonic() - began:4.1f} s  replicas: {told}")
+        return counts
+
+    async def _tell_decisions(self, told: int) -> int:
+        decisions = await self._registry.decisions()
+        for decision in decisions[told:]:
+            self._say(
+                f"    decision: {decision['deployment']} {decision['from']} → {decision['to']}: {decision['reason']}"
+            )
+            inputs = ", ".join(f"{name} {value:.4g}" for name, value in decision["inputs"].items())
+            self._say(f"              on {inputs}")
+        return len(decisions)
+
+    async def _trace(self) -> None:
+        self._stage("One traced request, as a waterfall; then one of its decode steps")
+        tracer = configure("moiety-client", endpoint=self._receiver.endpoint)
+        async with Client(self._address, tracer) as traced:
+            async for _ in traced.generate(PROMPT, max_tokens=4, ignore_eos=True):
+                pass
+        await asyncio.to_thread(tracer.shutdown)
+        spans = await asyncio.to_thread(self._receiver.wait_for, _complete, self._wait_s)
+        trace_id = spans[0].trace_id
+        step = next(span for span in spans if span.attributes.get("moiety.step.class") == "decode")
+        for text in (
+            waterfall(spans, trace_id, max_rows=24),
+            waterfall(spans, trace_id, focus=step.span_id, max_rows=24),
+        ):
+            self._say("    " + text.replace("\n", "\n    ") + "\n")
+        self._say(f"    {coverage(spans, trace_id):.1%} of the steps' time is explained")
+
+    async def _kill(self, client: Client) -> None:
+        self._stage("kill -9 of an expert group's only replica, in the middle of a generation")
+        expected = await _tokens(client, PROMPT)
+        victim = next(replica for replica in await self._experts() if replica.deployment == "experts-1")
+        tokens: list[int] = []
+        times: list[float] = []
+        async for chunk in client.generate(PROMPT, max_tokens=KILL_TOKENS, ignore_eos=True):
+            tokens.extend(chunk.token_ids)
+            times.append(time.monotonic())
+            if len(tokens) == KILL_TOKENS // 3:
+                os.kill(victim.pid, signal.SIGKILL)
+                self._say(f"    token {len(tokens)}: killed {victim.deployment}, pid {victim.pid}")
+        gap = max(b - a for a, b in pairwise(times))
+        verdict = "the same" if tokens == expected else "NOT the same"
+        self._say(f"    the stream waited {gap:.1f} s for Serve's replacement and finished: {len(tokens)} tokens")
+        self._say(f"    they are {verdict} as those of a run without a fault")
+        if tokens != expected:
+            raise Unavailable("the tokens changed")
+
+    async def _experts(self) -> list[Replica]:
+        return [
+            replica
+            for replica in await self._registry.replicas()
+            if replica.role is Role.EXPERT and replica.state is ReplicaState.READY
+        ]
+
+
+async def _tokens(client: Client, prompt: str) -> list[int]:
+    stream = client.generate(prompt, max_tokens=KILL_TOKENS, ignore_eos=True)
+    return [token async for chunk in stream for token in chunk.token_ids]
+
+
+def _complete(spans: Sequence[ReceivedSpan]) -> bool:
+    """Whether all of one trace is here: a span of each service, and an expert's for every hop."""
+    counts = {
+        name: sum(span.name == name for span in spans)
+        for name in ("client.generate", "engine.request", "hop", "expert")
+    }
+    return bool(counts["client.generate"] and counts["engine.request"]) and counts["hop"] == counts["expert"] > 0
+
+
+@asynccontextmanager
+async def _traffic(client: Client, prompt: Sequence[int]) -> AsyncIterator[None]:
+    """Generates on STREAMS streams for the time of the block; raises what any of them raised."""
+    ending = asyncio.Event()
+
+    async def stream() -> None:
+        while not ending.is_set():
+            async for _ in client.generate(prompt, max_tokens=16, ignore_eos=True):
+                pass
+
+    async with asyncio.TaskGroup() as group:
+        for _ in range(STREAMS):
+            group.create_task(stream())
+        try:
+            yield
+        finally:
+            ending.set()
