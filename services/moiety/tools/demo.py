@@ -7,6 +7,7 @@ import os
 import signal
 import tempfile
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from itertools import pairwise
@@ -22,6 +23,7 @@ from moiety.load.embedded import EmbeddedRedis
 from moiety.load.registry import Registry
 from moiety.model.tiny import write_tiny
 from moiety.telemetry import configure
+from moiety.telemetry.names import Attribute, SpanName
 from moiety.telemetry.receiver import TraceReceiver
 from moiety.telemetry.spans import ReceivedSpan
 from moiety.telemetry.waterfall import coverage, waterfall
@@ -141,10 +143,7 @@ class _Demo:
         async with _traffic(client, [token] * PROMPT_TOKENS):
             await self._until(f"experts-{hot} to grow", lambda counts: counts[f"experts-{hot}"] >= 2)
             await asyncio.sleep(2.0)  # let the new replica's share of the load be seen
-            for replica_id, busy in sorted((await self._registry.busy()).items()):
-                self._say(
-                    f"    {replica_id}: busy {busy.busy:.0%}, {busy.rows_per_s:.0f} rows/s, waits {busy.queue_wait_ms:.1f} ms"
-                )
+            await self._tell_busy()
         self._stage("The traffic ends: the group shrinks again")
         await self._until(f"experts-{hot} to shrink", lambda counts: counts[f"experts-{hot}"] == 1)
 
@@ -205,6 +204,13 @@ class _Demo:
             self._say(f"    +{time.monotonic() - began:4.1f} s  replicas: {told}")
         return counts
 
+    async def _tell_busy(self) -> None:
+        loads = await self._registry.busy()
+        for replica in sorted(await self._experts(), key=lambda replica: (replica.deployment, replica.started)):
+            if load := loads.get(replica.id):
+                told = f"busy {load.busy:.0%}, {load.rows_per_s:.0f} rows/s, queue wait {load.queue_wait_ms:.1f} ms"
+                self._say(f"    {replica.deployment} replica {replica.id}: {told}")
+
     async def _tell_decisions(self, told: int) -> int:
         decisions = await self._registry.decisions()
         for decision in decisions[told:]:
@@ -224,7 +230,7 @@ class _Demo:
         await asyncio.to_thread(tracer.shutdown)
         spans = await asyncio.to_thread(self._receiver.wait_for, _complete, self._wait_s)
         trace_id = spans[0].trace_id
-        step = next(span for span in spans if span.attributes.get("moiety.step.class") == "decode")
+        step = next(span for span in spans if span.attributes.get(Attribute.STEP_CLASS) == "decode")
         for text in (
             waterfall(spans, trace_id, max_rows=24),
             waterfall(spans, trace_id, focus=step.span_id, max_rows=24),
@@ -266,11 +272,9 @@ async def _tokens(client: Client, prompt: str) -> list[int]:
 
 def _complete(spans: Sequence[ReceivedSpan]) -> bool:
     """Whether all of one trace is here: a span of each service, and an expert's for every hop."""
-    counts = {
-        name: sum(span.name == name for span in spans)
-        for name in ("client.generate", "engine.request", "hop", "expert")
-    }
-    return bool(counts["client.generate"] and counts["engine.request"]) and counts["hop"] == counts["expert"] > 0
+    counts = Counter(span.name for span in spans)
+    heads = (SpanName.CLIENT_GENERATE, SpanName.GENERATE, SpanName.ENGINE_REQUEST)
+    return all(counts[name] for name in heads) and counts[SpanName.HOP] == counts[SpanName.EXPERT] > 0
 
 
 @asynccontextmanager
