@@ -20,7 +20,7 @@ from moiety.load.watch import Watch
 from moiety.policy.dispatch import Table
 from moiety.wire.codec import Rows
 from moiety.wire.expert_stream import Answer, ExpertStream, Reply
-from moiety.wire.experts_pb2 import ForwardRequest
+from moiety.wire.experts_pb2 import DescribeResponse, ForwardRequest
 
 _log = logging.getLogger(__name__)
 
@@ -36,6 +36,7 @@ class Fleet:
         self._watch, self._shape, self._revision, self._dtype = watch, shape, revision, dtype
         self._streams: dict[str, ExpertStream] = {}
         self._held: dict[str, ExpertSet] = {}
+        self._epochs: dict[str, int] = {}  # placement epoch that `_held` is of
         self._deployments: dict[str, str] = {}
         self._refused: dict[str, str] = {}  # replica id -> why, so that it is told once
         self._listeners: list[Callable[[], None]] = []
@@ -43,6 +44,8 @@ class Fleet:
         self._dialling: dict[str, asyncio.Task[None]] = {}
         self._task: asyncio.Task[None] | None = None
         self.suspects: set[str] = set()  # replicas that a hedge overtook and that have not answered since
+        self._unanswered: set[int] = set()  # ids of calls in flight, overtaken ones too
+        self._answers_lock = threading.Lock()  # of the two above: calls are sent and answered on different threads
         self._loop = asyncio.get_running_loop()
         self._call_ids = itertools.count(1)
 
@@ -76,16 +79,27 @@ class Fleet:
 
     def send(self, replica_id: str, header: ForwardRequest, payload: Rows, answer: Answer) -> None:
         """Sends one call, from any thread; a replica that has just left answers PeerLost like any other loss."""
+        call_id = header.call_id
         if (stream := self._streams.get(replica_id)) is None:
             answer(PeerLost(f"replica {replica_id} has left"))
             return
 
         def heard(result: Reply | PeerLost) -> None:
-            if isinstance(result, Reply):
-                self.suspects.discard(replica_id)
+            with self._answers_lock:
+                self._unanswered.discard(call_id)
+                if isinstance(result, Reply):
+                    self.suspects.discard(replica_id)
             answer(result)
 
+        with self._answers_lock:
+            self._unanswered.add(call_id)
         stream.send(header, payload, heard)
+
+    def suspect(self, replica_id: str, call_id: int) -> None:
+        """A hedge overtook this call: its replica is avoided until it answers, unless it just has. From any thread."""
+        with self._answers_lock:
+            if call_id in self._unanswered:
+                self.suspects.add(replica_id)
 
     def refresh(self, replica_id: str) -> None:
         """Asks a replica again what it holds, after it answered NOT_HELD. From any thread."""
@@ -104,9 +118,8 @@ class Fleet:
             for replica in listed.values():
                 if replica.state is ReplicaState.READY and self._wanted(replica):
                     self._dialling[replica.id] = asyncio.create_task(self._serve(replica))
-                elif replica.id in self._held and replica.held != self._held[replica.id]:
-                    self._held[replica.id] = replica.held
-                    self._publish()
+                elif replica.id in self._held and replica.placement_epoch > self._epochs[replica.id]:
+                    self._hold(replica.id, replica.held, replica.placement_epoch)
             for replica_id in [r for r, listed_one in listed.items() if listed_one.state is ReplicaState.DRAINING]:
                 if self._held.pop(replica_id, None) is not None:  # no new calls; those in flight finish on its stream
                     self._publish()
@@ -131,14 +144,14 @@ class Fleet:
             await asyncio.sleep(REDIAL_S)
             return
         try:
-            if problem := self._mismatch(stream):
+            told = stream.description
+            if problem := self._mismatch(told):
                 self._refuse(replica, problem)
                 await asyncio.sleep(REDIAL_S)
                 return
             self._streams[replica.id] = stream
-            self._held[replica.id] = ExpertSet.parse(stream.description.held)
             self._deployments[replica.id] = replica.deployment
-            self._publish()
+            self._hold(replica.id, ExpertSet.parse(told.held), told.placement_epoch)
             _log.info("replica %s (%s) at %s is in", replica.id, replica.deployment, replica.address)
             await stream.closed.wait()
             _log.warning("replica %s (%s) at %s is lost", replica.id, replica.deployment, replica.address)
@@ -149,8 +162,7 @@ class Fleet:
                 self._publish()
             await stream.close()
 
-    def _mismatch(self, stream: ExpertStream) -> str:
-        told = stream.description
+    def _mismatch(self, told: DescribeResponse) -> str:
         if told.revision != self._revision:
             return f"it serves revision {told.revision}"
         if told.dtype != self._dtype or told.hidden != self._shape.mlp.hidden:
@@ -161,12 +173,18 @@ class Fleet:
         if (stream := self._streams.get(replica_id)) is None:
             return
         try:
-            held = ExpertSet.parse((await stream.describe(HANDSHAKE_S)).held)
+            told = await stream.describe(HANDSHAKE_S)
         except MoietyError as error:
             _log.warning("replica %s does not say what it holds: %s", replica_id, error)
             return
         if replica_id in self._held:
-            self._held[replica_id] = held
+            self._hold(replica_id, ExpertSet.parse(told.held), told.placement_epoch)
+
+    def _hold(self, replica_id: str, held: ExpertSet, epoch: int) -> None:
+        """Notes what a replica holds. The registry may lag behind what Describe told; the epoch says which is newer."""
+        changed = self._held.get(replica_id) != held
+        self._held[replica_id], self._epochs[replica_id] = held, epoch
+        if changed:
             self._publish()
 
     def _publish(self) -> None:

@@ -24,16 +24,18 @@ import torch
 from moiety.core import CallClass
 from moiety.errors import HopFailed, MoietyError, NoHolder, PeerLost
 from moiety.policy.dispatch import plan
+from moiety.router.call import CALL_TIMEOUT_S, Call, outcome_name, request_for
 from moiety.router.demand import DemandCounter
 from moiety.router.fleet import Fleet
 from moiety.router.hedge import Hedging
 from moiety.telemetry.names import Attribute, SpanName
 from moiety.telemetry.tracing import Span, Tracer
 from moiety.wire import codec, experts_pb2
+from moiety.wire.channels import MAX_MESSAGE_BYTES
 from moiety.wire.expert_stream import Reply
 
 POLL_S = 0.05  # how often a parked layer tries again and looks for cancelled requests
-CALL_TIMEOUT_S = 10.0  # a replica that answers pings but not a call for this long is broken
+MAX_CALL_BYTES = MAX_MESSAGE_BYTES // 2  # of rows, either way; a message beyond the bound would break the stream
 
 _Event = tuple[int, Reply | PeerLost] | None  # (call id, its answer), or None: the table has changed
 
@@ -55,19 +57,6 @@ class HopSettings:
     revision: str
     dtype: torch.dtype
     expert_wait_s: float
-
-
-@dataclass(slots=True)
-class _Call:
-    """One message in flight."""
-
-    replica: str
-    assignments: np.ndarray
-    attempt: int
-    sent: float
-    hedge_at: float
-    hedge_of: int | None  # call id of the slow call that this one doubles
-    span: Span
 
 
 class Hop:
@@ -105,9 +94,10 @@ class PendingLayer:
         self._places = codec.rows_of(self._output)  # [A]
         self._filled = self._experts < 0
         self._events: queue.SimpleQueue[_Event] = queue.SimpleQueue()
-        self._calls: dict[int, _Call] = {}
+        self._calls: dict[int, Call] = {}
         self._refusing: set[str] = set()  # replicas that refused this layer, until the next try
-        self._failure: MoietyError | None = None  # what the last refusing replica said, if waiting cannot mend it
+        self._failures: dict[int, MoietyError] = {}  # assignment -> what a replica said of it that waiting cannot mend
+        self._parked_s = 0.0  # time spent waiting for holders so far
         self._uncovered = np.empty(0, dtype=np.int64)
         began_ns = hop.layer_began_ns
         self._span = hop.tracer.start(
@@ -150,7 +140,9 @@ class PendingLayer:
 
     def _send_parts(self, parts: Mapping[str, np.ndarray], attempt: int, hedge_of: int | None = None) -> None:
         for replica, assignments in parts.items():
-            self._send(replica, assignments, attempt, hedge_of)
+            pieces = -(-len(assignments) * self._places.itemsize // MAX_CALL_BYTES)
+            for piece in np.array_split(assignments, max(1, pieces)):
+                self._send(replica, piece, attempt, hedge_of)
 
     def _send(self, replica: str, assignments: np.ndarray, attempt: int, hedge_of: int | None) -> None:
         hop, now = self._hop, time.monotonic()
@@ -167,28 +159,14 @@ class PendingLayer:
                 Attribute.HEDGE: hedge_of is not None,
             },
         )
-        rows, counts = np.unique(assignments // self._top_k, return_counts=True)  # tokens this replica needs, once each
-        header = experts_pb2.ForwardRequest(
-            call_id=call_id,
-            attempt=attempt,
-            revision=hop.settings.revision,
-            layer=self._layer,
-            rows=len(rows),
-            k_offsets=codec.int32_bytes(np.concatenate(([0], np.cumsum(counts)))),
-            experts=codec.int32_bytes(self._experts[assignments]),
-            dtype=codec.DTYPE_NAMES[hop.settings.dtype],
-            call_class=(
-                experts_pb2.CALL_CLASS_PREFILL
-                if self._step.call_class is CallClass.PREFILL
-                else experts_pb2.CALL_CLASS_DECODE
-            ),
-            deadline_ms=int(CALL_TIMEOUT_S * 1000),
-            traceparent=span.traceparent,
-        )
+        header, tokens = request_for(assignments, self._experts, self._top_k, self._step.call_class)
+        header.call_id, header.attempt, header.layer = call_id, attempt, self._layer
+        header.revision, header.dtype = hop.settings.revision, codec.DTYPE_NAMES[hop.settings.dtype]
+        header.traceparent = span.traceparent
         hedge_at = inf if hedge_of is not None else now + hop.hedging.after(self._layer, self._step.call_class)
-        self._calls[call_id] = _Call(replica, assignments, attempt, now, hedge_at, hedge_of, span)
+        self._calls[call_id] = Call(replica, assignments, attempt, now, hedge_at, hedge_of, span)
         hop.hedging.sent()
-        hop.fleet.send(replica, header, self._rows[rows], lambda answer: self._events.put((call_id, answer)))
+        hop.fleet.send(replica, header, self._rows[tokens], lambda answer: self._events.put((call_id, answer)))
 
     # Receiving ---------------------------------------------------------------------------------------------------
 
@@ -215,15 +193,17 @@ class PendingLayer:
         else:
             self._refused(call, answer.header)
 
-    def _place(self, call_id: int, call: _Call, reply: Reply) -> None:
-        rows = codec.rows_in(reply.payload, self._places.itemsize) if reply.payload else self._places[:0]
-        if len(rows) != len(call.assignments):
-            self._failure = MoietyError(f"replica {call.replica} sent {len(rows)} rows for {len(call.assignments)}")
+    def _place(self, call_id: int, call: Call, reply: Reply) -> None:
+        expected = len(call.assignments) * self._places.itemsize
+        if len(reply.payload) != expected:
+            told = f"sent {len(reply.payload)} bytes for {len(call.assignments)} rows, which are {expected}"
+            self._fail(call, MoietyError(f"replica {call.replica} {told}"))
             self._send_again(call, avoid=call.replica)
             return
+        rows = codec.rows_in(reply.payload, self._places.itemsize)
         self._hop.hedging.answered(self._layer, self._step.call_class, time.monotonic() - call.sent)
         if call.hedge_of in self._calls:
-            self._hop.fleet.suspects.add(self._calls[call.hedge_of].replica)
+            self._hop.fleet.suspect(self._calls[call.hedge_of].replica, call.hedge_of)
         call.span.set(Attribute.QUEUE_MS, reply.header.queue_ms)
         call.span.set(Attribute.COMPUTE_MS, reply.header.compute_ms)
         call.span.end()
@@ -231,26 +211,26 @@ class PendingLayer:
         self._places[call.assignments[new]] = rows[new]
         self._filled[call.assignments] = True
         for other_id in [i for i, other in self._calls.items() if self._filled[other.assignments].all()]:
-            self._forget(other_id)
+            # The slower of two calls for the same rows: its answer finds nobody waiting, but tells that it lives.
+            self._calls.pop(other_id).span.end()
 
-    def _forget(self, call_id: int) -> None:
-        """The slower of two calls for the same rows: its answer will find nobody waiting, but tells that it lives."""
-        call = self._calls.pop(call_id)
-        call.span.end()
-
-    def _refused(self, call: _Call, reply: experts_pb2.ForwardReply) -> None:
-        outcome = experts_pb2.Outcome.Name(reply.outcome).removeprefix("OUTCOME_")
+    def _refused(self, call: Call, reply: experts_pb2.ForwardReply) -> None:
+        outcome = outcome_name(reply.outcome)
         error = MoietyError(f"replica {call.replica} answered {outcome}: {reply.detail}")
         call.span.set(Attribute.OUTCOME, outcome)
         call.span.error(error)
         call.span.end()
         if reply.outcome in (experts_pb2.OUTCOME_NOT_HELD, experts_pb2.OUTCOME_REVISION_MISMATCH):
             self._hop.fleet.refresh(call.replica)
-        elif reply.outcome in (experts_pb2.OUTCOME_FAILED, experts_pb2.OUTCOME_INVALID):
-            self._failure = error
+        elif reply.outcome not in (experts_pb2.OUTCOME_OVERLOADED, experts_pb2.OUTCOME_EXPIRED):
+            self._fail(call, error)
         self._send_again(call, avoid=call.replica)
 
-    def _send_again(self, call: _Call, avoid: str | None = None) -> None:
+    def _fail(self, call: Call, error: MoietyError) -> None:
+        """Remembers that one holder of these rows failed on them: once nobody else is left, no waiting will help."""
+        self._failures.update(dict.fromkeys(call.assignments.tolist(), error))
+
+    def _send_again(self, call: Call, avoid: str | None = None) -> None:
         """What `call` was to bring, less what is there or comes with another call, goes to other holders."""
         if avoid is not None:
             self._refusing.add(avoid)
@@ -288,10 +268,11 @@ class PendingLayer:
         try:
             while len(self._uncovered):
                 experts = np.unique(self._experts[self._uncovered]).tolist()
-                waited = time.monotonic() - began
-                if self._failure is not None or waited >= self._hop.settings.expert_wait_s:
-                    cause = self._failure or NoHolder(self._layer, experts, waited)
-                    raise HopFailed(np.unique(self._uncovered // self._top_k).tolist(), cause)
+                if failed := [a for a in self._uncovered.tolist() if a in self._failures]:
+                    raise HopFailed(self._tokens_of(failed), self._failures[failed[0]])
+                waited = self._parked_s + time.monotonic() - began
+                if waited >= self._hop.settings.expert_wait_s:
+                    raise HopFailed(self._tokens_of(self._uncovered), NoHolder(self._layer, experts, waited))
                 self._step.check()
                 self._step.waits(self._layer, experts)
                 try:
@@ -305,9 +286,14 @@ class PendingLayer:
                 else:
                     self._take(event)
         finally:
+            self._parked_s += time.monotonic() - began
             stop_listening()
             park.end()
 
     def _try_uncovered(self) -> None:
         waiting, self._uncovered = self._uncovered, np.empty(0, dtype=np.int64)
         self._dispatch(waiting, attempt=1)
+
+    def _tokens_of(self, assignments: np.ndarray | list[int]) -> list[int]:
+        """The tokens that these assignments belong to."""
+        return np.unique(np.asarray(assignments) // self._top_k).tolist()
