@@ -14,7 +14,7 @@ def sample(logits: torch.Tensor, sampling: Sampling, position: int) -> tuple[int
     if sampling.temperature == 0.0:
         token = int(scores.argmax())
         return token, float(scores.log_softmax(-1)[token]) if sampling.logprobs else 0.0
-    scores = scores / sampling.temperature
+    scores = (scores - scores.max()) / sampling.temperature  # shifted: a tiny temperature must not make them infinite
     if 0 < sampling.top_k < len(scores):
         scores = scores.masked_fill(scores < scores.topk(sampling.top_k).values[-1], float("-inf"))
     ordered, ids = scores.sort(descending=True, stable=True)
