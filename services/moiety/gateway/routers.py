@@ -93,8 +93,8 @@ class Routers:
         """Brings the list of routers in line with the registry."""
         listed = {replica.id: replica for replica in self._ready()}
         for gone in self._routers.keys() - listed.keys():
-            router = self._routers.pop(gone)
-            if not router.in_flight:
+            router = self._routers.pop(gone, None)  # another request may have dropped it while we closed one
+            if router is not None and not router.in_flight:
                 await router.channel.close()
         for new in listed.keys() - self._routers.keys():
             await self._dial(listed[new])
