@@ -164,7 +164,8 @@ def validated(kind: type[Settings], values: Mapping[str, Any]) -> Settings:
         return kind(**values)
     except ValidationError as error:
         first = error.errors()[0]
-        raise ConfigError(".".join(map(str, first["loc"])), first.get("input"), first["msg"]) from None
+        value = None if first["type"] == "missing" else first["input"]  # else it is everything that was given
+        raise ConfigError(".".join(map(str, first["loc"])), value, first["msg"]) from None
 
 
 def _read_yaml(path: str) -> dict[str, Any]:
