@@ -7,7 +7,6 @@ it is what runs. Its insides can be told to wait, refuse, answer twice or vanish
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
@@ -16,7 +15,8 @@ import grpc
 import numpy as np
 import torch
 
-from moiety.core import WIRE_VERSION, CallClass, ExpertMLP, ExpertSet, ModelShape, Replica, ReplicaState, Role
+from moiety.core import WIRE_VERSION, CallClass, ExpertMLP, ExpertSet, ModelShape, Replica, Role
+from moiety.expert.service import SERVICE
 from moiety.load.memory import MemoryRegistry
 from moiety.load.watch import Watch
 from moiety.router.demand import DemandCounter
@@ -63,7 +63,7 @@ def fake_layer(layer: int, hidden: torch.Tensor, top_k_index: torch.Tensor) -> t
     return torch.stack(rows).view(*top_k_index.shape, -1)
 
 
-async def at_once(_call: ForwardCall) -> None:
+async def at_once(_: object) -> None:
     """Answers without ado."""
 
 
@@ -89,24 +89,26 @@ class FakeExperts:
         self.replica: Replica | None = None  # its registry entry, once started
         self._shape, self._dtype = shape, dtype
         self._row_bytes = shape.mlp.hidden * codec.DTYPES[dtype].itemsize
+        self._server: Server | None = None
+
+    async def start(self, registry: MemoryRegistry) -> None:
+        """Serves on a free port and registers."""
         describe = grpc.unary_unary_rpc_method_handler(
             self._describe,
             request_deserializer=experts_pb2.DescribeRequest.FromString,
             response_serializer=experts_pb2.DescribeResponse.SerializeToString,
         )
         handlers = {"Describe": describe, "Forward": grpc.stream_stream_rpc_method_handler(self._forward)}
-        service = "moiety.v1.Experts"
-        self._server = Server([grpc.method_handlers_generic_handler(service, handlers)], [service])
-
-    async def start(self, registry: MemoryRegistry) -> None:
-        """Serves on a free port and registers."""
-        port = await self._server.start(HOST, 0)
+        handler = grpc.method_handlers_generic_handler(SERVICE, handlers)
+        server = self._server = Server([handler], [SERVICE])
+        port = await server.start(HOST, 0)
         self.replica = fake_replica(self.id, Role.EXPERT, port, held=self.held)
         await registry.register(self.replica)
 
     async def vanish(self) -> None:
         """Breaks every stream at once; the registry is not told, as when a process is killed."""
-        await self._server.stop(0)
+        if self._server is not None:
+            await self._server.stop(0)
 
     async def _describe(
         self, _request: experts_pb2.DescribeRequest, _context: grpc.aio.ServicerContext
@@ -230,20 +232,21 @@ class FakeEngine(engine_pb2_grpc.EngineServicer):
         self.id = replica_id
         self.requests: list[engine_pb2.EngineRequest] = []  # in order of arrival
         self.cancelled = 0  # requests whose client went away
-        self.before_token: Callable[[int], Awaitable[None]] = _no_wait
+        self.before_token: Callable[[int], Awaitable[None]] = at_once
         self._shape, self._revision = shape, revision
-        self._server = Server([], ["moiety.v1.Engine"])
-        engine_pb2_grpc.add_EngineServicer_to_server(self, self._server.grpc)
+        self._server: Server | None = None
 
     async def start(self, registry: MemoryRegistry) -> None:
         """Serves on a free port and registers."""
-        port = await self._server.start(HOST, 0)
-        replica = fake_replica(self.id, Role.ROUTER, port)
-        await registry.register(dataclasses.replace(replica, revision=self._revision))
+        server = self._server = Server([], ["moiety.v1.Engine"])
+        engine_pb2_grpc.add_EngineServicer_to_server(self, server.grpc)
+        port = await server.start(HOST, 0)
+        await registry.register(fake_replica(self.id, Role.ROUTER, port, revision=self._revision))
 
     async def vanish(self) -> None:
         """Breaks every stream at once; the registry is not told."""
-        await self._server.stop(0)
+        if self._server is not None:
+            await self._server.stop(0)
 
     async def Describe(
         self, _request: engine_pb2.EngineDescribeRequest, _context: grpc.aio.ServicerContext
@@ -277,7 +280,9 @@ def fake_token(prompt: Sequence[int], seed: int, position: int, vocabulary: int)
     return int(np.random.Generator(np.random.Philox(key=seed + sum(prompt), counter=position)).integers(vocabulary))
 
 
-def fake_replica(replica_id: str, role: Role, port: int, held: ExpertSet | None = None) -> Replica:
+def fake_replica(
+    replica_id: str, role: Role, port: int, *, held: ExpertSet | None = None, revision: str = REVISION
+) -> Replica:
     """The registry entry of a ready service on this machine."""
     return Replica(
         id=replica_id,
@@ -286,20 +291,13 @@ def fake_replica(replica_id: str, role: Role, port: int, held: ExpertSet | None 
         address=f"{HOST}:{port}",
         node="here",
         model=MODEL,
-        revision=REVISION,
-        state=ReplicaState.READY,
+        revision=revision,
         held=held or ExpertSet(),
     )
 
 
 async def eventually(condition: Callable[[], bool], within_s: float = 10.0) -> None:
-    """Returns once `condition` holds; raises AssertionError when it does not within `within_s`."""
-    try:
-        async with asyncio.timeout(within_s):
-            while not condition():  # noqa: ASYNC110  # conditions of other threads raise no event here
-                await asyncio.sleep(0.005)
-    except TimeoutError:
-        raise AssertionError(f"{condition} did not come true within {within_s:g} s") from None
-
-
-async def _no_wait(_position: int) -> None: ...
+    """Returns once `condition` holds; raises TimeoutError when it does not within `within_s`."""
+    async with asyncio.timeout(within_s):
+        while not condition():  # noqa: ASYNC110  # conditions of other threads raise no event here
+            await asyncio.sleep(0.005)

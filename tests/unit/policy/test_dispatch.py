@@ -1,0 +1,110 @@
+"""Dispatch as a pure function: every assignment has exactly one place, and experts stay where they were."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moiety.core import ExpertSet
+from moiety.policy.dispatch import KNEE_ROWS, Plan, Table, plan
+
+EXPERTS = 8
+Held = dict[str, frozenset[int]]
+
+held_sets = st.dictionaries(
+    st.sampled_from(["a", "b", "c", "d"]), st.frozensets(st.integers(0, EXPERTS - 1)), max_size=4
+)
+routings = st.lists(st.integers(0, EXPERTS - 1), max_size=60).map(lambda ids: np.array(ids, dtype=np.int64))
+avoided = st.frozensets(st.sampled_from(["a", "b", "z"]))
+
+
+def table_of(held: Held, version: int = 1) -> Table:
+    """One layer, held as told."""
+    return Table.build(version, {name: ExpertSet({0: ids}) for name, ids in held.items()}, 1, EXPERTS)
+
+
+def plan_of(held: Held, experts: np.ndarray, avoid: frozenset[str] = frozenset()) -> Plan:
+    """The plan of all assignments."""
+    return plan(table_of(held), 0, experts, np.arange(len(experts)), avoid)
+
+
+@given(held=held_sets, experts=routings, avoid=avoided)
+def test_each_assignment_goes_to_one_holder_or_is_uncovered(held: Held, experts: np.ndarray, avoid: frozenset[str]):
+    """Parts and uncovered are a partition; parts go to holders that are not avoided; nothing that could go is left."""
+    planned = plan_of(held, experts, avoid)
+    everything = np.concatenate([*planned.parts.values(), planned.uncovered])
+    assert sorted(everything.tolist()) == list(range(len(experts)))
+    for replica, part in planned.parts.items():
+        assert len(part)
+        assert replica not in avoid
+        assert set(experts[part].tolist()) <= held[replica]
+        assert np.all(np.diff(part) > 0), "rows and k offsets are built from ascending assignments"
+    allowed = frozenset().union(*(ids for replica, ids in held.items() if replica not in avoid))
+    assert not allowed & set(experts[planned.uncovered].tolist())
+
+
+@given(held=held_sets, experts=routings, avoid=avoided)
+def test_an_expert_is_never_split(held: Held, experts: np.ndarray, avoid: frozenset[str]):
+    """All rows of an expert go to one replica: two that stream the same weights gain nothing in decode."""
+    planned = plan_of(held, experts, avoid)
+    sets = [set(experts[part].tolist()) for part in planned.parts.values()]
+    assert sum(map(len, sets)) == len(set().union(*sets))
+
+
+@given(held=held_sets, experts=routings)
+def test_a_plan_depends_on_nothing_else(held: Held, experts: np.ndarray):
+    """Same routing, same plan, in whatever order the holders became known."""
+    first = plan_of(held, experts)
+    again = plan_of(dict(reversed(held.items())), experts)
+    assert first.parts.keys() == again.parts.keys()
+    for replica, part in first.parts.items():
+        assert part.tolist() == again.parts[replica].tolist()
+
+
+def test_experts_stay_with_their_replica_from_step_to_step():
+    """With few rows, an expert's replica does not depend on which other experts a step happens to use."""
+    held = {"a": frozenset(range(EXPERTS)), "b": frozenset(range(EXPERTS))}
+    whole = plan_of(held, np.arange(EXPERTS))
+    home = {int(expert): replica for replica, part in whole.parts.items() for expert in part}
+    assert set(home.values()) == {"a", "b"}, "both replicas must get experts"
+    for pair in ([0, 1], [3, 4], [6, 7], [2, 5]):
+        planned = plan_of(held, np.array(pair))
+        assert {pair[i]: replica for replica, part in planned.parts.items() for i in part} == {e: home[e] for e in pair}
+
+
+def test_a_busy_replica_sheds_experts_that_others_hold():
+    """An expert leaves its home where that has more to do, by more than the expert costs."""
+    hot = np.zeros(40 * KNEE_ROWS, dtype=np.int64)  # expert 0, which only `a` holds
+    held = {"a": frozenset({0, 2, 4}), "b": frozenset({2, 4})}
+    assert set(plan_of(held, np.array([2, 4])).parts) == {"a"}, "both at home on `a`"
+    planned = plan_of(held, np.concatenate([hot, [2, 4]]))
+    assert sorted(planned.parts["b"].tolist()) == [len(hot), len(hot) + 1]
+
+
+def test_an_avoided_sole_holder_leaves_its_experts_uncovered():
+    """Avoiding is absolute: whoever asks decides whether a slow holder is better than none."""
+    planned = plan_of({"a": frozenset({0}), "b": frozenset({1})}, np.array([0, 1, 0]), frozenset({"a"}))
+    assert planned.uncovered.tolist() == [0, 2]
+    assert planned.parts["b"].tolist() == [1]
+
+
+def test_only_the_assignments_asked_for_are_planned():
+    """A retry plans its own rows, by their places in the whole layer."""
+    table = table_of({"a": frozenset(range(EXPERTS))})
+    planned = plan(table, 0, np.array([0, 1, 2, 3]), np.array([1, 3]))
+    assert planned.parts["a"].tolist() == [1, 3]
+
+
+def test_what_the_model_lacks_is_ignored():
+    """A replica that claims layers or experts beyond the model's shape is used for the rest."""
+    table = Table.build(1, {"a": ExpertSet.parse("0-5:0-99")}, layers=2, experts=3)
+    assert table.uncovered() == []
+    assert [len(owner) for owner in table.sole.values()] == [3, 3]
+
+
+@pytest.mark.parametrize(("held", "missing"), [({}, [(0, 0), (0, 1)]), ({"a": ExpertSet.parse("0:1")}, [(0, 0)])])
+def test_the_table_names_what_nobody_holds(held: dict[str, ExpertSet], missing: list[tuple[int, int]]):
+    """A router is ready once this list is empty."""
+    assert Table.build(1, held, layers=1, experts=2).uncovered() == missing
