@@ -55,8 +55,9 @@ def hop(context: click.Context, payload: tuple[int, ...], calls: int, rounds: in
     from moiety.tools.bench_hop import bench_hop, hop_lines
     from moiety.tools.bench_report import Machine
 
+    machine = Machine.here()
     rows = run_async(bench_hop(payload_kib=payload, calls=calls, rounds=rounds, progress=progress()))
-    for line in (*hop_lines(rows), *Machine.here().lines(), f"again:   {invocation(context)}"):
+    for line in (*hop_lines(rows), *machine.lines(), f"again:   {invocation(context)}"):
         click.echo(line)
     write_json(json_file, [asdict(row) for row in rows])
 
@@ -105,7 +106,8 @@ def serve(
     workload = Workload(
         groups=groups, concurrency=concurrency, prompt_tokens=prompt, new_tokens=new, dtype=dtype, rounds=rounds
     )
+    machine = Machine.here()
     report = run_async(bench_serve(checkpoint, workload, progress=progress()))
-    for line in (*serve_lines(report), *Machine.here().lines(), f"again:   {invocation(context)}"):
+    for line in (*serve_lines(report), *machine.lines(), f"again:   {invocation(context)}"):
         click.echo(line)
     write_json(json_file, [asdict(row) for row in report.rows])

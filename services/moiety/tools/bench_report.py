@@ -37,7 +37,7 @@ class Machine:
 
     processor: str
     cores: int
-    load: float  # processes that wanted to run, mean of the last minute: the benchmark's own included
+    load: float  # processes that wanted to run, mean of the minute before
     python: str
     torch: str
     transformers: str
@@ -58,7 +58,7 @@ class Machine:
 
     def lines(self) -> Iterator[str]:
         """For people."""
-        yield f"machine: {self.processor}, {self.cores} cores, load {self.load:.1f} over the last minute"
+        yield f"machine: {self.processor}, {self.cores} cores, load {self.load:.1f} in the minute before"
         yield f"python {self.python}, torch {self.torch}, transformers {self.transformers}, grpcio {self.grpc}"
 
 
