@@ -9,7 +9,7 @@ import moiety
 from moiety.telemetry import names
 
 SOURCES = sorted(path for path in Path(moiety.__file__).parent.rglob("*.py") if "telemetry" not in path.parts)
-LITERAL = re.compile(r"""(?:\.start\(\s*|\.set\(\s*)(?:name=)?f?["']([^"']+)["']""")
+LITERAL = re.compile(r"""(?:\.start\(\s*|\.set\(\s*)(?:name=)?f?["']([a-z][^"']*)["']""")
 CONSTANT = re.compile(r"\b(SpanName|Attribute|ResourceAttribute)\.([A-Z][A-Z_0-9]*)\b")
 DECLARED = {*names.SpanName, *names.Attribute, *names.ResourceAttribute}
 
