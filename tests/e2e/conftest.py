@@ -13,7 +13,6 @@ import pytest
 
 from moiety.deploy.cluster import LOOPBACK_ONLY, local_ray
 from moiety.load.embedded import EmbeddedRedis
-from moiety.model.tiny import write_tiny
 
 os.environ.setdefault(LOOPBACK_ONLY, "0")  # read when Ray is first imported, by whichever test comes first
 
@@ -30,17 +29,11 @@ def redis_url() -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Mixtral of 8 experts that decodes in milliseconds."""
-    return write_tiny("mixtral", tmp_path_factory.mktemp("mixtral"))
-
-
-@pytest.fixture(scope="session")
-def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """This process is connected to a Ray of its own. Replicas inherit the environment from here."""
+def ray_cluster() -> Iterator[None]:
+    """This process is connected to a Ray of its own, whose replicas inherit the environment of this moment."""
     folder = Path(tempfile.mkdtemp(prefix="moiety-ray-"))  # short: Unix socket paths end at 107 characters
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MOIETY_CACHE", str(tmp_path_factory.mktemp("cache")))
+    try:
         with local_ray(folder=folder):
             yield
-    shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

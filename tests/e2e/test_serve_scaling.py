@@ -7,7 +7,6 @@ import os
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
-from pathlib import Path
 
 import pytest
 
@@ -31,11 +30,12 @@ WAIT_S = 60.0
 
 
 @pytest.fixture(scope="module")
-def app(ray_cluster: None, redis_url: str, tiny_model: Path) -> Iterator[DeployedApp]:
+def app(ray_cluster: None, redis_url: str, tiny: Callable[[str], str]) -> Iterator[DeployedApp]:
     """Two groups; a placement gives the first one all experts but one, and pacing makes that more than it can do."""
+    model = tiny("mixtral")
     settings = AppSettings(
         app=APP,
-        model=str(tiny_model),
+        model=model,
         groups=2,
         registry=redis_url,
         grpc_port=0,
@@ -51,7 +51,7 @@ def app(ray_cluster: None, redis_url: str, tiny_model: Path) -> Iterator[Deploye
             "shrink_after_s": 2.0,
         },
     )
-    shape = expert_layout(Checkpoint.open(tiny_model)).shape
+    shape = expert_layout(Checkpoint.open(model)).shape
     split = shape.experts - 1
     held = {
         HOT: ExpertSet.block(shape.moe_layers, range(split)),

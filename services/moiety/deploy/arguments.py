@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from moiety.config import AppSettings, ExpertSettings, GatewaySettings, RouterSettings, resolve
+from moiety.errors import ConfigError
 from moiety.load.urls import without_secrets
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -23,8 +24,16 @@ def carried(settings: AppSettings) -> dict[str, Any]:
 
 
 def restored(values: Mapping[str, Any]) -> AppSettings:
-    """The inverse of `carried`, in the process that got the values. Raises ConfigError."""
-    return resolve(AppSettings, values)
+    """The inverse of `carried`, in the process that got the values.
+
+    Raises ConfigError where the registry was withheld and this process has no MOIETY_REGISTRY.
+    """
+    settings = resolve(AppSettings, values)
+    if "registry" not in settings.model_fields_set:
+        raise ConfigError(
+            "registry", None, "has a password, so MOIETY_REGISTRY must be set where Ray runs, on each node"
+        )
+    return settings
 
 
 def expert_settings(settings: AppSettings, deployment: str, held: str, node_address: str) -> ExpertSettings:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from moiety.core import Busy, Demand, ExpertSet, Placement, Replica, ReplicaState
+from moiety.core import Busy, Demand, ExpertSet, Placement, Replica, ReplicaState, Role
 from moiety.errors import RegistryUnreachable
 from moiety.load.rates import rates
 from moiety.load.registry import Registry
@@ -49,9 +49,15 @@ class Reading:
             busy=sum(load.busy for load in loads) / max(len(loads), 1),
             queue_wait_ms=max((load.queue_wait_ms for load in loads), default=0.0),
             rows_per_s=max(self._asked(held), sum(load.rows_per_s for load in loads)),
-            wake=any(experts & held.layer(layer) for layer, experts in self.wakes.items()),
+            wake=self._waited_for(held),
             stale=self.stale,
         )
+
+    def _waited_for(self, held: ExpertSet) -> bool:
+        """Whether requests wait for one of `held`, or a router does: it is not ready before it has seen every expert."""
+        if any((replica.role, replica.state) == (Role.ROUTER, ReplicaState.STARTING) for replica in self.replicas):
+            return len(held) > 0
+        return any(experts & held.layer(layer) for layer, experts in self.wakes.items())
 
     def _asked(self, held: ExpertSet) -> float:
         """Rows per second that the routers send to `held`, whichever replica computes them."""

@@ -30,7 +30,7 @@ class Snapshot:
     busy: float  # mean busy fraction of the reporting replicas, 0 to 1
     queue_wait_ms: float  # the longest mean wait for the device among them
     rows_per_s: float  # rows the routers send to the experts it holds
-    wake: bool = False  # requests wait for an expert that only it can bring back
+    wake: bool = False  # someone waits for an expert that it holds and no live replica does
     stale: bool = False  # the registry does not answer: nothing here can be trusted but `target`
 
 
@@ -97,7 +97,7 @@ def _observe(snapshot: Snapshot, state: State, now: float) -> State:
 
 def _at_zero(snapshot: Snapshot, state: State, now: float) -> Decision:
     if snapshot.wake:
-        return _step(snapshot, state, 1, "requests wait for its experts", now)
+        return _step(snapshot, state, 1, "its experts are waited for", now)
     if snapshot.rows_per_s > 0:
         return _step(snapshot, state, 1, f"{snapshot.rows_per_s:.0f} rows/s for its experts", now)
     return _decision(snapshot, state, 0, "no demand")

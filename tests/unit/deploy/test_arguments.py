@@ -31,10 +31,12 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_password_travels_in_the_environment_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What Ray stores and logs holds no password; a process with MOIETY_REGISTRY gets the whole URL back."""
+    """What Ray stores and logs holds no password; a process with MOIETY_REGISTRY gets the URL back, one without is told."""
     settings = AppSettings(model="m", registry=SECRET_URL)
     values = carried(settings)
     assert "hunter2" not in json.dumps(values)
+    with pytest.raises(ConfigError, match="MOIETY_REGISTRY"):
+        restored(values)
     monkeypatch.setenv("MOIETY_REGISTRY", SECRET_URL)
     assert restored(values) == settings
 

@@ -77,6 +77,19 @@ def test_a_wake_concerns_the_groups_that_hold_the_expert() -> None:
     asyncio.run(check())
 
 
+def test_a_starting_router_wakes_every_group() -> None:
+    """A router becomes ready only when all experts have a holder: groups at zero must come up for it, once."""
+
+    async def check() -> None:
+        router = replace(READY, id="r", role=Role.ROUTER, deployment="router", held=ExpertSet())
+        registry = await _registry(replace(router, state=ReplicaState.STARTING))
+        assert (await Ledger(registry).read()).snapshot("experts-0", 0, HELD).wake
+        await registry.register(router)
+        assert not (await Ledger(registry).read()).snapshot("experts-0", 0, HELD).wake
+
+    asyncio.run(check())
+
+
 def test_experts_beyond_the_counters_are_no_error() -> None:
     """A placement for a larger model than the routers count for asks for nothing there."""
 

@@ -181,7 +181,7 @@ def test_zero_and_back() -> None:
     assert [d.target for d in group.run(11)] == [0]
     assert group.run(60) == []
     group.wake = True
-    assert [d.reason for d in group.run(TICK_S)] == ["requests wait for its experts: 0 → 1"]
+    assert [d.reason for d in group.run(TICK_S)] == ["its experts are waited for: 0 → 1"]
 
 
 def test_the_last_replica_stays_while_there_is_demand() -> None:
