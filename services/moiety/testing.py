@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from moiety.core import WIRE_VERSION, CallClass, ExpertMLP, ExpertSet, ModelShape, Replica, Role
+from moiety.errors import MoietyError
 from moiety.expert.service import SERVICE
 from moiety.load.memory import MemoryRegistry
 from moiety.load.watch import Watch
@@ -24,7 +25,7 @@ from moiety.router.fleet import Fleet
 from moiety.router.hedge import Hedging
 from moiety.router.hop import Hop, HopSettings, StepContext
 from moiety.telemetry.tracing import NO_SPAN, NO_TRACER
-from moiety.wire import codec, engine_pb2, engine_pb2_grpc, experts_pb2, generation_pb2
+from moiety.wire import codec, engine_pb2, engine_pb2_grpc, experts_pb2, generation_pb2, status
 from moiety.wire.channels import MAX_MESSAGE_BYTES, Server
 from moiety.wire.frames import ForwardCall, parse_call
 
@@ -99,8 +100,7 @@ class FakeExperts:
             response_serializer=experts_pb2.DescribeResponse.SerializeToString,
         )
         handlers = {"Describe": describe, "Forward": grpc.stream_stream_rpc_method_handler(self._forward)}
-        handler = grpc.method_handlers_generic_handler(SERVICE, handlers)
-        server = self._server = Server([handler], [SERVICE])
+        server = self._server = Server([grpc.method_handlers_generic_handler(SERVICE, handlers)], [SERVICE])
         port = await server.start(HOST, 0)
         self.replica = fake_replica(self.id, Role.EXPERT, port, held=self.held)
         await registry.register(self.replica)
@@ -179,13 +179,11 @@ class LoopbackHop:
         """One layer's hop, run on a thread as an engine does: [T, K, D]."""
 
         def run() -> torch.Tensor:
-            self.hop.begin_step(StepContext(call_class, NO_SPAN, check, self._waits))
+            step = StepContext(call_class, NO_SPAN, check, lambda *wake: self.waited_for.append(wake))
+            self.hop.begin_step(step)
             return self.hop.submit(layer, hidden, top_k_index).result()
 
         return await asyncio.to_thread(run)
-
-    def _waits(self, layer: int, experts: list[int]) -> None:
-        self.waited_for.append((layer, experts))
 
 
 @asynccontextmanager
@@ -225,7 +223,8 @@ async def loopback_hop(
 class FakeEngine(engine_pb2_grpc.EngineServicer):
     """A router: the token at each position is a function of prompt, seed and position, as a real engine's is.
 
-    `before_token(position)` is awaited before each token, counted from the first generated one; it may wait or raise.
+    `before_token(position)` is awaited before each token, counted from the first generated one; it may wait or raise
+    a MoietyError, which the client is told.
     """
 
     def __init__(self, replica_id: str, shape: ModelShape, *, revision: str = REVISION):
@@ -252,24 +251,24 @@ class FakeEngine(engine_pb2_grpc.EngineServicer):
         self, _request: engine_pb2.EngineDescribeRequest, _context: grpc.aio.ServicerContext
     ) -> engine_pb2.EngineDescription:
         return engine_pb2.EngineDescription(
-            model=MODEL,
-            revision=self._revision,
-            max_context=self._shape.max_context,
-            vocabulary=self._shape.vocabulary,
+            model=MODEL, revision=self._revision, max_context=self._shape.max_context, vocabulary=self._shape.vocabulary
         )
 
     async def Generate(
-        self, request: engine_pb2.EngineRequest, _context: grpc.aio.ServicerContext
+        self, request: engine_pb2.EngineRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[engine_pb2.EngineEvent]:
         self.requests.append(request)
         most = request.sampling.max_tokens
         try:
             for position in range(len(request.generated_ids), most):
                 await self.before_token(position)
-                ended = position + 1 == most
-                finish = generation_pb2.FINISH_REASON_LENGTH if ended else generation_pb2.FINISH_REASON_NONE
                 token = fake_token(request.prompt_ids, request.sampling.seed, position, self._shape.vocabulary)
-                yield engine_pb2.EngineEvent(token_ids=[token], finish_reason=finish)
+                event = engine_pb2.EngineEvent(token_ids=[token])
+                if position + 1 == most:
+                    event.finish_reason = generation_pb2.FINISH_REASON_LENGTH
+                yield event
+        except MoietyError as error:
+            await status.abort(context, error)
         except (asyncio.CancelledError, GeneratorExit):
             self.cancelled += 1
             raise

@@ -1,0 +1,77 @@
+"""A real gateway service on loopback, over fake engines."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+
+from moiety.client import Chunk, Client
+from moiety.gateway.routers import Routers
+from moiety.gateway.service import SERVICE, GenerationService
+from moiety.gateway.text import Tokenizer
+from moiety.load.memory import MemoryRegistry
+from moiety.load.watch import Watch
+from moiety.telemetry.tracing import NO_TRACER
+from moiety.testing import HOST, FakeEngine, eventually, fake_shape, fake_token
+from moiety.wire.channels import Server
+
+SHAPE = fake_shape(max_context=64)
+PROMPT = [5, 6, 7]
+
+
+@dataclass(slots=True)
+class Gateway:
+    """A running gateway, a client of it, and where its routers register."""
+
+    service: GenerationService
+    address: str
+    client: Client
+    registry: MemoryRegistry
+
+
+def run(
+    scenario: Callable[[Gateway], Awaitable[None]],
+    tokenizer: Tokenizer,
+    *engines: FakeEngine,
+    router_wait_s: float = 5.0,
+    max_concurrent: int = 16,
+) -> None:
+    """`scenario` with a gateway over `engines`."""
+
+    async def whole() -> None:
+        registry = MemoryRegistry(clock=lambda: 0.0)
+        async with asyncio.timeout(30), AsyncExitStack() as stack:
+            for engine in engines:
+                await engine.start(registry)
+                stack.push_async_callback(engine.vanish)
+            watch = Watch(registry, interval_s=0.02)
+            await watch.start()
+            stack.push_async_callback(watch.stop)
+            routers = Routers(watch, router_wait_s)
+            stack.push_async_callback(routers.close)
+            service = GenerationService(routers, tokenizer, "fake", max_concurrent, NO_TRACER)
+            server = Server([service.handler()], [SERVICE])
+            address = f"{HOST}:{await server.start(HOST, 0)}"
+            stack.push_async_callback(server.stop, 0)
+            client = await stack.enter_async_context(Client(address))
+            await scenario(Gateway(service, address, client, registry))
+            await eventually(lambda: service.running == 0)
+
+    asyncio.run(whole())
+
+
+def expected(max_tokens: int, prompt: list[int] = PROMPT, seed: int = 0) -> list[int]:
+    """The tokens that any fake engine generates."""
+    return [fake_token(prompt, seed, position, SHAPE.vocabulary) for position in range(max_tokens)]
+
+
+async def tokens(gateway: Gateway, max_tokens: int = 6, **options: object) -> list[int]:
+    """The tokens of one whole request of PROMPT, seed 0."""
+    return [token for chunk in await chunks(gateway, max_tokens=max_tokens, **options) for token in chunk.token_ids]
+
+
+async def chunks(gateway: Gateway, prompt: str | list[int] = PROMPT, **options: object) -> list[Chunk]:
+    """All chunks of one request."""
+    return [chunk async for chunk in gateway.client.generate(prompt, **{"seed": 0, **options})]  # type: ignore[arg-type]

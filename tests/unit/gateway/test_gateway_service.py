@@ -1,0 +1,213 @@
+"""moiety.v1.Generation over loopback: what good requests get, and what each bad one is told."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import grpc
+import pytest
+from gateway_support import PROMPT, SHAPE, Gateway, chunks, expected, run, tokens
+
+from moiety.core import FinishReason
+from moiety.errors import DeadlineExceeded, ResourceExhausted, Unavailable
+from moiety.gateway.service import MAX_REQUEST_ID
+from moiety.gateway.text import Tokenizer
+from moiety.testing import REVISION, FakeEngine, eventually
+from moiety.wire import generation_pb2
+from moiety.wire.channels import channel
+
+NAN = float("nan")
+
+
+def engine(name: str = "r0") -> FakeEngine:
+    """A ready router."""
+    return FakeEngine(name, SHAPE)
+
+
+def test_a_request_streams_tokens_text_and_usage(tokenizer: Tokenizer):
+    """Each token as it is sampled; the first message has the request id, the last the reason and the counts."""
+
+    async def scenario(gateway: Gateway) -> None:
+        got = await chunks(gateway, max_tokens=6, request_id="mine")
+        assert [token for chunk in got for token in chunk.token_ids] == expected(6)
+        assert "".join(chunk.text for chunk in got) == tokenizer.decode(expected(6))
+        assert [chunk.request_id for chunk in got] == ["mine"] + [""] * 5
+        assert [chunk.finish_reason for chunk in got] == [None] * 5 + [FinishReason.LENGTH]
+        assert (got[-1].prompt_tokens, got[-1].completion_tokens) == (3, 6)
+
+    run(scenario, tokenizer, engine())
+
+
+def test_text_and_its_ids_are_the_same_prompt(tokenizer: Tokenizer):
+    """The gateway tokenises; the engine sees ids, and a seed even where the client gave none."""
+    router = engine()
+
+    async def scenario(gateway: Gateway) -> None:
+        ids = tokenizer.encode("hello")
+        by_text = await chunks(gateway, "hello", max_tokens=4)
+        by_ids = await chunks(gateway, ids, max_tokens=4)
+        assert [chunk.token_ids for chunk in by_text] == [chunk.token_ids for chunk in by_ids]
+        await chunks(gateway, "hello", max_tokens=1, seed=None)
+        await chunks(gateway, "hello", max_tokens=1, seed=None)
+        assert router.requests[-1].sampling.seed != router.requests[-2].sampling.seed
+        assert tuple(router.requests[-1].stop_ids) == tokenizer.stop_ids
+
+    run(scenario, tokenizer, router)
+
+
+def test_models_are_listed(tokenizer: Tokenizer):
+    """Name, revision and context of what is served."""
+
+    async def scenario(gateway: Gateway) -> None:
+        (model,) = await gateway.client.models()
+        assert (model.name, model.revision, model.max_context) == ("fake", REVISION, SHAPE.max_context)
+
+    run(scenario, tokenizer, engine())
+
+
+INVALID, MISSING = grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND
+BAD: dict[str, tuple[dict[str, Any], grpc.StatusCode, list[str]]] = {
+    "no prompt": ({"token_ids": None}, INVALID, ["prompt", "text or token_ids"]),
+    "empty text": ({"text": ""}, INVALID, ["prompt.text", "at least one character"]),
+    "no ids": ({"token_ids": []}, INVALID, ["prompt", "at least one token"]),
+    "id beyond the vocabulary": ({"token_ids": [1, 320]}, INVALID, ["prompt.token_ids = 320", "below", "320"]),
+    "prompt as long as the context": ({"token_ids": [1] * 64}, INVALID, ["prompt = '64 tokens'", "context of 64"]),
+    "prompt + max_tokens": ({"max_tokens": 62}, INVALID, ["sampling.max_tokens = 62", "1 to 61", "context of 64"]),
+    "no tokens": ({"max_tokens": 0}, INVALID, ["sampling.max_tokens = 0", "1 to 61"]),
+    "absurd max_tokens": ({"max_tokens": 2**32 - 1}, INVALID, ["sampling.max_tokens = 4294967295"]),
+    "negative temperature": ({"temperature": -0.1}, INVALID, ["sampling.temperature", "0 (greedy) to 10"]),
+    "absurd temperature": ({"temperature": 1e9}, INVALID, ["sampling.temperature", "0 (greedy) to 10"]),
+    "NaN temperature": ({"temperature": NAN}, INVALID, ["sampling.temperature = nan"]),
+    "infinite temperature": ({"temperature": float("inf")}, INVALID, ["sampling.temperature = inf"]),
+    "top_p of zero": ({"top_p": 0.0}, INVALID, ["sampling.top_p = 0.0", "above 0, up to 1"]),
+    "top_p above one": ({"top_p": 1.5}, INVALID, ["sampling.top_p = 1.5"]),
+    "NaN top_p": ({"top_p": NAN}, INVALID, ["sampling.top_p = nan"]),
+    "negative top_k": ({"top_k": -1}, INVALID, ["sampling.top_k = -1", "vocabulary of 320"]),
+    "top_k beyond the vocabulary": ({"top_k": 321}, INVALID, ["sampling.top_k = 321"]),
+    "unknown model": ({"model": "gpt-9"}, MISSING, ["'gpt-9'", "'fake'"]),
+    "huge request id": ({"request_id": "x" * 10**6}, INVALID, ["request_id", f"at most {MAX_REQUEST_ID}"]),
+}
+
+
+def bad_request(changes: dict[str, Any]) -> bytes:
+    """A good request with `changes`, in bytes."""
+    sampling = {key: changes[key] for key in ("max_tokens", "temperature", "top_p", "top_k") if key in changes}
+    request = generation_pb2.GenerateRequest(
+        model=changes.get("model", ""),
+        request_id=changes.get("request_id", ""),
+        sampling=generation_pb2.SamplingParams(**{"max_tokens": 2, **sampling}),
+    )
+    if "text" in changes:
+        request.text = changes["text"]
+    elif (ids := changes.get("token_ids", PROMPT)) is not None:
+        request.token_ids.SetInParent()
+        request.token_ids.ids.extend(ids)
+    return request.SerializeToString()
+
+
+async def refusal(gateway: Gateway, data: bytes) -> grpc.aio.AioRpcError:
+    """What a request of these bytes is told."""
+    async with channel(gateway.address) as link:
+        call = link.unary_stream("/moiety.v1.Generation/Generate")(data)
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await call.read()
+    return refused.value
+
+
+def test_bad_requests_are_told_field_value_and_bound(tokenizer: Tokenizer):
+    """Each gets its status and words that help, and the service goes on serving afterwards."""
+
+    async def scenario(gateway: Gateway) -> None:
+        for name, (changes, code, words) in BAD.items():
+            told = await refusal(gateway, bad_request(changes))
+            assert told.code() is code, name
+            assert all(word in told.details() for word in words), f"{name}: {told.details()}"
+            assert len(told.details()) < 300, name
+            assert await tokens(gateway, 2) == expected(2), f"after {name}"
+
+    run(scenario, tokenizer, engine())
+
+
+@pytest.mark.parametrize("data", [b"\x12\x02\xff\xfe", b"\x0a\x01\x80", b"\xff" * 20], ids=["text", "model", "garbage"])
+def test_bytes_that_are_no_request_are_invalid(tokenizer: Tokenizer, data: bytes):
+    """Invalid UTF-8 in a string field, or no protobuf at all, is INVALID_ARGUMENT, not a failure of the service."""
+
+    async def scenario(gateway: Gateway) -> None:
+        told = await refusal(gateway, data)
+        assert told.code() is INVALID
+        assert f"request = '{len(data)} bytes'" in told.details()
+        assert await tokens(gateway, 2) == expected(2)
+
+    run(scenario, tokenizer, engine())
+
+
+def test_without_a_router_requests_wait_and_then_hear_of_it(tokenizer: Tokenizer):
+    """UNAVAILABLE after router_wait_s, naming the setting; a router that comes in time is used."""
+
+    async def none(gateway: Gateway) -> None:
+        with pytest.raises(Unavailable, match=r"no router is ready; waited 0.2 s \(setting router_wait_s\)"):
+            await tokens(gateway)
+
+    async def late(gateway: Gateway) -> None:
+        waiting = asyncio.create_task(tokens(gateway))
+        await eventually(lambda: gateway.service.running == 1)
+        router = engine()
+        await router.start(gateway.registry)
+        try:
+            assert await waiting == expected(6)
+        finally:
+            await router.vanish()
+
+    run(none, tokenizer, router_wait_s=0.2)
+    run(late, tokenizer)
+
+
+def test_a_deadline_holds_while_waiting_for_a_router(tokenizer: Tokenizer):
+    """A client's own limit ends the wait, and the gateway's part of it too."""
+
+    async def scenario(gateway: Gateway) -> None:
+        with pytest.raises(DeadlineExceeded):
+            await tokens(gateway, timeout_s=0.1)
+        await eventually(lambda: gateway.service.running == 0)
+
+    run(scenario, tokenizer, router_wait_s=60.0)
+
+
+def test_too_many_requests_are_refused_with_a_hint(tokenizer: Tokenizer):
+    """Beyond max_concurrent a request is refused at once, and told when to come again; a place that frees is used."""
+    router, released = engine(), asyncio.Event()
+
+    async def hold(_position: int) -> None:
+        await released.wait()
+
+    async def scenario(gateway: Gateway) -> None:
+        router.before_token = hold
+        running = [asyncio.create_task(tokens(gateway)) for _ in range(2)]
+        await eventually(lambda: len(router.requests) == 2)
+        with pytest.raises(ResourceExhausted, match="2 requests are in flight") as refused:
+            await tokens(gateway)
+        assert refused.value.retry_after_s == 1.0
+        released.set()
+        assert [await task for task in running] == [expected(6)] * 2
+        assert await tokens(gateway) == expected(6)
+
+    run(scenario, tokenizer, router, max_concurrent=2)
+
+
+def test_a_client_that_leaves_frees_its_router(tokenizer: Tokenizer):
+    """Closing the stream cancels the request at the router, in the middle of its wait for a token."""
+    router = engine()
+
+    async def hold(position: int) -> None:
+        if position == 2:
+            await asyncio.Event().wait()
+
+    async def scenario(gateway: Gateway) -> None:
+        router.before_token = hold
+        stream = gateway.client.generate(PROMPT, max_tokens=6, seed=0)
+        assert [(await anext(stream)).token_ids for _ in range(2)] == [(token,) for token in expected(2)]
+        await stream.aclose()
+        await eventually(lambda: router.cancelled == 1 and gateway.service.running == 0)
+
+    run(scenario, tokenizer, router)

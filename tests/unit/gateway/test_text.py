@@ -1,0 +1,77 @@
+"""Streaming text: whole characters as they come, and in the end exactly what decoding everything gives."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moiety.errors import CheckpointError, InvalidRequest
+from moiety.gateway.text import MAX_PROMPT_BYTES, Detokenizer, Tokenizer
+from moiety.model.tiny_tokenizer import EOS, VOCABULARY
+
+EMOJI = "naïve 👩‍🚀 and 🙂🙃, 漢字"
+
+
+def streamed(tokenizer: Tokenizer, ids: list[int], sizes: list[int] | None = None) -> list[str]:
+    """The pieces that a stream of `ids` gives when they come `sizes` at a time, 1 by default."""
+    detokenizer, pieces, start = Detokenizer(tokenizer), [], 0
+    for size in [*(sizes or []), *[1] * len(ids)]:
+        end = min(start + size, len(ids))
+        pieces.append(detokenizer.push(ids[start:end], last=end == len(ids)))
+        if end == len(ids):
+            return pieces
+        start = end
+    return pieces
+
+
+def test_a_character_is_sent_once_it_is_whole(tokenizer: Tokenizer):
+    """An emoji of four one-byte tokens appears with its fourth; no piece ever holds half a character."""
+    ids = tokenizer.encode("🙂")
+    assert len(ids) == 4, "the tiny tokenizer must split it, or this tests nothing"
+    assert streamed(tokenizer, ids) == ["", "", "", "🙂"]
+
+
+@pytest.mark.parametrize("text", [EMOJI, "plain words. And more, of them!", "  spaces  \n\n around "])
+def test_pieces_join_to_the_text(tokenizer: Tokenizer, text: str):
+    """What was encoded is what streams out, and never a replacement character."""
+    pieces = streamed(tokenizer, tokenizer.encode(text))
+    assert "".join(pieces) == text
+    assert not any("\ufffd" in piece for piece in pieces)
+
+
+@given(
+    ids=st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=40),
+    sizes=st.lists(st.integers(1, 5), max_size=40),
+)
+def test_any_stream_joins_to_the_decoding_of_all(tokenizer: Tokenizer, ids: list[int], sizes: list[int]):
+    """Whatever tokens come, broken characters and special tokens included, in whatever portions."""
+    assert "".join(streamed(tokenizer, ids, sizes)) == tokenizer.decode(ids)
+
+
+def test_an_unfinished_character_is_flushed_at_the_end(tokenizer: Tokenizer):
+    """A generation cut inside a character ends with a replacement character, as decoding everything does."""
+    assert streamed(tokenizer, tokenizer.encode("🙂")[:2])[-1] == "\ufffd"
+
+
+def test_end_of_sequence_is_not_text(tokenizer: Tokenizer):
+    """Special tokens are skipped."""
+    ids = [*tokenizer.encode("hi"), EOS]
+    assert "".join(streamed(tokenizer, ids)) == "hi"
+    assert EOS in tokenizer.stop_ids
+
+
+def test_the_bounds_of_a_prompt(tokenizer: Tokenizer):
+    """Empty text and text beyond all reason are refused by name."""
+    with pytest.raises(InvalidRequest, match=r"prompt.text = '': must be at least one character"):
+        tokenizer.encode("")
+    with pytest.raises(InvalidRequest, match=rf"prompt.text = .* at most {MAX_PROMPT_BYTES}"):
+        tokenizer.encode("x" * (MAX_PROMPT_BYTES + 1))
+
+
+def test_a_folder_without_a_tokenizer_is_told(tmp_path: Path):
+    """The error names the folder."""
+    with pytest.raises(CheckpointError, match=str(tmp_path)):
+        Tokenizer(str(tmp_path))
