@@ -1,0 +1,56 @@
+"""Errors: what they say, and that they mean the same on the other side of a gRPC call."""
+
+from __future__ import annotations
+
+import grpc
+import pytest
+
+from moiety import errors
+from moiety.wire import status
+
+SAMPLES: dict[errors.MoietyError, grpc.StatusCode] = {
+    errors.InvalidRequest("top_p", 2, "above 0, up to 1"): grpc.StatusCode.INVALID_ARGUMENT,
+    errors.NotFound("no such model"): grpc.StatusCode.NOT_FOUND,
+    errors.ResourceExhausted("full", 0.25): grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.DeadlineExceeded("late"): grpc.StatusCode.DEADLINE_EXCEEDED,
+    errors.Cancelled("gone"): grpc.StatusCode.CANCELLED,
+    errors.ConfigError("slots", 0, "at least 1"): grpc.StatusCode.FAILED_PRECONDITION,
+    errors.CheckpointError("corrupt"): grpc.StatusCode.FAILED_PRECONDITION,
+    errors.NoHolder(3, [1, 2], 30.0): grpc.StatusCode.UNAVAILABLE,
+    errors.RegistryUnreachable("down"): grpc.StatusCode.UNAVAILABLE,
+    errors.PeerLost("broke"): grpc.StatusCode.UNAVAILABLE,
+    errors.NotHeld("elsewhere"): grpc.StatusCode.FAILED_PRECONDITION,
+    errors.HopFailed([0], errors.NoHolder(3, [1], 1.0)): grpc.StatusCode.INTERNAL,
+    errors.MoietyError("a bug"): grpc.StatusCode.INTERNAL,
+}
+
+
+@pytest.mark.parametrize(("error", "code"), SAMPLES.items(), ids=lambda value: type(value).__name__)
+def test_an_error_survives_a_call(error: errors.MoietyError, code: grpc.StatusCode):
+    """Each has its status code, and comes back as an error of that code with the same words."""
+    assert status.code_of(error) is code
+    relayed = status.error_of_code(code, str(error))
+    assert status.code_of(relayed) is code
+    assert str(relayed) == str(error)
+
+
+def test_a_retry_hint_is_relayed():
+    """ResourceExhausted keeps its hint in the trailing metadata; without one it is a second."""
+    code = grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert status.error_of_code(code, "full", ((status.RETRY_AFTER_KEY, "250"),)).retry_after_s == 0.25
+    assert status.error_of_code(code, "full").retry_after_s == 1.0
+
+
+def test_foreign_errors_are_internal():
+    """What is not ours is our bug, as far as a client is concerned."""
+    assert status.code_of(KeyError("x")) is grpc.StatusCode.INTERNAL
+    assert type(status.error_of_code(grpc.StatusCode.UNIMPLEMENTED, "")) is errors.MoietyError
+
+
+def test_words_name_field_value_and_bound():
+    """What a user reads says what was given and what may be, and cuts short what would fill a screen."""
+    assert str(errors.InvalidRequest("top_k", -1, "0 to 5")) == "top_k = -1: must be 0 to 5"
+    assert str(errors.ConfigError("slots", 0, "at least 1")) == "setting slots = 0: at least 1"
+    assert str(errors.ResourceExhausted("full", 0.05)) == "full; retry in 0.05 s"
+    assert "expert(s) [1, 2] of MoE layer 3; waited 30.0 s" in str(errors.NoHolder(3, [1, 2], 30.0))
+    assert len(str(errors.InvalidRequest("request_id", "x" * 10**6, "short"))) < 120
