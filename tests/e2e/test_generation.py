@@ -1,0 +1,131 @@
+"""What a client can count on: seeds, cancellation, deadlines, usage; and what operators see of it in the ledger."""
+
+from __future__ import annotations
+
+import asyncio
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from serving import Served
+from streams import PROMPTS, Streams
+
+from moiety.client import Client
+from moiety.core import FinishReason
+from moiety.errors import DeadlineExceeded
+from moiety.wire import engine_pb2, engine_pb2_grpc
+from moiety.wire.channels import channel
+
+WAIT_S = 20.0
+NEW_TOKENS = 16
+
+
+async def _sampled(client: Client, seed: int) -> list[int]:
+    stream = client.generate([9, 8, 7], max_tokens=NEW_TOKENS, temperature=0.9, top_p=0.95, seed=seed, ignore_eos=True)
+    return [token async for chunk in stream for token in chunk.token_ids]
+
+
+async def _load(served: Served) -> tuple[int, int]:
+    """(running, waiting) requests of the router."""
+    async with channel(served.cluster.router().replica.address) as link:
+        told = await engine_pb2_grpc.EngineStub(link).Describe(engine_pb2.EngineDescribeRequest())
+        return told.running, told.waiting
+
+
+def test_a_seed_decides_the_tokens_whatever_else_runs(served: Served) -> None:
+    """The same seed gives the same tokens alone and in a full batch; another seed gives others."""
+
+    async def scenario(client: Client) -> None:
+        await served.have(1, 1)
+        alone = await _sampled(client, 5)
+        crowd = Streams(client, NEW_TOKENS)
+        assert await _sampled(client, 5) == alone
+        await crowd.finish()
+        assert await _sampled(client, 6) != alone
+
+    served.run(scenario)
+
+
+def test_usage_and_finish_reason_come_last(served: Served) -> None:
+    """The last message, and only it, tells why the stream ended and what was used."""
+
+    async def scenario(client: Client) -> None:
+        chunks = [chunk async for chunk in client.generate([5, 6], max_tokens=3, ignore_eos=True, request_id="mine")]
+        assert [chunk.finish_reason for chunk in chunks] == [None, None, FinishReason.LENGTH]
+        assert (chunks[-1].prompt_tokens, chunks[-1].completion_tokens) == (2, 3)
+        assert [chunk.request_id for chunk in chunks] == ["mine", "", ""]
+
+    served.run(scenario)
+
+
+def test_closing_the_stream_frees_the_slot(served: Served) -> None:
+    """A client that leaves after the first tokens leaves nothing running."""
+
+    async def scenario(client: Client) -> None:
+        stream = client.generate([5, 6, 7], max_tokens=400, ignore_eos=True)
+        async for _ in stream:
+            break
+        assert (await _load(served))[0] == 1
+        await stream.aclose()
+        async with asyncio.timeout(WAIT_S):
+            while await _load(served) != (0, 0):
+                await asyncio.sleep(0.02)
+
+    served.run(scenario)
+
+
+def test_a_deadline_ends_the_request_with_its_own_status(served: Served) -> None:
+    """A request that cannot be done in its time ends with DEADLINE_EXCEEDED, and its slot is free again."""
+
+    async def scenario(client: Client) -> None:
+        with pytest.raises(DeadlineExceeded):
+            async for _ in client.generate([5, 6, 7], max_tokens=450, ignore_eos=True, timeout_s=0.5):
+                pass
+        async with asyncio.timeout(WAIT_S):
+            while await _load(served) != (0, 0):
+                await asyncio.sleep(0.02)
+
+    served.run(scenario)
+
+
+def test_the_ledger_counts_every_row(served: Served) -> None:
+    """Demand in Redis grows by exactly tokens x top-k in each layer: nothing is sampled, nothing is lost."""
+
+    async def rows_by_layer() -> list[int]:
+        demands = (await served.cluster.registry.demand()).values()
+        return [sum(sum(d.rows[layer]) for d in demands) for layer in range(served.cluster.shape.moe_layers)]
+
+    async def settled() -> list[int]:
+        """The totals, once a whole reporting period has not changed them."""
+        last = await rows_by_layer()
+        while True:
+            await asyncio.sleep(1.2)
+            if (now := await rows_by_layer()) == last:
+                return now
+            last = now
+
+    async def scenario(client: Client) -> None:
+        async with asyncio.timeout(60):
+            before = await settled()
+            await Streams(client, NEW_TOKENS).finish()
+            after = await settled()
+        tokens = sum(map(len, PROMPTS)) + len(PROMPTS) * (NEW_TOKENS - 1)  # the last token is never run
+        grown = [new - old for new, old in zip(after, before, strict=True)]
+        assert grown == [tokens * served.cluster.shape.top_k] * served.cluster.shape.moe_layers
+
+    served.run(scenario)
+
+
+def test_every_service_answers_health_checks(served: Served) -> None:
+    """grpc.health.v1 says SERVING on the gateway, the router and the expert replicas alike."""
+
+    async def scenario(_: Client) -> None:
+        for child in served.cluster.children:
+            async with channel(child.replica.address) as link:
+                stub = health_pb2_grpc.HealthStub(link)
+                told = await stub.Check(health_pb2.HealthCheckRequest(service=""))
+                assert told.status == health_pb2.HealthCheckResponse.SERVING
+                with pytest.raises(grpc.RpcError):
+                    await stub.Check(health_pb2.HealthCheckRequest(service="no.such.Service"))
+
+    served.run(scenario)
