@@ -135,9 +135,8 @@ class FakeExperts:
         async with asyncio.TaskGroup() as answers:
             async for frame in frames:
                 header, payload = codec.decode(experts_pb2.ForwardRequest, frame)
-                call = parse_call(
-                    header, payload, dtype=self._dtype, hidden=self._shape.mlp.hidden, row_bytes=self._row_bytes
-                )
+                hidden = self._shape.mlp.hidden
+                call = parse_call(header, payload, dtype=self._dtype, hidden=hidden, row_bytes=self._row_bytes)
                 self.calls.append(call)
                 answers.create_task(answer(header, call))
 
@@ -179,8 +178,7 @@ class LoopbackHop:
         """One layer's hop, run on a thread as an engine does: [T, K, D]."""
 
         def run() -> torch.Tensor:
-            step = StepContext(call_class, NO_SPAN, check, lambda *wake: self.waited_for.append(wake))
-            self.hop.begin_step(step)
+            self.hop.begin_step(StepContext(call_class, NO_SPAN, check, lambda *wake: self.waited_for.append(wake)))
             return self.hop.submit(layer, hidden, top_k_index).result()
 
         return await asyncio.to_thread(run)
