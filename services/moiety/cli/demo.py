@@ -15,6 +15,10 @@ def demo(seconds: float) -> None:
     Makes a small checkpoint with random weights, serves it on a Ray and a Redis of its own, streams a generation, heats
     one expert group until it grows, prints one trace, kills an expert replica in the middle of a generation, and ends
     all it started. Nothing is left behind.
+
+    \b
+    Example:
+      moiety demo --seconds 120
     """
     from moiety.tools.demo import run_demo
 

@@ -24,7 +24,9 @@ COMMANDS: Mapping[str, LazyCommand] = MappingProxyType(
         "parity": LazyCommand(
             "moiety.cli.parity:parity", "Compare the served system with transformers, token for token."
         ),
-        "serve": LazyCommand("moiety.cli.serve:serve", "Serve a checkpoint on Ray, expert group by expert group."),
+        "serve": LazyCommand(
+            "moiety.cli.serve:serve", "Serve a checkpoint on Ray: gateway, router and elastic expert groups."
+        ),
     }
 )
 LOG_LEVELS = ("debug", "info", "warning", "error")
