@@ -129,6 +129,19 @@ def test_bad_requests_are_told_field_value_and_bound(tokenizer: Tokenizer):
     run(scenario, tokenizer, engine())
 
 
+def test_a_huge_prompt_stalls_nobody(tokenizer: Tokenizer):
+    """While a prompt of a megabyte is tokenised, other requests stream; then it is refused for its length."""
+
+    async def scenario(gateway: Gateway) -> None:
+        huge = asyncio.create_task(refusal(gateway, bad_request({"text": "expert " * 150_000})))
+        await eventually(lambda: gateway.service.running == 1)
+        assert await tokens(gateway, 2) == expected(2)
+        assert not huge.done(), "the other request had to wait for it"
+        assert "context of 64" in (await huge).details()
+
+    run(scenario, tokenizer, engine())
+
+
 @pytest.mark.parametrize("data", [b"\x12\x02\xff\xfe", b"\x0a\x01\x80", b"\xff" * 20], ids=["text", "model", "garbage"])
 def test_bytes_that_are_no_request_are_invalid(tokenizer: Tokenizer, data: bytes):
     """Invalid UTF-8 in a string field, or no protobuf at all, is INVALID_ARGUMENT, not a failure of the service."""
