@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from serving import Served
 
 from moiety.load.embedded import EmbeddedRedis
 from moiety.local import LocalCluster
 from moiety.model.tiny import write_tiny
 from moiety.telemetry.receiver import TraceReceiver
+from serving import Served
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -57,6 +57,8 @@ class ServiceSettings(BaseModel):
 
 
 class ExpertSettings(ServiceSettings):
+    """One replica of an expert group."""
+
     deployment: str = "experts-0"
     held: str = Field(description="experts to hold until a placement says otherwise, e.g. 0-31:0-7")
     queue_calls: int = Field(default=256, ge=1, le=65536, description="calls that may wait for the device")
@@ -73,6 +75,8 @@ class ExpertSettings(ServiceSettings):
 
 
 class RouterSettings(ServiceSettings):
+    """A router."""
+
     deployment: str = "router"
     slots: int = Field(default=32, ge=1, le=4096, description="sequences that run at once")
     max_context: int | None = Field(default=None, ge=1, description="tokens per sequence; default: the model's")
@@ -89,6 +93,8 @@ class RouterSettings(ServiceSettings):
 
 
 class GatewaySettings(ServiceSettings):
+    """A gateway."""
+
     deployment: str = "gateway"
     max_concurrent: int = Field(default=1024, ge=1, description="requests in flight before RESOURCE_EXHAUSTED")
     router_wait_s: float = Field(default=30.0, ge=0, le=3600, description="wait for a ready router")

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Protocol
 
+from moiety.errors import ConfigError
+
 if TYPE_CHECKING:
     import torch
 
@@ -17,23 +19,31 @@ WIRE_VERSION = 1
 
 
 class Role(StrEnum):
+    """What a service is."""
+
     EXPERT = "expert"
     ROUTER = "router"
     GATEWAY = "gateway"
 
 
 class ReplicaState(StrEnum):
+    """Whether a replica may be sent work: only when READY."""
+
     STARTING = "starting"
     READY = "ready"
     DRAINING = "draining"
 
 
 class CallClass(StrEnum):
+    """Decode calls go before prefill calls wherever both wait."""
+
     DECODE = "decode"
     PREFILL = "prefill"
 
 
 class FinishReason(StrEnum):
+    """Why a generation ended: the model said so, or max_tokens was reached."""
+
     STOP = "stop"
     LENGTH = "length"
 
@@ -122,7 +132,12 @@ class ModelShape:
     max_context: int
 
     def partition(self, groups: int) -> tuple[ExpertSet, ...]:
-        """`groups` contiguous, near-equal blocks of experts, each across all MoE layers: the default placement."""
+        """`groups` contiguous, near-equal blocks of experts, each across all MoE layers: the default placement.
+
+        Raises ConfigError where there are fewer experts than groups.
+        """
+        if not 1 <= groups <= self.experts:
+            raise ConfigError("groups", groups, f"must be 1 to {self.experts}, the model's experts per layer")
         base, extra = divmod(self.experts, groups)
         bounds = [0]
         for group in range(groups):

@@ -23,9 +23,10 @@ from typing import Any, Self
 
 from moiety import compose
 from moiety.client import Client
+from moiety.compose.environment import PROCESS_ENVIRONMENT
 from moiety.config import ExpertSettings, GatewaySettings, RouterSettings, ServiceSettings, validated
 from moiety.core import ExpertSet, ModelShape, Placement, Replica, Role
-from moiety.errors import ConfigError, MoietyError, Unavailable
+from moiety.errors import MoietyError, Unavailable
 from moiety.load.connect import connect
 from moiety.load.entries import replica_from_json, replica_to_json
 from moiety.load.file import FileRegistryWriter
@@ -94,13 +95,13 @@ class LocalCluster:
             "threads": threads,
         }
         self._extra = {Role.EXPERT: expert or {}, Role.ROUTER: router or {}, Role.GATEWAY: gateway or {}}
-        self._env = {**os.environ, **child_environment(threads), **(env or {})}
+        self._env = {**PROCESS_ENVIRONMENT, "OMP_NUM_THREADS": str(threads), **os.environ, **(env or {})}
         self._count = 0
 
     async def __aenter__(self) -> Self:
         try:
             self.shape = await asyncio.to_thread(_shape, self.model)
-            self.plan = partition(self.shape, self.groups)
+            self.plan = self.shape.partition(self.groups)
             experts = [self.add_expert(group) for group in range(self.groups)]
             await asyncio.gather(*experts, self._add(Role.ROUTER, "router", {}), self._add(Role.GATEWAY, "gateway", {}))
             await self._until_ready()
@@ -216,23 +217,6 @@ class LocalCluster:
                     await client.models()
                     return
                 await asyncio.sleep(0.1)
-
-
-def partition(shape: ModelShape, groups: int) -> tuple[ExpertSet, ...]:
-    """The default placement. Raises ConfigError where `groups` does not fit the model."""
-    if not 1 <= groups <= shape.experts:
-        raise ConfigError("groups", groups, f"must be 1 to {shape.experts}, the experts of a layer of this model")
-    return shape.partition(groups)
-
-
-def child_environment(threads: int) -> dict[str, str]:
-    """What every service process should have in its environment before it starts."""
-    return {
-        "OMP_NUM_THREADS": str(threads),
-        "OMP_WAIT_POLICY": "passive",  # replicas share cores: a spinning one steals from the others
-        "HF_HUB_OFFLINE": "1",
-        "THP_MEM_ALLOC_ENABLE": "1",  # huge pages for torch: weights stream at up to twice the speed
-    }
 
 
 def _shape(model: str) -> ModelShape:

@@ -296,5 +296,5 @@ def fake_replica(
 async def eventually(condition: Callable[[], bool], within_s: float = 10.0) -> None:
     """Returns once `condition` holds; raises TimeoutError when it does not within `within_s`."""
     async with asyncio.timeout(within_s):
-        while not condition():  # noqa: ASYNC110  # conditions of other threads raise no event here
+        while not condition():
             await asyncio.sleep(0.005)

@@ -7,12 +7,12 @@ import signal
 from collections.abc import Callable
 
 import pytest
-from serving import Served
-from streams import Streams
 
 from moiety.client import Client
 from moiety.errors import Unavailable
 from moiety.local import LocalCluster
+from serving import Served
+from streams import Streams
 
 NEW_TOKENS = 80
 STRIKE_AT = 20  # tokens every stream has when the fault comes
@@ -116,14 +116,14 @@ def test_nobody_comes(tiny: Callable[[str], str]) -> None:
     """
 
     async def scenario() -> None:
-        async with LocalCluster(tiny("qwen3_moe"), dtype="float32", router={"expert_wait_s": 1.0}) as cluster:
-            async with Client(cluster.address) as client:
-                streams = Streams(client, NEW_TOKENS)
-                await streams.reach(STRIKE_AT)
-                cluster.experts(1)[0].signal(signal.SIGKILL)
-                with pytest.raises(Unavailable, match=r"no live replica holds expert\(s\) \[.*\] of MoE layer \d"):
-                    await streams.finish()
-                await cluster.add_expert(1)
-                await Streams(client, NEW_TOKENS).finish()
+        impatient = LocalCluster(tiny("qwen3_moe"), dtype="float32", router={"expert_wait_s": 1.0})
+        async with impatient as cluster, Client(cluster.address) as client:
+            streams = Streams(client, NEW_TOKENS)
+            await streams.reach(STRIKE_AT)
+            cluster.experts(1)[0].signal(signal.SIGKILL)
+            with pytest.raises(Unavailable, match=r"no live replica holds expert\(s\) \[.*\] of MoE layer \d"):
+                await streams.finish()
+            await cluster.add_expert(1)
+            await Streams(client, NEW_TOKENS).finish()
 
     asyncio.run(scenario())

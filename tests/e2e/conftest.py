@@ -1,39 +1,29 @@
-"""One Ray for the session (it takes 5 to 14 s to start), on loopback, with its files in a folder that goes with it."""
+"""One Ray for the whole run."""
 
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
-import warnings
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
 
 import pytest
 
-from moiety.deploy.cluster import LOOPBACK_ONLY, local_ray
-from moiety.load.embedded import EmbeddedRedis
+from moiety.deploy.cluster import LOOPBACK_ONLY
+from rayhead import RayHead, started_head
 
 os.environ.setdefault(LOOPBACK_ONLY, "0")  # read when Ray is first imported, by whichever test comes first
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore", DeprecationWarning)  # of Ray's own making
-    from ray import serve  # noqa: F401
-
-
-@pytest.fixture(scope="session")
-def redis_url() -> Iterator[str]:
-    """A real Redis for the session; tests keep apart by the name of their application."""
-    with EmbeddedRedis() as server:
-        yield server.url
+import ray
+from ray import serve
 
 
 @pytest.fixture(scope="session")
-def ray_cluster() -> Iterator[None]:
-    """This process is connected to a Ray of its own, whose replicas inherit the environment of this moment."""
-    folder = Path(tempfile.mkdtemp(prefix="moiety-ray-"))  # short: Unix socket paths end at 107 characters
-    try:
-        with local_ray(folder=folder):
-            yield
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+def ray_head(tiny: Callable[[str], str]) -> Iterator[RayHead]:
+    """This process is connected to it."""
+    with started_head(tiny("mixtral")) as head:
+        ray.init(address=head.address, log_to_driver=False, logging_level="ERROR")
+        try:
+            yield head
+        finally:
+            serve.shutdown()
+            ray.shutdown()

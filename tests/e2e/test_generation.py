@@ -7,14 +7,14 @@ import asyncio
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from serving import Served
-from streams import PROMPTS, Streams
 
 from moiety.client import Client
 from moiety.core import FinishReason
 from moiety.errors import DeadlineExceeded
 from moiety.wire import engine_pb2, engine_pb2_grpc
 from moiety.wire.channels import channel
+from serving import Served
+from streams import PROMPTS, Streams
 
 WAIT_S = 20.0
 NEW_TOKENS = 16

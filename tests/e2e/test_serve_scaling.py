@@ -18,6 +18,7 @@ from moiety.load.connect import connect
 from moiety.load.registry import Registry
 from moiety.model.checkpoint import Checkpoint
 from moiety.model.layout import expert_layout
+from rayhead import RayHead
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 
@@ -30,14 +31,13 @@ WAIT_S = 60.0
 
 
 @pytest.fixture(scope="module")
-def app(ray_cluster: None, redis_url: str, tiny: Callable[[str], str]) -> Iterator[DeployedApp]:
+def app(ray_head: RayHead) -> Iterator[DeployedApp]:
     """Two groups; a placement gives the first one all experts but one, and pacing makes that more than it can do."""
-    model = tiny("mixtral")
     settings = AppSettings(
         app=APP,
-        model=model,
+        model=ray_head.model,
         groups=2,
-        registry=redis_url,
+        registry=ray_head.redis_url,
         grpc_port=0,
         router_cpus=0.1,
         kv_memory=64 << 20,
@@ -51,18 +51,18 @@ def app(ray_cluster: None, redis_url: str, tiny: Callable[[str], str]) -> Iterat
             "shrink_after_s": 2.0,
         },
     )
-    shape = expert_layout(Checkpoint.open(model)).shape
+    shape = expert_layout(Checkpoint.open(ray_head.model)).shape
     split = shape.experts - 1
     held = {
         HOT: ExpertSet.block(shape.moe_layers, range(split)),
         COLD: ExpertSet.block(shape.moe_layers, [split]),
     }
-    asyncio.run(_with_registry(redis_url, lambda registry: registry.set_placement(Placement(1, held))))
+    asyncio.run(_with_registry(ray_head.redis_url, lambda registry: registry.set_placement(Placement(1, held))))
     with deploy_app(settings, wait_s=120, progress=print) as deployed:
         yield deployed
 
 
-def test_a_hot_group_grows_and_shrinks_under_traffic(app: DeployedApp, redis_url: str) -> None:
+def test_a_hot_group_grows_and_shrinks_under_traffic(app: DeployedApp, ray_head: RayHead) -> None:
     """Load brings the hot group, and only it, a second replica, calm takes it away; every answer is the same tokens."""
 
     async def check(registry: Registry) -> None:
@@ -75,10 +75,10 @@ def test_a_hot_group_grows_and_shrinks_under_traffic(app: DeployedApp, redis_url
         moves = [(entry["deployment"], entry["from"], entry["to"]) for entry in await registry.decisions()]
         assert moves == [(HOT, 1, 2), (HOT, 2, 1)]
 
-    asyncio.run(_with_registry(redis_url, check))
+    asyncio.run(_with_registry(ray_head.redis_url, check))
 
 
-def test_a_killed_sole_replica_is_replaced_and_requests_go_on(app: DeployedApp, redis_url: str) -> None:
+def test_a_killed_sole_replica_is_replaced_and_requests_go_on(app: DeployedApp, ray_head: RayHead) -> None:
     """kill -9 of the only holder of an expert ends no request: they wait for its replacement and get the same tokens."""
 
     async def check(registry: Registry) -> None:
@@ -90,7 +90,7 @@ def test_a_killed_sole_replica_is_replaced_and_requests_go_on(app: DeployedApp, 
             await _until(lambda: _replaced(registry, victim))
             await _more(answers, STREAMS)
 
-    asyncio.run(_with_registry(redis_url, check))
+    asyncio.run(_with_registry(ray_head.redis_url, check))
 
 
 @asynccontextmanager
@@ -131,7 +131,7 @@ async def _with_registry(url: str, action: Callable[[Registry], Awaitable[object
 
 async def _until(condition: Callable[[], Awaitable[bool]]) -> None:
     async with asyncio.timeout(WAIT_S):
-        while not await condition():  # noqa: ASYNC110 - a registry can only be polled
+        while not await condition():
             await asyncio.sleep(0.05)
 
 

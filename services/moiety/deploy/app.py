@@ -60,8 +60,6 @@ def build(args: Mapping[str, Any] | AppSettings) -> serve.Application:
 def default_placement(settings: AppSettings) -> dict[str, ExpertSet]:
     """Deployment name -> the experts it holds until a placement in the registry says otherwise."""
     shape = expert_layout(Checkpoint.open(settings.model)).shape
-    if settings.groups > shape.experts:
-        raise ConfigError("groups", settings.groups, f"must be at most {shape.experts}, the model's experts per layer")
     return {f"experts-{group}": held for group, held in enumerate(shape.partition(settings.groups))}
 
 

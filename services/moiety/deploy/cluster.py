@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from moiety.compose.environment import PROCESS_ENVIRONMENT
 from moiety.deploy.arguments import LOOPBACK
 from moiety.errors import FailedPrecondition
 
@@ -21,10 +22,7 @@ _LOCAL = {
     "RAY_AUTH_MODE": "disabled",  # everything listens on loopback
     LOOPBACK_ONLY: "0",
     "RAY_USAGE_STATS_ENABLED": "0",
-    "OMP_WAIT_POLICY": "passive",  # replicas share cores: a spinning one steals from the others
-    "HF_HUB_OFFLINE": "1",
-    "THP_MEM_ALLOC_ENABLE": "1",  # huge pages for torch: weights stream at up to twice the speed
-    "GRPC_VERBOSITY": "NONE",
+    **PROCESS_ENVIRONMENT,
 }
 
 

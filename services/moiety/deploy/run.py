@@ -14,6 +14,9 @@ from typing import Self
 from moiety.config import AppSettings
 from moiety.deploy.cluster import LOGICAL_CPUS, connected, existing_ray, local_ray
 from moiety.deploy.ready import Progress, until_ready, wanted_replicas
+from moiety.load.connect import connect
+from moiety.model.checkpoint import Checkpoint
+from moiety.model.layout import expert_layout
 
 
 class DeployedApp:
@@ -51,11 +54,13 @@ def deploy_app(
     """Returns once every replica is ready, having told `progress` what came up on the way.
 
     Runs on the Ray this process is connected to, or on the one at `address`, or starts one on this machine (the other
-    keywords are about that one). Raises FailedPrecondition where Serve gives the application up, Unavailable where it
-    is not ready within `wait_s`; then nothing is left running.
+    keywords are about that one). Raises CheckpointError, ConfigError or RegistryUnreachable before anything is started;
+    FailedPrecondition where Serve gives the application up, Unavailable where it is not ready within `wait_s`: then
+    nothing is left running.
     """
     began = time.monotonic()
     args = args.model_copy(update={"model": str(Path(args.model).absolute())})
+    _check(args)
     with ExitStack() as ends:
         ends.enter_context(_ray(args, address, num_cpus, dashboard, ray_folder))
         ray_s = time.monotonic() - began
@@ -81,6 +86,20 @@ def deploy_app(
         progress(f"{args.app}: ready in {ready_s:.1f} s")
         seconds = {"ray": ray_s, "build": build_s, "ready": ready_s}
         return DeployedApp(args.app, gateways, seconds, ends.pop_all())
+
+
+def _check(args: AppSettings) -> None:
+    """Finds out before Ray starts what would keep the application from starting: the checkpoint, or the registry."""
+
+    async def reach_registry() -> None:
+        registry = connect(args.registry, args.app)
+        try:
+            await registry.replicas()
+        finally:
+            await registry.close()
+
+    expert_layout(Checkpoint.open(args.model)).shape.partition(args.groups)
+    asyncio.run(reach_registry())
 
 
 @contextmanager

@@ -1,0 +1,55 @@
+"""`serve deploy cluster/serve.yaml`, as it stands, against a head node that `ray start --head` made."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from ray import serve
+
+from moiety.client import Client
+from moiety.errors import Unavailable
+from moiety.load.connect import connect
+from rayhead import RayHead
+
+ROOT = Path(__file__).parents[2]
+WAIT_S = 120.0
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
+
+
+def test_the_file_deploys_as_it_stands_and_serves(ray_head: RayHead) -> None:
+    """The committed file makes a running system whose gateway is where the environment says, and goes when deleted.
+
+    Over 20 s: four replicas start on two cores.
+    """
+    command = [Path(sys.executable).with_name("serve"), "deploy", "-a", ray_head.dashboard, "cluster/serve.yaml"]
+    deployed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert deployed.returncode == 0, deployed.stderr
+
+    async def generate() -> tuple[int, set[str]]:
+        registry = connect(ray_head.redis_url, "moiety")
+        try:
+            async with asyncio.timeout(WAIT_S), Client(ray_head.gateway) as client:
+                while True:
+                    with suppress(Unavailable):
+                        await client.models()
+                        break
+                    await asyncio.sleep(0.2)
+                tokens = [
+                    t
+                    async for chunk in client.generate("Hello", max_tokens=8, ignore_eos=True)
+                    for t in chunk.token_ids
+                ]
+                return len(tokens), {replica.deployment for replica in await registry.replicas()}
+        finally:
+            await registry.close()
+
+    tokens, deployments = asyncio.run(generate())
+    assert tokens == 8
+    assert deployments == {"gateway", "router", "experts-0", "experts-1"}
+    serve.delete("moiety")
