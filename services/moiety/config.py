@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from moiety.core import ExpertSet
 from moiety.errors import ConfigError
@@ -90,6 +90,13 @@ class RouterSettings(ServiceSettings):
     retry_budget: float = Field(
         default=0.1, ge=0, le=1, description="hedges and timeout retries, as a fraction of calls"
     )
+
+    @field_validator("token_budget")
+    @classmethod
+    def _room_for_prompts(cls, value: int, info: ValidationInfo) -> int:
+        if value < (slots := info.data.get("slots", value)):
+            raise ValueError(f"must be at least slots, {slots}: prompts would starve")
+        return value
 
 
 class GatewaySettings(ServiceSettings):

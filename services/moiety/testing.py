@@ -20,10 +20,11 @@ from moiety.errors import MoietyError
 from moiety.expert.service import SERVICE
 from moiety.load.memory import MemoryRegistry
 from moiety.load.watch import Watch
+from moiety.router.context import HopSettings, StepContext
 from moiety.router.demand import DemandCounter
 from moiety.router.fleet import Fleet
 from moiety.router.hedge import Hedging
-from moiety.router.hop import Hop, HopSettings, StepContext
+from moiety.router.hop import Hop
 from moiety.telemetry.tracing import NO_SPAN, NO_TRACER
 from moiety.wire import codec, engine_pb2, engine_pb2_grpc, experts_pb2, generation_pb2, status
 from moiety.wire.channels import MAX_MESSAGE_BYTES, Server

@@ -42,11 +42,11 @@ def yaml_file(tmp_path: Path):
 
 def test_flag_beats_environment_beats_file_beats_default(yaml_file, monkeypatch: pytest.MonkeyPatch):
     """Each source is used where no stronger one speaks; a flag of None was not given."""
-    path = yaml_file("{model: /from/yaml, slots: 1, token_budget: 1, queue_limit: 1}")
+    path = yaml_file("{model: /from/yaml, slots: 1, token_budget: 5, queue_limit: 1}")
     monkeypatch.setenv("MOIETY_SLOTS", "2")
-    monkeypatch.setenv("MOIETY_TOKEN_BUDGET", "2")
+    monkeypatch.setenv("MOIETY_TOKEN_BUDGET", "4")
     settings = resolve(RouterSettings, {"slots": 3, "token_budget": None}, path)
-    assert (settings.slots, settings.token_budget, settings.queue_limit) == (3, 2, 1)
+    assert (settings.slots, settings.token_budget, settings.queue_limit) == (3, 4, 1)
     assert settings.expert_wait_s == RouterSettings.model_fields["expert_wait_s"].default
     assert settings.model == "/from/yaml"
 

@@ -9,6 +9,7 @@ from typing import Self
 import grpc
 
 from moiety.core import FinishReason
+from moiety.errors import InvalidRequest
 from moiety.telemetry.names import Attribute, SpanName
 from moiety.telemetry.tracing import NO_TRACER, Tracer
 from moiety.wire import generation_pb2, generation_pb2_grpc, status
@@ -78,15 +79,11 @@ class Client:
         timeout_s: float | None = None,
     ) -> AsyncIterator[Chunk]:
         """Chunks as they come. Leaving the loop cancels the request. Raises the error the gateway told (errors.py)."""
-        sampling = generation_pb2.SamplingParams(
-            max_tokens=max_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            seed=seed,
-            ignore_eos=ignore_eos,
-            logprobs=logprobs,
-        )
+        fields = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
+        sampling = generation_pb2.SamplingParams(ignore_eos=ignore_eos, logprobs=logprobs)
+        for name, value in fields.items():
+            if value is not None:
+                _set(sampling, name, value)
         request = generation_pb2.GenerateRequest(model=model, sampling=sampling, request_id=request_id)
         if isinstance(prompt, str):
             request.text = prompt
@@ -122,3 +119,13 @@ class Client:
         except grpc.RpcError as error:
             raise status.error_of(error) from None
         return tuple(ModelInfo(model.name, model.revision, model.max_context) for model in told.models)
+
+
+def _set(sampling: generation_pb2.SamplingParams, name: str, value: float) -> None:
+    """Sets a field; what its type on the wire cannot even express is refused here, as the gateway refuses the rest."""
+    try:
+        setattr(sampling, name, value)
+    except (TypeError, ValueError) as error:
+        raise InvalidRequest(
+            f"sampling.{name}", value, f"a value that generation.proto can express ({error})"
+        ) from None

@@ -19,11 +19,12 @@ from moiety.model.layout import ExpertLayout, expert_layout
 from moiety.model.revision import revision
 from moiety.model.router import load_router
 from moiety.router import attention
+from moiety.router.context import HopSettings
 from moiety.router.demand import DemandCounter
 from moiety.router.engine import Engine
 from moiety.router.fleet import Fleet
 from moiety.router.hedge import Hedging
-from moiety.router.hop import Hop, HopSettings
+from moiety.router.hop import Hop
 from moiety.router.kvcache import KVCache
 from moiety.router.probe import cache_spec
 from moiety.router.service import SERVICE, EngineService

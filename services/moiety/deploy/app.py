@@ -13,7 +13,7 @@ from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
 from moiety.config import AppSettings, ServiceSettings, resolve
 from moiety.core import ExpertSet
-from moiety.deploy.arguments import carried
+from moiety.deploy.arguments import LOOPBACK, carried, router_settings
 from moiety.deploy.replicas import ExpertReplica, GatewayReplica, RouterReplica
 from moiety.errors import ConfigError
 from moiety.model.checkpoint import Checkpoint
@@ -41,6 +41,7 @@ def build(args: Mapping[str, Any] | AppSettings) -> serve.Application:
     settings = args if isinstance(args, AppSettings) else resolve(AppSettings, args)
     if settings.registry.startswith("file:"):
         raise ConfigError("registry", settings.registry, "Serve's replicas need a redis:// or rediss:// registry")
+    router_settings(settings, LOOPBACK[0])  # what a replica would refuse is refused here
     arguments = carried(settings)
     routers = serve.deployment(RouterReplica).options(
         name=ROUTER,

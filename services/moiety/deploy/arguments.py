@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from moiety.config import AppSettings, ExpertSettings, GatewaySettings, RouterSettings, resolve
+from moiety.config import AppSettings, ExpertSettings, GatewaySettings, RouterSettings, resolve, validated
 from moiety.errors import ConfigError
 from moiety.load.urls import without_secrets
 
@@ -49,15 +49,16 @@ def expert_settings(settings: AppSettings, deployment: str, held: str, node_addr
 
 
 def router_settings(settings: AppSettings, node_address: str) -> RouterSettings:
-    """Settings of a router replica."""
-    return RouterSettings(
+    """Settings of a router replica. Raises ConfigError where the arguments contradict each other."""
+    values = {
         **_shared(settings, node_address),
-        slots=settings.slots,
-        token_budget=settings.token_budget,
-        max_context=settings.max_context,
-        kv_memory=settings.kv_memory,
-        expert_wait_s=settings.expert_wait_s,
-    )
+        "slots": settings.slots,
+        "token_budget": settings.token_budget,
+        "max_context": settings.max_context,
+        "kv_memory": settings.kv_memory,
+        "expert_wait_s": settings.expert_wait_s,
+    }
+    return validated(RouterSettings, values)
 
 
 def gateway_settings(settings: AppSettings, node_address: str) -> GatewaySettings:

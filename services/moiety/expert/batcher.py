@@ -13,6 +13,7 @@ from moiety.errors import ResourceExhausted
 from moiety.wire.codec import Rows
 from moiety.wire.frames import ForwardCall
 
+PREFILL_PATIENCE_S = 0.5  # prefill gives way to decode for this long, so that a busy replica never starves it
 MAX_BATCH_ROWS = 4096  # assignments merged into one batch; bounds the device's scratch memory
 
 
@@ -68,7 +69,8 @@ class Batcher:
                 self._changed.wait()
             if not self._size:
                 return []
-            key = min(self._queues, key=lambda k: (k[0] is CallClass.PREFILL, self._queues[k][0].since))
+            patient_until = time.monotonic() - PREFILL_PATIENCE_S
+            key = min(self._queues, key=lambda each: self._urgency(each, patient_until))
             queue, rows = self._queues[key], 0
             batch: list[Waiting] = []
             while queue and (not batch or rows + len(queue[0].call.experts) <= MAX_BATCH_ROWS):
@@ -78,6 +80,11 @@ class Batcher:
                 del self._queues[key]
             self._size -= len(batch)
             return batch
+
+    def _urgency(self, key: tuple[CallClass, int], patient_until: float) -> tuple[bool, float]:
+        """Smallest first: decode, and prefill that has waited long enough, then by age."""
+        since = self._queues[key][0].since
+        return key[0] is CallClass.PREFILL and since > patient_until, since
 
     def close(self) -> None:
         """No more puts; `take` hands out what is left, then nothing."""

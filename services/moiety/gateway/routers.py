@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from functools import partial
 
 import grpc
 
@@ -39,6 +40,7 @@ class Routers:
     def __init__(self, watch: Watch, wait_s: float):
         self._watch, self._wait_s = watch, wait_s
         self._routers: dict[str, Router] = {}
+        self._dialling: dict[str, asyncio.Task[None]] = {}
 
     async def pick(self, deadline: Deadline, revision: str = "") -> Router:
         """The ready router with the least of our requests. Raises Unavailable when none appears in time."""
@@ -87,6 +89,8 @@ class Routers:
                 call.cancel()
 
     async def close(self) -> None:
+        for task in self._dialling.values():
+            task.cancel()
         await asyncio.gather(*(router.channel.close() for router in self._routers.values()))
 
     async def _refresh(self) -> None:
@@ -96,8 +100,14 @@ class Routers:
             router = self._routers.pop(gone, None)  # another request may have dropped it while we closed one
             if router is not None and not router.in_flight:
                 await router.channel.close()
-        for new in listed.keys() - self._routers.keys():
-            await self._dial(listed[new])
+        for new in listed.keys() - self._routers.keys() - self._dialling.keys():
+            self._dialling[new] = asyncio.create_task(self._dial(listed[new]))
+            self._dialling[new].add_done_callback(partial(self._dialled, new))
+        if self._dialling and not self._routers:  # later ones are dialled beside the requests
+            await asyncio.wait(self._dialling.values())
+
+    def _dialled(self, router_id: str, _: asyncio.Task[None]) -> None:
+        del self._dialling[router_id]
 
     async def _dial(self, replica: Replica) -> None:
         link = channel(replica.address)
@@ -106,9 +116,6 @@ class Routers:
             description = await stub.Describe(engine_pb2.EngineDescribeRequest(), timeout=HANDSHAKE_S)
         except grpc.RpcError as error:
             _log.debug("router %s does not answer yet: %s", replica.id, status.error_of(error))
-            await link.close()
-            return
-        if replica.id in self._routers:  # another request dialled it meanwhile
             await link.close()
             return
         self._routers[replica.id] = Router(replica, link, stub, description)

@@ -28,7 +28,8 @@ from moiety.errors import (
 )
 from moiety.model.seam import use_backend
 from moiety.router.attention import CachedBatch, Segment
-from moiety.router.hop import Hop, StepContext
+from moiety.router.context import StepContext
+from moiety.router.hop import Hop
 from moiety.router.kvcache import KVCache
 from moiety.router.sampler import sample
 from moiety.router.scheduler import Scheduler, StepPlan

@@ -118,6 +118,7 @@ class Fleet:
             for replica in listed.values():
                 if replica.state is ReplicaState.READY and self._wanted(replica):
                     self._dialling[replica.id] = asyncio.create_task(self._serve(replica))
+                    self._dialling[replica.id].add_done_callback(partial(self._forget, replica.id))
                 elif replica.id in self._held and replica.placement_epoch > self._epochs[replica.id]:
                     self._hold(replica.id, replica.held, replica.placement_epoch)
             for replica_id in [r for r, listed_one in listed.items() if listed_one.state is ReplicaState.DRAINING]:
@@ -128,12 +129,15 @@ class Fleet:
                     await self._watch.until(partial(ne, listed_now))
 
     def _wanted(self, replica: Replica) -> bool:
-        if replica.id in self._dialling and not self._dialling[replica.id].done():
+        if replica.id in self._dialling:
             return False
         if replica.revision == self._revision and replica.wire_version == WIRE_VERSION:
             return True
         self._refuse(replica, f"it serves revision {replica.revision}, wire version {replica.wire_version}")
         return False
+
+    def _forget(self, replica_id: str, _: asyncio.Task[None]) -> None:
+        del self._dialling[replica_id]
 
     async def _serve(self, replica: Replica) -> None:
         """One replica's whole life here: handshake, in the table, gone."""
@@ -167,6 +171,10 @@ class Fleet:
             return f"it serves revision {told.revision}"
         if told.dtype != self._dtype or told.hidden != self._shape.mlp.hidden:
             return f"its rows are {told.hidden} x {told.dtype}, ours {self._shape.mlp.hidden} x {self._dtype}"
+        try:
+            ExpertSet.parse(told.held)
+        except ValueError as error:
+            return f"what it says it holds cannot be read: {error}"
         return ""
 
     async def _describe_again(self, replica_id: str) -> None:
@@ -174,7 +182,7 @@ class Fleet:
             return
         try:
             told = await stream.describe(HANDSHAKE_S)
-        except MoietyError as error:
+        except (MoietyError, ValueError) as error:
             _log.warning("replica %s does not say what it holds: %s", replica_id, error)
             return
         if replica_id in self._held:

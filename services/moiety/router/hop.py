@@ -14,49 +14,30 @@ from __future__ import annotations
 
 import queue
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from math import inf
 
 import numpy as np
 import torch
 
-from moiety.core import CallClass
-from moiety.errors import HopFailed, MoietyError, NoHolder, PeerLost
+from moiety.errors import HopFailed, MoietyError, NoHolder, PeerLost, Unavailable
 from moiety.policy.dispatch import plan
 from moiety.router.call import CALL_TIMEOUT_S, Call, outcome_name, request_for
+from moiety.router.context import HopSettings, StepContext
 from moiety.router.demand import DemandCounter
 from moiety.router.fleet import Fleet
 from moiety.router.hedge import Hedging
 from moiety.telemetry.names import Attribute, SpanName
-from moiety.telemetry.tracing import Span, Tracer
+from moiety.telemetry.tracing import Tracer
 from moiety.wire import codec, experts_pb2
 from moiety.wire.channels import MAX_MESSAGE_BYTES
 from moiety.wire.expert_stream import Reply
 
 POLL_S = 0.05  # how often a parked layer tries again and looks for cancelled requests
+MAX_LOSSES = 5  # replicas that may be lost over the same rows: beyond it, the rows are what kills them
 MAX_CALL_BYTES = MAX_MESSAGE_BYTES // 2  # of rows, either way; a message beyond the bound would break the stream
 
 _Event = tuple[int, Reply | PeerLost] | None  # (call id, its answer), or None: the table has changed
-
-
-@dataclass(frozen=True, slots=True)
-class StepContext:
-    """What the hop must know of the step it works for."""
-
-    call_class: CallClass
-    span: Span
-    check: Callable[[], None]  # raises once a request of the step was cancelled or has expired
-    waits: Callable[[int, list[int]], None]  # tells the policy that experts of a layer are waited for
-
-
-@dataclass(frozen=True, slots=True)
-class HopSettings:
-    """What is the same for every call."""
-
-    revision: str
-    dtype: torch.dtype
-    expert_wait_s: float
 
 
 class Hop:
@@ -97,6 +78,7 @@ class PendingLayer:
         self._calls: dict[int, Call] = {}
         self._refusing: set[str] = set()  # replicas that refused this layer, until the next try
         self._failures: dict[int, MoietyError] = {}  # assignment -> what a replica said of it that waiting cannot mend
+        self._losses = np.zeros(len(self._experts), dtype=np.int64)  # [A] replicas lost with each assignment
         self._parked_s = 0.0  # time spent waiting for holders so far
         self._uncovered = np.empty(0, dtype=np.int64)
         began_ns = hop.layer_began_ns
@@ -187,7 +169,7 @@ class PendingLayer:
         if isinstance(answer, PeerLost):
             call.span.error(answer)
             call.span.end()
-            self._send_again(call)
+            self._lost(call, answer)
         elif answer.header.outcome == experts_pb2.OUTCOME_OK:
             self._place(call_id, call, answer)
         else:
@@ -213,6 +195,13 @@ class PendingLayer:
         for other_id in [i for i, other in self._calls.items() if self._filled[other.assignments].all()]:
             # The slower of two calls for the same rows: its answer finds nobody waiting, but tells that it lives.
             self._calls.pop(other_id).span.end()
+
+    def _lost(self, call: Call, loss: PeerLost) -> None:
+        self._losses[call.assignments] += 1
+        if (losses := int(self._losses[call.assignments].max())) > MAX_LOSSES:
+            told = f"layer {self._layer}: {losses} replicas were lost over the same rows, at last: {loss}"
+            raise HopFailed(self._tokens_of(call.assignments), Unavailable(told))
+        self._send_again(call)
 
     def _refused(self, call: Call, reply: experts_pb2.ForwardReply) -> None:
         outcome = outcome_name(reply.outcome)

@@ -55,12 +55,14 @@ class KVCache:
         """Whether there was room for `tokens`; if so they are the request's until `release`."""
         if tokens > self.free:
             return False
-        self._reserved[request_id] = tokens
+        buffers = {}
         for index, layer in self.spec.layers.items():
             # Uninitialised, so on a CPU the kernel hands out pages only as they are written.
             key = torch.empty(layer.heads, tokens, layer.key_width, dtype=layer.dtype, device=self._device)
             value = torch.empty(layer.heads, tokens, layer.value_width, dtype=layer.dtype, device=self._device)
-            self._buffers[request_id, index] = key, value
+            buffers[request_id, index] = key, value
+        self._reserved[request_id] = tokens
+        self._buffers.update(buffers)
         return True
 
     def release(self, request_id: str) -> None:

@@ -30,10 +30,11 @@ from moiety.model.router import load_router
 from moiety.model.seam import use_backend
 from moiety.router import attention
 from moiety.router.attention import CachedBatch, Segment
+from moiety.router.context import HopSettings, StepContext
 from moiety.router.demand import DemandCounter
 from moiety.router.fleet import Fleet
 from moiety.router.hedge import Hedging
-from moiety.router.hop import Hop, HopSettings, StepContext
+from moiety.router.hop import Hop
 from moiety.router.kvcache import KVCache
 from moiety.router.probe import cache_spec
 from moiety.telemetry.tracing import NO_SPAN, NO_TRACER
@@ -112,7 +113,8 @@ async def run_parity(
     reference_dtype = torch_dtype(dtype, shape.dtype)
     texts, logits = await asyncio.to_thread(_reference, checkpoint, reference_dtype, prompts, new_tokens)
     progress(f"served: the same prompts at once through a LocalCluster of {groups} expert groups")
-    async with LocalCluster(checkpoint, groups=groups, dtype=dtype, router={"token_budget": 24}) as cluster:
+    chunked = {"slots": len(prompts), "token_budget": 3 * len(prompts)}
+    async with LocalCluster(checkpoint, groups=groups, dtype=dtype, router=chunked) as cluster:
         async with Client(cluster.address) as client:
             served = await asyncio.gather(*(_generate(client, prompt, new_tokens) for prompt in prompts))
         progress("logits: each whole text once more over the served experts")

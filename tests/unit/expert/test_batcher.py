@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import pytest
 from expert_support import call_for, waiting_for
 
 from moiety.core import CallClass
 from moiety.errors import ResourceExhausted
-from moiety.expert.batcher import MAX_BATCH_ROWS, Batcher, Waiting
+from moiety.expert.batcher import MAX_BATCH_ROWS, PREFILL_PATIENCE_S, Batcher, Waiting
 
 DECODE, PREFILL = CallClass.DECODE, CallClass.PREFILL
 
 
 def fill(batcher: Batcher, *calls: tuple[CallClass, int]) -> list[Waiting]:
-    """Queues calls of (class, layer), each a second younger than the one before."""
-    queued = []
-    for second, (call_class, layer) in enumerate(calls):
+    """Queues calls of (class, layer), each a little younger than the one before, and all of them just now."""
+    queued, now = [], time.monotonic()
+    for place, (call_class, layer) in enumerate(calls):
         waiting, _ = waiting_for(call_for([0], layer=layer, call_class=call_class))
-        waiting.since = float(second)
+        waiting.since = now + place / 1000
         batcher.put(waiting)
         queued.append(waiting)
     return queued
@@ -32,6 +33,14 @@ def test_decode_goes_before_prefill_and_the_oldest_layer_first():
     taken = [[(w.call.call_class, w.call.layer) for w in batcher.take()] for _ in range(4)]
     assert taken == [[(DECODE, 2), (DECODE, 2)], [(DECODE, 1)], [(PREFILL, 0)], [(PREFILL, 1)]]
     assert len(batcher) == 0
+
+
+def test_prefill_that_has_waited_long_enough_is_not_starved():
+    """A replica that always has decode to do computes a prompt's rows too, once they have been patient."""
+    batcher = Batcher(16)
+    patient, _ = fill(batcher, (PREFILL, 0), (DECODE, 1))
+    patient.since -= PREFILL_PATIENCE_S
+    assert batcher.take() == [patient]
 
 
 def test_calls_for_one_layer_share_a_batch_in_order_of_arrival():

@@ -1,0 +1,30 @@
+"""What the hop is told: once for all calls, and anew for every step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from moiety.core import CallClass
+from moiety.telemetry.tracing import Span
+
+
+@dataclass(frozen=True, slots=True)
+class StepContext:
+    """What the hop must know of the step it works for."""
+
+    call_class: CallClass
+    span: Span
+    check: Callable[[], None]  # raises once a request of the step was cancelled or has expired
+    waits: Callable[[int, list[int]], None]  # tells the policy that experts of a layer are waited for
+
+
+@dataclass(frozen=True, slots=True)
+class HopSettings:
+    """What is the same for every call."""
+
+    revision: str
+    dtype: torch.dtype
+    expert_wait_s: float
