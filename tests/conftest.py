@@ -9,6 +9,11 @@ from pathlib import Path
 
 import pytest
 
+# Read when Ray is first imported, by whichever test comes first: it listens on loopback only, and asks for no token.
+os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+
+
 from moiety.load.embedded import EmbeddedRedis
 from moiety.local import LocalCluster
 from moiety.model.tiny import write_tiny

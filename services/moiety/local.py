@@ -59,6 +59,12 @@ class Child:
         """Sends a signal, such as SIGKILL or SIGSTOP, to the process."""
         self.process.send_signal(number)
 
+    async def ended(self) -> None:
+        """Waits until the process is gone and the cluster has taken note of it."""
+        await self.process.wait()
+        if self.follower is not None:
+            await self.follower
+
 
 class LocalCluster:
     """Gateway, router and `groups` expert groups on this machine. An async context manager.

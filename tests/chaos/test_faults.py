@@ -31,8 +31,10 @@ def test_a_killed_replica_with_a_spare_costs_no_token(served: Served, expected: 
         await served.have(2, 2)
         streams = Streams(client, NEW_TOKENS)
         await streams.reach(STRIKE_AT)
-        served.cluster.experts(0)[0].signal(signal.SIGKILL)
+        lost = served.cluster.experts(0)[0]
+        lost.signal(signal.SIGKILL)
         assert await streams.finish() == expected
+        await lost.ended()
         print(f"worst token gap after kill -9 with a second holder: {streams.worst_gap:.3f} s (goal 0.4 s)")
 
     served.run(scenario)
@@ -69,6 +71,7 @@ def test_a_lost_sole_holder_is_waited_for(served: Served, expected: list[list[in
         assert await streams.finish() == expected
         if fault is signal.SIGSTOP:
             lost.signal(signal.SIGKILL)
+        await lost.ended()
 
     served.run(scenario)
 
@@ -104,6 +107,7 @@ def test_a_lost_router_is_replaced_behind_its_tokens(served: Served, expected: l
         await streams.reach(STRIKE_AT)
         doomed.signal(signal.SIGKILL)
         assert await streams.finish() == expected
+        await doomed.ended()
 
     served.run(scenario)
 

@@ -46,7 +46,7 @@ async def start(settings: ExpertSettings, replica_id: str, node: str) -> Running
         async def follow_placement(default: ExpertSet | None = None) -> None:
             placement = await site.registry.placement()
             held, epoch = default, 0
-            if placement is not None and placement.epoch > runtime.epoch:
+            if placement is not None and placement.epoch > runtime.holding[1]:
                 held, epoch = placement.held.get(settings.deployment, default), placement.epoch
             if held is not None:
                 began = time.monotonic()
@@ -63,7 +63,8 @@ async def start(settings: ExpertSettings, replica_id: str, node: str) -> Running
             await site.registry.publish_busy(replica_id, runtime.load_since_last())
 
         def describe(replica: Replica) -> Replica:
-            return dataclasses.replace(replica, held=runtime.held, placement_epoch=runtime.epoch)
+            held, epoch = runtime.holding
+            return dataclasses.replace(replica, held=held, placement_epoch=epoch)
 
         def healthy() -> None:
             if not runtime.alive:

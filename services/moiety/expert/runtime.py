@@ -83,13 +83,10 @@ class Runtime:
         self._thread = threading.Thread(target=self._run, name="expert-runtime", daemon=True)
 
     @property
-    def held(self) -> ExpertSet:
-        return self._holding.held
-
-    @property
-    def epoch(self) -> int:
-        """Of the placement that `held` follows; 0 = none yet."""
-        return self._holding.epoch
+    def holding(self) -> tuple[ExpertSet, int]:
+        """What is held, and the epoch of the placement it follows (0 = none yet): one value, never a mix of two."""
+        current = self._holding
+        return current.held, current.epoch
 
     def hold(self, held: ExpertSet, epoch: int) -> None:
         """Loads what is new beside what is there, then drops what is no longer `held`. Blocks for the reading."""

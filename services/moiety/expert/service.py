@@ -60,14 +60,15 @@ class ExpertService:
     async def _describe(
         self, _request: experts_pb2.DescribeRequest, _context: grpc.aio.ServicerContext
     ) -> experts_pb2.DescribeResponse:
+        held, epoch = self._runtime.holding
         return experts_pb2.DescribeResponse(
             model=self._model,
             revision=self._revision,
             dtype=self._dtype,
             hidden=self._shape.mlp.hidden,
             wire_version=WIRE_VERSION,
-            held=str(self._runtime.held),
-            placement_epoch=self._runtime.epoch,
+            held=str(held),
+            placement_epoch=epoch,
             max_message_bytes=MAX_MESSAGE_BYTES,
         )
 
@@ -127,7 +128,7 @@ class ExpertService:
 
     def _reply(self, header: experts_pb2.ForwardRequest, result: Computed | BaseException) -> bytes:
         reply = experts_pb2.ForwardReply(
-            call_id=header.call_id, attempt=header.attempt, revision=self._revision, held_epoch=self._runtime.epoch
+            call_id=header.call_id, attempt=header.attempt, revision=self._revision, held_epoch=self._runtime.holding[1]
         )
         if isinstance(result, BaseException):
             reply.outcome = next((o for kind, o in _OUTCOMES if isinstance(result, kind)), experts_pb2.OUTCOME_FAILED)
