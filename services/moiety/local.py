@@ -1,6 +1,6 @@
 """LocalCluster: the whole system as plain child processes of this one, without Ray and, if need be, without Redis.
 
-A child (`python -m moiety.local`) reads its settings as one JSON line on stdin and answers with one JSON line on stdout
+A child (`python -m moiety.child`) reads its settings as one JSON line on stdin and answers with one JSON line on stdout
 once it is ready; more lines tell when its registry entry changes. Its stdin is its lifeline: when the parent goes, however
 it goes, the child sees the end of the file and stops. Logs go to files in `LocalCluster.folder`.
 """
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import os
 import shutil
 import signal
@@ -24,11 +23,10 @@ from typing import Any, Self
 from moiety import compose
 from moiety.client import Client
 from moiety.compose.environment import PROCESS_ENVIRONMENT
-from moiety.config import ExpertSettings, GatewaySettings, RouterSettings, ServiceSettings, validated
 from moiety.core import ExpertSet, ModelShape, Placement, Replica, Role
-from moiety.errors import MoietyError, Unavailable
+from moiety.errors import Unavailable
 from moiety.load.connect import connect
-from moiety.load.entries import replica_from_json, replica_to_json
+from moiety.load.entries import replica_from_json
 from moiety.load.file import FileRegistryWriter
 from moiety.load.registry import Registry
 from moiety.model.checkpoint import Checkpoint
@@ -36,11 +34,6 @@ from moiety.model.layout import expert_layout
 
 READY_S = 120.0
 STOP_S = 10.0
-_SETTINGS: Mapping[Role, type[ServiceSettings]] = {
-    Role.EXPERT: ExpertSettings,
-    Role.ROUTER: RouterSettings,
-    Role.GATEWAY: GatewaySettings,
-}
 
 
 @dataclass(slots=True, eq=False)
@@ -167,13 +160,13 @@ class LocalCluster:
         self._count += 1
         replica_id = f"{deployment}#{self._count}"
         values = {**self._common, "deployment": deployment, **settings, **self._extra[role]}
-        validated(_SETTINGS[role], values)  # a wrong setting is told here, not in a child's log
+        compose.settings_of(role, values)  # a wrong setting is told here, not in a child's log
         log = (self.folder / f"{replica_id.replace('#', '-')}.log").open("wb")
         with log:
             process = await asyncio.create_subprocess_exec(
                 sys.executable,
                 "-m",
-                "moiety.local",
+                "moiety.child",
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=log,
@@ -255,50 +248,3 @@ async def _ended(process: asyncio.subprocess.Process) -> None:
 
 def _tail(log: Path, lines: int = 15) -> str:
     return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
-
-
-# The child ---------------------------------------------------------------------------------------------------------
-
-
-async def _child() -> int:
-    loop = asyncio.get_running_loop()
-    lifeline = asyncio.StreamReader(limit=1 << 20)
-    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(lifeline), sys.stdin)
-    order = json.loads(await lifeline.readline())
-    role, node = Role(order["role"]), os.uname().nodename
-    try:
-        settings = validated(_SETTINGS[role], order["settings"])
-        start = {
-            Role.EXPERT: compose.start_expert,
-            Role.ROUTER: compose.start_router,
-            Role.GATEWAY: compose.start_gateway,
-        }
-        running = await start[role](settings, replica_id=order["replica_id"], node=node)  # type: ignore[operator]
-    except MoietyError as error:
-        _tell({"error": str(error)})
-        return 1
-    replica = running.replica
-    _tell({"replica": json.loads(replica_to_json(replica))})
-    command = asyncio.create_task(lifeline.readline())
-    while not command.done():
-        await asyncio.wait([command], timeout=0.1)
-        if running.replica != replica:
-            replica = running.replica
-            _tell({"replica": json.loads(replica_to_json(replica))})
-    if line := command.result():
-        draining = asyncio.create_task(running.drain(json.loads(line)["drain_s"]))
-        await asyncio.sleep(0)
-        _tell({"replica": json.loads(replica_to_json(running.replica))})
-        await draining
-    await running.close()
-    return 0
-
-
-def _tell(message: Mapping[str, Any]) -> None:
-    with suppress(BrokenPipeError):
-        print(json.dumps(message), flush=True)
-
-
-if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-    sys.exit(asyncio.run(_child()))

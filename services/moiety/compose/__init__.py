@@ -5,28 +5,54 @@ Each service's file is imported only when it is started, so that an expert repli
 
 from __future__ import annotations
 
-from moiety.compose.running import Running
-from moiety.config import ExpertSettings, GatewaySettings, RouterSettings
+from collections.abc import Mapping
+from typing import Any
 
-__all__ = ["Running", "start_expert", "start_gateway", "start_router"]
+from moiety.compose.running import Running
+from moiety.config import ExpertSettings, GatewaySettings, RouterSettings, ServiceSettings, validated
+from moiety.core import Role
+
+__all__ = ["Running", "settings_of", "start", "start_expert", "start_gateway", "start_router"]
 
 
 async def start_expert(settings: ExpertSettings, *, replica_id: str, node: str) -> Running:
     """One replica of an expert group: reads its experts' weights and serves moiety.v1.Experts."""
-    from moiety.compose.expert import start
+    from moiety.compose import expert
 
-    return await start(settings, replica_id, node)
+    return await expert.start(settings, replica_id, node)
 
 
 async def start_router(settings: RouterSettings, *, replica_id: str, node: str) -> Running:
     """A router: every weight except the routed experts; serves moiety.v1.Engine."""
-    from moiety.compose.router import start
+    from moiety.compose import router
 
-    return await start(settings, replica_id, node)
+    return await router.start(settings, replica_id, node)
 
 
 async def start_gateway(settings: GatewaySettings, *, replica_id: str, node: str) -> Running:
     """A gateway: tokenises, streams text; serves moiety.v1.Generation."""
-    from moiety.compose.gateway import start
+    from moiety.compose import gateway
 
-    return await start(settings, replica_id, node)
+    return await gateway.start(settings, replica_id, node)
+
+
+def settings_of(role: Role, values: Mapping[str, Any]) -> ServiceSettings:
+    """`values` as the settings of a service of this role. Raises ConfigError."""
+    kinds: Mapping[Role, type[ServiceSettings]] = {
+        Role.EXPERT: ExpertSettings,
+        Role.ROUTER: RouterSettings,
+        Role.GATEWAY: GatewaySettings,
+    }
+    return validated(kinds[role], values)
+
+
+async def start(settings: ServiceSettings, *, replica_id: str, node: str) -> Running:
+    """The service that `settings` are of."""
+    match settings:
+        case ExpertSettings():
+            return await start_expert(settings, replica_id=replica_id, node=node)
+        case RouterSettings():
+            return await start_router(settings, replica_id=replica_id, node=node)
+        case GatewaySettings():
+            return await start_gateway(settings, replica_id=replica_id, node=node)
+    raise TypeError(f"{type(settings).__name__} are the settings of no service")
