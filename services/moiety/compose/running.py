@@ -11,6 +11,7 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Any
 
+from moiety import __version__
 from moiety.config import ServiceSettings
 from moiety.core import Replica, ReplicaState, Role
 from moiety.errors import ConfigError
@@ -98,7 +99,12 @@ class Site:
     def __init__(self, settings: ServiceSettings, deployment: str, replica_id: str, node: str):
         self.settings, self.replica_id, self.node = settings, replica_id, node
         self.tracer: Tracer = configure(
-            f"moiety-{deployment}", {ResourceAttribute.INSTANCE: replica_id, ResourceAttribute.DEPLOYMENT: deployment}
+            f"moiety-{deployment}",
+            {
+                ResourceAttribute.INSTANCE: replica_id,
+                ResourceAttribute.VERSION: __version__,
+                ResourceAttribute.DEPLOYMENT: deployment,
+            },
         )
         self.registry = connect(settings.registry, settings.app)
         self.closers = AsyncExitStack()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -23,6 +23,14 @@ from moiety.wire.sampling import check_prompt, check_sampling
 SERVICE = "moiety.v1.Generation"
 MAX_REQUEST_ID = 128
 LONG_PROMPT = 1 << 13  # characters: some 5 ms of tokenising
+
+
+_SAMPLING: Mapping[Attribute, str] = {
+    Attribute.MAX_TOKENS: "max_tokens",
+    Attribute.TEMPERATURE: "temperature",
+    Attribute.TOP_P: "top_p",
+    Attribute.TOP_K: "top_k",
+}
 
 
 class GenerationService:
@@ -78,6 +86,8 @@ class GenerationService:
             engine_request = await self._admit(request, deadline)
             span.set(Attribute.REQUEST_ID, engine_request.request_id)
             span.set(Attribute.INPUT_TOKENS, len(engine_request.prompt_ids))
+            for key, field in _SAMPLING.items():
+                span.set(key, getattr(engine_request.sampling, field))
             detokenizer, produced = Detokenizer(self._tokenizer), 0
             async for event in self._routers.generate(engine_request, deadline, span.traceparent):
                 first, ended = produced == 0, bool(event.finish_reason)
@@ -124,8 +134,9 @@ class GenerationService:
             sampling=request.sampling,
             stop_ids=self._tokenizer.stop_ids,
         )
-        # Drawn once, so that a router that takes over samples the same tokens.
-        engine_request.sampling.seed, engine_request.sampling.max_tokens = sampling.seed, sampling.max_tokens
+        # Every default is settled here, above all the seed: a router that takes over samples the same tokens.
+        for field in ("seed", *_SAMPLING.values()):
+            setattr(engine_request.sampling, field, getattr(sampling, field))
         return engine_request
 
     async def _encode(self, text: str) -> list[int]:

@@ -26,7 +26,6 @@ class SpanName(StrEnum):
     EXPERT = "expert"  # expert: call received → reply handed to the stream
     EXPERT_QUEUE = "expert.queue"  # expert: waiting for the device
     EXPERT_KERNEL = "expert.kernel"  # expert: computing on the device
-    SCALING_DECISION = "scaling.decision"  # gateway: one change of a deployment's target, with its reason
 
 
 class SpanKind(StrEnum):
@@ -61,23 +60,16 @@ class Attribute(StrEnum):
     TEMPERATURE = "gen_ai.request.temperature"  # float
     TOP_P = "gen_ai.request.top_p"  # float
     TOP_K = "gen_ai.request.top_k"  # int
-    SEED = "gen_ai.request.seed"  # int
     INPUT_TOKENS = "gen_ai.usage.input_tokens"  # int
     OUTPUT_TOKENS = "gen_ai.usage.output_tokens"  # int
     FINISH_REASONS = "gen_ai.response.finish_reasons"  # list of str
 
     # Semantic conventions: calls, peers, errors.
-    RPC_SYSTEM = "rpc.system.name"  # str: "grpc"
-    RPC_METHOD = "rpc.method"  # str: full name, e.g. "moiety.v1.Experts/Forward"
-    RPC_STATUS = "rpc.response.status_code"  # str, e.g. "UNAVAILABLE"
     SERVER_ADDRESS = "server.address"  # str: host
-    SERVER_PORT = "server.port"  # int
     ERROR_TYPE = "error.type"  # str: class of the exception; set by Span.error
 
     # Ours: the request.
     REQUEST_ID = "moiety.request_id"  # str
-    REVISION = "moiety.revision"  # str
-    RESUMED = "moiety.resumed"  # bool: another router began this request
 
     # Ours: a step.
     STEP_CLASS = "moiety.step.class"  # str: decode, prefill or mixed
@@ -97,19 +89,10 @@ class Attribute(StrEnum):
     EXPERTS_ACTIVATED = "moiety.experts.activated"  # int: distinct experts that ran
     BATCH_ROWS = "moiety.batch_rows"  # int: rows of the expert's batch, other calls' included
 
-    # Ours: a scaling decision.
-    SCALING_FROM = "moiety.scaling.from"  # int: replicas before
-    SCALING_TO = "moiety.scaling.to"  # int: replicas wanted
-    SCALING_REASON = "moiety.scaling.reason"  # str, for people
-    SCALING_BUSY = "moiety.scaling.busy"  # float, 0 to 1: predicted busy fraction
-    SCALING_QUEUE_WAIT_MS = "moiety.scaling.queue_wait_ms"  # float, milliseconds
-
 
 class ResourceAttribute(StrEnum):
     """Keys that describe the service itself, on every span of it. `service.name` is `configure`'s first argument."""
 
     INSTANCE = "service.instance.id"  # str: replica id
-    NAMESPACE = "service.namespace"  # str: name of the app
     VERSION = "service.version"  # str
     DEPLOYMENT = "moiety.deployment"  # str
-    REVISION = "moiety.revision"  # str
