@@ -15,9 +15,6 @@ from moiety.core import ExpertSet, Replica, Role
 from moiety.errors import ConfigError, Unavailable
 from moiety.expert.runtime import Runtime
 from moiety.expert.service import SERVICE, ExpertService
-from moiety.model.checkpoint import Checkpoint
-from moiety.model.layout import expert_layout
-from moiety.model.revision import revision
 from moiety.model.slices import load_experts
 from moiety.wire.channels import Server
 from moiety.wire.codec import torch_dtype
@@ -29,9 +26,7 @@ LEDGER_S = 1.0
 async def start(settings: ExpertSettings, replica_id: str, node: str) -> Running:
     """Reads the weights that the placement (or, without one, the settings) names; serves, registers, follows."""
     async with Site(settings, settings.deployment, replica_id, node) as site:
-        checkpoint = await asyncio.to_thread(Checkpoint.open, settings.model)
-        layout = await asyncio.to_thread(expert_layout, checkpoint)
-        of = await asyncio.to_thread(revision, checkpoint)
+        checkpoint, layout, of = await site.open_model()
         dtype = torch_dtype(settings.dtype, layout.shape.dtype)
         runtime = Runtime(
             layout.shape.mlp,

@@ -15,8 +15,7 @@ from moiety.core import Replica, ReplicaState, Role
 from moiety.errors import ConfigError, MoietyError, Unavailable
 from moiety.load.watch import Watch
 from moiety.model.checkpoint import Checkpoint
-from moiety.model.layout import ExpertLayout, expert_layout
-from moiety.model.revision import revision
+from moiety.model.layout import ExpertLayout
 from moiety.model.router import load_router
 from moiety.router import attention
 from moiety.router.context import HopSettings
@@ -39,9 +38,7 @@ LEDGER_S = 1.0
 async def start(settings: RouterSettings, replica_id: str, node: str) -> Running:
     """Loads all but the routed experts, follows the registry, serves; READY once every expert has a holder."""
     async with Site(settings, settings.deployment, replica_id, node) as site:
-        checkpoint = await asyncio.to_thread(Checkpoint.open, settings.model)
-        layout = await asyncio.to_thread(expert_layout, checkpoint)
-        of = await asyncio.to_thread(revision, checkpoint)
+        checkpoint, layout, of = await site.open_model()
         shape = layout.shape
         dtype = torch_dtype(settings.dtype, shape.dtype)
         max_context = _max_context(settings, shape.max_context)

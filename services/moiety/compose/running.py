@@ -18,6 +18,9 @@ from moiety.errors import ConfigError
 from moiety.load.connect import connect
 from moiety.load.heartbeat import Heartbeat
 from moiety.load.registry import Registry
+from moiety.model.checkpoint import Checkpoint
+from moiety.model.layout import ExpertLayout, expert_layout
+from moiety.model.revision import revision
 from moiety.telemetry.names import ResourceAttribute
 from moiety.telemetry.tracing import Tracer, configure
 from moiety.wire.channels import Server
@@ -117,6 +120,15 @@ class Site:
     async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None:
             await self.closers.aclose()
+
+    async def open_model(self) -> tuple[Checkpoint, ExpertLayout, str]:
+        """The checkpoint, where its experts are, and its revision; no weight is read. Raises CheckpointError."""
+
+        def read() -> tuple[Checkpoint, ExpertLayout, str]:
+            checkpoint = Checkpoint.open(self.settings.model)
+            return checkpoint, expert_layout(checkpoint), revision(checkpoint)
+
+        return await asyncio.to_thread(read)
 
     async def serve(self, parts: Parts) -> Running:
         """Binds, registers and returns the running service."""

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 
 from moiety.compose.environment import PROCESS_ENVIRONMENT
 from moiety.deploy.arguments import LOOPBACK
@@ -36,7 +37,7 @@ def local_ray(
     its sockets and logs (a short path; default: /tmp/ray). Raises FailedPrecondition where Ray would listen on the
     network, which it decides when it is first imported.
     """
-    with _environment(_LOCAL, {"MOIETY_REGISTRY": registry} if registry else {}):
+    with environment({"MOIETY_REGISTRY": registry} if registry else {}, _LOCAL):
         # Ray reads its environment when it is imported.
         import ray
 
@@ -79,7 +80,7 @@ def connected() -> bool:
 
 
 @contextmanager
-def _environment(defaults: Mapping[str, str], values: Mapping[str, str]) -> Iterator[None]:
+def environment(values: Mapping[str, str], defaults: Mapping[str, str] = MappingProxyType({})) -> Iterator[None]:
     """Sets `values`, and `defaults` where the user has set nothing, for the time of the context."""
     changed = {**{name: value for name, value in defaults.items() if name not in os.environ}, **values}
     before = {name: os.environ.get(name) for name in changed}

@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Self
 
 from moiety.config import AppSettings
+from moiety.deploy.arguments import LOOPBACK, router_settings
 from moiety.deploy.cluster import LOGICAL_CPUS, connected, existing_ray, local_ray
 from moiety.deploy.ready import Progress, until_ready, wanted_replicas
 from moiety.load.connect import connect
@@ -89,7 +90,7 @@ def deploy_app(
 
 
 def _check(args: AppSettings) -> None:
-    """Finds out before Ray starts what would keep the application from starting: the checkpoint, or the registry."""
+    """Finds out before Ray starts what would keep the application from starting: arguments, checkpoint, registry."""
 
     async def reach_registry() -> None:
         registry = connect(args.registry, args.app)
@@ -98,6 +99,7 @@ def _check(args: AppSettings) -> None:
         finally:
             await registry.close()
 
+    router_settings(args, LOOPBACK[0])
     expert_layout(Checkpoint.open(args.model)).shape.partition(args.groups)
     asyncio.run(reach_registry())
 

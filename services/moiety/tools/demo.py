@@ -8,14 +8,15 @@ import signal
 import tempfile
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import ExitStack, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import ExitStack, asynccontextmanager
 from itertools import pairwise
 from pathlib import Path
 
 from moiety.client import Client
 from moiety.config import AppSettings, GroupSettings
 from moiety.core import Replica, ReplicaState, Role
+from moiety.deploy.cluster import environment
 from moiety.deploy.run import deploy_app
 from moiety.errors import Unavailable
 from moiety.load.connect import connect
@@ -31,6 +32,7 @@ from moiety.telemetry.waterfall import coverage, waterfall
 Say = Callable[[str], None]
 
 GROUPS = 2
+TRACING = {"OTEL_TRACES_SAMPLER": "parentbased_always_off", "OTEL_BSP_SCHEDULE_DELAY": "200"}  # only who asks is traced
 CAPACITY = 120.0  # rows per second a replica is paced to: on a few shared cores there is no real speed-up to show
 PROMPT = "The experts were asked"
 STREAMS = 6
@@ -72,7 +74,7 @@ def run_demo(say: Say, wait_s: float) -> None:
                 shrink_after_s=4.0,
             ),
         )
-        with _traced_to(receiver.endpoint):
+        with environment({**TRACING, "OTEL_EXPORTER_OTLP_ENDPOINT": receiver.endpoint}):
             deployed = ends.enter_context(
                 deploy_app(settings, progress=lambda line: say(f"    {line}"), wait_s=wait_s * 3)
             )
@@ -81,26 +83,6 @@ def run_demo(say: Say, wait_s: float) -> None:
         asyncio.run(demo.show())
         stage("Shutting down: replicas drain, then Ray and Redis end")
     stage("Done; nothing is left behind")
-
-
-@contextmanager
-def _traced_to(endpoint: str) -> Iterator[None]:
-    """Every process started inside exports its traces to `endpoint`; only requests that ask for it are sampled."""
-    values = {
-        "OTEL_EXPORTER_OTLP_ENDPOINT": endpoint,
-        "OTEL_TRACES_SAMPLER": "parentbased_always_off",
-        "OTEL_BSP_SCHEDULE_DELAY": "200",
-    }
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 class _Demo:
