@@ -52,7 +52,8 @@ def run_demo(say: Say, wait_s: float) -> None:
 
     with ExitStack() as ends:
         stage("A small Mixtral checkpoint with random weights")
-        model = Path(ends.enter_context(tempfile.TemporaryDirectory(prefix="moiety-demo-"))) / "tiny-mixtral"
+        folder = Path(ends.enter_context(tempfile.TemporaryDirectory(prefix="moiety-", ignore_cleanup_errors=True)))
+        model = folder / "tiny-mixtral"
         write_tiny("mixtral", model, num_hidden_layers=2)
         receiver = ends.enter_context(TraceReceiver())
         redis = ends.enter_context(EmbeddedRedis())
@@ -76,7 +77,9 @@ def run_demo(say: Say, wait_s: float) -> None:
         )
         with environment({**TRACING, "OTEL_EXPORTER_OTLP_ENDPOINT": receiver.endpoint}):
             deployed = ends.enter_context(
-                deploy_app(settings, progress=lambda line: say(f"    {line}"), wait_s=wait_s * 3)
+                deploy_app(
+                    settings, progress=lambda line: say(f"    {line}"), wait_s=wait_s * 3, ray_folder=folder / "ray"
+                )
             )
         registry = connect(redis.url, settings.app)
         demo = _Demo(say, stage, registry, deployed.gateways[0], receiver, wait_s)
