@@ -12,7 +12,7 @@ import torch
 from moiety.compose.running import Parts, Running, Site, every
 from moiety.config import RouterSettings
 from moiety.core import Replica, ReplicaState, Role
-from moiety.errors import ConfigError, MoietyError, Unavailable
+from moiety.errors import ConfigError, Unavailable
 from moiety.load.watch import Watch
 from moiety.model.checkpoint import Checkpoint
 from moiety.model.layout import ExpertLayout
@@ -27,6 +27,7 @@ from moiety.router.hop import Hop
 from moiety.router.kvcache import KVCache
 from moiety.router.probe import cache_spec
 from moiety.router.service import SERVICE, EngineService
+from moiety.router.wakes import WakeRecorder
 from moiety.wire.channels import Server
 from moiety.wire.codec import DTYPE_NAMES, torch_dtype
 from moiety.wire.engine_pb2_grpc import add_EngineServicer_to_server
@@ -51,8 +52,7 @@ async def start(settings: RouterSettings, replica_id: str, node: str) -> Running
         fleet.start()
         site.closers.push_async_callback(fleet.close)
 
-        demand = DemandCounter(shape.moe_layers, shape.experts)
-        loop = asyncio.get_running_loop()
+        demand = DemandCounter(shape.moe_layers, shape.experts, started=time.time())
         engine = Engine(
             model,
             Hop(
@@ -67,7 +67,7 @@ async def start(settings: RouterSettings, replica_id: str, node: str) -> Running
             token_budget=settings.token_budget,
             queue_limit=settings.queue_limit,
             threads=settings.threads,
-            waits=lambda layer, experts: _record_wake(site, loop, layer, experts),
+            waits=WakeRecorder(site.registry),
             tracer=site.tracer,
         )
         engine.start()
@@ -138,15 +138,3 @@ def _max_context(settings: RouterSettings, of_model: int) -> int:
     if settings.max_context > of_model:
         raise ConfigError("max_context", settings.max_context, f"at most {of_model}, the model's")
     return settings.max_context
-
-
-def _record_wake(site: Site, loop: asyncio.AbstractEventLoop, layer: int, experts: list[int]) -> None:
-    """From the engine's thread, many times a second while it waits: never blocks, never raises."""
-
-    async def record() -> None:
-        try:
-            await site.registry.wake(layer, experts)
-        except MoietyError as error:
-            _log.debug("the wake of layer %d was not recorded: %s", layer, error)
-
-    asyncio.run_coroutine_threadsafe(record(), loop)

@@ -12,7 +12,9 @@ from moiety.core import Demand
 class DemandCounter:
     """Cumulative rows and activations per (layer, expert). Counted by engine threads, read by the heartbeat."""
 
-    def __init__(self, layers: int, experts: int):
+    def __init__(self, layers: int, experts: int, started: float = 0.0):
+        """`started`: Unix seconds, the time from which the counters count; 0 = unknown."""
+        self._started = started
         self._rows = np.zeros((layers, experts), dtype=np.int64)
         self._activations = np.zeros((layers, experts), dtype=np.int64)
         self._lock = threading.Lock()
@@ -28,4 +30,4 @@ class DemandCounter:
         """The totals so far; `now` in Unix seconds."""
         with self._lock:
             rows, activations = self._rows.tolist(), self._activations.tolist()
-        return Demand(tuple(map(tuple, rows)), tuple(map(tuple, activations)), now)
+        return Demand(tuple(map(tuple, rows)), tuple(map(tuple, activations)), now, self._started)
