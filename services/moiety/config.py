@@ -122,6 +122,13 @@ class GroupSettings(BaseModel):
     queue_wait_ms: float = Field(default=50.0, gt=0, description="mean wait that forces a step up")
     shrink_after_s: float = Field(default=30.0, ge=0, description="how long load must stay low before a step down")
 
+    @field_validator("max_replicas")
+    @classmethod
+    def _not_below_the_least(cls, value: int, info: ValidationInfo) -> int:
+        if value < (least := info.data.get("min_replicas", value)):
+            raise ValueError(f"must be at least min_replicas, {least}")
+        return value
+
 
 class AppSettings(BaseModel):
     """Arguments of the Serve application; changing one restarts every deployment of it."""
@@ -178,7 +185,7 @@ def validated(kind: type[Settings], values: Mapping[str, Any]) -> Settings:
     except ValidationError as error:
         first = error.errors()[0]
         value = None if first["type"] == "missing" else first["input"]  # else it is everything that was given
-        raise ConfigError(".".join(map(str, first["loc"])), value, first["msg"]) from None
+        raise ConfigError(".".join(map(str, first["loc"])), value, first["msg"].removeprefix("Value error, ")) from None
 
 
 def _read_yaml(path: str) -> dict[str, Any]:

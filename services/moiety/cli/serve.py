@@ -36,14 +36,16 @@ def serve(model: Path, ray_address: str | None, dashboard: bool, config: str | N
     Example:
       moiety serve ./Mixtral-8x7B-v0.1 --groups 4
     """
-    from moiety.config import AppSettings, resolve
+    from moiety.config import AppSettings, GroupSettings, resolve, validated
     from moiety.deploy.run import deploy_app
     from moiety.load.embedded import EmbeddedRedis
 
     tell = progress()
     max_replicas = flags.pop("max_replicas")
-    flags["experts"] = {"max_replicas": max_replicas} if max_replicas is not None else None
     settings = resolve(AppSettings, {**flags, "model": str(model)}, config)
+    if max_replicas is not None:  # one field of a group's settings; the file may hold the others
+        experts = {**settings.experts.model_dump(), "max_replicas": max_replicas}
+        settings = settings.model_copy(update={"experts": validated(GroupSettings, experts)})
     with signals_interrupt(), ExitStack() as ends:
         if "registry" not in settings.model_fields_set:
             redis = ends.enter_context(EmbeddedRedis())

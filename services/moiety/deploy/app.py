@@ -66,10 +66,6 @@ def default_placement(settings: AppSettings) -> dict[str, ExpertSet]:
 
 def _expert_group(settings: AppSettings, arguments: dict[str, Any], name: str, held: str) -> serve.Application:
     group = settings.experts
-    if group.min_replicas > group.max_replicas:
-        raise ConfigError(
-            "experts.min_replicas", group.min_replicas, f"must be at most max_replicas, {group.max_replicas}"
-        )
     # Decisions are made in moiety.policy, with its own patience: Serve carries them out at once.
     scaling = AutoscalingConfig(
         min_replicas=group.min_replicas,

@@ -50,4 +50,18 @@ def test_unreachable_registry(tiny: Callable[[str], str], capsys: pytest.Capture
 def test_settings_that_contradict_each_other(tiny: Callable[[str], str], capsys: pytest.CaptureFixture[str]) -> None:
     """What a router replica would refuse is refused here, not in a replica's log."""
     assert run(["serve", tiny("mixtral"), "--slots", "4096", "--grpc-port", "0"]) == 1
-    assert "error: setting token_budget = 256: Value error, must be at least slots, 4096" in capsys.readouterr().err
+    assert "error: setting token_budget = 256: must be at least slots, 4096" in capsys.readouterr().err
+
+
+def test_options_win_over_the_file(
+    tiny: Callable[[str], str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What the file says holds where no option says otherwise."""
+    file = tmp_path / "app.yaml"
+    file.write_text("{groups: 77, experts: {min_replicas: 3}}")
+    assert run(["serve", tiny("mixtral"), "--config", str(file)]) == 1
+    assert "setting groups = 77" in capsys.readouterr().err
+    assert run(["serve", tiny("mixtral"), "--config", str(file), "--groups", "88"]) == 1
+    assert "setting groups = 88" in capsys.readouterr().err
+    assert run(["serve", tiny("mixtral"), "--config", str(file), "--groups", "2", "--max-replicas", "1"]) == 1
+    assert "error: setting max_replicas = 1: must be at least min_replicas, 3" in capsys.readouterr().err

@@ -82,7 +82,7 @@ def test_default_placement_covers_every_expert_once(model: Path) -> None:
         ({"groups": 9}, "groups"),
         ({"grups": 2}, "grups"),
         ({"registry": "file:///run/registry.json"}, "registry"),
-        ({"experts": {"min_replicas": 5, "max_replicas": 4}}, "experts.min_replicas"),
+        ({"experts": {"min_replicas": 5, "max_replicas": 4}}, "experts.max_replicas"),
         ({"experts": {"min_replica": 1}}, "experts.min_replica"),
     ],
 )
