@@ -12,8 +12,6 @@ from moiety.model.seam import use_backend
 from moiety.router.attention import ProbeBatch
 from moiety.router.kvcache import CacheSpec
 
-RECURRENT = ("linear_attention", "mamba", "conv", "recurrent")
-
 
 class _ZeroExperts:
     """An ExpertBackend whose experts all answer zero."""
@@ -34,11 +32,7 @@ class _ZeroRows:
 
 @torch.inference_mode()
 def cache_spec(model: Any, shape: ModelShape) -> CacheSpec:
-    """What each layer keeps. Raises CheckpointError for layers that keep something else than keys and values."""
-    kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
-    recurrent = sorted({kind for kind in kinds if any(part in kind for part in RECURRENT)})
-    if recurrent:
-        raise CheckpointError(f"{shape.architecture}: layers of kind {', '.join(recurrent)} cannot be cached yet")
+    """What each layer keeps. Raises CheckpointError where a layer keeps something else than keys and values."""
     batch = ProbeBatch()
     device = next(model.parameters()).device
     with use_backend(_ZeroExperts()):
@@ -47,5 +41,16 @@ def cache_spec(model: Any, shape: ModelShape) -> CacheSpec:
             position_ids=torch.zeros(1, 1, dtype=torch.long, device=device),
             use_cache=False,
             moiety_batch=batch,
+        )
+    config = model.config.get_text_config()
+    # A layer that attended came by; one that did not (Mamba, linear attention, convolution) has a state of its own, and
+    # running on without it would give wrong tokens in silence.
+    others = sorted(set(range(config.num_hidden_layers)) - batch.spec.layers.keys())
+    if others:
+        kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or {}
+        told = ", ".join(sorted({str(kinds[layer]) for layer in others})) if kinds else "another kind"
+        raise CheckpointError(
+            f"{shape.architecture}: {len(others)} of {config.num_hidden_layers} layers ({told}) keep a state that is no "
+            f"keys and values, which the router cannot cache yet"
         )
     return batch.spec
