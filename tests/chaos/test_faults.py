@@ -112,6 +112,22 @@ def test_a_lost_router_is_replaced_behind_its_tokens(served: Served, expected: l
     served.run(scenario)
 
 
+def test_a_drained_router_finishes_its_streams(served: Served, expected: list[list[int]]) -> None:
+    """A router that is told to go takes no new requests and ends its running ones itself; another serves the next."""
+
+    async def scenario(client: Client) -> None:
+        await served.have(1, 1)
+        leaving = served.cluster.router()
+        await served.cluster.add_router()
+        streams = Streams(client, NEW_TOKENS)
+        await streams.reach(STRIKE_AT)
+        finished, _ = await asyncio.gather(streams.finish(), served.cluster.drain(leaving, grace_s=30.0))
+        assert finished == expected
+        assert await Streams(client, NEW_TOKENS).finish() == expected
+
+    served.run(scenario)
+
+
 @pytest.mark.slow
 def test_nobody_comes(tiny: Callable[[str], str]) -> None:
     """Without a replacement in time requests end with UNAVAILABLE naming layer and experts; the next ones work.

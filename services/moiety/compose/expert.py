@@ -84,5 +84,6 @@ async def start(settings: ExpertSettings, replica_id: str, node: str) -> Running
                 reconfigure=reconfigure,
                 describe=describe,
                 on_beat=(every(LEDGER_S, publish_busy), follow_placement),
+                calls_end=False,
             )
         )

@@ -7,14 +7,14 @@ import dataclasses
 import os
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
 
 from moiety import __version__
 from moiety.config import ServiceSettings
 from moiety.core import Replica, ReplicaState, Role
-from moiety.errors import ConfigError
+from moiety.errors import ConfigError, RegistryUnreachable
 from moiety.load.connect import connect
 from moiety.load.heartbeat import Heartbeat
 from moiety.load.registry import Registry
@@ -42,6 +42,7 @@ class Parts:
     reconfigure: Callable[[Mapping[str, Any]], Awaitable[None]] | None = None
     describe: Callable[[Replica], Replica] = lambda replica: replica  # what changes from beat to beat
     on_beat: Sequence[Beat] = ()
+    calls_end: bool = True  # False where its RPCs are streams that stay open as long as the service
 
 
 class Running:
@@ -83,8 +84,11 @@ class Running:
             return
         self._draining = True
         until = time.monotonic() + grace_s
-        await self._heartbeat.beat()
+        with suppress(RegistryUnreachable):  # then nobody can be told; calls that come are refused or re-sent
+            await self._heartbeat.beat()
         await asyncio.sleep(min(DRAIN_NOTICE_S, grace_s))
+        if self._parts.calls_end:
+            await self._parts.server.stop(max(0.0, until - time.monotonic()))
         while not self._parts.idle() and time.monotonic() < until:
             await asyncio.sleep(0.02)
 
