@@ -75,7 +75,8 @@ def run_demo(say: Say, wait_s: float) -> None:
                 shrink_after_s=4.0,
             ),
         )
-        with environment({**TRACING, "OTEL_EXPORTER_OTLP_ENDPOINT": receiver.endpoint}):
+        own = {"OTEL_EXPORTER_OTLP_ENDPOINT": receiver.endpoint, "MOIETY_CACHE": str(folder / "cache")}
+        with environment({**TRACING, **own}):
             deployed = ends.enter_context(
                 deploy_app(
                     settings, progress=lambda line: say(f"    {line}"), wait_s=wait_s * 3, ray_folder=folder / "ray"
