@@ -12,15 +12,9 @@ from moiety.core import FinishReason
 from moiety.errors import InvalidRequest
 from moiety.telemetry.names import Attribute, SpanName
 from moiety.telemetry.tracing import NO_TRACER, Tracer
-from moiety.wire import generation_pb2, generation_pb2_grpc, status
+from moiety.wire import finish, generation_pb2, generation_pb2_grpc, status
 from moiety.wire.channels import channel
 from moiety.wire.metadata import with_traceparent
-
-_FINISH = {
-    generation_pb2.FINISH_REASON_NONE: None,
-    generation_pb2.FINISH_REASON_STOP: FinishReason.STOP,
-    generation_pb2.FINISH_REASON_LENGTH: FinishReason.LENGTH,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +92,7 @@ class Client:
                 yield Chunk(
                     text=response.text,
                     token_ids=tuple(response.token_ids),
-                    finish_reason=_FINISH[response.finish_reason],
+                    finish_reason=finish.FROM_WIRE[response.finish_reason],
                     prompt_tokens=response.usage.prompt_tokens,
                     completion_tokens=response.usage.completion_tokens,
                     request_id=response.request_id,

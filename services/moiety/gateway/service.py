@@ -9,13 +9,12 @@ from collections.abc import AsyncIterator, Mapping
 import grpc
 from google.protobuf.message import DecodeError
 
-from moiety.core import FinishReason
 from moiety.errors import InvalidRequest, MoietyError, NotFound, ResourceExhausted
 from moiety.gateway.routers import Routers
 from moiety.gateway.text import Detokenizer, Tokenizer
 from moiety.telemetry.names import Attribute, SpanName
 from moiety.telemetry.tracing import Tracer
-from moiety.wire import engine_pb2, generation_pb2, status
+from moiety.wire import engine_pb2, finish, generation_pb2, status
 from moiety.wire.deadline import Deadline
 from moiety.wire.metadata import traceparent_in
 from moiety.wire.sampling import check_prompt, check_sampling
@@ -103,7 +102,7 @@ class GenerationService:
                     response.usage.prompt_tokens = len(engine_request.prompt_ids)
                     response.usage.completion_tokens = produced
                     span.set(Attribute.OUTPUT_TOKENS, produced)
-                    span.set(Attribute.FINISH_REASONS, [_finish_name(event.finish_reason)])
+                    span.set(Attribute.FINISH_REASONS, [str(finish.FROM_WIRE[event.finish_reason])])
                 yield response
         except MoietyError as error:
             span.error(error)
@@ -152,10 +151,3 @@ def _parse(data: bytes) -> generation_pb2.GenerateRequest | InvalidRequest:
         return generation_pb2.GenerateRequest.FromString(data)
     except DecodeError as error:
         return InvalidRequest("request", f"{len(data)} bytes", f"a GenerateRequest with valid UTF-8 text: {error}")
-
-
-def _finish_name(reason: generation_pb2.FinishReason) -> str:
-    return {
-        generation_pb2.FINISH_REASON_STOP: FinishReason.STOP.value,
-        generation_pb2.FINISH_REASON_LENGTH: FinishReason.LENGTH.value,
-    }.get(reason, "")

@@ -22,7 +22,6 @@ from moiety.model.checkpoint import Checkpoint
 from moiety.model.revision import revision
 
 FORMAT = 1  # of the cached file; raise it with every change of ExpertLayout
-PARAMETERS = ("gate_up", "down", "gate_up_bias", "down_bias")  # fields of moiety_kernels.ExpertWeights
 EXPERT = "{expert}"  # stands for the expert id in a tensor's name
 
 
@@ -30,8 +29,9 @@ EXPERT = "{expert}"  # stands for the expert id in a tensor's name
 class LayerLayout:
     """One MoE layer: where its experts sit in the model and which tensors they are read from.
 
-    `sources` maps each parameter to the tensors it is concatenated from, along an expert's own dimension 0. A name with
-    `{expert}` in it is one tensor per expert; a name without is a fused tensor, one expert after the other along dim 0.
+    `sources` maps each parameter (a field of moiety_kernels.ExpertWeights) to the tensors it is concatenated from, along
+    an expert's own dimension 0. A name with `{expert}` in it is one tensor per expert; a name without is a fused tensor,
+    one expert after the other along dim 0.
     """
 
     module: str

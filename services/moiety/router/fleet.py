@@ -15,7 +15,7 @@ from functools import partial
 from operator import ne
 
 from moiety.core import WIRE_VERSION, ExpertSet, ModelShape, Replica, ReplicaState, Role
-from moiety.errors import MoietyError, PeerLost
+from moiety.errors import InvalidRequest, MoietyError, PeerLost
 from moiety.load.watch import Watch
 from moiety.policy.dispatch import Table
 from moiety.wire.codec import Rows
@@ -143,25 +143,30 @@ class Fleet:
         """One replica's whole life here: handshake, in the table, gone."""
         try:
             stream = await ExpertStream.open(replica.address, HANDSHAKE_S)
+        except InvalidRequest as error:
+            self._refuse(replica, f"its Describe cannot be read: {error}")
+            await asyncio.sleep(REDIAL_S)
+            return
         except MoietyError as error:
             _log.debug("replica %s at %s does not answer yet: %s", replica.id, replica.address, error)
             await asyncio.sleep(REDIAL_S)
             return
         try:
-            told = stream.description
-            if problem := self._mismatch(told):
+            if problem := self._mismatch(stream.description):
                 self._refuse(replica, problem)
                 await asyncio.sleep(REDIAL_S)
                 return
             self._streams[replica.id] = stream
             self._deployments[replica.id] = replica.deployment
-            self._hold(replica.id, ExpertSet.parse(told.held), told.placement_epoch)
+            self._hold(replica.id, stream.held, stream.description.placement_epoch)
             _log.info("replica %s (%s) at %s is in", replica.id, replica.deployment, replica.address)
             await stream.closed.wait()
             _log.warning("replica %s (%s) at %s is lost", replica.id, replica.deployment, replica.address)
         finally:
             self._streams.pop(replica.id, None)
             self.suspects.discard(replica.id)
+            self._deployments.pop(replica.id, None)
+            self._epochs.pop(replica.id, None)
             if self._held.pop(replica.id, None) is not None:
                 self._publish()
             await stream.close()
@@ -171,22 +176,18 @@ class Fleet:
             return f"it serves revision {told.revision}"
         if told.dtype != self._dtype or told.hidden != self._shape.mlp.hidden:
             return f"its rows are {told.hidden} x {told.dtype}, ours {self._shape.mlp.hidden} x {self._dtype}"
-        try:
-            ExpertSet.parse(told.held)
-        except ValueError as error:
-            return f"what it says it holds cannot be read: {error}"
         return ""
 
     async def _describe_again(self, replica_id: str) -> None:
         if (stream := self._streams.get(replica_id)) is None:
             return
         try:
-            told = await stream.describe(HANDSHAKE_S)
-        except (MoietyError, ValueError) as error:
+            await stream.describe(HANDSHAKE_S)
+        except MoietyError as error:
             _log.warning("replica %s does not say what it holds: %s", replica_id, error)
             return
         if replica_id in self._held:
-            self._hold(replica_id, ExpertSet.parse(told.held), told.placement_epoch)
+            self._hold(replica_id, stream.held, stream.description.placement_epoch)
 
     def _hold(self, replica_id: str, held: ExpertSet, epoch: int) -> None:
         """Notes what a replica holds. The registry may lag behind what Describe told; the epoch says which is newer."""

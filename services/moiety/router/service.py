@@ -7,23 +7,17 @@ from collections.abc import AsyncIterator
 
 import grpc
 
-from moiety.core import FinishReason
 from moiety.errors import FailedPrecondition, MoietyError
 from moiety.router.engine import Engine
 from moiety.router.sequence import Emitted, Sequence
 from moiety.telemetry.names import Attribute, SpanName
 from moiety.telemetry.tracing import Tracer
-from moiety.wire import engine_pb2, engine_pb2_grpc, generation_pb2, status
+from moiety.wire import engine_pb2, engine_pb2_grpc, finish, status
 from moiety.wire.deadline import Deadline
 from moiety.wire.metadata import traceparent_in
 from moiety.wire.sampling import check_prompt, check_sampling
 
 SERVICE = "moiety.v1.Engine"
-_FINISH = {
-    None: generation_pb2.FINISH_REASON_NONE,
-    FinishReason.STOP: generation_pb2.FINISH_REASON_STOP,
-    FinishReason.LENGTH: generation_pb2.FINISH_REASON_LENGTH,
-}
 
 
 class EngineService(engine_pb2_grpc.EngineServicer):
@@ -72,7 +66,7 @@ class EngineService(engine_pb2_grpc.EngineServicer):
                 if emitted.error is not None:
                     await status.abort(context, emitted.error)
                 yield engine_pb2.EngineEvent(
-                    token_ids=emitted.token_ids, logprobs=emitted.logprobs, finish_reason=_FINISH[emitted.finish]
+                    token_ids=emitted.token_ids, logprobs=emitted.logprobs, finish_reason=finish.TO_WIRE[emitted.finish]
                 )
                 if emitted.finish is not None:
                     return

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import grpc
 
+from moiety.core import ExpertSet
 from moiety.errors import InvalidRequest, PeerLost
 from moiety.wire import codec, status
 from moiety.wire.channels import channel
@@ -33,8 +34,9 @@ class ExpertStream:
     Every send is answered exactly once, on the loop: by its reply, or by PeerLost when the stream breaks.
     """
 
-    def __init__(self, address: str, description: DescribeResponse, grpc_channel: grpc.aio.Channel):
-        self.address, self.description = address, description
+    def __init__(self, address: str, description: DescribeResponse, held: ExpertSet, grpc_channel: grpc.aio.Channel):
+        self.address = address
+        self.description, self.held = description, held  # as the replica told last
         self._channel = grpc_channel
         self._loop = asyncio.get_running_loop()
         self._call = grpc_channel.stream_stream(f"{_SERVICE}/Forward")()  # no serialisers: raw frames
@@ -46,34 +48,19 @@ class ExpertStream:
 
     @classmethod
     async def open(cls, address: str, timeout_s: float) -> ExpertStream:
-        """Connects and shakes hands. Raises PeerLost (or what Describe answered) within `timeout_s`."""
+        """Connects and shakes hands within `timeout_s`. Raises PeerLost, what Describe answered, or InvalidRequest where
+        what it says it holds cannot be read.
+        """
         grpc_channel = channel(address)
         try:
-            describe = grpc_channel.unary_unary(
-                f"{_SERVICE}/Describe",
-                request_serializer=DescribeRequest.SerializeToString,
-                response_deserializer=DescribeResponse.FromString,
-            )
-            description = await describe(DescribeRequest(), timeout=timeout_s)
-            return cls(address, description, grpc_channel)
-        except grpc.RpcError as error:
-            await grpc_channel.close()
-            raise status.error_of(error) from None
+            return cls(address, *await _describe(grpc_channel, timeout_s), grpc_channel)
         except BaseException:
             await grpc_channel.close()
             raise
 
     async def describe(self, timeout_s: float) -> DescribeResponse:
-        """Asks again what the replica holds, after it said NOT_HELD."""
-        call = self._channel.unary_unary(
-            f"{_SERVICE}/Describe",
-            request_serializer=DescribeRequest.SerializeToString,
-            response_deserializer=DescribeResponse.FromString,
-        )
-        try:
-            self.description = await call(DescribeRequest(), timeout=timeout_s)
-        except grpc.RpcError as error:
-            raise status.error_of(error) from None
+        """Asks again what the replica holds, after it said NOT_HELD. Raises as `open` does."""
+        self.description, self.held = await _describe(self._channel, timeout_s)
         return self.description
 
     def send(self, header: ForwardRequest, payload: codec.Rows, answer: Answer) -> None:
@@ -126,3 +113,19 @@ class ExpertStream:
         for answer in answers.values():
             answer(loss)
         self.closed.set()
+
+
+async def _describe(grpc_channel: grpc.aio.Channel, timeout_s: float) -> tuple[DescribeResponse, ExpertSet]:
+    call = grpc_channel.unary_unary(
+        f"{_SERVICE}/Describe",
+        request_serializer=DescribeRequest.SerializeToString,
+        response_deserializer=DescribeResponse.FromString,
+    )
+    try:
+        description = await call(DescribeRequest(), timeout=timeout_s)
+    except grpc.RpcError as error:
+        raise status.error_of(error) from None
+    try:
+        return description, ExpertSet.parse(description.held)
+    except ValueError as error:
+        raise InvalidRequest("held", description.held, f"a set of experts: {error}") from None

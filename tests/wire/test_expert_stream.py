@@ -1,0 +1,38 @@
+"""The handshake of a Forward stream, against a server that answers wrongly."""
+
+from __future__ import annotations
+
+import asyncio
+
+import grpc
+import pytest
+
+from moiety.errors import InvalidRequest
+from moiety.wire.channels import Server
+from moiety.wire.expert_stream import ExpertStream
+from moiety.wire.experts_pb2 import DescribeRequest, DescribeResponse
+
+SERVICE = "moiety.v1.Experts"
+
+
+def test_an_unreadable_describe_is_refused_by_name() -> None:
+    """A replica whose `held` is no set of experts is told from one that does not answer, with what it said."""
+
+    async def describe(_request: DescribeRequest, _context: grpc.aio.ServicerContext) -> DescribeResponse:
+        return DescribeResponse(held="all of them")
+
+    async def scenario() -> None:
+        method = grpc.unary_unary_rpc_method_handler(
+            describe,
+            request_deserializer=DescribeRequest.FromString,
+            response_serializer=DescribeResponse.SerializeToString,
+        )
+        server = Server([grpc.method_handlers_generic_handler(SERVICE, {"Describe": method})], [SERVICE])
+        port = await server.start("127.0.0.1", 0)
+        try:
+            with pytest.raises(InvalidRequest, match="held = 'all of them'"):
+                await ExpertStream.open(f"127.0.0.1:{port}", 5.0)
+        finally:
+            await server.stop(0)
+
+    asyncio.run(scenario())
