@@ -232,7 +232,7 @@ class Engine:
         sampled = []
         for row, sequence in choices:
             try:
-                token, logprob = sample(logits[row], sequence.sampling, sequence.generated)
+                token, logprob = sample(logits[row], sequence.sampling, sequence.generated, sequence.choice)
                 emitted = Emitted((token,), (logprob,) if sequence.sampling.logprobs else (), _finish(sequence, token))
             except Exception as error:
                 _log.exception("sampling failed for request %s", sequence.request_id)
@@ -244,10 +244,9 @@ class Engine:
         """Only now has the step happened: cache lengths advance, choices part ways, and tokens go out."""
         for item in plan.scheduled:
             sequence = item.sequence
-            reached = item.samples
             sequence.computed += item.count
             self._cache.commit(sequence.table, sequence.tokens, sequence.computed, sequence.tenant)
-            if reached and sequence.siblings:
+            if item.samples and sequence.siblings:
                 self._scheduler.fork(sequence)
         for sequence, emitted in sampled:
             sequence.tokens.extend(emitted.token_ids)

@@ -15,18 +15,14 @@ class Scheduled:
 
     sequence: Sequence
     count: int
+    wanted: int  # how many of its last tokens need logits
+    samples: bool  # whether the last of them is the sequence's last token, so that its next one is sampled
 
-    @property
-    def samples(self) -> bool:
-        """Whether the step reaches the sequence's last token, so that its next one is sampled."""
-        return self.sequence.computed + self.count == len(self.sequence.tokens)
-
-    @property
-    def wanted(self) -> int:
-        """How many of its last tokens need logits: one to sample from, or all where the prompt's are asked for."""
-        if self.sequence.sampling.prompt_logprobs and self.sequence.generated == 0:
-            return self.count
-        return int(self.samples)
+    @classmethod
+    def of(cls, sequence: Sequence, count: int) -> Scheduled:
+        """Logits of the last token where it is sampled from, or of all where those of the prompt are asked for."""
+        samples = sequence.computed + count == len(sequence.tokens)
+        return cls(sequence, count, count if sequence.scores_prompt else int(samples), samples)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +40,9 @@ class StepPlan:
         """Which rows of the logits are an item's: those of its last `wanted` tokens. Items without any are left out."""
         start = 0
         for item in self.scheduled:
-            if wanted := item.wanted:
-                yield item, range(start, start + wanted)
-                start += wanted
+            if item.wanted:
+                yield item, range(start, start + item.wanted)
+                start += item.wanted
 
     def without(self, ended: Iterable[Sequence]) -> StepPlan:
         gone = set(map(id, ended))

@@ -65,7 +65,7 @@ class Scheduler:
                     wish = min(left, len(sequence.tokens) - sequence.computed)
                     granted = self._make_room(sequence, wish)
                     if granted > 0:
-                        chosen.append(Scheduled(sequence, granted))
+                        chosen.append(Scheduled.of(sequence, granted))
                         left -= granted
         return StepPlan(tuple(item for item in chosen if item.sequence.table.count))  # less who had to make room
 
@@ -98,8 +98,8 @@ class Scheduler:
     # Admission ---------------------------------------------------------------------------------------------------
 
     def _match(self, sequence: Sequence) -> list[int]:
-        if sequence.sampling.prompt_logprobs and sequence.generated == 0:
-            return []  # every position's logits are wanted, so every position is computed
+        if sequence.scores_prompt:
+            return []
         return self._cache.match(sequence.table, sequence.tokens, sequence.tenant)
 
     def _has_place(self, sequence: Sequence, found: list[int]) -> bool:

@@ -64,6 +64,11 @@ class Sequence:
         return len(self.tokens) - self.computed > 1
 
     @property
+    def scores_prompt(self) -> bool:
+        """Whether the logits of every prompt token are still wanted, so that every one must be computed."""
+        return self.sampling.prompt_logprobs and self.generated == 0
+
+    @property
     def slots(self) -> int:
         """Places among the running sequences: one for each choice that it is, or is to become."""
         return 1 + len(self.siblings)
