@@ -298,9 +298,10 @@ class Engine:
         self._emit(sequence, emitted)
 
     def _emit(self, sequence: Sequence, emitted: Emitted) -> None:
-        cached = 0 if sequence.emitted else sequence.cached_tokens
-        sequence.emitted = True
-        sequence.emit(replace(emitted, choice=sequence.choice, cached_tokens=cached))
+        if not sequence.emitted:
+            sequence.emitted = True
+            emitted = replace(emitted, cached_tokens=sequence.cached_tokens)
+        sequence.emit(replace(emitted, choice=sequence.choice) if sequence.choice else emitted)
 
     def _end_given_up(self, sequence: Sequence) -> None:
         error: MoietyError

@@ -25,6 +25,9 @@ class Scheduler:
         self.running: list[Sequence] = []  # in order of rank
         self._cache, self._slots, self._token_budget = cache, slots, token_budget
         self._arrivals = count()
+        self._refused: tuple[Sequence, int, int] | None = (
+            None  # who is next, and the slots and blocks it was refused at
+        )
 
     def add(self, sequence: Sequence) -> None:
         """A new request."""
@@ -40,9 +43,16 @@ class Scheduler:
         """
         admitted = []
         while (sequence := self.waiting.first()) is not None:
+            slots, blocks = self._free_slots, self._spare_blocks
+            if self._refused is not None:
+                who, slots_then, blocks_then = self._refused
+                if who is sequence and slots <= slots_then and blocks <= blocks_then:
+                    break  # nothing has come free: save the look for its prefix, which takes long for long prompts
             found = self._match(sequence)
             if not self._has_place(sequence, found):
+                self._refused = sequence, slots, blocks
                 break
+            self._refused = None
             self.waiting.pop()
             sequence.computed = self._cache.adopt(sequence.table, found)
             insort(self.running, sequence, key=_rank)
