@@ -203,6 +203,8 @@ class Sampling:
     seed: int = 0
     ignore_eos: bool = False
     logprobs: bool = False
+    prompt_logprobs: bool = False
+    n: int = 1  # choices of one prompt
 
 
 class PendingRows(Protocol):

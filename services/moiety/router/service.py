@@ -49,6 +49,9 @@ class EngineService(engine_pb2_grpc.EngineServicer):
             running=load.running,
             waiting=load.waiting,
             slots=self._slots,
+            block_tokens=self._engine.block_tokens,
+            free_blocks=load.free_blocks,
+            blocks=self._engine.blocks,
         )
 
     async def Generate(
@@ -60,16 +63,20 @@ class EngineService(engine_pb2_grpc.EngineServicer):
             self._engine.submit(sequence)
         except MoietyError as error:
             await status.abort(context, error)
+        open_choices = sequence.sampling.n
         try:
-            while True:
+            while open_choices:
                 emitted = await events.get()
                 if emitted.error is not None:
                     await status.abort(context, emitted.error)
                 yield engine_pb2.EngineEvent(
-                    token_ids=emitted.token_ids, logprobs=emitted.logprobs, finish_reason=finish.TO_WIRE[emitted.finish]
+                    token_ids=emitted.token_ids,
+                    logprobs=emitted.logprobs,
+                    finish_reason=finish.TO_WIRE[emitted.finish],
+                    choice=emitted.choice,
+                    cached_tokens=emitted.cached_tokens,
                 )
-                if emitted.finish is not None:
-                    return
+                open_choices -= emitted.finish is not None
         finally:
             self._engine.cancel(sequence)  # no-op when it has ended; frees the slot when the client went away
 
@@ -100,4 +107,7 @@ class EngineService(engine_pb2_grpc.EngineServicer):
             emit=emit,
             deadline=Deadline.after(context.time_remaining()),
             span=span,
+            choice=request.choice,
+            priority=request.priority,
+            tenant=request.tenant,
         )

@@ -29,7 +29,8 @@ from moiety.model.revision import revision
 from moiety.model.router import load_router
 from moiety.model.seam import use_backend
 from moiety.router import attention
-from moiety.router.attention import CachedBatch, Segment
+from moiety.router.batch import StepBatch
+from moiety.router.blocks import BlockTable
 from moiety.router.context import HopSettings, StepContext
 from moiety.router.demand import DemandCounter
 from moiety.router.fleet import Fleet
@@ -205,16 +206,18 @@ async def _own_router(
 
     @torch.inference_mode()
     def forward(text: Sequence[int]) -> torch.Tensor:
-        cache.reserve("parity", len(text))
+        table = BlockTable()
+        cache.grow(table, len(text))
+        batch = StepBatch.build(cache, [table], [0], [len(text)], torch.device("cpu"))
         hop.begin_step(StepContext(CallClass.PREFILL, NO_SPAN, lambda: None, lambda *_: None))
         with use_backend(hop):
             output = model(
                 input_ids=torch.tensor([text]),
-                position_ids=torch.arange(len(text))[None],
+                position_ids=batch.positions[None],
                 use_cache=False,
-                moiety_batch=CachedBatch([Segment("parity", 0, len(text), 0)], cache),
+                moiety_batch=batch,
             )
-        cache.release("parity")
+        cache.release(table)
         logits: torch.Tensor = output.logits[0].float()
         return logits
 
