@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
-from moiety.core import ExpertSet
+from moiety.core import ExpertSet, Transport
 from moiety.errors import ConfigError
 
 ENV_PREFIX = "MOIETY_"
@@ -91,6 +91,11 @@ class RouterSettings(ServiceSettings):
     hedge_after_s: float = Field(default=0.02, gt=0, le=60, description="least wait before a call is sent again")
     retry_budget: float = Field(
         default=0.1, ge=0, le=1, description="hedges and timeout retries, as a fraction of calls"
+    )
+    transport: Transport = Field(
+        default=Transport.AUTO,
+        description="how calls reach experts: auto = shared memory on the same node, else gRPC; grpc; unix; shm. "
+        "Replicas that cannot be reached as told are left out",
     )
 
     @field_validator("token_budget")

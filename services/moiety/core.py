@@ -41,6 +41,15 @@ class CallClass(StrEnum):
     PREFILL = "prefill"
 
 
+class Transport(StrEnum):
+    """How a router's calls reach an expert replica."""
+
+    AUTO = "auto"  # shared memory on the same node, else gRPC
+    GRPC = "grpc"  # over TCP
+    UNIX = "unix"  # gRPC over a unix socket
+    SHM = "shm"  # shared memory
+
+
 class FinishReason(StrEnum):
     """Why a generation ended: the model said so, or max_tokens was reached."""
 

@@ -7,16 +7,20 @@ it is what runs. Its insides can be told to wait, refuse, answer twice or vanish
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+import concurrent.futures
+import threading
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import grpc
 import numpy as np
 import torch
 
-from moiety.core import WIRE_VERSION, CallClass, ExpertMLP, ExpertSet, ModelShape, Replica, Role
-from moiety.errors import MoietyError
+from moiety.core import WIRE_VERSION, CallClass, ExpertMLP, ExpertSet, ModelShape, Replica, Role, Transport
+from moiety.errors import MoietyError, PeerLost
 from moiety.expert.service import SERVICE
 from moiety.load.memory import MemoryRegistry
 from moiety.load.watch import Watch
@@ -28,7 +32,11 @@ from moiety.router.hop import Hop
 from moiety.telemetry.tracing import NO_SPAN, NO_TRACER
 from moiety.wire import codec, engine_pb2, engine_pb2_grpc, experts_pb2, generation_pb2, status
 from moiety.wire.channels import MAX_MESSAGE_BYTES, Server
-from moiety.wire.frames import ForwardCall, parse_call
+from moiety.wire.expert_link import ExpertLink
+from moiety.wire.frames import Answerer, ForwardCall, parse_call
+from moiety.wire.mailbox import Mailbox
+from moiety.wire.shm_listener import SharedMemoryListener
+from moiety.wire.transport import Reply
 
 HOST = "127.0.0.1"
 MODEL = "fake"
@@ -69,8 +77,27 @@ async def at_once(_: object) -> None:
     """Answers without ado."""
 
 
+@contextmanager
+def owner_of(mailbox: Mailbox) -> Iterator[None]:
+    """A thread that waits at `mailbox` and does nothing else, for as long as the block runs."""
+    over = threading.Event()
+
+    def own() -> None:
+        while not over.is_set():
+            mailbox.wait()
+
+    thread = threading.Thread(target=own, name="mailbox-owner")
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        mailbox.wake()
+        thread.join()
+
+
 class FakeExperts:
-    """An expert replica: Describe and Forward over loopback, `fake_expert` inside.
+    """An expert replica on loopback, by every transport, with `fake_expert` inside.
 
     `on_call` is awaited before each answer; what it returns, if anything, is the outcome sent instead of rows. `held`
     may be changed while it runs without telling the registry; `copies` sends every reply that many times.
@@ -91,7 +118,10 @@ class FakeExperts:
         self.replica: Replica | None = None  # its registry entry, once started
         self._shape, self._dtype = shape, dtype
         self._row_bytes = shape.mlp.hidden * codec.DTYPES[dtype].itemsize
-        self._server: Server | None = None
+        self._unix = f"{SERVICE}-{uuid.uuid4().hex}"
+        self._stack = AsyncExitStack()
+        self._handling: set[concurrent.futures.Future[None]] = set()  # calls through shared memory
+        self._listener: SharedMemoryListener | None = None
 
     async def start(self, registry: MemoryRegistry) -> None:
         """Serves on a free port and registers."""
@@ -101,15 +131,23 @@ class FakeExperts:
             response_serializer=experts_pb2.DescribeResponse.SerializeToString,
         )
         handlers = {"Describe": describe, "Forward": grpc.stream_stream_rpc_method_handler(self._forward)}
-        server = self._server = Server([grpc.method_handlers_generic_handler(SERVICE, handlers)], [SERVICE])
+        server = Server([grpc.method_handlers_generic_handler(SERVICE, handlers)], [SERVICE])
+        server.grpc.add_insecure_port(f"unix-abstract:{self._unix}")
+        mailbox = Mailbox()
+        self._stack.enter_context(owner_of(mailbox))
+        accept = partial(self._accept, asyncio.get_running_loop(), mailbox)
+        self._listener = SharedMemoryListener(REVISION, self._dtype, self._row_bytes, mailbox, accept)
+        self._stack.push_async_callback(self._listener.close)
         port = await server.start(HOST, 0)
+        self._stack.push_async_callback(server.stop, 0)
         self.replica = fake_replica(self.id, Role.EXPERT, port, held=self.held)
         await registry.register(self.replica)
 
     async def vanish(self) -> None:
-        """Breaks every stream at once; the registry is not told, as when a process is killed."""
-        if self._server is not None:
-            await self._server.stop(0)
+        """Breaks every connection at once; the registry is not told, as when a process is killed."""
+        for handling in self._handling:
+            handling.cancel()
+        await self._stack.aclose()
 
     async def _describe(
         self, _request: experts_pb2.DescribeRequest, _context: grpc.aio.ServicerContext
@@ -122,6 +160,8 @@ class FakeExperts:
             wire_version=WIRE_VERSION,
             held=str(self.held),
             max_message_bytes=MAX_MESSAGE_BYTES,
+            shared_memory=self._listener.name if self._listener else "",
+            unix=self._unix,
         )
 
     async def _forward(self, frames: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> None:
@@ -136,10 +176,32 @@ class FakeExperts:
         async with asyncio.TaskGroup() as answers:
             async for frame in frames:
                 header, payload = codec.decode(experts_pb2.ForwardRequest, frame)
-                hidden = self._shape.mlp.hidden
-                call = parse_call(header, payload, dtype=self._dtype, hidden=hidden, row_bytes=self._row_bytes)
-                self.calls.append(call)
-                answers.create_task(answer(header, call))
+                answers.create_task(answer(header, self._arrived(header, payload)))
+
+    def _accept(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        mailbox: Mailbox,
+        header: experts_pb2.ForwardRequest,
+        payload: memoryview,
+        answer: Answerer,
+    ) -> None:
+        """A call through shared memory: handled on the loop as others are, answered from the mailbox."""
+        call = self._arrived(header, payload)
+
+        async def handle() -> None:
+            reply = experts_pb2.ForwardReply.FromString(self._reply(header, call, await self.on_call(call)))
+            rows = codec.rows_in(memoryview(reply.payload), self._row_bytes) if reply.payload else None
+            reply.ClearField("payload")
+            mailbox.post(lambda: answer(reply, rows))
+
+        self._handling.add(asyncio.run_coroutine_threadsafe(handle(), loop))
+
+    def _arrived(self, header: experts_pb2.ForwardRequest, payload: memoryview) -> ForwardCall:
+        hidden = self._shape.mlp.hidden
+        call = parse_call(header, payload, dtype=self._dtype, hidden=hidden, row_bytes=self._row_bytes)
+        self.calls.append(call)
+        return call
 
     def _reply(
         self, header: experts_pb2.ForwardRequest, call: ForwardCall, outcome: experts_pb2.Outcome | None
@@ -157,14 +219,62 @@ class FakeExperts:
         return codec.encode(reply, codec.rows_of(torch.stack(rows)) if rows else None)
 
 
+class Caller:
+    """A link to one replica, as the bare transport: calls go out and answers come back as values."""
+
+    def __init__(self, link: ExpertLink, mailbox: Mailbox):
+        self.link, self._mailbox = link, mailbox
+
+    def send(
+        self, header: experts_pb2.ForwardRequest, rows: codec.Rows, reply_rows: int | None = None
+    ) -> asyncio.Future[Reply | PeerLost]:
+        """The answer, its payload copied out of the transport's hands; or what `acquire` raised."""
+        future: concurrent.futures.Future[Reply | PeerLost] = concurrent.futures.Future()
+        room = len(header.experts) // 4 if reply_rows is None else reply_rows
+
+        def answered(answer: Reply | PeerLost) -> None:
+            if isinstance(answer, Reply):
+                answer = Reply(answer.header, memoryview(bytes(answer.payload)))
+            if not future.cancelled():
+                future.set_result(answer)
+
+        def acquire_and_send() -> None:
+            try:
+                buffer = self.link.connection.acquire(header, rows=len(rows), row_bytes=rows.itemsize, reply_rows=room)
+            except MoietyError as error:
+                future.set_exception(error)
+                return
+            buffer.rows[:] = rows
+            buffer.send(answered)
+
+        self._mailbox.post(acquire_and_send)
+        return asyncio.wrap_future(future)
+
+
+@asynccontextmanager
+async def open_caller(
+    address: str, transport: Transport = Transport.GRPC, timeout_s: float = 5.0
+) -> AsyncIterator[Caller]:
+    """A link to the replica at `address`, and a thread that waits for its answers."""
+    mailbox = Mailbox()
+    with owner_of(mailbox):
+        link = await ExpertLink.open(address, timeout_s, mailbox, transport)
+        try:
+            yield Caller(link, mailbox)
+        finally:
+            await link.close()
+            mailbox.drain()
+
+
 @dataclass(slots=True)
 class LoopbackHop:
-    """A Hop and what it stands on, as a router has them."""
+    """A Hop and what it stands on, as a router has them, an engine's thread included."""
 
     hop: Hop
     fleet: Fleet
     watch: Watch
     registry: MemoryRegistry
+    thread: concurrent.futures.Executor
     waited_for: list[tuple[int, list[int]]] = field(default_factory=list)  # (layer, experts) of every wake
 
     async def compute(
@@ -176,13 +286,19 @@ class LoopbackHop:
         call_class: CallClass = CallClass.DECODE,
         check: Callable[[], None] = lambda: None,
     ) -> torch.Tensor:
-        """One layer's hop, run on a thread as an engine does: [T, K, D]."""
+        """One layer's hop, on the engine's thread: [T, K, D]."""
 
         def run() -> torch.Tensor:
             self.hop.begin_step(StepContext(call_class, NO_SPAN, check, lambda *wake: self.waited_for.append(wake)))
             return self.hop.submit(layer, hidden, top_k_index).result()
 
-        return await asyncio.to_thread(run)
+        return await asyncio.get_running_loop().run_in_executor(self.thread, run)
+
+    async def idle(self) -> None:
+        """What the engine's thread does between steps."""
+        while True:
+            await asyncio.get_running_loop().run_in_executor(self.thread, self.hop.poll)
+            await asyncio.sleep(0.005)
 
 
 @asynccontextmanager
@@ -196,6 +312,7 @@ async def loopback_hop(
     hedge_after_s: float = 5.0,
     retry_budget: float = 0.1,
     registry: MemoryRegistry | None = None,
+    transport: Transport = Transport.GRPC,
 ) -> AsyncIterator[LoopbackHop]:
     """Starts `replicas` and a Hop that has found them all; ends everything. Entries of the registry never expire.
 
@@ -209,14 +326,21 @@ async def loopback_hop(
         watch = Watch(registry, interval_s=0.02)
         await watch.start()
         stack.push_async_callback(watch.stop)
-        fleet = Fleet(watch, shape, revision, dtype)
+        fleet = Fleet(watch, shape, revision, dtype, transport)
         fleet.start()
+        thread = stack.enter_context(concurrent.futures.ThreadPoolExecutor(1, "engine"))
         stack.push_async_callback(fleet.close)
         settings = HopSettings(revision, codec.DTYPES[dtype], expert_wait_s)
         demand = DemandCounter(shape.moe_layers, shape.experts)
         hop = Hop(fleet, settings, Hedging(hedge_after_s, retry_budget), demand, NO_TRACER)
         await eventually(lambda: {replica.id for replica in replicas} <= set(fleet.table.replicas))
-        yield LoopbackHop(hop, fleet, watch, registry)
+        lane = LoopbackHop(hop, fleet, watch, registry, thread)
+        idle = asyncio.create_task(lane.idle())
+        try:
+            yield lane
+        finally:
+            idle.cancel()
+            await asyncio.wait([idle])
 
 
 class FakeEngine(engine_pb2_grpc.EngineServicer):

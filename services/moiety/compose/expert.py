@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import logging
 import time
+import uuid
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +19,7 @@ from moiety.expert.service import SERVICE, ExpertService
 from moiety.model.slices import load_experts
 from moiety.wire.channels import Server
 from moiety.wire.codec import torch_dtype
+from moiety.wire.shm_listener import SharedMemoryListener
 
 _log = logging.getLogger(__name__)
 LEDGER_S = 1.0
@@ -53,6 +55,13 @@ async def start(settings: ExpertSettings, replica_id: str, node: str) -> Running
         runtime.start()
         site.closers.push_async_callback(asyncio.to_thread, runtime.stop, settings.drain_s)
         service = ExpertService(runtime, layout.shape, settings.name, of, dtype, site.tracer)
+        server = Server([service.handler()], [SERVICE])
+        if SharedMemoryListener.available():
+            service.unix = f"{SERVICE}-{uuid.uuid4().hex}"
+            server.grpc.add_insecure_port(f"unix-abstract:{service.unix}")
+            doors = SharedMemoryListener(of, service.dtype, service.row_bytes, runtime.mailbox, service.accept)
+            service.shared_memory = doors.name
+            site.closers.push_async_callback(doors.close)
 
         async def publish_busy() -> None:
             await site.registry.publish_busy(replica_id, runtime.load_since_last())
@@ -78,7 +87,7 @@ async def start(settings: ExpertSettings, replica_id: str, node: str) -> Running
                 role=Role.EXPERT,
                 deployment=settings.deployment,
                 revision=of,
-                server=Server([service.handler()], [SERVICE]),
+                server=server,
                 idle=lambda: runtime.idle,
                 healthy=healthy,
                 reconfigure=reconfigure,

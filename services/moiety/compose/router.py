@@ -48,7 +48,7 @@ async def start(settings: RouterSettings, replica_id: str, node: str) -> Running
         watch = Watch(site.registry)
         await watch.start()
         site.closers.push_async_callback(watch.stop)
-        fleet = Fleet(watch, shape, of, DTYPE_NAMES[dtype])
+        fleet = Fleet(watch, shape, of, DTYPE_NAMES[dtype], settings.transport)
         fleet.start()
         site.closers.push_async_callback(fleet.close)
 

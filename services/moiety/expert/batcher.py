@@ -12,6 +12,7 @@ from moiety.core import CallClass
 from moiety.errors import ResourceExhausted
 from moiety.wire.codec import Rows
 from moiety.wire.frames import ForwardCall
+from moiety.wire.mailbox import Mailbox
 
 PREFILL_PATIENCE_S = 0.5  # prefill gives way to decode for this long, so that a busy replica never starves it
 MAX_BATCH_ROWS = 4096  # assignments merged into one batch; bounds the device's scratch memory
@@ -41,18 +42,23 @@ class Waiting:
 
 
 class Batcher:
-    """Per (class, layer) queues. `take` gives all that wait for one layer: decode before prefill, oldest first."""
+    """Per (class, layer) queues. `take` gives all that wait for one layer: decode before prefill, oldest first.
+
+    `put` and `close` may be called from any thread. Whoever takes owns the mailbox, and finds there what else may bring
+    calls: the doorbells of routers in shared memory.
+    """
 
     def __init__(self, limit: int):
+        self.mailbox = Mailbox()
         self._limit = limit
         self._queues: dict[tuple[CallClass, int], deque[Waiting]] = {}
         self._size = 0
         self._closed = False
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
 
     def put(self, waiting: Waiting) -> None:
         """Raises ResourceExhausted when `limit` calls already wait, and after `close`."""
-        with self._changed:
+        with self._lock:
             if self._closed:
                 raise ResourceExhausted("this replica is shutting down", 0.05)
             if self._size >= self._limit:
@@ -60,13 +66,14 @@ class Batcher:
             key = (waiting.call.call_class, waiting.call.layer)
             self._queues.setdefault(key, deque()).append(waiting)
             self._size += 1
-            self._changed.notify()
+        self.mailbox.wake()
 
     def take(self) -> list[Waiting]:
         """Blocks for the next batch; empty when the batcher was closed and drained."""
-        with self._changed:
-            while not self._size and not self._closed:
-                self._changed.wait()
+        self.mailbox.wait(0.0)  # calls that came while the last batch was computed may join this one
+        while not self._size and not self._closed:
+            self.mailbox.wait()
+        with self._lock:
             if not self._size:
                 return []
             patient_until = time.monotonic() - PREFILL_PATIENCE_S
@@ -88,9 +95,9 @@ class Batcher:
 
     def close(self) -> None:
         """No more puts; `take` hands out what is left, then nothing."""
-        with self._changed:
+        with self._lock:
             self._closed = True
-            self._changed.notify_all()
+        self.mailbox.wake()
 
     def __len__(self) -> int:
         return self._size

@@ -16,6 +16,7 @@ from moiety.errors import DeadlineExceeded, MoietyError, NotHeld
 from moiety.expert.batcher import Batcher, Computed, Waiting
 from moiety.wire import codec
 from moiety.wire.frames import ForwardCall
+from moiety.wire.mailbox import Mailbox
 from moiety_kernels.expert_mlp import ExpertWeights, grouped_expert_mlp
 
 _log = logging.getLogger(__name__)
@@ -109,6 +110,11 @@ class Runtime:
         """Finishes what is queued, then ends the thread."""
         self._batcher.close()
         self._thread.join(timeout_s)
+
+    @property
+    def mailbox(self) -> Mailbox:
+        """What the runtime's thread waits for: calls may be brought to it without another thread between."""
+        return self._batcher.mailbox
 
     @property
     def alive(self) -> bool:

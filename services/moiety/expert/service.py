@@ -23,7 +23,7 @@ from moiety.telemetry.names import Attribute, SpanName
 from moiety.telemetry.tracing import Tracer
 from moiety.wire import codec, experts_pb2
 from moiety.wire.channels import MAX_MESSAGE_BYTES
-from moiety.wire.frames import parse_call
+from moiety.wire.frames import Answerer, ForwardCall, parse_call
 
 SERVICE = "moiety.v1.Experts"
 
@@ -37,15 +37,17 @@ _OUTCOMES: tuple[tuple[type[MoietyError], experts_pb2.Outcome], ...] = (
 
 
 class ExpertService:
-    """moiety.v1.Experts. Frames pass through gRPC as raw bytes, see `wire/codec.py`."""
+    """moiety.v1.Experts, and the one way in for calls however they come. Frames pass through gRPC as raw bytes."""
 
     def __init__(
         self, runtime: Runtime, shape: ModelShape, model: str, revision: str, dtype: torch.dtype, tracer: Tracer
     ):
         self._runtime, self._shape, self._model, self._revision, self._tracer = runtime, shape, model, revision, tracer
-        self._dtype = codec.DTYPE_NAMES[dtype]
-        self._row_bytes = shape.mlp.hidden * dtype.itemsize
+        self.dtype = codec.DTYPE_NAMES[dtype]
+        self.row_bytes = shape.mlp.hidden * dtype.itemsize
         self.open_streams = 0
+        self.shared_memory = ""  # where routers of this node may knock, see DescribeResponse
+        self.unix = ""
 
     def handler(self) -> grpc.GenericRpcHandler:
         """To be added to a server under its service name."""
@@ -64,12 +66,14 @@ class ExpertService:
         return experts_pb2.DescribeResponse(
             model=self._model,
             revision=self._revision,
-            dtype=self._dtype,
+            dtype=self.dtype,
             hidden=self._shape.mlp.hidden,
             wire_version=WIRE_VERSION,
             held=str(held),
             placement_epoch=epoch,
             max_message_bytes=MAX_MESSAGE_BYTES,
+            shared_memory=self.shared_memory,
+            unix=self.unix,
         )
 
     async def _forward(self, frames: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> None:
@@ -88,12 +92,15 @@ class ExpertService:
             if not outstanding:
                 idle.set()
 
+        def reply(frame: bytes) -> None:
+            loop.call_soon_threadsafe(answered, frame)
+
         self.open_streams += 1
         try:
             async for frame in frames:
                 outstanding += 1
                 idle.clear()
-                self._accept(frame, lambda reply: loop.call_soon_threadsafe(answered, reply))
+                self._accept_frame(frame, reply)
             await idle.wait()
             replies.put_nowait(None)
             await writer
@@ -101,45 +108,51 @@ class ExpertService:
             self.open_streams -= 1
             writer.cancel()
 
-    def _accept(self, frame: bytes, reply: Callable[[bytes], object]) -> None:
+    def _accept_frame(self, frame: bytes, reply: Callable[[bytes], None]) -> None:
         """Hands one frame to the runtime; every path ends in exactly one `reply`."""
         try:
             header, payload = codec.decode(experts_pb2.ForwardRequest, frame)
         except InvalidRequest as error:
             reply(codec.encode(experts_pb2.ForwardReply(outcome=experts_pb2.OUTCOME_INVALID, detail=str(error))))
             return
+        self.accept(header, payload, lambda header, rows: reply(codec.encode(header, rows)))
+
+    def accept(self, header: experts_pb2.ForwardRequest, payload: memoryview, answer: Answerer) -> None:
+        """Hands one call to the runtime; every path ends in exactly one `answer`. `payload` is read until then."""
         try:
             if header.revision != self._revision:
                 raise RevisionMismatch(
                     f"this replica serves revision {self._revision}, not {header.revision or '(none)'}"
                 )
             call = parse_call(
-                header, payload, dtype=self._dtype, hidden=self._shape.mlp.hidden, row_bytes=self._row_bytes
+                header, payload, dtype=self.dtype, hidden=self._shape.mlp.hidden, row_bytes=self.row_bytes
             )
 
             def done(result: Computed | BaseException) -> None:
-                reply(self._reply(header, result))
+                answer(*self._reply(call, result))
                 self._trace(waiting, result)
 
             waiting = Waiting(call, done)
             self._runtime.submit(waiting)
         except MoietyError as error:
-            reply(self._reply(header, error))
+            answer(*self._reply(header, error))
 
-    def _reply(self, header: experts_pb2.ForwardRequest, result: Computed | BaseException) -> bytes:
+    def _reply(
+        self, to: experts_pb2.ForwardRequest | ForwardCall, result: Computed | BaseException
+    ) -> tuple[experts_pb2.ForwardReply, codec.Rows | None]:
         reply = experts_pb2.ForwardReply(
-            call_id=header.call_id, attempt=header.attempt, revision=self._revision, held_epoch=self._runtime.holding[1]
+            call_id=to.call_id, attempt=to.attempt, revision=self._revision, held_epoch=self._runtime.holding[1]
         )
         if isinstance(result, BaseException):
             reply.outcome = next((o for kind, o in _OUTCOMES if isinstance(result, kind)), experts_pb2.OUTCOME_FAILED)
             reply.detail = str(result)
-            return codec.encode(reply)
+            return reply, None
         reply.rows = len(result.payload)
         reply.activated_experts = result.activated_experts
         reply.batch_rows = result.batch_rows
         reply.queue_ms = result.queue_ms
         reply.compute_ms = result.compute_ms
-        return codec.encode(reply, result.payload)
+        return reply, result.payload
 
     def _trace(self, waiting: Waiting, result: Computed | BaseException) -> None:
         """The spans of one call, made after the fact and only for a sampled hop: expert -> queue, kernel."""

@@ -33,16 +33,17 @@ def request_for(
 
     Who it is from, and what it is of, is left for the caller to fill in.
     """
-    tokens, counts = np.unique(assignments // top_k, return_counts=True)
+    token_of = assignments // top_k  # ascending, as the assignments are
+    starts = np.flatnonzero(np.concatenate(([True], token_of[1:] != token_of[:-1])))  # of each token's run
     prefill = call_class is CallClass.PREFILL
     request = experts_pb2.ForwardRequest(
-        rows=len(tokens),
-        k_offsets=codec.int32_bytes(np.concatenate(([0], np.cumsum(counts)))),
+        rows=len(starts),
+        k_offsets=codec.int32_bytes(np.concatenate((starts, [len(assignments)]))),
         experts=codec.int32_bytes(experts[assignments]),
         call_class=experts_pb2.CALL_CLASS_PREFILL if prefill else experts_pb2.CALL_CLASS_DECODE,
         deadline_ms=int(CALL_TIMEOUT_S * 1000),
     )
-    return request, tokens
+    return request, token_of[starts]
 
 
 def outcome_name(outcome: int) -> str:

@@ -268,6 +268,7 @@ class Engine:
                     self._end(sequence, Emitted(error=MoietyError(f"the step failed: {type(error).__name__}: {error}")))
                 continue
             if not worked:
+                self._hop.poll()
                 with self._changed:
                     self._changed.wait_for(lambda: self._stopping or self._arrived, timeout=0.1)
         self._admit()

@@ -1,6 +1,7 @@
-"""The expert replicas a router can reach: follows the registry, keeps one open stream each, and publishes the table.
+"""The expert replicas a router can reach: follows the registry, keeps one open link each, and publishes the table.
 
-Runs on the router's asyncio loop. The engine's thread only reads `table` (replaced whole, never changed) and `send`s.
+Runs on the router's asyncio loop. The engine's thread, which owns the mailbox, reads `table` (replaced whole, never
+changed), `send`s and is answered.
 """
 
 from __future__ import annotations
@@ -8,19 +9,22 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from operator import ne
 
-from moiety.core import WIRE_VERSION, ExpertSet, ModelShape, Replica, ReplicaState, Role
-from moiety.errors import InvalidRequest, MoietyError, PeerLost
+import numpy as np
+
+from moiety.core import WIRE_VERSION, ExpertSet, ModelShape, Replica, ReplicaState, Role, Transport
+from moiety.errors import FailedPrecondition, InvalidRequest, MoietyError, PeerLost, ResourceExhausted
 from moiety.load.watch import Watch
 from moiety.policy.dispatch import Table
 from moiety.wire.codec import Rows
-from moiety.wire.expert_stream import Answer, ExpertStream, Reply
-from moiety.wire.experts_pb2 import DescribeResponse, ForwardRequest
+from moiety.wire.expert_link import ExpertLink
+from moiety.wire.experts_pb2 import OUTCOME_OVERLOADED, DescribeResponse, ForwardReply, ForwardRequest
+from moiety.wire.mailbox import Mailbox
+from moiety.wire.transport import Answer, Reply
 
 _log = logging.getLogger(__name__)
 
@@ -29,23 +33,25 @@ REDIAL_S = 0.25  # a registered replica that does not answer is dialled again th
 
 
 class Fleet:
-    """Live expert replicas of one revision. A replica leaves the table the moment its stream breaks."""
+    """Live expert replicas of one revision. A replica leaves the table the moment its connection breaks."""
 
-    def __init__(self, watch: Watch, shape: ModelShape, revision: str, dtype: str):
+    def __init__(
+        self, watch: Watch, shape: ModelShape, revision: str, dtype: str, transport: Transport = Transport.AUTO
+    ):
+        self.mailbox = Mailbox()  # the engine thread's: answers come there, and changes of the table
         self.table = Table.build(0, {}, shape.moe_layers, shape.experts)
         self._watch, self._shape, self._revision, self._dtype = watch, shape, revision, dtype
-        self._streams: dict[str, ExpertStream] = {}
+        self._transport = transport
+        self._links: dict[str, ExpertLink] = {}
         self._held: dict[str, ExpertSet] = {}
         self._epochs: dict[str, int] = {}  # placement epoch that `_held` is of
         self._deployments: dict[str, str] = {}
         self._refused: dict[str, str] = {}  # replica id -> why, so that it is told once
-        self._listeners: list[Callable[[], None]] = []
-        self._listeners_lock = threading.Lock()
+        self._listeners: list[Callable[[], None]] = []  # the engine thread's
         self._dialling: dict[str, asyncio.Task[None]] = {}
         self._task: asyncio.Task[None] | None = None
         self.suspects: set[str] = set()  # replicas that a hedge overtook and that have not answered since
-        self._unanswered: set[int] = set()  # ids of calls in flight, overtaken ones too
-        self._answers_lock = threading.Lock()  # of the two above: calls are sent and answered on different threads
+        self._unanswered: set[int] = set()  # ids of calls in flight, overtaken ones too; the engine thread's
         self._loop = asyncio.get_running_loop()
         self._call_ids = itertools.count(1)
 
@@ -57,18 +63,13 @@ class Fleet:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await asyncio.gather(*(stream.close() for stream in self._streams.values()))
+        await asyncio.gather(*(link.close() for link in self._links.values()))
+        await asyncio.to_thread(self.mailbox.drain)
 
     def listen(self, changed: Callable[[], None]) -> Callable[[], None]:
-        """Calls `changed` (from the loop) after every new table, until the returned function is called. Any thread."""
-        with self._listeners_lock:
-            self._listeners.append(changed)
-
-        def stop() -> None:
-            with self._listeners_lock:
-                self._listeners.remove(changed)
-
-        return stop
+        """Calls `changed` after every new table, until the returned function is called. All on the engine thread."""
+        self._listeners.append(changed)
+        return partial(self._listeners.remove, changed)
 
     def next_call_id(self) -> int:
         """Unique among all calls of this router, whichever lane asks."""
@@ -77,41 +78,49 @@ class Fleet:
     def deployment_of(self, replica_id: str) -> str:
         return self._deployments.get(replica_id, "")
 
-    def send(self, replica_id: str, header: ForwardRequest, payload: Rows, answer: Answer) -> None:
-        """Sends one call, from any thread; a replica that has just left answers PeerLost like any other loss."""
+    def send(
+        self, replica_id: str, header: ForwardRequest, rows: Rows, tokens: np.ndarray, reply_rows: int, answer: Answer
+    ) -> None:
+        """Sends rows[tokens] as one call. `answer` is called once, on the engine thread and never from in here; a
+        replica that has just left answers PeerLost like any other loss, one whose room is full OVERLOADED.
+        """
         call_id = header.call_id
-        if (stream := self._streams.get(replica_id)) is None:
-            answer(PeerLost(f"replica {replica_id} has left"))
+        if (link := self._links.get(replica_id)) is None:
+            self.mailbox.post(partial(answer, PeerLost(f"replica {replica_id} has left")))
             return
+        try:
+            buffer = link.connection.acquire(header, rows=len(tokens), row_bytes=rows.itemsize, reply_rows=reply_rows)
+        except ResourceExhausted as error:
+            full = ForwardReply(outcome=OUTCOME_OVERLOADED, detail=str(error))
+            self.mailbox.post(partial(answer, Reply(full, memoryview(b""))))
+            return
+        rows.take(tokens, out=buffer.rows, mode="clip")
 
         def heard(result: Reply | PeerLost) -> None:
-            with self._answers_lock:
-                self._unanswered.discard(call_id)
-                if isinstance(result, Reply):
-                    self.suspects.discard(replica_id)
+            self._unanswered.discard(call_id)
+            if isinstance(result, Reply):
+                self.suspects.discard(replica_id)
             answer(result)
 
-        with self._answers_lock:
-            self._unanswered.add(call_id)
-        stream.send(header, payload, heard)
+        self._unanswered.add(call_id)
+        buffer.send(heard)
 
     def suspect(self, replica_id: str, call_id: int) -> None:
-        """A hedge overtook this call: its replica is avoided until it answers, unless it just has. From any thread."""
-        with self._answers_lock:
-            if call_id in self._unanswered:
-                self.suspects.add(replica_id)
+        """A hedge overtook this call: its replica is avoided until it answers, unless it just has. Engine thread."""
+        if call_id in self._unanswered:
+            self.suspects.add(replica_id)
 
     def refresh(self, replica_id: str) -> None:
         """Asks a replica again what it holds, after it answered NOT_HELD. From any thread."""
         asyncio.run_coroutine_threadsafe(self._describe_again(replica_id), self._loop)
 
     def give_up(self, replica_id: str) -> None:
-        """Breaks the stream of a replica that no longer answers calls; it is dialled again. From any thread."""
-        if stream := self._streams.get(replica_id):
-            asyncio.run_coroutine_threadsafe(stream.close(), self._loop)
+        """Breaks the link to a replica that no longer answers calls; it is dialled again. From any thread."""
+        if link := self._links.get(replica_id):
+            asyncio.run_coroutine_threadsafe(link.close(), self._loop)
 
     async def _follow(self) -> None:
-        """Dials what the registry lists and forgets what both the registry and its stream have given up."""
+        """Dials what the registry lists and forgets what both the registry and its link have given up."""
         while True:
             listed_now = self._watch.replicas
             listed = {replica.id: replica for replica in listed_now if replica.role is Role.EXPERT}
@@ -122,7 +131,7 @@ class Fleet:
                 elif replica.id in self._held and replica.placement_epoch > self._epochs[replica.id]:
                     self._hold(replica.id, replica.held, replica.placement_epoch)
             for replica_id in [r for r, listed_one in listed.items() if listed_one.state is ReplicaState.DRAINING]:
-                if self._held.pop(replica_id, None) is not None:  # no new calls; those in flight finish on its stream
+                if self._held.pop(replica_id, None) is not None:  # no new calls; those in flight finish on its link
                     self._publish()
             with suppress(TimeoutError):
                 async with asyncio.timeout(REDIAL_S):
@@ -133,7 +142,8 @@ class Fleet:
             return False
         if replica.revision == self._revision and replica.wire_version == WIRE_VERSION:
             return True
-        self._refuse(replica, f"it serves revision {replica.revision}, wire version {replica.wire_version}")
+        told = f"it serves revision {replica.revision}, wire version {replica.wire_version}"
+        self._refuse(replica, f"{told}; ours is {self._revision}")
         return False
 
     def _forget(self, replica_id: str, _: asyncio.Task[None]) -> None:
@@ -142,9 +152,13 @@ class Fleet:
     async def _serve(self, replica: Replica) -> None:
         """One replica's whole life here: handshake, in the table, gone."""
         try:
-            stream = await ExpertStream.open(replica.address, HANDSHAKE_S)
+            link = await ExpertLink.open(replica.address, HANDSHAKE_S, self.mailbox, self._transport)
         except InvalidRequest as error:
             self._refuse(replica, f"its Describe cannot be read: {error}")
+            await asyncio.sleep(REDIAL_S)
+            return
+        except FailedPrecondition as error:
+            self._refuse(replica, f"with the setting transport = {self._transport}, {error}")
             await asyncio.sleep(REDIAL_S)
             return
         except MoietyError as error:
@@ -152,24 +166,26 @@ class Fleet:
             await asyncio.sleep(REDIAL_S)
             return
         try:
-            if problem := self._mismatch(stream.description):
-                self._refuse(replica, problem)
+            if problem := self._mismatch(link.description):
+                self._refuse(replica, f"{problem}; ours is {self._revision}")
                 await asyncio.sleep(REDIAL_S)
                 return
-            self._streams[replica.id] = stream
+            self._links[replica.id] = link
             self._deployments[replica.id] = replica.deployment
-            self._hold(replica.id, stream.held, stream.description.placement_epoch)
-            _log.info("replica %s (%s) at %s is in", replica.id, replica.deployment, replica.address)
-            await stream.closed.wait()
+            self._hold(replica.id, link.held, link.description.placement_epoch)
+            _log.info(
+                "replica %s (%s) at %s is in, over %s", replica.id, replica.deployment, replica.address, link.transport
+            )
+            await link.connection.closed.wait()
             _log.warning("replica %s (%s) at %s is lost", replica.id, replica.deployment, replica.address)
         finally:
-            self._streams.pop(replica.id, None)
+            self._links.pop(replica.id, None)
             self.suspects.discard(replica.id)
             self._deployments.pop(replica.id, None)
             self._epochs.pop(replica.id, None)
             if self._held.pop(replica.id, None) is not None:
                 self._publish()
-            await stream.close()
+            await link.close()
 
     def _mismatch(self, told: DescribeResponse) -> str:
         if told.revision != self._revision:
@@ -179,15 +195,15 @@ class Fleet:
         return ""
 
     async def _describe_again(self, replica_id: str) -> None:
-        if (stream := self._streams.get(replica_id)) is None:
+        if (link := self._links.get(replica_id)) is None:
             return
         try:
-            await stream.describe(HANDSHAKE_S)
+            await link.describe(HANDSHAKE_S)
         except MoietyError as error:
             _log.warning("replica %s does not say what it holds: %s", replica_id, error)
             return
         if replica_id in self._held:
-            self._hold(replica_id, stream.held, stream.description.placement_epoch)
+            self._hold(replica_id, link.held, link.description.placement_epoch)
 
     def _hold(self, replica_id: str, held: ExpertSet, epoch: int) -> None:
         """Notes what a replica holds. The registry may lag behind what Describe told; the epoch says which is newer."""
@@ -199,14 +215,13 @@ class Fleet:
     def _publish(self) -> None:
         version = self.table.version + 1
         self.table = Table.build(version, dict(self._held), self._shape.moe_layers, self._shape.experts)
-        with self._listeners_lock:
-            listeners: Sequence[Callable[[], None]] = tuple(self._listeners)
-        for changed in listeners:
+        self.mailbox.post(self._tell_listeners)
+
+    def _tell_listeners(self) -> None:
+        for changed in tuple(self._listeners):
             changed()
 
     def _refuse(self, replica: Replica, why: str) -> None:
         if self._refused.get(replica.id) != why:
             self._refused[replica.id] = why
-            _log.warning(
-                "replica %s (%s) is left out: %s; ours is %s", replica.id, replica.deployment, why, self._revision
-            )
+            _log.warning("replica %s (%s) is left out: %s", replica.id, replica.deployment, why)

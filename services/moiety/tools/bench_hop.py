@@ -1,13 +1,13 @@
 """`moiety bench hop`: what a call to an expert replica costs beyond the experts' own time.
 
-As in a router, a thread that computes sends on an ExpertStream, and the answer wakes it. The replica is a real one, of a
-tiny model with wide rows. A unary gRPC echo of the same bytes runs in turns with it, as the baseline.
+As in a router, a thread that computes sends on a connection and waits at its mailbox for the answer. The replica is a real
+one, of a tiny model with wide rows, called by each transport in turn. A unary gRPC echo of the same bytes takes turns with
+them, as the baseline.
 """
 
 from __future__ import annotations
 
 import asyncio
-import queue
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
@@ -18,14 +18,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from moiety.errors import MoietyError
+from moiety.core import Transport
+from moiety.errors import MoietyError, PeerLost, Unavailable
 from moiety.local import LocalCluster
 from moiety.model.tiny import write_tiny
 from moiety.tools.bench_echo import Echo, echo_process
 from moiety.tools.bench_report import percentile, table
 from moiety.wire import codec
-from moiety.wire.expert_stream import ExpertStream, Reply
+from moiety.wire.expert_link import ExpertLink
 from moiety.wire.experts_pb2 import OUTCOME_OK, ForwardRequest, Outcome
+from moiety.wire.mailbox import Mailbox
+from moiety.wire.transport import Reply
 
 HIDDEN = 2048
 ROW_KIB = HIDDEN * 2 // 1024  # bfloat16
@@ -39,14 +42,16 @@ _MODEL: Mapping[str, Any] = {
     "dtype": "bfloat16",
 }
 WARM_UP = 20
+TRANSPORTS = (Transport.SHM, Transport.UNIX, Transport.GRPC)
 ANSWER_S = 10.0
 _MS = 1000.0
 
 
 @dataclass(frozen=True, slots=True)
 class HopRow:
-    """One payload size. `call` is send to answer, `expert` queue and compute as the reply tells, `hop` the rest."""
+    """One payload size over one transport. `call` is send to answer, `expert` queue and compute as told, `hop` the rest."""
 
+    transport: str
     payload_kib: int
     calls: int
     call_p50_ms: float
@@ -65,7 +70,7 @@ async def bench_hop(
     rounds: int,
     progress: Callable[[str], None] = lambda _: None,
 ) -> tuple[HopRow, ...]:
-    """One row per size, each a multiple of ROW_KIB, from `calls` calls in each of `rounds` rounds."""
+    """One row per size (each a multiple of ROW_KIB) and transport, from `calls` calls in each of `rounds` rounds."""
     async with AsyncExitStack() as stack:
         folder = stack.enter_context(TemporaryDirectory(prefix="moiety-bench-"))
         progress(f"model: writing a qwen3_moe with rows of {ROW_KIB} KiB")
@@ -74,24 +79,30 @@ async def bench_hop(
         cluster = await stack.enter_async_context(LocalCluster(folder, groups=1))
         echo = await stack.enter_async_context(echo_process())
         stack.callback(progress, "stop: ending the processes")
-        stream = await ExpertStream.open(cluster.experts(0)[0].replica.address, ANSWER_S)
-        stack.push_async_callback(stream.close)
-        caller = _Caller(stream)
-        rows = []
+        address = cluster.experts(0)[0].replica.address
+        callers = []
+        for transport in TRANSPORTS:
+            mailbox = Mailbox()
+            link = await ExpertLink.open(address, ANSWER_S, mailbox, transport)
+            stack.callback(mailbox.drain)
+            stack.push_async_callback(link.close)
+            callers.append(_Caller(link, mailbox))
+        rows: list[HopRow] = []
         for size in payload_kib:
             progress(f"measure: {size} KiB, {rounds} rounds of {calls} calls each way")
-            rows.append(await _measure(caller, echo, size, calls, rounds))
+            rows += await _measure(callers, echo, size, calls, rounds)
         return tuple(rows)
 
 
 def hop_lines(rows: Sequence[HopRow]) -> Iterator[str]:
     """The result for people."""
-    header = ("KiB", "call p50", "expert p50", "hop p50", "hop p99", "echo p50", "echo p99", "hop/echo")
+    header = ("KiB", "transport", "call p50", "expert p50", "hop p50", "hop p99", "echo p50", "echo p99", "hop/echo")
     yield from table(
         header,
         [
             (
                 str(row.payload_kib),
+                row.transport,
                 f"{row.call_p50_ms:.3f}",
                 f"{row.expert_p50_ms:.3f}",
                 f"{row.hop_p50_ms:.3f}",
@@ -107,11 +118,11 @@ def hop_lines(rows: Sequence[HopRow]) -> Iterator[str]:
 
 
 class _Caller:
-    """Makes calls as a router's engine thread does: one at a time, woken through a queue."""
+    """Makes calls as a router's engine thread does, one at a time."""
 
-    def __init__(self, stream: ExpertStream):
-        self._stream = stream
-        self._answers: queue.SimpleQueue[object] = queue.SimpleQueue()
+    def __init__(self, link: ExpertLink, mailbox: Mailbox):
+        self.transport = link.transport
+        self._link, self._mailbox = link, mailbox
         self._count = 0
 
     def run(self, payload: codec.Rows, calls: int) -> list[tuple[float, float]]:
@@ -121,39 +132,61 @@ class _Caller:
     def _once(self, payload: codec.Rows) -> tuple[float, float]:
         self._count += 1
         rows = len(payload)
+        told = self._link.description
         header = ForwardRequest(
             call_id=self._count,
-            revision=self._stream.description.revision,
+            revision=told.revision,
             rows=rows,
             k_offsets=codec.int32_bytes(np.arange(rows + 1)),
             experts=codec.int32_bytes(np.zeros(rows)),
-            dtype=self._stream.description.dtype,
+            dtype=told.dtype,
         )
+        answers: list[Reply | PeerLost] = []
+        into = np.empty_like(payload)
+
+        def answered(answer: Reply | PeerLost) -> None:
+            if isinstance(answer, Reply) and len(answer.payload) == payload.nbytes:
+                into[:] = codec.rows_in(answer.payload, payload.itemsize)
+            answers.append(answer)
+
         began = time.perf_counter()
-        self._stream.send(header, payload, self._answers.put)
-        answer = self._answers.get(timeout=ANSWER_S)
+        buffer = self._link.connection.acquire(header, rows=rows, row_bytes=payload.itemsize, reply_rows=rows)
+        buffer.rows[:] = payload
+        buffer.send(answered)
+        while not answers:
+            self._mailbox.wait(ANSWER_S)
+            if time.perf_counter() - began > ANSWER_S:
+                raise Unavailable(f"no answer within {ANSWER_S:g} s")
         took_ms = (time.perf_counter() - began) * _MS
-        if not isinstance(answer, Reply):
-            raise answer if isinstance(answer, MoietyError) else TypeError(f"not an answer: {answer!r}")
+        answer = answers[0]
+        if isinstance(answer, PeerLost):
+            raise answer
         reply = answer.header
-        if reply.outcome != OUTCOME_OK or len(answer.payload) != payload.nbytes:
+        if reply.outcome != OUTCOME_OK or reply.rows != rows:
             raise MoietyError(f"the replica answered {Outcome.Name(reply.outcome)}: {reply.detail}")
         return took_ms, reply.queue_ms + reply.compute_ms
 
 
-async def _measure(caller: _Caller, echo: Echo, size_kib: int, calls: int, rounds: int) -> HopRow:
+async def _measure(callers: Sequence[_Caller], echo: Echo, size_kib: int, calls: int, rounds: int) -> list[HopRow]:
     payload = codec.rows_of(torch.randn(size_kib // ROW_KIB, HIDDEN).to(torch.bfloat16))
     frame = payload.tobytes()
-    await asyncio.to_thread(caller.run, payload, WARM_UP)
+    for caller in callers:
+        await asyncio.to_thread(caller.run, payload, WARM_UP)
     await _echo_times(echo, frame, WARM_UP)
-    samples: list[tuple[float, float]] = []
+    samples: dict[Transport, list[tuple[float, float]]] = {caller.transport: [] for caller in callers}
     echoes: list[float] = []
     for _ in range(rounds):
-        samples += await asyncio.to_thread(caller.run, payload, calls)
+        for caller in callers:
+            samples[caller.transport] += await asyncio.to_thread(caller.run, payload, calls)
         echoes += await _echo_times(echo, frame, calls)
+    return [_row(transport, size_kib, of, echoes) for transport, of in samples.items()]
+
+
+def _row(transport: Transport, size_kib: int, samples: list[tuple[float, float]], echoes: list[float]) -> HopRow:
     hops = [call - expert for call, expert in samples]
     hop_p50, echo_p50 = percentile(hops, 50), percentile(echoes, 50)
     return HopRow(
+        transport=transport.value,
         payload_kib=size_kib,
         calls=len(samples),
         call_p50_ms=percentile([call for call, _ in samples], 50),

@@ -39,7 +39,7 @@ class DescribeRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class DescribeResponse(_message.Message):
-    __slots__ = ("model", "revision", "dtype", "hidden", "wire_version", "held", "placement_epoch", "max_message_bytes")
+    __slots__ = ("model", "revision", "dtype", "hidden", "wire_version", "held", "placement_epoch", "max_message_bytes", "shared_memory", "unix")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     REVISION_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
@@ -48,6 +48,8 @@ class DescribeResponse(_message.Message):
     HELD_FIELD_NUMBER: _ClassVar[int]
     PLACEMENT_EPOCH_FIELD_NUMBER: _ClassVar[int]
     MAX_MESSAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SHARED_MEMORY_FIELD_NUMBER: _ClassVar[int]
+    UNIX_FIELD_NUMBER: _ClassVar[int]
     model: str
     revision: str
     dtype: str
@@ -56,7 +58,27 @@ class DescribeResponse(_message.Message):
     held: str
     placement_epoch: int
     max_message_bytes: int
-    def __init__(self, model: _Optional[str] = ..., revision: _Optional[str] = ..., dtype: _Optional[str] = ..., hidden: _Optional[int] = ..., wire_version: _Optional[int] = ..., held: _Optional[str] = ..., placement_epoch: _Optional[int] = ..., max_message_bytes: _Optional[int] = ...) -> None: ...
+    shared_memory: str
+    unix: str
+    def __init__(self, model: _Optional[str] = ..., revision: _Optional[str] = ..., dtype: _Optional[str] = ..., hidden: _Optional[int] = ..., wire_version: _Optional[int] = ..., held: _Optional[str] = ..., placement_epoch: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., shared_memory: _Optional[str] = ..., unix: _Optional[str] = ...) -> None: ...
+
+class SharedMemoryHello(_message.Message):
+    __slots__ = ("wire_version", "revision", "dtype")
+    WIRE_VERSION_FIELD_NUMBER: _ClassVar[int]
+    REVISION_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    wire_version: int
+    revision: str
+    dtype: str
+    def __init__(self, wire_version: _Optional[int] = ..., revision: _Optional[str] = ..., dtype: _Optional[str] = ...) -> None: ...
+
+class SharedMemoryWelcome(_message.Message):
+    __slots__ = ("accepted", "refusal")
+    ACCEPTED_FIELD_NUMBER: _ClassVar[int]
+    REFUSAL_FIELD_NUMBER: _ClassVar[int]
+    accepted: bool
+    refusal: str
+    def __init__(self, accepted: _Optional[bool] = ..., refusal: _Optional[str] = ...) -> None: ...
 
 class ForwardRequest(_message.Message):
     __slots__ = ("payload_bytes", "call_id", "attempt", "revision", "placement_epoch", "layer", "rows", "k_offsets", "experts", "dtype", "return_mode", "call_class", "deadline_ms", "traceparent", "payload")

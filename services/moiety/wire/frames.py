@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +11,9 @@ from moiety.core import CallClass
 from moiety.errors import InvalidRequest
 from moiety.wire import codec
 from moiety.wire.deadline import Deadline
-from moiety.wire.experts_pb2 import CALL_CLASS_PREFILL, RETURN_MODE_ROWS, ForwardRequest
+from moiety.wire.experts_pb2 import CALL_CLASS_PREFILL, RETURN_MODE_ROWS, ForwardReply, ForwardRequest
+
+Answerer = Callable[[ForwardReply, codec.Rows | None], None]  # takes the one answer to a call
 
 
 @dataclass(frozen=True, slots=True)

@@ -253,7 +253,7 @@ def test_a_replica_of_another_revision_is_left_out():
 
 def test_a_message_never_outgrows_the_transport(monkeypatch: pytest.MonkeyPatch):
     """Rows beyond the bound of a message go in several, and all arrive."""
-    monkeypatch.setattr("moiety.router.hop.MAX_CALL_BYTES", 2 * 8 * 4)  # two rows of eight float32
+    monkeypatch.setattr("moiety.router.pending.MAX_CALL_BYTES", 2 * 8 * 4)  # two rows of eight float32
     only = holder("only")
 
     async def scenario(lane: LoopbackHop) -> None:

@@ -1,0 +1,117 @@
+"""The router's end of one expert replica: what it says of itself, and the connection that carries calls to it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+
+import grpc
+
+from moiety.core import ExpertSet, Transport
+from moiety.errors import FailedPrecondition, InvalidRequest, MoietyError
+from moiety.wire import status
+from moiety.wire.channels import channel
+from moiety.wire.experts_pb2 import DescribeRequest, DescribeResponse
+from moiety.wire.grpc_connection import GrpcConnection
+from moiety.wire.mailbox import Mailbox
+from moiety.wire.shm_connection import SharedMemoryConnection
+from moiety.wire.shm_segment import AVAILABLE
+from moiety.wire.transport import Connection
+
+_log = logging.getLogger(__name__)
+
+
+class ExpertLink:
+    """An open connection and a channel for Describe. Made, asked and closed on one asyncio loop."""
+
+    def __init__(
+        self,
+        description: DescribeResponse,
+        held: ExpertSet,
+        transport: Transport,
+        connection: Connection,
+        channels: list[grpc.aio.Channel],
+    ):
+        self.description, self.held = description, held  # as the replica told last
+        self.transport, self.connection = transport, connection
+        self._channels = channels
+
+    @classmethod
+    async def open(
+        cls, address: str, timeout_s: float, mailbox: Mailbox, transport: Transport = Transport.AUTO
+    ) -> ExpertLink:
+        """Connects and shakes hands within `timeout_s`. The answers of calls are posted to `mailbox`.
+
+        `auto` is shared memory where the replica can be reached by it, else gRPC. Raises PeerLost, what Describe
+        answered, InvalidRequest where what it says it holds cannot be read, FailedPrecondition where it cannot be
+        reached by the transport that is asked for.
+        """
+        channels = [channel(address)]
+        try:
+            description, held = await _describe(channels[0], timeout_s)
+            if transport in (Transport.AUTO, Transport.SHM):
+                try:
+                    connection = await _shared_memory(description, mailbox, timeout_s)
+                    return cls(description, held, Transport.SHM, connection, channels)
+                except MoietyError as error:
+                    if transport is Transport.SHM:
+                        raise FailedPrecondition(f"{address} cannot be reached by shared memory: {error}") from None
+                    _log.debug("%s is reached by gRPC, not by shared memory: %s", address, error)
+            if transport is Transport.UNIX:
+                address = await _unix(description, address)
+                channels.append(channel(address))
+            used = transport if transport is Transport.UNIX else Transport.GRPC
+            return cls(description, held, used, GrpcConnection(address, channels[-1], mailbox), channels)
+        except BaseException:
+            await asyncio.gather(*(each.close() for each in channels))
+            raise
+
+    async def describe(self, timeout_s: float) -> DescribeResponse:
+        """Asks again what the replica holds, after it said NOT_HELD. Raises PeerLost, what Describe answered, or
+        InvalidRequest.
+        """
+        self.description, self.held = await _describe(self._channels[0], timeout_s)
+        return self.description
+
+    async def close(self) -> None:
+        """Whatever is unanswered gets PeerLost."""
+        await self.connection.close()
+        await asyncio.gather(*(each.close() for each in self._channels))
+
+
+async def _shared_memory(told: DescribeResponse, mailbox: Mailbox, timeout_s: float) -> SharedMemoryConnection:
+    if not told.shared_memory:
+        raise FailedPrecondition("it does not offer it")
+    if not AVAILABLE:
+        raise FailedPrecondition("this system has no memfd_create")
+    return await SharedMemoryConnection.open(told, mailbox, timeout_s)
+
+
+async def _unix(told: DescribeResponse, address: str) -> str:
+    """The address of the replica's unix socket, once it is known to be one of this node's."""
+    if not told.unix:
+        raise FailedPrecondition(f"{address} offers no unix socket")
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.setblocking(False)
+        try:
+            await asyncio.get_running_loop().sock_connect(probe, f"\0{told.unix}")
+        except OSError as error:
+            raise FailedPrecondition(f"{address} cannot be reached by its unix socket: {error}") from None
+    return f"unix-abstract:{told.unix}"
+
+
+async def _describe(grpc_channel: grpc.aio.Channel, timeout_s: float) -> tuple[DescribeResponse, ExpertSet]:
+    call = grpc_channel.unary_unary(
+        "/moiety.v1.Experts/Describe",
+        request_serializer=DescribeRequest.SerializeToString,
+        response_deserializer=DescribeResponse.FromString,
+    )
+    try:
+        description = await call(DescribeRequest(), timeout=timeout_s)
+    except grpc.RpcError as error:
+        raise status.error_of(error) from None
+    try:
+        return description, ExpertSet.parse(description.held)
+    except ValueError as error:
+        raise InvalidRequest("held", description.held, f"a set of experts: {error}") from None

@@ -1,0 +1,106 @@
+"""What one computing thread waits for, in one place: sockets of its own, and actions that other threads post to it.
+
+The thread that computes also reads its sockets and handles what comes: no second thread stands between a doorbell and
+the work it rings for. On this path a hand-over between threads costs more than everything else together.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import selectors
+import socket
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+
+_log = logging.getLogger(__name__)
+
+READABLE, WRITABLE = selectors.EVENT_READ, selectors.EVENT_WRITE
+
+
+class Mailbox:
+    """Belongs to the one thread that waits here, the owner; other threads only `post`, `wake` and `drain`."""
+
+    def __init__(self) -> None:
+        self._posted: deque[Callable[[], None]] = deque()
+        self._asleep = False  # the owner is about to block, or does: a post must wake it
+        self._selector = selectors.DefaultSelector()
+        woken, self._waker = os.pipe()
+        for end in (woken, self._waker):
+            os.set_blocking(end, False)
+        self._selector.register(woken, READABLE, lambda _: _empty(woken))
+        self._turn = threading.Lock()  # held while things are handled, so that `drain` can stand in for the owner
+        weakref.finalize(self, _close, self._selector, woken, self._waker)
+
+    def post(self, action: Callable[[], None]) -> None:
+        """`action` runs on the owner's thread, after all that was posted before it. From any thread."""
+        self._posted.append(action)
+        if self._asleep:
+            self._asleep = False
+            os.write(self._waker, b"\0")
+
+    def wake(self) -> None:
+        """Ends the owner's `wait`, or its next one. From any thread."""
+        self.post(_nothing)
+
+    def watch(self, sock: socket.socket, ready: Callable[[int], None], events: int = READABLE) -> None:
+        """Calls `ready(READABLE | WRITABLE)` whenever `sock` is; replaces what was asked for before."""
+        if sock.fileno() in self._selector.get_map():
+            self._selector.modify(sock, events, ready)
+        else:
+            self._selector.register(sock, events, ready)
+
+    def unwatch(self, sock: socket.socket) -> None:
+        if sock.fileno() in self._selector.get_map():
+            self._selector.unregister(sock)
+
+    def wait(self, timeout_s: float | None = None) -> None:
+        """Handles what has come; blocks for the first of it for up to `timeout_s` seconds, None = for ever."""
+        with self._turn:
+            if self._run_posted():
+                timeout_s = 0.0
+            self._asleep = timeout_s != 0.0
+            if self._posted:  # posted between the two lines above, by somebody who saw us awake
+                timeout_s = 0.0
+            events = self._selector.select(timeout_s)
+            self._asleep = False
+            for key, mask in events:
+                _guarded(partial(key.data, mask))
+            self._run_posted()
+
+    def drain(self) -> None:
+        """Runs what is posted, once the owner is out of `wait`: for whoever closes up behind it. Any thread."""
+        self.wake()
+        with self._turn:
+            self._run_posted()
+
+    def _run_posted(self) -> bool:
+        ran = bool(self._posted)
+        while self._posted:
+            _guarded(self._posted.popleft())
+        return ran
+
+
+def _guarded(action: Callable[[], None]) -> None:
+    """A bug in the handling of one event must not take the thread, and with it all others, down."""
+    try:
+        action()
+    except Exception:
+        _log.exception("an event could not be handled")
+
+
+def _nothing() -> None:
+    """Wakes by having been posted."""
+
+
+def _empty(woken: int) -> None:
+    os.read(woken, 4096)
+
+
+def _close(selector: selectors.BaseSelector, *ends: int) -> None:
+    selector.close()
+    for end in ends:
+        os.close(end)

@@ -1,0 +1,84 @@
+"""Shared memory without a name: a memfd that two processes map, and who may write where in it.
+
+It is handed over by file descriptor, so nothing is left in /dev/shm when either side is killed: the kernel frees it with
+the last mapping. Its size is virtual; only pages that were written take memory, and the lowest are used again first.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+from bisect import bisect
+
+from moiety.errors import InvalidRequest
+
+AVAILABLE = hasattr(os, "memfd_create")  # Linux
+SEGMENT_BYTES = 256 << 20  # four calls of the largest size, answers included
+ALIGNMENT = 64  # a cache line
+
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW if AVAILABLE else 0
+
+
+def aligned(size: int) -> int:
+    """The least multiple of ALIGNMENT that holds `size` bytes."""
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def create_segment(size: int = SEGMENT_BYTES) -> tuple[int, mmap.mmap]:
+    """(file descriptor to hand over and close, mapping) of a new segment that nobody can resize."""
+    descriptor = os.memfd_create("moiety-hop", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.ftruncate(descriptor, size)
+    fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALS)
+    return descriptor, mmap.mmap(descriptor, size)
+
+
+def map_segment(descriptor: int) -> mmap.mmap:
+    """Maps what a peer handed over. Raises InvalidRequest unless it is a segment that can no longer be resized.
+
+    Without the seal a peer could shrink it under our feet, and the next access would end this process by SIGBUS.
+    """
+    try:
+        seals = fcntl.fcntl(descriptor, fcntl.F_GET_SEALS)
+    except OSError:
+        seals = 0
+    size = os.fstat(descriptor).st_size
+    if seals & _SEALS != _SEALS or not 0 < size <= SEGMENT_BYTES:
+        raise InvalidRequest(
+            "segment", f"{size} bytes, seals {seals:#x}", f"sealed memory of 1 to {SEGMENT_BYTES} bytes"
+        )
+    return mmap.mmap(descriptor, size)
+
+
+class Allocator:
+    """First fit over the free ranges of one segment, so that what was used last, and is in cache, is used next."""
+
+    def __init__(self, size: int):
+        self._starts, self._sizes = [0], [size]  # free ranges, ascending, never adjacent
+
+    def allocate(self, size: int) -> int | None:
+        """The start of `aligned(size)` bytes, or None where no free range is that long."""
+        size = aligned(size)
+        for index, free in enumerate(self._sizes):
+            if free >= size:
+                start = self._starts[index]
+                if free == size:
+                    del self._starts[index], self._sizes[index]
+                else:
+                    self._starts[index] += size
+                    self._sizes[index] -= size
+                return start
+        return None
+
+    def release(self, start: int, size: int) -> None:
+        """Gives back what `allocate(size)` returned."""
+        size = aligned(size)
+        index = bisect(self._starts, start)
+        if index < len(self._starts) and start + size == self._starts[index]:
+            size += self._sizes[index]
+            del self._starts[index], self._sizes[index]
+        if index > 0 and self._starts[index - 1] + self._sizes[index - 1] == start:
+            self._sizes[index - 1] += size
+        else:
+            self._starts.insert(index, start)
+            self._sizes.insert(index, size)
