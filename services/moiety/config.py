@@ -92,6 +92,12 @@ class RouterSettings(ServiceSettings):
     retry_budget: float = Field(
         default=0.1, ge=0, le=1, description="hedges and timeout retries, as a fraction of calls"
     )
+    lanes: int = Field(
+        default=0,
+        ge=0,
+        le=8,
+        description="parts of a batch that take turns, one computing while others wait for experts; 0 = measure what pays",
+    )
     transport: Transport = Field(
         default=Transport.AUTO,
         description="how calls reach experts: auto = shared memory on the same node, else gRPC; grpc; unix; shm. "

@@ -17,14 +17,17 @@ from moiety.load.watch import Watch
 from moiety.model.checkpoint import Checkpoint
 from moiety.model.layout import ExpertLayout
 from moiety.model.router import load_router
+from moiety.policy.lanes import LaneTuner
 from moiety.router import attention
 from moiety.router.context import HopSettings
 from moiety.router.demand import DemandCounter
 from moiety.router.engine import Engine
 from moiety.router.fleet import Fleet
+from moiety.router.forward import Forward
 from moiety.router.hedge import Hedging
 from moiety.router.hop import Hop
 from moiety.router.kvcache import KVCache
+from moiety.router.lanes import Lanes
 from moiety.router.probe import cache_spec
 from moiety.router.service import SERVICE, EngineService
 from moiety.router.wakes import WakeRecorder
@@ -34,6 +37,7 @@ from moiety.wire.engine_pb2_grpc import add_EngineServicer_to_server
 
 _log = logging.getLogger(__name__)
 LEDGER_S = 1.0
+LANES = 2  # that a step may be split into where that pays: a third would wait for the same experts
 
 
 async def start(settings: RouterSettings, replica_id: str, node: str) -> Running:
@@ -53,15 +57,15 @@ async def start(settings: RouterSettings, replica_id: str, node: str) -> Running
         site.closers.push_async_callback(fleet.close)
 
         demand = DemandCounter(shape.moe_layers, shape.experts, started=time.time())
+        lanes = Lanes(fleet.mailbox.wait)
+        hedging = Hedging(settings.hedge_after_s, settings.retry_budget)
+        hop_settings = HopSettings(of, dtype, settings.expert_wait_s)
+        hops = [
+            Hop(fleet, hop_settings, hedging, demand, site.tracer, lanes.wait) for _ in range(settings.lanes or LANES)
+        ]
+        tuner = None if settings.lanes else LaneTuner(LANES)
         engine = Engine(
-            model,
-            Hop(
-                fleet,
-                HopSettings(of, dtype, settings.expert_wait_s),
-                Hedging(settings.hedge_after_s, settings.retry_budget),
-                demand,
-                site.tracer,
-            ),
+            Forward(model, cache, hops, lanes, tuner),
             cache,
             slots=settings.slots,
             token_budget=settings.token_budget,

@@ -26,10 +26,8 @@ from moiety.errors import (
     ResourceExhausted,
     Unavailable,
 )
-from moiety.model.seam import use_backend
-from moiety.router.batch import StepBatch
 from moiety.router.context import StepContext
-from moiety.router.hop import Hop
+from moiety.router.forward import Forward
 from moiety.router.kvcache import KVCache
 from moiety.router.plan import StepPlan
 from moiety.router.pressure import AdmissionRate
@@ -60,8 +58,7 @@ class Engine:
 
     def __init__(
         self,
-        model: torch.nn.Module,
-        hop: Hop,
+        forward: Forward,
         cache: KVCache,
         *,
         slots: int,
@@ -71,11 +68,10 @@ class Engine:
         waits: Callable[[int, list[int]], None],
         tracer: Tracer,
     ):
-        self._model, self._hop, self._cache = model, hop, cache
+        self._forward, self._cache = forward, cache
         self._scheduler = Scheduler(cache, slots, token_budget)
         self._slots, self._rate = slots, AdmissionRate()
         self._queue_limit, self._threads, self._waits, self._tracer = queue_limit, threads, waits, tracer
-        self._device = next(model.parameters()).device
         self._arrived: list[Sequence] = []
         self._changed = threading.Condition()
         self._stopping = False
@@ -151,7 +147,7 @@ class Engine:
         span, linked = self._step_spans(plan)
         plan, logits = self._run_plan(plan, span)
         sampled = self._sample(_choices(plan), logits)
-        self._tracer.start(SpanName.SAMPLE, parent=span, start_ns=self._hop.layer_began_ns).end()
+        self._tracer.start(SpanName.SAMPLE, parent=span, start_ns=self._forward.last_layer_ns).end()
         span.end()
         for other in linked:
             other.end()
@@ -179,7 +175,7 @@ class Engine:
         """The forward pass, again and again without those that cannot go on; returns what ran and its logits [R, V]."""
         while plan.scheduled:
             try:
-                return plan, self._forward(plan, span)
+                return plan, self._forward.run(plan, self._context(plan, span))
             except HopFailed as failed:
                 ended = plan.owners(failed.tokens)
                 for sequence in ended:
@@ -193,39 +189,13 @@ class Engine:
                 plan = plan.without(ended)
         return plan, torch.empty(0, 0)
 
-    @torch.inference_mode()
-    def _forward(self, plan: StepPlan, span: Span) -> torch.Tensor:
-        items = plan.scheduled
-        ids: list[int] = []
-        wanted: list[int] = []  # positions in the packed row
-        for item in items:
-            past = item.sequence.computed
-            ids += item.sequence.tokens[past : past + item.count]
-            wanted += range(len(ids) - item.wanted, len(ids))
-        batch = StepBatch.build(
-            self._cache,
-            [item.sequence.table for item in items],
-            [item.sequence.computed for item in items],
-            [item.count for item in items],
-            self._device,
-        )
-
+    def _context(self, plan: StepPlan, span: Span) -> StepContext:
         def check() -> None:
             now = time.monotonic()
-            if self._stopping or any(item.sequence.given_up(now) for item in items):
+            if self._stopping or any(item.sequence.given_up(now) for item in plan.scheduled):
                 raise StepInterrupted("a request of this step was given up")
 
-        self._hop.begin_step(StepContext(plan.call_class, span, check, self._waits))
-        with use_backend(self._hop):
-            output = self._model(
-                input_ids=torch.tensor([ids], device=self._device),
-                position_ids=batch.positions[None],
-                use_cache=False,
-                logits_to_keep=torch.tensor(wanted or [0], device=self._device),
-                moiety_batch=batch,
-            )
-        logits: torch.Tensor = output.logits[0]
-        return logits[: len(wanted)]
+        return StepContext(plan.call_class, span, check, self._waits)
 
     def _sample(self, choices: list[tuple[int, Sequence]], logits: torch.Tensor) -> list[tuple[Sequence, Emitted]]:
         """A token for each (row of logits, sequence); a failure to sample is that request's own."""
@@ -268,7 +238,7 @@ class Engine:
                     self._end(sequence, Emitted(error=MoietyError(f"the step failed: {type(error).__name__}: {error}")))
                 continue
             if not worked:
-                self._hop.poll()
+                self._forward.poll()
                 with self._changed:
                     self._changed.wait_for(lambda: self._stopping or self._arrived, timeout=0.1)
         self._admit()

@@ -36,6 +36,24 @@ class StepPlan:
         decoding = all(item.count == 1 and item.samples for item in self.scheduled)
         return CallClass.DECODE if decoding else CallClass.PREFILL
 
+    @property
+    def tokens(self) -> int:
+        return sum(item.count for item in self.scheduled)
+
+    def split(self, parts: int) -> list[StepPlan]:
+        """At most `parts` plans of about as many tokens each, none empty, that follow one another in this one."""
+        plans: list[StepPlan] = []
+        items: list[Scheduled] = []
+        done, total = 0, self.tokens
+        for item in self.scheduled:
+            # The border goes where it is nearest to an equal share; sequences are never torn apart.
+            if items and len(plans) < parts - 1 and 2 * done + item.count > 2 * total * (len(plans) + 1) // parts:
+                plans.append(StepPlan(tuple(items)))
+                items = []
+            items.append(item)
+            done += item.count
+        return [*plans, StepPlan(tuple(items))]
+
     def rows(self) -> Iterator[tuple[Scheduled, range]]:
         """Which rows of the logits are an item's: those of its last `wanted` tokens. Items without any are left out."""
         start = 0

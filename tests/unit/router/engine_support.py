@@ -12,6 +12,7 @@ import torch
 from moiety.core import Sampling
 from moiety.router.cachespec import CacheSpec, LayerSpec
 from moiety.router.engine import Engine
+from moiety.router.forward import Forward
 from moiety.router.kvcache import KVCache
 from moiety.router.sequence import Emitted
 from moiety.router.sequence import Sequence as Request
@@ -97,6 +98,9 @@ class NoHop:
     def begin_step(self, step: Any) -> None:
         self.step = step
 
+    def poll(self) -> None:
+        """Nothing ever comes."""
+
 
 class Listener:
     """What a request was sent, choice by choice."""
@@ -142,10 +146,10 @@ def engine_of(
     """An engine that the test steps or starts itself."""
     spec = CacheSpec({0: LayerSpec(1, 2, 2, torch.float32, window=window)})
     memory = blocks * BLOCK_TOKENS * spec.bytes_per_token
+    cache = KVCache(spec, memory, torch.device("cpu"), block_tokens=BLOCK_TOKENS, revision=revision)
     return Engine(
-        model,
-        hop or NoHop(),  # type: ignore[arg-type]
-        KVCache(spec, memory, torch.device("cpu"), block_tokens=BLOCK_TOKENS, revision=revision),
+        Forward(model, cache, [hop or NoHop()]),
+        cache,
         slots=slots,
         token_budget=token_budget,
         queue_limit=queue_limit,

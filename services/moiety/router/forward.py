@@ -1,0 +1,107 @@
+"""A step's tokens through the model: in one piece, or split into lanes where that was measured to be faster."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Protocol
+
+import torch
+
+from moiety.core import ExpertBackend
+from moiety.errors import HopFailed
+from moiety.model.seam import use_backend
+from moiety.policy.lanes import LaneTuner
+from moiety.router.batch import StepBatch
+from moiety.router.context import StepContext
+from moiety.router.kvcache import KVCache
+from moiety.router.lanes import Lanes
+from moiety.router.plan import StepPlan
+
+
+class Backend(ExpertBackend, Protocol):
+    """An ExpertBackend that is told of steps; `moiety.router.hop.Hop` is the one that leaves the process."""
+
+    layer_began_ns: int  # Unix time at which the layer before was done, or the step began
+
+    def begin_step(self, step: StepContext) -> None:
+        """Every layer submitted from now on belongs to `step`."""
+        ...
+
+    def poll(self) -> None:
+        """Handles what has come meanwhile, without waiting."""
+        ...
+
+
+class Forward:
+    """Runs step plans through one model; for one thread."""
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        cache: KVCache,
+        backends: Sequence[Backend],
+        lanes: Lanes | None = None,
+        tuner: LaneTuner | None = None,
+    ):
+        """One backend a lane. Without a `tuner` every step that can be split is run in as many lanes as there are."""
+        self._model, self._cache, self._backends, self._lanes, self._tuner = model, cache, backends, lanes, tuner
+        self._device = next(model.parameters()).device
+
+    @property
+    def last_layer_ns(self) -> int:
+        """Unix time at which the last layer of the last step was done."""
+        return max(backend.layer_began_ns for backend in self._backends)
+
+    def poll(self) -> None:
+        """To be called now and then by a thread that is idle: changes of the table and late answers are handled."""
+        self._backends[0].poll()
+
+    @torch.inference_mode()
+    def run(self, plan: StepPlan, step: StepContext) -> torch.Tensor:
+        """Logits [R, V] of the tokens that want them, in the plan's order. Raises HopFailed, or what `step.check` does."""
+        if self._lanes is None or len(self._backends) == 1 or len(plan.scheduled) == 1:
+            return self._part(self._backends[0], plan, 0, step)
+        size = plan.call_class, plan.tokens.bit_length()
+        count = len(self._backends) if self._tuner is None else self._tuner.choose(size)
+        tasks: list[Callable[[], torch.Tensor]] = []
+        offset = 0
+        for backend, part in zip(self._backends, plan.split(count), strict=False):
+            tasks.append(partial(self._part, backend, part, offset, step))
+            offset += part.tokens
+        began = time.perf_counter()
+        logits = self._lanes.run(tasks)
+        if self._tuner is not None:
+            self._tuner.observe(size, count, time.perf_counter() - began)
+        return torch.cat(logits)
+
+    def _part(self, backend: Backend, plan: StepPlan, offset: int, step: StepContext) -> torch.Tensor:
+        """One lane's logits; its tokens are those of the step from `offset` on."""
+        ids: list[int] = []
+        wanted: list[int] = []  # positions in the packed row
+        for item in plan.scheduled:
+            past = item.sequence.computed
+            ids += item.sequence.tokens[past : past + item.count]
+            wanted += range(len(ids) - item.wanted, len(ids))
+        batch = StepBatch.build(
+            self._cache,
+            [item.sequence.table for item in plan.scheduled],
+            [item.sequence.computed for item in plan.scheduled],
+            [item.count for item in plan.scheduled],
+            self._device,
+        )
+        backend.begin_step(step)
+        try:
+            with use_backend(backend):
+                output = self._model(
+                    input_ids=torch.tensor([ids], device=self._device),
+                    position_ids=batch.positions[None],
+                    use_cache=False,
+                    logits_to_keep=torch.tensor(wanted or [0], device=self._device),
+                    moiety_batch=batch,
+                )
+        except HopFailed as failed:
+            raise HopFailed([offset + token for token in failed.tokens], failed.cause) from failed
+        logits: torch.Tensor = output.logits[0]
+        return logits[: len(wanted)]

@@ -1,0 +1,165 @@
+"""Lanes: tasks that take turns on one thread, and steps split into them."""
+
+from __future__ import annotations
+
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from engine_support import SPEC, VOCABULARY, CountingModel, NoHop
+
+from moiety.core import CallClass, Sampling
+from moiety.errors import HopFailed, Unavailable
+from moiety.model.seam import current_backend
+from moiety.policy.lanes import LaneTuner
+from moiety.router.context import StepContext
+from moiety.router.forward import Forward
+from moiety.router.kvcache import KVCache
+from moiety.router.lanes import Lanes
+from moiety.router.plan import Scheduled, StepPlan
+from moiety.router.sequence import Sequence
+from moiety.telemetry.tracing import NO_SPAN
+
+
+def sequence(*tokens: int) -> Sequence:
+    """A request whose prompt is `tokens`."""
+    return Sequence("r", list(tokens), len(tokens), Sampling(max_tokens=4), frozenset(), emit=lambda _: None)
+
+
+def plan_of(cache: KVCache, *sequences: Sequence) -> StepPlan:
+    """All tokens of `sequences` in one step, with room in the cache."""
+    for each in sequences:
+        cache.grow(each.table, len(each.tokens))
+    return StepPlan(tuple(Scheduled.of(each, len(each.tokens)) for each in sequences))
+
+
+def context() -> StepContext:
+    """A step that nobody gives up."""
+    return StepContext(CallClass.PREFILL, NO_SPAN, lambda: None, lambda *_: None)
+
+
+def test_a_lane_that_waits_lets_another_run() -> None:
+    """While one lane waits the next computes; each goes on where it stopped; all on the caller's thread."""
+    log: list[str] = []
+    came = iter(["first", "second"])
+    lanes = Lanes(lambda _: log.append(next(came)))
+
+    def task(name: str) -> int:
+        log.append(f"{name} sends")
+        lanes.wait(1.0)
+        log.append(f"{name} goes on")
+        return threading.get_ident()
+
+    idents = lanes.run([lambda: task("a"), lambda: task("b")])
+    assert log == ["a sends", "b sends", "first", "a goes on", "b goes on"]
+    assert set(idents) == {threading.get_ident()}
+
+
+def test_the_thread_blocks_until_the_first_lane_is_due() -> None:
+    """With every lane waiting, the thread blocks no longer than the one that is due first wants."""
+    blocked: list[float] = []
+    lanes = Lanes(blocked.append)
+    lanes.run([lambda: lanes.wait(5.0), lambda: lanes.wait(0.5)])
+    assert len(blocked) == 1
+    assert 0.4 < blocked[0] <= 0.5
+
+
+def test_outside_of_lanes_waiting_is_blocking() -> None:
+    """Whoever waits without a lane, a step in one piece included, blocks the thread itself."""
+    blocked: list[float] = []
+    lanes = Lanes(blocked.append)
+    lanes.wait(2.0)
+    assert lanes.run([lambda: lanes.wait(3.0)]) == [None]
+    assert blocked == [2.0, 3.0]
+
+
+def test_an_error_ends_the_other_lanes_where_they_wait() -> None:
+    """One lane's error is raised, and the others run their `finally` and nothing else."""
+    log: list[str] = []
+    lanes = Lanes(lambda _: None)
+
+    def waits() -> None:
+        try:
+            lanes.wait(60.0)
+            log.append("went on")
+        finally:
+            log.append("cleaned up")
+
+    def fails() -> None:
+        raise Unavailable("lost")
+
+    began = time.monotonic()
+    with pytest.raises(Unavailable, match="lost"):
+        lanes.run([waits, fails])
+    assert log == ["cleaned up"]
+    assert time.monotonic() - began < 5
+    assert lanes.run([lambda: 1, lambda: 2]) == [1, 2]
+
+
+def test_plans_are_split_evenly_and_in_order() -> None:
+    """No sequence is torn, none is lost, and the parts differ by less than the longest item."""
+    cache = KVCache(SPEC, 1 << 12, torch.device("cpu"), block_tokens=4)
+    plan = plan_of(cache, *(sequence(*range(length)) for length in (1, 5, 1, 1, 3, 1)))
+    for parts in (1, 2, 3, 6, 9):
+        split = plan.split(parts)
+        assert [item for part in split for item in part.scheduled] == list(plan.scheduled)
+        assert len(split) <= parts
+        assert all(part.scheduled for part in split)
+    halves = plan.split(2)
+    assert abs(halves[0].tokens - halves[1].tokens) < 5
+
+
+def test_a_split_step_gives_the_same_logits() -> None:
+    """Rows come in the plan's order, whatever the number of lanes; a tuner hears how long each step took."""
+    model = CountingModel()
+    cache = KVCache(SPEC, 1 << 12, torch.device("cpu"), block_tokens=4)
+    plan = plan_of(cache, *(sequence(n, n + 1) for n in range(0, 10, 2)))
+    tuner = LaneTuner()
+    forward = Forward(model, cache, [NoHop(), NoHop()], Lanes(lambda _: None), tuner)
+    for _ in range(12):
+        logits = forward.run(plan, context())
+        assert logits.argmax(-1).tolist() == [(n + 2) % VOCABULARY for n in range(0, 10, 2)]
+    assert {len(ids) for ids in model.steps} == {10, 6, 4}
+    assert list(tuner.verdicts()) == [(CallClass.PREFILL, 4)]
+
+
+def test_what_a_lane_loses_is_named_by_its_place_in_the_step() -> None:
+    """HopFailed of the second lane names positions of the whole step."""
+    model = CountingModel()
+    cache = KVCache(SPEC, 1 << 12, torch.device("cpu"), block_tokens=4)
+    plan = plan_of(cache, sequence(1, 2), sequence(5, 6))
+
+    def lose(ids: list[int]) -> None:
+        if 5 in ids:
+            raise HopFailed([0], Unavailable("gone"))
+
+    model.before = lose
+    forward = Forward(model, cache, [NoHop(), NoHop()], Lanes(lambda _: None))
+    with pytest.raises(HopFailed) as failed:
+        forward.run(plan, context())
+    assert plan.owners(failed.value.tokens) == [plan.scheduled[1].sequence]
+
+
+def test_lanes_see_their_own_backend() -> None:
+    """Two forwards in turns: what each finds as its backend is its own, before and after the other has run."""
+    lanes = Lanes(lambda _: None)
+
+    class AskingModel(CountingModel):
+        """Notes the backend before and after giving way."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen: list[tuple[object, object]] = []
+
+        def forward(self, input_ids: torch.Tensor, logits_to_keep: torch.Tensor, **_: object) -> SimpleNamespace:
+            before = current_backend()
+            lanes.wait(0.0)
+            self.seen.append((before, current_backend()))
+            return SimpleNamespace(logits=torch.zeros(1, len(logits_to_keep), VOCABULARY))
+
+    model, backends = AskingModel(), [NoHop(), NoHop()]
+    cache = KVCache(SPEC, 1 << 12, torch.device("cpu"), block_tokens=4)
+    Forward(model, cache, backends, lanes).run(plan_of(cache, sequence(1), sequence(2)), context())
+    assert model.seen == [(backend, backend) for backend in backends]
