@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     "--top-p", type=click.FloatRange(0, 1, min_open=True), help="Sample from the likeliest that have this share."
 )
 @click.option("--top-k", type=click.IntRange(0, 2**31 - 1), help="Sample from this many; default 0, all.")
-@click.option("--min-p", type=click.FloatRange(0, 1), help="Drop tokens this much less likely than the likeliest.")
+@click.option("--min-p", type=click.FloatRange(0, 1), help="Drop tokens less likely than this times the likeliest.")
 @click.option("--seed", type=click.IntRange(0, 2**64 - 1), help="Same seed, same tokens; default: drawn.")
 @click.option("--n", type=click.IntRange(1, 16), help="Choices of the one prompt; printed one after the other.")
 @click.option(
@@ -47,10 +47,12 @@ if TYPE_CHECKING:
 @click.option("--frequency-penalty", type=click.FloatRange(-2, 2), help="The same, once for each occurrence.")
 @click.option("--logit-bias", type=TOKEN_BIAS, multiple=True, help="Add BIAS, -100 to 100, to a token. Repeatable.")
 @click.option("--stop", metavar="TEXT", multiple=True, help="End before this text. Repeatable.")
-@click.option("--stop-token-id", "stop_token_ids", type=click.IntRange(0), multiple=True, help="End here. Repeatable.")
+@click.option(
+    "--stop-token-id", "stop_token_ids", type=click.IntRange(0), multiple=True, help="End with this token. Repeatable."
+)
 @click.option("--min-tokens", type=click.IntRange(0, 2**32 - 1), help="Nothing ends the text before.")
 @click.option("--ignore-eos", is_flag=True, help="Go on after the end of the text.")
-@click.option("--json-schema", type=click.File(), help="The output is JSON that this schema accepts; - is stdin.")
+@click.option("--json-schema", type=click.File(), help="The output is JSON that this JSON Schema accepts.")
 @click.option("--regex", metavar="PATTERN", help="The output matches this, all of it (Rust's regex syntax).")
 @click.option("--grammar", type=click.File(), help="The output is of this Lark grammar.")
 @click.option(
@@ -74,7 +76,7 @@ def generate(prompt: str, address: str, as_ids: bool, top_logprobs: int | None, 
 
     \b
     Examples:
-      moiety generate "Each expert" --max-tokens 64 --stop "\n\n"
+      moiety generate "Each expert" --max-tokens 64 --stop "."
       moiety generate - --address gateway.example:50051 --temperature 0.7 --seed 1 < prompt.txt
       moiety generate "A name:" --temperature 1 --top-p 0.9 --n 3
       moiety generate "The capital is" --max-tokens 1 --logprobs 5
