@@ -344,7 +344,7 @@ async def loopback_hop(
 
 
 class FakeEngine(engine_pb2_grpc.EngineServicer):
-    """A router: the token at each position is a function of prompt, seed and position, as a real engine's is.
+    """A router: the token at each position is a function of prompt, seed, choice and position, as a real engine's is.
 
     `before_token(position)` is awaited before each token, counted from the first generated one; it may wait or raise
     a MoietyError, which the client is told.
@@ -354,6 +354,7 @@ class FakeEngine(engine_pb2_grpc.EngineServicer):
         self.id = replica_id
         self.requests: list[engine_pb2.EngineRequest] = []  # in order of arrival
         self.cancelled = 0  # requests whose client went away
+        self.cached_tokens = 0  # what it says to have found in its prefix cache
         self.before_token: Callable[[int], Awaitable[None]] = at_once
         self._shape, self._revision = shape, revision
         self._server: Server | None = None
@@ -381,25 +382,39 @@ class FakeEngine(engine_pb2_grpc.EngineServicer):
         self, request: engine_pb2.EngineRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[engine_pb2.EngineEvent]:
         self.requests.append(request)
-        most = request.sampling.max_tokens
+        sampling = request.sampling
+        choices = range(request.choice, request.choice + sampling.n)
         try:
-            for position in range(len(request.generated_ids), most):
+            for position in range(len(request.generated_ids), sampling.max_tokens):
                 await self.before_token(position)
-                token = fake_token(request.prompt_ids, request.sampling.seed, position, self._shape.vocabulary)
-                event = engine_pb2.EngineEvent(token_ids=[token])
-                if position + 1 == most:
-                    event.finish_reason = generation_pb2.FINISH_REASON_LENGTH
-                yield event
+                for choice in choices:
+                    yield self._event(request, choice, position)
         except MoietyError as error:
             await status.abort(context, error)
         except (asyncio.CancelledError, GeneratorExit):
             self.cancelled += 1
             raise
 
+    def _event(self, request: engine_pb2.EngineRequest, choice: int, position: int) -> engine_pb2.EngineEvent:
+        vocabulary, first = self._shape.vocabulary, position == len(request.generated_ids)
+        event = engine_pb2.EngineEvent(
+            token_ids=[fake_token(request.prompt_ids, request.sampling.seed, position, vocabulary, choice)],
+            choice=choice,
+            cached_tokens=self.cached_tokens if first else 0,
+        )
+        if request.sampling.logprobs:
+            event.logprobs.append(-float(position))
+        if request.sampling.prompt_logprobs and first and choice == request.choice:
+            event.prompt_logprobs.extend([-1.0] * (len(request.prompt_ids) - 1))
+        if position + 1 == request.sampling.max_tokens:
+            event.finish_reason = generation_pb2.FINISH_REASON_LENGTH
+        return event
 
-def fake_token(prompt: Sequence[int], seed: int, position: int, vocabulary: int) -> int:
-    """The token a FakeEngine generates at `position` (from 0)."""
-    return int(np.random.Generator(np.random.Philox(key=seed + sum(prompt), counter=position)).integers(vocabulary))
+
+def fake_token(prompt: Sequence[int], seed: int, position: int, vocabulary: int, choice: int = 0) -> int:
+    """The token a FakeEngine generates at `position` (from 0) of a choice."""
+    philox = np.random.Philox(key=seed + sum(prompt), counter=[position, choice, 0, 0])
+    return int(np.random.Generator(philox).integers(vocabulary))
 
 
 def fake_replica(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, Set
+from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,6 +13,7 @@ import grpc
 
 from moiety.core import Replica, ReplicaState, Role
 from moiety.errors import DeadlineExceeded, MoietyError, Unavailable
+from moiety.gateway.choices import behind, choices_of, merged
 from moiety.load.watch import Watch
 from moiety.wire import engine_pb2, engine_pb2_grpc, status
 from moiety.wire.channels import channel
@@ -58,14 +60,16 @@ class Routers:
             await asyncio.sleep(RETRY_S)
 
     async def generate(
-        self, request: engine_pb2.EngineRequest, deadline: Deadline, traceparent: str
-    ) -> AsyncIterator[engine_pb2.EngineEvent]:
-        """The request's events, to its end. A router lost on the way is replaced: another goes on behind its tokens."""
-        done: list[int] = []
+        self, request: engine_pb2.EngineRequest, deadline: Deadline, traceparent: str, ended: Set[int] = frozenset()
+    ) -> AsyncGenerator[engine_pb2.EngineEvent, None]:
+        """The request's events, to the end of every choice but those that the caller puts into `ended` meanwhile.
+
+        A router lost on the way is replaced: another goes on behind the tokens of each unfinished choice.
+        """
+        done = {choice: list(request.generated_ids) for choice in choices_of(request)}
         while True:
             router = await self.pick(deadline, request.revision)
             request.revision = router.replica.revision  # one revision for life
-            request.generated_ids[:] = done
             router.in_flight += 1
             call = router.stub.Generate(
                 request,
@@ -74,19 +78,32 @@ class Routers:
             )
             try:
                 async for event in call:
-                    done.extend(event.token_ids)
+                    done[event.choice].extend(event.token_ids)
+                    request.sampling.prompt_logprobs = False  # they came with the first tokens
                     yield event
                     if event.finish_reason:
+                        del done[event.choice]
+                    if not done.keys() - ended:
                         return
                 raise Unavailable(f"router {router.replica.id} ended the stream early")
             except (grpc.RpcError, Unavailable) as error:
                 told = status.error_of(error) if isinstance(error, grpc.RpcError) else error
                 if not isinstance(told, Unavailable) or not await self._is_lost(router):
                     raise told from None
-                _log.warning("router %s is lost after %d tokens; going on elsewhere", router.replica.id, len(done))
+                count = sum(map(len, done.values()))
+                _log.warning("router %s is lost after %d tokens; going on elsewhere", router.replica.id, count)
             finally:
                 router.in_flight -= 1
                 call.cancel()
+            left = [behind(request, choice, ids) for choice, ids in done.items() if choice not in ended]
+            if len(left) == 1:
+                (request,) = left
+            elif any(done.values()) or len(left) < request.sampling.n:  # each goes on by itself, behind its own tokens
+                streams = [self.generate(resumed, deadline, traceparent, ended) for resumed in left]
+                async with aclosing(merged(streams)) as events:
+                    async for event in events:
+                        yield event
+                return
 
     async def close(self) -> None:
         for task in self._dialling.values():

@@ -5,22 +5,26 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import AsyncIterator, Mapping
+from contextlib import aclosing
 
 import grpc
 from google.protobuf.message import DecodeError
 
 from moiety.errors import InvalidRequest, MoietyError, NotFound, ResourceExhausted
+from moiety.gateway.choices import Answer
 from moiety.gateway.routers import Routers
-from moiety.gateway.text import Detokenizer, Tokenizer
+from moiety.gateway.text import Tokenizer
 from moiety.telemetry.names import Attribute, SpanName
 from moiety.telemetry.tracing import Tracer
 from moiety.wire import engine_pb2, finish, generation_pb2, status
 from moiety.wire.deadline import Deadline
 from moiety.wire.metadata import traceparent_in
-from moiety.wire.sampling import check_prompt, check_sampling
+from moiety.wire.sampling import check_prompt, check_sampling, settle
 
 SERVICE = "moiety.v1.Generation"
 MAX_REQUEST_ID = 128
+MAX_TENANT = 128
+MAX_PRIORITY = 100
 LONG_PROMPT = 1 << 13  # characters: some 5 ms of tokenising
 
 
@@ -87,23 +91,16 @@ class GenerationService:
             span.set(Attribute.INPUT_TOKENS, len(engine_request.prompt_ids))
             for key, field in _SAMPLING.items():
                 span.set(key, getattr(engine_request.sampling, field))
-            detokenizer, produced = Detokenizer(self._tokenizer), 0
-            async for event in self._routers.generate(engine_request, deadline, span.traceparent):
-                first, ended = produced == 0, bool(event.finish_reason)
-                produced += len(event.token_ids)
-                response = generation_pb2.GenerateResponse(
-                    text=detokenizer.push(event.token_ids, last=ended),
-                    token_ids=event.token_ids,
-                    logprobs=event.logprobs,
-                    finish_reason=event.finish_reason,
-                    request_id=engine_request.request_id if first else "",
-                )
-                if ended:
-                    response.usage.prompt_tokens = len(engine_request.prompt_ids)
-                    response.usage.completion_tokens = produced
-                    span.set(Attribute.OUTPUT_TOKENS, produced)
-                    span.set(Attribute.FINISH_REASONS, [str(finish.FROM_WIRE[event.finish_reason])])
-                yield response
+            answer = Answer(engine_request, self._tokenizer, tuple(request.sampling.stop))
+            events = self._routers.generate(engine_request, deadline, span.traceparent, answer.ended)
+            async with aclosing(events):  # leaving it cancels the request at its router
+                async for event in events:
+                    if (response := answer.push(event)) is not None:
+                        yield response
+                    if answer.complete:
+                        break
+            span.set(Attribute.OUTPUT_TOKENS, answer.produced)
+            span.set(Attribute.FINISH_REASONS, [str(finish.FROM_WIRE[reason]) for reason in answer.finish_reasons])
         except MoietyError as error:
             span.error(error)
             await status.abort(context, error)
@@ -119,6 +116,10 @@ class GenerationService:
             raise NotFound(f"model {request.model!r} is not served here; this is {self._model!r}")
         if len(request.request_id) > MAX_REQUEST_ID:
             raise InvalidRequest("request_id", request.request_id, f"at most {MAX_REQUEST_ID} characters")
+        if len(request.tenant) > MAX_TENANT:
+            raise InvalidRequest("tenant", request.tenant, f"at most {MAX_TENANT} characters")
+        if abs(request.priority) > MAX_PRIORITY:
+            raise InvalidRequest("priority", request.priority, f"{-MAX_PRIORITY} to {MAX_PRIORITY}")
         kind = request.WhichOneof("prompt")
         if kind is None:
             raise InvalidRequest("prompt", None, "text or token_ids")
@@ -132,10 +133,11 @@ class GenerationService:
             prompt_ids=ids,
             sampling=request.sampling,
             stop_ids=self._tokenizer.stop_ids,
+            priority=request.priority,
+            tenant=request.tenant,
         )
-        # Every default is settled here, above all the seed: a router that takes over samples the same tokens.
-        for field in ("seed", *_SAMPLING.values()):
-            setattr(engine_request.sampling, field, getattr(sampling, field))
+        settle(engine_request.sampling, sampling)
+        engine_request.sampling.ClearField("stop")  # text is this side's business
         return engine_request
 
     async def _encode(self, text: str) -> list[int]:

@@ -29,9 +29,10 @@ from moiety.errors import (
 from moiety.router.context import StepContext
 from moiety.router.forward import Forward
 from moiety.router.kvcache import KVCache
+from moiety.router.logprobs import prompt_logprobs
 from moiety.router.plan import StepPlan
 from moiety.router.pressure import AdmissionRate
-from moiety.router.sampler import sample
+from moiety.router.sampler import Sampled, sample
 from moiety.router.scheduler import Scheduler
 from moiety.router.sequence import Emitted, Sequence
 from moiety.telemetry.names import Attribute, SpanName
@@ -146,7 +147,8 @@ class Engine:
             return False
         span, linked = self._step_spans(plan)
         plan, logits = self._run_plan(plan, span)
-        sampled = self._sample(_choices(plan), logits)
+        self._score_prompts(plan, logits)
+        sampled = self._sample(plan, logits)
         self._tracer.start(SpanName.SAMPLE, parent=span, start_ns=self._forward.last_layer_ns).end()
         span.end()
         for other in linked:
@@ -197,18 +199,24 @@ class Engine:
 
         return StepContext(plan.call_class, span, check, self._waits)
 
-    def _sample(self, choices: list[tuple[int, Sequence]], logits: torch.Tensor) -> list[tuple[Sequence, Emitted]]:
-        """A token for each (row of logits, sequence); a failure to sample is that request's own."""
-        sampled = []
-        for row, sequence in choices:
-            try:
-                token, logprob = sample(logits[row], sequence.sampling, sequence.generated, sequence.choice)
-                emitted = Emitted((token,), (logprob,) if sequence.sampling.logprobs else (), _finish(sequence, token))
-            except Exception as error:
-                _log.exception("sampling failed for request %s", sequence.request_id)
-                emitted = Emitted(error=MoietyError(f"sampling failed: {type(error).__name__}: {error}"))
-            sampled.append((sequence, emitted))
-        return sampled
+    def _score_prompts(self, plan: StepPlan, logits: torch.Tensor) -> None:
+        """Log probabilities of prompt tokens, where asked for; they go out with the first token."""
+        for item, rows in plan.rows():
+            sequence = item.sequence
+            if sequence.scores_prompt:
+                past = sequence.computed
+                following = sequence.tokens[past + 1 : past + item.count + 1]  # the last token of all has none
+                of_prompt = logits[rows.start : rows.start + len(following)]
+                sequence.prompt_logprobs += prompt_logprobs(of_prompt, following)
+
+    def _sample(self, plan: StepPlan, logits: torch.Tensor) -> list[tuple[Sequence, Emitted]]:
+        """A token for each sequence whose last one was computed; a failure to sample is that request's own."""
+        choices = _choices(plan)
+        rows, sequences = [row for row, _ in choices], [sequence for _, sequence in choices]
+        if not choices:
+            return []
+        results = sample(logits if rows == list(range(len(logits))) else logits[rows], sequences)
+        return [(sequence, _emitted(sequence, result)) for sequence, result in zip(sequences, results, strict=True)]
 
     def _commit(self, plan: StepPlan, sampled: list[tuple[Sequence, Emitted]]) -> None:
         """Only now has the step happened: cache lengths advance, choices part ways, and tokens go out."""
@@ -285,9 +293,24 @@ class Engine:
         self._end(sequence, Emitted(error=error))
 
 
+def _emitted(sequence: Sequence, result: Sampled | MoietyError) -> Emitted:
+    """What the request hears of its sampled token."""
+    if isinstance(result, MoietyError):
+        return Emitted(error=result, choice=sequence.choice)
+    told, sequence.prompt_logprobs = tuple(sequence.prompt_logprobs), []
+    return Emitted(
+        (result.token,),
+        () if result.logprob is None else (result.logprob,),
+        _finish(sequence, result.token),
+        choice=sequence.choice,
+        top_logprobs=() if result.top is None else (result.top,),
+        prompt_logprobs=told,
+    )
+
+
 def _finish(sequence: Sequence, token: int) -> FinishReason | None:
     """Whether `token` is the sequence's last."""
-    if token in sequence.stop_ids and not sequence.sampling.ignore_eos:
+    if token in sequence.stop_ids:
         return FinishReason.STOP
     return FinishReason.LENGTH if sequence.generated + 1 >= sequence.sampling.max_tokens else None
 

@@ -102,7 +102,7 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
         self._cache.release(sequence.table)
-        sequence.computed = 0
+        sequence.restart()
         self.waiting.push_front(sequence)
 
     # Admission ---------------------------------------------------------------------------------------------------

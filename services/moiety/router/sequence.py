@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from moiety.core import FinishReason, Sampling
+from moiety.core import FinishReason, Sampling, TopLogprobs
 from moiety.errors import MoietyError
 from moiety.router.blocks import BlockTable
+from moiety.router.guide import CompiledGuide, Matcher
+from moiety.router.penalties import TokenCounts
 from moiety.telemetry.tracing import NO_SPAN, Span
 from moiety.wire.deadline import Deadline
 
@@ -22,6 +24,8 @@ class Emitted:
     finish: FinishReason | None = None
     error: MoietyError | None = None
     choice: int = 0
+    top_logprobs: tuple[TopLogprobs, ...] = ()
+    prompt_logprobs: tuple[float, ...] = ()
     cached_tokens: int = 0  # of the prompt; told with a choice's first token
 
 
@@ -33,7 +37,7 @@ class Sequence:
     tokens: list[int]  # prompt, what a lost router had generated, and what we generate
     prompt_tokens: int
     sampling: Sampling
-    stop_ids: frozenset[int]
+    stop_ids: frozenset[int]  # each ends the output: `Sampling.ends`
     emit: Callable[[Emitted], None]  # called from the engine's thread
     deadline: Deadline = field(default_factory=Deadline)
     span: Span = NO_SPAN
@@ -49,6 +53,10 @@ class Sequence:
     table: BlockTable = field(default_factory=BlockTable)
     parent: Sequence | None = None  # the choice whose prompt this one shares
     siblings: tuple[Sequence, ...] = ()  # choices that are to begin when this one's prompt is computed
+    guide: CompiledGuide | None = None
+    prompt_logprobs: list[float] = field(default_factory=list)  # gathered in prefill, sent with the first token
+    counts: TokenCounts = field(default_factory=TokenCounts, init=False)
+    _matcher: Matcher | None = field(default=None, init=False)
 
     @property
     def generated(self) -> int:
@@ -58,6 +66,14 @@ class Sequence:
     def most_tokens(self) -> int:
         """The cache space it may come to need."""
         return self.prompt_tokens + self.sampling.max_tokens
+
+    def following_guide(self) -> Matcher:
+        """Where the output stands in its guide. Only for sequences that have one."""
+        assert self.guide is not None
+        if self._matcher is None:
+            self._matcher = self.guide.matcher()
+        self._matcher.follow(self.tokens[self.prompt_tokens :])
+        return self._matcher
 
     @property
     def prefilling(self) -> bool:
@@ -87,20 +103,19 @@ class Sequence:
         """Whether it is to end without being done, at `now` of the monotonic clock."""
         return now >= self.deadline.at or self.withdrawn
 
+    def restart(self) -> None:
+        """Its tokens are to be computed from the first on."""
+        self.computed = 0
+        self.prompt_logprobs = []
+
     def sibling(self, choice: int, span: Span) -> Sequence:
         """Another choice of the same request, with the tokens it has now."""
-        return Sequence(
-            request_id=self.request_id,
+        return replace(
+            self,
             tokens=list(self.tokens),
-            prompt_tokens=self.prompt_tokens,
-            sampling=self.sampling,
-            stop_ids=self.stop_ids,
-            emit=self.emit,
-            deadline=self.deadline,
             span=span,
-            submitted_ns=self.submitted_ns,
             choice=choice,
-            priority=self.priority,
-            tenant=self.tenant,
+            prompt_logprobs=[],  # the first choice tells them
+            table=BlockTable(),
             parent=self,
         )

@@ -109,12 +109,14 @@ class Listener:
         self.choices: dict[int, list[int]] = {}
         self.ends: dict[int, Emitted] = {}
         self.cached_tokens: dict[int, int] = {}
+        self.prompt_logprobs: list[float] = []
         self.ended = threading.Event()  # all choices that began
 
     def __call__(self, emitted: Emitted) -> None:
         assert emitted.choice not in self.ends, "something came after the end"
         if emitted.choice not in self.choices:
             self.cached_tokens[emitted.choice] = emitted.cached_tokens
+        self.prompt_logprobs += emitted.prompt_logprobs
         self.choices.setdefault(emitted.choice, []).extend(emitted.token_ids)
         if emitted.finish is not None or emitted.error is not None:
             self.ends[emitted.choice] = emitted
@@ -164,12 +166,13 @@ def submit(
 ) -> tuple[Request, Listener]:
     """A request with this prompt."""
     listener = Listener()
+    sampling = sampling or Sampling(max_tokens=max_tokens)
     sequence = Request(
         request_id="-".join(map(str, prompt[:4])),
         tokens=list(prompt),
         prompt_tokens=len(prompt),
-        sampling=sampling or Sampling(max_tokens=max_tokens),
-        stop_ids=frozenset([STOP]),
+        sampling=sampling,
+        stop_ids=sampling.ends([STOP]),
         emit=listener,
         **options,
     )

@@ -6,12 +6,12 @@ import random
 from dataclasses import replace
 
 import pytest
-from engine_support import BLOCK_TOKENS, RememberingModel, engine_of, finish, recited, submit
+from engine_support import BLOCK_TOKENS, RememberingModel, engine_of, finish, recited, remembered, submit
 
-import moiety.router.engine as engine_module
 from moiety.core import FinishReason, Sampling
 from moiety.errors import Cancelled, DeadlineExceeded, InvalidRequest, MoietyError, NoHolder, ResourceExhausted
 from moiety.errors import HopFailed as Failed
+from moiety.router.guide import CompiledGuide, Matcher
 from moiety.wire.deadline import Deadline
 
 CHOICES = Sampling(max_tokens=8, temperature=1.0, seed=3, n=3, ignore_eos=True)
@@ -75,6 +75,23 @@ def test_a_prompt_that_is_known_whole_still_computes_its_last_token():
         assert model.steps == [computed]
         assert listener.tokens == recited(prompt, 1)
         assert listener.cached_tokens == {0: cached}
+
+
+def test_prompt_log_probabilities_come_once_and_whole():
+    """However the prompt is cut, and though it is sent back in the middle; a choice more tells them no second time."""
+    engine = engine_of(RememberingModel(), slots=2, token_budget=6, blocks=8)
+    prompt = prompt_of(3, 20)
+    _, scored = submit(engine, prompt, sampling=replace(CHOICES, n=2, prompt_logprobs=True))
+    for _ in range(2):
+        engine.step()
+    _, urgent = submit(engine, [1], sampling=greedy(3), priority=-1)
+    engine.step()
+    assert engine.load.waiting == 1
+    finish(engine)
+    expected = [float(remembered(prompt[: at + 1]).log_softmax(-1)[prompt[at + 1]]) for at in range(len(prompt) - 1)]
+    assert scored.prompt_logprobs == pytest.approx(expected)
+    assert scored.choices == {choice: alone(prompt, choice, CHOICES) for choice in range(2)}
+    assert urgent.tokens == recited([1], 3)
 
 
 # Choices ---------------------------------------------------------------------------------------------------------
@@ -141,39 +158,34 @@ def test_cancelling_a_request_ends_all_its_choices(steps: int):
 # What goes wrong for one -----------------------------------------------------------------------------------------
 
 
-def test_what_fails_one_request_leaves_the_others_alone(monkeypatch: pytest.MonkeyPatch):
+class UnreadableGuide(CompiledGuide):
+    """Fails whoever follows it."""
+
+    def __init__(self) -> None: ...
+
+    def matcher(self) -> Matcher:
+        raise ValueError("no such file")
+
+
+def test_what_fails_one_request_leaves_the_others_alone():
     """A failure to sample, a cancellation, a passed deadline and lost experts: four ends, and the fifth is unharmed."""
     model = RememberingModel()
     engine = engine_of(model, slots=5, token_budget=40)
     prompts = {name: prompt_of(seed, 6) for seed, name in enumerate(["unsampled", "cancelled", "late", "lost", "well"])}
-    unsampled = replace(greedy(10), seed=77)
-    requests = {
-        name: submit(
-            engine,
-            prompt,
-            sampling=unsampled if name == "unsampled" else greedy(10),
-        )
-        for name, prompt in prompts.items()
-    }
-    sample = engine_module.sample
-
-    def failing(logits: object, sampling: Sampling, *more: object) -> tuple[int, float]:
-        if sampling.seed == 77:
-            raise ValueError("no token is left")
-        return sample(logits, sampling, *more)  # type: ignore[arg-type]
+    requests = {name: submit(engine, prompt, sampling=greedy(10)) for name, prompt in prompts.items()}
+    requests["unsampled"][0].guide = UnreadableGuide()
 
     def lose(ids: list[int]) -> None:
         if len(ids) == 2:
             raise Failed([0], NoHolder(0, [3], 30.0))
 
-    monkeypatch.setattr(engine_module, "sample", failing)
     engine.step()
     engine.cancel(requests["cancelled"][0])
     requests["late"][0].deadline = Deadline.after(0.0)
     model.before = lose
     finish(engine)
     ends = {name: listener.end for name, (_, listener) in requests.items()}
-    assert "sampling failed: ValueError: no token is left" in str(ends["unsampled"].error)
+    assert "sampling failed: ValueError: no such file" in str(ends["unsampled"].error)
     assert isinstance(ends["cancelled"].error, Cancelled)
     assert isinstance(ends["lost"].error, NoHolder)
     assert requests["well"][1].tokens == recited(prompts["well"], 10)
