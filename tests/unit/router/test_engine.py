@@ -56,6 +56,9 @@ class NoHop:
     def begin_step(self, step: Any) -> None:
         self.step = step
 
+    def poll(self) -> None:
+        """Nothing comes."""
+
 
 class Listener:
     """What a request was sent."""
