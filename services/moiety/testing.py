@@ -193,7 +193,7 @@ class FakeExperts:
 
         async def handle() -> None:
             reply = experts_pb2.ForwardReply.FromString(self._reply(header, call, await self.on_call(call)))
-            rows = codec.rows_in(memoryview(reply.payload), self._row_bytes) if reply.payload else None
+            rows = codec.rows_in(memoryview(reply.payload), 1) if reply.payload else None
             reply.ClearField("payload")
             mailbox.post(lambda: answer(reply, rows))
 
