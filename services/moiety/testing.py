@@ -119,6 +119,7 @@ class FakeExperts:
         self._shape, self._dtype = shape, dtype
         self._row_bytes = shape.mlp.hidden * codec.DTYPES[dtype].itemsize
         self._unix = f"{SERVICE}-{uuid.uuid4().hex}"
+        self._server: Server | None = None
         self._stack = AsyncExitStack()
         self._handling: set[concurrent.futures.Future[None]] = set()  # calls through shared memory
         self._listener: SharedMemoryListener | None = None
@@ -131,7 +132,7 @@ class FakeExperts:
             response_serializer=experts_pb2.DescribeResponse.SerializeToString,
         )
         handlers = {"Describe": describe, "Forward": grpc.stream_stream_rpc_method_handler(self._forward)}
-        server = Server([grpc.method_handlers_generic_handler(SERVICE, handlers)], [SERVICE])
+        server = self._server = Server([grpc.method_handlers_generic_handler(SERVICE, handlers)], [SERVICE])
         server.grpc.add_insecure_port(f"unix-abstract:{self._unix}")
         mailbox = Mailbox()
         self._stack.enter_context(owner_of(mailbox))
@@ -139,7 +140,6 @@ class FakeExperts:
         self._listener = SharedMemoryListener(REVISION, self._dtype, self._row_bytes, mailbox, accept)
         self._stack.push_async_callback(self._listener.close)
         port = await server.start(HOST, 0)
-        self._stack.push_async_callback(server.stop, 0)
         self.replica = fake_replica(self.id, Role.EXPERT, port, held=self.held)
         await registry.register(self.replica)
 
@@ -148,6 +148,8 @@ class FakeExperts:
         for handling in self._handling:
             handling.cancel()
         await self._stack.aclose()
+        if self._server is not None:
+            await self._server.stop(0)
 
     async def _describe(
         self, _request: experts_pb2.DescribeRequest, _context: grpc.aio.ServicerContext
@@ -191,7 +193,7 @@ class FakeExperts:
 
         async def handle() -> None:
             reply = experts_pb2.ForwardReply.FromString(self._reply(header, call, await self.on_call(call)))
-            rows = codec.rows_in(memoryview(reply.payload), self._row_bytes) if reply.payload else None
+            rows = codec.rows_in(memoryview(reply.payload), 1) if reply.payload else None
             reply.ClearField("payload")
             mailbox.post(lambda: answer(reply, rows))
 

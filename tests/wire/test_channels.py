@@ -10,12 +10,13 @@ import pytest
 from moiety.core import ExpertSet
 from moiety.errors import ConfigError, MoietyError, PeerLost
 from moiety.load.memory import MemoryRegistry
-from moiety.testing import HOST, FakeExperts, fake_shape
+from moiety.testing import HOST, Caller, FakeExperts, eventually, fake_shape, open_caller
 from moiety.wire import codec
 from moiety.wire.channels import Server
-from moiety.wire.expert_stream import ExpertStream, Reply
+from moiety.wire.expert_link import ExpertLink
 from moiety.wire.experts_pb2 import ForwardRequest
-from moiety.wire.frames import ForwardCall
+from moiety.wire.mailbox import Mailbox
+from moiety.wire.transport import Reply
 
 SHAPE = fake_shape()
 
@@ -42,50 +43,23 @@ def test_a_server_may_be_stopped_from_two_sides_at_once():
     async def scenario() -> None:
         replica = FakeExperts("a", ExpertSet.block(2, [0]), SHAPE, on_call=lambda _: asyncio.Event().wait())
         await replica.start(MemoryRegistry())
-        stream = await ExpertStream.open(replica.replica.address, 5)
-        lost = ask(stream, 1)
-        await asyncio.gather(*(replica.vanish() for _ in range(5)))
-        await replica.vanish()
-        assert isinstance(await lost, PeerLost)
-        await stream.close()
+        async with open_caller(replica.replica.address) as caller:
+            lost = ask(caller, 1)
+            await eventually(lambda: bool(replica.calls))
+            await asyncio.gather(*(replica.vanish() for _ in range(5)))
+            await replica.vanish()
+            assert isinstance(await lost, PeerLost)
 
     asyncio.run(scenario())
 
 
-def ask(stream: ExpertStream, call_id: int) -> asyncio.Future[Reply | PeerLost]:
+def ask(caller: Caller, call_id: int) -> asyncio.Future[Reply | PeerLost]:
     """One row for expert 0, and its answer to come."""
-    answer: asyncio.Future[Reply | PeerLost] = asyncio.get_running_loop().create_future()
     request = ForwardRequest(
         call_id=call_id, rows=1, k_offsets=bytes([0] * 4 + [1] + [0] * 3), experts=bytes(4), dtype="float32"
     )
-    stream.send(
-        request, codec.rows_in(memoryview(bytes(4 * SHAPE.mlp.hidden)), 4 * SHAPE.mlp.hidden), answer.set_result
-    )
-    return answer
-
-
-def test_replies_find_their_calls_in_any_order():
-    """Many calls share a stream; the last sent is answered first here, and each gets its own answer, once."""
-
-    async def latest_first(call: ForwardCall) -> None:
-        await turns[call.call_id].wait()
-
-    turns = [asyncio.Event() for _ in range(8)]
-
-    async def scenario() -> None:
-        replica = FakeExperts("a", ExpertSet.block(2, [0]), SHAPE, on_call=latest_first, copies=2)
-        await replica.start(MemoryRegistry())
-        stream = await ExpertStream.open(replica.replica.address, 5)
-        answers = [ask(stream, call_id) for call_id in range(8)]
-        for call_id in reversed(range(8)):
-            turns[call_id].set()
-            assert (await answers[call_id]).header.call_id == call_id
-            assert not any(answer.done() for answer in answers[:call_id])
-        await stream.close()
-        assert isinstance(await ask(stream, 9), PeerLost), "a closed stream answers at once"
-        await replica.vanish()
-
-    asyncio.run(scenario())
+    row_bytes = 4 * SHAPE.mlp.hidden
+    return caller.send(request, codec.rows_in(memoryview(bytes(row_bytes)), row_bytes))
 
 
 def test_an_address_without_a_replica_is_told_soon():
@@ -97,6 +71,6 @@ def test_an_address_without_a_replica_is_told_soon():
             silent.listen()  # accepts, and never says a word
             async with asyncio.timeout(5):
                 with pytest.raises(MoietyError):
-                    await ExpertStream.open(f"{HOST}:{silent.getsockname()[1]}", 0.2)
+                    await ExpertLink.open(f"{HOST}:{silent.getsockname()[1]}", 0.2, Mailbox())
 
     asyncio.run(scenario())

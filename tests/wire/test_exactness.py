@@ -13,7 +13,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from moiety.core import CallClass, ExpertSet
+from moiety.core import CallClass, ExpertSet, Transport
 from moiety.testing import FakeExperts, fake_layer, fake_shape, loopback_hop
 from moiety.wire import codec
 from moiety.wire.frames import ForwardCall
@@ -33,6 +33,7 @@ class Case:
     lost: frozenset[int]  # replicas that vanish at their first call; each expert has a holder that does not
     hedged: bool
     copies: int
+    transport: Transport
 
 
 @st.composite
@@ -55,6 +56,7 @@ def cases(draw: st.DrawFn) -> Case:
         lost=lost,
         hedged=draw(st.booleans()),
         copies=draw(st.integers(1, 2)),
+        transport=draw(st.sampled_from((Transport.SHM, Transport.GRPC, Transport.UNIX))),
     )
 
 
@@ -83,7 +85,8 @@ def replicas_of(case: Case) -> list[FakeExperts]:
 
 async def through(case: Case, hidden: torch.Tensor, top_k_index: torch.Tensor) -> torch.Tensor:
     """The rows as they come back through the replicas of `case`."""
-    async with loopback_hop(replicas_of(case), SHAPE, dtype=case.dtype, hedge_after_s=0.001, retry_budget=1.0) as lane:
+    options = {"dtype": case.dtype, "transport": case.transport}
+    async with loopback_hop(replicas_of(case), SHAPE, hedge_after_s=0.001, retry_budget=1.0, **options) as lane:
         if case.hedged:  # a p99 of nothing: every call that is not answered within a millisecond is sent again
             for _ in range(16):
                 lane.hop.hedging.answered(LAYER, CallClass.DECODE, 0.0)
@@ -93,7 +96,7 @@ async def through(case: Case, hidden: torch.Tensor, top_k_index: torch.Tensor) -
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 @given(case=cases())
 def test_no_way_of_sending_rows_changes_a_bit(case: Case):
-    """Any partition, overlap, duplicate, hedge, order or loss gives the rows and the combined sum of one replica."""
+    """Any transport, partition, overlap, duplicate, hedge, order or loss gives the rows and the combined sum of one replica."""
     generator = torch.Generator().manual_seed(len(case.top_k_index))
     top_k_index = torch.tensor(case.top_k_index)
     hidden = torch.randn(len(case.top_k_index), SHAPE.mlp.hidden, generator=generator).to(codec.DTYPES[case.dtype])

@@ -59,7 +59,7 @@ class PendingLayer:
         self._places = codec.rows_of(self._output)  # [A]
         self._calls: dict[int, Call] = {}
         self._resent = False  # the same rows may come twice
-        self._refusing: set[str] = set()  # replicas that refused this layer, until the next try
+        self._refusing: set[str] = set()  # replicas that refused this layer or were lost, until the next try
         self._failures: dict[int, MoietyError] = {}  # assignment -> what a replica said of it that waiting cannot mend
         self._losses: np.ndarray | None = None  # [A] replicas lost with each assignment
         self._uncovered = _NONE  # assignments that nobody can be asked for: while there are any, the layer is parked
@@ -203,7 +203,7 @@ class PendingLayer:
         if (losses := int(self._losses[call.assignments].max())) > MAX_LOSSES:
             told = f"layer {self._layer}: {losses} replicas were lost over the same rows, at last: {loss}"
             raise HopFailed(self._tokens_of(call.assignments), Unavailable(told))
-        self._send_again(call)
+        self._send_again(call, avoid=call.replica)  # it may be in the table still: we may be the first to know
 
     def _refused(self, call: Call, reply: experts_pb2.ForwardReply) -> None:
         outcome = outcome_name(reply.outcome)
@@ -221,10 +221,9 @@ class PendingLayer:
         """Remembers that one holder of these rows failed on them: once nobody else is left, no waiting will help."""
         self._failures.update(dict.fromkeys(call.assignments.tolist(), error))
 
-    def _send_again(self, call: Call, avoid: str | None = None) -> None:
+    def _send_again(self, call: Call, avoid: str) -> None:
         """What `call` was to bring, less what is there or comes with another call, goes to other holders."""
-        if avoid is not None:
-            self._refusing.add(avoid)
+        self._refusing.add(avoid)
         missing = ~self._filled
         for other in self._calls.values():
             missing[other.assignments] = False

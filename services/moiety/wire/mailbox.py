@@ -72,10 +72,14 @@ class Mailbox:
             self._run_posted()
 
     def drain(self) -> None:
-        """Runs what is posted, once the owner is out of `wait`: for whoever closes up behind it. Any thread."""
+        """Sees to it that what is posted has run, whether the owner still waits here or not: for who closes up."""
         self.wake()
-        with self._turn:
-            self._run_posted()
+        while self._posted:
+            if self._turn.acquire(timeout=0.01):  # the owner, where there is one, has it nearly all the time
+                try:
+                    self._run_posted()
+                finally:
+                    self._turn.release()
 
     def _run_posted(self) -> bool:
         ran = bool(self._posted)

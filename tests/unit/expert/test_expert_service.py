@@ -21,27 +21,25 @@ from moiety.errors import PeerLost
 from moiety.expert.runtime import Runtime
 from moiety.expert.service import SERVICE, ExpertService
 from moiety.telemetry.tracing import NO_TRACER
-from moiety.testing import HOST, eventually
+from moiety.testing import HOST, Caller, eventually, open_caller
 from moiety.wire import codec, experts_pb2, experts_pb2_grpc
 from moiety.wire.channels import MAX_MESSAGE_BYTES, Server, channel
-from moiety.wire.expert_stream import ExpertStream, Reply
+from moiety.wire.transport import Reply
 
 HELD = ExpertSet.block(3, range(4))
 
 
 @dataclass(slots=True)
 class Served:
-    """A running service and one open stream to it."""
+    """A running service and one open link to it."""
 
     service: ExpertService
     server: Server
     address: str
-    stream: ExpertStream
+    caller: Caller
 
     def send(self, wanted: list[int], **changes: object) -> asyncio.Future[Reply | PeerLost]:
         """One row per expert of layer 0, with `changes` to the header."""
-        loop = asyncio.get_running_loop()
-        answer: asyncio.Future[Reply | PeerLost] = loop.create_future()
         fields = {
             "call_id": 1,
             "revision": "r1",
@@ -52,8 +50,7 @@ class Served:
             **changes,
         }
         header = experts_pb2.ForwardRequest(**fields)
-        self.stream.send(header, codec.rows_of(rows_for(len(wanted))), answer.set_result)
-        return answer
+        return self.caller.send(header, codec.rows_of(rows_for(len(wanted))))
 
 
 Scenario = Callable[[Served], Awaitable[None]]
@@ -61,15 +58,14 @@ Scenario = Callable[[Served], Awaitable[None]]
 
 @asynccontextmanager
 async def served(runtime: Runtime) -> AsyncIterator[Served]:
-    """The service over `runtime`, and a stream to it."""
+    """The service over `runtime`, and a link to it."""
     service = ExpertService(runtime, SHAPE, "tiny", "r1", torch.float32, NO_TRACER)
     server = Server([service.handler()], [SERVICE])
     address = f"{HOST}:{await server.start(HOST, 0)}"
-    stream = await ExpertStream.open(address, 5)
     try:
-        yield Served(service, server, address, stream)
+        async with open_caller(address) as caller:
+            yield Served(service, server, address, caller)
     finally:
-        await stream.close()
         await server.stop(0)
 
 
@@ -222,13 +218,13 @@ def test_describe_tells_the_truth(make_runtime: MakeRuntime):
     runtime = make_runtime(HELD)
 
     async def scenario(it: Served) -> None:
-        told = it.stream.description
+        told = it.caller.link.description
         assert (told.model, told.revision, told.dtype, told.hidden) == ("tiny", "r1", "float32", SHAPE.mlp.hidden)
         assert (told.wire_version, told.max_message_bytes) == (WIRE_VERSION, MAX_MESSAGE_BYTES)
         assert (ExpertSet.parse(told.held), told.placement_epoch) == (HELD, 0)
         moved = ExpertSet.parse("0-1:4-5")
         await asyncio.to_thread(runtime.hold, moved, 7)
-        told = await it.stream.describe(5)
+        told = await it.caller.link.describe(5)
         assert (ExpertSet.parse(told.held), told.placement_epoch) == (moved, 7)
         reply = await it.send([4])
         assert (reply.header.outcome, reply.header.held_epoch) == (experts_pb2.OUTCOME_OK, 7)
@@ -262,14 +258,12 @@ def test_a_router_that_leaves_is_forgotten(make_runtime: MakeRuntime):
     runtime = make_runtime(HELD, start=False)
 
     async def scenario(it: Served) -> None:
-        left = await ExpertStream.open(it.address, 5)
-        await eventually(lambda: it.service.open_streams == 2)
-        answers: list[Reply | PeerLost] = []
-        header = experts_pb2.ForwardRequest(call_id=8, revision="r1", rows=0, k_offsets=bytes(4), dtype="float32")
-        left.send(header, codec.rows_of(rows_for(0)), answers.append)
-        await eventually(lambda: not runtime.idle)
-        await left.close()
-        assert isinstance(answers[0], PeerLost)
+        async with open_caller(it.address) as left:
+            await eventually(lambda: it.service.open_streams == 2)
+            header = experts_pb2.ForwardRequest(call_id=8, revision="r1", rows=0, k_offsets=bytes(4), dtype="float32")
+            answer = left.send(header, codec.rows_of(rows_for(0)))
+            await eventually(lambda: not runtime.idle)
+        assert isinstance(await answer, PeerLost)
         await eventually(lambda: it.service.open_streams == 1)
         runtime.start()
         assert (await it.send([0])).header.outcome == experts_pb2.OUTCOME_OK

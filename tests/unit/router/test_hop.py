@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 import torch
 
-from moiety.core import CallClass, ExpertSet
+from moiety.core import CallClass, ExpertSet, Transport
 from moiety.errors import Cancelled, HopFailed, MoietyError, NoHolder
 from moiety.router.hedge import BURST, Hedging
 from moiety.testing import (
@@ -35,10 +35,20 @@ def holder(replica_id: str, experts: str = "0-3", **options) -> FakeExperts:
     return FakeExperts(replica_id, ExpertSet.parse(f"0-1:{experts}"), SHAPE, **options)
 
 
+TRANSPORT = Transport.GRPC
+
+
+@pytest.fixture(params=[Transport.GRPC, Transport.SHM], autouse=True)
+def _transport(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything here holds whatever carries the calls: gRPC tells the loop of a loss first, memory the engine."""
+    monkeypatch.setitem(globals(), "TRANSPORT", request.param)
+
+
 def run(scenario: Callable[[LoopbackHop], Awaitable[None]], *replicas: FakeExperts, **options) -> None:
     """`scenario` with a hop over `replicas`; 20 s is far more than any needs."""
 
     async def whole() -> None:
+        options.setdefault("transport", TRANSPORT)
         async with asyncio.timeout(20), loopback_hop(replicas, SHAPE, **options) as lane:
             await scenario(lane)
 

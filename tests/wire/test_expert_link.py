@@ -1,4 +1,4 @@
-"""The handshake of a Forward stream, against a server that answers wrongly."""
+"""The handshake with a replica, against a server that answers wrongly."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import pytest
 
 from moiety.errors import InvalidRequest
 from moiety.wire.channels import Server
-from moiety.wire.expert_stream import ExpertStream
+from moiety.wire.expert_link import ExpertLink
 from moiety.wire.experts_pb2 import DescribeRequest, DescribeResponse
+from moiety.wire.mailbox import Mailbox
 
 SERVICE = "moiety.v1.Experts"
 
@@ -31,7 +32,7 @@ def test_an_unreadable_describe_is_refused_by_name() -> None:
         port = await server.start("127.0.0.1", 0)
         try:
             with pytest.raises(InvalidRequest, match="held = 'all of them'"):
-                await ExpertStream.open(f"127.0.0.1:{port}", 5.0)
+                await ExpertLink.open(f"127.0.0.1:{port}", 5.0, Mailbox())
         finally:
             await server.stop(0)
 
