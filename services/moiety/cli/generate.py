@@ -34,6 +34,11 @@ from moiety.errors import Unavailable
 @click.option(
     "--timeout", "timeout_s", type=click.FloatRange(min=0, min_open=True), help="Seconds for all of it; default: none."
 )
+@click.option("--priority", type=click.IntRange(-100, 100), default=0, help="Lower runs first; default 0.")
+@click.option("--tenant", default="", help="Whose share of a full system the request uses.")
+@click.option(
+    "--retries", type=click.IntRange(min=0), default=0, help="Tries again that often where there is no room; default 0."
+)
 def generate(prompt: str, address: str, as_ids: bool, **options: Any) -> None:
     """Generate text from a running gateway.
 

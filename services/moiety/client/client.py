@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Self
 
 import grpc
 
+from moiety.client.retry import persistent
 from moiety.core import FinishReason
-from moiety.errors import InvalidRequest
+from moiety.errors import InvalidRequest, MoietyError
 from moiety.telemetry.names import Attribute, SpanName
 from moiety.telemetry.tracing import NO_TRACER, Tracer
 from moiety.wire import finish, generation_pb2, generation_pb2_grpc, status
@@ -26,6 +28,7 @@ class Chunk:
     finish_reason: FinishReason | None = None
     prompt_tokens: int = 0  # on the last chunk
     completion_tokens: int = 0  # on the last chunk
+    cached_tokens: int = 0  # of the prompt, found in the prefix cache; on the last chunk
     request_id: str = ""  # on the first chunk
     logprobs: tuple[float, ...] = ()
 
@@ -71,14 +74,23 @@ class Client:
         logprobs: bool = False,
         request_id: str = "",
         timeout_s: float | None = None,
+        priority: int = 0,
+        tenant: str = "",
+        retries: int = 0,
     ) -> AsyncIterator[Chunk]:
-        """Chunks as they come. Leaving the loop cancels the request. Raises the error the gateway told (errors.py)."""
+        """Chunks as they come. Leaving the loop cancels the request. Raises the error the gateway told (errors.py).
+
+        A refusal for want of room (ResourceExhausted) is tried again up to `retries` times, after the wait that the
+        gateway hints at and within `timeout_s`. Lower `priority` runs first; `tenant` is whose share of a full system
+        the request uses.
+        """
         fields = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
         sampling = generation_pb2.SamplingParams(ignore_eos=ignore_eos, logprobs=logprobs)
         for name, value in fields.items():
             if value is not None:
                 _set(sampling, name, value)
-        request = generation_pb2.GenerateRequest(model=model, sampling=sampling, request_id=request_id)
+        request = generation_pb2.GenerateRequest(model=model, sampling=sampling, request_id=request_id, tenant=tenant)
+        _set(request, "priority", priority)
         if isinstance(prompt, str):
             request.text = prompt
         else:
@@ -86,24 +98,28 @@ class Client:
         span = self._tracer.start(
             SpanName.CLIENT_GENERATE, parent=None, attributes={Attribute.SERVER_ADDRESS: self.address}
         )
-        call = self._stub.Generate(request, timeout=timeout_s, metadata=with_traceparent(span.traceparent))
+        metadata = with_traceparent(span.traceparent)
+
+        def call(left_s: float | None) -> grpc.aio.UnaryStreamCall:
+            return self._stub.Generate(request, timeout=left_s, metadata=metadata)
+
         try:
-            async for response in call:
-                yield Chunk(
-                    text=response.text,
-                    token_ids=tuple(response.token_ids),
-                    finish_reason=finish.FROM_WIRE[response.finish_reason],
-                    prompt_tokens=response.usage.prompt_tokens,
-                    completion_tokens=response.usage.completion_tokens,
-                    request_id=response.request_id,
-                    logprobs=tuple(response.logprobs),
-                )
-        except grpc.RpcError as error:
-            told = status.error_of(error)
-            span.error(told)
-            raise told from None
+            async with aclosing(persistent(call, retries, timeout_s)) as responses:
+                async for response in responses:
+                    yield Chunk(
+                        text=response.text,
+                        token_ids=tuple(response.token_ids),
+                        finish_reason=finish.FROM_WIRE[response.finish_reason],
+                        prompt_tokens=response.usage.prompt_tokens,
+                        completion_tokens=response.usage.completion_tokens,
+                        cached_tokens=response.usage.cached_tokens,
+                        request_id=response.request_id,
+                        logprobs=tuple(response.logprobs),
+                    )
+        except MoietyError as error:
+            span.error(error)
+            raise
         finally:
-            call.cancel()
             span.end()
 
     async def models(self, timeout_s: float = 10.0) -> tuple[ModelInfo, ...]:
@@ -115,11 +131,10 @@ class Client:
         return tuple(ModelInfo(model.name, model.revision, model.max_context) for model in told.models)
 
 
-def _set(sampling: generation_pb2.SamplingParams, name: str, value: float) -> None:
+def _set(message: generation_pb2.SamplingParams | generation_pb2.GenerateRequest, name: str, value: float) -> None:
     """Sets a field; what its type on the wire cannot even express is refused here, as the gateway refuses the rest."""
     try:
-        setattr(sampling, name, value)
+        setattr(message, name, value)
     except (TypeError, ValueError) as error:
-        raise InvalidRequest(
-            f"sampling.{name}", value, f"a value that generation.proto can express ({error})"
-        ) from None
+        field = f"sampling.{name}" if isinstance(message, generation_pb2.SamplingParams) else name
+        raise InvalidRequest(field, value, f"a value that generation.proto can express ({error})") from None

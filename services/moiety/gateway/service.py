@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import AsyncIterator, Mapping
+from contextlib import ExitStack
 
 import grpc
 from google.protobuf.message import DecodeError
 
-from moiety.errors import InvalidRequest, MoietyError, NotFound, ResourceExhausted
+from moiety.errors import InvalidRequest, MoietyError, NotFound
+from moiety.gateway.admission import Admission, check_standing
 from moiety.gateway.routers import Routers
 from moiety.gateway.text import Detokenizer, Tokenizer
 from moiety.telemetry.names import Attribute, SpanName
@@ -37,7 +39,7 @@ class GenerationService:
 
     def __init__(self, routers: Routers, tokenizer: Tokenizer, model: str, max_concurrent: int, tracer: Tracer):
         self._routers, self._tokenizer, self._model, self._tracer = routers, tokenizer, model, tracer
-        self._max_concurrent = max_concurrent
+        self._admission = Admission(max_concurrent, routers.predicted_wait_s)
         self.running = 0
 
     def handler(self) -> grpc.GenericRpcHandler:
@@ -78,19 +80,23 @@ class GenerationService:
             attributes={Attribute.OPERATION: "text_completion", Attribute.REQUEST_MODEL: self._model},
         )
         self.running += 1
+        held = ExitStack()
         try:
             if isinstance(request, InvalidRequest):
                 raise request
+            check_standing(request)
+            held.enter_context(self._admission.place(request.tenant))
             deadline = Deadline.after(context.time_remaining())
             engine_request = await self._admit(request, deadline)
             span.set(Attribute.REQUEST_ID, engine_request.request_id)
             span.set(Attribute.INPUT_TOKENS, len(engine_request.prompt_ids))
             for key, field in _SAMPLING.items():
                 span.set(key, getattr(engine_request.sampling, field))
-            detokenizer, produced = Detokenizer(self._tokenizer), 0
+            detokenizer, produced, cached = Detokenizer(self._tokenizer), 0, 0
             async for event in self._routers.generate(engine_request, deadline, span.traceparent):
                 first, ended = produced == 0, bool(event.finish_reason)
                 produced += len(event.token_ids)
+                cached = max(cached, event.cached_tokens)
                 response = generation_pb2.GenerateResponse(
                     text=detokenizer.push(event.token_ids, last=ended),
                     token_ids=event.token_ids,
@@ -101,6 +107,7 @@ class GenerationService:
                 if ended:
                     response.usage.prompt_tokens = len(engine_request.prompt_ids)
                     response.usage.completion_tokens = produced
+                    response.usage.cached_tokens = cached
                     span.set(Attribute.OUTPUT_TOKENS, produced)
                     span.set(Attribute.FINISH_REASONS, [str(finish.FROM_WIRE[event.finish_reason])])
                 yield response
@@ -108,13 +115,12 @@ class GenerationService:
             span.error(error)
             await status.abort(context, error)
         finally:
+            held.close()
             self.running -= 1
             span.end()
 
     async def _admit(self, request: generation_pb2.GenerateRequest, deadline: Deadline) -> engine_pb2.EngineRequest:
         """The request in token ids, checked against the model it goes to. Raises what the client should hear."""
-        if self.running > self._max_concurrent:
-            raise ResourceExhausted(f"{self.running - 1} requests are in flight, the most allowed", 1.0)
         if request.model and request.model != self._model:
             raise NotFound(f"model {request.model!r} is not served here; this is {self._model!r}")
         if len(request.request_id) > MAX_REQUEST_ID:
@@ -132,6 +138,8 @@ class GenerationService:
             prompt_ids=ids,
             sampling=request.sampling,
             stop_ids=self._tokenizer.stop_ids,
+            priority=request.priority,
+            tenant=request.tenant,
         )
         # Every default is settled here, above all the seed: a router that takes over samples the same tokens.
         for field in ("seed", *_SAMPLING.values()):
