@@ -1,8 +1,8 @@
 """Which router a request goes to: a pure function of what is known of each, and of a number that the caller draws.
 
-A request goes where its end is predicted soonest: a wait for a slot, the prefill of what is not cached behind the
-prefill already queued there, and tokens at the pace that so many streams allow. So a cached prefix wins exactly until
-what waits at its router costs more than the prefill it saves.
+A request goes where it costs least time: a wait for a slot, the prefill of what is not cached behind the prefill already
+queued there, and tokens at the pace that so many streams allow; and its own prefill once more, for it keeps those who
+come after it waiting as well. So a cached prefix wins until what waits at its router costs more than computing it again.
 
 Only a few routers are compared: two drawn at random, and two of those with the longest prefix. What is known of load is
 as old as the last poll, and many gateways that all chose the best of all would choose the same one until the next
@@ -32,7 +32,7 @@ class Choice:
     """The candidate chosen, what is predicted for it, and why it was."""
 
     index: int  # into the candidates
-    seconds: float  # to the request's end; 0 while no pace is known
+    seconds: float  # that it costs, to its end and others; 0 while no pace is known
     reason: str
 
 
@@ -52,9 +52,13 @@ def choose(candidates: Sequence[Candidate], pace: Pace, prompt: int, max_tokens:
         candidate = candidates[index]
         if not pace.known:
             return 0.0
+        to_compute = prompt - candidate.cached
+        # Without the last term, simulated conversations of 1600 tokens at two thirds load computed 11 % of what was
+        # cached again and took 0.85 s each; with it 0.5 % and 0.60 s.
         return (
             pace.slot_wait(candidate.load, candidate.slots)
-            + pace.first_token.at(candidate.ahead + prompt - candidate.cached)
+            + pace.first_token.at(candidate.ahead + to_compute)
+            + pace.first_token.slope * to_compute
             + output * pace.gap.at(min(candidate.load + 1, candidate.slots or candidate.load + 1))
         )
 
