@@ -7,6 +7,7 @@ it is what runs. Its insides can be told to wait, refuse, answer twice or vanish
 from __future__ import annotations
 
 import asyncio
+from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 
 from moiety.core import WIRE_VERSION, CallClass, ExpertMLP, ExpertSet, ModelShape, Replica, Role
-from moiety.errors import MoietyError
+from moiety.errors import MoietyError, ResourceExhausted
 from moiety.expert.service import SERVICE
 from moiety.load.memory import MemoryRegistry
 from moiety.load.watch import Watch
@@ -220,18 +221,34 @@ async def loopback_hop(
 
 
 class FakeEngine(engine_pb2_grpc.EngineServicer):
-    """A router: the token at each position is a function of prompt, seed and position, as a real engine's is.
+    """A router: the token at each position is a function of prompt, choice, seed and position, as a real engine's is.
 
     `before_token(position)` is awaited before each token, counted from the first generated one; it may wait or raise
-    a MoietyError, which the client is told.
+    a MoietyError, which the client is told. More requests than `places` at once are refused. With `blocks`, prefixes
+    are cached by blocks of `block_tokens`, the least recently used evicted.
     """
 
-    def __init__(self, replica_id: str, shape: ModelShape, *, revision: str = REVISION):
+    def __init__(
+        self,
+        replica_id: str,
+        shape: ModelShape,
+        *,
+        revision: str = REVISION,
+        places: int = 1 << 20,
+        slots: int = 0,
+        blocks: int = 0,
+        block_tokens: int = 4,
+    ):
         self.id = replica_id
-        self.requests: list[engine_pb2.EngineRequest] = []  # in order of arrival
+        self.requests: list[engine_pb2.EngineRequest] = []  # accepted, in order of arrival
+        self.refused = 0  # requests for which there was no place
         self.cancelled = 0  # requests whose client went away
         self.before_token: Callable[[int], Awaitable[None]] = at_once
-        self._shape, self._revision = shape, revision
+        self.places = places
+        self._shape, self._revision, self._slots = shape, revision, slots
+        self._blocks, self._block_tokens = blocks, block_tokens
+        self._cached: OrderedDict[tuple[str, tuple[int, ...]], None] = OrderedDict()
+        self._running = 0
         self._server: Server | None = None
 
     async def start(self, registry: MemoryRegistry) -> None:
@@ -246,31 +263,67 @@ class FakeEngine(engine_pb2_grpc.EngineServicer):
         if self._server is not None:
             await self._server.stop(0)
 
+    def empty_cache(self) -> None:
+        """Evicts every block."""
+        self._cached.clear()
+
     async def Describe(
         self, _request: engine_pb2.EngineDescribeRequest, _context: grpc.aio.ServicerContext
     ) -> engine_pb2.EngineDescription:
         return engine_pb2.EngineDescription(
-            model=MODEL, revision=self._revision, max_context=self._shape.max_context, vocabulary=self._shape.vocabulary
+            model=MODEL,
+            revision=self._revision,
+            max_context=self._shape.max_context,
+            vocabulary=self._shape.vocabulary,
+            running=self._running,
+            slots=self._slots,
+            blocks=self._blocks,
+            block_tokens=self._block_tokens if self._blocks else 0,
         )
 
     async def Generate(
         self, request: engine_pb2.EngineRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[engine_pb2.EngineEvent]:
+        if self._running >= self.places:
+            self.refused += 1
+            await status.abort(context, ResourceExhausted(f"{self._running} requests of {self.places} run", 0.25))
         self.requests.append(request)
-        most = request.sampling.max_tokens
+        self._running += 1
+        most, choices = request.sampling.max_tokens, range(request.choice, request.choice + (request.sampling.n or 1))
+        first = len(request.generated_ids)
+        cached = self._look_up(request)
         try:
-            for position in range(len(request.generated_ids), most):
+            for position in range(first, most):
                 await self.before_token(position)
-                token = fake_token(request.prompt_ids, request.sampling.seed, position, self._shape.vocabulary)
-                event = engine_pb2.EngineEvent(token_ids=[token])
-                if position + 1 == most:
-                    event.finish_reason = generation_pb2.FINISH_REASON_LENGTH
-                yield event
+                for choice in choices:
+                    seed = request.sampling.seed + choice
+                    token = fake_token(request.prompt_ids, seed, position, self._shape.vocabulary)
+                    event = engine_pb2.EngineEvent(token_ids=[token], choice=choice)
+                    if position == first:
+                        event.cached_tokens = cached
+                    if position + 1 == most:
+                        event.finish_reason = generation_pb2.FINISH_REASON_LENGTH
+                    yield event
         except MoietyError as error:
             await status.abort(context, error)
         except (asyncio.CancelledError, GeneratorExit):
             self.cancelled += 1
             raise
+        finally:
+            self._running -= 1
+
+    def _look_up(self, request: engine_pb2.EngineRequest) -> int:
+        """How many of the request's tokens are cached; afterwards all its blocks are."""
+        ids = [*request.prompt_ids, *request.generated_ids]
+        ends = range(self._block_tokens, len(ids), self._block_tokens) if self._blocks else ()
+        blocks = [(request.tenant, tuple(ids[:end])) for end in ends]
+        found = next((i for i, block in enumerate(blocks) if block not in self._cached), len(blocks))
+        for block in reversed(blocks):
+            self._cached[block] = None
+            self._cached.move_to_end(block)
+        while len(self._cached) > self._blocks:
+            self._cached.popitem(last=False)
+        return found * self._block_tokens
 
 
 def fake_token(prompt: Sequence[int], seed: int, position: int, vocabulary: int) -> int:

@@ -67,7 +67,7 @@ class Pace:
     gap: Line = Line()  # seconds between two tokens of a stream, over the streams that run
     stay: Mean = Mean()  # seconds for which a request keeps its slot
     output: Mean = Mean()  # tokens of a finished request
-    found: Mean = Mean(1.0)  # of the cached tokens predicted, the part that the router had
+    found: Mean = Mean(1.0, weight=1.0)  # of the cached tokens predicted, the part that was there; all, to begin with
 
     @property
     def known(self) -> bool:

@@ -29,6 +29,8 @@ class Gateway:
     address: str
     client: Client
     registry: MemoryRegistry
+    watch: Watch
+    routers: Routers
 
 
 def run(
@@ -56,7 +58,7 @@ def run(
             address = f"{HOST}:{await server.start(HOST, 0)}"
             stack.push_async_callback(server.stop, 0)
             client = await stack.enter_async_context(Client(address))
-            await scenario(Gateway(service, address, client, registry))
+            await scenario(Gateway(service, address, client, registry, watch, routers))
             await eventually(lambda: service.running == 0)
 
     asyncio.run(whole())
