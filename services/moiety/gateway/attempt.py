@@ -15,7 +15,7 @@ class Attempt:
 
     def __init__(self, router: Router, prompt: Prompt, pace: Pace):
         self._router, self._prompt = router, prompt
-        self._queued = router.load >= router.description.slots > 0
+        self._queued = router.load >= router.slots > 0
         self._ahead = router.ahead
         self._hashes = router.hashes(prompt)
         self._visit = router.prefixes.visit(self._hashes) if router.prefixes is not None else None
@@ -73,5 +73,5 @@ class Attempt:
     @property
     def _running(self) -> float:
         """Streams that share the router now."""
-        slots = self._router.description.slots
+        slots = self._router.slots
         return min(self._router.load, slots) if slots else self._router.load

@@ -56,11 +56,17 @@ class Router:
         """Sequences there, running or waiting, everybody's."""
         return self._others + self.in_flight
 
+    @property
+    def slots(self) -> int:
+        """Sequences that it runs at once: fewer than it told where requests wait for room in its KV cache; 0: not told."""
+        told = self.description
+        return min(told.slots, told.running) if told.waiting and told.running else told.slots
+
     def candidate(self, prompt: Prompt, pace: Pace) -> Candidate:
         """What the choice of a router wants to know of this one."""
         matched = self.prefixes.match(self.hashes(prompt)) if self.prefixes is not None else 0
         cached = pace.found.value * matched * self.description.block_tokens
-        return Candidate(self.load, self.description.slots, self.ahead, cached)
+        return Candidate(self.load, self.slots, self.ahead, cached)
 
     def hashes(self, prompt: Prompt) -> Sequence[int]:
         """Of the blocks of a prompt; none where it caches no prefixes."""
@@ -68,12 +74,14 @@ class Router:
 
     async def answers(self) -> bool:
         """Whether it answers now; its load is known then."""
+        before = self.in_flight
         try:
             told = await self.stub.Describe(engine_pb2.EngineDescribeRequest(), timeout=HANDSHAKE_S)
         except grpc.RpcError:
             return False
         self.description = told
-        self._others = max(told.running + told.waiting - self.in_flight, 0)
+        # Ours that came or went meanwhile may be counted in what it told, or not; better miss one than invent one.
+        self._others = max(told.running + told.waiting - max(before, self.in_flight), 0)
         return True
 
     async def leave(self) -> None:

@@ -81,7 +81,7 @@ class Routers:
         """Seconds until a request that came now would have a slot, at the router where that is soonest."""
         if not self._pace.known or not self._routers:
             return UNKNOWN_WAIT_S
-        return min(self._pace.slot_wait(r.load, r.description.slots) for r in self._routers.values())
+        return min(self._pace.slot_wait(router.load, router.slots) for router in self._routers.values())
 
     async def close(self) -> None:
         for task in self._dialling.values():
