@@ -14,6 +14,7 @@ import grpc
 from moiety.core import Replica, ReplicaState, Role
 from moiety.errors import DeadlineExceeded, ResourceExhausted, Unavailable
 from moiety.gateway.attempt import Attempt
+from moiety.gateway.backlog import Backlog
 from moiety.gateway.merge import merged
 from moiety.gateway.prefixes import PrefixHasher
 from moiety.gateway.progress import Progress
@@ -44,7 +45,7 @@ class Routers:
         self._routers: dict[str, Router] = {}
         self._dialling: dict[str, asyncio.Task[None]] = {}
         self._seen: tuple[Replica, ...] | None = None  # the table that `_routers` is in line with
-        self._pace = Pace()
+        self._pace, self._backlog = Pace(), Backlog()
         self._random = random.Random(seed)
         self._hasher = PrefixHasher(self._random.getrandbits(64))
 
@@ -77,11 +78,9 @@ class Routers:
                 _log.warning("%s after %d tokens; going on elsewhere", lost, progress.tokens)
                 accepted = True
 
-    def predicted_wait_s(self) -> float:
-        """Seconds until a request that came now would have a slot, at the router where that is soonest."""
-        if not self._pace.known or not self._routers:
-            return UNKNOWN_WAIT_S
-        return min(self._pace.slot_wait(router.load, router.slots) for router in self._routers.values())
+    def retry_after_s(self) -> float:
+        """Seconds after which one more who is refused now should come again, and is expected to."""
+        return self._backlog.refuse(self._predicted_wait_s)
 
     async def close(self) -> None:
         for task in self._dialling.values():
@@ -98,10 +97,11 @@ class Routers:
             ready = await self._ready(deadline, request.revision)
             ready_ids = {router.replica.id for router in ready}
             if ready_ids <= full.keys():
-                hint = max(self.predicted_wait_s(), min(full[router_id] for router_id in ready_ids))
+                soonest = min(full[router_id] for router_id in ready_ids)
                 if waits.passed:
+                    hint = max(self.retry_after_s(), soonest)
                     raise ResourceExhausted(f"the queue of {_each_of(len(ready))} is full", hint)
-                await asyncio.sleep(min(hint, waits.left()))
+                await asyncio.sleep(min(soonest, waits.left()))
                 full.clear()
             router = self._choose(request, prompt, [router for router in ready if router.replica.id not in full])
             request.revision = router.replica.revision  # one revision for life
@@ -115,6 +115,13 @@ class Routers:
                 if started:
                     raise
                 full[router.replica.id] = refusal.retry_after_s
+
+    def _predicted_wait_s(self, expected: int) -> float:
+        """Seconds until one more request has a slot, at the router where that is soonest, `expected` others before it."""
+        if not self._pace.known or not self._routers:
+            return UNKNOWN_WAIT_S
+        before = expected / len(self._routers)
+        return min(self._pace.slot_wait(router.load + before, router.slots) for router in self._routers.values())
 
     def _choose(self, request: engine_pb2.EngineRequest, prompt: Prompt, routers: list[Router]) -> Router:
         candidates = [router.candidate(prompt, self._pace) for router in routers]

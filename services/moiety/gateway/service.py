@@ -39,7 +39,7 @@ class GenerationService:
 
     def __init__(self, routers: Routers, tokenizer: Tokenizer, model: str, max_concurrent: int, tracer: Tracer):
         self._routers, self._tokenizer, self._model, self._tracer = routers, tokenizer, model, tracer
-        self._admission = Admission(max_concurrent, routers.predicted_wait_s)
+        self._admission = Admission(max_concurrent, routers.retry_after_s)
         self.running = 0
 
     def handler(self) -> grpc.GenericRpcHandler:

@@ -1,0 +1,26 @@
+"""Those who are refused come back one after the other, not all at once."""
+
+from __future__ import annotations
+
+from moiety.gateway.backlog import MOST_S, Backlog
+
+
+def test_each_is_told_to_come_after_those_before():
+    """Refused together, they are spread over the time that it takes to serve them; who is due is expected no more."""
+    now = [0.0]
+    backlog = Backlog(lambda: now[0])
+
+    def wait_s(before: int) -> float:
+        return 1.0 + before / 2
+
+    assert [backlog.refuse(wait_s) for _ in range(4)] == [1.0, 1.5, 2.0, 2.5]
+    now[0] = 1.6
+    assert backlog.refuse(wait_s) == 2.0
+    now[0] = 10.0
+    assert backlog.refuse(wait_s) == 1.0
+
+
+def test_nobody_is_sent_away_for_good():
+    """However many were refused, the hint is bounded, and so is what is remembered of them."""
+    backlog = Backlog(lambda: 0.0)
+    assert max(backlog.refuse(float) for _ in range(1000)) == MOST_S
