@@ -6,6 +6,7 @@ import heapq
 import time
 from collections.abc import Callable
 
+LEAST_S = 0.05  # whoever comes back sooner costs more than the time is worth
 MOST_S = 30.0  # nobody is sent away for longer, however many are expected before
 
 
@@ -25,6 +26,6 @@ class Backlog:
         now = self._clock()
         while self._expected and self._expected[0] <= now:
             heapq.heappop(self._expected)
-        hint = min(wait_s(len(self._expected)), MOST_S)
+        hint = min(max(wait_s(len(self._expected)), LEAST_S), MOST_S)
         heapq.heappush(self._expected, now + hint)
         return hint
