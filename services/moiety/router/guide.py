@@ -136,7 +136,8 @@ def _grammar(guide: Guide) -> str:
     """In llguidance's own form. Raises ValueError where a JSON schema is no JSON."""
     match guide.kind:
         case GuideKind.JSON_SCHEMA:
-            return llguidance.LLMatcher.grammar_from_json_schema(guide.text, defaults=_JSON)
+            options = _JSON if guide.text.lstrip().startswith("{") else None  # `true` is a schema too, and takes none
+            return llguidance.LLMatcher.grammar_from_json_schema(guide.text, defaults=options)
         case GuideKind.REGEX:
             return llguidance.LLMatcher.grammar_from_regex(guide.text)
         case GuideKind.GRAMMAR:
