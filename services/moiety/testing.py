@@ -221,7 +221,7 @@ async def loopback_hop(
 
 
 class FakeEngine(engine_pb2_grpc.EngineServicer):
-    """A router: the token at each position is a function of prompt, choice, seed and position, as a real engine's is.
+    """A router: the token at each position is a function of prompt, seed, choice and position, as a real engine's is.
 
     `before_token(position)` is awaited before each token, counted from the first generated one; it may wait or raise
     a MoietyError, which the client is told. More requests than `places` at once are refused. With `blocks`, prefixes
@@ -289,21 +289,13 @@ class FakeEngine(engine_pb2_grpc.EngineServicer):
             await status.abort(context, ResourceExhausted(f"{self._running} requests of {self.places} run", 0.25))
         self.requests.append(request)
         self._running += 1
-        most, choices = request.sampling.max_tokens, range(request.choice, request.choice + (request.sampling.n or 1))
-        first = len(request.generated_ids)
-        cached = self._look_up(request)
+        sampling, cached = request.sampling, self._look_up(request)
+        choices = range(request.choice, request.choice + (sampling.n or 1))
         try:
-            for position in range(first, most):
+            for position in range(len(request.generated_ids), sampling.max_tokens):
                 await self.before_token(position)
                 for choice in choices:
-                    seed = request.sampling.seed + choice
-                    token = fake_token(request.prompt_ids, seed, position, self._shape.vocabulary)
-                    event = engine_pb2.EngineEvent(token_ids=[token], choice=choice)
-                    if position == first:
-                        event.cached_tokens = cached
-                    if position + 1 == most:
-                        event.finish_reason = generation_pb2.FINISH_REASON_LENGTH
-                    yield event
+                    yield self._event(request, choice, position, cached)
         except MoietyError as error:
             await status.abort(context, error)
         except (asyncio.CancelledError, GeneratorExit):
@@ -311,6 +303,23 @@ class FakeEngine(engine_pb2_grpc.EngineServicer):
             raise
         finally:
             self._running -= 1
+
+    def _event(
+        self, request: engine_pb2.EngineRequest, choice: int, position: int, cached: int
+    ) -> engine_pb2.EngineEvent:
+        vocabulary, first = self._shape.vocabulary, position == len(request.generated_ids)
+        event = engine_pb2.EngineEvent(
+            token_ids=[fake_token(request.prompt_ids, request.sampling.seed, position, vocabulary, choice)],
+            choice=choice,
+            cached_tokens=cached if first else 0,
+        )
+        if request.sampling.logprobs:
+            event.logprobs.append(-float(position))
+        if request.sampling.prompt_logprobs and first and choice == request.choice:
+            event.prompt_logprobs.extend([-1.0] * (len(request.prompt_ids) - 1))
+        if position + 1 == request.sampling.max_tokens:
+            event.finish_reason = generation_pb2.FINISH_REASON_LENGTH
+        return event
 
     def _look_up(self, request: engine_pb2.EngineRequest) -> int:
         """How many of the request's tokens are cached; afterwards all its blocks are."""
@@ -326,9 +335,10 @@ class FakeEngine(engine_pb2_grpc.EngineServicer):
         return found * self._block_tokens
 
 
-def fake_token(prompt: Sequence[int], seed: int, position: int, vocabulary: int) -> int:
-    """The token a FakeEngine generates at `position` (from 0)."""
-    return int(np.random.Generator(np.random.Philox(key=seed + sum(prompt), counter=position)).integers(vocabulary))
+def fake_token(prompt: Sequence[int], seed: int, position: int, vocabulary: int, choice: int = 0) -> int:
+    """The token a FakeEngine generates at `position` (from 0) of a choice."""
+    philox = np.random.Philox(key=seed + sum(prompt), counter=[position, choice, 0, 0])
+    return int(np.random.Generator(philox).integers(vocabulary))
 
 
 def fake_replica(

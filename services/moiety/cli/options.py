@@ -37,6 +37,24 @@ class IntegerList(click.ParamType[tuple[int, ...]]):
         return numbers
 
 
+class TokenBias(click.ParamType[tuple[int, float]]):
+    """A token id and what is added to its logit, as ID=BIAS."""
+
+    name = "id=bias"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, float]:
+        if isinstance(value, tuple):
+            return value
+        token, _, bias = str(value).partition("=")
+        try:
+            return int(token), float(bias)
+        except ValueError:
+            self.fail(f"{value!r}: must be ID=BIAS, such as 42=-100", param, ctx)
+
+
+TOKEN_BIAS = TokenBias()
+
+
 def groups_option(function: Function) -> Function:
     """--groups."""
     return click.option(

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
-from contextlib import aclosing
+import json
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import grpc
 
 from moiety.client.retry import persistent
-from moiety.core import FinishReason
+from moiety.core import FinishReason, TopLogprobs
 from moiety.errors import InvalidRequest, MoietyError
 from moiety.telemetry.names import Attribute, SpanName
 from moiety.telemetry.tracing import NO_TRACER, Tracer
@@ -25,12 +26,15 @@ class Chunk:
 
     text: str
     token_ids: tuple[int, ...]
-    finish_reason: FinishReason | None = None
+    finish_reason: FinishReason | None = None  # on the last chunk of each choice
     prompt_tokens: int = 0  # on the last chunk
-    completion_tokens: int = 0  # on the last chunk
-    cached_tokens: int = 0  # of the prompt, found in the prefix cache; on the last chunk
+    completion_tokens: int = 0  # on the last chunk, of all choices
+    cached_tokens: int = 0  # on the last chunk: of the prompt, found in the prefix cache
     request_id: str = ""  # on the first chunk
-    logprobs: tuple[float, ...] = ()
+    choice: int = 0  # whose tokens these are: 0 to n - 1
+    logprobs: tuple[float, ...] = ()  # of token_ids
+    top_logprobs: tuple[TopLogprobs, ...] = ()  # beside token_ids
+    prompt_logprobs: tuple[float, ...] = ()  # of the prompt's tokens but the first; once
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,28 +73,67 @@ class Client:
         temperature: float | None = None,
         top_p: float | None = None,
         top_k: int | None = None,
+        min_p: float | None = None,
         seed: int | None = None,
+        repetition_penalty: float | None = None,
+        presence_penalty: float | None = None,
+        frequency_penalty: float | None = None,
+        logit_bias: Mapping[int, float] | None = None,
+        stop: str | Sequence[str] = (),
+        stop_token_ids: Sequence[int] = (),
+        min_tokens: int | None = None,
         ignore_eos: bool = False,
         logprobs: bool = False,
-        request_id: str = "",
-        timeout_s: float | None = None,
+        top_logprobs: int | None = None,
+        prompt_logprobs: bool = False,
+        n: int | None = None,
+        json_schema: str | Mapping[str, Any] | None = None,
+        regex: str | None = None,
+        grammar: str | None = None,
         priority: int = 0,
         tenant: str = "",
+        request_id: str = "",
+        timeout_s: float | None = None,
         retries: int = 0,
     ) -> AsyncIterator[Chunk]:
         """Chunks as they come. Leaving the loop cancels the request. Raises the error the gateway told (errors.py).
 
         A refusal for want of room (ResourceExhausted) is tried again up to `retries` times, after the wait that the
-        gateway hints at and within `timeout_s`. Lower `priority` runs first; `tenant` is whose share of a full system
-        the request uses.
+        gateway hints at and within `timeout_s`.
+        Options mean what generation.proto says of them. At most one of `json_schema` (JSON text or the schema itself),
+        `regex` and `grammar` (Lark syntax) guides the output.
         """
-        fields = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
-        sampling = generation_pb2.SamplingParams(ignore_eos=ignore_eos, logprobs=logprobs)
-        for name, value in fields.items():
+        sampling = generation_pb2.SamplingParams(
+            ignore_eos=ignore_eos, logprobs=logprobs, prompt_logprobs=prompt_logprobs
+        )
+        scalars = {
+            "max_tokens": max_tokens,
+            "temperature": temperature,
+            "top_p": top_p,
+            "top_k": top_k,
+            "min_p": min_p,
+            "seed": seed,
+            "repetition_penalty": repetition_penalty,
+            "presence_penalty": presence_penalty,
+            "frequency_penalty": frequency_penalty,
+            "min_tokens": min_tokens,
+            "top_logprobs": top_logprobs,
+            "n": n,
+        }
+        for name, value in scalars.items():
             if value is not None:
-                _set(sampling, name, value)
+                with _expressible(f"sampling.{name}", value):
+                    setattr(sampling, name, value)
+        with _expressible("sampling.logit_bias", logit_bias):
+            sampling.logit_bias.update(logit_bias or {})
+        with _expressible("sampling.stop", stop):
+            sampling.stop.extend([stop] if isinstance(stop, str) else stop)
+        with _expressible("sampling.stop_token_ids", stop_token_ids):
+            sampling.stop_token_ids.extend(stop_token_ids)
+        _set_guide(sampling, json_schema, regex, grammar)
         request = generation_pb2.GenerateRequest(model=model, sampling=sampling, request_id=request_id, tenant=tenant)
-        _set(request, "priority", priority)
+        with _expressible("priority", priority):
+            request.priority = priority
         if isinstance(prompt, str):
             request.text = prompt
         else:
@@ -114,7 +157,12 @@ class Client:
                         completion_tokens=response.usage.completion_tokens,
                         cached_tokens=response.usage.cached_tokens,
                         request_id=response.request_id,
+                        choice=response.choice,
                         logprobs=tuple(response.logprobs),
+                        top_logprobs=tuple(
+                            TopLogprobs(tuple(top.token_ids), tuple(top.logprobs)) for top in response.top_logprobs
+                        ),
+                        prompt_logprobs=tuple(response.prompt_logprobs),
                     )
         except MoietyError as error:
             span.error(error)
@@ -131,10 +179,26 @@ class Client:
         return tuple(ModelInfo(model.name, model.revision, model.max_context) for model in told.models)
 
 
-def _set(message: generation_pb2.SamplingParams | generation_pb2.GenerateRequest, name: str, value: float) -> None:
-    """Sets a field; what its type on the wire cannot even express is refused here, as the gateway refuses the rest."""
+def _set_guide(
+    sampling: generation_pb2.SamplingParams,
+    json_schema: str | Mapping[str, Any] | None,
+    regex: str | None,
+    grammar: str | None,
+) -> None:
+    given = {"json_schema": json_schema, "regex": regex, "grammar": grammar}
+    named = [name for name, value in given.items() if value is not None]
+    if len(named) > 1:
+        raise InvalidRequest("sampling.guide", " and ".join(named), "at most one of json_schema, regex and grammar")
+    for name in named:
+        value = given[name]
+        with _expressible(f"sampling.guide.{name}", value):
+            setattr(sampling.guide, name, value if isinstance(value, str) else json.dumps(value))
+
+
+@contextmanager
+def _expressible(field: str, value: object) -> Iterator[None]:
+    """What a field's type on the wire cannot even express is refused here, as the gateway refuses the rest."""
     try:
-        setattr(message, name, value)
-    except (TypeError, ValueError) as error:
-        field = f"sampling.{name}" if isinstance(message, generation_pb2.SamplingParams) else name
+        yield
+    except (TypeError, ValueError, AttributeError) as error:
         raise InvalidRequest(field, value, f"a value that generation.proto can express ({error})") from None

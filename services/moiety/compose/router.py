@@ -22,6 +22,7 @@ from moiety.router.context import HopSettings
 from moiety.router.demand import DemandCounter
 from moiety.router.engine import Engine
 from moiety.router.fleet import Fleet
+from moiety.router.guide import Guides
 from moiety.router.hedge import Hedging
 from moiety.router.hop import Hop
 from moiety.router.kvcache import KVCache
@@ -72,6 +73,8 @@ async def start(settings: RouterSettings, replica_id: str, node: str) -> Running
         )
         engine.start()
         site.closers.push_async_callback(asyncio.to_thread, engine.stop, settings.drain_s)
+        guides = Guides(settings.model, shape.vocabulary, settings.threads)
+        site.closers.callback(guides.close)
         service = EngineService(
             engine,
             settings.name,
@@ -79,6 +82,7 @@ async def start(settings: RouterSettings, replica_id: str, node: str) -> Running
             vocabulary=shape.vocabulary,
             max_context=max_context,
             slots=settings.slots,
+            guides=guides,
             tracer=site.tracer,
         )
         covered = False

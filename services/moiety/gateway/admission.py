@@ -21,7 +21,7 @@ MAX_PRIORITY = 100
 def check_standing(request: generation_pb2.GenerateRequest) -> None:
     """Raises InvalidRequest unless priority and tenant are within their bounds."""
     if not -MAX_PRIORITY <= request.priority <= MAX_PRIORITY:
-        raise InvalidRequest("priority", request.priority, f"-{MAX_PRIORITY} (first) to {MAX_PRIORITY}")
+        raise InvalidRequest("priority", request.priority, f"{-MAX_PRIORITY} to {MAX_PRIORITY}")
     if len(request.tenant) > MAX_TENANT:
         raise InvalidRequest("tenant", request.tenant, f"at most {MAX_TENANT} characters")
 

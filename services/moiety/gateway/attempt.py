@@ -11,7 +11,7 @@ from moiety.wire import engine_pb2
 
 
 class Attempt:
-    """Counted at its router from here until `close`."""
+    """Counted at its router from here until `end`."""
 
     def __init__(self, router: Router, prompt: Prompt, pace: Pace):
         self._router, self._prompt = router, prompt
@@ -34,27 +34,23 @@ class Attempt:
         self._generated.extend(event.token_ids)
         return pace if self._answered else self._answer(event.cached_tokens, pace)
 
-    def ended(self, pace: Pace) -> Pace:
-        """What `pace` is after the request, all of which has come."""
-        router, streaming = self._router, self._last - self._first
-        if self._prompt.sequences > 1:  # what came when is mixed with its other sequences
-            return pace
-        if router.prefixes is not None:
-            hashes = self._prompt.hashes_with(self._generated, router.description.block_tokens)
-            router.prefixes.visit(hashes).computed = True
-        prefill = pace.first_token.at(self._to_compute)
-        streams = (self._streams + self._running) / 2
-        return pace.ended(min(self._first - self._sent, prefill) + streaming, streams, len(self._generated), streaming)
-
-    async def close(self) -> None:
-        """The request is no longer there, however it ended."""
-        router = self._router
-        router.in_flight -= self._prompt.sequences
+    def end(self, pace: Pace) -> Pace:
+        """The request is no longer there, however it ended; `pace` with what it took."""
+        router, prompt = self._router, self._prompt
+        router.in_flight -= prompt.sequences
         if not self._answered:
             router.ahead -= self._to_compute
             if router.prefixes is not None and self._visit is not None:
                 router.prefixes.withdraw(self._visit, self._hashes)
-        await router.close_if_done()
+            return pace
+        if prompt.sequences > 1:  # what came when is mixed with its other sequences
+            return pace
+        if router.prefixes is not None:
+            hashes = prompt.hashes_with(self._generated, router.description.block_tokens)
+            router.prefixes.visit(hashes).computed = True
+        prefill, streaming = pace.first_token.at(self._to_compute), self._last - self._first
+        streams = (self._streams + self._running + 1) / 2  # ours counts, though it has just gone
+        return pace.ended(min(self._first - self._sent, prefill) + streaming, streams, len(self._generated), streaming)
 
     def _answer(self, cached_tokens: int, pace: Pace) -> Pace:
         """The first event: the prompt is computed, and what was cached of it is known."""

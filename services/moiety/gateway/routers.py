@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Set
 from contextlib import aclosing
 from functools import partial
 
@@ -15,9 +15,8 @@ from moiety.core import Replica, ReplicaState, Role
 from moiety.errors import DeadlineExceeded, ResourceExhausted, Unavailable
 from moiety.gateway.attempt import Attempt
 from moiety.gateway.backlog import Backlog
-from moiety.gateway.merge import merged
+from moiety.gateway.choices import behind, choices_of, merged
 from moiety.gateway.prefixes import PrefixHasher
-from moiety.gateway.progress import Progress
 from moiety.gateway.prompt import Prompt
 from moiety.gateway.router import Router
 from moiety.load.watch import Watch
@@ -54,29 +53,44 @@ class Routers:
         return min(await self._ready(deadline, revision), key=lambda router: (router.load, router.replica.id))
 
     async def generate(
-        self, request: engine_pb2.EngineRequest, deadline: Deadline, traceparent: str, *, accepted: bool = False
+        self,
+        request: engine_pb2.EngineRequest,
+        deadline: Deadline,
+        traceparent: str,
+        ended: Set[int] = frozenset(),
+        *,
+        accepted: bool = False,
     ) -> AsyncGenerator[engine_pb2.EngineEvent, None]:
-        """The request's events, to its end. A router lost on the way is replaced: another goes on behind its tokens.
+        """The request's events, to the end of every choice but those that the caller puts into `ended` meanwhile.
 
-        A router whose queue is full is passed over for the next. Raises ResourceExhausted where all are; a request that
-        was `accepted` before waits for a place instead, as long as for a ready router.
+        A router lost on the way is replaced: another goes on behind the tokens of each unfinished choice. A router whose
+        queue is full is passed over for the next. Raises ResourceExhausted where all are; a request that was `accepted`
+        before waits for a place instead, as long as for a ready router.
         """
-        progress = Progress(request)
-        while rest := progress.rest():
-            if len(rest) > 1:  # the choices of one request, which from here on are requests of their own
-                parts = [self.generate(one, deadline, traceparent, accepted=True) for one in rest]
-                async with aclosing(merged(parts)) as events:
+        done = {choice: list(request.generated_ids) for choice in choices_of(request)}
+        while True:
+            try:
+                async with aclosing(self._placed(request, deadline, traceparent, accepted)) as events:
+                    async for event in events:
+                        done[event.choice].extend(event.token_ids)
+                        request.sampling.prompt_logprobs = False  # they came with the first tokens
+                        if event.finish_reason:
+                            del done[event.choice]
+                        yield event
+                        if not done.keys() - ended:
+                            return
+            except RouterLost as lost:
+                _log.warning("%s after %d tokens; going on elsewhere", lost, sum(map(len, done.values())))
+            accepted = True
+            left = [behind(request, choice, ids) for choice, ids in done.items() if choice not in ended]
+            if len(left) == 1:
+                (request,) = left
+            elif any(done.values()) or len(left) < request.sampling.n:  # each goes on by itself, behind its own tokens
+                streams = [self.generate(one, deadline, traceparent, ended, accepted=True) for one in left]
+                async with aclosing(merged(streams)) as events:
                     async for event in events:
                         yield event
                 return
-            try:
-                async with aclosing(self._placed(rest[0], deadline, traceparent, accepted)) as events:
-                    async for event in events:
-                        progress.take(event)
-                        yield event
-            except RouterLost as lost:
-                _log.warning("%s after %d tokens; going on elsewhere", lost, progress.tokens)
-                accepted = True
 
     def retry_after_s(self) -> float:
         """Seconds after which one more who is refused now should come again, and is expected to."""
@@ -140,7 +154,7 @@ class Routers:
         traceparent: str,
     ) -> AsyncGenerator[engine_pb2.EngineEvent, None]:
         """The request's events from one router."""
-        attempt, left = Attempt(router, prompt, self._pace), prompt.sequences
+        attempt = Attempt(router, prompt, self._pace)
         call = router.stub.Generate(
             request,
             timeout=None if deadline == Deadline() else deadline.left(),
@@ -151,12 +165,7 @@ class Routers:
                 self._pace = attempt.event(event, self._pace)
                 if request.generated_ids:
                     event.cached_tokens = 0  # of a prompt that is partly output; the client has heard of its own
-                left -= bool(event.finish_reason)
-                if not left:
-                    self._pace = attempt.ended(self._pace)
                 yield event
-                if not left:
-                    return
             raise Unavailable(f"router {router.replica.id} ended the stream early")
         except (grpc.RpcError, Unavailable) as error:
             told = status.error_of(error) if isinstance(error, grpc.RpcError) else error
@@ -165,7 +174,8 @@ class Routers:
             raise told from None
         finally:
             call.cancel()
-            await attempt.close()
+            self._pace = attempt.end(self._pace)
+            await router.close_if_done()
 
     async def _ready(self, deadline: Deadline, revision: str) -> list[Router]:
         """The ready routers of `revision`, or of any; those that answer, if any do. Raises Unavailable when none appears."""

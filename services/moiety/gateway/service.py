@@ -5,21 +5,22 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import AsyncIterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, aclosing
 
 import grpc
 from google.protobuf.message import DecodeError
 
 from moiety.errors import InvalidRequest, MoietyError, NotFound
 from moiety.gateway.admission import Admission, check_standing
+from moiety.gateway.choices import Answer
 from moiety.gateway.routers import Routers
-from moiety.gateway.text import Detokenizer, Tokenizer
+from moiety.gateway.text import Tokenizer
 from moiety.telemetry.names import Attribute, SpanName
 from moiety.telemetry.tracing import Tracer
 from moiety.wire import engine_pb2, finish, generation_pb2, status
 from moiety.wire.deadline import Deadline
 from moiety.wire.metadata import traceparent_in
-from moiety.wire.sampling import check_prompt, check_sampling
+from moiety.wire.sampling import check_prompt, check_sampling, settle
 
 SERVICE = "moiety.v1.Generation"
 MAX_REQUEST_ID = 128
@@ -92,25 +93,16 @@ class GenerationService:
             span.set(Attribute.INPUT_TOKENS, len(engine_request.prompt_ids))
             for key, field in _SAMPLING.items():
                 span.set(key, getattr(engine_request.sampling, field))
-            detokenizer, produced, cached = Detokenizer(self._tokenizer), 0, 0
-            async for event in self._routers.generate(engine_request, deadline, span.traceparent):
-                first, ended = produced == 0, bool(event.finish_reason)
-                produced += len(event.token_ids)
-                cached = max(cached, event.cached_tokens)
-                response = generation_pb2.GenerateResponse(
-                    text=detokenizer.push(event.token_ids, last=ended),
-                    token_ids=event.token_ids,
-                    logprobs=event.logprobs,
-                    finish_reason=event.finish_reason,
-                    request_id=engine_request.request_id if first else "",
-                )
-                if ended:
-                    response.usage.prompt_tokens = len(engine_request.prompt_ids)
-                    response.usage.completion_tokens = produced
-                    response.usage.cached_tokens = cached
-                    span.set(Attribute.OUTPUT_TOKENS, produced)
-                    span.set(Attribute.FINISH_REASONS, [str(finish.FROM_WIRE[event.finish_reason])])
-                yield response
+            answer = Answer(engine_request, self._tokenizer, tuple(request.sampling.stop))
+            events = self._routers.generate(engine_request, deadline, span.traceparent, answer.ended)
+            async with aclosing(events):  # leaving it cancels the request at its router
+                async for event in events:
+                    if (response := answer.push(event)) is not None:
+                        yield response
+                    if answer.complete:
+                        break
+            span.set(Attribute.OUTPUT_TOKENS, answer.produced)
+            span.set(Attribute.FINISH_REASONS, [str(finish.FROM_WIRE[reason]) for reason in answer.finish_reasons])
         except MoietyError as error:
             span.error(error)
             await status.abort(context, error)
@@ -141,9 +133,8 @@ class GenerationService:
             priority=request.priority,
             tenant=request.tenant,
         )
-        # Every default is settled here, above all the seed: a router that takes over samples the same tokens.
-        for field in ("seed", *_SAMPLING.values()):
-            setattr(engine_request.sampling, field, getattr(sampling, field))
+        settle(engine_request.sampling, sampling)
+        engine_request.sampling.ClearField("stop")  # text is this side's business
         return engine_request
 
     async def _encode(self, text: str) -> list[int]:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
-from transformers import AutoTokenizer
-
-from moiety.errors import CheckpointError, InvalidRequest
+from moiety.errors import InvalidRequest
+from moiety.model.tokenizer import open_tokenizer
 
 MAX_PROMPT_BYTES = 16 << 20
+CHARACTER_BYTES = 4  # UTF-8's longest, and so the most tokens one character can be cut into
+PENDING_TOKENS = 3 * CHARACTER_BYTES
 _PARTIAL = "\ufffd"  # what a decoder shows for the bytes of an unfinished character
 
 
@@ -20,11 +18,7 @@ class Tokenizer:
 
     def __init__(self, folder: str):
         """Raises CheckpointError when the folder has no usable tokenizer."""
-        try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        except Exception as error:  # transformers raises whatever its parsers raise
-            raise CheckpointError(f"{folder}: no usable tokenizer: {error}") from error
-        self.stop_ids = _stop_ids(Path(folder), self._tokenizer)
+        self._tokenizer, self.stop_ids = open_tokenizer(folder)
 
     def encode(self, text: str) -> list[int]:
         """Raises InvalidRequest when the text is empty or beyond all reason."""
@@ -48,29 +42,35 @@ class Detokenizer:
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
-        self._ids: list[int] = []
-        self._shown_from, self._shown_to = 0, 0  # ids[shown_from:shown_to] give context and are already sent
+        self._ids: list[int] = []  # those that are still decoded
+        self._shown = 0  # of them were sent, and are there as context
 
     def push(self, ids: Sequence[int], *, last: bool = False) -> str:
         """The new text; `last` flushes an unfinished character too."""
         self._ids.extend(ids)
-        shown = self._tokenizer.decode(self._ids[self._shown_from : self._shown_to])
-        text = self._tokenizer.decode(self._ids[self._shown_from :])
-        if len(text) <= len(shown) or (text.endswith(_PARTIAL) and not last):
+        shown = self._tokenizer.decode(self._ids[: self._shown])
+        text = self._tokenizer.decode(self._ids)
+        if text == shown:  # special tokens
+            del self._ids[self._shown :]
             return ""
-        self._shown_from, self._shown_to = self._shown_to, len(self._ids)
+        if len(text) < len(shown) or (text.endswith(_PARTIAL) and not last):
+            return self._give_up_on(text)[len(shown) :]
+        del self._ids[: self._shown]
+        self._shown = len(self._ids)
         return text[len(shown) :]
 
+    def _give_up_on(self, text: str) -> str:
+        """What of `text` will never change, once more tokens are pending than a character can need.
 
-def _stop_ids(folder: Path, tokenizer: Any) -> tuple[int, ...]:
-    """End-of-sequence ids: generation_config.json, else config.json, and the tokenizer's own."""
-    found: set[int] = set()
-    for name in ("generation_config.json", "config.json"):
-        path = folder / name
-        value = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
-        if value is not None:
-            found.update(value if isinstance(value, list) else [value])
-            break
-    if tokenizer.eos_token_id is not None:
-        found.add(tokenizer.eos_token_id)
-    return tuple(sorted(found))
+        Bytes that are no text may go on for ever, and decoding all of them at each token would cost their square. They
+        are cut where decoding both sides apart gives the same: not within a character that the newest may yet complete.
+        """
+        if len(self._ids) - self._shown < PENDING_TOKENS:
+            return ""
+        for cut in range(len(self._ids) - 1, len(self._ids) - CHARACTER_BYTES - 1, -1):
+            before = self._tokenizer.decode(self._ids[:cut])
+            if before + self._tokenizer.decode(self._ids[cut:]) == text:
+                del self._ids[:cut]
+                self._shown = 0
+                return before
+        return ""

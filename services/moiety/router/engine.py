@@ -31,7 +31,7 @@ from moiety.router.attention import CachedBatch, Segment
 from moiety.router.context import StepContext
 from moiety.router.hop import Hop
 from moiety.router.kvcache import KVCache
-from moiety.router.sampler import sample
+from moiety.router.sampler import Sampled, sample
 from moiety.router.scheduler import Scheduler, StepPlan
 from moiety.router.sequence import Emitted, Sequence
 from moiety.telemetry.names import Attribute, SpanName
@@ -194,16 +194,9 @@ class Engine:
 
     def _sample(self, plan: StepPlan, logits: torch.Tensor) -> list[tuple[Sequence, Emitted]]:
         """A token for each sequence whose last one was computed; a failure to sample is that request's own."""
-        sampled = []
-        for row, sequence in enumerate(item.sequence for item in plan.scheduled if item.samples):
-            try:
-                token, logprob = sample(logits[row], sequence.sampling, sequence.generated)
-                emitted = Emitted((token,), (logprob,) if sequence.sampling.logprobs else (), _finish(sequence, token))
-            except Exception as error:
-                _log.exception("sampling failed for request %s", sequence.request_id)
-                emitted = Emitted(error=MoietyError(f"sampling failed: {type(error).__name__}: {error}"))
-            sampled.append((sequence, emitted))
-        return sampled
+        sequences = [item.sequence for item in plan.scheduled if item.samples]
+        results = sample(logits, sequences) if sequences else []
+        return [(sequence, _emitted(sequence, result)) for sequence, result in zip(sequences, results, strict=True)]
 
     def _commit(self, plan: StepPlan, sampled: list[tuple[Sequence, Emitted]]) -> None:
         """Only now has the step happened: cache lengths advance and tokens go out."""
@@ -267,9 +260,24 @@ class Engine:
         self._end(sequence, Emitted(error=error))
 
 
+def _emitted(sequence: Sequence, result: Sampled | MoietyError) -> Emitted:
+    """What the request hears of its sampled token."""
+    if isinstance(result, MoietyError):
+        return Emitted(error=result, choice=sequence.choice)
+    told, sequence.prompt_logprobs = tuple(sequence.prompt_logprobs), []
+    return Emitted(
+        (result.token,),
+        () if result.logprob is None else (result.logprob,),
+        _finish(sequence, result.token),
+        choice=sequence.choice,
+        top_logprobs=() if result.top is None else (result.top,),
+        prompt_logprobs=told,
+    )
+
+
 def _finish(sequence: Sequence, token: int) -> FinishReason | None:
     """Whether `token` is the sequence's last."""
-    if token in sequence.stop_ids and not sequence.sampling.ignore_eos:
+    if token in sequence.stop_ids:
         return FinishReason.STOP
     return FinishReason.LENGTH if sequence.generated + 1 >= sequence.sampling.max_tokens else None
 

@@ -7,12 +7,14 @@ from collections.abc import AsyncIterator
 
 import grpc
 
-from moiety.errors import FailedPrecondition, MoietyError
+from moiety.core import TopLogprobs
+from moiety.errors import FailedPrecondition, InvalidRequest, MoietyError
 from moiety.router.engine import Engine
+from moiety.router.guide import Guides
 from moiety.router.sequence import Emitted, Sequence
 from moiety.telemetry.names import Attribute, SpanName
 from moiety.telemetry.tracing import Tracer
-from moiety.wire import engine_pb2, engine_pb2_grpc, finish, status
+from moiety.wire import engine_pb2, engine_pb2_grpc, finish, generation_pb2, status
 from moiety.wire.deadline import Deadline
 from moiety.wire.metadata import traceparent_in
 from moiety.wire.sampling import check_prompt, check_sampling
@@ -32,8 +34,10 @@ class EngineService(engine_pb2_grpc.EngineServicer):
         vocabulary: int,
         max_context: int,
         slots: int,
+        guides: Guides,
         tracer: Tracer,
     ):
+        self._guides = guides
         self._engine, self._model, self._revision, self._tracer = engine, model, revision, tracer
         self._vocabulary, self._max_context, self._slots = vocabulary, max_context, slots
 
@@ -56,24 +60,30 @@ class EngineService(engine_pb2_grpc.EngineServicer):
     ) -> AsyncIterator[engine_pb2.EngineEvent]:
         events: asyncio.Queue[Emitted] = asyncio.Queue()
         try:
-            sequence = self._sequence(request, context, events)
+            sequence = await self._sequence(request, context, events)
             self._engine.submit(sequence)
         except MoietyError as error:
             await status.abort(context, error)
+        unfinished = sequence.sampling.n
         try:
-            while True:
+            while unfinished:
                 emitted = await events.get()
                 if emitted.error is not None:
                     await status.abort(context, emitted.error)
                 yield engine_pb2.EngineEvent(
-                    token_ids=emitted.token_ids, logprobs=emitted.logprobs, finish_reason=finish.TO_WIRE[emitted.finish]
+                    token_ids=emitted.token_ids,
+                    finish_reason=finish.TO_WIRE[emitted.finish],
+                    logprobs=emitted.logprobs,
+                    choice=emitted.choice,
+                    top_logprobs=map(_top_logprobs, emitted.top_logprobs),
+                    prompt_logprobs=emitted.prompt_logprobs,
+                    cached_tokens=emitted.cached_tokens,
                 )
-                if emitted.finish is not None:
-                    return
+                unfinished -= emitted.finish is not None
         finally:
             self._engine.cancel(sequence)  # no-op when it has ended; frees the slot when the client went away
 
-    def _sequence(
+    async def _sequence(
         self, request: engine_pb2.EngineRequest, context: grpc.aio.ServicerContext, events: asyncio.Queue[Emitted]
     ) -> Sequence:
         if request.revision and request.revision != self._revision:
@@ -81,6 +91,10 @@ class EngineService(engine_pb2_grpc.EngineServicer):
         prompt, generated = list(request.prompt_ids), list(request.generated_ids)
         check_prompt(prompt + generated, self._vocabulary, self._max_context)
         sampling = check_sampling(request.sampling, len(prompt), self._vocabulary, self._max_context)
+        if generated and sampling.n > 1:
+            raise InvalidRequest("sampling.n", sampling.n, "1 behind generated_ids, which are of one choice")
+        guide = await self._guides.compile(sampling.guide) if sampling.guide else None
+        eos = {*request.stop_ids, *(self._guides.eos_ids if guide else ())}
         loop = asyncio.get_running_loop()
 
         def emit(emitted: Emitted) -> None:
@@ -96,8 +110,14 @@ class EngineService(engine_pb2_grpc.EngineServicer):
             tokens=prompt + generated,
             prompt_tokens=len(prompt),
             sampling=sampling,
-            stop_ids=frozenset(request.stop_ids),
+            stop_ids=sampling.ends(eos),
             emit=emit,
             deadline=Deadline.after(context.time_remaining()),
             span=span,
+            choice=request.choice,
+            guide=guide,
         )
+
+
+def _top_logprobs(top: TopLogprobs) -> generation_pb2.TopLogprobs:
+    return generation_pb2.TopLogprobs(token_ids=top.token_ids, logprobs=top.logprobs)

@@ -9,8 +9,14 @@ from moiety.model.tiny_tokenizer import write_tokenizer
 
 
 @pytest.fixture(scope="session")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    """The byte-level BPE of 320 tokens that tiny checkpoints have."""
-    folder = tmp_path_factory.mktemp("tokenizer")
-    write_tokenizer(folder)
-    return Tokenizer(str(folder))
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with the byte-level BPE of 320 tokens that tiny checkpoints have."""
+    made = tmp_path_factory.mktemp("tokenizer")
+    write_tokenizer(made)
+    return str(made)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(folder: str) -> Tokenizer:
+    """That tokenizer."""
+    return Tokenizer(folder)

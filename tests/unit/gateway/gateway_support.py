@@ -77,3 +77,19 @@ async def tokens(gateway: Gateway, max_tokens: int = 6, **options: object) -> li
 async def chunks(gateway: Gateway, prompt: str | list[int] = PROMPT, **options: object) -> list[Chunk]:
     """All chunks of one request."""
     return [chunk async for chunk in gateway.client.generate(prompt, **{"seed": 0, **options})]  # type: ignore[arg-type]
+
+
+def die_before(position: int, *routers: FakeEngine) -> None:
+    """Makes the first of `routers` that should generate this token vanish instead; the others live."""
+    vanishing: list[asyncio.Task[None]] = []
+
+    def kill(router: FakeEngine) -> Callable[[int], Awaitable[None]]:
+        async def before_token(at: int) -> None:
+            if at == position and not vanishing:
+                vanishing.append(asyncio.create_task(router.vanish()))
+                await asyncio.Event().wait()
+
+        return before_token
+
+    for router in routers:
+        router.before_token = kill(router)

@@ -85,6 +85,38 @@ BAD: dict[str, tuple[dict[str, Any], grpc.StatusCode, list[str]]] = {
     "NaN top_p": ({"top_p": NAN}, INVALID, ["sampling.top_p = nan"]),
     "negative top_k": ({"top_k": -1}, INVALID, ["sampling.top_k = -1", "vocabulary of 320"]),
     "top_k beyond the vocabulary": ({"top_k": 321}, INVALID, ["sampling.top_k = 321"]),
+    "NaN min_p": ({"min_p": NAN}, INVALID, ["sampling.min_p = nan", "0 to 1"]),
+    "no repetition penalty": (
+        {"repetition_penalty": 0.0},
+        INVALID,
+        ["sampling.repetition_penalty", "above 0, up to 10"],
+    ),
+    "absurd presence penalty": ({"presence_penalty": 2.5}, INVALID, ["sampling.presence_penalty = 2.5", "-2 to 2"]),
+    "absurd frequency penalty": ({"frequency_penalty": -3}, INVALID, ["sampling.frequency_penalty = -3", "-2 to 2"]),
+    "bias of no token": ({"logit_bias": {320: 1.0}}, INVALID, ["sampling.logit_bias = 320", "vocabulary of 320"]),
+    "absurd bias": ({"logit_bias": {7: 101.0}}, INVALID, ["sampling.logit_bias[7] = 101.0", "-100 to 100"]),
+    "NaN bias": ({"logit_bias": {7: NAN}}, INVALID, ["sampling.logit_bias[7] = nan"]),
+    "too many biases": ({"logit_bias": dict.fromkeys(range(1025), 1.0)}, INVALID, ["1025 entries", "at most 1024"]),
+    "top_logprobs without logprobs": ({"top_logprobs": 2}, INVALID, ["sampling.top_logprobs = 2", "without logprobs"]),
+    "too many top_logprobs": (
+        {"top_logprobs": 21, "logprobs": True},
+        INVALID,
+        ["sampling.top_logprobs = 21", "0 to 20"],
+    ),
+    "too many stop strings": ({"stop": ["x"] * 17}, INVALID, ["sampling.stop = '17 strings'", "at most 16"]),
+    "empty stop string": ({"stop": [""]}, INVALID, ["sampling.stop = ''", "1 to 256 characters"]),
+    "huge stop string": ({"stop": ["x" * 10**6]}, INVALID, ["sampling.stop = 'xxx", "1 to 256 characters"]),
+    "too many stop ids": ({"stop_token_ids": [1] * 65}, INVALID, ["sampling.stop_token_ids = '65 ids'", "at most 64"]),
+    "stop id of no token": ({"stop_token_ids": [999]}, INVALID, ["sampling.stop_token_ids = 999", "vocabulary of 320"]),
+    "min_tokens above max_tokens": ({"min_tokens": 3}, INVALID, ["sampling.min_tokens = 3", "0 to max_tokens, 2"]),
+    "no choices": ({"n": 0}, INVALID, ["sampling.n = 0", "1 to 16"]),
+    "too many choices": ({"n": 17}, INVALID, ["sampling.n = 17", "1 to 16"]),
+    "a guide of no kind": ({"guide": {}}, INVALID, ["sampling.guide", "json_schema, regex, grammar"]),
+    "empty guide": ({"guide": {"regex": ""}}, INVALID, ["sampling.guide.regex = ''", "1 to 65536 characters"]),
+    "huge guide": ({"guide": {"grammar": "x" * 70_000}}, INVALID, ["sampling.guide.grammar", "1 to 65536 characters"]),
+    "a guide without an end": ({"guide": {"regex": "a"}, "ignore_eos": True}, INVALID, ["sampling.ignore_eos = True"]),
+    "absurd priority": ({"priority": 101}, INVALID, ["priority = 101", "-100 to 100"]),
+    "huge tenant": ({"tenant": "x" * 129}, INVALID, ["tenant", "at most 128 characters"]),
     "unknown model": ({"model": "gpt-9"}, MISSING, ["'gpt-9'", "'fake'"]),
     "huge request id": ({"request_id": "x" * 10**6}, INVALID, ["request_id", f"at most {MAX_REQUEST_ID}"]),
 }
@@ -92,10 +124,10 @@ BAD: dict[str, tuple[dict[str, Any], grpc.StatusCode, list[str]]] = {
 
 def bad_request(changes: dict[str, Any]) -> bytes:
     """A good request with `changes`, in bytes."""
-    sampling = {key: changes[key] for key in ("max_tokens", "temperature", "top_p", "top_k") if key in changes}
+    fields = generation_pb2.SamplingParams.DESCRIPTOR.fields_by_name
+    sampling = {key: value for key, value in changes.items() if key in fields}
     request = generation_pb2.GenerateRequest(
-        model=changes.get("model", ""),
-        request_id=changes.get("request_id", ""),
+        **{key: changes[key] for key in ("model", "request_id", "priority", "tenant") if key in changes},
         sampling=generation_pb2.SamplingParams(**{"max_tokens": 2, **sampling}),
     )
     if "text" in changes:

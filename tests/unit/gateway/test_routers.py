@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
 import pytest
-from gateway_support import PROMPT, SHAPE, Gateway, chunks, expected, run, tokens
+from gateway_support import PROMPT, SHAPE, Gateway, chunks, die_before, expected, run, tokens
 
 from moiety.core import ReplicaState
 from moiety.errors import DeadlineExceeded, MoietyError, NoHolder, ResourceExhausted, Unavailable
 from moiety.gateway.text import Tokenizer
 from moiety.testing import FakeEngine, eventually
 from moiety.wire import engine_pb2, status
-from moiety.wire.deadline import Deadline
 
 
 def _generated(request: engine_pb2.EngineRequest) -> int:
@@ -25,22 +23,6 @@ def _generated(request: engine_pb2.EngineRequest) -> int:
 def engine(name: str, revision: str = "fake-revision") -> FakeEngine:
     """A ready router."""
     return FakeEngine(name, SHAPE, revision=revision)
-
-
-def die_before(position: int, *routers: FakeEngine) -> None:
-    """Makes the first of `routers` that should generate this token vanish instead; the others live."""
-    vanishing: list[asyncio.Task[None]] = []
-
-    def kill(router: FakeEngine) -> Callable[[int], Awaitable[None]]:
-        async def before_token(at: int) -> None:
-            if at == position and not vanishing:
-                vanishing.append(asyncio.create_task(router.vanish()))
-                await asyncio.Event().wait()
-
-        return before_token
-
-    for router in routers:
-        router.before_token = kill(router)
 
 
 @pytest.mark.parametrize("position", [0, 1, 5])  # before anything was sent; behind the first token; at the last
@@ -267,23 +249,5 @@ def test_a_router_that_drains_gets_nothing_new(tokenizer: Tokenizer):
         for task in (running, *later):
             assert [token for chunk in await task for token in chunk.token_ids] == expected(3, LONG[0])
         assert len(leaving.requests) == 1
-
-    run(scenario, tokenizer, *routers)
-
-
-def test_choices_are_resumed_one_by_one(tokenizer: Tokenizer):
-    """A lost router's request for several choices goes on as one request for each that is not finished."""
-    routers = [engine("a"), engine("b")]
-    request = engine_pb2.EngineRequest(prompt_ids=PROMPT)
-    request.sampling.max_tokens, request.sampling.n = 5, 3
-
-    async def scenario(gateway: Gateway) -> None:
-        die_before(2, *routers)
-        got: dict[int, list[int]] = {0: [], 1: [], 2: []}
-        async for event in gateway.routers.generate(request, Deadline(), ""):
-            got[event.choice].extend(event.token_ids)
-        assert got == {choice: expected(5, seed=choice) for choice in range(3)}
-        resumed = [one for router in routers for one in router.requests if one.generated_ids]
-        assert sorted((one.choice, one.sampling.n) for one in resumed) == [(0, 1), (1, 1), (2, 1)]
 
     run(scenario, tokenizer, *routers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from moiety.errors import CheckpointError, InvalidRequest
 from moiety.gateway.text import MAX_PROMPT_BYTES, Detokenizer, Tokenizer
 from moiety.model.tiny_tokenizer import EOS, VOCABULARY
 
+BYTE_80 = 225  # the token of the byte 0x80, which begins no character
 EMOJI = "naïve 👩‍🚀 and 🙂🙃, 漢字"
 
 
@@ -54,6 +56,27 @@ def test_any_stream_joins_to_the_decoding_of_all(tokenizer: Tokenizer, ids: list
 def test_an_unfinished_character_is_flushed_at_the_end(tokenizer: Tokenizer):
     """A generation cut inside a character ends with a replacement character, as decoding everything does."""
     assert streamed(tokenizer, tokenizer.encode("🙂")[:2])[-1] == "\ufffd"
+
+
+class Counting(Tokenizer):
+    """Counts the ids that are decoded."""
+
+    decoded = 0
+
+    def decode(self, ids: Sequence[int]) -> str:
+        self.decoded += len(ids)
+        return super().decode(ids)
+
+
+@pytest.mark.parametrize("ids", [[BYTE_80], [EOS], [BYTE_80, EOS]], ids=["broken bytes", "special tokens", "both"])
+def test_long_runs_without_text_cost_their_length(folder: str, ids: list[int]):
+    """Bytes that are no character, or tokens that are no text, are not decoded again and again; the result is the same."""
+    tokenizer = Counting(folder)
+    stream = [*ids * 400, *tokenizer.encode("🙂")]
+    assert "".join(streamed(tokenizer, stream)) == Tokenizer.decode(tokenizer, stream)
+    tokenizer.decoded = 0
+    streamed(tokenizer, stream)
+    assert tokenizer.decoded < 60 * len(stream)
 
 
 def test_end_of_sequence_is_not_text(tokenizer: Tokenizer):

@@ -1,0 +1,117 @@
+"""The choices of one request: their text, their stop strings and their ends; and what is left of them after a loss."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing, suppress
+
+from moiety.gateway.stops import StopStrings
+from moiety.gateway.text import Detokenizer, Tokenizer
+from moiety.wire import engine_pb2, generation_pb2
+
+
+class Answer:
+    """Turns the engine's events for one request into what its client is sent."""
+
+    def __init__(self, request: engine_pb2.EngineRequest, tokenizer: Tokenizer, stops: Sequence[str]):
+        self.produced = 0  # tokens, of all choices
+        self.ended: set[int] = set()  # choices whose last message was made
+        self.finish_reasons: list[generation_pb2.FinishReason] = []  # in the order in which choices ended
+        self._request, self._began, self._cached = request, False, 0
+        self._texts = {choice: _Text(tokenizer, stops) for choice in choices_of(request)}
+
+    @property
+    def complete(self) -> bool:
+        return len(self.ended) == len(self._texts)
+
+    def push(self, event: engine_pb2.EngineEvent) -> generation_pb2.GenerateResponse | None:
+        """None for tokens of a choice that has reached a stop string: its text has ended before them."""
+        if event.choice in self.ended:
+            return None
+        text = self._texts[event.choice]
+        self.produced += len(event.token_ids)
+        self._cached = max(self._cached, event.cached_tokens)
+        piece, stopped = text.push(event.token_ids, self._request.sampling.min_tokens, last=bool(event.finish_reason))
+        response = generation_pb2.GenerateResponse(
+            text=piece,
+            token_ids=event.token_ids,
+            finish_reason=generation_pb2.FINISH_REASON_STOP if stopped else event.finish_reason,
+            request_id="" if self._began else self._request.request_id,
+            logprobs=event.logprobs,
+            choice=event.choice,
+            top_logprobs=event.top_logprobs,
+            prompt_logprobs=event.prompt_logprobs,
+        )
+        self._began = True
+        if response.finish_reason:
+            self.ended.add(event.choice)
+            self.finish_reasons.append(response.finish_reason)
+            if self.complete:
+                response.usage.prompt_tokens = len(self._request.prompt_ids)
+                response.usage.completion_tokens = self.produced
+                response.usage.cached_tokens = self._cached
+        return response
+
+
+class _Text:
+    """One choice: tokens in, text out, up to its first stop string."""
+
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]):
+        self._detokenizer, self._stops = Detokenizer(tokenizer), StopStrings(stops)
+        self._produced = 0
+
+    def push(self, ids: Sequence[int], min_tokens: int, *, last: bool) -> tuple[str, bool]:
+        """The text that may be sent, and whether a stop string ends it. The first `min_tokens` are not searched."""
+        self._produced += len(ids)
+        text = self._detokenizer.push(ids, last=last)
+        if self._produced <= min_tokens:
+            return text, False
+        return self._stops.push(text, last=last), self._stops.stopped
+
+
+def choices_of(request: engine_pb2.EngineRequest) -> range:
+    """The choices that an engine request asks for."""
+    return range(request.choice, request.choice + max(request.sampling.n, 1))
+
+
+def behind(request: engine_pb2.EngineRequest, choice: int, ids: Sequence[int]) -> engine_pb2.EngineRequest:
+    """One choice of `request` by itself, going on behind the tokens `ids` that were sent of it."""
+    resumed = engine_pb2.EngineRequest()
+    resumed.CopyFrom(request)
+    resumed.choice, resumed.sampling.n = choice, 1
+    resumed.generated_ids[:] = ids
+    return resumed
+
+
+async def merged(
+    streams: Sequence[AsyncGenerator[engine_pb2.EngineEvent, None]],
+) -> AsyncGenerator[engine_pb2.EngineEvent, None]:
+    """The events of all streams as they come. The first to fail ends all."""
+    events: asyncio.Queue[engine_pb2.EngineEvent | BaseException | None] = asyncio.Queue()
+
+    async def follow(stream: AsyncGenerator[engine_pb2.EngineEvent, None]) -> None:
+        try:
+            async with aclosing(stream):
+                async for event in stream:
+                    events.put_nowait(event)
+            events.put_nowait(None)
+        except Exception as error:
+            events.put_nowait(error)
+
+    tasks = [asyncio.create_task(follow(stream)) for stream in streams]
+    try:
+        running = len(tasks)
+        while running:
+            told = await events.get()
+            if isinstance(told, BaseException):
+                raise told
+            if told is None:
+                running -= 1
+            else:
+                yield told
+    finally:
+        for task in tasks:
+            task.cancel()
+        with suppress(asyncio.CancelledError):
+            await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,51 @@
+"""Stop strings in a stream of text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class StopStrings:
+    """Lets text through up to the first stop string that is completed.
+
+    Text that may still become a stop string is held back, so that nothing sent is ever taken back. What comes out does not
+    depend on how the text was cut into pieces: it is matched character by character (Knuth, Morris and Pratt 1977).
+    """
+
+    def __init__(self, stops: Sequence[str]):
+        self._stops = [(stop, _borders(stop)) for stop in stops]
+        self._matched = [0] * len(stops)  # how much of each stop string the text so far ends with
+        self._held = ""
+        self.stopped = False
+
+    def push(self, text: str, *, last: bool = False) -> str:
+        """What may be sent now; `last` lets go what was held back, since nothing follows it."""
+        for end, character in enumerate(text, start=1):
+            completed = 0
+            for index, (stop, borders) in enumerate(self._stops):
+                matched = self._matched[index]
+                while matched and stop[matched] != character:
+                    matched = borders[matched - 1]
+                matched += stop[matched] == character
+                self._matched[index] = matched
+                if matched == len(stop):
+                    completed = max(completed, matched)
+            if completed:
+                self.stopped = True
+                whole = self._held + text[:end]
+                return whole[: len(whole) - completed]
+        whole = self._held + text
+        held = 0 if last else max(self._matched, default=0)
+        self._held = whole[len(whole) - held :]
+        return whole[: len(whole) - held]
+
+
+def _borders(stop: str) -> list[int]:
+    """For each prefix of `stop`: the length of the longest shorter prefix that it ends with."""
+    borders = [0] * len(stop)
+    for end in range(1, len(stop)):
+        length = borders[end - 1]
+        while length and stop[length] != stop[end]:
+            length = borders[length - 1]
+        borders[end] = length + (stop[length] == stop[end])
+    return borders

@@ -1,0 +1,127 @@
+"""Sampling options through the whole system, against what plain transformers says of the same model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import jsonschema
+import pytest
+import torch
+
+from moiety.client import Chunk, Client
+from moiety.core import FinishReason
+from moiety.errors import InvalidRequest
+from moiety.model.tiny_tokenizer import EOS
+from serving import Served
+
+PROMPT = [9, 8, 7, 6, 5, 40, 41]
+NEW_TOKENS = 12
+SCHEMA = {
+    "type": "object",
+    "properties": {"open": {"type": "boolean"}, "size": {"enum": ["small", "large"]}},
+    "required": ["open", "size"],
+    "additionalProperties": False,
+}
+
+
+@pytest.fixture(scope="module")
+def reference(tiny: Callable[[str], str]) -> Any:
+    """The served checkpoint in plain transformers, fp32."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(tiny("qwen3_moe"), dtype=torch.float32, local_files_only=True).eval()
+
+
+@torch.inference_mode()
+def log_softmax(reference: Any, text: list[int]) -> torch.Tensor:
+    """[tokens, V] of the reference."""
+    every: torch.Tensor = reference(torch.tensor([text])).logits[0].log_softmax(-1)
+    return every
+
+
+async def chunks_of(client: Client, **options: Any) -> list[Chunk]:
+    """All chunks of one request of PROMPT."""
+    return [chunk async for chunk in client.generate(PROMPT, **{"max_tokens": NEW_TOKENS, **options})]
+
+
+def ids_of(chunks: list[Chunk]) -> list[int]:
+    """Their tokens."""
+    return [token for chunk in chunks for token in chunk.token_ids]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_log_probabilities_are_the_references(served: Served, reference: Any, temperature: float) -> None:
+    """Of sampled tokens and of the likeliest at each position: the log-softmax of plain transformers' logits."""
+
+    async def scenario(client: Client) -> None:
+        await served.have(1, 1)
+        options = {"temperature": temperature, "seed": 3, "top_p": 0.9, "logprobs": True, "top_logprobs": 4}
+        chunks = await chunks_of(client, ignore_eos=True, **options)
+        tokens = ids_of(chunks)
+        expected = log_softmax(reference, PROMPT + tokens)[len(PROMPT) - 1 : -1]
+        told = [value for chunk in chunks for value in chunk.logprobs]
+        assert told == pytest.approx(expected[range(len(tokens)), tokens].tolist(), abs=1e-4)
+        for position, top in enumerate(top for chunk in chunks for top in chunk.top_logprobs):
+            assert top.token_ids == tuple(expected[position].topk(4).indices.tolist())
+            assert top.logprobs == pytest.approx(expected[position].topk(4).values.tolist(), abs=1e-4)
+
+    served.run(scenario)
+
+
+def test_penalties_are_the_references(served: Served, reference: Any) -> None:
+    """Greedy tokens under a repetition penalty are those that transformers' generate gives."""
+
+    async def scenario(client: Client) -> None:
+        ids = torch.tensor([PROMPT])
+        options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+        theirs = reference.generate(ids, attention_mask=torch.ones_like(ids), repetition_penalty=1.7, **options)
+        ours = await chunks_of(client, repetition_penalty=1.7, ignore_eos=True)
+        assert ids_of(ours) == theirs[0, len(PROMPT) :].tolist()
+        plain = reference.generate(ids, attention_mask=torch.ones_like(ids), **options)
+        assert not torch.equal(plain, theirs), "the penalty must matter, or this tests nothing"
+
+    served.run(scenario)
+
+
+def test_stop_strings_stop_ids_and_min_tokens(served: Served) -> None:
+    """The text ends before a stop string; a stop id is sent and ends the output; min_tokens puts both off."""
+
+    async def scenario(client: Client) -> None:
+        options = {"temperature": 1.0, "seed": 5, "ignore_eos": True, "max_tokens": 40}
+        whole = await chunks_of(client, **options)
+        text, tokens = "".join(chunk.text for chunk in whole), ids_of(whole)
+        middle = len(text) // 2
+        stop = text[middle : middle + 3]
+        stopped = await chunks_of(client, stop=stop, **options)
+        assert "".join(chunk.text for chunk in stopped) == text[: text.index(stop)]
+        assert stopped[-1].finish_reason is FinishReason.STOP
+        end = tokens[20]
+        ended = await chunks_of(client, stop_token_ids=[end], **options)
+        assert ids_of(ended) == tokens[: tokens.index(end) + 1]
+        assert ended[-1].finish_reason is FinishReason.STOP
+        first = await chunks_of(client, stop_token_ids=[tokens[0]], min_tokens=4, **options)
+        assert tokens[0] not in ids_of(first)[:4]
+        biased = await chunks_of(client, logit_bias={EOS: 100.0}, min_tokens=4)
+        assert ids_of(biased)[4:] == [EOS]
+
+    served.run(scenario)
+
+
+def test_guided_output_matches(served: Served) -> None:
+    """A random model writes JSON of the schema; a bad guide is the client's mistake, told in the compiler's words."""
+
+    async def scenario(client: Client) -> None:
+        options = {"temperature": 1.0, "max_tokens": 400}
+        for seed in range(2):
+            chunks = await chunks_of(client, seed=seed, json_schema=SCHEMA, **options)
+            assert chunks[-1].finish_reason is FinishReason.STOP
+            jsonschema.validate(json.loads("".join(chunk.text for chunk in chunks)), SCHEMA)
+        word = await chunks_of(client, regex="(yes|no)", **options)
+        assert "".join(chunk.text for chunk in word) in ("yes", "no")
+        assert word[-1].finish_reason is FinishReason.STOP
+        with pytest.raises(InvalidRequest, match=r"sampling.guide.regex.*unclosed group"):
+            await chunks_of(client, regex="(", **options)
+
+    served.run(scenario)

@@ -1,0 +1,179 @@
+"""Stop strings, several choices and their usage through a real gateway over fake engines, lost routers included."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+
+import pytest
+from gateway_support import PROMPT, SHAPE, Gateway, chunks, die_before, run
+
+from moiety.client import Chunk
+from moiety.core import FinishReason
+from moiety.errors import MoietyError
+from moiety.gateway.text import Tokenizer
+from moiety.testing import FakeEngine, eventually, fake_token
+
+N, TOKENS = 3, 8
+
+
+def engine(name: str) -> FakeEngine:
+    """A ready router."""
+    return FakeEngine(name, SHAPE)
+
+
+def expected(choice: int, count: int = TOKENS) -> list[int]:
+    """The tokens of one choice of PROMPT, seed 0."""
+    return [fake_token(PROMPT, 0, position, SHAPE.vocabulary, choice) for position in range(count)]
+
+
+def by_choice(got: list[Chunk]) -> dict[int, list[int]]:
+    """choice -> token ids."""
+    tokens: dict[int, list[int]] = defaultdict(list)
+    for chunk in got:
+        tokens[chunk.choice].extend(chunk.token_ids)
+    return tokens
+
+
+def test_choices_stream_side_by_side(tokenizer: Tokenizer):
+    """One engine request for all; each choice has its text and its end, the last message of all the usage."""
+    router = FakeEngine("a", SHAPE, blocks=8, block_tokens=2)
+
+    async def scenario(gateway: Gateway) -> None:
+        await chunks(gateway, max_tokens=1)
+        got = await chunks(gateway, n=N, max_tokens=TOKENS, request_id="mine")
+        assert len(router.requests) == 2
+        assert by_choice(got) == {choice: expected(choice) for choice in range(N)}
+        for choice in range(N):
+            text = "".join(chunk.text for chunk in got if chunk.choice == choice)
+            assert text == tokenizer.decode(expected(choice))
+        assert [chunk.finish_reason for chunk in got] == [None] * N * (TOKENS - 1) + [FinishReason.LENGTH] * N
+        assert [chunk.request_id for chunk in got] == ["mine"] + [""] * (N * TOKENS - 1)
+        assert [chunk.completion_tokens for chunk in got[-2:]] == [0, N * TOKENS]
+        assert (got[-1].prompt_tokens, got[-1].cached_tokens) == (len(PROMPT), 2)
+
+    run(scenario, tokenizer, router)
+
+
+@pytest.mark.parametrize("position", [0, 1, 5])  # before anything was sent; behind the first tokens; later
+def test_a_lost_router_costs_no_choice_a_token(tokenizer: Tokenizer, position: int):
+    """Before the first token all go on together; behind it each choice goes on as a request of its own."""
+    routers = engine("a"), engine("b")
+
+    async def scenario(gateway: Gateway) -> None:
+        die_before(position, *routers)
+        got = await chunks(gateway, n=N, max_tokens=TOKENS, logprobs=True, prompt_logprobs=True)
+        assert by_choice(got) == {choice: expected(choice) for choice in range(N)}
+        assert sum(len(chunk.prompt_logprobs) for chunk in got) == len(PROMPT) - 1, "once, whatever was lost"
+        assert got[-1].completion_tokens == N * TOKENS
+        _, second = sorted(routers, key=lambda router: (len(router.requests), len(router.requests[-1].generated_ids)))
+        resumed = {(r.choice, r.sampling.n, tuple(r.generated_ids)) for r in second.requests}
+        alone = {(choice, 1, tuple(expected(choice, position))) for choice in range(N)}
+        assert resumed == ({(0, N, ())} if position == 0 else alone)
+
+    run(scenario, tokenizer, *routers)
+
+
+def test_a_choice_that_fails_behind_a_loss_ends_the_request(tokenizer: Tokenizer):
+    """An error of one resumed choice is the request's, and nothing of the others is left running."""
+    first, second = engine("a"), engine("b")
+    vanishing: list[asyncio.Task[None]] = []
+
+    async def dies(at: int) -> None:
+        if at == 2:
+            vanishing.append(asyncio.create_task(first.vanish()))
+            await asyncio.Event().wait()
+
+    async def refuses(at: int) -> None:
+        if at == 4:
+            if len(second.requests) == N and second.requests[0].choice == 0:
+                raise MoietyError("the step failed")
+            await asyncio.Event().wait()
+
+    async def scenario(gateway: Gateway) -> None:
+        first.before_token, second.before_token = dies, refuses
+        running = asyncio.create_task(chunks(gateway, n=N, max_tokens=TOKENS))
+        await eventually(lambda: bool(first.requests))
+        await second.start(gateway.registry)
+        try:
+            with pytest.raises(MoietyError, match="the step failed"):
+                await running
+            await eventually(lambda: gateway.service.running == 0)
+        finally:
+            await second.vanish()
+
+    run(scenario, tokenizer, first)
+
+
+def text_and_stop(tokenizer: Tokenizer, choice: int = 0, count: int = 40) -> tuple[str, str]:
+    """The text of a choice, and a piece of it that spans tokens."""
+    text = tokenizer.decode(expected(choice, count))
+    middle = len(text) // 2
+    return text, text[middle : middle + 4]
+
+
+def test_a_stop_string_ends_the_output_before_it(tokenizer: Tokenizer):
+    """Found across tokens, never sent, reason STOP; the engine's request is cancelled at once."""
+    router = engine("a")
+    text, stop = text_and_stop(tokenizer)
+
+    async def scenario(gateway: Gateway) -> None:
+        got = await chunks(gateway, max_tokens=40, stop=[stop, "never to be found"])
+        assert "".join(chunk.text for chunk in got) == text[: text.index(stop)]
+        assert [chunk.finish_reason for chunk in got] == [None] * (len(got) - 1) + [FinishReason.STOP]
+        assert got[-1].completion_tokens == len(by_choice(got)[0]) < 40
+        assert not router.requests[0].sampling.stop, "text is none of the engine's business"
+
+    run(scenario, tokenizer, router)
+
+
+def test_the_engine_is_left_when_every_choice_has_stopped(tokenizer: Tokenizer):
+    """A choice that stops is silent from there on; when all have, the engine's request is cancelled in its tracks."""
+    router = engine("a")
+    stops = [text_and_stop(tokenizer, choice)[1] for choice in range(2)]
+    longest = 0
+    for choice in range(2):
+        text = tokenizer.decode(expected(choice, 40))
+        first = min(text.index(stop) + len(stop) for stop in stops if stop in text)
+        count = next(n for n in range(41) if len(tokenizer.decode(expected(choice, n))) >= first)
+        longest = max(longest, count)
+
+    async def hold(position: int) -> None:
+        if position > longest + 1:
+            await asyncio.Event().wait()
+
+    async def scenario(gateway: Gateway) -> None:
+        router.before_token = hold
+        got = await chunks(gateway, n=2, max_tokens=40, stop=stops)
+        assert [chunk.finish_reason for chunk in got if chunk.finish_reason] == [FinishReason.STOP] * 2
+        for choice in range(2):
+            of_choice = [chunk for chunk in got if chunk.choice == choice]
+            assert [bool(chunk.finish_reason) for chunk in of_choice] == [False] * (len(of_choice) - 1) + [True]
+        assert got[-1].completion_tokens == sum(map(len, by_choice(got).values()))
+
+    run(scenario, tokenizer, router)
+
+
+def test_stop_strings_wait_for_min_tokens(tokenizer: Tokenizer):
+    """The text of the first min_tokens is not searched."""
+    text = tokenizer.decode(expected(0, 20))
+
+    async def scenario(gateway: Gateway) -> None:
+        every = sorted(set(text))[:16]
+        got = await chunks(gateway, max_tokens=20, stop=every, min_tokens=10)
+        assert len(by_choice(got)[0]) > 10
+        got = await chunks(gateway, max_tokens=20, stop=every)
+        assert len(by_choice(got)[0]) < 10
+
+    run(scenario, tokenizer, engine("a"))
+
+
+def test_priority_and_tenant_reach_the_engine(tokenizer: Tokenizer):
+    """As they were given."""
+    router = engine("a")
+
+    async def scenario(gateway: Gateway) -> None:
+        await chunks(gateway, max_tokens=1, priority=-3, tenant="blue")
+        assert (router.requests[0].priority, router.requests[0].tenant) == (-3, "blue")
+
+    run(scenario, tokenizer, router)
