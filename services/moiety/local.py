@@ -60,7 +60,7 @@ class Child:
 
 
 class LocalCluster:
-    """Gateway, router and `groups` expert groups on this machine. An async context manager.
+    """Gateway, `routers` routers and `groups` expert groups on this machine. An async context manager.
 
     `registry` is a redis:// URL, or None for a registry file that this process keeps. `expert`, `router` and `gateway`
     are settings on top of the common ones (config.py); `env` is added to the children's environment.
@@ -71,6 +71,7 @@ class LocalCluster:
         model: str | Path,
         *,
         groups: int = 2,
+        routers: int = 1,
         registry: str | None = None,
         app: str = "local",
         dtype: str = "auto",
@@ -80,7 +81,7 @@ class LocalCluster:
         gateway: Mapping[str, Any] | None = None,
         env: Mapping[str, str] | None = None,
     ):
-        self.model, self.groups = str(model), groups
+        self.model, self.groups, self.routers = str(model), groups, routers
         self.folder = Path(tempfile.mkdtemp(prefix="moiety-"))
         self.children: list[Child] = []
         self._writer = FileRegistryWriter(self.folder / "registry.json") if registry is None else None
@@ -102,7 +103,8 @@ class LocalCluster:
             self.shape = await asyncio.to_thread(_shape, self.model)
             self.plan = self.shape.partition(self.groups)
             experts = [self.add_expert(group) for group in range(self.groups)]
-            await asyncio.gather(*experts, self._add(Role.ROUTER, "router", {}), self._add(Role.GATEWAY, "gateway", {}))
+            routers = [self.add_router() for _ in range(self.routers)]
+            await asyncio.gather(*experts, *routers, self._add(Role.GATEWAY, "gateway", {}))
             await self._until_ready()
         except BaseException:
             await self.stop()
@@ -122,6 +124,7 @@ class LocalCluster:
         return [child for child in self.children if child.replica.deployment == f"experts-{group}"]
 
     def router(self) -> Child:
+        """The oldest."""
         return next(child for child in self.children if child.replica.role is Role.ROUTER)
 
     async def add_expert(self, group: int) -> Child:

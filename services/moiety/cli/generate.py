@@ -68,6 +68,9 @@ if TYPE_CHECKING:
 @click.option(
     "--timeout", "timeout_s", type=click.FloatRange(min=0, min_open=True), help="Seconds for all of it; default: none."
 )
+@click.option(
+    "--retries", type=click.IntRange(min=0), default=0, help="Tries again that often where there is no room; default 0."
+)
 def generate(prompt: str, address: str, as_ids: bool, top_logprobs: int | None, **options: Any) -> None:
     """Generate text from a running gateway.
 

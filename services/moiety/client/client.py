@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from typing import Any, Self
 
 import grpc
 
+from moiety.client.retry import persistent
 from moiety.core import FinishReason, TopLogprobs
-from moiety.errors import InvalidRequest
+from moiety.errors import InvalidRequest, MoietyError
 from moiety.telemetry.names import Attribute, SpanName
 from moiety.telemetry.tracing import NO_TRACER, Tracer
 from moiety.wire import finish, generation_pb2, generation_pb2_grpc, status
@@ -93,9 +94,12 @@ class Client:
         tenant: str = "",
         request_id: str = "",
         timeout_s: float | None = None,
+        retries: int = 0,
     ) -> AsyncIterator[Chunk]:
         """Chunks as they come. Leaving the loop cancels the request. Raises the error the gateway told (errors.py).
 
+        A refusal for want of room (ResourceExhausted) is tried again up to `retries` times, after the wait that the
+        gateway hints at and within `timeout_s`.
         Options mean what generation.proto says of them. At most one of `json_schema` (JSON text or the schema itself),
         `regex` and `grammar` (Lark syntax) guides the output.
         """
@@ -137,30 +141,33 @@ class Client:
         span = self._tracer.start(
             SpanName.CLIENT_GENERATE, parent=None, attributes={Attribute.SERVER_ADDRESS: self.address}
         )
-        call = self._stub.Generate(request, timeout=timeout_s, metadata=with_traceparent(span.traceparent))
+        metadata = with_traceparent(span.traceparent)
+
+        def call(left_s: float | None) -> grpc.aio.UnaryStreamCall:
+            return self._stub.Generate(request, timeout=left_s, metadata=metadata)
+
         try:
-            async for response in call:
-                yield Chunk(
-                    text=response.text,
-                    token_ids=tuple(response.token_ids),
-                    finish_reason=finish.FROM_WIRE[response.finish_reason],
-                    prompt_tokens=response.usage.prompt_tokens,
-                    completion_tokens=response.usage.completion_tokens,
-                    cached_tokens=response.usage.cached_tokens,
-                    request_id=response.request_id,
-                    choice=response.choice,
-                    logprobs=tuple(response.logprobs),
-                    top_logprobs=tuple(
-                        TopLogprobs(tuple(top.token_ids), tuple(top.logprobs)) for top in response.top_logprobs
-                    ),
-                    prompt_logprobs=tuple(response.prompt_logprobs),
-                )
-        except grpc.RpcError as error:
-            told = status.error_of(error)
-            span.error(told)
-            raise told from None
+            async with aclosing(persistent(call, retries, timeout_s)) as responses:
+                async for response in responses:
+                    yield Chunk(
+                        text=response.text,
+                        token_ids=tuple(response.token_ids),
+                        finish_reason=finish.FROM_WIRE[response.finish_reason],
+                        prompt_tokens=response.usage.prompt_tokens,
+                        completion_tokens=response.usage.completion_tokens,
+                        cached_tokens=response.usage.cached_tokens,
+                        request_id=response.request_id,
+                        choice=response.choice,
+                        logprobs=tuple(response.logprobs),
+                        top_logprobs=tuple(
+                            TopLogprobs(tuple(top.token_ids), tuple(top.logprobs)) for top in response.top_logprobs
+                        ),
+                        prompt_logprobs=tuple(response.prompt_logprobs),
+                    )
+        except MoietyError as error:
+            span.error(error)
+            raise
         finally:
-            call.cancel()
             span.end()
 
     async def models(self, timeout_s: float = 10.0) -> tuple[ModelInfo, ...]:

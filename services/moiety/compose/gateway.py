@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 
 from moiety.compose.running import Parts, Running, Site
 from moiety.config import GatewaySettings
@@ -25,7 +26,7 @@ async def start(settings: GatewaySettings, replica_id: str, node: str) -> Runnin
         watch = Watch(site.registry)
         await watch.start()
         site.closers.push_async_callback(watch.stop)
-        routers = Routers(watch, settings.router_wait_s)
+        routers = Routers(watch, settings.router_wait_s, seed=secrets.randbits(64))
         site.closers.push_async_callback(routers.close)
         service = GenerationService(routers, tokenizer, settings.name, settings.max_concurrent, site.tracer)
         return await site.serve(

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import AsyncIterator, Mapping
-from contextlib import aclosing
+from contextlib import ExitStack, aclosing
 
 import grpc
 from google.protobuf.message import DecodeError
 
-from moiety.errors import InvalidRequest, MoietyError, NotFound, ResourceExhausted
+from moiety.errors import InvalidRequest, MoietyError, NotFound
+from moiety.gateway.admission import Admission, check_standing
 from moiety.gateway.choices import Answer
 from moiety.gateway.routers import Routers
 from moiety.gateway.text import Tokenizer
@@ -23,8 +24,6 @@ from moiety.wire.sampling import check_prompt, check_sampling, settle
 
 SERVICE = "moiety.v1.Generation"
 MAX_REQUEST_ID = 128
-MAX_TENANT = 128
-MAX_PRIORITY = 100
 LONG_PROMPT = 1 << 13  # characters: some 5 ms of tokenising
 
 
@@ -41,7 +40,7 @@ class GenerationService:
 
     def __init__(self, routers: Routers, tokenizer: Tokenizer, model: str, max_concurrent: int, tracer: Tracer):
         self._routers, self._tokenizer, self._model, self._tracer = routers, tokenizer, model, tracer
-        self._max_concurrent = max_concurrent
+        self._admission = Admission(max_concurrent, routers.retry_after_s)
         self.running = 0
 
     def handler(self) -> grpc.GenericRpcHandler:
@@ -82,9 +81,12 @@ class GenerationService:
             attributes={Attribute.OPERATION: "text_completion", Attribute.REQUEST_MODEL: self._model},
         )
         self.running += 1
+        held = ExitStack()
         try:
             if isinstance(request, InvalidRequest):
                 raise request
+            check_standing(request)
+            held.enter_context(self._admission.place(request.tenant))
             deadline = Deadline.after(context.time_remaining())
             engine_request = await self._admit(request, deadline)
             span.set(Attribute.REQUEST_ID, engine_request.request_id)
@@ -105,21 +107,16 @@ class GenerationService:
             span.error(error)
             await status.abort(context, error)
         finally:
+            held.close()
             self.running -= 1
             span.end()
 
     async def _admit(self, request: generation_pb2.GenerateRequest, deadline: Deadline) -> engine_pb2.EngineRequest:
         """The request in token ids, checked against the model it goes to. Raises what the client should hear."""
-        if self.running > self._max_concurrent:
-            raise ResourceExhausted(f"{self.running - 1} requests are in flight, the most allowed", 1.0)
         if request.model and request.model != self._model:
             raise NotFound(f"model {request.model!r} is not served here; this is {self._model!r}")
         if len(request.request_id) > MAX_REQUEST_ID:
             raise InvalidRequest("request_id", request.request_id, f"at most {MAX_REQUEST_ID} characters")
-        if len(request.tenant) > MAX_TENANT:
-            raise InvalidRequest("tenant", request.tenant, f"at most {MAX_TENANT} characters")
-        if abs(request.priority) > MAX_PRIORITY:
-            raise InvalidRequest("priority", request.priority, f"{-MAX_PRIORITY} to {MAX_PRIORITY}")
         kind = request.WhichOneof("prompt")
         if kind is None:
             raise InvalidRequest("prompt", None, "text or token_ids")

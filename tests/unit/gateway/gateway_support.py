@@ -29,6 +29,8 @@ class Gateway:
     address: str
     client: Client
     registry: MemoryRegistry
+    watch: Watch
+    routers: Routers
 
 
 def run(
@@ -56,7 +58,7 @@ def run(
             address = f"{HOST}:{await server.start(HOST, 0)}"
             stack.push_async_callback(server.stop, 0)
             client = await stack.enter_async_context(Client(address))
-            await scenario(Gateway(service, address, client, registry))
+            await scenario(Gateway(service, address, client, registry, watch, routers))
             await eventually(lambda: service.running == 0)
 
     asyncio.run(whole())
@@ -75,3 +77,19 @@ async def tokens(gateway: Gateway, max_tokens: int = 6, **options: object) -> li
 async def chunks(gateway: Gateway, prompt: str | list[int] = PROMPT, **options: object) -> list[Chunk]:
     """All chunks of one request."""
     return [chunk async for chunk in gateway.client.generate(prompt, **{"seed": 0, **options})]  # type: ignore[arg-type]
+
+
+def die_before(position: int, *routers: FakeEngine) -> None:
+    """Makes the first of `routers` that should generate this token vanish instead; the others live."""
+    vanishing: list[asyncio.Task[None]] = []
+
+    def kill(router: FakeEngine) -> Callable[[int], Awaitable[None]]:
+        async def before_token(at: int) -> None:
+            if at == position and not vanishing:
+                vanishing.append(asyncio.create_task(router.vanish()))
+                await asyncio.Event().wait()
+
+        return before_token
+
+    for router in routers:
+        router.before_token = kill(router)

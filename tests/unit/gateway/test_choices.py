@@ -6,7 +6,7 @@ import asyncio
 from collections import defaultdict
 
 import pytest
-from gateway_support import PROMPT, SHAPE, Gateway, chunks, run
+from gateway_support import PROMPT, SHAPE, Gateway, chunks, die_before, run
 
 from moiety.client import Chunk
 from moiety.core import FinishReason
@@ -37,12 +37,12 @@ def by_choice(got: list[Chunk]) -> dict[int, list[int]]:
 
 def test_choices_stream_side_by_side(tokenizer: Tokenizer):
     """One engine request for all; each choice has its text and its end, the last message of all the usage."""
-    router = engine("a")
-    router.cached_tokens = 2
+    router = FakeEngine("a", SHAPE, blocks=8, block_tokens=2)
 
     async def scenario(gateway: Gateway) -> None:
+        await chunks(gateway, max_tokens=1)
         got = await chunks(gateway, n=N, max_tokens=TOKENS, request_id="mine")
-        assert len(router.requests) == 1
+        assert len(router.requests) == 2
         assert by_choice(got) == {choice: expected(choice) for choice in range(N)}
         for choice in range(N):
             text = "".join(chunk.text for chunk in got if chunk.choice == choice)
@@ -58,25 +58,20 @@ def test_choices_stream_side_by_side(tokenizer: Tokenizer):
 @pytest.mark.parametrize("position", [0, 1, 5])  # before anything was sent; behind the first tokens; later
 def test_a_lost_router_costs_no_choice_a_token(tokenizer: Tokenizer, position: int):
     """Before the first token all go on together; behind it each choice goes on as a request of its own."""
-    first, second = engine("a"), engine("b")
-    vanishing: list[asyncio.Task[None]] = []
-
-    async def dies(at: int) -> None:
-        if at == position:
-            vanishing.append(asyncio.create_task(first.vanish()))
-            await asyncio.Event().wait()
+    routers = engine("a"), engine("b")
 
     async def scenario(gateway: Gateway) -> None:
-        first.before_token = dies
+        die_before(position, *routers)
         got = await chunks(gateway, n=N, max_tokens=TOKENS, logprobs=True, prompt_logprobs=True)
         assert by_choice(got) == {choice: expected(choice) for choice in range(N)}
         assert sum(len(chunk.prompt_logprobs) for chunk in got) == len(PROMPT) - 1, "once, whatever was lost"
         assert got[-1].completion_tokens == N * TOKENS
+        _, second = sorted(routers, key=lambda router: (len(router.requests), len(router.requests[-1].generated_ids)))
         resumed = {(r.choice, r.sampling.n, tuple(r.generated_ids)) for r in second.requests}
         alone = {(choice, 1, tuple(expected(choice, position))) for choice in range(N)}
         assert resumed == ({(0, N, ())} if position == 0 else alone)
 
-    run(scenario, tokenizer, first, second)
+    run(scenario, tokenizer, *routers)
 
 
 def test_a_choice_that_fails_behind_a_loss_ends_the_request(tokenizer: Tokenizer):
@@ -97,11 +92,17 @@ def test_a_choice_that_fails_behind_a_loss_ends_the_request(tokenizer: Tokenizer
 
     async def scenario(gateway: Gateway) -> None:
         first.before_token, second.before_token = dies, refuses
-        with pytest.raises(MoietyError, match="the step failed"):
-            await chunks(gateway, n=N, max_tokens=TOKENS)
-        await eventually(lambda: gateway.service.running == 0)
+        running = asyncio.create_task(chunks(gateway, n=N, max_tokens=TOKENS))
+        await eventually(lambda: bool(first.requests))
+        await second.start(gateway.registry)
+        try:
+            with pytest.raises(MoietyError, match="the step failed"):
+                await running
+            await eventually(lambda: gateway.service.running == 0)
+        finally:
+            await second.vanish()
 
-    run(scenario, tokenizer, first, second)
+    run(scenario, tokenizer, first)
 
 
 def text_and_stop(tokenizer: Tokenizer, choice: int = 0, count: int = 40) -> tuple[str, str]:

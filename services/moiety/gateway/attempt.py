@@ -1,0 +1,73 @@
+"""One request at one router, from its sending to its end: keeps the router's counts right, and learns from what comes."""
+
+from __future__ import annotations
+
+import time
+
+from moiety.gateway.prompt import Prompt
+from moiety.gateway.router import Router
+from moiety.policy.pace import Pace
+from moiety.wire import engine_pb2
+
+
+class Attempt:
+    """Counted at its router from here until `end`."""
+
+    def __init__(self, router: Router, prompt: Prompt, pace: Pace):
+        self._router, self._prompt = router, prompt
+        self._queued = router.load >= router.slots > 0
+        self._ahead = router.ahead
+        self._hashes = router.hashes(prompt)
+        self._visit = router.prefixes.visit(self._hashes) if router.prefixes is not None else None
+        matched = self._visit.matched * router.description.block_tokens if self._visit is not None else 0
+        self._to_compute = prompt.tokens - pace.found.value * matched
+        self._generated: list[int] = []
+        self._streams = 0.0
+        self._sent = self._first = self._last = time.monotonic()
+        router.in_flight += prompt.sequences
+        router.ahead += self._to_compute
+        self._answered = False
+
+    def event(self, event: engine_pb2.EngineEvent, pace: Pace) -> Pace:
+        """What `pace` is after this event."""
+        self._last = time.monotonic()
+        self._generated.extend(event.token_ids)
+        return pace if self._answered else self._answer(event.cached_tokens, pace)
+
+    def end(self, pace: Pace) -> Pace:
+        """The request is no longer there, however it ended; `pace` with what it took."""
+        router, prompt = self._router, self._prompt
+        router.in_flight -= prompt.sequences
+        if not self._answered:
+            router.ahead -= self._to_compute
+            if router.prefixes is not None and self._visit is not None:
+                router.prefixes.withdraw(self._visit, self._hashes)
+            return pace
+        if prompt.sequences > 1:  # what came when is mixed with its other sequences
+            return pace
+        if router.prefixes is not None:
+            hashes = prompt.hashes_with(self._generated, router.description.block_tokens)
+            router.prefixes.visit(hashes).computed = True
+        prefill, streaming = pace.first_token.at(self._to_compute), self._last - self._first
+        streams = (self._streams + self._running + 1) / 2  # ours counts, though it has just gone
+        return pace.ended(min(self._first - self._sent, prefill) + streaming, streams, len(self._generated), streaming)
+
+    def _answer(self, cached_tokens: int, pace: Pace) -> Pace:
+        """The first event: the prompt is computed, and what was cached of it is known."""
+        router, visit = self._router, self._visit
+        self._answered, self._first, self._streams = True, self._last, self._running
+        router.ahead -= self._to_compute
+        if router.prefixes is not None and visit is not None:
+            router.prefixes.answered(visit, cached_tokens // router.description.block_tokens)
+            if visit.expected:
+                pace = pace.looked_up(min(cached_tokens / (visit.expected * router.description.block_tokens), 1.0))
+        if self._queued:
+            return pace
+        self._to_compute = self._prompt.tokens - cached_tokens
+        return pace.started(self._ahead + self._to_compute, self._first - self._sent)
+
+    @property
+    def _running(self) -> float:
+        """Streams that share the router now."""
+        slots = self._router.slots
+        return min(self._router.load, slots) if slots else self._router.load

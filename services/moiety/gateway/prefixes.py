@@ -1,0 +1,123 @@
+"""What each router has cached, as far as this gateway knows: it remembers which prompts it sent where.
+
+Approximate on purpose. A wrong guess costs a prefill, never an answer, and the count of cached tokens that comes with a
+router's first event puts it right.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+
+import numpy as np
+
+# Entries for one router at most, some 25 MB: 2 million tokens at 16 a block. A bigger cache is known in part.
+MOST_BLOCKS = 1 << 17
+
+
+class PrefixHasher:
+    """Numbers for the prefixes of a prompt, by whole blocks.
+
+    A prefix's number is the sum of its tokens, each times the secret 64-bit number of its position, plus its tenant's
+    number, modulo 2**64 (multilinear hashing: Lemire and Kaser, "Strongly universal string hashing is fast", 2014). Two
+    prefixes have the same number with a probability of at most 2**-33, and nobody outside can look for such a pair.
+    The sums of all prefixes are one cumulative sum: 15 µs for 4096 tokens, where a chain of BLAKE2b takes 150.
+    """
+
+    def __init__(self, seed: int):
+        """`seed` decides the secret numbers."""
+        self._seed = seed
+        self._random = np.random.Generator(np.random.PCG64(seed))
+        self._keys = np.empty(0, dtype=np.uint64)
+
+    def hashes(self, ids: np.ndarray, block_tokens: int, tenant: str) -> list[int]:
+        """For ids uint32 [n]: one number for each block that can be cached, (n - 1) // block_tokens of them.
+
+        A router computes at least the last token of a prompt itself, so a block that ends with it is never looked up.
+        """
+        blocks = (len(ids) - 1) // block_tokens
+        tokens = blocks * block_tokens
+        while len(self._keys) < tokens:
+            more = self._random.integers(0, 1 << 64, max(len(self._keys), 1 << 12), dtype=np.uint64)
+            self._keys = np.concatenate((self._keys, more))
+        products = self._keys[:tokens] * ids[:tokens].astype(np.uint64)
+        sums = products.reshape(blocks, block_tokens).sum(axis=1, dtype=np.uint64)
+        # A token may be 0; counting blocks keeps a prefix apart from the same one with zeros behind it.
+        salt = np.arange(1, blocks + 1, dtype=np.uint64) + np.uint64(self._salt(tenant))
+        hashes: list[int] = (np.cumsum(sums, dtype=np.uint64) + salt).tolist()
+        return hashes
+
+    def _salt(self, tenant: str) -> int:
+        key = self._seed.to_bytes(16, "little")
+        return int.from_bytes(blake2b(tenant.encode(), digest_size=8, key=key).digest(), "little")
+
+
+@dataclass(slots=True, eq=False)
+class Visit:
+    """One prompt sent to a router."""
+
+    turn: int  # later visits have higher ones
+    matched: int  # blocks that were known before
+    expected: int  # those of them that the router had certainly computed: unless it evicted them, it has them
+    seen: int  # the turn in which the last of them was used before
+    computed: bool = False  # the router has answered, so its cache holds every block of the prompt
+
+
+class PrefixIndex:
+    """The blocks that one router should have cached: at most as many as it has room for, the least recently used go first.
+
+    A prompt's blocks are noted from its end to its start, so an earlier block is always the more recent one and goes
+    later, as in the router's own cache: where a block is known, so are all before it.
+    """
+
+    def __init__(self, blocks: int):
+        self._most = min(blocks, MOST_BLOCKS)
+        self._visits: OrderedDict[int, Visit] = OrderedDict()  # least recent first
+        self._turn = 0
+
+    def __len__(self) -> int:
+        return len(self._visits)
+
+    def match(self, hashes: Sequence[int]) -> int:
+        """How many of the first blocks are known."""
+        known, low, high = self._visits, 0, len(hashes)
+        if not high or hashes[0] not in known:
+            return 0
+        while low < high:
+            middle = (low + high + 1) // 2
+            if hashes[middle - 1] in known:
+                low = middle
+            else:
+                high = middle - 1
+        return low
+
+    def visit(self, hashes: Sequence[int]) -> Visit:
+        """Notes a prompt that is sent there now."""
+        matched = self.match(hashes)
+        last = self._visits[hashes[matched - 1]] if matched else None
+        self._turn += 1
+        visit = Visit(self._turn, matched, matched if last and last.computed else 0, last.turn if last else 0)
+        for block in reversed(hashes):
+            self._visits[block] = visit
+            self._visits.move_to_end(block)
+        while len(self._visits) > self._most:
+            self._visits.popitem(last=False)
+        return visit
+
+    def answered(self, visit: Visit, found: int) -> None:
+        """The router has computed the prompt and had `found` of its blocks.
+
+        If it lacked blocks that it had before, it has evicted them, and with them whatever was used no later.
+        """
+        visit.computed = True
+        if found < visit.expected:
+            while self._visits and next(iter(self._visits.values())).turn <= visit.seen:
+                self._visits.popitem(last=False)
+
+    def withdraw(self, visit: Visit, hashes: Sequence[int]) -> None:
+        """The router never computed the prompt: what only this visit brought is forgotten."""
+        for block in hashes[visit.matched :]:
+            if self._visits.get(block) is visit:
+                del self._visits[block]

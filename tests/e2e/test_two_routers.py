@@ -1,0 +1,73 @@
+"""Two routers behind one gateway: the tokens of one, prompts where their prefixes are cached, and both at work."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+
+import pytest
+
+from moiety.client import Client
+from moiety.core import Role
+from moiety.wire import engine_pb2, engine_pb2_grpc
+from moiety.wire.channels import channel
+from serving import Served
+from streams import Streams
+
+NEW_TOKENS = 24
+LONG = [[3 + (7 * i * j + 13 * i + j) % 250 for j in range(96)] for i in range(1, 7)]
+BLOCK = 16
+
+
+@pytest.fixture
+def second_router(served: Served) -> Iterator[None]:
+    """One more router for the test."""
+
+    async def started() -> str:
+        return (await served.cluster.add_router()).replica.id
+
+    added = served.runner.run(started())
+    yield
+    (child,) = [child for child in served.cluster.children if child.replica.id == added]
+    served.runner.run(served.cluster.drain(child))
+
+
+async def running(served: Served) -> list[int]:
+    """Streams that each router runs now."""
+    counts = []
+    for child in [child for child in served.cluster.children if child.replica.role is Role.ROUTER]:
+        async with channel(child.replica.address) as link:
+            told = await engine_pb2_grpc.EngineStub(link).Describe(engine_pb2.EngineDescribeRequest())
+            counts.append(told.running)
+    return counts
+
+
+async def cached(client: Client, prompt: list[int]) -> int:
+    """Tokens of the prompt that its router had cached."""
+    (*_, last) = [chunk async for chunk in client.generate(prompt, max_tokens=2, ignore_eos=True)]
+    return last.cached_tokens
+
+
+def test_two_routers_serve_as_one(served: Served, request: pytest.FixtureRequest) -> None:
+    """Streams are spread over both and have one router's tokens; prompts sent again are found where they are cached."""
+    expected = served.run(lambda client: Streams(client, NEW_TOKENS).finish())
+    request.getfixturevalue("second_router")
+
+    async def scenario(client: Client) -> None:
+        while not all(await running(served)):  # the gateway has found it
+            streams = Streams(client, NEW_TOKENS)
+            await streams.reach(2)
+            spread = await running(served)
+            assert await streams.finish() == expected
+            if all(spread):
+                break
+        for prompt in LONG:
+            await cached(client, prompt)
+        for prompt in LONG:
+            again = [*prompt, 1, 2, 3]
+            assert await cached(client, again) >= len(again) // BLOCK * BLOCK - BLOCK
+        # Conversations at once, each on the router that has its last turn.
+        hits = await asyncio.gather(*(cached(client, [*prompt, 4, 5, 6]) for prompt in LONG))
+        assert min(hits) >= len(LONG[0]) - BLOCK
+
+    served.run(scenario)
