@@ -17,7 +17,7 @@ from moiety.load.watch import Watch
 from moiety.model.checkpoint import Checkpoint
 from moiety.model.layout import ExpertLayout
 from moiety.model.router import load_router
-from moiety.router import attention
+from moiety.router import attention, latent
 from moiety.router.context import HopSettings
 from moiety.router.demand import DemandCounter
 from moiety.router.engine import Engine
@@ -122,6 +122,7 @@ def _load(
     torch.set_num_threads(settings.threads)
     began = time.monotonic()
     model = load_router(checkpoint, layout, dtype, settings.device, attention.NAME)
+    latent.install(model)
     spec = cache_spec(model, layout.shape)
     cache = KVCache(
         spec,

@@ -32,7 +32,10 @@ class _ZeroRows:
 
 @torch.inference_mode()
 def cache_spec(model: Any, shape: ModelShape) -> CacheSpec:
-    """What each layer keeps. Raises CheckpointError where a layer keeps something else than keys and values."""
+    """What each layer keeps. Raises CheckpointError where the router's attention cannot run a layer."""
+    if any(getattr(module, "indexer", None) is not None for module in model.modules()):
+        reason = "its layers pick the tokens that they attend to by an indexer, which the router cannot run yet"
+        raise CheckpointError(f"{shape.architecture}: {reason}")
     batch = ProbeBatch()
     device = next(model.parameters()).device
     with use_backend(_ZeroExperts()):
