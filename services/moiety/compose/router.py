@@ -72,6 +72,7 @@ async def start(settings: RouterSettings, replica_id: str, node: str) -> Running
             threads=settings.threads,
             waits=WakeRecorder(site.registry),
             tracer=site.tracer,
+            speculative_tokens=settings.speculative_tokens,
         )
         engine.start()
         site.closers.push_async_callback(asyncio.to_thread, engine.stop, settings.drain_s)
