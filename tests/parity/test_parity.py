@@ -17,7 +17,10 @@ from moiety.tools.parity import run_parity
     [
         "mixtral",  # grouped-query attention, softmax of the top k, per-expert w1/w2/w3
         "qwen3_moe",  # query and key norms, top k of the softmax, per-expert projections
-        "deepseek_v3",  # MLA: K and V of different widths; sigmoid gating with bias, shared experts, a dense layer
+        "deepseek_v3",  # MLA cached as its latent; sigmoid gating with bias, shared experts, a dense layer
+        # The same latent attention again (the unit tests hold every MLA class against transformers), served whole.
+        pytest.param("deepseek_v2", marks=pytest.mark.slow),  # complex rotation, softmax gating
+        pytest.param("glm4_moe_lite", marks=pytest.mark.slow),
         "gpt_oss",  # sliding window and sinks, fused and transposed experts with biases, clamped activation
     ],
 )

@@ -14,11 +14,13 @@ from moiety.config import RouterSettings
 from moiety.core import Replica, ReplicaState, Role
 from moiety.errors import ConfigError, Unavailable
 from moiety.load.watch import Watch
+from moiety.model import overlap
 from moiety.model.checkpoint import Checkpoint
 from moiety.model.layout import ExpertLayout
 from moiety.model.router import load_router
 from moiety.policy.lanes import LaneTuner
-from moiety.router import attention
+from moiety.router import attention, latent
+from moiety.router.attention import ProbeBatch
 from moiety.router.context import HopSettings
 from moiety.router.demand import DemandCounter
 from moiety.router.engine import Engine
@@ -29,7 +31,7 @@ from moiety.router.hedge import Hedging
 from moiety.router.hop import Hop
 from moiety.router.kvcache import KVCache
 from moiety.router.lanes import Lanes
-from moiety.router.probe import cache_spec
+from moiety.router.probe import cache_spec, run_once
 from moiety.router.service import SERVICE, EngineService
 from moiety.router.wakes import WakeRecorder
 from moiety.wire.channels import Server
@@ -74,6 +76,7 @@ async def start(settings: RouterSettings, replica_id: str, node: str) -> Running
             threads=settings.threads,
             waits=WakeRecorder(site.registry),
             tracer=site.tracer,
+            speculative_tokens=settings.speculative_tokens,
         )
         engine.start()
         site.closers.push_async_callback(asyncio.to_thread, engine.stop, settings.drain_s)
@@ -126,7 +129,9 @@ def _load(
     torch.set_num_threads(settings.threads)
     began = time.monotonic()
     model = load_router(checkpoint, layout, dtype, settings.device, attention.NAME)
+    latent.install(model)
     spec = cache_spec(model, layout.shape)
+    overlap.install(model, lambda: run_once(model, ProbeBatch()))
     cache = KVCache(
         spec,
         int(settings.kv_memory),

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -17,24 +18,34 @@ from moiety.core import ExpertBackend
 
 IMPLEMENTATION = "moiety"  # the name under which transformers knows `remote_experts`
 LAYER_ATTRIBUTE = "moiety_layer"  # set on each experts module: its MoE layer ordinal
+OVERLAP_ATTRIBUTE = "moiety_overlap"  # set where a shared expert is computed while rows are away: see overlap.py
 
-_backend: ContextVar[ExpertBackend] = ContextVar("moiety_expert_backend")
+
+@dataclass(slots=True)
+class Forward:
+    """What belongs to the passes of one lane."""
+
+    backend: ExpertBackend
+    shared: tuple[torch.Tensor, torch.Tensor] | None = None  # a shared expert's input, and its output now or later
+
+
+_forward: ContextVar[Forward] = ContextVar("moiety_forward")
 
 
 @contextmanager
 def use_backend(backend: ExpertBackend) -> Iterator[None]:
     """Forwards inside the block, in this thread, send their experts' rows to `backend`."""
-    token = _backend.set(backend)
+    token = _forward.set(Forward(backend))
     try:
         yield
     finally:
-        _backend.reset(token)
+        _forward.reset(token)
 
 
-def current_backend() -> ExpertBackend:
-    """The backend of the innermost `use_backend`; raises RuntimeError outside of one."""
+def current_forward() -> Forward:
+    """That of the innermost `use_backend`; raises RuntimeError outside of one."""
     try:
-        return _backend.get()
+        return _forward.get()
     except LookupError:
         raise RuntimeError("a router model was run outside of use_backend(...)") from None
 
@@ -47,8 +58,11 @@ def remote_experts(
     Rows come back unweighted and are combined as transformers' grouped_mm does, to the bit: product in the promoted
     dtype of rows and weights (models differ: float32 or the model's), sum over K in slot order, then the hidden dtype.
     """
-    backend, layer = current_backend(), int(getattr(module, LAYER_ATTRIBUTE))
+    forward, layer = current_forward(), int(getattr(module, LAYER_ATTRIBUTE))
+    backend = forward.backend
     pending = backend.submit(layer, hidden, top_k_index)
+    if (shared := getattr(module, OVERLAP_ATTRIBUTE, None)) is not None:
+        shared.overlap(forward, hidden)
     backend.while_waiting(layer)
     rows = pending.result()  # [T, K, D]
     return (rows * top_k_weights.unsqueeze(-1)).sum(dim=1).to(hidden.dtype)

@@ -32,25 +32,26 @@ _COMMON: Mapping[str, Any] = {
     "pad_token_id": PAD,
 }
 _SPARSE: Mapping[str, Any] = {**_COMMON, "moe_intermediate_size": 40}
+_LATENT: Mapping[str, Any] = {
+    **_SPARSE,
+    "n_routed_experts": 16,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+}
 TINY: Mapping[str, Mapping[str, Any]] = {
     "mixtral": {**_COMMON, "num_local_experts": 8, "num_experts_per_tok": 2},
     "qwen2_moe": {**_SPARSE, "num_experts": 12, "shared_expert_intermediate_size": 48, "mlp_only_layers": [1]},
     "qwen3_moe": {**_SPARSE, "num_experts": 16, "head_dim": 16, "norm_topk_prob": True},
     "olmoe": {**_COMMON, "num_experts": 16},
-    "deepseek_v3": {
-        **_SPARSE,
-        "n_routed_experts": 16,
-        "n_shared_experts": 1,
-        "first_k_dense_replace": 1,
-        "n_group": 4,
-        "topk_group": 2,
-        "num_key_value_heads": 4,
-        "q_lora_rank": 24,
-        "kv_lora_rank": 16,
-        "qk_nope_head_dim": 16,
-        "qk_rope_head_dim": 8,
-        "v_head_dim": 16,
-    },
+    "deepseek_v2": {**_LATENT, "q_lora_rank": None, "v_head_dim": 12, "topk_method": "greedy"},
+    "deepseek_v3": {**_LATENT, "n_group": 4, "topk_group": 2},
+    "glm4_moe_lite": {**_LATENT, "n_group": 1, "topk_group": 1},
     "gpt_oss": {
         **_COMMON,
         "num_local_experts": 8,

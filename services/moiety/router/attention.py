@@ -81,6 +81,7 @@ def attend(
     sliding_window: int | None = None,
     s_aux: torch.Tensor | None = None,  # [H] attention sinks
     softcap: float | None = None,
+    shared_values: bool = False,  # value is the first Dv columns of key, so that one of them is cached
     moiety_batch: Batch | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
@@ -89,7 +90,8 @@ def attend(
         raise TypeError("the moiety attention function needs the keyword argument moiety_batch")
     layer = module.layer_idx
     window, chunk = _reach(module, layer, sliding_window)
-    keys, values = moiety_batch.store(layer, key[0].transpose(0, 1), value[0].transpose(0, 1), window, chunk)
+    kept = value.shape[-1] if shared_values else value[0].transpose(0, 1)
+    keys, values = moiety_batch.store(layer, key[0].transpose(0, 1), kept, window, chunk)
     output = paged_attention(
         query[0].transpose(0, 1),
         keys,

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import torch
 
@@ -27,6 +28,7 @@ from moiety.errors import (
     Unavailable,
 )
 from moiety.router.context import StepContext
+from moiety.router.drafts import accepted
 from moiety.router.forward import Forward
 from moiety.router.kvcache import KVCache
 from moiety.router.logprobs import prompt_logprobs
@@ -68,9 +70,10 @@ class Engine:
         threads: int,
         waits: Callable[[int, list[int]], None],
         tracer: Tracer,
+        speculative_tokens: int = 0,
     ):
         self._forward, self._cache = forward, cache
-        self._scheduler = Scheduler(cache, slots, token_budget)
+        self._scheduler = Scheduler(cache, slots, token_budget, speculative_tokens)
         self._slots, self._rate = slots, AdmissionRate()
         self._queue_limit, self._threads, self._waits, self._tracer = queue_limit, threads, waits, tracer
         self._arrived: list[Sequence] = []
@@ -210,24 +213,36 @@ class Engine:
                 sequence.prompt_logprobs += prompt_logprobs(of_prompt, following)
 
     def _sample(self, plan: StepPlan, logits: torch.Tensor) -> list[tuple[Sequence, Emitted]]:
-        """A token for each sequence whose last one was computed; a failure to sample is that request's own."""
+        """What each sequence whose last token was computed has won; a failure to sample is that request's own."""
         choices = _choices(plan)
-        rows, sequences = [row for row, _ in choices], [sequence for _, sequence in choices]
         if not choices:
             return []
-        results = sample(logits if rows == list(range(len(logits))) else logits[rows], sequences)
-        return [(sequence, _emitted(sequence, result)) for sequence, result in zip(sequences, results, strict=True)]
+        rows = [row for of_choice, _, _ in choices for row in of_choice]
+        seen = [sequence.ahead(drafts[:n]) for of_choice, sequence, drafts in choices for n in range(len(of_choice))]
+        results = sample(logits if rows == list(range(len(logits))) else logits[rows], seen)
+        emitted = map(_emitted, seen, results)
+        return [
+            (sequence, one)
+            for of_choice, sequence, drafts in choices
+            for one in _up_to_a_wrong_draft(drafts, list(islice(emitted, len(of_choice))))
+        ]
 
     def _commit(self, plan: StepPlan, sampled: list[tuple[Sequence, Emitted]]) -> None:
         """Only now has the step happened: cache lengths advance, choices part ways, and tokens go out."""
+        for sequence, emitted in sampled:
+            sequence.tokens.extend(emitted.token_ids)
         for item in plan.scheduled:
             sequence = item.sequence
-            sequence.computed += item.count
+            if item.drafts and sequence.drafter is not None:
+                right = len(sequence.tokens) - sequence.computed - 2
+                sequence.drafter.learn(len(item.drafts), right, len(sequence.tokens))
+                sequence.computed = len(sequence.tokens) - 1  # what wrong drafts left behind it will be written over
+            else:
+                sequence.computed += item.count
             self._cache.commit(sequence.table, sequence.tokens, sequence.computed, sequence.tenant)
             if item.samples and sequence.siblings:
                 self._scheduler.fork(sequence)
         for sequence, emitted in sampled:
-            sequence.tokens.extend(emitted.token_ids)
             if emitted.finish is None and emitted.error is None:
                 self._emit(sequence, emitted)
             else:
@@ -315,10 +330,16 @@ def _finish(sequence: Sequence, token: int) -> FinishReason | None:
     return FinishReason.LENGTH if sequence.generated + 1 >= sequence.sampling.max_tokens else None
 
 
-def _choices(plan: StepPlan) -> list[tuple[int, Sequence]]:
-    """(row of the logits, sequence) of all that are sampled: a prompt's last row once for each choice of it."""
+def _up_to_a_wrong_draft(drafts: tuple[int, ...], emitted: list[Emitted]) -> list[Emitted]:
+    """Of what was sampled behind 0, 1, 2… drafts: all that stands behind right ones only, and behind no end."""
+    ended = next((at for at, one in enumerate(emitted) if one.finish or one.error), len(emitted))
+    return emitted[: accepted(drafts, [one.token_ids[0] for one in emitted[:ended]]) + 1]
+
+
+def _choices(plan: StepPlan) -> list[tuple[range, Sequence, tuple[int, ...]]]:
+    """(rows of the logits, sequence, its drafts) of all that are sampled: a prompt's last row once for each choice."""
     return [
-        (rows[-1], sequence)
+        (rows[-1 - len(item.drafts) :], sequence, item.drafts)
         for item, rows in plan.rows()
         if item.samples
         for sequence in (item.sequence, *item.sequence.siblings)

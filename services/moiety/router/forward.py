@@ -81,8 +81,7 @@ class Forward:
         ids: list[int] = []
         wanted: list[int] = []  # positions in the packed row
         for item in plan.scheduled:
-            past = item.sequence.computed
-            ids += item.sequence.tokens[past : past + item.count]
+            ids += item.ids
             wanted += range(len(ids) - item.wanted, len(ids))
         batch = StepBatch.build(
             self._cache,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moiety.core import CallClass
 from moiety.router.sequence import Sequence
@@ -16,13 +16,24 @@ class Scheduled:
     sequence: Sequence
     count: int
     wanted: int  # how many of its last tokens need logits
-    samples: bool  # whether the last of them is the sequence's last token, so that its next one is sampled
+    samples: bool  # whether they reach the sequence's last token, so that its next one is sampled
+    drafts: tuple[int, ...] = ()  # the last of the `count` tokens, where these are guesses that may follow the sequence
 
     @classmethod
     def of(cls, sequence: Sequence, count: int) -> Scheduled:
         """Logits of the last token where it is sampled from, or of all where those of the prompt are asked for."""
         samples = sequence.computed + count == len(sequence.tokens)
         return cls(sequence, count, count if sequence.scores_prompt else int(samples), samples)
+
+    def with_drafts(self, drafts: tuple[int, ...]) -> Scheduled:
+        """A decoding sequence's token and behind it `drafts`, each of which is sampled from, too."""
+        return replace(self, count=1 + len(drafts), wanted=1 + len(drafts), drafts=drafts)
+
+    @property
+    def ids(self) -> list[int]:
+        """The tokens to be computed."""
+        past = self.sequence.computed
+        return [*self.sequence.tokens[past : past + self.count - len(self.drafts)], *self.drafts]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +44,7 @@ class StepPlan:
 
     @property
     def call_class(self) -> CallClass:
-        decoding = all(item.count == 1 and item.samples for item in self.scheduled)
+        decoding = all(item.count == 1 + len(item.drafts) and item.samples for item in self.scheduled)
         return CallClass.DECODE if decoding else CallClass.PREFILL
 
     @property

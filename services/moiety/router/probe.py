@@ -31,17 +31,27 @@ class _ZeroRows:
 
 
 @torch.inference_mode()
-def cache_spec(model: Any, shape: ModelShape) -> CacheSpec:
-    """What each layer keeps. Raises CheckpointError where a layer keeps something else than keys and values."""
-    batch = ProbeBatch()
+def run_once(model: Any, batch: ProbeBatch) -> torch.Tensor:
+    """The logits [1, 1, V] of one token, its routed experts answering zero."""
     device = next(model.parameters()).device
+    token = model.config.get_text_config().vocab_size // 2  # some word: padding may be embedded as zeros
     with use_backend(_ZeroExperts()):
-        model(
-            input_ids=torch.zeros(1, 1, dtype=torch.long, device=device),
+        logits: torch.Tensor = model(
+            input_ids=torch.tensor([[token]], device=device),
             position_ids=torch.zeros(1, 1, dtype=torch.long, device=device),
             use_cache=False,
             moiety_batch=batch,
-        )
+        ).logits
+    return logits
+
+
+def cache_spec(model: Any, shape: ModelShape) -> CacheSpec:
+    """What each layer keeps. Raises CheckpointError where the router's attention cannot run a layer."""
+    if any(getattr(module, "indexer", None) is not None for module in model.modules()):
+        reason = "its layers pick the tokens that they attend to by an indexer, which the router cannot run yet"
+        raise CheckpointError(f"{shape.architecture}: {reason}")
+    batch = ProbeBatch()
+    run_once(model, batch)
     config = model.config.get_text_config()
     # A layer that attended came by; one that did not (Mamba, linear attention, convolution) has a state of its own, and
     # running on without it would give wrong tokens in silence.

@@ -11,6 +11,7 @@ from __future__ import annotations
 from bisect import insort
 from itertools import count
 
+from moiety.router.drafts import Drafter
 from moiety.router.kvcache import KVCache
 from moiety.router.plan import Scheduled, StepPlan
 from moiety.router.sequence import Sequence
@@ -20,10 +21,11 @@ from moiety.router.waiting import WaitingQueue
 class Scheduler:
     """Decode goes first, so that running streams never wait for somebody's prompt."""
 
-    def __init__(self, cache: KVCache, slots: int, token_budget: int):
+    def __init__(self, cache: KVCache, slots: int, token_budget: int, speculative_tokens: int = 0):
         self.waiting = WaitingQueue()
         self.running: list[Sequence] = []  # in order of rank
         self._cache, self._slots, self._token_budget = cache, slots, token_budget
+        self._speculative_tokens = speculative_tokens  # drafts of a sequence in one step, at most
         self._arrivals = count()
         self._refused: tuple[Sequence, int, int] | None = (
             None  # who is next, and the slots and blocks it was refused at
@@ -60,7 +62,7 @@ class Scheduler:
         return admitted
 
     def plan(self) -> StepPlan:
-        """Every decoding sequence's token, then prompt chunks as far as the token budget goes; may be empty.
+        """Every decoding sequence's token, then prompt chunks, then drafts, as far as the token budget goes; may be empty.
 
         Each of them has its blocks when this returns.
         """
@@ -77,7 +79,23 @@ class Scheduler:
                     if granted > 0:
                         chosen.append(Scheduled.of(sequence, granted))
                         left -= granted
-        return StepPlan(tuple(item for item in chosen if item.sequence.table.count))  # less who had to make room
+        chosen = [item for item in chosen if item.sequence.table.count]  # less who had to make room
+        return StepPlan(tuple(self._with_drafts(chosen, left) if self._speculative_tokens else chosen))
+
+    def _with_drafts(self, chosen: list[Scheduled], left: int) -> list[Scheduled]:
+        """Lets sequences guess ahead with what is left of the token budget, in blocks that nobody else needs."""
+        extended = []
+        for item in chosen:
+            sequence = item.sequence
+            most = min(left, sequence.sampling.max_tokens - sequence.generated - 1)
+            if sequence.drafts and most > 0:
+                sequence.drafter = sequence.drafter or Drafter(self._speculative_tokens)
+                drafts = sequence.drafter.draft(sequence.tokens, most)
+                room = self._cache.grow(sequence.table, len(sequence.tokens) + len(drafts)) - len(sequence.tokens)
+                item = item.with_drafts(drafts[:room])
+                left -= len(item.drafts)
+            extended.append(item)
+        return extended
 
     def fork(self, sequence: Sequence) -> None:
         """The siblings of a sequence whose prompt is computed begin to run beside it, in the slots held for them.

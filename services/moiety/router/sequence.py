@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from moiety.core import FinishReason, Sampling, TopLogprobs
 from moiety.errors import MoietyError
 from moiety.router.blocks import BlockTable
+from moiety.router.drafts import Drafter
 from moiety.router.guide import CompiledGuide, Matcher
 from moiety.router.penalties import TokenCounts
 from moiety.telemetry.tracing import NO_SPAN, Span
@@ -55,6 +56,7 @@ class Sequence:
     siblings: tuple[Sequence, ...] = ()  # choices that are to begin when this one's prompt is computed
     guide: CompiledGuide | None = None
     prompt_logprobs: list[float] = field(default_factory=list)  # gathered in prefill, sent with the first token
+    drafter: Drafter | None = field(default=None, init=False)
     counts: TokenCounts = field(default_factory=TokenCounts, init=False)
     _matcher: Matcher | None = field(default=None, init=False)
 
@@ -83,6 +85,15 @@ class Sequence:
     def scores_prompt(self) -> bool:
         """Whether the logits of every prompt token are still wanted, so that every one must be computed."""
         return self.sampling.prompt_logprobs and self.generated == 0
+
+    @property
+    def drafts(self) -> bool:
+        """Whether its next tokens may be guessed: not while tokens change the logits behind them, one after the other."""
+        return self.generated > 0 and not self.prefilling and self.guide is None and not self.sampling.penalised
+
+    def ahead(self, tokens: tuple[int, ...]) -> Sequence:
+        """How the sampler is to see it behind further `tokens`; for nothing else."""
+        return replace(self, tokens=[*self.tokens, *tokens]) if tokens else self
 
     @property
     def slots(self) -> int:

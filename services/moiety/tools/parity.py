@@ -28,7 +28,7 @@ from moiety.model.layout import expert_layout
 from moiety.model.revision import revision
 from moiety.model.router import load_router
 from moiety.model.seam import use_backend
-from moiety.router import attention
+from moiety.router import attention, latent
 from moiety.router.batch import StepBatch
 from moiety.router.blocks import BlockTable
 from moiety.router.context import HopSettings, StepContext
@@ -202,6 +202,7 @@ async def _own_router(
     dtype = torch_dtype(dtype_name, layout.shape.dtype)
     attention.register()
     model = await asyncio.to_thread(load_router, opened, layout, dtype, "cpu", attention.NAME)
+    latent.install(model)
     cache = KVCache(cache_spec(model, layout.shape), 1 << 30, torch.device("cpu"))
     watch = Watch(cluster.registry)
     await watch.start()

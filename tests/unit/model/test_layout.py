@@ -25,7 +25,9 @@ EXPECTED = {  # sources of the gate_up parameter, in the layout's second MoE lay
     "qwen2_moe": (("model.layers.2.mlp.experts.{expert}.gate_proj.weight",), 12, 4),
     "qwen3_moe": ((f"{MLP}.{{expert}}.gate_proj.weight", f"{MLP}.{{expert}}.up_proj.weight"), 16, 4),
     "olmoe": ((f"{MLP}.{{expert}}.gate_proj.weight", f"{MLP}.{{expert}}.up_proj.weight"), 16, 4),
+    "deepseek_v2": ((f"{MLP}.{{expert}}.gate_proj.weight", f"{MLP}.{{expert}}.up_proj.weight"), 16, 4),
     "deepseek_v3": ((f"{MLP}.{{expert}}.gate_proj.weight", f"{MLP}.{{expert}}.up_proj.weight"), 16, 4),
+    "glm4_moe_lite": ((f"{MLP}.{{expert}}.gate_proj.weight", f"{MLP}.{{expert}}.up_proj.weight"), 16, 4),
     "gpt_oss": ((f"{MLP}.gate_up_proj",), 8, 4),
 }
 

@@ -144,6 +144,7 @@ def engine_of(
     blocks: int = 25,
     revision: str | None = "r",
     window: int | None = None,
+    speculative_tokens: int = 0,
 ) -> Engine:
     """An engine that the test steps or starts itself."""
     spec = CacheSpec({0: LayerSpec(1, 2, 2, torch.float32, window=window)})
@@ -158,6 +159,7 @@ def engine_of(
         threads=1,
         waits=lambda *_: None,
         tracer=NO_TRACER,
+        speculative_tokens=speculative_tokens,
     )
 
 
