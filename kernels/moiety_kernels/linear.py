@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional
 
-from moiety_kernels.cpu.library import BF16, load
+from moiety_kernels.cpu.library import load
 
 _POINTER, _SIZE = ctypes.c_void_p, ctypes.c_int64
 _SIGNATURE = (_POINTER, _SIZE, _POINTER, _SIZE, _POINTER, _POINTER, _SIZE, _SIZE, _SIZE, ctypes.c_int)
@@ -26,7 +26,7 @@ def linear_kernel(dtype: torch.dtype) -> Callable[..., None] | None:
     if dtype == torch.float32:
         return library.function("moiety_linear_f32", *_SIGNATURE)
     if dtype == torch.bfloat16:
-        return library.function("moiety_linear_bf16", *_SIGNATURE, isa=BF16)
+        return library.function("moiety_linear_bf16", *_SIGNATURE)
     return None
 
 
