@@ -14,6 +14,7 @@ namespace moiety {
 using std::int64_t;
 
 constexpr int64_t tile_rows = 6;   // of x in one register tile: 6 x 4 or 3 x 8 sums leave 8 of 32 registers
+constexpr int64_t l1_floats = 6144;  // packed x that is used at once: half of a 48 KiB L1
 constexpr int64_t chunk_columns = 64;  // weight rows of one work item: with D = 1024, 128 KiB of bf16 that stay in L2
 
 // How weights of type W meet x: `length` elements per step, packed x of `bytes` per step and row.
@@ -29,7 +30,9 @@ struct Step<float> {
     struct Weights { __m512 all; };
     static Weights read(const float* from) { return {_mm512_loadu_ps(from)}; }
     static Weights read(const float* from, int64_t count) { return {load(from, count)}; }
-    static __m512 add(__m512 sum, const Weights& w, const float* x) { return _mm512_fmadd_ps(w.all, _mm512_load_ps(x), sum); }
+    using Row = __m512;
+    static Row row(const float* x) { return _mm512_load_ps(x); }
+    static __m512 add(__m512 sum, const Weights& w, Row x) { return _mm512_fmadd_ps(w.all, x, sum); }
     static void pack(const float* from, int64_t count, float* to) { _mm512_store_ps(to, load(from, count)); }
 };
 
@@ -45,7 +48,9 @@ struct Step<bf16> {
     static Weights read(const bf16* from, int64_t count) {
         return split(_mm512_maskz_loadu_epi16(static_cast<__mmask32>((1ull << count) - 1), from));
     }
-    static __m512 add(__m512 sum, const Weights& w, const float* x) {
+    using Row = const float*;  // too many for registers: the multiply-adds read them from L1
+    static Row row(const float* x) { return x; }
+    static __m512 add(__m512 sum, const Weights& w, Row x) {
         return _mm512_fmadd_ps(w.odd, _mm512_load_ps(x + 16), _mm512_fmadd_ps(w.even, _mm512_load_ps(x), sum));
     }
     static void pack(const bf16* from, int64_t count, float* to) {
@@ -101,32 +106,46 @@ inline __m512 reduce(const __m512* sums) {
                          _mm512_shuffle_f32x4(halves[0], halves[1], 0xdd));
 }
 
+// Where along D a call of `tile` begins and ends; between the parts of a deep product the sums wait in `kept`.
+struct Part {
+    int64_t depth;
+    bool first, last;
+};
+
 // out[r * ldo + o] = x[r, :] . w[o, :] for RB packed rows and OB weight rows. While it runs, the OB weight rows from
-// `next` on are fetched from memory.
+// `next` on are fetched from memory (past the last ones a prefetch does nothing).
 template <class W, int OB, int RB>
-inline void tile(const float* x, const W* w, int64_t ldw, const W* next, int64_t depth, float* out, int64_t ldo) {
+inline void tile(const float* x, const W* w, int64_t ldw, const W* next, Part part, __m512* kept, float* out, int64_t ldo) {
     using S = Step<W>;
-    constexpr int vectors = (OB * RB + 15) / 16;
+    constexpr int count = OB * RB, vectors = (count + 15) / 16;
     __m512 sums[16 * vectors];
 #pragma GCC unroll 32
-    for (auto& sum : sums) sum = _mm512_setzero_ps();
+    for (int i = 0; i < 16 * vectors; ++i) sums[i] = part.first || i >= count ? _mm512_setzero_ps() : kept[i];
     int64_t d = 0;
-    for (; d + S::length <= depth; d += S::length, x += RB * S::floats) {
+    for (; d + S::length <= part.depth; d += S::length, x += RB * S::floats) {
+        typename S::Row rows[RB];
+#pragma GCC unroll 6
+        for (int r = 0; r < RB; ++r) rows[r] = S::row(x + r * S::floats);
 #pragma GCC unroll 8
         for (int o = 0; o < OB; ++o) {
             const auto weights = S::read(w + o * ldw + d);
             _mm_prefetch(reinterpret_cast<const char*>(next + o * ldw + d), _MM_HINT_T0);
 #pragma GCC unroll 6
-            for (int r = 0; r < RB; ++r) sums[r * OB + o] = S::add(sums[r * OB + o], weights, x + r * S::floats);
+            for (int r = 0; r < RB; ++r) sums[r * OB + o] = S::add(sums[r * OB + o], weights, rows[r]);
         }
     }
-    if (d < depth) {
+    if (d < part.depth) {
 #pragma GCC unroll 8
         for (int o = 0; o < OB; ++o) {
-            const auto weights = S::read(w + o * ldw + d, depth - d);
+            const auto weights = S::read(w + o * ldw + d, part.depth - d);
 #pragma GCC unroll 6
-            for (int r = 0; r < RB; ++r) sums[r * OB + o] = S::add(sums[r * OB + o], weights, x + r * S::floats);
+            for (int r = 0; r < RB; ++r) sums[r * OB + o] = S::add(sums[r * OB + o], weights, S::row(x + r * S::floats));
         }
+    }
+    if (!part.last) {
+#pragma GCC unroll 32
+        for (int i = 0; i < count; ++i) kept[i] = sums[i];
+        return;
     }
     alignas(64) float flat[16 * vectors];
 #pragma GCC unroll 2
@@ -137,13 +156,20 @@ inline void tile(const float* x, const W* w, int64_t ldw, const W* next, int64_t
         for (int o = 0; o < OB; ++o) out[r * ldo + o] = flat[r * OB + o];
 }
 
-// All `columns` weight rows against RB packed rows.
+// All `columns` weight rows against RB packed rows, of which so many steps are taken at once that they stay in L1.
 template <class W, int RB>
 inline void columns_of(const float* x, const W* w, int64_t ldw, int64_t columns, int64_t depth, float* out, int64_t ldo) {
     constexpr int OB = RB > 3 ? 4 : 8;
-    int64_t o = 0;
-    for (; o + OB <= columns; o += OB) tile<W, OB, RB>(x, w + o * ldw, ldw, w + (o + OB) * ldw, depth, out + o, ldo);
-    for (; o < columns; ++o) tile<W, 1, RB>(x, w + o * ldw, ldw, w + (o + 1) * ldw, depth, out + o, ldo);
+    constexpr int64_t floats = Step<W>::floats, length = Step<W>::length, at_once = l1_floats / RB / floats * length;
+    __m512 kept[RB * chunk_columns];
+    for (int64_t d = 0; d < depth; d += at_once, x += RB * floats * (at_once / length), w += at_once) {
+        const Part part{std::min(at_once, depth - d), d == 0, d + at_once >= depth};
+        int64_t o = 0;
+        for (; o + OB <= columns; o += OB)
+            tile<W, OB, RB>(x, w + o * ldw, ldw, w + (o + OB) * ldw, part, kept + o * RB, out + o, ldo);
+        for (; o < columns; ++o)
+            tile<W, 1, RB>(x, w + o * ldw, ldw, w + (o + 1) * ldw, part, kept + o * RB, out + o, ldo);
+    }
 }
 
 // out[r * ldo + o] = x[r, :] . w[o, :] for one packed row tile of the given height.
