@@ -1,0 +1,51 @@
+"""RMS normalisation of rows on CPU, in one pass.
+
+Shape legend: D features.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable
+
+import torch
+
+from moiety_kernels.cpu.library import load
+
+
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, epsilon: float, *, offset: float = 0.0, late: bool = False
+) -> torch.Tensor:
+    """x [..., D] over its root mean square, times weight [D] + offset: [..., D], in the dtype both have.
+
+    The mean and the scale are float32. x is rounded to its dtype before the product with the weight, or, when `late`,
+    only after it: models differ.
+    """
+    kernel = rms_norm_kernel(x.dtype) if x.device.type == "cpu" else None
+    if kernel is None or weight.dtype != x.dtype:
+        normal = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + epsilon)
+        if late:
+            return (normal * (weight.float() + offset)).to(x.dtype)
+        return normal.to(x.dtype) * (weight + offset)
+    depth = x.shape[-1]
+    rows = x.reshape(-1, depth)
+    if rows.stride(1) != 1:
+        rows = rows.contiguous()
+    out = torch.empty_like(rows, memory_format=torch.contiguous_format)
+    kernel(
+        rows.data_ptr(), rows.stride(0), weight.data_ptr(), out.data_ptr(), rows.shape[0], depth, epsilon, offset, late
+    )
+    return out.view(x.shape)
+
+
+@functools.cache
+def rms_norm_kernel(dtype: torch.dtype) -> Callable[..., None] | None:
+    """The C++ function for this dtype, where there is one."""
+    names = {torch.float32: "moiety_rms_norm_f32", torch.bfloat16: "moiety_rms_norm_bf16"}
+    if dtype not in names or (library := load()) is None:
+        return None
+    pointer, size, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+    return library.function(
+        names[dtype], *(pointer, size, pointer, pointer, size, size), *(real, real, ctypes.c_int)
+    )
