@@ -100,7 +100,7 @@ def _in_one_call(
     pointers = [
         None if tensor is None else tensor.data_ptr()
         for expert in weights
-        for tensor in (expert.gate_up, expert.down, expert.gate_up_bias, expert.down_bias)
+        for tensor in (expert.gate_up, expert.down, expert.gate_up_bias, expert.down_bias, None, None)
     ]
     kernel(
         rows.data_ptr(),

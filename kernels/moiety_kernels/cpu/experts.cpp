@@ -3,9 +3,10 @@
 // uneven spread of rows over experts leaves no thread idle.
 
 #include <cmath>
+#include <utility>
 #include <vector>
 
-#include "tile.h"
+#include "product.h"
 
 namespace moiety {
 namespace {
@@ -80,80 +81,85 @@ inline __m512 activate(const Kind& kind, __m512 gate, __m512 up) {
     return rounded<T>(_mm512_mul_ps(rounded<T>(apply(kind.activation, gate)), up));
 }
 
-// A product as torch would leave it: rounded, then the bias added and rounded again.
-template <class T>
-inline __m512 finished(const float* sums, const T* bias, int64_t count) {
-    const __m512 sum = rounded<T>(_mm512_load_ps(sums));
-    return bias ? rounded<T>(_mm512_add_ps(sum, load(bias, count))) : sum;
-}
-
-template <class T>
+template <class T, class W>
 struct Expert {
-    const T *gate_up, *down, *gate_up_bias, *down_bias;
+    const W *gate_up, *down;
+    const T *gate_up_bias, *down_bias;
+    const float *gate_up_scale, *down_scale;  // of int8 weights, one per weight row
     int64_t begin, rows;
 };
 
-// Columns of `gate_up` for the inner columns [begin, begin + count): sums are [row][gate 0.. | up 0..], or as published.
-template <class T>
-void project(const Kind& kind, const Expert<T>& expert, const float* packed, T* inner, int64_t hidden, int64_t intermediate,
+// A product as torch would leave it: rounded, then the bias added and rounded again. `heads` are of the sums' row tile.
+template <class T, class W>
+inline __m512 finished(const float* sums, const float* heads, int64_t row, const float* scale, const T* bias, int64_t column,
+                       int64_t count) {
+    __m512 sum = _mm512_load_ps(sums);
+    if constexpr (Packing<W>::head != 0)
+        sum = _mm512_mul_ps(_mm512_mul_ps(sum, _mm512_set1_ps(heads[row * Packing<W>::head + 16])), load(scale + column, count));
+    sum = rounded<T>(sum);
+    return bias ? rounded<T>(_mm512_add_ps(sum, load(bias + column, count))) : sum;
+}
+
+// The inner columns [begin, begin + count). Sums of a row are [gate: 32 | up: 32], or as published where they alternate.
+template <class T, class W>
+void project(const Kind& kind, const Expert<T, W>& expert, const float* packed, T* inner, int64_t hidden, int64_t intermediate,
              int64_t begin, int64_t count) {
     constexpr int64_t half = chunk_columns / 2;
-    for_row_tiles(expert.rows, [&](int64_t row, int64_t height) {
+    for_row_tiles(expert.rows, [&](int64_t first_row, int64_t height) {
         alignas(64) float sums[tile_rows * chunk_columns];
-        const float* x = packed + (expert.begin + row) * packed_row<T>(hidden);
-        const T *w = expert.gate_up, *bias = expert.gate_up_bias;
-        if (!kind.gated)
-            product(x, height, w + begin * hidden, hidden, count, hidden, sums, chunk_columns);
-        else if (kind.interleaved)
-            product(x, height, w + 2 * begin * hidden, hidden, 2 * count, hidden, sums, chunk_columns);
-        else {
-            product(x, height, w + begin * hidden, hidden, count, hidden, sums, chunk_columns);
-            product(x, height, w + (intermediate + begin) * hidden, hidden, count, hidden, sums + half, chunk_columns);
-        }
+        const float* x = packed + (expert.begin + first_row) * packed_row<W>(hidden);
+        const auto multiply = [&](int64_t column, int64_t columns, float* out) {
+            product(x, height, expert.gate_up + column * hidden, hidden, columns, hidden, out, chunk_columns);
+        };
+        if (kind.interleaved)
+            multiply(2 * begin, 2 * count, sums);
+        else
+            multiply(begin, count, sums);
+        if (kind.gated && !kind.interleaved) multiply(intermediate + begin, count, sums + half);
         for (int64_t r = 0; r < height; ++r) {
-            const float* at = sums + r * chunk_columns;
-            T* to = inner + (expert.begin + row + r) * intermediate + begin;
+            const auto projected = [&](int64_t at, int64_t column, int64_t some) {
+                return finished<T, W>(sums + r * chunk_columns + at, x, r, expert.gate_up_scale, expert.gate_up_bias, column,
+                                      some);
+            };
             for (int64_t i = 0; i < count; i += 16) {
                 const int64_t some = count - i;
                 __m512 gate, up = _mm512_setzero_ps();
-                if (!kind.gated)
-                    gate = finished(at + i, bias ? bias + begin + i : nullptr, some);
-                else if (kind.interleaved) {
-                    const T* pairs = bias ? bias + 2 * (begin + i) : nullptr;
-                    const __m512 low = finished(at + 2 * i, pairs, 2 * some);
-                    const __m512 high = some > 8 ? finished(at + 2 * i + 16, pairs ? pairs + 16 : nullptr, 2 * some - 16) : up;
+                if (kind.interleaved) {
+                    const __m512 low = projected(2 * i, 2 * (begin + i), 2 * some);
+                    const __m512 high = some > 8 ? projected(2 * i + 16, 2 * (begin + i) + 16, 2 * some - 16) : up;
                     const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
                     gate = _mm512_permutex2var_ps(low, even, high);
                     up = _mm512_permutex2var_ps(low, _mm512_add_epi32(even, _mm512_set1_epi32(1)), high);
                 } else {
-                    gate = finished(at + i, bias ? bias + begin + i : nullptr, some);
-                    up = finished(at + half + i, bias ? bias + intermediate + begin + i : nullptr, some);
+                    gate = projected(i, begin + i, some);
+                    if (kind.gated) up = projected(half + i, intermediate + begin + i, some);
                 }
-                store(to + i, some, activate<T>(kind, gate, up));
+                store(inner + (expert.begin + first_row + r) * intermediate + begin + i, some, activate<T>(kind, gate, up));
             }
         }
     });
 }
 
-template <class T>
-void contract(const Expert<T>& expert, const float* packed, T* out, int64_t hidden, int64_t intermediate, int64_t begin,
+// The output columns [begin, begin + count).
+template <class T, class W>
+void contract(const Expert<T, W>& expert, const float* packed, T* out, int64_t hidden, int64_t intermediate, int64_t begin,
               int64_t count) {
-    for_row_tiles(expert.rows, [&](int64_t row, int64_t height) {
+    for_row_tiles(expert.rows, [&](int64_t first_row, int64_t height) {
         alignas(64) float sums[tile_rows * chunk_columns];
-        product(packed + (expert.begin + row) * packed_row<T>(intermediate), height, expert.down + begin * intermediate,
-                intermediate, count, intermediate, sums, chunk_columns);
+        const float* x = packed + (expert.begin + first_row) * packed_row<W>(intermediate);
+        product(x, height, expert.down + begin * intermediate, intermediate, count, intermediate, sums, chunk_columns);
         for (int64_t r = 0; r < height; ++r)
             for (int64_t i = 0; i < count; i += 16)
-                store(out + (expert.begin + row + r) * hidden + begin + i, count - i,
-                      finished(sums + r * chunk_columns + i, expert.down_bias ? expert.down_bias + begin + i : nullptr,
-                               count - i));
+                store(out + (expert.begin + first_row + r) * hidden + begin + i, count - i,
+                      finished<T, W>(sums + r * chunk_columns + i, x, r, expert.down_scale, expert.down_bias, begin + i,
+                                     count - i));
     });
 }
 
 // Calls body(expert, first column, columns) for every item of every expert, the items shared out among the threads of
 // the enclosing parallel region.
-template <class T, class Body>
-void share_out(const std::vector<Expert<T>>& experts, int64_t width, int64_t columns, Body body) {
+template <class Experts, class Body>
+void share_out(const Experts& experts, int64_t width, int64_t columns, Body body) {
     const int64_t pieces = (width + columns - 1) / columns;
 #pragma omp for schedule(dynamic, 1)
     for (int64_t item = 0; item < static_cast<int64_t>(experts.size()) * pieces; ++item) {
@@ -162,35 +168,41 @@ void share_out(const std::vector<Expert<T>>& experts, int64_t width, int64_t col
     }
 }
 
-template <class T>
-void experts(const T* rows, int64_t ldx, const int64_t* counts, const T* const* weights, int64_t number, T* out, int64_t hidden,
-             int64_t intermediate, const Kind& kind, int threads) {
+template <class T, class W>
+void experts(const T* rows, int64_t ldx, const int64_t* counts, const void* const* tensors, int64_t number, T* out,
+             int64_t hidden, int64_t intermediate, const Kind& kind, int threads) {
     static thread_local Scratch row_scratch, inner_scratch, packed_scratch;
-    std::vector<Expert<T>> active;
+    std::vector<Expert<T, W>> active;
     int64_t total = 0;
-    for (int64_t e = 0; e < number; ++e) {
-        const T* const* w = weights + 4 * e;
-        if (counts[e]) active.push_back({w[0], w[1], w[2], w[3], total, counts[e]});
+    for (int64_t e = 0; e < number; ++e, tensors += 6) {
+        if (counts[e])
+            active.push_back({static_cast<const W*>(tensors[0]), static_cast<const W*>(tensors[1]),
+                              static_cast<const T*>(tensors[2]), static_cast<const T*>(tensors[3]),
+                              static_cast<const float*>(tensors[4]), static_cast<const float*>(tensors[5]), total, counts[e]});
         total += counts[e];
     }
-    float* packed = row_scratch.floats(total * packed_row<T>(hidden));
+    float* packed = row_scratch.floats(total * packed_row<W>(hidden));
     T* inner = reinterpret_cast<T*>(inner_scratch.floats(total * intermediate));
-    float* packed_inner = packed_scratch.floats(total * packed_row<T>(intermediate));
+    float* packed_inner = packed_scratch.floats(total * packed_row<W>(intermediate));
     const int64_t inner_columns = kind.gated ? chunk_columns / 2 : chunk_columns;
     const int64_t size = static_cast<int64_t>(active.size());
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t e = 0; e < size; ++e)
-            pack(rows + active[e].begin * ldx, ldx, active[e].rows, hidden, packed + active[e].begin * packed_row<T>(hidden));
-        share_out(active, intermediate, inner_columns, [&](const Expert<T>& expert, int64_t begin, int64_t count) {
+        for (int64_t e = 0; e < size; ++e) {
+            const auto& [begin, count] = std::pair(active[e].begin, active[e].rows);
+            pack<W>(rows + begin * ldx, ldx, count, hidden, packed + begin * packed_row<W>(hidden));
+        }
+        share_out(active, intermediate, inner_columns, [&](const Expert<T, W>& expert, int64_t begin, int64_t count) {
             project(kind, expert, packed, inner, hidden, intermediate, begin, count);
         });
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t e = 0; e < size; ++e)
-            pack(inner + active[e].begin * intermediate, intermediate, active[e].rows, intermediate,
-                 packed_inner + active[e].begin * packed_row<T>(intermediate));
-        share_out(active, hidden, chunk_columns, [&](const Expert<T>& expert, int64_t begin, int64_t count) {
+        for (int64_t e = 0; e < size; ++e) {
+            const auto& [begin, count] = std::pair(active[e].begin, active[e].rows);
+            pack<W>(inner + begin * intermediate, intermediate, count, intermediate,
+                    packed_inner + begin * packed_row<W>(intermediate));
+        }
+        share_out(active, hidden, chunk_columns, [&](const Expert<T, W>& expert, int64_t begin, int64_t count) {
             contract(expert, packed_inner, out, hidden, intermediate, begin, count);
         });
     }
@@ -202,21 +214,21 @@ void experts(const T* rows, int64_t ldx, const int64_t* counts, const T* const* 
 using moiety::bf16;
 using std::int64_t;
 
-// `weights` holds gate_up [O, D], down [D, I], gate_up_bias [O] and down_bias [D] of each expert; biases may be null.
+// `tensors` holds six pointers per expert: gate_up [O, D], down [D, I], their biases [O] and [D] (or null), and, for int8
+// weights, their scales [O] and [D].
+#define MOIETY_EXPERTS(name, T, W)                                                                                            \
+    void name(const T* rows, int64_t ldx, const int64_t* counts, const void* const* tensors, int64_t number, T* out,          \
+              int64_t hidden, int64_t intermediate, int activation, int gated, int interleaved, int limited, float limit,     \
+              float alpha, int threads) {                                                                                     \
+        moiety::experts<T, W>(rows, ldx, counts, tensors, number, out, hidden, intermediate,                                  \
+                              {activation, gated != 0, interleaved != 0, limited != 0, limit, alpha}, threads);               \
+    }
+
 extern "C" {
 
-void moiety_experts_f32(const float* rows, int64_t ldx, const int64_t* counts, const float* const* weights, int64_t number,
-                        float* out, int64_t hidden, int64_t intermediate, int activation, int gated, int interleaved,
-                        int limited, float limit, float alpha, int threads) {
-    moiety::experts(rows, ldx, counts, weights, number, out, hidden, intermediate,
-                    {activation, gated != 0, interleaved != 0, limited != 0, limit, alpha}, threads);
-}
-
-void moiety_experts_bf16(const bf16* rows, int64_t ldx, const int64_t* counts, const bf16* const* weights, int64_t number,
-                         bf16* out, int64_t hidden, int64_t intermediate, int activation, int gated, int interleaved,
-                         int limited, float limit, float alpha, int threads) {
-    moiety::experts(rows, ldx, counts, weights, number, out, hidden, intermediate,
-                    {activation, gated != 0, interleaved != 0, limited != 0, limit, alpha}, threads);
-}
+MOIETY_EXPERTS(moiety_experts_f32, float, float)
+MOIETY_EXPERTS(moiety_experts_bf16, bf16, bf16)
+MOIETY_EXPERTS(moiety_experts_f32_int8, float, std::uint8_t)
+MOIETY_EXPERTS(moiety_experts_bf16_int8, bf16, std::uint8_t)
 
 }

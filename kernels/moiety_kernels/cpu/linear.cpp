@@ -1,6 +1,6 @@
 // y = x w^T + bias, for the few rows of a decode step and, where bits must not depend on the batch, for any number.
 
-#include "tile.h"
+#include "product.h"
 
 namespace moiety {
 namespace {
@@ -15,7 +15,7 @@ void linear(const T* x, int64_t ldx, const T* w, int64_t ldw, const T* bias, T* 
     const int64_t chunks = (width + chunk_columns - 1) / chunk_columns;
     for (int64_t start = 0; start < rows; start += rows_at_once, x += rows_at_once * ldx, y += rows_at_once * width) {
         const int64_t some = std::min(rows_at_once, rows - start);
-        pack(x, ldx, some, depth, packed);
+        pack<T>(x, ldx, some, depth, packed);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
         for (int64_t chunk = 0; chunk < chunks; ++chunk) {
             const int64_t begin = chunk * chunk_columns, columns = std::min(chunk_columns, width - begin);

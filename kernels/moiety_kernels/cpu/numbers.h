@@ -1,15 +1,11 @@
 // Element types, their conversions and their roundings.
 #pragma once
 
-#include <immintrin.h>
-
-#include <cstdint>
+#include "tile.h"
 
 namespace moiety {
 
 using std::int64_t;
-
-enum class bf16 : std::uint16_t {};
 
 inline __m512 widen(__m256i halves) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16)); }
 
