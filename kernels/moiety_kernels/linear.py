@@ -6,7 +6,6 @@ Shape legend: R rows, D input features, O output features.
 from __future__ import annotations
 
 import ctypes
-import functools
 from collections.abc import Callable
 
 import torch
@@ -17,6 +16,10 @@ from moiety_kernels.cpu.library import load
 # Above this many float32 rows MKL's packed GEMM wins: 126 against 91 GFLOP/s at 192 x 4096 x 64. In bfloat16 it never does.
 FLOAT32_ROWS = 64
 FIXED_ROWS = 8  # of a tile without the library: a GEMM of one shape sums in one order
+
+_NAMES = {torch.float32: "moiety_linear_f32", torch.bfloat16: "moiety_linear_bf16"}
+_POINTER, _SIZE = ctypes.c_void_p, ctypes.c_int64
+_SIGNATURE = (_POINTER, _SIZE, _POINTER, _SIZE, _POINTER, _POINTER, _SIZE, _SIZE, _SIZE, ctypes.c_int)
 
 
 def linear(
@@ -56,13 +59,8 @@ def _fixed_tiles(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
     return torch.cat([functional.linear(tile, weight, bias) for tile in padded.split(FIXED_ROWS)])[:rows]
 
 
-@functools.cache
 def linear_kernel(dtype: torch.dtype) -> Callable[..., None] | None:
     """The C++ function for this dtype, where there is one."""
-    names = {torch.float32: "moiety_linear_f32", torch.bfloat16: "moiety_linear_bf16"}
-    if dtype not in names or (library := load()) is None:
+    if dtype not in _NAMES or (library := load()) is None:
         return None
-    pointer, size = ctypes.c_void_p, ctypes.c_int64
-    return library.function(
-        names[dtype], *(pointer, size, pointer, size, pointer, pointer, size, size, size), ctypes.c_int
-    )
+    return library.function(_NAMES[dtype], *_SIGNATURE)

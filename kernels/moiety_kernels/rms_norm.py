@@ -6,12 +6,15 @@ Shape legend: D features.
 from __future__ import annotations
 
 import ctypes
-import functools
 from collections.abc import Callable
 
 import torch
 
 from moiety_kernels.cpu.library import load
+
+_NAMES = {torch.float32: "moiety_rms_norm_f32", torch.bfloat16: "moiety_rms_norm_bf16"}
+_POINTER, _SIZE, _REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+_SIGNATURE = (_POINTER, _SIZE, _POINTER, _POINTER, _SIZE, _SIZE, _REAL, _REAL, ctypes.c_int)
 
 
 def rms_norm(
@@ -39,13 +42,8 @@ def rms_norm(
     return out.view(x.shape)
 
 
-@functools.cache
 def rms_norm_kernel(dtype: torch.dtype) -> Callable[..., None] | None:
     """The C++ function for this dtype, where there is one."""
-    names = {torch.float32: "moiety_rms_norm_f32", torch.bfloat16: "moiety_rms_norm_bf16"}
-    if dtype not in names or (library := load()) is None:
+    if dtype not in _NAMES or (library := load()) is None:
         return None
-    pointer, size, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
-    return library.function(
-        names[dtype], *(pointer, size, pointer, pointer, size, size), *(real, real, ctypes.c_int)
-    )
+    return library.function(_NAMES[dtype], *_SIGNATURE)

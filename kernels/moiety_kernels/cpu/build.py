@@ -4,6 +4,7 @@ replica: one that starts finds the library or computes with torch.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import platform
@@ -40,10 +41,8 @@ def library_name() -> str:
 def cache_folders() -> list[Path]:
     """Where a built library may lie, first choice first: $MOIETY_CACHE, ~/.cache/moiety."""
     folders = [Path(text)] if (text := os.environ.get("MOIETY_CACHE")) else []
-    try:
+    with contextlib.suppress(RuntimeError):  # there may be no home
         folders.append(Path.home() / ".cache" / "moiety")
-    except RuntimeError:  # no home
-        pass
     return [folder / "kernels" for folder in folders]
 
 
@@ -73,7 +72,8 @@ def build() -> Path:
             sources = sorted(FOLDER.glob("*.cpp"))
             objects = [Path(scratch, source.name).with_suffix(".o") for source in sources]
             commands = [
-                [compiler, *FLAGS, "-c", str(source), "-o", str(to)] for source, to in zip(sources, objects, strict=True)
+                [compiler, *FLAGS, "-c", str(source), "-o", str(to)]
+                for source, to in zip(sources, objects, strict=True)
             ]
             with ThreadPoolExecutor(os.cpu_count()) as pool:
                 list(pool.map(_output, commands))

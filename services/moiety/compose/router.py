@@ -15,6 +15,7 @@ from moiety.core import Replica, ReplicaState, Role
 from moiety.errors import ConfigError, Unavailable
 from moiety.load.watch import Watch
 from moiety.model.checkpoint import Checkpoint
+from moiety.model.compute import use_kernels
 from moiety.model.layout import ExpertLayout
 from moiety.model.router import load_router
 from moiety.router import attention
@@ -118,6 +119,7 @@ def _load(
     torch.set_num_threads(settings.threads)
     began = time.monotonic()
     model = load_router(checkpoint, layout, dtype, settings.device, attention.NAME)
+    use_kernels(model, deterministic=settings.deterministic)
     spec = cache_spec(model, layout.shape)
     cache = KVCache(spec, int(settings.kv_memory), torch.device(settings.device))
     weights = sum(parameter.numel() * parameter.itemsize for parameter in model.parameters())
