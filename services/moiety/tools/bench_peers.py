@@ -16,7 +16,8 @@ from moiety.errors import Unavailable
 
 MAIN = Path(__file__).parent / "peers" / "main.py"
 LINE_BYTES = 64 << 20
-STOP_S = 5.0
+STOP_S = 20.0  # engines have processes of their own to end
+POLL_S = 0.05
 SHOWN_LINES = 3  # of a failed peer's log
 
 
@@ -85,7 +86,10 @@ class Peer:
         with suppress(TimeoutError):
             async with asyncio.timeout(STOP_S):
                 await self._process.wait()
-        self._signal(signal.SIGKILL)  # the group outlives its leader where a child of it still runs
+                # Its own children end after it, and take their shared memory with them.
+                while _alive(self._process.pid):
+                    await asyncio.sleep(POLL_S)
+        self._signal(signal.SIGKILL)
         await self._process.wait()
 
     async def _order(self, order: Mapping[str, Any], timeout_s: float) -> dict[str, Any]:
@@ -117,6 +121,15 @@ class Peer:
     def _last_words(self) -> str:
         lines = self._log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         return " / ".join(lines[-SHOWN_LINES:]) or "without a word"
+
+
+def _alive(group: int) -> bool:
+    """Whether any process of the group is left."""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def _outer_environment() -> dict[str, str]:

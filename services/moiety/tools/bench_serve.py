@@ -94,7 +94,8 @@ def serve_lines(report: ServeReport) -> Iterator[str]:
     )
     yield (
         f"floor = weights of a step / {speed.read_bytes_per_s / 1e9:.1f} GB/s + its products / "
-        f"{speed.bfloat16_flops / 1e9:.0f} GFLOP/s in bfloat16, {speed.float32_flops / 1e9:.0f} in float32, as measured"
+        f"{speed.bfloat16_flops / 1e9:.0f} GFLOP/s in bfloat16, {speed.float32_flops / 1e9:.0f} in float32, as measured; "
+        "weights that fit into the caches can beat it"
     )
     for name, share in report.idle_share.items():
         yield f"{name} used {100 * share:.1f} % of a core while idle; every peer was stopped (SIGSTOP) out of its turn"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -50,6 +51,14 @@ def memory_bytes() -> tuple[int, int] | None:
     lines = (_text(_PROC / "meminfo") or "").splitlines()
     kib = {line.partition(":")[0]: int(line.split()[1]) for line in lines if len(line.split()) > 1}
     return (kib["MemTotal"] << 10, kib["MemAvailable"] << 10) if {"MemTotal", "MemAvailable"} <= kib.keys() else None
+
+
+def free_bytes(folder: str) -> int | None:
+    """Free space of the file system at `folder`; None where there is none."""
+    try:
+        return shutil.disk_usage(folder).free
+    except OSError:
+        return None
 
 
 def last_level_cache_bytes() -> int | None:

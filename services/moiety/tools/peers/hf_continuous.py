@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -37,6 +38,7 @@ def load(
         ),
     )
     manager.start()
+    atexit.register(manager.stop, block=True, hard_stop=True)
 
     def run(prompts: Sequence[Sequence[int]], new_tokens: int) -> Arrivals:
         times: dict[str, list[float]] = {}

@@ -40,5 +40,3 @@ def main(name: str) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1])
-    sys.stderr.flush()
-    os._exit(0)  # libraries leave threads and pools behind that would hold the process up
