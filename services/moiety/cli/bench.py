@@ -1,4 +1,4 @@
-"""`moiety bench hop` and `moiety bench serve`."""
+"""`moiety bench`: hop, serve, split and flood."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _rounds_option = click.option(
 def bench() -> None:
     """Measure this machine: the hop, and serving speed.
 
-    Both benchmarks start what they need as child processes, take turns with a baseline, and leave nothing behind.
+    The benchmarks start what they need as child processes, take turns with a baseline, and leave nothing behind.
     Numbers mean something on a quiet machine only.
     """
 
@@ -153,3 +153,118 @@ def serve(
     measured_on: dict[str, object] = {**asdict(machine)}
     measured_on.update(asdict(report.speed))
     write_json(json_file, {"machine": measured_on, "rows": [asdict(row) for row in report.rows]})
+
+
+@bench.command()
+@click.option(
+    "--model", default="large", show_default=True, help="small, large (see bench serve), or a checkpoint folder."
+)
+@groups_option
+@click.option(
+    "--concurrency",
+    type=IntegerList(1, 1024),
+    default="1,8,32",
+    show_default=True,
+    help="Streams at once; with commas.",
+)
+@click.option("--prompt", type=click.IntRange(1, 1 << 20), default=64, show_default=True, help="Tokens per prompt.")
+@click.option("--new", type=click.IntRange(3, 1 << 20), default=64, show_default=True, help="New tokens per stream.")
+@dtype_option("bfloat16")
+@_rounds_option
+@json_option
+@click.pass_context
+def split(
+    context: click.Context,
+    model: str,
+    groups: int,
+    concurrency: tuple[int, ...],
+    prompt: int,
+    new: int,
+    dtype: str,
+    rounds: int,
+    json_file: Path | None,
+) -> None:
+    """Measure what the split costs: one engine, its experts in its own process and in services on this machine.
+
+    The same engine and kernels on the same prompts, in turns, asked directly: no gateway, no tokenising. Beside the two
+    inter-token latencies stand, for a decode layer, the experts' compute, the hop, and how unevenly the groups work.
+
+    \b
+    Example:
+      moiety bench split --concurrency 1,8,32 --json split.json
+    """
+    _service_environment()
+    from moiety.tools.bench_split import SplitWork, bench_split, split_lines
+    from moiety.tools.machine import Machine
+
+    machine = Machine.here()
+    work = SplitWork(model, groups, concurrency, prompt, new, dtype, rounds)
+    rows = run_async(bench_split(work, progress=progress()))
+    for line in (*split_lines(rows, work), *machine.lines(), f"again:   {invocation(context)}"):
+        click.echo(line)
+    write_json(json_file, {"machine": asdict(machine), "rows": [asdict(row) for row in rows]})
+
+
+@bench.command()
+@click.option(
+    "--model", default="small", show_default=True, help="small, large (see bench serve), or a checkpoint folder."
+)
+@groups_option
+@click.option("--slots", type=click.IntRange(1, 1024), default=8, show_default=True, help="Requests that run at once.")
+@click.option("--queue", type=click.IntRange(1, 1024), default=8, show_default=True, help="Requests that may wait.")
+@click.option(
+    "--loads",
+    type=IntegerList(1, 64),
+    default="1,2,4",
+    show_default=True,
+    help="Requests offered a second, as multiples of the capacity measured first.",
+)
+@click.option("--seconds", type=click.FloatRange(1, 600), default=15.0, show_default=True, help="Of each load.")
+@click.option("--prompt", type=click.IntRange(1, 1 << 20), default=32, show_default=True, help="Tokens per prompt.")
+@click.option("--new", type=click.IntRange(1, 1 << 20), default=32, show_default=True, help="New tokens per request.")
+@dtype_option("bfloat16")
+@_rounds_option
+@json_option
+@click.pass_context
+def flood(
+    context: click.Context,
+    model: str,
+    groups: int,
+    slots: int,
+    queue: int,
+    loads: tuple[int, ...],
+    seconds: float,
+    prompt: int,
+    new: int,
+    dtype: str,
+    rounds: int,
+    json_file: Path | None,
+) -> None:
+    """Offer more than can be served: does accepted work keep its pace, and is every refusal told when to come back?
+
+    Capacity is what the system serves to as many clients as it has slots and queue places. Then requests come at a
+    multiple of that, one after the other whatever happened to those before. Exit status 1 where accepted work falls
+    below 95 % of the peak at any load, or a refusal carries no retry hint.
+
+    \b
+    Example:
+      moiety bench flood --loads 1,2,4 --seconds 30
+    """
+    from moiety.tools.bench_flood import FloodWork, bench_flood, flood_lines
+    from moiety.tools.machine import Machine
+
+    machine = Machine.here()
+    work = FloodWork(model, groups, slots, queue, loads, seconds, prompt, new, dtype, rounds)
+    report = run_async(bench_flood(work, progress=progress()))
+    for line in (*flood_lines(report), *machine.lines(), f"again:   {invocation(context)}"):
+        click.echo(line)
+    write_json(json_file, {"machine": asdict(machine), "rows": [asdict(row) for row in report.rows]})
+    context.exit(0 if report.held else 1)
+
+
+def _service_environment() -> None:
+    """What services start with, for what this process computes itself: before torch is imported."""
+    from moiety.compose.environment import PROCESS_ENVIRONMENT
+
+    for name, value in PROCESS_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)

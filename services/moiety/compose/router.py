@@ -6,19 +6,22 @@ import asyncio
 import dataclasses
 import logging
 import time
+from collections.abc import Callable
+from contextlib import AsyncExitStack
 
 import torch
 
 from moiety.compose.running import Parts, Running, Site, every
 from moiety.config import RouterSettings
-from moiety.core import Replica, ReplicaState, Role
+from moiety.core import ModelShape, Replica, ReplicaState, Role
 from moiety.errors import ConfigError, Unavailable
+from moiety.load.registry import Registry
 from moiety.load.watch import Watch
 from moiety.model.checkpoint import Checkpoint
 from moiety.model.layout import ExpertLayout
 from moiety.model.router import load_router
 from moiety.router import attention
-from moiety.router.context import HopSettings
+from moiety.router.context import HopSettings, StepBackend
 from moiety.router.demand import DemandCounter
 from moiety.router.engine import Engine
 from moiety.router.fleet import Fleet
@@ -28,6 +31,7 @@ from moiety.router.kvcache import KVCache
 from moiety.router.probe import cache_spec
 from moiety.router.service import SERVICE, EngineService
 from moiety.router.wakes import WakeRecorder
+from moiety.telemetry.tracing import Tracer
 from moiety.wire.channels import Server
 from moiety.wire.codec import DTYPE_NAMES, torch_dtype
 from moiety.wire.engine_pb2_grpc import add_EngineServicer_to_server
@@ -43,33 +47,10 @@ async def start(settings: RouterSettings, replica_id: str, node: str) -> Running
         shape = layout.shape
         dtype = torch_dtype(settings.dtype, shape.dtype)
         max_context = _max_context(settings, shape.max_context)
-        model, cache = await asyncio.to_thread(_load, settings, checkpoint, layout, dtype)
+        model, cache = await asyncio.to_thread(load_model, settings, checkpoint, layout, dtype)
 
-        watch = Watch(site.registry)
-        await watch.start()
-        site.closers.push_async_callback(watch.stop)
-        fleet = Fleet(watch, shape, of, DTYPE_NAMES[dtype])
-        fleet.start()
-        site.closers.push_async_callback(fleet.close)
-
-        demand = DemandCounter(shape.moe_layers, shape.experts, started=time.time())
-        engine = Engine(
-            model,
-            Hop(
-                fleet,
-                HopSettings(of, dtype, settings.expert_wait_s),
-                Hedging(settings.hedge_after_s, settings.retry_budget),
-                demand,
-                site.tracer,
-            ),
-            cache,
-            slots=settings.slots,
-            token_budget=settings.token_budget,
-            queue_limit=settings.queue_limit,
-            threads=settings.threads,
-            waits=WakeRecorder(site.registry),
-            tracer=site.tracer,
-        )
+        hop = await reach_experts(settings, shape, of, dtype, site.registry, site.tracer, site.closers)
+        engine = engine_on(hop, settings, model, cache, WakeRecorder(site.registry), site.tracer)
         engine.start()
         site.closers.push_async_callback(asyncio.to_thread, engine.stop, settings.drain_s)
         service = EngineService(
@@ -85,11 +66,11 @@ async def start(settings: RouterSettings, replica_id: str, node: str) -> Running
 
         def describe(replica: Replica) -> Replica:
             nonlocal covered
-            covered = covered or not fleet.table.uncovered()
+            covered = covered or not hop.fleet.table.uncovered()
             return replica if covered else dataclasses.replace(replica, state=ReplicaState.STARTING)
 
         async def publish_demand() -> None:
-            await site.registry.publish_demand(replica_id, demand.reading(time.time()))
+            await site.registry.publish_demand(replica_id, hop.demand.reading(time.time()))
 
         def healthy() -> None:
             if not engine.alive:
@@ -111,9 +92,57 @@ async def start(settings: RouterSettings, replica_id: str, node: str) -> Running
         )
 
 
-def _load(
+async def reach_experts(
+    settings: RouterSettings,
+    shape: ModelShape,
+    revision: str,
+    dtype: torch.dtype,
+    registry: Registry,
+    tracer: Tracer,
+    closers: AsyncExitStack,
+) -> Hop:
+    """The hop to whatever expert replicas `registry` knows, now and later; `closers` take it down."""
+    watch = Watch(registry)
+    await watch.start()
+    closers.push_async_callback(watch.stop)
+    fleet = Fleet(watch, shape, revision, DTYPE_NAMES[dtype])
+    fleet.start()
+    closers.push_async_callback(fleet.close)
+    return Hop(
+        fleet,
+        HopSettings(revision, dtype, settings.expert_wait_s),
+        Hedging(settings.hedge_after_s, settings.retry_budget),
+        DemandCounter(shape.moe_layers, shape.experts, started=time.time()),
+        tracer,
+    )
+
+
+def engine_on(
+    backend: StepBackend,
+    settings: RouterSettings,
+    model: torch.nn.Module,
+    cache: KVCache,
+    waits: Callable[[int, list[int]], None],
+    tracer: Tracer,
+) -> Engine:
+    """An engine, not yet started, whose experts are behind `backend`."""
+    return Engine(
+        model,
+        backend,
+        cache,
+        slots=settings.slots,
+        token_budget=settings.token_budget,
+        queue_limit=settings.queue_limit,
+        threads=settings.threads,
+        waits=waits,
+        tracer=tracer,
+    )
+
+
+def load_model(
     settings: RouterSettings, checkpoint: Checkpoint, layout: ExpertLayout, dtype: torch.dtype
 ) -> tuple[torch.nn.Module, KVCache]:
+    """All weights but the routed experts', and the cache for keys and values."""
     attention.register()
     torch.set_num_threads(settings.threads)
     began = time.monotonic()

@@ -28,8 +28,7 @@ from moiety.errors import (
 )
 from moiety.model.seam import use_backend
 from moiety.router.attention import CachedBatch, Segment
-from moiety.router.context import StepContext
-from moiety.router.hop import Hop
+from moiety.router.context import StepBackend, StepContext
 from moiety.router.kvcache import KVCache
 from moiety.router.sampler import sample
 from moiety.router.scheduler import Scheduler, StepPlan
@@ -58,7 +57,7 @@ class Engine:
     def __init__(
         self,
         model: torch.nn.Module,
-        hop: Hop,
+        hop: StepBackend,
         cache: KVCache,
         *,
         slots: int,

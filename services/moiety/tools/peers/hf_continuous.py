@@ -20,7 +20,7 @@ BATCH_TOKENS = 512  # of a step: its attention masks are dense, and grow with it
 
 def load(
     checkpoint: str, dtype: str, threads: int, slots: int, context: int, scratch: str
-) -> tuple[str, Callable[[Sequence[Sequence[int]], int], Arrivals]]:
+) -> tuple[str, Callable[[Sequence[Sequence[int]], int], Arrivals], Callable[[], None]]:
     """Loads the model and starts the manager's thread; `scratch` needs nothing here."""
     logging.disable_progress_bar()
     torch.set_num_threads(threads)
@@ -63,4 +63,8 @@ def load(
             left -= output.is_finished()
         return began, list(times.values())
 
-    return f"transformers {version('transformers')} continuous batching", run
+    return (
+        f"transformers {version('transformers')} continuous batching",
+        run,
+        lambda: manager.stop(block=True, timeout=5.0, hard_stop=True),
+    )

@@ -16,7 +16,7 @@ Arrivals = tuple[float, list[list[float]]]
 
 def load(
     checkpoint: str, dtype: str, threads: int, slots: int, context: int, scratch: str
-) -> tuple[str, Callable[[Sequence[Sequence[int]], int], Arrivals]]:
+) -> tuple[str, Callable[[Sequence[Sequence[int]], int], Arrivals], Callable[[], None]]:
     """Loads the whole model; `slots`, `context` and `scratch` need nothing here."""
     logging.disable_progress_bar()
     torch.set_num_threads(threads)
@@ -38,7 +38,7 @@ def load(
         )
         return began, [clock.times[1:] for _ in prompts]  # the first is the prompt itself
 
-    return f"transformers {version('transformers')} generate, {experts}", run
+    return f"transformers {version('transformers')} generate, {experts}", run, lambda: None
 
 
 class _Clock:

@@ -17,7 +17,7 @@ BATCH_TOKENS = 512  # of a prefill step; llama.cpp's own default
 
 def load(
     checkpoint: str, dtype: str, threads: int, slots: int, context: int, scratch: str
-) -> tuple[str, Callable[[Sequence[Sequence[int]], int], Arrivals]]:
+) -> tuple[str, Callable[[Sequence[Sequence[int]], int], Arrivals], Callable[[], None]]:
     """Writes the GGUF to `scratch` unless it is there, loads it, and makes a context for all streams."""
     if dtype != "bfloat16":
         raise ValueError(f"dtype {dtype}: the GGUF is written in bfloat16 only")
@@ -37,7 +37,12 @@ def load(
     engine = llama_cpp.llama_init_from_model(model, options)
     if not engine:
         raise RuntimeError("llama.cpp could not make a context")
-    return f"llama.cpp ({llama_cpp.__version__})", _Batch(model, engine, max(BATCH_TOKENS, slots)).run
+
+    def close() -> None:
+        llama_cpp.llama_free(engine)
+        llama_cpp.llama_model_free(model)
+
+    return f"llama.cpp ({llama_cpp.__version__})", _Batch(model, engine, max(BATCH_TOKENS, slots)).run, close
 
 
 class _Batch:

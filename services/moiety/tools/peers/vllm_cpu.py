@@ -13,7 +13,7 @@ GIB = 1 << 30
 
 def load(
     checkpoint: str, dtype: str, threads: int, slots: int, context: int, scratch: str
-) -> tuple[str, Callable[[Sequence[Sequence[int]], int], Arrivals]]:
+) -> tuple[str, Callable[[Sequence[Sequence[int]], int], Arrivals], Callable[[], None]]:
     """Starts the engine on the first `threads` cores of this process, with a cache of 4 GiB."""
     cores = sorted(os.sched_getaffinity(0))[:threads]
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")
@@ -52,4 +52,4 @@ def load(
                 arrived += [time.perf_counter()] * (len(output.outputs[0].token_ids) - len(arrived))
         return began, list(times.values())
 
-    return f"vLLM {vllm.__version__} CPU", run
+    return f"vLLM {vllm.__version__} CPU", run, engine.engine_core.shutdown
