@@ -1,4 +1,4 @@
-"""`moiety bench hop` and `moiety bench serve`."""
+"""`moiety bench`: hop, serve, split and flood."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from moiety.cli.options import IntegerList, dtype_option, groups_option, invocation, json_option, write_json
+from moiety.cli.options import IntegerList, WordList, dtype_option, groups_option, invocation, json_option, write_json
 from moiety.cli.run import progress, run_async
 
 _rounds_option = click.option(
@@ -24,7 +24,7 @@ _rounds_option = click.option(
 def bench() -> None:
     """Measure this machine: the hop, and serving speed.
 
-    Both benchmarks start what they need as child processes, take turns with a baseline, and leave nothing behind.
+    The benchmarks start what they need as child processes, take turns with a baseline, and leave nothing behind.
     Numbers mean something on a quiet machine only.
     """
 
@@ -53,7 +53,7 @@ def hop(context: click.Context, payload: tuple[int, ...], calls: int, rounds: in
       moiety bench hop --payload 16,256 --calls 1000
     """
     from moiety.tools.bench_hop import bench_hop, hop_lines
-    from moiety.tools.bench_report import Machine
+    from moiety.tools.machine import Machine
 
     machine = Machine.here()
     rows = run_async(bench_hop(payload_kib=payload, calls=calls, rounds=rounds, progress=progress()))
@@ -63,24 +63,119 @@ def hop(context: click.Context, payload: tuple[int, ...], calls: int, rounds: in
 
 
 @bench.command()
-@click.argument("checkpoint", required=False)
+@click.option(
+    "--models",
+    type=WordList(),
+    help="Synthetic qwen3_moe models, small (90 M parameters) and large (0.91 B), or checkpoint folders; with commas.  "
+    "[default: small; with --compare large,small]",
+)
+@click.option("--compare", is_flag=True, help="Both synthetic models, both prompt lengths, continuous batching beside.")
+@click.option(
+    "--vllm", metavar="PYTHON", help="The Python of an environment that has vLLM's CPU build: measure it too."
+)
+@click.option("--llama-cpp", metavar="PYTHON", help="The same for one that has llama-cpp-python and gguf.")
+@click.option("--int8", is_flag=True, help="Measure a second Moiety, with int8 experts.")
+@groups_option
+@click.option(
+    "--prompts",
+    type=IntegerList(1, 1 << 20),
+    help="Tokens per prompt; with commas.  [default: 64; with --compare 64,512]",
+)
+@click.option(
+    "--concurrency", type=IntegerList(1, 1024), help="Streams at once; with commas.  [default: 1,8,32; quick: 1,8]"
+)
+@click.option("--new", type=click.IntRange(2, 1 << 20), help="New tokens per stream.  [default: 64; quick: 16]")
+@click.option("--rounds", type=click.IntRange(1, 100), help="How often the systems take turns.  [default: 3; quick: 1]")
+@click.option("--quick", is_flag=True, help="Small model, short prompts, one round: does every path work?")
+@click.option(
+    "--minutes",
+    type=click.FloatRange(0.1, 1440),
+    default=60.0,
+    show_default=True,
+    help="No run begins after that; models share it evenly. What was not measured by then is told.",
+)
+@dtype_option("bfloat16")
+@json_option
+@click.pass_context
+def serve(
+    context: click.Context,
+    models: tuple[str, ...] | None,
+    compare: bool,
+    vllm: str | None,
+    llama_cpp: str | None,
+    int8: bool,
+    groups: int,
+    prompts: tuple[int, ...] | None,
+    concurrency: tuple[int, ...] | None,
+    new: int | None,
+    rounds: int | None,
+    quick: bool,
+    minutes: float,
+    dtype: str,
+    json_file: Path | None,
+) -> None:
+    """Measure serving speed beside what else one could run, in turns, on the same checkpoints and prompts.
+
+    Moiety is measured by a client of its gateway: attention, hop, experts, tokenising and streaming included. Every
+    other system runs in a process of its own, which is stopped while it is not measured: transformers' generate, with
+    --compare its continuous batching, and vLLM and llama.cpp where their Pythons are given. One that fails costs the
+    others nothing. A step's time is told over its floor: the time this machine needs, at its measured best, to read the
+    step's weights and to compute its products. A full comparison ends within --minutes and the start of its systems,
+    some minutes a model.
+
+    \b
+    Examples:
+      moiety bench serve --models ./Qwen3-30B-A3B --groups 4 --concurrency 1,16 --json serve.json
+      moiety bench serve --compare --vllm ~/vllm/bin/python --llama-cpp ~/llama/bin/python --json compare.json
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as the services have it: huge pages for torch
+    from moiety.tools.bench_serve import Workload, bench_serve, serve_lines
+    from moiety.tools.bench_systems import peer_kinds
+    from moiety.tools.machine import Machine
+
+    full = compare and not quick
+    workload = Workload(
+        models=models or (("large", "small") if full else ("small",)),
+        groups=groups,
+        prompts=prompts or ((64, 512) if full else (64,)),
+        concurrency=concurrency or ((1, 8) if quick else (1, 8, 32)),
+        new_tokens=new or (16 if quick else 64),
+        dtype=dtype,
+        rounds=rounds or (1 if quick else 3),
+        minutes=minutes,
+        int8=int8,
+    )
+    machine = Machine.here()
+    peers = peer_kinds(continuous=compare, vllm=vllm, llama_cpp=llama_cpp)
+    report = run_async(bench_serve(workload, peers, progress=progress()))
+    for line in (*serve_lines(report), *machine.lines(), f"again:   {invocation(context)}"):
+        click.echo(line)
+    measured_on: dict[str, object] = {**asdict(machine)}
+    measured_on.update(asdict(report.speed))
+    write_json(json_file, {"machine": measured_on, "rows": [asdict(row) for row in report.rows]})
+
+
+@bench.command()
+@click.option(
+    "--model", default="large", show_default=True, help="small, large (see bench serve), or a checkpoint folder."
+)
 @groups_option
 @click.option(
     "--concurrency",
     type=IntegerList(1, 1024),
     default="1,8,32",
     show_default=True,
-    help="Streams at once; 1 to 1024, with commas.",
+    help="Streams at once; with commas.",
 )
 @click.option("--prompt", type=click.IntRange(1, 1 << 20), default=64, show_default=True, help="Tokens per prompt.")
-@click.option("--new", type=click.IntRange(2, 1 << 20), default=64, show_default=True, help="New tokens per stream.")
+@click.option("--new", type=click.IntRange(3, 1 << 20), default=64, show_default=True, help="New tokens per stream.")
 @dtype_option("bfloat16")
 @_rounds_option
 @json_option
 @click.pass_context
-def serve(
+def split(
     context: click.Context,
-    checkpoint: str | None,
+    model: str,
     groups: int,
     concurrency: tuple[int, ...],
     prompt: int,
@@ -89,25 +184,87 @@ def serve(
     rounds: int,
     json_file: Path | None,
 ) -> None:
-    """Measure serving speed beside plain transformers, in turns, on the same checkpoint.
+    """Measure what the split costs: one engine, its experts in its own process and in services on this machine.
 
-    CHECKPOINT is a folder with config.json and safetensors; without it a synthetic qwen3_moe of 90 M parameters is
-    written and removed again. The served system is measured by a client of its gateway: attention, hop, experts,
-    tokenising and streaming included. Plain transformers generates the same prompts as one batch, in this process.
+    The same engine and kernels on the same prompts, in turns, asked directly: no gateway, no tokenising. Beside the two
+    inter-token latencies stand, for a decode layer, the experts' compute, the hop, and how unevenly the groups work.
 
     \b
     Example:
-      moiety bench serve ./Qwen3-30B-A3B --groups 4 --concurrency 1,16 --json serve.json
+      moiety bench split --concurrency 1,8,32 --json split.json
     """
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as the services have it: huge pages for torch
-    from moiety.tools.bench_report import Machine
-    from moiety.tools.bench_serve import Workload, bench_serve, serve_lines
+    _service_environment()
+    from moiety.tools.bench_split import SplitWork, bench_split, split_lines
+    from moiety.tools.machine import Machine
 
-    workload = Workload(
-        groups=groups, concurrency=concurrency, prompt_tokens=prompt, new_tokens=new, dtype=dtype, rounds=rounds
-    )
     machine = Machine.here()
-    report = run_async(bench_serve(checkpoint, workload, progress=progress()))
-    for line in (*serve_lines(report), *machine.lines(), f"again:   {invocation(context)}"):
+    work = SplitWork(model, groups, concurrency, prompt, new, dtype, rounds)
+    rows = run_async(bench_split(work, progress=progress()))
+    for line in (*split_lines(rows, work), *machine.lines(), f"again:   {invocation(context)}"):
         click.echo(line)
-    write_json(json_file, [asdict(row) for row in report.rows])
+    write_json(json_file, {"machine": asdict(machine), "rows": [asdict(row) for row in rows]})
+
+
+@bench.command()
+@click.option(
+    "--model", default="small", show_default=True, help="small, large (see bench serve), or a checkpoint folder."
+)
+@groups_option
+@click.option("--slots", type=click.IntRange(1, 1024), default=8, show_default=True, help="Requests that run at once.")
+@click.option("--queue", type=click.IntRange(1, 1024), default=8, show_default=True, help="Requests that may wait.")
+@click.option(
+    "--loads",
+    type=IntegerList(1, 64),
+    default="1,2,4",
+    show_default=True,
+    help="Requests offered a second, as multiples of the capacity measured first.",
+)
+@click.option("--seconds", type=click.FloatRange(1, 600), default=15.0, show_default=True, help="Of each load.")
+@click.option("--prompt", type=click.IntRange(1, 1 << 20), default=32, show_default=True, help="Tokens per prompt.")
+@click.option("--new", type=click.IntRange(1, 1 << 20), default=32, show_default=True, help="New tokens per request.")
+@dtype_option("bfloat16")
+@_rounds_option
+@json_option
+@click.pass_context
+def flood(
+    context: click.Context,
+    model: str,
+    groups: int,
+    slots: int,
+    queue: int,
+    loads: tuple[int, ...],
+    seconds: float,
+    prompt: int,
+    new: int,
+    dtype: str,
+    rounds: int,
+    json_file: Path | None,
+) -> None:
+    """Offer more than can be served: does accepted work keep its pace, and is every refusal told when to come back?
+
+    Capacity is what the system serves to as many clients as it has slots and queue places. Then requests come at a
+    multiple of that, one after the other whatever happened to those before. Exit status 1 where accepted work falls
+    below 95 % of the peak at any load, or a refusal carries no retry hint.
+
+    \b
+    Example:
+      moiety bench flood --loads 1,2,4 --seconds 30
+    """
+    from moiety.tools.bench_flood import FloodWork, bench_flood, flood_lines
+    from moiety.tools.machine import Machine
+
+    machine = Machine.here()
+    work = FloodWork(model, groups, slots, queue, loads, seconds, prompt, new, dtype, rounds)
+    report = run_async(bench_flood(work, progress=progress()))
+    for line in (*flood_lines(report), *machine.lines(), f"again:   {invocation(context)}"):
+        click.echo(line)
+    write_json(json_file, {"machine": asdict(machine), "rows": [asdict(row) for row in report.rows]})
+    context.exit(0 if report.held else 1)
+
+
+def _service_environment() -> None:
+    """What services start with, for what this process computes itself: before torch is imported."""
+    from moiety.compose.environment import PROCESS_ENVIRONMENT
+
+    for name, value in PROCESS_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)

@@ -18,8 +18,13 @@ from moiety.errors import MoietyError
 
 COMMANDS: Mapping[str, LazyCommand] = MappingProxyType(
     {
-        "bench": LazyCommand("moiety.cli.bench:bench", "Measure this machine: the hop, and serving speed."),
+        "bench": LazyCommand(
+            "moiety.cli.bench:bench", "Measure this machine: the hop, the split, serving speed, a flood."
+        ),
         "demo": LazyCommand("moiety.cli.demo:demo", "Show the main job on this machine, start to end."),
+        "doctor": LazyCommand(
+            "moiety.cli.doctor:doctor", "Say what decides how well this machine serves, and what is wrong."
+        ),
         "generate": LazyCommand("moiety.cli.generate:generate", "Generate text from a running gateway."),
         "parity": LazyCommand(
             "moiety.cli.parity:parity", "Compare the served system with transformers, token for token."

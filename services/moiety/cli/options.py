@@ -52,6 +52,18 @@ class TokenBias(click.ParamType[tuple[int, float]]):
             self.fail(f"{value!r}: must be ID=BIAS, such as 42=-100", param, ctx)
 
 
+class WordList(click.ParamType[tuple[str, ...]]):
+    """Words with commas between them."""
+
+    name = "words"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+        words = value if isinstance(value, tuple) else tuple(str(value).split(","))
+        if not all(words):
+            self.fail(f"{value!r}: must be words with commas between them", param, ctx)
+        return words
+
+
 TOKEN_BIAS = TokenBias()
 
 
@@ -100,6 +112,9 @@ def invocation(context: click.Context) -> str:
     for parameter in context.command.params:
         value = context.params.get(parameter.name or "")
         if value is None or parameter.name == "json_file":
+            continue
+        if isinstance(parameter, click.Option) and parameter.is_flag:
+            words += [parameter.opts[0]] if value else []
             continue
         text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
         words += [text] if isinstance(parameter, click.Argument) else [parameter.opts[0], text]

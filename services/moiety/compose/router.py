@@ -6,13 +6,16 @@ import asyncio
 import dataclasses
 import logging
 import time
+from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack
 
 import torch
 
 from moiety.compose.running import Parts, Running, Site, every
 from moiety.config import RouterSettings
-from moiety.core import Replica, ReplicaState, Role
+from moiety.core import ModelShape, Replica, ReplicaState, Role
 from moiety.errors import ConfigError, Unavailable
+from moiety.load.registry import Registry
 from moiety.load.watch import Watch
 from moiety.model import overlap
 from moiety.model.checkpoint import Checkpoint
@@ -22,7 +25,7 @@ from moiety.model.router import load_router
 from moiety.policy.lanes import LaneTuner
 from moiety.router import attention, latent
 from moiety.router.attention import ProbeBatch
-from moiety.router.context import HopSettings
+from moiety.router.context import HopSettings, StepBackend
 from moiety.router.demand import DemandCounter
 from moiety.router.engine import Engine
 from moiety.router.fleet import Fleet
@@ -35,6 +38,7 @@ from moiety.router.lanes import Lanes
 from moiety.router.probe import cache_spec, run_once
 from moiety.router.service import SERVICE, EngineService
 from moiety.router.wakes import WakeRecorder
+from moiety.telemetry.tracing import Tracer
 from moiety.wire.channels import Server
 from moiety.wire.codec import DTYPE_NAMES, torch_dtype
 from moiety.wire.engine_pb2_grpc import add_EngineServicer_to_server
@@ -51,34 +55,11 @@ async def start(settings: RouterSettings, replica_id: str, node: str) -> Running
         shape = layout.shape
         dtype = torch_dtype(settings.dtype, shape.dtype)
         max_context = _max_context(settings, shape.max_context)
-        model, cache = await asyncio.to_thread(_load, settings, checkpoint, layout, dtype, of)
+        model, cache = await asyncio.to_thread(load_model, settings, checkpoint, layout, dtype, of)
 
-        watch = Watch(site.registry)
-        await watch.start()
-        site.closers.push_async_callback(watch.stop)
-        fleet = Fleet(watch, shape, of, DTYPE_NAMES[dtype], settings.transport)
-        fleet.start()
-        site.closers.push_async_callback(fleet.close)
-
-        demand = DemandCounter(shape.moe_layers, shape.experts, started=time.time())
-        lanes = Lanes(fleet.mailbox.wait)
-        hedging = Hedging(settings.hedge_after_s, settings.retry_budget)
-        hop_settings = HopSettings(of, dtype, settings.expert_wait_s)
-        hops = [
-            Hop(fleet, hop_settings, hedging, demand, site.tracer, lanes.wait) for _ in range(settings.lanes or LANES)
-        ]
-        tuner = None if settings.lanes else LaneTuner(LANES)
-        engine = Engine(
-            Forward(model, cache, hops, lanes, tuner),
-            cache,
-            slots=settings.slots,
-            token_budget=settings.token_budget,
-            queue_limit=settings.queue_limit,
-            threads=settings.threads,
-            waits=WakeRecorder(site.registry),
-            tracer=site.tracer,
-            speculative_tokens=settings.speculative_tokens,
-        )
+        hops, lanes = await reach_experts(settings, shape, of, dtype, site.registry, site.tracer, site.closers)
+        fleet, demand = hops[0].fleet, hops[0].demand
+        engine = engine_on(hops, lanes, settings, model, cache, WakeRecorder(site.registry), site.tracer)
         engine.start()
         site.closers.push_async_callback(asyncio.to_thread, engine.stop, settings.drain_s)
         guides = Guides(settings.model, shape.vocabulary, settings.threads)
@@ -123,9 +104,57 @@ async def start(settings: RouterSettings, replica_id: str, node: str) -> Running
         )
 
 
-def _load(
+async def reach_experts(
+    settings: RouterSettings,
+    shape: ModelShape,
+    revision: str,
+    dtype: torch.dtype,
+    registry: Registry,
+    tracer: Tracer,
+    closers: AsyncExitStack,
+) -> tuple[list[Hop], Lanes]:
+    """A hop for each lane to whatever expert replicas `registry` knows, now and later; `closers` take them down."""
+    watch = Watch(registry)
+    await watch.start()
+    closers.push_async_callback(watch.stop)
+    fleet = Fleet(watch, shape, revision, DTYPE_NAMES[dtype], settings.transport)
+    fleet.start()
+    closers.push_async_callback(fleet.close)
+    lanes = Lanes(fleet.mailbox.wait)
+    hop_settings = HopSettings(revision, dtype, settings.expert_wait_s)
+    hedging = Hedging(settings.hedge_after_s, settings.retry_budget)
+    demand = DemandCounter(shape.moe_layers, shape.experts, started=time.time())
+    count = settings.lanes or LANES
+    return [Hop(fleet, hop_settings, hedging, demand, tracer, lanes.wait) for _ in range(count)], lanes
+
+
+def engine_on(
+    backends: Sequence[StepBackend],
+    lanes: Lanes | None,
+    settings: RouterSettings,
+    model: torch.nn.Module,
+    cache: KVCache,
+    waits: Callable[[int, list[int]], None],
+    tracer: Tracer,
+) -> Engine:
+    """An engine, not yet started, with the experts of each lane behind one of `backends`."""
+    return Engine(
+        Forward(model, cache, backends, lanes, None if settings.lanes else LaneTuner(len(backends))),
+        cache,
+        slots=settings.slots,
+        token_budget=settings.token_budget,
+        queue_limit=settings.queue_limit,
+        threads=settings.threads,
+        waits=waits,
+        tracer=tracer,
+        speculative_tokens=settings.speculative_tokens,
+    )
+
+
+def load_model(
     settings: RouterSettings, checkpoint: Checkpoint, layout: ExpertLayout, dtype: torch.dtype, revision: str
 ) -> tuple[torch.nn.Module, KVCache]:
+    """All weights but the routed experts', and the cache for keys and values."""
     attention.register()
     torch.set_num_threads(settings.threads)
     began = time.monotonic()

@@ -1,13 +1,14 @@
-"""What the hop is told: once for all calls, and anew for every step."""
+"""What the engine asks of an expert backend, and what the hop is told: once for all calls, and anew for every step."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
-from moiety.core import CallClass
+from moiety.core import CallClass, ExpertBackend
 from moiety.telemetry.tracing import Span
 
 
@@ -19,6 +20,23 @@ class StepContext:
     span: Span
     check: Callable[[], None]  # raises once a request of the step was cancelled or has expired
     waits: Callable[[int, list[int]], None]  # tells the policy that experts of a layer are waited for
+
+
+class StepBackend(ExpertBackend, Protocol):
+    """An ExpertBackend that an Engine can run on: the hop, or experts in this process."""
+
+    @property
+    def layer_began_ns(self) -> int:
+        """Unix time, in nanoseconds, at which the layer before was done, or the step began."""
+        ...
+
+    def begin_step(self, step: StepContext) -> None:
+        """Every layer submitted from now on belongs to `step`."""
+        ...
+
+    def poll(self) -> None:
+        """Handles what has come meanwhile, without waiting; for a thread that is idle."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,33 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Protocol
 
 import torch
 
-from moiety.core import ExpertBackend
 from moiety.errors import HopFailed
 from moiety.model.seam import use_backend
 from moiety.policy.lanes import LaneTuner
 from moiety.router.batch import StepBatch
-from moiety.router.context import StepContext
+from moiety.router.context import StepBackend, StepContext
 from moiety.router.kvcache import KVCache
 from moiety.router.lanes import Lanes
 from moiety.router.plan import StepPlan
-
-
-class Backend(ExpertBackend, Protocol):
-    """An ExpertBackend that is told of steps; `moiety.router.hop.Hop` is the one that leaves the process."""
-
-    layer_began_ns: int  # Unix time at which the layer before was done, or the step began
-
-    def begin_step(self, step: StepContext) -> None:
-        """Every layer submitted from now on belongs to `step`."""
-        ...
-
-    def poll(self) -> None:
-        """Handles what has come meanwhile, without waiting."""
-        ...
 
 
 class Forward:
@@ -41,7 +25,7 @@ class Forward:
         self,
         model: torch.nn.Module,
         cache: KVCache,
-        backends: Sequence[Backend],
+        backends: Sequence[StepBackend],
         lanes: Lanes | None = None,
         tuner: LaneTuner | None = None,
     ):
@@ -76,7 +60,7 @@ class Forward:
             self._tuner.observe(size, count, time.perf_counter() - began)
         return torch.cat(logits)
 
-    def _part(self, backend: Backend, plan: StepPlan, offset: int, step: StepContext) -> torch.Tensor:
+    def _part(self, backend: StepBackend, plan: StepPlan, offset: int, step: StepContext) -> torch.Tensor:
         """One lane's logits; its tokens are those of the step from `offset` on."""
         ids: list[int] = []
         wanted: list[int] = []  # positions in the packed row

@@ -1,216 +1,193 @@
-"""`moiety bench serve`: the whole served system beside plain transformers, in turns, on one checkpoint."""
+"""`moiety bench serve`: the whole served system beside its peers, in turns, on the same checkpoints and prompts."""
 
 from __future__ import annotations
 
 import asyncio
 import time
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import torch
 
-from moiety.client import Client
 from moiety.core import ModelShape
-from moiety.errors import ConfigError
-from moiety.local import LocalCluster
+from moiety.errors import ConfigError, MoietyError
 from moiety.model.checkpoint import Checkpoint
 from moiety.model.layout import expert_layout
-from moiety.model.tiny import write_tiny
-from moiety.tools.bench_plain import PlainTransformers
-from moiety.tools.bench_report import table, usable_cores
-from moiety.tools.bench_tokens import Speeds, median, speeds
-from moiety.wire.codec import torch_dtype
+from moiety.tools.bench_models import model_folder, model_name
+from moiety.tools.bench_peers import PeerKind
+from moiety.tools.bench_rows import Cell, Measured, ServeRow, row_lines, rows_of
+from moiety.tools.bench_systems import Load, Rival, Served, System
+from moiety.tools.bench_tokens import speeds
+from moiety.tools.floor import StepCost
+from moiety.tools.machine_speed import MachineSpeed, measure_speed
+from moiety.wire.codec import DTYPE_NAMES, torch_dtype
 
-# 90 M parameters, 75 M of them in experts: big enough for a step to be work, small enough for a laptop.
-SYNTHETIC: Mapping[str, Any] = {
-    "vocab_size": 8192,
-    "hidden_size": 512,
-    "num_hidden_layers": 8,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "head_dim": 64,
-    "num_experts": 16,
-    "num_experts_per_tok": 4,
-    "moe_intermediate_size": 384,
-    "initializer_range": 0.02,
-}
-SYNTHETIC_NAME = "synthetic qwen3_moe"
 WARM_UP_TOKENS = 4
+START_S = 600.0  # vLLM compiles while it starts
+RUN_S = 300.0
+INT8_WIDTH = 1.0
+
+Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """What is asked of both systems."""
+    """What is asked of every system."""
 
+    models: tuple[str, ...]  # names of bench_models.SYNTHETIC, or folders
     groups: int
+    prompts: tuple[int, ...]  # tokens of a prompt
     concurrency: tuple[int, ...]
-    prompt_tokens: int
     new_tokens: int  # at least 2
     dtype: str
     rounds: int
-
-
-@dataclass(frozen=True, slots=True)
-class ServeRow:
-    """One system at one concurrency: medians of the rounds."""
-
-    model: str
-    concurrency: int
-    system: str
-    decode_tokens_per_s: float
-    itl_p50_ms: float
-    itl_p99_ms: float
-    ttft_p50_ms: float
-    prefill_tokens_per_s: float
-    ratio: float  # decode tokens/s over plain transformers' at this concurrency
+    minutes: float  # no run begins after that
+    int8: bool = False  # a second Moiety, with int8 experts
 
 
 @dataclass(frozen=True, slots=True)
 class ServeReport:
-    """All rows, and what was compared."""
+    """All rows, and what they were measured against."""
 
     workload: Workload
-    threads: int
+    speed: MachineSpeed
     rows: tuple[ServeRow, ...]
+    idle_share: Mapping[str, float] = field(default_factory=dict)  # of a core, by system that was not stopped
 
 
 async def bench_serve(
-    checkpoint: str | None, workload: Workload, *, progress: Callable[[str], None] = lambda _: None
+    workload: Workload, peers: Sequence[PeerKind], *, progress: Progress = lambda _: None
 ) -> ServeReport:
-    """Measures; None is a synthetic checkpoint in a temporary folder.
+    """Measures model after model; a system that fails keeps its rows, with the reason, and costs the others nothing.
 
-    Raises CheckpointError or ConfigError where the checkpoint cannot be served, or not with such prompts.
+    Raises CheckpointError or ConfigError where a checkpoint cannot be served, or not with such prompts.
     """
-    async with AsyncExitStack() as stack:
-        name = Path(checkpoint).name if checkpoint is not None else SYNTHETIC_NAME
-        if checkpoint is None:
-            checkpoint = stack.enter_context(TemporaryDirectory(prefix="moiety-bench-"))
-            progress(f"model: writing a {name}")
-            await asyncio.to_thread(_write_synthetic, checkpoint, workload)
-        shape = (await asyncio.to_thread(expert_layout, Checkpoint.open(checkpoint))).shape
-        if workload.prompt_tokens + workload.new_tokens > shape.max_context:
-            told = f"{workload.prompt_tokens} + {workload.new_tokens}"
-            raise ConfigError("prompt + new", told, f"at most {shape.max_context}, the model's context")
-        # As many threads as the services can keep busy at once, but no more than there are cores.
-        threads = min(workload.groups, usable_cores())
-        dtype = torch_dtype(workload.dtype, shape.dtype)
-        progress(f"plain: loading {name} with transformers, {threads} threads")
-        plain = await asyncio.to_thread(PlainTransformers, checkpoint, dtype, threads)
-        progress(f"served: starting gateway, router and {workload.groups} expert groups, a thread each")
-        cluster = await stack.enter_async_context(
-            LocalCluster(
-                checkpoint,
-                groups=workload.groups,
-                dtype=workload.dtype,
-                router={"slots": max(workload.concurrency), "queue_limit": max(workload.concurrency)},
-            )
-        )
-        stack.callback(progress, "stop: ending the processes")
-        client = await stack.enter_async_context(Client(cluster.address))
-        systems: dict[str, _Served | _Plain] = {
-            "moiety": _Served(client),
-            f"transformers {plain.implementation}": _Plain(plain),
-        }
-        return ServeReport(workload, threads, await _rows(name, systems, shape, workload, progress))
+    deadline = time.monotonic() + 60 * workload.minutes
+    rows: list[ServeRow] = []
+    idle: dict[str, float] = {}
+    with TemporaryDirectory(prefix="moiety-bench-") as folder:
+        subjects = [
+            await asyncio.to_thread(_Subject.open, model, Path(folder), workload, progress) for model in workload.models
+        ]
+        progress("machine: measuring how fast it reads and multiplies")
+        speed = await asyncio.to_thread(measure_speed)
+        for done, subject in enumerate(subjects):
+            share = (deadline - time.monotonic()) / (len(subjects) - done)
+            contest = _Contest(workload, subject, time.monotonic() + share, progress)
+            measured = await contest.measure(peers, Path(folder) / f"peers-{done}")
+            rows += rows_of(subject.name, subject.cost, speed, subject.dtype, measured)
+            idle |= contest.idle_share
+    return ServeReport(workload, speed, tuple(rows), idle)
 
 
 def serve_lines(report: ServeReport) -> Iterator[str]:
     """The result for people."""
-    header = ("concurrency", "system", "decode tok/s", "ITL p50", "ITL p99", "TTFT p50", "prefill tok/s", "ratio")
-    yield from table(
-        header,
-        [
-            (
-                str(row.concurrency),
-                row.system,
-                f"{row.decode_tokens_per_s:.1f}",
-                f"{row.itl_p50_ms:.1f}",
-                f"{row.itl_p99_ms:.1f}",
-                f"{row.ttft_p50_ms:.1f}",
-                f"{row.prefill_tokens_per_s:.0f}",
-                f"{row.ratio:.2f}",
-            )
-            for row in report.rows
-        ],
-    )
-    asked, model = report.workload, report.rows[0].model
+    asked, speed = report.workload, report.speed
+    yield from row_lines(report.rows)
     yield (
-        f"{model}, {asked.dtype}, prompts of {asked.prompt_tokens}, {asked.new_tokens} new tokens; times in ms; "
-        f"ratio = decode tokens/s over transformers'; medians of {asked.rounds} rounds"
+        f"{asked.dtype}, {asked.new_tokens} new tokens; times in ms; medians of {asked.rounds} rounds in turns; "
+        f"ratio = over the best peer's; moiety is served by {asked.groups} expert groups"
     )
-    yield f"served by {asked.groups} expert groups, a thread each service; transformers with {report.threads} threads"
-
-
-class _Served:
-    """Streams from the gateway, all at once."""
-
-    def __init__(self, client: Client):
-        self._client = client
-
-    async def run(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> tuple[float, list[list[float]]]:
-        began = time.perf_counter()
-        return began, list(await asyncio.gather(*(self._stream(prompt, new_tokens) for prompt in prompts)))
-
-    async def _stream(self, prompt: Sequence[int], new_tokens: int) -> list[float]:
-        times: list[float] = []
-        async for chunk in self._client.generate(prompt, max_tokens=new_tokens, ignore_eos=True):
-            times += [time.perf_counter()] * len(chunk.token_ids)
-        return times
-
-
-class _Plain:
-    """One batch, while the cluster is idle."""
-
-    def __init__(self, plain: PlainTransformers):
-        self._plain = plain
-
-    async def run(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> tuple[float, list[list[float]]]:
-        return await asyncio.to_thread(self._plain.generate, prompts, new_tokens)
-
-
-async def _rows(
-    model: str,
-    systems: dict[str, _Served | _Plain],
-    shape: ModelShape,
-    workload: Workload,
-    progress: Callable[[str], None],
-) -> tuple[ServeRow, ...]:
-    measured: dict[tuple[int, str], list[Speeds]] = {}
-    for turn in range(workload.rounds):
-        for streams in workload.concurrency:
-            prompts = _prompts(shape.vocabulary, streams, workload.prompt_tokens, seed=turn)
-            for system, runner in systems.items():
-                if turn == 0:
-                    progress(f"warm up: {system}, {streams} streams")
-                    await runner.run(prompts, min(WARM_UP_TOKENS, workload.new_tokens))
-                progress(f"round {turn + 1} of {workload.rounds}: {system}, {streams} streams")
-                began, arrivals = await runner.run(prompts, workload.new_tokens)
-                measured.setdefault((streams, system), []).append(speeds(began, arrivals, workload.prompt_tokens))
-    medians = {key: median(runs) for key, runs in measured.items()}
-    baseline = list(systems)[-1]
-    return tuple(
-        ServeRow(
-            model=model,
-            concurrency=streams,
-            system=system,
-            **asdict(medians[streams, system]),
-            ratio=medians[streams, system].decode_tokens_per_s / medians[streams, baseline].decode_tokens_per_s,
-        )
-        for streams in workload.concurrency
-        for system in systems
+    yield (
+        f"floor = weights of a step / {speed.read_bytes_per_s / 1e9:.1f} GB/s + its products / "
+        f"{speed.bfloat16_flops / 1e9:.0f} GFLOP/s in bfloat16, {speed.float32_flops / 1e9:.0f} in float32, as measured; "
+        "weights that fit into the caches can beat it"
     )
+    for name, share in report.idle_share.items():
+        yield f"{name} used {100 * share:.1f} % of a core while idle; every peer was stopped (SIGSTOP) out of its turn"
 
 
-def _prompts(vocabulary: int, count: int, length: int, seed: int) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(3, vocabulary, (count, length), generator=generator).tolist()
+@dataclass(frozen=True, slots=True)
+class _Subject:
+    """One model, checked against the workload before anything is started."""
+
+    name: str
+    folder: Path
+    shape: ModelShape
+    dtype: str
+    cost: StepCost
+
+    @classmethod
+    def open(cls, model: str, parent: Path, workload: Workload, progress: Progress) -> _Subject:
+        context = max(workload.prompts) + workload.new_tokens
+        progress(f"model: {model_name(model)}")
+        folder = model_folder(model, parent, workload.dtype, context)
+        checkpoint = Checkpoint.open(folder)
+        layout = expert_layout(checkpoint)
+        if context > layout.shape.max_context:
+            told = f"{max(workload.prompts)} + {workload.new_tokens}"
+            raise ConfigError("prompt + new", told, f"at most {layout.shape.max_context}, the model's context")
+        dtype = DTYPE_NAMES[torch_dtype(workload.dtype, layout.shape.dtype)]
+        return cls(model_name(model), folder, layout.shape, dtype, StepCost.of(checkpoint, layout))
 
 
-def _write_synthetic(folder: str, workload: Workload) -> None:
-    context = max(2048, workload.prompt_tokens + workload.new_tokens)
-    stored = "bfloat16" if workload.dtype == "auto" else workload.dtype
-    write_tiny("qwen3_moe", folder, **SYNTHETIC, max_position_embeddings=context, dtype=stored)
+class _Contest:
+    """All systems on one model."""
+
+    def __init__(self, workload: Workload, subject: _Subject, until: float, progress: Progress):
+        self._workload, self._subject, self._until, self._progress = workload, subject, until, progress
+        self.idle_share: dict[str, float] = {}
+
+    async def measure(self, peers: Sequence[PeerKind], scratch: Path) -> list[Measured]:
+        """Every system, started, measured in turns and stopped."""
+        workload = self._workload
+        systems: list[System] = [Served(workload.groups)]
+        if workload.int8:
+            systems.append(Served(workload.groups, name="moiety int8", expert={"weights": "int8"}, width=INT8_WIDTH))
+        systems += [Rival(kind, scratch / kind.module) for kind in peers]
+        async with AsyncExitStack() as stack:
+            measured = []
+            for system in systems:
+                stack.push_async_callback(system.stop)
+                measured.append(await self._start(system))
+            for turn in range(workload.rounds):
+                for tokens in workload.prompts:
+                    for streams in workload.concurrency:
+                        for one in measured:
+                            await self._turn(one, turn, Cell(tokens, streams))
+            self._progress("stop: ending the processes")
+        return measured
+
+    async def _start(self, system: System) -> Measured:
+        self._progress(f"start: {system.name}")
+        workload, one = self._workload, Measured(system)
+        context = max(workload.prompts) + workload.new_tokens
+        load = Load(str(self._subject.folder), self._subject.dtype, max(workload.concurrency), context)
+        try:
+            await system.start(load, START_S)
+            if isinstance(system, Served) and (share := await system.idle_share()) is not None:
+                self.idle_share[system.name] = share
+        except MoietyError as error:
+            await self._fail(one, error)
+        return one
+
+    async def _turn(self, one: Measured, turn: int, cell: Cell) -> None:
+        if one.failed is not None or time.monotonic() > self._until:
+            return
+        told = f"{one.system.name}, {cell.streams} streams of {cell.prompt_tokens}"
+        try:
+            if turn == 0:
+                self._progress(f"warm up: {told}")
+                warm = self._prompts(cell, "warm")
+                await one.system.run(warm, min(WARM_UP_TOKENS, self._workload.new_tokens), RUN_S)
+            self._progress(f"round {turn + 1} of {self._workload.rounds}: {told}")
+            began, arrivals = await one.system.run(self._prompts(cell, turn), self._workload.new_tokens, RUN_S)
+            one.runs.setdefault(cell, []).append(speeds(began, arrivals, cell.prompt_tokens))
+        except MoietyError as error:
+            await self._fail(one, error)
+
+    async def _fail(self, one: Measured, error: MoietyError) -> None:
+        one.failed = str(error)
+        self._progress(f"FAILED: {one.system.name}: {error}")
+        await one.system.stop()
+
+    def _prompts(self, cell: Cell, turn: int | str) -> list[list[int]]:
+        """The same for every system, and never the same twice: nobody's prefix cache has seen them."""
+        seed = zlib.crc32(f"{cell.prompt_tokens}/{cell.streams}/{turn}".encode())
+        generator = torch.Generator().manual_seed(seed)
+        shape = (cell.streams, cell.prompt_tokens)
+        return torch.randint(3, self._subject.shape.vocabulary, shape, generator=generator).tolist()

@@ -28,40 +28,40 @@ def test_bench_hop(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
 
 
 def test_bench_serve(capsys: pytest.CaptureFixture[str], tiny: Callable[[str], str], tmp_path: Path) -> None:
-    """Both systems are measured at every concurrency, and the ratio is to plain transformers."""
+    """Every system is measured in every cell, ratios are to the best peer, and one that cannot start is told."""
     file = tmp_path / "serve.json"
-    words = ["--concurrency", "1,3", "--prompt", "8", "--new", "5", "--dtype", "float32", "--rounds", "1"]
-    assert run(["bench", "serve", tiny("qwen3_moe"), *words, "--json", str(file)]) == 0
-    rows = json.loads(file.read_text())
+    words = ["--concurrency", "1,3", "--prompts", "8", "--new", "5", "--dtype", "float32", "--rounds", "1"]
+    absent = str(tmp_path / "absent")
+    model = tiny("qwen3_moe")
+    assert run(["bench", "serve", "--models", model, "--vllm", absent, *words, "--json", str(file)]) == 0
+    told = json.loads(file.read_text())
+    assert told["machine"]["read_bytes_per_s"] > 0
+    rows = told["rows"]
     assert [(row["concurrency"], row["system"].split()[0]) for row in rows] == [
-        (1, "moiety"),
-        (1, "transformers"),
-        (3, "moiety"),
-        (3, "transformers"),
+        *((1, system) for system in ("moiety", "transformers", "vLLM")),
+        *((3, system) for system in ("moiety", "transformers", "vLLM")),
     ]
-    for row in rows:
-        assert list(row) == [
-            "model",
-            "concurrency",
-            "system",
-            "decode_tokens_per_s",
-            "itl_p50_ms",
-            "itl_p99_ms",
-            "ttft_p50_ms",
-            "prefill_tokens_per_s",
-            "ratio",
-        ]
-        assert row["decode_tokens_per_s"] > 0
-        assert row["prefill_tokens_per_s"] > 0
-        assert 0 < row["itl_p50_ms"] <= row["itl_p99_ms"]
-    for served, plain in (rows[:2], rows[2:]):
-        assert plain["ratio"] == 1
-        assert served["ratio"] == pytest.approx(served["decode_tokens_per_s"] / plain["decode_tokens_per_s"])
-    assert "torch" in capsys.readouterr().out
+    for served, plain, failed in (rows[:3], rows[3:]):
+        for row in (served, plain):
+            assert row["model"] == Path(model).name
+            assert row["prompt_tokens"] == 8
+            assert row["rounds"] == 1
+            assert row["failed"] is None
+            assert row["prefill_tokens_per_s"] > 0
+            assert 0 < row["itl_p50_ms"] <= row["itl_p99_ms"]
+            assert row["step_over_floor"] == pytest.approx(row["itl_p50_ms"] / row["floor_ms"])
+        assert plain["ratio_to_best_peer"] == plain["prefill_ratio_to_best_peer"] == 1
+        ratio = served["decode_tokens_per_s"] / plain["decode_tokens_per_s"]
+        assert served["ratio_to_best_peer"] == pytest.approx(ratio)
+        assert failed["decode_tokens_per_s"] is None
+        assert failed["failed"] == f"{absent}: No such file or directory"
+    shown = capsys.readouterr().out
+    assert "torch" in shown
+    assert f"FAILED: vLLM CPU ({Path(model).name})" in shown
 
 
 def test_bench_serve_outside_context(capsys: pytest.CaptureFixture[str], tiny: Callable[[str], str]) -> None:
     """Prompts that do not fit the model are refused before anything is started."""
-    assert run(["bench", "serve", tiny("qwen3_moe"), "--prompt", "500", "--new", "64"]) == 1
+    assert run(["bench", "serve", "--models", tiny("qwen3_moe"), "--prompts", "500", "--new", "64"]) == 1
     told = capsys.readouterr().err
     assert "error: setting prompt + new = '500 + 64': at most 512, the model's context" in told

@@ -1,0 +1,227 @@
+"""`moiety doctor`: what decides how well Moiety runs on this machine, what is wrong with it, and what to do about that."""
+
+from __future__ import annotations
+
+import os
+import platform
+import socket
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from importlib.metadata import PackageNotFoundError, version
+
+from moiety.compose.environment import PROCESS_ENVIRONMENT
+from moiety.config import AppSettings
+from moiety.errors import FailedPrecondition
+from moiety.load.embedded import server_binary
+from moiety.tools import machine
+
+PYTHON = (3, 11)
+LEAST_MEMORY, LITTLE_MEMORY = 1 << 30, 4 << 30
+LITTLE_SHARED_MEMORY = 256 << 20  # containers get 64 MiB unless they ask for more
+LITTLE_BANDWIDTH = 5e9
+REQUIRED = ("torch", "transformers", "grpcio", "protobuf", "safetensors", "tokenizers", "numpy", "pydantic")
+SERVING = ("ray", "redis", "opentelemetry-sdk")  # the extra `serve`
+INTERESTING = (
+    "avx2",
+    "avx512f",
+    "avx512bw",
+    "avx512vl",
+    "avx512_bf16",
+    "avx512_vnni",
+    "avx512_fp16",
+    "amx_bf16",
+    "amx_int8",
+)
+
+
+class Verdict(StrEnum):
+    """What a check says: as it should be, slower or less than it could be, or unable to serve."""
+
+    OK = "ok"
+    WARN = "warn"
+    FAIL = "fail"
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One line of the report; `advice` is empty where there is nothing to do."""
+
+    check: str
+    value: str
+    verdict: Verdict = Verdict.OK
+    advice: str = ""
+
+
+def examine(*, measure: bool = False) -> Iterator[Check]:
+    """Every check in turn; `measure` adds what takes seconds."""
+    yield _python()
+    yield from _packages()
+    yield from _cores()
+    yield _threads()
+    yield from _environment()
+    yield _huge_pages()
+    yield _instruction_sets()
+    yield _kernels()
+    yield from _memory()
+    yield _redis()
+    yield _port(AppSettings(model="unused").grpc_port)
+    if measure:
+        yield from _speed()
+
+
+def doctor_lines(checks: Sequence[Check]) -> Iterator[str]:
+    """The report for people: a line per check, and below it what to do."""
+    width = max(len(check.check) for check in checks)
+    for check in checks:
+        yield f"{check.verdict:4}  {check.check:{width}}  {check.value}"
+        if check.advice:
+            yield f"{'':4}  {'':{width}}  → {check.advice}"
+    counts = {verdict: sum(check.verdict is verdict for check in checks) for verdict in Verdict}
+    yield ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
+
+
+def _python() -> Check:
+    told = platform.python_version()
+    if tuple(map(int, platform.python_version_tuple()[:2])) < PYTHON:
+        return Check("python", told, Verdict.FAIL, f"Moiety needs Python {'.'.join(map(str, PYTHON))} or newer")
+    return Check("python", told)
+
+
+def _packages() -> Iterator[Check]:
+    for name in REQUIRED:
+        yield _package(name, Verdict.FAIL, f"pip install {name}")
+    for name in SERVING:
+        yield _package(name, Verdict.WARN, "`moiety serve` and `moiety demo` need it: pip install 'moiety[serve]'")
+
+
+def _package(name: str, missing: Verdict, advice: str) -> Check:
+    try:
+        return Check(name, version(name))
+    except PackageNotFoundError:
+        return Check(name, "not installed", missing, advice)
+
+
+def _cores() -> Iterator[Check]:
+    usable, quota = machine.usable_cores(), machine.core_quota()
+    yield Check("processor", machine.processor())
+    value = f"{usable} of {os.cpu_count()} by affinity"
+    if quota is None:
+        yield Check("cores", value)
+    elif quota >= usable:
+        yield Check("cores", f"{value}, {quota:g} by quota")
+    else:
+        advice = (
+            f"services with more than {quota:g} threads in all are stopped for a part of every period: raise the quota"
+        )
+        yield Check("cores", f"{value}, {quota:g} by quota", Verdict.WARN, advice)
+
+
+def _threads() -> Check:
+    import torch
+
+    threads, usable = torch.get_num_threads(), machine.usable_cores()
+    told = f"{threads} unless a setting says otherwise"
+    if threads < usable and "OMP_NUM_THREADS" in os.environ:
+        advice = f"OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']} in the environment: unset it, and use the `threads` settings"
+        return Check("torch threads", told, Verdict.WARN, advice)
+    return Check("torch threads", told)
+
+
+def _environment() -> Iterator[Check]:
+    """What every service's process is started with; what the user has set wins, for better or worse."""
+    for name in ("OMP_WAIT_POLICY", "THP_MEM_ALLOC_ENABLE"):
+        wanted = PROCESS_ENVIRONMENT[name]
+        value = os.environ.get(name, wanted)
+        if value.lower() == wanted.lower():
+            yield Check(name, value if name in os.environ else f"{value} (set for every service)")
+        else:
+            yield Check(name, value, Verdict.WARN, f"unset it, or set it to {wanted}")
+
+
+def _huge_pages() -> Check:
+    setting = machine.huge_pages()
+    if setting is None:
+        return Check("huge pages", "not told by this system")
+    if setting == "never":
+        advice = (
+            "weights stream at up to twice the speed with: echo madvise > /sys/kernel/mm/transparent_hugepage/enabled"
+        )
+        return Check("huge pages", setting, Verdict.WARN, advice)
+    return Check("huge pages", setting)
+
+
+def _instruction_sets() -> Check:
+    found = [name for name in INTERESTING if name in machine.instruction_sets()]
+    return Check("instruction sets", " ".join(found) or "none that Moiety looks for")
+
+
+def _kernels() -> Check:
+    from moiety_kernels.cpu.library import SWITCH, find
+
+    path, problem = find()
+    if os.environ.get(SWITCH) == "off":
+        return Check("C++ kernels", "off", Verdict.WARN, f"unset {SWITCH} unless this is meant")
+    if path is None:
+        return Check("C++ kernels", "not used: torch computes", Verdict.WARN, problem)
+    return Check("C++ kernels", str(path))
+
+
+def _memory() -> Iterator[Check]:
+    if (memory := machine.memory_bytes()) is not None:
+        total, available = memory
+        value = f"{_gib(available)} of {_gib(total)} available"
+        if available < LEAST_MEMORY:
+            yield Check("memory", value, Verdict.FAIL, f"at least {_gib(LEAST_MEMORY)} beside the weights")
+        elif available < LITTLE_MEMORY:
+            yield Check("memory", value, Verdict.WARN, "enough for small models only")
+        else:
+            yield Check("memory", value)
+    free = machine.free_bytes("/dev/shm")
+    if free is None:
+        yield Check("shared memory", "no /dev/shm", Verdict.WARN, "calls to experts on this node go through sockets")
+    elif free < LITTLE_SHARED_MEMORY:
+        advice = "make /dev/shm larger (docker: --shm-size=1g; Kubernetes: an emptyDir with medium Memory)"
+        yield Check("shared memory", f"{free >> 20} MiB free", Verdict.WARN, advice)
+    else:
+        yield Check("shared memory", f"{_gib(free)} free")
+
+
+def _redis() -> Check:
+    try:
+        return Check("redis server", server_binary())
+    except FailedPrecondition as error:
+        return Check("redis server", "none", Verdict.WARN, f"unless a registry URL is given: {error}")
+
+
+def _port(port: int) -> Check:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            advice = "another gateway, or give this one another port: moiety serve --grpc-port"
+            return Check(f"port {port}", error.strerror or str(error), Verdict.WARN, advice)
+    return Check(f"port {port}", "free, for the gateway")
+
+
+def _speed() -> Iterator[Check]:
+    from moiety.tools.machine_speed import measure_speed
+
+    speed = measure_speed()
+    value = f"{speed.read_bytes_per_s / 1e9:.1f} GB/s"
+    if speed.read_bytes_per_s < LITTLE_BANDWIDTH:
+        advice = "decoding is bound by this: is the machine busy, or are huge pages off?"
+        yield Check("memory read", value, Verdict.WARN, advice)
+    else:
+        yield Check("memory read", value)
+    value = f"{speed.bfloat16_flops / 1e9:.0f} GFLOP/s in bfloat16, {speed.float32_flops / 1e9:.0f} in float32"
+    if speed.bfloat16_flops < speed.float32_flops and "avx512_bf16" not in machine.instruction_sets():
+        advice = "this processor has no instructions for bfloat16: prompts are faster with --dtype float32"
+        yield Check("matrix product", value, Verdict.WARN, advice)
+    else:
+        yield Check("matrix product", value)
+
+
+def _gib(size: int) -> str:
+    return f"{size / (1 << 30):.1f} GiB"

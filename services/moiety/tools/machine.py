@@ -1,0 +1,121 @@
+"""The facts of this machine and of this process on it. Standard library only; what Linux does not tell is None."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+_PROC, _SYS = Path("/proc"), Path("/sys")
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def core_quota(root: Path = _SYS / "fs/cgroup") -> float | None:
+    """Cores' worth of time that the control group grants (cgroup v2, then v1); None without a limit."""
+    text = _text(root / "cpu.max")
+    if text is not None:
+        quota, _, period = text.partition(" ")
+        return None if quota == "max" else int(quota) / int(period)
+    quota_us, period_us = _text(root / "cpu/cpu.cfs_quota_us"), _text(root / "cpu/cpu.cfs_period_us")
+    if quota_us is None or period_us is None or int(quota_us) < 0:
+        return None
+    return int(quota_us) / int(period_us)
+
+
+def processor() -> str:
+    """Its name."""
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def instruction_sets() -> frozenset[str]:
+    """What /proc/cpuinfo calls flags; empty where there is none."""
+    return frozenset((_cpuinfo("flags") or "").split())
+
+
+def huge_pages() -> str | None:
+    """The setting of transparent huge pages: always, madvise or never."""
+    text = _text(_SYS / "kernel/mm/transparent_hugepage/enabled")
+    return None if text is None or "[" not in text else text.partition("[")[2].partition("]")[0]
+
+
+def memory_bytes() -> tuple[int, int] | None:
+    """(total, available) memory, as the kernel counts."""
+    lines = (_text(_PROC / "meminfo") or "").splitlines()
+    kib = {line.partition(":")[0]: int(line.split()[1]) for line in lines if len(line.split()) > 1}
+    return (kib["MemTotal"] << 10, kib["MemAvailable"] << 10) if {"MemTotal", "MemAvailable"} <= kib.keys() else None
+
+
+def free_bytes(folder: str) -> int | None:
+    """Free space of the file system at `folder`; None where there is none."""
+    try:
+        return shutil.disk_usage(folder).free
+    except OSError:
+        return None
+
+
+def last_level_cache_bytes() -> int | None:
+    """The size of the largest cache of core 0."""
+    sizes = [_text(index / "size") for index in (_SYS / "devices/system/cpu/cpu0/cache").glob("index*")]
+    return max((int(size.removesuffix("K")) << 10 for size in sizes if size and size.endswith("K")), default=None)
+
+
+def cpu_seconds(pid: int) -> float | None:
+    """Processor time that a process has used so far; None where it cannot be told."""
+    text = _text(_PROC / str(pid) / "stat")
+    if text is None:
+        return None
+    fields = text.rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """Where numbers were measured."""
+
+    processor: str
+    cores: int
+    load: float  # processes that wanted to run, mean of the minute before
+    python: str
+    torch: str
+    transformers: str
+    grpc: str
+
+    @classmethod
+    def here(cls) -> Machine:
+        """This machine, now."""
+        return cls(
+            processor=processor(),
+            cores=usable_cores(),
+            load=os.getloadavg()[0],
+            python=platform.python_version(),
+            torch=version("torch"),
+            transformers=version("transformers"),
+            grpc=version("grpcio"),
+        )
+
+    def lines(self) -> Iterator[str]:
+        """For people."""
+        yield f"machine: {self.processor}, {self.cores} cores, load {self.load:.1f} in the minute before"
+        yield f"python {self.python}, torch {self.torch}, transformers {self.transformers}, grpcio {self.grpc}"
+
+
+def _cpuinfo(key: str) -> str | None:
+    for line in (_text(_PROC / "cpuinfo") or "").splitlines():
+        if line.startswith(key):
+            return line.partition(":")[2].strip()
+    return None
+
+
+def _text(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except OSError:
+        return None

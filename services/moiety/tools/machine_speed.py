@@ -1,0 +1,80 @@
+"""What this machine can do at best: how fast it reads memory and multiplies matrices. The floor is made of these."""
+
+from __future__ import annotations
+
+import mmap
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from moiety.tools.machine import last_level_cache_bytes, usable_cores
+
+LEAST_READ_BYTES = 512 << 20
+CACHES_READ = 3  # what is read is this many times the last-level cache: little of it can stay there
+MOST_READ_BYTES = 2 << 30
+MATRIX = 1024
+REPEATS = 5
+ROW = 1 << 14  # float32 of a row of the matrix that is read
+
+
+@dataclass(frozen=True, slots=True)
+class MachineSpeed:
+    """The best of several tries, with all cores that this process may use."""
+
+    read_bytes_per_s: float  # of memory, in huge pages where the kernel gives them
+    bfloat16_flops: float  # per second, of a square matrix product
+    float32_flops: float
+
+    def flops(self, dtype: str) -> float:
+        """The matrix rate for weights of `dtype`; float16 is taken for bfloat16."""
+        return self.float32_flops if dtype == "float32" else self.bfloat16_flops
+
+
+def measure_speed() -> MachineSpeed:
+    """Takes a second or two, and memory of a few times the last-level cache."""
+    with _all_cores():
+        return MachineSpeed(_read_rate(), _matrix_rate(torch.bfloat16), _matrix_rate(torch.float32))
+
+
+def _read_rate() -> float:
+    size = min(max(CACHES_READ * (last_level_cache_bytes() or 0), LEAST_READ_BYTES), MOST_READ_BYTES)
+    size -= size % (ROW * 4)
+    with mmap.mmap(-1, size) as pages:
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            pages.madvise(mmap.MADV_HUGEPAGE)
+        matrix = torch.frombuffer(pages, dtype=torch.float32).view(-1, ROW)
+        matrix.fill_(1.0)
+        vector = torch.ones(ROW)
+        # Two loops that do next to nothing but read, by two libraries; which one is faster differs by processor.
+        fastest = min(_fastest(partial(torch.mv, matrix, vector)), _fastest(matrix.sum))
+        del matrix  # or the mapping, which it points into, could not be closed
+    return size / fastest
+
+
+def _matrix_rate(dtype: torch.dtype) -> float:
+    left, right = torch.ones(MATRIX, MATRIX, dtype=dtype), torch.ones(MATRIX, MATRIX, dtype=dtype)
+    return 2 * MATRIX**3 / _fastest(lambda: left @ right)
+
+
+def _fastest(action: Callable[[], object]) -> float:
+    """Seconds of the fastest of REPEATS."""
+    times = []
+    for _ in range(REPEATS):
+        began = time.perf_counter()
+        action()
+        times.append(time.perf_counter() - began)
+    return min(times)
+
+
+@contextmanager
+def _all_cores() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(usable_cores())
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

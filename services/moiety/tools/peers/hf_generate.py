@@ -1,0 +1,54 @@
+"""transformers' `generate`: one batch, greedy, with the experts implementation that it takes by itself (grouped_mm)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging
+
+Arrivals = tuple[float, list[list[float]]]
+
+
+def load(
+    checkpoint: str, dtype: str, threads: int, slots: int, context: int, scratch: str
+) -> tuple[str, Callable[[Sequence[Sequence[int]], int], Arrivals], Callable[[], None]]:
+    """Loads the whole model; `slots`, `context` and `scratch` need nothing here."""
+    logging.disable_progress_bar()
+    torch.set_num_threads(threads)
+    model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype, local_files_only=True).eval()
+    model.generation_config.eos_token_id = None  # everyone generates the same number of tokens
+    experts = getattr(model.config, "_experts_implementation", None) or "eager"
+
+    @torch.inference_mode()
+    def run(prompts: Sequence[Sequence[int]], new_tokens: int) -> Arrivals:
+        clock, ids = _Clock(), torch.tensor(prompts)
+        began = time.perf_counter()
+        model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            pad_token_id=0,
+            streamer=clock,
+        )
+        return began, [clock.times[1:] for _ in prompts]  # the first is the prompt itself
+
+    return f"transformers {version('transformers')} generate, {experts}", run, lambda: None
+
+
+class _Clock:
+    """A transformers streamer that only notes when tokens come, one for every prompt of the batch at once."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, _tokens: torch.Tensor) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        """Nothing is held back."""
