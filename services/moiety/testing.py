@@ -122,6 +122,7 @@ class FakeExperts:
         self._unix = f"{SERVICE}-{uuid.uuid4().hex}"
         self._server: Server | None = None
         self._stack = AsyncExitStack()
+        self.near = True  # False: describes itself as one on another node does, with names that mean nothing here
         self._handling: set[concurrent.futures.Future[None]] = set()  # calls through shared memory
         self._listener: SharedMemoryListener | None = None
 
@@ -144,6 +145,13 @@ class FakeExperts:
         self.replica = fake_replica(self.id, Role.EXPERT, port, held=self.held)
         await registry.register(self.replica)
 
+    def forget(self) -> None:
+        """Gives up all calls: no answer is made any more, and no view of a router's memory is left."""
+        self.calls.clear()
+        for handling in self._handling:
+            handling.cancel()
+        self._handling.clear()
+
     async def vanish(self) -> None:
         """Breaks every connection at once; the registry is not told, as when a process is killed."""
         for handling in self._handling:
@@ -163,8 +171,8 @@ class FakeExperts:
             wire_version=WIRE_VERSION,
             held=str(self.held),
             max_message_bytes=MAX_MESSAGE_BYTES,
-            shared_memory=self._listener.name if self._listener else "",
-            unix=self._unix,
+            shared_memory=self._listener.name if self._listener and self.near else "moiety-elsewhere",
+            unix=self._unix if self.near else "moiety-elsewhere",
         )
 
     async def _forward(self, frames: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> None:

@@ -22,7 +22,7 @@ _rounds_option = click.option(
 
 @click.group()
 def bench() -> None:
-    """Measure this machine: the hop, and serving speed.
+    """Measure this machine: the hop, the split, serving speed, a flood.
 
     The benchmarks start what they need as child processes, take turns with a baseline, and leave nothing behind.
     Numbers mean something on a quiet machine only.
@@ -242,9 +242,9 @@ def flood(
 ) -> None:
     """Offer more than can be served: does accepted work keep its pace, and is every refusal told when to come back?
 
-    Capacity is what the system serves to as many clients as it has slots and queue places. Then requests come at a
-    multiple of that, one after the other whatever happened to those before. Exit status 1 where accepted work falls
-    below 95 % of the peak at any load, or a refusal carries no retry hint.
+    Capacity is what the system serves to clients that keep every slot and half of the queue taken. Then requests come at
+    a multiple of that, whatever happened to those before. Exit status 1 where accepted work falls below 95 % of the
+    peak at a load of 2 or more, a refusal carries no retry hint, or a request fails otherwise.
 
     \b
     Example:

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import signal
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ LINE_BYTES = 64 << 20
 STOP_S = 20.0  # engines have processes of their own to end
 POLL_S = 0.05
 SHOWN_LINES = 3  # of a failed peer's log
+# A stopped process would not notice that we are gone. This one does, by the end of its stdin, and ends the whole group.
+KEEPER = "import os, signal, sys; sys.stdin.read(); os.killpg(int(sys.argv[1]), signal.SIGKILL)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +41,12 @@ class Peer:
         self.kind, self.name = kind, kind.name
         self._scratch = scratch
         self._process: asyncio.subprocess.Process | None = None
+        self._keeper: asyncio.subprocess.Process | None = None
+
+    @property
+    def pid(self) -> int | None:
+        """Of its process, which leads its group; None before `start`."""
+        return self._process.pid if self._process is not None else None
 
     @property
     def _log(self) -> Path:
@@ -62,6 +71,12 @@ class Peer:
                 )
             except OSError as error:
                 raise Unavailable(f"{self.kind.python}: {error.strerror}") from error
+        self._keeper = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-I", "-S", "-c", KEEPER, str(self._process.pid)),
+            stdin=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.DEVNULL,  # where the group has ended by itself
+            start_new_session=True,
+        )
         told = await self._order({"load": {**load, "scratch": str(self._scratch)}}, timeout_s)
         self.name = str(told["system"])
         self._signal(signal.SIGSTOP)
@@ -89,7 +104,9 @@ class Peer:
                 # Its own children end after it, and take their shared memory with them.
                 while _alive(self._process.pid):
                     await asyncio.sleep(POLL_S)
-        self._signal(signal.SIGKILL)
+        if self._keeper is not None and self._keeper.stdin is not None:
+            self._keeper.stdin.close()
+            await self._keeper.wait()
         await self._process.wait()
 
     async def _order(self, order: Mapping[str, Any], timeout_s: float) -> dict[str, Any]:

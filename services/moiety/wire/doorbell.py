@@ -73,7 +73,9 @@ class Doorbell:
         self._mailbox.unwatch(self._socket)
         self._socket.close()
         self._unsent.clear()
-        self._lost(why)
+        lost = self._lost
+        self._heard = self._lost = _nobody  # who listened, and the segment with it, is free to go
+        lost(why)
 
     def _ready(self, mask: int) -> None:
         try:
@@ -95,3 +97,7 @@ class Doorbell:
             self._socket.send(self._unsent[0])
             self._unsent.popleft()
         self._mailbox.watch(self._socket, self._ready)
+
+
+def _nobody(_: object) -> None:
+    """Hears nothing."""

@@ -53,7 +53,8 @@ class SharedMemoryConnection:
 
     def __init__(self, peer: str, sock: socket.socket, segment: mmap.mmap, mailbox: Mailbox):
         self.closed = asyncio.Event()
-        self._peer, self._segment, self._mailbox = peer, segment, mailbox
+        self._peer, self._mailbox = peer, mailbox
+        self._segment: mmap.mmap | None = segment  # None once the connection is lost: the memory is free then
         self._allocator = Allocator(len(segment))
         self._calls: dict[int, tuple[_Range, Answer]] = {}
         self._lost: PeerLost | None = None
@@ -63,7 +64,7 @@ class SharedMemoryConnection:
 
     @classmethod
     async def open(
-        cls, told: DescribeResponse, mailbox: Mailbox, timeout_s: float, size: int = SEGMENT_BYTES
+        cls, told: DescribeResponse, mailbox: Mailbox, timeout_s: float, size: int | None = None
     ) -> SharedMemoryConnection:
         """Knocks at the replica that described itself so. Raises PeerLost where it is not on this node or belongs to
         another user, FailedPrecondition where it refuses.
@@ -72,7 +73,7 @@ class SharedMemoryConnection:
         try:
             sock.setblocking(False)
             async with asyncio.timeout(timeout_s):
-                segment = await _shake_hands(sock, told, size)
+                segment = await _shake_hands(sock, told, size or SEGMENT_BYTES)
             return cls(told.shared_memory, sock, segment, mailbox)
         except (OSError, DecodeError, TimeoutError) as error:
             sock.close()
@@ -83,18 +84,20 @@ class SharedMemoryConnection:
 
     def acquire(self, header: ForwardRequest, *, rows: int, row_bytes: int, reply_rows: int) -> _Range:
         rows_bytes, reply_bytes = rows * row_bytes, reply_rows * row_bytes
+        row = np.dtype((np.void, row_bytes))
+        key = header.call_id, header.attempt
+        if self._segment is None:
+            return _Range(self, key, 0, 0, rows_bytes, reply_bytes, 0, np.empty(rows, row))
         header.payload_bytes = rows_bytes
         message = header.SerializeToString()
         into = aligned(rows_bytes) + aligned(reply_bytes)
         size = into + len(message)
         start = self._allocator.allocate(size)
         if start is None:
-            raise ResourceExhausted(
-                f"{len(self._calls)} calls to {self._peer} fill its {len(self._segment)} bytes", 0.05
-            )
+            told = f"{len(self._calls)} calls to {self._peer} fill the {len(self._segment)} bytes there are"
+            raise ResourceExhausted(told, 0.05)
         self._segment[start + into : start + size] = message
-        place = np.frombuffer(self._segment, np.dtype((np.void, row_bytes)), rows, start)
-        key = header.call_id, header.attempt
+        place = np.frombuffer(self._segment, row, rows, start)
         return _Range(self, key, start, size, rows_bytes, reply_bytes, len(message), place)
 
     async def close(self) -> None:
@@ -109,6 +112,7 @@ class SharedMemoryConnection:
         self._doorbell.ring(CALL.pack(call.start, call.rows_bytes, call.reply_bytes, call.header_bytes))
 
     def _heard(self, message: bytes) -> None:
+        assert self._segment is not None, "a lost connection hears nothing"
         try:
             (start,) = ANSWER.unpack_from(message)
             header = ForwardReply.FromString(message[ANSWER.size :])
@@ -127,6 +131,7 @@ class SharedMemoryConnection:
 
     def _break(self, why: str) -> None:
         self._lost = PeerLost(f"the connection to {self._peer} broke: {why}")
+        self._segment = None
         calls, self._calls = self._calls, {}
         for _, answer in calls.values():
             self._mailbox.post(partial(answer, self._lost))

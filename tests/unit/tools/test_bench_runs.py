@@ -65,3 +65,33 @@ def test_bench_serve_outside_context(capsys: pytest.CaptureFixture[str], tiny: C
     assert run(["bench", "serve", "--models", tiny("qwen3_moe"), "--prompts", "500", "--new", "64"]) == 1
     told = capsys.readouterr().err
     assert "error: setting prompt + new = '500 + 64': at most 512, the model's context" in told
+
+
+@pytest.mark.slow
+def test_bench_split(tiny: Callable[[str], str], tmp_path: Path) -> None:
+    """Both engines run at every concurrency, and the split's layers are told apart. Slow: a cluster of its own."""
+    file = tmp_path / "split.json"
+    words = ["--concurrency", "1,3", "--prompt", "8", "--new", "6", "--dtype", "float32", "--rounds", "1"]
+    assert run(["bench", "split", "--model", tiny("qwen3_moe"), *words, "--json", str(file)]) == 0
+    rows = json.loads(file.read_text())["rows"]
+    assert [row["concurrency"] for row in rows] == [1, 3]
+    for row in rows:
+        assert row["itl_ratio"] == pytest.approx(row["split_itl_p50_ms"] / row["one_process_itl_p50_ms"])
+        assert row["hop_ms"] > 0
+        assert row["compute_ms"] > 0
+        assert row["one_process_compute_ms"] > 0
+        assert 1 <= row["imbalance"] <= 2
+
+
+@pytest.mark.slow
+def test_bench_flood(capsys: pytest.CaptureFixture[str], tiny: Callable[[str], str], tmp_path: Path) -> None:
+    """Beyond capacity requests are refused, each with a hint, and the others are served. Slow: it takes its seconds."""
+    file = tmp_path / "flood.json"
+    words = ["--slots", "2", "--queue", "2", "--loads", "4", "--seconds", "4", "--new", "16", "--rounds", "1"]
+    run(["bench", "flood", "--model", tiny("qwen3_moe"), "--dtype", "float32", *words, "--json", str(file)])
+    capacity, flooded = json.loads(file.read_text())["rows"]
+    assert capacity["tokens_per_s"] > 0
+    assert flooded["accepted"] > 0
+    assert 0 < flooded["refused"] == flooded["refused_with_hint"]
+    assert flooded["failed"] == 0
+    assert "of the peak" in capsys.readouterr().out

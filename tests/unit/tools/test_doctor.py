@@ -1,0 +1,81 @@
+"""The doctor's verdicts, and what the machine tells."""
+
+from __future__ import annotations
+
+import json
+import socket
+from pathlib import Path
+
+import pytest
+
+from moiety.cli.main import run
+from moiety.tools.doctor import Check, Verdict, doctor_lines, examine
+from moiety.tools.machine import core_quota, cpu_seconds, usable_cores
+
+
+def test_doctor_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Every check has a verdict, whatever is not ok has advice, and the file says what the screen says."""
+    file = tmp_path / "doctor.json"
+    status = run(["doctor", "--json", str(file)])
+    checks = json.loads(file.read_text())
+    told = capsys.readouterr().out
+    assert status == (1 if any(check["verdict"] == "fail" for check in checks) else 0)
+    assert {"python", "torch", "cores", "C++ kernels", "OMP_WAIT_POLICY", "redis server"} <= {
+        c["check"] for c in checks
+    }
+    for check in checks:
+        assert check["verdict"] in ("ok", "warn", "fail")
+        assert bool(check["advice"]) == (check["verdict"] != "ok")
+        assert check["value"] in told
+
+
+def test_settings_that_slow_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the user has set against the services' good is told with its remedy."""
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    monkeypatch.setenv("MOIETY_CPU_KERNELS", "off")
+    checks = {check.check: check for check in examine()}
+    assert checks["OMP_WAIT_POLICY"].verdict is Verdict.WARN
+    assert "passive" in checks["OMP_WAIT_POLICY"].advice
+    assert checks["C++ kernels"].verdict is Verdict.WARN
+
+
+def test_port_in_use() -> None:
+    """A gateway port that is taken is told before a gateway fails on it."""
+    with socket.socket() as taken:
+        try:
+            taken.bind(("127.0.0.1", 50051))
+            taken.listen()
+        except OSError:
+            pass  # somebody else's: just as good
+        checks = {check.check: check for check in examine()}
+    assert checks["port 50051"].verdict is Verdict.WARN
+
+
+def test_doctor_lines_count() -> None:
+    """Advice stands below its check, and the last line counts verdicts."""
+    lines = list(doctor_lines([Check("a", "1"), Check("bb", "2", Verdict.FAIL, "mend it")]))
+    assert lines == ["ok    a   1", "fail  bb  2", "          → mend it", "1 ok, 0 warn, 1 fail"]
+
+
+@pytest.mark.parametrize(
+    ("files", "quota"),
+    [
+        ({"cpu.max": "150000 100000"}, 1.5),
+        ({"cpu.max": "max 100000"}, None),
+        ({"cpu/cpu.cfs_quota_us": "200000", "cpu/cpu.cfs_period_us": "100000"}, 2.0),
+        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, None),
+        ({}, None),
+    ],
+)
+def test_core_quota(tmp_path: Path, files: dict[str, str], quota: float | None) -> None:
+    """Both versions of control groups are read; no limit and no file are no quota."""
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"{text}\n")
+    assert core_quota(tmp_path) == quota
+
+
+def test_process_time() -> None:
+    """Our own processor time is told on Linux, that of nobody is not."""
+    assert usable_cores() >= 1
+    assert (cpu_seconds(1 << 30)) is None
