@@ -17,6 +17,7 @@ from moiety.model.layout import expert_layout
 from moiety.model.router import load_router
 from moiety.router import attention
 from moiety.router.engine import Engine
+from moiety.router.forward import Forward
 from moiety.router.hop import Hop
 from moiety.router.kvcache import KVCache
 from moiety.router.probe import cache_spec
@@ -72,8 +73,7 @@ def test_pressure_prefixes_and_choices_change_no_token(architecture: str, tiny: 
         memory = blocks * 16 * spec.bytes_per_token
         cache = KVCache(spec, memory, torch.device("cpu"), revision="r")
         return Engine(
-            model,
-            hop,
+            Forward(model, cache, [hop]),
             cache,
             slots=slots,
             token_budget=32,

@@ -12,7 +12,7 @@ from engine_support import SPEC, VOCABULARY, CountingModel, NoHop
 
 from moiety.core import CallClass, Sampling
 from moiety.errors import HopFailed, Unavailable
-from moiety.model.seam import current_backend
+from moiety.model.seam import current_forward
 from moiety.policy.lanes import LaneTuner
 from moiety.router.context import StepContext
 from moiety.router.forward import Forward
@@ -154,9 +154,9 @@ def test_lanes_see_their_own_backend() -> None:
             self.seen: list[tuple[object, object]] = []
 
         def forward(self, input_ids: torch.Tensor, logits_to_keep: torch.Tensor, **_: object) -> SimpleNamespace:
-            before = current_backend()
+            before = current_forward().backend
             lanes.wait(0.0)
-            self.seen.append((before, current_backend()))
+            self.seen.append((before, current_forward().backend))
             return SimpleNamespace(logits=torch.zeros(1, len(logits_to_keep), VOCABULARY))
 
     model, backends = AskingModel(), [NoHop(), NoHop()]
