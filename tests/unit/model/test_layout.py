@@ -58,7 +58,7 @@ def test_gpt_oss_is_told_apart(open_tiny):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("architecture", TINY)
 def test_kernel_on_the_layout_equals_the_module(open_tiny, make_experts, architecture: str, dtype: torch.dtype):
-    """The derived spec, sources and slices together compute what transformers' experts module does, but for the order of sums."""
+    """The derived spec, sources and slices together compute what transformers' experts module does."""
     checkpoint, layout = open_tiny(architecture)
     model_class: Any = causal_lm_class(checkpoint, load_config(checkpoint))
     reference = model_class.from_pretrained(checkpoint.path, dtype=dtype, local_files_only=True)
