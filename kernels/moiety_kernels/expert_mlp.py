@@ -89,7 +89,7 @@ def grouped_expert_mlp(
         projected[span] = _product(rows[span], expert.gate_up, expert.gate_up_bias, deterministic)
     # One activation over all rows, not one per expert: at a few rows each, dispatch would cost more than the arithmetic.
     # Deterministic: row by row, since torch computes the end of a tensor with other instructions than its bulk.
-    parts = projected.split(1) if deterministic else (projected,)
+    parts = torch.split(projected, 1) if deterministic else (projected,)
     inner = torch.cat(
         [
             activate(part, activation=activation, gated=gated, interleaved=interleaved, limit=limit, alpha=alpha)

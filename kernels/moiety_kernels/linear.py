@@ -56,7 +56,7 @@ def _fixed_tiles(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
     """In products of FIXED_ROWS rows each, the last one filled up with zeros."""
     rows = x.shape[0]
     padded = functional.pad(x, (0, 0, 0, -rows % FIXED_ROWS))
-    return torch.cat([functional.linear(tile, weight, bias) for tile in padded.split(FIXED_ROWS)])[:rows]
+    return torch.cat([functional.linear(tile, weight, bias) for tile in torch.split(padded, FIXED_ROWS)])[:rows]
 
 
 def linear_kernel(dtype: torch.dtype) -> Callable[..., None] | None:

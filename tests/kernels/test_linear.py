@@ -15,6 +15,7 @@ BOUND = {torch.float32: 1e-6, torch.bfloat16: 8e-3}  # largest error over larges
 
 
 def normal(seed: int, *shape: int, dtype: torch.dtype) -> torch.Tensor:
+    """The same noise for the same seed."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 

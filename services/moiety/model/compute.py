@@ -95,7 +95,7 @@ def _replace_norm(module: nn.Module) -> None:
                 return rms_norm(x, weight, epsilon, offset=offset, late=late)
 
             if _same(forward(probe), expected):
-                module.forward = forward  # type: ignore[method-assign]
+                module.forward = forward
                 return
 
 

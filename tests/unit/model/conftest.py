@@ -14,6 +14,7 @@ from moiety.model.layout import ExpertLayout, expert_layout
 from moiety.model.slices import load_experts
 from moiety.model.tiny import write_tiny
 from moiety_kernels import ExpertWeights, grouped_expert_mlp
+from moiety_kernels.cpu.library import SWITCH, load
 
 Held = dict[tuple[int, int], ExpertWeights]
 OpenTiny = Callable[[str], tuple[Checkpoint, ExpertLayout]]
@@ -85,6 +86,16 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         folder = tmp_path_factory.mktemp("cache")
         patch.setenv("MOIETY_CACHE", str(folder))
         yield folder
+
+
+@pytest.fixture(scope="package", autouse=True)
+def torch_kernels() -> Iterator[None]:
+    """Torch computes: its sums have the order of transformers', so that what is read and routed can be compared to the bit."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(SWITCH, "off")
+        load.cache_clear()
+        yield
+    load.cache_clear()
 
 
 @pytest.fixture(scope="session")

@@ -60,7 +60,7 @@ def test_gpt_oss_is_told_apart(open_tiny):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("architecture", TINY)
 def test_kernel_on_the_layout_equals_the_module(open_tiny, make_experts, architecture: str, dtype: torch.dtype):
-    """The derived spec, sources and slices together compute what transformers' experts module does, bit for bit."""
+    """The derived spec, sources and slices together compute what transformers' experts module does."""
     checkpoint, layout = open_tiny(architecture)
     model_class: Any = causal_lm_class(checkpoint, load_config(checkpoint))
     reference = model_class.from_pretrained(checkpoint.path, dtype=dtype, local_files_only=True)
@@ -72,7 +72,10 @@ def test_kernel_on_the_layout_equals_the_module(open_tiny, make_experts, archite
         expected = module(rows, index, torch.ones(19, 2, dtype=dtype))
     backend = make_experts(checkpoint, layout, dtype)
     out = backend.submit(len(layout.layers) - 1, rows, index).result()
-    assert torch.equal(out.sum(dim=1), expected)
+    if layout.shape.mlp.transposed and dtype is torch.float32:  # held the other way around, MKL sums in another order
+        torch.testing.assert_close(out.sum(dim=1), expected, rtol=1e-5, atol=1e-5)
+    else:
+        assert torch.equal(out.sum(dim=1), expected)
 
 
 def test_a_second_reader_uses_the_cache(open_tiny, cache: Path):
