@@ -64,13 +64,14 @@ def paged_attention(
         value = key[..., : values.shape[-1]] if shared else _gather(values, table).masked_fill_(hidden, 0)
         # Query heads of one key/value head side by side as rows: grouped-query attention without repeating K and V.
         count, repeat = tokens.shape[1], query.shape[1] // groups
-        heads = query[tokens].unflatten(2, (groups, repeat)).permute(0, 2, 3, 1, 4).flatten(2, 3)
+        heads = query[tokens].view(*tokens.shape, groups, repeat, -1).permute(0, 2, 3, 1, 4).flatten(2, 3)
         mask = visible.repeat(1, repeat, 1).unsqueeze(1)  # [N, 1, H / G * n, L]
         if sinks is None and softcap is None:
             result = functional.scaled_dot_product_attention(heads, key, value, attn_mask=mask, scale=scale)
         else:
             result = _plain(heads, key, value, mask, scale, sinks, softcap)
-        output[tokens] = result.unflatten(2, (repeat, count)).permute(0, 3, 1, 2, 4).flatten(2, 3)
+        result = result.view(len(segments), groups, repeat, count, -1)
+        output[tokens] = result.permute(0, 3, 1, 2, 4).flatten(2, 3)
     return output
 
 
