@@ -13,6 +13,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 #include "tile.h"
@@ -24,7 +25,7 @@ constexpr int tile_positions = 64;             // one step of the online softmax
 constexpr std::int64_t split_positions = 512;  // one partial result: what threads share where units are few
 constexpr std::int64_t rows_at_once = 64;      // of a unit: enough arithmetic for every key read in a prefill
 constexpr std::int64_t columns_at_once = 64;   // of values: four vectors, for four rows sixteen sums in registers
-constexpr int rows_worth_widening = 8;         // so many rows share one conversion of bf16 values
+constexpr int rows_worth_copying = 8;          // so many rows share one conversion of keys and values to float32
 constexpr std::int64_t work_worth_thread = 256 << 10;      // multiply-adds, about 15 us: what waking a thread may cost
 constexpr std::int64_t floats_worth_splitting = 4 << 20;   // of partial results
 constexpr float nothing_seen = -1e30f;                     // the running maximum of a row before its first position
@@ -133,32 +134,77 @@ inline void narrow(const __m512* from, bf16* to, std::int64_t count) {
     _mm512_mask_storeu_epi16(to, mask, _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
 }
 
-template <class T>
-inline typename Step<T>::Vector load(const T* from, std::int64_t left) {
-    return left >= Step<T>::length ? Step<T>::load(from) : Step<T>::load(from, left);
-}
+// Where rows of keys or values are read from, as float32: the pool itself, or an aligned copy that many rows share.
+// Reading the pool fetches the same columns of the next tile: blocks lie apart, so the CPU does not foresee them.
+template <class T, bool Whole>
+struct Pool {  // Whole: the width is a multiple of a load
+    static constexpr int vectors = Step<T>::length / 16;
+    const T *const *row, *const *next;
+    std::int64_t width;
 
-// out[q * tile_positions + k] = query[q] . key[k] for Q rows and 16 / Q keys.
-template <class T, int Q>
-inline void scores(const T* const* query, const T* const* key, std::int64_t width, float* out) {
-    constexpr int K = 16 / Q;
+    template <int V>
+    void load(int i, std::int64_t at, __m512* to) const {
+#pragma GCC unroll 4
+        for (int v = 0; v < V; v += vectors) {
+            const T* from = row[i] + at + 16 * v;
+            _mm_prefetch(reinterpret_cast<const char*>(next[i] + at + 16 * v), _MM_HINT_T1);
+            if constexpr (Whole) widen(Step<T>::load(from), to + v);
+            else widen(Step<T>::load(from, std::min(Step<T>::length, width - at - 16 * v)), to + v);
+        }
+    }
+};
+
+template <class T>
+struct Copy {
+    static constexpr int vectors = Step<T>::length / 16;
+    const float* first;
+    std::int64_t stride;
+
+    template <int V>
+    void load(int i, std::int64_t at, __m512* to) const {
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) to[v] = _mm512_load_ps(first + i * stride + at + 16 * v);
+    }
+};
+
+// out[q * tile_positions + k] = query[q] . key k for Q rows and 16 / Q keys.
+template <int Q, class Source>
+[[gnu::noinline]] void scores(const float* const* query, const Source& keys, int first, std::int64_t width, float* out) {
+    constexpr int K = 16 / Q, V = Source::vectors;
     __m512 sums[16];
 #pragma GCC unroll 16
     for (int i = 0; i < 16; ++i) sums[i] = _mm512_setzero_ps();
-    for (std::int64_t at = 0; at < width; at += Step<T>::length) {
-        typename Step<T>::Vector rows[Q];
+    std::int64_t at = 0;
+    do {
+        __m512 rows[Q][V];
 #pragma GCC unroll 4
-        for (int q = 0; q < Q; ++q) rows[q] = load(query[q] + at, width - at);
+        for (int q = 0; q < Q; ++q)
+#pragma GCC unroll 2
+            for (int v = 0; v < V; ++v) rows[q][v] = _mm512_load_ps(query[q] + at + 16 * v);
 #pragma GCC unroll 16
         for (int k = 0; k < K; ++k) {
-            const typename Step<T>::Vector vector = load(key[k] + at, width - at);
+            __m512 key[V];
+            keys.template load<V>(first + k, at, key);
+#pragma GCC unroll 2
+            for (int v = 0; v < V; ++v)
 #pragma GCC unroll 4
-            for (int q = 0; q < Q; ++q) sums[q * K + k] = Step<T>::add(sums[q * K + k], rows[q], vector);
+                for (int q = 0; q < Q; ++q) sums[q * K + k] = _mm512_fmadd_ps(rows[q][v], key[v], sums[q * K + k]);
         }
-    }
+    } while ((at += 16 * V) < width);
     alignas(64) float flat[16];
     _mm512_store_ps(flat, reduce(sums));
     for (int q = 0; q < Q; ++q) std::memcpy(out + q * tile_positions, flat + q * K, K * sizeof(float));
+}
+
+// The same for any number of rows and 16 keys.
+template <class Source>
+void scores_of_rows(const float* const* query, int rows, const Source& keys, int first, std::int64_t width, float* out) {
+    int r = 0;
+    for (; r + 4 <= rows; r += 4)
+        for (int k = 0; k < 16; k += 4) scores<4>(query + r, keys, first + k, width, out + r * tile_positions + k);
+    for (; r + 2 <= rows; r += 2)
+        for (int k = 0; k < 16; k += 8) scores<2>(query + r, keys, first + k, width, out + r * tile_positions + k);
+    if (r < rows) scores<1>(query + r, keys, first, width, out + r * tile_positions);
 }
 
 // A row's scores of one tile to weights relative to the largest so far; what was summed under an older one is scaled.
@@ -190,31 +236,10 @@ inline void soften(const Call& call, float* score, std::uint64_t seen, State& st
     state.sum[row] += added;
 }
 
-// Where `weigh` takes its values from: the pool, or a piece of it that was widened before.
-template <class T>
-struct FromPool {
-    const T* const* value;
-    std::int64_t at, left;
-    template <int V>
-    void operator()(int position, __m512* to) const {
-        constexpr int vectors = Step<T>::length / 16;
-#pragma GCC unroll 4
-        for (int v = 0; v < V; v += vectors) widen(load(value[position] + at + 16 * v, left - 16 * v), to + v);
-    }
-};
-
-struct Widened {
-    const float* value;
-    template <int V>
-    void operator()(int position, __m512* to) const {
-#pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) to[v] = _mm512_load_ps(value + position * columns_at_once + 16 * v);
-    }
-};
-
-// acc[r][0 .. 16 V) += the sum over positions of weight[r * tile_positions + position] * value, for R rows.
+// acc[r][at .. at + 16 V) += the sum over positions of weight[r * tile_positions + position] * value, for R rows.
 template <int R, int V, class Source>
-inline void weigh(const float* weight, const Source& source, int from, int to, float* const* acc, std::int64_t at) {
+[[gnu::noinline]] void weigh(const float* weight, const Source& values, int from, int to, float* const* acc,
+                             std::int64_t at, std::int64_t column) {
     __m512 sums[R][V];
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r)
@@ -222,7 +247,7 @@ inline void weigh(const float* weight, const Source& source, int from, int to, f
         for (int v = 0; v < V; ++v) sums[r][v] = _mm512_load_ps(acc[r] + at + 16 * v);
     for (int position = from; position < to; ++position) {
         __m512 value[V];
-        source.template operator()<V>(position, value);
+        values.template load<V>(position, column, value);
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
             const __m512 w = _mm512_set1_ps(weight[r * tile_positions + position]);
@@ -236,20 +261,36 @@ inline void weigh(const float* weight, const Source& source, int from, int to, f
         for (int v = 0; v < V; ++v) _mm512_store_ps(acc[r] + at + 16 * v, sums[r][v]);
 }
 
+// The same for any number of rows. `at` is the column of the sums, `column` that of the source.
 template <int V, class Source>
-inline void weigh_rows(const float* weight, const Source& source, int from, int to, float* const* acc, int rows, std::int64_t at) {
+void weigh_rows(const float* weight, const Source& values, int from, int to, float* const* acc, int rows, std::int64_t at,
+                std::int64_t column) {
     int r = 0;
-    for (; r + 4 <= rows; r += 4) weigh<4, V>(weight + r * tile_positions, source, from, to, acc + r, at);
-    for (; r + 2 <= rows; r += 2) weigh<2, V>(weight + r * tile_positions, source, from, to, acc + r, at);
-    if (r < rows) weigh<1, V>(weight + r * tile_positions, source, from, to, acc + r, at);
+    for (; r + 4 <= rows; r += 4) weigh<4, V>(weight + r * tile_positions, values, from, to, acc + r, at, column);
+    for (; r + 2 <= rows; r += 2) weigh<2, V>(weight + r * tile_positions, values, from, to, acc + r, at, column);
+    if (r < rows) weigh<1, V>(weight + r * tile_positions, values, from, to, acc + r, at, column);
 }
 
 template <class T>
 class Worker {  // one thread's part of a call
    public:
-    explicit Worker(const Call& call) : call_(call), width_((call.value_width + 31) / 32 * 32) {}
+    explicit Worker(const Call& call)
+        : call_(call), width_(padded(call.value_width)), query_width_(padded(call.key_width)) {
+        static thread_local Buffer queries, keys;
+        queries_ = queries.at_least(rows_at_once * query_width_);
+        keys_ = keys.at_least(16 * query_width_);
+    }
 
-    static std::int64_t padded(const Call& call) { return (call.value_width + 31) / 32 * 32; }
+    static std::int64_t padded(std::int64_t width) { return (width + 31) / 32 * 32; }
+
+    // Makes `unit` the one that is worked on: its queries as float32, columns in the order of `widen`.
+    void begin(const Unit& unit) {
+        for (std::int64_t row = 0; row < unit.rows(); ++row) {
+            const T* query = static_cast<const T*>(call_.query) + (unit.token + row / unit.heads) * call_.query_token +
+                             (unit.head + row % unit.heads) * call_.query_head;
+            copy(Pool<T, false>{&query, &query, call_.key_width}, 0, 1, queries_ + row * query_width_, query_width_, 0, call_.key_width);
+        }
+    }
 
     // The rows of `unit` over the positions of one split, from a fresh state.
     void split(const Unit& unit, std::int64_t index, State& state) {
@@ -260,9 +301,10 @@ class Worker {  // one thread's part of a call
         std::fill_n(state.sum, unit.rows(), 0.0f);
         locate(unit, begin, places_[0]);
         for (std::int64_t at = begin, i = 0; at < end; at += tile_positions, i ^= 1) {
-            const bool more = at + tile_positions < end;
+            // Behind the last tile of a sequence nothing is left to fetch: its own rows are in the cache.
+            const bool more = at + tile_positions < unit.last;
             if (more) locate(unit, at + tile_positions, places_[i ^ 1]);
-            tile(unit, at, places_[i], more ? &places_[i ^ 1] : nullptr, state);
+            tile(unit, at, places_[i], more ? places_[i ^ 1] : places_[i], state);
         }
     }
 
@@ -327,7 +369,7 @@ class Worker {  // one thread's part of a call
         }
     }
 
-    void tile(const Unit& unit, std::int64_t begin, const Places& places, const Places* next, State& state) {
+    void tile(const Unit& unit, std::int64_t begin, const Places& places, const Places& next, State& state) {
         int rows = 0, from = tile_positions, to = 0;
         for (std::int64_t token = 0; token < unit.tokens; ++token) {
             const std::int64_t end = call_.length[unit.token + token];
@@ -335,61 +377,68 @@ class Worker {  // one thread's part of a call
             const std::int64_t high = std::min<std::int64_t>(end - begin, tile_positions);
             if (low >= high) continue;
             from = std::min<int>(from, low), to = std::max<int>(to, high);
-            const std::uint64_t seen = (~0ull >> (tile_positions - high)) & (~0ull << low);
-            const T* query = static_cast<const T*>(call_.query) + (unit.token + token) * call_.query_token;
-            for (std::int64_t head = 0; head < unit.heads; ++head, ++rows) {
-                row_[rows] = token * unit.heads + head;
-                seen_[rows] = seen;
-                query_[rows] = query + (unit.head + head) * call_.query_head;
-                acc_[rows] = state.acc + row_[rows] * width_;
+            for (std::int64_t row = token * unit.heads; row < (token + 1) * unit.heads; ++row, ++rows) {
+                row_[rows] = row;
+                seen_[rows] = (~0ull >> (tile_positions - high)) & (~0ull << low);
+                query_[rows] = queries_ + row * query_width_;
+                acc_[rows] = state.acc + row * width_;
             }
         }
-        for (int key = from / 16 * 16; key < to; key += 16) {
-            if (next) fetch(next->key + key, call_.key_width);
-            int r = 0;
-            for (; r + 4 <= rows; r += 4)
-                for (int k = key; k < key + 16; k += 4)
-                    scores<T, 4>(query_ + r, places.key + k, call_.key_width, score_ + r * tile_positions + k);
-            for (; r + 2 <= rows; r += 2)
-                for (int k = key; k < key + 16; k += 8)
-                    scores<T, 2>(query_ + r, places.key + k, call_.key_width, score_ + r * tile_positions + k);
-            if (r < rows) scores<T, 1>(query_ + r, places.key + key, call_.key_width, score_ + r * tile_positions + key);
-        }
+        const bool many = rows >= rows_worth_copying;
+        with_pool(places.key, next.key, call_.key_width, [&](const auto& keys) {
+            for (int key = from / 16 * 16; key < to; key += 16) {
+                if (many) {
+                    copy(keys, key, 16, keys_, query_width_, 0, call_.key_width);
+                    scores_of_rows(query_, rows, Copy<T>{keys_, query_width_}, 0, call_.key_width, score_ + key);
+                } else {
+                    scores_of_rows(query_, rows, keys, key, call_.key_width, score_ + key);
+                }
+            }
+        });
         for (int r = 0; r < rows; ++r) soften(call_, score_ + r * tile_positions, seen_[r], state, row_[r]);
-        std::int64_t at = 0;
-        for (; at + columns_at_once <= call_.value_width; at += columns_at_once) columns<4>(places, from, to, rows, at);
-        for (; at < call_.value_width; at += Step<T>::length) columns<Step<T>::length / 16>(places, from, to, rows, at);
-        if (next)
-            for (int key = from / 16 * 16; key < to; key += 16) fetch(next->value + key, call_.value_width);
+        with_pool(places.value, next.value, call_.value_width, [&](const auto& values) {
+            constexpr int vectors = Copy<T>::vectors;
+            const auto columns = [&](std::int64_t at, auto count) {
+                constexpr int V = decltype(count)::value;
+                if (many) {
+                    copy(values, from, to - from, values_ + from * columns_at_once, columns_at_once, at, at + 16 * V);
+                    weigh_rows<V>(score_, Copy<T>{values_, columns_at_once}, from, to, acc_, rows, at, 0);
+                } else {
+                    weigh_rows<V>(score_, values, from, to, acc_, rows, at, at);
+                }
+            };
+            std::int64_t at = 0;
+            for (; at + columns_at_once <= call_.value_width; at += columns_at_once) columns(at, std::integral_constant<int, 4>());
+            for (; at < call_.value_width; at += 16 * vectors) columns(at, std::integral_constant<int, vectors>());
+        });
     }
 
-    template <int V>
-    void columns(const Places& places, int from, int to, int rows, std::int64_t at) {
-        const FromPool<T> pool{places.value, at, call_.value_width - at};
-        if (sizeof(T) == sizeof(float) || rows < rows_worth_widening)
-            return weigh_rows<V>(score_, pool, from, to, acc_, rows, at);
-        for (int position = from; position < to; ++position) {
-            __m512 value[V];
-            pool.template operator()<V>(position, value);
-            for (int v = 0; v < V; ++v) _mm512_store_ps(wide_ + position * columns_at_once + 16 * v, value[v]);
-        }
-        weigh_rows<V>(score_, Widened{wide_}, from, to, acc_, rows, at);
+    template <class Function>
+    static void with_pool(const T* const* row, const T* const* next, std::int64_t width, const Function& function) {
+        if (width % Step<T>::length == 0) function(Pool<T, true>{row, next, width});
+        else function(Pool<T, false>{row, next, width});
     }
 
-    static void fetch(const T* const* rows, std::int64_t width) {
-        for (int i = 0; i < 16; ++i)
-            for (std::int64_t at = 0; at < width; at += 64 / sizeof(T))
-                _mm_prefetch(reinterpret_cast<const char*>(rows[i] + at), _MM_HINT_T0);
+    template <class Source>
+    static void copy(const Source& rows, int first, int count, float* to, std::int64_t stride, std::int64_t begin, std::int64_t end) {
+        constexpr int vectors = Source::vectors;
+        for (int i = 0; i < count; ++i)
+            for (std::int64_t at = begin; at < end; at += 16 * vectors) {
+                __m512 row[vectors];
+                rows.template load<vectors>(first + i, at, row);
+                for (int v = 0; v < vectors; ++v) _mm512_store_ps(to + i * stride + at - begin + 16 * v, row[v]);
+            }
     }
 
     const Call& call_;
-    const std::int64_t width_;
+    const std::int64_t width_, query_width_;
+    float *queries_, *keys_;
     Places places_[2];
     alignas(64) float score_[rows_at_once * tile_positions];
-    alignas(64) float wide_[tile_positions * columns_at_once];
+    alignas(64) float values_[tile_positions * columns_at_once];
     std::uint64_t seen_[rows_at_once];
     std::int64_t row_[rows_at_once];
-    const T* query_[rows_at_once];
+    const float* query_[rows_at_once];
     float* acc_[rows_at_once];
 };
 
@@ -433,7 +482,7 @@ void paged_attention(const Call& call, int threads) {
     }
     threads = static_cast<int>(std::clamp<std::int64_t>(work / work_worth_thread, 1, threads));
     const std::int64_t count = units.size(), part_count = parts.size();
-    const std::int64_t width = Worker<T>::padded(call), floats = State::floats(rows, width);
+    const std::int64_t width = Worker<T>::padded(call.value_width), floats = State::floats(rows, width);
     // Few units for the threads: these share the splits instead, and the parts are merged afterwards in the same order.
     const bool shared = count < 4 * threads && part_count > count && part_count * floats <= floats_worth_splitting;
     static thread_local Buffer partial_results;
@@ -449,6 +498,7 @@ void paged_attention(const Call& call, int threads) {
             for (std::int64_t i = 0; i < part_count; ++i) {
                 const Unit& unit = units[parts[i].unit];
                 State part(partial + i * floats, unit.rows(), width);
+                worker.begin(unit);
                 worker.split(unit, parts[i].split, part);
             }
         }
@@ -457,6 +507,7 @@ void paged_attention(const Call& call, int threads) {
             const Unit& unit = units[i];
             State total(own, unit.rows(), width);
             worker.open(unit, total);
+            if (!partial) worker.begin(unit);
             for (std::int64_t split = unit.splits_begin(); split < unit.splits_end(); ++split) {
                 float* const here = partial ? partial + (first_part[i] + split - unit.splits_begin()) * floats : own + floats;
                 State part(here, unit.rows(), width);
