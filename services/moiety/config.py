@@ -176,6 +176,7 @@ class AppSettings(BaseModel):
     max_context: int | None = Field(default=None, ge=1)
     kv_memory: ByteSize = Field(default=ByteSize(1 << 30), ge=1 << 10)
     expert_wait_s: float = Field(default=30.0, ge=0, le=3600)
+    transport: Transport = Transport.AUTO
     experts: GroupSettings = GroupSettings()
 
 

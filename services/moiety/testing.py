@@ -202,9 +202,9 @@ class FakeExperts:
 
         async def handle() -> None:
             reply = experts_pb2.ForwardReply.FromString(self._reply(header, call, await self.on_call(call)))
-            rows = codec.rows_in(memoryview(reply.payload), 1) if reply.payload else None
+            rows = codec.rows_in(memoryview(reply.payload), 1)
             reply.ClearField("payload")
-            mailbox.post(lambda: answer(reply, rows))
+            mailbox.post(lambda: answer(reply, codec.Picked(rows, np.arange(len(rows)))))
 
         self._handling.add(asyncio.run_coroutine_threadsafe(handle(), loop))
 

@@ -77,6 +77,7 @@ CASES = [
     argument("kv_memory", "4GiB"),
     argument("max_context", 4096),
     argument("expert_wait_s", 10),
+    argument("transport", "grpc"),
     argument("experts.min_replicas", 2),
     argument("experts.max_replicas", 6),
     argument("experts.num_cpus", 2),

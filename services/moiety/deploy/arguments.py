@@ -60,6 +60,7 @@ def router_settings(settings: AppSettings, node_address: str) -> RouterSettings:
         "max_context": settings.max_context,
         "kv_memory": settings.kv_memory,
         "expert_wait_s": settings.expert_wait_s,
+        "transport": settings.transport,
     }
     return validated(RouterSettings, values)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from moiety.core import CallClass
 from moiety.errors import ResourceExhausted
-from moiety.wire.codec import Rows
+from moiety.wire.codec import Picked
 from moiety.wire.frames import ForwardCall
 from moiety.wire.mailbox import Mailbox
 
@@ -22,7 +22,7 @@ MAX_BATCH_ROWS = 4096  # assignments merged into one batch; bounds the device's 
 class Computed:
     """What the runtime did for one call."""
 
-    payload: Rows  # [A], unweighted expert outputs in the order of the call's experts
+    picked: Picked  # [A], unweighted expert outputs in the order of the call's experts, where they lie
     activated_experts: int
     batch_rows: int
     queue_ms: float
@@ -39,6 +39,7 @@ class Waiting:
     done: Callable[[Computed | BaseException], None]
     since: float = field(default_factory=time.monotonic)
     since_ns: int = field(default_factory=time.time_ns)
+    checked: object = None  # what the runtime held when it found that it holds all that the call asks for
 
 
 class Batcher:

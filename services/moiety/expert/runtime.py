@@ -34,8 +34,9 @@ class _Holding:
 
     def check(self, call: ForwardCall) -> None:
         """Raises NotHeld unless every expert of the call is here."""
-        missing = sorted(set(call.experts.tolist()) - self.held.layer(call.layer))
-        if missing:
+        held, wanted = self.held.layer(call.layer), call.experts.tolist()
+        if not held.issuperset(wanted):
+            missing = sorted(set(wanted) - held)
             raise NotHeld(f"layer {call.layer}: expert(s) {missing} are not held here (epoch {self.epoch})")
 
 
@@ -130,7 +131,9 @@ class Runtime:
 
     def submit(self, waiting: Waiting) -> None:
         """Queues a call. Raises NotHeld or ResourceExhausted; nothing of the call is computed then."""
-        self._holding.check(waiting.call)
+        holding = self._holding
+        holding.check(waiting.call)
+        waiting.checked = holding
         self._count(1)
         try:
             self._batcher.put(waiting)
@@ -186,7 +189,8 @@ class Runtime:
     def _admit(self, waiting: Waiting, holding: _Holding) -> bool:
         """Whether the call may go to the device; tells its caller when not."""
         try:
-            holding.check(waiting.call)
+            if waiting.checked is not holding:
+                holding.check(waiting.call)
             if waiting.call.deadline.passed:
                 raise DeadlineExceeded(f"the call waited {time.monotonic() - waiting.since:.3f} s for the device")
         except MoietyError as error:
@@ -230,7 +234,7 @@ class Runtime:
             end = start + len(waiting.call.experts)
             results.append(
                 Computed(
-                    payload=computed[position[start:end]],
+                    picked=codec.Picked(computed, position[start:end]),
                     activated_experts=len(activated),
                     batch_rows=len(experts),
                     queue_ms=1000 * (began - waiting.since),

@@ -115,7 +115,11 @@ class ExpertService:
         except InvalidRequest as error:
             reply(codec.encode(experts_pb2.ForwardReply(outcome=experts_pb2.OUTCOME_INVALID, detail=str(error))))
             return
-        self.accept(header, payload, lambda header, rows: reply(codec.encode(header, rows)))
+        self.accept(
+            header,
+            payload,
+            lambda header, picked: reply(codec.encode(header, None if picked is None else picked.rows[picked.order])),
+        )
 
     def accept(self, header: experts_pb2.ForwardRequest, payload: memoryview, answer: Answerer) -> None:
         """Hands one call to the runtime; every path ends in exactly one `answer`. `payload` is read until then."""
@@ -139,7 +143,7 @@ class ExpertService:
 
     def _reply(
         self, to: experts_pb2.ForwardRequest | ForwardCall, result: Computed | BaseException
-    ) -> tuple[experts_pb2.ForwardReply, codec.Rows | None]:
+    ) -> tuple[experts_pb2.ForwardReply, codec.Picked | None]:
         reply = experts_pb2.ForwardReply(
             call_id=to.call_id, attempt=to.attempt, revision=self._revision, held_epoch=self._runtime.holding[1]
         )
@@ -147,12 +151,12 @@ class ExpertService:
             reply.outcome = next((o for kind, o in _OUTCOMES if isinstance(result, kind)), experts_pb2.OUTCOME_FAILED)
             reply.detail = str(result)
             return reply, None
-        reply.rows = len(result.payload)
+        reply.rows = len(result.picked.order)
         reply.activated_experts = result.activated_experts
         reply.batch_rows = result.batch_rows
         reply.queue_ms = result.queue_ms
         reply.compute_ms = result.compute_ms
-        return reply, result.payload
+        return reply, result.picked
 
     def _trace(self, waiting: Waiting, result: Computed | BaseException) -> None:
         """The spans of one call, made after the fact and only for a sampled hop: expert -> queue, kernel."""

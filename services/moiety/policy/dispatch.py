@@ -74,14 +74,13 @@ def plan(table: Table, layer: int, experts: np.ndarray, assignments: np.ndarray,
     """
     wanted = experts[assignments]
     owner = table.sole[layer][wanted]  # [len(assignments)]
-    barred = {index for index, replica in enumerate(table.replicas) if replica in avoid}
+    barred = {index for index, replica in enumerate(table.replicas) if replica in avoid} if avoid else set()
     if barred:
         owner = np.where(np.isin(owner, list(barred)), NOBODY, owner)
-    if np.any(owner == SEVERAL):
+    if (owner == SEVERAL).any():
         owner = _choose(table, layer, wanted, owner, barred)
-    parts = {
-        table.replicas[index]: assignments[owner == index] for index in np.unique(owner).tolist() if index != NOBODY
-    }
+    share = np.bincount(owner - NOBODY).tolist()  # how much each gets, NOBODY first
+    parts = {table.replicas[i - 1]: assignments[owner == i - 1] for i, count in enumerate(share) if i and count}
     return Plan(parts, assignments[owner == NOBODY])
 
 

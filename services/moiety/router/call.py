@@ -34,16 +34,18 @@ def request_for(
     Who it is from, and what it is of, is left for the caller to fill in.
     """
     token_of = assignments // top_k  # ascending, as the assignments are
-    starts = np.flatnonzero(np.concatenate(([True], token_of[1:] != token_of[:-1])))  # of each token's run
+    first = np.ones(len(assignments) + 1, dtype=bool)  # of its token's run; the end counts as one too
+    np.not_equal(token_of[1:], token_of[:-1], out=first[1:-1])
+    offsets = first.nonzero()[0]
     prefill = call_class is CallClass.PREFILL
     request = experts_pb2.ForwardRequest(
-        rows=len(starts),
-        k_offsets=codec.int32_bytes(np.concatenate((starts, [len(assignments)]))),
+        rows=len(offsets) - 1,
+        k_offsets=codec.int32_bytes(offsets),
         experts=codec.int32_bytes(experts[assignments]),
         call_class=experts_pb2.CALL_CLASS_PREFILL if prefill else experts_pb2.CALL_CLASS_DECODE,
         deadline_ms=int(CALL_TIMEOUT_S * 1000),
     )
-    return request, token_of[starts]
+    return request, token_of[offsets[:-1]]
 
 
 def outcome_name(outcome: int) -> str:

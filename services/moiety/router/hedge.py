@@ -7,7 +7,7 @@ from collections import deque
 from moiety.core import CallClass
 
 WINDOW = 128  # calls per (layer, class) that the p99 is taken over
-FEWEST = 16  # below this many a p99 says nothing
+FEWEST = 16  # answers between two looks at the window: fewer say nothing of a p99
 UNKNOWN_S = 1.0  # the wait until then: first calls pay for warming up
 BURST = 10.0  # hedges allowed beyond the budget at once, so that one hung replica is bridged at once
 
@@ -21,6 +21,7 @@ class Hedging:
         self._tokens = BURST
         self._latencies: dict[tuple[int, CallClass], deque[float]] = {}
         self._after: dict[tuple[int, CallClass], float] = {}
+        self._answers: dict[tuple[int, CallClass], int] = {}
 
     def after(self, layer: int, call_class: CallClass) -> float:
         """Seconds to wait for an answer before a second call."""
@@ -37,8 +38,11 @@ class Hedging:
         return True
 
     def answered(self, layer: int, call_class: CallClass, seconds: float) -> None:
-        window = self._latencies.setdefault((layer, call_class), deque(maxlen=WINDOW))
+        key = (layer, call_class)
+        if (window := self._latencies.get(key)) is None:
+            window = self._latencies[key] = deque(maxlen=WINDOW)
         window.append(seconds)
-        if len(window) >= FEWEST and len(window) % 8 == 0:
+        self._answers[key] = answers = self._answers.get(key, 0) + 1
+        if answers % FEWEST == 0:
             p99 = sorted(window)[int(0.99 * (len(window) - 1))]
-            self._after[layer, call_class] = max(self._factor * p99, self.least_s)
+            self._after[key] = max(self._factor * p99, self.least_s)

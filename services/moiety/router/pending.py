@@ -50,7 +50,7 @@ class PendingLayer:
         self._experts = top_k_index.reshape(-1).cpu().numpy()  # [A]
         self._device = hidden.device
         self._rows = codec.rows_of(hidden.contiguous().cpu())  # [T]
-        wanted = np.flatnonzero(self._experts >= 0)
+        wanted = (self._experts >= 0).nonzero()[0]
         self._missing = len(wanted)  # rows that are not in place yet
         whole = self._missing == len(self._experts)
         self._filled = np.zeros(len(self._experts), dtype=bool) if whole else self._experts < 0

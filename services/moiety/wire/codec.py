@@ -6,8 +6,10 @@ last, so we join the payload on, and slice it out again, without protobuf copyin
 
 from __future__ import annotations
 
+import math
 import struct
-from typing import TypeVar
+from functools import lru_cache
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +20,19 @@ from moiety.wire.experts_pb2 import ForwardReply, ForwardRequest
 
 Header = TypeVar("Header", ForwardRequest, ForwardReply)
 Rows = np.ndarray  # one item per row, dtype void of the row's bytes: moved by memcpy whatever the dtype means
+
+
+class Picked(NamedTuple):
+    """`rows[order]`, not copied yet: whoever sends them copies them to where they go."""
+
+    rows: Rows
+    order: np.ndarray  # int64 [A], indices into rows
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the rows that are picked."""
+        return len(self.order) * self.rows.itemsize
+
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -61,14 +76,19 @@ def decode(kind: type[Header], frame: bytes) -> tuple[Header, memoryview]:
 
 def rows_of(tensor: torch.Tensor) -> Rows:
     """A contiguous CPU tensor [R, ...] as R opaque rows sharing its memory."""
-    flat = tensor.detach().flatten(1)
-    row_bytes = flat.shape[1] * flat.element_size()
-    return flat.view(torch.uint8).numpy().view(np.dtype((np.void, row_bytes)))[:, 0]
+    row = row_dtype(math.prod(tensor.shape[1:]) * tensor.itemsize)
+    return tensor.detach().view(-1).view(torch.uint8).numpy().view(row)
 
 
 def rows_in(payload: memoryview, row_bytes: int) -> Rows:
     """A received payload as opaque rows, read-only, without a copy."""
-    return np.frombuffer(payload, dtype=np.dtype((np.void, row_bytes)))
+    return np.frombuffer(payload, dtype=row_dtype(row_bytes))
+
+
+@lru_cache(64)
+def row_dtype(row_bytes: int) -> np.dtype[np.void]:
+    """The dtype of one opaque row."""
+    return np.dtype((np.void, row_bytes))
 
 
 def int32_bytes(values: np.ndarray) -> bytes:

@@ -13,7 +13,7 @@ from moiety.wire import codec
 from moiety.wire.deadline import Deadline
 from moiety.wire.experts_pb2 import CALL_CLASS_PREFILL, RETURN_MODE_ROWS, ForwardReply, ForwardRequest
 
-Answerer = Callable[[ForwardReply, codec.Rows | None], None]  # takes the one answer to a call
+Answerer = Callable[[ForwardReply, codec.Picked | None], None]  # takes the one answer to a call
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ def parse_call(header: ForwardRequest, payload: memoryview, *, dtype: str, hidde
     if len(header.experts) % 4:
         raise InvalidRequest("experts", f"{len(header.experts)} bytes", "a whole number of int32")
     experts = codec.int32_array(header.experts)
-    if offsets[0] != 0 or offsets[-1] != len(experts) or np.any(np.diff(offsets) < 0):
+    if offsets[0] != 0 or offsets[-1] != len(experts) or (offsets[1:] < offsets[:-1]).any():
         raise InvalidRequest(
             "k_offsets", offsets[:8].tolist(), f"non-decreasing from 0 to {len(experts)}, the experts given"
         )
@@ -71,5 +71,5 @@ def parse_call(header: ForwardRequest, payload: memoryview, *, dtype: str, hidde
         traceparent=header.traceparent,
         k_offsets=offsets,
         experts=experts,
-        payload=codec.rows_in(payload, row_bytes) if header.rows else np.empty(0, dtype=np.dtype((np.void, row_bytes))),
+        payload=codec.rows_in(payload, row_bytes) if header.rows else np.empty(0, dtype=codec.row_dtype(row_bytes)),
     )

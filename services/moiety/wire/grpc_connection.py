@@ -42,7 +42,7 @@ class GrpcConnection:
         self._tasks = [asyncio.create_task(self._write()), asyncio.create_task(self._read())]
 
     def acquire(self, header: ForwardRequest, *, rows: int, row_bytes: int, reply_rows: int) -> _Frame:
-        return _Frame(self, header, np.empty(rows, dtype=np.dtype((np.void, row_bytes))))
+        return _Frame(self, header, np.empty(rows, dtype=codec.row_dtype(row_bytes)))
 
     async def close(self) -> None:
         self._break(PeerLost(f"the stream to {self._address} was closed here"))

@@ -17,7 +17,7 @@ from google.protobuf.message import DecodeError
 
 from moiety.core import WIRE_VERSION
 from moiety.errors import FailedPrecondition, PeerLost, ResourceExhausted
-from moiety.wire.codec import Rows
+from moiety.wire import codec
 from moiety.wire.doorbell import ANSWER, CALL, MESSAGE_BYTES, Doorbell, check_peer
 from moiety.wire.experts_pb2 import (
     DescribeResponse,
@@ -42,7 +42,7 @@ class _Range:
     rows_bytes: int
     reply_bytes: int
     header_bytes: int
-    rows: Rows
+    rows: codec.Rows
 
     def send(self, answer: Answer) -> None:
         self.connection._send(self, answer)
@@ -84,7 +84,7 @@ class SharedMemoryConnection:
 
     def acquire(self, header: ForwardRequest, *, rows: int, row_bytes: int, reply_rows: int) -> _Range:
         rows_bytes, reply_bytes = rows * row_bytes, reply_rows * row_bytes
-        row = np.dtype((np.void, row_bytes))
+        row = codec.row_dtype(row_bytes)
         key = header.call_id, header.attempt
         if self._segment is None:
             return _Range(self, key, 0, 0, rows_bytes, reply_bytes, 0, np.empty(rows, row))

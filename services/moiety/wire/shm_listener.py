@@ -18,7 +18,7 @@ from google.protobuf.message import DecodeError
 
 from moiety.core import WIRE_VERSION
 from moiety.errors import InvalidRequest, MoietyError, PeerLost, RevisionMismatch
-from moiety.wire.codec import Rows
+from moiety.wire.codec import Picked
 from moiety.wire.doorbell import ANSWER, CALL, MESSAGE_BYTES, Doorbell, check_peer
 from moiety.wire.experts_pb2 import (
     OUTCOME_INVALID,
@@ -42,7 +42,7 @@ Accept = Callable[[ForwardRequest, memoryview, Answerer], None]
 class SharedMemoryListener:
     """Takes connections on its loop and hands them to the mailbox, whose owner gets their calls through `accept`.
 
-    `accept(header, payload, answer)`: the payload may be read until `answer(reply, rows)` is called, once, by the owner.
+    `accept(header, payload, answer)`: the payload may be read until `answer(reply, picked)` is called, once, by the owner.
     """
 
     def __init__(self, revision: str, dtype: str, row_bytes: int, mailbox: Mailbox, accept: Accept):
@@ -169,11 +169,12 @@ class SharedMemoryPeer:
             return
         self._accept(header, payload, answer)
 
-    def _answer(self, start: int, reply_at: int, reply: ForwardReply, rows: Rows | None) -> None:
+    def _answer(self, start: int, reply_at: int, reply: ForwardReply, picked: Picked | None) -> None:
         reply.payload_bytes = 0
-        if rows is not None and rows.nbytes:
-            reply.payload_bytes = rows.nbytes
-            np.frombuffer(self._segment, rows.dtype, len(rows), reply_at)[:] = rows
+        if picked is not None and picked.nbytes:
+            reply.payload_bytes = picked.nbytes
+            into = np.frombuffer(self._segment, picked.rows.dtype, len(picked.order), reply_at)
+            picked.rows.take(picked.order, out=into, mode="clip")  # any mode but "raise" writes without a copy between
         reply.detail = reply.detail[:DETAIL_CHARACTERS]
         self._doorbell.ring(ANSWER.pack(start) + reply.SerializeToString())
 

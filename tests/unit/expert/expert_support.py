@@ -97,6 +97,6 @@ def plainly(experts: Iterable[int], rows: torch.Tensor, layer: int = 0) -> torch
 
 def tensor_of(computed: Computed) -> torch.Tensor:
     """The answered rows [A, D]."""
-    out = torch.empty(len(computed.payload), SHAPE.mlp.hidden)
-    codec.rows_of(out)[:] = computed.payload
+    out = torch.empty(len(computed.picked.order), SHAPE.mlp.hidden)
+    codec.rows_of(out)[:] = computed.picked.rows[computed.picked.order]
     return out

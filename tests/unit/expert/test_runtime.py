@@ -42,7 +42,7 @@ def test_a_call_of_no_rows_is_answered_with_none(make_runtime: MakeRuntime):
     """Zero rows alone in a batch are computed, not an error."""
     computed = submit(make_runtime(ALL), []).one()
     assert isinstance(computed, Computed)
-    assert len(computed.payload) == 0
+    assert len(computed.picked.order) == 0
 
 
 def test_a_failing_batch_fails_only_its_own_calls(make_runtime: MakeRuntime):
