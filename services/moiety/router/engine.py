@@ -172,8 +172,9 @@ class Engine:
         for sequence in [s for s in everybody if self._stopping or s.given_up(now)]:
             self._end_given_up(sequence)
         for sequence in self._scheduler.admit():
-            self._rate.note(now)
-            if not sequence.emitted:
+            if not sequence.admitted:  # else it comes back from having been preempted
+                sequence.admitted = True
+                self._rate.note(now)
                 sequence.cached_tokens = min(sequence.computed, sequence.prompt_tokens)
                 self._tracer.start(SpanName.QUEUE, parent=sequence.span, start_ns=sequence.submitted_ns).end(now_ns)
 
