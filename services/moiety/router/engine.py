@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from moiety.core import FinishReason
 from moiety.errors import (
     Cancelled,
     DeadlineExceeded,
@@ -31,10 +30,9 @@ from moiety.router.batch import StepBatch
 from moiety.router.context import StepContext
 from moiety.router.hop import Hop
 from moiety.router.kvcache import KVCache
-from moiety.router.logprobs import prompt_logprobs
+from moiety.router.outcome import outcome
 from moiety.router.plan import StepPlan
 from moiety.router.pressure import AdmissionRate
-from moiety.router.sampler import Sampled, sample
 from moiety.router.scheduler import Scheduler
 from moiety.router.sequence import Emitted, Sequence
 from moiety.telemetry.names import Attribute, SpanName
@@ -151,8 +149,7 @@ class Engine:
             return False
         span, linked = self._step_spans(plan)
         plan, logits = self._run_plan(plan, span)
-        self._score_prompts(plan, logits)
-        sampled = self._sample(plan, logits)
+        sampled = outcome(plan, logits)
         self._tracer.start(SpanName.SAMPLE, parent=span, start_ns=self._hop.layer_began_ns).end()
         span.end()
         for other in linked:
@@ -230,25 +227,6 @@ class Engine:
         logits: torch.Tensor = output.logits[0]
         return logits[: len(wanted)]
 
-    def _score_prompts(self, plan: StepPlan, logits: torch.Tensor) -> None:
-        """Log probabilities of prompt tokens, where asked for; they go out with the first token."""
-        for item, rows in plan.rows():
-            sequence = item.sequence
-            if sequence.scores_prompt:
-                past = sequence.computed
-                following = sequence.tokens[past + 1 : past + item.count + 1]  # the last token of all has none
-                of_prompt = logits[rows.start : rows.start + len(following)]
-                sequence.prompt_logprobs += prompt_logprobs(of_prompt, following)
-
-    def _sample(self, plan: StepPlan, logits: torch.Tensor) -> list[tuple[Sequence, Emitted]]:
-        """A token for each sequence whose last one was computed; a failure to sample is that request's own."""
-        choices = _choices(plan)
-        rows, sequences = [row for row, _ in choices], [sequence for _, sequence in choices]
-        if not choices:
-            return []
-        results = sample(logits if rows == list(range(len(logits))) else logits[rows], sequences)
-        return [(sequence, _emitted(sequence, result)) for sequence, result in zip(sequences, results, strict=True)]
-
     def _commit(self, plan: StepPlan, sampled: list[tuple[Sequence, Emitted]]) -> None:
         """Only now has the step happened: cache lengths advance, choices part ways, and tokens go out."""
         for item in plan.scheduled:
@@ -321,35 +299,3 @@ class Engine:
         else:
             error = DeadlineExceeded(f"the deadline passed after {sequence.generated} tokens")
         self._end(sequence, Emitted(error=error))
-
-
-def _emitted(sequence: Sequence, result: Sampled | MoietyError) -> Emitted:
-    """What the request hears of its sampled token."""
-    if isinstance(result, MoietyError):
-        return Emitted(error=result, choice=sequence.choice)
-    told, sequence.prompt_logprobs = tuple(sequence.prompt_logprobs), []
-    return Emitted(
-        (result.token,),
-        () if result.logprob is None else (result.logprob,),
-        _finish(sequence, result.token),
-        choice=sequence.choice,
-        top_logprobs=() if result.top is None else (result.top,),
-        prompt_logprobs=told,
-    )
-
-
-def _finish(sequence: Sequence, token: int) -> FinishReason | None:
-    """Whether `token` is the sequence's last."""
-    if token in sequence.stop_ids:
-        return FinishReason.STOP
-    return FinishReason.LENGTH if sequence.generated + 1 >= sequence.sampling.max_tokens else None
-
-
-def _choices(plan: StepPlan) -> list[tuple[int, Sequence]]:
-    """(row of the logits, sequence) of all that are sampled: a prompt's last row once for each choice of it."""
-    return [
-        (rows[-1], sequence)
-        for item, rows in plan.rows()
-        if item.samples
-        for sequence in (item.sequence, *item.sequence.siblings)
-    ]
