@@ -66,16 +66,15 @@ def expert_mlp(
     activation: str = "silu",
     gated: bool = True,
     interleaved: bool = False,
-    transposed: bool = False,
     limit: float | None = None,
     alpha: float | None = None,
 ) -> torch.Tensor:
     """`rows` [R, D] through one expert: [R, D], in the rows' dtype, which must be the weights'."""
-    projected = rows @ (weights.gate_up if transposed else weights.gate_up.T)  # [R, O]
+    projected = rows @ weights.gate_up.T  # [R, O]
     if weights.gate_up_bias is not None:
         projected = projected + weights.gate_up_bias
     inner = activate(
         projected, activation=activation, gated=gated, interleaved=interleaved, limit=limit, alpha=alpha
     )  # [R, I]
-    out = inner @ (weights.down if transposed else weights.down.T)  # [R, D]
+    out = inner @ weights.down.T  # [R, D]
     return out if weights.down_bias is None else out + weights.down_bias

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
@@ -18,6 +18,8 @@ from moiety.errors import ConfigError
 
 ENV_PREFIX = "MOIETY_"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+WEIGHTS_HELP = "how experts are held: auto = as published, int8 = quantised when they are loaded, half of bfloat16"
+DETERMINISTIC_HELP = "bits that depend on the request alone: not on its batch, on lanes, replicas or retries"
 Settings = TypeVar("Settings", bound=BaseModel)
 
 
@@ -61,6 +63,8 @@ class ExpertSettings(ServiceSettings):
 
     deployment: str = "experts-0"
     held: str = Field(description="experts to hold until a placement says otherwise, e.g. 0-31:0-7")
+    weights: Literal["auto", "int8"] = Field(default="auto", description=WEIGHTS_HELP)
+    deterministic: bool = Field(default=False, description=DETERMINISTIC_HELP)
     queue_calls: int = Field(default=256, ge=1, le=65536, description="calls that may wait for the device")
     capacity: float | None = Field(
         default=None,
@@ -78,6 +82,7 @@ class RouterSettings(ServiceSettings):
     """A router."""
 
     deployment: str = "router"
+    deterministic: bool = Field(default=False, description=DETERMINISTIC_HELP)
     slots: int = Field(default=32, ge=1, le=4096, description="sequences that run at once")
     max_context: int | None = Field(default=None, ge=1, description="tokens per sequence; default: the model's")
     token_budget: int = Field(default=256, ge=1, le=65536, description="tokens per step, decode and prefill together")
@@ -122,6 +127,7 @@ class GroupSettings(BaseModel):
     num_cpus: float = Field(default=1.0, ge=0, description="Ray CPUs per replica")
     num_gpus: float = Field(default=0.0, ge=0, description="Ray GPUs per replica")
     threads: int = Field(default=1, ge=1, le=1024)
+    weights: Literal["auto", "int8"] = Field(default="auto", description=WEIGHTS_HELP)
     capacity: float | None = Field(default=None, gt=0, description="pace a replica to this many rows per second")
     target_busy: float = Field(default=0.6, gt=0, le=1, description="busy fraction that scaling aims at")
     queue_wait_ms: float = Field(default=50.0, gt=0, description="mean wait that forces a step up")
@@ -149,6 +155,7 @@ class AppSettings(BaseModel):
     advertise_host: str = Field(default="", description="default: the node's address, or listen_host on loopback")
     grpc_port: int = Field(default=50051, ge=0, le=65535, description="the gateway's, one per node")
     dtype: str = "auto"
+    deterministic: bool = Field(default=False, description=DETERMINISTIC_HELP)
     device: str = "cpu"
     router_replicas: int = Field(default=1, ge=1, le=1000)
     router_cpus: float = Field(default=1.0, ge=0)

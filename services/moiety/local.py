@@ -75,6 +75,8 @@ class LocalCluster:
         app: str = "local",
         dtype: str = "auto",
         threads: int = 1,
+        weights: str = "auto",
+        deterministic: bool = False,
         expert: Mapping[str, Any] | None = None,
         router: Mapping[str, Any] | None = None,
         gateway: Mapping[str, Any] | None = None,
@@ -93,7 +95,11 @@ class LocalCluster:
             "dtype": dtype,
             "threads": threads,
         }
-        self._extra = {Role.EXPERT: expert or {}, Role.ROUTER: router or {}, Role.GATEWAY: gateway or {}}
+        self._extra: Mapping[Role, Mapping[str, Any]] = {
+            Role.EXPERT: {"weights": weights, "deterministic": deterministic, **(expert or {})},
+            Role.ROUTER: {"deterministic": deterministic, **(router or {})},
+            Role.GATEWAY: gateway or {},
+        }
         self._env = {**PROCESS_ENVIRONMENT, "OMP_NUM_THREADS": str(threads), **os.environ, **(env or {})}
         self._count = 0
 

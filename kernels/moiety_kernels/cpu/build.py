@@ -4,18 +4,20 @@ replica: one that starts finds the library or computes with torch.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import platform
 import shutil
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
 COMPILERS = ("g++", "c++", "clang++")
 FLAGS = (
-    *("-std=c++17", "-O3", "-shared", "-fPIC", "-fopenmp", "-fno-math-errno", "-Wall", "-Wextra"),
+    *("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fno-math-errno", "-Wall", "-Wextra"),
     *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mavx512bf16", "-mfma"),
     # Sums keep the order they are written in: it is what makes a row's bits independent of its batch.
     "-ffp-contract=off",
@@ -39,10 +41,8 @@ def library_name() -> str:
 def cache_folders() -> list[Path]:
     """Where a built library may lie, first choice first: $MOIETY_CACHE, ~/.cache/moiety."""
     folders = [Path(text)] if (text := os.environ.get("MOIETY_CACHE")) else []
-    try:
+    with contextlib.suppress(RuntimeError):  # there may be no home
         folders.append(Path.home() / ".cache" / "moiety")
-    except RuntimeError:  # no home
-        pass
     return [folder / "kernels" for folder in folders]
 
 
@@ -69,7 +69,15 @@ def build() -> Path:
         library.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=library.parent, prefix="build-") as scratch:
             fresh = Path(scratch, library.name)
-            _output([compiler, *FLAGS, *map(str, sorted(FOLDER.glob("*.cpp"))), "-o", str(fresh)])
+            sources = sorted(FOLDER.glob("*.cpp"))
+            objects = [Path(scratch, source.name).with_suffix(".o") for source in sources]
+            commands = [
+                [compiler, *FLAGS, "-c", str(source), "-o", str(to)]
+                for source, to in zip(sources, objects, strict=True)
+            ]
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                list(pool.map(_output, commands))
+            _output([compiler, "-shared", "-fopenmp", *map(str, objects), "-o", str(fresh)])
             os.replace(fresh, library)  # a replica that starts meanwhile sees the whole file or none
             stamp.write_text(version)
     except OSError as error:

@@ -28,17 +28,20 @@ class Library:
 
     def __init__(self, path: Path, cpu: frozenset[str]):
         self.path, self._cpu = path, cpu
-        self._functions = ctypes.CDLL(str(path))
+        self._library = ctypes.CDLL(str(path))
+        self._functions: dict[str, Callable[..., None] | None] = {}
 
-    def function(
-        self, name: str, *arguments: Any, isa: frozenset[str] = frozenset()
-    ) -> Callable[..., None] | None:
+    def function(self, name: str, *arguments: Any, isa: frozenset[str] = frozenset()) -> Callable[..., None] | None:
         """`extern "C" void name(arguments)`, arguments as ctypes types; None where this CPU lacks an extension of `isa`."""
-        if isa - self._cpu:
-            return None
-        function = self._functions[name]
-        function.argtypes, function.restype = arguments, None
-        return function
+        if name not in self._functions:
+            if missing := isa - self._cpu:
+                _log.warning("%s is computed with torch, slowly: this CPU lacks %s", name, ", ".join(sorted(missing)))
+                self._functions[name] = None
+            else:
+                function = self._library[name]
+                function.argtypes, function.restype = arguments, None
+                self._functions[name] = function
+        return self._functions[name]
 
 
 @functools.cache

@@ -1,30 +1,35 @@
 // y = x w^T + bias, for the few rows of a decode step and, where bits must not depend on the batch, for any number.
 
-#include <algorithm>
-
-#include "tile.h"
+#include "product.h"
 
 namespace moiety {
 namespace {
 
-constexpr std::int64_t rows_at_once = 96, columns_at_once = 64;
+constexpr int64_t rows_at_once = 192;  // packed at D = 1024: 768 KiB, which leaves room in L2 for a chunk of weights
 
 template <class T>
-void linear(const T* x, std::int64_t ldx, const T* w, std::int64_t ldw, const T* bias, T* y, std::int64_t rows,
-            std::int64_t depth, std::int64_t width, int threads) {
-    const std::int64_t pieces = (width + columns_at_once - 1) / columns_at_once;
+void linear(const T* x, int64_t ldx, const T* w, int64_t ldw, const T* bias, T* y, int64_t rows, int64_t depth, int64_t width,
+            int threads) {
+    static thread_local Scratch scratch;
+    float* packed = scratch.floats(std::min(rows, rows_at_once) * packed_row<T>(depth));
+    const int64_t chunks = (width + chunk_columns - 1) / chunk_columns;
+    for (int64_t start = 0; start < rows; start += rows_at_once, x += rows_at_once * ldx, y += rows_at_once * width) {
+        const int64_t some = std::min(rows_at_once, rows - start);
+        pack<T>(x, ldx, some, depth, packed);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (std::int64_t piece = 0; piece < pieces; ++piece) {
-        alignas(64) float sums[rows_at_once * columns_at_once];
-        const std::int64_t begin = piece * columns_at_once, columns = std::min(columns_at_once, width - begin);
-        for (std::int64_t r = 0; r < rows; r += rows_at_once) {
-            const std::int64_t some = std::min(rows_at_once, rows - r);
-            product(x + r * ldx, ldx, some, w + begin * ldw, ldw, columns, depth, sums, columns_at_once);
-            for (std::int64_t i = 0; i < some; ++i)
-                for (std::int64_t o = 0; o < columns; ++o) {
-                    const float sum = sums[i * columns_at_once + o];
-                    store(y + (r + i) * width + begin + o, bias ? sum + to_float(bias[begin + o]) : sum);
-                }
+        for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+            const int64_t begin = chunk * chunk_columns, columns = std::min(chunk_columns, width - begin);
+            for_row_tiles(some, [&](int64_t row, int64_t height) {
+                alignas(64) float sums[tile_rows * chunk_columns];
+                product(packed + row * packed_row<T>(depth), height, w + begin * ldw, ldw, columns, depth, sums, chunk_columns);
+                for (int64_t r = 0; r < height; ++r)
+                    for (int64_t o = 0; o < columns; o += 16) {
+                        const int64_t count = columns - o;
+                        __m512 sum = _mm512_load_ps(sums + r * chunk_columns + o);
+                        if (bias) sum = _mm512_add_ps(sum, load(bias + begin + o, count));
+                        store(y + (row + r) * width + begin + o, count, sum);
+                    }
+            });
         }
     }
 }
@@ -32,16 +37,18 @@ void linear(const T* x, std::int64_t ldx, const T* w, std::int64_t ldw, const T*
 }  // namespace
 }  // namespace moiety
 
+using moiety::bf16;
+using std::int64_t;
+
 extern "C" {
 
-void moiety_linear_f32(const float* x, std::int64_t ldx, const float* w, std::int64_t ldw, const float* bias, float* y,
-                       std::int64_t rows, std::int64_t depth, std::int64_t width, int threads) {
+void moiety_linear_f32(const float* x, int64_t ldx, const float* w, int64_t ldw, const float* bias, float* y, int64_t rows,
+                       int64_t depth, int64_t width, int threads) {
     moiety::linear(x, ldx, w, ldw, bias, y, rows, depth, width, threads);
 }
 
-void moiety_linear_bf16(const moiety::bf16* x, std::int64_t ldx, const moiety::bf16* w, std::int64_t ldw,
-                        const moiety::bf16* bias, moiety::bf16* y, std::int64_t rows, std::int64_t depth,
-                        std::int64_t width, int threads) {
+void moiety_linear_bf16(const bf16* x, int64_t ldx, const bf16* w, int64_t ldw, const bf16* bias, bf16* y, int64_t rows,
+                        int64_t depth, int64_t width, int threads) {
     moiety::linear(x, ldx, w, ldw, bias, y, rows, depth, width, threads);
 }
 

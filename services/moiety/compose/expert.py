@@ -32,10 +32,13 @@ async def start(settings: ExpertSettings, replica_id: str, node: str) -> Running
             layout.shape.mlp,
             dtype,
             settings.device,
-            lambda experts: load_experts(checkpoint, layout, experts, dtype, settings.device),
+            lambda experts: load_experts(
+                checkpoint, layout, experts, dtype, settings.device, int8=settings.weights == "int8"
+            ),
             queue_calls=settings.queue_calls,
             capacity=settings.capacity,
             threads=settings.threads,
+            deterministic=settings.deterministic,
         )
 
         async def follow_placement(default: ExpertSet | None = None) -> None:

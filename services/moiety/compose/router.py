@@ -16,6 +16,7 @@ from moiety.errors import ConfigError, Unavailable
 from moiety.load.watch import Watch
 from moiety.model import overlap
 from moiety.model.checkpoint import Checkpoint
+from moiety.model.compute import use_kernels
 from moiety.model.layout import ExpertLayout
 from moiety.model.router import load_router
 from moiety.router import attention, latent
@@ -125,6 +126,7 @@ def _load(
     torch.set_num_threads(settings.threads)
     began = time.monotonic()
     model = load_router(checkpoint, layout, dtype, settings.device, attention.NAME)
+    use_kernels(model, deterministic=settings.deterministic)
     latent.install(model)
     spec = cache_spec(model, layout.shape)
     overlap.install(model, lambda: run_once(model, ProbeBatch()))

@@ -44,6 +44,8 @@ def expert_settings(settings: AppSettings, deployment: str, held: str, node_addr
         deployment=deployment,
         held=held,
         threads=group.threads,
+        weights=group.weights,
+        deterministic=settings.deterministic,
         capacity=group.capacity,
     )
 
@@ -52,6 +54,7 @@ def router_settings(settings: AppSettings, node_address: str) -> RouterSettings:
     """Settings of a router replica. Raises ConfigError where the arguments contradict each other."""
     values = {
         **_shared(settings, node_address),
+        "deterministic": settings.deterministic,
         "slots": settings.slots,
         "token_budget": settings.token_budget,
         "max_context": settings.max_context,

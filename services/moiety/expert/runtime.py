@@ -52,6 +52,7 @@ class Runtime:
 
     `load(held)` reads weights; it runs in the caller's thread, so that serving goes on while new experts are read.
     `capacity` paces the device to that many rows per second: for tests and demos whose replicas share two cores.
+    `deterministic`: the bits of a row do not depend on the batch it is computed in.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class Runtime:
         queue_calls: int,
         capacity: float | None = None,
         threads: int = 1,
+        deterministic: bool = False,
     ):
         self.capacity = capacity
         self._mlp, self._dtype, self._device, self._load, self._threads = (
@@ -73,6 +75,7 @@ class Runtime:
             load,
             threads,
         )
+        self._deterministic = deterministic
         self._holding = _Holding(ExpertSet(), 0, {})
         self._loading = threading.Lock()
         self._batcher = Batcher(queue_calls)
@@ -208,9 +211,9 @@ class Runtime:
             activation=self._mlp.activation,
             gated=self._mlp.gated,
             interleaved=self._mlp.interleaved,
-            transposed=self._mlp.transposed,
             limit=self._mlp.limit,
             alpha=self._mlp.alpha,
+            deterministic=self._deterministic,
         ).cpu()
         computed = codec.rows_of(outputs)
         self._pace(began, len(experts))

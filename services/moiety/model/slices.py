@@ -28,8 +28,12 @@ def load_experts(
     held: Iterable[tuple[int, int]],
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
+    *,
+    int8: bool = False,
 ) -> dict[tuple[int, int], ExpertWeights]:
     """(MoE layer ordinal, expert) -> weights in `dtype` on `device`, for each pair of `held` (an ExpertSet is one).
+
+    Matrices are [out, in], also where they are published the other way around; with `int8` they are quantised.
 
     Raises CheckpointError for a pair the model does not have and for a tensor that is missing or cannot be read.
     """
@@ -46,7 +50,12 @@ def load_experts(
                 field: _read([_slice_of(checkpoint, layout, name, expert) for name in names], dtype, files, stack)
                 for field, names in layout.layers[layer].sources.items()
             }
-            loaded[layer, expert] = ExpertWeights(**{field: value.to(device) for field, value in parameters.items()})
+            if layout.shape.mlp.transposed:
+                parameters = {
+                    field: value.T.contiguous() if value.dim() == 2 else value for field, value in parameters.items()
+                }
+            weights = ExpertWeights(**{field: value.to(device) for field, value in parameters.items()})
+            loaded[layer, expert] = weights.quantised() if int8 else weights
     return loaded
 
 

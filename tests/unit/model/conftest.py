@@ -38,7 +38,6 @@ class LocalExperts:
             "activation": mlp.activation,
             "gated": mlp.gated,
             "interleaved": mlp.interleaved,
-            "transposed": mlp.transposed,
             "limit": mlp.limit,
             "alpha": mlp.alpha,
         }

@@ -1,0 +1,49 @@
+"""RMS normalisation of rows on CPU, in one pass.
+
+Shape legend: D features.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+
+import torch
+
+from moiety_kernels.cpu.library import load
+
+_NAMES = {torch.float32: "moiety_rms_norm_f32", torch.bfloat16: "moiety_rms_norm_bf16"}
+_POINTER, _SIZE, _REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+_SIGNATURE = (_POINTER, _SIZE, _POINTER, _POINTER, _SIZE, _SIZE, _REAL, _REAL, ctypes.c_int)
+
+
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, epsilon: float, *, offset: float = 0.0, late: bool = False
+) -> torch.Tensor:
+    """x [..., D] over its root mean square, times weight [D] + offset: [..., D], in the dtype both have.
+
+    The mean and the scale are float32. x is rounded to its dtype before the product with the weight, or, when `late`,
+    only after it: models differ.
+    """
+    kernel = rms_norm_kernel(x.dtype) if x.device.type == "cpu" else None
+    if kernel is None or weight.dtype != x.dtype:
+        normal = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + epsilon)
+        if late:
+            return (normal * (weight.float() + offset)).to(x.dtype)
+        return normal.to(x.dtype) * (weight + offset)
+    depth = x.shape[-1]
+    rows = x.reshape(-1, depth)
+    if rows.stride(1) != 1:
+        rows = rows.contiguous()
+    out = torch.empty_like(rows, memory_format=torch.contiguous_format)
+    kernel(
+        rows.data_ptr(), rows.stride(0), weight.data_ptr(), out.data_ptr(), rows.shape[0], depth, epsilon, offset, late
+    )
+    return out.view(x.shape)
+
+
+def rms_norm_kernel(dtype: torch.dtype) -> Callable[..., None] | None:
+    """The C++ function for this dtype, where there is one."""
+    if dtype not in _NAMES or (library := load()) is None:
+        return None
+    return library.function(_NAMES[dtype], *_SIGNATURE)

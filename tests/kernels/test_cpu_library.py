@@ -1,0 +1,58 @@
+"""Building, finding and doing without the C++ kernels."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from moiety_kernels import ExpertWeights, grouped_expert_mlp
+from moiety_kernels.cpu.library import COMMAND, SWITCH, load
+
+
+def run_module(cache: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`python -m moiety_kernels.cpu` with a cache of its own and no home."""
+    command = [sys.executable, *COMMAND.split()[1:], *arguments]
+    env = {**os.environ, "MOIETY_CACHE": str(cache), "HOME": str(cache / "home"), **environment}
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+
+
+def test_nothing_built_is_told_with_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog):
+    """Without a library torch computes, and one warning says which command would build it."""
+    monkeypatch.setenv("MOIETY_CACHE", str(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv(SWITCH, raising=False)
+    monkeypatch.setattr("moiety_kernels.cpu.library.cpu_flags", lambda: frozenset({*BASE_FLAGS}))
+    load.cache_clear()
+    try:
+        for _ in range(2):
+            grouped_expert_mlp(torch.ones(1, 4), (1,), [ExpertWeights(torch.ones(4, 4), torch.ones(4, 2))])
+    finally:
+        load.cache_clear()
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert COMMAND in caplog.text
+
+
+BASE_FLAGS = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "fma")
+
+
+def test_a_machine_without_a_compiler_says_so(tmp_path: Path):
+    """No compiler is a status and a sentence; --optional, for images and setup commands, goes on."""
+    for arguments, status in (((), 1), (("--optional",), 0)):
+        done = run_module(tmp_path, *arguments, CXX="no-such-compiler")
+        assert done.returncode == status
+        assert "no-such-compiler" in done.stderr or "x86-64" in done.stderr
+    assert not list(tmp_path.rglob("*.so"))
+
+
+def test_check_says_what_would_be_used(tmp_path: Path):
+    """--check builds nothing, and fails where torch would compute."""
+    for environment in ({}, {SWITCH: "off"}):
+        done = run_module(tmp_path, "--check", **environment)
+        assert done.returncode == 1
+        assert done.stdout.startswith("used: torch")
+    assert not list(tmp_path.rglob("*.so"))
