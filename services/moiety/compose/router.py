@@ -127,7 +127,7 @@ def _load(
     began = time.monotonic()
     model = load_router(checkpoint, layout, dtype, settings.device, attention.NAME)
     use_kernels(model, deterministic=settings.deterministic)
-    latent.install(model)
+    latent.install(model, deterministic=settings.deterministic)
     spec = cache_spec(model, layout.shape)
     overlap.install(model, lambda: run_once(model, ProbeBatch()))
     cache = KVCache(
