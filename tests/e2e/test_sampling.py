@@ -15,6 +15,7 @@ from moiety.core import FinishReason
 from moiety.errors import InvalidRequest
 from moiety.model.tiny_tokenizer import EOS
 from serving import Served
+from streams import Streams
 
 PROMPT = [9, 8, 7, 6, 5, 40, 41]
 NEW_TOKENS = 12
@@ -42,10 +43,12 @@ def log_softmax(reference: Any, text: list[int]) -> torch.Tensor:
 
 
 async def chunks_of(client: Client, **options: Any) -> list[Chunk]:
+    """All chunks of one request of PROMPT."""
     return [chunk async for chunk in client.generate(PROMPT, **{"max_tokens": NEW_TOKENS, **options})]
 
 
 def ids_of(chunks: list[Chunk]) -> list[int]:
+    """Their tokens."""
     return [token for chunk in chunks for token in chunk.token_ids]
 
 
@@ -111,15 +114,53 @@ def test_guided_output_matches(served: Served) -> None:
     """A random model writes JSON of the schema; a bad guide is the client's mistake, told in the compiler's words."""
 
     async def scenario(client: Client) -> None:
-        options = {"temperature": 1.0, "max_tokens": 200}
-        for seed in range(3):
+        options = {"temperature": 1.0, "max_tokens": 400}
+        for seed in range(2):
             chunks = await chunks_of(client, seed=seed, json_schema=SCHEMA, **options)
-            if chunks[-1].finish_reason is FinishReason.STOP:  # white space may fill all of max_tokens
-                jsonschema.validate(json.loads("".join(chunk.text for chunk in chunks)), SCHEMA)
+            assert chunks[-1].finish_reason is FinishReason.STOP
+            jsonschema.validate(json.loads("".join(chunk.text for chunk in chunks)), SCHEMA)
         word = await chunks_of(client, regex="(yes|no)", **options)
         assert "".join(chunk.text for chunk in word) in ("yes", "no")
         assert word[-1].finish_reason is FinishReason.STOP
         with pytest.raises(InvalidRequest, match=r"sampling.guide.regex.*unclosed group"):
             await chunks_of(client, regex="(", **options)
+
+    served.run(scenario)
+
+
+def test_prompt_log_probabilities_are_the_references(served: Served, reference: Any) -> None:
+    """Of every prompt token but the first, over several prefill chunks, once, whatever the prefix cache holds."""
+
+    async def scenario(client: Client) -> None:
+        prompt = [3 + (11 * at) % 300 for at in range(300)]
+        expected = log_softmax(reference, prompt)[range(299), prompt[1:]].tolist()
+        for _ in range(2):
+            chunks = [chunk async for chunk in client.generate(prompt, max_tokens=2, prompt_logprobs=True, n=2)]
+            told = [chunk.prompt_logprobs for chunk in chunks if chunk.prompt_logprobs]
+            assert len(told) == 1
+            assert list(told[0]) == pytest.approx(expected, abs=1e-4)
+
+    served.run(scenario)
+
+
+def test_choices_are_what_each_would_be_alone(served: Served) -> None:
+    """Greedy choices are the same tokens three times; seeded ones differ, and come again whatever else runs."""
+
+    async def choices(client: Client, **options: Any) -> list[list[int]]:
+        chunks = await chunks_of(client, n=3, ignore_eos=True, **options)
+        assert chunks[-1].completion_tokens == 3 * NEW_TOKENS
+        assert sum(bool(chunk.finish_reason) for chunk in chunks) == 3
+        return [ids_of([chunk for chunk in chunks if chunk.choice == choice]) for choice in range(3)]
+
+    async def scenario(client: Client) -> None:
+        alone = ids_of(await chunks_of(client, ignore_eos=True))
+        assert await choices(client) == [alone] * 3
+        options = {"temperature": 0.9, "seed": 11}
+        first = await choices(client, **options)
+        assert len(set(map(tuple, first))) == 3
+        assert first[0] == ids_of(await chunks_of(client, ignore_eos=True, **options))
+        crowd = Streams(client, NEW_TOKENS)
+        assert await choices(client, **options) == first
+        await crowd.finish()
 
     served.run(scenario)

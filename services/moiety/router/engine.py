@@ -13,11 +13,9 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import islice
 
 import torch
 
-from moiety.core import FinishReason
 from moiety.errors import (
     Cancelled,
     DeadlineExceeded,
@@ -30,13 +28,11 @@ from moiety.errors import (
 from moiety.model.seam import use_backend
 from moiety.router.batch import StepBatch
 from moiety.router.context import StepContext
-from moiety.router.drafts import accepted
 from moiety.router.hop import Hop
 from moiety.router.kvcache import KVCache
-from moiety.router.logprobs import prompt_logprobs
+from moiety.router.outcome import outcome
 from moiety.router.plan import StepPlan
 from moiety.router.pressure import AdmissionRate
-from moiety.router.sampler import Sampled, sample
 from moiety.router.scheduler import Scheduler
 from moiety.router.sequence import Emitted, Sequence
 from moiety.telemetry.names import Attribute, SpanName
@@ -154,8 +150,7 @@ class Engine:
             return False
         span, linked = self._step_spans(plan)
         plan, logits = self._run_plan(plan, span)
-        self._score_prompts(plan, logits)
-        sampled = self._sample(plan, logits)
+        sampled = outcome(plan, logits)
         self._tracer.start(SpanName.SAMPLE, parent=span, start_ns=self._hop.layer_began_ns).end()
         span.end()
         for other in linked:
@@ -175,8 +170,9 @@ class Engine:
         for sequence in [s for s in everybody if self._stopping or s.given_up(now)]:
             self._end_given_up(sequence)
         for sequence in self._scheduler.admit():
-            self._rate.note(now)
-            if not sequence.emitted:
+            if not sequence.admitted:  # else it comes back from having been preempted
+                sequence.admitted = True
+                self._rate.note(now)
                 sequence.cached_tokens = min(sequence.computed, sequence.prompt_tokens)
                 self._tracer.start(SpanName.QUEUE, parent=sequence.span, start_ns=sequence.submitted_ns).end(now_ns)
 
@@ -230,31 +226,6 @@ class Engine:
             )
         logits: torch.Tensor = output.logits[0]
         return logits[: len(wanted)]
-
-    def _score_prompts(self, plan: StepPlan, logits: torch.Tensor) -> None:
-        """Log probabilities of prompt tokens, where asked for; they go out with the first token."""
-        for item, rows in plan.rows():
-            sequence = item.sequence
-            if sequence.scores_prompt:
-                past = sequence.computed
-                following = sequence.tokens[past + 1 : past + item.count + 1]  # the last token of all has none
-                of_prompt = logits[rows.start : rows.start + len(following)]
-                sequence.prompt_logprobs += prompt_logprobs(of_prompt, following)
-
-    def _sample(self, plan: StepPlan, logits: torch.Tensor) -> list[tuple[Sequence, Emitted]]:
-        """What each sequence whose last token was computed has won; a failure to sample is that request's own."""
-        choices = _choices(plan)
-        if not choices:
-            return []
-        rows = [row for of_choice, _, _ in choices for row in of_choice]
-        seen = [sequence.ahead(drafts[:n]) for of_choice, sequence, drafts in choices for n in range(len(of_choice))]
-        results = sample(logits if rows == list(range(len(logits))) else logits[rows], seen)
-        emitted = map(_emitted, seen, results)
-        return [
-            (sequence, one)
-            for of_choice, sequence, drafts in choices
-            for one in _up_to_a_wrong_draft(drafts, list(islice(emitted, len(of_choice))))
-        ]
 
     def _commit(self, plan: StepPlan, sampled: list[tuple[Sequence, Emitted]]) -> None:
         """Only now has the step happened: cache lengths advance, choices part ways, and tokens go out."""
@@ -334,41 +305,3 @@ class Engine:
         else:
             error = DeadlineExceeded(f"the deadline passed after {sequence.generated} tokens")
         self._end(sequence, Emitted(error=error))
-
-
-def _emitted(sequence: Sequence, result: Sampled | MoietyError) -> Emitted:
-    """What the request hears of its sampled token."""
-    if isinstance(result, MoietyError):
-        return Emitted(error=result, choice=sequence.choice)
-    told, sequence.prompt_logprobs = tuple(sequence.prompt_logprobs), []
-    return Emitted(
-        (result.token,),
-        () if result.logprob is None else (result.logprob,),
-        _finish(sequence, result.token),
-        choice=sequence.choice,
-        top_logprobs=() if result.top is None else (result.top,),
-        prompt_logprobs=told,
-    )
-
-
-def _finish(sequence: Sequence, token: int) -> FinishReason | None:
-    """Whether `token` is the sequence's last."""
-    if token in sequence.stop_ids:
-        return FinishReason.STOP
-    return FinishReason.LENGTH if sequence.generated + 1 >= sequence.sampling.max_tokens else None
-
-
-def _up_to_a_wrong_draft(drafts: tuple[int, ...], emitted: list[Emitted]) -> list[Emitted]:
-    """Of what was sampled behind 0, 1, 2… drafts: all that stands behind right ones only, and behind no end."""
-    ended = next((at for at, one in enumerate(emitted) if one.finish or one.error), len(emitted))
-    return emitted[: accepted(drafts, [one.token_ids[0] for one in emitted[:ended]]) + 1]
-
-
-def _choices(plan: StepPlan) -> list[tuple[range, Sequence, tuple[int, ...]]]:
-    """(rows of the logits, sequence, its drafts) of all that are sampled: a prompt's last row once for each choice."""
-    return [
-        (rows[-1 - len(item.drafts) :], sequence, item.drafts)
-        for item, rows in plan.rows()
-        if item.samples
-        for sequence in (item.sequence, *item.sequence.siblings)
-    ]

@@ -28,6 +28,8 @@ MAX_PROBLEM = 200  # characters of a compiler's complaint that a client is told
 _LIMITS = llguidance.LLParserLimits(
     initial_lexer_fuel=1_000_000, step_lexer_fuel=50_000, step_max_items=50_000, verbose_errors=False
 )
+# White space between the parts of JSON is bounded: a model may otherwise fill all of max_tokens with it.
+_JSON: llguidance._lib.JsonCompileOptions = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{0,32}"}
 _EXPECTED = {
     GuideKind.JSON_SCHEMA: "a JSON Schema that can be compiled",
     GuideKind.REGEX: "a regular expression (of Rust's regex syntax) that can be compiled",
@@ -134,7 +136,8 @@ def _grammar(guide: Guide) -> str:
     """In llguidance's own form. Raises ValueError where a JSON schema is no JSON."""
     match guide.kind:
         case GuideKind.JSON_SCHEMA:
-            return llguidance.LLMatcher.grammar_from_json_schema(guide.text)
+            options = _JSON if guide.text.lstrip().startswith("{") else None  # `true` is a schema too, and takes none
+            return llguidance.LLMatcher.grammar_from_json_schema(guide.text, defaults=options)
         case GuideKind.REGEX:
             return llguidance.LLMatcher.grammar_from_regex(guide.text)
         case GuideKind.GRAMMAR:

@@ -103,6 +103,7 @@ class Scheduler:
         They share its blocks; one for which there is no block left waits, and computes the prompt again.
         """
         for sibling in sequence.siblings:
+            sibling.admitted, sibling.cached_tokens = True, sequence.cached_tokens
             table = self._cache.fork(sequence.table, sequence.computed)
             if table is None:
                 self.waiting.push_front(sibling)

@@ -50,6 +50,7 @@ class Sequence:
     tenant: str = ""
     arrival: int = 0  # given by the scheduler: who came first, among equals
     cached_tokens: int = 0  # tokens of the prompt that were found in the prefix cache
+    admitted: bool = False  # whether it ever ran
     emitted: bool = False  # whether anything was sent yet
     table: BlockTable = field(default_factory=BlockTable)
     parent: Sequence | None = None  # the choice whose prompt this one shares

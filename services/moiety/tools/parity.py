@@ -105,9 +105,13 @@ async def run_parity(
     dtype: str = "float32",
     new_tokens: int = 24,
     seed: int = DEFAULT_SEED,
+    kv_memory: int | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> ParityReport:
-    """Compares; raises CheckpointError or ConfigError where the checkpoint cannot be served at all."""
+    """Compares; raises CheckpointError or ConfigError where the checkpoint cannot be served at all.
+
+    A `kv_memory` (bytes) too small for all prompts at once has the router preempt some of them.
+    """
     shape = (await asyncio.to_thread(expert_layout, Checkpoint.open(checkpoint))).shape
     prompts = _prompts(shape.vocabulary, shape.max_context - new_tokens, seed)
     progress(f"reference: {len(prompts)} prompts through plain transformers, one at a time")
@@ -115,6 +119,8 @@ async def run_parity(
     texts, logits = await asyncio.to_thread(_reference, checkpoint, reference_dtype, prompts, new_tokens)
     progress(f"served: the same prompts at once through a LocalCluster of {groups} expert groups")
     chunked = {"slots": len(prompts), "token_budget": 3 * len(prompts)}
+    if kv_memory is not None:
+        chunked["kv_memory"] = kv_memory
     async with LocalCluster(checkpoint, groups=groups, dtype=dtype, router=chunked) as cluster:
         async with Client(cluster.address) as client:
             served = await asyncio.gather(*(_generate(client, prompt, new_tokens) for prompt in prompts))

@@ -90,6 +90,18 @@ def test_a_regular_expression_matches_all_of_the_output(guides: Guides, folder: 
     assert re.fullmatch(pattern, Tokenizer(folder).decode(tokens))
 
 
+@pytest.mark.parametrize("schema", ["true", "{}", '{"type": "string"}'])
+def test_the_shortest_schemas(guides: Guides, folder: str, schema: str):
+    """Any JSON value, and a bare string."""
+    sequence = sequence_of(temperature=0.0)
+    sequence.guide = compiled(guides, GuideKind.JSON_SCHEMA, schema)
+    for character in '"hi"':
+        wants = logits_of(5, PADDED)
+        wants[0, Tokenizer(folder).encode(character)[0]] = 50.0
+        sequence.tokens.append(one(wants, sequence).token)
+    assert json.loads(Tokenizer(folder).decode(sequence.tokens[2:])) == "hi"
+
+
 def test_a_grammar_is_followed(guides: Guides, folder: str):
     """A context-free grammar in Lark syntax."""
     for seed in range(4):

@@ -56,6 +56,9 @@ def test_a_shared_beginning_is_computed_once():
     assert model.steps[0] == [common[8], 3, 4, *common[:7]], "8 of the tokens are in two full blocks of the tenant's"
     assert second.tokens == stranger.tokens == recited([*common, 3, 4], 3)
     assert first.tokens == recited([*common, 1, 2], 3)
+    _, both = submit(engine, [*common, 3, 4], sampling=replace(CHOICES, n=2))
+    finish(engine)
+    assert both.cached_tokens == {0: 8, 1: 8}, "each choice is told"
     assert [listener.cached_tokens[0] for listener in (first, second, stranger)] == [0, 8, 0]
 
 
@@ -118,6 +121,7 @@ def test_choices_share_the_prompt_and_nothing_else(length: int, blocks: int):
     assert listener.choices == {choice: alone(prompt, choice, CHOICES) for choice in range(3)}
     assert len(set(map(tuple, listener.choices.values()))) == 3
     assert [listener.ends[choice].finish for choice in range(3)] == [FinishReason.LENGTH] * 3
+    assert listener.cached_tokens == {0: 0, 1: 0, 2: 0}, "what it computed itself was not found"
     assert other.tokens == recited([5, 6], 8)
     if blocks == 25:
         assert sum(map(len, model.steps)) == length + 3 * 7 + 2 + 7, "each token once"

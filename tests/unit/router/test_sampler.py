@@ -192,7 +192,7 @@ def test_a_row_that_cannot_be_sampled_ends_alone(temperature: float, broken: flo
     """Logits that are not finite are that request's error; the rows beside it get what they get alone."""
     logits = logits_of(8, rows=3)
     logits[1] = broken
-    rows = [sequence_of(temperature=temperature, seed=seed) for seed in range(3)]
+    rows = [sequence_of(temperature=temperature, seed=seed, top_p=0.9, logprobs=True) for seed in range(3)]
     first, failed, last = sample(logits, rows)
     assert isinstance(failed, MoietyError)
     assert "not finite" in str(failed)
