@@ -159,8 +159,8 @@ def load_model(
     torch.set_num_threads(settings.threads)
     began = time.monotonic()
     model = load_router(checkpoint, layout, dtype, settings.device, attention.NAME)
-    latent.install(model)
     use_kernels(model, deterministic=settings.deterministic)
+    latent.install(model, deterministic=settings.deterministic)
     spec = cache_spec(model, layout.shape)
     overlap.install(model, lambda: run_once(model, ProbeBatch()))
     cache = KVCache(

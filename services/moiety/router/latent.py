@@ -38,18 +38,26 @@ class Latent:
 
     key: torch.Tensor  # [H, Dn, R], W_UK
     value: torch.Tensor  # [H, Dv, R], W_UV
+    deterministic: bool = False  # a token's bits depend on that token alone
 
     def absorb(self, query: torch.Tensor) -> torch.Tensor:
         """Queries [1, H, T, Dn + Dr] for expanded keys -> [1, H, T, R + Dr] for latent ones."""
         unrotated = self.key.shape[1]
-        return torch.cat((query[..., :unrotated] @ self.key, query[..., unrotated:]), dim=-1)
+        return torch.cat((self._times(query[..., :unrotated], self.key), query[..., unrotated:]), dim=-1)
 
     def expand(self, output: torch.Tensor) -> torch.Tensor:
         """Sums of latents [1, T, H, R] -> sums of values [1, T, H, Dv]."""
-        return (output.transpose(1, 2) @ self.value.transpose(1, 2)).transpose(1, 2)
+        return self._times(output.transpose(1, 2), self.value.mT).transpose(1, 2)
+
+    def _times(self, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """rows [1, H, T, X] times weight [H, X, Y] -> [1, H, T, Y]."""
+        if not self.deterministic:
+            return rows @ weight
+        # How a product of matrices is summed depends on its shape, so every token has one of its own.
+        return torch.cat([token.contiguous() @ weight for token in rows.split(1, dim=2)], dim=2)
 
 
-def latent_of(module: Any) -> Latent:
+def latent_of(module: Any, *, deterministic: bool = False) -> Latent:
     """The Latent of an MLA module. Raises ValueError where its expansion is not the one that can be absorbed."""
     expand, up = getattr(module, "expand_kv", None), module.kv_b_proj
     if expand is None or not isinstance(up, nn.Linear) or "bias" in dict(up.named_parameters()):
@@ -66,8 +74,8 @@ def latent_of(module: Any) -> Latent:
         heads, unrotated, value_width = keys.shape[1], keys.shape[-1] - rotated.shape[-1], values.shape[-1]
         if up.out_features != heads * (unrotated + value_width):
             raise ValueError("the widths of its keys and values are not those of kv_b_proj")
-        halves = weight.view(heads, unrotated + value_width, rank).split([unrotated, value_width], dim=1)
-        found = Latent(*halves)
+        rows = weight.view(heads, unrotated + value_width, rank)
+        found = Latent(rows[:, :unrotated], rows[:, unrotated:], deterministic)
         expected_keys = torch.cat((latent @ found.key.mT, rotated.expand(-1, heads, -1, -1)), dim=-1)
         for expected, told in ((expected_keys, keys), (latent @ found.value.mT, values)):
             if (expected - told).norm() > 0.02 * told.norm():  # bf16 rounds to 0.004; another layout is off by 1
@@ -75,7 +83,7 @@ def latent_of(module: Any) -> Latent:
     return found
 
 
-def install(model: nn.Module) -> None:
+def install(model: nn.Module, *, deterministic: bool = False) -> None:
     """Makes each MLA layer of a loaded router cache its latent; those that cannot are named in the log, and expand.
 
     Call once, after the weights lie where they will stay, on a model whose attention is `attention.NAME`.
@@ -87,7 +95,7 @@ def install(model: nn.Module) -> None:
         if not (hasattr(module, "kv_a_proj_with_mqa") and hasattr(module, "kv_b_proj")):
             continue
         try:
-            latent = latent_of(module)
+            latent = latent_of(module, deterministic=deterministic)
         except ValueError as error:
             kind = f"{type(module).__name__}: {error}"
             times = module.kv_b_proj.out_features / module.kv_a_proj_with_mqa.out_features

@@ -1,0 +1,163 @@
+"""What a router computes for a token does not depend, to the bit, on the other tokens of its step: op by op, on CPU.
+
+Products of matrices are the exception: how torch sums them depends on their shape (in float32 nearly always, in bfloat16
+by oneDNN's choice). With `deterministic` they run through operations that do not, and so does everything built on them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers.models.deepseek_v2.modeling_deepseek_v2 import apply_rotary_emb
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import apply_rotary_pos_emb_interleave
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRMSNorm, apply_rotary_pos_emb
+
+from moiety.core import PendingRows
+from moiety.model.compute import use_kernels
+from moiety.model.seam import LAYER_ATTRIBUTE, remote_experts, use_backend
+from moiety.router.latent import Latent
+
+TOKENS, HEADS, WIDTH, EXPERTS, TOP_K = 37, 4, 64, 24, 4
+SIZES = (1, 2, 5, 16)  # tokens of a step: decode, and past the widths at which vector loops end
+Op = Callable[..., torch.Tensor | tuple[torch.Tensor, ...]]
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+    """Normal noise."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+class Rows:
+    """Experts that answer with multiples of their rows."""
+
+    def __init__(self, rows: torch.Tensor | None = None):
+        self._rows = rows
+
+    def submit(self, layer: int, hidden: torch.Tensor, top_k_index: torch.Tensor) -> PendingRows:
+        return Rows(hidden[:, None] * (top_k_index[..., None] / 7 - 1).to(hidden))
+
+    def while_waiting(self, layer: int) -> None: ...
+
+    def result(self) -> torch.Tensor:
+        assert self._rows is not None
+        return self._rows
+
+
+def combined(hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """The seam: what comes back from experts, weighted and summed."""
+    module = nn.Module()
+    setattr(module, LAYER_ATTRIBUTE, 0)
+    with use_backend(Rows()):
+        return remote_experts(module, hidden, ids, weights)
+
+
+def gate(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Softmax and top-k as gates have them; many scores are equal."""
+    weights, ids = torch.topk((scores.float() * 2).round().softmax(-1), TOP_K, dim=-1)
+    return ids, weights / weights.sum(-1, keepdim=True)
+
+
+def grouped(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sigmoid, groups and top-k as DeepSeek-V3 has them; many scores are equal."""
+    of_group = (scores.float() * 2).round().sigmoid().view(len(scores), 4, -1)
+    best = torch.topk(of_group.topk(2, dim=-1).values.sum(-1), 2, dim=-1, sorted=False).indices
+    mask = torch.zeros(len(scores), 4).scatter_(1, best, 1)[..., None].expand_as(of_group).bool()
+    kept = of_group.masked_fill(~mask, 0.0).flatten(1)
+    ids = torch.topk(kept, TOP_K, dim=-1, sorted=False).indices
+    return ids, kept.gather(1, ids)
+
+
+def rotated(turn: Callable[..., tuple[torch.Tensor, torch.Tensor]]) -> Op:
+    """Queries and keys [T, H, D] turned by angles [T, D]."""
+
+    def op(query: torch.Tensor, angles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = query.transpose(0, 1)[None]
+        doubled = torch.cat((angles, angles), dim=-1)[None].to(query.dtype)
+        if turn is apply_rotary_emb:
+            turned = turn(rows, rows[:, :1], torch.polar(torch.ones_like(angles.float()), angles.float())[None])
+        else:
+            turned = turn(rows, rows[:, :1], doubled.cos(), doubled.sin())
+        return turned[0][0].transpose(0, 1), turned[1][0].transpose(0, 1)
+
+    return op
+
+
+ROWS, QUERY, ANGLES = (TOKENS, WIDTH * HEADS), (TOKENS, HEADS, WIDTH), (TOKENS, WIDTH // 2)
+OPS: dict[str, tuple[Op, list[tuple[int, ...]]]] = {
+    "RMS norm": (Qwen3MoeRMSNorm(WIDTH * HEADS), [ROWS]),
+    "SiLU gate": (lambda x, y: nn.functional.silu(x) * y, [ROWS, ROWS]),
+    "sigmoid gate": (lambda x, y: x.sigmoid() * y, [ROWS, ROWS]),
+    "GELU": (lambda x: nn.functional.gelu(x, approximate="tanh"), [ROWS]),
+    "rotation by halves": (rotated(apply_rotary_pos_emb), [QUERY, ANGLES]),
+    "rotation of pairs": (rotated(apply_rotary_pos_emb_interleave), [QUERY, ANGLES]),
+    "complex rotation": (rotated(apply_rotary_emb), [QUERY, ANGLES]),
+    "gate": (gate, [(TOKENS, EXPERTS)]),
+    "grouped gate": (grouped, [(TOKENS, EXPERTS)]),
+    "log softmax": (lambda x: x.float().log_softmax(-1), [(TOKENS, 1003)]),
+}
+
+
+def assert_invariant(op: Op, *inputs: torch.Tensor) -> None:
+    """Any tokens that stand side by side get the same bits as among all."""
+
+    def outputs(*rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        found = op(*rows)
+        return found if isinstance(found, tuple) else (found,)
+
+    together = outputs(*inputs)
+    for size in SIZES:
+        for start in range(0, TOKENS - size + 1, 3):
+            some = slice(start, start + size)
+            for alone, among in zip(outputs(*(rows[some].clone() for rows in inputs)), together, strict=True):
+                assert torch.equal(alone, among[some])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", OPS)
+def test_what_is_computed_row_by_row_is_invariant(name: str, dtype: torch.dtype):
+    """Norms, activations, rotations, gates (ties too) and log probabilities need no deterministic path."""
+    op, shapes = OPS[name]
+    with torch.no_grad():
+        assert_invariant(op, *(random(*shape, dtype=dtype, seed=seed) for seed, shape in enumerate(shapes)))
+
+
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("top_k", [1, 2, 4, 8])
+def test_the_sum_over_experts_is_invariant(top_k: int, weights: torch.dtype):
+    """Rows are weighted and summed in slot order, whatever else comes back in the step."""
+    ids = torch.randint(0, EXPERTS, (TOKENS, top_k), generator=torch.Generator().manual_seed(1))
+    shares = random(TOKENS, top_k, seed=2).softmax(-1).to(weights)
+    assert_invariant(combined, random(*ROWS, dtype=torch.bfloat16), ids, shares)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_deterministic_linear_layers_are_invariant(dtype: torch.dtype):
+    """Also where a gate computes in float32 what the model keeps in bfloat16."""
+    layer: Any = nn.Linear(WIDTH * HEADS, 96, bias=False).to(dtype).requires_grad_(False)
+    layer.weight.copy_(random(96, WIDTH * HEADS))
+    use_kernels(layer, deterministic=True)
+    assert_invariant(layer, random(*ROWS, dtype=dtype))
+    assert_invariant(lambda rows: nn.functional.linear(rows.float(), layer.weight.float()), random(*ROWS, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_deterministic_absorption_is_invariant(dtype: torch.dtype):
+    """MLA's products with the halves of kv_b_proj, and they stay within rounding of the fast ones."""
+    weight, nope, rank = random(HEADS, 48 + 40, 72, dtype=dtype), 48, 72
+    exact = Latent(weight[:, :nope], weight[:, nope:], deterministic=True)
+    query, output = random(TOKENS, HEADS, nope + 16, dtype=dtype), random(TOKENS, HEADS, rank, dtype=dtype, seed=1)
+    fast = Latent(weight[:, :nope], weight[:, nope:])
+
+    def absorbed(rows: torch.Tensor, latent: Latent = exact) -> torch.Tensor:
+        return latent.absorb(rows.transpose(0, 1)[None])[0].transpose(0, 1)
+
+    def expanded(rows: torch.Tensor, latent: Latent = exact) -> torch.Tensor:
+        return latent.expand(rows[None])[0]
+
+    for op, rows in ((absorbed, query), (expanded, output)):
+        assert_invariant(op, rows)
+        torch.testing.assert_close(op(rows), op(rows, fast))
