@@ -104,12 +104,14 @@ def test_the_ledger_counts_every_row(served: Served) -> None:
                 return now
             last = now
 
+    prompts = [[token + 1 for token in prompt] for prompt in PROMPTS]  # nobody else's: none is in the prefix cache
+
     async def scenario(client: Client) -> None:
         async with asyncio.timeout(60):
             before = await settled()
-            await Streams(client, NEW_TOKENS).finish()
+            await Streams(client, NEW_TOKENS, prompts).finish()
             after = await settled()
-        tokens = sum(map(len, PROMPTS)) + len(PROMPTS) * (NEW_TOKENS - 1)  # the last token is never run
+        tokens = sum(map(len, prompts)) + len(prompts) * (NEW_TOKENS - 1)  # the last token is never run
         grown = [new - old for new, old in zip(after, before, strict=True)]
         assert grown == [tokens * served.cluster.shape.top_k] * served.cluster.shape.moe_layers
 
