@@ -381,7 +381,7 @@ class FakeEngine(engine_pb2_grpc.EngineServicer):
         self.places = places
         self._shape, self._revision, self._slots = shape, revision, slots
         self._blocks, self._block_tokens = blocks, block_tokens
-        self._cached: OrderedDict[tuple[str, tuple[int, ...]], None] = OrderedDict()
+        self._cached: OrderedDict[int, None] = OrderedDict()
         self._running = 0
         self._server: Server | None = None
 
@@ -458,8 +458,10 @@ class FakeEngine(engine_pb2_grpc.EngineServicer):
     def _look_up(self, request: engine_pb2.EngineRequest) -> int:
         """How many of the request's tokens are cached; afterwards all its blocks are."""
         ids = [*request.prompt_ids, *request.generated_ids]
-        ends = range(self._block_tokens, len(ids), self._block_tokens) if self._blocks else ()
-        blocks = [(request.tenant, tuple(ids[:end])) for end in ends]
+        blocks, block = list[int](), hash(request.tenant)
+        for end in range(self._block_tokens, len(ids), self._block_tokens) if self._blocks else ():
+            block = hash((block, *ids[end - self._block_tokens : end]))
+            blocks.append(block)
         found = next((i for i, block in enumerate(blocks) if block not in self._cached), len(blocks))
         for block in reversed(blocks):
             self._cached[block] = None

@@ -19,7 +19,7 @@ class Attempt:
         self._ahead = router.ahead
         self._hashes = router.hashes(prompt)
         self._visit = router.prefixes.visit(self._hashes) if router.prefixes is not None else None
-        matched = self._visit.matched * router.description.block_tokens if self._visit is not None else 0
+        matched = self._visit.matched * router.block_tokens if self._visit is not None else 0
         self._to_compute = prompt.tokens - pace.found.value * matched
         self._generated: list[int] = []
         self._streams = 0.0
@@ -46,7 +46,7 @@ class Attempt:
         if prompt.sequences > 1:  # what came when is mixed with its other sequences
             return pace
         if router.prefixes is not None:
-            hashes = prompt.hashes_with(self._generated, router.description.block_tokens)
+            hashes = prompt.hashes_with(self._generated, router.block_tokens)
             router.prefixes.visit(hashes).computed = True
         prefill, streaming = pace.first_token.at(self._to_compute), self._last - self._first
         streams = (self._streams + self._running + 1) / 2  # ours counts, though it has just gone
@@ -58,9 +58,9 @@ class Attempt:
         self._answered, self._first, self._streams = True, self._last, self._running
         router.ahead -= self._to_compute
         if router.prefixes is not None and visit is not None:
-            router.prefixes.answered(visit, cached_tokens // router.description.block_tokens)
+            router.prefixes.answered(visit, cached_tokens // router.block_tokens)
             if visit.expected:
-                pace = pace.looked_up(min(cached_tokens / (visit.expected * router.description.block_tokens), 1.0))
+                pace = pace.looked_up(min(cached_tokens / (visit.expected * router.block_tokens), 1.0))
         if self._queued:
             return pace
         self._to_compute = self._prompt.tokens - cached_tokens

@@ -42,11 +42,13 @@ class PrefixHasher:
         while len(self._keys) < tokens:
             more = self._random.integers(0, 1 << 64, max(len(self._keys), 1 << 12), dtype=np.uint64)
             self._keys = np.concatenate((self._keys, more))
-        products = self._keys[:tokens] * ids[:tokens].astype(np.uint64)
-        sums = products.reshape(blocks, block_tokens).sum(axis=1, dtype=np.uint64)
+        if not blocks:
+            return []
+        products = np.multiply(self._keys[:tokens], ids[:tokens], dtype=np.uint64)
         # A token may be 0; counting blocks keeps a prefix apart from the same one with zeros behind it.
-        salt = np.arange(1, blocks + 1, dtype=np.uint64) + np.uint64(self._salt(tenant))
-        hashes: list[int] = (np.cumsum(sums, dtype=np.uint64) + salt).tolist()
+        sums = np.add.reduceat(products, np.arange(0, tokens, block_tokens)) + np.uint64(1)
+        sums[:1] += np.uint64(self._salt(tenant))
+        hashes: list[int] = np.cumsum(sums).tolist()
         return hashes
 
     def _salt(self, tenant: str) -> int:

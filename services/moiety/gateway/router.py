@@ -28,13 +28,15 @@ class Router:
     def __init__(self, replica: Replica, link: grpc.aio.Channel, description: engine_pb2.EngineDescription):
         self.replica, self._channel = replica, link
         self.stub = engine_pb2_grpc.EngineStub(link)
-        self.description = description
         self.in_flight = 0  # sequences of ours
         self.ahead = 0.0  # prompt tokens of ours whose first token has not come
         self.silent = False  # it left a poll without an answer
         cached = description.block_tokens and description.blocks
         self.prefixes = PrefixIndex(description.blocks) if cached else None
-        self._others = description.running + description.waiting
+        self.block_tokens = description.block_tokens
+        self.slots = 0  # sequences that it runs at once; 0: not told
+        self._others = 0  # sequences of other gateways
+        self._note(description, 0)
         self._left = False
         self._polling = asyncio.create_task(self._poll())
 
@@ -56,21 +58,16 @@ class Router:
         """Sequences there, running or waiting, everybody's."""
         return self._others + self.in_flight
 
-    @property
-    def slots(self) -> int:
-        """Sequences that it runs at once: fewer than it told where requests wait for room in its KV cache; 0: not told."""
-        told = self.description
-        return min(told.slots, told.running) if told.waiting and told.running else told.slots
-
     def candidate(self, prompt: Prompt, pace: Pace) -> Candidate:
         """What the choice of a router wants to know of this one."""
-        matched = self.prefixes.match(self.hashes(prompt)) if self.prefixes is not None else 0
-        cached = pace.found.value * matched * self.description.block_tokens
-        return Candidate(self.load, self.slots, self.ahead, cached)
+        cached = 0.0
+        if self.prefixes is not None and (matched := self.prefixes.match(prompt.hashes(self.block_tokens))):
+            cached = pace.found.value * matched * self.block_tokens
+        return Candidate(self._others + self.in_flight, self.slots, self.ahead, cached)
 
     def hashes(self, prompt: Prompt) -> Sequence[int]:
         """Of the blocks of a prompt; none where it caches no prefixes."""
-        return prompt.hashes(self.description.block_tokens) if self.prefixes is not None else ()
+        return prompt.hashes(self.block_tokens) if self.prefixes is not None else ()
 
     async def answers(self) -> bool:
         """Whether it answers now; its load is known then."""
@@ -79,9 +76,8 @@ class Router:
             told = await self.stub.Describe(engine_pb2.EngineDescribeRequest(), timeout=HANDSHAKE_S)
         except grpc.RpcError:
             return False
-        self.description = told
         # Ours that came or went meanwhile may be counted in what it told, or not; better miss one than invent one.
-        self._others = max(told.running + told.waiting - max(before, self.in_flight), 0)
+        self._note(told, max(before, self.in_flight))
         return True
 
     async def leave(self) -> None:
@@ -99,6 +95,13 @@ class Router:
         """For whoever ends a request there."""
         if self._left and not self.in_flight:
             await self._channel.close()
+
+    def _note(self, told: engine_pb2.EngineDescription, ours: int) -> None:
+        """What it told, `ours` of its sequences among it."""
+        self.description = told
+        self._others = max(told.running + told.waiting - ours, 0)
+        # Where requests wait for room in its KV cache it runs fewer than it has slots for.
+        self.slots = min(told.slots, told.running) if told.waiting and told.running else told.slots
 
     async def _poll(self) -> None:
         while True:

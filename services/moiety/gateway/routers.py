@@ -142,7 +142,8 @@ class Routers:
         draw = self._random.getrandbits(32)
         choice = routing.choose(candidates, self._pace, prompt.tokens, prompt.max_tokens, draw)
         chosen = routers[choice.index]
-        _log.debug("request %s goes to router %s: %s", request.request_id, chosen.replica.id, choice.reason)
+        if _log.isEnabledFor(logging.DEBUG):
+            _log.debug("request %s goes to router %s: %s", request.request_id, chosen.replica.id, choice.reason)
         return chosen
 
     async def _stream(

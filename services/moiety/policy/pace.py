@@ -52,8 +52,12 @@ class Line:
         doubt = (VARIED * self.x.value) ** 2
         return min(max((self.covariance + doubt * proportion) / (self.variance + doubt), 0.0), proportion)
 
+    @property
+    def intercept(self) -> float:
+        return max(self.y.value - self.slope * self.x.value, 0.0)
+
     def at(self, x: float) -> float:
-        return max(self.y.value + self.slope * (x - self.x.value), 0.0)
+        return self.intercept + self.slope * x
 
 
 @dataclass(frozen=True, slots=True)

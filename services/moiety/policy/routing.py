@@ -13,12 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from moiety.policy.pace import Pace
 
 
-@dataclass(frozen=True, slots=True)
-class Candidate:
+class Candidate(NamedTuple):
     """One router, as one gateway sees it at the moment of the choice."""
 
     load: int  # requests there, running or waiting
@@ -33,7 +33,17 @@ class Choice:
 
     index: int  # into the candidates
     seconds: float  # that it costs, to its end and others; 0 while no pace is known
-    reason: str
+    candidate: Candidate
+    longest: float  # tokens of the prompt that the router with the most of it has cached
+
+    @property
+    def reason(self) -> str:
+        load = f"{self.candidate.load} requests there"
+        if not self.longest:
+            return f"nothing cached, {load}"
+        if self.candidate.cached == self.longest:
+            return f"{self.longest:.0f} tokens cached, {load}"
+        return f"{self.longest:.0f} tokens cached elsewhere are not worth the wait, {load}"
 
 
 def choose(candidates: Sequence[Candidate], pace: Pace, prompt: int, max_tokens: int, draw: int) -> Choice:
@@ -47,29 +57,27 @@ def choose(candidates: Sequence[Candidate], pace: Pace, prompt: int, max_tokens:
     drawn = _two_of(range(len(candidates)), draw)
     contenders = {*drawn, *_two_of(holders, draw >> 16)}
     output = min(max_tokens, pace.output.value)
+    fixed = pace.first_token.intercept + output * pace.gap.intercept
+    per_token, per_stream = pace.first_token.slope, output * pace.gap.slope
 
-    def seconds(index: int) -> float:
-        candidate = candidates[index]
+    def seconds(candidate: Candidate) -> float:
         if not pace.known:
             return 0.0
-        to_compute = prompt - candidate.cached
-        # Without the last term, simulated conversations of 1600 tokens at two thirds load computed 11 % of what was
-        # cached again and took 0.85 s each; with it 0.5 % and 0.60 s.
-        return (
-            pace.slot_wait(candidate.load, candidate.slots)
-            + pace.first_token.at(candidate.ahead + to_compute)
-            + pace.first_token.slope * to_compute
-            + output * pace.gap.at(min(candidate.load + 1, candidate.slots or candidate.load + 1))
-        )
+        load, slots, ahead, cached = candidate
+        # Own prefill counts twice. Once only, simulated conversations of 1600 tokens at two thirds load computed 11 % of
+        # what was cached again and took 0.85 s each; twice, 0.5 % and 0.60 s.
+        tokens = ahead + 2.0 * (prompt - cached)
+        streams = min(load + 1, slots or load + 1)
+        return fixed + pace.slot_wait(load, slots) + per_token * tokens + per_stream * streams
 
-    predicted = {index: seconds(index) for index in contenders}
+    predicted = {index: seconds(candidates[index]) for index in contenders}
 
     def rank(index: int) -> tuple[float, float, float, int]:
         candidate = candidates[index]
         return predicted[index], candidate.load, -candidate.cached, drawn.index(index) if index in drawn else 2
 
     best = min(contenders, key=rank)
-    return Choice(best, predicted[best], _reason(candidates[best], longest, pace.known))
+    return Choice(best, predicted[best], candidates[best], longest)
 
 
 def _two_of(indices: Sequence[int], draw: int) -> tuple[int, ...]:
@@ -79,11 +87,3 @@ def _two_of(indices: Sequence[int], draw: int) -> tuple[int, ...]:
     first = draw % len(indices)
     second = (first + 1 + (draw >> 8) % (len(indices) - 1)) % len(indices)
     return indices[first], indices[second]
-
-
-def _reason(chosen: Candidate, longest: float, known: bool) -> str:
-    if not longest or not known:
-        return f"least loaded, {chosen.load} there"
-    if chosen.cached == longest:
-        return f"{longest:.0f} tokens cached, {chosen.load} there"
-    return f"{longest:.0f} tokens cached elsewhere save less than the wait there, {chosen.load} here"

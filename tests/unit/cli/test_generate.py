@@ -28,7 +28,7 @@ def chunks_of(address: str, prompt: str, **options: object) -> list[Chunk]:
 def test_same_text_as_client(gateway: str, moiety: Callable) -> None:
     """The text on stdout is the client's, ended by a line feed; usage goes to stderr."""
     chunks = chunks_of(gateway, PROMPT, max_tokens=12, ignore_eos=True)
-    outcome = moiety("generate", PROMPT, "--address", gateway, "--max-tokens", "12", "--ignore-eos")
+    outcome = moiety("generate", PROMPT, "--address", gateway, "--max-tokens", "12", "--ignore-eos", "--retries", "2")
     assert outcome.status == 0
     assert outcome.out == "".join(chunk.text for chunk in chunks) + "\n"
     assert f"{chunks[-1].prompt_tokens} prompt tokens, 12 new tokens, finished by length" in outcome.err

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -89,12 +87,12 @@ def test_the_longest_prefix_is_worth_what_it_saves():
     """900 cached tokens save 0.9 s, for this request and again for the next: only a wait of over 1.8 s outweighs that."""
     holder, idle = Candidate(load=8, slots=16, cached=900), Candidate(load=0, slots=16)
     chosen = choose([idle, holder], PACE, PROMPT, OUTPUT, draw=0)
-    assert (chosen.index, chosen.reason) == (1, "900 tokens cached, 8 there")
-    assert choose([idle, replace(holder, ahead=1500.0)], PACE, PROMPT, OUTPUT, draw=0).index == 1
-    for busy in (replace(holder, load=50), replace(holder, ahead=1900.0)):
+    assert (chosen.index, chosen.reason) == (1, "900 tokens cached, 8 requests there")
+    assert choose([idle, holder._replace(ahead=1500.0)], PACE, PROMPT, OUTPUT, draw=0).index == 1
+    for busy in (holder._replace(load=50), holder._replace(ahead=1900.0)):
         chosen = choose([idle, busy], PACE, PROMPT, OUTPUT, draw=0)
         assert chosen.index == 0
-        assert chosen.reason == "900 tokens cached elsewhere save less than the wait there, 0 here"
+        assert chosen.reason == "900 tokens cached elsewhere are not worth the wait, 0 requests there"
 
 
 def test_the_longest_prefix_is_always_compared():
