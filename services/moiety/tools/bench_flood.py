@@ -91,9 +91,8 @@ async def bench_flood(work: FloodWork, *, progress: Progress = lambda _: None) -
     """Measures capacity, then every load, round after round. Raises CheckpointError where the model cannot be served."""
     async with AsyncExitStack() as stack:
         folder = Path(stack.enter_context(TemporaryDirectory(prefix="moiety-bench-")))
-        progress(f"model: {model_name(work.model)}")
         context = work.prompt_tokens + work.new_tokens
-        path = await asyncio.to_thread(model_folder, work.model, folder, work.dtype, context)
+        path = await asyncio.to_thread(model_folder, work.model, folder, work.dtype, context, progress)
         shape = (await asyncio.to_thread(expert_layout, Checkpoint.open(path))).shape
         progress(f"served: {work.slots} slots, {work.queue} places in the queue, {work.groups} expert groups")
         cluster = LocalCluster(

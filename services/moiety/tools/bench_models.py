@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -45,10 +45,11 @@ def model_name(model: str) -> str:
     return f"synthetic qwen3_moe, {model}" if model in SYNTHETIC else Path(model).name
 
 
-def model_folder(model: str, parent: Path, dtype: str, context: int) -> Path:
+def model_folder(model: str, parent: Path, dtype: str, context: int, progress: Callable[[str], None]) -> Path:
     """A name of SYNTHETIC, written to a folder of `parent` with room for `context` tokens; else `model` itself."""
     if model not in SYNTHETIC:
         return Path(model)
+    progress(f"model: writing a {model_name(model)}")
     stored = "bfloat16" if dtype == "auto" else dtype
     return write_tiny(
         "qwen3_moe",

@@ -114,8 +114,7 @@ class _Subject:
     @classmethod
     def open(cls, model: str, parent: Path, workload: Workload, progress: Progress) -> _Subject:
         context = max(workload.prompts) + workload.new_tokens
-        progress(f"model: {model_name(model)}")
-        folder = model_folder(model, parent, workload.dtype, context)
+        folder = model_folder(model, parent, workload.dtype, context, progress)
         checkpoint = Checkpoint.open(folder)
         layout = expert_layout(checkpoint)
         if context > layout.shape.max_context:

@@ -78,8 +78,7 @@ async def bench_split(work: SplitWork, *, progress: Progress = lambda _: None) -
     async with AsyncExitStack() as stack:
         folder = Path(stack.enter_context(TemporaryDirectory(prefix="moiety-bench-")))
         context = work.prompt_tokens + work.new_tokens
-        progress(f"model: {model_name(work.model)}")
-        path = await asyncio.to_thread(model_folder, work.model, folder, work.dtype, context)
+        path = await asyncio.to_thread(model_folder, work.model, folder, work.dtype, context, progress)
         checkpoint = Checkpoint.open(path)
         layout = await asyncio.to_thread(expert_layout, checkpoint)
         shape, of = layout.shape, await asyncio.to_thread(revision, checkpoint)

@@ -80,7 +80,7 @@ def test_wrong_usage(words: list[str], told: str, moiety: Callable) -> None:
     assert told in " ".join(outcome.err.split())
 
 
-@pytest.mark.parametrize("words", [["parity"], ["bench", "serve"]])
+@pytest.mark.parametrize("words", [["parity"], ["bench", "serve", "--models"], ["bench", "split", "--model"]])
 def test_error_is_one_line(words: list[str], moiety: Callable) -> None:
     """What cannot be done is told in one line on stderr, with exit status 1."""
     outcome = moiety(*words, "/no/such/checkpoint")
