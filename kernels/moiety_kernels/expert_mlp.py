@@ -48,7 +48,7 @@ def grouped_expert_mlp(
     The first `counts[0]` rows belong to `weights[0]`, the next `counts[1]` to `weights[1]`, and so on. A count may be
     0: those weights are not touched. Either all weights are int8 or none. `deterministic`: an output row's bits depend on
     its input row and its expert alone, which the C++ kernels always grant. Raises ValueError where the counts do not add
-    up to R.
+    up to R, or the experts do not fit the rows and one another.
     """
     if len(counts) != len(weights):
         raise ValueError(f"{len(counts)} counts for {len(weights)} experts")
@@ -59,6 +59,11 @@ def grouped_expert_mlp(
     if not rows.shape[0]:
         return torch.empty_like(rows)
 
+    forms = {expert.form for expert in weights}
+    hidden, depth, width, _ = weights[0].form
+    if len(forms) > 1 or hidden != rows.shape[1] or width != depth * (2 if gated else 1):
+        told = ", ".join(f"D {d}, I {i}, O {o}, {dtype}" for d, i, o, dtype in sorted(forms, key=str))
+        raise ValueError(f"experts of {told}: must be of one form, D {rows.shape[1]} and O {'2I' if gated else 'I'}")
     quantised = weights[0].gate_up_scale is not None
     kernel = experts_kernel(rows.dtype, quantised) if rows.device.type == "cpu" else None
     if kernel is not None and rows.stride(1) == 1:

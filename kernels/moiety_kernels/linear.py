@@ -27,8 +27,12 @@ def linear(
 ) -> torch.Tensor:
     """x [R, D] times weight [O, D] plus bias [O]: [R, O], all of one dtype, sums in float32.
 
-    `deterministic`: the bits of an output row depend on its input row alone, whatever else is in x.
+    `deterministic`: the bits of an output row depend on its input row alone, whatever else is in x. Raises ValueError
+    where the shapes do not fit.
     """
+    if x.shape[1] != weight.shape[1] or (bias is not None and bias.shape[0] != weight.shape[0]):
+        told = f"x {list(x.shape)}, weight {list(weight.shape)}, bias {None if bias is None else list(bias.shape)}"
+        raise ValueError(f"{told}: must be [R, D], [O, D] and [O]")
     kernel = linear_kernel(weight.dtype) if weight.device.type == "cpu" else None
     rows, depth = x.shape
     if kernel is None or x.stride(1) != 1 or weight.stride(1) != 1 or x.dtype != weight.dtype:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
 ZERO_POINT = 128  # added to int8 weights, which are kept as uint8: x86 multiplies unsigned by signed bytes
 LARGEST = 127
+_TENSORS = ("gate_up", "down", "gate_up_bias", "down_bias", "gate_up_scale", "down_scale")
 
 
 @dataclass(frozen=True, slots=True)
 class ExpertWeights:
-    """One expert's tensors; O is 2I when gated, else I. With scales, the matrices are int8 (`quantised`)."""
+    """One expert's tensors; O is 2I when gated, else I. With scales, the matrices are int8 (`quantised`).
+
+    Raises ValueError where one of them is of another shape, or not contiguous: C++ would read what lies behind it.
+    """
 
     gate_up: torch.Tensor  # [O, D]
     down: torch.Tensor  # [D, I]
@@ -20,6 +24,16 @@ class ExpertWeights:
     down_bias: torch.Tensor | None = None  # [D]
     gate_up_scale: torch.Tensor | None = None  # [O], float32
     down_scale: torch.Tensor | None = None  # [D], float32
+    form: tuple[int, int, int, torch.dtype] = field(init=False)  # D, I, O and dtype of the matrices
+
+    def __post_init__(self) -> None:
+        (width, hidden), inner = self.gate_up.shape, self.down.shape[1]
+        shapes = ((width, hidden), (hidden, inner), (width,), (hidden,), (width,), (hidden,))
+        for name, tensor, shape in zip(_TENSORS, self.tensors, shapes, strict=True):
+            if tensor is not None and (tensor.shape != shape or not tensor.is_contiguous()):
+                told = f"{list(tensor.shape)}{'' if tensor.is_contiguous() else ', not contiguous'}"
+                raise ValueError(f"expert weights: {name} is {told}: must be {list(shape)}, contiguous")
+        object.__setattr__(self, "form", (hidden, inner, width, self.gate_up.dtype))
 
     @property
     def tensors(self) -> tuple[torch.Tensor | None, ...]:

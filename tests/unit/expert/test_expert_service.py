@@ -202,12 +202,12 @@ def test_a_failed_computation_is_told_and_survived(make_runtime: MakeRuntime):
 
     def load(held):
         good = {pair: weights_of(pair) for pair in held}
-        return {**good, (0, 1): type(good[0, 1])(torch.ones(3, 5), torch.ones(2, 2))}
+        return {**good, (0, 1): type(good[0, 1])(torch.ones(3, 5), torch.ones(5, 2))}
 
     async def scenario(it: Served) -> None:
         failed = await it.send([1])
         assert failed.header.outcome == experts_pb2.OUTCOME_FAILED
-        assert "RuntimeError" in failed.header.detail
+        assert "ValueError" in failed.header.detail
         assert (await it.send([0])).header.outcome == experts_pb2.OUTCOME_OK
 
     run(make_runtime(HELD, load=load), scenario)
