@@ -11,8 +11,8 @@
 
 namespace moiety {
 
-constexpr int64_t tile_rows = 6;   // of x in one register tile: 6 x 4 or 3 x 8 sums leave 8 of 32 registers
-constexpr int64_t l1_floats = 6144;  // packed x that is used at once: half of a 48 KiB L1
+constexpr int64_t tile_rows = 6;       // of x in one register tile: 6 x 4 or 3 x 8 sums leave 8 of 32 registers
+constexpr int64_t l1_floats = 6144;    // packed x that is used at once: half of a 48 KiB L1
 constexpr int64_t chunk_columns = 64;  // weight rows of one work item: with D = 1024, 128 KiB of bf16 that stay in L2
 
 // How weights of type W meet x: `length` elements per step, for which a packed row takes `floats` floats, after `head` floats
