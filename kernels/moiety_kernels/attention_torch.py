@@ -29,6 +29,7 @@ def store(pool: torch.Tensor, rows: torch.Tensor, slots: torch.Tensor) -> None:
     pool[slots // page, :, slots % page] = rows
 
 
+@torch.no_grad()
 def paged_attention(
     query: torch.Tensor,
     keys: torch.Tensor,

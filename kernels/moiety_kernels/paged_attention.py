@@ -7,13 +7,12 @@ pool, P tokens per block, M blocks per table. A token's slot in the pool is `blo
 from __future__ import annotations
 
 import ctypes
-import functools
 from collections.abc import Callable
 
 import torch
 
 from moiety_kernels import attention_torch
-from moiety_kernels.cpu.library import BF16, load
+from moiety_kernels.cpu.library import load
 
 _POINTER, _SIZE, _FLOAT, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
 _ATTENTION = (
@@ -44,7 +43,6 @@ def store(
         _store(values, value, slots)
 
 
-@torch.no_grad()
 def paged_attention(
     query: torch.Tensor,
     keys: torch.Tensor,
@@ -71,8 +69,11 @@ def paged_attention(
     with the C++ kernels a token's float32 or bfloat16 result is the same to the bit whatever else is in the call.
     Elsewhere it agrees to rounding; there `sequence` and `length` kept on the host save waiting for the device.
     """
+    for name, index in (("tables", tables), ("sequence", sequence), ("length", length)):
+        if index.dtype != torch.int32 or not index.is_contiguous():
+            raise ValueError(f"{name} is {index.dtype} with strides {index.stride()}: must be contiguous int32")
     kernel = _attention_kernel(query.dtype) if query.device.type == "cpu" else None
-    if kernel is None:
+    if kernel is None or keys.dtype != query.dtype or values.dtype != query.dtype:
         return attention_torch.paged_attention(
             query,
             keys,
@@ -101,7 +102,7 @@ def paged_attention(
         values.data_ptr(),
         *values.stride()[:3],
         tables.data_ptr(),
-        tables.stride(0),
+        tables.shape[1],
         sequence.data_ptr(),
         length.data_ptr(),
         None if sinks is None else sinks.data_ptr(),
@@ -146,15 +147,12 @@ def _store(pool: torch.Tensor, rows: torch.Tensor, slots: torch.Tensor) -> None:
     )
 
 
-@functools.cache
 def _attention_kernel(dtype: torch.dtype) -> Callable[..., None] | None:
     """The C++ function for this dtype, where there is one."""
     if dtype not in (torch.float32, torch.bfloat16) or (library := load()) is None:
         return None
-    isa = BF16 if dtype == torch.bfloat16 else frozenset[str]()
-    return library.function("moiety_paged_attention", *_ATTENTION, isa=isa)
+    return library.function("moiety_paged_attention", *_ATTENTION)
 
 
-@functools.cache
 def _store_kernel() -> Callable[..., None] | None:
     return None if (library := load()) is None else library.function("moiety_paged_store", *_STORE)

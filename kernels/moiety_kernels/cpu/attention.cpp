@@ -16,6 +16,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "numbers.h"
 #include "tile.h"
 
 namespace moiety {
@@ -88,21 +89,22 @@ struct State {
     std::int64_t width;
 };
 
-// e^x for x <= 0, an exact 0 below -150, NaN for NaN. Within 1.1 units in the last place of a normal result: the
-// argument is reduced by ln 2 in two parts, and the rest is a polynomial of degree 6.
+// e^x for x <= 0, an exact 0 below -150, NaN for NaN. Within 0.9 units in the last place of a normal result: the
+// argument is reduced by ln 2 in two parts, and what is left goes into a minimax polynomial of degree 6.
 inline __m512 exponential(__m512 x) {
     x = _mm512_max_ps(_mm512_set1_ps(-200.0f), x);
     const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT);
     __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693145752f), x);
     r = _mm512_fnmadd_ps(n, _mm512_set1_ps(1.42860677e-6f), r);
-    __m512 p = _mm512_set1_ps(1.0f / 720);
-    for (const float c : {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(c));
+    __m512 p = _mm512_set1_ps(1.3814222e-3f);
+    for (const float c : {8.3688991e-3f, 4.1668404e-2f, 1.666652e-1f, 4.9999994e-1f, 1.0f, 1.0f})
+        p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(c));
     return _mm512_scalef_ps(p, n);
 }
 
 inline float exponential(float x) { return _mm512_cvtss_f32(exponential(_mm512_set1_ps(x))); }
 
-// Near 0, where 1 - e^-2x would cancel, an odd polynomial (the coefficients of Cephes' tanhf).
+// Within 1.5 units in the last place. Near 0, where 1 - e^-2x would cancel, an odd polynomial: that of Cephes' tanhf.
 inline __m512 hyperbolic_tangent(__m512 x) {
     const __m512 one = _mm512_set1_ps(1.0f), size = _mm512_abs_ps(x), square = _mm512_mul_ps(x, x);
     __m512 p = _mm512_set1_ps(-5.70498872745e-3f);
@@ -123,14 +125,11 @@ inline void widen(__m512i from, __m512* to) {
     to[1] = _mm512_castsi512_ps(_mm512_and_si512(from, _mm512_set1_epi32(static_cast<int>(0xffff0000))));
 }
 
-// The way back, rounded to nearest even, for the first `count` columns.
-inline void narrow(const __m512* from, float* to, std::int64_t count) {
-    _mm512_mask_storeu_ps(to, static_cast<__mmask16>(count >= 16 ? 0xffff : (1u << count) - 1), from[0]);
-}
-inline void narrow(const __m512* from, bf16* to, std::int64_t count) {
-    const __m512i even = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(from[0]));
-    const __m512i odd = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(from[1]));
-    const auto mask = static_cast<__mmask32>(count >= 32 ? 0xffffffff : (1u << count) - 1);
+// The way back, rounded, for the first `count` columns.
+inline void write(const __m512* from, float* to, std::int64_t count) { store(to, count, from[0]); }
+inline void write(const __m512* from, bf16* to, std::int64_t count) {
+    const __m512i even = _mm512_cvtepu16_epi32(narrow(from[0])), odd = _mm512_cvtepu16_epi32(narrow(from[1]));
+    const auto mask = static_cast<__mmask32>(count >= 32 ? ~0u : (1u << count) - 1);
     _mm512_mask_storeu_epi16(to, mask, _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
 }
 
@@ -342,7 +341,7 @@ class Worker {  // one thread's part of a call
                 __m512 result[2];
                 for (int v = 0; v < Step<T>::length / 16; ++v)
                     result[v] = _mm512_div_ps(_mm512_load_ps(total.acc + row * width_ + at + 16 * v), sum);
-                narrow(result, to + at, call_.value_width - at);
+                write(result, to + at, call_.value_width - at);
             }
         }
     }

@@ -1,5 +1,5 @@
-// Dot products in one fixed order: an accumulator walks in steps of one vector and is then summed by one fixed tree, so
-// that bits depend on nothing but the two vectors.
+// Pieces of dot products in one fixed order: a sum walks in steps of one vector and its lanes are then added by one fixed
+// tree, so that bits depend on nothing but the two rows.
 #pragma once
 
 #include <immintrin.h>
@@ -10,7 +10,7 @@ namespace moiety {
 
 using bf16 = std::uint16_t;
 
-// What one step along D is, per element type: its length, a load of at most that many elements, and multiply-add.
+// What one step along a row is, per element type: its length, and a load of that many elements or fewer.
 template <class T>
 struct Step;
 
@@ -22,7 +22,6 @@ struct Step<float> {
     static Vector load(const float* from, std::int64_t count) {
         return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), from);
     }
-    static __m512 add(__m512 sum, Vector a, Vector b) { return _mm512_fmadd_ps(a, b, sum); }
 };
 
 template <>
@@ -33,7 +32,6 @@ struct Step<bf16> {
     static Vector load(const bf16* from, std::int64_t count) {
         return _mm512_maskz_loadu_epi16(static_cast<__mmask32>((1ull << count) - 1), from);
     }
-    static __m512 add(__m512 sum, Vector a, Vector b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
 };
 
 // Lane i of the result is the sum of the lanes of sums[i]: the same tree for every i.

@@ -1,0 +1,227 @@
+"""Paged attention: against float64, and to the bit against itself in other company."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional
+
+from moiety_kernels.attention_reference import paged_attention_reference
+from moiety_kernels.cpu.library import load
+from moiety_kernels.paged_attention import paged_attention, store
+
+# Largest error over the largest output: sums in float32, and in bfloat16 one rounding of the result. Through torch, bfloat16
+# weights are rounded as well.
+BOUND = {"C++": {torch.float32: 2e-6, torch.bfloat16: 4e-3}, "torch": {torch.float32: 2e-6, torch.bfloat16: 1.2e-2}}
+
+PLAIN: dict[str, Any] = {}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": PLAIN,
+    "window": {"window": 20},  # starts and ends inside of blocks
+    "chunk": {"chunk": 24},
+    "sinks": {"sinks": True},
+    "softcap": {"softcap": 3.0},  # scores of 3 and more: both branches of the tanh
+    "all at once": {"window": 50, "chunk": 128, "sinks": True, "softcap": 3.0},
+}
+LENGTHS = {
+    "decode of one": [(1, 130)],
+    "the first token of a sequence": [(1, 1)],
+    "decode of many, uneven": [(1, 5), (1, 16), (1, 17), (1, 64), (1, 65), (1, 200)],
+    "a prefill": [(70, 70)],
+    "a chunk of a prefill beside decodes": [(1, 33), (40, 100), (1, 9), (2, 2)],
+    "past the end of a partial result": [(3, 1100), (1, 513)],
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A pool that holds `counts` of (query tokens, length) in blocks out of order, and what the operation is given."""
+
+    query: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
+    tables: torch.Tensor
+    sequence: torch.Tensor
+    length: torch.Tensor
+    options: dict[str, Any]
+
+    def run(self) -> torch.Tensor:
+        """[T, H, Dv]."""
+        return paged_attention(
+            self.query, self.keys, self.values, self.tables, self.sequence, self.length, **self.options
+        )
+
+    def exact(self) -> torch.Tensor:
+        """The same in float64."""
+        options = dict(self.options)
+        if options.get("sinks") is not None:
+            options["sinks"] = options["sinks"].double()
+        pools = self.keys.double(), self.values.double()
+        return paged_attention_reference(
+            self.query.double(), *pools, self.tables, self.sequence, self.length, **options
+        )
+
+    def only(self, tokens: list[int]) -> Case:
+        """These tokens alone."""
+        return replace(self, query=self.query[tokens], sequence=self.sequence[tokens], length=self.length[tokens])
+
+
+def make(
+    counts: list[tuple[int, int]],
+    dtype: torch.dtype,
+    *,
+    heads: int = 6,
+    groups: int = 2,
+    key_width: int = 24,
+    value_width: int = 24,
+    page: int = 16,
+    shared: bool = False,
+    sinks: bool = False,
+    **options: Any,
+) -> Case:
+    """Random queries, keys and values; whatever a table entry must not be used for is NaN or no block at all."""
+    generator = torch.Generator().manual_seed(1)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    blocks = sum(-(-length // page) for _, length in counts)
+    keys = torch.full((blocks + 1, groups, page, key_width), float("nan"), dtype=dtype)
+    values = keys[..., :value_width] if shared else keys.new_full((*keys.shape[:3], value_width), float("nan"))
+    tables = torch.full((len(counts), max(-(-length // page) for _, length in counts) + 1), -1, dtype=torch.int32)
+    free = torch.randperm(blocks, generator=generator).int() + 1
+    for table, (_, length) in zip(tables, counts, strict=True):
+        used = -(-length // page)
+        table[:used], free = free[:used], free[used:]
+        position = torch.arange(length)
+        slots = table[position // page].long() * page + position % page
+        value = None if shared else normal(groups, length, value_width).transpose(0, 1)
+        store(keys, None if shared else values, normal(length, groups, key_width), value, slots)
+    return Case(
+        normal(heads, sum(count for count, _ in counts), key_width).transpose(0, 1),
+        keys,
+        values,
+        tables,
+        torch.tensor([row for row, (count, _) in enumerate(counts) for _ in range(count)], dtype=torch.int32),
+        torch.tensor([end for n, length in counts for end in range(length - n + 1, length + 1)], dtype=torch.int32),
+        {"scale": key_width**-0.5 * 2, "sinks": normal(heads) * 2 if sinks else None, **options},
+    )
+
+
+def error(found: torch.Tensor, exact: torch.Tensor) -> float:
+    """Largest error over largest value."""
+    return ((found.double() - exact).abs().max() / exact.abs().max()).item()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+@pytest.mark.parametrize("counts", LENGTHS.values(), ids=LENGTHS)
+def test_is_within_rounding_of_float64(
+    kernels: str, counts: list[tuple[int, int]], variant: dict[str, Any], dtype: torch.dtype
+):
+    """Every kind of attention over every mix of segments, with NaN wherever nothing was stored."""
+    case = make(counts, dtype, **variant)
+    found = case.run()
+    assert found.dtype == dtype
+    assert error(found, case.exact()) <= BOUND[kernels][dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"heads": 4, "groups": 4, "key_width": 16, "value_width": 8},  # no grouping; narrower than one vector
+        {"heads": 16, "groups": 1, "key_width": 576, "value_width": 512, "shared": True},  # the latent of MLA
+        {"heads": 130, "groups": 1, "key_width": 40, "value_width": 32, "shared": True},  # more heads than one unit has
+        {"heads": 5, "groups": 1, "key_width": 192, "value_width": 128},  # expanded MLA; rows of every block size
+        {"heads": 4, "groups": 2, "key_width": 80, "value_width": 80, "page": 5},  # blocks across tiles; odd tails
+        {"heads": 2, "groups": 2, "key_width": 256, "value_width": 256, "page": 64},
+        {"heads": 2, "groups": 1, "key_width": 9, "value_width": 7},  # no multiple of anything
+    ],
+    ids=str,
+)
+def test_takes_any_heads_widths_and_blocks(kernels: str, shape: dict[str, Any], dtype: torch.dtype):
+    """Widths, groupings and block sizes that models have, and some that none has."""
+    case = make([(1, 70), (9, 40)], dtype, **shape)
+    assert error(case.run(), case.exact()) <= BOUND[kernels][dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_is_as_exact_as_torch(dtype: torch.dtype):
+    """A prefill is no further from float64 than torch's own fused attention."""
+    case = make([(150, 150)], dtype, heads=2, groups=2, key_width=64, value_width=64)
+    exact = case.exact()
+    index = case.tables[0, : -(-150 // 16)].long()
+    key, value = (pool[index].transpose(0, 1).flatten(1, 2)[:, :150] for pool in (case.keys, case.values))
+    query, scale = case.query.transpose(0, 1), case.options["scale"]
+    fused = functional.scaled_dot_product_attention(query[None], key[None], value[None], is_causal=True, scale=scale)
+    assert error(case.run(), exact) <= 1.5 * error(fused[0].transpose(0, 1), exact)
+
+
+def test_float16_is_computed(kernels: str):
+    """A dtype without a C++ kernel takes torch's way."""
+    case = make([(1, 70), (9, 40)], torch.float16, sinks=True)
+    assert error(case.run(), case.exact()) <= 4e-3
+
+
+@pytest.mark.skipif(load() is None, reason="promised of the C++ kernels: torch agrees to rounding only")
+@settings(deadline=None, max_examples=100)
+@given(
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    counts=st.lists(
+        st.integers(1, 1200).flatmap(lambda length: st.tuples(st.integers(1, min(length, 80)), st.just(length))),
+        min_size=1,
+        max_size=6,
+    ),
+    heads=st.sampled_from([(2, 2), (6, 2), (16, 1)]),
+    variant=st.sampled_from(list(VARIANTS.values())),
+    threads=st.integers(1, 3),
+    data=st.data(),
+)
+def test_a_token_does_not_depend_on_its_company(
+    dtype: torch.dtype,
+    counts: list[tuple[int, int]],
+    heads: tuple[int, int],
+    variant: dict[str, Any],
+    threads: int,
+    data: st.DataObject,
+):
+    """A token's bits are the same alone, beside any others of its sequence or of other ones, and with any threads."""
+    case = make(counts, dtype, heads=heads[0], groups=heads[1], key_width=40, value_width=40, **variant)
+    tokens = len(case.length)
+    some = data.draw(st.lists(st.integers(0, tokens - 1), min_size=1, max_size=6))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        together = case.run()
+        torch.set_num_threads(1)
+        assert torch.equal(case.only(some).run(), together[some])
+        for token in some:
+            assert torch.equal(case.only([token]).run()[0], together[token])
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_store_writes_its_slots_and_no_others(kernels: str):
+    """Keys and values of a step land in their slots, whatever the strides they come with; all else stays."""
+    keys, values = torch.zeros(3, 2, 4, 8), torch.zeros(3, 2, 4, 6)
+    key, value = torch.randn(2, 5, 8).transpose(0, 1), torch.randn(5, 6, 2).transpose(1, 2)
+    slots = torch.tensor([11, 0, 5, 4, 7])
+    store(keys, values, key, value, slots)
+    for pool, rows in ((keys, key), (values, value)):
+        expected = torch.zeros_like(pool)
+        for row, slot in zip(rows, slots.tolist(), strict=True):
+            expected[slot // 4, :, slot % 4] = row
+        assert torch.equal(pool, expected)
+
+
+def test_wrong_index_types_are_refused(kernels: str):
+    """Indices that are not int32 are an error that names them, not a read past the pool."""
+    case = make([(1, 3)], torch.float32)
+    with pytest.raises(ValueError, match=r"length is torch\.int64"):
+        replace(case, length=case.length.long()).run()
