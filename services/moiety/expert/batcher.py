@@ -71,9 +71,9 @@ class Batcher:
 
     def take(self) -> list[Waiting]:
         """Blocks for the next batch; empty when the batcher was closed and drained."""
-        self.mailbox.wait(0.0)  # calls that came while the last batch was computed may join this one
-        while not self._size and not self._closed:
-            self.mailbox.wait()
+        more = True  # all calls that have come by now may join the batch
+        while more or not (self._size or self._closed):
+            more = self.mailbox.wait(0.0 if self._size or self._closed else None)
         with self._lock:
             if not self._size:
                 return []

@@ -144,19 +144,22 @@ class ExpertService:
     def _reply(
         self, to: experts_pb2.ForwardRequest | ForwardCall, result: Computed | BaseException
     ) -> tuple[experts_pb2.ForwardReply, codec.Picked | None]:
-        reply = experts_pb2.ForwardReply(
-            call_id=to.call_id, attempt=to.attempt, revision=self._revision, held_epoch=self._runtime.holding[1]
-        )
         if isinstance(result, BaseException):
-            reply.outcome = next((o for kind, o in _OUTCOMES if isinstance(result, kind)), experts_pb2.OUTCOME_FAILED)
-            reply.detail = str(result)
-            return reply, None
-        reply.rows = len(result.picked.order)
-        reply.activated_experts = result.activated_experts
-        reply.batch_rows = result.batch_rows
-        reply.queue_ms = result.queue_ms
-        reply.compute_ms = result.compute_ms
-        return reply, result.picked
+            reply = experts_pb2.ForwardReply(
+                outcome=next((o for kind, o in _OUTCOMES if isinstance(result, kind)), experts_pb2.OUTCOME_FAILED),
+                detail=str(result),
+            )
+        else:
+            reply = experts_pb2.ForwardReply(
+                rows=len(result.picked.order),
+                activated_experts=result.activated_experts,
+                batch_rows=result.batch_rows,
+                queue_ms=result.queue_ms,
+                compute_ms=result.compute_ms,
+            )
+        reply.call_id, reply.attempt, reply.revision = to.call_id, to.attempt, self._revision
+        reply.held_epoch = self._runtime.holding[1]
+        return reply, None if isinstance(result, BaseException) else result.picked
 
     def _trace(self, waiting: Waiting, result: Computed | BaseException) -> None:
         """The spans of one call, made after the fact and only for a sampled hop: expert -> queue, kernel."""

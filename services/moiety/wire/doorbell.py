@@ -81,12 +81,12 @@ class Doorbell:
         try:
             if mask & WRITABLE:
                 self._send_rest()
-            while self._open:
-                message = self._socket.recv(MESSAGE_BYTES)
-                if not message:
-                    self.end("its process ended, or closed the connection")
-                    return
+            if not mask & READABLE:
+                return
+            if message := self._socket.recv(MESSAGE_BYTES):
                 self._heard(message)
+            else:
+                self.end("its process ended, or closed the connection")
         except BlockingIOError:
             return
         except OSError as error:

@@ -16,7 +16,7 @@ from moiety.wire.experts_pb2 import CALL_CLASS_PREFILL, RETURN_MODE_ROWS, Forwar
 Answerer = Callable[[ForwardReply, codec.Picked | None], None]  # takes the one answer to a call
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: that would double what making one costs, on every call
 class ForwardCall:
     """One call as an expert replica received it: R rows, A (row, expert) assignments."""
 

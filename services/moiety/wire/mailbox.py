@@ -14,7 +14,6 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable
-from functools import partial
 
 _log = logging.getLogger(__name__)
 
@@ -27,6 +26,7 @@ class Mailbox:
     def __init__(self) -> None:
         self._posted: deque[Callable[[], None]] = deque()
         self._asleep = False  # the owner is about to block, or does: a post must wake it
+        self._woken = False
         self._selector = selectors.DefaultSelector()
         woken, self._waker = os.pipe()
         for end in (woken, self._waker):
@@ -44,7 +44,10 @@ class Mailbox:
 
     def wake(self) -> None:
         """Ends the owner's `wait`, or its next one. From any thread."""
-        self.post(_nothing)
+        self._woken = True
+        if self._asleep:
+            self._asleep = False
+            os.write(self._waker, b"\0")
 
     def watch(self, sock: socket.socket, ready: Callable[[int], None], events: int = READABLE) -> None:
         """Calls `ready(READABLE | WRITABLE)` whenever `sock` is; replaces what was asked for before."""
@@ -57,19 +60,26 @@ class Mailbox:
         if sock.fileno() in self._selector.get_map():
             self._selector.unregister(sock)
 
-    def wait(self, timeout_s: float | None = None) -> None:
-        """Handles what has come; blocks for the first of it for up to `timeout_s` seconds, None = for ever."""
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Handles what has come; blocks for the first of it for up to `timeout_s` seconds, None = for ever.
+
+        Returns whether a socket was ready. Each is asked once: where more may lie in it, wait again.
+        """
         with self._turn:
             if self._run_posted():
                 timeout_s = 0.0
             self._asleep = timeout_s != 0.0
-            if self._posted:  # posted between the two lines above, by somebody who saw us awake
+            if self._posted or self._woken:  # by somebody who saw us awake
                 timeout_s = 0.0
             events = self._selector.select(timeout_s)
-            self._asleep = False
+            self._asleep = self._woken = False
             for key, mask in events:
-                _guarded(partial(key.data, mask))
+                try:
+                    key.data(mask)
+                except Exception:
+                    _log.exception("what came by a socket could not be handled")
             self._run_posted()
+            return bool(events)
 
     def drain(self) -> None:
         """Sees to it that what is posted has run, whether the owner still waits here or not: for who closes up."""
@@ -82,22 +92,14 @@ class Mailbox:
                     self._turn.release()
 
     def _run_posted(self) -> bool:
-        ran = bool(self._posted)
+        ran = False
         while self._posted:
-            _guarded(self._posted.popleft())
+            ran = True
+            try:
+                self._posted.popleft()()
+            except Exception:  # a bug in the handling of one must not take the thread, and with it all others, down
+                _log.exception("what was posted could not be handled")
         return ran
-
-
-def _guarded(action: Callable[[], None]) -> None:
-    """A bug in the handling of one event must not take the thread, and with it all others, down."""
-    try:
-        action()
-    except Exception:
-        _log.exception("an event could not be handled")
-
-
-def _nothing() -> None:
-    """Wakes by having been posted."""
 
 
 def _empty(woken: int) -> None:

@@ -31,7 +31,7 @@ from moiety.wire.shm_segment import SEGMENT_BYTES, Allocator, aligned, create_se
 from moiety.wire.transport import Answer, Reply
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Range:
     """The part of the segment that one call has until it is answered."""
 

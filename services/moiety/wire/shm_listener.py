@@ -175,7 +175,8 @@ class SharedMemoryPeer:
             reply.payload_bytes = picked.nbytes
             into = np.frombuffer(self._segment, picked.rows.dtype, len(picked.order), reply_at)
             picked.rows.take(picked.order, out=into, mode="clip")  # any mode but "raise" writes without a copy between
-        reply.detail = reply.detail[:DETAIL_CHARACTERS]
+        if reply.detail:
+            reply.detail = reply.detail[:DETAIL_CHARACTERS]
         self._doorbell.ring(ANSWER.pack(start) + reply.SerializeToString())
 
     def _lost(self, why: str) -> None:
