@@ -4,6 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STUBS  := services/moiety/wire
 PROTOS := $(wildcard protos/moiety/wire/*.proto)
+CPU    := $(wildcard kernels/moiety_kernels/cpu/*)
 
 .PHONY: help demo test test-all check proto bench clean
 .DEFAULT_GOAL := help
@@ -17,13 +18,17 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[serve,dev]'
 	@touch $@
 
-demo: $(VENV)/.installed ## the main job, start to end, on this machine
+$(VENV)/.kernels: $(VENV)/.installed $(CPU)
+	$(BIN)/python -m moiety_kernels.cpu --optional
+	@touch $@
+
+demo: $(VENV)/.kernels ## the main job, start to end, on this machine
 	$(BIN)/moiety demo
 
-test: $(VENV)/.installed ## the tests that every change must pass (≤ 6 minutes on 2 cores)
+test: $(VENV)/.kernels ## the tests that every change must pass (≤ 6 minutes on 2 cores)
 	$(BIN)/python -m pytest -m "not slow"
 
-test-all: $(VENV)/.installed ## these and the long ones
+test-all: $(VENV)/.kernels ## these and the long ones
 	$(BIN)/python -m pytest
 
 check: $(VENV)/.installed ## lint, types, import rule, stubs
@@ -36,7 +41,7 @@ check: $(VENV)/.installed ## lint, types, import rule, stubs
 proto: $(VENV)/.installed ## regenerate the committed protobuf stubs
 	$(BIN)/python -m grpc_tools.protoc -Iprotos --python_out=services --pyi_out=services --grpc_python_out=services $(PROTOS)
 
-bench: $(VENV)/.installed ## hop latency and serving speed beside plain transformers
+bench: $(VENV)/.kernels ## hop latency and serving speed beside plain transformers
 	$(BIN)/moiety bench hop
 	$(BIN)/moiety bench serve
 

@@ -84,6 +84,8 @@ class RouterSettings(ServiceSettings):
     kv_memory: ByteSize = Field(
         default=ByteSize(1 << 30), ge=1 << 10, description="memory for keys and values, e.g. 4GiB"
     )
+    block_tokens: int = Field(default=16, ge=1, le=1024, description="tokens of one block of keys and values")
+    prefix_cache: bool = Field(default=True, description="reuse the keys and values of prompts that begin alike")
     queue_limit: int = Field(default=256, ge=1, le=1_000_000, description="requests that may wait for a slot")
     expert_wait_s: float = Field(default=30.0, ge=0, le=3600, description="wait for a holder of an expert none holds")
     hedge_after_s: float = Field(default=0.02, gt=0, le=60, description="least wait before a call is sent again")

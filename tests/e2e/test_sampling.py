@@ -15,6 +15,7 @@ from moiety.core import FinishReason
 from moiety.errors import InvalidRequest
 from moiety.model.tiny_tokenizer import EOS
 from serving import Served
+from streams import Streams
 
 PROMPT = [9, 8, 7, 6, 5, 40, 41]
 NEW_TOKENS = 12
@@ -89,7 +90,7 @@ def test_stop_strings_stop_ids_and_min_tokens(served: Served) -> None:
     """The text ends before a stop string; a stop id is sent and ends the output; min_tokens puts both off."""
 
     async def scenario(client: Client) -> None:
-        options = {"temperature": 1.0, "seed": 5, "ignore_eos": True, "max_tokens": 40}
+        options = {"temperature": 1.0, "seed": 5, "ignore_eos": True, "max_tokens": 24}
         whole = await chunks_of(client, **options)
         text, tokens = "".join(chunk.text for chunk in whole), ids_of(whole)
         middle = len(text) // 2
@@ -97,7 +98,7 @@ def test_stop_strings_stop_ids_and_min_tokens(served: Served) -> None:
         stopped = await chunks_of(client, stop=stop, **options)
         assert "".join(chunk.text for chunk in stopped) == text[: text.index(stop)]
         assert stopped[-1].finish_reason is FinishReason.STOP
-        end = tokens[20]
+        end = tokens[12]
         ended = await chunks_of(client, stop_token_ids=[end], **options)
         assert ids_of(ended) == tokens[: tokens.index(end) + 1]
         assert ended[-1].finish_reason is FinishReason.STOP
@@ -114,14 +115,51 @@ def test_guided_output_matches(served: Served) -> None:
 
     async def scenario(client: Client) -> None:
         options = {"temperature": 1.0, "max_tokens": 400}
-        for seed in range(2):
-            chunks = await chunks_of(client, seed=seed, json_schema=SCHEMA, **options)
-            assert chunks[-1].finish_reason is FinishReason.STOP
-            jsonschema.validate(json.loads("".join(chunk.text for chunk in chunks)), SCHEMA)
+        chunks = await chunks_of(client, seed=1, json_schema=SCHEMA, **options)
+        assert chunks[-1].finish_reason is FinishReason.STOP
+        jsonschema.validate(json.loads("".join(chunk.text for chunk in chunks)), SCHEMA)
         word = await chunks_of(client, regex="(yes|no)", **options)
         assert "".join(chunk.text for chunk in word) in ("yes", "no")
         assert word[-1].finish_reason is FinishReason.STOP
         with pytest.raises(InvalidRequest, match=r"sampling.guide.regex.*unclosed group"):
             await chunks_of(client, regex="(", **options)
+
+    served.run(scenario)
+
+
+def test_prompt_log_probabilities_are_the_references(served: Served, reference: Any) -> None:
+    """Of every prompt token but the first, over several prefill chunks, once, whatever the prefix cache holds."""
+
+    async def scenario(client: Client) -> None:
+        prompt = [3 + (11 * at) % 300 for at in range(300)]
+        expected = log_softmax(reference, prompt)[range(299), prompt[1:]].tolist()
+        for _ in range(2):
+            chunks = [chunk async for chunk in client.generate(prompt, max_tokens=2, prompt_logprobs=True, n=2)]
+            told = [chunk.prompt_logprobs for chunk in chunks if chunk.prompt_logprobs]
+            assert len(told) == 1
+            assert list(told[0]) == pytest.approx(expected, abs=1e-4)
+
+    served.run(scenario)
+
+
+def test_choices_are_what_each_would_be_alone(served: Served) -> None:
+    """Greedy choices are the same tokens three times; seeded ones differ, and come again whatever else runs."""
+
+    async def choices(client: Client, **options: Any) -> list[list[int]]:
+        chunks = await chunks_of(client, n=3, ignore_eos=True, **options)
+        assert chunks[-1].completion_tokens == 3 * NEW_TOKENS
+        assert sum(bool(chunk.finish_reason) for chunk in chunks) == 3
+        return [ids_of([chunk for chunk in chunks if chunk.choice == choice]) for choice in range(3)]
+
+    async def scenario(client: Client) -> None:
+        alone = ids_of(await chunks_of(client, ignore_eos=True))
+        assert await choices(client) == [alone] * 3
+        options = {"temperature": 0.9, "seed": 11}
+        first = await choices(client, **options)
+        assert len(set(map(tuple, first))) == 3
+        assert first[0] == ids_of(await chunks_of(client, ignore_eos=True, **options))
+        crowd = Streams(client, NEW_TOKENS)
+        assert await choices(client, **options) == first
+        await crowd.finish()
 
     served.run(scenario)

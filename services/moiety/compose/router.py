@@ -44,7 +44,7 @@ async def start(settings: RouterSettings, replica_id: str, node: str) -> Running
         shape = layout.shape
         dtype = torch_dtype(settings.dtype, shape.dtype)
         max_context = _max_context(settings, shape.max_context)
-        model, cache = await asyncio.to_thread(_load, settings, checkpoint, layout, dtype)
+        model, cache = await asyncio.to_thread(_load, settings, checkpoint, layout, dtype, of)
 
         watch = Watch(site.registry)
         await watch.start()
@@ -116,21 +116,31 @@ async def start(settings: RouterSettings, replica_id: str, node: str) -> Running
 
 
 def _load(
-    settings: RouterSettings, checkpoint: Checkpoint, layout: ExpertLayout, dtype: torch.dtype
+    settings: RouterSettings, checkpoint: Checkpoint, layout: ExpertLayout, dtype: torch.dtype, revision: str
 ) -> tuple[torch.nn.Module, KVCache]:
     attention.register()
     torch.set_num_threads(settings.threads)
     began = time.monotonic()
     model = load_router(checkpoint, layout, dtype, settings.device, attention.NAME)
     spec = cache_spec(model, layout.shape)
-    cache = KVCache(spec, int(settings.kv_memory), torch.device(settings.device))
+    cache = KVCache(
+        spec,
+        int(settings.kv_memory),
+        torch.device(settings.device),
+        block_tokens=settings.block_tokens,
+        revision=revision if settings.prefix_cache else None,
+    )
+    if cache.blocks == 0:
+        least = spec.bytes_per_token * settings.block_tokens
+        raise ConfigError("kv_memory", int(settings.kv_memory), f"at least {least} bytes, one block of the KV cache")
     weights = sum(parameter.numel() * parameter.itemsize for parameter in model.parameters())
     _log.info(
-        "router weights %.1f MiB, read in %.2f s; KV cache of %.1f MiB holds %d tokens of %d bytes",
+        "router weights %.1f MiB, read in %.2f s; KV cache of %.1f MiB: %d blocks of %d tokens of %d bytes",
         weights / 2**20,
         time.monotonic() - began,
         settings.kv_memory / 2**20,
-        cache.capacity,
+        cache.blocks,
+        cache.block_tokens,
         spec.bytes_per_token,
     )
     return model, cache

@@ -12,11 +12,10 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from moiety.core import FinishReason
 from moiety.errors import (
     Cancelled,
     DeadlineExceeded,
@@ -27,12 +26,14 @@ from moiety.errors import (
     Unavailable,
 )
 from moiety.model.seam import use_backend
-from moiety.router.attention import CachedBatch, Segment
+from moiety.router.batch import StepBatch
 from moiety.router.context import StepContext
 from moiety.router.hop import Hop
 from moiety.router.kvcache import KVCache
-from moiety.router.sampler import Sampled, sample
-from moiety.router.scheduler import Scheduler, StepPlan
+from moiety.router.outcome import outcome
+from moiety.router.plan import StepPlan
+from moiety.router.pressure import AdmissionRate
+from moiety.router.scheduler import Scheduler
 from moiety.router.sequence import Emitted, Sequence
 from moiety.telemetry.names import Attribute, SpanName
 from moiety.telemetry.tracing import NO_SPAN, Span, Tracer
@@ -46,6 +47,7 @@ class Load:
 
     running: int
     waiting: int
+    free_blocks: int  # of the KV cache: without an owner, cached prefixes among them
 
 
 class StepInterrupted(MoietyError):
@@ -70,6 +72,7 @@ class Engine:
     ):
         self._model, self._hop, self._cache = model, hop, cache
         self._scheduler = Scheduler(cache, slots, token_budget)
+        self._slots, self._rate = slots, AdmissionRate()
         self._queue_limit, self._threads, self._waits, self._tracer = queue_limit, threads, waits, tracer
         self._device = next(model.parameters()).device
         self._arrived: list[Sequence] = []
@@ -84,8 +87,6 @@ class Engine:
         """Ends the thread; whatever still runs ends with Unavailable, so that its gateway resumes it elsewhere."""
         with self._changed:
             self._stopping = True
-            for sequence in (*self._scheduler.running, *self._scheduler.waiting, *self._arrived):
-                sequence.cancelled = True
             self._changed.notify()
         if self._thread.is_alive():
             self._thread.join(timeout_s)
@@ -95,28 +96,50 @@ class Engine:
         return self._thread.is_alive()
 
     @property
+    def blocks(self) -> int:
+        """Blocks of the KV cache."""
+        return self._cache.blocks
+
+    @property
+    def block_tokens(self) -> int:
+        """Tokens of a block: the grain of prefix caching."""
+        return self._cache.block_tokens
+
+    @property
     def load(self) -> Load:
-        return Load(len(self._scheduler.running), len(self._scheduler.waiting) + len(self._arrived))
+        waiting = len(self._scheduler.waiting) + len(self._arrived)
+        return Load(len(self._scheduler.running), waiting, self._cache.free_blocks)
 
     def submit(self, sequence: Sequence) -> None:
         """Queues a request. Raises ResourceExhausted when the queue is full, InvalidRequest when it can never run."""
-        if sequence.most_tokens > self._cache.capacity:
+        if self._cache.blocks_for(sequence.most_tokens) > self._cache.blocks:
             bound = f"at most {self._cache.capacity}, the KV cache's tokens (setting kv_memory)"
             raise InvalidRequest("prompt + max_tokens", sequence.most_tokens, bound)
+        if sequence.sampling.n > self._slots:
+            raise InvalidRequest("sampling.n", sequence.sampling.n, f"at most {self._slots}, the router's slots")
         with self._changed:
             if self._stopping:
                 raise Unavailable("this router is shutting down")
             waiting = len(self._arrived) + len(self._scheduler.waiting)
             if waiting >= self._queue_limit:
-                raise ResourceExhausted(f"{waiting} of at most {self._queue_limit} requests wait for a slot", 1.0)
+                told = f"{waiting} of at most {self._queue_limit} requests wait for a slot"
+                raise ResourceExhausted(told, self._rate.retry_after(waiting, time.monotonic()))
+            sequence.siblings = tuple(
+                sequence.sibling(choice, self._tracer.start(SpanName.ENGINE_REQUEST, parent=sequence.span))
+                for choice in range(sequence.choice + 1, sequence.choice + sequence.sampling.n)
+            )
             self._arrived.append(sequence)
             self._changed.notify()
 
     def cancel(self, sequence: Sequence) -> None:
-        """Frees the request's slot at the next step."""
+        """Frees the slots and blocks of the request, of all its choices, at the next step."""
         with self._changed:
             sequence.cancelled = True
             self._changed.notify()
+
+    def check_integrity(self) -> None:
+        """Raises RuntimeError where a KV block is lost or held too often. Only while no step runs."""
+        self._cache.check_integrity(sequence.table for sequence in self._scheduler.running)
 
     def step(self) -> bool:
         """One round; False when there is nothing to do."""
@@ -126,7 +149,7 @@ class Engine:
             return False
         span, linked = self._step_spans(plan)
         plan, logits = self._run_plan(plan, span)
-        sampled = self._sample(plan, logits)
+        sampled = outcome(plan, logits)
         self._tracer.start(SpanName.SAMPLE, parent=span, start_ns=self._hop.layer_began_ns).end()
         span.end()
         for other in linked:
@@ -138,26 +161,33 @@ class Engine:
 
     def _admit(self) -> None:
         with self._changed:
-            self._scheduler.waiting.extend(self._arrived)
+            for sequence in self._arrived:
+                self._scheduler.add(sequence)
             self._arrived.clear()
-        for sequence in [s for s in (*self._scheduler.running, *self._scheduler.waiting) if s.given_up]:
+        now, now_ns = time.monotonic(), time.time_ns()
+        everybody = (*self._scheduler.running, *self._scheduler.waiting)
+        for sequence in [s for s in everybody if self._stopping or s.given_up(now)]:
             self._end_given_up(sequence)
-        now = time.time_ns()
         for sequence in self._scheduler.admit():
-            self._tracer.start(SpanName.QUEUE, parent=sequence.span, start_ns=sequence.submitted_ns).end(now)
+            if not sequence.admitted:  # else it comes back from having been preempted
+                sequence.admitted = True
+                self._rate.note(now)
+                sequence.cached_tokens = min(sequence.computed, sequence.prompt_tokens)
+                self._tracer.start(SpanName.QUEUE, parent=sequence.span, start_ns=sequence.submitted_ns).end(now_ns)
 
     def _run_plan(self, plan: StepPlan, span: Span) -> tuple[StepPlan, torch.Tensor]:
-        """The forward pass, again and again without those that cannot go on; returns what ran, and logits [S, V]."""
+        """The forward pass, again and again without those that cannot go on; returns what ran and its logits [R, V]."""
         while plan.scheduled:
             try:
                 return plan, self._forward(plan, span)
             except HopFailed as failed:
-                ended = _sequences_of(plan, failed.tokens)
+                ended = plan.owners(failed.tokens)
                 for sequence in ended:
                     self._end(sequence, Emitted(error=failed.cause))
                 plan = plan.without(ended)
             except StepInterrupted:
-                ended = [item.sequence for item in plan.scheduled if item.sequence.given_up]
+                now = time.monotonic()
+                ended = [item.sequence for item in plan.scheduled if self._stopping or item.sequence.given_up(now)]
                 for sequence in ended:
                     self._end_given_up(sequence)
                 plan = plan.without(ended)
@@ -165,47 +195,50 @@ class Engine:
 
     @torch.inference_mode()
     def _forward(self, plan: StepPlan, span: Span) -> torch.Tensor:
+        items = plan.scheduled
         ids: list[int] = []
-        positions: list[int] = []
-        segments, last = [], []
-        for item in plan.scheduled:
-            past, end = item.sequence.computed, item.sequence.computed + item.count
-            segments.append(Segment(item.sequence.request_id, len(ids), item.count, past))
-            ids.extend(item.sequence.tokens[past:end])
-            positions.extend(range(past, end))
-            if item.samples:
-                last.append(len(ids) - 1)
+        wanted: list[int] = []  # positions in the packed row
+        for item in items:
+            past = item.sequence.computed
+            ids += item.sequence.tokens[past : past + item.count]
+            wanted += range(len(ids) - item.wanted, len(ids))
+        batch = StepBatch.build(
+            self._cache,
+            [item.sequence.table for item in items],
+            [item.sequence.computed for item in items],
+            [item.count for item in items],
+            self._device,
+        )
 
         def check() -> None:
-            if self._stopping or any(item.sequence.given_up for item in plan.scheduled):
+            now = time.monotonic()
+            if self._stopping or any(item.sequence.given_up(now) for item in items):
                 raise StepInterrupted("a request of this step was given up")
 
         self._hop.begin_step(StepContext(plan.call_class, span, check, self._waits))
         with use_backend(self._hop):
             output = self._model(
                 input_ids=torch.tensor([ids], device=self._device),
-                position_ids=torch.tensor([positions], device=self._device),
+                position_ids=batch.positions[None],
                 use_cache=False,
-                logits_to_keep=torch.tensor(last or [0], device=self._device),
-                moiety_batch=CachedBatch(segments, self._cache),
+                logits_to_keep=torch.tensor(wanted or [0], device=self._device),
+                moiety_batch=batch,
             )
         logits: torch.Tensor = output.logits[0]
-        return logits
-
-    def _sample(self, plan: StepPlan, logits: torch.Tensor) -> list[tuple[Sequence, Emitted]]:
-        """A token for each sequence whose last one was computed; a failure to sample is that request's own."""
-        sequences = [item.sequence for item in plan.scheduled if item.samples]
-        results = sample(logits, sequences) if sequences else []
-        return [(sequence, _emitted(sequence, result)) for sequence, result in zip(sequences, results, strict=True)]
+        return logits[: len(wanted)]
 
     def _commit(self, plan: StepPlan, sampled: list[tuple[Sequence, Emitted]]) -> None:
-        """Only now has the step happened: cache lengths advance and tokens go out."""
+        """Only now has the step happened: cache lengths advance, choices part ways, and tokens go out."""
         for item in plan.scheduled:
-            item.sequence.computed += item.count
+            sequence = item.sequence
+            sequence.computed += item.count
+            self._cache.commit(sequence.table, sequence.tokens, sequence.computed, sequence.tenant)
+            if item.samples and sequence.siblings:
+                self._scheduler.fork(sequence)
         for sequence, emitted in sampled:
             sequence.tokens.extend(emitted.token_ids)
             if emitted.finish is None and emitted.error is None:
-                sequence.emit(emitted)
+                self._emit(sequence, emitted)
             else:
                 self._end(sequence, emitted)
 
@@ -244,49 +277,25 @@ class Engine:
 
     def _end(self, sequence: Sequence, emitted: Emitted) -> None:
         self._scheduler.remove(sequence)
+        for sibling in sequence.siblings:  # that never began
+            self._end(sibling, emitted)
         if emitted.error is not None:
             sequence.span.error(emitted.error)
         sequence.span.end()
-        sequence.emit(emitted)
+        self._emit(sequence, emitted)
+
+    def _emit(self, sequence: Sequence, emitted: Emitted) -> None:
+        if not sequence.emitted:
+            sequence.emitted = True
+            emitted = replace(emitted, cached_tokens=sequence.cached_tokens)
+        sequence.emit(replace(emitted, choice=sequence.choice) if sequence.choice else emitted)
 
     def _end_given_up(self, sequence: Sequence) -> None:
         error: MoietyError
         if self._stopping:
             error = Unavailable("this router is shutting down")
-        elif sequence.cancelled:
+        elif sequence.withdrawn:
             error = Cancelled("the client closed the stream")
         else:
             error = DeadlineExceeded(f"the deadline passed after {sequence.generated} tokens")
         self._end(sequence, Emitted(error=error))
-
-
-def _emitted(sequence: Sequence, result: Sampled | MoietyError) -> Emitted:
-    """What the request hears of its sampled token."""
-    if isinstance(result, MoietyError):
-        return Emitted(error=result, choice=sequence.choice)
-    told, sequence.prompt_logprobs = tuple(sequence.prompt_logprobs), []
-    return Emitted(
-        (result.token,),
-        () if result.logprob is None else (result.logprob,),
-        _finish(sequence, result.token),
-        choice=sequence.choice,
-        top_logprobs=() if result.top is None else (result.top,),
-        prompt_logprobs=told,
-    )
-
-
-def _finish(sequence: Sequence, token: int) -> FinishReason | None:
-    """Whether `token` is the sequence's last."""
-    if token in sequence.stop_ids:
-        return FinishReason.STOP
-    return FinishReason.LENGTH if sequence.generated + 1 >= sequence.sampling.max_tokens else None
-
-
-def _sequences_of(plan: StepPlan, tokens: list[int]) -> list[Sequence]:
-    """The sequences that own these positions of the packed step."""
-    ended, start, wanted = [], 0, set(tokens)
-    for item in plan.scheduled:
-        if not wanted.isdisjoint(range(start, start + item.count)):
-            ended.append(item.sequence)
-        start += item.count
-    return ended

@@ -1,84 +1,152 @@
-"""Keys and values of running sequences, bounded by one memory setting.
+"""Keys and values in blocks that sequences share: paged, bounded by one memory setting, with prefix reuse.
 
-A sequence owns one contiguous buffer per layer, reserved on admission for all the tokens it may come to, so a running
-request never runs out. Nothing here knows which tokens are valid: the engine does, and commits at the end of a step.
+Which of a table's tokens are valid is the engine's business, and it commits at the end of a step: writing the same
+positions again is harmless.
+
+Shape legend: B blocks, G key/value heads, P tokens per block, Dk and Dv head widths, T tokens of a step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 
 import torch
 
+from moiety.router.blocks import BlockPool, BlockTable, chained, root
+from moiety.router.cachespec import CacheSpec
 
-@dataclass(frozen=True, slots=True)
-class LayerSpec:
-    """What one attention layer keeps of a token. K and V may differ in width."""
-
-    heads: int
-    key_width: int
-    value_width: int
-    dtype: torch.dtype
-
-    @property
-    def bytes_per_token(self) -> int:
-        return self.heads * (self.key_width + self.value_width) * self.dtype.itemsize
-
-
-@dataclass(frozen=True, slots=True)
-class CacheSpec:
-    """Layer index -> what it keeps."""
-
-    layers: Mapping[int, LayerSpec]
-
-    @property
-    def bytes_per_token(self) -> int:
-        return sum(layer.bytes_per_token for layer in self.layers.values())
+BLOCK_TOKENS = 16
 
 
 class KVCache:
-    """Buffers for sequences, by request id, within `memory_bytes` in all."""
+    """As many blocks as fit in `memory_bytes`, and each layer's tensors for them.
 
-    def __init__(self, spec: CacheSpec, memory_bytes: int, device: torch.device):
-        self.spec, self._device = spec, device
-        self.capacity = memory_bytes // max(1, spec.bytes_per_token)  # tokens
-        self._reserved: dict[str, int] = {}
-        self._buffers: dict[tuple[str, int], tuple[torch.Tensor, torch.Tensor]] = {}
+    With a `revision`, full blocks are found again by the tokens they and all before them hold; without one, never.
+    """
+
+    def __init__(
+        self,
+        spec: CacheSpec,
+        memory_bytes: int,
+        device: torch.device,
+        *,
+        block_tokens: int = BLOCK_TOKENS,
+        revision: str | None = None,
+    ):
+        self.spec, self.block_tokens = spec, block_tokens
+        self.blocks = memory_bytes // max(1, spec.bytes_per_token * block_tokens)
+        self._pool = BlockPool(self.blocks)
+        self._revision, self._reach = revision, spec.reach
+        self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        for index, layer in spec.layers.items():
+            # Uninitialised, so on a CPU the kernel hands out pages only as they are written.
+            shape = self.blocks, layer.heads, block_tokens
+            keys = torch.empty(*shape, layer.key_width, dtype=layer.dtype, device=device)
+            if layer.shared:
+                values = keys[..., : layer.value_width]
+            else:
+                values = torch.empty(*shape, layer.value_width, dtype=layer.dtype, device=device)
+            self._layers[index] = keys, values
 
     @property
-    def free(self) -> int:
-        """Tokens that can still be reserved."""
-        return self.capacity - sum(self._reserved.values())
+    def capacity(self) -> int:
+        """Tokens in all blocks."""
+        return self.blocks * self.block_tokens
 
-    def reserve(self, request_id: str, tokens: int) -> bool:
-        """Whether there was room for `tokens`; if so they are the request's until `release`."""
-        if tokens > self.free:
-            return False
-        buffers = {}
-        for index, layer in self.spec.layers.items():
-            # Uninitialised, so on a CPU the kernel hands out pages only as they are written.
-            key = torch.empty(layer.heads, tokens, layer.key_width, dtype=layer.dtype, device=self._device)
-            value = torch.empty(layer.heads, tokens, layer.value_width, dtype=layer.dtype, device=self._device)
-            buffers[request_id, index] = key, value
-        self._reserved[request_id] = tokens
-        self._buffers.update(buffers)
-        return True
+    @property
+    def free_blocks(self) -> int:
+        """Blocks that no sequence holds, cached prefixes among them."""
+        return self._pool.available
 
-    def release(self, request_id: str) -> None:
-        self._reserved.pop(request_id, None)
-        for index in self.spec.layers:
-            self._buffers.pop((request_id, index), None)
+    def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """A layer's keys [B, G, P, Dk] and values [B, G, P, Dv]; where shared, values are columns of the keys."""
+        return self._layers[index]
 
-    def extend(
-        self, request_id: str, layer: int, past: int, key: torch.Tensor, value: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Writes key [H, n, Dk] and value [H, n, Dv] behind `past` tokens; returns both up to there, [H, past + n, D].
+    def blocks_for(self, tokens: int) -> int:
+        """The fewest blocks with which a sequence can come to `tokens` tokens."""
+        whole = -(-tokens // self.block_tokens)
+        return whole if self._reach is None else min(whole, -(-self._reach // self.block_tokens) + 2)
 
-        Writing the same positions again is harmless: a step that failed is simply run again.
+    # Tables ------------------------------------------------------------------------------------------------------
+
+    def grow(self, table: BlockTable, tokens: int) -> int:
+        """Takes blocks until `table` has room for `tokens` or no block is left; returns the tokens it has room for."""
+        for _ in range(min(-(-tokens // self.block_tokens) - table.count, self._pool.available)):
+            table.append(self._pool.take())
+        return min(tokens, table.count * self.block_tokens)
+
+    def commit(self, table: BlockTable, tokens: Sequence[int], computed: int, tenant: str) -> None:
+        """The first `computed` of `tokens` are written: full blocks are named, those out of every window given back."""
+        full = computed // self.block_tokens
+        if self._revision is not None and full > table.named:
+            self._digest(table, tokens, full, tenant)
+            for at in range(max(table.named, table.first), full):
+                self._pool.name(int(table.ids[at]), table.digests[at])
+            table.named = full
+        if self._reach is not None:
+            needed = min(self.spec.first_needed(computed) // self.block_tokens, table.count)
+            for at in range(table.first, needed):
+                self._pool.give_back(int(table.ids[at]))
+            table.first = max(table.first, needed)
+
+    def release(self, table: BlockTable) -> None:
+        """Gives all blocks back. The last ones are forgotten first, so that what is left of a prefix can be used."""
+        for block in reversed(table.held):
+            self._pool.give_back(block)
+        table.clear()
+
+    # Sharing -----------------------------------------------------------------------------------------------------
+
+    def match(self, table: BlockTable, tokens: Sequence[int], tenant: str) -> list[int]:
+        """Blocks that hold the longest known prefix of `tokens` but the last, which is always computed."""
+        found: list[int] = []
+        if self._revision is not None:
+            for at in range((len(tokens) - 1) // self.block_tokens):
+                self._digest(table, tokens, at + 1, tenant)
+                if (block := self._pool.find(table.digests[at])) is None:
+                    break
+                found.append(block)
+        return found
+
+    def unheld(self, blocks: Iterable[int]) -> int:
+        """How many of these blocks nobody holds."""
+        return sum(not self._pool.is_held(block) for block in blocks)
+
+    def adopt(self, table: BlockTable, blocks: Sequence[int]) -> int:
+        """Makes matched `blocks` the beginning of an empty `table`; returns the tokens that need not be computed."""
+        for block in blocks:
+            self._pool.hold(block)
+            table.append(block)
+        table.named = table.count
+        return table.count * self.block_tokens
+
+    def fork(self, table: BlockTable, computed: int) -> BlockTable | None:
+        """A second table with the same `computed` tokens: full blocks are shared, the last, unfinished one is copied.
+
+        None where there is no block for the copy.
         """
-        keys, values = self._buffers[request_id, layer]
-        end = past + key.shape[1]
-        keys[:, past:end] = key
-        values[:, past:end] = value
-        return keys[:, :end], values[:, :end]
+        full = computed // self.block_tokens
+        if computed % self.block_tokens and not self._pool.available:
+            return None
+        forked = BlockTable()
+        forked.ids, forked.digests = table.ids.copy(), list(table.digests)
+        forked.first, forked.count, forked.named = table.first, full, min(table.named, full)
+        for block in forked.held:
+            self._pool.hold(block)
+        if computed % self.block_tokens:
+            forked.append(self._pool.take())
+            source, target = int(table.ids[full]), int(forked.ids[full])
+            for keys, values in self._layers.values():
+                keys[target] = keys[source]
+                values[target] = values[source]
+        return forked
+
+    def check_integrity(self, tables: Iterable[BlockTable]) -> None:
+        """Raises RuntimeError unless `tables` account for every block that is neither free nor cached."""
+        self._pool.check(block for table in tables for block in table.held)
+
+    def _digest(self, table: BlockTable, tokens: Sequence[int], blocks: int, tenant: str) -> None:
+        """Sees to it that the digests of the first `blocks` full blocks are known."""
+        for at in range(len(table.digests), blocks):
+            before = table.digests[-1] if at else root(self._revision or "", tenant)
+            table.digests.append(chained(before, tokens[at * self.block_tokens : (at + 1) * self.block_tokens]))

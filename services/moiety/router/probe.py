@@ -10,7 +10,7 @@ from moiety.core import ModelShape
 from moiety.errors import CheckpointError
 from moiety.model.seam import use_backend
 from moiety.router.attention import ProbeBatch
-from moiety.router.kvcache import CacheSpec
+from moiety.router.cachespec import CacheSpec
 
 
 class _ZeroExperts:

@@ -1,80 +1,162 @@
-"""What runs next: admits waiting sequences, and packs a step from decode tokens and prefill chunks."""
+"""What runs next: admits waiting sequences, packs a step from decode tokens and prefill chunks, and shares out blocks.
+
+Running sequences are kept in order of rank (priority, then arrival). Blocks are taken as tokens need them. When none is
+left, the running sequence of the highest rank number gives its own back and waits again, its tokens kept: they are
+computed once more later, as far as the prefix cache has not kept them. So the first in rank always advances, and whatever
+fits alone comes to its end.
+"""
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable
-from dataclasses import dataclass
+from bisect import insort
+from itertools import count
 
-from moiety.core import CallClass
 from moiety.router.kvcache import KVCache
+from moiety.router.plan import Scheduled, StepPlan
 from moiety.router.sequence import Sequence
-
-
-@dataclass(frozen=True, slots=True)
-class Scheduled:
-    """`count` tokens of one sequence in a step."""
-
-    sequence: Sequence
-    count: int
-
-    @property
-    def samples(self) -> bool:
-        """Whether the step reaches the sequence's last token, so that its next one is sampled."""
-        return self.sequence.computed + self.count == len(self.sequence.tokens)
-
-
-@dataclass(frozen=True, slots=True)
-class StepPlan:
-    """One forward pass."""
-
-    scheduled: tuple[Scheduled, ...]
-
-    @property
-    def call_class(self) -> CallClass:
-        decoding = all(item.count == 1 and item.samples for item in self.scheduled)
-        return CallClass.DECODE if decoding else CallClass.PREFILL
-
-    def without(self, ended: Iterable[Sequence]) -> StepPlan:
-        gone = set(map(id, ended))
-        return StepPlan(tuple(item for item in self.scheduled if id(item.sequence) not in gone))
+from moiety.router.waiting import WaitingQueue
 
 
 class Scheduler:
-    """First come, first served. Decode goes first, so that running streams never wait for somebody's prompt."""
+    """Decode goes first, so that running streams never wait for somebody's prompt."""
 
     def __init__(self, cache: KVCache, slots: int, token_budget: int):
-        self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []
+        self.waiting = WaitingQueue()
+        self.running: list[Sequence] = []  # in order of rank
         self._cache, self._slots, self._token_budget = cache, slots, token_budget
+        self._arrivals = count()
+        self._refused: tuple[Sequence, int, int] | None = (
+            None  # who is next, and the slots and blocks it was refused at
+        )
+
+    def add(self, sequence: Sequence) -> None:
+        """A new request."""
+        sequence.arrival = next(self._arrivals)
+        for sibling in sequence.siblings:
+            sibling.arrival = sequence.arrival
+        self.waiting.push(sequence)
 
     def admit(self) -> list[Sequence]:
-        """Moves waiting sequences to running while slots and cache last; returns those admitted."""
+        """Moves waiting sequences to running while slots and blocks last; returns those admitted.
+
+        Nobody overtakes who is next. A higher priority takes the place of lower ones.
+        """
         admitted = []
-        while self.waiting and len(self.running) < self._slots:
-            if not self._cache.reserve(self.waiting[0].request_id, self.waiting[0].most_tokens):
+        while (sequence := self.waiting.first()) is not None:
+            slots, blocks = self._free_slots, self._spare_blocks
+            if self._refused is not None:
+                who, slots_then, blocks_then = self._refused
+                if who is sequence and slots <= slots_then and blocks <= blocks_then:
+                    break  # nothing has come free: save the look for its prefix, which takes long for long prompts
+            found = self._match(sequence)
+            if not self._has_place(sequence, found):
+                self._refused = sequence, slots, blocks
                 break
-            sequence = self.waiting.popleft()
-            self.running.append(sequence)
+            self._refused = None
+            self.waiting.pop()
+            sequence.computed = self._cache.adopt(sequence.table, found)
+            insort(self.running, sequence, key=_rank)
             admitted.append(sequence)
         return admitted
 
     def plan(self) -> StepPlan:
-        """Every decoding sequence's token, then prompt chunks as far as the token budget goes; may be empty."""
-        decoding = [sequence for sequence in self.running if not sequence.prefilling]
-        scheduled = [Scheduled(sequence, 1) for sequence in decoding]
-        left = max(self._token_budget - len(scheduled), 0)
-        for sequence in self.running:
-            if sequence.prefilling and left > 0:
-                count = min(left, len(sequence.tokens) - sequence.computed)
-                scheduled.append(Scheduled(sequence, count))
-                left -= count
-        return StepPlan(tuple(scheduled))
+        """Every decoding sequence's token, then prompt chunks as far as the token budget goes; may be empty.
+
+        Each of them has its blocks when this returns.
+        """
+        chosen: list[Scheduled] = []
+        left = self._token_budget
+        for prefill in (False, True):
+            at = 0
+            while at < len(self.running) and left > 0:  # preemption takes from the end only
+                sequence = self.running[at]
+                at += 1
+                if sequence.prefilling is prefill:
+                    wish = min(left, len(sequence.tokens) - sequence.computed)
+                    granted = self._make_room(sequence, wish)
+                    if granted > 0:
+                        chosen.append(Scheduled.of(sequence, granted))
+                        left -= granted
+        return StepPlan(tuple(item for item in chosen if item.sequence.table.count))  # less who had to make room
+
+    def fork(self, sequence: Sequence) -> None:
+        """The siblings of a sequence whose prompt is computed begin to run beside it, in the slots held for them.
+
+        They share its blocks; one for which there is no block left waits, and computes the prompt again.
+        """
+        for sibling in sequence.siblings:
+            sibling.admitted, sibling.cached_tokens = True, sequence.cached_tokens
+            table = self._cache.fork(sequence.table, sequence.computed)
+            if table is None:
+                self.waiting.push_front(sibling)
+            else:
+                sibling.table, sibling.computed = table, sequence.computed
+                insort(self.running, sibling, key=_rank)
+        sequence.siblings = ()
 
     def remove(self, sequence: Sequence) -> None:
         """Frees whatever the sequence holds, running or waiting."""
-        if sequence in self.running:
+        if not self.waiting.remove(sequence) and sequence in self.running:
             self.running.remove(sequence)
-            self._cache.release(sequence.request_id)
-        elif sequence in self.waiting:
-            self.waiting.remove(sequence)
+            self._cache.release(sequence.table)
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self._cache.release(sequence.table)
+        sequence.restart()
+        self.waiting.push_front(sequence)
+
+    # Admission ---------------------------------------------------------------------------------------------------
+
+    def _match(self, sequence: Sequence) -> list[int]:
+        if sequence.scores_prompt:
+            return []
+        return self._cache.match(sequence.table, sequence.tokens, sequence.tenant)
+
+    def _has_place(self, sequence: Sequence, found: list[int]) -> bool:
+        """Whether there are slots and blocks for all tokens it has; sees to it where lower priorities are in the way."""
+        needed = self._cache.blocks_for(len(sequence.tokens)) - len(found) + self._cache.unheld(found)
+        lower = [other for other in self.running if other.priority > sequence.priority]
+        slots = self._free_slots + sum(other.slots for other in lower)
+        blocks = self._cache.free_blocks + sum(len(other.table.held) for other in lower)
+        if slots < sequence.slots or blocks < needed:
+            return False
+        while self._free_slots < sequence.slots or self._spare_blocks < needed:
+            if not lower:
+                return False
+            self._preempt(lower.pop())
+        return True
+
+    @property
+    def _free_slots(self) -> int:
+        return self._slots - sum(sequence.slots for sequence in self.running)
+
+    @property
+    def _spare_blocks(self) -> int:
+        """Free blocks, less those that running prompts have yet to take, and one for each sequence to decode into.
+
+        Without that margin a sequence would be admitted only to be sent back a few steps later.
+        """
+        promised = sum(
+            max(0, self._cache.blocks_for(len(sequence.tokens)) - len(sequence.table.held)) + 1
+            for sequence in self.running
+        )
+        return self._cache.free_blocks - promised
+
+    # Blocks for a step -------------------------------------------------------------------------------------------
+
+    def _make_room(self, sequence: Sequence, wish: int) -> int:
+        """Takes blocks for up to `wish` tokens, from sequences of higher rank numbers if need be; returns for how many.
+
+        A sequence that gets none keeps what it has and waits for others to end: nothing is computed twice for it
+        unless somebody before it needs its blocks.
+        """
+        while True:
+            granted = self._cache.grow(sequence.table, sequence.computed + wish) - sequence.computed
+            if granted > 0 or self.running[-1] is sequence:
+                return granted
+            self._preempt(self.running[-1])
+
+
+def _rank(sequence: Sequence) -> tuple[int, int, int]:
+    return sequence.rank

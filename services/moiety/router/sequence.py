@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from moiety.core import FinishReason, Sampling, TopLogprobs
 from moiety.errors import MoietyError
+from moiety.router.blocks import BlockTable
 from moiety.router.guide import CompiledGuide, Matcher
 from moiety.router.penalties import TokenCounts
 from moiety.telemetry.tracing import NO_SPAN, Span
@@ -25,7 +26,7 @@ class Emitted:
     choice: int = 0
     top_logprobs: tuple[TopLogprobs, ...] = ()
     prompt_logprobs: tuple[float, ...] = ()
-    cached_tokens: int = 0
+    cached_tokens: int = 0  # of the prompt; told with a choice's first token
 
 
 @dataclass(slots=True, eq=False)
@@ -44,6 +45,15 @@ class Sequence:
     cancelled: bool = False  # set by any thread, honoured at the next step
     submitted_ns: int = field(default_factory=time.time_ns)
     choice: int = 0  # with seed and position it decides the sampling noise
+    priority: int = 0  # lower runs first
+    tenant: str = ""
+    arrival: int = 0  # given by the scheduler: who came first, among equals
+    cached_tokens: int = 0  # tokens of the prompt that were found in the prefix cache
+    admitted: bool = False  # whether it ever ran
+    emitted: bool = False  # whether anything was sent yet
+    table: BlockTable = field(default_factory=BlockTable)
+    parent: Sequence | None = None  # the choice whose prompt this one shares
+    siblings: tuple[Sequence, ...] = ()  # choices that are to begin when this one's prompt is computed
     guide: CompiledGuide | None = None
     prompt_logprobs: list[float] = field(default_factory=list)  # gathered in prefill, sent with the first token
     counts: TokenCounts = field(default_factory=TokenCounts, init=False)
@@ -71,5 +81,42 @@ class Sequence:
         return len(self.tokens) - self.computed > 1
 
     @property
-    def given_up(self) -> bool:
-        return self.cancelled or self.deadline.passed
+    def scores_prompt(self) -> bool:
+        """Whether the logits of every prompt token are still wanted, so that every one must be computed."""
+        return self.sampling.prompt_logprobs and self.generated == 0
+
+    @property
+    def slots(self) -> int:
+        """Places among the running sequences: one for each choice that it is, or is to become."""
+        return 1 + len(self.siblings)
+
+    @property
+    def rank(self) -> tuple[int, int, int]:
+        """Who keeps its blocks when there are too few: the lower goes before the higher."""
+        return self.priority, self.arrival, self.choice
+
+    @property
+    def withdrawn(self) -> bool:
+        """Whether the request was cancelled: all its choices are, together."""
+        return self.cancelled or (self.parent is not None and self.parent.cancelled)
+
+    def given_up(self, now: float) -> bool:
+        """Whether it is to end without being done, at `now` of the monotonic clock."""
+        return now >= self.deadline.at or self.withdrawn
+
+    def restart(self) -> None:
+        """Its tokens are to be computed from the first on."""
+        self.computed = 0
+        self.prompt_logprobs = []
+
+    def sibling(self, choice: int, span: Span) -> Sequence:
+        """Another choice of the same request, with the tokens it has now."""
+        return replace(
+            self,
+            tokens=list(self.tokens),
+            span=span,
+            choice=choice,
+            prompt_logprobs=[],  # the first choice tells them
+            table=BlockTable(),
+            parent=self,
+        )

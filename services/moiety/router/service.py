@@ -53,6 +53,9 @@ class EngineService(engine_pb2_grpc.EngineServicer):
             running=load.running,
             waiting=load.waiting,
             slots=self._slots,
+            block_tokens=self._engine.block_tokens,
+            free_blocks=load.free_blocks,
+            blocks=self._engine.blocks,
         )
 
     async def Generate(
@@ -115,6 +118,8 @@ class EngineService(engine_pb2_grpc.EngineServicer):
             deadline=Deadline.after(context.time_remaining()),
             span=span,
             choice=request.choice,
+            priority=request.priority,
+            tenant=request.tenant,
             guide=guide,
         )
 

@@ -29,7 +29,8 @@ from moiety.model.revision import revision
 from moiety.model.router import load_router
 from moiety.model.seam import use_backend
 from moiety.router import attention
-from moiety.router.attention import CachedBatch, Segment
+from moiety.router.batch import StepBatch
+from moiety.router.blocks import BlockTable
 from moiety.router.context import HopSettings, StepContext
 from moiety.router.demand import DemandCounter
 from moiety.router.fleet import Fleet
@@ -104,9 +105,13 @@ async def run_parity(
     dtype: str = "float32",
     new_tokens: int = 24,
     seed: int = DEFAULT_SEED,
+    kv_memory: int | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> ParityReport:
-    """Compares; raises CheckpointError or ConfigError where the checkpoint cannot be served at all."""
+    """Compares; raises CheckpointError or ConfigError where the checkpoint cannot be served at all.
+
+    A `kv_memory` (bytes) too small for all prompts at once has the router preempt some of them.
+    """
     shape = (await asyncio.to_thread(expert_layout, Checkpoint.open(checkpoint))).shape
     prompts = _prompts(shape.vocabulary, shape.max_context - new_tokens, seed)
     progress(f"reference: {len(prompts)} prompts through plain transformers, one at a time")
@@ -114,6 +119,8 @@ async def run_parity(
     texts, logits = await asyncio.to_thread(_reference, checkpoint, reference_dtype, prompts, new_tokens)
     progress(f"served: the same prompts at once through a LocalCluster of {groups} expert groups")
     chunked = {"slots": len(prompts), "token_budget": 3 * len(prompts)}
+    if kv_memory is not None:
+        chunked["kv_memory"] = kv_memory
     async with LocalCluster(checkpoint, groups=groups, dtype=dtype, router=chunked) as cluster:
         async with Client(cluster.address) as client:
             served = await asyncio.gather(*(_generate(client, prompt, new_tokens) for prompt in prompts))
@@ -205,16 +212,18 @@ async def _own_router(
 
     @torch.inference_mode()
     def forward(text: Sequence[int]) -> torch.Tensor:
-        cache.reserve("parity", len(text))
+        table = BlockTable()
+        cache.grow(table, len(text))
+        batch = StepBatch.build(cache, [table], [0], [len(text)], torch.device("cpu"))
         hop.begin_step(StepContext(CallClass.PREFILL, NO_SPAN, lambda: None, lambda *_: None))
         with use_backend(hop):
             output = model(
                 input_ids=torch.tensor([text]),
-                position_ids=torch.arange(len(text))[None],
+                position_ids=batch.positions[None],
                 use_cache=False,
-                moiety_batch=CachedBatch([Segment("parity", 0, len(text), 0)], cache),
+                moiety_batch=batch,
             )
-        cache.release("parity")
+        cache.release(table)
         logits: torch.Tensor = output.logits[0].float()
         return logits
 

@@ -6,6 +6,7 @@ import asyncio
 import io
 import signal
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -41,6 +42,31 @@ def test_token_ids_sampled(gateway: str, moiety: Callable, monkeypatch: pytest.M
     flags = [word for name, value in sampling.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     outcome = moiety("generate", PROMPT, "--max-tokens", "8", "--ignore-eos", "--token-ids", *flags)
     assert outcome.out.split() == [str(token) for chunk in chunks for token in chunk.token_ids]
+
+
+def test_every_option_reaches_the_system(gateway: str, moiety: Callable, tmp_path: Path) -> None:
+    """Stop strings, choices, log probabilities and guides, as the client gives them."""
+    base = ["generate", PROMPT, "--address", gateway, "--temperature", "1", "--seed", "3"]
+    whole = moiety(*base, "--max-tokens", "20", "--ignore-eos").out.removesuffix("\n")
+    stop = whole[len(whole) // 2 :][:3]
+    stopped = moiety(*base, "--max-tokens", "20", "--ignore-eos", "--stop", stop)
+    assert stopped.out == whole[: whole.index(stop)] + "\n"
+    assert "finished by stop" in stopped.err
+    several = moiety(*base, "--max-tokens", "4", "--ignore-eos", "--n", "2", "--token-ids")
+    assert [line[:4] for line in several.out.splitlines()] == ["[0] ", "[1] "]
+    assert "8 new tokens, finished by length, length" in several.err
+    lines = moiety(*base, "--max-tokens", "4", "--ignore-eos", "--logprobs", "2", "--prompt-logprobs").out.splitlines()
+    assert lines[0].startswith("prompt -")
+    assert [len(line.split("  ")[-1].split()) for line in lines[1:]] == [2] * 4
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"enum": ["red", "blue"]}')
+    assert moiety(*base, "--json-schema", str(schema)).out in ('"red"\n', '"blue"\n')
+    assert moiety(*base, "--regex", "[xy]{3}").out.strip("xy") == "\n"
+    biased = moiety(*base, "--max-tokens", "3", "--logit-bias", "42=100", "--token-ids", "--presence-penalty", "0")
+    assert biased.out.split() == ["42"] * 3
+    refused = moiety(*base, "--logit-bias", "42")
+    assert refused.status == 2
+    assert "must be ID=BIAS" in refused.err
 
 
 def test_prompt_from_stdin(gateway: str, moiety: Callable, monkeypatch: pytest.MonkeyPatch) -> None:

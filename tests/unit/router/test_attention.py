@@ -9,8 +9,11 @@ import pytest
 import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from moiety.router.attention import CachedBatch, Segment, attend
-from moiety.router.kvcache import CacheSpec, KVCache, LayerSpec
+from moiety.router.attention import attend
+from moiety.router.batch import StepBatch
+from moiety.router.blocks import BlockTable
+from moiety.router.cachespec import CacheSpec, LayerSpec
+from moiety.router.kvcache import KVCache
 
 HEADS, GROUPS, WIDTH, VALUE_WIDTH = 4, 2, 8, 6
 LENGTHS = {"a": 1, "b": 13, "c": 7}  # tokens of each sequence: one, past every window below, about one
@@ -36,28 +39,29 @@ class Layers:
     def run(self, steps: list[dict[str, int]], config: Any, **options: Any) -> dict[tuple[str, int], torch.Tensor]:
         """Runs steps of {sequence: tokens}; returns (sequence, layer) -> [H, n, Dv]."""
         spec = CacheSpec({i: LayerSpec(self.groups, WIDTH, VALUE_WIDTH, torch.float32) for i in range(LAYERS)})
-        cache = KVCache(spec, 1 << 20, torch.device("cpu"))
-        for name, length in LENGTHS.items():
-            assert cache.reserve(name, length)
+        cache = KVCache(spec, 1 << 20, torch.device("cpu"), block_tokens=4)
+        tables = {name: BlockTable() for name in LENGTHS}
         past = dict.fromkeys(LENGTHS, 0)
         outputs: dict[tuple[str, int], list[torch.Tensor]] = {key: [] for key in self.of}
         for step in steps:
-            segments, start = [], 0
             for name, count in step.items():
-                segments.append(Segment(name, start, count, past[name]))
-                start += count
+                cache.grow(tables[name], past[name] + count)
+            behind = [past[name] for name in step]
+            batch = StepBatch.build(
+                cache, [tables[name] for name in step], behind, list(step.values()), torch.device("cpu")
+            )
             for layer in range(LAYERS):
                 packed = [
-                    torch.cat([self.of[s.request_id, layer][i][:, s.past : s.past + s.count] for s in segments], 1)[
-                        None
-                    ]
+                    torch.cat(
+                        [self.of[name, layer][i][:, past[name] : past[name] + count] for name, count in step.items()], 1
+                    )[None]
                     for i in range(3)
                 ]
                 module = SimpleNamespace(layer_idx=layer, config=config)
-                output, _ = attend(module, *packed, None, moiety_batch=CachedBatch(segments, cache), **options)
-                assert output.shape == (1, start, self.heads, VALUE_WIDTH)
-                for s in segments:
-                    outputs[s.request_id, layer].append(output[0, s.start : s.start + s.count].transpose(0, 1))
+                output, _ = attend(module, *packed, None, moiety_batch=batch, **options)
+                assert output.shape == (1, sum(step.values()), self.heads, VALUE_WIDTH)
+                for name, rows in zip(step, output[0].split(list(step.values())), strict=True):
+                    outputs[name, layer].append(rows.transpose(0, 1))
             for name, count in step.items():
                 past[name] += count
         assert past == LENGTHS

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
-from types import SimpleNamespace
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
-import torch
+from engine_support import CountingModel, Listener, NoHop, engine_of, finish, submit
 
 from moiety.core import FinishReason, Sampling
 from moiety.errors import (
@@ -22,55 +20,8 @@ from moiety.errors import (
     Unavailable,
 )
 from moiety.router.engine import Engine
-from moiety.router.kvcache import CacheSpec, KVCache, LayerSpec
-from moiety.router.sequence import Emitted, Sequence
-from moiety.telemetry.tracing import NO_TRACER
+from moiety.router.sequence import Sequence
 from moiety.wire.deadline import Deadline
-
-VOCABULARY = 32
-SPEC = CacheSpec({0: LayerSpec(1, 2, 2, torch.float32)})
-
-
-class CountingModel(torch.nn.Module):
-    """Its next token is always the last one plus one; `before` may raise, as a hop does, seeing the step's ids."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(1), requires_grad=False)
-        self.before: Callable[[list[int]], None] = lambda _: None
-        self.steps: list[list[int]] = []
-
-    def forward(self, input_ids: torch.Tensor, logits_to_keep: torch.Tensor, **_: Any) -> Any:
-        ids = input_ids[0].tolist()
-        self.before(ids)
-        self.steps.append(ids)
-        following = (input_ids[0, logits_to_keep] + 1) % VOCABULARY
-        return SimpleNamespace(logits=torch.nn.functional.one_hot(following, VOCABULARY)[None].float())
-
-
-class NoHop:
-    """The engine tells it of each step, and this model never asks it for experts."""
-
-    layer_began_ns = 0
-
-    def begin_step(self, step: Any) -> None:
-        self.step = step
-
-
-class Listener:
-    """What a request was sent."""
-
-    def __init__(self) -> None:
-        self.tokens: list[int] = []
-        self.end: Emitted | None = None
-        self.ended = threading.Event()
-
-    def __call__(self, emitted: Emitted) -> None:
-        assert self.end is None, "something came after the end"
-        self.tokens.extend(emitted.token_ids)
-        if emitted.finish is not None or emitted.error is not None:
-            self.end = emitted
-            self.ended.set()
 
 
 @pytest.fixture
@@ -87,52 +38,15 @@ def hop() -> NoHop:
 
 @pytest.fixture
 def engine(model: CountingModel, hop: NoHop) -> Iterator[Engine]:
-    """Four slots, ten tokens a step, a queue of three, a cache of 100 tokens; stepped by the test."""
-    cache = KVCache(SPEC, 100 * SPEC.bytes_per_token, torch.device("cpu"))
-    made = Engine(
-        model,
-        hop,  # type: ignore[arg-type]
-        cache,
-        slots=4,
-        token_budget=10,
-        queue_limit=3,
-        threads=1,
-        waits=lambda *_: None,
-        tracer=NO_TRACER,
-    )
+    """Four slots, ten tokens a step, a queue of three, a cache of 25 blocks of 4 tokens; stepped by the test."""
+    made = engine_of(model, hop=hop, queue_limit=3)
     yield made
     made.stop(5)
 
 
-def submit(
-    engine: Engine, first: int, *, prompt: int = 1, max_tokens: int = 3, **options: Any
-) -> tuple[Sequence, Listener]:
-    """A request whose prompt is `prompt` times the token `first`."""
-    listener = Listener()
-    sequence = Sequence(
-        request_id=str(first),
-        tokens=[first] * prompt,
-        prompt_tokens=prompt,
-        sampling=Sampling(max_tokens=max_tokens),
-        stop_ids=frozenset([9]),
-        emit=listener,
-        **options,
-    )
-    engine.submit(sequence)
-    return sequence, listener
-
-
-def finish(engine: Engine) -> None:
-    """Steps until nothing is left to do."""
-    for _ in range(200):
-        if not engine.step():
-            return
-    raise AssertionError("the engine never came to rest")
-
-
 def test_requests_run_together_and_end_by_themselves(engine: Engine, model: CountingModel):
     """Each stream gets its own tokens, to max_tokens or its stop token, which is sent."""
-    (_, long), (_, stopping) = submit(engine, 1, prompt=4), submit(engine, 7)
+    (_, long), (_, stopping) = submit(engine, [1] * 4), submit(engine, [7])
     finish(engine)
     assert (long.tokens, long.end.finish) == ([2, 3, 4], FinishReason.LENGTH)
     assert (stopping.tokens, stopping.end.finish) == ([8, 9], FinishReason.STOP)
@@ -142,9 +56,9 @@ def test_requests_run_together_and_end_by_themselves(engine: Engine, model: Coun
 
 def test_a_long_prompt_is_cut_and_delays_no_stream(engine: Engine, model: CountingModel):
     """Prefill takes what decode leaves of the token budget."""
-    _, decoding = submit(engine, 1, max_tokens=8)
+    _, decoding = submit(engine, [1], max_tokens=8)
     engine.step()
-    _, long = submit(engine, 5, prompt=20, max_tokens=1)
+    _, long = submit(engine, [5] * 20, max_tokens=1)
     for _ in range(3):
         engine.step()
     assert [len(step) for step in model.steps] == [1, 10, 10, 3]
@@ -154,7 +68,7 @@ def test_a_long_prompt_is_cut_and_delays_no_stream(engine: Engine, model: Counti
 
 def test_lost_experts_end_only_the_requests_that_need_them(engine: Engine, model: CountingModel):
     """The step runs again without them, and the others' tokens are what they would have been."""
-    listeners = {first: submit(engine, first, prompt=2)[1] for first in (1, 11, 21)}
+    listeners = {first: submit(engine, [first] * 2)[1] for first in (1, 11, 21)}
 
     def lose(ids: list[int]) -> None:
         if 11 in ids:
@@ -170,7 +84,7 @@ def test_lost_experts_end_only_the_requests_that_need_them(engine: Engine, model
 
 def test_a_request_cancelled_while_its_layer_waits_is_taken_out(engine: Engine, model: CountingModel, hop: NoHop):
     """The waiting step is interrupted, runs again without it, and the others lose nothing."""
-    (sequence, cancelled), (_, other) = submit(engine, 1), submit(engine, 11)
+    (sequence, cancelled), (_, other) = submit(engine, [1]), submit(engine, [11])
 
     def park(ids: list[int]) -> None:
         if 1 in ids:
@@ -186,7 +100,7 @@ def test_a_request_cancelled_while_its_layer_waits_is_taken_out(engine: Engine, 
 
 def test_a_passed_deadline_ends_a_request_wherever_it_is(engine: Engine):
     """DeadlineExceeded, for a waiting request too, and its slot is free."""
-    _, late = submit(engine, 1, deadline=Deadline.after(0.0))
+    _, late = submit(engine, [1], deadline=Deadline.after(0.0))
     finish(engine)
     assert isinstance(late.end.error, DeadlineExceeded)
     assert late.tokens == []
@@ -206,10 +120,10 @@ def test_a_resumed_request_goes_on_behind_its_tokens(engine: Engine, model: Coun
 def test_a_full_queue_and_an_impossible_request_are_refused(engine: Engine):
     """The queue's bound and the cache's are told; what was accepted runs."""
     with pytest.raises(InvalidRequest, match=r"prompt \+ max_tokens = 101: must be at most 100.*kv_memory"):
-        submit(engine, 1, prompt=1, max_tokens=100)
-    accepted = [submit(engine, 1)[1] for _ in range(3)]
+        submit(engine, [1], max_tokens=100)
+    accepted = [submit(engine, [1])[1] for _ in range(3)]
     with pytest.raises(ResourceExhausted, match="3 of at most 3 requests"):
-        submit(engine, 1)
+        submit(engine, [1])
     finish(engine)
     assert [listener.tokens for listener in accepted] == [[2, 3, 4]] * 3
 
@@ -218,12 +132,12 @@ def test_a_bug_in_a_step_ends_its_requests_and_not_the_engine(engine: Engine, mo
     """The thread goes on; the next request is served."""
     model.before = lambda _: {}["a bug"]
     engine.start()
-    _, hit = submit(engine, 1)
+    _, hit = submit(engine, [1])
     assert hit.ended.wait(5)
     assert isinstance(hit.end.error, MoietyError)
     assert "KeyError" in str(hit.end.error)
     model.before = lambda _: None
-    _, after = submit(engine, 1)
+    _, after = submit(engine, [1])
     assert after.ended.wait(5)
     assert after.tokens == [2, 3, 4]
     assert engine.alive
@@ -240,11 +154,11 @@ def test_stopping_ends_what_runs_with_unavailable(engine: Engine, model: Countin
 
     model.before = hold
     engine.start()
-    _, running = submit(engine, 1)
+    _, running = submit(engine, [1])
     assert stepping.wait(5)
     engine.stop(0.0)
     with pytest.raises(Unavailable, match="shutting down"):
-        submit(engine, 2)
+        submit(engine, [2])
     stopped.set()
     assert running.ended.wait(5)
     assert isinstance(running.end.error, Unavailable)

@@ -15,7 +15,7 @@ from moiety.model.checkpoint import Checkpoint
 from moiety.model.layout import expert_layout
 from moiety.model.router import load_router
 from moiety.router import attention
-from moiety.router.kvcache import CacheSpec
+from moiety.router.cachespec import CacheSpec
 from moiety.router.probe import cache_spec
 
 

@@ -32,7 +32,7 @@ def processed(logits: torch.Tensor, *sequences: Sequence) -> torch.Tensor:
     return scores
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(prompt=TOKENS, generated=TOKENS, penalty=st.floats(0.1, 10.0))
 def test_repetition_penalty_is_transformers(prompt: list[int], generated: list[int], penalty: float):
     """Tokens of prompt and output are divided or multiplied by it, as RepetitionPenaltyLogitsProcessor does."""
@@ -42,7 +42,7 @@ def test_repetition_penalty_is_transformers(prompt: list[int], generated: list[i
     torch.testing.assert_close(ours, theirs)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(prompt=TOKENS, generated=TOKENS, presence=st.floats(-2, 2), frequency=st.floats(-2, 2))
 def test_presence_and_frequency_count_the_output(
     prompt: list[int], generated: list[int], presence: float, frequency: float
@@ -56,6 +56,7 @@ def test_presence_and_frequency_count_the_output(
     torch.testing.assert_close(processed(logits, sequence_of(prompt, generated, **options)), expected)
 
 
+@settings(max_examples=40, deadline=None)
 @given(steps=st.lists(st.lists(st.integers(0, 300), max_size=70), min_size=1, max_size=5), prompt=TOKENS)
 def test_counts_grow_as_recounting_would_find_them(steps: list[list[int]], prompt: list[int]):
     """Followed in portions of any size, they are what counting everything gives."""

@@ -127,7 +127,7 @@ PARAMETERS = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     rows=st.lists(PARAMETERS, min_size=2, max_size=9),
     vocabulary=st.sampled_from([320, 331, 1024]),

@@ -1,0 +1,39 @@
+"""`python -m moiety_kernels.cpu` builds the C++ kernels; with `--check` it only says what a replica would use."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+
+from moiety_kernels.cpu.build import BuildError, build
+from moiety_kernels.cpu.library import BF16, SWITCH, VNNI, cpu_flags, find
+
+
+def main() -> int:
+    """Returns the exit status: 0 where the kernels can be used."""
+    parser = argparse.ArgumentParser(prog="python -m moiety_kernels.cpu", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="build nothing; say what a replica would use")
+    parser.add_argument("--optional", action="store_true", help="where they cannot be built, say so and succeed")
+    options = parser.parse_args()
+    if not options.check:
+        began = time.monotonic()
+        try:
+            print(f"C++ kernels: {build()} ({time.monotonic() - began:.1f} s)")
+        except BuildError as error:
+            print(f"C++ kernels: {error}", file=sys.stderr)
+            return 0 if options.optional else 1
+    path, problem = find()
+    if os.environ.get(SWITCH) == "off":
+        path, problem = None, f"{SWITCH}=off"
+    if path is None:
+        print(f"used: torch ({problem})")
+        return 0 if options.optional else 1
+    names = {"float32": frozenset[str](), "bfloat16": BF16, "int8": VNNI}
+    print(f"used: {path} for {', '.join(name for name, isa in names.items() if isa <= cpu_flags())}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,72 @@
+"""Finds and loads the built C++ library, if there is one for these sources and this CPU can run it."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch  # noqa: F401  # its libgomp must be loaded first, so that the library shares torch's threads
+
+from moiety_kernels.cpu.build import built
+
+SWITCH = "MOIETY_CPU_KERNELS"  # "off": compute with torch
+COMMAND = "python -m moiety_kernels.cpu"
+BASE = frozenset({"avx512f", "avx512bw", "avx512vl", "avx512dq", "fma"})  # what every function may use
+BF16 = frozenset({"avx512_bf16"})
+VNNI = frozenset({"avx512_vnni"})
+
+_log = logging.getLogger(__name__)
+
+
+class Library:
+    """The loaded library. ctypes releases the GIL during calls; threads come from torch's OpenMP pool."""
+
+    def __init__(self, path: Path, cpu: frozenset[str]):
+        self.path, self._cpu = path, cpu
+        self._functions = ctypes.CDLL(str(path))
+
+    def function(
+        self, name: str, *arguments: Any, isa: frozenset[str] = frozenset()
+    ) -> Callable[..., None] | None:
+        """`extern "C" void name(arguments)`, arguments as ctypes types; None where this CPU lacks an extension of `isa`."""
+        if isa - self._cpu:
+            return None
+        function = self._functions[name]
+        function.argtypes, function.restype = arguments, None
+        return function
+
+
+@functools.cache
+def load() -> Library | None:
+    """The library, or None (compute with torch then), which is told once, with what can be done about it."""
+    if os.environ.get(SWITCH) == "off":
+        return None
+    path, problem = find()
+    if path is None:
+        _log.warning("computing with torch, more slowly than this CPU could: %s", problem)
+        return None
+    return Library(path, cpu_flags())
+
+
+def find() -> tuple[Path | None, str]:
+    """The library that would be loaded; or None, and why."""
+    if missing := BASE - cpu_flags():
+        return None, f"the C++ kernels need {', '.join(sorted(missing))}, which this CPU lacks"
+    if (path := built()) is None:
+        return None, f"the C++ kernels are not built: run `{COMMAND}` once"
+    return path, ""
+
+
+@functools.cache
+def cpu_flags() -> frozenset[str]:
+    """The instruction set extensions of this CPU, as Linux names them; none elsewhere."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return frozenset()
+    return next((frozenset(line.split(":")[1].split()) for line in lines if line.startswith("flags")), frozenset())

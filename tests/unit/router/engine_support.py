@@ -1,0 +1,187 @@
+"""Models of numbers that stand in for a network, and what it takes to run an engine around them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from moiety.core import Sampling
+from moiety.router.cachespec import CacheSpec, LayerSpec
+from moiety.router.engine import Engine
+from moiety.router.kvcache import KVCache
+from moiety.router.sequence import Emitted
+from moiety.router.sequence import Sequence as Request
+from moiety.telemetry.tracing import NO_TRACER
+
+VOCABULARY = 32
+STOP = 9
+BLOCK_TOKENS = 4
+SPEC = CacheSpec({0: LayerSpec(1, 2, 2, torch.float32)})
+_LOGITS = torch.randn(257, VOCABULARY, generator=torch.Generator().manual_seed(0))
+
+
+class CountingModel(torch.nn.Module):
+    """Its next token is always the last one plus one; `before` may raise, as a hop does, seeing the step's ids."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1), requires_grad=False)
+        self.before: Callable[[list[int]], None] = lambda _: None
+        self.steps: list[list[int]] = []
+
+    def forward(self, input_ids: torch.Tensor, logits_to_keep: torch.Tensor, **_: Any) -> Any:
+        ids = input_ids[0].tolist()
+        self.before(ids)
+        self.steps.append(ids)
+        following = (input_ids[0, logits_to_keep] + 1) % VOCABULARY
+        return SimpleNamespace(logits=torch.nn.functional.one_hot(following, VOCABULARY)[None].float())
+
+
+class RememberingModel(CountingModel):
+    """Keeps its tokens in the KV cache and answers with a function of all it finds there, up to `window` of them.
+
+    A block that was lost, given to two, or not copied where two sequences part, changes what it says.
+    """
+
+    def __init__(self, window: int | None = None) -> None:
+        super().__init__()
+        self.window = window
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        logits_to_keep: torch.Tensor,
+        position_ids: torch.Tensor | None = None,
+        moiety_batch: Any = None,
+        **_: Any,
+    ) -> Any:
+        self.before(input_ids[0].tolist())
+        self.steps.append(input_ids[0].tolist())
+        assert position_ids is not None
+        assert torch.equal(position_ids[0] + 1, moiety_batch.length)
+        key = input_ids[0].float().view(-1, 1, 1).expand(-1, 1, 2)
+        keys, values = moiety_batch.store(0, key, key + 1, self.window)
+        rows = []
+        for token in logits_to_keep.tolist():
+            length, table = int(moiety_batch.length[token]), moiety_batch.tables[moiety_batch.sequence[token]]
+            kept = keys[table, 0, :, 0].flatten()[:length]
+            first = max(0, length - self.window) if self.window else 0
+            assert torch.equal(values[table, 0, :, 1].flatten()[first:length], kept[first:] + 1)
+            rows.append(remembered(kept.int().tolist(), self.window))
+        return SimpleNamespace(logits=torch.stack(rows)[None])
+
+
+def remembered(tokens: Sequence[int], window: int | None = None) -> torch.Tensor:
+    """The logits [V] of a RememberingModel behind `tokens`."""
+    seen = list(enumerate(tokens))[-window if window else 0 :]
+    return _LOGITS[sum((position % 11 + 1) * (token + 1) for position, token in seen) % len(_LOGITS)]
+
+
+def recited(prompt: Sequence[int], count: int, window: int | None = None) -> list[int]:
+    """The next `count` greedy tokens of a RememberingModel behind `prompt`, by the naive way."""
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(int(remembered(tokens, window).argmax()))
+    return tokens[len(prompt) :]
+
+
+class NoHop:
+    """The engine tells it of each step, and these models never ask it for experts."""
+
+    layer_began_ns = 0
+
+    def begin_step(self, step: Any) -> None:
+        self.step = step
+
+
+class Listener:
+    """What a request was sent, choice by choice."""
+
+    def __init__(self) -> None:
+        self.choices: dict[int, list[int]] = {}
+        self.ends: dict[int, Emitted] = {}
+        self.cached_tokens: dict[int, int] = {}
+        self.prompt_logprobs: list[float] = []
+        self.ended = threading.Event()  # all choices that began
+
+    def __call__(self, emitted: Emitted) -> None:
+        assert emitted.choice not in self.ends, "something came after the end"
+        if emitted.choice not in self.choices:
+            self.cached_tokens[emitted.choice] = emitted.cached_tokens
+        self.prompt_logprobs += emitted.prompt_logprobs
+        self.choices.setdefault(emitted.choice, []).extend(emitted.token_ids)
+        if emitted.finish is not None or emitted.error is not None:
+            self.ends[emitted.choice] = emitted
+            if len(self.ends) == len(self.choices):
+                self.ended.set()
+
+    @property
+    def tokens(self) -> list[int]:
+        """Of a request with one choice."""
+        return self.choices.get(0, [])
+
+    @property
+    def end(self) -> Emitted | None:
+        """Of a request with one choice."""
+        return self.ends.get(0)
+
+
+def engine_of(
+    model: CountingModel,
+    *,
+    hop: NoHop | None = None,
+    slots: int = 4,
+    token_budget: int = 10,
+    queue_limit: int = 1000,
+    blocks: int = 25,
+    revision: str | None = "r",
+    window: int | None = None,
+) -> Engine:
+    """An engine that the test steps or starts itself."""
+    spec = CacheSpec({0: LayerSpec(1, 2, 2, torch.float32, window=window)})
+    memory = blocks * BLOCK_TOKENS * spec.bytes_per_token
+    return Engine(
+        model,
+        hop or NoHop(),  # type: ignore[arg-type]
+        KVCache(spec, memory, torch.device("cpu"), block_tokens=BLOCK_TOKENS, revision=revision),
+        slots=slots,
+        token_budget=token_budget,
+        queue_limit=queue_limit,
+        threads=1,
+        waits=lambda *_: None,
+        tracer=NO_TRACER,
+    )
+
+
+def submit(
+    engine: Engine, prompt: Sequence[int], *, max_tokens: int = 3, sampling: Sampling | None = None, **options: Any
+) -> tuple[Request, Listener]:
+    """A request with this prompt."""
+    listener = Listener()
+    sampling = sampling or Sampling(max_tokens=max_tokens)
+    sequence = Request(
+        request_id="-".join(map(str, prompt[:4])),
+        tokens=list(prompt),
+        prompt_tokens=len(prompt),
+        sampling=sampling,
+        stop_ids=sampling.ends([STOP]),
+        emit=listener,
+        **options,
+    )
+    engine.submit(sequence)
+    return sequence, listener
+
+
+def finish(engine: Engine, steps: int = 1000) -> None:
+    """Steps until nothing is left to do, and looks for lost blocks."""
+    for _ in range(steps):
+        if not engine.step():
+            assert (engine.load.running, engine.load.waiting) == (0, 0)
+            assert engine.load.free_blocks == engine.blocks
+            engine.check_integrity()
+            return
+    raise AssertionError("the engine never came to rest")
