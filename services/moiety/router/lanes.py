@@ -37,7 +37,7 @@ class _Lane(Generic[T]):
 class Lanes:
     """Runs the lanes of one step at a time. For the one thread that `wait`s."""
 
-    def __init__(self, wait: Callable[[float], None]):
+    def __init__(self, wait: Callable[[float], object]):
         """`wait(seconds)` blocks the thread until something was handled or the time is over, as `Mailbox.wait` does."""
         self._block = wait
         self._running: dict[greenlet, _Lane[object]] = {}
