@@ -44,7 +44,7 @@ def bench() -> None:
 @json_option
 @click.pass_context
 def hop(context: click.Context, payload: tuple[int, ...], calls: int, rounds: int, json_file: Path | None) -> None:
-    """Measure the hop: a call to an expert replica and back, less the experts' own time.
+    """Measure the hop: a call to an expert replica and back, less the experts' own time, by each transport.
 
     Beside it, in turns, a unary gRPC echo of the same bytes: what a call costs when nothing of ours is in it.
 

@@ -12,12 +12,13 @@ from moiety.cli.main import run
 
 
 def test_bench_hop(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """Every payload gives one row of positive times, and the report says how to run it again."""
+    """Every payload gives a row of positive times for each transport, and the report says how to run it again."""
     file = tmp_path / "hop.json"
     words = ["bench", "hop", "--payload", "4,64", "--calls", "10", "--rounds", "1"]
     assert run([*words, "--json", str(file)]) == 0
     rows = json.loads(file.read_text())
-    assert [row["payload_kib"] for row in rows] == [4, 64]
+    transports = ("shm", "unix", "grpc")
+    assert [(row["payload_kib"], row["transport"]) for row in rows] == [(n, t) for n in (4, 64) for t in transports]
     for row in rows:
         assert row["calls"] == 10
         assert 0 < row["hop_p50_ms"] < row["call_p50_ms"]
