@@ -20,6 +20,7 @@ from moiety.load.watch import Watch
 from moiety.model import overlap
 from moiety.model.checkpoint import Checkpoint
 from moiety.model.compute import use_kernels
+from moiety.model.elementwise import fix_elementwise
 from moiety.model.layout import ExpertLayout
 from moiety.model.router import load_router
 from moiety.policy.lanes import LaneTuner
@@ -161,6 +162,8 @@ def load_model(
     model = load_router(checkpoint, layout, dtype, settings.device, attention.NAME)
     use_kernels(model, deterministic=settings.deterministic)
     latent.install(model, deterministic=settings.deterministic)
+    if settings.deterministic:
+        fix_elementwise(model)
     spec = cache_spec(model, layout.shape)
     overlap.install(model, lambda: run_once(model, ProbeBatch()))
     cache = KVCache(

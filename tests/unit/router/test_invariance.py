@@ -1,7 +1,8 @@
 """What a router computes for a token does not depend, to the bit, on the other tokens of its step: op by op, on CPU.
 
 Products of matrices are the exception: how torch sums them depends on their shape (in float32 nearly always, in bfloat16
-by oneDNN's choice). With `deterministic` they run through operations that do not, and so does everything built on them.
+by oneDNN's choice); and so are exponentials and the like of rows that are no whole number of vectors wide. With
+`deterministic` both run through operations that do not depend on it.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRMSNorm, ap
 
 from moiety.core import PendingRows
 from moiety.model.compute import use_kernels
+from moiety.model.elementwise import FixedElementwise
 from moiety.model.seam import LAYER_ATTRIBUTE, remote_experts, use_backend
 from moiety.router.latent import Latent
 
@@ -123,6 +125,37 @@ def test_what_is_computed_row_by_row_is_invariant(name: str, dtype: torch.dtype)
     op, shapes = OPS[name]
     with torch.no_grad():
         assert_invariant(op, *(random(*shape, dtype=dtype, seed=seed) for seed, shape in enumerate(shapes)))
+
+
+EXPONENTIALS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": nn.functional.silu,
+    "gelu": lambda rows: nn.functional.gelu(rows, approximate="tanh"),
+    "sigmoid": torch.sigmoid,
+    "sigmoid of float32": lambda rows: rows.float().sigmoid(),
+    "cos": torch.cos,
+    "sin": lambda rows: rows.sin(),
+    "tanh": torch.tanh,
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", EXPONENTIALS)
+def test_fixed_elementwise_functions_are_invariant(name: str, dtype: torch.dtype):
+    """At widths that are no whole number of vectors, one number a row among them; and they are the same functions."""
+    op = EXPONENTIALS[name]
+    for width in (1, 40, 1100):
+        rows = random(TOKENS, width, dtype=dtype)
+        expected = op(rows)
+        with FixedElementwise():
+            assert_invariant(op, rows)
+            torch.testing.assert_close(op(rows), expected)
+
+
+def test_torch_computes_the_end_of_a_tensor_otherwise():
+    """Why the functions above need fixing: SiLU of 3 x 40 numbers, alone and at the beginning of more."""
+    rows = random(TOKENS, 40) * 3
+    together = nn.functional.silu(rows)
+    assert not all(torch.equal(nn.functional.silu(rows[:n].clone()), together[:n]) for n in range(1, TOKENS))
 
 
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16], ids=str)
