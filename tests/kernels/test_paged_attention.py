@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,6 +37,15 @@ LENGTHS = {
     "a chunk of a prefill beside decodes": [(1, 33), (40, 100), (1, 9), (2, 2)],
     "past the end of a partial result": [(3, 1100), (1, 513)],
 }
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """The cases are small: threads that wait for each other on a busy machine would take most of the time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @dataclass(frozen=True)
@@ -170,7 +180,7 @@ def test_float16_is_computed(kernels: str):
 
 
 @pytest.mark.skipif(load() is None, reason="promised of the C++ kernels: torch agrees to rounding only")
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=60)
 @given(
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     counts=st.lists(
@@ -180,7 +190,7 @@ def test_float16_is_computed(kernels: str):
     ),
     heads=st.sampled_from([(2, 2), (6, 2), (16, 1)]),
     variant=st.sampled_from(list(VARIANTS.values())),
-    threads=st.integers(1, 3),
+    threads=st.integers(1, 2),
     data=st.data(),
 )
 def test_a_token_does_not_depend_on_its_company(
@@ -195,16 +205,12 @@ def test_a_token_does_not_depend_on_its_company(
     case = make(counts, dtype, heads=heads[0], groups=heads[1], key_width=40, value_width=40, **variant)
     tokens = len(case.length)
     some = data.draw(st.lists(st.integers(0, tokens - 1), min_size=1, max_size=6))
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads)
-        together = case.run()
-        torch.set_num_threads(1)
-        assert torch.equal(case.only(some).run(), together[some])
-        for token in some:
-            assert torch.equal(case.only([token]).run()[0], together[token])
-    finally:
-        torch.set_num_threads(before)
+    torch.set_num_threads(threads)
+    together = case.run()
+    torch.set_num_threads(1)
+    assert torch.equal(case.only(some).run(), together[some])
+    for token in some:
+        assert torch.equal(case.only([token]).run()[0], together[token])
 
 
 def test_store_writes_its_slots_and_no_others(kernels: str):

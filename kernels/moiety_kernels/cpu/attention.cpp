@@ -16,13 +16,12 @@
 #include <type_traits>
 #include <vector>
 
-#include "numbers.h"
-#include "tile.h"
+#include "exponential.h"
+#include "rows.h"
 
 namespace moiety {
 namespace {
 
-constexpr int tile_positions = 64;             // one step of the online softmax: keys and values that stay in the L1 cache
 constexpr std::int64_t split_positions = 512;  // one partial result: what threads share where units are few
 constexpr std::int64_t rows_at_once = 64;      // of a unit: enough arithmetic for every key read in a prefill
 constexpr std::int64_t columns_at_once = 64;   // of values: four vectors, for four rows sixteen sums in registers
@@ -89,123 +88,6 @@ struct State {
     std::int64_t width;
 };
 
-// e^x for x <= 0, an exact 0 below -150, NaN for NaN. Within 0.9 units in the last place of a normal result: the
-// argument is reduced by ln 2 in two parts, and what is left goes into a minimax polynomial of degree 6.
-inline __m512 exponential(__m512 x) {
-    x = _mm512_max_ps(_mm512_set1_ps(-200.0f), x);
-    const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT);
-    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693145752f), x);
-    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(1.42860677e-6f), r);
-    __m512 p = _mm512_set1_ps(1.3814222e-3f);
-    for (const float c : {8.3688991e-3f, 4.1668404e-2f, 1.666652e-1f, 4.9999994e-1f, 1.0f, 1.0f})
-        p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(c));
-    return _mm512_scalef_ps(p, n);
-}
-
-inline float exponential(float x) { return _mm512_cvtss_f32(exponential(_mm512_set1_ps(x))); }
-
-// Within 1.5 units in the last place. Near 0, where 1 - e^-2x would cancel, an odd polynomial: that of Cephes' tanhf.
-inline __m512 hyperbolic_tangent(__m512 x) {
-    const __m512 one = _mm512_set1_ps(1.0f), size = _mm512_abs_ps(x), square = _mm512_mul_ps(x, x);
-    __m512 p = _mm512_set1_ps(-5.70498872745e-3f);
-    for (const float c : {2.06390887954e-2f, -5.37397155531e-2f, 1.33314422036e-1f, -3.33332819422e-1f})
-        p = _mm512_fmadd_ps(p, square, _mm512_set1_ps(c));
-    const __m512 near = _mm512_fmadd_ps(_mm512_mul_ps(p, square), x, x);
-    const __m512 e = exponential(_mm512_mul_ps(size, _mm512_set1_ps(-2.0f)));
-    const __m512 far = _mm512_div_ps(_mm512_sub_ps(one, e), _mm512_add_ps(one, e));
-    const __m512 sign = _mm512_and_ps(x, _mm512_set1_ps(-0.0f));
-    const __mmask16 is_near = _mm512_cmp_ps_mask(size, _mm512_set1_ps(0.625f), _CMP_LT_OQ);
-    return _mm512_mask_blend_ps(is_near, _mm512_or_ps(far, sign), near);
-}
-
-// One load of values as float32 vectors. Of bf16 these are the even and the odd columns: two shifts, no shuffle.
-inline void widen(__m512 from, __m512* to) { to[0] = from; }
-inline void widen(__m512i from, __m512* to) {
-    to[0] = _mm512_castsi512_ps(_mm512_slli_epi32(from, 16));
-    to[1] = _mm512_castsi512_ps(_mm512_and_si512(from, _mm512_set1_epi32(static_cast<int>(0xffff0000))));
-}
-
-// The way back, rounded, for the first `count` columns.
-inline void write(const __m512* from, float* to, std::int64_t count) { store(to, count, from[0]); }
-inline void write(const __m512* from, bf16* to, std::int64_t count) {
-    const __m512i even = _mm512_cvtepu16_epi32(narrow(from[0])), odd = _mm512_cvtepu16_epi32(narrow(from[1]));
-    const auto mask = static_cast<__mmask32>(count >= 32 ? ~0u : (1u << count) - 1);
-    _mm512_mask_storeu_epi16(to, mask, _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
-}
-
-// Where rows of keys or values are read from, as float32: the pool itself, or an aligned copy that many rows share.
-// Reading the pool fetches the same columns of the next tile: blocks lie apart, so the CPU does not foresee them.
-template <class T, bool Whole>
-struct Pool {  // Whole: the width is a multiple of a load
-    static constexpr int vectors = Step<T>::length / 16;
-    const T *const *row, *const *next;
-    std::int64_t width;
-
-    template <int V>
-    void load(int i, std::int64_t at, __m512* to) const {
-#pragma GCC unroll 4
-        for (int v = 0; v < V; v += vectors) {
-            const T* from = row[i] + at + 16 * v;
-            _mm_prefetch(reinterpret_cast<const char*>(next[i] + at + 16 * v), _MM_HINT_T1);
-            if constexpr (Whole) widen(Step<T>::load(from), to + v);
-            else widen(Step<T>::load(from, std::min(Step<T>::length, width - at - 16 * v)), to + v);
-        }
-    }
-};
-
-template <class T>
-struct Copy {
-    static constexpr int vectors = Step<T>::length / 16;
-    const float* first;
-    std::int64_t stride;
-
-    template <int V>
-    void load(int i, std::int64_t at, __m512* to) const {
-#pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) to[v] = _mm512_load_ps(first + i * stride + at + 16 * v);
-    }
-};
-
-// out[q * tile_positions + k] = query[q] . key k for Q rows and 16 / Q keys.
-template <int Q, class Source>
-[[gnu::noinline]] void scores(const float* const* query, const Source& keys, int first, std::int64_t width, float* out) {
-    constexpr int K = 16 / Q, V = Source::vectors;
-    __m512 sums[16];
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i) sums[i] = _mm512_setzero_ps();
-    std::int64_t at = 0;
-    do {
-        __m512 rows[Q][V];
-#pragma GCC unroll 4
-        for (int q = 0; q < Q; ++q)
-#pragma GCC unroll 2
-            for (int v = 0; v < V; ++v) rows[q][v] = _mm512_load_ps(query[q] + at + 16 * v);
-#pragma GCC unroll 16
-        for (int k = 0; k < K; ++k) {
-            __m512 key[V];
-            keys.template load<V>(first + k, at, key);
-#pragma GCC unroll 2
-            for (int v = 0; v < V; ++v)
-#pragma GCC unroll 4
-                for (int q = 0; q < Q; ++q) sums[q * K + k] = _mm512_fmadd_ps(rows[q][v], key[v], sums[q * K + k]);
-        }
-    } while ((at += 16 * V) < width);
-    alignas(64) float flat[16];
-    _mm512_store_ps(flat, reduce(sums));
-    for (int q = 0; q < Q; ++q) std::memcpy(out + q * tile_positions, flat + q * K, K * sizeof(float));
-}
-
-// The same for any number of rows and 16 keys.
-template <class Source>
-void scores_of_rows(const float* const* query, int rows, const Source& keys, int first, std::int64_t width, float* out) {
-    int r = 0;
-    for (; r + 4 <= rows; r += 4)
-        for (int k = 0; k < 16; k += 4) scores<4>(query + r, keys, first + k, width, out + r * tile_positions + k);
-    for (; r + 2 <= rows; r += 2)
-        for (int k = 0; k < 16; k += 8) scores<2>(query + r, keys, first + k, width, out + r * tile_positions + k);
-    if (r < rows) scores<1>(query + r, keys, first, width, out + r * tile_positions);
-}
-
 // A row's scores of one tile to weights relative to the largest so far; what was summed under an older one is scaled.
 inline void soften(const Call& call, float* score, std::uint64_t seen, State& state, std::int64_t row) {
     __m512 s[4];
@@ -235,41 +117,6 @@ inline void soften(const Call& call, float* score, std::uint64_t seen, State& st
     state.sum[row] += added;
 }
 
-// acc[r][at .. at + 16 V) += the sum over positions of weight[r * tile_positions + position] * value, for R rows.
-template <int R, int V, class Source>
-[[gnu::noinline]] void weigh(const float* weight, const Source& values, int from, int to, float* const* acc,
-                             std::int64_t at, std::int64_t column) {
-    __m512 sums[R][V];
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) sums[r][v] = _mm512_load_ps(acc[r] + at + 16 * v);
-    for (int position = from; position < to; ++position) {
-        __m512 value[V];
-        values.template load<V>(position, column, value);
-#pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) {
-            const __m512 w = _mm512_set1_ps(weight[r * tile_positions + position]);
-#pragma GCC unroll 4
-            for (int v = 0; v < V; ++v) sums[r][v] = _mm512_fmadd_ps(w, value[v], sums[r][v]);
-        }
-    }
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) _mm512_store_ps(acc[r] + at + 16 * v, sums[r][v]);
-}
-
-// The same for any number of rows. `at` is the column of the sums, `column` that of the source.
-template <int V, class Source>
-void weigh_rows(const float* weight, const Source& values, int from, int to, float* const* acc, int rows, std::int64_t at,
-                std::int64_t column) {
-    int r = 0;
-    for (; r + 4 <= rows; r += 4) weigh<4, V>(weight + r * tile_positions, values, from, to, acc + r, at, column);
-    for (; r + 2 <= rows; r += 2) weigh<2, V>(weight + r * tile_positions, values, from, to, acc + r, at, column);
-    if (r < rows) weigh<1, V>(weight + r * tile_positions, values, from, to, acc + r, at, column);
-}
-
 template <class T>
 class Worker {  // one thread's part of a call
    public:
@@ -287,7 +134,8 @@ class Worker {  // one thread's part of a call
         for (std::int64_t row = 0; row < unit.rows(); ++row) {
             const T* query = static_cast<const T*>(call_.query) + (unit.token + row / unit.heads) * call_.query_token +
                              (unit.head + row % unit.heads) * call_.query_head;
-            copy(Pool<T, false>{&query, &query, call_.key_width}, 0, 1, queries_ + row * query_width_, query_width_, 0, call_.key_width);
+            const Pool<T, false> source{&query, &query, call_.key_width};
+            copy(source, 0, 1, queries_ + row * query_width_, query_width_, 0, call_.key_width);
         }
     }
 
@@ -360,10 +208,10 @@ class Worker {  // one thread's part of a call
             const std::int64_t index = position / call_.page, start = index * call_.page, block = table[index];
             const T* key = static_cast<const T*>(call_.keys) + block * call_.key_block + unit.group * call_.key_group;
             const T* value = static_cast<const T*>(call_.values) + block * call_.value_block + unit.group * call_.value_group;
-            for (; position < start + call_.page && j < tile_positions; position = std::clamp(begin + j, unit.first, unit.last - 1)) {
+            while (position < start + call_.page && j < tile_positions) {
                 places.key[j] = key + (position - start) * call_.key_position;
                 places.value[j] = value + (position - start) * call_.value_position;
-                ++j;
+                position = std::clamp(begin + ++j, unit.first, unit.last - 1);
             }
         }
     }
@@ -407,7 +255,8 @@ class Worker {  // one thread's part of a call
                 }
             };
             std::int64_t at = 0;
-            for (; at + columns_at_once <= call_.value_width; at += columns_at_once) columns(at, std::integral_constant<int, 4>());
+            for (; at + columns_at_once <= call_.value_width; at += columns_at_once)
+                columns(at, std::integral_constant<int, columns_at_once / 16>());
             for (; at < call_.value_width; at += 16 * vectors) columns(at, std::integral_constant<int, vectors>());
         });
     }
@@ -419,7 +268,8 @@ class Worker {  // one thread's part of a call
     }
 
     template <class Source>
-    static void copy(const Source& rows, int first, int count, float* to, std::int64_t stride, std::int64_t begin, std::int64_t end) {
+    static void copy(const Source& rows, int first, int count, float* to, std::int64_t stride, std::int64_t begin,
+                     std::int64_t end) {
         constexpr int vectors = Source::vectors;
         for (int i = 0; i < count; ++i)
             for (std::int64_t at = begin; at < end; at += 16 * vectors) {
@@ -454,7 +304,8 @@ std::vector<Unit> units_of(const Call& call) {
         }
         for (std::int64_t group = 0; group < call.groups; ++group)
             for (std::int64_t head = 0; head < repeat; head += heads_at_once)
-                units.push_back({token, next - token, group, group * repeat + head, std::min(heads_at_once, repeat - head), first, last});
+                units.push_back({token, next - token, group, group * repeat + head, std::min(heads_at_once, repeat - head),
+                                 first, last});
     }
     // The longest first: what is left to the end is short.
     std::stable_sort(units.begin(), units.end(), [](const Unit& a, const Unit& b) {
