@@ -5,31 +5,40 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
 
 from moiety.tools.parity import run_parity
 
+LITTLE = {"kv_memory": 256 << 10}  # for about half of the prompts, so that some are preempted and computed again
+
 
 @pytest.mark.parametrize(
-    "architecture",
+    ("architecture", "router"),
     [
-        "mixtral",  # grouped-query attention, softmax of the top k, per-expert w1/w2/w3
-        "qwen3_moe",  # query and key norms, top k of the softmax, per-expert projections
-        "deepseek_v3",  # MLA cached as its latent; sigmoid gating with bias, shared experts, a dense layer
+        # Grouped-query attention, softmax of the top k, per-expert w1/w2/w3; rows travel through gRPC.
+        ("mixtral", {"transport": "grpc", "speculative_tokens": 3}),
+        # Query and key norms, top k of the softmax, per-expert projections; every step in two lanes.
+        ("qwen3_moe", {"lanes": 2}),
+        # MLA cached as its latent; sigmoid gating with bias, shared experts computed meanwhile, a dense layer.
+        ("deepseek_v3", {"lanes": 2, "speculative_tokens": 3}),
+        # Sliding window and sinks, fused and transposed experts with biases, clamped activation.
+        ("gpt_oss", {"deterministic": True}),
         # The same latent attention again (the unit tests hold every MLA class against transformers), served whole.
-        pytest.param("deepseek_v2", marks=pytest.mark.slow),  # complex rotation, softmax gating
-        pytest.param("glm4_moe_lite", marks=pytest.mark.slow),
-        "gpt_oss",  # sliding window and sinks, fused and transposed experts with biases, clamped activation
+        pytest.param("deepseek_v2", {}, marks=pytest.mark.slow),  # complex rotation, softmax gating
+        pytest.param("glm4_moe_lite", {}, marks=pytest.mark.slow),
     ],
 )
-def test_served_tokens_are_the_reference_tokens(architecture: str, tiny: Callable[[str], str]) -> None:
+def test_served_tokens_are_the_reference_tokens(
+    architecture: str, router: dict[str, Any], tiny: Callable[[str], str]
+) -> None:
     """Eight ragged prompts at once give what transformers gives one at a time, token for token, without a single tie.
 
-    In memory for about half of them, so that some are preempted and computed again.
+    However the router works: with preemption, lanes, drafts, over any transport.
     """
-    report = asyncio.run(run_parity(tiny(architecture), kv_memory=256 << 10))
+    report = asyncio.run(run_parity(tiny(architecture), router={**LITTLE, **router}))
     print("\n".join(report.lines()))
     assert report.ok
     assert not any(prompt.tie for prompt in report.prompts)

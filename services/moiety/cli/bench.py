@@ -1,4 +1,4 @@
-"""`moiety bench`: hop, serve, split and flood."""
+"""`moiety bench`: hop, serve, split, lanes and flood."""
 
 from __future__ import annotations
 
@@ -8,21 +8,23 @@ from pathlib import Path
 
 import click
 
-from moiety.cli.options import IntegerList, WordList, dtype_option, groups_option, invocation, json_option, write_json
-from moiety.cli.run import progress, run_async
-
-_rounds_option = click.option(
-    "--rounds",
-    type=click.IntRange(1, 100),
-    default=3,
-    show_default=True,
-    help="How often the two systems take turns.",
+from moiety.cli.bench_engines import lanes, split
+from moiety.cli.options import (
+    IntegerList,
+    WordList,
+    dtype_option,
+    groups_option,
+    invocation,
+    json_option,
+    rounds_option,
+    write_json,
 )
+from moiety.cli.run import progress, run_async
 
 
 @click.group()
 def bench() -> None:
-    """Measure this machine: the hop, the split, serving speed, a flood.
+    """Measure this machine: the hop, the split, lanes, serving speed, a flood.
 
     The benchmarks start what they need as child processes, take turns with a baseline, and leave nothing behind.
     Numbers mean something on a quiet machine only.
@@ -40,7 +42,7 @@ def bench() -> None:
 @click.option(
     "--calls", type=click.IntRange(1, 1_000_000), default=200, show_default=True, help="Per payload and round."
 )
-@_rounds_option
+@rounds_option
 @json_option
 @click.pass_context
 def hop(context: click.Context, payload: tuple[int, ...], calls: int, rounds: int, json_file: Path | None) -> None:
@@ -157,56 +159,6 @@ def serve(
 
 @bench.command()
 @click.option(
-    "--model", default="large", show_default=True, help="small, large (see bench serve), or a checkpoint folder."
-)
-@groups_option
-@click.option(
-    "--concurrency",
-    type=IntegerList(1, 1024),
-    default="1,8,32",
-    show_default=True,
-    help="Streams at once; with commas.",
-)
-@click.option("--prompt", type=click.IntRange(1, 1 << 20), default=64, show_default=True, help="Tokens per prompt.")
-@click.option("--new", type=click.IntRange(3, 1 << 20), default=64, show_default=True, help="New tokens per stream.")
-@dtype_option("bfloat16")
-@_rounds_option
-@json_option
-@click.pass_context
-def split(
-    context: click.Context,
-    model: str,
-    groups: int,
-    concurrency: tuple[int, ...],
-    prompt: int,
-    new: int,
-    dtype: str,
-    rounds: int,
-    json_file: Path | None,
-) -> None:
-    """Measure what the split costs: one engine, its experts in its own process and in services on this machine.
-
-    The same engine and kernels on the same prompts, in turns, asked directly: no gateway, no tokenising. Beside the two
-    inter-token latencies stand, for a decode layer, the experts' compute, the hop, and how unevenly the groups work.
-
-    \b
-    Example:
-      moiety bench split --concurrency 1,8,32 --json split.json
-    """
-    _service_environment()
-    from moiety.tools.bench_split import SplitWork, bench_split, split_lines
-    from moiety.tools.machine import Machine
-
-    machine = Machine.here()
-    work = SplitWork(model, groups, concurrency, prompt, new, dtype, rounds)
-    rows = run_async(bench_split(work, progress=progress()))
-    for line in (*split_lines(rows, work), *machine.lines(), f"again:   {invocation(context)}"):
-        click.echo(line)
-    write_json(json_file, {"machine": asdict(machine), "rows": [asdict(row) for row in rows]})
-
-
-@bench.command()
-@click.option(
     "--model", default="small", show_default=True, help="small, large (see bench serve), or a checkpoint folder."
 )
 @groups_option
@@ -223,7 +175,7 @@ def split(
 @click.option("--prompt", type=click.IntRange(1, 1 << 20), default=32, show_default=True, help="Tokens per prompt.")
 @click.option("--new", type=click.IntRange(1, 1 << 20), default=32, show_default=True, help="New tokens per request.")
 @dtype_option("bfloat16")
-@_rounds_option
+@rounds_option
 @json_option
 @click.pass_context
 def flood(
@@ -262,9 +214,5 @@ def flood(
     context.exit(0 if report.held else 1)
 
 
-def _service_environment() -> None:
-    """What services start with, for what this process computes itself: before torch is imported."""
-    from moiety.compose.environment import PROCESS_ENVIRONMENT
-
-    for name, value in PROCESS_ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+bench.add_command(split)
+bench.add_command(lanes)

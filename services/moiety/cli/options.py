@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -126,3 +127,20 @@ def _writable(_context: click.Context, _parameter: click.Parameter, file: Path |
     if file is not None and not file.parent.is_dir():
         raise click.BadParameter(f"{file.parent} is no folder")
     return file
+
+
+rounds_option = click.option(
+    "--rounds",
+    type=click.IntRange(1, 100),
+    default=3,
+    show_default=True,
+    help="How often the systems take turns.",
+)
+
+
+def service_environment() -> None:
+    """What services start with, for what this process computes itself: before torch is imported."""
+    from moiety.compose.environment import PROCESS_ENVIRONMENT
+
+    for name, value in PROCESS_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)

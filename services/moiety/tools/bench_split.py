@@ -3,41 +3,30 @@
 from __future__ import annotations
 
 import asyncio
-import queue
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import torch
-
 from moiety.compose.router import engine_on, load_model, reach_experts
 from moiety.config import RouterSettings, validated
-from moiety.core import ExpertSet, ModelShape, Sampling
-from moiety.errors import ConfigError, Unavailable
+from moiety.core import ExpertSet
+from moiety.errors import ConfigError
 from moiety.local import LocalCluster
 from moiety.model.checkpoint import Checkpoint
 from moiety.model.layout import expert_layout
 from moiety.model.revision import revision
 from moiety.model.slices import load_experts
-from moiety.router.engine import Engine
-from moiety.router.hop import Hop
-from moiety.router.sequence import Emitted
-from moiety.router.sequence import Sequence as Request
-from moiety.telemetry.tracing import NO_SPAN
 from moiety.tools.bench_models import model_folder, model_name
 from moiety.tools.bench_report import percentile, table
-from moiety.tools.bench_tokens import Speeds, median, speeds
+from moiety.tools.bench_tokens import Speeds, median
+from moiety.tools.engine_runner import EngineRunner, EngineWork, covered, no_waits
 from moiety.tools.layer_times import LayerTime, SpanRecorder, layer_times
 from moiety.tools.local_experts import LocalExperts
 from moiety.tools.machine import usable_cores
 from moiety.wire.codec import torch_dtype
 
-ANSWER_S = 120.0  # a step that takes longer is broken
-COVERED_S = 30.0
-STOP_S = 5.0
 TRACED_TOKENS = 16
 
 Progress = Callable[[str], None]
@@ -60,20 +49,7 @@ class SplitRow:
     imbalance: float  # slowest group's compute over the mean
 
 
-@dataclass(frozen=True, slots=True)
-class SplitWork:
-    """What both engines are asked."""
-
-    model: str  # as bench_models has it
-    groups: int
-    concurrency: tuple[int, ...]
-    prompt_tokens: int
-    new_tokens: int
-    dtype: str
-    rounds: int
-
-
-async def bench_split(work: SplitWork, *, progress: Progress = lambda _: None) -> tuple[SplitRow, ...]:
+async def bench_split(work: EngineWork, *, progress: Progress = lambda _: None) -> tuple[SplitRow, ...]:
     """Measures both in turns. Raises CheckpointError or ConfigError where the checkpoint cannot be served like that."""
     async with AsyncExitStack() as stack:
         folder = Path(stack.enter_context(TemporaryDirectory(prefix="moiety-bench-")))
@@ -95,15 +71,15 @@ async def bench_split(work: SplitWork, *, progress: Progress = lambda _: None) -
         weights = await asyncio.to_thread(load_experts, checkpoint, layout, held, dtype)
         local, recorder = LocalExperts(shape.mlp, weights), SpanRecorder()
         model, cache = await asyncio.to_thread(load_model, settings, checkpoint, layout, dtype, of)
-        one_process = _Runner(engine_on([local], None, settings, model, cache, _no_waits, recorder), shape, stack)
+        one_process = EngineRunner(engine_on([local], None, settings, model, cache, no_waits, recorder), shape, stack)
 
         progress(f"split: starting {work.groups} expert groups")
         cluster = LocalCluster(path, groups=work.groups, dtype=work.dtype, threads=max(1, cores // work.groups))
         await stack.enter_async_context(cluster)
         model, cache = await asyncio.to_thread(load_model, settings, checkpoint, layout, dtype, of)
         hops, lanes = await reach_experts(settings, shape, of, dtype, cluster.registry, recorder, stack)
-        await _covered(hops[0])
-        split = _Runner(engine_on(hops, lanes, settings, model, cache, _no_waits, recorder), shape, stack)
+        await covered(hops[0])
+        split = EngineRunner(engine_on(hops, lanes, settings, model, cache, no_waits, recorder), shape, stack)
         stack.callback(progress, "stop: ending the processes")
 
         rows = []
@@ -113,7 +89,7 @@ async def bench_split(work: SplitWork, *, progress: Progress = lambda _: None) -
         return tuple(rows)
 
 
-def split_lines(rows: Sequence[SplitRow], work: SplitWork) -> Iterator[str]:
+def split_lines(rows: Sequence[SplitRow], work: EngineWork) -> Iterator[str]:
     """The result for people."""
     header = ("streams", "one process", "split", "ratio", "compute, one process", "compute", "hop", "imbalance")
     yield rows[0].model
@@ -142,56 +118,16 @@ def split_lines(rows: Sequence[SplitRow], work: SplitWork) -> Iterator[str]:
     )
 
 
-class _Runner:
-    """An engine, asked directly: no gateway, no tokenising. Idle between runs."""
-
-    def __init__(self, engine: Engine, shape: ModelShape, stack: AsyncExitStack):
-        self._engine, self._shape, self._count = engine, shape, 0
-        engine.start()
-        stack.push_async_callback(asyncio.to_thread, engine.stop, STOP_S)
-
-    def run(self, streams: int, prompt_tokens: int, new_tokens: int, recorder: SpanRecorder | None = None) -> Speeds:
-        """Blocks until all streams are done. Raises what ended one of them early."""
-        arrived: queue.SimpleQueue[tuple[int, float, Emitted]] = queue.SimpleQueue()
-        began = time.perf_counter()
-
-        def emit_to(stream: int) -> Callable[[Emitted], None]:
-            return lambda emitted: arrived.put((stream, time.perf_counter(), emitted))
-
-        for stream in range(streams):
-            self._count += 1
-            generator = torch.Generator().manual_seed(self._count)
-            prompt = torch.randint(3, self._shape.vocabulary, (prompt_tokens,), generator=generator).tolist()
-            self._engine.submit(
-                Request(
-                    request_id=f"bench-{self._count}",
-                    tokens=prompt,
-                    prompt_tokens=prompt_tokens,
-                    sampling=Sampling(max_tokens=new_tokens, ignore_eos=True),
-                    stop_ids=frozenset(),
-                    emit=emit_to(stream),
-                    span=recorder.root() if recorder is not None else NO_SPAN,
-                )
-            )
-        times: list[list[float]] = [[] for _ in range(streams)]
-        running = streams
-        while running:
-            try:
-                stream, now, emitted = arrived.get(timeout=ANSWER_S)
-            except queue.Empty:
-                raise Unavailable(f"no token within {ANSWER_S:.0f} s") from None
-            if emitted.error is not None:
-                raise emitted.error
-            times[stream] += [now] * len(emitted.token_ids)
-            running -= emitted.finish is not None
-        return speeds(began, times, prompt_tokens)
-
-
 def _measure(
-    work: SplitWork, streams: int, one_process: _Runner, split: _Runner, local: LocalExperts, recorder: SpanRecorder
+    work: EngineWork,
+    streams: int,
+    one_process: EngineRunner,
+    split: EngineRunner,
+    local: LocalExperts,
+    recorder: SpanRecorder,
 ) -> SplitRow:
     asked = (streams, work.prompt_tokens, work.new_tokens)
-    runs: dict[_Runner, list[Speeds]] = {one_process: [], split: []}
+    runs: dict[EngineRunner, list[Speeds]] = {one_process: [], split: []}
     for runner in runs:
         runner.run(streams, work.prompt_tokens, 2)
     for _ in range(work.rounds):
@@ -221,17 +157,3 @@ def _measure(
 
 def _middle(layers: Sequence[LayerTime], name: str) -> float:
     return percentile([getattr(layer, name) for layer in layers], 50)
-
-
-async def _covered(hop: Hop) -> None:
-    """Waits until every expert has a holder."""
-    try:
-        async with asyncio.timeout(COVERED_S):
-            while hop.fleet.table.uncovered():
-                await asyncio.sleep(0.05)
-    except TimeoutError:
-        raise Unavailable(f"not every expert had a holder within {COVERED_S:.0f} s") from None
-
-
-def _no_waits(_layer: int, _experts: list[int]) -> None:
-    """Nobody scales these groups."""

@@ -11,7 +11,7 @@ rounding decides). Such ties are counted and printed.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -105,12 +105,13 @@ async def run_parity(
     dtype: str = "float32",
     new_tokens: int = 24,
     seed: int = DEFAULT_SEED,
-    kv_memory: int | None = None,
+    router: Mapping[str, Any] | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> ParityReport:
     """Compares; raises CheckpointError or ConfigError where the checkpoint cannot be served at all.
 
-    A `kv_memory` (bytes) too small for all prompts at once has the router preempt some of them.
+    `router` are settings of the router that no token may depend on: lanes, a transport, or a `kv_memory` too small for all
+    prompts at once, so that some of them are preempted.
     """
     shape = (await asyncio.to_thread(expert_layout, Checkpoint.open(checkpoint))).shape
     prompts = _prompts(shape.vocabulary, shape.max_context - new_tokens, seed)
@@ -118,9 +119,7 @@ async def run_parity(
     reference_dtype = torch_dtype(dtype, shape.dtype)
     texts, logits = await asyncio.to_thread(_reference, checkpoint, reference_dtype, prompts, new_tokens)
     progress(f"served: the same prompts at once through a LocalCluster of {groups} expert groups")
-    chunked = {"slots": len(prompts), "token_budget": 3 * len(prompts)}
-    if kv_memory is not None:
-        chunked["kv_memory"] = kv_memory
+    chunked = {"slots": len(prompts), "token_budget": 3 * len(prompts), **(router or {})}
     async with LocalCluster(checkpoint, groups=groups, dtype=dtype, router=chunked) as cluster:
         async with Client(cluster.address) as client:
             served = await asyncio.gather(*(_generate(client, prompt, new_tokens) for prompt in prompts))
