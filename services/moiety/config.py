@@ -177,6 +177,9 @@ class AppSettings(BaseModel):
     kv_memory: ByteSize = Field(default=ByteSize(1 << 30), ge=1 << 10)
     expert_wait_s: float = Field(default=30.0, ge=0, le=3600)
     transport: Transport = Transport.AUTO
+    prefix_cache: bool = True
+    speculative_tokens: int = Field(default=0, ge=0, le=64)
+    lanes: int = Field(default=0, ge=0, le=8)
     experts: GroupSettings = GroupSettings()
 
 

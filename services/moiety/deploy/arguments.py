@@ -61,6 +61,9 @@ def router_settings(settings: AppSettings, node_address: str) -> RouterSettings:
         "kv_memory": settings.kv_memory,
         "expert_wait_s": settings.expert_wait_s,
         "transport": settings.transport,
+        "prefix_cache": settings.prefix_cache,
+        "speculative_tokens": settings.speculative_tokens,
+        "lanes": settings.lanes,
     }
     return validated(RouterSettings, values)
 

@@ -9,10 +9,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
+import pytest
 
 
+@pytest.mark.slow
 def test_interrupted_benchmark_leaves_nothing(moiety_process: Callable, tmp_path: Path) -> None:
-    """SIGINT while calls are under way: exit status 130, no child survives, temporary folders are gone."""
+    """SIGINT while calls are under way: exit status 130, no child survives, temporary folders are gone.
+
+    Slow: it starts every service there is.
+    """
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
     process = moiety_process("bench", "hop", "--calls", "1000000", "--payload", "4", env=environment)
     for line in process.stderr:

@@ -7,9 +7,15 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 
+
+@pytest.mark.slow
 def test_identical_tokens_exit_zero(tiny: Callable[[str], str], moiety: Callable, tmp_path: Path) -> None:
-    """A served checkpoint whose tokens agree passes: stages on stderr, report on stdout, exit status 0."""
+    """A served checkpoint whose tokens agree passes: stages on stderr, report on stdout, exit status 0.
+
+    Slow: it starts a cluster of its own, as tests/parity does in every run.
+    """
     file = tmp_path / "parity.json"
     outcome = moiety("parity", tiny("qwen3_moe"), "--new-tokens", "4", "--json", str(file))
     assert outcome.status == 0, outcome.err
