@@ -9,7 +9,7 @@ PROCESS_ENVIRONMENT: Mapping[str, str] = MappingProxyType(
     {
         "OMP_WAIT_POLICY": "passive",  # replicas share cores: a spinning one steals from the others
         "HF_HUB_OFFLINE": "1",  # checkpoints are folders; nothing is ever downloaded
-        "THP_MEM_ALLOC_ENABLE": "1",  # huge pages for torch: weights stream at up to twice the speed
+        "THP_MEM_ALLOC_ENABLE": "1",  # huge pages for what torch allocates at once in many megabytes
         "GRPC_VERBOSITY": "NONE",
     }
 )

@@ -58,7 +58,7 @@ async def bench_lanes(work: EngineWork, *, progress: Callable[[str], None] = lam
         engines: dict[str, EngineRunner] = {}
         for name, lanes in ENGINES.items():
             progress(f"{name}: loading a router")
-            values = {"model": str(path), "dtype": work.dtype, "threads": cores, "slots": streams, "lanes": lanes}
+            values = {"model": str(path), "dtype": work.dtype, "slots": streams, "lanes": lanes}
             settings = validated(RouterSettings, values)
             model, cache = await asyncio.to_thread(load_model, settings, checkpoint, layout, dtype, of)
             hops, turns = await reach_experts(settings, shape, of, dtype, cluster.registry, NO_TRACER, stack)

@@ -63,7 +63,7 @@ async def bench_split(work: EngineWork, *, progress: Progress = lambda _: None) 
             raise ConfigError("prompt + new", told, f"at most {shape.max_context}, the model's context")
         dtype = torch_dtype(work.dtype, shape.dtype)
         cores, streams = usable_cores(), max(work.concurrency)
-        routing = {"model": str(path), "dtype": work.dtype, "threads": cores, "slots": streams, "queue_limit": streams}
+        routing = {"model": str(path), "dtype": work.dtype, "slots": streams, "queue_limit": streams}
         settings = validated(RouterSettings, routing)
 
         progress("one process: loading router and experts")

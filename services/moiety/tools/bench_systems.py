@@ -79,8 +79,9 @@ class Served:
             load.checkpoint,
             groups=self._groups,
             dtype=load.dtype,
-            # A router computes while its experts wait, and the groups of a layer compute at the same time.
-            router={"threads": cores, "slots": load.slots, "queue_limit": load.slots},
+            # One thread for the router, as by default: threads wait passively, and in decode steps waking a second one for
+            # each product costs more than it brings. The groups of a layer compute at the same time.
+            router={"slots": load.slots, "queue_limit": load.slots},
             expert={"threads": max(1, cores // self._groups), **self._expert},
         )
         try:
