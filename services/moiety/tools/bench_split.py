@@ -64,14 +64,15 @@ async def bench_split(work: EngineWork, *, progress: Progress = lambda _: None) 
         dtype = torch_dtype(work.dtype, shape.dtype)
         cores, streams = usable_cores(), max(work.concurrency)
         routing = {"model": str(path), "dtype": work.dtype, "slots": streams, "queue_limit": streams}
-        settings = validated(RouterSettings, routing)
+        # Alone in its process an engine uses every core; beside expert services a router has its default of one thread.
+        alone, settings = validated(RouterSettings, {**routing, "threads": cores}), validated(RouterSettings, routing)
 
         progress("one process: loading router and experts")
         held = ExpertSet.block(shape.moe_layers, range(shape.experts))
         weights = await asyncio.to_thread(load_experts, checkpoint, layout, held, dtype)
         local, recorder = LocalExperts(shape.mlp, weights), SpanRecorder()
-        model, cache = await asyncio.to_thread(load_model, settings, checkpoint, layout, dtype, of)
-        one_process = EngineRunner(engine_on([local], None, settings, model, cache, no_waits, recorder), shape, stack)
+        model, cache = await asyncio.to_thread(load_model, alone, checkpoint, layout, dtype, of)
+        one_process = EngineRunner(engine_on([local], None, alone, model, cache, no_waits, recorder), shape, stack)
 
         progress(f"split: starting {work.groups} expert groups")
         cluster = LocalCluster(path, groups=work.groups, dtype=work.dtype, threads=max(1, cores // work.groups))
