@@ -1,0 +1,40 @@
+"""Fakes that ship with the project: real gRPC services on loopback with the simplest insides, and a Hop that uses them.
+
+Nothing here mocks the transport: a fake replica reads and answers the frames a real one does, so what is tested against
+it is what runs. Its insides can be told to wait, refuse, answer twice or vanish.
+"""
+
+from moiety.testing.callers import Caller, LoopbackHop, loopback_hop, open_caller
+from moiety.testing.common import (
+    HOST,
+    MODEL,
+    REVISION,
+    eventually,
+    fake_expert,
+    fake_layer,
+    fake_replica,
+    fake_shape,
+    fake_token,
+    owner_of,
+)
+from moiety.testing.engines import FakeEngine
+from moiety.testing.experts import FakeExperts
+
+__all__ = [
+    "HOST",
+    "MODEL",
+    "REVISION",
+    "Caller",
+    "FakeEngine",
+    "FakeExperts",
+    "LoopbackHop",
+    "eventually",
+    "fake_expert",
+    "fake_layer",
+    "fake_replica",
+    "fake_shape",
+    "fake_token",
+    "loopback_hop",
+    "open_caller",
+    "owner_of",
+]

@@ -1,0 +1,156 @@
+"""The router's end against fake replicas: one link asked directly, or a whole Hop over loopback."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+
+import torch
+
+from moiety.core import CallClass, ModelShape, Transport
+from moiety.errors import MoietyError, PeerLost
+from moiety.load.memory import MemoryRegistry
+from moiety.load.watch import Watch
+from moiety.router.context import HopSettings, StepContext
+from moiety.router.demand import DemandCounter
+from moiety.router.fleet import Fleet
+from moiety.router.hedge import Hedging
+from moiety.router.hop import Hop
+from moiety.telemetry.tracing import NO_SPAN, NO_TRACER
+from moiety.testing.common import (
+    REVISION,
+    eventually,
+    owner_of,
+)
+from moiety.testing.experts import FakeExperts
+from moiety.wire import codec, experts_pb2
+from moiety.wire.expert_link import ExpertLink
+from moiety.wire.mailbox import Mailbox
+from moiety.wire.transport import Reply
+
+
+class Caller:
+    """A link to one replica, as the bare transport: calls go out and answers come back as values."""
+
+    def __init__(self, link: ExpertLink, mailbox: Mailbox):
+        self.link, self._mailbox = link, mailbox
+
+    def send(
+        self, header: experts_pb2.ForwardRequest, rows: codec.Rows, reply_rows: int | None = None
+    ) -> asyncio.Future[Reply | PeerLost]:
+        """The answer, its payload copied out of the transport's hands; or what `acquire` raised."""
+        future: concurrent.futures.Future[Reply | PeerLost] = concurrent.futures.Future()
+        room = len(header.experts) // 4 if reply_rows is None else reply_rows
+
+        def answered(answer: Reply | PeerLost) -> None:
+            if isinstance(answer, Reply):
+                answer = Reply(answer.header, memoryview(bytes(answer.payload)))
+            if not future.cancelled():
+                future.set_result(answer)
+
+        def acquire_and_send() -> None:
+            try:
+                buffer = self.link.connection.acquire(header, rows=len(rows), row_bytes=rows.itemsize, reply_rows=room)
+            except MoietyError as error:
+                future.set_exception(error)
+                return
+            buffer.rows[:] = rows
+            buffer.send(answered)
+
+        self._mailbox.post(acquire_and_send)
+        return asyncio.wrap_future(future)
+
+
+@asynccontextmanager
+async def open_caller(
+    address: str, transport: Transport = Transport.GRPC, timeout_s: float = 5.0
+) -> AsyncIterator[Caller]:
+    """A link to the replica at `address`, and a thread that waits for its answers."""
+    mailbox = Mailbox()
+    with owner_of(mailbox):
+        link = await ExpertLink.open(address, timeout_s, mailbox, transport)
+        try:
+            yield Caller(link, mailbox)
+        finally:
+            await link.close()
+            mailbox.drain()
+
+
+@dataclass(slots=True)
+class LoopbackHop:
+    """A Hop and what it stands on, as a router has them, an engine's thread included."""
+
+    hop: Hop
+    fleet: Fleet
+    watch: Watch
+    registry: MemoryRegistry
+    thread: concurrent.futures.Executor
+    waited_for: list[tuple[int, list[int]]] = field(default_factory=list)  # (layer, experts) of every wake
+
+    async def compute(
+        self,
+        layer: int,
+        hidden: torch.Tensor,
+        top_k_index: torch.Tensor,
+        *,
+        call_class: CallClass = CallClass.DECODE,
+        check: Callable[[], None] = lambda: None,
+    ) -> torch.Tensor:
+        """One layer's hop, on the engine's thread: [T, K, D]."""
+
+        def run() -> torch.Tensor:
+            self.hop.begin_step(StepContext(call_class, NO_SPAN, check, lambda *wake: self.waited_for.append(wake)))
+            return self.hop.submit(layer, hidden, top_k_index).result()
+
+        return await asyncio.get_running_loop().run_in_executor(self.thread, run)
+
+    async def idle(self) -> None:
+        """What the engine's thread does between steps."""
+        while True:
+            await asyncio.get_running_loop().run_in_executor(self.thread, self.hop.poll)
+            await asyncio.sleep(0.005)
+
+
+@asynccontextmanager
+async def loopback_hop(
+    replicas: Sequence[FakeExperts],
+    shape: ModelShape,
+    *,
+    dtype: str = "float32",
+    revision: str = REVISION,
+    expert_wait_s: float = 5.0,
+    hedge_after_s: float = 5.0,
+    retry_budget: float = 0.1,
+    registry: MemoryRegistry | None = None,
+    transport: Transport = Transport.GRPC,
+) -> AsyncIterator[LoopbackHop]:
+    """Starts `replicas` and a Hop that has found them all; ends everything. Entries of the registry never expire.
+
+    Before a layer has latencies of its own a call is hedged after a second, or `hedge_after_s` where that is more.
+    """
+    registry = registry or MemoryRegistry(clock=lambda: 0.0)
+    async with AsyncExitStack() as stack:
+        for replica in replicas:
+            await replica.start(registry)
+            stack.push_async_callback(replica.vanish)
+        watch = Watch(registry, interval_s=0.02)
+        await watch.start()
+        stack.push_async_callback(watch.stop)
+        fleet = Fleet(watch, shape, revision, dtype, transport)
+        fleet.start()
+        thread = stack.enter_context(concurrent.futures.ThreadPoolExecutor(1, "engine"))
+        stack.push_async_callback(fleet.close)
+        settings = HopSettings(revision, codec.DTYPES[dtype], expert_wait_s)
+        demand = DemandCounter(shape.moe_layers, shape.experts)
+        hop = Hop(fleet, settings, Hedging(hedge_after_s, retry_budget), demand, NO_TRACER)
+        await eventually(lambda: {replica.id for replica in replicas} <= set(fleet.table.replicas))
+        lane = LoopbackHop(hop, fleet, watch, registry, thread)
+        idle = asyncio.create_task(lane.idle())
+        try:
+            yield lane
+        finally:
+            idle.cancel()
+            await asyncio.wait([idle])

@@ -1,0 +1,140 @@
+"""Fake routers: an Engine service whose tokens are a function of the prompt, with places that fill up and a cache."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+import grpc
+
+from moiety.core import ModelShape, Role
+from moiety.errors import MoietyError, ResourceExhausted
+from moiety.load.memory import MemoryRegistry
+from moiety.testing.common import (
+    HOST,
+    MODEL,
+    REVISION,
+    at_once,
+    fake_replica,
+    fake_token,
+)
+from moiety.wire import engine_pb2, engine_pb2_grpc, generation_pb2, status
+from moiety.wire.channels import Server
+
+
+class FakeEngine(engine_pb2_grpc.EngineServicer):
+    """A router: the token at each position is a function of prompt, seed, choice and position, as a real engine's is.
+
+    `before_token(position)` is awaited before each token, counted from the first generated one; it may wait or raise
+    a MoietyError, which the client is told. More requests than `places` at once are refused. With `blocks`, prefixes
+    are cached by blocks of `block_tokens`, the least recently used evicted.
+    """
+
+    def __init__(
+        self,
+        replica_id: str,
+        shape: ModelShape,
+        *,
+        revision: str = REVISION,
+        places: int = 1 << 20,
+        slots: int = 0,
+        blocks: int = 0,
+        block_tokens: int = 4,
+    ):
+        self.id = replica_id
+        self.requests: list[engine_pb2.EngineRequest] = []  # accepted, in order of arrival
+        self.refused = 0  # requests for which there was no place
+        self.cancelled = 0  # requests whose client went away
+        self.before_token: Callable[[int], Awaitable[None]] = at_once
+        self.places = places
+        self._shape, self._revision, self._slots = shape, revision, slots
+        self._blocks, self._block_tokens = blocks, block_tokens
+        self._cached: OrderedDict[int, None] = OrderedDict()
+        self._running = 0
+        self._server: Server | None = None
+
+    async def start(self, registry: MemoryRegistry) -> None:
+        """Serves on a free port and registers."""
+        server = self._server = Server([], ["moiety.v1.Engine"])
+        engine_pb2_grpc.add_EngineServicer_to_server(self, server.grpc)
+        port = await server.start(HOST, 0)
+        await registry.register(fake_replica(self.id, Role.ROUTER, port, revision=self._revision))
+
+    async def vanish(self) -> None:
+        """Breaks every stream at once; the registry is not told."""
+        if self._server is not None:
+            await self._server.stop(0)
+
+    def empty_cache(self) -> None:
+        """Evicts every block."""
+        self._cached.clear()
+
+    async def Describe(
+        self, _request: engine_pb2.EngineDescribeRequest, _context: grpc.aio.ServicerContext
+    ) -> engine_pb2.EngineDescription:
+        return engine_pb2.EngineDescription(
+            model=MODEL,
+            revision=self._revision,
+            max_context=self._shape.max_context,
+            vocabulary=self._shape.vocabulary,
+            running=self._running,
+            slots=self._slots,
+            blocks=self._blocks,
+            block_tokens=self._block_tokens if self._blocks else 0,
+        )
+
+    async def Generate(
+        self, request: engine_pb2.EngineRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[engine_pb2.EngineEvent]:
+        if self._running >= self.places:
+            self.refused += 1
+            await status.abort(context, ResourceExhausted(f"{self._running} requests of {self.places} run", 0.25))
+        self.requests.append(request)
+        self._running += 1
+        sampling, cached = request.sampling, self._look_up(request)
+        choices = range(request.choice, request.choice + (sampling.n or 1))
+        try:
+            for position in range(len(request.generated_ids), sampling.max_tokens):
+                await self.before_token(position)
+                for choice in choices:
+                    yield self._event(request, choice, position, cached)
+        except MoietyError as error:
+            await status.abort(context, error)
+        except (asyncio.CancelledError, GeneratorExit):
+            self.cancelled += 1
+            raise
+        finally:
+            self._running -= 1
+
+    def _event(
+        self, request: engine_pb2.EngineRequest, choice: int, position: int, cached: int
+    ) -> engine_pb2.EngineEvent:
+        vocabulary, first = self._shape.vocabulary, position == len(request.generated_ids)
+        event = engine_pb2.EngineEvent(
+            token_ids=[fake_token(request.prompt_ids, request.sampling.seed, position, vocabulary, choice)],
+            choice=choice,
+            cached_tokens=cached if first else 0,
+        )
+        if request.sampling.logprobs:
+            event.logprobs.append(-float(position))
+        if request.sampling.prompt_logprobs and first and choice == request.choice:
+            event.prompt_logprobs.extend([-1.0] * (len(request.prompt_ids) - 1))
+        if position + 1 == request.sampling.max_tokens:
+            event.finish_reason = generation_pb2.FINISH_REASON_LENGTH
+        return event
+
+    def _look_up(self, request: engine_pb2.EngineRequest) -> int:
+        """How many of the request's tokens are cached; afterwards all its blocks are."""
+        ids = [*request.prompt_ids, *request.generated_ids]
+        blocks, block = list[int](), hash(request.tenant)
+        for end in range(self._block_tokens, len(ids), self._block_tokens) if self._blocks else ():
+            block = hash((block, *ids[end - self._block_tokens : end]))
+            blocks.append(block)
+        found = next((i for i, block in enumerate(blocks) if block not in self._cached), len(blocks))
+        for block in reversed(blocks):
+            self._cached[block] = None
+            self._cached.move_to_end(block)
+        while len(self._cached) > self._blocks:
+            self._cached.popitem(last=False)
+        return found * self._block_tokens

@@ -1,0 +1,167 @@
+"""Fake expert replicas: the frames of a real one, insides that can wait, refuse, answer twice or vanish."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack
+from functools import partial
+
+import grpc
+import numpy as np
+import torch
+
+from moiety.core import WIRE_VERSION, ExpertSet, ModelShape, Replica, Role
+from moiety.expert.service import SERVICE
+from moiety.load.memory import MemoryRegistry
+from moiety.testing.common import (
+    HOST,
+    MODEL,
+    REVISION,
+    at_once,
+    fake_expert,
+    fake_replica,
+    owner_of,
+)
+from moiety.wire import codec, experts_pb2
+from moiety.wire.channels import MAX_MESSAGE_BYTES, Server
+from moiety.wire.frames import Answerer, ForwardCall, parse_call
+from moiety.wire.mailbox import Mailbox
+from moiety.wire.shm_listener import SharedMemoryListener
+
+OnCall = Callable[[ForwardCall], Awaitable["experts_pb2.Outcome | None"]]
+
+
+class FakeExperts:
+    """An expert replica on loopback, by every transport, with `fake_expert` inside.
+
+    `on_call` is awaited before each answer; what it returns, if anything, is the outcome sent instead of rows. `held`
+    may be changed while it runs without telling the registry; `copies` sends every reply that many times.
+    """
+
+    def __init__(
+        self,
+        replica_id: str,
+        held: ExpertSet,
+        shape: ModelShape,
+        *,
+        dtype: str = "float32",
+        on_call: OnCall = at_once,
+        copies: int = 1,
+    ):
+        self.id, self.held, self.on_call, self.copies = replica_id, held, on_call, copies
+        self.calls: list[ForwardCall] = []  # every call that arrived, in order
+        self.replica: Replica | None = None  # its registry entry, once started
+        self._shape, self._dtype = shape, dtype
+        self._row_bytes = shape.mlp.hidden * codec.DTYPES[dtype].itemsize
+        self._unix = f"{SERVICE}-{uuid.uuid4().hex}"
+        self._server: Server | None = None
+        self._stack = AsyncExitStack()
+        self.near = True  # False: describes itself as one on another node does, with names that mean nothing here
+        self._handling: set[concurrent.futures.Future[None]] = set()  # calls through shared memory
+        self._listener: SharedMemoryListener | None = None
+
+    async def start(self, registry: MemoryRegistry) -> None:
+        """Serves on a free port and registers."""
+        describe = grpc.unary_unary_rpc_method_handler(
+            self._describe,
+            request_deserializer=experts_pb2.DescribeRequest.FromString,
+            response_serializer=experts_pb2.DescribeResponse.SerializeToString,
+        )
+        handlers = {"Describe": describe, "Forward": grpc.stream_stream_rpc_method_handler(self._forward)}
+        server = self._server = Server([grpc.method_handlers_generic_handler(SERVICE, handlers)], [SERVICE])
+        server.grpc.add_insecure_port(f"unix-abstract:{self._unix}")
+        mailbox = Mailbox()
+        self._stack.enter_context(owner_of(mailbox))
+        accept = partial(self._accept, asyncio.get_running_loop(), mailbox)
+        self._listener = SharedMemoryListener(REVISION, self._dtype, self._row_bytes, mailbox, accept)
+        self._stack.push_async_callback(self._listener.close)
+        port = await server.start(HOST, 0)
+        self.replica = fake_replica(self.id, Role.EXPERT, port, held=self.held)
+        await registry.register(self.replica)
+
+    def forget(self) -> None:
+        """Gives up all calls: no answer is made any more, and no view of a router's memory is left."""
+        self.calls.clear()
+        for handling in self._handling:
+            handling.cancel()
+        self._handling.clear()
+
+    async def vanish(self) -> None:
+        """Breaks every connection at once; the registry is not told, as when a process is killed."""
+        for handling in self._handling:
+            handling.cancel()
+        await self._stack.aclose()
+        if self._server is not None:
+            await self._server.stop(0)
+
+    async def _describe(
+        self, _request: experts_pb2.DescribeRequest, _context: grpc.aio.ServicerContext
+    ) -> experts_pb2.DescribeResponse:
+        return experts_pb2.DescribeResponse(
+            model=MODEL,
+            revision=REVISION,
+            dtype=self._dtype,
+            hidden=self._shape.mlp.hidden,
+            wire_version=WIRE_VERSION,
+            held=str(self.held),
+            max_message_bytes=MAX_MESSAGE_BYTES,
+            shared_memory=self._listener.name if self._listener and self.near else "moiety-elsewhere",
+            unix=self._unix if self.near else "moiety-elsewhere",
+        )
+
+    async def _forward(self, frames: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> None:
+        writing = asyncio.Lock()
+
+        async def answer(header: experts_pb2.ForwardRequest, call: ForwardCall) -> None:
+            frame = self._reply(header, call, await self.on_call(call))
+            async with writing:
+                for _ in range(self.copies):
+                    await context.write(frame)
+
+        async with asyncio.TaskGroup() as answers:
+            async for frame in frames:
+                header, payload = codec.decode(experts_pb2.ForwardRequest, frame)
+                answers.create_task(answer(header, self._arrived(header, payload)))
+
+    def _accept(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        mailbox: Mailbox,
+        header: experts_pb2.ForwardRequest,
+        payload: memoryview,
+        answer: Answerer,
+    ) -> None:
+        """A call through shared memory: handled on the loop as others are, answered from the mailbox."""
+        call = self._arrived(header, payload)
+
+        async def handle() -> None:
+            reply = experts_pb2.ForwardReply.FromString(self._reply(header, call, await self.on_call(call)))
+            rows = codec.rows_in(memoryview(reply.payload), 1)
+            reply.ClearField("payload")
+            mailbox.post(lambda: answer(reply, codec.Picked(rows, np.arange(len(rows)))))
+
+        self._handling.add(asyncio.run_coroutine_threadsafe(handle(), loop))
+
+    def _arrived(self, header: experts_pb2.ForwardRequest, payload: memoryview) -> ForwardCall:
+        hidden = self._shape.mlp.hidden
+        call = parse_call(header, payload, dtype=self._dtype, hidden=hidden, row_bytes=self._row_bytes)
+        self.calls.append(call)
+        return call
+
+    def _reply(
+        self, header: experts_pb2.ForwardRequest, call: ForwardCall, outcome: experts_pb2.Outcome | None
+    ) -> bytes:
+        reply = experts_pb2.ForwardReply(call_id=header.call_id, attempt=header.attempt, revision=REVISION)
+        if outcome is None and not set(call.experts.tolist()) <= self.held.layer(call.layer):
+            outcome = experts_pb2.OUTCOME_NOT_HELD
+        if outcome is not None:
+            reply.outcome, reply.detail = outcome, f"{self.id} was told to"
+            return codec.encode(reply)
+        given = torch.empty(len(call.experts), self._shape.mlp.hidden, dtype=codec.DTYPES[self._dtype])
+        codec.rows_of(given)[:] = call.payload[call.row_of]
+        rows = [fake_expert(call.layer, expert, row) for expert, row in zip(call.experts.tolist(), given, strict=True)]
+        reply.rows = len(rows)
+        return codec.encode(reply, codec.rows_of(torch.stack(rows)) if rows else None)
