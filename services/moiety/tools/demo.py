@@ -160,11 +160,11 @@ class _Demo:
 
     async def _rows_by_group(self) -> list[int]:
         """Rows that routers have sent to each group's experts, by the load ledger."""
-        held = [replica.held for replica in sorted(await self._experts(), key=lambda replica: replica.deployment)]
+        held = {replica.deployment: replica.held for replica in await self._experts()}  # a group may have several
         totals = [0] * len(held)
         for demand in (await self._registry.demand()).values():
             for layer, rows in enumerate(demand.rows):
-                for group, experts in enumerate(held):
+                for group, (_, experts) in enumerate(sorted(held.items())):
                     totals[group] += sum(rows[expert] for expert in experts.layer(layer))
         return totals
 
