@@ -6,22 +6,14 @@ import asyncio
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
-from moiety.compose.router import engine_on, load_model, reach_experts
-from moiety.config import RouterSettings, validated
 from moiety.local import LocalCluster
-from moiety.model.checkpoint import Checkpoint
-from moiety.model.layout import expert_layout
-from moiety.model.revision import revision
 from moiety.telemetry.tracing import NO_TRACER
-from moiety.tools.bench_models import model_folder, model_name
+from moiety.tools.bench_models import model_name
 from moiety.tools.bench_report import table
 from moiety.tools.bench_tokens import Speeds, median
-from moiety.tools.engine_runner import EngineRunner, EngineWork, covered, no_waits
+from moiety.tools.engine_runner import BenchModel, EngineRunner, EngineWork
 from moiety.tools.machine import usable_cores
-from moiety.wire.codec import torch_dtype
 
 # Setting `lanes` of each engine; 0 lets it measure.
 ENGINES = {"one piece": 1, "two lanes": 2, "measured": 0}
@@ -43,28 +35,15 @@ class LanesRow:
 async def bench_lanes(work: EngineWork, *, progress: Callable[[str], None] = lambda _: None) -> tuple[LanesRow, ...]:
     """Measures all in turns. Raises CheckpointError or ConfigError where the checkpoint cannot be served like that."""
     async with AsyncExitStack() as stack:
-        folder = Path(stack.enter_context(TemporaryDirectory(prefix="moiety-bench-")))
-        context = work.prompt_tokens + work.new_tokens
-        path = await asyncio.to_thread(model_folder, work.model, folder, work.dtype, context, progress)
-        checkpoint = Checkpoint.open(path)
-        layout = await asyncio.to_thread(expert_layout, checkpoint)
-        of = await asyncio.to_thread(revision, checkpoint)
-        shape, dtype = layout.shape, torch_dtype(work.dtype, layout.shape.dtype)
-        cores, streams = usable_cores(), max(work.concurrency)
-
+        opened = await BenchModel.open(work, stack, progress)
         progress(f"experts: starting {work.groups} groups")
-        cluster = LocalCluster(path, groups=work.groups, dtype=work.dtype, threads=max(1, cores // work.groups))
+        threads = max(1, usable_cores() // work.groups)
+        cluster = LocalCluster(opened.path, groups=work.groups, dtype=work.dtype, threads=threads)
         await stack.enter_async_context(cluster)
         engines: dict[str, EngineRunner] = {}
         for name, lanes in ENGINES.items():
             progress(f"{name}: loading a router")
-            values = {"model": str(path), "dtype": work.dtype, "slots": streams, "lanes": lanes}
-            settings = validated(RouterSettings, values)
-            model, cache = await asyncio.to_thread(load_model, settings, checkpoint, layout, dtype, of)
-            hops, turns = await reach_experts(settings, shape, of, dtype, cluster.registry, NO_TRACER, stack)
-            await covered(hops[0])
-            engine = engine_on(hops, turns, settings, model, cache, no_waits, NO_TRACER)
-            engines[name] = EngineRunner(engine, shape, stack)
+            engines[name] = await opened.engine_over(cluster, opened.settings(work, lanes=lanes), NO_TRACER, stack)
         stack.callback(progress, "stop: ending the processes")
         rows = []
         for count in work.concurrency:

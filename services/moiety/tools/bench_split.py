@@ -6,26 +6,18 @@ import asyncio
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
-from moiety.compose.router import engine_on, load_model, reach_experts
-from moiety.config import RouterSettings, validated
+from moiety.compose.router import engine_on
 from moiety.core import ExpertSet
-from moiety.errors import ConfigError
 from moiety.local import LocalCluster
-from moiety.model.checkpoint import Checkpoint
-from moiety.model.layout import expert_layout
-from moiety.model.revision import revision
 from moiety.model.slices import load_experts
-from moiety.tools.bench_models import model_folder, model_name
+from moiety.tools.bench_models import model_name
 from moiety.tools.bench_report import percentile, table
 from moiety.tools.bench_tokens import Speeds, median
-from moiety.tools.engine_runner import EngineRunner, EngineWork, covered, no_waits
+from moiety.tools.engine_runner import BenchModel, EngineRunner, EngineWork, no_waits
 from moiety.tools.layer_times import LayerTime, SpanRecorder, layer_times
 from moiety.tools.local_experts import LocalExperts
 from moiety.tools.machine import usable_cores
-from moiety.wire.codec import torch_dtype
 
 TRACED_TOKENS = 16
 
@@ -52,35 +44,22 @@ class SplitRow:
 async def bench_split(work: EngineWork, *, progress: Progress = lambda _: None) -> tuple[SplitRow, ...]:
     """Measures both in turns. Raises CheckpointError or ConfigError where the checkpoint cannot be served like that."""
     async with AsyncExitStack() as stack:
-        folder = Path(stack.enter_context(TemporaryDirectory(prefix="moiety-bench-")))
-        context = work.prompt_tokens + work.new_tokens
-        path = await asyncio.to_thread(model_folder, work.model, folder, work.dtype, context, progress)
-        checkpoint = Checkpoint.open(path)
-        layout = await asyncio.to_thread(expert_layout, checkpoint)
-        shape, of = layout.shape, await asyncio.to_thread(revision, checkpoint)
-        if context > shape.max_context:
-            told = f"{work.prompt_tokens} + {work.new_tokens}"
-            raise ConfigError("prompt + new", told, f"at most {shape.max_context}, the model's context")
-        dtype = torch_dtype(work.dtype, shape.dtype)
-        cores, streams = usable_cores(), max(work.concurrency)
-        routing = {"model": str(path), "dtype": work.dtype, "slots": streams, "queue_limit": streams}
-        # Alone in its process an engine uses every core; beside expert services a router has its default of one thread.
-        alone, settings = validated(RouterSettings, {**routing, "threads": cores}), validated(RouterSettings, routing)
+        opened = await BenchModel.open(work, stack, progress)
+        shape, cores = opened.layout.shape, usable_cores()
 
         progress("one process: loading router and experts")
         held = ExpertSet.block(shape.moe_layers, range(shape.experts))
-        weights = await asyncio.to_thread(load_experts, checkpoint, layout, held, dtype)
+        weights = await asyncio.to_thread(load_experts, opened.checkpoint, opened.layout, held, opened.dtype)
         local, recorder = LocalExperts(shape.mlp, weights), SpanRecorder()
-        model, cache = await asyncio.to_thread(load_model, alone, checkpoint, layout, dtype, of)
+        # Alone in its process an engine uses every core; beside expert services a router has its default of one thread.
+        alone = opened.settings(work, threads=cores)
+        model, cache = await opened.load(alone)
         one_process = EngineRunner(engine_on([local], None, alone, model, cache, no_waits, recorder), shape, stack)
 
         progress(f"split: starting {work.groups} expert groups")
-        cluster = LocalCluster(path, groups=work.groups, dtype=work.dtype, threads=max(1, cores // work.groups))
+        cluster = LocalCluster(opened.path, groups=work.groups, dtype=work.dtype, threads=max(1, cores // work.groups))
         await stack.enter_async_context(cluster)
-        model, cache = await asyncio.to_thread(load_model, settings, checkpoint, layout, dtype, of)
-        hops, lanes = await reach_experts(settings, shape, of, dtype, cluster.registry, recorder, stack)
-        await covered(hops[0])
-        split = EngineRunner(engine_on(hops, lanes, settings, model, cache, no_waits, recorder), shape, stack)
+        split = await opened.engine_over(cluster, opened.settings(work), recorder, stack)
         stack.callback(progress, "stop: ending the processes")
 
         rows = []

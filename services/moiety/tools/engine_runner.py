@@ -8,18 +8,30 @@ import time
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 
+from moiety.compose.router import engine_on, load_model, reach_experts
+from moiety.config import RouterSettings, validated
 from moiety.core import ModelShape, Sampling
-from moiety.errors import Unavailable
+from moiety.errors import ConfigError, Unavailable
+from moiety.local import LocalCluster
+from moiety.model.checkpoint import Checkpoint
+from moiety.model.layout import ExpertLayout, expert_layout
+from moiety.model.revision import revision
 from moiety.router.engine import Engine
 from moiety.router.hop import Hop
+from moiety.router.kvcache import KVCache
 from moiety.router.sequence import Emitted
 from moiety.router.sequence import Sequence as Request
-from moiety.telemetry.tracing import NO_SPAN
+from moiety.telemetry.tracing import NO_SPAN, Tracer
+from moiety.tools.bench_models import model_folder
 from moiety.tools.bench_tokens import Speeds, speeds
 from moiety.tools.layer_times import SpanRecorder
+from moiety.wire.codec import torch_dtype
 
 ANSWER_S = 120.0  # a step that takes longer is broken
 COVERED_S = 30.0
@@ -37,6 +49,51 @@ class EngineWork:
     new_tokens: int
     dtype: str
     rounds: int
+
+
+@dataclass(frozen=True, slots=True)
+class BenchModel:
+    """The checkpoint that an EngineWork names, opened."""
+
+    path: Path
+    checkpoint: Checkpoint
+    layout: ExpertLayout
+    revision: str
+    dtype: torch.dtype
+
+    @classmethod
+    async def open(cls, work: EngineWork, stack: AsyncExitStack, progress: Callable[[str], None]) -> BenchModel:
+        """Synthetic ones are written to a folder that `stack` removes. Raises ConfigError where the work does not fit."""
+        folder = Path(stack.enter_context(TemporaryDirectory(prefix="moiety-bench-")))
+        context = work.prompt_tokens + work.new_tokens
+        path = await asyncio.to_thread(model_folder, work.model, folder, work.dtype, context, progress)
+        checkpoint = Checkpoint.open(path)
+        layout = await asyncio.to_thread(expert_layout, checkpoint)
+        if context > layout.shape.max_context:
+            told = f"{work.prompt_tokens} + {work.new_tokens}"
+            raise ConfigError("prompt + new", told, f"at most {layout.shape.max_context}, the model's context")
+        of = await asyncio.to_thread(revision, checkpoint)
+        return cls(path, checkpoint, layout, of, torch_dtype(work.dtype, layout.shape.dtype))
+
+    def settings(self, work: EngineWork, **more: Any) -> RouterSettings:
+        """Of a router with room for all streams of the work at once."""
+        streams = max(work.concurrency)
+        values = {"model": str(self.path), "dtype": work.dtype, "slots": streams, "queue_limit": streams}
+        return validated(RouterSettings, {**values, **more})
+
+    async def load(self, settings: RouterSettings) -> tuple[torch.nn.Module, KVCache]:
+        """A router's weights and cache."""
+        return await asyncio.to_thread(load_model, settings, self.checkpoint, self.layout, self.dtype, self.revision)
+
+    async def engine_over(
+        self, cluster: LocalCluster, settings: RouterSettings, tracer: Tracer, stack: AsyncExitStack
+    ) -> EngineRunner:
+        """An engine here whose experts are `cluster`'s, all of which have a holder."""
+        shape = self.layout.shape
+        model, cache = await self.load(settings)
+        hops, lanes = await reach_experts(settings, shape, self.revision, self.dtype, cluster.registry, tracer, stack)
+        await _covered(hops[0])
+        return EngineRunner(engine_on(hops, lanes, settings, model, cache, no_waits, tracer), shape, stack)
 
 
 class EngineRunner:
@@ -84,7 +141,7 @@ class EngineRunner:
         return speeds(began, times, prompt_tokens)
 
 
-async def covered(hop: Hop) -> None:
+async def _covered(hop: Hop) -> None:
     """Waits until every expert has a holder."""
     try:
         async with asyncio.timeout(COVERED_S):

@@ -85,6 +85,26 @@ def test_bench_split(tiny: Callable[[str], str], tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_bench_lanes(tiny: Callable[[str], str], tmp_path: Path) -> None:
+    """All three engines run at every concurrency, and ratios are theirs. Slow: a cluster of its own, three routers."""
+    file = tmp_path / "lanes.json"
+    words = ["--concurrency", "1,3", "--prompt", "8", "--new", "6", "--dtype", "float32", "--rounds", "1"]
+    assert run(["bench", "lanes", "--model", tiny("qwen3_moe"), *words, "--json", str(file)]) == 0
+    rows = json.loads(file.read_text())["rows"]
+    assert [row["concurrency"] for row in rows] == [1, 3]
+    for row in rows:
+        assert row["two_lanes_ratio"] == pytest.approx(row["two_lanes_tokens_per_s"] / row["one_piece_tokens_per_s"])
+        assert row["measured_ratio"] == pytest.approx(row["measured_tokens_per_s"] / row["one_piece_tokens_per_s"])
+
+
+def test_bench_lanes_outside_context(capsys: pytest.CaptureFixture[str], tiny: Callable[[str], str]) -> None:
+    """Prompts that do not fit the model are refused before anything is started."""
+    assert run(["bench", "lanes", "--model", tiny("qwen3_moe"), "--prompt", "500", "--new", "64"]) == 1
+    told = capsys.readouterr().err
+    assert "error: setting prompt + new = '500 + 64': at most 512, the model's context" in told
+
+
+@pytest.mark.slow
 def test_bench_flood(capsys: pytest.CaptureFixture[str], tiny: Callable[[str], str], tmp_path: Path) -> None:
     """Beyond capacity requests are refused, each with a hint, and the others are served. Slow: it takes its seconds."""
     file = tmp_path / "flood.json"
