@@ -39,7 +39,9 @@ class Gate:
         if self.groups < 1 or experts % self.groups or not 1 <= self.kept_groups <= self.groups:
             raise ValueError(f"gate: {self.kept_groups} of {self.groups} groups of {experts} experts: must divide them")
         if self.group_score == "top_two" and self.groups > 1 and experts // self.groups < 2:
-            raise ValueError(f"gate: group_score 'top_two' of groups of {experts // self.groups} expert: must be 2 or more")
+            raise ValueError(
+                f"gate: group_score 'top_two' of groups of {experts // self.groups} expert: must be 2 or more"
+            )
         among = experts // self.groups * self.kept_groups
         if not 1 <= self.top_k <= among:
             raise ValueError(f"gate: top_k {self.top_k}: must be 1 to {among}, the experts to choose among")
@@ -55,14 +57,14 @@ def gating_reference(
     tokens, experts = logits.shape
     gate.check(experts)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if gate.scores == "sigmoid":
-        scores = logits.sigmoid()
-    else:
-        scores = logits if gate.scores == "softmax_after" else logits.softmax(-1)
+    scores = logits.sigmoid() if gate.scores == "sigmoid" else logits
+    scores = scores.softmax(-1) if gate.scores == "softmax" else scores
     choice = scores if bias is None else scores + bias
     if gate.groups > 1:
         grouped = choice.view(tokens, gate.groups, -1)
-        group_score = grouped.sort(dim=-1, descending=True).values[..., : 2 if gate.group_score == "top_two" else 1].sum(-1)
+        group_score = (
+            grouped.sort(dim=-1, descending=True).values[..., : 2 if gate.group_score == "top_two" else 1].sum(-1)
+        )
         kept = group_score.sort(dim=-1, descending=True, stable=True).indices[:, : gate.kept_groups]  # [T, kept]
         mask = torch.zeros_like(group_score, dtype=torch.bool).scatter_(1, kept, True)
         choice = grouped.masked_fill(~mask[:, :, None], -torch.inf).view(tokens, experts)

@@ -66,7 +66,9 @@ class Compiled:
 
 def compile_kernel(kernel: JITFunction, args: tuple[Any, ...], options: dict[str, Any], case: str) -> Compiled:
     """`kernel` for these arguments, specialised as a launch would: None and 1 are constants, 16 divides what it divides."""
-    bound = dict(zip(kernel.arg_names, args, strict=False)) | {k: v for k, v in options.items() if k in kernel.arg_names}
+    bound = dict(zip(kernel.arg_names, args, strict=False)) | {
+        k: v for k, v in options.items() if k in kernel.arg_names
+    }
     options = {name: value for name, value in options.items() if name not in kernel.arg_names}
     constant = {parameter.name for parameter in kernel.params if parameter.is_constexpr}
     signature: dict[str, str] = {}

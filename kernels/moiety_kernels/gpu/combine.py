@@ -21,11 +21,11 @@ def combine_kernel(
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     total = tl.zeros((WIDTH,), tl.float32)
     for k in tl.static_range(TOP_K):
-        here = column < D
+        end = D
         if PRESENT is not None:
             expert = tl.load(PRESENT + token * TOP_K + k)
-            here = here & (expert >= 0) & (expert < E)
-        value = tl.load(ROWS + (token * TOP_K + k) * D + column, mask=here, other=0.0).to(tl.float32)
+            end = tl.where((expert >= 0) & (expert < E), D, 0)
+        value = tl.load(ROWS + (token * TOP_K + k) * D + column, mask=column < end, other=0.0).to(tl.float32)
         if WEIGHTS is not None:
             value *= tl.load(WEIGHTS + token * TOP_K + k).to(tl.float32)
         total += value

@@ -5,7 +5,6 @@ Shape legend: T tokens, K experts a token, R rows sorted by expert (T K), E expe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -53,6 +52,7 @@ def sorted_expert_mlp(
     nothing. In fp8 rows (`x_scale`) the first product is of fp8 by the weights; `dtype` must be given.
     """
     rows = x.shape[0] if rows is None else rows
+    x = x if x.stride(1) == 1 else x.contiguous()
     dtype = dtype or x.dtype
     inner = torch.empty(rows, experts.down.shape[1], dtype=dtype, device=x.device)
     if out is None:
@@ -79,9 +79,7 @@ def sorted_expert_mlp(
     return gemm(inner, offsets, experts.down, out, rows=rows, slots=slots, tile=tile)
 
 
-def moe(
-    x: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, experts: Experts
-) -> torch.Tensor:
+def moe(x: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, experts: Experts) -> torch.Tensor:
     """A whole MoE block after gating: x [T, D] through the experts of `top_k_index` [T, K], weighted and summed: [T, D].
 
     Rows are never gathered in memory: the first product reads each token's where it lies, the second writes its result

@@ -47,13 +47,14 @@ def gating_kernel(
     expert = tl.arange(0, E_PAD)
     real = (token < T)[:, None] & (expert < E)[None, :]
     at = LOGITS + token.to(tl.int64)[:, None] * stride + expert[None, :]
-    logits = tl.load(at, mask=real, other=float("-inf")).to(tl.float32)
+    logits = tl.load(at, mask=real, other=0.0).to(tl.float32)
+    logits = tl.where((expert < E)[None, :], logits, float("-inf"))
     if SIGMOID:
         scores = tl.sigmoid(logits)
     elif AFTER:
         scores = logits
     else:
-        power = tl.exp(logits - tl.max(tl.where(token[:, None] < T, logits, 0.0), 1)[:, None])
+        power = tl.exp(logits - tl.max(logits, 1)[:, None])
         scores = power / tl.sum(power, 1)[:, None]
     choice = scores
     if BIAS is not None:

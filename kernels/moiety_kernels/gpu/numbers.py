@@ -18,7 +18,8 @@ def narrowed(value, DTYPE: tl.constexpr):
         if DTYPE == tl.float8e4nv:  # 3 bits of mantissa, none finer than 2^-9
             power = tl.maximum((bits & 0x7F800000) >> 23, 121) - 3
             step = (power << 23).to(tl.float32, bitcast=True)
-            value = ((value / step + 12582912.0) - 12582912.0) * step
+            near = ((tl.abs(value) / step + 12582912.0) - 12582912.0) * step
+            value = (near.to(tl.uint32, bitcast=True) | (bits & 0x80000000)).to(tl.float32, bitcast=True)
     return value.to(DTYPE)
 
 

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+
+from moiety_kernels.matrices import FP8_BLOCK, Fp8Matrix, Int4Matrix, Int8Matrix, Matrix, Mxfp4Matrix
+from moiety_kernels.weights import ExpertWeights
 
 KINDS = ("plain", "fp8", "int8", "int4", "mxfp4")  # numbered as in product.py
 WHOLE = 1 << 30  # a group that spans every column: one scale a row
@@ -31,7 +35,6 @@ class Operand:
     scale_stride: int = 0  # of a row of scales
     group: int = WHOLE
     group_rows: int = 1
-    owners: tuple[torch.Tensor, ...] = ()  # of the memory that only `offsets` tell of
     aligned: bool = False  # every matrix starts a multiple of 16 elements from `codes`
 
     @property
@@ -88,46 +91,64 @@ def stacked(
         scale_stride,
         group,
         group_rows,
-        aligned=_aligned(host),
-    )
-
-
-def scattered(
-    codes: Sequence[torch.Tensor],
-    *,
-    kind: str = "plain",
-    scale: Sequence[torch.Tensor] | None = None,
-    zero: Sequence[torch.Tensor] | None = None,
-    bias: Sequence[torch.Tensor] | None = None,
-    group_rows: int | None = None,
-) -> Operand:
-    """Of one tensor per expert, each contiguous [O, K] (packed: [O, K / 2]), on one device, wherever it was allocated."""
-    first = codes[0]
-    rows, columns = first.shape
-    if kind in ("int4", "mxfp4"):
-        columns *= 2
-    host = torch.zeros(4, len(codes), dtype=torch.int64)
-    for line, part in enumerate((codes, scale, zero, bias)):
-        if part is not None:
-            start, size = part[0].data_ptr(), part[0].element_size()
-            host[line] = torch.tensor([(tensor.data_ptr() - start) // size for tensor in part])
-    group, blocks = _groups(kind, None if scale is None else scale[0][None], columns)
-    return Operand(
-        first,
-        # Pageable and small: the driver stages it, and the host goes on.
-        host.to(first.device, non_blocking=True),
-        (rows, columns),
-        (first.stride(0), first.stride(1)),
-        KINDS.index(kind),
-        None if scale is None else scale[0],
-        None if zero is None else zero[0],
-        None if bias is None else bias[0],
-        0 if scale is None else scale[0].stride(0),
-        group,
-        group_rows or blocks,
-        tuple(tensor for part in (codes, scale, zero, bias) for tensor in part or ()),
         _aligned(host),
     )
+
+
+def _one(matrix: Matrix, bias: torch.Tensor | None, offsets: torch.Tensor, aligned: bool) -> Operand:
+    """What every expert's matrix looks like, told by the first one's; `offsets` on the device."""
+    rows, columns = matrix.shape
+    if isinstance(matrix, torch.Tensor):
+        return Operand(matrix, offsets, (rows, columns), (matrix.stride(0), 1), bias=bias, aligned=aligned)
+    codes, scale, *zero = matrix.tensors
+    kind = {Int8Matrix: "int8", Int4Matrix: "int4", Fp8Matrix: "fp8", Mxfp4Matrix: "mxfp4"}[type(matrix)]
+    group, group_rows = WHOLE, 1
+    if isinstance(matrix, Fp8Matrix):
+        group, group_rows = FP8_BLOCK, matrix.block_rows
+    elif kind != "int8":
+        group = columns // scale.shape[1]
+    return Operand(
+        codes,
+        offsets,
+        (rows, columns),
+        (codes.stride(0), 1),
+        KINDS.index(kind),
+        scale,
+        zero[0] if zero else None,
+        bias,
+        scale.stride(0),
+        group,
+        group_rows,
+        aligned,
+    )
+
+
+def gathered(counts: Sequence[int], weights: Sequence[ExpertWeights]) -> tuple[torch.Tensor, Operand, Operand]:
+    """Of experts held one by one (with equal `held`): offsets of their rows int64 [E + 1], gate_up, down.
+
+    All that the device must be told of a batch goes over in one small copy, which the host does not wait for; the weights
+    stay where they are, so a placement can change between two batches at no cost. The caller keeps them alive.
+    """
+    first = weights[0]
+    pointers = torch.tensor([[pointer or 0 for pointer in expert.pointers] for expert in weights]).T  # [8, E]
+    tensors = (*_three(first.gate_up), *_three(first.down), first.gate_up_bias, first.down_bias)
+    sizes = torch.tensor([1 if tensor is None else tensor.element_size() for tensor in tensors])
+    offsets = (pointers - pointers[:, :1]) // sizes[:, None]
+    starts = torch.tensor([0, *counts]).cumsum(0)
+    told = torch.cat((offsets[[0, 1, 2, 6, 3, 4, 5, 7]].flatten(), starts))
+    told = told.to(tensors[0].device, non_blocking=True)  # pageable and small: the driver stages it
+    of_gate_up, of_down, on_device = told.split((4 * len(weights), 4 * len(weights), len(starts)))
+    return (
+        on_device,
+        _one(first.gate_up, first.gate_up_bias, of_gate_up.view(4, -1), _aligned(offsets)),
+        _one(first.down, first.down_bias, of_down.view(4, -1), _aligned(offsets[3:])),
+    )
+
+
+def _three(matrix: Matrix) -> tuple[Any, ...]:
+    """Codes, scale and zero, None where there is none."""
+    tensors = (matrix,) if isinstance(matrix, torch.Tensor) else matrix.tensors
+    return (*tensors, None, None)[:3]
 
 
 def _aligned(offsets: torch.Tensor) -> bool:

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-BLOCK = 128  # assignments a program: their ranks come from a BLOCK x BLOCK comparison, 64 a thread. Untuned.
+BLOCK = 128  # assignments a program: their ranks come from BLOCK x BLOCK comparisons, 64 a thread. Untuned.
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,15 +24,19 @@ class Permutation:
 
 
 @triton.jit
+def _experts(INDEX, at, A, E: tl.constexpr):
+    """The expert of each assignment; E where it is not one of ours, -1 past the end."""
+    index = tl.load(INDEX + at, mask=at < A, other=-1).to(tl.int32)
+    return tl.where((at < A) & ((index < 0) | (index >= E)), E, index)
+
+
+@triton.jit
 def count_kernel(INDEX, COUNTS, A, blocks, E: tl.constexpr, E_PAD: tl.constexpr, BLOCK: tl.constexpr):
     """How many of a block's assignments go to each expert: COUNTS [E_PAD, B]; E counts those that go to none."""
     block = tl.program_id(0)
     at = block * BLOCK + tl.arange(0, BLOCK)
-    index = tl.load(INDEX + at, mask=at < A, other=-2).to(tl.int32)
-    index = tl.where((at < A) & ((index < 0) | (index >= E)), E, index)
-    experts = tl.arange(0, E_PAD)
-    counts = tl.sum((index[:, None] == experts[None, :]).to(tl.int32), 0)
-    tl.store(COUNTS + experts * blocks + block, counts)
+    counts = tl.histogram(_experts(INDEX, at, A, E), E_PAD, at < A)
+    tl.store(COUNTS + tl.arange(0, E_PAD) * blocks + block, counts)
 
 
 @triton.jit
@@ -65,26 +69,22 @@ def place_kernel(
     lane = tl.arange(0, BLOCK)
     at = block * BLOCK + lane
     inside = at < A
-    index = tl.load(INDEX + at, mask=inside, other=-2).to(tl.int32)
-    index = tl.where(inside & ((index < 0) | (index >= E)), E, index)
+    index = _experts(INDEX, at, A, E)
     experts = tl.arange(0, E_PAD)
-    hits = index[:, None] == experts[None, :]  # [BLOCK, E_PAD]
     if ALONE:
-        totals = tl.sum(hits.to(tl.int32), 0)
-        earlier = tl.zeros((E_PAD,), tl.int32)
+        totals = tl.histogram(index, E_PAD, inside)
     else:
         totals = tl.load(TOTALS + experts)
-        earlier = tl.load(COUNTS + experts * blocks + block)
     first = tl.cumsum(totals, 0) - totals
     if block == 0:
         tl.store(OFFSETS + experts, first, mask=experts <= E)
-    # Equal ones before it in this block. Compared through memory that was read anyway, as a column and as a row.
-    other = block * BLOCK + tl.arange(0, BLOCK)
-    row = tl.load(INDEX + other, mask=other < A, other=-2).to(tl.int32)
-    row = tl.where((other < A) & ((row < 0) | (row >= E)), E, row)
+    # Equal ones before it in this block: read again as a row, compared with the column.
+    row = _experts(INDEX, block * BLOCK + tl.arange(0, BLOCK), A, E)
     same = (index[:, None] == row[None, :]) & (lane[:, None] > tl.arange(0, BLOCK)[None, :])
-    rank = tl.sum(same.to(tl.int32), 1)
-    position = rank + tl.sum(tl.where(hits, (first + earlier)[None, :], 0), 1)
+    index = tl.maximum(index, 0)
+    position = tl.sum(same.to(tl.int32), 1) + tl.gather(first, index, 0)
+    if not ALONE:
+        position += tl.load(COUNTS + index * blocks + block)
     tl.store(POSITION + at, position, mask=inside)
     tl.store(ORDER + position, at, mask=inside)
 

@@ -160,10 +160,9 @@ def product(
     EVEN: tl.constexpr = K % BK == 0
     SCALED: tl.constexpr = (KIND == FP8 or KIND == INT8 or KIND == INT4) and GROUP >= BK  # after the product
     SPLIT: tl.constexpr = SCALED and GROUP < K  # more than one scale along k
-    if KIND == FP8 and X.dtype.element_ty == tl.float8e4nv:
-        dtype: tl.constexpr = tl.float8e4nv
-    else:
-        dtype: tl.constexpr = tl.bfloat16 if X.dtype.element_ty == tl.float8e4nv else X.dtype.element_ty
+    narrow: tl.constexpr = X.dtype.element_ty == tl.float8e4nv
+    wide: tl.constexpr = tl.bfloat16 if narrow else X.dtype.element_ty
+    dtype: tl.constexpr = tl.float8e4nv if narrow and KIND == FP8 else wide  # of the product
     start = tl.load(STARTS + expert)
     if ALIGNED:  # loads of 16 bytes, and asynchronous copies, need to know
         start = tl.multiple_of(start, 16)
@@ -180,9 +179,7 @@ def product(
             x = tl.load(x_at + k[None, :])
         else:
             x = tl.load(x_at + k[None, :], mask=k[None, :] < K, other=0.0)
-        w = weight_tile(
-            W, SCALE, ZERO, rows, k, k_start, stride_n, stride_k, scale_stride, dtype, KIND, K, BK, GROUP
-        )
+        w = weight_tile(W, SCALE, ZERO, rows, k, k_start, stride_n, stride_k, scale_stride, dtype, KIND, K, BK, GROUP)
         if x.dtype != dtype:
             x = x.to(tl.float32).to(dtype)
         if SPLIT:
