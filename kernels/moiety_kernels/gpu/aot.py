@@ -25,10 +25,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from moiety_kernels.gating_reference import Gate
-from moiety_kernels.gpu.expert_mlp import Experts, moe, sorted_expert_mlp
+from moiety_kernels.gpu.expert_mlp import moe, sorted_expert_mlp
 from moiety_kernels.gpu.gating import gating
-from moiety_kernels.gpu.operand import stacked
+from moiety_kernels.gpu.models import MODELS, experts_of
 from moiety_kernels.gpu.permute import permute, sort_by_expert, unpermute
 from moiety_kernels.gpu.row_fp8 import dequantise_rows, quantise_rows
 
@@ -131,69 +130,6 @@ def compiling(case: Callable[[], str], into: list[Compiled]) -> Iterator[None]:
         JITFunction.run = original
 
 
-@dataclass(frozen=True, slots=True)
-class Model:
-    """The sizes of one model's MoE blocks."""
-
-    name: str
-    experts: int  # on this device
-    top_k: int
-    hidden: int
-    intermediate: int
-    gate: Gate
-    options: tuple[tuple[str, Any], ...] = ()
-
-
-MODELS = (
-    Model("Mixtral 8x7B", 8, 2, 4096, 14336, Gate(2, renormalise=True)),
-    Model("Qwen3-30B-A3B", 128, 8, 2048, 768, Gate(8, renormalise=True)),
-    Model(
-        "DeepSeek-V3, 32 of 256",
-        32,
-        8,
-        7168,
-        2048,
-        Gate(8, "sigmoid", True, 2.5, groups=8, kept_groups=4, group_score="top_two"),
-    ),
-    Model(
-        "gpt-oss-120b",
-        128,
-        4,
-        2880,
-        2880,
-        Gate(4, "softmax_after"),
-        (("activation", "swiglu_clamped"), ("interleaved", True), ("limit", 7.0), ("alpha", 1.702)),
-    ),
-)
-
-
-def experts_of(model: Model, dtype: torch.dtype, kind: str = "plain", device: str = "meta") -> Experts:
-    """Weights of `model` [E, O, D] and [E, D, I], empty; biases where it has them."""
-
-    def matrices(rows: int, columns: int) -> Any:
-        def empty(*shape: int, of: torch.dtype) -> torch.Tensor:
-            return torch.empty(model.experts, *shape, dtype=of, device=device)
-
-        bias = empty(rows, of=dtype) if dict(model.options).get("interleaved") else None
-        if kind == "fp8":
-            scale = empty(-(-rows // 128), -(-columns // 128), of=torch.float32)
-            return stacked(empty(rows, columns, of=torch.float8_e4m3fn), kind=kind, scale=scale, bias=bias)
-        if kind == "int8":
-            scale = empty(rows, of=torch.float32)
-            return stacked(empty(rows, columns, of=torch.uint8), kind=kind, scale=scale, bias=bias)
-        if kind in ("int4", "mxfp4"):
-            group, of = (64, torch.float16) if kind == "int4" else (32, torch.uint8)
-            scale = empty(rows, columns // group, of=of)
-            return stacked(empty(rows, columns // 2, of=torch.uint8), kind=kind, scale=scale, bias=bias)
-        return stacked(empty(rows, columns, of=dtype), bias=bias)
-
-    return Experts(
-        matrices(2 * model.intermediate, model.hidden),
-        matrices(model.hidden, model.intermediate),
-        **dict(model.options),
-    )
-
-
 def compile_all(quick: bool = False) -> list[Compiled]:
     """Every kernel: each model at each line of the table of tiles in bfloat16, each kind of weights, the small kernels."""
     built: list[Compiled] = []
@@ -203,29 +139,28 @@ def compile_all(quick: bool = False) -> list[Compiled]:
             for tokens in (1, 16, 256, 4096) if not quick else (1, 8192):
                 case = f"{model.name}, {tokens} tokens"
                 x = torch.empty(tokens, model.hidden, dtype=torch.bfloat16, device="meta")
-                index = torch.empty(tokens, model.top_k, dtype=torch.int32, device="meta")
-                moe(x, index, index.float(), experts_of(model, torch.bfloat16))
+                index = torch.empty(tokens, model.gate.top_k, dtype=torch.int32, device="meta")
+                moe(x, index, index.float(), experts_of(model, torch.bfloat16, "plain", "meta"))
                 case = f"{model.name}, gating"
-                total = 256 if model.name.startswith("DeepSeek") else model.experts
-                logits = torch.empty(tokens, total, dtype=torch.float32, device="meta")
+                logits = torch.empty(tokens, model.choices, dtype=torch.float32, device="meta")
                 gating(logits, model.gate, bias=logits[0] if model.gate.scores == "sigmoid" else None)
         for kind, model in (("fp8", MODELS[2]), ("int8", MODELS[1]), ("int4", MODELS[1]), ("mxfp4", MODELS[3])):
             for rows in (8, 8192) if quick else (8, 24 * model.experts, 64 * model.experts, 256 * model.experts):
                 case = f"{model.name}, {kind} weights, {rows} rows"
                 x = torch.empty(rows, model.hidden, dtype=torch.bfloat16, device="meta")
                 offsets = torch.empty(model.experts + 1, dtype=torch.int32, device="meta")
-                sorted_expert_mlp(x, offsets, experts_of(model, torch.bfloat16, kind))
+                sorted_expert_mlp(x, offsets, experts_of(model, torch.bfloat16, kind, "meta"))
                 if kind == "fp8":
                     case += ", fp8 rows"
                     codes, scale = quantise_rows(x)
-                    experts = experts_of(model, torch.bfloat16, kind)
+                    experts = experts_of(model, torch.bfloat16, kind, "meta")
                     sorted_expert_mlp(codes, offsets, experts, x_scale=scale, dtype=torch.bfloat16)
         model = MODELS[1]
         for dtype, fixed in ((torch.float32, False), (torch.float16, False), (torch.bfloat16, True)):
             case = f"{model.name}, {dtype}{', deterministic' if fixed else ''}"
             x = torch.empty(512, model.hidden, dtype=dtype, device="meta")
             offsets = torch.empty(model.experts + 1, dtype=torch.int32, device="meta")
-            sorted_expert_mlp(x, offsets, experts_of(model, dtype), deterministic=fixed)
+            sorted_expert_mlp(x, offsets, experts_of(model, dtype, "plain", "meta"), deterministic=fixed)
         case = "permutation of 8192 tokens"
         x = torch.empty(8192, model.hidden, dtype=torch.bfloat16, device="meta")
         where = sort_by_expert(torch.empty(8192, 8, dtype=torch.int64, device="meta"), 128)
