@@ -7,7 +7,9 @@ other, as often as it must be run again, and `commit` swaps them when it is done
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 
@@ -70,3 +72,53 @@ class SlotStates:
         for slot in range(self.slots):
             if places[slot] != 1:
                 raise RuntimeError(f"state slot {slot} is free or held {places[slot]} times over")
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Sequences that have equally many tokens in a step, so that a layer computes them together."""
+
+    sequences: int
+    tokens: int  # of each
+    read: torch.Tensor | None  # int64 [sequences]: rows of their states; None where they have none yet
+    write: torch.Tensor  # int64 [sequences]
+
+
+@dataclass(frozen=True, slots=True)
+class StepStates:
+    """Through whose states a step's tokens go: those of the first group's first sequence, of its second, ..."""
+
+    states: SlotStates
+    groups: tuple[Group, ...]
+    tokens: int  # of the step
+    order: torch.Tensor | None  # int64 [tokens]: which token of the step is where; None where they lie so already
+    back: torch.Tensor | None  # int64 [tokens]: the inverse of `order`
+
+    @classmethod
+    def build(
+        cls,
+        states: SlotStates,
+        slots: Sequence[int],
+        past: Sequence[int],
+        counts: Sequence[int],
+        device: torch.device,
+    ) -> StepStates:
+        """`counts[s]` tokens behind `past[s]` of the sequence with the slot `slots[s]`."""
+        alike: dict[tuple[int, bool], list[int]] = {}
+        for sequence, (behind, count) in enumerate(zip(past, counts, strict=True)):
+            alike.setdefault((count, behind == 0), []).append(sequence)
+        begins = list(accumulate(counts, initial=0))
+        groups, order = [], []
+        for (count, new), members in alike.items():
+            order += [token for member in members for token in range(begins[member], begins[member] + count)]
+            read = None if new else torch.tensor([states.committed(slots[m]) for m in members]).to(device)
+            write = torch.tensor([states.pending(slots[m]) for m in members]).to(device)
+            groups.append(Group(len(members), count, read, write))
+        moved = None if order == list(range(begins[-1])) else torch.tensor(order)
+        return cls(
+            states,
+            tuple(groups),
+            begins[-1],
+            None if moved is None else moved.to(device),
+            None if moved is None else moved.argsort().to(device),
+        )
