@@ -188,10 +188,10 @@ def load_model(
 def _cache(settings: RouterSettings, spec: CacheSpec, revision: str) -> KVCache:
     """As large as `kv_memory` says. Raises ConfigError where that is too little, or where states rule a setting out."""
     if spec.states and settings.speculative_tokens:
-        bound = "0 for this model: its layers keep states, which cannot be taken back from a wrong guess"
+        bound = "must be 0 for this model: its layers keep states, which cannot be taken back from a wrong guess"
         raise ConfigError("speculative_tokens", settings.speculative_tokens, bound)
     if spec.states and settings.deterministic:
-        bound = "false for this model: its layers keep states, whose bits depend on where prompts are cut into steps"
+        bound = "must be false for this model: its layers keep states, whose bits depend on where prompts are cut into steps"
         raise ConfigError("deterministic", settings.deterministic, bound)
     cache = KVCache(
         spec,

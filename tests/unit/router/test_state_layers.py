@@ -20,7 +20,7 @@ from moiety.router.blocks import BlockTable
 from moiety.router.engine import Engine
 from moiety.router.kvcache import KVCache
 from moiety.router.lanes import Lanes
-from moiety.router.mixers import use_states
+from moiety.router.mixers import mixers, use_states
 from moiety.router.probe import install_mixers
 
 GREEDY = Sampling(max_tokens=NEW_TOKENS, ignore_eos=True)
@@ -41,6 +41,7 @@ def submit_all(architecture: str, engine: Engine) -> list[tuple[Listener, list[i
 def test_logits_are_those_of_a_cache_for_each_sequence(architecture: str) -> None:
     """Two texts in steps of chunks and single tokens, packed together: each token's logits are transformers' own."""
     model, spec = served(architecture)
+    assert any(mixer.forgetful for mixer in mixers(model)) is (architecture == "jamba")
     texts = [torch.tensor([prompt_of(seed, 30)]) for seed in range(2)]
     with torch.inference_mode():
         expected = [reference(architecture)(text).logits[0] for text in texts]
