@@ -112,11 +112,26 @@ HYBRIDS: dict[str, dict[str, Any]] = {
     "minimax": {"num_local_experts": 4, "head_dim": 8, "block_size": 8, "layer_types": _ALTERNATING},
     "zaya": {"num_experts": 4, "head_dim": 8, "num_experts_per_tok": 1},
 }
+_WINDOW: dict[str, Any] = {"num_local_experts": 4, "head_dim": 8, "sliding_window": 8}
+WINDOWED: dict[str, dict[str, Any]] = {
+    "llama4_text": {
+        "intermediate_size_mlp": 48,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 1,
+        "head_dim": 8,
+        "attention_chunk_size": 8,
+        "floor_scale": 4,  # attention without rotation is scaled by position, from the fourth on
+        "attn_scale": 2.0,
+    },
+    "gpt_oss": _WINDOW,
+    "cohere2_moe": {**_WINDOW, "num_experts": 4},
+    "mimo_v2_flash": {**_WINDOW, "n_routed_experts": 4, "moe_intermediate_size": 24, "v_head_dim": 6},
+}
 
 
 def hybrid(architecture: str) -> Any:
     """A whole random transformers model, its experts included."""
-    settings = {**_BASE, **HYBRIDS[architecture]}
+    settings = {**_BASE, **{**HYBRIDS, **WINDOWED}[architecture]}
     if "layers_block_type" in settings:
         del settings["num_hidden_layers"]
     config = AutoConfig.for_model(architecture, **settings)
