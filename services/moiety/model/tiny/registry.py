@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from moiety.model.tiny.families import FAMILIES
+from moiety.model.tiny.lightning import with_decays
 
 if TYPE_CHECKING:
     import torch
@@ -30,6 +31,11 @@ class TinyModel:
 
 TINY: Mapping[str, TinyModel] = {
     **{architecture: TinyModel(architecture, settings) for architecture, settings in FAMILIES.items()},
+    "minimax": TinyModel(
+        "minimax",
+        {"layer_types": ["linear_attention", "full_attention"] * 2, "block_size": 8, "sliding_window": None},
+        store=with_decays,
+    ),
 }
 
 
