@@ -21,13 +21,14 @@ def load_config(checkpoint: Checkpoint) -> Any:
     """The transformers config; code shipped inside a checkpoint is never run. Raises CheckpointError where unknown."""
     from transformers import AutoConfig
 
-    if quantization := checkpoint.config.get("quantization_config"):
-        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
-        raise unsupported(checkpoint, f"its weights are quantised ({method}); only float checkpoints can be served")
     try:
-        return AutoConfig.from_pretrained(checkpoint.path, local_files_only=True, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(checkpoint.path, local_files_only=True, trust_remote_code=False)
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise unsupported(checkpoint, f"transformers cannot read its config: {_first_line(error)}") from error
+    for name in ("quantization_config", "compression_config"):  # weights are dequantised here, not by transformers
+        if hasattr(config, name):
+            delattr(config, name)
+    return config
 
 
 def causal_lm_class(checkpoint: Checkpoint, config: Any) -> type[nn.Module]:

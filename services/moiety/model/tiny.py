@@ -5,16 +5,15 @@ Each is a real folder: config, tokenizer, safetensors under the published tensor
 
 from __future__ import annotations
 
-import json
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from moiety.model.architecture import meta_model
-from moiety.model.checkpoint import INDEX_FILE
+from moiety.model.shards import SHARD_BYTES, write_shards
 from moiety.model.tiny_tokenizer import BOS, EOS, PAD, VOCABULARY, write_tokenizer
 
 _COMMON: Mapping[str, Any] = {
@@ -68,7 +67,6 @@ TINY: Mapping[str, Mapping[str, Any]] = {
         },
     },
 }
-SHARD_BYTES = 256 << 20
 
 
 def write_tiny(
@@ -98,7 +96,7 @@ def write_tiny(
 
     dtype = getattr(torch, settings["dtype"])
     weights = ((name, _weight(name, shape, dtype, seed, config.initializer_range)) for name, shape in shapes.items())
-    _write_shards(path, weights, shard_bytes)
+    write_shards(path, weights, shard_bytes)
     config.architectures = [type(model).__name__]
     config.save_pretrained(path)
     write_tokenizer(path)
@@ -111,31 +109,3 @@ def _weight(name: str, shape: torch.Size, dtype: torch.dtype, seed: int, deviati
     stored = torch.float32 if name.endswith("e_score_correction_bias") else dtype
     noise = torch.empty(shape, dtype=stored).normal_(0.0, deviation, generator=generator)
     return noise + 1 if len(shape) == 1 and "norm" in name else noise
-
-
-def _write_shards(path: Path, weights: Iterator[tuple[str, torch.Tensor]], shard_bytes: int) -> None:
-    from safetensors.torch import save_file
-
-    shards: list[list[str]] = []
-    pending: dict[str, torch.Tensor] = {}
-
-    def flush() -> None:
-        save_file(pending, path / f"shard-{len(shards)}", metadata={"format": "pt"})
-        shards.append(list(pending))
-        pending.clear()
-
-    total = 0
-    for name, weight in weights:
-        if pending and sum(tensor.nbytes for tensor in pending.values()) + weight.nbytes > shard_bytes:
-            flush()
-        pending[name] = weight
-        total += weight.nbytes
-    flush()
-
-    weight_map: dict[str, str] = {}
-    for number, names in enumerate(shards):
-        file = f"model-{number + 1:05}-of-{len(shards):05}.safetensors"
-        (path / f"shard-{number}").rename(path / file)
-        weight_map |= dict.fromkeys(names, file)
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (path / INDEX_FILE).write_text(json.dumps(index, indent=2), encoding="utf-8")

@@ -22,9 +22,11 @@ from moiety.client import Client
 from moiety.core import CallClass
 from moiety.load.watch import Watch
 from moiety.local import LocalCluster
-from moiety.model.architecture import quiet_transformers
+from moiety.model.architecture import causal_lm_class, load_config, quiet_transformers
 from moiety.model.checkpoint import Checkpoint
 from moiety.model.layout import expert_layout
+from moiety.model.quantised import QuantisedEntry
+from moiety.model.reading import Reader
 from moiety.model.revision import revision
 from moiety.model.router import load_router
 from moiety.model.seam import use_backend
@@ -182,8 +184,18 @@ def _undecided(checkpoint: str, dtype: torch.dtype, text: Sequence[int], token: 
 def _transformers_model(checkpoint: str, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM
 
-    with quiet_transformers():
-        return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype, local_files_only=True).eval()
+    opened = Checkpoint.open(checkpoint)
+    if not any(isinstance(entry, QuantisedEntry) for entry in opened.tensors.values()):
+        with quiet_transformers():
+            return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype, local_files_only=True).eval()
+    # The reference of quantised weights is the model on their values: transformers' own ways to dequantise differ.
+    config = load_config(opened)
+    with Reader() as reader, quiet_transformers():
+        return (
+            causal_lm_class(opened, config)
+            .from_pretrained(None, config=config, state_dict=reader.state(opened.tensors, dtype), dtype=dtype)  # type: ignore[attr-defined]
+            .eval()
+        )
 
 
 async def _generate(client: Client, prompt: Sequence[int], new_tokens: int) -> list[int]:
