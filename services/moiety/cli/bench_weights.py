@@ -74,6 +74,10 @@ def quantize(
     A small MoE is trained on text that ships with Python; its experts are held at 8 bits, at 4 bits, and mixed as `moiety
     quantize` chooses for the same memory. All are evaluated on text that neither training nor calibration saw, by the
     kernels that serve them.
+
+    \b
+    Example:
+      moiety bench quantize --keep /tmp/quantised --json quality.json
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     from moiety.tools.bench_quantize import bench_quantize, quality_lines

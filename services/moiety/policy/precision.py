@@ -9,6 +9,7 @@ from typing import Generic, TypeVar
 
 from moiety.errors import ConfigError
 
+SHAPE_BYTES = 16  # two int64 beside packed codes
 Key = TypeVar("Key", bound=Hashable)
 
 
@@ -23,12 +24,12 @@ class Precision:
         return f"{self.bits} bits" + (f", groups of {self.group}" if self.group else "")
 
     def bytes_of(self, shape: tuple[int, int], itemsize: int) -> int:
-        """Bytes of a matrix [O, D] whose plain weights take `itemsize` each: codes and scales."""
+        """Bytes of a matrix [O, D] whose plain weights take `itemsize` each: codes, scales, and the shape beside them."""
         rows, columns = shape
         if self.bits == 16:
             return rows * columns * itemsize
         scales = 4 * rows if self.bits == 8 else 2 * rows * (columns // self.group)
-        return rows * columns * self.bits // 8 + scales
+        return rows * columns * self.bits // 8 + scales + SHAPE_BYTES
 
 
 @dataclass(frozen=True, slots=True)
