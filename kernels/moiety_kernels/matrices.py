@@ -211,12 +211,21 @@ class Mxfp4Matrix:
 
 def pack_nibbles(codes: torch.Tensor) -> torch.Tensor:
     """uint8 [O, D] of values below 16 -> uint8 [O, D / 2], the even column of two in the low half."""
-    return codes[:, ::2] | (codes[:, 1::2] << 4)
+    return (codes[:, ::2] | (codes[:, 1::2] << 4)).contiguous()
 
 
 def unpack_nibbles(codes: torch.Tensor) -> torch.Tensor:
     """The inverse of `pack_nibbles`."""
     return torch.stack((codes & 15, codes >> 4), dim=2).view(codes.shape[0], -1)
+
+
+def moved(matrix: Matrix, device: torch.device | str) -> Matrix:
+    """The same matrix on `device`."""
+    if isinstance(matrix, torch.Tensor):
+        return matrix.to(device)
+    if isinstance(matrix, Fp8Matrix):
+        return Fp8Matrix(matrix.codes.to(device), matrix.scale.to(device), matrix.block_rows)
+    return type(matrix)(*(tensor.to(device) for tensor in matrix.tensors))
 
 
 def joined(matrices: Sequence[QuantisedMatrix]) -> QuantisedMatrix:

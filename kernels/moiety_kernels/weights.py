@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from moiety_kernels.matrices import GROUP, Fp8Matrix, Int4Matrix, Int8Matrix, Matrix, Mxfp4Matrix
+from moiety_kernels.matrices import GROUP, Fp8Matrix, Int4Matrix, Int8Matrix, Matrix, Mxfp4Matrix, moved
 
 KINDS = {Int8Matrix: "int8", Int4Matrix: "int4", Fp8Matrix: "fp8", Mxfp4Matrix: "mxfp4"}
 
@@ -66,6 +66,11 @@ class ExpertWeights:
     def nbytes(self) -> int:
         """Bytes of storage that these weights keep alive."""
         return sum(tensor.untyped_storage().nbytes() for tensor in self.tensors)
+
+    def to(self, device: torch.device | str) -> ExpertWeights:
+        """The same expert on `device`."""
+        biases = (None if bias is None else bias.to(device) for bias in (self.gate_up_bias, self.down_bias))
+        return ExpertWeights(moved(self.gate_up, device), moved(self.down, device), *biases)
 
     def quantised(self, bits: int = 8, group: int = GROUP) -> ExpertWeights:
         """The same expert with matrices of `bits` (8 or 4); biases, and matrices quantised already, stay as they are.

@@ -34,6 +34,8 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 # Largest error over the largest output. Two matrix products of 64 and 40 terms: a few units in the last place of each.
 BOUND = {torch.float32: 2e-6, torch.bfloat16: 3e-2}
+# Torch's libraries may add 6200 products one after the other: 2.3e-6 on an AMD EPYC.
+LOOSER = {"C++": 1, "torch": 4}
 
 
 def options_of(kind: dict[str, Any]) -> dict[str, Any]:
@@ -102,8 +104,7 @@ def test_odd_sizes(kernels: str, hidden: int, intermediate: int, kind: dict[str,
     weights = [make_weights(kind, dtype, seed, hidden, intermediate) for seed in range(len(counts))]
     out = grouped_expert_mlp(rows, counts, weights, **options_of(kind))
     expected = one_at_a_time(rows.double(), counts, [in_float64(expert) for expert in weights], kind)
-    bound = BOUND[dtype] * (2 if hidden > 1000 else 1)  # a rounding error grows with the root of the terms
-    assert (out.double() - expected).abs().max() <= bound * expected.abs().max()
+    assert (out.double() - expected).abs().max() <= BOUND[dtype] * LOOSER[kernels] * expected.abs().max()
 
 
 def test_threads_change_no_bit(kernels: str):
