@@ -36,6 +36,9 @@ COMMANDS: Mapping[str, LazyCommand] = MappingProxyType(
         "serve": LazyCommand(
             "moiety.cli.serve:serve", "Serve a checkpoint on Ray: gateway, router and elastic expert groups."
         ),
+        "simulate": LazyCommand(
+            "moiety.cli.simulate:simulate", "Simulate a day of a large cluster: what elasticity would save."
+        ),
     }
 )
 LOG_LEVELS = ("debug", "info", "warning", "error")
