@@ -103,6 +103,14 @@ class ExpertSet:
             for expert in sorted(ids):
                 yield layer, expert
 
+    def __or__(self, other: ExpertSet) -> ExpertSet:
+        layers = self.by_layer.keys() | other.by_layer.keys()
+        return ExpertSet({layer: self.layer(layer) | other.layer(layer) for layer in sorted(layers)})
+
+    def __sub__(self, other: ExpertSet) -> ExpertSet:
+        left = {layer: ids - other.layer(layer) for layer, ids in self.by_layer.items()}
+        return ExpertSet({layer: ids for layer, ids in left.items() if ids})
+
     def layer(self, layer: int) -> frozenset[int]:
         return self.by_layer.get(layer, frozenset())
 
@@ -167,9 +175,13 @@ class Replica:
     revision: str
     state: ReplicaState = ReplicaState.READY
     held: ExpertSet = field(default_factory=ExpertSet)  # empty unless role is EXPERT
-    placement_epoch: int = 0
+    leaving: ExpertSet = field(default_factory=ExpertSet)  # still answered, until every router has acknowledged the epoch
+    placement_epoch: int = 0  # of an expert replica: the one `held` follows; of a router: the one its table has taken in
     wire_version: int = WIRE_VERSION
-    started: float = 0.0  # Unix seconds
+    launched: float = 0.0  # Unix seconds at which its process began to build it; 0 = unknown, here and below
+    loaded: float = 0.0  # its weights were in memory
+    started: float = 0.0  # it was registered
+    served: float = 0.0  # it had computed its first rows; experts only
     pid: int = 0
 
 

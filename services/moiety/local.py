@@ -28,6 +28,7 @@ from moiety.errors import Unavailable
 from moiety.load.connect import connect
 from moiety.load.entries import replica_from_json
 from moiety.load.file import FileRegistryWriter
+from moiety.load.changes import until_settled
 from moiety.load.registry import Registry
 from moiety.model.checkpoint import Checkpoint
 from moiety.model.layout import expert_layout
@@ -62,6 +63,7 @@ class Child:
 class LocalCluster:
     """Gateway, `routers` routers and `groups` expert groups on this machine. An async context manager.
 
+    Hot sets hold nothing but what a placement gives them, and start with `add_hot_set`.
     `registry` is a redis:// URL, or None for a registry file that this process keeps. `expert`, `router` and `gateway`
     are settings on top of the common ones (config.py); `env` is added to the children's environment.
     """
@@ -127,7 +129,7 @@ class LocalCluster:
 
     def experts(self, group: int) -> list[Child]:
         """The live replicas of one group, oldest first."""
-        return [child for child in self.children if child.replica.deployment == f"experts-{group}"]
+        return self.replicas(f"experts-{group}")
 
     def router(self) -> Child:
         """The oldest."""
@@ -137,15 +139,29 @@ class LocalCluster:
         """Starts one more replica of `group`; returns when it is registered."""
         return await self._add(Role.EXPERT, f"experts-{group}", {"held": str(self.plan[group])})
 
+    async def add_hot_set(self, slot: int) -> Child:
+        """Starts one more replica of the hot set `hot-<slot>`; returns when it is registered."""
+        return await self._add(Role.EXPERT, f"hot-{slot}", {"held": ""})
+
+    def replicas(self, deployment: str) -> list[Child]:
+        """The live replicas of one deployment, oldest first."""
+        return [child for child in self.children if child.replica.deployment == deployment]
+
     async def add_router(self) -> Child:
         """Starts one more router."""
         return await self._add(Role.ROUTER, "router", {})
 
-    async def place(self, held: Mapping[str, ExpertSet]) -> None:
-        """Puts a new placement in force: deployment -> experts. Replicas follow at their next beat."""
+    async def place(self, held: Mapping[str, ExpertSet]) -> int:
+        """Puts a new placement in force: deployment -> experts; returns its epoch. Replicas follow at their next beat."""
         current = await self.registry.placement()
-        if not await self.registry.set_placement(Placement((current.epoch if current else 0) + 1, held)):
+        epoch = (current.epoch if current else 0) + 1
+        if not await self.registry.set_placement(Placement(epoch, held)):
             raise Unavailable("another placement was set at the same time")
+        return epoch
+
+    async def settled(self, epoch: int, timeout_s: float = 30.0) -> None:
+        """Returns once every expert replica holds what the placement of `epoch` says, and nothing besides."""
+        await until_settled(self.registry, epoch, timeout_s)
 
     async def drain(self, child: Child, grace_s: float = 8.0) -> None:
         """Stops one child as an autoscaler would: deregistered first, work in flight finished."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import logging
 import time
 import uuid
 from collections.abc import Mapping
 from typing import Any
 
+from moiety.compose.placement import PlacementFollower
 from moiety.compose.running import Parts, Running, Site, every
 from moiety.config import ExpertSettings
 from moiety.core import ExpertSet, Replica, Role
@@ -21,13 +21,12 @@ from moiety.wire.channels import Server
 from moiety.wire.codec import torch_dtype
 from moiety.wire.shm_listener import SharedMemoryListener
 
-_log = logging.getLogger(__name__)
 LEDGER_S = 1.0
 
 
-async def start(settings: ExpertSettings, replica_id: str, node: str) -> Running:
+async def start(settings: ExpertSettings, replica_id: str, node: str, launched: float) -> Running:
     """Reads the weights that the placement (or, without one, the settings) names; serves, registers, follows."""
-    async with Site(settings, settings.deployment, replica_id, node) as site:
+    async with Site(settings, settings.deployment, replica_id, node, launched) as site:
         checkpoint, layout, of = await site.open_model()
         dtype = torch_dtype(settings.dtype, layout.shape.dtype)
         runtime = Runtime(
@@ -43,18 +42,9 @@ async def start(settings: ExpertSettings, replica_id: str, node: str) -> Running
             deterministic=settings.deterministic,
         )
 
-        async def follow_placement(default: ExpertSet | None = None) -> None:
-            placement = await site.registry.placement()
-            held, epoch = default, 0
-            if placement is not None and placement.epoch > runtime.holding[1]:
-                held, epoch = placement.held.get(settings.deployment, default), placement.epoch
-            if held is not None:
-                began = time.monotonic()
-                await asyncio.to_thread(runtime.hold, held, epoch)
-                took = time.monotonic() - began
-                _log.info("%s holds %s (epoch %d), read in %.2f s", settings.deployment, held, epoch, took)
-
-        await follow_placement(ExpertSet.parse(settings.held))
+        follower = PlacementFollower(runtime, site.registry, settings.deployment, ExpertSet.parse(settings.held), of)
+        await follower.start()
+        loaded = time.time()
         runtime.start()
         site.closers.push_async_callback(asyncio.to_thread, runtime.stop, settings.drain_s)
         service = ExpertService(runtime, layout.shape, settings.name, of, dtype, site.tracer)
@@ -70,8 +60,15 @@ async def start(settings: ExpertSettings, replica_id: str, node: str) -> Running
             await site.registry.publish_busy(replica_id, runtime.load_since_last())
 
         def describe(replica: Replica) -> Replica:
-            held, epoch = runtime.holding
-            return dataclasses.replace(replica, held=held, placement_epoch=epoch)
+            holding = runtime.holding
+            return dataclasses.replace(
+                replica,
+                held=holding.held,
+                leaving=holding.leaving,
+                placement_epoch=holding.epoch,
+                loaded=loaded,
+                served=runtime.served,
+            )
 
         def healthy() -> None:
             if not runtime.alive:
@@ -95,7 +92,7 @@ async def start(settings: ExpertSettings, replica_id: str, node: str) -> Running
                 healthy=healthy,
                 reconfigure=reconfigure,
                 describe=describe,
-                on_beat=(every(LEDGER_S, publish_busy), follow_placement),
+                on_beat=(every(LEDGER_S, publish_busy), follower.follow),
                 calls_end=False,
             )
         )

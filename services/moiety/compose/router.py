@@ -80,7 +80,8 @@ async def start(settings: RouterSettings, replica_id: str, node: str) -> Running
         def describe(replica: Replica) -> Replica:
             nonlocal covered
             covered = covered or not fleet.table.uncovered()
-            return replica if covered else dataclasses.replace(replica, state=ReplicaState.STARTING)
+            state = replica.state if covered else ReplicaState.STARTING
+            return dataclasses.replace(replica, state=state, placement_epoch=fleet.placement_epoch)
 
         async def publish_demand() -> None:
             await site.registry.publish_demand(replica_id, demand.reading(time.time()))

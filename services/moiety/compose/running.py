@@ -103,8 +103,12 @@ class Running:
 class Site:
     """Where one service starts: its settings, registry and tracer, and what must be undone if it does not."""
 
-    def __init__(self, settings: ServiceSettings, deployment: str, replica_id: str, node: str):
+    def __init__(
+        self, settings: ServiceSettings, deployment: str, replica_id: str, node: str, launched: float | None = None
+    ):
+        """`launched`: Unix seconds, where something of it was done before; default: now."""
         self.settings, self.replica_id, self.node = settings, replica_id, node
+        self._launched = time.time() if launched is None else launched
         self.tracer: Tracer = configure(
             f"moiety-{deployment}",
             {
@@ -147,6 +151,7 @@ class Site:
             node=self.node,
             model=settings.name,
             revision=parts.revision,
+            launched=self._launched,
             started=time.time(),
             pid=os.getpid(),
         )

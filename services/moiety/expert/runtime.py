@@ -25,16 +25,19 @@ Weights = Mapping[tuple[int, int], ExpertWeights]
 
 
 @dataclass(frozen=True, slots=True)
-class _Holding:
+class Holding:
     """What is held, as one value: a batch that was checked against it computes with the same weights."""
 
-    held: ExpertSet
+    held: ExpertSet  # by the placement of `epoch`; 0 = none yet
+    leaving: ExpertSet  # of placements before it: answered until `Runtime.drop_leaving`
     epoch: int
     weights: Weights
 
     def check(self, call: ForwardCall) -> None:
         """Raises NotHeld unless every expert of the call is here."""
         held, wanted = self.held.layer(call.layer), call.experts.tolist()
+        if leaving := self.leaving.by_layer:
+            held |= leaving.get(call.layer, frozenset())
         if not held.issuperset(wanted):
             missing = sorted(set(wanted) - held)
             raise NotHeld(f"layer {call.layer}: expert(s) {missing} are not held here (epoch {self.epoch})")
@@ -78,34 +81,44 @@ class Runtime:
             threads,
         )
         self._deterministic = deterministic
-        self._holding = _Holding(ExpertSet(), 0, {})
+        self._holding = Holding(ExpertSet(), ExpertSet(), 0, {})
         self._loading = threading.Lock()
         self._batcher = Batcher(queue_calls)
-        self._unanswered = 0
+        self._unanswered: set[Waiting] = set()
         self._unanswered_lock = threading.Lock()
+        self.served = 0.0  # Unix seconds at which the first rows were computed; 0 = none yet
         self._window = _Window(time.monotonic())
         self._window_lock = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="expert-runtime", daemon=True)
 
     @property
-    def holding(self) -> tuple[ExpertSet, int]:
-        """What is held, and the epoch of the placement it follows (0 = none yet): one value, never a mix of two."""
-        current = self._holding
-        return current.held, current.epoch
+    def holding(self) -> Holding:
+        """What is held now: one value, never a mix of two."""
+        return self._holding
 
     def hold(self, held: ExpertSet, epoch: int) -> None:
-        """Loads what is new beside what is there, then drops what is no longer `held`. Blocks for the reading."""
+        """Loads what is new beside what is there, layer by layer; what is no longer `held` is `leaving` from then on.
+
+        Blocks for the reading. Nothing changes where reading fails.
+        """
         with self._loading:
             current = self._holding
-            new = ExpertSet(
-                {
-                    layer: ids - current.held.layer(layer)
-                    for layer, ids in held.by_layer.items()
-                    if ids - current.held.layer(layer)
-                }
-            )
-            loaded = {**current.weights, **self._load(new)}
-            self._holding = _Holding(held, epoch, {pair: loaded[pair] for pair in held})
+            new, weights = held - (current.held | current.leaving), dict(current.weights)
+            for layer, ids in new.by_layer.items():
+                weights.update(self._load(ExpertSet({layer: ids})))
+            self._holding = Holding(held, (current.held | current.leaving) - held, epoch, weights)
+
+    def drop_leaving(self) -> bool:
+        """Frees what is leaving; False, and nothing is done, while a call that names some of it is unanswered."""
+        with self._loading:
+            current = self._holding
+            with self._unanswered_lock:
+                calls = [waiting.call for waiting in self._unanswered]
+            if any(not current.leaving.layer(call.layer).isdisjoint(call.experts.tolist()) for call in calls):
+                return False
+            kept = {pair: current.weights[pair] for pair in current.held}
+            self._holding = Holding(current.held, ExpertSet(), current.epoch, kept)
+            return True
 
     def start(self) -> None:
         self._thread.start()
@@ -127,18 +140,19 @@ class Runtime:
     @property
     def idle(self) -> bool:
         """Every call that was accepted has been answered."""
-        return self._unanswered == 0
+        return not self._unanswered
 
     def submit(self, waiting: Waiting) -> None:
         """Queues a call. Raises NotHeld or ResourceExhausted; nothing of the call is computed then."""
         holding = self._holding
         holding.check(waiting.call)
         waiting.checked = holding
-        self._count(1)
+        with self._unanswered_lock:
+            self._unanswered.add(waiting)
         try:
             self._batcher.put(waiting)
         except BaseException:
-            self._count(-1)
+            self._answered(waiting)
             raise
 
     def load_since_last(self) -> Busy:
@@ -180,13 +194,13 @@ class Runtime:
         except Exception:
             _log.exception("the answer of a call for layer %d could not be handed over", waiting.call.layer)
         finally:
-            self._count(-1)
+            self._answered(waiting)
 
-    def _count(self, change: int) -> None:
+    def _answered(self, waiting: Waiting) -> None:
         with self._unanswered_lock:
-            self._unanswered += change
+            self._unanswered.discard(waiting)
 
-    def _admit(self, waiting: Waiting, holding: _Holding) -> bool:
+    def _admit(self, waiting: Waiting, holding: Holding) -> bool:
         """Whether the call may go to the device; tells its caller when not."""
         try:
             if waiting.checked is not holding:
@@ -228,6 +242,7 @@ class Runtime:
         computed = codec.rows_of(outputs)
         self._pace(began, len(experts))
         ended, ended_ns = time.monotonic(), time.time_ns()
+        self.served = self.served or ended_ns / 1e9
         self._account(batch, began, ended, len(experts))
         results, start = [], 0
         for waiting in batch:

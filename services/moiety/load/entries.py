@@ -37,9 +37,13 @@ def replica_to_json(replica: Replica) -> str:
             "revision": replica.revision,
             "state": replica.state,
             "held": str(replica.held),
+            "leaving": str(replica.leaving),
             "placement_epoch": replica.placement_epoch,
             "wire_version": replica.wire_version,
+            "launched": replica.launched,
+            "loaded": replica.loaded,
             "started": replica.started,
+            "served": replica.served,
             "pid": replica.pid,
         }
     )
@@ -58,9 +62,13 @@ def replica_from_json(text: str | bytes) -> Replica:
         revision=_field(data, "revision", _text),
         state=_field(data, "state", ReplicaState),
         held=_field(data, "held", _experts),
+        leaving=_field(data, "leaving", _experts, ExpertSet()),
         placement_epoch=_field(data, "placement_epoch", _integer, 0),
         wire_version=_field(data, "wire_version", _integer),
+        launched=_field(data, "launched", _number, 0.0),
+        loaded=_field(data, "loaded", _number, 0.0),
         started=_field(data, "started", _number, 0.0),
+        served=_field(data, "served", _number, 0.0),
         pid=_field(data, "pid", _integer, 0),
     )
 

@@ -58,6 +58,30 @@ class Table:
 
 
 @dataclass(frozen=True, slots=True)
+class Holders:
+    """Who is asked for which experts while placements change, and what that says of the change."""
+
+    held: Mapping[str, ExpertSet]  # replica id -> what it may be asked for
+    epoch: int  # every replica's experts are those of this placement or a later one, and none that is leaving is asked for
+
+
+def holders(held: Mapping[str, ExpertSet], leaving: Mapping[str, ExpertSet], epochs: Mapping[str, int]) -> Holders:
+    """From what each replica holds by the placement of its epoch, and what it still answers besides.
+
+    An expert that is leaving a replica is asked for there only while nobody holds it: so none is ever without a holder
+    on its way to another one, and none that is still needed counts as given up.
+    """
+    covered = ExpertSet()
+    if any(leaving.values()):
+        for experts in held.values():
+            covered |= experts
+    needed = {replica: left for replica, experts in leaving.items() if (left := experts - covered)}
+    taken_in = [epoch - (replica in needed) for replica, epoch in epochs.items()]
+    asked = {replica: held[replica] | needed[replica] if replica in needed else held[replica] for replica in held}
+    return Holders(asked, min(taken_in, default=0))
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """Where each assignment goes."""
 

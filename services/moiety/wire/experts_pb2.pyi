@@ -39,7 +39,7 @@ class DescribeRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class DescribeResponse(_message.Message):
-    __slots__ = ("model", "revision", "dtype", "hidden", "wire_version", "held", "placement_epoch", "max_message_bytes", "shared_memory", "unix")
+    __slots__ = ("model", "revision", "dtype", "hidden", "wire_version", "held", "placement_epoch", "max_message_bytes", "shared_memory", "unix", "leaving")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     REVISION_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
@@ -50,6 +50,7 @@ class DescribeResponse(_message.Message):
     MAX_MESSAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
     SHARED_MEMORY_FIELD_NUMBER: _ClassVar[int]
     UNIX_FIELD_NUMBER: _ClassVar[int]
+    LEAVING_FIELD_NUMBER: _ClassVar[int]
     model: str
     revision: str
     dtype: str
@@ -60,7 +61,8 @@ class DescribeResponse(_message.Message):
     max_message_bytes: int
     shared_memory: str
     unix: str
-    def __init__(self, model: _Optional[str] = ..., revision: _Optional[str] = ..., dtype: _Optional[str] = ..., hidden: _Optional[int] = ..., wire_version: _Optional[int] = ..., held: _Optional[str] = ..., placement_epoch: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., shared_memory: _Optional[str] = ..., unix: _Optional[str] = ...) -> None: ...
+    leaving: str
+    def __init__(self, model: _Optional[str] = ..., revision: _Optional[str] = ..., dtype: _Optional[str] = ..., hidden: _Optional[int] = ..., wire_version: _Optional[int] = ..., held: _Optional[str] = ..., placement_epoch: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., shared_memory: _Optional[str] = ..., unix: _Optional[str] = ..., leaving: _Optional[str] = ...) -> None: ...
 
 class SharedMemoryHello(_message.Message):
     __slots__ = ("wire_version", "revision", "dtype")

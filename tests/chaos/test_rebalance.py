@@ -1,0 +1,102 @@
+"""Placements change under eight streams: every one ends with the tokens of a quiet run, and none waits for the change."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pytest
+
+from moiety.client import Client
+from moiety.core import ExpertSet
+from serving import Served
+from streams import Streams
+
+NEW_TOKENS = 80
+STRIKE_AT = 20  # tokens every stream has when the placement changes
+
+
+@pytest.fixture(scope="module")
+def expected(served: Served) -> list[list[int]]:
+    """The tokens of a run without changes."""
+    return served.run(lambda client: Streams(client, NEW_TOKENS).finish())
+
+
+async def change(served: Served, client: Client, held: Mapping[str, ExpertSet]) -> Streams:
+    """Puts `held` in force while streams run, and returns them once all replicas have followed."""
+    streams = Streams(client, NEW_TOKENS)
+    await streams.reach(STRIKE_AT)
+    await served.cluster.settled(await served.cluster.place(held))
+    return streams
+
+
+async def holdings(served: Served) -> dict[str, ExpertSet]:
+    return {r.deployment: r.held for r in await served.cluster.registry.replicas() if r.role == "expert"}
+
+
+def test_experts_change_places_under_a_running_router(served: Served, expected: list[list[int]]) -> None:
+    """Two groups swap all their experts: same tokens, same processes, and no call is ever refused for it."""
+
+    async def scenario(client: Client) -> None:
+        await served.have(1, 1)
+        first, second = served.cluster.plan
+        pids = {child.pid for child in served.cluster.children}
+        served.receiver.clear()
+        for held in ({"experts-0": second, "experts-1": first}, {"experts-0": first, "experts-1": second}):
+            streams = await change(served, client, held)
+            assert await streams.finish() == expected
+            assert await holdings(served) == held
+            print(f"worst token gap during a swap of all experts: {streams.worst_gap:.3f} s")
+        assert {child.pid for child in served.cluster.children} == pids
+
+    served.run(scenario)
+    hops = [span for span in served.receiver.spans() if span.name == "hop"]
+    assert hops
+    assert {span.attributes.get("moiety.outcome") for span in hops} == {None}
+
+
+def test_a_hot_set_takes_over_hot_experts_and_gives_them_back(served: Served, expected: list[list[int]]) -> None:
+    """A set of two experts beside their groups shares their rows, another pair replaces it, none is left: same tokens."""
+
+    async def scenario(client: Client) -> None:
+        await served.have(1, 1)
+        first, second = served.cluster.plan
+        groups = {"experts-0": first, "experts-1": second}
+        hot = await served.cluster.add_hot_set(0)
+        try:
+            for text in ("0:0,1;1:2", "0:5;1:0-2", ""):
+                held = {**groups, "hot-0": ExpertSet.parse(text)}
+                assert await (await change(served, client, held)).finish() == expected
+                assert await holdings(served) == held
+                rows = (await served.cluster.registry.busy())[hot.replica.id].rows_per_s
+                served.receiver.clear()
+                assert await Streams(client, NEW_TOKENS).finish() == expected
+                hops = [span for span in served.receiver.spans() if span.name == "hop"]
+                shared = [span for span in hops if span.attributes.get("moiety.deployment") == "hot-0"]
+                assert bool(shared) == bool(text), rows
+            # Nobody but the hot set holds expert 0 of layer 0 while it is drained: its group never dropped it.
+            await served.cluster.drain(hot)
+            assert await Streams(client, NEW_TOKENS).finish() == expected
+        finally:
+            if hot in served.cluster.children:
+                await served.cluster.drain(hot)
+
+    served.run(scenario)
+
+
+def test_an_expert_that_no_placement_names_is_not_lost(served: Served, expected: list[list[int]]) -> None:
+    """A placement that forgets an expert leaves it with its last holder: requests go on as if nothing had happened."""
+
+    async def scenario(client: Client) -> None:
+        await served.have(1, 1)
+        first, second = served.cluster.plan
+        forgetful = {"experts-0": first - ExpertSet.parse("0:0"), "experts-1": second}
+        streams = Streams(client, NEW_TOKENS)
+        await streams.reach(STRIKE_AT)
+        epoch = await served.cluster.place(forgetful)
+        assert await streams.finish() == expected
+        with pytest.raises(Exception, match="leaving 0:0"):
+            await served.cluster.settled(epoch, timeout_s=3.0)
+        assert await Streams(client, NEW_TOKENS).finish() == expected
+        await served.cluster.settled(await served.cluster.place({"experts-0": first, "experts-1": second}))
+
+    served.run(scenario)
