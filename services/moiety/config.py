@@ -143,6 +143,9 @@ class GroupSettings(BaseModel):
     target_busy: float = Field(default=0.6, gt=0, le=1, description="busy fraction that scaling aims at")
     queue_wait_ms: float = Field(default=50.0, gt=0, description="mean wait that forces a step up")
     shrink_after_s: float = Field(default=30.0, ge=0, description="how long load must stay low before a step down")
+    shrink_margin: float = Field(
+        default=0.8, gt=0, lt=1, description="predicted busy after a step down stays below this fraction of the target"
+    )
 
     @field_validator("max_replicas")
     @classmethod
@@ -181,6 +184,26 @@ class AppSettings(BaseModel):
     speculative_tokens: int = Field(default=0, ge=0, le=64)
     lanes: int = Field(default=0, ge=0, le=8)
     experts: GroupSettings = GroupSettings()
+    overrides: Mapping[str, Mapping[str, Any]] = Field(
+        default_factory=dict, description="by deployment, what differs from `experts`: {experts-3: {max_replicas: 8}}"
+    )
+
+    @field_validator("overrides")
+    @classmethod
+    def _possible(cls, value: Mapping[str, Mapping[str, Any]], info: ValidationInfo) -> Mapping[str, Mapping[str, Any]]:
+        if isinstance(common := info.data.get("experts"), GroupSettings):
+            for deployment, differing in value.items():
+                try:
+                    validated(GroupSettings, {**common.model_dump(), **differing})
+                except ConfigError as error:
+                    raise ValueError(f"{deployment}: {error}") from None
+        return value
+
+    def group(self, deployment: str) -> GroupSettings:
+        """How `deployment` is scaled and what a replica of it takes."""
+        if differing := self.overrides.get(deployment):
+            return validated(GroupSettings, {**self.experts.model_dump(), **differing})
+        return self.experts
 
 
 def resolve(kind: type[Settings], flags: Mapping[str, Any], yaml_path: str | None = None) -> Settings:

@@ -92,6 +92,8 @@ CASES = [
     argument("experts.target_busy", 0.5),
     argument("experts.queue_wait_ms", 20),
     argument("experts.shrink_after_s", 60),
+    argument("experts.shrink_margin", 0.9),
+    argument("overrides", {"experts-1": {"max_replicas": 8}}),
     Case("ray.version", "2.60.1", "spec/rayClusterConfig/rayVersion", "2.60.1"),
     Case("ray.auth", "disabled", "spec/rayClusterConfig/authOptions/mode", "disabled"),
     Case("ray.autoscaling", False, "spec/rayClusterConfig/enableInTreeAutoscaling", False),

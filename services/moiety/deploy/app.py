@@ -65,7 +65,7 @@ def default_placement(settings: AppSettings) -> dict[str, ExpertSet]:
 
 
 def _expert_group(settings: AppSettings, arguments: dict[str, Any], name: str, held: str) -> serve.Application:
-    group = settings.experts
+    group = settings.group(name)
     # Decisions are made in moiety.policy, with its own patience: Serve carries them out at once.
     scaling = AutoscalingConfig(
         min_replicas=group.min_replicas,

@@ -38,7 +38,7 @@ def restored(values: Mapping[str, Any]) -> AppSettings:
 
 def expert_settings(settings: AppSettings, deployment: str, held: str, node_address: str) -> ExpertSettings:
     """Settings of one replica of the expert group `deployment` that holds `held` until a placement says otherwise."""
-    group = settings.experts
+    group = settings.group(deployment)
     return ExpertSettings(
         **_shared(settings, node_address),
         deployment=deployment,

@@ -140,7 +140,9 @@ _autoscalers: dict[tuple[str, str], Autoscaler] = {}
 def subscribe(deployment: str, arguments: Mapping[str, Any], held: str) -> Subscription:
     """Has `deployment` decided for by its system's autoscaler, which is started if it is the first one."""
     settings = restored(arguments)
-    subscription = Subscription(deployment, settings.experts, ExpertSet.parse(held), asked_at=time.monotonic())
+    subscription = Subscription(
+        deployment, settings.group(deployment), ExpertSet.parse(held), asked_at=time.monotonic()
+    )
     with _lock:
         key = (settings.registry, settings.app)
         autoscaler = _autoscalers.get(key)

@@ -17,7 +17,9 @@ Progress = Callable[[str], None]
 
 def wanted_replicas(args: AppSettings) -> dict[str, int]:
     """Deployment name -> replicas it starts with."""
-    experts = {f"experts-{group}": max(1, args.experts.min_replicas) for group in range(args.groups)}
+    experts = {
+        name: max(1, args.group(name).min_replicas) for name in (f"experts-{group}" for group in range(args.groups))
+    }
     return {"gateway": 1, "router": args.router_replicas, **experts}
 
 
