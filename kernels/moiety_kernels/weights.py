@@ -45,6 +45,13 @@ class ExpertWeights:
         """Bytes of storage that these weights keep alive."""
         return sum(tensor.untyped_storage().nbytes() for tensor in self.tensors if tensor is not None)
 
+    def to(self, device: torch.device | str) -> ExpertWeights:
+        """The same weights on `device`; themselves where they are there."""
+        moved = {
+            name: tensor.to(device) for name, tensor in zip(_TENSORS, self.tensors, strict=True) if tensor is not None
+        }
+        return ExpertWeights(**moved)
+
     def quantised(self) -> ExpertWeights:
         """The same expert with int8 matrices; biases stay as they are.
 

@@ -25,10 +25,10 @@ from moiety.client import Client
 from moiety.compose.environment import PROCESS_ENVIRONMENT
 from moiety.core import ExpertSet, ModelShape, Placement, Replica, Role
 from moiety.errors import Unavailable
+from moiety.load.changes import until_settled
 from moiety.load.connect import connect
 from moiety.load.entries import replica_from_json
 from moiety.load.file import FileRegistryWriter
-from moiety.load.changes import until_settled
 from moiety.load.registry import Registry
 from moiety.model.checkpoint import Checkpoint
 from moiety.model.layout import expert_layout
@@ -80,12 +80,13 @@ class LocalCluster:
         threads: int = 1,
         weights: str = "auto",
         deterministic: bool = False,
+        slices: int = 1,
         expert: Mapping[str, Any] | None = None,
         router: Mapping[str, Any] | None = None,
         gateway: Mapping[str, Any] | None = None,
         env: Mapping[str, str] | None = None,
     ):
-        self.model, self.groups, self.routers = str(model), groups, routers
+        self.model, self.groups, self.slices, self.routers = str(model), groups, slices, routers
         self.folder = Path(tempfile.mkdtemp(prefix="moiety-"))
         self.children: list[Child] = []
         self._writer = FileRegistryWriter(self.folder / "registry.json") if registry is None else None
@@ -99,8 +100,8 @@ class LocalCluster:
             "threads": threads,
         }
         self._extra: Mapping[Role, Mapping[str, Any]] = {
-            Role.EXPERT: {"weights": weights, "deterministic": deterministic, **(expert or {})},
-            Role.ROUTER: {"deterministic": deterministic, **(router or {})},
+            Role.EXPERT: {"weights": weights, "slices": slices, "deterministic": deterministic, **(expert or {})},
+            Role.ROUTER: {"slices": slices, "deterministic": deterministic, **(router or {})},
             Role.GATEWAY: gateway or {},
         }
         self._env = {**PROCESS_ENVIRONMENT, "OMP_NUM_THREADS": str(threads), **os.environ, **(env or {})}
@@ -109,7 +110,7 @@ class LocalCluster:
     async def __aenter__(self) -> Self:
         try:
             self.shape = await asyncio.to_thread(_shape, self.model)
-            self.plan = self.shape.partition(self.groups)
+            self.plan = self.shape.plan(self.groups, self.slices)
             experts = [self.add_expert(group) for group in range(self.groups)]
             routers = [self.add_router() for _ in range(self.routers)]
             await asyncio.gather(*experts, *routers, self._add(Role.GATEWAY, "gateway", {}))

@@ -30,6 +30,7 @@ async def change(served: Served, client: Client, held: Mapping[str, ExpertSet]) 
 
 
 async def holdings(served: Served) -> dict[str, ExpertSet]:
+    """Deployment -> what its replica holds."""
     return {r.deployment: r.held for r in await served.cluster.registry.replicas() if r.role == "expert"}
 
 

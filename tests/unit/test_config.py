@@ -144,5 +144,5 @@ def test_a_deployment_may_differ_from_the_others() -> None:
     )
     assert (settings.group("experts-0").max_replicas, settings.group("experts-1").max_replicas) == (4, 9)
     assert settings.group("experts-1").target_busy == settings.experts.target_busy
-    with pytest.raises(ConfigError, match="experts-1: .*max_replicas.* must be at least min_replicas"):
+    with pytest.raises(ConfigError, match=r"experts-1: .*max_replicas.* must be at least min_replicas"):
         resolve(AppSettings, {"model": "m", "overrides": {"experts-1": {"min_replicas": 5}}})

@@ -9,45 +9,51 @@ import uuid
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from moiety.compose.placement import PlacementFollower
-from moiety.compose.running import Parts, Running, Site, every
+from moiety.compose.running import LEDGER_S, Parts, Running, Site, every
 from moiety.config import ExpertSettings
 from moiety.core import ExpertSet, Replica, Role
 from moiety.errors import ConfigError, Unavailable
 from moiety.expert.runtime import Runtime
 from moiety.expert.service import SERVICE, ExpertService
+from moiety.model.expert_slices import sliced_revision
 from moiety.model.slices import load_experts
 from moiety.wire.channels import Server
 from moiety.wire.codec import torch_dtype
 from moiety.wire.shm_listener import SharedMemoryListener
-
-LEDGER_S = 1.0
 
 
 async def start(settings: ExpertSettings, replica_id: str, node: str, launched: float) -> Running:
     """Reads the weights that the placement (or, without one, the settings) names; serves, registers, follows."""
     async with Site(settings, settings.deployment, replica_id, node, launched) as site:
         checkpoint, layout, of = await site.open_model()
-        dtype = torch_dtype(settings.dtype, layout.shape.dtype)
+        slices, of_routers, of = settings.slices, of, sliced_revision(of, settings.slices)
+        shape = layout.shape.sliced(slices)
+        dtype = torch_dtype(settings.dtype, shape.dtype)
         runtime = Runtime(
-            layout.shape.mlp,
+            shape.mlp,
             dtype,
             settings.device,
             lambda experts: load_experts(
-                checkpoint, layout, experts, dtype, settings.device, int8=settings.weights == "int8"
+                checkpoint, layout, experts, dtype, settings.device, int8=settings.weights == "int8", slices=slices
             ),
             queue_calls=settings.queue_calls,
             capacity=settings.capacity,
             threads=settings.threads,
             deterministic=settings.deterministic,
+            partial=slices > 1,
         )
 
-        follower = PlacementFollower(runtime, site.registry, settings.deployment, ExpertSet.parse(settings.held), of)
+        follower = PlacementFollower(
+            runtime, site.registry, settings.deployment, ExpertSet.parse(settings.held), of_routers
+        )
         await follower.start()
         loaded = time.time()
         runtime.start()
         site.closers.push_async_callback(asyncio.to_thread, runtime.stop, settings.drain_s)
-        service = ExpertService(runtime, layout.shape, settings.name, of, dtype, site.tracer)
+        service = ExpertService(runtime, shape, settings.name, of, torch.float32 if slices > 1 else dtype, site.tracer)
         server = Server([service.handler()], [SERVICE])
         if SharedMemoryListener.available():
             service.unix = f"{SERVICE}-{uuid.uuid4().hex}"

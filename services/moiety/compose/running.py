@@ -25,6 +25,7 @@ from moiety.telemetry.names import ResourceAttribute
 from moiety.telemetry.tracing import Tracer, configure
 from moiety.wire.channels import Server
 
+LEDGER_S = 1.0  # how often a service tells its load
 DRAIN_NOTICE_S = 0.6  # others look at the registry every quarter second; after this nobody sends new work
 Beat = Callable[[], Awaitable[None]]
 

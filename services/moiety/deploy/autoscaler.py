@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from moiety.config import AppSettings, GroupSettings
+from moiety.config import HOT, AppSettings, GroupSettings
 from moiety.core import ExpertSet
 from moiety.deploy.arguments import restored
 from moiety.deploy.ledger import Ledger, Reading
@@ -56,7 +56,8 @@ class Subscription:
         # The published target is what Serve is about to have, or has; its own number is one call old.
         fresh = self.published is not None and now - self.published[1] < TRUSTED_S
         current = self.published[0] if self.published is not None and fresh else self.serve_target
-        decision = decide(reading.snapshot(self.deployment, current, self.held), self.state, self.settings, now)
+        snapshot = reading.snapshot(self.deployment, current, self.held, spare=self.deployment.startswith(HOT))
+        decision = decide(snapshot, self.state, self.settings, now)
         self.state, self.published = decision.state, (decision.target, now)
         return decision
 

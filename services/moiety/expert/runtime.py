@@ -18,6 +18,7 @@ from moiety.wire import codec
 from moiety.wire.frames import ForwardCall
 from moiety.wire.mailbox import Mailbox
 from moiety_kernels.expert_mlp import ExpertWeights, grouped_expert_mlp
+from moiety_kernels.partial import grouped_partial_mlp
 
 _log = logging.getLogger(__name__)
 
@@ -57,7 +58,8 @@ class Runtime:
 
     `load(held)` reads weights; it runs in the caller's thread, so that serving goes on while new experts are read.
     `capacity` paces the device to that many rows per second: for tests and demos whose replicas share two cores.
-    `deterministic`: the bits of a row do not depend on the batch it is computed in.
+    `deterministic`: the bits of a row do not depend on the batch it is computed in. `partial`: experts are slices of
+    experts; rows come and go in float32, whatever `dtype` their weights are of.
     """
 
     def __init__(
@@ -71,8 +73,10 @@ class Runtime:
         capacity: float | None = None,
         threads: int = 1,
         deterministic: bool = False,
+        partial: bool = False,
     ):
         self.capacity = capacity
+        self._partial = partial
         self._mlp, self._dtype, self._device, self._load, self._threads = (
             mlp,
             dtype,
@@ -220,7 +224,8 @@ class Runtime:
         experts = np.concatenate([waiting.call.experts for waiting in batch])  # [A]
         order = np.argsort(experts, kind="stable")
         activated, counts = np.unique(experts, return_counts=True)
-        rows = torch.empty(len(experts), self._mlp.hidden, dtype=self._dtype)
+        on_the_wire = torch.float32 if self._partial else self._dtype
+        rows = torch.empty(len(experts), self._mlp.hidden, dtype=on_the_wire)
         into, start = codec.rows_of(rows), 0
         position = np.empty_like(order)
         position[order] = np.arange(len(order))  # where each assignment lies in expert order
@@ -228,8 +233,9 @@ class Runtime:
             end = start + len(waiting.call.experts)
             into[position[start:end]] = waiting.call.payload[waiting.call.row_of]
             start = end
-        outputs = grouped_expert_mlp(
-            rows.to(self._device),
+        compute = grouped_partial_mlp if self._partial else grouped_expert_mlp
+        outputs = compute(
+            rows.to(self._device, self._dtype),
             counts.tolist(),
             [weights[layer, expert] for expert in activated.tolist()],
             activation=self._mlp.activation,

@@ -27,6 +27,7 @@ async def until_settled(registry: Registry, epoch: int, timeout_s: float) -> Non
                 await asyncio.sleep(POLL_S)
     except TimeoutError:
         told = ", ".join(
-            f"{replica.id} (epoch {replica.placement_epoch}, leaving {replica.leaving or 'nothing'})" for replica in late
+            f"{replica.id} (epoch {replica.placement_epoch}, leaving {replica.leaving or 'nothing'})"
+            for replica in late
         )
         raise Unavailable(f"placement {epoch} is not in force everywhere after {timeout_s:g} s: {told}") from None

@@ -15,6 +15,7 @@ import torch
 
 from moiety.errors import CheckpointError
 from moiety.model.checkpoint import Checkpoint
+from moiety.model.expert_slices import slice_of
 from moiety.model.headers import TensorEntry
 from moiety.model.layout import EXPERT, ExpertLayout
 from moiety_kernels import ExpertWeights
@@ -30,17 +31,20 @@ def load_experts(
     device: torch.device | str = "cpu",
     *,
     int8: bool = False,
+    slices: int = 1,
 ) -> dict[tuple[int, int], ExpertWeights]:
     """(MoE layer ordinal, expert) -> weights in `dtype` on `device`, for each pair of `held` (an ExpertSet is one).
 
-    Matrices are [out, in], also where they are published the other way around; with `int8` they are quantised.
+    Matrices are [out, in], also where they are published the other way around; with `int8` they are quantised. With
+    `slices` above 1, `held` names slices as `ModelShape.sliced` does; an expert is read whole, and its slice is kept.
 
     Raises CheckpointError for a pair the model does not have and for a tensor that is missing or cannot be read.
     """
     loaded: dict[tuple[int, int], ExpertWeights] = {}
     with ExitStack() as stack:
         files: dict[Path, BinaryIO] = {}
-        for layer, expert in sorted(held):
+        for layer, number in sorted(held):
+            expert, part = divmod(number, slices)
             if not (0 <= layer < layout.shape.moe_layers and 0 <= expert < layout.shape.experts):
                 raise CheckpointError(
                     f"checkpoint {checkpoint.path} has no expert {expert} in MoE layer {layer}: "
@@ -54,8 +58,11 @@ def load_experts(
                 parameters = {
                     field: value.T.contiguous() if value.dim() == 2 else value for field, value in parameters.items()
                 }
-            weights = ExpertWeights(**{field: value.to(device) for field, value in parameters.items()})
-            loaded[layer, expert] = weights.quantised() if int8 else weights
+            weights = ExpertWeights(**parameters)
+            if slices > 1:
+                weights = slice_of(weights, layout.shape.mlp, part, slices)
+            weights = weights.to(device)
+            loaded[layer, number] = weights.quantised() if int8 else weights
     return loaded
 
 

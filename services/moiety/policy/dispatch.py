@@ -62,7 +62,9 @@ class Holders:
     """Who is asked for which experts while placements change, and what that says of the change."""
 
     held: Mapping[str, ExpertSet]  # replica id -> what it may be asked for
-    epoch: int  # every replica's experts are those of this placement or a later one, and none that is leaving is asked for
+    epoch: (
+        int  # every replica's experts are those of this placement or a later one, and none that is leaving is asked for
+    )
 
 
 def holders(held: Mapping[str, ExpertSet], leaving: Mapping[str, ExpertSet], epochs: Mapping[str, int]) -> Holders:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 
 from moiety.router.context import HopSettings, StepContext
+from moiety.router.costs import CostFit
 from moiety.router.demand import DemandCounter
 from moiety.router.fleet import Fleet
 from moiety.router.hedge import Hedging
@@ -31,6 +32,7 @@ class Hop:
         settings: HopSettings,
         hedging: Hedging,
         demand: DemandCounter,
+        costs: CostFit,
         tracer: Tracer,
         wait: Callable[[float], None] | None = None,
     ):
@@ -38,6 +40,7 @@ class Hop:
         mailbox; lanes that take turns on the thread let another one run instead.
         """
         self.fleet, self.settings, self.hedging, self.demand, self.tracer = fleet, settings, hedging, demand, tracer
+        self.costs = costs
         self.wait = wait or fleet.mailbox.wait
         self.layer_began_ns = 0  # Unix time at which the layer before was done, or the step began
         self._step: StepContext | None = None
