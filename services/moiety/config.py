@@ -18,6 +18,7 @@ from moiety.errors import ConfigError
 
 ENV_PREFIX = "MOIETY_"
 HOT = "hot-"  # deployments of this name hold what a placement gives them, beside the groups; EXPERTS- hold a share each
+ROUTER, GATEWAY = "router", "gateway"  # the other deployments
 GATEWAY_CPUS = 0.5
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 WEIGHTS_HELP = "how experts are held: auto = as published, int8 = quantised when they are loaded, half of bfloat16"
@@ -213,11 +214,12 @@ class AppSettings(BaseModel):
     hot_memory: ByteSize = Field(
         default=ByteSize(1 << 30), ge=1 << 10, description="for the experts of one hot set: it holds as many as fit"
     )
-    rebalance_gain: float = Field(
-        default=0.2,
-        ge=0,
-        le=100,
-        description="place experts anew where that makes the heaviest load lighter by this fraction; 0 = when told to",
+    rebalance_gain: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="place experts anew where that relieves the slowest replicas by this fraction; "
+        "null = 0.1 where there are hot sets, else only when `moiety rebalance` says so",
     )
     experts: GroupSettings = GroupSettings()
     overrides: Mapping[str, Mapping[str, Any]] = Field(
@@ -243,10 +245,10 @@ class AppSettings(BaseModel):
         most = self.experts.max_replicas
         if deployment.startswith(HOT):
             own = {"min_replicas": 0}
-        elif deployment == "router":
+        elif deployment == ROUTER:
             own = {"num_cpus": self.router_cpus, "num_gpus": self.router_gpus}
             own["min_replicas"], own["max_replicas"] = self.router_replicas, max(most, self.router_replicas)
-        elif deployment == "gateway":
+        elif deployment == GATEWAY:
             own = {"min_replicas": 1, "num_cpus": GATEWAY_CPUS, "num_gpus": 0}
         differing = {**own, **self.overrides.get(deployment, {})}
         return validated(GroupSettings, {**self.experts.model_dump(), **differing}) if differing else self.experts

@@ -136,9 +136,9 @@ class LocalCluster:
         """The oldest."""
         return next(child for child in self.children if child.replica.role is Role.ROUTER)
 
-    async def add_expert(self, group: int) -> Child:
-        """Starts one more replica of `group`; returns when it is registered."""
-        return await self._add(Role.EXPERT, f"experts-{group}", {"held": str(self.plan[group])})
+    async def add_expert(self, group: int, **settings: Any) -> Child:
+        """Starts one more replica of `group`, with `settings` of its own; returns when it is registered."""
+        return await self._add(Role.EXPERT, f"experts-{group}", {"held": str(self.plan[group]), **settings})
 
     async def add_hot_set(self, slot: int) -> Child:
         """Starts one more replica of the hot set `hot-<slot>`; returns when it is registered."""
@@ -185,7 +185,7 @@ class LocalCluster:
     async def _add(self, role: Role, deployment: str, settings: Mapping[str, Any]) -> Child:
         self._count += 1
         replica_id = f"{deployment}#{self._count}"
-        values = {**self._common, "deployment": deployment, **settings, **self._extra[role]}
+        values = {**self._common, "deployment": deployment, **self._extra[role], **settings}
         compose.settings_of(role, values)  # a wrong setting is told here, not in a child's log
         log = (self.folder / f"{replica_id.replace('#', '-')}.log").open("wb")
         with log:

@@ -1,4 +1,4 @@
-"""`moiety bench`: hop, serve, split, lanes and flood."""
+"""`moiety bench`: hop, serve, split, lanes, flood and elastic."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from moiety.cli.bench_elastic import elastic
 from moiety.cli.bench_engines import lanes, split
 from moiety.cli.options import (
     IntegerList,
@@ -24,7 +25,7 @@ from moiety.cli.run import progress, run_async
 
 @click.group()
 def bench() -> None:
-    """Measure this machine: the hop, the split, lanes, serving speed, a flood.
+    """Measure this machine: the hop, the split, lanes, serving speed, a flood, elasticity.
 
     The benchmarks start what they need as child processes, take turns with a baseline, and leave nothing behind.
     Numbers mean something on a quiet machine only.
@@ -216,3 +217,4 @@ def flood(
 
 bench.add_command(split)
 bench.add_command(lanes)
+bench.add_command(elastic)

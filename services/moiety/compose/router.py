@@ -17,7 +17,7 @@ from moiety.core import ModelShape, Replica, ReplicaState, Role
 from moiety.errors import ConfigError, Unavailable
 from moiety.load.registry import Registry
 from moiety.load.watch import Watch
-from moiety.model import overlap
+from moiety.model import gate, overlap
 from moiety.model.checkpoint import Checkpoint
 from moiety.model.compute import use_kernels
 from moiety.model.elementwise import fix_elementwise
@@ -39,6 +39,7 @@ from moiety.router.hop import Hop
 from moiety.router.kvcache import KVCache
 from moiety.router.lanes import Lanes
 from moiety.router.occupancy import Occupancy
+from moiety.router.overflow import OverflowHop, Overrun, Queues
 from moiety.router.probe import cache_spec, run_once
 from moiety.router.service import SERVICE, EngineService
 from moiety.router.sliced import SlicedHop
@@ -62,8 +63,7 @@ async def start(settings: RouterSettings, replica_id: str, node: str) -> Running
         model, cache = await asyncio.to_thread(load_model, settings, checkpoint, layout, dtype, of)
 
         hops, lanes = await reach_experts(settings, shape, of, dtype, site.registry, site.tracer, site.closers)
-        slices = settings.slices
-        backends = hops if slices == 1 else [SlicedHop(hop, slices) for hop in hops]
+        backends = _backends(settings, hops)
         fleet, demand, costs = hops[0].fleet, hops[0].demand, hops[0].costs
         engine = engine_on(backends, lanes, settings, model, cache, WakeRecorder(site.registry), site.tracer)
         engine.start()
@@ -144,7 +144,19 @@ async def reach_experts(
     demand = DemandCounter(shape.moe_layers, shape.experts, started=time.time())
     costs = CostFit(shape.mlp.parameters * dtype.itemsize)
     count = settings.lanes or LANES
-    return [Hop(fleet, hop_settings, hedging, demand, costs, tracer, lanes.wait) for _ in range(count)], lanes
+    queues = Queues(settings.overflow_queue_ms) if settings.overflow == "backup" else None
+    return [Hop(fleet, hop_settings, hedging, demand, costs, tracer, lanes.wait, queues) for _ in range(count)], lanes
+
+
+def _backends(settings: RouterSettings, hops: Sequence[Hop]) -> Sequence[StepBackend]:
+    """What the model sees of the hops: whole experts, and none that is overrun where another may stand in."""
+    backends: list[StepBackend] = list(hops)
+    if settings.slices > 1:
+        backends = [SlicedHop(backend, settings.slices) for backend in backends]
+    if (queues := hops[0].queues) is not None:
+        overrun = Overrun(queues, lambda: hops[0].fleet.table, settings.slices)
+        backends = [OverflowHop(backend, overrun) for backend in backends]
+    return backends
 
 
 def engine_on(
@@ -183,6 +195,8 @@ def load_model(
     if settings.deterministic:
         fix_elementwise(model)
     spec = cache_spec(model, layout.shape)
+    if settings.overflow == "backup":
+        gate.listen(model, layout.shape, lambda: run_once(model, ProbeBatch()))
     overlap.install(model, lambda: run_once(model, ProbeBatch()))
     cache = KVCache(
         spec,

@@ -11,7 +11,7 @@ from typing import Any
 from ray import serve
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
-from moiety.config import HOT, AppSettings, ServiceSettings, resolve
+from moiety.config import GATEWAY, HOT, ROUTER, AppSettings, ServiceSettings, resolve
 from moiety.core import ExpertSet
 from moiety.deploy.arguments import LOOPBACK, carried, initial_replicas, router_settings
 from moiety.deploy.replicas import ExpertReplica, GatewayReplica, RouterReplica
@@ -19,7 +19,6 @@ from moiety.errors import ConfigError
 from moiety.model.checkpoint import Checkpoint
 from moiety.model.layout import expert_layout
 
-GATEWAY, ROUTER = "gateway", "router"
 POLICY = "moiety.deploy.autoscaling:LoadPolicy"
 
 _DRAIN_S: float = ServiceSettings.model_fields["drain_s"].default

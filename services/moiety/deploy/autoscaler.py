@@ -13,15 +13,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from moiety.config import HOT, AppSettings, GroupSettings
+from moiety.config import GATEWAY, HOT, ROUTER, AppSettings, GroupSettings
 from moiety.core import ExpertSet
 from moiety.deploy.arguments import restored
 from moiety.deploy.ledger import Ledger, Reading
+from moiety.deploy.rebalance import Rebalancer
 from moiety.errors import MoietyError
 from moiety.load.registry import Registry
 from moiety.policy.autoscale import Decision, State, decide
 
 PERIOD_S = 0.25
+HOT_GAIN = 0.1  # that is worth new hot sets, unless the settings say otherwise
 TRUSTED_S = 3.0  # a target older than this is not followed
 FORGET_S = 10.0  # Serve asks nine times a second: a deployment it no longer asks for is gone
 
@@ -96,17 +98,28 @@ class Autoscaler:
 
         registry = connect(self._settings.registry, self._settings.app)
         try:
-            ledger = Ledger(registry)
+            ledger, rebalancer = Ledger(registry), self._rebalancer(registry)
             while True:
                 began = time.monotonic()
                 try:
                     if asked := [each for each in self._subscriptions.values() if began - each.asked_at < FORGET_S]:
-                        await _decide(asked, await ledger.read(), registry)
+                        reading = await ledger.read()
+                        await _decide(asked, reading, registry)
+                        await rebalancer.follow(reading, self._default(), began)
                 except Exception:
                     _log.exception("autoscaling of %s: this round is skipped", self._settings.app)
                 await asyncio.sleep(max(0.0, began + PERIOD_S - time.monotonic()))
         finally:
             await registry.close()
+
+    def _rebalancer(self, registry: Registry) -> Rebalancer:
+        gain = self._settings.rebalance_gain or (HOT_GAIN if self._settings.hot_sets else None)
+        return Rebalancer(registry, gain, int(self._settings.hot_memory))
+
+    def _default(self) -> Mapping[str, ExpertSet] | None:
+        """Deployment -> experts by default; None until Serve has asked for all deployments that hold some, or may."""
+        held = {name: each.held for name, each in self._subscriptions.items() if name not in (ROUTER, GATEWAY)}
+        return held if len(held) == self._settings.groups + self._settings.hot_sets else None
 
 
 async def _decide(asked: Sequence[Subscription], reading: Reading, registry: Registry) -> None:

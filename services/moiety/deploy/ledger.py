@@ -13,11 +13,11 @@ import numpy.typing as npt
 
 from moiety.core import Busy, Costs, Demand, ExpertSet, Placement, Replica, ReplicaState, Role
 from moiety.errors import RegistryUnreachable
+from moiety.load.heat import model_of
 from moiety.load.rates import latest_costs, rates
 from moiety.load.registry import Registry
 from moiety.load.watch import Watch
 from moiety.policy.autoscale import Snapshot
-from moiety.policy.cost import CostModel
 
 Rates = npt.NDArray[np.float64]
 
@@ -77,7 +77,7 @@ class Reading:
         if self.costs is None or not batches:
             return 0.0
         weights = self.costs.expert_bytes * _total(self.activations_per_s, held)
-        return _model(self.costs).fixed_share(weights / batches, rows / batches)
+        return model_of(self.costs).fixed_share(weights / batches, rows / batches)
 
     def _asked(self, held: ExpertSet) -> float:
         """How busy one more holder of `held` would be: its share of their rows, beside those that hold them now."""
@@ -93,12 +93,8 @@ class Reading:
                 (_total(self.activations_per_s, ExpertSet({layer: frozenset({e})})) for e in ids), default=0.0
             )
             weights, rows = self.costs.expert_bytes * activations, _total(self.rows_per_s, one)
-            busy += _model(self.costs).busy(batches, weights, rows) / (holders + 1)
+            busy += model_of(self.costs).busy(batches, weights, rows) / (holders + 1)
         return busy
-
-
-def _model(costs: Costs) -> CostModel:
-    return CostModel(costs.fixed_s, costs.s_per_byte, costs.s_per_row, costs.samples)
 
 
 def _total(per_s: Rates, held: ExpertSet) -> float:

@@ -115,7 +115,7 @@ class FileRegistryWriter(FileRegistry):
             self._write()
 
     async def set_placement(self, placement: Placement) -> bool:
-        if placement.epoch != (self._placement.epoch if self._placement else 0) + 1:
+        if self._placement is not None and placement.epoch != self._placement.epoch + 1:
             return False
         self._placement = placement
         self._write()

@@ -51,7 +51,7 @@ class MemoryRegistry:
         return self._placement
 
     async def set_placement(self, placement: Placement) -> bool:
-        if placement.epoch != (self._placement.epoch if self._placement else 0) + 1:
+        if self._placement is not None and placement.epoch != self._placement.epoch + 1:
             return False
         self._placement = placement
         return True

@@ -44,7 +44,8 @@ class Registry(Protocol):
         ...
 
     async def set_placement(self, placement: Placement) -> bool:
-        """Compare-and-set: stored only if its epoch is one more than that in force (0 where there is none).
+        """Compare-and-set: stored only if its epoch is one more than that in force, or if none is in force: the store
+        may have been emptied, and replicas follow higher epochs only.
 
         After RegistryUnreachable it may have been stored all the same: read `placement` before proposing again.
         """

@@ -27,6 +27,7 @@ class Forward:
 
     backend: ExpertBackend
     shared: tuple[torch.Tensor, torch.Tensor] | None = None  # a shared expert's input, and its output now or later
+    scores: torch.Tensor | None = None  # [T, E]: what the gate of the layer being computed thinks of each expert
 
 
 _forward: ContextVar[Forward] = ContextVar("moiety_forward")

@@ -50,6 +50,15 @@ class Table:
                 shared[layer, expert] = tuple(indices)
         return cls(version, replicas, sole, shared)
 
+    def held_only_by(self, layer: int, replicas: Collection[str]) -> np.ndarray:
+        """bool [E]: the experts of `layer` that have holders, all of them among `replicas`."""
+        among = np.array([replica in replicas for replica in self.replicas] + [False, False])  # SEVERAL, NOBODY
+        only = among[self.sole[layer]]
+        for (of_layer, expert), holders in self.shared.items():
+            if of_layer == layer:
+                only[expert] = all(among[holder] for holder in holders)
+        return only
+
     def uncovered(self) -> list[tuple[int, int]]:
         """Every (layer, expert) without a live holder."""
         return [

@@ -265,6 +265,8 @@ class Engine:
             self._end(sibling, emitted)
         if emitted.error is not None:
             sequence.span.error(emitted.error)
+        if sequence.routed_rows:
+            sequence.span.set(Attribute.REROUTED, sequence.rerouted_rows / sequence.routed_rows)
         sequence.span.end()
         self._emit(sequence, emitted)
 
@@ -272,6 +274,12 @@ class Engine:
         if not sequence.emitted:
             sequence.emitted = True
             emitted = replace(emitted, cached_tokens=sequence.cached_tokens)
+        if sequence.routed_rows:
+            rows, rerouted = sequence.told_rows
+            sequence.told_rows = sequence.routed_rows, sequence.rerouted_rows
+            emitted = replace(
+                emitted, routed_rows=sequence.routed_rows - rows, rerouted_rows=sequence.rerouted_rows - rerouted
+            )
         sequence.emit(replace(emitted, choice=sequence.choice) if sequence.choice else emitted)
 
     def _end_given_up(self, sequence: Sequence) -> None:

@@ -127,3 +127,11 @@ def test_a_placement_is_taken_in_when_every_replica_has_followed():
     assert holders(_sets(a="0:0", b="0:1"), _sets(a="0:1"), {"a": 4, "b": 3}).epoch == 3
     assert holders(_sets(a="0:0", b="0:1"), _sets(a="0:1"), {"a": 4, "b": 4}).epoch == 4
     assert holders({}, {}, {}).epoch == 0
+
+
+def test_experts_whose_holders_are_all_named():
+    """Of a layer's experts those that nobody but the named replicas holds; one without a holder is not among them."""
+    table = Table.build(1, _sets(a="0:0-1", b="0:1-2", c="0:3"), 1, 5)
+    assert table.held_only_by(0, {"a"}).tolist() == [True, False, False, False, False]
+    assert table.held_only_by(0, {"a", "b"}).tolist() == [True, True, True, False, False]
+    assert not table.held_only_by(0, ()).any()
