@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 
 import pytest
 
 from moiety.client import Client
 from moiety.core import ExpertSet
+from moiety.errors import Unavailable
+from moiety.tools.bench_report import percentile
+from moiety.tools.rebalance import Ask, enact, proposed
 from serving import Served
 from streams import Streams
 
@@ -95,9 +99,54 @@ def test_an_expert_that_no_placement_names_is_not_lost(served: Served, expected:
         await streams.reach(STRIKE_AT)
         epoch = await served.cluster.place(forgetful)
         assert await streams.finish() == expected
-        with pytest.raises(Exception, match="leaving 0:0"):
+        with pytest.raises(Unavailable, match="leaving 0:0"):
             await served.cluster.settled(epoch, timeout_s=3.0)
         assert await Streams(client, NEW_TOKENS).finish() == expected
         await served.cluster.settled(await served.cluster.place({"experts-0": first, "experts-1": second}))
+
+    served.run(scenario)
+
+
+@pytest.mark.slow
+def test_a_plan_from_the_ledger_is_enacted_under_load(served: Served, expected: list[list[int]]) -> None:
+    """`moiety rebalance` with a hot set: planned from the load of the streams, in force while they run, same tokens.
+
+    Over 20 s: the load is watched for some seconds, with streams running all the time.
+    """
+
+    async def scenario(client: Client) -> None:
+        await served.have(1, 1)
+        hot = await served.cluster.add_hot_set(0)
+        registry = served.cluster.registry
+        gaps: list[float] = []
+        done = asyncio.Event()
+
+        async def load() -> None:
+            while not done.is_set():
+                streams = Streams(client, NEW_TOKENS)
+                assert await streams.finish() == expected
+                gaps.extend(b - a for s in streams.streams for a, b in zip(s.times, s.times[1:], strict=False))
+
+        running = asyncio.create_task(load())
+        try:
+            found = await proposed(registry, Ask(watch_s=4.0, hot_sets=1, hot_memory=1 << 20))
+            assert found.changes
+            quiet = len(gaps)
+            await enact(registry, found, 30.0, print)
+            before, after = gaps[:quiet], gaps[quiet:]
+        finally:
+            done.set()
+            await running
+        assert (await holdings(served))["hot-0"] == found.placement.held["hot-0"]
+        assert len(found.placement.held["hot-0"]) > 0
+        for line in found.lines():
+            print(line)
+        if before and after:
+            print(
+                f"ITL p99: {1000 * percentile(before, 99):.0f} ms before, {1000 * percentile(after, 99):.0f} ms during"
+            )
+        first, second = served.cluster.plan
+        await served.cluster.settled(await served.cluster.place({"experts-0": first, "experts-1": second}))
+        await served.cluster.drain(hot)
 
     served.run(scenario)

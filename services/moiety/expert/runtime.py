@@ -90,6 +90,7 @@ class Runtime:
         self._batcher = Batcher(queue_calls)
         self._unanswered: set[Waiting] = set()
         self._unanswered_lock = threading.Lock()
+        self._computed_at = 0.0  # seconds of the monotonic clock at which the last batch was done
         self.served = 0.0  # Unix seconds at which the first rows were computed; 0 = none yet
         self._window = _Window(time.monotonic())
         self._window_lock = threading.Lock()
@@ -148,6 +149,10 @@ class Runtime:
 
     def submit(self, waiting: Waiting) -> None:
         """Queues a call. Raises NotHeld or ResourceExhausted; nothing of the call is computed then."""
+        if 0.0 < waiting.call.sent < self._computed_at:
+            # It came while the device was busy, and whoever computes reads shared memory only in between.
+            waiting.since_ns -= int(1e9 * (waiting.since - waiting.call.sent))
+            waiting.since = waiting.call.sent
         holding = self._holding
         holding.check(waiting.call)
         waiting.checked = holding
@@ -249,6 +254,7 @@ class Runtime:
         self._pace(began, len(experts))
         ended, ended_ns = time.monotonic(), time.time_ns()
         self.served = self.served or ended_ns / 1e9
+        self._computed_at = ended
         self._account(batch, began, ended, len(experts))
         results, start = [], 0
         for waiting in batch:

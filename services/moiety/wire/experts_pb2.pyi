@@ -83,7 +83,7 @@ class SharedMemoryWelcome(_message.Message):
     def __init__(self, accepted: _Optional[bool] = ..., refusal: _Optional[str] = ...) -> None: ...
 
 class ForwardRequest(_message.Message):
-    __slots__ = ("payload_bytes", "call_id", "attempt", "revision", "placement_epoch", "layer", "rows", "k_offsets", "experts", "dtype", "return_mode", "call_class", "deadline_ms", "traceparent", "payload")
+    __slots__ = ("payload_bytes", "call_id", "attempt", "revision", "placement_epoch", "layer", "rows", "k_offsets", "experts", "dtype", "return_mode", "call_class", "deadline_ms", "traceparent", "payload", "sent_ns")
     PAYLOAD_BYTES_FIELD_NUMBER: _ClassVar[int]
     CALL_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
@@ -99,6 +99,7 @@ class ForwardRequest(_message.Message):
     DEADLINE_MS_FIELD_NUMBER: _ClassVar[int]
     TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_FIELD_NUMBER: _ClassVar[int]
+    SENT_NS_FIELD_NUMBER: _ClassVar[int]
     payload_bytes: int
     call_id: int
     attempt: int
@@ -114,7 +115,8 @@ class ForwardRequest(_message.Message):
     deadline_ms: int
     traceparent: str
     payload: bytes
-    def __init__(self, payload_bytes: _Optional[int] = ..., call_id: _Optional[int] = ..., attempt: _Optional[int] = ..., revision: _Optional[str] = ..., placement_epoch: _Optional[int] = ..., layer: _Optional[int] = ..., rows: _Optional[int] = ..., k_offsets: _Optional[bytes] = ..., experts: _Optional[bytes] = ..., dtype: _Optional[str] = ..., return_mode: _Optional[_Union[ReturnMode, str]] = ..., call_class: _Optional[_Union[CallClass, str]] = ..., deadline_ms: _Optional[int] = ..., traceparent: _Optional[str] = ..., payload: _Optional[bytes] = ...) -> None: ...
+    sent_ns: int
+    def __init__(self, payload_bytes: _Optional[int] = ..., call_id: _Optional[int] = ..., attempt: _Optional[int] = ..., revision: _Optional[str] = ..., placement_epoch: _Optional[int] = ..., layer: _Optional[int] = ..., rows: _Optional[int] = ..., k_offsets: _Optional[bytes] = ..., experts: _Optional[bytes] = ..., dtype: _Optional[str] = ..., return_mode: _Optional[_Union[ReturnMode, str]] = ..., call_class: _Optional[_Union[CallClass, str]] = ..., deadline_ms: _Optional[int] = ..., traceparent: _Optional[str] = ..., payload: _Optional[bytes] = ..., sent_ns: _Optional[int] = ...) -> None: ...
 
 class ForwardReply(_message.Message):
     __slots__ = ("payload_bytes", "call_id", "attempt", "revision", "outcome", "detail", "held_epoch", "rows", "activated_experts", "batch_rows", "queue_ms", "compute_ms", "payload")

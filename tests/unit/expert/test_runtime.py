@@ -196,3 +196,22 @@ def test_pacing_shows_in_the_load(make_runtime: MakeRuntime):
     assert load.rows_per_s == pytest.approx(10 / took, rel=0.5)
     assert load.calls_per_s == pytest.approx(1 / took, rel=0.5)
     assert runtime.load_since_last().busy == 0.0
+
+
+def test_the_wait_of_a_call_begins_when_it_was_sent(make_runtime: MakeRuntime):
+    """A call through shared memory is read when the device is free: the time before that is its wait all the same."""
+    runtime = make_runtime(ALL, capacity=50.0)
+    busy, late = Answers(), Answers()
+
+    def send_another(result) -> None:
+        # Told when the first batch is done, of a call that was sent while it was computed.
+        call = call_for([0])
+        call.sent = time.monotonic() - 0.1
+        busy(result)
+        runtime.submit(Waiting(call, late))
+
+    runtime.submit(Waiting(call_for([0] * 10), send_another))  # 0.2 s
+    assert isinstance(busy.one(), Computed)
+    assert late.one().queue_ms >= 100
+    assert runtime.load_since_last().queue_wait_ms >= 50
+    assert submit(runtime, [0]).one().queue_ms < 50
