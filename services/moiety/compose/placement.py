@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 import time
+from math import inf
 
 from moiety.compose.background import at_low_priority
-from moiety.core import ExpertSet, Role
+from moiety.core import ExpertSet
 from moiety.errors import RegistryUnreachable
 from moiety.expert.runtime import Runtime
-from moiety.load.registry import Registry
-from moiety.load.watch import GRACE_S, Watch
+from moiety.load.registry import HEARTBEAT_S, TTL_S, Registry
+
+SEEN_S = 0.9 * HEARTBEAT_S
 
 _log = logging.getLogger(__name__)
 
@@ -27,8 +29,7 @@ class PlacementFollower:
     ) -> None:
         self._runtime, self._registry, self._deployment = runtime, registry, deployment
         self._default, self._revision = default, revision
-        self._watch = Watch(registry)  # polled only while something is leaving
-        self._nobody_before = 0.0  # a store that lists no router may just have been emptied
+        self._agreed_at = inf  # all routers have acknowledged this epoch since then, as far as was seen
 
     async def start(self) -> None:
         """Loads what the placement says, or the default plan where the registry does not answer."""
@@ -41,7 +42,8 @@ class PlacementFollower:
 
     async def follow(self) -> None:
         """To be called once a beat."""
-        await self._load()
+        if await self._registry.placement_epoch() > self._runtime.holding.epoch:
+            await self._load()
         holding = self._runtime.holding
         if len(holding.leaving) and await self._acknowledged(holding.epoch) and self._runtime.drop_leaving():
             _log.info("%s dropped %s (epoch %d)", self._deployment, holding.leaving, holding.epoch)
@@ -54,19 +56,16 @@ class PlacementFollower:
     async def _hold(self, held: ExpertSet, epoch: int) -> None:
         began = time.monotonic()
         await at_low_priority(self._runtime.hold, held, epoch)
-        self._nobody_before = time.monotonic() + GRACE_S
+        self._agreed_at = inf
         took = time.monotonic() - began
         _log.info("%s holds %s (epoch %d), read in %.2f s", self._deployment, held, epoch, took)
 
     async def _acknowledged(self, epoch: int) -> bool:
-        await self._watch.poll()
-        if self._watch.stale_since is not None:
+        """Whether all routers have, and had a beat ago: a store that was just emptied lists few of them, or none."""
+        routers = [each for each in await self._registry.routers() if each.revision == self._revision]
+        now = time.monotonic()
+        if not all(router.placement_epoch >= epoch for router in routers):
+            self._agreed_at = inf
             return False
-        routers = [
-            replica
-            for replica in self._watch.replicas
-            if (replica.role, replica.revision) == (Role.ROUTER, self._revision)
-        ]
-        if not routers:
-            return time.monotonic() > self._nobody_before
-        return all(router.placement_epoch >= epoch for router in routers)
+        self._agreed_at = min(self._agreed_at, now)
+        return now >= self._agreed_at + (SEEN_S if routers else TTL_S)

@@ -32,6 +32,10 @@ class Registry(Protocol):
         """All live replicas, sorted by id. Expired ones are pruned."""
         ...
 
+    async def routers(self) -> tuple[Replica, ...]:
+        """The routers among `replicas`: for those who would read thousands of others with them."""
+        ...
+
     async def generation(self) -> str | None:
         """Names the store's contents: another value, or None, means that it was emptied since (see `load/watch.py`).
 
@@ -41,6 +45,10 @@ class Registry(Protocol):
 
     async def placement(self) -> Placement | None:
         """The placement in force, or None while the deterministic default plan is."""
+        ...
+
+    async def placement_epoch(self) -> int:
+        """That of the placement in force, 0 where there is none: every replica asks for it at every beat."""
         ...
 
     async def set_placement(self, placement: Placement) -> bool:

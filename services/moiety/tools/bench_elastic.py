@@ -33,13 +33,13 @@ class ElasticWork:
     """What is offered, and to what."""
 
     groups: int = 2
-    capacity: float = 150.0  # rows per second that each replica is paced to
+    capacity: float = 400.0  # rows per second that each replica is paced to
     max_replicas: int = 3
-    low: float = 0.3  # requests per second
-    high: float = 1.8
+    low: float = 0.4  # requests per second
+    high: float = 7.5
     seconds: tuple[float, float, float] = (10.0, 30.0, 40.0)  # of low, high, and low again
-    zipf: float = 1.0  # exponent of the skew over prompts
-    new_tokens: int = 12
+    zipf: float = 1.2  # exponent of the skew over prompts
+    new_tokens: int = 6
     seed: int = 0
     shrink_after_s: float = 5.0
 

@@ -15,7 +15,7 @@ from moiety.errors import MoietyError
 from moiety.load.registry import Registry
 
 CANDIDATES = 10  # prompts of one token each that are tried
-PROMPT_TOKENS = 16
+PROMPT_TOKENS = 8
 LEDGER_S = 1.1  # routers tell their counters once a second
 
 
