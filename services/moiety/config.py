@@ -221,6 +221,12 @@ class AppSettings(BaseModel):
         description="place experts anew where that relieves the slowest replicas by this fraction; "
         "null = 0.1 where there are hot sets, else only when `moiety rebalance` says so",
     )
+    rebalance_layers: int = Field(
+        default=0,
+        ge=0,
+        le=1000,
+        description="MoE layers placed anew at a time: fewer need less memory to spare; 0 = all",
+    )
     experts: GroupSettings = GroupSettings()
     overrides: Mapping[str, Mapping[str, Any]] = Field(
         default_factory=dict,

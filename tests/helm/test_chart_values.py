@@ -88,6 +88,7 @@ CASES = [
     argument("hot_sets", 2),
     argument("hot_memory", "4GiB"),
     argument("rebalance_gain", 0.3),
+    argument("rebalance_layers", 4),
     argument("experts.min_replicas", 2),
     argument("experts.max_replicas", 6),
     argument("experts.num_cpus", 2),

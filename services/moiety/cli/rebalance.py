@@ -20,6 +20,9 @@ from moiety.cli.run import progress, run_async
 )
 @click.option("--hot-sets", type=click.IntRange(0, 256), help="Hot sets that may be filled.  [default: as deployed]")
 @click.option("--hot-memory", default="1GiB", show_default=True, help="For the experts of a hot set.")
+@click.option(
+    "--layers-at-once", type=click.IntRange(1), help="Fewer need less memory to spare, and longer.  [default: all]"
+)
 @click.option("--dry-run", is_flag=True, help="Show the plan, change nothing.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @click.option(
@@ -36,6 +39,7 @@ def rebalance(
     watch_s: float,
     hot_sets: int | None,
     hot_memory: str,
+    layers_at_once: int | None,
     dry_run: bool,
     yes: bool,
     timeout_s: float,
@@ -68,7 +72,7 @@ def rebalance(
             if not found.changes:
                 click.echo("nothing to change")
             elif not dry_run and (yes or click.confirm(f"Put placement {found.placement.epoch} in force?")):
-                await enact(store, found, timeout_s, progress())
+                await enact(store, found, timeout_s, progress(), layers_at_once or 0)
         finally:
             await store.close()
 

@@ -114,7 +114,7 @@ class Autoscaler:
 
     def _rebalancer(self, registry: Registry) -> Rebalancer:
         gain = self._settings.rebalance_gain or (HOT_GAIN if self._settings.hot_sets else None)
-        return Rebalancer(registry, gain, int(self._settings.hot_memory))
+        return Rebalancer(registry, gain, int(self._settings.hot_memory), self._settings.rebalance_layers)
 
     def _default(self) -> Mapping[str, ExpertSet] | None:
         """Deployment -> experts by default; None until Serve has asked for all deployments that hold some, or may."""

@@ -17,6 +17,7 @@ from moiety.load.heat import Heat
 from moiety.load.registry import Registry
 from moiety.load.rooms import rooms_of
 from moiety.policy.placement import Plan, plan
+from moiety.policy.stages import stages
 
 POLL_S = 0.5
 
@@ -53,19 +54,28 @@ async def proposed(registry: Registry, ask: Ask) -> Plan:
     return await asyncio.to_thread(plan, heat.table, rooms, current, bytes_each)
 
 
-async def enact(registry: Registry, found: Plan, timeout_s: float, tell: Callable[[str], None]) -> None:
+async def enact(
+    registry: Registry, found: Plan, timeout_s: float, tell: Callable[[str], None], layers: int = 0
+) -> None:
     """Puts a plan in force; returns once every replica has loaded what is new to it and dropped what is not its own.
 
-    Raises FailedPrecondition where another placement came first, Unavailable where replicas have not followed in time:
-    the placement stays in force, and they go on.
+    `layers`: MoE layers to change at a time; 0 = all. Raises FailedPrecondition where another placement came first,
+    Unavailable where replicas have not followed a stage within `timeout_s`: it stays in force, and they go on.
     """
-    began, epoch = time.monotonic(), found.placement.epoch
-    if not await registry.set_placement(found.placement):
-        raise FailedPrecondition(f"placement {epoch} was set by somebody else meanwhile: plan again")
-    await registry.record_decision(decision_of(found, "moiety rebalance"))
-    tell(f"placement {epoch} is set; replicas load, routers acknowledge, replicas drop")
-    await until_settled(registry, epoch, timeout_s)
-    tell(f"placement {epoch} is in force everywhere after {time.monotonic() - began:.1f} s")
+    began, current = time.monotonic(), await registry.placement()
+    steps = stages(current, found.placement, layers) if current is not None else (found.placement,)
+    if current is not None and current.epoch + 1 != found.placement.epoch:
+        raise FailedPrecondition(f"placement {current.epoch} was set by somebody else meanwhile: plan again")
+    for number, step in enumerate(steps, 1):
+        if not await registry.set_placement(step):
+            raise FailedPrecondition(f"placement {step.epoch} was set by somebody else meanwhile: plan again")
+        if number == 1:
+            await registry.record_decision(decision_of(found, "moiety rebalance"))
+        tell(
+            f"placement {step.epoch} is set ({number} of {len(steps)}): replicas load, routers acknowledge, replicas drop"
+        )
+        await until_settled(registry, step.epoch, timeout_s)
+    tell(f"placement {steps[-1].epoch} is in force everywhere after {time.monotonic() - began:.1f} s")
 
 
 def _in_force(reading: Reading, hot_sets: int | None) -> Placement:
