@@ -17,6 +17,7 @@ from moiety.deploy.cluster import environment
 from moiety.deploy.run import DeployedApp, deploy_app
 from moiety.load.connect import connect
 from moiety.load.embedded import EmbeddedRedis
+from moiety.load.rates import latest_costs
 from moiety.load.registry import Registry
 from moiety.model.tiny import write_tiny
 from moiety.tools.elastic_report import ElasticReport, Moment, Start, report_of
@@ -100,7 +101,8 @@ async def _offer(work: ElasticWork, settings: AppSettings, deployed: DeployedApp
             if not watching.cancelled() and (failed := watching.exception()):
                 raise failed
             decisions = [entry for entry in await registry.decisions() if entry["deployment"] != "placement"]
-            return report_of(work.capacity, prompts, phases, moments, decisions, traffic)
+            costs = latest_costs(await registry.demand())
+            return report_of(work.capacity, prompts, phases, moments, decisions, traffic, costs)
     finally:
         await registry.close()
 

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from moiety.core import Costs
 from moiety.errors import FailedPrecondition
 from moiety.tools.bench_report import percentile
 from moiety.tools.elastic_traffic import Prompts, Traffic
@@ -62,6 +63,7 @@ class ElasticReport:
     itl_p50_ms: float
     itl_p99_ms: float
     first_row_s: float | None  # load step → first row that the first new replica of the hot group served
+    costs: Costs | None  # of an expert batch, as the router has fitted them live
     changes: tuple[Change, ...]
     phases: tuple[tuple[float, float], ...]  # seconds since the beginning, requests per second
     timeline: tuple[Mapping[str, Any], ...]
@@ -86,6 +88,7 @@ def report_of(
     moments: Sequence[Moment],
     decisions: Sequence[Mapping[str, Any]],
     traffic: Traffic,
+    costs: Costs | None = None,
 ) -> ElasticReport:
     """Puts together what was seen; times become seconds since the first phase began."""
     began = phases[0][0]
@@ -122,6 +125,7 @@ def report_of(
         itl_p50_ms=1000 * percentile(every, 50),
         itl_p99_ms=1000 * percentile(every, 99),
         first_row_s=min(served) - step if served else None,
+        costs=costs,
         changes=tuple(changes),
         phases=tuple((time - began, rate) for time, rate in phases),
         timeline=tuple(
@@ -152,6 +156,11 @@ def elastic_lines(report: ElasticReport) -> Iterator[str]:
     yield f"{report.requests} requests, {len(report.failures)} failed"
     yield f"ITL of the whole run: p50 {report.itl_p50_ms:.0f} ms, p99 {report.itl_p99_ms:.0f} ms"
     yield from (f"failed: {failure}" for failure in sorted(set(report.failures))[:5])
+    if (costs := report.costs) is not None:
+        terms = (
+            f"{1e3 * costs.fixed_s:.2f} ms + {1e9 * costs.s_per_byte:.2f} ms/MB + {1e3 * costs.s_per_row:.2f} ms/row"
+        )
+        yield f"an expert batch, fitted live from {costs.samples}: {terms}, median error {costs.error:.0%}"
     yield "only the hot group followed the load" if report.held else "NOT as it should be: see above"
 
 

@@ -36,6 +36,7 @@ async def proposed(registry: Registry, ask: Ask) -> Plan:
 
     Raises RegistryUnreachable, and FailedPrecondition where there are no experts or no load to plan for.
     """
+    await registry.replicas()  # a wrong address is told at once, not after `watch_s`
     ledger, heat, until = Ledger(registry), Heat(), time.monotonic() + ask.watch_s
     while True:
         reading = await ledger.read()
@@ -44,8 +45,6 @@ async def proposed(registry: Registry, ask: Ask) -> Plan:
         if time.monotonic() >= until:
             break
         await asyncio.sleep(POLL_S)
-    if reading.stale:
-        await registry.replicas()  # raises, and says why
     if reading.costs is None or not heat.table.any():
         raise FailedPrecondition(f"no expert had a row in {ask.watch_s:g} s: there is no load to plan for")
     current = _in_force(reading, ask.hot_sets)
