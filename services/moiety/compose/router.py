@@ -126,12 +126,9 @@ async def reach_experts(
     closers: AsyncExitStack,
 ) -> tuple[list[Hop], Lanes]:
     """A hop for each lane to whatever expert replicas `registry` knows, now and later; `closers` take them down."""
+    shape, expert_bytes = shape.sliced(settings.slices), shape.mlp.parameters * dtype.itemsize // settings.slices
     if settings.slices > 1:
-        shape, revision, dtype = (
-            shape.sliced(settings.slices),
-            sliced_revision(revision, settings.slices),
-            torch.float32,
-        )
+        revision, dtype = sliced_revision(revision, settings.slices), torch.float32
     watch = Watch(registry)
     await watch.start()
     closers.push_async_callback(watch.stop)
@@ -142,7 +139,7 @@ async def reach_experts(
     hop_settings = HopSettings(revision, dtype, settings.expert_wait_s)
     hedging = Hedging(settings.hedge_after_s, settings.retry_budget)
     demand = DemandCounter(shape.moe_layers, shape.experts, started=time.time())
-    costs = CostFit(shape.mlp.parameters * dtype.itemsize)
+    costs = CostFit(expert_bytes)
     count = settings.lanes or LANES
     queues = Queues(settings.overflow_queue_ms) if settings.overflow == "backup" else None
     return [Hop(fleet, hop_settings, hedging, demand, costs, tracer, lanes.wait, queues) for _ in range(count)], lanes
