@@ -15,13 +15,13 @@ from moiety.cli.run import progress, signals_interrupt
 @click.option(
     "--capacity",
     type=click.FloatRange(10, 1e6),
-    default=400.0,
+    default=200.0,
     show_default=True,
     help="Rows per second that each expert replica is paced to: replicas share this machine's cores.",
 )
 @click.option("--max-replicas", type=click.IntRange(2, 8), default=3, show_default=True, help="Per group.")
 @click.option("--low", type=click.FloatRange(0.05, 100), default=0.4, show_default=True, help="Requests per second.")
-@click.option("--high", type=click.FloatRange(0.1, 100), default=7.5, show_default=True, help="And while load is high.")
+@click.option("--high", type=click.FloatRange(0.1, 100), default=9.0, show_default=True, help="And while load is high.")
 @click.option(
     "--seconds",
     type=(click.FloatRange(5, 3600), click.FloatRange(5, 3600), click.FloatRange(5, 3600)),

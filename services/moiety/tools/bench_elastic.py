@@ -34,10 +34,10 @@ class ElasticWork:
     """What is offered, and to what."""
 
     groups: int = 2
-    capacity: float = 400.0  # rows per second that each replica is paced to
+    capacity: float = 200.0  # rows per second that each replica is paced to
     max_replicas: int = 3
     low: float = 0.4  # requests per second
-    high: float = 7.5
+    high: float = 9.0
     seconds: tuple[float, float, float] = (10.0, 30.0, 40.0)  # of low, high, and low again
     zipf: float = 1.2  # exponent of the skew over prompts
     new_tokens: int = 6
