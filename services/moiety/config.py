@@ -20,6 +20,7 @@ ENV_PREFIX = "MOIETY_"
 HOT = "hot-"  # deployments of this name hold what a placement gives them, beside the groups; EXPERTS- hold a share each
 ROUTER, GATEWAY = "router", "gateway"  # the other deployments
 GATEWAY_CPUS = 0.5
+LIVE = ("target_busy", "queue_wait_ms", "shrink_after_s", "shrink_margin")  # of GroupSettings, see `GroupSettings.live`
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 WEIGHTS_HELP = "how experts are held: auto = as published, int8 = quantised when they are loaded, half of bfloat16"
 DETERMINISTIC_HELP = "bits that depend on the request alone: not on its batch, on lanes, replicas or retries"
@@ -165,6 +166,13 @@ class GroupSettings(BaseModel):
     shrink_margin: float = Field(
         default=0.8, gt=0, lt=1, description="predicted busy after a step down stays below this fraction of the target"
     )
+
+    def live(self, values: Mapping[str, float]) -> GroupSettings:
+        """These settings with those of `values` that may change while replicas run. Raises ConfigError for another one."""
+        for name in values:
+            if name not in LIVE:
+                raise ConfigError(f"user_config.{name}", values[name], f"live settings are {', '.join(LIVE)}")
+        return validated(GroupSettings, {**self.model_dump(), **values}) if values else self
 
     @field_validator("max_replicas")
     @classmethod

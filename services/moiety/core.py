@@ -217,6 +217,7 @@ class Replica:
     started: float = 0.0  # it was registered
     served: float = 0.0  # it had computed its first rows; experts only
     pid: int = 0
+    scaling: Mapping[str, float] = field(default_factory=dict)  # how its deployment scales, where user_config says so
 
 
 @dataclass(frozen=True, slots=True)

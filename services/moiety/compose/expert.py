@@ -13,7 +13,7 @@ import torch
 
 from moiety.compose.placement import PlacementFollower
 from moiety.compose.running import LEDGER_S, Parts, Running, Site, every
-from moiety.config import ExpertSettings
+from moiety.config import ExpertSettings, GroupSettings
 from moiety.core import ExpertSet, Replica, Role
 from moiety.errors import ConfigError, Unavailable
 from moiety.expert.runtime import Runtime
@@ -74,19 +74,23 @@ async def start(settings: ExpertSettings, replica_id: str, node: str, launched: 
                 placement_epoch=holding.epoch,
                 loaded=loaded,
                 served=runtime.served,
+                scaling=scaling,
             )
 
         def healthy() -> None:
             if not runtime.alive:
                 raise Unavailable("the expert runtime's thread has ended")
 
+        scaling: dict[str, float] = {}
+
         async def reconfigure(values: Mapping[str, Any]) -> None:
-            for name, value in values.items():
-                if name != "capacity" or not (value is None or value > 0):
-                    raise ConfigError(
-                        f"user_config.{name}", value, "an expert's one live setting is capacity > 0, or null"
-                    )
-                runtime.capacity = value
+            nonlocal scaling
+            capacity = values.get("capacity", settings.capacity)
+            if capacity is not None and not (isinstance(capacity, int | float) and capacity > 0):
+                raise ConfigError("user_config.capacity", capacity, "must be above 0, or null")
+            told = {name: value for name, value in values.items() if name != "capacity"}
+            GroupSettings().live(told)
+            runtime.capacity, scaling = capacity, told
 
         return await site.serve(
             Parts(

@@ -18,7 +18,7 @@ from moiety.core import ExpertSet
 from moiety.deploy.arguments import restored
 from moiety.deploy.ledger import Ledger, Reading
 from moiety.deploy.rebalance import Rebalancer
-from moiety.errors import MoietyError
+from moiety.errors import ConfigError, MoietyError
 from moiety.load.registry import Registry
 from moiety.policy.autoscale import Decision, State, decide
 
@@ -37,6 +37,7 @@ class Subscription:
     deployment: str
     settings: GroupSettings
     held: ExpertSet
+    live: Mapping[str, float] = field(default_factory=dict)  # settings that user_config changes
     state: State = field(default_factory=State)
     asked_at: float = 0.0  # time.monotonic() of Serve's last call
     serve_target: int | None = None
@@ -59,7 +60,14 @@ class Subscription:
         fresh = self.published is not None and now - self.published[1] < TRUSTED_S
         current = self.published[0] if self.published is not None and fresh else self.serve_target
         snapshot = reading.snapshot(self.deployment, current, self.held, spare=self.deployment.startswith(HOT))
-        decision = decide(snapshot, self.state, self.settings, now)
+        if (live := reading.scaling(self.deployment)) is not None:  # else: what its last replica said
+            self.live = live
+        try:
+            settings = self.settings.live(self.live)
+        except ConfigError as error:  # a replica checks what it is told, but it may be of another version
+            _log.warning("%s scales by its arguments: %s", self.deployment, error)
+            self.live, settings = {}, self.settings
+        decision = decide(snapshot, self.state, settings, now)
         self.state, self.published = decision.state, (decision.target, now)
         return decision
 

@@ -60,6 +60,11 @@ class Reading:
             asked=self._asked(held) if spare else 0.0,
         )
 
+    def scaling(self, deployment: str) -> Mapping[str, float] | None:
+        """Live settings, as the youngest of its replicas tells; None where none is live."""
+        live = self._live(deployment)
+        return max(live, key=lambda replica: replica.started).scaling if live else None
+
     def _live(self, deployment: str) -> list[Replica]:
         ready = (deployment, ReplicaState.READY)
         return [replica for replica in self.replicas if (replica.deployment, replica.state) == ready]

@@ -45,6 +45,7 @@ def replica_to_json(replica: Replica) -> str:
             "started": replica.started,
             "served": replica.served,
             "pid": replica.pid,
+            "scaling": dict(replica.scaling),
         }
     )
 
@@ -70,6 +71,7 @@ def replica_from_json(text: str | bytes) -> Replica:
         started=_field(data, "started", _number, 0.0),
         served=_field(data, "served", _number, 0.0),
         pid=_field(data, "pid", _integer, 0),
+        scaling=_field(data, "scaling", _numbers, {}),
     )
 
 
@@ -208,6 +210,10 @@ def _number(value: object) -> float:
     if not math.isfinite(value):
         raise ValueError("must be finite")
     return float(value)
+
+
+def _numbers(value: object) -> dict[str, float]:
+    return {name: _number(each) for name, each in _mapping(value, "scaling").items()}
 
 
 def _seconds(raw: bytes) -> float:

@@ -149,3 +149,16 @@ def test_a_starting_router_does_not_wake_a_hot_set() -> None:
         assert not (await Ledger(registry).read()).snapshot("hot-0", 0, HELD, spare=True).wake
 
     asyncio.run(check())
+
+
+def test_live_settings_are_those_of_the_youngest_replica() -> None:
+    """Serve tells replicas one after the other; at zero there is nobody to tell, and None is not "no settings"."""
+
+    async def check() -> None:
+        old = replace(READY, started=1.0, scaling={"target_busy": 0.5})
+        registry = await _registry(old, replace(READY, id="b", started=2.0, scaling={"target_busy": 0.8}))
+        reading = await Ledger(registry).read()
+        assert reading.scaling("experts-0") == {"target_busy": 0.8}
+        assert reading.scaling("experts-1") is None
+
+    asyncio.run(check())
