@@ -82,10 +82,10 @@ def holders(held: Mapping[str, ExpertSet], leaving: Mapping[str, ExpertSet], epo
     An expert that is leaving a replica is asked for there only while nobody holds it: so none is ever without a holder
     on its way to another one, and none that is still needed counts as given up.
     """
-    covered = ExpertSet()
-    if any(leaving.values()):
-        for experts in held.values():
-            covered |= experts
+    changing = {layer for experts in leaving.values() for layer in experts.by_layer}  # few, of thousands of replicas
+    covered = ExpertSet(
+        {layer: frozenset().union(*(experts.layer(layer) for experts in held.values())) for layer in changing}
+    )
     needed = {replica: left for replica, experts in leaving.items() if (left := experts - covered)}
     taken_in = [epoch - (replica in needed) for replica, epoch in epochs.items()]
     asked = {replica: held[replica] | needed[replica] if replica in needed else held[replica] for replica in held}

@@ -127,14 +127,17 @@ class Fleet:
         while True:
             listed_now = self._watch.replicas
             listed = {replica.id: replica for replica in listed_now if replica.role is Role.EXPERT}
+            changed = False  # one new table for however many replicas have followed a placement
             for replica in listed.values():
                 if replica.state is ReplicaState.READY and self._wanted(replica):
                     self._dialling[replica.id] = asyncio.create_task(self._serve(replica))
                     self._dialling[replica.id].add_done_callback(partial(self._forget, replica.id))
                 elif replica.id in self._held and self._newer(replica):
-                    self._hold(replica.id, replica.held, replica.leaving, replica.placement_epoch)
+                    changed |= self._note(replica.id, replica.held, replica.leaving, replica.placement_epoch)
             for replica_id in [r for r, listed_one in listed.items() if listed_one.state is ReplicaState.DRAINING]:
-                self._release(replica_id)  # no new calls; those in flight finish on its link
+                changed |= self._release(replica_id)  # no new calls; those in flight finish on its link
+            if changed:
+                self._publish()
             with suppress(TimeoutError):
                 async with asyncio.timeout(REDIAL_S):
                     await self._watch.until(partial(ne, listed_now))
@@ -174,7 +177,8 @@ class Fleet:
                 return
             self._links[replica.id] = link
             self._deployments[replica.id] = replica.deployment
-            self._hold(replica.id, link.held, link.leaving, link.description.placement_epoch)
+            if self._note(replica.id, link.held, link.leaving, link.description.placement_epoch):
+                self._publish()
             _log.info(
                 "replica %s (%s) at %s is in, over %s", replica.id, replica.deployment, replica.address, link.transport
             )
@@ -184,7 +188,8 @@ class Fleet:
             self._links.pop(replica.id, None)
             self.suspects.discard(replica.id)
             self._deployments.pop(replica.id, None)
-            self._release(replica.id)
+            if self._release(replica.id):
+                self._publish()
             await link.close()
 
     def _mismatch(self, told: DescribeResponse) -> str:
@@ -203,25 +208,25 @@ class Fleet:
             _log.warning("replica %s does not say what it holds: %s", replica_id, error)
             return
         if replica_id in self._held:
-            self._hold(replica_id, link.held, link.leaving, link.description.placement_epoch)
+            if self._note(replica_id, link.held, link.leaving, link.description.placement_epoch):
+                self._publish()
 
     def _newer(self, listed: Replica) -> bool:
         """Whether the registry tells news: it may lag behind what Describe told. Within an epoch experts only leave."""
         fewer = len(listed.leaving) < len(self._leaving[listed.id])
         return (listed.placement_epoch, fewer) > (self._epochs[listed.id], False)
 
-    def _hold(self, replica_id: str, held: ExpertSet, leaving: ExpertSet, epoch: int) -> None:
-        """Notes what a replica holds by the placement of `epoch`, and what it will drop."""
+    def _note(self, replica_id: str, held: ExpertSet, leaving: ExpertSet, epoch: int) -> bool:
+        """Notes what a replica holds by the placement of `epoch`, and what it will drop; whether that is news."""
         known = (self._held.get(replica_id), self._leaving.get(replica_id), self._epochs.get(replica_id))
-        if known != (held, leaving, epoch):
-            self._held[replica_id], self._leaving[replica_id], self._epochs[replica_id] = held, leaving, epoch
-            self._publish()
+        self._held[replica_id], self._leaving[replica_id], self._epochs[replica_id] = held, leaving, epoch
+        return known != (held, leaving, epoch)
 
-    def _release(self, replica_id: str) -> None:
-        """It is asked for nothing from now on."""
-        if self._held.pop(replica_id, None) is not None:
-            del self._leaving[replica_id], self._epochs[replica_id]
-            self._publish()
+    def _release(self, replica_id: str) -> bool:
+        """It is asked for nothing from the next table on; whether it was in this one."""
+        self._leaving.pop(replica_id, None)
+        self._epochs.pop(replica_id, None)
+        return self._held.pop(replica_id, None) is not None
 
     def _publish(self) -> None:
         version, asked = self.table.version + 1, holders(self._held, self._leaving, self._epochs)
