@@ -207,9 +207,9 @@ class Fleet:
         except MoietyError as error:
             _log.warning("replica %s does not say what it holds: %s", replica_id, error)
             return
-        if replica_id in self._held:
-            if self._note(replica_id, link.held, link.leaving, link.description.placement_epoch):
-                self._publish()
+        told = (link.held, link.leaving, link.description.placement_epoch)
+        if replica_id in self._held and self._note(replica_id, *told):
+            self._publish()
 
     def _newer(self, listed: Replica) -> bool:
         """Whether the registry tells news: it may lag behind what Describe told. Within an epoch experts only leave."""
