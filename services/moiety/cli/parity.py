@@ -69,8 +69,8 @@ def parity(
         run_parity(
             checkpoint,
             groups=groups,
-            dtype=dtype,
             new_tokens=new_tokens,
+            dtype=dtype,
             references=references,
             progress=progress(),
         )
@@ -101,10 +101,10 @@ def _all_tiny(
     verdicts: list[Verdict] = []
 
     async def show() -> None:
-        every = run_all(
-            names or tiny_names(), groups=groups, new_tokens=new_tokens, references=references, progress=progress()
-        )
-        async for verdict in every:
+        asked = names or tiny_names()
+        async for verdict in run_all(
+            asked, groups=groups, new_tokens=new_tokens, references=references, progress=progress()
+        ):
             verdicts.append(verdict)
             click.echo("{:<24} {:<20} {:<16} {}".format(*verdict.cells))
 

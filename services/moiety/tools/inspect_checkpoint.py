@@ -88,7 +88,7 @@ def inspect(checkpoint: Checkpoint, memory: int | None = None) -> Inspection:
         expert_parameters=each,
         expert_bytes=stored // (shape.experts * shape.moe_layers),
         router_bytes=router_bytes,
-        skipped_bytes=max(0, sum(e.end - e.start for e in checkpoint.tensors.values()) - stored - router_bytes),
+        skipped_bytes=max(0, sum(entry.nbytes for entry in checkpoint.tensors.values()) - stored - router_bytes),
     )
     return found if memory is None else suggest(found, memory)
 
@@ -130,7 +130,7 @@ def _expert_bytes(checkpoint: Checkpoint, layout: ExpertLayout) -> int:
     whole = {name for name in names if EXPERT not in name}
     starts = {name.partition(EXPERT)[0] for name in names - whole}
     return sum(
-        entry.end - entry.start
+        entry.nbytes
         for name, entry in checkpoint.tensors.items()
         if name in whole or any(start in starts for start in _prefixes(name))
     )

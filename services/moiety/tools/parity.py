@@ -26,6 +26,8 @@ from moiety.local import LocalCluster
 from moiety.model.architecture import causal_lm_class, load_config, quiet_transformers
 from moiety.model.checkpoint import Checkpoint
 from moiety.model.layout import expert_layout
+from moiety.model.quantised import QuantisedEntry
+from moiety.model.reading import Reader
 from moiety.model.revision import revision
 from moiety.model.router import load_router
 from moiety.model.seam import use_backend
@@ -34,12 +36,14 @@ from moiety.router import attention, latent
 from moiety.router.batch import StepBatch
 from moiety.router.blocks import BlockTable
 from moiety.router.context import HopSettings, StepContext
+from moiety.router.costs import CostFit
 from moiety.router.demand import DemandCounter
 from moiety.router.fleet import Fleet
 from moiety.router.hedge import Hedging
 from moiety.router.hop import Hop
 from moiety.router.kvcache import KVCache
-from moiety.router.probe import cache_spec
+from moiety.router.mixers import use_states
+from moiety.router.probe import cache_spec, install_mixers
 from moiety.telemetry.tracing import NO_SPAN, NO_TRACER
 from moiety.tools.plain_reference import PlainReference
 from moiety.wire.codec import DTYPE_NAMES, torch_dtype
@@ -195,12 +199,19 @@ def _reference_model(checkpoint: str, dtype: torch.dtype, references: Path | Non
 
 
 def _transformers_model(checkpoint: str, dtype: torch.dtype) -> Any:
-    """Plain transformers, all experts in it; its config is read as the router reads it (DBRX's is corrected)."""
+    """Plain transformers, all experts in it; its config is read as the router reads it (DBRX's is corrected).
+
+    The reference of quantised weights is the model on their values: transformers' own ways to dequantise differ.
+    """
     opened = Checkpoint.open(checkpoint)
     config = load_config(opened)
     model_class: Any = causal_lm_class(opened, config)
     with quiet_transformers():
-        return model_class.from_pretrained(checkpoint, config=config, dtype=dtype, local_files_only=True).eval()
+        if not any(isinstance(entry, QuantisedEntry) for entry in opened.tensors.values()):
+            return model_class.from_pretrained(checkpoint, config=config, dtype=dtype, local_files_only=True).eval()
+        with Reader() as reader:
+            state = reader.state(opened.tensors, dtype)
+        return model_class.from_pretrained(None, config=config, state_dict=state, dtype=dtype).eval()
 
 
 async def _generate(client: Client, prompt: Sequence[int], new_tokens: int) -> list[int]:
@@ -219,13 +230,15 @@ async def _own_router(
     attention.register()
     model = await asyncio.to_thread(load_router, opened, layout, dtype, "cpu", attention.NAME)
     latent.install(model)
+    install_mixers(model)
     cache = KVCache(cache_spec(model, layout.shape), 1 << 30, torch.device("cpu"))
     watch = Watch(cluster.registry)
     await watch.start()
     fleet = Fleet(watch, layout.shape, of, DTYPE_NAMES[dtype])
     fleet.start()
     demand = DemandCounter(layout.shape.moe_layers, layout.shape.experts)
-    hop = Hop(fleet, HopSettings(of, dtype, expert_wait_s=30.0), Hedging(0.02, 0.1), demand, NO_TRACER)
+    costs = CostFit(layout.shape.mlp.parameters * dtype.itemsize)
+    hop = Hop(fleet, HopSettings(of, dtype, expert_wait_s=30.0), Hedging(0.02, 0.1), demand, costs, NO_TRACER)
 
     @torch.inference_mode()
     def forward(text: Sequence[int]) -> torch.Tensor:
@@ -233,7 +246,7 @@ async def _own_router(
         cache.grow(table, len(text))
         batch = StepBatch.build(cache, [table], [0], [len(text)], torch.device("cpu"))
         hop.begin_step(StepContext(CallClass.PREFILL, NO_SPAN, lambda: None, lambda *_: None))
-        with use_backend(hop):
+        with use_backend(hop), use_states(batch.states):
             output = model(
                 input_ids=torch.tensor([text]),
                 position_ids=batch.positions[None],

@@ -119,7 +119,10 @@ def test_an_unwritable_cache_costs_nothing_else(open_tiny, tmp_path: Path, monke
 
 DENSE = {"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
 REFUSED = {
-    "quantised": ({**DENSE, "quantization_config": {"quant_method": "mxfp4"}}, r"llama.*quantised \(mxfp4\)"),
+    "quantised": (
+        {**DENSE, "quantization_config": {"quant_method": "aqlm"}},
+        r"llama.*quantised \(aqlm\): served are fp8",
+    ),
     "dense": (DENSE, "architecture llama.*no MoE layer"),
     "unknown": (
         {"model_type": "grok-2"},

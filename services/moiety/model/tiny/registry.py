@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from moiety.model.supported import REFUSED, seam_architectures, served_architectures
 from moiety.model.tiny.families import FAMILIES
+from moiety.model.tiny.lightning import with_decays
 
 if TYPE_CHECKING:
     import torch
@@ -31,6 +32,11 @@ class TinyModel:
 
 TINY: Mapping[str, TinyModel] = {
     **{architecture: TinyModel(architecture, settings) for architecture, settings in FAMILIES.items()},
+    "minimax": TinyModel(
+        "minimax",
+        {"layer_types": ["linear_attention", "full_attention"] * 2, "block_size": 8, "sliding_window": None},
+        store=with_decays,
+    ),
 }
 
 
