@@ -135,16 +135,14 @@ def test_zero_experts_of_longcat_stay_on_the_router(open_tiny, make_experts):
     assert bool((chosen >= 0).any())
 
 
-@pytest.mark.parametrize("architecture", ["jamba", "deepseek_v32", "beam"])
+@pytest.mark.parametrize("architecture", ["beam", "inkling_text"])
 def test_a_refusal_says_what_is_missing_and_what_is_near(tmp_path: Path, architecture: str):
     """Named: the architecture, the missing piece and the nearest that is served; before a weight is read."""
-    if architecture not in REFUSED:
-        pytest.skip(f"{architecture} is served")
-    folder = write_tiny(architecture, tmp_path)
-    for shard in folder.glob("*.safetensors"):
-        shard.chmod(0o400)
+    checkpoint = Checkpoint.open(write_tiny(architecture, tmp_path))
+    for shard in tmp_path.glob("*.safetensors"):
+        shard.unlink()
     with pytest.raises(CheckpointError) as refusal:
-        derive_layout(Checkpoint.open(folder))
+        derive_layout(checkpoint)
     told = str(refusal.value)
     assert f"architecture {architecture}" in told
     assert REFUSED[architecture] in told
