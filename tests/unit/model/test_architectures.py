@@ -24,7 +24,8 @@ from moiety.router import attention, latent
 from moiety.router.batch import StepBatch
 from moiety.router.blocks import BlockTable
 from moiety.router.kvcache import KVCache
-from moiety.router.probe import cache_spec
+from moiety.router.mixers import use_states
+from moiety.router.probe import cache_spec, install_mixers
 from moiety.tools.parity import _reference_model
 
 REFERENCES = Path(__file__).parents[2] / "parity" / "references.py"
@@ -48,10 +49,11 @@ def test_router_and_slices_are_the_reference(open_tiny, make_experts, name: str)
     attention.register()
     router = load_router(checkpoint, layout, torch.float32, "cpu", attention.NAME)
     latent.install(router)
+    install_mixers(router)
     cache, table = KVCache(cache_spec(router, layout.shape), 1 << 24, torch.device("cpu")), BlockTable()
     cache.grow(table, PROMPT.shape[1])
     batch = StepBatch.build(cache, [table], [0], [PROMPT.shape[1]], torch.device("cpu"))
-    with torch.inference_mode(), use_backend(make_experts(checkpoint, layout)):
+    with torch.inference_mode(), use_backend(make_experts(checkpoint, layout)), use_states(batch.states):
         found = router(PROMPT, position_ids=batch.positions[None], use_cache=False, moiety_batch=batch).logits
         expected = reference(PROMPT).logits
     scale = expected.abs().max()
