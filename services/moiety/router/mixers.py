@@ -20,6 +20,7 @@ from torch import nn
 
 from moiety.errors import CheckpointError
 from moiety.router.cachespec import StateKey, StateSpec
+from moiety.router.packed import cut, tokenwise
 from moiety.router.statecache import CONVOLUTION, RECURRENT, PositionCache, StateCache, StateLayer, StateName
 from moiety.router.states import Group, SlotStates, StepStates
 
@@ -58,7 +59,7 @@ class Mixer:
         options.pop("moiety_batch", None)
         given = arguments, options
         if (order := step.order) is not None:
-            given = _tokenwise(given, (1, step.tokens), lambda tensor: tensor[:, order])
+            given = tokenwise(given, (1, step.tokens), lambda tensor: tensor[:, order])
         outputs, begin = [], 0
         for group in step.groups:
             outputs.append(self._group(step.states, group, _part(given, step.tokens, begin, group)))
@@ -74,7 +75,7 @@ class Mixer:
         cache = StateCache(self._layer, states)
         if self.forgetful and group.tokens > 1 and read is not None:
             shape = group.sequences, group.tokens
-            singles = (_cut(given, shape, token, token + 1) for token in range(group.tokens))
+            singles = (cut(given, shape, token, token + 1) for token in range(group.tokens))
             output = _behind_one_another([self._call(single, cache) for single in singles])
         else:
             output = self._call(given, cache)
@@ -117,38 +118,22 @@ def _with_cache(
 # Arguments and outputs -------------------------------------------------------------------------------------------
 
 
-def _tokenwise(value: Any, shape: tuple[int, int], change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """`value` with every tensor in it changed that begins with `shape`, one row a token."""
-    if isinstance(value, torch.Tensor):
-        return change(value) if value.shape[:2] == shape else value
-    if isinstance(value, tuple | list):
-        return type(value)(_tokenwise(item, shape, change) for item in value)
-    if isinstance(value, dict):
-        return {name: _tokenwise(item, shape, change) for name, item in value.items()}
-    return value
-
-
-def _cut(value: Any, shape: tuple[int, int], begin: int, end: int) -> Any:
-    """The tokens from `begin` to `end` of every sequence."""
-    return _tokenwise(value, shape, lambda tensor: tensor[:, begin:end])
-
-
 def _part(given: Any, tokens: int, begin: int, group: Group) -> Any:
     """Of the arguments for all `tokens` those for a group, [sequences, tokens, ...]."""
     shape = group.sequences, group.tokens
     end = begin + group.sequences * group.tokens
-    return _tokenwise(given, (1, tokens), lambda tensor: tensor[0, begin:end].unflatten(0, shape))
+    return tokenwise(given, (1, tokens), lambda tensor: tensor[0, begin:end].unflatten(0, shape))
 
 
 def _joined(outputs: Sequence[Any], step: StepStates) -> Any:
     """The groups' outputs [sequences, tokens, ...] as one of the whole step, [1, T, ...]."""
     flat = [
-        _tokenwise(output, (group.sequences, group.tokens), lambda tensor: tensor.flatten(0, 1)[None])
+        tokenwise(output, (group.sequences, group.tokens), lambda tensor: tensor.flatten(0, 1)[None])
         for output, group in zip(outputs, step.groups, strict=True)
     ]
     joined = _behind_one_another(flat)
     if (back := step.back) is not None:
-        joined = _tokenwise(joined, (1, step.tokens), lambda tensor: tensor[:, back])
+        joined = tokenwise(joined, (1, step.tokens), lambda tensor: tensor[:, back])
     return joined
 
 
@@ -302,7 +287,7 @@ def _in_steps(mixer: Mixer, use: _Use, counts: Sequence[int]) -> list[torch.Tens
     slot, past, outputs = slots.take(), 0, []
     for count in counts:
         given = use.arguments, use.options
-        arguments, options = _cut(given, (1, PROBE_TOKENS), past, past + count)
+        arguments, options = cut(given, (1, PROBE_TOKENS), past, past + count)
         with use_states(StepStates.build(slots, [slot], [past], [count], device)):
             outputs.append(mixer(*arguments, **options))
         slots.commit(slot)
