@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from moiety.errors import CheckpointError
+from moiety.model.adapters import adapter_of
 from moiety.model.architecture import (
     causal_lm_class,
     experts_modules,
@@ -66,10 +67,13 @@ def _without_experts(model_class: Any, layout: ExpertLayout) -> Any:
         modules = experts_modules(self)
         if [path for path, _ in modules] != [layer.module for layer in layout.layers]:
             raise RuntimeError("the expert layout belongs to another model")
-        for ordinal, (_, module) in enumerate(modules):
-            module._parameters.clear()
-            module._is_hf_initialized = True  # type: ignore[assignment]  # or weight initialisation looks for them
+        for ordinal, (path, module) in enumerate(modules):
+            for part in module.modules():
+                part._parameters.clear()
+                part._is_hf_initialized = True  # type: ignore[assignment]  # or weight initialisation looks for them
             setattr(module, LAYER_ATTRIBUTE, ordinal)
+            if (adapter := adapter_of(type(module))) is not None:
+                adapter.install(self.get_submodule(path.rpartition(".")[0]), module)
         unread = {rf"^{re.escape(layer.module)}\." for layer in layout.layers}
         for path in towers(self):
             parent, _, name = path.rpartition(".")
