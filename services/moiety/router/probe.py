@@ -9,7 +9,7 @@ import torch
 from moiety.core import ModelShape
 from moiety.errors import CheckpointError
 from moiety.model.seam import use_backend
-from moiety.router import mixers, sparse
+from moiety.router import mixers, sparse, statefinder
 from moiety.router.attention import ProbeBatch
 from moiety.router.cachespec import CacheSpec
 
@@ -52,9 +52,9 @@ def run_once(model: Any, batch: ProbeBatch, cache: Any = None) -> torch.Tensor:
 
 
 def install_mixers(model: Any) -> None:
-    """Lets a loaded router run layers that are more than attention: see `mixers.install` and `sparse.install`."""
+    """Lets a loaded router run layers that are more than attention: see `statefinder.install` and `sparse.install`."""
     sparse.install(model)
-    mixers.install(model, lambda cache: run_once(model, ProbeBatch(mixers.PROBE_TOKENS), cache))
+    statefinder.install(model, lambda cache: run_once(model, ProbeBatch(statefinder.PROBE_TOKENS), cache))
 
 
 def cache_spec(model: Any, shape: ModelShape) -> CacheSpec:

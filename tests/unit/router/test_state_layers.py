@@ -148,7 +148,7 @@ def test_what_forgets_its_state_is_told_and_served_token_by_token(caplog: pytest
     """Jamba's Mamba layers begin every chunk anew: one warning at start, and its tokens all the same."""
     with caplog.at_level(logging.WARNING):
         model, spec = served("jamba")
-    (told_at_start,) = [record.message for record in caplog.records if record.name == "moiety.router.mixers"]
+    (told_at_start,) = [record.message for record in caplog.records if record.name == "moiety.router.statefinder"]
     assert told_at_start.startswith("JambaMambaMixer drops its state over a second chunk of a prompt")
     engine = engine_on(model, spec, token_budget=7)
     texts = submit_all("jamba", engine)
