@@ -122,8 +122,8 @@ def install(model: Any, run: Callable[[Any], object]) -> None:
         raise CheckpointError(f"{config.model_type}: {error}") from error
     for kind in (kind for kind, forgets in forgetful.items() if forgets):
         _log.warning(
-            "%s drops its state over a second chunk of a prompt: prompts longer than what a step's token budget leaves "
-            "for them are computed token by token in these layers, behind their first chunk",
+            "%s drops its state over a second chunk of a prompt: behind the first these layers compute it token by token, "
+            "so that long prompts are slow unless token_budget has room for them whole",
             kind.__name__,
         )
 

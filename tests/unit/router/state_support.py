@@ -189,10 +189,10 @@ def told(architecture: str, prompt: tuple[int, ...]) -> list[int]:
     return text[0, len(prompt) :].tolist()
 
 
-def served(architecture: str) -> tuple[Any, CacheSpec]:
+def served(architecture: str, dtype: torch.dtype = torch.float32) -> tuple[Any, CacheSpec]:
     """The same model, made ready to run packed steps, and what it keeps."""
     attention.register()
-    model = hybrid(architecture)
+    model = hybrid(architecture).to(dtype)
     model.set_attn_implementation(attention.NAME)
     latent.install(model)
     install_mixers(model)

@@ -156,6 +156,19 @@ def test_what_forgets_its_state_is_told_and_served_token_by_token(caplog: pytest
     assert [listener.tokens for listener, _ in texts] == [expected for _, expected in texts]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", HYBRIDS)
+def test_the_trial_at_start_judges_bf16_as_it_does_fp32(architecture: str) -> None:
+    """Its rounding is no forgotten state; what a model keeps in fp32 is kept so."""
+    model, spec = served(architecture, torch.bfloat16)
+    assert any(mixer.forgetful for mixer in mixers(model)) is (architecture == "jamba")
+    assert {state.dtype for state in spec.states.values()} <= {torch.float32, torch.bfloat16}
+    engine = engine_on(model, spec)
+    texts = [submit(engine, prompt_of(seed, length), sampling=GREEDY)[1] for seed, length in enumerate((3, 20, 9))]
+    finish(engine)
+    assert [len(listener.tokens) for listener in texts] == [NEW_TOKENS] * 3
+
+
 def test_a_state_that_leads_elsewhere_is_refused() -> None:
     """A module whose single tokens do not add up to its whole text would give wrong tokens in silence."""
     attention.register()
