@@ -19,7 +19,8 @@ from moiety.errors import MoietyError
 COMMANDS: Mapping[str, LazyCommand] = MappingProxyType(
     {
         "bench": LazyCommand(
-            "moiety.cli.bench:bench", "Measure this machine: the hop, the split, lanes, serving speed, a flood."
+            "moiety.cli.bench:bench",
+            "Measure this machine: the hop, the split, lanes, serving speed, a flood, the control plane.",
         ),
         "demo": LazyCommand("moiety.cli.demo:demo", "Show the main job on this machine, start to end."),
         "doctor": LazyCommand(

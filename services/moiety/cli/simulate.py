@@ -17,12 +17,18 @@ from moiety.cli.run import progress
     "--tokens", type=click.FloatRange(1e3, 1e8), default=0.9e6, show_default=True, help="Tokens per second, on average."
 )
 @click.option("--peak", type=click.FloatRange(1.05, 4), default=2.0, show_default=True, help="Peak over mean load.")
-@click.option("--skew", type=click.FloatRange(0, 2), default=0.8, show_default=True, help="Zipf exponent of the experts.")
-@click.option("--start", type=click.FloatRange(0, 600), default=30.0, show_default=True, help="Seconds a replica takes.")
+@click.option(
+    "--skew", type=click.FloatRange(0, 2), default=0.8, show_default=True, help="Zipf exponent of the experts."
+)
+@click.option(
+    "--start", type=click.FloatRange(0, 600), default=30.0, show_default=True, help="Seconds a replica takes."
+)
 @click.option("--groups", type=click.IntRange(1, 256), default=32, show_default=True, help="Expert groups.")
 @click.option("--hot-sets", type=click.IntRange(0, 64), default=4, show_default=True, help="Hot sets, at most.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Same seed, same day.")
-@click.option("--plot", "picture", type=click.Path(dir_okay=False, path_type=Path), help="Draw load and replicas: a PNG.")
+@click.option(
+    "--plot", "picture", type=click.Path(dir_okay=False, path_type=Path), help="Draw load and replicas: a PNG."
+)
 @json_option
 @click.pass_context
 def simulate(

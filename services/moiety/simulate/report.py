@@ -98,7 +98,9 @@ def compare(cluster: Cluster, trace: Trace, progress: Callable[[str], None] = la
 def skewed_over_uniform(cluster: Cluster, p99_ms: float, replicas: int, seed: int) -> float:
     """Throughput of `replicas` under Zipf 1.0 over that under uniform load, both within `p99_ms`; best share of hot sets."""
     flat = np.full((cluster.layers, cluster.experts), cluster.top_k / cluster.experts)
-    skewed = inclusion(popularity(day_trace(1.0, hours=1, skew=1.0, drift=False, seed=seed), cluster, 0.0), cluster.top_k)
+    skewed = inclusion(
+        popularity(day_trace(1.0, hours=1, skew=1.0, drift=False, seed=seed), cluster, 0.0), cluster.top_k
+    )
     best = max(throughput(cluster, skewed, p99_ms, replicas, round(share * replicas)) for share in HOT_SHARES)
     return best / throughput(cluster, flat, p99_ms, replicas)
 
@@ -110,12 +112,13 @@ def lines(report: Report) -> Iterator[str]:
     yield (
         f"{trace.hours:g} h, {trace.rates.mean():,.0f} tokens/s on average, peak/mean "
         f"{trace.rates.max() / trace.rates.mean():.2f}, Zipf {trace.skew:g}{', drifting' if trace.drift else ''}; "
-        f"{cluster.layers} layers x {cluster.experts} experts in {cluster.groups} groups, replicas start in {cluster.start_s:g} s"
+        f"{cluster.layers} layers x {cluster.experts} experts in {cluster.groups} groups, "
+        f"replicas start in {cluster.start_s:g} s"
     )
     header = ("system", "GPU-hours", "of static", "most replicas", "step p50", "step p99", "delayed")
     rows: list[Sequence[str]] = [header]
-    for each in report.outcomes:
-        rows.append((
+    rows += [
+        (
             each.system,
             f"{each.gpu_hours:,.0f}",
             f"{each.gpu_hours / static.gpu_hours:.1%}",
@@ -123,10 +126,15 @@ def lines(report: Report) -> Iterator[str]:
             f"{each.p50_ms:.1f} ms",
             f"{each.p99_ms:.1f} ms",
             f"{each.delayed:.2%}",
-        ))  # fmt: skip
+        )
+        for each in report.outcomes
+    ]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
-        yield "  ".join(cell.ljust(width) if not at else cell.rjust(width) for at, (cell, width) in enumerate(zip(row, widths, strict=True)))
+        yield "  ".join(
+            cell.ljust(width) if not at else cell.rjust(width)
+            for at, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
     ours = report.outcomes[0]
     yield (
         f"elastic saves {report.saved_vs_static:.1%} of static at equal p99, {report.of_clairvoyant:.1%} of what a "

@@ -93,7 +93,12 @@ def elastic(load: Load, settings: GroupSettings = SETTINGS, hot_sets: int | None
     first = work(cluster, load.included(0.0), held, np.ones(len(rooms)))
     needed = first.device_s * trace.rates[0] / cluster.batch / settings.target_busy
     pools = [
-        _Pool(room.deployment, settings if not room.hot else _spare(settings), int(np.ceil(count)), room.hot)
+        _Pool(
+            room.deployment,
+            settings if not room.hot else _spare(settings),
+            0 if room.hot else int(np.ceil(count)),
+            room.hot,
+        )
         for room, count in zip(rooms, needed, strict=True)
     ]
     recorder, decisions = _Recorder(trace), list[tuple[float, Decision]]()
@@ -351,7 +356,7 @@ class _Recorder:
             p50_ms=1000 * percentile(means, spreads, weights, late, 50),
             p99_ms=1000 * percentile(means, spreads, weights, late, 99),
             delayed=float(late / (tokens.sum() + self.backlog)),
-            times_s=np.arange(len(replicas)) * self.trace.step_s,
+            times_s=np.arange(len(replicas), dtype=np.float64) * self.trace.step_s,
             replicas=replicas,
             decisions=tuple(decisions),
             rebalances=rebalances,
