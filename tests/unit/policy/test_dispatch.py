@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moiety.core import ExpertSet
-from moiety.policy.dispatch import KNEE_ROWS, Plan, Table, plan
+from moiety.policy.dispatch import KNEE_ROWS, NOBODY, SEVERAL, Plan, Table, plan
 
 EXPERTS = 8
 Held = dict[str, frozenset[int]]
@@ -61,6 +61,25 @@ def test_a_plan_depends_on_nothing_else(held: Held, experts: np.ndarray):
     assert first.parts.keys() == again.parts.keys()
     for replica, part in first.parts.items():
         assert part.tolist() == again.parts[replica].tolist()
+
+
+@given(
+    names=st.lists(st.sampled_from("abcdefg"), max_size=7, unique=True),
+    kinds=st.lists(st.sampled_from(["0:0-3", "0:2-5;1:0", "1:1-7", "0-1:0-7", ""]), min_size=7, max_size=7),
+)
+def test_the_table_is_what_a_plain_loop_makes(names: list[str], kinds: list[str]):
+    """Sole holders and the several holders of an expert, whether replicas hold one and the same set or equal ones."""
+    held = {name: ExpertSet.parse(kind) for name, kind in zip(names, kinds, strict=False)}
+    table = Table.build(1, held, layers=2, experts=EXPERTS)
+    holders: dict[tuple[int, int], list[int]] = {}
+    for index, name in enumerate(sorted(held)):
+        for pair in held[name]:
+            holders.setdefault(pair, []).append(index)
+    assert dict(table.shared) == {pair: tuple(ids) for pair, ids in holders.items() if len(ids) > 1}
+    for layer, owner in table.sole.items():
+        for expert in range(EXPERTS):
+            mine = holders.get((layer, expert), [])
+            assert owner[expert] == (NOBODY if not mine else mine[0] if len(mine) == 1 else SEVERAL)
 
 
 def test_experts_stay_with_their_replica_from_step_to_step():
