@@ -20,7 +20,7 @@ COMMANDS: Mapping[str, LazyCommand] = MappingProxyType(
     {
         "bench": LazyCommand(
             "moiety.cli.bench:bench",
-            "Measure this machine: the hop, the split, lanes, serving speed, a flood, the control plane.",
+            "Measure this machine: hop, split, lanes, experts, serving, flood, elasticity, control plane.",
         ),
         "demo": LazyCommand("moiety.cli.demo:demo", "Show the main job on this machine, start to end."),
         "doctor": LazyCommand(
@@ -29,6 +29,12 @@ COMMANDS: Mapping[str, LazyCommand] = MappingProxyType(
         "generate": LazyCommand("moiety.cli.generate:generate", "Generate text from a running gateway."),
         "parity": LazyCommand(
             "moiety.cli.parity:parity", "Compare the served system with transformers, token for token."
+        ),
+        "quantize": LazyCommand(
+            "moiety.cli.quantize:quantize", "Quantise a checkpoint's experts, each to as many bits as it deserves."
+        ),
+        "rebalance": LazyCommand(
+            "moiety.cli.rebalance:rebalance", "Place experts anew by the load of the moment, without a stop."
         ),
         "serve": LazyCommand(
             "moiety.cli.serve:serve", "Serve a checkpoint on Ray: gateway, router and elastic expert groups."
