@@ -144,8 +144,9 @@ def plan(table: Table, layer: int, experts: np.ndarray, assignments: np.ndarray,
     """Plans `assignments` (indices into `experts` [A], global ids) of one layer over the holders not in `avoid`.
 
     Whole experts go to one replica each: two replicas streaming the same weights for half the rows each gain nothing in
-    decode. An expert's preferred holder is fixed by its id, so sets stay disjoint and sticky from step to step; it is
-    passed over only when it is busier than another holder by what the expert itself costs, or more.
+    decode. An expert's preferred holder is fixed by its id and its layer's, so sets stay disjoint and sticky from step to
+    step, and a group may have more replicas than experts of a layer; it is passed over only when it is busier than another
+    holder by what the expert itself costs, or more.
     """
     wanted = experts[assignments]
     owner = table.sole[layer][wanted]  # [len(assignments)]
@@ -177,7 +178,7 @@ def _choose(table: Table, layer: int, wanted: np.ndarray, owner: np.ndarray, bar
         if not holders:
             owner_of[expert] = NOBODY
             continue
-        preferred = holders[expert % len(holders)]
+        preferred = holders[(expert + layer) % len(holders)]
         chosen, cost = preferred, _cost(count)
         if load[preferred] >= cost:  # else nobody is lighter by as much
             lightest = min(holders, key=load.__getitem__)
