@@ -12,6 +12,7 @@ import torch
 from moiety_kernels.expert_mlp import ExpertWeights, grouped_expert_mlp
 from moiety_kernels.linear import linear
 from moiety_kernels.reference import activate
+from moiety_kernels.weights import dequantised
 
 
 @torch.no_grad()
@@ -47,14 +48,15 @@ def grouped_partial_mlp(
     start = 0
     for count, held in zip(counts, weights, strict=True):
         if count:
-            span, expert = slice(start, start + count), held.dequantised(rows.dtype)
-            projected = linear(rows[span], expert.gate_up, deterministic=deterministic)
-            if expert.gate_up_bias is not None:
-                projected = projected + expert.gate_up_bias
+            span = slice(start, start + count)
+            gate_up, down = dequantised(held.gate_up, rows.dtype), dequantised(held.down, rows.dtype)
+            projected = linear(rows[span], gate_up, deterministic=deterministic)
+            if held.gate_up_bias is not None:
+                projected = projected + held.gate_up_bias
             inner = activate(
                 projected, activation=activation, gated=gated, interleaved=interleaved, limit=limit, alpha=alpha
             )  # [count, I]
-            product = linear(inner.float(), expert.down.float(), deterministic=deterministic)
-            out[span] = product if expert.down_bias is None else product + expert.down_bias.float()
+            product = linear(inner.float(), down.float(), deterministic=deterministic)
+            out[span] = product if held.down_bias is None else product + held.down_bias.float()
             start += count
     return out

@@ -65,7 +65,9 @@ class LocalCluster:
 
     Hot sets hold nothing but what a placement gives them, and start with `add_hot_set`.
     `registry` is a redis:// URL, or None for a registry file that this process keeps. `expert`, `router` and `gateway`
-    are settings on top of the common ones (config.py); `env` is added to the children's environment.
+    are settings on top of the common ones (config.py); `env` is added to the children's environment. `pin` gives every
+    group cores of its own, where there are enough: left to itself, the kernel now and then queues two replicas on one core
+    while another is idle, for as long as one of them computes.
     """
 
     def __init__(
@@ -85,6 +87,7 @@ class LocalCluster:
         router: Mapping[str, Any] | None = None,
         gateway: Mapping[str, Any] | None = None,
         env: Mapping[str, str] | None = None,
+        pin: bool = False,
     ):
         self.model, self.groups, self.slices, self.routers = str(model), groups, slices, routers
         self.folder = Path(tempfile.mkdtemp(prefix="moiety-"))
@@ -105,7 +108,7 @@ class LocalCluster:
             Role.GATEWAY: gateway or {},
         }
         self._env = {**PROCESS_ENVIRONMENT, "OMP_NUM_THREADS": str(threads), **os.environ, **(env or {})}
-        self._count = 0
+        self._count, self._pin = 0, pin
 
     async def __aenter__(self) -> Self:
         try:
@@ -201,6 +204,8 @@ class LocalCluster:
                 start_new_session=True,  # Ctrl-C at a terminal reaches the parent, which stops us in order
             )
         try:
+            if self._pin and role is Role.EXPERT and (cores := _share_of_cores(deployment, self.groups)):
+                os.sched_setaffinity(process.pid, cores)
             await _write(process, {"role": role, "settings": values, "replica_id": replica_id})
             async with asyncio.timeout(READY_S):
                 told = await _read(process)
@@ -242,6 +247,14 @@ class LocalCluster:
                     await client.models()
                     return
                 await asyncio.sleep(0.1)
+
+
+def _share_of_cores(deployment: str, groups: int) -> list[int]:
+    """The cores of one group's replicas; none where there are fewer cores than groups, or the system cannot pin."""
+    if not hasattr(os, "sched_setaffinity"):
+        return []
+    usable, group = sorted(os.sched_getaffinity(0)), int(deployment.rpartition("-")[2])
+    return usable[group * len(usable) // groups : (group + 1) * len(usable) // groups] if len(usable) >= groups else []
 
 
 def _shape(model: str) -> ModelShape:

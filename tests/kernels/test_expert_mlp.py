@@ -59,7 +59,8 @@ def make_weights(
 
 def in_float64(weights: ExpertWeights) -> ExpertWeights:
     """The same values at twice the precision."""
-    return ExpertWeights(*(None if tensor is None else tensor.double() for tensor in weights.tensors))  # type: ignore[arg-type]
+    parts = (weights.gate_up, weights.down, weights.gate_up_bias, weights.down_bias)
+    return ExpertWeights(*(None if part is None else part.double() for part in parts))  # type: ignore[arg-type,union-attr]
 
 
 def one_at_a_time(rows: torch.Tensor, counts: Sequence[int], weights: Sequence[ExpertWeights], kind: dict[str, Any]):
@@ -97,7 +98,7 @@ def test_grouped_is_within_rounding_of_float64(
     ],
 )
 def test_odd_sizes(kernels: str, hidden: int, intermediate: int, kind: dict[str, Any], dtype: torch.dtype):
-    """Widths that fit no vector, and products so deep that they are taken in parts, are computed to the same bound."""
+    """Widths that fit no vector, and products so deep that they are taken in parts, are computed to their bound."""
     counts = (1, 0, 7, 2)
     rows = torch.randn(sum(counts), hidden, generator=torch.Generator().manual_seed(1)).to(dtype)
     weights = [make_weights(kind, dtype, seed, hidden, intermediate) for seed in range(len(counts))]

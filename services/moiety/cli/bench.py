@@ -1,4 +1,4 @@
-"""`moiety bench`: hop, serve, split, lanes, flood and elastic."""
+"""`moiety bench`: hop, serve, split, lanes, experts, quantize, flood and elastic."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import click
 
 from moiety.cli.bench_elastic import elastic
 from moiety.cli.bench_engines import lanes, split
+from moiety.cli.bench_weights import experts, quantize
 from moiety.cli.options import (
     IntegerList,
     WordList,
@@ -25,7 +26,7 @@ from moiety.cli.run import progress, run_async
 
 @click.group()
 def bench() -> None:
-    """Measure this machine: the hop, the split, lanes, serving speed, a flood, elasticity.
+    """Measure this machine: the hop, the split, lanes, experts, serving speed, a flood, elasticity.
 
     The benchmarks start what they need as child processes, take turns with a baseline, and leave nothing behind.
     Numbers mean something on a quiet machine only.
@@ -217,4 +218,6 @@ def flood(
 
 bench.add_command(split)
 bench.add_command(lanes)
+bench.add_command(experts)
+bench.add_command(quantize)
 bench.add_command(elastic)

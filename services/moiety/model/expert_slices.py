@@ -21,6 +21,9 @@ def sliced_revision(revision: str, slices: int) -> str:
 
 def slice_of(expert: ExpertWeights, mlp: ExpertMLP, number: int, slices: int) -> ExpertWeights:
     """Slice `number` of an expert of the form `mlp`, not quantised, as weights of their own that share no memory with it."""
+    gate_up, down = expert.gate_up, expert.down
+    if not isinstance(gate_up, torch.Tensor) or not isinstance(down, torch.Tensor):
+        raise ValueError("a quantised expert cannot be sliced: dequantise it first")
     size = mlp.intermediate // slices
     span = slice(number * size, (number + 1) * size)
 
@@ -34,8 +37,8 @@ def slice_of(expert: ExpertWeights, mlp: ExpertMLP, number: int, slices: int) ->
 
     bias = expert.down_bias
     return ExpertWeights(
-        of_inputs(expert.gate_up),
-        expert.down[:, span].contiguous(),
+        of_inputs(gate_up),
+        down[:, span].contiguous(),
         None if expert.gate_up_bias is None else of_inputs(expert.gate_up_bias),
         None if bias is None else bias.clone() if number == 0 else torch.zeros_like(bias),
     )

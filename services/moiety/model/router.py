@@ -10,15 +10,19 @@ from safetensors import SafetensorError
 from torch import nn
 
 from moiety.errors import CheckpointError
+from moiety.model.adapters import adapter_of
 from moiety.model.architecture import (
     causal_lm_class,
     experts_modules,
     load_config,
     quiet_transformers,
+    towers,
     unsupported,
 )
 from moiety.model.checkpoint import Checkpoint
-from moiety.model.layout import ExpertLayout
+from moiety.model.layout import EXPERT, ExpertLayout
+from moiety.model.quantised import QuantisedEntry
+from moiety.model.reading import Reader
 from moiety.model.seam import IMPLEMENTATION, LAYER_ATTRIBUTE, register
 
 
@@ -37,10 +41,12 @@ def load_router(
     register()
     config = load_config(checkpoint)
     router_class = _without_experts(causal_lm_class(checkpoint, config), layout)
+    values = _dequantised(checkpoint, layout, router_class, dtype)
     with quiet_transformers():
         try:
             model, report = router_class.from_pretrained(
-                checkpoint.path,
+                checkpoint.path if values is None else None,
+                state_dict=values,
                 config=config,
                 dtype=dtype,
                 attn_implementation=attention,
@@ -54,33 +60,67 @@ def load_router(
     for kind in ("missing_keys", "mismatched_keys"):
         if bad := sorted(map(str, report[kind])):
             raise CheckpointError(f"checkpoint {checkpoint.path}: {kind.replace('_', ' ')}: {', '.join(bad[:8])}")
-    return _owned(model).to(device).requires_grad_(False).eval()
+    if values is None:
+        _own(model)
+    return model.to(device).requires_grad_(False).eval()
+
+
+def _dequantised(
+    checkpoint: Checkpoint, layout: ExpertLayout, router_class: Any, dtype: torch.dtype
+) -> dict[str, torch.Tensor] | None:
+    """The router's tensors by name where some of them are stored quantised; else None: transformers reads the files.
+
+    transformers dequantises fp8 wrongly where rows are no multiple of 128, and needs further libraries for GPTQ and AWQ.
+    """
+    owned = {
+        name.replace(EXPERT, str(expert))
+        for layer in layout.layers
+        for names in layer.sources.values()
+        for name in names
+        for expert in range(layout.shape.experts if EXPERT in name else 1)
+    }
+    ignored = [re.compile(pattern) for pattern in router_class._keys_to_ignore_on_load_unexpected or ()]
+    own = {
+        name: entry
+        for name, entry in checkpoint.tensors.items()
+        if name not in owned and not any(pattern.search(name) for pattern in ignored)
+    }
+    if not any(isinstance(entry, QuantisedEntry) for entry in own.values()):
+        return None
+    with Reader() as reader:
+        return reader.state(own, dtype)
 
 
 def _without_experts(model_class: Any, layout: ExpertLayout) -> Any:
-    """A subclass whose experts modules lose their parameters as soon as they exist, which is while they are on meta."""
+    """A subclass without expert weights and towers: they go as soon as they exist, which is while they are on meta."""
 
-    def __init__(self: nn.Module, *arguments: Any, **options: Any) -> None:
+    def __init__(self: Any, *arguments: Any, **options: Any) -> None:
         model_class.__init__(self, *arguments, **options)
         modules = experts_modules(self)
         if [path for path, _ in modules] != [layer.module for layer in layout.layers]:
             raise RuntimeError("the expert layout belongs to another model")
-        for ordinal, (_, module) in enumerate(modules):
-            module._parameters.clear()
-            module._is_hf_initialized = True  # type: ignore[assignment]  # or weight initialisation looks for them
+        for ordinal, (path, module) in enumerate(modules):
+            for part in module.modules():
+                part._parameters.clear()
+                part._is_hf_initialized = True  # type: ignore[assignment]  # or weight initialisation looks for them
             setattr(module, LAYER_ATTRIBUTE, ordinal)
+            if (adapter := adapter_of(type(module))) is not None:
+                adapter.install(self.get_submodule(path.rpartition(".")[0]), module)
+        unread = {rf"^{re.escape(layer.module)}\." for layer in layout.layers}
+        for path in towers(self):
+            parent, _, name = path.rpartition(".")
+            self.get_submodule(parent).register_module(name, None)
+            unread.add(rf"^{re.escape(path)}\.")
+        self._keys_to_ignore_on_load_unexpected = {*(self._keys_to_ignore_on_load_unexpected or ()), *unread}
 
-    experts = [rf"^{re.escape(layer.module)}\." for layer in layout.layers]
     attributes = {
         "__init__": __init__,
         "__module__": model_class.__module__,  # elsewhere transformers takes it for custom code and skips conversions
-        "_keys_to_ignore_on_load_unexpected": [*(model_class._keys_to_ignore_on_load_unexpected or ()), *experts],
     }
     return type(model_class.__name__, (model_class,), attributes)
 
 
-def _owned(model: nn.Module) -> nn.Module:
+def _own(model: nn.Module) -> None:
     """Copies what transformers left as views of mapped files: replacing a file must not change a live model."""
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = tensor.data.clone()
-    return model

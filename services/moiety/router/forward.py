@@ -17,6 +17,7 @@ from moiety.router.batch import StepBatch
 from moiety.router.context import StepBackend, StepContext
 from moiety.router.kvcache import KVCache
 from moiety.router.lanes import Lanes
+from moiety.router.mixers import use_states
 from moiety.router.plan import StepPlan
 
 
@@ -78,7 +79,7 @@ class Forward:
         )
         backend.begin_step(replace(step, routed=partial(_note_routed, plan)))
         try:
-            with use_backend(backend):
+            with use_backend(backend), use_states(batch.states):
                 output = self._model(
                     input_ids=torch.tensor([ids], device=self._device),
                     position_ids=batch.positions[None],
