@@ -1,4 +1,4 @@
-"""`moiety bench`: hop, serve, split, lanes, experts, quantize, flood and elastic."""
+"""`moiety bench`: hop, serve, split, lanes, flood and elastic; experts and quantize are in `bench_weights.py`."""
 
 from __future__ import annotations
 

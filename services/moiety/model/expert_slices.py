@@ -12,6 +12,7 @@ import torch
 
 from moiety.core import ExpertMLP
 from moiety_kernels import ExpertWeights
+from moiety_kernels.weights import dequantised
 
 
 def sliced_revision(revision: str, slices: int) -> str:
@@ -19,11 +20,12 @@ def sliced_revision(revision: str, slices: int) -> str:
     return revision if slices == 1 else f"{revision}-slices{slices}"
 
 
-def slice_of(expert: ExpertWeights, mlp: ExpertMLP, number: int, slices: int) -> ExpertWeights:
-    """Slice `number` of an expert of the form `mlp`, not quantised, as weights of their own that share no memory with it."""
-    gate_up, down = expert.gate_up, expert.down
-    if not isinstance(gate_up, torch.Tensor) or not isinstance(down, torch.Tensor):
-        raise ValueError("a quantised expert cannot be sliced: dequantise it first")
+def slice_of(expert: ExpertWeights, mlp: ExpertMLP, number: int, slices: int, dtype: torch.dtype) -> ExpertWeights:
+    """Slice `number` of an expert of the form `mlp`, as weights of their own that share no memory with it.
+
+    Of one that is held quantised it is the slice of its values, in `dtype`.
+    """
+    gate_up, down = dequantised(expert.gate_up, dtype), dequantised(expert.down, dtype)
     size = mlp.intermediate // slices
     span = slice(number * size, (number + 1) * size)
 
@@ -38,7 +40,7 @@ def slice_of(expert: ExpertWeights, mlp: ExpertMLP, number: int, slices: int) ->
     bias = expert.down_bias
     return ExpertWeights(
         of_inputs(gate_up),
-        down[:, span].contiguous(),
+        down[:, span].clone(memory_format=torch.contiguous_format),
         None if expert.gate_up_bias is None else of_inputs(expert.gate_up_bias),
         None if bias is None else bias.clone() if number == 0 else torch.zeros_like(bias),
     )

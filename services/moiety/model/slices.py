@@ -35,7 +35,7 @@ def load_experts(
 
     Matrices are [out, in], also where they are published the other way around. Those published quantised stay so; with
     `int8` the others are quantised, too. With `slices` above 1, `held` names slices as `ModelShape.sliced` does; an expert
-    is read whole, and its slice is kept, of plain values where it is published quantised.
+    is read whole, and its slice is kept, of its values where it is published quantised.
 
     Raises CheckpointError for a pair the model does not have and for a tensor that is missing or cannot be read.
     """
@@ -43,9 +43,10 @@ def load_experts(
     with Reader() as reader:
         for layer, number in sorted(held):
             expert, part = divmod(number, slices)
-            weights = load_expert(reader, checkpoint, layout, layer, expert, dtype, "cpu" if slices > 1 else device)
+            weights = load_expert(reader, checkpoint, layout, layer, expert, dtype)
             if slices > 1:
-                weights = slice_of(weights.dequantised(dtype), layout.shape.mlp, part, slices).to(device)
+                weights = slice_of(weights, layout.shape.mlp, part, slices, dtype)
+            weights = weights.to(device)
             loaded[layer, number] = weights.quantised() if int8 else weights
     return loaded
 
@@ -57,9 +58,8 @@ def load_expert(
     layer: int,
     expert: int,
     dtype: torch.dtype,
-    device: torch.device | str = "cpu",
 ) -> ExpertWeights:
-    """One expert of MoE layer `layer`: see `load_experts`."""
+    """One expert of MoE layer `layer`, whole and on CPU: see `load_experts`."""
     shape = layout.shape
     if not (0 <= layer < shape.moe_layers and 0 <= expert < shape.experts):
         raise CheckpointError(
@@ -75,9 +75,7 @@ def load_expert(
     if type(gate_up) is not type(down):  # one kernel computes both
         gate_up, down = dequantised(gate_up, dtype), dequantised(down, dtype)
     biases = (read.get("gate_up_bias"), read.get("down_bias"))
-    return ExpertWeights(gate_up, down, *(None if bias is None else dequantised(bias, dtype) for bias in biases)).to(
-        device
-    )
+    return ExpertWeights(gate_up, down, *(None if bias is None else dequantised(bias, dtype) for bias in biases))
 
 
 def _entry(checkpoint: Checkpoint, layout: ExpertLayout, name: str, expert: int) -> Stored:

@@ -43,7 +43,13 @@ class _Server:
 
 
 def play(
-    cluster: Cluster, included: Floats, held: Bools, replicas: npt.NDArray[np.int64], routers: int, steps: int, seed: int = 0
+    cluster: Cluster,
+    included: Floats,
+    held: Bools,
+    replicas: npt.NDArray[np.int64],
+    routers: int,
+    steps: int,
+    seed: int = 0,
 ) -> Played:
     """`routers` decode without pause until each has made `steps`, of which the first tenth is not counted.
 

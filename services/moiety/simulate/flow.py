@@ -92,7 +92,9 @@ def work(cluster: Cluster, included: Floats, holding: Holding, replicas: Floats)
     asked = share * activated
     visits = np.maximum(1 - np.exp(total(np.log1p(-np.minimum(asked, 1 - 1e-12)))), 1e-12)
     # Whether the expert goes here, whether a token has it, and how many do.
-    spread = share * ((1 - share) * cost**2 + activated * (1 - activated) * read_s**2 + rows * (1 - included) * row_s**2)
+    spread = share * (
+        (1 - share) * cost**2 + activated * (1 - activated) * read_s**2 + rows * (1 - included) * row_s**2
+    )
     return Work(
         visits,
         cluster.cost.fixed_s + total(share * cost) / visits,
@@ -150,7 +152,9 @@ def _slowest(asked: Work, busy: Floats, late: Floats) -> tuple[Floats, Floats]:
         beyond = ((points - service[:, :, None]) / scale[:, None, None]).astype(np.float32)
         waits = np.maximum(beyond, 1e-12) ** exponent
         survival += 0.5 * np.where(beyond < 0, 1.0, busy[:, None, None].astype(np.float32) * np.exp(-waits))
-    done = np.exp(np.log1p(-np.minimum(asked.visits[:, :, None].astype(np.float32) * survival, 1 - 1e-6)).sum(axis=0))  # [L, X]
+    done = np.exp(
+        np.log1p(-np.minimum(asked.visits[:, :, None].astype(np.float32) * survival, 1 - 1e-6)).sum(axis=0)
+    )  # [L, X]
     over = 1 - done
     step = reach[:, None] * grid
     mean = np.trapezoid(over, step, axis=1)

@@ -98,7 +98,9 @@ def compare(cluster: Cluster, trace: Trace, progress: Callable[[str], None] = la
 def skewed_over_uniform(cluster: Cluster, p99_ms: float, replicas: int, seed: int) -> float:
     """Throughput of `replicas` under Zipf 1.0 over that under uniform load, both within `p99_ms`; best share of hot sets."""
     flat = np.full((cluster.layers, cluster.experts), cluster.top_k / cluster.experts)
-    skewed = inclusion(popularity(day_trace(1.0, hours=1, skew=1.0, drift=False, seed=seed), cluster, 0.0), cluster.top_k)
+    skewed = inclusion(
+        popularity(day_trace(1.0, hours=1, skew=1.0, drift=False, seed=seed), cluster, 0.0), cluster.top_k
+    )
     best = max(throughput(cluster, skewed, p99_ms, replicas, round(share * replicas)) for share in HOT_SHARES)
     return best / throughput(cluster, flat, p99_ms, replicas)
 
@@ -126,7 +128,10 @@ def lines(report: Report) -> Iterator[str]:
         ))  # fmt: skip
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
-        yield "  ".join(cell.ljust(width) if not at else cell.rjust(width) for at, (cell, width) in enumerate(zip(row, widths, strict=True)))
+        yield "  ".join(
+            cell.ljust(width) if not at else cell.rjust(width)
+            for at, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
     ours = report.outcomes[0]
     yield (
         f"elastic saves {report.saved_vs_static:.1%} of static at equal p99, {report.of_clairvoyant:.1%} of what a "
