@@ -12,7 +12,7 @@ import triton.language as tl
 from moiety_kernels.gpu.numbers import narrowed
 from moiety_kernels.gpu.operand import Operand
 from moiety_kernels.gpu.product import activate, find_tile, matrix_rows, product, tiles_of
-from moiety_kernels.gpu.tiles import Tile, choose, fitting
+from moiety_kernels.gpu.tiles import Tile, choose, fitting, processors
 
 
 @triton.jit
@@ -129,7 +129,7 @@ def grouped_gemm(
     x [R, K] of float32, float16, bfloat16, or float8_e4m3fn with one `x_scale` (float32) per row. `offsets` int32 [E + 1]
     on the device: the host never reads it, `rows` (R) is enough to start as many programs as there can be tiles.
     `gather` int32 [R]: row r is `x[gather[r] // gather_by]`. `slots` int32 [R]: it is stored in `out[slots[r]]`.
-    `programs`: at most so many, each computing tile after tile (a persistent grid).
+    `programs`: at most so many, each computing tile after tile; by default one for each, or what the tile says.
     The order of every sum is one of K and the tile's depth alone: never of the grid, of other rows or of atomics.
     """
     width, depth = matrices.shape
@@ -137,6 +137,8 @@ def grouped_gemm(
     # A table of tiles is of plain weights: quantised ones need a depth that their groups fit.
     tile = fitting(tile or choose(rows, matrices.experts, n, depth, x.dtype, gated), matrices)
     bound = (rows // tile.rows + min(matrices.experts, rows)) * triton.cdiv(n, tile.columns)
+    if programs is None and tile.persistent:
+        programs = processors(x.device)
     if bound:
         grouped_gemm_kernel[(min(bound, programs or bound),)](
             x,
