@@ -11,6 +11,7 @@ import torch
 
 from moiety.errors import CheckpointError
 from moiety.model.checkpoint import Checkpoint
+from moiety.model.expert_slices import slice_of
 from moiety.model.headers import TensorEntry
 from moiety.model.layout import EXPERT, ExpertLayout
 from moiety.model.quantised import QuantisedEntry, Stored
@@ -28,19 +29,25 @@ def load_experts(
     device: torch.device | str = "cpu",
     *,
     int8: bool = False,
+    slices: int = 1,
 ) -> dict[tuple[int, int], ExpertWeights]:
     """(MoE layer ordinal, expert) -> weights in `dtype` on `device`, for each pair of `held` (an ExpertSet is one).
 
     Matrices are [out, in], also where they are published the other way around. Those published quantised stay so; with
-    `int8` the others are quantised, too.
+    `int8` the others are quantised, too. With `slices` above 1, `held` names slices as `ModelShape.sliced` does; an expert
+    is read whole, and its slice is kept, of its values where it is published quantised.
 
     Raises CheckpointError for a pair the model does not have and for a tensor that is missing or cannot be read.
     """
     loaded: dict[tuple[int, int], ExpertWeights] = {}
     with Reader() as reader:
-        for layer, expert in sorted(held):
-            weights = load_expert(reader, checkpoint, layout, layer, expert, dtype, device)
-            loaded[layer, expert] = weights.quantised() if int8 else weights
+        for layer, number in sorted(held):
+            expert, part = divmod(number, slices)
+            weights = load_expert(reader, checkpoint, layout, layer, expert, dtype)
+            if slices > 1:
+                weights = slice_of(weights, layout.shape.mlp, part, slices, dtype)
+            weights = weights.to(device)
+            loaded[layer, number] = weights.quantised() if int8 else weights
     return loaded
 
 
@@ -51,9 +58,8 @@ def load_expert(
     layer: int,
     expert: int,
     dtype: torch.dtype,
-    device: torch.device | str = "cpu",
 ) -> ExpertWeights:
-    """One expert of MoE layer `layer`: see `load_experts`."""
+    """One expert of MoE layer `layer`, whole and on CPU: see `load_experts`."""
     shape = layout.shape
     if not (0 <= layer < shape.moe_layers and 0 <= expert < shape.experts):
         raise CheckpointError(
@@ -69,9 +75,7 @@ def load_expert(
     if type(gate_up) is not type(down):  # one kernel computes both
         gate_up, down = dequantised(gate_up, dtype), dequantised(down, dtype)
     biases = (read.get("gate_up_bias"), read.get("down_bias"))
-    return ExpertWeights(gate_up, down, *(None if bias is None else dequantised(bias, dtype) for bias in biases)).to(
-        device
-    )
+    return ExpertWeights(gate_up, down, *(None if bias is None else dequantised(bias, dtype) for bias in biases))
 
 
 def _entry(checkpoint: Checkpoint, layout: ExpertLayout, name: str, expert: int) -> Stored:

@@ -36,6 +36,7 @@ from moiety.router import attention, latent
 from moiety.router.batch import StepBatch
 from moiety.router.blocks import BlockTable
 from moiety.router.context import HopSettings, StepContext
+from moiety.router.costs import CostFit
 from moiety.router.demand import DemandCounter
 from moiety.router.fleet import Fleet
 from moiety.router.hedge import Hedging
@@ -236,7 +237,8 @@ async def _own_router(
     fleet = Fleet(watch, layout.shape, of, DTYPE_NAMES[dtype])
     fleet.start()
     demand = DemandCounter(layout.shape.moe_layers, layout.shape.experts)
-    hop = Hop(fleet, HopSettings(of, dtype, expert_wait_s=30.0), Hedging(0.02, 0.1), demand, NO_TRACER)
+    costs = CostFit(layout.shape.mlp.parameters * dtype.itemsize)
+    hop = Hop(fleet, HopSettings(of, dtype, expert_wait_s=30.0), Hedging(0.02, 0.1), demand, costs, NO_TRACER)
 
     @torch.inference_mode()
     def forward(text: Sequence[int]) -> torch.Tensor:
