@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from moiety_kernels.matrices import Int4Matrix
 pytest.importorskip("triton", reason="triton is not installed: pip install 'moiety[gpu]'")
 
 from moiety_kernels.gpu.decode import decode_gemm
+from moiety_kernels.gpu.descriptors import describable
 from moiety_kernels.gpu.expert_mlp import Experts, moe, sorted_expert_mlp
 from moiety_kernels.gpu.grouped_gemm import grouped_gemm
 from moiety_kernels.gpu.operand import gathered, stacked
@@ -250,6 +252,25 @@ def test_grid_and_tiles_change_no_bit():
     assert torch.equal(compute(tile=TILE, programs=1), expected)
     assert torch.equal(compute(tile=TILE, programs=3), expected)
     assert torch.equal(compute(tile=Tile(32, 32, 32, 4, 2)), expected)
+
+
+@pytest.mark.parametrize("kind", [KINDS["swiglu"], KINDS["gpt-oss"], KINDS["relu"]], ids=["swiglu", "gpt-oss", "relu"])
+@pytest.mark.parametrize("gathered_rows", [False, True], ids=["rows in order", "gathered rows"])
+def test_descriptors_change_no_bit(kind: dict[str, Any], gathered_rows: bool):
+    """Tiles fetched by descriptors hold the same values, past the ends of rows, columns and K too: the same bits."""
+    counts, hidden, inner = (3, 0, 18), 48, 24  # a step and a half of K, a tile and a half of columns
+    weights = [make_weights(kind, torch.bfloat16, seed, hidden, inner) for seed in range(3)]
+    offsets, gate_up, _ = gathered(counts, weights)
+    rows = make_rows(21, torch.bfloat16, hidden)
+    options: dict[str, Any] = {"gated": True, **options_of(kind), "rows": 21}
+    if gathered_rows:
+        options["gather"] = torch.arange(21, dtype=torch.int32).flip(0).contiguous()
+
+    def compute(tile: Tile) -> torch.Tensor:
+        return grouped_gemm(rows, offsets, gate_up, torch.full((21, inner), torch.nan).bfloat16(), tile=tile, **options)
+
+    assert describable(rows, gate_up)
+    assert torch.equal(compute(replace(TILE, descriptors=True)), compute(TILE))
 
 
 @pytest.mark.parametrize("split", [2, 3])  # a last part that is shorter, and even ones

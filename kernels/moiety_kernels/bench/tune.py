@@ -31,8 +31,9 @@ def candidates(gated: bool, largest: int | None) -> Iterator[Tile]:
         sums = rows * width // (32 * warps)  # float32 registers a thread
         if not (4 if small else 32) <= sums <= 128 or width > 256 or 2 * depth * (rows + width) * stages > SHARED:
             continue
-        for persistent in (False, True) if rows == 128 else (False,):
-            yield Tile(rows, columns, depth, warps, stages, 1 if small else 8, persistent)
+        flags = ((False, False), (True, False), (False, True), (True, True)) if rows == 128 else ((False, False),)
+        for persistent, descriptors in flags:
+            yield Tile(rows, columns, depth, warps, stages, 1 if small else 8, persistent, descriptors)
 
 
 def tune(
@@ -58,7 +59,7 @@ def tune(
             yield f"#   {each} rows an expert, {'gate and up' if gated else 'down'}: {told} (mean {mean * 1e6:.1f})"
             lines.append(
                 f"Tile({best.rows}, {best.columns}, {best.depth}, {best.warps}, {best.stages}, band={best.band}"
-                f"{', persistent=True' if best.persistent else ''})"
+                f"{', persistent=True' if best.persistent else ''}{', descriptors=True' if best.descriptors else ''})"
             )
         yield f"    ({', '.join(lines)}),"
 

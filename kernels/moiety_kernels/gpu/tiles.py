@@ -27,6 +27,7 @@ class Tile:
     stages: int  # of depth in flight
     band: int = 8  # row tiles that share a strip of weights
     persistent: bool = False  # a program an SM, each computing tile after tile, instead of a program a tile
+    descriptors: bool = False  # fetched by the tensor memory accelerator where the weights allow it
 
 
 # (rows per expert up to, gated tile, plain tile). Decode: the tile is as narrow as the matrix unit allows, and what counts
