@@ -1,4 +1,4 @@
-"""`moiety bench`: hop, serve, split, lanes and flood; experts and quantize are in `bench_weights.py`."""
+"""`moiety bench`: hop, serve, split, lanes and flood; experts, memory and quantize are in `bench_weights.py`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from moiety.cli.bench_engines import lanes, split
-from moiety.cli.bench_weights import experts, quantize
+from moiety.cli.bench_weights import experts, memory, quantize
 from moiety.cli.options import (
     IntegerList,
     WordList,
@@ -218,4 +218,5 @@ def flood(
 bench.add_command(split)
 bench.add_command(lanes)
 bench.add_command(experts)
+bench.add_command(memory)
 bench.add_command(quantize)
