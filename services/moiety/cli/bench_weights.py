@@ -17,7 +17,7 @@ from moiety.cli.run import progress, run_async, signals_interrupt
 @click.option("--hidden", type=click.IntRange(128, 1 << 16), default=1024, show_default=True)
 @click.option("--intermediate", type=click.IntRange(128, 1 << 16), default=512, show_default=True)
 @click.option(
-    "--rows", type=IntegerList(1, 4096), default="1,2,4,8,32,128", show_default=True, help="Per expert; with commas."
+    "--rows", type=IntegerList(1, 4096), default="1,2,4,8,32,256", show_default=True, help="Per expert; with commas."
 )
 @click.option("--dtypes", type=WordList(), default="bfloat16,float32,int8,int4", show_default=True)
 @click.option("--threads", type=click.IntRange(1, 1024), help="[default: every core]")
