@@ -1,4 +1,4 @@
-"""`moiety bench`: hop, serve, split, lanes, flood, elastic and control; experts, memory and quantize are in `bench_weights.py`."""
+"""`moiety bench`: one command for each thing to measure; those of the weights are in `bench_weights.py`."""
 
 from __future__ import annotations
 
