@@ -20,7 +20,7 @@ COMMANDS: Mapping[str, LazyCommand] = MappingProxyType(
     {
         "bench": LazyCommand(
             "moiety.cli.bench:bench",
-            "Measure this machine: the hop, the split, lanes, experts, serving speed, a flood, elasticity.",
+            "Measure this machine: hop, split, lanes, experts, serving, flood, elasticity, control plane.",
         ),
         "demo": LazyCommand("moiety.cli.demo:demo", "Show the main job on this machine, start to end."),
         "doctor": LazyCommand(

@@ -22,8 +22,7 @@ _GATE = "experts with a gate or an activation that no kernel computes"
 _ATTENTION = "attention that transformers does not route through its attention interface"
 REFUSED: Mapping[str, str] = MappingProxyType(
     {
-        **dict.fromkeys(("axk2", "deepseek_v32", "deepseek_v4", "glm_moe_dsa", "hy_v4", "mistral_large4"), _INDEXER),
-        **dict.fromkeys(("dots3_note", "dots3_note_text", "glm5_next", "qwen4_exp", "qwen4_exp_text"), _INDEXER),
+        **dict.fromkeys(("deepseek_v4", "glm5_next", "qwen4_exp", "qwen4_exp_text"), _INDEXER),
         **dict.fromkeys(("beam", "inkling2", "inkling2_text"), _GATE),
         **dict.fromkeys(("deepseek_ocr2", "unlimited_ocr"), _ATTENTION),
         **dict.fromkeys(("minimax_m3_vl", "minimax_m3_vl_text"), _INDEXER),

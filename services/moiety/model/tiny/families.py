@@ -73,6 +73,11 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
     "bailing_hybrid": {"num_hidden_layers": 6, "num_key_value_heads": 4, "num_experts": 16},
     "zaya": {"num_experts_per_tok": 1},
     "phimoe": {"num_experts_per_tok": 2},
+    **{name: {"num_key_value_heads": 4} for name in ("axk2", "deepseek_v32", "glm_moe_dsa", "hy_v4")},
+    "mistral_large4": {"text_config": {"num_key_value_heads": 4}},
+    "dots3_note_text": {"num_key_value_heads": 4},
+    "dots3_note": {"text_config": {"num_key_value_heads": 4}},
+    "glm5_next": {"text_config": {"num_key_value_heads": 4}},
     "dbrx": {
         "d_model": 64,
         "n_heads": 4,
