@@ -78,10 +78,11 @@ def meta_model(model_class: type[nn.Module], config: Any) -> nn.Module:
 
 def experts_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """(path, module) of each MoE layer's routed experts, in layer order: behind transformers' seam, or with an adapter."""
+    apart = tuple(f"{path}." for path in towers(model))  # a tower may have experts of its own
     return [
         (path, module)
         for path, module in model.named_modules()
-        if _behind_the_seam(type(module)) or adapter_of(type(module)) is not None
+        if (_behind_the_seam(type(module)) or adapter_of(type(module)) is not None) and not path.startswith(apart)
     ]
 
 
