@@ -82,4 +82,8 @@ def cache_spec(model: Any, shape: ModelShape) -> CacheSpec:
             f"{shape.architecture}: {len(others)} of {config.num_hidden_layers} layers ({told}) keep neither keys and "
             f"values nor a state that the router knows of"
         )
+    if not batch.spec.layers:
+        raise CheckpointError(
+            f"{shape.architecture}: no layer attends, and without keys and values there are no blocks"
+        )
     return CacheSpec(batch.spec.layers, states)

@@ -214,12 +214,13 @@ def engine_on(
     token_budget: int = 16,
     blocks: int = 60,
     lanes: Lanes | None = None,
+    backend: Any = None,
 ) -> Engine:
-    """An engine with room for so many blocks of 4 tokens; experts are in the model itself."""
+    """An engine with room for so many blocks of 4 tokens; without a backend, experts are in the model itself."""
     memory = slots * spec.bytes_per_slot + blocks * BLOCK_TOKENS * spec.bytes_per_token
     cache = KVCache(spec, memory, torch.device("cpu"), slots=slots, block_tokens=BLOCK_TOKENS, revision="r")
     return Engine(
-        Forward(model, cache, [NoHop(), NoHop()] if lanes else [NoHop()], lanes),
+        Forward(model, cache, [NoHop(), NoHop()] if lanes else [backend or NoHop()], lanes),
         cache,
         slots=slots,
         token_budget=token_budget,
