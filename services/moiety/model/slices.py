@@ -40,7 +40,7 @@ def load_experts(
     with Reader() as reader:
         for layer, expert in sorted(held):
             weights = load_expert(reader, checkpoint, layout, layer, expert, dtype, device)
-            loaded[layer, expert] = weights.quantised() if int8 else weights
+            loaded[layer, expert] = weights.quantised(rounds_rows=True) if int8 else weights
     return loaded
 
 
