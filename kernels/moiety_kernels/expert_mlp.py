@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
 from itertools import accumulate
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -27,6 +28,7 @@ _SIGNATURE = (
     *(_POINTER, _SIZE, _POINTER, _POINTER, _SIZE, _POINTER, _SIZE, _SIZE, _SIZE, _SIZE),
     *(_FLAG, _FLAG, _FLAG, _FLAG, _REAL, _REAL, _FLAG),
 )
+Backend = Literal["torch", "triton"]  # torch: and C++, on CPU
 LANE_COLUMNS = 8  # of int4 weights that one lane of a vector holds
 
 
@@ -42,13 +44,15 @@ def grouped_expert_mlp(
     limit: float | None = None,
     alpha: float | None = None,
     deterministic: bool = False,
+    backend: Backend | None = None,
 ) -> torch.Tensor:
     """Row i through the expert it is sorted under: [R, D] -> [R, D], in the rows' dtype, which plain weights must have.
 
     The first `counts[0]` rows belong to `weights[0]`, the next `counts[1]` to `weights[1]`, and so on. A count may be
     0: those weights are not touched. Experts may be held in different ways: each way is one call of C++. `deterministic`:
-    an output row's bits depend on its input row and its expert alone, which the C++ kernels always grant. Raises
-    ValueError where the counts do not add up to R, or the experts do not fit the rows and one another.
+    an output row's bits depend on its input row and its expert alone, which the C++ kernels always grant. `backend`: by
+    default Triton for rows on a GPU, where it is installed. Raises ValueError where the counts do not add up to R, or the
+    experts do not fit the rows and one another.
     """
     if len(counts) != len(weights):
         raise ValueError(f"{len(counts)} counts for {len(weights)} experts")
@@ -71,12 +75,15 @@ def grouped_expert_mlp(
         "limit": limit,
         "alpha": alpha,
     }
+    if backend is None:
+        backend = "triton" if rows.is_cuda and find_spec("triton") else "torch"
+    compute = _in_triton if backend == "triton" else _in_torch
     if len({expert.held for expert in weights}) == 1:
-        return _of_one_kind(rows, counts, weights, deterministic, options)
+        return compute(rows, counts, weights, deterministic, options)
     out = torch.empty_like(rows)
     for taken, some_counts, some in _by_kind(counts, weights):
         at = taken.to(rows.device)
-        out[at] = _of_one_kind(rows[at], some_counts, some, deterministic, options)
+        out[at] = compute(rows[at], some_counts, some, deterministic, options)
     return out
 
 
@@ -94,14 +101,14 @@ def _by_kind(
         yield taken, [counts[place] for place in places], [weights[place] for place in places]
 
 
-def _of_one_kind(
+def _in_torch(
     rows: torch.Tensor,
     counts: Sequence[int],
     weights: Sequence[ExpertWeights],
     deterministic: bool,
     options: dict[str, Any],
 ) -> torch.Tensor:
-    """`grouped_expert_mlp` for experts with equal `held`."""
+    """`grouped_expert_mlp` for experts with equal `held`, in C++ where this CPU has it."""
     kernel = experts_kernel(rows.dtype, weights[0]) if rows.device.type == "cpu" else None
     if kernel is not None and rows.stride(1) == 1:
         out = rows.new_empty(rows.shape)
@@ -143,6 +150,25 @@ def _of_one_kind(
         matrix = dequantised(expert.down, rows.dtype)
         out[span] = _product(inner[span], matrix, expert.down_bias, deterministic)
     return out
+
+
+def _in_triton(
+    rows: torch.Tensor,
+    counts: Sequence[int],
+    weights: Sequence[ExpertWeights],
+    deterministic: bool,
+    options: dict[str, Any],
+) -> torch.Tensor:
+    """`grouped_expert_mlp` for experts with equal `held`. The host waits for nothing."""
+    from moiety_kernels.gpu.expert_mlp import (
+        Experts,
+        sorted_expert_mlp,
+    )  # Triton is slow to import, and only here for GPUs
+    from moiety_kernels.gpu.operand import gathered
+
+    with torch.cuda.device(rows.get_device()):  # Triton launches on the current one; -1, of a CPU, changes none
+        offsets, gate_up, down = gathered(counts, weights)
+        return sorted_expert_mlp(rows, offsets, Experts(gate_up, down, **options), deterministic=deterministic)
 
 
 def _product(x: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None, deterministic: bool) -> torch.Tensor:

@@ -20,21 +20,31 @@ COMMANDS: Mapping[str, LazyCommand] = MappingProxyType(
     {
         "bench": LazyCommand(
             "moiety.cli.bench:bench",
-            "Measure this machine: the hop, the split, lanes, experts, serving speed, a flood.",
+            "Measure this machine: hop, split, lanes, experts, serving, flood, elasticity, control plane.",
         ),
         "demo": LazyCommand("moiety.cli.demo:demo", "Show the main job on this machine, start to end."),
         "doctor": LazyCommand(
             "moiety.cli.doctor:doctor", "Say what decides how well this machine serves, and what is wrong."
         ),
         "generate": LazyCommand("moiety.cli.generate:generate", "Generate text from a running gateway."),
+        "inspect": LazyCommand(
+            "moiety.cli.inspect:inspect", "Say how large a checkpoint and its parts are, without reading a weight."
+        ),
+        "models": LazyCommand("moiety.cli.models:models", "List the architectures that can be served."),
         "parity": LazyCommand(
             "moiety.cli.parity:parity", "Compare the served system with transformers, token for token."
         ),
         "quantize": LazyCommand(
             "moiety.cli.quantize:quantize", "Quantise a checkpoint's experts, each to as many bits as it deserves."
         ),
+        "rebalance": LazyCommand(
+            "moiety.cli.rebalance:rebalance", "Place experts anew by the load of the moment, without a stop."
+        ),
         "serve": LazyCommand(
             "moiety.cli.serve:serve", "Serve a checkpoint on Ray: gateway, router and elastic expert groups."
+        ),
+        "simulate": LazyCommand(
+            "moiety.cli.simulate:simulate", "Simulate a day of a large cluster: what elasticity would save."
         ),
     }
 )

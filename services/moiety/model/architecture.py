@@ -14,30 +14,57 @@ import torch
 from torch import nn
 
 from moiety.errors import CheckpointError
+from moiety.model.adapters import adapter_of, dbrx
+from moiety.model.adapters.protocol import RoutedExperts
 from moiety.model.checkpoint import Checkpoint
+from moiety.model.definitions import definition_of
+from moiety.model.probe import describe
+from moiety.model.supported import nearest, refused
 
 
 def load_config(checkpoint: Checkpoint) -> Any:
     """The transformers config; code shipped inside a checkpoint is never run. Raises CheckpointError where unknown."""
     from transformers import AutoConfig
 
+    if refusal := refused(checkpoint.architecture):
+        raise unsupported(checkpoint, refusal)
+    defined = definition_of(checkpoint.architecture)
+    reader = AutoConfig if defined is None else defined.config_class
     try:
-        config = AutoConfig.from_pretrained(checkpoint.path, local_files_only=True, trust_remote_code=False)
+        config = reader.from_pretrained(checkpoint.path, local_files_only=True, trust_remote_code=False)
     except (ValueError, KeyError, TypeError, OSError) as error:
-        raise unsupported(checkpoint, f"transformers cannot read its config: {_first_line(error)}") from error
+        told = f"transformers cannot read its config: {_first_line(error)}; {nearest(checkpoint.architecture)}"
+        raise unsupported(checkpoint, told) from error
     for name in ("quantization_config", "compression_config"):  # weights are dequantised here, not by transformers
         if hasattr(config, name):
             delattr(config, name)
-    return config
+    if config.model_type == "dbrx":
+        dbrx.amend(config)
+    text = config.sub_configs.get("text_config")
+    found = _text_class(config)
+    # A multimodal architecture whose language model is a class of its own: that is all of it that is served.
+    return config.text_config if found is not None and text is not None and found.config_class is text else config
 
 
 def causal_lm_class(checkpoint: Checkpoint, config: Any) -> type[nn.Module]:
     """The class that transformers would generate text with; raises CheckpointError where there is none."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    found = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    found = _text_class(config)
     if found is None:
-        raise unsupported(checkpoint, "transformers has no causal language model for it")
+        told = f"transformers has no class that generates text for it; {nearest(checkpoint.architecture)}"
+        raise unsupported(checkpoint, told)
+    return found
+
+
+def _text_class(config: Any) -> Any:
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    )
+
+    if (defined := definition_of(config.model_type)) is not None:
+        return defined
+    found = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    found = found or MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(config), None)
     return found[0] if isinstance(found, tuple | list) else found
 
 
@@ -48,8 +75,28 @@ def meta_model(model_class: type[nn.Module], config: Any) -> nn.Module:
 
 
 def experts_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """(path, module) of each MoE layer's routed experts, in layer order: those that go through transformers' seam."""
-    return [(path, module) for path, module in model.named_modules() if _behind_the_seam(type(module))]
+    """(path, module) of each MoE layer's routed experts, in layer order: behind transformers' seam, or with an adapter."""
+    return [
+        (path, module)
+        for path, module in model.named_modules()
+        if _behind_the_seam(type(module)) or adapter_of(type(module)) is not None
+    ]
+
+
+def routed_experts(module: nn.Module) -> RoutedExperts:
+    """What one of `experts_modules` is made of. Raises ValueError where no kernel computes it."""
+    adapter = adapter_of(type(module))
+    return describe(module) if adapter is None else adapter.describe(module)
+
+
+def towers(model: nn.Module) -> list[str]:
+    """Paths of what a multimodal model reads images, video or sound with: submodels whose config is not the text's."""
+    config: Any = model.config
+    others = {
+        part for name, part in (config.sub_configs or {}).items() if name != "text_config" and name.endswith("_config")
+    }
+    found = [path for path, module in model.named_modules() if path and type(getattr(module, "config", None)) in others]
+    return [path for path in found if not any(path.startswith(f"{other}.") for other in found)]
 
 
 def unsupported(checkpoint: Checkpoint, reason: str) -> CheckpointError:

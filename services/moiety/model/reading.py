@@ -115,7 +115,9 @@ def _of_expert(entry: QuantisedEntry, expert: int) -> QuantisedEntry:
 def _share(entry: TensorEntry, expert: int, experts: int) -> TensorEntry:
     size = entry.nbytes // experts
     start = entry.start + expert * size
-    return TensorEntry(entry.file, entry.dtype, entry.shape[1:], start, start + size)
+    # [E, ...], or (DBRX) the rows of all experts below each other, [E * rows, ...]
+    shape = entry.shape[1:] if entry.shape[0] == experts else (entry.shape[0] // experts, *entry.shape[1:])
+    return TensorEntry(entry.file, entry.dtype, shape, start, start + size)
 
 
 _Parts = Mapping[str, torch.Tensor]

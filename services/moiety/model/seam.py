@@ -28,6 +28,7 @@ class Forward:
     backend: ExpertBackend
     weights: torch.Tensor | None = None  # the layer's routing weights [T, K], for backends that judge what they compute
     shared: tuple[torch.Tensor, torch.Tensor] | None = None  # a shared expert's input, and its output now or later
+    scores: torch.Tensor | None = None  # [T, E]: what the gate of the layer being computed thinks of each expert
 
 
 _forward: ContextVar[Forward] = ContextVar("moiety_forward")

@@ -11,6 +11,7 @@ import torch
 
 from moiety.errors import CheckpointError
 from moiety.model.checkpoint import Checkpoint
+from moiety.model.expert_slices import slice_of
 from moiety.model.headers import TensorEntry
 from moiety.model.layout import EXPERT, ExpertLayout
 from moiety.model.quantised import QuantisedEntry, Stored
@@ -28,19 +29,25 @@ def load_experts(
     device: torch.device | str = "cpu",
     *,
     int8: bool = False,
+    slices: int = 1,
 ) -> dict[tuple[int, int], ExpertWeights]:
     """(MoE layer ordinal, expert) -> weights in `dtype` on `device`, for each pair of `held` (an ExpertSet is one).
 
     Matrices are [out, in], also where they are published the other way around. Those published quantised stay so; with
-    `int8` the others are quantised, too.
+    `int8` the others are quantised, too. With `slices` above 1, `held` names slices as `ModelShape.sliced` does; an expert
+    is read whole, and its slice is kept, of its values where it is published quantised.
 
     Raises CheckpointError for a pair the model does not have and for a tensor that is missing or cannot be read.
     """
     loaded: dict[tuple[int, int], ExpertWeights] = {}
     with Reader() as reader:
-        for layer, expert in sorted(held):
-            weights = load_expert(reader, checkpoint, layout, layer, expert, dtype, device)
-            loaded[layer, expert] = weights.quantised(rounds_rows=True) if int8 else weights
+        for layer, number in sorted(held):
+            expert, part = divmod(number, slices)
+            weights = load_expert(reader, checkpoint, layout, layer, expert, dtype)
+            if slices > 1:
+                weights = slice_of(weights, layout.shape.mlp, part, slices, dtype)
+            weights = weights.to(device)
+            loaded[layer, number] = weights.quantised(rounds_rows=True) if int8 else weights
     return loaded
 
 
@@ -51,9 +58,8 @@ def load_expert(
     layer: int,
     expert: int,
     dtype: torch.dtype,
-    device: torch.device | str = "cpu",
 ) -> ExpertWeights:
-    """One expert of MoE layer `layer`: see `load_experts`."""
+    """One expert of MoE layer `layer`, whole and on CPU: see `load_experts`."""
     shape = layout.shape
     if not (0 <= layer < shape.moe_layers and 0 <= expert < shape.experts):
         raise CheckpointError(
@@ -61,16 +67,15 @@ def load_expert(
             f"it has {shape.moe_layers} layers of {shape.experts}"
         )
     read: dict[str, Matrix] = {}
-    for field, names in layout.layers[layer].sources.items():
+    of_layer = layout.layers[layer]
+    for field, names in of_layer.sources.items():
         entries = [_entry(checkpoint, layout, name, expert) for name in names]
-        read[field] = _read(reader, entries, dtype, transposed=shape.mlp.transposed)
+        read[field] = _read(reader, entries, dtype, transposed=field in of_layer.transposed)
     gate_up, down = read["gate_up"], read["down"]
     if type(gate_up) is not type(down):  # one kernel computes both
         gate_up, down = dequantised(gate_up, dtype), dequantised(down, dtype)
     biases = (read.get("gate_up_bias"), read.get("down_bias"))
-    return ExpertWeights(gate_up, down, *(None if bias is None else dequantised(bias, dtype) for bias in biases)).to(
-        device
-    )
+    return ExpertWeights(gate_up, down, *(None if bias is None else dequantised(bias, dtype) for bias in biases))
 
 
 def _entry(checkpoint: Checkpoint, layout: ExpertLayout, name: str, expert: int) -> Stored:
@@ -91,7 +96,7 @@ def _read(reader: Reader, entries: list[Stored], dtype: torch.dtype, *, transpos
         return torch.cat([reader.values(entry, dtype) for entry in entries])
     plain = [entry for entry in entries if isinstance(entry, TensorEntry)]
     matrix = _read_plain(reader, plain, dtype)
-    return matrix.T.contiguous() if transposed and matrix.dim() == 2 else matrix
+    return matrix.T.contiguous() if transposed else matrix
 
 
 def _read_plain(reader: Reader, entries: list[TensorEntry], dtype: torch.dtype) -> torch.Tensor:

@@ -9,7 +9,7 @@ longest table, B blocks of the pool, P tokens per block.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -44,13 +44,17 @@ class Batch(Protocol):
 
 
 class ProbeBatch:
-    """A batch of one token that keeps nothing but the shapes: how the CacheSpec of any model is found out."""
+    """A batch of a few tokens that keeps nothing but the shapes: how the CacheSpec of any model is found out."""
 
-    def __init__(self) -> None:
-        self.tables = torch.zeros(1, 1, dtype=torch.int32)
-        self.sequence = torch.zeros(1, dtype=torch.int32)
-        self.length = torch.ones(1, dtype=torch.int32)
+    def __init__(self, tokens: int = 1) -> None:
+        self.tables = torch.arange(tokens, dtype=torch.int32)[None]
+        self.sequence = torch.zeros(tokens, dtype=torch.int32)
+        self.length = torch.arange(1, tokens + 1, dtype=torch.int32)
         self._layers: dict[int, LayerSpec] = {}
+
+    def sequences(self) -> Iterator[ProbeBatch]:
+        """Its tokens are of one sequence."""
+        yield self
 
     def store(
         self,
@@ -60,7 +64,7 @@ class ProbeBatch:
         window: int | None = None,
         chunk: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Notes the layer; its pool is one block of one token."""
+        """Notes the layer; its pool has a block for each token."""
         shared = isinstance(value, int)
         values = key[..., :value] if isinstance(value, int) else value
         self._layers[layer] = LayerSpec(key.shape[1], key.shape[2], values.shape[2], key.dtype, shared, window, chunk)

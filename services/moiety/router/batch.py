@@ -5,14 +5,15 @@ Shape legend: T tokens of the step, S sequences, M blocks of the longest table, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from moiety.router.blocks import BlockTable
 from moiety.router.kvcache import KVCache
+from moiety.router.states import StepStates
 from moiety_kernels.paged_attention import store
 
 
@@ -26,6 +27,7 @@ class StepBatch:
     tables: torch.Tensor  # int32 [S, M]
     sequence: torch.Tensor  # int32 [T], on the host: row of `tables`
     length: torch.Tensor  # int32 [T], on the host: positions that the token sees, itself the last
+    states: StepStates | None = None  # where the model keeps states: whose each token goes through
 
     @classmethod
     def build(
@@ -37,6 +39,7 @@ class StepBatch:
         device: torch.device,
     ) -> StepBatch:
         """`counts[s]` tokens behind `past[s]` of the sequence with `tables[s]`, which has room for them."""
+        own = [table.slot for table in tables if table.slot is not None]
         count = np.array(counts)
         sequence = np.repeat(np.arange(len(count)), count)
         begin = np.cumsum(count) - count
@@ -53,7 +56,23 @@ class StepBatch:
             torch.from_numpy(padded).to(device),
             torch.from_numpy(sequence.astype(np.int32)),
             torch.from_numpy((positions + 1).astype(np.int32)),
+            StepStates.build(cache.states, own, past, counts, device) if own else None,
         )
+
+    def sequences(self) -> Iterator[StepBatch]:
+        """Each sequence's tokens by themselves, in the step's order."""
+        for row in range(len(self.tables)):
+            own = torch.nonzero(self.sequence == row).flatten()
+            there = own.to(self.positions.device)
+            yield replace(
+                self,
+                positions=self.positions[there],
+                slots=self.slots[there],
+                tables=self.tables[row : row + 1],
+                sequence=torch.zeros_like(self.sequence[own]),
+                length=self.length[own],
+                states=None,
+            )
 
     def store(
         self,

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import torch
 
 from moiety.errors import HopFailed
@@ -15,6 +17,7 @@ from moiety.router.batch import StepBatch
 from moiety.router.context import StepBackend, StepContext
 from moiety.router.kvcache import KVCache
 from moiety.router.lanes import Lanes
+from moiety.router.mixers import use_states
 from moiety.router.plan import StepPlan
 
 
@@ -74,9 +77,9 @@ class Forward:
             [item.count for item in plan.scheduled],
             self._device,
         )
-        backend.begin_step(step)
+        backend.begin_step(replace(step, routed=partial(_note_routed, plan)))
         try:
-            with use_backend(backend):
+            with use_backend(backend), use_states(batch.states):
                 output = self._model(
                     input_ids=torch.tensor([ids], device=self._device),
                     position_ids=batch.positions[None],
@@ -88,3 +91,13 @@ class Forward:
             raise HopFailed([offset + token for token in failed.tokens], failed.cause) from failed
         logits: torch.Tensor = output.logits[0]
         return logits[: len(wanted)]
+
+
+def _note_routed(plan: StepPlan, rerouted: np.ndarray) -> None:
+    """Counts a layer's rows, and those that went to another expert, for the sequence that each token [T, K] is of."""
+    start = 0
+    for item in plan.scheduled:
+        end = start + len(item.ids)
+        item.sequence.routed_rows += rerouted[start:end].size
+        item.sequence.rerouted_rows += int(rerouted[start:end].sum())
+        start = end

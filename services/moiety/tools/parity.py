@@ -14,6 +14,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,17 +31,21 @@ from moiety.model.reading import Reader
 from moiety.model.revision import revision
 from moiety.model.router import load_router
 from moiety.model.seam import use_backend
+from moiety.model.supported import path_of
 from moiety.router import attention, latent
 from moiety.router.batch import StepBatch
 from moiety.router.blocks import BlockTable
 from moiety.router.context import HopSettings, StepContext
+from moiety.router.costs import CostFit
 from moiety.router.demand import DemandCounter
 from moiety.router.fleet import Fleet
 from moiety.router.hedge import Hedging
 from moiety.router.hop import Hop
 from moiety.router.kvcache import KVCache
-from moiety.router.probe import cache_spec
+from moiety.router.mixers import use_states
+from moiety.router.probe import cache_spec, install_mixers
 from moiety.telemetry.tracing import NO_SPAN, NO_TRACER
+from moiety.tools.plain_reference import PlainReference
 from moiety.wire.codec import DTYPE_NAMES, torch_dtype
 
 PROMPT_LENGTHS = (3, 9, 17, 40, 25, 60, 33, 8)
@@ -79,6 +84,11 @@ class ParityReport:
         return all(prompt.ok for prompt in self.prompts)
 
     @property
+    def identical(self) -> int:
+        """Prompts whose every token agrees."""
+        return sum(prompt.first_difference is None for prompt in self.prompts)
+
+    @property
     def logit_error(self) -> float:
         return max(prompt.logit_error for prompt in self.prompts)
 
@@ -92,11 +102,10 @@ class ParityReport:
                 f"{prompt.prompt_tokens:>8} {prompt.new_tokens:>5}  {told:<12}  {prompt.logit_error:>15.3g}"
                 f"   {prompt.margin:>15.3g}"
             )
-        identical = sum(prompt.first_difference is None for prompt in self.prompts)
         ties = sum(prompt.tie for prompt in self.prompts)
         yield (
             f"{'PASS' if self.ok else 'FAIL'}: {self.architecture} {self.dtype}, {self.groups} expert groups: "
-            f"{identical}/{len(self.prompts)} prompts identical, {ties} ties, max logit error {self.logit_error:.3g}"
+            f"{self.identical}/{len(self.prompts)} prompts identical, {ties} ties, max logit error {self.logit_error:.3g}"
         )
 
 
@@ -108,9 +117,12 @@ async def run_parity(
     new_tokens: int = 24,
     seed: int = DEFAULT_SEED,
     router: Mapping[str, Any] | None = None,
+    references: Path | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> ParityReport:
     """Compares; raises CheckpointError or ConfigError where the checkpoint cannot be served at all.
+
+    `references` is a Python file with a plain forward for each architecture that transformers lacks (plain_reference.py).
 
     `router` are settings of the router that no token may depend on: lanes, a transport, or a `kv_memory` too small for all
     prompts at once, so that some of them are preempted.
@@ -119,7 +131,8 @@ async def run_parity(
     prompts = _prompts(shape.vocabulary, shape.max_context - new_tokens, seed)
     progress(f"reference: {len(prompts)} prompts through plain transformers, one at a time")
     reference_dtype = torch_dtype(dtype, shape.dtype)
-    texts, logits = await asyncio.to_thread(_reference, checkpoint, reference_dtype, prompts, new_tokens)
+    reference = await asyncio.to_thread(_reference_model, checkpoint, reference_dtype, references)
+    texts, logits = await asyncio.to_thread(_reference, reference, prompts, new_tokens)
     progress(f"served: the same prompts at once through a LocalCluster of {groups} expert groups")
     chunked = {"slots": len(prompts), "token_budget": 3 * len(prompts), **(router or {})}
     async with LocalCluster(checkpoint, groups=groups, dtype=dtype, router=chunked) as cluster:
@@ -137,9 +150,7 @@ async def run_parity(
         margins = best[:, 0] - best[:, 1]
         differ = next((i for i, (a, b) in enumerate(zip(tokens, text[len(prompt) :], strict=True)) if a != b), None)
         tie = differ is not None and (
-            await asyncio.to_thread(
-                _undecided, checkpoint, reference_dtype, text[: len(prompt) + differ], tokens[differ]
-            )
+            await asyncio.to_thread(_undecided, reference, text[: len(prompt) + differ], tokens[differ])
         )
         results.append(PromptResult(len(prompt), len(tokens), differ, tie, error, float(margins.min())))
     return ParityReport(shape.architecture, dtype, groups, tuple(results))
@@ -153,10 +164,9 @@ def _prompts(vocabulary: int, longest: int, seed: int) -> list[list[int]]:
 
 @torch.inference_mode()
 def _reference(
-    checkpoint: str, dtype: torch.dtype, prompts: Sequence[Sequence[int]], new_tokens: int
+    model: Any, prompts: Sequence[Sequence[int]], new_tokens: int
 ) -> tuple[list[list[int]], list[torch.Tensor]]:
-    """(prompt + greedy tokens, logits [tokens, V]) of each prompt, by plain transformers."""
-    model = _transformers_model(checkpoint, dtype)
+    """(prompt + greedy tokens, logits [tokens, V]) of each prompt, by the reference."""
     model.generation_config.eos_token_id = None  # compare the same number of tokens, whatever they are
     texts, logits = [], []
     for prompt in prompts:
@@ -169,10 +179,10 @@ def _reference(
 
 
 @torch.inference_mode()
-def _undecided(checkpoint: str, dtype: torch.dtype, text: Sequence[int], token: int) -> bool:
+def _undecided(model: Any, text: Sequence[int], token: int) -> bool:
     """Whether the reference follows `text` with `token` too, once noise below rounding's reach is on its embeddings."""
-    model = _transformers_model(checkpoint, dtype)
     embeddings = model.get_input_embeddings()(torch.tensor([text]))
+    dtype = embeddings.dtype
     for seed in range(NUDGES):
         noise = torch.randn(embeddings.shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
         nudged = embeddings * (1 + NUDGE_ULPS * torch.finfo(dtype).eps * noise)
@@ -181,21 +191,27 @@ def _undecided(checkpoint: str, dtype: torch.dtype, text: Sequence[int], token: 
     return False
 
 
-def _transformers_model(checkpoint: str, dtype: torch.dtype) -> Any:
-    from transformers import AutoModelForCausalLM
+def _reference_model(checkpoint: str, dtype: torch.dtype, references: Path | None) -> Any:
+    """Plain transformers or, where it lacks the architecture, the plain forward in `references`."""
+    if path_of(Checkpoint.open(checkpoint).architecture) == "definition":
+        return PlainReference.load(Path(checkpoint), dtype, references)
+    return _transformers_model(checkpoint, dtype)
 
+
+def _transformers_model(checkpoint: str, dtype: torch.dtype) -> Any:
+    """Plain transformers, all experts in it; its config is read as the router reads it (DBRX's is corrected).
+
+    The reference of quantised weights is the model on their values: transformers' own ways to dequantise differ.
+    """
     opened = Checkpoint.open(checkpoint)
-    if not any(isinstance(entry, QuantisedEntry) for entry in opened.tensors.values()):
-        with quiet_transformers():
-            return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype, local_files_only=True).eval()
-    # The reference of quantised weights is the model on their values: transformers' own ways to dequantise differ.
     config = load_config(opened)
-    with Reader() as reader, quiet_transformers():
-        return (
-            causal_lm_class(opened, config)
-            .from_pretrained(None, config=config, state_dict=reader.state(opened.tensors, dtype), dtype=dtype)  # type: ignore[attr-defined]
-            .eval()
-        )
+    model_class: Any = causal_lm_class(opened, config)
+    with quiet_transformers():
+        if not any(isinstance(entry, QuantisedEntry) for entry in opened.tensors.values()):
+            return model_class.from_pretrained(checkpoint, config=config, dtype=dtype, local_files_only=True).eval()
+        with Reader() as reader:
+            state = reader.state(opened.tensors, dtype)
+        return model_class.from_pretrained(None, config=config, state_dict=state, dtype=dtype).eval()
 
 
 async def _generate(client: Client, prompt: Sequence[int], new_tokens: int) -> list[int]:
@@ -214,13 +230,15 @@ async def _own_router(
     attention.register()
     model = await asyncio.to_thread(load_router, opened, layout, dtype, "cpu", attention.NAME)
     latent.install(model)
+    install_mixers(model)
     cache = KVCache(cache_spec(model, layout.shape), 1 << 30, torch.device("cpu"))
     watch = Watch(cluster.registry)
     await watch.start()
     fleet = Fleet(watch, layout.shape, of, DTYPE_NAMES[dtype])
     fleet.start()
     demand = DemandCounter(layout.shape.moe_layers, layout.shape.experts)
-    hop = Hop(fleet, HopSettings(of, dtype, expert_wait_s=30.0), Hedging(0.02, 0.1), demand, NO_TRACER)
+    costs = CostFit(layout.shape.mlp.parameters * dtype.itemsize)
+    hop = Hop(fleet, HopSettings(of, dtype, expert_wait_s=30.0), Hedging(0.02, 0.1), demand, costs, NO_TRACER)
 
     @torch.inference_mode()
     def forward(text: Sequence[int]) -> torch.Tensor:
@@ -228,7 +246,7 @@ async def _own_router(
         cache.grow(table, len(text))
         batch = StepBatch.build(cache, [table], [0], [len(text)], torch.device("cpu"))
         hop.begin_step(StepContext(CallClass.PREFILL, NO_SPAN, lambda: None, lambda *_: None))
-        with use_backend(hop):
+        with use_backend(hop), use_states(batch.states):
             output = model(
                 input_ids=torch.tensor([text]),
                 position_ids=batch.positions[None],

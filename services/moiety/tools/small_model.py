@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from moiety.model.architecture import quiet_transformers
-from moiety.model.tiny_tokenizer import BOS, EOS, PAD, VOCABULARY, write_tokenizer
+from moiety.model.tiny.tokenizer import BOS, EOS, PAD, VOCABULARY, write_tokenizer
 from moiety.model.tokenizer import open_tokenizer
 
 SIZES = {
