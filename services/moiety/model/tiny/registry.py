@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from moiety.model.supported import REFUSED, seam_architectures, served_architectures
 from moiety.model.tiny.families import FAMILIES
+from moiety.model.tiny.formats import FORMATS, stored
 from moiety.model.tiny.lightning import with_decays
 
 if TYPE_CHECKING:
@@ -32,6 +34,15 @@ class TinyModel:
 
 TINY: Mapping[str, TinyModel] = {
     **{architecture: TinyModel(architecture, settings) for architecture, settings in FAMILIES.items()},
+    **{
+        name: TinyModel(
+            architecture,
+            {**FAMILIES.get(architecture, {}), **settings},
+            partial(stored, quantization["quant_method"]),
+            {"quantization_config": quantization},
+        )
+        for name, (architecture, settings, quantization) in FORMATS.items()
+    },
     "minimax": TinyModel(
         "minimax",
         {"layer_types": ["linear_attention", "full_attention"] * 2, "block_size": 8, "sliding_window": None},
