@@ -166,8 +166,9 @@ def _in_triton(
     )  # Triton is slow to import, and only here for GPUs
     from moiety_kernels.gpu.operand import gathered
 
-    offsets, gate_up, down = gathered(counts, weights)
-    return sorted_expert_mlp(rows, offsets, Experts(gate_up, down, **options), deterministic=deterministic)
+    with torch.cuda.device(rows.get_device()):  # Triton launches on the current one; -1, of a CPU, changes none
+        offsets, gate_up, down = gathered(counts, weights)
+        return sorted_expert_mlp(rows, offsets, Experts(gate_up, down, **options), deterministic=deterministic)
 
 
 def _product(x: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None, deterministic: bool) -> torch.Tensor:
