@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from functools import lru_cache
 from typing import TYPE_CHECKING, Protocol
 
 from moiety.errors import ConfigError
@@ -74,7 +75,14 @@ class ExpertSet:
 
     @classmethod
     def parse(cls, text: str) -> ExpertSet:
-        """The inverse of `str()`; raises ValueError where the text is not of that form."""
+        """The inverse of `str()`; raises ValueError where the text is not of that form.
+
+        The same text gives the same value, so that what thousands of replicas say is read once a deployment.
+        """
+        return _parse_set(text)
+
+    @classmethod
+    def _parsed(cls, text: str) -> ExpertSet:
         by_layer: dict[int, frozenset[int]] = {}
         for part in filter(None, (piece.strip() for piece in text.split(";"))):
             layers, separator, experts = part.partition(":")
@@ -336,6 +344,11 @@ class ExpertBackend(Protocol):
     def while_waiting(self, layer: int) -> None:
         """Called between submit and result: work that may overlap the hop."""
         ...
+
+
+@lru_cache(maxsize=1024)
+def _parse_set(text: str) -> ExpertSet:
+    return ExpertSet._parsed(text)
 
 
 def _parse_ranges(text: str) -> Iterator[int]:

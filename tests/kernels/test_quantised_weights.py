@@ -96,26 +96,19 @@ def test_dequantised_values_are_the_published_formulas(make: Make):
     assert torch.equal(matrix.dequantised(torch.bfloat16), expected.float().bfloat16())
 
 
-SHAPES = {
-    (64, 64): "less than one step of 128 columns",
-    (128, 192): "a whole step, and one and a half",
-    (192, 320): "two steps and a half: several scales, a masked end",
-    (1280, 64): "deeper than what is taken at once by six rows",
-}
-COUNTS = {
-    (1,): "decode of one sequence",
-    (3, 0, 2): "an expert without rows between others",
-    (0, 0, 17, 0): "one hot expert with every row",
-    (1, 5, 6, 7): "every height of a row tile, and past it",
+CASES = {
+    "decode of one sequence, less than one step of 128 columns": ((64, 64), (1,)),
+    "an expert without rows between others, a whole step and one and a half": ((128, 192), (3, 0, 2)),
+    "every height of a row tile and past it, several scales, masked ends": ((192, 320), (1, 5, 6, 7)),
+    "one hot expert with every row, deeper than what is taken at once": ((1280, 64), (0, 0, 17, 0)),
 }
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("held", HELD)
-@pytest.mark.parametrize("shape", SHAPES, ids=SHAPES.get)
-@pytest.mark.parametrize("counts", COUNTS, ids=COUNTS.get)
+@pytest.mark.parametrize(("shape", "counts"), CASES.values(), ids=CASES)
 def test_experts_are_within_rounding_of_their_values(
-    kernels: str, counts: tuple[int, ...], shape: tuple[int, int], held: str, dtype: torch.dtype
+    kernels: str, shape: tuple[int, int], counts: tuple[int, ...], held: str, dtype: torch.dtype
 ):
     """Weight-only kernels add no error of their own: they are as near to float64 as those of plain weights."""
     hidden, intermediate = shape

@@ -1,4 +1,4 @@
-"""`moiety bench`: hop, serve, split, lanes, flood and elastic; experts and quantize are in `bench_weights.py`."""
+"""`moiety bench`: one command for each thing to measure; those of the weights are in `bench_weights.py`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import click
 
 from moiety.cli.bench_elastic import elastic
 from moiety.cli.bench_engines import lanes, split
-from moiety.cli.bench_weights import experts, quantize
+from moiety.cli.bench_weights import experts, memory, quantize
 from moiety.cli.options import (
     IntegerList,
     WordList,
@@ -26,7 +26,7 @@ from moiety.cli.run import progress, run_async
 
 @click.group()
 def bench() -> None:
-    """Measure this machine: the hop, the split, lanes, experts, serving speed, a flood, elasticity.
+    """Measure this machine: hop, split, lanes, experts, serving, flood, elasticity, control plane.
 
     The benchmarks start what they need as child processes, take turns with a baseline, and leave nothing behind.
     Numbers mean something on a quiet machine only.
@@ -216,8 +216,50 @@ def flood(
     context.exit(0 if report.held else 1)
 
 
+@bench.command()
+@click.option("--replicas", type=click.IntRange(1, 100_000), default=2000, show_default=True, help="Expert replicas.")
+@click.option("--routers", type=click.IntRange(1, 1000), default=16, show_default=True, help="That read the registry.")
+@click.option("--layers", type=click.IntRange(1, 1000), default=58, show_default=True, help="MoE layers.")
+@click.option("--experts", type=click.IntRange(1, 4096), default=256, show_default=True, help="Per layer.")
+@click.option("--groups", type=click.IntRange(1, 4096), default=64, show_default=True, help="Expert groups.")
+@click.option("--hot-sets", type=click.IntRange(0, 1024), default=16, show_default=True, help="Hot sets.")
+@rounds_option
+@json_option
+@click.pass_context
+def control(
+    context: click.Context,
+    replicas: int,
+    routers: int,
+    layers: int,
+    experts: int,
+    groups: int,
+    hot_sets: int,
+    rounds: int,
+    json_file: Path | None,
+) -> None:
+    """Measure the control plane of a large system: planning, the dispatch table, the traffic on Redis.
+
+    Nothing is served: replicas are entries in a real Redis that is started for this, written and read as often as they
+    would be.
+
+    \b
+    Example:
+      moiety bench control --replicas 2000
+    """
+    from moiety.tools.bench_control import ControlWork, bench_control, control_lines
+    from moiety.tools.machine import Machine
+
+    machine = Machine.here()
+    work = ControlWork(replicas, routers, layers, experts, groups, hot_sets, rounds)
+    report = bench_control(work, progress())
+    for line in (*control_lines(report, work), *machine.lines(), f"again:   {invocation(context)}"):
+        click.echo(line)
+    write_json(json_file, {"machine": asdict(machine), "work": asdict(work), "report": asdict(report)})
+
+
 bench.add_command(split)
 bench.add_command(lanes)
 bench.add_command(experts)
+bench.add_command(memory)
 bench.add_command(quantize)
 bench.add_command(elastic)

@@ -20,13 +20,17 @@ COMMANDS: Mapping[str, LazyCommand] = MappingProxyType(
     {
         "bench": LazyCommand(
             "moiety.cli.bench:bench",
-            "Measure this machine: the hop, the split, lanes, experts, serving speed, a flood, elasticity.",
+            "Measure this machine: hop, split, lanes, experts, serving, flood, elasticity, control plane.",
         ),
         "demo": LazyCommand("moiety.cli.demo:demo", "Show the main job on this machine, start to end."),
         "doctor": LazyCommand(
             "moiety.cli.doctor:doctor", "Say what decides how well this machine serves, and what is wrong."
         ),
         "generate": LazyCommand("moiety.cli.generate:generate", "Generate text from a running gateway."),
+        "inspect": LazyCommand(
+            "moiety.cli.inspect:inspect", "Say how large a checkpoint and its parts are, without reading a weight."
+        ),
+        "models": LazyCommand("moiety.cli.models:models", "List the architectures that can be served."),
         "parity": LazyCommand(
             "moiety.cli.parity:parity", "Compare the served system with transformers, token for token."
         ),

@@ -165,6 +165,13 @@ class RedisRegistry:
         found = [part for name, fields in reversed(newest) for part in (name, fields.get(b"json", b""))]
         return list(self._decoded("decisions", found, entries.decision_from_json).values())
 
+    async def server_counters(self) -> tuple[int, int, float]:
+        """Of the whole server since its start: operations, bytes either way, CPU seconds."""
+        async with self._store() as client:
+            stats, cpu = await client.info("stats"), await client.info("cpu")
+        transferred = stats["total_net_input_bytes"] + stats["total_net_output_bytes"]
+        return stats["total_commands_processed"], transferred, cpu["used_cpu_user"] + cpu["used_cpu_sys"]
+
     async def close(self) -> None:
         client = self._clients.pop(asyncio.get_running_loop(), None)
         if client is not None:

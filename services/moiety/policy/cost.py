@@ -22,6 +22,7 @@ CLIP = 0.5  # of the prediction: how far a settled model lets one sample pull
 # Without a seed, a few decode batches alike cannot tell the three costs apart; weights then get most of the time, as
 # decode is known to be bound by them. Relative to the time of the first sample; the least costs the least.
 DOUBT = np.array([1e-3, 1e-4, 1e-3])
+REGULAR = 1e-12  # of a direction's certainty, above what rounding leaves
 SEED_WEIGHT = 4.0  # samples that a seed counts for, in each cost
 
 Vector = npt.NDArray[np.float64]
@@ -154,9 +155,13 @@ def _model(costs: Vector, information: Matrix, seen: int, errors: tuple[float, .
 
 
 def _solve(information: Matrix, right: Vector) -> Vector:
-    """`information⁻¹ · right`, scaled first: bytes and rows differ by many orders of magnitude."""
+    """`information⁻¹ · right`, scaled first: bytes and rows differ by many orders of magnitude.
+
+    What rounding left of a direction that was never seen is kept from dividing by zero.
+    """
     scale = 1.0 / np.sqrt(np.diag(information))
-    solved: Vector = scale * np.linalg.solve(information * np.outer(scale, scale), scale * right)
+    scaled = information * np.outer(scale, scale) + REGULAR * np.eye(len(right))
+    solved: Vector = scale * np.linalg.solve(scaled, scale * right)
     return solved
 
 

@@ -5,7 +5,7 @@ Legend: T tokens, K experts per token, E experts per layer, A = T * K assignment
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,6 +17,34 @@ SEVERAL = -2
 
 # Below this many rows an expert's cost is the streaming of its weights; from there on rows add to it.
 KNEE_ROWS = 32
+
+
+class Shared(Mapping[tuple[int, int], tuple[int, ...]]):
+    """(layer, expert) -> the indices of its several holders, ascending; worked out when it is asked for.
+
+    A table of 2,000 replicas has half a million entries, and a router's experts of the next seconds are a few thousand.
+    """
+
+    def __init__(self, experts: int, several: np.ndarray, holds: np.ndarray, members: tuple[tuple[int, ...], ...]):
+        """`several`: cells (layer * experts + expert), ascending; `holds` [sets, cells]; `members`: replicas of a set."""
+        self._experts, self._several, self._holds, self._members = experts, several, holds, members
+        self._known: dict[tuple[int, int], tuple[int, ...]] = {}
+
+    def __getitem__(self, pair: tuple[int, int]) -> tuple[int, ...]:
+        if (known := self._known.get(pair)) is not None:
+            return known
+        sets = np.flatnonzero(self._holds[:, pair[0] * self._experts + pair[1]]).tolist()
+        holders = tuple(sorted(index for one in sets for index in self._members[one]))
+        if len(holders) < 2:
+            raise KeyError(pair)
+        self._known[pair] = holders
+        return holders
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return (divmod(cell, self._experts) for cell in self._several.tolist())
+
+    def __len__(self) -> int:
+        return len(self._several)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,21 +62,33 @@ class Table:
 
     @classmethod
     def build(cls, version: int, held: Mapping[str, ExpertSet], layers: int, experts: int) -> Table:
-        """From replica id -> experts held, for a model of `layers` MoE layers with `experts` each."""
+        """From replica id -> experts held, for a model of `layers` MoE layers with `experts` each.
+
+        Replicas of a deployment hold one and the same set (`ExpertSet.parse` gives one value for one text), which is
+        looked at once for all of them.
+        """
         replicas = tuple(sorted(held))
-        holders: dict[tuple[int, int], list[int]] = {}
+        alike: dict[int, tuple[ExpertSet, list[int]]] = {}
         for index, replica in enumerate(replicas):
-            for pair in held[replica]:
-                holders.setdefault(pair, []).append(index)
-        sole = {layer: np.full(experts, NOBODY, dtype=np.int64) for layer in range(layers)}
-        shared = {}
-        for (layer, expert), indices in holders.items():
-            if layer >= layers or expert >= experts:
-                continue
-            sole[layer][expert] = indices[0] if len(indices) == 1 else SEVERAL
-            if len(indices) > 1:
-                shared[layer, expert] = tuple(indices)
-        return cls(version, replicas, sole, shared)
+            alike.setdefault(id(held[replica]), (held[replica], []))[1].append(index)
+        owner = np.full(layers * experts, NOBODY, dtype=np.int64)
+        holders = np.zeros(layers * experts, dtype=np.int64)
+        holds = np.zeros((len(alike), layers * experts), dtype=bool)
+        for row, (experts_held, indices) in zip(holds, alike.values(), strict=True):
+            cells = [
+                layer * experts + expert
+                for layer, ids in experts_held.by_layer.items()
+                if layer < layers
+                for expert in ids
+                if expert < experts
+            ]
+            row[cells] = True
+            owner[cells] = indices[0]
+            holders[cells] += len(indices)
+        owner[holders > 1] = SEVERAL
+        members = tuple(tuple(same) for _, same in alike.values())
+        shared = Shared(experts, np.flatnonzero(holders > 1), holds, members)
+        return cls(version, replicas, dict(enumerate(owner.reshape(layers, experts))), shared)
 
     def held_only_by(self, layer: int, replicas: Collection[str]) -> np.ndarray:
         """bool [E]: the experts of `layer` that have holders, all of them among `replicas`."""
@@ -104,8 +144,9 @@ def plan(table: Table, layer: int, experts: np.ndarray, assignments: np.ndarray,
     """Plans `assignments` (indices into `experts` [A], global ids) of one layer over the holders not in `avoid`.
 
     Whole experts go to one replica each: two replicas streaming the same weights for half the rows each gain nothing in
-    decode. An expert's preferred holder is fixed by its id, so sets stay disjoint and sticky from step to step; it is
-    passed over only when it is busier than another holder by what the expert itself costs, or more.
+    decode. An expert's preferred holder is fixed by its id and its layer's, so sets stay disjoint and sticky from step to
+    step, and a group may have more replicas than experts of a layer; it is passed over only when it is busier than another
+    holder by what the expert itself costs, or more.
     """
     wanted = experts[assignments]
     owner = table.sole[layer][wanted]  # [len(assignments)]
@@ -123,7 +164,7 @@ def _choose(table: Table, layer: int, wanted: np.ndarray, owner: np.ndarray, bar
     """Replaces SEVERAL by the index of one holder per expert, or NOBODY."""
     activated, rows = np.unique(wanted, return_counts=True)
     owner_of = dict(zip(wanted.tolist(), owner.tolist(), strict=True))
-    load = np.zeros(len(table.replicas))
+    load = [0.0] * len(table.replicas)
     open_experts = []
     for expert, count in zip(activated.tolist(), rows.tolist(), strict=True):
         if (index := owner_of[expert]) >= 0:
@@ -131,14 +172,18 @@ def _choose(table: Table, layer: int, wanted: np.ndarray, owner: np.ndarray, bar
         elif index == SEVERAL:
             open_experts.append((count, expert))
     for count, expert in sorted(open_experts, key=lambda item: (-item[0], item[1])):
-        holders = [index for index in table.shared[layer, expert] if index not in barred]
+        holders: Sequence[int] = table.shared[layer, expert]
+        if barred:
+            holders = [index for index in holders if index not in barred]
         if not holders:
             owner_of[expert] = NOBODY
             continue
-        preferred = holders[expert % len(holders)]
-        lightest = min(holders, key=lambda index: load[index])
-        chosen = preferred if load[preferred] - load[lightest] < _cost(count) else lightest
-        load[chosen] += _cost(count)
+        preferred = holders[(expert + layer) % len(holders)]
+        chosen, cost = preferred, _cost(count)
+        if load[preferred] >= cost:  # else nobody is lighter by as much
+            lightest = min(holders, key=load.__getitem__)
+            chosen = preferred if load[preferred] - load[lightest] < cost else lightest
+        load[chosen] += cost
         owner_of[expert] = chosen
     return np.array([owner_of[expert] for expert in wanted.tolist()], dtype=np.int64)
 

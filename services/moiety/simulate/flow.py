@@ -82,7 +82,7 @@ def work(cluster: Cluster, included: Floats, holding: Holding, replicas: Floats)
     included = included.ravel()[pair]
 
     def total(values: Floats) -> Floats:
-        sums = np.bincount(where, values, minlength=holding.deployments * holding.layers)
+        sums: Floats = np.bincount(where, values, minlength=holding.deployments * holding.layers).astype(np.float64)
         return sums.reshape(holding.deployments, holding.layers)
 
     activated = 1 - (1 - included) ** cluster.batch

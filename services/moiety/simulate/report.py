@@ -112,12 +112,13 @@ def lines(report: Report) -> Iterator[str]:
     yield (
         f"{trace.hours:g} h, {trace.rates.mean():,.0f} tokens/s on average, peak/mean "
         f"{trace.rates.max() / trace.rates.mean():.2f}, Zipf {trace.skew:g}{', drifting' if trace.drift else ''}; "
-        f"{cluster.layers} layers x {cluster.experts} experts in {cluster.groups} groups, replicas start in {cluster.start_s:g} s"
+        f"{cluster.layers} layers x {cluster.experts} experts in {cluster.groups} groups, "
+        f"replicas start in {cluster.start_s:g} s"
     )
     header = ("system", "GPU-hours", "of static", "most replicas", "step p50", "step p99", "delayed")
     rows: list[Sequence[str]] = [header]
-    for each in report.outcomes:
-        rows.append((
+    rows += [
+        (
             each.system,
             f"{each.gpu_hours:,.0f}",
             f"{each.gpu_hours / static.gpu_hours:.1%}",
@@ -125,7 +126,9 @@ def lines(report: Report) -> Iterator[str]:
             f"{each.p50_ms:.1f} ms",
             f"{each.p99_ms:.1f} ms",
             f"{each.delayed:.2%}",
-        ))  # fmt: skip
+        )
+        for each in report.outcomes
+    ]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         yield "  ".join(

@@ -85,6 +85,7 @@ def day_trace(
     count = round(hours * 3600 / step_s)
     time = 7 * 3600 + np.arange(count) * step_s if hours < 24 else np.arange(count) * step_s
     phase = 0.5 - 0.5 * np.cos(2 * np.pi * (time / DAY_S - 4 / 24))
+    phase /= phase.max()
     factor = np.ones(count)
     for start in np.flatnonzero(random.random(count) < bursts_per_hour * step_s / 3600):
         height, hold = burst * random.uniform(0.3, 1.0), random.uniform(120, 600)

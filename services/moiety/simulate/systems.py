@@ -23,7 +23,7 @@ from moiety.simulate.scenario import Cluster, Floats, Trace, inclusion, populari
 Bools = npt.NDArray[np.bool_]
 
 LOOK_S = 120.0  # how often popularity is sampled from the trace: topics drift over hours
-REPLAN_S = 300.0
+REPLAN_S = 900.0
 REPLAN_GAIN = 0.03  # of the critical path: less is not worth moving experts
 SAMPLED = 360  # time steps at which step times of baselines are computed; their busy fractions are computed at all
 SETTINGS = GroupSettings(min_replicas=1, max_replicas=1000, target_busy=0.7, shrink_after_s=60.0, shrink_margin=0.95)
@@ -52,6 +52,7 @@ class Load:
     cluster: Cluster
     trace: Trace
     _included: dict[int, Floats] = field(default_factory=dict)
+    _copies: dict[tuple[float, int], Placement] = field(default_factory=dict)
 
     def included(self, time_s: float) -> Floats:
         """[L, E] at `time_s`."""
@@ -60,6 +61,15 @@ class Load:
             popular = popularity(self.trace, self.cluster, look * LOOK_S)
             self._included[look] = inclusion(popular, self.cluster.top_k)
         return self._included[look]
+
+    def copies(self, redundancy: float, time_s: float, before: Placement) -> Placement:
+        """What EPLB has planned by `time_s` for devices with that part of memory more; the same whatever their number."""
+        look = int(time_s // REPLAN_S) if self.trace.drift else 0
+        if (redundancy, look) not in self._copies:
+            measured = _measured_heat(self.cluster, _learned(self.cluster, self.trace.seed), self.included(time_s), 1.0)
+            rooms = _with_more(self.cluster, redundancy)
+            self._copies[redundancy, look] = plan(measured, rooms, before).placement
+        return self._copies[redundancy, look]
 
 
 def default_rooms(cluster: Cluster, hot_sets: int) -> list[Room]:
@@ -93,7 +103,12 @@ def elastic(load: Load, settings: GroupSettings = SETTINGS, hot_sets: int | None
     first = work(cluster, load.included(0.0), held, np.ones(len(rooms)))
     needed = first.device_s * trace.rates[0] / cluster.batch / settings.target_busy
     pools = [
-        _Pool(room.deployment, settings if not room.hot else _spare(settings), int(np.ceil(count)), room.hot)
+        _Pool(
+            room.deployment,
+            settings if not room.hot else _spare(settings),
+            0 if room.hot else int(np.ceil(count)),
+            room.hot,
+        )
         for room, count in zip(rooms, needed, strict=True)
     ]
     recorder, decisions = _Recorder(trace), list[tuple[float, Decision]]()
@@ -136,20 +151,17 @@ def fixed(load: Load, per_group: float, redundancy: float = 0.0, name: str = "st
     Copies follow the load every REPLAN_S, at no cost: EPLB as it is run beside a fixed expert-parallel size.
     """
     cluster, trace = load.cluster, load.trace
-    extra = round(cluster.layers * cluster.experts / cluster.groups * redundancy)
-    rooms = [replace(room, experts=room.experts + extra) for room in default_rooms(cluster, 0)]
+    rooms = _with_more(cluster, redundancy)
     replicas = np.full(cluster.groups, float(per_group))
     placement = default_placement(cluster)
     held = _held(cluster, rooms, placement)
-    costs, recorder, planned_at = _learned(cluster, trace.seed), _Recorder(trace), -np.inf
+    recorder = _Recorder(trace)
     stride = max(1, len(trace.rates) // SAMPLED)
     for index in range(0, len(trace.rates), stride):
         now = index * trace.step_s
         included = load.included(now)
-        if redundancy and now - planned_at >= REPLAN_S and (trace.drift or index == 0):
-            planned_at = now
-            placement = plan(_measured_heat(cluster, costs, included, 1.0), rooms, placement).placement
-            held = _held(cluster, rooms, placement)
+        if redundancy and (planned := load.copies(redundancy, now, placement)) is not placement:
+            placement, held = planned, _held(cluster, rooms, planned)
         rates = trace.rates[index : index + stride]
         asked = work(cluster, included, held, replicas)
         seen = flow(cluster, asked, replicas, float(rates.mean()) + recorder.backlog / trace.step_s / stride)
@@ -240,6 +252,11 @@ def throughput(cluster: Cluster, included: Floats, p99_ms: float, replicas: int,
 
 def _held(cluster: Cluster, rooms: Sequence[Room], placement: Placement) -> Holding:
     return Holding.of(held_table(rooms, placement, cluster.layers, cluster.experts))
+
+
+def _with_more(cluster: Cluster, redundancy: float) -> list[Room]:
+    extra = round(cluster.layers * cluster.experts / cluster.groups * redundancy)
+    return [replace(room, experts=room.experts + extra) for room in default_rooms(cluster, 0)]
 
 
 def _spare(settings: GroupSettings) -> GroupSettings:
@@ -351,7 +368,7 @@ class _Recorder:
             p50_ms=1000 * percentile(means, spreads, weights, late, 50),
             p99_ms=1000 * percentile(means, spreads, weights, late, 99),
             delayed=float(late / (tokens.sum() + self.backlog)),
-            times_s=np.arange(len(replicas)) * self.trace.step_s,
+            times_s=np.arange(len(replicas), dtype=np.float64) * self.trace.step_s,
             replicas=replicas,
             decisions=tuple(decisions),
             rebalances=rebalances,

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moiety.config import GroupSettings
@@ -284,6 +284,7 @@ def test_a_router_is_as_busy_as_its_scarcest_room() -> None:
     assert router_busy(0, 0, 0, 0) == 0.0
 
 
+@settings(deadline=None)
 @given(
     target=st.integers(0, 50),
     live=st.integers(0, 50),

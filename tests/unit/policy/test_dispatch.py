@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moiety.core import ExpertSet
-from moiety.policy.dispatch import KNEE_ROWS, Plan, Table, holders, plan
+from moiety.policy.dispatch import KNEE_ROWS, NOBODY, SEVERAL, Plan, Table, holders, plan
 
 EXPERTS = 8
 Held = dict[str, frozenset[int]]
@@ -30,6 +30,7 @@ def plan_of(held: Held, experts: np.ndarray, avoid: frozenset[str] = frozenset()
     return plan(table_of(held), 0, experts, np.arange(len(experts)), avoid)
 
 
+@settings(deadline=None)
 @given(held=held_sets, experts=routings, avoid=avoided)
 def test_each_assignment_goes_to_one_holder_or_is_uncovered(held: Held, experts: np.ndarray, avoid: frozenset[str]):
     """Parts and uncovered are a partition; parts go to holders that are not avoided; nothing that could go is left."""
@@ -45,6 +46,7 @@ def test_each_assignment_goes_to_one_holder_or_is_uncovered(held: Held, experts:
     assert not allowed & set(experts[planned.uncovered].tolist())
 
 
+@settings(deadline=None)
 @given(held=held_sets, experts=routings, avoid=avoided)
 def test_an_expert_is_never_split(held: Held, experts: np.ndarray, avoid: frozenset[str]):
     """All rows of an expert go to one replica: two that stream the same weights gain nothing in decode."""
@@ -53,6 +55,7 @@ def test_an_expert_is_never_split(held: Held, experts: np.ndarray, avoid: frozen
     assert sum(map(len, sets)) == len(set().union(*sets))
 
 
+@settings(deadline=None)
 @given(held=held_sets, experts=routings)
 def test_a_plan_depends_on_nothing_else(held: Held, experts: np.ndarray):
     """Same routing, same plan, in whatever order the holders became known."""
@@ -61,6 +64,26 @@ def test_a_plan_depends_on_nothing_else(held: Held, experts: np.ndarray):
     assert first.parts.keys() == again.parts.keys()
     for replica, part in first.parts.items():
         assert part.tolist() == again.parts[replica].tolist()
+
+
+@settings(deadline=None)
+@given(
+    names=st.lists(st.sampled_from("abcdefg"), max_size=7, unique=True),
+    kinds=st.lists(st.sampled_from(["0:0-3", "0:2-5;1:0", "1:1-7", "0-1:0-7", ""]), min_size=7, max_size=7),
+)
+def test_the_table_is_what_a_plain_loop_makes(names: list[str], kinds: list[str]):
+    """Sole holders and the several holders of an expert, whether replicas hold one and the same set or equal ones."""
+    held = {name: ExpertSet.parse(kind) for name, kind in zip(names, kinds, strict=False)}
+    table = Table.build(1, held, layers=2, experts=EXPERTS)
+    holders: dict[tuple[int, int], list[int]] = {}
+    for index, name in enumerate(sorted(held)):
+        for pair in held[name]:
+            holders.setdefault(pair, []).append(index)
+    assert dict(table.shared) == {pair: tuple(ids) for pair, ids in holders.items() if len(ids) > 1}
+    for layer, owner in table.sole.items():
+        for expert in range(EXPERTS):
+            mine = holders.get((layer, expert), [])
+            assert owner[expert] == (NOBODY if not mine else mine[0] if len(mine) == 1 else SEVERAL)
 
 
 def test_experts_stay_with_their_replica_from_step_to_step():
@@ -72,6 +95,15 @@ def test_experts_stay_with_their_replica_from_step_to_step():
     for pair in ([0, 1], [3, 4], [6, 7], [2, 5]):
         planned = plan_of(held, np.array(pair))
         assert {pair[i]: replica for replica, part in planned.parts.items() for i in part} == {e: home[e] for e in pair}
+
+
+def test_a_group_may_have_more_replicas_than_experts_of_a_layer():
+    """With two experts a layer and eight replicas, layers take turns: no replica is left without work."""
+    held = {name: ExpertSet.block(8, [0, 1]) for name in "abcdefgh"}
+    table = Table.build(1, held, layers=8, experts=EXPERTS)
+    used = [plan(table, layer, np.array([0, 1]), np.arange(2)).parts.keys() for layer in range(8)]
+    assert set().union(*used) == set(held)
+    assert {len(replicas) for replicas in used} == {2}
 
 
 def test_a_busy_replica_sheds_experts_that_others_hold():

@@ -50,14 +50,17 @@ def test_popularity_is_zipf_and_drifts() -> None:
 
 @pytest.mark.parametrize(
     ("replicas", "routers", "skew", "seed"),
-    [(12, 18, 1.0, 0), (12, 24, 1.0, 1), (10, 15, 0.0, 2)],
-    ids=["busy 0.45", "busy 0.55", "even load"],
+    [
+        pytest.param(12, 18, 1.0, 0, id="busy 0.45"),
+        pytest.param(12, 24, 1.0, 1, id="busy 0.55", marks=pytest.mark.slow),
+        pytest.param(10, 15, 0.0, 2, id="even load", marks=pytest.mark.slow),
+    ],
 )
 def test_time_steps_agree_with_events(replicas: int, routers: int, skew: float, seed: int) -> None:
     """Busy within 3 %, p99 of a step within 10 % of what happens when every call is played."""
     included = inclusion(popularity(day_trace(1e5, skew=skew, drift=False, hours=1), SMALL, 0.0), SMALL.top_k)
     held, counts = held_by_groups(SMALL), np.full(SMALL.groups, replicas)
-    played = play(SMALL, included, held, counts, routers, steps=30, seed=seed)
+    played = play(SMALL, included, held, counts, routers, steps=25, seed=seed)
     asked = work(SMALL, included, Holding.of(held), counts.astype(float))
     seen = flow(SMALL, asked, counts.astype(float), played.rate, routers)
     assert seen.busy.mean() == pytest.approx(played.busy, rel=0.03)
@@ -88,8 +91,8 @@ def test_tokens_that_had_to_wait_count_against_the_p99() -> None:
 
 @pytest.fixture(scope="module")
 def load() -> Load:
-    """Two hours around the morning's rise, for a model of 4 layers."""
-    return Load(TINY, day_trace(2e6, hours=2, step_s=10, seed=1))
+    """Two hours of the morning's rise, for a model of 4 layers."""
+    return Load(TINY, day_trace(2e6, hours=2, step_s=20, seed=1))
 
 
 def test_elastic_groups_follow_the_load(load: Load) -> None:
@@ -105,6 +108,7 @@ def test_elastic_groups_follow_the_load(load: Load) -> None:
     assert (again.replicas == outcome.replicas).all(), "seeded: the same day twice"
 
 
+@pytest.mark.slow
 def test_slow_starts_cost() -> None:
     """Replicas that take ten minutes to start make steps slower than those that take none, on the same bursts."""
     trace = day_trace(2e6, hours=2, step_s=10, bursts_per_hour=6, burst=0.8, seed=2)
@@ -123,6 +127,7 @@ def test_a_clairvoyant_needs_least_and_a_static_size_most(load: Load) -> None:
     assert fixed(load, 30).p99_ms > static.p99_ms
 
 
+@pytest.mark.slow
 def test_the_report_compares_at_equal_p99(tmp_path: Path) -> None:
     """No system gets away with a longer p99; the JSON says what the table says; a picture is drawn."""
     report = compare(TINY, day_trace(2e6, hours=1, step_s=20, seed=1))

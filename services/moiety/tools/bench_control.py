@@ -1,0 +1,150 @@
+"""What a large system costs its control plane: planning, the dispatch table, and the traffic on Redis."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from moiety.core import Busy, Demand, ExpertSet, Placement, Replica, Role
+from moiety.load.embedded import EmbeddedRedis
+from moiety.load.redis import RedisRegistry
+from moiety.load.registry import HEARTBEAT_S
+from moiety.policy.dispatch import Table
+from moiety.policy.dispatch import plan as dispatch
+from moiety.policy.placement import Room, plan
+
+WATCH_S, AUTOSCALER_S, LEDGER_S = 0.25, 0.25, 1.0  # how often routers read the table, the autoscaler all, writers write
+AT_ONCE = 32  # clients that talk to Redis at a time
+
+
+@dataclass(frozen=True, slots=True)
+class ControlWork:
+    """The system that is pretended to exist."""
+
+    replicas: int = 2000
+    routers: int = 16
+    layers: int = 58
+    experts: int = 256
+    groups: int = 64
+    hot_sets: int = 16
+    rounds: int = 5
+
+
+@dataclass(frozen=True, slots=True)
+class ControlReport:
+    """Medians of the rounds."""
+
+    plan_s: float  # from nothing
+    replan_s: float  # from a placement in force, after the heat has drifted
+    replan_gain: float
+    table_s: float
+    dispatch_s: float  # of one layer's decode batch, 256 tokens, over that table
+    redis_operations_per_s: float  # that such a system sends
+    redis_bytes_per_s: float
+    redis_busy: float  # of one core of the server: CPU seconds for a second of this traffic
+
+
+def bench_control(work: ControlWork, progress: Callable[[str], None] = lambda _: None) -> ControlReport:
+    """Measures all of it here; Redis is a real one, started for this."""
+    random = np.random.default_rng(0)
+    weights = 1.0 / np.arange(1, work.experts + 1)
+    heat = random.permuted(np.tile(weights, (work.layers, 1)), axis=1)
+    drifted = heat * np.exp(0.3 * random.standard_normal(heat.shape))
+    memory = work.layers * -(-work.experts // work.groups)
+    deployments = [f"experts-{index}" for index in range(work.groups)]
+    deployments += [f"hot-{index}" for index in range(work.hot_sets)]
+    each = [work.replicas // len(deployments) + (i < work.replicas % len(deployments)) for i in range(len(deployments))]
+    rooms = [Room(name, memory, count, name.startswith("hot")) for name, count in zip(deployments, each, strict=True)]
+    progress("planning")
+    first, plan_s = _timed(work.rounds, lambda: plan(heat, rooms, None))
+    second, replan_s = _timed(work.rounds, lambda: plan(drifted, rooms, first.placement))
+    progress("dispatch table")
+    replicas = list(_replicas(first.placement, dict(zip(deployments, each, strict=True))))
+    held = {replica.id: replica.held for replica in replicas}
+    table, table_s = _timed(work.rounds, lambda: Table.build(1, held, work.layers, work.experts))
+    tokens = np.stack([random.choice(work.experts, 8, replace=False) for _ in range(256)]).ravel()
+    _, dispatch_s = _timed(work.rounds, lambda: dispatch(table, 0, tokens, np.arange(len(tokens))))
+    progress(f"Redis: what {len(replicas)} replicas and {work.routers} routers ask of it")
+    operations, transferred, busy = asyncio.run(_redis(work, replicas, heat))
+    return ControlReport(plan_s, replan_s, second.gain, table_s, dispatch_s, operations, transferred, busy)
+
+
+def control_lines(report: ControlReport, work: ControlWork) -> Iterator[str]:
+    """For people."""
+    pairs = work.layers * work.experts
+    yield f"{work.replicas:,} replicas of {work.groups} groups and {work.hot_sets} hot sets, {pairs:,} (layer, expert) pairs"
+    yield f"plan from nothing       {1000 * report.plan_s:8.1f} ms"
+    yield f"plan from one in force  {1000 * report.replan_s:8.1f} ms   ({report.replan_gain:.1%} saved)"
+    yield f"dispatch table rebuild  {1000 * report.table_s:8.1f} ms"
+    yield f"dispatch of one layer   {1000 * report.dispatch_s:8.2f} ms   (256 tokens, top-8)"
+    yield (
+        f"Redis, {work.routers} routers      {report.redis_operations_per_s:8,.0f} operations/s, "
+        f"{report.redis_bytes_per_s / 1e6:,.1f} MB/s, {report.redis_busy:.0%} of a core"
+    )
+
+
+def _timed(rounds: int, run: Callable[[], Any]) -> tuple[Any, float]:
+    seconds = []
+    for _ in range(rounds):
+        began = time.perf_counter()
+        result = run()
+        seconds.append(time.perf_counter() - began)
+    return result, median(seconds)
+
+
+def _replicas(placement: Placement, counts: dict[str, int]) -> Iterator[Replica]:
+    """As registry entries bring them: parsed from text."""
+    for deployment, held in placement.held.items():
+        for number in range(counts[deployment]):
+            name = f"{deployment}-{number:04}"
+            yield Replica(
+                id=name,
+                role=Role.EXPERT,
+                deployment=deployment,
+                address=f"10.0.{number // 250}.{number % 250}:50100",
+                node=f"node-{number}",
+                model="model",
+                revision="0" * 32,
+                held=ExpertSet.parse(str(held)),
+                placement_epoch=placement.epoch,
+            )
+
+
+async def _redis(work: ControlWork, replicas: Sequence[Replica], heat: np.ndarray) -> tuple[float, float, float]:
+    """Operations, bytes and CPU seconds of one second's traffic; how long it takes here does not matter."""
+    with EmbeddedRedis() as server:
+        registry, gate = RedisRegistry(server.url, "bench"), asyncio.Semaphore(AT_ONCE)
+        counts = tuple(map(tuple, (1e6 * heat / heat.max()).astype(int).tolist()))
+        demand = Demand(counts, counts, time=1.0)
+        busy = Busy(busy=0.612345, queue_wait_ms=1.234567, rows_per_s=123456.7, calls_per_s=2345.6)
+
+        async def gated(action: Awaitable[Any]) -> None:
+            async with gate:
+                await action
+
+        async def a_second() -> None:
+            actions: list[Awaitable[Any]] = [registry.publish_busy(replica.id, busy) for replica in replicas]
+            actions += [registry.register(replica) for _ in range(round(1 / HEARTBEAT_S)) for replica in replicas]
+            actions += [registry.placement() for _ in range(round(1 / HEARTBEAT_S)) for _ in replicas]
+            actions += [registry.publish_demand(f"router-{index}", demand) for index in range(work.routers)]
+            for _ in range(work.routers * round(1 / WATCH_S)):
+                actions += [registry.replicas(), registry.generation()]
+            for _ in range(round(1 / AUTOSCALER_S)):
+                actions += [registry.replicas(), registry.generation(), registry.busy(), registry.demand()]
+                actions += [registry.wakes(), registry.placement()]
+            # A batch at a time: entries must not expire meanwhile, nor ten thousand coroutines wait.
+            for start in range(0, len(actions), 500):
+                await asyncio.gather(*map(gated, actions[start : start + 500]))
+
+        await a_second()  # connections, and every key once
+        before = await registry.server_counters()
+        await a_second()
+        after = await registry.server_counters()
+        await registry.close()
+    return after[0] - before[0], after[1] - before[1], after[2] - before[2]
