@@ -248,6 +248,7 @@ class Sampling:
     prompt_logprobs: bool = False
     n: int = 1
     guide: Guide | None = None
+    first_token_id: int | None = None  # what the output begins with, whatever the logits say
 
     @property
     def penalised(self) -> bool:

@@ -20,11 +20,12 @@ from moiety.load.watch import Watch
 from moiety.model import overlap
 from moiety.model.checkpoint import Checkpoint
 from moiety.model.compute import use_kernels
+from moiety.model.encoderdecoder import DecoderStart, EncoderDecoder
 from moiety.model.elementwise import fix_elementwise
 from moiety.model.layout import ExpertLayout
 from moiety.model.router import load_router
 from moiety.policy.lanes import LaneTuner
-from moiety.router import attention, latent
+from moiety.router import across, attention, latent
 from moiety.router.attention import ProbeBatch
 from moiety.router.context import HopSettings, StepBackend
 from moiety.router.demand import DemandCounter
@@ -74,6 +75,7 @@ async def start(settings: RouterSettings, replica_id: str, node: str) -> Running
             slots=settings.slots,
             guides=guides,
             tracer=site.tracer,
+            start=DecoderStart.of(checkpoint),
         )
         covered = False
 
@@ -162,6 +164,7 @@ def load_model(
     model = load_router(checkpoint, layout, dtype, settings.device, attention.NAME)
     use_kernels(model, deterministic=settings.deterministic)
     latent.install(model, deterministic=settings.deterministic)
+    across.install(model)
     if settings.deterministic:
         fix_elementwise(model)
     spec = cache_spec(model, layout.shape)
@@ -171,7 +174,8 @@ def load_model(
         int(settings.kv_memory),
         torch.device(settings.device),
         block_tokens=settings.block_tokens,
-        revision=revision if settings.prefix_cache else None,
+        # What an output's tokens leave behind depends on its prompt, too: no two outputs share a prefix.
+        revision=revision if settings.prefix_cache and not isinstance(model, EncoderDecoder) else None,
     )
     if cache.blocks == 0:
         least = spec.bytes_per_token * settings.block_tokens

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from moiety.errors import CheckpointError
+from moiety.model.adapters import adapter_of
 from moiety.model.checkpoint import Checkpoint
 
 
@@ -30,14 +31,20 @@ def load_config(checkpoint: Checkpoint) -> Any:
         raise unsupported(checkpoint, f"transformers cannot read its config: {_first_line(error)}") from error
 
 
-def causal_lm_class(checkpoint: Checkpoint, config: Any) -> type[nn.Module]:
-    """The class that transformers would generate text with; raises CheckpointError where there is none."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+def language_model_class(config: Any) -> type[nn.Module] | None:
+    """The class that transformers would generate text with, a decoder or an encoder-decoder; None where there is none."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
 
-    found = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    if found is None:
-        raise unsupported(checkpoint, "transformers has no causal language model for it")
+    mapping = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING if config.is_encoder_decoder else MODEL_FOR_CAUSAL_LM_MAPPING
+    found = mapping.get(type(config), None)
     return found[0] if isinstance(found, tuple | list) else found
+
+
+def causal_lm_class(checkpoint: Checkpoint, config: Any) -> type[nn.Module]:
+    """`language_model_class`; raises CheckpointError where there is none."""
+    if (found := language_model_class(config)) is None:
+        raise unsupported(checkpoint, "transformers has no language model for it")
+    return found
 
 
 def meta_model(model_class: type[nn.Module], config: Any) -> nn.Module:
@@ -47,8 +54,12 @@ def meta_model(model_class: type[nn.Module], config: Any) -> nn.Module:
 
 
 def experts_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """(path, module) of each MoE layer's routed experts, in layer order: those that go through transformers' seam."""
-    return [(path, module) for path, module in model.named_modules() if _behind_the_seam(type(module))]
+    """(path, module) of each MoE layer's routed experts, in layer order; an encoder's come before its decoder's."""
+    return [
+        (path, module)
+        for path, module in model.named_modules()
+        if _behind_the_seam(type(module)) or adapter_of(module) is not None
+    ]
 
 
 def unsupported(checkpoint: Checkpoint, reason: str) -> CheckpointError:

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from moiety.core import ModelShape
+from moiety.core import ExpertMLP, ModelShape
 from moiety.errors import CheckpointError
+from moiety.model.adapters import adapter_of
 from moiety.model.architecture import causal_lm_class, experts_modules, load_config, meta_model, unsupported
 from moiety.model.checkpoint import Checkpoint
 from moiety.model.layout import EXPERT, ExpertLayout, LayerLayout
-from moiety.model.probe import expert_mlp_of, parameters_of
+from moiety.model.probe import expert_mlp_of, parameters_of, probed
 
 DTYPES: Mapping[str, str] = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 TOP_K_NAMES = (
@@ -32,6 +33,8 @@ TOP_K_NAMES = (
     "top_k",
 )
 CONTEXT_NAMES = ("max_position_embeddings", "model_max_length", "max_seq_len", "n_positions")
+# Of models that know distances only, and state no bound: the length that they were trained with.
+_RELATIVE: Mapping[str, int] = {"switch_transformers": 512}
 
 _Sources = dict[str, dict[str | None, list[str]]]  # model parameter -> conversion pattern (None: as it is) -> tensors
 
@@ -44,17 +47,17 @@ def derive_layout(checkpoint: Checkpoint) -> ExpertLayout:
     if not modules:
         raise unsupported(checkpoint, "it has no MoE layer that transformers routes through its experts interface")
     try:
-        mlps = {expert_mlp_of(module) for _, module in modules}
+        mlps = {_mlp_of(model, path, module) for path, module in modules}
     except ValueError as error:
         raise unsupported(checkpoint, str(error)) from error
-    counts = {module.get_parameter("down_proj").shape[0] for _, module in modules}
+    counts = {_count_of(module) for _, module in modules}
     if len(mlps) > 1 or len(counts) > 1:
         raise unsupported(checkpoint, "its MoE layers differ in size or kind")
     sources, chains = _sources(checkpoint, model)
     layers = tuple(
         LayerLayout(path, _layer_sources(checkpoint, path, module, sources, chains)) for path, module in modules
     )
-    text = config.get_text_config()
+    text, adapter = config.get_text_config(), adapter_of(modules[0][1])
     first = checkpoint.tensor(layers[0].sources["down"][0].replace(EXPERT, "0"))
     if first.dtype not in DTYPES:
         raise unsupported(checkpoint, f"its experts are stored as {first.dtype}; served are {', '.join(DTYPES)}")
@@ -62,11 +65,11 @@ def derive_layout(checkpoint: Checkpoint) -> ExpertLayout:
         architecture=checkpoint.architecture,
         moe_layers=len(layers),
         experts=counts.pop(),
-        top_k=_setting(checkpoint, text, TOP_K_NAMES),
+        top_k=adapter.top_k if adapter is not None else _setting(checkpoint, text, TOP_K_NAMES),
         mlp=mlps.pop(),
         dtype=DTYPES[first.dtype],
         vocabulary=_setting(checkpoint, text, ("vocab_size",)),
-        max_context=_setting(checkpoint, text, CONTEXT_NAMES),
+        max_context=_setting(checkpoint, text, CONTEXT_NAMES, default=_RELATIVE.get(checkpoint.architecture)),
     )
     return ExpertLayout(shape, layers)
 
@@ -92,6 +95,17 @@ def _layer_sources(
 ) -> dict[str, tuple[str, ...]]:
     """One layer's sources, each checked against the parameter's shape."""
     found: dict[str, tuple[str, ...]] = {}
+    if (adapter := adapter_of(module)) is not None:
+        for field in adapter.parameters:
+            names = [adapter.parameter(field).replace(EXPERT, str(expert)) for expert in range(_count_of(module))]
+            targets = [f"{path}.{name}" for name in names]
+            if missing := [target for target in targets if not sources.get(target)]:
+                raise CheckpointError(f"checkpoint {checkpoint.path}: nothing in it becomes {missing[0]}")
+            template = _template(checkpoint, targets[0], [sources[target][None][0] for target in targets])
+            shape = module.get_parameter(names[0]).shape
+            _check_shapes(checkpoint, targets[0], [template], torch.Size((len(names), *shape)))
+            found[field] = (template,)
+        return found
     for field, attribute in parameters_of(module).items():
         target, parameter = f"{path}.{attribute}", module.get_parameter(attribute)
         by_pattern = sources.get(target)
@@ -152,8 +166,24 @@ def _check_shapes(checkpoint: Checkpoint, target: str, names: Sequence[str], sha
         raise CheckpointError(f"checkpoint {checkpoint.path}: {target} needs {shape[1]} rows an expert, found {rows}")
 
 
-def _setting(checkpoint: Checkpoint, config: Any, names: Sequence[str]) -> int:
+def _count_of(module: Any) -> int:
+    """Experts of one MoE layer."""
+    return int(module.num_experts if adapter_of(module) is not None else module.get_parameter("down_proj").shape[0])
+
+
+def _mlp_of(model: nn.Module, path: str, module: nn.Module) -> ExpertMLP:
+    """The spec of one expert of a MoE layer. Raises ValueError where it, or its layer's routing, cannot be served."""
+    if (adapter := adapter_of(module)) is None:
+        return expert_mlp_of(module)
+    if refusal := adapter.refusal(model.get_submodule(path.rpartition(".")[0])):
+        raise ValueError(refusal)
+    return probed(module, adapter.mlp(module), adapter.activation(module))
+
+
+def _setting(checkpoint: Checkpoint, config: Any, names: Sequence[str], default: int | None = None) -> int:
     for name in names:
         if isinstance(value := getattr(config, name, None), int):
             return value
+    if default is not None:
+        return default
     raise unsupported(checkpoint, f"its config has none of {', '.join(names)}")

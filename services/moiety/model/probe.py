@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -41,18 +41,21 @@ def expert_mlp_of(module: Any) -> ExpertMLP:
         transposed=bool(module.is_transposed),
         biased=bool(module.has_bias),
     )
-    return _probed(module, blank)
+    return probed(module, blank, module._apply_gate if blank.gated else module.act_fn)
 
 
 @torch.no_grad()
-def _probed(module: Any, blank: ExpertMLP) -> ExpertMLP:
-    """`blank` with the activation whose results equal the module's own, bit for bit, in float32 and in bfloat16."""
+def probed(module: Any, blank: ExpertMLP, activation: Callable[[torch.Tensor], torch.Tensor]) -> ExpertMLP:
+    """`blank` with the activation whose results equal those of the module's `activation`, in float32 and in bfloat16.
+
+    Bit for bit. Raises ValueError where there is none.
+    """
     candidates = list(_candidates(module, blank))
     reach = 4 * max((spec.limit for spec in candidates if spec.limit is not None), default=1.0)
     probe = torch.randn(32, 64, generator=torch.Generator().manual_seed(0)) * reach  # beyond every limit
     for dtype in (torch.float32, torch.bfloat16):
         rows = probe.to(dtype)
-        expected = module._apply_gate(rows) if blank.gated else module.act_fn(rows)
+        expected = activation(rows)
         candidates = [spec for spec in candidates if torch.equal(_activated(rows, spec), expected)]
     if not candidates:
         raise ValueError(f"{type(module).__name__} applies a gate or an activation that no kernel computes")

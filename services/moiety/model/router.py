@@ -1,4 +1,4 @@
-"""Loads the router's part of a checkpoint: the whole causal LM except the routed experts' weights."""
+"""Loads the router's part of a checkpoint: the whole language model except the routed experts' weights."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from moiety.errors import CheckpointError
+from moiety.model.adapters import adapter_of
 from moiety.model.architecture import (
     causal_lm_class,
     experts_modules,
@@ -18,6 +19,7 @@ from moiety.model.architecture import (
     unsupported,
 )
 from moiety.model.checkpoint import Checkpoint
+from moiety.model.encoderdecoder import EncoderDecoder
 from moiety.model.layout import ExpertLayout
 from moiety.model.seam import IMPLEMENTATION, LAYER_ATTRIBUTE, register
 
@@ -54,7 +56,11 @@ def load_router(
     for kind in ("missing_keys", "mismatched_keys"):
         if bad := sorted(map(str, report[kind])):
             raise CheckpointError(f"checkpoint {checkpoint.path}: {kind.replace('_', ' ')}: {', '.join(bad[:8])}")
-    return _owned(model).to(device).requires_grad_(False).eval()
+    model = _owned(model).to(device).requires_grad_(False).eval()
+    for path, module in experts_modules(model):
+        if (adapter := adapter_of(module)) is not None:
+            adapter.install(model.get_submodule(path.rpartition(".")[0]))
+    return EncoderDecoder(model) if config.is_encoder_decoder else model
 
 
 def _without_experts(model_class: Any, layout: ExpertLayout) -> Any:
@@ -65,9 +71,12 @@ def _without_experts(model_class: Any, layout: ExpertLayout) -> Any:
         modules = experts_modules(self)
         if [path for path, _ in modules] != [layer.module for layer in layout.layers]:
             raise RuntimeError("the expert layout belongs to another model")
-        for ordinal, (_, module) in enumerate(modules):
+        for ordinal, (path, module) in enumerate(modules):
             module._parameters.clear()
+            module._modules.clear()  # experts that are modules of their own
             module._is_hf_initialized = True  # type: ignore[assignment]  # or weight initialisation looks for them
+            if adapter_of(module) is not None:  # there it is their block's
+                self.get_submodule(path.rpartition(".")[0])._is_hf_initialized = True  # type: ignore[assignment]
             setattr(module, LAYER_ATTRIBUTE, ordinal)
 
     experts = [rf"^{re.escape(layer.module)}\." for layer in layout.layers]

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from moiety.model.architecture import meta_model
+from moiety.model.architecture import language_model_class, meta_model
 from moiety.model.checkpoint import INDEX_FILE
 from moiety.model.tiny_tokenizer import BOS, EOS, PAD, VOCABULARY, write_tokenizer
 
@@ -52,6 +52,46 @@ TINY: Mapping[str, Mapping[str, Any]] = {
     "deepseek_v2": {**_LATENT, "q_lora_rank": None, "v_head_dim": 12, "topk_method": "greedy"},
     "deepseek_v3": {**_LATENT, "n_group": 4, "topk_group": 2},
     "glm4_moe_lite": {**_LATENT, "n_group": 1, "topk_group": 1},
+    "switch_transformers": {
+        "vocab_size": VOCABULARY,
+        "d_model": 64,
+        "d_kv": 16,
+        "d_ff": 48,
+        "num_heads": 4,
+        "num_layers": 4,
+        "num_decoder_layers": 4,
+        "num_sparse_encoder_layers": 2,
+        "num_sparse_decoder_layers": 2,
+        "num_experts": 8,
+        "expert_capacity": 6,  # few enough that longer prompts overflow
+        "relative_attention_num_buckets": 12,
+        "relative_attention_max_distance": 24,
+        "initializer_range": 0.5,
+        "decoder_start_token_id": 0,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+    },
+    "nllb-moe": {
+        "vocab_size": VOCABULARY,
+        "d_model": 64,
+        "encoder_layers": 4,
+        "decoder_layers": 4,
+        "encoder_ffn_dim": 48,
+        "decoder_ffn_dim": 48,
+        "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4,
+        "encoder_sparse_step": 2,
+        "decoder_sparse_step": 2,
+        "num_experts": 8,
+        "moe_eval_capacity_token_fraction": 0.25,  # published: 1.0, which never overflows
+        "max_position_embeddings": 512,
+        "initializer_range": 0.7,
+        "scale_embedding": False,  # published: True; eight times as wide, a random model says one word for ever
+        "decoder_start_token_id": 2,
+        "bos_token_id": 0,
+        "pad_token_id": 1,
+        "eos_token_id": 2,
+    },
     "gpt_oss": {
         **_COMMON,
         "num_local_experts": 8,
@@ -81,7 +121,6 @@ def write_tiny(
     """
     from transformers import AutoConfig
     from transformers.core_model_loading import revert_weight_conversion
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     if architecture not in TINY:
         raise ValueError(f"architecture {architecture!r}: must be one of {', '.join(TINY)}")
@@ -91,7 +130,7 @@ def write_tiny(
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
     config = AutoConfig.for_model(architecture, **settings)
-    model: Any = meta_model(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], config)
+    model: Any = meta_model(language_model_class(config), config)
     tied = set(model.all_tied_weights_keys)
     state = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
     shapes = {name: tensor.shape for name, tensor in revert_weight_conversion(model, state).items()}
@@ -106,11 +145,11 @@ def write_tiny(
 
 
 def _weight(name: str, shape: torch.Size, dtype: torch.dtype, seed: int, deviation: float) -> torch.Tensor:
-    """Normal noise, around one for norms and zero for all else, biases and sinks included: zeros hide mistakes."""
+    """Normal noise, around one for the weights of norms and zero for all else, biases and sinks included: zeros hide mistakes."""
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
     stored = torch.float32 if name.endswith("e_score_correction_bias") else dtype
     noise = torch.empty(shape, dtype=stored).normal_(0.0, deviation, generator=generator)
-    return noise + 1 if len(shape) == 1 and "norm" in name else noise
+    return noise + 1 if len(shape) == 1 and "norm" in name and not name.endswith("bias") else noise
 
 
 def _write_shards(path: Path, weights: Iterator[tuple[str, torch.Tensor]], shard_bytes: int) -> None:

@@ -44,9 +44,13 @@ class Batch(Protocol):
 
 
 class ProbeBatch:
-    """A batch of one token that keeps nothing but the shapes: how the CacheSpec of any model is found out."""
+    """A batch of one token that keeps nothing but the shapes: how the CacheSpec of any model is found out.
 
-    def __init__(self) -> None:
+    For an encoder-decoder it brings a prompt of one token along.
+    """
+
+    def __init__(self, prompt: int = 0) -> None:
+        self.across = ProbeAcross(prompt)
         self.tables = torch.zeros(1, 1, dtype=torch.int32)
         self.sequence = torch.zeros(1, dtype=torch.int32)
         self.length = torch.ones(1, dtype=torch.int32)
@@ -71,6 +75,23 @@ class ProbeBatch:
         return CacheSpec(dict(self._layers))
 
 
+class ProbeAcross:
+    """A prompt of one token, and what each layer keeps of it."""
+
+    def __init__(self, token: int) -> None:
+        self.ids, self.lengths = torch.tensor([token]), (1,)
+        self.tables = torch.zeros(1, 1, dtype=torch.int32)
+        self.length = torch.ones(1, dtype=torch.int32)
+        self.layers: dict[int, LayerSpec] = {}
+
+    def owners(self, tokens: list[int]) -> list[int]:
+        return tokens
+
+    def store(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        self.layers[layer] = LayerSpec(key.shape[1], key.shape[2], value.shape[2], key.dtype)
+        return key.unsqueeze(2), value.unsqueeze(2)
+
+
 def attend(
     module: Any,  # an attention layer: `layer_idx`, `config`
     query: torch.Tensor,  # [1, H, T, Dk]
@@ -81,6 +102,7 @@ def attend(
     sliding_window: int | None = None,
     s_aux: torch.Tensor | None = None,  # [H] attention sinks
     softcap: float | None = None,
+    distance_bias: torch.Tensor | None = None,  # [H, N], added to scores by how many tokens lie between
     shared_values: bool = False,  # value is the first Dv columns of key, so that one of them is cached
     moiety_batch: Batch | None = None,
     **_: Any,
@@ -104,6 +126,7 @@ def attend(
         chunk=chunk,
         sinks=s_aux,
         softcap=softcap,
+        bias=distance_bias,
     )
     return output.unsqueeze(0), None
 

@@ -141,6 +141,14 @@ class KVCache:
                 values[target] = values[source]
         return forked
 
+    def share(self, table: BlockTable) -> BlockTable:
+        """A second table of the same blocks, whose tokens nobody will change."""
+        shared = BlockTable()
+        for block in table.held:
+            self._pool.hold(block)
+            shared.append(block)
+        return shared
+
     def check_integrity(self, tables: Iterable[BlockTable]) -> None:
         """Raises RuntimeError unless `tables` account for every block that is neither free nor cached."""
         self._pool.check(block for table in tables for block in table.held)

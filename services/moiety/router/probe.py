@@ -8,6 +8,7 @@ import torch
 
 from moiety.core import ModelShape
 from moiety.errors import CheckpointError
+from moiety.model.encoderdecoder import EncoderDecoder
 from moiety.model.seam import use_backend
 from moiety.router.attention import ProbeBatch
 from moiety.router.cachespec import CacheSpec
@@ -34,7 +35,7 @@ class _ZeroRows:
 def run_once(model: Any, batch: ProbeBatch) -> torch.Tensor:
     """The logits [1, 1, V] of one token, its routed experts answering zero."""
     device = next(model.parameters()).device
-    token = model.config.get_text_config().vocab_size // 2  # some word: padding may be embedded as zeros
+    token = _some_word(model)
     with use_backend(_ZeroExperts()):
         logits: torch.Tensor = model(
             input_ids=torch.tensor([[token]], device=device),
@@ -45,14 +46,25 @@ def run_once(model: Any, batch: ProbeBatch) -> torch.Tensor:
     return logits
 
 
+def _some_word(model: Any) -> int:
+    """A token that is no padding, which may be embedded as zeros."""
+    return int(model.config.get_text_config().vocab_size // 2)
+
+
 def cache_spec(model: Any, shape: ModelShape) -> CacheSpec:
     """What each layer keeps. Raises CheckpointError where the router's attention cannot run a layer."""
     if any(getattr(module, "indexer", None) is not None for module in model.modules()):
         reason = "its layers pick the tokens that they attend to by an indexer, which the router cannot run yet"
         raise CheckpointError(f"{shape.architecture}: {reason}")
-    batch = ProbeBatch()
+    batch = ProbeBatch(_some_word(model))
     run_once(model, batch)
     config = model.config.get_text_config()
+    if isinstance(model, EncoderDecoder):
+        # Blocks of the pool hold either an output's tokens or a prompt's.
+        if batch.across.layers != batch.spec.layers:
+            reason = "its decoder layers keep of a prompt's token something else than of an output's"
+            raise CheckpointError(f"{shape.architecture}: {reason}, which the router cannot cache yet")
+        return batch.spec
     # A layer that attended came by; one that did not (Mamba, linear attention, convolution) has a state of its own, and
     # running on without it would give wrong tokens in silence.
     others = sorted(set(range(config.num_hidden_layers)) - batch.spec.layers.keys())
