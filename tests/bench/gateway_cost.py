@@ -23,7 +23,7 @@ from moiety.gateway.service import SERVICE, GenerationService
 from moiety.gateway.text import Tokenizer
 from moiety.load.memory import MemoryRegistry
 from moiety.load.watch import Watch
-from moiety.model.tiny_tokenizer import write_tokenizer
+from moiety.model.tiny.tokenizer import write_tokenizer
 from moiety.telemetry.tracing import NO_TRACER
 from moiety.testing import HOST, FakeEngine, fake_shape
 from moiety.wire import engine_pb2

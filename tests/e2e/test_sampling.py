@@ -13,7 +13,7 @@ import torch
 from moiety.client import Chunk, Client
 from moiety.core import FinishReason
 from moiety.errors import InvalidRequest
-from moiety.model.tiny_tokenizer import EOS
+from moiety.model.tiny.tokenizer import EOS
 from serving import Served
 from streams import Streams
 

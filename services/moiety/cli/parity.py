@@ -12,27 +12,51 @@ from moiety.cli.run import progress, run_async
 
 
 @click.command()
-@click.argument("checkpoint", type=click.Path(path_type=str))
+@click.argument("checkpoint", type=click.Path(path_type=str), required=False)
 @groups_option
 @dtype_option("float32")
 @click.option(
     "--new-tokens", type=click.IntRange(1, 4096), default=24, show_default=True, help="Greedy tokens per prompt."
 )
+@click.option("--all-tiny", is_flag=True, help="Instead of CHECKPOINT: a tiny one of every supported architecture.")
+@click.option("--only", multiple=True, metavar="NAME", help="With --all-tiny: these only (repeat it, or use commas).")
+@click.option(
+    "--write",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="With --all-tiny: put the table into this file, between its two `parity` marker lines.",
+)
 @json_option
 @click.pass_context
 def parity(
-    context: click.Context, checkpoint: str, groups: int, dtype: str, new_tokens: int, json_file: Path | None
+    context: click.Context,
+    checkpoint: str | None,
+    groups: int,
+    dtype: str,
+    new_tokens: int,
+    all_tiny: bool,
+    only: tuple[str, ...],
+    write: Path | None,
+    json_file: Path | None,
 ) -> None:
     """Compare the served system with transformers, token for token.
 
     CHECKPOINT is a folder with config.json and safetensors. Eight prompts run through plain transformers, one at a time,
     then all at once through gateway, router and expert groups on this machine. Exit status 0 only when every token
-    agrees, or differs where the reference itself could not decide (a tie within the logit error).
+    agrees, or differs where the reference itself could not decide (a tie within the logit error). With --all-tiny there
+    is no such exception.
 
     \b
-    Example:
+    Examples:
       moiety parity ./Qwen3-30B-A3B --groups 4 --json parity.json
+      moiety parity --all-tiny --only mixtral,dbrx
     """
+    if all_tiny == (checkpoint is not None):
+        raise click.UsageError("give either CHECKPOINT or --all-tiny")
+    if not all_tiny and (only or write):
+        raise click.UsageError("--only and --write belong to --all-tiny")
+    if checkpoint is None:
+        names = [name for part in only for name in part.split(",")]
+        context.exit(0 if _all_tiny(names, groups, new_tokens, write, json_file) else 1)
     from moiety.tools.parity import run_parity
 
     report = run_async(run_parity(checkpoint, groups=groups, dtype=dtype, new_tokens=new_tokens, progress=progress()))
@@ -40,3 +64,29 @@ def parity(
         click.echo(line)
     write_json(json_file, {"ok": report.ok, "logit_error": report.logit_error, **asdict(report)})
     context.exit(0 if report.ok else 1)
+
+
+def _all_tiny(names: list[str], groups: int, new_tokens: int, write: Path | None, json_file: Path | None) -> bool:
+    """Whether all hold. Rows are printed as they come."""
+    from moiety.model.tiny import tiny_model, tiny_names
+    from moiety.tools.parity_all import HEAD, Verdict, run_all, summary, write_table
+
+    try:
+        for name in names:
+            tiny_model(name)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--only") from error
+    verdicts: list[Verdict] = []
+
+    async def show() -> None:
+        async for verdict in run_all(names or tiny_names(), groups=groups, new_tokens=new_tokens, progress=progress()):
+            verdicts.append(verdict)
+            click.echo("{:<24} {:<20} {:<16} {}".format(*verdict.cells))
+
+    click.echo("{:<24} {:<20} {:<16} {}".format(*HEAD))
+    run_async(show())
+    click.echo(summary(verdicts))
+    write_json(json_file, [{"ok": verdict.ok, **asdict(verdict)} for verdict in verdicts])
+    if write is not None:
+        write_table(write, verdicts)
+    return all(verdict.ok for verdict in verdicts)

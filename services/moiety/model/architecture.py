@@ -26,25 +26,36 @@ def load_config(checkpoint: Checkpoint) -> Any:
         method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
         raise unsupported(checkpoint, f"its weights are quantised ({method}); only float checkpoints can be served")
     try:
-        return AutoConfig.from_pretrained(checkpoint.path, local_files_only=True, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(checkpoint.path, local_files_only=True, trust_remote_code=False)
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise unsupported(checkpoint, f"transformers cannot read its config: {_first_line(error)}") from error
-
-
-def language_model_class(config: Any) -> type[nn.Module] | None:
-    """The class that transformers would generate text with, a decoder or an encoder-decoder; None where there is none."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
-
-    mapping = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING if config.is_encoder_decoder else MODEL_FOR_CAUSAL_LM_MAPPING
-    found = mapping.get(type(config), None)
-    return found[0] if isinstance(found, tuple | list) else found
+    text = config.sub_configs.get("text_config")
+    found = _text_class(config)
+    # A multimodal architecture whose language model is a class of its own: that is all of it that is served.
+    return config.text_config if found is not None and text is not None and found.config_class is text else config
 
 
 def causal_lm_class(checkpoint: Checkpoint, config: Any) -> type[nn.Module]:
-    """`language_model_class`; raises CheckpointError where there is none."""
-    if (found := language_model_class(config)) is None:
-        raise unsupported(checkpoint, "transformers has no language model for it")
+    """The class that transformers would generate text with; raises CheckpointError where there is none."""
+    found = _text_class(config)
+    if found is None:
+        raise unsupported(checkpoint, "transformers has no class that generates text for it")
     return found
+
+
+def _text_class(config: Any) -> Any:
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    )
+
+    if config.is_encoder_decoder:
+        found = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING.get(type(config), None)
+    else:
+        found = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+        found = found or MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(config), None)
+    return found[0] if isinstance(found, tuple | list) else found
 
 
 def meta_model(model_class: type[nn.Module], config: Any) -> nn.Module:
@@ -60,6 +71,16 @@ def experts_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
         for path, module in model.named_modules()
         if _behind_the_seam(type(module)) or adapter_of(module) is not None
     ]
+
+
+def towers(model: nn.Module) -> list[str]:
+    """Paths of what a multimodal model reads images, video or sound with: submodels whose config is not the text's."""
+    config: Any = model.config
+    others = {
+        part for name, part in (config.sub_configs or {}).items() if name != "text_config" and name.endswith("_config")
+    }
+    found = [path for path, module in model.named_modules() if path and type(getattr(module, "config", None)) in others]
+    return [path for path in found if not any(path.startswith(f"{other}.") for other in found)]
 
 
 def unsupported(checkpoint: Checkpoint, reason: str) -> CheckpointError:

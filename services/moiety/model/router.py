@@ -16,6 +16,7 @@ from moiety.model.architecture import (
     experts_modules,
     load_config,
     quiet_transformers,
+    towers,
     unsupported,
 )
 from moiety.model.checkpoint import Checkpoint
@@ -64,9 +65,9 @@ def load_router(
 
 
 def _without_experts(model_class: Any, layout: ExpertLayout) -> Any:
-    """A subclass whose experts modules lose their parameters as soon as they exist, which is while they are on meta."""
+    """A subclass without expert weights and towers: they go as soon as they exist, which is while they are on meta."""
 
-    def __init__(self: nn.Module, *arguments: Any, **options: Any) -> None:
+    def __init__(self: Any, *arguments: Any, **options: Any) -> None:
         model_class.__init__(self, *arguments, **options)
         modules = experts_modules(self)
         if [path for path, _ in modules] != [layer.module for layer in layout.layers]:
@@ -78,12 +79,16 @@ def _without_experts(model_class: Any, layout: ExpertLayout) -> Any:
             if adapter_of(module) is not None:  # there it is their block's
                 self.get_submodule(path.rpartition(".")[0])._is_hf_initialized = True  # type: ignore[assignment]
             setattr(module, LAYER_ATTRIBUTE, ordinal)
+        unread = {rf"^{re.escape(layer.module)}\." for layer in layout.layers}
+        for path in towers(self):
+            parent, _, name = path.rpartition(".")
+            self.get_submodule(parent).register_module(name, None)
+            unread.add(rf"^{re.escape(path)}\.")
+        self._keys_to_ignore_on_load_unexpected = {*(self._keys_to_ignore_on_load_unexpected or ()), *unread}
 
-    experts = [rf"^{re.escape(layer.module)}\." for layer in layout.layers]
     attributes = {
         "__init__": __init__,
         "__module__": model_class.__module__,  # elsewhere transformers takes it for custom code and skips conversions
-        "_keys_to_ignore_on_load_unexpected": [*(model_class._keys_to_ignore_on_load_unexpected or ()), *experts],
     }
     return type(model_class.__name__, (model_class,), attributes)
 

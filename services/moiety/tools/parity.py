@@ -22,7 +22,7 @@ from moiety.client import Client
 from moiety.core import CallClass
 from moiety.load.watch import Watch
 from moiety.local import LocalCluster
-from moiety.model.architecture import quiet_transformers
+from moiety.model.architecture import causal_lm_class, load_config, quiet_transformers
 from moiety.model.checkpoint import Checkpoint
 from moiety.model.layout import expert_layout
 from moiety.model.revision import revision
@@ -77,6 +77,11 @@ class ParityReport:
         return all(prompt.ok for prompt in self.prompts)
 
     @property
+    def identical(self) -> int:
+        """Prompts whose every token agrees."""
+        return sum(prompt.first_difference is None for prompt in self.prompts)
+
+    @property
     def logit_error(self) -> float:
         return max(prompt.logit_error for prompt in self.prompts)
 
@@ -90,11 +95,10 @@ class ParityReport:
                 f"{prompt.prompt_tokens:>8} {prompt.new_tokens:>5}  {told:<12}  {prompt.logit_error:>15.3g}"
                 f"   {prompt.margin:>15.3g}"
             )
-        identical = sum(prompt.first_difference is None for prompt in self.prompts)
         ties = sum(prompt.tie for prompt in self.prompts)
         yield (
             f"{'PASS' if self.ok else 'FAIL'}: {self.architecture} {self.dtype}, {self.groups} expert groups: "
-            f"{identical}/{len(self.prompts)} prompts identical, {ties} ties, max logit error {self.logit_error:.3g}"
+            f"{self.identical}/{len(self.prompts)} prompts identical, {ties} ties, max logit error {self.logit_error:.3g}"
         )
 
 
@@ -180,10 +184,12 @@ def _undecided(checkpoint: str, dtype: torch.dtype, text: Sequence[int], token: 
 
 
 def _transformers_model(checkpoint: str, dtype: torch.dtype) -> Any:
-    from transformers import AutoModelForCausalLM
-
+    """Plain transformers, all experts in it; its config is read as the router reads it (DBRX's is corrected)."""
+    opened = Checkpoint.open(checkpoint)
+    config = load_config(opened)
+    model_class: Any = causal_lm_class(opened, config)
     with quiet_transformers():
-        return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype, local_files_only=True).eval()
+        return model_class.from_pretrained(checkpoint, config=config, dtype=dtype, local_files_only=True).eval()
 
 
 async def _generate(client: Client, prompt: Sequence[int], new_tokens: int) -> list[int]:

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from architectures import CORE
 from torch import nn
 
 from moiety.model.compute import LinearWeight, use_kernels
 from moiety.model.router import load_router
 from moiety.model.seam import use_backend
-from moiety.model.tiny import TINY
 from moiety_kernels.cpu.library import SWITCH, find, load
 
 
@@ -27,7 +27,7 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("architecture", TINY)
+@pytest.mark.parametrize("architecture", CORE)
 def test_logits_stay_those_of_the_model(kernels: str, open_tiny, make_experts, architecture: str, dtype: torch.dtype):
     """Of every architecture: in float32 to 1e-5, in bfloat16 to what rounding in another order makes of them."""
     checkpoint, layout = open_tiny(architecture)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from architectures import CORE
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -18,7 +19,7 @@ from moiety.model.checkpoint import Checkpoint
 from moiety.model.layout import expert_layout
 from moiety.model.router import load_router
 from moiety.model.seam import use_backend
-from moiety.model.tiny import TINY, write_tiny
+from moiety.model.tiny import write_tiny
 
 PROMPT_LENGTHS = (1, 11, 40)  # decode-like; within gpt-oss's sliding window of 16; past it
 NEW_TOKENS = 12
@@ -48,7 +49,7 @@ def greedy(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
     return model.generate(ids, attention_mask=torch.ones_like(ids), **options)
 
 
-@pytest.mark.parametrize("architecture", TINY)
+@pytest.mark.parametrize("architecture", CORE)
 def test_greedy_tokens_are_those_of_transformers(
     open_tiny, make_experts, architecture: str, record_property, capsys: pytest.CaptureFixture[str]
 ):
@@ -96,7 +97,7 @@ def test_bfloat16_logits_agree(open_tiny, make_experts, architecture: str):
         assert torch.equal(logits, reference(checkpoint, torch.bfloat16)(prompt(40)).logits)
 
 
-@pytest.mark.parametrize("architecture", TINY)
+@pytest.mark.parametrize("architecture", CORE)
 def test_parameters_are_split_without_remainder(open_tiny, make_experts, architecture: str):
     """The router has every parameter but the experts', the slices have those, and both have them to the byte."""
     checkpoint, layout = open_tiny(architecture)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from architectures import CORE
 from safetensors.torch import load_file
 
 from moiety.core import ExpertSet
@@ -19,7 +20,7 @@ from moiety.errors import CheckpointError
 from moiety.model.checkpoint import Checkpoint
 from moiety.model.layout import EXPERT, expert_layout
 from moiety.model.slices import load_experts
-from moiety.model.tiny import TINY, write_tiny
+from moiety.model.tiny import write_tiny
 
 SLACK = 40 << 20  # allocator, page tables and the interpreter's own growth
 
@@ -29,7 +30,7 @@ def everything(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     return {name: tensor for shard in checkpoint.shards for name, tensor in load_file(shard).items()}
 
 
-@pytest.mark.parametrize("architecture", TINY)
+@pytest.mark.parametrize("architecture", CORE)
 def test_slices_are_the_published_values(open_tiny, architecture: str):
     """Each held expert has the tensors published for it, and nothing is held that was not asked for."""
     checkpoint, layout = open_tiny(architecture)

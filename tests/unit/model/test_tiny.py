@@ -8,14 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from architectures import CORE
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from moiety.model.checkpoint import Checkpoint
 from moiety.model.revision import revision
-from moiety.model.tiny import TINY, write_tiny
+from moiety.model.tiny import write_tiny
 
 
-@pytest.mark.parametrize("architecture", TINY)
+@pytest.mark.parametrize("architecture", CORE)
 def test_names_are_those_save_pretrained_writes(open_tiny, architecture: str, tmp_path: Path):
     """transformers itself, saving a model of the same config, produces the same tensor names and shapes."""
     checkpoint = open_tiny(architecture)[0]
@@ -27,7 +28,7 @@ def test_names_are_those_save_pretrained_writes(open_tiny, architecture: str, tm
     }
 
 
-@pytest.mark.parametrize("architecture", TINY)
+@pytest.mark.parametrize("architecture", CORE)
 def test_every_weight_is_loaded(open_tiny, architecture: str):
     """Plain transformers finds every weight it needs, and none it does not know."""
     _, report = AutoModelForCausalLM.from_pretrained(
@@ -88,7 +89,7 @@ def test_overrides_reach_the_config(tmp_path: Path):
     assert "model.layers.1.mlp.experts.4.up_proj.weight" in checkpoint.tensors
     with pytest.raises(ValueError, match="vocab_size 256: must be at least 320"):
         write_tiny("mixtral", tmp_path, vocab_size=256)
-    with pytest.raises(ValueError, match="'bert': must be one of mixtral"):
+    with pytest.raises(ValueError, match=r"'bert': must be one of .*mixtral"):
         write_tiny("bert", tmp_path)
 
 

@@ -16,7 +16,7 @@ from sampling_support import logits_of, one, sampled, sequence_of
 from moiety.core import Guide, GuideKind
 from moiety.errors import FailedPrecondition, InvalidRequest, MoietyError
 from moiety.gateway.text import Tokenizer
-from moiety.model.tiny_tokenizer import EOS, VOCABULARY, write_tokenizer
+from moiety.model.tiny.tokenizer import EOS, VOCABULARY, write_tokenizer
 from moiety.router.guide import CompiledGuide, Guides
 from moiety.router.sampler import sample
 from moiety.router.sequence import Sequence

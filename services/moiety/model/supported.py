@@ -1,0 +1,66 @@
+"""Which architectures can be served: found in the installed transformers, plus adapters and definitions of our own.
+
+Nothing is imported to find out: transformers' source is searched for modules that go through its experts interface.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from types import MappingProxyType
+
+DECORATOR = "@use_experts_implementation"
+# Found, and not served: architecture -> what is missing. A test fails for one that is neither served nor named here.
+_STATE = "layers that keep a state of their own (recurrent, linear attention, convolution), which the router cannot cache yet"
+_INDEXER = "layers that pick the tokens that they attend to by an indexer, which the router cannot run yet"
+_GATE = "experts with a gate or an activation that no kernel computes"
+_ATTENTION = "attention that transformers does not route through its attention interface"
+REFUSED: Mapping[str, str] = MappingProxyType(
+    {
+        **dict.fromkeys(("bailing_hybrid", "granitemoehybrid", "jamba", "kimi_linear", "lfm2_moe", "minimax"), _STATE),
+        **dict.fromkeys(("nemotron_h", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_next", "zaya"), _STATE),
+        **dict.fromkeys(("qwen4_exp", "qwen4_exp_text"), _STATE),
+        **dict.fromkeys(("axk2", "deepseek_v32", "deepseek_v4", "glm_moe_dsa", "hy_v4", "mistral_large4"), _INDEXER),
+        **dict.fromkeys(("dots3_note", "dots3_note_text", "glm5_next"), _INDEXER),
+        **dict.fromkeys(("beam", "inkling2", "inkling2_text"), _GATE),
+        **dict.fromkeys(("deepseek_ocr2", "unlimited_ocr"), _ATTENTION),
+        "muse_spark": "experts whose output is normalised before it is weighted, which no kernel computes",
+        "diffusion_gemma": "text that is denoised block by block, which the engine cannot do",
+    }
+)
+# Outside of transformers' experts interface, through an adapter of ours.
+ADAPTED = frozenset({"switch_transformers", "nllb-moe"})
+
+
+@cache
+def seam_architectures() -> frozenset[str]:
+    """Every model_type that generates text and whose modelling code has a class behind transformers' experts interface."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES, model_type_to_module_name
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    )
+
+    spec = find_spec("transformers")
+    assert spec is not None
+    assert spec.origin is not None
+    folder = Path(spec.origin).parent / "models"
+    decorated = {
+        file.parent.name for file in folder.glob("*/modeling_*.py") if DECORATOR in file.read_text(encoding="utf-8")
+    }
+    generating = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES}
+    return frozenset(
+        name for name in CONFIG_MAPPING_NAMES if name in generating and model_type_to_module_name(name) in decorated
+    )
+
+
+def served_architectures() -> frozenset[str]:
+    """Every model_type that can be served."""
+    return (seam_architectures() | ADAPTED) - REFUSED.keys()
+
+
+def path_of(architecture: str) -> str:
+    """How `architecture` is served: `seam`, `adapter` or `definition`."""
+    return "adapter" if architecture in ADAPTED else "seam"

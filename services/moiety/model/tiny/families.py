@@ -1,0 +1,70 @@
+"""Config values of tiny checkpoints by architecture, where those that `sizes.py` gives every field are not enough."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+_LATENT: Mapping[str, Any] = {"n_routed_experts": 16, "num_key_value_heads": 4, "num_experts_per_tok": 4}
+FAMILIES: Mapping[str, Mapping[str, Any]] = {
+    "mixtral": {"num_local_experts": 8, "num_experts_per_tok": 2},
+    "qwen2_moe": {"num_experts": 12, "num_experts_per_tok": 4, "mlp_only_layers": [1]},
+    "qwen3_moe": {"num_experts": 16, "num_experts_per_tok": 4, "norm_topk_prob": True},
+    "olmoe": {"num_experts": 16, "num_experts_per_tok": 4},
+    "deepseek_v2": {**_LATENT, "q_lora_rank": None, "v_head_dim": 12, "topk_method": "greedy"},
+    "deepseek_v3": _LATENT,
+    "glm4_moe_lite": {**_LATENT, "n_group": 1, "topk_group": 1},
+    "gpt_oss": {
+        "num_local_experts": 8,
+        "num_experts_per_tok": 4,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 150000.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 128,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+        },
+    },
+    "gemma4_text": {
+        "enable_moe_block": True,
+        "hidden_size_per_layer_input": 0,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "global_head_dim": 16,
+    },
+    "gemma4": {
+        "text_config": {
+            "enable_moe_block": True,
+            "hidden_size_per_layer_input": 0,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "global_head_dim": 16,
+        }
+    },
+    "kimi_linear": {
+        "num_experts_per_token": 3,
+        "num_key_value_heads": 4,
+        "layer_types": ["linear_attention", "full_attention"] * 2,
+        "n_group": 1,
+        "topk_group": 1,
+    },
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "jamba": {
+        "attn_layer_period": 4,
+        "attn_layer_offset": 2,
+        "expert_layer_period": 2,
+        "expert_layer_offset": 1,
+        "num_experts_per_tok": 2,
+    },
+    "granitemoehybrid": {
+        "layer_types": ["linear_attention", "full_attention"] * 2,
+        "mamba_d_state": 16,
+        "mamba_expand": 2,
+    },
+    "nemotron_h": {"layers_block_type": ["linear_attention", "moe", "full_attention", "moe"]},
+    "bailing_hybrid": {"num_hidden_layers": 6, "num_key_value_heads": 4, "num_experts": 16},
+    "zaya": {"num_experts_per_tok": 1},
+    "dots3_note_text": {"num_key_value_heads": 4},
+    "dots3_note": {"text_config": {"num_key_value_heads": 4}},
+    "glm5_next": {"text_config": {"num_key_value_heads": 4}},
+}

@@ -1,0 +1,56 @@
+"""Every tiny checkpoint there is, by name: what `moiety parity --all-tiny` serves and tests iterate over.
+
+A checkpoint is an entry of a table, or an architecture that transformers routes through its experts interface: those are
+found, sized by their config's field names (`sizes.py`), and need an entry only where that is not enough.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moiety.model.tiny.encoderdecoders import NARROW, NLLB, SWITCH
+from moiety.model.tiny.families import FAMILIES
+from moiety.model.tiny.tokenizer import write_nllb_tokenizer, write_t5_tokenizer, write_tokenizer
+
+if TYPE_CHECKING:
+    import torch
+
+Store = Callable[[str, "torch.Tensor"], Iterable[tuple[str, "torch.Tensor"]]]
+
+
+@dataclass(frozen=True, slots=True)
+class TinyModel:
+    """One tiny checkpoint: its architecture, and what its publisher does differently from `save_pretrained`."""
+
+    architecture: str  # model_type
+    settings: Mapping[str, Any] = field(default_factory=dict)  # config values on top of sizes.py
+    store: Store | None = None  # a tensor by its published name -> the tensors it is stored as, such as block and scale
+    stated: Mapping[str, Any] = field(default_factory=dict)  # added to config.json last, such as quantization_config
+    tokenizer: Callable[[Path], None] = write_tokenizer
+    narrow: Mapping[str, float] = field(default_factory=dict)  # part of a tensor's name -> times its noise is that wide
+
+
+TINY: Mapping[str, TinyModel] = {
+    **{architecture: TinyModel(architecture, settings) for architecture, settings in FAMILIES.items()},
+    "switch_transformers": TinyModel("switch_transformers", SWITCH, tokenizer=write_t5_tokenizer, narrow=NARROW),
+    "nllb-moe": TinyModel("nllb-moe", NLLB, tokenizer=write_nllb_tokenizer, narrow=NARROW),
+}
+
+
+def tiny_names() -> tuple[str, ...]:
+    """All names, sorted: entries of TINY and what is found in transformers and served."""
+    from moiety.model.supported import served_architectures
+
+    return tuple(sorted({*TINY, *served_architectures()}))
+
+
+def tiny_model(name: str) -> TinyModel:
+    """The entry called `name`; raises ValueError where there is none."""
+    if name in TINY:
+        return TINY[name]
+    if name in (names := tiny_names()):
+        return TinyModel(name)
+    raise ValueError(f"architecture {name!r}: must be one of {', '.join(names)}")
