@@ -20,13 +20,14 @@ from moiety.load.watch import Watch
 from moiety.model import overlap
 from moiety.model.checkpoint import Checkpoint
 from moiety.model.compute import use_kernels
-from moiety.model.encoderdecoder import DecoderStart, EncoderDecoder
+from moiety.model.encoderdecoder import DecoderStart
 from moiety.model.elementwise import fix_elementwise
 from moiety.model.layout import ExpertLayout
 from moiety.model.router import load_router
 from moiety.policy.lanes import LaneTuner
 from moiety.router import across, attention, latent
 from moiety.router.attention import ProbeBatch
+from moiety.router.cachespec import CacheSpec
 from moiety.router.context import HopSettings, StepBackend
 from moiety.router.demand import DemandCounter
 from moiety.router.engine import Engine
@@ -37,7 +38,7 @@ from moiety.router.hedge import Hedging
 from moiety.router.hop import Hop
 from moiety.router.kvcache import KVCache
 from moiety.router.lanes import Lanes
-from moiety.router.probe import cache_spec, run_once
+from moiety.router.probe import cache_spec, install_mixers, run_once
 from moiety.router.service import SERVICE, EngineService
 from moiety.router.wakes import WakeRecorder
 from moiety.telemetry.tracing import Tracer
@@ -167,30 +168,49 @@ def load_model(
     across.install(model)
     if settings.deterministic:
         fix_elementwise(model)
+    install_mixers(model)
     spec = cache_spec(model, layout.shape)
     overlap.install(model, lambda: run_once(model, ProbeBatch()))
-    cache = KVCache(
-        spec,
-        int(settings.kv_memory),
-        torch.device(settings.device),
-        block_tokens=settings.block_tokens,
-        # What an output's tokens leave behind depends on its prompt, too: no two outputs share a prefix.
-        revision=revision if settings.prefix_cache and not isinstance(model, EncoderDecoder) else None,
-    )
-    if cache.blocks == 0:
-        least = spec.bytes_per_token * settings.block_tokens
-        raise ConfigError("kv_memory", int(settings.kv_memory), f"at least {least} bytes, one block of the KV cache")
+    cache = _cache(settings, spec, revision)
     weights = sum(parameter.numel() * parameter.itemsize for parameter in model.parameters())
     _log.info(
-        "router weights %.1f MiB, read in %.2f s; KV cache of %.1f MiB: %d blocks of %d tokens of %d bytes",
+        "router weights %.1f MiB, read in %.2f s; KV cache of %.1f MiB: %d blocks of %d tokens of %d bytes%s",
         weights / 2**20,
         time.monotonic() - began,
         settings.kv_memory / 2**20,
         cache.blocks,
         cache.block_tokens,
         spec.bytes_per_token,
+        f", states of {spec.bytes_per_slot} bytes in {settings.slots} slots; no prefix is found again without its state"
+        if spec.states
+        else "",
     )
     return model, cache
+
+
+def _cache(settings: RouterSettings, spec: CacheSpec, revision: str) -> KVCache:
+    """As large as `kv_memory` says. Raises ConfigError where that is too little, or where states rule a setting out."""
+    if spec.states and settings.speculative_tokens:
+        bound = "0 for this model: its layers keep states, which cannot be taken back from a wrong guess"
+        raise ConfigError("speculative_tokens", settings.speculative_tokens, bound)
+    if spec.states and settings.deterministic:
+        bound = "false for this model: its layers keep states, whose bits depend on where prompts are cut into steps"
+        raise ConfigError("deterministic", settings.deterministic, bound)
+    cache = KVCache(
+        spec,
+        int(settings.kv_memory),
+        torch.device(settings.device),
+        slots=settings.slots,
+        block_tokens=settings.block_tokens,
+        revision=revision if settings.prefix_cache else None,
+    )
+    if cache.blocks == 0:
+        least = settings.slots * spec.bytes_per_slot + spec.bytes_per_token * settings.block_tokens
+        told = f"{settings.slots} slots of states and " if spec.states else ""
+        raise ConfigError(
+            "kv_memory", int(settings.kv_memory), f"at least {least} bytes, {told}one block of the KV cache"
+        )
+    return cache
 
 
 def _max_context(settings: RouterSettings, of_model: int) -> int:

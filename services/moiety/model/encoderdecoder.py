@@ -82,10 +82,11 @@ class EncoderDecoder(nn.Module):
         moiety_batch: Any,
         logits_to_keep: torch.Tensor | None = None,
         use_cache: bool = False,
+        past_key_values: object = None,
     ) -> Any:
         """Logits [1, R, V] of the decoder tokens `input_ids` [1, T] that are to be kept (default: all), in `.logits`.
 
-        `moiety_batch.across` is a Prompts. Runs inside `use_backend`; a HopFailed names tokens of the decoder's row.
+        Nothing is kept but through `moiety_batch`, whose `across` is a Prompts. Runs inside `use_backend`; a HopFailed names tokens of the decoder's row.
         """
         from transformers.modeling_outputs import MoEModelOutput
 
@@ -95,7 +96,7 @@ class EncoderDecoder(nn.Module):
         return self.model(
             encoder_outputs=MoEModelOutput(last_hidden_state=encoded),
             decoder_input_ids=input_ids,
-            use_cache=use_cache,
+            use_cache=False,
             moiety_batch=moiety_batch,
         )
 

@@ -44,16 +44,16 @@ class Batch(Protocol):
 
 
 class ProbeBatch:
-    """A batch of one token that keeps nothing but the shapes: how the CacheSpec of any model is found out.
+    """A batch of a few tokens that keeps nothing but the shapes: how the CacheSpec of any model is found out.
 
     For an encoder-decoder it brings a prompt of one token along.
     """
 
-    def __init__(self, prompt: int = 0) -> None:
-        self.across = ProbeAcross(prompt)
-        self.tables = torch.zeros(1, 1, dtype=torch.int32)
-        self.sequence = torch.zeros(1, dtype=torch.int32)
-        self.length = torch.ones(1, dtype=torch.int32)
+    def __init__(self, tokens: int = 1) -> None:
+        self.across = ProbeAcross()
+        self.tables = torch.arange(tokens, dtype=torch.int32)[None]
+        self.sequence = torch.zeros(tokens, dtype=torch.int32)
+        self.length = torch.arange(1, tokens + 1, dtype=torch.int32)
         self._layers: dict[int, LayerSpec] = {}
 
     def store(
@@ -64,7 +64,7 @@ class ProbeBatch:
         window: int | None = None,
         chunk: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Notes the layer; its pool is one block of one token."""
+        """Notes the layer; its pool has a block for each token."""
         shared = isinstance(value, int)
         values = key[..., :value] if isinstance(value, int) else value
         self._layers[layer] = LayerSpec(key.shape[1], key.shape[2], values.shape[2], key.dtype, shared, window, chunk)
@@ -78,8 +78,8 @@ class ProbeBatch:
 class ProbeAcross:
     """A prompt of one token, and what each layer keeps of it."""
 
-    def __init__(self, token: int) -> None:
-        self.ids, self.lengths = torch.tensor([token]), (1,)
+    def __init__(self) -> None:
+        self.ids, self.lengths = torch.zeros(1, dtype=torch.long), (1,)
         self.tables = torch.zeros(1, 1, dtype=torch.int32)
         self.length = torch.ones(1, dtype=torch.int32)
         self.layers: dict[int, LayerSpec] = {}

@@ -14,6 +14,7 @@ import torch
 
 from moiety.router.blocks import BlockTable
 from moiety.router.kvcache import KVCache
+from moiety.router.states import StepStates
 from moiety_kernels.paged_attention import store
 
 
@@ -28,6 +29,7 @@ class StepBatch:
     sequence: torch.Tensor  # int32 [T], on the host: row of `tables`
     length: torch.Tensor  # int32 [T], on the host: positions that the token sees, itself the last
     across: AcrossBatch | None = None  # of an encoder-decoder
+    states: StepStates | None = None  # where the model keeps states: whose each token goes through
 
     @classmethod
     def build(
@@ -40,6 +42,7 @@ class StepBatch:
         across: AcrossBatch | None = None,
     ) -> StepBatch:
         """`counts[s]` tokens behind `past[s]` of the sequence with `tables[s]`, which has room for them."""
+        own = [table.slot for table in tables if table.slot is not None]
         count = np.array(counts)
         sequence = np.repeat(np.arange(len(count)), count)
         begin = np.cumsum(count) - count
@@ -53,6 +56,7 @@ class StepBatch:
             torch.from_numpy(sequence.astype(np.int32)),
             torch.from_numpy((positions + 1).astype(np.int32)),
             across,
+            StepStates.build(cache.states, own, past, counts, device) if own else None,
         )
 
     def store(

@@ -28,14 +28,18 @@ def chained(before: bytes, tokens: Sequence[int]) -> bytes:
 
 
 class BlockTable:
-    """The blocks of one sequence in order: `ids[first:count]`; those before `first` fell out of every layer's window."""
+    """The blocks of one sequence in order: `ids[first:count]`; those before `first` fell out of every layer's window.
 
-    __slots__ = ("count", "digests", "first", "ids", "named")
+    And, where the model keeps states of a sequence, its slot among them: see `states.py`.
+    """
+
+    __slots__ = ("count", "digests", "first", "ids", "named", "slot")
 
     def __init__(self) -> None:
         self.ids: npt.NDArray[np.int32] = np.zeros(8, np.int32)
         self.first = self.count = 0
         self.named = 0  # leading blocks that were full and therefore offered to others
+        self.slot: int | None = None
         self.digests: list[bytes] = []  # of the sequence's leading full blocks, as far as anybody asked; never wrong
 
     @property
@@ -54,6 +58,7 @@ class BlockTable:
         """Forgets the blocks; what is known of the tokens stays."""
         self.ids[: self.count] = 0
         self.first = self.count = self.named = 0
+        self.slot = None
 
 
 class BlockPool:

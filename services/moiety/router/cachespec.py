@@ -1,9 +1,10 @@
-"""What a model's attention layers keep of a token, and how long: the accounting behind the block pool."""
+"""What a model's layers keep of a token, and how long, and what of a sequence: the accounting behind blocks and slots."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from math import prod
 
 import torch
 
@@ -28,14 +29,43 @@ class LayerSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class StateSpec:
+    """A tensor that a layer keeps of a sequence, of one size however long that is."""
+
+    kind: str  # for people: "recurrent", "convolution", ...
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    constant: bool = False  # written before the sequence's first step; any other is replaced by every step
+
+    @property
+    def copies(self) -> int:
+        """How often it is stored: a state that changes has a second place, for the step that is not done yet."""
+        return 1 if self.constant else 2
+
+    @property
+    def bytes_per_slot(self) -> int:
+        return self.copies * prod(self.shape) * self.dtype.itemsize
+
+
+StateKey = tuple[int, str]  # layer index, and which of its states
+
+
+@dataclass(frozen=True, slots=True)
 class CacheSpec:
-    """Layer index -> what it keeps."""
+    """Layer index -> what it keeps of a token; (layer index, name) -> what it keeps of a sequence."""
 
     layers: Mapping[int, LayerSpec]
+    states: Mapping[StateKey, StateSpec] = field(default_factory=dict)
+    across: bool = False  # prompts are an encoder's: their tokens lie in blocks of their own, and outputs follow from them
 
     @property
     def bytes_per_token(self) -> int:
         return sum(layer.bytes_per_token for layer in self.layers.values())
+
+    @property
+    def bytes_per_slot(self) -> int:
+        """Bytes of a running sequence's states, both copies of those that change."""
+        return sum(state.bytes_per_slot for state in self.states.values())
 
     @property
     def reach(self) -> int | None:

@@ -15,6 +15,7 @@ from moiety.router.batch import AcrossBatch, StepBatch
 from moiety.router.context import StepBackend, StepContext
 from moiety.router.kvcache import KVCache
 from moiety.router.lanes import Lanes
+from moiety.router.mixers import use_states
 from moiety.router.plan import StepPlan
 from moiety.router.sequence import Sequence as Request
 
@@ -80,7 +81,7 @@ class Forward:
         )
         backend.begin_step(step)
         try:
-            with use_backend(backend):
+            with use_backend(backend), use_states(batch.states):
                 output = self._model(
                     input_ids=torch.tensor([ids], device=self._device),
                     position_ids=batch.positions[None],

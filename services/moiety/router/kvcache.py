@@ -1,7 +1,7 @@
-"""Keys and values in blocks that sequences share: paged, bounded by one memory setting, with prefix reuse.
+"""Keys and values in blocks that sequences share, and the slots of their states: bounded by one memory setting.
 
 Which of a table's tokens are valid is the engine's business, and it commits at the end of a step: writing the same
-positions again is harmless.
+positions again is harmless, and states are written aside (`states.py`).
 
 Shape legend: B blocks, G key/value heads, P tokens per block, Dk and Dv head widths, T tokens of a step.
 """
@@ -14,14 +14,16 @@ import torch
 
 from moiety.router.blocks import BlockPool, BlockTable, chained, root
 from moiety.router.cachespec import CacheSpec
+from moiety.router.states import SlotStates
 
 BLOCK_TOKENS = 16
 
 
 class KVCache:
-    """As many blocks as fit in `memory_bytes`, and each layer's tensors for them.
+    """States for `slots` sequences, as many blocks as fit beside them in `memory_bytes`, and all layers' tensors.
 
-    With a `revision`, full blocks are found again by the tokens they and all before them hold; without one, never.
+    With a `revision`, full blocks are found again by the tokens they and all before them hold; without one, never. Nor
+    where there are states: nobody could go on behind a prefix without the state at its end. Nor behind an encoder's prompt.
     """
 
     def __init__(
@@ -30,13 +32,16 @@ class KVCache:
         memory_bytes: int,
         device: torch.device,
         *,
+        slots: int = 1,
         block_tokens: int = BLOCK_TOKENS,
         revision: str | None = None,
     ):
         self.spec, self.block_tokens = spec, block_tokens
-        self.blocks = memory_bytes // max(1, spec.bytes_per_token * block_tokens)
+        left = memory_bytes - slots * spec.bytes_per_slot
+        self.blocks = max(0, left) // max(1, spec.bytes_per_token * block_tokens)
         self._pool = BlockPool(self.blocks)
-        self._revision, self._reach = revision, spec.reach
+        self.states = SlotStates(spec.states, slots if left >= 0 else 0, device)
+        self._revision, self._reach = None if spec.states or spec.across else revision, spec.reach
         self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         for index, layer in spec.layers.items():
             # Uninitialised, so on a CPU the kernel hands out pages only as they are written.
@@ -70,13 +75,23 @@ class KVCache:
     # Tables ------------------------------------------------------------------------------------------------------
 
     def grow(self, table: BlockTable, tokens: int) -> int:
-        """Takes blocks until `table` has room for `tokens` or no block is left; returns the tokens it has room for."""
+        """Takes blocks until `table` has room for `tokens` or no block is left; returns the tokens it has room for.
+
+        A table without a slot takes one, where there are states: the scheduler runs no more sequences than there are.
+        """
+        if self.spec.states and table.slot is None:
+            table.slot = self.states.take()
         for _ in range(min(-(-tokens // self.block_tokens) - table.count, self._pool.available)):
             table.append(self._pool.take())
         return min(tokens, table.count * self.block_tokens)
 
     def commit(self, table: BlockTable, tokens: Sequence[int], computed: int, tenant: str) -> None:
-        """The first `computed` of `tokens` are written: full blocks are named, those out of every window given back."""
+        """The step is done, the first `computed` of `tokens` are written: the states that it wrote are the sequence's.
+
+        Full blocks are named, those out of every window given back.
+        """
+        if table.slot is not None:
+            self.states.commit(table.slot)
         full = computed // self.block_tokens
         if self._revision is not None and full > table.named:
             self._digest(table, tokens, full, tenant)
@@ -90,9 +105,11 @@ class KVCache:
             table.first = max(table.first, needed)
 
     def release(self, table: BlockTable) -> None:
-        """Gives all blocks back. The last ones are forgotten first, so that what is left of a prefix can be used."""
+        """Gives slot and blocks back. The last ones are forgotten first, so that what is left of a prefix can be used."""
         for block in reversed(table.held):
             self._pool.give_back(block)
+        if table.slot is not None:
+            self.states.give_back(table.slot)
         table.clear()
 
     # Sharing -----------------------------------------------------------------------------------------------------
@@ -121,7 +138,7 @@ class KVCache:
         return table.count * self.block_tokens
 
     def fork(self, table: BlockTable, computed: int) -> BlockTable | None:
-        """A second table with the same `computed` tokens: full blocks are shared, the last, unfinished one is copied.
+        """A second table with the same `computed` tokens: full blocks are shared, the last, unfinished one and states copied.
 
         None where there is no block for the copy.
         """
@@ -139,6 +156,9 @@ class KVCache:
             for keys, values in self._layers.values():
                 keys[target] = keys[source]
                 values[target] = values[source]
+        if table.slot is not None:
+            forked.slot = self.states.take()
+            self.states.copy(table.slot, forked.slot)
         return forked
 
     def share(self, table: BlockTable) -> BlockTable:
@@ -150,8 +170,10 @@ class KVCache:
         return shared
 
     def check_integrity(self, tables: Iterable[BlockTable]) -> None:
-        """Raises RuntimeError unless `tables` account for every block that is neither free nor cached."""
+        """Raises RuntimeError unless `tables` account for every block that is neither free nor cached, and every slot."""
+        tables = list(tables)
         self._pool.check(block for table in tables for block in table.held)
+        self.states.check(table.slot for table in tables if table.slot is not None)
 
     def _digest(self, table: BlockTable, tokens: Sequence[int], blocks: int, tenant: str) -> None:
         """Sees to it that the digests of the first `blocks` full blocks are known."""

@@ -1,4 +1,4 @@
-"""Finds out what a model's attention layers keep per token by running one token through it: no per-model code."""
+"""Finds out what a model's layers keep by running a few tokens through it: no per-model code."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ from moiety.core import ModelShape
 from moiety.errors import CheckpointError
 from moiety.model.encoderdecoder import EncoderDecoder
 from moiety.model.seam import use_backend
+from moiety.router import mixers
 from moiety.router.attention import ProbeBatch
 from moiety.router.cachespec import CacheSpec
+
+_STATELESS = ("moe", "mlp")  # layer types of layers that are nothing but a feed-forward block, in transformers' names
 
 
 class _ZeroExperts:
@@ -32,47 +35,56 @@ class _ZeroRows:
 
 
 @torch.inference_mode()
-def run_once(model: Any, batch: ProbeBatch) -> torch.Tensor:
-    """The logits [1, 1, V] of one token, its routed experts answering zero."""
+def run_once(model: Any, batch: ProbeBatch, cache: Any = None) -> torch.Tensor:
+    """The logits [1, T, V] of the batch's tokens, routed experts answering zero; `cache` is the model's past_key_values."""
     device = next(model.parameters()).device
-    token = _some_word(model)
+    tokens = len(batch.length)
+    vocabulary = model.config.get_text_config().vocab_size
+    first = vocabulary // 2  # some word: padding may be embedded as zeros
     with use_backend(_ZeroExperts()):
         logits: torch.Tensor = model(
-            input_ids=torch.tensor([[token]], device=device),
-            position_ids=torch.zeros(1, 1, dtype=torch.long, device=device),
+            input_ids=((first + 7 * torch.arange(tokens)) % vocabulary)[None].to(device),
+            position_ids=torch.arange(tokens, device=device)[None],
             use_cache=False,
+            past_key_values=cache,
             moiety_batch=batch,
         ).logits
     return logits
 
 
-def _some_word(model: Any) -> int:
-    """A token that is no padding, which may be embedded as zeros."""
-    return int(model.config.get_text_config().vocab_size // 2)
+def install_mixers(model: Any) -> None:
+    """Lets a loaded router keep the states of its sequences in slots: see `mixers.install`."""
+    mixers.install(model, lambda cache: run_once(model, ProbeBatch(mixers.PROBE_TOKENS), cache))
 
 
 def cache_spec(model: Any, shape: ModelShape) -> CacheSpec:
-    """What each layer keeps. Raises CheckpointError where the router's attention cannot run a layer."""
+    """What each layer keeps, once `install_mixers` has seen to its states.
+
+    Raises CheckpointError where the router cannot run a layer.
+    """
     if any(getattr(module, "indexer", None) is not None for module in model.modules()):
         reason = "its layers pick the tokens that they attend to by an indexer, which the router cannot run yet"
         raise CheckpointError(f"{shape.architecture}: {reason}")
-    batch = ProbeBatch(_some_word(model))
+    batch = ProbeBatch()
     run_once(model, batch)
+    states = {key: spec for mixer in mixers.mixers(model) for key, spec in mixer.specs.items()}
     config = model.config.get_text_config()
     if isinstance(model, EncoderDecoder):
         # Blocks of the pool hold either an output's tokens or a prompt's.
         if batch.across.layers != batch.spec.layers:
             reason = "its decoder layers keep of a prompt's token something else than of an output's"
             raise CheckpointError(f"{shape.architecture}: {reason}, which the router cannot cache yet")
-        return batch.spec
-    # A layer that attended came by; one that did not (Mamba, linear attention, convolution) has a state of its own, and
-    # running on without it would give wrong tokens in silence.
-    others = sorted(set(range(config.num_hidden_layers)) - batch.spec.layers.keys())
+        return CacheSpec(batch.spec.layers, across=True)
+    # A layer that attended came by, and mixers know theirs; what is left keeps nothing, or something of its own, and
+    # running on without that would give wrong tokens in silence.
+    kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or {}
+    seen = {*batch.spec.layers, *(layer for layer, _ in states)}
+    others = [layer for layer in range(config.num_hidden_layers) if layer not in seen]
+    others = [layer for layer in others if not (kinds and kinds[layer] in _STATELESS)]
     if others:
-        kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or {}
         told = ", ".join(sorted({str(kinds[layer]) for layer in others})) if kinds else "another kind"
         raise CheckpointError(
-            f"{shape.architecture}: {len(others)} of {config.num_hidden_layers} layers ({told}) keep a state that is no "
-            f"keys and values, which the router cannot cache yet"
+            f"{shape.architecture}: {len(others)} of {config.num_hidden_layers} layers ({told}) keep neither keys and "
+            f"values nor a state that the router knows of"
         )
-    return batch.spec
+    return CacheSpec(batch.spec.layers, states)

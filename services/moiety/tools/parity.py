@@ -37,7 +37,8 @@ from moiety.router.fleet import Fleet
 from moiety.router.hedge import Hedging
 from moiety.router.hop import Hop
 from moiety.router.kvcache import KVCache
-from moiety.router.probe import cache_spec
+from moiety.router.mixers import use_states
+from moiety.router.probe import cache_spec, install_mixers
 from moiety.telemetry.tracing import NO_SPAN, NO_TRACER
 from moiety.wire.codec import DTYPE_NAMES, torch_dtype
 
@@ -208,6 +209,7 @@ async def _own_router(
     attention.register()
     model = await asyncio.to_thread(load_router, opened, layout, dtype, "cpu", attention.NAME)
     latent.install(model)
+    install_mixers(model)
     cache = KVCache(cache_spec(model, layout.shape), 1 << 30, torch.device("cpu"))
     watch = Watch(cluster.registry)
     await watch.start()
@@ -222,7 +224,7 @@ async def _own_router(
         cache.grow(table, len(text))
         batch = StepBatch.build(cache, [table], [0], [len(text)], torch.device("cpu"))
         hop.begin_step(StepContext(CallClass.PREFILL, NO_SPAN, lambda: None, lambda *_: None))
-        with use_backend(hop):
+        with use_backend(hop), use_states(batch.states):
             output = model(
                 input_ids=torch.tensor([text]),
                 position_ids=batch.positions[None],

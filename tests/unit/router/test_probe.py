@@ -5,12 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
-from moiety.errors import CheckpointError
-from moiety.model.architecture import quiet_transformers
 from moiety.model.checkpoint import Checkpoint
 from moiety.model.layout import expert_layout
 from moiety.model.router import load_router
@@ -33,29 +29,3 @@ def test_keys_and_values_may_differ_in_width(tiny: Callable[[str], str]):
     assert {(layer.heads, layer.key_width, layer.value_width) for layer in spec.layers.values()} == {(4, 24, 16)}
     assert sorted(spec.layers) == [0, 1, 2, 3]
     assert spec.bytes_per_token == 4 * 4 * (24 + 16) * 4
-
-
-def test_a_recurrent_layer_is_refused(tmp_path: Path):
-    """Jamba's Mamba layers keep a state of their own: served without it, tokens would be wrong in silence."""
-    config = AutoConfig.for_model(
-        "jamba",
-        vocab_size=256,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_experts=8,
-        num_experts_per_tok=2,
-        attn_layer_period=4,
-        attn_layer_offset=2,
-        expert_layer_period=2,
-        expert_layer_offset=1,
-        mamba_d_state=8,
-        mamba_dt_rank=8,
-        use_mamba_kernels=False,
-    )
-    with quiet_transformers():
-        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match=r"jamba: 3 of 4 layers \(.*\) keep a state that is no keys and values"):
-        spec_of(tmp_path)

@@ -1,0 +1,161 @@
+"""Small random hybrids (attention beside layers that keep states), and their greedy texts by plain transformers."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+
+from moiety.core import ExpertMLP, ModelShape
+from moiety.model.architecture import quiet_transformers
+from moiety.router import attention, latent
+from moiety.router.cachespec import CacheSpec
+from moiety.router.probe import cache_spec, install_mixers
+
+VOCABULARY = 97
+_BASE: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_ALTERNATING = ["linear_attention", "full_attention"] * 2
+_DELTA: dict[str, Any] = {
+    "num_experts": 8,
+    "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 24,
+    "head_dim": 8,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "layer_types": _ALTERNATING,
+}
+_KIMI: dict[str, Any] = {
+    "num_experts": 8,
+    "num_experts_per_token": 2,
+    "moe_intermediate_size": 24,
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+    "linear_head_dim": 8,
+    "linear_num_heads": 4,
+}
+HYBRIDS: dict[str, dict[str, Any]] = {
+    "jamba": {
+        "num_experts": 4,
+        "attn_layer_period": 4,
+        "attn_layer_offset": 2,
+        "expert_layer_period": 2,
+        "expert_layer_offset": 1,
+        "mamba_d_state": 8,
+        "mamba_dt_rank": 8,
+        "use_mamba_kernels": False,
+    },
+    "qwen3_next": _DELTA,
+    "qwen3_5_moe_text": _DELTA,
+    "kimi_linear": {**_KIMI, "layer_types": _ALTERNATING, "model_max_length": 256},
+    "bailing_hybrid": {
+        **_KIMI,
+        "num_hidden_layers": 6,
+        "q_lora_rank": 24,
+        "num_expert_group": 4,
+        "topk_group": 2,
+        "model_max_length": 256,
+    },
+    "lfm2_moe": {
+        "num_experts": 8,
+        "moe_intermediate_size": 24,
+        "num_dense_layers": 1,
+        "layer_types": ["conv", "full_attention"] * 2,
+    },
+    "nemotron_h": {
+        "layers_block_type": ["linear_attention", "moe", "full_attention", "moe"],
+        "n_routed_experts": 8,
+        "moe_intermediate_size": 24,
+        "moe_shared_expert_intermediate_size": 24,
+        "head_dim": 8,
+        "ssm_state_size": 8,
+        "mamba_num_heads": 8,
+        "mamba_head_dim": 8,
+        "n_groups": 2,
+        "use_mamba_kernels": False,
+    },
+    "granitemoehybrid": {
+        "num_local_experts": 8,
+        "shared_intermediate_size": 24,
+        "mamba_n_heads": 8,
+        "mamba_d_head": 8,
+        "mamba_d_state": 8,
+        "mamba_expand": 2,
+        "layer_types": _ALTERNATING,
+    },
+    "minimax": {"num_local_experts": 4, "head_dim": 8, "block_size": 8, "layer_types": _ALTERNATING},
+    "zaya": {"num_experts": 4, "head_dim": 8, "num_experts_per_tok": 1},
+    "inkling_text": {},
+    "inkling2_text": {},
+}
+
+
+def hybrid(architecture: str, dtype: torch.dtype = torch.float32) -> Any:
+    """A whole random transformers model, its experts included."""
+    settings = {**_BASE, **HYBRIDS[architecture]}
+    if architecture in ("nemotron_h",):
+        del settings["num_hidden_layers"]
+    config = AutoConfig.for_model(architecture, **settings)
+    package = type(config).__module__.rsplit(".", 1)[0]
+    module = importlib.import_module(f"{package}.modeling_{package.rsplit('.', 1)[1]}")
+    name = next(name for name in dir(module) if name.endswith("ForCausalLM"))
+    torch.manual_seed(0)
+    with quiet_transformers():
+        model = getattr(module, name)(config).eval().requires_grad_(False)
+    generator = torch.Generator().manual_seed(0)
+    for path, parameter in model.named_parameters():
+        if parameter.dim() > 1 and "A_log" not in path:
+            parameter.normal_(0.0, 0.2, generator=generator)
+    return model.to(dtype)
+
+
+def prompt_of(seed: int, length: int) -> tuple[int, ...]:
+    """Some tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.randint(3, VOCABULARY, (length,), generator=generator).tolist())
+
+
+@functools.cache
+def reference(architecture: str) -> Any:
+    """The model as transformers runs it."""
+    return hybrid(architecture)
+
+
+@functools.cache
+def told(architecture: str, prompt: tuple[int, ...], count: int) -> list[int]:
+    """The next `count` greedy tokens behind `prompt`, by transformers alone, with a cache of its own for this one text."""
+    ids = torch.tensor([prompt])
+    options = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "pad_token_id": 0}
+    with quiet_transformers():
+        text = reference(architecture).generate(ids, attention_mask=torch.ones_like(ids), eos_token_id=-1, **options)
+    return text[0, len(prompt) :].tolist()
+
+
+def served(architecture: str, dtype: torch.dtype = torch.float32) -> tuple[Any, CacheSpec]:
+    """The same model, made ready to run packed steps, and what it keeps."""
+    attention.register()
+    model = hybrid(architecture, dtype)
+    model.set_attn_implementation(attention.NAME)
+    latent.install(model)
+    install_mixers(model)
+    shape = ModelShape(architecture, 1, 4, 2, ExpertMLP(32, 24), "float32", VOCABULARY, 256)
+    return model, cache_spec(model, shape)
