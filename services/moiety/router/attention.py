@@ -50,7 +50,7 @@ class ProbeBatch:
     """
 
     def __init__(self, tokens: int = 1) -> None:
-        self.across = ProbeAcross()
+        self.across = ProbeAcross(tokens)
         self.tables = torch.arange(tokens, dtype=torch.int32)[None]
         self.sequence = torch.zeros(tokens, dtype=torch.int32)
         self.length = torch.arange(1, tokens + 1, dtype=torch.int32)
@@ -78,10 +78,11 @@ class ProbeBatch:
 class ProbeAcross:
     """A prompt of one token, and what each layer keeps of it."""
 
-    def __init__(self) -> None:
+    def __init__(self, tokens: int) -> None:
+        """`tokens` of the output look at it."""
         self.ids, self.lengths = torch.zeros(1, dtype=torch.long), (1,)
         self.tables = torch.zeros(1, 1, dtype=torch.int32)
-        self.length = torch.ones(1, dtype=torch.int32)
+        self.length = torch.ones(tokens, dtype=torch.int32)
         self.layers: dict[int, LayerSpec] = {}
 
     def owners(self, tokens: list[int]) -> list[int]:
