@@ -264,7 +264,7 @@ class PendingRows(Protocol):
     """Rows on their way back from the experts."""
 
     def result(self) -> torch.Tensor:
-        """Blocks for the expert outputs, [T, K, D], unweighted, in the model dtype. Raises HopFailed."""
+        """Blocks for the expert outputs, [T, K, D], unweighted, in the model dtype; no expert's is zero. Raises HopFailed."""
         ...
 
 
