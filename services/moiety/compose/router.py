@@ -20,8 +20,8 @@ from moiety.load.watch import Watch
 from moiety.model import overlap
 from moiety.model.checkpoint import Checkpoint
 from moiety.model.compute import use_kernels
-from moiety.model.encoderdecoder import DecoderStart
 from moiety.model.elementwise import fix_elementwise
+from moiety.model.encoderdecoder import DecoderStart
 from moiety.model.layout import ExpertLayout
 from moiety.model.router import load_router
 from moiety.policy.lanes import LaneTuner

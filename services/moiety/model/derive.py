@@ -16,7 +16,7 @@ from torch import nn
 
 from moiety.core import ExpertMLP, ModelShape
 from moiety.errors import CheckpointError
-from moiety.model.adapters import adapter_of
+from moiety.model.adapters import Adapter, adapter_of
 from moiety.model.architecture import causal_lm_class, experts_modules, load_config, meta_model, unsupported
 from moiety.model.checkpoint import Checkpoint
 from moiety.model.layout import EXPERT, ExpertLayout, LayerLayout
@@ -94,18 +94,9 @@ def _layer_sources(
     checkpoint: Checkpoint, path: str, module: nn.Module, sources: _Sources, chains: Mapping[str, Any]
 ) -> dict[str, tuple[str, ...]]:
     """One layer's sources, each checked against the parameter's shape."""
-    found: dict[str, tuple[str, ...]] = {}
     if (adapter := adapter_of(module)) is not None:
-        for field in adapter.parameters:
-            names = [adapter.parameter(field).replace(EXPERT, str(expert)) for expert in range(_count_of(module))]
-            targets = [f"{path}.{name}" for name in names]
-            if missing := [target for target in targets if not sources.get(target)]:
-                raise CheckpointError(f"checkpoint {checkpoint.path}: nothing in it becomes {missing[0]}")
-            template = _template(checkpoint, targets[0], [sources[target][None][0] for target in targets])
-            shape = module.get_parameter(names[0]).shape
-            _check_shapes(checkpoint, targets[0], [template], torch.Size((len(names), *shape)))
-            found[field] = (template,)
-        return found
+        return _listed_sources(checkpoint, path, module, adapter, sources)
+    found: dict[str, tuple[str, ...]] = {}
     for field, attribute in parameters_of(module).items():
         target, parameter = f"{path}.{attribute}", module.get_parameter(attribute)
         by_pattern = sources.get(target)
@@ -118,6 +109,25 @@ def _layer_sources(
             names.append(tensors[0] if fused and len(tensors) == 1 else _template(checkpoint, target, tensors))
         _check_shapes(checkpoint, target, names, parameter.shape)
         found[field] = tuple(names)
+    return found
+
+
+def _listed_sources(
+    checkpoint: Checkpoint, path: str, module: nn.Module, adapter: Adapter, sources: _Sources
+) -> dict[str, tuple[str, ...]]:
+    """`_layer_sources` of experts that are modules of their own: each parameter is one tensor an expert."""
+    found: dict[str, tuple[str, ...]] = {}
+    for field in adapter.parameters:
+        names = [adapter.parameter(field).replace(EXPERT, str(expert)) for expert in range(_count_of(module))]
+        tensors: list[str] = []
+        for target in (f"{path}.{name}" for name in names):
+            if target not in sources:
+                raise CheckpointError(f"checkpoint {checkpoint.path}: nothing in it becomes {target}")
+            tensors += sources[target][None]
+        template = _template(checkpoint, f"{path}.{names[0]}", tensors)
+        shape = torch.Size((len(names), *module.get_parameter(names[0]).shape))
+        _check_shapes(checkpoint, f"{path}.{names[0]}", [template], shape)
+        found[field] = (template,)
     return found
 
 

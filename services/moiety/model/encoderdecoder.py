@@ -86,7 +86,8 @@ class EncoderDecoder(nn.Module):
     ) -> Any:
         """Logits [1, R, V] of the decoder tokens `input_ids` [1, T] that are to be kept (default: all), in `.logits`.
 
-        Nothing is kept but through `moiety_batch`, whose `across` is a Prompts. Runs inside `use_backend`; a HopFailed names tokens of the decoder's row.
+        What is kept of tokens is kept through `moiety_batch`, whose `across` is a Prompts. Runs inside `use_backend`; a
+        HopFailed names tokens of the decoder's row.
         """
         from transformers.modeling_outputs import MoEModelOutput
 
@@ -105,7 +106,9 @@ class EncoderDecoder(nn.Module):
         prompts: Prompts = batch.across
         embedding = self.model.get_input_embeddings().weight
         if not len(prompts.ids):
-            return embedding.new_zeros(1, 1, embedding.shape[1])  # for want of an empty row, which modules cannot reshape
+            return embedding.new_zeros(
+                1, 1, embedding.shape[1]
+            )  # for want of an empty row, which modules cannot reshape
         ids = prompts.ids[None].to(embedding.device)
         positions = torch.cat([torch.arange(length, device=ids.device) for length in prompts.lengths])
         current_forward().row = Row(positions, prompts.lengths)

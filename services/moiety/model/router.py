@@ -77,7 +77,7 @@ def _without_experts(model_class: Any, layout: ExpertLayout) -> Any:
             module._modules.clear()  # experts that are modules of their own
             module._is_hf_initialized = True  # type: ignore[assignment]  # or weight initialisation looks for them
             if adapter_of(module) is not None:  # there it is their block's
-                self.get_submodule(path.rpartition(".")[0])._is_hf_initialized = True  # type: ignore[assignment]
+                self.get_submodule(path.rpartition(".")[0])._is_hf_initialized = True
             setattr(module, LAYER_ATTRIBUTE, ordinal)
         unread = {rf"^{re.escape(layer.module)}\." for layer in layout.layers}
         for path in towers(self):

@@ -76,9 +76,7 @@ def attend_encoder_decoder(
     if not module.is_decoder:
         return _attend_within(query, key, value, moiety_batch.across.lengths, scaling, position_bias), None
     if not getattr(module, ACROSS_ATTRIBUTE, False):
-        return attend(
-            module, query, key, value, None, scaling, distance_bias=position_bias, moiety_batch=moiety_batch
-        )
+        return attend(module, query, key, value, None, scaling, distance_bias=position_bias, moiety_batch=moiety_batch)
     across = moiety_batch.across
     keys, values = across.store(module.layer_idx, key[0].transpose(0, 1), value[0].transpose(0, 1))
     output = paged_attention(

@@ -106,7 +106,9 @@ class EngineService(engine_pb2_grpc.EngineServicer):
         sampling = check_sampling(request.sampling, len(before), self._vocabulary, self._max_context)
         if self._start is not None:
             if sampling.prompt_logprobs:
-                raise InvalidRequest("sampling.prompt_logprobs", True, "false: an encoder gives its input no probabilities")
+                raise InvalidRequest(
+                    "sampling.prompt_logprobs", True, "false: an encoder gives its input no probabilities"
+                )
             if sampling.first_token_id is None:
                 sampling = replace(sampling, first_token_id=self._start.first_token)
         if generated and sampling.n > 1:

@@ -59,9 +59,7 @@ def decoded(model: Any, prompt: Sequence[int], text: Sequence[int], noise: torch
     return torch.stack(logits)
 
 
-def _own_experts(
-    module: Any, hidden_states: torch.Tensor, _: torch.Tensor, router_probs: torch.Tensor
-) -> torch.Tensor:
+def _own_experts(module: Any, hidden_states: torch.Tensor, _: torch.Tensor, router_probs: torch.Tensor) -> torch.Tensor:
     """Stands where NllbMoeExperts.forward stood: hidden [T, D], and gates [T, E] that are zero but for a token's experts."""
     summed = torch.zeros_like(hidden_states)
     for expert in range(module.num_experts):

@@ -28,7 +28,9 @@ class NllbReference:
         for layer in range(self._config["encoder_layers"]):
             name = f"model.encoder.layers.{layer}"
             encoded = encoded + self._attend(f"{name}.self_attn", self._norm(f"{name}.self_attn_layer_norm", encoded))
-            encoded = encoded + self._feed_forward(name, layer, self._config["encoder_sparse_step"], encoded, together=True)
+            encoded = encoded + self._feed_forward(
+                name, layer, self._config["encoder_sparse_step"], encoded, together=True
+            )
         encoded = self._norm("model.encoder.layer_norm", encoded)
         hidden = self._embed(output)
         for layer in range(self._config["decoder_layers"]):
@@ -37,7 +39,9 @@ class NllbReference:
             hidden = hidden + self._attend(f"{name}.self_attn", normed, causal=True)
             normed = self._norm(f"{name}.cross_attention_layer_norm", hidden)
             hidden = hidden + self._attend(f"{name}.cross_attention", normed, encoded)
-            hidden = hidden + self._feed_forward(name, layer, self._config["decoder_sparse_step"], hidden, together=False)
+            hidden = hidden + self._feed_forward(
+                name, layer, self._config["decoder_sparse_step"], hidden, together=False
+            )
         return self._norm("model.decoder.layer_norm", hidden) @ self._weights["model.shared.weight"].T
 
     def _embed(self, ids: Sequence[int]) -> torch.Tensor:
@@ -55,9 +59,12 @@ class NllbReference:
     ) -> torch.Tensor:
         heads = self._config["decoder_attention_heads"]
         source = hidden if memory is None else memory
-        query = self._linear(f"{name}.q_proj", hidden).unflatten(1, (heads, -1)).transpose(0, 1)  # [heads, T, D / heads]
+        query = (
+            self._linear(f"{name}.q_proj", hidden).unflatten(1, (heads, -1)).transpose(0, 1)
+        )  # [heads, T, D / heads]
         key, value = (
-            self._linear(f"{name}.{kind}", source).unflatten(1, (heads, -1)).transpose(0, 1) for kind in ("k_proj", "v_proj")
+            self._linear(f"{name}.{kind}", source).unflatten(1, (heads, -1)).transpose(0, 1)
+            for kind in ("k_proj", "v_proj")
         )
         scores = query @ key.mT / math.sqrt(query.shape[-1])
         if causal:

@@ -106,7 +106,7 @@ def test_tokens_of_several_prompts_at_once_are_those_of_transformers(open_tiny, 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_prompt_is_encoded_as_if_alone(open_tiny, make_experts, architecture: str):
-    """What other prompts are in the row changes no bit of a prompt's own keys and values, nor which tokens overflow."""
+    """What other prompts are in the row does not change a prompt's keys and values: they move no token over capacity."""
     checkpoint, layout = open_tiny(architecture)
     asked = prompts(60, 17, 60)
     together = Together(checkpoint, layout, make_experts(checkpoint, layout), asked)
@@ -116,8 +116,9 @@ def test_a_prompt_is_encoded_as_if_alone(open_tiny, make_experts, architecture: 
     alone.step(start, 0, encode=True)
     for layer in together.cache.spec.layers:
         for pool, other in zip(together.cache.layer(layer), alone.cache.layer(layer), strict=True):
-            kept = [p[t.held].transpose(1, 2).flatten(0, 1)[:17] for p, t in ((pool, together.across[1]), (other, alone.across[0]))]
-            assert torch.allclose(*kept, rtol=1e-5, atol=1e-5)
+            beside = pool[together.across[1].held].transpose(1, 2).flatten(0, 1)[:17]
+            by_itself = other[alone.across[0].held].transpose(1, 2).flatten(0, 1)[:17]
+            assert torch.allclose(beside, by_itself, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -229,7 +230,7 @@ def test_tokens_of_a_decoder_have_room_for_themselves(open_tiny):
 def test_random_second_experts_are_refused(tmp_path):
     """NLLB's training-time policies draw experts at random: refused by name before a weight is read."""
     checkpoint = Checkpoint.open(write_tiny("nllb-moe", tmp_path, second_expert_policy="random"))
-    with pytest.raises(CheckpointError, match="architecture nllb-moe.*second_expert_policy 'random'"):
+    with pytest.raises(CheckpointError, match=r"architecture nllb-moe.*second_expert_policy 'random'"):
         expert_layout(checkpoint)
 
 

@@ -45,7 +45,9 @@ def _within_capacity(router: Any, chosen: torch.Tensor, importance: torch.Tensor
     """
     fraction = router.moe_eval_capacity_token_fraction
     capacity = math.ceil(fraction * len(chosen)) if fraction > 0 else _fixed_capacity(router, len(chosen))
-    order = (-importance).argsort() if router.batch_prioritized_routing else torch.arange(len(chosen), device=chosen.device)
+    order = (
+        (-importance).argsort() if router.batch_prioritized_routing else torch.arange(len(chosen), device=chosen.device)
+    )
     first, second = (one_hot(chosen[order, k], router.num_experts) for k in (0, 1))  # [n, E]
     places = torch.stack((first.cumsum(0) - 1, second.cumsum(0) - 1 + first.sum(0)), dim=1)  # [n, 2, E]
     kept = torch.empty_like(chosen, dtype=torch.bool)

@@ -86,7 +86,7 @@ def published_class(config: Any) -> Any:
 
 
 def _weight(name: str, shape: torch.Size, dtype: torch.dtype, seed: int, deviation: float) -> torch.Tensor:
-    """Normal noise, around one for the weights of norms and zero for all else, biases and sinks included: zeros hide mistakes."""
+    """Normal noise, around one for norms' weights and zero for all else, biases and sinks too: zeros hide mistakes."""
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
     stored = torch.float32 if name.endswith("e_score_correction_bias") else dtype
     noise = torch.empty(shape, dtype=stored).normal_(0.0, deviation, generator=generator)
