@@ -121,7 +121,6 @@ class ExpertMLP:
     activation: str = "silu"
     gated: bool = True
     interleaved: bool = False  # gate and up alternate along the output dimension, instead of gate first, then up
-    transposed: bool = False  # weights are published [in, out]; they are held [out, in], as all others
     biased: bool = False
     limit: float | None = None
     alpha: float | None = None

@@ -25,6 +25,11 @@ from moiety.cli.run import progress, run_async
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
     help="With --all-tiny: put the table into this file, between its two `parity` marker lines.",
 )
+@click.option(
+    "--references",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="Python file with plain forwards of what transformers lacks.  [default: tests/parity/references.py]",
+)
 @json_option
 @click.pass_context
 def parity(
@@ -36,6 +41,7 @@ def parity(
     all_tiny: bool,
     only: tuple[str, ...],
     write: Path | None,
+    references: Path | None,
     json_file: Path | None,
 ) -> None:
     """Compare the served system with transformers, token for token.
@@ -56,17 +62,25 @@ def parity(
         raise click.UsageError("--only and --write belong to --all-tiny")
     if checkpoint is None:
         names = [name for part in only for name in part.split(",")]
-        context.exit(0 if _all_tiny(names, groups, new_tokens, write, json_file) else 1)
+        context.exit(0 if _all_tiny(names, groups, new_tokens, references, write, json_file) else 1)
     from moiety.tools.parity import run_parity
 
-    report = run_async(run_parity(checkpoint, groups=groups, dtype=dtype, new_tokens=new_tokens, progress=progress()))
+    options = {"dtype": dtype, "references": references, "progress": progress()}
+    report = run_async(run_parity(checkpoint, groups=groups, new_tokens=new_tokens, **options))
     for line in report.lines():
         click.echo(line)
     write_json(json_file, {"ok": report.ok, "logit_error": report.logit_error, **asdict(report)})
     context.exit(0 if report.ok else 1)
 
 
-def _all_tiny(names: list[str], groups: int, new_tokens: int, write: Path | None, json_file: Path | None) -> bool:
+def _all_tiny(
+    names: list[str],
+    groups: int,
+    new_tokens: int,
+    references: Path | None,
+    write: Path | None,
+    json_file: Path | None,
+) -> bool:
     """Whether all hold. Rows are printed as they come."""
     from moiety.model.tiny import tiny_model, tiny_names
     from moiety.tools.parity_all import HEAD, Verdict, run_all, summary, write_table
@@ -79,7 +93,8 @@ def _all_tiny(names: list[str], groups: int, new_tokens: int, write: Path | None
     verdicts: list[Verdict] = []
 
     async def show() -> None:
-        async for verdict in run_all(names or tiny_names(), groups=groups, new_tokens=new_tokens, progress=progress()):
+        options = {"groups": groups, "new_tokens": new_tokens, "references": references, "progress": progress()}
+        async for verdict in run_all(names or tiny_names(), **options):
             verdicts.append(verdict)
             click.echo("{:<24} {:<20} {:<16} {}".format(*verdict.cells))
 

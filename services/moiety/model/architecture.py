@@ -6,7 +6,7 @@ Only functions import transformers: it costs 4.5 s and 170 MiB, and an expert re
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,8 +14,18 @@ import torch
 from torch import nn
 
 from moiety.errors import CheckpointError
-from moiety.model.adapters import adapter_of
+from moiety.model.adapters import adapter_of, dbrx, nllb, switch
+from moiety.model.adapters.protocol import RoutedExperts
 from moiety.model.checkpoint import Checkpoint
+from moiety.model.definitions import definition_of
+from moiety.model.probe import describe
+from moiety.model.supported import refused
+
+_AMENDMENTS: Mapping[str, Callable[[Any], None]] = {
+    "dbrx": dbrx.amend,
+    "nllb-moe": nllb.amend,
+    "switch_transformers": switch.amend,
+}
 
 
 def load_config(checkpoint: Checkpoint) -> Any:
@@ -25,10 +35,19 @@ def load_config(checkpoint: Checkpoint) -> Any:
     if quantization := checkpoint.config.get("quantization_config"):
         method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
         raise unsupported(checkpoint, f"its weights are quantised ({method}); only float checkpoints can be served")
+    if refusal := refused(checkpoint.architecture):
+        raise unsupported(checkpoint, refusal)
+    defined = definition_of(checkpoint.architecture)
+    reader = AutoConfig if defined is None else defined.config_class
     try:
-        config = AutoConfig.from_pretrained(checkpoint.path, local_files_only=True, trust_remote_code=False)
+        config = reader.from_pretrained(checkpoint.path, local_files_only=True, trust_remote_code=False)
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise unsupported(checkpoint, f"transformers cannot read its config: {_first_line(error)}") from error
+    if (amend := _AMENDMENTS.get(config.model_type)) is not None:
+        try:
+            amend(config)
+        except ValueError as error:
+            raise unsupported(checkpoint, str(error)) from error
     text = config.sub_configs.get("text_config")
     found = _text_class(config)
     # A multimodal architecture whose language model is a class of its own: that is all of it that is served.
@@ -50,6 +69,8 @@ def _text_class(config: Any) -> Any:
         MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     )
 
+    if (defined := definition_of(config.model_type)) is not None:
+        return defined
     if config.is_encoder_decoder:
         found = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING.get(type(config), None)
     else:
@@ -65,12 +86,21 @@ def meta_model(model_class: type[nn.Module], config: Any) -> nn.Module:
 
 
 def experts_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """(path, module) of each MoE layer's routed experts, in layer order; an encoder's come before its decoder's."""
+    """(path, module) of each MoE layer's routed experts, in layer order: behind transformers' seam, or with an adapter.
+
+    The layers of an encoder come before those of its decoder.
+    """
     return [
         (path, module)
         for path, module in model.named_modules()
-        if _behind_the_seam(type(module)) or adapter_of(module) is not None
+        if _behind_the_seam(type(module)) or adapter_of(type(module)) is not None
     ]
+
+
+def routed_experts(module: nn.Module) -> RoutedExperts:
+    """What one of `experts_modules` is made of. Raises ValueError where no kernel computes it."""
+    adapter = adapter_of(type(module))
+    return describe(module) if adapter is None else adapter.describe(module)
 
 
 def towers(model: nn.Module) -> list[str]:

@@ -21,7 +21,7 @@ from moiety.core import ExpertMLP, ModelShape
 from moiety.model.checkpoint import Checkpoint
 from moiety.model.revision import revision
 
-FORMAT = 1  # of the cached file; raise it with every change of ExpertLayout
+FORMAT = 2  # of the cached file; raise it with every change of ExpertLayout
 EXPERT = "{expert}"  # stands for the expert id in a tensor's name
 
 
@@ -31,11 +31,13 @@ class LayerLayout:
 
     `sources` maps each parameter (a field of moiety_kernels.ExpertWeights) to the tensors it is concatenated from, along
     an expert's own dimension 0. A name with `{expert}` in it is one tensor per expert; a name without is a fused tensor,
-    one expert after the other along dim 0.
+    one expert after the other along dim 0. Matrices of the fields in `transposed` are published [in, out]; they are held
+    [out, in], as all others.
     """
 
     module: str
     sources: Mapping[str, tuple[str, ...]]
+    transposed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +74,11 @@ def _read(file: Path, key: Mapping[str, Any]) -> ExpertLayout | None:
             return None
         shape = data["layout"]["shape"]
         layers = tuple(
-            LayerLayout(layer["module"], {name: tuple(tensors) for name, tensors in layer["sources"].items()})
+            LayerLayout(
+                layer["module"],
+                {name: tuple(tensors) for name, tensors in layer["sources"].items()},
+                tuple(layer["transposed"]),
+            )
             for layer in data["layout"]["layers"]
         )
         return ExpertLayout(ModelShape(**{**shape, "mlp": ExpertMLP(**shape["mlp"])}), layers)

@@ -9,14 +9,15 @@ from typing import Any
 import torch
 
 from moiety.core import ExpertMLP
+from moiety.model.adapters.protocol import Parameter, RoutedExperts
 from moiety_kernels import ACTIVATIONS, activate
 
 LIMIT_NAMES = ("limit", "swiglu_limit")
 ALPHA_NAMES = ("alpha", "swiglu_alpha")
 
 
-def parameters_of(module: Any) -> dict[str, str]:
-    """Field of ExpertWeights -> the module's parameter. Raises ValueError for parameters no kernel knows."""
+def describe(module: Any) -> RoutedExperts:
+    """What a module behind transformers' experts interface is made of. Raises ValueError where no kernel computes it."""
     first = "gate_up_proj" if module.has_gate else "up_proj"
     names = {"gate_up": first, "down": "down_proj"}
     if module.has_bias:
@@ -24,41 +25,60 @@ def parameters_of(module: Any) -> dict[str, str]:
     unknown = {name for name, _ in module.named_parameters()} ^ set(names.values())
     if unknown:
         raise ValueError(f"{type(module).__name__} has parameters unlike {sorted(names.values())}: {sorted(unknown)}")
-    return names
-
-
-def expert_mlp_of(module: Any) -> ExpertMLP:
-    """The spec of one expert of `module`, which may be on meta. Raises ValueError where no kernel computes it."""
-    names = parameters_of(module)
     if getattr(module, "has_post_expert_norm", False):
         raise ValueError(f"{type(module).__name__} normalises each expert's output, which is not supported")
-    down = module.get_parameter(names["down"])  # [E, D, I], transposed [E, I, D]
-    hidden, intermediate = (down.shape[2], down.shape[1]) if module.is_transposed else (down.shape[1], down.shape[2])
-    blank = ExpertMLP(
-        hidden=hidden,
-        intermediate=intermediate,
-        gated=bool(module.has_gate),
-        transposed=bool(module.is_transposed),
-        biased=bool(module.has_bias),
+    shapes = {field: tuple(module.get_parameter(name).shape) for field, name in names.items()}
+    rows, columns = shapes["down"][1:]
+    hidden, intermediate = (columns, rows) if module.is_transposed else (rows, columns)
+    return RoutedExperts(
+        _mlp(module, hidden, intermediate),
+        {field: (Parameter(name, shapes[field]),) for field, name in names.items()},
+        frozenset(field for field, shape in shapes.items() if module.is_transposed and len(shape) == 3),
     )
-    return probed(module, blank, module._apply_gate if blank.gated else module.act_fn)
+
+
+def _mlp(module: Any, hidden: int, intermediate: int) -> ExpertMLP:
+    blank = ExpertMLP(
+        hidden=hidden, intermediate=intermediate, gated=bool(module.has_gate), biased=bool(module.has_bias)
+    )
+    try:
+        return _probed(blank, module._apply_gate if blank.gated else module.act_fn, list(_candidates(module, blank)))
+    except ValueError as error:
+        raise ValueError(f"{type(module).__name__} {error}") from error
+
+
+def probe(hidden: int, intermediate: int, *, glu: Callable[[torch.Tensor], torch.Tensor]) -> ExpertMLP:
+    """The spec of an expert without biases that computes down(glu(gate) * up). Raises ValueError where no kernel does."""
+    blank = ExpertMLP(hidden=hidden, intermediate=intermediate)
+
+    def apply(rows: torch.Tensor) -> torch.Tensor:
+        gate, up = rows.chunk(2, dim=-1)
+        return glu(gate) * up
+
+    return _probed(blank, apply, [replace(blank, activation=name) for name in ACTIVATIONS if name != "swiglu_clamped"])
+
+
+def probe_plain(
+    hidden: int, intermediate: int, activation: Callable[[torch.Tensor], torch.Tensor], *, biased: bool
+) -> ExpertMLP:
+    """The spec of an expert that computes down(activation(up)), without a gate. Raises ValueError where no kernel does."""
+    blank = ExpertMLP(hidden=hidden, intermediate=intermediate, gated=False, biased=biased)
+    return _probed(
+        blank, activation, [replace(blank, activation=name) for name in ACTIVATIONS if name != "swiglu_clamped"]
+    )
 
 
 @torch.no_grad()
-def probed(module: Any, blank: ExpertMLP, activation: Callable[[torch.Tensor], torch.Tensor]) -> ExpertMLP:
-    """`blank` with the activation whose results equal those of the module's `activation`, in float32 and in bfloat16.
-
-    Bit for bit. Raises ValueError where there is none.
-    """
-    candidates = list(_candidates(module, blank))
+def _probed(blank: ExpertMLP, apply: Callable[[torch.Tensor], torch.Tensor], candidates: list[ExpertMLP]) -> ExpertMLP:
+    """The candidate whose activation's results equal those of `apply`, bit for bit, in float32 and in bfloat16."""
     reach = 4 * max((spec.limit for spec in candidates if spec.limit is not None), default=1.0)
     probe = torch.randn(32, 64, generator=torch.Generator().manual_seed(0)) * reach  # beyond every limit
     for dtype in (torch.float32, torch.bfloat16):
         rows = probe.to(dtype)
-        expected = activation(rows)
+        expected = apply(rows)
         candidates = [spec for spec in candidates if torch.equal(_activated(rows, spec), expected)]
     if not candidates:
-        raise ValueError(f"{type(module).__name__} applies a gate or an activation that no kernel computes")
+        raise ValueError("applies a gate or an activation that no kernel computes")
     return candidates[0]
 
 

@@ -58,9 +58,6 @@ def load_router(
         if bad := sorted(map(str, report[kind])):
             raise CheckpointError(f"checkpoint {checkpoint.path}: {kind.replace('_', ' ')}: {', '.join(bad[:8])}")
     model = _owned(model).to(device).requires_grad_(False).eval()
-    for path, module in experts_modules(model):
-        if (adapter := adapter_of(module)) is not None:
-            adapter.install(model.get_submodule(path.rpartition(".")[0]))
     return EncoderDecoder(model) if config.is_encoder_decoder else model
 
 
@@ -73,12 +70,12 @@ def _without_experts(model_class: Any, layout: ExpertLayout) -> Any:
         if [path for path, _ in modules] != [layer.module for layer in layout.layers]:
             raise RuntimeError("the expert layout belongs to another model")
         for ordinal, (path, module) in enumerate(modules):
-            module._parameters.clear()
-            module._modules.clear()  # experts that are modules of their own
-            module._is_hf_initialized = True  # type: ignore[assignment]  # or weight initialisation looks for them
-            if adapter_of(module) is not None:  # there it is their block's
-                self.get_submodule(path.rpartition(".")[0])._is_hf_initialized = True
+            for part in module.modules():
+                part._parameters.clear()
+                part._is_hf_initialized = True  # type: ignore[assignment]  # or weight initialisation looks for them
             setattr(module, LAYER_ATTRIBUTE, ordinal)
+            if (adapter := adapter_of(type(module))) is not None:
+                adapter.install(self.get_submodule(path.rpartition(".")[0]), module)
         unread = {rf"^{re.escape(layer.module)}\." for layer in layout.layers}
         for path in towers(self):
             parent, _, name = path.rpartition(".")

@@ -50,10 +50,8 @@ def load_experts(
                 field: _read([_slice_of(checkpoint, layout, name, expert) for name in names], dtype, files, stack)
                 for field, names in layout.layers[layer].sources.items()
             }
-            if layout.shape.mlp.transposed:
-                parameters = {
-                    field: value.T.contiguous() if value.dim() == 2 else value for field, value in parameters.items()
-                }
+            for field in layout.layers[layer].transposed:
+                parameters[field] = parameters[field].T.contiguous()
             weights = ExpertWeights(**{field: value.to(device) for field, value in parameters.items()})
             loaded[layer, expert] = weights.quantised() if int8 else weights
     return loaded
@@ -64,9 +62,12 @@ def _slice_of(checkpoint: Checkpoint, layout: ExpertLayout, name: str, expert: i
     entry = checkpoint.tensor(name.replace(EXPERT, str(expert)))
     if EXPERT in name:
         return entry
-    size = (entry.end - entry.start) // layout.shape.experts
+    experts = layout.shape.experts
+    size = (entry.end - entry.start) // experts
     start = entry.start + expert * size
-    return TensorEntry(entry.file, entry.dtype, entry.shape[1:], start, start + size)
+    # [E, ...], or (DBRX) the rows of all experts below each other, [E * rows, ...]
+    shape = entry.shape[1:] if entry.shape[0] == experts else (entry.shape[0] // experts, *entry.shape[1:])
+    return TensorEntry(entry.file, entry.dtype, shape, start, start + size)
 
 
 def _read(

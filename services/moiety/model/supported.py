@@ -6,10 +6,13 @@ Nothing is imported to find out: transformers' source is searched for modules th
 from __future__ import annotations
 
 from collections.abc import Mapping
+from difflib import get_close_matches
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
+
+from moiety.model.definitions import DEFINITIONS
 
 DECORATOR = "@use_experts_implementation"
 # Found, and not served: architecture -> what is missing. A test fails for one that is neither served nor named here.
@@ -30,8 +33,6 @@ REFUSED: Mapping[str, str] = MappingProxyType(
         "diffusion_gemma": "text that is denoised block by block, which the engine cannot do",
     }
 )
-# Outside of transformers' experts interface, through an adapter of ours.
-ADAPTED = frozenset({"switch_transformers", "nllb-moe"})
 
 
 @cache
@@ -56,11 +57,30 @@ def seam_architectures() -> frozenset[str]:
     )
 
 
+# Through `adapters/`.
+ADAPTED = frozenset({"dbrx", "llama4", "llama4_text", "longcat_flash", "nllb-moe", "switch_transformers"})
+
+
 def served_architectures() -> frozenset[str]:
     """Every model_type that can be served."""
-    return (seam_architectures() | ADAPTED) - REFUSED.keys()
+    return (seam_architectures() | ADAPTED | DEFINITIONS.keys()) - REFUSED.keys()
 
 
 def path_of(architecture: str) -> str:
     """How `architecture` is served: `seam`, `adapter` or `definition`."""
+    if architecture in DEFINITIONS:
+        return "definition"
     return "adapter" if architecture in ADAPTED else "seam"
+
+
+def refused(architecture: str) -> str | None:
+    """Why `architecture` cannot be served, where it is known; with the one served that is named most like it."""
+    if (reason := REFUSED.get(architecture)) is None:
+        return None
+    return f"it needs {reason}; {nearest(architecture)}"
+
+
+def nearest(architecture: str) -> str:
+    """What to say of the supported architecture whose name is most like `architecture`."""
+    near = get_close_matches(architecture, sorted(served_architectures()), n=1, cutoff=0.0)[0]
+    return f"the nearest supported architecture is {near} (`moiety models` lists all)"

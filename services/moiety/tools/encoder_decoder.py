@@ -20,6 +20,11 @@ import torch
 WRONG_EXPERTS = "NllbMoeExperts"
 
 
+def is_one(model: Any) -> bool:
+    """Whether `model`, of transformers or a PlainReference, is an encoder-decoder."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
 def corrected(model: Any) -> Any:
     """`model` with what transformers is known to compute wrongly put right; the same object."""
     for module in model.modules():

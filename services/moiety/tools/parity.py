@@ -14,6 +14,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from moiety.model.layout import expert_layout
 from moiety.model.revision import revision
 from moiety.model.router import load_router
 from moiety.model.seam import use_backend
+from moiety.model.supported import path_of
 from moiety.router import across, attention, latent
 from moiety.router.batch import AcrossBatch, StepBatch
 from moiety.router.blocks import BlockTable
@@ -41,6 +43,7 @@ from moiety.router.mixers import use_states
 from moiety.router.probe import cache_spec, install_mixers
 from moiety.telemetry.tracing import NO_SPAN, NO_TRACER
 from moiety.tools import encoder_decoder
+from moiety.tools.plain_reference import PlainReference
 from moiety.wire.codec import DTYPE_NAMES, torch_dtype
 
 PROMPT_LENGTHS = (3, 9, 17, 40, 25, 60, 33, 8)
@@ -112,9 +115,12 @@ async def run_parity(
     new_tokens: int = 24,
     seed: int = DEFAULT_SEED,
     router: Mapping[str, Any] | None = None,
+    references: Path | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> ParityReport:
     """Compares; raises CheckpointError or ConfigError where the checkpoint cannot be served at all.
+
+    `references` is a Python file with a plain forward for each architecture that transformers lacks (plain_reference.py).
 
     `router` are settings of the router that no token may depend on: lanes, a transport, or a `kv_memory` too small for all
     prompts at once, so that some of them are preempted.
@@ -123,7 +129,8 @@ async def run_parity(
     prompts = _prompts(shape.vocabulary, shape.max_context - new_tokens, seed)
     progress(f"reference: {len(prompts)} prompts through plain transformers, one at a time")
     reference_dtype = torch_dtype(dtype, shape.dtype)
-    texts, logits = await asyncio.to_thread(_reference, checkpoint, reference_dtype, prompts, new_tokens)
+    reference = await asyncio.to_thread(_reference_model, checkpoint, reference_dtype, references)
+    texts, logits = await asyncio.to_thread(_reference, reference, prompts, new_tokens)
     progress(f"served: the same prompts at once through a LocalCluster of {groups} expert groups")
     chunked = {"slots": len(prompts), "token_budget": 3 * len(prompts), **(router or {})}
     async with LocalCluster(checkpoint, groups=groups, dtype=dtype, router=chunked) as cluster:
@@ -142,9 +149,7 @@ async def run_parity(
         margins = best[:, 0] - best[:, 1]
         differ = next((i for i, (a, b) in enumerate(zip(tokens, text[before:], strict=True)) if a != b), None)
         tie = differ is not None and (
-            await asyncio.to_thread(
-                _undecided, checkpoint, reference_dtype, prompt, text[: before + differ], tokens[differ]
-            )
+            await asyncio.to_thread(_undecided, reference, prompt, text[: before + differ], tokens[differ])
         )
         results.append(PromptResult(len(prompt), len(tokens), differ, tie, error, float(margins.min())))
     return ParityReport(shape.architecture, dtype, groups, tuple(results))
@@ -158,15 +163,14 @@ def _prompts(vocabulary: int, longest: int, seed: int) -> list[list[int]]:
 
 @torch.inference_mode()
 def _reference(
-    checkpoint: str, dtype: torch.dtype, prompts: Sequence[Sequence[int]], new_tokens: int
+    model: Any, prompts: Sequence[Sequence[int]], new_tokens: int
 ) -> tuple[list[list[int]], list[torch.Tensor]]:
-    """(prompt + greedy tokens, logits [tokens, V]) of each prompt, by plain transformers.
+    """(prompt + greedy tokens, logits [tokens, V]) of each prompt, by the reference.
 
     An encoder-decoder's text is its decoder's: the token that it starts from, and the greedy ones.
     """
-    model = _transformers_model(checkpoint, dtype)
     model.generation_config.eos_token_id = None  # compare the same number of tokens, whatever they are
-    if model.config.is_encoder_decoder:
+    if encoder_decoder.is_one(model):
         return encoder_decoder.outputs(model, prompts, new_tokens)
     texts, logits = [], []
     for prompt in prompts:
@@ -179,23 +183,31 @@ def _reference(
 
 
 @torch.inference_mode()
-def _undecided(checkpoint: str, dtype: torch.dtype, prompt: Sequence[int], text: Sequence[int], token: int) -> bool:
+def _undecided(model: Any, prompt: Sequence[int], text: Sequence[int], token: int) -> bool:
     """Whether the reference follows `text` with `token` too, once noise below rounding's reach is on its embeddings.
 
     Those of the text, or of an encoder's prompt.
     """
-    model = _transformers_model(checkpoint, dtype)
-    embeddings = model.get_input_embeddings()(torch.tensor([prompt if model.config.is_encoder_decoder else text]))
+    translates = encoder_decoder.is_one(model)
+    embeddings = model.get_input_embeddings()(torch.tensor([prompt if translates else text]))
+    dtype = embeddings.dtype
     for seed in range(NUDGES):
         noise = torch.randn(embeddings.shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
         noise = 1 + NUDGE_ULPS * torch.finfo(dtype).eps * noise
-        if model.config.is_encoder_decoder:
+        if translates:
             logits = encoder_decoder.decoded(model, prompt, text, noise[0])
         else:
             logits = model(inputs_embeds=embeddings * noise).logits[0]
         if int(logits[-1].argmax()) == token:
             return True
     return False
+
+
+def _reference_model(checkpoint: str, dtype: torch.dtype, references: Path | None) -> Any:
+    """Plain transformers or, where it lacks the architecture, the plain forward in `references`."""
+    if path_of(Checkpoint.open(checkpoint).architecture) == "definition":
+        return PlainReference.load(Path(checkpoint), dtype, references)
+    return _transformers_model(checkpoint, dtype)
 
 
 def _transformers_model(checkpoint: str, dtype: torch.dtype) -> Any:
@@ -236,9 +248,8 @@ async def _own_router(
 
     @torch.inference_mode()
     def forward(prompt: Sequence[int], text: Sequence[int]) -> torch.Tensor:
-        table, encoded = BlockTable(), BlockTable()
+        table, encoded, beside = BlockTable(), BlockTable(), None
         cache.grow(table, len(text))
-        beside = None
         if cache.spec.across:
             cache.grow(encoded, len(prompt))
             beside = AcrossBatch.build(cache, [prompt], [encoded], [True], [len(text)], torch.device("cpu"))

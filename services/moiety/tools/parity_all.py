@@ -9,7 +9,6 @@ from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from moiety.errors import MoietyError
 from moiety.model.architecture import quiet_transformers
 from moiety.model.supported import path_of
 from moiety.model.tiny import tiny_model, write_tiny
@@ -50,6 +49,7 @@ async def run_all(
     *,
     groups: int = 2,
     new_tokens: int = 24,
+    references: Path | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> AsyncIterator[Verdict]:
     """Writes, serves and compares one tiny checkpoint after another, in fp32."""
@@ -63,9 +63,9 @@ async def run_all(
             try:
                 with quiet_transformers():
                     await asyncio.to_thread(write_tiny, name, folder)
-                report = await run_parity(folder, groups=groups, new_tokens=new_tokens)
-            except MoietyError as failure:
-                error = str(failure).replace(folder, name)
+                report = await run_parity(folder, groups=groups, new_tokens=new_tokens, references=references)
+            except Exception as failure:  # whatever a model's code raises is this one's failure
+                error = f"{type(failure).__name__}: {failure}".replace(folder, name).partition("\n")[0]
         yield Verdict(name, path, report, error, time.monotonic() - began)
 
 

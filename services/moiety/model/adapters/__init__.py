@@ -1,22 +1,30 @@
-"""MoE blocks that transformers does not run through its experts interface: one small adapter each.
-
-An adapter knows how such a block's experts are built, and gives the block a forward that sends their rows to a backend.
-"""
+"""Routed experts that transformers computes outside of its experts interface: one small adapter each, one protocol."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Any
 
-from torch import nn
+from moiety.model.adapters.dbrx import Dbrx
+from moiety.model.adapters.llama4 import Llama4
+from moiety.model.adapters.longcat import Longcat
+from moiety.model.adapters.nllb import Nllb
+from moiety.model.adapters.protocol import Adapter
+from moiety.model.adapters.switch import Switch
 
-from moiety.model.adapters.listed import Adapter
-from moiety.model.adapters.nllb import NLLB
-from moiety.model.adapters.switch import SWITCH
+ADAPTERS: Mapping[str, Adapter] = MappingProxyType(
+    {
+        "DbrxExperts": Dbrx(),
+        "Llama4TextExperts": Llama4(),
+        "LongcatFlashExperts": Longcat(),
+        "NllbMoeExperts": Nllb(),
+        "SwitchTransformersExperts": Switch(),
+    }
+)
 
-ADAPTERS: Mapping[str, Adapter] = MappingProxyType({adapter.experts_class: adapter for adapter in (SWITCH, NLLB)})
 
-
-def adapter_of(experts: nn.Module) -> Adapter | None:
-    """The adapter for a module of routed experts, by the name of its class; None for any other module."""
-    return ADAPTERS.get(type(experts).__name__)
+def adapter_of(module_class: type[Any]) -> Adapter | None:
+    """The adapter for a class of transformers; None where it needs none, or there is none."""
+    ours = module_class.__module__.startswith("transformers.models.")
+    return ADAPTERS.get(module_class.__name__) if ours else None

@@ -9,13 +9,14 @@ experts 0 and 1 and no other. Weights trained as published give nonsense there.
 from __future__ import annotations
 
 import math
-from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch.nn.functional import one_hot
 
-from moiety.model.adapters.listed import Adapter, router_logits
+from moiety.model.adapters import listed
+from moiety.model.adapters.listed import router_logits
+from moiety.model.adapters.protocol import RoutedExperts
 from moiety.model.seam import sequence_lengths
 
 
@@ -60,17 +61,23 @@ def _fixed_capacity(router: Any, tokens: int) -> int:
     return 2 * math.ceil(tokens / router.num_experts) if fixed is None else fixed
 
 
-def _refusal(block: Any) -> str | None:
-    policy = block.router.second_expert_policy
-    return None if policy == "all" else f"second_expert_policy {policy!r} draws experts at random; served is 'all'"
+class Nllb:
+    """Serves NllbMoeExperts."""
+
+    def describe(self, module: Any) -> RoutedExperts:
+        names = {"gate_up": "fc1.weight", "down": "fc2.weight", "gate_up_bias": "fc1.bias", "down_bias": "fc2.bias"}
+        return listed.describe(module, names)
+
+    def install(self, block: Any, module: Any) -> None:
+        listed.install(block, route)
 
 
-NLLB = Adapter(
-    experts_class="NllbMoeExperts",
-    parameters=MappingProxyType(
-        {"gate_up": "fc1.weight", "down": "fc2.weight", "gate_up_bias": "fc1.bias", "down_bias": "fc2.bias"}
-    ),
-    top_k=2,
-    route=route,
-    refusal=_refusal,
-)
+def amend(config: Any) -> None:
+    """Writes into an NllbMoeConfig what it leaves unsaid: two experts a token.
+
+    Raises ValueError where the second one is drawn at random.
+    """
+    if config.second_expert_policy != "all":
+        told = f"second_expert_policy {config.second_expert_policy!r}"
+        raise ValueError(f"{told} draws experts at random; served is 'all'")
+    config.moe_top_k = 2

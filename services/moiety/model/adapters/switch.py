@@ -6,12 +6,13 @@ a token comes alone, as it does in transformers' cached decode, so that the boun
 
 from __future__ import annotations
 
-from types import MappingProxyType
 from typing import Any
 
 import torch
 
-from moiety.model.adapters.listed import Adapter, router_logits
+from moiety.model.adapters import listed
+from moiety.model.adapters.listed import router_logits
+from moiety.model.adapters.protocol import RoutedExperts
 from moiety.model.seam import sequence_lengths
 
 
@@ -28,10 +29,21 @@ def route(block: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
     return chosen[:, None], shares.amax(-1, keepdim=True)
 
 
-SWITCH = Adapter(
-    experts_class="SwitchTransformersExperts",
-    parameters=MappingProxyType({"gate_up": "wi.weight", "down": "wo.weight"}),
-    top_k=1,
-    route=route,
-    refusal=lambda _: None,
-)
+class Switch:
+    """Serves SwitchTransformersExperts."""
+
+    def describe(self, module: Any) -> RoutedExperts:
+        return listed.describe(module, {"gate_up": "wi.weight", "down": "wo.weight"})
+
+    def install(self, block: Any, module: Any) -> None:
+        listed.install(block, route)
+
+
+def amend(config: Any) -> None:
+    """Writes into a SwitchTransformersConfig what it leaves unsaid: one expert a token, and 512 tokens, as in training.
+
+    Relative positions set no bound of their own.
+    """
+    config.moe_top_k = 1
+    if not hasattr(config, "n_positions"):
+        config.n_positions = 512

@@ -6,6 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 _LATENT: Mapping[str, Any] = {"n_routed_experts": 16, "num_key_value_heads": 4, "num_experts_per_tok": 4}
+_LLAMA4: Mapping[str, Any] = {
+    "num_experts_per_tok": 1,
+    "intermediate_size": 40,
+    "intermediate_size_mlp": 96,
+    "interleave_moe_layer_step": 2,
+    "attention_chunk_size": 32,
+    "no_rope_layer_interval": 4,
+}
 FAMILIES: Mapping[str, Mapping[str, Any]] = {
     "mixtral": {"num_local_experts": 8, "num_experts_per_tok": 2},
     "qwen2_moe": {"num_experts": 12, "num_experts_per_tok": 4, "mlp_only_layers": [1]},
@@ -67,4 +75,38 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
     "dots3_note_text": {"num_key_value_heads": 4},
     "dots3_note": {"text_config": {"num_key_value_heads": 4}},
     "glm5_next": {"text_config": {"num_key_value_heads": 4}},
+    "dbrx": {
+        "d_model": 64,
+        "n_heads": 4,
+        "n_layers": 4,
+        "max_seq_len": 512,
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 500000.0},
+        "ffn_config": {"ffn_hidden_size": 40, "moe_num_experts": 16, "moe_top_k": 4},
+    },
+    "llama4_text": _LLAMA4,
+    "llama4": {"text_config": _LLAMA4},
+    "longcat_flash": {
+        "num_layers": 2,
+        "num_key_value_heads": 4,
+        "ffn_hidden_size": 96,
+        "head_dim": 8,
+        "moe_topk": 4,
+        "n_routed_experts": 12,
+        "zero_expert_num": 4,
+    },
+    "glm4v_moe": {
+        "text_config": {
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]},
+        }
+    },
+    "mistral4": {"text_config": {"num_key_value_heads": 4}},
+    "grok-1": {"attn_output_multiplier": 0.25, "num_experts_per_tok": 2},
+    "arctic": {
+        "num_experts_per_tok": 2,
+        "num_local_experts": 16,
+        "moe_layer_frequency": 1,
+        "parallel_attn_mlp_res": True,
+    },
+    "deepseek": {"n_routed_experts": 16, "num_experts_per_tok": 6, "n_shared_experts": 2, "num_key_value_heads": 4},
+    "glam": {"num_experts_per_tok": 2},
 }

@@ -14,6 +14,7 @@ import torch
 
 from moiety.model.architecture import meta_model
 from moiety.model.checkpoint import INDEX_FILE
+from moiety.model.definitions import definition_of
 from moiety.model.tiny.registry import tiny_model
 from moiety.model.tiny.sizes import sized
 from moiety.model.tiny.tokenizer import VOCABULARY
@@ -66,7 +67,8 @@ def tiny_config(architecture: str, settings: Mapping[str, Any]) -> Any:
     """The config of a tiny checkpoint: `settings`, and small sizes for every other field that has one."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    config_class = CONFIG_MAPPING[architecture]
+    defined = definition_of(architecture)
+    config_class = CONFIG_MAPPING[architecture] if defined is None else defined.config_class
     return config_class(**sized(config_class, {"dtype": "float32", **settings}))
 
 
@@ -78,6 +80,8 @@ def published_class(config: Any) -> Any:
         MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     )
 
+    if (defined := definition_of(config.model_type)) is not None:
+        return defined
     decoders = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
     for mapping in (MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,) if config.is_encoder_decoder else decoders:
         if type(config) in mapping:

@@ -1,0 +1,26 @@
+"""Architectures that transformers does not have, defined on its parts; code shipped inside a checkpoint is never run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import import_module
+from types import MappingProxyType
+from typing import Any
+
+# model_type -> (module in this folder, which imports transformers; its class, under the name that publishers give it)
+DEFINITIONS: Mapping[str, tuple[str, str]] = MappingProxyType(
+    {
+        "arctic": ("arctic", "ArcticForCausalLM"),
+        "deepseek": ("deepseek", "DeepseekForCausalLM"),
+        "glam": ("glam", "GlamForCausalLM"),
+        "grok-1": ("grok1", "Grok1ModelForCausalLM"),
+    }
+)
+
+
+def definition_of(model_type: str) -> Any | None:
+    """The class of an architecture defined here, with its `config_class`; None for any other."""
+    if model_type not in DEFINITIONS:
+        return None
+    module, name = DEFINITIONS[model_type]
+    return getattr(import_module(f"{__name__}.{module}"), name)
