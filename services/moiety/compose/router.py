@@ -58,6 +58,7 @@ async def start(settings: RouterSettings, replica_id: str, node: str) -> Running
         shape = layout.shape
         dtype = torch_dtype(settings.dtype, shape.dtype)
         max_context = _max_context(settings, shape.max_context)
+        start_token = await asyncio.to_thread(DecoderStart.of, checkpoint)
         model, cache = await asyncio.to_thread(load_model, settings, checkpoint, layout, dtype, of)
 
         hops, lanes = await reach_experts(settings, shape, of, dtype, site.registry, site.tracer, site.closers)
@@ -76,7 +77,7 @@ async def start(settings: RouterSettings, replica_id: str, node: str) -> Running
             slots=settings.slots,
             guides=guides,
             tracer=site.tracer,
-            start=DecoderStart.of(checkpoint),
+            start=start_token,
         )
         covered = False
 

@@ -124,7 +124,7 @@ class GenerationService:
         router = await self._routers.pick(deadline)
         told = router.description
         check_prompt(ids, told.vocabulary, told.max_context)
-        if request.sampling.first_token:
+        if request.sampling.HasField("first_token"):
             request.sampling.first_token_id = self._tokenizer.token_id(request.sampling.first_token)
         in_context = 1 if told.encoder_decoder else len(ids)
         sampling = check_sampling(request.sampling, in_context, told.vocabulary, told.max_context)

@@ -12,7 +12,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from moiety.errors import CheckpointError, HopFailed
+from moiety.errors import HopFailed
+from moiety.model.architecture import load_config, unsupported
 from moiety.model.checkpoint import Checkpoint, read_json
 from moiety.model.seam import Row, current_forward
 
@@ -30,15 +31,22 @@ class DecoderStart:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> DecoderStart | None:
-        """From generation_config.json, else config.json; None for a decoder. Raises CheckpointError where there is none."""
-        if not checkpoint.config.get("is_encoder_decoder"):
+        """As `generate` of transformers reads it; None for a decoder. Raises CheckpointError where nothing is said."""
+        config = load_config(checkpoint)
+        if not config.is_encoder_decoder:
             return None
         file = checkpoint.path / "generation_config.json"
-        stated = {**checkpoint.config, **(read_json(file) if file.is_file() else {})}
-        token = stated.get("decoder_start_token_id", stated.get("bos_token_id"))
+        stated = read_json(file) if file.is_file() else {}
+
+        def value(name: str) -> int | None:
+            found: int | None = stated.get(name, getattr(config, name, None))
+            return found
+
+        token = value("decoder_start_token_id")
+        token = value("bos_token_id") if token is None else token
         if token is None:
-            raise CheckpointError(f"checkpoint {checkpoint.path}: its configs have no decoder_start_token_id")
-        return cls(token, stated.get("forced_bos_token_id"))
+            raise unsupported(checkpoint, "its configs say no decoder_start_token_id")
+        return cls(token, value("forced_bos_token_id"))
 
 
 class Prompts(Protocol):
