@@ -14,11 +14,14 @@ os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 
 
+from interpreter import import_interpreted
 from moiety.load.embedded import EmbeddedRedis
 from moiety.local import LocalCluster
 from moiety.model.tiny import write_tiny
 from moiety.telemetry.receiver import TraceReceiver
 from serving import Served
+
+import_interpreted()
 
 
 @pytest.fixture(scope="session", autouse=True)

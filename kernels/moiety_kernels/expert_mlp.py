@@ -7,27 +7,29 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
+from itertools import accumulate
+from typing import Any, Literal
 
 import torch
 
 from moiety_kernels.cpu.library import VNNI, load
 from moiety_kernels.linear import linear
+from moiety_kernels.matrices import FP8_BLOCK
 from moiety_kernels.reference import ACTIVATIONS, SWIGLU_CLAMPED, activate
-from moiety_kernels.weights import ExpertWeights
+from moiety_kernels.weights import ExpertWeights, dequantised
 
 __all__ = ["ExpertWeights", "grouped_expert_mlp"]
 
-_NAMES = {
-    (torch.float32, False): "moiety_experts_f32",
-    (torch.bfloat16, False): "moiety_experts_bf16",
-    (torch.float32, True): "moiety_experts_f32_int8",
-    (torch.bfloat16, True): "moiety_experts_bf16_int8",
-}
+_ROWS = {torch.float32: "f32", torch.bfloat16: "bf16"}
+_SCALES = {torch.float16: "f16", torch.bfloat16: "bf16"}
 _POINTER, _SIZE, _FLAG, _REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 _SIGNATURE = (
-    *(_POINTER, _SIZE, _POINTER, _POINTER, _SIZE, _POINTER, _SIZE, _SIZE),
+    *(_POINTER, _SIZE, _POINTER, _POINTER, _SIZE, _POINTER, _SIZE, _SIZE, _SIZE, _SIZE),
     *(_FLAG, _FLAG, _FLAG, _FLAG, _REAL, _REAL, _FLAG),
 )
+Backend = Literal["torch", "triton"]  # torch: and C++, on CPU
+LANE_COLUMNS = 8  # of int4 weights that one lane of a vector holds
 
 
 @torch.no_grad()
@@ -42,13 +44,15 @@ def grouped_expert_mlp(
     limit: float | None = None,
     alpha: float | None = None,
     deterministic: bool = False,
+    backend: Backend | None = None,
 ) -> torch.Tensor:
-    """Row i through the expert it is sorted under: [R, D] -> [R, D], in the rows' dtype, which must be the weights'.
+    """Row i through the expert it is sorted under: [R, D] -> [R, D], in the rows' dtype, which plain weights must have.
 
     The first `counts[0]` rows belong to `weights[0]`, the next `counts[1]` to `weights[1]`, and so on. A count may be
-    0: those weights are not touched. Either all weights are int8 or none. `deterministic`: an output row's bits depend on
-    its input row and its expert alone, which the C++ kernels always grant. Raises ValueError where the counts do not add
-    up to R, or the experts do not fit the rows and one another.
+    0: those weights are not touched. Experts may be held in different ways: each way is one call of C++. `deterministic`:
+    an output row's bits depend on its input row and its expert alone, which the C++ kernels always grant. `backend`: by
+    default Triton for rows on a GPU, where it is installed. Raises ValueError where the counts do not add up to R, or the
+    experts do not fit the rows and one another.
     """
     if len(counts) != len(weights):
         raise ValueError(f"{len(counts)} counts for {len(weights)} experts")
@@ -60,51 +64,110 @@ def grouped_expert_mlp(
         return torch.empty_like(rows)
 
     forms = {expert.form for expert in weights}
-    hidden, depth, width, _ = weights[0].form
+    hidden, depth, width = weights[0].form
     if len(forms) > 1 or hidden != rows.shape[1] or width != depth * (2 if gated else 1):
-        told = ", ".join(f"D {d}, I {i}, O {o}, {dtype}" for d, i, o, dtype in sorted(forms, key=str))
+        told = ", ".join(f"D {d}, I {i}, O {o}" for d, i, o in sorted(forms))
         raise ValueError(f"experts of {told}: must be of one form, D {rows.shape[1]} and O {'2I' if gated else 'I'}")
-    quantised = weights[0].gate_up_scale is not None
-    kernel = experts_kernel(rows.dtype, quantised) if rows.device.type == "cpu" else None
+    options: dict[str, Any] = {
+        "activation": activation,
+        "gated": gated,
+        "interleaved": interleaved,
+        "limit": limit,
+        "alpha": alpha,
+    }
+    if backend is None:
+        backend = "triton" if rows.is_cuda and find_spec("triton") else "torch"
+    compute = _in_triton if backend == "triton" else _in_torch
+    if len({expert.held for expert in weights}) == 1:
+        return compute(rows, counts, weights, deterministic, options)
+    out = torch.empty_like(rows)
+    for taken, some_counts, some in _by_kind(counts, weights):
+        at = taken.to(rows.device)
+        out[at] = compute(rows[at], some_counts, some, deterministic, options)
+    return out
+
+
+def _by_kind(
+    counts: Sequence[int], weights: Sequence[ExpertWeights]
+) -> Iterator[tuple[torch.Tensor, list[int], list[ExpertWeights]]]:
+    """For each way of holding weights: the rows [r] of its experts, their counts, and the experts themselves."""
+    kinds: dict[Any, list[int]] = {}
+    for place, (count, expert) in enumerate(zip(counts, weights, strict=True)):
+        if count:
+            kinds.setdefault(expert.held, []).append(place)
+    starts = [0, *accumulate(counts)]
+    for places in kinds.values():
+        taken = torch.cat([torch.arange(starts[place], starts[place + 1]) for place in places])
+        yield taken, [counts[place] for place in places], [weights[place] for place in places]
+
+
+def _in_torch(
+    rows: torch.Tensor,
+    counts: Sequence[int],
+    weights: Sequence[ExpertWeights],
+    deterministic: bool,
+    options: dict[str, Any],
+) -> torch.Tensor:
+    """`grouped_expert_mlp` for experts with equal `held`, in C++ where this CPU has it."""
+    kernel = experts_kernel(rows.dtype, weights[0]) if rows.device.type == "cpu" else None
     if kernel is not None and rows.stride(1) == 1:
         out = rows.new_empty(rows.shape)
-        tensors = [None if tensor is None else tensor.data_ptr() for expert in weights for tensor in expert.tensors]
+        pointers = [pointer for expert in weights for pointer in expert.pointers]
+        *_, group_of_gate_up, _, group_of_down = weights[0].held
         kernel(
             rows.data_ptr(),
             rows.stride(0),
             (ctypes.c_int64 * len(counts))(*counts),
-            (ctypes.c_void_p * len(tensors))(*tensors),
+            (ctypes.c_void_p * len(pointers))(*pointers),
             len(weights),
             out.data_ptr(),
             rows.shape[1],
-            weights[0].down.shape[1],
-            ACTIVATIONS.index(activation),
-            gated,
-            interleaved,
-            limit is not None,
-            limit or 0.0,
-            alpha or 0.0,
+            weights[0].form[1],
+            group_of_gate_up,
+            group_of_down,
+            ACTIVATIONS.index(options["activation"]),
+            options["gated"],
+            options["interleaved"],
+            options["limit"] is not None,
+            options["limit"] or 0.0,
+            options["alpha"] or 0.0,
             torch.get_num_threads(),
         )
         return out
 
-    active = [(span, expert.dequantised(rows.dtype)) for span, expert in _active(counts, weights)]
-    projected = rows.new_empty(rows.shape[0], weights[0].gate_up.shape[0])  # [R, O]
+    # Quantised matrices become values one at a time: all at once would take what quantising them has saved.
+    active = list(_active(counts, weights))
+    projected = rows.new_empty(rows.shape[0], weights[0].form[2])  # [R, O]
     for span, expert in active:
-        projected[span] = _product(rows[span], expert.gate_up, expert.gate_up_bias, deterministic)
+        matrix = dequantised(expert.gate_up, rows.dtype)
+        projected[span] = _product(rows[span], matrix, expert.gate_up_bias, deterministic)
     # One activation over all rows, not one per expert: at a few rows each, dispatch would cost more than the arithmetic.
     # Deterministic: row by row, since torch computes the end of a tensor with other instructions than its bulk.
     parts = torch.split(projected, 1) if deterministic else (projected,)
-    inner = torch.cat(
-        [
-            activate(part, activation=activation, gated=gated, interleaved=interleaved, limit=limit, alpha=alpha)
-            for part in parts
-        ]
-    )  # [R, I]
+    inner = torch.cat([activate(part, **options) for part in parts])  # [R, I]
     out = torch.empty_like(rows)
     for span, expert in active:
-        out[span] = _product(inner[span], expert.down, expert.down_bias, deterministic)
+        matrix = dequantised(expert.down, rows.dtype)
+        out[span] = _product(inner[span], matrix, expert.down_bias, deterministic)
     return out
+
+
+def _in_triton(
+    rows: torch.Tensor,
+    counts: Sequence[int],
+    weights: Sequence[ExpertWeights],
+    deterministic: bool,
+    options: dict[str, Any],
+) -> torch.Tensor:
+    """`grouped_expert_mlp` for experts with equal `held`. The host waits for nothing."""
+    from moiety_kernels.gpu.expert_mlp import (
+        Experts,
+        sorted_expert_mlp,
+    )  # Triton is slow to import, and only here for GPUs
+    from moiety_kernels.gpu.operand import gathered
+
+    offsets, gate_up, down = gathered(counts, weights)
+    return sorted_expert_mlp(rows, offsets, Experts(gate_up, down, **options), deterministic=deterministic)
 
 
 def _product(x: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None, deterministic: bool) -> torch.Tensor:
@@ -122,8 +185,22 @@ def _active(counts: Sequence[int], weights: Sequence[ExpertWeights]) -> Iterator
         start += count
 
 
-def experts_kernel(dtype: torch.dtype, quantised: bool) -> Callable[..., None] | None:
-    """The C++ function for rows of this dtype, where there is one."""
-    if (dtype, quantised) not in _NAMES or (library := load()) is None:
+def experts_kernel(dtype: torch.dtype, expert: ExpertWeights) -> Callable[..., None] | None:
+    """The C++ function for rows of this dtype and experts held as this one, where there is one."""
+    if dtype not in _ROWS or (library := load()) is None:
         return None
-    return library.function(_NAMES[dtype, quantised], *_SIGNATURE, isa=VNNI if quantised else frozenset())
+    name, kind = f"moiety_experts_{_ROWS[dtype]}", expert.kind
+    if kind == str(dtype).removeprefix("torch."):
+        return library.function(name, *_SIGNATURE)
+    _, scales, gate_up_group, _, down_group = expert.held
+    groups = (gate_up_group, down_group)
+    if kind == "int4" and all(map(_ends_between_lanes, groups, expert.form[:2])):
+        kind = f"int4_{_SCALES[scales]}"
+    elif not (kind in ("int8", "mxfp4") or (kind == "fp8" and {*groups} <= {1, FP8_BLOCK})):
+        return None
+    return library.function(f"{name}_{kind}", *_SIGNATURE, isa=VNNI if kind == "int8" else frozenset())
+
+
+def _ends_between_lanes(group: int, columns: int) -> bool:
+    """Whether C++ can find the scale of each lane: a power of two from 8 on, or the whole row."""
+    return group == columns or (group >= LANE_COLUMNS and group & (group - 1) == 0)

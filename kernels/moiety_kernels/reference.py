@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch.nn import functional
 
-from moiety_kernels.weights import ExpertWeights
+from moiety_kernels.weights import ExpertWeights, dequantised
 
 SWIGLU_CLAMPED = "swiglu_clamped"  # gpt-oss: gates by itself, so it has no one-argument form
 
@@ -69,12 +69,12 @@ def expert_mlp(
     limit: float | None = None,
     alpha: float | None = None,
 ) -> torch.Tensor:
-    """`rows` [R, D] through one expert: [R, D], in the rows' dtype, which must be the weights'."""
-    projected = rows @ weights.gate_up.T  # [R, O]
+    """`rows` [R, D] through one expert: [R, D], in the rows' dtype, which plain weights must have."""
+    projected = rows @ dequantised(weights.gate_up, rows.dtype).T  # [R, O]
     if weights.gate_up_bias is not None:
         projected = projected + weights.gate_up_bias
     inner = activate(
         projected, activation=activation, gated=gated, interleaved=interleaved, limit=limit, alpha=alpha
     )  # [R, I]
-    out = inner @ weights.down.T  # [R, D]
+    out = inner @ dequantised(weights.down, rows.dtype).T  # [R, D]
     return out if weights.down_bias is None else out + weights.down_bias

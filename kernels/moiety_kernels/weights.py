@@ -1,79 +1,110 @@
-"""The weights of one expert, one row per output feature, as they are or quantised to int8."""
+"""The weights of one expert, one row per output feature, each matrix as it is or quantised."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
-ZERO_POINT = 128  # added to int8 weights, which are kept as uint8: x86 multiplies unsigned by signed bytes
-LARGEST = 127
-_TENSORS = ("gate_up", "down", "gate_up_bias", "down_bias", "gate_up_scale", "down_scale")
+from moiety_kernels.matrices import GROUP, Fp8Matrix, Int4Matrix, Int8Matrix, Matrix, Mxfp4Matrix, moved
+
+KINDS = {Int8Matrix: "int8", Int4Matrix: "int4", Fp8Matrix: "fp8", Mxfp4Matrix: "mxfp4"}
 
 
 @dataclass(frozen=True, slots=True)
 class ExpertWeights:
-    """One expert's tensors; O is 2I when gated, else I. With scales, the matrices are int8 (`quantised`).
+    """One expert's matrices and biases; O is 2I when gated, else I. The two matrices are held the same way.
 
     Raises ValueError where one of them is of another shape, or not contiguous: C++ would read what lies behind it.
     """
 
-    gate_up: torch.Tensor  # [O, D]
-    down: torch.Tensor  # [D, I]
+    gate_up: Matrix  # [O, D]
+    down: Matrix  # [D, I]
     gate_up_bias: torch.Tensor | None = None  # [O]
     down_bias: torch.Tensor | None = None  # [D]
-    gate_up_scale: torch.Tensor | None = None  # [O], float32
-    down_scale: torch.Tensor | None = None  # [D], float32
-    form: tuple[int, int, int, torch.dtype] = field(init=False)  # D, I, O and dtype of the matrices
+    form: tuple[int, int, int] = field(init=False)  # D, I, O
+    held: tuple[Any, ...] = field(init=False)  # experts with equal `held` can be computed in one call
+    pointers: tuple[int | None, ...] = field(init=False, repr=False)  # codes, scale, zero of each matrix; biases
 
     def __post_init__(self) -> None:
         (width, hidden), inner = self.gate_up.shape, self.down.shape[1]
-        shapes = ((width, hidden), (hidden, inner), (width,), (hidden,), (width,), (hidden,))
-        for name, tensor, shape in zip(_TENSORS, self.tensors, shapes, strict=True):
-            if tensor is not None and (tensor.shape != shape or not tensor.is_contiguous()):
-                told = f"{list(tensor.shape)}{'' if tensor.is_contiguous() else ', not contiguous'}"
+        shapes = ((width, hidden), (hidden, inner), (width,), (hidden,))
+        for name, shape in zip(("gate_up", "down", "gate_up_bias", "down_bias"), shapes, strict=True):
+            matrix = getattr(self, name)
+            if matrix is None:
+                continue
+            contiguous = not isinstance(matrix, torch.Tensor) or matrix.is_contiguous()
+            if tuple(matrix.shape) != shape or not contiguous:
+                told = f"{list(matrix.shape)}{'' if contiguous else ', not contiguous'}"
                 raise ValueError(f"expert weights: {name} is {told}: must be {list(shape)}, contiguous")
-        object.__setattr__(self, "form", (hidden, inner, width, self.gate_up.dtype))
+        if type(self.gate_up) is not type(self.down):
+            raise ValueError("expert weights: gate_up and down must be held the same way")
+        object.__setattr__(self, "form", (hidden, inner, width))
+        object.__setattr__(self, "held", (self.kind, *layout_of(self.gate_up), *layout_of(self.down)))
+        biases = (None if bias is None else bias.data_ptr() for bias in (self.gate_up_bias, self.down_bias))
+        object.__setattr__(self, "pointers", (*_pointers(self.gate_up), *_pointers(self.down), *biases))
 
     @property
-    def tensors(self) -> tuple[torch.Tensor | None, ...]:
-        """All six, in the order of the fields."""
-        return (self.gate_up, self.down, self.gate_up_bias, self.down_bias, self.gate_up_scale, self.down_scale)
+    def kind(self) -> str:
+        """How the matrices are held: a dtype such as `bfloat16`, or `int8`, `int4`, `fp8`, `mxfp4`."""
+        if isinstance(self.gate_up, torch.Tensor):
+            return str(self.gate_up.dtype).removeprefix("torch.")
+        return KINDS[type(self.gate_up)]
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """Every tensor that is held."""
+        parts = (self.gate_up, self.down, self.gate_up_bias, self.down_bias)
+        tensors: list[torch.Tensor] = []
+        for part in parts:
+            if part is not None:
+                tensors.extend((part,) if isinstance(part, torch.Tensor) else part.tensors)
+        return tuple(tensors)
 
     @property
     def nbytes(self) -> int:
         """Bytes of storage that these weights keep alive."""
-        return sum(tensor.untyped_storage().nbytes() for tensor in self.tensors if tensor is not None)
+        return sum(tensor.untyped_storage().nbytes() for tensor in self.tensors)
 
-    def quantised(self) -> ExpertWeights:
-        """The same expert with int8 matrices; biases stay as they are.
+    def to(self, device: torch.device | str) -> ExpertWeights:
+        """The same expert on `device`."""
+        biases = (None if bias is None else bias.to(device) for bias in (self.gate_up_bias, self.down_bias))
+        return ExpertWeights(moved(self.gate_up, device), moved(self.down, device), *biases)
 
-        Symmetric, one scale per output feature, rounded to the nearest. With rows quantised likewise, each by its own
-        largest magnitude, an expert's output is within 4 % of the unquantised one's (root mean square over root mean
-        square) where weights and rows are spread like noise; a row with outliers loses more.
+    def quantised(self, bits: int = 8, group: int = GROUP) -> ExpertWeights:
+        """The same expert with matrices of `bits` (8 or 4); biases, and matrices quantised already, stay as they are.
+
+        Symmetric, rounded to the nearest: to 8 bits with one scale per output feature, to 4 with one per `group` columns
+        of it. An 8-bit expert's output, its rows quantised likewise, is within 4 % of the unquantised one's (root mean
+        square over root mean square) where weights and rows are spread like noise, a 4-bit expert's within 20 %; rows
+        with outliers lose more. Raises ValueError where the columns are no multiple of `group`.
         """
-        gate_up, gate_up_scale = _quantised(self.gate_up)
-        down, down_scale = _quantised(self.down)
-        return replace(self, gate_up=gate_up, down=down, gate_up_scale=gate_up_scale, down_scale=down_scale)
+        if not isinstance(self.gate_up, torch.Tensor) or not isinstance(self.down, torch.Tensor):
+            return self
+        if bits == 8:
+            return replace(self, gate_up=Int8Matrix.of(self.gate_up), down=Int8Matrix.of(self.down))
+        scales = torch.bfloat16 if self.gate_up.dtype == torch.bfloat16 else torch.float16
+        gate_up, down = (Int4Matrix.of(matrix, group, scales) for matrix in (self.gate_up, self.down))
+        return replace(self, gate_up=gate_up, down=down)
 
     def dequantised(self, dtype: torch.dtype) -> ExpertWeights:
-        """The inverse, up to rounding; weights that are not quantised stay as they are."""
-        if self.gate_up_scale is None or self.down_scale is None:
-            return self
-        return ExpertWeights(
-            _dequantised(self.gate_up, self.gate_up_scale).to(dtype),
-            _dequantised(self.down, self.down_scale).to(dtype),
-            self.gate_up_bias,
-            self.down_bias,
-        )
+        """The values in `dtype`, up to rounding; matrices that are not quantised stay as they are."""
+        return replace(self, gate_up=dequantised(self.gate_up, dtype), down=dequantised(self.down, dtype))
 
 
-def _quantised(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """[O, D] -> uint8 [O, D], scales [O]. A row of zeros has the scale 0."""
-    scale = matrix.abs().amax(dim=1).float() / LARGEST
-    steps = (matrix.float() / scale.clamp(min=torch.finfo(torch.float32).tiny)[:, None]).round_()
-    return steps.add_(ZERO_POINT).to(torch.uint8), scale
+def layout_of(matrix: Matrix) -> tuple[Any, ...]:
+    """What a kernel must know of a matrix beside its kind and shape: the scales' dtype and group, or rows of a block."""
+    if isinstance(matrix, Int4Matrix):
+        return matrix.scale.dtype, matrix.group
+    return (None, matrix.block_rows) if isinstance(matrix, Fp8Matrix) else (None, 0)
 
 
-def _dequantised(steps: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    return (steps.float() - ZERO_POINT) * scale[:, None]
+def dequantised(matrix: Matrix, dtype: torch.dtype) -> torch.Tensor:
+    """The values of `matrix`; those of a plain tensor are returned as they are."""
+    return matrix if isinstance(matrix, torch.Tensor) else matrix.dequantised(dtype)
+
+
+def _pointers(matrix: Matrix) -> tuple[int | None, ...]:
+    tensors = (matrix,) if isinstance(matrix, torch.Tensor) else matrix.tensors
+    return (*(tensor.data_ptr() for tensor in tensors), None, None)[:3]

@@ -17,9 +17,17 @@ from moiety.core import ExpertSet, Transport
 from moiety.errors import ConfigError
 
 ENV_PREFIX = "MOIETY_"
+HOT = "hot-"  # deployments of this name hold what a placement gives them, beside the groups; EXPERTS- hold a share each
+ROUTER, GATEWAY = "router", "gateway"  # the other deployments
+GATEWAY_CPUS = 0.5
+LIVE = ("target_busy", "queue_wait_ms", "shrink_after_s", "shrink_margin")  # of GroupSettings, see `GroupSettings.live`
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 WEIGHTS_HELP = "how experts are held: auto = as published, int8 = quantised when they are loaded, half of bfloat16"
 DETERMINISTIC_HELP = "bits that depend on the request alone: not on its batch, on lanes, replicas or retries"
+SLICES_HELP = "parts that every expert is cut into, each held by a group of its own; for experts too large for a device"
+OVERFLOW_HELP = (
+    "rows whose expert has too long a queue everywhere: wait, which is exact, or go to the next-best expert of theirs"
+)
 Settings = TypeVar("Settings", bound=BaseModel)
 
 
@@ -61,6 +69,8 @@ class ServiceSettings(BaseModel):
 class ExpertSettings(ServiceSettings):
     """One replica of an expert group."""
 
+    slices: int = Field(default=1, ge=1, le=64, description=SLICES_HELP)
+
     deployment: str = "experts-0"
     held: str = Field(description="experts to hold until a placement says otherwise, e.g. 0-31:0-7")
     weights: Literal["auto", "int8"] = Field(default="auto", description=WEIGHTS_HELP)
@@ -82,6 +92,7 @@ class RouterSettings(ServiceSettings):
     """A router."""
 
     deployment: str = "router"
+    slices: int = Field(default=1, ge=1, le=64, description=SLICES_HELP)
     deterministic: bool = Field(default=False, description=DETERMINISTIC_HELP)
     slots: int = Field(default=32, ge=1, le=4096, description="sequences that run at once")
     max_context: int | None = Field(default=None, ge=1, description="tokens per sequence; default: the model's")
@@ -100,6 +111,8 @@ class RouterSettings(ServiceSettings):
     retry_budget: float = Field(
         default=0.1, ge=0, le=1, description="hedges and timeout retries, as a fraction of calls"
     )
+    overflow: Literal["wait", "backup"] = Field(default="wait", description=OVERFLOW_HELP)
+    overflow_queue_ms: float = Field(default=100.0, gt=0, le=60_000, description="a longer queue than that is too long")
     lanes: int = Field(
         default=0,
         ge=0,
@@ -111,6 +124,13 @@ class RouterSettings(ServiceSettings):
         description="how calls reach experts: auto = shared memory on the same node, else gRPC; grpc; unix; shm. "
         "Replicas that cannot be reached as told are left out",
     )
+
+    @field_validator("overflow")
+    @classmethod
+    def _one_or_the_other(cls, value: str, info: ValidationInfo) -> str:
+        if value == "backup" and info.data.get("deterministic"):
+            raise ValueError("backup changes tokens with the load of the moment: not with deterministic")
+        return value
 
     @field_validator("token_budget")
     @classmethod
@@ -143,6 +163,16 @@ class GroupSettings(BaseModel):
     target_busy: float = Field(default=0.6, gt=0, le=1, description="busy fraction that scaling aims at")
     queue_wait_ms: float = Field(default=50.0, gt=0, description="mean wait that forces a step up")
     shrink_after_s: float = Field(default=30.0, ge=0, description="how long load must stay low before a step down")
+    shrink_margin: float = Field(
+        default=0.8, gt=0, lt=1, description="predicted busy after a step down stays below this fraction of the target"
+    )
+
+    def live(self, values: Mapping[str, float]) -> GroupSettings:
+        """These settings with those of `values` that may change while replicas run. Raises ConfigError for another one."""
+        for name in values:
+            if name not in LIVE:
+                raise ConfigError(f"user_config.{name}", values[name], f"live settings are {', '.join(LIVE)}")
+        return validated(GroupSettings, {**self.model_dump(), **values}) if values else self
 
     @field_validator("max_replicas")
     @classmethod
@@ -161,6 +191,7 @@ class AppSettings(BaseModel):
     model: str = Field(description="path of the checkpoint folder, the same on every node")
     served_name: str = ""
     groups: int = Field(default=2, ge=1, le=4096, description="expert groups; at most the model's experts per layer")
+    slices: int = Field(default=1, ge=1, le=64, description=f"{SLICES_HELP}; groups must be a multiple of it")
     registry: str = "redis://127.0.0.1:6379/0"
     listen_host: str = Field(default="127.0.0.1", description="0.0.0.0 on a cluster")
     advertise_host: str = Field(default="", description="default: the node's address, or listen_host on loopback")
@@ -180,7 +211,61 @@ class AppSettings(BaseModel):
     prefix_cache: bool = True
     speculative_tokens: int = Field(default=0, ge=0, le=64)
     lanes: int = Field(default=0, ge=0, le=8)
+    overflow: Literal["wait", "backup"] = Field(default="wait", description=OVERFLOW_HELP)
+    overflow_queue_ms: float = Field(default=100.0, gt=0, le=60_000)
+    hot_sets: int = Field(
+        default=0,
+        ge=0,
+        le=256,
+        description="small deployments that hold nothing but the hottest experts, as these change",
+    )
+    hot_memory: ByteSize = Field(
+        default=ByteSize(1 << 30), ge=1 << 10, description="for the experts of one hot set: it holds as many as fit"
+    )
+    rebalance_gain: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="place experts anew where that relieves the slowest replicas by this fraction; "
+        "null = 0.1 where there are hot sets, else only when `moiety rebalance` says so",
+    )
+    rebalance_layers: int = Field(
+        default=0,
+        ge=0,
+        le=1000,
+        description="MoE layers placed anew at a time: fewer need less memory to spare; 0 = all",
+    )
     experts: GroupSettings = GroupSettings()
+    overrides: Mapping[str, Mapping[str, Any]] = Field(
+        default_factory=dict,
+        description="by deployment, what differs from `experts`: {experts-3: {max_replicas: 8}}; "
+        "router and gateway scale by their own load where they are named here",
+    )
+
+    @field_validator("overrides")
+    @classmethod
+    def _possible(cls, value: Mapping[str, Mapping[str, Any]], info: ValidationInfo) -> Mapping[str, Mapping[str, Any]]:
+        if isinstance(common := info.data.get("experts"), GroupSettings):
+            for deployment, differing in value.items():
+                try:
+                    validated(GroupSettings, {**common.model_dump(), **differing})
+                except ConfigError as error:
+                    raise ValueError(f"{deployment}: {error}") from None
+        return value
+
+    def group(self, deployment: str) -> GroupSettings:
+        """How `deployment` is scaled and what a replica of it takes. Hot sets may always go to zero, routers never."""
+        own: dict[str, Any] = {}
+        most = self.experts.max_replicas
+        if deployment.startswith(HOT):
+            own = {"min_replicas": 0}
+        elif deployment == ROUTER:
+            own = {"num_cpus": self.router_cpus, "num_gpus": self.router_gpus}
+            own["min_replicas"], own["max_replicas"] = self.router_replicas, max(most, self.router_replicas)
+        elif deployment == GATEWAY:
+            own = {"min_replicas": 1, "num_cpus": GATEWAY_CPUS, "num_gpus": 0}
+        differing = {**own, **self.overrides.get(deployment, {})}
+        return validated(GroupSettings, {**self.experts.model_dump(), **differing}) if differing else self.experts
 
 
 def resolve(kind: type[Settings], flags: Mapping[str, Any], yaml_path: str | None = None) -> Settings:

@@ -6,7 +6,7 @@ Shape legend: T tokens, K experts per token (top-k), D hidden size, I intermedia
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Protocol
 
@@ -103,6 +103,14 @@ class ExpertSet:
             for expert in sorted(ids):
                 yield layer, expert
 
+    def __or__(self, other: ExpertSet) -> ExpertSet:
+        layers = self.by_layer.keys() | other.by_layer.keys()
+        return ExpertSet({layer: self.layer(layer) | other.layer(layer) for layer in sorted(layers)})
+
+    def __sub__(self, other: ExpertSet) -> ExpertSet:
+        left = {layer: ids - other.layer(layer) for layer, ids in self.by_layer.items()}
+        return ExpertSet({layer: ids for layer, ids in left.items() if ids})
+
     def layer(self, layer: int) -> frozenset[int]:
         return self.by_layer.get(layer, frozenset())
 
@@ -125,6 +133,11 @@ class ExpertMLP:
     limit: float | None = None
     alpha: float | None = None
 
+    @property
+    def parameters(self) -> int:
+        """Elements of one expert's matrices."""
+        return (3 if self.gated else 2) * self.hidden * self.intermediate
+
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
@@ -138,6 +151,31 @@ class ModelShape:
     dtype: str  # as published: float32, bfloat16, float16
     vocabulary: int
     max_context: int
+
+    def sliced(self, slices: int) -> ModelShape:
+        """The same model as its slices make it: each expert is `slices` of them along the intermediate dimension.
+
+        Slice s of expert e counts as expert `e * slices + s` wherever experts are named: in holdings, calls and counters.
+        Raises ConfigError where the intermediate size is no multiple of `slices`.
+        """
+        if slices < 1 or self.mlp.intermediate % slices:
+            bound = f"must divide {self.mlp.intermediate}, the intermediate size of the model's experts"
+            raise ConfigError("slices", slices, bound)
+        mlp = replace(self.mlp, intermediate=self.mlp.intermediate // slices)
+        return replace(self, experts=self.experts * slices, top_k=self.top_k * slices, mlp=mlp)
+
+    def plan(self, groups: int, slices: int) -> tuple[ExpertSet, ...]:
+        """What each of `groups` holds of `self.sliced(slices)`: one slice of each expert of a share, shares as equal as can be.
+
+        Raises ConfigError where `groups` is no multiple of `slices`, or there are fewer experts than shares.
+        """
+        if groups % slices:
+            raise ConfigError("groups", groups, f"must be a multiple of {slices}, the slices of an expert")
+        return tuple(
+            ExpertSet({layer: frozenset(e * slices + s for e in ids) for layer, ids in share.by_layer.items()})
+            for share in self.partition(groups // slices)
+            for s in range(slices)
+        )
 
     def partition(self, groups: int) -> tuple[ExpertSet, ...]:
         """`groups` contiguous, near-equal blocks of experts, each across all MoE layers: the default placement.
@@ -166,10 +204,19 @@ class Replica:
     revision: str
     state: ReplicaState = ReplicaState.READY
     held: ExpertSet = field(default_factory=ExpertSet)  # empty unless role is EXPERT
-    placement_epoch: int = 0
+    leaving: ExpertSet = field(
+        default_factory=ExpertSet
+    )  # still answered, until every router has acknowledged the epoch
+    placement_epoch: int = (
+        0  # of an expert replica: the one `held` follows; of a router: the one its table has taken in
+    )
     wire_version: int = WIRE_VERSION
-    started: float = 0.0  # Unix seconds
+    launched: float = 0.0  # Unix seconds at which its process began to build it; 0 = unknown, here and below
+    loaded: float = 0.0  # its weights were in memory
+    started: float = 0.0  # it was registered
+    served: float = 0.0  # it had computed its first rows; experts only
     pid: int = 0
+    scaling: Mapping[str, float] = field(default_factory=dict)  # how its deployment scales, where user_config says so
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,6 +238,18 @@ class Busy:
 
 
 @dataclass(frozen=True, slots=True)
+class Costs:
+    """What a batch costs an expert replica, `fixed_s + s_per_byte · activated weight bytes + s_per_row · rows`."""
+
+    fixed_s: float
+    s_per_byte: float
+    s_per_row: float
+    expert_bytes: int  # what one activated expert counts for
+    samples: int  # batches that the fit has seen
+    error: float  # median relative error of its latest predictions
+
+
+@dataclass(frozen=True, slots=True)
 class Demand:
     """A router's cumulative counters since it started. A new writer id is a reset; readers difference over a window."""
 
@@ -198,6 +257,7 @@ class Demand:
     activations: tuple[tuple[int, ...], ...]  # [moe_layers][experts]: steps in which each expert got at least one row
     time: float  # Unix seconds of this reading
     started: float = 0.0  # Unix seconds at which the counters were zero; 0 = unknown
+    costs: Costs | None = None  # as the router has fitted them from replies so far
 
 
 class GuideKind(StrEnum):

@@ -25,6 +25,7 @@ from moiety.client import Client
 from moiety.compose.environment import PROCESS_ENVIRONMENT
 from moiety.core import ExpertSet, ModelShape, Placement, Replica, Role
 from moiety.errors import Unavailable
+from moiety.load.changes import until_settled
 from moiety.load.connect import connect
 from moiety.load.entries import replica_from_json
 from moiety.load.file import FileRegistryWriter
@@ -62,8 +63,11 @@ class Child:
 class LocalCluster:
     """Gateway, `routers` routers and `groups` expert groups on this machine. An async context manager.
 
+    Hot sets hold nothing but what a placement gives them, and start with `add_hot_set`.
     `registry` is a redis:// URL, or None for a registry file that this process keeps. `expert`, `router` and `gateway`
-    are settings on top of the common ones (config.py); `env` is added to the children's environment.
+    are settings on top of the common ones (config.py); `env` is added to the children's environment. `pin` gives every
+    group cores of its own, where there are enough: left to itself, the kernel now and then queues two replicas on one core
+    while another is idle, for as long as one of them computes.
     """
 
     def __init__(
@@ -78,12 +82,14 @@ class LocalCluster:
         threads: int = 1,
         weights: str = "auto",
         deterministic: bool = False,
+        slices: int = 1,
         expert: Mapping[str, Any] | None = None,
         router: Mapping[str, Any] | None = None,
         gateway: Mapping[str, Any] | None = None,
         env: Mapping[str, str] | None = None,
+        pin: bool = False,
     ):
-        self.model, self.groups, self.routers = str(model), groups, routers
+        self.model, self.groups, self.slices, self.routers = str(model), groups, slices, routers
         self.folder = Path(tempfile.mkdtemp(prefix="moiety-"))
         self.children: list[Child] = []
         self._writer = FileRegistryWriter(self.folder / "registry.json") if registry is None else None
@@ -97,17 +103,17 @@ class LocalCluster:
             "threads": threads,
         }
         self._extra: Mapping[Role, Mapping[str, Any]] = {
-            Role.EXPERT: {"weights": weights, "deterministic": deterministic, **(expert or {})},
-            Role.ROUTER: {"deterministic": deterministic, **(router or {})},
+            Role.EXPERT: {"weights": weights, "slices": slices, "deterministic": deterministic, **(expert or {})},
+            Role.ROUTER: {"slices": slices, "deterministic": deterministic, **(router or {})},
             Role.GATEWAY: gateway or {},
         }
         self._env = {**PROCESS_ENVIRONMENT, "OMP_NUM_THREADS": str(threads), **os.environ, **(env or {})}
-        self._count = 0
+        self._count, self._pin = 0, pin
 
     async def __aenter__(self) -> Self:
         try:
             self.shape = await asyncio.to_thread(_shape, self.model)
-            self.plan = self.shape.partition(self.groups)
+            self.plan = self.shape.plan(self.groups, self.slices)
             experts = [self.add_expert(group) for group in range(self.groups)]
             routers = [self.add_router() for _ in range(self.routers)]
             await asyncio.gather(*experts, *routers, self._add(Role.GATEWAY, "gateway", {}))
@@ -127,25 +133,39 @@ class LocalCluster:
 
     def experts(self, group: int) -> list[Child]:
         """The live replicas of one group, oldest first."""
-        return [child for child in self.children if child.replica.deployment == f"experts-{group}"]
+        return self.replicas(f"experts-{group}")
 
     def router(self) -> Child:
         """The oldest."""
         return next(child for child in self.children if child.replica.role is Role.ROUTER)
 
-    async def add_expert(self, group: int) -> Child:
-        """Starts one more replica of `group`; returns when it is registered."""
-        return await self._add(Role.EXPERT, f"experts-{group}", {"held": str(self.plan[group])})
+    async def add_expert(self, group: int, **settings: Any) -> Child:
+        """Starts one more replica of `group`, with `settings` of its own; returns when it is registered."""
+        return await self._add(Role.EXPERT, f"experts-{group}", {"held": str(self.plan[group]), **settings})
+
+    async def add_hot_set(self, slot: int) -> Child:
+        """Starts one more replica of the hot set `hot-<slot>`; returns when it is registered."""
+        return await self._add(Role.EXPERT, f"hot-{slot}", {"held": ""})
+
+    def replicas(self, deployment: str) -> list[Child]:
+        """The live replicas of one deployment, oldest first."""
+        return [child for child in self.children if child.replica.deployment == deployment]
 
     async def add_router(self) -> Child:
         """Starts one more router."""
         return await self._add(Role.ROUTER, "router", {})
 
-    async def place(self, held: Mapping[str, ExpertSet]) -> None:
-        """Puts a new placement in force: deployment -> experts. Replicas follow at their next beat."""
+    async def place(self, held: Mapping[str, ExpertSet]) -> int:
+        """Puts a new placement in force: deployment -> experts; returns its epoch. Replicas follow at their next beat."""
         current = await self.registry.placement()
-        if not await self.registry.set_placement(Placement((current.epoch if current else 0) + 1, held)):
+        epoch = (current.epoch if current else 0) + 1
+        if not await self.registry.set_placement(Placement(epoch, held)):
             raise Unavailable("another placement was set at the same time")
+        return epoch
+
+    async def settled(self, epoch: int, timeout_s: float = 30.0) -> None:
+        """Returns once every expert replica holds what the placement of `epoch` says, and nothing besides."""
+        await until_settled(self.registry, epoch, timeout_s)
 
     async def drain(self, child: Child, grace_s: float = 8.0) -> None:
         """Stops one child as an autoscaler would: deregistered first, work in flight finished."""
@@ -168,7 +188,7 @@ class LocalCluster:
     async def _add(self, role: Role, deployment: str, settings: Mapping[str, Any]) -> Child:
         self._count += 1
         replica_id = f"{deployment}#{self._count}"
-        values = {**self._common, "deployment": deployment, **settings, **self._extra[role]}
+        values = {**self._common, "deployment": deployment, **self._extra[role], **settings}
         compose.settings_of(role, values)  # a wrong setting is told here, not in a child's log
         log = (self.folder / f"{replica_id.replace('#', '-')}.log").open("wb")
         with log:
@@ -184,6 +204,8 @@ class LocalCluster:
                 start_new_session=True,  # Ctrl-C at a terminal reaches the parent, which stops us in order
             )
         try:
+            if self._pin and role is Role.EXPERT and (cores := _share_of_cores(deployment, self.groups)):
+                os.sched_setaffinity(process.pid, cores)
             await _write(process, {"role": role, "settings": values, "replica_id": replica_id})
             async with asyncio.timeout(READY_S):
                 told = await _read(process)
@@ -225,6 +247,14 @@ class LocalCluster:
                     await client.models()
                     return
                 await asyncio.sleep(0.1)
+
+
+def _share_of_cores(deployment: str, groups: int) -> list[int]:
+    """The cores of one group's replicas; none where there are fewer cores than groups, or the system cannot pin."""
+    if not hasattr(os, "sched_setaffinity"):
+        return []
+    usable, group = sorted(os.sched_getaffinity(0)), int(deployment.rpartition("-")[2])
+    return usable[group * len(usable) // groups : (group + 1) * len(usable) // groups] if len(usable) >= groups else []
 
 
 def _shape(model: str) -> ModelShape:

@@ -125,7 +125,7 @@ def test_app_has_the_applications_settings() -> None:
         own = kind.model_json_schema()["properties"]
         assert set(defaults) == set(own) - given == set(node["properties"])
         # A port must be fixed in a Service, pydantic tells no bound of a size, and the experts' fields come next.
-        for name in set(own) - given - {"experts", "grpc_port", "kv_memory"}:
+        for name in set(own) - given - {"experts", "grpc_port", "kv_memory", "hot_memory"}:
             options = own[name].get("anyOf", [own[name]])
             for bound in BOUNDS:
                 assert node["properties"][name].get(bound) == options[0].get(bound), f"{name}: {bound}"

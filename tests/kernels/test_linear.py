@@ -12,6 +12,8 @@ from moiety_kernels.linear import linear
 from moiety_kernels.rms_norm import rms_norm
 
 BOUND = {torch.float32: 1e-6, torch.bfloat16: 8e-3}  # largest error over largest output: bfloat16 rounds to 2^-8
+# Torch's libraries may add 9000 products one after the other: 1.6e-6 on an AMD EPYC.
+LOOSER = {"C++": 1, "torch": 4}
 
 
 def normal(seed: int, *shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -43,7 +45,7 @@ def test_linear_is_within_rounding_of_float64(
     expected = functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
     assert (out.dtype, out.shape) == (dtype, expected.shape)
     if rows:
-        assert (out.double() - expected).abs().max() <= BOUND[dtype] * expected.abs().max()
+        assert (out.double() - expected).abs().max() <= BOUND[dtype] * LOOSER[kernels] * expected.abs().max()
 
 
 def test_linear_reads_slices_in_place(kernels: str):

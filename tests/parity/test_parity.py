@@ -26,6 +26,8 @@ LITTLE = {"kv_memory": 256 << 10}  # for about half of the prompts, so that some
         ("deepseek_v3", {"lanes": 2, "speculative_tokens": 3}),
         # Sliding window and sinks, fused and transposed experts with biases, clamped activation.
         ("gpt_oss", {"deterministic": True}),
+        # Mamba layers, their states in slots, beside one attention layer, prompts in chunks; every step in two lanes.
+        ("jamba", {"lanes": 2, "kv_memory": 340 << 10}),
         # The same latent attention again (the unit tests hold every MLA class against transformers), served whole.
         pytest.param("deepseek_v2", {}, marks=pytest.mark.slow),  # complex rotation, softmax gating
         pytest.param("glm4_moe_lite", {}, marks=pytest.mark.slow),

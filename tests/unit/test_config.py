@@ -135,3 +135,25 @@ def test_the_cache_folder_can_be_chosen(monkeypatch: pytest.MonkeyPatch, tmp_pat
     monkeypatch.delenv("MOIETY_CACHE")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cache_dir() == tmp_path / ".cache" / "moiety"
+
+
+def test_a_deployment_may_differ_from_the_others() -> None:
+    """`overrides` changes what it names of one deployment; what would be impossible is refused with its name."""
+    settings = AppSettings(
+        model="m", experts=GroupSettings(max_replicas=4), overrides={"experts-1": {"max_replicas": 9}}
+    )
+    assert (settings.group("experts-0").max_replicas, settings.group("experts-1").max_replicas) == (4, 9)
+    assert settings.group("experts-1").target_busy == settings.experts.target_busy
+    with pytest.raises(ConfigError, match=r"experts-1: .*max_replicas.* must be at least min_replicas"):
+        resolve(AppSettings, {"model": "m", "overrides": {"experts-1": {"min_replicas": 5}}})
+
+
+def test_live_settings_of_a_group() -> None:
+    """Those that need no restart change what they name and nothing else; another one, or a bad value, is refused."""
+    group = GroupSettings(target_busy=0.5, max_replicas=7)
+    assert group.live({}) is group
+    assert group.live({"target_busy": 0.9}) == group.model_copy(update={"target_busy": 0.9})
+    with pytest.raises(ConfigError, match=r"user_config\.num_cpus = 2: live settings are target_busy"):
+        group.live({"num_cpus": 2})
+    with pytest.raises(ConfigError, match="target_busy"):
+        group.live({"target_busy": 1.5})

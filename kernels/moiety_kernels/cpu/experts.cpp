@@ -83,19 +83,19 @@ inline __m512 activate(const Kind& kind, __m512 gate, __m512 up) {
 
 template <class T, class W>
 struct Expert {
-    const W *gate_up, *down;
+    Matrix<W> gate_up, down;
     const T *gate_up_bias, *down_bias;
-    const float *gate_up_scale, *down_scale;  // of int8 weights, one per weight row
     int64_t begin, rows;
 };
 
 // A product as torch would leave it: rounded, then the bias added and rounded again. `heads` are of the sums' row tile.
 template <class T, class W>
-inline __m512 finished(const float* sums, const float* heads, int64_t row, const float* scale, const T* bias, int64_t column,
-                       int64_t count) {
+inline __m512 finished(const float* sums, const float* heads, int64_t row, const Matrix<W>& weights, const T* bias,
+                       int64_t column, int64_t count) {
     __m512 sum = _mm512_load_ps(sums);
-    if constexpr (Packing<W>::head != 0)
-        sum = _mm512_mul_ps(_mm512_mul_ps(sum, _mm512_set1_ps(heads[row * Packing<W>::head + 16])), load(scale + column, count));
+    if constexpr (Packing<W>::head != 0)  // int8
+        sum = _mm512_mul_ps(_mm512_mul_ps(sum, _mm512_set1_ps(heads[row * Packing<W>::head + 16])),
+                            load(weights.scale + column, count));
     sum = rounded<T>(sum);
     return bias ? rounded<T>(_mm512_add_ps(sum, load(bias + column, count))) : sum;
 }
@@ -109,7 +109,7 @@ void project(const Kind& kind, const Expert<T, W>& expert, const float* packed, 
         alignas(64) float sums[tile_rows * chunk_columns];
         const float* x = packed + (expert.begin + first_row) * packed_row<W>(hidden);
         const auto multiply = [&](int64_t column, int64_t columns, float* out) {
-            product(x, height, expert.gate_up + column * hidden, hidden, columns, hidden, out, chunk_columns);
+            product(x, height, expert.gate_up, column, columns, hidden, out, chunk_columns);
         };
         if (kind.interleaved)
             multiply(2 * begin, 2 * count, sums);
@@ -118,8 +118,7 @@ void project(const Kind& kind, const Expert<T, W>& expert, const float* packed, 
         if (kind.gated && !kind.interleaved) multiply(intermediate + begin, count, sums + half);
         for (int64_t r = 0; r < height; ++r) {
             const auto projected = [&](int64_t at, int64_t column, int64_t some) {
-                return finished<T, W>(sums + r * chunk_columns + at, x, r, expert.gate_up_scale, expert.gate_up_bias, column,
-                                      some);
+                return finished<T, W>(sums + r * chunk_columns + at, x, r, expert.gate_up, expert.gate_up_bias, column, some);
             };
             for (int64_t i = 0; i < count; i += 16) {
                 const int64_t some = count - i;
@@ -147,12 +146,11 @@ void contract(const Expert<T, W>& expert, const float* packed, T* out, int64_t h
     for_row_tiles(expert.rows, [&](int64_t first_row, int64_t height) {
         alignas(64) float sums[tile_rows * chunk_columns];
         const float* x = packed + (expert.begin + first_row) * packed_row<W>(intermediate);
-        product(x, height, expert.down + begin * intermediate, intermediate, count, intermediate, sums, chunk_columns);
+        product(x, height, expert.down, begin, count, intermediate, sums, chunk_columns);
         for (int64_t r = 0; r < height; ++r)
             for (int64_t i = 0; i < count; i += 16)
                 store(out + (expert.begin + first_row + r) * hidden + begin + i, count - i,
-                      finished<T, W>(sums + r * chunk_columns + i, x, r, expert.down_scale, expert.down_bias, begin + i,
-                                     count - i));
+                      finished<T, W>(sums + r * chunk_columns + i, x, r, expert.down, expert.down_bias, begin + i, count - i));
     });
 }
 
@@ -170,15 +168,14 @@ void share_out(const Experts& experts, int64_t width, int64_t columns, Body body
 
 template <class T, class W>
 void experts(const T* rows, int64_t ldx, const int64_t* counts, const void* const* tensors, int64_t number, T* out,
-             int64_t hidden, int64_t intermediate, const Kind& kind, int threads) {
+             int64_t hidden, int64_t intermediate, int64_t gate_up_group, int64_t down_group, const Kind& kind, int threads) {
     static thread_local Scratch row_scratch, inner_scratch, packed_scratch;
     std::vector<Expert<T, W>> active;
     int64_t total = 0;
-    for (int64_t e = 0; e < number; ++e, tensors += 6) {
+    for (int64_t e = 0; e < number; ++e, tensors += 8) {
         if (counts[e])
-            active.push_back({static_cast<const W*>(tensors[0]), static_cast<const W*>(tensors[1]),
-                              static_cast<const T*>(tensors[2]), static_cast<const T*>(tensors[3]),
-                              static_cast<const float*>(tensors[4]), static_cast<const float*>(tensors[5]), total, counts[e]});
+            active.push_back({Matrix<W>::of(tensors, hidden, gate_up_group), Matrix<W>::of(tensors + 3, intermediate, down_group),
+                              static_cast<const T*>(tensors[6]), static_cast<const T*>(tensors[7]), total, counts[e]});
         total += counts[e];
     }
     float* packed = row_scratch.floats(total * packed_row<W>(hidden));
@@ -214,21 +211,28 @@ void experts(const T* rows, int64_t ldx, const int64_t* counts, const void* cons
 using moiety::bf16;
 using std::int64_t;
 
-// `tensors` holds six pointers per expert: gate_up [O, D], down [D, I], their biases [O] and [D] (or null), and, for int8
-// weights, their scales [O] and [D].
+// `tensors` holds eight pointers per expert: gate_up [O, D] and down [D, I], each as its codes, scales and zero points (null
+// where there are none), then their biases [O] and [D] (or null). The groups are those of moiety_kernels' `layout_of`.
 #define MOIETY_EXPERTS(name, T, W)                                                                                            \
     void name(const T* rows, int64_t ldx, const int64_t* counts, const void* const* tensors, int64_t number, T* out,          \
-              int64_t hidden, int64_t intermediate, int activation, int gated, int interleaved, int limited, float limit,     \
-              float alpha, int threads) {                                                                                     \
-        moiety::experts<T, W>(rows, ldx, counts, tensors, number, out, hidden, intermediate,                                  \
+              int64_t hidden, int64_t intermediate, int64_t gate_up_group, int64_t down_group, int activation, int gated,     \
+              int interleaved, int limited, float limit, float alpha, int threads) {                                          \
+        moiety::experts<T, W>(rows, ldx, counts, tensors, number, out, hidden, intermediate, gate_up_group, down_group,       \
                               {activation, gated != 0, interleaved != 0, limited != 0, limit, alpha}, threads);               \
     }
+
+#define MOIETY_EXPERTS_OF(suffix, W)                    \
+    MOIETY_EXPERTS(moiety_experts_f32##suffix, float, W) \
+    MOIETY_EXPERTS(moiety_experts_bf16##suffix, bf16, W)
 
 extern "C" {
 
 MOIETY_EXPERTS(moiety_experts_f32, float, float)
 MOIETY_EXPERTS(moiety_experts_bf16, bf16, bf16)
-MOIETY_EXPERTS(moiety_experts_f32_int8, float, std::uint8_t)
-MOIETY_EXPERTS(moiety_experts_bf16_int8, bf16, std::uint8_t)
+MOIETY_EXPERTS_OF(_int8, std::uint8_t)
+MOIETY_EXPERTS_OF(_int4_f16, moiety::Int4<moiety::half>)
+MOIETY_EXPERTS_OF(_int4_bf16, moiety::Int4<bf16>)
+MOIETY_EXPERTS_OF(_fp8, moiety::Fp8)
+MOIETY_EXPERTS_OF(_mxfp4, moiety::Mxfp4)
 
 }

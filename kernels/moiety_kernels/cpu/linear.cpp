@@ -12,6 +12,7 @@ void linear(const T* x, int64_t ldx, const T* w, int64_t ldw, const T* bias, T* 
             int threads) {
     static thread_local Scratch scratch;
     float* packed = scratch.floats(std::min(rows, rows_at_once) * packed_row<T>(depth));
+    const Matrix<T> weights{w, nullptr, ldw};
     const int64_t chunks = (width + chunk_columns - 1) / chunk_columns;
     for (int64_t start = 0; start < rows; start += rows_at_once, x += rows_at_once * ldx, y += rows_at_once * width) {
         const int64_t some = std::min(rows_at_once, rows - start);
@@ -21,7 +22,7 @@ void linear(const T* x, int64_t ldx, const T* w, int64_t ldw, const T* bias, T* 
             const int64_t begin = chunk * chunk_columns, columns = std::min(chunk_columns, width - begin);
             for_row_tiles(some, [&](int64_t row, int64_t height) {
                 alignas(64) float sums[tile_rows * chunk_columns];
-                product(packed + row * packed_row<T>(depth), height, w + begin * ldw, ldw, columns, depth, sums, chunk_columns);
+                product(packed + row * packed_row<T>(depth), height, weights, begin, columns, depth, sums, chunk_columns);
                 for (int64_t r = 0; r < height; ++r)
                     for (int64_t o = 0; o < columns; o += 16) {
                         const int64_t count = columns - o;

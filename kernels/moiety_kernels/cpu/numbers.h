@@ -20,9 +20,16 @@ inline __m256i narrow(__m512 values) {
 
 inline __mmask16 first(std::int64_t count) { return static_cast<__mmask16>(count >= 16 ? 0xffff : (1u << count) - 1); }
 
+struct half {
+    std::uint16_t bits;
+};
+
 // 16 values of T, of which only the first `count` are touched, as floats; and back, rounded.
 inline __m512 load(const float* from, std::int64_t count) { return _mm512_maskz_loadu_ps(first(count), from); }
 inline __m512 load(const bf16* from, std::int64_t count) { return widen(_mm256_maskz_loadu_epi16(first(count), from)); }
+inline __m512 load(const half* from, std::int64_t count) {
+    return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(count), from));
+}
 inline void store(float* to, std::int64_t count, __m512 values) { _mm512_mask_storeu_ps(to, first(count), values); }
 inline void store(bf16* to, std::int64_t count, __m512 values) { _mm256_mask_storeu_epi16(to, first(count), narrow(values)); }
 

@@ -1,4 +1,4 @@
-"""`moiety bench`: hop, serve, split, lanes and flood."""
+"""`moiety bench`: hop, serve, split, lanes, flood and elastic; experts and quantize are in `bench_weights.py`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from pathlib import Path
 
 import click
 
+from moiety.cli.bench_elastic import elastic
 from moiety.cli.bench_engines import lanes, split
+from moiety.cli.bench_weights import experts, quantize
 from moiety.cli.options import (
     IntegerList,
     WordList,
@@ -24,7 +26,7 @@ from moiety.cli.run import progress, run_async
 
 @click.group()
 def bench() -> None:
-    """Measure this machine: the hop, the split, lanes, serving speed, a flood.
+    """Measure this machine: the hop, the split, lanes, experts, serving speed, a flood, elasticity.
 
     The benchmarks start what they need as child processes, take turns with a baseline, and leave nothing behind.
     Numbers mean something on a quiet machine only.
@@ -216,3 +218,6 @@ def flood(
 
 bench.add_command(split)
 bench.add_command(lanes)
+bench.add_command(experts)
+bench.add_command(quantize)
+bench.add_command(elastic)

@@ -155,6 +155,8 @@ async def _stream(prompt: str, address: str, printer: _Printer, options: dict[st
         except Unavailable as error:
             raise Unavailable(f"gateway {address}: {error}") from None
     printer.end()
+    if last.rerouted:
+        click.echo(f"{last.rerouted:.1%} of its rows went to another expert than the model's choice", err=True)
     click.echo(
         f"{last.prompt_tokens} prompt tokens, {last.completion_tokens} new tokens, "
         f"finished by {', '.join(reason for _, reason in sorted(reasons.items()))}; "

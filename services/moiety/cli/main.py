@@ -19,7 +19,8 @@ from moiety.errors import MoietyError
 COMMANDS: Mapping[str, LazyCommand] = MappingProxyType(
     {
         "bench": LazyCommand(
-            "moiety.cli.bench:bench", "Measure this machine: the hop, the split, lanes, serving speed, a flood."
+            "moiety.cli.bench:bench",
+            "Measure this machine: the hop, the split, lanes, experts, serving speed, a flood, elasticity.",
         ),
         "demo": LazyCommand("moiety.cli.demo:demo", "Show the main job on this machine, start to end."),
         "doctor": LazyCommand(
@@ -29,8 +30,17 @@ COMMANDS: Mapping[str, LazyCommand] = MappingProxyType(
         "parity": LazyCommand(
             "moiety.cli.parity:parity", "Compare the served system with transformers, token for token."
         ),
+        "quantize": LazyCommand(
+            "moiety.cli.quantize:quantize", "Quantise a checkpoint's experts, each to as many bits as it deserves."
+        ),
+        "rebalance": LazyCommand(
+            "moiety.cli.rebalance:rebalance", "Place experts anew by the load of the moment, without a stop."
+        ),
         "serve": LazyCommand(
             "moiety.cli.serve:serve", "Serve a checkpoint on Ray: gateway, router and elastic expert groups."
+        ),
+        "simulate": LazyCommand(
+            "moiety.cli.simulate:simulate", "Simulate a day of a large cluster: what elasticity would save."
         ),
     }
 )

@@ -65,7 +65,22 @@ class WordList(click.ParamType[tuple[str, ...]]):
         return words
 
 
+class Size(click.ParamType[int]):
+    """Bytes, with a unit or without: 24GiB, 500MB, 1000000."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        from pydantic import ByteSize, TypeAdapter, ValidationError
+
+        try:
+            return int(TypeAdapter(ByteSize).validate_python(value))
+        except ValidationError:
+            self.fail(f"{value!r}: must be bytes, such as 24GiB or 500MB", param, ctx)
+
+
 TOKEN_BIAS = TokenBias()
+SIZE = Size()
 
 
 def groups_option(function: Function) -> Function:

@@ -65,8 +65,16 @@ def parity(
         context.exit(0 if _all_tiny(names, groups, new_tokens, references, write, json_file) else 1)
     from moiety.tools.parity import run_parity
 
-    options = {"dtype": dtype, "references": references, "progress": progress()}
-    report = run_async(run_parity(checkpoint, groups=groups, new_tokens=new_tokens, **options))
+    report = run_async(
+        run_parity(
+            checkpoint,
+            groups=groups,
+            new_tokens=new_tokens,
+            dtype=dtype,
+            references=references,
+            progress=progress(),
+        )
+    )
     for line in report.lines():
         click.echo(line)
     write_json(json_file, {"ok": report.ok, "logit_error": report.logit_error, **asdict(report)})
@@ -93,8 +101,10 @@ def _all_tiny(
     verdicts: list[Verdict] = []
 
     async def show() -> None:
-        options = {"groups": groups, "new_tokens": new_tokens, "references": references, "progress": progress()}
-        async for verdict in run_all(names or tiny_names(), **options):
+        asked = names or tiny_names()
+        async for verdict in run_all(
+            asked, groups=groups, new_tokens=new_tokens, references=references, progress=progress()
+        ):
             verdicts.append(verdict)
             click.echo("{:<24} {:<20} {:<16} {}".format(*verdict.cells))
 

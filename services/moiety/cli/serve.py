@@ -17,6 +17,9 @@ from moiety.cli.run import progress, signals_interrupt
 @click.argument("model", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--groups", type=click.IntRange(1, 4096), help="Expert groups, one deployment each.  [default: 2]")
 @click.option("--max-replicas", type=click.IntRange(1, 1000), help="Per expert group, when it is hot.  [default: 4]")
+@click.option(
+    "--hot-sets", type=click.IntRange(0, 256), help="Small deployments for the hottest experts.  [default: 0]"
+)
 @click.option("--registry", help="redis://… or rediss://…  [default: a Redis of this command's own]")
 @click.option("--grpc-port", type=click.IntRange(0, 65535), help="The gateway's; 0: a free one.  [default: 50051]")
 @click.option("--slots", type=click.IntRange(1, 4096), help="Sequences that run at once.  [default: 32]")

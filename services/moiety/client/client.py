@@ -30,6 +30,7 @@ class Chunk:
     prompt_tokens: int = 0  # on the last chunk
     completion_tokens: int = 0  # on the last chunk, of all choices
     cached_tokens: int = 0  # on the last chunk: of the prompt, found in the prefix cache
+    rerouted: float = 0.0  # on the last chunk: rows that another expert than the model's choice computed, see Usage
     request_id: str = ""  # on the first chunk
     choice: int = 0  # whose tokens these are: 0 to n - 1
     logprobs: tuple[float, ...] = ()  # of token_ids
@@ -158,6 +159,7 @@ class Client:
                         prompt_tokens=response.usage.prompt_tokens,
                         completion_tokens=response.usage.completion_tokens,
                         cached_tokens=response.usage.cached_tokens,
+                        rerouted=response.usage.rerouted,
                         request_id=response.request_id,
                         choice=response.choice,
                         logprobs=tuple(response.logprobs),

@@ -5,9 +5,12 @@ Each service's file is imported only when it is started, so that an expert repli
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
+from types import ModuleType
 from typing import Any
 
+from moiety.compose.background import at_low_priority
 from moiety.compose.running import Running
 from moiety.config import ExpertSettings, GatewaySettings, RouterSettings, ServiceSettings, validated
 from moiety.core import Role
@@ -17,9 +20,15 @@ __all__ = ["Running", "settings_of", "start", "start_expert", "start_gateway", "
 
 async def start_expert(settings: ExpertSettings, *, replica_id: str, node: str) -> Running:
     """One replica of an expert group: reads its experts' weights and serves moiety.v1.Experts."""
+    launched = time.time()
+    return await (await at_low_priority(_expert)).start(settings, replica_id, node, launched)
+
+
+def _expert() -> ModuleType:
+    """Imports torch, which takes a second or two: the replica starts because others are busy."""
     from moiety.compose import expert
 
-    return await expert.start(settings, replica_id, node)
+    return expert
 
 
 async def start_router(settings: RouterSettings, *, replica_id: str, node: str) -> Running:

@@ -4,60 +4,56 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import logging
 import time
 import uuid
 from collections.abc import Mapping
 from typing import Any
 
-from moiety.compose.running import Parts, Running, Site, every
-from moiety.config import ExpertSettings
+import torch
+
+from moiety.compose.placement import PlacementFollower
+from moiety.compose.running import LEDGER_S, Parts, Running, Site, every
+from moiety.config import ExpertSettings, GroupSettings
 from moiety.core import ExpertSet, Replica, Role
 from moiety.errors import ConfigError, Unavailable
 from moiety.expert.runtime import Runtime
 from moiety.expert.service import SERVICE, ExpertService
+from moiety.model.expert_slices import sliced_revision
 from moiety.model.slices import load_experts
 from moiety.wire.channels import Server
 from moiety.wire.codec import torch_dtype
 from moiety.wire.shm_listener import SharedMemoryListener
 
-_log = logging.getLogger(__name__)
-LEDGER_S = 1.0
 
-
-async def start(settings: ExpertSettings, replica_id: str, node: str) -> Running:
+async def start(settings: ExpertSettings, replica_id: str, node: str, launched: float) -> Running:
     """Reads the weights that the placement (or, without one, the settings) names; serves, registers, follows."""
-    async with Site(settings, settings.deployment, replica_id, node) as site:
+    async with Site(settings, settings.deployment, replica_id, node, launched) as site:
         checkpoint, layout, of = await site.open_model()
-        dtype = torch_dtype(settings.dtype, layout.shape.dtype)
+        slices, of_routers, of = settings.slices, of, sliced_revision(of, settings.slices)
+        shape = layout.shape.sliced(slices)
+        dtype = torch_dtype(settings.dtype, shape.dtype)
         runtime = Runtime(
-            layout.shape.mlp,
+            shape.mlp,
             dtype,
             settings.device,
             lambda experts: load_experts(
-                checkpoint, layout, experts, dtype, settings.device, int8=settings.weights == "int8"
+                checkpoint, layout, experts, dtype, settings.device, int8=settings.weights == "int8", slices=slices
             ),
             queue_calls=settings.queue_calls,
             capacity=settings.capacity,
             threads=settings.threads,
             deterministic=settings.deterministic,
+            partial=slices > 1,
         )
 
-        async def follow_placement(default: ExpertSet | None = None) -> None:
-            placement = await site.registry.placement()
-            held, epoch = default, 0
-            if placement is not None and placement.epoch > runtime.holding[1]:
-                held, epoch = placement.held.get(settings.deployment, default), placement.epoch
-            if held is not None:
-                began = time.monotonic()
-                await asyncio.to_thread(runtime.hold, held, epoch)
-                took = time.monotonic() - began
-                _log.info("%s holds %s (epoch %d), read in %.2f s", settings.deployment, held, epoch, took)
-
-        await follow_placement(ExpertSet.parse(settings.held))
+        follower = PlacementFollower(
+            runtime, site.registry, settings.deployment, ExpertSet.parse(settings.held), of_routers
+        )
+        await follower.start()
+        loaded = time.time()
         runtime.start()
         site.closers.push_async_callback(asyncio.to_thread, runtime.stop, settings.drain_s)
-        service = ExpertService(runtime, layout.shape, settings.name, of, dtype, site.tracer)
+        service = ExpertService(runtime, shape, settings.name, of, torch.float32 if slices > 1 else dtype, site.tracer)
         server = Server([service.handler()], [SERVICE])
         if SharedMemoryListener.available():
             service.unix = f"{SERVICE}-{uuid.uuid4().hex}"
@@ -70,20 +66,31 @@ async def start(settings: ExpertSettings, replica_id: str, node: str) -> Running
             await site.registry.publish_busy(replica_id, runtime.load_since_last())
 
         def describe(replica: Replica) -> Replica:
-            held, epoch = runtime.holding
-            return dataclasses.replace(replica, held=held, placement_epoch=epoch)
+            holding = runtime.holding
+            return dataclasses.replace(
+                replica,
+                held=holding.held,
+                leaving=holding.leaving,
+                placement_epoch=holding.epoch,
+                loaded=loaded,
+                served=runtime.served,
+                scaling=scaling,
+            )
 
         def healthy() -> None:
             if not runtime.alive:
                 raise Unavailable("the expert runtime's thread has ended")
 
+        scaling: dict[str, float] = {}
+
         async def reconfigure(values: Mapping[str, Any]) -> None:
-            for name, value in values.items():
-                if name != "capacity" or not (value is None or value > 0):
-                    raise ConfigError(
-                        f"user_config.{name}", value, "an expert's one live setting is capacity > 0, or null"
-                    )
-                runtime.capacity = value
+            nonlocal scaling
+            capacity = values.get("capacity", settings.capacity)
+            if capacity is not None and not (isinstance(capacity, int | float) and capacity > 0):
+                raise ConfigError("user_config.capacity", capacity, "must be above 0, or null")
+            told = {name: value for name, value in values.items() if name != "capacity"}
+            GroupSettings().live(told)
+            runtime.capacity, scaling = capacity, told
 
         return await site.serve(
             Parts(
@@ -95,7 +102,7 @@ async def start(settings: ExpertSettings, replica_id: str, node: str) -> Running
                 healthy=healthy,
                 reconfigure=reconfigure,
                 describe=describe,
-                on_beat=(every(LEDGER_S, publish_busy), follow_placement),
+                on_beat=(every(LEDGER_S, publish_busy), follower.follow),
                 calls_end=False,
             )
         )

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import time
 
-from moiety.compose.running import Parts, Running, Site
+from moiety.compose.running import LEDGER_S, Parts, Running, Site, every
 from moiety.config import GatewaySettings
-from moiety.core import Role
+from moiety.core import Busy, Role
 from moiety.gateway.routers import Routers
 from moiety.gateway.service import SERVICE, GenerationService
 from moiety.gateway.text import Tokenizer
@@ -29,6 +30,16 @@ async def start(settings: GatewaySettings, replica_id: str, node: str) -> Runnin
         routers = Routers(watch, settings.router_wait_s, seed=secrets.randbits(64))
         site.closers.push_async_callback(routers.close)
         service = GenerationService(routers, tokenizer, settings.name, settings.max_concurrent, site.tracer)
+        begun, since = 0, time.monotonic()
+
+        async def publish_busy() -> None:
+            nonlocal begun, since
+            now = time.monotonic()
+            requests_per_s = (service.begun - begun) / max(now - since, 1e-6)
+            begun, since = service.begun, now
+            busy = min(1.0, service.running / settings.max_concurrent)  # nothing waits here
+            await site.registry.publish_busy(replica_id, Busy(busy, 0.0, requests_per_s, requests_per_s))
+
         return await site.serve(
             Parts(
                 role=Role.GATEWAY,
@@ -36,5 +47,6 @@ async def start(settings: GatewaySettings, replica_id: str, node: str) -> Runnin
                 revision=of,
                 server=Server([service.handler()], [SERVICE], share_port=settings.port != 0),
                 idle=lambda: service.running == 0,
+                on_beat=(every(LEDGER_S, publish_busy),),
             )
         )

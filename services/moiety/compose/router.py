@@ -11,17 +11,18 @@ from contextlib import AsyncExitStack
 
 import torch
 
-from moiety.compose.running import Parts, Running, Site, every
+from moiety.compose.running import LEDGER_S, Parts, Running, Site, every
 from moiety.config import RouterSettings
 from moiety.core import ModelShape, Replica, ReplicaState, Role
 from moiety.errors import ConfigError, Unavailable
 from moiety.load.registry import Registry
 from moiety.load.watch import Watch
-from moiety.model import overlap
+from moiety.model import gate, overlap
 from moiety.model.checkpoint import Checkpoint
 from moiety.model.compute import use_kernels
 from moiety.model.elementwise import fix_elementwise
 from moiety.model.encoderdecoder import DecoderStart
+from moiety.model.expert_slices import sliced_revision
 from moiety.model.layout import ExpertLayout
 from moiety.model.router import load_router
 from moiety.policy.lanes import LaneTuner
@@ -29,6 +30,7 @@ from moiety.router import across, attention, latent
 from moiety.router.attention import ProbeBatch
 from moiety.router.cachespec import CacheSpec
 from moiety.router.context import HopSettings, StepBackend
+from moiety.router.costs import CostFit
 from moiety.router.demand import DemandCounter
 from moiety.router.engine import Engine
 from moiety.router.fleet import Fleet
@@ -38,8 +40,11 @@ from moiety.router.hedge import Hedging
 from moiety.router.hop import Hop
 from moiety.router.kvcache import KVCache
 from moiety.router.lanes import Lanes
+from moiety.router.occupancy import Occupancy
+from moiety.router.overflow import OverflowHop, Overrun, Queues
 from moiety.router.probe import cache_spec, install_mixers, run_once
 from moiety.router.service import SERVICE, EngineService
+from moiety.router.sliced import SlicedHop
 from moiety.router.wakes import WakeRecorder
 from moiety.telemetry.tracing import Tracer
 from moiety.wire.channels import Server
@@ -47,7 +52,6 @@ from moiety.wire.codec import DTYPE_NAMES, torch_dtype
 from moiety.wire.engine_pb2_grpc import add_EngineServicer_to_server
 
 _log = logging.getLogger(__name__)
-LEDGER_S = 1.0
 LANES = 2  # that a step may be split into where that pays: a third would wait for the same experts
 
 
@@ -62,8 +66,9 @@ async def start(settings: RouterSettings, replica_id: str, node: str) -> Running
         model, cache = await asyncio.to_thread(load_model, settings, checkpoint, layout, dtype, of)
 
         hops, lanes = await reach_experts(settings, shape, of, dtype, site.registry, site.tracer, site.closers)
-        fleet, demand = hops[0].fleet, hops[0].demand
-        engine = engine_on(hops, lanes, settings, model, cache, WakeRecorder(site.registry), site.tracer)
+        backends = _backends(settings, hops)
+        fleet, demand, costs = hops[0].fleet, hops[0].demand, hops[0].costs
+        engine = engine_on(backends, lanes, settings, model, cache, WakeRecorder(site.registry), site.tracer)
         engine.start()
         site.closers.push_async_callback(asyncio.to_thread, engine.stop, settings.drain_s)
         guides = Guides(settings.model, shape.vocabulary, settings.threads)
@@ -84,10 +89,16 @@ async def start(settings: RouterSettings, replica_id: str, node: str) -> Running
         def describe(replica: Replica) -> Replica:
             nonlocal covered
             covered = covered or not fleet.table.uncovered()
-            return replica if covered else dataclasses.replace(replica, state=ReplicaState.STARTING)
+            state = replica.state if covered else ReplicaState.STARTING
+            return dataclasses.replace(replica, state=state, placement_epoch=fleet.placement_epoch)
 
         async def publish_demand() -> None:
-            await site.registry.publish_demand(replica_id, demand.reading(time.time()))
+            await site.registry.publish_demand(replica_id, demand.reading(time.time(), costs.reading()))
+
+        occupancy = Occupancy(engine, settings.slots)
+
+        async def publish_busy() -> None:
+            await site.registry.publish_busy(replica_id, occupancy.reading())
 
         def healthy() -> None:
             if not engine.alive:
@@ -104,7 +115,7 @@ async def start(settings: RouterSettings, replica_id: str, node: str) -> Running
                 idle=lambda: engine.load.running + engine.load.waiting == 0,
                 healthy=healthy,
                 describe=describe,
-                on_beat=(every(LEDGER_S, publish_demand),),
+                on_beat=(every(LEDGER_S, publish_demand), every(LEDGER_S, publish_busy)),
             )
         )
 
@@ -119,6 +130,9 @@ async def reach_experts(
     closers: AsyncExitStack,
 ) -> tuple[list[Hop], Lanes]:
     """A hop for each lane to whatever expert replicas `registry` knows, now and later; `closers` take them down."""
+    shape, expert_bytes = shape.sliced(settings.slices), shape.mlp.parameters * dtype.itemsize // settings.slices
+    if settings.slices > 1:
+        revision, dtype = sliced_revision(revision, settings.slices), torch.float32
     watch = Watch(registry)
     await watch.start()
     closers.push_async_callback(watch.stop)
@@ -129,8 +143,21 @@ async def reach_experts(
     hop_settings = HopSettings(revision, dtype, settings.expert_wait_s)
     hedging = Hedging(settings.hedge_after_s, settings.retry_budget)
     demand = DemandCounter(shape.moe_layers, shape.experts, started=time.time())
+    costs = CostFit(expert_bytes)
     count = settings.lanes or LANES
-    return [Hop(fleet, hop_settings, hedging, demand, tracer, lanes.wait) for _ in range(count)], lanes
+    queues = Queues(settings.overflow_queue_ms) if settings.overflow == "backup" else None
+    return [Hop(fleet, hop_settings, hedging, demand, costs, tracer, lanes.wait, queues) for _ in range(count)], lanes
+
+
+def _backends(settings: RouterSettings, hops: Sequence[Hop]) -> Sequence[StepBackend]:
+    """What the model sees of the hops: whole experts, and none that is overrun where another may stand in."""
+    backends: list[StepBackend] = list(hops)
+    if settings.slices > 1:
+        backends = [SlicedHop(backend, settings.slices) for backend in backends]
+    if (queues := hops[0].queues) is not None:
+        overrun = Overrun(queues, lambda: hops[0].fleet.table, settings.slices)
+        backends = [OverflowHop(backend, overrun) for backend in backends]
+    return backends
 
 
 def engine_on(
@@ -171,6 +198,8 @@ def load_model(
         fix_elementwise(model)
     install_mixers(model)
     spec = cache_spec(model, layout.shape)
+    if settings.overflow == "backup":
+        gate.listen(model, layout.shape, lambda: run_once(model, ProbeBatch()))
     overlap.install(model, lambda: run_once(model, ProbeBatch()))
     cache = _cache(settings, spec, revision)
     weights = sum(parameter.numel() * parameter.itemsize for parameter in model.parameters())
@@ -192,10 +221,10 @@ def load_model(
 def _cache(settings: RouterSettings, spec: CacheSpec, revision: str) -> KVCache:
     """As large as `kv_memory` says. Raises ConfigError where that is too little, or where states rule a setting out."""
     if spec.states and settings.speculative_tokens:
-        bound = "0 for this model: its layers keep states, which cannot be taken back from a wrong guess"
+        bound = "must be 0 for this model: its layers keep states, which cannot be taken back from a wrong guess"
         raise ConfigError("speculative_tokens", settings.speculative_tokens, bound)
     if spec.states and settings.deterministic:
-        bound = "false for this model: its layers keep states, whose bits depend on where prompts are cut into steps"
+        bound = "must be false for this model: its layers keep states, whose bits depend on where prompts are cut into steps"
         raise ConfigError("deterministic", settings.deterministic, bound)
     cache = KVCache(
         spec,

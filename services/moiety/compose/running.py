@@ -25,6 +25,7 @@ from moiety.telemetry.names import ResourceAttribute
 from moiety.telemetry.tracing import Tracer, configure
 from moiety.wire.channels import Server
 
+LEDGER_S = 1.0  # how often a service tells its load
 DRAIN_NOTICE_S = 0.6  # others look at the registry every quarter second; after this nobody sends new work
 Beat = Callable[[], Awaitable[None]]
 
@@ -103,8 +104,12 @@ class Running:
 class Site:
     """Where one service starts: its settings, registry and tracer, and what must be undone if it does not."""
 
-    def __init__(self, settings: ServiceSettings, deployment: str, replica_id: str, node: str):
+    def __init__(
+        self, settings: ServiceSettings, deployment: str, replica_id: str, node: str, launched: float | None = None
+    ):
+        """`launched`: Unix seconds, where something of it was done before; default: now."""
         self.settings, self.replica_id, self.node = settings, replica_id, node
+        self._launched = time.time() if launched is None else launched
         self.tracer: Tracer = configure(
             f"moiety-{deployment}",
             {
@@ -147,6 +152,7 @@ class Site:
             node=self.node,
             model=settings.name,
             revision=parts.revision,
+            launched=self._launched,
             started=time.time(),
             pid=os.getpid(),
         )

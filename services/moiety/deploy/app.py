@@ -1,4 +1,4 @@
-"""The Serve application: one gateway, the routers, and one deployment per expert group.
+"""The Serve application: gateway, routers, and one deployment per expert group and per hot set.
 
 `serve deploy` calls `build` with the `args` of the config file.
 """
@@ -11,17 +11,15 @@ from typing import Any
 from ray import serve
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
-from moiety.config import AppSettings, ServiceSettings, resolve
+from moiety.config import GATEWAY, HOT, ROUTER, AppSettings, ServiceSettings, resolve
 from moiety.core import ExpertSet
-from moiety.deploy.arguments import LOOPBACK, carried, router_settings
+from moiety.deploy.arguments import LOOPBACK, carried, initial_replicas, router_settings
 from moiety.deploy.replicas import ExpertReplica, GatewayReplica, RouterReplica
 from moiety.errors import ConfigError
 from moiety.model.checkpoint import Checkpoint
 from moiety.model.layout import expert_layout
 
-GATEWAY, ROUTER = "gateway", "router"
-GATEWAY_CPUS = 0.5
-POLICY = "moiety.deploy.autoscaling:ExpertPolicy"
+POLICY = "moiety.deploy.autoscaling:LoadPolicy"
 
 _DRAIN_S: float = ServiceSettings.model_fields["drain_s"].default
 _LIFE = {
@@ -44,42 +42,49 @@ def build(args: Mapping[str, Any] | AppSettings) -> serve.Application:
     router_settings(settings, LOOPBACK[0])  # what a replica would refuse is refused here
     arguments = carried(settings)
     routers = serve.deployment(RouterReplica).options(
-        name=ROUTER,
-        num_replicas=settings.router_replicas,
-        ray_actor_options={"num_cpus": settings.router_cpus, "num_gpus": settings.router_gpus},
-        **_LIFE,
+        name=ROUTER, **_replicas(settings, arguments, ROUTER, settings.router_replicas), **_LIFE
     )
     gateway = serve.deployment(GatewayReplica).options(
-        name=GATEWAY, num_replicas=1, ray_actor_options={"num_cpus": GATEWAY_CPUS, "num_gpus": 0}, **_LIFE
+        name=GATEWAY, **_replicas(settings, arguments, GATEWAY, 1), **_LIFE
     )
     experts = [
-        _expert_group(settings, arguments, name, str(held)) for name, held in default_placement(settings).items()
+        serve.deployment(ExpertReplica)
+        .options(name=name, **_scaled(settings, arguments, name, str(held)), **_LIFE)
+        .bind(arguments, str(held))
+        for name, held in default_placement(settings).items()
     ]
     return gateway.bind(arguments, routers.bind(arguments), *experts)
 
 
 def default_placement(settings: AppSettings) -> dict[str, ExpertSet]:
-    """Deployment name -> the experts it holds until a placement in the registry says otherwise."""
+    """Deployment name -> the experts it holds until a placement in the registry says otherwise; hot sets hold none."""
     shape = expert_layout(Checkpoint.open(settings.model)).shape
-    return {f"experts-{group}": held for group, held in enumerate(shape.partition(settings.groups))}
+    groups = {f"experts-{group}": held for group, held in enumerate(shape.plan(settings.groups, settings.slices))}
+    return {**groups, **{f"{HOT}{slot}": ExpertSet() for slot in range(settings.hot_sets)}}
 
 
-def _expert_group(settings: AppSettings, arguments: dict[str, Any], name: str, held: str) -> serve.Application:
-    group = settings.experts
+def _replicas(settings: AppSettings, arguments: dict[str, Any], name: str, count: int) -> dict[str, Any]:
+    """Options of a deployment that has `count` replicas, or scales from there on where the settings name it."""
+    if name in settings.overrides:
+        return _scaled(settings, arguments, name, "")
+    group = settings.group(name)
+    return {"num_replicas": count, "ray_actor_options": {"num_cpus": group.num_cpus, "num_gpus": group.num_gpus}}
+
+
+def _scaled(settings: AppSettings, arguments: dict[str, Any], name: str, held: str) -> dict[str, Any]:
+    """Options of a deployment that scales by its load."""
+    group = settings.group(name)
     # Decisions are made in moiety.policy, with its own patience: Serve carries them out at once.
     scaling = AutoscalingConfig(
         min_replicas=group.min_replicas,
-        initial_replicas=max(1, group.min_replicas),
+        initial_replicas=initial_replicas(settings, name),
         max_replicas=group.max_replicas,
         upscale_delay_s=0.0,
         downscale_delay_s=0.0,
         downscale_to_zero_delay_s=0.0,
         policy=AutoscalingPolicy(policy_function=POLICY, policy_kwargs={"arguments": arguments, "held": held}),
     )
-    deployment = serve.deployment(ExpertReplica).options(
-        name=name,
-        autoscaling_config=scaling,
-        ray_actor_options={"num_cpus": group.num_cpus, "num_gpus": group.num_gpus},
-        **_LIFE,
-    )
-    return deployment.bind(arguments, held)
+    return {
+        "autoscaling_config": scaling,
+        "ray_actor_options": {"num_cpus": group.num_cpus, "num_gpus": group.num_gpus},
+    }

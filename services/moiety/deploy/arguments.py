@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from moiety.config import AppSettings, ExpertSettings, GatewaySettings, RouterSettings, resolve, validated
+from moiety.config import HOT, AppSettings, ExpertSettings, GatewaySettings, RouterSettings, resolve, validated
 from moiety.errors import ConfigError
 from moiety.load.urls import without_secrets
 
@@ -36,15 +36,21 @@ def restored(values: Mapping[str, Any]) -> AppSettings:
     return settings
 
 
+def initial_replicas(settings: AppSettings, deployment: str) -> int:
+    """How many replicas a scaled deployment starts with: a group that may be empty has one until it is known to idle."""
+    return 0 if deployment.startswith(HOT) else max(1, settings.group(deployment).min_replicas)
+
+
 def expert_settings(settings: AppSettings, deployment: str, held: str, node_address: str) -> ExpertSettings:
     """Settings of one replica of the expert group `deployment` that holds `held` until a placement says otherwise."""
-    group = settings.experts
+    group = settings.group(deployment)
     return ExpertSettings(
         **_shared(settings, node_address),
         deployment=deployment,
         held=held,
         threads=group.threads,
         weights=group.weights,
+        slices=settings.slices,
         deterministic=settings.deterministic,
         capacity=group.capacity,
     )
@@ -55,6 +61,7 @@ def router_settings(settings: AppSettings, node_address: str) -> RouterSettings:
     values = {
         **_shared(settings, node_address),
         "deterministic": settings.deterministic,
+        "slices": settings.slices,
         "slots": settings.slots,
         "token_budget": settings.token_budget,
         "max_context": settings.max_context,
@@ -64,6 +71,8 @@ def router_settings(settings: AppSettings, node_address: str) -> RouterSettings:
         "prefix_cache": settings.prefix_cache,
         "speculative_tokens": settings.speculative_tokens,
         "lanes": settings.lanes,
+        "overflow": settings.overflow,
+        "overflow_queue_ms": settings.overflow_queue_ms,
     }
     return validated(RouterSettings, values)
 

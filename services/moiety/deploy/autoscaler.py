@@ -13,15 +13,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from moiety.config import AppSettings, GroupSettings
+from moiety.config import GATEWAY, HOT, ROUTER, AppSettings, GroupSettings
 from moiety.core import ExpertSet
 from moiety.deploy.arguments import restored
 from moiety.deploy.ledger import Ledger, Reading
-from moiety.errors import MoietyError
+from moiety.deploy.rebalance import Rebalancer
+from moiety.errors import ConfigError, MoietyError
 from moiety.load.registry import Registry
 from moiety.policy.autoscale import Decision, State, decide
 
 PERIOD_S = 0.25
+HOT_GAIN = 0.1  # that is worth new hot sets, unless the settings say otherwise
 TRUSTED_S = 3.0  # a target older than this is not followed
 FORGET_S = 10.0  # Serve asks nine times a second: a deployment it no longer asks for is gone
 
@@ -35,6 +37,7 @@ class Subscription:
     deployment: str
     settings: GroupSettings
     held: ExpertSet
+    live: Mapping[str, float] = field(default_factory=dict)  # settings that user_config changes
     state: State = field(default_factory=State)
     asked_at: float = 0.0  # time.monotonic() of Serve's last call
     serve_target: int | None = None
@@ -56,7 +59,15 @@ class Subscription:
         # The published target is what Serve is about to have, or has; its own number is one call old.
         fresh = self.published is not None and now - self.published[1] < TRUSTED_S
         current = self.published[0] if self.published is not None and fresh else self.serve_target
-        decision = decide(reading.snapshot(self.deployment, current, self.held), self.state, self.settings, now)
+        snapshot = reading.snapshot(self.deployment, current, self.held, spare=self.deployment.startswith(HOT))
+        if (live := reading.scaling(self.deployment)) is not None:  # else: what its last replica said
+            self.live = live
+        try:
+            settings = self.settings.live(self.live)
+        except ConfigError as error:  # a replica checks what it is told, but it may be of another version
+            _log.warning("%s scales by its arguments: %s", self.deployment, error)
+            self.live, settings = {}, self.settings
+        decision = decide(snapshot, self.state, settings, now)
         self.state, self.published = decision.state, (decision.target, now)
         return decision
 
@@ -95,17 +106,28 @@ class Autoscaler:
 
         registry = connect(self._settings.registry, self._settings.app)
         try:
-            ledger = Ledger(registry)
+            ledger, rebalancer = Ledger(registry), self._rebalancer(registry)
             while True:
                 began = time.monotonic()
                 try:
                     if asked := [each for each in self._subscriptions.values() if began - each.asked_at < FORGET_S]:
-                        await _decide(asked, await ledger.read(), registry)
+                        reading = await ledger.read()
+                        await _decide(asked, reading, registry)
+                        await rebalancer.follow(reading, self._default(), began)
                 except Exception:
                     _log.exception("autoscaling of %s: this round is skipped", self._settings.app)
                 await asyncio.sleep(max(0.0, began + PERIOD_S - time.monotonic()))
         finally:
             await registry.close()
+
+    def _rebalancer(self, registry: Registry) -> Rebalancer:
+        gain = self._settings.rebalance_gain or (HOT_GAIN if self._settings.hot_sets else None)
+        return Rebalancer(registry, gain, int(self._settings.hot_memory), self._settings.rebalance_layers)
+
+    def _default(self) -> Mapping[str, ExpertSet] | None:
+        """Deployment -> experts by default; None until Serve has asked for all deployments that hold some, or may."""
+        held = {name: each.held for name, each in self._subscriptions.items() if name not in (ROUTER, GATEWAY)}
+        return held if len(held) == self._settings.groups + self._settings.hot_sets else None
 
 
 async def _decide(asked: Sequence[Subscription], reading: Reading, registry: Registry) -> None:
@@ -140,7 +162,9 @@ _autoscalers: dict[tuple[str, str], Autoscaler] = {}
 def subscribe(deployment: str, arguments: Mapping[str, Any], held: str) -> Subscription:
     """Has `deployment` decided for by its system's autoscaler, which is started if it is the first one."""
     settings = restored(arguments)
-    subscription = Subscription(deployment, settings.experts, ExpertSet.parse(held), asked_at=time.monotonic())
+    subscription = Subscription(
+        deployment, settings.group(deployment), ExpertSet.parse(held), asked_at=time.monotonic()
+    )
     with _lock:
         key = (settings.registry, settings.app)
         autoscaler = _autoscalers.get(key)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 
-class ExpertPolicy:
+class LoadPolicy:
     """Asks the process's autoscaler how many replicas a deployment should have.
 
     Serve makes one per deployment and calls it in the controller's event loop about nine times a second. It must not

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 
 from moiety.config import AppSettings
 from moiety.core import ReplicaState
+from moiety.deploy.arguments import initial_replicas
 from moiety.errors import FailedPrecondition, RegistryUnreachable, Unavailable
 from moiety.load.connect import connect
 from moiety.load.registry import Registry
@@ -17,7 +18,7 @@ Progress = Callable[[str], None]
 
 def wanted_replicas(args: AppSettings) -> dict[str, int]:
     """Deployment name -> replicas it starts with."""
-    experts = {f"experts-{group}": max(1, args.experts.min_replicas) for group in range(args.groups)}
+    experts = {name: initial_replicas(args, name) for name in (f"experts-{group}" for group in range(args.groups))}
     return {"gateway": 1, "router": args.router_replicas, **experts}
 
 

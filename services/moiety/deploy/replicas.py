@@ -28,7 +28,7 @@ class _Replica:
 
     async def reconfigure(self, user_config: Mapping[str, Any] | None) -> None:
         """Called by Serve after start and whenever `user_config` changes. Raises ConfigError for an unknown setting."""
-        if self._running is not None and user_config:
+        if self._running is not None and user_config is not None:
             await self._running.reconfigure(user_config)
 
     async def __del__(self) -> None:

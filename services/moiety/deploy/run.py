@@ -100,7 +100,7 @@ def _check(args: AppSettings) -> None:
             await registry.close()
 
     router_settings(args, LOOPBACK[0])
-    expert_layout(Checkpoint.open(args.model)).shape.partition(args.groups)
+    expert_layout(Checkpoint.open(args.model)).shape.plan(args.groups, args.slices)
     asyncio.run(reach_registry())
 
 

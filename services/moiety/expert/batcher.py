@@ -31,7 +31,7 @@ class Computed:
     ended_ns: int
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Waiting:
     """A call in the queue, and whom to tell: `done` is called once, from the runtime's thread."""
 

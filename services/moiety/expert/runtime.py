@@ -18,6 +18,7 @@ from moiety.wire import codec
 from moiety.wire.frames import ForwardCall
 from moiety.wire.mailbox import Mailbox
 from moiety_kernels.expert_mlp import ExpertWeights, grouped_expert_mlp
+from moiety_kernels.partial import grouped_partial_mlp
 
 _log = logging.getLogger(__name__)
 
@@ -25,16 +26,19 @@ Weights = Mapping[tuple[int, int], ExpertWeights]
 
 
 @dataclass(frozen=True, slots=True)
-class _Holding:
+class Holding:
     """What is held, as one value: a batch that was checked against it computes with the same weights."""
 
-    held: ExpertSet
+    held: ExpertSet  # by the placement of `epoch`; 0 = none yet
+    leaving: ExpertSet  # of placements before it: answered until `Runtime.drop_leaving`
     epoch: int
     weights: Weights
 
     def check(self, call: ForwardCall) -> None:
         """Raises NotHeld unless every expert of the call is here."""
         held, wanted = self.held.layer(call.layer), call.experts.tolist()
+        if leaving := self.leaving.by_layer:
+            held |= leaving.get(call.layer, frozenset())
         if not held.issuperset(wanted):
             missing = sorted(set(wanted) - held)
             raise NotHeld(f"layer {call.layer}: expert(s) {missing} are not held here (epoch {self.epoch})")
@@ -54,7 +58,8 @@ class Runtime:
 
     `load(held)` reads weights; it runs in the caller's thread, so that serving goes on while new experts are read.
     `capacity` paces the device to that many rows per second: for tests and demos whose replicas share two cores.
-    `deterministic`: the bits of a row do not depend on the batch it is computed in.
+    `deterministic`: the bits of a row do not depend on the batch it is computed in. `partial`: experts are slices of
+    experts; rows come and go in float32, whatever `dtype` their weights are of.
     """
 
     def __init__(
@@ -68,8 +73,10 @@ class Runtime:
         capacity: float | None = None,
         threads: int = 1,
         deterministic: bool = False,
+        partial: bool = False,
     ):
         self.capacity = capacity
+        self._partial = partial
         self._mlp, self._dtype, self._device, self._load, self._threads = (
             mlp,
             dtype,
@@ -78,34 +85,45 @@ class Runtime:
             threads,
         )
         self._deterministic = deterministic
-        self._holding = _Holding(ExpertSet(), 0, {})
+        self._holding = Holding(ExpertSet(), ExpertSet(), 0, {})
         self._loading = threading.Lock()
         self._batcher = Batcher(queue_calls)
-        self._unanswered = 0
+        self._unanswered: set[Waiting] = set()
         self._unanswered_lock = threading.Lock()
+        self._computed_at = 0.0  # seconds of the monotonic clock at which the last batch was done
+        self.served = 0.0  # Unix seconds at which the first rows were computed; 0 = none yet
         self._window = _Window(time.monotonic())
         self._window_lock = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="expert-runtime", daemon=True)
 
     @property
-    def holding(self) -> tuple[ExpertSet, int]:
-        """What is held, and the epoch of the placement it follows (0 = none yet): one value, never a mix of two."""
-        current = self._holding
-        return current.held, current.epoch
+    def holding(self) -> Holding:
+        """What is held now: one value, never a mix of two."""
+        return self._holding
 
     def hold(self, held: ExpertSet, epoch: int) -> None:
-        """Loads what is new beside what is there, then drops what is no longer `held`. Blocks for the reading."""
+        """Loads what is new beside what is there, layer by layer; what is no longer `held` is `leaving` from then on.
+
+        Blocks for the reading. Nothing changes where reading fails.
+        """
         with self._loading:
             current = self._holding
-            new = ExpertSet(
-                {
-                    layer: ids - current.held.layer(layer)
-                    for layer, ids in held.by_layer.items()
-                    if ids - current.held.layer(layer)
-                }
-            )
-            loaded = {**current.weights, **self._load(new)}
-            self._holding = _Holding(held, epoch, {pair: loaded[pair] for pair in held})
+            new, weights = held - (current.held | current.leaving), dict(current.weights)
+            for layer, ids in new.by_layer.items():
+                weights.update(self._load(ExpertSet({layer: ids})))
+            self._holding = Holding(held, (current.held | current.leaving) - held, epoch, weights)
+
+    def drop_leaving(self) -> bool:
+        """Frees what is leaving; False, and nothing is done, while a call that names some of it is unanswered."""
+        with self._loading:
+            current = self._holding
+            with self._unanswered_lock:
+                calls = [waiting.call for waiting in self._unanswered]
+            if any(not current.leaving.layer(call.layer).isdisjoint(call.experts.tolist()) for call in calls):
+                return False
+            kept = {pair: current.weights[pair] for pair in current.held}
+            self._holding = Holding(current.held, ExpertSet(), current.epoch, kept)
+            return True
 
     def start(self) -> None:
         self._thread.start()
@@ -127,18 +145,23 @@ class Runtime:
     @property
     def idle(self) -> bool:
         """Every call that was accepted has been answered."""
-        return self._unanswered == 0
+        return not self._unanswered
 
     def submit(self, waiting: Waiting) -> None:
         """Queues a call. Raises NotHeld or ResourceExhausted; nothing of the call is computed then."""
+        if 0.0 < waiting.call.sent < self._computed_at:
+            # It came while the device was busy, and whoever computes reads shared memory only in between.
+            waiting.since_ns -= int(1e9 * (waiting.since - waiting.call.sent))
+            waiting.since = waiting.call.sent
         holding = self._holding
         holding.check(waiting.call)
         waiting.checked = holding
-        self._count(1)
+        with self._unanswered_lock:
+            self._unanswered.add(waiting)
         try:
             self._batcher.put(waiting)
         except BaseException:
-            self._count(-1)
+            self._answered(waiting)
             raise
 
     def load_since_last(self) -> Busy:
@@ -180,13 +203,13 @@ class Runtime:
         except Exception:
             _log.exception("the answer of a call for layer %d could not be handed over", waiting.call.layer)
         finally:
-            self._count(-1)
+            self._answered(waiting)
 
-    def _count(self, change: int) -> None:
+    def _answered(self, waiting: Waiting) -> None:
         with self._unanswered_lock:
-            self._unanswered += change
+            self._unanswered.discard(waiting)
 
-    def _admit(self, waiting: Waiting, holding: _Holding) -> bool:
+    def _admit(self, waiting: Waiting, holding: Holding) -> bool:
         """Whether the call may go to the device; tells its caller when not."""
         try:
             if waiting.checked is not holding:
@@ -206,7 +229,8 @@ class Runtime:
         experts = np.concatenate([waiting.call.experts for waiting in batch])  # [A]
         order = np.argsort(experts, kind="stable")
         activated, counts = np.unique(experts, return_counts=True)
-        rows = torch.empty(len(experts), self._mlp.hidden, dtype=self._dtype)
+        on_the_wire = torch.float32 if self._partial else self._dtype
+        rows = torch.empty(len(experts), self._mlp.hidden, dtype=on_the_wire)
         into, start = codec.rows_of(rows), 0
         position = np.empty_like(order)
         position[order] = np.arange(len(order))  # where each assignment lies in expert order
@@ -214,8 +238,9 @@ class Runtime:
             end = start + len(waiting.call.experts)
             into[position[start:end]] = waiting.call.payload[waiting.call.row_of]
             start = end
-        outputs = grouped_expert_mlp(
-            rows.to(self._device),
+        compute = grouped_partial_mlp if self._partial else grouped_expert_mlp
+        outputs = compute(
+            rows.to(self._device, self._dtype),
             counts.tolist(),
             [weights[layer, expert] for expert in activated.tolist()],
             activation=self._mlp.activation,
@@ -228,6 +253,8 @@ class Runtime:
         computed = codec.rows_of(outputs)
         self._pace(began, len(experts))
         ended, ended_ns = time.monotonic(), time.time_ns()
+        self.served = self.served or ended_ns / 1e9
+        self._computed_at = ended
         self._account(batch, began, ended, len(experts))
         results, start = [], 0
         for waiting in batch:

@@ -62,15 +62,16 @@ class ExpertService:
     async def _describe(
         self, _request: experts_pb2.DescribeRequest, _context: grpc.aio.ServicerContext
     ) -> experts_pb2.DescribeResponse:
-        held, epoch = self._runtime.holding
+        holding = self._runtime.holding
         return experts_pb2.DescribeResponse(
             model=self._model,
             revision=self._revision,
             dtype=self.dtype,
             hidden=self._shape.mlp.hidden,
             wire_version=WIRE_VERSION,
-            held=str(held),
-            placement_epoch=epoch,
+            held=str(holding.held),
+            leaving=str(holding.leaving),
+            placement_epoch=holding.epoch,
             max_message_bytes=MAX_MESSAGE_BYTES,
             shared_memory=self.shared_memory,
             unix=self.unix,
@@ -158,7 +159,7 @@ class ExpertService:
                 compute_ms=result.compute_ms,
             )
         reply.call_id, reply.attempt, reply.revision = to.call_id, to.attempt, self._revision
-        reply.held_epoch = self._runtime.holding[1]
+        reply.held_epoch = self._runtime.holding.epoch
         return reply, None if isinstance(result, BaseException) else result.picked
 
     def _trace(self, waiting: Waiting, result: Computed | BaseException) -> None:

@@ -19,6 +19,7 @@ class Answer:
         self.ended: set[int] = set()  # choices whose last message was made
         self.finish_reasons: list[generation_pb2.FinishReason] = []  # in the order in which choices ended
         self._request, self._began, self._cached = request, False, 0
+        self._routed = self._rerouted = 0  # rows, as far as experts may overflow
         self._texts = {choice: _Text(tokenizer, stops) for choice in choices_of(request)}
 
     @property
@@ -32,6 +33,8 @@ class Answer:
         text = self._texts[event.choice]
         self.produced += len(event.token_ids)
         self._cached = max(self._cached, event.cached_tokens)
+        self._routed += event.routed_rows
+        self._rerouted += event.rerouted_rows
         piece, stopped = text.push(event.token_ids, self._request.sampling.min_tokens, last=bool(event.finish_reason))
         response = generation_pb2.GenerateResponse(
             text=piece,
@@ -51,6 +54,7 @@ class Answer:
                 response.usage.prompt_tokens = len(self._request.prompt_ids)
                 response.usage.completion_tokens = self.produced
                 response.usage.cached_tokens = self._cached
+                response.usage.rerouted = self._rerouted / self._routed if self._routed else 0.0
         return response
 
 

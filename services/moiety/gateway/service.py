@@ -42,6 +42,7 @@ class GenerationService:
         self._routers, self._tokenizer, self._model, self._tracer = routers, tokenizer, model, tracer
         self._admission = Admission(max_concurrent, routers.retry_after_s)
         self.running = 0
+        self.begun = 0  # since the start
 
     def handler(self) -> grpc.GenericRpcHandler:
         """To be added to a server under its service name."""
@@ -81,6 +82,7 @@ class GenerationService:
             attributes={Attribute.OPERATION: "text_completion", Attribute.REQUEST_MODEL: self._model},
         )
         self.running += 1
+        self.begun += 1
         held = ExitStack()
         try:
             if isinstance(request, InvalidRequest):

@@ -15,9 +15,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from moiety.core import Busy, Demand, ExpertSet, Placement, Replica, ReplicaState, Role
+from moiety.core import Busy, Costs, Demand, ExpertSet, Placement, Replica, ReplicaState, Role
 
-DEMAND_FIELDS = ("layers", "experts", "time", "started", "rows", "activations")
+DEMAND_FIELDS = ("layers", "experts", "time", "started", "rows", "activations", "costs")
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
@@ -37,10 +37,15 @@ def replica_to_json(replica: Replica) -> str:
             "revision": replica.revision,
             "state": replica.state,
             "held": str(replica.held),
+            "leaving": str(replica.leaving),
             "placement_epoch": replica.placement_epoch,
             "wire_version": replica.wire_version,
+            "launched": replica.launched,
+            "loaded": replica.loaded,
             "started": replica.started,
+            "served": replica.served,
             "pid": replica.pid,
+            "scaling": dict(replica.scaling),
         }
     )
 
@@ -58,10 +63,15 @@ def replica_from_json(text: str | bytes) -> Replica:
         revision=_field(data, "revision", _text),
         state=_field(data, "state", ReplicaState),
         held=_field(data, "held", _experts),
+        leaving=_field(data, "leaving", _experts, ExpertSet()),
         placement_epoch=_field(data, "placement_epoch", _integer, 0),
         wire_version=_field(data, "wire_version", _integer),
+        launched=_field(data, "launched", _number, 0.0),
+        loaded=_field(data, "loaded", _number, 0.0),
         started=_field(data, "started", _number, 0.0),
+        served=_field(data, "served", _number, 0.0),
         pid=_field(data, "pid", _integer, 0),
+        scaling=_field(data, "scaling", _numbers, {}),
     )
 
 
@@ -108,7 +118,7 @@ def demand_to_fields(demand: Demand) -> dict[str, bytes]:
     activations = np.asarray(demand.activations, dtype="<i8")
     if rows.ndim != 2 or rows.shape != activations.shape:
         raise ValueError(f"demand: rows {rows.shape} and activations {activations.shape} must be one [layers][experts]")
-    return {
+    fields = {
         "layers": b"%d" % rows.shape[0],
         "experts": b"%d" % rows.shape[1],
         "time": repr(demand.time).encode(),
@@ -116,10 +126,13 @@ def demand_to_fields(demand: Demand) -> dict[str, bytes]:
         "rows": rows.tobytes(),
         "activations": activations.tobytes(),
     }
+    if demand.costs is not None:
+        fields["costs"] = json.dumps(asdict(demand.costs)).encode()
+    return fields
 
 
 def demand_from_fields(fields: Mapping[str, bytes | None]) -> Demand:
-    """The inverse; `started` may be missing."""
+    """The inverse; `started` and `costs` may be missing."""
     shape = (_field(fields, "layers", int), _field(fields, "experts", int))
 
     def table(raw: bytes) -> tuple[tuple[int, ...], ...]:
@@ -130,6 +143,7 @@ def demand_from_fields(fields: Mapping[str, bytes | None]) -> Demand:
         activations=_field(fields, "activations", table),
         time=_field(fields, "time", _seconds),
         started=_field(fields, "started", _seconds, 0.0),
+        costs=_field(fields, "costs", _costs, None),
     )
 
 
@@ -198,8 +212,24 @@ def _number(value: object) -> float:
     return float(value)
 
 
+def _numbers(value: object) -> dict[str, float]:
+    return {name: _number(each) for name, each in _mapping(value, "scaling").items()}
+
+
 def _seconds(raw: bytes) -> float:
     return _number(float(raw))
+
+
+def _costs(raw: bytes) -> Costs:
+    data = _mapping(_decoded(raw), "costs")
+    return Costs(
+        fixed_s=_field(data, "fixed_s", _number),
+        s_per_byte=_field(data, "s_per_byte", _number),
+        s_per_row=_field(data, "s_per_row", _number),
+        expert_bytes=_field(data, "expert_bytes", _integer),
+        samples=_field(data, "samples", _integer),
+        error=_field(data, "error", _number),
+    )
 
 
 def _experts(value: object) -> ExpertSet:

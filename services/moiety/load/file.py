@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from moiety.core import Busy, Demand, Placement, Replica
+from moiety.core import Busy, Demand, Placement, Replica, Role
 from moiety.errors import FailedPrecondition, RegistryUnreachable
 from moiety.load import entries
 from moiety.load.memory import MemoryRegistry
@@ -41,6 +41,9 @@ class FileRegistry:
         self._refresh()
         return tuple(self._replicas[replica_id] for replica_id in sorted(self._replicas))
 
+    async def routers(self) -> tuple[Replica, ...]:
+        return tuple(replica for replica in await self.replicas() if replica.role is Role.ROUTER)
+
     async def generation(self) -> str | None:
         """A constant: the file is replaced as a whole and never loses entries by accident."""
         return "file"
@@ -48,6 +51,10 @@ class FileRegistry:
     async def placement(self) -> Placement | None:
         self._refresh()
         return self._placement
+
+    async def placement_epoch(self) -> int:
+        placement = await self.placement()
+        return 0 if placement is None else placement.epoch
 
     async def set_placement(self, placement: Placement) -> bool:
         """Raises FailedPrecondition: only the writer can."""
@@ -115,7 +122,7 @@ class FileRegistryWriter(FileRegistry):
             self._write()
 
     async def set_placement(self, placement: Placement) -> bool:
-        if placement.epoch != (self._placement.epoch if self._placement else 0) + 1:
+        if self._placement is not None and placement.epoch != self._placement.epoch + 1:
             return False
         self._placement = placement
         self._write()

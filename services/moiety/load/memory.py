@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
-from moiety.core import Busy, Demand, Placement, Replica
+from moiety.core import Busy, Demand, Placement, Replica, Role
 from moiety.load.registry import BUSY_TTL_S, DECISIONS_KEPT, DEMAND_TTL_S, TTL_S, WAKE_TTL_S
 
 K = TypeVar("K", bound=Hashable)
@@ -44,14 +44,20 @@ class MemoryRegistry:
     async def replicas(self) -> tuple[Replica, ...]:
         return tuple(replica for _, replica in sorted(self._replicas.live().items()))
 
+    async def routers(self) -> tuple[Replica, ...]:
+        return tuple(replica for replica in await self.replicas() if replica.role is Role.ROUTER)
+
     async def generation(self) -> str | None:
         return self._generation
 
     async def placement(self) -> Placement | None:
         return self._placement
 
+    async def placement_epoch(self) -> int:
+        return 0 if self._placement is None else self._placement.epoch
+
     async def set_placement(self, placement: Placement) -> bool:
-        if placement.epoch != (self._placement.epoch if self._placement else 0) + 1:
+        if self._placement is not None and placement.epoch != self._placement.epoch + 1:
             return False
         self._placement = placement
         return True

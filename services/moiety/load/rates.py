@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from moiety.core import Demand
+from moiety.core import Costs, Demand
+
+Counter = Literal["rows", "activations"]
 
 
-def rates(older: Mapping[str, Demand], newer: Mapping[str, Demand]) -> npt.NDArray[np.float64]:
-    """Rows per second, [moe_layers][experts], summed over the writers of `newer`.
+def rates(
+    older: Mapping[str, Demand], newer: Mapping[str, Demand], counter: Counter = "rows"
+) -> npt.NDArray[np.float64]:
+    """Rows (or activations) per second, [moe_layers][experts], summed over the writers of `newer`.
 
     A writer counts with what it added between its two readings. One whose counters went down has started again under
     its id, and counts whole. One that `older` lacks counts whole if it `started` within the window, that is, after the
@@ -24,15 +29,15 @@ def rates(older: Mapping[str, Demand], newer: Mapping[str, Demand]) -> npt.NDArr
     if not newer:
         return np.zeros((0, 0))
     newest = max(newer.values(), key=lambda demand: demand.time)
-    shape = _table(newest).shape
+    shape = _table(newest, counter).shape
     total = np.zeros(shape)
     window_began = max((demand.time for demand in older.values()), default=newest.time)
     for writer, demand in newer.items():
-        rows = _table(demand)
+        rows = _table(demand, counter)
         if rows.shape != shape:
             continue
         if (before := older.get(writer)) is not None:
-            added, seconds = _added(_table(before), rows), demand.time - before.time
+            added, seconds = _added(_table(before, counter), rows), demand.time - before.time
         elif demand.started >= window_began:
             added, seconds = rows, demand.time - window_began
         else:
@@ -42,8 +47,14 @@ def rates(older: Mapping[str, Demand], newer: Mapping[str, Demand]) -> npt.NDArr
     return total
 
 
-def _table(demand: Demand) -> npt.NDArray[np.int64]:
-    return np.asarray(demand.rows, dtype=np.int64)
+def latest_costs(demand: Mapping[str, Demand]) -> Costs | None:
+    """The fit that has seen the most batches; None while there is none."""
+    fits = [each.costs for each in demand.values() if each.costs is not None]
+    return max(fits, key=lambda costs: costs.samples, default=None)
+
+
+def _table(demand: Demand, counter: Counter) -> npt.NDArray[np.int64]:
+    return np.asarray(getattr(demand, counter), dtype=np.int64)
 
 
 def _added(before: npt.NDArray[np.int64], after: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

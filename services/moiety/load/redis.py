@@ -5,7 +5,8 @@ Keys, all under `moiety:{<app>}:` (the braces keep one Redis Cluster slot):
     replica:<id>   JSON, PX 3000        replicas   set of ids, pruned on read       generation   random, until emptied
     load:<writer>  hash, EX 60          writers    set of ids, pruned on read       hot[:<writer>]  sorted set, top 64
     busy:<id>      JSON, PX 5000        reporters  set of ids, pruned on read       wake         sorted set by expiry
-    placement      JSON                 decisions  stream, 1,000 entries
+    placement      JSON                 epoch      that of `placement`              routers      set of ids, as replicas
+    decisions      stream, 1,000 entries
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
-from moiety.core import Busy, Demand, Placement, Replica
+from moiety.core import Busy, Demand, Placement, Replica, Role
 from moiety.errors import ConfigError, RegistryUnreachable
 from moiety.load import entries, redis_scripts
 from moiety.load.registry import BUSY_TTL_S, DECISIONS_KEPT, DEMAND_TTL_S, TTL_S, WAKE_TTL_S
@@ -59,6 +60,8 @@ class RedisRegistry:
         async with self._store() as client, client.pipeline(transaction=True) as pipeline:
             pipeline.set(self._key("replica", replica.id), entries.replica_to_json(replica), px=_milliseconds(TTL_S))
             pipeline.sadd(self._key("replicas"), replica.id)
+            if replica.role is Role.ROUTER:
+                pipeline.sadd(self._key("routers"), replica.id)
             pipeline.set(self._key("generation"), uuid.uuid4().hex, nx=True)
             await pipeline.execute()
 
@@ -66,6 +69,7 @@ class RedisRegistry:
         async with self._store() as client, client.pipeline(transaction=True) as pipeline:
             pipeline.delete(self._key("replica", replica_id))
             pipeline.srem(self._key("replicas"), replica_id)
+            pipeline.srem(self._key("routers"), replica_id)
             await pipeline.execute()
 
     async def replicas(self) -> tuple[Replica, ...]:
@@ -80,6 +84,10 @@ class RedisRegistry:
         self._parsed = parsed
         return tuple(live[replica_id] for replica_id in sorted(live))
 
+    async def routers(self) -> tuple[Replica, ...]:
+        live = await self._read_entries("routers", "replica", entries.replica_from_json)
+        return tuple(live[replica_id] for replica_id in sorted(live))
+
     async def generation(self) -> str | None:
         async with self._store() as client:
             value: bytes | None = await client.get(self._key("generation"))
@@ -90,9 +98,14 @@ class RedisRegistry:
             text: bytes | None = await client.get(self._key("placement"))
         return None if text is None else self._reader.read("placement", entries.placement_from_json, text)
 
+    async def placement_epoch(self) -> int:
+        async with self._store() as client:
+            value: bytes | None = await client.get(self._key("epoch"))
+        return 0 if value is None else self._reader.read("epoch", int, value) or 0
+
     async def set_placement(self, placement: Placement) -> bool:
         text = entries.placement_to_json(placement)
-        return await self._script(redis_scripts.SET_PLACEMENT, ["placement"], placement.epoch, text) == 1
+        return await self._script(redis_scripts.SET_PLACEMENT, ["placement", "epoch"], placement.epoch, text) == 1
 
     async def publish_demand(self, writer: str, demand: Demand) -> None:
         lifetime_s = int(DEMAND_TTL_S)

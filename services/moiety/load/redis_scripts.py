@@ -47,16 +47,17 @@ redis.call('ZREMRANGEBYRANK', KEYS[1], 0, -1 - tonumber(ARGV[2]))
 redis.call('EXPIRE', KEYS[1], ARGV[3])
 """
 
-# KEYS: placement. ARGV: epoch, JSON. -> 1 if stored. An unreadable placement counts as none, as it does for readers.
+# KEYS: placement, epoch. ARGV: epoch, JSON. -> 1 if stored. An unreadable placement counts as none, as it does for readers.
 SET_PLACEMENT = """
-local epoch = 0
+local epoch = nil
 local text = redis.call('GET', KEYS[1])
 if text then
   local readable, current = pcall(cjson.decode, text)
-  if readable and type(current) == 'table' then epoch = tonumber(current.epoch) or 0 end
+  if readable and type(current) == 'table' then epoch = tonumber(current.epoch) end
 end
-if epoch + 1 ~= tonumber(ARGV[1]) then return 0 end
+if epoch and epoch + 1 ~= tonumber(ARGV[1]) then return 0 end
 redis.call('SET', KEYS[1], ARGV[2])
+redis.call('SET', KEYS[2], ARGV[1])
 return 1
 """
 

@@ -32,6 +32,10 @@ class Registry(Protocol):
         """All live replicas, sorted by id. Expired ones are pruned."""
         ...
 
+    async def routers(self) -> tuple[Replica, ...]:
+        """The routers among `replicas`: for those who would read thousands of others with them."""
+        ...
+
     async def generation(self) -> str | None:
         """Names the store's contents: another value, or None, means that it was emptied since (see `load/watch.py`).
 
@@ -43,8 +47,13 @@ class Registry(Protocol):
         """The placement in force, or None while the deterministic default plan is."""
         ...
 
+    async def placement_epoch(self) -> int:
+        """That of the placement in force, 0 where there is none: every replica asks for it at every beat."""
+        ...
+
     async def set_placement(self, placement: Placement) -> bool:
-        """Compare-and-set: stored only if its epoch is one more than that in force (0 where there is none).
+        """Compare-and-set: stored only if its epoch is one more than that in force, or if none is in force: the store
+        may have been emptied, and replicas follow higher epochs only.
 
         After RegistryUnreachable it may have been stored all the same: read `placement` before proposing again.
         """

@@ -32,9 +32,6 @@ def load_config(checkpoint: Checkpoint) -> Any:
     """The transformers config; code shipped inside a checkpoint is never run. Raises CheckpointError where unknown."""
     from transformers import AutoConfig
 
-    if quantization := checkpoint.config.get("quantization_config"):
-        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
-        raise unsupported(checkpoint, f"its weights are quantised ({method}); only float checkpoints can be served")
     if refusal := refused(checkpoint.architecture):
         raise unsupported(checkpoint, refusal)
     defined = definition_of(checkpoint.architecture)
@@ -43,6 +40,9 @@ def load_config(checkpoint: Checkpoint) -> Any:
         config = reader.from_pretrained(checkpoint.path, local_files_only=True, trust_remote_code=False)
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise unsupported(checkpoint, f"transformers cannot read its config: {_first_line(error)}") from error
+    for name in ("quantization_config", "compression_config"):  # weights are dequantised here, not by transformers
+        if hasattr(config, name):
+            delattr(config, name)
     if (amend := _AMENDMENTS.get(config.model_type)) is not None:
         try:
             amend(config)

@@ -13,6 +13,7 @@ from typing import Any
 
 from moiety.errors import CheckpointError
 from moiety.model.headers import TensorEntry, read_header
+from moiety.model.quantised import Stored, stored_tensors
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -20,16 +21,21 @@ INDEX_FILE = "model.safetensors.index.json"
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """An opened folder: parsed config, shard files in name order, and the location of every tensor."""
+    """An opened folder: parsed config, shard files in name order, and the location of every tensor.
+
+    `tensors` have the names and shapes of an unquantised checkpoint, also where some are stored quantised.
+    """
 
     path: Path
     config: Mapping[str, Any]
     shards: tuple[Path, ...]
-    tensors: Mapping[str, TensorEntry]
+    tensors: Mapping[str, Stored]
 
     @classmethod
     def open(cls, path: str | Path) -> Checkpoint:
-        """Reads config, index and safetensors headers; raises CheckpointError where one is missing or damaged."""
+        """Reads config, index and safetensors headers; raises CheckpointError where one is missing or damaged, or where
+        weights are quantised in a way that is not served.
+        """
         folder = Path(path)
         if not folder.is_dir():
             raise CheckpointError(f"checkpoint {folder}: no such folder")
@@ -41,14 +47,14 @@ class Checkpoint:
         for name, file in promised.items():
             if name not in tensors or tensors[name].file != file:
                 raise CheckpointError(f"{file}: tensor {name}, which {INDEX_FILE} places there, is missing")
-        return cls(folder, config, shards, tensors)
+        return cls(folder, config, shards, stored_tensors(folder, config, tensors))
 
     @property
     def architecture(self) -> str:
         """transformers' model_type, or `unknown` where the config has none."""
         return str(self.config.get("model_type", "unknown"))
 
-    def tensor(self, name: str) -> TensorEntry:
+    def tensor(self, name: str) -> Stored:
         """The entry called `name`; raises CheckpointError where there is none."""
         try:
             return self.tensors[name]

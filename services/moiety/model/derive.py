@@ -26,6 +26,7 @@ from moiety.model.architecture import (
 )
 from moiety.model.checkpoint import Checkpoint
 from moiety.model.layout import EXPERT, ExpertLayout, LayerLayout
+from moiety.model.quantised import QuantisedEntry
 
 DTYPES: Mapping[str, str] = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 TOP_K_NAMES = (
@@ -61,7 +62,8 @@ def derive_layout(checkpoint: Checkpoint) -> ExpertLayout:
     layers = tuple(_layer(checkpoint, path, experts, sources, chains) for path, experts in described.items())
     text = config.get_text_config()
     first = checkpoint.tensor(layers[0].sources["down"][0].replace(EXPERT, "0"))
-    if first.dtype not in DTYPES:
+    quantised = isinstance(first, QuantisedEntry)
+    if not quantised and first.dtype not in DTYPES:
         raise unsupported(checkpoint, f"its experts are stored as {first.dtype}; served are {', '.join(DTYPES)}")
     shape = ModelShape(
         architecture=checkpoint.architecture,
@@ -69,11 +71,17 @@ def derive_layout(checkpoint: Checkpoint) -> ExpertLayout:
         experts=count,
         top_k=_setting(checkpoint, text, TOP_K_NAMES),
         mlp=mlp,
-        dtype=DTYPES[first.dtype],
+        dtype=_computed_dtype(text) if quantised else DTYPES[first.dtype],
         vocabulary=_setting(checkpoint, text, ("vocab_size",)),
         max_context=_setting(checkpoint, text, CONTEXT_NAMES),
     )
     return ExpertLayout(shape, layers)
+
+
+def _computed_dtype(config: Any) -> str:
+    """What a quantised model computes in: its config's dtype, bfloat16 where it names none."""
+    named = str(getattr(config, "dtype", None)).removeprefix("torch.")
+    return named if named in DTYPES.values() else "bfloat16"
 
 
 def _sources(checkpoint: Checkpoint, model: nn.Module) -> tuple[_Sources, dict[str, Any]]:

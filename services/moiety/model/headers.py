@@ -35,6 +35,10 @@ class TensorEntry:
     start: int
     end: int
 
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.start
+
 
 def read_header(file: Path) -> dict[str, TensorEntry]:
     """Tensor name -> entry for one file; raises CheckpointError where header or size are wrong."""

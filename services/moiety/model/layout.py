@@ -21,7 +21,7 @@ from moiety.core import ExpertMLP, ModelShape
 from moiety.model.checkpoint import Checkpoint
 from moiety.model.revision import revision
 
-FORMAT = 2  # of the cached file; raise it with every change of ExpertLayout
+FORMAT = 3  # of the cached file; raise it with every change of ExpertLayout
 EXPERT = "{expert}"  # stands for the expert id in a tensor's name
 
 

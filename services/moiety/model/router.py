@@ -21,7 +21,9 @@ from moiety.model.architecture import (
 )
 from moiety.model.checkpoint import Checkpoint
 from moiety.model.encoderdecoder import EncoderDecoder
-from moiety.model.layout import ExpertLayout
+from moiety.model.layout import EXPERT, ExpertLayout
+from moiety.model.quantised import QuantisedEntry
+from moiety.model.reading import Reader
 from moiety.model.seam import IMPLEMENTATION, LAYER_ATTRIBUTE, register
 
 
@@ -40,10 +42,12 @@ def load_router(
     register()
     config = load_config(checkpoint)
     router_class = _without_experts(causal_lm_class(checkpoint, config), layout)
+    values = _dequantised(checkpoint, layout, router_class, dtype)
     with quiet_transformers():
         try:
             model, report = router_class.from_pretrained(
-                checkpoint.path,
+                checkpoint.path if values is None else None,
+                state_dict=values,
                 config=config,
                 dtype=dtype,
                 attn_implementation=attention,
@@ -57,8 +61,36 @@ def load_router(
     for kind in ("missing_keys", "mismatched_keys"):
         if bad := sorted(map(str, report[kind])):
             raise CheckpointError(f"checkpoint {checkpoint.path}: {kind.replace('_', ' ')}: {', '.join(bad[:8])}")
-    model = _owned(model).to(device).requires_grad_(False).eval()
+    if values is None:
+        _own(model)
+    model = model.to(device).requires_grad_(False).eval()
     return EncoderDecoder(model) if config.is_encoder_decoder else model
+
+
+def _dequantised(
+    checkpoint: Checkpoint, layout: ExpertLayout, router_class: Any, dtype: torch.dtype
+) -> dict[str, torch.Tensor] | None:
+    """The router's tensors by name where some of them are stored quantised; else None: transformers reads the files.
+
+    transformers dequantises fp8 wrongly where rows are no multiple of 128, and needs further libraries for GPTQ and AWQ.
+    """
+    owned = {
+        name.replace(EXPERT, str(expert))
+        for layer in layout.layers
+        for names in layer.sources.values()
+        for name in names
+        for expert in range(layout.shape.experts if EXPERT in name else 1)
+    }
+    ignored = [re.compile(pattern) for pattern in router_class._keys_to_ignore_on_load_unexpected or ()]
+    own = {
+        name: entry
+        for name, entry in checkpoint.tensors.items()
+        if name not in owned and not any(pattern.search(name) for pattern in ignored)
+    }
+    if not any(isinstance(entry, QuantisedEntry) for entry in own.values()):
+        return None
+    with Reader() as reader:
+        return reader.state(own, dtype)
 
 
 def _without_experts(model_class: Any, layout: ExpertLayout) -> Any:
@@ -90,8 +122,7 @@ def _without_experts(model_class: Any, layout: ExpertLayout) -> Any:
     return type(model_class.__name__, (model_class,), attributes)
 
 
-def _owned(model: nn.Module) -> nn.Module:
+def _own(model: nn.Module) -> None:
     """Copies what transformers left as views of mapped files: replacing a file must not change a live model."""
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = tensor.data.clone()
-    return model

@@ -36,8 +36,10 @@ class Forward:
     """What belongs to the passes of one lane."""
 
     backend: ExpertBackend
+    weights: torch.Tensor | None = None  # the layer's routing weights [T, K], for backends that judge what they compute
     shared: tuple[torch.Tensor, torch.Tensor] | None = None  # a shared expert's input, and its output now or later
     row: Row | None = None  # of the pass that is running, where its model is an encoder-decoder
+    scores: torch.Tensor | None = None  # [T, E]: what the gate of the layer being computed thinks of each expert
 
 
 _forward: ContextVar[Forward] = ContextVar("moiety_forward")
@@ -76,7 +78,7 @@ def remote_experts(
     dtype of rows and weights (models differ: float32 or the model's), sum over K in slot order, then the hidden dtype.
     """
     forward, layer = current_forward(), int(getattr(module, LAYER_ATTRIBUTE))
-    backend = forward.backend
+    backend, forward.weights = forward.backend, top_k_weights
     pending = backend.submit(layer, hidden, top_k_index)
     if (shared := getattr(module, OVERLAP_ATTRIBUTE, None)) is not None:
         shared.overlap(forward, hidden)

@@ -1,25 +1,24 @@
-"""Reads the weights of chosen experts out of a checkpoint, and nothing else of it.
+"""Reads the weights of chosen experts out of a checkpoint, and nothing else of it; quantised ones as they are published.
 
-Plain positioned reads into the tensors' own memory, not a mapping: resident memory stays at the weights' size, and a
-file that shrinks under a replica is an error here instead of a SIGBUS there. Imports torch, never transformers.
+Imports torch, never transformers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
-from pathlib import Path
-from typing import BinaryIO
+from collections.abc import Iterable
 
 import torch
 
 from moiety.errors import CheckpointError
 from moiety.model.checkpoint import Checkpoint
+from moiety.model.expert_slices import slice_of
 from moiety.model.headers import TensorEntry
 from moiety.model.layout import EXPERT, ExpertLayout
-from moiety_kernels import ExpertWeights
-
-STORED: Mapping[str, torch.dtype] = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+from moiety.model.quantised import QuantisedEntry, Stored
+from moiety.model.reading import FLOATS, Reader, of_expert
+from moiety_kernels import ExpertWeights, Matrix
+from moiety_kernels.matrices import joined
+from moiety_kernels.weights import dequantised
 
 
 def load_experts(
@@ -30,77 +29,89 @@ def load_experts(
     device: torch.device | str = "cpu",
     *,
     int8: bool = False,
+    slices: int = 1,
 ) -> dict[tuple[int, int], ExpertWeights]:
     """(MoE layer ordinal, expert) -> weights in `dtype` on `device`, for each pair of `held` (an ExpertSet is one).
 
-    Matrices are [out, in], also where they are published the other way around; with `int8` they are quantised.
+    Matrices are [out, in], also where they are published the other way around. Those published quantised stay so; with
+    `int8` the others are quantised, too. With `slices` above 1, `held` names slices as `ModelShape.sliced` does; an expert
+    is read whole, and its slice is kept, of its values where it is published quantised.
 
     Raises CheckpointError for a pair the model does not have and for a tensor that is missing or cannot be read.
     """
     loaded: dict[tuple[int, int], ExpertWeights] = {}
-    with ExitStack() as stack:
-        files: dict[Path, BinaryIO] = {}
-        for layer, expert in sorted(held):
-            if not (0 <= layer < layout.shape.moe_layers and 0 <= expert < layout.shape.experts):
-                raise CheckpointError(
-                    f"checkpoint {checkpoint.path} has no expert {expert} in MoE layer {layer}: "
-                    f"it has {layout.shape.moe_layers} layers of {layout.shape.experts}"
-                )
-            parameters = {
-                field: _read([_slice_of(checkpoint, layout, name, expert) for name in names], dtype, files, stack)
-                for field, names in layout.layers[layer].sources.items()
-            }
-            for field in layout.layers[layer].transposed:
-                parameters[field] = parameters[field].T.contiguous()
-            weights = ExpertWeights(**{field: value.to(device) for field, value in parameters.items()})
-            loaded[layer, expert] = weights.quantised() if int8 else weights
+    with Reader() as reader:
+        for layer, number in sorted(held):
+            expert, part = divmod(number, slices)
+            weights = load_expert(reader, checkpoint, layout, layer, expert, dtype)
+            if slices > 1:
+                weights = slice_of(weights, layout.shape.mlp, part, slices, dtype)
+            weights = weights.to(device)
+            loaded[layer, number] = weights.quantised() if int8 else weights
     return loaded
 
 
-def _slice_of(checkpoint: Checkpoint, layout: ExpertLayout, name: str, expert: int) -> TensorEntry:
+def load_expert(
+    reader: Reader,
+    checkpoint: Checkpoint,
+    layout: ExpertLayout,
+    layer: int,
+    expert: int,
+    dtype: torch.dtype,
+) -> ExpertWeights:
+    """One expert of MoE layer `layer`, whole and on CPU: see `load_experts`."""
+    shape = layout.shape
+    if not (0 <= layer < shape.moe_layers and 0 <= expert < shape.experts):
+        raise CheckpointError(
+            f"checkpoint {checkpoint.path} has no expert {expert} in MoE layer {layer}: "
+            f"it has {shape.moe_layers} layers of {shape.experts}"
+        )
+    read: dict[str, Matrix] = {}
+    of_layer = layout.layers[layer]
+    for field, names in of_layer.sources.items():
+        entries = [_entry(checkpoint, layout, name, expert) for name in names]
+        read[field] = _read(reader, entries, dtype, transposed=field in of_layer.transposed)
+    gate_up, down = read["gate_up"], read["down"]
+    if type(gate_up) is not type(down):  # one kernel computes both
+        gate_up, down = dequantised(gate_up, dtype), dequantised(down, dtype)
+    biases = (read.get("gate_up_bias"), read.get("down_bias"))
+    return ExpertWeights(gate_up, down, *(None if bias is None else dequantised(bias, dtype) for bias in biases))
+
+
+def _entry(checkpoint: Checkpoint, layout: ExpertLayout, name: str, expert: int) -> Stored:
     """One expert's share of a source: a tensor of its own, or a run of rows of a fused one."""
     entry = checkpoint.tensor(name.replace(EXPERT, str(expert)))
-    if EXPERT in name:
-        return entry
-    experts = layout.shape.experts
-    size = (entry.end - entry.start) // experts
-    start = entry.start + expert * size
-    # [E, ...], or (DBRX) the rows of all experts below each other, [E * rows, ...]
-    shape = entry.shape[1:] if entry.shape[0] == experts else (entry.shape[0] // experts, *entry.shape[1:])
-    return TensorEntry(entry.file, entry.dtype, shape, start, start + size)
+    return entry if EXPERT in name else of_expert(entry, expert, layout.shape.experts)
 
 
-def _read(
-    entries: list[TensorEntry], dtype: torch.dtype, files: dict[Path, BinaryIO], stack: ExitStack
-) -> torch.Tensor:
-    """The entries' tensors concatenated along dim 0, in `dtype`."""
+def _read(reader: Reader, entries: list[Stored], dtype: torch.dtype, *, transposed: bool) -> Matrix:
+    """The entries' matrices one below the other, quantised if all are, else in `dtype`."""
+    quantised = [entry for entry in entries if isinstance(entry, QuantisedEntry)]
+    if len(quantised) == len(entries):
+        try:
+            return joined([reader.matrix(entry) for entry in quantised])
+        except ValueError:  # some have zero points, or other groups: rare enough for their plain values
+            return torch.cat([reader.values(entry, dtype) for entry in entries])
+    if quantised:
+        return torch.cat([reader.values(entry, dtype) for entry in entries])
+    plain = [entry for entry in entries if isinstance(entry, TensorEntry)]
+    matrix = _read_plain(reader, plain, dtype)
+    return matrix.T.contiguous() if transposed else matrix
+
+
+def _read_plain(reader: Reader, entries: list[TensorEntry], dtype: torch.dtype) -> torch.Tensor:
+    """The entries' tensors concatenated along dim 0, in `dtype`, without a second copy where they are stored in it."""
     rows = sum(entry.shape[0] for entry in entries)
     out = torch.empty((rows, *entries[0].shape[1:]), dtype=dtype)
     start = 0
     for entry in entries:
         part = out[start : start + entry.shape[0]]
-        stored = STORED.get(entry.dtype)
+        stored = FLOATS.get(entry.dtype)
         if stored is None:
             raise CheckpointError(f"{entry.file}: experts stored as {entry.dtype} cannot be served")
-        target = part if stored is dtype else torch.empty(entry.shape, dtype=stored)
-        try:
-            if entry.file not in files:
-                files[entry.file] = stack.enter_context(entry.file.open("rb", buffering=0))
-            _fill(target, files[entry.file], entry)
-        except OSError as error:
-            raise CheckpointError(f"{entry.file}: cannot be read: {error}") from error
-        if target is not part:
-            part.copy_(target)
+        if stored is dtype:
+            reader.fill(part, entry)
+        else:
+            part.copy_(reader.tensor(entry))
         start += entry.shape[0]
     return out
-
-
-def _fill(target: torch.Tensor, file: BinaryIO, entry: TensorEntry) -> None:
-    """Reads the entry's bytes into the contiguous `target`."""
-    view = target.view(-1).view(torch.uint8).numpy().data
-    file.seek(entry.start)
-    while view:  # one read call returns at most 2 GiB
-        count = file.readinto(view)  # type: ignore[attr-defined]  # raw files have it
-        if not count:
-            raise CheckpointError(f"{entry.file}: truncated: it ends before byte {entry.end}")
-        view = view[count:]

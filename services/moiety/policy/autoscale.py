@@ -1,6 +1,7 @@
-"""How many replicas one expert group should have: a pure function of what was seen and of the time passed in.
+"""How many replicas one deployment should have: a pure function of what was seen and of the time passed in.
 
-Growth acts at once, then waits for its replicas to come up; shrinking waits for load to stay low and goes one by one.
+Growth acts at once and aims at a busy fraction; shrinking waits for load to stay low and goes a little at a time. What a
+replica more or less would do is predicted by the cost model. Experts, routers and gateways are decided for alike.
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ if TYPE_CHECKING:
 
 STEP_TIMEOUT_S = 30.0  # a replica that is not live by then no longer holds up the next step
 SETTLE_S = 1.5  # load reports of the time before a step have left their window by then
-SHRINK_MARGIN = 0.8  # after a step down, predicted busy must stay below this fraction of the target
+SHRINK_STEP = 0.1  # of the replicas at once, at least one
+LEAST_GAIN = 0.1  # twice the replicas must relieve each by this much, or growing is not worth them
+JUDGED = 0.2  # a step that should have relieved each replica by less than this cannot be told from noise
+ALIVE_SHARE = 0.25  # of the target: a hot set whose one replica is less busy than this is not worth it
 ROUNDING = 1e-9  # keeps float noise (0.6 / 0.2 = 2.9999…96) from asking for one replica more
 
 
@@ -29,9 +33,22 @@ class Snapshot:
     reporting: int  # of these, how many told their load lately
     busy: float  # mean busy fraction of the reporting replicas, 0 to 1
     queue_wait_ms: float  # the longest mean wait for the device among them
-    rows_per_s: float  # rows the routers send to the experts it holds
+    rows_per_s: float  # rows the routers send to the experts it holds; of a router or gateway, its requests
     wake: bool = False  # someone waits for an expert that it holds and no live replica does
     stale: bool = False  # the registry does not answer: nothing here can be trusted but `target`
+    fixed: float = 0.0  # the part of busy that stays when replicas share the work, 0 to 1: CostModel.fixed_share
+    spare: bool = False  # another deployment holds all that it holds: a hot set
+    asked: float = 0.0  # of a hot set at zero: how busy one replica would be, were it there
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """What a step up set out from, to see whether it helped."""
+
+    live: int
+    target: int
+    measure: str  # "busy" or "queue wait": what asked for it
+    per_row: float  # that measure over rows per second
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +57,11 @@ class State:
 
     short_since: float | None = None  # fewer replicas live than asked for, since then
     settled_at: float = -math.inf  # until then, load reports may still tell of the time before the last step
-    low_since: float | None = None  # one replica less would have done, since then
+    low_since: float | None = None  # fewer replicas would have done, since then
+    live: int | None = None  # replicas at the last decision
+    trial: Trial | None = None  # the last step up, until it can be judged
+    doubted_until: float = -math.inf  # the last step up did not help: until then no other is taken
+    doubt: str = ""  # what was seen of it
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,89 +84,152 @@ def decide(snapshot: Snapshot, state: State, settings: GroupSettings, now: float
     """The next target of `snapshot.deployment`, within `[min_replicas, max_replicas]`.
 
     1. The registry is silent: hold.      2. Out of bounds: go to the bound.      3. At zero: wake on demand.
-    4. Still growing: wait, up to STEP_TIMEOUT_S.      5. Too busy or too long a queue: grow at once.
-    6. Low for `shrink_after_s`: one replica less.      7. Otherwise hold.
+    4. Too busy even for the replicas that are still to come, or too long a queue: grow at once, unless replicas have
+       just come up, growing would not help, or it has not helped just now.
+    5. Still growing: wait, up to STEP_TIMEOUT_S.      6. Low for `shrink_after_s`: a tenth less, at least one.
+    7. Otherwise hold.
     """
     if snapshot.stale:
         return _decision(snapshot, replace(state, low_since=None), snapshot.target, "the registry does not answer")
-    state = _observe(snapshot, state, now)
+    state = _observe(snapshot, state, settings, now)
     low, high = settings.min_replicas, max(settings.max_replicas, settings.min_replicas)
     if not low <= snapshot.target <= high:
         target = min(max(snapshot.target, low), high)
         return _step(snapshot, state, target, f"bounds are {low} to {high}", now)
     if snapshot.target == 0:
-        return _at_zero(snapshot, state, now)
+        return _at_zero(snapshot, state, settings, now)
     growing = state.short_since is not None and now - state.short_since < STEP_TIMEOUT_S
+    if snapshot.reporting == 0:
+        why = _coming(snapshot) if growing else "no replica reports its load"
+        return _decision(snapshot, replace(state, low_since=None), snapshot.target, why)
+    wanted, why, measure = _wanted(snapshot, settings, growing)
+    if wanted > snapshot.target:
+        return _grow(snapshot, replace(state, low_since=None), min(wanted, high), why, measure, now)
     if growing:
         return _decision(snapshot, replace(state, low_since=None), snapshot.target, _coming(snapshot))
-    if snapshot.reporting == 0:
-        return _decision(snapshot, replace(state, low_since=None), snapshot.target, "no replica reports its load")
-    wanted, why = _wanted(snapshot, settings)
-    if wanted > snapshot.target:
-        return _grow(snapshot, replace(state, low_since=None), min(wanted, high), why, now)
     return _shrink(snapshot, state, settings, now)
 
 
-def _observe(snapshot: Snapshot, state: State, now: float) -> State:
-    """Keeps track of whether the replicas asked for are live."""
+def predicted_busy(snapshot: Snapshot, replicas: int) -> float:
+    """Mean busy fraction that the load of now would cause on `replicas`, at least 1: what is fixed per batch stays."""
+    return snapshot.busy * (snapshot.fixed + (1.0 - snapshot.fixed) * snapshot.live / replicas)
+
+
+def router_busy(running: int, slots: int, used_blocks: int, blocks: int) -> float:
+    """How full a router is, 0 to 1: its slots or its KV cache, whichever is scarcer. Cached prefixes are not in use."""
+    return max(running / max(slots, 1), used_blocks / max(blocks, 1))
+
+
+def _observe(snapshot: Snapshot, state: State, settings: GroupSettings, now: float) -> State:
+    """Keeps track of whether the replicas asked for are live, and of what the last step up brought."""
+    came = state.live is not None and snapshot.live > state.live
+    state = replace(state, live=snapshot.live, settled_at=now + SETTLE_S if came else state.settled_at)
     if snapshot.live < snapshot.target:
         return replace(state, short_since=now if state.short_since is None else state.short_since)
     if state.short_since is not None:
-        return replace(state, short_since=None, settled_at=now + SETTLE_S)
+        state = replace(state, short_since=None, settled_at=now + SETTLE_S)
+    if state.trial is not None and now >= state.settled_at and snapshot.reporting == snapshot.live:
+        return _judge(snapshot, state, state.trial, settings, now)
     return state
 
 
-def _at_zero(snapshot: Snapshot, state: State, now: float) -> Decision:
+def _judge(snapshot: Snapshot, state: State, trial: Trial, settings: GroupSettings, now: float) -> State:
+    """Ends the trial; where it brought less than a fifth of the relief that was due, growth is doubted for a while."""
+    state = replace(state, trial=None)
+    due = 1.0 - trial.live / max(snapshot.live, 1)
+    if due < JUDGED or trial.per_row <= 0.0 or snapshot.rows_per_s <= 0.0:
+        return state
+    relief = 1.0 - _measured(snapshot, trial.measure) / snapshot.rows_per_s / trial.per_row
+    if relief >= 2 * LEAST_GAIN * due:
+        return state
+    steps = f"{trial.live} → {snapshot.live} replicas"
+    doubt = f"the step {steps} changed {trial.measure} per row by {-relief:+.0%} where {-due:+.0%} was due"
+    return replace(state, doubted_until=now + max(settings.shrink_after_s, STEP_TIMEOUT_S), doubt=doubt)
+
+
+def _measured(snapshot: Snapshot, measure: str) -> float:
+    return snapshot.busy if measure == "busy" else snapshot.queue_wait_ms
+
+
+def _at_zero(snapshot: Snapshot, state: State, settings: GroupSettings, now: float) -> Decision:
     if snapshot.wake:
         return _step(snapshot, state, 1, "its experts are waited for", now)
+    if snapshot.spare:
+        worth = 2 * ALIVE_SHARE * settings.target_busy
+        why = f"one replica would be {snapshot.asked:.2f} busy"
+        if snapshot.asked >= worth:
+            return _step(snapshot, state, 1, f"{why} ≥ {worth:.2f}", now)
+        return _decision(snapshot, state, 0, f"{why} < {worth:.2f}, and others hold its experts")
     if snapshot.rows_per_s > 0:
         return _step(snapshot, state, 1, f"{snapshot.rows_per_s:.0f} rows/s for its experts", now)
     return _decision(snapshot, state, 0, "no demand")
 
 
-def _wanted(snapshot: Snapshot, settings: GroupSettings) -> tuple[int, str]:
-    """Replicas that the load of the live ones calls for, and the words for it."""
-    wanted, why = 0, ""
-    if snapshot.busy > settings.target_busy:
-        wanted = math.ceil(snapshot.live * snapshot.busy / settings.target_busy - ROUNDING)
-        why = f"busy {snapshot.busy:.2f} of {_replicas(snapshot.live)} > target {settings.target_busy:.2f}"
-    if snapshot.queue_wait_ms > settings.queue_wait_ms and wanted <= snapshot.target:
-        wanted = snapshot.target + 1
+def _wanted(snapshot: Snapshot, settings: GroupSettings, growing: bool) -> tuple[int, str, str]:
+    """Replicas that the load of the live ones calls for, the words for it, and the measure that asks."""
+    target, busy = settings.target_busy, snapshot.busy
+    text = f"busy {busy:.2f} of {_replicas(snapshot.live)} > target {target:.2f}"
+    divisible, room = busy * (1.0 - snapshot.fixed) * snapshot.live, target - busy * snapshot.fixed
+    if busy > target and room > 0:
+        wanted = min(math.ceil(divisible / room - ROUNDING), 4 * snapshot.target)
+        if wanted > snapshot.target:
+            return wanted, text, "busy"
+    elif busy > target and not growing:  # no number of replicas gets there: double, and see whether it helps
+        return 2 * snapshot.target, text, "busy"
+    if snapshot.queue_wait_ms > settings.queue_wait_ms and not growing:
         why = f"queue wait {snapshot.queue_wait_ms:.0f} ms > limit {settings.queue_wait_ms:.0f} ms"
-    return wanted, why
+        return snapshot.target + max(1, int(SHRINK_STEP * snapshot.target)), why, "queue wait"
+    return 0, "", ""
 
 
-def _grow(snapshot: Snapshot, state: State, target: int, why: str, now: float) -> Decision:
+def _grow(snapshot: Snapshot, state: State, target: int, why: str, measure: str, now: float) -> Decision:
     if target == snapshot.target:
         return _decision(snapshot, state, target, f"{why}, but max_replicas is {target}")
     if now < state.settled_at:
         return _decision(snapshot, state, snapshot.target, f"{why}, but the last step has just come up")
-    return _step(snapshot, state, target, why, now)
+    gain = (1.0 - snapshot.fixed) / 2
+    if gain < LEAST_GAIN:
+        told = f"but {snapshot.fixed:.0%} of it is fixed: twice the replicas would relieve each by {gain:.0%}"
+        return _decision(snapshot, state, snapshot.target, f"{why}, {told}")
+    if now < state.doubted_until:
+        return _decision(snapshot, state, snapshot.target, f"{why}, but {state.doubt}")
+    per_row = _measured(snapshot, measure) / snapshot.rows_per_s if snapshot.rows_per_s > 0 else 0.0
+    trial = Trial(max(snapshot.live, 1), target, measure, per_row)
+    return _step(snapshot, replace(state, trial=trial), target, why, now)
 
 
 def _shrink(snapshot: Snapshot, state: State, settings: GroupSettings, now: float) -> Decision:
-    fewer = snapshot.target - 1
-    if fewer < settings.min_replicas:
+    fewest = max(settings.min_replicas, snapshot.target - max(1, int(SHRINK_STEP * snapshot.target)))
+    if fewest >= snapshot.target:
         return _decision(snapshot, replace(state, low_since=None), snapshot.target, "within bounds and load")
-    low, why = _low(snapshot, settings, fewer)
-    if not low:
+    for fewer in range(fewest, snapshot.target):
+        low, why = _low(snapshot, settings, fewer)
+        if low:
+            break
+    else:
         return _decision(snapshot, replace(state, low_since=None), snapshot.target, why)
     since = now if state.low_since is None else state.low_since
     state = replace(state, low_since=since)
     if now - since < settings.shrink_after_s:
         return _decision(snapshot, state, snapshot.target, f"{why}; for {now - since:.0f} s so far")
-    return _step(snapshot, state, fewer, f"{why} for {now - since:.0f} s", now)
+    return _step(snapshot, replace(state, trial=None), fewer, f"{why} for {now - since:.0f} s", now)
 
 
 def _low(snapshot: Snapshot, settings: GroupSettings, fewer: int) -> tuple[bool, str]:
     """Whether `fewer` replicas would carry this load with a margin, and the words for it."""
     if snapshot.reporting < snapshot.live:
         return False, f"only {snapshot.reporting} of {_replicas(snapshot.live)} report their load"
+    if fewer == 0 and snapshot.spare:
+        bound = ALIVE_SHARE * settings.target_busy
+        text = f"busy {snapshot.busy:.2f} of the last replica"
+        if snapshot.wake or snapshot.busy >= bound:
+            return False, f"{text} ≥ {bound:.2f}"
+        return True, f"{text} < {bound:.2f}, and others hold its experts"
     if fewer == 0:
         idle = not snapshot.wake and snapshot.rows_per_s == 0
         return idle, "no demand" if idle else f"last replica, {snapshot.rows_per_s:.0f} rows/s"
-    predicted = snapshot.busy * snapshot.live / min(fewer, snapshot.live)
-    bound = SHRINK_MARGIN * settings.target_busy
+    predicted = predicted_busy(snapshot, min(fewer, snapshot.live))
+    bound = settings.shrink_margin * settings.target_busy
     calm = snapshot.queue_wait_ms <= settings.queue_wait_ms / 2
     text = f"busy {snapshot.busy:.2f} of {_replicas(snapshot.live)}, {predicted:.2f} on {fewer}"
     if not calm:
@@ -172,6 +256,9 @@ def _decision(snapshot: Snapshot, state: State, target: int, why: str) -> Decisi
         "rows_per_s": round(snapshot.rows_per_s, 3),
         "wake": snapshot.wake,
         "stale": snapshot.stale,
+        "fixed": round(snapshot.fixed, 4),
+        "spare": snapshot.spare,
+        "asked": round(snapshot.asked, 4),
     }
     return Decision(snapshot.deployment, current, target, f"{why}: {move}", inputs, state)
 

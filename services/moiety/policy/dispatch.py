@@ -50,11 +50,46 @@ class Table:
                 shared[layer, expert] = tuple(indices)
         return cls(version, replicas, sole, shared)
 
+    def held_only_by(self, layer: int, replicas: Collection[str]) -> np.ndarray:
+        """bool [E]: the experts of `layer` that have holders, all of them among `replicas`."""
+        among = np.array([replica in replicas for replica in self.replicas] + [False, False])  # SEVERAL, NOBODY
+        only = among[self.sole[layer]]
+        for (of_layer, expert), holders in self.shared.items():
+            if of_layer == layer:
+                only[expert] = all(among[holder] for holder in holders)
+        return only
+
     def uncovered(self) -> list[tuple[int, int]]:
         """Every (layer, expert) without a live holder."""
         return [
             (layer, int(expert)) for layer, owner in self.sole.items() for expert in np.flatnonzero(owner == NOBODY)
         ]
+
+
+@dataclass(frozen=True, slots=True)
+class Holders:
+    """Who is asked for which experts while placements change, and what that says of the change."""
+
+    held: Mapping[str, ExpertSet]  # replica id -> what it may be asked for
+    epoch: (
+        int  # every replica's experts are those of this placement or a later one, and none that is leaving is asked for
+    )
+
+
+def holders(held: Mapping[str, ExpertSet], leaving: Mapping[str, ExpertSet], epochs: Mapping[str, int]) -> Holders:
+    """From what each replica holds by the placement of its epoch, and what it still answers besides.
+
+    An expert that is leaving a replica is asked for there only while nobody holds it: so none is ever without a holder
+    on its way to another one, and none that is still needed counts as given up.
+    """
+    changing = {layer for experts in leaving.values() for layer in experts.by_layer}  # few, of thousands of replicas
+    covered = ExpertSet(
+        {layer: frozenset().union(*(experts.layer(layer) for experts in held.values())) for layer in changing}
+    )
+    needed = {replica: left for replica, experts in leaving.items() if (left := experts - covered)}
+    taken_in = [epoch - (replica in needed) for replica, epoch in epochs.items()]
+    asked = {replica: held[replica] | needed[replica] if replica in needed else held[replica] for replica in held}
+    return Holders(asked, min(taken_in, default=0))
 
 
 @dataclass(frozen=True, slots=True)

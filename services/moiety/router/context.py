@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from moiety.core import CallClass, ExpertBackend
@@ -20,6 +21,8 @@ class StepContext:
     span: Span
     check: Callable[[], None]  # raises once a request of the step was cancelled or has expired
     waits: Callable[[int, list[int]], None]  # tells the policy that experts of a layer are waited for
+    # Told of each layer under the overflow policy `backup`: bool [T, K], which rows went to another expert than the gate's.
+    routed: Callable[[np.ndarray], None] = lambda _rerouted: None
 
 
 class StepBackend(ExpertBackend, Protocol):

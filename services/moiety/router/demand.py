@@ -6,7 +6,7 @@ import threading
 
 import numpy as np
 
-from moiety.core import Demand
+from moiety.core import Costs, Demand
 
 
 class DemandCounter:
@@ -26,8 +26,8 @@ class DemandCounter:
             self._rows[layer] += rows
             self._activations[layer] += rows > 0
 
-    def reading(self, now: float) -> Demand:
-        """The totals so far; `now` in Unix seconds."""
+    def reading(self, now: float, costs: Costs | None = None) -> Demand:
+        """The totals so far; `now` in Unix seconds. `costs`: the router's fit, to go with them."""
         with self._lock:
             rows, activations = self._rows.tolist(), self._activations.tolist()
-        return Demand(tuple(map(tuple, rows)), tuple(map(tuple, activations)), now, self._started)
+        return Demand(tuple(map(tuple, rows)), tuple(map(tuple, activations)), now, self._started, costs)

@@ -46,6 +46,8 @@ class Load:
     running: int
     waiting: int
     free_blocks: int  # of the KV cache: without an owner, cached prefixes among them
+    admitted: int = 0  # requests that have begun to run, since the start
+    waited_s: float = 0.0  # how long they waited for that, together
 
 
 class StepInterrupted(MoietyError):
@@ -72,6 +74,7 @@ class Engine:
         self._scheduler = Scheduler(cache, slots, token_budget, speculative_tokens)
         self._slots, self._rate = slots, AdmissionRate()
         self._queue_limit, self._threads, self._waits, self._tracer = queue_limit, threads, waits, tracer
+        self._admitted, self._waited_s = 0, 0.0
         self._arrived: list[Sequence] = []
         self._changed = threading.Condition()
         self._stopping = False
@@ -105,7 +108,8 @@ class Engine:
     @property
     def load(self) -> Load:
         waiting = len(self._scheduler.waiting) + len(self._arrived)
-        return Load(len(self._scheduler.running), waiting, self._cache.free_blocks)
+        running = len(self._scheduler.running)
+        return Load(running, waiting, self._cache.free_blocks, self._admitted, self._waited_s)
 
     def submit(self, sequence: Sequence) -> None:
         """Queues a request. Raises ResourceExhausted when the queue is full, InvalidRequest when it can never run."""
@@ -171,6 +175,8 @@ class Engine:
             if not sequence.admitted:  # else it comes back from having been preempted
                 sequence.admitted = True
                 self._rate.note(now)
+                self._admitted += 1
+                self._waited_s += (now_ns - sequence.submitted_ns) / 1e9
                 sequence.cached_tokens = min(sequence.computed, sequence.prompt_tokens)
                 self._tracer.start(SpanName.QUEUE, parent=sequence.span, start_ns=sequence.submitted_ns).end(now_ns)
 
@@ -262,6 +268,8 @@ class Engine:
             self._end(sibling, emitted)
         if emitted.error is not None:
             sequence.span.error(emitted.error)
+        if sequence.routed_rows:
+            sequence.span.set(Attribute.REROUTED, sequence.rerouted_rows / sequence.routed_rows)
         sequence.span.end()
         self._emit(sequence, emitted)
 
@@ -269,6 +277,12 @@ class Engine:
         if not sequence.emitted:
             sequence.emitted = True
             emitted = replace(emitted, cached_tokens=sequence.cached_tokens)
+        if sequence.routed_rows:
+            rows, rerouted = sequence.told_rows
+            sequence.told_rows = sequence.routed_rows, sequence.rerouted_rows
+            emitted = replace(
+                emitted, routed_rows=sequence.routed_rows - rows, rerouted_rows=sequence.rerouted_rows - rerouted
+            )
         sequence.emit(replace(emitted, choice=sequence.choice) if sequence.choice else emitted)
 
     def _end_given_up(self, sequence: Sequence) -> None:

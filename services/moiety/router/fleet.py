@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
 from operator import ne
@@ -19,7 +19,7 @@ import numpy as np
 from moiety.core import WIRE_VERSION, ExpertSet, ModelShape, Replica, ReplicaState, Role, Transport
 from moiety.errors import FailedPrecondition, InvalidRequest, MoietyError, PeerLost, ResourceExhausted
 from moiety.load.watch import Watch
-from moiety.policy.dispatch import Table
+from moiety.policy.dispatch import Table, holders
 from moiety.wire.codec import Rows
 from moiety.wire.expert_link import ExpertLink
 from moiety.wire.experts_pb2 import OUTCOME_OVERLOADED, DescribeResponse, ForwardReply, ForwardRequest
@@ -40,11 +40,14 @@ class Fleet:
     ):
         self.mailbox = Mailbox()  # the engine thread's: answers come there, and changes of the table
         self.table = Table.build(0, {}, shape.moe_layers, shape.experts)
+        self._asked: Mapping[str, ExpertSet] = {}  # what `table` was built from
         self._watch, self._shape, self._revision, self._dtype = watch, shape, revision, dtype
         self._transport = transport
         self._links: dict[str, ExpertLink] = {}
         self._held: dict[str, ExpertSet] = {}
+        self._leaving: dict[str, ExpertSet] = {}  # what is answered besides, for now
         self._epochs: dict[str, int] = {}  # placement epoch that `_held` is of
+        self.placement_epoch = 0  # the table has taken this placement in, whole: nothing that it drops is asked for
         self._deployments: dict[str, str] = {}
         self._refused: dict[str, str] = {}  # replica id -> why, so that it is told once
         self._listeners: list[Callable[[], None]] = []  # the engine thread's
@@ -124,15 +127,17 @@ class Fleet:
         while True:
             listed_now = self._watch.replicas
             listed = {replica.id: replica for replica in listed_now if replica.role is Role.EXPERT}
+            changed = False  # one new table for however many replicas have followed a placement
             for replica in listed.values():
                 if replica.state is ReplicaState.READY and self._wanted(replica):
                     self._dialling[replica.id] = asyncio.create_task(self._serve(replica))
                     self._dialling[replica.id].add_done_callback(partial(self._forget, replica.id))
-                elif replica.id in self._held and replica.placement_epoch > self._epochs[replica.id]:
-                    self._hold(replica.id, replica.held, replica.placement_epoch)
+                elif replica.id in self._held and self._newer(replica):
+                    changed |= self._note(replica.id, replica.held, replica.leaving, replica.placement_epoch)
             for replica_id in [r for r, listed_one in listed.items() if listed_one.state is ReplicaState.DRAINING]:
-                if self._held.pop(replica_id, None) is not None:  # no new calls; those in flight finish on its link
-                    self._publish()
+                changed |= self._release(replica_id)  # no new calls; those in flight finish on its link
+            if changed:
+                self._publish()
             with suppress(TimeoutError):
                 async with asyncio.timeout(REDIAL_S):
                     await self._watch.until(partial(ne, listed_now))
@@ -172,7 +177,8 @@ class Fleet:
                 return
             self._links[replica.id] = link
             self._deployments[replica.id] = replica.deployment
-            self._hold(replica.id, link.held, link.description.placement_epoch)
+            if self._note(replica.id, link.held, link.leaving, link.description.placement_epoch):
+                self._publish()
             _log.info(
                 "replica %s (%s) at %s is in, over %s", replica.id, replica.deployment, replica.address, link.transport
             )
@@ -182,8 +188,7 @@ class Fleet:
             self._links.pop(replica.id, None)
             self.suspects.discard(replica.id)
             self._deployments.pop(replica.id, None)
-            self._epochs.pop(replica.id, None)
-            if self._held.pop(replica.id, None) is not None:
+            if self._release(replica.id):
                 self._publish()
             await link.close()
 
@@ -202,19 +207,33 @@ class Fleet:
         except MoietyError as error:
             _log.warning("replica %s does not say what it holds: %s", replica_id, error)
             return
-        if replica_id in self._held:
-            self._hold(replica_id, link.held, link.description.placement_epoch)
-
-    def _hold(self, replica_id: str, held: ExpertSet, epoch: int) -> None:
-        """Notes what a replica holds. The registry may lag behind what Describe told; the epoch says which is newer."""
-        changed = self._held.get(replica_id) != held
-        self._held[replica_id], self._epochs[replica_id] = held, epoch
-        if changed:
+        told = (link.held, link.leaving, link.description.placement_epoch)
+        if replica_id in self._held and self._note(replica_id, *told):
             self._publish()
 
+    def _newer(self, listed: Replica) -> bool:
+        """Whether the registry tells news: it may lag behind what Describe told. Within an epoch experts only leave."""
+        fewer = len(listed.leaving) < len(self._leaving[listed.id])
+        return (listed.placement_epoch, fewer) > (self._epochs[listed.id], False)
+
+    def _note(self, replica_id: str, held: ExpertSet, leaving: ExpertSet, epoch: int) -> bool:
+        """Notes what a replica holds by the placement of `epoch`, and what it will drop; whether that is news."""
+        known = (self._held.get(replica_id), self._leaving.get(replica_id), self._epochs.get(replica_id))
+        self._held[replica_id], self._leaving[replica_id], self._epochs[replica_id] = held, leaving, epoch
+        return known != (held, leaving, epoch)
+
+    def _release(self, replica_id: str) -> bool:
+        """It is asked for nothing from the next table on; whether it was in this one."""
+        self._leaving.pop(replica_id, None)
+        self._epochs.pop(replica_id, None)
+        return self._held.pop(replica_id, None) is not None
+
     def _publish(self) -> None:
-        version = self.table.version + 1
-        self.table = Table.build(version, dict(self._held), self._shape.moe_layers, self._shape.experts)
+        version, asked = self.table.version + 1, holders(self._held, self._leaving, self._epochs)
+        if asked.held != self._asked:
+            self._asked = asked.held
+            self.table = Table.build(version, asked.held, self._shape.moe_layers, self._shape.experts)
+        self.placement_epoch = asked.epoch
         self.mailbox.post(self._tell_listeners)
 
     def _tell_listeners(self) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import torch
 
 from moiety.errors import HopFailed
@@ -79,7 +81,7 @@ class Forward:
             self._device,
             self._across(sequences, counts),
         )
-        backend.begin_step(step)
+        backend.begin_step(replace(step, routed=partial(_note_routed, plan)))
         try:
             with use_backend(backend), use_states(batch.states):
                 output = self._model(
@@ -106,3 +108,13 @@ class Forward:
             counts,
             self._device,
         )
+
+
+def _note_routed(plan: StepPlan, rerouted: np.ndarray) -> None:
+    """Counts a layer's rows, and those that went to another expert, for the sequence that each token [T, K] is of."""
+    start = 0
+    for item in plan.scheduled:
+        end = start + len(item.ids)
+        item.sequence.routed_rows += rerouted[start:end].size
+        item.sequence.rerouted_rows += int(rerouted[start:end].sum())
+        start = end

@@ -11,11 +11,14 @@ from collections.abc import Callable
 import torch
 
 from moiety.router.context import HopSettings, StepContext
+from moiety.router.costs import CostFit
 from moiety.router.demand import DemandCounter
 from moiety.router.fleet import Fleet
 from moiety.router.hedge import Hedging
+from moiety.router.overflow import Queues
 from moiety.router.pending import PendingLayer
 from moiety.telemetry.tracing import Tracer
+from moiety.wire.experts_pb2 import ForwardReply
 
 
 class Hop:
@@ -31,13 +34,16 @@ class Hop:
         settings: HopSettings,
         hedging: Hedging,
         demand: DemandCounter,
+        costs: CostFit,
         tracer: Tracer,
         wait: Callable[[float], None] | None = None,
+        queues: Queues | None = None,
     ):
         """`wait(seconds)` returns once something was handled, or the time is over: by default by blocking in the
         mailbox; lanes that take turns on the thread let another one run instead.
         """
         self.fleet, self.settings, self.hedging, self.demand, self.tracer = fleet, settings, hedging, demand, tracer
+        self.costs, self.queues = costs, queues
         self.wait = wait or fleet.mailbox.wait
         self.layer_began_ns = 0  # Unix time at which the layer before was done, or the step began
         self._step: StepContext | None = None
@@ -52,6 +58,12 @@ class Hop:
         """Sends hidden [T, D] to the experts in top_k_index [T, K] (int64, -1: none)."""
         assert self._step is not None, "submit outside a step"
         return PendingLayer(self, self._step, layer, hidden, top_k_index)
+
+    def answered(self, replica: str, reply: ForwardReply) -> None:
+        """Learns from an OK reply what its batch cost, and how long it waited."""
+        self.costs.answered(reply)
+        if self.queues is not None:
+            self.queues.answered(replica, reply.queue_ms)
 
     def while_waiting(self, layer: int) -> None:
         """One lane has nothing to overlap."""

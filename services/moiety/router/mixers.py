@@ -20,7 +20,7 @@ from torch import nn
 
 from moiety.errors import CheckpointError
 from moiety.router.cachespec import StateKey, StateSpec
-from moiety.router.statecache import CONVOLUTION, RECURRENT, StateCache, StateLayer, StateName
+from moiety.router.statecache import CONVOLUTION, RECURRENT, PositionCache, StateCache, StateLayer, StateName
 from moiety.router.states import Group, SlotStates, StepStates
 
 _log = logging.getLogger(__name__)
@@ -85,14 +85,33 @@ class Mixer:
 
     def _call(self, given: tuple[tuple[Any, ...], dict[str, Any]], cache: StateCache) -> Any:
         arguments, options = given
-        if isinstance(at := self._cache, int):
-            return self._compute(*arguments[:at], cache, *arguments[at + 1 :], **options)
-        return self._compute(*arguments, **{**options, at: cache})
+        return _with_cache(self._compute, arguments, options, self._cache, cache)
+
+
+class _Positioned:
+    """Stands in for the `forward` of an attention module that asks its cache where its tokens are (Llama 4's)."""
+
+    def __init__(self, compute: Callable[..., Any], cache: str | int):
+        self._compute, self._cache = compute, cache
+
+    def __call__(self, *arguments: Any, moiety_batch: Any, **options: Any) -> Any:
+        device = next(v for v in (*arguments, *options.values()) if isinstance(v, torch.Tensor)).device
+        positions = PositionCache((moiety_batch.length - 1).to(device))
+        return _with_cache(self._compute, arguments, {**options, "moiety_batch": moiety_batch}, self._cache, positions)
 
 
 def mixers(model: nn.Module) -> list[Mixer]:
     """Those that `install` has put in place."""
     return [found for module in model.modules() if isinstance(found := module.__dict__.get("forward"), Mixer)]
+
+
+def _with_cache(
+    compute: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any], at: str | int, cache: Any
+) -> Any:
+    """The call with `cache` as the argument at this place or of this name."""
+    if isinstance(at, int):
+        return compute(*arguments[:at], cache, *arguments[at + 1 :], **options)
+    return compute(*arguments, **{**options, at: cache})
 
 
 # Arguments and outputs -------------------------------------------------------------------------------------------
@@ -166,6 +185,7 @@ class _Recorder(StateCache):
         super().__init__(0, StateLayer({}))
         self.layers = _Layers(number_of_states)
         self.uses: dict[nn.Module, _Use] = {}
+        self.positioned: dict[nn.Module, _Use] = {}  # attention modules that ask where their tokens are
         self._running: list[tuple[nn.Module, _Use]] = []
 
     def enter(self, module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
@@ -179,6 +199,11 @@ class _Recorder(StateCache):
         """`module` is done; a forward hook."""
         if self._running and self._running[-1][0] is module:
             self._running.pop()
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        if self._running:
+            self.positioned.setdefault(*self._running[-1])
+        return 0
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
         return None
@@ -240,6 +265,8 @@ def install(model: Any, run: Callable[[Any], object]) -> None:
                 hooks.callback(module.register_forward_pre_hook(recorder.enter, with_kwargs=True).remove)
                 hooks.callback(module.register_forward_hook(recorder.leave).remove)
             run(recorder)
+        for module, use in recorder.positioned.items():
+            module.forward = _Positioned(module.forward, use.cache)
         forgetful: dict[type[nn.Module], bool] = {}
         for module, use in recorder.uses.items():
             mixer = module.forward = Mixer(module, use)

@@ -178,6 +178,7 @@ class PendingLayer:
             return
         rows = codec.rows_in(reply.payload, self._places.itemsize)
         self._hop.hedging.answered(self._layer, self._step.call_class, time.monotonic() - call.sent)
+        self._hop.answered(call.replica, reply.header)
         if call.hedge_of in self._calls:
             self._hop.fleet.suspect(self._calls[call.hedge_of].replica, call.hedge_of)
         call.span.set(Attribute.QUEUE_MS, reply.header.queue_ms)

@@ -28,6 +28,8 @@ class Emitted:
     top_logprobs: tuple[TopLogprobs, ...] = ()
     prompt_logprobs: tuple[float, ...] = ()
     cached_tokens: int = 0  # of the prompt; told with a choice's first token
+    routed_rows: int = 0  # (token, expert) rows since the choice's last event; 0 unless experts may overflow
+    rerouted_rows: int = 0  # of these, those that went to another expert than the gate's
 
 
 @dataclass(slots=True, eq=False)
@@ -52,6 +54,9 @@ class Sequence:
     cached_tokens: int = 0  # tokens of the prompt that were found in the prefix cache
     admitted: bool = False  # whether it ever ran
     emitted: bool = False  # whether anything was sent yet
+    routed_rows: int = 0  # as in Emitted, but since the beginning
+    rerouted_rows: int = 0
+    told_rows: tuple[int, int] = (0, 0)  # of these, routed and rerouted ones that were told of
     table: BlockTable = field(default_factory=BlockTable)
     encoder_ids: tuple[int, ...] = ()  # an encoder-decoder's prompt; `tokens` are its decoder's then
     across: BlockTable = field(default_factory=BlockTable)  # where keys and values of `encoder_ids` lie

@@ -87,6 +87,8 @@ class EngineService(engine_pb2_grpc.EngineServicer):
                     top_logprobs=map(_top_logprobs, emitted.top_logprobs),
                     prompt_logprobs=emitted.prompt_logprobs,
                     cached_tokens=emitted.cached_tokens,
+                    routed_rows=emitted.routed_rows,
+                    rerouted_rows=emitted.rerouted_rows,
                 )
                 unfinished -= emitted.finish is not None
         finally:

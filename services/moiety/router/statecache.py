@@ -53,14 +53,8 @@ class StateLayer(LinearAttentionCacheLayerMixin):
         return {(kind, index): state for kind, states in both for index, state in states.items() if state is not None}
 
 
-class StateCache(Cache):
-    """A transformers cache of one state layer. Attention layers that are handed it keep nothing in it."""
-
-    is_croppable = False
-
-    def __init__(self, layer: int, states: StateLayer):
-        super().__init__(layers=[states])
-        self.layers: dict[int, StateLayer] = {layer: states}
+class _NothingKept(Cache):
+    """Attention layers that are handed it keep nothing in it."""
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
@@ -68,8 +62,28 @@ class StateCache(Cache):
         """Keys and values as they are: the attention function keeps them."""
         return key_states, value_states
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        raise CheckpointError("its attention asks the cache where tokens are, which the router cannot tell it yet")
+
+class PositionCache(_NothingKept):
+    """What an attention layer is handed that asks its cache where tokens are: it counts its own from there on."""
+
+    def __init__(self, positions: torch.Tensor):
+        """`positions` [T] of the tokens of a packed row."""
+        super().__init__(layers=[])
+        self._before = positions - torch.arange(len(positions), device=positions.device)
+
+    def get_seq_length(self, layer_idx: int = 0) -> Any:
+        """For each token how many come before the row's first, were the row all its sequence's: [T]."""
+        return self._before
+
+
+class StateCache(_NothingKept):
+    """A transformers cache of one state layer."""
+
+    is_croppable = False
+
+    def __init__(self, layer: int, states: StateLayer):
+        super().__init__(layers=[states])
+        self.layers: dict[int, StateLayer] = {layer: states}
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         raise CheckpointError("its attention asks the cache which tokens it sees, which the router cannot tell it yet")

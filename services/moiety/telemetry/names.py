@@ -71,6 +71,8 @@ class Attribute(StrEnum):
     # Ours: the request.
     REQUEST_ID = "moiety.request_id"  # str
 
+    REROUTED = "moiety.rerouted"  # float, 0 to 1: rows that went to another expert than the gate's; backup policy only
+
     # Ours: a step.
     STEP_CLASS = "moiety.step.class"  # str: decode, prefill or mixed
     STEP_SEQUENCES = "moiety.step.sequences"  # int

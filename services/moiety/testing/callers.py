@@ -15,6 +15,7 @@ from moiety.errors import MoietyError, PeerLost
 from moiety.load.memory import MemoryRegistry
 from moiety.load.watch import Watch
 from moiety.router.context import HopSettings, StepContext
+from moiety.router.costs import CostFit
 from moiety.router.demand import DemandCounter
 from moiety.router.fleet import Fleet
 from moiety.router.hedge import Hedging
@@ -145,7 +146,8 @@ async def loopback_hop(
         stack.push_async_callback(fleet.close)
         settings = HopSettings(revision, codec.DTYPES[dtype], expert_wait_s)
         demand = DemandCounter(shape.moe_layers, shape.experts)
-        hop = Hop(fleet, settings, Hedging(hedge_after_s, retry_budget), demand, NO_TRACER)
+        costs = CostFit(shape.mlp.parameters * settings.dtype.itemsize)
+        hop = Hop(fleet, settings, Hedging(hedge_after_s, retry_budget), demand, costs, NO_TRACER)
         await eventually(lambda: {replica.id for replica in replicas} <= set(fleet.table.replicas))
         lane = LoopbackHop(hop, fleet, watch, registry, thread)
         idle = asyncio.create_task(lane.idle())

@@ -123,8 +123,9 @@ async def bench_flood(work: FloodWork, *, progress: Progress = lambda _: None) -
 
 
 def rows_of(work: FloodWork, runs: dict[int, list[Tally]], offered: dict[int, list[float]]) -> tuple[FloodRow, ...]:
-    """A row per load; the peak is the best median of all."""
-    pace = {load: percentile([run.tokens_per_s for run in tallies], 50) for load, tallies in runs.items()}
+    """A row per load. The peak is the load of the best median; ratios to it are taken round by round: machines drift."""
+    pace = {load: [run.tokens_per_s for run in tallies] for load, tallies in runs.items()}
+    peak = max(pace.values(), key=lambda of_load: percentile(of_load, 50))
     return tuple(
         FloodRow(
             model=model_name(work.model),
@@ -134,8 +135,8 @@ def rows_of(work: FloodWork, runs: dict[int, list[Tally]], offered: dict[int, li
             refused=sum(run.refused for run in tallies),
             refused_with_hint=sum(run.refused_with_hint for run in tallies),
             failed=sum(len(run.failures) for run in tallies),
-            tokens_per_s=pace[load],
-            ratio_to_peak=pace[load] / max(pace.values()),
+            tokens_per_s=percentile(pace[load], 50),
+            ratio_to_peak=percentile([mine / best for mine, best in zip(pace[load], peak, strict=True)], 50),
         )
         for load, tallies in runs.items()
     )

@@ -38,7 +38,7 @@ async def bench_lanes(work: EngineWork, *, progress: Callable[[str], None] = lam
         opened = await BenchModel.open(work, stack, progress)
         progress(f"experts: starting {work.groups} groups")
         threads = max(1, usable_cores() // work.groups)
-        cluster = LocalCluster(opened.path, groups=work.groups, dtype=work.dtype, threads=threads)
+        cluster = LocalCluster(opened.path, groups=work.groups, dtype=work.dtype, threads=threads, pin=True)
         await stack.enter_async_context(cluster)
         engines: dict[str, EngineRunner] = {}
         for name, lanes in ENGINES.items():

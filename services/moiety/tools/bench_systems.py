@@ -83,6 +83,7 @@ class Served:
             # each product costs more than it brings. The groups of a layer compute at the same time.
             router={"slots": load.slots, "queue_limit": load.slots},
             expert={"threads": max(1, cores // self._groups), **self._expert},
+            pin=True,
         )
         try:
             async with asyncio.timeout(timeout_s):

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from math import prod
 
 from moiety.model.checkpoint import Checkpoint
-from moiety.model.headers import TensorEntry
 from moiety.model.layout import EXPERT, ExpertLayout
+from moiety.model.quantised import Stored
 from moiety.tools.machine_speed import MachineSpeed
 
 
@@ -67,5 +67,5 @@ class StepCost:
         return streamed / speed.read_bytes_per_s + self.flops(tokens) / speed.flops(dtype)
 
 
-def _size(entry: TensorEntry) -> int:
+def _size(entry: Stored) -> int:
     return prod(entry.shape)

@@ -26,6 +26,8 @@ from moiety.local import LocalCluster
 from moiety.model.architecture import causal_lm_class, load_config, quiet_transformers
 from moiety.model.checkpoint import Checkpoint
 from moiety.model.layout import expert_layout
+from moiety.model.quantised import QuantisedEntry
+from moiety.model.reading import Reader
 from moiety.model.revision import revision
 from moiety.model.router import load_router
 from moiety.model.seam import use_backend
@@ -34,6 +36,7 @@ from moiety.router import across, attention, latent
 from moiety.router.batch import AcrossBatch, StepBatch
 from moiety.router.blocks import BlockTable
 from moiety.router.context import HopSettings, StepContext
+from moiety.router.costs import CostFit
 from moiety.router.demand import DemandCounter
 from moiety.router.fleet import Fleet
 from moiety.router.hedge import Hedging
@@ -211,11 +214,18 @@ def _reference_model(checkpoint: str, dtype: torch.dtype, references: Path | Non
 
 
 def _transformers_model(checkpoint: str, dtype: torch.dtype) -> Any:
-    """Plain transformers, all experts in it; its config is read as the router reads it (DBRX's is corrected)."""
+    """Plain transformers, all experts in it; its config is read as the router reads it (DBRX's is corrected).
+
+    The reference of quantised weights is the model on their values: transformers' own ways to dequantise differ.
+    """
     opened = Checkpoint.open(checkpoint)
     config = load_config(opened)
     model_class: Any = causal_lm_class(opened, config)
     with quiet_transformers():
+        if any(isinstance(entry, QuantisedEntry) for entry in opened.tensors.values()):
+            with Reader() as reader:
+                state = reader.state(opened.tensors, dtype)
+            return model_class.from_pretrained(None, config=config, state_dict=state, dtype=dtype).eval()
         model = model_class.from_pretrained(checkpoint, config=config, dtype=dtype, local_files_only=True).eval()
     return encoder_decoder.corrected(model)
 
@@ -244,7 +254,8 @@ async def _own_router(
     fleet = Fleet(watch, layout.shape, of, DTYPE_NAMES[dtype])
     fleet.start()
     demand = DemandCounter(layout.shape.moe_layers, layout.shape.experts)
-    hop = Hop(fleet, HopSettings(of, dtype, expert_wait_s=30.0), Hedging(0.02, 0.1), demand, NO_TRACER)
+    costs = CostFit(layout.shape.mlp.parameters * dtype.itemsize)
+    hop = Hop(fleet, HopSettings(of, dtype, expert_wait_s=30.0), Hedging(0.02, 0.1), demand, costs, NO_TRACER)
 
     @torch.inference_mode()
     def forward(prompt: Sequence[int], text: Sequence[int]) -> torch.Tensor:

@@ -60,7 +60,7 @@ class EngineRequest(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., revision: _Optional[str] = ..., prompt_ids: _Optional[_Iterable[int]] = ..., generated_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_generation_pb2.SamplingParams, _Mapping]] = ..., stop_ids: _Optional[_Iterable[int]] = ..., priority: _Optional[int] = ..., tenant: _Optional[str] = ..., choice: _Optional[int] = ...) -> None: ...
 
 class EngineEvent(_message.Message):
-    __slots__ = ("token_ids", "finish_reason", "logprobs", "choice", "top_logprobs", "prompt_logprobs", "cached_tokens")
+    __slots__ = ("token_ids", "finish_reason", "logprobs", "choice", "top_logprobs", "prompt_logprobs", "cached_tokens", "routed_rows", "rerouted_rows")
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
@@ -68,6 +68,8 @@ class EngineEvent(_message.Message):
     TOP_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    ROUTED_ROWS_FIELD_NUMBER: _ClassVar[int]
+    REROUTED_ROWS_FIELD_NUMBER: _ClassVar[int]
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     finish_reason: _generation_pb2.FinishReason
     logprobs: _containers.RepeatedScalarFieldContainer[float]
@@ -75,4 +77,6 @@ class EngineEvent(_message.Message):
     top_logprobs: _containers.RepeatedCompositeFieldContainer[_generation_pb2.TopLogprobs]
     prompt_logprobs: _containers.RepeatedScalarFieldContainer[float]
     cached_tokens: int
-    def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., finish_reason: _Optional[_Union[_generation_pb2.FinishReason, str]] = ..., logprobs: _Optional[_Iterable[float]] = ..., choice: _Optional[int] = ..., top_logprobs: _Optional[_Iterable[_Union[_generation_pb2.TopLogprobs, _Mapping]]] = ..., prompt_logprobs: _Optional[_Iterable[float]] = ..., cached_tokens: _Optional[int] = ...) -> None: ...
+    routed_rows: int
+    rerouted_rows: int
+    def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., finish_reason: _Optional[_Union[_generation_pb2.FinishReason, str]] = ..., logprobs: _Optional[_Iterable[float]] = ..., choice: _Optional[int] = ..., top_logprobs: _Optional[_Iterable[_Union[_generation_pb2.TopLogprobs, _Mapping]]] = ..., prompt_logprobs: _Optional[_Iterable[float]] = ..., cached_tokens: _Optional[int] = ..., routed_rows: _Optional[int] = ..., rerouted_rows: _Optional[int] = ...) -> None: ...

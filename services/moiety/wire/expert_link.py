@@ -28,12 +28,11 @@ class ExpertLink:
     def __init__(
         self,
         description: DescribeResponse,
-        held: ExpertSet,
         transport: Transport,
         connection: Connection,
         channels: list[grpc.aio.Channel],
     ):
-        self.description, self.held = description, held  # as the replica told last
+        self.description = description  # as the replica told last
         self.transport, self.connection = transport, connection
         self._channels = channels
 
@@ -49,11 +48,11 @@ class ExpertLink:
         """
         channels = [channel(address)]
         try:
-            description, held = await _describe(channels[0], timeout_s)
+            description = await _describe(channels[0], timeout_s)
             if transport in (Transport.AUTO, Transport.SHM):
                 try:
                     connection = await _shared_memory(description, mailbox, timeout_s)
-                    return cls(description, held, Transport.SHM, connection, channels)
+                    return cls(description, Transport.SHM, connection, channels)
                 except MoietyError as error:
                     if transport is Transport.SHM:
                         raise FailedPrecondition(f"{address} cannot be reached by shared memory: {error}") from None
@@ -62,7 +61,7 @@ class ExpertLink:
                 address = await _unix(description, address)
                 channels.append(channel(address))
             used = transport if transport is Transport.UNIX else Transport.GRPC
-            return cls(description, held, used, GrpcConnection(address, channels[-1], mailbox), channels)
+            return cls(description, used, GrpcConnection(address, channels[-1], mailbox), channels)
         except BaseException:
             await asyncio.gather(*(each.close() for each in channels))
             raise
@@ -71,8 +70,17 @@ class ExpertLink:
         """Asks again what the replica holds, after it said NOT_HELD. Raises PeerLost, what Describe answered, or
         InvalidRequest.
         """
-        self.description, self.held = await _describe(self._channels[0], timeout_s)
+        self.description = await _describe(self._channels[0], timeout_s)
         return self.description
+
+    @property
+    def held(self) -> ExpertSet:
+        return ExpertSet.parse(self.description.held)
+
+    @property
+    def leaving(self) -> ExpertSet:
+        """Experts that are answered too, for now."""
+        return ExpertSet.parse(self.description.leaving)
 
     async def close(self) -> None:
         """Whatever is unanswered gets PeerLost."""
@@ -101,17 +109,19 @@ async def _unix(told: DescribeResponse, address: str) -> str:
     return f"unix-abstract:{told.unix}"
 
 
-async def _describe(grpc_channel: grpc.aio.Channel, timeout_s: float) -> tuple[DescribeResponse, ExpertSet]:
+async def _describe(grpc_channel: grpc.aio.Channel, timeout_s: float) -> DescribeResponse:
     call = grpc_channel.unary_unary(
         "/moiety.v1.Experts/Describe",
         request_serializer=DescribeRequest.SerializeToString,
         response_deserializer=DescribeResponse.FromString,
     )
     try:
-        description = await call(DescribeRequest(), timeout=timeout_s)
+        description: DescribeResponse = await call(DescribeRequest(), timeout=timeout_s)
     except grpc.RpcError as error:
         raise status.error_of(error) from None
-    try:
-        return description, ExpertSet.parse(description.held)
-    except ValueError as error:
-        raise InvalidRequest("held", description.held, f"a set of experts: {error}") from None
+    for field, text in (("held", description.held), ("leaving", description.leaving)):
+        try:
+            ExpertSet.parse(text)
+        except ValueError as error:
+            raise InvalidRequest(field, text, f"a set of experts: {error}") from None
+    return description

@@ -39,7 +39,7 @@ class DescribeRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class DescribeResponse(_message.Message):
-    __slots__ = ("model", "revision", "dtype", "hidden", "wire_version", "held", "placement_epoch", "max_message_bytes", "shared_memory", "unix")
+    __slots__ = ("model", "revision", "dtype", "hidden", "wire_version", "held", "placement_epoch", "max_message_bytes", "shared_memory", "unix", "leaving")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     REVISION_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
@@ -50,6 +50,7 @@ class DescribeResponse(_message.Message):
     MAX_MESSAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
     SHARED_MEMORY_FIELD_NUMBER: _ClassVar[int]
     UNIX_FIELD_NUMBER: _ClassVar[int]
+    LEAVING_FIELD_NUMBER: _ClassVar[int]
     model: str
     revision: str
     dtype: str
@@ -60,7 +61,8 @@ class DescribeResponse(_message.Message):
     max_message_bytes: int
     shared_memory: str
     unix: str
-    def __init__(self, model: _Optional[str] = ..., revision: _Optional[str] = ..., dtype: _Optional[str] = ..., hidden: _Optional[int] = ..., wire_version: _Optional[int] = ..., held: _Optional[str] = ..., placement_epoch: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., shared_memory: _Optional[str] = ..., unix: _Optional[str] = ...) -> None: ...
+    leaving: str
+    def __init__(self, model: _Optional[str] = ..., revision: _Optional[str] = ..., dtype: _Optional[str] = ..., hidden: _Optional[int] = ..., wire_version: _Optional[int] = ..., held: _Optional[str] = ..., placement_epoch: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., shared_memory: _Optional[str] = ..., unix: _Optional[str] = ..., leaving: _Optional[str] = ...) -> None: ...
 
 class SharedMemoryHello(_message.Message):
     __slots__ = ("wire_version", "revision", "dtype")
@@ -81,7 +83,7 @@ class SharedMemoryWelcome(_message.Message):
     def __init__(self, accepted: _Optional[bool] = ..., refusal: _Optional[str] = ...) -> None: ...
 
 class ForwardRequest(_message.Message):
-    __slots__ = ("payload_bytes", "call_id", "attempt", "revision", "placement_epoch", "layer", "rows", "k_offsets", "experts", "dtype", "return_mode", "call_class", "deadline_ms", "traceparent", "payload")
+    __slots__ = ("payload_bytes", "call_id", "attempt", "revision", "placement_epoch", "layer", "rows", "k_offsets", "experts", "dtype", "return_mode", "call_class", "deadline_ms", "traceparent", "payload", "sent_ns")
     PAYLOAD_BYTES_FIELD_NUMBER: _ClassVar[int]
     CALL_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
@@ -97,6 +99,7 @@ class ForwardRequest(_message.Message):
     DEADLINE_MS_FIELD_NUMBER: _ClassVar[int]
     TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_FIELD_NUMBER: _ClassVar[int]
+    SENT_NS_FIELD_NUMBER: _ClassVar[int]
     payload_bytes: int
     call_id: int
     attempt: int
@@ -112,7 +115,8 @@ class ForwardRequest(_message.Message):
     deadline_ms: int
     traceparent: str
     payload: bytes
-    def __init__(self, payload_bytes: _Optional[int] = ..., call_id: _Optional[int] = ..., attempt: _Optional[int] = ..., revision: _Optional[str] = ..., placement_epoch: _Optional[int] = ..., layer: _Optional[int] = ..., rows: _Optional[int] = ..., k_offsets: _Optional[bytes] = ..., experts: _Optional[bytes] = ..., dtype: _Optional[str] = ..., return_mode: _Optional[_Union[ReturnMode, str]] = ..., call_class: _Optional[_Union[CallClass, str]] = ..., deadline_ms: _Optional[int] = ..., traceparent: _Optional[str] = ..., payload: _Optional[bytes] = ...) -> None: ...
+    sent_ns: int
+    def __init__(self, payload_bytes: _Optional[int] = ..., call_id: _Optional[int] = ..., attempt: _Optional[int] = ..., revision: _Optional[str] = ..., placement_epoch: _Optional[int] = ..., layer: _Optional[int] = ..., rows: _Optional[int] = ..., k_offsets: _Optional[bytes] = ..., experts: _Optional[bytes] = ..., dtype: _Optional[str] = ..., return_mode: _Optional[_Union[ReturnMode, str]] = ..., call_class: _Optional[_Union[CallClass, str]] = ..., deadline_ms: _Optional[int] = ..., traceparent: _Optional[str] = ..., payload: _Optional[bytes] = ..., sent_ns: _Optional[int] = ...) -> None: ...
 
 class ForwardReply(_message.Message):
     __slots__ = ("payload_bytes", "call_id", "attempt", "revision", "outcome", "detail", "held_epoch", "rows", "activated_experts", "batch_rows", "queue_ms", "compute_ms", "payload")

@@ -30,6 +30,7 @@ class ForwardCall:
     k_offsets: np.ndarray  # int32 [R + 1]
     experts: np.ndarray  # int32 [A], global ids
     payload: codec.Rows  # [R]
+    sent: float = 0.0  # seconds of the monotonic clock at which it was sent, if it comes from this machine; else 0
 
     @property
     def row_of(self) -> np.ndarray:
@@ -72,4 +73,5 @@ def parse_call(header: ForwardRequest, payload: memoryview, *, dtype: str, hidde
         k_offsets=offsets,
         experts=experts,
         payload=codec.rows_in(payload, row_bytes) if header.rows else np.empty(0, dtype=codec.row_dtype(row_bytes)),
+        sent=header.sent_ns / 1e9,
     )

@@ -8,6 +8,7 @@ import os
 import select
 import socket
 import struct
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -89,6 +90,7 @@ class SharedMemoryConnection:
         if self._segment is None:
             return _Range(self, key, 0, 0, rows_bytes, reply_bytes, 0, np.empty(rows, row))
         header.payload_bytes = rows_bytes
+        header.sent_ns = time.monotonic_ns()
         message = header.SerializeToString()
         into = aligned(rows_bytes) + aligned(reply_bytes)
         size = into + len(message)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import pytest
 
 from moiety import __version__
-from moiety.cli.main import COMMANDS
+from moiety.cli.main import COMMANDS, run
 from moiety.cli.run import Interrupted, run_async
 
 HEAVY = ("torch", "transformers", "ray", "grpc", "numpy", "pydantic")
@@ -105,3 +105,11 @@ def test_signal_lets_work_clean_up(number: signal.Signals) -> None:
         run_async(work())
     assert steps == ["cleaned up"]
     assert told.value.exit_status == 128 + number
+
+
+def test_rebalance_tells_a_wrong_address_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    """One line that names the registry, and status 1, without watching for load first."""
+    began = time.monotonic()
+    assert run(["rebalance", "--registry", "redis://127.0.0.1:1/0", "--watch", "60"]) == 1
+    assert time.monotonic() - began < 20
+    assert capsys.readouterr().err.startswith("error: registry redis://127.0.0.1:1/0: ")

@@ -48,7 +48,7 @@ def _policy(settings: AppSettings) -> Any:
     """The policy after the journey that Serve sends it on."""
     cloudpickle.register_pickle_by_value(autoscaling)
     try:
-        copied = cloudpickle.loads(cloudpickle.dumps(autoscaling.ExpertPolicy))
+        copied = cloudpickle.loads(cloudpickle.dumps(autoscaling.LoadPolicy))
     finally:
         cloudpickle.unregister_pickle_by_value(autoscaling)
     return copied(arguments=carried(settings), held="0:0-3")
@@ -124,7 +124,7 @@ def test_without_a_registry_the_current_target_holds(redis: EmbeddedRedis) -> No
 
 def test_the_policy_never_raises(caplog: pytest.LogCaptureFixture) -> None:
     """Arguments it can't use make it hold the current target; it says so once, not nine times a second."""
-    policy = autoscaling.ExpertPolicy(arguments={"nonsense": 1}, held="0:0")
+    policy = autoscaling.LoadPolicy(arguments={"nonsense": 1}, held="0:0")
     logger = logging.getLogger("ray.serve")  # it does not propagate
     logger.addHandler(caplog.handler)
     try:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from moiety.core import Busy, Demand, ExpertSet, Placement, Replica, ReplicaState, Role
+from moiety.core import Busy, Costs, Demand, ExpertSet, Placement, Replica, ReplicaState, Role
 from moiety.deploy.ledger import Ledger
 from moiety.load.memory import MemoryRegistry
 
@@ -98,5 +98,67 @@ def test_experts_beyond_the_counters_are_no_error() -> None:
         await registry.publish_demand("router", Demand(((1, 1),), ((1, 1),), time=1.0))
         snapshot = (await Ledger(registry).read()).snapshot("experts-0", 0, ExpertSet.parse("0-3:0-9"))
         assert snapshot.rows_per_s == 0
+
+    asyncio.run(check())
+
+
+COSTS = Costs(fixed_s=0.001, s_per_byte=1e-9, s_per_row=0.0001, expert_bytes=1_000_000, samples=100, error=0.05)
+
+
+def test_what_more_replicas_would_not_share_follows_from_the_fit() -> None:
+    """Ten batches a second of one expert and ten rows each: 1 ms fixed, 1 ms of weights, 1 ms of rows."""
+
+    async def check() -> None:
+        registry = await _registry(READY)
+        ledger = Ledger(registry)
+        await registry.publish_demand("router", Demand(((0, 0, 0, 0),), ((0, 0, 0, 0),), time=100.0))
+        await ledger.read()
+        await registry.publish_demand("router", Demand(((100, 0, 0, 0),), ((10, 0, 0, 0),), time=101.0, costs=COSTS))
+        await registry.publish_busy("a", Busy(0.03, 0.0, rows_per_s=100.0, calls_per_s=10.0))
+        snapshot = (await ledger.read()).snapshot("experts-0", 1, HELD)
+        assert snapshot.fixed == pytest.approx(1 / 3)
+
+    asyncio.run(check())
+
+
+def test_a_hot_set_at_zero_is_asked_for_its_share() -> None:
+    """One replica of a hot set beside one of the group would take half of what its experts cost; a group is never spare."""
+
+    async def check() -> None:
+        registry = await _registry(READY)
+        ledger = Ledger(registry)
+        assert await registry.set_placement(Placement(1, {"experts-0": HELD, "hot-0": ExpertSet.parse("0:0")}))
+        await registry.publish_demand("router", Demand(((0, 0, 0, 0),), ((0, 0, 0, 0),), time=100.0))
+        await ledger.read()
+        await registry.publish_demand("router", Demand(((1000, 0, 0, 0),), ((100, 0, 0, 0),), time=101.0, costs=COSTS))
+        reading = await ledger.read()
+        hot = reading.snapshot("hot-0", 0, ExpertSet(), spare=True)
+        assert hot.spare
+        assert hot.asked == pytest.approx((0.1 + 0.1 + 0.1) / 2)
+        assert reading.snapshot("experts-0", 1, HELD).asked == 0.0
+
+    asyncio.run(check())
+
+
+def test_a_starting_router_does_not_wake_a_hot_set() -> None:
+    """Its experts have holders anyway: a router needs their groups."""
+
+    async def check() -> None:
+        router = replace(READY, id="r", role=Role.ROUTER, deployment="router", held=ExpertSet())
+        registry = await _registry(replace(router, state=ReplicaState.STARTING))
+        assert not (await Ledger(registry).read()).snapshot("hot-0", 0, HELD, spare=True).wake
+
+    asyncio.run(check())
+
+
+def test_live_settings_are_those_of_the_youngest_replica() -> None:
+    """Serve tells replicas one after the other; at zero there is nobody to tell, and None is not "no settings"."""
+
+    async def check() -> None:
+        old = replace(READY, started=1.0, scaling={"target_busy": 0.5})
+        registry = await _registry(old, replace(READY, id="b", started=2.0, scaling={"target_busy": 0.8}))
+        reading = await Ledger(registry).read()
+        assert reading.scaling("experts-0") == {"target_busy": 0.8}
+        assert reading.scaling("experts-1") is None
 
     asyncio.run(check())

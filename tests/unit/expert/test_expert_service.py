@@ -25,6 +25,7 @@ from moiety.testing import HOST, Caller, eventually, open_caller
 from moiety.wire import codec, experts_pb2, experts_pb2_grpc
 from moiety.wire.channels import MAX_MESSAGE_BYTES, Server, channel
 from moiety.wire.transport import Reply
+from moiety_kernels import ExpertWeights
 
 HELD = ExpertSet.block(3, range(4))
 
@@ -202,7 +203,8 @@ def test_a_failed_computation_is_told_and_survived(make_runtime: MakeRuntime):
 
     def load(held):
         good = {pair: weights_of(pair) for pair in held}
-        return {**good, (0, 1): type(good[0, 1])(torch.ones(3, 5), torch.ones(5, 2))}
+        broken = {(0, 1): ExpertWeights(torch.ones(3, 5), torch.ones(5, 2))}
+        return {pair: broken.get(pair, weights) for pair, weights in good.items()}
 
     async def scenario(it: Served) -> None:
         failed = await it.send([1])

@@ -89,36 +89,8 @@ def test_what_is_not_held_is_refused_whole(make_runtime: MakeRuntime):
     assert runtime.idle
 
 
-def test_experts_dropped_while_a_call_waited_are_not_computed(make_runtime: MakeRuntime):
-    """What was held on arrival and is gone when the device is free is NOT_HELD; its batch mates are computed."""
-    runtime = make_runtime(ALL, start=False)
-    gone, kept = submit(runtime, [0, 5]), submit(runtime, [1])
-    runtime.hold(ExpertSet.block(3, range(5)), epoch=3)
-    runtime.start()
-    assert isinstance(gone.one(), NotHeld)
-    assert "epoch 3" in str(gone.one())
-    assert isinstance(kept.one(), Computed)
-
-
-def test_a_batch_computes_with_the_weights_it_was_checked_against(make_runtime: MakeRuntime):
-    """A placement that changes between a batch's check and its computation neither fails nor corrupts it."""
-    runtime = make_runtime(ALL, start=False)
-    checked = submit(runtime, [0, 5])
-    # An expired call is answered between the check of the one before it and the computation.
-    swap = Waiting(
-        call_for([0], deadline=Deadline.after(0.0)), lambda _: runtime.hold(ExpertSet.block(3, range(3)), epoch=1)
-    )
-    runtime.submit(swap)
-    runtime.start()
-    computed = checked.one()
-    assert isinstance(computed, Computed)
-    torch.testing.assert_close(tensor_of(computed), plainly([0, 5], rows_for(2)))
-    with pytest.raises(NotHeld, match=r"\[5\].*epoch 1"):
-        submit(runtime, [0, 5])
-
-
 def test_only_new_experts_are_read(make_runtime: MakeRuntime):
-    """A new placement reads what it adds, never what is there."""
+    """A new placement reads what it adds, layer by layer, never what is there or has not left yet."""
     reads: list[ExpertSet] = []
 
     def load(held):
@@ -126,10 +98,44 @@ def test_only_new_experts_are_read(make_runtime: MakeRuntime):
         return {pair: weights_of(pair) for pair in held}
 
     runtime = make_runtime(ExpertSet.parse("0-1:0-1"), start=False, load=load)
+    reads.clear()
     runtime.hold(ExpertSet.parse("0-1:1-2;2:0"), 1)
-    assert str(reads[-1]) == "0-1:2;2:0"
-    runtime.hold(ExpertSet.parse("0:1"), 2)
-    assert len(reads[-1]) == 0
+    assert list(map(str, reads)) == ["0:2", "1:2", "2:0"]
+    reads.clear()
+    runtime.hold(ExpertSet.parse("0:0-1"), 2)
+    assert not reads
+
+
+def test_what_is_leaving_is_answered_until_it_is_dropped(make_runtime: MakeRuntime):
+    """A placement takes an expert away: calls for it go on being computed, and it is not dropped under one of them."""
+    runtime = make_runtime(ALL, start=False)
+    runtime.hold(ExpertSet.block(3, range(5)), epoch=3)
+    assert (runtime.holding.held, runtime.holding.leaving) == (ExpertSet.block(3, range(5)), ExpertSet.block(3, [5]))
+    late, other = submit(runtime, [0, 5]), submit(runtime, [1])
+    assert not runtime.drop_leaving()
+    runtime.start()
+    torch.testing.assert_close(tensor_of(late.one()), plainly([0, 5], rows_for(2)))
+    assert isinstance(other.one(), Computed)
+    runtime.stop(10)
+    assert runtime.drop_leaving()
+    assert len(runtime.holding.leaving) == 0
+    with pytest.raises(NotHeld, match=r"\[5\].*epoch 3"):
+        submit(runtime, [5])
+
+
+def test_a_placement_that_cannot_be_read_changes_nothing(make_runtime: MakeRuntime):
+    """Where reading fails half-way, what was held is held, by its own epoch, and nothing is leaving."""
+
+    def load(held):
+        if 1 in held.by_layer and held.layer(1) & {5}:
+            raise OSError("the disk is gone")
+        return {pair: weights_of(pair) for pair in held}
+
+    runtime = make_runtime(ExpertSet.block(3, [0, 1]), load=load)
+    with pytest.raises(OSError, match="gone"):
+        runtime.hold(ExpertSet.block(3, [0, 5]), epoch=1)
+    assert (runtime.holding.held, runtime.holding.epoch) == (ExpertSet.block(3, [0, 1]), 0)
+    assert isinstance(submit(runtime, [0, 1], layer=2).one(), Computed)
 
 
 def test_an_expired_call_never_reaches_the_device(make_runtime: MakeRuntime):
@@ -190,3 +196,22 @@ def test_pacing_shows_in_the_load(make_runtime: MakeRuntime):
     assert load.rows_per_s == pytest.approx(10 / took, rel=0.5)
     assert load.calls_per_s == pytest.approx(1 / took, rel=0.5)
     assert runtime.load_since_last().busy == 0.0
+
+
+def test_the_wait_of_a_call_begins_when_it_was_sent(make_runtime: MakeRuntime):
+    """A call through shared memory is read when the device is free: the time before that is its wait all the same."""
+    runtime = make_runtime(ALL, capacity=50.0)
+    busy, late = Answers(), Answers()
+
+    def send_another(result) -> None:
+        # Told when the first batch is done, of a call that was sent while it was computed.
+        call = call_for([0])
+        call.sent = time.monotonic() - 0.1
+        busy(result)
+        runtime.submit(Waiting(call, late))
+
+    runtime.submit(Waiting(call_for([0] * 10), send_another))  # 0.2 s
+    assert isinstance(busy.one(), Computed)
+    assert late.one().queue_ms >= 100
+    assert runtime.load_since_last().queue_wait_ms >= 50
+    assert submit(runtime, [0]).one().queue_ms < 50

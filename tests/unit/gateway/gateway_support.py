@@ -31,6 +31,7 @@ class Gateway:
     registry: MemoryRegistry
     watch: Watch
     routers: Routers
+    received: int = 0  # tokens that `chunks` has been sent
 
 
 def run(
@@ -76,17 +77,28 @@ async def tokens(gateway: Gateway, max_tokens: int = 6, **options: object) -> li
 
 async def chunks(gateway: Gateway, prompt: str | list[int] = PROMPT, **options: object) -> list[Chunk]:
     """All chunks of one request."""
-    return [chunk async for chunk in gateway.client.generate(prompt, **{"seed": 0, **options})]  # type: ignore[arg-type]
+    got = []
+    async for chunk in gateway.client.generate(prompt, **{"seed": 0, **options}):  # type: ignore[arg-type]
+        gateway.received += len(chunk.token_ids)
+        got.append(chunk)
+    return got
 
 
-def die_before(position: int, *routers: FakeEngine) -> None:
-    """Makes the first of `routers` that should generate this token vanish instead; the others live."""
+def die_before(gateway: Gateway, position: int, *routers: FakeEngine, choices: int = 1) -> None:
+    """Makes the first of `routers` that should generate this token vanish instead; the others live.
+
+    It vanishes once the client has the tokens before: what is on its way when a router dies may or may not arrive.
+    """
     vanishing: list[asyncio.Task[None]] = []
+
+    async def vanish(router: FakeEngine) -> None:
+        await eventually(lambda: gateway.received >= choices * position)
+        await router.vanish()
 
     def kill(router: FakeEngine) -> Callable[[int], Awaitable[None]]:
         async def before_token(at: int) -> None:
             if at == position and not vanishing:
-                vanishing.append(asyncio.create_task(router.vanish()))
+                vanishing.append(asyncio.create_task(vanish(router)))
                 await asyncio.Event().wait()
 
         return before_token

@@ -61,7 +61,7 @@ def test_a_lost_router_costs_no_choice_a_token(tokenizer: Tokenizer, position: i
     routers = engine("a"), engine("b")
 
     async def scenario(gateway: Gateway) -> None:
-        die_before(position, *routers)
+        die_before(gateway, position, *routers, choices=N)
         got = await chunks(gateway, n=N, max_tokens=TOKENS, logprobs=True, prompt_logprobs=True)
         assert by_choice(got) == {choice: expected(choice) for choice in range(N)}
         assert sum(len(chunk.prompt_logprobs) for chunk in got) == len(PROMPT) - 1, "once, whatever was lost"

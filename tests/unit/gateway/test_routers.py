@@ -31,7 +31,7 @@ def test_a_lost_router_costs_no_token(tokenizer: Tokenizer, position: int):
     routers = engine("a"), engine("b")
 
     async def scenario(gateway: Gateway) -> None:
-        die_before(position, *routers)
+        die_before(gateway, position, *routers)
         assert await tokens(gateway) == expected(6)
         lost, resumed = sorted((request for router in routers for request in router.requests), key=_generated)
         assert not lost.generated_ids
@@ -46,11 +46,11 @@ def test_a_lost_router_costs_no_token(tokenizer: Tokenizer, position: int):
 def test_losing_every_router_waits_for_the_next(tokenizer: Tokenizer):
     """Two routers lost in one stream, then none: the request resumes on the one that comes."""
     routers = [engine("a"), engine("b")]
-    for router in routers:
-        die_before(3, router)
     late = engine("c")
 
     async def scenario(gateway: Gateway) -> None:
+        for router in routers:
+            die_before(gateway, 3, router)
         running = asyncio.create_task(tokens(gateway))
         await eventually(lambda: all(router.requests for router in routers))
         await late.start(gateway.registry)
@@ -67,7 +67,7 @@ def test_no_other_router_in_time_is_unavailable(tokenizer: Tokenizer):
     only = engine("a")
 
     async def scenario(gateway: Gateway) -> None:
-        die_before(1, only)
+        die_before(gateway, 1, only)
         with pytest.raises(Unavailable, match="no router of revision fake-revision is ready"):
             await tokens(gateway)
 
@@ -79,7 +79,7 @@ def test_a_request_keeps_one_revision_for_life(tokenizer: Tokenizer):
     routers = engine("a"), engine("b", revision="newer")
 
     async def scenario(gateway: Gateway) -> None:
-        die_before(3, *routers)
+        die_before(gateway, 3, *routers)
         with pytest.raises(Unavailable, match=r"no router of revision (fake-revision|newer) is ready"):
             await tokens(gateway)
         assert sum(len(router.requests) for router in routers) == 1
@@ -214,7 +214,7 @@ def test_a_resumed_request_waits_for_a_place(tokenizer: Tokenizer):
     first, full = engine("a"), FakeEngine("b", SHAPE, places=0)
 
     async def scenario(gateway: Gateway) -> None:
-        die_before(2, first)
+        die_before(gateway, 2, first)
         running = asyncio.create_task(tokens(gateway))
         await eventually(lambda: full.refused > 0 and len(first.requests) == 1)
         refused = full.refused

@@ -63,7 +63,6 @@ def test_the_writers_placement_is_compare_and_set(tmp_path: Path) -> None:
 
     async def behaviour() -> None:
         writer = FileRegistryWriter(tmp_path / "registry.json")
-        assert not await writer.set_placement(Placement(2, {}))
         assert await writer.set_placement(Placement(1, {}))
         assert not await writer.set_placement(Placement(1, {}))
 

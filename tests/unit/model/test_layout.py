@@ -128,7 +128,10 @@ DBRX = {
     "ffn_config": {"hidden_size": 64, "ffn_hidden_size": 40, "moe_num_experts": 4, "moe_top_k": 2},
 }
 REFUSED = {
-    "quantised": ({**DENSE, "quantization_config": {"quant_method": "mxfp4"}}, r"llama.*quantised \(mxfp4\)"),
+    "quantised": (
+        {**DENSE, "quantization_config": {"quant_method": "aqlm"}},
+        r"llama.*quantised \(aqlm\): served are fp8",
+    ),
     "dense": (DENSE, "architecture llama.*no MoE layer"),
     "outside the seam": (DBRX, "architecture dbrx.*no MoE layer"),
     "unknown": ({"model_type": "grok-1"}, "architecture grok-1.*cannot read its config"),

@@ -6,9 +6,20 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from moiety.config import GroupSettings
-from moiety.policy.autoscale import SETTLE_S, STEP_TIMEOUT_S, Decision, Snapshot, State, decide
+from moiety.policy.autoscale import (
+    SETTLE_S,
+    STEP_TIMEOUT_S,
+    Decision,
+    Snapshot,
+    State,
+    decide,
+    predicted_busy,
+    router_busy,
+)
 
 TICK_S = 0.25
 SETTINGS = GroupSettings(min_replicas=1, max_replicas=4, target_busy=0.6, queue_wait_ms=50, shrink_after_s=10)
@@ -54,7 +65,7 @@ class Group:
             self.live,
             busy,
             0.0,
-            1000 * self.load,
+            1000 * min(self.load, self.live),  # routers send no more than is answered
             wake=self.wake,
             stale=self.stale,
         )
@@ -197,3 +208,103 @@ def test_rounding_asks_for_no_replica_too_many() -> None:
     """3 replicas at 0.4 against a target of 0.3 are exactly 4 replicas' worth."""
     settings = SETTINGS.model_copy(update={"target_busy": 0.3, "max_replicas": 9})
     assert decide(replace(QUIET, target=3, live=3, reporting=3, busy=0.4), State(), settings, 0.0).target == 4
+
+
+def test_growth_aims_past_what_is_fixed() -> None:
+    """Where half of a batch's time stays, halving busy takes more than twice the replicas."""
+    settings = SETTINGS.model_copy(update={"max_replicas": 9})
+    busy = replace(QUIET, target=2, live=2, reporting=2, busy=0.8, fixed=0.5)
+    decision = decide(busy, State(), settings, 0.0)
+    assert decision.target == 4  # 0.8 * (0.5 + 0.5 * 2 / 4) = 0.6
+    assert predicted_busy(busy, decision.target) == pytest.approx(settings.target_busy)
+    assert decision.inputs["fixed"] == 0.5
+
+
+def test_growth_that_would_not_help_is_not_tried() -> None:
+    """Nearly all of a batch's time is fixed: another replica would relieve the first by less than a tenth."""
+    decision = decide(replace(QUIET, busy=0.9, fixed=0.85), State(), SETTINGS, 0.0)
+    assert not decision.changes
+    assert "85% of it is fixed: twice the replicas would relieve each by 8%" in decision.reason
+
+
+def test_a_step_that_did_not_help_is_not_repeated_until_later() -> None:
+    """A second replica that leaves the first as busy per row as it was stops growth, with the numbers, for a while."""
+    alone = replace(QUIET, busy=0.9)
+    state = decide(alone, State(), SETTINGS, 0.0).state
+    two = replace(alone, target=2, live=2, reporting=2)
+    state = decide(two, state, SETTINGS, 5.0).state
+    after = decide(two, state, SETTINGS, 5.0 + SETTLE_S)
+    assert not after.changes
+    assert "the step 1 → 2 replicas changed busy per row by -0% where -50% was due" in after.reason
+    assert not decide(two, after.state, SETTINGS, 20.0).changes
+    assert decide(two, after.state, SETTINGS, 5.0 + SETTLE_S + STEP_TIMEOUT_S).target == 3
+
+
+def test_a_step_that_helped_is_followed_by_the_next() -> None:
+    """Twice the rows at the same busy fraction is the relief that was due, and more load asks for more."""
+    alone = replace(QUIET, busy=0.9)
+    state = decide(alone, State(), SETTINGS, 0.0).state
+    two = replace(alone, target=2, live=2, reporting=2, rows_per_s=2 * alone.rows_per_s)
+    state = decide(two, state, SETTINGS, 5.0).state
+    assert decide(two, state, SETTINGS, 5.0 + SETTLE_S).target == 3
+
+
+def test_a_ramp_is_followed_while_replicas_start() -> None:
+    """Load that keeps rising asks for more before the last replicas are there; a queue alone does not."""
+    settings = SETTINGS.model_copy(update={"max_replicas": 40})
+    rising = replace(QUIET, target=11, live=10, reporting=10, busy=0.7)
+    state = decide(rising, State(short_since=0.0, live=10), settings, 1.0).state
+    assert decide(rising, state, settings, 1.0).target == 12
+    waiting = replace(rising, busy=0.5, queue_wait_ms=500.0)
+    assert not decide(waiting, State(short_since=0.0, live=10), settings, 1.0).changes
+
+
+def test_many_replicas_go_by_tenths() -> None:
+    """Of forty replicas up to four go at once, and never so many that the rest would be too busy."""
+    settings = SETTINGS.model_copy(update={"max_replicas": 99, "shrink_after_s": 0.0})
+    idle = replace(QUIET, target=40, live=40, reporting=40, busy=0.1)
+    assert decide(idle, State(), settings, 0.0).target == 36
+    assert decide(replace(idle, busy=0.45), State(), settings, 0.0).target == 38  # 0.474 on 38, 0.486 on 37
+
+
+def test_a_hot_set_lives_while_it_is_worth_it() -> None:
+    """Others hold what a hot set holds: it comes for load that fills a replica, and goes although some load is left."""
+    settings = SETTINGS.model_copy(update={"min_replicas": 0, "shrink_after_s": 0.0})
+    asleep = replace(QUIET, target=0, live=0, reporting=0, busy=0.0, spare=True)
+    assert not decide(replace(asleep, asked=0.2), State(), settings, 0.0).changes
+    assert decide(replace(asleep, asked=0.4), State(), settings, 0.0).target == 1
+    assert decide(replace(QUIET, busy=0.1, spare=True), State(), settings, 0.0).target == 0
+    assert decide(replace(QUIET, busy=0.2, spare=True), State(), settings, 0.0).target == 1
+
+
+def test_a_router_is_as_busy_as_its_scarcest_room() -> None:
+    """Slots or KV blocks, whichever is fuller; an empty router is not busy at all."""
+    assert router_busy(running=8, slots=32, used_blocks=900, blocks=1000) == 0.9
+    assert router_busy(running=30, slots=32, used_blocks=10, blocks=1000) == 30 / 32
+    assert router_busy(0, 0, 0, 0) == 0.0
+
+
+@given(
+    target=st.integers(0, 50),
+    live=st.integers(0, 50),
+    reporting=st.integers(0, 50),
+    busy=st.floats(0, 1),
+    wait=st.floats(0, 1000),
+    rows=st.floats(0, 1e6),
+    fixed=st.floats(0, 1),
+    wake=st.booleans(),
+    now=st.floats(0, 100),
+    low_since=st.none() | st.floats(0, 100),
+)
+def test_whatever_is_seen_bounds_hold_and_the_last_holder_stays(
+    target: int, live: int, reporting: int, busy: float, wait: float, rows: float, fixed: float, wake: bool,
+    now: float, low_since: float | None,
+) -> None:  # fmt: skip
+    """Every decision is within the bounds, and none takes the last holder away while there is demand."""
+    settings = GroupSettings(min_replicas=0, max_replicas=40, shrink_after_s=1.0)
+    seen = Snapshot("experts-0", target, live, min(reporting, live), busy, wait, rows, wake=wake, fixed=fixed)
+    decision = decide(seen, State(low_since=low_since), settings, now)
+    assert 0 <= decision.target <= 40
+    assert decision.reason
+    if target > 0 and (rows > 0 or wake):
+        assert decision.target > 0

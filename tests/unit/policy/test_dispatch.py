@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moiety.core import ExpertSet
-from moiety.policy.dispatch import KNEE_ROWS, Plan, Table, plan
+from moiety.policy.dispatch import KNEE_ROWS, Plan, Table, holders, plan
 
 EXPERTS = 8
 Held = dict[str, frozenset[int]]
@@ -109,3 +109,29 @@ def test_what_the_model_lacks_is_ignored():
 def test_the_table_names_what_nobody_holds(held: dict[str, ExpertSet], missing: list[tuple[int, int]]):
     """A router is ready once this list is empty."""
     assert Table.build(1, held, layers=1, experts=2).uncovered() == missing
+
+
+def _sets(**held: str) -> dict[str, ExpertSet]:
+    return {replica: ExpertSet.parse(text) for replica, text in held.items()}
+
+
+def test_what_is_leaving_is_asked_for_only_where_nobody_holds_it():
+    """Expert 1 leaves `a` for `b`, which has it; expert 2 leaves for nobody that is there: only that is still asked for."""
+    asked = holders(_sets(a="0:0", b="0:1"), _sets(a="0:1-2", b=""), {"a": 4, "b": 4})
+    assert asked.held == _sets(a="0:0,2", b="0:1")
+    assert asked.epoch == 3  # what leaves `a` by placement 4 is still needed
+
+
+def test_a_placement_is_taken_in_when_every_replica_has_followed():
+    """The epoch acknowledged is that of the last replica to follow; none is, where there are no replicas."""
+    assert holders(_sets(a="0:0", b="0:1"), _sets(a="0:1"), {"a": 4, "b": 3}).epoch == 3
+    assert holders(_sets(a="0:0", b="0:1"), _sets(a="0:1"), {"a": 4, "b": 4}).epoch == 4
+    assert holders({}, {}, {}).epoch == 0
+
+
+def test_experts_whose_holders_are_all_named():
+    """Of a layer's experts those that nobody but the named replicas holds; one without a holder is not among them."""
+    table = Table.build(1, _sets(a="0:0-1", b="0:1-2", c="0:3"), 1, 5)
+    assert table.held_only_by(0, {"a"}).tolist() == [True, False, False, False, False]
+    assert table.held_only_by(0, {"a", "b"}).tolist() == [True, True, True, False, False]
+    assert not table.held_only_by(0, ()).any()

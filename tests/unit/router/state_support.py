@@ -7,15 +7,22 @@ import importlib
 from typing import Any
 
 import torch
+from engine_support import BLOCK_TOKENS, NoHop
 from transformers import AutoConfig
 
 from moiety.core import ExpertMLP, ModelShape
 from moiety.model.architecture import quiet_transformers
 from moiety.router import attention, latent
 from moiety.router.cachespec import CacheSpec
+from moiety.router.engine import Engine
+from moiety.router.forward import Forward
+from moiety.router.kvcache import KVCache
+from moiety.router.lanes import Lanes
 from moiety.router.probe import cache_spec, install_mixers
+from moiety.telemetry.tracing import NO_TRACER
 
 VOCABULARY = 97
+NEW_TOKENS = 10
 _BASE: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
@@ -104,15 +111,28 @@ HYBRIDS: dict[str, dict[str, Any]] = {
     },
     "minimax": {"num_local_experts": 4, "head_dim": 8, "block_size": 8, "layer_types": _ALTERNATING},
     "zaya": {"num_experts": 4, "head_dim": 8, "num_experts_per_tok": 1},
-    "inkling_text": {},
-    "inkling2_text": {},
+}
+_WINDOW: dict[str, Any] = {"num_local_experts": 4, "head_dim": 8, "sliding_window": 8}
+WINDOWED: dict[str, dict[str, Any]] = {
+    "llama4_text": {
+        "intermediate_size_mlp": 48,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 1,
+        "head_dim": 8,
+        "attention_chunk_size": 8,
+        "floor_scale": 4,  # attention without rotation is scaled by position, from the fourth on
+        "attn_scale": 2.0,
+    },
+    "gpt_oss": _WINDOW,
+    "cohere2_moe": {**_WINDOW, "num_experts": 4},
+    "mimo_v2_flash": {**_WINDOW, "n_routed_experts": 4, "moe_intermediate_size": 24, "v_head_dim": 6},
 }
 
 
-def hybrid(architecture: str, dtype: torch.dtype = torch.float32) -> Any:
+def hybrid(architecture: str) -> Any:
     """A whole random transformers model, its experts included."""
-    settings = {**_BASE, **HYBRIDS[architecture]}
-    if architecture in ("nemotron_h",):
+    settings = {**_BASE, **{**HYBRIDS, **WINDOWED}[architecture]}
+    if "layers_block_type" in settings:
         del settings["num_hidden_layers"]
     config = AutoConfig.for_model(architecture, **settings)
     package = type(config).__module__.rsplit(".", 1)[0]
@@ -125,7 +145,7 @@ def hybrid(architecture: str, dtype: torch.dtype = torch.float32) -> Any:
     for path, parameter in model.named_parameters():
         if parameter.dim() > 1 and "A_log" not in path:
             parameter.normal_(0.0, 0.2, generator=generator)
-    return model.to(dtype)
+    return model
 
 
 def prompt_of(seed: int, length: int) -> tuple[int, ...]:
@@ -141,21 +161,51 @@ def reference(architecture: str) -> Any:
 
 
 @functools.cache
-def told(architecture: str, prompt: tuple[int, ...], count: int) -> list[int]:
-    """The next `count` greedy tokens behind `prompt`, by transformers alone, with a cache of its own for this one text."""
+def told(architecture: str, prompt: tuple[int, ...]) -> list[int]:
+    """The next NEW_TOKENS greedy tokens behind `prompt`, by transformers alone, with a cache for this one text."""
     ids = torch.tensor([prompt])
-    options = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "pad_token_id": 0}
+    options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0, "eos_token_id": -1}
     with quiet_transformers():
-        text = reference(architecture).generate(ids, attention_mask=torch.ones_like(ids), eos_token_id=-1, **options)
+        text = reference(architecture).generate(ids, attention_mask=torch.ones_like(ids), **options)
     return text[0, len(prompt) :].tolist()
 
 
-def served(architecture: str, dtype: torch.dtype = torch.float32) -> tuple[Any, CacheSpec]:
+def served(architecture: str) -> tuple[Any, CacheSpec]:
     """The same model, made ready to run packed steps, and what it keeps."""
     attention.register()
-    model = hybrid(architecture, dtype)
+    model = hybrid(architecture)
     model.set_attn_implementation(attention.NAME)
     latent.install(model)
     install_mixers(model)
     shape = ModelShape(architecture, 1, 4, 2, ExpertMLP(32, 24), "float32", VOCABULARY, 256)
     return model, cache_spec(model, shape)
+
+
+def layers_of(model: Any) -> torch.nn.ModuleList:
+    """Its decoder layers."""
+    count = model.config.num_hidden_layers
+    return next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == count)
+
+
+def engine_on(
+    model: Any,
+    spec: CacheSpec,
+    *,
+    slots: int = 4,
+    token_budget: int = 16,
+    blocks: int = 60,
+    lanes: Lanes | None = None,
+) -> Engine:
+    """An engine with room for so many blocks of 4 tokens; experts are in the model itself."""
+    memory = slots * spec.bytes_per_slot + blocks * BLOCK_TOKENS * spec.bytes_per_token
+    cache = KVCache(spec, memory, torch.device("cpu"), slots=slots, block_tokens=BLOCK_TOKENS, revision="r")
+    return Engine(
+        Forward(model, cache, [NoHop(), NoHop()] if lanes else [NoHop()], lanes),
+        cache,
+        slots=slots,
+        token_budget=token_budget,
+        queue_limit=1000,
+        threads=1,
+        waits=lambda *_: None,
+        tracer=NO_TRACER,
+    )

@@ -381,18 +381,28 @@ def test_a_malformed_reply_is_that_replicas_failure(monkeypatch: pytest.MonkeyPa
     run(scenario, liar)
 
 
-def test_demand_counts_every_row_once():
-    """The ledger sees what the routing asked for, whatever retries and duplicates it took."""
+def test_demand_is_the_routing_to_the_row():
+    """Counts equal what the model routed, decision by decision: through refusals, duplicates, a lost replica, no expert."""
+    generator = torch.Generator().manual_seed(7)
+    routings = [torch.randint(-1, 4, (5, 2), generator=generator) for _ in range(12)]
+    doomed = holder("c")
 
     async def scenario(lane: LoopbackHop) -> None:
-        await right(lane)
-        await right(lane)
+        for number, routing in enumerate(routings):
+            if number == 6:
+                await doomed.vanish()  # the call in flight to it is sent again
+            hidden = torch.ones(5, 8) * number
+            layer = number % 2
+            assert torch.equal(await lane.compute(layer, hidden, routing), fake_layer(layer, hidden, routing))
         reading = lane.hop.demand.reading(5.0)
-        assert reading.rows == ((2, 4, 2, 4), (0, 0, 0, 0))
-        assert reading.activations == ((2, 2, 2, 2), (0, 0, 0, 0))
+        for layer in (0, 1):
+            mine = [routing for number, routing in enumerate(routings) if number % 2 == layer]
+            counts = [torch.bincount(routing[routing >= 0], minlength=4) for routing in mine]
+            assert list(reading.rows[layer]) == sum(counts).tolist()
+            assert list(reading.activations[layer]) == sum((count > 0).long() for count in counts).tolist()
         assert reading.time == 5.0
 
-    run(scenario, holder("a", copies=2), holder("b", on_call=answers(experts_pb2.OUTCOME_NOT_HELD)))
+    run(scenario, holder("a", copies=2), holder("b", on_call=answers(experts_pb2.OUTCOME_NOT_HELD)), doomed)
 
 
 def test_closing_the_hop_ends_a_call_in_flight():

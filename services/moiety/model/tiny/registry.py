@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from moiety.model.tiny.encoderdecoders import NARROW, NLLB, SWITCH
 from moiety.model.tiny.families import FAMILIES
+from moiety.model.tiny.lightning import with_decays
 from moiety.model.tiny.tokenizer import write_nllb_tokenizer, write_t5_tokenizer, write_tokenizer
 
 if TYPE_CHECKING:
@@ -37,6 +38,11 @@ TINY: Mapping[str, TinyModel] = {
     **{architecture: TinyModel(architecture, settings) for architecture, settings in FAMILIES.items()},
     "switch_transformers": TinyModel("switch_transformers", SWITCH, tokenizer=write_t5_tokenizer, narrow=NARROW),
     "nllb-moe": TinyModel("nllb-moe", NLLB, tokenizer=write_nllb_tokenizer, narrow=NARROW),
+    "minimax": TinyModel(
+        "minimax",
+        {"layer_types": ["linear_attention", "full_attention"] * 2, "block_size": 8, "sliding_window": None},
+        store=with_decays,
+    ),
 }
 
 

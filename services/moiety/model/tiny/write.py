@@ -6,20 +6,18 @@ from __future__ import annotations
 import json
 import math
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from moiety.model.architecture import meta_model
-from moiety.model.checkpoint import INDEX_FILE
 from moiety.model.definitions import definition_of
+from moiety.model.shards import SHARD_BYTES, write_shards
 from moiety.model.tiny.registry import tiny_model
 from moiety.model.tiny.sizes import sized
 from moiety.model.tiny.tokenizer import VOCABULARY
-
-SHARD_BYTES = 256 << 20
 
 
 def write_tiny(
@@ -53,7 +51,7 @@ def write_tiny(
     stored = (
         pair for name, weight in weights for pair in (tiny.store(name, weight) if tiny.store else ((name, weight),))
     )
-    _write_shards(path, stored, shard_bytes)
+    write_shards(path, stored, shard_bytes)
     config.architectures = [type(model).__name__]
     config.save_pretrained(path)
     if tiny.stated:
@@ -95,31 +93,3 @@ def _weight(name: str, shape: torch.Size, dtype: torch.dtype, seed: int, deviati
     stored = torch.float32 if name.endswith("e_score_correction_bias") else dtype
     noise = torch.empty(shape, dtype=stored).normal_(0.0, deviation, generator=generator)
     return noise + 1 if len(shape) == 1 and "norm" in name and not name.endswith("bias") else noise
-
-
-def _write_shards(path: Path, weights: Iterator[tuple[str, torch.Tensor]], shard_bytes: int) -> None:
-    from safetensors.torch import save_file
-
-    shards: list[list[str]] = []
-    pending: dict[str, torch.Tensor] = {}
-
-    def flush() -> None:
-        save_file(pending, path / f"shard-{len(shards)}", metadata={"format": "pt"})
-        shards.append(list(pending))
-        pending.clear()
-
-    total = 0
-    for name, weight in weights:
-        if pending and sum(tensor.nbytes for tensor in pending.values()) + weight.nbytes > shard_bytes:
-            flush()
-        pending[name] = weight
-        total += weight.nbytes
-    flush()
-
-    weight_map: dict[str, str] = {}
-    for number, names in enumerate(shards):
-        file = f"model-{number + 1:05}-of-{len(shards):05}.safetensors"
-        (path / f"shard-{number}").rename(path / file)
-        weight_map |= dict.fromkeys(names, file)
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (path / INDEX_FILE).write_text(json.dumps(index, indent=2), encoding="utf-8")

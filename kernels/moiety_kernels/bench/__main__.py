@@ -1,0 +1,98 @@
+"""Checks the GPU kernels on this machine's GPU, then times them beside what else there is.
+
+python -m moiety_kernels.bench [--quick] [--json] [--vllm PATH] [--scattermoe PATH]
+python -m moiety_kernels.bench --check-only     also without a GPU, in Triton's interpreter
+python -m moiety_kernels.bench --tune           searches tiles, prints the table for gpu/tiles.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+from dataclasses import asdict
+
+import torch
+
+
+def main() -> None:
+    """The command. Exits with 1 where a kernel is wrong, 2 where there is nothing to measure on."""
+    parser = argparse.ArgumentParser(
+        prog="python -m moiety_kernels.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check-only", action="store_true", help="correctness only")
+    parser.add_argument("--quick", action="store_true", help="three numbers of tokens instead of eight")
+    parser.add_argument("--json", action="store_true", help="one JSON object at the end instead of the table")
+    parser.add_argument("--tune", action="store_true", help="search tiles (about half an hour on an H100, untried)")
+    parser.add_argument("--model", action="append", default=[], help="only models whose name contains this")
+    parser.add_argument("--vllm", metavar="PATH", help="folder that vLLM can be imported from")
+    parser.add_argument("--scattermoe", metavar="PATH", help="folder that scattermoe can be imported from")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        if not options.check_only:
+            print("No CUDA device: nothing to measure on. --check-only runs the checks in Triton's interpreter.")
+            sys.exit(2)
+        os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
+    sys.exit(run(options, "cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def run(options: argparse.Namespace, device: str) -> int:
+    """What `main` does, once it is known where the kernels run."""
+    import triton
+
+    from moiety_kernels.bench.check import check_all
+    from moiety_kernels.bench.clock import Clock
+    from moiety_kernels.bench.peers import scattermoe, vllm
+    from moiety_kernels.bench.table import HEADER, measure, summary
+    from moiety_kernels.bench.tune import tune
+    from moiety_kernels.gpu.models import MODELS
+
+    versions = {"torch": torch.__version__, "triton": triton.__version__, "python": platform.python_version()}
+    name = torch.cuda.get_device_name() if device == "cuda" else "Triton's interpreter"
+    say = (lambda *_: None) if options.json else print
+    say(f"{name}: " + ", ".join(f"{package} {version}" for package, version in versions.items()))
+    torch.manual_seed(0)
+    checked = []
+    for check in check_all(device, small=device == "cpu"):
+        checked.append(check)
+        say(f"{'right' if check.right else 'WRONG':6}{check.what:64}{check.error:10.2e}, bound {check.bound:.1e}")
+    result = {"device": name, **versions, "checked": [asdict(check) for check in checked]}
+    if not all(check.right for check in checked) or options.check_only:
+        if options.json:
+            print(json.dumps(result))
+        return 0 if all(check.right for check in checked) else 1
+
+    clock, dtype = Clock(device), torch.bfloat16
+    models = [model for model in MODELS if any(part.lower() in model.name.lower() for part in options.model or [""])]
+    if options.tune:
+        for line in tune(models, clock, dtype):
+            print(line)
+        return 0
+    peers = {}
+    for peer, make, path in (("vLLM", vllm, options.vllm), ("scattermoe", scattermoe, options.scattermoe)):
+        if path is not None:
+            try:
+                peers[peer] = make(path)
+            except Exception as error:  # whatever another package does when it is imported
+                print(f"{peer} of {path} cannot be imported: {type(error).__name__}: {error}", file=sys.stderr)
+    ceilings = clock.ceilings(dtype)
+    say(
+        f"measured: {ceilings.matmul / 1e12:.0f} TFLOP/s dense {dtype}, {ceilings.copy / 1e9:.0f} GB/s copy\n\n{HEADER}"
+    )
+    tokens = (1, 64, 4096) if options.quick else (1, 4, 16, 64, 256, 1024, 4096, 8192)
+    rows = []
+    for model in models:
+        for row in measure(model, tokens, clock, ceilings, dtype, peers):
+            rows.append(row)
+            say(row)
+    for line in summary(rows):
+        say(line)
+    if options.json:
+        print(json.dumps({**result, "ceilings": asdict(ceilings), "rows": [asdict(row) for row in rows]}))
+    return 0
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""How long a function takes on a device, and how fast that device multiplies and copies at best."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+
+FLUSH = (
+    256 << 20
+)  # bytes written before each run: more than any L2 cache, so that weights come from memory as in a model
+
+
+@dataclass(frozen=True, slots=True)
+class Ceilings:
+    """What one device reaches at best, measured: shares are of these, not of a data sheet."""
+
+    matmul: float  # FLOP/s of a large product in `dtype`
+    copy: float  # bytes/s read and written
+
+
+class Clock:
+    """Times functions on `device`; on CUDA as a graph where that can be captured, so that launches cost what they must."""
+
+    def __init__(self, device: str, repeats: int = 20):
+        self.device, self._repeats = device, repeats
+        self._cuda = device.startswith("cuda")
+        self.name = torch.cuda.get_device_name(device) if self._cuda else "Triton's interpreter"
+        self._spare = torch.empty(FLUSH if self._cuda else 1, dtype=torch.int8, device=device)
+
+    def seconds(self, function: Callable[[], object]) -> tuple[float, bool]:
+        """The median, and whether it is of a graph."""
+        if not self._cuda:
+            function()
+            return median(self._on_cpu(function) for _ in range(3)), False
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                function()
+        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.synchronize()
+        run, captured = self._captured(function)
+        times = []
+        for _ in range(self._repeats):
+            self._spare.zero_()
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            run()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end) / 1000)
+        return median(times), captured
+
+    @staticmethod
+    def _captured(function: Callable[[], object]) -> tuple[Callable[[], object], bool]:
+        """`function` as a graph, or itself where it waits for the device and cannot be one."""
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                function()
+        except Exception:
+            torch.cuda.synchronize()
+            return function, False
+        return graph.replay, True
+
+    @staticmethod
+    def _on_cpu(function: Callable[[], object]) -> float:
+        start = time.perf_counter()
+        function()
+        return time.perf_counter() - start
+
+    def ceilings(self, dtype: torch.dtype) -> Ceilings:
+        """Of this device, in `dtype`: the best of some large products, and a copy of 1 GiB."""
+        sizes, elements = ((8192, 16384), 1 << 29) if self._cuda else ((64,), 1 << 16)
+        rates = []
+        for size in sizes:
+            a, b = (torch.randn(size, size, dtype=dtype, device=self.device) for _ in range(2))
+            rates.append(2 * size**3 / self.seconds(lambda a=a, b=b: a @ b)[0])  # type: ignore[misc]
+        source = torch.zeros(elements, dtype=torch.int16, device=self.device)
+        target = torch.empty_like(source)
+        return Ceilings(max(rates), 2 * source.nbytes / self.seconds(lambda: target.copy_(source))[0])

@@ -1,0 +1,141 @@
+"""The measurements: each model, number of tokens and implementation is a row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import exp, log
+
+import torch
+
+from moiety_kernels.bench.clock import Ceilings, Clock
+from moiety_kernels.bench.peers import Function, Work, grouped_mm, loop
+from moiety_kernels.gpu.expert_mlp import Experts, moe, sorted_expert_mlp
+from moiety_kernels.gpu.models import Model, experts_of
+from moiety_kernels.gpu.permute import permute, sort_by_expert
+
+Peers = Mapping[str, Callable[[Work], Function | None]]
+OURS = "moiety"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One implementation's time for one shape. `block`: from indices to summed rows; `experts`: sorted rows to rows."""
+
+    model: str
+    tokens: int
+    operation: str
+    weights: str
+    implementation: str
+    us: float
+    tflops: float
+    gbytes: float  # a second: activated weights once, rows in and out once
+    of_matmul: float  # share of the measured product
+    of_copy: float  # share of the measured copy
+    graph: bool
+    error: float  # largest difference from ours over the largest output
+
+    def __str__(self) -> str:
+        return (
+            f"{self.model:24}{self.tokens:6} {self.operation:8}{self.weights:9}{self.implementation:12}{self.us:11.1f}"
+            f"{self.tflops:9.1f}{self.gbytes:9.0f}{self.of_matmul:8.0%}{self.of_copy:8.0%}"
+            f"{'' if self.graph else '  (no graph)'}{'  DIFFERS' if not self.error <= 0.05 else ''}"
+        )
+
+
+_NUMBERS = f"{'µs':>11}{'TFLOP/s':>9}{'GB/s':>9}{'matmul':>8}{'copy':>8}"
+HEADER = f"{'model':24}{'tokens':>6} {'what':8}{'weights':9}{'by':12}{_NUMBERS}"
+
+
+def work_of(model: Model, tokens: int, dtype: torch.dtype, experts: Experts, device: str) -> Work:
+    """Random rows for random distinct experts, evenly likely: as many assignments as come to this device's experts."""
+    generator = torch.Generator(device=device).manual_seed(tokens)
+    x = torch.randn(tokens, model.hidden, generator=generator, device=device).to(dtype)
+    noise = torch.rand(tokens, model.experts, generator=generator, device=device)
+    index = noise.topk(min(model.gate.top_k, model.experts), dim=1).indices
+    weights = torch.rand(index.shape, generator=generator, device=device)
+    where = sort_by_expert(index, model.experts)
+    return Work(
+        x,
+        index,
+        weights,
+        experts,
+        permute(x, where, index.shape[1]),
+        index.flatten()[where.order.long()],
+        where.offsets,
+    )
+
+
+def measure(
+    model: Model, tokens: Sequence[int], clock: Clock, ceilings: Ceilings, dtype: torch.dtype, peers: Peers
+) -> Iterator[Row]:
+    """Rows of one model: ours and every peer on plain weights, ours on the model's quantised ones."""
+    plain = experts_of(model, dtype, "plain", clock.device)
+    for count in tokens:
+        work = work_of(model, count, dtype, plain, clock.device)
+        block = lambda work=work: moe(work.x, work.index, work.weights, work.experts)  # noqa: E731
+        yield from _timed(model, work, "block", {OURS: block, **_made(peers, work)}, clock, ceilings)
+        ours = lambda work=work: sorted_expert_mlp(work.rows, work.offsets, work.experts)  # noqa: E731
+        functions = {OURS: ours, **_made({"grouped_mm": grouped_mm, "cuBLAS": loop}, work)}
+        yield from _timed(model, work, "experts", functions, clock, ceilings)
+        del work
+    del plain
+    held = experts_of(model, dtype, model.kind, clock.device)
+    for count in tokens:
+        work = work_of(model, count, dtype, held, clock.device)
+        ours = lambda work=work: sorted_expert_mlp(work.rows, work.offsets, work.experts)  # noqa: E731
+        yield from _timed(model, work, "experts", {OURS: ours}, clock, ceilings, model.kind)
+
+
+def _made(peers: Peers, work: Work) -> dict[str, Function]:
+    made = {name: make(work) for name, make in peers.items()}
+    return {name: function for name, function in made.items() if function is not None}
+
+
+def _timed(
+    model: Model,
+    work: Work,
+    operation: str,
+    functions: Mapping[str, Function],
+    clock: Clock,
+    ceilings: Ceilings,
+    weights: str = "",
+) -> Iterator[Row]:
+    rows = work.index.numel()
+    activated = int((work.offsets.diff() > 0).sum())
+    moved = activated * (work.experts.gate_up.matrix_nbytes + work.experts.down.matrix_nbytes)
+    moved += 2 * (work.x if operation == "block" else work.rows).nbytes
+    expected: torch.Tensor | None = None
+    for name, function in functions.items():
+        out = function().float()
+        expected = out if expected is None else expected
+        error = ((out - expected).abs().max() / expected.abs().max()).item()
+        seconds, graph = clock.seconds(function)
+        yield Row(
+            model.name,
+            work.x.shape[0],
+            operation,
+            weights or str(work.x.dtype).removeprefix("torch."),
+            name,
+            seconds * 1e6,
+            model.flops(rows) / seconds / 1e12,
+            moved / seconds / 1e9,
+            model.flops(rows) / seconds / ceilings.matmul,
+            moved / seconds / ceilings.copy,
+            graph,
+            error,
+        )
+
+
+def summary(rows: Sequence[Row]) -> Iterator[str]:
+    """Against each peer: the geometric mean of its times over ours, and the worst shape."""
+    ours = {(r.model, r.tokens, r.operation, r.weights): r for r in rows if r.implementation == OURS}
+    for name in dict.fromkeys(r.implementation for r in rows if r.implementation != OURS):
+        ratios = {
+            (r.model, r.tokens): r.us / ours[r.model, r.tokens, r.operation, r.weights].us
+            for r in rows
+            if r.implementation == name
+        }
+        (model, tokens), least = min(ratios.items(), key=lambda item: item[1])
+        mean = exp(sum(map(log, ratios.values())) / len(ratios))
+        yield f"against {name}: {mean:.2f}x as fast (geometric mean of {len(ratios)}), least {least:.2f}x: {model}, {tokens}"

@@ -1,0 +1,93 @@
+"""Searches tiles for each line of the table in `moiety_kernels.gpu.tiles`, and prints the table to commit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import product
+from math import exp, log
+from typing import Any
+
+import torch
+
+from moiety_kernels.bench.clock import Clock
+from moiety_kernels.bench.table import work_of
+from moiety_kernels.gpu.decode import decode_gemm
+from moiety_kernels.gpu.grouped_gemm import grouped_gemm
+from moiety_kernels.gpu.models import Model, experts_of
+from moiety_kernels.gpu.tiles import DECODE_ROWS, TABLE, Tile
+
+SHARED = 227 * 1024
+
+
+def candidates(gated: bool, largest: int | None) -> Iterator[Tile]:
+    """Tiles that may suit experts of up to `largest` rows, and whose stages fit in shared memory."""
+    heights = (16, 32) if largest is not None and largest <= 32 else (32, 64, 128)
+    for rows, columns, depth, warps, stages, band in product(
+        heights, (16, 32, 64, 128, 256), (32, 64, 128, 256), (4, 8), (3, 4, 5), (1, 8)
+    ):
+        width = columns * (2 if gated else 1)
+        sums = rows * width // (32 * warps)  # float32 registers a thread
+        small = heights[0] == 16
+        if small != (band == 1) or not 8 <= sums <= 128 or width > 256 or (depth > 64 and not small):
+            continue
+        if 2 * depth * (rows + width) * stages <= SHARED:
+            yield Tile(rows, columns, depth, warps, stages, band)
+
+
+def tune(
+    models: Sequence[Model],
+    clock: Clock,
+    dtype: torch.dtype,
+    search: Callable[[bool, int | None], Iterator[Tile]] = candidates,
+) -> Iterator[str]:
+    """For each line, of the tiles in `search` that of the least geometric mean over the models, as source to paste."""
+    yield f"# Tuned on {clock.name}, torch {torch.__version__}: µs a product, by model."
+    for largest, *_ in TABLE:
+        each = 256 if largest is None else max(1, largest * 3 // 4)  # rows per expert to try it at
+        lines = [f"{largest}"]
+        for gated in (True, False):
+            times: dict[Tile, list[float]] = {}
+            for model in models:
+                for tile, seconds in _times(model, each, gated, largest, clock, dtype, search(gated, largest)):
+                    times.setdefault(tile, []).append(seconds)
+            complete = {tile: found for tile, found in times.items() if len(found) == len(models)}
+            best = min(complete, key=lambda tile: sum(map(log, complete[tile])))
+            mean = exp(sum(map(log, complete[best])) / len(models))
+            told = ", ".join(f"{m.name} {s * 1e6:.1f}" for m, s in zip(models, complete[best], strict=True))
+            yield f"#   {each} rows an expert, {'gate and up' if gated else 'down'}: {told} (mean {mean * 1e6:.1f})"
+            lines.append(
+                f"Tile({best.rows}, {best.columns}, {best.depth}, {best.warps}, {best.stages}, band={best.band})"
+            )
+        yield f"    ({', '.join(lines)}),"
+
+
+def _times(
+    model: Model,
+    each: int,
+    gated: bool,
+    largest: int | None,
+    clock: Clock,
+    dtype: torch.dtype,
+    tiles: Iterator[Tile],
+) -> Iterator[tuple[Tile, float]]:
+    experts = experts_of(model, dtype, "plain", clock.device)
+    top_k = min(model.gate.top_k, model.experts)
+    work = work_of(model, max(1, each * model.experts // top_k), dtype, experts, clock.device)
+    rows = work.index.numel()
+    matrices = experts.gate_up if gated else experts.down
+    x = work.rows if gated else torch.randn(rows, model.intermediate, device=clock.device).to(dtype)
+    out = torch.empty(rows, model.intermediate if gated else model.hidden, dtype=dtype, device=clock.device)
+    gemm = decode_gemm if largest is not None and largest <= DECODE_ROWS else grouped_gemm
+    options: dict[str, Any] = {}
+    if gated:
+        options = {"activation": experts.activation, "gated": True, "interleaved": experts.interleaved}
+        options |= {"limit": experts.limit, "alpha": experts.alpha}
+    for tile in tiles:
+        try:
+            seconds, _ = clock.seconds(partial(gemm, x, work.offsets, matrices, out, rows=rows, tile=tile, **options))
+        except Exception as error:  # a tile that this version of Triton cannot compile or launch
+            if "CUDA error" in str(error):
+                raise  # the device is lost: every time after this would be wrong
+            continue
+        yield tile, seconds

@@ -1,0 +1,194 @@
+"""Compiles every kernel for sm_90 without a GPU, as real models would launch it, and tells registers, spills and shared memory.
+
+    python -m moiety_kernels.gpu.aot [--json]
+
+Launch functions run as they are, on tensors of the meta device; the launch itself is replaced by a compilation. Exits with 1
+where a kernel spills, or needs more shared memory than an SM has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from moiety_kernels.gpu.expert_mlp import moe, sorted_expert_mlp
+from moiety_kernels.gpu.gating import gating
+from moiety_kernels.gpu.models import MODELS, experts_of
+from moiety_kernels.gpu.permute import permute, sort_by_expert, unpermute
+from moiety_kernels.gpu.row_fp8 import dequantise_rows, quantise_rows
+
+SHARED = 227 * 1024  # bytes a program may have on sm_90
+TARGET = GPUTarget("cuda", 90, 32)
+TYPES = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float8_e4m3fn: "*fp8e4nv",
+    torch.uint8: "*u8",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """What became of one kernel in one configuration."""
+
+    kernel: str
+    case: str
+    registers: int
+    spilled: int  # bytes of local memory a thread
+    shared: int  # bytes
+    warps: int
+    wgmma: int  # instructions in the PTX
+    copies: int  # asynchronous ones
+
+    @property
+    def fits(self) -> bool:
+        """Nothing spilled, and shared memory suffices."""
+        return self.spilled == 0 and self.shared <= SHARED
+
+
+def compile_kernel(kernel: JITFunction, args: tuple[Any, ...], options: dict[str, Any], case: str) -> Compiled:
+    """`kernel` for these arguments, specialised as a launch would: None and 1 are constants, 16 divides what it divides."""
+    bound = dict(zip(kernel.arg_names, args, strict=False)) | {
+        k: v for k, v in options.items() if k in kernel.arg_names
+    }
+    options = {name: value for name, value in options.items() if name not in kernel.arg_names}
+    constant = {parameter.name for parameter in kernel.params if parameter.is_constexpr}
+    signature: dict[str, str] = {}
+    constants: dict[Any, Any] = {}
+    attributes: dict[Any, Any] = {}
+    for number, name in enumerate(kernel.arg_names):
+        value = bound[name]
+        if name in constant or value is None or (isinstance(value, int) and value == 1):
+            signature[name], constants[(number,)] = "constexpr", value
+            continue
+        signature[name] = TYPES[value.dtype] if isinstance(value, torch.Tensor) else "i32"
+        if isinstance(value, torch.Tensor) or value % 16 == 0:
+            attributes[(number,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
+    built = triton.compile(source, target=TARGET, options=options)
+    registers, spilled = _resources(built.asm["cubin"])
+    ptx = built.asm["ptx"]
+    return Compiled(
+        kernel.__name__,
+        case,
+        registers,
+        spilled,
+        built.metadata.shared,
+        built.metadata.num_warps,
+        ptx.count("wgmma.mma_async"),
+        ptx.count("cp.async.c"),
+    )
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """Registers and bytes of local memory a thread, as the cubin states them."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        tool = triton.knobs.nvidia.cuobjdump.path
+        told = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", told)
+    if found is None:
+        raise RuntimeError(f"{tool} told no resources: {told}")
+    return int(found[1]), int(found[2]) + int(found[3])
+
+
+@contextmanager
+def compiling(case: Callable[[], str], into: list[Compiled]) -> Iterator[None]:
+    """Within, launching a kernel compiles it, once per configuration."""
+    seen: set[str] = set()
+
+    def launch(self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        tensors = tuple((a.dtype if isinstance(a, torch.Tensor) else a) for a in args)
+        key = f"{self.__name__} {tensors} {sorted(options.items())}"
+        if key not in seen:
+            seen.add(key)
+            into.append(compile_kernel(self, args, options, case()))
+
+    original = JITFunction.run
+    JITFunction.run = launch
+    try:
+        yield
+    finally:
+        JITFunction.run = original
+
+
+def compile_all(quick: bool = False) -> list[Compiled]:
+    """Every kernel: each model at each line of the table of tiles in bfloat16, each kind of weights, the small kernels."""
+    built: list[Compiled] = []
+    case = ""
+    with compiling(lambda: case, built):
+        for model in MODELS[2:] if quick else MODELS:
+            for tokens in (1, 16, 256, 4096) if not quick else (1, 8192):
+                case = f"{model.name}, {tokens} tokens"
+                x = torch.empty(tokens, model.hidden, dtype=torch.bfloat16, device="meta")
+                index = torch.empty(tokens, model.gate.top_k, dtype=torch.int32, device="meta")
+                moe(x, index, index.float(), experts_of(model, torch.bfloat16, "plain", "meta"))
+                case = f"{model.name}, gating"
+                logits = torch.empty(tokens, model.choices, dtype=torch.float32, device="meta")
+                gating(logits, model.gate, bias=logits[0] if model.gate.scores == "sigmoid" else None)
+        for kind, model in (("fp8", MODELS[2]), ("int8", MODELS[1]), ("int4", MODELS[1]), ("mxfp4", MODELS[3])):
+            for rows in (8, 8192) if quick else (8, 24 * model.experts, 64 * model.experts, 256 * model.experts):
+                case = f"{model.name}, {kind} weights, {rows} rows"
+                x = torch.empty(rows, model.hidden, dtype=torch.bfloat16, device="meta")
+                offsets = torch.empty(model.experts + 1, dtype=torch.int32, device="meta")
+                sorted_expert_mlp(x, offsets, experts_of(model, torch.bfloat16, kind, "meta"))
+                if kind == "fp8":
+                    case += ", fp8 rows"
+                    codes, scale = quantise_rows(x)
+                    experts = experts_of(model, torch.bfloat16, kind, "meta")
+                    sorted_expert_mlp(codes, offsets, experts, x_scale=scale, dtype=torch.bfloat16)
+        model = MODELS[1]
+        for dtype, fixed in ((torch.float32, False), (torch.float16, False), (torch.bfloat16, True)):
+            case = f"{model.name}, {dtype}{', deterministic' if fixed else ''}"
+            x = torch.empty(512, model.hidden, dtype=dtype, device="meta")
+            offsets = torch.empty(model.experts + 1, dtype=torch.int32, device="meta")
+            sorted_expert_mlp(x, offsets, experts_of(model, dtype, "plain", "meta"), deterministic=fixed)
+        case = "permutation of 8192 tokens"
+        x = torch.empty(8192, model.hidden, dtype=torch.bfloat16, device="meta")
+        where = sort_by_expert(torch.empty(8192, 8, dtype=torch.int64, device="meta"), 128)
+        unpermute(permute(x, where, 8), where)
+        case = "fp8 rows"
+        codes, scale = quantise_rows(x, 128)
+        dequantise_rows(codes, scale, torch.bfloat16, 128)
+    return built
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(prog="python -m moiety_kernels.gpu.aot", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="one JSON object a kernel")
+    parser.add_argument("--quick", action="store_true", help="a few configurations of each kernel")
+    options = parser.parse_args()
+    built = compile_all(options.quick)
+    for each in built:
+        if options.json:
+            print(json.dumps(asdict(each)))
+        else:
+            mark = "" if each.fits else "  <-- does not fit"
+            print(
+                f"{each.kernel:20} {each.case:44} {each.registers:4} registers {each.spilled:4} B spilled"
+                f" {each.shared / 1024:6.1f} KiB shared {each.wgmma:4} wgmma {each.copies:3} cp.async{mark}"
+            )
+    sys.exit(0 if all(each.fits for each in built) else 1)
+
+
+if __name__ == "__main__":
+    main()

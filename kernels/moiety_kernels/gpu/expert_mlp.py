@@ -1,0 +1,102 @@
+"""Experts' MLPs on a GPU: two grouped products over rows sorted by expert, or a whole MoE block from its gating on.
+
+Shape legend: T tokens, K experts a token, R rows sorted by expert (T K), E experts, D hidden size, I intermediate size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from moiety_kernels.gpu.combine import combine
+from moiety_kernels.gpu.decode import decode_gemm
+from moiety_kernels.gpu.grouped_gemm import grouped_gemm
+from moiety_kernels.gpu.operand import Operand
+from moiety_kernels.gpu.permute import Permutation, sort_by_expert
+from moiety_kernels.gpu.tiles import DECODE_ROWS, FIXED, FLOAT32
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """The matrices of E experts and what happens between them, as `moiety_kernels.reference.activate` has it."""
+
+    gate_up: Operand  # [O, D] each, O = 2I when gated, else I
+    down: Operand  # [D, I] each
+    activation: str = "silu"
+    gated: bool = True
+    interleaved: bool = False
+    limit: float | None = None
+    alpha: float | None = None
+
+
+def sorted_expert_mlp(
+    x: torch.Tensor,
+    offsets: torch.Tensor,
+    experts: Experts,
+    *,
+    rows: int | None = None,
+    dtype: torch.dtype | None = None,
+    x_scale: torch.Tensor | None = None,
+    gather: torch.Tensor | None = None,
+    gather_by: int = 1,
+    slots: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    deterministic: bool = False,
+) -> torch.Tensor:
+    """Rows sorted by expert, `offsets` [E + 1] telling where each expert's begin: one unweighted row [R, D] for each.
+
+    x [R, D]; or any rows of which `gather` and `slots` choose and place (see `grouped_gemm`). Sums are
+    float32 and so are bias and activation; the row between the two products is rounded to `dtype`, that of the result.
+    `deterministic`: an output row's bits depend on its input row and expert alone, in whatever batch. The host waits for
+    nothing. In fp8 rows (`x_scale`) the first product is of fp8 by the weights; `dtype` must be given.
+    """
+    rows = x.shape[0] if rows is None else rows
+    x = x if x.stride(1) == 1 else x.contiguous()
+    dtype = dtype or x.dtype
+    inner = torch.empty(rows, experts.down.shape[1], dtype=dtype, device=x.device)
+    if out is None:
+        out = torch.empty(rows, experts.down.shape[0], dtype=dtype, device=x.device)
+    tile = (FLOAT32 if dtype == torch.float32 else FIXED) if deterministic else None
+    few = not deterministic and rows <= DECODE_ROWS * min(experts.gate_up.experts, rows)
+    gemm = decode_gemm if few else grouped_gemm
+    gemm(
+        x,
+        offsets,
+        experts.gate_up,
+        inner,
+        rows=rows,
+        activation=experts.activation,
+        gated=experts.gated,
+        interleaved=experts.interleaved,
+        limit=experts.limit,
+        alpha=experts.alpha,
+        gather=gather,
+        gather_by=gather_by,
+        x_scale=x_scale,
+        tile=tile,
+    )
+    return gemm(inner, offsets, experts.down, out, rows=rows, slots=slots, tile=tile)
+
+
+def moe(x: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, experts: Experts) -> torch.Tensor:
+    """A whole MoE block after gating: x [T, D] through the experts of `top_k_index` [T, K], weighted and summed: [T, D].
+
+    Rows are never gathered in memory: the first product reads each token's where it lies, the second writes its result
+    to the assignment's slot, and the K slots of a token are weighted and summed in order, in float32. An index outside
+    [0, E) is an expert that is not here: it adds nothing.
+    """
+    count, each = top_k_index.shape
+    where: Permutation = sort_by_expert(top_k_index, experts.gate_up.experts)
+    slots = torch.empty(count * each, experts.down.shape[0], dtype=x.dtype, device=x.device)
+    sorted_expert_mlp(
+        x,
+        where.offsets,
+        experts,
+        rows=count * each,
+        gather=where.order,
+        gather_by=each,
+        slots=where.order,
+        out=slots,
+    )
+    return combine(slots.view(count, each, -1), top_k_weights, present=top_k_index, experts=experts.gate_up.experts)

@@ -1,0 +1,83 @@
+"""The shapes that kernels are compiled and measured for: MoE blocks of four published models, with random weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from moiety_kernels.gating_reference import Gate
+from moiety_kernels.gpu.expert_mlp import Experts
+from moiety_kernels.gpu.operand import Operand, stacked
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """One MoE block, as much of it as one device holds."""
+
+    name: str
+    experts: int  # on this device
+    choices: int  # experts of the model, which its gate chooses among
+    hidden: int
+    intermediate: int
+    gate: Gate
+    kind: str = "int8"  # the quantised weights to measure it with
+    clamped: bool = False  # gpt-oss: interleaved, biased, clamped
+
+    def flops(self, rows: int) -> int:
+        """Of `rows` rows through their experts: three products, a multiplication and an addition each."""
+        return 6 * rows * self.hidden * self.intermediate
+
+
+MODELS = (
+    Model("Mixtral 8x7B", 8, 8, 4096, 14336, Gate(2, renormalise=True)),
+    Model("Qwen3-30B-A3B", 128, 128, 2048, 768, Gate(8, renormalise=True), "int4"),
+    Model(
+        "DeepSeek-V3 (32 of 256)",
+        32,
+        256,
+        7168,
+        2048,
+        Gate(8, "sigmoid", True, 2.5, groups=8, kept_groups=4, group_score="top_two"),
+        "fp8",
+    ),
+    Model("gpt-oss-120b", 128, 128, 2880, 2880, Gate(4, "softmax_after"), "mxfp4", clamped=True),
+)
+
+
+def experts_of(model: Model, dtype: torch.dtype, kind: str, device: str) -> Experts:
+    """Random weights of `model` in [E, O, D] and [E, D, I], `plain` or held as `kind`; biases where it has them."""
+    gate_up = _matrices(model, 2 * model.intermediate, model.hidden, dtype, kind, device)
+    down = _matrices(model, model.hidden, model.intermediate, dtype, kind, device)
+    if model.clamped:
+        return Experts(gate_up, down, "swiglu_clamped", interleaved=True, limit=7.0, alpha=1.702)
+    return Experts(gate_up, down)
+
+
+def _matrices(model: Model, rows: int, columns: int, dtype: torch.dtype, kind: str, device: str) -> Operand:
+    shape = (model.experts, rows)
+
+    def filled(*sizes: int, of: torch.dtype, value: float) -> torch.Tensor:
+        return torch.full((*shape, *sizes), value, dtype=of, device=device)
+
+    def codes(width: int) -> torch.Tensor:
+        return torch.randint(0, 256, (*shape, width), dtype=torch.uint8, device=device)
+
+    bias = filled(of=dtype, value=0.01) if model.clamped else None
+    size = columns**-0.5  # of weights, for outputs about as large as the inputs
+    if kind == "plain":
+        return stacked(torch.randn(*shape, columns, dtype=dtype, device=device).mul_(size), bias=bias)
+    if kind == "fp8":
+        values = torch.randn(*shape, columns, dtype=torch.bfloat16, device=device).to(torch.float8_e4m3fn)
+        blocks = torch.full((model.experts, -(-rows // 128), -(-columns // 128)), size, device=device)
+        return stacked(values, kind=kind, scale=blocks, bias=bias)
+    if kind == "int8":
+        return stacked(codes(columns), kind=kind, scale=filled(of=torch.float32, value=size / 74), bias=bias)
+    if kind == "int4":
+        group = min(64, columns)
+        scale = filled(columns // group, of=torch.float16, value=size / 4.6)
+        return stacked(codes(columns // 2), kind=kind, scale=scale, bias=bias)
+    exponent = 127 + round(torch.tensor(size / 2.6).log2().item())
+    return stacked(
+        codes(columns // 2), kind=kind, scale=filled(columns // 32, of=torch.uint8, value=exponent), bias=bias
+    )

@@ -1,0 +1,234 @@
+"""What the expert GEMMs share on the device: finding a tile's expert, multiplying by its weights, activating.
+
+Every expert's matrix lies wherever it was loaded: kernels get one base pointer and, per expert, an offset in elements from
+it, so that nothing is stacked or copied when a placement changes.
+
+Shape legend: R rows sorted by expert, E experts, K input features of the product, N output columns of a tile's matrix.
+"""
+
+import triton
+import triton.language as tl
+
+from moiety_kernels.gpu.numbers import multiplied, narrowed
+
+# How the values of a matrix are held: `KIND` of the kernels.
+PLAIN, FP8, INT8, INT4, MXFP4 = (tl.constexpr(kind) for kind in range(5))
+
+
+@triton.jit
+def tiles_of(OFFSETS, E: tl.constexpr, E_PAD: tl.constexpr, BM: tl.constexpr):
+    """Row tiles per expert [E_PAD], and their inclusive sum: an expert without rows has no tile."""
+    experts = tl.arange(0, E_PAD)
+    first = tl.load(OFFSETS + experts, mask=experts < E, other=0)
+    last = tl.load(OFFSETS + experts + 1, mask=experts < E, other=0)
+    first, last = first.to(tl.int32), last.to(tl.int32)  # whatever width they came in
+    tiles = (last - first + BM - 1) // BM
+    return tiles, tl.cumsum(tiles, 0)
+
+
+@triton.jit
+def find_tile(OFFSETS, tiles, ends, tile, BM: tl.constexpr):
+    """The expert that row tile number `tile` belongs to, its first row, and the end of the expert's rows."""
+    passed = ends <= tile
+    expert = tl.sum(passed.to(tl.int32), 0)
+    before = tl.sum(tl.where(passed, tiles, 0), 0)
+    row = tl.load(OFFSETS + expert).to(tl.int32) + (tile - before) * BM
+    return expert, row, tl.load(OFFSETS + expert + 1).to(tl.int32)
+
+
+@triton.jit
+def matrix_rows(column, GATED: tl.constexpr, INTERLEAVED: tl.constexpr, N: tl.constexpr, BN: tl.constexpr):
+    """Rows of the weight matrix behind output columns `column` to `column + BN`.
+
+    Gated: [2 BN] rows, gate and up of a column next to each other whatever the layout, so that one product yields both
+    and a thread holds both: no exchange before the activation. Rows past the end repeat the last one.
+    """
+    if GATED:
+        j = tl.arange(0, 2 * BN)
+        if INTERLEAVED:
+            rows = tl.minimum(2 * column + j, 2 * N - 1)
+        else:
+            rows = (j % 2) * N + tl.minimum(column + j // 2, N - 1)
+    else:
+        rows = tl.minimum(column + tl.arange(0, BN), N - 1)
+    return rows
+
+
+@triton.jit
+def _e2m1(nibbles, scale):
+    """4-bit floats [BN, BK] as float32, times scale.
+
+    Two exponent bits and one of mantissa, placed where float16 has these, are the value times 2^-14, subnormals included.
+    """
+    bits = ((nibbles & 7) << 9) | ((nibbles & 8) << 12)
+    return bits.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32) * (scale * 16384.0)
+
+
+@triton.jit
+def weight_tile(
+    W,
+    SCALE,
+    ZERO,
+    rows,
+    k,
+    k_start,
+    stride_n,
+    stride_k,
+    scale_stride,
+    DTYPE: tl.constexpr,
+    KIND: tl.constexpr,
+    K: tl.constexpr,
+    BK: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """[rows, BK] of an expert's matrix in DTYPE; scales of groups narrower than BK are applied, others left to the caller.
+
+    Columns past K read the last one (they meet zeros of x).
+    """
+    EVEN: tl.constexpr = K % BK == 0
+    if KIND == INT4 or KIND == MXFP4:
+        byte = k_start // 2 + tl.arange(0, BK // 2)
+        if not EVEN:
+            byte = tl.minimum(byte, K // 2 - 1)
+        packed = tl.load(W + rows[:, None] * stride_n + byte[None, :])  # [BN, BK / 2], even columns in the low halves
+        codes = tl.join(packed & 15, packed >> 4).reshape(packed.shape[0], BK).to(tl.int32)
+        if KIND == INT4 and GROUP >= BK:
+            zero = 8
+            if ZERO is not None:
+                zero = tl.load(ZERO + rows * scale_stride + k_start // GROUP).to(tl.int32)[:, None]
+            tile = (codes - zero).to(tl.float32).to(DTYPE)
+        else:
+            shape: tl.constexpr = (packed.shape[0], BK // GROUP, GROUP)
+            group = k_start // GROUP + tl.arange(0, BK // GROUP)
+            if not EVEN:
+                group = tl.minimum(group, K // GROUP - 1)
+            at = rows[:, None] * scale_stride + group[None, :]
+            scale = tl.load(SCALE + at).to(tl.float32)
+            if KIND == MXFP4:
+                scale = tl.exp2(scale - 127.0)
+            scale = tl.broadcast_to(scale[:, :, None], shape).reshape(packed.shape[0], BK)
+            if KIND == MXFP4:
+                value = _e2m1(codes, scale)
+            else:
+                zero = 8
+                if ZERO is not None:
+                    zero = tl.load(ZERO + at).to(tl.int32)
+                    zero = tl.broadcast_to(zero[:, :, None], shape).reshape(packed.shape[0], BK)
+                value = (codes - zero).to(tl.float32) * scale
+            tile = narrowed(value, DTYPE)
+    else:
+        if not EVEN:
+            k = tl.minimum(k, K - 1)
+        tile = tl.load(W + rows[:, None] * stride_n + k[None, :] * stride_k)
+        if KIND == INT8:
+            tile = (tile.to(tl.int32) - 128).to(tl.float32).to(DTYPE)
+        elif tile.dtype != DTYPE:
+            tile = tile.to(tl.float32).to(DTYPE)
+    return tile
+
+
+@triton.jit
+def product(
+    X,
+    x_rows,
+    x_stride,
+    W,
+    SCALE,
+    ZERO,
+    STARTS,
+    expert,
+    rows,
+    stride_n,
+    stride_k,
+    scale_stride,
+    k_first,
+    k_last,
+    E: tl.constexpr,
+    KIND: tl.constexpr,
+    K: tl.constexpr,
+    BM: tl.constexpr,
+    BK: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUP_ROWS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    """x[x_rows, k_first:k_last] times one expert's matrix[rows, same]: float32 [BM, rows], scales applied.
+
+    Quantised values are exact in bfloat16, and in the 8 bits of fp8 rows: where a scale holds for BK columns or more it
+    multiplies the float32 sum of these, not the weights. Sums in order of k, always.
+    """
+    EVEN: tl.constexpr = K % BK == 0
+    SCALED: tl.constexpr = (KIND == FP8 or KIND == INT8 or KIND == INT4) and GROUP >= BK  # after the product
+    SPLIT: tl.constexpr = SCALED and GROUP < K  # more than one scale along k
+    narrow: tl.constexpr = X.dtype.element_ty == tl.float8e4nv
+    wide: tl.constexpr = tl.bfloat16 if narrow else X.dtype.element_ty
+    dtype: tl.constexpr = tl.float8e4nv if narrow and KIND == FP8 else wide  # of the product
+    start = tl.load(STARTS + expert)
+    if ALIGNED:  # loads of 16 bytes, and asynchronous copies, need to know
+        start = tl.multiple_of(start, 16)
+    W += start
+    if SCALE is not None:
+        SCALE += tl.load(STARTS + E + expert)
+    if ZERO is not None:
+        ZERO += tl.load(STARTS + 2 * E + expert)
+    x_at = X + x_rows.to(tl.int64)[:, None] * x_stride
+    total = tl.zeros((BM, rows.shape[0]), tl.float32)
+    for k_start in range(k_first, k_last, BK):
+        k = k_start + tl.arange(0, BK)
+        if EVEN:
+            x = tl.load(x_at + k[None, :])
+        else:
+            x = tl.load(x_at + k[None, :], mask=k[None, :] < K, other=0.0)
+        w = weight_tile(W, SCALE, ZERO, rows, k, k_start, stride_n, stride_k, scale_stride, dtype, KIND, K, BK, GROUP)
+        if x.dtype != dtype:
+            x = x.to(tl.float32).to(dtype)
+        if SPLIT:
+            scale = tl.load(SCALE + (rows // GROUP_ROWS) * scale_stride + k_start // GROUP).to(tl.float32)
+            total += multiplied(x, tl.trans(w), total, True) * scale[None, :]
+        else:
+            total = multiplied(x, tl.trans(w), total, False)
+    if SCALED and not SPLIT:
+        total *= tl.load(SCALE + (rows // GROUP_ROWS) * scale_stride).to(tl.float32)[None, :]
+    return total
+
+
+@triton.jit
+def _erf_gelu(x):
+    return 0.5 * x * (1.0 + tl.math.erf(x * 0.7071067811865476))
+
+
+@triton.jit
+def _tanh_gelu(x):
+    inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
+    return x * tl.sigmoid(2.0 * inner)  # (1 + tanh(y)) / 2 = sigmoid(2 y)
+
+
+@triton.jit
+def activate(total, ACTIVATION: tl.constexpr, GATED: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr):
+    """The activation of `moiety_kernels.reference.activate`, in float32. Gated: [BM, 2 BN] -> [BM, BN]."""
+    if GATED:
+        gate, up = total.reshape(total.shape[0], total.shape[1] // 2, 2).split()
+        if LIMIT is not None:
+            gate = tl.where(gate > LIMIT, LIMIT, gate)  # what is no number stays none, as in torch
+            up = tl.where(up > LIMIT, LIMIT, tl.where(up < -LIMIT, -LIMIT, up))
+    else:
+        gate, up = total, 1.0
+    if ACTIVATION == "swiglu_clamped":
+        value = (up + 1.0) * (gate * tl.sigmoid(gate * ALPHA))
+    else:
+        if ACTIVATION == "silu":
+            value = gate * tl.sigmoid(gate)
+        elif ACTIVATION == "gelu":
+            value = _erf_gelu(gate)
+        elif ACTIVATION == "gelu_pytorch_tanh":
+            value = _tanh_gelu(gate)
+        elif ACTIVATION == "relu":
+            value = tl.where(gate < 0.0, 0.0, gate)
+        elif ACTIVATION == "relu2":
+            value = tl.where(gate < 0.0, 0.0, gate * gate)
+        else:
+            tl.static_assert(ACTIVATION == "none", "unknown activation")
+            value = gate
+        if GATED:
+            value = value * up
+    return value

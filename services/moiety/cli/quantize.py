@@ -1,0 +1,53 @@
+"""`moiety quantize`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from moiety.cli.options import SIZE
+from moiety.cli.run import progress, signals_interrupt
+
+
+@click.command()
+@click.argument("checkpoint", type=click.Path(path_type=str))
+@click.option("--memory", type=SIZE, required=True, help="What all weights together may take, such as 24GiB.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="A new or an empty folder.")
+@click.option(
+    "--calibration",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Text like that the model will serve.  [default: English and code that ship with Python]",
+)
+@click.option(
+    "--tokens", type=click.IntRange(16, 1 << 20), default=4096, show_default=True, help="Of it that are used at most."
+)
+def quantize(checkpoint: str, memory: int, out: Path, calibration: Path | None, tokens: int) -> None:
+    """Quantise a checkpoint's experts, each to as many bits as it deserves.
+
+    CHECKPOINT's experts are measured, one at a time, on calibration text: how much a model's hidden states change when an
+    expert's weights are rounded to 8 or 4 bits, weighted by how often and how strongly it is used. Then each gets 16, 8 or 4
+    bits so that all weights fit into --memory at the least total error. --out is a checkpoint like any other (format
+    compressed-tensors), served without a flag, with a report and a picture of the choice in it.
+
+    \b
+    Example:
+      moiety quantize ./Qwen3-30B-A3B --memory 24GiB --out ./Qwen3-30B-A3B-24GiB
+    """
+    from moiety.model.checkpoint import Checkpoint
+    from moiety.model.layout import expert_layout
+    from moiety.tools.corpus import shipped_text
+    from moiety.tools.quantize import PICTURE, REPORT, quantise
+    from moiety.tools.quantize_report import as_json, lines, picture
+
+    text = calibration.read_text(encoding="utf-8", errors="replace") if calibration else shipped_text()
+    with signals_interrupt():
+        quantised = quantise(checkpoint, out, memory, text, tokens=tokens, progress=progress())
+    layout = expert_layout(Checkpoint.open(checkpoint))
+    (out / REPORT).write_text(json.dumps(as_json(quantised, layout, memory, checkpoint), indent=1), encoding="utf-8")
+    title = f"{Path(checkpoint).name}: {quantised.nbytes / 2**30:.2f} of {memory / 2**30:.2f} GiB"
+    (out / PICTURE).write_text(picture(quantised, layout, title), encoding="utf-8")
+    for line in lines(quantised, memory):
+        click.echo(line)
+    click.echo(f"{out}: serve it as any checkpoint; {REPORT} and {PICTURE} say what was chosen and why")

@@ -1,0 +1,67 @@
+"""`moiety simulate`: what elasticity would save, on paper."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from moiety.cli.options import invocation, json_option, write_json
+from moiety.cli.run import progress
+
+
+@click.command()
+@click.option("--hours", type=click.FloatRange(0.1, 168), default=24.0, show_default=True, help="Of the day's trace.")
+@click.option("--step", type=click.FloatRange(0.5, 60), default=20.0, show_default=True, help="Seconds of a time step.")
+@click.option(
+    "--tokens", type=click.FloatRange(1e3, 1e8), default=0.9e6, show_default=True, help="Tokens per second, on average."
+)
+@click.option("--peak", type=click.FloatRange(1.05, 4), default=2.0, show_default=True, help="Peak over mean load.")
+@click.option(
+    "--skew", type=click.FloatRange(0, 2), default=0.8, show_default=True, help="Zipf exponent of the experts."
+)
+@click.option(
+    "--start", type=click.FloatRange(0, 600), default=30.0, show_default=True, help="Seconds a replica takes."
+)
+@click.option("--groups", type=click.IntRange(1, 256), default=32, show_default=True, help="Expert groups.")
+@click.option("--hot-sets", type=click.IntRange(0, 64), default=4, show_default=True, help="Hot sets, at most.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Same seed, same day.")
+@click.option(
+    "--plot", "picture", type=click.Path(dir_okay=False, path_type=Path), help="Draw load and replicas: a PNG."
+)
+@json_option
+@click.pass_context
+def simulate(
+    context: click.Context,
+    hours: float,
+    step: float,
+    tokens: float,
+    peak: float,
+    skew: float,
+    start: float,
+    groups: int,
+    hot_sets: int,
+    seed: int,
+    picture: Path | None,
+    json_file: Path | None,
+) -> None:
+    """Simulate a day of a cluster that serves a model of DeepSeek-V3's size, and what others would need for it.
+
+    The policy, the placement and the cost model are the ones that serve; load and time are made up. Other systems get
+    the smallest size whose p99 of a decode step is the elastic one's. Attention's devices are not counted.
+
+    \b
+    Example:
+      moiety simulate --plot day.png --json day.json
+    """
+    from moiety.simulate.report import compare, lines, plot
+    from moiety.simulate.scenario import Cluster, day_trace
+
+    cluster = Cluster(groups=groups, hot_sets=hot_sets, start_s=start)
+    trace = day_trace(tokens, hours=hours, step_s=step, peak_over_mean=peak, skew=skew, seed=seed)
+    report = compare(cluster, trace, progress())
+    for line in (*lines(report), f"again:   {invocation(context)}"):
+        click.echo(line)
+    if picture is not None:
+        plot(report, picture)
+    write_json(json_file, report.json())

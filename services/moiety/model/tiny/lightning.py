@@ -1,0 +1,26 @@
+"""MiniMax's lightning attention keeps its decays in the checkpoint: what its heads' slopes say, never noise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+_DECAYS = ("slope_rate", "query_decay", "key_decay", "diagonal_decay")
+
+
+def with_decays(name: str, tensor: torch.Tensor) -> Iterable[tuple[str, torch.Tensor]]:
+    """A `Store`: decays are those that transformers computes for a layer of this number, of as many heads and tokens."""
+    decay = name.rpartition(".")[2]
+    if decay in _DECAYS:
+        from transformers.models.minimax.modeling_minimax import MiniMaxConfig, MiniMaxLightningAttention
+
+        heads, tokens = tensor.shape[-3], tensor.shape[-2]  # [H, 1, 1], [H, tokens, 1] or [1, H, tokens, tokens]
+        layer = int(name.split(".layers.")[1].partition(".")[0])
+        kinds = ["linear_attention"] * 64
+        config = MiniMaxConfig(num_attention_heads=heads, block_size=tokens, num_hidden_layers=64, layer_types=kinds)
+        config.hidden_size, config.head_dim = heads, 1  # no decay depends on them
+        tensor = MiniMaxLightningAttention(config, layer).get_buffer(decay).to(tensor).contiguous()
+    yield name, tensor

@@ -1,0 +1,195 @@
+"""Writes tiny checkpoints in the quantised formats that publishers ship: the tensors, dtypes and config fields of each."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moiety.model.checkpoint import Checkpoint
+from moiety.model.headers import TensorEntry
+from moiety.model.reading import AWQ_COLUMNS, Reader
+from moiety.model.shards import write_shards
+from moiety.model.tiny import write_tiny
+from moiety_kernels.matrices import E2M1, Fp8Matrix, pack_nibbles
+
+GROUP = 32
+_INT4 = {"bits": 4, "group_size": GROUP}
+# name -> architecture, its sizes, and the quantization_config that such a checkpoint is published with
+TINY_FORMATS: Mapping[str, tuple[str, Mapping[str, Any], Mapping[str, Any]]] = {
+    # No matrix but those of the embedding is a whole number of 128 x 128 blocks, as DeepSeek-V3's kv_a_proj_with_mqa.
+    "deepseek_v3-fp8": (
+        "deepseek_v3",
+        {"hidden_size": 160, "moe_intermediate_size": 136},
+        {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]},
+    ),
+    "gpt_oss-mxfp4": (
+        "gpt_oss",
+        {},
+        {
+            "quant_method": "mxfp4",
+            "modules_to_not_convert": [
+                "model.layers.*.self_attn",
+                "model.layers.*.mlp.router",
+                "model.embed_tokens",
+                "lm_head",
+            ],
+        },
+    ),
+    "mixtral-gptq": (
+        "mixtral",
+        {},
+        {
+            "quant_method": "gptq",
+            **_INT4,
+            "desc_act": False,
+            "sym": False,
+            "true_sequential": True,
+            "damp_percent": 0.1,
+        },
+    ),
+    "mixtral-awq": (
+        "mixtral",
+        {},
+        {
+            "quant_method": "awq",
+            **_INT4,
+            "version": "gemm",
+            "zero_point": True,
+            "modules_to_not_convert": ["gate"],
+        },
+    ),
+    "deepseek_v3-int4": (  # as Kimi-K2-Thinking: only routed experts, compressed-tensors
+        "deepseek_v3",
+        {"moe_intermediate_size": 64},
+        {
+            "quant_method": "compressed-tensors",
+            "format": "pack-quantized",
+            "quantization_status": "compressed",
+            "ignore": [
+                "lm_head",
+                "re:.*self_attn.*",
+                "re:.*shared_experts.*",
+                "re:.*mlp\\.(gate|up|gate_up|down)_proj.*",
+            ],
+            "config_groups": {
+                "group_0": {
+                    "targets": ["Linear"],
+                    "input_activations": None,
+                    "output_activations": None,
+                    "weights": {
+                        "num_bits": 4,
+                        "type": "int",
+                        "symmetric": True,
+                        "strategy": "group",
+                        "group_size": GROUP,
+                        "dynamic": False,
+                        "actorder": None,
+                    },
+                }
+            },
+        },
+    ),
+}
+
+
+def write_tiny_format(name: str, folder: str | Path, *, seed: int = 0, **overrides: Any) -> Path:
+    """Writes the checkpoint `name` (a key of TINY_FORMATS) to `folder`; returns the folder.
+
+    Codes and scales are as random as the weights they come from; `overrides` are config values, as for `write_tiny`.
+    """
+    if name not in TINY_FORMATS:
+        raise ValueError(f"format {name!r}: must be one of {', '.join(TINY_FORMATS)}")
+    architecture, sizes, quantization = TINY_FORMATS[name]
+    path = write_tiny(architecture, folder, seed=seed, **{**sizes, **overrides})
+    plain = Checkpoint.open(path)
+    with Reader() as reader:
+        tensors = [
+            pair
+            for tensor, entry in plain.tensors.items()
+            if isinstance(entry, TensorEntry)
+            for pair in _stored(quantization, tensor, reader.tensor(entry), seed)
+        ]
+    for shard in plain.shards:
+        shard.unlink()
+    write_shards(path, tensors)
+    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    config["quantization_config"] = dict(quantization)
+    (path / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    return path
+
+
+def _stored(
+    quantization: Mapping[str, Any], name: str, tensor: torch.Tensor, seed: int
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """What the publisher ships for one tensor: itself, or codes and scales."""
+    method = quantization["quant_method"]
+    module = name.removesuffix(".weight")
+    linear = tensor.dim() == 2 and module.endswith(("proj", "w1", "w2", "w3", "_mqa", "a_proj", "b_proj"))
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}/codes".encode()))
+    if method == "fp8" and linear:
+        matrix = Fp8Matrix.of(tensor)
+        yield name, matrix.codes
+        yield f"{name}_scale_inv", matrix.scale
+    elif method == "mxfp4" and name.endswith(("gate_up_proj", "down_proj")) and tensor.dim() == 3:
+        yield from _mxfp4(name, tensor)
+    elif method in ("gptq", "awq") and linear:
+        yield from (_gptq if method == "gptq" else _awq)(module, tensor, generator)
+    elif method == "compressed-tensors" and linear and ".experts." in name:
+        codes, scale, _ = _int4(tensor, None)
+        yield f"{module}.weight_packed", pack_nibbles(codes).view(torch.int32)
+        yield f"{module}.weight_scale", scale
+        yield f"{module}.weight_shape", torch.tensor(tensor.shape)
+    else:
+        yield name, tensor
+
+
+def _mxfp4(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    values = tensor.transpose(1, 2)  # [E, O, D]
+    blocks = values.reshape(*values.shape[:2], -1, 32)
+    largest = blocks.abs().amax(dim=3).clamp(min=1e-20)
+    exponent = torch.floor(torch.log2(largest)) - 2  # e2m1's largest is 6 = 1.5 * 2^2
+    scaled = torch.ldexp(blocks, -exponent[..., None].int())
+    codes = (scaled[..., None] - torch.tensor(E2M1)).abs().argmin(dim=-1).to(torch.uint8)
+    yield f"{name}_blocks", (codes[..., ::2] | (codes[..., 1::2] << 4)).contiguous()
+    yield f"{name}_scales", (exponent + 127).to(torch.uint8)
+
+
+def _int4(tensor: torch.Tensor, generator: torch.Generator | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """codes [O, D], scale [O, G] and zero [O, G]; zero points are random with a generator, 8 without."""
+    groups = tensor.view(tensor.shape[0], -1, GROUP)
+    zero = torch.full(groups.shape[:2], 8, dtype=torch.uint8)
+    if generator is not None:
+        zero = torch.randint(4, 12, zero.shape, generator=generator).to(torch.uint8)
+    scale = (groups.abs().amax(dim=2) / 7).half()
+    codes = (groups / scale[:, :, None].float()).round() + zero[:, :, None]
+    return codes.clamp(0, 15).to(torch.uint8).view(tensor.shape), scale, zero
+
+
+def _gptq(module: str, tensor: torch.Tensor, generator: torch.Generator) -> Iterator[tuple[str, torch.Tensor]]:
+    codes, scale, zero = _int4(tensor, generator)
+    yield f"{module}.qweight", _words(codes).T.contiguous()
+    yield f"{module}.qzeros", _words((zero.T - 1) & 15)
+    yield f"{module}.scales", scale.T.contiguous()
+    yield f"{module}.g_idx", torch.arange(tensor.shape[1], dtype=torch.int32) // GROUP
+
+
+def _awq(module: str, tensor: torch.Tensor, generator: torch.Generator) -> Iterator[tuple[str, torch.Tensor]]:
+    codes, scale, zero = _int4(tensor, generator)
+
+    def interleaved(matrix: torch.Tensor) -> torch.Tensor:
+        words = matrix.reshape(matrix.shape[0], -1, 8)[:, :, list(AWQ_COLUMNS)]
+        return _words(words.reshape(matrix.shape))
+
+    yield f"{module}.qweight", interleaved(codes.T)
+    yield f"{module}.qzeros", interleaved(zero.T)
+    yield f"{module}.scales", scale.T.contiguous()
+
+
+def _words(codes: torch.Tensor) -> torch.Tensor:
+    """uint8 [R, 8 C] -> int32 [R, C], the first in the lowest four bits."""
+    return pack_nibbles(codes.contiguous()).contiguous().view(torch.int32)

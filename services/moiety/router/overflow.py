@@ -1,0 +1,99 @@
+"""The hop under the overflow policy `backup`: rows of an expert whose holders are all overrun go to their next-best one.
+
+They keep the weight that the gate gave their own expert. Legend: T tokens, K experts per token, E experts.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from moiety.core import PendingRows
+from moiety.model.seam import current_forward
+from moiety.policy.dispatch import Table
+from moiety.policy.overflow import backups
+from moiety.router.context import StepBackend, StepContext
+
+REMEMBER_S = 1.0  # a replica that is asked for nothing has no queue: what it told is forgotten after that
+
+
+class Queues:
+    """How long calls waited at each replica lately. For the engine's thread."""
+
+    def __init__(self, bound_ms: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._bound_ms, self._clock = bound_ms, clock
+        self._overrun: dict[str, float] = {}  # replica -> when it last told of a longer wait than the bound
+
+    def answered(self, replica: str, queue_ms: float) -> None:
+        """What a reply tells."""
+        if queue_ms > self._bound_ms:
+            self._overrun[replica] = self._clock()
+        elif self._overrun:
+            self._overrun.pop(replica, None)
+
+    def overrun(self) -> frozenset[str]:
+        """Replicas whose queue is too long now."""
+        if not self._overrun:
+            return frozenset()
+        since = self._clock() - REMEMBER_S
+        self._overrun = {replica: told for replica, told in self._overrun.items() if told > since}
+        return frozenset(self._overrun)
+
+
+class Overrun:
+    """Which experts have no holder that could take more rows, by the queues and the table of the moment."""
+
+    def __init__(self, queues: Queues, table: Callable[[], Table], slices: int = 1) -> None:
+        self._queues, self._table, self._slices = queues, table, slices
+        self._masks: dict[int, np.ndarray | None] = {}  # layer -> bool [E]; None = none of them
+        self._of: tuple[int, frozenset[str]] = (0, frozenset())  # what they were made of: table version, replicas
+
+    def __call__(self, layer: int) -> np.ndarray | None:
+        """bool [E], None where it would be all false. An expert in slices is overrun where one of them is."""
+        if not (replicas := self._queues.overrun()):
+            return None
+        table = self._table()
+        if self._of != (table.version, replicas):
+            self._of, self._masks = (table.version, replicas), {}
+        if layer not in self._masks:
+            mask = np.any(table.held_only_by(layer, replicas).reshape(-1, self._slices), axis=1)
+            self._masks[layer] = mask if mask.any() else None
+        return self._masks[layer]
+
+
+class OverflowHop:
+    """A StepBackend that spares experts which no replica can take more rows for."""
+
+    def __init__(self, backend: StepBackend, overrun: Callable[[int], np.ndarray | None]) -> None:
+        """`overrun(layer)`: bool [E], experts all of whose holders have too long a queue; None = none."""
+        self._backend, self._overrun = backend, overrun
+        self._step: StepContext | None = None
+
+    @property
+    def layer_began_ns(self) -> int:
+        return self._backend.layer_began_ns
+
+    def begin_step(self, step: StepContext) -> None:
+        self._step = step
+        self._backend.begin_step(step)
+
+    def submit(self, layer: int, hidden: torch.Tensor, top_k_index: torch.Tensor) -> PendingRows:
+        """Sends hidden [T, D] to the experts in top_k_index [T, K] (int64, -1: none), or to their backups."""
+        assert self._step is not None, "submit outside a step"
+        overrun, scores = self._overrun(layer), current_forward().scores
+        if overrun is None or scores is None:
+            self._step.routed(np.zeros(top_k_index.shape, dtype=bool))
+            return self._backend.submit(layer, hidden, top_k_index)
+        chosen = top_k_index.cpu().numpy()
+        given = backups(chosen, scores.float().cpu().numpy(), overrun)
+        self._step.routed(given != chosen)
+        return self._backend.submit(layer, hidden, torch.from_numpy(given).to(top_k_index.device))
+
+    def while_waiting(self, layer: int) -> None:
+        self._backend.while_waiting(layer)
+
+    def poll(self) -> None:
+        self._backend.poll()

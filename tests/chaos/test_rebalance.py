@@ -1,0 +1,152 @@
+"""Placements change under eight streams: every one ends with the tokens of a quiet run, and none waits for the change."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+
+import pytest
+
+from moiety.client import Client
+from moiety.core import ExpertSet
+from moiety.errors import Unavailable
+from moiety.tools.bench_report import percentile
+from moiety.tools.rebalance import Ask, enact, proposed
+from serving import Served
+from streams import Streams
+
+NEW_TOKENS = 80
+STRIKE_AT = 20  # tokens every stream has when the placement changes
+
+
+@pytest.fixture(scope="module")
+def expected(served: Served) -> list[list[int]]:
+    """The tokens of a run without changes."""
+    return served.run(lambda client: Streams(client, NEW_TOKENS).finish())
+
+
+async def change(served: Served, client: Client, held: Mapping[str, ExpertSet]) -> Streams:
+    """Puts `held` in force while streams run, and returns them once all replicas have followed."""
+    streams = Streams(client, NEW_TOKENS)
+    await streams.reach(STRIKE_AT)
+    await served.cluster.settled(await served.cluster.place(held))
+    return streams
+
+
+async def holdings(served: Served) -> dict[str, ExpertSet]:
+    """Deployment -> what its replica holds."""
+    return {r.deployment: r.held for r in await served.cluster.registry.replicas() if r.role == "expert"}
+
+
+def test_experts_change_places_under_a_running_router(served: Served, expected: list[list[int]]) -> None:
+    """Two groups swap all their experts: same tokens, same processes, and no call is ever refused for it."""
+
+    async def scenario(client: Client) -> None:
+        await served.have(1, 1)
+        first, second = served.cluster.plan
+        pids = {child.pid for child in served.cluster.children}
+        served.receiver.clear()
+        for held in ({"experts-0": second, "experts-1": first}, {"experts-0": first, "experts-1": second}):
+            streams = await change(served, client, held)
+            assert await streams.finish() == expected
+            assert await holdings(served) == held
+            print(f"worst token gap during a swap of all experts: {streams.worst_gap:.3f} s")
+        assert {child.pid for child in served.cluster.children} == pids
+
+    served.run(scenario)
+    hops = [span for span in served.receiver.spans() if span.name == "hop"]
+    assert hops
+    assert {span.attributes.get("moiety.outcome") for span in hops} == {None}
+
+
+def test_a_hot_set_takes_over_hot_experts_and_gives_them_back(served: Served, expected: list[list[int]]) -> None:
+    """A set of two experts beside their groups shares their rows, another pair replaces it, none is left: same tokens."""
+
+    async def scenario(client: Client) -> None:
+        await served.have(1, 1)
+        first, second = served.cluster.plan
+        groups = {"experts-0": first, "experts-1": second}
+        hot = await served.cluster.add_hot_set(0)
+        try:
+            for text in ("0:0,1;1:2", "0:5;1:0-2", ""):
+                held = {**groups, "hot-0": ExpertSet.parse(text)}
+                assert await (await change(served, client, held)).finish() == expected
+                assert await holdings(served) == held
+                rows = (await served.cluster.registry.busy())[hot.replica.id].rows_per_s
+                served.receiver.clear()
+                assert await Streams(client, NEW_TOKENS).finish() == expected
+                hops = [span for span in served.receiver.spans() if span.name == "hop"]
+                shared = [span for span in hops if span.attributes.get("moiety.deployment") == "hot-0"]
+                assert bool(shared) == bool(text), rows
+            # Nobody but the hot set holds expert 0 of layer 0 while it is drained: its group never dropped it.
+            await served.cluster.drain(hot)
+            assert await Streams(client, NEW_TOKENS).finish() == expected
+        finally:
+            if hot in served.cluster.children:
+                await served.cluster.drain(hot)
+
+    served.run(scenario)
+
+
+def test_an_expert_that_no_placement_names_is_not_lost(served: Served, expected: list[list[int]]) -> None:
+    """A placement that forgets an expert leaves it with its last holder: requests go on as if nothing had happened."""
+
+    async def scenario(client: Client) -> None:
+        await served.have(1, 1)
+        first, second = served.cluster.plan
+        forgetful = {"experts-0": first - ExpertSet.parse("0:0"), "experts-1": second}
+        streams = Streams(client, NEW_TOKENS)
+        await streams.reach(STRIKE_AT)
+        epoch = await served.cluster.place(forgetful)
+        assert await streams.finish() == expected
+        with pytest.raises(Unavailable, match="leaving 0:0"):
+            await served.cluster.settled(epoch, timeout_s=3.0)
+        assert await Streams(client, NEW_TOKENS).finish() == expected
+        await served.cluster.settled(await served.cluster.place({"experts-0": first, "experts-1": second}))
+
+    served.run(scenario)
+
+
+@pytest.mark.slow
+def test_a_plan_from_the_ledger_is_enacted_under_load(served: Served, expected: list[list[int]]) -> None:
+    """`moiety rebalance` with a hot set: planned from the load of the streams, in force while they run, same tokens.
+
+    Over 20 s: the load is watched for some seconds, with streams running all the time.
+    """
+
+    async def scenario(client: Client) -> None:
+        await served.have(1, 1)
+        hot = await served.cluster.add_hot_set(0)
+        registry = served.cluster.registry
+        gaps: list[float] = []
+        done = asyncio.Event()
+
+        async def load() -> None:
+            while not done.is_set():
+                streams = Streams(client, NEW_TOKENS)
+                assert await streams.finish() == expected
+                gaps.extend(b - a for s in streams.streams for a, b in zip(s.times, s.times[1:], strict=False))
+
+        running = asyncio.create_task(load())
+        try:
+            found = await proposed(registry, Ask(watch_s=4.0, hot_sets=1, hot_memory=1 << 20))
+            assert found.changes
+            quiet = len(gaps)
+            await enact(registry, found, 30.0, print)
+            before, after = gaps[:quiet], gaps[quiet:]
+        finally:
+            done.set()
+            await running
+        assert (await holdings(served))["hot-0"] == found.placement.held["hot-0"]
+        assert len(found.placement.held["hot-0"]) > 0
+        for line in found.lines():
+            print(line)
+        if before and after:
+            print(
+                f"ITL p99: {1000 * percentile(before, 99):.0f} ms before, {1000 * percentile(after, 99):.0f} ms during"
+            )
+        first, second = served.cluster.plan
+        await served.cluster.settled(await served.cluster.place({"experts-0": first, "experts-1": second}))
+        await served.cluster.drain(hot)
+
+    served.run(scenario)

@@ -1,0 +1,80 @@
+"""The overflow policy: rows wait for an overrun expert unless it is told otherwise, and who told it is told how often."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import pytest
+
+from moiety.client import Client
+from moiety.local import LocalCluster
+from serving import Served
+
+NEW_TOKENS = 24
+STREAMS = 6
+
+
+async def generate(client: Client, number: int) -> tuple[list[int], float]:
+    """A stream's tokens and the fraction of its rows that other experts computed."""
+    prompt, tokens, rerouted = [3 + 7 * number, 11, 19 + number], [], 0.0
+    async for chunk in client.generate(prompt, max_tokens=NEW_TOKENS, ignore_eos=True):
+        tokens += chunk.token_ids
+        rerouted = max(rerouted, chunk.rerouted)
+    return tokens, rerouted
+
+
+async def together(client: Client) -> list[tuple[list[int], float]]:
+    """All streams at once."""
+    return await asyncio.gather(*(generate(client, number) for number in range(STREAMS)))
+
+
+async def answers(cluster: LocalCluster) -> tuple[list[list[int]], list[float]]:
+    """Of all streams: tokens, and fractions."""
+    async with Client(cluster.address) as client:
+        done = await together(client)
+    return [tokens for tokens, _ in done], [rerouted for _, rerouted in done]
+
+
+@pytest.mark.slow
+def test_backup_reroutes_under_load_and_says_so(tiny: Callable[[str], str], served: Served) -> None:
+    """One group paced below the load: with backup its rows go elsewhere, told in the usage; in calm, tokens are exact.
+
+    Over 20 s: a cluster of its own, with a slow group.
+    """
+
+    expected = served.run(lambda client: generate(client, 0))[0]
+
+    async def scenario() -> None:
+        router = {"overflow": "backup", "overflow_queue_ms": 5.0, "lanes": 2}
+        async with LocalCluster(tiny("qwen3_moe"), dtype="float32", router=router) as cluster:
+            async with Client(cluster.address) as client:
+                calm, rerouted = await generate(client, 0)
+                assert rerouted == 0.0
+                assert calm == expected
+            (fast,) = cluster.experts(0)
+            await cluster.add_expert(0, capacity=400.0)
+            await cluster.drain(fast)
+            tokens, fractions = await answers(cluster)
+            assert all(len(each) == NEW_TOKENS for each in tokens)
+            assert 0.0 < max(fractions) < 1.0
+            print(f"rerouted: {fractions}")
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.slow
+def test_rows_wait_by_default(tiny: Callable[[str], str], served: Served) -> None:
+    """The same slow group under the policy `wait`: the tokens are those of a fast one, and nothing was rerouted.
+
+    Over 20 s: a cluster of its own, with a slow group.
+    """
+
+    async def scenario() -> None:
+        async with LocalCluster(tiny("qwen3_moe"), dtype="float32", expert={"capacity": 400.0}) as cluster:
+            tokens, fractions = await answers(cluster)
+            assert set(fractions) == {0.0}
+            assert tokens == expected
+
+    expected = [tokens for tokens, _ in served.run(together)]
+    asyncio.run(scenario())

@@ -1,0 +1,122 @@
+"""Hot sets through Ray Serve: bound once and empty, filled by what the ledger shows, alive while that pays."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator
+
+import pytest
+
+from moiety.client import Client
+from moiety.config import AppSettings
+from moiety.core import Replica, ReplicaState, Role
+from moiety.deploy.run import DeployedApp, deploy_app
+from moiety.load.connect import connect
+from moiety.load.registry import Registry
+from rayhead import RayHead
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(240)]
+
+APP = "hotsets"
+PROMPT = [7] * 8
+TOKENS = 24
+STREAMS = 3
+WAIT_S = 60.0
+
+
+@pytest.fixture(scope="module")
+def app(ray_head: RayHead) -> Iterator[DeployedApp]:
+    """Two groups that may not grow, and a hot set for four experts: what is hot can only go there."""
+    settings = AppSettings(
+        app=APP,
+        model=ray_head.model,
+        groups=2,
+        hot_sets=1,
+        hot_memory=4 * 3 * 64 * 96 * 4,
+        rebalance_gain=0.05,
+        registry=ray_head.redis_url,
+        grpc_port=0,
+        dtype="float32",
+        router_cpus=0.1,
+        kv_memory=64 << 20,
+        experts={"num_cpus": 0.1, "max_replicas": 1, "capacity": 300.0, "shrink_after_s": 2.0},
+        overrides={"router": {"max_replicas": 2, "target_busy": 0.9}},
+    )
+    with deploy_app(settings, wait_s=120, progress=print) as deployed:
+        yield deployed
+
+
+def test_a_hot_set_comes_and_goes_with_the_heat(app: DeployedApp, ray_head: RayHead) -> None:
+    """Load fills it and brings its replica, no other process changes, tokens stay; when load ends it goes to zero.
+
+    Over 20 s: heat is smoothed over ten seconds, and Ray starts a replica.
+    """
+
+    async def check(registry: Registry) -> None:
+        async with Client(app.gateways[0]) as client:
+            expected = await tokens_of(client)
+            before = {each.deployment: each.pid for each in await ready(registry)}
+            assert set(before) == {"experts-0", "experts-1", "router", "gateway"}
+            ending = asyncio.Event()
+
+            async def stream() -> None:
+                while not ending.is_set():
+                    assert await tokens_of(client) == expected
+
+            async with asyncio.TaskGroup() as group:
+                for _ in range(STREAMS):
+                    group.create_task(stream())
+                try:
+                    await until(lambda: serves(registry, "hot-0"))
+                    after = {each.deployment: each.pid for each in await ready(registry)}
+                    hot = next(each for each in await ready(registry) if each.deployment == "hot-0")
+                    assert {name: after[name] for name in before} == before
+                    assert 0 < len(hot.held) <= 4
+                finally:
+                    ending.set()
+            await until(lambda: gone(registry, "hot-0"))
+            assert await tokens_of(client) == expected
+        for entry in await registry.decisions():
+            print(f"{entry['deployment']} {entry['from']} → {entry['to']}: {entry['reason']}")
+        moves = [(entry["deployment"], entry["from"], entry["to"]) for entry in await registry.decisions()]
+        assert moves[0][0] == "placement"
+        assert ("hot-0", 0, 1) in moves
+        assert ("hot-0", 1, 0) in moves
+
+    asyncio.run(_with_registry(ray_head.redis_url, check))
+
+
+async def tokens_of(client: Client) -> list[int]:
+    """The answer to PROMPT."""
+    stream = client.generate(PROMPT, max_tokens=TOKENS, ignore_eos=True)
+    return [token async for chunk in stream for token in chunk.token_ids]
+
+
+async def ready(registry: Registry) -> list[Replica]:
+    """All replicas that are ready."""
+    return [each for each in await registry.replicas() if each.state is ReplicaState.READY]
+
+
+async def serves(registry: Registry, deployment: str) -> bool:
+    """Whether one of its replicas has computed rows."""
+    return any(each.deployment == deployment and each.served for each in await ready(registry))
+
+
+async def gone(registry: Registry, deployment: str) -> bool:
+    """Whether it has no replica left."""
+    return not any(each.deployment == deployment and each.role is Role.EXPERT for each in await registry.replicas())
+
+
+async def until(condition: Callable[[], Awaitable[bool]]) -> None:
+    """Waits for `condition`."""
+    async with asyncio.timeout(WAIT_S):
+        while not await condition():
+            await asyncio.sleep(0.1)
+
+
+async def _with_registry(url: str, action: Callable[[Registry], Awaitable[object]]) -> None:
+    registry = connect(url, APP)
+    try:
+        await action(registry)
+    finally:
+        await registry.close()

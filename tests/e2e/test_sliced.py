@@ -1,0 +1,44 @@
+"""Experts in slices, each slice in a group of its own: the tokens of whole experts."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import pytest
+
+from moiety.client import Client
+from moiety.local import LocalCluster
+from serving import Served
+from streams import Streams
+
+NEW_TOKENS = 40
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "groups"), [("float32", 4), ("bfloat16", 2)])
+def test_slices_serve_the_tokens_of_whole_experts(
+    served: Served, tiny: Callable[[str], str], dtype: str, groups: int
+) -> None:
+    """fp32: token for token, through a kill -9 of a slice's only holder; bf16, where only bits are near, it serves.
+
+    Over 20 s: two clusters of its own.
+    """
+
+    async def scenario() -> list[list[int]]:
+        sliced = LocalCluster(tiny("qwen3_moe"), dtype=dtype, groups=groups, slices=2)
+        async with sliced as cluster, Client(cluster.address) as client:
+            streams = Streams(client, NEW_TOKENS)
+            await streams.reach(10)
+            lost = cluster.experts(1)[0]
+            lost.signal(9)
+            await cluster.add_expert(1)
+            tokens = await streams.finish()
+            await lost.ended()
+            assert await Streams(client, NEW_TOKENS).finish() == tokens or dtype != "float32"
+            return tokens
+
+    tokens = asyncio.run(scenario())
+    assert all(len(each) == NEW_TOKENS for each in tokens)
+    if dtype == "float32":
+        assert tokens == served.run(lambda client: Streams(client, NEW_TOKENS).finish())

@@ -1,0 +1,82 @@
+"""The GPU benchmark: what of it needs no GPU. In the interpreter its times mean nothing, and are not looked at."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from moiety_kernels.gating_reference import Gate
+
+pytest.importorskip("triton", reason="triton is not installed: pip install 'moiety[gpu]'")
+
+from moiety_kernels.bench.clock import Ceilings, Clock
+from moiety_kernels.bench.peers import grouped_mm
+from moiety_kernels.bench.table import OURS, measure, summary
+from moiety_kernels.bench.tune import tune
+from moiety_kernels.gpu.models import Model
+from moiety_kernels.gpu.tiles import Tile
+
+TINY = Model("tiny", 3, 3, 32, 32, Gate(2), kind="mxfp4")
+
+
+@pytest.mark.parametrize("model", [TINY, replace(TINY, clamped=True)], ids=["plain", "gpt-oss"])
+def test_every_implementation_computes_the_same(model: Model):
+    """Ours, torch's grouped product and a loop of products agree on a shape; each gets a row, and the summary its ratio."""
+    rows = list(measure(model, [3], Clock("cpu"), Ceilings(1e9, 1e9), torch.bfloat16, {"torch": grouped_mm_block}))
+    by = [(row.operation, row.implementation, row.weights) for row in rows]
+    assert by == [
+        ("block", OURS, "bfloat16"),
+        ("block", "torch", "bfloat16"),
+        ("experts", OURS, "bfloat16"),
+        ("experts", "grouped_mm", "bfloat16"),
+        ("experts", "cuBLAS", "bfloat16"),
+        ("experts", OURS, "mxfp4"),
+    ]
+    assert all(row.error <= 0.02 for row in rows)
+    assert all("DIFFERS" not in str(row) for row in rows)
+    assert len(list(summary(rows))) == 3
+
+
+def grouped_mm_block(work):
+    """A peer for whole blocks, of torch's grouped product."""
+    product = grouped_mm(work)
+    order = work.index.flatten().argsort(stable=True)
+
+    def run() -> torch.Tensor:
+        slots = torch.empty_like(work.rows)
+        slots[order] = product()
+        return (slots.view(*work.index.shape, -1) * work.weights[:, :, None]).sum(1).to(work.x.dtype)
+
+    return run
+
+
+@pytest.mark.slow
+def test_tuning_prints_a_table():
+    """Whatever is found fastest is printed as lines that the table of tiles can hold."""
+    tiles = [Tile(128, 32, 32, 4, 2), Tile(64, 32, 32, 4, 2)]
+    lines = list(tune([TINY], Clock("cpu"), torch.float32, lambda gated, largest: iter(tiles)))
+    table = eval(f"({''.join(line for line in lines if '#' not in line)})", {"Tile": Tile})
+    assert [line[0] for line in table] == [16, 32, 96, None]
+    assert all(tile in [replace(each, band=8) for each in tiles] for line in table for tile in line[1:])
+
+
+def test_without_a_gpu_it_says_so():
+    """No CUDA device: one sentence, and exit status 2."""
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    done = subprocess.run([sys.executable, "-m", "moiety_kernels.bench"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "No CUDA device" in done.stdout
+
+
+@pytest.mark.slow
+def test_checks_run_in_the_interpreter():
+    """--check-only finds every kernel right on a machine without a GPU."""
+    command = [sys.executable, "-m", "moiety_kernels.bench", "--check-only"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "WRONG" not in done.stdout

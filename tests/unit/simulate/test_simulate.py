@@ -1,0 +1,140 @@
+"""The simulator: traces are what they say, time steps agree with events, and no system is favoured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moiety.simulate.events import play
+from moiety.simulate.flow import Holding, flow, percentile, work
+from moiety.simulate.report import compare, lines, plot
+from moiety.simulate.scenario import Cluster, day_trace, inclusion, popularity
+from moiety.simulate.systems import SETTINGS, Load, clairvoyant, elastic, fixed
+
+SMALL = Cluster(layers=16, experts=32, top_k=4, groups=4, hot_sets=0, batch=64)
+TINY = Cluster(layers=4, experts=32, top_k=4, groups=8, hot_sets=2, batch=64)
+
+
+def held_by_groups(cluster: Cluster) -> np.ndarray:
+    """[D, L, E] contiguous experts in every group."""
+    group = np.arange(cluster.experts) * cluster.groups // cluster.experts
+    return np.stack([np.tile(group == index, (cluster.layers, 1)) for index in range(cluster.groups)])
+
+
+def test_the_day_is_what_it_says() -> None:
+    """Mean and peak are those asked for; the same seed makes the same day, another one another."""
+    trace = day_trace(1e6, peak_over_mean=2.0, seed=3)
+    assert trace.hours == 24
+    assert trace.rates.mean() == pytest.approx(1e6)
+    assert trace.rates.max() / trace.rates.mean() == pytest.approx(2.0, abs=1e-3)
+    assert (day_trace(1e6, seed=3).rates == trace.rates).all()
+    assert (day_trace(1e6, seed=4).rates != trace.rates).any()
+
+
+def test_popularity_is_zipf_and_drifts() -> None:
+    """Shares of a layer sum to 1 and are as skewed as asked for; with drift they are others hours later."""
+    still = day_trace(1e6, skew=1.0, drift=False)
+    shares = popularity(still, TINY, 0.0)
+    assert shares.sum(axis=1) == pytest.approx(1.0)
+    assert np.sort(shares[0])[::-1][:3] == pytest.approx(shares.max() / np.array([1, 2, 3]))
+    assert (popularity(still, TINY, 9999.0) == shares).all()
+    drifting = day_trace(1e6, skew=1.0)
+    assert np.abs(popularity(drifting, TINY, 0.0) - popularity(drifting, TINY, 7200.0)).max() > 0.01
+    included = inclusion(shares, TINY.top_k)
+    assert included.sum(axis=1) == pytest.approx(TINY.top_k)
+    assert included.max() <= 1.0
+
+
+@pytest.mark.parametrize(
+    ("replicas", "routers", "skew", "seed"),
+    [(12, 18, 1.0, 0), (12, 24, 1.0, 1), (10, 15, 0.0, 2)],
+    ids=["busy 0.45", "busy 0.55", "even load"],
+)
+def test_time_steps_agree_with_events(replicas: int, routers: int, skew: float, seed: int) -> None:
+    """Busy within 3 %, p99 of a step within 10 % of what happens when every call is played."""
+    included = inclusion(popularity(day_trace(1e5, skew=skew, drift=False, hours=1), SMALL, 0.0), SMALL.top_k)
+    held, counts = held_by_groups(SMALL), np.full(SMALL.groups, replicas)
+    played = play(SMALL, included, held, counts, routers, steps=30, seed=seed)
+    asked = work(SMALL, included, Holding.of(held), counts.astype(float))
+    seen = flow(SMALL, asked, counts.astype(float), played.rate, routers)
+    assert seen.busy.mean() == pytest.approx(played.busy, rel=0.03)
+    told = percentile(np.array([seen.step_s]), np.array([seen.step_sd_s]), np.ones(1), 0.0, 99)
+    assert told == pytest.approx(float(np.percentile(played.steps_s, 99)), rel=0.1)
+
+
+def test_more_load_is_more_wait_and_at_last_a_backlog() -> None:
+    """Busy is proportional to load; steps get longer; what is beyond capacity is not served."""
+    included = inclusion(popularity(day_trace(1e5, drift=False), SMALL, 0.0), SMALL.top_k)
+    counts = np.full(SMALL.groups, 4.0)
+    asked = work(SMALL, included, Holding.of(held_by_groups(SMALL)), counts)
+    low, high, over = (flow(SMALL, asked, counts, rate) for rate in (1e4, 2e4, 1e6))
+    assert high.busy == pytest.approx(2 * low.busy)
+    assert high.step_s > low.step_s
+    assert (low.served, high.served) == (1e4, 2e4)
+    assert over.served < 1e6
+    assert over.busy.max() == pytest.approx(0.97)
+
+
+def test_tokens_that_had_to_wait_count_against_the_p99() -> None:
+    """One unserved token in a hundred is at the edge; two are beyond it."""
+    means, spreads, weights = np.array([0.02, 0.04]), np.array([0.001, 0.001]), np.array([50.0, 50.0])
+    assert percentile(means, spreads, weights, 0.0, 99) == pytest.approx(0.04, rel=0.1)
+    assert percentile(means, spreads, weights, 0.5, 99) < float("inf")
+    assert percentile(means, spreads, weights, 2.0, 99) == float("inf")
+
+
+@pytest.fixture(scope="module")
+def load() -> Load:
+    """Two hours around the morning's rise, for a model of 4 layers."""
+    return Load(TINY, day_trace(2e6, hours=2, step_s=10, seed=1))
+
+
+def test_elastic_groups_follow_the_load(load: Load) -> None:
+    """Replicas rise with the load, every change has a reason, no token waits, and starting replicas are paid for."""
+    outcome = elastic(load)
+    rates = load.trace.rates
+    assert np.corrcoef(outcome.replicas, rates)[0, 1] > 0.8
+    assert outcome.delayed < 0.01
+    assert outcome.gpu_hours == pytest.approx(outcome.replicas.sum() * load.trace.step_s / 3600)
+    assert outcome.decisions
+    assert all(decision.reason and decision.inputs for _, decision in outcome.decisions)
+    again = elastic(load)
+    assert (again.replicas == outcome.replicas).all(), "seeded: the same day twice"
+
+
+def test_slow_starts_cost() -> None:
+    """Replicas that take ten minutes to start make steps slower than those that take none, on the same bursts."""
+    trace = day_trace(2e6, hours=2, step_s=10, bursts_per_hour=6, burst=0.8, seed=2)
+    quick, slow = (
+        elastic(Load(Cluster(layers=4, experts=32, top_k=4, groups=8, hot_sets=0, batch=64, start_s=start), trace))
+        for start in (0.0, 600.0)
+    )
+    assert slow.p99_ms > quick.p99_ms
+
+
+def test_a_clairvoyant_needs_least_and_a_static_size_most(load: Load) -> None:
+    """At the same busy fraction on the same trace; a smaller static size has the longer steps."""
+    oracle, static = clairvoyant(load, SETTINGS.target_busy), fixed(load, 40)
+    assert oracle.gpu_hours < elastic(load).gpu_hours
+    assert static.gpu_hours == pytest.approx(40 * TINY.groups * load.trace.hours)
+    assert fixed(load, 30).p99_ms > static.p99_ms
+
+
+def test_the_report_compares_at_equal_p99(tmp_path: Path) -> None:
+    """No system gets away with a longer p99; the JSON says what the table says; a picture is drawn."""
+    report = compare(TINY, day_trace(2e6, hours=1, step_s=20, seed=1))
+    ours = report.outcomes[0]
+    assert [each.system for each in report.outcomes] == [
+        "elastic", "whole engines", "EPLB, 1/8 redundant", "static EP", "clairvoyant",
+    ]  # fmt: skip
+    assert all(each.p99_ms <= ours.p99_ms for each in report.outcomes)
+    value = json.loads(json.dumps(report.json()))
+    static = report.outcomes[3]
+    assert value["saved_vs_static"] == pytest.approx(1 - ours.gpu_hours / static.gpu_hours)
+    assert value["systems"][0]["decisions"][0]["reason"]
+    assert "elastic saves" in "\n".join(lines(report))
+    plot(report, tmp_path / "day.png")
+    assert (tmp_path / "day.png").stat().st_size > 10_000
