@@ -113,10 +113,8 @@ class EncoderDecoder(nn.Module):
         """The encoder's output [1, E, D] for the prompts of the batch."""
         prompts: Prompts = batch.across
         embedding = self.model.get_input_embeddings().weight
-        if not len(prompts.ids):
-            return embedding.new_zeros(
-                1, 1, embedding.shape[1]
-            )  # for want of an empty row, which modules cannot reshape
+        if not len(prompts.ids):  # a row that nobody looks at: modules cannot reshape an empty one
+            return embedding.new_zeros(1, 1, embedding.shape[1])
         ids = prompts.ids[None].to(embedding.device)
         positions = torch.cat([torch.arange(length, device=ids.device) for length in prompts.lengths])
         current_forward().row = Row(positions, prompts.lengths)

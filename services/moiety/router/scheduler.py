@@ -57,9 +57,8 @@ class Scheduler:
             self._refused = None
             self.waiting.pop()
             sequence.computed = self._cache.adopt(sequence.table, found)
-            self._cache.grow(
-                sequence.across, len(sequence.encoder_ids)
-            )  # all at once: a prompt is encoded in one piece
+            if sequence.encoder_ids:  # blocks for all of it: a prompt is encoded in one piece
+                self._cache.grow(sequence.across, len(sequence.encoder_ids))
             insort(self.running, sequence, key=_rank)
             admitted.append(sequence)
         return admitted
