@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from transformers import AutoModelForSeq2SeqLM
 from moiety.errors import CheckpointError, HopFailed, NoHolder
 from moiety.model.adapters import nllb, switch
 from moiety.model.checkpoint import Checkpoint
+from moiety.model.derive import derive_layout
 from moiety.model.encoderdecoder import DecoderStart
 from moiety.model.layout import expert_layout
 from moiety.model.router import load_router
@@ -232,6 +234,37 @@ def test_random_second_experts_are_refused(tmp_path):
     checkpoint = Checkpoint.open(write_tiny("nllb-moe", tmp_path, second_expert_policy="random"))
     with pytest.raises(CheckpointError, match=r"architecture nllb-moe.*second_expert_policy 'random'"):
         expert_layout(checkpoint)
+
+
+def test_experts_are_found_under_their_published_names(open_tiny):
+    """Encoder's layers first, then the decoder's; one tensor an expert and matrix, biases where there are some."""
+    _, switch_layout = open_tiny("switch_transformers")
+    assert [layer.module for layer in switch_layout.layers] == [
+        "encoder.block.1.layer.1.mlp.experts",
+        "encoder.block.3.layer.1.mlp.experts",
+        "decoder.block.1.layer.2.mlp.experts",
+        "decoder.block.3.layer.2.mlp.experts",
+    ]
+    first = switch_layout.layers[0].sources["gate_up"]
+    assert first == ("encoder.block.1.layer.1.mlp.experts.expert_{expert}.wi.weight",)
+    assert (switch_layout.shape.top_k, switch_layout.shape.mlp.activation, switch_layout.shape.mlp.gated) == (
+        1,
+        "relu",
+        False,
+    )
+    _, nllb_layout = open_tiny("nllb-moe")
+    last = nllb_layout.layers[-1].sources
+    assert last["down_bias"] == ("model.decoder.layers.3.ffn.experts.expert_{expert}.fc2.bias",)
+    assert (nllb_layout.shape.top_k, nllb_layout.shape.max_context) == (2, 512)
+
+
+def test_a_missing_expert_is_named(open_tiny):
+    """A checkpoint that lacks one expert's tensor is refused by that tensor's name."""
+    checkpoint, _ = open_tiny("switch_transformers")
+    lost = "decoder.block.3.layer.2.mlp.experts.expert_5.wo.weight"
+    tensors = {name: entry for name, entry in checkpoint.tensors.items() if name != lost}
+    with pytest.raises(CheckpointError, match=f"nothing in it becomes {lost}"):
+        derive_layout(replace(checkpoint, tensors=tensors))
 
 
 def test_what_a_decoder_starts_from(open_tiny, tmp_path):
