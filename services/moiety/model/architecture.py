@@ -19,7 +19,7 @@ from moiety.model.adapters.protocol import RoutedExperts
 from moiety.model.checkpoint import Checkpoint
 from moiety.model.definitions import definition_of
 from moiety.model.probe import describe
-from moiety.model.supported import refused
+from moiety.model.supported import nearest, refused
 
 _AMENDMENTS: Mapping[str, Callable[[Any], None]] = {
     "dbrx": dbrx.amend,
@@ -39,7 +39,8 @@ def load_config(checkpoint: Checkpoint) -> Any:
     try:
         config = reader.from_pretrained(checkpoint.path, local_files_only=True, trust_remote_code=False)
     except (ValueError, KeyError, TypeError, OSError) as error:
-        raise unsupported(checkpoint, f"transformers cannot read its config: {_first_line(error)}") from error
+        told = f"transformers cannot read its config: {_first_line(error)}; {nearest(checkpoint.architecture)}"
+        raise unsupported(checkpoint, told) from error
     for name in ("quantization_config", "compression_config"):  # weights are dequantised here, not by transformers
         if hasattr(config, name):
             delattr(config, name)
@@ -58,7 +59,8 @@ def causal_lm_class(checkpoint: Checkpoint, config: Any) -> type[nn.Module]:
     """The class that transformers would generate text with; raises CheckpointError where there is none."""
     found = _text_class(config)
     if found is None:
-        raise unsupported(checkpoint, "transformers has no class that generates text for it")
+        told = f"transformers has no class that generates text for it; {nearest(checkpoint.architecture)}"
+        raise unsupported(checkpoint, told)
     return found
 
 

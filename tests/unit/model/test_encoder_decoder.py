@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from architectures import ENCODER_DECODERS
 from nllb_reference import NllbReference
 from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM
@@ -29,7 +30,6 @@ from moiety.router.kvcache import KVCache
 from moiety.router.probe import cache_spec
 from moiety.tools import encoder_decoder
 
-ARCHITECTURES = ("switch_transformers", "nllb-moe")
 CPU = torch.device("cpu")
 NEW_TOKENS = 12
 
@@ -80,7 +80,7 @@ class Together:
         return logits
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", ENCODER_DECODERS)
 def test_tokens_of_several_prompts_at_once_are_those_of_transformers(open_tiny, make_experts, architecture: str):
     """Encoded in one row, decoded token by token, then again in one piece: the tokens of one prompt at a time.
 
@@ -106,7 +106,7 @@ def test_tokens_of_several_prompts_at_once_are_those_of_transformers(open_tiny, 
     assert wanted.argmax(-1).tolist() == [text[-1] for text in said], "only the logits that are wanted"
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", ENCODER_DECODERS)
 def test_a_prompt_is_encoded_as_if_alone(open_tiny, make_experts, architecture: str):
     """What other prompts are in the row does not change a prompt's keys and values: they move no token over capacity."""
     checkpoint, layout = open_tiny(architecture)
@@ -123,7 +123,7 @@ def test_a_prompt_is_encoded_as_if_alone(open_tiny, make_experts, architecture: 
             assert torch.allclose(beside, by_itself, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", ENCODER_DECODERS)
 def test_lost_experts_of_a_prompt_name_its_sequence(open_tiny, make_experts, architecture: str):
     """A hop that fails for tokens of a prompt is told of in tokens of the output that waits for it."""
     checkpoint, layout = open_tiny(architecture)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moiety.model.supported import REFUSED, seam_architectures, served_architectures
 from moiety.model.tiny.encoderdecoders import NARROW, NLLB, SWITCH
 from moiety.model.tiny.families import FAMILIES
 from moiety.model.tiny.lightning import with_decays
@@ -47,16 +48,15 @@ TINY: Mapping[str, TinyModel] = {
 
 
 def tiny_names() -> tuple[str, ...]:
-    """All names, sorted: entries of TINY and what is found in transformers and served."""
-    from moiety.model.supported import served_architectures
-
-    return tuple(sorted({*TINY, *served_architectures()}))
+    """All names, sorted: entries of TINY and what is found in transformers, but for what is refused."""
+    kept = {name for name, tiny in TINY.items() if tiny.architecture not in REFUSED}
+    return tuple(sorted({*kept, *served_architectures()}))
 
 
 def tiny_model(name: str) -> TinyModel:
-    """The entry called `name`; raises ValueError where there is none."""
+    """The entry called `name`, or that of a refused architecture; raises ValueError where there is none."""
     if name in TINY:
         return TINY[name]
-    if name in (names := tiny_names()):
+    if name in seam_architectures():
         return TinyModel(name)
-    raise ValueError(f"architecture {name!r}: must be one of {', '.join(names)}")
+    raise ValueError(f"architecture {name!r}: must be one of {', '.join(tiny_names())}")
