@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from architectures import CORE
+from architectures import CORE, ENCODER_DECODERS
 
 from moiety.errors import CheckpointError
 from moiety.model.adapters import ADAPTERS
@@ -39,7 +39,7 @@ PROMPT = torch.randint(3, 320, (1, 40), generator=torch.Generator().manual_seed(
     [
         name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
         for name in tiny_names()
-        if name not in CORE  # test_router_parity.py has these
+        if name not in CORE + ENCODER_DECODERS  # test_router_parity.py and test_encoder_decoder.py have these
     ],
 )
 def test_router_and_slices_are_the_reference(open_tiny, make_experts, name: str):
@@ -77,7 +77,7 @@ def test_every_way_is_counted_once():
     assert not ADAPTED & seam_architectures()
     assert not DEFINITIONS.keys() & (seam_architectures() | ADAPTED)
     assert {path_of(name) for name in served_architectures()} == {"seam", "adapter", "definition"}
-    assert len(ADAPTERS) == 3
+    assert len(ADAPTERS) == 5
 
 
 @pytest.mark.parametrize(
