@@ -75,9 +75,10 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
     "phimoe": {"num_experts_per_tok": 2},
     **{name: {"num_key_value_heads": 4} for name in ("axk2", "deepseek_v32", "glm_moe_dsa", "hy_v4")},
     "mistral_large4": {"text_config": {"num_key_value_heads": 4}},
-    "dots3_note_text": {"num_key_value_heads": 4},
-    "dots3_note": {"text_config": {"num_key_value_heads": 4}},
-    "glm5_next": {"text_config": {"num_key_value_heads": 4}},
+    "dots3_note": {
+        "vision_config": {"mlp_layer_types": ["dense"], "adapter_in_dim": 32, "adapter_out_dim": 64},
+        "audio_config": {"adapter_input_size": 32, "adapter_output_size": 64},
+    },
     "dbrx": {
         "d_model": 64,
         "n_heads": 4,
