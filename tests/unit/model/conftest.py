@@ -49,6 +49,7 @@ class LocalExperts:
         self.tokens.append(hidden.shape[0])
         flat, top_k = top_k_index.reshape(-1), top_k_index.shape[1]
         out = torch.full((flat.numel(), hidden.shape[1]), torch.nan, dtype=hidden.dtype)
+        out[flat < 0] = 0.0
         for held in self._slices:
             experts = sorted(expert for held_layer, expert in held if held_layer == layer)
             slots = [(flat == expert).nonzero().squeeze(1) for expert in experts]
