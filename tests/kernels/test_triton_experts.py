@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,10 +13,12 @@ from hypothesis import strategies as st
 
 from moiety_kernels import ExpertWeights, Fp8Matrix, Mxfp4Matrix, expert_mlp, grouped_expert_mlp
 from moiety_kernels.matrices import Int4Matrix
+from moiety_kernels.partial import grouped_partial_mlp
 
 pytest.importorskip("triton", reason="triton is not installed: pip install 'moiety[gpu]'")
 
 from moiety_kernels.gpu.decode import decode_gemm
+from moiety_kernels.gpu.descriptors import describable
 from moiety_kernels.gpu.expert_mlp import Experts, moe, sorted_expert_mlp
 from moiety_kernels.gpu.grouped_gemm import grouped_gemm
 from moiety_kernels.gpu.operand import gathered, stacked
@@ -138,17 +141,17 @@ def test_more_experts_than_a_warp_has_lanes():
 
 
 # Against float64 on the same quantised values: what the kernels add to the error of quantising itself.
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
-    ("held", "hidden", "intermediate"),
+    ("held", "hidden", "intermediate", "dtype"),
     [
-        ("int8", 64, 32),
-        ("int4 in groups of 32", 64, 32),  # groups narrower than a step: scaled in the weights
-        ("int4 in groups of 128", 256, 128),  # wider: scaled in the sums
-        ("int4 with zero points", 64, 64),
-        ("fp8", 160, 144),  # edge blocks smaller than 128
-        ("fp8 by row", 160, 16),
-        ("mxfp4", 96, 32),  # no multiple of a step of 64
+        ("int8", 64, 32, torch.bfloat16),
+        ("int4 in groups of 32", 64, 32, torch.float32),  # groups as wide as a step: scaled in the sums
+        ("int4 in groups of 16", 64, 32, torch.bfloat16),  # narrower: scaled in the weights
+        ("int4 in groups of 128", 256, 128, torch.bfloat16),  # wider
+        ("int4 with zero points", 64, 64, torch.float32),
+        ("fp8", 160, 144, torch.bfloat16),  # edge blocks smaller than 128
+        ("fp8 by row", 160, 16, torch.float32),
+        ("mxfp4", 96, 32, torch.bfloat16),  # no multiple of a step of 64
     ],
 )
 def test_quantised_weights(held: str, hidden: int, intermediate: int, dtype: torch.dtype):
@@ -207,6 +210,17 @@ def test_experts_held_in_different_ways():
     assert error(out, in_float64(rows, counts, weights, {})) <= 4e-6
 
 
+def test_partial_sums_are_not_rounded():
+    """Slices' outputs in bfloat16 rows come back as the float32 sums they are: rounded, they are the rows of whole experts."""
+    plain = [make_weights({}, torch.bfloat16, seed) for seed in range(3)]
+    weights = [plain[0], plain[1].quantised(), plain[2]]
+    rows, counts = make_rows(6, torch.bfloat16), (1, 2, 3)
+    out = grouped_partial_mlp(rows, counts, weights, backend="triton")
+    assert out.dtype == torch.float32
+    assert error(out, in_float64(rows, counts, weights, {})) <= BOUND[torch.bfloat16]
+    assert torch.equal(out.bfloat16(), grouped_expert_mlp(rows, counts, weights, backend="triton"))
+
+
 def test_fp8_rows_with_fp8_weights():
     """Rows and weights both in fp8, as DeepSeek computes: within bfloat16's bound of float64 on these values."""
     hidden, counts = 256, (2, 0, 15)
@@ -252,11 +266,30 @@ def test_grid_and_tiles_change_no_bit():
     assert torch.equal(compute(tile=Tile(32, 32, 32, 4, 2)), expected)
 
 
-@pytest.mark.parametrize("split", [2, 3])  # even parts, and a last part that is shorter
+@pytest.mark.parametrize("kind", [KINDS["swiglu"], KINDS["gpt-oss"], KINDS["relu"]], ids=["swiglu", "gpt-oss", "relu"])
+@pytest.mark.parametrize("gathered_rows", [False, True], ids=["rows in order", "gathered rows"])
+def test_descriptors_change_no_bit(kind: dict[str, Any], gathered_rows: bool):
+    """Tiles fetched by descriptors hold the same values, past the ends of rows, columns and K too: the same bits."""
+    counts, hidden, inner = (3, 0, 18), 48, 24  # a step and a half of K, a tile and a half of columns
+    weights = [make_weights(kind, torch.bfloat16, seed, hidden, inner) for seed in range(3)]
+    offsets, gate_up, _ = gathered(counts, weights)
+    rows = make_rows(21, torch.bfloat16, hidden)
+    options: dict[str, Any] = {"gated": True, **options_of(kind), "rows": 21}
+    if gathered_rows:
+        options["gather"] = torch.arange(21, dtype=torch.int32).flip(0).contiguous()
+
+    def compute(tile: Tile) -> torch.Tensor:
+        return grouped_gemm(rows, offsets, gate_up, torch.full((21, inner), torch.nan).bfloat16(), tile=tile, **options)
+
+    assert describable(rows, gate_up)
+    assert torch.equal(compute(replace(TILE, descriptors=True)), compute(TILE))
+
+
+@pytest.mark.parametrize("split", [2, 3])  # a last part that is shorter, and even ones
 @pytest.mark.parametrize("kind", [KINDS["gpt-oss"], KINDS["relu"]], ids=["gpt-oss", "relu"])
 def test_split_sums(kind: dict[str, Any], split: int):
     """K in parts: within rounding of the unsplit kernel, the same bits every time, rows gathered and placed alike."""
-    counts, hidden = (2, 0, 17), 160
+    counts, hidden = (2, 0, 17), 96
     weights = [make_weights(kind, torch.float32, seed, hidden) for seed in range(3)]
     offsets, gate_up, _ = gathered(counts, weights)
     rows = make_rows(10, torch.float32, hidden)

@@ -22,17 +22,18 @@ SHARED = 227 * 1024
 
 def candidates(gated: bool, largest: int | None) -> Iterator[Tile]:
     """Tiles that may suit experts of up to `largest` rows, and whose stages fit in shared memory."""
-    heights = (16, 32) if largest is not None and largest <= 32 else (32, 64, 128)
-    for rows, columns, depth, warps, stages, band in product(
-        heights, (16, 32, 64, 128, 256), (32, 64, 128, 256), (4, 8), (3, 4, 5), (1, 8)
-    ):
+    small = largest is not None and largest <= DECODE_ROWS
+    heights = (largest,) if largest is not None and small else (64, 128)
+    widths = (16, 32, 64) if small else (64, 128, 256)
+    depths, counts = ((64, 128, 256), (3, 5)) if small else ((64,), (3, 4))
+    for rows, columns, depth, warps, stages in product(heights, widths, depths, (4, 8), counts):
         width = columns * (2 if gated else 1)
         sums = rows * width // (32 * warps)  # float32 registers a thread
-        small = heights[0] == 16
-        if small != (band == 1) or not 8 <= sums <= 128 or width > 256 or (depth > 64 and not small):
+        if not (4 if small else 32) <= sums <= 128 or width > 256 or 2 * depth * (rows + width) * stages > SHARED:
             continue
-        if 2 * depth * (rows + width) * stages <= SHARED:
-            yield Tile(rows, columns, depth, warps, stages, band)
+        flags = ((False, False), (True, False), (False, True), (True, True)) if rows == 128 else ((False, False),)
+        for persistent, descriptors in flags:
+            yield Tile(rows, columns, depth, warps, stages, 1 if small else 8, persistent, descriptors)
 
 
 def tune(
@@ -57,7 +58,8 @@ def tune(
             told = ", ".join(f"{m.name} {s * 1e6:.1f}" for m, s in zip(models, complete[best], strict=True))
             yield f"#   {each} rows an expert, {'gate and up' if gated else 'down'}: {told} (mean {mean * 1e6:.1f})"
             lines.append(
-                f"Tile({best.rows}, {best.columns}, {best.depth}, {best.warps}, {best.stages}, band={best.band})"
+                f"Tile({best.rows}, {best.columns}, {best.depth}, {best.warps}, {best.stages}, band={best.band}"
+                f"{', persistent=True' if best.persistent else ''}{', descriptors=True' if best.descriptors else ''})"
             )
         yield f"    ({', '.join(lines)}),"
 
@@ -72,9 +74,8 @@ def _times(
     tiles: Iterator[Tile],
 ) -> Iterator[tuple[Tile, float]]:
     experts = experts_of(model, dtype, "plain", clock.device)
-    top_k = min(model.gate.top_k, model.experts)
-    work = work_of(model, max(1, each * model.experts // top_k), dtype, experts, clock.device)
-    rows = work.index.numel()
+    work = work_of(model, max(1, each * model.choices // model.gate.top_k), dtype, experts, clock.device)
+    rows = len(work.rows)
     matrices = experts.gate_up if gated else experts.down
     x = work.rows if gated else torch.randn(rows, model.intermediate, device=clock.device).to(dtype)
     out = torch.empty(rows, model.intermediate if gated else model.hidden, dtype=dtype, device=clock.device)

@@ -16,7 +16,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -27,9 +27,11 @@ from triton.runtime.jit import JITFunction
 
 from moiety_kernels.gpu.expert_mlp import moe, sorted_expert_mlp
 from moiety_kernels.gpu.gating import gating
+from moiety_kernels.gpu.grouped_gemm import grouped_gemm
 from moiety_kernels.gpu.models import MODELS, experts_of
 from moiety_kernels.gpu.permute import permute, sort_by_expert, unpermute
 from moiety_kernels.gpu.row_fp8 import dequantise_rows, quantise_rows
+from moiety_kernels.gpu.tiles import TABLE
 
 SHARED = 227 * 1024  # bytes a program may have on sm_90
 TARGET = GPUTarget("cuda", 90, 32)
@@ -55,7 +57,7 @@ class Compiled:
     shared: int  # bytes
     warps: int
     wgmma: int  # instructions in the PTX
-    copies: int  # asynchronous ones
+    copies: int  # asynchronous ones, of 16 bytes a thread or of whole tiles
 
     @property
     def fits(self) -> bool:
@@ -93,7 +95,7 @@ def compile_kernel(kernel: JITFunction, args: tuple[Any, ...], options: dict[str
         built.metadata.shared,
         built.metadata.num_warps,
         ptx.count("wgmma.mma_async"),
-        ptx.count("cp.async.c"),
+        ptx.count("cp.async.c") + ptx.count("cp.async.bulk.tensor"),
     )
 
 
@@ -161,6 +163,24 @@ def compile_all(quick: bool = False) -> list[Compiled]:
             x = torch.empty(512, model.hidden, dtype=dtype, device="meta")
             offsets = torch.empty(model.experts + 1, dtype=torch.int32, device="meta")
             sorted_expert_mlp(x, offsets, experts_of(model, dtype, "plain", "meta"), deterministic=fixed)
+        for model in MODELS[1:] if quick else MODELS:
+            case = f"{model.name}, tiles by descriptors"
+            experts = experts_of(model, torch.bfloat16, "plain", "meta")
+            rows = 256 * model.experts
+            x = torch.empty(rows, model.hidden, dtype=torch.bfloat16, device="meta")
+            offsets = torch.empty(model.experts + 1, dtype=torch.int32, device="meta")
+            inner = torch.empty(rows, model.intermediate, dtype=torch.bfloat16, device="meta")
+            large = TABLE[-1][1:]
+            gates: dict[str, Any] = {
+                "activation": experts.activation,
+                "gated": True,
+                "interleaved": experts.interleaved,
+            }
+            gates |= {"limit": experts.limit, "alpha": experts.alpha}
+            for tile, options in zip(large, (gates, dict[str, Any]()), strict=True):
+                tile = replace(tile, descriptors=True, persistent=True)
+                first = (x, offsets, experts.gate_up, inner) if options else (inner, offsets, experts.down, x)
+                grouped_gemm(*first, rows=rows, tile=tile, **options)
         case = "permutation of 8192 tokens"
         x = torch.empty(8192, model.hidden, dtype=torch.bfloat16, device="meta")
         where = sort_by_expert(torch.empty(8192, 8, dtype=torch.int64, device="meta"), 128)

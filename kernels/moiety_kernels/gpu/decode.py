@@ -165,7 +165,7 @@ def decode_gemm(
     width, depth = matrices.shape
     n = width // 2 if gated else width
     tile = fitting(tile or choose(rows, matrices.experts, n, depth, x.dtype, gated), matrices)
-    split = split or parts(tile, rows, matrices.experts, n, depth)
+    split = split or parts(tile, rows, matrices.experts, n, depth, x.device)
     each = triton.cdiv(triton.cdiv(depth, tile.depth), split) * tile.depth  # columns of K a part
     split = triton.cdiv(depth, each)
     if split == 1 or not rows:

@@ -9,10 +9,11 @@ import torch
 import triton
 import triton.language as tl
 
+from moiety_kernels.gpu.descriptors import allow_scratch, describable, described_product
 from moiety_kernels.gpu.numbers import narrowed
 from moiety_kernels.gpu.operand import Operand
 from moiety_kernels.gpu.product import activate, find_tile, matrix_rows, product, tiles_of
-from moiety_kernels.gpu.tiles import Tile, choose, fitting
+from moiety_kernels.gpu.tiles import Tile, choose, fitting, processors
 
 
 @triton.jit
@@ -28,6 +29,7 @@ def grouped_gemm_kernel(
     STARTS,
     Y,
     SLOTS,
+    x_height,
     x_stride,
     y_stride,
     gather_by,
@@ -51,6 +53,7 @@ def grouped_gemm_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
     BAND: tl.constexpr,
+    DESCRIBED: tl.constexpr,
 ):
     """One program a tile, or tile after tile where fewer programs were started than there are tiles."""
     tiles, ends = tiles_of(OFFSETS, E, E_PAD, BM)
@@ -69,30 +72,52 @@ def grouped_gemm_kernel(
         if GATHER is not None:
             x_rows = tl.load(GATHER + x_rows) // gather_by
         rows = matrix_rows(column, GATED, INTERLEAVED, N, BN)
-        total = product(
-            X,
-            x_rows,
-            x_stride,
-            W,
-            SCALE,
-            ZERO,
-            STARTS,
-            expert,
-            rows,
-            stride_n,
-            stride_k,
-            scale_stride,
-            0,
-            K,
-            E,
-            KIND,
-            K,
-            BM,
-            BK,
-            GROUP,
-            GROUP_ROWS,
-            ALIGNED,
-        )
+        if DESCRIBED:
+            total = described_product(
+                X,
+                x_rows,
+                row,
+                x_height,
+                x_stride,
+                W,
+                STARTS,
+                expert,
+                column,
+                stride_n,
+                K,
+                N,
+                GATED,
+                INTERLEAVED,
+                GATHER is not None,
+                BM,
+                BN,
+                BK,
+            )
+        else:
+            total = product(
+                X,
+                x_rows,
+                x_stride,
+                W,
+                SCALE,
+                ZERO,
+                STARTS,
+                expert,
+                rows,
+                stride_n,
+                stride_k,
+                scale_stride,
+                0,
+                K,
+                E,
+                KIND,
+                K,
+                BM,
+                BK,
+                GROUP,
+                GROUP_ROWS,
+                ALIGNED,
+            )
         if X_SCALE is not None:
             total *= tl.load(X_SCALE + x_rows)[:, None]
         if BIAS is not None:
@@ -129,7 +154,7 @@ def grouped_gemm(
     x [R, K] of float32, float16, bfloat16, or float8_e4m3fn with one `x_scale` (float32) per row. `offsets` int32 [E + 1]
     on the device: the host never reads it, `rows` (R) is enough to start as many programs as there can be tiles.
     `gather` int32 [R]: row r is `x[gather[r] // gather_by]`. `slots` int32 [R]: it is stored in `out[slots[r]]`.
-    `programs`: at most so many, each computing tile after tile (a persistent grid).
+    `programs`: at most so many, each computing tile after tile; by default one for each, or what the tile says.
     The order of every sum is one of K and the tile's depth alone: never of the grid, of other rows or of atomics.
     """
     width, depth = matrices.shape
@@ -137,6 +162,11 @@ def grouped_gemm(
     # A table of tiles is of plain weights: quantised ones need a depth that their groups fit.
     tile = fitting(tile or choose(rows, matrices.experts, n, depth, x.dtype, gated), matrices)
     bound = (rows // tile.rows + min(matrices.experts, rows)) * triton.cdiv(n, tile.columns)
+    if programs is None and tile.persistent:
+        programs = processors(x.device)
+    described = tile.descriptors and describable(x, matrices)
+    if described:
+        allow_scratch(x.device)
     if bound:
         grouped_gemm_kernel[(min(bound, programs or bound),)](
             x,
@@ -150,6 +180,7 @@ def grouped_gemm(
             matrices.offsets,
             out,
             slots,
+            x.shape[0],
             x.stride(0),
             out.stride(0),
             gather_by,
@@ -172,6 +203,7 @@ def grouped_gemm(
             BN=tile.columns,
             BK=tile.depth,
             BAND=tile.band,
+            DESCRIBED=described,
             num_warps=tile.warps,
             num_stages=tile.stages,
             enable_fp_fusion=True,

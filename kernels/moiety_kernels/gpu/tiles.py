@@ -8,6 +8,7 @@ warpgroup multiplies 64 rows at a time), and all that was verified is that they 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cache
 from math import gcd
 
 import torch
@@ -25,6 +26,8 @@ class Tile:
     warps: int
     stages: int  # of depth in flight
     band: int = 8  # row tiles that share a strip of weights
+    persistent: bool = False  # a program an SM, each computing tile after tile, instead of a program a tile
+    descriptors: bool = False  # fetched by the tensor memory accelerator where the weights allow it
 
 
 # (rows per expert up to, gated tile, plain tile). Decode: the tile is as narrow as the matrix unit allows, and what counts
@@ -39,7 +42,7 @@ TABLE = (
 DECODE_ROWS = 32  # per expert, and fewer: K may be split
 FLOAT32 = Tile(32, 32, 32, 4, 2)  # exact float32 products run on the ordinary cores: registers are the limit
 FIXED = Tile(64, 64, 64, 4, 4)  # for any number of rows: where bits must not depend on it
-FILLS = 264  # programs: two on each SM of an H100
+FILLS = 2  # programs on each SM that occupy it
 SHALLOWEST = 4  # steps of depth that a part of a split sum is worth
 
 
@@ -76,8 +79,14 @@ def fitting(tile: Tile, matrices: Operand) -> Tile:
     return replace(tile, depth=depth)
 
 
-def parts(tile: Tile, rows: int, experts: int, columns: int, depth: int) -> int:
+@cache
+def processors(device: torch.device) -> int:
+    """SMs of a CUDA device; elsewhere, where kernels are only interpreted or compiled, an H100's."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
+def parts(tile: Tile, rows: int, experts: int, columns: int, depth: int, device: torch.device) -> int:
     """How many programs share one sum over K: enough to fill the device, none shallower than SHALLOWEST steps."""
     programs = min(experts, rows) * -(-columns // tile.columns)
-    wanted, possible = -(-FILLS // max(programs, 1)), depth // (tile.depth * SHALLOWEST)
+    wanted, possible = -(-FILLS * processors(device) // max(programs, 1)), depth // (tile.depth * SHALLOWEST)
     return max(1, min(wanted, possible, 16)) if rows <= DECODE_ROWS * min(experts, rows) else 1

@@ -1,4 +1,4 @@
-"""`moiety bench`: hop, serve, split, lanes, flood, elastic and control; experts and quantize are in `bench_weights.py`."""
+"""`moiety bench`: one command for each thing to measure; those of the weights are in `bench_weights.py`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import click
 
 from moiety.cli.bench_elastic import elastic
 from moiety.cli.bench_engines import lanes, split
-from moiety.cli.bench_weights import experts, quantize
+from moiety.cli.bench_weights import experts, memory, quantize
 from moiety.cli.options import (
     IntegerList,
     WordList,
@@ -260,5 +260,6 @@ def control(
 bench.add_command(split)
 bench.add_command(lanes)
 bench.add_command(experts)
+bench.add_command(memory)
 bench.add_command(quantize)
 bench.add_command(elastic)

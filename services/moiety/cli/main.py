@@ -27,6 +27,10 @@ COMMANDS: Mapping[str, LazyCommand] = MappingProxyType(
             "moiety.cli.doctor:doctor", "Say what decides how well this machine serves, and what is wrong."
         ),
         "generate": LazyCommand("moiety.cli.generate:generate", "Generate text from a running gateway."),
+        "inspect": LazyCommand(
+            "moiety.cli.inspect:inspect", "Say how large a checkpoint and its parts are, without reading a weight."
+        ),
+        "models": LazyCommand("moiety.cli.models:models", "List the architectures that can be served, and what each uses."),
         "parity": LazyCommand(
             "moiety.cli.parity:parity", "Compare the served system with transformers, token for token."
         ),

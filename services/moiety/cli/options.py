@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from moiety.config import DTYPES
 
@@ -51,6 +52,18 @@ class TokenBias(click.ParamType[tuple[int, float]]):
             return int(token), float(bias)
         except ValueError:
             self.fail(f"{value!r}: must be ID=BIAS, such as 42=-100", param, ctx)
+
+
+class ByteCount(click.ParamType[int]):
+    """A number of bytes, as `24GiB`, `80GB` or a plain number."""
+
+    name = "bytes"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        try:
+            return int(TypeAdapter(ByteSize).validate_python(value))
+        except ValidationError:
+            self.fail(f"{value!r}: must be a number of bytes, such as 24GiB", param, ctx)
 
 
 class WordList(click.ParamType[tuple[str, ...]]):

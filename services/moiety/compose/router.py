@@ -219,8 +219,9 @@ def _cache(settings: RouterSettings, spec: CacheSpec, revision: str) -> KVCache:
     if spec.states and settings.speculative_tokens:
         bound = "must be 0 for this model: its layers keep states, which cannot be taken back from a wrong guess"
         raise ConfigError("speculative_tokens", settings.speculative_tokens, bound)
-    if spec.states and settings.deterministic:
-        bound = "must be false for this model: its layers keep states, whose bits depend on where prompts are cut into steps"
+    if (spec.states or spec.indexed) and settings.deterministic:
+        what = "states" if spec.states else "an indexer's picks"
+        bound = f"must be false for this model: the bits of {what} in its layers depend on where prompts are cut"
         raise ConfigError("deterministic", settings.deterministic, bound)
     cache = KVCache(
         spec,

@@ -14,12 +14,12 @@ import torch
 from torch import nn
 
 from moiety.errors import CheckpointError
-from moiety.model.adapters import adapter_of, dbrx
+from moiety.model.adapters import adapter_of, dbrx, longcat
 from moiety.model.adapters.protocol import RoutedExperts
 from moiety.model.checkpoint import Checkpoint
 from moiety.model.definitions import definition_of
 from moiety.model.probe import describe
-from moiety.model.supported import refused
+from moiety.model.supported import nearest, refused
 
 
 def load_config(checkpoint: Checkpoint) -> Any:
@@ -33,27 +33,30 @@ def load_config(checkpoint: Checkpoint) -> Any:
     try:
         config = reader.from_pretrained(checkpoint.path, local_files_only=True, trust_remote_code=False)
     except (ValueError, KeyError, TypeError, OSError) as error:
-        raise unsupported(checkpoint, f"transformers cannot read its config: {_first_line(error)}") from error
+        told = f"transformers cannot read its config: {_first_line(error)}; {nearest(checkpoint.architecture)}"
+        raise unsupported(checkpoint, told) from error
     for name in ("quantization_config", "compression_config"):  # weights are dequantised here, not by transformers
         if hasattr(config, name):
             delattr(config, name)
     if config.model_type == "dbrx":
         dbrx.amend(config)
     text = config.sub_configs.get("text_config")
-    found = _text_class(config)
+    found = text_class(config)
     # A multimodal architecture whose language model is a class of its own: that is all of it that is served.
     return config.text_config if found is not None and text is not None and found.config_class is text else config
 
 
 def causal_lm_class(checkpoint: Checkpoint, config: Any) -> type[nn.Module]:
     """The class that transformers would generate text with; raises CheckpointError where there is none."""
-    found = _text_class(config)
+    found = text_class(config)
     if found is None:
-        raise unsupported(checkpoint, "transformers has no class that generates text for it")
+        told = f"transformers has no class that generates text for it; {nearest(checkpoint.architecture)}"
+        raise unsupported(checkpoint, told)
     return found
 
 
-def _text_class(config: Any) -> Any:
+def text_class(config: Any) -> Any:
+    """The class that generates text from `config`, of transformers or ours; None where there is none."""
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING,
         MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -63,7 +66,8 @@ def _text_class(config: Any) -> Any:
         return defined
     found = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     found = found or MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(config), None)
-    return found[0] if isinstance(found, tuple | list) else found
+    found = found[0] if isinstance(found, tuple | list) else found
+    return longcat.as_published(found) if config.model_type == "longcat_flash" else found
 
 
 def meta_model(model_class: type[nn.Module], config: Any) -> nn.Module:

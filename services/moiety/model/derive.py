@@ -22,11 +22,13 @@ from moiety.model.architecture import (
     load_config,
     meta_model,
     routed_experts,
+    towers,
     unsupported,
 )
 from moiety.model.checkpoint import Checkpoint
 from moiety.model.layout import EXPERT, ExpertLayout, LayerLayout
 from moiety.model.quantised import QuantisedEntry
+from moiety.model.supported import nearest
 
 DTYPES: Mapping[str, str] = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 TOP_K_NAMES = (
@@ -40,6 +42,7 @@ TOP_K_NAMES = (
 )
 CONTEXT_NAMES = ("max_position_embeddings", "model_max_length", "max_seq_len", "n_positions")
 
+_NUMBER = re.compile(r"\.experts\.\d+\.")
 _Sources = dict[str, dict[str | None, list[str]]]  # model parameter -> conversion pattern (None: as it is) -> tensors
 
 
@@ -49,7 +52,8 @@ def derive_layout(checkpoint: Checkpoint) -> ExpertLayout:
     model = meta_model(causal_lm_class(checkpoint, config), config)
     modules = experts_modules(model)
     if not modules:
-        raise unsupported(checkpoint, "it has no MoE layer that transformers routes through its experts interface")
+        told = "it has no MoE layer that transformers routes through its experts interface, and no adapter"
+        raise unsupported(checkpoint, f"{told}; {nearest(checkpoint.architecture)}")
     try:
         described = {path: routed_experts(module) for path, module in modules}
     except ValueError as error:
@@ -60,6 +64,7 @@ def derive_layout(checkpoint: Checkpoint) -> ExpertLayout:
     mlp, count = kinds.pop()
     sources, chains = _sources(checkpoint, model)
     layers = tuple(_layer(checkpoint, path, experts, sources, chains) for path, experts in described.items())
+    _check_others(checkpoint, model, sources, chains)
     text = config.get_text_config()
     first = checkpoint.tensor(layers[0].sources["down"][0].replace(EXPERT, "0"))
     quantised = isinstance(first, QuantisedEntry)
@@ -94,8 +99,14 @@ def _sources(checkpoint: Checkpoint, model: nn.Module) -> tuple[_Sources, dict[s
     converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
     state = model.state_dict()
     sources: _Sources = defaultdict(lambda: defaultdict(list))
+    stacked: dict[str, tuple[str, str]] = {}  # a name without its expert's number -> what all such names become
     for name in checkpoint.tensors:
-        target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        alike = _NUMBER.sub(".experts.*.", name)
+        target, pattern = stacked.get(alike) or rename_source_key(
+            name, renamings, converters, model.base_model_prefix, state
+        )
+        if pattern is not None and "*" in pattern:  # 90,000 names of a large checkpoint are renamed once a layer
+            stacked[alike] = target, pattern
         sources[target][pattern].append(name)
     return sources, {pattern: converter for converter in converters for pattern in converter.source_patterns}
 
@@ -127,6 +138,21 @@ def _layer(
             names += joined
         found[field] = tuple(names)
     return LayerLayout(path, found, tuple(sorted(transposed)))
+
+
+def _check_others(checkpoint: Checkpoint, model: Any, sources: _Sources, chains: Mapping[str, Any]) -> None:
+    """Raises CheckpointError where a weight that a router needs is not in the checkpoint, before any is read."""
+    apart = tuple(f"{path}." for path in (*(path for path, _ in experts_modules(model)), *towers(model)))
+    # What a conversion splits in several is not told by its first target: the loader will say what is missing of it.
+    split = {target for chain in chains.values() if len(chain.target_patterns) > 1 for target in chain.target_patterns}
+    known = (*apart, *model.all_tied_weights_keys)
+    missing = sorted(
+        name
+        for name in model.state_dict().keys() - sources.keys()
+        if not name.startswith(known) and not any(target in name for target in split)
+    )
+    if missing:
+        raise CheckpointError(f"checkpoint {checkpoint.path}: missing keys: {', '.join(missing[:8])}")
 
 
 def _conversion(

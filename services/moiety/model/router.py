@@ -104,8 +104,10 @@ def _without_experts(model_class: Any, layout: ExpertLayout) -> Any:
                 part._parameters.clear()
                 part._is_hf_initialized = True  # type: ignore[assignment]  # or weight initialisation looks for them
             setattr(module, LAYER_ATTRIBUTE, ordinal)
+            block = self.get_submodule(path.rpartition(".")[0])
+            block._is_hf_initialized = True  # some initialise the experts' weights; what is missing is refused below
             if (adapter := adapter_of(type(module))) is not None:
-                adapter.install(self.get_submodule(path.rpartition(".")[0]), module)
+                adapter.install(block, module)
         unread = {rf"^{re.escape(layer.module)}\." for layer in layout.layers}
         for path in towers(self):
             parent, _, name = path.rpartition(".")

@@ -6,9 +6,10 @@ Nothing is imported to find out: transformers' source is searched for modules th
 from __future__ import annotations
 
 from collections.abc import Mapping
-from difflib import get_close_matches
+from difflib import SequenceMatcher
 from functools import cache
 from importlib.util import find_spec
+from itertools import takewhile
 from pathlib import Path
 from types import MappingProxyType
 
@@ -21,10 +22,15 @@ _GATE = "experts with a gate or an activation that no kernel computes"
 _ATTENTION = "attention that transformers does not route through its attention interface"
 REFUSED: Mapping[str, str] = MappingProxyType(
     {
-        **dict.fromkeys(("axk2", "deepseek_v32", "deepseek_v4", "glm_moe_dsa", "hy_v4", "mistral_large4"), _INDEXER),
-        **dict.fromkeys(("dots3_note", "dots3_note_text", "glm5_next", "qwen4_exp", "qwen4_exp_text"), _INDEXER),
+        **dict.fromkeys(("deepseek_v4", "glm5_next", "qwen4_exp", "qwen4_exp_text"), _INDEXER),
         **dict.fromkeys(("beam", "inkling2", "inkling2_text"), _GATE),
         **dict.fromkeys(("deepseek_ocr2", "unlimited_ocr"), _ATTENTION),
+        **dict.fromkeys(("minimax_m3_vl", "minimax_m3_vl_text"), _INDEXER),
+        **dict.fromkeys(
+            ("inkling_mm_model", "inkling_text"), "short convolutions inside attention, whose state is not kept"
+        ),
+        "qwen3_omni_moe_thinker": "the rest of a model that also speaks, of which it is never published alone",
+        "ernie4_5_vl_moe": "experts of two widths in one layer, one set for text and one for images",
         "muse_spark": "experts whose output is normalised before it is weighted, which no kernel computes",
         "diffusion_gemma": "text that is denoised block by block, which the engine cannot do",
     }
@@ -76,6 +82,11 @@ def refused(architecture: str) -> str | None:
 
 
 def nearest(architecture: str) -> str:
-    """What to say of the supported architecture whose name is most like `architecture`."""
-    near = get_close_matches(architecture, sorted(served_architectures()), n=1, cutoff=0.0)[0]
+    """What to say of the supported architecture whose name is most like `architecture`: it begins alike, or is spelt so."""
+
+    def likeness(name: str) -> tuple[int, float]:
+        alike = takewhile(lambda pair: pair[0] == pair[1], zip(name, architecture, strict=False))
+        return sum(1 for _ in alike), SequenceMatcher(None, name, architecture).ratio()
+
+    near = max(sorted(served_architectures()), key=likeness)
     return f"the nearest supported architecture is {near} (`moiety models` lists all)"

@@ -9,7 +9,7 @@ longest table, B blocks of the pool, P tokens per block.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -51,6 +51,10 @@ class ProbeBatch:
         self.sequence = torch.zeros(tokens, dtype=torch.int32)
         self.length = torch.arange(1, tokens + 1, dtype=torch.int32)
         self._layers: dict[int, LayerSpec] = {}
+
+    def sequences(self) -> Iterator[ProbeBatch]:
+        """Its tokens are of one sequence."""
+        yield self
 
     def store(
         self,

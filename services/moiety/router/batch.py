@@ -5,8 +5,8 @@ Shape legend: T tokens of the step, S sequences, M blocks of the longest table, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -58,6 +58,21 @@ class StepBatch:
             torch.from_numpy((positions + 1).astype(np.int32)),
             StepStates.build(cache.states, own, past, counts, device) if own else None,
         )
+
+    def sequences(self) -> Iterator[StepBatch]:
+        """Each sequence's tokens by themselves, in the step's order."""
+        for row in range(len(self.tables)):
+            own = torch.nonzero(self.sequence == row).flatten()
+            there = own.to(self.positions.device)
+            yield replace(
+                self,
+                positions=self.positions[there],
+                slots=self.slots[there],
+                tables=self.tables[row : row + 1],
+                sequence=torch.zeros_like(self.sequence[own]),
+                length=self.length[own],
+                states=None,
+            )
 
     def store(
         self,

@@ -50,6 +50,11 @@ class StateSpec:
 StateKey = tuple[int, str]  # layer index, and which of its states
 
 
+def indexer_of(layer: int) -> int:
+    """The index in a CacheSpec of what a layer's indexer keeps of a token, beside what its attention keeps."""
+    return ~layer
+
+
 @dataclass(frozen=True, slots=True)
 class CacheSpec:
     """Layer index -> what it keeps of a token; (layer index, name) -> what it keeps of a sequence."""
@@ -65,6 +70,11 @@ class CacheSpec:
     def bytes_per_slot(self) -> int:
         """Bytes of a running sequence's states, both copies of those that change."""
         return sum(state.bytes_per_slot for state in self.states.values())
+
+    @property
+    def indexed(self) -> bool:
+        """Whether there are layers that attend to what an indexer picks."""
+        return any(layer < 0 for layer in self.layers)
 
     @property
     def reach(self) -> int | None:

@@ -92,8 +92,8 @@ def install(model: nn.Module, *, deterministic: bool = False) -> None:
     expanded: dict[str, tuple[int, float]] = {}
     modules: Iterable[Any] = model.modules()
     for module in modules:
-        if not (hasattr(module, "kv_a_proj_with_mqa") and hasattr(module, "kv_b_proj")):
-            continue
+        if not (hasattr(module, "kv_a_proj_with_mqa") and hasattr(module, "kv_b_proj")) or hasattr(module, "indexer"):
+            continue  # where there is an indexer: see sparse.py
         try:
             latent = latent_of(module, deterministic=deterministic)
         except ValueError as error:

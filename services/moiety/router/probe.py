@@ -9,7 +9,7 @@ import torch
 from moiety.core import ModelShape
 from moiety.errors import CheckpointError
 from moiety.model.seam import use_backend
-from moiety.router import mixers
+from moiety.router import mixers, sparse, statefinder
 from moiety.router.attention import ProbeBatch
 from moiety.router.cachespec import CacheSpec
 
@@ -52,8 +52,9 @@ def run_once(model: Any, batch: ProbeBatch, cache: Any = None) -> torch.Tensor:
 
 
 def install_mixers(model: Any) -> None:
-    """Lets a loaded router keep the states of its sequences in slots: see `mixers.install`."""
-    mixers.install(model, lambda cache: run_once(model, ProbeBatch(mixers.PROBE_TOKENS), cache))
+    """Lets a loaded router run layers that are more than attention: see `statefinder.install` and `sparse.install`."""
+    sparse.install(model)
+    statefinder.install(model, lambda cache: run_once(model, ProbeBatch(statefinder.PROBE_TOKENS), cache))
 
 
 def cache_spec(model: Any, shape: ModelShape) -> CacheSpec:
@@ -61,7 +62,8 @@ def cache_spec(model: Any, shape: ModelShape) -> CacheSpec:
 
     Raises CheckpointError where the router cannot run a layer.
     """
-    if any(getattr(module, "indexer", None) is not None for module in model.modules()):
+    modules = [module for module in model.modules() if getattr(module, "indexer", None) is not None]
+    if any(not isinstance(module.forward, sparse.SparseAttention) for module in modules):
         reason = "its layers pick the tokens that they attend to by an indexer, which the router cannot run yet"
         raise CheckpointError(f"{shape.architecture}: {reason}")
     batch = ProbeBatch()
@@ -79,5 +81,9 @@ def cache_spec(model: Any, shape: ModelShape) -> CacheSpec:
         raise CheckpointError(
             f"{shape.architecture}: {len(others)} of {config.num_hidden_layers} layers ({told}) keep neither keys and "
             f"values nor a state that the router knows of"
+        )
+    if not batch.spec.layers:
+        raise CheckpointError(
+            f"{shape.architecture}: no layer attends, and without keys and values there are no blocks"
         )
     return CacheSpec(batch.spec.layers, states)

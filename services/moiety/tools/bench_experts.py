@@ -22,9 +22,10 @@ from moiety_kernels import ExpertWeights, activate, grouped_expert_mlp
 DTYPES = ("bfloat16", "float32", "int8", "int4")
 DECODE_ROWS = 8  # up to here weights bind, beyond products do
 CACHES = 3  # weights of a call are this many times the last-level cache, so that it holds little of them
-LEAST_BYTES = 192 << 20
+LEAST_BYTES = 64 << 20
+PREFILL_EXPERTS = 8  # where products bind, more would only take longer
 REPEATS = 7
-SLICE_S = 1.5  # at most for one thing measured, after its first two runs
+SLICE_S = 0.6  # at most for one thing measured, after its first two runs
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,12 +80,12 @@ def bench_experts(
     *,
     hidden: int = 1024,
     intermediate: int = 512,
-    rows: Sequence[int] = (1, 2, 4, 8, 32, 128),
+    rows: Sequence[int] = (1, 2, 4, 8, 32, 256),
     dtypes: Sequence[str] = DTYPES,
     threads: int | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> ExpertsReport:
-    """Takes one to four minutes, and memory of a few times the last-level cache."""
+    """Takes a minute or so, and memory of a few times the last-level cache."""
     before = torch.get_num_threads()
     threads = threads or usable_cores()
     progress("the machine: read bandwidth and matmul rate")
@@ -97,10 +98,13 @@ def bench_experts(
             weights = _weights(dtype, hidden, intermediate)
             of_dtype = []
             for count in rows:
-                progress(f"{dtype}: {len(weights)} experts, {count} rows each")
-                of_dtype.append(_measure(dtype, weights, count))
+                some = weights if count <= DECODE_ROWS else weights[:PREFILL_EXPERTS]
+                progress(f"{dtype}: {len(some)} experts, {count} rows each")
+                of_dtype.append(_measure(dtype, some, count))
             measured += of_dtype
-            fewer = [_measure(dtype, weights[:some], 1, alone=True) for some in (1, 2, 4, len(weights) // 4)]
+            fewer = [
+                _measure(dtype, weights[:number], 1, alone=True) for number in (len(weights) // 4, len(weights) // 2)
+            ]
             costs.append(_fit(dtype, [*fewer, *of_dtype]))
             del weights
     finally:

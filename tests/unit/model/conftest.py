@@ -55,6 +55,7 @@ class LocalExperts:
             order = torch.cat(slots)
             rows, counts = hidden[order // top_k], [len(slot) for slot in slots]
             out[order] = grouped_expert_mlp(rows, counts, [held[layer, e] for e in experts], **self._options)
+        out[flat < 0] = 0  # no expert
         return Rows(out.view(*top_k_index.shape, -1))
 
     def while_waiting(self, layer: int) -> None:

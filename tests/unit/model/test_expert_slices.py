@@ -52,7 +52,7 @@ def test_slices_add_up_to_their_expert(form: str, slices: int, dtype: torch.dtyp
     """Summed in float32 they equal the whole: a bias counts once, and bfloat16 rounds no more than the whole does."""
     mlp = FORMS[form]
     expert, rows = random_expert(mlp, dtype), torch.randn(5, 8, generator=torch.Generator().manual_seed(2)).to(dtype)
-    parts = [slice_of(expert, mlp, number, slices) for number in range(slices)]
+    parts = [slice_of(expert, mlp, number, slices, dtype) for number in range(slices)]
     assert all(part.form[:2] == (8, 12 // slices) for part in parts)
     total = sum(computed(part, mlp, rows) for part in parts)
     assert total.dtype == torch.float32
@@ -63,7 +63,7 @@ def test_slices_add_up_to_their_expert(form: str, slices: int, dtype: torch.dtyp
 def test_slices_share_no_memory_with_their_expert() -> None:
     """What is kept of an expert is its slice: half of the bytes for one of two."""
     expert = random_expert(FORMS["gpt-oss"], torch.float32)
-    part = slice_of(expert, FORMS["gpt-oss"], 1, 2)
+    part = slice_of(expert, FORMS["gpt-oss"], 1, 2, torch.float32)
     assert part.gate_up.untyped_storage().nbytes() * 2 == expert.gate_up.untyped_storage().nbytes()
     assert part.down.untyped_storage().nbytes() * 2 == expert.down.untyped_storage().nbytes()
 

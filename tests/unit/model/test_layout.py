@@ -16,7 +16,7 @@ from moiety.errors import CheckpointError
 from moiety.model.architecture import causal_lm_class, experts_modules, load_config
 from moiety.model.checkpoint import SINGLE_FILE, Checkpoint
 from moiety.model.layout import expert_layout
-from moiety.model.probe import expert_mlp_of
+from moiety.model.probe import describe
 from moiety.model.revision import revision
 from moiety.model.tiny import write_tiny
 
@@ -51,7 +51,6 @@ def test_gpt_oss_is_told_apart(open_tiny):
         intermediate=96,
         activation="swiglu_clamped",
         interleaved=True,
-        transposed=True,
         biased=True,
         limit=7.0,
         alpha=1.702,
@@ -73,7 +72,7 @@ def test_kernel_on_the_layout_equals_the_module(open_tiny, make_experts, archite
         expected = module(rows, index, torch.ones(19, 2, dtype=dtype))
     backend = make_experts(checkpoint, layout, dtype)
     out = backend.submit(len(layout.layers) - 1, rows, index).result()
-    if layout.shape.mlp.transposed and dtype is torch.float32:  # held the other way around, MKL sums in another order
+    if layout.layers[-1].transposed and dtype is torch.float32:  # held the other way around, MKL sums in another order
         torch.testing.assert_close(out.sum(dim=1), expected, rtol=1e-5, atol=1e-5)
     else:
         assert torch.equal(out.sum(dim=1), expected)
@@ -119,22 +118,16 @@ def test_an_unwritable_cache_costs_nothing_else(open_tiny, tmp_path: Path, monke
 
 
 DENSE = {"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
-DBRX = {
-    "model_type": "dbrx",
-    "d_model": 64,
-    "n_heads": 4,
-    "n_layers": 1,
-    "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0},
-    "ffn_config": {"hidden_size": 64, "ffn_hidden_size": 40, "moe_num_experts": 4, "moe_top_k": 2},
-}
 REFUSED = {
     "quantised": (
         {**DENSE, "quantization_config": {"quant_method": "aqlm"}},
         r"llama.*quantised \(aqlm\): served are fp8",
     ),
     "dense": (DENSE, "architecture llama.*no MoE layer"),
-    "outside the seam": (DBRX, "architecture dbrx.*no MoE layer"),
-    "unknown": ({"model_type": "grok-1"}, "architecture grok-1.*cannot read its config"),
+    "unknown": (
+        {"model_type": "grok-2"},
+        "architecture grok-2.*cannot read its config.*nearest.* is grok-1",
+    ),
     "no model type": ({}, "architecture unknown.*cannot read its config"),
     "not a language model": ({"model_type": "vit"}, "architecture vit.*no class that generates text"),
 }
@@ -178,6 +171,6 @@ def test_an_unknown_gate_is_refused():
             return torch.tanh(gate) * up
 
     config = MixtralConfig(hidden_size=16, intermediate_size=8, num_local_experts=2)
-    assert expert_mlp_of(MixtralExperts(config)).activation == "silu"
+    assert describe(MixtralExperts(config)).mlp.activation == "silu"
     with pytest.raises(ValueError, match="OddExperts applies a gate"):
-        expert_mlp_of(OddExperts(config))
+        describe(OddExperts(config))

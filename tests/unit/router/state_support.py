@@ -127,11 +127,30 @@ WINDOWED: dict[str, dict[str, Any]] = {
     "cohere2_moe": {**_WINDOW, "num_experts": 4},
     "mimo_v2_flash": {**_WINDOW, "n_routed_experts": 4, "moe_intermediate_size": 24, "v_head_dim": 6},
 }
+INDEXED: dict[str, dict[str, Any]] = {
+    name: {
+        "n_routed_experts": 4,
+        "n_shared_experts": 1,
+        "n_group": 2,
+        "topk_group": 1,
+        "moe_intermediate_size": 24,
+        "num_key_value_heads": 4,
+        "q_lora_rank": 24,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 8,
+        "index_n_heads": 16,
+        "index_head_dim": 16,
+        "index_topk": 6,
+    }
+    for name in ("deepseek_v32", "glm_moe_dsa", "axk2", "hy_v4")
+}
 
 
 def hybrid(architecture: str) -> Any:
     """A whole random transformers model, its experts included."""
-    settings = {**_BASE, **{**HYBRIDS, **WINDOWED}[architecture]}
+    settings = {**_BASE, **{**HYBRIDS, **WINDOWED, **INDEXED}[architecture]}
     if "layers_block_type" in settings:
         del settings["num_hidden_layers"]
     config = AutoConfig.for_model(architecture, **settings)
@@ -170,10 +189,10 @@ def told(architecture: str, prompt: tuple[int, ...]) -> list[int]:
     return text[0, len(prompt) :].tolist()
 
 
-def served(architecture: str) -> tuple[Any, CacheSpec]:
+def served(architecture: str, dtype: torch.dtype = torch.float32) -> tuple[Any, CacheSpec]:
     """The same model, made ready to run packed steps, and what it keeps."""
     attention.register()
-    model = hybrid(architecture)
+    model = hybrid(architecture).to(dtype)
     model.set_attn_implementation(attention.NAME)
     latent.install(model)
     install_mixers(model)
@@ -195,12 +214,13 @@ def engine_on(
     token_budget: int = 16,
     blocks: int = 60,
     lanes: Lanes | None = None,
+    backend: Any = None,
 ) -> Engine:
-    """An engine with room for so many blocks of 4 tokens; experts are in the model itself."""
+    """An engine with room for so many blocks of 4 tokens; without a backend, experts are in the model itself."""
     memory = slots * spec.bytes_per_slot + blocks * BLOCK_TOKENS * spec.bytes_per_token
     cache = KVCache(spec, memory, torch.device("cpu"), slots=slots, block_tokens=BLOCK_TOKENS, revision="r")
     return Engine(
-        Forward(model, cache, [NoHop(), NoHop()] if lanes else [NoHop()], lanes),
+        Forward(model, cache, [NoHop(), NoHop()] if lanes else [backend or NoHop()], lanes),
         cache,
         slots=slots,
         token_budget=token_budget,

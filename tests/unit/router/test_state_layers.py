@@ -148,12 +148,25 @@ def test_what_forgets_its_state_is_told_and_served_token_by_token(caplog: pytest
     """Jamba's Mamba layers begin every chunk anew: one warning at start, and its tokens all the same."""
     with caplog.at_level(logging.WARNING):
         model, spec = served("jamba")
-    (told_at_start,) = [record.message for record in caplog.records if record.name == "moiety.router.mixers"]
+    (told_at_start,) = [record.message for record in caplog.records if record.name == "moiety.router.statefinder"]
     assert told_at_start.startswith("JambaMambaMixer drops its state over a second chunk of a prompt")
     engine = engine_on(model, spec, token_budget=7)
     texts = submit_all("jamba", engine)
     finish(engine)
     assert [listener.tokens for listener, _ in texts] == [expected for _, expected in texts]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", HYBRIDS)
+def test_the_trial_at_start_judges_bf16_as_it_does_fp32(architecture: str) -> None:
+    """Its rounding is no forgotten state; what a model keeps in fp32 is kept so."""
+    model, spec = served(architecture, torch.bfloat16)
+    assert any(mixer.forgetful for mixer in mixers(model)) is (architecture == "jamba")
+    assert {state.dtype for state in spec.states.values()} <= {torch.float32, torch.bfloat16}
+    engine = engine_on(model, spec)
+    texts = [submit(engine, prompt_of(seed, length), sampling=GREEDY)[1] for seed, length in enumerate((3, 20, 9))]
+    finish(engine)
+    assert [len(listener.tokens) for listener in texts] == [NEW_TOKENS] * 3
 
 
 def test_a_state_that_leads_elsewhere_is_refused() -> None:

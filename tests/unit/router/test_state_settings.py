@@ -48,7 +48,10 @@ def test_states_are_taken_out_of_kv_memory_and_told(
             rf"kv_memory = .* at least {8 * PER_SLOT + 16 * PER_TOKEN} bytes, 8 slots of states",
         ),
         ({"speculative_tokens": 2}, r"speculative_tokens = 2: must be 0 for this model: its layers keep states"),
-        ({"deterministic": True}, r"deterministic = true: must be false for this model: its layers keep states"),
+        (
+            {"deterministic": True},
+            r"deterministic = true: must be false for this model: the bits of states in its layers",
+        ),
     ],
 )
 def test_settings_that_states_rule_out_are_refused(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-_LATENT: Mapping[str, Any] = {"n_routed_experts": 16, "num_key_value_heads": 4, "num_experts_per_tok": 4}
+_LATENT: Mapping[str, Any] = {"n_routed_experts": 16, "num_experts_per_tok": 4}
 _LLAMA4: Mapping[str, Any] = {
     "num_experts_per_tok": 1,
     "intermediate_size": 40,
@@ -72,6 +72,9 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
     "nemotron_h": {"layers_block_type": ["linear_attention", "moe", "full_attention", "moe"]},
     "bailing_hybrid": {"num_hidden_layers": 6, "num_key_value_heads": 4, "num_experts": 16},
     "zaya": {"num_experts_per_tok": 1},
+    "phimoe": {"num_experts_per_tok": 2},
+    **{name: {"num_key_value_heads": 4} for name in ("axk2", "deepseek_v32", "glm_moe_dsa", "hy_v4")},
+    "mistral_large4": {"text_config": {"num_key_value_heads": 4}},
     "dots3_note_text": {"num_key_value_heads": 4},
     "dots3_note": {"text_config": {"num_key_value_heads": 4}},
     "glm5_next": {"text_config": {"num_key_value_heads": 4}},
@@ -99,7 +102,6 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]},
         }
     },
-    "mistral4": {"text_config": {"num_key_value_heads": 4}},
     "grok-1": {"attn_output_multiplier": 0.25, "num_experts_per_tok": 2},
     "arctic": {
         "num_experts_per_tok": 2,

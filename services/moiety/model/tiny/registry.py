@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from moiety.model.supported import REFUSED, seam_architectures, served_architectures
 from moiety.model.tiny.families import FAMILIES
+from moiety.model.tiny.formats import FORMATS, stored
 from moiety.model.tiny.lightning import with_decays
 
 if TYPE_CHECKING:
@@ -31,6 +34,15 @@ class TinyModel:
 
 TINY: Mapping[str, TinyModel] = {
     **{architecture: TinyModel(architecture, settings) for architecture, settings in FAMILIES.items()},
+    **{
+        name: TinyModel(
+            architecture,
+            {**FAMILIES.get(architecture, {}), **settings},
+            partial(stored, quantization["quant_method"]),
+            {"quantization_config": quantization},
+        )
+        for name, (architecture, settings, quantization) in FORMATS.items()
+    },
     "minimax": TinyModel(
         "minimax",
         {"layer_types": ["linear_attention", "full_attention"] * 2, "block_size": 8, "sliding_window": None},
@@ -40,16 +52,15 @@ TINY: Mapping[str, TinyModel] = {
 
 
 def tiny_names() -> tuple[str, ...]:
-    """All names, sorted: entries of TINY and what is found in transformers and served."""
-    from moiety.model.supported import served_architectures
-
-    return tuple(sorted({*TINY, *served_architectures()}))
+    """All names, sorted: entries of TINY and what is found in transformers, but for what is refused."""
+    kept = {name for name, tiny in TINY.items() if tiny.architecture not in REFUSED}
+    return tuple(sorted({*kept, *served_architectures()}))
 
 
 def tiny_model(name: str) -> TinyModel:
-    """The entry called `name`; raises ValueError where there is none."""
+    """The entry called `name`, or that of a refused architecture; raises ValueError where there is none."""
     if name in TINY:
         return TINY[name]
-    if name in (names := tiny_names()):
+    if name in seam_architectures():
         return TinyModel(name)
-    raise ValueError(f"architecture {name!r}: must be one of {', '.join(names)}")
+    raise ValueError(f"architecture {name!r}: must be one of {', '.join(tiny_names())}")

@@ -46,7 +46,7 @@ SIZES: Mapping[str, Any] = {
     "qk_nope_head_dim": 16,
     "qk_rope_head_dim": 8,
     "v_head_dim": 16,
-    "index_n_heads": 2,
+    "index_n_heads": 16,
     "index_head_dim": 16,
     "index_topk": 16,
     # recurrent layers
@@ -84,11 +84,15 @@ def sized(config_class: Any, settings: Mapping[str, Any], sizes: Mapping[str, An
 
     A config made of configs is sized part by part: its text with SIZES, every other part with TOWER.
     """
-    own = {field.name for field in fields(config_class)}
+    own = {field.name: field.default for field in fields(config_class)}
+    if own.get("sliding_window") is None:  # publishers have none, so neither has the tiny one
+        own.pop("sliding_window", None)
     parts = {name: part for name, part in (config_class.sub_configs or {}).items() if hasattr(part, "model_type")}
     if "text_config" in parts:
         sizes = {name: sizes[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         for name, part in parts.items():
             given = settings.get(name, {})
             settings = {**settings, name: sized(part, given, SIZES if name == "text_config" else TOWER)}
+    if "kv_lora_rank" in own:  # latent attention expands keys and values for every head
+        sizes = {**sizes, "num_key_value_heads": sizes["num_attention_heads"]}
     return {**{name: value for name, value in sizes.items() if name in own}, **settings}

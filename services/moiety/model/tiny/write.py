@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from moiety.model.architecture import meta_model
+from moiety.model.architecture import meta_model, text_class
 from moiety.model.definitions import definition_of
 from moiety.model.shards import SHARD_BYTES, write_shards
 from moiety.model.tiny.registry import tiny_model
@@ -67,17 +67,12 @@ def tiny_config(architecture: str, settings: Mapping[str, Any]) -> Any:
 
 def published_class(config: Any) -> Any:
     """The class whose weights a publisher ships: of a multimodal architecture all its towers."""
-    from transformers.models.auto.modeling_auto import (
-        MODEL_FOR_CAUSAL_LM_MAPPING,
-        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-    )
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
-    if (defined := definition_of(config.model_type)) is not None:
-        return defined
-    for mapping in (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING):
-        if type(config) in mapping:
-            return mapping[type(config)]
-    raise ValueError(f"{config.model_type}: transformers has no class that generates text from it")
+    found = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(config), None) or text_class(config)
+    if found is None:
+        raise ValueError(f"{config.model_type}: transformers has no class that generates text from it")
+    return found
 
 
 def _weight(name: str, shape: torch.Size, dtype: torch.dtype, seed: int, deviation: float) -> torch.Tensor:

@@ -1,0 +1,86 @@
+"""The product of plain weights again, its tiles fetched by Hopper's tensor memory accelerator instead of by addresses.
+
+One thread asks for a whole tile, so registers and instructions are left to the product; a descriptor must be written for each
+tile's expert, which costs about a microsecond of latency. Which is faster is for `bench --tune` to say: untuned, addresses are
+the default, and the only way for quantised, transposed or unaligned weights.
+
+Shape legend: R rows sorted by expert, K input features of the product, N output columns of a tile's matrix.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from moiety_kernels.gpu.numbers import multiplied
+from moiety_kernels.gpu.operand import KINDS, Operand
+
+
+@triton.jit
+def described_product(
+    X,
+    x_rows,
+    row,
+    x_height,
+    x_stride,
+    W,
+    STARTS,
+    expert,
+    column,
+    stride_n: tl.constexpr,
+    K: tl.constexpr,
+    N: tl.constexpr,
+    GATED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    GATHERED: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """As `product.product` for the rows of `product.matrix_rows`: float32 [BM, BN], or gate and up in turns [BM, 2 BN].
+
+    Rows `row` to `row + BM` of X, the last of them another expert's; or, GATHERED, `x_rows` by their addresses. What lies
+    past the end of a matrix reads as zeros.
+    """
+    TWO: tl.constexpr = GATED and not INTERLEAVED  # gate and up are apart: a product each
+    HEIGHT: tl.constexpr = 2 * N if GATED else N
+    TALL: tl.constexpr = 2 * BN if GATED and INTERLEAVED else BN
+    first = 2 * column if GATED and INTERLEAVED else column
+    base = W + tl.multiple_of(tl.load(STARTS + expert), 16)
+    weights = tl.make_tensor_descriptor(base, shape=[HEIGHT, K], strides=[stride_n, 1], block_shape=[TALL, BK])
+    if GATHERED:
+        x_at = X + x_rows.to(tl.int64)[:, None] * x_stride
+    else:
+        x_tiles = tl.make_tensor_descriptor(X, shape=[x_height, K], strides=[x_stride, 1], block_shape=[BM, BK])
+    total = tl.zeros((BM, TALL), tl.float32)
+    second = tl.zeros((BM, TALL), tl.float32)
+    for k in range(0, K, BK):
+        if GATHERED:
+            inside = (k + tl.arange(0, BK)) < K
+            x = tl.load(x_at + (k + tl.arange(0, BK))[None, :], mask=inside[None, :], other=0.0)
+        else:
+            x = x_tiles.load([row, k])
+        total = multiplied(x, tl.trans(weights.load([first, k])), total, False)
+        if TWO:
+            second = multiplied(x, tl.trans(weights.load([N + first, k])), second, False)
+    if TWO:
+        total = tl.join(total, second).reshape(BM, 2 * BN)
+    return total
+
+
+def describable(x: torch.Tensor, matrices: Operand) -> bool:
+    """Whether descriptors can tell of these: plain weights of the rows' dtype, K innermost, everything on 16 bytes."""
+    plain = KINDS[matrices.kind] == "plain" and matrices.codes.dtype == x.dtype and matrices.strides[1] == 1
+    size = x.element_size()
+    on_16_bytes = matrices.aligned and not (x.stride(0) * size | matrices.strides[0] * size) % 16
+    return plain and on_16_bytes and hasattr(tl, "make_tensor_descriptor")
+
+
+def allow_scratch(device: torch.device) -> None:
+    """Gives Triton the memory that kernels write descriptors to; a setting of Triton's own, of the thread that launches."""
+
+    def allocate(size: int, alignment: int, stream: int | None) -> torch.Tensor:
+        return torch.empty(size, dtype=torch.int8, device=device)
+
+    triton.set_allocator(allocate)

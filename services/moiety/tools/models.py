@@ -1,0 +1,61 @@
+"""`moiety models`: what can be served and what each uses, and what is known and refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from moiety.model.architecture import quiet_transformers
+from moiety.model.gating import gating_of
+from moiety.model.supported import REFUSED, path_of, served_architectures
+from moiety.model.tiny import tiny_model
+from moiety.model.tiny.write import tiny_config
+
+KINDS = {"full_attention": "attention", "attention": "attention", "sparse": "attention", "hybrid_sliding": "sliding"}
+PARTS = ("layer_types", "layers_block_type")  # of a config, one word a layer
+
+
+@dataclass(frozen=True, slots=True)
+class Supported:
+    """One architecture."""
+
+    architecture: str
+    path: str  # seam, adapter, definition
+    gating: str  # how it picks experts
+    caches: tuple[str, ...]  # what its layers keep of a sequence
+
+
+def supported() -> Iterator[Supported]:
+    """All that can be served, by name."""
+    with quiet_transformers():
+        configs = {name: tiny_config(name, tiny_model(name).settings) for name in sorted(served_architectures())}
+    for name, config in configs.items():
+        yield Supported(name, path_of(name), gating_of(name), caches_of(config))
+
+
+def caches_of(config: Any) -> tuple[str, ...]:
+    """The kinds of cache that a config's layers need, sorted."""
+    text = config.get_text_config()
+    kinds = {
+        KINDS.get(kind, kind.removesuffix("_attention")) for part in PARTS for kind in getattr(text, part, None) or ()
+    }
+    kinds -= {"moe", "mlp"}
+    if not kinds:
+        windowed = getattr(text, "sliding_window", None) and getattr(text, "use_sliding_window", True)
+        kinds = {"sliding" if windowed else "attention"}
+    if getattr(text, "kv_lora_rank", None):
+        kinds = (kinds - {"attention"}) | {"latent"}
+    return tuple(sorted(kinds))
+
+
+def lines(found: list[Supported]) -> Iterator[str]:
+    """For people: the supported, then the refused with the reason."""
+    row = "{:<24} {:<11} {:<38} {}"
+    yield row.format("architecture", "path", "gating", "caches")
+    for one in found:
+        yield row.format(one.architecture, one.path, one.gating, ", ".join(one.caches))
+    yield ""
+    yield f"{len(found)} supported; known and refused, for what they need:"
+    for name, reason in sorted(REFUSED.items()):
+        yield f"{name:<24} {reason}"
