@@ -32,6 +32,10 @@ LITTLE = {"kv_memory": 256 << 10}  # for about half of the prompts, so that some
         # The same latent attention again (the unit tests hold every MLA class against transformers), served whole.
         pytest.param("deepseek_v2", {}, marks=pytest.mark.slow),  # complex rotation, softmax gating
         pytest.param("glm4_moe_lite", {}, marks=pytest.mark.slow),
+        # An encoder, one expert a token with a bound per prompt, relative positions; the unit tests hold it in process.
+        pytest.param("switch_transformers", {"lanes": 2, "speculative_tokens": 3}, marks=pytest.mark.slow),
+        # An encoder, two experts a token with a bound per prompt, sinusoidal positions.
+        pytest.param("nllb-moe", {"deterministic": True}, marks=pytest.mark.slow),
     ],
 )
 def test_served_tokens_are_the_reference_tokens(

@@ -46,6 +46,8 @@ def caches_of(config: Any) -> tuple[str, ...]:
         kinds = {"sliding" if windowed else "attention"}
     if value.get("kv_lora_rank"):
         kinds = (kinds - {"attention"}) | {"latent"}
+    if config.is_encoder_decoder:
+        kinds.add("cross-attention")
     return tuple(sorted(kinds))
 
 
