@@ -76,9 +76,9 @@ class Int8Matrix:
         divisor = scale.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
         codes = torch.empty(matrix.shape, dtype=torch.uint8, device=matrix.device)
         # Some rows at a time: a float32 copy of each matrix, made and freed, leaves holes that a replica's memory keeps.
-        parts = (tensor.split(_ROWS_AT_ONCE) for tensor in (matrix, divisor, codes))
-        for values, by, into in zip(*parts, strict=True):
-            into.copy_((values.float() / by).round_().add_(INT8_ZERO))
+        for start in range(0, len(matrix), _ROWS_AT_ONCE):
+            span = slice(start, start + _ROWS_AT_ONCE)
+            codes[span] = (matrix[span].float() / divisor[span]).round_().add_(INT8_ZERO)
         return cls(codes, scale, rounds_rows)
 
     def dequantised(self, dtype: torch.dtype) -> torch.Tensor:
