@@ -158,9 +158,11 @@ def experts_kernel(dtype: torch.dtype, expert: ExpertWeights) -> Callable[..., N
     groups = (gate_up_group, down_group)
     if kind == "int4" and all(map(_ends_between_lanes, groups, expert.form[:2])):
         kind = f"int4_{_SCALES[scales]}"
+    elif kind == "int8" and gate_up_group and library.cpu >= VNNI:
+        return library.function(f"{name}_int8_rows", *_SIGNATURE, isa=VNNI)
     elif not (kind in ("int8", "mxfp4") or (kind == "fp8" and {*groups} <= {1, FP8_BLOCK})):
         return None
-    return library.function(f"{name}_{kind}", *_SIGNATURE, isa=VNNI if kind == "int8" else frozenset())
+    return library.function(f"{name}_{kind}", *_SIGNATURE)
 
 
 def _ends_between_lanes(group: int, columns: int) -> bool:

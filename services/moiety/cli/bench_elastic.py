@@ -21,7 +21,7 @@ from moiety.cli.run import progress, signals_interrupt
 )
 @click.option("--max-replicas", type=click.IntRange(2, 8), default=3, show_default=True, help="Per group.")
 @click.option("--low", type=click.FloatRange(0.05, 100), default=0.4, show_default=True, help="Requests per second.")
-@click.option("--high", type=click.FloatRange(0.1, 100), default=9.0, show_default=True, help="And while load is high.")
+@click.option("--high", type=click.FloatRange(0.1, 100), default=8.0, show_default=True, help="And while load is high.")
 @click.option(
     "--seconds",
     type=(click.FloatRange(5, 3600), click.FloatRange(5, 3600), click.FloatRange(5, 3600)),
@@ -29,7 +29,7 @@ from moiety.cli.run import progress, signals_interrupt
     show_default=True,
     help="Of low load, high load, and low load again.",
 )
-@click.option("--zipf", type=click.FloatRange(0, 4), default=1.2, show_default=True, help="Exponent of the skew.")
+@click.option("--zipf", type=click.FloatRange(0, 4), default=1.6, show_default=True, help="Exponent of the skew.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of prompts and arrivals.")
 @click.option(
     "--plot",

@@ -94,9 +94,8 @@ class Table:
         """bool [E]: the experts of `layer` that have holders, all of them among `replicas`."""
         among = np.array([replica in replicas for replica in self.replicas] + [False, False])  # SEVERAL, NOBODY
         only = among[self.sole[layer]]
-        for (of_layer, expert), holders in self.shared.items():
-            if of_layer == layer:
-                only[expert] = all(among[holder] for holder in holders)
+        for expert in np.flatnonzero(self.sole[layer] == SEVERAL).tolist():
+            only[expert] = all(among[holder] for holder in self.shared[layer, expert])
         return only
 
     def uncovered(self) -> list[tuple[int, int]]:

@@ -37,9 +37,9 @@ class ElasticWork:
     capacity: float = 200.0  # rows per second that each replica is paced to
     max_replicas: int = 3
     low: float = 0.4  # requests per second
-    high: float = 9.0
+    high: float = 8.0
     seconds: tuple[float, float, float] = (10.0, 30.0, 40.0)  # of low, high, and low again
-    zipf: float = 1.2  # exponent of the skew over prompts
+    zipf: float = 1.6  # exponent of the skew over prompts
     new_tokens: int = 6
     seed: int = 0
     shrink_after_s: float = 5.0
