@@ -6,7 +6,7 @@ STUBS  := services/moiety/wire
 PROTOS := $(wildcard protos/moiety/wire/*.proto)
 CPU    := $(wildcard kernels/moiety_kernels/cpu/*)
 
-.PHONY: help demo test test-all check proto bench clean
+.PHONY: help demo test test-all check parity proto bench clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -37,6 +37,9 @@ check: $(VENV)/.installed ## lint, types, import rule, stubs
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python tests/check_stubs.py
+
+parity: $(VENV)/.kernels ## every architecture, served and compared token for token; writes README.md's table
+	$(BIN)/moiety parity --all-tiny --write README.md
 
 proto: $(VENV)/.installed ## regenerate the committed protobuf stubs
 	$(BIN)/python -m grpc_tools.protoc -Iprotos --python_out=services --pyi_out=services --grpc_python_out=services $(PROTOS)

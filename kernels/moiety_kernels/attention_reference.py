@@ -32,6 +32,7 @@ def paged_attention_reference(
     chunk: int | None = None,
     sinks: torch.Tensor | None = None,
     softcap: float | None = None,
+    bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """As `paged_attention.paged_attention`, computed in the pool's dtype where that is float64, else in float32."""
     groups, page = keys.shape[1:3]
@@ -46,6 +47,9 @@ def paged_attention_reference(
         scores = torch.einsum("grd,lgd->grl", heads, key) * scale
         if softcap is not None:
             scores = torch.tanh(scores / softcap) * softcap
+        if bias is not None:
+            distance = (end - 1 - seen).clamp(max=bias.shape[1] - 1)
+            scores = scores + bias.to(wide)[:, distance].view(groups, -1, len(seen))
         if sinks is not None:  # one more score per head that takes its share of the softmax and adds no value
             scores = torch.cat([scores, sinks.to(wide).view(groups, -1, 1)], dim=-1)
         probabilities = scores.softmax(-1)[..., : len(seen)]

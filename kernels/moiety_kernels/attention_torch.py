@@ -46,6 +46,7 @@ def paged_attention(
     chunk: int | None,
     sinks: torch.Tensor | None,
     softcap: float | None,
+    bias: torch.Tensor | None,
 ) -> torch.Tensor:
     """As `paged_attention.paged_attention`."""
     device, page, groups = query.device, keys.shape[2], keys.shape[1]
@@ -71,6 +72,13 @@ def paged_attention(
         count, repeat = tokens.shape[1], query.shape[1] // groups
         heads = query[tokens].view(*tokens.shape, groups, repeat, -1).permute(0, 2, 3, 1, 4).flatten(2, 3)
         mask = visible.repeat(1, repeat, 1).unsqueeze(1)  # [N, 1, H / G * n, L]
+        if bias is not None:
+            distance = (length[tokens].unsqueeze(2) - 1 - position.unsqueeze(1)).clamp(
+                0, bias.shape[1] - 1
+            )  # [N, n, L]
+            added = bias.to(query.dtype)[:, distance].view(groups, repeat, *distance.shape)
+            added = added.permute(2, 0, 1, 3, 4).flatten(2, 3)  # [N, G, H / G * n, L]
+            mask = added.masked_fill(~mask, float("-inf"))
         if sinks is None and softcap is None:
             result = functional.scaled_dot_product_attention(heads, key, value, attn_mask=mask, scale=scale)
         else:
@@ -140,7 +148,7 @@ def _plain(
     heads: torch.Tensor,  # [N, G, H / G * n, Dk]
     key: torch.Tensor,  # [N, G, L, Dk]
     value: torch.Tensor,  # [N, G, L, Dv]
-    mask: torch.Tensor,  # [N, 1, H / G * n, L]
+    mask: torch.Tensor,  # [N, 1, H / G * n, L]: what is seen; or [N, G, …], what is added to the scores
     scale: float,
     sinks: torch.Tensor | None,
     softcap: float | None,
@@ -149,7 +157,7 @@ def _plain(
     scores = (heads @ key.transpose(-1, -2)) * scale
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
-    scores = scores.masked_fill(~mask, float("-inf"))
+    scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
     if sinks is not None:
         groups = key.shape[1]
         count = heads.shape[2] * groups // sinks.shape[0]

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterator, Sequence
-from importlib.util import find_spec
-from itertools import accumulate
-from typing import Any, Literal
+from functools import partial
+from typing import Any
 
 import torch
 
 from moiety_kernels.cpu.library import VNNI, load
+from moiety_kernels.kinds import Backend, by_kind, in_triton, uses_triton
 from moiety_kernels.linear import linear
 from moiety_kernels.matrices import FP8_BLOCK
 from moiety_kernels.reference import ACTIVATIONS, SWIGLU_CLAMPED, activate
@@ -28,7 +28,6 @@ _SIGNATURE = (
     *(_POINTER, _SIZE, _POINTER, _POINTER, _SIZE, _POINTER, _SIZE, _SIZE, _SIZE, _SIZE),
     *(_FLAG, _FLAG, _FLAG, _FLAG, _REAL, _REAL, _FLAG),
 )
-Backend = Literal["torch", "triton"]  # torch: and C++, on CPU
 LANE_COLUMNS = 8  # of int4 weights that one lane of a vector holds
 
 
@@ -75,30 +74,11 @@ def grouped_expert_mlp(
         "limit": limit,
         "alpha": alpha,
     }
-    if backend is None:
-        backend = "triton" if rows.is_cuda and find_spec("triton") else "torch"
-    compute = _in_triton if backend == "triton" else _in_torch
-    if len({expert.held for expert in weights}) == 1:
-        return compute(rows, counts, weights, deterministic, options)
-    out = torch.empty_like(rows)
-    for taken, some_counts, some in _by_kind(counts, weights):
-        at = taken.to(rows.device)
-        out[at] = compute(rows[at], some_counts, some, deterministic, options)
-    return out
-
-
-def _by_kind(
-    counts: Sequence[int], weights: Sequence[ExpertWeights]
-) -> Iterator[tuple[torch.Tensor, list[int], list[ExpertWeights]]]:
-    """For each way of holding weights: the rows [r] of its experts, their counts, and the experts themselves."""
-    kinds: dict[Any, list[int]] = {}
-    for place, (count, expert) in enumerate(zip(counts, weights, strict=True)):
-        if count:
-            kinds.setdefault(expert.held, []).append(place)
-    starts = [0, *accumulate(counts)]
-    for places in kinds.values():
-        taken = torch.cat([torch.arange(starts[place], starts[place + 1]) for place in places])
-        yield taken, [counts[place] for place in places], [weights[place] for place in places]
+    if backend == "triton" or (backend is None and uses_triton(rows)):
+        compute = partial(in_triton, dtype=rows.dtype, deterministic=deterministic, options=options)
+    else:
+        compute = partial(_in_torch, deterministic=deterministic, options=options)
+    return by_kind(compute, rows, counts, weights, rows.dtype)
 
 
 def _in_torch(
@@ -152,25 +132,6 @@ def _in_torch(
     return out
 
 
-def _in_triton(
-    rows: torch.Tensor,
-    counts: Sequence[int],
-    weights: Sequence[ExpertWeights],
-    deterministic: bool,
-    options: dict[str, Any],
-) -> torch.Tensor:
-    """`grouped_expert_mlp` for experts with equal `held`. The host waits for nothing."""
-    from moiety_kernels.gpu.expert_mlp import (
-        Experts,
-        sorted_expert_mlp,
-    )  # Triton is slow to import, and only here for GPUs
-    from moiety_kernels.gpu.operand import gathered
-
-    with torch.cuda.device(rows.get_device()):  # Triton launches on the current one; -1, of a CPU, changes none
-        offsets, gate_up, down = gathered(counts, weights)
-        return sorted_expert_mlp(rows, offsets, Experts(gate_up, down, **options), deterministic=deterministic)
-
-
 def _product(x: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None, deterministic: bool) -> torch.Tensor:
     """As the reference rounds it: first the product, then its sum with the bias."""
     product = linear(x, matrix, deterministic=True) if deterministic else x @ matrix.T
@@ -197,9 +158,11 @@ def experts_kernel(dtype: torch.dtype, expert: ExpertWeights) -> Callable[..., N
     groups = (gate_up_group, down_group)
     if kind == "int4" and all(map(_ends_between_lanes, groups, expert.form[:2])):
         kind = f"int4_{_SCALES[scales]}"
+    elif kind == "int8" and gate_up_group and library.cpu >= VNNI:
+        return library.function(f"{name}_int8_rows", *_SIGNATURE, isa=VNNI)
     elif not (kind in ("int8", "mxfp4") or (kind == "fp8" and {*groups} <= {1, FP8_BLOCK})):
         return None
-    return library.function(f"{name}_{kind}", *_SIGNATURE, isa=VNNI if kind == "int8" else frozenset())
+    return library.function(f"{name}_{kind}", *_SIGNATURE)
 
 
 def _ends_between_lanes(group: int, columns: int) -> bool:

@@ -19,7 +19,8 @@ _ATTENTION = (
     *(_INT, _POINTER, _SIZE, _SIZE),  # element bytes, query
     *(_POINTER, _SIZE, _SIZE, _SIZE),  # keys
     *(_POINTER, _SIZE, _SIZE, _SIZE),  # values
-    *(_POINTER, _SIZE, _POINTER, _POINTER, _POINTER, _POINTER),  # tables, sequence, length, sinks, output
+    *(_POINTER, _SIZE, _POINTER, _POINTER, _POINTER),  # tables, sequence, length, sinks
+    *(_POINTER, _SIZE, _POINTER),  # bias, output
     *(_SIZE,) * 8,  # T, H, G, Dk, Dv, P, window, chunk
     *(_FLOAT, _FLOAT, _INT),  # scale, softcap, threads
 )
@@ -56,6 +57,7 @@ def paged_attention(
     chunk: int | None = None,
     sinks: torch.Tensor | None = None,
     softcap: float | None = None,
+    bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Each token of `query` [T, H, Dk] over its sequence's past: [T, H, Dv], in the query's dtype, which is the pool's.
 
@@ -63,7 +65,8 @@ def paged_attention(
     less those that a sliding `window` or an attention `chunk` (in tokens) hides. Position p of sequence s lies in block
     `tables[s, p // P]` (int32 [S, M]) of `keys` [B, G, P, Dk] and `values` [B, G, P, Dv]; entries behind the last
     position, or before the first that is visible, are never used. `values` may be a view of the first columns of
-    `keys`. `sinks` [H] are scores that take part in the softmax only; `softcap` bounds scores by a tanh.
+    `keys`. `sinks` [H] are scores that take part in the softmax only; `softcap` bounds scores by a tanh. `bias` [H, N]
+    (float32) is added to the score of the position n tokens before a token: `bias[:, n]`, its last for all beyond.
 
     Tokens of one sequence should lie side by side: they are then computed together and read its blocks once. On a CPU
     with the C++ kernels a token's float32 or bfloat16 result is the same to the bit whatever else is in the call.
@@ -86,10 +89,13 @@ def paged_attention(
             chunk=chunk,
             sinks=sinks,
             softcap=softcap,
+            bias=bias,
         )
     query = query if query.stride(2) == 1 else query.contiguous()
     if sinks is not None:
         sinks = sinks.float().contiguous()
+    if bias is not None:
+        bias = bias.float().contiguous()
     tokens, heads, key_width = query.shape
     groups, page, value_width = values.shape[1:]
     output = query.new_empty(tokens, heads, value_width)
@@ -106,6 +112,8 @@ def paged_attention(
         sequence.data_ptr(),
         length.data_ptr(),
         None if sinks is None else sinks.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        0 if bias is None else bias.shape[1],
         output.data_ptr(),
         tokens,
         heads,

@@ -6,10 +6,13 @@ Shape legend: R rows, D hidden size, I intermediate size of a slice.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import torch
 
 from moiety_kernels.expert_mlp import ExpertWeights, grouped_expert_mlp
+from moiety_kernels.kinds import Backend, by_kind, in_triton, uses_triton
 from moiety_kernels.linear import linear
 from moiety_kernels.reference import activate
 from moiety_kernels.weights import dequantised
@@ -27,10 +30,12 @@ def grouped_partial_mlp(
     limit: float | None = None,
     alpha: float | None = None,
     deterministic: bool = False,
+    backend: Backend | None = None,
 ) -> torch.Tensor:
     """As `grouped_expert_mlp`, [R, D] -> [R, D], but float32 whatever the rows' dtype: only the sum is to be rounded.
 
-    In float32 it is the same computation. Otherwise the second product is taken of widened values: twice the time.
+    In float32 it is the same computation. On a GPU Triton stores its sums as they are.
+    Otherwise the second product is taken of widened values: twice the time.
     """
     if rows.dtype == torch.float32:
         return grouped_expert_mlp(
@@ -43,7 +48,18 @@ def grouped_partial_mlp(
             limit=limit,
             alpha=alpha,
             deterministic=deterministic,
+            backend=backend,
         )
+    if rows.shape[0] and (backend == "triton" or (backend is None and uses_triton(rows))):
+        options: dict[str, Any] = {
+            "activation": activation,
+            "gated": gated,
+            "interleaved": interleaved,
+            "limit": limit,
+            "alpha": alpha,
+        }
+        compute = partial(in_triton, dtype=torch.float32, deterministic=deterministic, options=options)
+        return by_kind(compute, rows, counts, weights, torch.float32)
     out = torch.empty(rows.shape, dtype=torch.float32, device=rows.device)
     start = 0
     for count, held in zip(counts, weights, strict=True):

@@ -98,7 +98,7 @@ class RouterSettings(ServiceSettings):
     max_context: int | None = Field(default=None, ge=1, description="tokens per sequence; default: the model's")
     token_budget: int = Field(default=256, ge=1, le=65536, description="tokens per step, decode and prefill together")
     kv_memory: ByteSize = Field(
-        default=ByteSize(1 << 30), ge=1 << 10, description="memory for keys and values, e.g. 4GiB"
+        default=ByteSize(1 << 30), ge=1 << 10, description="memory for keys, values and states, e.g. 4GiB"
     )
     block_tokens: int = Field(default=16, ge=1, le=1024, description="tokens of one block of keys and values")
     prefix_cache: bool = Field(default=True, description="reuse the keys and values of prompts that begin alike")

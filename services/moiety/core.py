@@ -315,6 +315,7 @@ class Sampling:
     prompt_logprobs: bool = False
     n: int = 1
     guide: Guide | None = None
+    first_token_id: int | None = None  # what the output begins with, whatever the logits say
 
     @property
     def penalised(self) -> bool:
@@ -330,7 +331,7 @@ class PendingRows(Protocol):
     """Rows on their way back from the experts."""
 
     def result(self) -> torch.Tensor:
-        """Blocks for the expert outputs, [T, K, D], unweighted, in the model dtype. Raises HopFailed."""
+        """Blocks for the expert outputs, [T, K, D], unweighted, in the model dtype; no expert's is zero. Raises HopFailed."""
         ...
 
 

@@ -28,6 +28,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "sinks": {"sinks": True},
     "softcap": {"softcap": 3.0},  # scores of 3 and more: both branches of the tanh
     "all at once": {"window": 50, "chunk": 128, "sinks": True, "softcap": 3.0},
+    "bias by distance": {"biases": 40},  # shorter than most lengths: its last entry stands for what lies beyond
+    "bias and all": {"biases": 600, "window": 50, "sinks": True, "softcap": 3.0},
 }
 LENGTHS = {
     "decode of one": [(1, 130)],
@@ -69,8 +71,9 @@ class Case:
     def exact(self) -> torch.Tensor:
         """The same in float64."""
         options = dict(self.options)
-        if options.get("sinks") is not None:
-            options["sinks"] = options["sinks"].double()
+        for name in ("sinks", "bias"):
+            if options.get(name) is not None:
+                options[name] = options[name].double()
         pools = self.keys.double(), self.values.double()
         return paged_attention_reference(
             self.query.double(), *pools, self.tables, self.sequence, self.length, **options
@@ -92,6 +95,7 @@ def make(
     page: int = 16,
     shared: bool = False,
     sinks: bool = False,
+    biases: int = 0,
     **options: Any,
 ) -> Case:
     """Random queries, keys and values; whatever a table entry must not be used for is NaN or no block at all."""
@@ -119,7 +123,12 @@ def make(
         tables,
         torch.tensor([row for row, (count, _) in enumerate(counts) for _ in range(count)], dtype=torch.int32),
         torch.tensor([end for n, length in counts for end in range(length - n + 1, length + 1)], dtype=torch.int32),
-        {"scale": key_width**-0.5 * 2, "sinks": normal(heads) * 2 if sinks else None, **options},
+        {
+            "scale": key_width**-0.5 * 2,
+            "sinks": normal(heads) * 2 if sinks else None,
+            "bias": torch.randn(heads, biases, generator=generator) * 2 if biases else None,
+            **options,
+        },
     )
 
 

@@ -46,6 +46,9 @@ HELD: dict[str, Make] = {
     "int8": lambda rows, columns, seed: Int8Matrix.of(
         torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * 0.1
     ),
+    "int8, rows rounded": lambda rows, columns, seed: Int8Matrix.of(
+        torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * 0.1, rounds_rows=True
+    ),
     "int4, groups of 32": lambda rows, columns, seed: random_int4(rows, columns, 32, torch.bfloat16, False, seed),
     "int4, groups of 64 with zero points": lambda rows, columns, seed: random_int4(
         rows, columns, 64, torch.float16, True, seed
@@ -133,7 +136,7 @@ def test_experts_are_within_rounding_of_their_values(
     plain = [expert.dequantised(torch.float64) for expert in weights]
     expected = one_at_a_time(rows.double(), counts, [in_float64(expert) for expert in plain], kind)
     bound = BOUND[dtype] * LOOSER[kernels]
-    if kernels == "C++" and held == "int8":  # rows are quantised, too
+    if kernels == "C++" and held == "int8, rows rounded":
         bound = 3e-2
     elif kernels == "torch" and dtype == torch.bfloat16:  # weights are rounded to the rows' dtype
         bound *= 2
@@ -167,12 +170,12 @@ def test_experts_held_in_different_ways_share_a_batch(kernels: str):
     assert torch.equal(together, torch.cat(alone))
 
 
-@pytest.mark.parametrize(("bits", "bound", "size"), [(8, 0.04, 0.51), (4, 0.2, 0.27)])
+@pytest.mark.parametrize(("bits", "bound", "size"), [(8, 0.02, 0.51), (4, 0.2, 0.27)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_quantised_experts_are_within_their_bound(
     kernels: str, dtype: torch.dtype, bits: int, bound: float, size: float
 ):
-    """8 bits lose at most 4 % of an output, 4 bits 20 %, where weights are spread like noise; memory is what was promised."""
+    """8 bits lose at most 2 % of an output, 4 bits 20 %, where weights are spread like noise; memory is what was promised."""
     weights = make_weights({}, dtype, 1, 512, 192)
     rows = torch.randn(13, 512, generator=torch.Generator().manual_seed(4)).to(dtype)
     quantised = weights.quantised(bits)

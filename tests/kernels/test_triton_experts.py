@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from moiety_kernels import ExpertWeights, Fp8Matrix, Mxfp4Matrix, expert_mlp, grouped_expert_mlp
 from moiety_kernels.matrices import Int4Matrix
+from moiety_kernels.partial import grouped_partial_mlp
 
 pytest.importorskip("triton", reason="triton is not installed: pip install 'moiety[gpu]'")
 
@@ -207,6 +208,17 @@ def test_experts_held_in_different_ways():
     rows, counts = make_rows(6, torch.float32), (1, 2, 3)
     out = grouped_expert_mlp(rows, counts, weights, backend="triton")
     assert error(out, in_float64(rows, counts, weights, {})) <= 4e-6
+
+
+def test_partial_sums_are_not_rounded():
+    """Slices' outputs in bfloat16 rows come back as the float32 sums they are: rounded, they are the rows of whole experts."""
+    plain = [make_weights({}, torch.bfloat16, seed) for seed in range(3)]
+    weights = [plain[0], plain[1].quantised(), plain[2]]
+    rows, counts = make_rows(6, torch.bfloat16), (1, 2, 3)
+    out = grouped_partial_mlp(rows, counts, weights, backend="triton")
+    assert out.dtype == torch.float32
+    assert error(out, in_float64(rows, counts, weights, {})) <= BOUND[torch.bfloat16]
+    assert torch.equal(out.bfloat16(), grouped_expert_mlp(rows, counts, weights, backend="triton"))
 
 
 def test_fp8_rows_with_fp8_weights():

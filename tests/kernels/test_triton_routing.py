@@ -78,6 +78,21 @@ def test_rows_come_back():
     assert torch.equal(combine(back.view(21, 3, 70), weights), x)
 
 
+def test_views_are_read_as_they_lie():
+    """Columns of wider or transposed tensors give what their copies give: no kernel reads past its stride."""
+    wide = torch.randn(16, 12, generator=torch.Generator().manual_seed(4))
+    for logits in (wide[:, 2:10], wide.T):
+        index, weights = gating(logits, Gate(3))
+        expected_index, expected = gating(logits.contiguous(), Gate(3))
+        assert torch.equal(index, expected_index)
+        assert torch.equal(weights, expected)
+        assert torch.equal(quantise_rows(logits)[1], quantise_rows(logits.contiguous())[1])
+        where = sort_by_expert(torch.zeros(len(logits), 1, dtype=torch.int64), 1)
+        assert torch.equal(permute(logits, where, 1), logits)
+    rows, routing = torch.randn(3, 2, 8), torch.rand(2, 3)
+    assert torch.equal(combine(rows, routing.T), combine(rows, routing.T.contiguous()))
+
+
 def test_combine_sums_in_order():
     """The sum over K is float32, k after k, rounded once: the bits of a loop in torch."""
     rows = torch.randn(5, 8, 33, generator=torch.Generator().manual_seed(2)).bfloat16()

@@ -1,7 +1,8 @@
 """What else computes the same: torch's grouped product, a loop of cuBLAS calls, and public kernels given by their path.
 
 Every peer gets the block's input as its own interface wants it, prepared beforehand, in the layout it is fastest with.
-Shape legend: T tokens, K experts a token, R = T K rows sorted by expert, E experts, D hidden size, I intermediate size.
+Shape legend: T tokens, K experts a token, R rows of this device's experts, sorted by them, E experts, D hidden size,
+I intermediate size.
 """
 
 from __future__ import annotations
@@ -24,12 +25,13 @@ class Work:
     """One measurement's input."""
 
     x: torch.Tensor  # [T, D]
-    index: torch.Tensor  # int64 [T, K]
+    index: torch.Tensor  # int64 [T, K]; E and above: an expert that is elsewhere
     weights: torch.Tensor  # float32 [T, K]
     experts: Experts  # plain
     rows: torch.Tensor  # [R, D], sorted by expert
     expert_of: torch.Tensor  # int64 [R]
     offsets: torch.Tensor  # int32 [E + 1]
+    choices: int  # experts of the model, here or elsewhere
 
 
 Function = Callable[[], torch.Tensor]
@@ -87,7 +89,12 @@ def vllm(path: str) -> Callable[[Work], Function | None]:
         if work.experts.gate_up.bias is not None:
             return None  # interleaved and biased experts are other kernels of theirs
         first, second, ids = work.experts.gate_up.codes, work.experts.down.codes, work.index.int()
-        return lambda: fused(work.x, first, second, work.weights, ids)
+        if work.choices == len(first):
+            return lambda: fused(work.x, first, second, work.weights, ids)
+        here = torch.arange(work.choices, dtype=torch.int32, device=ids.device)
+        here[len(first) :] = -1
+        options = {"global_num_experts": work.choices, "expert_map": here}
+        return lambda: fused(work.x, first, second, work.weights, ids, **options)
 
     return of
 
@@ -98,8 +105,8 @@ def scattermoe(path: str) -> Callable[[Work], Function | None]:
 
     def of(work: Work) -> Function | None:
         gate_up, down = work.experts.gate_up, work.experts.down
-        if gate_up.bias is not None:
-            return None
+        if gate_up.bias is not None or work.choices > gate_up.experts:
+            return None  # it knows neither interleaved experts nor ones that are elsewhere
         with torch.device("meta"):
             module = made(
                 gate_up.shape[1], down.shape[1], gate_up.experts, work.index.shape[1], activation=torch.nn.SiLU()

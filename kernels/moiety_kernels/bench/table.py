@@ -48,21 +48,18 @@ HEADER = f"{'model':24}{'tokens':>6} {'what':8}{'weights':9}{'by':12}{_NUMBERS}"
 
 
 def work_of(model: Model, tokens: int, dtype: torch.dtype, experts: Experts, device: str) -> Work:
-    """Random rows for random distinct experts, evenly likely: as many assignments as come to this device's experts."""
+    """Random rows for K distinct experts each, evenly likely; of those that are not on this device, none is computed."""
     generator = torch.Generator(device=device).manual_seed(tokens)
     x = torch.randn(tokens, model.hidden, generator=generator, device=device).to(dtype)
-    noise = torch.rand(tokens, model.experts, generator=generator, device=device)
-    index = noise.topk(min(model.gate.top_k, model.experts), dim=1).indices
+    noise = torch.rand(tokens, model.choices, generator=generator, device=device)
+    index = noise.topk(min(model.gate.top_k, model.choices), dim=1).indices
+    index[0, 0] = torch.where((index[0] < model.experts).any(), index[0, 0], 0)  # one row at least
     weights = torch.rand(index.shape, generator=generator, device=device)
     where = sort_by_expert(index, model.experts)
+    here = int(where.offsets[-1])
+    rows = permute(x, where, index.shape[1])[:here]
     return Work(
-        x,
-        index,
-        weights,
-        experts,
-        permute(x, where, index.shape[1]),
-        index.flatten()[where.order.long()],
-        where.offsets,
+        x, index, weights, experts, rows, index.flatten()[where.order[:here].long()], where.offsets, model.choices
     )
 
 
@@ -101,7 +98,7 @@ def _timed(
     ceilings: Ceilings,
     weights: str = "",
 ) -> Iterator[Row]:
-    rows = work.index.numel()
+    rows = len(work.rows)
     activated = int((work.offsets.diff() > 0).sum())
     moved = activated * (work.experts.gate_up.matrix_nbytes + work.experts.down.matrix_nbytes)
     moved += 2 * (work.x if operation == "block" else work.rows).nbytes

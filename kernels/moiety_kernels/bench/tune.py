@@ -74,9 +74,8 @@ def _times(
     tiles: Iterator[Tile],
 ) -> Iterator[tuple[Tile, float]]:
     experts = experts_of(model, dtype, "plain", clock.device)
-    top_k = min(model.gate.top_k, model.experts)
-    work = work_of(model, max(1, each * model.experts // top_k), dtype, experts, clock.device)
-    rows = work.index.numel()
+    work = work_of(model, max(1, each * model.choices // model.gate.top_k), dtype, experts, clock.device)
+    rows = len(work.rows)
     matrices = experts.gate_up if gated else experts.down
     x = work.rows if gated else torch.randn(rows, model.intermediate, device=clock.device).to(dtype)
     out = torch.empty(rows, model.intermediate if gated else model.hidden, dtype=dtype, device=clock.device)

@@ -8,7 +8,7 @@ import sys
 import time
 
 from moiety_kernels.cpu.build import BuildError, build
-from moiety_kernels.cpu.library import BF16, SWITCH, VNNI, cpu_flags, find
+from moiety_kernels.cpu.library import SWITCH, VNNI, cpu_flags, find
 
 
 def main() -> int:
@@ -30,8 +30,8 @@ def main() -> int:
     if path is None:
         print(f"used: torch ({problem})")
         return 0 if options.optional else 1
-    names = {"float32": frozenset[str](), "bfloat16": BF16, "int8": VNNI}
-    print(f"used: {path} for {', '.join(name for name, isa in names.items() if isa <= cpu_flags())}")
+    rows = ", int8 rows" if cpu_flags() >= VNNI else ""
+    print(f"used: {path} for float32, bfloat16, int8, int4, fp8, mxfp4{rows}")
     return 0
 
 

@@ -35,6 +35,8 @@ struct Call {
     void* output;  // [T, H, Dv], contiguous
     const std::int32_t *tables, *sequence, *length;
     const float* sinks;                       // [H], or null
+    const float* bias;                        // [H, biases], or null: added to a score by its distance in tokens
+    std::int64_t biases;
     std::int64_t query_token, query_head;     // strides, in elements; what lies in a row lies side by side
     std::int64_t key_block, key_group, key_position, value_block, value_group, value_position, table_row;
     std::int64_t tokens, heads, groups, key_width, value_width, page;
@@ -88,8 +90,21 @@ struct State {
     std::int64_t width;
 };
 
+// What `bias` [N] adds to the scores of 16 positions, the first of them `distance` before the query: the last of it
+// stands for all that lie further away. Positions behind the query are not seen, whatever they get.
+inline __m512 by_distance(const float* bias, std::int64_t count, std::int64_t distance) {
+    if (distance - 15 >= count - 1) return _mm512_set1_ps(bias[count - 1]);
+    const __m512i back = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    __m512i index = _mm512_sub_epi32(_mm512_set1_epi32(static_cast<int>(distance)), back);
+    index = _mm512_max_epi32(index, _mm512_setzero_si512());
+    index = _mm512_min_epi32(index, _mm512_set1_epi32(static_cast<int>(count - 1)));
+    return _mm512_i32gather_ps(index, bias, sizeof(float));
+}
+
 // A row's scores of one tile to weights relative to the largest so far; what was summed under an older one is scaled.
-inline void soften(const Call& call, float* score, std::uint64_t seen, State& state, std::int64_t row) {
+// `bias` is the row's own, or null, and `distance` that of the tile's first position.
+inline void soften(const Call& call, float* score, std::uint64_t seen, State& state, std::int64_t row, const float* bias,
+                   std::int64_t distance) {
     __m512 s[4];
     float largest = state.maximum[row];
     for (int i = 0; i < 4; ++i) {
@@ -98,6 +113,7 @@ inline void soften(const Call& call, float* score, std::uint64_t seen, State& st
             const __m512 cap = _mm512_set1_ps(call.softcap);
             s[i] = _mm512_mul_ps(hyperbolic_tangent(_mm512_div_ps(s[i], cap)), cap);
         }
+        if (bias) s[i] = _mm512_add_ps(s[i], by_distance(bias, call.biases, distance - 16 * i));
         s[i] = _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), static_cast<__mmask16>(seen >> (16 * i)), s[i]);
     }
     largest = std::max(largest, _mm512_reduce_max_ps(_mm512_max_ps(_mm512_max_ps(s[0], s[1]), _mm512_max_ps(s[2], s[3]))));
@@ -242,7 +258,11 @@ class Worker {  // one thread's part of a call
                 }
             }
         });
-        for (int r = 0; r < rows; ++r) soften(call_, score_ + r * tile_positions, seen_[r], state, row_[r]);
+        for (int r = 0; r < rows; ++r) {
+            const std::int64_t head = unit.head + row_[r] % unit.heads, token = unit.token + row_[r] / unit.heads;
+            const float* const bias = call_.bias ? call_.bias + head * call_.biases : nullptr;
+            soften(call_, score_ + r * tile_positions, seen_[r], state, row_[r], bias, call_.length[token] - 1 - begin);
+        }
         with_pool(places.value, next.value, call_.value_width, [&](const auto& values) {
             constexpr int vectors = Copy<T>::vectors;
             const auto columns = [&](std::int64_t at, auto count) {
@@ -374,17 +394,17 @@ void paged_attention(const Call& call, int threads) {
 
 extern "C" {
 
-// Strides in elements. sinks may be null; window, chunk and softcap are 0 where there is none.
+// Strides in elements. sinks and bias may be null; window, chunk and softcap are 0 where there is none.
 void moiety_paged_attention(int element_bytes, const void* query, std::int64_t query_token, std::int64_t query_head,
                             const void* keys, std::int64_t key_block, std::int64_t key_group, std::int64_t key_position,
                             const void* values, std::int64_t value_block, std::int64_t value_group,
                             std::int64_t value_position, const std::int32_t* tables, std::int64_t table_row,
-                            const std::int32_t* sequence, const std::int32_t* length, const float* sinks, void* output,
-                            std::int64_t tokens, std::int64_t heads, std::int64_t groups, std::int64_t key_width,
+                            const std::int32_t* sequence, const std::int32_t* length, const float* sinks, const float* bias,
+                            std::int64_t biases, void* output, std::int64_t tokens, std::int64_t heads, std::int64_t groups, std::int64_t key_width,
                             std::int64_t value_width, std::int64_t page, std::int64_t window, std::int64_t chunk,
                             float scale, float softcap, int threads) {
     const moiety::Call call{query,       keys,      values,       output,      tables,      sequence,
-                            length,      sinks,     query_token,  query_head,  key_block,   key_group,
+                            length,      sinks,     bias,        biases,      query_token,  query_head,  key_block,   key_group,
                             key_position, value_block, value_group, value_position, table_row, tokens,
                             heads,       groups,    key_width,    value_width, page,        window,
                             chunk,       scale,     softcap};

@@ -93,7 +93,7 @@ template <class T, class W>
 inline __m512 finished(const float* sums, const float* heads, int64_t row, const Matrix<W>& weights, const T* bias,
                        int64_t column, int64_t count) {
     __m512 sum = _mm512_load_ps(sums);
-    if constexpr (Packing<W>::head != 0)  // int8
+    if constexpr (Packing<W>::head != 0)  // int8 rows
         sum = _mm512_mul_ps(_mm512_mul_ps(sum, _mm512_set1_ps(heads[row * Packing<W>::head + 16])),
                             load(weights.scale + column, count));
     sum = rounded<T>(sum);
@@ -229,7 +229,8 @@ extern "C" {
 
 MOIETY_EXPERTS(moiety_experts_f32, float, float)
 MOIETY_EXPERTS(moiety_experts_bf16, bf16, bf16)
-MOIETY_EXPERTS_OF(_int8, std::uint8_t)
+MOIETY_EXPERTS_OF(_int8, moiety::Int8)
+MOIETY_EXPERTS_OF(_int8_rows, std::uint8_t)
 MOIETY_EXPERTS_OF(_int4_f16, moiety::Int4<moiety::half>)
 MOIETY_EXPERTS_OF(_int4_bf16, moiety::Int4<bf16>)
 MOIETY_EXPERTS_OF(_fp8, moiety::Fp8)

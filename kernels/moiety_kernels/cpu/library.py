@@ -17,7 +17,6 @@ from moiety_kernels.cpu.build import built
 SWITCH = "MOIETY_CPU_KERNELS"  # "off": compute with torch
 COMMAND = "python -m moiety_kernels.cpu"
 BASE = frozenset({"avx512f", "avx512bw", "avx512vl", "avx512dq", "fma"})  # what every function may use
-BF16 = frozenset({"avx512_bf16"})
 VNNI = frozenset({"avx512_vnni"})
 
 _log = logging.getLogger(__name__)
@@ -27,14 +26,14 @@ class Library:
     """The loaded library. ctypes releases the GIL during calls; threads come from torch's OpenMP pool."""
 
     def __init__(self, path: Path, cpu: frozenset[str]):
-        self.path, self._cpu = path, cpu
+        self.path, self.cpu = path, cpu
         self._library = ctypes.CDLL(str(path))
         self._functions: dict[str, Callable[..., None] | None] = {}
 
     def function(self, name: str, *arguments: Any, isa: frozenset[str] = frozenset()) -> Callable[..., None] | None:
         """`extern "C" void name(arguments)`, arguments as ctypes types; None where this CPU lacks an extension of `isa`."""
         if name not in self._functions:
-            if missing := isa - self._cpu:
+            if missing := isa - self.cpu:
                 _log.warning("%s is computed with torch, slowly: this CPU lacks %s", name, ", ".join(sorted(missing)))
                 self._functions[name] = None
             else:

@@ -119,17 +119,58 @@ struct Matrix<Mxfp4> {
     void prefetch(int64_t row, int64_t column) const { nibbles.prefetch(row, column); }
 };
 
-// e4m3 shifted into place is a half whose exponent is 8 too small, so 256 goes into the scale. Not a number reads as 480.
-template <>
-struct Matrix<Fp8> {
-    using Format = Fp8;
+// Formats of one byte a column, which `F` widens: a step is 128 bytes in order, all with one scale.
+template <class F>
+struct Bytes {
+    using Format = F;
     const std::uint8_t* codes;
     const float* scale;
     int64_t depth, shift;  // rows of a scale are 1 << shift
 
+    Scaled read(int64_t row, int64_t column) const {
+        const std::uint8_t* from = codes + row * depth + column;
+        Scaled step;
+#pragma GCC unroll 8
+        for (int j = 0; j < 8; ++j)
+            step.values[j] = Matrix<F>::widened(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + 16 * j)));
+        step.scale = static_cast<const Matrix<F>*>(this)->scale_of(row, column);
+        return step;
+    }
+    Scaled read(int64_t row, int64_t column, int64_t count) const {
+        const std::uint8_t* from = codes + row * depth + column;
+        Scaled step;
+        for (int j = 0; j < 8; ++j) {
+            const __mmask16 mask = first(std::max<int64_t>(0, count - 16 * j));
+            step.values[j] = Matrix<F>::widened(_mm_maskz_loadu_epi8(mask, from + 16 * j));
+        }
+        step.scale = static_cast<const Matrix<F>*>(this)->scale_of(row, column);
+        return step;
+    }
+    void prefetch(int64_t row, int64_t column) const {
+        const char* from = reinterpret_cast<const char*>(codes + row * depth + column);
+        _mm_prefetch(from, _MM_HINT_T0);
+        _mm_prefetch(from + 64, _MM_HINT_T0);
+    }
+};
+
+// Past a row's end a code reads as 0, which is -128, but x is 0 there.
+template <>
+struct Matrix<Int8> : Bytes<Int8> {
+    static Matrix of(const void* const* tensors, int64_t depth, int64_t) {
+        return {{static_cast<const std::uint8_t*>(tensors[0]), static_cast<const float*>(tensors[1]), depth, 0}};
+    }
+    static __m512 widened(__m128i bytes) {
+        return _mm512_sub_ps(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes)), _mm512_set1_ps(128));
+    }
+    __m512 scale_of(int64_t row, int64_t) const { return _mm512_set1_ps(scale[row]); }
+};
+
+// e4m3 shifted into place is a half whose exponent is 8 too small, so 256 goes into the scale. Not a number reads as 480.
+template <>
+struct Matrix<Fp8> : Bytes<Fp8> {
     static Matrix of(const void* const* tensors, int64_t depth, int64_t block_rows) {
-        return {static_cast<const std::uint8_t*>(tensors[0]), static_cast<const float*>(tensors[1]), depth,
-                log2_of(block_rows)};
+        return {{static_cast<const std::uint8_t*>(tensors[0]), static_cast<const float*>(tensors[1]), depth,
+                 log2_of(block_rows)}};
     }
     static __m512 widened(__m128i bytes) {
         const __m256i shifted = _mm256_slli_epi16(_mm256_cvtepi8_epi16(bytes), 7);
@@ -137,27 +178,6 @@ struct Matrix<Fp8> {
     }
     __m512 scale_of(int64_t row, int64_t column) const {
         return _mm512_set1_ps(256 * scale[(row >> shift) * ((depth + 127) / 128) + column / 128]);
-    }
-    Scaled read(int64_t row, int64_t column) const {
-        const std::uint8_t* from = codes + row * depth + column;
-        Scaled step;
-#pragma GCC unroll 8
-        for (int j = 0; j < 8; ++j) step.values[j] = widened(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + 16 * j)));
-        step.scale = scale_of(row, column);
-        return step;
-    }
-    Scaled read(int64_t row, int64_t column, int64_t count) const {
-        const std::uint8_t* from = codes + row * depth + column;
-        Scaled step;
-        for (int j = 0; j < 8; ++j)
-            step.values[j] = widened(_mm_maskz_loadu_epi8(first(std::max<int64_t>(0, count - 16 * j)), from + 16 * j));
-        step.scale = scale_of(row, column);
-        return step;
-    }
-    void prefetch(int64_t row, int64_t column) const {
-        const char* from = reinterpret_cast<const char*>(codes + row * depth + column);
-        _mm_prefetch(from, _MM_HINT_T0);
-        _mm_prefetch(from + 64, _MM_HINT_T0);
     }
 };
 

@@ -9,9 +9,11 @@ namespace moiety {
 
 constexpr int64_t tile_rows = 6;  // of x in one register tile: 6 x 4 or 3 x 8 sums leave 8 of 32 registers
 
-// Formats of weights that have no type of their own: four-bit integers with scales of type S, fp8 e4m3, mxfp4 (e2m1).
+// Formats of weights that have no type of their own: four-bit integers with scales of type S, int8 whose rows of x stay as they
+// are, fp8 e4m3, mxfp4 (e2m1).
 template <class S>
 struct Int4;
+struct Int8;
 struct Fp8;
 struct Mxfp4;
 
@@ -107,6 +109,10 @@ struct Packing<Int4<S>> : ScaledPacking {
 template <>
 struct Packing<Mxfp4> : ScaledPacking {
     static constexpr bool by_lane = true;
+};
+template <>
+struct Packing<Int8> : ScaledPacking {
+    static constexpr bool by_lane = false;
 };
 template <>
 struct Packing<Fp8> : ScaledPacking {

@@ -45,6 +45,8 @@ def combine(
     `present` [T, K]: expert indices; a row whose index is outside [0, `experts`) is not read and adds nothing.
     """
     tokens, top_k, hidden = rows.shape
+    weights = None if weights is None else weights.contiguous()
+    present = None if present is None else present.contiguous()
     out = torch.empty(tokens, hidden, dtype=dtype or rows.dtype, device=rows.device)
     width = min(1024, triton.next_power_of_2(hidden))
     if tokens:

@@ -113,6 +113,7 @@ def gating(
     """
     tokens, experts = logits.shape
     gate.check(experts)
+    logits = logits if logits.stride(1) == 1 else logits.contiguous()
     index = torch.empty(tokens, gate.top_k, dtype=torch.int32, device=logits.device)
     weights = torch.empty(tokens, gate.top_k, dtype=dtype or torch.float32, device=logits.device)
     padded = triton.next_power_of_2(experts)

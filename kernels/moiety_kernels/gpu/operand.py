@@ -158,7 +158,7 @@ def _aligned(offsets: torch.Tensor) -> bool:
 def _groups(kind: str, scale: torch.Tensor | None, columns: int) -> tuple[int, int]:
     """Columns and rows that share a scale, told by `kind` and the scales' shape [E, O, groups]."""
     if kind == "fp8":
-        return 128, 128
+        return FP8_BLOCK, FP8_BLOCK
     if kind in ("int4", "mxfp4") and scale is not None:
         return columns // scale.shape[2], 1
     return WHOLE, 1

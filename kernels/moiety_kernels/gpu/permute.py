@@ -135,6 +135,7 @@ def gather_kernel(X, FROM, Y, x_stride, D: tl.constexpr, BY: tl.constexpr, WIDTH
 
 
 def _gathered(x: torch.Tensor, indices: torch.Tensor, by: int) -> torch.Tensor:
+    x = x if x.stride(1) == 1 else x.contiguous()
     out = torch.empty(indices.shape[0], x.shape[1], dtype=x.dtype, device=x.device)
     width = min(1024, triton.next_power_of_2(x.shape[1]))
     if indices.shape[0]:

@@ -53,6 +53,7 @@ def dequantise_kernel(CODES, SCALE, OUT, D: tl.constexpr, GROUP: tl.constexpr, W
 def quantise_rows(x: torch.Tensor, group: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """x [R, D] -> float8_e4m3fn [R, D] and float32 scales [R, G]: one per row, or per `group` columns of it."""
     rows, columns = x.shape
+    x = x if x.stride(1) == 1 else x.contiguous()
     group = group or columns
     codes = torch.empty(rows, columns, dtype=torch.float8_e4m3fn, device=x.device)
     scale = torch.empty(rows, triton.cdiv(columns, group), dtype=torch.float32, device=x.device)

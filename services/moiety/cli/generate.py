@@ -51,6 +51,9 @@ if TYPE_CHECKING:
     "--stop-token-id", "stop_token_ids", type=click.IntRange(0), multiple=True, help="End with this token. Repeatable."
 )
 @click.option("--min-tokens", type=click.IntRange(0, 2**32 - 1), help="Nothing ends the text before.")
+@click.option(
+    "--first-token", metavar="TOKEN", help="The output begins with this token: a target language, fra_Latn say."
+)
 @click.option("--ignore-eos", is_flag=True, help="Go on after the end of the text.")
 @click.option("--json-schema", type=click.File(), help="The output is JSON that this JSON Schema accepts.")
 @click.option("--regex", metavar="PATTERN", help="The output matches this, all of it (Rust's regex syntax).")

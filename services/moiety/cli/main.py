@@ -30,7 +30,9 @@ COMMANDS: Mapping[str, LazyCommand] = MappingProxyType(
         "inspect": LazyCommand(
             "moiety.cli.inspect:inspect", "Say how large a checkpoint and its parts are, without reading a weight."
         ),
-        "models": LazyCommand("moiety.cli.models:models", "List the architectures that can be served."),
+        "models": LazyCommand(
+            "moiety.cli.models:models", "List the architectures that can be served, and what each uses."
+        ),
         "parity": LazyCommand(
             "moiety.cli.parity:parity", "Compare the served system with transformers, token for token."
         ),

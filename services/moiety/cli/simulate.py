@@ -47,8 +47,9 @@ def simulate(
 ) -> None:
     """Simulate a day of a large cluster: what elasticity would save.
 
-    It serves a model of DeepSeek-V3's size. The policy, the placement and the cost model are the ones that serve; load and time are made up. Other systems get
-    the smallest size whose p99 of a decode step is the elastic one's. Attention's devices are not counted.
+    It serves a model of DeepSeek-V3's size. The policy, the placement and the cost model are the ones that serve; load and
+    time are made up. Other systems get the smallest size whose p99 of a decode step is the elastic one's. Attention's
+    devices are not counted.
 
     \b
     Example:

@@ -91,6 +91,7 @@ class Client:
         json_schema: str | Mapping[str, Any] | None = None,
         regex: str | None = None,
         grammar: str | None = None,
+        first_token: str | int | None = None,
         priority: int = 0,
         tenant: str = "",
         request_id: str = "",
@@ -102,7 +103,7 @@ class Client:
         A refusal for want of room (ResourceExhausted) is tried again up to `retries` times, after the wait that the
         gateway hints at and within `timeout_s`.
         Options mean what generation.proto says of them. At most one of `json_schema` (JSON text or the schema itself),
-        `regex` and `grammar` (Lark syntax) guides the output.
+        `regex` and `grammar` (Lark syntax) guides the output. `first_token` is the text or the id of a token.
         """
         sampling = generation_pb2.SamplingParams(
             ignore_eos=ignore_eos, logprobs=logprobs, prompt_logprobs=prompt_logprobs
@@ -120,6 +121,7 @@ class Client:
             "min_tokens": min_tokens,
             "top_logprobs": top_logprobs,
             "n": n,
+            "first_token" if isinstance(first_token, str) else "first_token_id": first_token,
         }
         for name, value in scalars.items():
             if value is not None:

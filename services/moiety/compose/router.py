@@ -21,11 +21,12 @@ from moiety.model import gate, overlap
 from moiety.model.checkpoint import Checkpoint
 from moiety.model.compute import use_kernels
 from moiety.model.elementwise import fix_elementwise
+from moiety.model.encoderdecoder import DecoderStart
 from moiety.model.expert_slices import sliced_revision
 from moiety.model.layout import ExpertLayout
 from moiety.model.router import load_router
 from moiety.policy.lanes import LaneTuner
-from moiety.router import attention, latent
+from moiety.router import across, attention, latent
 from moiety.router.attention import ProbeBatch
 from moiety.router.cachespec import CacheSpec
 from moiety.router.context import HopSettings, StepBackend
@@ -61,6 +62,7 @@ async def start(settings: RouterSettings, replica_id: str, node: str) -> Running
         shape = layout.shape
         dtype = torch_dtype(settings.dtype, shape.dtype)
         max_context = _max_context(settings, shape.max_context)
+        start_token = await asyncio.to_thread(DecoderStart.of, checkpoint)
         model, cache = await asyncio.to_thread(load_model, settings, checkpoint, layout, dtype, of)
 
         hops, lanes = await reach_experts(settings, shape, of, dtype, site.registry, site.tracer, site.closers)
@@ -80,6 +82,7 @@ async def start(settings: RouterSettings, replica_id: str, node: str) -> Running
             slots=settings.slots,
             guides=guides,
             tracer=site.tracer,
+            start=start_token,
         )
         covered = False
 
@@ -190,6 +193,7 @@ def load_model(
     model = load_router(checkpoint, layout, dtype, settings.device, attention.NAME)
     use_kernels(model, deterministic=settings.deterministic)
     latent.install(model, deterministic=settings.deterministic)
+    across.install(model)
     if settings.deterministic:
         fix_elementwise(model)
     install_mixers(model)

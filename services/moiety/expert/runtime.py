@@ -228,7 +228,8 @@ class Runtime:
         layer = batch[0].call.layer
         experts = np.concatenate([waiting.call.experts for waiting in batch])  # [A]
         order = np.argsort(experts, kind="stable")
-        activated, counts = np.unique(experts, return_counts=True)
+        counts = np.bincount(experts)  # a tenth of what np.unique takes for the few of a decode step
+        activated = counts.nonzero()[0]
         on_the_wire = torch.float32 if self._partial else self._dtype
         # Pinned for a GPU: the copy over is then one more thing that this thread does not wait for.
         pinned = self._device.type == "cuda"
@@ -243,7 +244,7 @@ class Runtime:
         compute = grouped_partial_mlp if self._partial else grouped_expert_mlp
         outputs = compute(
             rows.to(self._device, self._dtype, non_blocking=True),
-            counts.tolist(),
+            counts[activated].tolist(),
             [weights[layer, expert] for expert in activated.tolist()],
             activation=self._mlp.activation,
             gated=self._mlp.gated,

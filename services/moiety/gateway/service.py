@@ -126,7 +126,10 @@ class GenerationService:
         router = await self._routers.pick(deadline)
         told = router.description
         check_prompt(ids, told.vocabulary, told.max_context)
-        sampling = check_sampling(request.sampling, len(ids), told.vocabulary, told.max_context)
+        if request.sampling.HasField("first_token"):
+            request.sampling.first_token_id = self._tokenizer.token_id(request.sampling.first_token)
+        in_context = 1 if told.encoder_decoder else len(ids)
+        sampling = check_sampling(request.sampling, in_context, told.vocabulary, told.max_context)
         engine_request = engine_pb2.EngineRequest(
             request_id=request.request_id or secrets.token_hex(8),
             prompt_ids=ids,

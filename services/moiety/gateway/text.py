@@ -29,6 +29,13 @@ class Tokenizer:
         ids: list[int] = self._tokenizer.encode(text)
         return ids
 
+    def token_id(self, token: str) -> int:
+        """The id of the token whose text is exactly `token`. Raises InvalidRequest where there is none."""
+        found = self._tokenizer.get_vocab().get(token)
+        if found is None:
+            raise InvalidRequest("sampling.first_token", token, "the text of a token of this model")
+        return int(found)
+
     def decode(self, ids: Sequence[int]) -> str:
         text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
         return text

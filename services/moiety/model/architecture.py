@@ -6,7 +6,7 @@ Only functions import transformers: it costs 4.5 s and 170 MiB, and an expert re
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,12 +14,18 @@ import torch
 from torch import nn
 
 from moiety.errors import CheckpointError
-from moiety.model.adapters import adapter_of, dbrx
+from moiety.model.adapters import adapter_of, dbrx, longcat, nllb, switch
 from moiety.model.adapters.protocol import RoutedExperts
 from moiety.model.checkpoint import Checkpoint
 from moiety.model.definitions import definition_of
 from moiety.model.probe import describe
 from moiety.model.supported import nearest, refused
+
+_AMENDMENTS: Mapping[str, Callable[[Any], None]] = {
+    "dbrx": dbrx.amend,
+    "nllb-moe": nllb.amend,
+    "switch_transformers": switch.amend,
+}
 
 
 def load_config(checkpoint: Checkpoint) -> Any:
@@ -38,34 +44,43 @@ def load_config(checkpoint: Checkpoint) -> Any:
     for name in ("quantization_config", "compression_config"):  # weights are dequantised here, not by transformers
         if hasattr(config, name):
             delattr(config, name)
-    if config.model_type == "dbrx":
-        dbrx.amend(config)
+    if (amend := _AMENDMENTS.get(config.model_type)) is not None:
+        try:
+            amend(config)
+        except ValueError as error:
+            raise unsupported(checkpoint, str(error)) from error
     text = config.sub_configs.get("text_config")
-    found = _text_class(config)
+    found = text_class(config)
     # A multimodal architecture whose language model is a class of its own: that is all of it that is served.
     return config.text_config if found is not None and text is not None and found.config_class is text else config
 
 
 def causal_lm_class(checkpoint: Checkpoint, config: Any) -> type[nn.Module]:
     """The class that transformers would generate text with; raises CheckpointError where there is none."""
-    found = _text_class(config)
+    found = text_class(config)
     if found is None:
         told = f"transformers has no class that generates text for it; {nearest(checkpoint.architecture)}"
         raise unsupported(checkpoint, told)
     return found
 
 
-def _text_class(config: Any) -> Any:
+def text_class(config: Any) -> Any:
+    """The class that generates text from `config`, of transformers or ours; None where there is none."""
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING,
         MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     )
 
     if (defined := definition_of(config.model_type)) is not None:
         return defined
-    found = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    found = found or MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(config), None)
-    return found[0] if isinstance(found, tuple | list) else found
+    if config.is_encoder_decoder:
+        found = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING.get(type(config), None)
+    else:
+        found = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+        found = found or MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(config), None)
+    found = found[0] if isinstance(found, tuple | list) else found
+    return longcat.as_published(found) if config.model_type == "longcat_flash" else found
 
 
 def meta_model(model_class: type[nn.Module], config: Any) -> nn.Module:
@@ -75,11 +90,15 @@ def meta_model(model_class: type[nn.Module], config: Any) -> nn.Module:
 
 
 def experts_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """(path, module) of each MoE layer's routed experts, in layer order: behind transformers' seam, or with an adapter."""
+    """(path, module) of each MoE layer's routed experts, in layer order: behind transformers' seam, or with an adapter.
+
+    The layers of an encoder come before those of its decoder.
+    """
+    apart = tuple(f"{path}." for path in towers(model))  # a tower may have experts of its own
     return [
         (path, module)
         for path, module in model.named_modules()
-        if _behind_the_seam(type(module)) or adapter_of(type(module)) is not None
+        if (_behind_the_seam(type(module)) or adapter_of(type(module)) is not None) and not path.startswith(apart)
     ]
 
 

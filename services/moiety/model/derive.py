@@ -121,9 +121,7 @@ def _layer(
         names: list[str] = []
         for parameter in parameters:
             target = f"{path}.{parameter.name}"
-            by_pattern = sources.get(target)
-            if not by_pattern:
-                raise CheckpointError(f"checkpoint {checkpoint.path}: nothing in it becomes {target}")
+            by_pattern = _by_pattern(checkpoint, target, parameter.shape[0], sources)
             joined: list[str] = []
             patterns, turned = _conversion(checkpoint, by_pattern, chains)
             for pattern in patterns:
@@ -138,6 +136,17 @@ def _layer(
             names += joined
         found[field] = tuple(names)
     return LayerLayout(path, found, tuple(sorted(transposed)))
+
+
+def _by_pattern(checkpoint: Checkpoint, target: str, experts: int, sources: _Sources) -> Mapping[str | None, list[str]]:
+    """The tensors that become `target`, which with `{expert}` in its name is a parameter of each expert by itself."""
+    targets = [target.replace(EXPERT, str(expert)) for expert in range(experts)] if EXPERT in target else [target]
+    for wanted in targets:
+        if not sources.get(wanted):
+            raise CheckpointError(f"checkpoint {checkpoint.path}: nothing in it becomes {wanted}")
+    if len(targets) == 1:
+        return sources[targets[0]]
+    return {None: [name for wanted in targets for names in sources[wanted].values() for name in names]}
 
 
 def _check_others(checkpoint: Checkpoint, model: Any, sources: _Sources, chains: Mapping[str, Any]) -> None:

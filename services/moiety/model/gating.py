@@ -12,8 +12,14 @@ _CLASS = re.compile(r"^class (\w+)\b.*?(?=^class |\Z)", re.MULTILINE | re.DOTALL
 _COMMENT = re.compile(r"#[^\n]*|\"\"\".*?\"\"\"", re.DOTALL)
 
 
+# Their gates pick by argmax, and experts have room for so many tokens of a prompt.
+_STATED = {"nllb-moe": "softmax, top-2 within capacity", "switch_transformers": "softmax, top-1 within capacity"}
+
+
 def gating_of(architecture: str) -> str:
     """Such as `softmax, top-k`, `top-k, softmax` or `sigmoid + bias, group-limited top-k`."""
+    if architecture in _STATED:
+        return _STATED[architecture]
     return gating(modelling_source(architecture).read_text(encoding="utf-8"))
 
 

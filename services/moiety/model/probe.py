@@ -58,6 +58,16 @@ def probe(hidden: int, intermediate: int, *, glu: Callable[[torch.Tensor], torch
     return _probed(blank, apply, [replace(blank, activation=name) for name in ACTIVATIONS if name != "swiglu_clamped"])
 
 
+def probe_plain(
+    hidden: int, intermediate: int, activation: Callable[[torch.Tensor], torch.Tensor], *, biased: bool
+) -> ExpertMLP:
+    """The spec of an expert that computes down(activation(up)), without a gate. Raises ValueError where no kernel does."""
+    blank = ExpertMLP(hidden=hidden, intermediate=intermediate, gated=False, biased=biased)
+    return _probed(
+        blank, activation, [replace(blank, activation=name) for name in ACTIVATIONS if name != "swiglu_clamped"]
+    )
+
+
 @torch.no_grad()
 def _probed(blank: ExpertMLP, apply: Callable[[torch.Tensor], torch.Tensor], candidates: list[ExpertMLP]) -> ExpertMLP:
     """The candidate whose activation's results equal those of `apply`, bit for bit, in float32 and in bfloat16."""

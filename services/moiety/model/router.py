@@ -1,4 +1,4 @@
-"""Loads the router's part of a checkpoint: the whole causal LM except the routed experts' weights."""
+"""Loads the router's part of a checkpoint: the whole language model except the routed experts' weights."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from moiety.model.architecture import (
     unsupported,
 )
 from moiety.model.checkpoint import Checkpoint
+from moiety.model.encoderdecoder import EncoderDecoder
 from moiety.model.layout import EXPERT, ExpertLayout
 from moiety.model.quantised import QuantisedEntry
 from moiety.model.reading import Reader
@@ -62,7 +63,8 @@ def load_router(
             raise CheckpointError(f"checkpoint {checkpoint.path}: {kind.replace('_', ' ')}: {', '.join(bad[:8])}")
     if values is None:
         _own(model)
-    return model.to(device).requires_grad_(False).eval()
+    model = model.to(device).requires_grad_(False).eval()
+    return EncoderDecoder(model) if config.is_encoder_decoder else model
 
 
 def _dequantised(

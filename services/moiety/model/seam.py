@@ -21,6 +21,16 @@ LAYER_ATTRIBUTE = "moiety_layer"  # set on each experts module: its MoE layer or
 OVERLAP_ATTRIBUTE = "moiety_overlap"  # set where a shared expert is computed while rows are away: see overlap.py
 
 
+@dataclass(frozen=True, slots=True)
+class Row:
+    """How several sequences' tokens [T] lie in the row of one pass, for modules that are told nothing of it."""
+
+    positions: torch.Tensor  # int64 [T], of each token in its sequence
+    lengths: tuple[int, ...] | None = None  # of the whole sequences of an encoder's row; a decoder's tokens come alone
+    wanted: torch.Tensor | None = None  # int64 [R]: the tokens whose logits are wanted; None: all
+    prompts: bool = False  # whether a decoder's layers are handed encoded prompts, of which they keep keys and values
+
+
 @dataclass(slots=True)
 class Forward:
     """What belongs to the passes of one lane."""
@@ -28,6 +38,7 @@ class Forward:
     backend: ExpertBackend
     weights: torch.Tensor | None = None  # the layer's routing weights [T, K], for backends that judge what they compute
     shared: tuple[torch.Tensor, torch.Tensor] | None = None  # a shared expert's input, and its output now or later
+    row: Row | None = None  # of the pass that is running, where its model is an encoder-decoder
     scores: torch.Tensor | None = None  # [T, E]: what the gate of the layer being computed thinks of each expert
 
 
@@ -50,6 +61,12 @@ def current_forward() -> Forward:
         return _forward.get()
     except LookupError:
         raise RuntimeError("a router model was run outside of use_backend(...)") from None
+
+
+def sequence_lengths() -> tuple[int, ...] | None:
+    """The tokens of each sequence of the row that is running, where they are looked at together: in an encoder."""
+    row = current_forward().row
+    return None if row is None else row.lengths
 
 
 def remote_experts(

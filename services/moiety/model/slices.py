@@ -47,7 +47,7 @@ def load_experts(
             if slices > 1:
                 weights = slice_of(weights, layout.shape.mlp, part, slices, dtype)
             weights = weights.to(device)
-            loaded[layer, number] = weights.quantised() if int8 else weights
+            loaded[layer, number] = weights.quantised(rounds_rows=True) if int8 else weights
     return loaded
 
 

@@ -59,7 +59,8 @@ def seam_architectures() -> frozenset[str]:
     )
 
 
-ADAPTED = frozenset({"dbrx", "llama4", "llama4_text", "longcat_flash"})  # through `adapters/`
+# Through `adapters/`.
+ADAPTED = frozenset({"dbrx", "llama4", "llama4_text", "longcat_flash", "nllb-moe", "switch_transformers"})
 
 
 def served_architectures() -> frozenset[str]:

@@ -44,9 +44,13 @@ class Batch(Protocol):
 
 
 class ProbeBatch:
-    """A batch of a few tokens that keeps nothing but the shapes: how the CacheSpec of any model is found out."""
+    """A batch of a few tokens that keeps nothing but the shapes: how the CacheSpec of any model is found out.
+
+    For an encoder-decoder it brings a prompt of one token along.
+    """
 
     def __init__(self, tokens: int = 1) -> None:
+        self.across = ProbeAcross(tokens)
         self.tables = torch.arange(tokens, dtype=torch.int32)[None]
         self.sequence = torch.zeros(tokens, dtype=torch.int32)
         self.length = torch.arange(1, tokens + 1, dtype=torch.int32)
@@ -75,6 +79,24 @@ class ProbeBatch:
         return CacheSpec(dict(self._layers))
 
 
+class ProbeAcross:
+    """A prompt of one token, and what each layer keeps of it."""
+
+    def __init__(self, tokens: int) -> None:
+        """`tokens` of the output look at it."""
+        self.ids, self.lengths = torch.zeros(1, dtype=torch.long), (1,)
+        self.tables = torch.zeros(1, 1, dtype=torch.int32)
+        self.length = torch.ones(tokens, dtype=torch.int32)
+        self.layers: dict[int, LayerSpec] = {}
+
+    def owners(self, tokens: list[int]) -> list[int]:
+        return tokens
+
+    def store(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        self.layers[layer] = LayerSpec(key.shape[1], key.shape[2], value.shape[2], key.dtype)
+        return key.unsqueeze(2), value.unsqueeze(2)
+
+
 def attend(
     module: Any,  # an attention layer: `layer_idx`, `config`
     query: torch.Tensor,  # [1, H, T, Dk]
@@ -85,6 +107,7 @@ def attend(
     sliding_window: int | None = None,
     s_aux: torch.Tensor | None = None,  # [H] attention sinks
     softcap: float | None = None,
+    distance_bias: torch.Tensor | None = None,  # [H, N], added to scores by how many tokens lie between
     shared_values: bool = False,  # value is the first Dv columns of key, so that one of them is cached
     moiety_batch: Batch | None = None,
     **_: Any,
@@ -108,6 +131,7 @@ def attend(
         chunk=chunk,
         sinks=s_aux,
         softcap=softcap,
+        bias=distance_bias,
     )
     return output.unsqueeze(0), None
 

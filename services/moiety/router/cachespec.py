@@ -61,6 +61,9 @@ class CacheSpec:
 
     layers: Mapping[int, LayerSpec]
     states: Mapping[StateKey, StateSpec] = field(default_factory=dict)
+    across: bool = (
+        False  # prompts are an encoder's: their tokens lie in blocks of their own, and outputs follow from them
+    )
 
     @property
     def bytes_per_token(self) -> int:

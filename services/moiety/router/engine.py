@@ -113,9 +113,10 @@ class Engine:
 
     def submit(self, sequence: Sequence) -> None:
         """Queues a request. Raises ResourceExhausted when the queue is full, InvalidRequest when it can never run."""
-        if self._cache.blocks_for(sequence.most_tokens) > self._cache.blocks:
+        prompt = len(sequence.encoder_ids)
+        if self._cache.blocks_for(sequence.most_tokens) + self._cache.blocks_for(prompt) > self._cache.blocks:
             bound = f"at most {self._cache.capacity}, the KV cache's tokens (setting kv_memory)"
-            raise InvalidRequest("prompt + max_tokens", sequence.most_tokens, bound)
+            raise InvalidRequest("prompt + max_tokens", sequence.most_tokens + prompt, bound)
         if sequence.sampling.n > self._slots:
             raise InvalidRequest("sampling.n", sequence.sampling.n, f"at most {self._slots}, the router's slots")
         with self._changed:
@@ -140,7 +141,8 @@ class Engine:
 
     def check_integrity(self) -> None:
         """Raises RuntimeError where a KV block is lost or held too often. Only while no step runs."""
-        self._cache.check_integrity(sequence.table for sequence in self._scheduler.running)
+        running = self._scheduler.running
+        self._cache.check_integrity(table for sequence in running for table in (sequence.table, sequence.across))
 
     def step(self) -> bool:
         """One round; False when there is nothing to do."""
@@ -210,6 +212,7 @@ class Engine:
             sequence.tokens.extend(emitted.token_ids)
         for item in plan.scheduled:
             sequence = item.sequence
+            sequence.encoded = sequence.encoded or item.encode > 0
             if item.drafts and sequence.drafter is not None:
                 right = len(sequence.tokens) - sequence.computed - 2
                 sequence.drafter.learn(len(item.drafts), right, len(sequence.tokens))
@@ -251,7 +254,7 @@ class Engine:
         attributes: dict[Attribute, str | int] = {
             Attribute.STEP_CLASS: plan.call_class.value,
             Attribute.STEP_SEQUENCES: len(plan.scheduled),
-            Attribute.STEP_TOKENS: sum(item.count for item in plan.scheduled),
+            Attribute.STEP_TOKENS: plan.work,
         }
         span = self._tracer.start(SpanName.STEP, parent=traced[0], attributes=attributes)
         return span, [

@@ -13,12 +13,13 @@ import torch
 from moiety.errors import HopFailed
 from moiety.model.seam import use_backend
 from moiety.policy.lanes import LaneTuner
-from moiety.router.batch import StepBatch
+from moiety.router.batch import AcrossBatch, StepBatch
 from moiety.router.context import StepBackend, StepContext
 from moiety.router.kvcache import KVCache
 from moiety.router.lanes import Lanes
 from moiety.router.mixers import use_states
 from moiety.router.plan import StepPlan
+from moiety.router.sequence import Sequence as Request
 
 
 class Forward:
@@ -50,7 +51,7 @@ class Forward:
         """Logits [R, V] of the tokens that want them, in the plan's order. Raises HopFailed, or what `step.check` does."""
         if self._lanes is None or len(self._backends) == 1 or len(plan.scheduled) == 1:
             return self._part(self._backends[0], plan, 0, step)
-        size = plan.call_class, plan.tokens.bit_length()
+        size = plan.call_class, plan.work.bit_length()
         count = len(self._backends) if self._tuner is None else self._tuner.choose(size)
         tasks: list[Callable[[], torch.Tensor]] = []
         offset = 0
@@ -70,12 +71,15 @@ class Forward:
         for item in plan.scheduled:
             ids += item.ids
             wanted += range(len(ids) - item.wanted, len(ids))
+        sequences = [item.sequence for item in plan.scheduled]
+        counts = [item.count for item in plan.scheduled]
         batch = StepBatch.build(
             self._cache,
-            [item.sequence.table for item in plan.scheduled],
-            [item.sequence.computed for item in plan.scheduled],
-            [item.count for item in plan.scheduled],
+            [sequence.table for sequence in sequences],
+            [sequence.computed for sequence in sequences],
+            counts,
             self._device,
+            self._across(sequences, counts),
         )
         backend.begin_step(replace(step, routed=partial(_note_routed, plan)))
         try:
@@ -91,6 +95,19 @@ class Forward:
             raise HopFailed([offset + token for token in failed.tokens], failed.cause) from failed
         logits: torch.Tensor = output.logits[0]
         return logits[: len(wanted)]
+
+    def _across(self, sequences: Sequence[Request], counts: Sequence[int]) -> AcrossBatch | None:
+        """Where prompts lie that an encoder has read, or is to read in this step; None where there is no encoder."""
+        if not any(sequence.encoder_ids for sequence in sequences):
+            return None
+        return AcrossBatch.build(
+            self._cache,
+            [sequence.encoder_ids for sequence in sequences],
+            [sequence.across for sequence in sequences],
+            [not sequence.encoded for sequence in sequences],
+            counts,
+            self._device,
+        )
 
 
 def _note_routed(plan: StepPlan, rerouted: np.ndarray) -> None:

@@ -23,7 +23,7 @@ class KVCache:
     """States for `slots` sequences, as many blocks as fit beside them in `memory_bytes`, and all layers' tensors.
 
     With a `revision`, full blocks are found again by the tokens they and all before them hold; without one, never. Nor
-    where there are states: nobody could go on behind a prefix without the state at its end.
+    where there are states: nobody could go on behind a prefix without the state at its end. Nor behind an encoder's prompt.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class KVCache:
         self.blocks = max(0, left) // max(1, spec.bytes_per_token * block_tokens)
         self._pool = BlockPool(self.blocks)
         self.states = SlotStates(spec.states, slots if left >= 0 else 0, device)
-        self._revision, self._reach = None if spec.states else revision, spec.reach
+        self._revision, self._reach = None if spec.states or spec.across else revision, spec.reach
         self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         for index, layer in spec.layers.items():
             # Uninitialised, so on a CPU the kernel hands out pages only as they are written.
@@ -160,6 +160,14 @@ class KVCache:
             forked.slot = self.states.take()
             self.states.copy(table.slot, forked.slot)
         return forked
+
+    def share(self, table: BlockTable) -> BlockTable:
+        """A second table of the same blocks, whose tokens nobody will change."""
+        shared = BlockTable()
+        for block in table.held:
+            self._pool.hold(block)
+            shared.append(block)
+        return shared
 
     def check_integrity(self, tables: Iterable[BlockTable]) -> None:
         """Raises RuntimeError unless `tables` account for every block that is neither free nor cached, and every slot."""

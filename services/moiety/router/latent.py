@@ -25,6 +25,7 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from moiety.router.attention import attend
+from moiety.router.sparse import picks
 
 NAME = "moiety_latent"
 LATENT_ATTRIBUTE = "moiety_latent"  # set on each attention module that caches its latent
@@ -92,7 +93,7 @@ def install(model: nn.Module, *, deterministic: bool = False) -> None:
     expanded: dict[str, tuple[int, float]] = {}
     modules: Iterable[Any] = model.modules()
     for module in modules:
-        if not (hasattr(module, "kv_a_proj_with_mqa") and hasattr(module, "kv_b_proj")) or hasattr(module, "indexer"):
+        if not (hasattr(module, "kv_a_proj_with_mqa") and hasattr(module, "kv_b_proj")) or picks(module):
             continue  # where there is an indexer: see sparse.py
         try:
             latent = latent_of(module, deterministic=deterministic)

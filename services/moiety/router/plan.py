@@ -17,17 +17,24 @@ class Scheduled:
     count: int
     wanted: int  # how many of its last tokens need logits
     samples: bool  # whether they reach the sequence's last token, so that its next one is sampled
+    encode: int = 0  # tokens of its prompt that go through the encoder first
     drafts: tuple[int, ...] = ()  # the last of the `count` tokens, where these are guesses that may follow the sequence
 
     @classmethod
     def of(cls, sequence: Sequence, count: int) -> Scheduled:
         """Logits of the last token where it is sampled from, or of all where those of the prompt are asked for."""
         samples = sequence.computed + count == len(sequence.tokens)
-        return cls(sequence, count, count if sequence.scores_prompt else int(samples), samples)
+        wanted = count if sequence.scores_prompt else int(samples)
+        return cls(sequence, count, wanted, samples, sequence.to_encode)
 
     def with_drafts(self, drafts: tuple[int, ...]) -> Scheduled:
         """A decoding sequence's token and behind it `drafts`, each of which is sampled from, too."""
         return replace(self, count=1 + len(drafts), wanted=1 + len(drafts), drafts=drafts)
+
+    @property
+    def work(self) -> int:
+        """All tokens that it has the model compute."""
+        return self.count + self.encode
 
     @property
     def ids(self) -> list[int]:
@@ -44,25 +51,30 @@ class StepPlan:
 
     @property
     def call_class(self) -> CallClass:
-        decoding = all(item.count == 1 + len(item.drafts) and item.samples for item in self.scheduled)
+        decoding = all(item.work == 1 + len(item.drafts) and item.samples for item in self.scheduled)
         return CallClass.DECODE if decoding else CallClass.PREFILL
 
     @property
     def tokens(self) -> int:
         return sum(item.count for item in self.scheduled)
 
+    @property
+    def work(self) -> int:
+        """Tokens, those of prompts that are encoded first among them."""
+        return sum(item.work for item in self.scheduled)
+
     def split(self, parts: int) -> list[StepPlan]:
         """At most `parts` plans of about as many tokens each, none empty, that follow one another in this one."""
         plans: list[StepPlan] = []
         items: list[Scheduled] = []
-        done, total = 0, self.tokens
+        done, total = 0, self.work
         for item in self.scheduled:
             # The border goes where it is nearest to an equal share; sequences are never torn apart.
-            if items and len(plans) < parts - 1 and 2 * done + item.count > 2 * total * (len(plans) + 1) // parts:
+            if items and len(plans) < parts - 1 and 2 * done + item.work > 2 * total * (len(plans) + 1) // parts:
                 plans.append(StepPlan(tuple(items)))
                 items = []
             items.append(item)
-            done += item.count
+            done += item.work
         return [*plans, StepPlan(tuple(items))]
 
     def rows(self) -> Iterator[tuple[Scheduled, range]]:

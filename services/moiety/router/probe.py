@@ -8,6 +8,7 @@ import torch
 
 from moiety.core import ModelShape
 from moiety.errors import CheckpointError
+from moiety.model.encoderdecoder import EncoderDecoder
 from moiety.model.seam import use_backend
 from moiety.router import mixers, sparse, statefinder
 from moiety.router.attention import ProbeBatch
@@ -70,6 +71,12 @@ def cache_spec(model: Any, shape: ModelShape) -> CacheSpec:
     run_once(model, batch)
     states = {key: spec for mixer in mixers.mixers(model) for key, spec in mixer.specs.items()}
     config = model.config.get_text_config()
+    if isinstance(model, EncoderDecoder):
+        # Blocks of the pool hold either an output's tokens or a prompt's.
+        if batch.across.layers != batch.spec.layers:
+            reason = "its decoder layers keep of a prompt's token something else than of an output's"
+            raise CheckpointError(f"{shape.architecture}: {reason}, which the router cannot cache yet")
+        return CacheSpec(batch.spec.layers, across=True)
     # A layer that attended came by, and mixers know theirs; what is left keeps nothing, or something of its own, and
     # running on without that would give wrong tokens in silence.
     kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or {}
@@ -81,5 +88,9 @@ def cache_spec(model: Any, shape: ModelShape) -> CacheSpec:
         raise CheckpointError(
             f"{shape.architecture}: {len(others)} of {config.num_hidden_layers} layers ({told}) keep neither keys and "
             f"values nor a state that the router knows of"
+        )
+    if not batch.spec.layers:
+        raise CheckpointError(
+            f"{shape.architecture}: no layer attends, and without keys and values there are no blocks"
         )
     return CacheSpec(batch.spec.layers, states)

@@ -1,6 +1,6 @@
 """What happens to logits before a token is picked from them, in this order, which is vLLM's:
 
-logit bias -> repetition, frequency and presence penalties -> guide -> min_tokens.
+logit bias -> repetition, frequency and presence penalties -> guide -> min_tokens -> a first token that is given.
 
 Each stage runs once for the whole batch and touches only the entries that a row's own parameters name.
 """
@@ -20,7 +20,9 @@ from moiety.router.sequence import Sequence
 def changes(sequence: Sequence) -> bool:
     """Whether `process` does anything for this sequence now."""
     sampling = sequence.sampling
-    return bool(sampling.logit_bias or sampling.penalised or sequence.guide or _too_short(sequence))
+    return bool(
+        sampling.logit_bias or sampling.penalised or sequence.guide or _too_short(sequence) or _begins(sequence)
+    )
 
 
 def process(scores: torch.Tensor, sequences: Rows[Sequence]) -> dict[int, MoietyError]:
@@ -29,10 +31,14 @@ def process(scores: torch.Tensor, sequences: Rows[Sequence]) -> dict[int, Moiety
         _add_bias(scores, sequences, biased)
     if penalised := [row for row, sequence in enumerate(sequences) if sequence.sampling.penalised]:
         _penalise(scores, sequences, penalised)
-    guided = [row for row, sequence in enumerate(sequences) if sequence.guide]
+    guided = [row for row, sequence in enumerate(sequences) if sequence.guide and not _begins(sequence)]
     failed = _follow_guides(scores, sequences, guided) if guided else {}
     if short := [row for row, sequence in enumerate(sequences) if not sequence.guide and _too_short(sequence)]:
         scores.view(-1)[_places(scores, short, [_ends(sequences[row]) for row in short])] = float("-inf")
+    for row, sequence in enumerate(sequences):
+        if (first := sequence.sampling.first_token_id) is not None and _begins(sequence):
+            scores[row] = float("-inf")
+            scores[row, first] = 0.0
     return failed
 
 
@@ -74,6 +80,11 @@ def _follow_guides(scores: torch.Tensor, sequences: Rows[Sequence], rows: list[i
                 allowed[place] = longer
     scores[rows] += torch.from_numpy(allowed).to(scores.device).float().log_()  # log 1 = 0, log 0 = -inf
     return {rows[place]: error for place, error in failed.items()}
+
+
+def _begins(sequence: Sequence) -> bool:
+    """Whether its next token is given."""
+    return sequence.sampling.first_token_id is not None and sequence.generated == 0
 
 
 def _too_short(sequence: Sequence) -> bool:

@@ -57,6 +57,8 @@ class Scheduler:
             self._refused = None
             self.waiting.pop()
             sequence.computed = self._cache.adopt(sequence.table, found)
+            if sequence.encoder_ids:  # blocks for all of it: a prompt is encoded in one piece
+                self._cache.grow(sequence.across, len(sequence.encoder_ids))
             insort(self.running, sequence, key=_rank)
             admitted.append(sequence)
         return admitted
@@ -73,12 +75,15 @@ class Scheduler:
             while at < len(self.running) and left > 0:  # preemption takes from the end only
                 sequence = self.running[at]
                 at += 1
+                encode = sequence.to_encode
+                if encode > left and any(item.encode for item in chosen):
+                    continue  # prompts are encoded in one piece; only the first of a step may be beyond its budget
                 if sequence.prefilling is prefill:
-                    wish = min(left, len(sequence.tokens) - sequence.computed)
+                    wish = min(max(left - encode, 1), len(sequence.tokens) - sequence.computed)
                     granted = self._make_room(sequence, wish)
                     if granted > 0:
                         chosen.append(Scheduled.of(sequence, granted))
-                        left -= granted
+                        left -= granted + encode
         chosen = [item for item in chosen if item.sequence.table.count]  # less who had to make room
         return StepPlan(tuple(self._with_drafts(chosen, left) if self._speculative_tokens else chosen))
 
@@ -109,6 +114,7 @@ class Scheduler:
                 self.waiting.push_front(sibling)
             else:
                 sibling.table, sibling.computed = table, sequence.computed
+                sibling.across, sibling.encoded = self._cache.share(sequence.across), sequence.encoded
                 insort(self.running, sibling, key=_rank)
         sequence.siblings = ()
 
@@ -116,13 +122,17 @@ class Scheduler:
         """Frees whatever the sequence holds, running or waiting."""
         if not self.waiting.remove(sequence) and sequence in self.running:
             self.running.remove(sequence)
-            self._cache.release(sequence.table)
+            self._release(sequence)
 
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
-        self._cache.release(sequence.table)
+        self._release(sequence)
         sequence.restart()
         self.waiting.push_front(sequence)
+
+    def _release(self, sequence: Sequence) -> None:
+        self._cache.release(sequence.table)
+        self._cache.release(sequence.across)
 
     # Admission ---------------------------------------------------------------------------------------------------
 
@@ -134,9 +144,10 @@ class Scheduler:
     def _has_place(self, sequence: Sequence, found: list[int]) -> bool:
         """Whether there are slots and blocks for all tokens it has; sees to it where lower priorities are in the way."""
         needed = self._cache.blocks_for(len(sequence.tokens)) - len(found) + self._cache.unheld(found)
+        needed += self._cache.blocks_for(len(sequence.encoder_ids))
         lower = [other for other in self.running if other.priority > sequence.priority]
         slots = self._free_slots + sum(other.slots for other in lower)
-        blocks = self._cache.free_blocks + sum(len(other.table.held) for other in lower)
+        blocks = self._cache.free_blocks + sum(other.held_blocks for other in lower)
         if slots < sequence.slots or blocks < needed:
             return False
         while self._free_slots < sequence.slots or self._spare_blocks < needed:

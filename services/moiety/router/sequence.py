@@ -58,6 +58,9 @@ class Sequence:
     rerouted_rows: int = 0
     told_rows: tuple[int, int] = (0, 0)  # of these, routed and rerouted ones that were told of
     table: BlockTable = field(default_factory=BlockTable)
+    encoder_ids: tuple[int, ...] = ()  # an encoder-decoder's prompt; `tokens` are its decoder's then
+    across: BlockTable = field(default_factory=BlockTable)  # where keys and values of `encoder_ids` lie
+    encoded: bool = False  # whether they are there
     parent: Sequence | None = None  # the choice whose prompt this one shares
     siblings: tuple[Sequence, ...] = ()  # choices that are to begin when this one's prompt is computed
     guide: CompiledGuide | None = None
@@ -80,12 +83,23 @@ class Sequence:
         assert self.guide is not None
         if self._matcher is None:
             self._matcher = self.guide.matcher()
-        self._matcher.follow(self.tokens[self.prompt_tokens :])
+        given = self.sampling.first_token_id is not None  # no part of what is guided
+        self._matcher.follow(self.tokens[self.prompt_tokens + given :])
         return self._matcher
 
     @property
+    def to_encode(self) -> int:
+        """Tokens that the encoder is to compute before any of the decoder's."""
+        return 0 if self.encoded else len(self.encoder_ids)
+
+    @property
     def prefilling(self) -> bool:
-        return len(self.tokens) - self.computed > 1
+        return len(self.tokens) - self.computed > 1 or self.to_encode > 0
+
+    @property
+    def held_blocks(self) -> int:
+        """Blocks that it has, of either kind."""
+        return len(self.table.held) + len(self.across.held)
 
     @property
     def scores_prompt(self) -> bool:
@@ -121,8 +135,8 @@ class Sequence:
         return now >= self.deadline.at or self.withdrawn
 
     def restart(self) -> None:
-        """Its tokens are to be computed from the first on."""
-        self.computed = 0
+        """Its tokens are to be computed from the first on, and its prompt encoded again."""
+        self.computed, self.encoded = 0, False
         self.prompt_logprobs = []
 
     def sibling(self, choice: int, span: Span) -> Sequence:
@@ -134,5 +148,6 @@ class Sequence:
             choice=choice,
             prompt_logprobs=[],  # the first choice tells them
             table=BlockTable(),
+            across=BlockTable(),
             parent=self,
         )

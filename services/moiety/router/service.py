@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 import grpc
 
 from moiety.core import TopLogprobs
 from moiety.errors import FailedPrecondition, InvalidRequest, MoietyError
+from moiety.model.encoderdecoder import DecoderStart
 from moiety.router.engine import Engine
 from moiety.router.guide import Guides
 from moiety.router.sequence import Emitted, Sequence
@@ -36,7 +38,10 @@ class EngineService(engine_pb2_grpc.EngineServicer):
         slots: int,
         guides: Guides,
         tracer: Tracer,
+        start: DecoderStart | None = None,
     ):
+        """`start`: what an encoder-decoder's output begins with; None for a decoder."""
+        self._start = start
         self._guides = guides
         self._engine, self._model, self._revision, self._tracer = engine, model, revision, tracer
         self._vocabulary, self._max_context, self._slots = vocabulary, max_context, slots
@@ -56,6 +61,7 @@ class EngineService(engine_pb2_grpc.EngineServicer):
             block_tokens=self._engine.block_tokens,
             free_blocks=load.free_blocks,
             blocks=self._engine.blocks,
+            encoder_decoder=self._start is not None,
         )
 
     async def Generate(
@@ -94,8 +100,19 @@ class EngineService(engine_pb2_grpc.EngineServicer):
         if request.revision and request.revision != self._revision:
             raise FailedPrecondition(f"this router serves revision {self._revision}, not {request.revision}")
         prompt, generated = list(request.prompt_ids), list(request.generated_ids)
-        check_prompt(prompt + generated, self._vocabulary, self._max_context)
-        sampling = check_sampling(request.sampling, len(prompt), self._vocabulary, self._max_context)
+        before = prompt
+        if self._start is not None:  # the prompt is the encoder's, and the decoder begins with a token of its own
+            check_prompt(prompt, self._vocabulary, self._max_context)
+            before = [self._start.token]
+        check_prompt(before + generated, self._vocabulary, self._max_context)
+        sampling = check_sampling(request.sampling, len(before), self._vocabulary, self._max_context)
+        if self._start is not None:
+            if sampling.prompt_logprobs:
+                raise InvalidRequest(
+                    "sampling.prompt_logprobs", True, "false: an encoder gives its input no probabilities"
+                )
+            if sampling.first_token_id is None:
+                sampling = replace(sampling, first_token_id=self._start.first_token)
         if generated and sampling.n > 1:
             raise InvalidRequest("sampling.n", sampling.n, "1 behind generated_ids, which are of one choice")
         guide = await self._guides.compile(sampling.guide) if sampling.guide else None
@@ -112,8 +129,9 @@ class EngineService(engine_pb2_grpc.EngineServicer):
         )
         return Sequence(
             request_id=f"{request.request_id}/{id(events):x}",  # the same request may come again after a lost gateway
-            tokens=prompt + generated,
-            prompt_tokens=len(prompt),
+            tokens=before + generated,
+            prompt_tokens=len(before),
+            encoder_ids=() if self._start is None else tuple(prompt),
             sampling=sampling,
             stop_ids=sampling.ends(eos),
             emit=emit,

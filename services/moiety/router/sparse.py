@@ -75,9 +75,14 @@ class SparseAttention:
         return _joined(attended), None, *map(_joined, picked)
 
 
+def picks(module: Any) -> bool:
+    """Whether it is an attention module with an indexer, or one that takes over what an earlier layer's picked."""
+    return getattr(module, "indexer", None) is not None or bool(getattr(module, "skip_topk", False))
+
+
 def install(model: Any) -> None:
     """Lets the MLA layers with an indexer of a loaded router run, and says that they are slow."""
-    found = [module for module in model.modules() if hasattr(module, "indexer") and hasattr(module, "kv_b_proj")]
+    found = [module for module in model.modules() if picks(module) and hasattr(module, "kv_b_proj")]
     for module in found:
         module.forward = SparseAttention(module, "sdpa" if model._supports_sdpa else "eager")
     if found:

@@ -85,6 +85,11 @@ class StateCache(_NothingKept):
         super().__init__(layers=[states])
         self.layers: dict[int, StateLayer] = {layer: states}
 
+    def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
+        """Whether the layer, or this state of it, goes on behind earlier tokens."""
+        (layer,) = self.layers.values() if layer_idx is None else (self.layers[layer_idx],)
+        return all(layer.has_previous_state.values()) if state_idx is None else layer.has_previous_state[state_idx]
+
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         raise CheckpointError("its attention asks the cache which tokens it sees, which the router cannot tell it yet")
 

@@ -1,6 +1,6 @@
 """Finds the modules of a model that keep states, by running it once with a cache that notes who asks it for one.
 
-Each kind of them is then tried in several steps against one, so that nothing is served whose states are misunderstood.
+Each of them is then tried in several steps against one, so that nothing is served whose states are misunderstood.
 """
 
 from __future__ import annotations
@@ -112,19 +112,19 @@ def install(model: Any, run: Callable[[Any], object]) -> None:
             run(recorder)
         for module, use in recorder.positioned.items():
             module.forward = Positioned(module.forward, use.cache)
-        forgetful: dict[type[nn.Module], bool] = {}
+        forgetful: dict[str, None] = {}  # kinds of modules, in order
         for module, use in recorder.uses.items():
             mixer = module.forward = Mixer(module, use)
-            if (kind := type(module)) not in forgetful:
-                forgetful[kind] = _forgets(mixer, use)
-            mixer.forgetful = forgetful[kind]
+            mixer.forgetful = _forgets(mixer, use)
+            if mixer.forgetful:
+                forgetful[type(module).__name__] = None
     except CheckpointError as error:
         raise CheckpointError(f"{config.model_type}: {error}") from error
-    for kind in (kind for kind, forgets in forgetful.items() if forgets):
+    for kind in forgetful:
         _log.warning(
             "%s drops its state over a second chunk of a prompt: behind the first these layers compute it token by token, "
             "so that long prompts are slow unless token_budget has room for them whole",
-            kind.__name__,
+            kind,
         )
 
 

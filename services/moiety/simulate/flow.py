@@ -72,7 +72,9 @@ class Flow:
 def work(cluster: Cluster, included: Floats, holding: Holding, replicas: Floats) -> Work:
     """For `included` [L, E] (see `scenario.inclusion`) and live `replicas` [D].
 
-    An expert goes whole to one replica, each of its holders alike: what `policy.dispatch` does with few rows.
+    An expert goes whole to one deployment, to each by its share of the replicas that hold it; all that a router has for a
+    deployment goes to one replica of it. `policy.dispatch` spreads a large group's experts over more of its replicas:
+    shorter calls, and more of them.
     """
     where = holding.deployment * holding.layers + holding.layer
     pair = holding.layer * holding.experts + holding.expert

@@ -13,7 +13,7 @@ from moiety.simulate.scenario import Cluster, Trace, day_trace, inclusion, popul
 from moiety.simulate.systems import Load, Outcome, clairvoyant, elastic, fixed, smallest, throughput, whole_engine
 
 REDUNDANCY = 1 / 8  # of EPLB: DeepSeek's own deployment has 32 redundant experts for 256
-BUSY_STEPS = np.arange(0.30, 0.961, 0.01)
+BUSY_STEPS = np.arange(0.30, 0.9601, 0.0025)
 HOT_SHARES = (0.0, 0.05, 0.1, 0.2)  # of the replicas that may be hot sets, tried for the throughput under skew
 
 
@@ -156,14 +156,20 @@ def plot(report: Report, path: Path) -> None:
     above.set_ylabel("million tokens/s")
     above.set_ylim(bottom=0)
     above.set_title("Load")
-    colours = {"elastic": "tab:blue", "clairvoyant": "tab:green", "whole engines": "tab:orange"}
+    styles = {
+        "elastic": ("tab:blue", "-"),
+        "clairvoyant": ("tab:green", "--"),
+        "whole engines": ("tab:orange", "-"),
+        "static EP": ("0.3", "-"),
+    }
     for each in sorted(report.outcomes, key=lambda one: one.system == "elastic"):
+        colour, dash = styles.get(each.system, ("tab:red", ":"))
         below.plot(
             each.times_s / 3600,
             each.replicas,
             label=f"{each.system}: {each.gpu_hours:,.0f} GPU-hours",
-            color=colours.get(each.system),
-            linestyle="--" if each.system == "clairvoyant" else "-",
+            color=colour,
+            linestyle=dash,
             linewidth=1.8 if each.system == "elastic" else 1.2,
         )
     below.set_ylabel("expert replicas")

@@ -41,6 +41,7 @@ class FakeEngine(engine_pb2_grpc.EngineServicer):
         slots: int = 0,
         blocks: int = 0,
         block_tokens: int = 4,
+        encoder_decoder: bool = False,
     ):
         self.id = replica_id
         self.requests: list[engine_pb2.EngineRequest] = []  # accepted, in order of arrival
@@ -50,6 +51,7 @@ class FakeEngine(engine_pb2_grpc.EngineServicer):
         self.places = places
         self._shape, self._revision, self._slots = shape, revision, slots
         self._blocks, self._block_tokens = blocks, block_tokens
+        self._encoder_decoder = encoder_decoder
         self._cached: OrderedDict[int, None] = OrderedDict()
         self._running = 0
         self._server: Server | None = None
@@ -82,6 +84,7 @@ class FakeEngine(engine_pb2_grpc.EngineServicer):
             slots=self._slots,
             blocks=self._blocks,
             block_tokens=self._block_tokens if self._blocks else 0,
+            encoder_decoder=self._encoder_decoder,
         )
 
     async def Generate(

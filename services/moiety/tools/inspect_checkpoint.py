@@ -78,7 +78,7 @@ def inspect(checkpoint: Checkpoint, memory: int | None = None) -> Inspection:
         path=path_of(shape.architecture),
         gating=gating_of(shape.architecture),
         dtype=shape.dtype,
-        layers=text.num_hidden_layers,
+        layers=_layers(config),
         moe_layers=shape.moe_layers,
         experts=shape.experts,
         top_k=shape.top_k,
@@ -128,7 +128,7 @@ def _expert_bytes(checkpoint: Checkpoint, layout: ExpertLayout) -> int:
     """All that is stored of routed experts: scales and the like lie beside the matrices."""
     names = {name for layer in layout.layers for sources in layer.sources.values() for name in sources}
     whole = {name for name in names if EXPERT not in name}
-    starts = {name.partition(EXPERT)[0] for name in names - whole}
+    starts = {f"{name.partition(EXPERT)[0].rpartition('.')[0]}." for name in names - whole}
     return sum(
         entry.nbytes
         for name, entry in checkpoint.tensors.items()
@@ -142,6 +142,14 @@ def _prefixes(name: str) -> Iterator[str]:
     while at >= 0:
         yield name[: at + 1]
         at = name.find(".", at + 1)
+
+
+def _layers(config: Any) -> int:
+    """An encoder's among them."""
+    layers = int(config.get_text_config().num_hidden_layers)
+    if config.is_encoder_decoder:
+        layers += int(getattr(config, "num_decoder_layers", 0) or config.decoder_layers)
+    return layers
 
 
 def _shared(config: Any, model: nn.Module) -> int:

@@ -32,8 +32,8 @@ from moiety.model.revision import revision
 from moiety.model.router import load_router
 from moiety.model.seam import use_backend
 from moiety.model.supported import path_of
-from moiety.router import attention, latent
-from moiety.router.batch import StepBatch
+from moiety.router import across, attention, latent
+from moiety.router.batch import AcrossBatch, StepBatch
 from moiety.router.blocks import BlockTable
 from moiety.router.context import HopSettings, StepContext
 from moiety.router.costs import CostFit
@@ -45,6 +45,7 @@ from moiety.router.kvcache import KVCache
 from moiety.router.mixers import use_states
 from moiety.router.probe import cache_spec, install_mixers
 from moiety.telemetry.tracing import NO_SPAN, NO_TRACER
+from moiety.tools import encoder_decoder
 from moiety.tools.plain_reference import PlainReference
 from moiety.wire.codec import DTYPE_NAMES, torch_dtype
 
@@ -141,16 +142,17 @@ async def run_parity(
         progress("logits: each whole text once more over the served experts")
         async with _own_router(cluster, checkpoint, dtype) as forward:
             errors = [
-                float((await asyncio.to_thread(forward, text) - expected).abs().max())
-                for text, expected in zip(texts, logits, strict=True)
+                float((await asyncio.to_thread(forward, prompt, text) - expected).abs().max())
+                for prompt, text, expected in zip(prompts, texts, logits, strict=True)
             ]
     results = []
     for prompt, text, tokens, expected, error in zip(prompts, texts, served, logits, errors, strict=True):
-        best = expected[len(prompt) - 1 : -1].topk(2).values  # [new tokens, 2]
+        before = len(text) - new_tokens  # the prompt, or what a decoder beside its encoder starts from
+        best = expected[before - 1 : -1].topk(2).values  # [new tokens, 2]
         margins = best[:, 0] - best[:, 1]
-        differ = next((i for i, (a, b) in enumerate(zip(tokens, text[len(prompt) :], strict=True)) if a != b), None)
+        differ = next((i for i, (a, b) in enumerate(zip(tokens, text[before:], strict=True)) if a != b), None)
         tie = differ is not None and (
-            await asyncio.to_thread(_undecided, reference, text[: len(prompt) + differ], tokens[differ])
+            await asyncio.to_thread(_undecided, reference, prompt, text[: before + differ], tokens[differ])
         )
         results.append(PromptResult(len(prompt), len(tokens), differ, tie, error, float(margins.min())))
     return ParityReport(shape.architecture, dtype, groups, tuple(results))
@@ -166,8 +168,13 @@ def _prompts(vocabulary: int, longest: int, seed: int) -> list[list[int]]:
 def _reference(
     model: Any, prompts: Sequence[Sequence[int]], new_tokens: int
 ) -> tuple[list[list[int]], list[torch.Tensor]]:
-    """(prompt + greedy tokens, logits [tokens, V]) of each prompt, by the reference."""
+    """(prompt + greedy tokens, logits [tokens, V]) of each prompt, by the reference.
+
+    An encoder-decoder's text is its decoder's: the token that it starts from, and the greedy ones.
+    """
     model.generation_config.eos_token_id = None  # compare the same number of tokens, whatever they are
+    if encoder_decoder.is_one(model):
+        return encoder_decoder.outputs(model, prompts, new_tokens)
     texts, logits = [], []
     for prompt in prompts:
         ids = torch.tensor([prompt])
@@ -179,14 +186,22 @@ def _reference(
 
 
 @torch.inference_mode()
-def _undecided(model: Any, text: Sequence[int], token: int) -> bool:
-    """Whether the reference follows `text` with `token` too, once noise below rounding's reach is on its embeddings."""
-    embeddings = model.get_input_embeddings()(torch.tensor([text]))
+def _undecided(model: Any, prompt: Sequence[int], text: Sequence[int], token: int) -> bool:
+    """Whether the reference follows `text` with `token` too, once noise below rounding's reach is on its embeddings.
+
+    Those of the text, or of an encoder's prompt.
+    """
+    translates = encoder_decoder.is_one(model)
+    embeddings = model.get_input_embeddings()(torch.tensor([prompt if translates else text]))
     dtype = embeddings.dtype
     for seed in range(NUDGES):
         noise = torch.randn(embeddings.shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-        nudged = embeddings * (1 + NUDGE_ULPS * torch.finfo(dtype).eps * noise)
-        if int(model(inputs_embeds=nudged).logits[0, -1].argmax()) == token:
+        noise = 1 + NUDGE_ULPS * torch.finfo(dtype).eps * noise
+        if translates:
+            logits = encoder_decoder.decoded(model, prompt, text, noise[0])
+        else:
+            logits = model(inputs_embeds=embeddings * noise).logits[0]
+        if int(logits[-1].argmax()) == token:
             return True
     return False
 
@@ -207,11 +222,12 @@ def _transformers_model(checkpoint: str, dtype: torch.dtype) -> Any:
     config = load_config(opened)
     model_class: Any = causal_lm_class(opened, config)
     with quiet_transformers():
-        if not any(isinstance(entry, QuantisedEntry) for entry in opened.tensors.values()):
-            return model_class.from_pretrained(checkpoint, config=config, dtype=dtype, local_files_only=True).eval()
-        with Reader() as reader:
-            state = reader.state(opened.tensors, dtype)
-        return model_class.from_pretrained(None, config=config, state_dict=state, dtype=dtype).eval()
+        if any(isinstance(entry, QuantisedEntry) for entry in opened.tensors.values()):
+            with Reader() as reader:
+                state = reader.state(opened.tensors, dtype)
+            return model_class.from_pretrained(None, config=config, state_dict=state, dtype=dtype).eval()
+        model = model_class.from_pretrained(checkpoint, config=config, dtype=dtype, local_files_only=True).eval()
+    return encoder_decoder.corrected(model)
 
 
 async def _generate(client: Client, prompt: Sequence[int], new_tokens: int) -> list[int]:
@@ -222,14 +238,15 @@ async def _generate(client: Client, prompt: Sequence[int], new_tokens: int) -> l
 @asynccontextmanager
 async def _own_router(
     cluster: LocalCluster, checkpoint: str, dtype_name: str
-) -> AsyncIterator[Callable[[Sequence[int]], torch.Tensor]]:
-    """A function text -> logits [tokens, V] that runs the router's model here and the experts in `cluster`."""
+) -> AsyncIterator[Callable[[Sequence[int], Sequence[int]], torch.Tensor]]:
+    """A function (prompt, text) -> logits [tokens, V] that runs the router's model here and the experts in `cluster`."""
     opened = Checkpoint.open(checkpoint)
     layout, of = expert_layout(opened), revision(opened)
     dtype = torch_dtype(dtype_name, layout.shape.dtype)
     attention.register()
     model = await asyncio.to_thread(load_router, opened, layout, dtype, "cpu", attention.NAME)
     latent.install(model)
+    across.install(model)
     install_mixers(model)
     cache = KVCache(cache_spec(model, layout.shape), 1 << 30, torch.device("cpu"))
     watch = Watch(cluster.registry)
@@ -241,10 +258,13 @@ async def _own_router(
     hop = Hop(fleet, HopSettings(of, dtype, expert_wait_s=30.0), Hedging(0.02, 0.1), demand, costs, NO_TRACER)
 
     @torch.inference_mode()
-    def forward(text: Sequence[int]) -> torch.Tensor:
-        table = BlockTable()
+    def forward(prompt: Sequence[int], text: Sequence[int]) -> torch.Tensor:
+        table, encoded, beside = BlockTable(), BlockTable(), None
         cache.grow(table, len(text))
-        batch = StepBatch.build(cache, [table], [0], [len(text)], torch.device("cpu"))
+        if cache.spec.across:
+            cache.grow(encoded, len(prompt))
+            beside = AcrossBatch.build(cache, [prompt], [encoded], [True], [len(text)], torch.device("cpu"))
+        batch = StepBatch.build(cache, [table], [0], [len(text)], torch.device("cpu"), beside)
         hop.begin_step(StepContext(CallClass.PREFILL, NO_SPAN, lambda: None, lambda *_: None))
         with use_backend(hop), use_states(batch.states):
             output = model(
@@ -254,6 +274,7 @@ async def _own_router(
                 moiety_batch=batch,
             )
         cache.release(table)
+        cache.release(encoded)
         logits: torch.Tensor = output.logits[0].float()
         return logits
 

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cmoiety/wire/generation.proto\x12\tmoiety.v1\"\xda\x05\n\x0eSamplingParams\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05top_k\x18\x04 \x01(\x05H\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x04H\x04\x88\x01\x01\x12\x12\n\nignore_eos\x18\x06 \x01(\x08\x12\x10\n\x08logprobs\x18\x07 \x01(\x08\x12\x12\n\x05min_p\x18\x08 \x01(\x02H\x05\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\t \x01(\x02H\x06\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\n \x01(\x02H\x07\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x0b \x01(\x02H\x08\x88\x01\x01\x12<\n\nlogit_bias\x18\x0c \x03(\x0b\x32(.moiety.v1.SamplingParams.LogitBiasEntry\x12\x19\n\x0ctop_logprobs\x18\r \x01(\rH\t\x88\x01\x01\x12\x17\n\x0fprompt_logprobs\x18\x0e \x01(\x08\x12\x0c\n\x04stop\x18\x0f \x03(\t\x12\x16\n\x0estop_token_ids\x18\x10 \x03(\r\x12\x17\n\nmin_tokens\x18\x11 \x01(\rH\n\x88\x01\x01\x12\x0e\n\x01n\x18\x12 \x01(\rH\x0b\x88\x01\x01\x12\x1f\n\x05guide\x18\x13 \x01(\x0b\x32\x10.moiety.v1.Guide\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x07\n\x05_seedB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x0f\n\r_top_logprobsB\r\n\x0b_min_tokensB\x04\n\x02_n\"J\n\x05Guide\x12\x15\n\x0bjson_schema\x18\x01 \x01(\tH\x00\x12\x0f\n\x05regex\x18\x02 \x01(\tH\x00\x12\x11\n\x07grammar\x18\x03 \x01(\tH\x00\x42\x06\n\x04kind\"2\n\x0bTopLogprobs\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x10\n\x08logprobs\x18\x02 \x03(\x02\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xd9\x01\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12(\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x13.moiety.v1.TokenIdsH\x00\x12+\n\x08sampling\x18\x04 \x01(\x0b\x32\x19.moiety.v1.SamplingParams\x12\x12\n\nrequest_id\x18\x05 \x01(\t\x12\x15\n\x08priority\x18\x06 \x01(\x05H\x01\x88\x01\x01\x12\x0e\n\x06tenant\x18\x07 \x01(\tB\x08\n\x06promptB\x0b\n\t_priority\"b\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\x12\x10\n\x08rerouted\x18\x04 \x01(\x02\"\x81\x02\n\x10GenerateResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12.\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x17.moiety.v1.FinishReason\x12\x1f\n\x05usage\x18\x04 \x01(\x0b\x32\x10.moiety.v1.Usage\x12\x12\n\nrequest_id\x18\x05 \x01(\t\x12\x10\n\x08logprobs\x18\x06 \x03(\x02\x12\x0e\n\x06\x63hoice\x18\x07 \x01(\r\x12,\n\x0ctop_logprobs\x18\x08 \x03(\x0b\x32\x16.moiety.v1.TopLogprobs\x12\x17\n\x0fprompt_logprobs\x18\t \x03(\x02\"\x13\n\x11ListModelsRequest\"6\n\x12ListModelsResponse\x12 \n\x06models\x18\x01 \x03(\x0b\x32\x10.moiety.v1.Model\"<\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x13\n\x0bmax_context\x18\x03 \x01(\r*X\n\x0c\x46inishReason\x12\x16\n\x12\x46INISH_REASON_NONE\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\x9e\x01\n\nGeneration\x12\x45\n\x08Generate\x12\x1a.moiety.v1.GenerateRequest\x1a\x1b.moiety.v1.GenerateResponse0\x01\x12I\n\nListModels\x12\x1c.moiety.v1.ListModelsRequest\x1a\x1d.moiety.v1.ListModelsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cmoiety/wire/generation.proto\x12\tmoiety.v1\"\x94\x06\n\x0eSamplingParams\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x01\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x03\x88\x01\x01\x12\x12\n\x05top_k\x18\x04 \x01(\x05H\x04\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x04H\x05\x88\x01\x01\x12\x12\n\nignore_eos\x18\x06 \x01(\x08\x12\x10\n\x08logprobs\x18\x07 \x01(\x08\x12\x12\n\x05min_p\x18\x08 \x01(\x02H\x06\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\t \x01(\x02H\x07\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\n \x01(\x02H\x08\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x0b \x01(\x02H\t\x88\x01\x01\x12<\n\nlogit_bias\x18\x0c \x03(\x0b\x32(.moiety.v1.SamplingParams.LogitBiasEntry\x12\x19\n\x0ctop_logprobs\x18\r \x01(\rH\n\x88\x01\x01\x12\x17\n\x0fprompt_logprobs\x18\x0e \x01(\x08\x12\x0c\n\x04stop\x18\x0f \x03(\t\x12\x16\n\x0estop_token_ids\x18\x10 \x03(\r\x12\x17\n\nmin_tokens\x18\x11 \x01(\rH\x0b\x88\x01\x01\x12\x0e\n\x01n\x18\x12 \x01(\rH\x0c\x88\x01\x01\x12\x1f\n\x05guide\x18\x13 \x01(\x0b\x32\x10.moiety.v1.Guide\x12\x18\n\x0e\x66irst_token_id\x18\x14 \x01(\rH\x00\x12\x15\n\x0b\x66irst_token\x18\x15 \x01(\tH\x00\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x07\n\x05\x66irstB\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x07\n\x05_seedB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x0f\n\r_top_logprobsB\r\n\x0b_min_tokensB\x04\n\x02_n\"J\n\x05Guide\x12\x15\n\x0bjson_schema\x18\x01 \x01(\tH\x00\x12\x0f\n\x05regex\x18\x02 \x01(\tH\x00\x12\x11\n\x07grammar\x18\x03 \x01(\tH\x00\x42\x06\n\x04kind\"2\n\x0bTopLogprobs\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x10\n\x08logprobs\x18\x02 \x03(\x02\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xd9\x01\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12(\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x13.moiety.v1.TokenIdsH\x00\x12+\n\x08sampling\x18\x04 \x01(\x0b\x32\x19.moiety.v1.SamplingParams\x12\x12\n\nrequest_id\x18\x05 \x01(\t\x12\x15\n\x08priority\x18\x06 \x01(\x05H\x01\x88\x01\x01\x12\x0e\n\x06tenant\x18\x07 \x01(\tB\x08\n\x06promptB\x0b\n\t_priority\"b\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\x12\x10\n\x08rerouted\x18\x04 \x01(\x02\"\x81\x02\n\x10GenerateResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12.\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x17.moiety.v1.FinishReason\x12\x1f\n\x05usage\x18\x04 \x01(\x0b\x32\x10.moiety.v1.Usage\x12\x12\n\nrequest_id\x18\x05 \x01(\t\x12\x10\n\x08logprobs\x18\x06 \x03(\x02\x12\x0e\n\x06\x63hoice\x18\x07 \x01(\r\x12,\n\x0ctop_logprobs\x18\x08 \x03(\x0b\x32\x16.moiety.v1.TopLogprobs\x12\x17\n\x0fprompt_logprobs\x18\t \x03(\x02\"\x13\n\x11ListModelsRequest\"6\n\x12ListModelsResponse\x12 \n\x06models\x18\x01 \x03(\x0b\x32\x10.moiety.v1.Model\"<\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x13\n\x0bmax_context\x18\x03 \x01(\r*X\n\x0c\x46inishReason\x12\x16\n\x12\x46INISH_REASON_NONE\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\x9e\x01\n\nGeneration\x12\x45\n\x08Generate\x12\x1a.moiety.v1.GenerateRequest\x1a\x1b.moiety.v1.GenerateResponse0\x01\x12I\n\nListModels\x12\x1c.moiety.v1.ListModelsRequest\x1a\x1d.moiety.v1.ListModelsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,30 +33,30 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_options = b'8\001'
-  _globals['_FINISHREASON']._serialized_start=1648
-  _globals['_FINISHREASON']._serialized_end=1736
+  _globals['_FINISHREASON']._serialized_start=1706
+  _globals['_FINISHREASON']._serialized_end=1794
   _globals['_SAMPLINGPARAMS']._serialized_start=44
-  _globals['_SAMPLINGPARAMS']._serialized_end=774
-  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=552
-  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=600
-  _globals['_GUIDE']._serialized_start=776
-  _globals['_GUIDE']._serialized_end=850
-  _globals['_TOPLOGPROBS']._serialized_start=852
-  _globals['_TOPLOGPROBS']._serialized_end=902
-  _globals['_TOKENIDS']._serialized_start=904
-  _globals['_TOKENIDS']._serialized_end=927
-  _globals['_GENERATEREQUEST']._serialized_start=930
-  _globals['_GENERATEREQUEST']._serialized_end=1147
-  _globals['_USAGE']._serialized_start=1149
-  _globals['_USAGE']._serialized_end=1247
-  _globals['_GENERATERESPONSE']._serialized_start=1250
-  _globals['_GENERATERESPONSE']._serialized_end=1507
-  _globals['_LISTMODELSREQUEST']._serialized_start=1509
-  _globals['_LISTMODELSREQUEST']._serialized_end=1528
-  _globals['_LISTMODELSRESPONSE']._serialized_start=1530
-  _globals['_LISTMODELSRESPONSE']._serialized_end=1584
-  _globals['_MODEL']._serialized_start=1586
-  _globals['_MODEL']._serialized_end=1646
-  _globals['_GENERATION']._serialized_start=1739
-  _globals['_GENERATION']._serialized_end=1897
+  _globals['_SAMPLINGPARAMS']._serialized_end=832
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=601
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=649
+  _globals['_GUIDE']._serialized_start=834
+  _globals['_GUIDE']._serialized_end=908
+  _globals['_TOPLOGPROBS']._serialized_start=910
+  _globals['_TOPLOGPROBS']._serialized_end=960
+  _globals['_TOKENIDS']._serialized_start=962
+  _globals['_TOKENIDS']._serialized_end=985
+  _globals['_GENERATEREQUEST']._serialized_start=988
+  _globals['_GENERATEREQUEST']._serialized_end=1205
+  _globals['_USAGE']._serialized_start=1207
+  _globals['_USAGE']._serialized_end=1305
+  _globals['_GENERATERESPONSE']._serialized_start=1308
+  _globals['_GENERATERESPONSE']._serialized_end=1565
+  _globals['_LISTMODELSREQUEST']._serialized_start=1567
+  _globals['_LISTMODELSREQUEST']._serialized_end=1586
+  _globals['_LISTMODELSRESPONSE']._serialized_start=1588
+  _globals['_LISTMODELSRESPONSE']._serialized_end=1642
+  _globals['_MODEL']._serialized_start=1644
+  _globals['_MODEL']._serialized_end=1704
+  _globals['_GENERATION']._serialized_start=1797
+  _globals['_GENERATION']._serialized_end=1955
 # @@protoc_insertion_point(module_scope)

@@ -33,7 +33,10 @@ def check_prompt(ids: Sequence[int], vocabulary: int, max_context: int) -> None:
 
 
 def check_sampling(params: SamplingParams, prompt_tokens: int, vocabulary: int, max_context: int) -> Sampling:
-    """`params` with its defaults filled in. Raises InvalidRequest naming the field and its bound."""
+    """`params` with its defaults filled in. Raises InvalidRequest naming the field and its bound.
+
+    `prompt_tokens` are those in the context of the output: of an encoder-decoder the one that its decoder starts from.
+    """
     room = max_context - prompt_tokens
     max_tokens = params.max_tokens if params.HasField("max_tokens") else min(DEFAULT_MAX_TOKENS, room)
     if not 1 <= max_tokens <= room:
@@ -47,6 +50,8 @@ def check_sampling(params: SamplingParams, prompt_tokens: int, vocabulary: int, 
     _check_bias(params, vocabulary)
     _check_stops(params, vocabulary)
     _check_logprobs(params, vocabulary)
+    if params.HasField("first_token_id"):
+        _check_ids("first_token_id", (params.first_token_id,), vocabulary)
     return Sampling(
         max_tokens=max_tokens,
         temperature=_number(params, "temperature", 0.0, 0.0, MAX_TEMPERATURE, f"0 (greedy) to {MAX_TEMPERATURE:g}"),
@@ -75,6 +80,7 @@ def check_sampling(params: SamplingParams, prompt_tokens: int, vocabulary: int, 
         prompt_logprobs=params.prompt_logprobs,
         n=choices,
         guide=_guide(params),
+        first_token_id=params.first_token_id if params.HasField("first_token_id") else None,
     )
 
 

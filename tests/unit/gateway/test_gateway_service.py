@@ -10,7 +10,7 @@ import pytest
 from gateway_support import PROMPT, SHAPE, Gateway, chunks, expected, run, tokens
 
 from moiety.core import FinishReason
-from moiety.errors import DeadlineExceeded, ResourceExhausted, Unavailable
+from moiety.errors import DeadlineExceeded, InvalidRequest, ResourceExhausted, Unavailable
 from moiety.gateway.service import MAX_REQUEST_ID
 from moiety.gateway.text import Tokenizer
 from moiety.testing import REVISION, FakeEngine, eventually
@@ -66,6 +66,31 @@ def test_models_are_listed(tokenizer: Tokenizer):
     run(scenario, tokenizer, engine())
 
 
+def test_an_encoder_s_prompt_leaves_the_output_its_context(tokenizer: Tokenizer):
+    """A prompt of 60 tokens and an output of 63 fit a context of 64 that is the decoder's alone; 64 do not."""
+
+    async def scenario(gateway: Gateway) -> None:
+        assert sum([len(chunk.token_ids) for chunk in await chunks(gateway, [5] * 60, max_tokens=63)]) == 63
+        with pytest.raises(InvalidRequest, match=r"sampling\.max_tokens = 64: must be 1 to 63"):
+            await chunks(gateway, [5] * 60, max_tokens=64)
+        with pytest.raises(InvalidRequest, match="prompt = '64 tokens': must be below the context of 64"):
+            await chunks(gateway, [5] * 64, max_tokens=1)
+
+    run(scenario, tokenizer, FakeEngine("r0", SHAPE, encoder_decoder=True))
+
+
+def test_a_first_token_is_named_by_text_or_id(tokenizer: Tokenizer):
+    """The router is told the id either way."""
+    router = engine()
+
+    async def scenario(gateway: Gateway) -> None:
+        await chunks(gateway, max_tokens=1, first_token="<|pad|>")
+        await chunks(gateway, max_tokens=1, first_token=2)
+        assert [request.sampling.first_token_id for request in router.requests] == [2, 2]
+
+    run(scenario, tokenizer, router)
+
+
 INVALID, MISSING = grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND
 BAD: dict[str, tuple[dict[str, Any], grpc.StatusCode, list[str]]] = {
     "no prompt": ({"token_ids": None}, INVALID, ["prompt", "text or token_ids"]),
@@ -109,6 +134,12 @@ BAD: dict[str, tuple[dict[str, Any], grpc.StatusCode, list[str]]] = {
     "too many stop ids": ({"stop_token_ids": [1] * 65}, INVALID, ["sampling.stop_token_ids = '65 ids'", "at most 64"]),
     "stop id of no token": ({"stop_token_ids": [999]}, INVALID, ["sampling.stop_token_ids = 999", "vocabulary of 320"]),
     "min_tokens above max_tokens": ({"min_tokens": 3}, INVALID, ["sampling.min_tokens = 3", "0 to max_tokens, 2"]),
+    "a first token of no id": (
+        {"first_token_id": 320},
+        INVALID,
+        ["sampling.first_token_id = 320", "vocabulary of 320"],
+    ),
+    "a first token of no text": ({"first_token": "xyz_Latn"}, INVALID, ["sampling.first_token = 'xyz_Latn'"]),
     "no choices": ({"n": 0}, INVALID, ["sampling.n = 0", "1 to 16"]),
     "too many choices": ({"n": 17}, INVALID, ["sampling.n = 17", "1 to 16"]),
     "a guide of no kind": ({"guide": {}}, INVALID, ["sampling.guide", "json_schema, regex, grammar"]),

@@ -49,6 +49,7 @@ class LocalExperts:
         self.tokens.append(hidden.shape[0])
         flat, top_k = top_k_index.reshape(-1), top_k_index.shape[1]
         out = torch.full((flat.numel(), hidden.shape[1]), torch.nan, dtype=hidden.dtype)
+        out[flat < 0] = 0.0
         for held in self._slices:
             experts = sorted(expert for held_layer, expert in held if held_layer == layer)
             slots = [(flat == expert).nonzero().squeeze(1) for expert in experts]
@@ -80,9 +81,9 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="package", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Layouts are cached in a folder of this run only."""
+    """Layouts are cached in a folder of these tests only."""
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.mktemp("cache")
         patch.setenv("MOIETY_CACHE", str(folder))

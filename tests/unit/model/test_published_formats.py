@@ -19,7 +19,8 @@ from moiety.model.layout import expert_layout
 from moiety.model.router import load_router
 from moiety.model.seam import use_backend
 from moiety.model.slices import load_experts
-from moiety.model.tiny_formats import TINY_FORMATS, write_tiny_format
+from moiety.model.tiny import write_tiny
+from moiety.model.tiny.formats import FORMATS
 
 HELD_AS = {
     "deepseek_v3-fp8": "fp8",
@@ -37,13 +38,13 @@ def written(tmp_path_factory: pytest.TempPathFactory):
 
     def write(name: str) -> Path:
         if name not in folders:
-            folders[name] = write_tiny_format(name, tmp_path_factory.mktemp("formats") / name)
+            folders[name] = write_tiny(name, tmp_path_factory.mktemp("formats") / name)
         return folders[name]
 
     return write
 
 
-@pytest.mark.parametrize("name", TINY_FORMATS)
+@pytest.mark.parametrize("name", FORMATS)
 def test_greedy_tokens_are_those_of_the_dequantised_model(written, make_experts, tmp_path: Path, name: str):
     """In fp32 every token is that of transformers on weights dequantised by the published formula in float64."""
     plain = reference(Checkpoint.open(dequantised_copy(written(name), tmp_path / "plain")))
@@ -57,7 +58,7 @@ def test_greedy_tokens_are_those_of_the_dequantised_model(written, make_experts,
             assert (router(expected).logits - plain(expected).logits).abs().max() <= 2e-5
 
 
-@pytest.mark.parametrize("name", TINY_FORMATS)
+@pytest.mark.parametrize("name", FORMATS)
 def test_experts_are_held_as_small_as_published(written, name: str):
     """What a replica holds is what the files hold, to a few percent, and of the kind that kernels know."""
     checkpoint = Checkpoint.open(written(name))

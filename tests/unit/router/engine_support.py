@@ -20,6 +20,7 @@ from moiety.telemetry.tracing import NO_TRACER
 
 VOCABULARY = 32
 STOP = 9
+START = 1  # of a TranslatingModel's outputs
 BLOCK_TOKENS = 4
 SPEC = CacheSpec({0: LayerSpec(1, 2, 2, torch.float32)})
 _LOGITS = torch.randn(257, VOCABULARY, generator=torch.Generator().manual_seed(0))
@@ -74,6 +75,46 @@ class RememberingModel(CountingModel):
             assert torch.equal(values[table, 0, :, 1].flatten()[first:length], kept[first:] + 1)
             rows.append(remembered(kept.int().tolist(), self.window))
         return SimpleNamespace(logits=torch.stack(rows)[None])
+
+
+class TranslatingModel(CountingModel):
+    """An encoder-decoder: keeps prompts and outputs in the KV cache, and answers with a function of all it finds there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoded: list[tuple[int, ...]] = []  # tokens of the prompts that each step encoded
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        logits_to_keep: torch.Tensor,
+        position_ids: torch.Tensor | None = None,
+        moiety_batch: Any = None,
+        **_: Any,
+    ) -> Any:
+        prompts = moiety_batch.across
+        self.before(prompts.ids.tolist())
+        self.steps.append(input_ids[0].tolist())
+        self.encoded.append(prompts.lengths)
+        key = prompts.ids.float().view(-1, 1, 1).expand(-1, 1, 2)
+        prompts.store(0, key, key + 1)
+        key = input_ids[0].float().view(-1, 1, 1).expand(-1, 1, 2)
+        keys, values = moiety_batch.store(0, key, key + 1)
+        rows = []
+        for token in logits_to_keep.tolist():
+            sequence = moiety_batch.sequence[token]
+            text: list[int] = []
+            for table, length in ((prompts.tables, prompts.length), (moiety_batch.tables, moiety_batch.length)):
+                kept = keys[table[sequence], 0, :, 0].flatten()[: int(length[token])]
+                assert torch.equal(values[table[sequence], 0, :, 1].flatten()[: len(kept)], kept + 1)
+                text += kept.int().tolist()
+            rows.append(remembered(text))
+        return SimpleNamespace(logits=torch.stack(rows)[None])
+
+
+def translated(prompt: Sequence[int], count: int, output: Sequence[int] = ()) -> list[int]:
+    """The next `count` greedy tokens of a TranslatingModel behind START and `output`, by the naive way."""
+    return recited([*prompt, START, *output], count)
 
 
 def remembered(tokens: Sequence[int], window: int | None = None) -> torch.Tensor:
@@ -145,9 +186,10 @@ def engine_of(
     revision: str | None = "r",
     window: int | None = None,
     speculative_tokens: int = 0,
+    across: bool = False,
 ) -> Engine:
     """An engine that the test steps or starts itself."""
-    spec = CacheSpec({0: LayerSpec(1, 2, 2, torch.float32, window=window)})
+    spec = CacheSpec({0: LayerSpec(1, 2, 2, torch.float32, window=window)}, across=across)
     memory = blocks * BLOCK_TOKENS * spec.bytes_per_token
     cache = KVCache(spec, memory, torch.device("cpu"), block_tokens=BLOCK_TOKENS, revision=revision)
     return Engine(

@@ -144,7 +144,18 @@ INDEXED: dict[str, dict[str, Any]] = {
         "index_head_dim": 16,
         "index_topk": 6,
     }
-    for name in ("deepseek_v32", "glm_moe_dsa", "axk2", "hy_v4")
+    for name in ("deepseek_v32", "glm_moe_dsa", "axk2", "hy_v4", "dots3_note_text")
+}
+INDEXED["dots3_note_text"] |= {  # every other layer sees a window instead, with sizes of its own
+    "layer_types": ["indexed_attention", "sliding_attention"] * 2,
+    "sliding_window": 8,
+    "swa_num_attention_heads": 4,
+    "swa_num_key_value_heads": 4,
+    "swa_q_lora_rank": 24,
+    "swa_kv_lora_rank": 16,
+    "swa_head_dim": 16,
+    "swa_qk_nope_head_dim": 8,
+    "swa_v_head_dim": 8,
 }
 
 
@@ -214,12 +225,13 @@ def engine_on(
     token_budget: int = 16,
     blocks: int = 60,
     lanes: Lanes | None = None,
+    backend: Any = None,
 ) -> Engine:
-    """An engine with room for so many blocks of 4 tokens; experts are in the model itself."""
+    """An engine with room for so many blocks of 4 tokens; without a backend, experts are in the model itself."""
     memory = slots * spec.bytes_per_slot + blocks * BLOCK_TOKENS * spec.bytes_per_token
     cache = KVCache(spec, memory, torch.device("cpu"), slots=slots, block_tokens=BLOCK_TOKENS, revision="r")
     return Engine(
-        Forward(model, cache, [NoHop(), NoHop()] if lanes else [NoHop()], lanes),
+        Forward(model, cache, [NoHop(), NoHop()] if lanes else [backend or NoHop()], lanes),
         cache,
         slots=slots,
         token_budget=token_budget,

@@ -12,7 +12,7 @@ from moiety.core import Sampling
 
 SAMPLING = Sampling(max_tokens=NEW_TOKENS, ignore_eos=True)
 # glm_moe_dsa hands picks on from layer to layer; hy_v4 has sinks and no sdpa; axk2 is DeepSeek's again.
-SLOW = ("hy_v4", "axk2")
+SLOW = ("hy_v4", "axk2", "dots3_note_text")
 
 
 @pytest.mark.parametrize(
@@ -22,7 +22,8 @@ def test_picked_tokens_are_those_of_transformers(architecture: str, caplog: pyte
     """Six keys of up to fifty are picked; prompts in chunks beside decode tokens, some started anew, choices, prefixes."""
     with caplog.at_level(logging.WARNING):
         model, spec = served(architecture)
-    assert "4 layers attend to what their indexer picks: one sequence of a step after another" in caplog.text
+    count = 2 if architecture == "dots3_note_text" else 4
+    assert f"{count} layers attend to what their indexer picks: one sequence of a step after another" in caplog.text
     engine = engine_on(model, spec, token_budget=11, blocks=26)
     prompts = [prompt_of(seed, length) for seed, length in enumerate((3, 9, 17, 40, 25, 1, 9))]
     listeners = [submit(engine, prompt, sampling=SAMPLING)[1] for prompt in prompts]

@@ -9,10 +9,18 @@ from typing import Any
 from moiety.model.adapters.dbrx import Dbrx
 from moiety.model.adapters.llama4 import Llama4
 from moiety.model.adapters.longcat import Longcat
+from moiety.model.adapters.nllb import Nllb
 from moiety.model.adapters.protocol import Adapter
+from moiety.model.adapters.switch import Switch
 
 ADAPTERS: Mapping[str, Adapter] = MappingProxyType(
-    {"DbrxExperts": Dbrx(), "Llama4TextExperts": Llama4(), "LongcatFlashExperts": Longcat()}
+    {
+        "DbrxExperts": Dbrx(),
+        "Llama4TextExperts": Llama4(),
+        "LongcatFlashExperts": Longcat(),
+        "NllbMoeExperts": Nllb(),
+        "SwitchTransformersExperts": Switch(),
+    }
 )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 
 from moiety.model.adapters.protocol import Parameter, RoutedExperts
 from moiety.model.probe import probe
@@ -22,7 +23,6 @@ class Longcat:
         return RoutedExperts(
             probe(hidden, inner, glu=module.act_fn),
             {
-                # transformers gives the zero experts rows in gate_up_proj, too; they are never read.
                 "gate_up": (Parameter("gate_up_proj", (experts, 2 * inner, hidden)),),
                 "down": (Parameter("down_proj", (experts, hidden, inner)),),
             },
@@ -36,3 +36,20 @@ class Longcat:
             return routed + (hidden * kept).to(hidden.dtype)
 
         module.forward = forward
+
+
+def as_published(model_class: Any) -> Any:
+    """`model_class` without weights for the zero experts: no checkpoint has them, and nothing reads them.
+
+    transformers 5.23 stacks them with the routed experts' in `gate_up_proj`, and therefore cannot load LongCat-Flash.
+    """
+
+    def __init__(self: nn.Module, *arguments: Any, **options: Any) -> None:
+        model_class.__init__(self, *arguments, **options)
+        modules: Any = self.modules()
+        for module in modules:
+            if type(module).__name__ == "LongcatFlashExperts":
+                module.gate_up_proj = nn.Parameter(module.gate_up_proj.detach()[: module.num_routed_experts])
+
+    # Elsewhere than in its module transformers takes it for custom code and skips weight conversions.
+    return type(model_class.__name__, (model_class,), {"__init__": __init__, "__module__": model_class.__module__})

@@ -14,6 +14,16 @@ _LLAMA4: Mapping[str, Any] = {
     "attention_chunk_size": 32,
     "no_rope_layer_interval": 4,
 }
+_DOTS3: Mapping[str, Any] = {
+    "num_key_value_heads": 4,
+    "swa_num_attention_heads": 4,
+    "swa_num_key_value_heads": 4,
+    "swa_q_lora_rank": 24,
+    "swa_kv_lora_rank": 16,
+    "swa_head_dim": 24,
+    "swa_qk_nope_head_dim": 16,
+    "swa_v_head_dim": 16,
+}
 FAMILIES: Mapping[str, Mapping[str, Any]] = {
     "mixtral": {"num_local_experts": 8, "num_experts_per_tok": 2},
     "qwen2_moe": {"num_experts": 12, "num_experts_per_tok": 4, "mlp_only_layers": [1]},
@@ -74,9 +84,22 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
     "zaya": {"num_experts_per_tok": 1},
     "phimoe": {"num_experts_per_tok": 2},
     **{name: {"num_key_value_heads": 4} for name in ("axk2", "deepseek_v32", "glm_moe_dsa", "hy_v4")},
-    "mistral_large4": {"text_config": {"num_key_value_heads": 4}},
-    "dots3_note_text": {"num_key_value_heads": 4},
-    "dots3_note": {"text_config": {"num_key_value_heads": 4}},
+    "mistral_large4": {
+        "text_config": {"num_key_value_heads": 4},
+        "vision_config": {
+            "model_type": "pixtral",
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+        },
+    },
+    "dots3_note_text": _DOTS3,
+    "dots3_note": {
+        "text_config": _DOTS3,
+        "vision_config": {"mlp_layer_types": ["dense"], "adapter_in_dim": 32, "adapter_out_dim": 64},
+        "audio_config": {"adapter_input_size": 32, "adapter_output_size": 64},
+    },
     "glm5_next": {"text_config": {"num_key_value_heads": 4}},
     "dbrx": {
         "d_model": 64,

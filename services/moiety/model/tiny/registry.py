@@ -8,11 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moiety.model.supported import REFUSED, seam_architectures, served_architectures
+from moiety.model.tiny.encoderdecoders import NARROW, NLLB, SWITCH
 from moiety.model.tiny.families import FAMILIES
+from moiety.model.tiny.formats import FORMATS, stored
 from moiety.model.tiny.lightning import with_decays
+from moiety.model.tiny.tokenizer import write_nllb_tokenizer, write_t5_tokenizer, write_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -28,10 +33,23 @@ class TinyModel:
     settings: Mapping[str, Any] = field(default_factory=dict)  # config values on top of sizes.py
     store: Store | None = None  # a tensor by its published name -> the tensors it is stored as, such as block and scale
     stated: Mapping[str, Any] = field(default_factory=dict)  # added to config.json last, such as quantization_config
+    tokenizer: Callable[[Path], None] = write_tokenizer
+    narrow: Mapping[str, float] = field(default_factory=dict)  # part of a tensor's name -> times its noise is that wide
 
 
 TINY: Mapping[str, TinyModel] = {
     **{architecture: TinyModel(architecture, settings) for architecture, settings in FAMILIES.items()},
+    **{
+        name: TinyModel(
+            architecture,
+            {**FAMILIES.get(architecture, {}), **settings},
+            partial(stored, quantization["quant_method"]),
+            {"quantization_config": quantization},
+        )
+        for name, (architecture, settings, quantization) in FORMATS.items()
+    },
+    "switch_transformers": TinyModel("switch_transformers", SWITCH, tokenizer=write_t5_tokenizer, narrow=NARROW),
+    "nllb-moe": TinyModel("nllb-moe", NLLB, tokenizer=write_nllb_tokenizer, narrow=NARROW),
     "minimax": TinyModel(
         "minimax",
         {"layer_types": ["linear_attention", "full_attention"] * 2, "block_size": 8, "sliding_window": None},

@@ -1,7 +1,9 @@
-"""A real byte-level BPE tokenizer of 320 tokens, so that random checkpoints can be talked to with any text."""
+"""Real tokenizers of 320 tokens at most, so that random checkpoints can be talked to: byte-level BPE, and for
+encoder-decoders what theirs are like."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 VOCABULARY = 320
@@ -11,6 +13,7 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}"
 )
+LANGUAGES = ("eng_Latn", "fra_Latn")  # the source of what NLLB translates, and a target
 _CORPUS = (
     "The router runs attention and gating, and the experts run where there is room for them.",
     "Each expert group is a service of its own: it grows when it is hot and shrinks when it is not.",
@@ -39,4 +42,42 @@ def write_tokenizer(folder: Path) -> None:
         eos_token=SPECIAL[EOS],
         pad_token=SPECIAL[PAD],
         chat_template=CHAT_TEMPLATE,
+    ).save_pretrained(folder)
+
+
+def write_t5_tokenizer(folder: Path) -> None:
+    """Saves a tokenizer like T5's to `folder`: pieces of sentences, `</s>` behind them, no chat template."""
+    _write_pieces(folder, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", template="$A </s>")
+
+
+def write_nllb_tokenizer(folder: Path) -> None:
+    """Saves a tokenizer like NLLB's to `folder`: the source language before the sentence; languages are tokens."""
+    _write_pieces(
+        folder,
+        bos_token="<s>",
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        template=f"{LANGUAGES[0]} $A </s>",
+        languages=LANGUAGES,
+    )
+
+
+def _write_pieces(folder: Path, *, template: str, languages: Sequence[str] = (), **special: str) -> None:
+    """A Unigram tokenizer whose first ids are the `special` tokens in their order, then the languages."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    first = [*special.values(), *languages]
+    trainer = trainers.UnigramTrainer(
+        vocab_size=VOCABULARY, special_tokens=first, unk_token=special["unk_token"], show_progress=False
+    )
+    tokenizer.train_from_iterator(_CORPUS, trainer)
+    around = [(token, tokenizer.token_to_id(token)) for token in first]
+    tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=around)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, extra_special_tokens=list(languages), **special
     ).save_pretrained(folder)

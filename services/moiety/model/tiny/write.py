@@ -4,6 +4,7 @@ indexed, under the published tensor names."""
 from __future__ import annotations
 
 import json
+import math
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,12 +12,12 @@ from typing import Any
 
 import torch
 
-from moiety.model.architecture import meta_model
+from moiety.model.architecture import meta_model, text_class
 from moiety.model.definitions import definition_of
 from moiety.model.shards import SHARD_BYTES, write_shards
 from moiety.model.tiny.registry import tiny_model
 from moiety.model.tiny.sizes import sized
-from moiety.model.tiny.tokenizer import VOCABULARY, write_tokenizer
+from moiety.model.tiny.tokenizer import VOCABULARY
 
 
 def write_tiny(
@@ -42,7 +43,11 @@ def write_tiny(
     shapes = {name: tensor.shape for name, tensor in revert_weight_conversion(model, state).items()}
 
     dtype, deviation = getattr(torch, overrides.get("dtype", "float32")), config.get_text_config().initializer_range
-    weights = ((name, _weight(name, shape, dtype, seed, deviation)) for name, shape in shapes.items())
+
+    def deviation_of(name: str) -> float:
+        return deviation * math.prod(factor for part, factor in tiny.narrow.items() if part in name)
+
+    weights = ((name, _weight(name, shape, dtype, seed, deviation_of(name))) for name, shape in shapes.items())
     stored = (
         pair for name, weight in weights for pair in (tiny.store(name, weight) if tiny.store else ((name, weight),))
     )
@@ -52,7 +57,7 @@ def write_tiny(
     if tiny.stated:
         file = path / "config.json"
         file.write_text(json.dumps({**json.loads(file.read_text(encoding="utf-8")), **tiny.stated}, indent=2))
-    write_tokenizer(path)
+    tiny.tokenizer(path)
     return path
 
 
@@ -67,22 +72,17 @@ def tiny_config(architecture: str, settings: Mapping[str, Any]) -> Any:
 
 def published_class(config: Any) -> Any:
     """The class whose weights a publisher ships: of a multimodal architecture all its towers."""
-    from transformers.models.auto.modeling_auto import (
-        MODEL_FOR_CAUSAL_LM_MAPPING,
-        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-    )
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
-    if (defined := definition_of(config.model_type)) is not None:
-        return defined
-    for mapping in (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING):
-        if type(config) in mapping:
-            return mapping[type(config)]
-    raise ValueError(f"{config.model_type}: transformers has no class that generates text from it")
+    found = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(config), None) or text_class(config)
+    if found is None:
+        raise ValueError(f"{config.model_type}: transformers has no class that generates text from it")
+    return found
 
 
 def _weight(name: str, shape: torch.Size, dtype: torch.dtype, seed: int, deviation: float) -> torch.Tensor:
-    """Normal noise, around one for norms and zero for all else, biases and sinks included: zeros hide mistakes."""
+    """Normal noise, around one for norms' weights and zero for all else, biases and sinks too: zeros hide mistakes."""
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
     stored = torch.float32 if name.endswith("e_score_correction_bias") else dtype
     noise = torch.empty(shape, dtype=stored).normal_(0.0, deviation, generator=generator)
-    return noise + 1 if len(shape) == 1 and "norm" in name else noise
+    return noise + 1 if len(shape) == 1 and "norm" in name and not name.endswith("bias") else noise

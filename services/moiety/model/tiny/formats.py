@@ -1,27 +1,23 @@
-"""Writes tiny checkpoints in the quantised formats that publishers ship: the tensors, dtypes and config fields of each."""
+"""Tiny checkpoints in the quantised formats that publishers ship: the tensors, dtypes and config fields of each."""
 
 from __future__ import annotations
 
-import json
 import zlib
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from moiety.model.checkpoint import Checkpoint
-from moiety.model.headers import TensorEntry
-from moiety.model.reading import AWQ_COLUMNS, Reader
-from moiety.model.shards import write_shards
-from moiety.model.tiny import write_tiny
 from moiety_kernels.matrices import E2M1, Fp8Matrix, pack_nibbles
 
 GROUP = 32
+AWQ_COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)  # which of eight columns each nibble of a word holds, lowest first
+LINEAR = ("proj", "w1", "w2", "w3", "_mqa", "a_proj", "b_proj")  # how the names of linear layers end
 _INT4 = {"bits": 4, "group_size": GROUP}
-# name -> architecture, its sizes, and the quantization_config that such a checkpoint is published with
-TINY_FORMATS: Mapping[str, tuple[str, Mapping[str, Any], Mapping[str, Any]]] = {
-    # No matrix but those of the embedding is a whole number of 128 x 128 blocks, as DeepSeek-V3's kv_a_proj_with_mqa.
+Stored = Iterator[tuple[str, torch.Tensor]]
+# name -> architecture, its settings, and the quantization_config that such a checkpoint is published with
+FORMATS: Mapping[str, tuple[str, Mapping[str, Any], Mapping[str, Any]]] = {
+    # No matrix is a whole number of 128 x 128 blocks, as DeepSeek-V3's kv_a_proj_with_mqa.
     "deepseek_v3-fp8": (
         "deepseek_v3",
         {"hidden_size": 160, "moe_intermediate_size": 136},
@@ -97,40 +93,11 @@ TINY_FORMATS: Mapping[str, tuple[str, Mapping[str, Any], Mapping[str, Any]]] = {
 }
 
 
-def write_tiny_format(name: str, folder: str | Path, *, seed: int = 0, **overrides: Any) -> Path:
-    """Writes the checkpoint `name` (a key of TINY_FORMATS) to `folder`; returns the folder.
-
-    Codes and scales are as random as the weights they come from; `overrides` are config values, as for `write_tiny`.
-    """
-    if name not in TINY_FORMATS:
-        raise ValueError(f"format {name!r}: must be one of {', '.join(TINY_FORMATS)}")
-    architecture, sizes, quantization = TINY_FORMATS[name]
-    path = write_tiny(architecture, folder, seed=seed, **{**sizes, **overrides})
-    plain = Checkpoint.open(path)
-    with Reader() as reader:
-        tensors = [
-            pair
-            for tensor, entry in plain.tensors.items()
-            if isinstance(entry, TensorEntry)
-            for pair in _stored(quantization, tensor, reader.tensor(entry), seed)
-        ]
-    for shard in plain.shards:
-        shard.unlink()
-    write_shards(path, tensors)
-    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    config["quantization_config"] = dict(quantization)
-    (path / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-    return path
-
-
-def _stored(
-    quantization: Mapping[str, Any], name: str, tensor: torch.Tensor, seed: int
-) -> Iterator[tuple[str, torch.Tensor]]:
+def stored(method: str, name: str, tensor: torch.Tensor) -> Stored:
     """What the publisher ships for one tensor: itself, or codes and scales."""
-    method = quantization["quant_method"]
     module = name.removesuffix(".weight")
-    linear = tensor.dim() == 2 and module.endswith(("proj", "w1", "w2", "w3", "_mqa", "a_proj", "b_proj"))
-    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}/codes".encode()))
+    linear = tensor.dim() == 2 and module.endswith(LINEAR)
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{name}/codes".encode()))
     if method == "fp8" and linear:
         matrix = Fp8Matrix.of(tensor)
         yield name, matrix.codes
@@ -148,7 +115,7 @@ def _stored(
         yield name, tensor
 
 
-def _mxfp4(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+def _mxfp4(name: str, tensor: torch.Tensor) -> Stored:
     values = tensor.transpose(1, 2)  # [E, O, D]
     blocks = values.reshape(*values.shape[:2], -1, 32)
     largest = blocks.abs().amax(dim=3).clamp(min=1e-20)
@@ -170,7 +137,7 @@ def _int4(tensor: torch.Tensor, generator: torch.Generator | None) -> tuple[torc
     return codes.clamp(0, 15).to(torch.uint8).view(tensor.shape), scale, zero
 
 
-def _gptq(module: str, tensor: torch.Tensor, generator: torch.Generator) -> Iterator[tuple[str, torch.Tensor]]:
+def _gptq(module: str, tensor: torch.Tensor, generator: torch.Generator) -> Stored:
     codes, scale, zero = _int4(tensor, generator)
     yield f"{module}.qweight", _words(codes).T.contiguous()
     yield f"{module}.qzeros", _words((zero.T - 1) & 15)
@@ -178,7 +145,7 @@ def _gptq(module: str, tensor: torch.Tensor, generator: torch.Generator) -> Iter
     yield f"{module}.g_idx", torch.arange(tensor.shape[1], dtype=torch.int32) // GROUP
 
 
-def _awq(module: str, tensor: torch.Tensor, generator: torch.Generator) -> Iterator[tuple[str, torch.Tensor]]:
+def _awq(module: str, tensor: torch.Tensor, generator: torch.Generator) -> Stored:
     codes, scale, zero = _int4(tensor, generator)
 
     def interleaved(matrix: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,74 @@
+"""Encoder-decoders by plain transformers, for `parity`: one unpadded prompt at a time, one cached token after the other.
+
+A pass over a whole output would be another model: the experts of Switch Transformers and NLLB-MoE have room for so many
+tokens of a pass, and in a cached decode a pass is one token.
+
+NLLB-MoE as transformers computes it is no reference. Since 5.0 (still in 5.23) its `NllbMoeExperts` takes the router's 0/1
+mask for expert ids: experts 0 and 1 get every token, all others none. The reference is transformers with that one method
+replaced by what the model was published with, each token's own experts; tests hold it against a forward written from the
+paper alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import MethodType
+from typing import Any
+
+import torch
+
+WRONG_EXPERTS = "NllbMoeExperts"
+
+
+def is_one(model: Any) -> bool:
+    """Whether `model`, of transformers or a PlainReference, is an encoder-decoder."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def corrected(model: Any) -> Any:
+    """`model` with what transformers is known to compute wrongly put right; the same object."""
+    for module in model.modules():
+        if type(module).__name__ == WRONG_EXPERTS:
+            module.forward = MethodType(_own_experts, module)
+    return model
+
+
+@torch.inference_mode()
+def outputs(
+    model: Any, prompts: Sequence[Sequence[int]], new_tokens: int
+) -> tuple[list[list[int]], list[torch.Tensor]]:
+    """(decoder start + greedy tokens, logits [1 + new tokens, V]) of each prompt."""
+    texts, logits = [], []
+    for prompt in prompts:
+        text = model.generate(torch.tensor([prompt]), max_new_tokens=new_tokens, do_sample=False)[0].tolist()
+        texts.append(text)
+        logits.append(decoded(model, prompt, text))
+    return texts, logits
+
+
+@torch.inference_mode()
+def decoded(model: Any, prompt: Sequence[int], text: Sequence[int], noise: torch.Tensor | None = None) -> torch.Tensor:
+    """Logits [len(text), V] behind each token of `text`; `noise` [prompt tokens, D] scales the prompt's embeddings."""
+    ids = torch.tensor([prompt])
+    if noise is None:
+        encoded = model.get_encoder()(input_ids=ids)
+    else:
+        encoded = model.get_encoder()(inputs_embeds=model.get_input_embeddings()(ids) * noise)
+    cache, logits = None, []
+    for token in text:
+        step = model(
+            encoder_outputs=encoded, decoder_input_ids=torch.tensor([[token]]), past_key_values=cache, use_cache=True
+        )
+        cache = step.past_key_values
+        logits.append(step.logits[0, 0].float())
+    return torch.stack(logits)
+
+
+def _own_experts(module: Any, hidden_states: torch.Tensor, _: torch.Tensor, router_probs: torch.Tensor) -> torch.Tensor:
+    """Stands where NllbMoeExperts.forward stood: hidden [T, D], and gates [T, E] that are zero but for a token's experts."""
+    summed = torch.zeros_like(hidden_states)
+    for expert in range(module.num_experts):
+        tokens = router_probs[:, expert].nonzero()[:, 0]
+        computed = module[f"expert_{expert}"](hidden_states[tokens]) * router_probs[tokens, expert, None]
+        summed.index_add_(0, tokens, (computed * (1 - module.moe_token_dropout)).to(summed.dtype))
+    return summed

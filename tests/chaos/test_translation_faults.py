@@ -1,0 +1,73 @@
+"""An encoder-decoder whole: text in, a target language, choices; and the loss of a router and of the only holder of experts."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from moiety.client import Client
+from moiety.errors import InvalidRequest
+from moiety.local import LocalCluster
+from moiety.model.tiny import write_tiny
+from streams import PROMPTS, Streams
+
+NEW_TOKENS = 24
+STRIKE_AT = 5
+FRENCH = 5  # fra_Latn
+
+
+async def said(client: Client, prompt: str | Sequence[int], **options: object) -> dict[int, list[int]]:
+    """Tokens by choice."""
+    choices: dict[int, list[int]] = {}
+    async for chunk in client.generate(prompt, max_tokens=8, ignore_eos=True, **options):  # type: ignore[arg-type]
+        choices.setdefault(chunk.choice, []).extend(chunk.token_ids)
+    return choices
+
+
+@pytest.mark.slow
+def test_translations_survive_a_router_and_the_only_holder(tmp_path: Path) -> None:
+    """Prompts and outputs so far are sent again: whoever takes over encodes the former and goes on behind the latter.
+
+    About 20 s: a cluster of its own, of another architecture than the session's.
+    """
+    folder = write_tiny("nllb-moe", tmp_path)
+    told = {"decoder_start_token_id": 2, "eos_token_id": 2, "forced_bos_token_id": FRENCH}
+    (folder / "generation_config.json").write_text(json.dumps(told))
+
+    async def scenario() -> None:
+        async with LocalCluster(str(folder), dtype="float32") as cluster, Client(cluster.address) as client:
+            expected = await Streams(client, NEW_TOKENS).finish()
+            assert all(tokens[0] == FRENCH for tokens in expected), "what the checkpoint forces"
+            english = await said(client, PROMPTS[0], first_token="eng_Latn")
+            assert english[0][0] == FRENCH - 1
+            assert (await said(client, PROMPTS[0], first_token=FRENCH - 1)) == english
+            with pytest.raises(InvalidRequest, match=r"sampling\.first_token = \'deu_Latn\'"):
+                await said(client, PROMPTS[0], first_token="deu_Latn")
+            with pytest.raises(InvalidRequest, match="prompt_logprobs"):
+                await said(client, PROMPTS[0], prompt_logprobs=True)
+            with pytest.raises(InvalidRequest, match=r"sampling\.max_tokens = 600: must be 1 to 511"):
+                await client.generate(PROMPTS[0], max_tokens=600).__anext__()
+            choices = await said(client, "The experts run where there is room.", n=3)
+            assert len(choices) == 3
+            assert len(set(map(tuple, choices.values()))) == 1, "greedy choices are alike"
+
+            doomed = cluster.router()
+            await cluster.add_router()
+            streams = Streams(client, NEW_TOKENS)
+            await streams.reach(STRIKE_AT)
+            doomed.signal(signal.SIGKILL)
+            assert await streams.finish() == expected
+            await doomed.ended()
+
+            streams = Streams(client, NEW_TOKENS)
+            await streams.reach(STRIKE_AT)
+            cluster.experts(1)[0].signal(signal.SIGKILL)
+            await cluster.add_expert(1)
+            assert await streams.finish() == expected
+
+    asyncio.run(scenario())

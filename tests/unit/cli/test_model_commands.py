@@ -1,0 +1,104 @@
+"""`moiety models`, `moiety inspect` and the options of `moiety parity --all-tiny`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from moiety.model.supported import REFUSED, served_architectures
+from moiety.tools.parity import ParityReport, PromptResult
+from moiety.tools.parity_all import BEGIN, END, Verdict, summary, write_table
+
+
+def test_models_lists_served_and_refused(moiety: Callable, tmp_path: Path) -> None:
+    """Every architecture has a line with its way, gate and caches; every refused one its reason."""
+    file = tmp_path / "models.json"
+    outcome = moiety("models", "--json", str(file))
+    assert outcome.status == 0, outcome.err
+    by_name = {line.split()[0]: line for line in outcome.out.splitlines() if line}
+    assert served_architectures() | REFUSED.keys() <= by_name.keys()
+    assert by_name["deepseek_v3"].split(maxsplit=2)[1:] == [
+        "seam",
+        "sigmoid + bias, group-limited top-k    latent",
+    ]
+    assert by_name["grok-1"].split()[1] == "definition"
+    assert by_name["jamba"].split("  ")[-1].strip() == "attention, linear"
+    assert REFUSED["beam"] in by_name["beam"]
+    written = json.loads(file.read_text())
+    assert {one["architecture"] for one in written["supported"]} == served_architectures()
+
+
+def test_inspect_tells_sizes(tiny: Callable[[str], str], moiety: Callable, tmp_path: Path) -> None:
+    """Sizes as text and as JSON, with the groups for a memory."""
+    file = tmp_path / "inspect.json"
+    outcome = moiety("inspect", tiny("qwen3_moe"), "--memory", "1GiB", "--json", str(file))
+    assert outcome.status == 0, outcome.err
+    assert "4, of them 4 with 16 experts, top 4" in outcome.out
+    assert json.loads(file.read_text())["groups"] == 1
+
+
+def test_inspect_refuses_a_wrong_memory(tiny: Callable[[str], str], moiety: Callable) -> None:
+    """A memory that is none is told as it was given."""
+    outcome = moiety("inspect", tiny("qwen3_moe"), "--memory", "much")
+    assert outcome.status == 2
+    assert "'much': must be a number of bytes, such as 24GiB" in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ((), "give either CHECKPOINT or --all-tiny"),
+        (("x", "--all-tiny"), "give either CHECKPOINT or --all-tiny"),
+        (("x", "--only", "mixtral"), "--only and --write belong to --all-tiny"),
+        (("--all-tiny", "--only", "mixtral,bert"), "architecture 'bert': must be one of"),
+    ],
+)
+def test_parity_options_that_do_not_fit(moiety: Callable, words: tuple[str, ...], told: str) -> None:
+    """What cannot be meant is refused before anything starts."""
+    outcome = moiety("parity", *words)
+    assert outcome.status == 2
+    assert told in outcome.err
+
+
+def verdict(name: str, *, identical: int) -> Verdict:
+    """Of eight prompts, of which so many are identical."""
+    prompts = [PromptResult(3, 24, None if number < identical else 7, False, 1e-5, 0.5) for number in range(8)]
+    return Verdict(name, "seam", ParityReport(name, "float32", 2, tuple(prompts)))
+
+
+def test_the_table_goes_between_its_markers(tmp_path: Path) -> None:
+    """What was between them is replaced, what is around them stays; the last line counts."""
+    file = tmp_path / "README.md"
+    file.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    failed = Verdict("third", "adapter", None, "RuntimeError: no")
+    write_table(file, [verdict("first", identical=8), verdict("second", identical=7), failed])
+    text = file.read_text()
+    assert text.startswith(f"before\n{BEGIN}\n| architecture |")
+    assert text.endswith(f"FAIL: 1/3 architectures token for token in float32: not second, third\n{END}\nafter\n")
+    assert "old" not in text
+    assert "| first | 8/8 | 1.0e-05 | seam |" in text
+    assert "| third | failed: RuntimeError: no |  | adapter |" in text
+    assert summary([verdict("first", identical=8)]).startswith("PASS: 1/1")
+
+
+def test_some_rows_can_be_written_again(tmp_path: Path) -> None:
+    """With --only, the other rows stay, in order of name, and are counted with the new ones."""
+    file = tmp_path / "README.md"
+    file.write_text(f"{BEGIN}\n{END}\n")
+    write_table(file, [verdict("b", identical=7), verdict("d", identical=8)])
+    write_table(file, [verdict("c", identical=8), verdict("b", identical=8)], keep=True)
+    rows = [line.split(" | ")[:2] for line in file.read_text().splitlines() if line.startswith("| ")]
+    assert rows[2:] == [["| b", "8/8"], ["| c", "8/8"], ["| d", "8/8"]]
+    assert "PASS: 3/3" in file.read_text()
+
+
+def test_a_file_without_markers_is_told(tmp_path: Path) -> None:
+    """A table is never written to a place that was not made for it."""
+    file = tmp_path / "README.md"
+    file.write_text("nothing")
+    with pytest.raises(ValueError, match="has no lines"):
+        write_table(file, [])
+    assert file.read_text() == "nothing"
