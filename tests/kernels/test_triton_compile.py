@@ -12,10 +12,10 @@ pytest.importorskip("triton", reason="triton is not installed: pip install 'moie
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_every_configuration_fits_an_sm():
     """At every line of the table of tiles, for four models' shapes and each kind of weights: no spills, shared memory
-    within 227 KiB, prefill on wgmma with asynchronous copies. Takes 30 s: it compiles some 100 kernels, in a process of its
+    within 227 KiB, prefill on wgmma with asynchronous copies. Takes 35 s: it compiles some 140 kernels, in a process of its
     own since this one's are interpreted.
     """
     command = [sys.executable, "-W", "ignore", "-m", "moiety_kernels.gpu.aot", "--json"]

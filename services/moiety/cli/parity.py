@@ -23,7 +23,7 @@ from moiety.cli.run import progress, run_async
 @click.option(
     "--write",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="With --all-tiny: put the table into this file, between its two `parity` marker lines.",
+    help="With --all-tiny: put the table into this file, between its two `parity` marker lines; with --only, its rows.",
 )
 @click.option(
     "--references",
@@ -113,5 +113,5 @@ def _all_tiny(
     click.echo(summary(verdicts))
     write_json(json_file, [{"ok": verdict.ok, **asdict(verdict)} for verdict in verdicts])
     if write is not None:
-        write_table(write, verdicts)
+        write_table(write, verdicts, keep=bool(names))
     return all(verdict.ok for verdict in verdicts)

@@ -94,10 +94,11 @@ def experts_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
     The layers of an encoder come before those of its decoder.
     """
+    apart = tuple(f"{path}." for path in towers(model))  # a tower may have experts of its own
     return [
         (path, module)
         for path, module in model.named_modules()
-        if _behind_the_seam(type(module)) or adapter_of(type(module)) is not None
+        if (_behind_the_seam(type(module)) or adapter_of(type(module)) is not None) and not path.startswith(apart)
     ]
 
 

@@ -153,7 +153,7 @@ def _compressed(tensors: _Tensors, config: Mapping[str, Any]) -> Iterator[tuple[
     """compressed-tensors, pack-quantized: X.weight_packed [O, D / codes in an int32], X.weight_scale [O, G]."""
     if (form := config.get("format")) != "pack-quantized":
         raise _UnservedError(f"format {form}: must be pack-quantized")
-    groups = [(group.get("targets", ()), _weights_of(group)) for group in config.get("config_groups", {}).values()]
+    groups = [(_targets(group), _weights_of(group)) for group in config.get("config_groups", {}).values()]
     for tensor, codes in tensors.items():
         if not tensor.endswith(".weight_packed"):
             continue
@@ -161,7 +161,7 @@ def _compressed(tensors: _Tensors, config: Mapping[str, Any]) -> Iterator[tuple[
         scale = _part(tensors, f"{name}.weight_scale", tensor)
         if f"{name}.weight_g_idx" in tensors:
             raise _UnservedError(f"{name} has columns in another order (weight_g_idx), which is not served")
-        bits = next((bits for targets, bits in groups if _targeted(name, targets)), None)
+        bits = next((bits for targets, bits in groups if targets.match(name)), None)
         if bits is None:
             raise _UnservedError(f"no config group targets {name}")
         shape = (codes.shape[0], codes.shape[1] * 32 // bits)
@@ -185,12 +185,15 @@ def _weights_of(group: Mapping[str, Any]) -> int:
     return int(weights["num_bits"])
 
 
-def _targeted(name: str, targets: Any) -> bool:
-    """As compressed-tensors matches a module: by class, by name, or by a regular expression after `re:`."""
-    return any(
-        target == "Linear" or target == name or (target.startswith("re:") and re.match(target[3:], name))
-        for target in targets
-    )
+def _targets(group: Mapping[str, Any]) -> re.Pattern[str]:
+    """What compressed-tensors matches modules by: class, name, or a regular expression after `re:`. One pattern of all: a
+    large model has tens of thousands of modules, and of targets hundreds.
+    """
+    parts = [
+        target[3:] if target.startswith("re:") else ".*" if target == "Linear" else f"{re.escape(target)}$"
+        for target in group.get("targets", ())
+    ]
+    return re.compile("|".join(f"(?:{part})" for part in parts) or "(?!)")
 
 
 def _only_four_bits(config: Mapping[str, Any]) -> None:

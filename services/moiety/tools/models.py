@@ -38,13 +38,14 @@ def caches_of(config: Any) -> tuple[str, ...]:
     """The kinds of cache that a config's layers need, sorted."""
     text = config.get_text_config()
     kinds = {
-        KINDS.get(kind, kind.removesuffix("_attention")) for part in PARTS for kind in getattr(text, part, None) or ()
+        KINDS.get(kind, kind.removesuffix("_attention")) for part in PARTS for kind in getattr(text, part, ()) or ()
     }
+    value = vars(text)  # as an attribute, what differs by layer cannot be read
     kinds -= {"moe", "mlp"}
     if not kinds:
-        windowed = getattr(text, "sliding_window", None) and getattr(text, "use_sliding_window", True)
+        windowed = value.get("sliding_window") and value.get("use_sliding_window", True)
         kinds = {"sliding" if windowed else "attention"}
-    if getattr(text, "kv_lora_rank", None):
+    if value.get("kv_lora_rank"):
         kinds = (kinds - {"attention"}) | {"latent"}
     if config.is_encoder_decoder:
         kinds.add("cross-attention")

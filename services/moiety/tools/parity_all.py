@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
@@ -71,23 +72,30 @@ async def run_all(
 
 def summary(verdicts: Sequence[Verdict]) -> str:
     """The last line: how many hold, and which do not."""
-    held = sum(verdict.ok for verdict in verdicts)
-    failed = [verdict.name for verdict in verdicts if not verdict.ok]
-    told = f": not {', '.join(failed)}" if failed else ""
-    return f"{'FAIL' if failed else 'PASS'}: {held}/{len(verdicts)} architectures token for token in float32{told}"
+    return _count([verdict.cells for verdict in verdicts])
 
 
-def table(verdicts: Sequence[Verdict]) -> str:
-    """The table in Markdown."""
-    rows = [HEAD, ("---",) * len(HEAD), *(verdict.cells for verdict in verdicts)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+def write_table(file: Path, verdicts: Sequence[Verdict], *, keep: bool = False) -> None:
+    """Writes the table in Markdown, and its count, between the two marker lines of `file`; with `keep`, into what is there.
 
-
-def write_table(file: Path, verdicts: Sequence[Verdict]) -> None:
-    """Replaces what is between the two marker lines of `file`. Raises ValueError where they are missing."""
+    Raises ValueError where a marker is missing.
+    """
     text = file.read_text(encoding="utf-8")
     before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
+    old, end, after = rest.partition(END)
     if not begin or not end:
         raise ValueError(f"{file}: has no lines {BEGIN} and {END} to write the table between")
-    file.write_text(f"{before}{BEGIN}\n{table(verdicts)}\n\n{summary(verdicts)}\n{END}{after}", encoding="utf-8")
+    lines = old.splitlines() if keep else []
+    known = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in lines if line.startswith("| ")]
+    rows = {cells[0]: tuple(cells) for cells in known[2:]}  # behind the head and its rule
+    rows |= {verdict.name: verdict.cells for verdict in verdicts}
+    ordered = [rows[name] for name in sorted(rows)]
+    table = "\n".join(f"| {' | '.join(row)} |" for row in (HEAD, ("---",) * len(HEAD), *ordered))
+    file.write_text(f"{before}{BEGIN}\n{table}\n\n{_count(ordered)}\n{END}{after}", encoding="utf-8")
+
+
+def _count(rows: Sequence[tuple[str, ...]]) -> str:
+    failed = [cells[0] for cells in rows if not re.fullmatch(r"(\d+)/\1", cells[1])]
+    told = f": not {', '.join(failed)}" if failed else ""
+    held = len(rows) - len(failed)
+    return f"{'FAIL' if failed else 'PASS'}: {held}/{len(rows)} architectures token for token in float32{told}"

@@ -25,6 +25,7 @@ def test_models_lists_served_and_refused(moiety: Callable, tmp_path: Path) -> No
         "sigmoid + bias, group-limited top-k    latent",
     ]
     assert by_name["grok-1"].split()[1] == "definition"
+    assert by_name["jamba"].split("  ")[-1].strip() == "attention, linear"
     assert REFUSED["beam"] in by_name["beam"]
     written = json.loads(file.read_text())
     assert {one["architecture"] for one in written["supported"]} == served_architectures()
@@ -81,6 +82,17 @@ def test_the_table_goes_between_its_markers(tmp_path: Path) -> None:
     assert "| first | 8/8 | 1.0e-05 | seam |" in text
     assert "| third | failed: RuntimeError: no |  | adapter |" in text
     assert summary([verdict("first", identical=8)]).startswith("PASS: 1/1")
+
+
+def test_some_rows_can_be_written_again(tmp_path: Path) -> None:
+    """With --only, the other rows stay, in order of name, and are counted with the new ones."""
+    file = tmp_path / "README.md"
+    file.write_text(f"{BEGIN}\n{END}\n")
+    write_table(file, [verdict("b", identical=7), verdict("d", identical=8)])
+    write_table(file, [verdict("c", identical=8), verdict("b", identical=8)], keep=True)
+    rows = [line.split(" | ")[:2] for line in file.read_text().splitlines() if line.startswith("| ")]
+    assert rows[2:] == [["| b", "8/8"], ["| c", "8/8"], ["| d", "8/8"]]
+    assert "PASS: 3/3" in file.read_text()
 
 
 def test_a_file_without_markers_is_told(tmp_path: Path) -> None:
