@@ -21,6 +21,7 @@ from moiety.core import Busy, ExpertSet, Placement
 from moiety.errors import ConfigError, RegistryUnreachable
 from moiety.load.connect import connect
 from moiety.load.embedded import EmbeddedRedis
+from moiety.load.listing import digest_of
 from moiety.load.registry import BUSY_TTL_S, DEMAND_TTL_S, TTL_S, WAKE_TTL_S, Registry
 
 
@@ -121,9 +122,12 @@ def test_broken_entries_are_skipped_with_one_warning(
     }
     for name, text in broken.items():
         redis_cli.set(f"{key}replica:{name}", text)
+        redis_cli.set(f"{key}beat:{name}", digest_of(text))
         redis_cli.sadd(f"{key}replicas", name)
-    redis_cli.lpush(f"{key}replica:wrong-type", "x")
-    redis_cli.sadd(f"{key}replicas", "wrong-type")
+    redis_cli.lpush(f"{key}replica:list-key", "x")
+    redis_cli.lpush(f"{key}beat:list-beat", "x")
+    redis_cli.mset({f"{key}beat:list-key": "x", f"{key}replica:list-beat": "x"})
+    redis_cli.sadd(f"{key}replicas", "list-key", "list-beat")
     redis_cli.set(f"{key}busy:e1", '{"busy": "very"}')
     redis_cli.set(f"{key}busy:e2", '{"busy": NaN}')
     redis_cli.sadd(f"{key}reporters", "e1", "e2")
@@ -150,7 +154,7 @@ def test_broken_entries_are_skipped_with_one_warning(
     with caplog.at_level(logging.WARNING):
         asyncio.run(behaviour())
     warned = [record.getMessage() for record in caplog.records]
-    assert len(warned) == len(set(warned)) == len(broken) + 1 + 2 + 2 + 1 + 1 + 1
+    assert len(warned) == len(set(warned)) == len(broken) + 2 + 2 + 1 + 1 + 1
     assert any("replica:role " in message and "field role = 'chef'" in message for message in warned)
 
 
