@@ -10,7 +10,8 @@ Keys, all under `moiety:{<app>}:` (the braces keep one Redis Cluster slot):
     decisions      stream, 1,000 entries
 
 A beat that finds its own digest only renews it; another, or none, means that the entry must be written. Readers list the
-digests, or only learn that the list is the one they know, and fetch the entries that are new to them.
+digests, or only learn that the list is the one they know, and fetch the entries that are new to them. Of counters they
+fetch those whose `stamp`, a field that each flush sets anew, they have not read.
 """
 
 from __future__ import annotations
@@ -62,6 +63,9 @@ class RedisRegistry:
         self._reader = entries.TolerantReader()
         self._written: dict[str, tuple[bytes, float]] = {}  # replica id -> digest and time of its last whole write
         self._listings: dict[str, Listing] = {}  # the last reading of each set of replicas
+        self._demand: dict[
+            str, tuple[bytes, Demand]
+        ] = {}  # writer -> stamp and counters of its last flush that was read
 
     async def register(self, replica: Replica) -> None:
         text = entries.replica_to_json(replica)
@@ -130,7 +134,7 @@ class RedisRegistry:
         lifetime_s = int(DEMAND_TTL_S)
         load, hot = self._key("load", writer), self._key("hot", writer)
         async with self._store() as client, client.pipeline(transaction=True) as pipeline:
-            pipeline.hset(load, mapping=entries.demand_to_fields(demand))
+            pipeline.hset(load, mapping={**entries.demand_to_fields(demand), "stamp": uuid.uuid4().hex})
             pipeline.expire(load, lifetime_s)
             pipeline.sadd(self._key("writers"), writer)
             pipeline.delete(hot)
@@ -142,13 +146,22 @@ class RedisRegistry:
             await pipeline.execute()
 
     async def demand(self) -> Mapping[str, Demand]:
-        names = entries.DEMAND_FIELDS
-        found = await self._script(redis_scripts.READ_HASHES, ["writers"], self._key("load", ""), *names)
-
-        def decode(values: Sequence[bytes | None]) -> Demand:
-            return entries.demand_from_fields(dict(zip(names, values, strict=False)))
-
-        return self._decoded("load", found, decode)
+        names, known = ("stamp", *entries.DEMAND_FIELDS), self._demand
+        stamps = (part for writer, (stamp, _) in known.items() for part in (writer, stamp))
+        found = await self._script(
+            redis_scripts.READ_HASHES, ["writers"], self._key("load", ""), len(names), *names, *stamps
+        )
+        latest: dict[str, tuple[bytes, Demand]] = {}
+        for raw_id, fields in zip(found[::2], found[1::2], strict=True):
+            writer = raw_id.decode(errors="replace")
+            if isinstance(fields, bytes):  # the stamp: not flushed since it was read
+                latest[writer] = known[writer]
+                continue
+            values = dict(zip(names, fields, strict=False))
+            if (demand := self._reader.read(f"load:{writer}", entries.demand_from_fields, values)) is not None:
+                latest[writer] = (values["stamp"] or b"", demand)
+        self._demand = latest
+        return {writer: demand for writer, (_, demand) in latest.items()}
 
     async def publish_busy(self, replica_id: str, busy: Busy) -> None:
         # In this order and not as one transaction: a reader prunes the id only while the key is absent.
@@ -229,7 +242,7 @@ class RedisRegistry:
                 live[name] = value
         return live
 
-    async def _script(self, script: str, keys: Sequence[str], *arguments: str | int) -> Any:
+    async def _script(self, script: str, keys: Sequence[str], *arguments: str | bytes | int) -> Any:
         async with self._store() as client:
             return await client.eval(script, len(keys), *(self._key(key) for key in keys), *arguments)
 

@@ -27,18 +27,26 @@ if found[1] == ARGV[2] then return {found[1]} end
 return found
 """
 
-# KEYS: a set of ids. ARGV: key prefix, field names. -> [id, [field value or nil, …], …]; prunes as above.
+# KEYS: a set of ids. ARGV: key prefix, how many fields, their names (`stamp` first), then id, stamp of those known.
+# -> [id, stamp where that is known, else [field value or nil, …], …]; prunes as above. A wrong type reads as no fields.
 READ_HASHES = """
-local found = {}
+local found, known, fields = {}, {}, ARGV[2] + 2
+for index = fields + 1, #ARGV, 2 do known[ARGV[index]] = ARGV[index + 1] end
 for _, id in ipairs(redis.call('SMEMBERS', KEYS[1])) do
   local key = ARGV[1] .. id
-  if redis.call('EXISTS', key) == 1 then
-    local fields = redis.pcall('HMGET', key, unpack(ARGV, 2))
-    if fields.err then fields = {} end
+  local value = redis.pcall('HGET', key, ARGV[3])
+  if not value or value ~= known[id] then
+    if redis.call('EXISTS', key) == 1 then
+      value = redis.pcall('HMGET', key, unpack(ARGV, 3, fields))
+      if value.err then value = {} end
+    else
+      value = nil
+      redis.call('SREM', KEYS[1], id)
+    end
+  end
+  if value then
     found[#found + 1] = id
-    found[#found + 1] = fields
-  else
-    redis.call('SREM', KEYS[1], id)
+    found[#found + 1] = value
   end
 end
 return found

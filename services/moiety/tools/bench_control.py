@@ -153,7 +153,10 @@ async def _redis(work: ControlWork, replicas: Sequence[Replica], heat: np.ndarra
             total = loads * await cost([registry.publish_demand(f"router-{i}", demand) for i in range(work.routers)])
             total += beats * await cost([registry.placement_epoch() for _ in replicas])
             total += loads * await cost([registry.publish_busy(replica.id, busy) for replica in replicas])
-            total += (1 / AUTOSCALER_S) * await cost([registry.busy(), registry.demand(), registry.wakes()])
+            # The autoscaler: all counters once a second, as often as they are written, and the rest at each reading.
+            total += loads * await cost([registry.demand()])
+            total += (1 / AUTOSCALER_S - loads) * await cost([registry.demand()])
+            total += (1 / AUTOSCALER_S) * await cost([registry.busy(), registry.wakes(), registry.placement()])
             reads = round(work.routers / WATCH_S + 1 / AUTOSCALER_S)
             for _ in range(ATTEMPTS):  # on a busy machine the first entries expire before the last is written
                 written = await cost([registry.register(replica) for replica in replicas])
