@@ -161,11 +161,11 @@ async def _redis(work: ControlWork, replicas: Sequence[Replica], heat: np.ndarra
             for _ in range(ATTEMPTS):  # on a busy machine the first entries expire before the last is written
                 written = await cost([registry.register(replica) for replica in replicas])
                 read = await cost([registry.replicas()])
+                complete = len(await registry.replicas()) == len(replicas)
                 beat = await cost([registry.register(replica) for replica in replicas])
-                unchanged = await cost(
-                    [action() for _ in range(reads) for action in (registry.replicas, registry.generation)]
-                )
-                if len(await registry.replicas()) == len(replicas):
+                polls = [poll() for _ in range(reads) for poll in (registry.replicas, registry.generation)]
+                unchanged = await cost(polls)
+                if complete and len(await registry.replicas()) == len(replicas):
                     break
                 for replica in replicas:
                     await registry.deregister(replica.id)
