@@ -20,6 +20,7 @@ E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3
 E8M0_BIAS = 127
 GROUP = 64  # columns per scale where we quantise to int4 ourselves
 _INT4_LARGEST = 7
+_ROWS_AT_ONCE = 64
 _SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)  # of a group's scale, tried in turn: clipping outliers may cost less
 
 
@@ -71,9 +72,14 @@ class Int8Matrix:
     @classmethod
     def of(cls, matrix: torch.Tensor, *, rounds_rows: bool = False) -> Int8Matrix:
         """`matrix` [O, D], rounded to the nearest. A row of zeros has the scale 0."""
-        scale = matrix.abs().amax(dim=1).float() / 127
-        steps = (matrix.float() / scale.clamp(min=torch.finfo(torch.float32).tiny)[:, None]).round_()
-        return cls(steps.add_(INT8_ZERO).to(torch.uint8), scale, rounds_rows)
+        scale = matrix.amax(dim=1).maximum(-matrix.amin(dim=1)).float() / 127
+        divisor = scale.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
+        codes = torch.empty(matrix.shape, dtype=torch.uint8, device=matrix.device)
+        # Some rows at a time: a float32 copy of each matrix, made and freed, leaves holes that a replica's memory keeps.
+        for start in range(0, len(matrix), _ROWS_AT_ONCE):
+            span = slice(start, start + _ROWS_AT_ONCE)
+            codes[span] = (matrix[span].float() / divisor[span]).round_().add_(INT8_ZERO)
+        return cls(codes, scale, rounds_rows)
 
     def dequantised(self, dtype: torch.dtype) -> torch.Tensor:
         return (self.codes.float() - INT8_ZERO).mul_(self.scale[:, None]).to(dtype)

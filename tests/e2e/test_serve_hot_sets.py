@@ -68,9 +68,9 @@ def test_a_hot_set_comes_and_goes_with_the_heat(app: DeployedApp, ray_head: RayH
                     group.create_task(stream())
                 try:
                     await until(lambda: serves(registry, "hot-0"))
-                    after = {each.deployment: each.pid for each in await ready(registry)}
+                    after = {each.pid for each in await ready(registry)}
                     hot = next(each for each in await ready(registry) if each.deployment == "hot-0")
-                    assert {name: after[name] for name in before} == before
+                    assert after >= set(before.values())
                     assert 0 < len(hot.held) <= 4
                 finally:
                     ending.set()
@@ -79,9 +79,8 @@ def test_a_hot_set_comes_and_goes_with_the_heat(app: DeployedApp, ray_head: RayH
         for entry in await registry.decisions():
             print(f"{entry['deployment']} {entry['from']} → {entry['to']}: {entry['reason']}")
         moves = [(entry["deployment"], entry["from"], entry["to"]) for entry in await registry.decisions()]
-        assert moves[0][0] == "placement"
-        assert ("hot-0", 0, 1) in moves
-        assert ("hot-0", 1, 0) in moves
+        assert moves.index(("placement", 1, 2)) < moves.index(("hot-0", 0, 1)) < moves.index(("hot-0", 1, 0))
+        assert {name for name, _, _ in moves} <= {"placement", "hot-0", "router"}  # the router may follow its own queue
 
     asyncio.run(_with_registry(ray_head.redis_url, check))
 

@@ -101,10 +101,19 @@ def test_every_shape_of_batch(counts: tuple[int, ...]):
         assert error(out, in_float64(rows, counts, weights, {})) <= BOUND[torch.float32]
 
 
-@pytest.mark.parametrize("dtype", BOUND, ids=str)
-@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
-def test_every_kind_of_expert(kind: dict[str, Any], dtype: torch.dtype):
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *((name, torch.bfloat16) for name in KINDS),
+        ("gpt-oss", torch.float32),
+        ("gelu", torch.float32),
+        ("swiglu", torch.float16),
+    ],
+    ids=str,
+)
+def test_every_kind_of_expert(name: str, dtype: torch.dtype):
     """Every activation, gated or not, interleaved or side by side, stays within the bound of its dtype."""
+    kind = KINDS[name]
     counts = (2, 0, 3)
     rows = make_rows(sum(counts), dtype)
     weights = [make_weights(kind, dtype, seed) for seed in range(len(counts))]

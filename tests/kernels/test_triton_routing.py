@@ -24,7 +24,7 @@ SHAPES = {
     "one token": (1, 1, 4),  # decode, top-1
     "one block": (16, 8, 128),  # exactly the assignments that one launch sorts
     "two blocks": (43, 3, 5),  # one more: counts, scan, places; a block that is nearly empty
-    "many experts": (40, 8, 257),  # more than 256, no power of two
+    "many experts": (20, 8, 257),  # more than 256, no power of two
     "no token": (0, 2, 4),
 }
 

@@ -5,7 +5,9 @@ Imports torch, never transformers.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterable
+from contextlib import suppress
 
 import torch
 
@@ -19,6 +21,8 @@ from moiety.model.reading import FLOATS, Reader, of_expert
 from moiety_kernels import ExpertWeights, Matrix
 from moiety_kernels.matrices import joined
 from moiety_kernels.weights import dequantised
+
+GIVE_BACK = 32  # experts between returns of freed memory to the system
 
 
 def load_experts(
@@ -41,14 +45,24 @@ def load_experts(
     """
     loaded: dict[tuple[int, int], ExpertWeights] = {}
     with Reader() as reader:
-        for layer, number in sorted(held):
+        for count, (layer, number) in enumerate(sorted(held)):
+            if count % GIVE_BACK == 0:
+                _give_back()
             expert, part = divmod(number, slices)
             weights = load_expert(reader, checkpoint, layout, layer, expert, dtype)
             if slices > 1:
                 weights = slice_of(weights, layout.shape.mlp, part, slices, dtype)
             weights = weights.to(device)
             loaded[layer, number] = weights.quantised(rounds_rows=True) if int8 else weights
+            del weights
+    _give_back()
     return loaded
+
+
+def _give_back() -> None:
+    """Returns freed memory to the system: what conversions leave between the weights glibc would keep, a quarter of them."""
+    with suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def load_expert(

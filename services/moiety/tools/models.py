@@ -37,9 +37,8 @@ def supported() -> Iterator[Supported]:
 def caches_of(config: Any) -> tuple[str, ...]:
     """The kinds of cache that a config's layers need, sorted."""
     text = config.get_text_config()
-    kinds = {
-        KINDS.get(kind, kind.removesuffix("_attention")) for part in PARTS for kind in getattr(text, part, ()) or ()
-    }
+    words = next((words for part in PARTS if (words := getattr(text, part, None))), ())
+    kinds = {KINDS.get(word, word.removesuffix("_attention")) for word in words}
     value = vars(text)  # as an attribute, what differs by layer cannot be read
     kinds -= {"moe", "mlp"}
     if not kinds:

@@ -117,7 +117,7 @@ def test_another_run_s_output_is_not_overwritten(source: Path, tmp_path: Path, t
 @pytest.mark.timeout(900)
 def test_mixed_beats_uniform_int4_at_equal_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """On a trained model the mixed choice loses less than every expert at 4 bits. It takes minutes: it trains the model."""
-    rows = bench_quantize(tmp_path)
+    rows = bench_quantize(tmp_path, steps=150)
     with capsys.disabled():
         print("", *quality_lines(rows), sep="\n")
     by_name = {row.name: row for row in rows}

@@ -98,7 +98,7 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
     "dots3_note": {
         "text_config": _DOTS3,
         "vision_config": {"mlp_layer_types": ["dense"], "adapter_in_dim": 32, "adapter_out_dim": 64},
-        "audio_config": {"adapter_input_size": 32, "adapter_output_size": 64},
+        "audio_config": {"adapter_input_size": 32, "adapter_out_dim": 64},
     },
     "glm5_next": {"text_config": {"num_key_value_heads": 4}},
     "dbrx": {
