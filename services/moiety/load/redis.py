@@ -63,9 +63,7 @@ class RedisRegistry:
         self._reader = entries.TolerantReader()
         self._written: dict[str, tuple[bytes, float]] = {}  # replica id -> digest and time of its last whole write
         self._listings: dict[str, Listing] = {}  # the last reading of each set of replicas
-        self._demand: dict[
-            str, tuple[bytes, Demand]
-        ] = {}  # writer -> stamp and counters of its last flush that was read
+        self._demand: dict[str, tuple[bytes, Demand]] = {}  # writer -> stamp and counters, as read last
 
     async def register(self, replica: Replica) -> None:
         text = entries.replica_to_json(replica)
