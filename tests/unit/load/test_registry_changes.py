@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import uuid
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import Awaitable
 
 import pytest
 import redis
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from load_support import demand_of, expert_replica
+from load_support import demand_of, expert_replica, opened
 
 from moiety.core import ExpertSet, Replica
 from moiety.load.embedded import EmbeddedRedis
@@ -29,16 +28,6 @@ STEPS = st.lists(
     ),
     max_size=12,
 )
-
-
-@contextlib.asynccontextmanager
-async def opened(url: str, app: str) -> AsyncIterator[RedisRegistry]:
-    """A registry that is closed at the end."""
-    registry = RedisRegistry(url, app)
-    try:
-        yield registry
-    finally:
-        await registry.close()
 
 
 class System:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import signal
@@ -11,11 +10,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 
 import pytest
 import redis
-from load_support import demand_of, eventually, expert_replica
+from load_support import demand_of, eventually, expert_replica, opened
 
 from moiety.core import Busy, ExpertSet, Placement
 from moiety.errors import ConfigError, RegistryUnreachable
@@ -23,16 +22,6 @@ from moiety.load.connect import connect
 from moiety.load.embedded import EmbeddedRedis
 from moiety.load.listing import digest_of
 from moiety.load.registry import BUSY_TTL_S, DEMAND_TTL_S, TTL_S, WAKE_TTL_S, Registry
-
-
-@contextlib.asynccontextmanager
-async def opened(url: str, app: str) -> AsyncIterator[Registry]:
-    """A registry that is closed at the end."""
-    registry = connect(url, app)
-    try:
-        yield registry
-    finally:
-        await registry.close()
 
 
 @pytest.fixture
