@@ -153,7 +153,7 @@ def experts_kernel(dtype: torch.dtype, expert: ExpertWeights) -> Callable[..., N
         return None
     name, kind = f"moiety_experts_{_ROWS[dtype]}", expert.kind
     if kind == str(dtype).removeprefix("torch."):
-        return library.function(name, *_SIGNATURE)
+        return library.function(f"{name}_pairs" if kind == "bfloat16" and library.pairs else name, *_SIGNATURE)
     _, scales, gate_up_group, _, down_group = expert.held
     groups = (gate_up_group, down_group)
     if kind == "int4" and all(map(_ends_between_lanes, groups, expert.form[:2])):

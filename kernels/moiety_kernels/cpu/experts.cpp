@@ -229,6 +229,7 @@ extern "C" {
 
 MOIETY_EXPERTS(moiety_experts_f32, float, float)
 MOIETY_EXPERTS(moiety_experts_bf16, bf16, bf16)
+MOIETY_EXPERTS(moiety_experts_bf16_pairs, bf16, moiety::Pairs)
 MOIETY_EXPERTS_OF(_int8, moiety::Int8)
 MOIETY_EXPERTS_OF(_int8_rows, std::uint8_t)
 MOIETY_EXPERTS_OF(_int4_f16, moiety::Int4<moiety::half>)

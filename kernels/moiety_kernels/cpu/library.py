@@ -18,6 +18,7 @@ SWITCH = "MOIETY_CPU_KERNELS"  # "off": compute with torch
 COMMAND = "python -m moiety_kernels.cpu"
 BASE = frozenset({"avx512f", "avx512bw", "avx512vl", "avx512dq", "fma"})  # what every function may use
 VNNI = frozenset({"avx512_vnni"})
+BF16 = frozenset({"avx512_bf16"})
 
 _log = logging.getLogger(__name__)
 
@@ -27,6 +28,7 @@ class Library:
 
     def __init__(self, path: Path, cpu: frozenset[str]):
         self.path, self.cpu = path, cpu
+        self.pairs = cpu >= BF16 and cpu_vendor() == "AuthenticAMD"  # whether vdpbf16ps pays, see packing.h
         self._library = ctypes.CDLL(str(path))
         self._functions: dict[str, Callable[..., None] | None] = {}
 
@@ -67,8 +69,18 @@ def find() -> tuple[Path | None, str]:
 @functools.cache
 def cpu_flags() -> frozenset[str]:
     """The instruction set extensions of this CPU, as Linux names them; none elsewhere."""
+    return frozenset(_told("flags").split())
+
+
+@functools.cache
+def cpu_vendor() -> str:
+    """Who made this CPU, as Linux names them; empty elsewhere."""
+    return _told("vendor_id")
+
+
+def _told(key: str) -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
-        return frozenset()
-    return next((frozenset(line.split(":")[1].split()) for line in lines if line.startswith("flags")), frozenset())
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(key)), "")

@@ -7,22 +7,22 @@ namespace {
 
 constexpr int64_t rows_at_once = 192;  // packed at D = 1024: 768 KiB, which leaves room in L2 for a chunk of weights
 
-template <class T>
+template <class W, class T>
 void linear(const T* x, int64_t ldx, const T* w, int64_t ldw, const T* bias, T* y, int64_t rows, int64_t depth, int64_t width,
             int threads) {
     static thread_local Scratch scratch;
-    float* packed = scratch.floats(std::min(rows, rows_at_once) * packed_row<T>(depth));
-    const Matrix<T> weights{w, nullptr, ldw};
+    float* packed = scratch.floats(std::min(rows, rows_at_once) * packed_row<W>(depth));
+    const Matrix<W> weights{w, nullptr, ldw};
     const int64_t chunks = (width + chunk_columns - 1) / chunk_columns;
     for (int64_t start = 0; start < rows; start += rows_at_once, x += rows_at_once * ldx, y += rows_at_once * width) {
         const int64_t some = std::min(rows_at_once, rows - start);
-        pack<T>(x, ldx, some, depth, packed);
+        pack<W>(x, ldx, some, depth, packed);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
         for (int64_t chunk = 0; chunk < chunks; ++chunk) {
             const int64_t begin = chunk * chunk_columns, columns = std::min(chunk_columns, width - begin);
             for_row_tiles(some, [&](int64_t row, int64_t height) {
                 alignas(64) float sums[tile_rows * chunk_columns];
-                product(packed + row * packed_row<T>(depth), height, weights, begin, columns, depth, sums, chunk_columns);
+                product(packed + row * packed_row<W>(depth), height, weights, begin, columns, depth, sums, chunk_columns);
                 for (int64_t r = 0; r < height; ++r)
                     for (int64_t o = 0; o < columns; o += 16) {
                         const int64_t count = columns - o;
@@ -45,12 +45,17 @@ extern "C" {
 
 void moiety_linear_f32(const float* x, int64_t ldx, const float* w, int64_t ldw, const float* bias, float* y, int64_t rows,
                        int64_t depth, int64_t width, int threads) {
-    moiety::linear(x, ldx, w, ldw, bias, y, rows, depth, width, threads);
+    moiety::linear<float>(x, ldx, w, ldw, bias, y, rows, depth, width, threads);
 }
 
 void moiety_linear_bf16(const bf16* x, int64_t ldx, const bf16* w, int64_t ldw, const bf16* bias, bf16* y, int64_t rows,
                         int64_t depth, int64_t width, int threads) {
-    moiety::linear(x, ldx, w, ldw, bias, y, rows, depth, width, threads);
+    moiety::linear<bf16>(x, ldx, w, ldw, bias, y, rows, depth, width, threads);
+}
+
+void moiety_linear_bf16_pairs(const bf16* x, int64_t ldx, const bf16* w, int64_t ldw, const bf16* bias, bf16* y, int64_t rows,
+                              int64_t depth, int64_t width, int threads) {
+    moiety::linear<moiety::Pairs>(x, ldx, w, ldw, bias, y, rows, depth, width, threads);
 }
 
 }

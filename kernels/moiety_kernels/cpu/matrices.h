@@ -10,14 +10,15 @@ namespace moiety {
 template <class W>
 struct Matrix {
     using Format = W;
-    const W* data;
+    using T = typename Element<W>::type;
+    const T* data;
     const float* scale;
     int64_t depth;
 
     static Matrix of(const void* const* tensors, int64_t depth, int64_t) {
-        return {static_cast<const W*>(tensors[0]), static_cast<const float*>(tensors[1]), depth};
+        return {static_cast<const T*>(tensors[0]), static_cast<const float*>(tensors[1]), depth};
     }
-    const W* at(int64_t row, int64_t column) const { return data + row * depth + column; }
+    const T* at(int64_t row, int64_t column) const { return data + row * depth + column; }
     auto read(int64_t row, int64_t column) const { return Packing<W>::read(at(row, column)); }
     auto read(int64_t row, int64_t column, int64_t count) const { return Packing<W>::read(at(row, column), count); }
     void prefetch(int64_t row, int64_t column) const {
