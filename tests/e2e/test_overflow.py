@@ -38,7 +38,7 @@ async def answers(cluster: LocalCluster) -> tuple[list[list[int]], list[float]]:
 
 @pytest.mark.slow
 def test_backup_reroutes_under_load_and_says_so(tiny: Callable[[str], str], served: Served) -> None:
-    """One group paced below the load: with backup its rows go elsewhere, told in the usage; in calm, tokens are exact.
+    """One group paced below the load: where it says backup its rows go elsewhere, told in the usage; in calm, exact.
 
     Over 20 s: a cluster of its own, with a slow group.
     """
@@ -46,7 +46,7 @@ def test_backup_reroutes_under_load_and_says_so(tiny: Callable[[str], str], serv
     expected = served.run(lambda client: generate(client, 0))[0]
 
     async def scenario() -> None:
-        router = {"overflow": "backup", "overflow_queue_ms": 5.0, "lanes": 2}
+        router = {"overflow_groups": {"experts-0": "backup"}, "overflow_queue_ms": 5.0, "lanes": 2}
         async with LocalCluster(tiny("qwen3_moe"), dtype="float32", router=router) as cluster:
             async with Client(cluster.address) as client:
                 calm, rerouted = await generate(client, 0)

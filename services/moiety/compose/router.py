@@ -145,7 +145,7 @@ async def reach_experts(
     demand = DemandCounter(shape.moe_layers, shape.experts, started=time.time())
     costs = CostFit(expert_bytes)
     count = settings.lanes or LANES
-    queues = Queues(settings.overflow_queue_ms) if settings.overflow == "backup" else None
+    queues = Queues(settings.overflow_queue_ms) if settings.may_overflow else None
     return [Hop(fleet, hop_settings, hedging, demand, costs, tracer, lanes.wait, queues) for _ in range(count)], lanes
 
 
@@ -155,7 +155,8 @@ def _backends(settings: RouterSettings, hops: Sequence[Hop]) -> Sequence[StepBac
     if settings.slices > 1:
         backends = [SlicedHop(backend, settings.slices) for backend in backends]
     if (queues := hops[0].queues) is not None:
-        overrun = Overrun(queues, lambda: hops[0].fleet.table, settings.slices)
+        fleet = hops[0].fleet
+        overrun = Overrun(queues, lambda: fleet.table, fleet.deployment_of, settings.spares, settings.slices)
         backends = [OverflowHop(backend, overrun) for backend in backends]
     return backends
 
@@ -198,7 +199,7 @@ def load_model(
         fix_elementwise(model)
     install_mixers(model)
     spec = cache_spec(model, layout.shape)
-    if settings.overflow == "backup":
+    if settings.may_overflow:
         gate.listen(model, layout.shape, lambda: run_once(model, ProbeBatch()))
     overlap.install(model, lambda: run_once(model, ProbeBatch()))
     cache = _cache(settings, spec, revision)

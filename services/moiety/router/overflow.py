@@ -1,6 +1,7 @@
 """The hop under the overflow policy `backup`: rows of an expert whose holders are all overrun go to their next-best one.
 
-They keep the weight that the gate gave their own expert. Legend: T tokens, K experts per token, E experts.
+Groups choose it for the experts they hold. Rows keep the weight that the gate gave their own expert.
+Legend: T tokens, K experts per token, E experts.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from moiety.config import HOT
 from moiety.core import PendingRows
 from moiety.model.seam import current_forward
 from moiety.policy.dispatch import Table
@@ -44,24 +46,49 @@ class Queues:
 
 
 class Overrun:
-    """Which experts have no holder that could take more rows, by the queues and the table of the moment."""
+    """Which experts' rows may go elsewhere: no holder could take more of them, and their group says so.
 
-    def __init__(self, queues: Queues, table: Callable[[], Table], slices: int = 1) -> None:
+    By the queues and the table of the moment. Hot sets hold what groups hold too, and have no say in it.
+    """
+
+    def __init__(
+        self,
+        queues: Queues,
+        table: Callable[[], Table],
+        deployment_of: Callable[[str], str],
+        spares: Callable[[str], bool],
+        slices: int = 1,
+    ) -> None:
+        """`deployment_of(replica)`: "" where it has left; `spares(group)`: whether its rows may go elsewhere."""
         self._queues, self._table, self._slices = queues, table, slices
+        self._deployment_of, self._spares = deployment_of, spares
         self._masks: dict[int, np.ndarray | None] = {}  # layer -> bool [E]; None = none of them
         self._of: tuple[int, frozenset[str]] = (0, frozenset())  # what they were made of: table version, replicas
 
     def __call__(self, layer: int) -> np.ndarray | None:
-        """bool [E], None where it would be all false. An expert in slices is overrun where one of them is."""
+        """bool [E], None where it would be all false.
+
+        An expert in slices is overrun where one of them is, and its rows may go where that holds for all of them.
+        """
         if not (replicas := self._queues.overrun()):
             return None
         table = self._table()
         if self._of != (table.version, replicas):
             self._of, self._masks = (table.version, replicas), {}
         if layer not in self._masks:
-            mask = np.any(table.held_only_by(layer, replicas).reshape(-1, self._slices), axis=1)
+            overrun = self._experts(table.held_only_by(layer, replicas)).any(axis=1)
+            mask = np.logical_and(overrun, self._experts(self._may_go(table, layer)).all(axis=1))
             self._masks[layer] = mask if mask.any() else None
         return self._masks[layer]
+
+    def _may_go(self, table: Table, layer: int) -> np.ndarray:
+        """bool [E * slices]: those held by groups, all of which say so."""
+        hot = {replica for replica in table.replicas if self._deployment_of(replica).startswith(HOT)}
+        willing = {replica for replica in table.replicas if self._spares(self._deployment_of(replica))}
+        return table.held_only_by(layer, willing | hot) & ~table.held_only_by(layer, hot)
+
+    def _experts(self, slices: np.ndarray) -> np.ndarray:
+        return slices.reshape(-1, self._slices)
 
 
 class OverflowHop:
