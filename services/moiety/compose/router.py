@@ -11,9 +11,9 @@ from contextlib import AsyncExitStack
 
 import torch
 
-from moiety.compose.running import LEDGER_S, Parts, Running, Site, every
+from moiety.compose.running import Parts, Running, Site
 from moiety.config import RouterSettings
-from moiety.core import ModelShape, Replica, ReplicaState, Role
+from moiety.core import Demand, ModelShape, Replica, ReplicaState, Role
 from moiety.errors import ConfigError, Unavailable
 from moiety.load.registry import Registry
 from moiety.load.watch import Watch
@@ -92,13 +92,8 @@ async def start(settings: RouterSettings, replica_id: str, node: str) -> Running
             state = replica.state if covered else ReplicaState.STARTING
             return dataclasses.replace(replica, state=state, placement_epoch=fleet.placement_epoch)
 
-        async def publish_demand() -> None:
-            await site.registry.publish_demand(replica_id, demand.reading(time.time(), costs.reading()))
-
-        occupancy = Occupancy(engine, settings.slots)
-
-        async def publish_busy() -> None:
-            await site.registry.publish_busy(replica_id, occupancy.reading())
+        def counters() -> Demand:
+            return demand.reading(time.time(), costs.reading())
 
         def healthy() -> None:
             if not engine.alive:
@@ -115,7 +110,7 @@ async def start(settings: RouterSettings, replica_id: str, node: str) -> Running
                 idle=lambda: engine.load.running + engine.load.waiting == 0,
                 healthy=healthy,
                 describe=describe,
-                on_beat=(every(LEDGER_S, publish_demand), every(LEDGER_S, publish_busy)),
+                on_beat=(site.tells(Occupancy(engine, settings.slots).reading, counters),),
             )
         )
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from moiety import __version__
 from moiety.config import ServiceSettings
-from moiety.core import Replica, ReplicaState, Role
+from moiety.core import Busy, Demand, Replica, ReplicaState, Role
 from moiety.errors import ConfigError, RegistryUnreachable
 from moiety.load.connect import connect
 from moiety.load.heartbeat import Heartbeat
@@ -138,6 +138,17 @@ class Site:
             return checkpoint, expert_layout(checkpoint), revision(checkpoint)
 
         return await asyncio.to_thread(read)
+
+    def tells(self, busy: Callable[[], Busy], demand: Callable[[], Demand] | None = None) -> Beat:
+        """Has the ledger know the service's load, once a second and in one round trip: to be one of `Parts.on_beat`.
+
+        `busy()`: over the time since it was called last.
+        """
+
+        async def publish() -> None:
+            await self.registry.publish_load(self.replica_id, busy(), demand() if demand is not None else None)
+
+        return every(LEDGER_S, publish)
 
     async def serve(self, parts: Parts) -> Running:
         """Binds, registers and returns the running service."""

@@ -107,20 +107,27 @@ class RedisRegistry:
         text = entries.placement_to_json(placement)
         return await self._script(redis_scripts.SET_PLACEMENT, ["placement", "epoch"], placement.epoch, text) == 1
 
-    async def publish_demand(self, writer: str, demand: Demand) -> None:
+    async def publish_load(self, replica_id: str, busy: Busy | None = None, demand: Demand | None = None) -> None:
+        async with self._store() as client, client.pipeline(transaction=True) as pipeline:
+            if busy is not None:
+                pipeline.set(self._key("busy", replica_id), entries.busy_to_json(busy), px=_milliseconds(BUSY_TTL_S))
+                pipeline.sadd(self._key("reporters"), replica_id)
+            if demand is not None:
+                self._add_demand(pipeline, replica_id, demand)
+            await pipeline.execute()
+
+    def _add_demand(self, pipeline: Any, writer: str, demand: Demand) -> None:
         lifetime_s = int(DEMAND_TTL_S)
         load, hot = self._key("load", writer), self._key("hot", writer)
-        async with self._store() as client, client.pipeline(transaction=True) as pipeline:
-            pipeline.hset(load, mapping=entries.demand_to_fields(demand))
-            pipeline.expire(load, lifetime_s)
-            pipeline.sadd(self._key("writers"), writer)
-            pipeline.delete(hot)
-            if hottest := _hottest(demand):
-                pipeline.zadd(hot, hottest)
-                pipeline.expire(hot, lifetime_s)
-            keys = (self._key("hot"), self._key("writers"))
-            pipeline.eval(redis_scripts.SUM_HOT, 2, *keys, self._key("hot", ""), HOT_ENTRIES, lifetime_s)
-            await pipeline.execute()
+        pipeline.hset(load, mapping=entries.demand_to_fields(demand))
+        pipeline.expire(load, lifetime_s)
+        pipeline.sadd(self._key("writers"), writer)
+        pipeline.delete(hot)
+        if hottest := _hottest(demand):
+            pipeline.zadd(hot, hottest)
+            pipeline.expire(hot, lifetime_s)
+        keys = (self._key("hot"), self._key("writers"))
+        pipeline.eval(redis_scripts.SUM_HOT, 2, *keys, self._key("hot", ""), HOT_ENTRIES, lifetime_s)
 
     async def demand(self) -> Mapping[str, Demand]:
         names = entries.DEMAND_FIELDS
@@ -130,12 +137,6 @@ class RedisRegistry:
             return entries.demand_from_fields(dict(zip(names, values, strict=False)))
 
         return self._decoded("load", found, decode)
-
-    async def publish_busy(self, replica_id: str, busy: Busy) -> None:
-        async with self._store() as client, client.pipeline(transaction=True) as pipeline:
-            pipeline.set(self._key("busy", replica_id), entries.busy_to_json(busy), px=_milliseconds(BUSY_TTL_S))
-            pipeline.sadd(self._key("reporters"), replica_id)
-            await pipeline.execute()
 
     async def busy(self) -> Mapping[str, Busy]:
         return await self._read_entries("reporters", "busy", entries.busy_from_json)

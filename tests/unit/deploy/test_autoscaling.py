@@ -60,7 +60,7 @@ def _report(settings: AppSettings, busy: float) -> None:
     async def publish() -> None:
         registry = connect(settings.registry, settings.app)
         await registry.register(Replica("a", Role.EXPERT, "experts-0", "127.0.0.1:1", "node", "m", "r"))
-        await registry.publish_busy("a", Busy(busy, 0.0, 100.0, 10.0))
+        await registry.publish_load("a", Busy(busy, 0.0, 100.0, 10.0))
         await registry.close()
 
     asyncio.run(publish())

@@ -47,7 +47,7 @@ def test_entries_expire_each_after_its_time(redis_server: EmbeddedRedis, app: st
     async def behaviour() -> None:
         async with opened(redis_server.url, app) as registry:
             await registry.register(expert_replica())
-            await registry.publish_busy("e0", Busy(0.5, 1.0, 2.0, 3.0))
+            await registry.publish_load("e0", Busy(0.5, 1.0, 2.0, 3.0))
             await registry.wake(1, [2])
             began = time.monotonic()
 
@@ -75,7 +75,7 @@ def test_counters_outlive_a_slow_writer(redis_server: EmbeddedRedis, app: str, r
 
     async def publish() -> None:
         async with opened(redis_server.url, app) as registry:
-            await registry.publish_demand("router-a", demand_of((1, 2)))
+            await registry.publish_load("router-a", demand=demand_of((1, 2)))
 
     async def read() -> object:
         async with opened(redis_server.url, app) as registry:
@@ -97,9 +97,9 @@ def test_hot_lists_the_hottest_experts_of_all_writers(
     async def behaviour() -> None:
         async with opened(redis_server.url, app) as registry:
             for _ in range(2):
-                await registry.publish_demand("router-a", demand_of(wide, (0,) * 100))
-                await registry.publish_demand("router-b", demand_of((0,) * 100, (0, 500, *(0,) * 98)))
-                await registry.publish_demand("router-c", demand_of((0,) * 99 + (1,), (0,) * 100))
+                await registry.publish_load("router-a", demand=demand_of(wide, (0,) * 100))
+                await registry.publish_load("router-b", demand=demand_of((0,) * 100, (0, 500, *(0,) * 98)))
+                await registry.publish_load("router-c", demand=demand_of((0,) * 99 + (1,), (0,) * 100))
 
     asyncio.run(behaviour())
     hot = redis_cli.zrevrange(f"moiety:{{{app}}}:hot", 0, -1, withscores=True)
@@ -137,7 +137,7 @@ def test_broken_entries_are_skipped_with_one_warning(
     async def behaviour() -> None:
         async with opened(redis_server.url, app) as registry:
             await registry.register(expert_replica())
-            await registry.publish_demand("r0", demand_of((1,)))
+            await registry.publish_load("r0", demand=demand_of((1,)))
             await registry.record_decision({"target": 2})
             for _ in range(2):
                 assert await registry.replicas() == (expert_replica(),)
@@ -267,9 +267,9 @@ def every_operation(registry: Registry) -> list:
         registry.generation(),
         registry.placement(),
         registry.set_placement(Placement(1, {"experts-0": ExpertSet()})),
-        registry.publish_demand("r0", demand_of((1,))),
+        registry.publish_load("r0", demand=demand_of((1,))),
         registry.demand(),
-        registry.publish_busy("e0", Busy(0.0, 0.0, 0.0, 0.0)),
+        registry.publish_load("e0", Busy(0.0, 0.0, 0.0, 0.0)),
         registry.busy(),
         registry.wake(0, [1]),
         registry.wakes(),
