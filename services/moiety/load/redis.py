@@ -3,10 +3,13 @@
 Keys, all under `moiety:{<app>}:` (the braces keep one Redis Cluster slot):
 
     replica:<id>   JSON, PX 3000        replicas   set of ids, pruned on read       generation   random, until emptied
-    load:<writer>  hash, EX 60          writers    set of ids, pruned on read       hot[:<writer>]  sorted set, top 64
+    load:<writer>  hash, EX 60          writers    set of ids, pruned on read       hot[:<writer>]  sorted set, see below
     busy:<id>      JSON, PX 5000        reporters  set of ids, pruned on read       wake         sorted set by expiry
     placement      JSON                 epoch      that of `placement`              routers      set of ids, as replicas
     decisions      stream, 1,000 entries
+
+`hot` is for people: the 64 experts that get the most rows per second now, `<layer>/<expert>` -> rows per second, over the
+last three seconds and all routers. `redis-cli ZREVRANGE 'moiety:{<app>}:hot' 0 9 WITHSCORES` shows the first ten.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import redis.asyncio
 from redis.asyncio.connection import parse_url
 from redis.asyncio.retry import Retry
@@ -28,6 +32,7 @@ from redis.exceptions import RedisError
 from moiety.core import Busy, Demand, Placement, Replica, Role
 from moiety.errors import ConfigError, RegistryUnreachable
 from moiety.load import entries, redis_scripts
+from moiety.load.rates import Recent
 from moiety.load.registry import BUSY_TTL_S, DECISIONS_KEPT, DEMAND_TTL_S, TTL_S, WAKE_TTL_S
 from moiety.load.urls import without_secrets
 
@@ -54,6 +59,7 @@ class RedisRegistry:
         self._prefix = f"moiety:{{{app}}}:"
         self._clients: dict[asyncio.AbstractEventLoop, Any] = {}
         self._reader = entries.TolerantReader()
+        self._recent: dict[str, Recent] = {}  # by writer, those of this process
         self._parsed: dict[bytes, Replica] = {}  # the entries of the last reading
 
     async def register(self, replica: Replica) -> None:
@@ -117,17 +123,16 @@ class RedisRegistry:
             await pipeline.execute()
 
     def _add_demand(self, pipeline: Any, writer: str, demand: Demand) -> None:
-        lifetime_s = int(DEMAND_TTL_S)
-        load, hot = self._key("load", writer), self._key("hot", writer)
+        load, hot, recent_s = self._key("load", writer), self._key("hot", writer), int(BUSY_TTL_S)
         pipeline.hset(load, mapping=entries.demand_to_fields(demand))
-        pipeline.expire(load, lifetime_s)
+        pipeline.expire(load, int(DEMAND_TTL_S))
         pipeline.sadd(self._key("writers"), writer)
         pipeline.delete(hot)
-        if hottest := _hottest(demand):
+        if hottest := _hottest(self._recent.setdefault(writer, Recent()).rows_per_s(demand)):
             pipeline.zadd(hot, hottest)
-            pipeline.expire(hot, lifetime_s)
+            pipeline.expire(hot, recent_s)  # what a lost router asked for is not hot for long
         keys = (self._key("hot"), self._key("writers"))
-        pipeline.eval(redis_scripts.SUM_HOT, 2, *keys, self._key("hot", ""), HOT_ENTRIES, lifetime_s)
+        pipeline.eval(redis_scripts.SUM_HOT, 2, *keys, self._key("hot", ""), HOT_ENTRIES, recent_s)
 
     async def demand(self) -> Mapping[str, Demand]:
         names = entries.DEMAND_FIELDS
@@ -229,12 +234,11 @@ def _milliseconds(seconds: float) -> int:
     return round(seconds * 1000)
 
 
-def _hottest(demand: Demand) -> dict[str, int]:
-    """`layer/expert` -> rows, of the HOT_ENTRIES experts with the most rows."""
-    rows = np.asarray(demand.rows, dtype=np.int64)
-    flat = rows.reshape(-1)
+def _hottest(rows_per_s: npt.NDArray[np.float64]) -> dict[str, float]:
+    """`layer/expert` -> rows per second, of the HOT_ENTRIES experts of [layers, experts] with the most of them."""
+    flat, experts = rows_per_s.reshape(-1), rows_per_s.shape[1]
     top = np.argsort(-flat, kind="stable")[:HOT_ENTRIES]
-    return {f"{cell // rows.shape[1]}/{cell % rows.shape[1]}": int(flat[cell]) for cell in top if flat[cell] > 0}
+    return {f"{cell // experts}/{cell % experts}": round(float(flat[cell]), 1) for cell in top if flat[cell] > 0}
 
 
 def _layer_and_expert(member: bytes) -> tuple[int, int]:
