@@ -46,6 +46,7 @@ from moiety.router.probe import cache_spec, install_mixers, run_once
 from moiety.router.service import SERVICE, EngineService
 from moiety.router.sliced import SlicedHop
 from moiety.router.wakes import WakeRecorder
+from moiety.telemetry.names import MetricName
 from moiety.telemetry.tracing import Tracer
 from moiety.wire.channels import Server
 from moiety.wire.codec import DTYPE_NAMES, torch_dtype
@@ -91,6 +92,11 @@ async def start(settings: RouterSettings, replica_id: str, node: str) -> Running
             covered = covered or not fleet.table.uncovered()
             state = replica.state if covered else ReplicaState.STARTING
             return dataclasses.replace(replica, state=state, placement_epoch=fleet.placement_epoch)
+
+        overflowing = [backend for backend in backends if isinstance(backend, OverflowHop)]
+        site.meter.observe(MetricName.ROUTED_ROWS, lambda: demand.total() // settings.slices)
+        site.meter.observe(MetricName.REROUTED_ROWS, lambda: sum(backend.rerouted for backend in overflowing))
+        site.meter.observe(MetricName.COST_ERROR, lambda: costs.error)
 
         def counters() -> Demand:
             return demand.reading(time.time(), costs.reading())

@@ -98,6 +98,7 @@ class OverflowHop:
         """`overrun(layer)`: bool [E], experts all of whose holders have too long a queue; None = none."""
         self._backend, self._overrun = backend, overrun
         self._step: StepContext | None = None
+        self.rerouted = 0  # rows, since the beginning
 
     @property
     def layer_began_ns(self) -> int:
@@ -116,7 +117,8 @@ class OverflowHop:
             return self._backend.submit(layer, hidden, top_k_index)
         chosen = top_k_index.cpu().numpy()
         given = backups(chosen, scores.float().cpu().numpy(), overrun)
-        self._step.routed(given != chosen)
+        self._step.routed(elsewhere := given != chosen)
+        self.rerouted += int(elsewhere.sum())
         return self._backend.submit(layer, hidden, torch.from_numpy(given).to(top_k_index.device))
 
     def while_waiting(self, layer: int) -> None:
