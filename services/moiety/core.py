@@ -342,10 +342,6 @@ class ExpertBackend(Protocol):
         """Starts layer `layer` for hidden [T, D] routed to top_k_index [T, K] (int64, -1 = no expert)."""
         ...
 
-    def while_waiting(self, layer: int) -> None:
-        """Called between submit and result: work that may overlap the hop."""
-        ...
-
 
 @lru_cache(maxsize=1024)
 def _parse_set(text: str) -> ExpertSet:

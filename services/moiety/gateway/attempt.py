@@ -24,6 +24,7 @@ class Attempt:
         self._generated: list[int] = []
         self._streams = 0.0
         self._sent = self._first = self._last = time.monotonic()
+        router.requests += 1
         router.in_flight += prompt.sequences
         router.ahead += self._to_compute
         self._answered = False
@@ -37,6 +38,7 @@ class Attempt:
     def end(self, pace: Pace) -> Pace:
         """The request is no longer there, however it ended; `pace` with what it took."""
         router, prompt = self._router, self._prompt
+        router.requests -= 1
         router.in_flight -= prompt.sequences
         if not self._answered:
             router.ahead -= self._to_compute

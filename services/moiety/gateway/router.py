@@ -28,7 +28,8 @@ class Router:
     def __init__(self, replica: Replica, link: grpc.aio.Channel, description: engine_pb2.EngineDescription):
         self.replica, self._channel = replica, link
         self.stub = engine_pb2_grpc.EngineStub(link)
-        self.in_flight = 0  # sequences of ours
+        self.requests = 0  # of ours
+        self.in_flight = 0  # their sequences
         self.ahead = 0.0  # prompt tokens of ours whose first token has not come
         self.silent = False  # it left a poll without an answer
         cached = description.block_tokens and description.blocks
@@ -57,6 +58,12 @@ class Router:
     def load(self) -> int:
         """Sequences there, running or waiting, everybody's."""
         return self._others + self.in_flight
+
+    @property
+    def packed(self) -> bool:
+        """Whether our own requests fill it: one more would be refused, and to ask costs those who are served."""
+        told = self.description
+        return 0 < told.queue_limit <= self.requests - told.slots
 
     def candidate(self, prompt: Prompt, pace: Pace) -> Candidate:
         """What the choice of a router wants to know of this one."""

@@ -109,6 +109,7 @@ class Routers:
         waits = Deadline.after(min(self._wait_s, deadline.left()) if accepted else 0.0)
         while True:
             ready = await self._ready(deadline, request.revision)
+            full |= {router.replica.id: RETRY_S for router in ready if router.packed}
             ready_ids = {router.replica.id for router in ready}
             if ready_ids <= full.keys():
                 soonest = min(full[router_id] for router_id in ready_ids)

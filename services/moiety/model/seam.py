@@ -82,7 +82,6 @@ def remote_experts(
     pending = backend.submit(layer, hidden, top_k_index)
     if (shared := getattr(module, OVERLAP_ATTRIBUTE, None)) is not None:
         shared.overlap(forward, hidden)
-    backend.while_waiting(layer)
     rows = pending.result()  # [T, K, D]
     return (rows * top_k_weights.unsqueeze(-1)).sum(dim=1).to(hidden.dtype)
 

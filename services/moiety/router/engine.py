@@ -73,7 +73,8 @@ class Engine:
         self._forward, self._cache = forward, cache
         self._scheduler = Scheduler(cache, slots, token_budget, speculative_tokens)
         self._slots, self._rate = slots, AdmissionRate()
-        self._queue_limit, self._threads, self._waits, self._tracer = queue_limit, threads, waits, tracer
+        self.queue_limit = queue_limit  # requests that may wait for a slot
+        self._threads, self._waits, self._tracer = threads, waits, tracer
         self._admitted, self._waited_s = 0, 0.0
         self._arrived: list[Sequence] = []
         self._changed = threading.Condition()
@@ -123,8 +124,8 @@ class Engine:
             if self._stopping:
                 raise Unavailable("this router is shutting down")
             waiting = len(self._arrived) + len(self._scheduler.waiting)
-            if waiting >= self._queue_limit:
-                told = f"{waiting} of at most {self._queue_limit} requests wait for a slot"
+            if waiting >= self.queue_limit:
+                told = f"{waiting} of at most {self.queue_limit} requests wait for a slot"
                 raise ResourceExhausted(told, self._rate.retry_after(waiting, time.monotonic()))
             sequence.siblings = tuple(
                 sequence.sibling(choice, self._tracer.start(SpanName.ENGINE_REQUEST, parent=sequence.span))

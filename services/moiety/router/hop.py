@@ -65,9 +65,6 @@ class Hop:
         if self.queues is not None:
             self.queues.answered(replica, reply.queue_ms)
 
-    def while_waiting(self, layer: int) -> None:
-        """One lane has nothing to overlap."""
-
     def poll(self) -> None:
         """Handles what has come meanwhile, without waiting; to be called now and then by a thread that is idle."""
         self.fleet.mailbox.wait(0.0)

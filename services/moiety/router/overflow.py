@@ -121,8 +121,5 @@ class OverflowHop:
         self.rerouted += int(elsewhere.sum())
         return self._backend.submit(layer, hidden, torch.from_numpy(given).to(top_k_index.device))
 
-    def while_waiting(self, layer: int) -> None:
-        self._backend.while_waiting(layer)
-
     def poll(self) -> None:
         self._backend.poll()

@@ -23,8 +23,6 @@ class _ZeroExperts:
     def submit(self, layer: int, hidden: torch.Tensor, top_k_index: torch.Tensor) -> _ZeroRows:
         return _ZeroRows(hidden.new_zeros(*top_k_index.shape, hidden.shape[-1]))
 
-    def while_waiting(self, layer: int) -> None: ...
-
 
 class _ZeroRows:
     def __init__(self, rows: torch.Tensor):

@@ -58,6 +58,7 @@ class EngineService(engine_pb2_grpc.EngineServicer):
             running=load.running,
             waiting=load.waiting,
             slots=self._slots,
+            queue_limit=self._engine.queue_limit,
             block_tokens=self._engine.block_tokens,
             free_blocks=load.free_blocks,
             blocks=self._engine.blocks,

@@ -52,8 +52,5 @@ class SlicedHop:
         partial = self._backend.submit(layer, hidden.float(), slices.view(tokens, top_k * self._slices))
         return _Slices(partial, (tokens, top_k, self._slices), hidden.dtype)
 
-    def while_waiting(self, layer: int) -> None:
-        self._backend.while_waiting(layer)
-
     def poll(self) -> None:
         self._backend.poll()

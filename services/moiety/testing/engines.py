@@ -27,7 +27,8 @@ class FakeEngine(engine_pb2_grpc.EngineServicer):
     """A router: the token at each position is a function of prompt, seed, choice and position, as a real engine's is.
 
     `before_token(position)` is awaited before each token, counted from the first generated one; it may wait or raise
-    a MoietyError, which the client is told. More requests than `places` at once are refused. With `blocks`, prefixes
+    a MoietyError, which the client is told. More requests than `places` at once are refused; it tells of
+    `slots` and of room for `queue` more, and leaves it to others to heed that. With `blocks`, prefixes
     are cached by blocks of `block_tokens`, the least recently used evicted.
     """
 
@@ -39,6 +40,7 @@ class FakeEngine(engine_pb2_grpc.EngineServicer):
         revision: str = REVISION,
         places: int = 1 << 20,
         slots: int = 0,
+        queue: int = 0,
         blocks: int = 0,
         block_tokens: int = 4,
         encoder_decoder: bool = False,
@@ -49,7 +51,7 @@ class FakeEngine(engine_pb2_grpc.EngineServicer):
         self.cancelled = 0  # requests whose client went away
         self.before_token: Callable[[int], Awaitable[None]] = at_once
         self.places = places
-        self._shape, self._revision, self._slots = shape, revision, slots
+        self._shape, self._revision, self._slots, self._queue = shape, revision, slots, queue
         self._blocks, self._block_tokens = blocks, block_tokens
         self._encoder_decoder = encoder_decoder
         self._cached: OrderedDict[int, None] = OrderedDict()
@@ -82,6 +84,7 @@ class FakeEngine(engine_pb2_grpc.EngineServicer):
             vocabulary=self._shape.vocabulary,
             running=self._running,
             slots=self._slots,
+            queue_limit=self._queue,
             blocks=self._blocks,
             block_tokens=self._block_tokens if self._blocks else 0,
             encoder_decoder=self._encoder_decoder,

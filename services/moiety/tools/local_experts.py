@@ -62,6 +62,3 @@ class LocalExperts:
 
     def poll(self) -> None:
         """Nothing comes later."""
-
-    def while_waiting(self, layer: int) -> None:
-        """Nothing is waited for."""

@@ -150,9 +150,6 @@ class _Measuring:
                 self.errors[layer, expert][precision] = float(error) * len(token) / min(ROWS, len(token))
         return _Computed(out)
 
-    def while_waiting(self, layer: int) -> None:
-        """Nothing is waited for."""
-
 
 def compute(weights: ExpertWeights, rows: torch.Tensor, mlp: ExpertMLP) -> torch.Tensor:
     """`rows` [n, D] through one expert."""

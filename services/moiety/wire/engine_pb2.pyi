@@ -12,7 +12,7 @@ class EngineDescribeRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class EngineDescription(_message.Message):
-    __slots__ = ("model", "revision", "max_context", "vocabulary", "running", "waiting", "slots", "block_tokens", "free_blocks", "blocks", "encoder_decoder")
+    __slots__ = ("model", "revision", "max_context", "vocabulary", "running", "waiting", "slots", "block_tokens", "free_blocks", "blocks", "encoder_decoder", "queue_limit")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     REVISION_FIELD_NUMBER: _ClassVar[int]
     MAX_CONTEXT_FIELD_NUMBER: _ClassVar[int]
@@ -24,6 +24,7 @@ class EngineDescription(_message.Message):
     FREE_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
     ENCODER_DECODER_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_LIMIT_FIELD_NUMBER: _ClassVar[int]
     model: str
     revision: str
     max_context: int
@@ -35,7 +36,8 @@ class EngineDescription(_message.Message):
     free_blocks: int
     blocks: int
     encoder_decoder: bool
-    def __init__(self, model: _Optional[str] = ..., revision: _Optional[str] = ..., max_context: _Optional[int] = ..., vocabulary: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., slots: _Optional[int] = ..., block_tokens: _Optional[int] = ..., free_blocks: _Optional[int] = ..., blocks: _Optional[int] = ..., encoder_decoder: _Optional[bool] = ...) -> None: ...
+    queue_limit: int
+    def __init__(self, model: _Optional[str] = ..., revision: _Optional[str] = ..., max_context: _Optional[int] = ..., vocabulary: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., slots: _Optional[int] = ..., block_tokens: _Optional[int] = ..., free_blocks: _Optional[int] = ..., blocks: _Optional[int] = ..., encoder_decoder: _Optional[bool] = ..., queue_limit: _Optional[int] = ...) -> None: ...
 
 class EngineRequest(_message.Message):
     __slots__ = ("request_id", "revision", "prompt_ids", "generated_ids", "sampling", "stop_ids", "priority", "tenant", "choice")

@@ -251,3 +251,25 @@ def test_a_router_that_drains_gets_nothing_new(tokenizer: Tokenizer):
         assert len(leaving.requests) == 1
 
     run(scenario, tokenizer, *routers)
+
+
+def test_a_router_that_is_full_with_our_own_requests_is_not_asked(tokenizer: Tokenizer):
+    """As many as it runs and lets wait go there; the next is told when to come again, and costs the router nothing."""
+    router, released = FakeEngine("a", SHAPE, slots=2, queue=1), asyncio.Event()
+
+    async def hold(_position: int) -> None:
+        await released.wait()
+
+    async def scenario(gateway: Gateway) -> None:
+        router.before_token = hold
+        running = [asyncio.create_task(tokens(gateway)) for _ in range(3)]
+        await eventually(lambda: len(router.requests) == 3)
+        with pytest.raises(ResourceExhausted, match="the queue of the one router is full") as refused:
+            await tokens(gateway)
+        assert refused.value.retry_after_s > 0
+        assert len(router.requests) == 3
+        released.set()
+        assert [await task for task in running] == [expected(6)] * 3
+        assert await tokens(gateway) == expected(6)
+
+    run(scenario, tokenizer, router)

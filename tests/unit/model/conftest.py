@@ -59,9 +59,6 @@ class LocalExperts:
         out[flat < 0] = 0  # no expert
         return Rows(out.view(*top_k_index.shape, -1))
 
-    def while_waiting(self, layer: int) -> None:
-        pass
-
     def replace(self, layer: int, expert: int, *, by: tuple[int, int]) -> None:
         """From now on (layer, expert) computes with the weights of the pair `by`, which the same slice must hold."""
         held = next(held for held in self._slices if (layer, expert) in held)

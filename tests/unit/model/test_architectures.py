@@ -124,9 +124,6 @@ def test_zero_experts_of_longcat_stay_on_the_router(open_tiny, make_experts):
             seen.append(index)
             return experts.submit(layer, hidden, index)
 
-        def while_waiting(self, layer):
-            pass
-
     with torch.inference_mode(), use_backend(Watched()):
         router(PROMPT, use_cache=False)
     chosen = torch.stack(seen)

@@ -135,8 +135,6 @@ def test_lost_experts_of_a_prompt_name_its_sequence(open_tiny, make_experts, arc
         def submit(self, layer: int, hidden: torch.Tensor, top_k_index: torch.Tensor) -> Any:
             return self
 
-        def while_waiting(self, layer: int) -> None: ...
-
         def result(self) -> torch.Tensor:
             raise HopFailed([3 + 9 - 1, 3 + 9], NoHolder(0, [1], 1.0))
 

@@ -23,8 +23,6 @@ class Asking:
         self.seen.append((current_forward().scores, top_k_index))
         return self._experts.submit(layer, hidden, top_k_index)
 
-    def while_waiting(self, layer) -> None: ...
-
 
 @pytest.mark.parametrize("architecture", ["mixtral", "qwen3_moe", "qwen2_moe"])
 def test_scores_are_those_that_the_choice_was_made_by(open_tiny, make_experts, architecture: str):

@@ -30,8 +30,6 @@ class Away:
         self.away = True
         return Returning(self, pending)
 
-    def while_waiting(self, layer: int) -> None: ...
-
 
 class Returning:
     """Rows that are away until they are asked for."""
@@ -73,8 +71,12 @@ def test_lanes_keep_their_own_shared_outputs(open_tiny, make_experts, architectu
     barrier = threading.Barrier(2, timeout=20)
 
     class InStep(Away):
-        def while_waiting(self, layer: int) -> None:
+        """Waits, with a submitted layer in hand, for the other lane to have submitted its own."""
+
+        def submit(self, layer: int, hidden: torch.Tensor, top_k_index: torch.Tensor) -> PendingRows:
+            pending = super().submit(layer, hidden, top_k_index)
             barrier.wait()
+            return pending
 
     lanes = [TOKENS[:, :5], TOKENS[:, 5:10]]
     with use_backend(experts), torch.no_grad():
@@ -129,8 +131,6 @@ class Echo:
 
     def submit(self, layer: int, hidden: torch.Tensor, top_k_index: torch.Tensor) -> PendingRows:
         return Echoed(hidden[:, None])
-
-    def while_waiting(self, layer: int) -> None: ...
 
 
 class Echoed:

@@ -129,10 +129,9 @@ def test_two_forwards_of_one_model_interleave(open_tiny, make_experts):
 
         def submit(self, layer: int, hidden: torch.Tensor, top_k_index: torch.Tensor) -> PendingRows:
             self.tokens.append(hidden.shape[0])
-            return experts.submit(layer, hidden, top_k_index)
-
-        def while_waiting(self, layer: int) -> None:
+            pending = experts.submit(layer, hidden, top_k_index)
             barrier.wait()
+            return pending
 
     lanes = {length: InStep() for length in (5, 23)}
     logits: dict[int, torch.Tensor] = {}

@@ -42,8 +42,6 @@ class Rows:
     def submit(self, layer: int, hidden: torch.Tensor, top_k_index: torch.Tensor) -> PendingRows:
         return Rows(hidden[:, None] * (top_k_index[..., None] / 7 - 1).to(hidden))
 
-    def while_waiting(self, layer: int) -> None: ...
-
     def result(self) -> torch.Tensor:
         assert self._rows is not None
         return self._rows

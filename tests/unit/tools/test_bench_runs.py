@@ -28,8 +28,12 @@ def test_bench_hop(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert " ".join(["moiety", *words]) in told
 
 
+@pytest.mark.slow
 def test_bench_serve(capsys: pytest.CaptureFixture[str], tiny: Callable[[str], str], tmp_path: Path) -> None:
-    """Every system is measured in every cell, ratios are to the best peer, and one that cannot start is told."""
+    """Every system is measured in every cell, ratios are to the best peer, and one that cannot start is told.
+
+    Slow: a system of its own, and one process of transformers.
+    """
     file = tmp_path / "serve.json"
     words = ["--concurrency", "1,3", "--prompts", "8", "--new", "5", "--dtype", "float32", "--rounds", "1"]
     absent = str(tmp_path / "absent")
