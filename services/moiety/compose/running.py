@@ -120,8 +120,7 @@ class Site:
         self.meter: Meter = configure_metrics(f"moiety-{deployment}", resource)
         self.registry = connect(settings.registry, settings.app)
         self.closers = AsyncExitStack()
-        self.closers.push_async_callback(asyncio.to_thread, self.tracer.shutdown, 2.0)
-        self.closers.push_async_callback(asyncio.to_thread, self.meter.shutdown, 2.0)
+        self.closers.push_async_callback(self._end_telemetry)
         self.closers.push_async_callback(self.registry.close)
 
     async def __aenter__(self) -> Site:
@@ -155,6 +154,10 @@ class Site:
         self.meter.observe(MetricName.BUSY, lambda: None if latest is None else latest.busy)
         self.meter.observe(MetricName.QUEUE_WAIT, lambda: None if latest is None else latest.queue_wait_ms / 1000)
         return every(LEDGER_S, publish)
+
+    async def _end_telemetry(self) -> None:
+        """Both at the same time: where no collector answers, each waits for as long as it may."""
+        await asyncio.gather(*(asyncio.to_thread(each.shutdown, 2.0) for each in (self.tracer, self.meter)))
 
     async def serve(self, parts: Parts) -> Running:
         """Binds, registers and returns the running service."""
