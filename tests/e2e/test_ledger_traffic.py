@@ -10,7 +10,7 @@ import redis
 from moiety.core import Role
 from serving import Served
 
-WATCHED_S = 2.2
+WATCHED_S = 1.8  # services beat twice a second and tell their load at every second or third beat
 
 
 def transactions(port: int, seconds: float) -> list[list[str]]:
