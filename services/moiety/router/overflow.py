@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -45,6 +46,14 @@ class Queues:
         return frozenset(self._overrun)
 
 
+@dataclass(frozen=True, slots=True)
+class Masks:
+    """Experts of one layer, both bool [E]."""
+
+    spared: np.ndarray  # their rows may go elsewhere
+    overrun: np.ndarray  # these, and those whose rows may only wait: nobody is sent there
+
+
 class Overrun:
     """Which experts' rows may go elsewhere: no holder could take more of them, and their group says so.
 
@@ -62,11 +71,11 @@ class Overrun:
         """`deployment_of(replica)`: "" where it has left; `spares(group)`: whether its rows may go elsewhere."""
         self._queues, self._table, self._slices = queues, table, slices
         self._deployment_of, self._spares = deployment_of, spares
-        self._masks: dict[int, np.ndarray | None] = {}  # layer -> bool [E]; None = none of them
+        self._masks: dict[int, Masks | None] = {}  # by layer
         self._of: tuple[int, frozenset[str]] = (0, frozenset())  # what they were made of: table version, replicas
 
-    def __call__(self, layer: int) -> np.ndarray | None:
-        """bool [E], None where it would be all false.
+    def __call__(self, layer: int) -> Masks | None:
+        """None where no rows may go.
 
         An expert in slices is overrun where one of them is, and its rows may go where that holds for all of them.
         """
@@ -76,15 +85,16 @@ class Overrun:
         if self._of != (table.version, replicas):
             self._of, self._masks = (table.version, replicas), {}
         if layer not in self._masks:
-            overrun = self._experts(table.held_only_by(layer, replicas)).any(axis=1)
-            mask = np.logical_and(overrun, self._experts(self._may_go(table, layer)).all(axis=1))
-            self._masks[layer] = mask if mask.any() else None
+            overrun = np.logical_or.reduce(self._experts(table.held_only_by(layer, replicas)), axis=1)
+            spared = overrun & np.logical_and.reduce(self._experts(self._may_go(table, layer)), axis=1)
+            self._masks[layer] = Masks(spared, overrun) if spared.any() else None
         return self._masks[layer]
 
     def _may_go(self, table: Table, layer: int) -> np.ndarray:
         """bool [E * slices]: those held by groups, all of which say so."""
-        hot = {replica for replica in table.replicas if self._deployment_of(replica).startswith(HOT)}
-        willing = {replica for replica in table.replicas if self._spares(self._deployment_of(replica))}
+        of = {replica: self._deployment_of(replica) for replica in table.replicas}
+        hot = {replica for replica, deployment in of.items() if deployment.startswith(HOT)}
+        willing = {replica for replica, deployment in of.items() if deployment and self._spares(deployment)}
         return table.held_only_by(layer, willing | hot) & ~table.held_only_by(layer, hot)
 
     def _experts(self, slices: np.ndarray) -> np.ndarray:
@@ -94,8 +104,8 @@ class Overrun:
 class OverflowHop:
     """A StepBackend that spares experts which no replica can take more rows for."""
 
-    def __init__(self, backend: StepBackend, overrun: Callable[[int], np.ndarray | None]) -> None:
-        """`overrun(layer)`: bool [E], experts all of whose holders have too long a queue; None = none."""
+    def __init__(self, backend: StepBackend, overrun: Callable[[int], Masks | None]) -> None:
+        """`overrun(layer)`: experts all of whose holders have too long a queue; None = no rows may go elsewhere."""
         self._backend, self._overrun = backend, overrun
         self._step: StepContext | None = None
         self.rerouted = 0  # rows, since the beginning
@@ -111,12 +121,12 @@ class OverflowHop:
     def submit(self, layer: int, hidden: torch.Tensor, top_k_index: torch.Tensor) -> PendingRows:
         """Sends hidden [T, D] to the experts in top_k_index [T, K] (int64, -1: none), or to their backups."""
         assert self._step is not None, "submit outside a step"
-        overrun, scores = self._overrun(layer), current_forward().scores
-        if overrun is None or scores is None:
+        masks, scores = self._overrun(layer), current_forward().scores
+        if masks is None or scores is None:
             self._step.routed(np.zeros(top_k_index.shape, dtype=bool))
             return self._backend.submit(layer, hidden, top_k_index)
         chosen = top_k_index.cpu().numpy()
-        given = backups(chosen, scores.float().cpu().numpy(), overrun)
+        given = backups(chosen, scores.float().cpu().numpy(), masks.spared, masks.overrun)
         self._step.routed(elsewhere := given != chosen)
         self.rerouted += int(elsewhere.sum())
         return self._backend.submit(layer, hidden, torch.from_numpy(given).to(top_k_index.device))

@@ -37,8 +37,8 @@ class Fleet:
         """Experts whose rows may go elsewhere after these replicas, and no others, told of long queues."""
         for replica in DEPLOYMENTS:
             self.queues.answered(replica, BOUND_MS * (2 if replica in slow else 0))
-        mask = self.overrun(0)
-        return [] if mask is None else np.flatnonzero(mask).tolist()
+        masks = self.overrun(0)
+        return [] if masks is None else np.flatnonzero(masks.spared).tolist()
 
 
 def test_rows_of_a_group_that_waits_wait() -> None:
@@ -48,6 +48,8 @@ def test_rows_of_a_group_that_waits_wait() -> None:
     assert fleet.spared("a", "b") == []
     assert fleet.spared("a", "b", "b2") == [3]
     assert fleet.spared("a", "b", "b2", "h") == [2, 3]
+    assert (masks := fleet.overrun(0)) is not None
+    assert masks.overrun.all(), "nor is a row sent to those that wait"
     fleet.now += REMEMBER_S
     assert fleet.overrun(0) is None
     assert Fleet(set()).spared("a", "b", "b2", "h") == []
@@ -61,6 +63,13 @@ def test_a_hot_set_has_no_say() -> None:
     assert fleet.spared("a", "h") == [0, 1]
     fleet.publish({"b": HELD["b"], "h": HELD["h"]})
     assert fleet.spared("h") == []
+
+
+def test_a_replica_that_has_just_left_says_nothing() -> None:
+    """Its rows wait for the next table, whatever is the rule for groups that are not named."""
+    fleet = Fleet({"experts-0", ""})
+    del fleet.deployments["a"]
+    assert fleet.spared("a", "h") == []
 
 
 def test_an_expert_of_two_groups_waits_unless_both_say_otherwise() -> None:
