@@ -92,6 +92,11 @@ class Routers:
                         yield event
                 return
 
+    def check_room(self) -> None:
+        """Raises ResourceExhausted where every router is full with requests of ours: before a prompt costs anything."""
+        if self._routers and all(router.packed for router in self._routers.values()):
+            raise self._full(len(self._routers))
+
     def retry_after_s(self) -> float:
         """Seconds after which one more who is refused now should come again, and is expected to."""
         return self._backlog.refuse(self._predicted_wait_s)
@@ -114,8 +119,7 @@ class Routers:
             if ready_ids <= full.keys():
                 soonest = min(full[router_id] for router_id in ready_ids)
                 if waits.passed:
-                    hint = max(self.retry_after_s(), soonest)
-                    raise ResourceExhausted(f"the queue of {_each_of(len(ready))} is full", hint)
+                    raise self._full(len(ready), soonest)
                 await asyncio.sleep(min(soonest, waits.left()))
                 full.clear()
             router = self._choose(request, prompt, [router for router in ready if router.replica.id not in full])
@@ -130,6 +134,10 @@ class Routers:
                 if started:
                     raise
                 full[router.replica.id] = refusal.retry_after_s
+
+    def _full(self, routers: int, least_s: float = 0.0) -> ResourceExhausted:
+        told = "the one router" if routers == 1 else f"each of {routers} routers"
+        return ResourceExhausted(f"the queue of {told} is full", max(self.retry_after_s(), least_s))
 
     def _predicted_wait_s(self, expected: int) -> float:
         """Seconds until one more request has a slot, at the router where that is soonest, `expected` others before it."""
@@ -234,7 +242,3 @@ class Routers:
 
 def _is_ready(replica: Replica) -> bool:
     return replica.role is Role.ROUTER and replica.state is ReplicaState.READY
-
-
-def _each_of(routers: int) -> str:
-    return "the one router" if routers == 1 else f"each of {routers} routers"

@@ -88,6 +88,7 @@ class GenerationService:
             if isinstance(request, InvalidRequest):
                 raise request
             check_standing(request)
+            self._routers.check_room()
             held.enter_context(self._admission.place(request.tenant))
             deadline = Deadline.after(context.time_remaining())
             engine_request = await self._admit(request, deadline)

@@ -1,4 +1,4 @@
-"""How registry values look in the store: JSON for people and `redis-cli`, raw little-endian int64 for counters.
+"""How registry values look in the store: JSON for people and `redis-cli`, raw little-endian integers for counters.
 
 Readers skip fields they do not know, so that an older service can read a newer one's entry, and refuse the rest with a
 ValueError that names field and value. The store is inside the trust boundary: sizes are not bounded here.
@@ -14,6 +14,7 @@ from dataclasses import asdict
 from typing import Any, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
 from moiety.core import Busy, Costs, Demand, ExpertSet, Placement, Replica, ReplicaState, Role
 
@@ -113,9 +114,11 @@ def decision_from_json(text: str | bytes) -> dict[str, Any]:
 
 
 def demand_to_fields(demand: Demand) -> dict[str, bytes]:
-    """The fields of a hash, named by DEMAND_FIELDS; counters are row-major [moe_layers][experts]."""
-    rows = np.asarray(demand.rows, dtype="<i8")
-    activations = np.asarray(demand.activations, dtype="<i8")
+    """The fields of a hash, named by DEMAND_FIELDS; counters are row-major [moe_layers][experts].
+
+    Each is 4 bytes wide where all of its table fit into that, else 8.
+    """
+    rows, activations = np.asarray(demand.rows, dtype="<i8"), np.asarray(demand.activations, dtype="<i8")
     if rows.ndim != 2 or rows.shape != activations.shape:
         raise ValueError(f"demand: rows {rows.shape} and activations {activations.shape} must be one [layers][experts]")
     fields = {
@@ -123,8 +126,8 @@ def demand_to_fields(demand: Demand) -> dict[str, bytes]:
         "experts": b"%d" % rows.shape[1],
         "time": repr(demand.time).encode(),
         "started": repr(demand.started).encode(),
-        "rows": rows.tobytes(),
-        "activations": activations.tobytes(),
+        "rows": _packed(rows),
+        "activations": _packed(activations),
     }
     if demand.costs is not None:
         fields["costs"] = json.dumps(asdict(demand.costs)).encode()
@@ -136,7 +139,8 @@ def demand_from_fields(fields: Mapping[str, bytes | None]) -> Demand:
     shape = (_field(fields, "layers", int), _field(fields, "experts", int))
 
     def table(raw: bytes) -> tuple[tuple[int, ...], ...]:
-        return tuple(map(tuple, np.frombuffer(raw, dtype="<i8").reshape(shape).tolist()))
+        width = "<i4" if len(raw) == 4 * shape[0] * shape[1] else "<i8"
+        return tuple(map(tuple, np.frombuffer(raw, dtype=width).reshape(shape).tolist()))
 
     return Demand(
         rows=_field(fields, "rows", table),
@@ -164,6 +168,11 @@ class TolerantReader:
             return None
         self._warned.discard(name)
         return value
+
+
+def _packed(counters: npt.NDArray[np.int64]) -> bytes:
+    narrow = counters.astype("<i4")
+    return (narrow if np.array_equal(narrow, counters) else counters).tobytes()
 
 
 def _field(data: Mapping[str, Any], name: str, convert: Callable[[Any], T], default: Any = _REQUIRED) -> T:

@@ -2,11 +2,16 @@
 
 Keys, all under `moiety:{<app>}:` (the braces keep one Redis Cluster slot):
 
-    replica:<id>   JSON, PX 3000        replicas   set of ids, pruned on read       generation   random, until emptied
+    beat:<id>      digest of the entry, PX 3000: a replica lives as long as this does
+    replica:<id>   the entry, JSON      replicas   set of ids, pruned on read       generation   random, until emptied
     load:<writer>  hash, EX 60          writers    set of ids, pruned on read       hot[:<writer>]  sorted set, see below
     busy:<id>      JSON, PX 5000        reporters  set of ids, pruned on read       wake         sorted set by expiry
     placement      JSON                 epoch      that of `placement`              routers      set of ids, as replicas
     decisions      stream, 1,000 entries
+
+A beat that finds its own digest only renews it; another, or none, means that the entry must be written. Readers list the
+digests, or only learn that the list is the one they know, and fetch the entries that are new to them. Of counters they
+fetch those whose `stamp`, a field that each flush sets anew, they have not read.
 
 `hot` is for people: the 64 experts that get the most rows per second now, `<layer>/<expert>` -> rows per second, over the
 last three seconds and all routers. `redis-cli ZREVRANGE 'moiety:{<app>}:hot' 0 9 WITHSCORES` shows the first ten.
@@ -32,19 +37,21 @@ from redis.exceptions import RedisError
 from moiety.core import Busy, Demand, Placement, Replica, Role
 from moiety.errors import ConfigError, RegistryUnreachable
 from moiety.load import entries, redis_scripts
+from moiety.load.listing import Listing, digest_of
 from moiety.load.rates import Recent
 from moiety.load.registry import BUSY_TTL_S, DECISIONS_KEPT, DEMAND_TTL_S, TTL_S, WAKE_TTL_S
 from moiety.load.urls import without_secrets
 
 SOCKET_TIMEOUT_S = 1.0  # to connect, and for each answer
 OPERATION_TIMEOUT_S = 2.0  # both together
+REWRITE_S = 10.0  # an entry is written again after this long even if it stands: eviction may have taken parts of it
 HOT_ENTRIES = 64
 
 T = TypeVar("T")
 
 
 class RedisRegistry:
-    """A registry in Redis. Each operation is one round trip, or an error within OPERATION_TIMEOUT_S.
+    """A registry in Redis. An operation is one or two round trips, or an error within OPERATION_TIMEOUT_S.
 
     A client is made on first use in each event loop, so one registry may serve several threads' loops; every loop that
     used it must `close()` it.
@@ -60,11 +67,34 @@ class RedisRegistry:
         self._clients: dict[asyncio.AbstractEventLoop, Any] = {}
         self._reader = entries.TolerantReader()
         self._recent: dict[str, Recent] = {}  # by writer, those of this process
-        self._parsed: dict[bytes, Replica] = {}  # the entries of the last reading
+        self._written: dict[str, tuple[bytes, float]] = {}  # replica id -> digest and time of its last whole write
+        self._listings: dict[str, Listing] = {}  # the last reading of each set of replicas
+        self._demand: dict[str, tuple[bytes, Demand]] = {}  # writer -> stamp and counters, as read last
 
     async def register(self, replica: Replica) -> None:
-        async with self._store() as client, client.pipeline(transaction=True) as pipeline:
-            pipeline.set(self._key("replica", replica.id), entries.replica_to_json(replica), px=_milliseconds(TTL_S))
+        text = entries.replica_to_json(replica)
+        digest, now = digest_of(text), asyncio.get_running_loop().time()
+        written, since = self._written.pop(replica.id, (b"", 0.0))
+        async with self._store() as client:
+            if digest != written or now - since >= REWRITE_S or not await self._renew(client, replica.id, digest):
+                await self._write(client, replica, text, digest)
+                since = now
+        self._written[replica.id] = (digest, since)
+
+    async def _renew(self, client: Any, replica_id: str, digest: bytes) -> bool:
+        """Whether the store still had this entry, which lives on then."""
+        beat = self._key("beat", replica_id)
+        async with client.pipeline(transaction=False) as pipeline:
+            pipeline.get(beat)
+            pipeline.pexpire(beat, _milliseconds(TTL_S))
+            found, renewed = await pipeline.execute()
+        return bool(found == digest and renewed)
+
+    async def _write(self, client: Any, replica: Replica, text: str, digest: bytes) -> None:
+        async with client.pipeline(transaction=True) as pipeline:
+            # The entry outlives every beat that renews it.
+            pipeline.set(self._key("replica", replica.id), text, px=_milliseconds(2 * REWRITE_S))
+            pipeline.set(self._key("beat", replica.id), digest, px=_milliseconds(TTL_S))
             pipeline.sadd(self._key("replicas"), replica.id)
             if replica.role is Role.ROUTER:
                 pipeline.sadd(self._key("routers"), replica.id)
@@ -72,27 +102,18 @@ class RedisRegistry:
             await pipeline.execute()
 
     async def deregister(self, replica_id: str) -> None:
+        self._written.pop(replica_id, None)
         async with self._store() as client, client.pipeline(transaction=True) as pipeline:
-            pipeline.delete(self._key("replica", replica_id))
+            pipeline.delete(self._key("beat", replica_id), self._key("replica", replica_id))
             pipeline.srem(self._key("replicas"), replica_id)
             pipeline.srem(self._key("routers"), replica_id)
             await pipeline.execute()
 
     async def replicas(self) -> tuple[Replica, ...]:
-        parsed: dict[bytes, Replica] = {}
-
-        def decode(raw: bytes) -> Replica:
-            # Readers poll several times a second, and a beat mostly writes the same text again.
-            parsed[raw] = self._parsed.get(raw) or entries.replica_from_json(raw)
-            return parsed[raw]
-
-        live = await self._read_entries("replicas", "replica", decode)
-        self._parsed = parsed
-        return tuple(live[replica_id] for replica_id in sorted(live))
+        return await self._live("replicas")
 
     async def routers(self) -> tuple[Replica, ...]:
-        live = await self._read_entries("routers", "replica", entries.replica_from_json)
-        return tuple(live[replica_id] for replica_id in sorted(live))
+        return await self._live("routers")
 
     async def generation(self) -> str | None:
         async with self._store() as client:
@@ -114,8 +135,8 @@ class RedisRegistry:
         return await self._script(redis_scripts.SET_PLACEMENT, ["placement", "epoch"], placement.epoch, text) == 1
 
     async def publish_load(self, replica_id: str, busy: Busy | None = None, demand: Demand | None = None) -> None:
-        async with self._store() as client, client.pipeline(transaction=True) as pipeline:
-            if busy is not None:
+        async with self._store() as client, client.pipeline(transaction=demand is not None) as pipeline:
+            if busy is not None:  # in this order: a reader prunes the id only while the key is absent
                 pipeline.set(self._key("busy", replica_id), entries.busy_to_json(busy), px=_milliseconds(BUSY_TTL_S))
                 pipeline.sadd(self._key("reporters"), replica_id)
             if demand is not None:
@@ -124,7 +145,7 @@ class RedisRegistry:
 
     def _add_demand(self, pipeline: Any, writer: str, demand: Demand) -> None:
         load, hot, recent_s = self._key("load", writer), self._key("hot", writer), int(BUSY_TTL_S)
-        pipeline.hset(load, mapping=entries.demand_to_fields(demand))
+        pipeline.hset(load, mapping={**entries.demand_to_fields(demand), "stamp": uuid.uuid4().hex})
         pipeline.expire(load, int(DEMAND_TTL_S))
         pipeline.sadd(self._key("writers"), writer)
         pipeline.delete(hot)
@@ -135,16 +156,26 @@ class RedisRegistry:
         pipeline.eval(redis_scripts.SUM_HOT, 2, *keys, self._key("hot", ""), HOT_ENTRIES, recent_s)
 
     async def demand(self) -> Mapping[str, Demand]:
-        names = entries.DEMAND_FIELDS
-        found = await self._script(redis_scripts.READ_HASHES, ["writers"], self._key("load", ""), *names)
-
-        def decode(values: Sequence[bytes | None]) -> Demand:
-            return entries.demand_from_fields(dict(zip(names, values, strict=False)))
-
-        return self._decoded("load", found, decode)
+        names, known = ("stamp", *entries.DEMAND_FIELDS), self._demand
+        stamps = (part for writer, (stamp, _) in known.items() for part in (writer, stamp))
+        found = await self._script(
+            redis_scripts.READ_HASHES, ["writers"], self._key("load", ""), len(names), *names, *stamps
+        )
+        latest: dict[str, tuple[bytes, Demand]] = {}
+        for raw_id, fields in zip(found[::2], found[1::2], strict=True):
+            writer = raw_id.decode(errors="replace")
+            if isinstance(fields, bytes):  # the stamp: not flushed since it was read
+                latest[writer] = known[writer]
+                continue
+            values = dict(zip(names, fields, strict=False))
+            if (demand := self._reader.read(f"load:{writer}", entries.demand_from_fields, values)) is not None:
+                latest[writer] = (values["stamp"] or b"", demand)
+        self._demand = latest
+        return {writer: demand for writer, (_, demand) in latest.items()}
 
     async def busy(self) -> Mapping[str, Busy]:
-        return await self._read_entries("reporters", "busy", entries.busy_from_json)
+        _, *found = await self._script(redis_scripts.READ_ENTRIES, ["reporters"], self._key("busy", ""), "")
+        return self._decoded("busy", found, entries.busy_from_json)
 
     async def wake(self, layer: int, experts: Sequence[int]) -> None:
         if experts:
@@ -184,9 +215,26 @@ class RedisRegistry:
             with contextlib.suppress(RedisError, OSError):
                 await client.aclose()
 
-    async def _read_entries(self, index: str, kind: str, decode: Callable[[bytes], T]) -> dict[str, T]:
-        found = await self._script(redis_scripts.READ_ENTRIES, [index], self._key(kind, ""))
-        return self._decoded(kind, found, decode)
+    async def _live(self, index: str) -> tuple[Replica, ...]:
+        """The replicas in the set `index`: a list of digests where that has changed, and the texts that are new."""
+        known = self._listings.get(index, Listing())
+        prefixes = self._key("beat", ""), self._key("replica", "")
+        async with self._store() as client:
+            digest, *found = await client.eval(
+                redis_scripts.READ_ENTRIES, 1, self._key(index), prefixes[0], known.digest, prefixes[1]
+            )
+            if digest == known.digest:
+                return known.replicas
+            beats = list(zip(found[::2], found[1::2], strict=True))
+            unknown = known.unknown(beats)
+            texts = await client.mget([prefixes[1].encode() + each for each in unknown]) if unknown else []
+
+        def decode(replica_id: bytes, text: bytes) -> Replica | None:
+            name = f"replica:{replica_id.decode(errors='replace')}"
+            return self._reader.read(name, entries.replica_from_json, text)
+
+        self._listings[index] = known.following(digest, beats, dict(zip(unknown, texts, strict=True)), decode)
+        return self._listings[index].replicas
 
     def _decoded(self, kind: str, found: Sequence[Any], decode: Callable[[Any], T]) -> dict[str, T]:
         """Readable entries of a flat [id, value, id, value, …] answer."""
@@ -197,7 +245,7 @@ class RedisRegistry:
                 live[name] = value
         return live
 
-    async def _script(self, script: str, keys: Sequence[str], *arguments: str | int) -> Any:
+    async def _script(self, script: str, keys: Sequence[str], *arguments: str | bytes | int) -> Any:
         async with self._store() as client:
             return await client.eval(script, len(keys), *(self._key(key) for key in keys), *arguments)
 

@@ -3,35 +3,50 @@
 All keys share the slot of their `{app}` braces, so a script may derive key names from the prefix it is given.
 """
 
-# KEYS: a set of ids. ARGV: key prefix. -> [id, value, id, value, …]; ids whose key has expired leave the set.
-# One step, so that an entry renewed meanwhile can't be pruned. A key of a wrong type reads as "": a broken entry.
+# KEYS: a set of ids. ARGV: prefix of their keys, digest of an earlier answer, prefixes of what is removed with an id.
+# -> [digest] where that is the answer still, else [digest, id, value, id, value, …]. Ids whose key has expired, or is of
+# a wrong type, leave the set. One step, so that a key renewed meanwhile can't be pruned.
 READ_ENTRIES = """
-local found = {}
-for _, id in ipairs(redis.call('SMEMBERS', KEYS[1])) do
-  local value = redis.pcall('GET', ARGV[1] .. id)
-  if value then
-    if type(value) == 'table' then value = '' end
-    found[#found + 1] = id
-    found[#found + 1] = value
-  else
-    redis.call('SREM', KEYS[1], id)
+local ids, found = redis.call('SMEMBERS', KEYS[1]), {''}
+for first = 1, #ids, 1000 do
+  local keys = {}
+  for index = first, math.min(first + 999, #ids) do keys[#keys + 1] = ARGV[1] .. ids[index] end
+  for offset, value in ipairs(redis.call('MGET', unpack(keys))) do
+    local id = ids[first + offset - 1]
+    if value then
+      found[#found + 1] = id
+      found[#found + 1] = value
+    else
+      redis.call('SREM', KEYS[1], id)
+      for prefix = 3, #ARGV do redis.call('DEL', ARGV[prefix] .. id) end
+    end
   end
 end
+found[1] = redis.sha1hex(table.concat(found, ' '))
+if found[1] == ARGV[2] then return {found[1]} end
 return found
 """
 
-# KEYS: a set of ids. ARGV: key prefix, field names. -> [id, [field value or nil, …], …]; prunes as above.
+# KEYS: a set of ids. ARGV: key prefix, how many fields, their names (`stamp` first), then id, stamp of those known.
+# -> [id, stamp where that is known, else [field value or nil, …], …]; prunes as above. A wrong type reads as no fields.
 READ_HASHES = """
-local found = {}
+local found, known, fields = {}, {}, ARGV[2] + 2
+for index = fields + 1, #ARGV, 2 do known[ARGV[index]] = ARGV[index + 1] end
 for _, id in ipairs(redis.call('SMEMBERS', KEYS[1])) do
   local key = ARGV[1] .. id
-  if redis.call('EXISTS', key) == 1 then
-    local fields = redis.pcall('HMGET', key, unpack(ARGV, 2))
-    if fields.err then fields = {} end
+  local value = redis.pcall('HGET', key, ARGV[3])
+  if not value or value ~= known[id] then
+    if redis.call('EXISTS', key) == 1 then
+      value = redis.pcall('HMGET', key, unpack(ARGV, 3, fields))
+      if value.err then value = {} end
+    else
+      value = nil
+      redis.call('SREM', KEYS[1], id)
+    end
+  end
+  if value then
     found[#found + 1] = id
-    found[#found + 1] = fields
-  else
-    redis.call('SREM', KEYS[1], id)
+    found[#found + 1] = value
   end
 end
 return found

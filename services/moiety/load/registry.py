@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from moiety.core import Busy, Demand, Placement, Replica
 
-HEARTBEAT_S = 0.5  # every replica rewrites its entry this often
+HEARTBEAT_S = 0.5  # every replica registers this often
 TTL_S = 3.0  # and is forgotten after this long without
 BUSY_TTL_S = 5.0
 WAKE_TTL_S = 5.0
@@ -23,7 +23,10 @@ class Registry(Protocol):
     """Every method raises RegistryUnreachable when the store does not answer; callers go on with what they knew."""
 
     async def register(self, replica: Replica) -> None:
-        """Writes `replica` under its TTL: at start and by every heartbeat, so an emptied store refills itself."""
+        """Puts `replica` there for TTL_S: at start and by every heartbeat, so an emptied store refills itself.
+
+        What the store has already need not be sent again; another replica under the same id replaces it.
+        """
         ...
 
     async def deregister(self, replica_id: str) -> None: ...

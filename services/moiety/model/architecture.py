@@ -21,8 +21,16 @@ from moiety.model.definitions import definition_of
 from moiety.model.probe import describe
 from moiety.model.supported import nearest, refused
 
+
+def _check_window(config: Any) -> None:
+    """MiniMax calls its layers full attention and, where a window is set, has them see no further: never published."""
+    if config.sliding_window is not None:
+        raise ValueError(f"sliding_window {config.sliding_window}: windows in its full attention are not supported")
+
+
 _AMENDMENTS: Mapping[str, Callable[[Any], None]] = {
     "dbrx": dbrx.amend,
+    "minimax": _check_window,
     "nllb-moe": nllb.amend,
     "switch_transformers": switch.amend,
 }

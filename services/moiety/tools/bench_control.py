@@ -14,7 +14,7 @@ import numpy as np
 from moiety.core import Busy, Demand, ExpertSet, Placement, Replica, Role
 from moiety.errors import Unavailable
 from moiety.load.embedded import EmbeddedRedis
-from moiety.load.redis import RedisRegistry
+from moiety.load.redis import REWRITE_S, RedisRegistry
 from moiety.load.registry import HEARTBEAT_S
 from moiety.policy.dispatch import Table
 from moiety.policy.dispatch import plan as dispatch
@@ -50,6 +50,7 @@ class ControlReport:
     redis_operations_per_s: float  # that such a system sends
     redis_bytes_per_s: float
     redis_busy: float  # of one core of the server: CPU seconds for a second of this traffic
+    redis_change_bytes: float  # once, when every entry changes: all are written, and read by each reader
 
 
 def bench_control(work: ControlWork, progress: Callable[[str], None] = lambda _: None) -> ControlReport:
@@ -73,8 +74,7 @@ def bench_control(work: ControlWork, progress: Callable[[str], None] = lambda _:
     tokens = np.stack([random.choice(work.experts, 8, replace=False) for _ in range(256)]).ravel()
     _, dispatch_s = _timed(work.rounds, lambda: dispatch(table, 0, tokens, np.arange(len(tokens))))
     progress(f"Redis: what {len(replicas)} replicas and {work.routers} routers ask of it")
-    operations, transferred, busy = asyncio.run(_redis(work, replicas, heat))
-    return ControlReport(plan_s, replan_s, second.gain, table_s, dispatch_s, operations, transferred, busy)
+    return ControlReport(plan_s, replan_s, second.gain, table_s, dispatch_s, *asyncio.run(_redis(work, replicas, heat)))
 
 
 def control_lines(report: ControlReport, work: ControlWork) -> Iterator[str]:
@@ -88,6 +88,10 @@ def control_lines(report: ControlReport, work: ControlWork) -> Iterator[str]:
     yield (
         f"Redis, {work.routers} routers      {report.redis_operations_per_s:8,.0f} operations/s, "
         f"{report.redis_bytes_per_s / 1e6:,.1f} MB/s, {report.redis_busy:.0%} of a core"
+    )
+    yield (
+        f"every entry changed     {report.redis_change_bytes / 1e6:8,.1f} MB   "
+        "(once, by a new placement: each is written, and read by all)"
     )
 
 
@@ -118,8 +122,11 @@ def _replicas(placement: Placement, counts: dict[str, int]) -> Iterator[Replica]
             )
 
 
-async def _redis(work: ControlWork, replicas: Sequence[Replica], heat: np.ndarray) -> tuple[float, float, float]:
-    """Operations, bytes and CPU seconds of one second's traffic: each kind is measured alone, and counted as often."""
+async def _redis(work: ControlWork, replicas: Sequence[Replica], heat: np.ndarray) -> tuple[float, float, float, float]:
+    """Operations, bytes and CPU seconds of one second's traffic: each kind is measured alone, and counted as often.
+
+    Then the bytes of one change of every entry.
+    """
     with EmbeddedRedis() as server:
         registry, gate = RedisRegistry(server.url, "bench"), asyncio.Semaphore(AT_ONCE)
         counts = tuple(map(tuple, (1e6 * heat / heat.max()).astype(int).tolist()))
@@ -130,31 +137,46 @@ async def _redis(work: ControlWork, replicas: Sequence[Replica], heat: np.ndarra
             async with gate:
                 await action
 
-        async def cost(actions: Sequence[Awaitable[Any]]) -> np.ndarray:
+        async def counted(actions: Sequence[Awaitable[Any]]) -> np.ndarray:
             before = np.array(await registry.server_counters())
             await asyncio.gather(*map(gated, actions))
             return np.array(await registry.server_counters()) - before
+
+        reading_counters = await counted([])
+
+        async def cost(actions: Sequence[Awaitable[Any]]) -> np.ndarray:
+            return await counted(actions) - reading_counters
 
         try:
             await registry.set_placement(Placement(1, {replica.deployment: replica.held for replica in replicas}))
             beats, loads = 1 / HEARTBEAT_S, 1 / LEDGER_S
             routers = [f"router-{number}" for number in range(work.routers)]
             total = loads * await cost([registry.publish_load(router, busy, demand) for router in routers])
-            total += beats * await cost([registry.placement() for _ in replicas])
+            total += beats * await cost([registry.placement_epoch() for _ in replicas])
             total += loads * await cost([registry.publish_load(replica.id, busy) for replica in replicas])
-            total += (1 / AUTOSCALER_S) * await cost([registry.busy(), registry.demand(), registry.wakes()])
-            reads = work.routers / WATCH_S + 1 / AUTOSCALER_S
+            # The autoscaler: all counters once a second, as often as they are written, and the rest at each reading.
+            total += loads * await cost([registry.demand()])
+            total += (1 / AUTOSCALER_S - loads) * await cost([registry.demand()])
+            total += (1 / AUTOSCALER_S) * await cost([registry.busy(), registry.wakes(), registry.placement()])
+            reads = round(work.routers / WATCH_S + 1 / AUTOSCALER_S)
             for _ in range(ATTEMPTS):  # on a busy machine the first entries expire before the last is written
                 written = await cost([registry.register(replica) for replica in replicas])
-                read = await cost([registry.replicas(), registry.generation()])
-                if len(await registry.replicas()) == len(replicas):
+                read = await cost([registry.replicas()])
+                complete = len(await registry.replicas()) == len(replicas)
+                beat = await cost([registry.register(replica) for replica in replicas])
+                polls = [poll() for _ in range(reads) for poll in (registry.replicas, registry.generation)]
+                unchanged = await cost(polls)
+                if complete and len(await registry.replicas()) == len(replicas):
                     break
+                for replica in replicas:
+                    await registry.deregister(replica.id)
             else:
                 raise Unavailable(
                     f"{len(replicas)} entries took longer to write than they live: this machine is too busy"
                 )
-            total += beats * written + reads * read
+            total += beats * beat + written / REWRITE_S + unchanged
+            changed = written + (work.routers + 1) * read  # the one more is the autoscaler
         finally:
             await registry.close()
     operations, transferred, seconds = total.tolist()
-    return operations, transferred, seconds
+    return operations, transferred, seconds, float(changed[1])

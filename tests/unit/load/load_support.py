@@ -1,12 +1,14 @@
-"""Values and waits that the tests of this folder share."""
+"""Values, waits and registries that the tests of this folder share."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 from moiety.core import Demand, ExpertSet, Replica, Role
+from moiety.load.redis import RedisRegistry
 
 
 def expert_replica(replica_id: str = "e0", **changes: object) -> Replica:
@@ -30,6 +32,16 @@ def expert_replica(replica_id: str = "e0", **changes: object) -> Replica:
 def demand_of(*rows: tuple[int, ...], time: float = 0.0, started: float = 0.0) -> Demand:
     """Counters with `rows` per layer, and as many activations."""
     return Demand(rows=rows, activations=rows, time=time, started=started)
+
+
+@contextlib.asynccontextmanager
+async def opened(url: str, app: str) -> AsyncIterator[RedisRegistry]:
+    """A registry in Redis that is closed at the end."""
+    registry = RedisRegistry(url, app)
+    try:
+        yield registry
+    finally:
+        await registry.close()
 
 
 async def eventually(condition: Callable[[], Awaitable[bool]], within_s: float = 5.0) -> float:

@@ -39,6 +39,23 @@ def test_replicas_are_sorted_and_the_last_registration_counts(run: Run) -> None:
     run(behaviour)
 
 
+def test_a_reader_follows_every_change(run: Run) -> None:
+    """Reading after each write shows that write: there and back, away and again, and of one among others."""
+
+    async def behaviour(registry: Registry) -> None:
+        here, there, other = expert_replica(), expert_replica(state=ReplicaState.DRAINING), expert_replica("e1")
+        await registry.register(other)
+        for replica in (here, here, there, here):
+            await registry.register(replica)
+            assert await registry.replicas() == (replica, other)
+        await registry.deregister("e0")
+        assert await registry.replicas() == (other,)
+        await registry.register(here)
+        assert await registry.replicas() == (here, other)
+
+    run(behaviour)
+
+
 def test_a_deregistered_replica_is_gone_at_once(run: Run) -> None:
     """Deregistering takes effect before the TTL, and again is harmless."""
 
@@ -134,6 +151,7 @@ def test_a_restarted_writer_has_counters_of_its_own(run: Run) -> None:
     async def behaviour(registry: Registry) -> None:
         await registry.publish_load("router-a1", demand=demand_of((5, 5)))
         await registry.publish_load("router-a2", demand=demand_of((1, 0)))
+        assert await registry.demand() == {"router-a1": demand_of((5, 5)), "router-a2": demand_of((1, 0))}
         await registry.publish_load("router-a2", demand=demand_of((1, 2)))
         assert await registry.demand() == {"router-a1": demand_of((5, 5)), "router-a2": demand_of((1, 2))}
 

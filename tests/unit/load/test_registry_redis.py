@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import signal
@@ -11,28 +10,19 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import redis
-from load_support import demand_of, eventually, expert_replica
+from load_support import demand_of, eventually, expert_replica, opened
 
 from moiety.core import Busy, ExpertSet, Placement
 from moiety.errors import ConfigError, RegistryUnreachable
 from moiety.load.connect import connect
 from moiety.load.embedded import EmbeddedRedis
+from moiety.load.listing import digest_of
 from moiety.load.registry import BUSY_TTL_S, DEMAND_TTL_S, TTL_S, WAKE_TTL_S, Registry
-
-
-@contextlib.asynccontextmanager
-async def opened(url: str, app: str) -> AsyncIterator[Registry]:
-    """A registry that is closed at the end."""
-    registry = connect(url, app)
-    try:
-        yield registry
-    finally:
-        await registry.close()
 
 
 @pytest.fixture
@@ -130,9 +120,12 @@ def test_broken_entries_are_skipped_with_one_warning(
     }
     for name, text in broken.items():
         redis_cli.set(f"{key}replica:{name}", text)
+        redis_cli.set(f"{key}beat:{name}", digest_of(text))
         redis_cli.sadd(f"{key}replicas", name)
-    redis_cli.lpush(f"{key}replica:wrong-type", "x")
-    redis_cli.sadd(f"{key}replicas", "wrong-type")
+    redis_cli.lpush(f"{key}replica:list-key", "x")
+    redis_cli.lpush(f"{key}beat:list-beat", "x")
+    redis_cli.mset({f"{key}beat:list-key": "x", f"{key}replica:list-beat": "x"})
+    redis_cli.sadd(f"{key}replicas", "list-key", "list-beat")
     redis_cli.set(f"{key}busy:e1", '{"busy": "very"}')
     redis_cli.set(f"{key}busy:e2", '{"busy": NaN}')
     redis_cli.sadd(f"{key}reporters", "e1", "e2")
@@ -159,7 +152,7 @@ def test_broken_entries_are_skipped_with_one_warning(
     with caplog.at_level(logging.WARNING):
         asyncio.run(behaviour())
     warned = [record.getMessage() for record in caplog.records]
-    assert len(warned) == len(set(warned)) == len(broken) + 1 + 2 + 2 + 1 + 1 + 1
+    assert len(warned) == len(set(warned)) == len(broken) + 2 + 2 + 1 + 1 + 1
     assert any("replica:role " in message and "field role = 'chef'" in message for message in warned)
 
 

@@ -155,3 +155,9 @@ def test_a_missing_router_weight_is_told_before_any_is_read(tmp_path: Path):
         shard.unlink()
     with pytest.raises(CheckpointError, match=r"missing keys: model\.layers\.2\.mlp\.gate\.weight"):
         derive_layout(Checkpoint(checkpoint.path, checkpoint.config, checkpoint.shards, tensors))
+
+
+def test_minimax_with_a_window_is_refused(tmp_path: Path):
+    """Its layers are called full attention, so the window would be passed over in silence."""
+    with pytest.raises(CheckpointError, match="sliding_window 16: windows in its full attention"):
+        derive_layout(Checkpoint.open(write_tiny("minimax", tmp_path, sliding_window=16)))
