@@ -57,7 +57,11 @@ def served(tiny: Callable[[str], str]) -> Iterator[Served]:
             tiny("qwen3_moe"),
             dtype="float32",
             registry=redis.url,
-            env={"OTEL_EXPORTER_OTLP_ENDPOINT": receiver.endpoint, "OTEL_BSP_SCHEDULE_DELAY": "200"},
+            env={
+                "OTEL_EXPORTER_OTLP_ENDPOINT": receiver.endpoint,
+                "OTEL_BSP_SCHEDULE_DELAY": "200",
+                "OTEL_METRIC_EXPORT_INTERVAL": "1000",
+            },
         )
         runner.run(cluster.__aenter__())
         try:

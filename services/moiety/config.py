@@ -17,7 +17,8 @@ from moiety.core import ExpertSet, Transport
 from moiety.errors import ConfigError
 
 ENV_PREFIX = "MOIETY_"
-HOT = "hot-"  # deployments of this name hold what a placement gives them, beside the groups; EXPERTS- hold a share each
+EXPERTS = "experts-"  # deployments of this name, the groups, hold a share of the experts each
+HOT = "hot-"  # and those of this name what a placement gives them, beside the groups
 ROUTER, GATEWAY = "router", "gateway"  # the other deployments
 GATEWAY_CPUS = 0.5
 LIVE = ("target_busy", "queue_wait_ms", "shrink_after_s", "shrink_margin")  # of GroupSettings, see `GroupSettings.live`
@@ -28,6 +29,7 @@ SLICES_HELP = "parts that every expert is cut into, each held by a group of its 
 OVERFLOW_HELP = (
     "rows whose expert has too long a queue everywhere: wait, which is exact, or go to the next-best expert of theirs"
 )
+Overflow = Literal["wait", "backup"]
 Settings = TypeVar("Settings", bound=BaseModel)
 
 
@@ -111,7 +113,10 @@ class RouterSettings(ServiceSettings):
     retry_budget: float = Field(
         default=0.1, ge=0, le=1, description="hedges and timeout retries, as a fraction of calls"
     )
-    overflow: Literal["wait", "backup"] = Field(default="wait", description=OVERFLOW_HELP)
+    overflow: Overflow = Field(default="wait", description=OVERFLOW_HELP)
+    overflow_groups: Mapping[str, Overflow] = Field(
+        default_factory=dict, description="by expert group, where it differs from `overflow`: {experts-3: backup}"
+    )
     overflow_queue_ms: float = Field(default=100.0, gt=0, le=60_000, description="a longer queue than that is too long")
     lanes: int = Field(
         default=0,
@@ -125,10 +130,20 @@ class RouterSettings(ServiceSettings):
         "Replicas that cannot be reached as told are left out",
     )
 
-    @field_validator("overflow")
+    def spares(self, group: str) -> bool:
+        """Whether rows of this expert group's experts may go to others while its queues are too long."""
+        return self.overflow_groups.get(group, self.overflow) == "backup"
+
+    @property
+    def may_overflow(self) -> bool:
+        """Whether some group's rows may."""
+        return "backup" in (self.overflow, *self.overflow_groups.values())
+
+    @field_validator("overflow", "overflow_groups")
     @classmethod
-    def _one_or_the_other(cls, value: str, info: ValidationInfo) -> str:
-        if value == "backup" and info.data.get("deterministic"):
+    def _one_or_the_other(cls, value: Any, info: ValidationInfo) -> Any:
+        chosen = value.values() if isinstance(value, Mapping) else (value,)
+        if "backup" in chosen and info.data.get("deterministic"):
             raise ValueError("backup changes tokens with the load of the moment: not with deterministic")
         return value
 
@@ -160,6 +175,7 @@ class GroupSettings(BaseModel):
     threads: int = Field(default=1, ge=1, le=1024)
     weights: Literal["auto", "int8"] = Field(default="auto", description=WEIGHTS_HELP)
     capacity: float | None = Field(default=None, gt=0, description="pace a replica to this many rows per second")
+    overflow: Overflow = Field(default="wait", description=OVERFLOW_HELP)
     target_busy: float = Field(default=0.6, gt=0, le=1, description="busy fraction that scaling aims at")
     queue_wait_ms: float = Field(default=50.0, gt=0, description="mean wait that forces a step up")
     shrink_after_s: float = Field(default=30.0, ge=0, description="how long load must stay low before a step down")
@@ -211,8 +227,9 @@ class AppSettings(BaseModel):
     prefix_cache: bool = True
     speculative_tokens: int = Field(default=0, ge=0, le=64)
     lanes: int = Field(default=0, ge=0, le=8)
-    overflow: Literal["wait", "backup"] = Field(default="wait", description=OVERFLOW_HELP)
-    overflow_queue_ms: float = Field(default=100.0, gt=0, le=60_000)
+    overflow_queue_ms: float = Field(
+        default=100.0, gt=0, le=60_000, description="a longer queue than that is too long, see `overflow` of `experts`"
+    )
     hot_sets: int = Field(
         default=0,
         ge=0,
@@ -251,6 +268,8 @@ class AppSettings(BaseModel):
                     validated(GroupSettings, {**common.model_dump(), **differing})
                 except ConfigError as error:
                     raise ValueError(f"{deployment}: {error}") from None
+                if "overflow" in differing and not deployment.startswith(EXPERTS):
+                    raise ValueError(f"{deployment}: overflow is for groups, {EXPERTS}…: hot sets do as theirs do")
         return value
 
     def group(self, deployment: str) -> GroupSettings:

@@ -58,7 +58,7 @@ async def flush_ms(url: str, layers: int, experts: int) -> float:
             for reply in replies:
                 costs.answered(reply)
             began = time.process_time()
-            await registry.publish_demand("router", demand.reading(time.time(), costs.reading()))
+            await registry.publish_load("router", demand=demand.reading(time.time(), costs.reading()))
             spent += (time.process_time() - began) * (flush > 0)  # the first connects
     finally:
         await registry.close()

@@ -9,6 +9,8 @@ import pytest
 
 from moiety.client import Client
 from moiety.local import LocalCluster
+from moiety.telemetry import MetricName
+from moiety.telemetry.receiver import TraceReceiver
 from serving import Served
 
 NEW_TOKENS = 24
@@ -38,7 +40,7 @@ async def answers(cluster: LocalCluster) -> tuple[list[list[int]], list[float]]:
 
 @pytest.mark.slow
 def test_backup_reroutes_under_load_and_says_so(tiny: Callable[[str], str], served: Served) -> None:
-    """One group paced below the load: with backup its rows go elsewhere, told in the usage; in calm, tokens are exact.
+    """One group paced below the load: where it says backup its rows go elsewhere, told in usage and metrics; in calm, exact.
 
     Over 20 s: a cluster of its own, with a slow group.
     """
@@ -46,8 +48,9 @@ def test_backup_reroutes_under_load_and_says_so(tiny: Callable[[str], str], serv
     expected = served.run(lambda client: generate(client, 0))[0]
 
     async def scenario() -> None:
-        router = {"overflow": "backup", "overflow_queue_ms": 5.0, "lanes": 2}
-        async with LocalCluster(tiny("qwen3_moe"), dtype="float32", router=router) as cluster:
+        router = {"overflow_groups": {"experts-0": "backup"}, "overflow_queue_ms": 5.0, "lanes": 2}
+        env = {"OTEL_EXPORTER_OTLP_ENDPOINT": receiver.endpoint, "OTEL_TRACES_EXPORTER": "none"}
+        async with LocalCluster(tiny("qwen3_moe"), dtype="float32", router=router, env=env) as cluster:
             async with Client(cluster.address) as client:
                 calm, rerouted = await generate(client, 0)
                 assert rerouted == 0.0
@@ -60,7 +63,10 @@ def test_backup_reroutes_under_load_and_says_so(tiny: Callable[[str], str], serv
             assert 0.0 < max(fractions) < 1.0
             print(f"rerouted: {fractions}")
 
-    asyncio.run(scenario())
+    with TraceReceiver() as receiver:
+        asyncio.run(scenario())
+        rows = {figure.name: figure.value for figure in receiver.figures() if figure.cumulative}
+    assert 0 < rows[MetricName.REROUTED_ROWS] < rows[MetricName.ROUTED_ROWS]
 
 
 @pytest.mark.slow

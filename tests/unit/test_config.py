@@ -148,6 +148,21 @@ def test_a_deployment_may_differ_from_the_others() -> None:
         resolve(AppSettings, {"model": "m", "overrides": {"experts-1": {"min_replicas": 5}}})
 
 
+def test_overflow_is_a_groups_own() -> None:
+    """Of groups only, fixed while they run, and not where bits are promised."""
+    own = {"experts-1": {"overflow": "backup"}}
+    assert resolve(AppSettings, {"model": "m", "overrides": own}).group("experts-1").overflow == "backup"
+    with pytest.raises(ConfigError, match=r"hot-0: overflow is for groups"):
+        resolve(AppSettings, {"model": "m", "overrides": {"hot-0": {"overflow": "backup"}}})
+    with pytest.raises(ConfigError, match=r"experts-1: .*overflow.*'wait' or 'backup'"):
+        resolve(AppSettings, {"model": "m", "overrides": {"experts-1": {"overflow": "drop"}}})
+    with pytest.raises(ConfigError, match=r"overflow_groups.* not with deterministic"):
+        resolve(RouterSettings, {"model": "m", "deterministic": True, "overflow_groups": {"experts-1": "backup"}})
+    assert not resolve(RouterSettings, {"model": "m", "overflow_groups": {"experts-1": "wait"}}).may_overflow
+    with pytest.raises(ConfigError, match=r"user_config\.overflow"):
+        GroupSettings().live({"overflow": "backup"})  # routers are told at start: they refuse models that can only wait
+
+
 def test_live_settings_of_a_group() -> None:
     """Those that need no restart change what they name and nothing else; another one, or a bad value, is refused."""
     group = GroupSettings(target_busy=0.5, max_replicas=7)

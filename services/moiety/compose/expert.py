@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from moiety.compose.placement import PlacementFollower
-from moiety.compose.running import LEDGER_S, Parts, Running, Site, every
+from moiety.compose.running import Parts, Running, Site
 from moiety.config import ExpertSettings, GroupSettings
 from moiety.core import ExpertSet, Replica, Role
 from moiety.errors import ConfigError, Unavailable
@@ -62,9 +62,6 @@ async def start(settings: ExpertSettings, replica_id: str, node: str, launched: 
             service.shared_memory = doors.name
             site.closers.push_async_callback(doors.close)
 
-        async def publish_busy() -> None:
-            await site.registry.publish_busy(replica_id, runtime.load_since_last())
-
         def describe(replica: Replica) -> Replica:
             holding = runtime.holding
             return dataclasses.replace(
@@ -102,7 +99,7 @@ async def start(settings: ExpertSettings, replica_id: str, node: str, launched: 
                 healthy=healthy,
                 reconfigure=reconfigure,
                 describe=describe,
-                on_beat=(every(LEDGER_S, publish_busy), follower.follow),
+                on_beat=(site.tells(runtime.load_since_last), follower.follow),
                 calls_end=False,
             )
         )

@@ -6,7 +6,7 @@ import asyncio
 import secrets
 import time
 
-from moiety.compose.running import LEDGER_S, Parts, Running, Site, every
+from moiety.compose.running import Parts, Running, Site
 from moiety.config import GatewaySettings
 from moiety.core import Busy, Role
 from moiety.gateway.routers import Routers
@@ -32,13 +32,13 @@ async def start(settings: GatewaySettings, replica_id: str, node: str) -> Runnin
         service = GenerationService(routers, tokenizer, settings.name, settings.max_concurrent, site.tracer)
         begun, since = 0, time.monotonic()
 
-        async def publish_busy() -> None:
+        def load_since_last() -> Busy:
             nonlocal begun, since
             now = time.monotonic()
             requests_per_s = (service.begun - begun) / max(now - since, 1e-6)
             begun, since = service.begun, now
             busy = min(1.0, service.running / settings.max_concurrent)  # nothing waits here
-            await site.registry.publish_busy(replica_id, Busy(busy, 0.0, requests_per_s, requests_per_s))
+            return Busy(busy, 0.0, requests_per_s, requests_per_s)
 
         return await site.serve(
             Parts(
@@ -47,6 +47,6 @@ async def start(settings: GatewaySettings, replica_id: str, node: str) -> Runnin
                 revision=of,
                 server=Server([service.handler()], [SERVICE], share_port=settings.port != 0),
                 idle=lambda: service.running == 0,
-                on_beat=(every(LEDGER_S, publish_busy),),
+                on_beat=(site.tells(load_since_last),),
             )
         )

@@ -11,9 +11,9 @@ from contextlib import AsyncExitStack
 
 import torch
 
-from moiety.compose.running import LEDGER_S, Parts, Running, Site, every
+from moiety.compose.running import Parts, Running, Site
 from moiety.config import RouterSettings
-from moiety.core import ModelShape, Replica, ReplicaState, Role
+from moiety.core import Demand, ModelShape, Replica, ReplicaState, Role
 from moiety.errors import ConfigError, Unavailable
 from moiety.load.registry import Registry
 from moiety.load.watch import Watch
@@ -46,6 +46,7 @@ from moiety.router.probe import cache_spec, install_mixers, run_once
 from moiety.router.service import SERVICE, EngineService
 from moiety.router.sliced import SlicedHop
 from moiety.router.wakes import WakeRecorder
+from moiety.telemetry.names import MetricName
 from moiety.telemetry.tracing import Tracer
 from moiety.wire.channels import Server
 from moiety.wire.codec import DTYPE_NAMES, torch_dtype
@@ -92,13 +93,13 @@ async def start(settings: RouterSettings, replica_id: str, node: str) -> Running
             state = replica.state if covered else ReplicaState.STARTING
             return dataclasses.replace(replica, state=state, placement_epoch=fleet.placement_epoch)
 
-        async def publish_demand() -> None:
-            await site.registry.publish_demand(replica_id, demand.reading(time.time(), costs.reading()))
+        overflowing = [backend for backend in backends if isinstance(backend, OverflowHop)]
+        site.meter.observe(MetricName.ROUTED_ROWS, lambda: demand.total() // settings.slices)
+        site.meter.observe(MetricName.REROUTED_ROWS, lambda: sum(backend.rerouted for backend in overflowing))
+        site.meter.observe(MetricName.COST_ERROR, lambda: costs.error)
 
-        occupancy = Occupancy(engine, settings.slots)
-
-        async def publish_busy() -> None:
-            await site.registry.publish_busy(replica_id, occupancy.reading())
+        def counters() -> Demand:
+            return demand.reading(time.time(), costs.reading())
 
         def healthy() -> None:
             if not engine.alive:
@@ -115,7 +116,7 @@ async def start(settings: RouterSettings, replica_id: str, node: str) -> Running
                 idle=lambda: engine.load.running + engine.load.waiting == 0,
                 healthy=healthy,
                 describe=describe,
-                on_beat=(every(LEDGER_S, publish_demand), every(LEDGER_S, publish_busy)),
+                on_beat=(site.tells(Occupancy(engine, settings.slots).reading, counters),),
             )
         )
 
@@ -145,7 +146,7 @@ async def reach_experts(
     demand = DemandCounter(shape.moe_layers, shape.experts, started=time.time())
     costs = CostFit(expert_bytes)
     count = settings.lanes or LANES
-    queues = Queues(settings.overflow_queue_ms) if settings.overflow == "backup" else None
+    queues = Queues(settings.overflow_queue_ms) if settings.may_overflow else None
     return [Hop(fleet, hop_settings, hedging, demand, costs, tracer, lanes.wait, queues) for _ in range(count)], lanes
 
 
@@ -155,7 +156,8 @@ def _backends(settings: RouterSettings, hops: Sequence[Hop]) -> Sequence[StepBac
     if settings.slices > 1:
         backends = [SlicedHop(backend, settings.slices) for backend in backends]
     if (queues := hops[0].queues) is not None:
-        overrun = Overrun(queues, lambda: hops[0].fleet.table, settings.slices)
+        fleet = hops[0].fleet
+        overrun = Overrun(queues, lambda: fleet.table, fleet.deployment_of, settings.spares, settings.slices)
         backends = [OverflowHop(backend, overrun) for backend in backends]
     return backends
 
@@ -198,7 +200,7 @@ def load_model(
         fix_elementwise(model)
     install_mixers(model)
     spec = cache_spec(model, layout.shape)
-    if settings.overflow == "backup":
+    if settings.may_overflow:
         gate.listen(model, layout.shape, lambda: run_once(model, ProbeBatch()))
     overlap.install(model, lambda: run_once(model, ProbeBatch()))
     cache = _cache(settings, spec, revision)

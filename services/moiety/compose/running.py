@@ -13,7 +13,7 @@ from typing import Any
 
 from moiety import __version__
 from moiety.config import ServiceSettings
-from moiety.core import Replica, ReplicaState, Role
+from moiety.core import Busy, Demand, Replica, ReplicaState, Role
 from moiety.errors import ConfigError, RegistryUnreachable
 from moiety.load.connect import connect
 from moiety.load.heartbeat import Heartbeat
@@ -21,7 +21,8 @@ from moiety.load.registry import Registry
 from moiety.model.checkpoint import Checkpoint
 from moiety.model.layout import ExpertLayout, expert_layout
 from moiety.model.revision import revision
-from moiety.telemetry.names import ResourceAttribute
+from moiety.telemetry.metrics import Meter, configure_metrics
+from moiety.telemetry.names import MetricName, ResourceAttribute
 from moiety.telemetry.tracing import Tracer, configure
 from moiety.wire.channels import Server
 
@@ -110,17 +111,16 @@ class Site:
         """`launched`: Unix seconds, where something of it was done before; default: now."""
         self.settings, self.replica_id, self.node = settings, replica_id, node
         self._launched = time.time() if launched is None else launched
-        self.tracer: Tracer = configure(
-            f"moiety-{deployment}",
-            {
-                ResourceAttribute.INSTANCE: replica_id,
-                ResourceAttribute.VERSION: __version__,
-                ResourceAttribute.DEPLOYMENT: deployment,
-            },
-        )
+        resource: dict[str, str] = {
+            ResourceAttribute.INSTANCE: replica_id,
+            ResourceAttribute.VERSION: __version__,
+            ResourceAttribute.DEPLOYMENT: deployment,
+        }
+        self.tracer: Tracer = configure(f"moiety-{deployment}", resource)
+        self.meter: Meter = configure_metrics(f"moiety-{deployment}", resource)
         self.registry = connect(settings.registry, settings.app)
         self.closers = AsyncExitStack()
-        self.closers.push_async_callback(asyncio.to_thread, self.tracer.shutdown, 2.0)
+        self.closers.push_async_callback(self._end_telemetry)
         self.closers.push_async_callback(self.registry.close)
 
     async def __aenter__(self) -> Site:
@@ -138,6 +138,26 @@ class Site:
             return checkpoint, expert_layout(checkpoint), revision(checkpoint)
 
         return await asyncio.to_thread(read)
+
+    def tells(self, busy: Callable[[], Busy], demand: Callable[[], Demand] | None = None) -> Beat:
+        """Has the ledger know the service's load, once a second and in one round trip: to be one of `Parts.on_beat`.
+
+        `busy()`: over the time since it was called last; the meter tells the latest.
+        """
+        latest: Busy | None = None
+
+        async def publish() -> None:
+            nonlocal latest
+            latest = busy()
+            await self.registry.publish_load(self.replica_id, latest, demand() if demand is not None else None)
+
+        self.meter.observe(MetricName.BUSY, lambda: None if latest is None else latest.busy)
+        self.meter.observe(MetricName.QUEUE_WAIT, lambda: None if latest is None else latest.queue_wait_ms / 1000)
+        return every(LEDGER_S, publish)
+
+    async def _end_telemetry(self) -> None:
+        """Both at the same time: where no collector answers, each waits for as long as it may."""
+        await asyncio.gather(*(asyncio.to_thread(each.shutdown, 2.0) for each in (self.tracer, self.meter)))
 
     async def serve(self, parts: Parts) -> Running:
         """Binds, registers and returns the running service."""

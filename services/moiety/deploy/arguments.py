@@ -71,7 +71,8 @@ def router_settings(settings: AppSettings, node_address: str) -> RouterSettings:
         "prefix_cache": settings.prefix_cache,
         "speculative_tokens": settings.speculative_tokens,
         "lanes": settings.lanes,
-        "overflow": settings.overflow,
+        "overflow": settings.experts.overflow,
+        "overflow_groups": {name: own["overflow"] for name, own in settings.overrides.items() if "overflow" in own},
         "overflow_queue_ms": settings.overflow_queue_ms,
     }
     return validated(RouterSettings, values)

@@ -21,6 +21,8 @@ from moiety.deploy.rebalance import Rebalancer
 from moiety.errors import ConfigError, MoietyError
 from moiety.load.registry import Registry
 from moiety.policy.autoscale import Decision, State, decide
+from moiety.telemetry.metrics import configure_metrics
+from moiety.telemetry.names import Attribute, MetricName, ResourceAttribute
 
 PERIOD_S = 0.25
 HOT_GAIN = 0.1  # that is worth new hot sets, unless the settings say otherwise
@@ -49,8 +51,13 @@ class Subscription:
         if (low, high) != (self.settings.min_replicas, self.settings.max_replicas):  # changed in a live application
             self.settings = self.settings.model_copy(update={"min_replicas": low, "max_replicas": high})
         self.serve_target, self.asked_at = serve_target, now
+        trusted = self.trusted()
+        return serve_target if trusted is None else trusted
+
+    def trusted(self) -> int | None:
+        """The target that was decided; None where that is too long ago to be followed."""
         published = self.published
-        return published[0] if published is not None and now - published[1] < TRUSTED_S else serve_target
+        return published[0] if published is not None and time.monotonic() - published[1] < TRUSTED_S else None
 
     def decide(self, reading: Reading, now: float) -> Decision | None:
         """Called by the autoscaler's thread; None while Serve has not said how many replicas it has asked for."""
@@ -101,16 +108,19 @@ class Autoscaler:
             _log.exception("autoscaling of %s has ended: replicas stay as they are", self._settings.app)
 
     async def _follow(self) -> None:
-        # Imports redis-py: here, in the thread, it costs the controller's loop nothing.
+        # Imports redis-py and OpenTelemetry: here, in the thread, it costs the controller's loop nothing.
         from moiety.load.connect import connect
 
         registry = connect(self._settings.registry, self._settings.app)
+        meter = configure_metrics("moiety-autoscaler", {ResourceAttribute.INSTANCE: self._settings.app})
         try:
             ledger, rebalancer = Ledger(registry), self._rebalancer(registry)
             while True:
                 began = time.monotonic()
                 try:
                     if asked := [each for each in self._subscriptions.values() if began - each.asked_at < FORGET_S]:
+                        for each in asked:
+                            meter.observe(MetricName.TARGET, each.trusted, {Attribute.DEPLOYMENT: each.deployment})
                         reading = await ledger.read()
                         await _decide(asked, reading, registry)
                         await rebalancer.follow(reading, self._default(), began)
@@ -119,6 +129,7 @@ class Autoscaler:
                 await asyncio.sleep(max(0.0, began + PERIOD_S - time.monotonic()))
         finally:
             await registry.close()
+            meter.shutdown()
 
     def _rebalancer(self, registry: Registry) -> Rebalancer:
         gain = self._settings.rebalance_gain or (HOT_GAIN if self._settings.hot_sets else None)

@@ -14,14 +14,12 @@ import numpy.typing as npt
 from moiety.core import Busy, Costs, Demand, ExpertSet, Placement, Replica, ReplicaState, Role
 from moiety.errors import RegistryUnreachable
 from moiety.load.heat import model_of
-from moiety.load.rates import latest_costs, rates
+from moiety.load.rates import WINDOW_S, latest_costs, rates
 from moiety.load.registry import Registry
 from moiety.load.watch import Watch
 from moiety.policy.autoscale import Snapshot
 
 Rates = npt.NDArray[np.float64]
-
-WINDOW_S = 3.0  # routers flush their counters every second
 
 
 @dataclass(frozen=True, slots=True)

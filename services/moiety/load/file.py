@@ -60,14 +60,11 @@ class FileRegistry:
         """Raises FailedPrecondition: only the writer can."""
         raise FailedPrecondition(f"placement {placement.epoch}: only the process that owns {self._path} can set it")
 
-    async def publish_demand(self, writer: str, demand: Demand) -> None:
-        await self._ledger.publish_demand(writer, demand)
+    async def publish_load(self, replica_id: str, busy: Busy | None = None, demand: Demand | None = None) -> None:
+        await self._ledger.publish_load(replica_id, busy, demand)
 
     async def demand(self) -> Mapping[str, Demand]:
         return await self._ledger.demand()
-
-    async def publish_busy(self, replica_id: str, busy: Busy) -> None:
-        await self._ledger.publish_busy(replica_id, busy)
 
     async def busy(self) -> Mapping[str, Busy]:
         return await self._ledger.busy()

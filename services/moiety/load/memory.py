@@ -62,14 +62,14 @@ class MemoryRegistry:
         self._placement = placement
         return True
 
-    async def publish_demand(self, writer: str, demand: Demand) -> None:
-        self._demand.set(writer, demand)
+    async def publish_load(self, replica_id: str, busy: Busy | None = None, demand: Demand | None = None) -> None:
+        if busy is not None:
+            self._busy.set(replica_id, busy)
+        if demand is not None:
+            self._demand.set(replica_id, demand)
 
     async def demand(self) -> Mapping[str, Demand]:
         return self._demand.live()
-
-    async def publish_busy(self, replica_id: str, busy: Busy) -> None:
-        self._busy.set(replica_id, busy)
 
     async def busy(self) -> Mapping[str, Busy]:
         return self._busy.live()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping
 from typing import Literal
 
@@ -9,6 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from moiety.core import Costs, Demand
+
+WINDOW_S = 3.0  # that rates are over: routers flush their counters every second
+FLUSHES_KEPT = 8  # of one writer: a window's, and some to spare
 
 Counter = Literal["rows", "activations"]
 
@@ -45,6 +49,26 @@ def rates(
         if seconds > 0:
             total += added / seconds
     return total
+
+
+class Recent:
+    """One writer's rows per second over the last WINDOW_S, as the writer itself knows them."""
+
+    def __init__(self) -> None:
+        self._flushes: deque[tuple[float, npt.NDArray[np.int64]]] = deque(maxlen=FLUSHES_KEPT)
+
+    def rows_per_s(self, demand: Demand) -> npt.NDArray[np.float64]:
+        """[moe_layers][experts] at the time of `demand`, the writer's next flush; 0 at its first, which ends no window."""
+        rows = _table(demand, "rows")
+        if self._flushes and demand.time < self._flushes[-1][0]:
+            self._flushes.clear()  # the clock was set back
+        if not self._flushes or demand.time > self._flushes[-1][0]:
+            self._flushes.append((demand.time, rows))
+        while len(self._flushes) > 1 and self._flushes[1][0] <= demand.time - WINDOW_S:
+            self._flushes.popleft()
+        began, before = self._flushes[0]
+        seconds = demand.time - began
+        return _added(before, rows) / seconds if seconds > 0 else np.zeros(rows.shape)
 
 
 def latest_costs(demand: Mapping[str, Demand]) -> Costs | None:

@@ -4,7 +4,7 @@ Keys, all under `moiety:{<app>}:` (the braces keep one Redis Cluster slot):
 
     beat:<id>      digest of the entry, PX 3000: a replica lives as long as this does
     replica:<id>   the entry, JSON      replicas   set of ids, pruned on read       generation   random, until emptied
-    load:<writer>  hash, EX 60          writers    set of ids, pruned on read       hot[:<writer>]  sorted set, top 64
+    load:<writer>  hash, EX 60          writers    set of ids, pruned on read       hot[:<writer>]  sorted set, see below
     busy:<id>      JSON, PX 5000        reporters  set of ids, pruned on read       wake         sorted set by expiry
     placement      JSON                 epoch      that of `placement`              routers      set of ids, as replicas
     decisions      stream, 1,000 entries
@@ -12,6 +12,9 @@ Keys, all under `moiety:{<app>}:` (the braces keep one Redis Cluster slot):
 A beat that finds its own digest only renews it; another, or none, means that the entry must be written. Readers list the
 digests, or only learn that the list is the one they know, and fetch the entries that are new to them. Of counters they
 fetch those whose `stamp`, a field that each flush sets anew, they have not read.
+
+`hot` is for people: the 64 experts that get the most rows per second now, `<layer>/<expert>` -> rows per second, over the
+last three seconds and all routers. `redis-cli ZREVRANGE 'moiety:{<app>}:hot' 0 9 WITHSCORES` shows the first ten.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import redis.asyncio
 from redis.asyncio.connection import parse_url
 from redis.asyncio.retry import Retry
@@ -34,6 +38,7 @@ from moiety.core import Busy, Demand, Placement, Replica, Role
 from moiety.errors import ConfigError, RegistryUnreachable
 from moiety.load import entries, redis_scripts
 from moiety.load.listing import Listing, digest_of
+from moiety.load.rates import Recent
 from moiety.load.registry import BUSY_TTL_S, DECISIONS_KEPT, DEMAND_TTL_S, TTL_S, WAKE_TTL_S
 from moiety.load.urls import without_secrets
 
@@ -61,6 +66,7 @@ class RedisRegistry:
         self._prefix = f"moiety:{{{app}}}:"
         self._clients: dict[asyncio.AbstractEventLoop, Any] = {}
         self._reader = entries.TolerantReader()
+        self._recent: dict[str, Recent] = {}  # by writer, those of this process
         self._written: dict[str, tuple[bytes, float]] = {}  # replica id -> digest and time of its last whole write
         self._listings: dict[str, Listing] = {}  # the last reading of each set of replicas
         self._demand: dict[str, tuple[bytes, Demand]] = {}  # writer -> stamp and counters, as read last
@@ -128,20 +134,26 @@ class RedisRegistry:
         text = entries.placement_to_json(placement)
         return await self._script(redis_scripts.SET_PLACEMENT, ["placement", "epoch"], placement.epoch, text) == 1
 
-    async def publish_demand(self, writer: str, demand: Demand) -> None:
-        lifetime_s = int(DEMAND_TTL_S)
-        load, hot = self._key("load", writer), self._key("hot", writer)
-        async with self._store() as client, client.pipeline(transaction=True) as pipeline:
-            pipeline.hset(load, mapping={**entries.demand_to_fields(demand), "stamp": uuid.uuid4().hex})
-            pipeline.expire(load, lifetime_s)
-            pipeline.sadd(self._key("writers"), writer)
-            pipeline.delete(hot)
-            if hottest := _hottest(demand):
-                pipeline.zadd(hot, hottest)
-                pipeline.expire(hot, lifetime_s)
-            keys = (self._key("hot"), self._key("writers"))
-            pipeline.eval(redis_scripts.SUM_HOT, 2, *keys, self._key("hot", ""), HOT_ENTRIES, lifetime_s)
+    async def publish_load(self, replica_id: str, busy: Busy | None = None, demand: Demand | None = None) -> None:
+        async with self._store() as client, client.pipeline(transaction=demand is not None) as pipeline:
+            if busy is not None:  # in this order: a reader prunes the id only while the key is absent
+                pipeline.set(self._key("busy", replica_id), entries.busy_to_json(busy), px=_milliseconds(BUSY_TTL_S))
+                pipeline.sadd(self._key("reporters"), replica_id)
+            if demand is not None:
+                self._add_demand(pipeline, replica_id, demand)
             await pipeline.execute()
+
+    def _add_demand(self, pipeline: Any, writer: str, demand: Demand) -> None:
+        load, hot, recent_s = self._key("load", writer), self._key("hot", writer), int(BUSY_TTL_S)
+        pipeline.hset(load, mapping={**entries.demand_to_fields(demand), "stamp": uuid.uuid4().hex})
+        pipeline.expire(load, int(DEMAND_TTL_S))
+        pipeline.sadd(self._key("writers"), writer)
+        pipeline.delete(hot)
+        if hottest := _hottest(self._recent.setdefault(writer, Recent()).rows_per_s(demand)):
+            pipeline.zadd(hot, hottest)
+            pipeline.expire(hot, recent_s)  # what a lost router asked for is not hot for long
+        keys = (self._key("hot"), self._key("writers"))
+        pipeline.eval(redis_scripts.SUM_HOT, 2, *keys, self._key("hot", ""), HOT_ENTRIES, recent_s)
 
     async def demand(self) -> Mapping[str, Demand]:
         names, known = ("stamp", *entries.DEMAND_FIELDS), self._demand
@@ -160,13 +172,6 @@ class RedisRegistry:
                 latest[writer] = (values["stamp"] or b"", demand)
         self._demand = latest
         return {writer: demand for writer, (_, demand) in latest.items()}
-
-    async def publish_busy(self, replica_id: str, busy: Busy) -> None:
-        # In this order and not as one transaction: a reader prunes the id only while the key is absent.
-        async with self._store() as client, client.pipeline(transaction=False) as pipeline:
-            pipeline.set(self._key("busy", replica_id), entries.busy_to_json(busy), px=_milliseconds(BUSY_TTL_S))
-            pipeline.sadd(self._key("reporters"), replica_id)
-            await pipeline.execute()
 
     async def busy(self) -> Mapping[str, Busy]:
         _, *found = await self._script(redis_scripts.READ_ENTRIES, ["reporters"], self._key("busy", ""), "")
@@ -277,12 +282,11 @@ def _milliseconds(seconds: float) -> int:
     return round(seconds * 1000)
 
 
-def _hottest(demand: Demand) -> dict[str, int]:
-    """`layer/expert` -> rows, of the HOT_ENTRIES experts with the most rows."""
-    rows = np.asarray(demand.rows, dtype=np.int64)
-    flat = rows.reshape(-1)
+def _hottest(rows_per_s: npt.NDArray[np.float64]) -> dict[str, float]:
+    """`layer/expert` -> rows per second, of the HOT_ENTRIES experts of [layers, experts] with the most of them."""
+    flat, experts = rows_per_s.reshape(-1), rows_per_s.shape[1]
     top = np.argsort(-flat, kind="stable")[:HOT_ENTRIES]
-    return {f"{cell // rows.shape[1]}/{cell % rows.shape[1]}": int(flat[cell]) for cell in top if flat[cell] > 0}
+    return {f"{cell // experts}/{cell % experts}": round(float(flat[cell]), 1) for cell in top if flat[cell] > 0}
 
 
 def _layer_and_expert(member: bytes) -> tuple[int, int]:

@@ -53,6 +53,7 @@ return found
 """
 
 # KEYS: hot, the set of writers. ARGV: key prefix of the writers' own sorted sets, entries to keep, seconds to live.
+# A writer whose own set has expired adds nothing.
 # `hot` is the sum over live writers: recomputed, never added to, so a repeated flush counts once.
 SUM_HOT = """
 local keys = {}

@@ -62,15 +62,16 @@ class Registry(Protocol):
         """
         ...
 
-    async def publish_demand(self, writer: str, demand: Demand) -> None:
-        """One key per writer, cumulative: a flush repeated is a flush done once."""
+    async def publish_load(self, replica_id: str, busy: Busy | None = None, demand: Demand | None = None) -> None:
+        """What a service says of its load once a second, in one round trip: how busy it was, a router its counters too.
+
+        One key for each of the two; counters are cumulative: a flush repeated is a flush done once.
+        """
         ...
 
     async def demand(self) -> Mapping[str, Demand]:
         """Writer id -> its latest counters."""
         ...
-
-    async def publish_busy(self, replica_id: str, busy: Busy) -> None: ...
 
     async def busy(self) -> Mapping[str, Busy]:
         """Replica id -> its load over the last window; entries expire after 5 s."""

@@ -39,7 +39,7 @@ def listen(model: nn.Module, shape: ModelShape, run: Callable[[], object]) -> No
     if len(agreeing) < shape.moe_layers or not all(agreeing.values()):
         for hook in hooks:
             hook.remove()
-        told = f"{shape.architecture}'s gates do not tell who is next best, so rows can only wait: set it to wait"
+        told = f"{shape.architecture}'s gates do not tell who is next best, so rows can only wait: let all wait"
         raise ConfigError("overflow", "backup", told)
 
 

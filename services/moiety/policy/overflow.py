@@ -10,14 +10,18 @@ import numpy.typing as npt
 
 
 def backups(
-    chosen: npt.NDArray[np.int64], scores: npt.NDArray[np.floating], overrun: npt.NDArray[np.bool_]
+    chosen: npt.NDArray[np.int64],
+    scores: npt.NDArray[np.floating],
+    spared: npt.NDArray[np.bool_],
+    overrun: npt.NDArray[np.bool_],
 ) -> npt.NDArray[np.int64]:
-    """`chosen` [T, K] with the experts of `overrun` [E] replaced by the best by `scores` [T, E] that are not.
+    """`chosen` [T, K] with the experts of `spared` [E] replaced by the best by `scores` [T, E] that are not `overrun` [E].
 
+    `overrun`: these and those whose rows may only wait, and who are no help to others either.
     A token never gets an expert twice; where no other is left, it keeps its own. -1 (no expert) stays.
     """
     result = chosen.copy()
-    hit = (chosen >= 0) & overrun[np.maximum(chosen, 0)]  # [T, K]
+    hit = (chosen >= 0) & spared[np.maximum(chosen, 0)]  # [T, K]
     tokens = np.flatnonzero(hit.any(axis=1))
     left = np.where(overrun, -np.inf, scores[tokens].astype(np.float64))
     for k in range(chosen.shape[1]):

@@ -30,6 +30,11 @@ class CostFit:
             weights = float(self._expert_bytes * reply.activated_experts)
             self._samples.append(Sample(weights, float(reply.batch_rows), reply.compute_ms / 1000))
 
+    @property
+    def error(self) -> float | None:
+        """Of the fit as it was read last, relative to what batches took; None while nothing is known. From any thread."""
+        return self._model.error
+
     def reading(self) -> Costs | None:
         """The fit after all samples so far, of some 25 µs each; None while nothing is known. By one other thread."""
         samples = [self._samples.popleft() for _ in range(len(self._samples))]

@@ -26,6 +26,11 @@ class DemandCounter:
             self._rows[layer] += rows
             self._activations[layer] += rows > 0
 
+    def total(self) -> int:
+        """Rows of all layers and experts."""
+        with self._lock:
+            return int(self._rows.sum())
+
     def reading(self, now: float, costs: Costs | None = None) -> Demand:
         """The totals so far; `now` in Unix seconds. `costs`: the router's fit, to go with them."""
         with self._lock:

@@ -1,6 +1,7 @@
-"""Traces of every hop, behind an interface that costs nothing where nobody asked for them."""
+"""Traces of every hop and figures of every service, behind an interface that costs nothing where nobody asked for them."""
 
-from moiety.telemetry.names import Attribute, ResourceAttribute, SpanName
+from moiety.telemetry.metrics import NO_METER, Meter, configure_metrics
+from moiety.telemetry.names import Attribute, MetricName, ResourceAttribute, SpanName
 from moiety.telemetry.tracing import (
     NO_SPAN,
     NO_TRACER,
@@ -14,9 +15,12 @@ from moiety.telemetry.tracing import (
 )
 
 __all__ = [
+    "NO_METER",
     "NO_SPAN",
     "NO_TRACER",
     "Attribute",
+    "Meter",
+    "MetricName",
     "Parent",
     "ResourceAttribute",
     "Span",
@@ -25,5 +29,6 @@ __all__ = [
     "Tracer",
     "Value",
     "configure",
+    "configure_metrics",
     "parse_traceparent",
 ]

@@ -1,4 +1,4 @@
-"""Every span and attribute name, declared once. OpenTelemetry's semantic conventions are followed where one exists.
+"""Every span, metric and attribute name, declared once. OpenTelemetry's semantic conventions are followed where one exists.
 
 One trace reads: client.generate → generate → engine.request → queue, then steps; step → layer → hop → expert → its queue
 and kernel.
@@ -7,6 +7,7 @@ and kernel.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from enum import StrEnum
 
 
@@ -92,8 +93,42 @@ class Attribute(StrEnum):
     BATCH_ROWS = "moiety.batch_rows"  # int: rows of the expert's batch, other calls' included
 
 
+class MetricName(StrEnum):
+    """What services tell of themselves now and then; of which service is in the resource attributes."""
+
+    BUSY = "moiety.busy"
+    QUEUE_WAIT = "moiety.queue_wait"
+    ROUTED_ROWS = "moiety.routed_rows"
+    REROUTED_ROWS = "moiety.rerouted_rows"
+    COST_ERROR = "moiety.cost_model.error"
+    TARGET = "moiety.scaling.target"
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """How a metric is declared to OpenTelemetry: a counter since the service's start, or a figure of the moment."""
+
+    told: str
+    unit: str = "1"  # UCUM
+    cumulative: bool = False
+
+
+METRICS: Mapping[MetricName, Metric] = {
+    MetricName.BUSY: Metric("busy fraction of the last second: an expert's device, a router's slots or KV cache"),
+    MetricName.QUEUE_WAIT: Metric("mean wait of the last second's calls, or of a router's requests", "s"),
+    MetricName.ROUTED_ROWS: Metric("(token, expert) rows that a router sent to experts", "{row}", cumulative=True),
+    MetricName.REROUTED_ROWS: Metric(
+        "of these, rows sent to another expert than the gate's, as the overflow policy backup allows",
+        "{row}",
+        cumulative=True,
+    ),
+    MetricName.COST_ERROR: Metric("relative error of the cost model that a router fits to expert batches"),
+    MetricName.TARGET: Metric("replicas that autoscaling wants, by moiety.deployment", "{replica}"),
+}
+
+
 class ResourceAttribute(StrEnum):
-    """Keys that describe the service itself, on every span of it. `service.name` is `configure`'s first argument."""
+    """Keys that describe the service itself, on every span and metric of it. `service.name` is `configure`'s first argument."""
 
     INSTANCE = "service.instance.id"  # str: replica id
     VERSION = "service.version"  # str

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import logging
-import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from opentelemetry import trace
 from opentelemetry.context import Context
-from opentelemetry.exporter.otlp.proto.grpc import exporter as otlp
 from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
 
 from moiety.telemetry.names import Attribute, SpanKind, SpanName, kind_of
+from moiety.telemetry.quiet import Quiet, within
 from moiety.telemetry.tracing import NO_SPAN, Parent, Span, Value, parse_traceparent
 
-_logger = logging.getLogger("moiety.telemetry")
 _KINDS = {
     SpanKind.CLIENT: trace.SpanKind.CLIENT,
     SpanKind.SERVER: trace.SpanKind.SERVER,
@@ -103,69 +100,31 @@ class OtelTracer:
 
     def flush(self, timeout_s: float = 2.0) -> bool:
         # The SDK's force_flush ignores its timeout.
-        return _within(timeout_s, self._processor.force_flush) and not self._exporter.failing
+        return within(timeout_s, self._processor.force_flush) and not self._exporter.quiet.failing
 
     def shutdown(self, timeout_s: float = 2.0) -> None:
-        if self._exporter.failing:
+        if self._exporter.quiet.failing:
             self._exporter.shutdown()
-        if not _within(timeout_s, self._processor.shutdown):
+        if not within(timeout_s, self._processor.shutdown):
             self._exporter.shutdown()  # cuts off the export that the processor waits for
 
 
 class _QuietExporter(SpanExporter):
-    """The OTLP exporter with one warning per outage in place of one per retry, and none during shutdown.
-
-    A collector that is down is the normal state of a laptop. The SDK logs every retry, and a stack trace if its channel
-    is closed under a call.
-    """
+    """The OTLP exporter, its outages told once."""
 
     def __init__(self, endpoint: str | None) -> None:
-        self.failing = False  # since the last export that went through
+        self.quiet = Quiet("spans")
         self._exporter = OTLPSpanExporter(endpoint=endpoint)
-        self._closed = threading.Event()
-        self._thread = 0  # the one inside export(): what the SDK logs there is ours to report
-        otlp.logger.addFilter(self._not_ours)
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
-        if self._closed.is_set():
-            return SpanExportResult.FAILURE
-        self._thread = threading.get_ident()
-        try:
-            result = self._exporter.export(spans)
-        except Exception as error:
-            self._failed(f"{type(error).__name__}: {error}")
-            return SpanExportResult.FAILURE
-        finally:
-            self._thread = 0
-            if self._closed.is_set():
-                otlp.logger.removeFilter(self._not_ours)
-        if result is not SpanExportResult.SUCCESS:
-            self._failed("export failed")
-        elif self.failing:
-            self.failing = False
-            _logger.info("spans are exported again")
-        return result
+        sent = self.quiet.export(lambda: self._exporter.export(spans) is SpanExportResult.SUCCESS)
+        return SpanExportResult.SUCCESS if sent else SpanExportResult.FAILURE
 
     def shutdown(self) -> None:
-        if not self._closed.is_set():
-            self._closed.set()
-            self._exporter.shutdown()
-            if not self._thread:  # else the export that this cuts off still has something to log
-                otlp.logger.removeFilter(self._not_ours)
+        self.quiet.close(self._exporter.shutdown)
 
     def force_flush(self, timeout_millis: int = 30_000) -> bool:
         return True
-
-    def _failed(self, why: str) -> None:
-        if not (self.failing or self._closed.is_set()):
-            _logger.warning("spans cannot be exported and are dropped until they can (said once): %s", why)
-        self.failing = True
-
-    def _not_ours(self, record: logging.LogRecord) -> bool:
-        if record.thread != self._thread:
-            return True
-        self._failed(record.getMessage())
-        return False
 
 
 def _context(parent: Parent) -> Context | None:
@@ -190,11 +149,3 @@ def _span_context(span: Span | str) -> trace.SpanContext | None:
         return None
     flags = trace.TraceFlags(trace.TraceFlags.SAMPLED)
     return trace.SpanContext(int(parsed.trace_id, 16), int(parsed.span_id, 16), is_remote=True, trace_flags=flags)
-
-
-def _within(timeout_s: float, action: Callable[[], object]) -> bool:
-    """Whether `action`, on a thread of its own, came back in time."""
-    thread = threading.Thread(target=action, name="telemetry-drain", daemon=True)
-    thread.start()
-    thread.join(timeout_s)
-    return not thread.is_alive()

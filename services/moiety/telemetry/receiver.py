@@ -1,4 +1,4 @@
-"""A small OTLP/gRPC trace endpoint that keeps spans in memory: the demo's collector, and the tests'."""
+"""A small OTLP/gRPC endpoint that keeps spans and figures in memory: the demo's collector, and the tests'."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
+from opentelemetry.proto.collector.metrics.v1 import metrics_service_pb2, metrics_service_pb2_grpc
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
 from opentelemetry.proto.common.v1.common_pb2 import AnyValue, KeyValue
 from opentelemetry.proto.trace.v1 import trace_pb2
 
-from moiety.telemetry.spans import ReceivedSpan
+from moiety.telemetry.spans import ReceivedFigure, ReceivedSpan
 from moiety.telemetry.tracing import Value
 
-__all__ = ["ReceivedSpan", "TraceReceiver"]
+__all__ = ["ReceivedFigure", "ReceivedSpan", "TraceReceiver"]
 
 _MAX_MESSAGE_BYTES = 16 << 20
 _STATUS = {trace_pb2.Status.STATUS_CODE_OK: "ok", trace_pb2.Status.STATUS_CODE_ERROR: "error"}
@@ -29,11 +30,13 @@ class TraceReceiver(trace_service_pb2_grpc.TraceServiceServicer):
     def __init__(self, host: str = "127.0.0.1", port: int = 0, *, limit: int = 200_000) -> None:
         self._spans: deque[ReceivedSpan] = deque(maxlen=limit)
         self._arrived = threading.Condition()
+        self._figures = _FigureReceiver(self._arrived)
         self._server = grpc.server(
             ThreadPoolExecutor(max_workers=2, thread_name_prefix="trace-receiver"),
             options=[("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES)],
         )
         trace_service_pb2_grpc.add_TraceServiceServicer_to_server(self, self._server)
+        metrics_service_pb2_grpc.add_MetricsServiceServicer_to_server(self._figures, self._server)
         bound = self._server.add_insecure_port(f"{host}:{port}")
         self.endpoint = f"http://{host}:{bound}"  # for OTEL_EXPORTER_OTLP_ENDPOINT
         self._server.start()
@@ -55,10 +58,16 @@ class TraceReceiver(trace_service_pb2_grpc.TraceServiceServicer):
                     raise TimeoutError(f"not the awaited spans within {timeout_s:g} s; {len(spans)} arrived: {names}")
         return spans
 
+    def figures(self) -> tuple[ReceivedFigure, ...]:
+        """The latest of each metric, service and set of attributes."""
+        with self._arrived:
+            return tuple(self._figures.latest.values())
+
     def clear(self) -> None:
         """Forgets what has arrived."""
         with self._arrived:
             self._spans.clear()
+            self._figures.latest.clear()
 
     def close(self) -> None:
         """Stops listening; the spans stay readable."""
@@ -79,6 +88,37 @@ class TraceReceiver(trace_service_pb2_grpc.TraceServiceServicer):
             self._spans.extend(received)
             self._arrived.notify_all()
         return trace_service_pb2.ExportTraceServiceResponse()
+
+
+class _FigureReceiver(metrics_service_pb2_grpc.MetricsServiceServicer):
+    def __init__(self, arrived: threading.Condition) -> None:
+        self._arrived = arrived
+        self.latest: dict[tuple[object, ...], ReceivedFigure] = {}
+
+    def Export(
+        self, request: metrics_service_pb2.ExportMetricsServiceRequest, context: grpc.ServicerContext
+    ) -> metrics_service_pb2.ExportMetricsServiceResponse:
+        with self._arrived:
+            for figure in _read_figures(request):
+                self.latest[(figure.name, figure.service, *sorted(map(str, figure.attributes.items())))] = figure
+            self._arrived.notify_all()
+        return metrics_service_pb2.ExportMetricsServiceResponse()
+
+
+def _read_figures(request: metrics_service_pb2.ExportMetricsServiceRequest) -> Iterator[ReceivedFigure]:
+    for resource_metrics in request.resource_metrics:
+        resource = _attributes(resource_metrics.resource.attributes)
+        for metric in (metric for scope in resource_metrics.scope_metrics for metric in scope.metrics):
+            cumulative = metric.WhichOneof("data") == "sum"
+            for point in (metric.sum if cumulative else metric.gauge).data_points:
+                yield ReceivedFigure(
+                    name=metric.name,
+                    service=str(resource.get("service.name", "")),
+                    value=point.as_double if point.WhichOneof("value") == "as_double" else point.as_int,
+                    unit=metric.unit,
+                    cumulative=cumulative,
+                    attributes={**resource, **_attributes(point.attributes)},
+                )
 
 
 def _read(request: trace_service_pb2.ExportTraceServiceRequest) -> Iterator[ReceivedSpan]:

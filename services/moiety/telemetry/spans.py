@@ -1,4 +1,4 @@
-"""A finished span as a collector sees it: plain values, read by the waterfall, the demo and tests."""
+"""Spans and figures as a collector sees them: plain values, read by the waterfall, the demo and tests."""
 
 from __future__ import annotations
 
@@ -28,3 +28,15 @@ class ReceivedSpan:
     @property
     def duration_ms(self) -> float:
         return (self.end_ns - self.start_ns) / 1e6
+
+
+@dataclass(frozen=True, slots=True)
+class ReceivedFigure:
+    """One value of a metric."""
+
+    name: str  # names.MetricName
+    service: str
+    value: float
+    unit: str
+    cumulative: bool  # a counter since the service's start; else a figure of the moment
+    attributes: Mapping[str, Value] = field(default_factory=dict)

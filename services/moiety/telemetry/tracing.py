@@ -6,15 +6,14 @@ up from a context; and no tracer is ever global, so that several services can sh
 
 from __future__ import annotations
 
-import importlib.util
 import logging
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol, TypeAlias
 
+from moiety.telemetry.asked import asked_for
 from moiety.telemetry.names import Attribute, SpanName
 
 Value: TypeAlias = str | bool | int | float | Sequence[str] | Sequence[int] | Sequence[float]
@@ -156,10 +155,7 @@ def configure(service: str, attributes: Mapping[str, str] | None = None, *, endp
     (http://host:port) asks for OTLP as OTEL_EXPORTER_OTLP_TRACES_ENDPOINT does, and wins over it. Telemetry that cannot
     be set up is reported once in the log and left off: it never keeps a service from starting.
     """
-    if not _otlp_wanted(endpoint):
-        return NO_TRACER
-    if any(importlib.util.find_spec(package) is None for package in ("opentelemetry", "grpc")):
-        _logger.warning("traces are asked for, but OpenTelemetry is not installed: pip install 'moiety[serve]'")
+    if not asked_for("traces", endpoint):
         return NO_TRACER
     try:
         from moiety.telemetry.otel import OtelTracer
@@ -168,24 +164,3 @@ def configure(service: str, attributes: Mapping[str, str] | None = None, *, endp
     except Exception as error:
         _logger.warning("traces are off: %s: %s", type(error).__name__, error)
         return NO_TRACER
-
-
-def _otlp_wanted(endpoint: str | None) -> bool:
-    """Only the question whether to load the SDK; it reads the rest of OTEL_* itself."""
-    if os.environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
-        return False
-    exporters = {name.strip().lower() for name in os.environ.get("OTEL_TRACES_EXPORTER", "").split(",")} - {""}
-    if exporters and "otlp" not in exporters:
-        if exporters != {"none"}:
-            _logger.warning(
-                "OTEL_TRACES_EXPORTER=%s: only otlp and none are known; traces are off", ",".join(exporters)
-            )
-        return False
-    variables = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
-    if not (exporters or endpoint or any(os.environ.get(name) for name in variables)):
-        return False
-    protocol = os.environ.get("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL") or os.environ.get("OTEL_EXPORTER_OTLP_PROTOCOL")
-    if protocol not in (None, "", "grpc"):
-        _logger.warning("OTLP protocol %s: only grpc is known; traces are off", protocol)
-        return False
-    return True

@@ -150,9 +150,10 @@ async def _redis(work: ControlWork, replicas: Sequence[Replica], heat: np.ndarra
         try:
             await registry.set_placement(Placement(1, {replica.deployment: replica.held for replica in replicas}))
             beats, loads = 1 / HEARTBEAT_S, 1 / LEDGER_S
-            total = loads * await cost([registry.publish_demand(f"router-{i}", demand) for i in range(work.routers)])
+            routers = [f"router-{number}" for number in range(work.routers)]
+            total = loads * await cost([registry.publish_load(router, busy, demand) for router in routers])
             total += beats * await cost([registry.placement_epoch() for _ in replicas])
-            total += loads * await cost([registry.publish_busy(replica.id, busy) for replica in replicas])
+            total += loads * await cost([registry.publish_load(replica.id, busy) for replica in replicas])
             # The autoscaler: all counters once a second, as often as they are written, and the rest at each reading.
             total += loads * await cost([registry.demand()])
             total += (1 / AUTOSCALER_S - loads) * await cost([registry.demand()])

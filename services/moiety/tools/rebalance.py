@@ -9,11 +9,12 @@ from dataclasses import dataclass
 
 from moiety.config import HOT
 from moiety.core import ExpertSet, Placement, Replica, Role
-from moiety.deploy.ledger import WINDOW_S, Ledger, Reading
+from moiety.deploy.ledger import Ledger, Reading
 from moiety.deploy.rebalance import decision_of
 from moiety.errors import FailedPrecondition
 from moiety.load.changes import until_settled
 from moiety.load.heat import Heat
+from moiety.load.rates import WINDOW_S
 from moiety.load.registry import Registry
 from moiety.load.rooms import rooms_of
 from moiety.policy.placement import Plan, plan

@@ -68,6 +68,17 @@ def test_each_service_gets_what_is_its_own() -> None:
     assert gateway_settings(settings, NODE).port == 50999
 
 
+def test_a_router_knows_which_groups_may_overflow() -> None:
+    """`experts.overflow` holds for every group but those that `overrides` tells otherwise."""
+    settings = AppSettings(model="m", overrides={"experts-1": {"overflow": "backup"}, "experts-0": {"threads": 2}})
+    router = router_settings(settings, NODE)
+    assert [router.spares(f"experts-{group}") for group in range(3)] == [False, True, False]
+    others = settings.model_copy(
+        update={"experts": settings.experts.model_copy(update={"overflow": "backup"}), "overrides": {}}
+    )
+    assert router_settings(others, NODE).spares("experts-0")
+
+
 def test_default_placement_covers_every_expert_once(model: Path) -> None:
     """Deployments are called experts-0, experts-1, … and share the model's experts out without overlap."""
     placement = default_placement(AppSettings(model=str(model), groups=3))

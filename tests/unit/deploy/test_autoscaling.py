@@ -19,6 +19,8 @@ from moiety.deploy import autoscaling
 from moiety.deploy.arguments import carried
 from moiety.load.connect import connect
 from moiety.load.embedded import EmbeddedRedis
+from moiety.telemetry import MetricName
+from moiety.telemetry.receiver import TraceReceiver
 
 WAIT_S = 10.0
 
@@ -60,7 +62,7 @@ def _report(settings: AppSettings, busy: float) -> None:
     async def publish() -> None:
         registry = connect(settings.registry, settings.app)
         await registry.register(Replica("a", Role.EXPERT, "experts-0", "127.0.0.1:1", "node", "m", "r"))
-        await registry.publish_busy("a", Busy(busy, 0.0, 100.0, 10.0))
+        await registry.publish_load("a", Busy(busy, 0.0, 100.0, 10.0))
         await registry.close()
 
     asyncio.run(publish())
@@ -105,6 +107,23 @@ def test_live_bounds_win_over_the_arguments(redis: EmbeddedRedis) -> None:
     policy = _policy(settings)
     context = Context(capacity_adjusted_min_replicas=3, capacity_adjusted_max_replicas=8)
     _until(lambda: policy(context)[0] == 3)
+
+
+def test_targets_are_exported(redis: EmbeddedRedis, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the policy wants of each deployment can be seen beside what services tell of themselves."""
+    with TraceReceiver() as receiver:
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", receiver.endpoint)
+        monkeypatch.setenv("OTEL_METRIC_EXPORT_INTERVAL", "300")
+        settings = _settings(redis)
+        policy, context = _policy(settings), Context(capacity_adjusted_min_replicas=3)
+
+        def told() -> set[tuple[object, ...]]:
+            policy(context)
+            figures = [figure for figure in receiver.figures() if figure.name == MetricName.TARGET]
+            names = ("moiety.deployment", "service.instance.id")
+            return {(each.service, each.value, *map(each.attributes.get, names)) for each in figures}
+
+        _until(lambda: told() == {("moiety-autoscaler", 3, "experts-0", settings.app)})
 
 
 def test_without_a_registry_the_current_target_holds(redis: EmbeddedRedis) -> None:

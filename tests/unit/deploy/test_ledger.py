@@ -33,9 +33,9 @@ def test_only_ready_replicas_of_the_deployment_count() -> None:
             replace(READY, id="c", state=ReplicaState.DRAINING),
             replace(READY, id="d", deployment="experts-1"),
         )
-        await registry.publish_busy("a", Busy(0.2, 5.0, 100.0, 10.0))
-        await registry.publish_busy("b", Busy(0.6, 1.0, 50.0, 10.0))
-        await registry.publish_busy("c", Busy(1.0, 99.0, 50.0, 10.0))
+        await registry.publish_load("a", Busy(0.2, 5.0, 100.0, 10.0))
+        await registry.publish_load("b", Busy(0.6, 1.0, 50.0, 10.0))
+        await registry.publish_load("c", Busy(1.0, 99.0, 50.0, 10.0))
         snapshot = (await Ledger(registry).read()).snapshot("experts-0", 3, HELD)
         assert (snapshot.target, snapshot.live, snapshot.reporting) == (3, 2, 2)
         assert snapshot.busy == pytest.approx(0.4)
@@ -50,9 +50,9 @@ def test_demand_is_what_routers_send_to_the_experts_held() -> None:
     async def check() -> None:
         registry = await _registry()
         ledger = Ledger(registry)
-        await registry.publish_demand("router", Demand(((0, 0, 0, 0),), ((0, 0, 0, 0),), time=100.0))
+        await registry.publish_load("router", demand=Demand(((0, 0, 0, 0),), ((0, 0, 0, 0),), time=100.0))
         assert (await ledger.read()).snapshot("experts-0", 0, HELD).rows_per_s == 0
-        await registry.publish_demand("router", Demand(((10, 20, 400, 0),), ((1, 1, 1, 0),), time=102.0))
+        await registry.publish_load("router", demand=Demand(((10, 20, 400, 0),), ((1, 1, 1, 0),), time=102.0))
         reading = await ledger.read()
         assert reading.snapshot("experts-0", 0, HELD).rows_per_s == 15.0
         assert reading.snapshot("experts-1", 0, OTHER).rows_per_s == 200.0
@@ -95,7 +95,7 @@ def test_experts_beyond_the_counters_are_no_error() -> None:
 
     async def check() -> None:
         registry = await _registry()
-        await registry.publish_demand("router", Demand(((1, 1),), ((1, 1),), time=1.0))
+        await registry.publish_load("router", demand=Demand(((1, 1),), ((1, 1),), time=1.0))
         snapshot = (await Ledger(registry).read()).snapshot("experts-0", 0, ExpertSet.parse("0-3:0-9"))
         assert snapshot.rows_per_s == 0
 
@@ -111,10 +111,12 @@ def test_what_more_replicas_would_not_share_follows_from_the_fit() -> None:
     async def check() -> None:
         registry = await _registry(READY)
         ledger = Ledger(registry)
-        await registry.publish_demand("router", Demand(((0, 0, 0, 0),), ((0, 0, 0, 0),), time=100.0))
+        await registry.publish_load("router", demand=Demand(((0, 0, 0, 0),), ((0, 0, 0, 0),), time=100.0))
         await ledger.read()
-        await registry.publish_demand("router", Demand(((100, 0, 0, 0),), ((10, 0, 0, 0),), time=101.0, costs=COSTS))
-        await registry.publish_busy("a", Busy(0.03, 0.0, rows_per_s=100.0, calls_per_s=10.0))
+        await registry.publish_load(
+            "router", demand=Demand(((100, 0, 0, 0),), ((10, 0, 0, 0),), time=101.0, costs=COSTS)
+        )
+        await registry.publish_load("a", Busy(0.03, 0.0, rows_per_s=100.0, calls_per_s=10.0))
         snapshot = (await ledger.read()).snapshot("experts-0", 1, HELD)
         assert snapshot.fixed == pytest.approx(1 / 3)
 
@@ -128,9 +130,11 @@ def test_a_hot_set_at_zero_is_asked_for_its_share() -> None:
         registry = await _registry(READY)
         ledger = Ledger(registry)
         assert await registry.set_placement(Placement(1, {"experts-0": HELD, "hot-0": ExpertSet.parse("0:0")}))
-        await registry.publish_demand("router", Demand(((0, 0, 0, 0),), ((0, 0, 0, 0),), time=100.0))
+        await registry.publish_load("router", demand=Demand(((0, 0, 0, 0),), ((0, 0, 0, 0),), time=100.0))
         await ledger.read()
-        await registry.publish_demand("router", Demand(((1000, 0, 0, 0),), ((100, 0, 0, 0),), time=101.0, costs=COSTS))
+        await registry.publish_load(
+            "router", demand=Demand(((1000, 0, 0, 0),), ((100, 0, 0, 0),), time=101.0, costs=COSTS)
+        )
         reading = await ledger.read()
         hot = reading.snapshot("hot-0", 0, ExpertSet(), spare=True)
         assert hot.spare

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from load_support import demand_of
 
-from moiety.load.rates import rates
+from moiety.load.rates import WINDOW_S, Recent, rates
 
 
 def test_each_writer_counts_over_its_own_window() -> None:
@@ -63,3 +63,23 @@ def test_large_counts_stay_exact() -> None:
     base = 2**62
     added = rates({"a": demand_of((base,), time=0.0)}, {"a": demand_of((base + 3,), time=1.0)})
     assert np.array_equal(added, [[3.0]])
+
+
+def test_a_writer_knows_its_own_last_seconds() -> None:
+    """Rows per second over the window: nothing at first, then what came lately, and nothing again once it is over."""
+    recent = Recent()
+    counted = [(0, 0), (10, 0), (40, 0), (40, 6), (40, 6), (40, 6), (40, 6)]
+    told = [recent.rows_per_s(demand_of(rows, time=100.0 + second)).tolist() for second, rows in enumerate(counted)]
+    assert told == [[[0, 0]], [[10, 0]], [[20, 0]], [[40 / 3, 2]], [[10, 2]], [[0, 2]], [[0, 0]]]
+    assert WINDOW_S == 3
+
+
+def test_a_writers_own_rates_stand_repetition_restart_and_a_clock_set_back() -> None:
+    """A flush repeated tells the same; counters that went down count from zero; an earlier time begins anew."""
+    recent = Recent()
+    recent.rows_per_s(demand_of((50,), time=100.0))
+    for _ in range(2):
+        assert recent.rows_per_s(demand_of((58,), time=102.0)).tolist() == [[4.0]]
+    assert recent.rows_per_s(demand_of((6,), time=103.0)).tolist() == [[2.0]]
+    assert recent.rows_per_s(demand_of((1,), time=50.0)).tolist() == [[0.0]]
+    assert recent.rows_per_s(demand_of((4,), time=51.0)).tolist() == [[3.0]]

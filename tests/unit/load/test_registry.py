@@ -138,8 +138,8 @@ def test_counters_are_exact_through_repeated_flushes(run: Run) -> None:
         huge = Demand(rows=((1, 2**63 - 1), (0, 4)), activations=((1, 2), (0, 3)), time=1700000000.123456, started=5.5)
         other = demand_of((7, 0), (0, 0), time=3.0)
         for _ in range(3):
-            await registry.publish_demand("router-a", huge)
-        await registry.publish_demand("router-b", other)
+            await registry.publish_load("router-a", demand=huge)
+        await registry.publish_load("router-b", demand=other)
         assert await registry.demand() == {"router-a": huge, "router-b": other}
 
     run(behaviour)
@@ -149,10 +149,10 @@ def test_a_restarted_writer_has_counters_of_its_own(run: Run) -> None:
     """A router's new id neither adds to nor replaces what its last life counted; a flush replaces only its own."""
 
     async def behaviour(registry: Registry) -> None:
-        await registry.publish_demand("router-a1", demand_of((5, 5)))
-        await registry.publish_demand("router-a2", demand_of((1, 0)))
+        await registry.publish_load("router-a1", demand=demand_of((5, 5)))
+        await registry.publish_load("router-a2", demand=demand_of((1, 0)))
         assert await registry.demand() == {"router-a1": demand_of((5, 5)), "router-a2": demand_of((1, 0))}
-        await registry.publish_demand("router-a2", demand_of((1, 2)))
+        await registry.publish_load("router-a2", demand=demand_of((1, 2)))
         assert await registry.demand() == {"router-a1": demand_of((5, 5)), "router-a2": demand_of((1, 2))}
 
     run(behaviour)
@@ -162,10 +162,21 @@ def test_the_last_busy_report_counts(run: Run) -> None:
     """Busy figures are kept per replica, the newest only."""
 
     async def behaviour(registry: Registry) -> None:
-        await registry.publish_busy("e0", Busy(0.1, 1.0, 10.0, 2.0))
-        await registry.publish_busy("e0", Busy(0.9, 30.5, 100.0, 20.0))
-        await registry.publish_busy("e1", Busy(0.0, 0.0, 0.0, 0.0))
+        await registry.publish_load("e0", Busy(0.1, 1.0, 10.0, 2.0))
+        await registry.publish_load("e0", Busy(0.9, 30.5, 100.0, 20.0))
+        await registry.publish_load("e1", Busy(0.0, 0.0, 0.0, 0.0))
         assert await registry.busy() == {"e0": Busy(0.9, 30.5, 100.0, 20.0), "e1": Busy(0.0, 0.0, 0.0, 0.0)}
+
+    run(behaviour)
+
+
+def test_a_router_tells_both_at_once(run: Run) -> None:
+    """How busy it was and its counters, under its one id."""
+
+    async def behaviour(registry: Registry) -> None:
+        await registry.publish_load("r0", Busy(0.1, 1.0, 10.0, 2.0), demand_of((1, 2)))
+        assert await registry.busy() == {"r0": Busy(0.1, 1.0, 10.0, 2.0)}
+        assert await registry.demand() == {"r0": demand_of((1, 2))}
 
     run(behaviour)
 

@@ -131,10 +131,10 @@ def test_what_did_not_change_is_not_sent(redis_server: EmbeddedRedis, app: str) 
             assert await transferred(reader, reader.replicas()) < 2 * size + 100 * 64
             assert changed in await reader.replicas()
 
-            await writer.publish_demand("r0", demand_of((5,) * 10_000))
+            await writer.publish_load("r0", demand=demand_of((5,) * 10_000))
             assert await transferred(reader, reader.demand()) > 2 * 4 * 10_000
             assert await transferred(reader, *(reader.demand() for _ in range(10))) < 10 * 2000
-            await writer.publish_demand("r0", flushed := demand_of((6,) * 10_000))
+            await writer.publish_load("r0", demand=(flushed := demand_of((6,) * 10_000)))
             assert await reader.demand() == {"r0": flushed}
 
     asyncio.run(behaviour())

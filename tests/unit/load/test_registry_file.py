@@ -75,8 +75,8 @@ def test_the_ledger_stays_within_the_process(tmp_path: Path) -> None:
     async def behaviour() -> None:
         FileRegistryWriter(tmp_path / "registry.json")
         one, other = FileRegistry(tmp_path / "registry.json"), FileRegistry(tmp_path / "registry.json")
-        await one.publish_demand("r0", demand_of((1, 2)))
-        await one.publish_busy("e0", Busy(0.5, 1.0, 2.0, 3.0))
+        await one.publish_load("r0", demand=demand_of((1, 2)))
+        await one.publish_load("e0", Busy(0.5, 1.0, 2.0, 3.0))
         await one.wake(0, [1])
         await one.record_decision({"target": 1})
         assert await one.demand() == {"r0": demand_of((1, 2))}

@@ -22,9 +22,9 @@ def test_entries_expire_by_the_given_clock() -> None:
         nonlocal now
         registry = MemoryRegistry(lambda: now)
         await registry.register(expert_replica())
-        await registry.publish_busy("e0", Busy(0.5, 0.0, 0.0, 0.0))
+        await registry.publish_load("e0", Busy(0.5, 0.0, 0.0, 0.0))
         await registry.wake(0, [1])
-        await registry.publish_demand("r0", demand_of((1,)))
+        await registry.publish_load("r0", demand=demand_of((1,)))
         now = 102.0
         await registry.register(expert_replica())
         for now, expected in ((104.9, (1, 1, 1, 1)), (105.0, (0, 0, 0, 1)), (159.9, (0, 0, 0, 1)), (160.0, (0,) * 4)):

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import redis
@@ -37,7 +38,7 @@ def test_entries_expire_each_after_its_time(redis_server: EmbeddedRedis, app: st
     async def behaviour() -> None:
         async with opened(redis_server.url, app) as registry:
             await registry.register(expert_replica())
-            await registry.publish_busy("e0", Busy(0.5, 1.0, 2.0, 3.0))
+            await registry.publish_load("e0", Busy(0.5, 1.0, 2.0, 3.0))
             await registry.wake(1, [2])
             began = time.monotonic()
 
@@ -60,41 +61,49 @@ def test_entries_expire_each_after_its_time(redis_server: EmbeddedRedis, app: st
 
 
 def test_counters_outlive_a_slow_writer(redis_server: EmbeddedRedis, app: str, redis_cli: redis.Redis) -> None:
-    """A writer's counters stay for a minute after its last flush, and then leave without a trace."""
+    """A writer's counters stay for a minute after its last flush, then leave without a trace; nothing is hot so long."""
     load, hot = f"moiety:{{{app}}}:load:router-a", f"moiety:{{{app}}}:hot"
 
     async def publish() -> None:
         async with opened(redis_server.url, app) as registry:
-            await registry.publish_demand("router-a", demand_of((1, 2)))
+            for second in (0, 1):
+                await registry.publish_load("router-a", demand=demand_of((second, 2 * second), time=second))
 
     async def read() -> object:
         async with opened(redis_server.url, app) as registry:
             return await registry.demand()
 
     asyncio.run(publish())
-    assert all(DEMAND_TTL_S - 5 < redis_cli.ttl(key) <= DEMAND_TTL_S for key in (load, hot))
+    assert DEMAND_TTL_S - 5 < redis_cli.ttl(load) <= DEMAND_TTL_S
+    assert all(0 < redis_cli.ttl(key) <= BUSY_TTL_S for key in (hot, f"{hot}:router-a"))
     redis_cli.delete(load)
     assert asyncio.run(read()) == {}
     assert redis_cli.scard(f"moiety:{{{app}}}:writers") == 0
 
 
-def test_hot_lists_the_hottest_experts_of_all_writers(
+def test_hot_lists_what_the_hottest_experts_of_all_writers_get_now(
     redis_server: EmbeddedRedis, app: str, redis_cli: redis.Redis
 ) -> None:
-    """`hot` sums over writers, keeps 64 entries, and counts a repeated flush once."""
-    wide = tuple(range(100))
+    """Rows per second, summed over writers; 64 entries; a repeated flush counts once, and old rows not at all."""
+    wide, hot = tuple(range(100)), f"moiety:{{{app}}}:hot"
 
     async def behaviour() -> None:
         async with opened(redis_server.url, app) as registry:
-            for _ in range(2):
-                await registry.publish_demand("router-a", demand_of(wide, (0,) * 100))
-                await registry.publish_demand("router-b", demand_of((0,) * 100, (0, 500, *(0,) * 98)))
-                await registry.publish_demand("router-c", demand_of((0,) * 99 + (1,), (0,) * 100))
+            for second in (0, 2, 2):
+                rows = tuple(1000 + second * count for count in wide)
+                mine = demand_of(rows, (0,) * 100, time=float(second))
+                other = demand_of((0,) * 99 + (second,), (0, 500 * second, *(0,) * 98), time=9.0 + second)
+                await registry.publish_load("router-a", demand=mine)
+                await registry.publish_load("router-b", demand=other)
+            listed = redis_cli.zrevrange(hot, 0, -1, withscores=True)
+            assert listed[:3] == [("1/1", 500.0), ("0/99", 100.0), ("0/98", 98.0)]
+            assert len(listed) == 64
+            await registry.publish_load("router-a", demand=demand_of(rows, (0,) * 100, time=5.0))
+            assert redis_cli.zrevrange(hot, 0, -1, withscores=True) == [("1/1", 500.0), ("0/99", 1.0)]
+            await registry.publish_load("router-b", demand=replace(other, time=14.0))
+            assert not redis_cli.exists(hot)
 
     asyncio.run(behaviour())
-    hot = redis_cli.zrevrange(f"moiety:{{{app}}}:hot", 0, -1, withscores=True)
-    assert hot[:3] == [("1/1", 500.0), ("0/99", 100.0), ("0/98", 98.0)]
-    assert len(hot) == 64
 
 
 def test_broken_entries_are_skipped_with_one_warning(
@@ -130,7 +139,7 @@ def test_broken_entries_are_skipped_with_one_warning(
     async def behaviour() -> None:
         async with opened(redis_server.url, app) as registry:
             await registry.register(expert_replica())
-            await registry.publish_demand("r0", demand_of((1,)))
+            await registry.publish_load("r0", demand=demand_of((1,)))
             await registry.record_decision({"target": 2})
             for _ in range(2):
                 assert await registry.replicas() == (expert_replica(),)
@@ -260,9 +269,9 @@ def every_operation(registry: Registry) -> list:
         registry.generation(),
         registry.placement(),
         registry.set_placement(Placement(1, {"experts-0": ExpertSet()})),
-        registry.publish_demand("r0", demand_of((1,))),
+        registry.publish_load("r0", demand=demand_of((1,))),
         registry.demand(),
-        registry.publish_busy("e0", Busy(0.0, 0.0, 0.0, 0.0)),
+        registry.publish_load("e0", Busy(0.0, 0.0, 0.0, 0.0)),
         registry.busy(),
         registry.wake(0, [1]),
         registry.wakes(),

@@ -9,13 +9,13 @@ import moiety
 from moiety.telemetry import names
 
 SOURCES = sorted(path for path in Path(moiety.__file__).parent.rglob("*.py") if "telemetry" not in path.parts)
-LITERAL = re.compile(r"""(?:\.start\(\s*|\.set\(\s*)(?:name=)?f?["']([a-z][^"']*)["']""")
-CONSTANT = re.compile(r"\b(SpanName|Attribute|ResourceAttribute)\.([A-Z][A-Z_0-9]*)\b")
-DECLARED = {*names.SpanName, *names.Attribute, *names.ResourceAttribute}
+LITERAL = re.compile(r"""(?:\.start\(\s*|\.set\(\s*|\.observe\(\s*)(?:name=)?f?["']([a-z][^"']*)["']""")
+CONSTANT = re.compile(r"\b(SpanName|MetricName|Attribute|ResourceAttribute)\.([A-Z][A-Z_0-9]*)\b")
+DECLARED = {*names.SpanName, *names.MetricName, *names.Attribute, *names.ResourceAttribute}
 
 
 def test_span_and_attribute_names_are_not_spelled_out():
-    """A span or attribute named by a string literal outside names.py is a name nobody declared."""
+    """A span, metric or attribute named by a string literal outside names.py is a name nobody declared."""
     spelled = [f"{path}: {match[1]}" for path in SOURCES for match in LITERAL.finditer(path.read_text("utf-8"))]
     assert spelled == []
 
@@ -37,6 +37,15 @@ def test_the_scan_would_find_them():
     assert LITERAL.search('tracer.start(\n    f"layer {index}",\n    parent=step)')
     assert LITERAL.search("span.set('moiety.layer', 3)")
     assert not LITERAL.search("span.set(Attribute.LAYER, 3)")
+
+
+def test_every_metric_is_declared_and_used() -> None:
+    """With what it tells, its unit and its kind; one that nobody observes would be a promise not kept."""
+    assert set(names.METRICS) == set(names.MetricName)
+    used = {
+        match[2] for path in SOURCES for match in CONSTANT.finditer(path.read_text("utf-8")) if match[1] == "MetricName"
+    }
+    assert used == set(names.MetricName.__members__)
 
 
 def test_names_are_well_formed():
