@@ -11,8 +11,12 @@ import pytest
 from moiety.cli.main import run
 
 
+@pytest.mark.slow
 def test_bench_hop(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """Every payload gives a row of positive times for each transport, and the report says how to run it again."""
+    """Every payload gives a row of positive times for each transport, and the report says how to run it again.
+
+    Slow: a system of its own.
+    """
     file = tmp_path / "hop.json"
     words = ["bench", "hop", "--payload", "4,64", "--calls", "10", "--rounds", "1"]
     assert run([*words, "--json", str(file)]) == 0
