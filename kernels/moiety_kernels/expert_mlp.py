@@ -14,7 +14,7 @@ import torch
 
 from moiety_kernels.cpu.library import VNNI, load
 from moiety_kernels.kinds import Backend, by_kind, in_triton, uses_triton
-from moiety_kernels.linear import linear
+from moiety_kernels.linear import PACKED_ROWS, linear, paired
 from moiety_kernels.matrices import FP8_BLOCK
 from moiety_kernels.reference import ACTIVATIONS, SWIGLU_CLAMPED, activate
 from moiety_kernels.weights import ExpertWeights, dequantised
@@ -90,6 +90,9 @@ def _in_torch(
 ) -> torch.Tensor:
     """`grouped_expert_mlp` for experts with equal `held`, in C++ where this CPU has it."""
     kernel = experts_kernel(rows.dtype, weights[0]) if rows.device.type == "cpu" else None
+    many = rows.shape[0] > PACKED_ROWS * sum(map(bool, counts))  # of an expert, in the mean
+    if many and not deterministic and weights[0].kind == "bfloat16" and paired(rows.dtype):
+        kernel = None
     if kernel is not None and rows.stride(1) == 1:
         out = rows.new_empty(rows.shape)
         pointers = [pointer for expert in weights for pointer in expert.pointers]
@@ -153,7 +156,7 @@ def experts_kernel(dtype: torch.dtype, expert: ExpertWeights) -> Callable[..., N
         return None
     name, kind = f"moiety_experts_{_ROWS[dtype]}", expert.kind
     if kind == str(dtype).removeprefix("torch."):
-        return library.function(f"{name}_pairs" if kind == "bfloat16" and library.pairs else name, *_SIGNATURE)
+        return library.function(f"{name}_pairs" if paired(dtype) else name, *_SIGNATURE)
     _, scales, gate_up_group, _, down_group = expert.held
     groups = (gate_up_group, down_group)
     if kind == "int4" and all(map(_ends_between_lanes, groups, expert.form[:2])):

@@ -38,7 +38,7 @@ def linear(
     rows, depth = x.shape
     if kernel is None or x.stride(1) != 1 or weight.stride(1) != 1 or x.dtype != weight.dtype:
         return _fixed_tiles(x, weight, bias) if deterministic else functional.linear(x, weight, bias)
-    if rows > PACKED_ROWS and not deterministic and (weight.dtype == torch.float32 or _paired(weight.dtype)):
+    if rows > PACKED_ROWS and not deterministic and (weight.dtype == torch.float32 or paired(weight.dtype)):
         return functional.linear(x, weight, bias)
     width = weight.shape[0]
     out = x.new_empty(rows, width)
@@ -68,8 +68,9 @@ def linear_kernel(dtype: torch.dtype) -> Callable[..., None] | None:
     """The C++ function for this dtype, where there is one."""
     if dtype not in _NAMES or (library := load()) is None:
         return None
-    return library.function(f"{_NAMES[dtype]}{'_pairs' if _paired(dtype) else ''}", *_SIGNATURE)
+    return library.function(f"{_NAMES[dtype]}{'_pairs' if paired(dtype) else ''}", *_SIGNATURE)
 
 
-def _paired(dtype: torch.dtype) -> bool:
+def paired(dtype: torch.dtype) -> bool:
+    """Whether C++ multiplies values of this dtype in pairs, as torch does on the same CPU."""
     return dtype == torch.bfloat16 and (library := load()) is not None and library.pairs
