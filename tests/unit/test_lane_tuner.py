@@ -52,3 +52,13 @@ def test_one_slow_step_decides_nothing() -> None:
         lanes = tuner.choose(1)
         tuner.observe(1, lanes, 50.0 if step == 1 else {1: 1.0, 2: 0.8}[lanes])
     assert tuner.verdicts() == {1: 2}
+
+
+def test_lanes_that_clearly_lose_are_tried_no_further() -> None:
+    """Two steps each way are enough where the best with lanes takes longer by a tenth than the worst without."""
+    tuner, tried = LaneTuner(), []
+    for _ in range(40):
+        lanes = tuner.choose(8)
+        tried.append(lanes)
+        tuner.observe(8, lanes, 1.5 if lanes > 1 else 1.0)
+    assert sum(lanes > 1 for lanes in tried) == 2

@@ -12,6 +12,10 @@ from dataclasses import dataclass, field
 from statistics import median
 
 TRIALS = 5  # steps each way before a verdict; taken in turns, so that drift hits both alike
+CLEAR, CLEAR_TRIALS = (
+    1.1,
+    2,
+)  # lanes whose best of so few steps takes so much longer than the worst without lose at once
 GAIN = 0.97  # lanes must take at most this fraction of the time without them: a draw is not worth their variance
 FIRST_REST, LONGEST_REST = 256, 16384  # steps between two comparisons: at most 2 % of steps are trials, then ever fewer
 
@@ -49,13 +53,17 @@ class LaneTuner:
         if known.resting:
             return
         known.times[lanes].append(seconds)
-        if all(len(times) >= TRIALS for times in known.times.values()):
+        if all(len(times) >= TRIALS for times in known.times.values()) or self._clearly_lost(known):
             # Medians: one step that met a garbage collection or a hedge says nothing about lanes.
             won = median(known.times[self.most]) <= GAIN * median(known.times[1])
             best = self.most if won else 1
             known.rest = min(2 * known.rest, LONGEST_REST) if best == known.best else FIRST_REST
             known.best, known.resting = best, known.rest
             known.times = {1: [], self.most: []}
+
+    def _clearly_lost(self, known: _Size) -> bool:
+        lanes, without = known.times[self.most], known.times[1]
+        return min(len(lanes), len(without)) >= CLEAR_TRIALS and min(lanes) > CLEAR * max(without)
 
     def verdicts(self) -> dict[Hashable, int]:
         """Size -> the number of lanes that won there last."""
