@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
 
 import grpc
 
@@ -15,6 +15,8 @@ from moiety.policy.pace import Pace
 from moiety.policy.routing import Candidate
 from moiety.wire import engine_pb2, engine_pb2_grpc, status
 from moiety.wire.channels import channel
+from moiety.wire.deadline import Deadline
+from moiety.wire.event_stream import CallClient
 
 _log = logging.getLogger(__name__)
 HANDSHAKE_S = 2.0
@@ -28,6 +30,7 @@ class Router:
     def __init__(self, replica: Replica, link: grpc.aio.Channel, description: engine_pb2.EngineDescription):
         self.replica, self._channel = replica, link
         self.stub = engine_pb2_grpc.EngineStub(link)
+        self._calls = CallClient(self.stub, f"router {replica.id}")
         self.requests = 0  # of ours
         self.in_flight = 0  # their sequences
         self.ahead = 0.0  # prompt tokens of ours whose first token has not come
@@ -76,6 +79,12 @@ class Router:
         """Of the blocks of a prompt; none where it caches no prefixes."""
         return prompt.hashes(self.block_tokens) if self.prefixes is not None else ()
 
+    def generate(
+        self, request: engine_pb2.EngineRequest, deadline: Deadline, traceparent: str
+    ) -> AsyncGenerator[engine_pb2.EngineEvent, None]:
+        """The request's events; see `CallClient.generate`."""
+        return self._calls.generate(request, deadline, traceparent)
+
     async def answers(self) -> bool:
         """Whether it answers now; its load is known then."""
         before = self.in_flight
@@ -96,12 +105,16 @@ class Router:
     async def close(self) -> None:
         self._polling.cancel()
         await asyncio.wait([self._polling])
-        await self._channel.close()
+        await self._hang_up()
 
     async def close_if_done(self) -> None:
         """For whoever ends a request there."""
         if self._left and not self.in_flight:
-            await self._channel.close()
+            await self._hang_up()
+
+    async def _hang_up(self) -> None:
+        await self._calls.close()
+        await self._channel.close()
 
     def _note(self, told: engine_pb2.EngineDescription, ours: int) -> None:
         """What it told, `ours` of its sequences among it."""

@@ -9,8 +9,6 @@ from collections.abc import AsyncGenerator, Set
 from contextlib import aclosing
 from functools import partial
 
-import grpc
-
 from moiety.core import Replica, ReplicaState, Role
 from moiety.errors import DeadlineExceeded, ResourceExhausted, Unavailable
 from moiety.gateway.attempt import Attempt
@@ -22,9 +20,8 @@ from moiety.gateway.router import Router
 from moiety.load.watch import Watch
 from moiety.policy import routing
 from moiety.policy.pace import Pace
-from moiety.wire import engine_pb2, status
+from moiety.wire import engine_pb2
 from moiety.wire.deadline import Deadline
-from moiety.wire.metadata import with_traceparent
 
 _log = logging.getLogger(__name__)
 RETRY_S = 0.1
@@ -165,25 +162,18 @@ class Routers:
     ) -> AsyncGenerator[engine_pb2.EngineEvent, None]:
         """The request's events from one router."""
         attempt = Attempt(router, prompt, self._pace)
-        call = router.stub.Generate(
-            request,
-            timeout=None if deadline == Deadline() else deadline.left(),
-            metadata=with_traceparent(traceparent),
-        )
         try:
-            async for event in call:
-                self._pace = attempt.event(event, self._pace)
-                if request.generated_ids:
-                    event.cached_tokens = 0  # of a prompt that is partly output; the client has heard of its own
-                yield event
-            raise Unavailable(f"router {router.replica.id} ended the stream early")
-        except (grpc.RpcError, Unavailable) as error:
-            told = status.error_of(error) if isinstance(error, grpc.RpcError) else error
-            if isinstance(told, Unavailable) and await self._is_lost(router):
+            async with aclosing(router.generate(request, deadline, traceparent)) as events:
+                async for event in events:
+                    self._pace = attempt.event(event, self._pace)
+                    if request.generated_ids:
+                        event.cached_tokens = 0  # of a prompt that is partly output; the client has heard of its own
+                    yield event
+        except Unavailable as error:
+            if await self._is_lost(router):
                 raise RouterLost(f"router {router.replica.id} is lost") from None
-            raise told from None
+            raise error from None
         finally:
-            call.cancel()
             self._pace = attempt.end(self._pace)
             await router.close_if_done()
 

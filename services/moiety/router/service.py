@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import itertools
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
+from functools import partial
 
 import grpc
 
@@ -16,9 +18,9 @@ from moiety.router.guide import Guides
 from moiety.router.sequence import Emitted, Sequence
 from moiety.telemetry.names import Attribute, SpanName
 from moiety.telemetry.tracing import Tracer
-from moiety.wire import engine_pb2, engine_pb2_grpc, finish, generation_pb2, status
+from moiety.wire import engine_pb2, engine_pb2_grpc, finish, generation_pb2
 from moiety.wire.deadline import Deadline
-from moiety.wire.metadata import traceparent_in
+from moiety.wire.event_stream import CallServer, Tell
 from moiety.wire.sampling import check_prompt, check_sampling
 
 SERVICE = "moiety.v1.Engine"
@@ -45,6 +47,8 @@ class EngineService(engine_pb2_grpc.EngineServicer):
         self._guides = guides
         self._engine, self._model, self._revision, self._tracer = engine, model, revision, tracer
         self._vocabulary, self._max_context, self._slots = vocabulary, max_context, slots
+        self._streams: set[CallServer] = set()  # a gateway's each
+        self._arrivals = itertools.count()
 
     async def Describe(
         self, _request: engine_pb2.EngineDescribeRequest, _context: grpc.aio.ServicerContext
@@ -66,38 +70,48 @@ class EngineService(engine_pb2_grpc.EngineServicer):
         )
 
     async def Generate(
-        self, request: engine_pb2.EngineRequest, context: grpc.aio.ServicerContext
-    ) -> AsyncIterator[engine_pb2.EngineEvent]:
-        events: asyncio.Queue[Emitted] = asyncio.Queue()
+        self,
+        calls: AsyncIterator[engine_pb2.EngineCall],
+        context: grpc.aio.ServicerContext[engine_pb2.EngineCall, engine_pb2.EngineEvents],
+    ) -> None:
+        stream = CallServer(self._answer)
+        self._streams.add(stream)
         try:
-            sequence = await self._sequence(request, context, events)
-            self._engine.submit(sequence)
-        except MoietyError as error:
-            await status.abort(context, error)
-        unfinished = sequence.sampling.n
+            await stream.serve(calls, context)
+        finally:
+            self._streams.discard(stream)
+
+    @property
+    def idle(self) -> bool:
+        """Whether nobody waits for anything, and every event has gone out."""
+        return all(stream.idle for stream in self._streams)
+
+    async def _answer(self, call: engine_pb2.EngineCall, tell: Tell) -> None:
+        """One request, to the end of all its choices."""
+        loop, ended = asyncio.get_running_loop(), asyncio.Event()
+        error: MoietyError | None = None
+        unfinished = max(call.request.sampling.n, 1)
+
+        def emit(emitted: Emitted) -> None:  # on the engine's thread
+            nonlocal error, unfinished
+            error = error or emitted.error
+            unfinished -= emitted.finish is not None
+            if error is None:
+                tell(partial(_event, emitted))
+            if error is not None or not unfinished:
+                loop.call_soon_threadsafe(ended.set)
+
+        sequence = await self._sequence(call, emit)
+        self._engine.submit(sequence)
         try:
-            while unfinished:
-                emitted = await events.get()
-                if emitted.error is not None:
-                    await status.abort(context, emitted.error)
-                yield engine_pb2.EngineEvent(
-                    token_ids=emitted.token_ids,
-                    finish_reason=finish.TO_WIRE[emitted.finish],
-                    logprobs=emitted.logprobs,
-                    choice=emitted.choice,
-                    top_logprobs=map(_top_logprobs, emitted.top_logprobs),
-                    prompt_logprobs=emitted.prompt_logprobs,
-                    cached_tokens=emitted.cached_tokens,
-                    routed_rows=emitted.routed_rows,
-                    rerouted_rows=emitted.rerouted_rows,
-                )
-                unfinished -= emitted.finish is not None
+            await ended.wait()
         finally:
             self._engine.cancel(sequence)  # no-op when it has ended; frees the slot when the client went away
+        if error is not None:
+            raise error
 
-    async def _sequence(
-        self, request: engine_pb2.EngineRequest, context: grpc.aio.ServicerContext, events: asyncio.Queue[Emitted]
-    ) -> Sequence:
+    async def _sequence(self, call: engine_pb2.EngineCall, emit: Callable[[Emitted], None]) -> Sequence:
+        request = call.request
         if request.revision and request.revision != self._revision:
             raise FailedPrecondition(f"this router serves revision {self._revision}, not {request.revision}")
         prompt, generated = list(request.prompt_ids), list(request.generated_ids)
@@ -118,31 +132,40 @@ class EngineService(engine_pb2_grpc.EngineServicer):
             raise InvalidRequest("sampling.n", sampling.n, "1 behind generated_ids, which are of one choice")
         guide = await self._guides.compile(sampling.guide) if sampling.guide else None
         eos = {*request.stop_ids, *(self._guides.eos_ids if guide else ())}
-        loop = asyncio.get_running_loop()
-
-        def emit(emitted: Emitted) -> None:
-            loop.call_soon_threadsafe(events.put_nowait, emitted)
-
         span = self._tracer.start(
             SpanName.ENGINE_REQUEST,
-            parent=traceparent_in(context) or "",
+            parent=call.traceparent,
             attributes={Attribute.REQUEST_ID: request.request_id, Attribute.INPUT_TOKENS: len(prompt)},
         )
         return Sequence(
-            request_id=f"{request.request_id}/{id(events):x}",  # the same request may come again after a lost gateway
+            request_id=f"{request.request_id}/{next(self._arrivals)}",  # the same request may come again after a lost gateway
             tokens=before + generated,
             prompt_tokens=len(before),
             encoder_ids=() if self._start is None else tuple(prompt),
             sampling=sampling,
             stop_ids=sampling.ends(eos),
             emit=emit,
-            deadline=Deadline.after(context.time_remaining()),
+            deadline=Deadline.after(call.timeout_ms / 1000 if call.timeout_ms else None),
             span=span,
             choice=request.choice,
             priority=request.priority,
             tenant=request.tenant,
             guide=guide,
         )
+
+
+def _event(emitted: Emitted) -> engine_pb2.EngineEvent:
+    return engine_pb2.EngineEvent(
+        token_ids=emitted.token_ids,
+        finish_reason=finish.TO_WIRE[emitted.finish],
+        logprobs=emitted.logprobs,
+        choice=emitted.choice,
+        top_logprobs=map(_top_logprobs, emitted.top_logprobs),
+        prompt_logprobs=emitted.prompt_logprobs,
+        cached_tokens=emitted.cached_tokens,
+        routed_rows=emitted.routed_rows,
+        rerouted_rows=emitted.rerouted_rows,
+    )
 
 
 def _top_logprobs(top: TopLogprobs) -> generation_pb2.TopLogprobs:

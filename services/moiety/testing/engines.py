@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 
 import grpc
 
 from moiety.core import ModelShape, Role
-from moiety.errors import MoietyError, ResourceExhausted
+from moiety.errors import ResourceExhausted
 from moiety.load.memory import MemoryRegistry
 from moiety.testing.common import (
     HOST,
@@ -19,8 +20,9 @@ from moiety.testing.common import (
     fake_replica,
     fake_token,
 )
-from moiety.wire import engine_pb2, engine_pb2_grpc, generation_pb2, status
+from moiety.wire import engine_pb2, engine_pb2_grpc, generation_pb2
 from moiety.wire.channels import Server
+from moiety.wire.event_stream import CallServer, Tell
 
 
 class FakeEngine(engine_pb2_grpc.EngineServicer):
@@ -91,11 +93,17 @@ class FakeEngine(engine_pb2_grpc.EngineServicer):
         )
 
     async def Generate(
-        self, request: engine_pb2.EngineRequest, context: grpc.aio.ServicerContext
-    ) -> AsyncIterator[engine_pb2.EngineEvent]:
+        self,
+        calls: AsyncIterator[engine_pb2.EngineCall],
+        context: grpc.aio.ServicerContext[engine_pb2.EngineCall, engine_pb2.EngineEvents],
+    ) -> None:
+        await CallServer(self._answer).serve(calls, context)
+
+    async def _answer(self, call: engine_pb2.EngineCall, tell: Tell) -> None:
+        request = call.request
         if self._running >= self.places:
             self.refused += 1
-            await status.abort(context, ResourceExhausted(f"{self._running} requests of {self.places} run", 0.25))
+            raise ResourceExhausted(f"{self._running} requests of {self.places} run", 0.25)
         self.requests.append(request)
         self._running += 1
         sampling, cached = request.sampling, self._look_up(request)
@@ -104,10 +112,8 @@ class FakeEngine(engine_pb2_grpc.EngineServicer):
             for position in range(len(request.generated_ids), sampling.max_tokens):
                 await self.before_token(position)
                 for choice in choices:
-                    yield self._event(request, choice, position, cached)
-        except MoietyError as error:
-            await status.abort(context, error)
-        except (asyncio.CancelledError, GeneratorExit):
+                    tell(partial(self._event, request, choice, position, cached))
+        except asyncio.CancelledError:
             self.cancelled += 1
             raise
         finally:

@@ -25,21 +25,27 @@ _sym_db = _symbol_database.Default()
 from moiety.wire import generation_pb2 as moiety_dot_wire_dot_generation__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18moiety/wire/engine.proto\x12\tmoiety.v1\x1a\x1cmoiety/wire/generation.proto\"\x17\n\x15\x45ngineDescribeRequest\"\xf7\x01\n\x11\x45ngineDescription\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x13\n\x0bmax_context\x18\x03 \x01(\r\x12\x12\n\nvocabulary\x18\x04 \x01(\r\x12\x0f\n\x07running\x18\x05 \x01(\r\x12\x0f\n\x07waiting\x18\x06 \x01(\r\x12\r\n\x05slots\x18\x07 \x01(\r\x12\x14\n\x0c\x62lock_tokens\x18\x08 \x01(\r\x12\x13\n\x0b\x66ree_blocks\x18\t \x01(\r\x12\x0e\n\x06\x62locks\x18\n \x01(\r\x12\x17\n\x0f\x65ncoder_decoder\x18\x0b \x01(\x08\x12\x13\n\x0bqueue_limit\x18\x0c \x01(\r\"\xd1\x01\n\rEngineRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x12\n\nprompt_ids\x18\x03 \x03(\r\x12\x15\n\rgenerated_ids\x18\x04 \x03(\r\x12+\n\x08sampling\x18\x05 \x01(\x0b\x32\x19.moiety.v1.SamplingParams\x12\x10\n\x08stop_ids\x18\x06 \x03(\r\x12\x10\n\x08priority\x18\x07 \x01(\x05\x12\x0e\n\x06tenant\x18\x08 \x01(\t\x12\x0e\n\x06\x63hoice\x18\t \x01(\r\"\xfc\x01\n\x0b\x45ngineEvent\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12.\n\rfinish_reason\x18\x02 \x01(\x0e\x32\x17.moiety.v1.FinishReason\x12\x10\n\x08logprobs\x18\x03 \x03(\x02\x12\x0e\n\x06\x63hoice\x18\x04 \x01(\r\x12,\n\x0ctop_logprobs\x18\x05 \x03(\x0b\x32\x16.moiety.v1.TopLogprobs\x12\x17\n\x0fprompt_logprobs\x18\x06 \x03(\x02\x12\x15\n\rcached_tokens\x18\x07 \x01(\r\x12\x13\n\x0brouted_rows\x18\x08 \x01(\x04\x12\x15\n\rrerouted_rows\x18\t \x01(\x04\x32\x94\x01\n\x06\x45ngine\x12J\n\x08\x44\x65scribe\x12 .moiety.v1.EngineDescribeRequest\x1a\x1c.moiety.v1.EngineDescription\x12>\n\x08Generate\x12\x18.moiety.v1.EngineRequest\x1a\x16.moiety.v1.EngineEvent0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18moiety/wire/engine.proto\x12\tmoiety.v1\x1a\x1cmoiety/wire/generation.proto\"l\n\nEngineCall\x12\n\n\x02id\x18\x01 \x01(\x04\x12)\n\x07request\x18\x02 \x01(\x0b\x32\x18.moiety.v1.EngineRequest\x12\x12\n\ntimeout_ms\x18\x03 \x01(\r\x12\x13\n\x0btraceparent\x18\x04 \x01(\t\"6\n\x0c\x45ngineEvents\x12&\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x16.moiety.v1.EngineEvent\"\x17\n\x15\x45ngineDescribeRequest\"\xf7\x01\n\x11\x45ngineDescription\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x13\n\x0bmax_context\x18\x03 \x01(\r\x12\x12\n\nvocabulary\x18\x04 \x01(\r\x12\x0f\n\x07running\x18\x05 \x01(\r\x12\x0f\n\x07waiting\x18\x06 \x01(\r\x12\r\n\x05slots\x18\x07 \x01(\r\x12\x14\n\x0c\x62lock_tokens\x18\x08 \x01(\r\x12\x13\n\x0b\x66ree_blocks\x18\t \x01(\r\x12\x0e\n\x06\x62locks\x18\n \x01(\r\x12\x17\n\x0f\x65ncoder_decoder\x18\x0b \x01(\x08\x12\x13\n\x0bqueue_limit\x18\x0c \x01(\r\"\xd1\x01\n\rEngineRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x12\n\nprompt_ids\x18\x03 \x03(\r\x12\x15\n\rgenerated_ids\x18\x04 \x03(\r\x12+\n\x08sampling\x18\x05 \x01(\x0b\x32\x19.moiety.v1.SamplingParams\x12\x10\n\x08stop_ids\x18\x06 \x03(\r\x12\x10\n\x08priority\x18\x07 \x01(\x05\x12\x0e\n\x06tenant\x18\x08 \x01(\t\x12\x0e\n\x06\x63hoice\x18\t \x01(\r\"\xb1\x02\n\x0b\x45ngineEvent\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12.\n\rfinish_reason\x18\x02 \x01(\x0e\x32\x17.moiety.v1.FinishReason\x12\x10\n\x08logprobs\x18\x03 \x03(\x02\x12\x0e\n\x06\x63hoice\x18\x04 \x01(\r\x12,\n\x0ctop_logprobs\x18\x05 \x03(\x0b\x32\x16.moiety.v1.TopLogprobs\x12\x17\n\x0fprompt_logprobs\x18\x06 \x03(\x02\x12\x15\n\rcached_tokens\x18\x07 \x01(\r\x12\x13\n\x0brouted_rows\x18\x08 \x01(\x04\x12\x15\n\rrerouted_rows\x18\t \x01(\x04\x12\x0c\n\x04\x63\x61ll\x18\n \x01(\x04\x12%\n\x05\x65rror\x18\x0b \x01(\x0b\x32\x16.moiety.v1.EngineError\"C\n\x0b\x45ngineError\x12\x0c\n\x04\x63ode\x18\x01 \x01(\r\x12\x0e\n\x06\x64\x65tail\x18\x02 \x01(\t\x12\x16\n\x0eretry_after_ms\x18\x03 \x01(\r2\x94\x01\n\x06\x45ngine\x12J\n\x08\x44\x65scribe\x12 .moiety.v1.EngineDescribeRequest\x1a\x1c.moiety.v1.EngineDescription\x12>\n\x08Generate\x12\x15.moiety.v1.EngineCall\x1a\x17.moiety.v1.EngineEvents(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'moiety.wire.engine_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ENGINEDESCRIBEREQUEST']._serialized_start=69
-  _globals['_ENGINEDESCRIBEREQUEST']._serialized_end=92
-  _globals['_ENGINEDESCRIPTION']._serialized_start=95
-  _globals['_ENGINEDESCRIPTION']._serialized_end=342
-  _globals['_ENGINEREQUEST']._serialized_start=345
-  _globals['_ENGINEREQUEST']._serialized_end=554
-  _globals['_ENGINEEVENT']._serialized_start=557
-  _globals['_ENGINEEVENT']._serialized_end=809
-  _globals['_ENGINE']._serialized_start=812
-  _globals['_ENGINE']._serialized_end=960
+  _globals['_ENGINECALL']._serialized_start=69
+  _globals['_ENGINECALL']._serialized_end=177
+  _globals['_ENGINEEVENTS']._serialized_start=179
+  _globals['_ENGINEEVENTS']._serialized_end=233
+  _globals['_ENGINEDESCRIBEREQUEST']._serialized_start=235
+  _globals['_ENGINEDESCRIBEREQUEST']._serialized_end=258
+  _globals['_ENGINEDESCRIPTION']._serialized_start=261
+  _globals['_ENGINEDESCRIPTION']._serialized_end=508
+  _globals['_ENGINEREQUEST']._serialized_start=511
+  _globals['_ENGINEREQUEST']._serialized_end=720
+  _globals['_ENGINEEVENT']._serialized_start=723
+  _globals['_ENGINEEVENT']._serialized_end=1028
+  _globals['_ENGINEERROR']._serialized_start=1030
+  _globals['_ENGINEERROR']._serialized_end=1097
+  _globals['_ENGINE']._serialized_start=1100
+  _globals['_ENGINE']._serialized_end=1248
 # @@protoc_insertion_point(module_scope)

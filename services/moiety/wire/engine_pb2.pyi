@@ -7,6 +7,24 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class EngineCall(_message.Message):
+    __slots__ = ("id", "request", "timeout_ms", "traceparent")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_MS_FIELD_NUMBER: _ClassVar[int]
+    TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
+    id: int
+    request: EngineRequest
+    timeout_ms: int
+    traceparent: str
+    def __init__(self, id: _Optional[int] = ..., request: _Optional[_Union[EngineRequest, _Mapping]] = ..., timeout_ms: _Optional[int] = ..., traceparent: _Optional[str] = ...) -> None: ...
+
+class EngineEvents(_message.Message):
+    __slots__ = ("events",)
+    EVENTS_FIELD_NUMBER: _ClassVar[int]
+    events: _containers.RepeatedCompositeFieldContainer[EngineEvent]
+    def __init__(self, events: _Optional[_Iterable[_Union[EngineEvent, _Mapping]]] = ...) -> None: ...
+
 class EngineDescribeRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
@@ -62,7 +80,7 @@ class EngineRequest(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., revision: _Optional[str] = ..., prompt_ids: _Optional[_Iterable[int]] = ..., generated_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_generation_pb2.SamplingParams, _Mapping]] = ..., stop_ids: _Optional[_Iterable[int]] = ..., priority: _Optional[int] = ..., tenant: _Optional[str] = ..., choice: _Optional[int] = ...) -> None: ...
 
 class EngineEvent(_message.Message):
-    __slots__ = ("token_ids", "finish_reason", "logprobs", "choice", "top_logprobs", "prompt_logprobs", "cached_tokens", "routed_rows", "rerouted_rows")
+    __slots__ = ("token_ids", "finish_reason", "logprobs", "choice", "top_logprobs", "prompt_logprobs", "cached_tokens", "routed_rows", "rerouted_rows", "call", "error")
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
@@ -72,6 +90,8 @@ class EngineEvent(_message.Message):
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     ROUTED_ROWS_FIELD_NUMBER: _ClassVar[int]
     REROUTED_ROWS_FIELD_NUMBER: _ClassVar[int]
+    CALL_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     finish_reason: _generation_pb2.FinishReason
     logprobs: _containers.RepeatedScalarFieldContainer[float]
@@ -81,4 +101,16 @@ class EngineEvent(_message.Message):
     cached_tokens: int
     routed_rows: int
     rerouted_rows: int
-    def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., finish_reason: _Optional[_Union[_generation_pb2.FinishReason, str]] = ..., logprobs: _Optional[_Iterable[float]] = ..., choice: _Optional[int] = ..., top_logprobs: _Optional[_Iterable[_Union[_generation_pb2.TopLogprobs, _Mapping]]] = ..., prompt_logprobs: _Optional[_Iterable[float]] = ..., cached_tokens: _Optional[int] = ..., routed_rows: _Optional[int] = ..., rerouted_rows: _Optional[int] = ...) -> None: ...
+    call: int
+    error: EngineError
+    def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., finish_reason: _Optional[_Union[_generation_pb2.FinishReason, str]] = ..., logprobs: _Optional[_Iterable[float]] = ..., choice: _Optional[int] = ..., top_logprobs: _Optional[_Iterable[_Union[_generation_pb2.TopLogprobs, _Mapping]]] = ..., prompt_logprobs: _Optional[_Iterable[float]] = ..., cached_tokens: _Optional[int] = ..., routed_rows: _Optional[int] = ..., rerouted_rows: _Optional[int] = ..., call: _Optional[int] = ..., error: _Optional[_Union[EngineError, _Mapping]] = ...) -> None: ...
+
+class EngineError(_message.Message):
+    __slots__ = ("code", "detail", "retry_after_ms")
+    CODE_FIELD_NUMBER: _ClassVar[int]
+    DETAIL_FIELD_NUMBER: _ClassVar[int]
+    RETRY_AFTER_MS_FIELD_NUMBER: _ClassVar[int]
+    code: int
+    detail: str
+    retry_after_ms: int
+    def __init__(self, code: _Optional[int] = ..., detail: _Optional[str] = ..., retry_after_ms: _Optional[int] = ...) -> None: ...

@@ -39,10 +39,10 @@ class EngineStub:
                 request_serializer=moiety_dot_wire_dot_engine__pb2.EngineDescribeRequest.SerializeToString,
                 response_deserializer=moiety_dot_wire_dot_engine__pb2.EngineDescription.FromString,
                 _registered_method=True)
-        self.Generate = channel.unary_stream(
+        self.Generate = channel.stream_stream(
                 '/moiety.v1.Engine/Generate',
-                request_serializer=moiety_dot_wire_dot_engine__pb2.EngineRequest.SerializeToString,
-                response_deserializer=moiety_dot_wire_dot_engine__pb2.EngineEvent.FromString,
+                request_serializer=moiety_dot_wire_dot_engine__pb2.EngineCall.SerializeToString,
+                response_deserializer=moiety_dot_wire_dot_engine__pb2.EngineEvents.FromString,
                 _registered_method=True)
 
 
@@ -55,8 +55,10 @@ class EngineServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def Generate(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+    def Generate(self, request_iterator, context):
+        """One long-lived stream per gateway. The events of all its requests that are there together come in one message: a step
+        of a router costs as many messages as it has gateways, not as it has requests.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -69,10 +71,10 @@ def add_EngineServicer_to_server(servicer, server):
                     request_deserializer=moiety_dot_wire_dot_engine__pb2.EngineDescribeRequest.FromString,
                     response_serializer=moiety_dot_wire_dot_engine__pb2.EngineDescription.SerializeToString,
             ),
-            'Generate': grpc.unary_stream_rpc_method_handler(
+            'Generate': grpc.stream_stream_rpc_method_handler(
                     servicer.Generate,
-                    request_deserializer=moiety_dot_wire_dot_engine__pb2.EngineRequest.FromString,
-                    response_serializer=moiety_dot_wire_dot_engine__pb2.EngineEvent.SerializeToString,
+                    request_deserializer=moiety_dot_wire_dot_engine__pb2.EngineCall.FromString,
+                    response_serializer=moiety_dot_wire_dot_engine__pb2.EngineEvents.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -113,7 +115,7 @@ class Engine:
             _registered_method=True)
 
     @staticmethod
-    def Generate(request,
+    def Generate(request_iterator,
             target,
             options=(),
             channel_credentials=None,
@@ -123,12 +125,12 @@ class Engine:
             wait_for_ready=None,
             timeout=None,
             metadata=None):
-        return grpc.experimental.unary_stream(
-            request,
+        return grpc.experimental.stream_stream(
+            request_iterator,
             target,
             '/moiety.v1.Engine/Generate',
-            moiety_dot_wire_dot_engine__pb2.EngineRequest.SerializeToString,
-            moiety_dot_wire_dot_engine__pb2.EngineEvent.FromString,
+            moiety_dot_wire_dot_engine__pb2.EngineCall.SerializeToString,
+            moiety_dot_wire_dot_engine__pb2.EngineEvents.FromString,
             options,
             channel_credentials,
             insecure,

@@ -8,6 +8,7 @@ from typing import NoReturn
 import grpc
 
 from moiety import errors
+from moiety.wire import engine_pb2
 
 _log = logging.getLogger(__name__)
 
@@ -25,6 +26,7 @@ _CODES: tuple[tuple[type[errors.MoietyError], grpc.StatusCode], ...] = (
     (errors.Unavailable, grpc.StatusCode.UNAVAILABLE),
     (errors.MoietyError, grpc.StatusCode.INTERNAL),
 )
+_BY_NUMBER = {code.value[0]: code for code in grpc.StatusCode}
 
 
 def code_of(error: BaseException) -> grpc.StatusCode:
@@ -46,6 +48,23 @@ async def abort(context: grpc.aio.ServicerContext, error: BaseException) -> NoRe
 def error_of(rpc: grpc.RpcError) -> errors.MoietyError:
     """The error that a peer meant, with the peer's own words."""
     return error_of_code(rpc.code(), rpc.details() or "", rpc.trailing_metadata())
+
+
+def to_message(error: BaseException) -> engine_pb2.EngineError:
+    """`error` where many calls share one stream, and none may end it."""
+    message = engine_pb2.EngineError(code=code_of(error).value[0], detail=str(error))
+    if isinstance(error, errors.ResourceExhausted):
+        message.retry_after_ms = int(error.retry_after_s * 1000)
+    if not isinstance(error, errors.MoietyError):
+        _log.error("unexpected error in a call", exc_info=error)
+        message.detail = f"internal error: {type(error).__name__}"
+    return message
+
+
+def error_of_message(message: engine_pb2.EngineError) -> errors.MoietyError:
+    """The error that a peer meant, with the peer's own words."""
+    code = _BY_NUMBER.get(message.code, grpc.StatusCode.UNKNOWN)
+    return error_of_code(code, message.detail, ((RETRY_AFTER_KEY, str(message.retry_after_ms)),))
 
 
 def error_of_code(code: grpc.StatusCode, details: str, metadata: object = None) -> errors.MoietyError:
