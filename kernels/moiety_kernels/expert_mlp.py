@@ -17,6 +17,7 @@ from moiety_kernels.kinds import Backend, by_kind, in_triton, uses_triton
 from moiety_kernels.linear import PACKED_ROWS, linear, paired
 from moiety_kernels.matrices import FP8_BLOCK
 from moiety_kernels.reference import ACTIVATIONS, SWIGLU_CLAMPED, activate
+from moiety_kernels.threads import most_threads
 from moiety_kernels.weights import ExpertWeights, dequantised
 
 __all__ = ["ExpertWeights", "grouped_expert_mlp"]
@@ -114,7 +115,7 @@ def _in_torch(
             options["limit"] is not None,
             options["limit"] or 0.0,
             options["alpha"] or 0.0,
-            torch.get_num_threads(),
+            most_threads(),
         )
         return out
 

@@ -12,6 +12,7 @@ import torch
 from torch.nn import functional
 
 from moiety_kernels.cpu.library import load
+from moiety_kernels.threads import most_threads
 
 # Above this many rows torch's packed GEMM is faster: in float32, and in bfloat16 where it has the same instruction as ours
 # (AMD EPYC of 2024, one core, 256 rows of 1024 x 1024: 1.2 ms against 1.45). Where it had not, it never was.
@@ -52,7 +53,7 @@ def linear(
         rows,
         depth,
         width,
-        torch.get_num_threads(),
+        most_threads(),
     )
     return out
 

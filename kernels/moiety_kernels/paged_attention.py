@@ -13,6 +13,7 @@ import torch
 
 from moiety_kernels import attention_torch
 from moiety_kernels.cpu.library import load
+from moiety_kernels.threads import most_threads
 
 _POINTER, _SIZE, _FLOAT, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
 _ATTENTION = (
@@ -125,7 +126,7 @@ def paged_attention(
         chunk or 0,
         scale,
         softcap or 0.0,
-        torch.get_num_threads(),
+        most_threads(),
     )
     return output
 

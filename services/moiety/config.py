@@ -94,6 +94,7 @@ class RouterSettings(ServiceSettings):
     """A router."""
 
     deployment: str = "router"
+    threads: int = Field(default=0, ge=0, le=1024, description="compute threads, at most; 0: every core it may use")
     slices: int = Field(default=1, ge=1, le=64, description=SLICES_HELP)
     deterministic: bool = Field(default=False, description=DETERMINISTIC_HELP)
     slots: int = Field(default=32, ge=1, le=4096, description="sequences that run at once")

@@ -64,10 +64,10 @@ class LocalCluster:
     """Gateway, `routers` routers and `groups` expert groups on this machine. An async context manager.
 
     Hot sets hold nothing but what a placement gives them, and start with `add_hot_set`.
-    `registry` is a redis:// URL, or None for a registry file that this process keeps. `expert`, `router` and `gateway`
-    are settings on top of the common ones (config.py); `env` is added to the children's environment. `pin` gives every
-    group cores of its own, where there are enough: left to itself, the kernel now and then queues two replicas on one core
-    while another is idle, for as long as one of them computes.
+    `threads` are an expert replica's. `registry` is a redis:// URL, or None for a registry file that this process keeps.
+    `expert`, `router` and `gateway` are settings on top of the common ones (config.py); `env` is added to the children's
+    environment. `pin` gives every group cores of its own, where there are enough: left to itself, the kernel now and then
+    queues two replicas on one core while another is idle, for as long as one of them computes.
     """
 
     def __init__(
@@ -100,11 +100,11 @@ class LocalCluster:
             "registry": self.registry_url,
             "app": app,
             "dtype": dtype,
-            "threads": threads,
         }
+        engine = {"slices": slices, "deterministic": deterministic}
         self._extra: Mapping[Role, Mapping[str, Any]] = {
-            Role.EXPERT: {"weights": weights, "slices": slices, "deterministic": deterministic, **(expert or {})},
-            Role.ROUTER: {"slices": slices, "deterministic": deterministic, **(router or {})},
+            Role.EXPERT: {"threads": threads, "weights": weights, **engine, **(expert or {})},
+            Role.ROUTER: {**engine, **(router or {})},
             Role.GATEWAY: gateway or {},
         }
         self._env = {**PROCESS_ENVIRONMENT, "OMP_NUM_THREADS": str(threads), **os.environ, **(env or {})}

@@ -26,7 +26,7 @@ constexpr std::int64_t split_positions = 512;  // one partial result: what threa
 constexpr std::int64_t rows_at_once = 64;      // of a unit: enough arithmetic for every key read in a prefill
 constexpr std::int64_t columns_at_once = 64;   // of values: four vectors, for four rows sixteen sums in registers
 constexpr int rows_worth_copying = 8;          // so many rows share one conversion of keys and values to float32
-constexpr std::int64_t work_worth_thread = 256 << 10;      // multiply-adds, about 15 us: what waking a thread may cost
+constexpr std::int64_t work_worth_thread = 1 << 20;        // multiply-adds, some 60 us: what a thread that waits passively costs
 constexpr std::int64_t floats_worth_splitting = 4 << 20;   // of partial results
 constexpr float nothing_seen = -1e30f;                     // the running maximum of a row before its first position
 

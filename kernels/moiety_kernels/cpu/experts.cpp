@@ -178,6 +178,9 @@ void experts(const T* rows, int64_t ldx, const int64_t* counts, const void* cons
                               static_cast<const T*>(tensors[6]), static_cast<const T*>(tensors[7]), total, counts[e]});
         total += counts[e];
     }
+    const int64_t products = hidden * intermediate * (kind.gated ? 3 : 2);  // of a row
+    threads = worth_threads(products * static_cast<int64_t>(active.size()) * static_cast<int64_t>(sizeof(T)),
+                            2 * products * total, threads);
     float* packed = row_scratch.floats(total * packed_row<W>(hidden));
     T* inner = reinterpret_cast<T*>(inner_scratch.floats(total * intermediate));
     float* packed_inner = packed_scratch.floats(total * packed_row<W>(intermediate));

@@ -13,11 +13,12 @@ void linear(const T* x, int64_t ldx, const T* w, int64_t ldw, const T* bias, T* 
     static thread_local Scratch scratch;
     float* packed = scratch.floats(std::min(rows, rows_at_once) * packed_row<W>(depth));
     const Matrix<W> weights{w, nullptr, ldw};
+    threads = worth_threads(width * depth * sizeof(T), 2 * std::min(rows, rows_at_once) * width * depth, threads);
     const int64_t chunks = (width + chunk_columns - 1) / chunk_columns;
     for (int64_t start = 0; start < rows; start += rows_at_once, x += rows_at_once * ldx, y += rows_at_once * width) {
         const int64_t some = std::min(rows_at_once, rows - start);
         pack<W>(x, ldx, some, depth, packed);
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
         for (int64_t chunk = 0; chunk < chunks; ++chunk) {
             const int64_t begin = chunk * chunk_columns, columns = std::min(chunk_columns, width - begin);
             for_row_tiles(some, [&](int64_t row, int64_t height) {

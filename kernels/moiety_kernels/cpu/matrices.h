@@ -11,6 +11,7 @@ template <class W>
 struct Matrix {
     using Format = W;
     using T = typename Element<W>::type;
+    static constexpr bool in_line = true;  // a step of a row is a line of memory, and rows follow each other
     const T* data;
     const float* scale;
     int64_t depth;
@@ -23,6 +24,9 @@ struct Matrix {
     auto read(int64_t row, int64_t column, int64_t count) const { return Packing<W>::read(at(row, column), count); }
     void prefetch(int64_t row, int64_t column) const {
         _mm_prefetch(reinterpret_cast<const char*>(at(row, column)), _MM_HINT_T0);
+    }
+    void prefetch_line(int64_t row, int64_t line) const {
+        _mm_prefetch(reinterpret_cast<const char*>(at(row, 0)) + 64 * line, _MM_HINT_T0);
     }
 };
 
@@ -67,6 +71,7 @@ inline void look_up(__m512i codes, __m512 table, Scaled& to) {
 template <class S>
 struct Matrix<Int4<S>> {
     using Format = Int4<S>;
+    static constexpr bool in_line = false;
     Nibbles nibbles;
     const S* scale;
     const std::uint8_t* zero;  // or null: 8 throughout
@@ -98,6 +103,7 @@ struct Matrix<Int4<S>> {
 template <>
 struct Matrix<Mxfp4> {
     using Format = Mxfp4;
+    static constexpr bool in_line = false;
     Nibbles nibbles;
     const std::uint8_t* scale;  // exponents of two, 127 added: a float's own exponent field
 
@@ -124,6 +130,7 @@ struct Matrix<Mxfp4> {
 template <class F>
 struct Bytes {
     using Format = F;
+    static constexpr bool in_line = false;
     const std::uint8_t* codes;
     const float* scale;
     int64_t depth, shift;  // rows of a scale are 1 << shift

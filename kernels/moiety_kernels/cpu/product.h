@@ -4,6 +4,7 @@
 // depend neither on the tile it was computed in, nor on the other rows of the call, nor on the number of threads.
 #pragma once
 
+#include <algorithm>
 #include <memory>
 
 #include "matrices.h"
@@ -11,6 +12,8 @@
 namespace moiety {
 
 constexpr int64_t l1_floats = 6144;    // packed x that is used at once: half of a 48 KiB L1
+constexpr int64_t bytes_per_us = 32 << 10, flops_per_us = 256 << 10;  // of one core, roughly
+constexpr int64_t us_worth_thread = 80;  // to wake one that waits passively, and to wait for it, costs some 50
 constexpr int64_t chunk_columns = 64;  // weight rows of one work item: with D = 1024, 128 KiB of bf16 that stay in L2
 
 // Where along D a call of `tile` begins and ends; between the parts of a deep product the sums wait in `kept`.
@@ -20,7 +23,8 @@ struct Part {
 };
 
 // out[r * ldo + i] = x[r, :] . w[o + i, :] for RB packed rows and OB weight rows. While it runs, the OB weight rows after
-// them are fetched from memory (past the last ones a prefetch does nothing).
+// them are fetched from memory (past the last ones a prefetch does nothing): for few rows in the order in which they lie
+// there, which memory likes best; for more, where products set the pace, in the order in which they will be read.
 template <class M, int OB, int RB>
 inline void tile(const float* heads, const float* x, const M& w, int64_t o, Part part,
                  typename Packing<typename M::Format>::Sum* kept, float* out, int64_t ldo) {
@@ -37,7 +41,10 @@ inline void tile(const float* heads, const float* x, const M& w, int64_t o, Part
 #pragma GCC unroll 8
         for (int i = 0; i < OB; ++i) {
             const auto weights = w.read(o + i, d);
-            w.prefetch(o + OB + i, d);
+            if constexpr (M::in_line && RB <= 2)
+                w.prefetch_line(o + OB, d / S::length * OB + i);
+            else
+                w.prefetch(o + OB + i, d);
 #pragma GCC unroll 6
             for (int r = 0; r < RB; ++r) sums[r * OB + i] = S::add(sums[r * OB + i], weights, rows[r]);
         }
@@ -105,6 +112,12 @@ inline void product(const float* x, int64_t height, const M& w, int64_t begin, i
         case 5: return columns_of<M, 5>(x, w, begin, columns, depth, out, ldo);
         case 6: return columns_of<M, 6>(x, w, begin, columns, depth, out, ldo);
     }
+}
+
+// Threads that so much work is worth, of those there may be.
+inline int worth_threads(int64_t bytes, int64_t flops, int most) {
+    const int64_t us = std::max(bytes / bytes_per_us, flops / flops_per_us);
+    return static_cast<int>(std::clamp<int64_t>(us / us_worth_thread, 1, most));
 }
 
 // Room for packed rows: one per calling thread and use, kept between calls.

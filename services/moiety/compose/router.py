@@ -51,6 +51,7 @@ from moiety.telemetry.tracing import Tracer
 from moiety.wire.channels import Server
 from moiety.wire.codec import DTYPE_NAMES, torch_dtype
 from moiety.wire.engine_pb2_grpc import add_EngineServicer_to_server
+from moiety_kernels.threads import usable_cores
 
 _log = logging.getLogger(__name__)
 LANES = 2  # that a step may be split into where that pays: a third would wait for the same experts
@@ -72,7 +73,7 @@ async def start(settings: RouterSettings, replica_id: str, node: str) -> Running
         engine = engine_on(backends, lanes, settings, model, cache, WakeRecorder(site.registry), site.tracer)
         engine.start()
         site.closers.push_async_callback(asyncio.to_thread, engine.stop, settings.drain_s)
-        guides = Guides(settings.model, shape.vocabulary, settings.threads)
+        guides = Guides(settings.model, shape.vocabulary, settings.threads or usable_cores())
         site.closers.callback(guides.close)
         service = EngineService(
             engine,
@@ -179,7 +180,7 @@ def engine_on(
         slots=settings.slots,
         token_budget=settings.token_budget,
         queue_limit=settings.queue_limit,
-        threads=settings.threads,
+        threads=settings.threads or usable_cores(),
         waits=waits,
         tracer=tracer,
         speculative_tokens=settings.speculative_tokens,
@@ -191,7 +192,7 @@ def load_model(
 ) -> tuple[torch.nn.Module, KVCache]:
     """All weights but the routed experts', and the cache for keys and values."""
     attention.register()
-    torch.set_num_threads(settings.threads)
+    torch.set_num_threads(settings.threads or usable_cores())
     began = time.monotonic()
     model = load_router(checkpoint, layout, dtype, settings.device, attention.NAME)
     use_kernels(model, deterministic=settings.deterministic)

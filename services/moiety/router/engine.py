@@ -232,7 +232,7 @@ class Engine:
     # The thread --------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        torch.set_num_threads(self._threads)
+        self._forward.use_threads(self._threads)
         while not self._stopping:
             try:
                 worked = self.step()

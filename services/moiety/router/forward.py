@@ -20,6 +20,8 @@ from moiety.router.lanes import Lanes
 from moiety.router.mixers import use_states
 from moiety.router.plan import StepPlan
 from moiety.router.sequence import Sequence as Request
+from moiety_kernels import threads
+from moiety_kernels.linear import PACKED_ROWS
 
 
 class Forward:
@@ -36,11 +38,17 @@ class Forward:
         """One backend a lane. Without a `tuner` every step that can be split is run in as many lanes as there are."""
         self._model, self._cache, self._backends, self._lanes, self._tuner = model, cache, backends, lanes, tuner
         self._device = next(model.parameters()).device
+        self._threads = torch.get_num_threads()
 
     @property
     def last_layer_ns(self) -> int:
         """Unix time at which the last layer of the last step was done."""
         return max(backend.layer_began_ns for backend in self._backends)
+
+    def use_threads(self, count: int) -> None:
+        """Computes with so many threads at most. To be called by the thread that runs steps."""
+        self._threads = count
+        threads.use_threads(count)
 
     def poll(self) -> None:
         """To be called now and then by a thread that is idle: changes of the table and late answers are handled."""
@@ -49,6 +57,8 @@ class Forward:
     @torch.inference_mode()
     def run(self, plan: StepPlan, step: StepContext) -> torch.Tensor:
         """Logits [R, V] of the tokens that want them, in the plan's order. Raises HopFailed, or what `step.check` does."""
+        # Where our kernels do all that is worth sharing, torch must not share out the rest.
+        torch.set_num_threads(1 if plan.tokens <= PACKED_ROWS else self._threads)
         if self._lanes is None or len(self._backends) == 1 or len(plan.scheduled) == 1:
             return self._part(self._backends[0], plan, 0, step)
         size = plan.call_class, plan.work.bit_length()

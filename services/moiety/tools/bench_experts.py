@@ -15,9 +15,10 @@ from itertools import combinations
 
 import torch
 
-from moiety.tools.machine import last_level_cache_bytes, usable_cores
+from moiety.tools.machine import last_level_cache_bytes
 from moiety.tools.machine_speed import MachineSpeed, measure_speed
 from moiety_kernels import ExpertWeights, activate, grouped_expert_mlp
+from moiety_kernels.threads import usable_cores
 
 DTYPES = ("bfloat16", "float32", "int8", "int4")
 DECODE_ROWS = 8  # up to here weights bind, beyond products do

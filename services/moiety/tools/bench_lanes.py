@@ -13,7 +13,7 @@ from moiety.tools.bench_models import model_name
 from moiety.tools.bench_report import table
 from moiety.tools.bench_tokens import Speeds, median
 from moiety.tools.engine_runner import BenchModel, EngineRunner, EngineWork
-from moiety.tools.machine import usable_cores
+from moiety_kernels.threads import usable_cores
 
 # Setting `lanes` of each engine; 0 lets it measure.
 ENGINES = {"one piece": 1, "two lanes": 2, "measured": 0}

@@ -17,7 +17,7 @@ from moiety.tools.bench_tokens import Speeds, median
 from moiety.tools.engine_runner import BenchModel, EngineRunner, EngineWork, no_waits
 from moiety.tools.layer_times import LayerTime, SpanRecorder, layer_times
 from moiety.tools.local_experts import LocalExperts
-from moiety.tools.machine import usable_cores
+from moiety_kernels.threads import usable_cores
 
 TRACED_TOKENS = 16
 
@@ -51,8 +51,7 @@ async def bench_split(work: EngineWork, *, progress: Progress = lambda _: None) 
         held = ExpertSet.block(shape.moe_layers, range(shape.experts))
         weights = await asyncio.to_thread(load_experts, opened.checkpoint, opened.layout, held, opened.dtype)
         local, recorder = LocalExperts(shape.mlp, weights), SpanRecorder()
-        # Alone in its process an engine uses every core; beside expert services a router has its default of one thread.
-        alone = opened.settings(work, threads=cores)
+        alone = opened.settings(work)
         model, cache = await opened.load(alone)
         one_process = EngineRunner(engine_on([local], None, alone, model, cache, no_waits, recorder), shape, stack)
 

@@ -15,7 +15,8 @@ from moiety.client import Client
 from moiety.errors import Unavailable
 from moiety.local import LocalCluster
 from moiety.tools.bench_peers import Peer, PeerKind
-from moiety.tools.machine import cpu_seconds, usable_cores
+from moiety.tools.machine import cpu_seconds
+from moiety_kernels.threads import usable_cores
 
 Arrivals = tuple[float, list[list[float]]]  # start, and each prompt's token times; seconds on one clock
 IDLE_S = 1.0
@@ -79,8 +80,6 @@ class Served:
             load.checkpoint,
             groups=self._groups,
             dtype=load.dtype,
-            # One thread for the router, as by default: threads wait passively, and in decode steps waking a second one for
-            # each product costs more than it brings. The groups of a layer compute at the same time.
             router={"slots": load.slots, "queue_limit": load.slots},
             expert={"threads": max(1, cores // self._groups), **self._expert},
             pin=True,

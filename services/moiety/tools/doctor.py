@@ -15,6 +15,7 @@ from moiety.config import AppSettings
 from moiety.errors import FailedPrecondition
 from moiety.load.embedded import server_binary
 from moiety.tools import machine
+from moiety_kernels.threads import usable_cores
 
 PYTHON = (3, 11)
 LEAST_MEMORY, LITTLE_MEMORY = 1 << 30, 4 << 30
@@ -103,7 +104,7 @@ def _package(name: str, missing: Verdict, advice: str) -> Check:
 
 
 def _cores() -> Iterator[Check]:
-    usable, quota = machine.usable_cores(), machine.core_quota()
+    usable, quota = usable_cores(), machine.core_quota()
     yield Check("processor", machine.processor())
     value = f"{usable} of {os.cpu_count()} by affinity"
     if quota is None:
@@ -120,7 +121,7 @@ def _cores() -> Iterator[Check]:
 def _threads() -> Check:
     import torch
 
-    threads, usable = torch.get_num_threads(), machine.usable_cores()
+    threads, usable = torch.get_num_threads(), usable_cores()
     told = f"{threads} unless a setting says otherwise"
     if threads < usable and "OMP_NUM_THREADS" in os.environ:
         advice = f"OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']} in the environment: unset it, and use the `threads` settings"

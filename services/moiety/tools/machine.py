@@ -10,12 +10,9 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+from moiety_kernels.threads import usable_cores
+
 _PROC, _SYS = Path("/proc"), Path("/sys")
-
-
-def usable_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def core_quota(root: Path = _SYS / "fs/cgroup") -> float | None:

@@ -11,7 +11,8 @@ from functools import partial
 
 import torch
 
-from moiety.tools.machine import last_level_cache_bytes, usable_cores
+from moiety.tools.machine import last_level_cache_bytes
+from moiety_kernels.threads import usable_cores
 
 LEAST_READ_BYTES = 512 << 20
 CACHES_READ = 3  # what is read is this many times the last-level cache: little of it can stay there

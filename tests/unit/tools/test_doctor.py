@@ -10,7 +10,8 @@ import pytest
 
 from moiety.cli.main import run
 from moiety.tools.doctor import Check, Verdict, doctor_lines, examine
-from moiety.tools.machine import core_quota, cpu_seconds, usable_cores
+from moiety.tools.machine import core_quota, cpu_seconds
+from moiety_kernels.threads import usable_cores
 
 
 def test_doctor_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
