@@ -116,7 +116,7 @@ inline void product(const float* x, int64_t height, const M& w, int64_t begin, i
 
 // Threads that so much work is worth, of those there may be.
 inline int worth_threads(int64_t bytes, int64_t flops, int most) {
-    const int64_t us = std::max(bytes / bytes_per_us, flops / flops_per_us);
+    const int64_t us = bytes / bytes_per_us + flops / flops_per_us;
     return static_cast<int>(std::clamp<int64_t>(us / us_worth_thread, 1, most));
 }
 
