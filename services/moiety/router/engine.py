@@ -124,8 +124,9 @@ class Engine:
             if self._stopping:
                 raise Unavailable("this router is shutting down")
             waiting = len(self._arrived) + len(self._scheduler.waiting)
-            if waiting >= self.queue_limit:
-                told = f"{waiting} of at most {self.queue_limit} requests wait for a slot"
+            free = max(0, self._slots - len(self._scheduler.running))  # taken at the next step: no queue for these
+            if waiting >= self.queue_limit + free:
+                told = f"{waiting - free} of at most {self.queue_limit} requests wait for a slot"
                 raise ResourceExhausted(told, self._rate.retry_after(waiting, time.monotonic()))
             sequence.siblings = tuple(
                 sequence.sibling(choice, self._tracer.start(SpanName.ENGINE_REQUEST, parent=sequence.span))

@@ -121,11 +121,14 @@ def test_a_full_queue_and_an_impossible_request_are_refused(engine: Engine):
     """The queue's bound and the cache's are told; what was accepted runs."""
     with pytest.raises(InvalidRequest, match=r"prompt \+ max_tokens = 101: must be at most 100.*kv_memory"):
         submit(engine, [1], max_tokens=100)
-    accepted = [submit(engine, [1])[1] for _ in range(3)]
+    accepted = [submit(engine, [1])[1] for _ in range(7)]  # four slots are free: three wait
+    with pytest.raises(ResourceExhausted, match="3 of at most 3 requests"):
+        submit(engine, [1])
+    engine.step()
     with pytest.raises(ResourceExhausted, match="3 of at most 3 requests"):
         submit(engine, [1])
     finish(engine)
-    assert [listener.tokens for listener in accepted] == [[2, 3, 4]] * 3
+    assert [listener.tokens for listener in accepted] == [[2, 3, 4]] * 7
 
 
 def test_a_bug_in_a_step_ends_its_requests_and_not_the_engine(engine: Engine, model: CountingModel):
