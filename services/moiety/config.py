@@ -99,7 +99,7 @@ class RouterSettings(ServiceSettings):
     deterministic: bool = Field(default=False, description=DETERMINISTIC_HELP)
     slots: int = Field(default=32, ge=1, le=4096, description="sequences that run at once")
     max_context: int | None = Field(default=None, ge=1, description="tokens per sequence; default: the model's")
-    token_budget: int = Field(default=256, ge=1, le=65536, description="tokens per step, decode and prefill together")
+    token_budget: int = Field(default=512, ge=1, le=65536, description="tokens per step, decode and prefill together")
     kv_memory: ByteSize = Field(
         default=ByteSize(1 << 30), ge=1 << 10, description="memory for keys, values and states, e.g. 4GiB"
     )
@@ -220,7 +220,7 @@ class AppSettings(BaseModel):
     router_cpus: float = Field(default=1.0, ge=0)
     router_gpus: float = Field(default=0.0, ge=0)
     slots: int = Field(default=32, ge=1, le=4096)
-    token_budget: int = Field(default=256, ge=1, le=65536)
+    token_budget: int = Field(default=512, ge=1, le=65536)
     max_context: int | None = Field(default=None, ge=1)
     kv_memory: ByteSize = Field(default=ByteSize(1 << 30), ge=1 << 10)
     expert_wait_s: float = Field(default=30.0, ge=0, le=3600)

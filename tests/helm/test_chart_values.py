@@ -73,7 +73,7 @@ CASES = [
     argument("router_cpus", 2.5),
     argument("router_gpus", 1),
     argument("slots", 64),
-    argument("token_budget", 512),
+    argument("token_budget", 384),
     argument("kv_memory", "4GiB"),
     argument("max_context", 4096),
     argument("expert_wait_s", 10),

@@ -35,16 +35,11 @@ class StateSpec:
     kind: str  # for people: "recurrent", "convolution", ...
     shape: tuple[int, ...]
     dtype: torch.dtype
-    constant: bool = False  # written before the sequence's first step; any other is replaced by every step
-
-    @property
-    def copies(self) -> int:
-        """How often it is stored: a state that changes has a second place, for the step that is not done yet."""
-        return 1 if self.constant else 2
 
     @property
     def bytes_per_slot(self) -> int:
-        return self.copies * prod(self.shape) * self.dtype.itemsize
+        """Of both places it has: one is for the step that is not done yet."""
+        return 2 * prod(self.shape) * self.dtype.itemsize
 
 
 StateKey = tuple[int, str]  # layer index, and which of its states

@@ -1,7 +1,7 @@
-"""What layers keep of a whole sequence, in slots: recurrent and convolution states, cross-attention; one slot a sequence.
+"""What layers keep of a whole sequence, in slots: recurrent and convolution states; one slot a sequence.
 
-A step never changes a state in place. Each that changes lies in two rows: a step reads the committed one and writes the
-other, as often as it must be run again, and `commit` swaps them when it is done. A constant one lies in one row.
+A step never changes a state in place. Each lies in two rows: a step reads the committed one and writes the other, as often
+as it must be run again, and `commit` swaps them when it is done.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class SlotStates:
         self._committed = [0] * slots  # which of a slot's two rows
         # Uninitialised, so on a CPU the kernel hands out pages only as they are written.
         self._rows = {
-            key: torch.empty(slots * spec.copies, *spec.shape, dtype=spec.dtype, device=device)
+            key: torch.empty(2 * slots, *spec.shape, dtype=spec.dtype, device=device)
             for key, spec in specs.items()
         }
 
@@ -35,15 +35,15 @@ class SlotStates:
         return len(self._free)
 
     def rows(self, key: StateKey) -> torch.Tensor:
-        """All sequences' states of one kind [rows, ...]: two rows a slot, or one, the slot itself, where constant."""
+        """All sequences' states of one kind [2 * slots, ...]."""
         return self._rows[key]
 
     def committed(self, slot: int) -> int:
-        """The row that holds a changing state after the last step that was done."""
+        """The row that holds a state after the last step that was done."""
         return 2 * slot + self._committed[slot]
 
     def pending(self, slot: int) -> int:
-        """The row into which a step writes a changing state."""
+        """The row into which a step writes a state."""
         return 2 * slot + 1 - self._committed[slot]
 
     def commit(self, slot: int) -> None:
@@ -60,10 +60,7 @@ class SlotStates:
     def copy(self, source: int, target: int) -> None:
         """Gives slot `target` the committed states of `source`."""
         for rows in self._rows.values():
-            if len(rows) == self.slots:
-                rows[target] = rows[source]
-            else:
-                rows[self.committed(target)] = rows[self.committed(source)]
+            rows[self.committed(target)] = rows[self.committed(source)]
 
     def check(self, held: Iterable[int]) -> None:
         """Raises RuntimeError unless every slot is free or occurs once in `held`."""

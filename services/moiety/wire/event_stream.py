@@ -169,8 +169,6 @@ class _Stream:
 
     async def close(self) -> None:
         self._break("it was closed here")
-        for task in self._tasks:
-            task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _write(self) -> None:
@@ -195,6 +193,9 @@ class _Stream:
             return
         self.broken = True
         self._call.cancel()
+        for task in self._tasks:
+            if task is not asyncio.current_task():
+                task.cancel()
         for inbox in self.inboxes.values():
             inbox.put_nowait(PeerLost(f"the stream to {self._peer} broke: {why}"))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import threading
 import time
 
 import pytest
@@ -215,3 +217,12 @@ def test_the_wait_of_a_call_begins_when_it_was_sent(make_runtime: MakeRuntime):
     assert late.one().queue_ms >= 100
     assert runtime.load_since_last().queue_wait_ms >= 50
     assert submit(runtime, [0]).one().queue_ms < 50
+
+
+@pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="this system has no batch scheduling")
+def test_a_replica_does_not_interrupt_who_rings_it(make_runtime: MakeRuntime):
+    """Its computing thread is scheduled as a batch job; no other thread of the process is."""
+    assert isinstance(submit(make_runtime(ALL), [0]).one(), Computed)
+    policies = {thread.name: os.sched_getscheduler(thread.native_id) for thread in threading.enumerate()}
+    assert policies.pop("expert-runtime") == os.SCHED_BATCH
+    assert os.SCHED_BATCH not in policies.values()

@@ -9,12 +9,12 @@ from moiety.router.blocks import BlockTable
 from moiety.router.cachespec import CacheSpec, LayerSpec, StateSpec
 from moiety.router.kvcache import KVCache
 
-RECURRENT, CROSS = (0, "recurrent"), (1, "cross")
+RECURRENT, CONVOLUTION = (0, "recurrent"), (1, "convolution")
 SPEC = CacheSpec(
     {1: LayerSpec(1, 2, 2, torch.float32)},
     {
         RECURRENT: StateSpec("recurrent", (3, 2), torch.float32),
-        CROSS: StateSpec("cross-attention", (5,), torch.bfloat16, constant=True),
+        CONVOLUTION: StateSpec("convolution", (5,), torch.bfloat16),
     },
 )
 CPU = torch.device("cpu")
@@ -27,13 +27,13 @@ def cache_of(slots: int, blocks: int = 8) -> KVCache:
 
 
 def test_states_and_blocks_share_one_memory_setting():
-    """Both rows of what changes and one of what does not, for each slot; blocks get the rest, to the byte."""
-    assert SPEC.bytes_per_slot == 2 * 3 * 2 * 4 + 5 * 2
+    """Both rows of every state, for each slot; blocks get the rest, to the byte."""
+    assert SPEC.bytes_per_slot == 2 * (3 * 2 * 4 + 5 * 2)
     assert cache_of(3, 8).blocks == 8
     assert KVCache(SPEC, 3 * SPEC.bytes_per_slot + 63, CPU, slots=3, block_tokens=4).blocks == 0
     assert KVCache(SPEC, 3 * SPEC.bytes_per_slot - 1, CPU, slots=3, block_tokens=4).states.available == 0
     rows = cache_of(3).states.rows
-    assert (rows(RECURRENT).shape, rows(CROSS).shape) == ((6, 3, 2), (3, 5))
+    assert (rows(RECURRENT).shape, rows(CONVOLUTION).shape) == ((6, 3, 2), (6, 5))
 
 
 def test_a_step_that_is_run_again_finds_the_state_it_found_before():
@@ -50,17 +50,17 @@ def test_a_step_that_is_run_again_finds_the_state_it_found_before():
 
 
 def test_forks_part_ways():
-    """A second table begins with the states of the first, constant ones too, and changes its own only."""
+    """A second table begins with the states of the first, and changes its own only."""
     cache, table = cache_of(2), BlockTable()
     cache.grow(table, 3)
     states, rows = cache.states, cache.states.rows(RECURRENT)
     rows[states.pending(table.slot)] = 7
-    states.rows(CROSS)[table.slot] = 5
+    states.rows(CONVOLUTION)[states.pending(table.slot)] = 5
     cache.commit(table, [1, 2, 3], 3, "")
     forked = cache.fork(table, 3)
     assert forked is not None
     assert bool((rows[states.committed(forked.slot)] == 7).all())
-    assert bool((states.rows(CROSS)[forked.slot] == 5).all())
+    assert bool((states.rows(CONVOLUTION)[states.committed(forked.slot)] == 5).all())
     rows[states.pending(forked.slot)] = 8
     cache.commit(forked, [1, 2, 3, 4], 4, "")
     assert bool((rows[states.committed(table.slot)] == 7).all())
