@@ -25,8 +25,7 @@ class SlotStates:
         self._committed = [0] * slots  # which of a slot's two rows
         # Uninitialised, so on a CPU the kernel hands out pages only as they are written.
         self._rows = {
-            key: torch.empty(2 * slots, *spec.shape, dtype=spec.dtype, device=device)
-            for key, spec in specs.items()
+            key: torch.empty(2 * slots, *spec.shape, dtype=spec.dtype, device=device) for key, spec in specs.items()
         }
 
     @property
