@@ -50,7 +50,7 @@ def test_unreachable_registry(tiny: Callable[[str], str], capsys: pytest.Capture
 def test_settings_that_contradict_each_other(tiny: Callable[[str], str], capsys: pytest.CaptureFixture[str]) -> None:
     """What a router replica would refuse is refused here, not in a replica's log."""
     assert run(["serve", tiny("mixtral"), "--slots", "4096", "--grpc-port", "0"]) == 1
-    assert "error: setting token_budget = 256: must be at least slots, 4096" in capsys.readouterr().err
+    assert "error: setting token_budget = 512: must be at least slots, 4096" in capsys.readouterr().err
 
 
 def test_options_win_over_the_file(
