@@ -322,3 +322,16 @@ def test_every_error_keeps_its_kind_in_a_message():
         told = status.error_of_message(status.to_message(error))
         assert type(told) is type(error)
         assert str(told) == str(error)
+
+
+def test_a_deadline_far_away_is_no_error():
+    """A client may allow more time than the field of a call can tell."""
+
+    async def handle(call: engine_pb2.EngineCall, tell: Tell) -> None:
+        tell(lambda: event(3, last=True))
+
+    async def scenario(router: Router, client: CallClient) -> None:
+        assert await tokens(client, left_s=1e9) == [3]
+        assert router.seen[0].timeout_ms == (1 << 32) - 1
+
+    calling(handle, scenario)

@@ -20,6 +20,7 @@ from moiety.wire import engine_pb2, engine_pb2_grpc, status
 from moiety.wire.deadline import Deadline
 
 MESSAGE_EVENTS = 256  # that one message may hold, so that none grows beyond what a stream takes
+LONGEST_MS = (1 << 32) - 1  # what the field holds: 49 days
 LATE_S = 1.0  # how long after its deadline a call waits for its router to say so
 
 Event = Callable[[], engine_pb2.EngineEvent]  # made on the loop: the thread that tells of it has better things to do
@@ -128,7 +129,7 @@ class CallClient:
         call = engine_pb2.EngineCall(id=call_id, request=request, traceparent=traceparent)
         alarm = None
         if (left := deadline.left()) < inf:
-            call.timeout_ms = max(1, int(left * 1000))
+            call.timeout_ms = min(max(1, int(left * 1000)), LONGEST_MS)
             late = DeadlineExceeded(f"{self._peer} said nothing at the deadline")
             alarm = asyncio.get_running_loop().call_later(left + LATE_S, inbox.put_nowait, late)
         stream.calls.put_nowait(call)
