@@ -73,7 +73,7 @@ async def start(settings: RouterSettings, replica_id: str, node: str) -> Running
         engine = engine_on(backends, lanes, settings, model, cache, WakeRecorder(site.registry), site.tracer)
         engine.start()
         site.closers.push_async_callback(asyncio.to_thread, engine.stop, settings.drain_s)
-        guides = Guides(settings.model, shape.vocabulary, settings.threads or usable_cores())
+        guides = Guides(settings.model, shape.vocabulary, _threads(settings))
         site.closers.callback(guides.close)
         service = EngineService(
             engine,
@@ -152,6 +152,10 @@ async def reach_experts(
     return [Hop(fleet, hop_settings, hedging, demand, costs, tracer, lanes.wait, queues) for _ in range(count)], lanes
 
 
+def _threads(settings: RouterSettings) -> int:
+    return settings.threads or usable_cores()
+
+
 def _backends(settings: RouterSettings, hops: Sequence[Hop]) -> Sequence[StepBackend]:
     """What the model sees of the hops: whole experts, and none that is overrun where another may stand in."""
     backends: list[StepBackend] = list(hops)
@@ -180,7 +184,7 @@ def engine_on(
         slots=settings.slots,
         token_budget=settings.token_budget,
         queue_limit=settings.queue_limit,
-        threads=settings.threads or usable_cores(),
+        threads=_threads(settings),
         waits=waits,
         tracer=tracer,
         speculative_tokens=settings.speculative_tokens,
@@ -192,7 +196,7 @@ def load_model(
 ) -> tuple[torch.nn.Module, KVCache]:
     """All weights but the routed experts', and the cache for keys and values."""
     attention.register()
-    torch.set_num_threads(settings.threads or usable_cores())
+    torch.set_num_threads(_threads(settings))
     began = time.monotonic()
     model = load_router(checkpoint, layout, dtype, settings.device, attention.NAME)
     use_kernels(model, deterministic=settings.deterministic)
