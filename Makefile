@@ -2,8 +2,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-STUBS  := services/moiety/wire
-PROTOS := $(wildcard protos/moiety/wire/*.proto)
+PROTOS := $(wildcard protos/moiety/v1/*.proto protos/moiety/internal/v1/*.proto)
 CPU    := $(wildcard kernels/moiety_kernels/cpu/*)
 
 .PHONY: help demo test test-all check parity proto bench clean
@@ -31,15 +30,16 @@ test: $(VENV)/.kernels ## the tests that every change must pass (≤ 6 minutes o
 test-all: $(VENV)/.kernels ## these and the long ones
 	$(BIN)/python -m pytest
 
-check: $(VENV)/.installed ## lint, types, import rule, stubs
+check: $(VENV)/.installed ## lint, types, import rules, protos and their stubs
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/buf lint protos
 	$(BIN)/python tests/check_stubs.py
 
-parity: $(VENV)/.kernels ## every architecture, served and compared token for token; writes README.md's table
-	$(BIN)/moiety parity --all-tiny --write README.md
+parity: $(VENV)/.kernels ## every architecture, served and compared token for token; writes the table in docs/models.md
+	$(BIN)/moiety parity --all-tiny --write docs/models.md
 
 proto: $(VENV)/.installed ## regenerate the committed protobuf stubs
 	$(BIN)/python -m grpc_tools.protoc -Iprotos --python_out=services --pyi_out=services --grpc_python_out=services $(PROTOS)

@@ -12,18 +12,22 @@ ROOT = Path(__file__).parent.parent
 
 def main() -> int:
     """Regenerates into a scratch folder and compares file by file."""
-    protos = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("protos/moiety/wire/*.proto"))
+    protos = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("protos/**/*.proto"))
     with tempfile.TemporaryDirectory() as scratch:
         outputs = [f"--{kind}_out={scratch}" for kind in ("python", "pyi", "grpc_python")]
         subprocess.run([sys.executable, "-m", "grpc_tools.protoc", "-Iprotos", *outputs, *protos], cwd=ROOT, check=True)
-        fresh = {path.name: path.read_text() for path in Path(scratch).glob("moiety/wire/*_pb2*")}
-    committed = {path.name: path.read_text() for path in (ROOT / "services/moiety/wire").glob("*_pb2*")}
+        fresh = _stubs(Path(scratch))
+    committed = _stubs(ROOT / "services")
     stale = sorted(name for name in fresh.keys() | committed.keys() if fresh.get(name) != committed.get(name))
     if stale:
         print(f"stale generated files: {', '.join(stale)}; run `make proto` and commit", file=sys.stderr)
         return 1
     print(f"stubs: {len(fresh)} files are current")
     return 0
+
+
+def _stubs(root: Path) -> dict[str, str]:
+    return {str(path.relative_to(root)): path.read_text() for path in root.glob("moiety/**/*_pb2*.py*")}
 
 
 if __name__ == "__main__":

@@ -1,9 +1,13 @@
 """Kernels of the expert service: one operation per file, each tested against `reference`."""
 
-from moiety_kernels.expert_mlp import grouped_expert_mlp
-from moiety_kernels.matrices import Fp8Matrix, Int4Matrix, Int8Matrix, Matrix, Mxfp4Matrix
-from moiety_kernels.reference import ACTIVATIONS, activate, expert_mlp
-from moiety_kernels.weights import ExpertWeights
+from moiety_kernels.ops.expert_mlp import grouped_expert_mlp
+from moiety_kernels.reference.expert_mlp import ACTIVATIONS, activate, expert_mlp
+from moiety_kernels.weights.expert_weights import ExpertWeights
+from moiety_kernels.weights.fp8 import Fp8Matrix
+from moiety_kernels.weights.int4 import Int4Matrix
+from moiety_kernels.weights.int8 import Int8Matrix
+from moiety_kernels.weights.matrix import Matrix
+from moiety_kernels.weights.mxfp4 import Mxfp4Matrix
 
 __all__ = [
     "ACTIVATIONS",

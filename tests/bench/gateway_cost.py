@@ -18,15 +18,15 @@ from contextlib import AsyncExitStack
 from moiety.client import Client
 from moiety.gateway.attempt import Attempt
 from moiety.gateway.prompt import Prompt
-from moiety.gateway.routers import Routers
+from moiety.gateway.router_pool import RouterPool
 from moiety.gateway.service import SERVICE, GenerationService
 from moiety.gateway.text import Tokenizer
-from moiety.load.memory import MemoryRegistry
-from moiety.load.watch import Watch
-from moiety.model.tiny.tokenizer import write_tokenizer
+from moiety.internal.v1 import engine_pb2
+from moiety.registry.memory import MemoryRegistry
+from moiety.registry.watch import Watch
+from moiety.synthetic.tokenizer import write_tokenizer
 from moiety.telemetry.tracing import NO_TRACER
 from moiety.testing import HOST, FakeEngine, fake_shape
-from moiety.wire import engine_pb2
 from moiety.wire.channels import Server
 from moiety.wire.deadline import Deadline
 
@@ -35,7 +35,7 @@ SHAPE = fake_shape(vocabulary=50_000, max_context=8192)
 REPEATS = 5000
 
 
-async def gateway(routers: int, scenario: Callable[[Routers, str], Awaitable[None]]) -> None:
+async def gateway(routers: int, scenario: Callable[[RouterPool, str], Awaitable[None]]) -> None:
     """`scenario` with a real gateway over that many fake engines."""
     registry = MemoryRegistry(clock=lambda: 0.0)
     async with AsyncExitStack() as stack:
@@ -46,7 +46,7 @@ async def gateway(routers: int, scenario: Callable[[Routers, str], Awaitable[Non
         watch = Watch(registry)
         await watch.start()
         stack.push_async_callback(watch.stop)
-        known = Routers(watch, 5.0)
+        known = RouterPool(watch, 5.0)
         stack.push_async_callback(known.close)
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         write_tokenizer(folder)
@@ -57,7 +57,7 @@ async def gateway(routers: int, scenario: Callable[[Routers, str], Awaitable[Non
         await scenario(known, address)
 
 
-async def choosing(known: Routers, address: str) -> None:
+async def choosing(known: RouterPool, address: str) -> None:
     """Hash, match and choose, and what noting the visit costs: for new prompts, and for some half of which all have."""
     drawn = random.Random(0)
     half = [drawn.randrange(SHAPE.vocabulary) for _ in range(TOKENS // 2)]
@@ -87,7 +87,7 @@ async def choosing(known: Routers, address: str) -> None:
             )
 
 
-async def whole(_: Routers, address: str) -> None:
+async def whole(_: RouterPool, address: str) -> None:
     """Requests per second of one token each, client, gateway and engines on this process's loop."""
     for tokens in (16, TOKENS):
         prompt = list(range(tokens))

@@ -14,11 +14,11 @@ from itertools import count
 
 import numpy as np
 
-from moiety.load.connect import connect
-from moiety.load.embedded import EmbeddedRedis
-from moiety.router.costs import SAMPLE_S, CostFit
-from moiety.router.demand import DemandCounter
-from moiety.wire.experts_pb2 import ForwardReply
+from moiety.internal.v1.experts_pb2 import ForwardResponse
+from moiety.registry.connect import connect
+from moiety.registry.embedded_redis import EmbeddedRedis
+from moiety.router.hop.cost_fit import SAMPLE_S, CostFit
+from moiety.router.hop.expert_demand import ExpertDemandCounter
 
 # name, MoE layers, experts, top-k, streams, milliseconds of a decode step (README: moiety bench split; a V3 on GPUs)
 MODELS = (
@@ -32,9 +32,9 @@ FLUSHES = 50
 
 def counting_us(layers: int, experts: int, rows: int) -> float:
     """Microseconds of one layer's count, and of what its replies teach the cost model."""
-    demand, costs = DemandCounter(layers, experts), CostFit(1 << 20)
+    demand, costs = ExpertDemandCounter(layers, experts), CostFit(1 << 20)
     chosen = np.random.default_rng(0).integers(0, experts, (64, rows))
-    reply = ForwardReply(activated_experts=4, batch_rows=rows, compute_ms=1.0)
+    reply = ForwardResponse(activated_experts=4, batch_rows=rows, compute_ms=1.0)
     began = time.thread_time()
     for repeat in range(REPEATS):
         demand.count(repeat % layers, chosen[repeat % 64])
@@ -45,10 +45,10 @@ def counting_us(layers: int, experts: int, rows: int) -> float:
 
 async def flush_ms(url: str, layers: int, experts: int) -> float:
     """Milliseconds of CPU of one flush, with the fit of a second's samples."""
-    registry, demand = connect(url, "bench"), DemandCounter(layers, experts)
+    registry, demand = connect(url, "bench"), ExpertDemandCounter(layers, experts)
     costs = CostFit(1 << 20, count(step=SAMPLE_S).__next__)  # by this clock, every reply is a sample
     replies = [
-        ForwardReply(activated_experts=1 + n % 9, batch_rows=4 + n % 31, compute_ms=1 + n % 5) for n in range(100)
+        ForwardResponse(activated_experts=1 + n % 9, batch_rows=4 + n % 31, compute_ms=1 + n % 5) for n in range(100)
     ]
     for layer in range(layers):
         demand.count(layer, np.arange(experts))

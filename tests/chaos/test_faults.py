@@ -10,9 +10,9 @@ import pytest
 
 from moiety.client import Client
 from moiety.errors import Unavailable
-from moiety.local import LocalCluster
-from serving import Served
-from streams import Streams
+from moiety.local.cluster import LocalCluster
+from support.serving import Served
+from support.streams import Streams
 
 NEW_TOKENS = 80
 STRIKE_AT = 20  # tokens every stream has when the fault comes

@@ -7,13 +7,13 @@ from collections.abc import Mapping
 
 import pytest
 
+from moiety.bench.report import percentile
 from moiety.client import Client
-from moiety.core import ExpertSet
+from moiety.core.experts import ExpertSet
 from moiety.errors import Unavailable
-from moiety.tools.bench_report import percentile
 from moiety.tools.rebalance import Ask, enact, proposed
-from serving import Served
-from streams import Streams
+from support.serving import Served
+from support.streams import Streams
 
 NEW_TOKENS = 80
 STRIKE_AT = 20  # tokens every stream has when the placement changes
@@ -43,7 +43,7 @@ def test_experts_change_places_under_a_running_router(served: Served, expected: 
 
     async def scenario(client: Client) -> None:
         await served.have(1, 1)
-        first, second = served.cluster.plan
+        first, second = served.cluster.partition
         pids = {child.pid for child in served.cluster.children}
         served.receiver.clear()
         for held in ({"experts-0": second, "experts-1": first}, {"experts-0": first, "experts-1": second}):
@@ -64,7 +64,7 @@ def test_a_hot_set_takes_over_hot_experts_and_gives_them_back(served: Served, ex
 
     async def scenario(client: Client) -> None:
         await served.have(1, 1)
-        first, second = served.cluster.plan
+        first, second = served.cluster.partition
         groups = {"experts-0": first, "experts-1": second}
         hot = await served.cluster.add_hot_set(0)
         try:
@@ -72,7 +72,7 @@ def test_a_hot_set_takes_over_hot_experts_and_gives_them_back(served: Served, ex
                 held = {**groups, "hot-0": ExpertSet.parse(text)}
                 assert await (await change(served, client, held)).finish() == expected
                 assert await holdings(served) == held
-                rows = (await served.cluster.registry.busy())[hot.replica.id].rows_per_s
+                rows = (await served.cluster.registry.replica_load())[hot.replica.id].rows_per_s
                 served.receiver.clear()
                 assert await Streams(client, NEW_TOKENS).finish() == expected
                 hops = [span for span in served.receiver.spans() if span.name == "hop"]
@@ -93,7 +93,7 @@ def test_an_expert_that_no_placement_names_is_not_lost(served: Served, expected:
 
     async def scenario(client: Client) -> None:
         await served.have(1, 1)
-        first, second = served.cluster.plan
+        first, second = served.cluster.partition
         forgetful = {"experts-0": first - ExpertSet.parse("0:0"), "experts-1": second}
         streams = Streams(client, NEW_TOKENS)
         await streams.reach(STRIKE_AT)
@@ -145,7 +145,7 @@ def test_a_plan_from_the_ledger_is_enacted_under_load(served: Served, expected: 
             print(
                 f"ITL p99: {1000 * percentile(before, 99):.0f} ms before, {1000 * percentile(after, 99):.0f} ms during"
             )
-        first, second = served.cluster.plan
+        first, second = served.cluster.partition
         await served.cluster.settled(await served.cluster.place({"experts-0": first, "experts-1": second}))
         await served.cluster.drain(hot)
 

@@ -9,14 +9,14 @@ from collections.abc import Callable
 import pytest
 
 from moiety.client import Client
-from moiety.config import GroupSettings
-from moiety.core import Placement
-from moiety.deploy.ledger import Ledger
-from moiety.load.embedded import EmbeddedRedis
-from moiety.load.registry import TTL_S
-from moiety.local import LocalCluster
+from moiety.config.application import GroupSettings
+from moiety.core.replica import Placement
+from moiety.local.cluster import LocalCluster
 from moiety.policy.autoscale import State, decide
-from streams import Streams
+from moiety.registry.embedded_redis import EmbeddedRedis
+from moiety.registry.interface import TTL_S
+from moiety.scaling.ledger import Ledger
+from support.streams import Streams
 
 NEW_TOKENS = 60
 OUTAGE_S = 30.0
@@ -24,7 +24,7 @@ OUTAGE_S = 30.0
 
 async def _rows(cluster: LocalCluster) -> int:
     """Rows that all routers have counted."""
-    return sum(sum(map(sum, demand.rows)) for demand in (await cluster.registry.demand()).values())
+    return sum(sum(map(sum, demand.rows)) for demand in (await cluster.registry.expert_demand()).values())
 
 
 @pytest.mark.slow
@@ -43,7 +43,7 @@ def test_serving_outlives_its_registry(tiny: Callable[[str], str]) -> None:
             async with served as cluster, Client(cluster.address) as client:
                 expected = await Streams(client, NEW_TOKENS).finish()
                 listed = {replica.id for replica in await cluster.registry.replicas()}
-                first, second = cluster.plan
+                first, second = cluster.partition
                 swapped = {"experts-0": second, "experts-1": first}
                 await cluster.settled(await cluster.place(swapped))
                 ledger = Ledger(cluster.registry)

@@ -7,8 +7,8 @@ import asyncio
 import pytest
 
 from moiety.client import Client
-from serving import Served
-from streams import Streams
+from support.serving import Served
+from support.streams import Streams
 
 NEW_TOKENS = 60
 STRIKE_AT = 15  # tokens every stream has when something changes
@@ -44,9 +44,9 @@ def test_a_group_at_zero_wakes_for_requests_that_wait(served: Served, expected: 
     async def scenario(client: Client) -> None:
         await served.have(0, 1)
         waiting = Streams(client, NEW_TOKENS)
-        held = served.cluster.plan[0]
+        held = served.cluster.partition[0]
         async with asyncio.timeout(20):
-            while not (wakes := await served.cluster.registry.wakes()):
+            while not (wakes := await served.cluster.registry.missing_experts()):
                 await asyncio.sleep(0.05)
         assert all(experts <= held.layer(layer) for layer, experts in wakes.items())
         await served.cluster.add_expert(0)

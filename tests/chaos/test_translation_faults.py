@@ -12,9 +12,9 @@ import pytest
 
 from moiety.client import Client
 from moiety.errors import InvalidRequest
-from moiety.local import LocalCluster
-from moiety.model.tiny import write_tiny
-from streams import PROMPTS, Streams
+from moiety.local.cluster import LocalCluster
+from moiety.synthetic import write_tiny
+from support.streams import PROMPTS, Streams
 
 NEW_TOKENS = 24
 STRIKE_AT = 5

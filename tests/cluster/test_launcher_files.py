@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from cluster_files import CLUSTER, REPOSITORY, Config, launch_check, load
 
-from moiety.config import AppSettings, resolve
+from moiety.config.application import AppSettings
+from moiety.config.resolve import resolve
 
 LAUNCHER_FILES = ["local.yaml", "gpu.yaml"]
 SECRETS = {"~/.ray/auth_token", "~/.moiety/redis_password"}

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from cluster_files import LoggingConfig, ServeApplicationSchema, ServeDeploySchema, load
 
-from moiety.config import AppSettings, resolve
+from moiety.config.application import AppSettings
+from moiety.config.resolve import resolve
 
 SERVE_FILES = ["serve.yaml", "serve-gpu.yaml"]
 

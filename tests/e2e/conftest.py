@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from moiety.deploy.cluster import LOOPBACK_ONLY
-from rayhead import RayHead, started_head
+from moiety.deploy.ray_cluster import LOOPBACK_ONLY
+from support.ray_head import RayHead, started_head
 
 os.environ.setdefault(LOOPBACK_ONLY, "0")  # read when Ray is first imported, by whichever test comes first
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")

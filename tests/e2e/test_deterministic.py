@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import pytest
 
 from moiety.client import Client
-from moiety.local import LocalCluster
+from moiety.local.cluster import LocalCluster
 
 PROMPTS = [[3 + (7 * i + 5 * j) % 300 for j in range(length)] for i, length in enumerate((40, 3, 17, 60, 9, 25, 33, 8))]
 NEW_TOKENS = 16

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from moiety.client import Chunk, Client
-from serving import Served
+from support.serving import Served
 
 PROMPT = list(range(30, 70))  # two blocks of 16 tokens, and 8 more
 

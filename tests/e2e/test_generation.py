@@ -9,12 +9,12 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from moiety.client import Client
-from moiety.core import FinishReason
+from moiety.core.sampling import FinishReason
 from moiety.errors import DeadlineExceeded
-from moiety.wire import engine_pb2, engine_pb2_grpc
+from moiety.internal.v1 import engine_pb2, engine_pb2_grpc
 from moiety.wire.channels import channel
-from serving import Served
-from streams import PROMPTS, Streams
+from support.serving import Served
+from support.streams import PROMPTS, Streams
 
 WAIT_S = 20.0
 NEW_TOKENS = 16
@@ -28,7 +28,7 @@ async def _sampled(client: Client, seed: int) -> list[int]:
 async def _load(served: Served) -> tuple[int, int]:
     """(running, waiting) requests of the router."""
     async with channel(served.cluster.router().replica.address) as link:
-        told = await engine_pb2_grpc.EngineStub(link).Describe(engine_pb2.EngineDescribeRequest())
+        told = await engine_pb2_grpc.EngineServiceStub(link).DescribeEngine(engine_pb2.DescribeEngineRequest())
         return told.running, told.waiting
 
 
@@ -92,7 +92,7 @@ def test_the_ledger_counts_every_row(served: Served) -> None:
     """Demand in Redis grows by exactly tokens x top-k in each layer: nothing is sampled, nothing is lost."""
 
     async def rows_by_layer() -> list[int]:
-        demands = (await served.cluster.registry.demand()).values()
+        demands = (await served.cluster.registry.expert_demand()).values()
         return [sum(sum(d.rows[layer]) for d in demands) for layer in range(served.cluster.shape.moe_layers)]
 
     async def settled() -> list[int]:

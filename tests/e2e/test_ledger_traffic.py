@@ -7,8 +7,8 @@ from collections import Counter
 
 import redis
 
-from moiety.core import Role
-from serving import Served
+from moiety.core.replica import Role
+from support.serving import Served
 
 WATCHED_S = 1.8  # services beat twice a second and tell their load at every second or third beat
 

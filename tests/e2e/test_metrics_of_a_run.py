@@ -7,7 +7,7 @@ import time
 
 from moiety.client import Client
 from moiety.telemetry import MetricName
-from serving import Served
+from support.serving import Served
 
 
 def test_services_tell_how_they_are(served: Served) -> None:
@@ -19,7 +19,7 @@ def test_services_tell_how_they_are(served: Served) -> None:
         while True:
             figures = served.receiver.figures()
             routed = [each.value for each in figures if each.name == MetricName.ROUTED_ROWS]
-            demand = await served.cluster.registry.demand()
+            demand = await served.cluster.registry.expert_demand()
             counted = [sum(map(sum, each.rows)) for each in demand.values()]
             errors = [each.value for each in figures if each.name == MetricName.COST_ERROR]
             if errors and routed and max(counted) > 0 and max(routed) == max(counted):

@@ -8,10 +8,10 @@ from collections.abc import Callable
 import pytest
 
 from moiety.client import Client
-from moiety.local import LocalCluster
+from moiety.local.cluster import LocalCluster
 from moiety.telemetry import MetricName
-from moiety.telemetry.receiver import TraceReceiver
-from serving import Served
+from moiety.tools.trace.receiver import TraceReceiver
+from support.serving import Served
 
 NEW_TOKENS = 24
 STREAMS = 6

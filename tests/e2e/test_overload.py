@@ -11,7 +11,7 @@ import pytest
 
 from moiety.client import Client
 from moiety.errors import ResourceExhausted
-from moiety.local import LocalCluster
+from moiety.local.cluster import LocalCluster
 
 SLOTS, QUEUE = 4, 4
 ROOM = SLOTS + QUEUE

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from moiety.client import Chunk, Client
-from moiety.core import FinishReason
+from moiety.core.sampling import FinishReason
 from moiety.errors import InvalidRequest
-from moiety.model.tiny.tokenizer import EOS
-from serving import Served
-from streams import Streams
+from moiety.synthetic.tokenizer import EOS
+from support.serving import Served
+from support.streams import Streams
 
 PROMPT = [9, 8, 7, 6, 5, 40, 41]
 NEW_TOKENS = 12

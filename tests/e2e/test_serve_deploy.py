@@ -13,8 +13,8 @@ from ray import serve
 
 from moiety.client import Client
 from moiety.errors import Unavailable
-from moiety.load.connect import connect
-from rayhead import RayHead
+from moiety.registry.connect import connect
+from support.ray_head import RayHead
 
 ROOT = Path(__file__).parents[2]
 WAIT_S = 120.0

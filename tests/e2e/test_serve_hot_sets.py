@@ -8,12 +8,12 @@ from collections.abc import Awaitable, Callable, Iterator
 import pytest
 
 from moiety.client import Client
-from moiety.config import AppSettings
-from moiety.core import Replica, ReplicaState, Role
+from moiety.config.application import AppSettings
+from moiety.core.replica import Replica, ReplicaState, Role
 from moiety.deploy.run import DeployedApp, deploy_app
-from moiety.load.connect import connect
-from moiety.load.registry import Registry
-from rayhead import RayHead
+from moiety.registry.connect import connect
+from moiety.registry.interface import Registry
+from support.ray_head import RayHead
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(240)]
 

@@ -11,14 +11,15 @@ from contextlib import asynccontextmanager, suppress
 import pytest
 
 from moiety.client import Client
-from moiety.config import AppSettings
-from moiety.core import ExpertSet, Placement, Replica, ReplicaState
+from moiety.config.application import AppSettings
+from moiety.core.experts import ExpertSet
+from moiety.core.replica import Placement, Replica, ReplicaState
 from moiety.deploy.run import DeployedApp, deploy_app
-from moiety.load.connect import connect
-from moiety.load.registry import Registry
-from moiety.model.checkpoint import Checkpoint
-from moiety.model.layout import expert_layout
-from rayhead import RayHead
+from moiety.model.checkpoint.checkpoint import Checkpoint
+from moiety.model.experts.cached import expert_layout
+from moiety.registry.connect import connect
+from moiety.registry.interface import Registry
+from support.ray_head import RayHead
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 

@@ -8,9 +8,9 @@ from collections.abc import Callable
 import pytest
 
 from moiety.client import Client
-from moiety.local import LocalCluster
-from serving import Served
-from streams import Streams
+from moiety.local.cluster import LocalCluster
+from support.serving import Served
+from support.streams import Streams
 
 NEW_TOKENS = 40
 

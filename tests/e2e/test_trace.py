@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from moiety.client import Client
 from moiety.telemetry import configure
-from moiety.telemetry.spans import ReceivedSpan
-from moiety.telemetry.waterfall import coverage, waterfall
-from serving import Served
+from moiety.tools.trace.spans import ReceivedSpan
+from moiety.tools.trace.waterfall import coverage, waterfall
+from support.serving import Served
 
 NEW_TOKENS = 6
 CHAIN = {  # span -> its parent, from the kernel up

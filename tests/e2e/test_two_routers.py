@@ -7,11 +7,11 @@ from collections.abc import Iterator
 import pytest
 
 from moiety.client import Client
-from moiety.core import Role
-from moiety.wire import engine_pb2, engine_pb2_grpc
+from moiety.core.replica import Role
+from moiety.internal.v1 import engine_pb2, engine_pb2_grpc
 from moiety.wire.channels import channel
-from serving import Served
-from streams import Streams
+from support.serving import Served
+from support.streams import Streams
 
 NEW_TOKENS = 24
 LONG = [[3 + (7 * i * j + 13 * i + j) % 250 for j in range(96)] for i in range(1, 7)]
@@ -36,7 +36,7 @@ async def running(served: Served) -> list[int]:
     counts = []
     for child in [child for child in served.cluster.children if child.replica.role is Role.ROUTER]:
         async with channel(child.replica.address) as link:
-            told = await engine_pb2_grpc.EngineStub(link).Describe(engine_pb2.EngineDescribeRequest())
+            told = await engine_pb2_grpc.EngineServiceStub(link).DescribeEngine(engine_pb2.DescribeEngineRequest())
             counts.append(told.running)
     return counts
 

@@ -13,7 +13,8 @@ import yaml
 from rendering import CHART, EVERYTHING, MINIMAL, REPOSITORY, manifests, merged, named, nested
 
 import moiety
-from moiety.config import AppSettings, GroupSettings, validated
+from moiety.config.application import AppSettings, GroupSettings
+from moiety.config.resolve import validated
 
 # Set by the chart itself: what they must be follows from running in pods.
 GIVEN_BY_THE_CHART = {"model", "registry", "listen_host", "advertise_host"}

@@ -2,72 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
+from expert_cases import (
+    BOUND,
+    COUNTS,
+    HIDDEN,
+    INTERMEDIATE,
+    KINDS,
+    LOOSER,
+    in_float64,
+    make_weights,
+    one_at_a_time,
+    options_of,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from moiety_kernels import ExpertWeights, activate, expert_mlp, grouped_expert_mlp
-
-HIDDEN, INTERMEDIATE = 64, 40
-
-COUNTS = {
-    "one row": (1,),  # decode of one sequence: a matrix-vector product
-    "an empty expert between others": (3, 0, 2),  # held, but no token chose it
-    "empty experts at both ends": (0, 5, 0),
-    "one hot expert with every row": (0, 0, 33, 0),  # skewed routing
-    "uneven tails": (1, 7, 16, 17, 31),  # below, at and past every vector width
-    "a prefill's worth of rows": (0, 130, 3),  # where torch's packed product is the faster way for bfloat16
-    "no row at all": (0, 0),
-}
-KINDS: dict[str, dict[str, Any]] = {
-    "swiglu": {"activation": "silu"},
-    "gelu gate": {"activation": "gelu"},
-    "tanh gelu gate": {"activation": "gelu_pytorch_tanh"},
-    "relu": {"activation": "relu", "gated": False},
-    "squared relu": {"activation": "relu2", "gated": False},
-    "clamped silu": {"activation": "silu", "limit": 1.0},
-    "gpt-oss": {"activation": "swiglu_clamped", "interleaved": True, "biased": True, "limit": 1.0, "alpha": 1.702},
-}
-# Largest error over the largest output. Two matrix products of 64 and 40 terms: a few units in the last place of each.
-BOUND = {torch.float32: 2e-6, torch.bfloat16: 3e-2}
-# Torch's libraries may add 6200 products one after the other: 2.3e-6 on an AMD EPYC.
-LOOSER = {"C++": 1, "torch": 4}
-
-
-def options_of(kind: dict[str, Any]) -> dict[str, Any]:
-    """What the kernels are told of a kind: biases they see."""
-    return {name: value for name, value in kind.items() if name != "biased"}
-
-
-def make_weights(
-    kind: dict[str, Any], dtype: torch.dtype, seed: int, hidden: int = HIDDEN, intermediate: int = INTERMEDIATE
-) -> ExpertWeights:
-    """One random expert of `kind`, biased where its model's experts are."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> torch.Tensor:
-        return (torch.randn(*shape, generator=generator) * 0.15).to(dtype)
-
-    width = intermediate * (2 if kind.get("gated", True) else 1)
-    matrices = normal(width, hidden), normal(hidden, intermediate)
-    return ExpertWeights(*matrices, normal(width), normal(hidden)) if kind.get("biased") else ExpertWeights(*matrices)
-
-
-def in_float64(weights: ExpertWeights) -> ExpertWeights:
-    """The same values at twice the precision."""
-    parts = (weights.gate_up, weights.down, weights.gate_up_bias, weights.down_bias)
-    return ExpertWeights(*(None if part is None else part.double() for part in parts))  # type: ignore[arg-type,union-attr]
-
-
-def one_at_a_time(rows: torch.Tensor, counts: Sequence[int], weights: Sequence[ExpertWeights], kind: dict[str, Any]):
-    """The reference, expert by expert."""
-    parts = zip(rows.split(list(counts)), weights, strict=True)
-    return torch.cat([expert_mlp(part, expert, **options_of(kind)) for part, expert in parts])
+from moiety_kernels import ExpertWeights, activate, grouped_expert_mlp
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

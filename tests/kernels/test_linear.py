@@ -8,8 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from moiety_kernels.linear import linear
-from moiety_kernels.rms_norm import rms_norm
+from moiety_kernels.ops.linear import linear
+from moiety_kernels.ops.rms_norm import rms_norm
 
 BOUND = {torch.float32: 1e-6, torch.bfloat16: 8e-3}  # largest error over largest output: bfloat16 rounds to 2^-8
 # Torch's libraries may add 9000 products one after the other: 1.6e-6 on an AMD EPYC.

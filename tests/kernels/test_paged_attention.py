@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from moiety_kernels.attention_reference import paged_attention_reference
 from moiety_kernels.cpu.library import load
-from moiety_kernels.paged_attention import paged_attention, store
+from moiety_kernels.ops.paged_attention import paged_attention, store
+from moiety_kernels.reference.attention import paged_attention_reference
 
 # Largest error over the largest output: sums in float32, and in bfloat16 one rounding of the result. Through torch, bfloat16
 # weights are rounded as well.

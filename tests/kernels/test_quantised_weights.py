@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from expert_cases import BOUND, KINDS, LOOSER, in_float64, make_weights, one_at_a_time, options_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_expert_mlp import BOUND, KINDS, LOOSER, in_float64, make_weights, one_at_a_time, options_of
 
 from moiety_kernels import ExpertWeights, Fp8Matrix, Int4Matrix, Int8Matrix, Mxfp4Matrix, grouped_expert_mlp
-from moiety_kernels.matrices import QuantisedMatrix, joined, pack_nibbles, unpack_nibbles
+from moiety_kernels.weights.combine import joined
+from moiety_kernels.weights.matrix import QuantisedMatrix
+from moiety_kernels.weights.nibbles import pack_nibbles, unpack_nibbles
 
 
 def random_int4(rows: int, columns: int, group: int, scales: torch.dtype, zeros: bool, seed: int) -> Int4Matrix:

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from moiety_kernels.cpu.library import load
-from moiety_kernels.expert_mlp import ExpertWeights, grouped_expert_mlp
-from moiety_kernels.linear import linear
-from moiety_kernels.paged_attention import paged_attention
+from moiety_kernels.ops.expert_mlp import ExpertWeights, grouped_expert_mlp
+from moiety_kernels.ops.linear import linear
+from moiety_kernels.ops.paged_attention import paged_attention
 from moiety_kernels.threads import most_threads, use_threads
 
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from moiety_kernels.gating_reference import Gate
+from moiety_kernels.reference.gating import Gate
 
 pytest.importorskip("triton", reason="triton is not installed: pip install 'moiety[gpu]'")
 

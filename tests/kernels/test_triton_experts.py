@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moiety_kernels import ExpertWeights, Fp8Matrix, Mxfp4Matrix, expert_mlp, grouped_expert_mlp
-from moiety_kernels.matrices import Int4Matrix
-from moiety_kernels.partial import grouped_partial_mlp
+from moiety_kernels.ops.partial_expert_mlp import grouped_partial_mlp
+from moiety_kernels.weights.int4 import Int4Matrix
 
 pytest.importorskip("triton", reason="triton is not installed: pip install 'moiety[gpu]'")
 

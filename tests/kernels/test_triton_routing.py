@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moiety_kernels.gating_reference import Gate, gating_reference
+from moiety_kernels.reference.gating import Gate, gating_reference
 
 pytest.importorskip("triton", reason="triton is not installed: pip install 'moiety[gpu]'")
 

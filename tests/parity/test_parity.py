@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from moiety.model.tiny import tiny_names
-from moiety.tools.parity import run_parity
+from moiety.synthetic import tiny_names
+from moiety.tools.parity.parity import run_parity
 
 LITTLE = {"kv_memory": 256 << 10}  # for about half of the prompts, so that some are preempted and computed again
 
@@ -82,7 +82,7 @@ def test_a_wrong_expert_is_noticed(tiny: Callable[[str], str], tmp_path: Path, m
         changed = {name: t * 1.5 if ".experts.1.w2" in name else t for name, t in tensors.items()}
         save_file(changed, tmp_path / shard.name, metadata={"format": "pt"})
 
-    import moiety.tools.parity as parity
+    import moiety.tools.parity.parity as parity
 
     reference = parity._transformers_model
     monkeypatch.setattr(parity, "_transformers_model", lambda _, dtype: reference(str(tmp_path), dtype))

@@ -7,15 +7,19 @@ from dataclasses import dataclass
 
 import torch
 
-from moiety_kernels.gating_reference import Gate, gating_reference
 from moiety_kernels.gpu.expert_mlp import Experts, moe, sorted_expert_mlp
 from moiety_kernels.gpu.gating import gating
 from moiety_kernels.gpu.operand import gathered
 from moiety_kernels.gpu.permute import sort_by_expert
 from moiety_kernels.gpu.row_fp8 import dequantise_rows, quantise_rows
-from moiety_kernels.matrices import Fp8Matrix, Int4Matrix, Int8Matrix, Matrix, Mxfp4Matrix
-from moiety_kernels.reference import activate
-from moiety_kernels.weights import ExpertWeights
+from moiety_kernels.reference.expert_mlp import activate
+from moiety_kernels.reference.gating import Gate, gating_reference
+from moiety_kernels.weights.expert_weights import ExpertWeights
+from moiety_kernels.weights.fp8 import Fp8Matrix
+from moiety_kernels.weights.int4 import Int4Matrix
+from moiety_kernels.weights.int8 import Int8Matrix
+from moiety_kernels.weights.matrix import Matrix
+from moiety_kernels.weights.mxfp4 import Mxfp4Matrix
 
 # Largest error over the largest output: two products of up to 2048 terms, and one rounding of the row between them.
 BOUNDS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from moiety_kernels.gpu.expert_mlp import Experts
-from moiety_kernels.reference import activate
+from moiety_kernels.reference.expert_mlp import activate
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from moiety_kernels.gpu.tiles import DECODE_ROWS, FIXED, FLOAT32
 
 @dataclass(frozen=True, slots=True)
 class Experts:
-    """The matrices of E experts and what happens between them, as `moiety_kernels.reference.activate` has it."""
+    """The matrices of E experts and what happens between them, as `moiety_kernels.reference.expert_mlp.activate` has it."""
 
     gate_up: Operand  # [O, D] each, O = 2I when gated, else I
     down: Operand  # [D, I] each

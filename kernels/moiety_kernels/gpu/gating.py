@@ -9,8 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
-from moiety_kernels.gating_reference import Gate
 from moiety_kernels.gpu.numbers import narrowed
+from moiety_kernels.reference.gating import Gate
 
 
 @triton.jit

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from moiety_kernels.gating_reference import Gate
 from moiety_kernels.gpu.expert_mlp import Experts
 from moiety_kernels.gpu.operand import Operand, stacked
+from moiety_kernels.reference.gating import Gate
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,8 +8,12 @@ from typing import Any
 
 import torch
 
-from moiety_kernels.matrices import FP8_BLOCK, Fp8Matrix, Int4Matrix, Int8Matrix, Matrix, Mxfp4Matrix
-from moiety_kernels.weights import ExpertWeights
+from moiety_kernels.weights.expert_weights import ExpertWeights
+from moiety_kernels.weights.fp8 import FP8_BLOCK, Fp8Matrix
+from moiety_kernels.weights.int4 import Int4Matrix
+from moiety_kernels.weights.int8 import Int8Matrix
+from moiety_kernels.weights.matrix import Matrix
+from moiety_kernels.weights.mxfp4 import Mxfp4Matrix
 
 KINDS = ("plain", "fp8", "int8", "int4", "mxfp4")  # numbered as in product.py
 WHOLE = 1 << 30  # a group that spans every column: one scale a row

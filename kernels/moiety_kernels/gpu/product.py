@@ -205,7 +205,7 @@ def _tanh_gelu(x):
 
 @triton.jit
 def activate(total, ACTIVATION: tl.constexpr, GATED: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr):
-    """The activation of `moiety_kernels.reference.activate`, in float32. Gated: [BM, 2 BN] -> [BM, BN]."""
+    """The activation of `moiety_kernels.reference.expert_mlp.activate`, in float32. Gated: [BM, 2 BN] -> [BM, BN]."""
     if GATED:
         gate, up = total.reshape(total.shape[0], total.shape[1] // 2, 2).split()
         if LIMIT is not None:

@@ -24,7 +24,7 @@ def inspect(checkpoint: str, memory: int | None, json_file: Path | None) -> None
     Example:
       moiety inspect ./DeepSeek-V3 --memory 80GiB
     """
-    from moiety.model.checkpoint import Checkpoint
+    from moiety.model.checkpoint.checkpoint import Checkpoint
     from moiety.tools.inspect_checkpoint import inspect as look
     from moiety.tools.inspect_checkpoint import lines
 

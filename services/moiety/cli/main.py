@@ -19,7 +19,7 @@ from moiety.errors import MoietyError
 COMMANDS: Mapping[str, LazyCommand] = MappingProxyType(
     {
         "bench": LazyCommand(
-            "moiety.cli.bench:bench",
+            "moiety.cli.bench.group:bench",
             "Measure this machine: hop, split, lanes, experts, serving, flood, elasticity, control plane.",
         ),
         "demo": LazyCommand("moiety.cli.demo:demo", "Show the main job on this machine, start to end."),

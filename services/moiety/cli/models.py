@@ -22,7 +22,7 @@ def models(json_file: Path | None) -> None:
     Example:
       moiety models
     """
-    from moiety.model.supported import REFUSED
+    from moiety.model.architectures.supported import REFUSED
     from moiety.tools.models import lines, supported
 
     found = list(supported())

@@ -63,7 +63,7 @@ def parity(
     if checkpoint is None:
         names = [name for part in only for name in part.split(",")]
         context.exit(0 if _all_tiny(names, groups, new_tokens, references, write, json_file) else 1)
-    from moiety.tools.parity import run_parity
+    from moiety.tools.parity.parity import run_parity
 
     report = run_async(
         run_parity(
@@ -90,8 +90,8 @@ def _all_tiny(
     json_file: Path | None,
 ) -> bool:
     """Whether all hold. Rows are printed as they come."""
-    from moiety.model.tiny import tiny_model, tiny_names
-    from moiety.tools.parity_all import HEAD, Verdict, run_all, summary, write_table
+    from moiety.synthetic import tiny_model, tiny_names
+    from moiety.tools.parity.all_tiny import HEAD, Verdict, run_all, summary, write_table
 
     try:
         for name in names:

@@ -35,11 +35,11 @@ def quantize(checkpoint: str, memory: int, out: Path, calibration: Path | None, 
     Example:
       moiety quantize ./Qwen3-30B-A3B --memory 24GiB --out ./Qwen3-30B-A3B-24GiB
     """
-    from moiety.model.checkpoint import Checkpoint
-    from moiety.model.layout import expert_layout
-    from moiety.tools.corpus import shipped_text
-    from moiety.tools.quantize import PICTURE, REPORT, quantise
-    from moiety.tools.quantize_report import as_json, lines, picture
+    from moiety.model.checkpoint.checkpoint import Checkpoint
+    from moiety.model.experts.cached import expert_layout
+    from moiety.tools.quantize.corpus import shipped_text
+    from moiety.tools.quantize.quantize import PICTURE, REPORT, quantise
+    from moiety.tools.quantize.report import as_json, lines, picture
 
     text = calibration.read_text(encoding="utf-8", errors="replace") if calibration else shipped_text()
     with signals_interrupt():

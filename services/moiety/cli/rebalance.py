@@ -55,7 +55,7 @@ def rebalance(
     """
     from pydantic import ByteSize, TypeAdapter, ValidationError
 
-    from moiety.load.connect import connect
+    from moiety.registry.connect import connect
     from moiety.tools.rebalance import Ask, enact, proposed
 
     try:

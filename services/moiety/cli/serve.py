@@ -39,9 +39,10 @@ def serve(model: Path, ray_address: str | None, dashboard: bool, config: str | N
     Example:
       moiety serve ./Mixtral-8x7B-v0.1 --groups 4
     """
-    from moiety.config import AppSettings, GroupSettings, resolve, validated
+    from moiety.config.application import AppSettings, GroupSettings
+    from moiety.config.resolve import resolve, validated
     from moiety.deploy.run import deploy_app
-    from moiety.load.embedded import EmbeddedRedis
+    from moiety.registry.embedded_redis import EmbeddedRedis
 
     tell = progress()
     max_replicas = flags.pop("max_replicas")
@@ -58,7 +59,7 @@ def serve(model: Path, ray_address: str | None, dashboard: bool, config: str | N
             deploy_app(settings, address=ray_address, dashboard=dashboard, progress=tell, wait_s=1800.0)
         )
         for gateway in deployed.gateways:
-            click.echo(f"ready: gRPC moiety.v1.Generation at {gateway}")
+            click.echo(f"ready: gRPC moiety.v1.GenerationService at {gateway}")
         click.echo(f'try:   moiety generate "Hello" --address {deployed.gateways[0]}')
         click.echo("Ctrl-C drains and stops.")
         threading.Event().wait()

@@ -1,4 +1,4 @@
-"""The Python client of moiety.v1.Generation."""
+"""The Python client of moiety.v1.GenerationService."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from typing import Any, Self
 import grpc
 
 from moiety.client.retry import persistent
-from moiety.core import FinishReason, TopLogprobs
+from moiety.core.sampling import FinishReason, TopLogprobs
 from moiety.errors import InvalidRequest, MoietyError
 from moiety.telemetry.names import Attribute, SpanName
 from moiety.telemetry.tracing import NO_TRACER, Tracer
-from moiety.wire import finish, generation_pb2, generation_pb2_grpc, status
+from moiety.v1 import generation_pb2, generation_pb2_grpc
+from moiety.wire import finish_reason, status
 from moiety.wire.channels import channel
-from moiety.wire.metadata import with_traceparent
+from moiety.wire.trace_context import with_traceparent
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +55,7 @@ class Client:
         self.address = address
         self._tracer = tracer
         self._channel = channel(address)
-        self._stub = generation_pb2_grpc.GenerationStub(self._channel)
+        self._stub = generation_pb2_grpc.GenerationServiceStub(self._channel)
 
     async def __aenter__(self) -> Self:
         return self
@@ -155,7 +156,7 @@ class Client:
                     yield Chunk(
                         text=response.text,
                         token_ids=tuple(response.token_ids),
-                        finish_reason=finish.FROM_WIRE[response.finish_reason],
+                        finish_reason=finish_reason.FROM_WIRE[response.finish_reason],
                         prompt_tokens=response.usage.prompt_tokens,
                         completion_tokens=response.usage.completion_tokens,
                         cached_tokens=response.usage.cached_tokens,

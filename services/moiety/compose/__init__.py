@@ -12,14 +12,15 @@ from typing import Any
 
 from moiety.compose.background import at_low_priority
 from moiety.compose.running import Running
-from moiety.config import ExpertSettings, GatewaySettings, RouterSettings, ServiceSettings, validated
-from moiety.core import Role
+from moiety.config.resolve import validated
+from moiety.config.services import ExpertSettings, GatewaySettings, RouterSettings, ServiceSettings
+from moiety.core.replica import Role
 
 __all__ = ["Running", "settings_of", "start", "start_expert", "start_gateway", "start_router"]
 
 
 async def start_expert(settings: ExpertSettings, *, replica_id: str, node: str) -> Running:
-    """One replica of an expert group: reads its experts' weights and serves moiety.v1.Experts."""
+    """One replica of an expert group: reads its experts' weights and serves moiety.internal.v1.ExpertService."""
     launched = time.time()
     return await (await at_low_priority(_expert)).start(settings, replica_id, node, launched)
 
@@ -32,14 +33,14 @@ def _expert() -> ModuleType:
 
 
 async def start_router(settings: RouterSettings, *, replica_id: str, node: str) -> Running:
-    """A router: every weight except the routed experts; serves moiety.v1.Engine."""
+    """A router: every weight except the routed experts; serves moiety.internal.v1.EngineService."""
     from moiety.compose import router
 
     return await router.start(settings, replica_id, node)
 
 
 async def start_gateway(settings: GatewaySettings, *, replica_id: str, node: str) -> Running:
-    """A gateway: tokenises, streams text; serves moiety.v1.Generation."""
+    """A gateway: tokenises, streams text; serves moiety.v1.GenerationService."""
     from moiety.compose import gateway
 
     return await gateway.start(settings, replica_id, node)

@@ -11,25 +11,28 @@ from typing import Any
 
 import torch
 
-from moiety.compose.placement import PlacementFollower
+from moiety.compose.placement_follower import PlacementFollower
 from moiety.compose.running import Parts, Running, Site
-from moiety.config import ExpertSettings, GroupSettings
-from moiety.core import ExpertSet, Replica, Role
+from moiety.config.application import GroupSettings
+from moiety.config.services import ExpertSettings
+from moiety.core.experts import ExpertSet
+from moiety.core.replica import Replica, Role
 from moiety.errors import ConfigError, Unavailable
 from moiety.expert.runtime import Runtime
 from moiety.expert.service import SERVICE, ExpertService
-from moiety.model.expert_slices import sliced_revision
-from moiety.model.slices import load_experts
+from moiety.model.experts.read import load_experts
+from moiety.model.experts.slicing import sliced_revision
 from moiety.wire.channels import Server
 from moiety.wire.codec import torch_dtype
-from moiety.wire.shm_listener import SharedMemoryListener
+from moiety.wire.transports.shm_listener import SharedMemoryListener
 
 
 async def start(settings: ExpertSettings, replica_id: str, node: str, launched: float) -> Running:
     """Reads the weights that the placement (or, without one, the settings) names; serves, registers, follows."""
     async with Site(settings, settings.deployment, replica_id, node, launched) as site:
-        checkpoint, layout, of = await site.open_model()
-        slices, of_routers, of = settings.slices, of, sliced_revision(of, settings.slices)
+        checkpoint, layout, revision = await site.open_model()
+        slices, router_revision = settings.slices, revision
+        revision = sliced_revision(router_revision, slices)
         shape = layout.shape.sliced(slices)
         dtype = torch_dtype(settings.dtype, shape.dtype)
         runtime = Runtime(
@@ -47,22 +50,24 @@ async def start(settings: ExpertSettings, replica_id: str, node: str, launched: 
         )
 
         follower = PlacementFollower(
-            runtime, site.registry, settings.deployment, ExpertSet.parse(settings.held), of_routers
+            runtime, site.registry, settings.deployment, ExpertSet.parse(settings.held), router_revision
         )
         await follower.start()
         loaded = time.time()
         runtime.start()
         site.closers.push_async_callback(asyncio.to_thread, runtime.stop, settings.drain_s)
-        service = ExpertService(runtime, shape, settings.name, of, torch.float32 if slices > 1 else dtype, site.tracer)
+        service = ExpertService(
+            runtime, shape, settings.name, revision, torch.float32 if slices > 1 else dtype, site.tracer
+        )
         server = Server([service.handler()], [SERVICE])
         if SharedMemoryListener.available():
             service.unix = f"{SERVICE}-{uuid.uuid4().hex}"
             server.grpc.add_insecure_port(f"unix-abstract:{service.unix}")
-            doors = SharedMemoryListener(of, service.dtype, service.row_bytes, runtime.mailbox, service.accept)
+            doors = SharedMemoryListener(revision, service.dtype, service.row_bytes, runtime.mailbox, service.accept)
             service.shared_memory = doors.name
             site.closers.push_async_callback(doors.close)
 
-        def describe(replica: Replica) -> Replica:
+        def entry(replica: Replica) -> Replica:
             holding = runtime.holding
             return dataclasses.replace(
                 replica,
@@ -93,12 +98,12 @@ async def start(settings: ExpertSettings, replica_id: str, node: str, launched: 
             Parts(
                 role=Role.EXPERT,
                 deployment=settings.deployment,
-                revision=of,
+                revision=revision,
                 server=server,
                 idle=lambda: runtime.idle,
                 healthy=healthy,
                 reconfigure=reconfigure,
-                describe=describe,
+                entry=entry,
                 on_beat=(site.tells(runtime.load_since_last), follower.follow),
                 calls_end=False,
             )

@@ -12,45 +12,47 @@ from contextlib import AsyncExitStack
 import torch
 
 from moiety.compose.running import Parts, Running, Site
-from moiety.config import RouterSettings
-from moiety.core import Demand, ModelShape, Replica, ReplicaState, Role
+from moiety.config.services import RouterSettings
+from moiety.core.experts import ModelShape
+from moiety.core.load import ExpertDemand
+from moiety.core.replica import Replica, ReplicaState, Role
 from moiety.errors import ConfigError, Unavailable
-from moiety.load.registry import Registry
-from moiety.load.watch import Watch
-from moiety.model import gate, overlap
-from moiety.model.checkpoint import Checkpoint
-from moiety.model.compute import use_kernels
-from moiety.model.elementwise import fix_elementwise
-from moiety.model.encoderdecoder import DecoderStart
-from moiety.model.expert_slices import sliced_revision
-from moiety.model.layout import ExpertLayout
-from moiety.model.router import load_router
-from moiety.policy.lanes import LaneTuner
-from moiety.router import across, attention, latent
-from moiety.router.attention import ProbeBatch
-from moiety.router.cachespec import CacheSpec
-from moiety.router.context import HopSettings, StepBackend
-from moiety.router.costs import CostFit
-from moiety.router.demand import DemandCounter
+from moiety.internal.v1.engine_pb2_grpc import add_EngineServiceServicer_to_server
+from moiety.model.checkpoint.checkpoint import Checkpoint
+from moiety.model.experts.layout import ExpertLayout
+from moiety.model.experts.slicing import sliced_revision
+from moiety.model.trunk import gate_scores, shared_expert_overlap
+from moiety.model.trunk.cpu_layers import use_kernels
+from moiety.model.trunk.encoder_decoder import DecoderStart
+from moiety.model.trunk.fixed_elementwise import fix_elementwise
+from moiety.model.trunk.read import load_trunk
+from moiety.policy.lane_tuner import LaneTuner
+from moiety.registry.interface import Registry
+from moiety.registry.watch import Watch
+from moiety.router.attention import cross, latent, paged
+from moiety.router.attention.paged import DiscoveryBatch
+from moiety.router.cache.cache_spec import CacheSpec
+from moiety.router.cache.kv_cache import KVCache
 from moiety.router.engine import Engine
-from moiety.router.fleet import Fleet
-from moiety.router.forward import Forward
-from moiety.router.guide import Guides
-from moiety.router.hedge import Hedging
-from moiety.router.hop import Hop
-from moiety.router.kvcache import KVCache
+from moiety.router.hop.cost_fit import CostFit
+from moiety.router.hop.expert_demand import ExpertDemandCounter
+from moiety.router.hop.fleet import Fleet
+from moiety.router.hop.hedging import Hedging
+from moiety.router.hop.hop import Hop, HopSettings
+from moiety.router.hop.missing_experts import MissingExpertReporter
+from moiety.router.hop.overflow import OverflowHop, OverrunExperts, QueueWaits
+from moiety.router.hop.slices import SlicedHop
 from moiety.router.lanes import Lanes
-from moiety.router.occupancy import Occupancy
-from moiety.router.overflow import OverflowHop, Overrun, Queues
-from moiety.router.probe import cache_spec, install_mixers, run_once
+from moiety.router.layer_discovery import discover_cache_spec, prepare_layers, run_once
+from moiety.router.router_load import RouterLoad
+from moiety.router.sampling.guides import Guides
 from moiety.router.service import SERVICE, EngineService
-from moiety.router.sliced import SlicedHop
-from moiety.router.wakes import WakeRecorder
+from moiety.router.step_context import StepBackend
+from moiety.router.step_runner import StepRunner
 from moiety.telemetry.names import MetricName
 from moiety.telemetry.tracing import Tracer
 from moiety.wire.channels import Server
 from moiety.wire.codec import DTYPE_NAMES, torch_dtype
-from moiety.wire.engine_pb2_grpc import add_EngineServicer_to_server
 from moiety_kernels.threads import usable_cores
 
 _log = logging.getLogger(__name__)
@@ -60,17 +62,17 @@ LANES = 2  # that a step may be split into where that pays: a third would wait f
 async def start(settings: RouterSettings, replica_id: str, node: str) -> Running:
     """Loads all but the routed experts, follows the registry, serves; READY once every expert has a holder."""
     async with Site(settings, settings.deployment, replica_id, node) as site:
-        checkpoint, layout, of = await site.open_model()
+        checkpoint, layout, revision = await site.open_model()
         shape = layout.shape
         dtype = torch_dtype(settings.dtype, shape.dtype)
         max_context = _max_context(settings, shape.max_context)
         start_token = await asyncio.to_thread(DecoderStart.of, checkpoint)
-        model, cache = await asyncio.to_thread(load_model, settings, checkpoint, layout, dtype, of)
+        model, cache = await asyncio.to_thread(load_model, settings, checkpoint, layout, dtype, revision)
 
-        hops, lanes = await reach_experts(settings, shape, of, dtype, site.registry, site.tracer, site.closers)
+        hops, lanes = await reach_experts(settings, shape, revision, dtype, site.registry, site.tracer, site.closers)
         backends = _backends(settings, hops)
         fleet, demand, costs = hops[0].fleet, hops[0].demand, hops[0].costs
-        engine = engine_on(backends, lanes, settings, model, cache, WakeRecorder(site.registry), site.tracer)
+        engine = engine_on(backends, lanes, settings, model, cache, MissingExpertReporter(site.registry), site.tracer)
         engine.start()
         site.closers.push_async_callback(asyncio.to_thread, engine.stop, settings.drain_s)
         guides = Guides(settings.model, shape.vocabulary, _threads(settings))
@@ -78,7 +80,7 @@ async def start(settings: RouterSettings, replica_id: str, node: str) -> Running
         service = EngineService(
             engine,
             settings.name,
-            of,
+            revision,
             vocabulary=shape.vocabulary,
             max_context=max_context,
             slots=settings.slots,
@@ -88,7 +90,7 @@ async def start(settings: RouterSettings, replica_id: str, node: str) -> Running
         )
         covered = False
 
-        def describe(replica: Replica) -> Replica:
+        def entry(replica: Replica) -> Replica:
             nonlocal covered
             covered = covered or not fleet.table.uncovered()
             state = replica.state if covered else ReplicaState.STARTING
@@ -99,7 +101,7 @@ async def start(settings: RouterSettings, replica_id: str, node: str) -> Running
         site.meter.observe(MetricName.REROUTED_ROWS, lambda: sum(backend.rerouted for backend in overflowing))
         site.meter.observe(MetricName.COST_ERROR, lambda: costs.error)
 
-        def counters() -> Demand:
+        def counters() -> ExpertDemand:
             return demand.reading(time.time(), costs.reading())
 
         def healthy() -> None:
@@ -107,18 +109,18 @@ async def start(settings: RouterSettings, replica_id: str, node: str) -> Running
                 raise Unavailable("the engine's thread has ended")
 
         server = Server([], [SERVICE])
-        add_EngineServicer_to_server(service, server.grpc)
+        add_EngineServiceServicer_to_server(service, server.grpc)
         return await site.serve(
             Parts(
                 role=Role.ROUTER,
                 deployment=settings.deployment,
-                revision=of,
+                revision=revision,
                 server=server,
                 calls_end=False,
                 idle=lambda: engine.load.running + engine.load.waiting == 0 and service.idle,
                 healthy=healthy,
-                describe=describe,
-                on_beat=(site.tells(Occupancy(engine, settings.slots).reading, counters),),
+                entry=entry,
+                on_beat=(site.tells(RouterLoad(engine, settings.slots).reading, counters),),
             )
         )
 
@@ -145,10 +147,10 @@ async def reach_experts(
     lanes = Lanes(fleet.mailbox.wait)
     hop_settings = HopSettings(revision, dtype, settings.expert_wait_s)
     hedging = Hedging(settings.hedge_after_s, settings.retry_budget)
-    demand = DemandCounter(shape.moe_layers, shape.experts, started=time.time())
+    demand = ExpertDemandCounter(shape.moe_layers, shape.experts, started=time.time())
     costs = CostFit(expert_bytes)
     count = settings.lanes or LANES
-    queues = Queues(settings.overflow_queue_ms) if settings.may_overflow else None
+    queues = QueueWaits(settings.overflow_queue_ms) if settings.may_overflow else None
     return [Hop(fleet, hop_settings, hedging, demand, costs, tracer, lanes.wait, queues) for _ in range(count)], lanes
 
 
@@ -163,7 +165,7 @@ def _backends(settings: RouterSettings, hops: Sequence[Hop]) -> Sequence[StepBac
         backends = [SlicedHop(backend, settings.slices) for backend in backends]
     if (queues := hops[0].queues) is not None:
         fleet = hops[0].fleet
-        overrun = Overrun(queues, lambda: fleet.table, fleet.deployment_of, settings.spares, settings.slices)
+        overrun = OverrunExperts(queues, lambda: fleet.table, fleet.deployment_of, settings.spares, settings.slices)
         backends = [OverflowHop(backend, overrun) for backend in backends]
     return backends
 
@@ -179,7 +181,7 @@ def engine_on(
 ) -> Engine:
     """An engine, not yet started, with the experts of each lane behind one of `backends`."""
     return Engine(
-        Forward(model, cache, backends, lanes, None if settings.lanes else LaneTuner(len(backends))),
+        StepRunner(model, cache, backends, lanes, None if settings.lanes else LaneTuner(len(backends))),
         cache,
         slots=settings.slots,
         token_budget=settings.token_budget,
@@ -195,20 +197,20 @@ def load_model(
     settings: RouterSettings, checkpoint: Checkpoint, layout: ExpertLayout, dtype: torch.dtype, revision: str
 ) -> tuple[torch.nn.Module, KVCache]:
     """All weights but the routed experts', and the cache for keys and values."""
-    attention.register()
+    paged.register_paged_attention()
     torch.set_num_threads(_threads(settings))
     began = time.monotonic()
-    model = load_router(checkpoint, layout, dtype, settings.device, attention.NAME)
+    model = load_trunk(checkpoint, layout, dtype, settings.device, paged.NAME)
     use_kernels(model, deterministic=settings.deterministic)
-    latent.install(model, deterministic=settings.deterministic)
-    across.install(model)
+    latent.cache_latents(model, deterministic=settings.deterministic)
+    cross.use_cross_attention(model)
     if settings.deterministic:
         fix_elementwise(model)
-    install_mixers(model)
-    spec = cache_spec(model, layout.shape)
+    prepare_layers(model)
+    spec = discover_cache_spec(model, layout.shape)
     if settings.may_overflow:
-        gate.listen(model, layout.shape, lambda: run_once(model, ProbeBatch()))
-    overlap.install(model, lambda: run_once(model, ProbeBatch()))
+        gate_scores.record_gate_scores(model, layout.shape, lambda: run_once(model, DiscoveryBatch()))
+    shared_expert_overlap.overlap_shared_experts(model, lambda: run_once(model, DiscoveryBatch()))
     cache = _cache(settings, spec, revision)
     weights = sum(parameter.numel() * parameter.itemsize for parameter in model.parameters())
     _log.info(

@@ -12,15 +12,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from moiety import __version__
-from moiety.config import ServiceSettings
-from moiety.core import Busy, Demand, Replica, ReplicaState, Role
+from moiety.config.services import ServiceSettings
+from moiety.core.load import ExpertDemand, ReplicaLoad
+from moiety.core.replica import Replica, ReplicaState, Role
 from moiety.errors import ConfigError, RegistryUnreachable
-from moiety.load.connect import connect
-from moiety.load.heartbeat import Heartbeat
-from moiety.load.registry import Registry
-from moiety.model.checkpoint import Checkpoint
-from moiety.model.layout import ExpertLayout, expert_layout
-from moiety.model.revision import revision
+from moiety.model.checkpoint.checkpoint import Checkpoint
+from moiety.model.checkpoint.revision import revision_of
+from moiety.model.experts.cached import expert_layout
+from moiety.model.experts.layout import ExpertLayout
+from moiety.registry.connect import connect
+from moiety.registry.heartbeat import Heartbeat
+from moiety.registry.interface import Registry
 from moiety.telemetry.metrics import Meter, configure_metrics
 from moiety.telemetry.names import MetricName, ResourceAttribute
 from moiety.telemetry.tracing import Tracer, configure
@@ -42,7 +44,7 @@ class Parts:
     idle: Callable[[], bool]
     healthy: Callable[[], None] = lambda: None  # raises Unavailable when the service is broken
     reconfigure: Callable[[Mapping[str, Any]], Awaitable[None]] | None = None
-    describe: Callable[[Replica], Replica] = lambda replica: replica  # what changes from beat to beat
+    entry: Callable[[Replica], Replica] = lambda replica: replica  # what changes from beat to beat
     on_beat: Sequence[Beat] = ()
     calls_end: bool = True  # False where its RPCs are streams that stay open as long as the service
 
@@ -58,7 +60,7 @@ class Running:
     @property
     def replica(self) -> Replica:
         """The registry entry as of now."""
-        replica = self._parts.describe(self._replica)
+        replica = self._parts.entry(self._replica)
         return dataclasses.replace(replica, state=ReplicaState.DRAINING) if self._draining else replica
 
     @property
@@ -135,16 +137,16 @@ class Site:
 
         def read() -> tuple[Checkpoint, ExpertLayout, str]:
             checkpoint = Checkpoint.open(self.settings.model)
-            return checkpoint, expert_layout(checkpoint), revision(checkpoint)
+            return checkpoint, expert_layout(checkpoint), revision_of(checkpoint)
 
         return await asyncio.to_thread(read)
 
-    def tells(self, busy: Callable[[], Busy], demand: Callable[[], Demand] | None = None) -> Beat:
+    def tells(self, busy: Callable[[], ReplicaLoad], demand: Callable[[], ExpertDemand] | None = None) -> Beat:
         """Has the ledger know the service's load, once a second and in one round trip: to be one of `Parts.on_beat`.
 
         `busy()`: over the time since it was called last; the meter tells the latest.
         """
-        latest: Busy | None = None
+        latest: ReplicaLoad | None = None
 
         async def publish() -> None:
             nonlocal latest

@@ -11,15 +11,17 @@ from typing import Any
 from ray import serve
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
-from moiety.config import GATEWAY, HOT, ROUTER, AppSettings, ServiceSettings, resolve
-from moiety.core import ExpertSet
+from moiety.config.application import GATEWAY, HOT, ROUTER, AppSettings
+from moiety.config.resolve import resolve
+from moiety.config.services import ServiceSettings
+from moiety.core.experts import ExpertSet
 from moiety.deploy.arguments import LOOPBACK, carried, initial_replicas, router_settings
 from moiety.deploy.replicas import ExpertReplica, GatewayReplica, RouterReplica
 from moiety.errors import ConfigError
-from moiety.model.checkpoint import Checkpoint
-from moiety.model.layout import expert_layout
+from moiety.model.checkpoint.checkpoint import Checkpoint
+from moiety.model.experts.cached import expert_layout
 
-POLICY = "moiety.deploy.autoscaling:LoadPolicy"
+POLICY = "moiety.deploy.autoscaling_hook:LoadPolicy"
 
 _DRAIN_S: float = ServiceSettings.model_fields["drain_s"].default
 _LIFE = {
@@ -59,7 +61,9 @@ def build(args: Mapping[str, Any] | AppSettings) -> serve.Application:
 def default_placement(settings: AppSettings) -> dict[str, ExpertSet]:
     """Deployment name -> the experts it holds until a placement in the registry says otherwise; hot sets hold none."""
     shape = expert_layout(Checkpoint.open(settings.model)).shape
-    groups = {f"experts-{group}": held for group, held in enumerate(shape.plan(settings.groups, settings.slices))}
+    groups = {
+        f"experts-{group}": held for group, held in enumerate(shape.sliced_partition(settings.groups, settings.slices))
+    }
     return {**groups, **{f"{HOT}{slot}": ExpertSet() for slot in range(settings.hot_sets)}}
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from moiety.config import HOT, AppSettings, ExpertSettings, GatewaySettings, RouterSettings, resolve, validated
+from moiety.config.application import HOT, AppSettings
+from moiety.config.resolve import resolve, validated
+from moiety.config.services import ExpertSettings, GatewaySettings, RouterSettings
 from moiety.errors import ConfigError
-from moiety.load.urls import without_secrets
+from moiety.registry.urls import without_secrets
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping
 
-from moiety.config import AppSettings
-from moiety.core import ReplicaState
+from moiety.config.application import AppSettings
+from moiety.core.replica import ReplicaState
 from moiety.deploy.arguments import initial_replicas
 from moiety.errors import FailedPrecondition, RegistryUnreachable, Unavailable
-from moiety.load.connect import connect
-from moiety.load.registry import Registry
+from moiety.registry.connect import connect
+from moiety.registry.interface import Registry
 
 POLL_S = 0.1
 Progress = Callable[[str], None]

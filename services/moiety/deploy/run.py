@@ -11,13 +11,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from moiety.config import AppSettings
+from moiety.config.application import AppSettings
 from moiety.deploy.arguments import LOOPBACK, router_settings
-from moiety.deploy.cluster import LOGICAL_CPUS, connected, existing_ray, local_ray
+from moiety.deploy.ray_cluster import LOGICAL_CPUS, connected, existing_ray, local_ray
 from moiety.deploy.ready import Progress, until_ready, wanted_replicas
-from moiety.load.connect import connect
-from moiety.model.checkpoint import Checkpoint
-from moiety.model.layout import expert_layout
+from moiety.model.checkpoint.checkpoint import Checkpoint
+from moiety.model.experts.cached import expert_layout
+from moiety.registry.connect import connect
 
 
 class DeployedApp:
@@ -100,7 +100,7 @@ def _check(args: AppSettings) -> None:
             await registry.close()
 
     router_settings(args, LOOPBACK[0])
-    expert_layout(Checkpoint.open(args.model)).shape.plan(args.groups, args.slices)
+    expert_layout(Checkpoint.open(args.model)).shape.sliced_partition(args.groups, args.slices)
     asyncio.run(reach_registry())
 
 

@@ -8,11 +8,11 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from moiety.core import CallClass
+from moiety.core.expert_backend import CallClass
 from moiety.errors import ResourceExhausted
 from moiety.wire.codec import Picked
 from moiety.wire.frames import ForwardCall
-from moiety.wire.mailbox import Mailbox
+from moiety.wire.transports.mailbox import Mailbox
 
 PREFILL_PATIENCE_S = 0.5  # prefill gives way to decode for this long, so that a busy replica never starves it
 MAX_BATCH_ROWS = 4096  # assignments merged into one batch; bounds the device's scratch memory

@@ -13,14 +13,15 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from moiety.core import Busy, ExpertMLP, ExpertSet
+from moiety.core.experts import ExpertMLP, ExpertSet
+from moiety.core.load import ReplicaLoad
 from moiety.errors import DeadlineExceeded, MoietyError, NotHeld
 from moiety.expert.batcher import Batcher, Computed, Waiting
 from moiety.wire import codec
 from moiety.wire.frames import ForwardCall
-from moiety.wire.mailbox import Mailbox
-from moiety_kernels.expert_mlp import ExpertWeights, grouped_expert_mlp
-from moiety_kernels.partial import grouped_partial_mlp
+from moiety.wire.transports.mailbox import Mailbox
+from moiety_kernels.ops.expert_mlp import ExpertWeights, grouped_expert_mlp
+from moiety_kernels.ops.partial_expert_mlp import grouped_partial_mlp
 
 _log = logging.getLogger(__name__)
 
@@ -166,13 +167,13 @@ class Runtime:
             self._answered(waiting)
             raise
 
-    def load_since_last(self) -> Busy:
+    def load_since_last(self) -> ReplicaLoad:
         """The load since this was last asked for."""
         now = time.monotonic()
         with self._window_lock:
             window, self._window = self._window, _Window(now)
         span = max(now - window.since, 1e-6)
-        return Busy(
+        return ReplicaLoad(
             busy=min(1.0, window.busy_s / span),
             queue_wait_ms=1000 * window.wait_s / max(window.calls, 1),
             rows_per_s=window.rows / span,

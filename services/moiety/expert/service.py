@@ -8,24 +8,18 @@ from collections.abc import AsyncIterator, Callable
 import grpc
 import torch
 
-from moiety.core import WIRE_VERSION, ModelShape
-from moiety.errors import (
-    DeadlineExceeded,
-    InvalidRequest,
-    MoietyError,
-    NotHeld,
-    ResourceExhausted,
-    RevisionMismatch,
-)
+from moiety.core.experts import ModelShape
+from moiety.core.replica import WIRE_VERSION
+from moiety.errors import DeadlineExceeded, InvalidRequest, MoietyError, NotHeld, ResourceExhausted, RevisionMismatch
 from moiety.expert.batcher import Computed, Waiting
 from moiety.expert.runtime import Runtime
+from moiety.internal.v1 import experts_pb2
 from moiety.telemetry.names import Attribute, SpanName
 from moiety.telemetry.tracing import Tracer
-from moiety.wire import codec, experts_pb2
-from moiety.wire.channels import MAX_MESSAGE_BYTES
+from moiety.wire import codec
 from moiety.wire.frames import Answerer, ForwardCall, parse_call
 
-SERVICE = "moiety.v1.Experts"
+SERVICE = "moiety.internal.v1.ExpertService"
 
 _OUTCOMES: tuple[tuple[type[MoietyError], experts_pb2.Outcome], ...] = (
     (NotHeld, experts_pb2.OUTCOME_NOT_HELD),
@@ -37,7 +31,7 @@ _OUTCOMES: tuple[tuple[type[MoietyError], experts_pb2.Outcome], ...] = (
 
 
 class ExpertService:
-    """moiety.v1.Experts, and the one way in for calls however they come. Frames pass through gRPC as raw bytes."""
+    """moiety.internal.v1.ExpertService: accepts calls from every transport. gRPC passes frames as raw bytes."""
 
     def __init__(
         self, runtime: Runtime, shape: ModelShape, model: str, revision: str, dtype: torch.dtype, tracer: Tracer
@@ -46,24 +40,24 @@ class ExpertService:
         self.dtype = codec.DTYPE_NAMES[dtype]
         self.row_bytes = shape.mlp.hidden * dtype.itemsize
         self.open_streams = 0
-        self.shared_memory = ""  # where routers of this node may knock, see DescribeResponse
+        self.shared_memory = ""  # where routers of this node may knock, see DescribeReplicaResponse
         self.unix = ""
 
     def handler(self) -> grpc.GenericRpcHandler:
         """To be added to a server under its service name."""
         describe = grpc.unary_unary_rpc_method_handler(
             self._describe,
-            request_deserializer=experts_pb2.DescribeRequest.FromString,
-            response_serializer=experts_pb2.DescribeResponse.SerializeToString,
+            request_deserializer=experts_pb2.DescribeReplicaRequest.FromString,
+            response_serializer=experts_pb2.DescribeReplicaResponse.SerializeToString,
         )
         forward = grpc.stream_stream_rpc_method_handler(self._forward)  # no serialisers: raw frames
-        return grpc.method_handlers_generic_handler(SERVICE, {"Describe": describe, "Forward": forward})
+        return grpc.method_handlers_generic_handler(SERVICE, {"DescribeReplica": describe, "Forward": forward})
 
     async def _describe(
-        self, _request: experts_pb2.DescribeRequest, _context: grpc.aio.ServicerContext
-    ) -> experts_pb2.DescribeResponse:
+        self, _request: experts_pb2.DescribeReplicaRequest, _context: grpc.aio.ServicerContext
+    ) -> experts_pb2.DescribeReplicaResponse:
         holding = self._runtime.holding
-        return experts_pb2.DescribeResponse(
+        return experts_pb2.DescribeReplicaResponse(
             model=self._model,
             revision=self._revision,
             dtype=self.dtype,
@@ -72,7 +66,6 @@ class ExpertService:
             held=str(holding.held),
             leaving=str(holding.leaving),
             placement_epoch=holding.epoch,
-            max_message_bytes=MAX_MESSAGE_BYTES,
             shared_memory=self.shared_memory,
             unix=self.unix,
         )
@@ -114,7 +107,7 @@ class ExpertService:
         try:
             header, payload = codec.decode(experts_pb2.ForwardRequest, frame)
         except InvalidRequest as error:
-            reply(codec.encode(experts_pb2.ForwardReply(outcome=experts_pb2.OUTCOME_INVALID, detail=str(error))))
+            reply(codec.encode(experts_pb2.ForwardResponse(outcome=experts_pb2.OUTCOME_INVALID, detail=str(error))))
             return
         self.accept(
             header,
@@ -144,14 +137,15 @@ class ExpertService:
 
     def _reply(
         self, to: experts_pb2.ForwardRequest | ForwardCall, result: Computed | BaseException
-    ) -> tuple[experts_pb2.ForwardReply, codec.Picked | None]:
+    ) -> tuple[experts_pb2.ForwardResponse, codec.Picked | None]:
         if isinstance(result, BaseException):
-            reply = experts_pb2.ForwardReply(
+            reply = experts_pb2.ForwardResponse(
                 outcome=next((o for kind, o in _OUTCOMES if isinstance(result, kind)), experts_pb2.OUTCOME_FAILED),
                 detail=str(result),
             )
         else:
-            reply = experts_pb2.ForwardReply(
+            reply = experts_pb2.ForwardResponse(
+                outcome=experts_pb2.OUTCOME_OK,
                 rows=len(result.picked.order),
                 activated_experts=result.activated_experts,
                 batch_rows=result.batch_rows,
@@ -159,7 +153,6 @@ class ExpertService:
                 compute_ms=result.compute_ms,
             )
         reply.call_id, reply.attempt, reply.revision = to.call_id, to.attempt, self._revision
-        reply.held_epoch = self._runtime.holding.epoch
         return reply, None if isinstance(result, BaseException) else result.picked
 
     def _trace(self, waiting: Waiting, result: Computed | BaseException) -> None:

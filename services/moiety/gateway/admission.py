@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import NoReturn
 
 from moiety.errors import InvalidRequest, ResourceExhausted
-from moiety.wire import generation_pb2
+from moiety.v1 import generation_pb2
 
 MAX_TENANT = 128
 MAX_PRIORITY = 100

@@ -5,15 +5,15 @@ from __future__ import annotations
 import time
 
 from moiety.gateway.prompt import Prompt
-from moiety.gateway.router import Router
-from moiety.policy.pace import Pace
-from moiety.wire import engine_pb2
+from moiety.gateway.router_peer import RouterPeer
+from moiety.internal.v1 import engine_pb2
+from moiety.policy.router_pace import Pace
 
 
 class Attempt:
     """Counted at its router from here until `end`."""
 
-    def __init__(self, router: Router, prompt: Prompt, pace: Pace):
+    def __init__(self, router: RouterPeer, prompt: Prompt, pace: Pace):
         self._router, self._prompt = router, prompt
         self._queued = router.load >= router.slots > 0
         self._ahead = router.ahead

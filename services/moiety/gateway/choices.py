@@ -8,7 +8,8 @@ from contextlib import aclosing, suppress
 
 from moiety.gateway.stops import StopStrings
 from moiety.gateway.text import Detokenizer, Tokenizer
-from moiety.wire import engine_pb2, generation_pb2
+from moiety.internal.v1 import engine_pb2
+from moiety.v1 import generation_pb2
 
 
 class Answer:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from moiety.gateway.prefixes import PrefixHasher
-from moiety.wire import engine_pb2
+from moiety.internal.v1 import engine_pb2
 
 
 class Prompt:

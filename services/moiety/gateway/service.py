@@ -1,4 +1,4 @@
-"""moiety.v1.Generation: the public gRPC API. Checks requests, speaks text, streams, and cancels what its client leaves."""
+"""The public gRPC API: checks requests, tokenises, streams text, and cancels what its client abandons."""
 
 from __future__ import annotations
 
@@ -13,16 +13,18 @@ from google.protobuf.message import DecodeError
 from moiety.errors import InvalidRequest, MoietyError, NotFound
 from moiety.gateway.admission import Admission, check_standing
 from moiety.gateway.choices import Answer
-from moiety.gateway.routers import Routers
+from moiety.gateway.router_pool import RouterPool
 from moiety.gateway.text import Tokenizer
+from moiety.internal.v1 import engine_pb2
 from moiety.telemetry.names import Attribute, SpanName
 from moiety.telemetry.tracing import Tracer
-from moiety.wire import engine_pb2, finish, generation_pb2, status
+from moiety.v1 import generation_pb2
+from moiety.wire import finish_reason, status
 from moiety.wire.deadline import Deadline
-from moiety.wire.metadata import traceparent_in
-from moiety.wire.sampling import check_prompt, check_sampling, settle
+from moiety.wire.sampling_params import check_prompt, check_sampling, settle
+from moiety.wire.trace_context import traceparent_in
 
-SERVICE = "moiety.v1.Generation"
+SERVICE = "moiety.v1.GenerationService"
 MAX_REQUEST_ID = 128
 LONG_PROMPT = 1 << 13  # characters: some 5 ms of tokenising
 
@@ -38,7 +40,7 @@ _SAMPLING: Mapping[Attribute, str] = {
 class GenerationService:
     """One model's public API."""
 
-    def __init__(self, routers: Routers, tokenizer: Tokenizer, model: str, max_concurrent: int, tracer: Tracer):
+    def __init__(self, routers: RouterPool, tokenizer: Tokenizer, model: str, max_concurrent: int, tracer: Tracer):
         self._routers, self._tokenizer, self._model, self._tracer = routers, tokenizer, model, tracer
         self._admission = Admission(max_concurrent, routers.retry_after_s)
         self.running = 0
@@ -105,7 +107,9 @@ class GenerationService:
                     if answer.complete:
                         break
             span.set(Attribute.OUTPUT_TOKENS, answer.produced)
-            span.set(Attribute.FINISH_REASONS, [str(finish.FROM_WIRE[reason]) for reason in answer.finish_reasons])
+            span.set(
+                Attribute.FINISH_REASONS, [str(finish_reason.FROM_WIRE[reason]) for reason in answer.finish_reasons]
+            )
         except MoietyError as error:
             span.error(error)
             await status.abort(context, error)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from moiety.errors import InvalidRequest
-from moiety.model.tokenizer import open_tokenizer
+from moiety.model.checkpoint.tokenizer import open_tokenizer
 
 MAX_PROMPT_BYTES = 16 << 20
 CHARACTER_BYTES = 4  # UTF-8's longest, and so the most tokens one character can be cut into

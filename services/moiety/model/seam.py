@@ -14,15 +14,15 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from moiety.core import ExpertBackend
+from moiety.core.expert_backend import ExpertBackend
 
 IMPLEMENTATION = "moiety"  # the name under which transformers knows `remote_experts`
 LAYER_ATTRIBUTE = "moiety_layer"  # set on each experts module: its MoE layer ordinal
-OVERLAP_ATTRIBUTE = "moiety_overlap"  # set where a shared expert is computed while rows are away: see overlap.py
+SHARED_EXPERT_ATTRIBUTE = "moiety_overlap"  # set where a shared expert is computed while rows are away: see overlap.py
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class PackedRow:
     """How several sequences' tokens [T] lie in the row of one pass, for modules that are told nothing of it."""
 
     positions: torch.Tensor  # int64 [T], of each token in its sequence
@@ -32,30 +32,30 @@ class Row:
 
 
 @dataclass(slots=True)
-class Forward:
+class ForwardContext:
     """What belongs to the passes of one lane."""
 
     backend: ExpertBackend
     weights: torch.Tensor | None = None  # the layer's routing weights [T, K], for backends that judge what they compute
     shared: tuple[torch.Tensor, torch.Tensor] | None = None  # a shared expert's input, and its output now or later
-    row: Row | None = None  # of the pass that is running, where its model is an encoder-decoder
+    row: PackedRow | None = None  # of the pass that is running, where its model is an encoder-decoder
     scores: torch.Tensor | None = None  # [T, E]: what the gate of the layer being computed thinks of each expert
 
 
-_forward: ContextVar[Forward] = ContextVar("moiety_forward")
+_forward: ContextVar[ForwardContext] = ContextVar("moiety_forward")
 
 
 @contextmanager
 def use_backend(backend: ExpertBackend) -> Iterator[None]:
     """Forwards inside the block, in this thread, send their experts' rows to `backend`."""
-    token = _forward.set(Forward(backend))
+    token = _forward.set(ForwardContext(backend))
     try:
         yield
     finally:
         _forward.reset(token)
 
 
-def current_forward() -> Forward:
+def current_context() -> ForwardContext:
     """That of the innermost `use_backend`; raises RuntimeError outside of one."""
     try:
         return _forward.get()
@@ -65,7 +65,7 @@ def current_forward() -> Forward:
 
 def sequence_lengths() -> tuple[int, ...] | None:
     """The tokens of each sequence of the row that is running, where they are looked at together: in an encoder."""
-    row = current_forward().row
+    row = current_context().row
     return None if row is None else row.lengths
 
 
@@ -77,10 +77,10 @@ def remote_experts(
     Rows come back unweighted and are combined as transformers' grouped_mm does, to the bit: product in the promoted
     dtype of rows and weights (models differ: float32 or the model's), sum over K in slot order, then the hidden dtype.
     """
-    forward, layer = current_forward(), int(getattr(module, LAYER_ATTRIBUTE))
+    forward, layer = current_context(), int(getattr(module, LAYER_ATTRIBUTE))
     backend, forward.weights = forward.backend, top_k_weights
     pending = backend.submit(layer, hidden, top_k_index)
-    if (shared := getattr(module, OVERLAP_ATTRIBUTE, None)) is not None:
+    if (shared := getattr(module, SHARED_EXPERT_ATTRIBUTE, None)) is not None:
         shared.overlap(forward, hidden)
     rows = pending.result()  # [T, K, D]
     return (rows * top_k_weights.unsqueeze(-1)).sum(dim=1).to(hidden.dtype)

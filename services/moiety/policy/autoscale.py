@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from moiety.config import GroupSettings
+    from moiety.config.application import GroupSettings
 
 STEP_TIMEOUT_S = 30.0  # a replica that is not live by then no longer holds up the next step
 SETTLE_S = 1.5  # load reports of the time before a step have left their window by then
@@ -34,7 +34,7 @@ class Snapshot:
     busy: float  # mean busy fraction of the reporting replicas, 0 to 1
     queue_wait_ms: float  # the longest mean wait for the device among them
     rows_per_s: float  # rows the routers send to the experts it holds; of a router or gateway, its requests
-    wake: bool = False  # someone waits for an expert that it holds and no live replica does
+    missing_experts: bool = False  # someone waits for an expert that it holds and no live replica does
     stale: bool = False  # the registry does not answer: nothing here can be trusted but `target`
     fixed: float = 0.0  # the part of busy that stays when replicas share the work, 0 to 1: CostModel.fixed_share
     spare: bool = False  # another deployment holds all that it holds: a hot set
@@ -152,7 +152,7 @@ def _measured(snapshot: Snapshot, measure: str) -> float:
 
 
 def _at_zero(snapshot: Snapshot, state: State, settings: GroupSettings, now: float) -> Decision:
-    if snapshot.wake:
+    if snapshot.missing_experts:
         return _step(snapshot, state, 1, "its experts are waited for", now)
     if snapshot.spare:
         worth = 2 * ALIVE_SHARE * settings.target_busy
@@ -222,11 +222,11 @@ def _low(snapshot: Snapshot, settings: GroupSettings, fewer: int) -> tuple[bool,
     if fewer == 0 and snapshot.spare:
         bound = ALIVE_SHARE * settings.target_busy
         text = f"busy {snapshot.busy:.2f} of the last replica"
-        if snapshot.wake or snapshot.busy >= bound:
+        if snapshot.missing_experts or snapshot.busy >= bound:
             return False, f"{text} ≥ {bound:.2f}"
         return True, f"{text} < {bound:.2f}, and others hold its experts"
     if fewer == 0:
-        idle = not snapshot.wake and snapshot.rows_per_s == 0
+        idle = not snapshot.missing_experts and snapshot.rows_per_s == 0
         return idle, "no demand" if idle else f"last replica, {snapshot.rows_per_s:.0f} rows/s"
     predicted = predicted_busy(snapshot, min(fewer, snapshot.live))
     bound = settings.shrink_margin * settings.target_busy
@@ -254,7 +254,7 @@ def _decision(snapshot: Snapshot, state: State, target: int, why: str) -> Decisi
         "busy": round(snapshot.busy, 4),
         "queue_wait_ms": round(snapshot.queue_wait_ms, 3),
         "rows_per_s": round(snapshot.rows_per_s, 3),
-        "wake": snapshot.wake,
+        "wake": snapshot.missing_experts,
         "stale": snapshot.stale,
         "fixed": round(snapshot.fixed, 4),
         "spare": snapshot.spare,

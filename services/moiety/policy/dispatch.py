@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from moiety.core import ExpertSet
+from moiety.core.experts import ExpertSet
 
 NOBODY = -1
 SEVERAL = -2
@@ -48,7 +48,7 @@ class Shared(Mapping[tuple[int, int], tuple[int, ...]]):
 
 
 @dataclass(frozen=True, slots=True)
-class Table:
+class HolderTable:
     """Who holds what, in a form that a decode step can look up in microseconds."""
 
     version: int = 0
@@ -61,7 +61,7 @@ class Table:
     )  # (layer, expert) -> its several holders
 
     @classmethod
-    def build(cls, version: int, held: Mapping[str, ExpertSet], layers: int, experts: int) -> Table:
+    def build(cls, version: int, held: Mapping[str, ExpertSet], layers: int, experts: int) -> HolderTable:
         """From replica id -> experts held, for a model of `layers` MoE layers with `experts` each.
 
         Replicas of a deployment hold one and the same set (`ExpertSet.parse` gives one value for one text), which is
@@ -132,14 +132,16 @@ def holders(held: Mapping[str, ExpertSet], leaving: Mapping[str, ExpertSet], epo
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class DispatchPlan:
     """Where each assignment goes."""
 
     parts: Mapping[str, np.ndarray]  # replica id -> assignments, ascending
     uncovered: np.ndarray  # assignments whose expert has no holder that may be asked
 
 
-def plan(table: Table, layer: int, experts: np.ndarray, assignments: np.ndarray, avoid: Collection[str] = ()) -> Plan:
+def plan_dispatch(
+    table: HolderTable, layer: int, experts: np.ndarray, assignments: np.ndarray, avoid: Collection[str] = ()
+) -> DispatchPlan:
     """Plans `assignments` (indices into `experts` [A], global ids) of one layer over the holders not in `avoid`.
 
     Whole experts go to one replica each: two replicas streaming the same weights for half the rows each gain nothing in
@@ -156,10 +158,10 @@ def plan(table: Table, layer: int, experts: np.ndarray, assignments: np.ndarray,
         owner = _choose(table, layer, wanted, owner, barred)
     share = np.bincount(owner - NOBODY).tolist()  # how much each gets, NOBODY first
     parts = {table.replicas[i - 1]: assignments[owner == i - 1] for i, count in enumerate(share) if i and count}
-    return Plan(parts, assignments[owner == NOBODY])
+    return DispatchPlan(parts, assignments[owner == NOBODY])
 
 
-def _choose(table: Table, layer: int, wanted: np.ndarray, owner: np.ndarray, barred: set[int]) -> np.ndarray:
+def _choose(table: HolderTable, layer: int, wanted: np.ndarray, owner: np.ndarray, barred: set[int]) -> np.ndarray:
     """Replaces SEVERAL by the index of one holder per expert, or NOBODY."""
     activated, rows = np.unique(wanted, return_counts=True)
     owner_of = dict(zip(wanted.tolist(), owner.tolist(), strict=True))

@@ -25,14 +25,14 @@ from moiety.errors import (
     ResourceExhausted,
     Unavailable,
 )
-from moiety.router.context import StepContext
-from moiety.router.forward import Forward
-from moiety.router.kvcache import KVCache
-from moiety.router.outcome import outcome
-from moiety.router.plan import StepPlan
-from moiety.router.pressure import AdmissionRate
-from moiety.router.scheduler import Scheduler
-from moiety.router.sequence import Emitted, Sequence
+from moiety.router.cache.kv_cache import KVCache
+from moiety.router.schedule.retry_hint import AdmissionRate
+from moiety.router.schedule.scheduler import Scheduler
+from moiety.router.sequence.emit import emissions
+from moiety.router.sequence.sequence import Emitted, Sequence
+from moiety.router.sequence.step_plan import StepPlan
+from moiety.router.step_context import StepContext
+from moiety.router.step_runner import StepRunner
 from moiety.telemetry.names import Attribute, SpanName
 from moiety.telemetry.tracing import NO_SPAN, Span, Tracer
 
@@ -40,7 +40,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Load:
+class EngineLoad:
     """What a gateway wants to know before it picks a router."""
 
     running: int
@@ -59,7 +59,7 @@ class Engine:
 
     def __init__(
         self,
-        forward: Forward,
+        forward: StepRunner,
         cache: KVCache,
         *,
         slots: int,
@@ -107,10 +107,10 @@ class Engine:
         return self._cache.block_tokens
 
     @property
-    def load(self) -> Load:
+    def load(self) -> EngineLoad:
         waiting = len(self._scheduler.waiting) + len(self._arrived)
         running = len(self._scheduler.running)
-        return Load(running, waiting, self._cache.free_blocks, self._admitted, self._waited_s)
+        return EngineLoad(running, waiting, self._cache.free_blocks, self._admitted, self._waited_s)
 
     def submit(self, sequence: Sequence) -> None:
         """Queues a request. Raises ResourceExhausted when the queue is full, InvalidRequest when it can never run."""
@@ -144,17 +144,17 @@ class Engine:
     def check_integrity(self) -> None:
         """Raises RuntimeError where a KV block is lost or held too often. Only while no step runs."""
         running = self._scheduler.running
-        self._cache.check_integrity(table for sequence in running for table in (sequence.table, sequence.across))
+        self._cache.check_integrity(table for sequence in running for table in (sequence.table, sequence.cross_table))
 
     def step(self) -> bool:
         """One round; False when there is nothing to do."""
         self._admit()
-        plan = self._scheduler.plan()
+        plan = self._scheduler.plan_step()
         if not plan.scheduled:
             return False
         span, linked = self._step_spans(plan)
         plan, logits = self._run_plan(plan, span)
-        sampled = outcome(plan, logits)
+        sampled = emissions(plan, logits)
         self._tracer.start(SpanName.SAMPLE, parent=span, start_ns=self._forward.last_layer_ns).end()
         span.end()
         for other in linked:

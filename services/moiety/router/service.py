@@ -1,4 +1,4 @@
-"""moiety.v1.Engine: token ids in, token ids out. The asyncio side of the engine; it never computes."""
+"""moiety.internal.v1.EngineService: token ids in, token ids out. The asyncio side of the engine; it never computes."""
 
 from __future__ import annotations
 
@@ -10,23 +10,25 @@ from functools import partial
 
 import grpc
 
-from moiety.core import TopLogprobs
+from moiety.core.sampling import TopLogprobs
 from moiety.errors import FailedPrecondition, InvalidRequest, MoietyError
-from moiety.model.encoderdecoder import DecoderStart
+from moiety.internal.v1 import engine_pb2, engine_pb2_grpc
+from moiety.model.trunk.encoder_decoder import DecoderStart
 from moiety.router.engine import Engine
-from moiety.router.guide import Guides
-from moiety.router.sequence import Emitted, Sequence
+from moiety.router.sampling.guides import Guides
+from moiety.router.sequence.sequence import Emitted, Sequence
 from moiety.telemetry.names import Attribute, SpanName
 from moiety.telemetry.tracing import Tracer
-from moiety.wire import engine_pb2, engine_pb2_grpc, finish, generation_pb2
+from moiety.v1 import generation_pb2
+from moiety.wire import finish_reason
 from moiety.wire.deadline import Deadline
 from moiety.wire.event_stream import CallServer, Tell
-from moiety.wire.sampling import check_prompt, check_sampling
+from moiety.wire.sampling_params import check_prompt, check_sampling
 
-SERVICE = "moiety.v1.Engine"
+SERVICE = "moiety.internal.v1.EngineService"
 
 
-class EngineService(engine_pb2_grpc.EngineServicer):
+class EngineService(engine_pb2_grpc.EngineServiceServicer):
     """One engine's RPCs."""
 
     def __init__(
@@ -50,11 +52,11 @@ class EngineService(engine_pb2_grpc.EngineServicer):
         self._streams: set[CallServer] = set()  # a gateway's each
         self._arrivals = itertools.count()
 
-    async def Describe(
-        self, _request: engine_pb2.EngineDescribeRequest, _context: grpc.aio.ServicerContext
-    ) -> engine_pb2.EngineDescription:
+    async def DescribeEngine(
+        self, _request: engine_pb2.DescribeEngineRequest, _context: grpc.aio.ServicerContext
+    ) -> engine_pb2.DescribeEngineResponse:
         load = self._engine.load
-        return engine_pb2.EngineDescription(
+        return engine_pb2.DescribeEngineResponse(
             model=self._model,
             revision=self._revision,
             max_context=self._max_context,
@@ -64,15 +66,14 @@ class EngineService(engine_pb2_grpc.EngineServicer):
             slots=self._slots,
             queue_limit=self._engine.queue_limit,
             block_tokens=self._engine.block_tokens,
-            free_blocks=load.free_blocks,
             blocks=self._engine.blocks,
             encoder_decoder=self._start is not None,
         )
 
-    async def Generate(
+    async def GenerateTokens(
         self,
-        calls: AsyncIterator[engine_pb2.EngineCall],
-        context: grpc.aio.ServicerContext[engine_pb2.EngineCall, engine_pb2.EngineEvents],
+        calls: AsyncIterator[engine_pb2.GenerateTokensRequest],
+        context: grpc.aio.ServicerContext[engine_pb2.GenerateTokensRequest, engine_pb2.GenerateTokensResponse],
     ) -> None:
         stream = CallServer(self._answer)
         self._streams.add(stream)
@@ -86,7 +87,7 @@ class EngineService(engine_pb2_grpc.EngineServicer):
         """Whether nobody waits for anything, and every event has gone out."""
         return all(stream.idle for stream in self._streams)
 
-    async def _answer(self, call: engine_pb2.EngineCall, tell: Tell) -> None:
+    async def _answer(self, call: engine_pb2.GenerateTokensRequest, tell: Tell) -> None:
         """One request, to the end of all its choices."""
         loop, ended = asyncio.get_running_loop(), asyncio.Event()
         error: MoietyError | None = None
@@ -110,7 +111,7 @@ class EngineService(engine_pb2_grpc.EngineServicer):
         if error is not None:
             raise error
 
-    async def _sequence(self, call: engine_pb2.EngineCall, emit: Callable[[Emitted], None]) -> Sequence:
+    async def _sequence(self, call: engine_pb2.GenerateTokensRequest, emit: Callable[[Emitted], None]) -> Sequence:
         request = call.request
         if request.revision and request.revision != self._revision:
             raise FailedPrecondition(f"this router serves revision {self._revision}, not {request.revision}")
@@ -157,7 +158,7 @@ class EngineService(engine_pb2_grpc.EngineServicer):
 def _event(emitted: Emitted) -> engine_pb2.EngineEvent:
     return engine_pb2.EngineEvent(
         token_ids=emitted.token_ids,
-        finish_reason=finish.TO_WIRE[emitted.finish],
+        finish_reason=finish_reason.TO_WIRE[emitted.finish],
         logprobs=emitted.logprobs,
         choice=emitted.choice,
         top_logprobs=map(_top_logprobs, emitted.top_logprobs),

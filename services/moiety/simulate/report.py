@@ -10,7 +10,11 @@ import numpy as np
 
 from moiety.errors import FailedPrecondition
 from moiety.simulate.scenario import Cluster, Trace, day_trace, inclusion, popularity
-from moiety.simulate.systems import Load, Outcome, clairvoyant, elastic, fixed, smallest, throughput, whole_engine
+from moiety.simulate.systems.baselines import clairvoyant, fixed, whole_engine
+from moiety.simulate.systems.elastic import elastic
+from moiety.simulate.systems.result import SystemResult
+from moiety.simulate.systems.sizing import smallest, throughput
+from moiety.simulate.systems.trace_load import TraceLoad
 
 REDUNDANCY = 1 / 8  # of EPLB: DeepSeek's own deployment has 32 redundant experts for 256
 BUSY_STEPS = np.arange(0.30, 0.9601, 0.0025)
@@ -23,7 +27,7 @@ class Report:
 
     cluster: Cluster
     trace: Trace
-    outcomes: tuple[Outcome, ...]  # elastic, whole engines, EPLB, static, clairvoyant
+    outcomes: tuple[SystemResult, ...]  # elastic, whole engines, EPLB, static, clairvoyant
     saved_vs_static: float  # fraction of device-hours
     of_clairvoyant: float  # of what a clairvoyant would save, the fraction that is saved
     skewed_over_uniform: float  # throughput under Zipf 1.0 over that of uniform load, same devices and p99
@@ -69,7 +73,7 @@ class Report:
 
 def compare(cluster: Cluster, trace: Trace, progress: Callable[[str], None] = lambda _: None) -> Report:
     """Elastic first, with its default settings; then each other system in the smallest size that meets its p99."""
-    load = Load(cluster, trace)
+    load = TraceLoad(cluster, trace)
     progress("elastic groups and hot sets")
     ours = elastic(load)
     most = int(np.ceil(2 * ours.replicas.max() / cluster.groups)) + 1

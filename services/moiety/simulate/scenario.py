@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from moiety.policy.cost import CostModel
+from moiety.policy.cost_model import CostModel
 
 Floats = npt.NDArray[np.float64]
 

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
-from moiety.telemetry.asked import asked_for
+from moiety.telemetry.export_enabled import export_enabled
 from moiety.telemetry.names import Attribute, MetricName
 from moiety.telemetry.tracing import Value
 
@@ -56,7 +56,7 @@ def configure_metrics(
 
     Arguments and failures are as those of `tracing.configure`.
     """
-    if not asked_for("metrics", endpoint):
+    if not export_enabled("metrics", endpoint):
         return NO_METER
     try:
         from moiety.telemetry.otel_metrics import OtelMeter

@@ -12,7 +12,7 @@ from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
 
 from moiety.telemetry.names import Attribute, SpanKind, SpanName, kind_of
-from moiety.telemetry.quiet import Quiet, within
+from moiety.telemetry.quiet_export import Quiet, within
 from moiety.telemetry.tracing import NO_SPAN, Parent, Span, Value, parse_traceparent
 
 _KINDS = {

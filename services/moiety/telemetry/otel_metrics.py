@@ -18,7 +18,7 @@ from opentelemetry.sdk.metrics.export import (
 from opentelemetry.sdk.resources import Resource
 
 from moiety.telemetry.names import METRICS, Attribute, MetricName
-from moiety.telemetry.quiet import Quiet, within
+from moiety.telemetry.quiet_export import Quiet, within
 from moiety.telemetry.tracing import Value
 
 Read = Callable[[], float | None]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol, TypeAlias
 
-from moiety.telemetry.asked import asked_for
+from moiety.telemetry.export_enabled import export_enabled
 from moiety.telemetry.names import Attribute, SpanName
 
 Value: TypeAlias = str | bool | int | float | Sequence[str] | Sequence[int] | Sequence[float]
@@ -155,7 +155,7 @@ def configure(service: str, attributes: Mapping[str, str] | None = None, *, endp
     (http://host:port) asks for OTLP as OTEL_EXPORTER_OTLP_TRACES_ENDPOINT does, and wins over it. Telemetry that cannot
     be set up is reported once in the log and left off: it never keeps a service from starting.
     """
-    if not asked_for("traces", endpoint):
+    if not export_enabled("traces", endpoint):
         return NO_TRACER
     try:
         from moiety.telemetry.otel import OtelTracer

@@ -10,27 +10,26 @@ from dataclasses import dataclass, field
 
 import torch
 
-from moiety.core import CallClass, ModelShape, Transport
+from moiety.core.expert_backend import CallClass
+from moiety.core.experts import ModelShape
+from moiety.core.replica import Transport
 from moiety.errors import MoietyError, PeerLost
-from moiety.load.memory import MemoryRegistry
-from moiety.load.watch import Watch
-from moiety.router.context import HopSettings, StepContext
-from moiety.router.costs import CostFit
-from moiety.router.demand import DemandCounter
-from moiety.router.fleet import Fleet
-from moiety.router.hedge import Hedging
-from moiety.router.hop import Hop
+from moiety.internal.v1 import experts_pb2
+from moiety.registry.memory import MemoryRegistry
+from moiety.registry.watch import Watch
+from moiety.router.hop.cost_fit import CostFit
+from moiety.router.hop.expert_demand import ExpertDemandCounter
+from moiety.router.hop.fleet import Fleet
+from moiety.router.hop.hedging import Hedging
+from moiety.router.hop.hop import Hop, HopSettings
+from moiety.router.step_context import StepContext
 from moiety.telemetry.tracing import NO_SPAN, NO_TRACER
-from moiety.testing.common import (
-    REVISION,
-    eventually,
-    owner_of,
-)
+from moiety.testing.common import REVISION, eventually, owner_of
 from moiety.testing.experts import FakeExperts
-from moiety.wire import codec, experts_pb2
-from moiety.wire.expert_link import ExpertLink
-from moiety.wire.mailbox import Mailbox
-from moiety.wire.transport import Reply
+from moiety.wire import codec
+from moiety.wire.transports.connection import Reply
+from moiety.wire.transports.expert_link import ExpertLink
+from moiety.wire.transports.mailbox import Mailbox
 
 
 class Caller:
@@ -145,7 +144,7 @@ async def loopback_hop(
         thread = stack.enter_context(concurrent.futures.ThreadPoolExecutor(1, "engine"))
         stack.push_async_callback(fleet.close)
         settings = HopSettings(revision, codec.DTYPES[dtype], expert_wait_s)
-        demand = DemandCounter(shape.moe_layers, shape.experts)
+        demand = ExpertDemandCounter(shape.moe_layers, shape.experts)
         costs = CostFit(shape.mlp.parameters * settings.dtype.itemsize)
         hop = Hop(fleet, settings, Hedging(hedge_after_s, retry_budget), demand, costs, NO_TRACER)
         await eventually(lambda: {replica.id for replica in replicas} <= set(fleet.table.replicas))

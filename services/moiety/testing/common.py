@@ -10,8 +10,9 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from moiety.core import ExpertMLP, ExpertSet, ModelShape, Replica, Role
-from moiety.wire.mailbox import Mailbox
+from moiety.core.experts import ExpertMLP, ExpertSet, ModelShape
+from moiety.core.replica import Replica, Role
+from moiety.wire.transports.mailbox import Mailbox
 
 HOST = "127.0.0.1"
 MODEL = "fake"

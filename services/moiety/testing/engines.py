@@ -9,23 +9,18 @@ from functools import partial
 
 import grpc
 
-from moiety.core import ModelShape, Role
+from moiety.core.experts import ModelShape
+from moiety.core.replica import Role
 from moiety.errors import ResourceExhausted
-from moiety.load.memory import MemoryRegistry
-from moiety.testing.common import (
-    HOST,
-    MODEL,
-    REVISION,
-    at_once,
-    fake_replica,
-    fake_token,
-)
-from moiety.wire import engine_pb2, engine_pb2_grpc, generation_pb2
+from moiety.internal.v1 import engine_pb2, engine_pb2_grpc
+from moiety.registry.memory import MemoryRegistry
+from moiety.testing.common import HOST, MODEL, REVISION, at_once, fake_replica, fake_token
+from moiety.v1 import generation_pb2
 from moiety.wire.channels import Server
 from moiety.wire.event_stream import CallServer, Tell
 
 
-class FakeEngine(engine_pb2_grpc.EngineServicer):
+class FakeEngine(engine_pb2_grpc.EngineServiceServicer):
     """A router: the token at each position is a function of prompt, seed, choice and position, as a real engine's is.
 
     `before_token(position)` is awaited before each token, counted from the first generated one; it may wait or raise
@@ -62,8 +57,8 @@ class FakeEngine(engine_pb2_grpc.EngineServicer):
 
     async def start(self, registry: MemoryRegistry) -> None:
         """Serves on a free port and registers."""
-        server = self._server = Server([], ["moiety.v1.Engine"])
-        engine_pb2_grpc.add_EngineServicer_to_server(self, server.grpc)
+        server = self._server = Server([], ["moiety.internal.v1.EngineService"])
+        engine_pb2_grpc.add_EngineServiceServicer_to_server(self, server.grpc)
         port = await server.start(HOST, 0)
         await registry.register(fake_replica(self.id, Role.ROUTER, port, revision=self._revision))
 
@@ -76,10 +71,10 @@ class FakeEngine(engine_pb2_grpc.EngineServicer):
         """Evicts every block."""
         self._cached.clear()
 
-    async def Describe(
-        self, _request: engine_pb2.EngineDescribeRequest, _context: grpc.aio.ServicerContext
-    ) -> engine_pb2.EngineDescription:
-        return engine_pb2.EngineDescription(
+    async def DescribeEngine(
+        self, _request: engine_pb2.DescribeEngineRequest, _context: grpc.aio.ServicerContext
+    ) -> engine_pb2.DescribeEngineResponse:
+        return engine_pb2.DescribeEngineResponse(
             model=MODEL,
             revision=self._revision,
             max_context=self._shape.max_context,
@@ -92,14 +87,14 @@ class FakeEngine(engine_pb2_grpc.EngineServicer):
             encoder_decoder=self._encoder_decoder,
         )
 
-    async def Generate(
+    async def GenerateTokens(
         self,
-        calls: AsyncIterator[engine_pb2.EngineCall],
-        context: grpc.aio.ServicerContext[engine_pb2.EngineCall, engine_pb2.EngineEvents],
+        calls: AsyncIterator[engine_pb2.GenerateTokensRequest],
+        context: grpc.aio.ServicerContext[engine_pb2.GenerateTokensRequest, engine_pb2.GenerateTokensResponse],
     ) -> None:
         await CallServer(self._answer).serve(calls, context)
 
-    async def _answer(self, call: engine_pb2.EngineCall, tell: Tell) -> None:
+    async def _answer(self, call: engine_pb2.GenerateTokensRequest, tell: Tell) -> None:
         request = call.request
         if self._running >= self.places:
             self.refused += 1

@@ -13,23 +13,17 @@ import grpc
 import numpy as np
 import torch
 
-from moiety.core import WIRE_VERSION, ExpertSet, ModelShape, Replica, Role
+from moiety.core.experts import ExpertSet, ModelShape
+from moiety.core.replica import WIRE_VERSION, Replica, Role
 from moiety.expert.service import SERVICE
-from moiety.load.memory import MemoryRegistry
-from moiety.testing.common import (
-    HOST,
-    MODEL,
-    REVISION,
-    at_once,
-    fake_expert,
-    fake_replica,
-    owner_of,
-)
-from moiety.wire import codec, experts_pb2
-from moiety.wire.channels import MAX_MESSAGE_BYTES, Server
+from moiety.internal.v1 import experts_pb2
+from moiety.registry.memory import MemoryRegistry
+from moiety.testing.common import HOST, MODEL, REVISION, at_once, fake_expert, fake_replica, owner_of
+from moiety.wire import codec
+from moiety.wire.channels import Server
 from moiety.wire.frames import Answerer, ForwardCall, parse_call
-from moiety.wire.mailbox import Mailbox
-from moiety.wire.shm_listener import SharedMemoryListener
+from moiety.wire.transports.mailbox import Mailbox
+from moiety.wire.transports.shm_listener import SharedMemoryListener
 
 OnCall = Callable[[ForwardCall], Awaitable["experts_pb2.Outcome | None"]]
 
@@ -67,10 +61,10 @@ class FakeExperts:
         """Serves on a free port and registers."""
         describe = grpc.unary_unary_rpc_method_handler(
             self._describe,
-            request_deserializer=experts_pb2.DescribeRequest.FromString,
-            response_serializer=experts_pb2.DescribeResponse.SerializeToString,
+            request_deserializer=experts_pb2.DescribeReplicaRequest.FromString,
+            response_serializer=experts_pb2.DescribeReplicaResponse.SerializeToString,
         )
-        handlers = {"Describe": describe, "Forward": grpc.stream_stream_rpc_method_handler(self._forward)}
+        handlers = {"DescribeReplica": describe, "Forward": grpc.stream_stream_rpc_method_handler(self._forward)}
         server = self._server = Server([grpc.method_handlers_generic_handler(SERVICE, handlers)], [SERVICE])
         server.grpc.add_insecure_port(f"unix-abstract:{self._unix}")
         mailbox = Mailbox()
@@ -98,16 +92,15 @@ class FakeExperts:
             await self._server.stop(0)
 
     async def _describe(
-        self, _request: experts_pb2.DescribeRequest, _context: grpc.aio.ServicerContext
-    ) -> experts_pb2.DescribeResponse:
-        return experts_pb2.DescribeResponse(
+        self, _request: experts_pb2.DescribeReplicaRequest, _context: grpc.aio.ServicerContext
+    ) -> experts_pb2.DescribeReplicaResponse:
+        return experts_pb2.DescribeReplicaResponse(
             model=MODEL,
             revision=REVISION,
             dtype=self._dtype,
             hidden=self._shape.mlp.hidden,
             wire_version=WIRE_VERSION,
             held=str(self.held),
-            max_message_bytes=MAX_MESSAGE_BYTES,
             shared_memory=self._listener.name if self._listener and self.near else "moiety-elsewhere",
             unix=self._unix if self.near else "moiety-elsewhere",
         )
@@ -138,7 +131,7 @@ class FakeExperts:
         call = self._arrived(header, payload)
 
         async def handle() -> None:
-            reply = experts_pb2.ForwardReply.FromString(self._reply(header, call, await self.on_call(call)))
+            reply = experts_pb2.ForwardResponse.FromString(self._reply(header, call, await self.on_call(call)))
             rows = codec.rows_in(memoryview(reply.payload), 1)
             reply.ClearField("payload")
             mailbox.post(lambda: answer(reply, codec.Picked(rows, np.arange(len(rows)))))
@@ -154,7 +147,7 @@ class FakeExperts:
     def _reply(
         self, header: experts_pb2.ForwardRequest, call: ForwardCall, outcome: experts_pb2.Outcome | None
     ) -> bytes:
-        reply = experts_pb2.ForwardReply(call_id=header.call_id, attempt=header.attempt, revision=REVISION)
+        reply = experts_pb2.ForwardResponse(call_id=header.call_id, attempt=header.attempt, revision=REVISION)
         if outcome is None and not set(call.experts.tolist()) <= self.held.layer(call.layer):
             outcome = experts_pb2.OUTCOME_NOT_HELD
         if outcome is not None:
@@ -163,5 +156,5 @@ class FakeExperts:
         given = torch.empty(len(call.experts), self._shape.mlp.hidden, dtype=codec.DTYPES[self._dtype])
         codec.rows_of(given)[:] = call.payload[call.row_of]
         rows = [fake_expert(call.layer, expert, row) for expert, row in zip(call.experts.tolist(), given, strict=True)]
-        reply.rows = len(rows)
+        reply.rows, reply.outcome = len(rows), experts_pb2.OUTCOME_OK
         return codec.encode(reply, codec.rows_of(torch.stack(rows)) if rows else None)

@@ -14,20 +14,20 @@ from itertools import pairwise
 from pathlib import Path
 
 from moiety.client import Client
-from moiety.config import AppSettings, GroupSettings
-from moiety.core import Replica, ReplicaState, Role
-from moiety.deploy.cluster import environment
+from moiety.config.application import AppSettings, GroupSettings
+from moiety.core.replica import Replica, ReplicaState, Role
+from moiety.deploy.ray_cluster import environment
 from moiety.deploy.run import deploy_app
 from moiety.errors import Unavailable
-from moiety.load.connect import connect
-from moiety.load.embedded import EmbeddedRedis
-from moiety.load.registry import Registry
-from moiety.model.tiny import write_tiny
+from moiety.registry.connect import connect
+from moiety.registry.embedded_redis import EmbeddedRedis
+from moiety.registry.interface import Registry
+from moiety.synthetic import write_tiny
 from moiety.telemetry import configure
 from moiety.telemetry.names import Attribute, SpanName
-from moiety.telemetry.receiver import TraceReceiver
-from moiety.telemetry.spans import ReceivedSpan
-from moiety.telemetry.waterfall import coverage, waterfall
+from moiety.tools.trace.receiver import TraceReceiver
+from moiety.tools.trace.spans import ReceivedSpan
+from moiety.tools.trace.waterfall import coverage, waterfall
 
 Say = Callable[[str], None]
 
@@ -162,7 +162,7 @@ class _Demo:
         """Rows that routers have sent to each group's experts, by the load ledger."""
         held = {replica.deployment: replica.held for replica in await self._experts()}  # a group may have several
         totals = [0] * len(held)
-        for demand in (await self._registry.demand()).values():
+        for demand in (await self._registry.expert_demand()).values():
             for layer, rows in enumerate(demand.rows):
                 for group, (_, experts) in enumerate(sorted(held.items())):
                     totals[group] += sum(rows[expert] for expert in experts.layer(layer))
@@ -191,7 +191,7 @@ class _Demo:
         return counts
 
     async def _tell_busy(self) -> None:
-        loads = await self._registry.busy()
+        loads = await self._registry.replica_load()
         for replica in sorted(await self._experts(), key=lambda replica: (replica.deployment, replica.started)):
             if load := loads.get(replica.id):
                 told = f"busy {load.busy:.0%}, {load.rows_per_s:.0f} rows/s, queue wait {load.queue_wait_ms:.1f} ms"

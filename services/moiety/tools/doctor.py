@@ -11,9 +11,9 @@ from enum import StrEnum
 from importlib.metadata import PackageNotFoundError, version
 
 from moiety.compose.environment import PROCESS_ENVIRONMENT
-from moiety.config import AppSettings
+from moiety.config.application import AppSettings
 from moiety.errors import FailedPrecondition
-from moiety.load.embedded import server_binary
+from moiety.registry.embedded_redis import server_binary
 from moiety.tools import machine
 from moiety_kernels.threads import usable_cores
 

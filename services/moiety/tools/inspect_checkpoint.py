@@ -9,7 +9,9 @@ from typing import Any
 
 from torch import nn
 
-from moiety.model.architecture import (
+from moiety.model.architectures.gating_description import gating_of
+from moiety.model.architectures.supported import path_of
+from moiety.model.architectures.transformers_model import (
     causal_lm_class,
     experts_modules,
     load_config,
@@ -18,12 +20,10 @@ from moiety.model.architecture import (
     routed_experts,
     towers,
 )
-from moiety.model.checkpoint import Checkpoint
-from moiety.model.derive import derive_layout
-from moiety.model.gating import gating_of
-from moiety.model.headers import ITEM_BITS
-from moiety.model.layout import EXPERT, ExpertLayout
-from moiety.model.supported import path_of
+from moiety.model.checkpoint.checkpoint import EXPERT, Checkpoint
+from moiety.model.checkpoint.headers import ITEM_BITS
+from moiety.model.experts.derive import derive_layout
+from moiety.model.experts.layout import ExpertLayout
 
 SHARED = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts")
 STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from moiety.model.architecture import quiet_transformers
-from moiety.model.gating import gating_of
-from moiety.model.supported import REFUSED, path_of, served_architectures
-from moiety.model.tiny import tiny_model
-from moiety.model.tiny.write import tiny_config
+from moiety.model.architectures.gating_description import gating_of
+from moiety.model.architectures.supported import REFUSED, path_of, served_architectures
+from moiety.model.architectures.transformers_model import quiet_transformers
+from moiety.synthetic import tiny_model
+from moiety.synthetic.write import tiny_config
 
 KINDS = {"full_attention": "attention", "attention": "attention", "sparse": "attention", "hybrid_sliding": "sliding"}
 PARTS = ("layer_types", "layers_block_type")  # of a config, one word a layer

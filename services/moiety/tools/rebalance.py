@@ -7,18 +7,19 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from moiety.config import HOT
-from moiety.core import ExpertSet, Placement, Replica, Role
-from moiety.deploy.ledger import Ledger, Reading
-from moiety.deploy.rebalance import decision_of
+from moiety.config.application import HOT
+from moiety.core.experts import ExpertSet
+from moiety.core.replica import Placement, Replica, Role
 from moiety.errors import FailedPrecondition
-from moiety.load.changes import until_settled
-from moiety.load.heat import Heat
-from moiety.load.rates import WINDOW_S
-from moiety.load.registry import Registry
-from moiety.load.rooms import rooms_of
-from moiety.policy.placement import Plan, plan
-from moiety.policy.stages import stages
+from moiety.policy.placement.planner import PlacementPlan, plan_placement
+from moiety.policy.placement.stages import placement_stages
+from moiety.registry.interface import Registry
+from moiety.registry.rates import WINDOW_S
+from moiety.scaling.deployment_capacity import deployment_capacities
+from moiety.scaling.expert_load import ExpertLoad
+from moiety.scaling.ledger import Ledger, Reading
+from moiety.scaling.placement_progress import until_settled
+from moiety.scaling.rebalancer import decision_of
 
 POLL_S = 0.5
 
@@ -32,13 +33,13 @@ class Ask:
     hot_memory: int = 1 << 30  # bytes for the experts of each
 
 
-async def proposed(registry: Registry, ask: Ask) -> Plan:
+async def proposed(registry: Registry, ask: Ask) -> PlacementPlan:
     """A plan for the load of the next `ask.watch_s` seconds, compared with what is in force.
 
     Raises RegistryUnreachable, and FailedPrecondition where there are no experts or no load to plan for.
     """
     await registry.replicas()  # a wrong address is told at once, not after `watch_s`
-    ledger, heat, until = Ledger(registry), Heat(), time.monotonic() + ask.watch_s
+    ledger, heat, until = Ledger(registry), ExpertLoad(), time.monotonic() + ask.watch_s
     while True:
         reading = await ledger.read()
         if reading.costs is not None and reading.rows_per_s.any():
@@ -50,12 +51,12 @@ async def proposed(registry: Registry, ask: Ask) -> Plan:
         raise FailedPrecondition(f"no expert had a row in {ask.watch_s:g} s: there is no load to plan for")
     current = _in_force(reading, ask.hot_sets)
     bytes_each = reading.costs.expert_bytes
-    rooms = rooms_of(current, reading.replicas, ask.hot_memory, bytes_each)
-    return await asyncio.to_thread(plan, heat.table, rooms, current, bytes_each)
+    rooms = deployment_capacities(current, reading.replicas, ask.hot_memory, bytes_each)
+    return await asyncio.to_thread(plan_placement, heat.table, rooms, current, bytes_each)
 
 
 async def enact(
-    registry: Registry, found: Plan, timeout_s: float, tell: Callable[[str], None], layers: int = 0
+    registry: Registry, found: PlacementPlan, timeout_s: float, tell: Callable[[str], None], layers: int = 0
 ) -> None:
     """Puts a plan in force; returns once every replica has loaded what is new to it and dropped what is not its own.
 
@@ -63,7 +64,7 @@ async def enact(
     Unavailable where replicas have not followed a stage within `timeout_s`: it stays in force, and they go on.
     """
     began, current = time.monotonic(), await registry.placement()
-    steps = stages(current, found.placement, layers) if current is not None else (found.placement,)
+    steps = placement_stages(current, found.placement, layers) if current is not None else (found.placement,)
     if current is not None and current.epoch + 1 != found.placement.epoch:
         raise FailedPrecondition(f"placement {current.epoch} was set by somebody else meanwhile: plan again")
     for number, step in enumerate(steps, 1):

@@ -50,7 +50,7 @@ class Server:
     def __init__(
         self, handlers: Sequence[grpc.GenericRpcHandler], services: Sequence[str], *, share_port: bool = False
     ):
-        """`services` are full names, such as moiety.v1.Experts. `share_port`: several processes may bind one port."""
+        """`services`: full names, such as moiety.v1.GenerationService. `share_port`: several processes may bind one port."""
         self.grpc = grpc.aio.server(options=[*_SERVER, ("grpc.so_reuseport", int(share_port))])
         self._health = health.aio.HealthServicer()
         self._services = services

@@ -16,9 +16,9 @@ import torch
 from google.protobuf.message import DecodeError
 
 from moiety.errors import InvalidRequest
-from moiety.wire.experts_pb2 import ForwardReply, ForwardRequest
+from moiety.internal.v1.experts_pb2 import ForwardRequest, ForwardResponse
 
-Header = TypeVar("Header", ForwardRequest, ForwardReply)
+Header = TypeVar("Header", ForwardRequest, ForwardResponse)
 Rows = np.ndarray  # one item per row, dtype void of the row's bytes: moved by memcpy whatever the dtype means
 
 

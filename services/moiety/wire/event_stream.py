@@ -16,7 +16,8 @@ from typing import Any
 import grpc
 
 from moiety.errors import DeadlineExceeded, MoietyError, PeerLost
-from moiety.wire import engine_pb2, engine_pb2_grpc, status
+from moiety.internal.v1 import engine_pb2, engine_pb2_grpc
+from moiety.wire import status
 from moiety.wire.deadline import Deadline
 
 MESSAGE_EVENTS = 256  # that one message may hold, so that none grows beyond what a stream takes
@@ -25,7 +26,7 @@ LATE_S = 1.0  # how long after its deadline a call waits for its router to say s
 
 Event = Callable[[], engine_pb2.EngineEvent]  # made on the loop: the thread that tells of it has better things to do
 Tell = Callable[[Event], None]
-Handle = Callable[[engine_pb2.EngineCall, Tell], Coroutine[Any, Any, None]]
+Handle = Callable[[engine_pb2.GenerateTokensRequest, Tell], Coroutine[Any, Any, None]]
 
 
 class CallServer:
@@ -50,8 +51,8 @@ class CallServer:
 
     async def serve(
         self,
-        calls: AsyncIterator[engine_pb2.EngineCall],
-        context: grpc.aio.ServicerContext[engine_pb2.EngineCall, engine_pb2.EngineEvents],
+        calls: AsyncIterator[engine_pb2.GenerateTokensRequest],
+        context: grpc.aio.ServicerContext[engine_pb2.GenerateTokensRequest, engine_pb2.GenerateTokensResponse],
     ) -> None:
         """Returns when the gateway has closed its half and all is answered; cancelled with the stream."""
         writer = asyncio.create_task(self._write(context))
@@ -59,7 +60,7 @@ class CallServer:
             async for call in calls:
                 if call.HasField("request"):
                     self._begin(call)
-                elif (given_up := self._calls.get(call.id)) is not None:
+                elif (given_up := self._calls.get(call.call_id)) is not None:
                     given_up.cancel()
             while self._calls:
                 await asyncio.wait(self._calls.values())
@@ -69,9 +70,9 @@ class CallServer:
                 task.cancel()
             writer.cancel()
 
-    def _begin(self, call: engine_pb2.EngineCall) -> None:
+    def _begin(self, call: engine_pb2.GenerateTokensRequest) -> None:
         def tell(event: Event) -> None:
-            self._outbox.append((call.id, event))
+            self._outbox.append((call.call_id, event))
             if not self._woken:  # one wake-up of the loop for all that is told before it runs
                 self._woken = True
                 self._loop.call_soon_threadsafe(self._wake)
@@ -83,25 +84,27 @@ class CallServer:
                 told = status.to_message(error)
                 tell(lambda: engine_pb2.EngineEvent(error=told))
             finally:
-                if self._calls.get(call.id) is asyncio.current_task():
-                    del self._calls[call.id]
+                if self._calls.get(call.call_id) is asyncio.current_task():
+                    del self._calls[call.call_id]
 
-        self._calls[call.id] = asyncio.create_task(run())
+        self._calls[call.call_id] = asyncio.create_task(run())
 
     def _wake(self) -> None:
         self._woken = False
         self._sent.clear()
         self._more.set()
 
-    async def _write(self, context: grpc.aio.ServicerContext[engine_pb2.EngineCall, engine_pb2.EngineEvents]) -> None:
+    async def _write(
+        self, context: grpc.aio.ServicerContext[engine_pb2.GenerateTokensRequest, engine_pb2.GenerateTokensResponse]
+    ) -> None:
         while await self._more.wait():
             self._more.clear()
             while self._outbox:
-                message = engine_pb2.EngineEvents()
+                message = engine_pb2.GenerateTokensResponse()
                 while self._outbox and len(message.events) < MESSAGE_EVENTS:
                     call_id, make = self._outbox.popleft()
                     event = make()
-                    event.call = call_id
+                    event.call_id = call_id
                     message.events.append(event)
                 await context.write(message)
             self._sent.set()
@@ -110,7 +113,7 @@ class CallServer:
 class CallClient:
     """A gateway's end: opened with the first call, and anew with the next one after it broke."""
 
-    def __init__(self, stub: engine_pb2_grpc.EngineStub, peer: str):
+    def __init__(self, stub: engine_pb2_grpc.EngineServiceStub, peer: str):
         self._stub, self._peer = stub, peer
         self._ids = itertools.count(1)
         self._stream: _Stream | None = None
@@ -126,7 +129,7 @@ class CallClient:
             self._stream = _Stream(self._stub, self._peer)
         stream, call_id, inbox = self._stream, next(self._ids), asyncio.Queue[engine_pb2.EngineEvent | MoietyError]()
         stream.inboxes[call_id] = inbox
-        call = engine_pb2.EngineCall(id=call_id, request=request, traceparent=traceparent)
+        call = engine_pb2.GenerateTokensRequest(call_id=call_id, request=request, traceparent=traceparent)
         alarm = None
         if (left := deadline.left()) < inf:
             call.timeout_ms = min(max(1, int(left * 1000)), LONGEST_MS)
@@ -149,7 +152,7 @@ class CallClient:
                 alarm.cancel()
             del stream.inboxes[call_id]
             if unfinished:
-                stream.calls.put_nowait(engine_pb2.EngineCall(id=call_id))
+                stream.calls.put_nowait(engine_pb2.GenerateTokensRequest(call_id=call_id))
 
     async def close(self) -> None:
         """Ends the stream; whatever is unanswered gets PeerLost."""
@@ -160,12 +163,12 @@ class CallClient:
 class _Stream:
     """One stream, and who waits for what of it."""
 
-    def __init__(self, stub: engine_pb2_grpc.EngineStub, peer: str):
-        self.calls = asyncio.Queue[engine_pb2.EngineCall]()
+    def __init__(self, stub: engine_pb2_grpc.EngineServiceStub, peer: str):
+        self.calls = asyncio.Queue[engine_pb2.GenerateTokensRequest]()
         self.inboxes: dict[int, asyncio.Queue[engine_pb2.EngineEvent | MoietyError]] = {}
         self.broken = False
         self._peer = peer
-        self._call = stub.Generate()
+        self._call = stub.GenerateTokens()
         self._tasks = [asyncio.create_task(self._write()), asyncio.create_task(self._read())]
 
     async def close(self) -> None:
@@ -183,7 +186,7 @@ class _Stream:
         try:
             while (message := await self._call.read()) is not grpc.aio.EOF:
                 for event in message.events:
-                    if (inbox := self.inboxes.get(event.call)) is not None:
+                    if (inbox := self.inboxes.get(event.call_id)) is not None:
                         inbox.put_nowait(event)
             self._break("it was ended there")
         except (grpc.RpcError, asyncio.InvalidStateError) as error:

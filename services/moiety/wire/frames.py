@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moiety.core import CallClass
+from moiety.core.expert_backend import CallClass
 from moiety.errors import InvalidRequest
+from moiety.internal.v1.experts_pb2 import CALL_CLASS_PREFILL, ForwardRequest, ForwardResponse
 from moiety.wire import codec
 from moiety.wire.deadline import Deadline
-from moiety.wire.experts_pb2 import CALL_CLASS_PREFILL, RETURN_MODE_ROWS, ForwardReply, ForwardRequest
 
-Answerer = Callable[[ForwardReply, codec.Picked | None], None]  # takes the one answer to a call
+Answerer = Callable[[ForwardResponse, codec.Picked | None], None]  # takes the one answer to a call
 
 
 @dataclass(slots=True)  # not frozen: that would double what making one costs, on every call
@@ -42,8 +42,6 @@ def parse_call(header: ForwardRequest, payload: memoryview, *, dtype: str, hidde
     """Checks a received message against itself and against what Describe promised. Raises InvalidRequest."""
     if header.dtype != dtype:
         raise InvalidRequest("dtype", header.dtype, f"{dtype}, as Describe says")
-    if header.return_mode != RETURN_MODE_ROWS:
-        raise InvalidRequest("return_mode", header.return_mode, f"{RETURN_MODE_ROWS}, one row per (row, expert)")
     if len(header.k_offsets) != 4 * (header.rows + 1):
         raise InvalidRequest(
             "k_offsets", f"{len(header.k_offsets)} bytes", f"{4 * (header.rows + 1)} bytes: rows + 1 int32"

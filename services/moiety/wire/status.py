@@ -8,7 +8,7 @@ from typing import NoReturn
 import grpc
 
 from moiety import errors
-from moiety.wire import engine_pb2
+from moiety.internal.v1 import engine_pb2
 
 _log = logging.getLogger(__name__)
 

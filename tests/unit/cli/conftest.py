@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import pytest
 
 from moiety.cli.main import run
-from moiety.local import LocalCluster
+from moiety.local.cluster import LocalCluster
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from moiety.model.supported import REFUSED, served_architectures
-from moiety.tools.parity import ParityReport, PromptResult
-from moiety.tools.parity_all import BEGIN, END, Verdict, summary, write_table
+from moiety.model.architectures.supported import REFUSED, served_architectures
+from moiety.tools.parity.all_tiny import BEGIN, END, Verdict, summary, write_table
+from moiety.tools.parity.parity import ParityReport, PromptResult
 
 
 def test_models_lists_served_and_refused(moiety: Callable, tmp_path: Path) -> None:

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from moiety.config import AppSettings
+from moiety.config.application import AppSettings
 from moiety.deploy.app import build, default_placement
 from moiety.deploy.arguments import carried, expert_settings, gateway_settings, restored, router_settings
 from moiety.errors import ConfigError
-from moiety.model.tiny import write_tiny
+from moiety.synthetic import write_tiny
 
 SECRET_URL = "redis://:hunter2@10.0.0.1:6390/0"
 NODE = "10.0.0.7"

@@ -13,14 +13,15 @@ from typing import Any
 import pytest
 from ray import cloudpickle
 
-from moiety.config import AppSettings
-from moiety.core import Busy, Replica, Role
-from moiety.deploy import autoscaling
+from moiety.config.application import AppSettings
+from moiety.core.load import ReplicaLoad
+from moiety.core.replica import Replica, Role
+from moiety.deploy import autoscaling_hook
 from moiety.deploy.arguments import carried
-from moiety.load.connect import connect
-from moiety.load.embedded import EmbeddedRedis
+from moiety.registry.connect import connect
+from moiety.registry.embedded_redis import EmbeddedRedis
 from moiety.telemetry import MetricName
-from moiety.telemetry.receiver import TraceReceiver
+from moiety.tools.trace.receiver import TraceReceiver
 
 WAIT_S = 10.0
 
@@ -48,11 +49,11 @@ def _settings(redis: EmbeddedRedis) -> AppSettings:
 
 def _policy(settings: AppSettings) -> Any:
     """The policy after the journey that Serve sends it on."""
-    cloudpickle.register_pickle_by_value(autoscaling)
+    cloudpickle.register_pickle_by_value(autoscaling_hook)
     try:
-        copied = cloudpickle.loads(cloudpickle.dumps(autoscaling.LoadPolicy))
+        copied = cloudpickle.loads(cloudpickle.dumps(autoscaling_hook.LoadPolicy))
     finally:
-        cloudpickle.unregister_pickle_by_value(autoscaling)
+        cloudpickle.unregister_pickle_by_value(autoscaling_hook)
     return copied(arguments=carried(settings), held="0:0-3")
 
 
@@ -62,7 +63,7 @@ def _report(settings: AppSettings, busy: float) -> None:
     async def publish() -> None:
         registry = connect(settings.registry, settings.app)
         await registry.register(Replica("a", Role.EXPERT, "experts-0", "127.0.0.1:1", "node", "m", "r"))
-        await registry.publish_load("a", Busy(busy, 0.0, 100.0, 10.0))
+        await registry.publish_load("a", ReplicaLoad(busy, 0.0, 100.0, 10.0))
         await registry.close()
 
     asyncio.run(publish())
@@ -143,7 +144,7 @@ def test_without_a_registry_the_current_target_holds(redis: EmbeddedRedis) -> No
 
 def test_the_policy_never_raises(caplog: pytest.LogCaptureFixture) -> None:
     """Arguments it can't use make it hold the current target; it says so once, not nine times a second."""
-    policy = autoscaling.LoadPolicy(arguments={"nonsense": 1}, held="0:0")
+    policy = autoscaling_hook.LoadPolicy(arguments={"nonsense": 1}, held="0:0")
     logger = logging.getLogger("ray.serve")  # it does not propagate
     logger.addHandler(caplog.handler)
     try:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from expert_support import SHAPE, MakeRuntime, weights_of
 
-from moiety.core import ExpertSet
+from moiety.core.experts import ExpertSet
 from moiety.expert.runtime import Runtime
 from moiety_kernels import ExpertWeights
 

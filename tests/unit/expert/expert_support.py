@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from moiety.core import CallClass
+from moiety.core.expert_backend import CallClass
 from moiety.expert.batcher import Computed, Waiting
 from moiety.expert.runtime import Runtime
 from moiety.testing import fake_shape

@@ -8,7 +8,7 @@ import time
 import pytest
 from expert_support import call_for, waiting_for
 
-from moiety.core import CallClass
+from moiety.core.expert_backend import CallClass
 from moiety.errors import ResourceExhausted
 from moiety.expert.batcher import MAX_BATCH_ROWS, PREFILL_PATIENCE_S, Batcher, Waiting
 

@@ -1,4 +1,4 @@
-"""moiety.v1.Experts over loopback: the real service on a real server, spoken to as a router does."""
+"""moiety.internal.v1.ExpertService over loopback: the real service on a real server, spoken to as a router does."""
 
 from __future__ import annotations
 
@@ -16,15 +16,17 @@ from google.protobuf.descriptor_pb2 import FileDescriptorProto
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from moiety.core import WIRE_VERSION, ExpertSet
+from moiety.core.experts import ExpertSet
+from moiety.core.replica import WIRE_VERSION
 from moiety.errors import PeerLost
 from moiety.expert.runtime import Runtime
 from moiety.expert.service import SERVICE, ExpertService
+from moiety.internal.v1 import experts_pb2, experts_pb2_grpc
 from moiety.telemetry.tracing import NO_TRACER
 from moiety.testing import HOST, Caller, eventually, open_caller
-from moiety.wire import codec, experts_pb2, experts_pb2_grpc
-from moiety.wire.channels import MAX_MESSAGE_BYTES, Server, channel
-from moiety.wire.transport import Reply
+from moiety.wire import codec
+from moiety.wire.channels import Server, channel
+from moiety.wire.transports.connection import Reply
 from moiety_kernels import ExpertWeights
 
 HELD = ExpertSet.block(3, range(4))
@@ -131,14 +133,14 @@ def test_garbage_on_the_stream_is_answered_and_survived(make_runtime: MakeRuntim
 
     async def scenario(it: Served) -> None:
         async with channel(it.address) as link:
-            call = link.stream_stream("/moiety.v1.Experts/Forward")()
+            call = link.stream_stream("/moiety.internal.v1.ExpertService/Forward")()
             await call.write(b"\xff\xff garbage")
-            told, _ = codec.decode(experts_pb2.ForwardReply, await call.read())
+            told, _ = codec.decode(experts_pb2.ForwardResponse, await call.read())
             assert told.outcome == experts_pb2.OUTCOME_INVALID
             assert "ForwardRequest" in told.detail
             good = experts_pb2.ForwardRequest(call_id=3, revision="r1", dtype="float32", k_offsets=bytes(4))
             await call.write(good.SerializeToString())
-            told, _ = codec.decode(experts_pb2.ForwardReply, await call.read())
+            told, _ = codec.decode(experts_pb2.ForwardResponse, await call.read())
             assert (told.call_id, told.outcome) == (3, experts_pb2.OUTCOME_OK)
             await call.done_writing()
             assert await call.read() is grpc.aio.EOF
@@ -160,7 +162,7 @@ def test_a_client_without_our_codec_is_served(make_runtime: MakeRuntime):
                 dtype="float32",
                 payload=rows_for(1).numpy().tobytes(),
             )
-            replies = experts_pb2_grpc.ExpertsStub(link).Forward(iter([request]))
+            replies = experts_pb2_grpc.ExpertServiceStub(link).Forward(iter([request]))
             reply = await replies.read()
             got = torch.frombuffer(bytearray(reply.payload), dtype=torch.float32)[None]
             torch.testing.assert_close(got, plainly([2], rows_for(1)))
@@ -222,14 +224,14 @@ def test_describe_tells_the_truth(make_runtime: MakeRuntime):
     async def scenario(it: Served) -> None:
         told = it.caller.link.description
         assert (told.model, told.revision, told.dtype, told.hidden) == ("tiny", "r1", "float32", SHAPE.mlp.hidden)
-        assert (told.wire_version, told.max_message_bytes) == (WIRE_VERSION, MAX_MESSAGE_BYTES)
+        assert told.wire_version == WIRE_VERSION
         assert (ExpertSet.parse(told.held), told.placement_epoch) == (HELD, 0)
         moved = ExpertSet.parse("0-1:4-5")
         await asyncio.to_thread(runtime.hold, moved, 7)
         told = await it.caller.link.describe(5)
         assert (ExpertSet.parse(told.held), told.placement_epoch) == (moved, 7)
         reply = await it.send([4])
-        assert (reply.header.outcome, reply.header.held_epoch) == (experts_pb2.OUTCOME_OK, 7)
+        assert reply.header.outcome == experts_pb2.OUTCOME_OK
 
     run(runtime, scenario)
 

@@ -9,11 +9,12 @@ from dataclasses import replace
 import pytest
 from expert_support import MakeRuntime
 
-from moiety.compose.placement import SEEN_S, PlacementFollower
-from moiety.core import ExpertSet, Placement, Replica, Role
+from moiety.compose.placement_follower import SEEN_S, PlacementFollower
+from moiety.core.experts import ExpertSet
+from moiety.core.replica import Placement, Replica, Role
 from moiety.errors import RegistryUnreachable
-from moiety.load.memory import MemoryRegistry
-from moiety.load.registry import TTL_S
+from moiety.registry.interface import TTL_S
+from moiety.registry.memory import MemoryRegistry
 
 HELD, NEXT = ExpertSet.block(3, [0, 1]), ExpertSet.block(3, [1, 2])
 LEAVING = ExpertSet.block(3, [0])

@@ -10,7 +10,7 @@ import pytest
 import torch
 from expert_support import Answers, MakeRuntime, call_for, plainly, rows_for, tensor_of, waiting_for, weights_of
 
-from moiety.core import ExpertSet
+from moiety.core.experts import ExpertSet
 from moiety.errors import DeadlineExceeded, MoietyError, NotHeld, ResourceExhausted
 from moiety.expert.batcher import Computed, Waiting
 from moiety.wire.deadline import Deadline

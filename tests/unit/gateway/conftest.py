@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from moiety.gateway.text import Tokenizer
-from moiety.model.tiny.tokenizer import write_tokenizer
+from moiety.synthetic.tokenizer import write_tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -8,11 +8,11 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
 from moiety.client import Chunk, Client
-from moiety.gateway.routers import Routers
+from moiety.gateway.router_pool import RouterPool
 from moiety.gateway.service import SERVICE, GenerationService
 from moiety.gateway.text import Tokenizer
-from moiety.load.memory import MemoryRegistry
-from moiety.load.watch import Watch
+from moiety.registry.memory import MemoryRegistry
+from moiety.registry.watch import Watch
 from moiety.telemetry.tracing import NO_TRACER
 from moiety.testing import HOST, FakeEngine, eventually, fake_shape, fake_token
 from moiety.wire.channels import Server
@@ -30,7 +30,7 @@ class Gateway:
     client: Client
     registry: MemoryRegistry
     watch: Watch
-    routers: Routers
+    routers: RouterPool
     received: int = 0  # tokens that `chunks` has been sent
 
 
@@ -52,7 +52,7 @@ def run(
             watch = Watch(registry, interval_s=0.02)
             await watch.start()
             stack.push_async_callback(watch.stop)
-            routers = Routers(watch, router_wait_s)
+            routers = RouterPool(watch, router_wait_s)
             stack.push_async_callback(routers.close)
             service = GenerationService(routers, tokenizer, "fake", max_concurrent, NO_TRACER)
             server = Server([service.handler()], [SERVICE])

@@ -12,8 +12,8 @@ from itertools import count
 import numpy as np
 
 from moiety.gateway.prefixes import PrefixHasher, PrefixIndex, Visit
-from moiety.policy.pace import Pace
-from moiety.policy.routing import Candidate, choose
+from moiety.policy.router_choice import Candidate, choose
+from moiety.policy.router_pace import Pace
 
 BLOCK = 16
 POLL_S = 0.25

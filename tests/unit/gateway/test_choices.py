@@ -9,7 +9,7 @@ import pytest
 from gateway_support import PROMPT, SHAPE, Gateway, chunks, die_before, run
 
 from moiety.client import Chunk
-from moiety.core import FinishReason
+from moiety.core.sampling import FinishReason
 from moiety.errors import MoietyError
 from moiety.gateway.text import Tokenizer
 from moiety.testing import FakeEngine, eventually, fake_token

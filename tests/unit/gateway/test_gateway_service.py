@@ -1,4 +1,4 @@
-"""moiety.v1.Generation over loopback: what good requests get, and what each bad one is told."""
+"""moiety.v1.GenerationService over loopback: what good requests get, and what each bad one is told."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import grpc
 import pytest
 from gateway_support import PROMPT, SHAPE, Gateway, chunks, expected, run, tokens
 
-from moiety.core import FinishReason
+from moiety.core.sampling import FinishReason
 from moiety.errors import DeadlineExceeded, InvalidRequest, ResourceExhausted, Unavailable
 from moiety.gateway.service import MAX_REQUEST_ID
 from moiety.gateway.text import Tokenizer
 from moiety.testing import REVISION, FakeEngine, eventually
-from moiety.wire import generation_pb2
+from moiety.v1 import generation_pb2
 from moiety.wire.channels import channel
 
 NAN = float("nan")
@@ -172,7 +172,7 @@ def bad_request(changes: dict[str, Any]) -> bytes:
 async def refusal(gateway: Gateway, data: bytes) -> grpc.aio.AioRpcError:
     """What a request of these bytes is told."""
     async with channel(gateway.address) as link:
-        call = link.unary_stream("/moiety.v1.Generation/Generate")(data)
+        call = link.unary_stream("/moiety.v1.GenerationService/Generate")(data)
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await call.read()
     return refused.value

@@ -9,11 +9,12 @@ from dataclasses import replace
 import pytest
 from gateway_support import PROMPT, SHAPE, Gateway, chunks, die_before, expected, run, tokens
 
-from moiety.core import ReplicaState
+from moiety.core.replica import ReplicaState
 from moiety.errors import DeadlineExceeded, MoietyError, NoHolder, ResourceExhausted, Unavailable
 from moiety.gateway.text import Tokenizer
+from moiety.internal.v1 import engine_pb2
 from moiety.testing import FakeEngine, eventually
-from moiety.wire import engine_pb2, status
+from moiety.wire import status
 
 
 def _generated(request: engine_pb2.EngineRequest) -> int:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from moiety.errors import CheckpointError, InvalidRequest
 from moiety.gateway.text import MAX_PROMPT_BYTES, Detokenizer, Tokenizer
-from moiety.model.tiny.tokenizer import EOS, VOCABULARY
+from moiety.synthetic.tokenizer import EOS, VOCABULARY
 
 BYTE_80 = 225  # the token of the byte 0x80, which begins no character
 EMOJI = "naïve 👩‍🚀 and 🙂🙃, 漢字"

@@ -8,16 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from moiety.core import ExpertMLP, ExpertSet, PendingRows
-from moiety.model.checkpoint import Checkpoint
-from moiety.model.layout import ExpertLayout, expert_layout
-from moiety.model.slices import load_experts
-from moiety.model.tiny import write_tiny
+from moiety.core.expert_backend import PendingRows
+from moiety.core.experts import ExpertMLP, ExpertSet
+from moiety.model.checkpoint.checkpoint import Checkpoint
+from moiety.model.experts.layout import ExpertLayout
+from moiety.model.experts.read import load_experts
 from moiety_kernels import ExpertWeights, grouped_expert_mlp
 from moiety_kernels.cpu.library import SWITCH, load
 
 Held = dict[tuple[int, int], ExpertWeights]
-OpenTiny = Callable[[str], tuple[Checkpoint, ExpertLayout]]
 MakeExperts = Callable[..., "LocalExperts"]
 
 
@@ -95,21 +94,6 @@ def torch_kernels() -> Iterator[None]:
         load.cache_clear()
         yield
     load.cache_clear()
-
-
-@pytest.fixture(scope="session")
-def open_tiny(tmp_path_factory: pytest.TempPathFactory) -> OpenTiny:
-    """Architecture -> its tiny checkpoint and layout, written on first use."""
-    opened: dict[str, tuple[Checkpoint, ExpertLayout]] = {}
-
-    def open_one(architecture: str) -> tuple[Checkpoint, ExpertLayout]:
-        if architecture not in opened:
-            folder = tmp_path_factory.mktemp(architecture)
-            checkpoint = Checkpoint.open(write_tiny(architecture, folder, shard_bytes=200_000))
-            opened[architecture] = checkpoint, expert_layout(checkpoint)
-        return opened[architecture]
-
-    return open_one
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moiety.config import GroupSettings
+from moiety.config.application import GroupSettings
 from moiety.policy.autoscale import (
     SETTLE_S,
     STEP_TIMEOUT_S,
@@ -36,7 +36,7 @@ class Group:
     start_s: float = 2.0
     now: float = 1000.0
     load: float = 0.0
-    wake: bool = False
+    missing_experts: bool = False
     stale: bool = False
     state: State = field(default_factory=State)
     decisions: list[tuple[float, Decision]] = field(default_factory=list)
@@ -66,7 +66,7 @@ class Group:
             busy,
             0.0,
             1000 * min(self.load, self.live),  # routers send no more than is answered
-            wake=self.wake,
+            missing_experts=self.missing_experts,
             stale=self.stale,
         )
 
@@ -191,7 +191,7 @@ def test_zero_and_back() -> None:
     group = Group(settings=SETTINGS.model_copy(update={"min_replicas": 0}))
     assert [d.target for d in group.run(11)] == [0]
     assert group.run(60) == []
-    group.wake = True
+    group.missing_experts = True
     assert [d.reason for d in group.run(TICK_S)] == ["its experts are waited for: 0 → 1"]
 
 
@@ -293,19 +293,21 @@ def test_a_router_is_as_busy_as_its_scarcest_room() -> None:
     wait=st.floats(0, 1000),
     rows=st.floats(0, 1e6),
     fixed=st.floats(0, 1),
-    wake=st.booleans(),
+    missing_experts=st.booleans(),
     now=st.floats(0, 100),
     low_since=st.none() | st.floats(0, 100),
 )
 def test_whatever_is_seen_bounds_hold_and_the_last_holder_stays(
-    target: int, live: int, reporting: int, busy: float, wait: float, rows: float, fixed: float, wake: bool,
+    target: int, live: int, reporting: int, busy: float, wait: float, rows: float, fixed: float, missing_experts: bool,
     now: float, low_since: float | None,
 ) -> None:  # fmt: skip
     """Every decision is within the bounds, and none takes the last holder away while there is demand."""
     settings = GroupSettings(min_replicas=0, max_replicas=40, shrink_after_s=1.0)
-    seen = Snapshot("experts-0", target, live, min(reporting, live), busy, wait, rows, wake=wake, fixed=fixed)
+    seen = Snapshot(
+        "experts-0", target, live, min(reporting, live), busy, wait, rows, missing_experts=missing_experts, fixed=fixed
+    )
     decision = decide(seen, State(low_since=low_since), settings, now)
     assert 0 <= decision.target <= 40
     assert decision.reason
-    if target > 0 and (rows > 0 or wake):
+    if target > 0 and (rows > 0 or missing_experts):
         assert decision.target > 0

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moiety.policy.overflow import backups
+from moiety.policy.backup_experts import backups
 
 
 @given(st.integers(1, 6), st.integers(1, 4), st.integers(0, 8), st.integers(0, 2**32 - 1))

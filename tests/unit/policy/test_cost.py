@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from moiety.policy.cost import CostModel, Sample, fit, heat, update
+from moiety.policy.cost_model import CostModel, Sample, expert_load, fit, update
 
 EXPERT = 44e6  # bytes, one of DeepSeek-V3 in fp8
 TRUE = (30e-6, 0.4e-12, 0.25e-6)
@@ -86,8 +86,8 @@ def test_the_knee_and_the_capacity_follow_from_the_costs() -> None:
 def test_heat_counts_activations_in_decode_and_rows_in_prefill() -> None:
     """Two experts with equal rows: in decode the one in more batches is hotter, in prefill they are nearly equal."""
     model = CostModel.seeded(*TRUE)
-    decode = heat(model, [[1000.0, 1000.0]], [[1000.0, 250.0]], EXPERT)
-    prefill = heat(model, [[1e6, 1e6]], [[1000.0, 250.0]], EXPERT)
+    decode = expert_load(model, [[1000.0, 1000.0]], [[1000.0, 250.0]], EXPERT)
+    prefill = expert_load(model, [[1e6, 1e6]], [[1000.0, 250.0]], EXPERT)
     assert decode[0, 0] > 3 * decode[0, 1]
     assert prefill[0, 0] < 1.1 * prefill[0, 1]
 

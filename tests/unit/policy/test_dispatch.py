@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moiety.core import ExpertSet
-from moiety.policy.dispatch import KNEE_ROWS, NOBODY, SEVERAL, Plan, Table, holders, plan
+from moiety.core.experts import ExpertSet
+from moiety.policy.dispatch import KNEE_ROWS, NOBODY, SEVERAL, DispatchPlan, HolderTable, holders, plan_dispatch
 
 EXPERTS = 8
 Held = dict[str, frozenset[int]]
@@ -20,14 +20,14 @@ routings = st.lists(st.integers(0, EXPERTS - 1), max_size=60).map(lambda ids: np
 avoided = st.frozensets(st.sampled_from(["a", "b", "z"]))
 
 
-def table_of(held: Held, version: int = 1) -> Table:
+def table_of(held: Held, version: int = 1) -> HolderTable:
     """One layer, held as told."""
-    return Table.build(version, {name: ExpertSet({0: ids}) for name, ids in held.items()}, 1, EXPERTS)
+    return HolderTable.build(version, {name: ExpertSet({0: ids}) for name, ids in held.items()}, 1, EXPERTS)
 
 
-def plan_of(held: Held, experts: np.ndarray, avoid: frozenset[str] = frozenset()) -> Plan:
+def plan_of(held: Held, experts: np.ndarray, avoid: frozenset[str] = frozenset()) -> DispatchPlan:
     """The plan of all assignments."""
-    return plan(table_of(held), 0, experts, np.arange(len(experts)), avoid)
+    return plan_dispatch(table_of(held), 0, experts, np.arange(len(experts)), avoid)
 
 
 @settings(deadline=None)
@@ -74,7 +74,7 @@ def test_a_plan_depends_on_nothing_else(held: Held, experts: np.ndarray):
 def test_the_table_is_what_a_plain_loop_makes(names: list[str], kinds: list[str]):
     """Sole holders and the several holders of an expert, whether replicas hold one and the same set or equal ones."""
     held = {name: ExpertSet.parse(kind) for name, kind in zip(names, kinds, strict=False)}
-    table = Table.build(1, held, layers=2, experts=EXPERTS)
+    table = HolderTable.build(1, held, layers=2, experts=EXPERTS)
     holders: dict[tuple[int, int], list[int]] = {}
     for index, name in enumerate(sorted(held)):
         for pair in held[name]:
@@ -100,8 +100,8 @@ def test_experts_stay_with_their_replica_from_step_to_step():
 def test_a_group_may_have_more_replicas_than_experts_of_a_layer():
     """With two experts a layer and eight replicas, layers take turns: no replica is left without work."""
     held = {name: ExpertSet.block(8, [0, 1]) for name in "abcdefgh"}
-    table = Table.build(1, held, layers=8, experts=EXPERTS)
-    used = [plan(table, layer, np.array([0, 1]), np.arange(2)).parts.keys() for layer in range(8)]
+    table = HolderTable.build(1, held, layers=8, experts=EXPERTS)
+    used = [plan_dispatch(table, layer, np.array([0, 1]), np.arange(2)).parts.keys() for layer in range(8)]
     assert set().union(*used) == set(held)
     assert {len(replicas) for replicas in used} == {2}
 
@@ -126,13 +126,13 @@ def test_an_avoided_sole_holder_leaves_its_experts_uncovered():
 def test_only_the_assignments_asked_for_are_planned():
     """A retry plans its own rows, by their places in the whole layer."""
     table = table_of({"a": frozenset(range(EXPERTS))})
-    planned = plan(table, 0, np.array([0, 1, 2, 3]), np.array([1, 3]))
+    planned = plan_dispatch(table, 0, np.array([0, 1, 2, 3]), np.array([1, 3]))
     assert planned.parts["a"].tolist() == [1, 3]
 
 
 def test_what_the_model_lacks_is_ignored():
     """A replica that claims layers or experts beyond the model's shape is used for the rest."""
-    table = Table.build(1, {"a": ExpertSet.parse("0-5:0-99")}, layers=2, experts=3)
+    table = HolderTable.build(1, {"a": ExpertSet.parse("0-5:0-99")}, layers=2, experts=3)
     assert table.uncovered() == []
     assert [len(owner) for owner in table.sole.values()] == [3, 3]
 
@@ -140,7 +140,7 @@ def test_what_the_model_lacks_is_ignored():
 @pytest.mark.parametrize(("held", "missing"), [({}, [(0, 0), (0, 1)]), ({"a": ExpertSet.parse("0:1")}, [(0, 0)])])
 def test_the_table_names_what_nobody_holds(held: dict[str, ExpertSet], missing: list[tuple[int, int]]):
     """A router is ready once this list is empty."""
-    assert Table.build(1, held, layers=1, experts=2).uncovered() == missing
+    assert HolderTable.build(1, held, layers=1, experts=2).uncovered() == missing
 
 
 def _sets(**held: str) -> dict[str, ExpertSet]:
@@ -163,7 +163,7 @@ def test_a_placement_is_taken_in_when_every_replica_has_followed():
 
 def test_experts_whose_holders_are_all_named():
     """Of a layer's experts those that nobody but the named replicas holds; one without a holder is not among them."""
-    table = Table.build(1, _sets(a="0:0-1", b="0:1-2", c="0:3"), 1, 5)
+    table = HolderTable.build(1, _sets(a="0:0-1", b="0:1-2", c="0:3"), 1, 5)
     assert table.held_only_by(0, {"a"}).tolist() == [True, False, False, False, False]
     assert table.held_only_by(0, {"a", "b"}).tolist() == [True, True, True, False, False]
     assert not table.held_only_by(0, ()).any()

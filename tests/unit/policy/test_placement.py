@@ -8,9 +8,10 @@ from eplb import eplb_balancedness
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moiety.core import ExpertSet, ModelShape, Placement
+from moiety.core.experts import ExpertSet, ModelShape
+from moiety.core.replica import Placement
 from moiety.errors import ConfigError
-from moiety.policy.placement import Plan, Room, held_table, plan, replica_loads
+from moiety.policy.placement.planner import DeploymentCapacity, PlacementPlan, held_table, plan_placement, replica_loads
 
 LAYERS, EXPERTS = 8, 64
 DEVICES, SLOTS = 16, 5  # as EPLB has them: the same number of experts on each device, 16 of a layer's 80 redundant
@@ -23,9 +24,9 @@ def zipf(skew: float, seed: int, layers: int = LAYERS, experts: int = EXPERTS) -
     return np.stack([random.permutation(weights) / weights.sum() for _ in range(layers)])
 
 
-def devices(count: int = DEVICES, slots: int = SLOTS, layers: int = LAYERS) -> list[Room]:
+def devices(count: int = DEVICES, slots: int = SLOTS, layers: int = LAYERS) -> list[DeploymentCapacity]:
     """Equal groups with memory to spare, as EPLB's devices are."""
-    return [Room(f"experts-{index}", slots * layers) for index in range(count)]
+    return [DeploymentCapacity(f"experts-{index}", slots * layers) for index in range(count)]
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -33,7 +34,7 @@ def devices(count: int = DEVICES, slots: int = SLOTS, layers: int = LAYERS) -> l
 def test_at_least_as_balanced_as_eplb(skew: float, seed: int) -> None:
     """On uniform and on skewed loads; equal shares for all copies, as EPLB assumes."""
     heat = zipf(skew, seed)
-    assert plan(heat, devices(), None).balancedness >= eplb_balancedness(heat, DEVICES, SLOTS) - 1e-9
+    assert plan_placement(heat, devices(), None).balancedness >= eplb_balancedness(heat, DEVICES, SLOTS) - 1e-9
 
 
 def test_at_least_as_balanced_as_eplb_while_the_load_drifts() -> None:
@@ -44,8 +45,8 @@ def test_at_least_as_balanced_as_eplb_while_the_load_drifts() -> None:
     for _ in range(10):
         logs += 0.15 * random.standard_normal(logs.shape)
         heat = np.exp(logs) / np.exp(logs).sum(axis=1, keepdims=True)
-        planned = plan(heat, devices(), placement)
-        afresh = plan(heat, devices(), None)
+        planned = plan_placement(heat, devices(), placement)
+        afresh = plan_placement(heat, devices(), None)
         ours.append(planned.balancedness)
         theirs.append(eplb_balancedness(heat, DEVICES, SLOTS))
         if placement is not None:
@@ -65,9 +66,9 @@ def test_at_least_as_balanced_as_eplb_while_the_load_drifts() -> None:
 def test_hot_sets_hold_the_hottest() -> None:
     """Memory for 16 experts holds those that are hottest in all layers together; the critical path gets shorter."""
     heat = zipf(1.0, seed=3)
-    groups = [Room(f"experts-{index}", LAYERS * EXPERTS // 8) for index in range(8)]
-    without = plan(heat, groups, None)
-    planned = plan(heat, [*groups, Room("hot-0", 16, hot=True)], without.placement)
+    groups = [DeploymentCapacity(f"experts-{index}", LAYERS * EXPERTS // 8) for index in range(8)]
+    without = plan_placement(heat, groups, None)
+    planned = plan_placement(heat, [*groups, DeploymentCapacity("hot-0", 16, hot=True)], without.placement)
     held = planned.placement.held["hot-0"]
     assert len(held) == 16
     assert min(heat[pair] for pair in held) >= np.sort(heat, axis=None)[-16]
@@ -77,9 +78,9 @@ def test_hot_sets_hold_the_hottest() -> None:
 
 def test_replicas_share_the_load_of_their_group() -> None:
     """A group with three replicas is given more heat than one with a single replica: each replica has about as much."""
-    rooms = [Room("experts-0", 2 * 32, replicas=3), Room("experts-1", 2 * 32)]
+    rooms = [DeploymentCapacity("experts-0", 2 * 32, replicas=3), DeploymentCapacity("experts-1", 2 * 32)]
     heat = zipf(1.0, seed=4, layers=2)
-    held = held_table(rooms, plan(heat, rooms, None).placement, 2, EXPERTS)
+    held = held_table(rooms, plan_placement(heat, rooms, None).placement, 2, EXPERTS)
     loads = replica_loads(heat, held, np.array([3, 1]))
     assert loads.shape == (2, 2)
     assert loads.max() < 1.25 * loads.min()
@@ -88,8 +89,8 @@ def test_replicas_share_the_load_of_their_group() -> None:
 def test_a_balanced_placement_is_left_alone() -> None:
     """Planned again on the same load, nothing moves; the epoch still grows by one, and the diff says so."""
     heat = zipf(0.7, seed=5)
-    first = plan(heat, devices(), None, expert_bytes=10)
-    again = plan(heat, devices(), first.placement, expert_bytes=10)
+    first = plan_placement(heat, devices(), None, expert_bytes=10)
+    again = plan_placement(heat, devices(), first.placement, expert_bytes=10)
     assert not again.changes
     assert again.placement.epoch == first.placement.epoch + 1
     assert again.moved_bytes == 0
@@ -100,9 +101,9 @@ def test_a_balanced_placement_is_left_alone() -> None:
 def test_the_plan_reads_like_a_diff() -> None:
     """What a deployment gains and loses is under its name, with a sign."""
     heat = np.array([[8.0, 7.0, 0.1, 0.1]])
-    rooms = [Room("experts-0", 2), Room("experts-1", 2)]
+    rooms = [DeploymentCapacity("experts-0", 2), DeploymentCapacity("experts-1", 2)]
     current = Placement(4, {"experts-0": ExpertSet.parse("0:0-1"), "experts-1": ExpertSet.parse("0:2-3")})
-    lines = list(plan(heat, rooms, current, expert_bytes=1000).lines())
+    lines = list(plan_placement(heat, rooms, current, expert_bytes=1000).lines())
     assert lines[0] == "experts-0"
     assert lines[1].startswith("  + 0:")
     assert lines[2].startswith("  - 0:")
@@ -113,17 +114,17 @@ def test_the_plan_reads_like_a_diff() -> None:
 def test_too_little_memory_is_refused() -> None:
     """Groups that cannot hold every expert once are told what they can hold."""
     with pytest.raises(ConfigError, match="2 groups have memory for 4 experts of each layer, and it has 64"):
-        plan(zipf(0.0, seed=6), devices(count=2, slots=2), None)
+        plan_placement(zipf(0.0, seed=6), devices(count=2, slots=2), None)
 
 
 def test_deployments_that_are_not_planned_for_keep_what_they_hold() -> None:
     """A placement in force may name others; the new one names them too."""
     current = Placement(1, {"elsewhere": ExpertSet.parse("0:1")})
-    assert plan(zipf(0.0, seed=7), devices(), current).placement.held["elsewhere"] == ExpertSet.parse("0:1")
+    assert plan_placement(zipf(0.0, seed=7), devices(), current).placement.held["elsewhere"] == ExpertSet.parse("0:1")
 
 
 @st.composite
-def loads_and_rooms(draw: st.DrawFn) -> tuple[np.ndarray, list[Room], Placement | None]:
+def loads_and_rooms(draw: st.DrawFn) -> tuple[np.ndarray, list[DeploymentCapacity], Placement | None]:
     """Any heat, groups and hot sets of any size that can hold the model, and the default placement or an older plan."""
     layers, experts, groups = draw(st.integers(1, 4)), draw(st.integers(2, 12)), draw(st.integers(1, 4))
     groups = min(groups, experts)
@@ -134,17 +135,17 @@ def loads_and_rooms(draw: st.DrawFn) -> tuple[np.ndarray, list[Room], Placement 
     )
     base = -(-experts // groups)
     rooms = [
-        Room(f"experts-{g}", layers * (base + draw(st.integers(0, 3))), replicas=draw(st.integers(0, 3)))
+        DeploymentCapacity(f"experts-{g}", layers * (base + draw(st.integers(0, 3))), replicas=draw(st.integers(0, 3)))
         for g in range(groups)
     ]
-    rooms += [Room(f"hot-{h}", draw(st.integers(0, 9)), hot=True) for h in range(draw(st.integers(0, 2)))]
+    rooms += [DeploymentCapacity(f"hot-{h}", draw(st.integers(0, 9)), hot=True) for h in range(draw(st.integers(0, 2)))]
     shape = ModelShape("any", layers, experts, 1, mlp=None, dtype="", vocabulary=0, max_context=0)  # type: ignore[arg-type]
     default = Placement(3, {f"experts-{g}": held for g, held in enumerate(shape.partition(groups))})
-    older = plan(heat[:, ::-1].copy(), rooms, default).placement
+    older = plan_placement(heat[:, ::-1].copy(), rooms, default).placement
     return heat, rooms, draw(st.sampled_from([None, default, older]))
 
 
-def applied(planned: Plan, current: Placement | None) -> dict[str, ExpertSet]:
+def applied(planned: PlacementPlan, current: Placement | None) -> dict[str, ExpertSet]:
     """What each deployment holds after its moves."""
     after = {}
     for name in planned.placement.held:
@@ -159,10 +160,12 @@ def applied(planned: Plan, current: Placement | None) -> dict[str, ExpertSet]:
 
 @settings(deadline=None, max_examples=60)
 @given(loads_and_rooms())
-def test_every_plan_is_whole_fits_and_follows_from_its_moves(case: tuple[np.ndarray, list[Room], Placement | None]):
+def test_every_plan_is_whole_fits_and_follows_from_its_moves(
+    case: tuple[np.ndarray, list[DeploymentCapacity], Placement | None],
+):
     """A home for every expert, no deployment over its memory, moves that lead to the placement, never a worse path."""
     heat, rooms, current = case
-    planned = plan(heat, rooms, current)
+    planned = plan_placement(heat, rooms, current)
     held = held_table(rooms, planned.placement, *heat.shape)
     homes = [index for index, room in enumerate(rooms) if not room.hot]
     assert held[homes].any(axis=0).all()
@@ -172,5 +175,5 @@ def test_every_plan_is_whole_fits_and_follows_from_its_moves(case: tuple[np.ndar
     assert planned.placement.epoch == (1 if current is None else current.epoch + 1)
     if current is not None:
         assert planned.after <= planned.before * (1 + 1e-9)
-    again = plan(heat, rooms, current)
+    again = plan_placement(heat, rooms, current)
     assert again.placement == planned.placement, "the same in, the same out"

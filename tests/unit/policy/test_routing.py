@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moiety.policy.pace import Line, Mean, Pace
-from moiety.policy.routing import Candidate, choose
+from moiety.policy.router_choice import Candidate, choose
+from moiety.policy.router_pace import Line, Mean, Pace
 
 PROMPT, OUTPUT = 1000, 20
 candidates = st.lists(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from moiety.core import ExpertSet, Placement
-from moiety.policy.stages import stages
+from moiety.core.experts import ExpertSet
+from moiety.core.replica import Placement
+from moiety.policy.placement.stages import placement_stages
 
 CURRENT = Placement(4, {"a": ExpertSet.parse("0-4:0-1"), "b": ExpertSet.parse("0-4:2-3"), "hot-0": ExpertSet()})
 TARGET = Placement(
@@ -18,7 +19,7 @@ TARGET = Placement(
 
 def test_each_stage_changes_a_few_layers_and_the_last_is_the_target() -> None:
     """Three layers differ: two stages of two, epochs one after the other; every expert has a holder in each."""
-    found = stages(CURRENT, TARGET, 2)
+    found = placement_stages(CURRENT, TARGET, 2)
     assert [stage.epoch for stage in found] == [5, 6]
     assert found[-1].held == TARGET.held
     assert found[0].held["a"] == ExpertSet.parse("0-1:2-3;2-4:0-1")
@@ -32,5 +33,5 @@ def test_each_stage_changes_a_few_layers_and_the_last_is_the_target() -> None:
 
 def test_all_at_once() -> None:
     """Without a bound there is one stage, the target; where nothing changes there is none."""
-    assert stages(CURRENT, TARGET, 0) == (Placement(5, TARGET.held),)
-    assert stages(CURRENT, Placement(5, CURRENT.held), 1) == ()
+    assert placement_stages(CURRENT, TARGET, 0) == (Placement(5, TARGET.held),)
+    assert placement_stages(CURRENT, Placement(5, CURRENT.held), 1) == ()

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from moiety.core import Sampling
-from moiety.router.cachespec import CacheSpec, LayerSpec
+from moiety.core.sampling import Sampling
+from moiety.router.cache.cache_spec import CacheSpec, LayerSpec
+from moiety.router.cache.kv_cache import KVCache
 from moiety.router.engine import Engine
-from moiety.router.forward import Forward
-from moiety.router.kvcache import KVCache
-from moiety.router.sequence import Emitted
-from moiety.router.sequence import Sequence as Request
+from moiety.router.sequence.sequence import Emitted
+from moiety.router.sequence.sequence import Sequence as Request
+from moiety.router.step_runner import StepRunner
 from moiety.telemetry.tracing import NO_TRACER
 
 VOCABULARY = 32
@@ -92,7 +92,7 @@ class TranslatingModel(CountingModel):
         moiety_batch: Any = None,
         **_: Any,
     ) -> Any:
-        prompts = moiety_batch.across
+        prompts = moiety_batch.cross
         self.before(prompts.ids.tolist())
         self.steps.append(input_ids[0].tolist())
         self.encoded.append(prompts.lengths)
@@ -186,14 +186,14 @@ def engine_of(
     revision: str | None = "r",
     window: int | None = None,
     speculative_tokens: int = 0,
-    across: bool = False,
+    cross_attention: bool = False,
 ) -> Engine:
     """An engine that the test steps or starts itself."""
-    spec = CacheSpec({0: LayerSpec(1, 2, 2, torch.float32, window=window)}, across=across)
+    spec = CacheSpec({0: LayerSpec(1, 2, 2, torch.float32, window=window)}, cross_attention=cross_attention)
     memory = blocks * BLOCK_TOKENS * spec.bytes_per_token
     cache = KVCache(spec, memory, torch.device("cpu"), block_tokens=BLOCK_TOKENS, revision=revision)
     return Engine(
-        Forward(model, cache, [hop or NoHop()]),
+        StepRunner(model, cache, [hop or NoHop()]),
         cache,
         slots=slots,
         token_budget=token_budget,

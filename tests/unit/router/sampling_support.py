@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from moiety.core import Sampling
+from moiety.core.sampling import Sampling
 from moiety.errors import MoietyError
-from moiety.router.sampler import Sampled, sample
-from moiety.router.sequence import Sequence
+from moiety.router.sampling.sampler import Sampled, sample
+from moiety.router.sequence.sequence import Sequence
 
 EOS = 1
 

@@ -10,15 +10,15 @@ import torch
 from engine_support import BLOCK_TOKENS, NoHop
 from transformers import AutoConfig
 
-from moiety.core import ExpertMLP, ModelShape
-from moiety.model.architecture import quiet_transformers
-from moiety.router import attention, latent
-from moiety.router.cachespec import CacheSpec
+from moiety.core.experts import ExpertMLP, ModelShape
+from moiety.model.architectures.transformers_model import quiet_transformers
+from moiety.router.attention import latent, paged
+from moiety.router.cache.cache_spec import CacheSpec
+from moiety.router.cache.kv_cache import KVCache
 from moiety.router.engine import Engine
-from moiety.router.forward import Forward
-from moiety.router.kvcache import KVCache
 from moiety.router.lanes import Lanes
-from moiety.router.probe import cache_spec, install_mixers
+from moiety.router.layer_discovery import discover_cache_spec, prepare_layers
+from moiety.router.step_runner import StepRunner
 from moiety.telemetry.tracing import NO_TRACER
 
 VOCABULARY = 97
@@ -202,13 +202,13 @@ def told(architecture: str, prompt: tuple[int, ...]) -> list[int]:
 
 def served(architecture: str, dtype: torch.dtype = torch.float32) -> tuple[Any, CacheSpec]:
     """The same model, made ready to run packed steps, and what it keeps."""
-    attention.register()
+    paged.register_paged_attention()
     model = hybrid(architecture).to(dtype)
-    model.set_attn_implementation(attention.NAME)
-    latent.install(model)
-    install_mixers(model)
+    model.set_attn_implementation(paged.NAME)
+    latent.cache_latents(model)
+    prepare_layers(model)
     shape = ModelShape(architecture, 1, 4, 2, ExpertMLP(32, 24), "float32", VOCABULARY, 256)
-    return model, cache_spec(model, shape)
+    return model, discover_cache_spec(model, shape)
 
 
 def layers_of(model: Any) -> torch.nn.ModuleList:
@@ -231,7 +231,7 @@ def engine_on(
     memory = slots * spec.bytes_per_slot + blocks * BLOCK_TOKENS * spec.bytes_per_token
     cache = KVCache(spec, memory, torch.device("cpu"), slots=slots, block_tokens=BLOCK_TOKENS, revision="r")
     return Engine(
-        Forward(model, cache, [NoHop(), NoHop()] if lanes else [backend or NoHop()], lanes),
+        StepRunner(model, cache, [NoHop(), NoHop()] if lanes else [backend or NoHop()], lanes),
         cache,
         slots=slots,
         token_budget=token_budget,

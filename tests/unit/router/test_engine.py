@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 from engine_support import CountingModel, Listener, NoHop, engine_of, finish, submit
 
-from moiety.core import FinishReason, Sampling
+from moiety.core.sampling import FinishReason, Sampling
 from moiety.errors import (
     Cancelled,
     DeadlineExceeded,
@@ -20,7 +20,7 @@ from moiety.errors import (
     Unavailable,
 )
 from moiety.router.engine import Engine
-from moiety.router.sequence import Sequence
+from moiety.router.sequence.sequence import Sequence
 from moiety.wire.deadline import Deadline
 
 

@@ -11,17 +11,18 @@ import pytest
 import torch
 from engine_support import Listener
 
-from moiety.core import ExpertSet, Sampling
-from moiety.model.checkpoint import Checkpoint
-from moiety.model.layout import expert_layout
-from moiety.model.router import load_router
-from moiety.router import attention
+from moiety.core.experts import ExpertSet
+from moiety.core.sampling import Sampling
+from moiety.model.checkpoint.checkpoint import Checkpoint
+from moiety.model.experts.cached import expert_layout
+from moiety.model.trunk.read import load_trunk
+from moiety.router.attention import paged
+from moiety.router.cache.kv_cache import KVCache
 from moiety.router.engine import Engine
-from moiety.router.forward import Forward
-from moiety.router.hop import Hop
-from moiety.router.kvcache import KVCache
-from moiety.router.probe import cache_spec
-from moiety.router.sequence import Sequence as Request
+from moiety.router.hop.hop import Hop
+from moiety.router.layer_discovery import discover_cache_spec
+from moiety.router.sequence.sequence import Sequence as Request
+from moiety.router.step_runner import StepRunner
 from moiety.telemetry.tracing import NO_TRACER
 from moiety.testing import FakeExperts, loopback_hop
 
@@ -51,10 +52,10 @@ def run(engine: Engine, asked: Sequence[Asked]) -> list[dict[int, list[int]]]:
 @functools.cache
 def router_of(folder: str) -> tuple[Any, Any]:
     """A checkpoint's router model, and the shape of what it calls."""
-    attention.register()
+    paged.register_paged_attention()
     checkpoint = Checkpoint.open(folder)
     layout = expert_layout(checkpoint)
-    return load_router(checkpoint, layout, torch.float32, attention=attention.NAME), layout.shape
+    return load_trunk(checkpoint, layout, torch.float32, attention=paged.NAME), layout.shape
 
 
 @pytest.mark.parametrize(
@@ -67,13 +68,13 @@ def router_of(folder: str) -> tuple[Any, Any]:
 def test_pressure_prefixes_and_choices_change_no_token(architecture: str, tiny: Callable[[str], str]):
     """All at once in six blocks, again with their prefixes known, and three choices in one request: as if alone."""
     model, shape = router_of(tiny(architecture))
-    spec = cache_spec(model, shape)
+    spec = discover_cache_spec(model, shape)
 
     def engine_of(hop: Hop, *, slots: int, blocks: int) -> Engine:
         memory = blocks * 16 * spec.bytes_per_token
         cache = KVCache(spec, memory, torch.device("cpu"), revision="r")
         return Engine(
-            Forward(model, cache, [hop]),
+            StepRunner(model, cache, [hop]),
             cache,
             slots=slots,
             token_budget=32,

@@ -17,11 +17,11 @@ from transformers.models.deepseek_v2.modeling_deepseek_v2 import apply_rotary_em
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import apply_rotary_pos_emb_interleave
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRMSNorm, apply_rotary_pos_emb
 
-from moiety.core import PendingRows
-from moiety.model.compute import use_kernels
-from moiety.model.elementwise import FixedElementwise
+from moiety.core.expert_backend import PendingRows
 from moiety.model.seam import LAYER_ATTRIBUTE, remote_experts, use_backend
-from moiety.router.latent import Latent
+from moiety.model.trunk.cpu_layers import use_kernels
+from moiety.model.trunk.fixed_elementwise import FixedElementwise
+from moiety.router.attention.latent import Latent
 
 TOKENS, HEADS, WIDTH, EXPERTS, TOP_K = 37, 4, 64, 24, 4
 SIZES = (1, 2, 5, 16)  # tokens of a step: decode, and past the widths at which vector loops end

@@ -10,16 +10,17 @@ import pytest
 import torch
 from engine_support import SPEC, VOCABULARY, CountingModel, NoHop
 
-from moiety.core import CallClass, Sampling
+from moiety.core.expert_backend import CallClass
+from moiety.core.sampling import Sampling
 from moiety.errors import HopFailed, Unavailable
-from moiety.model.seam import current_forward
-from moiety.policy.lanes import LaneTuner
-from moiety.router.context import StepContext
-from moiety.router.forward import Forward
-from moiety.router.kvcache import KVCache
+from moiety.model.seam import current_context
+from moiety.policy.lane_tuner import LaneTuner
+from moiety.router.cache.kv_cache import KVCache
 from moiety.router.lanes import Lanes
-from moiety.router.plan import Scheduled, StepPlan
-from moiety.router.sequence import Sequence
+from moiety.router.sequence.sequence import Sequence
+from moiety.router.sequence.step_plan import Scheduled, StepPlan
+from moiety.router.step_context import StepContext
+from moiety.router.step_runner import StepRunner
 from moiety.telemetry.tracing import NO_SPAN
 
 
@@ -117,7 +118,7 @@ def test_a_split_step_gives_the_same_logits() -> None:
     cache = KVCache(SPEC, 1 << 12, torch.device("cpu"), block_tokens=4)
     plan = plan_of(cache, *(sequence(n, n + 1) for n in range(0, 10, 2)))
     tuner = LaneTuner()
-    forward = Forward(model, cache, [NoHop(), NoHop()], Lanes(lambda _: None), tuner)
+    forward = StepRunner(model, cache, [NoHop(), NoHop()], Lanes(lambda _: None), tuner)
     for _ in range(12):
         logits = forward.run(plan, context())
         assert logits.argmax(-1).tolist() == [(n + 2) % VOCABULARY for n in range(0, 10, 2)]
@@ -136,7 +137,7 @@ def test_what_a_lane_loses_is_named_by_its_place_in_the_step() -> None:
             raise HopFailed([0], Unavailable("gone"))
 
     model.before = lose
-    forward = Forward(model, cache, [NoHop(), NoHop()], Lanes(lambda _: None))
+    forward = StepRunner(model, cache, [NoHop(), NoHop()], Lanes(lambda _: None))
     with pytest.raises(HopFailed) as failed:
         forward.run(plan, context())
     assert plan.owners(failed.value.tokens) == [plan.scheduled[1].sequence]
@@ -154,12 +155,12 @@ def test_lanes_see_their_own_backend() -> None:
             self.seen: list[tuple[object, object]] = []
 
         def forward(self, input_ids: torch.Tensor, logits_to_keep: torch.Tensor, **_: object) -> SimpleNamespace:
-            before = current_forward().backend
+            before = current_context().backend
             lanes.wait(0.0)
-            self.seen.append((before, current_forward().backend))
+            self.seen.append((before, current_context().backend))
             return SimpleNamespace(logits=torch.zeros(1, len(logits_to_keep), VOCABULARY))
 
     model, backends = AskingModel(), [NoHop(), NoHop()]
     cache = KVCache(SPEC, 1 << 12, torch.device("cpu"), block_tokens=4)
-    Forward(model, cache, backends, lanes).run(plan_of(cache, sequence(1), sequence(2)), context())
+    StepRunner(model, cache, backends, lanes).run(plan_of(cache, sequence(1), sequence(2)), context())
     assert model.seen == [(backend, backend) for backend in backends]

@@ -12,7 +12,10 @@ from moiety.simulate.events import play
 from moiety.simulate.flow import Holding, flow, percentile, work
 from moiety.simulate.report import compare, lines, plot
 from moiety.simulate.scenario import Cluster, day_trace, inclusion, popularity
-from moiety.simulate.systems import SETTINGS, Load, clairvoyant, elastic, fixed
+from moiety.simulate.systems.baselines import clairvoyant, fixed
+from moiety.simulate.systems.elastic import elastic
+from moiety.simulate.systems.replica_pool import SETTINGS
+from moiety.simulate.systems.trace_load import TraceLoad
 
 SMALL = Cluster(layers=16, experts=32, top_k=4, groups=4, hot_sets=0, batch=64)
 TINY = Cluster(layers=4, experts=32, top_k=4, groups=8, hot_sets=2, batch=64)
@@ -90,12 +93,12 @@ def test_tokens_that_had_to_wait_count_against_the_p99() -> None:
 
 
 @pytest.fixture(scope="module")
-def load() -> Load:
+def load() -> TraceLoad:
     """Two hours of the morning's rise, for a model of 4 layers."""
-    return Load(TINY, day_trace(2e6, hours=2, step_s=20, seed=1))
+    return TraceLoad(TINY, day_trace(2e6, hours=2, step_s=20, seed=1))
 
 
-def test_elastic_groups_follow_the_load(load: Load) -> None:
+def test_elastic_groups_follow_the_load(load: TraceLoad) -> None:
     """Replicas rise with the load, every change has a reason, no token waits, and starting replicas are paid for."""
     outcome = elastic(load)
     rates = load.trace.rates
@@ -113,13 +116,13 @@ def test_slow_starts_cost() -> None:
     """Replicas that take ten minutes to start make steps slower than those that take none, on the same bursts."""
     trace = day_trace(2e6, hours=2, step_s=10, bursts_per_hour=6, burst=0.8, seed=2)
     quick, slow = (
-        elastic(Load(Cluster(layers=4, experts=32, top_k=4, groups=8, hot_sets=0, batch=64, start_s=start), trace))
+        elastic(TraceLoad(Cluster(layers=4, experts=32, top_k=4, groups=8, hot_sets=0, batch=64, start_s=start), trace))
         for start in (0.0, 600.0)
     )
     assert slow.p99_ms > quick.p99_ms
 
 
-def test_a_clairvoyant_needs_least_and_a_static_size_most(load: Load) -> None:
+def test_a_clairvoyant_needs_least_and_a_static_size_most(load: TraceLoad) -> None:
     """At the same busy fraction on the same trace; a smaller static size has the longer steps."""
     oracle, static = clairvoyant(load, SETTINGS.target_busy), fixed(load, 40)
     assert oracle.gpu_hours < elastic(load).gpu_hours

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from moiety.telemetry import Attribute, Value
-from moiety.telemetry.spans import ReceivedSpan
+from moiety.tools.trace.spans import ReceivedSpan
 
 TRACE_ID = "ab" * 16
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import pytest
 
 from moiety.telemetry import NO_METER, Attribute, MetricName, ResourceAttribute, configure_metrics
-from moiety.telemetry.receiver import TraceReceiver
+from moiety.tools.trace.receiver import TraceReceiver
 
 
 @pytest.fixture(autouse=True)

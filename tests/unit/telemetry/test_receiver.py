@@ -7,7 +7,7 @@ import re
 import pytest
 
 from moiety.telemetry import SpanName, configure
-from moiety.telemetry.receiver import TraceReceiver
+from moiety.tools.trace.receiver import TraceReceiver
 
 
 def test_waiting_ends_with_what_did_arrive():

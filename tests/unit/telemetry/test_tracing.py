@@ -22,7 +22,7 @@ from moiety.telemetry import (
     configure,
     parse_traceparent,
 )
-from moiety.telemetry.receiver import TraceReceiver
+from moiety.tools.trace.receiver import TraceReceiver
 
 TRACE_ID, SPAN_ID = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 SAMPLED, UNSAMPLED = f"00-{TRACE_ID}-{SPAN_ID}-01", f"00-{TRACE_ID}-{SPAN_ID}-00"
@@ -258,7 +258,7 @@ def test_a_process_without_collector_exits_cleanly(dead_endpoint):
 def test_opentelemetry_is_loaded_only_when_asked_for():
     """Importing telemetry and configuring it without an endpoint loads neither OpenTelemetry nor gRPC."""
     program = (
-        "import sys, moiety.telemetry as telemetry, moiety.telemetry.waterfall\n"
+        "import sys, moiety.telemetry as telemetry, moiety.tools.trace.waterfall\n"
         "telemetry.configure('moiety-router')\n"
         "print([name for name in sys.modules if name.partition('.')[0] in ('opentelemetry', 'grpc')])\n"
     )

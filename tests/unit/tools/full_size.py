@@ -7,9 +7,9 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from moiety.model.architecture import meta_model
-from moiety.model.checkpoint import INDEX_FILE
-from moiety.model.tiny.write import published_class
+from moiety.model.architectures.transformers_model import meta_model
+from moiety.model.checkpoint.checkpoint import INDEX_FILE
+from moiety.synthetic.write import published_class
 
 
 def write_hollow(folder: Path, config: Any, *, shards: int, dtype: str = "BF16") -> Path:

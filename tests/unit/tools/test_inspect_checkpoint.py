@@ -9,8 +9,8 @@ import pytest
 from full_size import write_hollow
 from transformers import DeepseekV3Config, MixtralConfig
 
-from moiety.model.checkpoint import Checkpoint
-from moiety.model.tiny import write_tiny
+from moiety.model.checkpoint.checkpoint import Checkpoint
+from moiety.synthetic import write_tiny
 from moiety.tools.inspect_checkpoint import FLOOR, PEAK, inspect, lines, suggest
 
 GIB = 1 << 30

@@ -10,16 +10,16 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from moiety.bench.quantize import bench_quantize, quality_lines
 from moiety.cli.main import cli
 from moiety.errors import CheckpointError, ConfigError
-from moiety.model.checkpoint import Checkpoint
-from moiety.model.layout import expert_layout
-from moiety.model.slices import load_experts
-from moiety.model.tiny import write_tiny
+from moiety.model.checkpoint.checkpoint import Checkpoint
+from moiety.model.experts.cached import expert_layout
+from moiety.model.experts.read import load_experts
 from moiety.policy.precision import Precision
-from moiety.tools.bench_quantize import bench_quantize, quality_lines
-from moiety.tools.corpus import shipped_text
-from moiety.tools.quantize import PICTURE, REPORT, quantise
+from moiety.synthetic import write_tiny
+from moiety.tools.quantize.corpus import shipped_text
+from moiety.tools.quantize.quantize import PICTURE, REPORT, quantise
 
 SIZES = {
     "hidden_size": 128,

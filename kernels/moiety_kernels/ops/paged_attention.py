@@ -1,0 +1,167 @@
+"""Attention of a ragged step over a paged pool of keys and values, and the store that fills the pool.
+
+Shape legend: T tokens of a step, S sequences, H query heads, G key/value heads, Dk and Dv head widths, B blocks of the
+pool, P tokens per block, M blocks per table. A token's slot in the pool is `block * P + offset`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+
+import torch
+
+from moiety_kernels.cpu.library import load
+from moiety_kernels.ops import paged_attention_torch
+from moiety_kernels.threads import most_threads
+
+_POINTER, _SIZE, _FLOAT, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
+_ATTENTION = (
+    *(_INT, _POINTER, _SIZE, _SIZE),  # element bytes, query
+    *(_POINTER, _SIZE, _SIZE, _SIZE),  # keys
+    *(_POINTER, _SIZE, _SIZE, _SIZE),  # values
+    *(_POINTER, _SIZE, _POINTER, _POINTER, _POINTER),  # tables, sequence, length, sinks
+    *(_POINTER, _SIZE, _POINTER),  # bias, output
+    *(_SIZE,) * 8,  # T, H, G, Dk, Dv, P, window, chunk
+    *(_FLOAT, _FLOAT, _INT),  # scale, softcap, threads
+)
+_STORE = (_POINTER, _SIZE, _SIZE, _SIZE, _POINTER, _SIZE, _SIZE, _POINTER, _SIZE, _SIZE, _SIZE, _SIZE)
+
+
+def store(
+    keys: torch.Tensor,
+    values: torch.Tensor | None,
+    key: torch.Tensor,
+    value: torch.Tensor | None,
+    slots: torch.Tensor,
+) -> None:
+    """Writes `key` [T, G, Dk] and `value` [T, G, Dv] to their `slots` int64 [T] of the pool.
+
+    `keys` [B, G, P, Dk] and `values` [B, G, P, Dv] are a layer's pool, of the dtype of `key`. Where values are the first
+    Dv columns of the keys (the latent of MLA) they are not stored: `values` and `value` are None. No slot may occur twice.
+    """
+    _store(keys, key, slots)
+    if values is not None and value is not None:
+        _store(values, value, slots)
+
+
+def paged_attention(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    tables: torch.Tensor,
+    sequence: torch.Tensor,
+    length: torch.Tensor,
+    *,
+    scale: float,
+    window: int | None = None,
+    chunk: int | None = None,
+    sinks: torch.Tensor | None = None,
+    softcap: float | None = None,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Each token of `query` [T, H, Dk] over its sequence's past: [T, H, Dv], in the query's dtype, which is the pool's.
+
+    Token t sees the first `length[t]` (int32 [T], at least 1: itself) positions of sequence `sequence[t]` (int32 [T]),
+    less those that a sliding `window` or an attention `chunk` (in tokens) hides. Position p of sequence s lies in block
+    `tables[s, p // P]` (int32 [S, M]) of `keys` [B, G, P, Dk] and `values` [B, G, P, Dv]; entries behind the last
+    position, or before the first that is visible, are never used. `values` may be a view of the first columns of
+    `keys`. `sinks` [H] are scores that take part in the softmax only; `softcap` bounds scores by a tanh. `bias` [H, N]
+    (float32) is added to the score of the position n tokens before a token: `bias[:, n]`, its last for all beyond.
+
+    Tokens of one sequence should lie side by side: they are then computed together and read its blocks once. On a CPU
+    with the C++ kernels a token's float32 or bfloat16 result is the same to the bit whatever else is in the call.
+    Elsewhere it agrees to rounding; there `sequence` and `length` kept on the host save waiting for the device.
+    """
+    for name, index in (("tables", tables), ("sequence", sequence), ("length", length)):
+        if index.dtype != torch.int32 or not index.is_contiguous():
+            raise ValueError(f"{name} is {index.dtype} with strides {index.stride()}: must be contiguous int32")
+    kernel = _attention_kernel(query.dtype) if query.device.type == "cpu" else None
+    if kernel is None or keys.dtype != query.dtype or values.dtype != query.dtype:
+        return paged_attention_torch.paged_attention(
+            query,
+            keys,
+            values,
+            tables,
+            sequence,
+            length,
+            scale=scale,
+            window=window,
+            chunk=chunk,
+            sinks=sinks,
+            softcap=softcap,
+            bias=bias,
+        )
+    query = query if query.stride(2) == 1 else query.contiguous()
+    if sinks is not None:
+        sinks = sinks.float().contiguous()
+    if bias is not None:
+        bias = bias.float().contiguous()
+    tokens, heads, key_width = query.shape
+    groups, page, value_width = values.shape[1:]
+    output = query.new_empty(tokens, heads, value_width)
+    kernel(
+        query.itemsize,
+        query.data_ptr(),
+        *query.stride()[:2],
+        keys.data_ptr(),
+        *keys.stride()[:3],
+        values.data_ptr(),
+        *values.stride()[:3],
+        tables.data_ptr(),
+        tables.shape[1],
+        sequence.data_ptr(),
+        length.data_ptr(),
+        None if sinks is None else sinks.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        0 if bias is None else bias.shape[1],
+        output.data_ptr(),
+        tokens,
+        heads,
+        groups,
+        key_width,
+        value_width,
+        page,
+        window or 0,
+        chunk or 0,
+        scale,
+        softcap or 0.0,
+        most_threads(),
+    )
+    return output
+
+
+def _store(pool: torch.Tensor, rows: torch.Tensor, slots: torch.Tensor) -> None:
+    """Writes `rows` [T, G, D] to their slots of `pool` [B, G, P, D]."""
+    kernel = _store_kernel() if pool.device.type == "cpu" else None
+    if kernel is None or rows.dtype != pool.dtype:
+        return paged_attention_torch.store(pool, rows, slots)
+    rows = rows if rows.stride(2) == 1 else rows.contiguous()
+    size = pool.itemsize
+    block, group, position, _ = pool.stride()
+    token, head, _ = rows.stride()
+    kernel(
+        pool.data_ptr(),
+        block * size,
+        group * size,
+        position * size,
+        rows.data_ptr(),
+        token * size,
+        head * size,
+        slots.data_ptr(),
+        rows.shape[0],
+        rows.shape[1],
+        rows.shape[2] * size,
+        pool.shape[2],
+    )
+
+
+def _attention_kernel(dtype: torch.dtype) -> Callable[..., None] | None:
+    """The C++ function for this dtype, where there is one."""
+    if dtype not in (torch.float32, torch.bfloat16) or (library := load()) is None:
+        return None
+    return library.function("moiety_paged_attention", *_ATTENTION)
+
+
+def _store_kernel() -> Callable[..., None] | None:
+    return None if (library := load()) is None else library.function("moiety_paged_store", *_STORE)

@@ -1,0 +1,167 @@
+"""Paged attention through torch's own operations: what runs on every device and in every dtype.
+
+Sequences of about the same length and equally many query tokens are gathered from the pool into one batch, so a decode
+step is a few calls however many sequences it has. In float32 a token's result agrees to rounding with what it would be
+alone, not to the bit.
+
+Shape legend: T tokens of a step, S sequences, H query heads, G key/value heads, Dk and Dv head widths, B blocks of the
+pool, P tokens per block, M blocks per table; within a batch N sequences of n query tokens and L positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+from torch.nn import functional
+
+from moiety_kernels.reference.attention import first_visible
+
+# A long prefill is cut so that its mask and scores stay in cache-sized pieces.
+_QUERY_TOKENS = 512
+# Of all sequences of a batch: larger copies are fresh memory at every call, and page faults cost more than the reads
+# (8 sequences x 1024 positions x 4 KB: 18 ms as one batch, 6 ms as two).
+_POSITIONS = 4096
+
+
+def store(pool: torch.Tensor, rows: torch.Tensor, slots: torch.Tensor) -> None:
+    """Writes `rows` [T, G, D] to their `slots` int64 [T] of `pool` [B, G, P, D]."""
+    page = pool.shape[2]
+    pool[slots // page, :, slots % page] = rows
+
+
+@torch.no_grad()
+def paged_attention(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    tables: torch.Tensor,
+    sequence: torch.Tensor,
+    length: torch.Tensor,
+    *,
+    scale: float,
+    window: int | None,
+    chunk: int | None,
+    sinks: torch.Tensor | None,
+    softcap: float | None,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """As `paged_attention.paged_attention`."""
+    device, page, groups = query.device, keys.shape[2], keys.shape[1]
+    shared = keys.data_ptr() == values.data_ptr()
+    ends = length.tolist()
+    length, tables = length.to(device), tables.to(device)
+    output = query.new_empty(query.shape[0], query.shape[1], values.shape[-1])
+    for segments in _batches(sequence.tolist(), ends, window, chunk):
+        tokens = torch.tensor([segment.tokens for segment in segments], device=device)  # [N, n]
+        # Whole blocks, from the one that holds the oldest position that any token of the segment sees.
+        start = torch.tensor([segment.oldest // page for segment in segments], device=device)
+        blocks = max(-(-segment.newest // page) - segment.oldest // page for segment in segments)
+        column = start[:, None] + torch.arange(blocks, device=device)
+        row = torch.tensor([segment.row for segment in segments], device=device)
+        table = tables[row[:, None], column.clamp(max=tables.shape[1] - 1)].long().clamp(min=0)  # [N, L / P]
+        position = start[:, None] * page + torch.arange(blocks * page, device=device)  # [N, L]
+        visible = _visible(position.unsqueeze(1), length[tokens].unsqueeze(2), window, chunk)  # [N, n, L]
+        # What was never written may be NaN, which no mask stops. It is little: a fill of everything costs more.
+        hidden = (~visible.any(1)).nonzero(as_tuple=True)
+        key = _gather(keys, table, hidden)
+        value = key[..., : values.shape[-1]] if shared else _gather(values, table, hidden)
+        # Query heads of one key/value head side by side as rows: grouped-query attention without repeating K and V.
+        count, repeat = tokens.shape[1], query.shape[1] // groups
+        heads = query[tokens].view(*tokens.shape, groups, repeat, -1).permute(0, 2, 3, 1, 4).flatten(2, 3)
+        mask = visible.repeat(1, repeat, 1).unsqueeze(1)  # [N, 1, H / G * n, L]
+        if bias is not None:
+            distance = (length[tokens].unsqueeze(2) - 1 - position.unsqueeze(1)).clamp(
+                0, bias.shape[1] - 1
+            )  # [N, n, L]
+            added = bias.to(query.dtype)[:, distance].view(groups, repeat, *distance.shape)
+            added = added.permute(2, 0, 1, 3, 4).flatten(2, 3)  # [N, G, H / G * n, L]
+            mask = added.masked_fill(~mask, float("-inf"))
+        if sinks is None and softcap is None:
+            result = functional.scaled_dot_product_attention(heads, key, value, attn_mask=mask, scale=scale)
+        else:
+            result = _plain(heads, key, value, mask, scale, sinks, softcap)
+        result = result.view(len(segments), groups, repeat, count, -1)
+        output[tokens] = result.permute(0, 3, 1, 2, 4).flatten(2, 3)
+    return output
+
+
+@dataclass(frozen=True, slots=True)
+class _Segment:
+    """Query tokens of one sequence that see positions from `oldest` up to but not `newest`."""
+
+    tokens: range
+    row: int
+    oldest: int
+    newest: int
+
+
+def _batches(
+    sequence: Sequence[int], ends: Sequence[int], window: int | None, chunk: int | None
+) -> Iterator[list[_Segment]]:
+    """Segments that can be computed together: equally many query tokens, and reaches within a factor of two."""
+    segments: list[_Segment] = []
+    start = 0
+    for row, run in groupby(sequence):
+        stop = start + len(list(run))
+        for at in range(start, stop, _QUERY_TOKENS):
+            tokens = range(at, min(at + _QUERY_TOKENS, stop))
+            oldest = min(first_visible(ends[token], window, chunk) for token in tokens)
+            segments.append(_Segment(tokens, row, oldest, max(ends[token] for token in tokens)))
+        start = stop
+
+    def alike(segment: _Segment) -> tuple[int, int]:
+        return len(segment.tokens), (segment.newest - segment.oldest).bit_length()
+
+    for _, group in groupby(sorted(segments, key=alike), alike):
+        batch = list(group)
+        size = max(1, _POSITIONS // max(segment.newest - segment.oldest for segment in batch))
+        for at in range(0, len(batch), size):
+            yield batch[at : at + size]
+
+
+def _visible(position: torch.Tensor, length: torch.Tensor, window: int | None, chunk: int | None) -> torch.Tensor:
+    """[N, n, L]: whether the token of `length` [N, n, 1] sees `position` [N, 1, L]."""
+    visible = position < length
+    if window is not None:
+        visible &= position >= length - window
+    if chunk is not None:
+        visible &= position // chunk == (length - 1) // chunk
+    return visible
+
+
+def _gather(pool: torch.Tensor, table: torch.Tensor, hidden: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """The blocks of `table` [N, m] from `pool` [B, G, P, D] in order, zero where hidden: [N, G, m * P, D]."""
+    group = torch.arange(pool.shape[1], device=pool.device)
+    index = (
+        table.unsqueeze(1) * pool.shape[1] + group[:, None]
+    )  # [N, G, m]: a block of one head is one row, copied whole
+    rows = pool.flatten(0, 1).index_select(0, index.flatten()).view(*index.shape[:2], -1, pool.shape[3])
+    sequence, position = hidden
+    rows[sequence, :, position] = 0
+    return rows
+
+
+def _plain(
+    heads: torch.Tensor,  # [N, G, H / G * n, Dk]
+    key: torch.Tensor,  # [N, G, L, Dk]
+    value: torch.Tensor,  # [N, G, L, Dv]
+    mask: torch.Tensor,  # [N, 1, H / G * n, L]: what is seen; or [N, G, …], what is added to the scores
+    scale: float,
+    sinks: torch.Tensor | None,
+    softcap: float | None,
+) -> torch.Tensor:
+    """Attention with what the fused function lacks: logit soft caps, and sinks that take part in the softmax only."""
+    scores = (heads @ key.transpose(-1, -2)) * scale
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+    if sinks is not None:
+        groups = key.shape[1]
+        count = heads.shape[2] * groups // sinks.shape[0]
+        sink = sinks.to(scores.dtype).view(1, groups, -1, 1).repeat_interleave(count, 2)
+        scores = torch.cat([scores, sink.expand(scores.shape[0], -1, -1, -1)], dim=-1)
+    probabilities = scores.float().softmax(-1).to(value.dtype)[..., : key.shape[2]]
+    return probabilities @ value

@@ -1,0 +1,1 @@
+"""Plain torch definitions that every kernel is tested against."""

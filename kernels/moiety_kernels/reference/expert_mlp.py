@@ -1,0 +1,80 @@
+"""One expert's MLP in plain torch: the definition that every faster kernel is tested against.
+
+Operations, their order and their dtypes are those of transformers' `integrations/moe.py`, so that results agree to the
+bit where the matrix products do: a bias is added to the rounded product, and activations run in the rows' dtype.
+
+Shape legend: R rows, D hidden size, I intermediate size, O = 2I when gated, else I.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch.nn import functional
+
+from moiety_kernels.weights.expert_weights import ExpertWeights, dequantised
+
+SWIGLU_CLAMPED = "swiglu_clamped"  # gpt-oss: gates by itself, so it has no one-argument form
+
+_ELEMENTWISE: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": functional.silu,
+    "gelu": functional.gelu,
+    "gelu_pytorch_tanh": lambda x: functional.gelu(x, approximate="tanh"),
+    "relu": functional.relu,
+    "relu2": lambda x: torch.square(functional.relu(x)),
+}
+ACTIVATIONS: tuple[str, ...] = (*_ELEMENTWISE, SWIGLU_CLAMPED)
+
+
+def activate(
+    projected: torch.Tensor,
+    *,
+    activation: str = "silu",
+    gated: bool = True,
+    interleaved: bool = False,
+    limit: float | None = None,
+    alpha: float | None = None,
+) -> torch.Tensor:
+    """From the first projection [R, O] to the input of the second, [R, I].
+
+    Gated experts hold gate and up side by side, or alternating when `interleaved`. `limit` clamps the gate from above
+    and up on both sides. `swiglu_clamped` is `(up + 1) * gate * sigmoid(alpha * gate)`. Raises ValueError for an
+    activation that is not in ACTIVATIONS, and for `swiglu_clamped` without gate or alpha.
+    """
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation {activation!r}: must be one of {', '.join(ACTIVATIONS)}")
+    if not gated and activation != SWIGLU_CLAMPED:
+        return _ELEMENTWISE[activation](projected)
+    if interleaved:
+        gate, up = projected[..., ::2], projected[..., 1::2]  # [R, I] each
+    else:
+        gate, up = projected.chunk(2, dim=-1)
+    if limit is not None:
+        gate, up = gate.clamp(max=limit), up.clamp(min=-limit, max=limit)
+    if activation == SWIGLU_CLAMPED:
+        if not gated or alpha is None:
+            raise ValueError(f"activation {SWIGLU_CLAMPED!r} needs a gated expert and alpha")
+        return (up + 1) * (gate * torch.sigmoid(gate * alpha))
+    return _ELEMENTWISE[activation](gate) * up
+
+
+def expert_mlp(
+    rows: torch.Tensor,
+    weights: ExpertWeights,
+    *,
+    activation: str = "silu",
+    gated: bool = True,
+    interleaved: bool = False,
+    limit: float | None = None,
+    alpha: float | None = None,
+) -> torch.Tensor:
+    """`rows` [R, D] through one expert: [R, D], in the rows' dtype, which plain weights must have."""
+    projected = rows @ dequantised(weights.gate_up, rows.dtype).T  # [R, O]
+    if weights.gate_up_bias is not None:
+        projected = projected + weights.gate_up_bias
+    inner = activate(
+        projected, activation=activation, gated=gated, interleaved=interleaved, limit=limit, alpha=alpha
+    )  # [R, I]
+    out = inner @ dequantised(weights.down, rows.dtype).T  # [R, D]
+    return out if weights.down_bias is None else out + weights.down_bias

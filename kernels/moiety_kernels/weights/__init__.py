@@ -1,0 +1,1 @@
+"""Expert weights as they are held in memory, one file per format."""

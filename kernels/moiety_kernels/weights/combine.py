@@ -1,0 +1,42 @@
+"""Operations on matrices of whatever format: to another device, and one below the other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from moiety_kernels.weights.fp8 import FP8_BLOCK, Fp8Matrix
+from moiety_kernels.weights.int8 import Int8Matrix
+from moiety_kernels.weights.matrix import Matrix, QuantisedMatrix
+
+
+def moved(matrix: Matrix, device: torch.device | str) -> Matrix:
+    """The same matrix on `device`."""
+    if isinstance(matrix, torch.Tensor):
+        return matrix.to(device)
+    if isinstance(matrix, Fp8Matrix):
+        return Fp8Matrix(matrix.codes.to(device), matrix.scale.to(device), matrix.block_rows)
+    if isinstance(matrix, Int8Matrix):
+        return Int8Matrix(matrix.codes.to(device), matrix.scale.to(device), matrix.rounds_rows)
+    return type(matrix)(*(tensor.to(device) for tensor in matrix.tensors))
+
+
+def joined(matrices: Sequence[QuantisedMatrix]) -> QuantisedMatrix:
+    """Matrices of one kind, width and grouping, one below the other. Raises ValueError where they differ in these."""
+    first = matrices[0]
+    if len(matrices) == 1:
+        return first
+    if any(type(matrix) is not type(first) for matrix in matrices):
+        raise ValueError("matrices that are held in different ways cannot be joined")
+    blocks = [matrix for matrix in matrices if isinstance(matrix, Fp8Matrix)]
+    if blocks:
+        whole = all(matrix.block_rows == FP8_BLOCK for matrix in blocks)
+        if not whole or any(matrix.shape[0] % FP8_BLOCK for matrix in blocks[:-1]):
+            blocks = [matrix.by_row() for matrix in blocks]
+        codes, scale = (torch.cat(tensors) for tensors in zip(*(matrix.tensors for matrix in blocks), strict=True))
+        return Fp8Matrix(codes, scale, blocks[0].block_rows)
+    if len({len(matrix.tensors) for matrix in matrices}) > 1:
+        raise ValueError("some of these int4 matrices have zero points and some have none")
+    tensors = [torch.cat(parts) for parts in zip(*(matrix.tensors for matrix in matrices), strict=True)]
+    return type(first)(*tensors)

@@ -1,0 +1,1 @@
+"""What the `moiety bench` commands measure."""

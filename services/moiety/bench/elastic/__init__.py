@@ -1,0 +1,1 @@
+"""`moiety bench elastic`: a skewed load on a live Ray system."""

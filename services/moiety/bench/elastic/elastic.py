@@ -1,0 +1,121 @@
+"""`moiety bench elastic`: skewed load on a live Ray system rises and falls; only the hot group's replicas follow it."""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from moiety.bench.elastic.report import ElasticReport, Moment, Start, report_of
+from moiety.bench.elastic.traffic import Traffic, skewed_prompts
+from moiety.client import Client
+from moiety.config.application import AppSettings, GroupSettings
+from moiety.core.replica import ReplicaState, Role
+from moiety.deploy.ray_cluster import environment
+from moiety.deploy.run import DeployedApp, deploy_app
+from moiety.registry.connect import connect
+from moiety.registry.embedded_redis import EmbeddedRedis
+from moiety.registry.interface import Registry
+from moiety.registry.rates import latest_costs
+from moiety.synthetic import write_tiny
+
+SAMPLE_S = 0.25
+SETTLE_S = 3.0  # of no traffic, before the first phase: the ledger's window empties
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class ElasticWork:
+    """What is offered, and to what."""
+
+    groups: int = 2
+    capacity: float = 200.0  # rows per second that each replica is paced to
+    max_replicas: int = 3
+    low: float = 0.4  # requests per second
+    high: float = 8.0
+    seconds: tuple[float, float, float] = (10.0, 30.0, 40.0)  # of low, high, and low again
+    zipf: float = 1.6  # exponent of the skew over prompts
+    new_tokens: int = 6
+    seed: int = 0
+    shrink_after_s: float = 5.0
+
+
+def bench_elastic(work: ElasticWork, *, wait_s: float = 120.0, progress: Progress = lambda _: None) -> ElasticReport:
+    """Starts Ray, Redis and the system, offers the load, and ends all of it. Raises Unavailable where it does not start."""
+    with ExitStack() as ends:
+        folder = Path(ends.enter_context(tempfile.TemporaryDirectory(prefix="moiety-", ignore_cleanup_errors=True)))
+        model = folder / "tiny-mixtral"
+        write_tiny("mixtral", model, num_hidden_layers=2)
+        redis = ends.enter_context(EmbeddedRedis())
+        settings = AppSettings(
+            app="elastic",
+            model=str(model),
+            dtype="float32",
+            groups=work.groups,
+            registry=redis.url,
+            grpc_port=0,
+            router_cpus=0.1,
+            prefix_cache=False,  # a prompt that comes again is computed again: its rows are the load
+            experts=GroupSettings(
+                max_replicas=work.max_replicas,
+                num_cpus=0.1,
+                capacity=work.capacity,
+                target_busy=0.7,
+                queue_wait_ms=2_000.0,
+                shrink_after_s=work.shrink_after_s,
+            ),
+        )
+        with environment({"MOIETY_CACHE": str(folder / "cache")}):
+            deployed = ends.enter_context(
+                deploy_app(settings, progress=progress, wait_s=wait_s, ray_folder=folder / "ray")
+            )
+        report = asyncio.run(_offer(work, settings, deployed, progress))
+        progress("stop: replicas drain, then Ray and Redis end")
+    return report
+
+
+async def _offer(work: ElasticWork, settings: AppSettings, deployed: DeployedApp, progress: Progress) -> ElasticReport:
+    registry = connect(settings.registry, settings.app)
+    try:
+        async with Client(deployed.gateways[0]) as client:
+            prompts = await skewed_prompts(client, registry, work.zipf, work.seed, progress)
+            await asyncio.sleep(SETTLE_S)
+            traffic = Traffic(client, prompts, work.new_tokens, work.seed)
+            moments: list[Moment] = []
+            watching = asyncio.create_task(_watch(registry, moments, traffic))
+            phases = []
+            try:
+                for rate, seconds in zip((work.low, work.high, work.low), work.seconds, strict=True):
+                    progress(f"{rate:g} requests/s for {seconds:g} s")
+                    phases.append((time.time(), rate))
+                    await traffic.offer(rate, seconds)
+                await traffic.finish()
+            finally:
+                watching.cancel()
+                await asyncio.wait([watching])
+            if not watching.cancelled() and (failed := watching.exception()):
+                raise failed
+            decisions = [entry for entry in await registry.decisions() if entry["deployment"] != "placement"]
+            costs = latest_costs(await registry.expert_demand())
+            return report_of(work.capacity, prompts, phases, moments, decisions, traffic, costs)
+    finally:
+        await registry.close()
+
+
+async def _watch(registry: Registry, moments: list[Moment], traffic: Traffic) -> None:
+    """Notes replicas and loads several times a second, until it is cancelled."""
+    while True:
+        replicas = [r for r in await registry.replicas() if r.role is Role.EXPERT and r.state is ReplicaState.READY]
+        loads, counts, rows = await registry.replica_load(), dict[str, int](), dict[str, float]()
+        for replica in replicas:
+            counts[replica.deployment] = counts.get(replica.deployment, 0) + 1
+            load = loads.get(replica.id)
+            rows[replica.deployment] = rows.get(replica.deployment, 0.0) + (load.rows_per_s if load else 0.0)
+        starts = tuple(Start(r.id, r.deployment, r.launched, r.loaded, r.started, r.served) for r in replicas)
+        moments.append(Moment(time.time(), counts, rows, traffic.running, starts))
+        await asyncio.sleep(SAMPLE_S)

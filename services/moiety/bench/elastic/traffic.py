@@ -1,0 +1,130 @@
+"""Skewed, open-loop traffic: prompts drawn by Zipf's law, the first of them the fondest of one expert group."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from moiety.client import Client
+from moiety.core.replica import Role
+from moiety.errors import MoietyError
+from moiety.registry.interface import Registry
+
+CANDIDATES = 10  # prompts of one token each that are tried
+PROMPT_TOKENS = 8
+LEDGER_S = 1.1  # routers tell their counters once a second
+
+
+@dataclass(frozen=True, slots=True)
+class Prompts:
+    """What is asked, hottest first, and how often each."""
+
+    tokens: tuple[int, ...]  # a prompt is PROMPT_TOKENS times its token
+    chances: tuple[float, ...]
+    hot: str  # the deployment that gets the most rows
+    share: float  # that its experts have of the first prompt's rows
+
+
+class Traffic:
+    """Requests that come when they come, whatever became of those before."""
+
+    def __init__(self, client: Client, prompts: Prompts, new_tokens: int, seed: int) -> None:
+        self._client, self._prompts, self._new_tokens = client, prompts, new_tokens
+        self._random = np.random.default_rng(seed)
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.requests = 0
+        self.running = 0
+        self.failures: list[str] = []
+        self.gaps: list[tuple[float, float]] = []  # Unix seconds of a token, and how long after the one before it came
+
+    async def offer(self, per_s: float, seconds: float) -> None:
+        """Poisson arrivals for a while."""
+        until = time.monotonic() + seconds
+        while (wait := self._random.exponential(1.0 / per_s)) < until - time.monotonic():
+            await asyncio.sleep(wait)
+            token = int(self._random.choice(self._prompts.tokens, p=self._prompts.chances))
+            self._tasks.add(asyncio.create_task(self._request(token)))
+        await asyncio.sleep(max(0.0, until - time.monotonic()))
+
+    async def finish(self) -> None:
+        """Waits for all that was asked."""
+        await asyncio.gather(*self._tasks)
+
+    async def _request(self, token: int) -> None:
+        self.requests += 1
+        self.running += 1
+        last, came = 0.0, 0
+        try:
+            stream = self._client.generate([token] * PROMPT_TOKENS, max_tokens=self._new_tokens, ignore_eos=True)
+            async for chunk in stream:
+                now = time.time()
+                if came and chunk.token_ids:
+                    self.gaps.append((now, now - last))
+                last, came = now, came + len(chunk.token_ids)
+            if came != self._new_tokens:
+                self.failures.append(f"{came} of {self._new_tokens} tokens")
+        except MoietyError as error:
+            self.failures.append(f"{type(error).__name__}: {error}")
+        finally:
+            self.running -= 1
+
+
+async def skewed_prompts(
+    client: Client, registry: Registry, exponent: float, seed: int, progress: Callable[[str], None]
+) -> Prompts:
+    """Tries candidates one by one, and ranks them by the share of rows that one and the same group gets of them."""
+    tokens = (20 + np.random.default_rng(seed).permutation(200)[:CANDIDATES]).tolist()
+    shares = []  # by candidate: share of each group
+    groups: list[str] = []
+    before = await _rows(registry)
+    for token in tokens:
+        async for _ in client.generate([token] * PROMPT_TOKENS, max_tokens=2, ignore_eos=True):
+            pass
+        after = await _moved(registry, before)
+        groups = sorted(after)
+        rows = [after[group] - before.get(group, 0) for group in groups]
+        shares.append([each / sum(rows) for each in rows])
+        before = after
+    table = np.array(shares)  # [candidates, groups]
+    hot = int(np.argmax(np.sort(table, axis=0)[-3:].mean(axis=0)))  # whose three fondest prompts are the most skewed
+    order = np.argsort(-table[:, hot], kind="stable")
+    chances = 1.0 / np.arange(1, len(order) + 1) ** exponent
+    chances /= chances.sum()
+    expected = float(table[order, hot] @ chances)
+    progress(
+        f"{len(order)} prompts by Zipf({exponent:g}): {groups[hot]} gets {table[order[0], hot]:.0%} of the first one's rows, "
+        f"{expected:.0%} of all"
+    )
+    return Prompts(
+        tuple(tokens[index] for index in order), tuple(chances.tolist()), groups[hot], float(table[order[0], hot])
+    )
+
+
+async def _moved(registry: Registry, before: dict[str, int]) -> dict[str, int]:
+    """The ledger's totals once they have moved and stood still for a reporting period."""
+    last = before
+    async with asyncio.timeout(30):
+        while True:
+            await asyncio.sleep(LEDGER_S)
+            rows = await _rows(registry)
+            if rows == last and rows != before:
+                return rows
+            last = rows
+
+
+async def _rows(registry: Registry) -> dict[str, int]:
+    """Group -> rows sent to its experts so far."""
+    held = {each.deployment: each.held for each in await registry.replicas() if each.role is Role.EXPERT}
+    totals = dict.fromkeys(held, 0)
+    for demand in (await registry.expert_demand()).values():
+        for name, experts in held.items():
+            totals[name] += sum(_layer_rows(demand.rows[layer], ids) for layer, ids in experts.by_layer.items())
+    return totals
+
+
+def _layer_rows(rows: Sequence[int], ids: frozenset[int]) -> int:
+    return sum(rows[expert] for expert in ids)

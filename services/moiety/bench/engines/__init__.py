@@ -1,0 +1,1 @@
+"""Benchmarks that call engines directly: `moiety bench split` and `moiety bench lanes`."""

@@ -1,0 +1,158 @@
+"""An engine that a benchmark asks directly, with experts that it starts or holds itself."""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import time
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from moiety.bench.checkpoints import model_folder
+from moiety.bench.engines.layer_times import SpanRecorder
+from moiety.bench.token_speeds import Speeds, speeds
+from moiety.compose.router import engine_on, load_model, reach_experts
+from moiety.config.resolve import validated
+from moiety.config.services import RouterSettings
+from moiety.core.experts import ModelShape
+from moiety.core.sampling import Sampling
+from moiety.errors import ConfigError, Unavailable
+from moiety.local.cluster import LocalCluster
+from moiety.model.checkpoint.checkpoint import Checkpoint
+from moiety.model.checkpoint.revision import revision_of
+from moiety.model.experts.cached import expert_layout
+from moiety.model.experts.layout import ExpertLayout
+from moiety.router.cache.kv_cache import KVCache
+from moiety.router.engine import Engine
+from moiety.router.hop.hop import Hop
+from moiety.router.sequence.sequence import Emitted
+from moiety.router.sequence.sequence import Sequence as Request
+from moiety.telemetry.tracing import NO_SPAN, Tracer
+from moiety.wire.codec import torch_dtype
+
+ANSWER_S = 120.0  # a step that takes longer is broken
+COVERED_S = 30.0
+STOP_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class EngineWork:
+    """What every engine of a benchmark is asked."""
+
+    model: str  # as bench_models has it
+    groups: int
+    concurrency: tuple[int, ...]
+    prompt_tokens: int
+    new_tokens: int
+    dtype: str
+    rounds: int
+
+
+@dataclass(frozen=True, slots=True)
+class BenchModel:
+    """The checkpoint that an EngineWork names, opened."""
+
+    path: Path
+    checkpoint: Checkpoint
+    layout: ExpertLayout
+    revision: str
+    dtype: torch.dtype
+
+    @classmethod
+    async def open(cls, work: EngineWork, stack: AsyncExitStack, progress: Callable[[str], None]) -> BenchModel:
+        """Synthetic ones are written to a folder that `stack` removes. Raises ConfigError where the work does not fit."""
+        folder = Path(stack.enter_context(TemporaryDirectory(prefix="moiety-bench-")))
+        context = work.prompt_tokens + work.new_tokens
+        path = await asyncio.to_thread(model_folder, work.model, folder, work.dtype, context, progress)
+        checkpoint = Checkpoint.open(path)
+        layout = await asyncio.to_thread(expert_layout, checkpoint)
+        if context > layout.shape.max_context:
+            told = f"{work.prompt_tokens} + {work.new_tokens}"
+            raise ConfigError("prompt + new", told, f"at most {layout.shape.max_context}, the model's context")
+        revision = await asyncio.to_thread(revision_of, checkpoint)
+        return cls(path, checkpoint, layout, revision, torch_dtype(work.dtype, layout.shape.dtype))
+
+    def settings(self, work: EngineWork, **more: Any) -> RouterSettings:
+        """Of a router with room for all streams of the work at once."""
+        streams = max(work.concurrency)
+        values = {"model": str(self.path), "dtype": work.dtype, "slots": streams, "queue_limit": streams}
+        return validated(RouterSettings, {**values, **more})
+
+    async def load(self, settings: RouterSettings) -> tuple[torch.nn.Module, KVCache]:
+        """A router's weights and cache."""
+        return await asyncio.to_thread(load_model, settings, self.checkpoint, self.layout, self.dtype, self.revision)
+
+    async def engine_over(
+        self, cluster: LocalCluster, settings: RouterSettings, tracer: Tracer, stack: AsyncExitStack
+    ) -> EngineRunner:
+        """An engine here whose experts are `cluster`'s, all of which have a holder."""
+        shape = self.layout.shape
+        model, cache = await self.load(settings)
+        hops, lanes = await reach_experts(settings, shape, self.revision, self.dtype, cluster.registry, tracer, stack)
+        await _covered(hops[0])
+        return EngineRunner(engine_on(hops, lanes, settings, model, cache, no_waits, tracer), shape, stack)
+
+
+class EngineRunner:
+    """An engine, asked directly: no gateway, no tokenising. Idle between runs."""
+
+    def __init__(self, engine: Engine, shape: ModelShape, stack: AsyncExitStack):
+        self._engine, self._shape, self._count = engine, shape, 0
+        engine.start()
+        stack.push_async_callback(asyncio.to_thread, engine.stop, STOP_S)
+
+    def run(self, streams: int, prompt_tokens: int, new_tokens: int, recorder: SpanRecorder | None = None) -> Speeds:
+        """Blocks until all streams are done. Raises what ended one of them early."""
+        arrived: queue.SimpleQueue[tuple[int, float, Emitted]] = queue.SimpleQueue()
+        began = time.perf_counter()
+
+        def emit_to(stream: int) -> Callable[[Emitted], None]:
+            return lambda emitted: arrived.put((stream, time.perf_counter(), emitted))
+
+        for stream in range(streams):
+            self._count += 1
+            generator = torch.Generator().manual_seed(self._count)
+            prompt = torch.randint(3, self._shape.vocabulary, (prompt_tokens,), generator=generator).tolist()
+            self._engine.submit(
+                Request(
+                    request_id=f"bench-{self._count}",
+                    tokens=prompt,
+                    prompt_tokens=prompt_tokens,
+                    sampling=Sampling(max_tokens=new_tokens, ignore_eos=True),
+                    stop_ids=frozenset(),
+                    emit=emit_to(stream),
+                    span=recorder.root() if recorder is not None else NO_SPAN,
+                )
+            )
+        times: list[list[float]] = [[] for _ in range(streams)]
+        running = streams
+        while running:
+            try:
+                stream, now, emitted = arrived.get(timeout=ANSWER_S)
+            except queue.Empty:
+                raise Unavailable(f"no token within {ANSWER_S:.0f} s") from None
+            if emitted.error is not None:
+                raise emitted.error
+            times[stream] += [now] * len(emitted.token_ids)
+            running -= emitted.finish is not None
+        return speeds(began, times, prompt_tokens)
+
+
+async def _covered(hop: Hop) -> None:
+    """Waits until every expert has a holder."""
+    try:
+        async with asyncio.timeout(COVERED_S):
+            while hop.fleet.table.uncovered():
+                await asyncio.sleep(0.05)
+    except TimeoutError:
+        raise Unavailable(f"not every expert had a holder within {COVERED_S:.0f} s") from None
+
+
+def no_waits(_layer: int, _experts: list[int]) -> None:
+    """Nobody scales these groups."""

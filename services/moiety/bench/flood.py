@@ -1,0 +1,229 @@
+"""`moiety bench flood`: requests come faster than they can be served; what is accepted must not suffer from what is not."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import grpc
+import torch
+
+from moiety.bench.checkpoints import model_folder, model_name
+from moiety.bench.report import percentile, table
+from moiety.errors import Unavailable
+from moiety.local.cluster import LocalCluster
+from moiety.model.checkpoint.checkpoint import Checkpoint
+from moiety.model.experts.cached import expert_layout
+from moiety.v1 import generation_pb2, generation_pb2_grpc
+from moiety.wire.channels import channel
+from moiety.wire.status import RETRY_AFTER_KEY
+
+KEPT = 0.95  # of the peak: what accepted work must reach at every load
+RAMP = 0.2  # of each load's time, before counting starts: the queue has to fill first
+REQUEST_S = 120.0
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class FloodWork:
+    """What is served, and what is offered."""
+
+    model: str  # as bench_models has it
+    groups: int
+    slots: int
+    queue: int
+    loads: tuple[int, ...]  # requests per second, as multiples of the capacity
+    seconds: float
+    prompt_tokens: int
+    new_tokens: int
+    dtype: str
+    rounds: int
+
+
+@dataclass(frozen=True, slots=True)
+class FloodRow:
+    """One load: medians of the rounds, sums of what was counted. `load` 0 is the capacity run."""
+
+    model: str
+    load: int
+    offered_per_s: float
+    accepted: int
+    refused: int  # with RESOURCE_EXHAUSTED
+    refused_with_hint: int
+    failed: int  # with anything else
+    tokens_per_s: float  # of accepted requests, after the ramp
+    ratio_to_peak: float
+
+
+@dataclass(frozen=True, slots=True)
+class FloodReport:
+    """All loads."""
+
+    work: FloodWork
+    rows: tuple[FloodRow, ...]
+
+    @property
+    def held(self) -> bool:
+        """Whether accepted work kept its pace, every refusal carried a hint, and nothing else went wrong."""
+        paced = all(row.ratio_to_peak >= KEPT for row in self.rows if row.load > 1)  # below, arrivals set the pace
+        return paced and all(row.refused_with_hint == row.refused and row.failed == 0 for row in self.rows)
+
+
+@dataclass(slots=True)
+class Tally:
+    """What came of the requests of one run."""
+
+    accepted: int = 0
+    refused: int = 0
+    refused_with_hint: int = 0
+    failures: list[str] = field(default_factory=list)
+    arrivals: list[float] = field(default_factory=list)  # of every token, seconds of the monotonic clock
+    tokens_per_s: float = 0.0
+
+
+async def bench_flood(work: FloodWork, *, progress: Progress = lambda _: None) -> FloodReport:
+    """Measures capacity, then every load, round after round. Raises CheckpointError where the model cannot be served."""
+    async with AsyncExitStack() as stack:
+        folder = Path(stack.enter_context(TemporaryDirectory(prefix="moiety-bench-")))
+        context = work.prompt_tokens + work.new_tokens
+        path = await asyncio.to_thread(model_folder, work.model, folder, work.dtype, context, progress)
+        shape = (await asyncio.to_thread(expert_layout, Checkpoint.open(path))).shape
+        progress(f"served: {work.slots} slots, {work.queue} places in the queue, {work.groups} expert groups")
+        cluster = LocalCluster(
+            path,
+            groups=work.groups,
+            dtype=work.dtype,
+            router={"slots": work.slots, "queue_limit": work.queue},
+        )
+        await stack.enter_async_context(cluster)
+        stack.callback(progress, "stop: ending the processes")
+        flood = _Flood(await stack.enter_async_context(channel(cluster.address)), work, shape.vocabulary)
+        runs: dict[int, list[Tally]] = {}
+        offered: dict[int, list[float]] = {}
+        for turn in range(work.rounds):
+            progress(f"round {turn + 1} of {work.rounds}: capacity")
+            full = await flood.closed(work.slots + work.queue // 2)
+            capacity = full.tokens_per_s / work.new_tokens
+            if not capacity:
+                told = full.failures[0] if full.failures else "no token came"
+                raise Unavailable(f"nothing was served in the capacity run: {told}")
+            runs.setdefault(0, []).append(full)
+            offered.setdefault(0, []).append(capacity)
+            for load in work.loads:
+                progress(f"round {turn + 1} of {work.rounds}: {load} x {capacity:.1f} requests/s")
+                runs.setdefault(load, []).append(await flood.open(load * capacity))
+                offered.setdefault(load, []).append(load * capacity)
+        return FloodReport(work, rows_of(work, runs, offered))
+
+
+def rows_of(work: FloodWork, runs: dict[int, list[Tally]], offered: dict[int, list[float]]) -> tuple[FloodRow, ...]:
+    """A row per load. The peak is the load of the best median; ratios to it are taken round by round: machines drift."""
+    pace = {load: [run.tokens_per_s for run in tallies] for load, tallies in runs.items()}
+    peak = max(pace.values(), key=lambda of_load: percentile(of_load, 50))
+    return tuple(
+        FloodRow(
+            model=model_name(work.model),
+            load=load,
+            offered_per_s=percentile(offered[load], 50),
+            accepted=sum(run.accepted for run in tallies),
+            refused=sum(run.refused for run in tallies),
+            refused_with_hint=sum(run.refused_with_hint for run in tallies),
+            failed=sum(len(run.failures) for run in tallies),
+            tokens_per_s=percentile(pace[load], 50),
+            ratio_to_peak=percentile([mine / best for mine, best in zip(pace[load], peak, strict=True)], 50),
+        )
+        for load, tallies in runs.items()
+    )
+
+
+def flood_lines(report: FloodReport) -> Iterator[str]:
+    """The result for people."""
+    header = ("load", "offered/s", "accepted", "refused", "with hint", "failed", "tok/s", "of peak")
+    work = report.work
+    yield model_name(work.model)
+    yield from table(
+        header,
+        [
+            (
+                f"{row.load}x" if row.load else "capacity",
+                f"{row.offered_per_s:.1f}",
+                str(row.accepted),
+                str(row.refused),
+                str(row.refused_with_hint),
+                str(row.failed),
+                f"{row.tokens_per_s:.1f}",
+                f"{row.ratio_to_peak:.3f}",
+            )
+            for row in report.rows
+        ],
+    )
+    yield (
+        f"{work.dtype}, {work.slots} slots and {work.queue} places in the queue, prompts of {work.prompt_tokens}, "
+        f"{work.new_tokens} new tokens; {work.seconds:g} s a load, medians and sums of {work.rounds} rounds"
+    )
+    yield f"accepted work {'kept' if report.held else 'DID NOT keep'} {100 * KEPT:.0f} % of the peak with every refusal hinted"
+
+
+class _Flood:
+    """Sends requests to one gateway and counts what comes of them."""
+
+    def __init__(self, channel: grpc.aio.Channel, work: FloodWork, vocabulary: int):
+        self._generate = generation_pb2_grpc.GenerationServiceStub(channel).Generate
+        self._work, self._vocabulary, self._count = work, vocabulary, 0
+
+    async def closed(self, clients: int) -> Tally:
+        """`clients` at once, each with its next request as soon as the last one is done."""
+        tally, began = Tally(), time.monotonic()
+
+        async def client() -> None:
+            while time.monotonic() < began + self._work.seconds:
+                await self._request(tally)
+
+        await asyncio.gather(*(client() for _ in range(clients)))
+        return self._paced(tally, began)
+
+    async def open(self, per_s: float) -> Tally:
+        """`per_s` requests a second, evenly, whatever comes of those before."""
+        tally, began = Tally(), time.monotonic()
+        async with asyncio.TaskGroup() as requests:
+            for number in range(int(per_s * self._work.seconds)):
+                await asyncio.sleep(max(0.0, began + number / per_s - time.monotonic()))
+                requests.create_task(self._request(tally))
+        return self._paced(tally, began)
+
+    async def _request(self, tally: Tally) -> None:
+        call = self._generate(self._next_request(), timeout=REQUEST_S)
+        try:
+            async for response in call:
+                tally.arrivals += [time.monotonic()] * len(response.token_ids)
+            tally.accepted += 1
+        except grpc.aio.AioRpcError as error:
+            if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:
+                tally.refused += 1
+                tally.refused_with_hint += any(key == RETRY_AFTER_KEY for key, _ in error.trailing_metadata() or ())
+            else:
+                tally.failures.append(f"{error.code().name}: {error.details()}")
+        finally:
+            call.cancel()
+
+    def _next_request(self) -> generation_pb2.GenerateRequest:
+        work, self._count = self._work, self._count + 1
+        generator = torch.Generator().manual_seed(self._count)
+        prompt: Sequence[int] = torch.randint(3, self._vocabulary, (work.prompt_tokens,), generator=generator).tolist()
+        request = generation_pb2.GenerateRequest(
+            sampling=generation_pb2.SamplingParams(max_tokens=work.new_tokens, ignore_eos=True)
+        )
+        request.token_ids.ids.extend(prompt)
+        return request
+
+    def _paced(self, tally: Tally, began: float) -> Tally:
+        """Tokens per second between the ramp and the end of the offer."""
+        since, until = began + RAMP * self._work.seconds, began + self._work.seconds
+        tally.tokens_per_s = sum(since <= arrival < until for arrival in tally.arrivals) / (until - since)
+        return tally

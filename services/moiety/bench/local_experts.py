@@ -1,0 +1,65 @@
+"""All experts in the engine's own process: what the split into services is measured against.
+
+Legend: T tokens, K experts per token (top-k), D hidden size, A = T * K assignments.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from moiety.core.expert_backend import PendingRows
+from moiety.core.experts import ExpertMLP
+from moiety.router.step_context import StepContext
+from moiety_kernels.ops.expert_mlp import ExpertWeights, grouped_expert_mlp
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """Computed already: [T, K, D]."""
+
+    rows: torch.Tensor
+
+    def result(self) -> torch.Tensor:
+        return self.rows
+
+
+class LocalExperts:
+    """A StepBackend that computes each layer where it is submitted, with the kernels of the expert replicas."""
+
+    def __init__(self, mlp: ExpertMLP, weights: Mapping[tuple[int, int], ExpertWeights]):
+        self._mlp, self._weights = mlp, weights
+        self.layer_began_ns = 0
+        self.compute_s: list[float] = []  # of each layer since the list was cleared
+
+    def begin_step(self, step: StepContext) -> None:
+        self.layer_began_ns = time.time_ns()
+
+    def submit(self, layer: int, hidden: torch.Tensor, top_k_index: torch.Tensor) -> PendingRows:
+        """Computes hidden [T, D] by the experts in top_k_index [T, K] (int64, -1: none)."""
+        began, mlp, top_k = time.perf_counter(), self._mlp, top_k_index.shape[1]
+        experts = top_k_index.reshape(-1)  # [A]
+        order = experts.argsort(stable=True)
+        order = order[experts[order] >= 0]
+        activated, counts = torch.unique_consecutive(experts[order], return_counts=True)
+        computed = grouped_expert_mlp(
+            hidden[order // top_k],
+            counts.tolist(),
+            [self._weights[layer, expert] for expert in activated.tolist()],
+            activation=mlp.activation,
+            gated=mlp.gated,
+            interleaved=mlp.interleaved,
+            limit=mlp.limit,
+            alpha=mlp.alpha,
+        )
+        output = hidden.new_zeros(len(experts), hidden.shape[1])
+        output[order] = computed
+        self.compute_s.append(time.perf_counter() - began)
+        self.layer_began_ns = time.time_ns()
+        return _Rows(output.view(*top_k_index.shape, -1))
+
+    def poll(self) -> None:
+        """Nothing comes later."""

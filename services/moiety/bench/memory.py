@@ -1,0 +1,110 @@
+"""How much memory an expert replica takes at its peak: the whole process, from its start to its first answers, over the bytes
+of the weights it holds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from moiety.client import Client
+from moiety.core.experts import ExpertSet
+from moiety.local.cluster import LocalCluster
+from moiety.model.checkpoint.checkpoint import Checkpoint
+from moiety.model.experts.cached import expert_layout
+from moiety.policy.precision import Precision
+from moiety.synthetic import write_tiny
+from moiety.tools.quantize.quantize import names_of, write_quantised
+
+FACTOR, EXTRA = 1.15, 200_000_000  # the bound: FACTOR * weights + EXTRA bytes, Python and torch included
+LAYER = {"hidden_size": 1024, "moe_intermediate_size": 512, "num_experts": 32, "head_dim": 64}
+LAYER_BYTES = 32 * 3 * 1024 * 512 * 2  # of experts in bfloat16
+INT4 = Precision(4, 128)
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaMemory:
+    """One expert replica of one way to hold the same model."""
+
+    held_as: str
+    replica: str
+    weights: int  # bytes that it holds of experts
+    peak: int  # the process's high-water mark of resident memory
+
+    @property
+    def bound(self) -> int:
+        return int(FACTOR * self.weights) + EXTRA
+
+    @property
+    def ok(self) -> bool:
+        return self.peak <= self.bound
+
+
+async def bench_memory(
+    work: Path,
+    *,
+    gigabytes: float = 2.2,
+    groups: int = 1,
+    progress: Callable[[str], None] = lambda _: None,
+) -> tuple[ReplicaMemory, ...]:
+    """Writes a synthetic bfloat16 checkpoint of so many gigabytes of experts to `work`, and the same at 4 bits; serves each,
+    and the first once more with experts that are quantised to 8 bits as they are loaded.
+    """
+    layers = max(1, round(gigabytes * 1e9 / LAYER_BYTES))
+    progress(f"writing {layers} layers, {layers * LAYER_BYTES / 1e9:.1f} GB of experts")
+    plain = await asyncio.to_thread(
+        write_tiny, "qwen3_moe", work / "bfloat16", dtype="bfloat16", num_hidden_layers=layers, **LAYER
+    )
+    progress("quantising them to 4 bits")
+    await asyncio.to_thread(_quantise, plain, work / "int4")
+    rows: list[ReplicaMemory] = []
+    for held_as, folder, weights in (
+        ("bfloat16", plain, "auto"),
+        ("int8, quantised on load", plain, "int8"),
+        ("int4, as published", work / "int4", "auto"),
+    ):
+        progress(f"serving {held_as}")
+        async with LocalCluster(folder, groups=groups, weights=weights) as cluster:
+            async with Client(cluster.address) as client:
+                async for _ in client.generate("Each expert group is a service of its own.", max_tokens=8):
+                    pass
+            for group in range(groups):
+                child = cluster.experts(group)[0]
+                size = _held_bytes(folder, cluster.partition[group]) // (2 if weights == "int8" else 1)
+                rows.append(ReplicaMemory(held_as, child.replica.deployment, size, peak_bytes(child.pid)))
+    return tuple(rows)
+
+
+def _quantise(folder: Path, out: Path) -> None:
+    checkpoint = Checkpoint.open(folder)
+    layout = expert_layout(checkpoint)
+    every = ExpertSet.block(layout.shape.moe_layers, range(layout.shape.experts))
+    write_quantised(checkpoint, layout, dict.fromkeys(every, INT4), out)
+
+
+def _held_bytes(folder: Path, held: ExpertSet) -> int:
+    """What the experts of `held` take in the files, which is what they take in memory."""
+    checkpoint = Checkpoint.open(folder)
+    layout = expert_layout(checkpoint)
+    return sum(checkpoint.tensor(name).nbytes for pair in held for name in names_of(layout, pair))
+
+
+def peak_bytes(pid: int) -> int:
+    """The most resident memory that a process has had so far; Linux only."""
+    lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
+    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) << 10
+
+
+def memory_lines(rows: tuple[ReplicaMemory, ...]) -> Iterator[str]:
+    """The table for people; the last line is the verdict."""
+    yield f"{'experts':<25} {'replica':<12} {'weights MB':>11} {'peak MB':>9} {'bound MB':>9} {'peak / weights':>15}"
+    for row in rows:
+        yield (
+            f"{row.held_as:<25} {row.replica:<12} {row.weights / 1e6:>11.0f} {row.peak / 1e6:>9.0f} {row.bound / 1e6:>9.0f} "
+            f"{row.peak / row.weights:>15.2f}"
+        )
+    failed = sum(not row.ok for row in rows)
+    told = f"{failed} of {len(rows)} above" if failed else f"all {len(rows)} within"
+    yield f"{'FAIL' if failed else 'PASS'}: {told} {FACTOR} x weights + {EXTRA // 1_000_000} MB, the process included"

@@ -1,0 +1,1 @@
+"""`moiety bench serve`: the served system beside transformers, vLLM and llama.cpp."""

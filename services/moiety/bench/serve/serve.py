@@ -1,0 +1,192 @@
+"""`moiety bench serve`: the whole served system beside its peers, in turns, on the same checkpoints and prompts."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+
+from moiety.bench.checkpoints import model_folder, model_name
+from moiety.bench.serve.floor import StepCost
+from moiety.bench.serve.peer_processes import PeerKind
+from moiety.bench.serve.rows import Cell, Measured, ServeRow, row_lines, rows_of
+from moiety.bench.serve.systems import Load, Rival, Served, System
+from moiety.bench.token_speeds import speeds
+from moiety.core.experts import ModelShape
+from moiety.errors import ConfigError, MoietyError
+from moiety.model.checkpoint.checkpoint import Checkpoint
+from moiety.model.experts.cached import expert_layout
+from moiety.tools.machine_speed import MachineSpeed, measure_speed
+from moiety.wire.codec import DTYPE_NAMES, torch_dtype
+
+WARM_UP_TOKENS = 4
+START_S = 600.0  # vLLM compiles while it starts
+RUN_S = 300.0
+INT8_WIDTH = 1.0
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """What is asked of every system."""
+
+    models: tuple[str, ...]  # names of bench_models.SYNTHETIC, or folders
+    groups: int
+    prompts: tuple[int, ...]  # tokens of a prompt
+    concurrency: tuple[int, ...]
+    new_tokens: int  # at least 2
+    dtype: str
+    rounds: int
+    minutes: float  # no run begins after that
+    int8: bool = False  # a second Moiety, with int8 experts
+
+
+@dataclass(frozen=True, slots=True)
+class ServeReport:
+    """All rows, and what they were measured against."""
+
+    workload: Workload
+    speed: MachineSpeed
+    rows: tuple[ServeRow, ...]
+    idle_share: Mapping[str, float] = field(default_factory=dict)  # of a core, by system that was not stopped
+
+
+async def bench_serve(
+    workload: Workload, peers: Sequence[PeerKind], *, progress: Progress = lambda _: None
+) -> ServeReport:
+    """Measures model after model; a system that fails keeps its rows, with the reason, and costs the others nothing.
+
+    Raises CheckpointError or ConfigError where a checkpoint cannot be served, or not with such prompts.
+    """
+    deadline = time.monotonic() + 60 * workload.minutes
+    rows: list[ServeRow] = []
+    idle: dict[str, float] = {}
+    with TemporaryDirectory(prefix="moiety-bench-") as folder:
+        subjects = [
+            await asyncio.to_thread(_Subject.open, model, Path(folder), workload, progress) for model in workload.models
+        ]
+        progress("machine: measuring how fast it reads and multiplies")
+        speed = await asyncio.to_thread(measure_speed)
+        for done, subject in enumerate(subjects):
+            share = (deadline - time.monotonic()) / (len(subjects) - done)
+            contest = _Contest(workload, subject, time.monotonic() + share, progress)
+            measured = await contest.measure(peers, Path(folder) / f"peers-{done}")
+            rows += rows_of(subject.name, subject.cost, speed, subject.dtype, measured)
+            idle |= contest.idle_share
+    return ServeReport(workload, speed, tuple(rows), idle)
+
+
+def serve_lines(report: ServeReport) -> Iterator[str]:
+    """The result for people."""
+    asked, speed = report.workload, report.speed
+    yield from row_lines(report.rows)
+    yield (
+        f"{asked.dtype}, {asked.new_tokens} new tokens; times in ms; medians of {asked.rounds} rounds in turns; "
+        f"ratio = over the best peer's; moiety is served by {asked.groups} expert groups"
+    )
+    yield (
+        f"floor = weights of a step / {speed.read_bytes_per_s / 1e9:.1f} GB/s + its products / "
+        f"{speed.bfloat16_flops / 1e9:.0f} GFLOP/s in bfloat16, {speed.float32_flops / 1e9:.0f} in float32, as measured; "
+        "weights that fit into the caches can beat it"
+    )
+    for name, share in report.idle_share.items():
+        yield f"{name} used {100 * share:.1f} % of a core while idle; every peer was stopped (SIGSTOP) out of its turn"
+
+
+@dataclass(frozen=True, slots=True)
+class _Subject:
+    """One model, checked against the workload before anything is started."""
+
+    name: str
+    folder: Path
+    shape: ModelShape
+    dtype: str
+    cost: StepCost
+
+    @classmethod
+    def open(cls, model: str, parent: Path, workload: Workload, progress: Progress) -> _Subject:
+        context = max(workload.prompts) + workload.new_tokens
+        folder = model_folder(model, parent, workload.dtype, context, progress)
+        checkpoint = Checkpoint.open(folder)
+        layout = expert_layout(checkpoint)
+        if context > layout.shape.max_context:
+            told = f"{max(workload.prompts)} + {workload.new_tokens}"
+            raise ConfigError("prompt + new", told, f"at most {layout.shape.max_context}, the model's context")
+        dtype = DTYPE_NAMES[torch_dtype(workload.dtype, layout.shape.dtype)]
+        return cls(model_name(model), folder, layout.shape, dtype, StepCost.of(checkpoint, layout))
+
+
+class _Contest:
+    """All systems on one model."""
+
+    def __init__(self, workload: Workload, subject: _Subject, until: float, progress: Progress):
+        self._workload, self._subject, self._until, self._progress = workload, subject, until, progress
+        self.idle_share: dict[str, float] = {}
+
+    async def measure(self, peers: Sequence[PeerKind], scratch: Path) -> list[Measured]:
+        """Every system, started, measured in turns and stopped."""
+        workload = self._workload
+        systems: list[System] = [Served(workload.groups)]
+        if workload.int8:
+            systems.append(Served(workload.groups, name="moiety int8", expert={"weights": "int8"}, width=INT8_WIDTH))
+        systems += [Rival(kind, scratch / kind.module) for kind in peers]
+        async with AsyncExitStack() as stack:
+            measured = []
+            for system in systems:
+                stack.push_async_callback(system.stop)
+                measured.append(await self._start(system))
+            for turn in range(workload.rounds):
+                for tokens in workload.prompts:
+                    for streams in workload.concurrency:
+                        for one in measured:
+                            await self._turn(one, turn, Cell(tokens, streams))
+            self._progress("stop: ending the processes")
+        return measured
+
+    async def _start(self, system: System) -> Measured:
+        self._progress(f"start: {system.name}")
+        workload, one = self._workload, Measured(system)
+        context = max(workload.prompts) + workload.new_tokens
+        load = Load(str(self._subject.folder), self._subject.dtype, max(workload.concurrency), context)
+        try:
+            await system.start(load, START_S)
+            if isinstance(system, Served) and (share := await system.idle_share()) is not None:
+                self.idle_share[system.name] = share
+        except MoietyError as error:
+            await self._fail(one, error)
+        return one
+
+    async def _turn(self, one: Measured, turn: int, cell: Cell) -> None:
+        if one.failed is not None or time.monotonic() > self._until:
+            return
+        told = f"{one.system.name}, {cell.streams} streams of {cell.prompt_tokens}"
+        try:
+            if turn == 0:
+                self._progress(f"warm up: {told}")
+                warm = self._prompts(cell, "warm")
+                await one.system.run(warm, min(WARM_UP_TOKENS, self._workload.new_tokens), RUN_S)
+            self._progress(f"round {turn + 1} of {self._workload.rounds}: {told}")
+            began, arrivals = await one.system.run(self._prompts(cell, turn), self._workload.new_tokens, RUN_S)
+            one.runs.setdefault(cell, []).append(speeds(began, arrivals, cell.prompt_tokens))
+        except MoietyError as error:
+            await self._fail(one, error)
+
+    async def _fail(self, one: Measured, error: MoietyError) -> None:
+        one.failed = str(error)
+        self._progress(f"FAILED: {one.system.name}: {error}")
+        await one.system.stop()
+
+    def _prompts(self, cell: Cell, turn: int | str) -> list[list[int]]:
+        """The same for every system, and never the same twice: nobody's prefix cache has seen them."""
+        seed = zlib.crc32(f"{cell.prompt_tokens}/{cell.streams}/{turn}".encode())
+        generator = torch.Generator().manual_seed(seed)
+        shape = (cell.streams, cell.prompt_tokens)
+        return torch.randint(3, self._subject.shape.vocabulary, shape, generator=generator).tolist()

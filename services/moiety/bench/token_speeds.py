@@ -1,0 +1,44 @@
+"""From arrival times of tokens to serving speeds; the same arithmetic for every system that is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from itertools import pairwise
+
+from moiety.bench.report import percentile
+
+
+@dataclass(frozen=True, slots=True)
+class Speeds:
+    """One run of C streams at once."""
+
+    decode_tokens_per_s: float  # from the moment every stream has its first token to the last token of all
+    itl_p50_ms: float  # gaps between tokens of one stream, over all streams
+    itl_p99_ms: float
+    ttft_p50_ms: float  # from the common start to a stream's first token
+    prefill_tokens_per_s: float  # all prompt tokens, from the common start until every stream has its first token
+
+
+def speeds(began: float, arrivals: Sequence[Sequence[float]], prompt_tokens: int) -> Speeds:
+    """`arrivals` are each stream's token times in seconds, at least two; `prompt_tokens` is one prompt's length."""
+    firsts = [stream[0] for stream in arrivals]
+    decoding, ended = max(firsts), max(stream[-1] for stream in arrivals)
+    decoded = sum(time > decoding for stream in arrivals for time in stream)
+    gaps = [later - earlier for stream in arrivals for earlier, later in pairwise(stream)]
+    return Speeds(
+        decode_tokens_per_s=_rate(decoded, ended - decoding),
+        itl_p50_ms=percentile(gaps, 50) * 1000,
+        itl_p99_ms=percentile(gaps, 99) * 1000,
+        ttft_p50_ms=(percentile(firsts, 50) - began) * 1000,
+        prefill_tokens_per_s=_rate(prompt_tokens * len(arrivals), decoding - began),
+    )
+
+
+def median(runs: Sequence[Speeds]) -> Speeds:
+    """The median of each speed by itself."""
+    return Speeds(*(percentile([getattr(run, field.name) for run in runs], 50) for field in fields(Speeds)))
+
+
+def _rate(count: int, seconds: float) -> float:
+    return count / seconds if seconds > 0 else 0.0

@@ -1,0 +1,1 @@
+"""`moiety bench` and its commands."""

@@ -1,0 +1,57 @@
+"""`moiety bench control`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from moiety.cli.options import (
+    invocation,
+    json_option,
+    rounds_option,
+    write_json,
+)
+from moiety.cli.run import progress
+
+
+@click.command()
+@click.option("--replicas", type=click.IntRange(1, 100_000), default=2000, show_default=True, help="Expert replicas.")
+@click.option("--routers", type=click.IntRange(1, 1000), default=16, show_default=True, help="That read the registry.")
+@click.option("--layers", type=click.IntRange(1, 1000), default=58, show_default=True, help="MoE layers.")
+@click.option("--experts", type=click.IntRange(1, 4096), default=256, show_default=True, help="Per layer.")
+@click.option("--groups", type=click.IntRange(1, 4096), default=64, show_default=True, help="Expert groups.")
+@click.option("--hot-sets", type=click.IntRange(0, 1024), default=16, show_default=True, help="Hot sets.")
+@rounds_option
+@json_option
+@click.pass_context
+def control(
+    context: click.Context,
+    replicas: int,
+    routers: int,
+    layers: int,
+    experts: int,
+    groups: int,
+    hot_sets: int,
+    rounds: int,
+    json_file: Path | None,
+) -> None:
+    """Measure the control plane of a large system: planning, the dispatch table, the traffic on Redis.
+
+    Nothing is served: replicas are entries in a real Redis that is started for this, written and read as often as they
+    would be.
+
+    \b
+    Example:
+      moiety bench control --replicas 2000
+    """
+    from moiety.bench.control import ControlWork, bench_control, control_lines
+    from moiety.tools.machine import Machine
+
+    machine = Machine.here()
+    work = ControlWork(replicas, routers, layers, experts, groups, hot_sets, rounds)
+    report = bench_control(work, progress())
+    for line in (*control_lines(report, work), *machine.lines(), f"again:   {invocation(context)}"):
+        click.echo(line)
+    write_json(json_file, {"machine": asdict(machine), "work": asdict(work), "report": asdict(report)})

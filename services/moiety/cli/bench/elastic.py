@@ -1,0 +1,79 @@
+"""`moiety bench elastic`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from moiety.cli.options import invocation, json_option, write_json
+from moiety.cli.run import progress, signals_interrupt
+
+
+@click.command()
+@click.option("--groups", type=click.IntRange(1, 8), default=2, show_default=True, help="Expert groups.")
+@click.option(
+    "--capacity",
+    type=click.FloatRange(10, 1e6),
+    default=200.0,
+    show_default=True,
+    help="Rows per second that each expert replica is paced to: replicas share this machine's cores.",
+)
+@click.option("--max-replicas", type=click.IntRange(2, 8), default=3, show_default=True, help="Per group.")
+@click.option("--low", type=click.FloatRange(0.05, 100), default=0.4, show_default=True, help="Requests per second.")
+@click.option("--high", type=click.FloatRange(0.1, 100), default=8.0, show_default=True, help="And while load is high.")
+@click.option(
+    "--seconds",
+    type=(click.FloatRange(5, 3600), click.FloatRange(5, 3600), click.FloatRange(5, 3600)),
+    default=(10.0, 30.0, 40.0),
+    show_default=True,
+    help="Of low load, high load, and low load again.",
+)
+@click.option("--zipf", type=click.FloatRange(0, 4), default=1.6, show_default=True, help="Exponent of the skew.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of prompts and arrivals.")
+@click.option(
+    "--plot",
+    "plot_file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Draw load and replicas over time: a .png or .svg (needs moiety[plot]).",
+)
+@json_option
+@click.pass_context
+def elastic(
+    context: click.Context,
+    groups: int,
+    capacity: float,
+    max_replicas: int,
+    low: float,
+    high: float,
+    seconds: tuple[float, float, float],
+    zipf: float,
+    seed: int,
+    plot_file: Path | None,
+    json_file: Path | None,
+) -> None:
+    """Raise and lower a skewed load on a live Ray system: do the hot group's replicas follow, and does nobody notice?
+
+    Starts Ray, Redis and a small model of its own. Requests come by a Poisson process, their prompts by Zipf's law. On a
+    few shared cores replicas cannot be faster together, so each is paced to a stated capacity: this measures control, not
+    speed. Exit status 1 where a request failed, or another group than the hot one grew.
+
+    \b
+    Example:
+      moiety bench elastic --plot elastic.png
+    """
+    from moiety.bench.elastic.elastic import ElasticWork, bench_elastic
+    from moiety.bench.elastic.report import elastic_lines, plot
+    from moiety.tools.machine import Machine
+
+    machine = Machine.here()
+    work = ElasticWork(groups, capacity, max_replicas, low, high, seconds, zipf, seed=seed)
+    with signals_interrupt():
+        report = bench_elastic(work, progress=progress())
+    for line in (*elastic_lines(report), *machine.lines(), f"again:   {invocation(context)}"):
+        click.echo(line)
+    write_json(json_file, report.data())
+    if plot_file is not None:
+        plot(report, plot_file)
+        click.echo(f"picture: {plot_file}")
+    context.exit(0 if report.held else 1)

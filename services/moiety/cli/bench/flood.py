@@ -1,0 +1,76 @@
+"""`moiety bench flood`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from moiety.cli.options import (
+    IntegerList,
+    dtype_option,
+    groups_option,
+    invocation,
+    json_option,
+    rounds_option,
+    write_json,
+)
+from moiety.cli.run import progress, run_async
+
+
+@click.command()
+@click.option(
+    "--model", default="small", show_default=True, help="small, large (see bench serve), or a checkpoint folder."
+)
+@groups_option
+@click.option("--slots", type=click.IntRange(1, 1024), default=8, show_default=True, help="Requests that run at once.")
+@click.option("--queue", type=click.IntRange(1, 1024), default=8, show_default=True, help="Requests that may wait.")
+@click.option(
+    "--loads",
+    type=IntegerList(1, 64),
+    default="1,2,4",
+    show_default=True,
+    help="Requests offered a second, as multiples of the capacity measured first.",
+)
+@click.option("--seconds", type=click.FloatRange(1, 600), default=15.0, show_default=True, help="Of each load.")
+@click.option("--prompt", type=click.IntRange(1, 1 << 20), default=32, show_default=True, help="Tokens per prompt.")
+@click.option("--new", type=click.IntRange(1, 1 << 20), default=32, show_default=True, help="New tokens per request.")
+@dtype_option("bfloat16")
+@rounds_option
+@json_option
+@click.pass_context
+def flood(
+    context: click.Context,
+    model: str,
+    groups: int,
+    slots: int,
+    queue: int,
+    loads: tuple[int, ...],
+    seconds: float,
+    prompt: int,
+    new: int,
+    dtype: str,
+    rounds: int,
+    json_file: Path | None,
+) -> None:
+    """Offer more than can be served: does accepted work keep its pace, and is every refusal told when to come back?
+
+    Capacity is what the system serves to clients that keep every slot and half of the queue taken. Then requests come at
+    a multiple of that, whatever happened to those before. Exit status 1 where accepted work falls below 95 % of the
+    peak at a load of 2 or more, a refusal carries no retry hint, or a request fails otherwise.
+
+    \b
+    Example:
+      moiety bench flood --loads 1,2,4 --seconds 30
+    """
+    from moiety.bench.flood import FloodWork, bench_flood, flood_lines
+    from moiety.tools.machine import Machine
+
+    machine = Machine.here()
+    work = FloodWork(model, groups, slots, queue, loads, seconds, prompt, new, dtype, rounds)
+    report = run_async(bench_flood(work, progress=progress()))
+    for line in (*flood_lines(report), *machine.lines(), f"again:   {invocation(context)}"):
+        click.echo(line)
+    write_json(json_file, {"machine": asdict(machine), "rows": [asdict(row) for row in report.rows]})
+    context.exit(0 if report.held else 1)

@@ -1,0 +1,113 @@
+"""`moiety bench serve`."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from moiety.cli.options import (
+    IntegerList,
+    WordList,
+    dtype_option,
+    groups_option,
+    invocation,
+    json_option,
+    write_json,
+)
+from moiety.cli.run import progress, run_async
+
+
+@click.command()
+@click.option(
+    "--models",
+    type=WordList(),
+    help="Synthetic qwen3_moe models, small (90 M parameters) and large (0.91 B), or checkpoint folders; with commas.  "
+    "[default: small; with --compare large,small]",
+)
+@click.option("--compare", is_flag=True, help="Both synthetic models, both prompt lengths, continuous batching beside.")
+@click.option(
+    "--vllm", metavar="PYTHON", help="The Python of an environment that has vLLM's CPU build: measure it too."
+)
+@click.option("--llama-cpp", metavar="PYTHON", help="The same for one that has llama-cpp-python and gguf.")
+@click.option("--int8", is_flag=True, help="Measure a second Moiety, with int8 experts.")
+@groups_option
+@click.option(
+    "--prompts",
+    type=IntegerList(1, 1 << 20),
+    help="Tokens per prompt; with commas.  [default: 64; with --compare 64,512]",
+)
+@click.option(
+    "--concurrency", type=IntegerList(1, 1024), help="Streams at once; with commas.  [default: 1,8,32; quick: 1,8]"
+)
+@click.option("--new", type=click.IntRange(2, 1 << 20), help="New tokens per stream.  [default: 64; quick: 16]")
+@click.option("--rounds", type=click.IntRange(1, 100), help="How often the systems take turns.  [default: 3; quick: 1]")
+@click.option("--quick", is_flag=True, help="Small model, short prompts, one round: does every path work?")
+@click.option(
+    "--minutes",
+    type=click.FloatRange(0.1, 1440),
+    default=60.0,
+    show_default=True,
+    help="No run begins after that; models share it evenly. What was not measured by then is told.",
+)
+@dtype_option("bfloat16")
+@json_option
+@click.pass_context
+def serve(
+    context: click.Context,
+    models: tuple[str, ...] | None,
+    compare: bool,
+    vllm: str | None,
+    llama_cpp: str | None,
+    int8: bool,
+    groups: int,
+    prompts: tuple[int, ...] | None,
+    concurrency: tuple[int, ...] | None,
+    new: int | None,
+    rounds: int | None,
+    quick: bool,
+    minutes: float,
+    dtype: str,
+    json_file: Path | None,
+) -> None:
+    """Measure serving speed beside what else one could run, in turns, on the same checkpoints and prompts.
+
+    Moiety is measured by a client of its gateway: attention, hop, experts, tokenising and streaming included. Every
+    other system runs in a process of its own, which is stopped while it is not measured: transformers' generate, with
+    --compare its continuous batching, and vLLM and llama.cpp where their Pythons are given. One that fails costs the
+    others nothing. A step's time is told over its floor: the time this machine needs, at its measured best, to read the
+    step's weights and to compute its products. A full comparison ends within --minutes and the start of its systems,
+    some minutes a model.
+
+    \b
+    Examples:
+      moiety bench serve --models ./Qwen3-30B-A3B --groups 4 --concurrency 1,16 --json serve.json
+      moiety bench serve --compare --vllm ~/vllm/bin/python --llama-cpp ~/llama/bin/python --json compare.json
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as the services have it: huge pages for torch
+    from moiety.bench.serve.serve import Workload, bench_serve, serve_lines
+    from moiety.bench.serve.systems import peer_kinds
+    from moiety.tools.machine import Machine
+
+    full = compare and not quick
+    workload = Workload(
+        models=models or (("large", "small") if full else ("small",)),
+        groups=groups,
+        prompts=prompts or ((64, 512) if full else (64,)),
+        concurrency=concurrency or ((1, 8) if quick else (1, 8, 32)),
+        new_tokens=new or (16 if quick else 64),
+        dtype=dtype,
+        rounds=rounds or (1 if quick else 3),
+        minutes=minutes,
+        int8=int8,
+    )
+    machine = Machine.here()
+    peers = peer_kinds(continuous=compare, vllm=vllm, llama_cpp=llama_cpp)
+    report = run_async(bench_serve(workload, peers, progress=progress()))
+    for line in (*serve_lines(report), *machine.lines(), f"again:   {invocation(context)}"):
+        click.echo(line)
+    measured_on: dict[str, object] = {**asdict(machine)}
+    measured_on.update(asdict(report.speed))
+    write_json(json_file, {"machine": measured_on, "rows": [asdict(row) for row in report.rows]})

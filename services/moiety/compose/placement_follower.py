@@ -1,0 +1,71 @@
+"""How an expert replica follows the placement: loads beside what it holds, tells, waits for the routers, drops."""
+
+from __future__ import annotations
+
+import logging
+import time
+from math import inf
+
+from moiety.compose.background import at_low_priority
+from moiety.core.experts import ExpertSet
+from moiety.errors import RegistryUnreachable
+from moiety.expert.runtime import Runtime
+from moiety.registry.interface import HEARTBEAT_S, TTL_S, Registry
+
+SEEN_S = 0.9 * HEARTBEAT_S
+
+_log = logging.getLogger(__name__)
+
+
+class PlacementFollower:
+    """Keeps one replica's experts in step with the placement in force; `default` is held where that names none.
+
+    An expert that a placement takes away is answered until every live router of the same revision has acknowledged the
+    epoch and every call that names it is answered: neither tokens nor requests notice, however long others take to load.
+    """
+
+    def __init__(
+        self, runtime: Runtime, registry: Registry, deployment: str, default: ExpertSet, revision: str
+    ) -> None:
+        self._runtime, self._registry, self._deployment = runtime, registry, deployment
+        self._default, self._revision = default, revision
+        self._agreed_at = inf  # all routers have acknowledged this epoch since then, as far as was seen
+
+    async def start(self) -> None:
+        """Loads what the placement says, or the default plan where the registry does not answer."""
+        try:
+            await self._load()
+        except RegistryUnreachable as error:
+            _log.warning("%s starts with the default plan: %s", self._deployment, error)
+        if not self._runtime.holding.epoch:
+            await self._hold(self._default, 0)
+
+    async def follow(self) -> None:
+        """To be called once a beat."""
+        if await self._registry.placement_epoch() > self._runtime.holding.epoch:
+            await self._load()
+        holding = self._runtime.holding
+        if len(holding.leaving) and await self._acknowledged(holding.epoch) and self._runtime.drop_leaving():
+            _log.info("%s dropped %s (epoch %d)", self._deployment, holding.leaving, holding.epoch)
+
+    async def _load(self) -> None:
+        placement = await self._registry.placement()
+        if placement is not None and placement.epoch > self._runtime.holding.epoch:
+            await self._hold(placement.held.get(self._deployment, self._default), placement.epoch)
+
+    async def _hold(self, held: ExpertSet, epoch: int) -> None:
+        began = time.monotonic()
+        await at_low_priority(self._runtime.hold, held, epoch)
+        self._agreed_at = inf
+        took = time.monotonic() - began
+        _log.info("%s holds %s (epoch %d), read in %.2f s", self._deployment, held, epoch, took)
+
+    async def _acknowledged(self, epoch: int) -> bool:
+        """Whether all routers have, and had a beat ago: a store that was just emptied lists few of them, or none."""
+        routers = [each for each in await self._registry.routers() if each.revision == self._revision]
+        now = time.monotonic()
+        if not all(router.placement_epoch >= epoch for router in routers):
+            self._agreed_at = inf
+            return False
+        self._agreed_at = min(self._agreed_at, now)
+        return now >= self._agreed_at + (SEEN_S if routers else TTL_S)

@@ -1,0 +1,63 @@
+"""Reads settings from flags, the environment and YAML: the only reader of either.
+
+Precedence: flag > MOIETY_* environment variable > YAML file > default.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from moiety.errors import ConfigError
+
+ENV_PREFIX = "MOIETY_"
+
+
+Settings = TypeVar("Settings", bound=BaseModel)
+
+
+def resolve(kind: type[Settings], flags: Mapping[str, Any], yaml_path: str | None = None) -> Settings:
+    """Settings of `kind` from flags (None = not given), MOIETY_* variables and a YAML file, in that order."""
+    values: dict[str, Any] = {}
+    if yaml_path is not None:
+        values.update(_read_yaml(yaml_path))
+    for name in kind.model_fields:
+        if (text := os.environ.get(ENV_PREFIX + name.upper())) is not None:
+            values[name] = text
+    values.update({name: value for name, value in flags.items() if value is not None})
+    return validated(kind, values)
+
+
+def cache_dir() -> Path | None:
+    """Where derived files may be kept between runs: $MOIETY_CACHE or ~/.cache/moiety; None where there is no home."""
+    if text := os.environ.get(ENV_PREFIX + "CACHE"):
+        return Path(text)
+    try:
+        return Path.home() / ".cache" / "moiety"
+    except RuntimeError:
+        return None
+
+
+def validated(kind: type[Settings], values: Mapping[str, Any]) -> Settings:
+    """`kind(**values)`, with the first problem told as a ConfigError."""
+    try:
+        return kind(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        value = None if first["type"] == "missing" else first["input"]  # else it is everything that was given
+        raise ConfigError(".".join(map(str, first["loc"])), value, first["msg"].removeprefix("Value error, ")) from None
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
+    try:
+        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError("config file", path, f"cannot be read: {error}") from error
+    if not isinstance(data, dict):
+        raise ConfigError("config file", path, "must hold a mapping of settings")
+    return data

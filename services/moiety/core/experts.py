@@ -1,0 +1,181 @@
+"""What experts a model has, what one computes, and which of them a replica holds.
+
+Legend: I intermediate size, E experts per layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+from moiety.errors import ConfigError
+
+if TYPE_CHECKING:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertSet:
+    """Which experts of which MoE layers are held: layer ordinal -> expert ids.
+
+    The text form is compact and readable: `0-31:0-7` is experts 0 to 7 of layers 0 to 31; `0:1,5;3:2` is two layers.
+    """
+
+    by_layer: Mapping[int, frozenset[int]] = field(default_factory=dict)
+
+    @classmethod
+    def block(cls, layers: int, experts: Iterable[int]) -> ExpertSet:
+        """The same `experts` in each of the first `layers` MoE layers."""
+        held = frozenset(experts)
+        return cls(dict.fromkeys(range(layers), held) if held else {})
+
+    @classmethod
+    def parse(cls, text: str) -> ExpertSet:
+        """The inverse of `str()`; raises ValueError where the text is not of that form.
+
+        The same text gives the same value, so that what thousands of replicas say is read once a deployment.
+        """
+        return _parse_set(text)
+
+    @classmethod
+    def _parsed(cls, text: str) -> ExpertSet:
+        by_layer: dict[int, frozenset[int]] = {}
+        for part in filter(None, (piece.strip() for piece in text.split(";"))):
+            layers, separator, experts = part.partition(":")
+            if not separator:
+                raise ValueError(f"{part!r}: expected LAYERS:EXPERTS, such as 0-31:0-7")
+            ids = frozenset(_parse_ranges(experts))
+            for layer in _parse_ranges(layers):
+                by_layer[layer] = by_layer.get(layer, frozenset()) | ids
+        return cls({layer: ids for layer, ids in by_layer.items() if ids})
+
+    def __str__(self) -> str:
+        layers_of: dict[frozenset[int], list[int]] = {}
+        for layer, ids in sorted(self.by_layer.items()):
+            layers_of.setdefault(ids, []).append(layer)
+        return ";".join(f"{_format_ranges(layers)}:{_format_ranges(ids)}" for ids, layers in layers_of.items())
+
+    def __contains__(self, pair: tuple[int, int]) -> bool:
+        layer, expert = pair
+        return expert in self.by_layer.get(layer, frozenset())
+
+    def __len__(self) -> int:
+        return sum(map(len, self.by_layer.values()))
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        for layer, ids in sorted(self.by_layer.items()):
+            for expert in sorted(ids):
+                yield layer, expert
+
+    def __or__(self, other: ExpertSet) -> ExpertSet:
+        layers = self.by_layer.keys() | other.by_layer.keys()
+        return ExpertSet({layer: self.layer(layer) | other.layer(layer) for layer in sorted(layers)})
+
+    def __sub__(self, other: ExpertSet) -> ExpertSet:
+        left = {layer: ids - other.layer(layer) for layer, ids in self.by_layer.items()}
+        return ExpertSet({layer: ids for layer, ids in left.items() if ids})
+
+    def layer(self, layer: int) -> frozenset[int]:
+        return self.by_layer.get(layer, frozenset())
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertMLP:
+    """What one expert computes, declared instead of coded, so that every kernel can serve every model.
+
+    `down(act(gate(x)) * up(x))` when gated, else `down(act(up(x)))`. `activation` is a name of
+    `moiety_kernels.reference.expert_mlp.ACTIVATIONS`; `swiglu_clamped` is gpt-oss's
+    `(clamp(up, ±limit) + 1) * gate * sigmoid(alpha * gate)` with gate clamped from above only.
+    """
+
+    hidden: int  # D
+    intermediate: int  # I
+    activation: str = "silu"
+    gated: bool = True
+    interleaved: bool = False  # gate and up alternate along the output dimension, instead of gate first, then up
+    biased: bool = False
+    limit: float | None = None
+    alpha: float | None = None
+
+    @property
+    def parameters(self) -> int:
+        """Elements of one expert's matrices."""
+        return (3 if self.gated else 2) * self.hidden * self.intermediate
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """What every part must know of a checkpoint before it reads a weight."""
+
+    architecture: str  # transformers' model_type
+    moe_layers: int
+    experts: int  # E, per MoE layer
+    top_k: int
+    mlp: ExpertMLP
+    dtype: str  # as published: float32, bfloat16, float16
+    vocabulary: int
+    max_context: int
+
+    def sliced(self, slices: int) -> ModelShape:
+        """The same model as its slices make it: each expert is `slices` of them along the intermediate dimension.
+
+        Slice s of expert e counts as expert `e * slices + s` wherever experts are named: in holdings, calls and counters.
+        Raises ConfigError where the intermediate size is no multiple of `slices`.
+        """
+        if slices < 1 or self.mlp.intermediate % slices:
+            bound = f"must divide {self.mlp.intermediate}, the intermediate size of the model's experts"
+            raise ConfigError("slices", slices, bound)
+        mlp = replace(self.mlp, intermediate=self.mlp.intermediate // slices)
+        return replace(self, experts=self.experts * slices, top_k=self.top_k * slices, mlp=mlp)
+
+    def sliced_partition(self, groups: int, slices: int) -> tuple[ExpertSet, ...]:
+        """What each of `groups` holds of `self.sliced(slices)`: one slice of each expert of a share, shares as equal as can be.
+
+        Raises ConfigError where `groups` is no multiple of `slices`, or there are fewer experts than shares.
+        """
+        if groups % slices:
+            raise ConfigError("groups", groups, f"must be a multiple of {slices}, the slices of an expert")
+        return tuple(
+            ExpertSet({layer: frozenset(e * slices + s for e in ids) for layer, ids in share.by_layer.items()})
+            for share in self.partition(groups // slices)
+            for s in range(slices)
+        )
+
+    def partition(self, groups: int) -> tuple[ExpertSet, ...]:
+        """`groups` contiguous, near-equal blocks of experts, each across all MoE layers: the default placement.
+
+        Raises ConfigError where there are fewer experts than groups.
+        """
+        if not 1 <= groups <= self.experts:
+            raise ConfigError("groups", groups, f"must be 1 to {self.experts}, the model's experts per layer")
+        base, extra = divmod(self.experts, groups)
+        bounds = [0]
+        for group in range(groups):
+            bounds.append(bounds[-1] + base + (group < extra))
+        return tuple(ExpertSet.block(self.moe_layers, range(bounds[g], bounds[g + 1])) for g in range(groups))
+
+
+@lru_cache(maxsize=1024)
+def _parse_set(text: str) -> ExpertSet:
+    return ExpertSet._parsed(text)
+
+
+def _parse_ranges(text: str) -> Iterator[int]:
+    for part in text.split(","):
+        low, dash, high = part.strip().partition("-")
+        first, last = int(low), int(high) if dash else int(low)
+        if last < first:
+            raise ValueError(f"{part!r}: the range runs backwards")
+        yield from range(first, last + 1)
+
+
+def _format_ranges(ids: Iterable[int]) -> str:
+    runs: list[list[int]] = []
+    for value in sorted(ids):
+        if runs and value == runs[-1][1] + 1:
+            runs[-1][1] = value
+        else:
+            runs.append([value, value])
+    return ",".join(str(low) if low == high else f"{low}-{high}" for low, high in runs)

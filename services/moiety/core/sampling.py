@@ -1,0 +1,77 @@
+"""How one request picks its tokens, and how its generation ends."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    pass
+
+
+class FinishReason(StrEnum):
+    """Why a generation ended: the model said so, or max_tokens was reached."""
+
+    STOP = "stop"
+    LENGTH = "length"
+
+
+class GuideKind(StrEnum):
+    """How a guide is written; the names are those of generation.proto."""
+
+    JSON_SCHEMA = "json_schema"
+    REGEX = "regex"
+    GRAMMAR = "grammar"
+
+
+@dataclass(frozen=True, slots=True)
+class Guide:
+    """What an output must match from its first to its last character."""
+
+    kind: GuideKind
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class TopLogprobs:
+    """The likeliest tokens of one position, likeliest first."""
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How one request picks its tokens; already checked against the bounds of generation.proto, which explains each."""
+
+    max_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0 = the whole vocabulary
+    min_p: float = 0.0
+    seed: int = 0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    ignore_eos: bool = False
+    min_tokens: int = 0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    logprobs: bool = False
+    top_logprobs: int = 0
+    prompt_logprobs: bool = False
+    n: int = 1
+    guide: Guide | None = None
+    first_token_id: int | None = None  # what the output begins with, whatever the logits say
+
+    @property
+    def penalised(self) -> bool:
+        """Whether the tokens so far change the logits of the next."""
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+
+    def ends(self, eos: Iterable[int]) -> frozenset[int]:
+        """The tokens that end an output of a model whose end-of-sequence ids are `eos`."""
+        return frozenset(self.stop_token_ids) | frozenset(() if self.ignore_eos else eos)

@@ -1,0 +1,46 @@
+"""Serve's autoscaling hook. Serve copies this module by value into its controller and into replicas: no live objects here.
+
+The stateful part is `scaling/autoscaler.py`, imported inside the call, so that it stays one module per process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+class LoadPolicy:
+    """Asks the process's autoscaler how many replicas a deployment should have.
+
+    Serve makes one per deployment and calls it in the controller's event loop about nine times a second. It must not
+    block, which would stall every deployment, nor raise, which would silently end scaling for the whole application.
+    """
+
+    def __init__(self, arguments: Mapping[str, Any], held: str) -> None:
+        self._arguments, self._held = arguments, held
+        self._subscription: Any = None
+        self._failed = False
+
+    def __call__(self, ctx: Any) -> tuple[int, dict[str, Any]]:
+        """The target for the deployment of `ctx` (ray.serve.config.AutoscalingContext); no state of Serve's is used."""
+        try:
+            return self._target(ctx), {}
+        except Exception:
+            if not self._failed:
+                import logging
+
+                logging.getLogger("ray.serve").exception("%s: scaling holds", ctx.deployment_name)
+            self._failed = True
+            return ctx.target_num_replicas, {}
+
+    def _target(self, ctx: Any) -> int:
+        if self._subscription is None:
+            from moiety.deploy.arguments import restored
+            from moiety.scaling.autoscaler import subscribe
+
+            self._subscription = subscribe(ctx.deployment_name, restored(self._arguments), self._held)
+        target: int = self._subscription.target(
+            ctx.target_num_replicas, ctx.capacity_adjusted_min_replicas, ctx.capacity_adjusted_max_replicas
+        )
+        self._failed = False
+        return target

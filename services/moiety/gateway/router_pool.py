@@ -1,0 +1,234 @@
+"""The routers a gateway can ask: chooses one per request, and carries a request on when its router is lost."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import AsyncGenerator, Set
+from contextlib import aclosing
+from functools import partial
+
+from moiety.core.replica import Replica, ReplicaState, Role
+from moiety.errors import DeadlineExceeded, ResourceExhausted, Unavailable
+from moiety.gateway.attempt import Attempt
+from moiety.gateway.backlog import Backlog
+from moiety.gateway.choices import behind, choices_of, merged
+from moiety.gateway.prefixes import PrefixHasher
+from moiety.gateway.prompt import Prompt
+from moiety.gateway.router_peer import RouterPeer
+from moiety.internal.v1 import engine_pb2
+from moiety.policy import router_choice
+from moiety.policy.router_pace import Pace
+from moiety.registry.watch import Watch
+from moiety.wire.deadline import Deadline
+
+_log = logging.getLogger(__name__)
+RETRY_S = 0.1
+UNKNOWN_WAIT_S = 1.0  # told to those who are refused before any request has shown how long one takes
+
+
+class RouterLost(Unavailable):
+    """The router of a request is gone or going; the request is not."""
+
+
+class RouterPool:
+    """Ready routers, found through the registry."""
+
+    def __init__(self, watch: Watch, wait_s: float, seed: int = 0):
+        """`seed` decides which routers are compared: gateways should have different ones."""
+        self._watch, self._wait_s = watch, wait_s
+        self._routers: dict[str, RouterPeer] = {}
+        self._dialling: dict[str, asyncio.Task[None]] = {}
+        self._seen: tuple[Replica, ...] | None = None  # the table that `_routers` is in line with
+        self._pace, self._backlog = Pace(), Backlog()
+        self._random = random.Random(seed)
+        self._hasher = PrefixHasher(self._random.getrandbits(64))
+
+    async def pick(self, deadline: Deadline, revision: str = "") -> RouterPeer:
+        """A ready router, the least loaded. Raises Unavailable when none appears in time."""
+        return min(await self._ready(deadline, revision), key=lambda router: (router.load, router.replica.id))
+
+    async def generate(
+        self,
+        request: engine_pb2.EngineRequest,
+        deadline: Deadline,
+        traceparent: str,
+        ended: Set[int] = frozenset(),
+        *,
+        accepted: bool = False,
+    ) -> AsyncGenerator[engine_pb2.EngineEvent, None]:
+        """The request's events, to the end of every choice but those that the caller puts into `ended` meanwhile.
+
+        A router lost on the way is replaced: another goes on behind the tokens of each unfinished choice. A router whose
+        queue is full is passed over for the next. Raises ResourceExhausted where all are; a request that was `accepted`
+        before waits for a place instead, as long as for a ready router.
+        """
+        done = {choice: list(request.generated_ids) for choice in choices_of(request)}
+        while True:
+            try:
+                async with aclosing(self._placed(request, deadline, traceparent, accepted)) as events:
+                    async for event in events:
+                        done[event.choice].extend(event.token_ids)
+                        request.sampling.prompt_logprobs = False  # they came with the first tokens
+                        if event.finish_reason:
+                            del done[event.choice]
+                        yield event
+                        if not done.keys() - ended:
+                            return
+            except RouterLost as lost:
+                _log.warning("%s after %d tokens; going on elsewhere", lost, sum(map(len, done.values())))
+            accepted = True
+            left = [behind(request, choice, ids) for choice, ids in done.items() if choice not in ended]
+            if len(left) == 1:
+                (request,) = left
+            elif any(done.values()) or len(left) < request.sampling.n:  # each goes on by itself, behind its own tokens
+                streams = [self.generate(one, deadline, traceparent, ended, accepted=True) for one in left]
+                async with aclosing(merged(streams)) as events:
+                    async for event in events:
+                        yield event
+                return
+
+    def check_room(self) -> None:
+        """Raises ResourceExhausted where every router is full with requests of ours: before a prompt costs anything."""
+        if self._routers and all(router.packed for router in self._routers.values()):
+            raise self._full(len(self._routers))
+
+    def retry_after_s(self) -> float:
+        """Seconds after which one more who is refused now should come again, and is expected to."""
+        return self._backlog.refuse(self._predicted_wait_s)
+
+    async def close(self) -> None:
+        for task in self._dialling.values():
+            task.cancel()
+        await asyncio.gather(*(router.close() for router in self._routers.values()))
+
+    async def _placed(
+        self, request: engine_pb2.EngineRequest, deadline: Deadline, traceparent: str, accepted: bool
+    ) -> AsyncGenerator[engine_pb2.EngineEvent, None]:
+        """The request's events from the first router that takes it. Raises RouterLost when that one goes."""
+        prompt, full, started = Prompt(request, self._hasher), dict[str, float](), False
+        waits = Deadline.after(min(self._wait_s, deadline.left()) if accepted else 0.0)
+        while True:
+            ready = await self._ready(deadline, request.revision)
+            full |= {router.replica.id: RETRY_S for router in ready if router.packed}
+            ready_ids = {router.replica.id for router in ready}
+            if ready_ids <= full.keys():
+                soonest = min(full[router_id] for router_id in ready_ids)
+                if waits.passed:
+                    raise self._full(len(ready), soonest)
+                await asyncio.sleep(min(soonest, waits.left()))
+                full.clear()
+            router = self._choose(request, prompt, [router for router in ready if router.replica.id not in full])
+            request.revision = router.replica.revision  # one revision for life
+            try:
+                async with aclosing(self._stream(router, request, prompt, deadline, traceparent)) as events:
+                    async for event in events:
+                        started = True
+                        yield event
+                return
+            except ResourceExhausted as refusal:
+                if started:
+                    raise
+                full[router.replica.id] = refusal.retry_after_s
+
+    def _full(self, routers: int, least_s: float = 0.0) -> ResourceExhausted:
+        told = "the one router" if routers == 1 else f"each of {routers} routers"
+        return ResourceExhausted(f"the queue of {told} is full", max(self.retry_after_s(), least_s))
+
+    def _predicted_wait_s(self, expected: int) -> float:
+        """Seconds until one more request has a slot, at the router where that is soonest, `expected` others before it."""
+        if not self._pace.known or not self._routers:
+            return UNKNOWN_WAIT_S
+        before = expected / len(self._routers)
+        return min(self._pace.slot_wait(router.load + before, router.slots) for router in self._routers.values())
+
+    def _choose(self, request: engine_pb2.EngineRequest, prompt: Prompt, routers: list[RouterPeer]) -> RouterPeer:
+        candidates = [router.candidate(prompt, self._pace) for router in routers]
+        draw = self._random.getrandbits(32)
+        choice = router_choice.choose(candidates, self._pace, prompt.tokens, prompt.max_tokens, draw)
+        chosen = routers[choice.index]
+        if _log.isEnabledFor(logging.DEBUG):
+            _log.debug("request %s goes to router %s: %s", request.request_id, chosen.replica.id, choice.reason)
+        return chosen
+
+    async def _stream(
+        self,
+        router: RouterPeer,
+        request: engine_pb2.EngineRequest,
+        prompt: Prompt,
+        deadline: Deadline,
+        traceparent: str,
+    ) -> AsyncGenerator[engine_pb2.EngineEvent, None]:
+        """The request's events from one router."""
+        attempt = Attempt(router, prompt, self._pace)
+        try:
+            async with aclosing(router.generate(request, deadline, traceparent)) as events:
+                async for event in events:
+                    self._pace = attempt.event(event, self._pace)
+                    if request.generated_ids:
+                        event.cached_tokens = 0  # of a prompt that is partly output; the client has heard of its own
+                    yield event
+        except Unavailable as error:
+            if await self._is_lost(router):
+                raise RouterLost(f"router {router.replica.id} is lost") from None
+            raise error from None
+        finally:
+            self._pace = attempt.end(self._pace)
+            await router.close_if_done()
+
+    async def _ready(self, deadline: Deadline, revision: str) -> list[RouterPeer]:
+        """The ready routers of `revision`, or of any; those that answer, if any do. Raises Unavailable when none appears."""
+        waits = Deadline.after(min(self._wait_s, deadline.left()))
+        while True:
+            await self._refresh()
+            ready = [router for router in self._routers.values() if not revision or router.replica.revision == revision]
+            if ready:
+                return [router for router in ready if not router.silent] or ready
+            if deadline.passed:
+                raise DeadlineExceeded("the deadline passed before a router was ready")
+            if waits.passed:
+                wanted = f" of revision {revision}" if revision else ""
+                raise Unavailable(f"no router{wanted} is ready; waited {self._wait_s:g} s (setting router_wait_s)")
+            await asyncio.sleep(RETRY_S)
+
+    async def _refresh(self) -> None:
+        """Brings the list of routers in line with the registry."""
+        table = self._watch.replicas
+        if table is self._seen:
+            return
+        listed = {replica.id: replica for replica in table if _is_ready(replica)}
+        for gone in self._routers.keys() - listed.keys():
+            if (router := self._routers.pop(gone, None)) is not None:  # else dropped while we closed another
+                await router.leave()
+        missing = listed.keys() - self._routers.keys()
+        for new in missing - self._dialling.keys():
+            self._dialling[new] = asyncio.create_task(self._dial(listed[new]))
+            self._dialling[new].add_done_callback(partial(self._dialled, new))
+        if self._dialling and not self._routers:  # later ones are dialled beside the requests
+            await asyncio.wait(self._dialling.values())
+        if not missing:
+            self._seen = table
+
+    def _dialled(self, router_id: str, _: asyncio.Task[None]) -> None:
+        del self._dialling[router_id]
+
+    async def _dial(self, replica: Replica) -> None:
+        if (router := await RouterPeer.dial(replica)) is not None:
+            self._routers[replica.id] = router
+            self._seen = None  # it may have left the table meanwhile
+
+    async def _is_lost(self, router: RouterPeer) -> bool:
+        """Whether the router itself is gone or going, rather than telling us that something behind it is."""
+        listed = any(replica.id == router.replica.id and _is_ready(replica) for replica in self._watch.replicas)
+        if await router.answers():
+            return not listed
+        if self._routers.get(router.replica.id) is router:
+            del self._routers[router.replica.id]
+            self._seen = None  # it is dialled again for as long as it is listed
+            await router.leave()
+        return True
+
+
+def _is_ready(replica: Replica) -> bool:
+    return replica.role is Role.ROUTER and replica.state is ReplicaState.READY

@@ -1,0 +1,1 @@
+"""Protocols between the services of one deployment. Clients do not use them."""

@@ -1,0 +1,1 @@
+"""The engine and expert protocols, generated from protos/moiety/internal/v1: `make proto` writes them."""

@@ -1,0 +1,1 @@
+"""LocalCluster: the whole system as child processes, without Ray."""

@@ -1,0 +1,290 @@
+"""LocalCluster: the whole system as plain child processes of this one, without Ray and, if need be, without Redis.
+
+A child (`python -m moiety.local.child`) reads its settings as one JSON line on stdin and answers with one JSON line on stdout
+once it is ready; more lines tell when its registry entry changes. Its stdin is its lifeline: when the parent goes, however
+it goes, the child sees the end of the file and stops. Logs go to files in `LocalCluster.folder`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from moiety import compose
+from moiety.client import Client
+from moiety.compose.environment import PROCESS_ENVIRONMENT
+from moiety.core.experts import ExpertSet, ModelShape
+from moiety.core.replica import Placement, Replica, Role
+from moiety.errors import Unavailable
+from moiety.model.checkpoint.checkpoint import Checkpoint
+from moiety.model.experts.cached import expert_layout
+from moiety.registry.connect import connect
+from moiety.registry.entries import replica_from_json
+from moiety.registry.file import FileRegistryWriter
+from moiety.registry.interface import Registry
+from moiety.scaling.placement_progress import until_settled
+
+READY_S = 120.0
+STOP_S = 10.0
+
+
+@dataclass(slots=True, eq=False)
+class Child:
+    """One service process."""
+
+    replica: Replica
+    process: asyncio.subprocess.Process
+    follower: asyncio.Task[None] | None = None
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def signal(self, number: int) -> None:
+        """Sends a signal, such as SIGKILL or SIGSTOP, to the process."""
+        self.process.send_signal(number)
+
+    async def ended(self) -> None:
+        """Waits until the process is gone and the cluster has taken note of it."""
+        await self.process.wait()
+        if self.follower is not None:
+            await self.follower
+
+
+class LocalCluster:
+    """Gateway, `routers` routers and `groups` expert groups on this machine. An async context manager.
+
+    Hot sets hold nothing but what a placement gives them, and start with `add_hot_set`.
+    `threads` are an expert replica's. `registry` is a redis:// URL, or None for a registry file that this process keeps.
+    `expert`, `router` and `gateway` are settings on top of the common ones (config.py); `env` is added to the children's
+    environment. `pin` gives every group cores of its own, where there are enough: left to itself, the kernel now and then
+    queues two replicas on one core while another is idle, for as long as one of them computes.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        groups: int = 2,
+        routers: int = 1,
+        registry: str | None = None,
+        app: str = "local",
+        dtype: str = "auto",
+        threads: int = 1,
+        weights: str = "auto",
+        deterministic: bool = False,
+        slices: int = 1,
+        expert: Mapping[str, Any] | None = None,
+        router: Mapping[str, Any] | None = None,
+        gateway: Mapping[str, Any] | None = None,
+        env: Mapping[str, str] | None = None,
+        pin: bool = False,
+    ):
+        self.model, self.groups, self.slices, self.routers = str(model), groups, slices, routers
+        self.folder = Path(tempfile.mkdtemp(prefix="moiety-"))
+        self.children: list[Child] = []
+        self._writer = FileRegistryWriter(self.folder / "registry.json") if registry is None else None
+        self.registry_url = registry or f"file://{self.folder / 'registry.json'}"
+        self.registry: Registry = self._writer or connect(self.registry_url, app)
+        self._common = {
+            "model": self.model,
+            "registry": self.registry_url,
+            "app": app,
+            "dtype": dtype,
+        }
+        engine = {"slices": slices, "deterministic": deterministic}
+        self._extra: Mapping[Role, Mapping[str, Any]] = {
+            Role.EXPERT: {"threads": threads, "weights": weights, **engine, **(expert or {})},
+            Role.ROUTER: {**engine, **(router or {})},
+            Role.GATEWAY: gateway or {},
+        }
+        self._env = {**PROCESS_ENVIRONMENT, "OMP_NUM_THREADS": str(threads), **os.environ, **(env or {})}
+        self._count, self._pin = 0, pin
+
+    async def __aenter__(self) -> Self:
+        try:
+            self.shape = await asyncio.to_thread(_shape, self.model)
+            self.partition = self.shape.sliced_partition(self.groups, self.slices)
+            experts = [self.add_expert(group) for group in range(self.groups)]
+            routers = [self.add_router() for _ in range(self.routers)]
+            await asyncio.gather(*experts, *routers, self._add(Role.GATEWAY, "gateway", {}))
+            await self._until_ready()
+        except BaseException:
+            await self.stop()
+            raise
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.stop()
+
+    @property
+    def address(self) -> str:
+        """Of the gateway: moiety.v1.GenerationService."""
+        return next(child.replica.address for child in self.children if child.replica.role is Role.GATEWAY)
+
+    def experts(self, group: int) -> list[Child]:
+        """The live replicas of one group, oldest first."""
+        return self.replicas(f"experts-{group}")
+
+    def router(self) -> Child:
+        """The oldest."""
+        return next(child for child in self.children if child.replica.role is Role.ROUTER)
+
+    async def add_expert(self, group: int, **settings: Any) -> Child:
+        """Starts one more replica of `group`, with `settings` of its own; returns when it is registered."""
+        return await self._add(Role.EXPERT, f"experts-{group}", {"held": str(self.partition[group]), **settings})
+
+    async def add_hot_set(self, slot: int) -> Child:
+        """Starts one more replica of the hot set `hot-<slot>`; returns when it is registered."""
+        return await self._add(Role.EXPERT, f"hot-{slot}", {"held": ""})
+
+    def replicas(self, deployment: str) -> list[Child]:
+        """The live replicas of one deployment, oldest first."""
+        return [child for child in self.children if child.replica.deployment == deployment]
+
+    async def add_router(self) -> Child:
+        """Starts one more router."""
+        return await self._add(Role.ROUTER, "router", {})
+
+    async def place(self, held: Mapping[str, ExpertSet]) -> int:
+        """Puts a new placement in force: deployment -> experts; returns its epoch. Replicas follow at their next beat."""
+        current = await self.registry.placement()
+        epoch = (current.epoch if current else 0) + 1
+        if not await self.registry.set_placement(Placement(epoch, held)):
+            raise Unavailable("another placement was set at the same time")
+        return epoch
+
+    async def settled(self, epoch: int, timeout_s: float = 30.0) -> None:
+        """Returns once every expert replica holds what the placement of `epoch` says, and nothing besides."""
+        await until_settled(self.registry, epoch, timeout_s)
+
+    async def drain(self, child: Child, grace_s: float = 8.0) -> None:
+        """Stops one child as an autoscaler would: deregistered first, work in flight finished."""
+        await _write(child.process, {"drain_s": grace_s})
+        async with asyncio.timeout(grace_s + STOP_S):
+            await child.process.wait()
+
+    async def stop(self) -> None:
+        """Ends every child and removes every file."""
+        for child in self.children:
+            with suppress(ProcessLookupError):
+                child.signal(signal.SIGCONT)  # a stopped one could not see the end of its stdin
+            if child.process.stdin is not None:
+                child.process.stdin.close()
+        await asyncio.gather(*(_ended(child.process) for child in self.children))
+        await asyncio.gather(*(child.follower for child in self.children if child.follower), return_exceptions=True)
+        await self.registry.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    async def _add(self, role: Role, deployment: str, settings: Mapping[str, Any]) -> Child:
+        self._count += 1
+        replica_id = f"{deployment}#{self._count}"
+        values = {**self._common, "deployment": deployment, **self._extra[role], **settings}
+        compose.settings_of(role, values)  # a wrong setting is told here, not in a child's log
+        log = (self.folder / f"{replica_id.replace('#', '-')}.log").open("wb")
+        with log:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                "moiety.local.child",
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=log,
+                env=self._env,
+                limit=1 << 20,
+                start_new_session=True,  # Ctrl-C at a terminal reaches the parent, which stops us in order
+            )
+        try:
+            if self._pin and role is Role.EXPERT and (cores := _share_of_cores(deployment, self.groups)):
+                os.sched_setaffinity(process.pid, cores)
+            await _write(process, {"role": role, "settings": values, "replica_id": replica_id})
+            async with asyncio.timeout(READY_S):
+                told = await _read(process)
+            if "error" in told:
+                raise Unavailable(f"{deployment} did not start: {told['error']}")
+        except BaseException as error:
+            with suppress(ProcessLookupError):
+                process.kill()
+            await process.wait()
+            if isinstance(error, EOFError):
+                raise Unavailable(f"{deployment} died while starting:\n{_tail(Path(log.name))}") from None
+            raise
+        child = Child(replica_from_json(json.dumps(told["replica"])), process)
+        await self._note(child.replica)
+        child.follower = asyncio.create_task(self._follow(child))
+        self.children.append(child)
+        return child
+
+    async def _follow(self, child: Child) -> None:
+        """Keeps the registry file in step with one child, to its end."""
+        with suppress(EOFError):
+            while True:
+                told = await _read(child.process)
+                child.replica = replica_from_json(json.dumps(told["replica"]))
+                await self._note(child.replica)
+        await child.process.wait()
+        if self._writer is not None:
+            await self._writer.deregister(child.replica.id)
+        self.children.remove(child)
+
+    async def _note(self, replica: Replica) -> None:
+        if self._writer is not None:
+            await self._writer.register(replica)
+
+    async def _until_ready(self) -> None:
+        async with asyncio.timeout(READY_S), Client(self.address) as client:
+            while True:
+                with suppress(Unavailable):
+                    await client.models()
+                    return
+                await asyncio.sleep(0.1)
+
+
+def _share_of_cores(deployment: str, groups: int) -> list[int]:
+    """The cores of one group's replicas; none where there are fewer cores than groups, or the system cannot pin."""
+    if not hasattr(os, "sched_setaffinity"):
+        return []
+    usable, group = sorted(os.sched_getaffinity(0)), int(deployment.rpartition("-")[2])
+    return usable[group * len(usable) // groups : (group + 1) * len(usable) // groups] if len(usable) >= groups else []
+
+
+def _shape(model: str) -> ModelShape:
+    return expert_layout(Checkpoint.open(model)).shape
+
+
+async def _write(process: asyncio.subprocess.Process, message: Mapping[str, Any]) -> None:
+    assert process.stdin is not None
+    process.stdin.write(json.dumps(message).encode() + b"\n")
+    await process.stdin.drain()
+
+
+async def _read(process: asyncio.subprocess.Process) -> dict[str, Any]:
+    """The child's next message. Raises EOFError when it has gone."""
+    assert process.stdout is not None
+    if not (line := await process.stdout.readline()):
+        raise EOFError
+    message: dict[str, Any] = json.loads(line)
+    return message
+
+
+async def _ended(process: asyncio.subprocess.Process) -> None:
+    try:
+        async with asyncio.timeout(STOP_S):
+            await process.wait()
+    except TimeoutError:
+        process.kill()
+        await process.wait()
+
+
+def _tail(log: Path, lines: int = 15) -> str:
+    return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])

@@ -1,0 +1,45 @@
+"""DBRX: every expert's rows in one matrix per projection, one expert after the other, the last one published [in, out].
+
+Its router hands the experts a batch [1, T, D], where transformers' interface has rows [T, D].
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from moiety.model.architectures.adapters.protocol import Parameter, RoutedExperts
+from moiety.model.architectures.recognise import recognise_gated
+from moiety.model.seam import remote_experts
+
+
+class Dbrx:
+    """Serves DbrxExperts."""
+
+    def recognise(self, module: Any) -> RoutedExperts:
+        shape = module.num_experts, module.ffn_hidden_size, module.hidden_size  # [E, I, D], also w2's
+        return RoutedExperts(
+            recognise_gated(module.hidden_size, module.ffn_hidden_size, glu=module.mlp.activation_fn),
+            {
+                "gate_up": (Parameter("mlp.w1", shape), Parameter("mlp.v1", shape)),
+                "down": (Parameter("mlp.w2", shape),),
+            },
+            transposed=frozenset({"down"}),
+        )
+
+    def patch(self, block: Any, module: Any) -> None:
+        def forward(hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
+            rows = hidden.reshape(-1, hidden.shape[-1])
+            return remote_experts(module, rows, top_k_index, top_k_weights).view(hidden.shape)
+
+        module.forward = forward
+
+
+def amend(config: Any) -> None:
+    """Writes two values of a DbrxConfig where transformers and Moiety look for them.
+
+    transformers 5.23 rotates by its default base, whatever the published `attn_config.rope_theta` says (500000).
+    """
+    config.rope_parameters["rope_theta"] = config.attn_config.rope_theta
+    config.moe_top_k = config.ffn_config.moe_top_k

@@ -1,0 +1,55 @@
+"""LongCat-Flash: behind the routed experts stand zero-computation ones, which answer the row they are given.
+
+Those never leave the router: to the hop a token that chose one has one expert less (arXiv:2509.01322, section 2.1).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from moiety.model.architectures.adapters.protocol import Parameter, RoutedExperts
+from moiety.model.architectures.recognise import recognise_gated
+from moiety.model.seam import remote_experts
+
+
+class Longcat:
+    """Serves LongcatFlashExperts."""
+
+    def recognise(self, module: Any) -> RoutedExperts:
+        experts, hidden, inner = module.num_routed_experts, module.hidden_size, module.intermediate_size
+        return RoutedExperts(
+            recognise_gated(hidden, inner, glu=module.act_fn),
+            {
+                "gate_up": (Parameter("gate_up_proj", (experts, 2 * inner, hidden)),),
+                "down": (Parameter("down_proj", (experts, hidden, inner)),),
+            },
+        )
+
+    def patch(self, block: Any, module: Any) -> None:
+        def forward(hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
+            zero = top_k_index >= module.num_routed_experts  # [T, K]
+            routed = remote_experts(module, hidden, top_k_index.masked_fill(zero, -1), top_k_weights)
+            kept = (top_k_weights * zero).sum(dim=1, keepdim=True)
+            return routed + (hidden * kept).to(hidden.dtype)
+
+        module.forward = forward
+
+
+def as_published(model_class: Any) -> Any:
+    """`model_class` without weights for the zero experts: no checkpoint has them, and nothing reads them.
+
+    transformers 5.23 stacks them with the routed experts' in `gate_up_proj`, and therefore cannot load LongCat-Flash.
+    """
+
+    def __init__(self: nn.Module, *arguments: Any, **options: Any) -> None:
+        model_class.__init__(self, *arguments, **options)
+        modules: Any = self.modules()
+        for module in modules:
+            if type(module).__name__ == "LongcatFlashExperts":
+                module.gate_up_proj = nn.Parameter(module.gate_up_proj.detach()[: module.num_routed_experts])
+
+    # Elsewhere than in its module transformers takes it for custom code and skips weight conversions.
+    return type(model_class.__name__, (model_class,), {"__init__": __init__, "__module__": model_class.__module__})

@@ -1,0 +1,83 @@
+"""NLLB-MoE (arXiv:2207.04672): GShard's two experts a token (arXiv:2006.16668), with a bound on what an expert takes.
+
+Routing is that of transformers' NllbMoeTop2Router, a sequence at a time; what is done with it is that of the paper and of
+the fairseq code behind the published weights: each token's own two experts, weighted by its gates. transformers 5 up to
+5.23 computes something else: `NllbMoeExperts` takes the router's 0/1 mask for expert ids, so that every token meets
+experts 0 and 1 and no other. Weights trained as published give nonsense there.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch.nn.functional import one_hot
+
+from moiety.model.architectures.adapters import listed
+from moiety.model.architectures.adapters.listed import router_logits
+from moiety.model.architectures.adapters.protocol import RoutedExperts
+from moiety.model.seam import sequence_lengths
+
+
+def route(block: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids [T, 2] and weights [T, 2] of a row of several sequences; a place for which there was no room is -1."""
+    router = block.router
+    logits = router_logits(router, hidden)
+    shares = logits.softmax(-1, dtype=router.dtype).to(hidden.dtype)  # [T, E]
+    first = shares.argmax(-1, keepdim=True)
+    chosen = torch.cat((first, logits.scatter(1, first, -torch.inf).argmax(-1, keepdim=True)), dim=1)  # [T, 2]
+    gates = shares.gather(1, chosen)
+    lengths = sequence_lengths()
+    kept = torch.ones_like(chosen, dtype=torch.bool)
+    if lengths is not None:
+        parts = zip(chosen.split(lengths), shares.amax(-1).split(lengths), strict=True)
+        kept = torch.cat([_within_capacity(router, ids, importance) for ids, importance in parts])
+    counted = gates if router.normalize_router_prob_before_dropping else gates * kept
+    gates = gates / counted.sum(1, keepdim=True).clamp(min=torch.finfo(gates.dtype).eps)
+    # In training a share of the experts' outputs is masked; at inference all are scaled by what was kept.
+    return chosen.masked_fill(~kept, -1), gates * kept * (1 - block.experts.moe_token_dropout)
+
+
+def _within_capacity(router: Any, chosen: torch.Tensor, importance: torch.Tensor) -> torch.Tensor:
+    """bool [n, 2]: which places of one sequence's `chosen` [n, 2] their experts have room for.
+
+    Tokens come in their order, or by falling `importance` [n]; all first choices go before all second ones.
+    """
+    fraction = router.moe_eval_capacity_token_fraction
+    capacity = math.ceil(fraction * len(chosen)) if fraction > 0 else _fixed_capacity(router, len(chosen))
+    order = (
+        (-importance).argsort() if router.batch_prioritized_routing else torch.arange(len(chosen), device=chosen.device)
+    )
+    first, second = (one_hot(chosen[order, k], router.num_experts) for k in (0, 1))  # [n, E]
+    places = torch.stack((first.cumsum(0) - 1, second.cumsum(0) - 1 + first.sum(0)), dim=1)  # [n, 2, E]
+    kept = torch.empty_like(chosen, dtype=torch.bool)
+    kept[order] = places.gather(2, chosen[order].unsqueeze(2))[..., 0] < capacity
+    return kept
+
+
+def _fixed_capacity(router: Any, tokens: int) -> int:
+    fixed: int | None = router.expert_capacity
+    return 2 * math.ceil(tokens / router.num_experts) if fixed is None else fixed
+
+
+class Nllb:
+    """Serves NllbMoeExperts."""
+
+    def recognise(self, module: Any) -> RoutedExperts:
+        names = {"gate_up": "fc1.weight", "down": "fc2.weight", "gate_up_bias": "fc1.bias", "down_bias": "fc2.bias"}
+        return listed.recognise_listed(module, names)
+
+    def patch(self, block: Any, module: Any) -> None:
+        listed.patch_block(block, route)
+
+
+def amend(config: Any) -> None:
+    """Writes into an NllbMoeConfig what it leaves unsaid: two experts a token.
+
+    Raises ValueError where the second one is drawn at random.
+    """
+    if config.second_expert_policy != "all":
+        told = f"second_expert_policy {config.second_expert_policy!r}"
+        raise ValueError(f"{told} draws experts at random; served is 'all'")
+    config.moe_top_k = 2

@@ -1,0 +1,94 @@
+"""Snowflake Arctic (`Snowflake/snowflake-arctic-instruct`): a dense transformer with a MoE beside its residual MLP.
+
+    a = x + attention(norm(x));   y = a + residual_mlp(residual_norm(a)) + moe(post_norm(x))
+
+The MoE reads the layer's input, not what attention made of it. Layers without MoE, and all layers where
+`parallel_attn_mlp_res` is off, are Mixtral's. Layout: `block_sparse_moe.gate.weight`,
+`block_sparse_moe.experts.N.{w1,w2,w3}.weight` or, dense, `block_sparse_moe.mlp.{w1,w2,w3}.weight`;
+`residual_layernorm`, `residual_mlp.{w1,w2,w3}` (as wide as the model).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import LlamaConfig
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm
+
+from moiety.model.architectures.definitions.parts import CausalLM, Decoder, Gate, GatedExperts, GatedMLP, MoE, stacked
+
+
+class Config(LlamaConfig):
+    """Defaults are those of ArcticConfig."""
+
+    model_type = "arctic"
+
+    num_local_experts: int = 128
+    num_experts_per_tok: int = 2
+    moe_layer_frequency: int = 2
+    parallel_attn_mlp_res: bool = False
+
+
+class DenseBlock(nn.Module):
+    """Where a layer has no MoE: an MLP in its place."""
+
+    def __init__(self, config: Any):
+        super().__init__()
+        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, config.hidden_act)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden [1, T, D] -> [1, T, D]."""
+        output: torch.Tensor = self.mlp(hidden)
+        return output
+
+
+class Layer(GradientCheckpointingLayer):
+    """One layer: see the formula above."""
+
+    def __init__(self, config: Any, index: int):
+        super().__init__()
+        hidden, top_k = config.hidden_size, config.num_experts_per_tok
+        self.self_attn = LlamaAttention(config, index)
+        self.input_layernorm = LlamaRMSNorm(hidden, config.rms_norm_eps)
+        self.post_attention_layernorm = LlamaRMSNorm(hidden, config.rms_norm_eps)
+        sparse = (index + 1) % config.moe_layer_frequency == 0
+        self.parallel = sparse and config.parallel_attn_mlp_res
+        if sparse:
+            gate = Gate(hidden, config.num_local_experts, top_k, normalise=top_k > 1)
+            experts = GatedExperts(config, config.num_local_experts, config.intermediate_size)
+            self.block_sparse_moe: nn.Module = MoE(gate, experts)
+        else:
+            self.block_sparse_moe = DenseBlock(config)
+        if self.parallel:
+            self.residual_layernorm = LlamaRMSNorm(hidden, config.rms_norm_eps)
+            self.residual_mlp = GatedMLP(hidden, hidden, config.hidden_act)
+
+    def forward(self, hidden_states: torch.Tensor, **options: Any) -> torch.Tensor:
+        """hidden_states [1, T, D] -> [1, T, D]; `options` are attention's."""
+        attended = hidden_states + self.self_attn(self.input_layernorm(hidden_states), **options)[0]
+        if not self.parallel:
+            return attended + self.block_sparse_moe(self.post_attention_layernorm(attended))
+        dense = attended + self.residual_mlp(self.residual_layernorm(attended))
+        return dense + self.block_sparse_moe(self.post_attention_layernorm(hidden_states))
+
+
+class Model(Decoder):
+    """Layers only."""
+
+    config: Config
+    layer_class = Layer
+
+
+class ArcticForCausalLM(CausalLM):
+    """As published: a Decoder and its head."""
+
+    config: Config
+    config_class = Config
+    decoder_class = Model
+
+
+register_checkpoint_conversion_mapping("arctic", stacked("block_sparse_moe", ("w1", "w3"), "w2"), overwrite=True)

@@ -1,0 +1,56 @@
+"""A GLaM-style decoder (arXiv:2112.06905), from configuration: no checkpoint of GLaM was ever published.
+
+A MoE in every other layer, GShard's top-2 gate (softmax, the two weights normalised; arXiv:2006.16668), experts of two
+matrices; the layers between have a gated GELU. Capacity is not limited, as in GLaM's inference. Two departures: rotary
+positions instead of per-layer relative biases, and no biases. Layout: Llama's names; `mlp.gate.weight`,
+`mlp.experts.N.{up,down}_proj.weight`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import LlamaConfig
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+from moiety.model.architectures.definitions.parts import CausalLM, Decoder, Gate, MoE, PlainExperts, stacked
+
+
+class Config(LlamaConfig):
+    """Defaults are those of GLaM 1.7B/64E, where they are not Llama's."""
+
+    model_type = "glam"
+
+    hidden_act: str = "gelu"
+    num_experts: int = 64
+    num_experts_per_tok: int = 2
+    moe_layer_frequency: int = 2
+
+
+class Layer(LlamaDecoderLayer):
+    """Llama's, with a MoE block for every other MLP."""
+
+    def __init__(self, config: Any, index: int):
+        super().__init__(config, index)
+        if (index + 1) % config.moe_layer_frequency == 0:
+            gate = Gate(config.hidden_size, config.num_experts, config.num_experts_per_tok, normalise=True)
+            self.mlp = MoE(gate, PlainExperts(config, config.num_experts, config.intermediate_size))
+
+
+class Model(Decoder):
+    """Layers only."""
+
+    config: Config
+    layer_class = Layer
+
+
+class GlamForCausalLM(CausalLM):
+    """A GLaM-style causal language model."""
+
+    config: Config
+    config_class = Config
+    decoder_class = Model
+
+
+register_checkpoint_conversion_mapping("glam", stacked("mlp", ("up_proj",), "down_proj"), overwrite=True)

@@ -1,0 +1,130 @@
+"""What the definitions share: a decoder of transformers' Llama parts whose layers are another class, and a MoE block.
+
+Legend: T tokens, E experts, K top-k, D hidden, I intermediate.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers.activations import ACT2FN
+from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
+from transformers.integrations.moe import use_experts_implementation
+from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaModel
+
+
+class Gate(nn.Module):
+    """Softmax in float32, then top k; `normalise` makes the K weights add up to one."""
+
+    def __init__(self, hidden: int, experts: int, top_k: int, *, normalise: bool):
+        super().__init__()
+        self.top_k, self.normalise = top_k, normalise
+        self.weight = nn.Parameter(torch.empty(experts, hidden))
+
+    def forward(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows [T, D] -> expert ids [T, K] and weights [T, K]."""
+        scores = functional.linear(rows, self.weight).softmax(dim=-1, dtype=torch.float32)
+        weights, index = scores.topk(self.top_k, dim=-1)
+        if self.normalise:
+            weights = weights / weights.sum(dim=-1, keepdim=True)
+        return index, weights.to(rows.dtype)
+
+
+class _Experts(nn.Module):
+    """E experts in stacked weights; transformers' experts interface computes them, or a router's hop does."""
+
+    def __init__(self, config: Any, experts: int, intermediate: int):
+        super().__init__()
+        self.num_experts = experts
+        self.act_fn = ACT2FN[config.hidden_act]
+        self.down_proj = nn.Parameter(torch.empty(experts, config.hidden_size, intermediate))
+
+    def forward(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError("set an experts implementation of transformers, such as grouped_mm")
+
+
+@use_experts_implementation
+class GatedExperts(_Experts):
+    """down(act(gate(x)) * up(x))."""
+
+    def __init__(self, config: Any, experts: int, intermediate: int):
+        super().__init__(config, experts, intermediate)
+        self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * intermediate, config.hidden_size))
+
+
+@use_experts_implementation(has_gate=False)
+class PlainExperts(_Experts):
+    """down(act(up(x)))."""
+
+    def __init__(self, config: Any, experts: int, intermediate: int):
+        super().__init__(config, experts, intermediate)
+        self.up_proj = nn.Parameter(torch.empty(experts, intermediate, config.hidden_size))
+
+
+class MoE(nn.Module):
+    """Router and experts."""
+
+    def __init__(self, gate: Gate, experts: nn.Module):
+        super().__init__()
+        self.gate, self.experts = gate, experts
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden [1, T, D] -> [1, T, D]."""
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        output: torch.Tensor = self.experts(rows, *self.gate(rows))
+        return output.view(hidden.shape)
+
+
+class GatedMLP(nn.Module):
+    """A dense MLP under Mixtral's names: w2(silu(w1(x)) * w3(x))."""
+
+    def __init__(self, hidden: int, intermediate: int, activation: str):
+        super().__init__()
+        self.w1 = nn.Linear(hidden, intermediate, bias=False)
+        self.w2 = nn.Linear(intermediate, hidden, bias=False)
+        self.w3 = nn.Linear(hidden, intermediate, bias=False)
+        self.act_fn = ACT2FN[activation]
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden [..., D] -> [..., D]."""
+        output: torch.Tensor = self.w2(self.act_fn(self.w1(hidden)) * self.w3(hidden))
+        return output
+
+
+class Decoder(LlamaModel):
+    """Embedding, rotary positions and final norm of Llama around layers of `layer_class`(config, index)."""
+
+    layer_class: type[nn.Module]
+
+    def __init__(self, config: Any):
+        super().__init__(config)
+        self.layers = nn.ModuleList([self.layer_class(config, index) for index in range(config.num_hidden_layers)])
+        self.post_init()
+
+
+class CausalLM(LlamaForCausalLM):
+    """A Decoder of `decoder_class` with a head."""
+
+    decoder_class: type[Decoder]
+
+    def __init__(self, config: Any):
+        super().__init__(config)
+        self.model = self.decoder_class(config)
+        self.post_init()
+
+
+def stacked(block: str, gate_up: tuple[str, ...], down: str) -> list[WeightConverter]:
+    """Conversions from one tensor per expert and projection, as published, to stacked ones."""
+    target = "gate_up_proj" if len(gate_up) > 1 else "up_proj"
+    joins = [Concatenate(dim=1)] if len(gate_up) > 1 else []
+    return [
+        WeightConverter(
+            [rf"{block}.experts.*.{name}.weight" for name in gate_up],
+            f"{block}.experts.{target}",
+            [MergeModulelist(dim=0), *joins],
+        ),
+        WeightConverter([rf"{block}.experts.*.{down}.weight"], f"{block}.experts.down_proj", [MergeModulelist(dim=0)]),
+    ]

@@ -1,0 +1,53 @@
+"""How an architecture picks its experts, in a few words for people: read off the source of the class that does it."""
+
+from __future__ import annotations
+
+import re
+from importlib.util import find_spec
+from pathlib import Path
+
+from moiety.model.architectures.definitions import DEFINITIONS
+
+_CLASS = re.compile(r"^class (\w+)\b.*?(?=^class |\Z)", re.MULTILINE | re.DOTALL)
+_COMMENT = re.compile(r"#[^\n]*|\"\"\".*?\"\"\"", re.DOTALL)
+
+
+# Their gates pick by argmax, and experts have room for so many tokens of a prompt.
+_STATED = {"nllb-moe": "softmax, top-2 within capacity", "switch_transformers": "softmax, top-1 within capacity"}
+
+
+def gating_of(architecture: str) -> str:
+    """Such as `softmax, top-k`, `top-k, softmax` or `sigmoid + bias, group-limited top-k`."""
+    if architecture in _STATED:
+        return _STATED[architecture]
+    return gating(modelling_source(architecture).read_text(encoding="utf-8"))
+
+
+def gating(source: str) -> str:
+    """What the code of `source` that calls topk does around it; `unknown` where it calls none."""
+    classes = {match[1]: _COMMENT.sub("", match[0]) for match in _CLASS.finditer(source)}
+    picking = {name: code for name, code in classes.items() if re.search(r"\btopk\(", code) and "ndexer" not in name}
+    routers = [code for name, code in picking.items() if re.search(r"Router|Gate|Gating", name)]
+    code = "\n".join(routers or [code for name, code in picking.items() if re.search(r"MoE|Moe|MLP|FFN", name)])
+    if not code:
+        return "SparseMixer, top-2" if "sparsemixer(" in source else "unknown"
+    # A group's score is a top-k of its own; what decides the order is the pick of the experts, the last one.
+    pick = max(match.start() for match in re.finditer(r"\btopk\(", code))
+    found = sorted((at, name) for name in ("sigmoid", "softmax") if (at := code.find(f"{name}(")) >= 0)
+    at, score = found[0] if found else (0, "its own score")
+    picked = "group-limited top-k" if re.search(r"topk_group|group_mask|num_group", code) else "top-k"
+    biased = " + bias" if re.search(r"correction_bias|expert_bias|expert_biases", code) else ""
+    return f"{picked}, {score}" if at > pick and not biased else f"{score}{biased}, {picked}"
+
+
+def modelling_source(architecture: str) -> Path:
+    """The file with the architecture's model code, ours or transformers'."""
+    if architecture in DEFINITIONS:
+        return Path(__file__).parent / "definitions" / "parts.py"
+    from transformers.models.auto.configuration_auto import model_type_to_module_name
+
+    spec = find_spec("transformers")
+    assert spec is not None
+    assert spec.origin is not None
+    name = model_type_to_module_name(architecture)
+    return Path(spec.origin).parent / "models" / name / f"modeling_{name}.py"

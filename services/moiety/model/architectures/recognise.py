@@ -1,0 +1,110 @@
+"""What a transformers experts module computes, as data: its flags, its shapes and, by probing it, its activation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from moiety.core.experts import ExpertMLP
+from moiety.model.architectures.adapters.protocol import Parameter, RoutedExperts
+from moiety_kernels import ACTIVATIONS, activate
+
+LIMIT_NAMES = ("limit", "swiglu_limit")
+ALPHA_NAMES = ("alpha", "swiglu_alpha")
+
+
+def recognise(module: Any) -> RoutedExperts:
+    """What a module behind transformers' experts interface is made of. Raises ValueError where no kernel computes it."""
+    first = "gate_up_proj" if module.has_gate else "up_proj"
+    names = {"gate_up": first, "down": "down_proj"}
+    if module.has_bias:
+        names |= {"gate_up_bias": f"{first}_bias", "down_bias": "down_proj_bias"}
+    unknown = {name for name, _ in module.named_parameters()} ^ set(names.values())
+    if unknown:
+        raise ValueError(f"{type(module).__name__} has parameters unlike {sorted(names.values())}: {sorted(unknown)}")
+    if getattr(module, "has_post_expert_norm", False):
+        raise ValueError(f"{type(module).__name__} normalises each expert's output, which is not supported")
+    shapes = {field: tuple(module.get_parameter(name).shape) for field, name in names.items()}
+    rows, columns = shapes["down"][1:]
+    hidden, intermediate = (columns, rows) if module.is_transposed else (rows, columns)
+    return RoutedExperts(
+        _mlp(module, hidden, intermediate),
+        {field: (Parameter(name, shapes[field]),) for field, name in names.items()},
+        frozenset(field for field, shape in shapes.items() if module.is_transposed and len(shape) == 3),
+    )
+
+
+def _mlp(module: Any, hidden: int, intermediate: int) -> ExpertMLP:
+    blank = ExpertMLP(
+        hidden=hidden, intermediate=intermediate, gated=bool(module.has_gate), biased=bool(module.has_bias)
+    )
+    try:
+        return _probed(blank, module._apply_gate if blank.gated else module.act_fn, list(_candidates(module, blank)))
+    except ValueError as error:
+        raise ValueError(f"{type(module).__name__} {error}") from error
+
+
+def recognise_gated(hidden: int, intermediate: int, *, glu: Callable[[torch.Tensor], torch.Tensor]) -> ExpertMLP:
+    """The spec of an expert without biases that computes down(glu(gate) * up). Raises ValueError where no kernel does."""
+    blank = ExpertMLP(hidden=hidden, intermediate=intermediate)
+
+    def apply(rows: torch.Tensor) -> torch.Tensor:
+        gate, up = rows.chunk(2, dim=-1)
+        return glu(gate) * up
+
+    return _probed(blank, apply, [replace(blank, activation=name) for name in ACTIVATIONS if name != "swiglu_clamped"])
+
+
+def recognise_plain(
+    hidden: int, intermediate: int, activation: Callable[[torch.Tensor], torch.Tensor], *, biased: bool
+) -> ExpertMLP:
+    """The spec of an expert that computes down(activation(up)), without a gate. Raises ValueError where no kernel does."""
+    blank = ExpertMLP(hidden=hidden, intermediate=intermediate, gated=False, biased=biased)
+    return _probed(
+        blank, activation, [replace(blank, activation=name) for name in ACTIVATIONS if name != "swiglu_clamped"]
+    )
+
+
+@torch.no_grad()
+def _probed(blank: ExpertMLP, apply: Callable[[torch.Tensor], torch.Tensor], candidates: list[ExpertMLP]) -> ExpertMLP:
+    """The candidate whose activation's results equal those of `apply`, bit for bit, in float32 and in bfloat16."""
+    reach = 4 * max((spec.limit for spec in candidates if spec.limit is not None), default=1.0)
+    probe = torch.randn(32, 64, generator=torch.Generator().manual_seed(0)) * reach  # beyond every limit
+    for dtype in (torch.float32, torch.bfloat16):
+        rows = probe.to(dtype)
+        expected = apply(rows)
+        candidates = [spec for spec in candidates if torch.equal(_activated(rows, spec), expected)]
+    if not candidates:
+        raise ValueError("applies a gate or an activation that no kernel computes")
+    return candidates[0]
+
+
+def _candidates(module: Any, blank: ExpertMLP) -> Iterator[ExpertMLP]:
+    """Every spec that the module's own constants allow, simplest first."""
+    limits = [None, *_numbers(module, LIMIT_NAMES)] if blank.gated else [None]
+    alphas = [None, *_numbers(module, ALPHA_NAMES)]
+    for activation in ACTIVATIONS:
+        for interleaved in (False, True) if blank.gated else (False,):
+            for limit in limits:
+                for alpha in alphas:
+                    if (activation == "swiglu_clamped") == (alpha is not None) and (blank.gated or alpha is None):
+                        yield replace(blank, activation=activation, interleaved=interleaved, limit=limit, alpha=alpha)
+
+
+def _activated(rows: torch.Tensor, spec: ExpertMLP) -> torch.Tensor:
+    return activate(
+        rows,
+        activation=spec.activation,
+        gated=spec.gated,
+        interleaved=spec.interleaved,
+        limit=spec.limit,
+        alpha=spec.alpha,
+    )
+
+
+def _numbers(module: Any, names: tuple[str, ...]) -> list[float]:
+    values = (getattr(module, name, None) for name in names)
+    return [float(value) for value in values if isinstance(value, int | float)]

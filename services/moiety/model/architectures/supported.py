@@ -1,0 +1,93 @@
+"""Which architectures can be served: found in the installed transformers, plus adapters and definitions of our own.
+
+Nothing is imported to find out: transformers' source is searched for modules that go through its experts interface.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from difflib import SequenceMatcher
+from functools import cache
+from importlib.util import find_spec
+from itertools import takewhile
+from pathlib import Path
+from types import MappingProxyType
+
+from moiety.model.architectures.definitions import DEFINITIONS
+
+DECORATOR = "@use_experts_implementation"
+# Found, and not served: architecture -> what is missing. A test fails for one that is neither served nor named here.
+_INDEXER = "layers that pick the tokens that they attend to by an indexer, which the router cannot run yet"
+_GATE = "experts with a gate or an activation that no kernel computes"
+_ATTENTION = "attention that transformers does not route through its attention interface"
+REFUSED: Mapping[str, str] = MappingProxyType(
+    {
+        **dict.fromkeys(("deepseek_v4", "glm5_next", "qwen4_exp", "qwen4_exp_text"), _INDEXER),
+        **dict.fromkeys(("beam", "inkling2", "inkling2_text"), _GATE),
+        **dict.fromkeys(("deepseek_ocr2", "unlimited_ocr"), _ATTENTION),
+        **dict.fromkeys(("minimax_m3_vl", "minimax_m3_vl_text"), _INDEXER),
+        **dict.fromkeys(
+            ("inkling_mm_model", "inkling_text"), "short convolutions inside attention, whose state is not kept"
+        ),
+        "qwen3_omni_moe_thinker": "the rest of a model that also speaks, of which it is never published alone",
+        "ernie4_5_vl_moe": "experts of two widths in one layer, one set for text and one for images",
+        "muse_spark": "experts whose output is normalised before it is weighted, which no kernel computes",
+        "diffusion_gemma": "text that is denoised block by block, which the engine cannot do",
+    }
+)
+
+
+@cache
+def seam_architectures() -> frozenset[str]:
+    """Every model_type that generates text and whose modelling code has a class behind transformers' experts interface."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES, model_type_to_module_name
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    )
+
+    spec = find_spec("transformers")
+    assert spec is not None
+    assert spec.origin is not None
+    folder = Path(spec.origin).parent / "models"
+    decorated = {
+        file.parent.name for file in folder.glob("*/modeling_*.py") if DECORATOR in file.read_text(encoding="utf-8")
+    }
+    generating = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES}
+    return frozenset(
+        name for name in CONFIG_MAPPING_NAMES if name in generating and model_type_to_module_name(name) in decorated
+    )
+
+
+# Through `adapters/`.
+ADAPTED = frozenset({"dbrx", "llama4", "llama4_text", "longcat_flash", "nllb-moe", "switch_transformers"})
+
+
+def served_architectures() -> frozenset[str]:
+    """Every model_type that can be served."""
+    return (seam_architectures() | ADAPTED | DEFINITIONS.keys()) - REFUSED.keys()
+
+
+def path_of(architecture: str) -> str:
+    """How `architecture` is served: `seam`, `adapter` or `definition`."""
+    if architecture in DEFINITIONS:
+        return "definition"
+    return "adapter" if architecture in ADAPTED else "seam"
+
+
+def refused(architecture: str) -> str | None:
+    """Why `architecture` cannot be served, where it is known; with the one served that is named most like it."""
+    if (reason := REFUSED.get(architecture)) is None:
+        return None
+    return f"it needs {reason}; {nearest(architecture)}"
+
+
+def nearest(architecture: str) -> str:
+    """What to say of the supported architecture whose name is most like `architecture`: it begins alike, or is spelt so."""
+
+    def likeness(name: str) -> tuple[int, float]:
+        alike = takewhile(lambda pair: pair[0] == pair[1], zip(name, architecture, strict=False))
+        return sum(1 for _ in alike), SequenceMatcher(None, name, architecture).ratio()
+
+    near = max(sorted(served_architectures()), key=likeness)
+    return f"the nearest supported architecture is {near} (`moiety models` lists all)"

@@ -1,0 +1,1 @@
+"""Checkpoint folders: config, safetensors headers, tensors, revision and tokenizer."""

@@ -1,0 +1,95 @@
+"""A checkpoint folder as published: its config and where each tensor lies, without reading a weight.
+
+Nothing here imports torch, safetensors or transformers; `headers.py` reads one safetensors file's header.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moiety.errors import CheckpointError
+from moiety.model.checkpoint.headers import TensorEntry, read_header
+from moiety.model.checkpoint.quantised import Stored, stored_tensors
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+EXPERT = "{expert}"  # stands for the expert id in a tensor's name
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """An opened folder: parsed config, shard files in name order, and the location of every tensor.
+
+    `tensors` have the names and shapes of an unquantised checkpoint, also where some are stored quantised.
+    """
+
+    path: Path
+    config: Mapping[str, Any]
+    shards: tuple[Path, ...]
+    tensors: Mapping[str, Stored]
+
+    @classmethod
+    def open(cls, path: str | Path) -> Checkpoint:
+        """Reads config, index and safetensors headers; raises CheckpointError where one is missing or damaged, or where
+        weights are quantised in a way that is not served.
+        """
+        folder = Path(path)
+        if not folder.is_dir():
+            raise CheckpointError(f"checkpoint {folder}: no such folder")
+        config = read_json(folder / "config.json")
+        shards, promised = _shards(folder)
+        tensors: dict[str, TensorEntry] = {}
+        for shard in shards:
+            tensors.update(read_header(shard))
+        for name, file in promised.items():
+            if name not in tensors or tensors[name].file != file:
+                raise CheckpointError(f"{file}: tensor {name}, which {INDEX_FILE} places there, is missing")
+        return cls(folder, config, shards, stored_tensors(folder, config, tensors))
+
+    @property
+    def architecture(self) -> str:
+        """transformers' model_type, or `unknown` where the config has none."""
+        return str(self.config.get("model_type", "unknown"))
+
+    def tensor(self, name: str) -> Stored:
+        """The entry called `name`; raises CheckpointError where there is none."""
+        try:
+            return self.tensors[name]
+        except KeyError:
+            raise CheckpointError(f"checkpoint {self.path}: tensor {name} is missing") from None
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The JSON object in `file`; raises CheckpointError where it is missing or something else."""
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{file}: missing") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file}: not readable as JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{file}: holds a JSON {type(data).__name__}, not an object")
+    return data
+
+
+def _shards(folder: Path) -> tuple[tuple[Path, ...], dict[str, Path]]:
+    """The safetensors files in name order, and the shard that the index promises for each tensor."""
+    single, index = folder / SINGLE_FILE, folder / INDEX_FILE
+    if single.is_file():  # where both exist transformers reads the single file
+        return (single,), {}
+    if not index.is_file():
+        raise CheckpointError(f"checkpoint {folder}: no safetensors: neither {SINGLE_FILE} nor {INDEX_FILE}")
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index}: holds no weight_map")
+    for name in sorted(set(map(str, weight_map.values()))):
+        if Path(name).name != name:
+            raise CheckpointError(f"{index}: shard {name!r} must be a plain file name")
+        if not (folder / name).is_file():
+            raise CheckpointError(f"checkpoint {folder}: shard {name}, named by {INDEX_FILE}, is missing")
+    promised = {str(tensor): folder / str(name) for tensor, name in weight_map.items()}
+    return tuple(sorted(set(promised.values()))), promised

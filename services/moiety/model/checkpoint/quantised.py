@@ -1,0 +1,216 @@
+"""How published checkpoints store quantised weights: which tensors stand for one matrix, by `quantization_config`.
+
+Every method is turned into entries named and shaped as an unquantised checkpoint would have them, so that nothing else
+needs to know how a weight is stored. Nothing is read but names, shapes and the config; `reading.py` reads the bytes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moiety.errors import CheckpointError
+from moiety.model.checkpoint.headers import TensorEntry
+
+FP8_BLOCK = 128
+MXFP4_GROUP = 32
+CODES_PER_WORD = 8  # four-bit codes in one int32
+AWQ_VERSIONS = ("gemm",)
+
+
+@dataclass(frozen=True, slots=True)
+class QuantisedEntry:
+    """A matrix, or one per expert, that several tensors stand for; `shape` is that of the unquantised tensor."""
+
+    method: str  # fp8, mxfp4, gptq, awq or packed
+    shape: tuple[int, ...]
+    parts: Mapping[str, TensorEntry]  # by role: codes, scale, zero, order
+    bits: int
+
+    @property
+    def dtype(self) -> str:
+        """For messages, as TensorEntry has one."""
+        return f"{self.method} ({self.bits} bits)"
+
+    @property
+    def file(self) -> Path:
+        """Where the codes are."""
+        return self.parts["codes"].file
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts.values())
+
+
+Stored = TensorEntry | QuantisedEntry
+_Tensors = Mapping[str, TensorEntry]
+_Method = Callable[[_Tensors, Mapping[str, Any]], Iterator[tuple[str, QuantisedEntry]]]
+
+
+def stored_tensors(path: Path, config: Mapping[str, Any], tensors: _Tensors) -> dict[str, Stored]:
+    """Every tensor by the name it has unquantised. Raises CheckpointError for a method or a variant that is not served."""
+    quantization = config.get("quantization_config") or config.get("compression_config")
+    if not quantization:
+        return dict(tensors)
+    found = quantization if isinstance(quantization, dict) else {}
+    method = str(found.get("quant_method", "unknown"))
+    served = ", ".join(_METHODS)
+    refuse = _Refusal(f"checkpoint {path} (architecture {config.get('model_type', 'unknown')})", method)
+    if method not in _METHODS:
+        raise refuse(f"served are {served}, or float weights")
+    try:
+        quantised = dict(_METHODS[method](tensors, found))
+    except _UnservedError as error:
+        raise refuse(str(error)) from None
+    used = {part for entry in quantised.values() for part in entry.parts.values()}
+    plain = {name: entry for name, entry in tensors.items() if entry not in used}
+    return {**plain, **quantised}
+
+
+class _UnservedError(Exception):
+    """A variant of a method that is not served; the message says which, and what is."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Refusal:
+    checkpoint: str
+    method: str
+
+    def __call__(self, reason: str) -> CheckpointError:
+        return CheckpointError(f"{self.checkpoint}: its weights are quantised ({self.method}): {reason}")
+
+
+def _fp8(tensors: _Tensors, config: Mapping[str, Any]) -> Iterator[tuple[str, QuantisedEntry]]:
+    """DeepSeek: X.weight in e4m3, X.weight_scale_inv with one factor per 128 x 128 block."""
+    block = config.get("weight_block_size")
+    if block != [FP8_BLOCK, FP8_BLOCK]:
+        raise _UnservedError(f"weight_block_size {block}: must be [{FP8_BLOCK}, {FP8_BLOCK}]")
+    for name, codes in tensors.items():
+        if codes.dtype != "F8_E4M3":
+            continue
+        scale = _part(tensors, f"{name}_scale_inv", name)
+        blocks = tuple(-(-size // FP8_BLOCK) for size in codes.shape[-2:])
+        if scale.shape[-2:] != blocks:
+            raise _UnservedError(f"{name}_scale_inv is {list(scale.shape)}: must end in {list(blocks)}")
+        yield name, QuantisedEntry("fp8", codes.shape, {"codes": codes, "scale": scale}, 8)
+
+
+def _mxfp4(tensors: _Tensors, config: Mapping[str, Any]) -> Iterator[tuple[str, QuantisedEntry]]:
+    """gpt-oss: X_blocks [E, O, D / 32, 16] and X_scales [E, O, D / 32], where the float parameter X is [E, D, O]."""
+    for name, codes in tensors.items():
+        if not name.endswith("_blocks"):
+            continue
+        base = name.removesuffix("_blocks")
+        scale = _part(tensors, f"{base}_scales", name)
+        if len(codes.shape) != 4 or codes.shape[3] != MXFP4_GROUP // 2 or scale.shape != codes.shape[:3]:
+            raise _UnservedError(
+                f"{name} is {list(codes.shape)}, its scales {list(scale.shape)}: must be [E, O, G, 16]"
+            )
+        experts, rows, groups, _ = codes.shape
+        shape = (experts, groups * MXFP4_GROUP, rows)
+        yield base, QuantisedEntry("mxfp4", shape, {"codes": codes, "scale": scale}, 4)
+
+
+def _gptq(tensors: _Tensors, config: Mapping[str, Any]) -> Iterator[tuple[str, QuantisedEntry]]:
+    """X.qweight [D / 8, O], X.qzeros [G, O / 8], X.scales [G, O], X.g_idx [D], in the first GPTQ format or the second."""
+    _only_four_bits(config)
+    if config.get("desc_act"):
+        raise _UnservedError("desc_act (act-order: columns in another order than the groups) is not served")
+    if config.get("checkpoint_format", "gptq") not in ("gptq", "gptq_v2"):
+        raise _UnservedError(f"checkpoint_format {config['checkpoint_format']}: must be gptq or gptq_v2")
+    method = "gptq_v2" if config.get("checkpoint_format") == "gptq_v2" else "gptq"
+    for name, codes, parts in _packed_words(tensors):
+        if f"{name}.g_idx" in tensors:
+            parts["order"] = tensors[f"{name}.g_idx"]
+        shape = (codes.shape[1], codes.shape[0] * CODES_PER_WORD)
+        yield f"{name}.weight", QuantisedEntry(method, shape, parts, 4)
+
+
+def _awq(tensors: _Tensors, config: Mapping[str, Any]) -> Iterator[tuple[str, QuantisedEntry]]:
+    """X.qweight [D, O / 8] with interleaved columns, X.qzeros [G, O / 8] likewise, X.scales [G, O]."""
+    _only_four_bits(config)
+    if (version := str(config.get("version", "gemm")).lower()) not in AWQ_VERSIONS:
+        raise _UnservedError(f"version {version}: must be {', '.join(AWQ_VERSIONS)}")
+    for name, codes, parts in _packed_words(tensors):
+        shape = (codes.shape[1] * CODES_PER_WORD, codes.shape[0])
+        yield f"{name}.weight", QuantisedEntry("awq", shape, parts, 4)
+
+
+def _packed_words(tensors: _Tensors) -> Iterator[tuple[str, TensorEntry, dict[str, TensorEntry]]]:
+    """(module, codes, parts) of each module with a `qweight`."""
+    for tensor, codes in tensors.items():
+        if not tensor.endswith(".qweight"):
+            continue
+        name = tensor.removesuffix(".qweight")
+        scale, zero = _part(tensors, f"{name}.scales", tensor), _part(tensors, f"{name}.qzeros", tensor)
+        yield name, codes, {"codes": codes, "scale": scale, "zero": zero}
+
+
+def _compressed(tensors: _Tensors, config: Mapping[str, Any]) -> Iterator[tuple[str, QuantisedEntry]]:
+    """compressed-tensors, pack-quantized: X.weight_packed [O, D / codes in an int32], X.weight_scale [O, G]."""
+    if (form := config.get("format")) != "pack-quantized":
+        raise _UnservedError(f"format {form}: must be pack-quantized")
+    groups = [(_targets(group), _weights_of(group)) for group in config.get("config_groups", {}).values()]
+    for tensor, codes in tensors.items():
+        if not tensor.endswith(".weight_packed"):
+            continue
+        name = tensor.removesuffix(".weight_packed")
+        scale = _part(tensors, f"{name}.weight_scale", tensor)
+        if f"{name}.weight_g_idx" in tensors:
+            raise _UnservedError(f"{name} has columns in another order (weight_g_idx), which is not served")
+        bits = next((bits for targets, bits in groups if targets.match(name)), None)
+        if bits is None:
+            raise _UnservedError(f"no config group targets {name}")
+        shape = (codes.shape[0], codes.shape[1] * 32 // bits)
+        if bits == 8 and scale.shape[1] != 1:
+            raise _UnservedError(f"{name} has 8 bits and {scale.shape[1]} groups a row: 8 bits are served by channel")
+        parts = {"codes": codes, "scale": scale}
+        if f"{name}.weight_shape" in tensors:
+            parts["order"] = tensors[f"{name}.weight_shape"]
+        yield f"{name}.weight", QuantisedEntry("packed", shape, parts, bits)
+
+
+def _weights_of(group: Mapping[str, Any]) -> int:
+    """Bits of a config group of compressed-tensors; raises where its scheme is not served."""
+    weights = group.get("weights") or {}
+    wanted = {"type": ("int",), "symmetric": (True,), "num_bits": (4, 8), "strategy": ("group", "channel")}
+    for name, values in wanted.items():
+        if (value := weights.get(name)) not in values:
+            raise _UnservedError(f"weights.{name} {value}: must be {' or '.join(map(str, values))}")
+    if group.get("input_activations"):
+        raise _UnservedError("input_activations are quantised: only weights may be")
+    return int(weights["num_bits"])
+
+
+def _targets(group: Mapping[str, Any]) -> re.Pattern[str]:
+    """What compressed-tensors matches modules by: class, name, or a regular expression after `re:`. One pattern of all: a
+    large model has tens of thousands of modules, and of targets hundreds.
+    """
+    parts = [
+        target[3:] if target.startswith("re:") else ".*" if target == "Linear" else f"{re.escape(target)}$"
+        for target in group.get("targets", ())
+    ]
+    return re.compile("|".join(f"(?:{part})" for part in parts) or "(?!)")
+
+
+def _only_four_bits(config: Mapping[str, Any]) -> None:
+    if (bits := config.get("bits")) != 4:
+        raise _UnservedError(f"bits {bits}: must be 4")
+
+
+def _part(tensors: _Tensors, name: str, beside: str) -> TensorEntry:
+    if name not in tensors:
+        raise _UnservedError(f"tensor {name}, which belongs to {beside}, is missing")
+    return tensors[name]
+
+
+_METHODS: Mapping[str, _Method] = {
+    "fp8": _fp8,
+    "mxfp4": _mxfp4,
+    "gptq": _gptq,
+    "awq": _awq,
+    "compressed-tensors": _compressed,
+}

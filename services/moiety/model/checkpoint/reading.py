@@ -1,0 +1,200 @@
+"""Reads tensors out of a checkpoint, as they are or as quantised matrices, one at a time.
+
+Plain positioned reads into the tensors' own memory, not a mapping: resident memory stays at the weights' size, and a
+file that shrinks under a replica is an error here instead of a SIGBUS there. Imports torch, never transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO
+
+import torch
+
+from moiety.errors import CheckpointError
+from moiety.model.checkpoint.headers import TensorEntry
+from moiety.model.checkpoint.quantised import CODES_PER_WORD, QuantisedEntry, Stored
+from moiety_kernels.weights.fp8 import Fp8Matrix
+from moiety_kernels.weights.int4 import Int4Matrix
+from moiety_kernels.weights.int8 import Int8Matrix
+from moiety_kernels.weights.matrix import QuantisedMatrix
+from moiety_kernels.weights.mxfp4 import Mxfp4Matrix
+from moiety_kernels.weights.nibbles import pack_nibbles
+
+FLOATS: Mapping[str, torch.dtype] = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+DTYPES: Mapping[str, torch.dtype] = {
+    **FLOATS,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F64": torch.float64,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "BOOL": torch.bool,
+}
+AWQ_COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)  # which of eight columns each nibble of a word holds, lowest first
+
+
+class Reader:
+    """Open files of one checkpoint. Use as a context manager: they are closed at its end."""
+
+    def __init__(self) -> None:
+        self._files: dict[Path, BinaryIO] = {}
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    def fill(self, target: torch.Tensor, entry: TensorEntry) -> None:
+        """Reads the entry's bytes into the contiguous `target`, which is of as many. Raises CheckpointError."""
+        if not target.numel():
+            return
+        view = target.view(-1).view(torch.uint8).numpy().data
+        try:
+            if entry.file not in self._files:
+                self._files[entry.file] = self._stack.enter_context(entry.file.open("rb", buffering=0))
+            file = self._files[entry.file]
+            file.seek(entry.start)
+            while view:  # one read call returns at most 2 GiB
+                count = file.readinto(view)  # type: ignore[attr-defined]  # raw files have it
+                if not count:
+                    raise CheckpointError(f"{entry.file}: truncated: it ends before byte {entry.end}")
+                view = view[count:]
+        except OSError as error:
+            raise CheckpointError(f"{entry.file}: cannot be read: {error}") from error
+
+    def tensor(self, entry: TensorEntry) -> torch.Tensor:
+        """The entry's tensor, in the dtype it is stored in."""
+        if entry.dtype not in DTYPES:
+            raise CheckpointError(f"{entry.file}: tensors stored as {entry.dtype} cannot be read")
+        out = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
+        self.fill(out, entry)
+        return out
+
+    def matrix(self, entry: QuantisedEntry) -> QuantisedMatrix:
+        """One quantised matrix, [out, in]. Raises CheckpointError where its tensors contradict each other."""
+        parts = {role: self.tensor(part) for role, part in entry.parts.items()}
+        try:
+            return _MAKE[entry.method](parts, entry)
+        except ValueError as error:
+            raise CheckpointError(f"{entry.file}: {error}") from error
+
+    def values(self, entry: Stored, dtype: torch.dtype) -> torch.Tensor:
+        """The entry's values in `dtype`, whatever they are stored as, in the shape of the unquantised tensor."""
+        if isinstance(entry, TensorEntry):
+            return self.tensor(entry).to(dtype)
+        if len(entry.shape) == 2:
+            return self.matrix(entry).dequantised(dtype)
+        experts = entry.shape[0]
+        matrices = [self.matrix(_of_expert(entry, expert)).dequantised(dtype) for expert in range(experts)]
+        values = torch.stack(matrices)  # [E, out, in]
+        return values if values.shape == entry.shape else values.transpose(1, 2)
+
+    def state(self, tensors: Mapping[str, Stored], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """The values of all `tensors`: quantised ones in `dtype`, the others in the dtype they are stored in."""
+        return {
+            name: self.tensor(entry) if isinstance(entry, TensorEntry) else self.values(entry, dtype)
+            for name, entry in tensors.items()
+        }
+
+
+def of_expert(entry: Stored, expert: int, experts: int) -> Stored:
+    """One expert's share of a fused entry, whose first dimension counts the experts."""
+    return _of_expert(entry, expert) if isinstance(entry, QuantisedEntry) else _share(entry, expert, experts)
+
+
+def _of_expert(entry: QuantisedEntry, expert: int) -> QuantisedEntry:
+    parts = {role: _share(part, expert, entry.shape[0]) for role, part in entry.parts.items()}
+    return QuantisedEntry(entry.method, entry.shape[1:], parts, entry.bits)
+
+
+def _share(entry: TensorEntry, expert: int, experts: int) -> TensorEntry:
+    size = entry.nbytes // experts
+    start = entry.start + expert * size
+    # [E, ...], or (DBRX) the rows of all experts below each other, [E * rows, ...]
+    shape = entry.shape[1:] if entry.shape[0] == experts else (entry.shape[0] // experts, *entry.shape[1:])
+    return TensorEntry(entry.file, entry.dtype, shape, start, start + size)
+
+
+_Parts = Mapping[str, torch.Tensor]
+
+
+def _fp8(parts: _Parts, _: QuantisedEntry) -> Fp8Matrix:
+    return Fp8Matrix(parts["codes"], parts["scale"].float())
+
+
+def _mxfp4(parts: _Parts, _: QuantisedEntry) -> Mxfp4Matrix:
+    codes = parts["codes"]  # [O, D / 32, 16]
+    return Mxfp4Matrix(codes.view(codes.shape[0], -1), parts["scale"])
+
+
+def _gptq(parts: _Parts, entry: QuantisedEntry) -> Int4Matrix:
+    codes = _nibbles(parts["codes"].T.contiguous())  # [O, D]
+    scale = parts["scale"]
+    zero = _nibbles(parts["zero"])  # [G, O]
+    if entry.method == "gptq":  # the first format stores one less
+        zero = (zero + 1) & 15
+    order = parts.get("order")
+    if order is not None and not torch.equal(order, torch.arange(len(order)) // (codes.shape[1] // len(scale))):
+        raise ValueError("its columns are in another order than the groups (g_idx, act-order), which is not served")
+    return _int4(codes, scale, zero)
+
+
+def _awq(parts: _Parts, _: QuantisedEntry) -> Int4Matrix:
+    order = torch.tensor(AWQ_COLUMNS).argsort()
+
+    def unpacked(words: torch.Tensor) -> torch.Tensor:
+        nibbles = _nibbles(words)  # [., O] with the columns of each word in AWQ's order
+        return nibbles.view(nibbles.shape[0], -1, CODES_PER_WORD)[:, :, order].view(nibbles.shape)
+
+    return _int4(unpacked(parts["codes"]).T, parts["scale"], unpacked(parts["zero"]))
+
+
+def _int4(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> Int4Matrix:
+    """From codes [O, D], scale and zero [G, O]; zero points that are 8 throughout are not kept."""
+    kept = None if bool((zero == 8).all()) else zero.T.contiguous()
+    return Int4Matrix(pack_nibbles(codes), _held_scale(scale.T.contiguous()), kept)
+
+
+def _packed(parts: _Parts, entry: QuantisedEntry) -> Int4Matrix | Int8Matrix:
+    codes, scale = parts["codes"].view(torch.uint8), parts["scale"]  # [O, bytes of a row], [O, G]
+    if "order" in parts and tuple(parts["order"].tolist()) != entry.shape:
+        raise ValueError(f"weight_shape {parts['order'].tolist()}: rows that end within an int32 are not served")
+    if entry.bits == 8:
+        return Int8Matrix(codes, scale.float().view(-1))
+    return Int4Matrix(codes, _held_scale(scale))
+
+
+def _held_scale(scale: torch.Tensor) -> torch.Tensor:
+    """float32 scales are held in half of the bytes where that loses nothing."""
+    if scale.dtype != torch.float32:
+        return scale
+    half = scale.half()
+    if not torch.equal(half.float(), scale):
+        raise ValueError("float32 scales that float16 cannot hold are not served")
+    return half
+
+
+def _nibbles(words: torch.Tensor) -> torch.Tensor:
+    """int32 [R, C] -> uint8 [R, 8 C], the lowest four bits first."""
+    bytes_ = words.contiguous().view(torch.uint8)  # little-endian: lowest byte first
+    return torch.stack((bytes_ & 15, bytes_ >> 4), dim=2).view(words.shape[0], -1)
+
+
+_MAKE: Mapping[str, Callable[[_Parts, QuantisedEntry], QuantisedMatrix]] = {
+    "fp8": _fp8,
+    "mxfp4": _mxfp4,
+    "gptq": _gptq,
+    "gptq_v2": _gptq,
+    "awq": _awq,
+    "packed": _packed,
+}

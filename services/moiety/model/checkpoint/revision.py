@@ -1,0 +1,102 @@
+"""The name of a checkpoint's content: two replicas with equal revisions hold the same model.
+
+BLAKE2b over the canonical config, the tokenizer's files and, per shard, header, size and sampled blocks. Sampling finds
+any fine-tune (it moves whole tensors); `verify="full"` reads every byte and so finds a single flipped bit as well.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal
+
+from moiety.errors import CheckpointError
+from moiety.model.checkpoint.checkpoint import Checkpoint
+from moiety.model.checkpoint.headers import TensorEntry, read_header
+
+Verify = Literal["sampled", "full"]
+
+DIGEST_BYTES = 16
+BLOCK_BYTES = 4096
+SAMPLED_TENSORS = 256  # per shard, spread evenly: 1,200 tensors a shard (Qwen3-30B-A3B) cost 256 page reads
+COMPANIONS = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+)
+INCIDENTAL = ("_name_or_path", "transformers_version")  # config keys that differ between copies of one model
+
+_Stamp = tuple[str, int, int]  # file, size, modification time in ns
+
+
+def revision_of(checkpoint: Checkpoint, verify: Verify = "sampled") -> str:
+    """32 hex digits; remembered in this process for as long as no file's size or modification time changes.
+
+    The two ways to verify give two names, so all services of one app must use the same.
+    """
+    companions = [checkpoint.path / name for name in COMPANIONS]
+    stamps = tuple(_stamp(file) for file in [*checkpoint.shards, *filter(Path.is_file, companions)])
+    config = {key: value for key, value in checkpoint.config.items() if key not in INCIDENTAL}
+    return _digest(json.dumps(config, sort_keys=True), len(checkpoint.shards), stamps, verify)
+
+
+@lru_cache(maxsize=64)
+def _digest(config: str, shards: int, stamps: tuple[_Stamp, ...], verify: Verify) -> str:
+    """`stamps` are the key: first the shards', then the companions'."""
+    digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
+    _add(digest, verify.encode())
+    _add(digest, config.encode())
+    try:
+        for position, (name, size, _) in enumerate(stamps):
+            file = Path(name)
+            _add(digest, file.name.encode())
+            _add(digest, str(size).encode())
+            if position >= shards or verify == "full":
+                with file.open("rb") as stream:
+                    while block := stream.read(1 << 22):
+                        digest.update(block)
+            else:
+                for block in _samples(file):
+                    _add(digest, block)
+    except OSError as error:
+        raise CheckpointError(f"checkpoint file cannot be read: {error}") from error
+    return digest.hexdigest()
+
+
+def _samples(file: Path) -> Iterator[bytes]:
+    """The header, then one block from the middle of each sampled tensor."""
+    entries = sorted(read_header(file).values(), key=lambda entry: entry.start)
+    with file.open("rb") as stream:
+        yield stream.read(entries[0].start if entries else -1)
+        for entry in _spread(entries):
+            stream.seek(max(entry.start, (entry.start + entry.end - BLOCK_BYTES) // 2))
+            yield stream.read(min(BLOCK_BYTES, entry.end - entry.start))
+
+
+def _spread(entries: list[TensorEntry]) -> list[TensorEntry]:
+    step = max(1.0, len(entries) / SAMPLED_TENSORS)
+    return [entries[int(position * step)] for position in range(min(len(entries), SAMPLED_TENSORS))]
+
+
+def _add(digest: hashlib.blake2b, part: bytes) -> None:
+    """Length first, so that neighbouring parts cannot run into each other."""
+    digest.update(len(part).to_bytes(8, "little"))
+    digest.update(part)
+
+
+def _stamp(file: Path) -> _Stamp:
+    try:
+        status = file.stat()
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read: {error}") from error
+    return str(file), status.st_size, status.st_mtime_ns

@@ -1,0 +1,45 @@
+"""Writes a checkpoint's safetensors shards and their index, holding one shard's tensors in memory at a time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from moiety.model.checkpoint.checkpoint import INDEX_FILE
+
+SHARD_BYTES = 256 << 20
+
+
+def write_shards(folder: Path, weights: Iterable[tuple[str, torch.Tensor]], shard_bytes: int = SHARD_BYTES) -> int:
+    """Writes (name, tensor) pairs to `folder`, which exists; returns their bytes. A shard is of at least one tensor."""
+    from safetensors.torch import save_file
+
+    shards: list[list[str]] = []
+    pending: dict[str, torch.Tensor] = {}
+
+    def flush() -> None:
+        save_file(pending, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
+        shards.append(list(pending))
+        pending.clear()
+
+    total = held = 0
+    for name, weight in weights:
+        if pending and held + weight.nbytes > shard_bytes:
+            flush()
+            held = 0
+        pending[name] = weight
+        held += weight.nbytes
+        total += weight.nbytes
+    flush()
+
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(shards):
+        file = f"model-{number + 1:05}-of-{len(shards):05}.safetensors"
+        (folder / f"shard-{number}").rename(folder / file)
+        weight_map |= dict.fromkeys(names, file)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / INDEX_FILE).write_text(json.dumps(index, indent=2), encoding="utf-8")
+    return total

@@ -1,0 +1,72 @@
+"""Expert layouts, kept as JSON per revision: only the first reader of a revision waits until transformers has derived one."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from moiety.config.resolve import cache_dir
+from moiety.core.experts import ExpertMLP, ModelShape
+from moiety.model.checkpoint.checkpoint import Checkpoint
+from moiety.model.checkpoint.revision import revision_of
+from moiety.model.experts.layout import ExpertLayout, LayerLayout
+
+FORMAT = 3  # of the cached file; raise it with every change of ExpertLayout
+
+
+def expert_layout(checkpoint: Checkpoint) -> ExpertLayout:
+    """The layout of `checkpoint`, from the cache or derived; raises CheckpointError where it cannot be served."""
+    # transformers moves modules between releases, so a layout is good for one release only.
+    key = {"format": FORMAT, "transformers": version("transformers")}
+    folder = cache_dir()
+    file = folder / revision_of(checkpoint) / "layout.json" if folder else None
+    if file and (known := _read(file, key)) is not None:
+        return known
+
+    from moiety.model.experts.derive import derive_layout  # imports transformers: 4.5 s that a cached layout saves
+
+    layout = derive_layout(checkpoint)
+    if file:
+        with contextlib.suppress(OSError):  # an unwritable cache costs the next reader time, nothing else
+            _write(file, {**key, "layout": asdict(layout)})
+    return layout
+
+
+def _read(file: Path, key: Mapping[str, Any]) -> ExpertLayout | None:
+    """The cached layout; None where there is none, or one of another format, release or of garbage."""
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+        if any(data[name] != value for name, value in key.items()):
+            return None
+        shape = data["layout"]["shape"]
+        layers = tuple(
+            LayerLayout(
+                layer["module"],
+                {name: tuple(tensors) for name, tensors in layer["sources"].items()},
+                tuple(layer["transposed"]),
+            )
+            for layer in data["layout"]["layers"]
+        )
+        return ExpertLayout(ModelShape(**{**shape, "mlp": ExpertMLP(**shape["mlp"])}), layers)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _write(file: Path, data: Mapping[str, Any]) -> None:
+    """Atomic: a reader sees the whole file or none."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=file.parent, prefix=file.name)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            json.dump(data, stream)
+        os.replace(name, file)
+    except BaseException:
+        os.unlink(name)
+        raise

@@ -1,6 +1,0 @@
-"""Random checkpoints in the layouts that publishers ship: small for tests, by overrides large for benchmarks."""
-
-from moiety.model.tiny.registry import TINY, TinyModel, tiny_model, tiny_names
-from moiety.model.tiny.write import write_tiny
-
-__all__ = ["TINY", "TinyModel", "tiny_model", "tiny_names", "write_tiny"]

@@ -1,0 +1,1 @@
+"""The trunk: a model without its routed experts, as a router loads and runs it."""

@@ -1,0 +1,67 @@
+"""Listens to what the gates of a loaded router think of every expert: who is next best, if the best may not be asked.
+
+transformers' experts functions are given a gate's choice only. Its scores pass through the gate module's output, one of
+whose tensors has as many columns as there are experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from moiety.core.experts import ModelShape
+from moiety.errors import ConfigError
+from moiety.model.seam import LAYER_ATTRIBUTE, current_context
+
+
+def record_gate_scores(model: nn.Module, shape: ModelShape, run: Callable[[], object]) -> None:
+    """Has every MoE layer's scores in the `Forward` of its lane by the time its experts are called.
+
+    `run` does one forward pass of `model` inside a `use_backend`. Raises ConfigError where a gate tells no scores, or
+    chooses otherwise than by the highest of them, by groups of experts for instance: who is next best is unknown then.
+    """
+    agreeing: dict[nn.Module, bool] = {}
+
+    def compare(experts: nn.Module, arguments: tuple[Any, ...]) -> None:
+        scores, chosen = current_context().scores, arguments[1]
+        best = None if scores is None else scores.topk(chosen.shape[-1], dim=-1).indices
+        agreeing[experts] = best is not None and torch.equal(best.sort().values, chosen.sort().values)
+
+    gates = list(_gates(model))
+    hooks = [gate.register_forward_hook(_keep(shape.experts)) for _, gate in gates]
+    checks = [experts.register_forward_pre_hook(compare) for experts, _ in gates]
+    run()
+    for check in checks:
+        check.remove()
+    if len(agreeing) < shape.moe_layers or not all(agreeing.values()):
+        for hook in hooks:
+            hook.remove()
+        told = f"{shape.architecture}'s gates do not tell who is next best, so rows can only wait: let all wait"
+        raise ConfigError("overflow", "backup", told)
+
+
+def _keep(experts: int) -> Callable[[nn.Module, Any, Any], None]:
+    """A hook that keeps the scores among a gate's outputs, [T, E]."""
+
+    def hook(_gate: nn.Module, _arguments: Any, output: Any) -> None:
+        tensors = output if isinstance(output, tuple | list) else (output,)
+        scores = (
+            t for t in tensors if isinstance(t, torch.Tensor) and t.is_floating_point() and t.shape[-1] == experts
+        )
+        found = next(scores, None)
+        current_context().scores = None if found is None else found.reshape(-1, experts)
+
+    return hook
+
+
+def _gates(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
+    """(routed experts, their gate) of each MoE block that has one of these beside them."""
+    for path, module in model.named_modules():
+        if hasattr(module, LAYER_ATTRIBUTE):
+            block = model.get_submodule(path.rpartition(".")[0])
+            gates = [child for name, child in block.named_children() if name in ("gate", "router")]
+            if len(gates) == 1:
+                yield module, gates[0]

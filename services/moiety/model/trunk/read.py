@@ -1,0 +1,130 @@
+"""Loads the router's part of a checkpoint: the whole language model except the routed experts' weights."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from moiety.errors import CheckpointError
+from moiety.model.architectures.adapters import adapter_of
+from moiety.model.architectures.transformers_model import (
+    causal_lm_class,
+    experts_modules,
+    load_config,
+    quiet_transformers,
+    towers,
+    unsupported,
+)
+from moiety.model.checkpoint.checkpoint import EXPERT, Checkpoint
+from moiety.model.checkpoint.quantised import QuantisedEntry
+from moiety.model.checkpoint.reading import Reader
+from moiety.model.experts.layout import ExpertLayout
+from moiety.model.seam import IMPLEMENTATION, LAYER_ATTRIBUTE, register
+from moiety.model.trunk.encoder_decoder import EncoderDecoder
+
+
+def load_trunk(
+    checkpoint: Checkpoint,
+    layout: ExpertLayout,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    attention: str = "sdpa",
+) -> nn.Module:
+    """The model in eval mode, without gradients; run it inside `seam.use_backend`. No expert tensor is read.
+
+    `attention` is a name that transformers knows for this architecture (gpt-oss has no `sdpa`: use `eager`), or one
+    that the caller has registered. Raises CheckpointError where a weight is missing or of another shape than promised.
+    """
+    register()
+    config = load_config(checkpoint)
+    router_class = _without_experts(causal_lm_class(checkpoint, config), layout)
+    values = _dequantised(checkpoint, layout, router_class, dtype)
+    with quiet_transformers():
+        try:
+            model, report = router_class.from_pretrained(
+                checkpoint.path if values is None else None,
+                state_dict=values,
+                config=config,
+                dtype=dtype,
+                attn_implementation=attention,
+                experts_implementation=IMPLEMENTATION,
+                use_safetensors=True,
+                local_files_only=True,
+                output_loading_info=True,
+            )
+        except (RuntimeError, ValueError, ImportError, OSError, SafetensorError) as error:
+            raise unsupported(checkpoint, f"transformers cannot load it: {error}") from error
+    for kind in ("missing_keys", "mismatched_keys"):
+        if bad := sorted(map(str, report[kind])):
+            raise CheckpointError(f"checkpoint {checkpoint.path}: {kind.replace('_', ' ')}: {', '.join(bad[:8])}")
+    if values is None:
+        _own(model)
+    model = model.to(device).requires_grad_(False).eval()
+    return EncoderDecoder(model) if config.is_encoder_decoder else model
+
+
+def _dequantised(
+    checkpoint: Checkpoint, layout: ExpertLayout, router_class: Any, dtype: torch.dtype
+) -> dict[str, torch.Tensor] | None:
+    """The router's tensors by name where some of them are stored quantised; else None: transformers reads the files.
+
+    transformers dequantises fp8 wrongly where rows are no multiple of 128, and needs further libraries for GPTQ and AWQ.
+    """
+    owned = {
+        name.replace(EXPERT, str(expert))
+        for layer in layout.layers
+        for names in layer.sources.values()
+        for name in names
+        for expert in range(layout.shape.experts if EXPERT in name else 1)
+    }
+    ignored = [re.compile(pattern) for pattern in router_class._keys_to_ignore_on_load_unexpected or ()]
+    own = {
+        name: entry
+        for name, entry in checkpoint.tensors.items()
+        if name not in owned and not any(pattern.search(name) for pattern in ignored)
+    }
+    if not any(isinstance(entry, QuantisedEntry) for entry in own.values()):
+        return None
+    with Reader() as reader:
+        return reader.state(own, dtype)
+
+
+def _without_experts(model_class: Any, layout: ExpertLayout) -> Any:
+    """A subclass without expert weights and towers: they go as soon as they exist, which is while they are on meta."""
+
+    def __init__(self: Any, *arguments: Any, **options: Any) -> None:
+        model_class.__init__(self, *arguments, **options)
+        modules = experts_modules(self)
+        if [path for path, _ in modules] != [layer.module for layer in layout.layers]:
+            raise RuntimeError("the expert layout belongs to another model")
+        for ordinal, (path, module) in enumerate(modules):
+            for part in module.modules():
+                part._parameters.clear()
+                part._is_hf_initialized = True  # type: ignore[assignment]  # or weight initialisation looks for them
+            setattr(module, LAYER_ATTRIBUTE, ordinal)
+            block = self.get_submodule(path.rpartition(".")[0])
+            block._is_hf_initialized = True  # some initialise the experts' weights; what is missing is refused below
+            if (adapter := adapter_of(type(module))) is not None:
+                adapter.patch(block, module)
+        unread = {rf"^{re.escape(layer.module)}\." for layer in layout.layers}
+        for path in towers(self):
+            parent, _, name = path.rpartition(".")
+            self.get_submodule(parent).register_module(name, None)
+            unread.add(rf"^{re.escape(path)}\.")
+        self._keys_to_ignore_on_load_unexpected = {*(self._keys_to_ignore_on_load_unexpected or ()), *unread}
+
+    attributes = {
+        "__init__": __init__,
+        "__module__": model_class.__module__,  # elsewhere transformers takes it for custom code and skips conversions
+    }
+    return type(model_class.__name__, (model_class,), attributes)
+
+
+def _own(model: nn.Module) -> None:
+    """Copies what transformers left as views of mapped files: replacing a file must not change a live model."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()

@@ -1,0 +1,1 @@
+"""Which deployment holds which experts."""

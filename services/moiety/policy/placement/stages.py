@@ -1,0 +1,39 @@
+"""A change of placement in stages: each loads a few layers' experts beside what is held, so little memory is to spare."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from moiety.core.experts import ExpertSet
+from moiety.core.replica import Placement
+
+
+def placement_stages(current: Placement, target: Placement, layers: int) -> tuple[Placement, ...]:
+    """Placements from `current`'s to `target`'s, one epoch after the other, that change at most `layers` layers each.
+
+    0 layers: all at once. Nothing where the two hold the same.
+    """
+    names = sorted({*current.held, *target.held})
+    before = {name: current.held.get(name, ExpertSet()) for name in names}
+    after = {name: target.held.get(name, ExpertSet()) for name in names}
+    changing = sorted(
+        layer
+        for layer in {layer for held in (*before.values(), *after.values()) for layer in held.by_layer}
+        if any(before[name].layer(layer) != after[name].layer(layer) for name in names)
+    )
+    step = layers or max(len(changing), 1)
+    found: list[Placement] = []
+    for end in range(step, len(changing) + step, step):
+        done = frozenset(changing[:end])
+        held = {name: _mixed(before[name], after[name], done) for name in names}
+        found.append(Placement(current.epoch + 1 + len(found), held))
+    return tuple(found)
+
+
+def _mixed(before: ExpertSet, after: ExpertSet, done: frozenset[int]) -> ExpertSet:
+    """`after` in the layers that are done, `before` in the others."""
+    mixed: Mapping[int, frozenset[int]] = {
+        layer: after.layer(layer) if layer in done else before.layer(layer)
+        for layer in sorted({*before.by_layer, *after.by_layer})
+    }
+    return ExpertSet({layer: ids for layer, ids in mixed.items() if ids})

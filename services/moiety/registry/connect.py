@@ -1,0 +1,47 @@
+"""From the `registry` setting to a registry. redis-py is imported only where a URL asks for it."""
+
+from __future__ import annotations
+
+from urllib.parse import unquote, urlsplit
+
+from moiety.errors import ConfigError, FailedPrecondition
+from moiety.registry.interface import Registry
+from moiety.registry.urls import without_secrets
+
+SCHEMES = "must be redis://…, rediss://…, unix:///… or file:///…"
+
+
+def connect(url: str, app: str) -> Registry:
+    """The registry at `url` for the system called `app`; nothing is contacted before the first operation.
+
+    Raises ConfigError where `url` is not of a known form, FailedPrecondition where redis-py is needed and missing.
+    """
+    scheme, separator, _ = url.partition("://")
+    if not separator:
+        raise ConfigError("registry", without_secrets(url), SCHEMES)
+    if scheme in ("redis", "rediss", "unix"):
+        return _redis(url, app)
+    if scheme == "file":
+        return _file(url)
+    raise ConfigError("registry", without_secrets(url), SCHEMES)
+
+
+def _redis(url: str, app: str) -> Registry:
+    try:
+        from moiety.registry.redis import RedisRegistry
+    except ImportError as error:
+        raise FailedPrecondition(
+            f"registry {without_secrets(url)} needs redis-py, which is not installed: pip install 'moiety[serve]'"
+        ) from error
+    return RedisRegistry(url, app)
+
+
+def _file(url: str) -> Registry:
+    from moiety.registry.file import FileRegistry
+
+    parts = urlsplit(url)
+    if parts.netloc not in ("", "localhost") or not parts.path.startswith("/"):
+        raise ConfigError(
+            "registry", url, "must be file:// and an absolute path, such as file:///run/moiety/registry.json"
+        )
+    return FileRegistry(unquote(parts.path))

@@ -1,0 +1,149 @@
+"""A registry in one JSON file, for a `LocalCluster` on a machine without Redis.
+
+The parent process is the only writer (`FileRegistryWriter`): it registers a child when the child says that it is ready
+and removes it when it exits, so entries need no TTL. The children read (`FileRegistry`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from moiety.core.load import ExpertDemand, ReplicaLoad
+from moiety.core.replica import Placement, Replica, Role
+from moiety.errors import FailedPrecondition, RegistryUnreachable
+from moiety.registry import entries
+from moiety.registry.memory import MemoryRegistry
+
+
+class FileRegistry:
+    """What a child process sees. Replicas and placement are read from the file whenever it has changed.
+
+    `register` and `deregister` do nothing here: heartbeats may run, but the parent's file has the last word. Demand,
+    busy figures, wakes and decisions stay within the process: without Redis nothing scales on them.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self._path = Path(path)
+        self._seen: tuple[int, int, int] | None = None
+        self._replicas: dict[str, Replica] = {}
+        self._placement: Placement | None = None
+        self._reader = entries.TolerantReader()
+        self._ledger = MemoryRegistry()
+
+    async def register(self, replica: Replica) -> None: ...
+
+    async def deregister(self, replica_id: str) -> None: ...
+
+    async def replicas(self) -> tuple[Replica, ...]:
+        self._refresh()
+        return tuple(self._replicas[replica_id] for replica_id in sorted(self._replicas))
+
+    async def routers(self) -> tuple[Replica, ...]:
+        return tuple(replica for replica in await self.replicas() if replica.role is Role.ROUTER)
+
+    async def generation(self) -> str | None:
+        """A constant: the file is replaced as a whole and never loses entries by accident."""
+        return "file"
+
+    async def placement(self) -> Placement | None:
+        self._refresh()
+        return self._placement
+
+    async def placement_epoch(self) -> int:
+        placement = await self.placement()
+        return 0 if placement is None else placement.epoch
+
+    async def set_placement(self, placement: Placement) -> bool:
+        """Raises FailedPrecondition: only the writer can."""
+        raise FailedPrecondition(f"placement {placement.epoch}: only the process that owns {self._path} can set it")
+
+    async def publish_load(
+        self, replica_id: str, busy: ReplicaLoad | None = None, demand: ExpertDemand | None = None
+    ) -> None:
+        await self._ledger.publish_load(replica_id, busy, demand)
+
+    async def expert_demand(self) -> Mapping[str, ExpertDemand]:
+        return await self._ledger.expert_demand()
+
+    async def replica_load(self) -> Mapping[str, ReplicaLoad]:
+        return await self._ledger.replica_load()
+
+    async def report_missing_experts(self, layer: int, experts: Sequence[int]) -> None:
+        await self._ledger.report_missing_experts(layer, experts)
+
+    async def missing_experts(self) -> Mapping[int, frozenset[int]]:
+        return await self._ledger.missing_experts()
+
+    async def record_decision(self, decision: Mapping[str, Any]) -> None:
+        await self._ledger.record_decision(decision)
+
+    async def decisions(self, count: int = 100) -> Sequence[Mapping[str, Any]]:
+        return await self._ledger.decisions(count)
+
+    async def close(self) -> None: ...
+
+    def _refresh(self) -> None:
+        """Reads the file if it isn't the one read last; a local file is read faster than a thread is woken."""
+        try:
+            status = os.stat(self._path)
+            # A replaced file has a new inode, even within one tick of a coarse clock and at an equal size.
+            stamp = (status.st_ino, status.st_mtime_ns, status.st_size)
+            if stamp == self._seen:
+                return
+            data = json.loads(self._path.read_bytes())
+            replicas, placement = dict(data["replicas"]), data["placement"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise RegistryUnreachable(f"registry file {self._path}: {error}") from error
+        read = self._reader.read
+        found = (read(f"replica:{key}", entries.replica_from_json, json.dumps(replicas[key])) for key in replicas)
+        self._replicas = {replica.id: replica for replica in found if replica is not None}
+        self._placement = placement and read("placement", entries.placement_from_json, json.dumps(placement))
+        self._seen = stamp
+
+
+class FileRegistryWriter(FileRegistry):
+    """The parent's side: creates the file, rewrites it as a whole at every change, removes it on `close`."""
+
+    def __init__(self, path: str | Path) -> None:
+        super().__init__(path)
+        self._write()
+
+    async def register(self, replica: Replica) -> None:
+        if self._replicas.get(replica.id) != replica:
+            self._replicas[replica.id] = replica
+            self._write()
+
+    async def deregister(self, replica_id: str) -> None:
+        if self._replicas.pop(replica_id, None) is not None:
+            self._write()
+
+    async def set_placement(self, placement: Placement) -> bool:
+        if self._placement is not None and placement.epoch != self._placement.epoch + 1:
+            return False
+        self._placement = placement
+        self._write()
+        return True
+
+    async def close(self) -> None:
+        self._path.unlink(missing_ok=True)
+
+    def _refresh(self) -> None:
+        """The writer knows what is in the file."""
+
+    def _write(self) -> None:
+        data = {
+            "replicas": {
+                key: json.loads(entries.replica_to_json(self._replicas[key])) for key in sorted(self._replicas)
+            },
+            "placement": self._placement and json.loads(entries.placement_to_json(self._placement)),
+        }
+        new = self._path.with_name(f"{self._path.name}.new")
+        try:
+            new.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+            os.replace(new, self._path)
+        except OSError as error:
+            raise RegistryUnreachable(f"registry file {self._path}: {error}") from error

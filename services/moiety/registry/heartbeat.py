@@ -1,0 +1,111 @@
+"""Keeps a service's registry entry alive, and whatever else it does once a beat."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+
+from moiety.core.replica import Replica
+from moiety.errors import RegistryUnreachable
+from moiety.registry.interface import HEARTBEAT_S, Registry
+
+STOP_S = 1.0
+
+_HEARTBEAT = "heartbeat"
+_log = logging.getLogger(__name__)
+
+
+class Heartbeat:
+    """Registers a replica every `interval_s` seconds between `start` and `stop`.
+
+    `replica` is the entry, or a function that returns the entry as it is now. Each of `on_beat` runs once a beat in a
+    task of its own: one that fails is logged and called again at the next beat, one that is slow delays only itself.
+    """
+
+    def __init__(
+        self,
+        registry: Registry,
+        replica: Replica | Callable[[], Replica],
+        *,
+        on_beat: Sequence[Callable[[], Awaitable[None]]] = (),
+        require: bool = False,
+        interval_s: float = HEARTBEAT_S,
+    ) -> None:
+        self._registry = registry
+        self._current = (lambda: replica) if isinstance(replica, Replica) else replica
+        self._on_beat = on_beat
+        self._require = require
+        self._interval_s = interval_s
+        self._stopping = asyncio.Event()
+        self._beats: asyncio.Task[None] | None = None
+        self._extras: list[asyncio.Task[None]] = []
+
+    async def start(self) -> None:
+        """Registers, and keeps doing so. With `require`, raises RegistryUnreachable where the first try fails."""
+        unreachable = False
+        try:
+            await self.beat()
+        except RegistryUnreachable as error:
+            if self._require:
+                raise
+            unreachable = self._report(_HEARTBEAT, error)
+        self._beats = asyncio.create_task(self._repeat(self.beat, _HEARTBEAT, reported=unreachable))
+        self._extras = [
+            asyncio.create_task(self._repeat(action, getattr(action, "__qualname__", repr(action)), at_once=True))
+            for action in self._on_beat
+        ]
+
+    async def beat(self) -> None:
+        """Registers now instead of at the next beat: after a change of state. Raises RegistryUnreachable."""
+        await self._registry.register(self._current())
+
+    async def stop(self) -> None:
+        """Stops and deregisters within STOP_S. Never raises: an entry that can't be removed expires."""
+        self._stopping.set()
+        for task in self._extras:
+            task.cancel()
+        # The beat in flight may end, rather than be cancelled: its entry could reach the store after the removal.
+        running = [*self._extras, *([self._beats] if self._beats else [])]
+        if running:
+            _, late = await asyncio.wait(running, timeout=STOP_S / 2)
+            for task in late:
+                task.cancel()
+        try:
+            async with asyncio.timeout(STOP_S / 2):
+                await self._registry.deregister(self._current().id)
+        except Exception as error:
+            _log.info("not deregistered, the entry will expire: %s", str(error) or "no answer in time")
+
+    async def _repeat(
+        self, action: Callable[[], Awaitable[None]], name: str, *, reported: bool = False, at_once: bool = False
+    ) -> None:
+        """Calls `action` once a beat; logs the first of a run of failures, and the recovery."""
+        clock = asyncio.get_running_loop().time
+        due = clock() if at_once else clock() + self._interval_s
+        while not await self._stopped_within(due - clock()):
+            due = clock() + self._interval_s
+            try:
+                await action()
+            except Exception as error:
+                reported = reported or self._report(name, error)
+            else:
+                if reported:
+                    _log.warning("%s of %s works again", name, self._current().id)
+                reported = False
+
+    def _report(self, name: str, error: Exception) -> bool:
+        """Logs a failure; False where it is left to the heartbeat, which meets the same outage as its extras."""
+        outage = isinstance(error, RegistryUnreachable)
+        if outage and name != _HEARTBEAT:
+            return False
+        _log.warning("%s of %s: %s", name, self._current().id, error, exc_info=None if outage else error)
+        return True
+
+    async def _stopped_within(self, seconds: float) -> bool:
+        try:
+            async with asyncio.timeout(max(seconds, 0.0)):
+                await self._stopping.wait()
+        except TimeoutError:
+            pass
+        return self._stopping.is_set()

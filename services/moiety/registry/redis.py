@@ -1,0 +1,297 @@
+"""The real registry, on Redis or Valkey: the only module that knows redis-py.
+
+Keys, all under `moiety:{<app>}:` (the braces keep one Redis Cluster slot):
+
+    beat:<id>      digest of the entry, PX 3000: a replica lives as long as this does
+    replica:<id>   the entry, JSON      replicas   set of ids, pruned on read       generation   random, until emptied
+    load:<writer>  hash, EX 60          writers    set of ids, pruned on read       hot[:<writer>]  sorted set, see below
+    busy:<id>      JSON, PX 5000        reporters  set of ids, pruned on read       wake         sorted set by expiry
+    placement      JSON                 epoch      that of `placement`              routers      set of ids, as replicas
+    decisions      stream, 1,000 entries
+
+A beat that finds its own digest only renews it; another, or none, means that the entry must be written. Readers list the
+digests, or only learn that the list is the one they know, and fetch the entries that are new to them. Of counters they
+fetch those whose `stamp`, a field that each flush sets anew, they have not read.
+
+`hot` is for people: the 64 experts that get the most rows per second now, `<layer>/<expert>` -> rows per second, over the
+last three seconds and all routers. `redis-cli ZREVRANGE 'moiety:{<app>}:hot' 0 9 WITHSCORES` shows the first ten.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import uuid
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import redis.asyncio
+from redis.asyncio.connection import parse_url
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisError
+
+from moiety.core.load import ExpertDemand, ReplicaLoad
+from moiety.core.replica import Placement, Replica, Role
+from moiety.errors import ConfigError, RegistryUnreachable
+from moiety.registry import entries, redis_scripts
+from moiety.registry.interface import BUSY_TTL_S, DECISIONS_KEPT, DEMAND_TTL_S, MISSING_EXPERTS_TTL_S, TTL_S
+from moiety.registry.listing import Listing, digest_of
+from moiety.registry.rates import Recent
+from moiety.registry.urls import without_secrets
+
+SOCKET_TIMEOUT_S = 1.0  # to connect, and for each answer
+OPERATION_TIMEOUT_S = 2.0  # both together
+REWRITE_S = 10.0  # an entry is written again after this long even if it stands: eviction may have taken parts of it
+HOT_ENTRIES = 64
+
+T = TypeVar("T")
+
+
+class RedisRegistry:
+    """A registry in Redis. An operation is one or two round trips, or an error within OPERATION_TIMEOUT_S.
+
+    A client is made on first use in each event loop, so one registry may serve several threads' loops; every loop that
+    used it must `close()` it.
+    """
+
+    def __init__(self, url: str, app: str) -> None:
+        try:
+            parse_url(url)
+        except ValueError as error:
+            raise ConfigError("registry", without_secrets(url), str(error)) from None
+        self._url = url
+        self._prefix = f"moiety:{{{app}}}:"
+        self._clients: dict[asyncio.AbstractEventLoop, Any] = {}
+        self._reader = entries.TolerantReader()
+        self._recent: dict[str, Recent] = {}  # by writer, those of this process
+        self._written: dict[str, tuple[bytes, float]] = {}  # replica id -> digest and time of its last whole write
+        self._listings: dict[str, Listing] = {}  # the last reading of each set of replicas
+        self._demand: dict[str, tuple[bytes, ExpertDemand]] = {}  # writer -> stamp and counters, as read last
+
+    async def register(self, replica: Replica) -> None:
+        text = entries.replica_to_json(replica)
+        digest, now = digest_of(text), asyncio.get_running_loop().time()
+        written, since = self._written.pop(replica.id, (b"", 0.0))
+        async with self._store() as client:
+            if digest != written or now - since >= REWRITE_S or not await self._renew(client, replica.id, digest):
+                await self._write(client, replica, text, digest)
+                since = now
+        self._written[replica.id] = (digest, since)
+
+    async def _renew(self, client: Any, replica_id: str, digest: bytes) -> bool:
+        """Whether the store still had this entry, which lives on then."""
+        beat = self._key("beat", replica_id)
+        async with client.pipeline(transaction=False) as pipeline:
+            pipeline.get(beat)
+            pipeline.pexpire(beat, _milliseconds(TTL_S))
+            found, renewed = await pipeline.execute()
+        return bool(found == digest and renewed)
+
+    async def _write(self, client: Any, replica: Replica, text: str, digest: bytes) -> None:
+        async with client.pipeline(transaction=True) as pipeline:
+            # The entry outlives every beat that renews it.
+            pipeline.set(self._key("replica", replica.id), text, px=_milliseconds(2 * REWRITE_S))
+            pipeline.set(self._key("beat", replica.id), digest, px=_milliseconds(TTL_S))
+            pipeline.sadd(self._key("replicas"), replica.id)
+            if replica.role is Role.ROUTER:
+                pipeline.sadd(self._key("routers"), replica.id)
+            pipeline.set(self._key("generation"), uuid.uuid4().hex, nx=True)
+            await pipeline.execute()
+
+    async def deregister(self, replica_id: str) -> None:
+        self._written.pop(replica_id, None)
+        async with self._store() as client, client.pipeline(transaction=True) as pipeline:
+            pipeline.delete(self._key("beat", replica_id), self._key("replica", replica_id))
+            pipeline.srem(self._key("replicas"), replica_id)
+            pipeline.srem(self._key("routers"), replica_id)
+            await pipeline.execute()
+
+    async def replicas(self) -> tuple[Replica, ...]:
+        return await self._live("replicas")
+
+    async def routers(self) -> tuple[Replica, ...]:
+        return await self._live("routers")
+
+    async def generation(self) -> str | None:
+        async with self._store() as client:
+            value: bytes | None = await client.get(self._key("generation"))
+        return None if value is None else value.decode(errors="replace")
+
+    async def placement(self) -> Placement | None:
+        async with self._store() as client:
+            text: bytes | None = await client.get(self._key("placement"))
+        return None if text is None else self._reader.read("placement", entries.placement_from_json, text)
+
+    async def placement_epoch(self) -> int:
+        async with self._store() as client:
+            value: bytes | None = await client.get(self._key("epoch"))
+        return 0 if value is None else self._reader.read("epoch", int, value) or 0
+
+    async def set_placement(self, placement: Placement) -> bool:
+        text = entries.placement_to_json(placement)
+        return await self._script(redis_scripts.SET_PLACEMENT, ["placement", "epoch"], placement.epoch, text) == 1
+
+    async def publish_load(
+        self, replica_id: str, busy: ReplicaLoad | None = None, demand: ExpertDemand | None = None
+    ) -> None:
+        async with self._store() as client, client.pipeline(transaction=demand is not None) as pipeline:
+            if busy is not None:  # in this order: a reader prunes the id only while the key is absent
+                pipeline.set(self._key("busy", replica_id), entries.busy_to_json(busy), px=_milliseconds(BUSY_TTL_S))
+                pipeline.sadd(self._key("reporters"), replica_id)
+            if demand is not None:
+                self._add_demand(pipeline, replica_id, demand)
+            await pipeline.execute()
+
+    def _add_demand(self, pipeline: Any, writer: str, demand: ExpertDemand) -> None:
+        load, hot, recent_s = self._key("load", writer), self._key("hot", writer), int(BUSY_TTL_S)
+        pipeline.hset(load, mapping={**entries.demand_to_fields(demand), "stamp": uuid.uuid4().hex})
+        pipeline.expire(load, int(DEMAND_TTL_S))
+        pipeline.sadd(self._key("writers"), writer)
+        pipeline.delete(hot)
+        if hottest := _hottest(self._recent.setdefault(writer, Recent()).rows_per_s(demand)):
+            pipeline.zadd(hot, hottest)
+            pipeline.expire(hot, recent_s)  # what a lost router asked for is not hot for long
+        keys = (self._key("hot"), self._key("writers"))
+        pipeline.eval(redis_scripts.SUM_HOT, 2, *keys, self._key("hot", ""), HOT_ENTRIES, recent_s)
+
+    async def expert_demand(self) -> Mapping[str, ExpertDemand]:
+        names, known = ("stamp", *entries.DEMAND_FIELDS), self._demand
+        stamps = (part for writer, (stamp, _) in known.items() for part in (writer, stamp))
+        found = await self._script(
+            redis_scripts.READ_HASHES, ["writers"], self._key("load", ""), len(names), *names, *stamps
+        )
+        latest: dict[str, tuple[bytes, ExpertDemand]] = {}
+        for raw_id, fields in zip(found[::2], found[1::2], strict=True):
+            writer = raw_id.decode(errors="replace")
+            if isinstance(fields, bytes):  # the stamp: not flushed since it was read
+                latest[writer] = known[writer]
+                continue
+            values = dict(zip(names, fields, strict=False))
+            if (demand := self._reader.read(f"load:{writer}", entries.demand_from_fields, values)) is not None:
+                latest[writer] = (values["stamp"] or b"", demand)
+        self._demand = latest
+        return {writer: demand for writer, (_, demand) in latest.items()}
+
+    async def replica_load(self) -> Mapping[str, ReplicaLoad]:
+        _, *found = await self._script(redis_scripts.READ_ENTRIES, ["reporters"], self._key("busy", ""), "")
+        return self._decoded("busy", found, entries.busy_from_json)
+
+    async def report_missing_experts(self, layer: int, experts: Sequence[int]) -> None:
+        if experts:
+            members = [f"{layer}/{expert}" for expert in experts]
+            await self._script(redis_scripts.WAKE, ["missing"], _milliseconds(MISSING_EXPERTS_TTL_S), *members)
+
+    async def missing_experts(self) -> Mapping[int, frozenset[int]]:
+        waited: dict[int, frozenset[int]] = {}
+        for raw in await self._script(redis_scripts.WAKES, ["missing"]):
+            name = raw.decode(errors="replace")
+            if pair := self._reader.read(f"missing:{name}", _layer_and_expert, raw):
+                layer, expert = pair
+                waited[layer] = waited.get(layer, frozenset()) | {expert}
+        return waited
+
+    async def record_decision(self, decision: Mapping[str, Any]) -> None:
+        fields = {"json": json.dumps(decision)}
+        async with self._store() as client:
+            await client.xadd(self._key("decisions"), fields, maxlen=DECISIONS_KEPT, approximate=False)
+
+    async def decisions(self, count: int = 100) -> Sequence[Mapping[str, Any]]:
+        async with self._store() as client:
+            newest = await client.xrevrange(self._key("decisions"), count=count)
+        found = [part for name, fields in reversed(newest) for part in (name, fields.get(b"json", b""))]
+        return list(self._decoded("decisions", found, entries.decision_from_json).values())
+
+    async def server_counters(self) -> tuple[int, int, float]:
+        """Of the whole server since its start: operations, bytes either way, CPU seconds."""
+        async with self._store() as client:
+            stats, cpu = await client.info("stats"), await client.info("cpu")
+        transferred = stats["total_net_input_bytes"] + stats["total_net_output_bytes"]
+        return stats["total_commands_processed"], transferred, cpu["used_cpu_user"] + cpu["used_cpu_sys"]
+
+    async def close(self) -> None:
+        client = self._clients.pop(asyncio.get_running_loop(), None)
+        if client is not None:
+            with contextlib.suppress(RedisError, OSError):
+                await client.aclose()
+
+    async def _live(self, index: str) -> tuple[Replica, ...]:
+        """The replicas in the set `index`: a list of digests where that has changed, and the texts that are new."""
+        known = self._listings.get(index, Listing())
+        prefixes = self._key("beat", ""), self._key("replica", "")
+        async with self._store() as client:
+            digest, *found = await client.eval(
+                redis_scripts.READ_ENTRIES, 1, self._key(index), prefixes[0], known.digest, prefixes[1]
+            )
+            if digest == known.digest:
+                return known.replicas
+            beats = list(zip(found[::2], found[1::2], strict=True))
+            unknown = known.unknown(beats)
+            texts = await client.mget([prefixes[1].encode() + each for each in unknown]) if unknown else []
+
+        def decode(replica_id: bytes, text: bytes) -> Replica | None:
+            name = f"replica:{replica_id.decode(errors='replace')}"
+            return self._reader.read(name, entries.replica_from_json, text)
+
+        self._listings[index] = known.following(digest, beats, dict(zip(unknown, texts, strict=True)), decode)
+        return self._listings[index].replicas
+
+    def _decoded(self, kind: str, found: Sequence[Any], decode: Callable[[Any], T]) -> dict[str, T]:
+        """Readable entries of a flat [id, value, id, value, …] answer."""
+        live: dict[str, T] = {}
+        for raw_id, raw in zip(found[::2], found[1::2], strict=True):
+            name = raw_id.decode(errors="replace")
+            if (value := self._reader.read(f"{kind}:{name}", decode, raw)) is not None:
+                live[name] = value
+        return live
+
+    async def _script(self, script: str, keys: Sequence[str], *arguments: str | bytes | int) -> Any:
+        async with self._store() as client:
+            return await client.eval(script, len(keys), *(self._key(key) for key in keys), *arguments)
+
+    def _key(self, *parts: str) -> str:
+        return self._prefix + ":".join(parts)
+
+    @contextlib.asynccontextmanager
+    async def _store(self) -> AsyncIterator[Any]:
+        """This loop's client; whatever goes wrong with it inside becomes RegistryUnreachable."""
+        try:
+            async with asyncio.timeout(OPERATION_TIMEOUT_S):
+                yield self._client()
+        except (RedisError, OSError, TimeoutError) as error:
+            reason = str(error) or "no answer in time"
+            raise RegistryUnreachable(f"registry {without_secrets(self._url)}: {reason}") from error
+
+    def _client(self) -> Any:  # redis-py types its commands for both of its clients at once: not awaitable under mypy
+        loop = asyncio.get_running_loop()
+        if loop not in self._clients:
+            for closed in [known for known in self._clients if known.is_closed()]:
+                del self._clients[closed]
+            self._clients[loop] = redis.asyncio.Redis.from_url(
+                self._url,
+                socket_connect_timeout=SOCKET_TIMEOUT_S,
+                socket_timeout=SOCKET_TIMEOUT_S,
+                protocol=2,  # plain replies from every server version
+                # A lost answer is reported, not asked for again: the caller's next beat repeats what may be repeated.
+                retry=Retry(NoBackoff(), 0),
+            )
+        return self._clients[loop]
+
+
+def _milliseconds(seconds: float) -> int:
+    return round(seconds * 1000)
+
+
+def _hottest(rows_per_s: npt.NDArray[np.float64]) -> dict[str, float]:
+    """`layer/expert` -> rows per second, of the HOT_ENTRIES experts of [layers, experts] with the most of them."""
+    flat, experts = rows_per_s.reshape(-1), rows_per_s.shape[1]
+    top = np.argsort(-flat, kind="stable")[:HOT_ENTRIES]
+    return {f"{cell // experts}/{cell % experts}": round(float(flat[cell]), 1) for cell in top if flat[cell] > 0}
+
+
+def _layer_and_expert(member: bytes) -> tuple[int, int]:
+    layer, _, expert = member.partition(b"/")
+    return int(layer), int(expert)

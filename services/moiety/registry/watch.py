@@ -1,0 +1,114 @@
+"""The live replicas, as a reader knows them: followed in the registry, kept through its outages."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+
+from moiety.core.replica import Replica
+from moiety.errors import RegistryUnreachable
+from moiety.registry.interface import TTL_S, Registry
+
+GRACE_S = TTL_S + 1.0
+
+_log = logging.getLogger(__name__)
+
+
+class Watch:
+    """Polls `registry` every `interval_s` seconds and keeps the table of replicas. It tells three losses apart:
+
+    - *The registry does not answer*: the last table stays, and `stale_since` is set.
+    - *The store was emptied*, or has just come back: replicas it no longer lists stay for GRACE_S, for their heartbeats
+      to refill it.
+    - *An entry expired or was removed* from a store that works: the replica leaves the table.
+
+    The last is hearsay: a caller with a healthy stream to a replica goes on using it, whatever the table says.
+    """
+
+    def __init__(
+        self,
+        registry: Registry,
+        interval_s: float = 0.25,
+        *,
+        on_change: Callable[[tuple[Replica, ...]], Awaitable[None]] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._registry = registry
+        self._interval_s = interval_s
+        self._on_change = on_change
+        self._clock = clock
+        self._generation: str | None = None
+        self._unconfirmed: dict[str, Replica] = {}  # known before the store was emptied, and not listed since
+        self._grace_ends = 0.0
+        self._changed = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+        self.replicas: tuple[Replica, ...] = ()  # sorted by id
+        self.stale_since: float | None = None  # in seconds of `clock`; None while the registry answers
+
+    async def start(self) -> None:
+        """Reads the table once, or finds it stale, and goes on in the background."""
+        await self.poll()
+        self._task = asyncio.create_task(self._follow())
+
+    async def stop(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+
+    async def until(self, condition: Callable[[tuple[Replica, ...]], bool]) -> tuple[Replica, ...]:
+        """Waits for a table that meets `condition`, and returns it; the caller sets the time limit."""
+        while not condition(self.replicas):
+            await self._changed.wait()
+        return self.replicas
+
+    async def poll(self) -> None:
+        """Reads the registry now. Never raises for an outage."""
+        try:
+            listed = {replica.id: replica for replica in await self._registry.replicas()}
+            generation = await self._registry.generation()
+        except RegistryUnreachable as error:
+            if self.stale_since is None:
+                self.stale_since = self._clock()
+                _log.warning("serving goes on with the last table of %d replicas: %s", len(self.replicas), error)
+            return
+        self._open_grace(generation)
+        self.stale_since = None
+        if self._clock() >= self._grace_ends:
+            self._unconfirmed.clear()
+        for replica_id in listed:
+            self._unconfirmed.pop(replica_id, None)
+        table = {**self._unconfirmed, **listed}
+        await self._publish(tuple(table[replica_id] for replica_id in sorted(table)))
+
+    def _open_grace(self, generation: str | None) -> None:
+        """Doubts the store where its contents are new, or where entries may have expired while nobody could write."""
+        emptied = self._generation is not None and generation != self._generation
+        if emptied or self.stale_since is not None:
+            self._unconfirmed = {replica.id: replica for replica in self.replicas}
+            self._grace_ends = self._clock() + GRACE_S
+            _log.warning(
+                "the registry %s: the last table is kept for %g s", "was emptied" if emptied else "is back", GRACE_S
+            )
+        self._generation = generation
+
+    async def _publish(self, table: tuple[Replica, ...]) -> None:
+        if table == self.replicas:
+            return
+        self.replicas = table
+        self._changed.set()
+        self._changed = asyncio.Event()
+        if self._on_change is not None:
+            try:
+                await self._on_change(table)
+            except Exception:
+                _log.exception("a follower of the replica table failed")
+
+    async def _follow(self) -> None:
+        while True:
+            await asyncio.sleep(self._interval_s)
+            try:
+                await self.poll()
+            except Exception:  # our bug, or a registry's: the table must not freeze unnoticed
+                _log.exception("the replica table was not read")

@@ -1,0 +1,134 @@
+"""Attention of encoder-decoders: within each prompt, along the output, and from the output across to its prompt.
+
+The keys and values of a prompt lie in blocks of the same pool as those of the output: a decoder layer keeps as much of a
+token either way. Biases by relative position (T5, arXiv:1910.10683) are handed on as tables over distances instead of being
+worked out for a row whose tokens belong to many sequences.
+
+Shape legend: T tokens of the decoder's row, E of the prompts to be encoded, n of one of them, H heads, Dk, Dv head widths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from moiety.model.trunk.encoder_decoder import CROSS_ATTENTION_ATTRIBUTE, EncoderDecoder
+from moiety.router.attention.paged import Batch, attend
+from moiety_kernels.ops.paged_attention import paged_attention
+
+NAME = "moiety_cross"
+
+
+class EncodedPrompts(Protocol):
+    """Where prompts lie, those to be encoded among them; see `moiety.router.attention.step_batch.CrossAttentionBatch`."""
+
+    @property
+    def tables(self) -> torch.Tensor: ...
+
+    @property
+    def length(self) -> torch.Tensor: ...
+
+    @property
+    def lengths(self) -> tuple[int, ...]: ...
+
+    def store(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+
+class EncoderDecoderBatch(Batch, Protocol):
+    """What `moiety_batch` must offer for an encoder-decoder."""
+
+    @property
+    def cross(self) -> EncodedPrompts: ...
+
+
+def use_cross_attention(model: nn.Module) -> None:
+    """Makes the layers of a loaded encoder-decoder attend through this module; does nothing to other models."""
+    if not isinstance(model, EncoderDecoder):
+        return
+    ALL_ATTENTION_FUNCTIONS.register(NAME, attend_encoder_decoder)
+    modules: Iterable[Any] = model.modules()
+    for module in modules:
+        if getattr(module, "has_relative_attention_bias", False):
+            _use_distances(module)
+        if hasattr(module, "config"):
+            module.config._attn_implementation = NAME
+
+
+def attend_encoder_decoder(
+    module: Any,
+    query: torch.Tensor,  # [1, H, T or E, Dk]
+    key: torch.Tensor,  # [1, H, T or E, Dk]
+    value: torch.Tensor,  # [1, H, T or E, Dv]
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    position_bias: torch.Tensor | None = None,  # [H, N]: see `_use_distances`
+    moiety_batch: EncoderDecoderBatch | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of whichever of the three kinds the module is; returns [1, T or E, H, Dv]."""
+    if moiety_batch is None:
+        raise TypeError("the moiety attention function needs the keyword argument moiety_batch")
+    if not module.is_decoder:
+        return _attend_within(query, key, value, moiety_batch.cross.lengths, scaling, position_bias), None
+    if not getattr(module, CROSS_ATTENTION_ATTRIBUTE, False):
+        return attend(module, query, key, value, None, scaling, distance_bias=position_bias, moiety_batch=moiety_batch)
+    cross = moiety_batch.cross
+    keys, values = cross.store(module.layer_idx, key[0].transpose(0, 1), value[0].transpose(0, 1))
+    output = paged_attention(
+        query[0].transpose(0, 1),
+        keys,
+        values,
+        cross.tables,
+        moiety_batch.sequence,
+        cross.length,
+        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+    )
+    return output.unsqueeze(0), None
+
+
+def _attend_within(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    lengths: tuple[int, ...],
+    scaling: float | None,
+    position_bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """Every token of a prompt sees all of that prompt. One prompt at a time: its bits do not depend on the others."""
+    outputs = []
+    for q, k, v in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True):
+        bias = None if position_bias is None else _between(position_bias, q.shape[2])
+        outputs.append(functional.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scaling))
+    return torch.cat(outputs, dim=2).transpose(1, 2)
+
+
+def _between(bias: torch.Tensor, tokens: int) -> torch.Tensor:
+    """From a table [H, 2 R + 1] over distances -R to R: the bias [1, H, n, n] of each query for each key."""
+    reach = bias.shape[1] // 2
+    position = torch.arange(tokens, device=bias.device)
+    return bias[:, (position - position[:, None]).clamp(-reach, reach) + reach].unsqueeze(0)
+
+
+def _use_distances(module: Any) -> None:
+    """Has a module answer with a table over distances where it would work out the biases of a row's pairs of tokens.
+
+    A decoder's, [H, R + 1], counts tokens back from the query; an encoder's, [H, 2 R + 1], is from -R to R. Beyond R all
+    have the bias of R: it is the model's largest distance.
+    """
+    reach: int = module.relative_attention_max_distance
+    relative = torch.arange(-reach, reach + 1, device=module.relative_attention_bias.weight.device)
+    if module.is_decoder:
+        relative = relative[: reach + 1].flip(0)
+    buckets = module._relative_position_bucket(
+        relative,
+        bidirectional=not module.is_decoder,
+        num_buckets=module.relative_attention_num_buckets,
+        max_distance=reach,
+    )
+    table = module.relative_attention_bias(buckets).T.contiguous()
+    module.compute_bias = lambda *_, **__: table

@@ -1,0 +1,156 @@
+"""The attention function the router registers with transformers: ragged batches over the engine's own KV cache.
+
+A step packs all its sequences in one row, [1, T]. Which tokens belong to whom travels in the keyword argument
+`moiety_batch`, which transformers hands through to every attention layer.
+
+Shape legend: T tokens of a step, H query heads, G key/value heads, Dk and Dv head widths, S sequences, M blocks of the
+longest table, B blocks of the pool, P tokens per block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from moiety.router.cache.cache_spec import CacheSpec, LayerSpec
+from moiety_kernels.ops.paged_attention import paged_attention
+
+NAME = "moiety"
+
+
+class Batch(Protocol):
+    """What `moiety_batch` must offer; see `moiety.router.attention.step_batch.StepBatch`."""
+
+    @property
+    def tables(self) -> torch.Tensor: ...
+
+    @property
+    def sequence(self) -> torch.Tensor: ...
+
+    @property
+    def length(self) -> torch.Tensor: ...
+
+    def store(
+        self,
+        layer: int,
+        key: torch.Tensor,
+        value: torch.Tensor | int,
+        window: int | None = None,
+        chunk: int | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+
+class DiscoveryBatch:
+    """A batch of a few tokens that keeps nothing but the shapes: how the CacheSpec of any model is found out.
+
+    For an encoder-decoder it brings a prompt of one token along.
+    """
+
+    def __init__(self, tokens: int = 1) -> None:
+        self.cross = DiscoveryPrompts(tokens)
+        self.tables = torch.arange(tokens, dtype=torch.int32)[None]
+        self.sequence = torch.zeros(tokens, dtype=torch.int32)
+        self.length = torch.arange(1, tokens + 1, dtype=torch.int32)
+        self._layers: dict[int, LayerSpec] = {}
+
+    def sequences(self) -> Iterator[DiscoveryBatch]:
+        """Its tokens are of one sequence."""
+        yield self
+
+    def store(
+        self,
+        layer: int,
+        key: torch.Tensor,
+        value: torch.Tensor | int,
+        window: int | None = None,
+        chunk: int | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Notes the layer; its pool has a block for each token."""
+        shared = isinstance(value, int)
+        values = key[..., :value] if isinstance(value, int) else value
+        self._layers[layer] = LayerSpec(key.shape[1], key.shape[2], values.shape[2], key.dtype, shared, window, chunk)
+        return key.unsqueeze(2), values.unsqueeze(2)
+
+    @property
+    def spec(self) -> CacheSpec:
+        return CacheSpec(dict(self._layers))
+
+
+class DiscoveryPrompts:
+    """A prompt of one token, and what each layer keeps of it."""
+
+    def __init__(self, tokens: int) -> None:
+        """`tokens` of the output look at it."""
+        self.ids, self.lengths = torch.zeros(1, dtype=torch.long), (1,)
+        self.tables = torch.zeros(1, 1, dtype=torch.int32)
+        self.length = torch.ones(tokens, dtype=torch.int32)
+        self.layers: dict[int, LayerSpec] = {}
+
+    def owners(self, tokens: list[int]) -> list[int]:
+        return tokens
+
+    def store(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        self.layers[layer] = LayerSpec(key.shape[1], key.shape[2], value.shape[2], key.dtype)
+        return key.unsqueeze(2), value.unsqueeze(2)
+
+
+def attend(
+    module: Any,  # an attention layer: `layer_idx`, `config`
+    query: torch.Tensor,  # [1, H, T, Dk]
+    key: torch.Tensor,  # [1, G, T, Dk]
+    value: torch.Tensor,  # [1, G, T, Dv]
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    s_aux: torch.Tensor | None = None,  # [H] attention sinks
+    softcap: float | None = None,
+    distance_bias: torch.Tensor | None = None,  # [H, N], added to scores by how many tokens lie between
+    shared_values: bool = False,  # value is the first Dv columns of key, so that one of them is cached
+    moiety_batch: Batch | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention of each token over its own sequence's past; returns [1, T, H, Dv]."""
+    if moiety_batch is None:
+        raise TypeError("the moiety attention function needs the keyword argument moiety_batch")
+    layer = module.layer_idx
+    window, chunk = _reach(module, layer, sliding_window)
+    kept = value.shape[-1] if shared_values else value[0].transpose(0, 1)
+    keys, values = moiety_batch.store(layer, key[0].transpose(0, 1), kept, window, chunk)
+    output = paged_attention(
+        query[0].transpose(0, 1),
+        keys,
+        values,
+        moiety_batch.tables,
+        moiety_batch.sequence,
+        moiety_batch.length,
+        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        window=window,
+        chunk=chunk,
+        sinks=s_aux,
+        softcap=softcap,
+        bias=distance_bias,
+    )
+    return output.unsqueeze(0), None
+
+
+def _reach(module: Any, layer: int, sliding_window: int | None) -> tuple[int | None, int | None]:
+    """(sliding window, attention chunk) of this layer, each None where it sees everything."""
+    config = module.config
+    kinds = getattr(config, "layer_types", None)
+    kind = kinds[layer] if kinds else None
+    if kind == "full_attention":
+        return None, None
+    if kind == "chunked_attention":
+        return None, int(config.attention_chunk_size)
+    if kind == "sliding_attention" and sliding_window is None:
+        return int(config.sliding_window), None
+    return sliding_window, None
+
+
+def register_paged_attention() -> None:
+    """Makes `attn_implementation="moiety"` known to transformers; doing so twice is harmless."""
+    function: Callable[..., Any] = attend
+    ALL_ATTENTION_FUNCTIONS.register(NAME, function)

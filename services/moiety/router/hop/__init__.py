@@ -1,0 +1,1 @@
+"""The way of a layer's rows to the expert replicas and back."""

@@ -1,0 +1,38 @@
+"""Counts what the routing asks of each expert; the ledger gets the running totals once a second."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+
+from moiety.core.load import BatchCost, ExpertDemand
+
+
+class ExpertDemandCounter:
+    """Cumulative rows and activations per (layer, expert). Counted by engine threads, read by the heartbeat."""
+
+    def __init__(self, layers: int, experts: int, started: float = 0.0):
+        """`started`: Unix seconds, the time from which the counters count; 0 = unknown."""
+        self._started = started
+        self._rows = np.zeros((layers, experts), dtype=np.int64)
+        self._activations = np.zeros((layers, experts), dtype=np.int64)
+        self._lock = threading.Lock()
+
+    def count(self, layer: int, experts: np.ndarray) -> None:
+        """Adds one dispatch of `layer`: the expert id of every row."""
+        rows = np.bincount(experts, minlength=self._rows.shape[1])
+        with self._lock:
+            self._rows[layer] += rows
+            self._activations[layer] += rows > 0
+
+    def total(self) -> int:
+        """Rows of all layers and experts."""
+        with self._lock:
+            return int(self._rows.sum())
+
+    def reading(self, now: float, costs: BatchCost | None = None) -> ExpertDemand:
+        """The totals so far; `now` in Unix seconds. `costs`: the router's fit, to go with them."""
+        with self._lock:
+            rows, activations = self._rows.tolist(), self._activations.tolist()
+        return ExpertDemand(tuple(map(tuple, rows)), tuple(map(tuple, activations)), now, self._started, costs)

@@ -1,0 +1,247 @@
+"""The expert replicas a router can reach: follows the registry, keeps one open link each, and publishes the table.
+
+Runs on the router's asyncio loop. The engine's thread, which owns the mailbox, reads `table` (replaced whole, never
+changed), `send`s and is answered.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import partial
+from operator import ne
+
+import numpy as np
+
+from moiety.core.experts import ExpertSet, ModelShape
+from moiety.core.replica import WIRE_VERSION, Replica, ReplicaState, Role, Transport
+from moiety.errors import FailedPrecondition, InvalidRequest, MoietyError, PeerLost, ResourceExhausted
+from moiety.internal.v1.experts_pb2 import OUTCOME_OVERLOADED, DescribeReplicaResponse, ForwardRequest, ForwardResponse
+from moiety.policy.dispatch import HolderTable, holders
+from moiety.registry.watch import Watch
+from moiety.wire.codec import Rows
+from moiety.wire.transports.connection import Answer, Reply
+from moiety.wire.transports.expert_link import ExpertLink
+from moiety.wire.transports.mailbox import Mailbox
+
+_log = logging.getLogger(__name__)
+
+HANDSHAKE_S = 2.0
+REDIAL_S = 0.25  # a registered replica that does not answer is dialled again this often
+
+
+class Fleet:
+    """Live expert replicas of one revision. A replica leaves the table the moment its connection breaks."""
+
+    def __init__(
+        self, watch: Watch, shape: ModelShape, revision: str, dtype: str, transport: Transport = Transport.AUTO
+    ):
+        self.mailbox = Mailbox()  # the engine thread's: answers come there, and changes of the table
+        self.table = HolderTable.build(0, {}, shape.moe_layers, shape.experts)
+        self._asked: Mapping[str, ExpertSet] = {}  # what `table` was built from
+        self._watch, self._shape, self._revision, self._dtype = watch, shape, revision, dtype
+        self._transport = transport
+        self._links: dict[str, ExpertLink] = {}
+        self._held: dict[str, ExpertSet] = {}
+        self._leaving: dict[str, ExpertSet] = {}  # what is answered besides, for now
+        self._epochs: dict[str, int] = {}  # placement epoch that `_held` is of
+        self.placement_epoch = 0  # the table has taken this placement in, whole: nothing that it drops is asked for
+        self._deployments: dict[str, str] = {}
+        self._refused: dict[str, str] = {}  # replica id -> why, so that it is told once
+        self._listeners: list[Callable[[], None]] = []  # the engine thread's
+        self._dialling: dict[str, asyncio.Task[None]] = {}
+        self._task: asyncio.Task[None] | None = None
+        self.suspects: set[str] = set()  # replicas that a hedge overtook and that have not answered since
+        self._unanswered: set[int] = set()  # ids of calls in flight, overtaken ones too; the engine thread's
+        self._loop = asyncio.get_running_loop()
+        self._call_ids = itertools.count(1)
+
+    def start(self) -> None:
+        self._task = asyncio.create_task(self._follow())
+
+    async def close(self) -> None:
+        tasks = [task for task in (self._task, *self._dialling.values()) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*(link.close() for link in self._links.values()))
+        await asyncio.to_thread(self.mailbox.drain)
+
+    def listen(self, changed: Callable[[], None]) -> Callable[[], None]:
+        """Calls `changed` after every new table, until the returned function is called. All on the engine thread."""
+        self._listeners.append(changed)
+        return partial(self._listeners.remove, changed)
+
+    def next_call_id(self) -> int:
+        """Unique among all calls of this router, whichever lane asks."""
+        return next(self._call_ids)
+
+    def deployment_of(self, replica_id: str) -> str:
+        return self._deployments.get(replica_id, "")
+
+    def send(
+        self, replica_id: str, header: ForwardRequest, rows: Rows, tokens: np.ndarray, reply_rows: int, answer: Answer
+    ) -> None:
+        """Sends rows[tokens] as one call. `answer` is called once, on the engine thread and never from in here; a
+        replica that has just left answers PeerLost like any other loss, one whose room is full OVERLOADED.
+        """
+        call_id = header.call_id
+        if (link := self._links.get(replica_id)) is None:
+            self.mailbox.post(partial(answer, PeerLost(f"replica {replica_id} has left")))
+            return
+        try:
+            buffer = link.connection.acquire(header, rows=len(tokens), row_bytes=rows.itemsize, reply_rows=reply_rows)
+        except ResourceExhausted as error:
+            full = ForwardResponse(outcome=OUTCOME_OVERLOADED, detail=str(error))
+            self.mailbox.post(partial(answer, Reply(full, memoryview(b""))))
+            return
+        rows.take(tokens, out=buffer.rows, mode="clip")
+
+        def heard(result: Reply | PeerLost) -> None:
+            self._unanswered.discard(call_id)
+            if isinstance(result, Reply):
+                self.suspects.discard(replica_id)
+            answer(result)
+
+        self._unanswered.add(call_id)
+        buffer.send(heard)
+
+    def suspect(self, replica_id: str, call_id: int) -> None:
+        """A hedge overtook this call: its replica is avoided until it answers, unless it just has. Engine thread."""
+        if call_id in self._unanswered:
+            self.suspects.add(replica_id)
+
+    def refresh(self, replica_id: str) -> None:
+        """Asks a replica again what it holds, after it answered NOT_HELD. From any thread."""
+        asyncio.run_coroutine_threadsafe(self._describe_again(replica_id), self._loop)
+
+    def give_up(self, replica_id: str) -> None:
+        """Breaks the link to a replica that no longer answers calls; it is dialled again. From any thread."""
+        if link := self._links.get(replica_id):
+            asyncio.run_coroutine_threadsafe(link.close(), self._loop)
+
+    async def _follow(self) -> None:
+        """Dials what the registry lists and forgets what both the registry and its link have given up."""
+        while True:
+            listed_now = self._watch.replicas
+            listed = {replica.id: replica for replica in listed_now if replica.role is Role.EXPERT}
+            changed = False  # one new table for however many replicas have followed a placement
+            for replica in listed.values():
+                if replica.state is ReplicaState.READY and self._wanted(replica):
+                    self._dialling[replica.id] = asyncio.create_task(self._serve(replica))
+                    self._dialling[replica.id].add_done_callback(partial(self._forget, replica.id))
+                elif replica.id in self._held and self._newer(replica):
+                    changed |= self._note(replica.id, replica.held, replica.leaving, replica.placement_epoch)
+            for replica_id in [r for r, listed_one in listed.items() if listed_one.state is ReplicaState.DRAINING]:
+                changed |= self._release(replica_id)  # no new calls; those in flight finish on its link
+            if changed:
+                self._publish()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(REDIAL_S):
+                    await self._watch.until(partial(ne, listed_now))
+
+    def _wanted(self, replica: Replica) -> bool:
+        if replica.id in self._dialling:
+            return False
+        if replica.revision == self._revision and replica.wire_version == WIRE_VERSION:
+            return True
+        told = f"it serves revision {replica.revision}, wire version {replica.wire_version}"
+        self._refuse(replica, f"{told}; ours is {self._revision}")
+        return False
+
+    def _forget(self, replica_id: str, _: asyncio.Task[None]) -> None:
+        del self._dialling[replica_id]
+
+    async def _serve(self, replica: Replica) -> None:
+        """One replica's whole life here: handshake, in the table, gone."""
+        try:
+            link = await ExpertLink.open(replica.address, HANDSHAKE_S, self.mailbox, self._transport)
+        except InvalidRequest as error:
+            self._refuse(replica, f"its Describe cannot be read: {error}")
+            await asyncio.sleep(REDIAL_S)
+            return
+        except FailedPrecondition as error:
+            self._refuse(replica, f"with the setting transport = {self._transport}, {error}")
+            await asyncio.sleep(REDIAL_S)
+            return
+        except MoietyError as error:
+            _log.debug("replica %s at %s does not answer yet: %s", replica.id, replica.address, error)
+            await asyncio.sleep(REDIAL_S)
+            return
+        try:
+            if problem := self._mismatch(link.description):
+                self._refuse(replica, f"{problem}; ours is {self._revision}")
+                await asyncio.sleep(REDIAL_S)
+                return
+            self._links[replica.id] = link
+            self._deployments[replica.id] = replica.deployment
+            if self._note(replica.id, link.held, link.leaving, link.description.placement_epoch):
+                self._publish()
+            _log.info(
+                "replica %s (%s) at %s is in, over %s", replica.id, replica.deployment, replica.address, link.transport
+            )
+            await link.connection.closed.wait()
+            _log.warning("replica %s (%s) at %s is lost", replica.id, replica.deployment, replica.address)
+        finally:
+            self._links.pop(replica.id, None)
+            self.suspects.discard(replica.id)
+            self._deployments.pop(replica.id, None)
+            if self._release(replica.id):
+                self._publish()
+            await link.close()
+
+    def _mismatch(self, told: DescribeReplicaResponse) -> str:
+        if told.revision != self._revision:
+            return f"it serves revision {told.revision}"
+        if told.dtype != self._dtype or told.hidden != self._shape.mlp.hidden:
+            return f"its rows are {told.hidden} x {told.dtype}, ours {self._shape.mlp.hidden} x {self._dtype}"
+        return ""
+
+    async def _describe_again(self, replica_id: str) -> None:
+        if (link := self._links.get(replica_id)) is None:
+            return
+        try:
+            await link.describe(HANDSHAKE_S)
+        except MoietyError as error:
+            _log.warning("replica %s does not say what it holds: %s", replica_id, error)
+            return
+        told = (link.held, link.leaving, link.description.placement_epoch)
+        if replica_id in self._held and self._note(replica_id, *told):
+            self._publish()
+
+    def _newer(self, listed: Replica) -> bool:
+        """Whether the registry tells news: it may lag behind what Describe told. Within an epoch experts only leave."""
+        fewer = len(listed.leaving) < len(self._leaving[listed.id])
+        return (listed.placement_epoch, fewer) > (self._epochs[listed.id], False)
+
+    def _note(self, replica_id: str, held: ExpertSet, leaving: ExpertSet, epoch: int) -> bool:
+        """Notes what a replica holds by the placement of `epoch`, and what it will drop; whether that is news."""
+        known = (self._held.get(replica_id), self._leaving.get(replica_id), self._epochs.get(replica_id))
+        self._held[replica_id], self._leaving[replica_id], self._epochs[replica_id] = held, leaving, epoch
+        return known != (held, leaving, epoch)
+
+    def _release(self, replica_id: str) -> bool:
+        """It is asked for nothing from the next table on; whether it was in this one."""
+        self._leaving.pop(replica_id, None)
+        self._epochs.pop(replica_id, None)
+        return self._held.pop(replica_id, None) is not None
+
+    def _publish(self) -> None:
+        version, asked = self.table.version + 1, holders(self._held, self._leaving, self._epochs)
+        if asked.held != self._asked:
+            self._asked = asked.held
+            self.table = HolderTable.build(version, asked.held, self._shape.moe_layers, self._shape.experts)
+        self.placement_epoch = asked.epoch
+        self.mailbox.post(self._tell_listeners)
+
+    def _tell_listeners(self) -> None:
+        for changed in tuple(self._listeners):
+            changed()
+
+    def _refuse(self, replica: Replica, why: str) -> None:
+        if self._refused.get(replica.id) != why:
+            self._refused[replica.id] = why
+            _log.warning("replica %s (%s) is left out: %s", replica.id, replica.deployment, why)

@@ -1,0 +1,56 @@
+"""The hop of a model whose experts are served in slices: each row goes to all slices of its experts, and they are summed.
+
+Legend: T tokens, K experts per token, S slices per expert, D hidden size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from moiety.core.expert_backend import PendingRows
+from moiety.router.step_context import StepBackend, StepContext
+
+
+@dataclass(frozen=True, slots=True)
+class _Slices:
+    """Partial rows on their way back."""
+
+    partial: PendingRows
+    shape: tuple[int, int, int]  # T, K, S
+    dtype: torch.dtype
+
+    def result(self) -> torch.Tensor:
+        """[T, K, D]: the slices' rows, summed in float32 in the order of the slices, then rounded to the model's dtype."""
+        rows = self.partial.result().view(*self.shape, -1)  # [T, K, S, D]
+        total = rows[:, :, 0].clone()
+        for number in range(1, self.shape[2]):
+            total += rows[:, :, number]
+        return total.to(self.dtype)
+
+
+class SlicedHop:
+    """A StepBackend for models with whole experts, on one whose experts are their slices, in float32."""
+
+    def __init__(self, backend: StepBackend, slices: int) -> None:
+        self._backend, self._slices = backend, slices
+
+    @property
+    def layer_began_ns(self) -> int:
+        return self._backend.layer_began_ns
+
+    def begin_step(self, step: StepContext) -> None:
+        self._backend.begin_step(step)
+
+    def submit(self, layer: int, hidden: torch.Tensor, top_k_index: torch.Tensor) -> PendingRows:
+        """Sends hidden [T, D] to every slice of the experts in top_k_index [T, K] (int64, -1: none)."""
+        tokens, top_k = top_k_index.shape
+        numbers = torch.arange(self._slices, device=top_k_index.device)
+        slices = top_k_index[:, :, None] * self._slices + numbers  # [T, K, S]
+        slices = slices.masked_fill(top_k_index[:, :, None] < 0, -1)
+        partial = self._backend.submit(layer, hidden.float(), slices.view(tokens, top_k * self._slices))
+        return _Slices(partial, (tokens, top_k, self._slices), hidden.dtype)
+
+    def poll(self) -> None:
+        self._backend.poll()

@@ -1,0 +1,33 @@
+"""How full a router is, for the load ledger: what routers are scaled on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from moiety.core.load import ReplicaLoad
+from moiety.policy.autoscale import router_busy
+from moiety.router.engine import Engine
+
+
+class RouterLoad:
+    """Readings of one engine's load, each over the time since the one before."""
+
+    def __init__(self, engine: Engine, slots: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._engine, self._slots, self._clock = engine, slots, clock
+        self._since, self._admitted, self._waited_s = clock(), 0, 0.0
+
+    def reading(self) -> ReplicaLoad:
+        """Busy: slots or KV cache, whichever is fuller; rows are requests. Where none was let in, all waited that long."""
+        load, now = self._engine.load, self._clock()
+        span = max(now - self._since, 1e-6)
+        admitted, waited_s = load.admitted - self._admitted, load.waited_s - self._waited_s
+        self._since, self._admitted, self._waited_s = now, load.admitted, load.waited_s
+        wait_s = waited_s / admitted if admitted else span * (load.waiting > 0)
+        blocks = self._engine.blocks
+        return ReplicaLoad(
+            busy=min(1.0, router_busy(load.running, self._slots, blocks - load.free_blocks, blocks)),
+            queue_wait_ms=1000 * wait_s,
+            rows_per_s=admitted / span,
+            calls_per_s=admitted / span,
+        )

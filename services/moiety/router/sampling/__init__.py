@@ -1,0 +1,1 @@
+"""From logits to tokens: penalties, guides, the draw, and log probabilities."""

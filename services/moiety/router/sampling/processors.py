@@ -1,0 +1,107 @@
+"""What happens to logits before a token is picked from them, in this order, which is vLLM's:
+
+logit bias -> repetition, frequency and presence penalties -> guide -> min_tokens -> a first token that is given.
+
+Each stage runs once for the whole batch and touches only the entries that a row's own parameters name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Rows
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from moiety.errors import MoietyError
+from moiety.router.sampling.guides import allowed_tokens
+
+if TYPE_CHECKING:
+    from moiety.router.sequence.sequence import Sequence
+
+
+def changes(sequence: Sequence) -> bool:
+    """Whether `process` does anything for this sequence now."""
+    sampling = sequence.sampling
+    return bool(
+        sampling.logit_bias or sampling.penalised or sequence.guide or _too_short(sequence) or _begins(sequence)
+    )
+
+
+def process(scores: torch.Tensor, sequences: Rows[Sequence]) -> dict[int, MoietyError]:
+    """Changes scores [n, V] (float32, contiguous) in place; returns the rows whose guide failed, and why."""
+    if biased := [row for row, sequence in enumerate(sequences) if sequence.sampling.logit_bias]:
+        _add_bias(scores, sequences, biased)
+    if penalised := [row for row, sequence in enumerate(sequences) if sequence.sampling.penalised]:
+        _penalise(scores, sequences, penalised)
+    guided = [row for row, sequence in enumerate(sequences) if sequence.guide and not _begins(sequence)]
+    failed = _follow_guides(scores, sequences, guided) if guided else {}
+    if short := [row for row, sequence in enumerate(sequences) if not sequence.guide and _too_short(sequence)]:
+        scores.view(-1)[_places(scores, short, [_ends(sequences[row]) for row in short])] = float("-inf")
+    for row, sequence in enumerate(sequences):
+        if (first := sequence.sampling.first_token_id) is not None and _begins(sequence):
+            scores[row] = float("-inf")
+            scores[row, first] = 0.0
+    return failed
+
+
+def _add_bias(scores: torch.Tensor, sequences: Rows[Sequence], rows: list[int]) -> None:
+    biases = [sequences[row].sampling.logit_bias for row in rows]
+    places = _places(scores, rows, [np.fromiter(bias, np.int64, len(bias)) for bias in biases])
+    added = np.concatenate([np.fromiter(bias.values(), np.float32, len(bias)) for bias in biases])
+    scores.view(-1)[places] += torch.from_numpy(added).to(scores.device)
+
+
+def _penalise(scores: torch.Tensor, sequences: Rows[Sequence], rows: list[int]) -> None:
+    """transformers' RepetitionPenaltyLogitsProcessor over prompt and output, then OpenAI's two over the output."""
+    counts = [sequences[row].counts for row in rows]
+    for row, counted in zip(rows, counts, strict=True):
+        counted.follow(sequences[row].tokens, sequences[row].prompt_tokens)
+    sizes = [len(counted.ids) for counted in counts]
+
+    def each(values: list[float]) -> torch.Tensor:
+        return torch.from_numpy(np.repeat(np.asarray(values, np.float32), sizes)).to(scores.device)
+
+    places = _places(scores, rows, [counted.ids for counted in counts])
+    generated = torch.from_numpy(np.concatenate([counted.generated for counted in counts])).to(scores.device)
+    repetition = each([sequences[row].sampling.repetition_penalty for row in rows])
+    frequency = each([sequences[row].sampling.frequency_penalty for row in rows])
+    presence = each([sequences[row].sampling.presence_penalty for row in rows])
+    values = scores.view(-1)[places]
+    values = torch.where(values > 0, values / repetition, values * repetition)
+    scores.view(-1)[places] = values - frequency * generated - presence * (generated > 0)
+
+
+def _follow_guides(scores: torch.Tensor, sequences: Rows[Sequence], rows: list[int]) -> dict[int, MoietyError]:
+    """Leaves what each guide allows next. min_tokens yields where a guide allows nothing but the end."""
+    allowed, failed = allowed_tokens([sequences[row].following_guide() for row in rows], scores.shape[1])
+    for place, row in enumerate(rows):
+        if _too_short(sequences[row]):
+            longer = allowed[place].copy()
+            longer[_ends(sequences[row])] = 0
+            if longer.any():
+                allowed[place] = longer
+    scores[rows] += torch.from_numpy(allowed).to(scores.device).float().log_()  # log 1 = 0, log 0 = -inf
+    return {rows[place]: error for place, error in failed.items()}
+
+
+def _begins(sequence: Sequence) -> bool:
+    """Whether its next token is given."""
+    return sequence.sampling.first_token_id is not None and sequence.generated == 0
+
+
+def _too_short(sequence: Sequence) -> bool:
+    return sequence.generated < sequence.sampling.min_tokens
+
+
+def _ends(sequence: Sequence) -> np.ndarray:
+    return np.fromiter(sequence.stop_ids, np.int64, len(sequence.stop_ids))
+
+
+def _places(scores: torch.Tensor, rows: list[int], ids: list[np.ndarray]) -> torch.Tensor:
+    """Where these tokens of these rows lie in the flattened scores."""
+    vocabulary = scores.shape[1]
+    if any(of_row.size and int(of_row.max()) >= vocabulary for of_row in ids):
+        raise IndexError(f"a token id is beyond the vocabulary of {vocabulary}")
+    flat = np.concatenate([row * vocabulary + of_row for row, of_row in zip(rows, ids, strict=True)])
+    return torch.from_numpy(flat).to(scores.device)

@@ -1,0 +1,185 @@
+"""Picks the next token of every sequence of a step, in one call.
+
+The order is vLLM's: logit bias and penalties, guide, min_tokens (`processors.py`), then temperature, min-p, top-k, top-p
+and the draw. A row's result is a function of its own logits, parameters, tokens and (seed, choice, position): every
+operation here works row by row, so that on a CPU not a bit depends on what else is in the batch.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence as Rows
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from moiety.core.sampling import TopLogprobs
+from moiety.errors import MoietyError
+from moiety.router.sampling.logprobs import sampled_logprobs
+from moiety.router.sampling.processors import changes, process
+
+if TYPE_CHECKING:
+    from moiety.router.sequence.sequence import Sequence
+
+_log = logging.getLogger(__name__)
+BLOCK = 64  # tokens whose shares are summed before the draw looks at single ones
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """One row's token; its log probability and the likeliest tokens where the request asks for them."""
+
+    token: int
+    logprob: float | None = None
+    top: TopLogprobs | None = None
+
+
+@torch.inference_mode()
+def sample(logits: torch.Tensor, sequences: Rows[Sequence]) -> list[Sampled | MoietyError]:
+    """A token for each of `sequences` from logits [n, V] in any float dtype, which are left as they are.
+
+    A row that cannot be sampled (its logits are not finite, its guide fails) is an error of its own.
+    """
+    try:
+        return _sample(logits, sequences)
+    except Exception as error:
+        if len(sequences) == 1:
+            _log.exception("sampling failed for request %s", sequences[0].request_id)
+            return [MoietyError(f"sampling failed: {type(error).__name__}: {error}")]
+    return [sample(logits[row : row + 1], [sequence])[0] for row, sequence in enumerate(sequences)]
+
+
+def _sample(logits: torch.Tensor, sequences: Rows[Sequence]) -> list[Sampled | MoietyError]:
+    scores, failed = logits.float(), dict[int, MoietyError]()
+    if any(map(changes, sequences)):
+        scores = scores.clone() if scores is logits else scores
+        failed = process(scores, sequences)
+    drawn = [row for row, sequence in enumerate(sequences) if sequence.sampling.temperature > 0]
+    if len(drawn) < len(sequences):
+        tokens = _likeliest(scores)
+        finite = scores.gather(1, tokens[:, None])[:, 0].isfinite()
+    if len(drawn) == len(sequences):
+        tokens, finite = _draw(scores, sequences)
+    elif drawn:
+        tokens[drawn], finite[drawn] = _draw(scores[drawn], [sequences[row] for row in drawn])
+    picked, good = tokens.tolist(), finite.tolist()
+    for row in range(len(sequences)):
+        if not good[row]:
+            failed.setdefault(row, MoietyError("sampling failed: the model's logits are not finite"))
+    told: dict[int, tuple[float, TopLogprobs | None]] = {}
+    if asking := [row for row, s in enumerate(sequences) if s.sampling.logprobs and row not in failed]:
+        tops = [sequences[row].sampling.top_logprobs for row in asking]
+        of_rows = logits if len(asking) == len(sequences) else logits[asking]
+        told = dict(zip(asking, sampled_logprobs(of_rows, [picked[row] for row in asking], tops), strict=True))
+    return [failed.get(row) or Sampled(picked[row], *told.get(row, ())) for row in range(len(sequences))]
+
+
+def _draw(scores: torch.Tensor, sequences: Rows[Sequence]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens [n] drawn from scores [n, V], and whether each row's scores were fit to be drawn from."""
+    best = scores.amax(-1, keepdim=True)
+    temperature = _column([sequence.sampling.temperature for sequence in sequences], scores)
+    # Shifted first: a tiny temperature must not make the largest infinite.
+    shares = (scores - best).div_(temperature).softmax(-1)
+    if (least := least_shares(shares, sequences)) is not None:
+        _drop_below(shares, least)
+    noise = uniforms([(s.sampling.seed, s.choice, s.generated) for s in sequences])
+    return _invert(shares, torch.from_numpy(noise).to(scores.device)), best[:, 0].isfinite()
+
+
+def least_shares(shares: torch.Tensor, sequences: Rows[Sequence]) -> torch.Tensor | None:
+    """[n, 1]: the smallest of the shares [n, V] that min-p, then top-k, then top-p keep; None where all keep all.
+
+    Equals of the smallest are kept with it. Only values are sorted, and only of rows with a top-k or top-p.
+    """
+    sampling = [sequence.sampling for sequence in sequences]
+    bounded = [row for row, s in enumerate(sampling) if s.top_p < 1.0 or 0 < s.top_k < shares.shape[1]]
+    if not bounded and not any(s.min_p for s in sampling):
+        return None
+    least = shares.amax(-1, keepdim=True) * _column([s.min_p for s in sampling], shares)
+    if bounded:
+        of_rows, vocabulary = [sampling[row] for row in bounded], shares.shape[1]
+        ordered = _ascending(shares[bounded])
+        if any(s.min_p for s in of_rows):
+            _drop_below(ordered, least[bounded])
+        if any(s.top_k for s in of_rows):
+            kth = torch.tensor([[vocabulary - min(s.top_k or vocabulary, vocabulary)] for s in of_rows])
+            least_k = ordered.gather(1, kth.to(ordered.device))
+            least[bounded] = torch.maximum(least[bounded], least_k)
+            _drop_below(ordered, least_k)
+        if any(s.top_p < 1.0 for s in of_rows):
+            # The longest tail whose sum stays within 1 - top_p of all is dropped, as by transformers' TopPLogitsWarper.
+            running = ordered.cumsum(-1)
+            tail = running[:, -1:] * _column([1.0 - s.top_p for s in of_rows], shares)
+            dropped = torch.searchsorted(running, tail, right=True).clamp_(max=vocabulary - 1)
+            least[bounded] = torch.maximum(least[bounded], ordered.gather(1, dropped))
+    return least
+
+
+# On a CPU these three are numpy's, which are vectorised where torch's are not: at 32 rows of 151,936 on one thread, argmax
+# takes 0.8 ms instead of 10.6, sorting values alone 22 instead of 481, and the bound 2.6 instead of 12.3.
+
+
+def _likeliest(scores: torch.Tensor) -> torch.Tensor:
+    """The first of the largest of each row of scores [n, V]."""
+    if scores.device.type != "cpu":
+        return scores.argmax(-1)
+    return torch.from_numpy(scores.numpy().argmax(-1))
+
+
+def _ascending(values: torch.Tensor) -> torch.Tensor:
+    """Each row of values [n, V] sorted; they may be sorted in place."""
+    if values.device.type != "cpu":
+        return values.sort(-1).values
+    values.numpy().sort(axis=-1)
+    return values
+
+
+def _drop_below(shares: torch.Tensor, least: torch.Tensor) -> None:
+    """Zeroes what is smaller than least [n, 1], in place."""
+    if shares.device.type != "cpu":
+        shares *= shares >= least
+        return
+    values = shares.numpy()
+    np.multiply(values, values >= least.numpy(), out=values)
+
+
+def _invert(shares: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """The tokens [n] at which the running sums of shares [n, V] first exceed uniform [n] of all: inverse sampling.
+
+    In two levels, blocks first: running sums over a whole vocabulary would cost more than all the rest.
+    """
+    if odd := -shares.shape[1] % BLOCK:
+        shares = torch.nn.functional.pad(shares, (0, odd))
+    blocks = shares.unflatten(1, (-1, BLOCK))  # [n, B, BLOCK]
+    rows = torch.arange(len(shares), device=shares.device)
+    running = blocks.sum(-1).double().cumsum(-1)  # [n, B]
+    target = uniform * running[:, -1]
+    block = _first_above(running, target)
+    within = blocks[rows, block].double()  # [n, BLOCK]
+    before = torch.where(block > 0, running[rows, (block - 1).clamp_(min=0)], 0.0)
+    return block * BLOCK + _first_above(within.cumsum(-1), target - before)
+
+
+def _first_above(running: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Per row of running [n, m], the first place whose value exceeds target [n]; never one that adds nothing."""
+    target = torch.minimum(target, running[:, -1] * (1 - 2**-50))  # rounding may not lead beyond the last that adds
+    return torch.searchsorted(running, target[:, None], right=True)[:, 0].clamp_(max=running.shape[1] - 1)
+
+
+def _column(values: list[float], like: torch.Tensor) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float32, device=like.device)[:, None]
+
+
+def uniforms(counters: Rows[tuple[int, int, int]]) -> np.ndarray:
+    """float64 in [0, 1) for each (seed, choice, position): pure functions of them (Philox4x64, Salmon et al. 2011)."""
+    philox = np.random.Philox(key=0)
+    state = philox.state
+    drawn = np.empty(len(counters), np.float64)
+    for row, (seed, choice, position) in enumerate(counters):
+        state["state"]["key"][:] = (seed, 0)
+        state["state"]["counter"][:] = (position, choice, 0, 0)
+        philox.state = state
+        drawn[row] = (philox.random_raw() >> 11) * 2.0**-53
+    return drawn

@@ -1,0 +1,158 @@
+"""Runs state layers (Mamba, linear attention, convolutions) over packed steps, with no code per model.
+
+transformers' modules want their tokens as [sequences, tokens, D], and a cache. A Mixer stands in for the `forward` of each
+that keeps a state (`state_discovery.py` finds them): a step's sequences that have equally many tokens in it go through the
+module together, all decode tokens among them, with their states gathered from the slots; what comes back is written aside
+in the slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from moiety.router.cache.cache_spec import StateKey, StateSpec
+from moiety.router.cache.state_slots import Group, SlotStates, StepStates
+from moiety.router.state_layers.state_cache import LayerStates, PositionCache, StateCache, StateName
+from moiety.router.token_rows import cut, tokenwise
+
+_step: ContextVar[StepStates | None] = ContextVar("moiety_step_states", default=None)
+
+
+@contextmanager
+def use_states(step: StepStates | None) -> Iterator[None]:
+    """Forwards inside the block, in this thread or lane, keep their states there; with None, nowhere."""
+    token = _step.set(step)
+    try:
+        yield
+    finally:
+        _step.reset(token)
+
+
+@dataclass(slots=True)
+class Use:
+    """What was seen of one module in a run: which states it keeps, and how it was called."""
+
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+    cache: str | int  # the keyword that brings the cache, or its place among the arguments
+    layer: int = -1
+    kept: dict[StateName, torch.Tensor] = field(default_factory=dict)
+
+
+class BatchedStateLayer:
+    """Stands in for the `forward` of a module that keeps states."""
+
+    def __init__(self, module: nn.Module, use: Use):
+        self.specs: Mapping[StateKey, StateSpec] = {
+            (use.layer, f"{kind} {index}"): StateSpec(kind, tuple(state.shape[1:]), state.dtype)
+            for (kind, index), state in use.kept.items()
+        }
+        self.forgetful = False  # it drops its state over a second chunk, whose tokens it is therefore given one by one
+        self._names = dict(zip(use.kept, self.specs, strict=True))
+        self._layer, self._cache, self._compute = use.layer, use.cache, module.forward
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        """The module's output for the tokens of a packed step, [1, T, ...]."""
+        step = _step.get()
+        if step is None:
+            return self._compute(*arguments, **options)
+        options.pop("moiety_batch", None)
+        given = arguments, options
+        if (order := step.order) is not None:
+            given = tokenwise(given, (1, step.tokens), lambda tensor: tensor[:, order])
+        outputs, begin = [], 0
+        for group in step.groups:
+            outputs.append(self._group(step.states, group, _part(given, step.tokens, begin, group)))
+            begin += group.sequences * group.tokens
+        return _joined(outputs, step)
+
+    def _group(self, slots: SlotStates, group: Group, given: Any) -> Any:
+        """The output [sequences, tokens, ...] for arguments of that shape."""
+        found = {}
+        if (read := group.read) is not None:
+            found = {name: slots.rows(key).index_select(0, read) for name, key in self._names.items()}
+        states = LayerStates(found, 1 + max(index for _, index in self._names))
+        cache = StateCache(self._layer, states)
+        if self.forgetful and group.tokens > 1 and read is not None:
+            shape = group.sequences, group.tokens
+            singles = (cut(given, shape, token, token + 1) for token in range(group.tokens))
+            output = behind_one_another([self._call(single, cache) for single in singles])
+        else:
+            output = self._call(given, cache)
+        for name, state in states.kept.items():
+            rows = slots.rows(self._names[name])
+            rows.index_copy_(0, group.write, state.to(rows.dtype))
+        return output
+
+    def _call(self, given: tuple[tuple[Any, ...], dict[str, Any]], cache: StateCache) -> Any:
+        arguments, options = given
+        return _with_cache(self._compute, arguments, options, self._cache, cache)
+
+
+class PositionedAttention:
+    """Stands in for the `forward` of an attention module that asks its cache where its tokens are (Llama 4's)."""
+
+    def __init__(self, compute: Callable[..., Any], cache: str | int):
+        self._compute, self._cache = compute, cache
+
+    def __call__(self, *arguments: Any, moiety_batch: Any, **options: Any) -> Any:
+        device = next(v for v in (*arguments, *options.values()) if isinstance(v, torch.Tensor)).device
+        positions = PositionCache((moiety_batch.length - 1).to(device))
+        return _with_cache(self._compute, arguments, {**options, "moiety_batch": moiety_batch}, self._cache, positions)
+
+
+def batched_state_layers(model: nn.Module) -> list[BatchedStateLayer]:
+    """Those that `install` has put in place."""
+    return [
+        found for module in model.modules() if isinstance(found := module.__dict__.get("forward"), BatchedStateLayer)
+    ]
+
+
+def _with_cache(
+    compute: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any], at: str | int, cache: Any
+) -> Any:
+    """The call with `cache` as the argument at this place or of this name."""
+    if isinstance(at, int):
+        return compute(*arguments[:at], cache, *arguments[at + 1 :], **options)
+    return compute(*arguments, **{**options, at: cache})
+
+
+# Arguments and outputs -------------------------------------------------------------------------------------------
+
+
+def _part(given: Any, tokens: int, begin: int, group: Group) -> Any:
+    """Of the arguments for all `tokens` those for a group, [sequences, tokens, ...]."""
+    shape = group.sequences, group.tokens
+    end = begin + group.sequences * group.tokens
+    return tokenwise(given, (1, tokens), lambda tensor: tensor[0, begin:end].unflatten(0, shape))
+
+
+def _joined(outputs: Sequence[Any], step: StepStates) -> Any:
+    """The groups' outputs [sequences, tokens, ...] as one of the whole step, [1, T, ...]."""
+    flat = [
+        tokenwise(output, (group.sequences, group.tokens), lambda tensor: tensor.flatten(0, 1)[None])
+        for output, group in zip(outputs, step.groups, strict=True)
+    ]
+    joined = behind_one_another(flat)
+    if (back := step.back) is not None:
+        joined = tokenwise(joined, (1, step.tokens), lambda tensor: tensor[:, back])
+    return joined
+
+
+def behind_one_another(outputs: Sequence[Any]) -> Any:
+    """Outputs of one structure, [B, tokens, ...] each, as one; other tensors in them are nobody's to read."""
+    if len(outputs) == 1:
+        return outputs[0]
+    if isinstance(outputs[0], tuple | list):
+        return type(outputs[0])(behind_one_another(parts) for parts in zip(*outputs, strict=True))
+    if isinstance(outputs[0], torch.Tensor):
+        alike = len({(output.shape[0], output.shape[2:]) for output in outputs}) == 1
+        return torch.cat(list(outputs), dim=1) if alike else None
+    return outputs[0]

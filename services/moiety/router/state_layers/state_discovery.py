@@ -1,0 +1,172 @@
+"""Finds the modules of a model that keep states, by running it once with a cache that notes who asks it for one.
+
+Each of them is then tried in several steps against one, so that nothing is served whose states are misunderstood.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import nn
+
+from moiety.errors import CheckpointError
+from moiety.router.cache.state_slots import SlotStates, StepStates
+from moiety.router.state_layers.batched_layer import (
+    BatchedStateLayer,
+    PositionedAttention,
+    Use,
+    behind_one_another,
+    use_states,
+)
+from moiety.router.state_layers.state_cache import CONVOLUTION, RECURRENT, LayerStates, StateCache, StateName
+from moiety.router.token_rows import cut
+
+_log = logging.getLogger(__name__)
+PROBE_TOKENS = 7  # with which modules are tried: enough for two chunks and some single tokens
+
+
+class _Recorder(StateCache):
+    """Notes which module asks for which state, while it is the cache of a whole model."""
+
+    def __init__(self, number_of_states: int):
+        super().__init__(0, LayerStates({}))
+        self.layers = _Layers(number_of_states)
+        self.uses: dict[nn.Module, Use] = {}
+        self.positioned: dict[nn.Module, Use] = {}  # attention modules that ask where their tokens are
+        self._running: list[tuple[nn.Module, Use]] = []
+
+    def enter(self, module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+        """`module` begins; a forward pre-hook."""
+        places: list[tuple[str | int, Any]] = [*enumerate(arguments), *options.items()]
+        for place, value in places:
+            if value is self:
+                self._running.append((module, Use(arguments, options, place)))
+
+    def leave(self, module: nn.Module, *_: Any) -> None:
+        """`module` is done; a forward hook."""
+        if self._running and self._running[-1][0] is module:
+            self._running.pop()
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        if self._running:
+            self.positioned.setdefault(*self._running[-1])
+        return 0
+
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
+        return None
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
+        return None
+
+    def get_linear_cache(self, layer_idx: int) -> torch.Tensor | None:
+        return None
+
+    def update_conv_state(
+        self, conv_states: torch.Tensor, layer_idx: int, state_idx: int = 0, **options: Any
+    ) -> torch.Tensor:
+        seen = super().update_conv_state(conv_states, layer_idx, state_idx, **options)
+        self._note(layer_idx, (CONVOLUTION, state_idx))
+        return seen
+
+    def update_recurrent_state(
+        self, recurrent_states: torch.Tensor, layer_idx: int, state_idx: int = 0, **options: Any
+    ) -> torch.Tensor:
+        seen = super().update_recurrent_state(recurrent_states, layer_idx, state_idx, **options)
+        self._note(layer_idx, (RECURRENT, state_idx))
+        return seen
+
+    def set_linear_cache(self, layer_idx: int, linear_cache: torch.Tensor) -> None:
+        super().set_linear_cache(layer_idx, linear_cache)
+        self._note(layer_idx, (RECURRENT, 0))
+
+    def _note(self, layer: int, name: StateName) -> None:
+        if not self._running:
+            raise CheckpointError("a module keeps a state in a cache that it was not given")
+        module, use = self._running[-1]
+        use = self.uses.setdefault(module, use)
+        use.layer, use.kept[name] = layer, self.layers[layer].kept[name]
+
+
+class _Layers(dict[int, LayerStates]):
+    """As many layers as are asked for."""
+
+    def __init__(self, number_of_states: int):
+        super().__init__()
+        self._number_of_states = number_of_states
+
+    def __missing__(self, layer: int) -> LayerStates:
+        return self.setdefault(layer, LayerStates({}, self._number_of_states))
+
+
+def batch_state_layers(model: Any, run: Callable[[Any], object]) -> None:
+    """Lets a loaded router keep its states in slots; a model without states stays as it is.
+
+    `run(cache)` passes PROBE_TOKENS tokens through `model`, with `cache` as its past_key_values. Raises CheckpointError
+    where a module does not come to the same result in several steps as in one.
+    """
+    config = model.config.get_text_config()
+    recorder = _Recorder(getattr(config, "number_of_conv_states", 1))
+    try:
+        with ExitStack() as hooks:
+            for module in model.modules():
+                hooks.callback(module.register_forward_pre_hook(recorder.enter, with_kwargs=True).remove)
+                hooks.callback(module.register_forward_hook(recorder.leave).remove)
+            run(recorder)
+        for module, use in recorder.positioned.items():
+            module.forward = PositionedAttention(module.forward, use.cache)
+        forgetful: dict[str, None] = {}  # kinds of modules, in order
+        for module, use in recorder.uses.items():
+            mixer = module.forward = BatchedStateLayer(module, use)
+            mixer.forgetful = _forgets(mixer, use)
+            if mixer.forgetful:
+                forgetful[type(module).__name__] = None
+    except CheckpointError as error:
+        raise CheckpointError(f"{config.model_type}: {error}") from error
+    for kind in forgetful:
+        _log.warning(
+            "%s drops its state over a second chunk of a prompt: behind the first these layers compute it token by token, "
+            "so that long prompts are slow unless token_budget has room for them whole",
+            kind,
+        )
+
+
+@torch.inference_mode()
+def _forgets(mixer: BatchedStateLayer, use: Use) -> bool:
+    """Whether the module cannot take a prompt in chunks; raises CheckpointError where it cannot go on at all."""
+    whole = _in_steps(mixer, use, [PROBE_TOKENS])
+    first, rest = PROBE_TOKENS // 2 + 1, PROBE_TOKENS // 2
+    if not _close(_in_steps(mixer, use, [first, *[1] * rest]), whole):
+        raise CheckpointError(
+            f"the states of layer {use.layer} do not lead where its whole text leads: it cannot be served"
+        )
+    return not _close(_in_steps(mixer, use, [first, rest]), whole)
+
+
+def _in_steps(mixer: BatchedStateLayer, use: Use, counts: Sequence[int]) -> list[torch.Tensor]:
+    """What the module answers and keeps when its tokens come in steps of so many."""
+    device = next(iter(use.kept.values())).device
+    slots = SlotStates(mixer.specs, 1, device)
+    slot, past, outputs = slots.take(), 0, []
+    for count in counts:
+        given = use.arguments, use.options
+        arguments, options = cut(given, (1, PROBE_TOKENS), past, past + count)
+        with use_states(StepStates.build(slots, [slot], [past], [count], device)):
+            outputs.append(mixer(*arguments, **options))
+        slots.commit(slot)
+        past += count
+    joined = behind_one_another(outputs)
+    tokens = [part for part in (joined if isinstance(joined, tuple | list) else [joined]) if part is not None]
+    return [*tokens[:1], *(slots.rows(key)[slots.committed(slot)] for key in mixer.specs)]
+
+
+def _close(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> bool:
+    """Equal but for rounding; a state that was dropped is off by a good part of itself."""
+    for one, other in zip(found, expected, strict=True):
+        tolerance = 1e-3 if one.dtype == torch.float32 and found[0].dtype == torch.float32 else 5e-2
+        if (one.float() - other.float()).norm() > tolerance * other.float().norm():
+            return False
+    return True

@@ -1,0 +1,130 @@
+"""A step's tokens through the model: in one piece, or split into lanes where that was measured to be faster."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import torch
+
+from moiety.errors import HopFailed
+from moiety.model.seam import use_backend
+from moiety.policy.lane_tuner import LaneTuner
+from moiety.router.attention.step_batch import CrossAttentionBatch, StepBatch
+from moiety.router.cache.kv_cache import KVCache
+from moiety.router.lanes import Lanes
+from moiety.router.sequence.sequence import Sequence as Request
+from moiety.router.sequence.step_plan import StepPlan
+from moiety.router.state_layers.batched_layer import use_states
+from moiety.router.step_context import StepBackend, StepContext
+from moiety_kernels import threads
+from moiety_kernels.ops.linear import PACKED_ROWS
+
+
+class StepRunner:
+    """Runs step plans through one model; for one thread."""
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        cache: KVCache,
+        backends: Sequence[StepBackend],
+        lanes: Lanes | None = None,
+        tuner: LaneTuner | None = None,
+    ):
+        """One backend a lane. Without a `tuner` every step that can be split is run in as many lanes as there are."""
+        self._model, self._cache, self._backends, self._lanes, self._tuner = model, cache, backends, lanes, tuner
+        self._device = next(model.parameters()).device
+        self._threads = torch.get_num_threads()
+
+    @property
+    def last_layer_ns(self) -> int:
+        """Unix time at which the last layer of the last step was done."""
+        return max(backend.layer_began_ns for backend in self._backends)
+
+    def use_threads(self, count: int) -> None:
+        """Computes with so many threads at most. To be called by the thread that runs steps."""
+        self._threads = count
+        threads.use_threads(count)
+
+    def poll(self) -> None:
+        """To be called now and then by a thread that is idle: changes of the table and late answers are handled."""
+        self._backends[0].poll()
+
+    @torch.inference_mode()
+    def run(self, plan: StepPlan, step: StepContext) -> torch.Tensor:
+        """Logits [R, V] of the tokens that want them, in the plan's order. Raises HopFailed, or what `step.check` does."""
+        # Where our kernels do all that is worth sharing, torch must not share out the rest.
+        torch.set_num_threads(1 if plan.tokens <= PACKED_ROWS else self._threads)
+        if self._lanes is None or len(self._backends) == 1 or len(plan.scheduled) == 1:
+            return self._part(self._backends[0], plan, 0, step)
+        size = plan.call_class, plan.work.bit_length()
+        count = len(self._backends) if self._tuner is None else self._tuner.choose(size)
+        tasks: list[Callable[[], torch.Tensor]] = []
+        offset = 0
+        for backend, part in zip(self._backends, plan.split(count), strict=False):
+            tasks.append(partial(self._part, backend, part, offset, step))
+            offset += part.tokens
+        began = time.perf_counter()
+        logits = self._lanes.run(tasks)
+        if self._tuner is not None:
+            self._tuner.observe(size, count, time.perf_counter() - began)
+        return torch.cat(logits)
+
+    def _part(self, backend: StepBackend, plan: StepPlan, offset: int, step: StepContext) -> torch.Tensor:
+        """One lane's logits; its tokens are those of the step from `offset` on."""
+        ids: list[int] = []
+        wanted: list[int] = []  # positions in the packed row
+        for item in plan.scheduled:
+            ids += item.ids
+            wanted += range(len(ids) - item.wanted, len(ids))
+        sequences = [item.sequence for item in plan.scheduled]
+        counts = [item.count for item in plan.scheduled]
+        batch = StepBatch.build(
+            self._cache,
+            [sequence.table for sequence in sequences],
+            [sequence.computed for sequence in sequences],
+            counts,
+            self._device,
+            self._cross_attention(sequences, counts),
+        )
+        backend.begin_step(replace(step, routed=partial(_note_routed, plan)))
+        try:
+            with use_backend(backend), use_states(batch.states):
+                output = self._model(
+                    input_ids=torch.tensor([ids], device=self._device),
+                    position_ids=batch.positions[None],
+                    use_cache=False,
+                    logits_to_keep=torch.tensor(wanted or [0], device=self._device),
+                    moiety_batch=batch,
+                )
+        except HopFailed as failed:
+            raise HopFailed([offset + token for token in failed.tokens], failed.cause) from failed
+        logits: torch.Tensor = output.logits[0]
+        return logits[: len(wanted)]
+
+    def _cross_attention(self, sequences: Sequence[Request], counts: Sequence[int]) -> CrossAttentionBatch | None:
+        """Where prompts lie that an encoder has read, or is to read in this step; None where there is no encoder."""
+        if not any(sequence.encoder_ids for sequence in sequences):
+            return None
+        return CrossAttentionBatch.build(
+            self._cache,
+            [sequence.encoder_ids for sequence in sequences],
+            [sequence.cross_table for sequence in sequences],
+            [not sequence.encoded for sequence in sequences],
+            counts,
+            self._device,
+        )
+
+
+def _note_routed(plan: StepPlan, rerouted: np.ndarray) -> None:
+    """Counts a layer's rows, and those that went to another expert, for the sequence that each token [T, K] is of."""
+    start = 0
+    for item in plan.scheduled:
+        end = start + len(item.ids)
+        item.sequence.routed_rows += rerouted[start:end].size
+        item.sequence.rerouted_rows += int(rerouted[start:end].sum())
+        start = end

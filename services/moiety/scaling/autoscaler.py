@@ -1,0 +1,185 @@
+"""The stateful half of autoscaling, living in Serve's controller: one thread per system reads the ledger and decides.
+
+The policy call of `deploy/autoscaling_hook.py` only looks up what the thread has published.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from moiety.config.application import GATEWAY, HOT, ROUTER, AppSettings, GroupSettings
+from moiety.core.experts import ExpertSet
+from moiety.errors import ConfigError, MoietyError
+from moiety.policy.autoscale import Decision, State, decide
+from moiety.registry.interface import Registry
+from moiety.scaling.ledger import Ledger, Reading
+from moiety.scaling.rebalancer import Rebalancer
+from moiety.telemetry.metrics import configure_metrics
+from moiety.telemetry.names import Attribute, MetricName, ResourceAttribute
+
+PERIOD_S = 0.25
+HOT_GAIN = 0.1  # that is worth new hot sets, unless the settings say otherwise
+TRUSTED_S = 3.0  # a target older than this is not followed
+FORGET_S = 10.0  # Serve asks nine times a second: a deployment it no longer asks for is gone
+
+_log = logging.getLogger("ray.serve")
+
+
+@dataclass(slots=True, eq=False)
+class Subscription:
+    """One deployment: what Serve says of it, and what was decided. Two threads meet here, one assignment at a time."""
+
+    deployment: str
+    settings: GroupSettings
+    held: ExpertSet
+    live: Mapping[str, float] = field(default_factory=dict)  # settings that user_config changes
+    state: State = field(default_factory=State)
+    asked_at: float = 0.0  # time.monotonic() of Serve's last call
+    serve_target: int | None = None
+    published: tuple[int, float] | None = None  # a target, and the time.monotonic() at which it was last decided
+
+    def target(self, serve_target: int, low: int, high: int) -> int:
+        """Called by Serve's controller: notes what Serve knows, returns the target to have. Never waits."""
+        now = time.monotonic()
+        if (low, high) != (self.settings.min_replicas, self.settings.max_replicas):  # changed in a live application
+            self.settings = self.settings.model_copy(update={"min_replicas": low, "max_replicas": high})
+        self.serve_target, self.asked_at = serve_target, now
+        trusted = self.trusted()
+        return serve_target if trusted is None else trusted
+
+    def trusted(self) -> int | None:
+        """The target that was decided; None where that is too long ago to be followed."""
+        published = self.published
+        return published[0] if published is not None and time.monotonic() - published[1] < TRUSTED_S else None
+
+    def decide(self, reading: Reading, now: float) -> Decision | None:
+        """Called by the autoscaler's thread; None while Serve has not said how many replicas it has asked for."""
+        if self.serve_target is None:
+            return None
+        # The published target is what Serve is about to have, or has; its own number is one call old.
+        fresh = self.published is not None and now - self.published[1] < TRUSTED_S
+        current = self.published[0] if self.published is not None and fresh else self.serve_target
+        snapshot = reading.snapshot(self.deployment, current, self.held, spare=self.deployment.startswith(HOT))
+        if (live := reading.scaling(self.deployment)) is not None:  # else: what its last replica said
+            self.live = live
+        try:
+            settings = self.settings.live(self.live)
+        except ConfigError as error:  # a replica checks what it is told, but it may be of another version
+            _log.warning("%s scales by its arguments: %s", self.deployment, error)
+            self.live, settings = {}, self.settings
+        decision = decide(snapshot, self.state, settings, now)
+        self.state, self.published = decision.state, (decision.target, now)
+        return decision
+
+
+class Autoscaler:
+    """Decides for all deployments of one system together, every PERIOD_S, in a daemon thread with a loop of its own.
+
+    The thread lives as long as the controller; while Serve asks for none of its deployments, it reads nothing.
+    """
+
+    def __init__(self, settings: AppSettings) -> None:
+        self._settings = settings
+        self._subscriptions: dict[str, Subscription] = {}
+        self._thread = threading.Thread(target=self._run, name=f"autoscaler-{settings.app}", daemon=True)
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def add(self, subscription: Subscription) -> None:
+        """Decides for this one too; one of the same name is replaced."""
+        self._subscriptions = {**self._subscriptions, subscription.deployment: subscription}
+
+    def _run(self) -> None:
+        try:
+            asyncio.run(self._follow())
+        except Exception:
+            _log.exception("autoscaling of %s has ended: replicas stay as they are", self._settings.app)
+
+    async def _follow(self) -> None:
+        # Imports redis-py and OpenTelemetry: here, in the thread, it costs the controller's loop nothing.
+        from moiety.registry.connect import connect
+
+        registry = connect(self._settings.registry, self._settings.app)
+        meter = configure_metrics("moiety-autoscaler", {ResourceAttribute.INSTANCE: self._settings.app})
+        try:
+            ledger, rebalancer = Ledger(registry), self._rebalancer(registry)
+            while True:
+                began = time.monotonic()
+                try:
+                    if asked := [each for each in self._subscriptions.values() if began - each.asked_at < FORGET_S]:
+                        for each in asked:
+                            meter.observe(MetricName.TARGET, each.trusted, {Attribute.DEPLOYMENT: each.deployment})
+                        reading = await ledger.read()
+                        await _decide(asked, reading, registry)
+                        await rebalancer.follow(reading, self._default(), began)
+                except Exception:
+                    _log.exception("autoscaling of %s: this round is skipped", self._settings.app)
+                await asyncio.sleep(max(0.0, began + PERIOD_S - time.monotonic()))
+        finally:
+            await registry.close()
+            meter.shutdown()
+
+    def _rebalancer(self, registry: Registry) -> Rebalancer:
+        gain = self._settings.rebalance_gain or (HOT_GAIN if self._settings.hot_sets else None)
+        return Rebalancer(registry, gain, int(self._settings.hot_memory), self._settings.rebalance_layers)
+
+    def _default(self) -> Mapping[str, ExpertSet] | None:
+        """Deployment -> experts by default; None until Serve has asked for all deployments that hold some, or may."""
+        held = {name: each.held for name, each in self._subscriptions.items() if name not in (ROUTER, GATEWAY)}
+        return held if len(held) == self._settings.groups + self._settings.hot_sets else None
+
+
+async def _decide(asked: Sequence[Subscription], reading: Reading, registry: Registry) -> None:
+    now = time.monotonic()
+    for subscription in asked:
+        decision = subscription.decide(reading, now)
+        if decision is not None and decision.changes:
+            _log.info("%s: %s", decision.deployment, decision.reason)
+            await _record(registry, decision)
+
+
+async def _record(registry: Registry, decision: Decision) -> None:
+    entry = {
+        "time": time.time(),
+        "deployment": decision.deployment,
+        "from": decision.current,
+        "to": decision.target,
+        "reason": decision.reason,
+        "inputs": dict(decision.inputs),
+    }
+    try:
+        await registry.record_decision(entry)
+    except MoietyError as error:
+        _log.warning("%s: decided, but not recorded: %s", decision.deployment, error)
+
+
+# Serve makes one policy per deployment and gives them nothing in common but the process: that is why this is global.
+_lock = threading.Lock()
+_autoscalers: dict[tuple[str, str], Autoscaler] = {}
+
+
+def subscribe(deployment: str, settings: AppSettings, held: str) -> Subscription:
+    """Has `deployment` decided for by its system's autoscaler, which is started if it is the first one."""
+    subscription = Subscription(
+        deployment, settings.group(deployment), ExpertSet.parse(held), asked_at=time.monotonic()
+    )
+    with _lock:
+        key = (settings.registry, settings.app)
+        autoscaler = _autoscalers.get(key)
+        if autoscaler is None or not autoscaler.alive:
+            autoscaler = _autoscalers[key] = Autoscaler(settings)
+            autoscaler.add(subscription)
+            autoscaler.start()
+        else:
+            autoscaler.add(subscription)
+    return subscription

@@ -1,0 +1,1 @@
+"""The systems that `moiety simulate` compares on one trace."""

@@ -1,0 +1,65 @@
+"""The replicas of one simulated deployment, scaled by the real policy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from moiety.config.application import GroupSettings
+from moiety.policy.autoscale import Decision, Snapshot, State, decide
+from moiety.policy.cost_model import CostModel
+from moiety.simulate.flow import Flow, Work
+from moiety.simulate.scenario import Cluster, Trace
+
+SETTINGS = GroupSettings(min_replicas=1, max_replicas=1000, target_busy=0.7, shrink_after_s=60.0, shrink_margin=0.95)
+
+
+@dataclass(slots=True)
+class ReplicaPool:
+    """The replicas of one deployment: those that are there, those on their way, and the policy's memory."""
+
+    deployment: str
+    settings: GroupSettings
+    target: int
+    spare: bool
+    state: State = field(default_factory=State)
+    starting: list[float] = field(default_factory=list)  # when each was asked for, oldest first
+    last_live: int = 0
+
+    def live(self, now: float, start_s: float) -> int:
+        """Replicas that serve at `now`."""
+        self.starting = [asked for asked in self.starting if asked + start_s > now]
+        self.last_live = self.target - len(self.starting)
+        return self.last_live
+
+    def decide(
+        self, now: float, cluster: Cluster, trace: Trace, costs: CostModel, asked: Work, seen: Flow, index: int
+    ) -> Decision:
+        """By what was measured in the last time step."""
+        calls = max(float(asked.visits[index].sum()), 1e-9)
+        mine = asked.weight_bytes[index].sum() / calls, asked.rows[index].sum() / calls
+        steps = seen.served / cluster.batch
+        snapshot = Snapshot(
+            self.deployment,
+            self.target,
+            self.last_live,
+            self.last_live,
+            float(seen.busy[index]) if self.last_live else 0.0,
+            1000 * float(seen.wait_s[index]),
+            float(asked.rows[index].sum() * steps),
+            fixed=0.0,  # a call goes to one replica, whatever their number: replicas share calls, not batches
+            spare=self.spare,
+            asked=costs.busy(calls * steps, mine[0] * calls * steps, mine[1] * calls * steps),
+        )
+        return self.step(snapshot, now)
+
+    def step(self, snapshot: Snapshot, now: float) -> Decision:
+        """Asks the policy, and does what it says: what is still starting goes first."""
+        decision = decide(snapshot, self.state, self.settings, now)
+        self.state = decision.state
+        more = decision.target - self.target
+        if more > 0:
+            self.starting += [now] * more
+        elif more < 0:
+            self.starting = self.starting[: max(0, len(self.starting) + more)]
+        self.target = decision.target
+        return decision

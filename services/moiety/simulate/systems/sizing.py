@@ -1,0 +1,55 @@
+"""Sizes of a system: the smallest that meets a latency, and the throughput of a given one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from moiety.policy.placement.planner import plan_placement
+from moiety.simulate.flow import flow, work
+from moiety.simulate.scenario import Cluster, Floats
+from moiety.simulate.systems.result import SystemResult
+from moiety.simulate.systems.trace_load import default_deployments, default_placement, held_by, measured_load
+
+
+def smallest(run: Callable[[float], SystemResult], sizes: Sequence[float], p99_ms: float) -> SystemResult:
+    """The outcome of the first of ascending `sizes` that meets `p99_ms`, by bisection; the last one's if none does."""
+    low, high = 0, len(sizes) - 1
+    best = run(sizes[high])
+    while low < high:
+        middle = (low + high) // 2
+        outcome = run(sizes[middle])
+        if outcome.p99_ms <= p99_ms:
+            best, high = outcome, middle
+        else:
+            low = middle + 1
+    return best
+
+
+def throughput(cluster: Cluster, included: Floats, p99_ms: float, replicas: int, hot_replicas: int = 0) -> float:
+    """Tokens per second that `replicas` serve with steps within `p99_ms`, sized and placed for this load.
+
+    `hot_replicas` of them are hot sets'. Groups get replicas in proportion to their work.
+    """
+    hot = cluster.hot_sets if hot_replicas else 0
+    rooms, placement = default_deployments(cluster, hot), default_placement(cluster)
+    sizes = np.full(len(rooms), (replicas - hot_replicas) / cluster.groups)
+    sizes[cluster.groups :] = hot_replicas / max(hot, 1)
+    held = held_by(cluster, rooms, placement)
+    for _ in range(4):  # placement and sizes settle on each other
+        if hot:
+            sized = [replace(room, replicas=max(1, round(size))) for room, size in zip(rooms, sizes, strict=True)]
+            measured = measured_load(cluster, cluster.cost, included, 1.0)
+            held = held_by(cluster, rooms, plan_placement(measured, sized, placement).placement)
+        asked = work(cluster, included, held, sizes)
+        sizes = replicas * asked.device_s / asked.device_s.sum()
+    asked = work(cluster, included, held, sizes)
+    low, high = 0.0, replicas * cluster.batch / float(asked.device_s.sum())
+    for _ in range(30):
+        rate = (low + high) / 2
+        seen = flow(cluster, asked, sizes, rate)
+        good = 1000 * (seen.step_s + 2.3263 * seen.step_sd_s) <= p99_ms and seen.served >= rate
+        low, high = (rate, high) if good else (low, rate)
+    return low

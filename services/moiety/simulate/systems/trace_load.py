@@ -1,0 +1,96 @@
+"""What a trace asks of a cluster, and where experts are by default and as the planner places them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from moiety.core.experts import ExpertSet
+from moiety.core.replica import Placement
+from moiety.policy.cost_model import CostModel, Sample, expert_load, update
+from moiety.policy.placement.planner import DeploymentCapacity, held_table, plan_placement
+from moiety.simulate.flow import Holding
+from moiety.simulate.scenario import Cluster, Floats, Trace, inclusion, popularity
+
+LOOK_S = 120.0  # how often popularity is sampled from the trace: topics drift over hours
+
+
+REPLAN_S = 900.0
+
+
+@dataclass(slots=True)
+class TraceLoad:
+    """What a trace asks of a cluster, computed once: inclusion probabilities, and the work of placements."""
+
+    cluster: Cluster
+    trace: Trace
+    _included: dict[int, Floats] = field(default_factory=dict)
+    _copies: dict[tuple[float, int], Placement] = field(default_factory=dict)
+
+    def included(self, time_s: float) -> Floats:
+        """[L, E] at `time_s`."""
+        look = int(time_s // LOOK_S) if self.trace.drift else 0
+        if look not in self._included:
+            popular = popularity(self.trace, self.cluster, look * LOOK_S)
+            self._included[look] = inclusion(popular, self.cluster.top_k)
+        return self._included[look]
+
+    def copies(self, redundancy: float, time_s: float, before: Placement) -> Placement:
+        """What EPLB has planned by `time_s` for devices with that part of memory more; the same whatever their number."""
+        look = int(time_s // REPLAN_S) if self.trace.drift else 0
+        if (redundancy, look) not in self._copies:
+            measured = measured_load(
+                self.cluster, learned_cost(self.cluster, self.trace.seed), self.included(time_s), 1.0
+            )
+            rooms = with_redundancy(self.cluster, redundancy)
+            self._copies[redundancy, look] = plan_placement(measured, rooms, before).placement
+        return self._copies[redundancy, look]
+
+
+def default_deployments(cluster: Cluster, hot_sets: int) -> list[DeploymentCapacity]:
+    """The cluster's groups, and hot sets with as much memory."""
+    groups = [DeploymentCapacity(f"experts-{index}", cluster.room) for index in range(cluster.groups)]
+    return groups + [DeploymentCapacity(f"hot-{index}", cluster.room, hot=True) for index in range(hot_sets)]
+
+
+def default_placement(cluster: Cluster) -> Placement:
+    """Contiguous experts in every group, nothing in hot sets: what `ModelShape.partition` gives."""
+    even = np.ones((cluster.layers, cluster.experts))
+    held = np.arange(cluster.experts) * cluster.groups // cluster.experts
+    start = {
+        f"experts-{group}": ExpertSet.block(cluster.layers, np.flatnonzero(held == group).tolist())
+        for group in range(cluster.groups)
+    }
+    return plan_placement(even, default_deployments(cluster, 0), Placement(0, start)).placement
+
+
+def held_by(cluster: Cluster, rooms: Sequence[DeploymentCapacity], placement: Placement) -> Holding:
+    """What each of `rooms` holds by `placement`, as the flow reads it."""
+    return Holding.of(held_table(rooms, placement, cluster.layers, cluster.experts))
+
+
+def with_redundancy(cluster: Cluster, redundancy: float) -> list[DeploymentCapacity]:
+    """The cluster's groups with that part of their memory more."""
+    extra = round(cluster.layers * cluster.experts / cluster.groups * redundancy)
+    return [replace(room, experts=room.experts + extra) for room in default_deployments(cluster, 0)]
+
+
+def learned_cost(cluster: Cluster, seed: int) -> CostModel:
+    """The cost model as a router has it after 500 replies that are noisy by 10 %."""
+    random = np.random.default_rng(seed + 2)
+    model = CostModel()
+    for _ in range(500):
+        experts = random.integers(1, 2 * cluster.experts // cluster.groups)
+        weights, rows = float(experts * cluster.expert_bytes), float(experts * random.integers(1, cluster.batch))
+        took = cluster.cost.predict(weights, rows) * float(np.exp(0.1 * random.standard_normal()))
+        model = update(model, Sample(weights, rows, took))
+    return model
+
+
+def measured_load(cluster: Cluster, costs: CostModel, included: Floats, rate: float) -> Floats:
+    """[L, E] device seconds per second at `rate` tokens per second, as a ledger would report it."""
+    steps = rate / cluster.batch
+    activated = 1 - (1 - included) ** cluster.batch
+    return expert_load(costs, included * rate, activated * steps, cluster.expert_bytes)

@@ -1,0 +1,6 @@
+"""Random checkpoints in the layouts that publishers ship: small for tests, by overrides large for benchmarks."""
+
+from moiety.synthetic.catalogue import TINY, TinyModel, tiny_model, tiny_names
+from moiety.synthetic.write import write_tiny
+
+__all__ = ["TINY", "TinyModel", "tiny_model", "tiny_names", "write_tiny"]

@@ -1,0 +1,73 @@
+"""Every tiny checkpoint there is, by name: what `moiety parity --all-tiny` serves and tests iterate over.
+
+A checkpoint is an entry of a table, or an architecture that transformers routes through its experts interface: those are
+found, sized by their config's field names (`sizes.py`), and need an entry only where that is not enough.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moiety.model.architectures.supported import REFUSED, seam_architectures, served_architectures
+from moiety.synthetic.encoder_decoders import NARROW, NLLB, SWITCH
+from moiety.synthetic.families import FAMILIES
+from moiety.synthetic.formats import FORMATS, stored
+from moiety.synthetic.lightning import with_decays
+from moiety.synthetic.tokenizer import write_nllb_tokenizer, write_t5_tokenizer, write_tokenizer
+
+if TYPE_CHECKING:
+    import torch
+
+Store = Callable[[str, "torch.Tensor"], Iterable[tuple[str, "torch.Tensor"]]]
+
+
+@dataclass(frozen=True, slots=True)
+class TinyModel:
+    """One tiny checkpoint: its architecture, and what its publisher does differently from `save_pretrained`."""
+
+    architecture: str  # model_type
+    settings: Mapping[str, Any] = field(default_factory=dict)  # config values on top of sizes.py
+    store: Store | None = None  # a tensor by its published name -> the tensors it is stored as, such as block and scale
+    stated: Mapping[str, Any] = field(default_factory=dict)  # added to config.json last, such as quantization_config
+    tokenizer: Callable[[Path], None] = write_tokenizer
+    narrow: Mapping[str, float] = field(default_factory=dict)  # part of a tensor's name -> times its noise is that wide
+
+
+TINY: Mapping[str, TinyModel] = {
+    **{architecture: TinyModel(architecture, settings) for architecture, settings in FAMILIES.items()},
+    **{
+        name: TinyModel(
+            architecture,
+            {**FAMILIES.get(architecture, {}), **settings},
+            partial(stored, quantization["quant_method"]),
+            {"quantization_config": quantization},
+        )
+        for name, (architecture, settings, quantization) in FORMATS.items()
+    },
+    "switch_transformers": TinyModel("switch_transformers", SWITCH, tokenizer=write_t5_tokenizer, narrow=NARROW),
+    "nllb-moe": TinyModel("nllb-moe", NLLB, tokenizer=write_nllb_tokenizer, narrow=NARROW),
+    "minimax": TinyModel(
+        "minimax",
+        {"layer_types": ["linear_attention", "full_attention"] * 2, "block_size": 8, "sliding_window": None},
+        store=with_decays,
+    ),
+}
+
+
+def tiny_names() -> tuple[str, ...]:
+    """All names, sorted: entries of TINY and what is found in transformers, but for what is refused."""
+    kept = {name for name, tiny in TINY.items() if tiny.architecture not in REFUSED}
+    return tuple(sorted({*kept, *served_architectures()}))
+
+
+def tiny_model(name: str) -> TinyModel:
+    """The entry called `name`, or that of a refused architecture; raises ValueError where there is none."""
+    if name in TINY:
+        return TINY[name]
+    if name in seam_architectures():
+        return TinyModel(name)
+    raise ValueError(f"architecture {name!r}: must be one of {', '.join(tiny_names())}")

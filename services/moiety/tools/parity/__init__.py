@@ -1,0 +1,1 @@
+"""`moiety parity`: the served system against plain transformers."""

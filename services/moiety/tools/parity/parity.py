@@ -1,0 +1,285 @@
+"""`moiety parity`: the served system against plain transformers, token for token.
+
+The reference runs one unpadded prompt at a time. The served side runs all prompts at once, as a ragged batch with chunked
+prefill, through a LocalCluster. Then, over the same served experts, each whole text is run once more to compare logits.
+
+A difference is a failure, unless the reference itself has no opinion there: it picks the served token too when its own
+embeddings move by a few units in the last place (two logits, or two experts of a token in the gate, may be so close that
+rounding decides). Such ties are counted and printed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moiety.client import Client
+from moiety.core.expert_backend import CallClass
+from moiety.local.cluster import LocalCluster
+from moiety.model.architectures.supported import path_of
+from moiety.model.architectures.transformers_model import causal_lm_class, load_config, quiet_transformers
+from moiety.model.checkpoint.checkpoint import Checkpoint
+from moiety.model.checkpoint.quantised import QuantisedEntry
+from moiety.model.checkpoint.reading import Reader
+from moiety.model.checkpoint.revision import revision_of
+from moiety.model.experts.cached import expert_layout
+from moiety.model.seam import use_backend
+from moiety.model.trunk.read import load_trunk
+from moiety.registry.watch import Watch
+from moiety.router.attention import cross, latent, paged
+from moiety.router.attention.step_batch import CrossAttentionBatch, StepBatch
+from moiety.router.cache.blocks import BlockTable
+from moiety.router.cache.kv_cache import KVCache
+from moiety.router.hop.cost_fit import CostFit
+from moiety.router.hop.expert_demand import ExpertDemandCounter
+from moiety.router.hop.fleet import Fleet
+from moiety.router.hop.hedging import Hedging
+from moiety.router.hop.hop import Hop, HopSettings
+from moiety.router.layer_discovery import discover_cache_spec, prepare_layers
+from moiety.router.state_layers.batched_layer import use_states
+from moiety.router.step_context import StepContext
+from moiety.telemetry.tracing import NO_SPAN, NO_TRACER
+from moiety.tools.parity import encoder_decoder
+from moiety.tools.parity.plain_reference import PlainReference
+from moiety.wire.codec import DTYPE_NAMES, torch_dtype
+
+PROMPT_LENGTHS = (3, 9, 17, 40, 25, 60, 33, 8)
+DEFAULT_SEED = 1  # of the prompts; the tiny checkpoints have no ties with it
+NUDGE_ULPS = 16.0  # relative size of the noise on the reference's embeddings, in units in the last place
+NUDGES = 8
+
+
+@dataclass(frozen=True, slots=True)
+class PromptResult:
+    """One prompt's verdict."""
+
+    prompt_tokens: int
+    new_tokens: int
+    first_difference: int | None  # index of the first generated token that differs
+    tie: bool  # the reference itself is undecided there
+    logit_error: float  # largest absolute difference over the whole text and vocabulary
+    margin: float  # the reference's smallest distance between its two best logits
+
+    @property
+    def ok(self) -> bool:
+        return self.first_difference is None or self.tie
+
+
+@dataclass(frozen=True, slots=True)
+class ParityReport:
+    """All verdicts of one checkpoint."""
+
+    architecture: str
+    dtype: str
+    groups: int
+    prompts: tuple[PromptResult, ...]
+
+    @property
+    def ok(self) -> bool:
+        return all(prompt.ok for prompt in self.prompts)
+
+    @property
+    def identical(self) -> int:
+        """Prompts whose every token agrees."""
+        return sum(prompt.first_difference is None for prompt in self.prompts)
+
+    @property
+    def logit_error(self) -> float:
+        return max(prompt.logit_error for prompt in self.prompts)
+
+    def lines(self) -> Iterator[str]:
+        """The report for people; the last line is the verdict."""
+        yield f"{'prompt':>8} {'new':>5}  tokens        max logit error   smallest margin"
+        for prompt in self.prompts:
+            told = "identical" if prompt.first_difference is None else f"differ at {prompt.first_difference}"
+            told += " (tie)" if prompt.tie else ""
+            yield (
+                f"{prompt.prompt_tokens:>8} {prompt.new_tokens:>5}  {told:<12}  {prompt.logit_error:>15.3g}"
+                f"   {prompt.margin:>15.3g}"
+            )
+        ties = sum(prompt.tie for prompt in self.prompts)
+        yield (
+            f"{'PASS' if self.ok else 'FAIL'}: {self.architecture} {self.dtype}, {self.groups} expert groups: "
+            f"{self.identical}/{len(self.prompts)} prompts identical, {ties} ties, max logit error {self.logit_error:.3g}"
+        )
+
+
+async def run_parity(
+    checkpoint: str,
+    *,
+    groups: int = 2,
+    dtype: str = "float32",
+    new_tokens: int = 24,
+    seed: int = DEFAULT_SEED,
+    router: Mapping[str, Any] | None = None,
+    references: Path | None = None,
+    progress: Callable[[str], None] = lambda _: None,
+) -> ParityReport:
+    """Compares; raises CheckpointError or ConfigError where the checkpoint cannot be served at all.
+
+    `references` is a Python file with a plain forward for each architecture that transformers lacks (plain_reference.py).
+
+    `router` are settings of the router that no token may depend on: lanes, a transport, or a `kv_memory` too small for all
+    prompts at once, so that some of them are preempted.
+    """
+    shape = (await asyncio.to_thread(expert_layout, Checkpoint.open(checkpoint))).shape
+    prompts = _prompts(shape.vocabulary, shape.max_context - new_tokens, seed)
+    progress(f"reference: {len(prompts)} prompts through plain transformers, one at a time")
+    reference_dtype = torch_dtype(dtype, shape.dtype)
+    reference = await asyncio.to_thread(_reference_model, checkpoint, reference_dtype, references)
+    texts, logits = await asyncio.to_thread(_reference, reference, prompts, new_tokens)
+    progress(f"served: the same prompts at once through a LocalCluster of {groups} expert groups")
+    chunked = {"slots": len(prompts), "token_budget": 3 * len(prompts), **(router or {})}
+    async with LocalCluster(checkpoint, groups=groups, dtype=dtype, router=chunked) as cluster:
+        async with Client(cluster.address) as client:
+            served = await asyncio.gather(*(_generate(client, prompt, new_tokens) for prompt in prompts))
+        progress("logits: each whole text once more over the served experts")
+        async with _own_router(cluster, checkpoint, dtype) as forward:
+            errors = [
+                float((await asyncio.to_thread(forward, prompt, text) - expected).abs().max())
+                for prompt, text, expected in zip(prompts, texts, logits, strict=True)
+            ]
+    results = []
+    for prompt, text, tokens, expected, error in zip(prompts, texts, served, logits, errors, strict=True):
+        before = len(text) - new_tokens  # the prompt, or what a decoder beside its encoder starts from
+        best = expected[before - 1 : -1].topk(2).values  # [new tokens, 2]
+        margins = best[:, 0] - best[:, 1]
+        differ = next((i for i, (a, b) in enumerate(zip(tokens, text[before:], strict=True)) if a != b), None)
+        tie = differ is not None and (
+            await asyncio.to_thread(_undecided, reference, prompt, text[: before + differ], tokens[differ])
+        )
+        results.append(PromptResult(len(prompt), len(tokens), differ, tie, error, float(margins.min())))
+    return ParityReport(shape.architecture, dtype, groups, tuple(results))
+
+
+def _prompts(vocabulary: int, longest: int, seed: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    lengths = [min(length, longest) for length in PROMPT_LENGTHS]
+    return [torch.randint(3, vocabulary, (length,), generator=generator).tolist() for length in lengths]
+
+
+@torch.inference_mode()
+def _reference(
+    model: Any, prompts: Sequence[Sequence[int]], new_tokens: int
+) -> tuple[list[list[int]], list[torch.Tensor]]:
+    """(prompt + greedy tokens, logits [tokens, V]) of each prompt, by the reference.
+
+    An encoder-decoder's text is its decoder's: the token that it starts from, and the greedy ones.
+    """
+    model.generation_config.eos_token_id = None  # compare the same number of tokens, whatever they are
+    if encoder_decoder.is_one(model):
+        return encoder_decoder.outputs(model, prompts, new_tokens)
+    texts, logits = [], []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        options = {"max_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0}
+        text = model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0]
+        texts.append(text.tolist())
+        logits.append(model(text[None]).logits[0].float())
+    return texts, logits
+
+
+@torch.inference_mode()
+def _undecided(model: Any, prompt: Sequence[int], text: Sequence[int], token: int) -> bool:
+    """Whether the reference follows `text` with `token` too, once noise below rounding's reach is on its embeddings.
+
+    Those of the text, or of an encoder's prompt.
+    """
+    translates = encoder_decoder.is_one(model)
+    embeddings = model.get_input_embeddings()(torch.tensor([prompt if translates else text]))
+    dtype = embeddings.dtype
+    for seed in range(NUDGES):
+        noise = torch.randn(embeddings.shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+        noise = 1 + NUDGE_ULPS * torch.finfo(dtype).eps * noise
+        if translates:
+            logits = encoder_decoder.decoded(model, prompt, text, noise[0])
+        else:
+            logits = model(inputs_embeds=embeddings * noise).logits[0]
+        if int(logits[-1].argmax()) == token:
+            return True
+    return False
+
+
+def _reference_model(checkpoint: str, dtype: torch.dtype, references: Path | None) -> Any:
+    """Plain transformers or, where it lacks the architecture, the plain forward in `references`."""
+    if path_of(Checkpoint.open(checkpoint).architecture) == "definition":
+        return PlainReference.load(Path(checkpoint), dtype, references)
+    return _transformers_model(checkpoint, dtype)
+
+
+def _transformers_model(checkpoint: str, dtype: torch.dtype) -> Any:
+    """Plain transformers, all experts in it; its config is read as the router reads it (DBRX's is corrected).
+
+    The reference of quantised weights is the model on their values: transformers' own ways to dequantise differ.
+    """
+    opened = Checkpoint.open(checkpoint)
+    config = load_config(opened)
+    model_class: Any = causal_lm_class(opened, config)
+    with quiet_transformers():
+        if any(isinstance(entry, QuantisedEntry) for entry in opened.tensors.values()):
+            with Reader() as reader:
+                state = reader.state(opened.tensors, dtype)
+            return model_class.from_pretrained(None, config=config, state_dict=state, dtype=dtype).eval()
+        model = model_class.from_pretrained(checkpoint, config=config, dtype=dtype, local_files_only=True).eval()
+    return encoder_decoder.corrected(model)
+
+
+async def _generate(client: Client, prompt: Sequence[int], new_tokens: int) -> list[int]:
+    stream = client.generate(prompt, max_tokens=new_tokens, ignore_eos=True)
+    return [token async for chunk in stream for token in chunk.token_ids]
+
+
+@asynccontextmanager
+async def _own_router(
+    cluster: LocalCluster, checkpoint: str, dtype_name: str
+) -> AsyncIterator[Callable[[Sequence[int], Sequence[int]], torch.Tensor]]:
+    """A function (prompt, text) -> logits [tokens, V] that runs the router's model here and the experts in `cluster`."""
+    opened = Checkpoint.open(checkpoint)
+    layout, revision = expert_layout(opened), revision_of(opened)
+    dtype = torch_dtype(dtype_name, layout.shape.dtype)
+    paged.register_paged_attention()
+    model = await asyncio.to_thread(load_trunk, opened, layout, dtype, "cpu", paged.NAME)
+    latent.cache_latents(model)
+    cross.use_cross_attention(model)
+    prepare_layers(model)
+    cache = KVCache(discover_cache_spec(model, layout.shape), 1 << 30, torch.device("cpu"))
+    watch = Watch(cluster.registry)
+    await watch.start()
+    fleet = Fleet(watch, layout.shape, revision, DTYPE_NAMES[dtype])
+    fleet.start()
+    demand = ExpertDemandCounter(layout.shape.moe_layers, layout.shape.experts)
+    costs = CostFit(layout.shape.mlp.parameters * dtype.itemsize)
+    hop = Hop(fleet, HopSettings(revision, dtype, expert_wait_s=30.0), Hedging(0.02, 0.1), demand, costs, NO_TRACER)
+
+    @torch.inference_mode()
+    def forward(prompt: Sequence[int], text: Sequence[int]) -> torch.Tensor:
+        table, encoded, beside = BlockTable(), BlockTable(), None
+        cache.grow(table, len(text))
+        if cache.spec.cross_attention:
+            cache.grow(encoded, len(prompt))
+            beside = CrossAttentionBatch.build(cache, [prompt], [encoded], [True], [len(text)], torch.device("cpu"))
+        batch = StepBatch.build(cache, [table], [0], [len(text)], torch.device("cpu"), beside)
+        hop.begin_step(StepContext(CallClass.PREFILL, NO_SPAN, lambda: None, lambda *_: None))
+        with use_backend(hop), use_states(batch.states):
+            output = model(
+                input_ids=torch.tensor([text]),
+                position_ids=batch.positions[None],
+                use_cache=False,
+                moiety_batch=batch,
+            )
+        cache.release(table)
+        cache.release(encoded)
+        logits: torch.Tensor = output.logits[0].float()
+        return logits
+
+    try:
+        yield forward
+    finally:
+        await fleet.close()
+        await watch.stop()

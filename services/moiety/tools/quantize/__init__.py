@@ -1,0 +1,1 @@
+"""`moiety quantize`: bits per expert by measured sensitivity."""

@@ -1,0 +1,255 @@
+"""`moiety quantize`: bits per expert by measured sensitivity, and a checkpoint that any server of the format can read.
+
+The format is compressed-tensors' `pack-quantized`: codes packed into int32, scales beside them, a config group for each
+precision that names its experts. Everything that is not a routed expert's matrix is copied as it is.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moiety.errors import CheckpointError, ConfigError
+from moiety.model.checkpoint.checkpoint import EXPERT, INDEX_FILE, Checkpoint
+from moiety.model.checkpoint.headers import TensorEntry
+from moiety.model.checkpoint.reading import Reader
+from moiety.model.checkpoint.shards import write_shards
+from moiety.model.checkpoint.tokenizer import open_tokenizer
+from moiety.model.experts.cached import expert_layout
+from moiety.model.experts.layout import ExpertLayout
+from moiety.policy.precision import Allocation, Option, Precision, allocate
+from moiety.tools.quantize.sensitivity import Pair, Sensitivity, measure_sensitivity
+from moiety.wire.codec import torch_dtype
+from moiety_kernels import Int4Matrix, Int8Matrix
+
+PLAIN = Precision(16)
+SMALLER = (Precision(8), Precision(4, 32), Precision(4, 128))
+REPORT = "quantization_report.json"
+PICTURE = "quantization_report.svg"
+WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+SEQUENCE = 256  # tokens of one sequence of calibration text
+
+
+@dataclass(frozen=True, slots=True)
+class Quantised:
+    """What was decided for a checkpoint, and what it was decided from."""
+
+    allocation: Allocation[Pair]
+    sensitivity: Sensitivity
+    options: Mapping[Pair, tuple[Option, ...]]
+    other_bytes: int  # of all that is not a routed expert's matrix
+
+    @property
+    def nbytes(self) -> int:
+        """Of all weights."""
+        return self.other_bytes + self.allocation.nbytes
+
+    def uniform(self, precision: Precision) -> Allocation[Pair] | None:
+        """Every expert at `precision`; None where that was not measured."""
+        chosen = {
+            pair: option
+            for pair, options in self.options.items()
+            for option in options
+            if option.precision == precision
+        }
+        return Allocation(chosen) if len(chosen) == len(self.options) else None
+
+
+def quantise(
+    folder: str,
+    out: Path,
+    memory: int,
+    calibration: str,
+    *,
+    tokens: int = 4096,
+    dtype: str = "auto",
+    progress: Callable[[str], None] = lambda _: None,
+) -> Quantised:
+    """Writes `folder`'s model to `out` so that its weights take at most `memory` bytes. Raises CheckpointError, ConfigError."""
+    checkpoint = Checkpoint.open(folder)
+    layout = expert_layout(checkpoint)
+    check_writable(out)
+    precisions = usable(checkpoint, layout)
+    progress(f"measuring {layout.shape.moe_layers} layers of {layout.shape.experts} experts")
+    ids = calibration_ids(folder, calibration, min(tokens, layout.shape.max_context * 64), layout.shape.max_context)
+    kind = torch_dtype(dtype, layout.shape.dtype)
+    sensitivity = measure_sensitivity(checkpoint, layout, ids, precisions, kind, progress)
+    quantised = decide(checkpoint, layout, sensitivity, precisions, memory)
+    progress(f"writing {out}")
+    chosen = {pair: option.precision for pair, option in quantised.allocation.chosen.items()}
+    write_quantised(checkpoint, layout, chosen, out, progress)
+    return quantised
+
+
+def decide(
+    checkpoint: Checkpoint,
+    layout: ExpertLayout,
+    sensitivity: Sensitivity,
+    precisions: Sequence[Precision],
+    memory: int,
+) -> Quantised:
+    """The precision of each expert for weights of at most `memory` bytes. Raises ConfigError where there is none."""
+    experts = {name for pair in sensitivity.errors for name in names_of(layout, pair)}
+    other = sum(entry.nbytes for name, entry in checkpoint.tensors.items() if name not in experts)
+    options = {}
+    for pair, errors in sensitivity.errors.items():
+        of_pair = [checkpoint.tensor(name) for name in names_of(layout, pair)]
+        shapes = [(entry.shape[0], entry.shape[1]) for entry in of_pair]
+        plain = Option(PLAIN, sum(entry.nbytes for entry in of_pair), 0.0)
+        item = plain.nbytes // sum(rows * columns for rows, columns in shapes)
+        smaller = (
+            Option(precision, sum(precision.bytes_of(shape, item) for shape in shapes), errors[precision])
+            for precision in precisions
+        )
+        options[pair] = (plain, *smaller)
+    try:
+        allocation = allocate(options, memory - other)
+    except ConfigError:
+        least = other + sum(min(option.nbytes for option in of_pair) for of_pair in options.values())
+        raise ConfigError(
+            "memory",
+            memory,
+            f"must be at least {least} bytes: {other} of attention, router and the like, the rest experts",
+        ) from None
+    return Quantised(allocation, sensitivity, options, other)
+
+
+def usable(checkpoint: Checkpoint, layout: ExpertLayout) -> tuple[Precision, ...]:
+    """The precisions that fit the experts' widths. Raises CheckpointError where experts cannot be stored one by one."""
+    for names in (names for layer in layout.layers for field, names in layer.sources.items() if "bias" not in field):
+        for name in names:
+            entry = checkpoint.tensor(name.replace(EXPERT, "0"))
+            if not isinstance(entry, TensorEntry):
+                raise CheckpointError(
+                    f"checkpoint {checkpoint.path}: its experts are quantised already ({entry.dtype})"
+                )
+            if EXPERT not in name or not name.endswith(".weight"):
+                raise CheckpointError(
+                    f"checkpoint {checkpoint.path}: {name} holds all experts of a layer in one tensor, which cannot "
+                    "have bits per expert"
+                )
+    mlp = layout.shape.mlp
+    return tuple(
+        precision
+        for precision in SMALLER
+        if not precision.group or (mlp.hidden % precision.group == 0 and mlp.intermediate % precision.group == 0)
+    )
+
+
+def names_of(layout: ExpertLayout, pair: Pair) -> Iterator[str]:
+    """The tensors of one expert's matrices."""
+    layer, expert = pair
+    for field, names in layout.layers[layer].sources.items():
+        if "bias" not in field:
+            yield from (name.replace(EXPERT, str(expert)) for name in names)
+
+
+def calibration_ids(folder: str, text: str, tokens: int, longest: int) -> torch.Tensor:
+    """`text` as token ids [sequences, tokens of a sequence]. Raises ConfigError where it is too short."""
+    tokenizer, _ = open_tokenizer(folder)
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][:tokens]
+    length = min(SEQUENCE, longest, len(ids))
+    if length < 16:
+        raise ConfigError("calibration", len(ids), "tokens: must be at least 16, better a few thousand")
+    return torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
+
+
+def check_writable(out: Path) -> None:
+    """Raises ConfigError unless `out` is a new or an empty folder."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError("out", str(out), "must be a new or an empty folder")
+
+
+def write_quantised(
+    checkpoint: Checkpoint,
+    layout: ExpertLayout,
+    chosen: Mapping[Pair, Precision],
+    out: Path,
+    progress: Callable[[str], None] = lambda _: None,
+) -> None:
+    """The checkpoint with each expert in its precision, and a config that says so. One shard is in memory at a time."""
+    out.mkdir(parents=True, exist_ok=True)
+    precision_of = {name: precision for pair, precision in chosen.items() for name in names_of(layout, pair)}
+    with ExitStack() as stack:
+        reader = stack.enter_context(Reader())
+
+        def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+            every = max(1, len(checkpoint.tensors) // 20)
+            for number, (name, entry) in enumerate(checkpoint.tensors.items()):
+                if number % every == every - 1:
+                    progress(f"written {100 * number // len(checkpoint.tensors)} %")
+                if not isinstance(entry, TensorEntry):
+                    raise CheckpointError(f"checkpoint {checkpoint.path}: {name} is quantised already ({entry.dtype})")
+                yield from packed(name, reader.tensor(entry), precision_of.get(name, PLAIN))
+
+        write_shards(out, tensors())
+    config = dict(checkpoint.config)
+    if groups := _config_groups(layout, chosen):
+        config["quantization_config"] = {
+            "quant_method": "compressed-tensors",
+            "format": "pack-quantized",
+            "quantization_status": "compressed",
+            "kv_cache_scheme": None,
+            "ignore": [],
+            "config_groups": groups,
+        }
+    (out / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    for file in checkpoint.path.iterdir():
+        weights = file.suffix in WEIGHT_FILES or file.name == INDEX_FILE
+        if file.is_file() and not weights and not (out / file.name).exists():
+            shutil.copyfile(file, out / file.name)
+
+
+def packed(name: str, tensor: torch.Tensor, precision: Precision) -> Iterator[tuple[str, torch.Tensor]]:
+    """What is stored for the matrix `name` [O, D]: itself, or compressed-tensors' packed codes, scales and shape."""
+    if precision == PLAIN:
+        yield name, tensor
+        return
+    module = name.removesuffix(".weight")
+    scales = torch.bfloat16 if tensor.dtype == torch.bfloat16 else torch.float16
+    if precision.bits == 8:
+        wide = Int8Matrix.of(tensor)
+        codes, scale = wide.codes, wide.scale[:, None]
+    else:
+        narrow = Int4Matrix.of(tensor, precision.group, scales)
+        codes, scale = narrow.codes, narrow.scale
+    yield f"{module}.weight_packed", codes.view(torch.int32)
+    yield f"{module}.weight_scale", scale
+    yield f"{module}.weight_shape", torch.tensor(tensor.shape)
+
+
+def _config_groups(layout: ExpertLayout, chosen: Mapping[Pair, Precision]) -> dict[str, Any]:
+    """A config group per precision, whose targets are one regular expression per layer and tensor name."""
+    groups: dict[str, Any] = {}
+    for precision in sorted({*chosen.values()} - {PLAIN}):
+        targets = []
+        for ordinal, layer in enumerate(layout.layers):
+            experts = [str(expert) for (at, expert), of in sorted(chosen.items()) if at == ordinal and of == precision]
+            if not experts:
+                continue
+            for field, names in layer.sources.items():
+                for name in names if "bias" not in field else ():
+                    before, after = name.removesuffix(".weight").split(EXPERT)
+                    targets.append(f"re:{re.escape(before)}({'|'.join(experts)}){re.escape(after)}$")
+        groups[f"group_{len(groups)}"] = {
+            "targets": targets,
+            "input_activations": None,
+            "output_activations": None,
+            "weights": {
+                "num_bits": precision.bits,
+                "type": "int",
+                "symmetric": True,
+                "strategy": "group" if precision.group else "channel",
+                "group_size": precision.group or None,
+                "dynamic": False,
+            },
+        }
+    return groups

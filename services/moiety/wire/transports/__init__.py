@@ -1,0 +1,1 @@
+"""How calls reach an expert replica: gRPC, or shared memory on one node."""

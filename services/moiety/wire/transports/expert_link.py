@@ -1,0 +1,128 @@
+"""The router's end of one expert replica: what it says of itself, and the connection that carries calls to it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+
+import grpc
+
+from moiety.core.experts import ExpertSet
+from moiety.core.replica import Transport
+from moiety.errors import FailedPrecondition, InvalidRequest, MoietyError
+from moiety.internal.v1.experts_pb2 import DescribeReplicaRequest, DescribeReplicaResponse
+from moiety.wire import status
+from moiety.wire.channels import channel
+from moiety.wire.transports.connection import Connection
+from moiety.wire.transports.grpc_connection import GrpcConnection
+from moiety.wire.transports.mailbox import Mailbox
+from moiety.wire.transports.shm_connection import SharedMemoryConnection
+from moiety.wire.transports.shm_segment import AVAILABLE
+
+_log = logging.getLogger(__name__)
+
+
+class ExpertLink:
+    """An open connection and a channel for Describe. Made, asked and closed on one asyncio loop."""
+
+    def __init__(
+        self,
+        description: DescribeReplicaResponse,
+        transport: Transport,
+        connection: Connection,
+        channels: list[grpc.aio.Channel],
+    ):
+        self.description = description  # as the replica told last
+        self.transport, self.connection = transport, connection
+        self._channels = channels
+
+    @classmethod
+    async def open(
+        cls, address: str, timeout_s: float, mailbox: Mailbox, transport: Transport = Transport.AUTO
+    ) -> ExpertLink:
+        """Connects and shakes hands within `timeout_s`. The answers of calls are posted to `mailbox`.
+
+        `auto` is shared memory where the replica can be reached by it, else gRPC. Raises PeerLost, what Describe
+        answered, InvalidRequest where what it says it holds cannot be read, FailedPrecondition where it cannot be
+        reached by the transport that is asked for.
+        """
+        channels = [channel(address)]
+        try:
+            description = await _describe(channels[0], timeout_s)
+            if transport in (Transport.AUTO, Transport.SHM):
+                try:
+                    connection = await _shared_memory(description, mailbox, timeout_s)
+                    return cls(description, Transport.SHM, connection, channels)
+                except MoietyError as error:
+                    if transport is Transport.SHM:
+                        raise FailedPrecondition(f"{address} cannot be reached by shared memory: {error}") from None
+                    _log.debug("%s is reached by gRPC, not by shared memory: %s", address, error)
+            if transport is Transport.UNIX:
+                address = await _unix(description, address)
+                channels.append(channel(address))
+            used = transport if transport is Transport.UNIX else Transport.GRPC
+            return cls(description, used, GrpcConnection(address, channels[-1], mailbox), channels)
+        except BaseException:
+            await asyncio.gather(*(each.close() for each in channels))
+            raise
+
+    async def describe(self, timeout_s: float) -> DescribeReplicaResponse:
+        """Asks again what the replica holds, after it said NOT_HELD. Raises PeerLost, what Describe answered, or
+        InvalidRequest.
+        """
+        self.description = await _describe(self._channels[0], timeout_s)
+        return self.description
+
+    @property
+    def held(self) -> ExpertSet:
+        return ExpertSet.parse(self.description.held)
+
+    @property
+    def leaving(self) -> ExpertSet:
+        """Experts that are answered too, for now."""
+        return ExpertSet.parse(self.description.leaving)
+
+    async def close(self) -> None:
+        """Whatever is unanswered gets PeerLost."""
+        await self.connection.close()
+        await asyncio.gather(*(each.close() for each in self._channels))
+
+
+async def _shared_memory(told: DescribeReplicaResponse, mailbox: Mailbox, timeout_s: float) -> SharedMemoryConnection:
+    if not told.shared_memory:
+        raise FailedPrecondition("it does not offer it")
+    if not AVAILABLE:
+        raise FailedPrecondition("this system has no memfd_create")
+    return await SharedMemoryConnection.open(told, mailbox, timeout_s)
+
+
+async def _unix(told: DescribeReplicaResponse, address: str) -> str:
+    """The address of the replica's unix socket, once it is known to be one of this node's."""
+    if not told.unix:
+        raise FailedPrecondition(f"{address} offers no unix socket")
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.setblocking(False)
+        try:
+            await asyncio.get_running_loop().sock_connect(probe, f"\0{told.unix}")
+        except OSError as error:
+            raise FailedPrecondition(f"{address} cannot be reached by its unix socket: {error}") from None
+    return f"unix-abstract:{told.unix}"
+
+
+async def _describe(grpc_channel: grpc.aio.Channel, timeout_s: float) -> DescribeReplicaResponse:
+    call = grpc_channel.unary_unary(
+        "/moiety.internal.v1.ExpertService/DescribeReplica",
+        request_serializer=DescribeReplicaRequest.SerializeToString,
+        response_deserializer=DescribeReplicaResponse.FromString,
+    )
+    try:
+        description: DescribeReplicaResponse = await call(DescribeReplicaRequest(), timeout=timeout_s)
+    except grpc.RpcError as error:
+        raise status.error_of(error) from None
+    for field, text in (("held", description.held), ("leaving", description.leaving)):
+        try:
+            ExpertSet.parse(text)
+        except ValueError as error:
+            raise InvalidRequest(field, text, f"a set of experts: {error}") from None
+    return description

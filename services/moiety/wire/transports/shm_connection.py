@@ -1,0 +1,173 @@
+"""The router's end of a shared-memory connection: one segment, one doorbell, see `doorbell.py`."""
+
+from __future__ import annotations
+
+import asyncio
+import mmap
+import os
+import select
+import socket
+import struct
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+from google.protobuf.message import DecodeError
+
+from moiety.core.replica import WIRE_VERSION
+from moiety.errors import FailedPrecondition, PeerLost, ResourceExhausted
+from moiety.internal.v1.experts_pb2 import (
+    DescribeReplicaResponse,
+    ForwardRequest,
+    ForwardResponse,
+    SharedMemoryHello,
+    SharedMemoryWelcome,
+)
+from moiety.wire import codec
+from moiety.wire.transports.connection import Answer, Reply
+from moiety.wire.transports.doorbell import ANSWER, CALL, MESSAGE_BYTES, Doorbell, check_peer
+from moiety.wire.transports.mailbox import Mailbox
+from moiety.wire.transports.shm_segment import SEGMENT_BYTES, Allocator, aligned, create_segment
+
+
+@dataclass(slots=True)
+class _Range:
+    """The part of the segment that one call has until it is answered."""
+
+    connection: SharedMemoryConnection
+    key: tuple[int, int]  # call id, attempt
+    start: int
+    size: int
+    rows_bytes: int
+    reply_bytes: int
+    header_bytes: int
+    rows: codec.Rows
+
+    def send(self, answer: Answer) -> None:
+        self.connection._send(self, answer)
+
+
+class SharedMemoryConnection:
+    """A Connection to a replica on the same node."""
+
+    def __init__(self, peer: str, sock: socket.socket, segment: mmap.mmap, mailbox: Mailbox):
+        self.closed = asyncio.Event()
+        self._peer, self._mailbox = peer, mailbox
+        self._segment: mmap.mmap | None = segment  # None once the connection is lost: the memory is free then
+        self._allocator = Allocator(len(segment))
+        self._calls: dict[int, tuple[_Range, Answer]] = {}
+        self._lost: PeerLost | None = None
+        self._loop = asyncio.get_running_loop()
+        self._hang_up = self._watch_for_hang_up(sock)
+        self._doorbell = Doorbell(sock, mailbox, self._heard, self._break)
+
+    @classmethod
+    async def open(
+        cls, told: DescribeReplicaResponse, mailbox: Mailbox, timeout_s: float, size: int | None = None
+    ) -> SharedMemoryConnection:
+        """Knocks at the replica that described itself so. Raises PeerLost where it is not on this node or belongs to
+        another user, FailedPrecondition where it refuses.
+        """
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            sock.setblocking(False)
+            async with asyncio.timeout(timeout_s):
+                segment = await _shake_hands(sock, told, size or SEGMENT_BYTES)
+            return cls(told.shared_memory, sock, segment, mailbox)
+        except (OSError, DecodeError, TimeoutError) as error:
+            sock.close()
+            raise PeerLost(f"its shared memory cannot be had: {error or 'no answer'}") from None
+        except BaseException:
+            sock.close()
+            raise
+
+    def acquire(self, header: ForwardRequest, *, rows: int, row_bytes: int, reply_rows: int) -> _Range:
+        rows_bytes, reply_bytes = rows * row_bytes, reply_rows * row_bytes
+        row = codec.row_dtype(row_bytes)
+        key = header.call_id, header.attempt
+        if self._segment is None:
+            return _Range(self, key, 0, 0, rows_bytes, reply_bytes, 0, np.empty(rows, row))
+        header.payload_bytes = rows_bytes
+        header.sent_ns = time.monotonic_ns()
+        message = header.SerializeToString()
+        into = aligned(rows_bytes) + aligned(reply_bytes)
+        size = into + len(message)
+        start = self._allocator.allocate(size)
+        if start is None:
+            told = f"{len(self._calls)} calls to {self._peer} fill the {len(self._segment)} bytes there are"
+            raise ResourceExhausted(told, 0.05)
+        self._segment[start + into : start + size] = message
+        place = np.frombuffer(self._segment, row, rows, start)
+        return _Range(self, key, start, size, rows_bytes, reply_bytes, len(message), place)
+
+    async def close(self) -> None:
+        self._doorbell.hang_up("closed here")
+        self._gone()
+
+    def _send(self, call: _Range, answer: Answer) -> None:
+        if self._lost is not None:
+            self._mailbox.post(partial(answer, self._lost))
+            return
+        self._calls[call.start] = call, answer
+        self._doorbell.ring(CALL.pack(call.start, call.rows_bytes, call.reply_bytes, call.header_bytes))
+
+    def _heard(self, message: bytes) -> None:
+        assert self._segment is not None, "a lost connection hears nothing"
+        try:
+            (start,) = ANSWER.unpack_from(message)
+            header = ForwardResponse.FromString(message[ANSWER.size :])
+            call, answer = self._calls[start]
+            if (header.call_id, header.attempt) != call.key or header.payload_bytes > call.reply_bytes:
+                raise KeyError(start)
+        except (struct.error, DecodeError, KeyError) as error:
+            self._doorbell.end(f"it answered what was not asked ({type(error).__name__})")
+            return
+        del self._calls[start]
+        at = start + aligned(call.rows_bytes)
+        try:
+            answer(Reply(header, memoryview(self._segment)[at : at + header.payload_bytes]))
+        finally:
+            self._allocator.release(start, call.size)
+
+    def _break(self, why: str) -> None:
+        self._lost = PeerLost(f"the connection to {self._peer} broke: {why}")
+        self._segment = None
+        calls, self._calls = self._calls, {}
+        for _, answer in calls.values():
+            self._mailbox.post(partial(answer, self._lost))
+        with suppress(RuntimeError):  # a loop that is closed has nobody left to tell
+            self._loop.call_soon_threadsafe(self._gone)
+
+    # The loop's part: a replica that dies while no call is in flight must leave the table too ---------------------
+
+    def _watch_for_hang_up(self, sock: socket.socket) -> select.epoll:
+        """Messages are the owner's; the loop is woken by the end of the connection only, through an epoll of its own."""
+        hang_up = select.epoll()
+        hang_up.register(sock, select.EPOLLRDHUP)
+        self._loop.add_reader(hang_up, self._gone)
+        return hang_up
+
+    def _gone(self) -> None:
+        if not self._hang_up.closed:
+            self._loop.remove_reader(self._hang_up)
+            self._hang_up.close()
+        self.closed.set()
+
+
+async def _shake_hands(sock: socket.socket, told: DescribeReplicaResponse, size: int) -> mmap.mmap:
+    loop = asyncio.get_running_loop()
+    await loop.sock_connect(sock, f"\0{told.shared_memory}")
+    check_peer(sock)
+    descriptor, segment = create_segment(size)
+    try:
+        hello = SharedMemoryHello(wire_version=WIRE_VERSION, revision=told.revision, dtype=told.dtype)
+        socket.send_fds(sock, [hello.SerializeToString()], [descriptor])
+    finally:
+        os.close(descriptor)
+    welcome = await loop.sock_recv(sock, MESSAGE_BYTES)
+    answer = SharedMemoryWelcome.FromString(welcome)
+    if not answer.accepted:
+        raise FailedPrecondition(answer.refusal or "it hung up")
+    return segment

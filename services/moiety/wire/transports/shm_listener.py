@@ -1,0 +1,184 @@
+"""The replica's end of shared-memory connections: who knocks, and the calls that each of them makes."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import mmap
+import os
+import socket
+import struct
+import uuid
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+
+import numpy as np
+from google.protobuf.message import DecodeError
+
+from moiety.core.replica import WIRE_VERSION
+from moiety.errors import InvalidRequest, MoietyError, PeerLost, RevisionMismatch
+from moiety.internal.v1.experts_pb2 import (
+    OUTCOME_INVALID,
+    ForwardRequest,
+    ForwardResponse,
+    SharedMemoryHello,
+    SharedMemoryWelcome,
+)
+from moiety.wire.codec import Picked
+from moiety.wire.frames import Answerer
+from moiety.wire.transports.doorbell import ANSWER, CALL, MESSAGE_BYTES, Doorbell, check_peer
+from moiety.wire.transports.mailbox import Mailbox
+from moiety.wire.transports.shm_segment import AVAILABLE, aligned, map_segment
+
+_log = logging.getLogger(__name__)
+
+HANDSHAKE_S = 2.0
+DETAIL_CHARACTERS = MESSAGE_BYTES // 8  # an answer's words for people must fit into a message, whatever their alphabet
+
+Accept = Callable[[ForwardRequest, memoryview, Answerer], None]
+
+
+class SharedMemoryListener:
+    """Takes connections on its loop and hands them to the mailbox, whose owner gets their calls through `accept`.
+
+    `accept(header, payload, answer)`: the payload may be read until `answer(reply, picked)` is called, once, by the owner.
+    """
+
+    def __init__(self, revision: str, dtype: str, row_bytes: int, mailbox: Mailbox, accept: Accept):
+        self.name = f"moiety-{uuid.uuid4().hex}"  # in the abstract namespace: nothing to clean up
+        self.peers: set[SharedMemoryPeer] = set()  # changed by the mailbox's owner
+        self._revision, self._dtype, self._row_bytes = revision, dtype, row_bytes
+        self._mailbox, self._accept = mailbox, accept
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._socket.bind(f"\0{self.name}")
+        self._socket.listen(64)
+        self._socket.setblocking(False)
+        self._loop = asyncio.get_running_loop()
+        self._greeting: set[asyncio.Task[None]] = set()
+        self._task = asyncio.create_task(self._listen())
+
+    @staticmethod
+    def available() -> bool:
+        """Whether this machine has what it takes: Linux."""
+        return AVAILABLE
+
+    async def close(self) -> None:
+        """Ends all connections; their routers send what is unanswered elsewhere."""
+        tasks = [self._task, *self._greeting]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._socket.close()
+        self._mailbox.post(self._close_peers)
+
+    async def _listen(self) -> None:
+        while True:
+            sock, _ = await self._loop.sock_accept(self._socket)
+            task = asyncio.create_task(self._greet(sock))
+            self._greeting.add(task)
+            task.add_done_callback(self._greeting.discard)
+
+    async def _greet(self, sock: socket.socket) -> None:
+        try:
+            async with asyncio.timeout(HANDSHAKE_S):
+                segment = await self._shake_hands(sock)
+        except (MoietyError, DecodeError, OSError, TimeoutError) as error:
+            _log.warning("a router is not let into shared memory: %s", error or "it said nothing")
+            with suppress(OSError):
+                sock.send(SharedMemoryWelcome(refusal=str(error)[:DETAIL_CHARACTERS]).SerializeToString())
+            sock.close()
+        except BaseException:
+            sock.close()
+            raise
+        else:
+            self._mailbox.post(lambda: self._admit(sock, segment))
+
+    def _close_peers(self) -> None:
+        for peer in tuple(self.peers):
+            peer.close()
+
+    def _admit(self, sock: socket.socket, segment: mmap.mmap) -> None:
+        self.peers.add(
+            SharedMemoryPeer(sock, segment, self._row_bytes, self._mailbox, self._accept, self.peers.discard)
+        )
+
+    async def _shake_hands(self, sock: socket.socket) -> mmap.mmap:
+        sock.setblocking(False)
+        check_peer(sock)
+        readable = asyncio.Event()
+        self._loop.add_reader(sock, readable.set)
+        try:
+            await readable.wait()
+        finally:
+            self._loop.remove_reader(sock)
+        message, descriptors, _, _ = socket.recv_fds(sock, MESSAGE_BYTES, 1)
+        try:
+            hello = SharedMemoryHello.FromString(message)
+            if not descriptors:
+                raise PeerLost("it brought no segment")
+            if (hello.wire_version, hello.revision, hello.dtype) != (WIRE_VERSION, self._revision, self._dtype):
+                raise RevisionMismatch(
+                    f"this replica serves revision {self._revision} in {self._dtype}, wire version {WIRE_VERSION}"
+                )
+            segment = map_segment(descriptors[0])
+        finally:
+            for descriptor in descriptors:
+                os.close(descriptor)
+        sock.send(SharedMemoryWelcome(accepted=True).SerializeToString())
+        return segment
+
+
+class SharedMemoryPeer:
+    """One router's calls. Belongs to the mailbox's owner."""
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        segment: mmap.mmap,
+        row_bytes: int,
+        mailbox: Mailbox,
+        accept: Accept,
+        left: Callable[[SharedMemoryPeer], None],
+    ):
+        self._segment, self._row_bytes, self._accept, self._left = segment, row_bytes, accept, left
+        self._doorbell = Doorbell(sock, mailbox, self._heard, self._lost)
+
+    def close(self) -> None:
+        self._doorbell.end("closed here")
+
+    def _heard(self, message: bytes) -> None:
+        try:
+            start, rows_bytes, reply_bytes, header_bytes = CALL.unpack(message)
+            reply_at = start + aligned(rows_bytes)
+            header_at = reply_at + aligned(reply_bytes)
+            if header_at + header_bytes > len(self._segment):
+                raise InvalidRequest("range", message.hex(), f"within the segment's {len(self._segment)} bytes")
+            header = ForwardRequest.FromString(self._segment[header_at : header_at + header_bytes])
+        except (struct.error, DecodeError, InvalidRequest) as error:
+            self._doorbell.end(f"it sent no call: {error}")
+            return
+        payload = memoryview(self._segment).toreadonly()[start : start + rows_bytes]
+        answer = partial(self._answer, start, reply_at)
+        if len(header.experts) // 4 * self._row_bytes > reply_bytes:
+            detail = f"room for an answer of {reply_bytes} bytes, too little for {len(header.experts) // 4} rows"
+            answer(
+                ForwardResponse(call_id=header.call_id, attempt=header.attempt, outcome=OUTCOME_INVALID, detail=detail),
+                None,
+            )
+            return
+        self._accept(header, payload, answer)
+
+    def _answer(self, start: int, reply_at: int, reply: ForwardResponse, picked: Picked | None) -> None:
+        reply.payload_bytes = 0
+        if picked is not None and picked.nbytes:
+            reply.payload_bytes = picked.nbytes
+            into = np.frombuffer(self._segment, picked.rows.dtype, len(picked.order), reply_at)
+            picked.rows.take(picked.order, out=into, mode="clip")  # any mode but "raise" writes without a copy between
+        if reply.detail:
+            reply.detail = reply.detail[:DETAIL_CHARACTERS]
+        self._doorbell.ring(ANSWER.pack(start) + reply.SerializeToString())
+
+    def _lost(self, why: str) -> None:
+        _log.info("a router left shared memory: %s", why)
+        self._left(self)

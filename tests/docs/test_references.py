@@ -1,0 +1,46 @@
+"""What the documentation names exists: links, files and folders, in Markdown and in the code's own words."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TRACKED = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+MARKDOWN = [path for path in TRACKED if path.endswith(".md")]
+SOURCES = [path for path in TRACKED if path.endswith((".py", ".proto", ".cpp", ".h", ".yaml")) and "_pb2" not in path]
+LINK = re.compile(r"\]\(([^)#\s]+)(#[^)\s]*)?\)")
+FILE = re.compile(r"`([\w./-]+\.(?:py|md|proto|cpp|h|toml|tpl))(?::\w+)?`")
+
+
+def named(text: str) -> Iterator[str]:
+    """Files in backticks; a glob or a placeholder names none."""
+    for match in FILE.finditer(text):
+        if not any(sign in match[1] for sign in "*{<"):
+            yield match[1]
+
+
+@pytest.mark.parametrize("path", MARKDOWN)
+def test_every_link_leads_somewhere(path: str) -> None:
+    """A relative link in Markdown names a file or folder of the repository."""
+    text = (ROOT / path).read_text("utf-8")
+    links = [match[1] for match in LINK.finditer(text) if "://" not in match[1] and not match[1].startswith("mailto:")]
+    missing = [link for link in links if not (ROOT / path).parent.joinpath(link).exists()]
+    assert not missing
+
+
+def test_every_file_that_is_named_exists() -> None:
+    """`folder/file.py` in Markdown, docstrings and comments is the end of some tracked file's path."""
+    ends = {"/".join(parts[start:]) for parts in (path.split("/") for path in TRACKED) for start in range(len(parts))}
+    others = {"integrations/moe.py"}  # of other projects
+    missing = {
+        f"{path}: {name}"
+        for path in MARKDOWN + SOURCES
+        for name in named((ROOT / path).read_text("utf-8"))
+        if name.removeprefix("./") not in ends | others
+    }
+    assert not sorted(missing)

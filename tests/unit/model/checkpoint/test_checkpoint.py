@@ -1,0 +1,113 @@
+"""Opening checkpoints: what is found in a good one, and what is said about a bad one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from moiety.errors import CheckpointError
+from moiety.model.checkpoint.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint
+
+
+@pytest.fixture
+def folder(open_tiny, tmp_path: Path) -> Path:
+    """A sharded checkpoint that a test may damage."""
+    copy = tmp_path / "checkpoint"
+    shutil.copytree(open_tiny("mixtral")[0].path, copy)
+    return copy
+
+
+def shards(folder: Path) -> list[Path]:
+    """The folder's safetensors files, in order."""
+    return sorted(folder.glob("*.safetensors"))
+
+
+def test_entries_point_at_the_bytes(folder: Path):
+    """Every tensor's dtype, shape and byte range are those safetensors itself reads."""
+    checkpoint = Checkpoint.open(folder)
+    assert len(checkpoint.shards) > 1
+    for shard in checkpoint.shards:
+        for name, tensor in load_file(shard).items():
+            entry = checkpoint.tensor(name)
+            assert (entry.file, entry.dtype, entry.shape) == (shard, "F32", tuple(tensor.shape))
+            stored = shard.read_bytes()[entry.start : entry.end]
+            assert torch.equal(torch.frombuffer(bytearray(stored), dtype=torch.float32).view(tensor.shape), tensor)
+
+
+def test_a_single_file_needs_no_index(folder: Path, tmp_path: Path):
+    """A folder with model.safetensors alone opens as well."""
+    single = tmp_path / "single"
+    single.mkdir()
+    shutil.copy(folder / "config.json", single)
+    shutil.copy(shards(folder)[0], single / SINGLE_FILE)
+    assert Checkpoint.open(single).shards == (single / SINGLE_FILE,)
+
+
+def remove(name: str) -> Callable[[Path], None]:
+    """A damage: one file is gone."""
+    return lambda folder: (folder / name).unlink()
+
+
+def rewrite(name: str, content: bytes) -> Callable[[Path], None]:
+    """A damage: one file holds something else."""
+    return lambda folder: _write(folder / name, content)
+
+
+def rewrite_shard(change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
+    """A damage to the first shard's bytes."""
+    return lambda folder: _write(shards(folder)[0], change(shards(folder)[0].read_bytes()))
+
+
+def _write(file: Path, content: bytes) -> None:
+    file.write_bytes(content)
+
+
+def index_names(tensor: str, file: str | None = None) -> Callable[[Path], None]:
+    """A damage: the index places `tensor` in `file`, by default the first shard."""
+
+    def damage(folder: Path) -> None:
+        index = json.loads((folder / INDEX_FILE).read_text())
+        index["weight_map"][tensor] = file or shards(folder)[0].name
+        (folder / INDEX_FILE).write_text(json.dumps(index))
+
+    return damage
+
+
+DAMAGES = {
+    "no config": (remove("config.json"), "config.json: missing"),
+    "config is not JSON": (rewrite("config.json", b"{"), "not readable as JSON"),
+    "config is not text": (rewrite("config.json", b"\xff\xfe"), "not readable as JSON"),
+    "config is a list": (rewrite("config.json", b"[]"), "JSON list, not an object"),
+    "no safetensors": (remove(INDEX_FILE), "no safetensors"),
+    "an empty index": (rewrite(INDEX_FILE, b"{}"), "holds no weight_map"),
+    "a missing shard": (lambda folder: shards(folder)[1].unlink(), "model-00002-of-.*is missing"),
+    "a shard outside the folder": (index_names("x", "../x.safetensors"), "must be a plain file name"),
+    "a tensor the shard lacks": (index_names("x"), "tensor x, .* is missing"),
+    "an empty shard": (rewrite_shard(lambda data: b""), "damaged: 0 bytes cannot hold"),
+    "a header cut short": (rewrite_shard(lambda data: data[:100]), "damaged: 100 bytes cannot hold"),
+    "a header that is not JSON": (rewrite_shard(lambda data: data[:8] + b"!" + data[9:]), "header is not JSON"),
+    "a huge header length": (rewrite_shard(lambda data: b"\xff" * 8 + data[8:]), "cannot hold the safetensors header"),
+    "missing last byte": (rewrite_shard(lambda data: data[:-1]), "truncated"),
+    "an unknown dtype": (rewrite_shard(lambda data: data.replace(b'"F32"', b'"F99"', 1)), "unknown dtype F99"),
+    "a wrong shape": (rewrite_shard(lambda data: data.replace(b"[64]", b"[65]", 1)), "does not fit its data_offsets"),
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGES.values(), ids=DAMAGES)
+def test_damage_is_named(folder: Path, damage: Callable[[Path], None], message: str):
+    """A damaged folder is refused at opening, by an error that names the file and what is wrong with it."""
+    damage(folder)
+    with pytest.raises(CheckpointError, match=message):
+        Checkpoint.open(folder)
+
+
+def test_a_missing_folder_is_named(tmp_path: Path):
+    """A path that is not there is an error that repeats it."""
+    with pytest.raises(CheckpointError, match="nowhere: no such folder"):
+        Checkpoint.open(tmp_path / "nowhere")

@@ -1,0 +1,93 @@
+"""Slices of an expert: their outputs add up to the expert's, whatever its form."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from moiety.core.experts import ExpertMLP, ExpertSet
+from moiety.errors import ConfigError
+from moiety.model.experts.slicing import slice_of, sliced_revision
+from moiety.testing import fake_shape
+from moiety_kernels import ExpertWeights
+from moiety_kernels.ops.partial_expert_mlp import grouped_partial_mlp
+
+FORMS = {
+    "mixtral": ExpertMLP(8, 12),
+    "gpt-oss": ExpertMLP(8, 12, "swiglu_clamped", interleaved=True, biased=True, limit=7.0, alpha=1.7),
+    "plain": ExpertMLP(8, 12, "relu2", gated=False),
+}
+
+
+def random_expert(mlp: ExpertMLP, dtype: torch.dtype) -> ExpertWeights:
+    """Weights of this form, the same every time."""
+    generator = torch.Generator().manual_seed(1)
+    width = mlp.intermediate * (2 if mlp.gated else 1)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(dtype) / 2
+
+    biases = (random(width), random(mlp.hidden)) if mlp.biased else (None, None)
+    return ExpertWeights(random(width, mlp.hidden), random(mlp.hidden, mlp.intermediate), *biases)
+
+
+def computed(expert: ExpertWeights, mlp: ExpertMLP, rows: torch.Tensor) -> torch.Tensor:
+    """The rows through one expert, in float32."""
+    return grouped_partial_mlp(
+        rows,
+        [len(rows)],
+        [expert],
+        activation=mlp.activation,
+        gated=mlp.gated,
+        interleaved=mlp.interleaved,
+        limit=mlp.limit,
+        alpha=mlp.alpha,
+    )
+
+
+@pytest.mark.parametrize("slices", [2, 3])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_slices_add_up_to_their_expert(form: str, slices: int, dtype: torch.dtype) -> None:
+    """Summed in float32 they equal the whole: a bias counts once, and bfloat16 rounds no more than the whole does."""
+    mlp = FORMS[form]
+    expert, rows = random_expert(mlp, dtype), torch.randn(5, 8, generator=torch.Generator().manual_seed(2)).to(dtype)
+    parts = [slice_of(expert, mlp, number, slices, dtype) for number in range(slices)]
+    assert all(part.form[:2] == (8, 12 // slices) for part in parts)
+    total = sum(computed(part, mlp, rows) for part in parts)
+    assert total.dtype == torch.float32
+    # gate and up are rounded to bfloat16 alike in both; only the order of the sum differs
+    torch.testing.assert_close(total, computed(expert, mlp, rows), rtol=1e-5, atol=1e-5)
+
+
+def test_slices_share_no_memory_with_their_expert() -> None:
+    """What is kept of an expert is its slice: half of the bytes for one of two."""
+    expert = random_expert(FORMS["gpt-oss"], torch.float32)
+    part = slice_of(expert, FORMS["gpt-oss"], 1, 2, torch.float32)
+    assert part.gate_up.untyped_storage().nbytes() * 2 == expert.gate_up.untyped_storage().nbytes()
+    assert part.down.untyped_storage().nbytes() * 2 == expert.down.untyped_storage().nbytes()
+
+
+def test_groups_hold_one_slice_of_each_expert_of_a_share() -> None:
+    """Four groups of six experts in two slices: every slice has one holder, and no group has both of an expert."""
+    shape = fake_shape(layers=1, experts=6, hidden=8)
+    plan = shape.sliced_partition(4, 2)
+    assert [str(held) for held in plan] == ["0:0,2,4", "0:1,3,5", "0:6,8,10", "0:7,9,11"]
+    assert shape.sliced_partition(3, 1) == shape.partition(3)
+    with pytest.raises(ConfigError, match="groups = 3: must be a multiple of 2"):
+        shape.sliced_partition(3, 2)
+
+
+def test_a_slice_count_must_divide_the_experts() -> None:
+    """Boundaries are fixed by the count alone, so unequal slices do not exist."""
+    shape = fake_shape(layers=1, experts=6, hidden=8)
+    with pytest.raises(ConfigError, match=r"slices = 7: must divide \d+"):
+        shape.sliced(7)
+    assert shape.sliced(2).experts == 12
+    assert ExpertSet.block(1, range(12)) == shape.sliced(2).partition(1)[0]
+
+
+def test_models_in_other_slices_never_meet() -> None:
+    """Expert numbers mean something else there: the revision that replicas tell is another."""
+    assert sliced_revision("r", 1) == "r"
+    assert len({sliced_revision("r", slices) for slices in (1, 2, 4)}) == 3

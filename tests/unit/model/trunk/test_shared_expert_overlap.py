@@ -1,0 +1,157 @@
+"""Shared experts are computed while routed rows are away, and no bit of the logits tells."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from moiety.core.expert_backend import PendingRows
+from moiety.model.seam import LAYER_ATTRIBUTE, remote_experts, use_backend
+from moiety.model.trunk import shared_expert_overlap
+from moiety.model.trunk.read import load_trunk
+
+TOKENS = torch.randint(3, 320, (1, 23), generator=torch.Generator().manual_seed(0))
+SHARED = {"qwen2_moe": 3, "deepseek_v3": 3, "deepseek_v2": 3}  # MoE layers of the tiny checkpoints
+
+
+class Away:
+    """Hands work on, and knows whether rows are away."""
+
+    def __init__(self, experts: Any):
+        self.experts, self.away = experts, False
+
+    def submit(self, layer: int, hidden: torch.Tensor, top_k_index: torch.Tensor) -> PendingRows:
+        pending = self.experts.submit(layer, hidden, top_k_index)
+        self.away = True
+        return Returning(self, pending)
+
+
+class Returning:
+    """Rows that are away until they are asked for."""
+
+    def __init__(self, backend: Away, pending: PendingRows):
+        self._backend, self._pending = backend, pending
+
+    def result(self) -> torch.Tensor:
+        self._backend.away = False
+        return self._pending.result()
+
+
+@pytest.mark.parametrize("architecture", SHARED)
+def test_shared_experts_are_computed_while_rows_are_away(open_tiny, make_experts, architecture: str):
+    """Each of them, whether its block calls it before or behind the routed ones; logits stay the same bits."""
+    checkpoint, layout = open_tiny(architecture)
+    router = load_trunk(checkpoint, layout, torch.float32)
+    backend = Away(make_experts(checkpoint, layout))
+    seen: list[bool] = []
+    for name, module in router.named_modules():
+        if "shared_expert" in name and name.endswith("down_proj"):
+            module.register_forward_hook(lambda *_: seen.append(backend.away))
+    with use_backend(backend), torch.inference_mode():
+        expected = router(TOKENS).logits
+        assert not any(seen)
+        assert (
+            shared_expert_overlap.overlap_shared_experts(router, lambda: router(TOKENS[:, :3]).logits)
+            == SHARED[architecture]
+        )
+        seen.clear()
+        for _ in range(2):
+            assert torch.equal(router(TOKENS).logits, expected)
+    assert seen == [True] * 2 * SHARED[architecture]
+
+
+@pytest.mark.parametrize("architecture", ["qwen2_moe", "deepseek_v3"])
+def test_lanes_keep_their_own_shared_outputs(open_tiny, make_experts, architecture: str):
+    """Two forwards of one model, in step layer by layer, each between the other's submit and result: same bits as alone."""
+    checkpoint, layout = open_tiny(architecture)
+    router = load_trunk(checkpoint, layout, torch.float32)
+    experts = make_experts(checkpoint, layout)
+    barrier = threading.Barrier(2, timeout=20)
+
+    class InStep(Away):
+        """Waits, with a submitted layer in hand, for the other lane to have submitted its own."""
+
+        def submit(self, layer: int, hidden: torch.Tensor, top_k_index: torch.Tensor) -> PendingRows:
+            pending = super().submit(layer, hidden, top_k_index)
+            barrier.wait()
+            return pending
+
+    lanes = [TOKENS[:, :5], TOKENS[:, 5:10]]
+    with use_backend(experts), torch.no_grad():
+        expected = [router(ids).logits for ids in lanes]
+        assert shared_expert_overlap.overlap_shared_experts(router, lambda: router(TOKENS[:, :3]).logits)
+    logits: dict[int, torch.Tensor] = {}
+
+    def forward(lane: int) -> None:
+        with use_backend(InStep(experts)), torch.no_grad():
+            logits[lane] = router(lanes[lane]).logits
+
+    threads = [threading.Thread(target=forward, args=(lane,)) for lane in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    for lane in (0, 1):
+        assert torch.equal(logits[lane], expected[lane])
+
+
+def test_models_without_shared_experts_are_left_alone(open_tiny, make_experts):
+    """Nothing to overlap: nothing is installed, and the model is not even run."""
+    router = load_trunk(*open_tiny("mixtral"), torch.float32)
+    assert shared_expert_overlap.overlap_shared_experts(router, lambda: pytest.fail("run")) == 0
+
+
+class Block(nn.Module):
+    """A MoE block of no known model; `early` reads the shared expert's result before the routed ones are called."""
+
+    def __init__(self, early: bool):
+        super().__init__()
+        self.experts, self.shared_mlp, self.early = Experts(), nn.Linear(8, 8), early
+        setattr(self.experts, LAYER_ATTRIBUTE, 0)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        shared = self.shared_mlp(hidden)
+        if self.early:
+            shared = shared * 2
+        ids = torch.zeros(len(hidden), 1, dtype=torch.long)
+        return self.experts(hidden, ids, torch.ones(len(hidden), 1)) + shared
+
+
+class Experts(nn.Module):
+    """Routed experts behind the seam."""
+
+    def forward(self, *arguments: torch.Tensor) -> torch.Tensor:
+        return remote_experts(self, *arguments)
+
+
+class Echo:
+    """Experts that answer with their rows."""
+
+    def submit(self, layer: int, hidden: torch.Tensor, top_k_index: torch.Tensor) -> PendingRows:
+        return Echoed(hidden[:, None])
+
+
+class Echoed:
+    """Rows that are there."""
+
+    def __init__(self, rows: torch.Tensor):
+        self._rows = rows
+
+    def result(self) -> torch.Tensor:
+        return self._rows
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_a_result_that_is_read_too_early_is_not_put_off(early: bool, caplog: pytest.LogCaptureFixture):
+    """A block that needs its shared expert before the routed ones is noticed, left as it was, and told of in the log."""
+    model, rows = nn.Sequential(Block(early)), torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+    with use_backend(Echo()), torch.no_grad(), caplog.at_level(logging.WARNING):
+        expected = model(rows)
+        assert shared_expert_overlap.overlap_shared_experts(model, lambda: model(rows)) == (0 if early else 1)
+        assert torch.equal(model(rows), expected)
+    assert len(caplog.records) == int(early)

@@ -1,0 +1,55 @@
+"""Values, waits and registries that the tests of this folder share."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+from moiety.core.experts import ExpertSet
+from moiety.core.load import ExpertDemand
+from moiety.core.replica import Replica, Role
+from moiety.registry.redis import RedisRegistry
+
+
+def expert_replica(replica_id: str = "e0", **changes: object) -> Replica:
+    """A ready holder of two experts in three layers."""
+    values: dict[str, object] = {
+        "id": replica_id,
+        "role": Role.EXPERT,
+        "deployment": "experts-0",
+        "address": "127.0.0.1:4000",
+        "node": "node-a",
+        "model": "tiny",
+        "revision": "abc",
+        "held": ExpertSet.block(3, [0, 5]),
+        "placement_epoch": 2,
+        "started": 1700000000.25,
+        "pid": 42,
+    }
+    return Replica(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def demand_of(*rows: tuple[int, ...], time: float = 0.0, started: float = 0.0) -> ExpertDemand:
+    """Counters with `rows` per layer, and as many activations."""
+    return ExpertDemand(rows=rows, activations=rows, time=time, started=started)
+
+
+@contextlib.asynccontextmanager
+async def opened(url: str, app: str) -> AsyncIterator[RedisRegistry]:
+    """A registry in Redis that is closed at the end."""
+    registry = RedisRegistry(url, app)
+    try:
+        yield registry
+    finally:
+        await registry.close()
+
+
+async def eventually(condition: Callable[[], Awaitable[bool]], within_s: float = 5.0) -> float:
+    """Waits until `condition` holds, and returns the seconds that took; fails after `within_s`."""
+    began = time.monotonic()
+    while not await condition():
+        assert time.monotonic() - began < within_s, f"{condition} did not come true within {within_s} s"
+        await asyncio.sleep(0.02)
+    return time.monotonic() - began

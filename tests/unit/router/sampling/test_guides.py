@@ -1,0 +1,190 @@
+"""Guided output: whatever the model prefers, what comes out matches, ends where it may, and bad guides are told as such."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import jsonschema
+import pytest
+import torch
+from sampling_support import logits_of, one, sampled, sequence_of
+
+from moiety.core.sampling import Guide, GuideKind
+from moiety.errors import FailedPrecondition, InvalidRequest, MoietyError
+from moiety.gateway.text import Tokenizer
+from moiety.router.sampling.guides import CompiledGuide, Guides
+from moiety.router.sampling.sampler import sample
+from moiety.router.sequence.sequence import Sequence
+from moiety.synthetic.tokenizer import EOS, VOCABULARY, write_tokenizer
+
+PADDED = VOCABULARY + 13  # models often have more logits than their tokenizer has tokens
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 8},
+        "size": {"enum": ["small", "large"]},
+        "parts": {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 999}, "maxItems": 3},
+    },
+    "required": ["name", "size", "parts"],
+    "additionalProperties": False,
+}
+GRAMMAR = """
+start: sum
+sum: product ("+" product)*
+product: NUMBER ("*" NUMBER)*
+NUMBER: /[1-9][0-9]?/
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with the tiny tokenizer."""
+    made = tmp_path_factory.mktemp("tokenizer")
+    write_tokenizer(made)
+    return str(made)
+
+
+@pytest.fixture(scope="module")
+def guides(folder: str) -> Iterator[Guides]:
+    """Compiles guides for the tiny tokenizer."""
+    made = Guides(folder, PADDED, threads=1)
+    yield made
+    made.close()
+
+
+def compiled(guides: Guides, kind: GuideKind, text: str) -> CompiledGuide:
+    """The guide, ready for use."""
+    return asyncio.run(guides.compile(Guide(kind, text)))
+
+
+def written(guide: CompiledGuide, seed: int, most: int = 300, **options: object) -> list[int]:
+    """The tokens that random logits give under `guide`, up to its end; the tail of long outputs is made short."""
+    sequence = sequence_of(seed=seed, guide=Guide(GuideKind.REGEX, "as compiled"), **options)
+    sequence.guide = guide
+    for position in range(most):
+        token = one(logits_of(1000 * seed + position, PADDED), sequence).token
+        sequence.tokens.append(token)
+        if token in sequence.stop_ids:
+            return sequence.tokens[sequence.prompt_tokens :]
+    raise AssertionError("the output never came to its end")
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_json_matches_its_schema(guides: Guides, folder: str, seed: int):
+    """A model of random logits writes JSON that jsonschema accepts."""
+    guide = compiled(guides, GuideKind.JSON_SCHEMA, json.dumps(SCHEMA))
+    text = Tokenizer(folder).decode(written(guide, seed))
+    jsonschema.validate(json.loads(text), SCHEMA)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_regular_expression_matches_all_of_the_output(guides: Guides, folder: str, seed: int):
+    """From the first to the last character, characters of several bytes included."""
+    pattern = r"(yes|no|может), [a-f]{3,5} 🙂[0-9]+\."
+    tokens = written(compiled(guides, GuideKind.REGEX, pattern), seed)
+    assert tokens[-1] == EOS
+    assert re.fullmatch(pattern, Tokenizer(folder).decode(tokens))
+
+
+@pytest.mark.parametrize("schema", ["true", "{}", '{"type": "string"}'])
+def test_the_shortest_schemas(guides: Guides, folder: str, schema: str):
+    """Any JSON value, and a bare string."""
+    sequence = sequence_of(temperature=0.0)
+    sequence.guide = compiled(guides, GuideKind.JSON_SCHEMA, schema)
+    for character in '"hi"':
+        wants = logits_of(5, PADDED)
+        wants[0, Tokenizer(folder).encode(character)[0]] = 50.0
+        sequence.tokens.append(one(wants, sequence).token)
+    assert json.loads(Tokenizer(folder).decode(sequence.tokens[2:])) == "hi"
+
+
+def test_a_grammar_is_followed(guides: Guides, folder: str):
+    """A context-free grammar in Lark syntax."""
+    for seed in range(4):
+        text = Tokenizer(folder).decode(written(compiled(guides, GuideKind.GRAMMAR, GRAMMAR), seed))
+        assert re.fullmatch(r"[1-9]\d?([+*][1-9]\d?)*", text)
+
+
+def test_the_end_comes_only_where_the_guide_is_complete(guides: Guides, folder: str):
+    """However much a model wants to end; and min_tokens yields where nothing but the end is left."""
+    guide = compiled(guides, GuideKind.REGEX, "abc")
+    wants_to_end = torch.zeros(1, PADDED)
+    wants_to_end[0, EOS] = 50.0
+    sequence = sequence_of(temperature=0.0, min_tokens=50)
+    sequence.guide = guide
+    for _ in range(4):
+        sequence.tokens.append(one(wants_to_end, sequence).token)
+    assert sequence.tokens[-1] == EOS
+    assert Tokenizer(folder).decode(sequence.tokens[2:]) == "abc"
+
+
+def test_resumed_and_forked_outputs_stand_where_their_tokens_say(guides: Guides):
+    """A sequence that begins behind generated tokens goes on as the one that generated them; a shared guide is shared."""
+    guide = compiled(guides, GuideKind.JSON_SCHEMA, json.dumps(SCHEMA))
+    tokens = written(guide, seed=2)
+    for cut in (0, 1, len(tokens) // 2, len(tokens) - 1):
+        resumed = sequence_of(generated=tokens[:cut], seed=2)
+        resumed.guide = guide
+        assert one(logits_of(2000 + cut, PADDED), resumed).token == tokens[cut]
+
+
+def test_rows_without_a_guide_beside_rows_with_one(guides: Guides):
+    """Each row gets what it gets alone, to the bit; guides of different rows do not mix."""
+    kinds = [(GuideKind.REGEX, "[ab]+"), None, (GuideKind.REGEX, "[0-9]+"), None]
+
+    def rows() -> list[Sequence]:
+        made = [sequence_of(seed=seed, logprobs=True) for seed in range(4)]
+        for sequence, kind in zip(made, kinds, strict=True):
+            sequence.guide = compiled(guides, *kind) if kind else None
+        return made
+
+    logits = logits_of(3, PADDED, rows=4)
+    alone = [one(logits[row : row + 1], sequence) for row, sequence in enumerate(rows())]
+    assert sampled(logits, *rows()) == alone
+
+
+def test_a_guide_that_fails_ends_its_request_alone(guides: Guides):
+    """Tokens that the guide never allowed (another router's, say) are that request's error."""
+    broken, fine = sequence_of(generated=[9, 9, 9]), sequence_of(seed=1)
+    broken.guide = compiled(guides, GuideKind.REGEX, "abc")
+    logits = logits_of(4, PADDED, rows=2)
+    failed, good = sample(logits, [broken, fine])
+    assert isinstance(failed, MoietyError)
+    assert "the guide cannot be followed" in str(failed)
+    assert good == one(logits[1:], fine)
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "words"),
+    [
+        (GuideKind.JSON_SCHEMA, "no JSON", "a JSON Schema that can be compiled"),
+        (GuideKind.JSON_SCHEMA, "[1]", "schema must be an object or boolean"),
+        (GuideKind.JSON_SCHEMA, '{"type": "objekt"}', "objekt"),
+        (GuideKind.JSON_SCHEMA, '{"$ref": "#/nowhere"}', "'/nowhere' does not exist"),
+        (GuideKind.REGEX, "(", "unclosed group"),
+        (GuideKind.REGEX, "(?=a)b", "look-around"),
+        (GuideKind.GRAMMAR, 'start: "a" other', 'unknown name: "other"'),
+        (GuideKind.GRAMMAR, 'x: "a"', "no start rule"),
+    ],
+)
+def test_bad_guides_are_told_field_value_and_problem(guides: Guides, kind: GuideKind, text: str, words: str):
+    """The compiler's complaint, in one line of bounded length."""
+    with pytest.raises(InvalidRequest) as refused:
+        compiled(guides, kind, text)
+    told = str(refused.value)
+    assert told.startswith(f"sampling.guide.{kind} = ")
+    assert words in told
+    assert "\n" not in told
+    assert len(told) < 400
+
+
+def test_a_checkpoint_without_a_tokenizer_says_so(tmp_path: Path):
+    """FAILED_PRECONDITION, not a broken service: it serves unguided requests all the same."""
+    guides = Guides(str(tmp_path), PADDED, threads=1)
+    with pytest.raises(FailedPrecondition, match="guided output needs the checkpoint's tokenizer"):
+        compiled(guides, GuideKind.REGEX, "a")
+    guides.close()

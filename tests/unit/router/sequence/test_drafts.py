@@ -1,0 +1,103 @@
+"""Prompt lookup drafts what the text said before, and accepting drafts never changes a token."""
+
+from __future__ import annotations
+
+import random
+import time
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moiety.router.sequence.drafts import LONGEST, SHORTEST, Drafter, accepted
+
+TEXTS = st.lists(st.integers(0, 3), min_size=1, max_size=60)
+
+
+def naive(tokens: list[int], most: int) -> tuple[int, ...]:
+    """Looks at every earlier place: the longest match first, the latest among equals; copies token by token."""
+    for width in range(LONGEST, SHORTEST - 1, -1):
+        for end in range(len(tokens) - 1, width - 1, -1):
+            if len(tokens) >= width and tokens[end - width : end] == tokens[-width:]:
+                text = list(tokens)
+                for i in range(most):
+                    text.append(text[end + i])
+                return tuple(text[len(tokens) :])
+    return ()
+
+
+def decoded(next_token: dict[tuple[int, ...], int], prompt: list[int], count: int, most: int) -> tuple[list[int], int]:
+    """`count` tokens of a model that is a table of two-token contexts, drafting `most` a step; and the steps it took."""
+    drafter, tokens, steps = Drafter(most) if most else None, list(prompt), 0
+    while len(tokens) < len(prompt) + count:
+        left = len(prompt) + count - len(tokens)
+        drafts = drafter.draft(tokens, left - 1) if drafter else ()
+        text = [*tokens, *drafts]
+        sampled = [next_token.get(tuple(text[: len(tokens) + i][-2:]), 0) for i in range(len(drafts) + 1)]
+        right = accepted(drafts, sampled)
+        tokens += sampled[: right + 1]
+        if drafter:
+            drafter.learn(len(drafts), right, len(tokens))
+        steps += 1
+    return tokens, steps
+
+
+@given(TEXTS, st.integers(1, 2))
+def test_drafts_are_those_of_the_naive_search(text: list[int], most: int):
+    """The incremental index finds what a search through the whole text finds, after every token."""
+    drafter = Drafter(most)
+    for end in range(1, len(text) + 1):
+        assert drafter.draft(text[:end], most) == naive(text[:end], most)
+
+
+@given(TEXTS, st.dictionaries(st.tuples(st.integers(0, 3), st.integers(0, 3)), st.integers(0, 3)), st.integers(1, 8))
+def test_tokens_are_those_of_decoding_one_by_one(prompt: list[int], table: dict[tuple[int, ...], int], most: int):
+    """Whatever the model, drafts change no token, and never take more steps."""
+    plain, plain_steps = decoded(table, prompt, 40, 0)
+    drafted, steps = decoded(table, prompt, 40, most)
+    assert drafted == plain
+    assert steps <= plain_steps
+
+
+def test_repetition_takes_few_steps():
+    """A text of period three is decoded at up to nine tokens a step."""
+    table = {(0, 1): 2, (1, 2): 0, (2, 0): 1}
+    tokens, steps = decoded(table, [0, 1, 2, 0, 1, 2], 90, 8)
+    assert tokens == [0, 1, 2] * 32
+    assert steps <= 90 / 9 + 3
+
+
+def test_poor_drafts_become_rare():
+    """Where drafts are never right, the tokens wasted on them grow with the logarithm of the text only."""
+    drafter, generator, tokens = Drafter(8), random.Random(0), [0] * 8
+    wasted = 0
+    for _ in range(2000):
+        drafts = drafter.draft(tokens, 8)
+        tokens.append(generator.choice([t for t in range(4) if not drafts or t != drafts[0]]))
+        drafter.learn(len(drafts), 0, len(tokens))
+        wasted += len(drafts)
+    assert 0 < wasted <= 12
+
+
+def test_a_step_costs_what_is_new():
+    """One more token behind 50,000 is drafted for in far less time than the first look at all of them takes."""
+    generator = random.Random(0)
+    tokens = [generator.randrange(1000) for _ in range(50_000)]
+    drafter = Drafter(4)
+    began = time.perf_counter()
+    drafter.draft(tokens, 4)
+    first = time.perf_counter() - began
+    later = []
+    for _ in range(20):
+        tokens.append(generator.randrange(1000))
+        began = time.perf_counter()
+        drafter.draft(tokens, 4)
+        later.append(time.perf_counter() - began)
+    assert min(later) < first / 100
+
+
+@given(st.lists(st.integers(0, 2), max_size=8), st.lists(st.integers(0, 2), min_size=1, max_size=9))
+def test_accepted_is_the_common_prefix(drafts: list[int], sampled: list[int]):
+    """Drafts count as long as each is the token that was sampled in its place."""
+    right = accepted(drafts, sampled)
+    assert drafts[:right] == sampled[:right]
+    assert right == min(len(drafts), len(sampled)) or drafts[right] != sampled[right]

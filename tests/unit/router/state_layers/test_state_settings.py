@@ -1,0 +1,62 @@
+"""What a router tells of states at its start, and which settings it refuses beside them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from moiety.compose.router import load_model
+from moiety.config.services import RouterSettings
+from moiety.errors import ConfigError
+from moiety.model.checkpoint.checkpoint import Checkpoint
+from moiety.model.experts.cached import expert_layout
+from moiety.router.cache.kv_cache import KVCache
+
+PER_SLOT = (
+    2 * 3 * (128 * 4 + 128 * 8) * 4
+)  # bytes of tiny Jamba's three Mamba layers: convolution and recurrence, twice
+PER_TOKEN = 2 * 2 * 16 * 4  # of its one attention layer
+
+
+def loaded(folder: str, **settings: Any) -> KVCache:
+    """The cache of a router with these settings."""
+    checkpoint = Checkpoint.open(folder)
+    values = RouterSettings(model=folder, dtype="float32", **settings)
+    return load_model(values, checkpoint, expert_layout(checkpoint), torch.float32, "r")[1]
+
+
+def test_states_are_taken_out_of_kv_memory_and_told(
+    tiny: Callable[[str], str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Slots first, blocks of what is left; one line at start says so, and that no prefix is reused."""
+    with caplog.at_level(logging.INFO, logger="moiety.compose.router"):
+        cache = loaded(tiny("jamba"), slots=8, kv_memory=1 << 20)
+    assert cache.blocks == ((1 << 20) - 8 * PER_SLOT) // (16 * PER_TOKEN)
+    assert cache.states.slots == 8
+    assert f"states of {PER_SLOT} bytes in 8 slots; no prefix is found again without its state" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        (
+            {"kv_memory": 8 * PER_SLOT},
+            rf"kv_memory = .* at least {8 * PER_SLOT + 16 * PER_TOKEN} bytes, 8 slots of states",
+        ),
+        ({"speculative_tokens": 2}, r"speculative_tokens = 2: must be 0 for this model: its layers keep states"),
+        (
+            {"deterministic": True},
+            r"deterministic = true: must be false for this model: the bits of states in its layers",
+        ),
+    ],
+)
+def test_settings_that_states_rule_out_are_refused(
+    tiny: Callable[[str], str], settings: dict[str, Any], told: str
+) -> None:
+    """By name, with the bound."""
+    with pytest.raises(ConfigError, match=f"(?i){told}"):
+        loaded(tiny("jamba"), slots=8, **settings)

@@ -1,0 +1,170 @@
+"""From registry entries to the snapshots that the policy decides on."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+
+import pytest
+
+from moiety.core.experts import ExpertSet
+from moiety.core.load import BatchCost, ExpertDemand, ReplicaLoad
+from moiety.core.replica import Placement, Replica, ReplicaState, Role
+from moiety.registry.memory import MemoryRegistry
+from moiety.scaling.ledger import Ledger
+
+HELD = ExpertSet.parse("0:0-1")
+OTHER = ExpertSet.parse("0:2-3")
+READY = Replica("a", Role.EXPERT, "experts-0", "127.0.0.1:1", "node", "m", "r", held=HELD)
+
+
+async def _registry(*replicas: Replica) -> MemoryRegistry:
+    registry = MemoryRegistry()
+    for each in replicas:
+        await registry.register(each)
+    return registry
+
+
+def test_only_ready_replicas_of_the_deployment_count() -> None:
+    """Starting and draining replicas are not live, nor is another group's; busy is the mean, queue wait the worst."""
+
+    async def check() -> None:
+        registry = await _registry(
+            READY,
+            replace(READY, id="b"),
+            replace(READY, id="c", state=ReplicaState.DRAINING),
+            replace(READY, id="d", deployment="experts-1"),
+        )
+        await registry.publish_load("a", ReplicaLoad(0.2, 5.0, 100.0, 10.0))
+        await registry.publish_load("b", ReplicaLoad(0.6, 1.0, 50.0, 10.0))
+        await registry.publish_load("c", ReplicaLoad(1.0, 99.0, 50.0, 10.0))
+        snapshot = (await Ledger(registry).read()).snapshot("experts-0", 3, HELD)
+        assert (snapshot.target, snapshot.live, snapshot.reporting) == (3, 2, 2)
+        assert snapshot.busy == pytest.approx(0.4)
+        assert (snapshot.queue_wait_ms, snapshot.rows_per_s) == (5.0, 150.0)
+
+    asyncio.run(check())
+
+
+def test_demand_is_what_routers_send_to_the_experts_held() -> None:
+    """Rows of another group's experts are not this one's demand; the first reading has no rate yet."""
+
+    async def check() -> None:
+        registry = await _registry()
+        ledger = Ledger(registry)
+        await registry.publish_load("router", demand=ExpertDemand(((0, 0, 0, 0),), ((0, 0, 0, 0),), time=100.0))
+        assert (await ledger.read()).snapshot("experts-0", 0, HELD).rows_per_s == 0
+        await registry.publish_load("router", demand=ExpertDemand(((10, 20, 400, 0),), ((1, 1, 1, 0),), time=102.0))
+        reading = await ledger.read()
+        assert reading.snapshot("experts-0", 0, HELD).rows_per_s == 15.0
+        assert reading.snapshot("experts-1", 0, OTHER).rows_per_s == 200.0
+
+    asyncio.run(check())
+
+
+def test_a_wake_concerns_the_groups_that_hold_the_expert() -> None:
+    """Waiting for expert 2 wakes its group alone; once a placement moves the expert, it wakes the new holder alone."""
+
+    async def check() -> None:
+        registry = await _registry()
+        await registry.report_missing_experts(0, [2])
+        reading = await Ledger(registry).read()
+        assert not reading.snapshot("experts-0", 0, HELD).missing_experts
+        assert reading.snapshot("experts-1", 0, OTHER).missing_experts
+        assert await registry.set_placement(Placement(1, {"experts-0": OTHER, "experts-1": HELD}))
+        reading = await Ledger(registry).read()
+        assert reading.snapshot("experts-0", 0, HELD).missing_experts
+        assert not reading.snapshot("experts-1", 0, OTHER).missing_experts
+
+    asyncio.run(check())
+
+
+def test_a_starting_router_wakes_every_group() -> None:
+    """A router becomes ready only when all experts have a holder: groups at zero must come up for it, once."""
+
+    async def check() -> None:
+        router = replace(READY, id="r", role=Role.ROUTER, deployment="router", held=ExpertSet())
+        registry = await _registry(replace(router, state=ReplicaState.STARTING))
+        assert (await Ledger(registry).read()).snapshot("experts-0", 0, HELD).missing_experts
+        await registry.register(router)
+        assert not (await Ledger(registry).read()).snapshot("experts-0", 0, HELD).missing_experts
+
+    asyncio.run(check())
+
+
+def test_experts_beyond_the_counters_are_no_error() -> None:
+    """A placement for a larger model than the routers count for asks for nothing there."""
+
+    async def check() -> None:
+        registry = await _registry()
+        await registry.publish_load("router", demand=ExpertDemand(((1, 1),), ((1, 1),), time=1.0))
+        snapshot = (await Ledger(registry).read()).snapshot("experts-0", 0, ExpertSet.parse("0-3:0-9"))
+        assert snapshot.rows_per_s == 0
+
+    asyncio.run(check())
+
+
+COSTS = BatchCost(fixed_s=0.001, s_per_byte=1e-9, s_per_row=0.0001, expert_bytes=1_000_000, samples=100, error=0.05)
+
+
+def test_what_more_replicas_would_not_share_follows_from_the_fit() -> None:
+    """Ten batches a second of one expert and ten rows each: 1 ms fixed, 1 ms of weights, 1 ms of rows."""
+
+    async def check() -> None:
+        registry = await _registry(READY)
+        ledger = Ledger(registry)
+        await registry.publish_load("router", demand=ExpertDemand(((0, 0, 0, 0),), ((0, 0, 0, 0),), time=100.0))
+        await ledger.read()
+        await registry.publish_load(
+            "router", demand=ExpertDemand(((100, 0, 0, 0),), ((10, 0, 0, 0),), time=101.0, costs=COSTS)
+        )
+        await registry.publish_load("a", ReplicaLoad(0.03, 0.0, rows_per_s=100.0, calls_per_s=10.0))
+        snapshot = (await ledger.read()).snapshot("experts-0", 1, HELD)
+        assert snapshot.fixed == pytest.approx(1 / 3)
+
+    asyncio.run(check())
+
+
+def test_a_hot_set_at_zero_is_asked_for_its_share() -> None:
+    """One replica of a hot set beside one of the group would take half of what its experts cost; a group is never spare."""
+
+    async def check() -> None:
+        registry = await _registry(READY)
+        ledger = Ledger(registry)
+        assert await registry.set_placement(Placement(1, {"experts-0": HELD, "hot-0": ExpertSet.parse("0:0")}))
+        await registry.publish_load("router", demand=ExpertDemand(((0, 0, 0, 0),), ((0, 0, 0, 0),), time=100.0))
+        await ledger.read()
+        await registry.publish_load(
+            "router", demand=ExpertDemand(((1000, 0, 0, 0),), ((100, 0, 0, 0),), time=101.0, costs=COSTS)
+        )
+        reading = await ledger.read()
+        hot = reading.snapshot("hot-0", 0, ExpertSet(), spare=True)
+        assert hot.spare
+        assert hot.asked == pytest.approx((0.1 + 0.1 + 0.1) / 2)
+        assert reading.snapshot("experts-0", 1, HELD).asked == 0.0
+
+    asyncio.run(check())
+
+
+def test_a_starting_router_does_not_wake_a_hot_set() -> None:
+    """Its experts have holders anyway: a router needs their groups."""
+
+    async def check() -> None:
+        router = replace(READY, id="r", role=Role.ROUTER, deployment="router", held=ExpertSet())
+        registry = await _registry(replace(router, state=ReplicaState.STARTING))
+        assert not (await Ledger(registry).read()).snapshot("hot-0", 0, HELD, spare=True).missing_experts
+
+    asyncio.run(check())
+
+
+def test_live_settings_are_those_of_the_youngest_replica() -> None:
+    """Serve tells replicas one after the other; at zero there is nobody to tell, and None is not "no settings"."""
+
+    async def check() -> None:
+        old = replace(READY, started=1.0, scaling={"target_busy": 0.5})
+        registry = await _registry(old, replace(READY, id="b", started=2.0, scaling={"target_busy": 0.8}))
+        reading = await Ledger(registry).read()
+        assert reading.scaling("experts-0") == {"target_busy": 0.8}
+        assert reading.scaling("experts-1") is None
+
+    asyncio.run(check())

@@ -1,0 +1,153 @@
+"""Placement kept in force and good: set by default, set again after a loss, changed where it pays and not otherwise."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import replace
+
+import pytest
+
+from moiety.core.experts import ExpertSet
+from moiety.core.load import BatchCost, ExpertDemand
+from moiety.core.replica import Placement, Replica, Role
+from moiety.errors import FailedPrecondition, Unavailable
+from moiety.registry.memory import MemoryRegistry
+from moiety.scaling.ledger import Ledger
+from moiety.scaling.rebalancer import EVERY_S, Rebalancer
+from moiety.tools.rebalance import Ask, enact, proposed
+
+COSTS = BatchCost(fixed_s=0.0, s_per_byte=1e-9, s_per_row=1e-5, expert_bytes=1_000_000, samples=100, error=0.05)
+DEFAULT = {"experts-0": ExpertSet.parse("0:0-1"), "experts-1": ExpertSet.parse("0:2-3"), "hot-0": ExpertSet()}
+SKEWED = (1000, 900, 10, 10)  # rows a second: both hot experts are in one group
+EVEN = (500, 500, 500, 500)
+
+
+def replica_of(deployment: str, held: ExpertSet, epoch: int) -> Replica:
+    """A ready replica that has followed the placement of `epoch`."""
+    return Replica(f"{deployment}#1", Role.EXPERT, deployment, "h:1", "n", "m", "r", held=held, placement_epoch=epoch)
+
+
+class System:
+    """A registry, and readings of it a second apart."""
+
+    def __init__(self, gain: float | None = 0.1, hot_memory: int = 1_000_000) -> None:
+        self.registry = MemoryRegistry(clock=lambda: 0.0)
+        self.ledger = Ledger(self.registry)
+        self.rebalancer = Rebalancer(self.registry, gain, hot_memory)
+        self.now, self._rows = 0.0, [0, 0, 0, 0]
+
+    async def follow(self, rows: tuple[int, ...], default: Mapping[str, ExpertSet] | None = DEFAULT) -> None:
+        """One second of this load, and a round of the rebalancer."""
+        self.now += 1.0
+        self._rows = [old + new for old, new in zip(self._rows, rows, strict=True)]
+        counts = (tuple(self._rows),)
+        await self.registry.publish_load("router", demand=ExpertDemand(counts, counts, time=self.now, costs=COSTS))
+        await self.rebalancer.follow(await self.ledger.read(), default, self.now)
+
+    async def settle(self) -> None:
+        """All replicas of the groups have followed the placement in force."""
+        placement = await self.registry.placement()
+        assert placement is not None
+        for name in ("experts-0", "experts-1"):
+            await self.registry.register(replica_of(name, placement.held[name], placement.epoch))
+
+
+def test_the_default_plan_is_set_and_set_again() -> None:
+    """Where none was ever set; and after a loss the last one, with an epoch that no replica takes for news."""
+
+    async def check() -> None:
+        system = System()
+        await system.follow(EVEN, None)
+        assert await system.registry.placement() is None  # not all deployments are known yet
+        await system.follow(EVEN)
+        assert await system.registry.placement() == Placement(1, DEFAULT)
+        moved = {**DEFAULT, "experts-0": DEFAULT["experts-1"], "experts-1": DEFAULT["experts-0"]}
+        assert await system.registry.set_placement(Placement(2, moved))
+        await system.follow(EVEN)
+        system.registry.clear()
+        await system.registry.register(replica_of("experts-0", moved["experts-0"], 2))
+        await system.follow(EVEN)
+        assert await system.registry.placement() == Placement(2, moved)
+
+    asyncio.run(check())
+
+
+def test_skew_changes_the_placement_and_says_why() -> None:
+    """Both hot experts in one group: they part, one also lies in the hot set, and the decision tells the gain."""
+
+    async def check() -> None:
+        system = System()
+        await system.follow(EVEN)
+        await system.settle()
+        for _ in range(int(2 * EVERY_S)):
+            await system.follow(SKEWED)
+        placement = await system.registry.placement()
+        assert placement is not None
+        assert placement.epoch == 2
+        holders = [sum((0, expert) in held for held in placement.held.values()) for expert in range(4)]
+        assert min(holders) == 1
+        assert len(placement.held["hot-0"]) == 1
+        assert placement.held["hot-0"].layer(0) <= {0, 1}
+        (decision,) = await system.registry.decisions()
+        assert (decision["deployment"], decision["from"], decision["to"]) == ("placement", 1, 2)
+        assert "gain" in decision["reason"]
+
+    asyncio.run(check())
+
+
+@pytest.mark.parametrize("reason", ["even", "under way", "not wanted"])
+def test_nothing_changes_where(reason: str) -> None:
+    """Load is even and no hot set would pay; a change is under way; or none is wanted but by command."""
+
+    async def check() -> None:
+        system = System(gain=None if reason == "not wanted" else 0.5)
+        await system.follow(EVEN)
+        await system.settle()
+        if reason == "under way":
+            await system.registry.register(replica_of("experts-1", ExpertSet(), 0))
+        for _ in range(int(3 * EVERY_S)):
+            await system.follow(EVEN if reason == "even" else SKEWED)
+        assert await system.registry.placement() == Placement(1, DEFAULT)
+        assert not await system.registry.decisions()
+
+    asyncio.run(check())
+
+
+def test_by_command_a_plan_is_made_from_the_load_and_put_in_force_once() -> None:
+    """`moiety rebalance`: the plan betters what is in force; of two who plan at once, the second is told to plan again."""
+
+    async def check() -> None:
+        system = System(gain=None)
+        for name, held in DEFAULT.items():
+            if len(held):
+                await system.registry.register(replica_of(name, held, 0))
+        serving = asyncio.create_task(_serve(system))
+        found = await proposed(system.registry, Ask(watch_s=3.0, hot_sets=1, hot_memory=1_000_000))
+        serving.cancel()
+        assert found.gain > 0.2
+        assert any(line.startswith("  + 0:") for line in found.lines())
+        with pytest.raises(Unavailable, match="placement 1 is not in force everywhere"):
+            await enact(system.registry, found, 0.3, lambda _: None)
+        with pytest.raises(FailedPrecondition, match="plan again"):
+            await enact(system.registry, replace(found), 0.3, lambda _: None)
+
+    asyncio.run(check())
+
+
+def test_without_load_there_is_nothing_to_plan_for() -> None:
+    """A system at rest gets no plan, and the reason is told."""
+
+    async def check() -> None:
+        system = System()
+        await system.registry.register(replica_of("experts-0", DEFAULT["experts-0"], 0))
+        with pytest.raises(FailedPrecondition, match="no load to plan for"):
+            await proposed(system.registry, Ask(watch_s=0.1))
+
+    asyncio.run(check())
+
+
+async def _serve(system: System) -> None:
+    while True:
+        await system.follow(SKEWED, None)
+        await asyncio.sleep(0.3)

@@ -1,0 +1,126 @@
+"""Frames: what goes in comes out, other protobuf libraries understand it, and nonsense is told as such."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moiety.errors import InvalidRequest
+from moiety.internal.v1.experts_pb2 import OUTCOME_NOT_HELD, ForwardRequest, ForwardResponse
+from moiety.wire import codec
+
+ROW_BYTES = 24
+
+
+def header() -> ForwardRequest:
+    """A request with every field but the payload."""
+    return ForwardRequest(
+        call_id=7, attempt=2, revision="r", layer=3, rows=2, dtype="float32", k_offsets=b"k" * 12, experts=b"e" * 8
+    )
+
+
+def rows(count: int) -> codec.Rows:
+    """`count` rows of distinct bytes."""
+    data = (np.arange(count * ROW_BYTES) % 251).astype(np.uint8)
+    return codec.rows_in(memoryview(data.tobytes()), ROW_BYTES)
+
+
+@pytest.mark.parametrize("dtype", codec.DTYPES.values(), ids=codec.DTYPES)
+@pytest.mark.parametrize("count", [0, 1, 5, 400])  # no row; one; a length prefix of one byte, and of three
+def test_rows_survive_the_wire_to_the_bit(dtype: torch.dtype, count: int):
+    """Rows of every dtype come back bit for bit, NaN payloads included, and the header beside them."""
+    sent = torch.randn(count, 12, generator=torch.Generator().manual_seed(count)).to(dtype)
+    if count:
+        sent[0, 0] = torch.nan
+    frame = codec.encode(header(), codec.rows_of(sent))
+    told, payload = codec.decode(ForwardRequest, frame)
+    got = torch.empty_like(sent)
+    codec.rows_of(got)[:] = codec.rows_in(payload, 12 * dtype.itemsize)
+    assert torch.equal(got.view(torch.uint8), sent.view(torch.uint8))
+    assert (told.call_id, told.attempt, told.layer, told.revision) == (7, 2, 3, "r")
+    assert not told.payload, "the payload must stay where it lies in the frame"
+
+
+def test_rows_share_the_memory_of_their_tensor():
+    """Writing rows writes the tensor: the router's answer is put in place without another copy."""
+    tensor = torch.zeros(3, 6)
+    codec.rows_of(tensor)[1] = codec.rows_of(torch.ones(1, 6))[0]
+    assert tensor.sum(1).tolist() == [0, 6, 0]
+
+
+@pytest.mark.parametrize("count", [0, 1, 400])
+def test_plain_protobuf_reads_our_frames(count: int):
+    """A client without our codec parses a frame as the message it is."""
+    message = ForwardRequest.FromString(codec.encode(header(), rows(count)))
+    assert message.payload == rows(count).tobytes()
+    assert message.payload_bytes == len(message.payload)
+    assert message.k_offsets == b"k" * 12
+
+
+@pytest.mark.parametrize("told", [None, 0, "right"], ids=["no payload_bytes", "zero", "right"])
+@pytest.mark.parametrize("payload", [b"", b"p" * 300])
+def test_we_read_plain_protobuf(told: object, payload: bytes):
+    """A message of any protobuf library is understood, whether or not it fills in payload_bytes."""
+    message = header()
+    message.payload = payload
+    if told is not None:
+        message.payload_bytes = len(payload) if told == "right" else 0
+    got, view = codec.decode(ForwardRequest, message.SerializeToString())
+    assert bytes(view) == payload
+    assert got.call_id == 7
+
+
+def test_the_order_of_fields_is_free():
+    """Protobuf promises no order: a payload in front of the other fields is found too."""
+    payload = ForwardRequest(payload=b"p" * 300).SerializeToString()
+    size = ForwardRequest(payload_bytes=300).SerializeToString()
+    rest = header().SerializeToString()
+    for frame in (payload + size + rest, size + payload + rest, rest + payload + size):
+        got, view = codec.decode(ForwardRequest, frame)
+        assert bytes(view) == b"p" * 300
+        assert (got.call_id, got.k_offsets) == (7, b"k" * 12)
+
+
+@given(lie=st.integers(0, 2**32 - 1), payload=st.binary(max_size=300))
+def test_a_wrong_payload_bytes_never_moves_the_payload(lie: int, payload: bytes):
+    """payload_bytes is a hint: where it lies, the payload is read as protobuf says, or the frame is refused."""
+    message = header()
+    message.payload, message.payload_bytes = payload, lie
+    with suppress(InvalidRequest):
+        _, view = codec.decode(ForwardRequest, message.SerializeToString())
+        assert bytes(view) == payload
+
+
+def test_every_truncation_is_refused_or_harmless():
+    """A frame cut anywhere in its payload raises InvalidRequest; nothing else ever leaves decode."""
+    frame = codec.encode(header(), rows(2))
+    for cut in range(len(frame)):
+        with suppress(InvalidRequest):
+            _, view = codec.decode(ForwardRequest, frame[:cut])
+            assert len(view) == 0, "part of a payload was taken for a whole one"
+
+
+@given(garbage=st.binary(max_size=80))
+def test_garbage_raises_invalid_request_or_parses(garbage: bytes):
+    """Whatever bytes come, decode returns a message or raises InvalidRequest."""
+    with suppress(InvalidRequest):
+        codec.decode(ForwardResponse, garbage)
+
+
+def test_what_is_no_frame_is_told_as_such():
+    """The refusal names the message expected and the size that came."""
+    with pytest.raises(InvalidRequest, match="frame = '3 bytes': must be a ForwardRequest") as refused:
+        codec.decode(ForwardRequest, b"\xff\xff\xff")
+    assert refused.value.field == "frame"
+
+
+def test_a_reply_without_rows_is_an_ordinary_message():
+    """A refusal carries no payload and says so."""
+    frame = codec.encode(ForwardResponse(call_id=1, outcome=OUTCOME_NOT_HELD, detail="no"))
+    got, view = codec.decode(ForwardResponse, frame)
+    assert (got.outcome, got.detail, len(view)) == (OUTCOME_NOT_HELD, "no", 0)

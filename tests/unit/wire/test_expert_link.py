@@ -1,0 +1,39 @@
+"""The handshake with a replica, against a server that answers wrongly."""
+
+from __future__ import annotations
+
+import asyncio
+
+import grpc
+import pytest
+
+from moiety.errors import InvalidRequest
+from moiety.internal.v1.experts_pb2 import DescribeReplicaRequest, DescribeReplicaResponse
+from moiety.wire.channels import Server
+from moiety.wire.transports.expert_link import ExpertLink
+from moiety.wire.transports.mailbox import Mailbox
+
+SERVICE = "moiety.internal.v1.ExpertService"
+
+
+def test_an_unreadable_describe_is_refused_by_name() -> None:
+    """A replica whose `held` is no set of experts is told from one that does not answer, with what it said."""
+
+    async def describe(_request: DescribeReplicaRequest, _context: grpc.aio.ServicerContext) -> DescribeReplicaResponse:
+        return DescribeReplicaResponse(held="all of them")
+
+    async def scenario() -> None:
+        method = grpc.unary_unary_rpc_method_handler(
+            describe,
+            request_deserializer=DescribeReplicaRequest.FromString,
+            response_serializer=DescribeReplicaResponse.SerializeToString,
+        )
+        server = Server([grpc.method_handlers_generic_handler(SERVICE, {"DescribeReplica": method})], [SERVICE])
+        port = await server.start("127.0.0.1", 0)
+        try:
+            with pytest.raises(InvalidRequest, match="held = 'all of them'"):
+                await ExpertLink.open(f"127.0.0.1:{port}", 5.0, Mailbox())
+        finally:
+            await server.stop(0)
+
+    asyncio.run(scenario())

@@ -1,0 +1,84 @@
+"""A Forward call is checked against its own arithmetic and against what Describe promised."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moiety.core.expert_backend import CallClass
+from moiety.errors import InvalidRequest
+from moiety.internal.v1.experts_pb2 import CALL_CLASS_PREFILL, ForwardRequest
+from moiety.wire import codec
+from moiety.wire.frames import ForwardCall, parse_call
+
+HIDDEN = 4
+ROW_BYTES = 4 * HIDDEN
+
+
+def int32(*values: int) -> bytes:
+    """Little-endian int32."""
+    return codec.int32_bytes(np.array(values, dtype=np.int64))
+
+
+def parse(payload: bytes = bytes(2 * ROW_BYTES), **changes: Any) -> ForwardCall:
+    """A call of two rows for three experts, with `changes` to its header."""
+    fields = {
+        "rows": 2,
+        "dtype": "float32",
+        "k_offsets": int32(0, 1, 3),
+        "experts": int32(5, 0, 5),
+        "layer": 1,
+        **changes,
+    }
+    header = ForwardRequest(**fields)
+    return parse_call(header, memoryview(payload), dtype="float32", hidden=HIDDEN, row_bytes=ROW_BYTES)
+
+
+def test_a_good_call_is_read():
+    """Rows, experts and class are what the router meant; row_of tells which row each expert takes."""
+    call = parse(call_id=9, attempt=1, call_class=CALL_CLASS_PREFILL)
+    assert call.experts.tolist() == [5, 0, 5]
+    assert call.row_of.tolist() == [0, 1, 1]
+    assert (call.call_id, call.attempt, call.layer, call.call_class) == (9, 1, 1, CallClass.PREFILL)
+    assert len(call.payload) == 2
+    assert not call.deadline.passed
+    assert call.deadline.left() == float("inf")
+
+
+def test_time_left_becomes_a_deadline():
+    """deadline_ms counts from arrival."""
+    assert 0 < parse(deadline_ms=60_000).deadline.left() <= 60
+
+
+def test_a_call_of_no_rows_is_a_call():
+    """Zero rows are consistent with themselves."""
+    call = parse(b"", rows=0, k_offsets=int32(0), experts=b"")
+    assert (len(call.payload), len(call.experts), len(call.row_of)) == (0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("field", "changes", "said"),
+    [
+        ("dtype", {"dtype": "bfloat16"}, "float32"),
+        ("dtype", {"dtype": ""}, "float32"),
+        ("k_offsets", {"k_offsets": int32(0, 1)}, "12 bytes"),
+        ("k_offsets", {"k_offsets": b""}, "12 bytes"),
+        ("k_offsets", {"rows": 4_294_967_295}, "17179869184 bytes"),
+        ("k_offsets", {"k_offsets": int32(0, 4, 3)}, "non-decreasing from 0 to 3"),
+        ("k_offsets", {"k_offsets": int32(1, 2, 3)}, "non-decreasing from 0 to 3"),
+        ("k_offsets", {"k_offsets": int32(0, -1, 3)}, "non-decreasing from 0 to 3"),
+        ("k_offsets", {"k_offsets": int32(0, 1, 2)}, "non-decreasing from 0 to 3"),
+        ("experts", {"experts": b"12345"}, "int32"),
+        ("payload", {"payload": bytes(ROW_BYTES)}, "32 bytes: 2 rows of 4 float32"),
+        ("payload", {"payload": bytes(2 * ROW_BYTES + 1)}, "32 bytes"),
+        ("payload", {"payload": b""}, "32 bytes"),
+    ],
+)
+def test_a_contradiction_names_its_field(field: str, changes: dict[str, Any], said: str):
+    """Each inconsistency raises InvalidRequest that names the field and what it should have been."""
+    with pytest.raises(InvalidRequest) as refused:
+        parse(**changes)
+    assert refused.value.field == field
+    assert said in str(refused.value)

@@ -1,0 +1,253 @@
+"""What is shared memory's own: who is let in, what happens when it is full, and peers that write nonsense."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moiety.core.experts import ExpertSet
+from moiety.core.replica import WIRE_VERSION, Transport
+from moiety.errors import PeerLost, ResourceExhausted
+from moiety.internal.v1.experts_pb2 import (
+    DescribeReplicaResponse,
+    ForwardRequest,
+    ForwardResponse,
+    SharedMemoryHello,
+    SharedMemoryWelcome,
+)
+from moiety.registry.memory import MemoryRegistry
+from moiety.testing import REVISION, Caller, FakeExperts, eventually, fake_shape, loopback_hop, open_caller, owner_of
+from moiety.wire import codec
+from moiety.wire.transports.doorbell import ANSWER, CALL
+from moiety.wire.transports.mailbox import Mailbox
+from moiety.wire.transports.shm_connection import SharedMemoryConnection
+from moiety.wire.transports.shm_segment import Allocator, aligned, create_segment
+
+SHAPE = fake_shape(layers=1, experts=2, hidden=16)
+ROW_BYTES = 4 * SHAPE.mlp.hidden
+
+
+@asynccontextmanager
+async def replica() -> AsyncIterator[tuple[FakeExperts, str]]:
+    """A running replica, and the name of its doorbell."""
+    experts = FakeExperts("a", ExpertSet.block(1, range(2)), SHAPE)
+    await experts.start(MemoryRegistry())
+    try:
+        async with open_caller(experts.replica.address) as caller:
+            name = caller.link.description.shared_memory
+        yield experts, name
+    finally:
+        await experts.vanish()
+
+
+def run(scenario: Callable[[], Awaitable[None]]) -> None:
+    """`scenario`, which must not take longer than 20 s."""
+
+    async def whole() -> None:
+        async with asyncio.timeout(20):
+            await scenario()
+
+    asyncio.run(whole())
+
+
+def ask(caller: Caller, call_id: int, rows: int = 1) -> asyncio.Future:
+    """Rows of zeros for expert 0."""
+    offsets, experts = codec.int32_bytes(torch.arange(rows + 1).numpy()), bytes(4 * rows)
+    header = ForwardRequest(call_id=call_id, rows=rows, dtype="float32", k_offsets=offsets, experts=experts)
+    return caller.send(header, codec.rows_in(memoryview(bytes(rows * ROW_BYTES)), ROW_BYTES))
+
+
+# Who is let in -------------------------------------------------------------------------------------------------
+
+
+async def knock(name: str, hello: bytes, descriptors: list[int]) -> SharedMemoryWelcome:
+    """What a replica answers to this."""
+    loop = asyncio.get_running_loop()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+        sock.setblocking(False)
+        await loop.sock_connect(sock, f"\0{name}")
+        socket.send_fds(sock, [hello], descriptors)
+        return SharedMemoryWelcome.FromString(await loop.sock_recv(sock, 4096))
+
+
+def test_only_a_sealed_segment_of_the_same_revision_is_let_in():
+    """Another revision, no segment, one that can still be shrunk, and garbage are refused in words; the next is served."""
+    good = SharedMemoryHello(wire_version=WIRE_VERSION, revision=REVISION, dtype="float32")
+    other = SharedMemoryHello(wire_version=WIRE_VERSION, revision="other", dtype="float32")
+
+    async def scenario() -> None:
+        async with replica() as (experts, name):
+            sealed, _ = create_segment(4096)
+            unsealed = os.memfd_create("unsealed", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            os.ftruncate(unsealed, 4096)
+            try:
+                for hello, descriptors, told in (
+                    (good.SerializeToString(), [sealed], ""),
+                    (other.SerializeToString(), [sealed], f"serves revision {REVISION} in float32"),
+                    (good.SerializeToString(), [], "brought no segment"),
+                    (good.SerializeToString(), [unsealed], "segment = '4096 bytes, seals 0x0': must be sealed memory"),
+                    (b"\xff\xff", [sealed], "Error parsing message"),
+                ):
+                    welcome = await knock(name, hello, descriptors)
+                    assert (welcome.accepted, told in welcome.refusal) == (not told, True)
+            finally:
+                os.close(sealed)
+                os.close(unsealed)
+            async with open_caller(experts.replica.address, Transport.SHM) as caller:
+                assert (await ask(caller, 1)).header.rows == 1
+
+    run(scenario)
+
+
+# Nonsense ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "message",
+    [b"garbage", CALL.pack(1 << 40, 64, 64, 64), CALL.pack(0, 1 << 31, 0, 0), CALL.pack(0, 0, 0, 64)],
+    ids=["no call", "far outside", "too long", "no header there"],
+)
+def test_a_router_that_writes_nonsense_is_hung_up_on(message: bytes):
+    """Whatever a router rings with, the replica ends that connection only."""
+
+    async def scenario() -> None:
+        async with replica() as (experts, name), open_caller(experts.replica.address, Transport.SHM) as other:
+            loop = asyncio.get_running_loop()
+            descriptor, segment = create_segment(4096)
+            segment[:64] = b"\xff" * 64
+            with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+                sock.setblocking(False)
+                await loop.sock_connect(sock, f"\0{name}")
+                hello = SharedMemoryHello(wire_version=WIRE_VERSION, revision=REVISION, dtype="float32")
+                socket.send_fds(sock, [hello.SerializeToString()], [descriptor])
+                os.close(descriptor)
+                assert SharedMemoryWelcome.FromString(await loop.sock_recv(sock, 4096)).accepted
+                await loop.sock_sendall(sock, message)
+                assert await loop.sock_recv(sock, 4096) == b""
+            assert (await ask(other, 1)).header.rows == 1
+
+    run(scenario)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"x",
+        ANSWER.pack(0) + b"\xff",
+        ANSWER.pack(64) + ForwardResponse(call_id=1).SerializeToString(),
+        ANSWER.pack(0) + ForwardResponse(call_id=2).SerializeToString(),
+        ANSWER.pack(0) + ForwardResponse(call_id=1, payload_bytes=1 << 20).SerializeToString(),
+    ],
+    ids=["too short", "no reply", "no such range", "another call", "more than there is room for"],
+)
+def test_a_replica_that_answers_nonsense_is_lost(answer: bytes):
+    """Every open call is PeerLost, in words, and nothing is read from outside its range."""
+
+    async def scenario() -> None:
+        loop, name = asyncio.get_running_loop(), f"moiety-test-{os.getpid()}"
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+            listener.bind(f"\0{name}")
+            listener.listen()
+            listener.setblocking(False)
+            mailbox, answers = Mailbox(), []
+            with owner_of(mailbox):
+                told = DescribeReplicaResponse(shared_memory=name)
+                opening = asyncio.create_task(SharedMemoryConnection.open(told, mailbox, 5, 4096))
+                sock, _ = await loop.sock_accept(listener)
+                with sock:
+                    sock.setblocking(False)
+                    await loop.sock_recv(sock, 4096)
+                    await loop.sock_sendall(sock, SharedMemoryWelcome(accepted=True).SerializeToString())
+                    connection = await opening
+                    header = ForwardRequest(call_id=1)
+                    buffer = connection.acquire(header, rows=1, row_bytes=ROW_BYTES, reply_rows=1)
+                    mailbox.post(lambda: buffer.send(answers.append))
+                    await loop.sock_recv(sock, 4096)
+                    await loop.sock_sendall(sock, answer)
+                    await asyncio.wait_for(connection.closed.wait(), 5)
+                    await eventually(lambda: bool(answers))
+                assert isinstance(answers[0], PeerLost)
+                assert "answered what was not asked" in str(answers[0])
+                await connection.close()
+                mailbox.drain()
+
+    run(scenario)
+
+
+# Full ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_full_segment_refuses_and_goes_on(monkeypatch: pytest.MonkeyPatch):
+    """Calls beyond the room there is raise at once; what is in flight is answered, and its room is used again."""
+    monkeypatch.setattr("moiety.wire.transports.shm_connection.SEGMENT_BYTES", 1024)
+    released = asyncio.Event()
+
+    async def wait(_call: object) -> None:
+        await released.wait()
+
+    async def scenario() -> None:
+        async with replica() as (experts, _):
+            experts.on_call = wait
+            async with open_caller(experts.replica.address, Transport.SHM) as caller:
+                answers = [ask(caller, call_id) for call_id in range(8)]
+                told = await asyncio.gather(*answers[5:], return_exceptions=True)
+                assert {type(refused) for refused in told} == {ResourceExhausted}
+                assert "fill the 1024 bytes there are" in str(told[0])
+                released.set()
+                for _ in range(3):
+                    accepted = await asyncio.gather(*answers, return_exceptions=True)
+                    served = [answer for answer in accepted if not isinstance(answer, ResourceExhausted)]
+                    assert len(served) == 1024 // (3 * aligned(ROW_BYTES))
+                    answers = [ask(caller, 10 + call_id) for call_id in range(len(served))]
+
+    run(scenario)
+
+
+def test_a_layer_waits_for_room(monkeypatch: pytest.MonkeyPatch):
+    """A hop over a segment for one call at a time gets all its rows, by asking again."""
+    monkeypatch.setattr("moiety.wire.transports.shm_connection.SEGMENT_BYTES", 512)
+    monkeypatch.setattr("moiety.router.hop.layer_call.MAX_CALL_BYTES", ROW_BYTES)
+    only = FakeExperts("a", ExpertSet.block(1, range(2)), SHAPE)
+
+    async def scenario() -> None:
+        async with loopback_hop([only], SHAPE, transport=Transport.SHM) as lane:
+            rows = await lane.compute(0, torch.ones(4, SHAPE.mlp.hidden), torch.zeros(4, 1, dtype=torch.int64))
+            assert torch.equal(rows[0], rows[3])
+
+    run(scenario)
+
+
+@given(st.lists(st.tuples(st.booleans(), st.integers(1, 700)), max_size=60))
+def test_ranges_never_overlap_and_all_come_back(steps: list[tuple[bool, int]]):
+    """Whatever is taken and given back, in whatever order: no two ranges share a byte, and in the end all is free."""
+    allocator, taken = Allocator(4096), {}
+    for take, size in steps:
+        if take and (start := allocator.allocate(size)) is not None:
+            assert 0 <= start <= 4096 - aligned(size)
+            for other, length in taken.items():
+                assert start + aligned(size) <= other or other + aligned(length) <= start
+            taken[start] = size
+        elif taken:
+            start = sorted(taken)[size % len(taken)]
+            allocator.release(start, taken.pop(start))
+    for start, size in taken.items():
+        allocator.release(start, size)
+    assert allocator.allocate(4096) == 0
+
+
+def test_a_name_that_nobody_listens_at_is_told():
+    """A replica on another node, or gone: PeerLost at once."""
+
+    async def scenario() -> None:
+        with pytest.raises(PeerLost, match=r"shared memory cannot be had: .*refused"):
+            await SharedMemoryConnection.open(DescribeReplicaResponse(shared_memory="moiety-nobody"), Mailbox(), 5)
+
+    run(scenario)

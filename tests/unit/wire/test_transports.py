@@ -1,0 +1,284 @@
+"""What every transport must do, whatever it is made of: the same tests for gRPC over TCP, over a unix socket, and memory."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from moiety.core.experts import ExpertSet
+from moiety.core.replica import Transport
+from moiety.errors import FailedPrecondition, PeerLost
+from moiety.internal.v1.experts_pb2 import OUTCOME_OK, ForwardRequest
+from moiety.registry.memory import MemoryRegistry
+from moiety.testing import Caller, FakeExperts, eventually, fake_expert, fake_shape, open_caller
+from moiety.wire import codec
+from moiety.wire.frames import ForwardCall
+from moiety.wire.transports.connection import Reply
+from moiety.wire.transports.expert_link import ExpertLink
+from moiety.wire.transports.mailbox import Mailbox
+
+SHAPE = fake_shape(layers=2, experts=4, hidden=1024)
+TRANSPORTS = (Transport.SHM, Transport.UNIX, Transport.GRPC)
+HANGS = 1  # the layer whose calls are never answered
+
+each_transport = pytest.mark.parametrize("transport", TRANSPORTS)
+
+
+def call(call_id: int, rows: int, layer: int = 0) -> tuple[ForwardRequest, torch.Tensor]:
+    """A call of so many rows for expert 3, and the rows."""
+    hidden = torch.randn(rows, SHAPE.mlp.hidden, generator=torch.Generator().manual_seed(call_id))
+    offsets, experts = np.arange(rows + 1), np.full(rows, 3)
+    header = ForwardRequest(call_id=call_id, layer=layer, rows=rows, dtype="float32")
+    header.k_offsets, header.experts = codec.int32_bytes(offsets), codec.int32_bytes(experts)
+    return header, hidden
+
+
+def ask(caller: Caller, call_id: int, rows: int = 1, layer: int = 0) -> asyncio.Future[Reply | PeerLost]:
+    """Sends such a call."""
+    header, hidden = call(call_id, rows, layer)
+    return caller.send(header, codec.rows_of(hidden))
+
+
+def right(answer: Reply | PeerLost, call_id: int, rows: int = 1) -> bool:
+    """Whether it is the answer to such a call, to the bit."""
+    assert isinstance(answer, Reply)
+    assert (answer.header.call_id, answer.header.outcome) == (call_id, OUTCOME_OK)
+    return bytes(answer.payload) == fake_expert(0, 3, call(call_id, rows)[1]).numpy().tobytes()
+
+
+async def hang(arrived: ForwardCall) -> None:
+    """An `on_call` under which layer HANGS is never answered."""
+    if arrived.layer == HANGS:
+        await asyncio.Event().wait()
+
+
+@asynccontextmanager
+async def replica(on_call: Callable[[ForwardCall], Awaitable[None]] = hang, **options) -> AsyncIterator[FakeExperts]:
+    """A running replica in this process."""
+    experts = FakeExperts("a", ExpertSet.block(2, range(4)), SHAPE, on_call=on_call, **options)
+    await experts.start(MemoryRegistry())
+    try:
+        yield experts
+    finally:
+        await experts.vanish()
+
+
+def run(scenario: Callable[[], Awaitable[None]]) -> None:
+    """`scenario`, which must not take longer than 20 s."""
+
+    async def whole() -> None:
+        async with asyncio.timeout(20):
+            await scenario()
+
+    asyncio.run(whole())
+
+
+@each_transport
+def test_rows_come_back_whatever_their_number(transport: Transport):
+    """No row, one, and 4 MiB of them, one call after the other on one connection."""
+
+    async def scenario() -> None:
+        async with replica() as experts, open_caller(experts.replica.address, transport) as caller:
+            assert caller.link.transport is transport
+            for call_id, rows in enumerate((0, 1, 3, 16, 1024, 1)):
+                assert right(await ask(caller, call_id, rows), call_id, rows)
+
+    run(scenario)
+
+
+@each_transport
+def test_replies_find_their_calls_in_any_order(transport: Transport):
+    """Many calls are in flight; the last sent is answered first, and each gets its own answer. Then the link is closed."""
+    turns = [asyncio.Event() for _ in range(8)]
+
+    async def latest_first(arrived: ForwardCall) -> None:
+        await turns[arrived.call_id].wait()
+
+    async def scenario() -> None:
+        async with replica(latest_first) as experts, open_caller(experts.replica.address, transport) as caller:
+            answers = [ask(caller, call_id) for call_id in range(8)]
+            for call_id in reversed(range(8)):
+                turns[call_id].set()
+                assert right(await answers[call_id], call_id)
+                assert not any(answer.done() for answer in answers[:call_id])
+            await caller.link.close()
+            assert isinstance(await ask(caller, 0), PeerLost), "a closed link answers at once"
+
+    run(scenario)
+
+
+@each_transport
+def test_a_flood_corrupts_nothing(transport: Transport):
+    """Five hundred calls of mixed sizes at once: every one is answered with its own rows."""
+
+    async def scenario() -> None:
+        async with replica() as experts, open_caller(experts.replica.address, transport) as caller:
+            sizes = [1 + call_id % 5 for call_id in range(500)]
+            answers = [ask(caller, call_id, rows) for call_id, rows in enumerate(sizes)]
+            for call_id, rows in enumerate(sizes):
+                assert right(await answers[call_id], call_id, rows)
+
+    run(scenario)
+
+
+@each_transport
+def test_a_link_that_closes_loses_what_is_open(transport: Transport):
+    """Closing answers every open call with PeerLost, and costs other routers nothing."""
+
+    async def scenario() -> None:
+        async with replica() as experts, open_caller(experts.replica.address, transport) as other:
+            async with open_caller(experts.replica.address, transport) as caller:
+                lost = [ask(caller, call_id, layer=HANGS) for call_id in range(3)]
+                await eventually(lambda: len(experts.calls) == 3)
+            assert {type(answer) for answer in await asyncio.gather(*lost)} == {PeerLost}
+            assert right(await ask(other, 9), 9)
+
+    run(scenario)
+
+
+# Death: real processes, kill -9 --------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def child(function: str, *words: str) -> AsyncIterator[tuple[asyncio.subprocess.Process, str]]:
+    """A process that runs `function` of this module, and the line that it said first."""
+    code = f"import sys, asyncio, {__name__} as here; asyncio.run(here.{function}(*sys.argv[1:]))"
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-c",
+        code,
+        *words,
+        cwd=Path(__file__).parent,
+        stdout=asyncio.subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    try:
+        yield process, (await process.stdout.readline()).decode().strip()
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.communicate()
+
+
+async def expert_process() -> None:
+    """A replica that says where it is."""
+    async with replica() as experts:
+        print(experts.replica.address, flush=True)
+        await asyncio.Event().wait()
+
+
+async def router_process(address: str) -> None:
+    """A router with one open call by every transport."""
+    async with (
+        open_caller(address, Transport.SHM) as shm,
+        open_caller(address, Transport.UNIX) as unix,
+        open_caller(address, Transport.GRPC) as grpc,
+    ):
+        for caller in (shm, unix, grpc):
+            ask(caller, 0, 64, layer=HANGS)
+        print("sent", flush=True)
+        await asyncio.Event().wait()
+
+
+def segments() -> int:
+    """Segments that this process has mapped."""
+    return Path("/proc/self/maps").read_text().count("memfd:moiety-hop")
+
+
+def settled_segments() -> int:
+    """The same, less what other tests have left to the garbage collector."""
+    gc.collect()
+    return segments()
+
+
+def descriptors() -> int:
+    """Files and sockets that this process has open."""
+    return len(os.listdir("/proc/self/fd"))
+
+
+def test_a_killed_replica_is_noticed_at_once_in_the_middle_of_a_call():
+    """kill -9 of the expert process: by every transport its open calls are PeerLost within 100 ms, and nothing leaks."""
+
+    async def scenario() -> None:
+        before = settled_segments()
+        async with child("expert_process") as (process, address):
+            for transport in TRANSPORTS:
+                async with open_caller(address, transport) as caller:
+                    assert right(await ask(caller, 1, 64), 1, 64)
+
+            async with (
+                open_caller(address, Transport.SHM) as shm,
+                open_caller(address, Transport.UNIX) as unix,
+                open_caller(address, Transport.GRPC) as grpc,
+            ):
+                answers = [ask(caller, 0, 64, layer=HANGS) for caller in (shm, unix, grpc)]
+                assert right(await ask(grpc, 2), 2), "the open calls have been sent before"
+                process.send_signal(signal.SIGKILL)
+                began = time.monotonic()
+                for answer in answers:
+                    assert isinstance(await answer, PeerLost)
+                assert time.monotonic() - began < 0.1
+                await asyncio.wait_for(shm.link.connection.closed.wait(), 5)
+                assert isinstance(await ask(shm, 3), PeerLost)
+        await eventually(lambda: segments() == before)
+
+    run(scenario)
+
+
+def test_a_killed_router_leaves_nothing_behind():
+    """kill -9 of the router process with a call open by every transport: the replica frees all, and serves the next."""
+
+    async def scenario() -> None:
+        mapped = settled_segments()
+        async with replica() as experts:
+            address = experts.replica.address
+            async with open_caller(address) as first:
+                assert right(await ask(first, 1), 1)
+            before = descriptors()
+            async with child("router_process", address) as (process, said):
+                assert said == "sent"
+                await eventually(lambda: len(experts.calls) == 4)
+                assert segments() == mapped + 1
+                process.send_signal(signal.SIGKILL)
+                await process.wait()
+            experts.forget()
+            await eventually(lambda: segments() == mapped)
+            await eventually(lambda: descriptors() <= before)
+            async with open_caller(address, Transport.SHM) as next_one:
+                assert right(await ask(next_one, 2), 2)
+            experts.forget()
+            await eventually(lambda: segments() == mapped)
+
+    run(scenario)
+
+
+# Choosing ------------------------------------------------------------------------------------------------------
+
+
+def test_the_nearest_way_is_taken_and_none_that_is_not_there():
+    """`auto` is shared memory on one node and gRPC where a replica offers none; what is forced and impossible is told."""
+
+    async def scenario() -> None:
+        async with replica() as experts:
+            address = experts.replica.address
+            async with open_caller(address, Transport.AUTO) as caller:
+                assert caller.link.transport is Transport.SHM
+            experts.near = False
+            async with open_caller(address, Transport.AUTO) as caller:
+                assert caller.link.transport is Transport.GRPC
+            for transport, told in ((Transport.SHM, "by shared memory"), (Transport.UNIX, "by its unix socket")):
+                with pytest.raises(FailedPrecondition, match=f"{address} cannot be reached {told}: .*refused"):
+                    await ExpertLink.open(address, 5, Mailbox(), transport)
+
+    run(scenario)
