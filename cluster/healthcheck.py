@@ -1,4 +1,4 @@
-"""Exits 0 if the gateway on this machine says SERVING over the gRPC health protocol, 1 otherwise. Docker's HEALTHCHECK."""
+"""Docker's HEALTHCHECK: exits 0 if this machine's gateway reports SERVING by the gRPC health protocol, else 1."""
 
 import os
 import sys
@@ -8,7 +8,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 
 def serving(address: str, timeout_s: float = 3.0) -> bool:
-    """Whether the server at `address` (host:port) answers SERVING for itself as a whole within `timeout_s` seconds."""
+    """Whether the server at `address` (host:port) reports SERVING for the whole server within `timeout_s` seconds."""
     with grpc.insecure_channel(address) as channel:
         try:
             answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=timeout_s)

@@ -2,7 +2,7 @@
 
 import os
 
-# Before anything imports grpc: its chatter about connections that end as they should is no news.
+# Set before anything imports grpc, which otherwise logs connections that ended normally.
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 
 __version__ = "0.1.0"

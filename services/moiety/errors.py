@@ -6,16 +6,16 @@ MoietyError
 ├── ResourceExhausted        a bounded queue is full: carries a retry hint
 ├── DeadlineExceeded         the request's own deadline has passed
 ├── Cancelled                the client went away
-├── FailedPrecondition       this system cannot do that as it is set up
+├── FailedPrecondition       this system cannot do that as it is configured
 │   ├── ConfigError          a setting is wrong: names field, value and bound
 │   └── CheckpointError      a checkpoint is missing, corrupt or unsupported
-├── Unavailable              something that should be there is not, now
+├── Unavailable              something that is needed is missing for now
 │   ├── RegistryUnreachable  Redis (or the registry file) does not answer
 │   ├── PeerLost             a stream to a replica broke
 │   └── NoHolder             no live replica holds an expert that a token needs
-├── HopFailed                a layer's rows could not be had for some tokens of a step
+├── HopFailed                a layer could not be computed for some tokens of a step
 └── CallRejected             an expert replica refused a whole call
-    ├── NotHeld              it lacks one of the (layer, expert) pairs asked for
+    ├── NotHeld              it lacks a (layer, expert) pair that the call names
     └── RevisionMismatch     it serves another revision of the model
 """
 
@@ -35,7 +35,7 @@ class InvalidRequest(MoietyError):
 
 
 class NotFound(MoietyError):
-    """The named thing does not exist here."""
+    """The thing that a request names does not exist here."""
 
 
 class ResourceExhausted(MoietyError):
@@ -47,15 +47,15 @@ class ResourceExhausted(MoietyError):
 
 
 class DeadlineExceeded(MoietyError):
-    """The request's deadline passed before it was done."""
+    """The request's deadline passed before it had finished."""
 
 
 class Cancelled(MoietyError):
-    """The client cancelled, or the service is going away."""
+    """The client cancelled, or the service is shutting down."""
 
 
 class FailedPrecondition(MoietyError):
-    """The system, as it is set up, cannot do what was asked."""
+    """The system, as it is configured, cannot do what was requested."""
 
 
 class ConfigError(FailedPrecondition):
@@ -67,11 +67,11 @@ class ConfigError(FailedPrecondition):
 
 
 class CheckpointError(FailedPrecondition):
-    """A checkpoint is missing, corrupt or of an unsupported kind."""
+    """A checkpoint is missing, corrupt or unsupported."""
 
 
 class Unavailable(MoietyError):
-    """Something that should be there is not, for now."""
+    """Something that is needed is missing for now."""
 
 
 class RegistryUnreachable(Unavailable):
@@ -93,7 +93,7 @@ class NoHolder(Unavailable):
 
 
 class HopFailed(MoietyError):
-    """A MoE layer could not be computed for some tokens of a step, for good: their requests must end."""
+    """A MoE layer could not be computed for some tokens of a step and is not tried again: their requests must end."""
 
     def __init__(self, tokens: list[int], cause: MoietyError) -> None:
         self.tokens, self.cause = tokens, cause  # positions in the step's packed batch
@@ -101,11 +101,11 @@ class HopFailed(MoietyError):
 
 
 class CallRejected(MoietyError):
-    """An expert replica refused a whole call; nothing of it was computed."""
+    """An expert replica refused a whole call and computed nothing of it."""
 
 
 class NotHeld(CallRejected):
-    """The replica lacks a (layer, expert) that the call names."""
+    """The replica lacks a (layer, expert) pair that the call names."""
 
 
 class RevisionMismatch(CallRejected):

@@ -1,4 +1,4 @@
-"""The files of cluster/, read, and Ray's own checks of them; no tests here."""
+"""Reads the files of cluster/, and calls Ray's own checks of them; no tests here."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore", DeprecationWarning)  # Ray declares its own settings in pydantic's old way
+    warnings.simplefilter("ignore", DeprecationWarning)  # Ray declares its settings in pydantic's old way
     from ray.autoscaler._private.util import prepare_config, validate_config
     from ray.serve.schema import LoggingConfig, ServeApplicationSchema, ServeDeploySchema
 
@@ -30,11 +30,11 @@ Config = dict[str, Any]
 
 
 def load(name: str) -> Config:
-    """The YAML file `name` of cluster/."""
+    """Returns the content of the YAML file `name` of cluster/."""
     loaded: Config = yaml.safe_load((CLUSTER / name).read_text())
     return loaded
 
 
 def launch_check(config: Config) -> None:
-    """What `ray up` checks before it touches a machine; raises where something is wrong."""
+    """Runs the checks that `ray up` makes before it touches a machine; raises if one fails."""
     validate_config(prepare_config(config))

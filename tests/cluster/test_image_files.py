@@ -14,13 +14,13 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 
 def copied_paths(dockerfile: str) -> list[str]:
-    """Sources of the COPY instructions."""
+    """Returns the sources of the COPY instructions."""
     lines = dockerfile.replace("\\\n", " ").splitlines()
     return [source for line in lines if line.startswith("COPY ") for source in line.split()[1:-1]]
 
 
 def test_the_image_copies_what_exists() -> None:
-    """Every COPY source is in the repository and let through by the ignore file, which lets nothing else through."""
+    """Every COPY source is in the repository, and the ignore file admits exactly these sources."""
     sources = copied_paths((CLUSTER / "Dockerfile").read_text())
     assert len(sources) >= 6
     assert [source for source in sources if not (REPOSITORY / source).exists()] == []
@@ -29,15 +29,15 @@ def test_the_image_copies_what_exists() -> None:
     assert {line[1:] for line in ignored if line.startswith("!")} == set(sources)
 
 
-def test_the_image_runs_as_nobody_special() -> None:
-    """The last USER of the image is the numeric one that the chart's runAsNonRoot needs, and no secret is an argument."""
+def test_the_image_runs_without_root() -> None:
+    """The image's last USER is numeric, as the chart's runAsNonRoot needs, and no build argument is a secret."""
     lines = (CLUSTER / "Dockerfile").read_text().splitlines()
     assert [line for line in lines if line.startswith("USER")][-1] == "USER 1000"
     assert [line for line in lines if line.startswith("ARG")] == ["ARG DEVICE=cpu"]
 
 
-def test_the_collectors_pipelines_are_whole() -> None:
-    """Each pipeline names components that are defined, and each defined one is used."""
+def test_the_collectors_pipelines_are_complete() -> None:
+    """Each pipeline names defined components, and each defined component is used."""
     config = load("otel-collector.yaml")
     service = config.pop("service")
     used: dict[str, set[str]] = {"extensions": set(service["extensions"])}
@@ -49,7 +49,7 @@ def test_the_collectors_pipelines_are_whole() -> None:
 
 @pytest.fixture
 def healthcheck() -> ModuleType:
-    """cluster/healthcheck.py, which is a script of the image and no part of the package."""
+    """cluster/healthcheck.py, a script of the image that is not part of the package."""
     spec = importlib.util.spec_from_file_location("healthcheck", CLUSTER / "healthcheck.py")
     assert spec is not None
     assert spec.loader is not None
@@ -70,10 +70,10 @@ def health_server() -> Iterator[tuple[str, health.HealthServicer]]:
     server.stop(None).wait(5)
 
 
-def test_the_health_check_tells_the_state(
+def test_the_health_check_reports_the_state(
     healthcheck: ModuleType, health_server: tuple[str, health.HealthServicer]
 ) -> None:
-    """Serving is healthy; draining, and nobody there, are not."""
+    """A serving gateway is healthy; a draining or absent one is not."""
     address, servicer = health_server
     servicer.set("", health_pb2.HealthCheckResponse.SERVING)
     assert healthcheck.serving(address)

@@ -1,4 +1,4 @@
-"""local.yaml and gpu.yaml against what they name: Ray's own validator, the repository, the settings, a shell."""
+"""Checks local.yaml and gpu.yaml with Ray's validator, and against the repository, the settings and a shell."""
 
 from __future__ import annotations
 
@@ -18,33 +18,33 @@ SECRETS = {"~/.ray/auth_token", "~/.moiety/redis_password"}
 
 
 def start_commands(config: Config) -> list[str]:
-    """What runs on the head and on the workers at every `ray up`."""
+    """Returns the commands that run on the head and on the workers at every `ray up`."""
     return [*config["head_start_ray_commands"], *config["worker_start_ray_commands"]]
 
 
 @pytest.mark.parametrize("name", LAUNCHER_FILES)
 def test_ray_accepts_the_launcher_file(name: str) -> None:
-    """`ray up` finds nothing wrong with the file as it stands."""
+    """`ray up` accepts the file as it is."""
     launch_check(load(name))
 
 
 def rename_workers(config: Config) -> None:
-    """An unknown key in place of a known one."""
+    """Puts an unknown key in place of a known one."""
     config["max_worker"] = config.pop("max_workers")
 
 
 def misspell_command(config: Config) -> None:
-    """A command list under a wrong name."""
+    """Puts a command list under a wrong name."""
     config["head_start_commands"] = config.pop("head_start_ray_commands")
 
 
 def mistype_commands(config: Config) -> None:
-    """A number where a list of commands belongs."""
+    """Puts a number where a list of commands belongs."""
     config["setup_commands"] = 3
 
 
 def mistype_mounts(config: Config) -> None:
-    """A list where a mapping belongs."""
+    """Puts a list where a mapping belongs."""
     config["file_mounts"] = ["services"]
 
 
@@ -79,7 +79,7 @@ def test_rays_check_of_node_types_can_fail(path: tuple[str, ...], value: Any) ->
 
 @pytest.mark.parametrize("name", LAUNCHER_FILES)
 def test_what_is_mounted_exists(name: str) -> None:
-    """Every mounted path is in the repository, but for the two secrets, which the user makes."""
+    """Every mounted path is in the repository, except the two secrets, which the user creates."""
     mounts = load(name)["file_mounts"]
     assert {local for local in mounts.values() if local.startswith("~")} == SECRETS
     assert [local for local in set(mounts.values()) - SECRETS if not (REPOSITORY / local).exists()] == []
@@ -88,7 +88,7 @@ def test_what_is_mounted_exists(name: str) -> None:
 
 @pytest.mark.parametrize("name", LAUNCHER_FILES)
 def test_every_ray_process_has_the_environment(name: str) -> None:
-    """Each `ray start` runs under environment.sh: token authentication, the model and the registry are set on every node."""
+    """Each `ray start` sources environment.sh, so every node has the token mode, the model and the registry."""
     starts = [command for command in start_commands(load(name)) if "ray start" in command]
     assert len(starts) == 2
     assert all(command.startswith(". ~/moiety/cluster/environment.sh;") for command in starts)
@@ -104,13 +104,13 @@ def test_shell_commands_parse(name: str) -> None:
 
 
 def test_the_local_provider_has_the_old_autoscaler() -> None:
-    """With autoscaler v2 the local provider never launches its workers."""
+    """The head turns autoscaler v2 off, with which the local provider never launches its workers."""
     head = " ".join(load("local.yaml")["head_start_ray_commands"])
     assert "RAY_enable_autoscaler_v2=0 ~/venv/bin/ray start" in head
 
 
 def run_under_environment(home: Path, command: str, **extra: str) -> str:
-    """Output of `command` in a shell that has sourced environment.sh with `home` as its HOME."""
+    """Returns the output of `command` in a shell that has sourced environment.sh with `home` as its HOME."""
     script = f". {CLUSTER / 'environment.sh'}; {command}"
     environment = {"HOME": str(home), "PATH": "/usr/local/bin:/usr/bin:/bin", **extra}
     done = subprocess.run(
@@ -128,7 +128,7 @@ def home(tmp_path: Path) -> Path:
 
 
 def test_the_environment_is_the_applications(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The MOIETY_ variables of environment.sh are settings of the application; a worker takes the head's address."""
+    """The MOIETY_ variables of environment.sh are settings of the application; a worker uses the head's address."""
     lines = run_under_environment(home, "env", RAY_HEAD_IP="192.0.2.10").splitlines()
     variables = dict(line.partition("=")[::2] for line in lines)
     ours = {name: value for name, value in variables.items() if name.startswith("MOIETY_")}
@@ -143,14 +143,14 @@ def test_the_environment_is_the_applications(home: Path, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("name", LAUNCHER_FILES)
 def test_redis_is_configured_through_stdin(name: str, home: Path, tmp_path: Path) -> None:
-    """The head's Redis gets a password and its addresses, none of it as an argument that others could see."""
+    """The head's Redis gets its password and addresses through stdin, not as arguments, which others could see."""
     server = tmp_path / "redis-server"
     server.write_text('#!/bin/sh\necho "arguments: $*"; cat\n')
     server.chmod(0o755)
     command = next(line for line in load(name)["head_start_ray_commands"] if "redis-server" in line)
-    own = command.removeprefix(". ~/moiety/cluster/environment.sh; ")
-    told = run_under_environment(home, f"PATH={tmp_path}:$PATH; {own}", RAY_HEAD_IP="192.0.2.10")
-    assert told.splitlines() == [
+    redis_command = command.removeprefix(". ~/moiety/cluster/environment.sh; ")
+    output = run_under_environment(home, f"PATH={tmp_path}:$PATH; {redis_command}", RAY_HEAD_IP="192.0.2.10")
+    assert output.splitlines() == [
         "arguments: -",
         "port 6390",
         "bind 127.0.0.1 192.0.2.10",

@@ -1,4 +1,4 @@
-"""serve.yaml and serve-gpu.yaml against Serve's own schema and the application's settings."""
+"""Checks serve.yaml and serve-gpu.yaml against Serve's own schema and the application's settings."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SERVE_FILES = ["serve.yaml", "serve-gpu.yaml"]
 
 @pytest.mark.parametrize("name", SERVE_FILES)
 def test_serve_accepts_the_deploy_file(name: str) -> None:
-    """Serve's schema accepts the file, and its application is Moiety's, away from Serve's proxies."""
+    """Serve's schema accepts the file; its application is Moiety's, and Serve's proxies are disabled."""
     schema = ServeDeploySchema.model_validate(load(name))
     assert [application.import_path for application in schema.applications] == ["moiety.deploy.app:build"]
     assert str(schema.proxy_location.value) == "Disabled"
@@ -21,7 +21,7 @@ def test_serve_accepts_the_deploy_file(name: str) -> None:
 
 @pytest.mark.parametrize("name", SERVE_FILES)
 def test_the_arguments_are_settings(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Arguments plus MOIETY_MODEL are complete; an argument wins over its variable."""
+    """The arguments and MOIETY_MODEL are complete; an argument wins over its variable."""
     arguments = load(name)["applications"][0]["args"]
     monkeypatch.setenv("MOIETY_MODEL", "/models/mixtral")
     monkeypatch.setenv("MOIETY_GROUPS", "7")
@@ -32,7 +32,7 @@ def test_the_arguments_are_settings(name: str, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("name", SERVE_FILES)
 def test_every_key_is_one_of_serves(name: str) -> None:
-    """Serve ignores keys that it does not know: none of ours may be one."""
+    """Every key is one that Serve knows, because Serve ignores unknown keys."""
     config = load(name)
     assert set(config) <= set(ServeDeploySchema.model_fields)
     assert set(config["logging_config"]) <= set(LoggingConfig.model_fields)

@@ -1,4 +1,4 @@
-"""The chart lints, and what it renders is what Kubernetes and KubeRay accept; mutations prove that the checks can fail."""
+"""The chart lints, and Kubernetes and KubeRay accept what it renders; mutations prove that the checks can fail."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ GROUP = {"name": "gpus", "replicas": 1, "minReplicas": 0, "maxReplicas": 2, "res
 
 
 def as_objects(document: Manifest) -> list[Manifest]:
-    """`document`, or for a RayService the Pods and the Service that it describes."""
+    """Returns `document`, or for a RayService the Pods and the Service that it describes."""
     if document["kind"] != "RayService":
         return [document]
     cluster = document["spec"]["rayClusterConfig"]
@@ -38,20 +38,20 @@ def as_objects(document: Manifest) -> list[Manifest]:
 
 
 def rayservice(values: dict[str, Any] = MINIMAL) -> Manifest:
-    """The RayService that the chart renders."""
+    """Returns the RayService that the chart renders."""
     document = named(manifests(values), "RayService")
     assert document is not None
     return document
 
 
 def small_schema() -> dict[str, Any]:
-    """The fields that the chart uses, written by hand."""
+    """Returns a handwritten schema of the fields that the chart uses."""
     schema: dict[str, Any] = json.loads(Path(__file__).with_name("rayservice.schema.json").read_text())
     return schema
 
 
 def crd_schema() -> dict[str, Any]:
-    """KubeRay's own schema of a RayService, closed, as JSON Schema; skips where the CRD is not at hand."""
+    """Returns KubeRay's schema of a RayService, closed, as JSON Schema; skips the test if there is no CRD file."""
     path = os.environ.get(CRD_VARIABLE)
     if not path:
         pytest.skip(f"{CRD_VARIABLE} does not name KubeRay's ray.io_rayservices.yaml")
@@ -64,7 +64,7 @@ def crd_schema() -> dict[str, Any]:
 
 
 def closed(schema: Any) -> Any:
-    """An OpenAPI v3 schema as JSON Schema that refuses unknown fields, as the API server does when asked to be strict."""
+    """Returns an OpenAPI v3 schema as JSON Schema that refuses unknown fields, like a strict API server."""
     if isinstance(schema, list):
         return [closed(item) for item in schema]
     if not isinstance(schema, dict):
@@ -86,20 +86,20 @@ def closed(schema: Any) -> Any:
 
 @pytest.mark.parametrize("values", [MINIMAL, EVERYTHING], ids=["minimal", "everything"])
 def test_the_chart_lints(values: dict[str, Any]) -> None:
-    """Helm's strict lint finds nothing to say."""
+    """Helm's strict lint reports nothing."""
     assert helm_python.lint(CHART, values, strict=True)["messages"] == []
 
 
 @pytest.mark.parametrize("values", [MINIMAL, EVERYTHING], ids=["minimal", "everything"])
 def test_kubernetes_accepts_every_object(values: dict[str, Any]) -> None:
-    """Each built-in object, and each Pod and Service inside the RayService, fits Kubernetes' schema, unknown keys refused."""
+    """Each built-in object, and each Pod and Service in the RayService, fits Kubernetes' schema without unknown keys."""
     for document in manifests(values):
         for built_in in as_objects(document):
             kubernetes_validate.validate(built_in, KUBERNETES, strict=True)
 
 
 def test_the_kubernetes_check_can_fail() -> None:
-    """A misspelt key in a worker's container is found."""
+    """A misspelt key in a worker's container is refused."""
     pod = as_objects(rayservice())[1]
     pod["spec"]["containers"][0]["volumeMount"] = []
     with pytest.raises(kubernetes_validate.ValidationError):
@@ -108,7 +108,7 @@ def test_the_kubernetes_check_can_fail() -> None:
 
 @pytest.mark.parametrize("schema", [small_schema, crd_schema], ids=["fields in use", "KubeRay's CRD"])
 def test_kuberay_accepts_the_rayservice(schema: Callable[[], dict[str, Any]]) -> None:
-    """The RayService fits the schema, and a misspelt, a missing and a mistyped field do not."""
+    """The RayService fits the schema; a misspelt, a missing and a mistyped field are refused."""
     validator = jsonschema.Draft202012Validator(schema())
     for values in (MINIMAL, EVERYTHING):
         assert list(validator.iter_errors(rayservice(values))) == []
@@ -134,7 +134,7 @@ def test_pods_have_no_privileges() -> None:
 
 
 def test_a_worker_is_ready_when_its_gateway_is() -> None:
-    """Probe, container port, Service port and the application's argument are one port."""
+    """The probe, the container, the Service and the application's argument use the same port."""
     document = rayservice(merged(MINIMAL, nested("app.grpc_port", 50052)))
     container = dig(document, f"{POD}/containers/0")
     port = dig(document, "spec/serveService/spec/ports/0")
@@ -147,14 +147,14 @@ def test_a_worker_is_ready_when_its_gateway_is() -> None:
 
 
 def test_service_links_are_off() -> None:
-    """Kubernetes injects no <SERVICE>_PORT variables, which a release called `moiety` would turn into settings."""
+    """Kubernetes injects no <SERVICE>_PORT variables: in a release named `moiety` they would be read as settings."""
     document = rayservice()
     assert dig(document, f"{POD}/enableServiceLinks") is False
     assert dig(document, f"{HEAD_POD}/enableServiceLinks") is False
 
 
 def test_a_password_stays_in_its_secret() -> None:
-    """The Ray pods and Redis take the password from the Secret; no object holds it, and the URL only refers to it."""
+    """The Ray pods and Redis take the password from the Secret; no object holds it, the URL only refers to it."""
     documents = manifests(EVERYTHING)
     environment = {item["name"]: item for item in dig(rayservice(EVERYTHING), f"{POD}/containers/0/env")}
     assert environment["MOIETY_REGISTRY"]["value"] == "redis://:$(REDIS_PASSWORD)@rel-moiety-redis:6379/0"
@@ -163,25 +163,25 @@ def test_a_password_stays_in_its_secret() -> None:
 
 
 def test_redis_reads_its_password_from_stdin(tmp_path: Path) -> None:
-    """The container's command gives Redis the password as configuration, not as an argument that others could see."""
+    """The container's command passes the password through stdin, not as an argument, which others could see."""
     deployment = named(manifests(EVERYTHING), "Deployment", "-redis")
     server = tmp_path / "redis-server"
     server.write_text('#!/bin/sh\necho "arguments: $*"; cat\n')
     server.chmod(0o755)
     environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "REDIS_PASSWORD": "s3cret"}
     command = dig(deployment, "spec/template/spec/containers/0/command")
-    told = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=10, check=True).stdout
-    assert told.splitlines() == ["arguments: -", 'save ""', "requirepass s3cret"]
+    output = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=10, check=True).stdout
+    assert output.splitlines() == ["arguments: -", 'save ""', "requirepass s3cret"]
 
 
 def test_several_worker_groups() -> None:
-    """Each item of ray.workerGroups is a group of its own, and optional keys may be left out."""
+    """Each item of ray.workerGroups becomes a worker group, and optional keys may be left out."""
     groups = rayservice(merged(MINIMAL, nested("ray.workerGroups", [{**GROUP, "name": "cpus"}, GROUP])))
     assert [g["groupName"] for g in groups["spec"]["rayClusterConfig"]["workerGroupSpecs"]] == ["cpus", "gpus"]
 
 
 def test_names_carry_the_release() -> None:
-    """Two releases in one namespace share no object, and a release called moiety is not named twice."""
+    """Two releases in one namespace share no object, and a release named moiety does not repeat the name."""
     first = {(doc["kind"], doc["metadata"]["name"]) for doc in manifests(EVERYTHING, "one")}
     second = {(doc["kind"], doc["metadata"]["name"]) for doc in manifests(EVERYTHING, "two")}
     assert not first & second
@@ -189,23 +189,23 @@ def test_names_carry_the_release() -> None:
 
 
 @pytest.mark.parametrize(
-    ("values", "told"),
+    ("values", "message"),
     [
-        (merged(MINIMAL, nested("image.repository", "")), "there is no published image"),
+        (merged(MINIMAL, nested("image.repository", "")), "no image is published"),
         (merged(MINIMAL, nested("model.existingClaim", "")), "model.existingClaim or model.hostPath is required"),
         (merged(MINIMAL, nested("model.hostPath", "/srv")), "give one of the two"),
         (merged(MINIMAL, nested("redis.enabled", False)), "set redis.external.url"),
     ],
     ids=["no image", "no model", "two models", "no Redis"],
 )
-def test_what_is_missing_is_named(values: dict[str, Any], told: str) -> None:
-    """Values that cannot work are refused with the keys to set."""
-    with pytest.raises(helm_python.HelmError, match=told):
+def test_missing_values_are_named(values: dict[str, Any], message: str) -> None:
+    """Values that cannot work are refused, and the message names the keys to set."""
+    with pytest.raises(helm_python.HelmError, match=message):
         templates(values)
 
 
 def test_the_notes_name_what_was_installed() -> None:
-    """NOTES.txt gives the commands with this release's own names and port."""
+    """The commands in NOTES.txt have this release's names and port."""
     notes = templates(merged(MINIMAL, nested("app.grpc_port", 50052)))["moiety/templates/NOTES.txt"]
     assert "kubectl -n ns port-forward service/rel-moiety-gateway 50052" in notes
     assert "kubectl -n ns wait rayservice/rel-moiety --for=condition=Ready" in notes

@@ -1,4 +1,4 @@
-"""values.schema.json is closed, refuses wrong types, and says of `app` what the application's own settings say."""
+"""values.schema.json is closed, refuses wrong types, and has the bounds of the application's settings for `app`."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ import moiety
 from moiety.config.application import AppSettings, GroupSettings
 from moiety.config.resolve import validated
 
-# Set by the chart itself: what they must be follows from running in pods.
+# The chart sets these itself: running in pods determines their values.
 GIVEN_BY_THE_CHART = {"model", "registry", "listen_host", "advertise_host"}
 BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
 
 
 def values() -> dict[str, Any]:
-    """values.yaml."""
+    """Returns values.yaml."""
     loaded: dict[str, Any] = yaml.safe_load((CHART / "values.yaml").read_text())
     return loaded
 
 
 def schema() -> dict[str, Any]:
-    """values.schema.json."""
+    """Returns values.schema.json."""
     loaded: dict[str, Any] = json.loads((CHART / "values.schema.json").read_text())
     return loaded
 
 
 def objects(node: Any, path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every sub-schema with named properties."""
+    """Yields the path and the sub-schema of every object with named properties."""
     if isinstance(node, dict):
         if "properties" in node and isinstance(node["properties"], dict):
             yield path, node
@@ -43,7 +43,7 @@ def objects(node: Any, path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def refuses(changes: dict[str, Any]) -> bool:
-    """Whether the schema refuses otherwise good values with `changes`."""
+    """Whether the schema refuses valid values after `changes`."""
     try:
         helm_python.Chart.load(CHART).validate_schema(merged(EVERYTHING, changes))
     except helm_python.HelmError:
@@ -52,7 +52,7 @@ def refuses(changes: dict[str, Any]) -> bool:
 
 
 def test_every_object_is_closed() -> None:
-    """No object with named properties lets an unknown one through."""
+    """Every object with named properties refuses an unknown one."""
     found = dict(objects(schema()))
     assert len(found) > 10
     assert [path for path, node in found.items() if node.get("additionalProperties") is not False] == []
@@ -75,7 +75,7 @@ def test_every_object_is_closed() -> None:
     ],
 )
 def test_an_unknown_key_is_refused(path: str) -> None:
-    """A misspelt or invented key is an error at every level."""
+    """An unknown key is an error at every level."""
     assert refuses(nested(path, 1))
 
 
@@ -107,34 +107,34 @@ def test_an_unknown_key_is_refused(path: str) -> None:
     ],
 )
 def test_a_wrong_value_is_refused(path: str, value: Any) -> None:
-    """A value of a wrong type, or out of its bounds, is an error; a password in a URL is one too."""
+    """A value of the wrong type or out of bounds is an error, and so is a password in a URL."""
     assert refuses(nested(path, value))
 
 
 def test_good_values_pass() -> None:
-    """The refusals above are about their one change."""
+    """The values of the refusals above are valid without their change."""
     assert not refuses({})
 
 
 def test_app_has_the_applications_settings() -> None:
-    """`app` in values.yaml and in the schema has the fields of AppSettings, defaults and bounds included."""
+    """`app` in values.yaml and in the schema has the fields of AppSettings, with their defaults and bounds."""
     documented = values()["app"]
     for kind, given, defaults, node in (
         (AppSettings, GIVEN_BY_THE_CHART, documented, schema()["properties"]["app"]),
         (GroupSettings, set[str](), documented["experts"], schema()["properties"]["app"]["properties"]["experts"]),
     ):
-        own = kind.model_json_schema()["properties"]
-        assert set(defaults) == set(own) - given == set(node["properties"])
-        # A port must be fixed in a Service, pydantic tells no bound of a size, and the experts' fields come next.
-        for name in set(own) - given - {"experts", "grpc_port", "kv_memory", "hot_memory"}:
-            options = own[name].get("anyOf", [own[name]])
+        fields = kind.model_json_schema()["properties"]
+        assert set(defaults) == set(fields) - given == set(node["properties"])
+        # A Service needs a fixed port, pydantic gives no bound of a size, and the next round checks the experts' fields.
+        for name in set(fields) - given - {"experts", "grpc_port", "kv_memory", "hot_memory"}:
+            options = fields[name].get("anyOf", [fields[name]])
             for bound in BOUNDS:
                 assert node["properties"][name].get(bound) == options[0].get(bound), f"{name}: {bound}"
     assert validated(AppSettings, {**documented, "model": "/m"}) == AppSettings(model="/m")
 
 
 def test_the_application_accepts_its_arguments() -> None:
-    """What the chart puts into serveConfigV2 is valid for AppSettings, the listening address open to other pods."""
+    """The arguments in serveConfigV2 are valid AppSettings, and the services listen for other pods."""
     document = named(manifests(MINIMAL), "RayService")
     assert document is not None
     application = yaml.safe_load(document["spec"]["serveConfigV2"])["applications"][0]
@@ -143,7 +143,7 @@ def test_the_application_accepts_its_arguments() -> None:
 
 
 def test_versions_agree() -> None:
-    """The chart's appVersion is the project's, and its Ray is the one that pyproject.toml and constraints.txt ask for."""
+    """The chart's appVersion is the project's, and its Ray version is that of pyproject.toml and constraints.txt."""
     chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
     assert chart["appVersion"] == moiety.__version__
     assert f"ray=={values()['ray']['version']}" in (REPOSITORY / "constraints.txt").read_text().splitlines()
@@ -151,7 +151,7 @@ def test_versions_agree() -> None:
     assert any(need.startswith("ray[serve]>=2.60,") for need in project["optional-dependencies"]["serve"])
 
 
-def test_the_collector_is_the_one_of_the_cluster_folder() -> None:
+def test_the_collector_is_that_of_the_cluster_folder() -> None:
     """Chart and cluster/otel-collector.yaml run the same pipelines; only the listening addresses differ."""
     config_map = named(manifests(merged(MINIMAL, nested("telemetry.collector.enabled", True))), "ConfigMap")
     assert config_map is not None

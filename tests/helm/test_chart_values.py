@@ -1,4 +1,4 @@
-"""One value, one assertion: every documented value changes the manifests where it should."""
+"""One value, one assertion: every documented value changes the manifests in the right place."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ EXTERNAL = merged(nested("redis.enabled", False), nested("redis.external.url", "
 
 @dataclass(frozen=True)
 class Case:
-    """Setting `value` at `path` must put `expected` at `where` of the object `kind` whose name ends in `name`."""
+    """Setting `path` to `value` must put `expected` at `where` in the object of `kind` whose name ends in `name`."""
 
     path: str
     value: Any
@@ -34,18 +34,18 @@ class Case:
 
 
 def argument(name: str, value: Any) -> Case:
-    """A value of `app` reaches the Serve application under its own name."""
+    """Returns the case that a value of `app` reaches the Serve application under its own name."""
     return Case(f"app.{name}", value, f"{ARGS}/{name.replace('.', '/')}", value)
 
 
 def group(name: str, value: Any, where: str) -> Case:
-    """A value of the first worker group; a list is replaced as a whole, as Helm does."""
+    """Returns the case of a value of the first worker group; Helm replaces a list as a whole."""
     default = yaml.safe_load((CHART / "values.yaml").read_text())["ray"]["workerGroups"][0]
     return Case("ray.workerGroups", [default | {name: value}], where, value, given={"_leaf": name})
 
 
 def secret(name: str, key: str) -> dict[str, Any]:
-    """A variable's value taken from the Secret `name`."""
+    """Returns the source of a variable that is taken from the Secret `name`."""
     return {"secretKeyRef": {"name": name, "key": key}}
 
 
@@ -207,12 +207,12 @@ CASES = [
 
 
 def leaf_of(case: Case) -> str:
-    """The documented value that `case` is about."""
+    """Returns the path of the documented value that `case` tests."""
     return ".".join(filter(None, (case.path, case.given.get("_leaf"))))
 
 
 def found(case: Case, values: dict[str, Any]) -> Any:
-    """What the chart renders from `values` at the place that `case` names, YAML inside strings read as well."""
+    """Returns what the chart renders from `values` at the place of `case`; YAML inside strings is parsed."""
     document = named(manifests(values), case.kind, case.name)
     if document is None:
         return None
@@ -225,9 +225,9 @@ def found(case: Case, values: dict[str, Any]) -> Any:
 
 @pytest.mark.parametrize("case", CASES, ids=leaf_of)
 def test_a_value_reaches_its_place(case: Case) -> None:
-    """Changing one value changes the manifest where it should, and the default was something else."""
+    """Changing one value changes the manifest in the right place, where the default gives something else."""
     given = {key: value for key, value in case.given.items() if key != "_leaf"}
-    # Switches need what they switch to; the default of what is being set is left as it is.
+    # `given` holds what the case needs besides its value; the value itself keeps its default in `before`.
     before = merged(MINIMAL, {} if case.path == "redis.enabled" else given)
     after = merged(merged(MINIMAL, given), nested(case.path, case.value))
     assert found(case, after) == case.expected
@@ -236,6 +236,6 @@ def test_a_value_reaches_its_place(case: Case) -> None:
 
 
 def test_every_documented_value_has_an_assertion() -> None:
-    """No key of values.yaml lacks a case above, and no case is about a key that is not there."""
+    """Every key of values.yaml has a case above, and every case has a key."""
     documented = leaves(yaml.safe_load((CHART / "values.yaml").read_text()))
     assert {leaf_of(case) for case in CASES} == set(documented)

@@ -1,4 +1,4 @@
-{{/* cluster/otel-collector.yaml for a pod, with an exporter more where traces are forwarded. */}}
+{{/* cluster/otel-collector.yaml for a pod, with one more exporter if traces are forwarded. */}}
 {{- define "moiety.collectorConfig" -}}
 {{- $forwardTo := .Values.telemetry.collector.forwardTo -}}
 receivers:

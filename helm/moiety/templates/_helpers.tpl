@@ -1,4 +1,4 @@
-{{/* Base of every object's name; short enough for KubeRay, which appends to a RayService's name. */}}
+{{/* Prefix of every object's name, short enough for KubeRay, which appends to a RayService's name. */}}
 {{- define "moiety.fullname" -}}
 {{- $base := ternary .Release.Name (printf "%s-%s" .Release.Name .Chart.Name) (contains .Chart.Name .Release.Name) -}}
 {{- $base | trunc 40 | trimSuffix "-" -}}
@@ -16,12 +16,12 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- end -}}
 
-{{/* Where the checkpoint lies inside the pods. */}}
+{{/* Path of the checkpoint inside the pods. */}}
 {{- define "moiety.modelPath" -}}
 {{- list "/models" .Values.model.folder | compact | join "/" -}}
 {{- end -}}
 
-{{/* Where spans and metrics go; empty where nothing collects them. */}}
+{{/* Endpoint for spans and metrics; empty if nothing collects them. */}}
 {{- define "moiety.otlpEndpoint" -}}
 {{- if .Values.telemetry.endpoint -}}
 {{ .Values.telemetry.endpoint }}
@@ -30,7 +30,7 @@ http://{{ include "moiety.fullname" . }}-collector:4317
 {{- end -}}
 {{- end -}}
 
-{{/* The registry's address, as environment variables: a password never leaves its Secret. */}}
+{{/* The registry's URL, as environment variables, so that a password stays in its Secret. */}}
 {{- define "moiety.registryEnv" -}}
 {{- $redis := .Values.redis -}}
 {{- if $redis.enabled -}}

@@ -1,4 +1,4 @@
-{{/* What `serve deploy` would be given; the same application as cluster/serve.yaml. */}}
+{{/* The config file that `serve deploy` would take: the application of cluster/serve.yaml. */}}
 {{- define "moiety.serveConfig" -}}
 {{- $given := dict "model" (include "moiety.modelPath" .) "listen_host" "0.0.0.0" -}}
 proxy_location: Disabled
@@ -22,7 +22,7 @@ metadata:
     {{- include "moiety.selector" $root | nindent 4 }}
     app.kubernetes.io/component: ray-{{ .node }}
 spec:
-  enableServiceLinks: false # a Service's injected MOIETY_… variables would be read as settings
+  enableServiceLinks: false # else the application would read a Service's injected MOIETY_… variables as settings
   {{- if eq .node "worker" }}
   automountServiceAccountToken: false
   {{- end }}
@@ -44,7 +44,7 @@ spec:
   {{- end }}
   containers:
     - name: ray-{{ .node }}
-      image: "{{ required "image.repository is required: there is no published image" $root.Values.image.repository }}:{{ $root.Values.image.tag | default $root.Chart.AppVersion }}"
+      image: "{{ required "image.repository is required: no image is published" $root.Values.image.repository }}:{{ $root.Values.image.tag | default $root.Chart.AppVersion }}"
       imagePullPolicy: {{ $root.Values.image.pullPolicy }}
       securityContext: {{- include "moiety.containerSecurity" $root | nindent 8 }}
       resources: {{- toYaml .settings.resources | nindent 8 }}
@@ -67,7 +67,7 @@ spec:
       {{- else }}
       ports:
         - {name: grpc, containerPort: {{ $root.Values.app.grpc_port }}}
-      # Ready means that this pod's gateway answers; a worker without one serves the others and stays out of the Service.
+      # Ready means that this pod's gateway answers. A worker without a gateway computes for the others, outside the Service.
       readinessProbe:
         grpc: {port: {{ $root.Values.app.grpc_port }}}
         periodSeconds: 2
@@ -78,7 +78,7 @@ spec:
   volumes:
     - name: model
       {{- if and $model.existingClaim $model.hostPath }}
-      {{- fail "model.existingClaim and model.hostPath: give one of the two" }}
+      {{- fail "model.existingClaim and model.hostPath are both set: give one of the two" }}
       {{- else if $model.existingClaim }}
       persistentVolumeClaim: {claimName: {{ $model.existingClaim }}, readOnly: true}
       {{- else }}

@@ -1,6 +1,6 @@
-"""The one composition root: the only place that builds a service. Serve replicas and LocalCluster children both call it.
+"""The composition root: the only place that builds a service. Serve replicas and LocalCluster children both call it.
 
-Each service's file is imported only when it is started, so that an expert replica never imports transformers.
+Each service's module is imported only when that service starts, so that an expert replica never imports transformers.
 """
 
 from __future__ import annotations
@@ -20,34 +20,34 @@ __all__ = ["Running", "settings_of", "start", "start_expert", "start_gateway", "
 
 
 async def start_expert(settings: ExpertSettings, *, replica_id: str, node: str) -> Running:
-    """One replica of an expert group: reads its experts' weights and serves moiety.internal.v1.ExpertService."""
+    """Starts a replica of an expert group: reads its experts' weights, serves moiety.internal.v1.ExpertService."""
     launched = time.time()
     return await (await at_low_priority(_expert)).start(settings, replica_id, node, launched)
 
 
 def _expert() -> ModuleType:
-    """Imports torch, which takes a second or two: the replica starts because others are busy."""
+    """Imports torch, which takes a second or two: at low priority, since a replica starts because others are busy."""
     from moiety.compose import expert
 
     return expert
 
 
 async def start_router(settings: RouterSettings, *, replica_id: str, node: str) -> Running:
-    """A router: every weight except the routed experts; serves moiety.internal.v1.EngineService."""
+    """Starts a router: reads the trunk, serves moiety.internal.v1.EngineService."""
     from moiety.compose import router
 
     return await router.start(settings, replica_id, node)
 
 
 async def start_gateway(settings: GatewaySettings, *, replica_id: str, node: str) -> Running:
-    """A gateway: tokenises, streams text; serves moiety.v1.GenerationService."""
+    """Starts a gateway: reads the tokenizer, serves moiety.v1.GenerationService."""
     from moiety.compose import gateway
 
     return await gateway.start(settings, replica_id, node)
 
 
 def settings_of(role: Role, values: Mapping[str, Any]) -> ServiceSettings:
-    """`values` as the settings of a service of this role. Raises ConfigError."""
+    """Returns `values` as the settings of a service of this role. Raises ConfigError."""
     kinds: Mapping[Role, type[ServiceSettings]] = {
         Role.EXPERT: ExpertSettings,
         Role.ROUTER: RouterSettings,
@@ -57,7 +57,7 @@ def settings_of(role: Role, values: Mapping[str, Any]) -> ServiceSettings:
 
 
 async def start(settings: ServiceSettings, *, replica_id: str, node: str) -> Running:
-    """The service that `settings` are of."""
+    """Starts the kind of service that the type of `settings` names."""
     match settings:
         case ExpertSettings():
             return await start_expert(settings, replica_id=replica_id, node=node)
@@ -65,4 +65,4 @@ async def start(settings: ServiceSettings, *, replica_id: str, node: str) -> Run
             return await start_router(settings, replica_id=replica_id, node=node)
         case GatewaySettings():
             return await start_gateway(settings, replica_id=replica_id, node=node)
-    raise TypeError(f"{type(settings).__name__} are the settings of no service")
+    raise TypeError(f"{type(settings).__name__} is not the settings of a service")

@@ -1,4 +1,4 @@
-"""Work that must not steal time from requests that are being served."""
+"""Runs work that must not take time from requests being served."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from concurrent.futures import Future
 from contextlib import suppress
 from typing import ParamSpec, TypeVar
 
-NICENESS = 5  # about a third of the time of what serves, on a core that both want; all of it on an idle one
+NICENESS = 5  # about a third of the time of a serving thread on the same core; all of the time on an idle core
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
 async def at_low_priority(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Runs `function` in a thread of its own, below the others of this machine where the system can tell threads apart.
+    """Runs `function` in a new thread, at a lower priority where the system has priorities per thread.
 
-    A thread of its own, because an unprivileged one that has stepped back can't return.
+    The thread is a new one because an unprivileged thread cannot raise its priority again.
     """
     future: Future[T] = Future()
 

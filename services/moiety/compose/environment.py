@@ -1,4 +1,4 @@
-"""What the environment of every service's process should hold before it starts; what the user has set wins."""
+"""Environment variables for every service's process, set before it starts. Values set by the user win."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from types import MappingProxyType
 
 PROCESS_ENVIRONMENT: Mapping[str, str] = MappingProxyType(
     {
-        "OMP_WAIT_POLICY": "passive",  # replicas share cores: a spinning one steals from the others
-        "HF_HUB_OFFLINE": "1",  # checkpoints are folders; nothing is ever downloaded
-        "THP_MEM_ALLOC_ENABLE": "1",  # huge pages for what torch allocates at once in many megabytes
+        "OMP_WAIT_POLICY": "passive",  # replicas share cores: one that spins takes time from the others
+        "HF_HUB_OFFLINE": "1",  # checkpoints are folders; nothing is downloaded
+        "THP_MEM_ALLOC_ENABLE": "1",  # huge pages for torch's allocations of many megabytes
         "GRPC_VERBOSITY": "NONE",
     }
 )

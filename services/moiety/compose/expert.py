@@ -28,7 +28,7 @@ from moiety.wire.transports.shm_listener import SharedMemoryListener
 
 
 async def start(settings: ExpertSettings, replica_id: str, node: str, launched: float) -> Running:
-    """Reads the weights that the placement (or, without one, the settings) names; serves, registers, follows."""
+    """Starts a replica: reads the weights of the placement (or of the settings), serves, registers, follows placements."""
     async with Site(settings, settings.deployment, replica_id, node, launched) as site:
         checkpoint, layout, revision = await site.open_model()
         slices, router_revision = settings.slices, revision
@@ -63,9 +63,9 @@ async def start(settings: ExpertSettings, replica_id: str, node: str, launched: 
         if SharedMemoryListener.available():
             service.unix = f"{SERVICE}-{uuid.uuid4().hex}"
             server.grpc.add_insecure_port(f"unix-abstract:{service.unix}")
-            doors = SharedMemoryListener(revision, service.dtype, service.row_bytes, runtime.mailbox, service.accept)
-            service.shared_memory = doors.name
-            site.closers.push_async_callback(doors.close)
+            listener = SharedMemoryListener(revision, service.dtype, service.row_bytes, runtime.mailbox, service.accept)
+            service.shared_memory = listener.name
+            site.closers.push_async_callback(listener.close)
 
         def entry(replica: Replica) -> Replica:
             holding = runtime.holding
@@ -89,10 +89,10 @@ async def start(settings: ExpertSettings, replica_id: str, node: str, launched: 
             nonlocal scaling
             capacity = values.get("capacity", settings.capacity)
             if capacity is not None and not (isinstance(capacity, int | float) and capacity > 0):
-                raise ConfigError("user_config.capacity", capacity, "must be above 0, or null")
-            told = {name: value for name, value in values.items() if name != "capacity"}
-            GroupSettings().live(told)
-            runtime.capacity, scaling = capacity, told
+                raise ConfigError("user_config.capacity", capacity, "must be above 0, or null for no limit")
+            live = {name: value for name, value in values.items() if name != "capacity"}
+            GroupSettings().live(live)  # raises ConfigError for a setting that is not live
+            runtime.capacity, scaling = capacity, live
 
         return await site.serve(
             Parts(

@@ -20,7 +20,7 @@ from moiety.wire.channels import Server
 
 
 async def start(settings: GatewaySettings, replica_id: str, node: str) -> Running:
-    """Reads the tokenizer, follows the registry for routers, serves the public API."""
+    """Starts a gateway: reads the tokenizer, follows the registry for routers, serves the public API."""
     async with Site(settings, settings.deployment, replica_id, node) as site:
         checkpoint = await asyncio.to_thread(Checkpoint.open, settings.model)
         revision = await asyncio.to_thread(revision_of, checkpoint)
@@ -38,7 +38,7 @@ async def start(settings: GatewaySettings, replica_id: str, node: str) -> Runnin
             now = time.monotonic()
             requests_per_s = (service.begun - begun) / max(now - since, 1e-6)
             begun, since = service.begun, now
-            busy = min(1.0, service.running / settings.max_concurrent)  # nothing waits here
+            busy = min(1.0, service.running / settings.max_concurrent)  # requests wait at the routers, not here
             return ReplicaLoad(busy, 0.0, requests_per_s, requests_per_s)
 
         return await site.serve(

@@ -1,4 +1,4 @@
-"""How an expert replica follows the placement: loads beside what it holds, tells, waits for the routers, drops."""
+"""Makes an expert replica follow the placement: it loads the new experts, waits for the routers, drops the old ones."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _log = logging.getLogger(__name__)
 
 
 class PlacementFollower:
-    """Keeps one replica's experts in step with the placement in force; `default` is held where that names none.
+    """Keeps one replica's experts in step with the placement in force; holds `default` if that gives it none.
 
-    An expert that a placement takes away is answered until every live router of the same revision has acknowledged the
-    epoch and every call that names it is answered: neither tokens nor requests notice, however long others take to load.
+    An expert that a placement takes away is served until every live router of the same revision has acknowledged the
+    epoch and every call that names the expert is answered. So no request notices, however long other replicas load.
     """
 
     def __init__(
@@ -29,10 +29,10 @@ class PlacementFollower:
     ) -> None:
         self._runtime, self._registry, self._deployment = runtime, registry, deployment
         self._default, self._revision = default, revision
-        self._agreed_at = inf  # all routers have acknowledged this epoch since then, as far as was seen
+        self._agreed_at = inf  # time since which all routers seen have acknowledged the epoch; inf = not all yet
 
     async def start(self) -> None:
-        """Loads what the placement says, or the default plan where the registry does not answer."""
+        """Loads what the placement says, or the default plan if the registry does not answer."""
         try:
             await self._load()
         except RegistryUnreachable as error:
@@ -41,7 +41,7 @@ class PlacementFollower:
             await self._hold(self._default, 0)
 
     async def follow(self) -> None:
-        """To be called once a beat."""
+        """Loads a newer placement, and drops what routers no longer use. Called once a beat."""
         if await self._registry.placement_epoch() > self._runtime.holding.epoch:
             await self._load()
         holding = self._runtime.holding
@@ -61,8 +61,8 @@ class PlacementFollower:
         _log.info("%s holds %s (epoch %d), read in %.2f s", self._deployment, held, epoch, took)
 
     async def _acknowledged(self, epoch: int) -> bool:
-        """Whether all routers have, and had a beat ago: a store that was just emptied lists few of them, or none."""
-        routers = [each for each in await self._registry.routers() if each.revision == self._revision]
+        """Whether all routers have acknowledged `epoch` for a beat: a store that was just emptied lists few or none."""
+        routers = [router for router in await self._registry.routers() if router.revision == self._revision]
         now = time.monotonic()
         if not all(router.placement_epoch >= epoch for router in routers):
             self._agreed_at = inf

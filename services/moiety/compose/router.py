@@ -56,11 +56,11 @@ from moiety.wire.codec import DTYPE_NAMES, torch_dtype
 from moiety_kernels.threads import usable_cores
 
 _log = logging.getLogger(__name__)
-LANES = 2  # that a step may be split into where that pays: a third would wait for the same experts
+LANES = 2  # lanes that a step may be split into; a third lane would wait for the same experts
 
 
 async def start(settings: RouterSettings, replica_id: str, node: str) -> Running:
-    """Loads all but the routed experts, follows the registry, serves; READY once every expert has a holder."""
+    """Starts a router: loads the trunk, follows the registry, serves; READY once every expert has a holder."""
     async with Site(settings, settings.deployment, replica_id, node) as site:
         checkpoint, layout, revision = await site.open_model()
         shape = layout.shape
@@ -134,7 +134,10 @@ async def reach_experts(
     tracer: Tracer,
     closers: AsyncExitStack,
 ) -> tuple[list[Hop], Lanes]:
-    """A hop for each lane to whatever expert replicas `registry` knows, now and later; `closers` take them down."""
+    """Returns one hop per lane to the expert replicas in `registry`, now and later, and the lanes.
+
+    `closers` closes them.
+    """
     shape, expert_bytes = shape.sliced(settings.slices), shape.mlp.parameters * dtype.itemsize // settings.slices
     if settings.slices > 1:
         revision, dtype = sliced_revision(revision, settings.slices), torch.float32
@@ -159,7 +162,7 @@ def _threads(settings: RouterSettings) -> int:
 
 
 def _backends(settings: RouterSettings, hops: Sequence[Hop]) -> Sequence[StepBackend]:
-    """What the model sees of the hops: whole experts, and none that is overrun where another may stand in."""
+    """Wraps the hops so that the model sees whole experts, and backups of overrun experts where allowed."""
     backends: list[StepBackend] = list(hops)
     if settings.slices > 1:
         backends = [SlicedHop(backend, settings.slices) for backend in backends]
@@ -179,7 +182,7 @@ def engine_on(
     waits: Callable[[int, list[int]], None],
     tracer: Tracer,
 ) -> Engine:
-    """An engine, not yet started, with the experts of each lane behind one of `backends`."""
+    """Returns an engine, not yet started, whose lanes call one of `backends` each."""
     return Engine(
         StepRunner(model, cache, backends, lanes, None if settings.lanes else LaneTuner(len(backends))),
         cache,
@@ -196,7 +199,7 @@ def engine_on(
 def load_model(
     settings: RouterSettings, checkpoint: Checkpoint, layout: ExpertLayout, dtype: torch.dtype, revision: str
 ) -> tuple[torch.nn.Module, KVCache]:
-    """All weights but the routed experts', and the cache for keys and values."""
+    """Loads the trunk and creates the KV cache."""
     paged.register_paged_attention()
     torch.set_num_threads(_threads(settings))
     began = time.monotonic()
@@ -214,14 +217,14 @@ def load_model(
     cache = _cache(settings, spec, revision)
     weights = sum(parameter.numel() * parameter.itemsize for parameter in model.parameters())
     _log.info(
-        "router weights %.1f MiB, read in %.2f s; KV cache of %.1f MiB: %d blocks of %d tokens of %d bytes%s",
+        "trunk weights %.1f MiB, read in %.2f s; KV cache of %.1f MiB: %d blocks of %d tokens of %d bytes%s",
         weights / 2**20,
         time.monotonic() - began,
         settings.kv_memory / 2**20,
         cache.blocks,
         cache.block_tokens,
         spec.bytes_per_token,
-        f", states of {spec.bytes_per_slot} bytes in {settings.slots} slots; no prefix is found again without its state"
+        f", states of {spec.bytes_per_slot} bytes in {settings.slots} slots; prefixes are not reused"
         if spec.states
         else "",
     )
@@ -229,13 +232,13 @@ def load_model(
 
 
 def _cache(settings: RouterSettings, spec: CacheSpec, revision: str) -> KVCache:
-    """As large as `kv_memory` says. Raises ConfigError where that is too little, or where states rule a setting out."""
+    """Creates a cache of `kv_memory` bytes. Raises ConfigError if they are too few or if states rule a setting out."""
     if spec.states and settings.speculative_tokens:
-        bound = "must be 0 for this model: its layers keep states, which cannot be taken back from a wrong guess"
+        bound = "must be 0 for this model: its layers keep states, which cannot be undone after a wrong draft"
         raise ConfigError("speculative_tokens", settings.speculative_tokens, bound)
     if (spec.states or spec.indexed) and settings.deterministic:
         what = "states" if spec.states else "an indexer's picks"
-        bound = f"must be false for this model: the bits of {what} in its layers depend on where prompts are cut"
+        bound = f"must be false for this model: the bits of {what} in its layers depend on where prompts are split into steps"
         raise ConfigError("deterministic", settings.deterministic, bound)
     cache = KVCache(
         spec,
@@ -247,16 +250,18 @@ def _cache(settings: RouterSettings, spec: CacheSpec, revision: str) -> KVCache:
     )
     if cache.blocks == 0:
         least = settings.slots * spec.bytes_per_slot + spec.bytes_per_token * settings.block_tokens
-        told = f"{settings.slots} slots of states and " if spec.states else ""
+        states = f"{settings.slots} slots of states and " if spec.states else ""
         raise ConfigError(
-            "kv_memory", int(settings.kv_memory), f"at least {least} bytes, {told}one block of the KV cache"
+            "kv_memory",
+            int(settings.kv_memory),
+            f"must be at least {least} bytes, for {states}one block of the KV cache",
         )
     return cache
 
 
-def _max_context(settings: RouterSettings, of_model: int) -> int:
+def _max_context(settings: RouterSettings, model_limit: int) -> int:
     if settings.max_context is None:
-        return of_model
-    if settings.max_context > of_model:
-        raise ConfigError("max_context", settings.max_context, f"at most {of_model}, the model's")
+        return model_limit
+    if settings.max_context > model_limit:
+        raise ConfigError("max_context", settings.max_context, f"must be at most {model_limit}, the model's limit")
     return settings.max_context

@@ -1,4 +1,4 @@
-"""A service's life, the same for all three kinds: bind, register, beat, drain, close."""
+"""A service's life cycle, the same for all three kinds: bind, register, beat, drain, close."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from moiety.telemetry.names import MetricName, ResourceAttribute
 from moiety.telemetry.tracing import Tracer, configure
 from moiety.wire.channels import Server
 
-LEDGER_S = 1.0  # how often a service tells its load
-DRAIN_NOTICE_S = 0.6  # others look at the registry every quarter second; after this nobody sends new work
+LEDGER_S = 1.0  # how often a service reports its load
+DRAIN_NOTICE_S = 0.6  # others read the registry every 0.25 s: after this time they send no new work
 Beat = Callable[[], Awaitable[None]]
 
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What makes one kind of service: handed to `Site.serve` by its builder."""
+    """What differs between the kinds of service; a builder passes it to `Site.serve`."""
 
     role: Role
     deployment: str
@@ -44,13 +44,13 @@ class Parts:
     idle: Callable[[], bool]
     healthy: Callable[[], None] = lambda: None  # raises Unavailable when the service is broken
     reconfigure: Callable[[Mapping[str, Any]], Awaitable[None]] | None = None
-    entry: Callable[[Replica], Replica] = lambda replica: replica  # what changes from beat to beat
+    entry: Callable[[Replica], Replica] = lambda replica: replica  # updates the registry entry before each beat
     on_beat: Sequence[Beat] = ()
-    calls_end: bool = True  # False where its RPCs are streams that stay open as long as the service
+    calls_end: bool = True  # False if its RPCs are streams that stay open as long as the service
 
 
 class Running:
-    """A started service. `drain` then `close`; both may be called again."""
+    """A started service. Call `drain`, then `close`; both may be called again."""
 
     def __init__(self, parts: Parts, replica: Replica, registry: Registry, closers: AsyncExitStack):
         self._parts, self._replica, self._closers = parts, replica, closers
@@ -59,7 +59,7 @@ class Running:
 
     @property
     def replica(self) -> Replica:
-        """The registry entry as of now."""
+        """The current registry entry."""
         replica = self._parts.entry(self._replica)
         return dataclasses.replace(replica, state=ReplicaState.DRAINING) if self._draining else replica
 
@@ -68,7 +68,7 @@ class Running:
         return self._replica.address
 
     async def register(self) -> None:
-        """Raises RegistryUnreachable when the registry does not answer at start."""
+        """Registers and keeps registering. Raises RegistryUnreachable if the registry does not answer at start."""
         await self._heartbeat.start()
 
     def healthy(self) -> None:
@@ -83,12 +83,12 @@ class Running:
             raise ConfigError("user_config", dict(values), f"a {self._parts.role} has no live settings")
 
     async def drain(self, grace_s: float) -> None:
-        """Tells the others, then gives work in flight up to `grace_s` to finish."""
+        """Registers as DRAINING, then gives work in flight up to `grace_s` seconds to finish."""
         if self._draining:
             return
         self._draining = True
         until = time.monotonic() + grace_s
-        with suppress(RegistryUnreachable):  # then nobody can be told; calls that come are refused or re-sent
+        with suppress(RegistryUnreachable):  # then calls still arrive: they are refused or sent again
             await self._heartbeat.beat()
         await asyncio.sleep(min(DRAIN_NOTICE_S, grace_s))
         if self._parts.calls_end:
@@ -97,7 +97,7 @@ class Running:
             await asyncio.sleep(0.02)
 
     async def close(self) -> None:
-        """Deregisters, stops at once whatever still runs, and frees everything."""
+        """Deregisters, stops at once what still runs, and frees everything."""
         self._draining = True
         await self._heartbeat.stop()
         await self._parts.server.stop(0)
@@ -105,12 +105,12 @@ class Running:
 
 
 class Site:
-    """Where one service starts: its settings, registry and tracer, and what must be undone if it does not."""
+    """The start of one service: its settings, registry and tracer, and what to undo if the start fails."""
 
     def __init__(
         self, settings: ServiceSettings, deployment: str, replica_id: str, node: str, launched: float | None = None
     ):
-        """`launched`: Unix seconds, where something of it was done before; default: now."""
+        """`launched`: Unix seconds at which the start began, if a part of it was done before; default: now."""
         self.settings, self.replica_id, self.node = settings, replica_id, node
         self._launched = time.time() if launched is None else launched
         resource: dict[str, str] = {
@@ -133,7 +133,10 @@ class Site:
             await self.closers.aclose()
 
     async def open_model(self) -> tuple[Checkpoint, ExpertLayout, str]:
-        """The checkpoint, where its experts are, and its revision; no weight is read. Raises CheckpointError."""
+        """Opens the checkpoint: returns it, where its experts are, and its revision. Reads no weight.
+
+        Raises CheckpointError.
+        """
 
         def read() -> tuple[Checkpoint, ExpertLayout, str]:
             checkpoint = Checkpoint.open(self.settings.model)
@@ -142,9 +145,9 @@ class Site:
         return await asyncio.to_thread(read)
 
     def tells(self, busy: Callable[[], ReplicaLoad], demand: Callable[[], ExpertDemand] | None = None) -> Beat:
-        """Has the ledger know the service's load, once a second and in one round trip: to be one of `Parts.on_beat`.
+        """Returns a beat, for `Parts.on_beat`, that reports the load to the ledger once a second, in one round trip.
 
-        `busy()`: over the time since it was called last; the meter tells the latest.
+        `busy()` returns the load since its last call; the meter exports the latest.
         """
         latest: ReplicaLoad | None = None
 
@@ -158,8 +161,8 @@ class Site:
         return every(LEDGER_S, publish)
 
     async def _end_telemetry(self) -> None:
-        """Both at the same time: where no collector answers, each waits for as long as it may."""
-        await asyncio.gather(*(asyncio.to_thread(each.shutdown, 2.0) for each in (self.tracer, self.meter)))
+        """Ends tracer and meter at the same time: without a collector, each waits for its full timeout."""
+        await asyncio.gather(*(asyncio.to_thread(exporter.shutdown, 2.0) for exporter in (self.tracer, self.meter)))
 
     async def serve(self, parts: Parts) -> Running:
         """Binds, registers and returns the running service."""
@@ -184,7 +187,7 @@ class Site:
 
 
 def every(seconds: float, action: Beat) -> Beat:
-    """`action`, run by the heartbeat but at most once per `seconds`."""
+    """Returns a beat that runs `action` at most once per `seconds`."""
     due = 0.0
 
     async def maybe() -> None:

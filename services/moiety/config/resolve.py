@@ -1,4 +1,4 @@
-"""Reads settings from flags, the environment and YAML: the only reader of either.
+"""Reads settings from flags, the environment and YAML files; no other module reads settings from the last two.
 
 Precedence: flag > MOIETY_* environment variable > YAML file > default.
 """
@@ -17,12 +17,11 @@ from moiety.errors import ConfigError
 
 ENV_PREFIX = "MOIETY_"
 
-
 Settings = TypeVar("Settings", bound=BaseModel)
 
 
 def resolve(kind: type[Settings], flags: Mapping[str, Any], yaml_path: str | None = None) -> Settings:
-    """Settings of `kind` from flags (None = not given), MOIETY_* variables and a YAML file, in that order."""
+    """Returns settings of `kind` from flags (None = not given), MOIETY_* variables and a YAML file, in that precedence."""
     values: dict[str, Any] = {}
     if yaml_path is not None:
         values.update(_read_yaml(yaml_path))
@@ -34,7 +33,7 @@ def resolve(kind: type[Settings], flags: Mapping[str, Any], yaml_path: str | Non
 
 
 def cache_dir() -> Path | None:
-    """Where derived files may be kept between runs: $MOIETY_CACHE or ~/.cache/moiety; None where there is no home."""
+    """Returns the folder for derived files: $MOIETY_CACHE or ~/.cache/moiety; None if there is no home folder."""
     if text := os.environ.get(ENV_PREFIX + "CACHE"):
         return Path(text)
     try:
@@ -44,12 +43,13 @@ def cache_dir() -> Path | None:
 
 
 def validated(kind: type[Settings], values: Mapping[str, Any]) -> Settings:
-    """`kind(**values)`, with the first problem told as a ConfigError."""
+    """Returns `kind(**values)`; raises the first problem as a ConfigError."""
     try:
         return kind(**values)
     except ValidationError as error:
         first = error.errors()[0]
-        value = None if first["type"] == "missing" else first["input"]  # else it is everything that was given
+        # For a missing field, pydantic's input is everything that was given, which may hold a secret.
+        value = None if first["type"] == "missing" else first["input"]
         raise ConfigError(".".join(map(str, first["loc"])), value, first["msg"].removeprefix("Value error, ")) from None
 
 

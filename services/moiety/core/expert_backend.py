@@ -1,4 +1,4 @@
-"""Where a model's routed experts are computed: the protocol between model and hop.
+"""The protocol through which a model reaches its routed experts, wherever they are computed.
 
 Legend: T tokens, K experts per token (top-k), D hidden size.
 """
@@ -13,23 +13,26 @@ if TYPE_CHECKING:
 
 
 class CallClass(StrEnum):
-    """Decode calls go before prefill calls wherever both wait."""
+    """The kind of tokens in a call; where both wait, decode calls go before prefill calls."""
 
     DECODE = "decode"
     PREFILL = "prefill"
 
 
 class PendingRows(Protocol):
-    """Rows on their way back from the experts."""
+    """Rows that were sent to experts and whose outputs are still to come."""
 
     def result(self) -> torch.Tensor:
-        """Blocks for the expert outputs, [T, K, D], unweighted, in the model dtype; no expert's is zero. Raises HopFailed."""
+        """Waits for the expert outputs, [T, K, D], unweighted, in the model dtype; zero where there is no expert.
+
+        Raises HopFailed.
+        """
         ...
 
 
 class ExpertBackend(Protocol):
-    """Where a model's routed experts are computed. The seam (`model/seam.py`) calls it once per MoE layer."""
+    """Computes a model's routed experts. The seam (`model/seam.py`) calls it once per MoE layer."""
 
     def submit(self, layer: int, hidden: torch.Tensor, top_k_index: torch.Tensor) -> PendingRows:
-        """Starts layer `layer` for hidden [T, D] routed to top_k_index [T, K] (int64, -1 = no expert)."""
+        """Starts the experts of layer `layer` for hidden [T, D] routed to top_k_index [T, K] (int64, -1 = no expert)."""
         ...

@@ -8,12 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 from moiety.errors import ConfigError
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,15 +23,15 @@ class ExpertSet:
 
     @classmethod
     def block(cls, layers: int, experts: Iterable[int]) -> ExpertSet:
-        """The same `experts` in each of the first `layers` MoE layers."""
+        """Returns the set of the same `experts` in each of the first `layers` MoE layers."""
         held = frozenset(experts)
         return cls(dict.fromkeys(range(layers), held) if held else {})
 
     @classmethod
     def parse(cls, text: str) -> ExpertSet:
-        """The inverse of `str()`; raises ValueError where the text is not of that form.
+        """Parses the text form, the inverse of `str()`. Raises ValueError if the text does not have that form.
 
-        The same text gives the same value, so that what thousands of replicas say is read once a deployment.
+        Results are cached by text, so that the entries of thousands of replicas are parsed once per deployment.
         """
         return _parse_set(text)
 
@@ -83,7 +79,7 @@ class ExpertSet:
 
 @dataclass(frozen=True, slots=True)
 class ExpertMLP:
-    """What one expert computes, declared instead of coded, so that every kernel can serve every model.
+    """What one expert computes, declared as data, so that every kernel can serve every model.
 
     `down(act(gate(x)) * up(x))` when gated, else `down(act(up(x)))`. `activation` is a name of
     `moiety_kernels.reference.expert_mlp.ACTIVATIONS`; `swiglu_clamped` is gpt-oss's
@@ -101,13 +97,13 @@ class ExpertMLP:
 
     @property
     def parameters(self) -> int:
-        """Elements of one expert's matrices."""
+        """Number of elements in one expert's matrices."""
         return (3 if self.gated else 2) * self.hidden * self.intermediate
 
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """What every part must know of a checkpoint before it reads a weight."""
+    """What every service must know about a checkpoint before it reads a weight."""
 
     architecture: str  # transformers' model_type
     moe_layers: int
@@ -119,10 +115,10 @@ class ModelShape:
     max_context: int
 
     def sliced(self, slices: int) -> ModelShape:
-        """The same model as its slices make it: each expert is `slices` of them along the intermediate dimension.
+        """Returns the shape of the sliced model: each expert is cut into `slices` along the intermediate dimension.
 
         Slice s of expert e counts as expert `e * slices + s` wherever experts are named: in holdings, calls and counters.
-        Raises ConfigError where the intermediate size is no multiple of `slices`.
+        Raises ConfigError if the intermediate size is not a multiple of `slices`.
         """
         if slices < 1 or self.mlp.intermediate % slices:
             bound = f"must divide {self.mlp.intermediate}, the intermediate size of the model's experts"
@@ -131,12 +127,12 @@ class ModelShape:
         return replace(self, experts=self.experts * slices, top_k=self.top_k * slices, mlp=mlp)
 
     def sliced_partition(self, groups: int, slices: int) -> tuple[ExpertSet, ...]:
-        """What each of `groups` holds of `self.sliced(slices)`: one slice of each expert of a share, shares as equal as can be.
+        """Returns what each of `groups` holds of `self.sliced(slices)`: one slice of every expert in a near-equal share.
 
-        Raises ConfigError where `groups` is no multiple of `slices`, or there are fewer experts than shares.
+        Raises ConfigError if `groups` is not a multiple of `slices`, or if there are fewer experts than shares.
         """
         if groups % slices:
-            raise ConfigError("groups", groups, f"must be a multiple of {slices}, the slices of an expert")
+            raise ConfigError("groups", groups, f"must be a multiple of {slices}, the number of slices per expert")
         return tuple(
             ExpertSet({layer: frozenset(e * slices + s for e in ids) for layer, ids in share.by_layer.items()})
             for share in self.partition(groups // slices)
@@ -144,9 +140,9 @@ class ModelShape:
         )
 
     def partition(self, groups: int) -> tuple[ExpertSet, ...]:
-        """`groups` contiguous, near-equal blocks of experts, each across all MoE layers: the default placement.
+        """Returns the default placement: `groups` contiguous, near-equal blocks of experts, each across all MoE layers.
 
-        Raises ConfigError where there are fewer experts than groups.
+        Raises ConfigError if there are fewer experts than groups.
         """
         if not 1 <= groups <= self.experts:
             raise ConfigError("groups", groups, f"must be 1 to {self.experts}, the model's experts per layer")

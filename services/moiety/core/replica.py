@@ -1,21 +1,18 @@
-"""A live service as the registry knows it, and the placement of experts on deployments."""
+"""A live service as the registry lists it, and the placement of experts on deployments."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    pass
 from moiety.core.experts import ExpertSet
 
 WIRE_VERSION = 1
 
 
 class Role(StrEnum):
-    """What a service is."""
+    """The kind of a service."""
 
     EXPERT = "expert"
     ROUTER = "router"
@@ -23,7 +20,7 @@ class Role(StrEnum):
 
 
 class ReplicaState(StrEnum):
-    """Whether a replica may be sent work: only when READY."""
+    """The state of a replica; only a READY one may get new work."""
 
     STARTING = "starting"
     READY = "ready"
@@ -41,7 +38,7 @@ class Transport(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Replica:
-    """One live service, as the registry knows it."""
+    """One live service, as the registry lists it."""
 
     id: str
     role: Role
@@ -52,19 +49,16 @@ class Replica:
     revision: str
     state: ReplicaState = ReplicaState.READY
     held: ExpertSet = field(default_factory=ExpertSet)  # empty unless role is EXPERT
-    leaving: ExpertSet = field(
-        default_factory=ExpertSet
-    )  # still answered, until every router has acknowledged the epoch
-    placement_epoch: int = (
-        0  # of an expert replica: the one `held` follows; of a router: the one its table has taken in
-    )
+    # experts that the placement took away: still answered, until every router has acknowledged the epoch
+    leaving: ExpertSet = field(default_factory=ExpertSet)
+    placement_epoch: int = 0  # an expert replica: the epoch that `held` follows; a router: the epoch of its table
     wire_version: int = WIRE_VERSION
-    launched: float = 0.0  # Unix seconds at which its process began to build it; 0 = unknown, here and below
-    loaded: float = 0.0  # its weights were in memory
-    started: float = 0.0  # it was registered
-    served: float = 0.0  # it had computed its first rows; experts only
+    launched: float = 0.0  # Unix seconds when its process began to build it; 0 = unknown, here and below
+    loaded: float = 0.0  # when its weights were in memory
+    started: float = 0.0  # when it was registered
+    served: float = 0.0  # when it had computed its first rows; experts only
     pid: int = 0
-    scaling: Mapping[str, float] = field(default_factory=dict)  # how its deployment scales, where user_config says so
+    scaling: Mapping[str, float] = field(default_factory=dict)  # live scaling settings from user_config
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,25 +1,21 @@
-"""How one request picks its tokens, and how its generation ends."""
+"""The sampling settings of one request, and how its generation ends."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
 
 
 class FinishReason(StrEnum):
-    """Why a generation ended: the model said so, or max_tokens was reached."""
+    """Why a generation ended: the model, a stop string or a stop token ended it, or it has max_tokens tokens."""
 
     STOP = "stop"
     LENGTH = "length"
 
 
 class GuideKind(StrEnum):
-    """How a guide is written; the names are those of generation.proto."""
+    """The notation of a guide, named as in generation.proto."""
 
     JSON_SCHEMA = "json_schema"
     REGEX = "regex"
@@ -28,7 +24,7 @@ class GuideKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Guide:
-    """What an output must match from its first to its last character."""
+    """A constraint that an output must match from its first to its last character."""
 
     kind: GuideKind
     text: str
@@ -36,7 +32,7 @@ class Guide:
 
 @dataclass(frozen=True, slots=True)
 class TopLogprobs:
-    """The likeliest tokens of one position, likeliest first."""
+    """The most likely tokens of one position, most likely first."""
 
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
@@ -44,7 +40,7 @@ class TopLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How one request picks its tokens; already checked against the bounds of generation.proto, which explains each."""
+    """The sampling settings of one request, checked against the bounds of generation.proto, which explains each."""
 
     max_tokens: int
     temperature: float = 0.0
@@ -65,13 +61,13 @@ class Sampling:
     prompt_logprobs: bool = False
     n: int = 1
     guide: Guide | None = None
-    first_token_id: int | None = None  # what the output begins with, whatever the logits say
+    first_token_id: int | None = None  # forces the first token of the output, whatever the logits
 
     @property
     def penalised(self) -> bool:
-        """Whether the tokens so far change the logits of the next."""
+        """Whether earlier tokens change the logits of the next one."""
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
     def ends(self, eos: Iterable[int]) -> frozenset[int]:
-        """The tokens that end an output of a model whose end-of-sequence ids are `eos`."""
+        """Returns the tokens that end an output of a model whose end-of-sequence ids are `eos`."""
         return frozenset(self.stop_token_ids) | frozenset(() if self.ignore_eos else eos)

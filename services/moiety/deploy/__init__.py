@@ -1,1 +1,1 @@
-"""The system on Ray Serve. The only package that imports Ray."""
+"""The system on Ray Serve; the only package that imports Ray."""

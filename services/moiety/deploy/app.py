@@ -25,15 +25,15 @@ POLICY = "moiety.deploy.autoscaling_hook:LoadPolicy"
 
 _DRAIN_S: float = ServiceSettings.model_fields["drain_s"].default
 _LIFE = {
-    "health_check_period_s": 1.0,  # a killed replica is replaced in 2.2 s; Serve's default of 10 makes that 3.7 to 5.7
+    "health_check_period_s": 1.0,  # a killed replica is replaced in 2.2 s; with Serve's default of 10 s, in 3.7 to 5.7 s
     "health_check_timeout_s": 10.0,
-    "graceful_shutdown_wait_loop_s": 0.1,  # Serve sees no traffic of ours: waiting for it to end is for nothing
+    "graceful_shutdown_wait_loop_s": 0.1,  # no request goes through Serve, so there is none to wait for
     "graceful_shutdown_timeout_s": _DRAIN_S + 7.0,
 }
 
 
 def build(args: Mapping[str, Any] | AppSettings) -> serve.Application:
-    """The application for `args`, fields of AppSettings; what is not given comes from MOIETY_* variables.
+    """Returns the application for `args`, the fields of AppSettings; MOIETY_* variables fill in what is not given.
 
     Reads the checkpoint's headers, so it must run where the checkpoint is. Raises ConfigError for an unknown or
     impossible argument, CheckpointError for a checkpoint that cannot be served.
@@ -41,7 +41,7 @@ def build(args: Mapping[str, Any] | AppSettings) -> serve.Application:
     settings = args if isinstance(args, AppSettings) else resolve(AppSettings, args)
     if settings.registry.startswith("file:"):
         raise ConfigError("registry", settings.registry, "Serve's replicas need a redis:// or rediss:// registry")
-    router_settings(settings, LOOPBACK[0])  # what a replica would refuse is refused here
+    router_settings(settings, LOOPBACK[0])  # raises here what would stop a replica from starting
     arguments = carried(settings)
     routers = serve.deployment(RouterReplica).options(
         name=ROUTER, **_replicas(settings, arguments, ROUTER, settings.router_replicas), **_LIFE
@@ -59,7 +59,7 @@ def build(args: Mapping[str, Any] | AppSettings) -> serve.Application:
 
 
 def default_placement(settings: AppSettings) -> dict[str, ExpertSet]:
-    """Deployment name -> the experts it holds until a placement in the registry says otherwise; hot sets hold none."""
+    """Returns deployment name -> experts it holds until a placement in the registry says otherwise; none for hot sets."""
     shape = expert_layout(Checkpoint.open(settings.model)).shape
     groups = {
         f"experts-{group}": held for group, held in enumerate(shape.sliced_partition(settings.groups, settings.slices))
@@ -68,7 +68,7 @@ def default_placement(settings: AppSettings) -> dict[str, ExpertSet]:
 
 
 def _replicas(settings: AppSettings, arguments: dict[str, Any], name: str, count: int) -> dict[str, Any]:
-    """Options of a deployment that has `count` replicas, or scales from there on where the settings name it."""
+    """Returns the options of a deployment of `count` replicas, which scales if `overrides` names it."""
     if name in settings.overrides:
         return _scaled(settings, arguments, name, "")
     group = settings.group(name)
@@ -76,9 +76,9 @@ def _replicas(settings: AppSettings, arguments: dict[str, Any], name: str, count
 
 
 def _scaled(settings: AppSettings, arguments: dict[str, Any], name: str, held: str) -> dict[str, Any]:
-    """Options of a deployment that scales by its load."""
+    """Returns the options of a deployment that scales by its load."""
     group = settings.group(name)
-    # Decisions are made in moiety.policy, with its own patience: Serve carries them out at once.
+    # moiety.policy decides, with delays of its own; Serve carries its decisions out at once.
     scaling = AutoscalingConfig(
         min_replicas=group.min_replicas,
         initial_replicas=initial_replicas(settings, name),

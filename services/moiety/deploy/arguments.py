@@ -1,4 +1,4 @@
-"""From the application's arguments to the settings of each replica, and how the arguments travel between processes."""
+"""Turns the application's arguments into the settings of each replica, and carries them between processes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def carried(settings: AppSettings) -> dict[str, Any]:
-    """`settings` as plain values that Ray may store and log.
+    """Returns `settings` as plain values that Ray may store and log.
 
     A registry URL that holds a password is left out: each process reads it from MOIETY_REGISTRY in its own environment.
     """
@@ -26,25 +26,28 @@ def carried(settings: AppSettings) -> dict[str, Any]:
 
 
 def restored(values: Mapping[str, Any]) -> AppSettings:
-    """The inverse of `carried`, in the process that got the values.
+    """Returns the settings that `carried` turned into values; called in the process that receives these.
 
-    Raises ConfigError where the registry was withheld and this process has no MOIETY_REGISTRY.
+    Raises ConfigError if the registry was left out and this process has no MOIETY_REGISTRY.
     """
     settings = resolve(AppSettings, values)
     if "registry" not in settings.model_fields_set:
         raise ConfigError(
-            "registry", None, "has a password, so MOIETY_REGISTRY must be set where Ray runs, on each node"
+            "registry", None, "its URL has a password: set MOIETY_REGISTRY in the environment of Ray, on each node"
         )
     return settings
 
 
 def initial_replicas(settings: AppSettings, deployment: str) -> int:
-    """How many replicas a scaled deployment starts with: a group that may be empty has one until it is known to idle."""
+    """Returns how many replicas a scaled deployment starts with: none for a hot set, else at least one.
+
+    A group that may scale to zero keeps that one until it is known to be idle.
+    """
     return 0 if deployment.startswith(HOT) else max(1, settings.group(deployment).min_replicas)
 
 
 def expert_settings(settings: AppSettings, deployment: str, held: str, node_address: str) -> ExpertSettings:
-    """Settings of one replica of the expert group `deployment` that holds `held` until a placement says otherwise."""
+    """Returns the settings of a replica of `deployment`, which holds `held` until a placement says otherwise."""
     group = settings.group(deployment)
     return ExpertSettings(
         **_shared(settings, node_address),
@@ -59,7 +62,7 @@ def expert_settings(settings: AppSettings, deployment: str, held: str, node_addr
 
 
 def router_settings(settings: AppSettings, node_address: str) -> RouterSettings:
-    """Settings of a router replica. Raises ConfigError where the arguments contradict each other."""
+    """Returns the settings of a router replica. Raises ConfigError if the arguments contradict each other."""
     values = {
         **_shared(settings, node_address),
         "deterministic": settings.deterministic,
@@ -74,14 +77,16 @@ def router_settings(settings: AppSettings, node_address: str) -> RouterSettings:
         "speculative_tokens": settings.speculative_tokens,
         "lanes": settings.lanes,
         "overflow": settings.experts.overflow,
-        "overflow_groups": {name: own["overflow"] for name, own in settings.overrides.items() if "overflow" in own},
+        "overflow_groups": {
+            name: changes["overflow"] for name, changes in settings.overrides.items() if "overflow" in changes
+        },
         "overflow_queue_ms": settings.overflow_queue_ms,
     }
     return validated(RouterSettings, values)
 
 
 def gateway_settings(settings: AppSettings, node_address: str) -> GatewaySettings:
-    """Settings of a gateway replica, the only one with a port that is known beforehand."""
+    """Returns the settings of a gateway replica, the only service with a fixed port."""
     return GatewaySettings(**_shared(settings, node_address), port=settings.grpc_port)
 
 
@@ -99,7 +104,7 @@ def _shared(settings: AppSettings, node_address: str) -> dict[str, Any]:
 
 
 def _advertised(settings: AppSettings, node_address: str) -> str:
-    """Loopback stays loopback: a service that listens there can't be reached by the node's address."""
+    """Returns the address to announce: not the node's for a service on loopback, which that would not reach."""
     if settings.advertise_host:
         return settings.advertise_host
     return settings.listen_host if settings.listen_host in LOOPBACK else node_address

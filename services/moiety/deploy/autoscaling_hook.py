@@ -1,6 +1,6 @@
 """Serve's autoscaling hook. Serve copies this module by value into its controller and into replicas: no live objects here.
 
-The stateful part is `scaling/autoscaler.py`, imported inside the call, so that it stays one module per process.
+The state is in `scaling/autoscaler.py`, which is imported inside the call, so that each process has it once.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from typing import Any
 class LoadPolicy:
     """Asks the process's autoscaler how many replicas a deployment should have.
 
-    Serve makes one per deployment and calls it in the controller's event loop about nine times a second. It must not
-    block, which would stall every deployment, nor raise, which would silently end scaling for the whole application.
+    Serve makes one instance per deployment and calls it in the controller's event loop about nine times a second. The
+    call must not block, which would stall every deployment. It must not raise, which would silently end scaling for the
+    whole application.
     """
 
     def __init__(self, arguments: Mapping[str, Any], held: str) -> None:
@@ -22,14 +23,16 @@ class LoadPolicy:
         self._failed = False
 
     def __call__(self, ctx: Any) -> tuple[int, dict[str, Any]]:
-        """The target for the deployment of `ctx` (ray.serve.config.AutoscalingContext); no state of Serve's is used."""
+        """Returns the target for the deployment of `ctx` (ray.serve.config.AutoscalingContext), and no state for Serve."""
         try:
             return self._target(ctx), {}
         except Exception:
             if not self._failed:
                 import logging
 
-                logging.getLogger("ray.serve").exception("%s: scaling holds", ctx.deployment_name)
+                logging.getLogger("ray.serve").exception(
+                    "%s: scaling failed, the current target stays", ctx.deployment_name
+                )
             self._failed = True
             return ctx.target_num_replicas, {}
 

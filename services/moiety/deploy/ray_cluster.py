@@ -1,4 +1,4 @@
-"""A Ray of this process's own, on this machine only, or a connection to one that runs already."""
+"""Starts a Ray for this process on this machine, or connects to one that is running."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ from moiety.compose.environment import PROCESS_ENVIRONMENT
 from moiety.deploy.arguments import LOOPBACK
 from moiety.errors import FailedPrecondition
 
-OBJECT_STORE_BYTES = 80 << 20  # nothing of ours travels through Ray's object store; this is about Ray's least
-LOGICAL_CPUS = 64  # replicas of a one-machine system share its cores: Ray must not refuse them for that
+OBJECT_STORE_BYTES = (
+    80 << 20
+)  # Moiety sends nothing through Ray's object store; about the smallest size that Ray accepts
+LOGICAL_CPUS = 64  # replicas on one machine share its cores: Ray must not refuse them for lack of CPUs
 
-LOOPBACK_ONLY = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # "0" binds Ray to loopback on Linux, too, whatever its name says
+LOOPBACK_ONLY = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # "0" binds Ray to loopback, on Linux too, despite the name
 
 _LOCAL = {
     "RAY_AUTH_MODE": "disabled",  # everything listens on loopback
@@ -31,11 +33,11 @@ _LOCAL = {
 def local_ray(
     *, registry: str = "", num_cpus: int = LOGICAL_CPUS, dashboard: bool = False, folder: Path | None = None
 ) -> Iterator[None]:
-    """Runs a Ray on loopback for the time of the context and ends it by its own handles.
+    """Runs a Ray on loopback inside the context, and shuts that Ray down at the end.
 
     `registry` may hold a password: it reaches the replicas through their environment only. `folder` is where Ray keeps
-    its sockets and logs (a short path; default: /tmp/ray). Raises FailedPrecondition where Ray would listen on the
-    network, which it decides when it is first imported.
+    its sockets and logs (a short path; default: /tmp/ray). Raises FailedPrecondition if Ray would listen on the network;
+    Ray decides that when it is first imported.
     """
     with environment({"MOIETY_REGISTRY": registry} if registry else {}, _LOCAL):
         # Ray reads its environment when it is imported.
@@ -63,7 +65,7 @@ def local_ray(
 
 @contextmanager
 def existing_ray(address: str) -> Iterator[None]:
-    """Connects to the Ray at `address`, as `ray start` printed it or `auto`, and disconnects at the end."""
+    """Connects to the Ray at `address` (as `ray start` prints it, or `auto`), and disconnects at the end."""
     import ray
 
     ray.init(address=address, log_to_driver=False)
@@ -81,7 +83,7 @@ def connected() -> bool:
 
 @contextmanager
 def environment(values: Mapping[str, str], defaults: Mapping[str, str] = MappingProxyType({})) -> Iterator[None]:
-    """Sets `values`, and `defaults` where the user has set nothing, for the time of the context."""
+    """Sets `values`, and those of `defaults` that the user has not set, inside the context."""
     changed = {**{name: value for name, value in defaults.items() if name not in os.environ}, **values}
     before = {name: os.environ.get(name) for name in changed}
     os.environ.update(changed)

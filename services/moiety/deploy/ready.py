@@ -1,4 +1,4 @@
-"""Waits for a deployed application: the registry says which replicas are ready, Serve whether it has given up."""
+"""Waits for a deployed application: the registry lists ready replicas, Serve reports whether the deployment failed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Progress = Callable[[str], None]
 
 
 def wanted_replicas(args: AppSettings) -> dict[str, int]:
-    """Deployment name -> replicas it starts with."""
+    """Returns deployment name -> number of replicas it starts with."""
     experts = {name: initial_replicas(args, name) for name in (f"experts-{group}" for group in range(args.groups))}
     return {"gateway": 1, "router": args.router_replicas, **experts}
 
@@ -25,9 +25,9 @@ def wanted_replicas(args: AppSettings) -> dict[str, int]:
 async def until_ready(
     args: AppSettings, wanted: Mapping[str, int], wait_s: float, progress: Progress
 ) -> tuple[str, ...]:
-    """The gateways' addresses, once every replica of `wanted` is ready; tells `progress` what has come up.
+    """Waits until every replica of `wanted` is ready; returns the gateways' addresses. Reports each start to `progress`.
 
-    Raises FailedPrecondition where Serve has given the application up, Unavailable after `wait_s`.
+    Raises FailedPrecondition if Serve could not deploy the application, Unavailable after `wait_s` seconds.
     """
     registry = connect(args.registry, args.app)
     ready: dict[str, list[str]] = {}
@@ -50,7 +50,7 @@ async def until_ready(
 
 
 async def _ready(registry: Registry) -> dict[str, list[str]]:
-    """Deployment -> addresses of its ready replicas; empty while the registry does not answer."""
+    """Returns deployment -> addresses of its ready replicas; empty while the registry does not answer."""
     ready: dict[str, list[str]] = {}
     try:
         for replica in await registry.replicas():

@@ -1,6 +1,6 @@
-"""The Serve deployments' classes: each starts one service through the composition root and adds nothing to it.
+"""The classes of the Serve deployments. Each starts one service through the composition root and adds nothing to it.
 
-Serve pickles what it finds here: the module holds no clients, locks or other live objects.
+Serve pickles what is in this module, so it holds no clients, locks or other live objects.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from moiety.deploy.arguments import expert_settings, gateway_settings, restored,
 
 
 class _Replica:
-    """What the three have in common: health, live settings, and an orderly end."""
+    """What the three kinds share: health checks, live settings, and an orderly end."""
 
     _running: compose.Running | None = None
     _drain_s: float = 0.0
 
     async def check_health(self) -> None:
-        """Called by Serve every second; raises when this replica should be replaced."""
+        """Raises if this replica should be replaced. Serve calls it every second."""
         if self._running is not None:
             self._running.healthy()
 
     async def reconfigure(self, user_config: Mapping[str, Any] | None) -> None:
-        """Called by Serve after start and whenever `user_config` changes. Raises ConfigError for an unknown setting."""
+        """Applies `user_config`; Serve calls it after start and at every change. Raises ConfigError for an unknown setting."""
         if self._running is not None and user_config is not None:
             await self._running.reconfigure(user_config)
 
     async def __del__(self) -> None:
-        """Awaited by Serve, once, before it ends a replica on purpose; a killed one leaves its entry to expire."""
+        """Drains and closes. Serve awaits it once before it ends a replica on purpose; the entry of a killed one expires."""
         running, self._running = self._running, None
         if running is not None:
             await running.drain(self._drain_s)
@@ -59,7 +59,7 @@ class RouterReplica(_Replica):
 
 
 class GatewayReplica(_Replica):
-    """The ingress deployment: Serve deploys what is bound to it. Tokens never travel through Serve's handles."""
+    """The ingress deployment: Serve deploys it and all that is bound to it. Tokens do not go through Serve's handles."""
 
     async def __init__(self, arguments: Mapping[str, Any], *_bound: object) -> None:  # type: ignore[misc]  # Serve awaits it
         settings = gateway_settings(restored(arguments), ray.util.get_node_ip_address())

@@ -1,4 +1,4 @@
-"""Deploys an application and waits until it serves: what `moiety serve` and the demo do."""
+"""Deploys an application and waits until it serves, for `moiety serve` and the demo."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from moiety.registry.connect import connect
 
 
 class DeployedApp:
-    """A deployed application; a context manager that ends it, and the Ray below it if that was started for it."""
+    """A deployed application. As a context manager it ends the application, and its Ray if that was started for it."""
 
     def __init__(self, name: str, gateways: tuple[str, ...], seconds: Mapping[str, float], ends: ExitStack) -> None:
         self.name = name
         self.gateways = gateways  # host:port of each gateway
-        self.seconds = seconds  # what took how long: ray, build, ready
+        self.seconds = seconds  # duration of each stage: ray, build, ready
         self._ends = ends
 
     def shutdown(self) -> None:
-        """Drains and ends what `deploy_app` started, and nothing else; a second call does nothing."""
+        """Drains and ends what `deploy_app` started, and nothing else. A second call does nothing."""
         self._ends.close()
 
     def __enter__(self) -> Self:
@@ -52,12 +52,12 @@ def deploy_app(
     ray_folder: Path | None = None,
     progress: Progress = lambda line: None,
 ) -> DeployedApp:
-    """Returns once every replica is ready, having told `progress` what came up on the way.
+    """Deploys the application and waits until every replica is ready; reports each start to `progress`.
 
-    Runs on the Ray this process is connected to, or on the one at `address`, or starts one on this machine (the other
-    keywords are about that one). Raises CheckpointError, ConfigError or RegistryUnreachable before anything is started;
-    FailedPrecondition where Serve gives the application up, Unavailable where it is not ready within `wait_s`: then
-    nothing is left running.
+    Uses the Ray at `address`, else the one that this process is connected to, else starts one on this machine, to which
+    the keywords from `num_cpus` to `ray_folder` apply. Raises CheckpointError, ConfigError or RegistryUnreachable before
+    it starts anything. Raises FailedPrecondition if Serve could not deploy the application, Unavailable if it is not
+    ready within `wait_s` seconds; in both cases nothing is left running.
     """
     began = time.monotonic()
     args = args.model_copy(update={"model": str(Path(args.model).absolute())})
@@ -66,12 +66,12 @@ def deploy_app(
         ends.enter_context(_ray(args, address, num_cpus, dashboard, ray_folder))
         ray_s = time.monotonic() - began
         progress(f"Ray: ready in {ray_s:.1f} s")
-        # Imports Ray, whose environment is set by now.
+        # These import Ray, whose environment is set by now.
         from ray import serve
 
         from moiety.deploy.app import build
 
-        logging.getLogger("ray.serve").setLevel(logging.WARNING)  # `progress` tells the same in fewer lines
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)  # `progress` reports the same in fewer lines
         application = build(args)
         build_s = time.monotonic() - began - ray_s
         serve.start(proxy_location="Disabled")
@@ -90,7 +90,7 @@ def deploy_app(
 
 
 def _check(args: AppSettings) -> None:
-    """Finds out before Ray starts what would keep the application from starting: arguments, checkpoint, registry."""
+    """Checks, before Ray starts, what the application needs to start: arguments, checkpoint, registry."""
 
     async def reach_registry() -> None:
         registry = connect(args.registry, args.app)

@@ -1,7 +1,8 @@
 """One service as a child process of a LocalCluster: `python -m moiety.local.child`, which only `cluster.py` starts.
 
-One JSON line on stdin says what to be; one on stdout says that it is ready, or why it cannot be, and more tell when its
-registry entry changes. A second line on stdin asks for a drain; the end of stdin means that the parent is gone.
+The parent sends one JSON line on stdin: which service to run. The child answers with one on stdout when it is ready, or
+why it cannot start, and with another whenever its registry entry changes. A second line on stdin requests a drain. The end
+of stdin means that the parent is gone.
 """
 
 from __future__ import annotations
@@ -26,38 +27,38 @@ POLL_S = 0.1
 
 async def main() -> int:
     """Runs the service to its end; returns the exit status."""
-    lifeline = asyncio.StreamReader(limit=LINE_BYTES)
+    stdin = asyncio.StreamReader(limit=LINE_BYTES)
     loop = asyncio.get_running_loop()
-    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(lifeline), sys.stdin)
-    order = json.loads(await lifeline.readline())
+    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(stdin), sys.stdin)
+    request = json.loads(await stdin.readline())
     try:
-        settings = compose.settings_of(Role(order["role"]), order["settings"])
-        running = await compose.start(settings, replica_id=order["replica_id"], node=os.uname().nodename)
+        settings = compose.settings_of(Role(request["role"]), request["settings"])
+        running = await compose.start(settings, replica_id=request["replica_id"], node=os.uname().nodename)
     except MoietyError as error:
-        _tell({"error": str(error)})
+        _send({"error": str(error)})
         return 1
-    told = running.replica
-    _tell_replica(told)
-    command = asyncio.create_task(lifeline.readline())
+    sent = running.replica
+    _send_replica(sent)
+    command = asyncio.create_task(stdin.readline())
     while not command.done():
         await asyncio.wait([command], timeout=POLL_S)
-        if running.replica != told:
-            told = running.replica
-            _tell_replica(told)
+        if running.replica != sent:
+            sent = running.replica
+            _send_replica(sent)
     if line := command.result():
         draining = asyncio.create_task(running.drain(json.loads(line)["drain_s"]))
-        await asyncio.sleep(0)  # it is DRAINING from here on, and the parent should hear so before the drain is over
-        _tell_replica(running.replica)
+        await asyncio.sleep(0)  # the replica is DRAINING now: report that before the drain is over
+        _send_replica(running.replica)
         await draining
     await running.close()
     return 0
 
 
-def _tell_replica(replica: Replica) -> None:
-    _tell({"replica": json.loads(replica_to_json(replica))})
+def _send_replica(replica: Replica) -> None:
+    _send({"replica": json.loads(replica_to_json(replica))})
 
 
-def _tell(message: Mapping[str, Any]) -> None:
+def _send(message: Mapping[str, Any]) -> None:
     with suppress(BrokenPipeError):
         print(json.dumps(message), flush=True)
 

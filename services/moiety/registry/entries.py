@@ -1,6 +1,6 @@
-"""How registry values look in the store: JSON for people and `redis-cli`, raw little-endian integers for counters.
+"""Encodes and decodes registry values: JSON, readable in `redis-cli`, and raw little-endian integers for counters.
 
-Readers skip fields they do not know, so that an older service can read a newer one's entry, and refuse the rest with a
+Readers skip fields they do not know, so that an older service can read a newer one's entry. Any other deviation raises a
 ValueError that names field and value. The store is inside the trust boundary: sizes are not bounded here.
 """
 
@@ -28,7 +28,7 @@ _REQUIRED = object()
 
 
 def replica_to_json(replica: Replica) -> str:
-    """One line of JSON; `held` in the text form of `ExpertSet`."""
+    """Returns `replica` as one line of JSON; expert sets are in the text form of `ExpertSet`."""
     return json.dumps(
         {
             "id": replica.id,
@@ -54,7 +54,7 @@ def replica_to_json(replica: Replica) -> str:
 
 
 def replica_from_json(text: str | bytes) -> Replica:
-    """The inverse; fields added since the first version have defaults."""
+    """Reads the text of `replica_to_json`; fields added since the first version have defaults."""
     data = _mapping(_decoded(text), "entry")
     return Replica(
         id=_field(data, "id", _text),
@@ -79,13 +79,13 @@ def replica_from_json(text: str | bytes) -> Replica:
 
 
 def placement_to_json(placement: Placement) -> str:
-    """`{"epoch": 3, "held": {"experts-0": "0-31:0-7", …}}`."""
+    """Returns JSON such as `{"epoch": 3, "held": {"experts-0": "0-31:0-7", …}}`."""
     held = {deployment: str(experts) for deployment, experts in sorted(placement.held.items())}
     return json.dumps({"epoch": placement.epoch, "held": held})
 
 
 def placement_from_json(text: str | bytes) -> Placement:
-    """The inverse."""
+    """Reads the text of `placement_to_json`."""
     data = _mapping(_decoded(text), "placement")
     held = _field(data, "held", lambda value: _mapping(value, "held"))
     return Placement(
@@ -95,12 +95,12 @@ def placement_from_json(text: str | bytes) -> Placement:
 
 
 def busy_to_json(busy: ReplicaLoad) -> str:
-    """One JSON object, a field for each of `Busy`."""
+    """Returns one JSON object with the fields of `ReplicaLoad`."""
     return json.dumps(asdict(busy))
 
 
 def busy_from_json(text: str | bytes) -> ReplicaLoad:
-    """The inverse."""
+    """Reads the text of `busy_to_json`."""
     data = _mapping(_decoded(text), "entry")
     return ReplicaLoad(
         busy=_field(data, "busy", _number),
@@ -111,18 +111,20 @@ def busy_from_json(text: str | bytes) -> ReplicaLoad:
 
 
 def decision_from_json(text: str | bytes) -> dict[str, Any]:
-    """One entry of the log of decisions: any JSON object."""
+    """Reads one entry of the log of decisions, which may be any JSON object."""
     return _mapping(_decoded(text), "decision")
 
 
 def demand_to_fields(demand: ExpertDemand) -> dict[str, bytes]:
-    """The fields of a hash, named by DEMAND_FIELDS; counters are row-major [moe_layers][experts].
+    """Returns the fields of a Redis hash, named as in DEMAND_FIELDS; counters are row-major [moe_layers][experts].
 
-    Each is 4 bytes wide where all of its table fit into that, else 8.
+    The counters of a table are 4 bytes wide if all of them fit, else 8.
     """
     rows, activations = np.asarray(demand.rows, dtype="<i8"), np.asarray(demand.activations, dtype="<i8")
     if rows.ndim != 2 or rows.shape != activations.shape:
-        raise ValueError(f"demand: rows {rows.shape} and activations {activations.shape} must be one [layers][experts]")
+        raise ValueError(
+            f"demand: rows {rows.shape} and activations {activations.shape} must have one shape, [layers][experts]"
+        )
     fields = {
         "layers": b"%d" % rows.shape[0],
         "experts": b"%d" % rows.shape[1],
@@ -137,7 +139,7 @@ def demand_to_fields(demand: ExpertDemand) -> dict[str, bytes]:
 
 
 def demand_from_fields(fields: Mapping[str, bytes | None]) -> ExpertDemand:
-    """The inverse; `started` and `costs` may be missing."""
+    """Reads the fields of `demand_to_fields`; `started` and `costs` may be missing."""
     shape = (_field(fields, "layers", int), _field(fields, "experts", int))
 
     def table(raw: bytes) -> tuple[tuple[int, ...], ...]:
@@ -154,13 +156,13 @@ def demand_from_fields(fields: Mapping[str, bytes | None]) -> ExpertDemand:
 
 
 class TolerantReader:
-    """Decodes entries one by one; a broken one is left out, with one warning until it is readable again."""
+    """Decodes entries one by one. A broken entry is left out and logged once, until it is readable again."""
 
     def __init__(self) -> None:
         self._warned: set[str] = set()
 
     def read(self, name: str, decode: Callable[[Any], T], raw: Any) -> T | None:
-        """`decode(raw)`, or None where that raises ValueError. `name` is what the warning calls the entry."""
+        """Returns `decode(raw)`, or None if that raises ValueError. The warning calls the entry `name`."""
         try:
             value = decode(raw)
         except ValueError as error:
@@ -224,7 +226,7 @@ def _number(value: object) -> float:
 
 
 def _numbers(value: object) -> dict[str, float]:
-    return {name: _number(each) for name, each in _mapping(value, "scaling").items()}
+    return {name: _number(number) for name, number in _mapping(value, "scaling").items()}
 
 
 def _seconds(raw: bytes) -> float:

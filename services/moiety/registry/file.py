@@ -1,7 +1,7 @@
 """A registry in one JSON file, for a `LocalCluster` on a machine without Redis.
 
-The parent process is the only writer (`FileRegistryWriter`): it registers a child when the child says that it is ready
-and removes it when it exits, so entries need no TTL. The children read (`FileRegistry`).
+The parent process is the only writer (`FileRegistryWriter`). It registers a child when the child reports that it is ready,
+and removes it when the child exits, so entries need no TTL. The children read (`FileRegistry`).
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from moiety.registry.memory import MemoryRegistry
 
 
 class FileRegistry:
-    """What a child process sees. Replicas and placement are read from the file whenever it has changed.
+    """A child process's view of the registry file. Replicas and placement are read again whenever the file has changed.
 
-    `register` and `deregister` do nothing here: heartbeats may run, but the parent's file has the last word. Demand,
-    busy figures, wakes and decisions stay within the process: without Redis nothing scales on them.
+    `register` and `deregister` do nothing: heartbeats may run, but only the parent writes the file. Counters, load
+    reports, missing experts and decisions stay within the process: without Redis nothing scales on them.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -46,7 +46,7 @@ class FileRegistry:
         return tuple(replica for replica in await self.replicas() if replica.role is Role.ROUTER)
 
     async def generation(self) -> str | None:
-        """A constant: the file is replaced as a whole and never loses entries by accident."""
+        """Returns a constant: the file is replaced as a whole and does not lose entries by accident."""
         return "file"
 
     async def placement(self) -> Placement | None:
@@ -58,7 +58,7 @@ class FileRegistry:
         return 0 if placement is None else placement.epoch
 
     async def set_placement(self, placement: Placement) -> bool:
-        """Raises FailedPrecondition: only the writer can."""
+        """Raises FailedPrecondition: only the writer can set a placement."""
         raise FailedPrecondition(f"placement {placement.epoch}: only the process that owns {self._path} can set it")
 
     async def publish_load(
@@ -87,7 +87,7 @@ class FileRegistry:
     async def close(self) -> None: ...
 
     def _refresh(self) -> None:
-        """Reads the file if it isn't the one read last; a local file is read faster than a thread is woken."""
+        """Reads the file if it has changed; without a thread, which takes longer to wake than a local file to read."""
         try:
             status = os.stat(self._path)
             # A replaced file has a new inode, even within one tick of a coarse clock and at an equal size.
@@ -132,7 +132,7 @@ class FileRegistryWriter(FileRegistry):
         self._path.unlink(missing_ok=True)
 
     def _refresh(self) -> None:
-        """The writer knows what is in the file."""
+        """Does nothing: the writer knows what is in the file."""
 
     def _write(self) -> None:
         data = {

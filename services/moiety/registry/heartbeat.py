@@ -1,4 +1,4 @@
-"""Keeps a service's registry entry alive, and whatever else it does once a beat."""
+"""Keeps a service's registry entry alive, and runs its other work of once a beat."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _log = logging.getLogger(__name__)
 class Heartbeat:
     """Registers a replica every `interval_s` seconds between `start` and `stop`.
 
-    `replica` is the entry, or a function that returns the entry as it is now. Each of `on_beat` runs once a beat in a
-    task of its own: one that fails is logged and called again at the next beat, one that is slow delays only itself.
+    `replica` is the entry, or a function that returns the current entry. Each action of `on_beat` runs once a beat in a
+    task of its own. An action that fails is logged and called again at the next beat; a slow one delays only itself.
     """
 
     def __init__(
@@ -38,11 +38,11 @@ class Heartbeat:
         self._require = require
         self._interval_s = interval_s
         self._stopping = asyncio.Event()
-        self._beats: asyncio.Task[None] | None = None
-        self._extras: list[asyncio.Task[None]] = []
+        self._beat_task: asyncio.Task[None] | None = None
+        self._action_tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
-        """Registers, and keeps doing so. With `require`, raises RegistryUnreachable where the first try fails."""
+        """Registers, and keeps registering. With `require`, raises RegistryUnreachable if the first try fails."""
         unreachable = False
         try:
             await self.beat()
@@ -50,23 +50,23 @@ class Heartbeat:
             if self._require:
                 raise
             unreachable = self._report(_HEARTBEAT, error)
-        self._beats = asyncio.create_task(self._repeat(self.beat, _HEARTBEAT, reported=unreachable))
-        self._extras = [
+        self._beat_task = asyncio.create_task(self._repeat(self.beat, _HEARTBEAT, reported=unreachable))
+        self._action_tasks = [
             asyncio.create_task(self._repeat(action, getattr(action, "__qualname__", repr(action)), at_once=True))
             for action in self._on_beat
         ]
 
     async def beat(self) -> None:
-        """Registers now instead of at the next beat: after a change of state. Raises RegistryUnreachable."""
+        """Registers now instead of at the next beat, for a change of state. Raises RegistryUnreachable."""
         await self._registry.register(self._current())
 
     async def stop(self) -> None:
         """Stops and deregisters within STOP_S. Never raises: an entry that can't be removed expires."""
         self._stopping.set()
-        for task in self._extras:
+        for task in self._action_tasks:
             task.cancel()
-        # The beat in flight may end, rather than be cancelled: its entry could reach the store after the removal.
-        running = [*self._extras, *([self._beats] if self._beats else [])]
+        # Let the beat in flight end: if it were cancelled, its entry could reach the store after the removal.
+        running = [*self._action_tasks, *([self._beat_task] if self._beat_task else [])]
         if running:
             _, late = await asyncio.wait(running, timeout=STOP_S / 2)
             for task in late:
@@ -80,7 +80,7 @@ class Heartbeat:
     async def _repeat(
         self, action: Callable[[], Awaitable[None]], name: str, *, reported: bool = False, at_once: bool = False
     ) -> None:
-        """Calls `action` once a beat; logs the first of a run of failures, and the recovery."""
+        """Calls `action` once a beat; logs the first failure of a series, and the recovery."""
         clock = asyncio.get_running_loop().time
         due = clock() if at_once else clock() + self._interval_s
         while not await self._stopped_within(due - clock()):
@@ -95,7 +95,7 @@ class Heartbeat:
                 reported = False
 
     def _report(self, name: str, error: Exception) -> bool:
-        """Logs a failure; False where it is left to the heartbeat, which meets the same outage as its extras."""
+        """Logs a failure and returns True. Leaves an outage in an action to the heartbeat, which meets it too: False."""
         outage = isinstance(error, RegistryUnreachable)
         if outage and name != _HEARTBEAT:
             return False

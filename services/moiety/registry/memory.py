@@ -1,4 +1,4 @@
-"""The naive twin: the registry in a dictionary, with the same lifetimes. Tests hold `redis.py` against it."""
+"""The registry in a dictionary, with the lifetimes of `redis.py`: the simple twin that tests compare it with."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class MemoryRegistry:
         self.clear()
 
     def clear(self) -> None:
-        """Forgets everything, as a Redis that was flushed or restarted has."""
+        """Removes everything, like a flush or a restart of Redis."""
         self._replicas: _Expiring[str, Replica] = _Expiring(TTL_S, self._clock)
         self._demand: _Expiring[str, ExpertDemand] = _Expiring(DEMAND_TTL_S, self._clock)
         self._busy: _Expiring[str, ReplicaLoad] = _Expiring(BUSY_TTL_S, self._clock)
@@ -82,10 +82,10 @@ class MemoryRegistry:
             self._missing.set((layer, expert), None)
 
     async def missing_experts(self) -> Mapping[int, frozenset[int]]:
-        waited: dict[int, frozenset[int]] = {}
+        missing: dict[int, frozenset[int]] = {}
         for layer, expert in self._missing.live():
-            waited[layer] = waited.get(layer, frozenset()) | {expert}
-        return waited
+            missing[layer] = missing.get(layer, frozenset()) | {expert}
+        return missing
 
     async def record_decision(self, decision: Mapping[str, Any]) -> None:
         self._decisions.append(json.dumps(decision))
@@ -98,7 +98,7 @@ class MemoryRegistry:
 
 
 class _Expiring(Generic[K, V]):
-    """A dictionary that forgets an entry `ttl_s` seconds after it was last set."""
+    """A dictionary that drops an entry `ttl_s` seconds after it was last set."""
 
     def __init__(self, ttl_s: float, clock: Callable[[], float]) -> None:
         self._ttl_s, self._clock = ttl_s, clock

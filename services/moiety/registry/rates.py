@@ -1,4 +1,4 @@
-"""From two readings of the load ledger to rows per second: a pure function of the readings' own times."""
+"""Turns readings of the load ledger into rows per second: pure functions of the readings' own times."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import numpy.typing as npt
 
 from moiety.core.load import BatchCost, ExpertDemand
 
-WINDOW_S = 3.0  # that rates are over: routers flush their counters every second
-FLUSHES_KEPT = 8  # of one writer: a window's, and some to spare
+WINDOW_S = 3.0  # window of `Recent`; routers flush their counters every second
+FLUSHES_KEPT = 8  # per writer: those of a window, and a few more
 
 Counter = Literal["rows", "activations"]
 
@@ -20,15 +20,15 @@ Counter = Literal["rows", "activations"]
 def rates(
     older: Mapping[str, ExpertDemand], newer: Mapping[str, ExpertDemand], counter: Counter = "rows"
 ) -> npt.NDArray[np.float64]:
-    """Rows (or activations) per second, [moe_layers][experts], summed over the writers of `newer`.
+    """Returns rows (or activations) per second, [moe_layers][experts], summed over the writers of `newer`.
 
-    A writer counts with what it added between its two readings. One whose counters went down has started again under
-    its id, and counts whole. One that `older` lacks counts whole if it `started` within the window, that is, after the
-    latest time in `older`; otherwise (a store that was emptied, a writer that was silent for a while) its count is
-    older than the window, and it counts from the next one on.
+    A writer contributes what it added between its two readings. If its counters went down, it restarted under the same
+    id, and its whole count is taken. If `older` lacks it, its whole count is taken only if it `started` within the
+    window, that is, after the latest time in `older`. Otherwise (the store was emptied, or the writer was silent for a
+    while) its count is older than the window, and it contributes from the next reading on.
 
-    The shape is the newest reading's; writers of another shape serve another model and are left out. [0, 0] if there
-    are no readings.
+    The result has the shape of the newest reading. A writer with another shape serves another model and is left out.
+    The shape is [0, 0] if there are no readings.
     """
     if not newer:
         return np.zeros((0, 0))
@@ -52,13 +52,13 @@ def rates(
 
 
 class Recent:
-    """One writer's rows per second over the last WINDOW_S, as the writer itself knows them."""
+    """One writer's rows per second over the last WINDOW_S, computed by the writer from its own flushes."""
 
     def __init__(self) -> None:
         self._flushes: deque[tuple[float, npt.NDArray[np.int64]]] = deque(maxlen=FLUSHES_KEPT)
 
     def rows_per_s(self, demand: ExpertDemand) -> npt.NDArray[np.float64]:
-        """[moe_layers][experts] at the time of `demand`, the writer's next flush; 0 at its first, which ends no window."""
+        """Returns [moe_layers][experts] as of `demand`, the writer's next flush; zeros at its first flush."""
         rows = _table(demand, "rows")
         if self._flushes and demand.time < self._flushes[-1][0]:
             self._flushes.clear()  # the clock was set back
@@ -72,8 +72,8 @@ class Recent:
 
 
 def latest_costs(demand: Mapping[str, ExpertDemand]) -> BatchCost | None:
-    """The fit that has seen the most batches; None while there is none."""
-    fits = [each.costs for each in demand.values() if each.costs is not None]
+    """Returns the fit with the most samples, or None if there is none yet."""
+    fits = [reading.costs for reading in demand.values() if reading.costs is not None]
     return max(fits, key=lambda costs: costs.samples, default=None)
 
 

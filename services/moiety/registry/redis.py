@@ -1,20 +1,20 @@
-"""The real registry, on Redis or Valkey: the only module that knows redis-py.
+"""The registry on Redis or Valkey; the only module that imports redis-py.
 
-Keys, all under `moiety:{<app>}:` (the braces keep one Redis Cluster slot):
+Keys, all under `moiety:{<app>}:` (the braces keep them in one Redis Cluster slot):
 
-    beat:<id>      digest of the entry, PX 3000: a replica lives as long as this does
-    replica:<id>   the entry, JSON      replicas   set of ids, pruned on read       generation   random, until emptied
+    beat:<id>      digest of the entry, PX 3000: a replica is live as long as this key exists
+    replica:<id>   the entry, JSON      replicas   set of ids, pruned on read       generation   random, new once emptied
     load:<writer>  hash, EX 60          writers    set of ids, pruned on read       hot[:<writer>]  sorted set, see below
-    busy:<id>      JSON, PX 5000        reporters  set of ids, pruned on read       wake         sorted set by expiry
-    placement      JSON                 epoch      that of `placement`              routers      set of ids, as replicas
+    busy:<id>      JSON, PX 5000        reporters  set of ids, pruned on read       missing      sorted set by expiry
+    placement      JSON                 epoch      epoch of `placement`             routers      set of ids, like replicas
     decisions      stream, 1,000 entries
 
-A beat that finds its own digest only renews it; another, or none, means that the entry must be written. Readers list the
-digests, or only learn that the list is the one they know, and fetch the entries that are new to them. Of counters they
-fetch those whose `stamp`, a field that each flush sets anew, they have not read.
+A beat that finds its own digest only renews the key. A beat that finds another digest, or none, writes the entry. Readers
+list the digests, or learn that the list has not changed, and fetch the entries they do not have. They fetch counters only
+if they have not read their `stamp`, a field with a new value at every flush.
 
-`hot` is for people: the 64 experts that get the most rows per second now, `<layer>/<expert>` -> rows per second, over the
-last three seconds and all routers. `redis-cli ZREVRANGE 'moiety:{<app>}:hot' 0 9 WITHSCORES` shows the first ten.
+`hot` is for operators: the 64 experts with the most rows per second, `<layer>/<expert>` -> rows per second, over the last
+three seconds and all routers. `redis-cli ZREVRANGE 'moiety:{<app>}:hot' 0 9 WITHSCORES` shows the first ten.
 """
 
 from __future__ import annotations
@@ -44,18 +44,18 @@ from moiety.registry.rates import Recent
 from moiety.registry.urls import without_secrets
 
 SOCKET_TIMEOUT_S = 1.0  # to connect, and for each answer
-OPERATION_TIMEOUT_S = 2.0  # both together
-REWRITE_S = 10.0  # an entry is written again after this long even if it stands: eviction may have taken parts of it
+OPERATION_TIMEOUT_S = 2.0  # for a whole operation
+REWRITE_S = 10.0  # an unchanged entry is written again after this long: Redis may have evicted parts of it
 HOT_ENTRIES = 64
 
 T = TypeVar("T")
 
 
 class RedisRegistry:
-    """A registry in Redis. An operation is one or two round trips, or an error within OPERATION_TIMEOUT_S.
+    """A registry in Redis. An operation takes one or two round trips, or fails within OPERATION_TIMEOUT_S.
 
-    A client is made on first use in each event loop, so one registry may serve several threads' loops; every loop that
-    used it must `close()` it.
+    Each event loop gets its own client on first use, so one registry may serve the loops of several threads. Every loop
+    that used it must `close()` it.
     """
 
     def __init__(self, url: str, app: str) -> None:
@@ -67,10 +67,10 @@ class RedisRegistry:
         self._prefix = f"moiety:{{{app}}}:"
         self._clients: dict[asyncio.AbstractEventLoop, Any] = {}
         self._reader = entries.TolerantReader()
-        self._recent: dict[str, Recent] = {}  # by writer, those of this process
-        self._written: dict[str, tuple[bytes, float]] = {}  # replica id -> digest and time of its last whole write
-        self._listings: dict[str, Listing] = {}  # the last reading of each set of replicas
-        self._demand: dict[str, tuple[bytes, ExpertDemand]] = {}  # writer -> stamp and counters, as read last
+        self._recent: dict[str, Recent] = {}  # by writer id; only writers of this process
+        self._written: dict[str, tuple[bytes, float]] = {}  # replica id -> digest and time of its last full write
+        self._listings: dict[str, Listing] = {}  # set of replicas -> its last reading
+        self._demand: dict[str, tuple[bytes, ExpertDemand]] = {}  # writer id -> stamp and counters last read
 
     async def register(self, replica: Replica) -> None:
         text = entries.replica_to_json(replica)
@@ -83,7 +83,7 @@ class RedisRegistry:
         self._written[replica.id] = (digest, since)
 
     async def _renew(self, client: Any, replica_id: str, digest: bytes) -> bool:
-        """Whether the store still had this entry, which lives on then."""
+        """Renews the entry; returns whether the store still had it."""
         beat = self._key("beat", replica_id)
         async with client.pipeline(transaction=False) as pipeline:
             pipeline.get(beat)
@@ -93,7 +93,7 @@ class RedisRegistry:
 
     async def _write(self, client: Any, replica: Replica, text: str, digest: bytes) -> None:
         async with client.pipeline(transaction=True) as pipeline:
-            # The entry outlives every beat that renews it.
+            # Beats renew only the digest: the entry must last until it is written again, after REWRITE_S.
             pipeline.set(self._key("replica", replica.id), text, px=_milliseconds(2 * REWRITE_S))
             pipeline.set(self._key("beat", replica.id), digest, px=_milliseconds(TTL_S))
             pipeline.sadd(self._key("replicas"), replica.id)
@@ -139,7 +139,7 @@ class RedisRegistry:
         self, replica_id: str, busy: ReplicaLoad | None = None, demand: ExpertDemand | None = None
     ) -> None:
         async with self._store() as client, client.pipeline(transaction=demand is not None) as pipeline:
-            if busy is not None:  # in this order: a reader prunes the id only while the key is absent
+            if busy is not None:  # the key before the id: a reader prunes an id that has no key
                 pipeline.set(self._key("busy", replica_id), entries.busy_to_json(busy), px=_milliseconds(BUSY_TTL_S))
                 pipeline.sadd(self._key("reporters"), replica_id)
             if demand is not None:
@@ -154,7 +154,7 @@ class RedisRegistry:
         pipeline.delete(hot)
         if hottest := _hottest(self._recent.setdefault(writer, Recent()).rows_per_s(demand)):
             pipeline.zadd(hot, hottest)
-            pipeline.expire(hot, recent_s)  # what a lost router asked for is not hot for long
+            pipeline.expire(hot, recent_s)  # the rows of a lost router soon leave the sum
         keys = (self._key("hot"), self._key("writers"))
         pipeline.eval(redis_scripts.SUM_HOT, 2, *keys, self._key("hot", ""), HOT_ENTRIES, recent_s)
 
@@ -167,7 +167,7 @@ class RedisRegistry:
         latest: dict[str, tuple[bytes, ExpertDemand]] = {}
         for raw_id, fields in zip(found[::2], found[1::2], strict=True):
             writer = raw_id.decode(errors="replace")
-            if isinstance(fields, bytes):  # the stamp: not flushed since it was read
+            if isinstance(fields, bytes):  # only the stamp: no flush since the last reading
                 latest[writer] = known[writer]
                 continue
             values = dict(zip(names, fields, strict=False))
@@ -183,16 +183,18 @@ class RedisRegistry:
     async def report_missing_experts(self, layer: int, experts: Sequence[int]) -> None:
         if experts:
             members = [f"{layer}/{expert}" for expert in experts]
-            await self._script(redis_scripts.WAKE, ["missing"], _milliseconds(MISSING_EXPERTS_TTL_S), *members)
+            await self._script(
+                redis_scripts.REPORT_MISSING, ["missing"], _milliseconds(MISSING_EXPERTS_TTL_S), *members
+            )
 
     async def missing_experts(self) -> Mapping[int, frozenset[int]]:
-        waited: dict[int, frozenset[int]] = {}
-        for raw in await self._script(redis_scripts.WAKES, ["missing"]):
+        missing: dict[int, frozenset[int]] = {}
+        for raw in await self._script(redis_scripts.READ_MISSING, ["missing"]):
             name = raw.decode(errors="replace")
             if pair := self._reader.read(f"missing:{name}", _layer_and_expert, raw):
                 layer, expert = pair
-                waited[layer] = waited.get(layer, frozenset()) | {expert}
-        return waited
+                missing[layer] = missing.get(layer, frozenset()) | {expert}
+        return missing
 
     async def record_decision(self, decision: Mapping[str, Any]) -> None:
         fields = {"json": json.dumps(decision)}
@@ -206,7 +208,7 @@ class RedisRegistry:
         return list(self._decoded("decisions", found, entries.decision_from_json).values())
 
     async def server_counters(self) -> tuple[int, int, float]:
-        """Of the whole server since its start: operations, bytes either way, CPU seconds."""
+        """Returns totals of the whole server since its start: operations, bytes sent and received, CPU seconds."""
         async with self._store() as client:
             stats, cpu = await client.info("stats"), await client.info("cpu")
         transferred = stats["total_net_input_bytes"] + stats["total_net_output_bytes"]
@@ -219,7 +221,7 @@ class RedisRegistry:
                 await client.aclose()
 
     async def _live(self, index: str) -> tuple[Replica, ...]:
-        """The replicas in the set `index`: a list of digests where that has changed, and the texts that are new."""
+        """Returns the replicas in the set `index`; fetches their digests if any has changed, and the texts that are new."""
         known = self._listings.get(index, Listing())
         prefixes = self._key("beat", ""), self._key("replica", "")
         async with self._store() as client:
@@ -230,7 +232,7 @@ class RedisRegistry:
                 return known.replicas
             beats = list(zip(found[::2], found[1::2], strict=True))
             unknown = known.unknown(beats)
-            texts = await client.mget([prefixes[1].encode() + each for each in unknown]) if unknown else []
+            texts = await client.mget([prefixes[1].encode() + replica_id for replica_id in unknown]) if unknown else []
 
         def decode(replica_id: bytes, text: bytes) -> Replica | None:
             name = f"replica:{replica_id.decode(errors='replace')}"
@@ -240,7 +242,7 @@ class RedisRegistry:
         return self._listings[index].replicas
 
     def _decoded(self, kind: str, found: Sequence[Any], decode: Callable[[Any], T]) -> dict[str, T]:
-        """Readable entries of a flat [id, value, id, value, …] answer."""
+        """Returns the readable entries of a flat [id, value, id, value, …] answer, by id."""
         live: dict[str, T] = {}
         for raw_id, raw in zip(found[::2], found[1::2], strict=True):
             name = raw_id.decode(errors="replace")
@@ -257,7 +259,7 @@ class RedisRegistry:
 
     @contextlib.asynccontextmanager
     async def _store(self) -> AsyncIterator[Any]:
-        """This loop's client; whatever goes wrong with it inside becomes RegistryUnreachable."""
+        """Yields this loop's client; a failure or timeout of it inside becomes RegistryUnreachable."""
         try:
             async with asyncio.timeout(OPERATION_TIMEOUT_S):
                 yield self._client()
@@ -265,7 +267,8 @@ class RedisRegistry:
             reason = str(error) or "no answer in time"
             raise RegistryUnreachable(f"registry {without_secrets(self._url)}: {reason}") from error
 
-    def _client(self) -> Any:  # redis-py types its commands for both of its clients at once: not awaitable under mypy
+    # Any: redis-py types its commands for its sync and its async client at once, so mypy would refuse to await them.
+    def _client(self) -> Any:
         loop = asyncio.get_running_loop()
         if loop not in self._clients:
             for closed in [known for known in self._clients if known.is_closed()]:
@@ -275,7 +278,7 @@ class RedisRegistry:
                 socket_connect_timeout=SOCKET_TIMEOUT_S,
                 socket_timeout=SOCKET_TIMEOUT_S,
                 protocol=2,  # plain replies from every server version
-                # A lost answer is reported, not asked for again: the caller's next beat repeats what may be repeated.
+                # A lost answer is an error, not retried: the caller's next beat repeats what may be repeated.
                 retry=Retry(NoBackoff(), 0),
             )
         return self._clients[loop]
@@ -286,7 +289,7 @@ def _milliseconds(seconds: float) -> int:
 
 
 def _hottest(rows_per_s: npt.NDArray[np.float64]) -> dict[str, float]:
-    """`layer/expert` -> rows per second, of the HOT_ENTRIES experts of [layers, experts] with the most of them."""
+    """Returns `layer/expert` -> rows per second for the HOT_ENTRIES busiest experts of [layers, experts]."""
     flat, experts = rows_per_s.reshape(-1), rows_per_s.shape[1]
     top = np.argsort(-flat, kind="stable")[:HOT_ENTRIES]
     return {f"{cell // experts}/{cell % experts}": round(float(flat[cell]), 1) for cell in top if flat[cell] > 0}

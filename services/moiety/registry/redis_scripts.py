@@ -1,11 +1,11 @@
-"""The Lua scripts of `redis.py`: each makes one read or write atomic. They need Redis 5 or Valkey, or newer.
+"""The Lua scripts of `redis.py`. Each makes one read or write atomic. They need Redis 5 or Valkey, or newer.
 
-All keys share the slot of their `{app}` braces, so a script may derive key names from the prefix it is given.
+All keys share the slot of their `{app}` braces, so a script may build key names from a prefix in its arguments.
 """
 
-# KEYS: a set of ids. ARGV: prefix of their keys, digest of an earlier answer, prefixes of what is removed with an id.
-# -> [digest] where that is the answer still, else [digest, id, value, id, value, …]. Ids whose key has expired, or is of
-# a wrong type, leave the set. One step, so that a key renewed meanwhile can't be pruned.
+# KEYS: a set of ids. ARGV: prefix of their keys, digest of an earlier answer, prefixes of keys to delete with a pruned id.
+# -> [digest] if the answer is still the same, else [digest, id, value, id, value, …]. An id whose key has expired, or has
+# the wrong type, leaves the set. All this is one step, so that a key renewed in between cannot be pruned.
 READ_ENTRIES = """
 local ids, found = redis.call('SMEMBERS', KEYS[1]), {''}
 for first = 1, #ids, 1000 do
@@ -27,8 +27,8 @@ if found[1] == ARGV[2] then return {found[1]} end
 return found
 """
 
-# KEYS: a set of ids. ARGV: key prefix, how many fields, their names (`stamp` first), then id, stamp of those known.
-# -> [id, stamp where that is known, else [field value or nil, …], …]; prunes as above. A wrong type reads as no fields.
+# KEYS: a set of ids. ARGV: key prefix, number of fields, their names (`stamp` first), then id, stamp of each known entry.
+# -> [id, its stamp if that is known, else [field value or nil, …], …]. Prunes as above. A key of the wrong type has no fields.
 READ_HASHES = """
 local found, known, fields = {}, {}, ARGV[2] + 2
 for index = fields + 1, #ARGV, 2 do known[ARGV[index]] = ARGV[index + 1] end
@@ -53,8 +53,8 @@ return found
 """
 
 # KEYS: hot, the set of writers. ARGV: key prefix of the writers' own sorted sets, entries to keep, seconds to live.
-# A writer whose own set has expired adds nothing.
-# `hot` is the sum over live writers: recomputed, never added to, so a repeated flush counts once.
+# `hot` becomes the sum over live writers. It is recomputed, not added to, so a repeated flush counts once. A writer whose
+# own set has expired adds nothing.
 SUM_HOT = """
 local keys = {}
 for _, writer in ipairs(redis.call('SMEMBERS', KEYS[2])) do keys[#keys + 1] = ARGV[1] .. writer end
@@ -63,7 +63,7 @@ redis.call('ZREMRANGEBYRANK', KEYS[1], 0, -1 - tonumber(ARGV[2]))
 redis.call('EXPIRE', KEYS[1], ARGV[3])
 """
 
-# KEYS: placement, epoch. ARGV: epoch, JSON. -> 1 if stored. An unreadable placement counts as none, as it does for readers.
+# KEYS: placement, epoch. ARGV: epoch, JSON. -> 1 if stored, else 0. An unreadable placement counts as none, as in readers.
 SET_PLACEMENT = """
 local epoch = nil
 local text = redis.call('GET', KEYS[1])
@@ -77,16 +77,16 @@ redis.call('SET', KEYS[2], ARGV[1])
 return 1
 """
 
-# KEYS: wake, a sorted set of "layer/expert" by the server's own milliseconds of expiry. ARGV: milliseconds, members.
-WAKE = """
+# KEYS: missing, a sorted set of "layer/expert" scored by expiry on the server's clock, in ms. ARGV: lifetime in ms, members.
+REPORT_MISSING = """
 local time = redis.call('TIME')
 local expiry = time[1] * 1000 + math.floor(time[2] / 1000) + ARGV[1]
 for member = 2, #ARGV do redis.call('ZADD', KEYS[1], string.format('%.0f', expiry), ARGV[member]) end
 redis.call('PEXPIRE', KEYS[1], ARGV[1])
 """
 
-# KEYS: wake. -> the members that have not expired.
-WAKES = """
+# KEYS: missing. -> the members that have not expired.
+READ_MISSING = """
 local time = redis.call('TIME')
 local now = string.format('%.0f', time[1] * 1000 + math.floor(time[2] / 1000))
 redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now)

@@ -1,4 +1,4 @@
-"""Registry URLs as they may be shown: in errors, logs and pages."""
+"""Removes secrets from registry URLs, so that errors, logs and pages may show them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ _SECRET_OPTIONS = ("password", "ssl_password", "username")
 
 
 def without_secrets(url: str) -> str:
-    """`url` without user name, password and secret options; of a text that is no URL only the scheme is kept."""
+    """Returns `url` without user name, password and secret options; if it is no valid URL, only its scheme."""
     try:
         parts = urlsplit(url)
         host = parts.netloc.rpartition("@")[2]

@@ -1,4 +1,4 @@
-"""The live replicas, as a reader knows them: followed in the registry, kept through its outages."""
+"""Follows the live replicas in the registry, and keeps the last table through outages."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _log = logging.getLogger(__name__)
 
 
 class Watch:
-    """Polls `registry` every `interval_s` seconds and keeps the table of replicas. It tells three losses apart:
+    """Polls `registry` every `interval_s` seconds and keeps the table of replicas. It distinguishes three losses:
 
     - *The registry does not answer*: the last table stays, and `stale_since` is set.
-    - *The store was emptied*, or has just come back: replicas it no longer lists stay for GRACE_S, for their heartbeats
-      to refill it.
-    - *An entry expired or was removed* from a store that works: the replica leaves the table.
+    - *The store was emptied*, or has just come back: replicas it no longer lists stay for GRACE_S, so that their
+      heartbeats can refill it.
+    - *An entry expired or was removed* from a working store: the replica leaves the table.
 
-    The last is hearsay: a caller with a healthy stream to a replica goes on using it, whatever the table says.
+    The third loss does not prove that a replica is gone: a caller with a healthy stream to it keeps using it.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class Watch:
         self._on_change = on_change
         self._clock = clock
         self._generation: str | None = None
-        self._unconfirmed: dict[str, Replica] = {}  # known before the store was emptied, and not listed since
+        self._unconfirmed: dict[str, Replica] = {}  # known before the store was emptied, not listed since
         self._grace_ends = 0.0
         self._changed = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -48,7 +48,7 @@ class Watch:
         self.stale_since: float | None = None  # in seconds of `clock`; None while the registry answers
 
     async def start(self) -> None:
-        """Reads the table once, or finds it stale, and goes on in the background."""
+        """Reads the table once and keeps following it in the background. A registry that is down is no error."""
         await self.poll()
         self._task = asyncio.create_task(self._follow())
 
@@ -58,7 +58,7 @@ class Watch:
             await asyncio.wait([self._task])
 
     async def until(self, condition: Callable[[tuple[Replica, ...]], bool]) -> tuple[Replica, ...]:
-        """Waits for a table that meets `condition`, and returns it; the caller sets the time limit."""
+        """Waits until the table meets `condition` and returns it; the caller sets the time limit."""
         while not condition(self.replicas):
             await self._changed.wait()
         return self.replicas
@@ -71,7 +71,7 @@ class Watch:
         except RegistryUnreachable as error:
             if self.stale_since is None:
                 self.stale_since = self._clock()
-                _log.warning("serving goes on with the last table of %d replicas: %s", len(self.replicas), error)
+                _log.warning("the last table of %d replicas stays in use: %s", len(self.replicas), error)
             return
         self._open_grace(generation)
         self.stale_since = None
@@ -83,7 +83,7 @@ class Watch:
         await self._publish(tuple(table[replica_id] for replica_id in sorted(table)))
 
     def _open_grace(self, generation: str | None) -> None:
-        """Doubts the store where its contents are new, or where entries may have expired while nobody could write."""
+        """Starts the grace period if the store's contents are new, or if entries expired while it could not be written."""
         emptied = self._generation is not None and generation != self._generation
         if emptied or self.stale_since is not None:
             self._unconfirmed = {replica.id: replica for replica in self.replicas}
@@ -103,12 +103,12 @@ class Watch:
             try:
                 await self._on_change(table)
             except Exception:
-                _log.exception("a follower of the replica table failed")
+                _log.exception("the callback on a change of the replica table failed")
 
     async def _follow(self) -> None:
         while True:
             await asyncio.sleep(self._interval_s)
             try:
                 await self.poll()
-            except Exception:  # our bug, or a registry's: the table must not freeze unnoticed
-                _log.exception("the replica table was not read")
+            except Exception:  # a bug, here or in a registry: without further polls the table would freeze
+                _log.exception("the replica table could not be read")

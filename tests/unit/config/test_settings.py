@@ -1,4 +1,4 @@
-"""Settings: where a value comes from, and what is said of a wrong one."""
+"""Settings: where a value comes from, and how a wrong one is reported."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from moiety.errors import ConfigError
 
 
 @pytest.fixture(autouse=True)
-def _no_settings_around(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever runs the tests may have MOIETY_* variables of their own."""
+def _no_environment_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Removes MOIETY_* variables that the user may have set."""
     for kind in (AppSettings, ExpertSettings, RouterSettings):
         for name in kind.model_fields:
             monkeypatch.delenv(f"MOIETY_{name.upper()}", raising=False)
@@ -23,7 +23,7 @@ def _no_settings_around(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def yaml_file(tmp_path: Path):
-    """text -> the path of a YAML file that holds it."""
+    """Returns a function that writes text to a YAML file and returns its path."""
 
     def write(text: str) -> str:
         path = tmp_path / "settings.yaml"
@@ -34,7 +34,7 @@ def yaml_file(tmp_path: Path):
 
 
 def test_flag_beats_environment_beats_file_beats_default(yaml_file, monkeypatch: pytest.MonkeyPatch):
-    """Each source is used where no stronger one speaks; a flag of None was not given."""
+    """Each source applies where no stronger one gives a value; a flag of None was not given."""
     path = yaml_file("{model: /from/yaml, slots: 1, token_budget: 5, queue_limit: 1}")
     monkeypatch.setenv("MOIETY_SLOTS", "2")
     monkeypatch.setenv("MOIETY_TOKEN_BUDGET", "4")
@@ -45,14 +45,14 @@ def test_flag_beats_environment_beats_file_beats_default(yaml_file, monkeypatch:
 
 
 def test_other_variables_are_not_settings(monkeypatch: pytest.MonkeyPatch):
-    """Only names of settings are read, so a variable of another tool harms nobody."""
+    """Only variables named after settings are read, so those of other tools have no effect."""
     monkeypatch.setenv("MOIETY_BOGUS", "1")
     monkeypatch.setenv("SLOTS", "7")
     assert resolve(RouterSettings, {"model": "m"}).slots == 32
 
 
 @pytest.mark.parametrize(
-    ("kind", "values", "field", "said"),
+    ("kind", "values", "field", "message"),
     [
         (RouterSettings, {"model": "m", "slotz": 3}, "slotz", "setting slotz = 3: Extra inputs are not permitted"),
         (RouterSettings, {"model": "m", "slots": 0}, "slots", "setting slots = 0: Input should be greater than or"),
@@ -67,40 +67,42 @@ def test_other_variables_are_not_settings(monkeypatch: pytest.MonkeyPatch):
         (AppSettings, {"model": "m", "experts": {"target_busy": 2}}, "experts.target_busy", "less than or equal to 1"),
     ],
 )
-def test_a_wrong_setting_is_told_by_name_value_and_bound(kind: Any, values: dict[str, Any], field: str, said: str):
-    """ConfigError names the field, nested ones with their path, what was given and what may be."""
+def test_a_wrong_setting_is_reported_by_name_value_and_bound(
+    kind: Any, values: dict[str, Any], field: str, message: str
+):
+    """ConfigError names the field (a nested one by its path), the value and the bound."""
     with pytest.raises(ConfigError) as refused:
         validated(kind, values)
     assert refused.value.field == field
-    assert said in str(refused.value)
+    assert message in str(refused.value)
 
 
-def test_a_missing_setting_is_told_without_the_others():
-    """The error names what is missing; the rest of the settings, secrets in a URL included, stays out of it."""
+def test_a_missing_setting_is_reported_without_the_others():
+    """The error names the missing setting and shows no other setting, such as a URL with a secret."""
     with pytest.raises(ConfigError, match="setting model = None: Field required") as refused:
         resolve(RouterSettings, {"registry": "redis://:secret@host"})
     assert "secret" not in str(refused.value)
 
 
 @pytest.mark.parametrize(
-    ("text", "said"), [("- a\n- b", "must hold a mapping"), ("a: [", "cannot be read"), ("", "must hold a mapping")]
+    ("text", "message"), [("- a\n- b", "must hold a mapping"), ("a: [", "cannot be read"), ("", "must hold a mapping")]
 )
-def test_a_bad_file_is_told_with_its_path(yaml_file, text: str, said: str):
-    """A file that is no mapping, or no YAML, raises ConfigError naming it."""
+def test_a_bad_file_is_reported_with_its_path(yaml_file, text: str, message: str):
+    """A file that is not a mapping, or not YAML, raises ConfigError, which names it."""
     path = yaml_file(text)
-    with pytest.raises(ConfigError, match=said) as refused:
+    with pytest.raises(ConfigError, match=message) as refused:
         resolve(RouterSettings, {"model": "m"}, path)
     assert path in str(refused.value) or len(path) > 80
 
 
-def test_a_missing_file_is_told(tmp_path: Path):
-    """A path that does not exist is a wrong setting, not a traceback."""
+def test_a_missing_file_is_reported(tmp_path: Path):
+    """A path that does not exist raises ConfigError."""
     with pytest.raises(ConfigError, match="cannot be read"):
         resolve(RouterSettings, {"model": "m"}, str(tmp_path / "none.yaml"))
 
 
-def test_settings_are_frozen_and_unknown_keys_of_a_file_refused(yaml_file):
-    """A typo in a file is found at start, and nothing changes a setting afterwards."""
+def test_settings_are_frozen_and_unknown_keys_of_a_file_are_refused(yaml_file):
+    """An unknown key in a file raises ConfigError, and a setting cannot be changed afterwards."""
     with pytest.raises(ConfigError, match="slotz"):
         resolve(RouterSettings, {"model": "m"}, yaml_file("slotz: 3"))
     settings = resolve(RouterSettings, {"model": "m"})
@@ -109,7 +111,7 @@ def test_settings_are_frozen_and_unknown_keys_of_a_file_refused(yaml_file):
 
 
 def test_sizes_names_and_experts_are_read_as_people_write_them(monkeypatch: pytest.MonkeyPatch):
-    """4GiB is a size, the folder's name the model's, and experts are kept in their canonical form."""
+    """4GiB is a size, the folder's name is the model's name, and experts are kept in their canonical form."""
     monkeypatch.setenv("MOIETY_KV_MEMORY", "4GiB")
     settings = resolve(RouterSettings, {"model": "/models/Mixtral"})
     assert settings.kv_memory == 4 << 30
@@ -122,7 +124,7 @@ def test_sizes_names_and_experts_are_read_as_people_write_them(monkeypatch: pyte
 
 
 def test_the_cache_folder_can_be_chosen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """$MOIETY_CACHE, else a folder under home."""
+    """The cache folder is $MOIETY_CACHE, else a folder in the home folder."""
     monkeypatch.setenv("MOIETY_CACHE", str(tmp_path))
     assert cache_dir() == tmp_path
     monkeypatch.delenv("MOIETY_CACHE")
@@ -131,7 +133,7 @@ def test_the_cache_folder_can_be_chosen(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 
 def test_a_deployment_may_differ_from_the_others() -> None:
-    """`overrides` changes what it names of one deployment; what would be impossible is refused with its name."""
+    """`overrides` changes only what it names, for one deployment; an impossible change is refused with that name."""
     settings = AppSettings(
         model="m", experts=GroupSettings(max_replicas=4), overrides={"experts-1": {"max_replicas": 9}}
     )
@@ -141,23 +143,25 @@ def test_a_deployment_may_differ_from_the_others() -> None:
         resolve(AppSettings, {"model": "m", "overrides": {"experts-1": {"min_replicas": 5}}})
 
 
-def test_overflow_is_a_groups_own() -> None:
-    """Of groups only, fixed while they run, and not where bits are promised."""
-    own = {"experts-1": {"overflow": "backup"}}
-    assert resolve(AppSettings, {"model": "m", "overrides": own}).group("experts-1").overflow == "backup"
+def test_overflow_is_set_per_group() -> None:
+    """`overflow` is for groups only, cannot change while they run, and excludes `deterministic`."""
+    overrides = {"experts-1": {"overflow": "backup"}}
+    assert resolve(AppSettings, {"model": "m", "overrides": overrides}).group("experts-1").overflow == "backup"
     with pytest.raises(ConfigError, match=r"hot-0: overflow is for groups"):
         resolve(AppSettings, {"model": "m", "overrides": {"hot-0": {"overflow": "backup"}}})
     with pytest.raises(ConfigError, match=r"experts-1: .*overflow.*'wait' or 'backup'"):
         resolve(AppSettings, {"model": "m", "overrides": {"experts-1": {"overflow": "drop"}}})
-    with pytest.raises(ConfigError, match=r"overflow_groups.* not with deterministic"):
+    with pytest.raises(ConfigError, match=r"overflow_groups.* not possible with deterministic"):
         resolve(RouterSettings, {"model": "m", "deterministic": True, "overflow_groups": {"experts-1": "backup"}})
     assert not resolve(RouterSettings, {"model": "m", "overflow_groups": {"experts-1": "wait"}}).may_overflow
     with pytest.raises(ConfigError, match=r"user_config\.overflow"):
-        GroupSettings().live({"overflow": "backup"})  # routers are told at start: they refuse models that can only wait
+        GroupSettings().live(
+            {"overflow": "backup"}
+        )  # routers get it at start: they refuse models without backup experts
 
 
 def test_live_settings_of_a_group() -> None:
-    """Those that need no restart change what they name and nothing else; another one, or a bad value, is refused."""
+    """A live setting changes only itself; any other setting, or a bad value, is refused."""
     group = GroupSettings(target_busy=0.5, max_replicas=7)
     assert group.live({}) is group
     assert group.live({"target_busy": 0.9}) == group.model_copy(update={"target_busy": 0.9})

@@ -1,4 +1,4 @@
-"""The shared value types: sets of experts in text, and the default partition."""
+"""Sets of experts and their text form, and the default partition."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ expert_sets = st.dictionaries(
 
 
 def shape_of(experts: int, layers: int = 3) -> ModelShape:
-    """A shape with so many experts in each of its MoE layers."""
+    """Returns a shape with `experts` in each of its MoE layers."""
     return ModelShape("tiny", layers, experts, 2, ExpertMLP(8, 16), "float32", 320, 64)
 
 
 @given(held=expert_sets)
-def test_text_says_all_and_no_more(held: ExpertSet):
-    """Parsing what a set prints gives the set; equal sets print the same."""
+def test_the_text_form_round_trips(held: ExpertSet):
+    """Parsing a set's text gives the set; equal sets have the same text."""
     assert ExpertSet.parse(str(held)) == held
     assert str(ExpertSet(dict(reversed(held.by_layer.items())))) == str(held)
 
 
 @given(held=expert_sets, layer=st.integers(0, 80), expert=st.integers(0, 300))
-def test_a_set_is_the_pairs_it_iterates(held: ExpertSet, layer: int, expert: int):
-    """Length, membership and layers all agree with iteration, which is sorted."""
+def test_a_set_agrees_with_its_iteration(held: ExpertSet, layer: int, expert: int):
+    """Length, membership and layers agree with the iteration, which is sorted."""
     pairs = list(held)
     assert pairs == sorted(set(pairs))
     assert len(held) == len(pairs)
@@ -46,20 +46,20 @@ def test_a_set_is_the_pairs_it_iterates(held: ExpertSet, layer: int, expert: int
         ("0,1,2:3,4,5", "0-2:3-5"),
     ],
 )
-def test_text_is_read_generously_and_written_one_way(text: str, canonical: str):
-    """Spaces, order and overlaps do not matter."""
+def test_text_is_read_leniently_and_written_in_one_form(text: str, canonical: str):
+    """Spaces, order and overlaps in the text do not matter."""
     assert str(ExpertSet.parse(text)) == canonical
 
 
 @pytest.mark.parametrize("text", ["5", "0-3", "a:b", "0:3-1", "0:", ":0", "0:1-", "0:-1", "0:1;2"])
-def test_what_is_no_set_is_refused(text: str):
-    """ValueError, always: settings and Describe replies turn it into words of their own."""
+def test_malformed_text_is_refused(text: str):
+    """Malformed text raises ValueError, which settings and Describe replies turn into their own errors."""
     with pytest.raises(ValueError, match=r"."):
         ExpertSet.parse(text)
 
 
 def test_a_block_is_the_same_experts_in_every_layer():
-    """The default plan of a group; an empty block is the empty set."""
+    """A block holds the same experts in every layer; an empty block is the empty set."""
     assert str(ExpertSet.block(4, [2, 0, 1])) == "0-3:0-2"
     assert ExpertSet.block(4, []) == ExpertSet()
     assert (3, 2) in ExpertSet.block(4, [2])
@@ -68,7 +68,7 @@ def test_a_block_is_the_same_experts_in_every_layer():
 
 @given(experts=st.integers(1, 130), data=st.data())
 def test_a_partition_covers_every_expert_once_in_near_equal_blocks(experts: int, data: st.DataObject):
-    """Groups are contiguous, differ by at most one expert, and together are the model."""
+    """Groups are contiguous, differ by at most one expert, and together hold the model."""
     groups = data.draw(st.integers(1, experts))
     parts = shape_of(experts).partition(groups)
     assert len(parts) == groups

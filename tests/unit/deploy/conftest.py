@@ -1,11 +1,10 @@
-"""Imports Ray Serve before the test modules do: on loopback only, and past the deprecations of its own making."""
+"""Imports Ray Serve before the test modules do: on loopback only, without its own deprecation warnings."""
 
 import os
 import warnings
 
-os.environ.setdefault(
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0"
-)  # read on import: a Ray of these tests stays on loopback
+# Ray reads this when it is imported: a Ray of these tests stays on loopback.
+os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)

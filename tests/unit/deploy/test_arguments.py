@@ -25,13 +25,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing of the user's cache or environment takes part."""
+    """Keeps the user's cache and registry out of the tests."""
     monkeypatch.setenv("MOIETY_CACHE", str(tmp_path))
     monkeypatch.delenv("MOIETY_REGISTRY", raising=False)
 
 
 def test_a_password_travels_in_the_environment_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What Ray stores and logs holds no password; a process with MOIETY_REGISTRY gets the URL back, one without is told."""
+    """What Ray stores and logs holds no password; a process needs MOIETY_REGISTRY to restore the URL."""
     settings = AppSettings(model="m", registry=SECRET_URL)
     values = carried(settings)
     assert "hunter2" not in json.dumps(values)
@@ -42,7 +42,7 @@ def test_a_password_travels_in_the_environment_only(monkeypatch: pytest.MonkeyPa
 
 
 def test_carried_arguments_win_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A node's own MOIETY_* variables change nothing that the application's arguments say."""
+    """A node's MOIETY_* variables do not change the application's arguments."""
     settings = AppSettings(model="m", registry="redis://10.0.0.1:6390/0", slots=7)
     monkeypatch.setenv("MOIETY_REGISTRY", "redis://elsewhere:1/0")
     monkeypatch.setenv("MOIETY_SLOTS", "9")
@@ -50,7 +50,7 @@ def test_carried_arguments_win_over_the_environment(monkeypatch: pytest.MonkeyPa
 
 
 def test_loopback_stays_loopback() -> None:
-    """A service that listens on loopback is not announced under the node's address; one on all interfaces is."""
+    """A service on loopback does not announce the node's address; a service on all interfaces does."""
     local = AppSettings(model="m")
     assert gateway_settings(local, NODE).advertised == "127.0.0.1"
     cluster = local.model_copy(update={"listen_host": "0.0.0.0"})
@@ -59,8 +59,8 @@ def test_loopback_stays_loopback() -> None:
     assert expert_settings(named, "experts-3", "0:0", NODE).advertised == "pod-3.experts"
 
 
-def test_each_service_gets_what_is_its_own() -> None:
-    """The gateway's port goes to no one else; the group's settings reach its replicas."""
+def test_each_service_gets_its_own_settings() -> None:
+    """Only the gateway gets the port; the group's settings reach its replicas."""
     settings = AppSettings(model="m", grpc_port=50999, slots=5, experts={"threads": 3, "capacity": 9.5})
     expert = expert_settings(settings, "experts-1", "0:4-7", NODE)
     assert (expert.port, expert.threads, expert.capacity, expert.deployment) == (0, 3, 9.5, "experts-1")
@@ -69,7 +69,7 @@ def test_each_service_gets_what_is_its_own() -> None:
 
 
 def test_a_router_knows_which_groups_may_overflow() -> None:
-    """`experts.overflow` holds for every group but those that `overrides` tells otherwise."""
+    """`experts.overflow` applies to every group unless `overrides` changes it."""
     settings = AppSettings(model="m", overrides={"experts-1": {"overflow": "backup"}, "experts-0": {"threads": 2}})
     router = router_settings(settings, NODE)
     assert [router.spares(f"experts-{group}") for group in range(3)] == [False, True, False]
@@ -80,7 +80,7 @@ def test_a_router_knows_which_groups_may_overflow() -> None:
 
 
 def test_default_placement_covers_every_expert_once(model: Path) -> None:
-    """Deployments are called experts-0, experts-1, … and share the model's experts out without overlap."""
+    """Deployments are named experts-0, experts-1, … and hold the model's experts without overlap."""
     placement = default_placement(AppSettings(model=str(model), groups=3))
     assert list(placement) == ["experts-0", "experts-1", "experts-2"]
     pairs = [pair for held in placement.values() for pair in held]
@@ -98,14 +98,14 @@ def test_default_placement_covers_every_expert_once(model: Path) -> None:
     ],
 )
 def test_impossible_arguments_are_refused(model: Path, wrong: dict[str, object], field: str) -> None:
-    """Before anything starts, the error names the argument, its value and what it must be."""
+    """`build` raises ConfigError for an impossible argument, before anything starts."""
     with pytest.raises(ConfigError) as caught:
         build({"model": str(model), **wrong})
     assert caught.value.field == field
 
 
 def test_missing_arguments_come_from_the_environment(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same config file serves on machines that differ: facts of the machine are MOIETY_* variables."""
+    """MOIETY_* variables fill in missing arguments, so that one config file works on different machines."""
     with pytest.raises(ConfigError, match="model"):
         build({"groups": 2})
     monkeypatch.setenv("MOIETY_MODEL", str(model))

@@ -1,4 +1,4 @@
-"""The policy as Serve's controller meets it: copied by value, called often, never blocking, never raising."""
+"""The autoscaling hook as Serve's controller uses it: copied by value and called often; it may not block or raise."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Context:
 
 @pytest.fixture
 def redis() -> Iterator[EmbeddedRedis]:
-    """A server of this test's own: one of the tests stops it."""
+    """A server for one test: one of the tests stops it."""
     with EmbeddedRedis() as server:
         yield server
 
@@ -48,7 +48,7 @@ def _settings(redis: EmbeddedRedis) -> AppSettings:
 
 
 def _policy(settings: AppSettings) -> Any:
-    """The policy after the journey that Serve sends it on."""
+    """Returns the policy after a copy by value, as Serve makes it."""
     cloudpickle.register_pickle_by_value(autoscaling_hook)
     try:
         copied = cloudpickle.loads(cloudpickle.dumps(autoscaling_hook.LoadPolicy))
@@ -58,7 +58,7 @@ def _policy(settings: AppSettings) -> Any:
 
 
 def _report(settings: AppSettings, busy: float) -> None:
-    """What a replica would say of itself."""
+    """Reports load as a replica would."""
 
     async def publish() -> None:
         registry = connect(settings.registry, settings.app)
@@ -87,8 +87,8 @@ def _until(condition: Callable[[], bool]) -> None:
         time.sleep(0.05)
 
 
-def test_a_busy_replica_is_joined_by_another_and_the_decision_is_recorded(redis: EmbeddedRedis) -> None:
-    """Load in the ledger reaches the policy's answer; who decided what, why and on which numbers can be read later."""
+def test_a_busy_deployment_grows_and_the_decision_is_recorded(redis: EmbeddedRedis) -> None:
+    """Load in the ledger raises the target, and the decision is recorded with its reason and its inputs."""
     settings = _settings(redis)
     policy, context = _policy(settings), Context()
     assert policy(context) == (1, {})
@@ -103,7 +103,7 @@ def test_a_busy_replica_is_joined_by_another_and_the_decision_is_recorded(redis:
 
 
 def test_live_bounds_win_over_the_arguments(redis: EmbeddedRedis) -> None:
-    """Bounds changed in the running application hold from the next decision on."""
+    """Bounds changed in the running application apply from the next decision on."""
     settings = _settings(redis)
     policy = _policy(settings)
     context = Context(capacity_adjusted_min_replicas=3, capacity_adjusted_max_replicas=8)
@@ -111,24 +111,24 @@ def test_live_bounds_win_over_the_arguments(redis: EmbeddedRedis) -> None:
 
 
 def test_targets_are_exported(redis: EmbeddedRedis, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the policy wants of each deployment can be seen beside what services tell of themselves."""
+    """The target of each deployment is exported as a metric."""
     with TraceReceiver() as receiver:
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", receiver.endpoint)
         monkeypatch.setenv("OTEL_METRIC_EXPORT_INTERVAL", "300")
         settings = _settings(redis)
         policy, context = _policy(settings), Context(capacity_adjusted_min_replicas=3)
 
-        def told() -> set[tuple[object, ...]]:
+        def exported() -> set[tuple[object, ...]]:
             policy(context)
             figures = [figure for figure in receiver.figures() if figure.name == MetricName.TARGET]
             names = ("moiety.deployment", "service.instance.id")
-            return {(each.service, each.value, *map(each.attributes.get, names)) for each in figures}
+            return {(figure.service, figure.value, *map(figure.attributes.get, names)) for figure in figures}
 
-        _until(lambda: told() == {("moiety-autoscaler", 3, "experts-0", settings.app)})
+        _until(lambda: exported() == {("moiety-autoscaler", 3, "experts-0", settings.app)})
 
 
 def test_without_a_registry_the_current_target_holds(redis: EmbeddedRedis) -> None:
-    """When Redis goes, whatever Serve has is what the policy answers, at once."""
+    """When Redis is gone, the policy answers with Serve's current target, at once."""
     settings = _settings(redis)
     policy = _policy(settings)
     _report(settings, busy=1.0)
@@ -143,7 +143,7 @@ def test_without_a_registry_the_current_target_holds(redis: EmbeddedRedis) -> No
 
 
 def test_the_policy_never_raises(caplog: pytest.LogCaptureFixture) -> None:
-    """Arguments it can't use make it hold the current target; it says so once, not nine times a second."""
+    """With unusable arguments the policy keeps the current target and logs that once, not at every call."""
     policy = autoscaling_hook.LoadPolicy(arguments={"nonsense": 1}, held="0:0")
     logger = logging.getLogger("ray.serve")  # it does not propagate
     logger.addHandler(caplog.handler)
@@ -151,4 +151,4 @@ def test_the_policy_never_raises(caplog: pytest.LogCaptureFixture) -> None:
         assert [policy(Context(target_num_replicas=3)) for _ in range(3)] == [(3, {})] * 3
     finally:
         logger.removeHandler(caplog.handler)
-    assert [record.message for record in caplog.records] == ["experts-0: scaling holds"]
+    assert [record.message for record in caplog.records] == ["experts-0: scaling failed, the current target stays"]

@@ -1,4 +1,4 @@
-"""One real Redis for the session, and registries of both kinds that start out empty."""
+"""One real Redis for the session, and empty registries of both kinds."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from moiety.registry.memory import MemoryRegistry
 
 @pytest.fixture(scope="session")
 def redis_server() -> Iterator[EmbeddedRedis]:
-    """A server shared by all tests: one that stops or empties a server starts its own."""
+    """A server shared by all tests; a test that stops or empties a server starts its own."""
     with EmbeddedRedis() as server:
         yield server
 
 
 @pytest.fixture
 def app() -> str:
-    """A name no other test uses, so that tests share a server and see only their own keys."""
+    """A name that no other test uses, so that tests share a server and see only their own keys."""
     return f"test-{uuid.uuid4().hex[:12]}"
 
 
@@ -33,13 +33,13 @@ def run(request: pytest.FixtureRequest, app: str) -> Callable[[Callable[[Registr
     url = request.getfixturevalue("redis_server").url if request.param == "redis" else None
 
     def run_on_registry(behaviour: Callable[[Registry], Awaitable[None]]) -> None:
-        async def whole() -> None:
+        async def with_registry() -> None:
             registry: Registry = connect(url, app) if url else MemoryRegistry()
             try:
                 await behaviour(registry)
             finally:
                 await registry.close()
 
-        asyncio.run(whole())
+        asyncio.run(with_registry())
 
     return run_on_registry

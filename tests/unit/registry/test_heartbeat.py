@@ -1,4 +1,4 @@
-"""The heartbeat: keeps an entry alive through outages and failures, and takes it away at the end."""
+"""The heartbeat keeps an entry alive through outages and failures, and removes it at the end."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from moiety.registry.memory import MemoryRegistry
 
 
 def test_an_entry_lives_from_start_to_stop() -> None:
-    """It is there when `start` returns, follows the service's state, and is gone when `stop` returns."""
+    """The entry exists when `start` returns, follows the service's state, and is gone when `stop` returns."""
 
     async def behaviour() -> None:
         registry = MemoryRegistry()
@@ -67,25 +67,25 @@ def test_an_emptied_redis_refills_within_a_beat() -> None:
     asyncio.run(behaviour())
 
 
-def test_an_outage_is_told_once_and_survived(caplog: pytest.LogCaptureFixture) -> None:
-    """However many beats and extras fail, one line says that the registry is gone and one that it is back."""
+def test_an_outage_is_logged_once_and_survived(caplog: pytest.LogCaptureFixture) -> None:
+    """However many beats and actions fail, one line logs the outage and one the recovery."""
 
     async def behaviour() -> None:
         with EmbeddedRedis() as server:
             registry = connect(server.url, "app")
 
-            async def extra() -> None:
+            async def action() -> None:
                 await registry.report_missing_experts(0, [1])
 
-            heartbeat = Heartbeat(registry, expert_replica(), interval_s=0.05, on_beat=[extra])
+            heartbeat = Heartbeat(registry, expert_replica(), interval_s=0.05, on_beat=[action])
             await heartbeat.start()
             server.stop()
 
-            async def told() -> bool:
+            async def logged() -> bool:
                 return "Connection refused" in caplog.text or "Connect call failed" in caplog.text
 
-            await eventually(told)
-            await asyncio.sleep(0.3)  # a few more beats that must not be told
+            await eventually(logged)
+            await asyncio.sleep(0.3)  # a few more beats, which must not be logged
             with EmbeddedRedis(server.port):
 
                 async def back() -> bool:
@@ -100,8 +100,8 @@ def test_an_outage_is_told_once_and_survived(caplog: pytest.LogCaptureFixture) -
     assert len(caplog.records) == 2, caplog.text
 
 
-def test_extras_fail_and_hang_alone(caplog: pytest.LogCaptureFixture) -> None:
-    """One failing extra is logged once and called again, one that hangs stops neither the others nor the heartbeat."""
+def test_actions_fail_and_hang_alone(caplog: pytest.LogCaptureFixture) -> None:
+    """A failing action is logged once and called again; one that hangs stops neither the others nor the heartbeat."""
     calls = {"failing": 0, "healthy": 0}
 
     async def failing() -> None:
@@ -126,10 +126,10 @@ def test_extras_fail_and_hang_alone(caplog: pytest.LogCaptureFixture) -> None:
         heartbeat = Heartbeat(registry, counted, on_beat=[hanging, failing, healthy], interval_s=0.01)
         await heartbeat.start()
 
-        async def all_went_on() -> bool:
+        async def all_continued() -> bool:
             return calls["failing"] >= 5 and calls["healthy"] >= 5 and beats >= 8
 
-        await eventually(all_went_on)
+        await eventually(all_continued)
         await heartbeat.stop()
         ended = dict(calls)
         await asyncio.sleep(0.05)
@@ -141,7 +141,7 @@ def test_extras_fail_and_hang_alone(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_a_required_registry_must_answer_at_start() -> None:
-    """With `require` the first failure is raised; without, the service starts and registers later."""
+    """With `require` the first failure is raised; without it, the service starts and registers later."""
 
     async def behaviour() -> None:
         registry = connect("redis://127.0.0.1:1/0", "app")
@@ -156,7 +156,7 @@ def test_a_required_registry_must_answer_at_start() -> None:
 
 
 def test_stopping_takes_a_second_at_most() -> None:
-    """A registry that hangs, in a beat and in the removal, holds nobody up, and `stop` raises nothing."""
+    """`stop` returns within a second and raises nothing, even if a beat and the removal hang."""
 
     class Hanging(MemoryRegistry):
         hangs = False
@@ -182,7 +182,7 @@ def test_stopping_takes_a_second_at_most() -> None:
 
 
 def test_several_beats_fit_into_a_lifetime() -> None:
-    """A replica is forgotten only after it missed several beats."""
+    """A replica is removed only after it has missed several beats."""
     assert TTL_S >= 4 * HEARTBEAT_S
 
 

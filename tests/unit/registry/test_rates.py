@@ -1,4 +1,4 @@
-"""Rows per second from two readings: exact per writer, and no spikes when writers come, go or restart."""
+"""Rows per second from two readings: exact per writer, without spikes when writers start, leave or restart."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ def test_each_writer_counts_over_its_own_window() -> None:
 
 
 def test_a_writer_born_in_the_window_counts_whole() -> None:
-    """All its rows fell into the window."""
+    """A writer that started within the window contributes all its rows."""
     older = {"a": demand_of((10,), time=100.0)}
     newer = {"a": demand_of((10,), time=110.0), "b": demand_of((50,), time=110.0, started=104.0)}
     assert rates(older, newer).tolist() == [[5.0]]
 
 
 def test_an_old_writer_that_reappears_makes_no_spike() -> None:
-    """Counts gathered before the window, or at an unknown time, are not taken for new ones."""
+    """Counts from before the window, or from an unknown time, do not count as new."""
     older = {"a": demand_of((10,), time=100.0)}
     for started in (0.0, 20.0, 99.0):
         newer = {"a": demand_of((20,), time=110.0), "b": demand_of((1_000_000,), time=110.0, started=started)}
@@ -31,20 +31,20 @@ def test_an_old_writer_that_reappears_makes_no_spike() -> None:
 
 
 def test_counters_that_went_down_are_a_reset() -> None:
-    """A writer restarted under its id counts with what it has gathered since."""
+    """A writer that restarted under its id contributes its counts since the restart."""
     older = {"a": demand_of((100, 100), time=100.0)}
     newer = {"a": demand_of((5, 120), time=110.0)}
     assert rates(older, newer).tolist() == [[0.5, 12.0]]
 
 
-def test_a_writer_that_left_counts_no_more() -> None:
+def test_a_writer_that_left_no_longer_counts() -> None:
     """Only the newer reading's writers count."""
     older = {"a": demand_of((10,), time=100.0), "gone": demand_of((99,), time=100.0)}
     assert rates(older, {"a": demand_of((20,), time=105.0)}).tolist() == [[2.0]]
 
 
-def test_without_a_window_nothing_is_known() -> None:
-    """No readings, a first reading, or the same reading twice give zeros, never a division by zero."""
+def test_without_a_window_the_rates_are_zero() -> None:
+    """No readings, a first reading, or the same reading twice give zeros, not a division by zero."""
     reading = {"a": demand_of((10, 20), time=100.0, started=90.0)}
     assert rates({}, {}).shape == (0, 0)
     assert rates({}, reading).tolist() == [[0.0, 0.0]]
@@ -52,30 +52,30 @@ def test_without_a_window_nothing_is_known() -> None:
 
 
 def test_writers_of_another_shape_are_left_out() -> None:
-    """The last flush of a router of another model does not disturb the newest one's."""
+    """The last flush of another model's router does not change the rates of the newest model."""
     older = {"new": demand_of((0, 0), time=100.0), "old": demand_of((5,), time=99.0)}
     newer = {"new": demand_of((10, 0), time=110.0), "old": demand_of((6,), time=100.0)}
     assert rates(older, newer).tolist() == [[1.0, 0.0]]
 
 
 def test_large_counts_stay_exact() -> None:
-    """Counters past the 53 bits of a float are differenced as integers."""
+    """Counters beyond the 53 bits of a float are subtracted as integers."""
     base = 2**62
     added = rates({"a": demand_of((base,), time=0.0)}, {"a": demand_of((base + 3,), time=1.0)})
     assert np.array_equal(added, [[3.0]])
 
 
 def test_a_writer_knows_its_own_last_seconds() -> None:
-    """Rows per second over the window: nothing at first, then what came lately, and nothing again once it is over."""
+    """`Recent` gives zeros at first, then the rates of the window, and zeros again once the window is over."""
     recent = Recent()
     counted = [(0, 0), (10, 0), (40, 0), (40, 6), (40, 6), (40, 6), (40, 6)]
-    told = [recent.rows_per_s(demand_of(rows, time=100.0 + second)).tolist() for second, rows in enumerate(counted)]
-    assert told == [[[0, 0]], [[10, 0]], [[20, 0]], [[40 / 3, 2]], [[10, 2]], [[0, 2]], [[0, 0]]]
+    found = [recent.rows_per_s(demand_of(rows, time=100.0 + second)).tolist() for second, rows in enumerate(counted)]
+    assert found == [[[0, 0]], [[10, 0]], [[20, 0]], [[40 / 3, 2]], [[10, 2]], [[0, 2]], [[0, 0]]]
     assert WINDOW_S == 3
 
 
-def test_a_writers_own_rates_stand_repetition_restart_and_a_clock_set_back() -> None:
-    """A flush repeated tells the same; counters that went down count from zero; an earlier time begins anew."""
+def test_a_writers_own_rates_survive_repetition_restart_and_a_clock_set_back() -> None:
+    """A repeated flush gives the same rate, counters that went down count from zero, an earlier time starts again."""
     recent = Recent()
     recent.rows_per_s(demand_of((50,), time=100.0))
     for _ in range(2):

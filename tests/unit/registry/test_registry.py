@@ -1,4 +1,4 @@
-"""What every registry must do: the same tests on the in-memory twin and on a real Redis."""
+"""What every registry must do: the same tests on the in-memory registry and on a real Redis."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_a_registered_replica_is_read_back_whole(run: Run) -> None:
 
 
 def test_replicas_are_sorted_and_the_last_registration_counts(run: Run) -> None:
-    """Order is by id, whatever the order of arrival, and a heartbeat replaces the entry."""
+    """Replicas are ordered by id, not by arrival, and a heartbeat replaces the entry."""
 
     async def behaviour(registry: Registry) -> None:
         first, second = expert_replica("b"), expert_replica("a", role=Role.ROUTER, held=ExpertSet())
@@ -42,24 +42,24 @@ def test_replicas_are_sorted_and_the_last_registration_counts(run: Run) -> None:
 
 
 def test_a_reader_follows_every_change(run: Run) -> None:
-    """Reading after each write shows that write: there and back, away and again, and of one among others."""
+    """A reading after each write shows that write: a change and its reversal, a removal and a return, one among others."""
 
     async def behaviour(registry: Registry) -> None:
-        here, there, other = expert_replica(), expert_replica(state=ReplicaState.DRAINING), expert_replica("e1")
+        ready, draining, other = expert_replica(), expert_replica(state=ReplicaState.DRAINING), expert_replica("e1")
         await registry.register(other)
-        for replica in (here, here, there, here):
+        for replica in (ready, ready, draining, ready):
             await registry.register(replica)
             assert await registry.replicas() == (replica, other)
         await registry.deregister("e0")
         assert await registry.replicas() == (other,)
-        await registry.register(here)
-        assert await registry.replicas() == (here, other)
+        await registry.register(ready)
+        assert await registry.replicas() == (ready, other)
 
     run(behaviour)
 
 
 def test_a_deregistered_replica_is_gone_at_once(run: Run) -> None:
-    """Deregistering takes effect before the TTL, and again is harmless."""
+    """Deregistering takes effect before the TTL, and a second call is harmless."""
 
     async def behaviour(registry: Registry) -> None:
         await registry.register(expert_replica())
@@ -71,7 +71,7 @@ def test_a_deregistered_replica_is_gone_at_once(run: Run) -> None:
 
 
 def test_a_generation_begins_with_the_first_registration_and_stays(run: Run) -> None:
-    """An empty store has no generation; a filled one keeps its own, also when the last replica leaves."""
+    """An empty store has no generation; a filled one keeps its generation even when the last replica leaves."""
 
     async def behaviour(registry: Registry) -> None:
         assert await registry.generation() is None
@@ -87,7 +87,7 @@ def test_a_generation_begins_with_the_first_registration_and_stays(run: Run) -> 
 
 
 def test_routers_are_listed_alone(run: Run) -> None:
-    """Those among the replicas, as they registered last, until they deregister."""
+    """`routers` lists the routers as they last registered, until they deregister."""
 
     async def behaviour(registry: Registry) -> None:
         router = replace(expert_replica(id="r"), role=Role.ROUTER, held=ExpertSet())
@@ -102,7 +102,7 @@ def test_routers_are_listed_alone(run: Run) -> None:
 
 
 def test_a_placement_needs_the_next_epoch(run: Run) -> None:
-    """Only the successor of the epoch in force is stored; where none is in force, any: a store may have been emptied."""
+    """Only the epoch after the one in force is stored; with none in force, any epoch: the store may have been emptied."""
 
     async def behaviour(registry: Registry) -> None:
         def placement(epoch: int) -> Placement:
@@ -121,8 +121,8 @@ def test_a_placement_needs_the_next_epoch(run: Run) -> None:
     run(behaviour)
 
 
-def test_one_of_racing_placements_wins(run: Run) -> None:
-    """Of eight writers that propose the same epoch at once exactly one is told that it was stored."""
+def test_one_of_several_racing_placements_wins(run: Run) -> None:
+    """If eight writers propose the same epoch at once, exactly one call returns True."""
 
     async def behaviour(registry: Registry) -> None:
         proposals = [Placement(1, {f"experts-{writer}": ExpertSet.block(1, [writer])}) for writer in range(8)]
@@ -134,7 +134,7 @@ def test_one_of_racing_placements_wins(run: Run) -> None:
 
 
 def test_counters_are_exact_through_repeated_flushes(run: Run) -> None:
-    """A flush sent three times counts once, per writer, up to the largest 64-bit counts."""
+    """A flush sent three times counts once per writer, up to the largest 64-bit counts."""
 
     async def behaviour(registry: Registry) -> None:
         huge = ExpertDemand(
@@ -149,8 +149,8 @@ def test_counters_are_exact_through_repeated_flushes(run: Run) -> None:
     run(behaviour)
 
 
-def test_a_restarted_writer_has_counters_of_its_own(run: Run) -> None:
-    """A router's new id neither adds to nor replaces what its last life counted; a flush replaces only its own."""
+def test_a_restarted_writer_has_new_counters(run: Run) -> None:
+    """A router's new id neither adds to nor replaces the counters of its old id; a flush replaces only its own counters."""
 
     async def behaviour(registry: Registry) -> None:
         await registry.publish_load("router-a1", demand=demand_of((5, 5)))
@@ -162,8 +162,8 @@ def test_a_restarted_writer_has_counters_of_its_own(run: Run) -> None:
     run(behaviour)
 
 
-def test_the_last_busy_report_counts(run: Run) -> None:
-    """Busy figures are kept per replica, the newest only."""
+def test_the_last_load_report_counts(run: Run) -> None:
+    """Only the newest load report of each replica is kept."""
 
     async def behaviour(registry: Registry) -> None:
         await registry.publish_load("e0", ReplicaLoad(0.1, 1.0, 10.0, 2.0))
@@ -177,8 +177,8 @@ def test_the_last_busy_report_counts(run: Run) -> None:
     run(behaviour)
 
 
-def test_a_router_tells_both_at_once(run: Run) -> None:
-    """How busy it was and its counters, under its one id."""
+def test_a_router_reports_load_and_counters_at_once(run: Run) -> None:
+    """One call stores a router's load and its counters under the same id."""
 
     async def behaviour(registry: Registry) -> None:
         await registry.publish_load("r0", ReplicaLoad(0.1, 1.0, 10.0, 2.0), demand_of((1, 2)))
@@ -188,8 +188,8 @@ def test_a_router_tells_both_at_once(run: Run) -> None:
     run(behaviour)
 
 
-def test_wakes_of_all_routers_are_joined(run: Run) -> None:
-    """Experts waited for are a union per layer; a wake for none records none."""
+def test_missing_experts_of_all_routers_are_joined(run: Run) -> None:
+    """Missing experts are the union per layer; a report of no experts records none."""
 
     async def behaviour(registry: Registry) -> None:
         assert await registry.missing_experts() == {}
@@ -203,7 +203,7 @@ def test_wakes_of_all_routers_are_joined(run: Run) -> None:
 
 
 def test_decisions_come_back_oldest_first(run: Run) -> None:
-    """The newest `count` are returned in order, with their values' types."""
+    """The newest `count` decisions are returned in order, with the types of their values."""
 
     async def behaviour(registry: Registry) -> None:
         assert await registry.decisions() == []
@@ -216,14 +216,14 @@ def test_decisions_come_back_oldest_first(run: Run) -> None:
 
 
 def test_the_log_of_decisions_is_bounded(run: Run) -> None:
-    """Past its bound the log forgets the oldest."""
+    """Beyond its bound the log drops the oldest decisions."""
 
     async def behaviour(registry: Registry) -> None:
         for start in range(0, DECISIONS_KEPT + 20, 60):
             await asyncio.gather(*(registry.record_decision({"number": start + n}) for n in range(60)))
         kept = await registry.decisions(count=2 * DECISIONS_KEPT)
         assert len(kept) == DECISIONS_KEPT
-        # Which of the first 60 at once came first is open; none of the later ones is missing.
+        # The first 60 are concurrent, so their order is open; none of the later ones may be missing.
         assert {decision["number"] for decision in kept} >= set(range(60, DECISIONS_KEPT + 20))
 
     run(behaviour)

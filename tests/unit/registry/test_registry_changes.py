@@ -1,4 +1,4 @@
-"""Reading in proportion to what changed: the same table as a reader that knows nothing gets, for fewer bytes."""
+"""A reader that follows changes gets the same table as a new reader, for fewer bytes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ STEPS = st.lists(
 
 
 class System:
-    """Three services that beat, and what a store that does as it is told must list of them."""
+    """Three services that beat, and the entries of them that a correct store must list."""
 
     def __init__(self, client: redis.Redis, url: str, app: str) -> None:
         self._client, self._url, self._app = client, url, app
@@ -59,7 +59,7 @@ class System:
             for replica in self.running.values():
                 await self.writer.register(replica)
             self.stored.update(self.running)
-        elif step == "restart":  # of the services: they come back under their ids and know nothing of what was written
+        elif step == "restart":  # of the services: they return under their ids and know nothing of what was written
             await self.writer.close()
             self.writer = RedisRegistry(self._url, self._app)
         elif step == "save":
@@ -83,7 +83,7 @@ class System:
 @example(steps=[("register", "a", 0), ("save",), ("register", "a", 1), ("restore",)])  # the beat finds an older entry
 @settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_reader_that_follows_sees_what_a_new_one_sees(redis_server: EmbeddedRedis, steps: list[tuple]) -> None:
-    """After any writes, expiries, flushes and failovers: one reader that read after every step, a new one, the watch."""
+    """After any writes, expiries, flushes and failovers, a following reader, a new reader and the watch see the same table."""
 
     async def behaviour(client: redis.Redis) -> None:
         url, app, now = redis_server.url, f"test-{uuid.uuid4().hex[:12]}", 0.0
@@ -96,7 +96,7 @@ def test_a_reader_that_follows_sees_what_a_new_one_sees(redis_server: EmbeddedRe
                     async with opened(url, app) as new:
                         assert await reader.replicas() == await new.replicas() == system.expected()
                     await watch.poll()
-                    now += GRACE_S  # what a watch keeps in doubt, it gives up now
+                    now += GRACE_S  # the watch's grace period is over
                     await watch.poll()
                     assert watch.replicas == system.expected()
             finally:
@@ -106,8 +106,8 @@ def test_a_reader_that_follows_sees_what_a_new_one_sees(redis_server: EmbeddedRe
         asyncio.run(behaviour(client))
 
 
-def test_what_did_not_change_is_not_sent(redis_server: EmbeddedRedis, app: str) -> None:
-    """An unchanged table costs the same few bytes however large it is, a changed entry a list of digests and its text."""
+def test_unchanged_entries_are_not_sent(redis_server: EmbeddedRedis, app: str) -> None:
+    """An unchanged table costs a few bytes whatever its size; a changed entry costs a list of digests and its own text."""
     held = ExpertSet({layer: frozenset(range(layer % 3, 256, 3)) for layer in range(60)})
     replicas = [expert_replica(f"experts-0-{n:04}", held=held) for n in range(100)]
     changed = expert_replica(replicas[7].id, held=held, placement_epoch=9)
@@ -115,11 +115,11 @@ def test_what_did_not_change_is_not_sent(redis_server: EmbeddedRedis, app: str) 
     assert size > 1000
 
     async def transferred(registry: RedisRegistry, *actions: Awaitable[object]) -> int:
-        """Bytes, less those of asking for them."""
-        asked, before = [(await registry.server_counters())[1] for _ in range(2)]
+        """Returns the bytes transferred by `actions`, without those of reading the counters."""
+        earlier, before = [(await registry.server_counters())[1] for _ in range(2)]
         for action in actions:
             await action
-        return (await registry.server_counters())[1] - before - (before - asked)
+        return (await registry.server_counters())[1] - before - (before - earlier)
 
     async def behaviour() -> None:
         async with opened(redis_server.url, app) as writer, opened(redis_server.url, app) as reader:
@@ -141,10 +141,10 @@ def test_what_did_not_change_is_not_sent(redis_server: EmbeddedRedis, app: str) 
     asyncio.run(behaviour())
 
 
-def test_a_store_that_lost_parts_is_made_whole(
+def test_a_store_that_lost_parts_is_repaired(
     redis_server: EmbeddedRedis, app: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What an eviction took beside the beat comes back with the next whole write, after REWRITE_S at most."""
+    """Keys that Redis evicted, other than the beat, come back with the next full write, within REWRITE_S."""
 
     async def behaviour(client: redis.Redis) -> None:
         loop = asyncio.get_running_loop()
@@ -163,13 +163,13 @@ def test_a_store_that_lost_parts_is_made_whole(
         asyncio.run(behaviour(client))
 
 
-def test_a_text_that_changed_on_the_way_is_not_kept() -> None:
-    """An entry written between listing and fetching counts as read now, and both steps are done again next time."""
+def test_a_text_that_changed_between_listing_and_fetching_is_not_kept() -> None:
+    """An entry written between listing and fetching counts in this reading; the next one lists and fetches it again."""
     old, new = expert_replica(placement_epoch=1), expert_replica(placement_epoch=2)
     beats = [(b"e0", digest_of(replica_to_json(old)))]
 
     def decode(replica_id: bytes, text: bytes) -> Replica:
-        return {replica_to_json(each).encode(): each for each in (old, new)}[text]
+        return {replica_to_json(replica).encode(): replica for replica in (old, new)}[text]
 
     hasty = Listing().following(b"listed", beats, {b"e0": replica_to_json(new).encode()}, decode)
     assert (hasty.digest, hasty.replicas, hasty.unknown(beats)) == (b"", (new,), [b"e0"])

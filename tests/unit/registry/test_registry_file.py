@@ -1,4 +1,4 @@
-"""The registry in a file: one writer, any number of readers in other processes."""
+"""The registry in a file: one writer, and any number of readers in other processes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from moiety.registry.file import FileRegistry, FileRegistryWriter
 
 
 def test_readers_see_every_change_of_the_writer(tmp_path: Path) -> None:
-    """Replicas and placement arrive at a reader at once, however fast they change."""
+    """A reader sees replicas and placement at once, however fast they change."""
     path = tmp_path / "a folder" / "registry.json"
     path.parent.mkdir()
 
@@ -61,7 +61,7 @@ def test_a_reader_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_the_writers_placement_is_compare_and_set(tmp_path: Path) -> None:
-    """The writer keeps the epoch rule of every registry."""
+    """The writer refuses an epoch that is not the next, like every registry."""
 
     async def behaviour() -> None:
         writer = FileRegistryWriter(tmp_path / "registry.json")
@@ -72,7 +72,7 @@ def test_the_writers_placement_is_compare_and_set(tmp_path: Path) -> None:
 
 
 def test_the_ledger_stays_within_the_process(tmp_path: Path) -> None:
-    """Demand, busy figures, wakes and decisions are kept in memory and are not shared."""
+    """Counters, load reports, missing experts and decisions are kept in memory and are not shared."""
 
     async def behaviour() -> None:
         FileRegistryWriter(tmp_path / "registry.json")
@@ -92,7 +92,7 @@ def test_the_ledger_stays_within_the_process(tmp_path: Path) -> None:
 
 
 def test_a_missing_or_broken_file_is_unreachable(tmp_path: Path) -> None:
-    """No file, no JSON, or JSON of another form: RegistryUnreachable names the file; a repaired file is read."""
+    """A missing or malformed file raises RegistryUnreachable, which names the file; a repaired file is read."""
     path = tmp_path / "registry.json"
 
     async def behaviour() -> None:
@@ -109,7 +109,7 @@ def test_a_missing_or_broken_file_is_unreachable(tmp_path: Path) -> None:
 
 
 def test_a_broken_entry_hides_no_other(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """One unreadable replica is left out with a warning."""
+    """One unreadable replica is left out with a warning; the others are read."""
     path = tmp_path / "registry.json"
 
     async def behaviour() -> None:

@@ -1,4 +1,4 @@
-"""The in-memory twin's own clock: entries live as long as they do in Redis."""
+"""The in-memory registry: its entries expire after the same time as in Redis."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from moiety.registry.memory import MemoryRegistry
 
 
 def test_entries_expire_by_the_given_clock() -> None:
-    """Replicas live 3 s, busy figures and wakes 5 s, counters 60 s; setting an entry again begins anew."""
+    """Replicas live 3 s, load reports and missing experts 5 s, counters 60 s; setting an entry again restarts its time."""
     now = 100.0
 
     async def alive(registry: MemoryRegistry) -> tuple[int, int, int, int]:
@@ -38,7 +38,7 @@ def test_entries_expire_by_the_given_clock() -> None:
     asyncio.run(behaviour())
 
 
-def test_clearing_forgets_everything_and_begins_a_new_generation() -> None:
+def test_clearing_removes_everything_and_begins_a_new_generation() -> None:
     """`clear` looks like an emptied Redis to readers."""
 
     async def behaviour() -> None:

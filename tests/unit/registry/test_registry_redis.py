@@ -1,4 +1,4 @@
-"""What only a real Redis can do to the registry: expire, stop, hang, be emptied, hold broken entries."""
+"""What only a real Redis does: it expires entries, stops, hangs, and holds entries that are broken."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from moiety.registry.listing import digest_of
 
 @pytest.fixture
 def redis_cli(redis_server: EmbeddedRedis) -> Iterator[redis.Redis]:
-    """A plain client, for what an operator sees."""
+    """A plain client, which sees what an operator sees."""
     with redis.Redis(port=redis_server.port, decode_responses=True) as client:
         yield client
 
 
 def test_entries_expire_each_after_its_time(redis_server: EmbeddedRedis, app: str, redis_cli: redis.Redis) -> None:
-    """A replica is forgotten after 3 s without a heartbeat, busy figures and wakes after 5; the sets are pruned."""
+    """A replica expires 3 s after its last beat, load reports and missing experts after 5 s, and the sets are pruned."""
 
     async def behaviour() -> None:
         async with opened(redis_server.url, app) as registry:
@@ -63,7 +63,7 @@ def test_entries_expire_each_after_its_time(redis_server: EmbeddedRedis, app: st
 
 
 def test_counters_outlive_a_slow_writer(redis_server: EmbeddedRedis, app: str, redis_cli: redis.Redis) -> None:
-    """A writer's counters stay for a minute after its last flush, then leave without a trace; nothing is hot so long."""
+    """A writer's counters stay for a minute after its last flush and leave no trace; its hot experts expire earlier."""
     load, hot = f"moiety:{{{app}}}:load:router-a", f"moiety:{{{app}}}:hot"
 
     async def publish() -> None:
@@ -83,10 +83,10 @@ def test_counters_outlive_a_slow_writer(redis_server: EmbeddedRedis, app: str, r
     assert redis_cli.scard(f"moiety:{{{app}}}:writers") == 0
 
 
-def test_hot_lists_what_the_hottest_experts_of_all_writers_get_now(
+def test_hot_lists_the_current_rates_of_the_hottest_experts(
     redis_server: EmbeddedRedis, app: str, redis_cli: redis.Redis
 ) -> None:
-    """Rows per second, summed over writers; 64 entries; a repeated flush counts once, and old rows not at all."""
+    """`hot` has 64 rates, summed over writers; a repeated flush counts once, and old rows do not count."""
     wide, hot = tuple(range(100)), f"moiety:{{{app}}}:hot"
 
     async def behaviour() -> None:
@@ -111,7 +111,7 @@ def test_hot_lists_what_the_hottest_experts_of_all_writers_get_now(
 def test_broken_entries_are_skipped_with_one_warning(
     redis_server: EmbeddedRedis, app: str, redis_cli: redis.Redis, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """No entry another writer broke hides the good ones, and each is reported once, by name and field."""
+    """A broken entry does not hide the good ones, and is logged once, by name and field."""
     key = f"moiety:{{{app}}}:"
     broken = {
         "not-json": "{",
@@ -159,7 +159,7 @@ def test_broken_entries_are_skipped_with_one_warning(
 
 
 def test_fields_of_a_newer_version_are_ignored(redis_server: EmbeddedRedis, app: str, redis_cli: redis.Redis) -> None:
-    """An entry with fields this version does not know is read without them."""
+    """An entry with unknown fields is read without these."""
 
     async def behaviour() -> None:
         async with opened(redis_server.url, app) as registry:
@@ -172,7 +172,7 @@ def test_fields_of_a_newer_version_are_ignored(redis_server: EmbeddedRedis, app:
 
 
 def test_a_redis_that_stops_is_unreachable_and_comes_back() -> None:
-    """Every operation says RegistryUnreachable while the server is down; the same registry works once it is up again."""
+    """Every operation raises RegistryUnreachable while the server is down; the registry works once it is up again."""
 
     async def behaviour() -> None:
         with EmbeddedRedis() as server:
@@ -191,7 +191,7 @@ def test_a_redis_that_stops_is_unreachable_and_comes_back() -> None:
 
 
 def test_a_redis_that_hangs_is_unreachable_soon() -> None:
-    """A server that accepts and does not answer costs an operation 2 s at most, and none after it wakes."""
+    """A server that accepts and does not answer fails an operation within 2 s; once it answers, operations work."""
 
     async def behaviour() -> None:
         with EmbeddedRedis() as server:
@@ -211,7 +211,7 @@ def test_a_redis_that_hangs_is_unreachable_soon() -> None:
 
 
 def test_one_registry_serves_the_loops_of_several_threads(redis_server: EmbeddedRedis, app: str) -> None:
-    """Loops one after another and at the same time each get a working client."""
+    """Event loops that run one after another, or at the same time, each get a working client."""
     registry = connect(redis_server.url, app)
     seen: list[int] = []
 
@@ -232,7 +232,7 @@ def test_one_registry_serves_the_loops_of_several_threads(redis_server: Embedded
 
 
 def test_a_password_is_never_shown() -> None:
-    """Errors name the server without the user name and password, wherever the URL carries them."""
+    """Errors name the server without user name and password, wherever the URL has them."""
 
     async def behaviour() -> None:
         for url in (
@@ -255,7 +255,10 @@ def test_a_password_is_never_shown() -> None:
 
 def test_redis_py_is_imported_only_for_a_redis_url() -> None:
     """A machine without redis-py can use a registry file."""
-    program = "import sys; from moiety.registry.connect import connect as c; c('file:///x', 'a'); print('redis' in sys.modules)"
+    program = (
+        "import sys; from moiety.registry.connect import connect; "
+        "connect('file:///x', 'a'); print('redis' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
 

@@ -1,4 +1,4 @@
-"""The replica table: three kinds of loss, of which only one removes a replica."""
+"""The replica table distinguishes three kinds of loss; only one of them removes a replica."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from moiety.registry.watch import GRACE_S, Watch
 
 
 class Switchable(MemoryRegistry):
-    """A registry that can be cut off, on a clock the test moves."""
+    """A registry that a test can make unreachable, on a clock that the test moves."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -32,22 +32,22 @@ class Switchable(MemoryRegistry):
 
 
 def check(behaviour: Callable[[Switchable, Watch], object]) -> None:
-    """Runs `behaviour` on a registry and a watch that share a clock; the watch polls when told to."""
+    """Runs `behaviour` on a registry and a watch that share a clock; the watch polls only when `poll` is called."""
 
-    async def whole() -> None:
+    async def with_watch() -> None:
         registry = Switchable()
         await behaviour(registry, Watch(registry, clock=lambda: registry.now))  # type: ignore[misc]
 
-    asyncio.run(whole())
+    asyncio.run(with_watch())
 
 
 def ids(watch: Watch) -> str:
-    """The table's replicas, in its order."""
+    """Returns the ids of the table's replicas, in its order."""
     return " ".join(replica.id for replica in watch.replicas)
 
 
 def test_an_expired_entry_leaves_the_table() -> None:
-    """A replica that stops beating goes; the others, which beat on, stay."""
+    """A replica that stops beating leaves the table; the others stay."""
 
     async def behaviour(registry: Switchable, watch: Watch) -> None:
         await registry.beat("a", "b")
@@ -65,8 +65,8 @@ def test_an_expired_entry_leaves_the_table() -> None:
     check(behaviour)
 
 
-def test_an_outage_keeps_the_table_and_says_since_when() -> None:
-    """While the registry is away the last table stays in force."""
+def test_an_outage_keeps_the_table_and_sets_stale_since() -> None:
+    """While the registry is unreachable, the last table stays and `stale_since` names the start."""
 
     async def behaviour(registry: Switchable, watch: Watch) -> None:
         await registry.beat("a", "b")
@@ -85,7 +85,7 @@ def test_an_outage_keeps_the_table_and_says_since_when() -> None:
 
 
 def test_entries_that_expired_during_an_outage_may_come_back() -> None:
-    """Nobody could beat while the store was away: replicas get the grace, and leave only after it."""
+    """After an outage, in which no replica could beat, replicas leave only after the grace period."""
 
     async def behaviour(registry: Switchable, watch: Watch) -> None:
         await registry.beat("a", "b")
@@ -106,7 +106,7 @@ def test_entries_that_expired_during_an_outage_may_come_back() -> None:
 
 
 def test_an_emptied_store_refills_without_a_loss() -> None:
-    """After a flush no replica leaves the table while heartbeats refill it, one by one; newcomers join at once."""
+    """After a flush no replica leaves the table while heartbeats refill the store; new replicas join at once."""
 
     async def behaviour(registry: Switchable, watch: Watch) -> None:
         await registry.beat("a", "b", "c")
@@ -128,8 +128,8 @@ def test_an_emptied_store_refills_without_a_loss() -> None:
     check(behaviour)
 
 
-def test_a_store_half_refilled_between_two_polls_loses_none() -> None:
-    """The reader need not catch the store empty: its new generation is enough."""
+def test_a_store_half_refilled_between_two_polls_loses_no_replica() -> None:
+    """A new generation starts the grace period, even if no poll found the store empty."""
 
     async def behaviour(registry: Switchable, watch: Watch) -> None:
         await registry.beat("a", "b")
@@ -143,7 +143,7 @@ def test_a_store_half_refilled_between_two_polls_loses_none() -> None:
 
 
 def test_a_replica_that_refilled_and_left_is_not_kept() -> None:
-    """The grace holds only for entries not seen since the store was emptied."""
+    """The grace period covers only entries not listed since the store was emptied."""
 
     async def behaviour(registry: Switchable, watch: Watch) -> None:
         await registry.beat("a", "b")
@@ -158,13 +158,13 @@ def test_a_replica_that_refilled_and_left_is_not_kept() -> None:
     check(behaviour)
 
 
-def test_changes_reach_the_callback_and_those_who_wait() -> None:
-    """Only changes are told, each with the whole table; a callback that fails does not end the watch."""
-    told: list[str] = []
+def test_changes_reach_the_callback_and_waiters() -> None:
+    """The callback gets the whole table at each change and only then; if it fails, the watch continues."""
+    tables: list[str] = []
 
     async def on_change(replicas: tuple[Replica, ...]) -> None:
-        told.append(" ".join(replica.id for replica in replicas))
-        if len(told) == 1:
+        tables.append(" ".join(replica.id for replica in replicas))
+        if len(tables) == 1:
             raise RuntimeError("a follower's bug")
 
     async def behaviour() -> None:
@@ -186,11 +186,11 @@ def test_changes_reach_the_callback_and_those_who_wait() -> None:
         await watch.stop()
 
     asyncio.run(behaviour())
-    assert told == ["a", "a b", "b"]
+    assert tables == ["a", "a b", "b"]
 
 
 def test_a_watch_starts_without_a_registry() -> None:
-    """A service may start before its registry: the table is empty and stale until it comes."""
+    """A watch starts before its registry: the table is empty and stale until the registry answers."""
 
     async def behaviour() -> None:
         registry = Switchable()
