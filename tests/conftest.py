@@ -15,9 +15,6 @@ os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 
 
 from moiety.local.cluster import LocalCluster
-from moiety.model.checkpoint.checkpoint import Checkpoint
-from moiety.model.experts.cached import expert_layout
-from moiety.model.experts.layout import ExpertLayout
 from moiety.registry.embedded_redis import EmbeddedRedis
 from moiety.synthetic import write_tiny
 from moiety.tools.trace.receiver import TraceReceiver
@@ -50,21 +47,6 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
         return str(made[architecture])
 
     return folder
-
-
-@pytest.fixture(scope="session")
-def open_tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Checkpoint, ExpertLayout]]:
-    """Architecture -> its tiny checkpoint and layout, written on first use."""
-    opened: dict[str, tuple[Checkpoint, ExpertLayout]] = {}
-
-    def open_one(architecture: str) -> tuple[Checkpoint, ExpertLayout]:
-        if architecture not in opened:
-            folder = tmp_path_factory.mktemp(architecture)
-            checkpoint = Checkpoint.open(write_tiny(architecture, folder, shard_bytes=200_000))
-            opened[architecture] = checkpoint, expert_layout(checkpoint)
-        return opened[architecture]
-
-    return open_one
 
 
 @pytest.fixture(scope="session")

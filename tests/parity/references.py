@@ -1,7 +1,7 @@
 """Plain forwards of the architectures that transformers lacks, written from their papers and published configs.
 
-Naive on purpose: one sequence, every token again, loops over tokens and heads where that is plainer, nothing of Moiety and
-nothing of transformers. FORWARDS: model_type -> load(folder, dtype) -> a function ids [T] -> logits [T, V].
+Naive on purpose: one sequence, all tokens recomputed, loops over tokens and heads where that is simpler; uses neither
+Moiety nor transformers. FORWARDS: model_type -> load(folder, dtype) -> a function ids [T] -> logits [T, V].
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Forward = Callable[[torch.Tensor], torch.Tensor]
 
 
 def read(folder: Path, dtype: torch.dtype) -> tuple[dict[str, Any], Weights]:
-    """config.json, and every tensor by its published name."""
+    """Reads config.json, and every tensor by its published name."""
     weights: Weights = {}
     for shard in sorted(Path(folder).glob("*.safetensors")):
         weights |= {name: tensor.to(dtype) for name, tensor in load_file(shard).items()}
@@ -29,12 +29,12 @@ def read(folder: Path, dtype: torch.dtype) -> tuple[dict[str, Any], Weights]:
 
 
 def norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
-    """RMSNorm."""
+    """RMSNorm of x [..., D]."""
     return weight * (x.float() / (x.float().pow(2).mean(-1, keepdim=True) + epsilon).sqrt()).to(x.dtype)
 
 
 def rotate(x: torch.Tensor, theta: float) -> torch.Tensor:
-    """Rotary positions 0, 1, … of x [T, width]: coordinate i turns with coordinate i + width / 2 (GPT-NeoX's pairing)."""
+    """Rotates x [T, width] by positions 0, 1, …: coordinate i pairs with coordinate i + width / 2, as in GPT-NeoX."""
     half = x.shape[1] // 2
     angles = torch.arange(x.shape[0])[:, None].float() / theta ** (torch.arange(half).float() / half)
     cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
@@ -50,7 +50,7 @@ def attention(
     scale: float | None = None,
     cap: float = math.inf,
 ) -> torch.Tensor:
-    """Causal attention, one head after the other; query heads share key heads in runs."""
+    """Causal attention, one head after the other; consecutive query heads share a key head."""
     heads, groups, theta = config["num_attention_heads"], config["num_key_value_heads"], 10000.0
     q, k, v = (x @ weights[f"{name}.{part}_proj.weight"].T for part in "qkv")
     width = q.shape[1] // heads
@@ -62,9 +62,9 @@ def attention(
         logits = (query @ key.T) * (width**-0.5 if scale is None else scale)
         if cap < math.inf:
             logits = cap * torch.tanh(logits / cap)
-        hidden = torch.ones(len(x), len(x)).triu(1).bool()  # the future
-        shares = logits.float().masked_fill(hidden, -math.inf).softmax(-1).to(x.dtype)
-        outputs.append(shares @ v[:, group * width : (group + 1) * width])
+        future = torch.ones(len(x), len(x)).triu(1).bool()
+        probabilities = logits.float().masked_fill(future, -math.inf).softmax(-1).to(x.dtype)
+        outputs.append(probabilities @ v[:, group * width : (group + 1) * width])
     return torch.cat(outputs, dim=1) @ weights[f"{name}.o_proj.weight"].T
 
 
@@ -82,19 +82,19 @@ def route(
     normalise: bool,
     expert: Callable[[int, torch.Tensor], torch.Tensor],
 ) -> torch.Tensor:
-    """Softmax over all experts, the top k of it, one token after the other."""
+    """Routed experts' output for x [T, D]: softmax over all experts, then top k, one token after the other."""
     rows = []
     for token in x:
-        shares = (gate @ token).float().softmax(-1)
-        best = shares.topk(top_k)
+        probabilities = (gate @ token).float().softmax(-1)
+        best = probabilities.topk(top_k)
         total = best.values.sum() if normalise else 1.0
-        parts = [expert(int(e), token) * (share / total).to(x.dtype) for share, e in zip(*best, strict=True)]
+        parts = [expert(int(e), token) * (weight / total).to(x.dtype) for weight, e in zip(*best, strict=True)]
         rows.append(torch.stack(parts).sum(0))
     return torch.stack(rows)
 
 
 def decoder(config: dict[str, Any], weights: Weights, layer: Callable[[int, torch.Tensor], torch.Tensor]) -> Forward:
-    """Embedding, layers, final norm and head under Llama's names."""
+    """Embedding, layers, final norm and head, with Llama's tensor names."""
 
     def forward(ids: torch.Tensor) -> torch.Tensor:
         x = weights["model.embed_tokens.weight"][ids]
@@ -142,11 +142,11 @@ def arctic(folder: Path, dtype: torch.dtype) -> Forward:
     def layer(index: int, x: torch.Tensor) -> torch.Tensor:
         name = f"model.layers.{index}"
         a = x + attention(norm(x, w[f"{name}.input_layernorm.weight"], epsilon), w, f"{name}.self_attn", config)
-        behind, block = w[f"{name}.post_attention_layernorm.weight"], f"{name}.block_sparse_moe"
+        post_norm, block = w[f"{name}.post_attention_layernorm.weight"], f"{name}.block_sparse_moe"
         if (index + 1) % config["moe_layer_frequency"] != 0:
-            return a + mlp(f"{block}.mlp", norm(a, behind, epsilon))
+            return a + mlp(f"{block}.mlp", norm(a, post_norm, epsilon))
         moe = route(
-            norm(x, behind, epsilon),
+            norm(x, post_norm, epsilon),
             w[f"{block}.gate.weight"],
             config["num_experts_per_tok"],
             True,
@@ -158,7 +158,7 @@ def arctic(folder: Path, dtype: torch.dtype) -> Forward:
 
 
 def glam(folder: Path, dtype: torch.dtype) -> Forward:
-    """GLaM: arXiv:2112.06905, section 4, with rotary positions and without biases (definitions/glam.py says why)."""
+    """GLaM: arXiv:2112.06905, section 4, with rotary positions and without biases (see `definitions/glam.py`)."""
     config, w = read(folder, dtype)
     epsilon = config["rms_norm_eps"]
 
@@ -180,7 +180,7 @@ def glam(folder: Path, dtype: torch.dtype) -> Forward:
 
 
 def grok(folder: Path, dtype: torch.dtype) -> Forward:
-    """Grok-1: xai-org/grok-1's README and model description, in the tensor names of hpcai-tech/grok-1."""
+    """Grok-1: xai-org/grok-1's README and model description, with the tensor names of hpcai-tech/grok-1."""
     config, w = read(folder, dtype)
     epsilon = config["rms_norm_eps"]
 

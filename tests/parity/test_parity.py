@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from moiety.synthetic import tiny_names
 from moiety.tools.parity.parity import run_parity
 
-LITTLE = {"kv_memory": 256 << 10}  # for about half of the prompts, so that some are preempted and computed again
+LITTLE = {"kv_memory": 256 << 10}  # holds about half of the prompts, so that some are preempted and recomputed
 
 
 @pytest.mark.parametrize(
@@ -23,27 +23,27 @@ LITTLE = {"kv_memory": 256 << 10}  # for about half of the prompts, so that some
         ("mixtral", {"transport": "grpc", "speculative_tokens": 3}),
         # Query and key norms, top k of the softmax, per-expert projections; every step in two lanes.
         ("qwen3_moe", {"lanes": 2}),
-        # MLA cached as its latent; sigmoid gating with bias, shared experts computed meanwhile, a dense layer.
+        # MLA cached as its latent; sigmoid gating with bias, shared experts overlapped with the hop, a dense layer.
         ("deepseek_v3", {"lanes": 2, "speculative_tokens": 3}),
         # Sliding window and sinks, fused and transposed experts with biases, clamped activation.
         ("gpt_oss", {"deterministic": True}),
-        # Mamba layers, their states in slots, beside one attention layer, prompts in chunks; every step in two lanes.
+        # Mamba layers with their states in slots, one attention layer, prompts in chunks; every step in two lanes.
         ("jamba", {"lanes": 2, "kv_memory": 340 << 10}),
-        # The same latent attention again (the unit tests hold every MLA class against transformers), served whole.
+        # The same latent attention, in the whole served system; unit tests compare every MLA class with transformers.
         pytest.param("deepseek_v2", {}, marks=pytest.mark.slow),  # complex rotation, softmax gating
         pytest.param("glm4_moe_lite", {}, marks=pytest.mark.slow),
-        # An encoder, one expert a token with a bound per prompt, relative positions; the unit tests hold it in process.
+        # An encoder, one expert a token with a capacity per prompt, relative positions; unit tests run it in process.
         pytest.param("switch_transformers", {"lanes": 2, "speculative_tokens": 3}, marks=pytest.mark.slow),
-        # An encoder, two experts a token with a bound per prompt, sinusoidal positions.
+        # An encoder, two experts a token with a capacity per prompt, sinusoidal positions.
         pytest.param("nllb-moe", {"deterministic": True}, marks=pytest.mark.slow),
     ],
 )
 def test_served_tokens_are_the_reference_tokens(
     architecture: str, router: dict[str, Any], tiny: Callable[[str], str]
 ) -> None:
-    """Eight ragged prompts at once give what transformers gives one at a time, token for token, without a single tie.
+    """Eight prompts of different lengths at once give transformers' tokens for one at a time, without a single tie.
 
-    However the router works: with preemption, lanes, drafts, over any transport.
+    The parameters cover preemption, lanes, drafts and a forced gRPC transport.
     """
     report = asyncio.run(run_parity(tiny(architecture), router={**LITTLE, **router}))
     print("\n".join(report.lines()))
@@ -53,16 +53,16 @@ def test_served_tokens_are_the_reference_tokens(
 
 
 SERVED = {"mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss", "jamba", "deepseek_v2", "glm4_moe_lite"}  # above
-# Of logits of about 5. In float32 transformers itself is up to 1e-4 (Gemma 4) from its float64.
+# Logits are about 5. In float32, transformers itself differs from its float64 logits by up to 1e-4 (Gemma 4).
 LOGIT_BOUND = 1e-3
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", [name for name in tiny_names() if name not in SERVED])
 def test_every_architecture_is_served_token_for_token(architecture: str, tiny: Callable[[str], str]) -> None:
-    """What `moiety parity --all-tiny` serves, one test each.
+    """Every other architecture of `moiety parity --all-tiny` gives the reference's tokens.
 
-    Slow: a cluster of its own each, about 10 s on a quiet machine.
+    Slow: each test starts its own cluster, about 10 s on an idle machine.
     """
     references = Path(__file__).parent / "references.py"
     report = asyncio.run(run_parity(tiny(architecture), references=references))
@@ -72,7 +72,7 @@ def test_every_architecture_is_served_token_for_token(architecture: str, tiny: C
 
 
 def test_a_wrong_expert_is_noticed(tiny: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The comparison can fail: against a reference with one expert changed it reports differing tokens, not ties."""
+    """The comparison can fail: with one expert of the reference changed, it reports differing tokens, not ties."""
     source = Path(tiny("mixtral"))
     for file in source.iterdir():
         if file.suffix != ".safetensors":

@@ -1,6 +1,6 @@
-"""The architectures that every test of this folder runs over: between them, each way to route, publish and attend."""
+"""The architectures that this folder's tests run over; together they cover every kind of gate, layout and attention."""
 
 CORE = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "gpt_oss")
 
-# Their prompts have a place of their own in a batch: test_encoder_decoder.py has these.
+# Tested in `trunk/test_encoder_decoder.py`, because a batch carries their prompts separately.
 ENCODER_DECODERS = ("switch_transformers", "nllb-moe")

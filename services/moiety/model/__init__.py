@@ -1,1 +1,1 @@
-"""Checkpoints: what is in them, where each expert lies, and how a router and an expert replica read their parts."""
+"""Checkpoints: their content, where each expert lies, and how routers and expert replicas read their parts."""

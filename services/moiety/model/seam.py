@@ -1,7 +1,7 @@
-"""Joins transformers' experts interface to an ExpertBackend: the one place where a model's forward leaves the router.
+"""The seam: connects transformers' experts interface to an ExpertBackend. Only here does a model's forward leave the router.
 
-Which backend a forward uses is a context variable, because transformers hands experts functions no extra arguments, and
-because two lanes must be able to run the same model object at the same time, each with its own backend.
+A context variable holds the backend of a forward, because transformers passes no extra arguments to experts functions, and
+because two lanes run the same model object at the same time, each with its own backend.
 """
 
 from __future__ import annotations
@@ -16,30 +16,33 @@ from torch import nn
 
 from moiety.core.expert_backend import ExpertBackend
 
-IMPLEMENTATION = "moiety"  # the name under which transformers knows `remote_experts`
+IMPLEMENTATION = "moiety"  # transformers' name for `remote_experts`
 LAYER_ATTRIBUTE = "moiety_layer"  # set on each experts module: its MoE layer ordinal
-SHARED_EXPERT_ATTRIBUTE = "moiety_overlap"  # set where a shared expert is computed while rows are away: see overlap.py
+# Set on experts modules whose block computes its shared expert during the hop: see `trunk/shared_expert_overlap.py`.
+SHARED_EXPERT_ATTRIBUTE = "moiety_overlap"
 
 
 @dataclass(frozen=True, slots=True)
 class PackedRow:
-    """How several sequences' tokens [T] lie in the row of one pass, for modules that are told nothing of it."""
+    """The layout of several sequences' tokens [T] in one pass's row, for modules that do not get it as an argument."""
 
-    positions: torch.Tensor  # int64 [T], of each token in its sequence
-    lengths: tuple[int, ...] | None = None  # of the whole sequences of an encoder's row; a decoder's tokens come alone
-    wanted: torch.Tensor | None = None  # int64 [R]: the tokens whose logits are wanted; None: all
-    prompts: bool = False  # whether a decoder's layers are handed encoded prompts, of which they keep keys and values
+    positions: torch.Tensor  # int64 [T], each token's position in its sequence
+    lengths: tuple[int, ...] | None = None  # tokens of each prompt in an encoder's row; None in a decoder
+    wanted: torch.Tensor | None = None  # int64 [R]: the tokens whose logits are computed; None: all
+    prompts: bool = False  # whether the decoder's layers get encoded prompts, whose keys and values they cache
 
 
 @dataclass(slots=True)
 class ForwardContext:
-    """What belongs to the passes of one lane."""
+    """The state of one lane's passes."""
 
     backend: ExpertBackend
-    weights: torch.Tensor | None = None  # the layer's routing weights [T, K], for backends that judge what they compute
-    shared: tuple[torch.Tensor, torch.Tensor] | None = None  # a shared expert's input, and its output now or later
-    row: PackedRow | None = None  # of the pass that is running, where its model is an encoder-decoder
-    scores: torch.Tensor | None = None  # [T, E]: what the gate of the layer being computed thinks of each expert
+    weights: torch.Tensor | None = None  # the layer's routing weights [T, K], for backends that act on them
+    shared: tuple[torch.Tensor, torch.Tensor] | None = (
+        None  # a shared expert's input, and its output, filled now or later
+    )
+    row: PackedRow | None = None  # the running pass's row, if the model is an encoder-decoder
+    scores: torch.Tensor | None = None  # [T, E]: the gate's score of each expert, in the layer being computed
 
 
 _forward: ContextVar[ForwardContext] = ContextVar("moiety_forward")
@@ -47,7 +50,7 @@ _forward: ContextVar[ForwardContext] = ContextVar("moiety_forward")
 
 @contextmanager
 def use_backend(backend: ExpertBackend) -> Iterator[None]:
-    """Forwards inside the block, in this thread, send their experts' rows to `backend`."""
+    """Sends the expert rows of this thread's forwards to `backend`, inside the `with` block."""
     token = _forward.set(ForwardContext(backend))
     try:
         yield
@@ -56,15 +59,15 @@ def use_backend(backend: ExpertBackend) -> Iterator[None]:
 
 
 def current_context() -> ForwardContext:
-    """That of the innermost `use_backend`; raises RuntimeError outside of one."""
+    """Returns the context of the innermost `use_backend`; raises RuntimeError outside of one."""
     try:
         return _forward.get()
     except LookupError:
-        raise RuntimeError("a router model was run outside of use_backend(...)") from None
+        raise RuntimeError("a trunk was run outside of use_backend(...): run its forward inside the block") from None
 
 
 def sequence_lengths() -> tuple[int, ...] | None:
-    """The tokens of each sequence of the row that is running, where they are looked at together: in an encoder."""
+    """Returns the token count of each prompt in an encoder's row; None in a decoder, which sees tokens one by one."""
     row = current_context().row
     return None if row is None else row.lengths
 
@@ -74,8 +77,9 @@ def remote_experts(
 ) -> torch.Tensor:
     """The experts function: hidden [T, D], top_k_index and top_k_weights [T, K] -> weighted sum over K, [T, D].
 
-    Rows come back unweighted and are combined as transformers' grouped_mm does, to the bit: product in the promoted
-    dtype of rows and weights (models differ: float32 or the model's), sum over K in slot order, then the hidden dtype.
+    The backend returns unweighted rows. They are combined bit for bit as transformers' grouped_mm does: product in the
+    promoted dtype of rows and weights (models differ: float32 or the model's), sum over K in slot order, then the hidden
+    dtype.
     """
     forward, layer = current_context(), int(getattr(module, LAYER_ATTRIBUTE))
     backend, forward.weights = forward.backend, top_k_weights
@@ -87,7 +91,7 @@ def remote_experts(
 
 
 def register() -> None:
-    """Makes `remote_experts` selectable as `experts_implementation="moiety"`; harmless when repeated."""
+    """Makes `remote_experts` selectable as `experts_implementation="moiety"`; may be called again."""
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, remote_experts)

@@ -1,7 +1,8 @@
-"""Every tiny checkpoint there is, by name: what `moiety parity --all-tiny` serves and tests iterate over.
+"""All tiny checkpoints by name: `moiety parity --all-tiny` serves them, and tests iterate over them.
 
-A checkpoint is an entry of a table, or an architecture that transformers routes through its experts interface: those are
-found, sized by their config's field names (`sizes.py`), and need an entry only where that is not enough.
+A tiny checkpoint is an entry of TINY, or an architecture that transformers routes through its experts interface. The
+latter are found automatically and sized by their config's field names (`sizes.py`); they need an entry only if those sizes
+do not suit them.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ Store = Callable[[str, "torch.Tensor"], Iterable[tuple[str, "torch.Tensor"]]]
 
 @dataclass(frozen=True, slots=True)
 class TinyModel:
-    """One tiny checkpoint: its architecture, and what its publisher does differently from `save_pretrained`."""
+    """One tiny checkpoint: its architecture, and how its published form differs from `save_pretrained`."""
 
     architecture: str  # model_type
-    settings: Mapping[str, Any] = field(default_factory=dict)  # config values on top of sizes.py
-    store: Store | None = None  # a tensor by its published name -> the tensors it is stored as, such as block and scale
+    settings: Mapping[str, Any] = field(default_factory=dict)  # config values that override sizes.py
+    store: Store | None = None  # a tensor by its published name -> the tensors it is stored as, such as codes and scale
     stated: Mapping[str, Any] = field(default_factory=dict)  # added to config.json last, such as quantization_config
     tokenizer: Callable[[Path], None] = write_tokenizer
-    narrow: Mapping[str, float] = field(default_factory=dict)  # part of a tensor's name -> times its noise is that wide
+    narrow: Mapping[str, float] = field(default_factory=dict)  # part of a tensor's name -> factor on its noise
 
 
 TINY: Mapping[str, TinyModel] = {
@@ -59,13 +60,13 @@ TINY: Mapping[str, TinyModel] = {
 
 
 def tiny_names() -> tuple[str, ...]:
-    """All names, sorted: entries of TINY and what is found in transformers, but for what is refused."""
+    """Returns all names, sorted: the entries of TINY and the served architectures, without refused ones."""
     kept = {name for name, tiny in TINY.items() if tiny.architecture not in REFUSED}
     return tuple(sorted({*kept, *served_architectures()}))
 
 
 def tiny_model(name: str) -> TinyModel:
-    """The entry called `name`, or that of a refused architecture; raises ValueError where there is none."""
+    """Returns the entry called `name`, also of a refused architecture; raises ValueError if there is none."""
     if name in TINY:
         return TINY[name]
     if name in seam_architectures():

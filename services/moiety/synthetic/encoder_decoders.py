@@ -1,4 +1,4 @@
-"""Config values of tiny encoder-decoders: what their publishers ship, but small, and with experts that overflow."""
+"""Config values of tiny encoder-decoders: the published ones, but small, and with experts that exceed their capacity."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SWITCH: Mapping[str, Any] = {
     "num_sparse_decoder_layers": 2,
     "expert_capacity": 6,  # published: 64, for 512 tokens
     "relative_attention_num_buckets": 12,
-    "relative_attention_max_distance": 24,  # within a prompt of the tests
+    "relative_attention_max_distance": 24,  # shorter than the tests' prompts
     "initializer_range": 0.4,
     "decoder_start_token_id": 0,
     "pad_token_id": 0,
@@ -33,15 +33,15 @@ NLLB: Mapping[str, Any] = {
     "decoder_attention_heads": 4,
     "encoder_sparse_step": 2,
     "decoder_sparse_step": 2,
-    "moe_eval_capacity_token_fraction": 0.25,  # published: 1.0, which never overflows
+    "moe_eval_capacity_token_fraction": 0.25,  # published: 1.0, which no expert can exceed
     "initializer_range": 0.5,
     "decoder_start_token_id": 2,
     "bos_token_id": 0,
     "pad_token_id": 1,
     "eos_token_id": 2,
 }
-# A random decoder says one word for ever where its own input, or its constant prompt, outweighs what it computes. And
-# T5 does not scale its scores: it begins with narrow queries instead.
+# A random decoder repeats one token if its input, or its constant prompt, outweighs what it computes. T5 does not scale its
+# attention scores: it starts from narrow queries instead.
 NARROW: Mapping[str, float] = {
     "Attention.q.": 0.25,
     "EncDecAttention.o.": 0.3,

@@ -1,4 +1,4 @@
-"""Config values of tiny checkpoints by architecture, where those that `sizes.py` gives every field are not enough."""
+"""Config values of tiny checkpoints by architecture, where the sizes by field name in `sizes.py` do not suit them."""
 
 from __future__ import annotations
 

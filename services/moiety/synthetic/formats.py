@@ -13,13 +13,13 @@ from moiety_kernels.weights.mxfp4 import E2M1
 from moiety_kernels.weights.nibbles import pack_nibbles
 
 GROUP = 32
-AWQ_COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)  # which of eight columns each nibble of a word holds, lowest first
+AWQ_COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)  # the column, of a word's eight, in each nibble of the word, lowest nibble first
 LINEAR = ("proj", "w1", "w2", "w3", "_mqa", "a_proj", "b_proj")  # how the names of linear layers end
 _INT4 = {"bits": 4, "group_size": GROUP}
 Stored = Iterator[tuple[str, torch.Tensor]]
-# name -> architecture, its settings, and the quantization_config that such a checkpoint is published with
+# name -> architecture, config values, and the published quantization_config
 FORMATS: Mapping[str, tuple[str, Mapping[str, Any], Mapping[str, Any]]] = {
-    # No matrix is a whole number of 128 x 128 blocks, as DeepSeek-V3's kv_a_proj_with_mqa.
+    # No matrix is a whole number of 128 x 128 blocks, like kv_a_proj_with_mqa of DeepSeek-V3.
     "deepseek_v3-fp8": (
         "deepseek_v3",
         {"hidden_size": 160, "moe_intermediate_size": 136},
@@ -61,7 +61,7 @@ FORMATS: Mapping[str, tuple[str, Mapping[str, Any], Mapping[str, Any]]] = {
             "modules_to_not_convert": ["gate"],
         },
     ),
-    "deepseek_v3-int4": (  # as Kimi-K2-Thinking: only routed experts, compressed-tensors
+    "deepseek_v3-int4": (  # like Kimi-K2-Thinking: only routed experts, compressed-tensors
         "deepseek_v3",
         {"moe_intermediate_size": 64},
         {
@@ -96,7 +96,7 @@ FORMATS: Mapping[str, tuple[str, Mapping[str, Any], Mapping[str, Any]]] = {
 
 
 def stored(method: str, name: str, tensor: torch.Tensor) -> Stored:
-    """What the publisher ships for one tensor: itself, or codes and scales."""
+    """Yields what the publisher ships for one tensor: the tensor itself, or its codes and scales."""
     module = name.removesuffix(".weight")
     linear = tensor.dim() == 2 and module.endswith(LINEAR)
     generator = torch.Generator().manual_seed(zlib.crc32(f"{name}/codes".encode()))
@@ -121,7 +121,7 @@ def _mxfp4(name: str, tensor: torch.Tensor) -> Stored:
     values = tensor.transpose(1, 2)  # [E, O, D]
     blocks = values.reshape(*values.shape[:2], -1, 32)
     largest = blocks.abs().amax(dim=3).clamp(min=1e-20)
-    exponent = torch.floor(torch.log2(largest)) - 2  # e2m1's largest is 6 = 1.5 * 2^2
+    exponent = torch.floor(torch.log2(largest)) - 2  # e2m1's largest value is 6 = 1.5 * 2^2
     scaled = torch.ldexp(blocks, -exponent[..., None].int())
     codes = (scaled[..., None] - torch.tensor(E2M1)).abs().argmin(dim=-1).to(torch.uint8)
     yield f"{name}_blocks", (codes[..., ::2] | (codes[..., 1::2] << 4)).contiguous()
@@ -129,7 +129,7 @@ def _mxfp4(name: str, tensor: torch.Tensor) -> Stored:
 
 
 def _int4(tensor: torch.Tensor, generator: torch.Generator | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """codes [O, D], scale [O, G] and zero [O, G]; zero points are random with a generator, 8 without."""
+    """Returns codes [O, D], scale [O, G] and zero [O, G]; zero points are random with a generator, 8 without."""
     groups = tensor.view(tensor.shape[0], -1, GROUP)
     zero = torch.full(groups.shape[:2], 8, dtype=torch.uint8)
     if generator is not None:
@@ -160,5 +160,5 @@ def _awq(module: str, tensor: torch.Tensor, generator: torch.Generator) -> Store
 
 
 def _words(codes: torch.Tensor) -> torch.Tensor:
-    """uint8 [R, 8 C] -> int32 [R, C], the first in the lowest four bits."""
+    """Packs uint8 [R, 8 C] into int32 [R, C], the first code in the lowest four bits."""
     return pack_nibbles(codes.contiguous()).contiguous().view(torch.int32)

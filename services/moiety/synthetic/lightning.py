@@ -1,4 +1,4 @@
-"""MiniMax's lightning attention keeps its decays in the checkpoint: what its heads' slopes say, never noise."""
+"""The decay tensors of MiniMax's lightning attention: checkpoints store them, and they follow from the heads' slopes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _DECAYS = ("slope_rate", "query_decay", "key_decay", "diagonal_decay")
 
 
 def with_decays(name: str, tensor: torch.Tensor) -> Iterable[tuple[str, torch.Tensor]]:
-    """A `Store`: decays are those that transformers computes for a layer of this number, of as many heads and tokens."""
+    """Is a `Store` that replaces decay noise by what transformers computes for this layer's number, heads and tokens."""
     decay = name.rpartition(".")[2]
     if decay in _DECAYS:
         from transformers.models.minimax.modeling_minimax import MiniMaxConfig, MiniMaxLightningAttention

@@ -1,4 +1,4 @@
-"""Small values for the config fields of any architecture, by the fields' names: what a family does not say is sized here."""
+"""Small values for the config fields of any architecture, by field name; `families.py` overrides them by architecture."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ SIZES: Mapping[str, Any] = {
     "n_groups": 2,
     "use_mamba_kernels": False,
 }
-TOWER: Mapping[str, Any] = {  # of a multimodal checkpoint: never run, but published and therefore skipped
+TOWER: Mapping[str, Any] = {  # of a multimodal checkpoint: published and therefore written, but not loaded or run
     "hidden_size": 32,
     "intermediate_size": 48,
     "num_hidden_layers": 1,
@@ -80,19 +80,19 @@ TOWER: Mapping[str, Any] = {  # of a multimodal checkpoint: never run, but publi
 
 
 def sized(config_class: Any, settings: Mapping[str, Any], sizes: Mapping[str, Any] = SIZES) -> dict[str, Any]:
-    """Values for a config of `config_class`: `settings`, and a small size for every other field whose name is known.
+    """Returns values for a config of `config_class`: `settings`, and a small size for every other field in `sizes`.
 
     A config made of configs is sized part by part: its text with SIZES, every other part with TOWER.
     """
-    own = {field.name: field.default for field in fields(config_class)}
-    if own.get("sliding_window") is None:  # publishers have none, so neither has the tiny one
-        own.pop("sliding_window", None)
+    defaults = {field.name: field.default for field in fields(config_class)}
+    if defaults.get("sliding_window") is None:  # published checkpoints have no window, so the tiny one has none
+        defaults.pop("sliding_window", None)
     parts = {name: part for name, part in (config_class.sub_configs or {}).items() if hasattr(part, "model_type")}
     if "text_config" in parts:
         sizes = {name: sizes[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         for name, part in parts.items():
             given = settings.get(name, {})
             settings = {**settings, name: sized(part, given, SIZES if name == "text_config" else TOWER)}
-    if "kv_lora_rank" in own:  # latent attention expands keys and values for every head
+    if "kv_lora_rank" in defaults:  # latent attention expands keys and values for every head
         sizes = {**sizes, "num_key_value_heads": sizes["num_attention_heads"]}
-    return {**{name: value for name, value in sizes.items() if name in own}, **settings}
+    return {**{name: value for name, value in sizes.items() if name in defaults}, **settings}

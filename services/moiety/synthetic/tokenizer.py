@@ -1,5 +1,4 @@
-"""Real tokenizers of 320 tokens at most, so that random checkpoints can be talked to: byte-level BPE, and for
-encoder-decoders what theirs are like."""
+"""Real tokenizers of at most 320 tokens for random checkpoints: byte-level BPE, and tokenizers like T5's and NLLB's."""
 
 from __future__ import annotations
 
@@ -13,7 +12,7 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}"
 )
-LANGUAGES = ("eng_Latn", "fra_Latn")  # the source of what NLLB translates, and a target
+LANGUAGES = ("eng_Latn", "fra_Latn")  # NLLB's source language and a target language
 _CORPUS = (
     "The router runs attention and gating, and the experts run where there is room for them.",
     "Each expert group is a service of its own: it grows when it is hot and shrinks when it is not.",
@@ -22,7 +21,7 @@ _CORPUS = (
 
 
 def write_tokenizer(folder: Path) -> None:
-    """Saves the tokenizer to `folder` as `AutoTokenizer` expects it: 3 special tokens, 256 bytes, 61 merges."""
+    """Saves the BPE tokenizer to `folder` for `AutoTokenizer`: 3 special tokens, 256 bytes, 61 merges."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -46,12 +45,12 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def write_t5_tokenizer(folder: Path) -> None:
-    """Saves a tokenizer like T5's to `folder`: pieces of sentences, `</s>` behind them, no chat template."""
+    """Saves a tokenizer like T5's to `folder`: Unigram pieces, then `</s>`; no chat template."""
     _write_pieces(folder, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", template="$A </s>")
 
 
 def write_nllb_tokenizer(folder: Path) -> None:
-    """Saves a tokenizer like NLLB's to `folder`: the source language before the sentence; languages are tokens."""
+    """Saves a tokenizer like NLLB's to `folder`: the source language's token, Unigram pieces, `</s>`."""
     _write_pieces(
         folder,
         bos_token="<s>",
@@ -64,20 +63,20 @@ def write_nllb_tokenizer(folder: Path) -> None:
 
 
 def _write_pieces(folder: Path, *, template: str, languages: Sequence[str] = (), **special: str) -> None:
-    """A Unigram tokenizer whose first ids are the `special` tokens in their order, then the languages."""
+    """Saves a Unigram tokenizer whose first ids are the `special` tokens in order, then the languages."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
-    first = [*special.values(), *languages]
+    special_tokens = [*special.values(), *languages]
     trainer = trainers.UnigramTrainer(
-        vocab_size=VOCABULARY, special_tokens=first, unk_token=special["unk_token"], show_progress=False
+        vocab_size=VOCABULARY, special_tokens=special_tokens, unk_token=special["unk_token"], show_progress=False
     )
     tokenizer.train_from_iterator(_CORPUS, trainer)
-    around = [(token, tokenizer.token_to_id(token)) for token in first]
-    tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=around)
+    special_ids = [(token, tokenizer.token_to_id(token)) for token in special_tokens]
+    tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=special_ids)
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, extra_special_tokens=list(languages), **special
     ).save_pretrained(folder)

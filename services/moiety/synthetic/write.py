@@ -1,5 +1,5 @@
-"""Writes a random checkpoint as its publisher would: a real folder with config, tokenizer and safetensors, sharded and
-indexed, under the published tensor names."""
+"""Writes a random checkpoint as its publisher would: config, tokenizer and indexed safetensors shards, with the published
+tensor names."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from moiety.synthetic.tokenizer import VOCABULARY
 def write_tiny(
     architecture: str, folder: str | Path, *, seed: int = 0, shard_bytes: int = SHARD_BYTES, **overrides: Any
 ) -> Path:
-    """Writes the checkpoint that `tiny_model(architecture)` describes to `folder`, which is created; returns the folder.
+    """Writes the checkpoint that `tiny_model(architecture)` describes to `folder`, which it creates; returns the folder.
 
-    `overrides` are config values; `dtype="bfloat16"` among them sets the stored dtype. The weights depend on `seed`,
-    name and shape only. At most `shard_bytes` and one tensor are in memory, so benchmark sizes can be written too.
+    `overrides` are config values; `dtype="bfloat16"` also sets the stored dtype. The weights depend on `seed`, name and
+    shape only. At most `shard_bytes` and one tensor are in memory, so large benchmark checkpoints can be written, too.
     """
     from transformers.core_model_loading import revert_weight_conversion
 
@@ -34,7 +34,7 @@ def write_tiny(
     config = tiny_config(tiny.architecture, {**tiny.settings, **overrides})
     if config.get_text_config().vocab_size < VOCABULARY:
         size = config.get_text_config().vocab_size
-        raise ValueError(f"vocab_size {size}: must be at least {VOCABULARY}, the tokenizer's")
+        raise ValueError(f"vocab_size {size}: must be at least {VOCABULARY}, the tokenizer's vocabulary")
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
     model: Any = meta_model(published_class(config), config)
@@ -62,7 +62,7 @@ def write_tiny(
 
 
 def tiny_config(architecture: str, settings: Mapping[str, Any]) -> Any:
-    """The config of a tiny checkpoint: `settings`, and small sizes for every other field that has one."""
+    """Makes the config of a tiny checkpoint: `settings`, and a small size for every other field that `sizes.py` lists."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     defined = definition_of(architecture)
@@ -71,7 +71,7 @@ def tiny_config(architecture: str, settings: Mapping[str, Any]) -> Any:
 
 
 def published_class(config: Any) -> Any:
-    """The class whose weights a publisher ships: of a multimodal architecture all its towers."""
+    """Returns the class whose weights a publisher ships; for a multimodal architecture it includes all towers."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
     found = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(config), None) or text_class(config)
@@ -81,7 +81,7 @@ def published_class(config: Any) -> Any:
 
 
 def _weight(name: str, shape: torch.Size, dtype: torch.dtype, seed: int, deviation: float) -> torch.Tensor:
-    """Normal noise, around one for norms' weights and zero for all else, biases and sinks too: zeros hide mistakes."""
+    """Returns normal noise: around one for norms' weights, around zero otherwise. Zeros (biases, sinks) would hide errors."""
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
     stored = torch.float32 if name.endswith("e_score_correction_bias") else dtype
     noise = torch.empty(shape, dtype=stored).normal_(0.0, deviation, generator=generator)

@@ -1,4 +1,4 @@
-"""Tiny checkpoints, opened once, and an ExpertBackend that computes in this process from slices of them."""
+"""Fixtures: tiny checkpoints, opened once, and an ExpertBackend that computes their experts in this process."""
 
 from __future__ import annotations
 
@@ -11,17 +11,20 @@ import torch
 from moiety.core.expert_backend import PendingRows
 from moiety.core.experts import ExpertMLP, ExpertSet
 from moiety.model.checkpoint.checkpoint import Checkpoint
+from moiety.model.experts.cached import expert_layout
 from moiety.model.experts.layout import ExpertLayout
 from moiety.model.experts.read import load_experts
+from moiety.synthetic import write_tiny
 from moiety_kernels import ExpertWeights, grouped_expert_mlp
 from moiety_kernels.cpu.library import SWITCH, load
 
+OpenTiny = Callable[[str], tuple[Checkpoint, ExpertLayout]]
 Held = dict[tuple[int, int], ExpertWeights]
 MakeExperts = Callable[..., "LocalExperts"]
 
 
 class Rows:
-    """Rows that are already there."""
+    """Rows that are already computed."""
 
     def __init__(self, rows: torch.Tensor) -> None:
         self._rows = rows
@@ -31,7 +34,7 @@ class Rows:
 
 
 class LocalExperts:
-    """Stands where the hop stands: each slice computes the rows of the experts it holds, and nobody else does."""
+    """Stands in for the hop: each slice computes the rows of the experts that it holds, and no others."""
 
     def __init__(self, mlp: ExpertMLP, slices: Sequence[Held]) -> None:
         self._options = {
@@ -59,18 +62,18 @@ class LocalExperts:
         return Rows(out.view(*top_k_index.shape, -1))
 
     def replace(self, layer: int, expert: int, *, by: tuple[int, int]) -> None:
-        """From now on (layer, expert) computes with the weights of the pair `by`, which the same slice must hold."""
+        """Makes (layer, expert) compute with the weights of the pair `by` from now on; the same slice must hold both."""
         held = next(held for held in self._slices if (layer, expert) in held)
         held[layer, expert] = held[by]
 
     def held_bytes(self) -> list[tuple[int, int]]:
-        """Per slice: how many experts, and the bytes their storages keep alive."""
+        """Returns per slice: the number of experts, and the bytes that their storages take."""
         return [(len(held), sum(weights.nbytes for weights in held.values())) for held in self._slices]
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Matrices of 64 columns gain nothing from threads that other tests may be using."""
+    """Limits torch to one thread: matrices of 64 columns gain nothing from more."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -79,7 +82,7 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="package", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Layouts are cached in a folder of these tests only."""
+    """Caches layouts in a folder of these tests only."""
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.mktemp("cache")
         patch.setenv("MOIETY_CACHE", str(folder))
@@ -88,7 +91,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="package", autouse=True)
 def torch_kernels() -> Iterator[None]:
-    """Torch computes: its sums have the order of transformers', so that what is read and routed can be compared to the bit."""
+    """Makes torch compute the experts: it sums in transformers' order, so that results can be compared bit for bit."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(SWITCH, "off")
         load.cache_clear()
@@ -97,8 +100,23 @@ def torch_kernels() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
+def open_tiny(tmp_path_factory: pytest.TempPathFactory) -> OpenTiny:
+    """Opens an architecture's tiny checkpoint and layout; writes the checkpoint on first use."""
+    opened: dict[str, tuple[Checkpoint, ExpertLayout]] = {}
+
+    def open_one(architecture: str) -> tuple[Checkpoint, ExpertLayout]:
+        if architecture not in opened:
+            folder = tmp_path_factory.mktemp(architecture)
+            checkpoint = Checkpoint.open(write_tiny(architecture, folder, shard_bytes=200_000))
+            opened[architecture] = checkpoint, expert_layout(checkpoint)
+        return opened[architecture]
+
+    return open_one
+
+
+@pytest.fixture(scope="session")
 def make_experts() -> MakeExperts:
-    """(checkpoint, layout, dtype) -> LocalExperts over two uneven slices: the first 3 experts, and the others."""
+    """Makes LocalExperts from (checkpoint, layout, dtype), in two uneven slices: the first 3 experts, and the others."""
 
     def make(checkpoint: Checkpoint, layout: ExpertLayout, dtype: torch.dtype = torch.float32) -> LocalExperts:
         shape = layout.shape

@@ -1,9 +1,11 @@
-"""NLLB-MoE in plain torch, from its papers alone: Transformer (arXiv:1706.03762) with layer norms before its blocks,
-sinusoidal positions as fairseq counts them, and GShard's two experts a token (arXiv:2006.16668, algorithm 1), whose gates are
-normalised over the two; NLLB (arXiv:2207.04672) scales experts' outputs by what was not masked in training.
+"""NLLB-MoE in plain torch, written from its papers alone.
 
-One prompt; no cache, so that an output is computed from its beginning for each of its tokens, one token a pass in the
-experts. Legend: T tokens, D width, E experts.
+A Transformer (arXiv:1706.03762) with layer norms before its blocks, sinusoidal positions as fairseq counts them, and
+GShard's two experts a token (arXiv:2006.16668, algorithm 1), whose gates are normalised over the two. NLLB
+(arXiv:2207.04672) scales experts' outputs by the share that training did not mask.
+
+One prompt, no cache: every token of an output is computed from the beginning. The decoder's experts take one token a pass.
+Legend: T tokens, D width, E experts.
 """
 
 from __future__ import annotations
@@ -17,13 +19,13 @@ from torch.nn.functional import layer_norm, linear
 
 
 class NllbReference:
-    """Weights by their published names."""
+    """The model, from `weights` by published name."""
 
     def __init__(self, weights: Mapping[str, torch.Tensor], config: Mapping[str, Any]):
         self._weights, self._config = weights, config
 
     def logits(self, prompt: Sequence[int], output: Sequence[int]) -> torch.Tensor:
-        """[len(output), V]: behind each token of `output`, which begins with what the decoder starts from."""
+        """Returns logits [len(output), V] after each token of `output`, which begins with the decoder's start token."""
         encoded = self._embed(prompt)
         for layer in range(self._config["encoder_layers"]):
             name = f"model.encoder.layers.{layer}"
@@ -45,7 +47,7 @@ class NllbReference:
         return self._norm("model.decoder.layer_norm", hidden) @ self._weights["model.shared.weight"].T
 
     def _embed(self, ids: Sequence[int]) -> torch.Tensor:
-        """[T, D]: words, and sines of positions that begin behind the padding's id."""
+        """Returns [T, D]: token embeddings plus sinusoidal positions, which start after the padding's id."""
         width, padding = self._config["d_model"], self._config["pad_token_id"]
         words = self._weights["model.shared.weight"][torch.tensor(ids)]
         words = words * math.sqrt(width) if self._config["scale_embedding"] else words
@@ -72,7 +74,7 @@ class NllbReference:
         return self._linear(f"{name}.out_proj", (scores.softmax(-1) @ value).transpose(0, 1).flatten(1))
 
     def _feed_forward(self, name: str, layer: int, every: int, hidden: torch.Tensor, *, together: bool) -> torch.Tensor:
-        """`together`: the tokens share the room that experts have in a pass."""
+        """The MLP or MoE of one layer. `together`: the tokens share the experts' capacity, as in one pass."""
         normed = self._norm(f"{name}.ff_layer_norm", hidden)
         if (layer + 1) % every:
             return self._mlp(f"{name}.ffn", normed)
@@ -80,20 +82,20 @@ class NllbReference:
         return torch.cat([self._experts(f"{name}.ffn", rows) for rows in passes])
 
     def _experts(self, name: str, rows: torch.Tensor) -> torch.Tensor:
-        """Tokens in their order take the room of their first expert, then in their order that of their second."""
-        shares = linear(rows, self._weights[f"{name}.router.classifier.weight"]).softmax(-1)  # [T, E]
-        two = shares.topk(2).indices.tolist()
-        room = [math.ceil(self._config["moe_eval_capacity_token_fraction"] * len(rows))] * shares.shape[1]
-        kept: list[list[int]] = [[] for _ in two]
-        for place in (0, 1):
-            for token, experts in enumerate(two):
-                if room[experts[place]] > 0:
-                    kept[token].append(experts[place])
-                room[experts[place]] -= 1
+        """The MoE: capacity goes to the tokens' first experts, in token order, then to their second experts."""
+        probabilities = linear(rows, self._weights[f"{name}.router.classifier.weight"]).softmax(-1)  # [T, E]
+        chosen = probabilities.topk(2).indices.tolist()
+        capacity = [math.ceil(self._config["moe_eval_capacity_token_fraction"] * len(rows))] * probabilities.shape[1]
+        kept: list[list[int]] = [[] for _ in chosen]
+        for choice in (0, 1):
+            for token, experts in enumerate(chosen):
+                if capacity[experts[choice]] > 0:
+                    kept[token].append(experts[choice])
+                capacity[experts[choice]] -= 1
         out = torch.zeros_like(rows)
         for token, experts in enumerate(kept):
             for expert in experts:
-                gate = shares[token, expert] / sum(shares[token, e] for e in experts)
+                gate = probabilities[token, expert] / sum(probabilities[token, e] for e in experts)
                 computed = self._mlp(f"{name}.experts.expert_{expert}", rows[token : token + 1])[0]
                 out[token] += gate * computed * (1 - self._config["moe_token_dropout"])
         return out

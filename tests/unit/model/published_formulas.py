@@ -1,5 +1,6 @@
-"""The published formulas of quantised weights in numpy and float64, written from the formats' descriptions: what tests of
-reading them compare with. Nothing here uses the code under test.
+"""The published formulas of quantised weights in numpy and float64, written from the formats' descriptions.
+
+Tests compare the weights that Moiety reads with these. Nothing here uses the code under test.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
 def dequantised_copy(source: Path, target: Path) -> Path:
-    """The checkpoint `source` as plain float32 in one file, under the names of an unquantised one."""
+    """Writes the checkpoint `source` as plain float32 in one file, with the names of an unquantised one."""
     target.mkdir()
     for file in source.iterdir():
         if "safetensors" not in file.name and file.name != "config.json":
@@ -36,12 +37,12 @@ Values = dict[str, np.ndarray]
 
 
 def plain(stored: Stored, *endings: str) -> Values:
-    """The tensors that are values already."""
+    """Returns the tensors that are stored unquantised."""
     return {name: tensor.double().numpy() for name, tensor in stored.items() if not name.endswith(endings)}
 
 
 def fp8(stored: Stored) -> Values:
-    """A value times the factor of the 128 x 128 block it lies in."""
+    """Code times the factor of its 128 x 128 block."""
     values = plain(stored, "_scale_inv")
     for name in list(values):
         if (scale := stored.get(f"{name}_scale_inv")) is not None:
@@ -63,7 +64,7 @@ def mxfp4(stored: Stored) -> Values:
 
 
 def nibbles(words: np.ndarray) -> np.ndarray:
-    """[R, C] int32 -> [R, C, 8], lowest first."""
+    """Unpacks [R, C] int32 to [R, C, 8], lowest nibble first."""
     return words.view(np.uint32)[:, :, None] >> (4 * np.arange(8, dtype=np.uint32)) & 15
 
 
@@ -94,7 +95,7 @@ def awq(stored: Stored) -> Values:
 
 
 def ordered(words: np.ndarray) -> np.ndarray:
-    """[R, C, 8] in AWQ's order -> [R, 8 C]."""
+    """Reorders [R, C, 8] in AWQ's order to [R, 8 C]."""
     columns = np.empty_like(words, dtype=int)
     for nibble, column in enumerate(AWQ_ORDER):
         columns[:, :, column] = words[:, :, nibble]

@@ -1,9 +1,10 @@
-"""Random checkpoints: published names, a tokenizer that works, the same bytes for the same seed."""
+"""Random checkpoints have published names, a working tokenizer, and the same bytes for the same seed."""
 
 from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,10 +17,16 @@ from moiety.synthetic import write_tiny
 from support.architectures import CORE
 
 
+@pytest.fixture(scope="session")
+def open_tiny(tiny: Callable[[str], str]) -> Callable[[str], Checkpoint]:
+    """Opens an architecture's tiny checkpoint, written on first use."""
+    return lambda architecture: Checkpoint.open(tiny(architecture))
+
+
 @pytest.mark.parametrize("architecture", CORE)
 def test_names_are_those_save_pretrained_writes(open_tiny, architecture: str, tmp_path: Path):
-    """transformers itself, saving a model of the same config, produces the same tensor names and shapes."""
-    checkpoint = open_tiny(architecture)[0]
+    """transformers saves a model of the same config with the same tensor names and shapes."""
+    checkpoint = open_tiny(architecture)
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(checkpoint.path))
     model.save_pretrained(tmp_path)
     saved = Checkpoint.open(tmp_path)
@@ -30,9 +37,9 @@ def test_names_are_those_save_pretrained_writes(open_tiny, architecture: str, tm
 
 @pytest.mark.parametrize("architecture", CORE)
 def test_every_weight_is_loaded(open_tiny, architecture: str):
-    """Plain transformers finds every weight it needs, and none it does not know."""
+    """Plain transformers finds every weight that it needs, and no unknown weight."""
     _, report = AutoModelForCausalLM.from_pretrained(
-        open_tiny(architecture)[0].path, local_files_only=True, output_loading_info=True
+        open_tiny(architecture).path, local_files_only=True, output_loading_info=True
     )
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
 
@@ -47,23 +54,23 @@ def test_every_weight_is_loaded(open_tiny, architecture: str):
     ],
 )
 def test_nothing_is_left_at_zero(open_tiny, architecture: str, name: str):
-    """Biases, sinks and correction terms have values: zeros would hide that one is ignored."""
-    model = AutoModelForCausalLM.from_pretrained(open_tiny(architecture)[0].path, local_files_only=True)
+    """Biases, sinks and correction terms are not zero: zeros would hide that one is ignored."""
+    model = AutoModelForCausalLM.from_pretrained(open_tiny(architecture).path, local_files_only=True)
     assert model.state_dict()[name].abs().min() > 0
 
 
 @pytest.mark.parametrize("text", ["The router runs attention.", "Ünïcode, 🙂 and\nnewlines\t", ""])
 def test_any_text_survives_the_tokenizer(open_tiny, text: str):
-    """AutoTokenizer loads it; text goes to ids within the vocabulary and back unchanged."""
-    tokenizer = AutoTokenizer.from_pretrained(open_tiny("mixtral")[0].path, local_files_only=True)
+    """AutoTokenizer encodes any text to ids within the vocabulary, and decodes them to the same text."""
+    tokenizer = AutoTokenizer.from_pretrained(open_tiny("mixtral").path, local_files_only=True)
     ids = tokenizer(text).input_ids
     assert all(3 <= token < 320 for token in ids)
     assert tokenizer.decode(ids) == text
 
 
 def test_the_tokenizer_has_what_serving_needs(open_tiny):
-    """Special tokens agree with the config, and a chat renders."""
-    checkpoint = open_tiny("mixtral")[0]
+    """The tokenizer's special tokens agree with the config, and its chat template renders."""
+    checkpoint = open_tiny("mixtral")
     tokenizer = AutoTokenizer.from_pretrained(checkpoint.path, local_files_only=True)
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (0, 1, 2)
     assert checkpoint.config["eos_token_id"] == 1
@@ -74,14 +81,14 @@ def test_the_tokenizer_has_what_serving_needs(open_tiny):
 
 
 def test_a_seed_is_a_checkpoint(open_tiny, tmp_path: Path):
-    """The same seed gives the same revision, another seed another; how it is sharded does not change the weights."""
-    same = Checkpoint.open(write_tiny("mixtral", tmp_path / "same", shard_bytes=200_000))
-    other = Checkpoint.open(write_tiny("mixtral", tmp_path / "other", seed=1, shard_bytes=200_000))
-    assert revision_of(same) == revision_of(open_tiny("mixtral")[0]) != revision_of(other)
+    """The same seed gives the same revision, and another seed another one."""
+    same = Checkpoint.open(write_tiny("mixtral", tmp_path / "same"))
+    other = Checkpoint.open(write_tiny("mixtral", tmp_path / "other", seed=1))
+    assert revision_of(same) == revision_of(open_tiny("mixtral")) != revision_of(other)
 
 
 def test_overrides_reach_the_config(tmp_path: Path):
-    """Sizes and dtype can be set; a vocabulary smaller than the tokenizer's, or an unknown architecture, is refused."""
+    """Overrides set sizes and dtype; a vocabulary below the tokenizer's and an unknown architecture are refused."""
     folder = write_tiny("qwen3_moe", tmp_path, dtype="bfloat16", num_hidden_layers=2, num_experts=5)
     checkpoint = Checkpoint.open(folder)
     assert {entry.dtype for entry in checkpoint.tensors.values()} == {"BF16"}
@@ -94,7 +101,7 @@ def test_overrides_reach_the_config(tmp_path: Path):
 
 
 def test_large_ones_are_written_quickly(tmp_path: Path):
-    """40 M parameters take a few seconds at most: 0.9 B then take well under a minute."""
+    """37 M parameters are written in less than 10 s, so that large benchmark checkpoints take little time."""
     start = time.monotonic()
     folder = write_tiny("mixtral", tmp_path, dtype="bfloat16", hidden_size=512, intermediate_size=768, head_dim=64)
     assert sum(torch.Size(entry.shape).numel() for entry in Checkpoint.open(folder).tensors.values()) > 37_000_000

@@ -1,1 +1,1 @@
-"""Which architectures can be served, and the code that a few of them need."""
+"""The architectures that can be served, and the code that some of them need."""

@@ -1,4 +1,4 @@
-"""How an architecture picks its experts, in a few words for people: read off the source of the class that does it."""
+"""Describes in a few words how an architecture picks its experts, from the source code of its gate."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ _CLASS = re.compile(r"^class (\w+)\b.*?(?=^class |\Z)", re.MULTILINE | re.DOTALL
 _COMMENT = re.compile(r"#[^\n]*|\"\"\".*?\"\"\"", re.DOTALL)
 
 
-# Their gates pick by argmax, and experts have room for so many tokens of a prompt.
+# Not recognised from source: these gates pick by argmax, and an expert takes a limited number of a prompt's tokens.
 _STATED = {"nllb-moe": "softmax, top-2 within capacity", "switch_transformers": "softmax, top-1 within capacity"}
 
 
 def gating_of(architecture: str) -> str:
-    """Such as `softmax, top-k`, `top-k, softmax` or `sigmoid + bias, group-limited top-k`."""
+    """Returns a description such as `softmax, top-k`, `top-k, softmax` or `sigmoid + bias, group-limited top-k`."""
     if architecture in _STATED:
         return _STATED[architecture]
     return gating(modelling_source(architecture).read_text(encoding="utf-8"))
 
 
 def gating(source: str) -> str:
-    """What the code of `source` that calls topk does around it; `unknown` where it calls none."""
+    """Describes what `source` does before and after its topk call; `unknown` if there is no such call."""
     classes = {match[1]: _COMMENT.sub("", match[0]) for match in _CLASS.finditer(source)}
     picking = {name: code for name, code in classes.items() if re.search(r"\btopk\(", code) and "ndexer" not in name}
     routers = [code for name, code in picking.items() if re.search(r"Router|Gate|Gating", name)]
     code = "\n".join(routers or [code for name, code in picking.items() if re.search(r"MoE|Moe|MLP|FFN", name)])
     if not code:
         return "SparseMixer, top-2" if "sparsemixer(" in source else "unknown"
-    # A group's score is a top-k of its own; what decides the order is the pick of the experts, the last one.
+    # Group scores use a topk of their own. The last topk picks the experts, so it decides the order of the words.
     pick = max(match.start() for match in re.finditer(r"\btopk\(", code))
     found = sorted((at, name) for name in ("sigmoid", "softmax") if (at := code.find(f"{name}(")) >= 0)
     at, score = found[0] if found else (0, "its own score")
@@ -41,7 +41,7 @@ def gating(source: str) -> str:
 
 
 def modelling_source(architecture: str) -> Path:
-    """The file with the architecture's model code, ours or transformers'."""
+    """Returns the file with the architecture's model code, in this package or in transformers."""
     if architecture in DEFINITIONS:
         return Path(__file__).parent / "definitions" / "parts.py"
     from transformers.models.auto.configuration_auto import model_type_to_module_name

@@ -1,4 +1,4 @@
-"""What a transformers experts module computes, as data: its flags, its shapes and, by probing it, its activation."""
+"""Describes what a transformers experts module computes as data: its flags, its shapes and, by probing, its activation."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ALPHA_NAMES = ("alpha", "swiglu_alpha")
 
 
 def recognise(module: Any) -> RoutedExperts:
-    """What a module behind transformers' experts interface is made of. Raises ValueError where no kernel computes it."""
+    """Describes a module behind transformers' experts interface. Raises ValueError if no kernel computes it."""
     first = "gate_up_proj" if module.has_gate else "up_proj"
     names = {"gate_up": first, "down": "down_proj"}
     if module.has_bias:
@@ -38,39 +38,37 @@ def recognise(module: Any) -> RoutedExperts:
 
 
 def _mlp(module: Any, hidden: int, intermediate: int) -> ExpertMLP:
-    blank = ExpertMLP(
+    base = ExpertMLP(
         hidden=hidden, intermediate=intermediate, gated=bool(module.has_gate), biased=bool(module.has_bias)
     )
     try:
-        return _probed(blank, module._apply_gate if blank.gated else module.act_fn, list(_candidates(module, blank)))
+        return _probe(module._apply_gate if base.gated else module.act_fn, list(_candidates(module, base)))
     except ValueError as error:
         raise ValueError(f"{type(module).__name__} {error}") from error
 
 
 def recognise_gated(hidden: int, intermediate: int, *, glu: Callable[[torch.Tensor], torch.Tensor]) -> ExpertMLP:
-    """The spec of an expert without biases that computes down(glu(gate) * up). Raises ValueError where no kernel does."""
-    blank = ExpertMLP(hidden=hidden, intermediate=intermediate)
+    """Returns the spec of an expert that computes down(glu(gate) * up), no biases. Raises ValueError if no kernel does."""
+    base = ExpertMLP(hidden=hidden, intermediate=intermediate)
 
     def apply(rows: torch.Tensor) -> torch.Tensor:
         gate, up = rows.chunk(2, dim=-1)
         return glu(gate) * up
 
-    return _probed(blank, apply, [replace(blank, activation=name) for name in ACTIVATIONS if name != "swiglu_clamped"])
+    return _probe(apply, [replace(base, activation=name) for name in ACTIVATIONS if name != "swiglu_clamped"])
 
 
 def recognise_plain(
     hidden: int, intermediate: int, activation: Callable[[torch.Tensor], torch.Tensor], *, biased: bool
 ) -> ExpertMLP:
-    """The spec of an expert that computes down(activation(up)), without a gate. Raises ValueError where no kernel does."""
-    blank = ExpertMLP(hidden=hidden, intermediate=intermediate, gated=False, biased=biased)
-    return _probed(
-        blank, activation, [replace(blank, activation=name) for name in ACTIVATIONS if name != "swiglu_clamped"]
-    )
+    """Returns the spec of an ungated expert, which computes down(activation(up)). Raises ValueError if no kernel does."""
+    base = ExpertMLP(hidden=hidden, intermediate=intermediate, gated=False, biased=biased)
+    return _probe(activation, [replace(base, activation=name) for name in ACTIVATIONS if name != "swiglu_clamped"])
 
 
 @torch.no_grad()
-def _probed(blank: ExpertMLP, apply: Callable[[torch.Tensor], torch.Tensor], candidates: list[ExpertMLP]) -> ExpertMLP:
-    """The candidate whose activation's results equal those of `apply`, bit for bit, in float32 and in bfloat16."""
+def _probe(apply: Callable[[torch.Tensor], torch.Tensor], candidates: list[ExpertMLP]) -> ExpertMLP:
+    """Returns the first candidate whose activation equals `apply` bit for bit, in float32 and in bfloat16."""
     reach = 4 * max((spec.limit for spec in candidates if spec.limit is not None), default=1.0)
     probe = torch.randn(32, 64, generator=torch.Generator().manual_seed(0)) * reach  # beyond every limit
     for dtype in (torch.float32, torch.bfloat16):
@@ -82,16 +80,16 @@ def _probed(blank: ExpertMLP, apply: Callable[[torch.Tensor], torch.Tensor], can
     return candidates[0]
 
 
-def _candidates(module: Any, blank: ExpertMLP) -> Iterator[ExpertMLP]:
-    """Every spec that the module's own constants allow, simplest first."""
-    limits = [None, *_numbers(module, LIMIT_NAMES)] if blank.gated else [None]
+def _candidates(module: Any, base: ExpertMLP) -> Iterator[ExpertMLP]:
+    """Yields every spec that the module's constants allow, simplest first."""
+    limits = [None, *_numbers(module, LIMIT_NAMES)] if base.gated else [None]
     alphas = [None, *_numbers(module, ALPHA_NAMES)]
     for activation in ACTIVATIONS:
-        for interleaved in (False, True) if blank.gated else (False,):
+        for interleaved in (False, True) if base.gated else (False,):
             for limit in limits:
                 for alpha in alphas:
-                    if (activation == "swiglu_clamped") == (alpha is not None) and (blank.gated or alpha is None):
-                        yield replace(blank, activation=activation, interleaved=interleaved, limit=limit, alpha=alpha)
+                    if (activation == "swiglu_clamped") == (alpha is not None) and (base.gated or alpha is None):
+                        yield replace(base, activation=activation, interleaved=interleaved, limit=limit, alpha=alpha)
 
 
 def _activated(rows: torch.Tensor, spec: ExpertMLP) -> torch.Tensor:

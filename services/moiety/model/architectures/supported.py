@@ -1,6 +1,6 @@
-"""Which architectures can be served: found in the installed transformers, plus adapters and definitions of our own.
+"""Lists the architectures that can be served: those found in the installed transformers, the adapters, the definitions.
 
-Nothing is imported to find out: transformers' source is searched for modules that go through its experts interface.
+Imports no modelling code: it searches transformers' source for modules that use its experts interface.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from types import MappingProxyType
 from moiety.model.architectures.definitions import DEFINITIONS
 
 DECORATOR = "@use_experts_implementation"
-# Found, and not served: architecture -> what is missing. A test fails for one that is neither served nor named here.
-_INDEXER = "layers that pick the tokens that they attend to by an indexer, which the router cannot run yet"
+# Found, but not served: architecture -> what it needs. A test fails for one that is neither served nor listed here.
+_INDEXER = "layers whose attention picks its tokens by an indexer, which the router cannot run yet"
 _GATE = "experts with a gate or an activation that no kernel computes"
 _ATTENTION = "attention that transformers does not route through its attention interface"
 REFUSED: Mapping[str, str] = MappingProxyType(
@@ -27,19 +27,20 @@ REFUSED: Mapping[str, str] = MappingProxyType(
         **dict.fromkeys(("deepseek_ocr2", "unlimited_ocr"), _ATTENTION),
         **dict.fromkeys(("minimax_m3_vl", "minimax_m3_vl_text"), _INDEXER),
         **dict.fromkeys(
-            ("inkling_mm_model", "inkling_text"), "short convolutions inside attention, whose state is not kept"
+            ("inkling_mm_model", "inkling_text"),
+            "short convolutions inside attention, whose state the router does not keep",
         ),
-        "qwen3_omni_moe_thinker": "the rest of a model that also speaks, of which it is never published alone",
+        "qwen3_omni_moe_thinker": "the rest of a model that also generates speech: it is not published alone",
         "ernie4_5_vl_moe": "experts of two widths in one layer, one set for text and one for images",
         "muse_spark": "experts whose output is normalised before it is weighted, which no kernel computes",
-        "diffusion_gemma": "text that is denoised block by block, which the engine cannot do",
+        "diffusion_gemma": "block-by-block denoising of text, which the engine cannot do",
     }
 )
 
 
 @cache
 def seam_architectures() -> frozenset[str]:
-    """Every model_type that generates text and whose modelling code has a class behind transformers' experts interface."""
+    """Returns every model_type that generates text and has a class behind transformers' experts interface."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES, model_type_to_module_name
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -59,35 +60,36 @@ def seam_architectures() -> frozenset[str]:
     )
 
 
-# Through `adapters/`.
+# Served through `adapters/`.
 ADAPTED = frozenset({"dbrx", "llama4", "llama4_text", "longcat_flash", "nllb-moe", "switch_transformers"})
 
 
 def served_architectures() -> frozenset[str]:
-    """Every model_type that can be served."""
+    """Returns every model_type that can be served."""
     return (seam_architectures() | ADAPTED | DEFINITIONS.keys()) - REFUSED.keys()
 
 
 def path_of(architecture: str) -> str:
-    """How `architecture` is served: `seam`, `adapter` or `definition`."""
+    """Returns how `architecture` is served: `seam`, `adapter` or `definition`."""
     if architecture in DEFINITIONS:
         return "definition"
     return "adapter" if architecture in ADAPTED else "seam"
 
 
 def refused(architecture: str) -> str | None:
-    """Why `architecture` cannot be served, where it is known; with the one served that is named most like it."""
+    """Returns why `architecture` cannot be served, with the nearest supported one; None if it is not in REFUSED."""
     if (reason := REFUSED.get(architecture)) is None:
         return None
     return f"it needs {reason}; {nearest(architecture)}"
 
 
 def nearest(architecture: str) -> str:
-    """What to say of the supported architecture whose name is most like `architecture`: it begins alike, or is spelt so."""
+    """Returns the sentence for error messages that names the supported architecture with the most similar name."""
 
-    def likeness(name: str) -> tuple[int, float]:
-        alike = takewhile(lambda pair: pair[0] == pair[1], zip(name, architecture, strict=False))
-        return sum(1 for _ in alike), SequenceMatcher(None, name, architecture).ratio()
+    def similarity(name: str) -> tuple[int, float]:
+        """Length of the common prefix, then similarity of the spelling."""
+        common = takewhile(lambda pair: pair[0] == pair[1], zip(name, architecture, strict=False))
+        return sum(1 for _ in common), SequenceMatcher(None, name, architecture).ratio()
 
-    near = max(sorted(served_architectures()), key=likeness)
-    return f"the nearest supported architecture is {near} (`moiety models` lists all)"
+    most_similar = max(sorted(served_architectures()), key=similarity)
+    return f"the nearest supported architecture is {most_similar} (`moiety models` lists all)"

@@ -1,6 +1,6 @@
-"""What transformers knows of a checkpoint: its config class, its causal-LM class and where its routed experts are.
+"""Finds a checkpoint's config class, its causal-LM class and its routed experts in transformers.
 
-Only functions import transformers: it costs 4.5 s and 170 MiB, and an expert replica must start without it.
+Only functions import transformers: the import takes 4.5 s and 170 MiB, and an expert replica must start without it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ from moiety.model.checkpoint.checkpoint import Checkpoint
 
 
 def _check_window(config: Any) -> None:
-    """MiniMax calls its layers full attention and, where a window is set, has them see no further: never published."""
+    """Refuses a MiniMax config with a sliding window, which its layers apply although their type is full attention.
+
+    No published checkpoint sets one. Raises ValueError.
+    """
     if config.sliding_window is not None:
         raise ValueError(f"sliding_window {config.sliding_window}: windows in its full attention are not supported")
 
@@ -37,7 +40,10 @@ _AMENDMENTS: Mapping[str, Callable[[Any], None]] = {
 
 
 def load_config(checkpoint: Checkpoint) -> Any:
-    """The transformers config; code shipped inside a checkpoint is never run. Raises CheckpointError where unknown."""
+    """Loads the transformers config without running code shipped in the checkpoint.
+
+    Raises CheckpointError if the architecture is unknown or unsupported.
+    """
     from transformers import AutoConfig
 
     if refusal := refused(checkpoint.architecture):
@@ -47,9 +53,9 @@ def load_config(checkpoint: Checkpoint) -> Any:
     try:
         config = reader.from_pretrained(checkpoint.path, local_files_only=True, trust_remote_code=False)
     except (ValueError, KeyError, TypeError, OSError) as error:
-        told = f"transformers cannot read its config: {_first_line(error)}; {nearest(checkpoint.architecture)}"
-        raise unsupported(checkpoint, told) from error
-    for name in ("quantization_config", "compression_config"):  # weights are dequantised here, not by transformers
+        reason = f"transformers cannot read its config: {_first_line(error)}; {nearest(checkpoint.architecture)}"
+        raise unsupported(checkpoint, reason) from error
+    for name in ("quantization_config", "compression_config"):  # Moiety dequantises the weights, not transformers
         if hasattr(config, name):
             delattr(config, name)
     if (amend := _AMENDMENTS.get(config.model_type)) is not None:
@@ -59,21 +65,21 @@ def load_config(checkpoint: Checkpoint) -> Any:
             raise unsupported(checkpoint, str(error)) from error
     text = config.sub_configs.get("text_config")
     found = text_class(config)
-    # A multimodal architecture whose language model is a class of its own: that is all of it that is served.
+    # If a multimodal architecture's language model has its own class, only the language model is served.
     return config.text_config if found is not None and text is not None and found.config_class is text else config
 
 
 def causal_lm_class(checkpoint: Checkpoint, config: Any) -> type[nn.Module]:
-    """The class that transformers would generate text with; raises CheckpointError where there is none."""
+    """Returns the class that generates text for this checkpoint; raises CheckpointError if there is none."""
     found = text_class(config)
     if found is None:
-        told = f"transformers has no class that generates text for it; {nearest(checkpoint.architecture)}"
-        raise unsupported(checkpoint, told)
+        reason = f"transformers has no class that generates text for it; {nearest(checkpoint.architecture)}"
+        raise unsupported(checkpoint, reason)
     return found
 
 
 def text_class(config: Any) -> Any:
-    """The class that generates text from `config`, of transformers or ours; None where there is none."""
+    """Returns the class that generates text from `config`, a definition's or transformers'; None if there is none."""
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING,
         MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -92,32 +98,33 @@ def text_class(config: Any) -> Any:
 
 
 def meta_model(model_class: type[nn.Module], config: Any) -> nn.Module:
-    """A model of `config` whose tensors have shapes and no storage."""
+    """Builds a model of `config` whose tensors have shapes but no storage."""
     with torch.device("meta"):
         return model_class(copy.deepcopy(config))
 
 
 def experts_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """(path, module) of each MoE layer's routed experts, in layer order: behind transformers' seam, or with an adapter.
+    """Returns (path, module) of each MoE layer's routed experts in layer order, an encoder's layers before its decoder's.
 
-    The layers of an encoder come before those of its decoder.
+    Finds modules behind transformers' experts interface and modules that have an adapter.
     """
-    apart = tuple(f"{path}." for path in towers(model))  # a tower may have experts of its own
+    tower_prefixes = tuple(f"{path}." for path in towers(model))  # a tower may have experts of its own
     return [
         (path, module)
         for path, module in model.named_modules()
-        if (_behind_the_seam(type(module)) or adapter_of(type(module)) is not None) and not path.startswith(apart)
+        if (_behind_the_seam(type(module)) or adapter_of(type(module)) is not None)
+        and not path.startswith(tower_prefixes)
     ]
 
 
 def routed_experts(module: nn.Module) -> RoutedExperts:
-    """What one of `experts_modules` is made of. Raises ValueError where no kernel computes it."""
+    """Describes a module found by `experts_modules`. Raises ValueError if no kernel computes it."""
     adapter = adapter_of(type(module))
     return recognise(module) if adapter is None else adapter.recognise(module)
 
 
 def towers(model: nn.Module) -> list[str]:
-    """Paths of what a multimodal model reads images, video or sound with: submodels whose config is not the text's."""
+    """Returns the paths of a multimodal model's towers (image, video, sound): submodels with a config besides the text's."""
     config: Any = model.config
     others = {
         part for name, part in (config.sub_configs or {}).items() if name != "text_config" and name.endswith("_config")
@@ -127,13 +134,13 @@ def towers(model: nn.Module) -> list[str]:
 
 
 def unsupported(checkpoint: Checkpoint, reason: str) -> CheckpointError:
-    """The error for a checkpoint that is sound, but not one that can be served."""
+    """Returns the error for a checkpoint that is intact but cannot be served."""
     return CheckpointError(f"checkpoint {checkpoint.path} (architecture {checkpoint.architecture}): {reason}")
 
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """No progress bars and load reports: a service's log is not a terminal."""
+    """Turns off transformers' progress bars and load reports, which would clutter a service's log."""
     from transformers.utils import logging
 
     bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
@@ -148,7 +155,7 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def _behind_the_seam(module_class: type[nn.Module]) -> bool:
-    # `use_experts_implementation` leaves no mark but its closure; the registry it closes over is the seam itself.
+    # `use_experts_implementation` leaves no mark on a class except its closure over the registry of experts functions.
     code = getattr(module_class.forward, "__code__", None)
     return code is not None and "experts_interface" in code.co_freevars
 

@@ -1,6 +1,6 @@
-"""A checkpoint folder as published: its config and where each tensor lies, without reading a weight.
+"""Opens a published checkpoint folder: its config and the location of each tensor. Reads no weights.
 
-Nothing here imports torch, safetensors or transformers; `headers.py` reads one safetensors file's header.
+Imports no torch, safetensors or transformers. `headers.py` reads the header of one safetensors file.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ EXPERT = "{expert}"  # stands for the expert id in a tensor's name
 class Checkpoint:
     """An opened folder: parsed config, shard files in name order, and the location of every tensor.
 
-    `tensors` have the names and shapes of an unquantised checkpoint, also where some are stored quantised.
+    `tensors` has the names and shapes of an unquantised checkpoint, even if some tensors are stored quantised.
     """
 
     path: Path
@@ -34,29 +34,30 @@ class Checkpoint:
 
     @classmethod
     def open(cls, path: str | Path) -> Checkpoint:
-        """Reads config, index and safetensors headers; raises CheckpointError where one is missing or damaged, or where
-        weights are quantised in a way that is not served.
+        """Reads config, index and safetensors headers.
+
+        Raises CheckpointError if one of them is missing or damaged, or if the quantisation of the weights is unsupported.
         """
         folder = Path(path)
         if not folder.is_dir():
             raise CheckpointError(f"checkpoint {folder}: no such folder")
         config = read_json(folder / "config.json")
-        shards, promised = _shards(folder)
+        shards, indexed = _shards(folder)
         tensors: dict[str, TensorEntry] = {}
         for shard in shards:
             tensors.update(read_header(shard))
-        for name, file in promised.items():
+        for name, file in indexed.items():
             if name not in tensors or tensors[name].file != file:
                 raise CheckpointError(f"{file}: tensor {name}, which {INDEX_FILE} places there, is missing")
         return cls(folder, config, shards, stored_tensors(folder, config, tensors))
 
     @property
     def architecture(self) -> str:
-        """transformers' model_type, or `unknown` where the config has none."""
+        """transformers' model_type, or `unknown` if the config has none."""
         return str(self.config.get("model_type", "unknown"))
 
     def tensor(self, name: str) -> Stored:
-        """The entry called `name`; raises CheckpointError where there is none."""
+        """Returns the entry called `name`; raises CheckpointError if there is none."""
         try:
             return self.tensors[name]
         except KeyError:
@@ -64,7 +65,7 @@ class Checkpoint:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The JSON object in `file`; raises CheckpointError where it is missing or something else."""
+    """Reads the JSON object in `file`; raises CheckpointError if the file is missing or holds anything else."""
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -77,12 +78,12 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def _shards(folder: Path) -> tuple[tuple[Path, ...], dict[str, Path]]:
-    """The safetensors files in name order, and the shard that the index promises for each tensor."""
+    """Returns the safetensors files in name order, and the file that the index names for each tensor."""
     single, index = folder / SINGLE_FILE, folder / INDEX_FILE
-    if single.is_file():  # where both exist transformers reads the single file
+    if single.is_file():  # if both exist, transformers reads the single file
         return (single,), {}
     if not index.is_file():
-        raise CheckpointError(f"checkpoint {folder}: no safetensors: neither {SINGLE_FILE} nor {INDEX_FILE}")
+        raise CheckpointError(f"checkpoint {folder}: no safetensors: found neither {SINGLE_FILE} nor {INDEX_FILE}")
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: holds no weight_map")
@@ -91,5 +92,5 @@ def _shards(folder: Path) -> tuple[tuple[Path, ...], dict[str, Path]]:
             raise CheckpointError(f"{index}: shard {name!r} must be a plain file name")
         if not (folder / name).is_file():
             raise CheckpointError(f"checkpoint {folder}: shard {name}, named by {INDEX_FILE}, is missing")
-    promised = {str(tensor): folder / str(name) for tensor, name in weight_map.items()}
-    return tuple(sorted(set(promised.values()))), promised
+    indexed = {str(tensor): folder / str(name) for tensor, name in weight_map.items()}
+    return tuple(sorted(set(indexed.values()))), indexed

@@ -1,4 +1,4 @@
-"""The header of one safetensors file, checked against the file's size before anything trusts it.
+"""Reads the header of one safetensors file and checks it against the file's size.
 
 Format: https://github.com/huggingface/safetensors#format (8 bytes little-endian length, JSON, then the tensors' bytes).
 """
@@ -27,7 +27,7 @@ ITEM_BITS: Mapping[str, int] = {
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """Where one tensor lies: row-major bytes [start, end) of `file`, `dtype` as safetensors names it (BF16, F32, …)."""
+    """The location of one tensor: row-major bytes [start, end) of `file`; `dtype` is safetensors' name (BF16, F32, …)."""
 
     file: Path
     dtype: str
@@ -41,14 +41,14 @@ class TensorEntry:
 
 
 def read_header(file: Path) -> dict[str, TensorEntry]:
-    """Tensor name -> entry for one file; raises CheckpointError where header or size are wrong."""
+    """Reads tensor name -> entry from one file; raises CheckpointError if the header or the file's size is wrong."""
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:
             prefix = stream.read(8)
             length = int.from_bytes(prefix, "little")
             if len(prefix) < 8 or length > min(size - 8, MAX_HEADER_BYTES):
-                raise CheckpointError(f"{file}: damaged: {size} bytes cannot hold the safetensors header it announces")
+                raise CheckpointError(f"{file}: damaged: {size} bytes cannot hold the safetensors header it declares")
             header = json.loads(stream.read(length))
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read: {error}") from error
@@ -61,7 +61,7 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
     }
     needed = max((entry.end for entry in entries.values()), default=0)
     if needed > size:
-        raise CheckpointError(f"{file}: truncated: {size} bytes, its header promises {needed}")
+        raise CheckpointError(f"{file}: truncated: it has {size} bytes, its header describes {needed}")
     return entries
 
 

@@ -1,7 +1,7 @@
-"""How published checkpoints store quantised weights: which tensors stand for one matrix, by `quantization_config`.
+"""Finds quantised weights in published checkpoints: which tensors make up one matrix, by `quantization_config`.
 
-Every method is turned into entries named and shaped as an unquantised checkpoint would have them, so that nothing else
-needs to know how a weight is stored. Nothing is read but names, shapes and the config; `reading.py` reads the bytes.
+Entries have the names and shapes of an unquantised checkpoint, whatever the method, so that code that looks up a tensor
+need not know how it is stored. Uses only names, shapes and the config; `reading.py` reads the bytes.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ AWQ_VERSIONS = ("gemm",)
 
 @dataclass(frozen=True, slots=True)
 class QuantisedEntry:
-    """A matrix, or one per expert, that several tensors stand for; `shape` is that of the unquantised tensor."""
+    """A matrix, or one matrix per expert, stored as several tensors; `shape` is that of the unquantised tensor."""
 
-    method: str  # fp8, mxfp4, gptq, awq or packed
+    method: str  # fp8, mxfp4, gptq, gptq_v2, awq or packed
     shape: tuple[int, ...]
     parts: Mapping[str, TensorEntry]  # by role: codes, scale, zero, order
     bits: int
 
     @property
     def dtype(self) -> str:
-        """For messages, as TensorEntry has one."""
+        """The storage format, for error messages; the counterpart of `TensorEntry.dtype`."""
         return f"{self.method} ({self.bits} bits)"
 
     @property
     def file(self) -> Path:
-        """Where the codes are."""
+        """The file that holds the codes."""
         return self.parts["codes"].file
 
     @property
@@ -51,18 +51,18 @@ _Method = Callable[[_Tensors, Mapping[str, Any]], Iterator[tuple[str, QuantisedE
 
 
 def stored_tensors(path: Path, config: Mapping[str, Any], tensors: _Tensors) -> dict[str, Stored]:
-    """Every tensor by the name it has unquantised. Raises CheckpointError for a method or a variant that is not served."""
+    """Returns every tensor by its unquantised name. Raises CheckpointError for an unsupported method or variant."""
     quantization = config.get("quantization_config") or config.get("compression_config")
     if not quantization:
         return dict(tensors)
-    found = quantization if isinstance(quantization, dict) else {}
-    method = str(found.get("quant_method", "unknown"))
-    served = ", ".join(_METHODS)
+    settings = quantization if isinstance(quantization, dict) else {}
+    method = str(settings.get("quant_method", "unknown"))
+    supported = ", ".join(_METHODS)
     refuse = _Refusal(f"checkpoint {path} (architecture {config.get('model_type', 'unknown')})", method)
     if method not in _METHODS:
-        raise refuse(f"served are {served}, or float weights")
+        raise refuse(f"must be one of {supported}, or unquantised")
     try:
-        quantised = dict(_METHODS[method](tensors, found))
+        quantised = dict(_METHODS[method](tensors, settings))
     except _UnservedError as error:
         raise refuse(str(error)) from None
     used = {part for entry in quantised.values() for part in entry.parts.values()}
@@ -71,11 +71,13 @@ def stored_tensors(path: Path, config: Mapping[str, Any], tensors: _Tensors) -> 
 
 
 class _UnservedError(Exception):
-    """A variant of a method that is not served; the message says which, and what is."""
+    """A variant of a quantisation method is not supported; the message names it and the supported values."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Refusal:
+    """Makes the error for one checkpoint from a reason."""
+
     checkpoint: str
     method: str
 
@@ -115,10 +117,10 @@ def _mxfp4(tensors: _Tensors, config: Mapping[str, Any]) -> Iterator[tuple[str, 
 
 
 def _gptq(tensors: _Tensors, config: Mapping[str, Any]) -> Iterator[tuple[str, QuantisedEntry]]:
-    """X.qweight [D / 8, O], X.qzeros [G, O / 8], X.scales [G, O], X.g_idx [D], in the first GPTQ format or the second."""
+    """GPTQ, format 1 or 2: X.qweight [D / 8, O], X.qzeros [G, O / 8], X.scales [G, O], X.g_idx [D]."""
     _only_four_bits(config)
     if config.get("desc_act"):
-        raise _UnservedError("desc_act (act-order: columns in another order than the groups) is not served")
+        raise _UnservedError("desc_act (act-order: columns in another order than the groups) is not supported")
     if config.get("checkpoint_format", "gptq") not in ("gptq", "gptq_v2"):
         raise _UnservedError(f"checkpoint_format {config['checkpoint_format']}: must be gptq or gptq_v2")
     method = "gptq_v2" if config.get("checkpoint_format") == "gptq_v2" else "gptq"
@@ -130,7 +132,7 @@ def _gptq(tensors: _Tensors, config: Mapping[str, Any]) -> Iterator[tuple[str, Q
 
 
 def _awq(tensors: _Tensors, config: Mapping[str, Any]) -> Iterator[tuple[str, QuantisedEntry]]:
-    """X.qweight [D, O / 8] with interleaved columns, X.qzeros [G, O / 8] likewise, X.scales [G, O]."""
+    """AWQ: X.qweight [D, O / 8] and X.qzeros [G, O / 8], both with interleaved columns, and X.scales [G, O]."""
     _only_four_bits(config)
     if (version := str(config.get("version", "gemm")).lower()) not in AWQ_VERSIONS:
         raise _UnservedError(f"version {version}: must be {', '.join(AWQ_VERSIONS)}")
@@ -140,7 +142,7 @@ def _awq(tensors: _Tensors, config: Mapping[str, Any]) -> Iterator[tuple[str, Qu
 
 
 def _packed_words(tensors: _Tensors) -> Iterator[tuple[str, TensorEntry, dict[str, TensorEntry]]]:
-    """(module, codes, parts) of each module with a `qweight`."""
+    """Yields (module, codes, parts) for each module with a `qweight`."""
     for tensor, codes in tensors.items():
         if not tensor.endswith(".qweight"):
             continue
@@ -150,7 +152,7 @@ def _packed_words(tensors: _Tensors) -> Iterator[tuple[str, TensorEntry, dict[st
 
 
 def _compressed(tensors: _Tensors, config: Mapping[str, Any]) -> Iterator[tuple[str, QuantisedEntry]]:
-    """compressed-tensors, pack-quantized: X.weight_packed [O, D / codes in an int32], X.weight_scale [O, G]."""
+    """compressed-tensors, pack-quantized: X.weight_packed [O, D / codes per int32], X.weight_scale [O, G]."""
     if (form := config.get("format")) != "pack-quantized":
         raise _UnservedError(f"format {form}: must be pack-quantized")
     groups = [(_targets(group), _weights_of(group)) for group in config.get("config_groups", {}).values()]
@@ -160,13 +162,13 @@ def _compressed(tensors: _Tensors, config: Mapping[str, Any]) -> Iterator[tuple[
         name = tensor.removesuffix(".weight_packed")
         scale = _part(tensors, f"{name}.weight_scale", tensor)
         if f"{name}.weight_g_idx" in tensors:
-            raise _UnservedError(f"{name} has columns in another order (weight_g_idx), which is not served")
+            raise _UnservedError(f"{name} has columns in another order (weight_g_idx), which is not supported")
         bits = next((bits for targets, bits in groups if targets.match(name)), None)
         if bits is None:
             raise _UnservedError(f"no config group targets {name}")
         shape = (codes.shape[0], codes.shape[1] * 32 // bits)
         if bits == 8 and scale.shape[1] != 1:
-            raise _UnservedError(f"{name} has 8 bits and {scale.shape[1]} groups a row: 8 bits are served by channel")
+            raise _UnservedError(f"{name} has 8 bits and {scale.shape[1]} groups a row: must be 1 with 8 bits")
         parts = {"codes": codes, "scale": scale}
         if f"{name}.weight_shape" in tensors:
             parts["order"] = tensors[f"{name}.weight_shape"]
@@ -174,20 +176,21 @@ def _compressed(tensors: _Tensors, config: Mapping[str, Any]) -> Iterator[tuple[
 
 
 def _weights_of(group: Mapping[str, Any]) -> int:
-    """Bits of a config group of compressed-tensors; raises where its scheme is not served."""
+    """Returns the bits per weight of a compressed-tensors config group; raises _UnservedError for other schemes."""
     weights = group.get("weights") or {}
-    wanted = {"type": ("int",), "symmetric": (True,), "num_bits": (4, 8), "strategy": ("group", "channel")}
-    for name, values in wanted.items():
+    supported = {"type": ("int",), "symmetric": (True,), "num_bits": (4, 8), "strategy": ("group", "channel")}
+    for name, values in supported.items():
         if (value := weights.get(name)) not in values:
             raise _UnservedError(f"weights.{name} {value}: must be {' or '.join(map(str, values))}")
     if group.get("input_activations"):
-        raise _UnservedError("input_activations are quantised: only weights may be")
+        raise _UnservedError("input_activations are quantised: only quantised weights are supported")
     return int(weights["num_bits"])
 
 
 def _targets(group: Mapping[str, Any]) -> re.Pattern[str]:
-    """What compressed-tensors matches modules by: class, name, or a regular expression after `re:`. One pattern of all: a
-    large model has tens of thousands of modules, and of targets hundreds.
+    """Returns one pattern for all of a config group's targets: a class, a name, or a regular expression after `re:`.
+
+    They are joined because a large model has tens of thousands of modules and hundreds of targets.
     """
     parts = [
         target[3:] if target.startswith("re:") else ".*" if target == "Linear" else f"{re.escape(target)}$"
@@ -201,9 +204,10 @@ def _only_four_bits(config: Mapping[str, Any]) -> None:
         raise _UnservedError(f"bits {bits}: must be 4")
 
 
-def _part(tensors: _Tensors, name: str, beside: str) -> TensorEntry:
+def _part(tensors: _Tensors, name: str, owner: str) -> TensorEntry:
+    """Returns tensor `name`, which belongs to the tensor `owner`."""
     if name not in tensors:
-        raise _UnservedError(f"tensor {name}, which belongs to {beside}, is missing")
+        raise _UnservedError(f"tensor {name}, which belongs to {owner}, is missing")
     return tensors[name]
 
 

@@ -1,7 +1,8 @@
-"""Reads tensors out of a checkpoint, as they are or as quantised matrices, one at a time.
+"""Reads tensors from a checkpoint one at a time, as stored or as quantised matrices.
 
-Plain positioned reads into the tensors' own memory, not a mapping: resident memory stays at the weights' size, and a
-file that shrinks under a replica is an error here instead of a SIGBUS there. Imports torch, never transformers.
+Uses positioned reads into the tensors' own memory, not memory mapping: resident memory stays at the weights' size, and a
+file that shrinks while a replica runs raises an error while reading instead of a SIGBUS later. Imports torch, never
+transformers.
 """
 
 from __future__ import annotations
@@ -36,11 +37,11 @@ DTYPES: Mapping[str, torch.dtype] = {
     "I64": torch.int64,
     "BOOL": torch.bool,
 }
-AWQ_COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)  # which of eight columns each nibble of a word holds, lowest first
+AWQ_COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)  # the column, of a word's eight, in each nibble of the word, lowest nibble first
 
 
 class Reader:
-    """Open files of one checkpoint. Use as a context manager: they are closed at its end."""
+    """Reads tensors and keeps their files open. A context manager: its end closes the files."""
 
     def __init__(self) -> None:
         self._files: dict[Path, BinaryIO] = {}
@@ -55,7 +56,10 @@ class Reader:
         self._stack.close()
 
     def fill(self, target: torch.Tensor, entry: TensorEntry) -> None:
-        """Reads the entry's bytes into the contiguous `target`, which is of as many. Raises CheckpointError."""
+        """Reads the entry's bytes into the contiguous `target`, which has the same number of bytes.
+
+        Raises CheckpointError if the file cannot be read or is truncated.
+        """
         if not target.numel():
             return
         view = target.view(-1).view(torch.uint8).numpy().data
@@ -73,15 +77,15 @@ class Reader:
             raise CheckpointError(f"{entry.file}: cannot be read: {error}") from error
 
     def tensor(self, entry: TensorEntry) -> torch.Tensor:
-        """The entry's tensor, in the dtype it is stored in."""
+        """Reads the entry's tensor in its stored dtype."""
         if entry.dtype not in DTYPES:
-            raise CheckpointError(f"{entry.file}: tensors stored as {entry.dtype} cannot be read")
+            raise CheckpointError(f"{entry.file}: tensors stored as {entry.dtype} are not supported")
         out = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
         self.fill(out, entry)
         return out
 
     def matrix(self, entry: QuantisedEntry) -> QuantisedMatrix:
-        """One quantised matrix, [out, in]. Raises CheckpointError where its tensors contradict each other."""
+        """Reads one quantised matrix, [out, in]. Raises CheckpointError if its tensors contradict each other."""
         parts = {role: self.tensor(part) for role, part in entry.parts.items()}
         try:
             return _MAKE[entry.method](parts, entry)
@@ -89,7 +93,7 @@ class Reader:
             raise CheckpointError(f"{entry.file}: {error}") from error
 
     def values(self, entry: Stored, dtype: torch.dtype) -> torch.Tensor:
-        """The entry's values in `dtype`, whatever they are stored as, in the shape of the unquantised tensor."""
+        """Reads the entry's values in `dtype`, dequantised where needed, in the shape of the unquantised tensor."""
         if isinstance(entry, TensorEntry):
             return self.tensor(entry).to(dtype)
         if len(entry.shape) == 2:
@@ -100,7 +104,7 @@ class Reader:
         return values if values.shape == entry.shape else values.transpose(1, 2)
 
     def state(self, tensors: Mapping[str, Stored], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        """The values of all `tensors`: quantised ones in `dtype`, the others in the dtype they are stored in."""
+        """Reads the values of all `tensors`: quantised ones in `dtype`, the others in their stored dtype."""
         return {
             name: self.tensor(entry) if isinstance(entry, TensorEntry) else self.values(entry, dtype)
             for name, entry in tensors.items()
@@ -108,19 +112,19 @@ class Reader:
 
 
 def of_expert(entry: Stored, expert: int, experts: int) -> Stored:
-    """One expert's share of a fused entry, whose first dimension counts the experts."""
-    return _of_expert(entry, expert) if isinstance(entry, QuantisedEntry) else _share(entry, expert, experts)
+    """Returns one expert's part of a fused entry, which holds one expert after the other along dimension 0."""
+    return _of_expert(entry, expert) if isinstance(entry, QuantisedEntry) else _expert_part(entry, expert, experts)
 
 
 def _of_expert(entry: QuantisedEntry, expert: int) -> QuantisedEntry:
-    parts = {role: _share(part, expert, entry.shape[0]) for role, part in entry.parts.items()}
+    parts = {role: _expert_part(part, expert, entry.shape[0]) for role, part in entry.parts.items()}
     return QuantisedEntry(entry.method, entry.shape[1:], parts, entry.bits)
 
 
-def _share(entry: TensorEntry, expert: int, experts: int) -> TensorEntry:
+def _expert_part(entry: TensorEntry, expert: int, experts: int) -> TensorEntry:
     size = entry.nbytes // experts
     start = entry.start + expert * size
-    # [E, ...], or (DBRX) the rows of all experts below each other, [E * rows, ...]
+    # [E, ...], or (DBRX) the rows of one expert after the other, [E * rows, ...]
     shape = entry.shape[1:] if entry.shape[0] == experts else (entry.shape[0] // experts, *entry.shape[1:])
     return TensorEntry(entry.file, entry.dtype, shape, start, start + size)
 
@@ -141,11 +145,11 @@ def _gptq(parts: _Parts, entry: QuantisedEntry) -> Int4Matrix:
     codes = _nibbles(parts["codes"].T.contiguous())  # [O, D]
     scale = parts["scale"]
     zero = _nibbles(parts["zero"])  # [G, O]
-    if entry.method == "gptq":  # the first format stores one less
+    if entry.method == "gptq":  # format 1 stores zero points minus one
         zero = (zero + 1) & 15
     order = parts.get("order")
     if order is not None and not torch.equal(order, torch.arange(len(order)) // (codes.shape[1] // len(scale))):
-        raise ValueError("its columns are in another order than the groups (g_idx, act-order), which is not served")
+        raise ValueError("its columns are in another order than the groups (g_idx, act-order), which is not supported")
     return _int4(codes, scale, zero)
 
 
@@ -160,7 +164,7 @@ def _awq(parts: _Parts, _: QuantisedEntry) -> Int4Matrix:
 
 
 def _int4(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> Int4Matrix:
-    """From codes [O, D], scale and zero [G, O]; zero points that are 8 throughout are not kept."""
+    """Makes a matrix from codes [O, D], scale and zero [G, O]; drops the zero points if all are 8, the default."""
     kept = None if bool((zero == 8).all()) else zero.T.contiguous()
     return Int4Matrix(pack_nibbles(codes), _held_scale(scale.T.contiguous()), kept)
 
@@ -168,24 +172,24 @@ def _int4(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> Int4M
 def _packed(parts: _Parts, entry: QuantisedEntry) -> Int4Matrix | Int8Matrix:
     codes, scale = parts["codes"].view(torch.uint8), parts["scale"]  # [O, bytes of a row], [O, G]
     if "order" in parts and tuple(parts["order"].tolist()) != entry.shape:
-        raise ValueError(f"weight_shape {parts['order'].tolist()}: rows that end within an int32 are not served")
+        raise ValueError(f"weight_shape {parts['order'].tolist()}: rows that end within an int32 are not supported")
     if entry.bits == 8:
         return Int8Matrix(codes, scale.float().view(-1))
     return Int4Matrix(codes, _held_scale(scale))
 
 
 def _held_scale(scale: torch.Tensor) -> torch.Tensor:
-    """float32 scales are held in half of the bytes where that loses nothing."""
+    """Converts float32 scales to float16, at half the bytes. Raises ValueError if that would lose precision."""
     if scale.dtype != torch.float32:
         return scale
     half = scale.half()
     if not torch.equal(half.float(), scale):
-        raise ValueError("float32 scales that float16 cannot hold are not served")
+        raise ValueError("float32 scales that float16 cannot represent are not supported")
     return half
 
 
 def _nibbles(words: torch.Tensor) -> torch.Tensor:
-    """int32 [R, C] -> uint8 [R, 8 C], the lowest four bits first."""
+    """Unpacks int32 [R, C] to uint8 [R, 8 C], the lowest four bits first."""
     bytes_ = words.contiguous().view(torch.uint8)  # little-endian: lowest byte first
     return torch.stack((bytes_ & 15, bytes_ >> 4), dim=2).view(words.shape[0], -1)
 

@@ -1,7 +1,7 @@
-"""The name of a checkpoint's content: two replicas with equal revisions hold the same model.
+"""Computes a checkpoint's revision, a hash of its content: two replicas with equal revisions hold the same model.
 
-BLAKE2b over the canonical config, the tokenizer's files and, per shard, header, size and sampled blocks. Sampling finds
-any fine-tune (it moves whole tensors); `verify="full"` reads every byte and so finds a single flipped bit as well.
+BLAKE2b over the canonical config, the tokenizer's files and, per shard, header, size and sampled blocks. Sampling detects
+any fine-tune (it changes whole tensors); `verify="full"` reads every byte and also detects a single flipped bit.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ _Stamp = tuple[str, int, int]  # file, size, modification time in ns
 
 
 def revision_of(checkpoint: Checkpoint, verify: Verify = "sampled") -> str:
-    """32 hex digits; remembered in this process for as long as no file's size or modification time changes.
+    """Returns the revision, 32 hex digits; cached in this process until a file's size or modification time changes.
 
-    The two ways to verify give two names, so all services of one app must use the same.
+    `sampled` and `full` give different revisions, so all services of one application must use the same setting.
     """
     companions = [checkpoint.path / name for name in COMPANIONS]
     stamps = tuple(_stamp(file) for file in [*checkpoint.shards, *filter(Path.is_file, companions)])
@@ -52,7 +52,7 @@ def revision_of(checkpoint: Checkpoint, verify: Verify = "sampled") -> str:
 
 @lru_cache(maxsize=64)
 def _digest(config: str, shards: int, stamps: tuple[_Stamp, ...], verify: Verify) -> str:
-    """`stamps` are the key: first the shards', then the companions'."""
+    """Hashes the content. `stamps` lists the shards first, then the companions; it is also the cache key."""
     digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
     _add(digest, verify.encode())
     _add(digest, config.encode())
@@ -74,7 +74,7 @@ def _digest(config: str, shards: int, stamps: tuple[_Stamp, ...], verify: Verify
 
 
 def _samples(file: Path) -> Iterator[bytes]:
-    """The header, then one block from the middle of each sampled tensor."""
+    """Yields the header, then one block from the middle of each sampled tensor."""
     entries = sorted(read_header(file).values(), key=lambda entry: entry.start)
     with file.open("rb") as stream:
         yield stream.read(entries[0].start if entries else -1)
@@ -89,7 +89,7 @@ def _spread(entries: list[TensorEntry]) -> list[TensorEntry]:
 
 
 def _add(digest: hashlib.blake2b, part: bytes) -> None:
-    """Length first, so that neighbouring parts cannot run into each other."""
+    """Adds the part's length, then the part, so that the boundaries between parts count."""
     digest.update(len(part).to_bytes(8, "little"))
     digest.update(part)
 

@@ -1,4 +1,4 @@
-"""A checkpoint's tokenizer and the ids that end its outputs, as gateways and routers read them alike."""
+"""Opens a checkpoint's tokenizer and reads its end-of-sequence ids; gateways and routers both use this."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from moiety.errors import CheckpointError
 
 
 def open_tokenizer(folder: str) -> tuple[Any, tuple[int, ...]]:
-    """transformers' tokenizer of `folder`, and its end-of-sequence ids. Raises CheckpointError where there is none."""
+    """Returns the tokenizer in `folder` and its end-of-sequence ids. Raises CheckpointError if there is no usable one."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # transformers raises whatever its parsers raise
@@ -21,7 +21,7 @@ def open_tokenizer(folder: str) -> tuple[Any, tuple[int, ...]]:
 
 
 def _eos_ids(folder: Path, tokenizer: Any) -> tuple[int, ...]:
-    """End-of-sequence ids: generation_config.json, else config.json, and the tokenizer's own."""
+    """Returns the end-of-sequence ids of generation_config.json, else of config.json, and of the tokenizer."""
     found: set[int] = set()
     for name in ("generation_config.json", "config.json"):
         path = folder / name

@@ -1,1 +1,1 @@
-"""Where a checkpoint keeps its routed experts, and how an expert replica reads its share of them."""
+"""The layout of a checkpoint's routed experts, and the reading of one replica's share of them."""

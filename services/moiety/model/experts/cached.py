@@ -1,4 +1,4 @@
-"""Expert layouts, kept as JSON per revision: only the first reader of a revision waits until transformers has derived one."""
+"""Caches expert layouts as JSON per revision, so that only the first reader of a revision derives one, with transformers."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ from moiety.model.checkpoint.checkpoint import Checkpoint
 from moiety.model.checkpoint.revision import revision_of
 from moiety.model.experts.layout import ExpertLayout, LayerLayout
 
-FORMAT = 3  # of the cached file; raise it with every change of ExpertLayout
+FORMAT = 3  # version of the cached file: increase it with every change of ExpertLayout
 
 
 def expert_layout(checkpoint: Checkpoint) -> ExpertLayout:
-    """The layout of `checkpoint`, from the cache or derived; raises CheckpointError where it cannot be served."""
-    # transformers moves modules between releases, so a layout is good for one release only.
+    """Returns the layout of `checkpoint`, cached or derived; raises CheckpointError if it cannot be served."""
+    # transformers moves modules between releases, so a layout is valid for one release only.
     key = {"format": FORMAT, "transformers": version("transformers")}
     folder = cache_dir()
     file = folder / revision_of(checkpoint) / "layout.json" if folder else None
-    if file and (known := _read(file, key)) is not None:
-        return known
+    if file and (cached := _read(file, key)) is not None:
+        return cached
 
     from moiety.model.experts.derive import derive_layout  # imports transformers: 4.5 s that a cached layout saves
 
     layout = derive_layout(checkpoint)
     if file:
-        with contextlib.suppress(OSError):  # an unwritable cache costs the next reader time, nothing else
+        with contextlib.suppress(OSError):  # without a writable cache the next reader derives the layout again
             _write(file, {**key, "layout": asdict(layout)})
     return layout
 
 
 def _read(file: Path, key: Mapping[str, Any]) -> ExpertLayout | None:
-    """The cached layout; None where there is none, or one of another format, release or of garbage."""
+    """Reads the cached layout; None if the file is missing, damaged, or of another format or transformers release."""
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
         if any(data[name] != value for name, value in key.items()):
@@ -60,7 +60,7 @@ def _read(file: Path, key: Mapping[str, Any]) -> ExpertLayout | None:
 
 
 def _write(file: Path, data: Mapping[str, Any]) -> None:
-    """Atomic: a reader sees the whole file or none."""
+    """Writes the file atomically: a reader sees the whole file or none."""
     file.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=file.parent, prefix=file.name)
     try:

@@ -1,7 +1,7 @@
-"""Derives an expert layout from transformers: no table of architectures, only the experts seam and its conversions.
+"""Derives an expert layout from transformers' experts interface and weight conversions, without a table of architectures.
 
-The model is built on `meta`; each checkpoint tensor is renamed as `from_pretrained` would, and those that end in an
-experts module become that layer's sources. Nothing is read but names and shapes.
+Builds the model on `meta` and renames each checkpoint tensor as `from_pretrained` would. Tensors whose new name lies in an
+experts module become that layer's sources. Reads only names and shapes.
 """
 
 from __future__ import annotations
@@ -42,18 +42,20 @@ TOP_K_NAMES = (
 )
 CONTEXT_NAMES = ("max_position_embeddings", "model_max_length", "max_seq_len", "n_positions")
 
-_NUMBER = re.compile(r"\.experts\.\d+\.")
-_Sources = dict[str, dict[str | None, list[str]]]  # model parameter -> conversion pattern (None: as it is) -> tensors
+_EXPERT_NUMBER = re.compile(r"\.experts\.\d+\.")
+_Sources = dict[
+    str, dict[str | None, list[str]]
+]  # model parameter -> conversion pattern (None: unconverted) -> tensors
 
 
 def derive_layout(checkpoint: Checkpoint) -> ExpertLayout:
-    """The layout of `checkpoint`; raises CheckpointError naming the architecture and what is missing."""
+    """Returns the layout of `checkpoint`; raises CheckpointError that names the architecture and what is missing."""
     config = load_config(checkpoint)
     model = meta_model(causal_lm_class(checkpoint, config), config)
     modules = experts_modules(model)
     if not modules:
-        told = "it has no MoE layer that transformers routes through its experts interface, and no adapter"
-        raise unsupported(checkpoint, f"{told}; {nearest(checkpoint.architecture)}")
+        reason = "it has no MoE layer that transformers routes through its experts interface, and no adapter"
+        raise unsupported(checkpoint, f"{reason}; {nearest(checkpoint.architecture)}")
     try:
         described = {path: routed_experts(module) for path, module in modules}
     except ValueError as error:
@@ -62,14 +64,14 @@ def derive_layout(checkpoint: Checkpoint) -> ExpertLayout:
     if len(kinds) > 1:
         raise unsupported(checkpoint, "its MoE layers differ in size or kind")
     mlp, count = kinds.pop()
-    sources, chains = _sources(checkpoint, model)
-    layers = tuple(_layer(checkpoint, path, experts, sources, chains) for path, experts in described.items())
-    _check_others(checkpoint, model, sources, chains)
+    sources, converters = _sources(checkpoint, model)
+    layers = tuple(_layer(checkpoint, path, experts, sources, converters) for path, experts in described.items())
+    _check_trunk(checkpoint, model, sources, converters)
     text = config.get_text_config()
     first = checkpoint.tensor(layers[0].sources["down"][0].replace(EXPERT, "0"))
     quantised = isinstance(first, QuantisedEntry)
     if not quantised and first.dtype not in DTYPES:
-        raise unsupported(checkpoint, f"its experts are stored as {first.dtype}; served are {', '.join(DTYPES)}")
+        raise unsupported(checkpoint, f"its experts are stored as {first.dtype}: must be one of {', '.join(DTYPES)}")
     shape = ModelShape(
         architecture=checkpoint.architecture,
         moe_layers=len(layers),
@@ -84,13 +86,13 @@ def derive_layout(checkpoint: Checkpoint) -> ExpertLayout:
 
 
 def _computed_dtype(config: Any) -> str:
-    """What a quantised model computes in: its config's dtype, bfloat16 where it names none."""
-    named = str(getattr(config, "dtype", None)).removeprefix("torch.")
-    return named if named in DTYPES.values() else "bfloat16"
+    """Returns the dtype that a quantised model computes in: its config's, or bfloat16 if the config names none."""
+    dtype = str(getattr(config, "dtype", None)).removeprefix("torch.")
+    return dtype if dtype in DTYPES.values() else "bfloat16"
 
 
 def _sources(checkpoint: Checkpoint, model: nn.Module) -> tuple[_Sources, dict[str, Any]]:
-    """Where `from_pretrained` would put each tensor, and the converter behind each pattern."""
+    """Returns the tensors that `from_pretrained` would read for each model parameter, and each pattern's converter."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -99,22 +101,24 @@ def _sources(checkpoint: Checkpoint, model: nn.Module) -> tuple[_Sources, dict[s
     converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
     state = model.state_dict()
     sources: _Sources = defaultdict(lambda: defaultdict(list))
-    stacked: dict[str, tuple[str, str]] = {}  # a name without its expert's number -> what all such names become
+    stacked: dict[str, tuple[str, str]] = {}  # name with `*` for the expert's number -> target and pattern
     for name in checkpoint.tensors:
-        alike = _NUMBER.sub(".experts.*.", name)
-        target, pattern = stacked.get(alike) or rename_source_key(
+        wildcard = _EXPERT_NUMBER.sub(".experts.*.", name)
+        target, pattern = stacked.get(wildcard) or rename_source_key(
             name, renamings, converters, model.base_model_prefix, state
         )
-        if pattern is not None and "*" in pattern:  # 90,000 names of a large checkpoint are renamed once a layer
-            stacked[alike] = target, pattern
+        if (
+            pattern is not None and "*" in pattern
+        ):  # one renaming a layer, not one for each of a checkpoint's 90,000 names
+            stacked[wildcard] = target, pattern
         sources[target][pattern].append(name)
     return sources, {pattern: converter for converter in converters for pattern in converter.source_patterns}
 
 
 def _layer(
-    checkpoint: Checkpoint, path: str, experts: RoutedExperts, sources: _Sources, chains: Mapping[str, Any]
+    checkpoint: Checkpoint, path: str, experts: RoutedExperts, sources: _Sources, converters: Mapping[str, Any]
 ) -> LayerLayout:
-    """Where one layer's experts are published, each tensor checked against the parameter that it becomes."""
+    """Returns the layout of one layer, after checking each tensor's shape against the parameter that it becomes."""
     found: dict[str, tuple[str, ...]] = {}
     transposed = set(experts.transposed)
     for field, parameters in experts.parameters.items():
@@ -123,13 +127,13 @@ def _layer(
             target = f"{path}.{parameter.name}"
             by_pattern = _by_pattern(checkpoint, target, parameter.shape[0], sources)
             joined: list[str] = []
-            patterns, turned = _conversion(checkpoint, by_pattern, chains)
+            patterns, may_transpose = _conversion(checkpoint, by_pattern, converters)
             for pattern in patterns:
                 tensors = by_pattern[pattern]
                 fused = pattern is None or "*" not in pattern
                 joined.append(tensors[0] if fused and len(tensors) == 1 else _template(checkpoint, target, tensors))
             shape = parameter.shape
-            if turned and _published_shape(checkpoint, joined[0]) != shape[1:]:
+            if may_transpose and _published_shape(checkpoint, joined[0]) != shape[1:]:
                 shape = (shape[0], shape[2], shape[1])
                 transposed ^= {field}
             _check_shapes(checkpoint, target, joined, shape)
@@ -139,62 +143,69 @@ def _layer(
 
 
 def _by_pattern(checkpoint: Checkpoint, target: str, experts: int, sources: _Sources) -> Mapping[str | None, list[str]]:
-    """The tensors that become `target`, which with `{expert}` in its name is a parameter of each expert by itself."""
+    """Returns the tensors that become `target`. A `target` with `{expert}` stands for one parameter per expert."""
     targets = [target.replace(EXPERT, str(expert)) for expert in range(experts)] if EXPERT in target else [target]
-    for wanted in targets:
-        if not sources.get(wanted):
-            raise CheckpointError(f"checkpoint {checkpoint.path}: nothing in it becomes {wanted}")
+    for name in targets:
+        if not sources.get(name):
+            raise CheckpointError(f"checkpoint {checkpoint.path}: no tensor in it becomes {name}")
     if len(targets) == 1:
         return sources[targets[0]]
-    return {None: [name for wanted in targets for names in sources[wanted].values() for name in names]}
+    return {None: [tensor for name in targets for tensors in sources[name].values() for tensor in tensors]}
 
 
-def _check_others(checkpoint: Checkpoint, model: Any, sources: _Sources, chains: Mapping[str, Any]) -> None:
-    """Raises CheckpointError where a weight that a router needs is not in the checkpoint, before any is read."""
-    apart = tuple(f"{path}." for path in (*(path for path, _ in experts_modules(model)), *towers(model)))
-    # What a conversion splits in several is not told by its first target: the loader will say what is missing of it.
-    split = {target for chain in chains.values() if len(chain.target_patterns) > 1 for target in chain.target_patterns}
-    known = (*apart, *model.all_tied_weights_keys)
+def _check_trunk(checkpoint: Checkpoint, model: Any, sources: _Sources, converters: Mapping[str, Any]) -> None:
+    """Raises CheckpointError if a weight of the trunk is not in the checkpoint, before any weight is read."""
+    outside = tuple(f"{path}." for path in (*(path for path, _ in experts_modules(model)), *towers(model)))
+    # `sources` has only the first target of a conversion with several; the loader reports missing weights of the others.
+    split = {
+        target
+        for converter in converters.values()
+        if len(converter.target_patterns) > 1
+        for target in converter.target_patterns
+    }
+    ignored = (*outside, *model.all_tied_weights_keys)
     missing = sorted(
         name
         for name in model.state_dict().keys() - sources.keys()
-        if not name.startswith(known) and not any(target in name for target in split)
+        if not name.startswith(ignored) and not any(target in name for target in split)
     )
     if missing:
         raise CheckpointError(f"checkpoint {checkpoint.path}: missing keys: {', '.join(missing[:8])}")
 
 
 def _conversion(
-    checkpoint: Checkpoint, by_pattern: Mapping[str | None, list[str]], chains: Mapping[str, Any]
+    checkpoint: Checkpoint, by_pattern: Mapping[str | None, list[str]], converters: Mapping[str, Any]
 ) -> tuple[Sequence[str | None], bool]:
-    """The patterns in their order of concatenation, and whether matrices are turned unless they fit as they are.
+    """Returns the patterns in order of concatenation, and whether matrices of another shape are transposed.
 
-    Refuses other conversions than stacking, concatenating and turning.
+    Raises CheckpointError for conversions other than stacking, concatenating and transposing.
     """
     from transformers.core_model_loading import Concatenate, MergeModulelist, Transpose
 
-    converter = chains.get(next(iter(by_pattern)) or "")
+    converter = converters.get(next(iter(by_pattern)) or "")
     if converter is None:
         return list(by_pattern), False
-    turned = False
+    may_transpose = False
     for operation in converter.operations:
         stacks = isinstance(operation, MergeModulelist) and operation.dim == 0
         joins = isinstance(operation, Concatenate) and operation.dim == 1
-        turns = isinstance(operation, Transpose) and (operation.dim0, operation.dim1) == (1, 2) and operation.check_dims
-        if not (stacks or joins or turns):
+        transposes = (
+            isinstance(operation, Transpose) and (operation.dim0, operation.dim1) == (1, 2) and operation.check_dims
+        )
+        if not (stacks or joins or transposes):
             raise unsupported(checkpoint, f"its experts need the conversion {operation!r}, which is not supported")
-        turned = turned or turns
-    return [pattern for pattern in converter.source_patterns if pattern in by_pattern], turned
+        may_transpose = may_transpose or transposes
+    return [pattern for pattern in converter.source_patterns if pattern in by_pattern], may_transpose
 
 
 def _published_shape(checkpoint: Checkpoint, name: str) -> tuple[int, ...]:
-    """What one expert has of the first tensor, [rows, columns]."""
+    """Returns the shape of one expert's matrix in the published tensor `name`, [rows, columns]."""
     published = checkpoint.tensor(name.replace(EXPERT, "0")).shape
     return published if EXPERT in name else published[1:]
 
 
 def _template(checkpoint: Checkpoint, target: str, tensors: list[str]) -> str:
-    """The one name, with `{expert}` for the number in which they differ, that stands for all of `tensors`."""
+    """Returns one name for all of `tensors`, with `{expert}` in place of the number in which they differ."""
     parts = [re.split(r"(\d+)", name) for name in tensors]
     same_form = len({len(part) for part in parts}) == 1
     varying = [place for place, column in enumerate(zip(*parts, strict=False)) if len(set(column)) > 1]
@@ -206,25 +217,26 @@ def _template(checkpoint: Checkpoint, target: str, tensors: list[str]) -> str:
 
 
 def _check_shapes(checkpoint: Checkpoint, target: str, names: Sequence[str], shape: tuple[int, ...]) -> None:
-    """Every expert's tensors must exist and add up to `shape` [E, …]; CheckpointError names the first that fails."""
+    """Checks that all experts' tensors exist and add up to `shape` [E, …]. Raises CheckpointError for the first mismatch."""
     experts, rows = shape[0], 0
     for name in names:
         per_expert = EXPERT in name
         shapes = {checkpoint.tensor(name.replace(EXPERT, str(e))).shape for e in range(experts if per_expert else 1)}
         one = shapes.pop()
         fits = not shapes
-        if not per_expert and len(one) == len(shape) - 1:  # all experts' rows below each other
+        if not per_expert and len(one) == len(shape) - 1:  # the rows of one expert after the other
             fits, one = one[0] % experts == 0, (one[0] // experts, *one[1:])
         elif not per_expert:
             fits, one = one[0] == experts, one[1:]
         if not fits or len(one) != len(shape) - 1 or one[1:] != shape[2:]:
-            raise CheckpointError(f"checkpoint {checkpoint.path}: {name} does not have the shape its config promises")
+            raise CheckpointError(f"checkpoint {checkpoint.path}: {name} does not have the shape its config states")
         rows += one[0]
     if rows != shape[1]:
         raise CheckpointError(f"checkpoint {checkpoint.path}: {target} needs {shape[1]} rows an expert, found {rows}")
 
 
 def _setting(checkpoint: Checkpoint, config: Any, names: Sequence[str]) -> int:
+    """Returns the first integer that the config has under one of `names`."""
     for name in names:
         if isinstance(value := getattr(config, name, None), int):
             return value

@@ -10,12 +10,12 @@ from moiety.core.experts import ModelShape
 
 @dataclass(frozen=True, slots=True)
 class LayerLayout:
-    """One MoE layer: where its experts sit in the model and which tensors they are read from.
+    """One MoE layer: the path of its experts module in the model, and the tensors that hold its experts.
 
-    `sources` maps each parameter (a field of moiety_kernels.ExpertWeights) to the tensors it is concatenated from, along
-    an expert's own dimension 0. A name with `{expert}` in it is one tensor per expert; a name without is a fused tensor,
-    one expert after the other along dim 0. Matrices of the fields in `transposed` are published [in, out]; they are held
-    [out, in], as all others.
+    `sources` maps each parameter (a field of moiety_kernels.ExpertWeights) to the tensors that are concatenated into it,
+    along an expert's own dimension 0. A name with `{expert}` stands for one tensor per expert; a name without is a fused
+    tensor, one expert after the other along dim 0. Matrices of the fields in `transposed` are published [in, out] and
+    held [out, in], like all others.
     """
 
     module: str
@@ -25,7 +25,7 @@ class LayerLayout:
 
 @dataclass(frozen=True, slots=True)
 class ExpertLayout:
-    """A model's shape and, per MoE layer ordinal, where its experts are published."""
+    """A model's shape and its MoE layers' layouts, by MoE layer ordinal."""
 
     shape: ModelShape
     layers: tuple[LayerLayout, ...]

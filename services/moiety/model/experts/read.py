@@ -1,4 +1,4 @@
-"""Reads the weights of chosen experts out of a checkpoint, and nothing else of it; quantised ones as they are published.
+"""Reads the weights of selected experts from a checkpoint, and no others. Published quantised weights stay quantised.
 
 Imports torch, never transformers.
 """
@@ -22,7 +22,7 @@ from moiety_kernels import ExpertWeights, Matrix
 from moiety_kernels.weights.combine import joined
 from moiety_kernels.weights.expert_weights import dequantised
 
-GIVE_BACK = 32  # experts between returns of freed memory to the system
+TRIM_INTERVAL = 32  # experts read between two calls of malloc_trim
 
 
 def load_experts(
@@ -35,19 +35,19 @@ def load_experts(
     int8: bool = False,
     slices: int = 1,
 ) -> dict[tuple[int, int], ExpertWeights]:
-    """(MoE layer ordinal, expert) -> weights in `dtype` on `device`, for each pair of `held` (an ExpertSet is one).
+    """Reads (MoE layer ordinal, expert) -> weights in `dtype` on `device`, for each pair in `held`, such as an ExpertSet.
 
-    Matrices are [out, in], also where they are published the other way around. Those published quantised stay so; with
-    `int8` the others are quantised, too. With `slices` above 1, `held` names slices as `ModelShape.sliced` does; an expert
-    is read whole, and its slice is kept, of its values where it is published quantised.
+    Matrices are [out, in], even if published [in, out]. Matrices published quantised stay quantised; `int8` quantises the
+    others, too. With `slices` above 1, `held` numbers slices as `ModelShape.sliced` does. An expert is then read whole and
+    its slice is kept; a slice of an expert published quantised holds dequantised values.
 
     Raises CheckpointError for a pair the model does not have and for a tensor that is missing or cannot be read.
     """
     loaded: dict[tuple[int, int], ExpertWeights] = {}
     with Reader() as reader:
         for count, (layer, number) in enumerate(sorted(held)):
-            if count % GIVE_BACK == 0:
-                _give_back()
+            if count % TRIM_INTERVAL == 0:
+                _trim_heap()
             expert, part = divmod(number, slices)
             weights = load_expert(reader, checkpoint, layout, layer, expert, dtype)
             if slices > 1:
@@ -55,13 +55,13 @@ def load_experts(
             weights = weights.to(device)
             loaded[layer, number] = weights.quantised(rounds_rows=True) if int8 else weights
             del weights
-    _give_back()
+    _trim_heap()
     return loaded
 
 
-def _give_back() -> None:
-    """Returns freed memory to the system: what conversions leave between the weights glibc would keep, a quarter of them."""
-    with suppress(OSError, AttributeError):  # another C library
+def _trim_heap() -> None:
+    """Returns freed memory to the system: glibc would keep what conversions free, a quarter of the weights' size."""
+    with suppress(OSError, AttributeError):  # another C library than glibc
         ctypes.CDLL(None).malloc_trim(0)
 
 
@@ -73,7 +73,7 @@ def load_expert(
     expert: int,
     dtype: torch.dtype,
 ) -> ExpertWeights:
-    """One expert of MoE layer `layer`, whole and on CPU: see `load_experts`."""
+    """Reads one expert of MoE layer `layer`, whole and on CPU; otherwise as `load_experts`."""
     shape = layout.shape
     if not (0 <= layer < shape.moe_layers and 0 <= expert < shape.experts):
         raise CheckpointError(
@@ -81,30 +81,30 @@ def load_expert(
             f"it has {shape.moe_layers} layers of {shape.experts}"
         )
     read: dict[str, Matrix] = {}
-    of_layer = layout.layers[layer]
-    for field, names in of_layer.sources.items():
+    layer_layout = layout.layers[layer]
+    for field, names in layer_layout.sources.items():
         entries = [_entry(checkpoint, layout, name, expert) for name in names]
-        read[field] = _read(reader, entries, dtype, transposed=field in of_layer.transposed)
+        read[field] = _read(reader, entries, dtype, transposed=field in layer_layout.transposed)
     gate_up, down = read["gate_up"], read["down"]
-    if type(gate_up) is not type(down):  # one kernel computes both
+    if type(gate_up) is not type(down):  # one kernel computes both, so both need the same format
         gate_up, down = dequantised(gate_up, dtype), dequantised(down, dtype)
     biases = (read.get("gate_up_bias"), read.get("down_bias"))
     return ExpertWeights(gate_up, down, *(None if bias is None else dequantised(bias, dtype) for bias in biases))
 
 
 def _entry(checkpoint: Checkpoint, layout: ExpertLayout, name: str, expert: int) -> Stored:
-    """One expert's share of a source: a tensor of its own, or a run of rows of a fused one."""
+    """Returns one expert's part of a source: its own tensor, or its rows of a fused tensor."""
     entry = checkpoint.tensor(name.replace(EXPERT, str(expert)))
     return entry if EXPERT in name else of_expert(entry, expert, layout.shape.experts)
 
 
 def _read(reader: Reader, entries: list[Stored], dtype: torch.dtype, *, transposed: bool) -> Matrix:
-    """The entries' matrices one below the other, quantised if all are, else in `dtype`."""
+    """Reads the entries' matrices concatenated along dim 0, quantised if all entries are, else in `dtype`."""
     quantised = [entry for entry in entries if isinstance(entry, QuantisedEntry)]
     if len(quantised) == len(entries):
         try:
             return joined([reader.matrix(entry) for entry in quantised])
-        except ValueError:  # some have zero points, or other groups: rare enough for their plain values
+        except ValueError:  # zero points in some only, or other groups: rare enough to dequantise
             return torch.cat([reader.values(entry, dtype) for entry in entries])
     if quantised:
         return torch.cat([reader.values(entry, dtype) for entry in entries])
@@ -114,7 +114,7 @@ def _read(reader: Reader, entries: list[Stored], dtype: torch.dtype, *, transpos
 
 
 def _read_plain(reader: Reader, entries: list[TensorEntry], dtype: torch.dtype) -> torch.Tensor:
-    """The entries' tensors concatenated along dim 0, in `dtype`, without a second copy where they are stored in it."""
+    """Reads the entries' tensors concatenated along dim 0, in `dtype`; makes no second copy of tensors stored in `dtype`."""
     rows = sum(entry.shape[0] for entry in entries)
     out = torch.empty((rows, *entries[0].shape[1:]), dtype=dtype)
     start = 0
@@ -122,7 +122,7 @@ def _read_plain(reader: Reader, entries: list[TensorEntry], dtype: torch.dtype) 
         part = out[start : start + entry.shape[0]]
         stored = FLOATS.get(entry.dtype)
         if stored is None:
-            raise CheckpointError(f"{entry.file}: experts stored as {entry.dtype} cannot be served")
+            raise CheckpointError(f"{entry.file}: experts stored as {entry.dtype} are not supported")
         if stored is dtype:
             reader.fill(part, entry)
         else:

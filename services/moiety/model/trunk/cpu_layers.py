@@ -1,6 +1,6 @@
-"""How a router model's own layers run on CPU: linear layers and RMS norms through `moiety_kernels`, with no code per model.
+"""Runs a trunk's linear layers and RMS norms on CPU through `moiety_kernels`, without code per model.
 
-Weights, not modules, are replaced: many gates call `functional.linear` themselves, and a weight sees that, too.
+Replaces linear layers' weights, not modules: many gates call `functional.linear` themselves, and a weight intercepts that.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from moiety_kernels.ops.rms_norm import rms_norm, rms_norm_kernel
 
 DTYPES = (torch.float32, torch.bfloat16)
 _CONVERSIONS = frozenset({torch.Tensor.to, torch.Tensor.type, torch.Tensor.float})
-# How models write the norm: (offset of the weight, whether it is multiplied before rounding).
+# Variants of the norm in models: (offset added to the weight, `late`: whether the weight is multiplied before rounding).
 _NORMS = ((0.0, False), (0.0, True), (1.0, False), (1.0, True))
 
 
 class LinearWeight(nn.Parameter):
-    """A weight [O, D] that `functional.linear` multiplies with our kernel; to all else a plain tensor."""
+    """A weight [O, D] that makes `functional.linear` use our kernel; a plain tensor for all other functions."""
 
     deterministic: bool
 
     @classmethod
     def of(cls, data: torch.Tensor, deterministic: bool) -> LinearWeight:
-        """A weight that shares its storage with `data`."""
+        """Makes a weight that shares its storage with `data`."""
         weight = torch.Tensor._make_subclass(cls, data, False)
         weight.deterministic = deterministic
         return weight
@@ -45,13 +45,13 @@ class LinearWeight(nn.Parameter):
             if func is functional.linear:
                 return _linear(*args, **(kwargs or {}))
             result = func(*args, **(kwargs or {}))
-            if func in _CONVERSIONS and isinstance(args[0], cls):  # gates that compute in float32
+            if func in _CONVERSIONS and isinstance(args[0], cls):  # some gates convert their weight to float32
                 return cls.of(result, args[0].deterministic)
             return result
 
 
 def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """functional.linear; the names are its own."""
+    """Stands in for functional.linear, with the same parameter names."""
     if not isinstance(weight, LinearWeight) or input.dtype != weight.dtype or input.device != weight.device:
         return functional.linear(input, weight, bias)
     rows = linear(input.reshape(-1, input.shape[-1]), weight, bias, deterministic=weight.deterministic)
@@ -59,9 +59,9 @@ def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 
 
 def use_kernels(model: nn.Module, *, deterministic: bool = False) -> nn.Module:
-    """Makes the model's linear layers and RMS norms run through our kernels, where it is on CPU and that is faster.
+    """Makes the model's linear layers and RMS norms on CPU use our kernels, where there is a kernel for their dtype.
 
-    `deterministic`: an output row's bits depend on its input row alone, kernels or not. Returns the model.
+    `deterministic`: an output row's bits depend on its input row alone, with or without kernels. Returns the model.
     """
     for module in model.modules():
         if not isinstance(module, nn.Embedding):
@@ -79,7 +79,7 @@ def _replace_weights(module: nn.Module, deterministic: bool) -> None:
 
 
 def _replace_norm(module: nn.Module) -> None:
-    """Recognises what the module computes by what it answers; one that computes something else stays as it is."""
+    """Replaces the module's forward by the variant of RMS norm with the same results; leaves other modules unchanged."""
     weight = getattr(module, "weight", None)
     epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if not isinstance(weight, torch.Tensor) or weight.dim() != 1 or epsilon is None:
@@ -100,7 +100,7 @@ def _replace_norm(module: nn.Module) -> None:
 
 
 def _same(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Equal but for sums in another order: in bfloat16, where a wrong formula is off in every fourth value, one in 50."""
+    """Compares up to the order of sums. In bfloat16 one value in 50 may differ; a wrong formula changes one in four."""
     if found.dtype != expected.dtype:
         return False
     if found.dtype == torch.float32:

@@ -1,7 +1,7 @@
-"""Runs an encoder-decoder as if it were a decoder: prompts that its batch brings along go through the encoder first.
+"""Runs an encoder-decoder as if it were a decoder: the batch carries new prompts, which go through the encoder first.
 
-One pass encodes the prompts of sequences that are new and computes tokens of all. A sequence's encoded prompt is needed in
-that pass only: every decoder layer turns it into keys and values, which are kept.
+One pass encodes the prompts of new sequences and computes tokens of all sequences. A sequence's encoded prompt is needed in
+that pass only: every decoder layer turns it into keys and values, which are cached.
 """
 
 from __future__ import annotations
@@ -17,71 +17,71 @@ from moiety.model.architectures.transformers_model import load_config, unsupport
 from moiety.model.checkpoint.checkpoint import Checkpoint, read_json
 from moiety.model.seam import PackedRow, current_context
 
-CROSS_ATTENTION_ATTRIBUTE = "moiety_cross"  # set on each attention module that looks from the output at the prompt
-_ACROSS = ("EncDecAttention", "cross_attention")  # what such modules are called
+CROSS_ATTENTION_ATTRIBUTE = "moiety_cross"  # set on each attention module of the decoder that attends to the prompt
+_CROSS_ATTENTION_NAMES = ("EncDecAttention", "cross_attention")  # transformers' names of these modules
 _KEYS_AND_VALUES = ("k", "v", "k_proj", "v_proj")
 
 
 @dataclass(frozen=True, slots=True)
 class DecoderStart:
-    """What the output of an encoder-decoder begins with."""
+    """The tokens at the start of an encoder-decoder's output."""
 
-    token: int  # that the decoder is given before anything of its own
-    first_token: int | None = None  # that its output is made to begin with, unless a request says otherwise
+    token: int  # the decoder's first input token
+    first_token: int | None = None  # the forced first output token, unless a request states another
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> DecoderStart | None:
-        """As `generate` of transformers reads it; None for a decoder. Raises CheckpointError where nothing is said."""
+        """Reads it as transformers' `generate` does; None for a decoder. Raises CheckpointError if no config states it."""
         config = load_config(checkpoint)
         if not config.is_encoder_decoder:
             return None
         file = checkpoint.path / "generation_config.json"
-        stated = read_json(file) if file.is_file() else {}
+        generation_config = read_json(file) if file.is_file() else {}
 
         def value(name: str) -> int | None:
-            found: int | None = stated.get(name, getattr(config, name, None))
+            found: int | None = generation_config.get(name, getattr(config, name, None))
             return found
 
         token = value("decoder_start_token_id")
         token = value("bos_token_id") if token is None else token
         if token is None:
-            raise unsupported(checkpoint, "its configs say no decoder_start_token_id")
+            raise unsupported(checkpoint, "its configs have no decoder_start_token_id and no bos_token_id")
         return cls(token, value("forced_bos_token_id"))
 
 
 class Prompts(Protocol):
-    """What the batch of an encoder-decoder must say of the prompts to be encoded, one after the other in a row [E]."""
+    """The prompts that an encoder-decoder's batch has to encode, one after the other in a row of E tokens."""
 
     @property
     def ids(self) -> torch.Tensor:
-        """int64 [E]."""
+        """Token ids, int64 [E]."""
         ...
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """Tokens of each prompt; E in all."""
+        """The token count of each prompt; the sum is E."""
         ...
 
     def owners(self, tokens: list[int]) -> list[int]:
-        """For tokens of these prompts, a token each of the decoder's row whose sequence they belong to."""
+        """Returns, for each of these prompt tokens, a token of the same sequence in the decoder's row."""
         ...
 
 
 class EncoderDecoder(nn.Module):
-    """A loaded encoder-decoder with the call of a causal language model."""
+    """A loaded encoder-decoder that is called like a causal language model."""
 
     def __init__(self, model: Any):
         super().__init__()
         self.model, self.config = model, model.config
-        model.lm_head.register_forward_pre_hook(_only_wanted)
+        model.lm_head.register_forward_pre_hook(_keep_wanted)
         for path, module in model.named_modules():
             if hasattr(module, "create_position_ids_from_input_ids"):
                 _use_row_positions(module)
-            if path.rpartition(".")[2] in _ACROSS:
+            if path.rpartition(".")[2] in _CROSS_ATTENTION_NAMES:
                 setattr(module, CROSS_ATTENTION_ATTRIBUTE, True)
                 for name, child in module.named_children():
                     if name in _KEYS_AND_VALUES:
-                        _spare(child)
+                        _skip_without_prompts(child)
 
     def forward(
         self,
@@ -92,10 +92,10 @@ class EncoderDecoder(nn.Module):
         use_cache: bool = False,
         past_key_values: object = None,
     ) -> Any:
-        """Logits [1, R, V] of the decoder tokens `input_ids` [1, T] that are to be kept (default: all), in `.logits`.
+        """Computes logits [1, R, V] in `.logits`, for the R tokens `logits_to_keep` (default: all) of `input_ids` [1, T].
 
-        What is kept of tokens is kept through `moiety_batch`, whose `cross` is a Prompts. Runs inside `use_backend`; a
-        HopFailed names tokens of the decoder's row.
+        The cache is accessed through `moiety_batch`, whose `cross` is a Prompts. Runs inside `use_backend`. Raises
+        HopFailed, which names tokens of the decoder's row.
         """
         from transformers.modeling_outputs import MoEModelOutput
 
@@ -110,10 +110,10 @@ class EncoderDecoder(nn.Module):
         )
 
     def _encoded(self, batch: Any) -> torch.Tensor:
-        """The encoder's output [1, E, D] for the prompts of the batch."""
+        """Returns the encoder's output [1, E, D] for the batch's prompts."""
         prompts: Prompts = batch.cross
         embedding = self.model.get_input_embeddings().weight
-        if not len(prompts.ids):  # a row that nobody looks at: modules cannot reshape an empty one
+        if not len(prompts.ids):  # a row that is not used, because modules cannot reshape an empty one
             return embedding.new_zeros(1, 1, embedding.shape[1])
         ids = prompts.ids[None].to(embedding.device)
         positions = torch.cat([torch.arange(length, device=ids.device) for length in prompts.lengths])
@@ -125,15 +125,15 @@ class EncoderDecoder(nn.Module):
         return output
 
 
-def _only_wanted(_: nn.Module, arguments: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
-    """Before the output layer: a vocabulary of logits only for the tokens that want them."""
+def _keep_wanted(_: nn.Module, arguments: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+    """Keeps only the tokens whose logits are wanted, before the output layer."""
     row = current_context().row
     wanted = None if row is None else row.wanted
     return arguments if wanted is None else (arguments[0][:, wanted],)
 
 
-def _spare(projection: Any) -> None:
-    """Has the projection of a prompt to keys or values rest while no prompt is handed on: nobody reads its results."""
+def _skip_without_prompts(projection: Any) -> None:
+    """Makes the projection of prompts to keys or values skip passes without new prompts: its result is not used there."""
     compute = projection.forward
 
     def forward(encoded: torch.Tensor) -> torch.Tensor:
@@ -147,7 +147,7 @@ def _spare(projection: Any) -> None:
 
 
 def _use_row_positions(module: Any) -> None:
-    """Has an embedding of positions, which counts along what it takes for one sequence, ask the row where a token is."""
+    """Makes a position embedding, which would count the row as one sequence, use each token's position in its sequence."""
     padding: int = module.padding_idx
     if (needed := module.num_positions + padding + 1) > module.weights.shape[0]:
         module.make_weights(needed, module.embedding_dim, padding)
@@ -155,7 +155,7 @@ def _use_row_positions(module: Any) -> None:
     def forward(input_ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         row = current_context().row
         assert row is not None
-        if row.lengths is not None:  # padding in a prompt is passed over, as transformers does
+        if row.lengths is not None:  # padding in a prompt gets no position, as in transformers
             prompts = input_ids.split(row.lengths, dim=1)
             places = torch.cat([module.create_position_ids_from_input_ids(ids, padding) for ids in prompts], dim=1)
         else:

@@ -1,9 +1,9 @@
-"""Elementwise functions whose bits do not depend on where in a tensor an element stands, for the deterministic setting.
+"""Elementwise functions whose bits do not depend on an element's place in its tensor, for the deterministic setting.
 
-torch computes most of a tensor with vector instructions, and what is left at the end of it, or of a thread's part of it,
-one by one: in float32 the two differ in the last bit of exponentials and the like. Filled up to whole vectors, and in parts
-too small to be shared out to threads, every element takes the first way. Sums and products need none of this: both ways
-round them alike.
+torch computes most of a tensor with vector instructions, and the rest at its end, or at the end of a thread's part, one
+element at a time. In float32 the two ways differ in the last bit of exponentials and similar functions. Padding to whole
+vectors, in parts too small to be split between threads, makes every element take the first way. Sums and products do not
+need this: both ways round them alike.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torch import nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-LANES = 128  # a multiple of what any vector loop takes at once: two registers of 32 bfloat16
-PART = 32_768 - LANES  # at::internal::GRAIN_SIZE elements and more are shared out to threads
+LANES = 128  # a multiple of the elements in one step of any vector loop: two registers of 32 bfloat16
+PART = 32_768 - LANES  # torch splits tensors of at::internal::GRAIN_SIZE elements and more between threads
 _FUNCTIONS = frozenset(
     {
         *(functional.silu, functional.gelu, functional.softplus, functional.mish, functional.elu),
@@ -30,7 +30,7 @@ _FUNCTIONS = frozenset(
 
 
 class FixedElementwise(TorchFunctionMode):
-    """While it is on, an element of such a function's result is a function of that element alone, on CPU."""
+    """While active, makes each result element of the functions above depend on its input element alone, on CPU."""
 
     def __torch_function__(
         self,
@@ -39,7 +39,7 @@ class FixedElementwise(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """`func` as it is, or part by part."""
+        """Calls `func` as it is or, if it is one of the functions above, part by part."""
         options = kwargs or {}
         if func not in _FUNCTIONS or not args or args[0].device.type != "cpu" or options.get("inplace"):
             return func(*args, **options)
@@ -50,7 +50,7 @@ class FixedElementwise(TorchFunctionMode):
 
 
 def fix_elementwise(model: nn.Module) -> None:
-    """Runs every pass of `model` under FixedElementwise."""
+    """Makes every forward pass of `model` run under FixedElementwise."""
     forward = model.forward
 
     def fixed(*arguments: Any, **options: Any) -> Any:

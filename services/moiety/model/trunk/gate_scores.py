@@ -1,7 +1,7 @@
-"""Listens to what the gates of a loaded router think of every expert: who is next best, if the best may not be asked.
+"""Records the gates' scores of every expert in a loaded trunk, so that rows can go to their next best expert on overflow.
 
-transformers' experts functions are given a gate's choice only. Its scores pass through the gate module's output, one of
-whose tensors has as many columns as there are experts.
+transformers passes only a gate's choice to experts functions. Its scores are in the gate module's output: the tensor with
+as many columns as there are experts.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from moiety.model.seam import LAYER_ATTRIBUTE, current_context
 
 
 def record_gate_scores(model: nn.Module, shape: ModelShape, run: Callable[[], object]) -> None:
-    """Has every MoE layer's scores in the `Forward` of its lane by the time its experts are called.
+    """Puts every MoE layer's scores into its lane's ForwardContext before the layer's experts are called.
 
-    `run` does one forward pass of `model` inside a `use_backend`. Raises ConfigError where a gate tells no scores, or
-    chooses otherwise than by the highest of them, by groups of experts for instance: who is next best is unknown then.
+    `run` does one forward pass of `model` inside a `use_backend`. Raises ConfigError if a gate returns no scores, or does
+    not choose the experts with the highest scores (for example, if it chooses by groups): the next best is unknown then.
     """
-    agreeing: dict[nn.Module, bool] = {}
+    agreeing: dict[nn.Module, bool] = {}  # experts module -> whether the chosen experts have the highest scores
 
     def compare(experts: nn.Module, arguments: tuple[Any, ...]) -> None:
         scores, chosen = current_context().scores, arguments[1]
@@ -39,12 +39,12 @@ def record_gate_scores(model: nn.Module, shape: ModelShape, run: Callable[[], ob
     if len(agreeing) < shape.moe_layers or not all(agreeing.values()):
         for hook in hooks:
             hook.remove()
-        told = f"{shape.architecture}'s gates do not tell who is next best, so rows can only wait: let all wait"
-        raise ConfigError("overflow", "backup", told)
+        reason = f"{shape.architecture}'s gates do not give the next best expert: set overflow to 'wait'"
+        raise ConfigError("overflow", "backup", reason)
 
 
 def _keep(experts: int) -> Callable[[nn.Module, Any, Any], None]:
-    """A hook that keeps the scores among a gate's outputs, [T, E]."""
+    """Returns a hook that stores the scores [T, E] found among a gate's outputs."""
 
     def hook(_gate: nn.Module, _arguments: Any, output: Any) -> None:
         tensors = output if isinstance(output, tuple | list) else (output,)
@@ -58,7 +58,7 @@ def _keep(experts: int) -> Callable[[nn.Module, Any, Any], None]:
 
 
 def _gates(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
-    """(routed experts, their gate) of each MoE block that has one of these beside them."""
+    """Yields (routed experts, their gate) for each MoE block with exactly one gate."""
     for path, module in model.named_modules():
         if hasattr(module, LAYER_ATTRIBUTE):
             block = model.get_submodule(path.rpartition(".")[0])

@@ -1,4 +1,4 @@
-"""Loads the router's part of a checkpoint: the whole language model except the routed experts' weights."""
+"""Loads the trunk of a checkpoint: the whole language model except the routed experts' weights."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ def load_trunk(
     device: torch.device | str = "cpu",
     attention: str = "sdpa",
 ) -> nn.Module:
-    """The model in eval mode, without gradients; run it inside `seam.use_backend`. No expert tensor is read.
+    """Loads the model in eval mode, without gradients; run it inside `seam.use_backend`. Reads no expert tensor.
 
-    `attention` is a name that transformers knows for this architecture (gpt-oss has no `sdpa`: use `eager`), or one
-    that the caller has registered. Raises CheckpointError where a weight is missing or of another shape than promised.
+    `attention` is an implementation that transformers has for this architecture (gpt-oss has no `sdpa`: use `eager`), or
+    one that the caller has registered. Raises CheckpointError if a weight is missing or its shape differs from the config's.
     """
     register()
     config = load_config(checkpoint)
-    router_class = _without_experts(causal_lm_class(checkpoint, config), layout)
-    values = _dequantised(checkpoint, layout, router_class, dtype)
+    trunk_class = _without_experts(causal_lm_class(checkpoint, config), layout)
+    values = _dequantised(checkpoint, layout, trunk_class, dtype)
     with quiet_transformers():
         try:
-            model, report = router_class.from_pretrained(
+            model, report = trunk_class.from_pretrained(
                 checkpoint.path if values is None else None,
                 state_dict=values,
                 config=config,
@@ -62,39 +62,39 @@ def load_trunk(
         if bad := sorted(map(str, report[kind])):
             raise CheckpointError(f"checkpoint {checkpoint.path}: {kind.replace('_', ' ')}: {', '.join(bad[:8])}")
     if values is None:
-        _own(model)
+        _copy_mapped(model)
     model = model.to(device).requires_grad_(False).eval()
     return EncoderDecoder(model) if config.is_encoder_decoder else model
 
 
 def _dequantised(
-    checkpoint: Checkpoint, layout: ExpertLayout, router_class: Any, dtype: torch.dtype
+    checkpoint: Checkpoint, layout: ExpertLayout, trunk_class: Any, dtype: torch.dtype
 ) -> dict[str, torch.Tensor] | None:
-    """The router's tensors by name where some of them are stored quantised; else None: transformers reads the files.
+    """Reads the trunk's tensors by name if some are stored quantised; else returns None: transformers reads the files.
 
-    transformers dequantises fp8 wrongly where rows are no multiple of 128, and needs further libraries for GPTQ and AWQ.
+    transformers dequantises fp8 wrongly if rows are no multiple of 128, and needs further libraries for GPTQ and AWQ.
     """
-    owned = {
+    expert_tensors = {
         name.replace(EXPERT, str(expert))
         for layer in layout.layers
         for names in layer.sources.values()
         for name in names
         for expert in range(layout.shape.experts if EXPERT in name else 1)
     }
-    ignored = [re.compile(pattern) for pattern in router_class._keys_to_ignore_on_load_unexpected or ()]
-    own = {
+    ignored = [re.compile(pattern) for pattern in trunk_class._keys_to_ignore_on_load_unexpected or ()]
+    trunk_tensors = {
         name: entry
         for name, entry in checkpoint.tensors.items()
-        if name not in owned and not any(pattern.search(name) for pattern in ignored)
+        if name not in expert_tensors and not any(pattern.search(name) for pattern in ignored)
     }
-    if not any(isinstance(entry, QuantisedEntry) for entry in own.values()):
+    if not any(isinstance(entry, QuantisedEntry) for entry in trunk_tensors.values()):
         return None
     with Reader() as reader:
-        return reader.state(own, dtype)
+        return reader.state(trunk_tensors, dtype)
 
 
 def _without_experts(model_class: Any, layout: ExpertLayout) -> Any:
-    """A subclass without expert weights and towers: they go as soon as they exist, which is while they are on meta."""
+    """Returns a subclass without expert weights and towers: its `__init__` removes them while they are on meta."""
 
     def __init__(self: Any, *arguments: Any, **options: Any) -> None:
         model_class.__init__(self, *arguments, **options)
@@ -107,7 +107,9 @@ def _without_experts(model_class: Any, layout: ExpertLayout) -> Any:
                 part._is_hf_initialized = True  # type: ignore[assignment]  # or weight initialisation looks for them
             setattr(module, LAYER_ATTRIBUTE, ordinal)
             block = self.get_submodule(path.rpartition(".")[0])
-            block._is_hf_initialized = True  # some initialise the experts' weights; what is missing is refused below
+            block._is_hf_initialized = (
+                True  # some initialise the experts' weights; `load_trunk` refuses missing weights
+            )
             if (adapter := adapter_of(type(module))) is not None:
                 adapter.patch(block, module)
         unread = {rf"^{re.escape(layer.module)}\." for layer in layout.layers}
@@ -119,12 +121,12 @@ def _without_experts(model_class: Any, layout: ExpertLayout) -> Any:
 
     attributes = {
         "__init__": __init__,
-        "__module__": model_class.__module__,  # elsewhere transformers takes it for custom code and skips conversions
+        "__module__": model_class.__module__,  # otherwise transformers skips conversions, as for custom code
     }
     return type(model_class.__name__, (model_class,), attributes)
 
 
-def _own(model: nn.Module) -> None:
-    """Copies what transformers left as views of mapped files: replacing a file must not change a live model."""
+def _copy_mapped(model: nn.Module) -> None:
+    """Copies tensors that transformers left as views of mapped files: replacing a file must not change a live model."""
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = tensor.data.clone()

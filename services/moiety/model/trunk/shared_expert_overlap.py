@@ -1,9 +1,9 @@
-"""Computes a block's shared expert while the rows of its routed experts are away, with no code per model.
+"""Computes a block's shared expert during the hop of its routed experts' rows, without code per model.
 
-A block that calls its shared expert behind the routed ones (DeepSeek) finds it computed. One that calls it before them
-(Qwen) is given its result as a tensor that is filled in a moment later, while the rows are away; it holds NaN until
-then. Which of the two a block is, is learnt by running the model once, and that nothing reads a result too early by
-running it again: a model whose logits would change by a bit is left as it was.
+A block that calls its shared expert after the routed experts (DeepSeek) gets the result that was computed during the hop.
+A block that calls it before them (Qwen) gets a tensor that holds NaN until it is filled in during the hop. One run of the
+model shows the order of the calls. A second run shows that no block reads a result too early: if any bit of the logits
+changes, the model is left as it was.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ _log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class Order:
-    """What was seen of one block: what its routed and its shared experts were called with, and in which order."""
+    """One block's observed calls: the inputs of its routed and its shared experts, and their order."""
 
     routed: torch.Tensor | None = None
     shared: torch.Tensor | None = None
-    first: bool = False  # the shared expert comes before the routed ones
-    plain: bool = False  # it is called with one tensor, and answers with one of the same shape
+    first: bool = False  # whether the shared expert is called before the routed ones
+    plain: bool = False  # whether it takes one tensor and returns one of the same shape
 
     @property
     def usable(self) -> bool:
-        """Whether its input is known when rows leave."""
+        """Whether the shared expert's input is known when the hop starts."""
         if self.routed is None or self.shared is None or not self.plain:
             return False
         return self.first or _same(self.routed, self.shared)
 
 
 class SharedExpert:
-    """Stands in for the `forward` of a shared expert. What belongs to one pass lives in that pass's Forward."""
+    """Stands in for the `forward` of a shared expert. Keeps the state of a pass in that pass's ForwardContext."""
 
     def __init__(self, module: nn.Module, order: Order):
         self._module, self._compute = module, module.forward
@@ -59,16 +59,16 @@ class SharedExpert:
         return self._forward(hidden)
 
     def overlap(self, forward: ForwardContext, routed: torch.Tensor) -> None:
-        """To be called while the rows of `routed` [T, D] are away."""
+        """Computes the shared expert; called during the hop of `routed` [T, D]."""
         if not self._first:
             hidden = routed[None] if self._row else routed
             forward.shared = hidden, self._forward(hidden)
         elif forward.shared is not None:
-            (hidden, later), forward.shared = forward.shared, None
-            later.copy_(self._forward(hidden))
+            (hidden, placeholder), forward.shared = forward.shared, None
+            placeholder.copy_(self._forward(hidden))
 
     def remove(self) -> None:
-        """Leaves the module as it was."""
+        """Restores the module's own `forward`."""
         self._module.forward = self._compute
 
     def _forward(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -77,7 +77,7 @@ class SharedExpert:
 
 
 def overlap_shared_experts(model: nn.Module, run: Callable[[], torch.Tensor]) -> int:
-    """Overlaps every shared expert of a loaded router with its block's hop; returns how many.
+    """Overlaps every shared expert of a loaded trunk with its block's hop; returns how many are overlapped.
 
     `run` does one forward pass of `model` inside a `use_backend` and returns its logits.
     """
@@ -93,7 +93,7 @@ def overlap_shared_experts(model: nn.Module, run: Callable[[], torch.Tensor]) ->
             installed.append((experts, SharedExpert(shared, order)))
             setattr(experts, SHARED_EXPERT_ATTRIBUTE, installed[-1][1])
     if torch.equal(run(), expected):
-        _log.info("%d of %d shared experts are computed while rows are away", len(installed), len(pairs))
+        _log.info("%d of %d shared experts are computed during the hop", len(installed), len(pairs))
         return len(installed)
     for experts, overlapped in installed:
         overlapped.remove()
@@ -105,7 +105,7 @@ def overlap_shared_experts(model: nn.Module, run: Callable[[], torch.Tensor]) ->
 
 
 def _pairs(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
-    """(routed experts, shared expert) of each MoE block that has one of these beside them."""
+    """Yields (routed experts, shared expert) for each MoE block with exactly one shared expert."""
     for path, module in model.named_modules():
         if hasattr(module, LAYER_ATTRIBUTE):
             block = model.get_submodule(path.rpartition(".")[0])
@@ -115,7 +115,7 @@ def _pairs(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
 
 
 def _watched(hooks: ExitStack, experts: nn.Module, shared: nn.Module) -> Order:
-    """An Order that fills itself in as the block runs."""
+    """Returns an Order that hooks fill in while the block runs; `hooks` removes them."""
     order = Order()
 
     def on_routed(_: nn.Module, arguments: tuple[Any, ...]) -> None:
@@ -131,5 +131,5 @@ def _watched(hooks: ExitStack, experts: nn.Module, shared: nn.Module) -> Order:
 
 
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two tensors are the same numbers in the same place, but for leading dimensions of size one."""
+    """Whether two tensors share the same memory and dtype; their shapes may differ in leading dimensions of size one."""
     return one.data_ptr() == other.data_ptr() and one.numel() == other.numel() and one.dtype == other.dtype

@@ -1,4 +1,4 @@
-"""Every architecture in this process: router and slices against the reference, and nothing found is left out."""
+"""Every architecture in one process: trunk and experts against the reference; everything found is served or refused."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from moiety.tools.parity.parity import _reference_model
 from support.architectures import CORE, ENCODER_DECODERS
 
 REFERENCES = Path(__file__).parents[3] / "parity" / "references.py"
-# One of each way: adapters, definitions, text of multimodal checkpoints, a gate of its own. The rest is slow in sum.
+# Adapters, definitions, text of multimodal checkpoints, an unusual gate. All the others together are slow.
 QUICK = {*DEFINITIONS, "dbrx", "llama4", "longcat_flash", "qwen3_vl_moe", "phimoe"}
 PROMPT = torch.randint(3, 320, (1, 40), generator=torch.Generator().manual_seed(5))
 
@@ -45,11 +45,11 @@ PROMPT = torch.randint(3, 320, (1, 40), generator=torch.Generator().manual_seed(
     [
         name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
         for name in tiny_names()
-        if name not in CORE + ENCODER_DECODERS  # test_router_parity.py and test_encoder_decoder.py have these
+        if name not in CORE + ENCODER_DECODERS  # in `trunk/test_trunk_parity.py` and `trunk/test_encoder_decoder.py`
     ],
 )
 def test_router_and_slices_are_the_reference(open_tiny, make_experts, name: str):
-    """All weights but the experts' in one model, the experts' in slices, together compute the reference's logits."""
+    """A trunk with paged attention and experts in two slices together compute the reference's logits."""
     checkpoint, layout = open_tiny(name)
     reference = _reference_model(str(checkpoint.path), torch.float32, REFERENCES)
     paged.register_paged_attention()
@@ -68,7 +68,7 @@ def test_router_and_slices_are_the_reference(open_tiny, make_experts, name: str)
 
 
 def test_everything_found_is_served_or_refused_by_name():
-    """A new class behind the experts interface is served as it is; one that cannot be needs a reason in REFUSED."""
+    """Every class found behind the experts interface is served, or has a reason in REFUSED."""
     found = seam_architectures()
     assert len(found) > 60
     for name in sorted(found - REFUSED.keys()):
@@ -79,7 +79,7 @@ def test_everything_found_is_served_or_refused_by_name():
 
 
 def test_every_way_is_counted_once():
-    """An architecture is served in one way; adapters and definitions are not also found behind the interface."""
+    """An architecture is served in one way: adapters and definitions are not also found behind the interface."""
     assert not ADAPTED & seam_architectures()
     assert not DEFINITIONS.keys() & (seam_architectures() | ADAPTED)
     assert {path_of(name) for name in served_architectures()} == {"seam", "adapter", "definition"}
@@ -98,12 +98,12 @@ def test_every_way_is_counted_once():
     ],
 )
 def test_gating_is_read_off_the_source(architecture: str, gating: str):
-    """What `moiety models` says of a gate is what its paper says."""
+    """The gating that `moiety models` prints is that of the architecture's paper."""
     assert gating_of(architecture) == gating
 
 
 def test_towers_are_never_built_or_read(open_tiny):
-    """Of a multimodal checkpoint the router holds the language model only."""
+    """The trunk of a multimodal checkpoint holds only the language model."""
     checkpoint, layout = open_tiny("qwen3_vl_moe")
     assert any(".visual." in name for name in checkpoint.tensors)
     router = load_trunk(checkpoint, layout, torch.float32)
@@ -112,7 +112,7 @@ def test_towers_are_never_built_or_read(open_tiny):
 
 
 def test_dbrx_rotates_by_its_published_base(tmp_path: Path):
-    """DBRX's rope_theta stands in attn_config, where transformers does not look for it."""
+    """DBRX's rope_theta is read from attn_config, where transformers does not look for it."""
     attention_config = {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1234.0}
     checkpoint = Checkpoint.open(write_tiny("dbrx", tmp_path, attn_config=attention_config))
     router = load_trunk(checkpoint, derive_layout(checkpoint), torch.float32)
@@ -121,7 +121,7 @@ def test_dbrx_rotates_by_its_published_base(tmp_path: Path):
 
 
 def test_zero_experts_of_longcat_stay_on_the_router(open_tiny, make_experts):
-    """A token's choice of a zero expert reaches no expert replica: it is none (-1) to the hop."""
+    """A token's choice of a zero expert reaches no expert replica: the hop gets -1."""
     checkpoint, layout = open_tiny("longcat_flash")
     router = load_trunk(checkpoint, layout, torch.float32, "cpu", "eager")
     experts, seen = make_experts(checkpoint, layout), []
@@ -141,20 +141,20 @@ def test_zero_experts_of_longcat_stay_on_the_router(open_tiny, make_experts):
 
 @pytest.mark.parametrize("architecture", ["beam", "inkling_text"])
 def test_a_refusal_says_what_is_missing_and_what_is_near(tmp_path: Path, architecture: str):
-    """Named: the architecture, the missing piece and the nearest that is served; before a weight is read."""
+    """A refusal names the architecture, what it needs and the nearest supported one, before any weight is read."""
     checkpoint = Checkpoint.open(write_tiny(architecture, tmp_path))
     for shard in tmp_path.glob("*.safetensors"):
         shard.unlink()
     with pytest.raises(CheckpointError) as refusal:
         derive_layout(checkpoint)
-    told = str(refusal.value)
-    assert f"architecture {architecture}" in told
-    assert REFUSED[architecture] in told
-    assert nearest(architecture) in told
+    message = str(refusal.value)
+    assert f"architecture {architecture}" in message
+    assert REFUSED[architecture] in message
+    assert nearest(architecture) in message
 
 
-def test_a_missing_router_weight_is_told_before_any_is_read(tmp_path: Path):
-    """Names and shapes are enough to refuse: no weight of the folder needs to be there."""
+def test_a_missing_trunk_weight_is_named_before_any_is_read(tmp_path: Path):
+    """Names and shapes are enough to refuse a checkpoint: no weight file needs to exist."""
     folder = write_tiny("qwen3_moe", tmp_path)
     checkpoint = Checkpoint.open(folder)
     tensors = {name: entry for name, entry in checkpoint.tensors.items() if name != "model.layers.2.mlp.gate.weight"}
@@ -165,6 +165,6 @@ def test_a_missing_router_weight_is_told_before_any_is_read(tmp_path: Path):
 
 
 def test_minimax_with_a_window_is_refused(tmp_path: Path):
-    """Its layers are called full attention, so the window would be passed over in silence."""
+    """A sliding window in MiniMax is refused, because its layers' type is full attention and would hide the window."""
     with pytest.raises(CheckpointError, match="sliding_window 16: windows in its full attention"):
         derive_layout(Checkpoint.open(write_tiny("minimax", tmp_path, sliding_window=16)))

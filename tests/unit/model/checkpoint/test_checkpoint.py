@@ -1,4 +1,4 @@
-"""Opening checkpoints: what is found in a good one, and what is said about a bad one."""
+"""Opening checkpoints: the entries of an intact one, and the error for a damaged one."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def shards(folder: Path) -> list[Path]:
 
 
 def test_entries_point_at_the_bytes(folder: Path):
-    """Every tensor's dtype, shape and byte range are those safetensors itself reads."""
+    """Every tensor's dtype, shape and byte range agree with what safetensors reads."""
     checkpoint = Checkpoint.open(folder)
     assert len(checkpoint.shards) > 1
     for shard in checkpoint.shards:
@@ -41,7 +41,7 @@ def test_entries_point_at_the_bytes(folder: Path):
 
 
 def test_a_single_file_needs_no_index(folder: Path, tmp_path: Path):
-    """A folder with model.safetensors alone opens as well."""
+    """A folder with only model.safetensors opens, too."""
     single = tmp_path / "single"
     single.mkdir()
     shutil.copy(folder / "config.json", single)
@@ -50,17 +50,17 @@ def test_a_single_file_needs_no_index(folder: Path, tmp_path: Path):
 
 
 def remove(name: str) -> Callable[[Path], None]:
-    """A damage: one file is gone."""
+    """Damage: removes one file."""
     return lambda folder: (folder / name).unlink()
 
 
 def rewrite(name: str, content: bytes) -> Callable[[Path], None]:
-    """A damage: one file holds something else."""
+    """Damage: replaces one file's content."""
     return lambda folder: _write(folder / name, content)
 
 
 def rewrite_shard(change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
-    """A damage to the first shard's bytes."""
+    """Damage: changes the first shard's bytes."""
     return lambda folder: _write(shards(folder)[0], change(shards(folder)[0].read_bytes()))
 
 
@@ -69,7 +69,7 @@ def _write(file: Path, content: bytes) -> None:
 
 
 def index_names(tensor: str, file: str | None = None) -> Callable[[Path], None]:
-    """A damage: the index places `tensor` in `file`, by default the first shard."""
+    """Damage: makes the index place `tensor` in `file`, by default the first shard."""
 
     def damage(folder: Path) -> None:
         index = json.loads((folder / INDEX_FILE).read_text())
@@ -101,13 +101,13 @@ DAMAGES = {
 
 @pytest.mark.parametrize(("damage", "message"), DAMAGES.values(), ids=DAMAGES)
 def test_damage_is_named(folder: Path, damage: Callable[[Path], None], message: str):
-    """A damaged folder is refused at opening, by an error that names the file and what is wrong with it."""
+    """Opening a damaged folder raises an error that names the file and what is wrong with it."""
     damage(folder)
     with pytest.raises(CheckpointError, match=message):
         Checkpoint.open(folder)
 
 
 def test_a_missing_folder_is_named(tmp_path: Path):
-    """A path that is not there is an error that repeats it."""
+    """Opening a path that does not exist raises an error that names it."""
     with pytest.raises(CheckpointError, match="nowhere: no such folder"):
         Checkpoint.open(tmp_path / "nowhere")

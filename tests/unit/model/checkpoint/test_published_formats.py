@@ -1,4 +1,4 @@
-"""Checkpoints with quantised weights, as publishers ship them: served as small as they are, right to the token, or refused."""
+"""Checkpoints with quantised weights as published: served without growing, with the right tokens, or refused."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ HELD_AS = {
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory):
-    """Name -> folder of its tiny checkpoint, written on first use."""
+    """Returns the folder of a named tiny checkpoint, written on first use."""
     folders: dict[str, Path] = {}
 
     def write(name: str) -> Path:
@@ -46,7 +46,7 @@ def written(tmp_path_factory: pytest.TempPathFactory):
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_greedy_tokens_are_those_of_the_dequantised_model(written, make_experts, tmp_path: Path, name: str):
-    """In fp32 every token is that of transformers on weights dequantised by the published formula in float64."""
+    """In fp32 every token equals transformers' on weights dequantised by the published formula in float64."""
     plain = reference(Checkpoint.open(dequantised_copy(written(name), tmp_path / "plain")))
     checkpoint = Checkpoint.open(written(name))
     layout = expert_layout(checkpoint)
@@ -60,7 +60,7 @@ def test_greedy_tokens_are_those_of_the_dequantised_model(written, make_experts,
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_experts_are_held_as_small_as_published(written, name: str):
-    """What a replica holds is what the files hold, to a few percent, and of the kind that kernels know."""
+    """A replica holds at most 5 % more bytes than the files, in a format that kernels compute with."""
     checkpoint = Checkpoint.open(written(name))
     layout = expert_layout(checkpoint)
     shape = layout.shape
@@ -76,14 +76,14 @@ def test_experts_are_held_as_small_as_published(written, name: str):
     assert held <= 1.05 * published
 
 
-def test_a_quantised_replica_never_loads_transformers(written):
-    """An expert process reads a quantised checkpoint with torch alone: the layout is cached by its first reader."""
+def test_a_quantised_model_computes_in_the_dtype_of_its_config(written):
+    """The layout of a quantised checkpoint has the dtype that its config states, not the stored one."""
     checkpoint = Checkpoint.open(written("deepseek_v3-fp8"))
-    assert expert_layout(checkpoint).shape.dtype == "float32"  # what its config says it computes in
+    assert expert_layout(checkpoint).shape.dtype == "float32"
 
 
 def edited(folder: Path, target: Path, **quantization: Any) -> Path:
-    """A copy of the checkpoint with other values in its quantization_config."""
+    """Makes a copy of the checkpoint with other values in its quantization_config."""
     target.mkdir()
     for file in folder.iterdir():
         (target / file.name).write_bytes(file.read_bytes())
@@ -94,7 +94,11 @@ def edited(folder: Path, target: Path, **quantization: Any) -> Path:
 
 
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
-    "another method": ("mixtral-gptq", {"quant_method": "aqlm"}, r"mixtral.*quantised \(aqlm\): served are fp8, mxfp4"),
+    "another method": (
+        "mixtral-gptq",
+        {"quant_method": "aqlm"},
+        r"mixtral.*quantised \(aqlm\): must be one of fp8, mxfp4",
+    ),
     "fp8 by tensor": ("deepseek_v3-fp8", {"weight_block_size": None}, r"weight_block_size None: must be \[128, 128\]"),
     "act-order": ("mixtral-gptq", {"desc_act": True}, r"\(gptq\): desc_act"),
     "3 bits": ("mixtral-gptq", {"bits": 3}, "bits 3: must be 4"),
@@ -106,13 +110,13 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
 
 @pytest.mark.parametrize(("name", "change", "message"), REFUSED.values(), ids=REFUSED)
 def test_variants_that_are_not_served_are_named(written, tmp_path: Path, name: str, change: dict, message: str):
-    """A variant of a known method is refused when the checkpoint is opened, with what is served instead."""
+    """Opening a checkpoint with an unsupported variant raises an error that names it and the supported values."""
     with pytest.raises(CheckpointError, match=message):
         Checkpoint.open(edited(written(name), tmp_path / "copy", **change))
 
 
 def test_act_order_that_the_config_hides_is_found(written, tmp_path: Path):
-    """Columns in another order than the groups are refused when they are read, whatever the config says."""
+    """Reading columns in another order than the groups raises an error, even if the config says desc_act is off."""
     folder = edited(written("mixtral-gptq"), tmp_path / "copy")
     shard = next(folder.glob("*.safetensors"))
     tensors = load_file(shard)
@@ -125,7 +129,7 @@ def test_act_order_that_the_config_hides_is_found(written, tmp_path: Path):
 
 
 def test_a_missing_scale_is_named(written, tmp_path: Path):
-    """Codes without their scales are refused by name before anything is read."""
+    """Codes without their scales raise an error that names the missing tensor, before any weight is read."""
     folder = edited(written("deepseek_v3-fp8"), tmp_path / "copy")
     shard = next(folder.glob("*.safetensors"))
     tensors = load_file(shard)

@@ -1,4 +1,4 @@
-"""The expert layout: derived for every architecture alike, cached, and refused where experts cannot be served."""
+"""The expert layout is derived for every architecture in the same way and cached; unsupported checkpoints are refused."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from moiety.synthetic import write_tiny
 from support.architectures import CORE
 
 MLP = "model.layers.1.mlp.experts"
-EXPECTED = {  # sources of the gate_up parameter, in the layout's second MoE layer at the latest; experts, top-k
+EXPECTED = {  # sources of the gate_up parameter, in the first or second MoE layer; number of experts; top-k
     "mixtral": (tuple(f"model.layers.1.block_sparse_moe.experts.{{expert}}.{w}.weight" for w in ("w1", "w3")), 8, 2),
     "qwen2_moe": (("model.layers.2.mlp.experts.{expert}.gate_proj.weight",), 12, 4),
     "qwen3_moe": ((f"{MLP}.{{expert}}.gate_proj.weight", f"{MLP}.{{expert}}.up_proj.weight"), 16, 4),
@@ -35,7 +35,7 @@ EXPECTED = {  # sources of the gate_up parameter, in the layout's second MoE lay
 
 @pytest.mark.parametrize("architecture", CORE)
 def test_sources_are_the_published_names(open_tiny, architecture: str):
-    """Each parameter comes from the tensors under their published names, in the order the model joins them."""
+    """Each parameter's sources are the published tensor names, in the order of concatenation."""
     layout = open_tiny(architecture)[1]
     names, experts, top_k = EXPECTED[architecture]
     assert any(layer.sources["gate_up"][: len(names)] == names for layer in layout.layers[:2])
@@ -45,7 +45,7 @@ def test_sources_are_the_published_names(open_tiny, architecture: str):
 
 
 def test_gpt_oss_is_told_apart(open_tiny):
-    """gpt-oss's own gate, orientation and biases are found by looking, not by its name."""
+    """gpt-oss's gate, interleaving and biases are recognised from its module, not from its name."""
     assert open_tiny("gpt_oss")[1].shape.mlp == ExpertMLP(
         hidden=64,
         intermediate=96,
@@ -60,7 +60,7 @@ def test_gpt_oss_is_told_apart(open_tiny):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("architecture", CORE)
 def test_kernel_on_the_layout_equals_the_module(open_tiny, make_experts, architecture: str, dtype: torch.dtype):
-    """The derived spec, sources and slices together compute what transformers' experts module does."""
+    """Kernels with the derived spec and sources compute the same as transformers' experts module."""
     checkpoint, layout = open_tiny(architecture)
     model_class: Any = causal_lm_class(checkpoint, load_config(checkpoint))
     reference = model_class.from_pretrained(checkpoint.path, dtype=dtype, local_files_only=True)
@@ -72,14 +72,14 @@ def test_kernel_on_the_layout_equals_the_module(open_tiny, make_experts, archite
         expected = module(rows, index, torch.ones(19, 2, dtype=dtype))
     backend = make_experts(checkpoint, layout, dtype)
     out = backend.submit(len(layout.layers) - 1, rows, index).result()
-    if layout.layers[-1].transposed and dtype is torch.float32:  # held the other way around, MKL sums in another order
+    if layout.layers[-1].transposed and dtype is torch.float32:  # MKL sums transposed weights in another order
         torch.testing.assert_close(out.sum(dim=1), expected, rtol=1e-5, atol=1e-5)
     else:
         assert torch.equal(out.sum(dim=1), expected)
 
 
 def test_a_second_reader_uses_the_cache(open_tiny, cache: Path):
-    """What is in the cached file is what the next reader gets."""
+    """The next reader gets the layout in the cached file."""
     checkpoint, layout = open_tiny("mixtral")
     file = cache / revision_of(checkpoint) / "layout.json"
     written = file.read_text()
@@ -99,7 +99,7 @@ def test_a_second_reader_uses_the_cache(open_tiny, cache: Path):
     ids=["empty", "a list", "no keys", "another format"],
 )
 def test_an_unusable_cache_file_is_replaced(open_tiny, cache: Path, content: str):
-    """A damaged or outdated file is derived anew, and written back whole."""
+    """A damaged or outdated cache file is derived again and replaced."""
     checkpoint, layout = open_tiny("qwen3_moe")
     file = cache / revision_of(checkpoint) / "layout.json"
     file.write_text(content)
@@ -109,7 +109,7 @@ def test_an_unusable_cache_file_is_replaced(open_tiny, cache: Path, content: str
 
 
 def test_an_unwritable_cache_costs_nothing_else(open_tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Where no file can be written, the layout is derived and returned."""
+    """If the cache cannot be written, the layout is still derived and returned."""
     blocked = tmp_path / "file"
     blocked.write_text("not a folder")
     monkeypatch.setenv("MOIETY_CACHE", str(blocked))
@@ -121,7 +121,7 @@ DENSE = {"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 1, "num_
 REFUSED = {
     "quantised": (
         {**DENSE, "quantization_config": {"quant_method": "aqlm"}},
-        r"llama.*quantised \(aqlm\): served are fp8",
+        r"llama.*quantised \(aqlm\): must be one of fp8",
     ),
     "dense": (DENSE, "architecture llama.*no MoE layer"),
     "unknown": (
@@ -135,7 +135,7 @@ REFUSED = {
 
 @pytest.mark.parametrize(("config", "message"), REFUSED.values(), ids=REFUSED)
 def test_what_cannot_be_served_is_refused(tmp_path: Path, config: dict[str, Any], message: str):
-    """An unsupported checkpoint is an error that names the architecture and what is missing; no weight is read."""
+    """An unsupported checkpoint raises an error that names the architecture and what is missing."""
     (tmp_path / "config.json").write_text(json.dumps(config))
     save_file({"x": torch.zeros(1)}, tmp_path / SINGLE_FILE)
     with pytest.raises(CheckpointError, match=message):
@@ -143,7 +143,7 @@ def test_what_cannot_be_served_is_refused(tmp_path: Path, config: dict[str, Any]
 
 
 def test_a_missing_expert_is_named(tmp_path: Path):
-    """A checkpoint whose config promises more experts than it holds is refused with the first tensor that is missing."""
+    """If the config states more experts than the checkpoint holds, the error names the first missing tensor."""
     folder = write_tiny("qwen3_moe", tmp_path)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "num_experts": 17, "num_local_experts": 17}))
@@ -152,16 +152,16 @@ def test_a_missing_expert_is_named(tmp_path: Path):
 
 
 def test_another_width_is_refused(tmp_path: Path):
-    """Tensors of another shape than the config's are refused before they are read."""
+    """Tensors whose shape differs from the config's are refused before they are read."""
     folder = write_tiny("gpt_oss", tmp_path)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 48}))
-    with pytest.raises(CheckpointError, match="does not have the shape its config promises"):
+    with pytest.raises(CheckpointError, match="does not have the shape its config states"):
         expert_layout(Checkpoint.open(folder))
 
 
 def test_an_unknown_gate_is_refused():
-    """A module that gates in a way no kernel computes is told from one that looks the same."""
+    """A module whose gate no kernel computes is refused, even if its parameters look like a supported one's."""
     from transformers import MixtralConfig
     from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 

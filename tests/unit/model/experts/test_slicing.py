@@ -1,4 +1,4 @@
-"""Slices of an expert: their outputs add up to the expert's, whatever its form."""
+"""The outputs of an expert's slices add up to the expert's output, for every form of expert."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FORMS = {
 
 
 def random_expert(mlp: ExpertMLP, dtype: torch.dtype) -> ExpertWeights:
-    """Weights of this form, the same every time."""
+    """Makes weights of this form, the same on every call."""
     generator = torch.Generator().manual_seed(1)
     width = mlp.intermediate * (2 if mlp.gated else 1)
 
@@ -32,7 +32,7 @@ def random_expert(mlp: ExpertMLP, dtype: torch.dtype) -> ExpertWeights:
 
 
 def computed(expert: ExpertWeights, mlp: ExpertMLP, rows: torch.Tensor) -> torch.Tensor:
-    """The rows through one expert, in float32."""
+    """Computes one expert on the rows, in float32."""
     return grouped_partial_mlp(
         rows,
         [len(rows)],
@@ -49,19 +49,19 @@ def computed(expert: ExpertWeights, mlp: ExpertMLP, rows: torch.Tensor) -> torch
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_slices_add_up_to_their_expert(form: str, slices: int, dtype: torch.dtype) -> None:
-    """Summed in float32 they equal the whole: a bias counts once, and bfloat16 rounds no more than the whole does."""
+    """Slices summed in float32 equal the whole expert: a bias counts once, and bfloat16 adds no rounding."""
     mlp = FORMS[form]
     expert, rows = random_expert(mlp, dtype), torch.randn(5, 8, generator=torch.Generator().manual_seed(2)).to(dtype)
     parts = [slice_of(expert, mlp, number, slices, dtype) for number in range(slices)]
     assert all(part.form[:2] == (8, 12 // slices) for part in parts)
     total = sum(computed(part, mlp, rows) for part in parts)
     assert total.dtype == torch.float32
-    # gate and up are rounded to bfloat16 alike in both; only the order of the sum differs
+    # both round gate and up to bfloat16 in the same way; only the order of the sum differs
     torch.testing.assert_close(total, computed(expert, mlp, rows), rtol=1e-5, atol=1e-5)
 
 
 def test_slices_share_no_memory_with_their_expert() -> None:
-    """What is kept of an expert is its slice: half of the bytes for one of two."""
+    """One of two slices keeps half of the expert's bytes alive."""
     expert = random_expert(FORMS["gpt-oss"], torch.float32)
     part = slice_of(expert, FORMS["gpt-oss"], 1, 2, torch.float32)
     assert part.gate_up.untyped_storage().nbytes() * 2 == expert.gate_up.untyped_storage().nbytes()
@@ -69,7 +69,7 @@ def test_slices_share_no_memory_with_their_expert() -> None:
 
 
 def test_groups_hold_one_slice_of_each_expert_of_a_share() -> None:
-    """Four groups of six experts in two slices: every slice has one holder, and no group has both of an expert."""
+    """In four groups of six experts in two slices, each slice has one holder and no group has both slices of an expert."""
     shape = fake_shape(layers=1, experts=6, hidden=8)
     plan = shape.sliced_partition(4, 2)
     assert [str(held) for held in plan] == ["0:0,2,4", "0:1,3,5", "0:6,8,10", "0:7,9,11"]
@@ -79,7 +79,7 @@ def test_groups_hold_one_slice_of_each_expert_of_a_share() -> None:
 
 
 def test_a_slice_count_must_divide_the_experts() -> None:
-    """Boundaries are fixed by the count alone, so unequal slices do not exist."""
+    """A slice count that does not divide the intermediate size is refused: slices are equal."""
     shape = fake_shape(layers=1, experts=6, hidden=8)
     with pytest.raises(ConfigError, match=r"slices = 7: must divide \d+"):
         shape.sliced(7)
@@ -88,6 +88,6 @@ def test_a_slice_count_must_divide_the_experts() -> None:
 
 
 def test_models_in_other_slices_never_meet() -> None:
-    """Expert numbers mean something else there: the revision that replicas tell is another."""
+    """Each slice count gives another revision, because expert numbers mean something else."""
     assert sliced_revision("r", 1) == "r"
     assert len({sliced_revision("r", slices) for slices in (1, 2, 4)}) == 3

@@ -1,4 +1,4 @@
-"""A router model's own layers through our kernels: the same answers, and the same bits whatever else is computed."""
+"""A trunk's layers through our kernels: the same results and, if deterministic, bits that do not depend on the batch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from support.architectures import CORE
 
 @pytest.fixture(params=["C++", "torch"])
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Runs a test with the C++ kernels, where this machine has them, and with torch."""
+    """Runs a test with the C++ kernels, if this machine has them, and with torch."""
     monkeypatch.setenv(SWITCH, "on" if request.param == "C++" else "off")
     if request.param == "C++" and find()[0] is None:
         pytest.skip(find()[1])
@@ -29,7 +29,7 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("architecture", CORE)
 def test_logits_stay_those_of_the_model(kernels: str, open_tiny, make_experts, architecture: str, dtype: torch.dtype):
-    """Of every architecture: in float32 to 1e-5, in bfloat16 to what rounding in another order makes of them."""
+    """Kernels keep every architecture's logits: in float32 within 1e-5, in bfloat16 up to another rounding order."""
     checkpoint, layout = open_tiny(architecture)
     ids = torch.randint(3, 320, (1, 17), generator=torch.Generator().manual_seed(0))
     logits = []
@@ -40,12 +40,12 @@ def test_logits_stay_those_of_the_model(kernels: str, open_tiny, make_experts, a
     expected, found = logits
     if dtype is torch.float32:
         assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
-    else:  # a gate's tie may fall the other way for single tokens
+    else:  # rounding may decide a gate's near-tie differently for single tokens
         assert (found - expected).norm() <= 0.1 * expected.norm()
 
 
 def test_linear_layers_gates_and_norms_are_recognised(open_tiny, monkeypatch: pytest.MonkeyPatch):
-    """Every matrix of the model but its embedding is multiplied by the kernel, and every RMS norm is fused."""
+    """Every matrix of the model except its embedding uses the linear kernel, and every RMS norm the fused one."""
     monkeypatch.setenv(SWITCH, "on")
     if find()[0] is None:
         pytest.skip(find()[1])
@@ -62,7 +62,7 @@ def test_linear_layers_gates_and_norms_are_recognised(open_tiny, monkeypatch: py
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_deterministic_layers_do_not_see_the_batch(kernels: str, open_tiny, dtype: torch.dtype):
-    """A token's projection, gate and norm are the same to the bit alone and among others."""
+    """A token's projection, gate and norm have the same bits alone and among other tokens."""
     model = use_kernels(load_trunk(*open_tiny("qwen3_moe"), dtype), deterministic=True)
     layer = model.model.layers[0]
     hidden = torch.randn(1, 23, 64, generator=torch.Generator().manual_seed(0)).to(dtype)

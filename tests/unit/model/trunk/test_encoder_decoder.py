@@ -1,4 +1,4 @@
-"""Switch Transformers and NLLB-MoE, split into router and experts, against transformers and against NLLB's papers."""
+"""Switch Transformers and NLLB-MoE, split into trunk and experts, against transformers and against NLLB's papers."""
 
 from __future__ import annotations
 
@@ -35,44 +35,44 @@ NEW_TOKENS = 12
 
 
 def plain(checkpoint: Checkpoint) -> Any:
-    """transformers, with its NLLB-MoE put right."""
+    """Loads the checkpoint in transformers, with its NLLB-MoE corrected."""
     model = AutoModelForSeq2SeqLM.from_pretrained(checkpoint.path, dtype=torch.float32, local_files_only=True).eval()
     model.generation_config.eos_token_id = None
     return encoder_decoder.corrected(model)
 
 
-def prompts(*lengths: int) -> list[list[int]]:
-    """Random token ids, none of them special."""
+def random_prompts(*lengths: int) -> list[list[int]]:
+    """Returns random token ids without special tokens."""
     generator = torch.Generator().manual_seed(3)
     return [torch.randint(6, 320, (length,), generator=generator).tolist() for length in lengths]
 
 
-class Together:
-    """A router's model over a cache of its own, with several sequences in a row."""
+class BatchedModel:
+    """A trunk with its own KV cache, for several sequences in one row."""
 
-    def __init__(self, checkpoint: Checkpoint, layout: Any, experts: Any, asked: Sequence[Sequence[int]]):
+    def __init__(self, checkpoint: Checkpoint, layout: Any, experts: Any, prompts: Sequence[Sequence[int]]):
         paged.register_paged_attention()
         self.model = load_trunk(checkpoint, layout, torch.float32, attention=paged.NAME)
         cross.use_cross_attention(self.model)
-        self.experts, self.asked = experts, asked
+        self.experts, self.prompts = experts, prompts
         self.cache = KVCache(discover_cache_spec(self.model, layout.shape), 1 << 22, CPU)
-        self.tables, self.cross_tables = [BlockTable() for _ in asked], [BlockTable() for _ in asked]
-        for prompt, table, beside in zip(asked, self.tables, self.cross_tables, strict=True):
+        self.tables, self.cross_tables = [BlockTable() for _ in prompts], [BlockTable() for _ in prompts]
+        for prompt, table, cross_table in zip(prompts, self.tables, self.cross_tables, strict=True):
             self.cache.grow(table, NEW_TOKENS + 1)
-            self.cache.grow(beside, len(prompt))
+            self.cache.grow(cross_table, len(prompt))
 
     @torch.inference_mode()
     def step(
         self, tokens: Sequence[Sequence[int]], past: int, *, encode: bool, wanted: Sequence[int] | None = None
     ) -> torch.Tensor:
-        """Logits of these tokens of each sequence, `past` others before them."""
-        counts = [len(of_one) for of_one in tokens]
+        """Returns the logits of these tokens of each sequence, after `past` earlier ones."""
+        counts = [len(sequence) for sequence in tokens]
         new = [encode] * len(counts)
-        beside = CrossAttentionBatch.build(self.cache, self.asked, self.cross_tables, new, counts, CPU)
-        batch = StepBatch.build(self.cache, self.tables, [past] * len(counts), counts, CPU, beside)
+        cross_batch = CrossAttentionBatch.build(self.cache, self.prompts, self.cross_tables, new, counts, CPU)
+        batch = StepBatch.build(self.cache, self.tables, [past] * len(counts), counts, CPU, cross_batch)
         with use_backend(self.experts):
             logits: torch.Tensor = self.model(
-                input_ids=torch.tensor([[token for of_one in tokens for token in of_one]]),
+                input_ids=torch.tensor([[token for sequence in tokens for token in sequence]]),
                 position_ids=batch.positions[None],
                 logits_to_keep=None if wanted is None else torch.tensor(wanted),
                 moiety_batch=batch,
@@ -82,55 +82,55 @@ class Together:
 
 @pytest.mark.parametrize("architecture", ENCODER_DECODERS)
 def test_tokens_of_several_prompts_at_once_are_those_of_transformers(open_tiny, make_experts, architecture: str):
-    """Encoded in one row, decoded token by token, then again in one piece: the tokens of one prompt at a time.
+    """Prompts encoded in one row and decoded token by token, then at once, give transformers' tokens for each alone.
 
-    The prompts are long enough that experts overflow, each by its own tokens alone.
+    The prompts are long enough that experts exceed their capacity, each with tokens of one prompt only.
     """
     checkpoint, layout = open_tiny(architecture)
-    asked = prompts(3, 40, 17, 60)
-    texts, expected = encoder_decoder.outputs(plain(checkpoint), asked, NEW_TOKENS)
-    together = Together(checkpoint, layout, make_experts(checkpoint, layout), asked)
+    prompts = random_prompts(3, 40, 17, 60)
+    expected_outputs, expected = encoder_decoder.outputs(plain(checkpoint), prompts, NEW_TOKENS)
+    batched = BatchedModel(checkpoint, layout, make_experts(checkpoint, layout), prompts)
     worst = 0.0
-    said = [[text[0]] for text in texts]
+    outputs = [[output[0]] for output in expected_outputs]
     for past in range(NEW_TOKENS):
-        logits = together.step([text[-1:] for text in said], past, encode=past == 0)
-        for text, row, reference in zip(said, logits, expected, strict=True):
-            text.append(int(row.argmax()))
+        logits = batched.step([output[-1:] for output in outputs], past, encode=past == 0)
+        for output, row, reference in zip(outputs, logits, expected, strict=True):
+            output.append(int(row.argmax()))
             worst = max(worst, float((row - reference[past]).abs().max()))
-    assert said == texts
-    again = together.step([text[:-1] for text in said], 0, encode=True).split(NEW_TOKENS)
-    worst = max(worst, *(float((a - b[:-1]).abs().max()) for a, b in zip(again, expected, strict=True)))
+    assert outputs == expected_outputs
+    at_once = batched.step([output[:-1] for output in outputs], 0, encode=True).split(NEW_TOKENS)
+    worst = max(worst, *(float((a - b[:-1]).abs().max()) for a, b in zip(at_once, expected, strict=True)))
     assert worst <= 1e-4
-    ends = [(n + 1) * NEW_TOKENS - 1 for n in range(len(asked))]
-    wanted = together.step([text[:-1] for text in said], 0, encode=False, wanted=ends)
-    assert wanted.argmax(-1).tolist() == [text[-1] for text in said], "only the logits that are wanted"
+    ends = [(n + 1) * NEW_TOKENS - 1 for n in range(len(prompts))]
+    wanted = batched.step([output[:-1] for output in outputs], 0, encode=False, wanted=ends)
+    assert wanted.argmax(-1).tolist() == [output[-1] for output in outputs], "only the wanted logits"
 
 
 @pytest.mark.parametrize("architecture", ENCODER_DECODERS)
 def test_a_prompt_is_encoded_as_if_alone(open_tiny, make_experts, architecture: str):
-    """What other prompts are in the row does not change a prompt's keys and values: they move no token over capacity."""
+    """Other prompts in the row do not change a prompt's keys and values: they do not use its experts' capacity."""
     checkpoint, layout = open_tiny(architecture)
-    asked = prompts(60, 17, 60)
-    together = Together(checkpoint, layout, make_experts(checkpoint, layout), asked)
-    alone = Together(checkpoint, layout, make_experts(checkpoint, layout), asked[1:2])
+    prompts = random_prompts(60, 17, 60)
+    batched = BatchedModel(checkpoint, layout, make_experts(checkpoint, layout), prompts)
+    alone = BatchedModel(checkpoint, layout, make_experts(checkpoint, layout), prompts[1:2])
     start = [[1]]
-    together.step(start * 3, 0, encode=True)
+    batched.step(start * 3, 0, encode=True)
     alone.step(start, 0, encode=True)
-    for layer in together.cache.spec.layers:
-        for pool, other in zip(together.cache.layer(layer), alone.cache.layer(layer), strict=True):
-            beside = pool[together.cross_tables[1].held].transpose(1, 2).flatten(0, 1)[:17]
+    for layer in batched.cache.spec.layers:
+        for pool, other in zip(batched.cache.layer(layer), alone.cache.layer(layer), strict=True):
+            in_batch = pool[batched.cross_tables[1].held].transpose(1, 2).flatten(0, 1)[:17]
             by_itself = other[alone.cross_tables[0].held].transpose(1, 2).flatten(0, 1)[:17]
-            assert torch.allclose(beside, by_itself, rtol=1e-5, atol=1e-5)
+            assert torch.allclose(in_batch, by_itself, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("architecture", ENCODER_DECODERS)
 def test_lost_experts_of_a_prompt_name_its_sequence(open_tiny, make_experts, architecture: str):
-    """A hop that fails for tokens of a prompt is told of in tokens of the output that waits for it."""
+    """A hop that fails for tokens of a prompt raises HopFailed with tokens of that sequence's output."""
     checkpoint, layout = open_tiny(architecture)
     experts = make_experts(checkpoint, layout)
 
     class Failing:
-        """Loses what the second prompt's last token and the third's first need."""
+        """Fails for the second prompt's last token and the third prompt's first token."""
 
         def submit(self, layer: int, hidden: torch.Tensor, top_k_index: torch.Tensor) -> Any:
             return self
@@ -138,33 +138,33 @@ def test_lost_experts_of_a_prompt_name_its_sequence(open_tiny, make_experts, arc
         def result(self) -> torch.Tensor:
             raise HopFailed([3 + 9 - 1, 3 + 9], NoHolder(0, [1], 1.0))
 
-    together = Together(checkpoint, layout, experts, prompts(3, 9, 5))
-    together.experts = Failing()
+    batched = BatchedModel(checkpoint, layout, experts, random_prompts(3, 9, 5))
+    batched.experts = Failing()
     with pytest.raises(HopFailed) as failed:
-        together.step([[1], [1], [1]], 0, encode=True)
+        batched.step([[1], [1], [1]], 0, encode=True)
     assert failed.value.tokens == [1, 2]
 
 
-def test_nllb_is_what_its_papers_say(open_tiny, make_experts):
-    """A forward written from the papers has the logits of the split model, and of transformers once put right.
+def test_nllb_agrees_with_its_papers(open_tiny, make_experts):
+    """A forward written from the papers has the logits of the split model, and of transformers with our correction.
 
-    Not those of transformers as it is, which hands every token to experts 0 and 1: a release that mends it may go
-    unmended here.
+    Uncorrected transformers, which gives every token to experts 0 and 1, has others. If a release fixes that, this test
+    fails and the correction can go.
     """
     checkpoint, layout = open_tiny("nllb-moe")
-    (prompt,) = prompts(40)
-    (text,), (logits,) = encoder_decoder.outputs(plain(checkpoint), [prompt], NEW_TOKENS)
+    (prompt,) = random_prompts(40)
+    (output,), (logits,) = encoder_decoder.outputs(plain(checkpoint), [prompt], NEW_TOKENS)
     weights = {name: tensor for shard in checkpoint.shards for name, tensor in load_file(shard).items()}
-    expected = NllbReference(weights, checkpoint.config).logits(prompt, text)
+    expected = NllbReference(weights, checkpoint.config).logits(prompt, output)
     assert (logits - expected).abs().max() <= 1e-4
-    together = Together(checkpoint, layout, make_experts(checkpoint, layout), [prompt])
-    assert (together.step([text], 0, encode=True) - expected).abs().max() <= 1e-4
-    as_it_is = AutoModelForSeq2SeqLM.from_pretrained(checkpoint.path, dtype=torch.float32, local_files_only=True).eval()
-    assert (encoder_decoder.decoded(as_it_is, prompt, text) - expected).abs().max() > 0.1
+    batched = BatchedModel(checkpoint, layout, make_experts(checkpoint, layout), [prompt])
+    assert (batched.step([output], 0, encode=True) - expected).abs().max() <= 1e-4
+    uncorrected = AutoModelForSeq2SeqLM.from_pretrained(checkpoint.path, dtype=torch.float32, local_files_only=True)
+    assert (encoder_decoder.decoded(uncorrected.eval(), prompt, output) - expected).abs().max() > 0.1
 
 
 def in_an_encoder(lengths: Sequence[int]) -> Any:
-    """A pass whose row is made of prompts of these lengths."""
+    """Returns a context of a pass whose row holds prompts of these lengths."""
     context = use_backend(None)  # type: ignore[arg-type]  # nothing is submitted
 
     class Pass:
@@ -181,26 +181,26 @@ def in_an_encoder(lengths: Sequence[int]) -> Any:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("capacity", [1, 3, 64])
 def test_switch_routes_as_transformers_does(open_tiny, capacity: int, dtype: torch.dtype):
-    """Prompts in one row are routed, weighted and cut off as transformers does for each by itself."""
+    """Prompts in one row are routed, weighted and cut off at capacity as transformers does for each alone."""
     checkpoint, _ = open_tiny("switch_transformers")
     block = plain(checkpoint).encoder.block[1].layer[1].mlp
     block.router.expert_capacity = capacity
     hidden, lengths = torch.randn(50, 64, generator=torch.Generator().manual_seed(1)).to(dtype), (7, 30, 13)
     with in_an_encoder(lengths), torch.no_grad():
         chosen, weights = switch.route(block, hidden)
-    for mine, weight, rows in zip(chosen.split(lengths), weights.split(lengths), hidden.split(lengths), strict=True):
+    for ids, weight, rows in zip(chosen.split(lengths), weights.split(lengths), hidden.split(lengths), strict=True):
         with torch.no_grad():
-            dispatch, shares, _ = block.router(rows[None])
-        assert torch.equal(mine >= 0, dispatch[0].sum(-1, keepdim=True) > 0)
-        assert torch.equal(mine.clamp(min=0), dispatch[0].argmax(-1, keepdim=True))
-        assert torch.equal(weight, shares[0])
+            dispatch, probabilities, _ = block.router(rows[None])
+        assert torch.equal(ids >= 0, dispatch[0].sum(-1, keepdim=True) > 0)
+        assert torch.equal(ids.clamp(min=0), dispatch[0].argmax(-1, keepdim=True))
+        assert torch.equal(weight, probabilities[0])
 
 
 @pytest.mark.parametrize("fraction", [0.2, 1.0, -1.0])
 @pytest.mark.parametrize("prioritised", [False, True], ids=["in order", "by importance"])
 @pytest.mark.parametrize("before", [False, True], ids=["normalised after", "normalised before"])
 def test_nllb_routes_as_transformers_does(open_tiny, before: bool, prioritised: bool, fraction: float):
-    """The gates of each prompt's tokens are those that transformers' router gives it by itself, under every option."""
+    """The gates of each prompt's tokens are those of transformers' router for that prompt alone, under every option."""
     checkpoint, _ = open_tiny("nllb-moe")
     block = plain(checkpoint).model.encoder.layers[1].ffn
     block.router.normalize_router_prob_before_dropping = before
@@ -210,16 +210,16 @@ def test_nllb_routes_as_transformers_does(open_tiny, before: bool, prioritised: 
     hidden, lengths = torch.randn(50, 64, generator=torch.Generator().manual_seed(1)), (7, 30, 13)
     with in_an_encoder(lengths), torch.no_grad():
         chosen, weights = nllb.route(block, hidden)
-    for mine, weight, rows in zip(chosen.split(lengths), weights.split(lengths), hidden.split(lengths), strict=True):
+    for ids, weight, rows in zip(chosen.split(lengths), weights.split(lengths), hidden.split(lengths), strict=True):
         router = copy.deepcopy(block.router)
         with torch.no_grad():
             _, gates, _ = router(rows)
-        found = torch.zeros_like(gates).scatter_add(1, mine.clamp(min=0), weight.where(mine >= 0, 0))
+        found = torch.zeros_like(gates).scatter_add(1, ids.clamp(min=0), weight.where(ids >= 0, 0))
         assert torch.allclose(found, gates * (1 - block.experts.moe_token_dropout), rtol=1e-6, atol=1e-7)
 
 
-def test_tokens_of_a_decoder_have_room_for_themselves(open_tiny):
-    """Decoder tokens are routed one by one, as a cached decode does: sixty of one expert overflow nothing."""
+def test_capacity_does_not_limit_decoder_tokens(open_tiny):
+    """Decoder tokens are routed one by one, as in a cached decode: sixty for one expert do not exceed its capacity."""
     checkpoint, _ = open_tiny("switch_transformers")
     block = plain(checkpoint).decoder.block[1].layer[2].mlp
     with use_backend(None), torch.no_grad():  # type: ignore[arg-type]  # nothing is submitted
@@ -228,14 +228,14 @@ def test_tokens_of_a_decoder_have_room_for_themselves(open_tiny):
 
 
 def test_random_second_experts_are_refused(tmp_path):
-    """NLLB's training-time policies draw experts at random: refused by name before a weight is read."""
+    """NLLB's training-time policies, which draw experts at random, are refused by name before a weight is read."""
     checkpoint = Checkpoint.open(write_tiny("nllb-moe", tmp_path, second_expert_policy="random"))
     with pytest.raises(CheckpointError, match=r"architecture nllb-moe.*second_expert_policy 'random'"):
         expert_layout(checkpoint)
 
 
 def test_experts_are_found_under_their_published_names(open_tiny):
-    """Encoder's layers first, then the decoder's; one tensor an expert and matrix, biases where there are some."""
+    """The layout has the encoder's layers before the decoder's, one tensor per expert and matrix, and NLLB's biases."""
     _, switch_layout = open_tiny("switch_transformers")
     assert [layer.module for layer in switch_layout.layers] == [
         "encoder.block.1.layer.1.mlp.experts",
@@ -257,16 +257,16 @@ def test_experts_are_found_under_their_published_names(open_tiny):
 
 
 def test_a_missing_expert_is_named(open_tiny):
-    """A checkpoint that lacks one expert's tensor is refused by that tensor's name."""
+    """A checkpoint that lacks one expert's tensor raises an error that names the tensor."""
     checkpoint, _ = open_tiny("switch_transformers")
     lost = "decoder.block.3.layer.2.mlp.experts.expert_5.wo.weight"
     tensors = {name: entry for name, entry in checkpoint.tensors.items() if name != lost}
-    with pytest.raises(CheckpointError, match=f"nothing in it becomes {lost}"):
+    with pytest.raises(CheckpointError, match=f"no tensor in it becomes {lost}"):
         derive_layout(replace(checkpoint, tensors=tensors))
 
 
-def test_what_a_decoder_starts_from(open_tiny, tmp_path):
-    """generation_config.json goes before config.json; a decoder-only model has no start of its own."""
+def test_the_start_of_a_decoder_is_read_from_its_configs(open_tiny, tmp_path):
+    """generation_config.json takes precedence over config.json; a decoder-only model has no DecoderStart."""
     assert DecoderStart.of(open_tiny("mixtral")[0]) is None
     assert DecoderStart.of(open_tiny("nllb-moe")[0]) == DecoderStart(2)
     folder = write_tiny("nllb-moe", tmp_path)

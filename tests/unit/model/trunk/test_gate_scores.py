@@ -1,4 +1,4 @@
-"""What gates think of every expert is heard where it says who is next best, and refused where it does not."""
+"""Gate scores are recorded if they tell the next best expert; other gates are refused."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from moiety.model.trunk.read import load_trunk
 TOKENS = torch.randint(3, 320, (1, 9), generator=torch.Generator().manual_seed(0))
 
 
-class Asking:
-    """Computes rows elsewhere, and notes the scores and the choice of each layer."""
+class RecordingExperts:
+    """Forwards rows to other experts, and records the scores and the choice of each layer."""
 
     def __init__(self, experts):
         self._experts, self.seen = experts, []
@@ -25,11 +25,11 @@ class Asking:
 
 
 @pytest.mark.parametrize("architecture", ["mixtral", "qwen3_moe", "qwen2_moe"])
-def test_scores_are_those_that_the_choice_was_made_by(open_tiny, make_experts, architecture: str):
-    """Every layer's scores are there when its experts are called, and their highest are the experts called."""
+def test_the_chosen_experts_have_the_highest_scores(open_tiny, make_experts, architecture: str):
+    """Every layer's scores are set when its experts are called, and the called experts have the highest scores."""
     checkpoint, layout = open_tiny(architecture)
     router = load_trunk(checkpoint, layout, torch.float32)
-    backend = Asking(make_experts(checkpoint, layout))
+    backend = RecordingExperts(make_experts(checkpoint, layout))
 
     def run() -> None:
         with use_backend(backend), torch.inference_mode():
@@ -46,14 +46,14 @@ def test_scores_are_those_that_the_choice_was_made_by(open_tiny, make_experts, a
 
 
 def test_a_gate_that_chooses_by_groups_is_refused(open_tiny, make_experts):
-    """DeepSeek-V3 picks groups of experts first and corrects scores by a bias: its next best cannot be told."""
+    """DeepSeek-V3 is refused: it picks groups of experts first and corrects scores by a bias."""
     checkpoint, layout = open_tiny("deepseek_v3")
     router = load_trunk(checkpoint, layout, torch.float32)
-    backend = Asking(make_experts(checkpoint, layout))
+    backend = RecordingExperts(make_experts(checkpoint, layout))
 
     def run() -> None:
         with use_backend(backend), torch.inference_mode():
             router(TOKENS)
 
-    with pytest.raises(ConfigError, match=r"overflow = 'backup': deepseek_v3's gates do not tell"):
+    with pytest.raises(ConfigError, match=r"overflow = 'backup': deepseek_v3's gates do not give"):
         gate_scores.record_gate_scores(router, layout.shape, run)

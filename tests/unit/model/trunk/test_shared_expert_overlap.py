@@ -1,4 +1,4 @@
-"""Shared experts are computed while routed rows are away, and no bit of the logits tells."""
+"""Shared experts are computed during the hop, and the logits stay the same to the bit."""
 
 from __future__ import annotations
 
@@ -19,39 +19,39 @@ TOKENS = torch.randint(3, 320, (1, 23), generator=torch.Generator().manual_seed(
 SHARED = {"qwen2_moe": 3, "deepseek_v3": 3, "deepseek_v2": 3}  # MoE layers of the tiny checkpoints
 
 
-class Away:
-    """Hands work on, and knows whether rows are away."""
+class HopTracker:
+    """Forwards calls to other experts, and knows whether a hop is in flight."""
 
     def __init__(self, experts: Any):
-        self.experts, self.away = experts, False
+        self.experts, self.in_flight = experts, False
 
     def submit(self, layer: int, hidden: torch.Tensor, top_k_index: torch.Tensor) -> PendingRows:
         pending = self.experts.submit(layer, hidden, top_k_index)
-        self.away = True
-        return Returning(self, pending)
+        self.in_flight = True
+        return TrackedRows(self, pending)
 
 
-class Returning:
-    """Rows that are away until they are asked for."""
+class TrackedRows:
+    """Rows whose hop ends when `result` is called."""
 
-    def __init__(self, backend: Away, pending: PendingRows):
+    def __init__(self, backend: HopTracker, pending: PendingRows):
         self._backend, self._pending = backend, pending
 
     def result(self) -> torch.Tensor:
-        self._backend.away = False
+        self._backend.in_flight = False
         return self._pending.result()
 
 
 @pytest.mark.parametrize("architecture", SHARED)
-def test_shared_experts_are_computed_while_rows_are_away(open_tiny, make_experts, architecture: str):
-    """Each of them, whether its block calls it before or behind the routed ones; logits stay the same bits."""
+def test_shared_experts_are_computed_during_the_hop(open_tiny, make_experts, architecture: str):
+    """All shared experts run during the hop, called before or after the routed ones; logits keep their bits."""
     checkpoint, layout = open_tiny(architecture)
     router = load_trunk(checkpoint, layout, torch.float32)
-    backend = Away(make_experts(checkpoint, layout))
+    backend = HopTracker(make_experts(checkpoint, layout))
     seen: list[bool] = []
     for name, module in router.named_modules():
         if "shared_expert" in name and name.endswith("down_proj"):
-            module.register_forward_hook(lambda *_: seen.append(backend.away))
+            module.register_forward_hook(lambda *_: seen.append(backend.in_flight))
     with use_backend(backend), torch.inference_mode():
         expected = router(TOKENS).logits
         assert not any(seen)
@@ -67,14 +67,14 @@ def test_shared_experts_are_computed_while_rows_are_away(open_tiny, make_experts
 
 @pytest.mark.parametrize("architecture", ["qwen2_moe", "deepseek_v3"])
 def test_lanes_keep_their_own_shared_outputs(open_tiny, make_experts, architecture: str):
-    """Two forwards of one model, in step layer by layer, each between the other's submit and result: same bits as alone."""
+    """Two forwards of one model, each submitting layers before the other's results, give the same bits as alone."""
     checkpoint, layout = open_tiny(architecture)
     router = load_trunk(checkpoint, layout, torch.float32)
     experts = make_experts(checkpoint, layout)
     barrier = threading.Barrier(2, timeout=20)
 
-    class InStep(Away):
-        """Waits, with a submitted layer in hand, for the other lane to have submitted its own."""
+    class InStep(HopTracker):
+        """Submits a layer, then waits until the other lane has submitted its own."""
 
         def submit(self, layer: int, hidden: torch.Tensor, top_k_index: torch.Tensor) -> PendingRows:
             pending = super().submit(layer, hidden, top_k_index)
@@ -101,13 +101,13 @@ def test_lanes_keep_their_own_shared_outputs(open_tiny, make_experts, architectu
 
 
 def test_models_without_shared_experts_are_left_alone(open_tiny, make_experts):
-    """Nothing to overlap: nothing is installed, and the model is not even run."""
+    """Without shared experts nothing is installed, and the model is not run."""
     router = load_trunk(*open_tiny("mixtral"), torch.float32)
     assert shared_expert_overlap.overlap_shared_experts(router, lambda: pytest.fail("run")) == 0
 
 
 class Block(nn.Module):
-    """A MoE block of no known model; `early` reads the shared expert's result before the routed ones are called."""
+    """A MoE block of no published model; if `early`, it reads the shared expert's result before the routed ones run."""
 
     def __init__(self, early: bool):
         super().__init__()
@@ -130,14 +130,14 @@ class Experts(nn.Module):
 
 
 class Echo:
-    """Experts that answer with their rows."""
+    """Experts that return their input rows."""
 
     def submit(self, layer: int, hidden: torch.Tensor, top_k_index: torch.Tensor) -> PendingRows:
         return Echoed(hidden[:, None])
 
 
 class Echoed:
-    """Rows that are there."""
+    """Rows that are already computed."""
 
     def __init__(self, rows: torch.Tensor):
         self._rows = rows
@@ -148,7 +148,7 @@ class Echoed:
 
 @pytest.mark.parametrize("early", [False, True])
 def test_a_result_that_is_read_too_early_is_not_put_off(early: bool, caplog: pytest.LogCaptureFixture):
-    """A block that needs its shared expert before the routed ones is noticed, left as it was, and told of in the log."""
+    """A block that reads its shared expert's result before the routed ones run is left as it was, with a warning."""
     model, rows = nn.Sequential(Block(early)), torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
     with use_backend(Echo()), torch.no_grad(), caplog.at_level(logging.WARNING):
         expected = model(rows)

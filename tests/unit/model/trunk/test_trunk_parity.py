@@ -1,4 +1,4 @@
-"""The split model (router, and experts in two slices) against plain transformers."""
+"""The split model (a trunk, and experts in two slices) against plain transformers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from support.architectures import CORE
 def test_greedy_tokens_are_those_of_transformers(
     open_tiny, make_experts, architecture: str, record_property, capsys: pytest.CaptureFixture[str]
 ):
-    """In fp32 every greedy token is the reference's; logits are equal, and the largest error is reported."""
+    """In fp32 every greedy token is the reference's, and logits agree within 1e-5; the largest error is reported."""
     checkpoint, layout = open_tiny(architecture)
     plain = reference(checkpoint)
     router = load_trunk(checkpoint, layout, torch.float32, attention=attention_of(architecture))
@@ -43,7 +43,7 @@ def test_greedy_tokens_are_those_of_transformers(
 
 
 def test_one_wrong_expert_changes_the_logits(open_tiny, make_experts):
-    """The comparison above can fail: one expert of one layer with other weights moves the logits."""
+    """The comparison above can fail: other weights in one expert of one layer change the logits."""
     checkpoint, layout = open_tiny("mixtral")
     router = load_trunk(checkpoint, layout, torch.float32)
     experts = make_experts(checkpoint, layout)
@@ -53,15 +53,15 @@ def test_one_wrong_expert_changes_the_logits(open_tiny, make_experts):
         assert (router(prompt(40)).logits - right).abs().max() > 0.1
 
 
-def test_an_attention_it_lacks_is_named(open_tiny):
-    """gpt-oss has attention sinks, which sdpa cannot do: the error says so, and for which checkpoint."""
+def test_an_unsupported_attention_is_named(open_tiny):
+    """gpt-oss has attention sinks, which sdpa does not support: the error names the attention and the architecture."""
     with pytest.raises(CheckpointError, match=r"architecture gpt_oss.*scaled_dot_product_attention"):
         load_trunk(*open_tiny("gpt_oss"), torch.float32, attention="sdpa")
 
 
 @pytest.mark.parametrize("architecture", ["mixtral", "deepseek_v3", "gpt_oss"])
 def test_bfloat16_logits_agree(open_tiny, make_experts, architecture: str):
-    """In bf16 too the split changes nothing: weights keep their dtype, sums their order."""
+    """In bf16, too, the split model's logits are equal to the bit: weights keep their dtype, and sums their order."""
     checkpoint, layout = open_tiny(architecture)
     attention = attention_of(architecture)
     router = load_trunk(checkpoint, layout, torch.bfloat16, attention=attention)
@@ -72,7 +72,7 @@ def test_bfloat16_logits_agree(open_tiny, make_experts, architecture: str):
 
 @pytest.mark.parametrize("architecture", CORE)
 def test_parameters_are_split_without_remainder(open_tiny, make_experts, architecture: str):
-    """The router has every parameter but the experts', the slices have those, and both have them to the byte."""
+    """The trunk has every parameter but the experts', and the slices have those, with no byte more or less."""
     checkpoint, layout = open_tiny(architecture)
     plain = reference(checkpoint)
     in_experts = sum(p.nbytes for _, module in experts_modules(plain) for p in module.parameters())
@@ -88,14 +88,14 @@ def test_parameters_are_split_without_remainder(open_tiny, make_experts, archite
 
 
 def test_two_forwards_of_one_model_interleave(open_tiny, make_experts):
-    """Two threads, in step layer by layer, each with its own backend: each gets its own logits, as if alone."""
+    """Two threads that run one model layer by layer in step, each with its own backend, each get the logits as if alone."""
     checkpoint, layout = open_tiny("deepseek_v3")
     router = load_trunk(checkpoint, layout, torch.float32)
     experts = make_experts(checkpoint, layout)
     barrier = threading.Barrier(2, timeout=20)
 
     class InStep:
-        """Waits, with a submitted layer in hand, for the other lane to have submitted its own."""
+        """Submits a layer, then waits until the other lane has submitted its own."""
 
         def __init__(self) -> None:
             self.tokens: list[int] = []
@@ -125,14 +125,14 @@ def test_two_forwards_of_one_model_interleave(open_tiny, make_experts):
 
 
 def test_a_forward_without_a_backend_is_refused(open_tiny):
-    """A router that is run outside of use_backend says so instead of computing without experts."""
+    """Running a trunk outside of use_backend raises an error."""
     checkpoint, layout = open_tiny("mixtral")
     with pytest.raises(RuntimeError, match="outside of use_backend"):
         load_trunk(checkpoint, layout, torch.float32)(prompt(3))
 
 
-def test_a_missing_router_weight_is_named(tmp_path: Path):
-    """A checkpoint that lacks a non-expert tensor is refused: random values must never be served."""
+def test_a_missing_trunk_weight_is_named(tmp_path: Path):
+    """A checkpoint that lacks a non-expert tensor is refused, so that no random values are served."""
     folder = write_tiny("mixtral", tmp_path)
     shard = next(folder.glob("*.safetensors"))
     tensors = load_file(shard)

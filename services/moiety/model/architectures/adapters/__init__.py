@@ -1,4 +1,4 @@
-"""Routed experts that transformers computes outside of its experts interface: one small adapter each, one protocol."""
+"""Adapters for routed experts that transformers computes outside its experts interface: one each, all with one protocol."""
 
 from __future__ import annotations
 
@@ -25,6 +25,6 @@ ADAPTERS: Mapping[str, Adapter] = MappingProxyType(
 
 
 def adapter_of(module_class: type[Any]) -> Adapter | None:
-    """The adapter for a class of transformers; None where it needs none, or there is none."""
-    ours = module_class.__module__.startswith("transformers.models.")
-    return ADAPTERS.get(module_class.__name__) if ours else None
+    """Returns the adapter for a class of transformers; None if the class needs none or has none."""
+    from_transformers = module_class.__module__.startswith("transformers.models.")
+    return ADAPTERS.get(module_class.__name__) if from_transformers else None

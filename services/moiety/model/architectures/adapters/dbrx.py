@@ -1,6 +1,6 @@
-"""DBRX: every expert's rows in one matrix per projection, one expert after the other, the last one published [in, out].
+"""DBRX: one matrix per projection holds the rows of all experts, one expert after the other; down is published [in, out].
 
-Its router hands the experts a batch [1, T, D], where transformers' interface has rows [T, D].
+DBRX's gate passes the experts a batch [1, T, D]; transformers' experts interface has rows [T, D].
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ class Dbrx:
 
 
 def amend(config: Any) -> None:
-    """Writes two values of a DbrxConfig where transformers and Moiety look for them.
+    """Copies two values of a DbrxConfig to where transformers and Moiety look for them.
 
-    transformers 5.23 rotates by its default base, whatever the published `attn_config.rope_theta` says (500000).
+    transformers 5.23 ignores the published `attn_config.rope_theta` (500000) and rotates by its default base.
     """
     config.rope_parameters["rope_theta"] = config.attn_config.rope_theta
     config.moe_top_k = config.ffn_config.moe_top_k

@@ -1,4 +1,4 @@
-"""What the adapters share of blocks whose experts are modules of their own, one beside the other: `expert_0`, `expert_1`…"""
+"""Shared code of the adapters for blocks that hold each expert as its own module: `expert_0`, `expert_1`, …"""
 
 from __future__ import annotations
 
@@ -14,12 +14,15 @@ from moiety.model.architectures.recognise import recognise_plain
 from moiety.model.checkpoint.checkpoint import EXPERT
 from moiety.model.seam import remote_experts
 
-# (block, hidden [T, D]) -> expert ids int64 [T, K], -1 where there is none, and their weights [T, K].
+# (block, hidden [T, D]) -> expert ids int64 [T, K], -1 for no expert, and their weights [T, K].
 Route = Callable[[Any, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 def recognise_listed(module: Any, names: Mapping[str, str]) -> RoutedExperts:
-    """What a module of listed experts is made of; `names` maps fields of ExpertWeights to an expert's parameters."""
+    """Describes a module of listed experts; `names` maps each field of ExpertWeights to an expert's parameter name.
+
+    Raises ValueError if no kernel computes the activation.
+    """
     first = module["expert_0"]
     shapes = {field: tuple(first.get_parameter(name).shape) for field, name in names.items()}
     hidden, intermediate = shapes["down"]
@@ -33,18 +36,18 @@ def recognise_listed(module: Any, names: Mapping[str, str]) -> RoutedExperts:
 
 
 def patch_block(block: Any, route: Route) -> None:
-    """Gives a block a forward that routes by `route` and asks a backend for the rows of its child `experts`."""
+    """Gives a block a forward that routes by `route` and gets the rows of its child `experts` from the backend."""
 
     def forward(block: Any, hidden_states: torch.Tensor, *_: Any) -> torch.Tensor:
         rows = hidden_states.reshape(-1, hidden_states.shape[-1])
         return remote_experts(block.experts, rows, *route(block, rows)).view(hidden_states.shape)
 
     block.forward = MethodType(forward, block)
-    block._is_hf_initialized = True  # the initialisation of such experts is their block's
+    block._is_hf_initialized = True  # or transformers would initialise the experts' weights, which are gone
 
 
 def router_logits(router: Any, hidden: torch.Tensor) -> torch.Tensor:
-    """The scores [T, E] of hidden [T, D], in the router's own dtype."""
+    """Computes the scores [T, E] of hidden [T, D], in the gate's own dtype."""
     classifier, dtype = router.classifier, router.dtype
     bias = None if classifier.bias is None else classifier.bias.to(dtype)
     return nn.functional.linear(hidden.to(dtype), classifier.weight.to(dtype), bias)

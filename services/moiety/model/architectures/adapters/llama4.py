@@ -1,7 +1,7 @@
-"""Llama 4: a routing weight multiplies the row that goes into an expert, not the one that comes out.
+"""Llama 4: a routing weight multiplies an expert's input row, not its output row.
 
-transformers' block runs every expert on every token, scaled by zero where it is not chosen; an expert has no bias and
-answers zero to zero, so that running only the chosen ones is the same sum.
+transformers' block runs every expert on every token and scales the rows of experts that were not chosen by zero. Experts
+have no bias and return zero for zero, so running only the chosen ones gives the same sum.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ class Llama4:
             return remote_experts(module, rows, index, rows.new_ones(index.shape))
 
         def forward(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            """hidden [1, T, D] -> rows [T, D] and router logits [T, E], as Llama4TextMoe's."""
+            """hidden [1, T, D] -> rows [T, D] and router logits [T, E], as in Llama4TextMoe."""
             rows = hidden.reshape(-1, block.hidden_dim)
             scores, logits = block.router(rows)
             index = logits.topk(block.top_k, dim=1).indices  # [T, K]
             weights = scores.gather(1, index)
-            # One call per choice: a call's rows are the step's tokens, and each choice scales them by its own weight.
+            # One call per choice k: a call has one input row per token, and each choice scales it by its own weight.
             routed = [module(rows * weights[:, k, None], index[:, k, None]) for k in range(block.top_k)]
             return block.shared_expert(rows) + sum(routed[1:], routed[0]), logits
 

@@ -1,6 +1,6 @@
-"""LongCat-Flash: behind the routed experts stand zero-computation ones, which answer the row they are given.
+"""LongCat-Flash: expert ids beyond the routed experts are zero-computation experts, which return their input row.
 
-Those never leave the router: to the hop a token that chose one has one expert less (arXiv:2509.01322, section 2.1).
+The router computes these itself: for the hop, a token that chose one has one expert fewer (arXiv:2509.01322, section 2.1).
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ class Longcat:
         def forward(hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
             zero = top_k_index >= module.num_routed_experts  # [T, K]
             routed = remote_experts(module, hidden, top_k_index.masked_fill(zero, -1), top_k_weights)
-            kept = (top_k_weights * zero).sum(dim=1, keepdim=True)
-            return routed + (hidden * kept).to(hidden.dtype)
+            zero_weight = (top_k_weights * zero).sum(dim=1, keepdim=True)  # [T, 1]
+            return routed + (hidden * zero_weight).to(hidden.dtype)
 
         module.forward = forward
 
 
 def as_published(model_class: Any) -> Any:
-    """`model_class` without weights for the zero experts: no checkpoint has them, and nothing reads them.
+    """Returns a subclass of `model_class` without weights for the zero experts, which no checkpoint has and nothing reads.
 
     transformers 5.23 stacks them with the routed experts' in `gate_up_proj`, and therefore cannot load LongCat-Flash.
     """
@@ -51,5 +51,5 @@ def as_published(model_class: Any) -> Any:
             if type(module).__name__ == "LongcatFlashExperts":
                 module.gate_up_proj = nn.Parameter(module.gate_up_proj.detach()[: module.num_routed_experts])
 
-    # Elsewhere than in its module transformers takes it for custom code and skips weight conversions.
+    # With another `__module__`, transformers would treat the class as custom code and skip weight conversions.
     return type(model_class.__name__, (model_class,), {"__init__": __init__, "__module__": model_class.__module__})

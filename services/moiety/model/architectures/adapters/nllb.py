@@ -1,9 +1,9 @@
-"""NLLB-MoE (arXiv:2207.04672): GShard's two experts a token (arXiv:2006.16668), with a bound on what an expert takes.
+"""NLLB-MoE (arXiv:2207.04672): GShard's two experts a token (arXiv:2006.16668), with a capacity per expert.
 
-Routing is that of transformers' NllbMoeTop2Router, a sequence at a time; what is done with it is that of the paper and of
-the fairseq code behind the published weights: each token's own two experts, weighted by its gates. transformers 5 up to
-5.23 computes something else: `NllbMoeExperts` takes the router's 0/1 mask for expert ids, so that every token meets
-experts 0 and 1 and no other. Weights trained as published give nonsense there.
+Routes as transformers' NllbMoeTop2Router does, one sequence at a time. Computes the experts as the paper and the fairseq
+code behind the published weights do: each token's own two experts, weighted by its gates. transformers 5 up to 5.23
+computes something else: its `NllbMoeExperts` reads the router's 0/1 mask as expert ids, so that every token gets experts
+0 and 1 and no others, and the published weights give nonsense.
 """
 
 from __future__ import annotations
@@ -21,28 +21,28 @@ from moiety.model.seam import sequence_lengths
 
 
 def route(block: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids [T, 2] and weights [T, 2] of a row of several sequences; a place for which there was no room is -1."""
+    """Returns ids [T, 2] and weights [T, 2] for a row of several sequences; id -1 where the expert was over capacity."""
     router = block.router
     logits = router_logits(router, hidden)
-    shares = logits.softmax(-1, dtype=router.dtype).to(hidden.dtype)  # [T, E]
-    first = shares.argmax(-1, keepdim=True)
+    probabilities = logits.softmax(-1, dtype=router.dtype).to(hidden.dtype)  # [T, E]
+    first = probabilities.argmax(-1, keepdim=True)
     chosen = torch.cat((first, logits.scatter(1, first, -torch.inf).argmax(-1, keepdim=True)), dim=1)  # [T, 2]
-    gates = shares.gather(1, chosen)
+    gates = probabilities.gather(1, chosen)
     lengths = sequence_lengths()
     kept = torch.ones_like(chosen, dtype=torch.bool)
     if lengths is not None:
-        parts = zip(chosen.split(lengths), shares.amax(-1).split(lengths), strict=True)
+        parts = zip(chosen.split(lengths), probabilities.amax(-1).split(lengths), strict=True)
         kept = torch.cat([_within_capacity(router, ids, importance) for ids, importance in parts])
     counted = gates if router.normalize_router_prob_before_dropping else gates * kept
     gates = gates / counted.sum(1, keepdim=True).clamp(min=torch.finfo(gates.dtype).eps)
-    # In training a share of the experts' outputs is masked; at inference all are scaled by what was kept.
+    # Training masks a share of the experts' outputs; inference scales all of them by the share that was kept.
     return chosen.masked_fill(~kept, -1), gates * kept * (1 - block.experts.moe_token_dropout)
 
 
 def _within_capacity(router: Any, chosen: torch.Tensor, importance: torch.Tensor) -> torch.Tensor:
-    """bool [n, 2]: which places of one sequence's `chosen` [n, 2] their experts have room for.
+    """Returns bool [n, 2]: whether each choice in one sequence's `chosen` [n, 2] is within its expert's capacity.
 
-    Tokens come in their order, or by falling `importance` [n]; all first choices go before all second ones.
+    Experts take tokens in order, or by falling `importance` [n], and all first choices before all second choices.
     """
     fraction = router.moe_eval_capacity_token_fraction
     capacity = math.ceil(fraction * len(chosen)) if fraction > 0 else _fixed_capacity(router, len(chosen))
@@ -73,11 +73,11 @@ class Nllb:
 
 
 def amend(config: Any) -> None:
-    """Writes into an NllbMoeConfig what it leaves unsaid: two experts a token.
+    """Sets the top-k of an NllbMoeConfig, which does not state it: two experts a token.
 
-    Raises ValueError where the second one is drawn at random.
+    Raises ValueError if the second expert is drawn at random.
     """
     if config.second_expert_policy != "all":
-        told = f"second_expert_policy {config.second_expert_policy!r}"
-        raise ValueError(f"{told} draws experts at random; served is 'all'")
+        policy = f"second_expert_policy {config.second_expert_policy!r}"
+        raise ValueError(f"{policy} draws experts at random: must be 'all'")
     config.moe_top_k = 2

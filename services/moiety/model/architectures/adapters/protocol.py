@@ -1,4 +1,4 @@
-"""What an adapter tells of a module that holds routed experts, and does to it."""
+"""The adapter protocol: describes a module that holds routed experts, and patches its block to call the seam."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from moiety.core.experts import ExpertMLP
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """One parameter of an experts module: its path below the module; its shape [E, rows, columns], of a bias [E, rows]."""
+    """One parameter of an experts module: its path below the module and its shape, [E, rows, columns] or, a bias, [E, rows]."""
 
     name: str
     shape: tuple[int, ...]
@@ -19,10 +19,10 @@ class Parameter:
 
 @dataclass(frozen=True, slots=True)
 class RoutedExperts:
-    """What one module's routed experts compute, and what from.
+    """What one module's routed experts compute, and from which parameters.
 
-    `parameters` maps each field of moiety_kernels.ExpertWeights to the parameters it is joined from, along an expert's
-    own dimension 0; those of the fields in `transposed` hold [in, out] instead of [out, in].
+    `parameters` maps each field of moiety_kernels.ExpertWeights to the parameters that are concatenated into it, along an
+    expert's own dimension 0. Parameters of the fields in `transposed` hold [in, out] instead of [out, in].
     """
 
     mlp: ExpertMLP
@@ -35,10 +35,10 @@ class RoutedExperts:
 
 
 class Adapter(Protocol):
-    """One kind of module that holds routed experts."""
+    """Serves one class of modules that hold routed experts."""
 
     def recognise(self, module: Any) -> RoutedExperts:
-        """What `module`, which may be on meta, is made of. Raises ValueError where no kernel computes it."""
+        """Describes `module`, which may be on meta. Raises ValueError if no kernel computes it."""
         ...
 
     def patch(self, block: Any, module: Any) -> None:

@@ -1,7 +1,7 @@
-"""Switch Transformers (arXiv:2101.03961): one expert a token, and a bound on what an expert takes of one sequence.
+"""Switch Transformers (arXiv:2101.03961): one expert a token, and a capacity per expert and sequence.
 
-Tokens of a sequence are counted from its first on; what an expert cannot take any more goes past the block. In the decoder
-a token comes alone, as it does in transformers' cached decode, so that the bound never holds it back.
+An expert takes a sequence's tokens in order up to its capacity; further tokens skip the block. The decoder routes each
+token alone, as transformers' cached decode does, so that capacity never applies there.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from moiety.model.seam import sequence_lengths
 
 
 def route(block: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """As SwitchTransformersTop1Router, for a row of several sequences: ids [T, 1] and weights [T, 1]."""
+    """Returns ids [T, 1] and weights [T, 1] for a row of several sequences, as SwitchTransformersTop1Router for each."""
     router = block.router
-    shares = router_logits(router, hidden).softmax(-1, dtype=router.dtype).to(hidden.dtype)
-    chosen = shares.argmax(-1)  # [T]
+    probabilities = router_logits(router, hidden).softmax(-1, dtype=router.dtype).to(hidden.dtype)
+    chosen = probabilities.argmax(-1)  # [T]
     lengths = sequence_lengths()
     if lengths is not None:
         dispatch = torch.nn.functional.one_hot(chosen, router.num_experts)
-        place = torch.cat([of_one.cumsum(0) for of_one in dispatch.split(lengths)]).gather(1, chosen[:, None])
+        place = torch.cat([sequence.cumsum(0) for sequence in dispatch.split(lengths)]).gather(1, chosen[:, None])
         chosen = chosen.masked_fill(place[:, 0] > router.expert_capacity, -1)
-    return chosen[:, None], shares.amax(-1, keepdim=True)
+    return chosen[:, None], probabilities.amax(-1, keepdim=True)
 
 
 class Switch:
@@ -40,9 +40,9 @@ class Switch:
 
 
 def amend(config: Any) -> None:
-    """Writes into a SwitchTransformersConfig what it leaves unsaid: one expert a token, and 512 tokens, as in training.
+    """Sets what a SwitchTransformersConfig does not state: one expert a token, and 512 tokens of context, as in training.
 
-    Relative positions set no bound of their own.
+    Relative positions would allow any length.
     """
     config.moe_top_k = 1
     if not hasattr(config, "n_positions"):

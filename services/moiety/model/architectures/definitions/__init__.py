@@ -1,4 +1,4 @@
-"""Architectures that transformers does not have, defined on its parts; code shipped inside a checkpoint is never run."""
+"""Architectures that transformers lacks, built from its parts. Code shipped in a checkpoint is never run."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from importlib import import_module
 from types import MappingProxyType
 from typing import Any
 
-# model_type -> (module in this folder, which imports transformers; its class, under the name that publishers give it)
+# model_type -> (module in this folder, which imports transformers; its class, named as publishers name it)
 DEFINITIONS: Mapping[str, tuple[str, str]] = MappingProxyType(
     {
         "arctic": ("arctic", "ArcticForCausalLM"),
@@ -19,7 +19,7 @@ DEFINITIONS: Mapping[str, tuple[str, str]] = MappingProxyType(
 
 
 def definition_of(model_type: str) -> Any | None:
-    """The class of an architecture defined here, with its `config_class`; None for any other."""
+    """Imports and returns the class of an architecture defined here, with its `config_class`; None for any other."""
     if model_type not in DEFINITIONS:
         return None
     module, name = DEFINITIONS[model_type]

@@ -2,8 +2,8 @@
 
     a = x + attention(norm(x));   y = a + residual_mlp(residual_norm(a)) + moe(post_norm(x))
 
-The MoE reads the layer's input, not what attention made of it. Layers without MoE, and all layers where
-`parallel_attn_mlp_res` is off, are Mixtral's. Layout: `block_sparse_moe.gate.weight`,
+The MoE reads the layer's input, not the output of attention. Layers without MoE are Mixtral's, and so are all layers if
+`parallel_attn_mlp_res` is off. Layout: `block_sparse_moe.gate.weight`,
 `block_sparse_moe.experts.N.{w1,w2,w3}.weight` or, dense, `block_sparse_moe.mlp.{w1,w2,w3}.weight`;
 `residual_layernorm`, `residual_mlp.{w1,w2,w3}` (as wide as the model).
 """
@@ -23,7 +23,7 @@ from moiety.model.architectures.definitions.parts import CausalLM, Decoder, Gate
 
 
 class Config(LlamaConfig):
-    """Defaults are those of ArcticConfig."""
+    """Arctic's config, with the defaults of ArcticConfig."""
 
     model_type = "arctic"
 
@@ -34,7 +34,7 @@ class Config(LlamaConfig):
 
 
 class DenseBlock(nn.Module):
-    """Where a layer has no MoE: an MLP in its place."""
+    """The MLP of a layer without MoE."""
 
     def __init__(self, config: Any):
         super().__init__()
@@ -47,7 +47,7 @@ class DenseBlock(nn.Module):
 
 
 class Layer(GradientCheckpointingLayer):
-    """One layer: see the formula above."""
+    """One layer, by the formula above."""
 
     def __init__(self, config: Any, index: int):
         super().__init__()
@@ -68,7 +68,7 @@ class Layer(GradientCheckpointingLayer):
             self.residual_mlp = GatedMLP(hidden, hidden, config.hidden_act)
 
     def forward(self, hidden_states: torch.Tensor, **options: Any) -> torch.Tensor:
-        """hidden_states [1, T, D] -> [1, T, D]; `options` are attention's."""
+        """hidden_states [1, T, D] -> [1, T, D]; passes `options` to attention."""
         attended = hidden_states + self.self_attn(self.input_layernorm(hidden_states), **options)[0]
         if not self.parallel:
             return attended + self.block_sparse_moe(self.post_attention_layernorm(attended))
@@ -77,14 +77,14 @@ class Layer(GradientCheckpointingLayer):
 
 
 class Model(Decoder):
-    """Layers only."""
+    """The decoder."""
 
     config: Config
     layer_class = Layer
 
 
 class ArcticForCausalLM(CausalLM):
-    """As published: a Decoder and its head."""
+    """The published class: decoder and head."""
 
     config: Config
     config_class = Config

@@ -17,7 +17,7 @@ from moiety.model.architectures.definitions.parts import CausalLM, Decoder, Gate
 
 
 class Config(LlamaConfig):
-    """Defaults are those of deepseek-moe-16b."""
+    """The config of DeepSeek-MoE, with the defaults of deepseek-moe-16b."""
 
     model_type = "deepseek"
 
@@ -31,14 +31,14 @@ class Config(LlamaConfig):
     scoring_func: str = "softmax"
 
     def validate_architecture(self) -> None:
-        """Refuses what no published checkpoint has."""
+        """Raises ValueError for a `scoring_func` that no published checkpoint has."""
         super().validate_architecture()
         if self.scoring_func != "softmax":
             raise ValueError(f"scoring_func {self.scoring_func!r}: must be softmax")
 
 
 class SharedAndRouted(MoE):
-    """What shared experts answer is added, unweighted, to what the routed ones do."""
+    """Adds the output of the shared experts, unweighted, to that of the routed experts."""
 
     def __init__(self, config: Any):
         gate = Gate(
@@ -58,7 +58,7 @@ class SharedAndRouted(MoE):
 
 
 class Layer(LlamaDecoderLayer):
-    """Llama's, with a MoE block for its MLP."""
+    """A Llama layer with a MoE block in place of its MLP."""
 
     def __init__(self, config: Any, index: int):
         super().__init__(config, index)
@@ -67,14 +67,14 @@ class Layer(LlamaDecoderLayer):
 
 
 class Model(Decoder):
-    """Layers only."""
+    """The decoder."""
 
     config: Config
     layer_class = Layer
 
 
 class DeepseekForCausalLM(CausalLM):
-    """As published: a Decoder and its head."""
+    """The published class: decoder and head."""
 
     config: Config
     config_class = Config

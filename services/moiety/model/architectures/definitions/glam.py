@@ -1,8 +1,8 @@
-"""A GLaM-style decoder (arXiv:2112.06905), from configuration: no checkpoint of GLaM was ever published.
+"""A GLaM-style decoder (arXiv:2112.06905), built from its description: no checkpoint of GLaM was published.
 
-A MoE in every other layer, GShard's top-2 gate (softmax, the two weights normalised; arXiv:2006.16668), experts of two
-matrices; the layers between have a gated GELU. Capacity is not limited, as in GLaM's inference. Two departures: rotary
-positions instead of per-layer relative biases, and no biases. Layout: Llama's names; `mlp.gate.weight`,
+Every other layer has a MoE: GShard's top-2 gate (softmax, the two weights normalised; arXiv:2006.16668) and experts of
+two matrices. The other layers have a gated GELU. Capacity is not limited, as in GLaM's inference. Two differences from
+GLaM: rotary positions instead of per-layer relative biases, and no biases. Layout: Llama's names; `mlp.gate.weight`,
 `mlp.experts.N.{up,down}_proj.weight`.
 """
 
@@ -18,7 +18,7 @@ from moiety.model.architectures.definitions.parts import CausalLM, Decoder, Gate
 
 
 class Config(LlamaConfig):
-    """Defaults are those of GLaM 1.7B/64E, where they are not Llama's."""
+    """GLaM's config: the defaults are those of GLaM 1.7B/64E, otherwise Llama's."""
 
     model_type = "glam"
 
@@ -29,7 +29,7 @@ class Config(LlamaConfig):
 
 
 class Layer(LlamaDecoderLayer):
-    """Llama's, with a MoE block for every other MLP."""
+    """A Llama layer; every other one has a MoE block in place of its MLP."""
 
     def __init__(self, config: Any, index: int):
         super().__init__(config, index)
@@ -39,7 +39,7 @@ class Layer(LlamaDecoderLayer):
 
 
 class Model(Decoder):
-    """Layers only."""
+    """The decoder."""
 
     config: Config
     layer_class = Layer

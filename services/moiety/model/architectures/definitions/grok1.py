@@ -1,6 +1,6 @@
 """Grok-1 (xai-org/grok-1), in the Hugging Face layout of `hpcai-tech/grok-1`.
 
-Norms before and behind each block; attention logits scaled by `attn_output_multiplier` and capped at `max_attn_value` by
+Norms before and after each block; attention logits scaled by `attn_output_multiplier` and capped at `max_attn_value` by
 tanh; embeddings and logits scaled; experts gated by GELU; softmax over all experts, then top 2, not normalised. Layout:
 `attn.{q,k,v,o}_proj`, `moe_block.gate`, `moe_block.experts.N.{linear,linear_v,linear_1}.weight` (gate, up, down),
 `{pre,post}_{attn,moe}_norm.scale`, `model.norm.scale`.
@@ -23,7 +23,7 @@ NORMS = ("pre_attn_norm", "post_attn_norm", "pre_moe_norm", "post_moe_norm")
 
 
 class Config(LlamaConfig):
-    """Defaults are those of Grok-1, where they are not Llama's."""
+    """Grok-1's config: the defaults are those of Grok-1, otherwise Llama's."""
 
     model_type = "grok-1"
 
@@ -38,19 +38,19 @@ class Config(LlamaConfig):
 
 
 class Attention(LlamaAttention):
-    """Llama's, with its own scale and a cap. Only attention functions that know `softcap` compute it right."""
+    """Llama's attention with another scale and a cap. It is correct only with attention functions that apply `softcap`."""
 
     def __init__(self, config: Any, index: int):
         super().__init__(config, index)
         self.scaling = config.attn_output_multiplier
 
     def forward(self, hidden_states: torch.Tensor, **options: Any) -> Any:
-        """As LlamaAttention's."""
+        """Same arguments and result as LlamaAttention."""
         return super().forward(hidden_states, softcap=self.config.max_attn_value, **options)
 
 
 class Layer(GradientCheckpointingLayer):
-    """Norm, block, norm, residual; twice."""
+    """One layer: norm, block, norm and residual, for attention and then for the MoE."""
 
     def __init__(self, config: Any, index: int):
         super().__init__()
@@ -61,34 +61,34 @@ class Layer(GradientCheckpointingLayer):
             setattr(self, name, LlamaRMSNorm(config.hidden_size, config.rms_norm_eps))
 
     def forward(self, hidden_states: torch.Tensor, **options: Any) -> torch.Tensor:
-        """hidden_states [1, T, D] -> [1, T, D]; `options` are attention's."""
+        """hidden_states [1, T, D] -> [1, T, D]; passes `options` to attention."""
         hidden_states = hidden_states + self.post_attn_norm(self.attn(self.pre_attn_norm(hidden_states), **options)[0])
         output: torch.Tensor = hidden_states + self.post_moe_norm(self.moe_block(self.pre_moe_norm(hidden_states)))
         return output
 
 
 class Model(Decoder):
-    """Embeddings are scaled on their way in."""
+    """The decoder; it scales the embeddings."""
 
     config: Config
     layer_class = Layer
 
     def forward(self, input_ids: Any = None, inputs_embeds: Any = None, **options: Any) -> Any:
-        """As LlamaModel's."""
+        """Same arguments and result as LlamaModel."""
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         return super().forward(inputs_embeds=inputs_embeds * self.config.embedding_multiplier_scale, **options)
 
 
 class Grok1ModelForCausalLM(CausalLM):
-    """Logits are scaled on their way out."""
+    """The published class: decoder and head; it scales the logits."""
 
     config: Config
     config_class = Config
     decoder_class = Model
 
     def forward(self, *arguments: Any, **options: Any) -> Any:
-        """As LlamaForCausalLM's."""
+        """Same arguments and result as LlamaForCausalLM."""
         output = super().forward(*arguments, **options)
         output.logits = output.logits * self.config.output_multiplier_scale
         return output

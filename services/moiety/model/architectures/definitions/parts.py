@@ -1,4 +1,4 @@
-"""What the definitions share: a decoder of transformers' Llama parts whose layers are another class, and a MoE block.
+"""Shared parts of the definitions: a decoder of transformers' Llama parts with its own layer class, and a MoE block.
 
 Legend: T tokens, E experts, K top-k, D hidden, I intermediate.
 """
@@ -17,7 +17,7 @@ from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaMode
 
 
 class Gate(nn.Module):
-    """Softmax in float32, then top k; `normalise` makes the K weights add up to one."""
+    """Picks experts by softmax in float32, then top k; `normalise` makes the K weights add up to one."""
 
     def __init__(self, hidden: int, experts: int, top_k: int, *, normalise: bool):
         super().__init__()
@@ -34,7 +34,7 @@ class Gate(nn.Module):
 
 
 class _Experts(nn.Module):
-    """E experts in stacked weights; transformers' experts interface computes them, or a router's hop does."""
+    """E experts in stacked weights, computed by transformers' experts interface or by a router's hop."""
 
     def __init__(self, config: Any, experts: int, intermediate: int):
         super().__init__()
@@ -48,7 +48,7 @@ class _Experts(nn.Module):
 
 @use_experts_implementation
 class GatedExperts(_Experts):
-    """down(act(gate(x)) * up(x))."""
+    """Experts that compute down(act(gate(x)) * up(x))."""
 
     def __init__(self, config: Any, experts: int, intermediate: int):
         super().__init__(config, experts, intermediate)
@@ -57,7 +57,7 @@ class GatedExperts(_Experts):
 
 @use_experts_implementation(has_gate=False)
 class PlainExperts(_Experts):
-    """down(act(up(x)))."""
+    """Experts that compute down(act(up(x)))."""
 
     def __init__(self, config: Any, experts: int, intermediate: int):
         super().__init__(config, experts, intermediate)
@@ -65,7 +65,7 @@ class PlainExperts(_Experts):
 
 
 class MoE(nn.Module):
-    """Router and experts."""
+    """A MoE block: a gate and its experts."""
 
     def __init__(self, gate: Gate, experts: nn.Module):
         super().__init__()
@@ -79,7 +79,7 @@ class MoE(nn.Module):
 
 
 class GatedMLP(nn.Module):
-    """A dense MLP under Mixtral's names: w2(silu(w1(x)) * w3(x))."""
+    """A dense MLP with Mixtral's names: w2(act(w1(x)) * w3(x))."""
 
     def __init__(self, hidden: int, intermediate: int, activation: str):
         super().__init__()
@@ -95,7 +95,7 @@ class GatedMLP(nn.Module):
 
 
 class Decoder(LlamaModel):
-    """Embedding, rotary positions and final norm of Llama around layers of `layer_class`(config, index)."""
+    """Llama's embedding, rotary positions and final norm around layers of `layer_class`(config, index)."""
 
     layer_class: type[nn.Module]
 
@@ -106,7 +106,7 @@ class Decoder(LlamaModel):
 
 
 class CausalLM(LlamaForCausalLM):
-    """A Decoder of `decoder_class` with a head."""
+    """A decoder of `decoder_class` with Llama's head."""
 
     decoder_class: type[Decoder]
 
@@ -117,7 +117,7 @@ class CausalLM(LlamaForCausalLM):
 
 
 def stacked(block: str, gate_up: tuple[str, ...], down: str) -> list[WeightConverter]:
-    """Conversions from one tensor per expert and projection, as published, to stacked ones."""
+    """Returns the conversions from published tensors, one per expert and projection, to stacked ones."""
     target = "gate_up_proj" if len(gate_up) > 1 else "up_proj"
     joins = [Concatenate(dim=1)] if len(gate_up) > 1 else []
     return [
