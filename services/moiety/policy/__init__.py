@@ -1,1 +1,1 @@
-"""Pure decisions: no I/O, no clock, no state of their own."""
+"""Decisions as pure functions: no I/O, no clock, no globals."""

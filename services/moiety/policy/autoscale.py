@@ -1,7 +1,7 @@
-"""How many replicas one deployment should have: a pure function of what was seen and of the time passed in.
+"""Decides how many replicas one deployment should have: a pure function of a snapshot, a state and the time.
 
-Growth acts at once and aims at a busy fraction; shrinking waits for load to stay low and goes a little at a time. What a
-replica more or less would do is predicted by the cost model. Experts, routers and gateways are decided for alike.
+Growth acts at once and aims at a busy fraction. Shrinking waits until load has stayed low and takes small steps. The cost
+model predicts the effect of one replica more or less. Experts, routers and gateways follow the same policy.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from moiety.config.application import GroupSettings
 
-STEP_TIMEOUT_S = 30.0  # a replica that is not live by then no longer holds up the next step
-SETTLE_S = 1.5  # load reports of the time before a step have left their window by then
-SHRINK_STEP = 0.1  # of the replicas at once, at least one
-LEAST_GAIN = 0.1  # twice the replicas must relieve each by this much, or growing is not worth them
-JUDGED = 0.2  # a step that should have relieved each replica by less than this cannot be told from noise
-ALIVE_SHARE = 0.25  # of the target: a hot set whose one replica is less busy than this is not worth it
-ROUNDING = 1e-9  # keeps float noise (0.6 / 0.2 = 2.9999…96) from asking for one replica more
+STEP_TIMEOUT_S = 30.0  # a replica that is not live after this time no longer delays the next step
+SETTLE_S = 1.5  # after this time, the load reports from before a step have left their window
+SHRINK_STEP = 0.1  # fraction of the replicas that one step removes (at least one replica)
+LEAST_GAIN = 0.1  # growth must promise this: doubling the replicas relieves each by at least this fraction
+JUDGED = 0.2  # a step is judged only if it should have relieved each replica by this fraction: less is lost in noise
+ALIVE_SHARE = 0.25  # fraction of target_busy: a hot set whose one replica is less busy than this is not worth it
+ROUNDING = 1e-9  # keeps float noise (0.6 / 0.2 = 2.9999…96) from adding a replica
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,45 +28,45 @@ class Snapshot:
     """What is known of one deployment at one moment."""
 
     deployment: str
-    target: int  # replicas asked for now
+    target: int  # replicas requested now
     live: int  # replicas that are registered and ready
-    reporting: int  # of these, how many told their load lately
+    reporting: int  # live replicas that reported their load lately
     busy: float  # mean busy fraction of the reporting replicas, 0 to 1
-    queue_wait_ms: float  # the longest mean wait for the device among them
-    rows_per_s: float  # rows the routers send to the experts it holds; of a router or gateway, its requests
-    missing_experts: bool = False  # someone waits for an expert that it holds and no live replica does
-    stale: bool = False  # the registry does not answer: nothing here can be trusted but `target`
-    fixed: float = 0.0  # the part of busy that stays when replicas share the work, 0 to 1: CostModel.fixed_share
-    spare: bool = False  # another deployment holds all that it holds: a hot set
-    asked: float = 0.0  # of a hot set at zero: how busy one replica would be, were it there
+    queue_wait_ms: float  # the longest mean wait for the device among the reporting replicas
+    rows_per_s: float  # rows that routers send to the experts it holds; for a router or gateway, its requests
+    missing_experts: bool = False  # requests or a starting router wait for an expert that it holds
+    stale: bool = False  # the registry does not answer: only `target` can be trusted
+    fixed: float = 0.0  # part of busy that stays when more replicas share the work, 0 to 1: CostModel.fixed_share
+    spare: bool = False  # a hot set: other deployments hold all its experts too
+    asked: float = 0.0  # for a hot set: the busy fraction that one more holder of its experts would have
 
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """What a step up set out from, to see whether it helped."""
+    """The state before a step up, kept to judge whether the step helped."""
 
     live: int
     target: int
-    measure: str  # "busy" or "queue wait": what asked for it
-    per_row: float  # that measure over rows per second
+    measure: str  # "busy" or "queue wait": the measure that was too high
+    per_row: float  # that measure divided by rows per second
 
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """What must be remembered of one deployment from one decision to the next. Times are those of `now`, in seconds."""
+    """What one deployment's next decision needs from the last one. Times are values of `now`, in seconds."""
 
-    short_since: float | None = None  # fewer replicas live than asked for, since then
-    settled_at: float = -math.inf  # until then, load reports may still tell of the time before the last step
-    low_since: float | None = None  # fewer replicas would have done, since then
-    live: int | None = None  # replicas at the last decision
+    short_since: float | None = None  # since when fewer replicas are live than requested
+    settled_at: float = -math.inf  # until then, load reports may still cover the time before the last step
+    low_since: float | None = None  # since when fewer replicas would be enough
+    live: int | None = None  # live replicas at the last decision
     trial: Trial | None = None  # the last step up, until it can be judged
-    doubted_until: float = -math.inf  # the last step up did not help: until then no other is taken
-    doubt: str = ""  # what was seen of it
+    doubted_until: float = -math.inf  # no step up before then, because the last one did not help
+    doubt: str = ""  # the numbers that show it
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """The replicas to ask for, why, and the numbers the reason rests on."""
+    """The number of replicas to request, the reason, and the numbers behind it."""
 
     deployment: str
     current: int
@@ -81,12 +81,12 @@ class Decision:
 
 
 def decide(snapshot: Snapshot, state: State, settings: GroupSettings, now: float) -> Decision:
-    """The next target of `snapshot.deployment`, within `[min_replicas, max_replicas]`.
+    """Decides the next target of `snapshot.deployment`, within `[min_replicas, max_replicas]`.
 
-    1. The registry is silent: hold.      2. Out of bounds: go to the bound.      3. At zero: wake on demand.
-    4. Too busy even for the replicas that are still to come, or too long a queue: grow at once, unless replicas have
-       just come up, growing would not help, or it has not helped just now.
-    5. Still growing: wait, up to STEP_TIMEOUT_S.      6. Low for `shrink_after_s`: a tenth less, at least one.
+    1. The registry does not answer: hold.      2. Out of bounds: go to the bound.      3. At zero: start one on demand.
+    4. Too busy, even counting the replicas that are still starting, or the queue is too long: grow at once, unless replicas
+       have just become live, growth would not help, or the last step up did not help.
+    5. Still growing: wait, up to STEP_TIMEOUT_S.      6. Low for `shrink_after_s`: remove a tenth, at least one.
     7. Otherwise hold.
     """
     if snapshot.stale:
@@ -111,19 +111,19 @@ def decide(snapshot: Snapshot, state: State, settings: GroupSettings, now: float
 
 
 def predicted_busy(snapshot: Snapshot, replicas: int) -> float:
-    """Mean busy fraction that the load of now would cause on `replicas`, at least 1: what is fixed per batch stays."""
+    """Predicts the mean busy fraction of `replicas` (at least 1) under the current load; its fixed part does not shrink."""
     return snapshot.busy * (snapshot.fixed + (1.0 - snapshot.fixed) * snapshot.live / replicas)
 
 
 def router_busy(running: int, slots: int, used_blocks: int, blocks: int) -> float:
-    """How full a router is, 0 to 1: its slots or its KV cache, whichever is scarcer. Cached prefixes are not in use."""
+    """Returns how full a router is, 0 to 1: its slots or its KV blocks, whichever is scarcer. Cached prefixes count as free."""
     return max(running / max(slots, 1), used_blocks / max(blocks, 1))
 
 
 def _observe(snapshot: Snapshot, state: State, settings: GroupSettings, now: float) -> State:
-    """Keeps track of whether the replicas asked for are live, and of what the last step up brought."""
-    came = state.live is not None and snapshot.live > state.live
-    state = replace(state, live=snapshot.live, settled_at=now + SETTLE_S if came else state.settled_at)
+    """Tracks whether the requested replicas are live, and judges the last step up."""
+    arrived = state.live is not None and snapshot.live > state.live
+    state = replace(state, live=snapshot.live, settled_at=now + SETTLE_S if arrived else state.settled_at)
     if snapshot.live < snapshot.target:
         return replace(state, short_since=now if state.short_since is None else state.short_since)
     if state.short_since is not None:
@@ -134,16 +134,16 @@ def _observe(snapshot: Snapshot, state: State, settings: GroupSettings, now: flo
 
 
 def _judge(snapshot: Snapshot, state: State, trial: Trial, settings: GroupSettings, now: float) -> State:
-    """Ends the trial; where it brought less than a fifth of the relief that was due, growth is doubted for a while."""
+    """Ends the trial. If it brought less than a fifth of the expected relief, it blocks further growth for a while."""
     state = replace(state, trial=None)
-    due = 1.0 - trial.live / max(snapshot.live, 1)
-    if due < JUDGED or trial.per_row <= 0.0 or snapshot.rows_per_s <= 0.0:
+    expected = 1.0 - trial.live / max(snapshot.live, 1)
+    if expected < JUDGED or trial.per_row <= 0.0 or snapshot.rows_per_s <= 0.0:
         return state
     relief = 1.0 - _measured(snapshot, trial.measure) / snapshot.rows_per_s / trial.per_row
-    if relief >= 2 * LEAST_GAIN * due:
+    if relief >= 2 * LEAST_GAIN * expected:
         return state
     steps = f"{trial.live} → {snapshot.live} replicas"
-    doubt = f"the step {steps} changed {trial.measure} per row by {-relief:+.0%} where {-due:+.0%} was due"
+    doubt = f"the step {steps} changed {trial.measure} per row by {-relief:+.0%}, expected {-expected:+.0%}"
     return replace(state, doubted_until=now + max(settings.shrink_after_s, STEP_TIMEOUT_S), doubt=doubt)
 
 
@@ -153,28 +153,30 @@ def _measured(snapshot: Snapshot, measure: str) -> float:
 
 def _at_zero(snapshot: Snapshot, state: State, settings: GroupSettings, now: float) -> Decision:
     if snapshot.missing_experts:
-        return _step(snapshot, state, 1, "its experts are waited for", now)
+        return _step(snapshot, state, 1, "requests or a starting router wait for its experts", now)
     if snapshot.spare:
         worth = 2 * ALIVE_SHARE * settings.target_busy
         why = f"one replica would be {snapshot.asked:.2f} busy"
         if snapshot.asked >= worth:
             return _step(snapshot, state, 1, f"{why} ≥ {worth:.2f}", now)
-        return _decision(snapshot, state, 0, f"{why} < {worth:.2f}, and others hold its experts")
+        return _decision(snapshot, state, 0, f"{why} < {worth:.2f}, and other deployments hold its experts")
     if snapshot.rows_per_s > 0:
         return _step(snapshot, state, 1, f"{snapshot.rows_per_s:.0f} rows/s for its experts", now)
     return _decision(snapshot, state, 0, "no demand")
 
 
 def _wanted(snapshot: Snapshot, settings: GroupSettings, growing: bool) -> tuple[int, str, str]:
-    """Replicas that the load of the live ones calls for, the words for it, and the measure that asks."""
+    """Returns the replicas that the current load needs, the reason, and the measure that is too high ("" if none is)."""
     target, busy = settings.target_busy, snapshot.busy
     text = f"busy {busy:.2f} of {_replicas(snapshot.live)} > target {target:.2f}"
-    divisible, room = busy * (1.0 - snapshot.fixed) * snapshot.live, target - busy * snapshot.fixed
-    if busy > target and room > 0:
-        wanted = min(math.ceil(divisible / room - ROUNDING), 4 * snapshot.target)
+    divisible, per_replica = busy * (1.0 - snapshot.fixed) * snapshot.live, target - busy * snapshot.fixed
+    if busy > target and per_replica > 0:
+        wanted = min(math.ceil(divisible / per_replica - ROUNDING), 4 * snapshot.target)
         if wanted > snapshot.target:
             return wanted, text, "busy"
-    elif busy > target and not growing:  # no number of replicas gets there: double, and see whether it helps
+    elif (
+        busy > target and not growing
+    ):  # no number of replicas reaches the target: double, then judge whether it helped
         return 2 * snapshot.target, text, "busy"
     if snapshot.queue_wait_ms > settings.queue_wait_ms and not growing:
         why = f"queue wait {snapshot.queue_wait_ms:.0f} ms > limit {settings.queue_wait_ms:.0f} ms"
@@ -186,11 +188,13 @@ def _grow(snapshot: Snapshot, state: State, target: int, why: str, measure: str,
     if target == snapshot.target:
         return _decision(snapshot, state, target, f"{why}, but max_replicas is {target}")
     if now < state.settled_at:
-        return _decision(snapshot, state, snapshot.target, f"{why}, but the last step has just come up")
+        return _decision(snapshot, state, snapshot.target, f"{why}, but the last replicas have just become live")
     gain = (1.0 - snapshot.fixed) / 2
     if gain < LEAST_GAIN:
-        told = f"but {snapshot.fixed:.0%} of it is fixed: twice the replicas would relieve each by {gain:.0%}"
-        return _decision(snapshot, state, snapshot.target, f"{why}, {told}")
+        small = (
+            f"but {snapshot.fixed:.0%} of it is fixed per batch: twice the replicas would relieve each by {gain:.0%}"
+        )
+        return _decision(snapshot, state, snapshot.target, f"{why}, {small}")
     if now < state.doubted_until:
         return _decision(snapshot, state, snapshot.target, f"{why}, but {state.doubt}")
     per_row = _measured(snapshot, measure) / snapshot.rows_per_s if snapshot.rows_per_s > 0 else 0.0
@@ -216,7 +220,7 @@ def _shrink(snapshot: Snapshot, state: State, settings: GroupSettings, now: floa
 
 
 def _low(snapshot: Snapshot, settings: GroupSettings, fewer: int) -> tuple[bool, str]:
-    """Whether `fewer` replicas would carry this load with a margin, and the words for it."""
+    """Returns whether `fewer` replicas would carry this load with a margin, and the reason."""
     if snapshot.reporting < snapshot.live:
         return False, f"only {snapshot.reporting} of {_replicas(snapshot.live)} report their load"
     if fewer == 0 and snapshot.spare:
@@ -224,7 +228,7 @@ def _low(snapshot: Snapshot, settings: GroupSettings, fewer: int) -> tuple[bool,
         text = f"busy {snapshot.busy:.2f} of the last replica"
         if snapshot.missing_experts or snapshot.busy >= bound:
             return False, f"{text} ≥ {bound:.2f}"
-        return True, f"{text} < {bound:.2f}, and others hold its experts"
+        return True, f"{text} < {bound:.2f}, and other deployments hold its experts"
     if fewer == 0:
         idle = not snapshot.missing_experts and snapshot.rows_per_s == 0
         return idle, "no demand" if idle else f"last replica, {snapshot.rows_per_s:.0f} rows/s"

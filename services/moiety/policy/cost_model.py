@@ -1,6 +1,6 @@
-"""What a batch costs an expert replica: `t = a + b·activated weight bytes + c·rows`, fitted from replies as they come.
+"""The cost of a batch on an expert replica: `t = a + b·activated weight bytes + c·rows`, fitted from replies as they arrive.
 
-One model per (device, dtype). Policy, placement and the simulator read it; routers fit it.
+One model per (device, dtype). Routers fit it; autoscaling, placement and the simulator read it.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from statistics import median
 import numpy as np
 import numpy.typing as npt
 
-FORGET = (
-    0.995  # what is known of a direction counts for this much after one more sample in that direction: ~200 samples
-)
+# Weight of earlier samples along a direction after one more sample in that direction: a memory of ~200 samples.
+FORGET = 0.995
 ERRORS_KEPT = 64
-SETTLED = 16  # samples after which one that is far off is taken for noise: a page fault, a preempted thread
-CLIP = 0.5  # of the prediction: how far a settled model lets one sample pull
-# Without a seed, a few decode batches alike cannot tell the three costs apart; weights then get most of the time, as
-# decode is known to be bound by them. Relative to the time of the first sample; the least costs the least.
+SETTLED = 16  # samples after which an outlier is taken for noise: a page fault, a preempted thread
+CLIP = 0.5  # a settled model limits one sample's residual to this fraction of the prediction
+# Prior precision of the costs (fixed, per byte, per row), relative to the time of the first sample. Without a seed, a few
+# similar decode batches do not separate the three costs. The least precise, the cost per byte, then gets most of the time:
+# weights are known to bound decode.
 DOUBT = np.array([1e-3, 1e-4, 1e-3])
-REGULAR = 1e-12  # of a direction's certainty, above what rounding leaves
-SEED_WEIGHT = 4.0  # samples that a seed counts for, in each cost
+REGULAR = 1e-12  # added to the scaled information matrix; larger than rounding errors
+SEED_WEIGHT = 4.0  # number of samples that a seed counts as, in each cost
 
 Vector = npt.NDArray[np.float64]
 Matrix = npt.NDArray[np.float64]
@@ -33,66 +33,66 @@ Matrix = npt.NDArray[np.float64]
 class Sample:
     """One batch that a replica computed."""
 
-    weight_bytes: float  # of the distinct experts in it, as they are held
+    weight_bytes: float  # total of its distinct experts, as stored
     rows: float  # (token, expert) pairs
-    seconds: float  # of the device, without the queue
+    seconds: float  # device time, without the queue
 
 
 @dataclass(frozen=True, slots=True)
 class CostModel:
-    """A fit, its certainty and its error. `CostModel()` knows nothing yet and predicts 0."""
+    """A fit with its certainty and error. `CostModel()` has no samples and predicts 0."""
 
     fixed_s: float = 0.0  # a: seconds per batch
     s_per_byte: float = 0.0  # b: seconds per byte of activated weights
     s_per_row: float = 0.0  # c: seconds per row
     seen: int = 0  # samples
-    information: tuple[float, ...] = ()  # [3 * 3] row-major, of the three costs; units of 1 / cost²
+    information: tuple[float, ...] = ()  # information matrix of the three costs, [3 * 3] row-major; units of 1 / cost²
     errors: tuple[float, ...] = field(default=(), repr=False)  # |t - predicted| / t of the last ERRORS_KEPT samples
 
     @classmethod
     def seeded(cls, fixed_s: float, s_per_byte: float, s_per_row: float) -> CostModel:
-        """A model that starts from costs measured elsewhere and leaves them as far as samples contradict."""
+        """Returns a model that starts from costs measured elsewhere and moves away only as samples contradict them."""
         costs = np.array([fixed_s, s_per_byte, s_per_row])
-        least = 1e-3 * np.array([1e-6, 1e-15, 1e-9])  # a cost seeded as 0 may still be learned
+        least = 1e-3 * np.array([1e-6, 1e-15, 1e-9])  # so that a cost seeded as 0 can still be learned
         return _model(costs, np.diag(SEED_WEIGHT / 9.0 / np.maximum(costs, least) ** 2), 0, ())
 
     @property
     def error(self) -> float | None:
-        """Median relative error of the latest predictions, each made before its sample was learned; None at first."""
+        """Median relative error of the latest predictions, each made before its sample was learned; None without any."""
         return median(self.errors) if self.errors else None
 
     def predict(self, weight_bytes: float, rows: float) -> float:
-        """Seconds of a batch of `rows` that activates experts of `weight_bytes` together."""
+        """Predicts the seconds of a batch of `rows` whose distinct experts have `weight_bytes` in total."""
         return self.fixed_s + self.s_per_byte * weight_bytes + self.s_per_row * rows
 
     def busy(self, batches_per_s: float, bytes_per_s: float, rows_per_s: float) -> float:
-        """Fraction of a device's time that this work takes; above 1, more than one device."""
+        """Returns the fraction of one device's time that this work takes; above 1 it needs more than one device."""
         return self.fixed_s * batches_per_s + self.s_per_byte * bytes_per_s + self.s_per_row * rows_per_s
 
     def fixed_share(self, weight_bytes: float, rows: float) -> float:
-        """The part of a batch's time, 0 to 1, that stays when its experts and rows are shared with another replica."""
+        """Returns the part of a batch's time, 0 to 1, that stays when another replica takes some of its experts and rows."""
         whole = self.predict(weight_bytes, rows)
         return self.fixed_s / whole if whole > 0 else 0.0
 
     def rows_at_knee(self, expert_bytes: float) -> float:
-        """Rows of one expert that cost as much as reading its weights; inf where rows are free.
+        """Returns how many rows of one expert cost as much as reading its weights; inf if rows cost nothing.
 
-        Below, two replicas with half the rows each would read the weights twice and gain little.
+        With fewer rows, splitting them over two replicas gains little, because both read the weights.
         """
         return self.s_per_byte * expert_bytes / self.s_per_row if self.s_per_row > 0 else float("inf")
 
     def capacity(self, weight_bytes: float, rows: float, busy: float = 1.0) -> float:
-        """Rows per second of one replica whose batches are like this one, at a busy fraction; inf if they are free."""
+        """Returns the rows per second of a replica with batches like this one, at a busy fraction; inf if they cost nothing."""
         seconds = self.predict(weight_bytes, rows)
         return busy * rows / seconds if seconds > 0 else float("inf")
 
 
 def update(model: CostModel, sample: Sample) -> CostModel:
-    """`model` after one more sample; unchanged by one that cannot be (no time, negative counts). Some 25 µs.
+    """Returns `model` after one more sample, unchanged by an impossible one (no time, negative counts). About 25 µs.
 
     Recursive least squares of the *relative* error: a decode batch of 0.1 ms and a prefill chunk of 100 ms count alike.
     Forgetting acts only along the sample's own direction (Cao & Schwartz, Automatica 36, 2000): an hour of decode does
-    not wear out what prefill taught. Costs stay non-negative: the nearest such costs in the fit's own metric.
+    not erase what prefill taught. Negative costs are replaced by the nearest non-negative ones in the fit's own metric.
     """
     x = np.array([1.0, sample.weight_bytes, sample.rows])
     seconds = sample.seconds
@@ -109,7 +109,7 @@ def update(model: CostModel, sample: Sample) -> CostModel:
     x = x / scale
     known = information @ x
     along = float(x @ known)
-    if along > 1.0:  # a direction less certain than one sample has nothing to forget
+    if along > 1.0:  # a direction with less information than one sample has nothing to forget
         information = information - (1.0 - FORGET) / along * np.outer(known, known)
     information = information + np.outer(x, x)
     costs = _non_negative(costs + _solve(information, x) * residual, information)
@@ -119,7 +119,7 @@ def update(model: CostModel, sample: Sample) -> CostModel:
 
 
 def fit(samples: Iterable[Sample], model: CostModel | None = None) -> CostModel:
-    """`model`, or one that knows nothing, after all of `samples`: the rows of `moiety bench experts`, for a start."""
+    """Returns `model` (default: an empty one) after all of `samples`, for example those of `moiety bench experts`."""
     model = CostModel() if model is None else model
     for sample in samples:
         model = update(model, sample)
@@ -129,9 +129,9 @@ def fit(samples: Iterable[Sample], model: CostModel | None = None) -> CostModel:
 def expert_load(
     model: CostModel, rows_per_s: npt.ArrayLike, activations_per_s: npt.ArrayLike, expert_bytes: float
 ) -> npt.NDArray[np.float64]:
-    """Device seconds per second that each expert asks for, [layers, experts]: what placement balances.
+    """Returns the device seconds per second that each expert needs, [layers, experts]: the load that placement balances.
 
-    Decode activates experts for few rows each, so activations decide; prefill brings many rows, so rows decide.
+    Decode activates experts for few rows each, so activations dominate. Prefill has many rows per expert, so rows dominate.
     """
     reading = model.s_per_byte * expert_bytes * np.asarray(activations_per_s, dtype=np.float64)
     return reading + model.s_per_row * np.asarray(rows_per_s, dtype=np.float64)
@@ -144,7 +144,7 @@ def _costs(model: CostModel) -> Vector:
 def _information(model: CostModel, x: Vector, seconds: float) -> Matrix:
     if model.information:
         return np.array(model.information).reshape(3, 3)
-    # Of a cost whose regressor is 0 nothing is known at all: a trace of doubt keeps the matrix regular.
+    # A regressor of 0 tells nothing about its cost: the floor keeps the matrix regular.
     least = np.array([1.0, 1.0, 1e-3])
     return np.diag(DOUBT * (np.maximum(x, least) / seconds) ** 2)
 
@@ -155,9 +155,9 @@ def _model(costs: Vector, information: Matrix, seen: int, errors: tuple[float, .
 
 
 def _solve(information: Matrix, right: Vector) -> Vector:
-    """`information⁻¹ · right`, scaled first: bytes and rows differ by many orders of magnitude.
+    """Returns `information⁻¹ · right`, scaled first, because bytes and rows differ by many orders of magnitude.
 
-    What rounding left of a direction that was never seen is kept from dividing by zero.
+    REGULAR avoids a division by zero where rounding has left nothing of a direction that no sample had.
     """
     scale = 1.0 / np.sqrt(np.diag(information))
     scaled = information * np.outer(scale, scale) + REGULAR * np.eye(len(right))
@@ -166,7 +166,10 @@ def _solve(information: Matrix, right: Vector) -> Vector:
 
 
 def _non_negative(costs: Vector, information: Matrix) -> Vector:
-    """The non-negative costs nearest to `costs`, measured by `information`: of eight candidates the best feasible."""
+    """Returns the non-negative costs nearest to `costs` in the metric `information`: the best feasible candidate.
+
+    A candidate fits a subset of the costs and sets the others to 0.
+    """
     if costs.min() >= 0:
         return costs
     best, least = np.zeros(3), float("inf")

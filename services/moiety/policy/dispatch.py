@@ -1,4 +1,4 @@
-"""Which replica computes which rows: a pure function of the routing and the table of live holders.
+"""Decides which replica computes which rows: a pure function of the routing and the table of live holders.
 
 Legend: T tokens, K experts per token, E experts per layer, A = T * K assignments, in row-major order.
 """
@@ -15,18 +15,21 @@ from moiety.core.experts import ExpertSet
 NOBODY = -1
 SEVERAL = -2
 
-# Below this many rows an expert's cost is the streaming of its weights; from there on rows add to it.
+# With fewer rows, reading an expert's weights dominates its cost; from here on, rows do.
 KNEE_ROWS = 32
 
 
 class Shared(Mapping[tuple[int, int], tuple[int, ...]]):
-    """(layer, expert) -> the indices of its several holders, ascending; worked out when it is asked for.
+    """(layer, expert) -> the indices of its holders, ascending, for experts with several; computed at the first look-up.
 
-    A table of 2,000 replicas has half a million entries, and a router's experts of the next seconds are a few thousand.
+    A table of 2,000 replicas has half a million entries; a router uses a few thousand of them within seconds.
     """
 
     def __init__(self, experts: int, several: np.ndarray, holds: np.ndarray, members: tuple[tuple[int, ...], ...]):
-        """`several`: cells (layer * experts + expert), ascending; `holds` [sets, cells]; `members`: replicas of a set."""
+        """`several`: cells (layer * experts + expert) with several holders, ascending; `holds` [sets, cells] bool.
+
+        `members`: the indices of the replicas that hold each set.
+        """
         self._experts, self._several, self._holds, self._members = experts, several, holds, members
         self._known: dict[tuple[int, int], tuple[int, ...]] = {}
 
@@ -34,7 +37,7 @@ class Shared(Mapping[tuple[int, int], tuple[int, ...]]):
         if (known := self._known.get(pair)) is not None:
             return known
         sets = np.flatnonzero(self._holds[:, pair[0] * self._experts + pair[1]]).tolist()
-        holders = tuple(sorted(index for one in sets for index in self._members[one]))
+        holders = tuple(sorted(index for number in sets for index in self._members[number]))
         if len(holders) < 2:
             raise KeyError(pair)
         self._known[pair] = holders
@@ -49,32 +52,30 @@ class Shared(Mapping[tuple[int, int], tuple[int, ...]]):
 
 @dataclass(frozen=True, slots=True)
 class HolderTable:
-    """Who holds what, in a form that a decode step can look up in microseconds."""
+    """Which live replicas hold which experts; a look-up takes microseconds."""
 
     version: int = 0
     replicas: tuple[str, ...] = ()  # sorted ids
-    sole: Mapping[int, np.ndarray] = field(
-        default_factory=dict
-    )  # layer -> [E] index of the one holder, or NOBODY, SEVERAL
-    shared: Mapping[tuple[int, int], tuple[int, ...]] = field(
-        default_factory=dict
-    )  # (layer, expert) -> its several holders
+    # layer -> [E] index of the only holder, or NOBODY, SEVERAL
+    sole: Mapping[int, np.ndarray] = field(default_factory=dict)
+    # (layer, expert) -> indices of its holders, for experts with several
+    shared: Mapping[tuple[int, int], tuple[int, ...]] = field(default_factory=dict)
 
     @classmethod
     def build(cls, version: int, held: Mapping[str, ExpertSet], layers: int, experts: int) -> HolderTable:
-        """From replica id -> experts held, for a model of `layers` MoE layers with `experts` each.
+        """Builds the table from replica id -> experts held, for a model of `layers` MoE layers with `experts` each.
 
-        Replicas of a deployment hold one and the same set (`ExpertSet.parse` gives one value for one text), which is
-        looked at once for all of them.
+        Replicas of a deployment share one ExpertSet object (`ExpertSet.parse` returns the same object for the same text),
+        so each set is read once for all of them.
         """
         replicas = tuple(sorted(held))
-        alike: dict[int, tuple[ExpertSet, list[int]]] = {}
+        by_set: dict[int, tuple[ExpertSet, list[int]]] = {}
         for index, replica in enumerate(replicas):
-            alike.setdefault(id(held[replica]), (held[replica], []))[1].append(index)
+            by_set.setdefault(id(held[replica]), (held[replica], []))[1].append(index)
         owner = np.full(layers * experts, NOBODY, dtype=np.int64)
         holders = np.zeros(layers * experts, dtype=np.int64)
-        holds = np.zeros((len(alike), layers * experts), dtype=bool)
-        for row, (experts_held, indices) in zip(holds, alike.values(), strict=True):
+        holds = np.zeros((len(by_set), layers * experts), dtype=bool)
+        for row, (experts_held, indices) in zip(holds, by_set.values(), strict=True):
             cells = [
                 layer * experts + expert
                 for layer, ids in experts_held.by_layer.items()
@@ -86,12 +87,12 @@ class HolderTable:
             owner[cells] = indices[0]
             holders[cells] += len(indices)
         owner[holders > 1] = SEVERAL
-        members = tuple(tuple(same) for _, same in alike.values())
+        members = tuple(tuple(indices) for _, indices in by_set.values())
         shared = Shared(experts, np.flatnonzero(holders > 1), holds, members)
         return cls(version, replicas, dict(enumerate(owner.reshape(layers, experts))), shared)
 
     def held_only_by(self, layer: int, replicas: Collection[str]) -> np.ndarray:
-        """bool [E]: the experts of `layer` that have holders, all of them among `replicas`."""
+        """Returns bool [E]: the experts of `layer` that have holders, all of them in `replicas`."""
         among = np.array([replica in replicas for replica in self.replicas] + [False, False])  # SEVERAL, NOBODY
         only = among[self.sole[layer]]
         for expert in np.flatnonzero(self.sole[layer] == SEVERAL).tolist():
@@ -99,7 +100,7 @@ class HolderTable:
         return only
 
     def uncovered(self) -> list[tuple[int, int]]:
-        """Every (layer, expert) without a live holder."""
+        """Returns every (layer, expert) without a live holder."""
         return [
             (layer, int(expert)) for layer, owner in self.sole.items() for expert in np.flatnonzero(owner == NOBODY)
         ]
@@ -107,28 +108,27 @@ class HolderTable:
 
 @dataclass(frozen=True, slots=True)
 class Holders:
-    """Who is asked for which experts while placements change, and what that says of the change."""
+    """Which experts each replica may be called for while a placement changes, and which placement that completes."""
 
-    held: Mapping[str, ExpertSet]  # replica id -> what it may be asked for
-    epoch: (
-        int  # every replica's experts are those of this placement or a later one, and none that is leaving is asked for
-    )
+    held: Mapping[str, ExpertSet]  # replica id -> experts that it may be called for
+    # All replicas follow this placement or a later one, and none is called for an expert that it drops by it.
+    epoch: int
 
 
 def holders(held: Mapping[str, ExpertSet], leaving: Mapping[str, ExpertSet], epochs: Mapping[str, int]) -> Holders:
-    """From what each replica holds by the placement of its epoch, and what it still answers besides.
+    """Combines what each replica holds by the placement of its `epochs` entry with the experts `leaving` it.
 
-    An expert that is leaving a replica is asked for there only while nobody holds it: so none is ever without a holder
-    on its way to another one, and none that is still needed counts as given up.
+    A replica is called for a leaving expert only while no replica holds it. An expert on its way to another replica
+    therefore keeps a holder, and `epoch` stays lower while a leaving expert is still needed.
     """
-    changing = {layer for experts in leaving.values() for layer in experts.by_layer}  # few, of thousands of replicas
+    changing = {layer for experts in leaving.values() for layer in experts.by_layer}  # few layers change at a time
     covered = ExpertSet(
         {layer: frozenset().union(*(experts.layer(layer) for experts in held.values())) for layer in changing}
     )
     needed = {replica: left for replica, experts in leaving.items() if (left := experts - covered)}
-    taken_in = [epoch - (replica in needed) for replica, epoch in epochs.items()]
-    asked = {replica: held[replica] | needed[replica] if replica in needed else held[replica] for replica in held}
-    return Holders(asked, min(taken_in, default=0))
+    completed = [epoch - (replica in needed) for replica, epoch in epochs.items()]
+    callable_ = {replica: held[replica] | needed[replica] if replica in needed else held[replica] for replica in held}
+    return Holders(callable_, min(completed, default=0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +136,7 @@ class DispatchPlan:
     """Where each assignment goes."""
 
     parts: Mapping[str, np.ndarray]  # replica id -> assignments, ascending
-    uncovered: np.ndarray  # assignments whose expert has no holder that may be asked
+    uncovered: np.ndarray  # assignments whose expert has no holder outside `avoid`
 
 
 def plan_dispatch(
@@ -144,10 +144,10 @@ def plan_dispatch(
 ) -> DispatchPlan:
     """Plans `assignments` (indices into `experts` [A], global ids) of one layer over the holders not in `avoid`.
 
-    Whole experts go to one replica each: two replicas streaming the same weights for half the rows each gain nothing in
-    decode. An expert's preferred holder is fixed by its id and its layer's, so sets stay disjoint and sticky from step to
-    step, and a group may have more replicas than experts of a layer; it is passed over only when it is busier than another
-    holder by what the expert itself costs, or more.
+    All rows of an expert go to one replica: two replicas that read the same weights for half the rows each gain nothing in
+    decode. The ids of expert and layer determine an expert's preferred holder. Replicas therefore get disjoint experts, the
+    same from step to step, and a group with more replicas than experts per layer still uses all of them. Another holder is
+    chosen only if its load is lower than the preferred one's by at least the cost of the expert.
     """
     wanted = experts[assignments]
     owner = table.sole[layer][wanted]  # [len(assignments)]
@@ -156,7 +156,7 @@ def plan_dispatch(
         owner = np.where(np.isin(owner, list(barred)), NOBODY, owner)
     if (owner == SEVERAL).any():
         owner = _choose(table, layer, wanted, owner, barred)
-    share = np.bincount(owner - NOBODY).tolist()  # how much each gets, NOBODY first
+    share = np.bincount(owner - NOBODY).tolist()  # assignments of each replica, NOBODY first
     parts = {table.replicas[i - 1]: assignments[owner == i - 1] for i, count in enumerate(share) if i and count}
     return DispatchPlan(parts, assignments[owner == NOBODY])
 
@@ -181,7 +181,7 @@ def _choose(table: HolderTable, layer: int, wanted: np.ndarray, owner: np.ndarra
             continue
         preferred = holders[(expert + layer) % len(holders)]
         chosen, cost = preferred, _cost(count)
-        if load[preferred] >= cost:  # else nobody is lighter by as much
+        if load[preferred] >= cost:  # otherwise no holder can be lighter by `cost`
             lightest = min(holders, key=load.__getitem__)
             chosen = preferred if load[preferred] - load[lightest] < cost else lightest
         load[chosen] += cost

@@ -1,4 +1,4 @@
-"""How many bits each expert's weights get, so that a model fits into a memory at the least total error."""
+"""Decides how many bits each expert's weights get, so that a model fits into a memory budget with the least total error."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Key = TypeVar("Key", bound=Hashable)
 
 @dataclass(frozen=True, slots=True, order=True)
 class Precision:
-    """How one expert's matrices are stored: bits per weight, and columns that share a scale (0: a whole row, or none)."""
+    """How one expert's matrices are stored: bits per weight, and columns per scale (0: one per row, or no scales)."""
 
     bits: int
     group: int = 0
@@ -24,7 +24,7 @@ class Precision:
         return f"{self.bits} bits" + (f", groups of {self.group}" if self.group else "")
 
     def bytes_of(self, shape: tuple[int, int], itemsize: int) -> int:
-        """Bytes of a matrix [O, D] whose plain weights take `itemsize` each: codes, scales, and the shape beside them."""
+        """Returns the bytes of a matrix [O, D] with weights of `itemsize` bytes before quantisation: codes, scales, shape."""
         rows, columns = shape
         if self.bits == 16:
             return rows * columns * itemsize
@@ -34,7 +34,7 @@ class Precision:
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """One way to store an expert: what it takes, and the error it costs."""
+    """One way to store an expert: its bytes and its error."""
 
     precision: Precision
     nbytes: int
@@ -57,24 +57,24 @@ class Allocation(Generic[Key]):
 
 
 def allocate(options: Mapping[Key, Sequence[Option]], budget: int) -> Allocation[Key]:
-    """The allocation of at most `budget` bytes with the least total error, to within the last expert that did not fit.
+    """Returns the allocation of at most `budget` bytes with the least error, optimal up to the last step down.
 
-    Every expert starts at its best option and goes down the lower convex hull of (bytes, error), always where a byte saved
-    costs the least error next. Each allocation on that way minimises error + price * bytes for some price, so no other of
-    as few bytes has less error (Everett's theorem on Lagrange multipliers; Shoham and Gersho 1988 for bit allocation). What
-    the last step has saved beyond need is given back to the steps that fit, dearest first. Raises ConfigError where even the
-    smallest options exceed the budget, naming their sum.
+    Every expert starts at its best option and moves down the lower convex hull of (bytes, error). Each step is the one with
+    the least additional error per byte saved. Each allocation on this path minimises error + price * bytes for some price,
+    so no other of as few bytes has less error (Everett's theorem on Lagrange multipliers; Shoham and Gersho 1988 for bit
+    allocation). If the last step saves more than needed, the steps that still fit are undone, largest error first. Raises
+    ConfigError if even the smallest options exceed the budget; the message names their sum.
     """
-    hulls = {key: _hull(of_key) for key, of_key in options.items()}
+    hulls = {key: _hull(choices) for key, choices in options.items()}
     floor = sum(hull[-1].nbytes for hull in hulls.values())
     if floor > budget:
-        raise ConfigError("memory", budget, f"must leave at least {floor} bytes for experts, at their fewest bits")
+        raise ConfigError("memory", budget, f"must leave at least {floor} bytes for experts, even at the fewest bits")
     steps = [
         (_slope(upper, lower), position, key)
         for key, hull in hulls.items()
         for position, (upper, lower) in enumerate(pairwise(hull))
     ]
-    steps.sort(key=lambda step: step[:1])  # stable: a hull's own steps stay in order
+    steps.sort(key=lambda step: step[:1])  # stable: the steps of one hull stay in order
     place = dict.fromkeys(hulls, 0)
     total = sum(hull[0].nbytes for hull in hulls.values())
     for _, position, key in steps:
@@ -94,10 +94,10 @@ def allocate(options: Mapping[Key, Sequence[Option]], budget: int) -> Allocation
 
 
 def _hull(options: Sequence[Option]) -> list[Option]:
-    """The options on the lower convex hull, from the one of least error to the one of fewest bytes."""
+    """Returns the options on the lower convex hull, from least error to fewest bytes."""
     hull: list[Option] = []
     for option in sorted(options, key=lambda option: (-option.nbytes, option.error)):
-        while hull and option.error <= hull[-1].error:  # no worse, and no larger
+        while hull and option.error <= hull[-1].error:  # no more error, and no more bytes
             hull.pop()
         while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-1], option):
             hull.pop()
@@ -106,7 +106,7 @@ def _hull(options: Sequence[Option]) -> list[Option]:
 
 
 def _slope(upper: Option, lower: Option) -> float:
-    """Error that a byte saved costs."""
+    """Returns the additional error per byte saved."""
     return (lower.error - upper.error) / max(upper.nbytes - lower.nbytes, 1)
 
 

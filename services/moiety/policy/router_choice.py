@@ -1,12 +1,12 @@
-"""Which router a request goes to: a pure function of what is known of each, and of a number that the caller draws.
+"""Decides which router a request goes to: a pure function of what is known of each router and of a random number.
 
-A request goes where it costs least time: a wait for a slot, the prefill of what is not cached behind the prefill already
-queued there, and tokens at the pace that so many streams allow; and its own prefill once more, for it keeps those who
-come after it waiting as well. So a cached prefix wins until what waits at its router costs more than computing it again.
+A request goes to the router where it costs the least time: the wait for a slot, the prefill of its uncached tokens behind
+the prefill already queued there, and decoding at the pace that so many streams allow. Its own prefill counts twice, because
+it also delays the requests behind it. So a cached prefix wins until the wait at its router costs more than computing it again.
 
-Only a few routers are compared: two drawn at random, and two of those with the longest prefix. What is known of load is
-as old as the last poll, and many gateways that all chose the best of all would choose the same one until the next
-(Mitzenmacher, "How Useful Is Old Information?", 2000); two choices keep the balance without that herd.
+Only a few routers are compared: two drawn at random, and two of those with the longest prefix. Load is known as of the last
+poll, and if every gateway chose the best of all routers, all would choose the same one until the next poll (Mitzenmacher,
+"How Useful Is Old Information?", 2000). Two random choices keep the balance without this herding.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ class Candidate(NamedTuple):
     """One router, as one gateway sees it at the moment of the choice."""
 
     load: int  # requests there, running or waiting
-    slots: int  # requests that it runs at once; 0 = not told
-    ahead: float = 0.0  # prompt tokens sent there whose first token has not come
+    slots: int  # requests that it runs at once; 0 = unknown
+    ahead: float = 0.0  # prompt tokens of requests sent there that have no first token yet
     cached: float = 0.0  # tokens of this prompt that are expected in its cache
 
 
 @dataclass(frozen=True, slots=True)
 class RouterChoice:
-    """The candidate chosen, what is predicted for it, and why it was."""
+    """The chosen candidate, its predicted cost and the reason."""
 
     index: int  # into the candidates
-    seconds: float  # that it costs, to its end and others; 0 while no pace is known
+    seconds: float  # predicted cost, the delay of later requests included; 0 while no pace is known
     candidate: Candidate
-    longest: float  # tokens of the prompt that the router with the most of it has cached
+    longest: float  # most tokens of the prompt that any router has cached
 
     @property
     def reason(self) -> str:
@@ -47,10 +47,10 @@ class RouterChoice:
 
 
 def choose(candidates: Sequence[Candidate], pace: Pace, prompt: int, max_tokens: int, draw: int) -> RouterChoice:
-    """Of one or more `candidates`, for `prompt` tokens and up to `max_tokens` more; `draw` is random, 0 to 2**32 - 1.
+    """Chooses one of `candidates` for `prompt` tokens and up to `max_tokens` more; `draw` is random, 0 to 2**32 - 1.
 
-    While no request has been seen to its end there is no pace, and the least loaded is chosen, by prefix where that is
-    equal.
+    Until a request has finished there is no pace. Then the least loaded router is chosen, or on a tie the one with the
+    longest prefix.
     """
     longest = max(candidate.cached for candidate in candidates)
     holders = [i for i, candidate in enumerate(candidates) if candidate.cached == longest] if longest else []
@@ -64,8 +64,8 @@ def choose(candidates: Sequence[Candidate], pace: Pace, prompt: int, max_tokens:
         if not pace.known:
             return 0.0
         load, slots, ahead, cached = candidate
-        # Own prefill counts twice. Once only, simulated conversations of 1600 tokens at two thirds load computed 11 % of
-        # what was cached again and took 0.85 s each; twice, 0.5 % and 0.60 s.
+        # The request's own prefill counts twice. In simulated conversations of 1600 tokens at two thirds load, counting it
+        # once recomputed 11 % of what was cached and took 0.85 s each; counting it twice, 0.5 % and 0.60 s.
         tokens = ahead + 2.0 * (prompt - cached)
         streams = min(load + 1, slots or load + 1)
         return fixed + pace.slot_wait(load, slots) + per_token * tokens + per_stream * streams
@@ -81,7 +81,7 @@ def choose(candidates: Sequence[Candidate], pace: Pace, prompt: int, max_tokens:
 
 
 def _two_of(indices: Sequence[int], draw: int) -> tuple[int, ...]:
-    """Two different ones of `indices`, or all where there are fewer."""
+    """Returns two different elements of `indices`, or all if there are fewer."""
     if len(indices) <= 2:
         return tuple(indices)[:: -1 if draw & 1 else 1]
     first = draw % len(indices)

@@ -1,13 +1,13 @@
-"""How fast routers are, learned from the requests they served. Frozen values: each observation gives the next one."""
+"""How fast routers are, learned from the requests they served. Frozen values: each observation returns a new one."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-# What one request weighs in a mean: the last thirty or so count, about one full batch of the default slots. That is
-# enough to average out a step's noise, and few enough to follow a change of load within one batch.
+# Weight of one request in a mean: the last 32 or so count, about one full batch of the default slots. That is enough to
+# average out the noise of a step, and few enough to follow a change of load within one batch.
 WEIGHT = 1 / 32
-# How much x must have varied, relative to its mean, before what was seen outweighs the assumption of proportion.
+# Standard deviation of x, relative to its mean, at which the fitted slope counts as much as proportionality.
 VARIED = 0.1
 
 
@@ -25,9 +25,9 @@ class Mean:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """y over x by exponentially weighted least squares, for quantities that grow with x from a cost of 0 or more.
+    """A line y(x) by exponentially weighted least squares, with non-negative slope and intercept.
 
-    Until x has varied, y is assumed to be proportional to x: for a time over a load, that everybody shares one worker.
+    Until x has varied, y is assumed proportional to x. For a time y over a load x, this means that all share one worker.
     """
 
     x: Mean = Mean()
@@ -45,7 +45,7 @@ class Line:
 
     @property
     def slope(self) -> float:
-        """From 0 to proportion, so that neither slope nor intercept is negative."""
+        """The slope, limited to 0 … y / x, so that neither slope nor intercept is negative."""
         if self.x.value <= 0.0:
             return 0.0
         proportion = self.y.value / self.x.value
@@ -62,35 +62,35 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """What routers of one deployment take for a request; they are replicas of each other, so one pace is learned for all.
+    """How long the routers of one deployment take for a request; they are replicas, so one pace is learned for all.
 
-    A router that is slower than the others is still found out: its requests stay, and its load is what others see.
+    A router that is slower than the others still gets fewer requests: its requests stay longer, so its load is higher.
     """
 
-    first_token: Line = Line()  # seconds to the first token, over the prompt tokens to be computed by then
-    gap: Line = Line()  # seconds between two tokens of a stream, over the streams that run
+    first_token: Line = Line()  # seconds to the first token, over the prompt tokens computed by then
+    gap: Line = Line()  # seconds between two tokens of a stream, over the number of running streams
     stay: Mean = Mean()  # seconds for which a request keeps its slot
     output: Mean = Mean()  # tokens of a finished request
-    found: Mean = Mean(1.0, weight=1.0)  # of the cached tokens predicted, the part that was there; all, to begin with
+    found: Mean = Mean(1.0, weight=1.0)  # fraction of the predicted cached tokens that was in the cache; starts at 1
 
     @property
     def known(self) -> bool:
-        """Whether a request has been seen from its first token to its end."""
+        """Whether at least one request has been observed from its first token to its end."""
         return self.stay.weight > 0.0 and self.first_token.y.weight > 0.0
 
     def started(self, tokens: float, seconds: float) -> Pace:
-        """A first token came `seconds` after the request was sent; no slot was waited for, `tokens` were computed."""
+        """Observes a first token `seconds` after its request was sent, without a wait for a slot; `tokens` were computed."""
         return replace(self, first_token=self.first_token.observe(tokens, seconds))
 
     def looked_up(self, share: float) -> Pace:
-        """A router had `share` of the tokens that were predicted to be in its cache, 0 to 1."""
+        """Observes the fraction `share`, 0 to 1, of predicted cached tokens that a router had."""
         return replace(self, found=self.found.observe(share))
 
     def ended(self, stay: float, streams: float, tokens: int, streaming: float) -> Pace:
-        """A request is done: `stay` seconds in its slot, `streaming` of them from the first of `tokens` to the last."""
+        """Observes a finished request: `stay` seconds in its slot, `streaming` of them between its first and last token."""
         gap = self.gap.observe(streams, streaming / (tokens - 1)) if tokens > 1 else self.gap
         return replace(self, stay=self.stay.observe(stay), output=self.output.observe(tokens), gap=gap)
 
     def slot_wait(self, load: float, slots: int) -> float:
-        """Seconds until a request that finds `load` others at a router of `slots` has a slot."""
+        """Returns the seconds until a request gets one of a router's `slots` if `load` others are there."""
         return max(load + 1 - slots, 0.0) * self.stay.value / slots if slots else 0.0

@@ -1,1 +1,1 @@
-"""Reads the load ledger, decides how many replicas each deployment gets, and places experts."""
+"""Applies the policies to a running system: reads the load ledger, scales deployments and places experts."""

@@ -1,6 +1,6 @@
-"""The stateful half of autoscaling, living in Serve's controller: one thread per system reads the ledger and decides.
+"""The stateful half of autoscaling, in Serve's controller: one thread per system reads the ledger and decides.
 
-The policy call of `deploy/autoscaling_hook.py` only looks up what the thread has published.
+`deploy/autoscaling_hook.py`, which Serve calls, only looks up the target that the thread has published.
 """
 
 from __future__ import annotations
@@ -23,54 +23,56 @@ from moiety.telemetry.metrics import configure_metrics
 from moiety.telemetry.names import Attribute, MetricName, ResourceAttribute
 
 PERIOD_S = 0.25
-HOT_GAIN = 0.1  # that is worth new hot sets, unless the settings say otherwise
+HOT_GAIN = 0.1  # gain that justifies a new placement of a system with hot sets, unless rebalance_gain is set
 TRUSTED_S = 3.0  # a target older than this is not followed
-FORGET_S = 10.0  # Serve asks nine times a second: a deployment it no longer asks for is gone
+FORGET_S = 10.0  # Serve asks nine times a second: a deployment it has not asked for this long is gone
 
 _log = logging.getLogger("ray.serve")
 
 
 @dataclass(slots=True, eq=False)
 class Subscription:
-    """One deployment: what Serve says of it, and what was decided. Two threads meet here, one assignment at a time."""
+    """One deployment: what Serve reports and what was decided. Two threads share it; each change is one assignment."""
 
     deployment: str
     settings: GroupSettings
     held: ExpertSet
-    live: Mapping[str, float] = field(default_factory=dict)  # settings that user_config changes
+    live: Mapping[str, float] = field(default_factory=dict)  # live settings, from user_config
     state: State = field(default_factory=State)
     asked_at: float = 0.0  # time.monotonic() of Serve's last call
     serve_target: int | None = None
-    published: tuple[int, float] | None = None  # a target, and the time.monotonic() at which it was last decided
+    published: tuple[int, float] | None = None  # a target, and time.monotonic() of its decision
 
     def target(self, serve_target: int, low: int, high: int) -> int:
-        """Called by Serve's controller: notes what Serve knows, returns the target to have. Never waits."""
+        """Notes Serve's target and bounds, and returns the target to use. Called by Serve's controller; never waits."""
         now = time.monotonic()
-        if (low, high) != (self.settings.min_replicas, self.settings.max_replicas):  # changed in a live application
+        if (low, high) != (self.settings.min_replicas, self.settings.max_replicas):  # changed in a running application
             self.settings = self.settings.model_copy(update={"min_replicas": low, "max_replicas": high})
         self.serve_target, self.asked_at = serve_target, now
         trusted = self.trusted()
         return serve_target if trusted is None else trusted
 
     def trusted(self) -> int | None:
-        """The target that was decided; None where that is too long ago to be followed."""
+        """Returns the last decided target, or None if it is older than TRUSTED_S."""
         published = self.published
         return published[0] if published is not None and time.monotonic() - published[1] < TRUSTED_S else None
 
     def decide(self, reading: Reading, now: float) -> Decision | None:
-        """Called by the autoscaler's thread; None while Serve has not said how many replicas it has asked for."""
+        """Decides and publishes the next target; None while Serve's target is unknown. Called by the autoscaler's thread."""
         if self.serve_target is None:
             return None
-        # The published target is what Serve is about to have, or has; its own number is one call old.
+        # Serve has reached the published target or is about to; Serve's own number is one call old.
         fresh = self.published is not None and now - self.published[1] < TRUSTED_S
         current = self.published[0] if self.published is not None and fresh else self.serve_target
         snapshot = reading.snapshot(self.deployment, current, self.held, spare=self.deployment.startswith(HOT))
-        if (live := reading.scaling(self.deployment)) is not None:  # else: what its last replica said
+        if (live := reading.scaling(self.deployment)) is not None:  # without live replicas, the last values stay
             self.live = live
         try:
             settings = self.settings.live(self.live)
-        except ConfigError as error:  # a replica checks what it is told, but it may be of another version
-            _log.warning("%s scales by its arguments: %s", self.deployment, error)
+        except ConfigError as error:  # a replica checks its live settings, but may run another version
+            _log.warning(
+                "%s: live scaling settings are ignored, it scales by its arguments: %s", self.deployment, error
+            )
             self.live, settings = {}, self.settings
         decision = decide(snapshot, self.state, settings, now)
         self.state, self.published = decision.state, (decision.target, now)
@@ -78,9 +80,9 @@ class Subscription:
 
 
 class Autoscaler:
-    """Decides for all deployments of one system together, every PERIOD_S, in a daemon thread with a loop of its own.
+    """Decides for all deployments of one system together, every PERIOD_S, in a daemon thread with its own event loop.
 
-    The thread lives as long as the controller; while Serve asks for none of its deployments, it reads nothing.
+    The thread lives as long as the controller. While Serve asks for none of its deployments, it reads nothing.
     """
 
     def __init__(self, settings: AppSettings) -> None:
@@ -96,7 +98,7 @@ class Autoscaler:
         self._thread.start()
 
     def add(self, subscription: Subscription) -> None:
-        """Decides for this one too; one of the same name is replaced."""
+        """Adds a deployment to decide for; replaces an earlier one of the same name."""
         self._subscriptions = {**self._subscriptions, subscription.deployment: subscription}
 
     def _run(self) -> None:
@@ -106,7 +108,7 @@ class Autoscaler:
             _log.exception("autoscaling of %s has ended: replicas stay as they are", self._settings.app)
 
     async def _follow(self) -> None:
-        # Imports redis-py and OpenTelemetry: here, in the thread, it costs the controller's loop nothing.
+        # This imports redis-py and OpenTelemetry. In this thread, the import does not block the controller's loop.
         from moiety.registry.connect import connect
 
         registry = connect(self._settings.registry, self._settings.app)
@@ -116,11 +118,12 @@ class Autoscaler:
             while True:
                 began = time.monotonic()
                 try:
-                    if asked := [each for each in self._subscriptions.values() if began - each.asked_at < FORGET_S]:
-                        for each in asked:
-                            meter.observe(MetricName.TARGET, each.trusted, {Attribute.DEPLOYMENT: each.deployment})
+                    if active := [one for one in self._subscriptions.values() if began - one.asked_at < FORGET_S]:
+                        for subscription in active:
+                            attributes = {Attribute.DEPLOYMENT: subscription.deployment}
+                            meter.observe(MetricName.TARGET, subscription.trusted, attributes)
                         reading = await ledger.read()
-                        await _decide(asked, reading, registry)
+                        await _decide(active, reading, registry)
                         await rebalancer.follow(reading, self._default(), began)
                 except Exception:
                     _log.exception("autoscaling of %s: this round is skipped", self._settings.app)
@@ -134,14 +137,14 @@ class Autoscaler:
         return Rebalancer(registry, gain, int(self._settings.hot_memory), self._settings.rebalance_layers)
 
     def _default(self) -> Mapping[str, ExpertSet] | None:
-        """Deployment -> experts by default; None until Serve has asked for all deployments that hold some, or may."""
-        held = {name: each.held for name, each in self._subscriptions.items() if name not in (ROUTER, GATEWAY)}
+        """Returns deployment -> default experts, or None until Serve has asked for all groups and hot sets."""
+        held = {name: one.held for name, one in self._subscriptions.items() if name not in (ROUTER, GATEWAY)}
         return held if len(held) == self._settings.groups + self._settings.hot_sets else None
 
 
-async def _decide(asked: Sequence[Subscription], reading: Reading, registry: Registry) -> None:
+async def _decide(active: Sequence[Subscription], reading: Reading, registry: Registry) -> None:
     now = time.monotonic()
-    for subscription in asked:
+    for subscription in active:
         decision = subscription.decide(reading, now)
         if decision is not None and decision.changes:
             _log.info("%s: %s", decision.deployment, decision.reason)
@@ -160,16 +163,16 @@ async def _record(registry: Registry, decision: Decision) -> None:
     try:
         await registry.record_decision(entry)
     except MoietyError as error:
-        _log.warning("%s: decided, but not recorded: %s", decision.deployment, error)
+        _log.warning("%s: the decision applies, but could not be recorded: %s", decision.deployment, error)
 
 
-# Serve makes one policy per deployment and gives them nothing in common but the process: that is why this is global.
+# Serve creates one policy object per deployment, and these share nothing but the process. Hence the global.
 _lock = threading.Lock()
 _autoscalers: dict[tuple[str, str], Autoscaler] = {}
 
 
 def subscribe(deployment: str, settings: AppSettings, held: str) -> Subscription:
-    """Has `deployment` decided for by its system's autoscaler, which is started if it is the first one."""
+    """Adds `deployment` to its system's autoscaler and returns its subscription; starts the autoscaler if none runs."""
     subscription = Subscription(
         deployment, settings.group(deployment), ExpertSet.parse(held), asked_at=time.monotonic()
     )

@@ -1,4 +1,4 @@
-"""The deployments of experts as the placement planner sees them: how many replicas share a load, and what fits."""
+"""The capacity of each expert deployment, for the placement planner: its replicas and how many experts fit."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ from moiety.policy.placement.planner import DeploymentCapacity
 def deployment_capacities(
     placement: Placement, replicas: Iterable[Replica], hot_memory: int, expert_bytes: int
 ) -> list[DeploymentCapacity]:
-    """One room per deployment of `placement`, of the replicas that are ready.
+    """Returns one capacity per deployment of `placement`; only ready replicas count.
 
-    Groups get no more memory than the largest of them has now; a hot set takes as many experts as fit in `hot_memory`.
+    Every group may hold as many experts per layer as the largest holds now; a hot set as many as fit in `hot_memory` bytes.
     """
     live = Counter(
-        each.deployment for each in replicas if each.role is Role.EXPERT and each.state is ReplicaState.READY
+        replica.deployment
+        for replica in replicas
+        if replica.role is Role.EXPERT and replica.state is ReplicaState.READY
     )
     groups = [held for name, held in placement.held.items() if not name.startswith(HOT)]
     layers = max((layer + 1 for held in groups for layer in held.by_layer), default=0)

@@ -1,4 +1,4 @@
-"""How much device time each expert asks for, from the load ledger and smoothed: what placement is planned on."""
+"""The device time that each expert needs, from the load ledger and smoothed. Placement is planned on it."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import numpy.typing as npt
 from moiety.core.load import BatchCost
 from moiety.policy.cost_model import CostModel, expert_load
 
-SMOOTHING_S = 10.0  # a burst of a second moves no weights; what is hot for ten does
+SMOOTHING_S = 10.0  # time constant: a burst of one second moves no weights, ten seconds of load do
 
 
 def cost_model_of(costs: BatchCost) -> CostModel:
-    """The fit as the policy reads it."""
+    """Returns a router's fit as the policy's cost model."""
     return CostModel(costs.fixed_s, costs.s_per_byte, costs.s_per_row, costs.samples)
 
 
 class ExpertLoad:
-    """Exponentially smoothed heat of every (layer, expert)."""
+    """Exponentially smoothed load of every (layer, expert)."""
 
     def __init__(self) -> None:
         self.table: npt.NDArray[np.float64] = np.zeros((0, 0))  # [layers, experts] device seconds per second
@@ -32,7 +32,7 @@ class ExpertLoad:
         costs: BatchCost,
         now: float,
     ) -> None:
-        """Rates [layers, experts] at `now`, in seconds; tables of another shape start anew."""
+        """Adds the rates [layers, experts] at `now`, in seconds. Rates of another shape restart the smoothing."""
         latest = expert_load(cost_model_of(costs), rows_per_s, activations_per_s, costs.expert_bytes)
         if self._time is None or latest.shape != self.table.shape:
             self.table = latest

@@ -1,4 +1,4 @@
-"""Reads the registry as the autoscaler needs it: one snapshot per deployment, or the word that nothing can be trusted."""
+"""Reads the registry for the autoscaler: one snapshot per deployment, marked stale while the registry does not answer."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ Rates = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """The registry at one moment."""
+    """The registry's contents at one moment."""
 
     stale: bool
     replicas: tuple[Replica, ...] = ()
     busy: Mapping[str, ReplicaLoad] = field(default_factory=dict)
     rows_per_s: Rates = field(default_factory=lambda: np.zeros((0, 0)))  # [moe_layers][experts]
     activations_per_s: Rates = field(default_factory=lambda: np.zeros((0, 0)))  # [moe_layers][experts]
-    costs: BatchCost | None = None  # of a batch, as the routers have fitted them
+    costs: BatchCost | None = None  # the cost of a batch, as fitted by the router with the most samples
     missing_experts: Mapping[int, frozenset[int]] = field(default_factory=dict)
     placement: Placement | None = None
 
     def snapshot(self, deployment: str, target: int, default: ExpertSet, *, spare: bool = False) -> Snapshot:
-        """What is known of `deployment`, which holds `default` where the placement in force does not name it.
+        """Returns what is known of `deployment`. It holds `default` if the placement in force does not name it.
 
         `spare`: a hot set, whose experts other deployments hold too.
         """
@@ -53,15 +53,15 @@ class Reading:
             busy=sum(load.busy for load in loads) / max(len(loads), 1),
             queue_wait_ms=max((load.queue_wait_ms for load in loads), default=0.0),
             rows_per_s=max(_total(self.rows_per_s, held), sum(load.rows_per_s for load in loads)),
-            missing_experts=self._waited_for(held, spare),
+            missing_experts=self._has_waiters(held, spare),
             stale=self.stale,
             fixed=self._fixed(held, loads),
             spare=spare,
-            asked=self._asked(held) if spare else 0.0,
+            asked=self._busy_of_another(held) if spare else 0.0,
         )
 
     def scaling(self, deployment: str) -> Mapping[str, float] | None:
-        """Live settings, as the youngest of its replicas tells; None where none is live."""
+        """Returns the live settings of its youngest replica, or None if none is live."""
         live = self._live(deployment)
         return max(live, key=lambda replica: replica.started).scaling if live else None
 
@@ -69,41 +69,41 @@ class Reading:
         ready = (deployment, ReplicaState.READY)
         return [replica for replica in self.replicas if (replica.deployment, replica.state) == ready]
 
-    def _waited_for(self, held: ExpertSet, spare: bool) -> bool:
-        """Whether requests wait for one of `held`, or a router does: it is not ready before it has seen every expert."""
-        starting = any((each.role, each.state) == (Role.ROUTER, ReplicaState.STARTING) for each in self.replicas)
+    def _has_waiters(self, held: ExpertSet, spare: bool) -> bool:
+        """Whether requests or a starting router wait for one of `held`: a router is ready once every expert has a holder."""
+        starting = any((one.role, one.state) == (Role.ROUTER, ReplicaState.STARTING) for one in self.replicas)
         if starting and not spare:
             return len(held) > 0
         return any(experts & held.layer(layer) for layer, experts in self.missing_experts.items())
 
     def _fixed(self, held: ExpertSet, loads: Sequence[ReplicaLoad]) -> float:
-        """The part of these replicas' work that more of them would not share."""
+        """Returns the fraction of these replicas' work that stays with each of them if more replicas share it."""
         batches, rows = sum(load.calls_per_s for load in loads), sum(load.rows_per_s for load in loads)
         if self.costs is None or not batches:
             return 0.0
         weights = self.costs.expert_bytes * _total(self.activations_per_s, held)
         return cost_model_of(self.costs).fixed_share(weights / batches, rows / batches)
 
-    def _asked(self, held: ExpertSet) -> float:
-        """How busy one more holder of `held` would be: its share of their rows, beside those that hold them now."""
+    def _busy_of_another(self, held: ExpertSet) -> float:
+        """Returns the busy fraction of one more holder of `held`, which shares the rows with the present holders."""
         if self.costs is None:
             return 0.0
-        experts = [each for each in self.replicas if each.role is Role.EXPERT and each.state is ReplicaState.READY]
+        replicas = [one for one in self.replicas if one.role is Role.EXPERT and one.state is ReplicaState.READY]
         busy = 0.0
         for layer, ids in held.by_layer.items():
-            one = ExpertSet({layer: ids})
-            holders = sum(len(each.held.layer(layer) & ids) for each in experts) / len(ids)
-            activations = _total(self.activations_per_s, one)
+            in_layer = ExpertSet({layer: ids})
+            holders = sum(len(replica.held.layer(layer) & ids) for replica in replicas) / len(ids)
+            activations = _total(self.activations_per_s, in_layer)
             batches = max(
                 (_total(self.activations_per_s, ExpertSet({layer: frozenset({e})})) for e in ids), default=0.0
             )
-            weights, rows = self.costs.expert_bytes * activations, _total(self.rows_per_s, one)
+            weights, rows = self.costs.expert_bytes * activations, _total(self.rows_per_s, in_layer)
             busy += cost_model_of(self.costs).busy(batches, weights, rows) / (holders + 1)
         return busy
 
 
 def _total(per_s: Rates, held: ExpertSet) -> float:
-    """What `per_s` says of `held`, summed; experts that it does not know count nothing."""
+    """Returns the sum of the rates `per_s` over `held`; experts beyond its shape count 0."""
     layers, experts = per_s.shape
     return sum(
         float(per_s[layer, [expert for expert in ids if expert < experts]].sum())
@@ -113,7 +113,7 @@ def _total(per_s: Rates, held: ExpertSet) -> float:
 
 
 class Ledger:
-    """Readings of one system's registry, with the history that rates need."""
+    """Reads one system's registry and keeps the history that rates need."""
 
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
@@ -121,7 +121,7 @@ class Ledger:
         self._history: deque[tuple[float, Mapping[str, ExpertDemand]]] = deque()
 
     async def read(self) -> Reading:
-        """A reading as of now; `stale` where the registry does not answer. Never raises for an outage."""
+        """Reads the registry; the reading is `stale` if the registry does not answer. Never raises for an outage."""
         await self._watch.poll()
         if self._watch.stale_since is not None:
             return Reading(stale=True)
@@ -141,7 +141,7 @@ class Ledger:
         )
 
     def _older(self, newest: Mapping[str, ExpertDemand]) -> Mapping[str, ExpertDemand]:
-        """The reading at the beginning of the window that `newest` ends."""
+        """Returns the demand at the start of the window that `newest` ends."""
         now = time.monotonic()
         self._history.append((now, newest))
         while len(self._history) > 1 and self._history[1][0] <= now - WINDOW_S:

@@ -1,4 +1,4 @@
-"""A placement on its way into force: who has followed it, and when all have."""
+"""The progress of a placement: which replicas have not followed it yet, and waiting until all have."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ POLL_S = 0.1
 
 
 def unsettled(replicas: Iterable[Replica], epoch: int) -> list[Replica]:
-    """The expert replicas that have not loaded what the placement of `epoch` gives them, or not dropped what it takes."""
+    """Returns the expert replicas that still have experts to load or to drop for the placement of `epoch`."""
     experts = (replica for replica in replicas if replica.role is Role.EXPERT)
     return [replica for replica in experts if replica.placement_epoch < epoch or len(replica.leaving)]
 
 
 async def until_settled(registry: Registry, epoch: int, timeout_s: float) -> None:
-    """Waits until every expert replica has followed. Raises Unavailable after `timeout_s`, naming those that have not."""
+    """Waits until every expert replica has followed. Raises Unavailable after `timeout_s`, naming the late ones."""
     late: list[Replica] = []
     try:
         async with asyncio.timeout(timeout_s):
             while late := unsettled(await registry.replicas(), epoch):
                 await asyncio.sleep(POLL_S)
     except TimeoutError:
-        told = ", ".join(
+        names = ", ".join(
             f"{replica.id} (epoch {replica.placement_epoch}, leaving {replica.leaving or 'nothing'})"
             for replica in late
         )
-        raise Unavailable(f"placement {epoch} is not in force everywhere after {timeout_s:g} s: {told}") from None
+        raise Unavailable(f"placement {epoch} is not in force everywhere after {timeout_s:g} s: {names}") from None

@@ -1,1 +1,1 @@
-"""A cluster on paper: the real policy, placement and cost model, with load and time that are made up."""
+"""Simulates a cluster: the real policy, placement and cost model on synthetic load and time."""

@@ -1,6 +1,6 @@
-"""The same cluster event by event, for small ones: real routings, real queues, batches that merge. Slow, and true.
+"""Simulates a small cluster event by event, with sampled routings, queues and merged batches.
 
-What `flow.py` says is held against it in tests.
+Slow, but without the approximations of `flow.py`, which tests compare with it.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ Bools = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True, slots=True)
 class Played:
-    """What was seen: the time of every decode step, and the rate and busy fraction that came of it."""
+    """The result of a run: the time of every counted decode step, the token rate and the busy fraction."""
 
     steps_s: Floats  # [steps]
     rate: float  # tokens per second
-    busy: float  # mean of all replicas
+    busy: float  # mean over all replicas
 
 
 @dataclass(slots=True)
@@ -51,10 +51,10 @@ def play(
     steps: int,
     seed: int = 0,
 ) -> Played:
-    """`routers` decode without pause until each has made `steps`, of which the first tenth is not counted.
+    """Runs `routers` that decode without pause until each has made `steps`; the first tenth is not counted.
 
-    A batch's rows per expert are drawn from `included` [L, E]; each expert goes whole to one of the replicas that hold
-    it; a free replica takes the oldest call and all others that wait for the same layer.
+    A batch's rows per expert are drawn from `included` [L, E]. All rows of an expert go to one of the replicas that hold it.
+    A free replica takes the oldest call and all others that wait for the same layer.
     """
     random = np.random.default_rng(seed)
     servers = [_Server(deque()) for _ in range(int(replicas.sum()))]
@@ -97,18 +97,18 @@ def play(
         if kind == "send":
             layer = int(layer_of[index])
             rows = random.binomial(cluster.batch, included[layer])
-            # A router talks to one replica of each deployment per layer.
+            # Per layer, a router calls one replica of each deployment.
             chosen = first[:-1] + random.integers(0, np.maximum(replicas, 1))
             parts: dict[int, tuple[set[int], int]] = {}
             for expert in np.flatnonzero(rows).tolist():
                 owners = holders[layer, expert]
                 weights = replicas[owners] / replicas[owners].sum()
                 owner = owners[0] if len(owners) == 1 else random.choice(owners, p=weights)
-                names, count = parts.get(int(chosen[owner]), (set(), 0))
-                parts[int(chosen[owner])] = ({*names, expert}, count + int(rows[expert]))
+                activated, count = parts.get(int(chosen[owner]), (set(), 0))
+                parts[int(chosen[owner])] = ({*activated, expert}, count + int(rows[expert]))
             outstanding[index] = len(parts)
-            for server, (names, count) in parts.items():
-                servers[server].queue.append(_Call(index, layer, frozenset(names), count))
+            for server, (activated, count) in parts.items():
+                servers[server].queue.append(_Call(index, layer, frozenset(activated), count))
                 serve(server, now)
             continue
         servers[index].working = False
@@ -123,6 +123,6 @@ def play(
                 began[router] = now
             attend(router, now)
         serve(index, now)
-    counted = [took for mine in times for took, _ in mine[max(1, steps // 10) :]]
-    made = sum(map(len, times))
-    return Played(np.array(counted), made * cluster.batch / now, sum(s.busy_s for s in servers) / now / len(servers))
+    counted = [took for of_router in times for took, _ in of_router[max(1, steps // 10) :]]
+    total = sum(map(len, times))
+    return Played(np.array(counted), total * cluster.batch / now, sum(s.busy_s for s in servers) / now / len(servers))

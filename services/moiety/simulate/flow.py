@@ -1,9 +1,9 @@
-"""One time step, vectorised: how busy every replica is, how long calls wait, and how long a decode step takes.
+"""Computes one time step, vectorised: how busy each replica is, how long calls wait, and how long a decode step takes.
 
-A router's step visits, layer by layer, one replica of every deployment that it has rows for, and waits for the slowest.
-Each replica is an M/G/1 queue: a call waits with probability ρ, and then for the mean and variance of Pollaczek and
-Khinchine (a geometric number of residual services), as a Weibull distribution. `events.py` plays the same cluster event by
-event, to check that.
+Layer by layer, a router's step calls one replica of every deployment that it has rows for, and waits for the slowest.
+Each replica is an M/G/1 queue. A call waits with probability ρ; the wait is then a Weibull distribution with the mean and
+variance of Pollaczek and Khinchine (a geometric number of residual services). `events.py` simulates the same cluster event
+by event, as a check.
 
 Legend: D deployments, L layers, E experts per layer, X points of a grid of times.
 """
@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from moiety.simulate.scenario import Cluster, Floats
 
-FULL = 0.97  # busier than this no replica gets: routers wait with what is more
+FULL = 0.97  # largest busy fraction of a replica; routers hold back the load beyond it
 GRID = 24
 
 Bools = npt.NDArray[np.bool_]
@@ -26,7 +26,7 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class Holding:
-    """Who holds what, as one entry per (deployment, layer, expert)."""
+    """Which deployment holds which experts, as one entry per (deployment, layer, expert)."""
 
     deployments: int
     layers: int
@@ -37,50 +37,50 @@ class Holding:
 
     @classmethod
     def of(cls, held: Bools) -> Holding:
-        """From a table [D, L, E]."""
+        """Builds it from a table [D, L, E]."""
         return cls(*held.shape, *np.nonzero(held))
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What one router's decode step asks of each deployment."""
+    """The work of one router's decode step on each deployment."""
 
-    visits: Floats  # [D, L] probability that it has rows for it
-    service_s: Floats  # [D, L] mean device time of such a call
-    spread_s: Floats  # [D, L] its standard deviation
-    weight_bytes: Floats  # [D, L] mean, of visits and non-visits
-    rows: Floats  # [D, L]
+    visits: Floats  # [D, L] probability that the step calls the deployment
+    service_s: Floats  # [D, L] mean device time of a call
+    spread_s: Floats  # [D, L] standard deviation of that time
+    weight_bytes: Floats  # [D, L] mean bytes of activated weights per step, steps without a call included
+    rows: Floats  # [D, L] mean rows per step
 
     @property
     def device_s(self) -> Floats:
-        """[D] device time of a whole step, on all replicas together."""
+        """[D] device seconds of a whole step, over all replicas."""
         total: Floats = (self.visits * self.service_s).sum(axis=1)
         return total
 
 
 @dataclass(frozen=True, slots=True)
 class Flow:
-    """What comes of it."""
+    """The state of the cluster in one time step."""
 
-    busy: Floats  # [D]
-    wait_s: Floats  # [D] mean
-    served: float  # tokens per second, at most those offered
-    step_s: float  # mean decode step
-    step_sd_s: float
+    busy: Floats  # [D] busy fraction of each deployment's replicas
+    wait_s: Floats  # [D] mean wait of a call
+    served: float  # tokens per second, at most the offered rate
+    step_s: float  # mean time of a decode step
+    step_sd_s: float  # its standard deviation
 
 
 def work(cluster: Cluster, included: Floats, holding: Holding, replicas: Floats) -> Work:
-    """For `included` [L, E] (see `scenario.inclusion`) and live `replicas` [D].
+    """Computes the work of one step for `included` [L, E] (see `scenario.inclusion`) and live `replicas` [D].
 
-    An expert goes whole to one deployment, to each by its share of the replicas that hold it; all that a router has for a
-    deployment goes to one replica of it. `policy.dispatch` spreads a large group's experts over more of its replicas:
-    shorter calls, and more of them.
+    All rows of an expert go to one deployment, with a probability equal to its share of the replicas that hold the expert.
+    All rows of a router for a deployment go to one of its replicas. `policy/dispatch.py` instead spreads a large group's
+    experts over several of its replicas, which gives more and shorter calls.
     """
     where = holding.deployment * holding.layers + holding.layer
     pair = holding.layer * holding.experts + holding.expert
-    mine = replicas[holding.deployment]
-    holders = np.bincount(pair, mine, minlength=holding.layers * holding.experts)[pair]
-    share = np.divide(mine, holders, out=np.zeros_like(mine), where=holders > 0)
+    live = replicas[holding.deployment]
+    holders = np.bincount(pair, live, minlength=holding.layers * holding.experts)[pair]
+    share = np.divide(live, holders, out=np.zeros_like(live), where=holders > 0)
     included = included.ravel()[pair]
 
     def total(values: Floats) -> Floats:
@@ -91,9 +91,9 @@ def work(cluster: Cluster, included: Floats, holding: Holding, replicas: Floats)
     rows = cluster.batch * included
     read_s, row_s = cluster.cost.s_per_byte * cluster.expert_bytes, cluster.cost.s_per_row
     cost = read_s * activated + row_s * rows
-    asked = share * activated
-    visits = np.maximum(1 - np.exp(total(np.log1p(-np.minimum(asked, 1 - 1e-12)))), 1e-12)
-    # Whether the expert goes here, whether a token has it, and how many do.
+    called = share * activated
+    visits = np.maximum(1 - np.exp(total(np.log1p(-np.minimum(called, 1 - 1e-12)))), 1e-12)
+    # Three sources of variance: whether the expert goes here, whether any token has it, and how many tokens have it.
     spread = share * (
         (1 - share) * cost**2 + activated * (1 - activated) * read_s**2 + rows * (1 - included) * row_s**2
     )
@@ -101,61 +101,65 @@ def work(cluster: Cluster, included: Floats, holding: Holding, replicas: Floats)
         visits,
         cluster.cost.fixed_s + total(share * cost) / visits,
         np.sqrt(total(spread) / visits),
-        total(asked) * cluster.expert_bytes,
+        total(called) * cluster.expert_bytes,
         total(share * rows),
     )
 
 
 def flow(
-    cluster: Cluster, asked: Work, replicas: Floats, rate: float, routers: float = np.inf, steps_too: bool = True
+    cluster: Cluster, step_work: Work, replicas: Floats, rate: float, routers: float = np.inf, steps_too: bool = True
 ) -> Flow:
-    """At `rate` tokens per second offered. `routers` bounds what can wait at a replica: no router is ahead of itself.
+    """Computes the flow at an offered rate of `rate` tokens per second.
 
-    Without `steps_too`, which takes most of the time, `step_s` is nan.
+    `routers` bounds the calls that can wait at a replica, because a router does not queue behind itself. Without
+    `steps_too`, which takes most of the computing time, `step_s` and `step_sd_s` are nan.
     """
     steps = rate / cluster.batch
-    unit = asked.device_s / np.maximum(replicas, 1e-9)  # busy per step a second
+    unit = step_work.device_s / np.maximum(replicas, 1e-9)  # busy fraction per (step per second)
     fullest = float((steps * unit).max())
     served = rate * min(1.0, FULL / fullest) if fullest > 0 else rate
     busy = served / cluster.batch * unit
     seen = busy * (routers - 1) / routers if np.isfinite(routers) else busy
-    calls = np.maximum(asked.visits.sum(axis=1), 1e-12)
-    first = asked.device_s / calls
-    second = (asked.visits * (asked.service_s**2 + asked.spread_s**2)).sum(axis=1) / calls
-    late = np.maximum(second / np.maximum(2 * first * (1 - seen), 1e-12), 1e-9)  # [D] wait of those who wait
+    calls = np.maximum(step_work.visits.sum(axis=1), 1e-12)
+    first = step_work.device_s / calls
+    second = (step_work.visits * (step_work.service_s**2 + step_work.spread_s**2)).sum(axis=1) / calls
+    # [D] mean wait of the calls that wait
+    queued_s = np.maximum(second / np.maximum(2 * first * (1 - seen), 1e-12), 1e-9)
     if not steps_too:
-        return Flow(busy, seen * late, served, np.nan, np.nan)
-    mean, variance = _slowest(asked, seen, late)
+        return Flow(busy, seen * queued_s, served, np.nan, np.nan)
+    mean, variance = _slowest(step_work, seen, queued_s)
     outside = cluster.attention_s + cluster.hop_s
-    layers = asked.visits.shape[1]
+    layers = step_work.visits.shape[1]
     return Flow(
         busy=busy,
-        wait_s=seen * late,
+        wait_s=seen * queued_s,
         served=served,
         step_s=float(mean.sum() + layers * outside),
         step_sd_s=float(np.sqrt(variance.sum() + layers * (cluster.jitter * outside) ** 2)),
     )
 
 
-def _slowest(asked: Work, busy: Floats, late: Floats) -> tuple[Floats, Floats]:
-    """[L] mean and variance of the slowest call of a layer, wait and service, by integrating its distribution."""
-    quick, slow = asked.service_s - asked.spread_s, asked.service_s + asked.spread_s  # two points: mean and spread
-    low = np.maximum(quick.max(axis=0), 0.0)  # [L] the slowest is hardly ever faster
-    reach = (slow.max(axis=0) - low) + 8.0 * float(late.max())
-    # Of residuals spread evenly over a service (mean r, variance r²/3), 1 / (1 - ρ) on average: relative to the mean wait.
+def _slowest(step_work: Work, busy: Floats, queued_s: Floats) -> tuple[Floats, Floats]:
+    """Returns [L] mean and variance of a layer's slowest call, wait plus service, by integrating its distribution."""
+    # A two-point distribution of service times with the right mean and standard deviation.
+    quick, slow = step_work.service_s - step_work.spread_s, step_work.service_s + step_work.spread_s
+    low = np.maximum(quick.max(axis=0), 0.0)  # [L] the slowest call is hardly ever faster
+    reach = (slow.max(axis=0) - low) + 8.0 * float(queued_s.max())
+    # Coefficient of variation of the wait: the sum of on average 1 / (1 - ρ) residual services, each uniform over a service
+    # (mean r, variance r²/3).
     variation = np.sqrt((1 - busy) / 3 + busy)  # [D]
-    power = variation**-1.086  # of the Weibull distribution with that coefficient of variation (Justus, 1978)
-    scale = late / _gamma(1 + 1 / power)
-    grid = np.linspace(0.0, 1.0, GRID) ** 2  # [X] dense where most of it happens
+    power = variation**-1.086  # shape of the Weibull distribution with that coefficient of variation (Justus, 1978)
+    scale = queued_s / _gamma(1 + 1 / power)
+    grid = np.linspace(0.0, 1.0, GRID) ** 2  # [X] denser at the short times, where the distribution changes most
     points = low[:, None] + reach[:, None] * grid  # [L, X]
-    survival = np.zeros((*asked.service_s.shape, GRID), dtype=np.float32)  # [D, L, X]
+    survival = np.zeros((*step_work.service_s.shape, GRID), dtype=np.float32)  # [D, L, X]
     exponent = power[:, None, None].astype(np.float32)
     for service in (quick, slow):
         beyond = ((points - service[:, :, None]) / scale[:, None, None]).astype(np.float32)
         waits = np.maximum(beyond, 1e-12) ** exponent
         survival += 0.5 * np.where(beyond < 0, 1.0, busy[:, None, None].astype(np.float32) * np.exp(-waits))
     done = np.exp(
-        np.log1p(-np.minimum(asked.visits[:, :, None].astype(np.float32) * survival, 1 - 1e-6)).sum(axis=0)
+        np.log1p(-np.minimum(step_work.visits[:, :, None].astype(np.float32) * survival, 1 - 1e-6)).sum(axis=0)
     )  # [L, X]
     over = 1 - done
     step = reach[:, None] * grid
@@ -165,7 +169,7 @@ def _slowest(asked: Work, busy: Floats, late: Floats) -> tuple[Floats, Floats]:
 
 
 def _gamma(x: Floats) -> Floats:
-    """Γ on 1.5 to 2, by Stirling's series: error below 1e-4."""
+    """Returns Γ on 1.5 to 2 by Stirling's series; error below 1e-4."""
     y = x + 2  # Γ(x) = Γ(x + 2) / (x (x + 1))
     stirling = np.sqrt(2 * np.pi / y) * (y / np.e) ** y * (1 + 1 / (12 * y) + 1 / (288 * y * y))
     result: Floats = stirling / (x * (x + 1))
@@ -173,9 +177,9 @@ def _gamma(x: Floats) -> Floats:
 
 
 def percentile(means: Floats, spreads: Floats, weights: Floats, beyond: float, percent: float) -> float:
-    """The `percent`-th percentile of step times: normal within each time step, weighted by the tokens in it.
+    """Returns the `percent`-th percentile of step times: normal within each time step, weighted by its tokens.
 
-    `beyond` is the weight of tokens that were not served in time; where they are too many it is inf.
+    `beyond` is the weight of tokens that were not served in time. If they exceed the percentile's tail, the result is inf.
     """
     total = weights.sum() + beyond
     if beyond > (1 - percent / 100) * total:
@@ -189,7 +193,7 @@ def percentile(means: Floats, spreads: Floats, weights: Floats, beyond: float, p
 
 
 def _normal(z: Floats) -> Floats:
-    """The standard normal distribution function (Abramowitz & Stegun 26.2.17, error below 1e-7)."""
+    """Returns the standard normal distribution function (Abramowitz & Stegun 26.2.17, error below 1e-7)."""
     t = 1 / (1 + 0.2316419 * np.abs(z))
     poly = t * (0.319381530 + t * (-0.356563782 + t * (1.781477937 + t * (-1.821255978 + t * 1.330274429))))
     upper = np.exp(-z * z / 2) / np.sqrt(2 * np.pi) * poly

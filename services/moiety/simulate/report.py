@@ -1,4 +1,4 @@
-"""Runs the systems on one trace and tells what came of it: a table, a JSON value, a picture."""
+"""Runs the systems on one trace and reports the comparison: as a table, a JSON value and a picture."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from moiety.simulate.systems.result import SystemResult
 from moiety.simulate.systems.sizing import smallest, throughput
 from moiety.simulate.systems.trace_load import TraceLoad
 
-REDUNDANCY = 1 / 8  # of EPLB: DeepSeek's own deployment has 32 redundant experts for 256
+REDUNDANCY = 1 / 8  # redundant experts under EPLB: DeepSeek's own deployment has 32 for 256
 BUSY_STEPS = np.arange(0.30, 0.9601, 0.0025)
-HOT_SHARES = (0.0, 0.05, 0.1, 0.2)  # of the replicas that may be hot sets, tried for the throughput under skew
+HOT_SHARES = (0.0, 0.05, 0.1, 0.2)  # fractions of replicas given to hot sets, tried for the throughput under skew
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """All systems at the elastic one's p99."""
+    """The results of all systems, sized to the elastic one's p99."""
 
     cluster: Cluster
     trace: Trace
     outcomes: tuple[SystemResult, ...]  # elastic, whole engines, EPLB, static, clairvoyant
     saved_vs_static: float  # fraction of device-hours
-    of_clairvoyant: float  # of what a clairvoyant would save, the fraction that is saved
-    skewed_over_uniform: float  # throughput under Zipf 1.0 over that of uniform load, same devices and p99
+    of_clairvoyant: float  # fraction of the clairvoyant system's saving that elastic reaches
+    skewed_over_uniform: float  # throughput under Zipf 1.0 over that under uniform load, same devices and p99
 
     def json(self) -> Mapping[str, object]:
-        """Plain values; replicas and decisions over time included."""
+        """Returns the report as plain values, with replicas and decisions over time."""
         return {
             "saved_vs_static": self.saved_vs_static,
             "of_clairvoyant": self.of_clairvoyant,
@@ -52,27 +52,27 @@ class Report:
             },
             "systems": [
                 {
-                    "system": each.system,
-                    "gpu_hours": each.gpu_hours,
-                    "p50_ms": each.p50_ms,
-                    "p99_ms": each.p99_ms,
-                    "delayed": each.delayed,
-                    "rebalances": each.rebalances,
-                    "moved_bytes": each.moved_bytes,
-                    "replicas": np.round(each.replicas, 1).tolist(),
+                    "system": result.system,
+                    "gpu_hours": result.gpu_hours,
+                    "p50_ms": result.p50_ms,
+                    "p99_ms": result.p99_ms,
+                    "delayed": result.delayed,
+                    "rebalances": result.rebalances,
+                    "moved_bytes": result.moved_bytes,
+                    "replicas": np.round(result.replicas, 1).tolist(),
                     "decisions": [
-                        {"time_s": at, "deployment": made.deployment, "from": made.current, "to": made.target,
-                         "reason": made.reason, "inputs": dict(made.inputs)}
-                        for at, made in each.decisions
+                        {"time_s": at, "deployment": decision.deployment, "from": decision.current, "to": decision.target,
+                         "reason": decision.reason, "inputs": dict(decision.inputs)}
+                        for at, decision in result.decisions
                     ],
                 }
-                for each in self.outcomes
+                for result in self.outcomes
             ],
         }  # fmt: skip
 
 
 def compare(cluster: Cluster, trace: Trace, progress: Callable[[str], None] = lambda _: None) -> Report:
-    """Elastic first, with its default settings; then each other system in the smallest size that meets its p99."""
+    """Runs the elastic system with its default settings, then each other system in the smallest size that meets its p99."""
     load = TraceLoad(cluster, trace)
     progress("elastic groups and hot sets")
     ours = elastic(load)
@@ -100,7 +100,10 @@ def compare(cluster: Cluster, trace: Trace, progress: Callable[[str], None] = la
 
 
 def skewed_over_uniform(cluster: Cluster, p99_ms: float, replicas: int, seed: int) -> float:
-    """Throughput of `replicas` under Zipf 1.0 over that under uniform load, both within `p99_ms`; best share of hot sets."""
+    """Returns throughput under Zipf 1.0 over that under uniform load, both with `replicas` and within `p99_ms`.
+
+    Under Zipf, the best of HOT_SHARES counts.
+    """
     flat = np.full((cluster.layers, cluster.experts), cluster.top_k / cluster.experts)
     skewed = inclusion(
         popularity(day_trace(1.0, hours=1, skew=1.0, drift=False, seed=seed), cluster, 0.0), cluster.top_k
@@ -110,9 +113,9 @@ def skewed_over_uniform(cluster: Cluster, p99_ms: float, replicas: int, seed: in
 
 
 def lines(report: Report) -> Iterator[str]:
-    """The table for people."""
+    """Yields the comparison as a table."""
     trace, cluster = report.trace, report.cluster
-    static = next(each for each in report.outcomes if each.system.startswith("static"))
+    static = next(result for result in report.outcomes if result.system.startswith("static"))
     yield (
         f"{trace.hours:g} h, {trace.rates.mean():,.0f} tokens/s on average, peak/mean "
         f"{trace.rates.max() / trace.rates.mean():.2f}, Zipf {trace.skew:g}{', drifting' if trace.drift else ''}; "
@@ -123,15 +126,15 @@ def lines(report: Report) -> Iterator[str]:
     rows: list[Sequence[str]] = [header]
     rows += [
         (
-            each.system,
-            f"{each.gpu_hours:,.0f}",
-            f"{each.gpu_hours / static.gpu_hours:.1%}",
-            f"{each.replicas.max():,.0f}",
-            f"{each.p50_ms:.1f} ms",
-            f"{each.p99_ms:.1f} ms",
-            f"{each.delayed:.2%}",
+            result.system,
+            f"{result.gpu_hours:,.0f}",
+            f"{result.gpu_hours / static.gpu_hours:.1%}",
+            f"{result.replicas.max():,.0f}",
+            f"{result.p50_ms:.1f} ms",
+            f"{result.p99_ms:.1f} ms",
+            f"{result.delayed:.2%}",
         )
-        for each in report.outcomes
+        for result in report.outcomes
     ]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
@@ -141,14 +144,14 @@ def lines(report: Report) -> Iterator[str]:
         )
     ours = report.outcomes[0]
     yield (
-        f"elastic saves {report.saved_vs_static:.1%} of static at equal p99, {report.of_clairvoyant:.1%} of what a "
-        f"clairvoyant would; {len(ours.decisions)} decisions, {ours.rebalances} rebalances"
+        f"elastic saves {report.saved_vs_static:.1%} of static at equal p99, {report.of_clairvoyant:.1%} of what "
+        f"clairvoyant saves; {len(ours.decisions)} decisions, {ours.rebalances} rebalances"
     )
-    yield f"throughput under Zipf 1.0, hot sets allowed: {report.skewed_over_uniform:.1%} of uniform load's"
+    yield f"throughput under Zipf 1.0 with hot sets allowed: {report.skewed_over_uniform:.1%} of that under uniform load"
 
 
 def plot(report: Report, path: Path) -> None:
-    """Load and replicas over time, as a PNG or whatever the name's ending says."""
+    """Draws load and replicas over time into `path`; its suffix chooses the format."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -166,15 +169,15 @@ def plot(report: Report, path: Path) -> None:
         "whole engines": ("tab:orange", "-"),
         "static EP": ("0.3", "-"),
     }
-    for each in sorted(report.outcomes, key=lambda one: one.system == "elastic"):
-        colour, dash = styles.get(each.system, ("tab:red", ":"))
+    for result in sorted(report.outcomes, key=lambda one: one.system == "elastic"):
+        colour, dash = styles.get(result.system, ("tab:red", ":"))
         below.plot(
-            each.times_s / 3600,
-            each.replicas,
-            label=f"{each.system}: {each.gpu_hours:,.0f} GPU-hours",
+            result.times_s / 3600,
+            result.replicas,
+            label=f"{result.system}: {result.gpu_hours:,.0f} GPU-hours",
             color=colour,
             linestyle=dash,
-            linewidth=1.8 if each.system == "elastic" else 1.2,
+            linewidth=1.8 if result.system == "elastic" else 1.2,
         )
     below.set_ylabel("expert replicas")
     below.set_xlabel("hours")

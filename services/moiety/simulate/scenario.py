@@ -1,4 +1,4 @@
-"""What is simulated: a model and its devices, and traces of load and of what is asked of each expert. All seeded.
+"""The simulated scenario: a model and its devices, traces of load, and the popularity of each expert. All seeded.
 
 Legend: L layers, E experts per layer, S time steps.
 """
@@ -23,8 +23,8 @@ DAY_S = 86_400.0
 class Cluster:
     """A model of DeepSeek-V3's size, one replica per device of an H100's speed with memory for one group.
 
-    A replica's costs are stated, not measured here: 2.4 TB/s for weights, 400 TFLOP/s for rows (2 · 3 · 7168 · 2048 each),
-    30 µs for a call. Attention and the hop take a stated time per layer, with a lognormal jitter.
+    A replica's costs are assumed, not measured here: 2.4 TB/s for weights, 400 TFLOP/s for rows (2 · 3 · 7168 · 2048 each),
+    30 µs for a call. Attention and the hop take an assumed time per layer, with a lognormal jitter.
     """
 
     layers: int = 58
@@ -36,14 +36,14 @@ class Cluster:
     batch: int = 512  # tokens of one router's decode step
     cost: CostModel = field(default_factory=lambda: CostModel.seeded(30e-6, 1 / 2.4e12, 0.22e-6))
     attention_s: float = 200e-6  # per layer
-    hop_s: float = 50e-6  # there and back
+    hop_s: float = 50e-6  # per layer, round trip
     jitter: float = 0.1  # standard deviation of attention and hop, relative
-    start_s: float = 30.0  # from the decision to the first row: 20 GB of weights into device memory, and a process
-    read_bytes_per_s: float = 2e9  # of weights that a live replica loads beside its work
+    start_s: float = 30.0  # from the decision to the first row: starts a process, loads 20 GB of weights to the device
+    read_bytes_per_s: float = 2e9  # rate at which a live replica loads weights beside its work
 
     @property
     def room(self) -> int:
-        """(layer, expert) pairs that fit a replica: a group's."""
+        """(layer, expert) pairs that fit into a replica: one group's share."""
         return self.layers * -(-self.experts // self.groups)
 
 
@@ -75,11 +75,11 @@ def day_trace(
     drift: bool = True,
     seed: int = 0,
 ) -> Trace:
-    """A day: a smooth curve from night to evening, with its highest step exactly `peak_over_mean` times its mean.
+    """Makes the trace of a day: a smooth curve from night to evening whose highest step is `peak_over_mean` times its mean.
 
-    The curve is a raised sine to a power; on it, `bursts_per_hour` that rise within a minute by up to `burst` of the load,
-    stay for 2 to 10 minutes and fade, and noise with a memory of a minute. `hours` below 24 are taken from the morning's
-    rise on. The power is chosen so that the ratio of peak to mean comes out, bursts and noise included.
+    The curve is a raised sine to a power. It carries `bursts_per_hour` bursts, which rise within a minute by up to `burst` of
+    the load, stay for 2 to 10 minutes and fade, and noise with a correlation time of a minute. With `hours` below 24, the
+    trace starts at the morning's rise. The power is chosen so that the peak-to-mean ratio holds with bursts and noise.
     """
     random = np.random.default_rng(seed)
     count = round(hours * 3600 / step_s)
@@ -111,9 +111,10 @@ def day_trace(
 
 
 def popularity(trace: Trace, cluster: Cluster, time_s: float) -> Floats:
-    """[L, E] share of the routing decisions of a layer that each expert gets at `time_s`: rows sum to 1.
+    """Returns [L, E]: each expert's share of a layer's routing decisions at `time_s`; rows sum to 1.
 
-    Within a topic, Zipf over an order of its own in each layer; with drift, four topics whose shares wander over hours.
+    Within a topic, shares follow Zipf over an order that differs per layer. With drift, the shares of four topics wander
+    over hours.
     """
     random = np.random.default_rng(trace.seed + 1)
     weights = 1.0 / np.arange(1, cluster.experts + 1) ** trace.skew
@@ -128,9 +129,9 @@ def popularity(trace: Trace, cluster: Cluster, time_s: float) -> Floats:
 
 
 def inclusion(popular: Floats, top_k: int) -> Floats:
-    """[L, E] probability that a token has the expert among its `top_k` different ones: rows sum to `top_k`.
+    """Returns [L, E]: the probability that an expert is among a token's `top_k` different ones; rows sum to `top_k`.
 
-    Successive sampling without replacement, by its Poisson approximation: 1 - exp(-κ p) with κ such that the sum is right.
+    Poisson approximation of successive sampling without replacement: 1 - exp(-κ p), with κ chosen so that the sum is `top_k`.
     """
     low, high = np.full((len(popular), 1), 0.0), np.full((len(popular), 1), 1.0)
     while (np.sum(1 - np.exp(-high * popular), axis=1) < top_k).any():

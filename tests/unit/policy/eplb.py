@@ -1,7 +1,7 @@
 """DeepSeek's published expert-parallel load balancer (EPLB), written from its description, as a baseline for tests.
 
-Global policy of github.com/deepseek-ai/EPLB: redundant copies go one by one to the expert with the most load per copy;
-then the copies, heaviest first, go to the least loaded device that has a slot left, the same number to each device.
+Global policy of github.com/deepseek-ai/EPLB: redundant copies go one by one to the expert with the most load per copy.
+Then the copies, heaviest first, go to the least loaded device with a free slot; all devices have the same number of slots.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ Floats = npt.NDArray[np.float64]
 
 
 def eplb_balancedness(load: Floats, devices: int, slots: int) -> float:
-    """Mean over max device load, summed over layers, for load [L, E] on `devices` of `slots` experts per layer each."""
+    """Returns mean over max device load, summed over layers, for load [L, E] on `devices` with `slots` experts per layer."""
     heaviest = sum(float(_device_loads(layer, devices, slots).max()) for layer in load)
     return float(load.sum() / devices / heaviest)
 

@@ -17,7 +17,6 @@ from moiety.policy.autoscale import (
     Snapshot,
     State,
     decide,
-    predicted_busy,
     router_busy,
 )
 
@@ -28,7 +27,7 @@ QUIET = Snapshot("experts-0", target=1, live=1, reporting=1, busy=0.2, queue_wai
 
 @dataclass
 class Group:
-    """A group whose replicas come up `start_s` after they are asked for; `load` is in replicas' worth of work."""
+    """A group whose replicas are live `start_s` after the request; `load` is measured in fully busy replicas."""
 
     settings: GroupSettings = SETTINGS
     target: int = 1
@@ -40,19 +39,19 @@ class Group:
     stale: bool = False
     state: State = field(default_factory=State)
     decisions: list[tuple[float, Decision]] = field(default_factory=list)
-    _asked_at: float = 0.0
+    _requested_at: float = 0.0
 
     def run(self, seconds: float) -> list[Decision]:
-        """Lets time pass; returns the decisions of that time that changed the target."""
+        """Lets time pass; returns the decisions that changed the target meanwhile."""
         before = len(self.decisions)
         for _ in range(round(seconds / TICK_S)):
             self.now += TICK_S
-            if self.live > self.target or self.now - self._asked_at >= self.start_s:
+            if self.live > self.target or self.now - self._requested_at >= self.start_s:
                 self.live = self.target
             decision = decide(self.snapshot(), self.state, self.settings, self.now)
             self.state = decision.state
             if decision.changes:
-                self.target, self._asked_at = decision.target, self.now
+                self.target, self._requested_at = decision.target, self.now
                 self.decisions.append((self.now, decision))
         return [decision for _, decision in self.decisions[before:]]
 
@@ -65,14 +64,14 @@ class Group:
             self.live,
             busy,
             0.0,
-            1000 * min(self.load, self.live),  # routers send no more than is answered
+            1000 * min(self.load, self.live),  # routers send no more rows than are answered
             missing_experts=self.missing_experts,
             stale=self.stale,
         )
 
 
 def test_the_reason_names_the_numbers() -> None:
-    """A step up says what was seen, what it was held against, and what follows; the inputs are those numbers."""
+    """The reason of a step up names the measured value, the limit and the new target; the inputs hold these numbers."""
     decision = decide(replace(QUIET, target=2, live=2, reporting=2, busy=0.92), State(), SETTINGS, 0.0)
     assert decision.reason == "busy 0.92 of 2 replicas > target 0.60: 2 → 4"
     assert (decision.current, decision.target, decision.changes) == (2, 4, True)
@@ -81,7 +80,7 @@ def test_the_reason_names_the_numbers() -> None:
 
 
 def test_step_load_grows_at_once_and_shrinks_one_at_a_time() -> None:
-    """Load that jumps is answered on the next tick; when it is gone, replicas go one by one, each after a calm time."""
+    """A load jump grows the group on the next tick; afterwards replicas go one by one, each after shrink_after_s."""
     group = Group()
     group.load = 2.2
     grown = group.run(10)
@@ -96,7 +95,7 @@ def test_step_load_grows_at_once_and_shrinks_one_at_a_time() -> None:
 
 
 def test_no_second_step_before_the_first_is_live() -> None:
-    """While a new replica starts, full load asks for nothing more; afterwards reports get time to settle."""
+    """While a new replica starts, full load adds no other; after it is live, the policy waits SETTLE_S."""
     group = Group(start_s=6.0)
     group.load = 3.0
     assert [d.target for d in group.run(6)] == [2]
@@ -106,22 +105,22 @@ def test_no_second_step_before_the_first_is_live() -> None:
 
 
 def test_a_replica_that_never_comes_up_does_not_block_for_ever() -> None:
-    """After STEP_TIMEOUT_S a queue that is still too long may ask for one replica more."""
-    asked = replace(QUIET, target=2, live=1, queue_wait_ms=200.0)
-    state = decide(asked, State(), SETTINGS, 0.0).state
-    early = decide(asked, state, SETTINGS, STEP_TIMEOUT_S - 1)
+    """After STEP_TIMEOUT_S, a queue that is still too long may add one replica."""
+    short = replace(QUIET, target=2, live=1, queue_wait_ms=200.0)
+    state = decide(short, State(), SETTINGS, 0.0).state
+    early = decide(short, state, SETTINGS, STEP_TIMEOUT_S - 1)
     assert not early.changes
-    assert decide(asked, early.state, SETTINGS, STEP_TIMEOUT_S).target == 3
+    assert decide(short, early.state, SETTINGS, STEP_TIMEOUT_S).target == 3
 
 
 def test_long_queue_steps_up_although_the_device_is_not_busy() -> None:
-    """The queue-wait override grows by one at once and names both waits."""
+    """A queue wait beyond the limit adds one replica at once, and the reason names both waits."""
     decision = decide(replace(QUIET, queue_wait_ms=80.0), State(), SETTINGS, 0.0)
     assert decision.reason == "queue wait 80 ms > limit 50 ms: 1 → 2"
 
 
 def test_oscillating_load_does_not_flap() -> None:
-    """Load that swings faster than `shrink_after_s` holds the size its peaks need."""
+    """Load that swings faster than `shrink_after_s` keeps the size that its peaks need."""
     group = Group()
     for _ in range(20):
         group.load = 1.1
@@ -131,8 +130,8 @@ def test_oscillating_load_does_not_flap() -> None:
     assert [d.target for _, d in group.decisions] == [2]
 
 
-def test_no_shrink_into_a_step_up() -> None:
-    """A step down whose predicted busy would touch the margin is not taken, however long load stays there."""
+def test_no_step_down_that_would_cause_a_step_up() -> None:
+    """A step down is not taken while its predicted busy is above the margin, however long the load stays low."""
     group = Group(target=2, live=2)
     group.load = 0.5  # 0.25 of two, 0.50 of one: above 0.8 of 0.6
     assert group.run(120) == []
@@ -140,8 +139,8 @@ def test_no_shrink_into_a_step_up() -> None:
     assert [d.target for d in group.run(120)] == [1]
 
 
-def test_stale_data_holds_and_restarts_the_calm_time() -> None:
-    """With the registry silent nothing changes, and the time of silence does not count as calm."""
+def test_stale_data_holds_and_restarts_the_low_time() -> None:
+    """While the registry does not answer nothing changes, and that time does not count as low load."""
     group = Group(target=3, live=3)
     group.load = 0.0
     group.run(9)
@@ -153,7 +152,7 @@ def test_stale_data_holds_and_restarts_the_calm_time() -> None:
 
 
 def test_an_emptied_registry_is_not_idleness() -> None:
-    """No live replica and no report, although replicas were asked for, changes nothing, with or without load before."""
+    """No live replica and no report, although replicas were requested, changes nothing."""
     emptied = replace(QUIET, target=2, live=0, reporting=0, busy=0.0, rows_per_s=0.0)
     settings = SETTINGS.model_copy(update={"min_replicas": 0, "shrink_after_s": 0.0})
     state = State()
@@ -164,7 +163,7 @@ def test_an_emptied_registry_is_not_idleness() -> None:
 
 
 def test_shrinking_waits_for_every_replica_to_report() -> None:
-    """The mean of some replicas says nothing about the others."""
+    """If one live replica does not report its load, the group does not shrink."""
     settings = SETTINGS.model_copy(update={"shrink_after_s": 0.0})
     partly = replace(QUIET, target=3, live=3, reporting=2, busy=0.0)
     assert decide(partly, State(), settings, 0.0).target == 3
@@ -173,30 +172,30 @@ def test_shrinking_waits_for_every_replica_to_report() -> None:
 
 @pytest.mark.parametrize(("target", "expected"), [(0, 1), (7, 4)])
 def test_bounds_are_kept(target: int, expected: int) -> None:
-    """A target outside the bounds, after a change of settings, goes straight to the nearest bound."""
+    """After a change of settings, a target outside the bounds goes straight to the nearest bound."""
     decision = decide(replace(QUIET, target=target, live=target, reporting=target), State(), SETTINGS, 0.0)
     assert decision.target == expected
     assert "bounds are 1 to 4" in decision.reason
 
 
-def test_at_the_upper_bound_it_says_so() -> None:
-    """Full load at max_replicas holds, with a reason that tells the operator which setting to raise."""
+def test_the_reason_names_the_upper_bound() -> None:
+    """Full load at max_replicas holds, and the reason names the setting to raise."""
     decision = decide(replace(QUIET, target=4, live=4, reporting=4, busy=1.0), State(), SETTINGS, 0.0)
     assert decision.target == 4
     assert decision.reason.endswith("but max_replicas is 4: stay at 4")
 
 
 def test_zero_and_back() -> None:
-    """Without demand the last replica goes after the calm time; a waiting request brings one back on the next tick."""
+    """Without demand the last replica goes after shrink_after_s; a waiting request starts one on the next tick."""
     group = Group(settings=SETTINGS.model_copy(update={"min_replicas": 0}))
     assert [d.target for d in group.run(11)] == [0]
     assert group.run(60) == []
     group.missing_experts = True
-    assert [d.reason for d in group.run(TICK_S)] == ["its experts are waited for: 0 → 1"]
+    assert [d.reason for d in group.run(TICK_S)] == ["requests or a starting router wait for its experts: 0 → 1"]
 
 
 def test_the_last_replica_stays_while_there_is_demand() -> None:
-    """Any traffic at all keeps one replica, and traffic at zero brings one back."""
+    """The least traffic keeps one replica; traffic to a group at zero starts one."""
     group = Group(settings=SETTINGS.model_copy(update={"min_replicas": 0}))
     group.load = 0.001
     assert group.run(120) == []
@@ -204,63 +203,14 @@ def test_the_last_replica_stays_while_there_is_demand() -> None:
     assert decide(empty, State(), group.settings, 0.0).target == 1
 
 
-def test_rounding_asks_for_no_replica_too_many() -> None:
-    """3 replicas at 0.4 against a target of 0.3 are exactly 4 replicas' worth."""
+def test_rounding_adds_no_replica_too_many() -> None:
+    """3 replicas at 0.4 need exactly 4 replicas for a target of 0.3, not 5."""
     settings = SETTINGS.model_copy(update={"target_busy": 0.3, "max_replicas": 9})
     assert decide(replace(QUIET, target=3, live=3, reporting=3, busy=0.4), State(), settings, 0.0).target == 4
 
 
-def test_growth_aims_past_what_is_fixed() -> None:
-    """Where half of a batch's time stays, halving busy takes more than twice the replicas."""
-    settings = SETTINGS.model_copy(update={"max_replicas": 9})
-    busy = replace(QUIET, target=2, live=2, reporting=2, busy=0.8, fixed=0.5)
-    decision = decide(busy, State(), settings, 0.0)
-    assert decision.target == 4  # 0.8 * (0.5 + 0.5 * 2 / 4) = 0.6
-    assert predicted_busy(busy, decision.target) == pytest.approx(settings.target_busy)
-    assert decision.inputs["fixed"] == 0.5
-
-
-def test_growth_that_would_not_help_is_not_tried() -> None:
-    """Nearly all of a batch's time is fixed: another replica would relieve the first by less than a tenth."""
-    decision = decide(replace(QUIET, busy=0.9, fixed=0.85), State(), SETTINGS, 0.0)
-    assert not decision.changes
-    assert "85% of it is fixed: twice the replicas would relieve each by 8%" in decision.reason
-
-
-def test_a_step_that_did_not_help_is_not_repeated_until_later() -> None:
-    """A second replica that leaves the first as busy per row as it was stops growth, with the numbers, for a while."""
-    alone = replace(QUIET, busy=0.9)
-    state = decide(alone, State(), SETTINGS, 0.0).state
-    two = replace(alone, target=2, live=2, reporting=2)
-    state = decide(two, state, SETTINGS, 5.0).state
-    after = decide(two, state, SETTINGS, 5.0 + SETTLE_S)
-    assert not after.changes
-    assert "the step 1 → 2 replicas changed busy per row by -0% where -50% was due" in after.reason
-    assert not decide(two, after.state, SETTINGS, 20.0).changes
-    assert decide(two, after.state, SETTINGS, 5.0 + SETTLE_S + STEP_TIMEOUT_S).target == 3
-
-
-def test_a_step_that_helped_is_followed_by_the_next() -> None:
-    """Twice the rows at the same busy fraction is the relief that was due, and more load asks for more."""
-    alone = replace(QUIET, busy=0.9)
-    state = decide(alone, State(), SETTINGS, 0.0).state
-    two = replace(alone, target=2, live=2, reporting=2, rows_per_s=2 * alone.rows_per_s)
-    state = decide(two, state, SETTINGS, 5.0).state
-    assert decide(two, state, SETTINGS, 5.0 + SETTLE_S).target == 3
-
-
-def test_a_ramp_is_followed_while_replicas_start() -> None:
-    """Load that keeps rising asks for more before the last replicas are there; a queue alone does not."""
-    settings = SETTINGS.model_copy(update={"max_replicas": 40})
-    rising = replace(QUIET, target=11, live=10, reporting=10, busy=0.7)
-    state = decide(rising, State(short_since=0.0, live=10), settings, 1.0).state
-    assert decide(rising, state, settings, 1.0).target == 12
-    waiting = replace(rising, busy=0.5, queue_wait_ms=500.0)
-    assert not decide(waiting, State(short_since=0.0, live=10), settings, 1.0).changes
-
-
-def test_many_replicas_go_by_tenths() -> None:
-    """Of forty replicas up to four go at once, and never so many that the rest would be too busy."""
+def test_many_replicas_shrink_by_tenths() -> None:
+    """Of forty replicas up to four go at once, but not so many that the rest would be too busy."""
     settings = SETTINGS.model_copy(update={"max_replicas": 99, "shrink_after_s": 0.0})
     idle = replace(QUIET, target=40, live=40, reporting=40, busy=0.1)
     assert decide(idle, State(), settings, 0.0).target == 36
@@ -268,7 +218,7 @@ def test_many_replicas_go_by_tenths() -> None:
 
 
 def test_a_hot_set_lives_while_it_is_worth_it() -> None:
-    """Others hold what a hot set holds: it comes for load that fills a replica, and goes although some load is left."""
+    """A hot set starts only for enough load, and goes while some load is left, because groups hold its experts too."""
     settings = SETTINGS.model_copy(update={"min_replicas": 0, "shrink_after_s": 0.0})
     asleep = replace(QUIET, target=0, live=0, reporting=0, busy=0.0, spare=True)
     assert not decide(replace(asleep, asked=0.2), State(), settings, 0.0).changes
@@ -277,8 +227,8 @@ def test_a_hot_set_lives_while_it_is_worth_it() -> None:
     assert decide(replace(QUIET, busy=0.2, spare=True), State(), settings, 0.0).target == 1
 
 
-def test_a_router_is_as_busy_as_its_scarcest_room() -> None:
-    """Slots or KV blocks, whichever is fuller; an empty router is not busy at all."""
+def test_a_router_is_as_busy_as_its_scarcest_resource() -> None:
+    """Slots or KV blocks, whichever is fuller; an empty router has busy 0."""
     assert router_busy(running=8, slots=32, used_blocks=900, blocks=1000) == 0.9
     assert router_busy(running=30, slots=32, used_blocks=10, blocks=1000) == 30 / 32
     assert router_busy(0, 0, 0, 0) == 0.0
@@ -297,16 +247,16 @@ def test_a_router_is_as_busy_as_its_scarcest_room() -> None:
     now=st.floats(0, 100),
     low_since=st.none() | st.floats(0, 100),
 )
-def test_whatever_is_seen_bounds_hold_and_the_last_holder_stays(
+def test_bounds_hold_and_the_last_holder_stays(
     target: int, live: int, reporting: int, busy: float, wait: float, rows: float, fixed: float, missing_experts: bool,
     now: float, low_since: float | None,
 ) -> None:  # fmt: skip
-    """Every decision is within the bounds, and none takes the last holder away while there is demand."""
+    """Every decision is within the bounds, and none removes the last holder while there is demand."""
     settings = GroupSettings(min_replicas=0, max_replicas=40, shrink_after_s=1.0)
-    seen = Snapshot(
+    snapshot = Snapshot(
         "experts-0", target, live, min(reporting, live), busy, wait, rows, missing_experts=missing_experts, fixed=fixed
     )
-    decision = decide(seen, State(low_since=low_since), settings, now)
+    decision = decide(snapshot, State(low_since=low_since), settings, now)
     assert 0 <= decision.target <= 40
     assert decision.reason
     if target > 0 and (rows > 0 or missing_experts):

@@ -1,4 +1,4 @@
-"""Rows of overrun experts go to the next best; nothing else changes."""
+"""Rows of overrun experts go to the next-best expert; nothing else changes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from moiety.policy.backup_experts import backups
 def test_each_row_of_an_overrun_expert_gets_the_best_that_is_left(
     tokens: int, top_k: int, overrun_count: int, seed: int
 ) -> None:
-    """As plain loops find it: slot by slot, the highest score that is neither overrun nor the token's already."""
+    """Agrees with plain loops: slot by slot, the best score that is neither overrun nor already the token's."""
     generator = np.random.default_rng(seed)
     scores = generator.permuted(np.arange(tokens * 8.0).reshape(tokens, 8), axis=1)
     chosen = np.argsort(-scores, axis=1)[:, :top_k].astype(np.int64)
@@ -26,7 +26,7 @@ def test_each_row_of_an_overrun_expert_gets_the_best_that_is_left(
     for token in range(tokens):
         taken = set(chosen[token].tolist())
         for k in range(top_k):
-            if (own := chosen[token, k]) >= 0 and spared[own]:
+            if (expert := chosen[token, k]) >= 0 and spared[expert]:
                 left = [e for e in np.argsort(-scores[token]).tolist() if not overrun[e] and e not in taken]
                 if left:
                     expected[token, k] = left[0]
@@ -35,7 +35,7 @@ def test_each_row_of_an_overrun_expert_gets_the_best_that_is_left(
 
 
 def test_where_all_are_overrun_rows_stay() -> None:
-    """There is nobody to go to: waiting is what is left."""
+    """If every expert is overrun, no row is rerouted."""
     chosen = np.array([[0, 1]])
     assert backups(chosen, np.array([[3.0, 2.0, 1.0]]), np.ones(3, dtype=bool), np.ones(3, dtype=bool)).tolist() == [
         [0, 1]

@@ -1,4 +1,4 @@
-"""The cost model: it finds the costs behind noisy replies, follows changes, and never believes what it has not seen."""
+"""The cost model finds the costs behind noisy replies, follows changes, and keeps what new samples do not contradict."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from hypothesis import strategies as st
 
 from moiety.policy.cost_model import CostModel, Sample, expert_load, fit, update
 
-EXPERT = 44e6  # bytes, one of DeepSeek-V3 in fp8
+EXPERT = 44e6  # bytes of one DeepSeek-V3 expert in fp8
 TRUE = (30e-6, 0.4e-12, 0.25e-6)
 
 
 def batches(count: int, seed: int, costs: tuple[float, float, float] = TRUE, noise: float = 0.0) -> list[Sample]:
-    """Decode and prefill batches of 1 to 16 experts, whose time is `costs` times a lognormal noise of median 1."""
+    """Returns decode and prefill batches of 1 to 16 experts; their time is `costs` with lognormal noise of median 1."""
     random = np.random.default_rng(seed)
-    made = []
+    samples = []
     for _ in range(count):
         experts = random.integers(1, 17)
         rows = experts * (random.integers(100, 400) if random.random() < 0.2 else random.integers(1, 16))
         seconds = costs[0] + costs[1] * experts * EXPERT + costs[2] * rows
-        made.append(Sample(experts * EXPERT, float(rows), seconds * float(np.exp(noise * random.standard_normal()))))
-    return made
+        samples.append(Sample(experts * EXPERT, float(rows), seconds * float(np.exp(noise * random.standard_normal()))))
+    return samples
 
 
 def test_exact_replies_give_the_exact_costs() -> None:
-    """Without noise the three costs are found."""
+    """Without noise, the fit finds the three costs to within 1 %."""
     model = fit(batches(200, seed=1))
     assert (model.fixed_s, model.s_per_byte, model.s_per_row) == pytest.approx(TRUE, rel=1e-2)
     assert model.error is not None
@@ -34,18 +34,18 @@ def test_exact_replies_give_the_exact_costs() -> None:
 
 
 def test_noise_and_outliers_leave_the_fit_near() -> None:
-    """With 20 % noise and every fiftieth reply twenty times too long, predictions stay within 5 % of the truth."""
+    """With 20 % noise and every fiftieth reply 20 times too long, predictions stay within 8 % of the truth."""
     samples = batches(3000, seed=2, noise=0.2)
     samples = [Sample(s.weight_bytes, s.rows, s.seconds * (20 if i % 50 == 49 else 1)) for i, s in enumerate(samples)]
     model = fit(samples)
     for clean in batches(50, seed=3):
         assert model.predict(clean.weight_bytes, clean.rows) == pytest.approx(clean.seconds, rel=0.08)
     assert model.error is not None
-    assert 0.05 < model.error < 0.25, "it tells the noise it has seen"
+    assert 0.05 < model.error < 0.25, "the error reflects the noise"
 
 
 def test_a_device_that_changes_is_followed() -> None:
-    """Half the memory bandwidth from now on: after a few hundred replies the model has moved over."""
+    """After the memory bandwidth halves, 1500 replies move the predictions to within 10 % of the new times."""
     model = fit(batches(500, seed=4, noise=0.05))
     slower = (TRUE[0], 2 * TRUE[1], TRUE[2])
     model = fit(batches(1500, seed=5, costs=slower, noise=0.05), model)
@@ -53,8 +53,8 @@ def test_a_device_that_changes_is_followed() -> None:
         assert model.predict(clean.weight_bytes, clean.rows) == pytest.approx(clean.seconds, rel=0.1)
 
 
-def test_what_is_not_excited_is_not_forgotten() -> None:
-    """Twenty thousand equal decode batches do not wear out what prefill taught about rows."""
+def test_costs_without_new_samples_are_not_forgotten() -> None:
+    """Twenty thousand equal decode batches do not erase the cost of rows that prefill taught."""
     model = fit(batches(500, seed=7))
     alike = Sample(8 * EXPERT, 8.0, TRUE[0] + TRUE[1] * 8 * EXPERT + TRUE[2] * 8.0)
     for _ in range(20_000):
@@ -64,15 +64,17 @@ def test_what_is_not_excited_is_not_forgotten() -> None:
 
 
 def test_a_seed_holds_until_it_is_contradicted() -> None:
-    """Replies all alike move the seed only as far as they must; other replies then correct it."""
+    """Equal replies move a seeded model only as far as they contradict it; varied replies correct it."""
     seed = CostModel.seeded(TRUE[0], TRUE[1], 3 * TRUE[2])
     decode = fit([Sample(8 * EXPERT, 8.0, TRUE[0] + TRUE[1] * 8 * EXPERT + TRUE[2] * 8.0)] * 100, seed)
-    assert decode.s_per_row == pytest.approx(3 * TRUE[2], rel=0.1), "8 rows beside 8 experts say nothing of rows"
+    assert decode.s_per_row == pytest.approx(3 * TRUE[2], rel=0.1), (
+        "8 rows with 8 experts do not determine the cost of rows"
+    )
     assert fit(batches(300, seed=8), seed).s_per_row == pytest.approx(TRUE[2], rel=0.05)
 
 
 def test_the_knee_and_the_capacity_follow_from_the_costs() -> None:
-    """At the knee rows cost what the weights cost; capacity is rows over time; the fixed share is what stays."""
+    """At the knee, rows cost as much as weights; capacity is rows over time; the fixed share is fixed over total time."""
     model = CostModel.seeded(*TRUE)
     knee = model.rows_at_knee(EXPERT)
     assert knee * model.s_per_row == pytest.approx(EXPERT * model.s_per_byte)
@@ -83,8 +85,8 @@ def test_the_knee_and_the_capacity_follow_from_the_costs() -> None:
     assert CostModel().rows_at_knee(EXPERT) == CostModel().capacity(EXPERT, 1.0) == float("inf")
 
 
-def test_heat_counts_activations_in_decode_and_rows_in_prefill() -> None:
-    """Two experts with equal rows: in decode the one in more batches is hotter, in prefill they are nearly equal."""
+def test_expert_load_counts_activations_in_decode_and_rows_in_prefill() -> None:
+    """With equal rows, the expert in more batches has more load in decode; in prefill the loads are nearly equal."""
     model = CostModel.seeded(*TRUE)
     decode = expert_load(model, [[1000.0, 1000.0]], [[1000.0, 250.0]], EXPERT)
     prefill = expert_load(model, [[1e6, 1e6]], [[1000.0, 250.0]], EXPERT)
@@ -108,10 +110,10 @@ broken = st.builds(
 
 @settings(deadline=None)
 @given(st.lists(samples | broken, max_size=40))
-@example([Sample(0.0, 0.0, 294.0), Sample(127.0, 1.0, 0.0078125)])  # what rounding made singular
-def test_whatever_comes_costs_stay_finite_and_non_negative(seen: list[Sample]) -> None:
-    """No sequence of replies, sensible or not, makes a cost negative or anything but a number."""
-    model = fit(seen)
+@example([Sample(0.0, 0.0, 294.0), Sample(127.0, 1.0, 0.0078125)])  # rounding made this matrix singular
+def test_costs_stay_finite_and_non_negative(replies: list[Sample]) -> None:
+    """No sequence of valid and invalid replies makes a cost negative, infinite or nan."""
+    model = fit(replies)
     costs = np.array([model.fixed_s, model.s_per_byte, model.s_per_row])
     assert np.isfinite(costs).all()
     assert costs.min() >= 0

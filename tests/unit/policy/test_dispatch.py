@@ -1,4 +1,4 @@
-"""Dispatch as a pure function: every assignment has exactly one place, and experts stay where they were."""
+"""Dispatch as a pure function: every assignment goes to exactly one replica, and experts keep their replica."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ avoided = st.frozensets(st.sampled_from(["a", "b", "z"]))
 
 
 def table_of(held: Held, version: int = 1) -> HolderTable:
-    """One layer, held as told."""
+    """Returns the table of one layer with these holders."""
     return HolderTable.build(version, {name: ExpertSet({0: ids}) for name, ids in held.items()}, 1, EXPERTS)
 
 
 def plan_of(held: Held, experts: np.ndarray, avoid: frozenset[str] = frozenset()) -> DispatchPlan:
-    """The plan of all assignments."""
+    """Returns the plan of all assignments."""
     return plan_dispatch(table_of(held), 0, experts, np.arange(len(experts)), avoid)
 
 
 @settings(deadline=None)
 @given(held=held_sets, experts=routings, avoid=avoided)
 def test_each_assignment_goes_to_one_holder_or_is_uncovered(held: Held, experts: np.ndarray, avoid: frozenset[str]):
-    """Parts and uncovered are a partition; parts go to holders that are not avoided; nothing that could go is left."""
+    """Parts and uncovered are a partition; parts go to allowed holders; no uncovered expert has an allowed holder."""
     planned = plan_of(held, experts, avoid)
     everything = np.concatenate([*planned.parts.values(), planned.uncovered])
     assert sorted(everything.tolist()) == list(range(len(experts)))
@@ -49,7 +49,7 @@ def test_each_assignment_goes_to_one_holder_or_is_uncovered(held: Held, experts:
 @settings(deadline=None)
 @given(held=held_sets, experts=routings, avoid=avoided)
 def test_an_expert_is_never_split(held: Held, experts: np.ndarray, avoid: frozenset[str]):
-    """All rows of an expert go to one replica: two that stream the same weights gain nothing in decode."""
+    """All rows of an expert go to one replica."""
     planned = plan_of(held, experts, avoid)
     sets = [set(experts[part].tolist()) for part in planned.parts.values()]
     assert sum(map(len, sets)) == len(set().union(*sets))
@@ -57,8 +57,8 @@ def test_an_expert_is_never_split(held: Held, experts: np.ndarray, avoid: frozen
 
 @settings(deadline=None)
 @given(held=held_sets, experts=routings)
-def test_a_plan_depends_on_nothing_else(held: Held, experts: np.ndarray):
-    """Same routing, same plan, in whatever order the holders became known."""
+def test_a_plan_does_not_depend_on_the_order_of_holders(held: Held, experts: np.ndarray):
+    """The same routing gives the same plan, in whatever order the holders became known."""
     first = plan_of(held, experts)
     again = plan_of(dict(reversed(held.items())), experts)
     assert first.parts.keys() == again.parts.keys()
@@ -71,8 +71,8 @@ def test_a_plan_depends_on_nothing_else(held: Held, experts: np.ndarray):
     names=st.lists(st.sampled_from("abcdefg"), max_size=7, unique=True),
     kinds=st.lists(st.sampled_from(["0:0-3", "0:2-5;1:0", "1:1-7", "0-1:0-7", ""]), min_size=7, max_size=7),
 )
-def test_the_table_is_what_a_plain_loop_makes(names: list[str], kinds: list[str]):
-    """Sole holders and the several holders of an expert, whether replicas hold one and the same set or equal ones."""
+def test_the_table_agrees_with_a_plain_loop(names: list[str], kinds: list[str]):
+    """Sole and shared holders are those of a plain loop, whether replicas share one set object or have equal ones."""
     held = {name: ExpertSet.parse(kind) for name, kind in zip(names, kinds, strict=False)}
     table = HolderTable.build(1, held, layers=2, experts=EXPERTS)
     holders: dict[tuple[int, int], list[int]] = {}
@@ -82,12 +82,12 @@ def test_the_table_is_what_a_plain_loop_makes(names: list[str], kinds: list[str]
     assert dict(table.shared) == {pair: tuple(ids) for pair, ids in holders.items() if len(ids) > 1}
     for layer, owner in table.sole.items():
         for expert in range(EXPERTS):
-            mine = holders.get((layer, expert), [])
-            assert owner[expert] == (NOBODY if not mine else mine[0] if len(mine) == 1 else SEVERAL)
+            indices = holders.get((layer, expert), [])
+            assert owner[expert] == (NOBODY if not indices else indices[0] if len(indices) == 1 else SEVERAL)
 
 
 def test_experts_stay_with_their_replica_from_step_to_step():
-    """With few rows, an expert's replica does not depend on which other experts a step happens to use."""
+    """With few rows, an expert's replica does not depend on the other experts of the step."""
     held = {"a": frozenset(range(EXPERTS)), "b": frozenset(range(EXPERTS))}
     whole = plan_of(held, np.arange(EXPERTS))
     home = {int(expert): replica for replica, part in whole.parts.items() for expert in part}
@@ -98,7 +98,7 @@ def test_experts_stay_with_their_replica_from_step_to_step():
 
 
 def test_a_group_may_have_more_replicas_than_experts_of_a_layer():
-    """With two experts a layer and eight replicas, layers take turns: no replica is left without work."""
+    """With two experts per layer and eight replicas, different layers use different replicas: all get work."""
     held = {name: ExpertSet.block(8, [0, 1]) for name in "abcdefgh"}
     table = HolderTable.build(1, held, layers=8, experts=EXPERTS)
     used = [plan_dispatch(table, layer, np.array([0, 1]), np.arange(2)).parts.keys() for layer in range(8)]
@@ -107,7 +107,7 @@ def test_a_group_may_have_more_replicas_than_experts_of_a_layer():
 
 
 def test_a_busy_replica_sheds_experts_that_others_hold():
-    """An expert leaves its home where that has more to do, by as much as the expert costs."""
+    """An expert goes to another holder if its preferred one has more load, by at least the cost of the expert."""
     hot = np.zeros(40 * KNEE_ROWS, dtype=np.int64)  # expert 0, which only `a` holds
     held = {"a": frozenset({0, 2, 4}), "b": frozenset({2, 4})}
     assert plan_of(held, np.array([2])).parts.keys() == plan_of(held, np.array([4])).parts.keys() == {"a"}, "at home"
@@ -117,29 +117,29 @@ def test_a_busy_replica_sheds_experts_that_others_hold():
 
 
 def test_an_avoided_sole_holder_leaves_its_experts_uncovered():
-    """Avoiding is absolute: whoever asks decides whether a slow holder is better than none."""
+    """An avoided replica gets nothing, even as the only holder: the caller decides whether to call it after all."""
     planned = plan_of({"a": frozenset({0}), "b": frozenset({1})}, np.array([0, 1, 0]), frozenset({"a"}))
     assert planned.uncovered.tolist() == [0, 2]
     assert planned.parts["b"].tolist() == [1]
 
 
 def test_only_the_assignments_asked_for_are_planned():
-    """A retry plans its own rows, by their places in the whole layer."""
+    """A retry plans only its own rows, as indices into the whole layer."""
     table = table_of({"a": frozenset(range(EXPERTS))})
     planned = plan_dispatch(table, 0, np.array([0, 1, 2, 3]), np.array([1, 3]))
     assert planned.parts["a"].tolist() == [1, 3]
 
 
 def test_what_the_model_lacks_is_ignored():
-    """A replica that claims layers or experts beyond the model's shape is used for the rest."""
+    """A replica that claims layers or experts beyond the model's shape is used for the valid ones."""
     table = HolderTable.build(1, {"a": ExpertSet.parse("0-5:0-99")}, layers=2, experts=3)
     assert table.uncovered() == []
     assert [len(owner) for owner in table.sole.values()] == [3, 3]
 
 
 @pytest.mark.parametrize(("held", "missing"), [({}, [(0, 0), (0, 1)]), ({"a": ExpertSet.parse("0:1")}, [(0, 0)])])
-def test_the_table_names_what_nobody_holds(held: dict[str, ExpertSet], missing: list[tuple[int, int]]):
-    """A router is ready once this list is empty."""
+def test_the_table_lists_experts_without_a_holder(held: dict[str, ExpertSet], missing: list[tuple[int, int]]):
+    """`uncovered` lists every (layer, expert) without a holder; a router is ready once it is empty."""
     assert HolderTable.build(1, held, layers=1, experts=2).uncovered() == missing
 
 
@@ -147,22 +147,22 @@ def _sets(**held: str) -> dict[str, ExpertSet]:
     return {replica: ExpertSet.parse(text) for replica, text in held.items()}
 
 
-def test_what_is_leaving_is_asked_for_only_where_nobody_holds_it():
-    """Expert 1 leaves `a` for `b`, which has it; expert 2 leaves for nobody that is there: only that is still asked for."""
-    asked = holders(_sets(a="0:0", b="0:1"), _sets(a="0:1-2", b=""), {"a": 4, "b": 4})
-    assert asked.held == _sets(a="0:0,2", b="0:1")
-    assert asked.epoch == 3  # what leaves `a` by placement 4 is still needed
+def test_a_leaving_expert_is_called_only_while_no_replica_holds_it():
+    """Expert 1 leaves `a` and `b` holds it; expert 2 leaves `a` and has no other holder: only 2 is still called there."""
+    current = holders(_sets(a="0:0", b="0:1"), _sets(a="0:1-2", b=""), {"a": 4, "b": 4})
+    assert current.held == _sets(a="0:0,2", b="0:1")
+    assert current.epoch == 3  # an expert that leaves `a` by placement 4 is still needed
 
 
-def test_a_placement_is_taken_in_when_every_replica_has_followed():
-    """The epoch acknowledged is that of the last replica to follow; none is, where there are no replicas."""
+def test_a_placement_is_complete_when_every_replica_has_followed():
+    """The epoch is that of the last replica to follow, and 0 without replicas."""
     assert holders(_sets(a="0:0", b="0:1"), _sets(a="0:1"), {"a": 4, "b": 3}).epoch == 3
     assert holders(_sets(a="0:0", b="0:1"), _sets(a="0:1"), {"a": 4, "b": 4}).epoch == 4
     assert holders({}, {}, {}).epoch == 0
 
 
-def test_experts_whose_holders_are_all_named():
-    """Of a layer's experts those that nobody but the named replicas holds; one without a holder is not among them."""
+def test_experts_held_only_by_the_named_replicas():
+    """`held_only_by` marks experts whose holders are all among the named replicas, but none without a holder."""
     table = HolderTable.build(1, _sets(a="0:0-1", b="0:1-2", c="0:3"), 1, 5)
     assert table.held_only_by(0, {"a"}).tolist() == [True, False, False, False, False]
     assert table.held_only_by(0, {"a", "b"}).tolist() == [True, True, True, False, False]

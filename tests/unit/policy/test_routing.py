@@ -1,4 +1,4 @@
-"""The choice of a router as a pure function: a prefix wins until the wait for it costs more than it saves."""
+"""The choice of a router as a pure function: a cached prefix wins until the wait for it costs more than it saves."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ draws = st.integers(0, 2**32 - 1)
 
 
 def learned() -> Pace:
-    """1000 prompt tokens a second; 10 ms a token and 1 ms more for each stream beside it; a second in a slot."""
+    """A pace of 1000 prompt tokens per second, 10 ms per token plus 1 ms per running stream, and one second in a slot."""
     pace = Pace()
     for tokens, streams in [(100, 1), (1000, 4), (500, 8), (2000, 2)] * 40:
         pace = pace.started(tokens, tokens / 1000)
@@ -35,8 +35,8 @@ def learned() -> Pace:
 PACE = learned()
 
 
-def test_the_pace_is_learned_from_what_was_seen():
-    """Slopes and intercepts are those of the requests; a wait for a slot follows from how long requests stay."""
+def test_the_pace_is_learned_from_requests():
+    """Slopes and intercepts are those of the requests; the wait for a slot follows from how long requests stay."""
     assert abs(PACE.first_token.at(3000) - 3.0) < 0.02
     assert abs(PACE.gap.at(1) - 0.011) < 0.0005
     assert abs(PACE.gap.at(20) - 0.030) < 0.001
@@ -46,7 +46,7 @@ def test_the_pace_is_learned_from_what_was_seen():
 
 @given(seen=st.lists(st.tuples(st.integers(0, 10**6), st.floats(0, 1e3)), max_size=50), x=st.integers(0, 10**6))
 def test_no_prediction_is_negative(seen: list[tuple[int, float]], x: int):
-    """Whatever was observed, neither slope nor value falls below 0."""
+    """Neither slope nor value falls below 0 after any observations."""
     line = Line()
     for at, value in seen:
         line = line.observe(at, value)
@@ -54,8 +54,8 @@ def test_no_prediction_is_negative(seen: list[tuple[int, float]], x: int):
     assert line.at(x) >= 0.0
 
 
-def test_until_load_has_varied_it_is_assumed_to_share_one_worker():
-    """Seen at one load only, twice the load is predicted to take twice the time."""
+def test_until_load_has_varied_time_is_assumed_proportional():
+    """After observations at a single load, twice the load is predicted to take twice the time."""
     line = Line()
     for _ in range(10):
         line = line.observe(4.0, 0.020)
@@ -63,28 +63,28 @@ def test_until_load_has_varied_it_is_assumed_to_share_one_worker():
 
 
 def test_a_mean_is_exact_from_the_first_value():
-    """Nothing of the start value stays in it."""
+    """The initial value has no weight in a mean of observations."""
     assert Mean(1.0).observe(5.0).value == 5.0
     assert abs(Mean().observe(1.0).observe(3.0).value - 2.0) < 0.05
 
 
 @given(routers=candidates, draw=draws, known=st.booleans())
-def test_the_choice_is_one_of_them_and_never_worse_than_the_prefix(routers: list[Candidate], draw: int, known: bool):
-    """Any draw gives a candidate and a reason; with a pace, none with the longest prefix would have been all better."""
+def test_the_choice_is_valid_and_never_worse_than_the_longest_prefix(routers: list[Candidate], draw: int, known: bool):
+    """Any draw gives a candidate and a reason; with a pace, the sole longest prefix is not better in every respect."""
     chosen = choose(routers, PACE if known else Pace(), PROMPT, OUTPUT, draw)
     assert 0 <= chosen.index < len(routers)
     assert chosen.reason
-    mine = routers[chosen.index]
+    winner = routers[chosen.index]
     if known:
         for other in routers:
-            better = other.cached > mine.cached and other.ahead < mine.ahead and other.slots == mine.slots
-            sole = sum(one.cached == other.cached for one in routers) == 1
-            longest = other.cached == max(one.cached for one in routers)
-            assert not (better and sole and longest and other.load < mine.load)
+            better = other.cached > winner.cached and other.ahead < winner.ahead and other.slots == winner.slots
+            sole = sum(router.cached == other.cached for router in routers) == 1
+            longest = other.cached == max(router.cached for router in routers)
+            assert not (better and sole and longest and other.load < winner.load)
 
 
 def test_the_longest_prefix_is_worth_what_it_saves():
-    """900 cached tokens save 0.9 s, for this request and again for the next: only a wait of over 1.8 s outweighs that."""
+    """900 cached tokens save 0.9 s for this request and for the next: only a longer wait than 1.8 s outweighs that."""
     holder, idle = Candidate(load=8, slots=16, cached=900), Candidate(load=0, slots=16)
     chosen = choose([idle, holder], PACE, PROMPT, OUTPUT, draw=0)
     assert (chosen.index, chosen.reason) == (1, "900 tokens cached, 8 requests there")
@@ -96,22 +96,22 @@ def test_the_longest_prefix_is_worth_what_it_saves():
 
 
 def test_the_longest_prefix_is_always_compared():
-    """Among many routers, the one that has the prompt is found by every draw."""
+    """Among many routers, every draw finds the one that has the prompt cached."""
     routers = [Candidate(load=1, slots=16) for _ in range(40)]
     routers[17] = Candidate(load=1, slots=16, cached=900)
     assert {choose(routers, PACE, PROMPT, OUTPUT, draw).index for draw in range(0, 2**32, 2**32 // 97)} == {17}
 
 
 def test_without_a_pace_the_least_loaded_is_chosen():
-    """Before anything was learned load decides, and the prefix where that is equal."""
+    """Without a pace, load decides, and on a tie the cached prefix."""
     routers = [Candidate(load=2, slots=4, cached=900), Candidate(load=1, slots=4)]
     assert choose(routers, Pace(), PROMPT, OUTPUT, draw=3).index == 1
     equal = [Candidate(load=1, slots=4), Candidate(load=1, slots=4, cached=16)]
     assert {choose(equal, Pace(), PROMPT, OUTPUT, draw).index for draw in range(8)} == {1}
 
 
-def test_gateways_that_know_the_same_do_not_all_choose_the_same():
-    """Equal routers are chosen about equally often, by the draw."""
+def test_gateways_with_equal_knowledge_spread_their_choices():
+    """The draw chooses equal routers about equally often."""
     routers = [Candidate(load=3, slots=16) for _ in range(8)]
     chosen = [choose(routers, PACE, PROMPT, OUTPUT, draw * 2654435761 % 2**32).index for draw in range(4000)]
     assert all(400 <= chosen.count(index) <= 600 for index in range(8))

@@ -1,4 +1,4 @@
-"""A change in stages ends where the whole change would, never losing an expert on the way."""
+"""A change of placement in stages ends at the target, and every expert has a holder in each stage."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TARGET = Placement(
 
 
 def test_each_stage_changes_a_few_layers_and_the_last_is_the_target() -> None:
-    """Three layers differ: two stages of two, epochs one after the other; every expert has a holder in each."""
+    """Three changed layers make two stages of at most two, with consecutive epochs; every expert has a holder in each."""
     found = placement_stages(CURRENT, TARGET, 2)
     assert [stage.epoch for stage in found] == [5, 6]
     assert found[-1].held == TARGET.held
@@ -32,6 +32,6 @@ def test_each_stage_changes_a_few_layers_and_the_last_is_the_target() -> None:
 
 
 def test_all_at_once() -> None:
-    """Without a bound there is one stage, the target; where nothing changes there is none."""
+    """Without a limit there is one stage, the target; without a change there is none."""
     assert placement_stages(CURRENT, TARGET, 0) == (Placement(5, TARGET.held),)
     assert placement_stages(CURRENT, Placement(5, CURRENT.held), 1) == ()

@@ -1,4 +1,4 @@
-"""From registry entries to the snapshots that the policy decides on."""
+"""The ledger turns registry entries into the snapshots that the policy decides on."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ READY = Replica("a", Role.EXPERT, "experts-0", "127.0.0.1:1", "node", "m", "r", 
 
 async def _registry(*replicas: Replica) -> MemoryRegistry:
     registry = MemoryRegistry()
-    for each in replicas:
-        await registry.register(each)
+    for replica in replicas:
+        await registry.register(replica)
     return registry
 
 
 def test_only_ready_replicas_of_the_deployment_count() -> None:
-    """Starting and draining replicas are not live, nor is another group's; busy is the mean, queue wait the worst."""
+    """Draining replicas and those of other groups do not count as live; busy is the mean, queue wait the maximum."""
 
     async def check() -> None:
         registry = await _registry(
@@ -47,7 +47,7 @@ def test_only_ready_replicas_of_the_deployment_count() -> None:
 
 
 def test_demand_is_what_routers_send_to_the_experts_held() -> None:
-    """Rows of another group's experts are not this one's demand; the first reading has no rate yet."""
+    """A group's demand counts only rows for its own experts; the first reading has no rate yet."""
 
     async def check() -> None:
         registry = await _registry()
@@ -62,8 +62,8 @@ def test_demand_is_what_routers_send_to_the_experts_held() -> None:
     asyncio.run(check())
 
 
-def test_a_wake_concerns_the_groups_that_hold_the_expert() -> None:
-    """Waiting for expert 2 wakes its group alone; once a placement moves the expert, it wakes the new holder alone."""
+def test_missing_experts_concern_the_groups_that_hold_them() -> None:
+    """Waiting for expert 2 concerns only its group; once a placement moves the expert, only the new holder."""
 
     async def check() -> None:
         registry = await _registry()
@@ -79,8 +79,8 @@ def test_a_wake_concerns_the_groups_that_hold_the_expert() -> None:
     asyncio.run(check())
 
 
-def test_a_starting_router_wakes_every_group() -> None:
-    """A router becomes ready only when all experts have a holder: groups at zero must come up for it, once."""
+def test_a_starting_router_waits_for_every_group() -> None:
+    """While a router is starting, every group counts as waited for, because it needs a holder of each expert."""
 
     async def check() -> None:
         router = replace(READY, id="r", role=Role.ROUTER, deployment="router", held=ExpertSet())
@@ -93,7 +93,7 @@ def test_a_starting_router_wakes_every_group() -> None:
 
 
 def test_experts_beyond_the_counters_are_no_error() -> None:
-    """A placement for a larger model than the routers count for asks for nothing there."""
+    """Held experts beyond the routers' counters have no rows."""
 
     async def check() -> None:
         registry = await _registry()
@@ -107,8 +107,8 @@ def test_experts_beyond_the_counters_are_no_error() -> None:
 COSTS = BatchCost(fixed_s=0.001, s_per_byte=1e-9, s_per_row=0.0001, expert_bytes=1_000_000, samples=100, error=0.05)
 
 
-def test_what_more_replicas_would_not_share_follows_from_the_fit() -> None:
-    """Ten batches a second of one expert and ten rows each: 1 ms fixed, 1 ms of weights, 1 ms of rows."""
+def test_the_fixed_share_follows_from_the_fit() -> None:
+    """Batches of one expert and ten rows cost 1 ms fixed, 1 ms for weights and 1 ms for rows: one third is fixed."""
 
     async def check() -> None:
         registry = await _registry(READY)
@@ -125,8 +125,8 @@ def test_what_more_replicas_would_not_share_follows_from_the_fit() -> None:
     asyncio.run(check())
 
 
-def test_a_hot_set_at_zero_is_asked_for_its_share() -> None:
-    """One replica of a hot set beside one of the group would take half of what its experts cost; a group is never spare."""
+def test_a_hot_set_at_zero_counts_its_share() -> None:
+    """One replica of a hot set, beside one of the group, would take half of the cost of its experts; groups count 0."""
 
     async def check() -> None:
         registry = await _registry(READY)
@@ -146,8 +146,8 @@ def test_a_hot_set_at_zero_is_asked_for_its_share() -> None:
     asyncio.run(check())
 
 
-def test_a_starting_router_does_not_wake_a_hot_set() -> None:
-    """Its experts have holders anyway: a router needs their groups."""
+def test_a_starting_router_does_not_wait_for_a_hot_set() -> None:
+    """A starting router needs the groups, which hold all experts of a hot set."""
 
     async def check() -> None:
         router = replace(READY, id="r", role=Role.ROUTER, deployment="router", held=ExpertSet())
@@ -158,7 +158,7 @@ def test_a_starting_router_does_not_wake_a_hot_set() -> None:
 
 
 def test_live_settings_are_those_of_the_youngest_replica() -> None:
-    """Serve tells replicas one after the other; at zero there is nobody to tell, and None is not "no settings"."""
+    """Serve updates replicas one after the other, so the youngest counts; without live replicas the result is None."""
 
     async def check() -> None:
         old = replace(READY, started=1.0, scaling={"target_busy": 0.5})

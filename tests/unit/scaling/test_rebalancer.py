@@ -1,4 +1,4 @@
-"""Placement kept in force and good: set by default, set again after a loss, changed where it pays and not otherwise."""
+"""The rebalancer sets a default placement, sets it again after a loss, and changes it only if the gain is large enough."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from moiety.tools.rebalance import Ask, enact, proposed
 
 COSTS = BatchCost(fixed_s=0.0, s_per_byte=1e-9, s_per_row=1e-5, expert_bytes=1_000_000, samples=100, error=0.05)
 DEFAULT = {"experts-0": ExpertSet.parse("0:0-1"), "experts-1": ExpertSet.parse("0:2-3"), "hot-0": ExpertSet()}
-SKEWED = (1000, 900, 10, 10)  # rows a second: both hot experts are in one group
+SKEWED = (1000, 900, 10, 10)  # rows per second; both hot experts are in one group
 EVEN = (500, 500, 500, 500)
 
 
@@ -29,7 +29,7 @@ def replica_of(deployment: str, held: ExpertSet, epoch: int) -> Replica:
 
 
 class System:
-    """A registry, and readings of it a second apart."""
+    """A registry, and readings of it one second apart."""
 
     def __init__(self, gain: float | None = 0.1, hot_memory: int = 1_000_000) -> None:
         self.registry = MemoryRegistry(clock=lambda: 0.0)
@@ -38,7 +38,7 @@ class System:
         self.now, self._rows = 0.0, [0, 0, 0, 0]
 
     async def follow(self, rows: tuple[int, ...], default: Mapping[str, ExpertSet] | None = DEFAULT) -> None:
-        """One second of this load, and a round of the rebalancer."""
+        """Adds one second of this load and runs one round of the rebalancer."""
         self.now += 1.0
         self._rows = [old + new for old, new in zip(self._rows, rows, strict=True)]
         counts = (tuple(self._rows),)
@@ -46,15 +46,15 @@ class System:
         await self.rebalancer.follow(await self.ledger.read(), default, self.now)
 
     async def settle(self) -> None:
-        """All replicas of the groups have followed the placement in force."""
+        """Registers replicas of all groups that have followed the placement in force."""
         placement = await self.registry.placement()
         assert placement is not None
         for name in ("experts-0", "experts-1"):
             await self.registry.register(replica_of(name, placement.held[name], placement.epoch))
 
 
-def test_the_default_plan_is_set_and_set_again() -> None:
-    """Where none was ever set; and after a loss the last one, with an epoch that no replica takes for news."""
+def test_the_default_placement_is_set_and_set_again() -> None:
+    """The default is set if there was no placement; after a loss, the last one is set again with its old epoch."""
 
     async def check() -> None:
         system = System()
@@ -74,7 +74,7 @@ def test_the_default_plan_is_set_and_set_again() -> None:
 
 
 def test_skew_changes_the_placement_and_says_why() -> None:
-    """Both hot experts in one group: they part, one also lies in the hot set, and the decision tells the gain."""
+    """If one group has both hot experts, a hot set gets one of them, and the decision names the gain."""
 
     async def check() -> None:
         system = System()
@@ -96,12 +96,12 @@ def test_skew_changes_the_placement_and_says_why() -> None:
     asyncio.run(check())
 
 
-@pytest.mark.parametrize("reason", ["even", "under way", "not wanted"])
-def test_nothing_changes_where(reason: str) -> None:
-    """Load is even and no hot set would pay; a change is under way; or none is wanted but by command."""
+@pytest.mark.parametrize("reason", ["even", "under way", "off"])
+def test_the_placement_stays(reason: str) -> None:
+    """The placement stays if load is even, if a change is under way, or if rebalancing is off."""
 
     async def check() -> None:
-        system = System(gain=None if reason == "not wanted" else 0.5)
+        system = System(gain=None if reason == "off" else 0.5)
         await system.follow(EVEN)
         await system.settle()
         if reason == "under way":
@@ -114,8 +114,8 @@ def test_nothing_changes_where(reason: str) -> None:
     asyncio.run(check())
 
 
-def test_by_command_a_plan_is_made_from_the_load_and_put_in_force_once() -> None:
-    """`moiety rebalance`: the plan betters what is in force; of two who plan at once, the second is told to plan again."""
+def test_the_command_plans_from_the_load_and_enacts_once() -> None:
+    """`moiety rebalance` finds a gain; of two plans made at once, the second is refused with "plan again"."""
 
     async def check() -> None:
         system = System(gain=None)
@@ -136,7 +136,7 @@ def test_by_command_a_plan_is_made_from_the_load_and_put_in_force_once() -> None
 
 
 def test_without_load_there_is_nothing_to_plan_for() -> None:
-    """A system at rest gets no plan, and the reason is told."""
+    """A system without load gets no plan, and the error says so."""
 
     async def check() -> None:
         system = System()

@@ -1,4 +1,4 @@
-"""The simulator: traces are what they say, time steps agree with events, and no system is favoured."""
+"""The simulator: traces have the requested properties, time steps agree with events, systems are compared at equal p99."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ TINY = Cluster(layers=4, experts=32, top_k=4, groups=8, hot_sets=2, batch=64)
 
 
 def held_by_groups(cluster: Cluster) -> np.ndarray:
-    """[D, L, E] contiguous experts in every group."""
+    """Returns [D, L, E]: contiguous experts in every group."""
     group = np.arange(cluster.experts) * cluster.groups // cluster.experts
     return np.stack([np.tile(group == index, (cluster.layers, 1)) for index in range(cluster.groups)])
 
 
-def test_the_day_is_what_it_says() -> None:
-    """Mean and peak are those asked for; the same seed makes the same day, another one another."""
+def test_the_day_has_the_requested_shape() -> None:
+    """Mean and peak are the requested ones; equal seeds give equal days, different seeds different ones."""
     trace = day_trace(1e6, peak_over_mean=2.0, seed=3)
     assert trace.hours == 24
     assert trace.rates.mean() == pytest.approx(1e6)
@@ -38,7 +38,7 @@ def test_the_day_is_what_it_says() -> None:
 
 
 def test_popularity_is_zipf_and_drifts() -> None:
-    """Shares of a layer sum to 1 and are as skewed as asked for; with drift they are others hours later."""
+    """The shares of a layer sum to 1 and have the requested skew; with drift they change over hours."""
     still = day_trace(1e6, skew=1.0, drift=False)
     shares = popularity(still, TINY, 0.0)
     assert shares.sum(axis=1) == pytest.approx(1.0)
@@ -60,23 +60,23 @@ def test_popularity_is_zipf_and_drifts() -> None:
     ],
 )
 def test_time_steps_agree_with_events(replicas: int, routers: int, skew: float, seed: int) -> None:
-    """Busy within 3 %, p99 of a step within 10 % of what happens when every call is played."""
+    """Busy is within 3 % and the p99 of a step within 10 % of the simulation of every call."""
     included = inclusion(popularity(day_trace(1e5, skew=skew, drift=False, hours=1), SMALL, 0.0), SMALL.top_k)
     held, counts = held_by_groups(SMALL), np.full(SMALL.groups, replicas)
     played = play(SMALL, included, held, counts, routers, steps=25, seed=seed)
-    asked = work(SMALL, included, Holding.of(held), counts.astype(float))
-    seen = flow(SMALL, asked, counts.astype(float), played.rate, routers)
+    step_work = work(SMALL, included, Holding.of(held), counts.astype(float))
+    seen = flow(SMALL, step_work, counts.astype(float), played.rate, routers)
     assert seen.busy.mean() == pytest.approx(played.busy, rel=0.03)
-    told = percentile(np.array([seen.step_s]), np.array([seen.step_sd_s]), np.ones(1), 0.0, 99)
-    assert told == pytest.approx(float(np.percentile(played.steps_s, 99)), rel=0.1)
+    p99_s = percentile(np.array([seen.step_s]), np.array([seen.step_sd_s]), np.ones(1), 0.0, 99)
+    assert p99_s == pytest.approx(float(np.percentile(played.steps_s, 99)), rel=0.1)
 
 
-def test_more_load_is_more_wait_and_at_last_a_backlog() -> None:
-    """Busy is proportional to load; steps get longer; what is beyond capacity is not served."""
+def test_more_load_waits_longer_and_beyond_capacity_is_not_served() -> None:
+    """Busy is proportional to load, steps get longer, and load beyond the capacity is not served."""
     included = inclusion(popularity(day_trace(1e5, drift=False), SMALL, 0.0), SMALL.top_k)
     counts = np.full(SMALL.groups, 4.0)
-    asked = work(SMALL, included, Holding.of(held_by_groups(SMALL)), counts)
-    low, high, over = (flow(SMALL, asked, counts, rate) for rate in (1e4, 2e4, 1e6))
+    step_work = work(SMALL, included, Holding.of(held_by_groups(SMALL)), counts)
+    low, high, over = (flow(SMALL, step_work, counts, rate) for rate in (1e4, 2e4, 1e6))
     assert high.busy == pytest.approx(2 * low.busy)
     assert high.step_s > low.step_s
     assert (low.served, high.served) == (1e4, 2e4)
@@ -85,7 +85,7 @@ def test_more_load_is_more_wait_and_at_last_a_backlog() -> None:
 
 
 def test_tokens_that_had_to_wait_count_against_the_p99() -> None:
-    """One unserved token in a hundred is at the edge; two are beyond it."""
+    """With 0.5 % of late tokens the p99 is finite; with 2 % it is infinite."""
     means, spreads, weights = np.array([0.02, 0.04]), np.array([0.001, 0.001]), np.array([50.0, 50.0])
     assert percentile(means, spreads, weights, 0.0, 99) == pytest.approx(0.04, rel=0.1)
     assert percentile(means, spreads, weights, 0.5, 99) < float("inf")
@@ -94,12 +94,12 @@ def test_tokens_that_had_to_wait_count_against_the_p99() -> None:
 
 @pytest.fixture(scope="module")
 def load() -> TraceLoad:
-    """Two hours of the morning's rise, for a model of 4 layers."""
+    """The load of two hours of the morning's rise, for a model of 4 layers."""
     return TraceLoad(TINY, day_trace(2e6, hours=2, step_s=20, seed=1))
 
 
 def test_elastic_groups_follow_the_load(load: TraceLoad) -> None:
-    """Replicas rise with the load, every change has a reason, no token waits, and starting replicas are paid for."""
+    """Replicas follow the load, every change has a reason, under 1 % of tokens wait, and starting replicas are paid for."""
     outcome = elastic(load)
     rates = load.trace.rates
     assert np.corrcoef(outcome.replicas, rates)[0, 1] > 0.8
@@ -108,12 +108,12 @@ def test_elastic_groups_follow_the_load(load: TraceLoad) -> None:
     assert outcome.decisions
     assert all(decision.reason and decision.inputs for _, decision in outcome.decisions)
     again = elastic(load)
-    assert (again.replicas == outcome.replicas).all(), "seeded: the same day twice"
+    assert (again.replicas == outcome.replicas).all(), "seeded: a second run is equal"
 
 
 @pytest.mark.slow
-def test_slow_starts_cost() -> None:
-    """Replicas that take ten minutes to start make steps slower than those that take none, on the same bursts."""
+def test_slow_starts_raise_the_p99() -> None:
+    """On the same bursts, replicas that start in ten minutes give a higher p99 than those that start at once."""
     trace = day_trace(2e6, hours=2, step_s=10, bursts_per_hour=6, burst=0.8, seed=2)
     quick, slow = (
         elastic(TraceLoad(Cluster(layers=4, experts=32, top_k=4, groups=8, hot_sets=0, batch=64, start_s=start), trace))
@@ -122,8 +122,8 @@ def test_slow_starts_cost() -> None:
     assert slow.p99_ms > quick.p99_ms
 
 
-def test_a_clairvoyant_needs_least_and_a_static_size_most(load: TraceLoad) -> None:
-    """At the same busy fraction on the same trace; a smaller static size has the longer steps."""
+def test_the_clairvoyant_system_needs_fewer_gpu_hours_than_the_elastic_one(load: TraceLoad) -> None:
+    """At the same busy fraction, clairvoyant needs fewer GPU-hours than elastic; a smaller static size has longer steps."""
     oracle, static = clairvoyant(load, SETTINGS.target_busy), fixed(load, 40)
     assert oracle.gpu_hours < elastic(load).gpu_hours
     assert static.gpu_hours == pytest.approx(40 * TINY.groups * load.trace.hours)
@@ -132,13 +132,13 @@ def test_a_clairvoyant_needs_least_and_a_static_size_most(load: TraceLoad) -> No
 
 @pytest.mark.slow
 def test_the_report_compares_at_equal_p99(tmp_path: Path) -> None:
-    """No system gets away with a longer p99; the JSON says what the table says; a picture is drawn."""
+    """No system has a longer p99 than the elastic one; JSON and table agree; the picture is drawn."""
     report = compare(TINY, day_trace(2e6, hours=1, step_s=20, seed=1))
     ours = report.outcomes[0]
-    assert [each.system for each in report.outcomes] == [
+    assert [result.system for result in report.outcomes] == [
         "elastic", "whole engines", "EPLB, 1/8 redundant", "static EP", "clairvoyant",
     ]  # fmt: skip
-    assert all(each.p99_ms <= ours.p99_ms for each in report.outcomes)
+    assert all(result.p99_ms <= ours.p99_ms for result in report.outcomes)
     value = json.loads(json.dumps(report.json()))
     static = report.outcomes[3]
     assert value["saved_vs_static"] == pytest.approx(1 - ours.gpu_hours / static.gpu_hours)

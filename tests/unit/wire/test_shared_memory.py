@@ -214,7 +214,7 @@ def test_a_full_segment_refuses_and_goes_on(monkeypatch: pytest.MonkeyPatch):
 def test_a_layer_waits_for_room(monkeypatch: pytest.MonkeyPatch):
     """A hop over a segment for one call at a time gets all its rows, by asking again."""
     monkeypatch.setattr("moiety.wire.transports.shm_connection.SEGMENT_BYTES", 512)
-    monkeypatch.setattr("moiety.router.hop.layer_call.MAX_CALL_BYTES", ROW_BYTES)
+    monkeypatch.setattr("moiety.router.hop.call.MAX_CALL_BYTES", ROW_BYTES)
     only = FakeExperts("a", ExpertSet.block(1, range(2)), SHAPE)
 
     async def scenario() -> None:

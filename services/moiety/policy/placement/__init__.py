@@ -1,1 +1,1 @@
-"""Which deployment holds which experts."""
+"""Plans which deployment holds which experts."""

@@ -1,9 +1,9 @@
-"""Copies of experts and the bins they lie in: the arithmetic of `planner.py`, on all layers at once.
+"""Packs copies of experts into bins (deployments): the arithmetic of `planner.py`, on all layers at once.
 
-The steps are those of DeepSeek's EPLB (copy the hottest, pack the heaviest first), then what it leaves out: bins of
-unequal strength and room, swaps that mend what greedy packing left, and a start from the packing in force.
+The first steps are those of DeepSeek's EPLB: copy the hottest experts, pack the heaviest copies first. Beyond EPLB, bins may
+differ in strength and slots, swaps improve the greedy packing, and packing may start from the placement in force.
 
-Legend: L layers, E experts per layer, D bins (deployments), P copies of experts in a layer, padded to the longest.
+Legend: L layers, E experts per layer, D bins (deployments), P copies of experts in a layer, padded to the longest layer.
 """
 
 from __future__ import annotations
@@ -18,59 +18,59 @@ Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 
 NOWHERE = -1
-USEFUL = 0.5  # of the mean heat of the layer's experts: a copy of a cooler one moves bytes for nothing
-STICKY = 1.25  # a copy that exists counts as so much hotter: what is nearly as hot does not replace it
+USEFUL = 0.5  # fraction of the layer's mean expert load: a copy that would carry less is not worth its bytes
+STICKY = 1.25  # load factor of a copy that exists, so that a slightly hotter expert does not replace it
 MOST_COPIES = 32  # of one expert
-GOOD_ENOUGH = 1.002  # max load over mean: nothing is left to mend
+GOOD_ENOUGH = 1.002  # max load over mean load at which a layer counts as balanced
 SWAPS = 64  # per layer
-LIGHTEST = 12  # bins that a swap may be with
-WORTH = 1e-3  # of the heaviest load: a swap that relieves it by less is not made
+LIGHTEST = 12  # number of lightest bins that a swap may use
+WORTH = 1e-3  # fraction of the heaviest load: a swap that relieves it by less is not made
 
 
 @dataclass(frozen=True, slots=True)
 class Bins:
-    """What copies are packed into."""
+    """The bins that copies are packed into."""
 
     slots: Ints  # [L, D] copies that fit
     strength: Floats  # [D] replicas that share a bin's load
-    home: Bools  # [D] whether every expert must lie in one of these; the others hold further copies only
+    home: Bools  # [D] home bins (groups) hold every expert once between them; the others hold further copies only
 
 
 @dataclass(frozen=True, slots=True)
 class Packing:
-    """Where each copy lies."""
+    """The bin of each copy."""
 
     expert: Ints  # [L, P]
-    primary: Bools  # [L, P] the copy that must be in a home bin
+    primary: Bools  # [L, P] the one copy of its expert that must be in a home bin
     share: Floats  # [L, P] the load it brings
-    bin: Ints  # [L, P], NOWHERE for padding and for what found no room
+    bin: Ints  # [L, P], NOWHERE for padding and for copies without a free slot
 
     def held(self, bins: int, experts: int) -> Bools:
-        """[D, L, E]."""
+        """Returns [D, L, E]: whether a bin holds an expert."""
         layers, copies = np.nonzero(self.bin != NOWHERE)
         held = np.zeros((bins, len(self.bin), experts), dtype=bool)
         held[self.bin[layers, copies], layers, self.expert[layers, copies]] = True
         return held
 
     def load(self, bins: Bins) -> Floats:
-        """[L, D] load of each of a bin's replicas."""
+        """Returns [L, D]: load of each replica of a bin."""
         load = np.zeros(bins.slots.shape)
         layers, copies = np.nonzero(self.bin != NOWHERE)
         np.add.at(load, (layers, self.bin[layers, copies]), self.share[layers, copies])
         return load / bins.strength
 
 
-def copy_counts(heat: Floats, spare: Ints, held: Ints, limit: int) -> Ints:
-    """[L, E] copies of each expert, 1 to `limit`, with up to `spare` [L] more than one each in a layer.
+def copy_counts(expert_load: Floats, spare: Ints, held: Ints, limit: int) -> Ints:
+    """Returns [L, E]: copies of each expert, 1 to `limit`, with up to `spare` [L] further copies per layer.
 
-    The next copy goes to the expert with the most heat per copy, as in EPLB, while that is USEFUL. `held` [L, E] is how
-    many there are now.
+    As in EPLB, the next copy goes to the expert with the most load per copy, as long as that is USEFUL. `held` [L, E] is
+    the current number of copies.
     """
-    layers, experts = heat.shape
+    layers, experts = expert_load.shape
     most = int(min(spare.max(initial=0) + 1, MOST_COPIES, limit))
     if most <= 1:
         return np.ones((layers, experts), dtype=np.int64)
-    flat = _worth(heat, held, most - 1).reshape(layers, -1)
+    flat = _worth(expert_load, held, most - 1).reshape(layers, -1)
     order = np.argsort(-flat, axis=1, kind="stable")
     taken = np.zeros(flat.shape, dtype=bool)
     np.put_along_axis(taken, order, np.arange(flat.shape[1]) < spare[:, None], axis=1)
@@ -79,33 +79,33 @@ def copy_counts(heat: Floats, spare: Ints, held: Ints, limit: int) -> Ints:
     return counts
 
 
-def hottest(heat: Floats, held: Ints, room: int, copies: int) -> Ints:
-    """[L] how many of `room` further copies each layer gets, none with more than `copies` of an expert.
+def hottest(expert_load: Floats, held: Ints, places: int, copies: int) -> Ints:
+    """Returns [L]: how many of `places` further copies each layer gets, at most `copies` of them of one expert.
 
-    The hottest of all layers together: layers run one after the other, so heat counts alike wherever it is.
+    Takes the hottest of all layers together: layers run one after the other, so load counts the same in each of them.
     """
-    worth = _worth(heat, held, min(copies, MOST_COPIES)).reshape(len(heat), -1)
-    if np.count_nonzero(worth) <= room:
+    worth = _worth(expert_load, held, min(copies, MOST_COPIES)).reshape(len(expert_load), -1)
+    if np.count_nonzero(worth) <= places:
         return np.count_nonzero(worth, axis=1).astype(np.int64)
-    best = np.argsort(-worth, axis=None, kind="stable")[:room]
-    return np.bincount(best // worth.shape[1], minlength=len(heat)).astype(np.int64)
+    best = np.argsort(-worth, axis=None, kind="stable")[:places]
+    return np.bincount(best // worth.shape[1], minlength=len(expert_load)).astype(np.int64)
 
 
-def _worth(heat: Floats, held: Ints, most: int) -> Floats:
-    """[L, E, most] heat per copy before a 2nd, 3rd, … one is made; 0 where that is not USEFUL."""
+def _worth(expert_load: Floats, held: Ints, most: int) -> Floats:
+    """Returns [L, E, most]: load per copy before the 2nd, 3rd, … copy is made; 0 where that is not USEFUL."""
     before = np.arange(1, most + 1)
-    worth = heat[:, :, None] / before
-    useful = worth > USEFUL * heat.mean(axis=1)[:, None, None]
+    worth = expert_load[:, :, None] / before
+    useful = worth > USEFUL * expert_load.mean(axis=1)[:, None, None]
     worth = np.where(held[:, :, None] > before, STICKY * worth, worth)
     worth = np.minimum.accumulate(worth, axis=2)  # no third copy before the second
     result: Floats = np.where(useful, worth, 0.0)
     return result
 
 
-def copies_of(heat: Floats, counts: Ints) -> Packing:
-    """One entry per copy, heaviest first, none in a bin yet."""
-    layers, experts = heat.shape
-    shares = heat / counts
+def copies_of(expert_load: Floats, counts: Ints) -> Packing:
+    """Returns a packing with one entry per copy, heaviest first, none in a bin yet."""
+    layers, experts = expert_load.shape
+    shares = expert_load / counts
     order = np.argsort(-shares, axis=1, kind="stable")
     longest = int(counts.sum(axis=1).max())
     expert = np.zeros((layers, longest), dtype=np.int64)
@@ -121,10 +121,10 @@ def copies_of(heat: Floats, counts: Ints) -> Packing:
 
 
 def pack(packing: Packing, bins: Bins, experts: int, start: Bools | None = None) -> Packing:
-    """Puts every copy that is NOWHERE into the bin where it weighs least, heaviest first.
+    """Puts every copy that is NOWHERE, heaviest first, into the bin whose load per replica is then the lowest.
 
     Copies that `start` [D, L, E] shows in a bin stay there. A bin never gets an expert twice, and further copies never
-    take the last room of a primary one; a copy for which there is no bin is left out.
+    take the last slot that a primary copy needs. A copy without a possible bin stays NOWHERE.
     """
     layers, width = packing.expert.shape
     count = len(bins.strength)
@@ -149,7 +149,7 @@ def pack(packing: Packing, bins: Bins, experts: int, start: Bools | None = None)
             stay = now[rows, expert] & ~held[rows, expert] & (used < bins.slots)
             stay &= np.where(packing.primary[:, copy, None], bins.home, True)
             put(copy, np.argmax(stay, axis=1), stay.any(axis=1) & valid[:, copy])
-    waiting = (packing.primary & valid & (where == NOWHERE)).sum(axis=1)  # primaries without a place
+    waiting = (packing.primary & valid & (where == NOWHERE)).sum(axis=1)  # primary copies without a bin
     for copy in range(width):
         open_ = valid[:, copy] & (where[:, copy] == NOWHERE)
         if not open_.any():
@@ -166,7 +166,7 @@ def pack(packing: Packing, bins: Bins, experts: int, start: Bools | None = None)
 
 
 def mend(packing: Packing, bins: Bins, experts: int, target: Floats | None = None, swaps: int = SWAPS) -> Packing:
-    """Takes the swap or move that relieves the heaviest bin of a layer most, until none does.
+    """Makes the swap or move that relieves a layer's heaviest bin most, again and again until none helps (at most `swaps`).
 
     A layer is done when its heaviest bin is GOOD_ENOUGH, or at most `target` [L].
     """
@@ -190,7 +190,7 @@ def mend(packing: Packing, bins: Bins, experts: int, target: Floats | None = Non
 
 
 def _relieve(active: Ints, packing: Packing, bins: Bins, where: Ints, used: Ints, held: Bools, load: Floats) -> Bools:
-    """One swap or move in each of the layers `active` [A], in place; [A] whether there was one that helped."""
+    """Makes one swap or move in each layer of `active` [A], in place. Returns [A]: whether one helped."""
     rows, count = np.arange(len(active)), len(bins.strength)
     at, expert, share, primary = where[active], packing.expert[active], packing.share[active], packing.primary[active]
     loads, holds = load[active], held[active]
@@ -198,33 +198,34 @@ def _relieve(active: Ints, packing: Packing, bins: Bins, where: Ints, used: Ints
     peak = loads[rows, heavy]
     inside = at == heavy[:, None]  # [A, P]
     most = int(inside.sum(axis=1).max())
-    mine = np.argsort(~inside, axis=1, kind="stable")[:, :most]  # [A, S] copies in the heavy bin, first
-    real = np.take_along_axis(inside, mine, axis=1)
-    my_share, my_expert = np.take_along_axis(share, mine, axis=1), np.take_along_axis(expert, mine, axis=1)
-    my_primary = np.take_along_axis(primary, mine, axis=1)
-    can_go = real[:, :, None] & ~holds[rows[:, None], my_expert] & (bins.home | ~my_primary[:, :, None])  # [A, S, D]
-    # Moves to a bin with room: [A, S, D].
+    inner = np.argsort(~inside, axis=1, kind="stable")[:, :most]  # [A, S] the copies in the heavy bin
+    real = np.take_along_axis(inside, inner, axis=1)
+    inner_share, inner_expert = np.take_along_axis(share, inner, axis=1), np.take_along_axis(expert, inner, axis=1)
+    inner_primary = np.take_along_axis(primary, inner, axis=1)
+    # Whether a copy may go to a bin: [A, S, D].
+    can_go = real[:, :, None] & ~holds[rows[:, None], inner_expert] & (bins.home | ~inner_primary[:, :, None])
+    # Moves to a bin with a free slot: [A, S, D].
     after = np.maximum(
-        ((peak[:, None] - my_share) / bins.strength[heavy][:, None])[:, :, None],
-        (loads[:, None, :] + my_share[:, :, None]) / bins.strength,
+        ((peak[:, None] - inner_share) / bins.strength[heavy][:, None])[:, :, None],
+        (loads[:, None, :] + inner_share[:, :, None]) / bins.strength,
     )
     moves = np.where(can_go & (used[active] < bins.slots[active])[:, None, :], after, np.inf).reshape(len(active), -1)
     # Swaps with a copy in a light bin: [A, S, C].
-    there = np.where(at == NOWHERE, 0, at)
+    outer = np.where(at == NOWHERE, 0, at)  # the bin of each copy
     ranked = loads / bins.strength
     light = ranked <= np.sort(ranked, axis=1)[:, min(LIGHTEST, count) - 1, None]
-    comes = (at != NOWHERE) & ~inside & light[rows[:, None], there]
-    comes &= ~holds[rows[:, None], expert, heavy[:, None]] & (bins.home[heavy][:, None] | ~primary)
-    width = max(int(comes.sum(axis=1).max()), 1)
-    partners = np.argsort(~comes, axis=1, kind="stable")[:, :width]  # [A, C]
-    comes, there = np.take_along_axis(comes, partners, axis=1), np.take_along_axis(there, partners, axis=1)
-    its_share = np.take_along_axis(share, partners, axis=1)
+    fits = (at != NOWHERE) & ~inside & light[rows[:, None], outer]
+    fits &= ~holds[rows[:, None], expert, heavy[:, None]] & (bins.home[heavy][:, None] | ~primary)
+    width = max(int(fits.sum(axis=1).max()), 1)
+    partners = np.argsort(~fits, axis=1, kind="stable")[:, :width]  # [A, C] copies that fit into the heavy bin
+    fits, outer = np.take_along_axis(fits, partners, axis=1), np.take_along_axis(outer, partners, axis=1)
+    outer_share = np.take_along_axis(share, partners, axis=1)
     swaps = np.maximum(
-        (peak[:, None, None] - my_share[:, :, None] + its_share[:, None, :]) / bins.strength[heavy][:, None, None],
-        (np.take_along_axis(loads, there, axis=1)[:, None, :] + my_share[:, :, None] - its_share[:, None, :])
-        / bins.strength[there][:, None, :],
+        (peak[:, None, None] - inner_share[:, :, None] + outer_share[:, None, :]) / bins.strength[heavy][:, None, None],
+        (np.take_along_axis(loads, outer, axis=1)[:, None, :] + inner_share[:, :, None] - outer_share[:, None, :])
+        / bins.strength[outer][:, None, :],
     )
-    can_swap = np.take_along_axis(can_go, np.broadcast_to(there[:, None, :], swaps.shape), axis=2) & comes[:, None, :]
+    can_swap = np.take_along_axis(can_go, np.broadcast_to(outer[:, None, :], swaps.shape), axis=2) & fits[:, None, :]
     swaps = np.where(can_swap, swaps, np.inf).reshape(len(active), -1)
     move, swap = np.argmin(moves, axis=1), np.argmin(swaps, axis=1)
     by_move, by_swap = moves[rows, move], swaps[rows, swap]
@@ -232,7 +233,7 @@ def _relieve(active: Ints, packing: Packing, bins: Bins, where: Ints, used: Ints
     layer, source = active[helped], heavy[helped]
     swapping = (by_swap < by_move)[helped]
     chosen, other = np.divmod(np.where(swapping, swap[helped], move[helped]), np.where(swapping, width, count))
-    copy = mine[helped, chosen]
+    copy = inner[helped, chosen]
     other = np.where(swapping, partners[helped, np.where(swapping, other, 0)], other)  # a copy, or a bin
     target = np.where(swapping, where[layer, np.where(swapping, other, 0)], other)
     _transfer(packing, where, used, held, load, layer, copy, source, target)
@@ -263,13 +264,13 @@ def _transfer(
 
 
 def relabel(packing: Packing, bins: Bins, experts: int, current: Bools) -> Packing:
-    """The same packing with like bins renamed, layer by layer, so that most copies are where `current` [D, L, E] is."""
+    """Renames interchangeable bins, layer by layer, so that most copies are where `current` [D, L, E] has them."""
     count, layers = len(bins.strength), len(packing.bin)
     new = packing.held(count, experts).transpose(1, 0, 2).astype(np.float32)  # [L, D, E]
     overlap = new @ current.transpose(1, 2, 0).astype(np.float32)  # [L, new, old]
-    like = (bins.strength[:, None] == bins.strength) & (bins.home[:, None] == bins.home)
-    same_room = bins.slots[:, :, None] == bins.slots[:, None, :]
-    overlap = np.where(like & same_room, overlap + 1.0, 0.0)
+    alike = (bins.strength[:, None] == bins.strength) & (bins.home[:, None] == bins.home)
+    same_slots = bins.slots[:, :, None] == bins.slots[:, None, :]
+    overlap = np.where(alike & same_slots, overlap + 1.0, 0.0)
     name = np.tile(np.arange(count), (layers, 1))
     rows = np.arange(layers)
     taken = np.zeros((layers, count), dtype=bool)

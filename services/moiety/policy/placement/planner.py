@@ -1,7 +1,10 @@
-"""Which deployment holds which experts: a pure plan from the heat of each expert, with as few moves as it takes.
+"""Plans which deployment holds which experts from the load of each expert, with few moves: a pure function.
 
-Groups hold every expert once between them, hot sets hold further copies of the hottest. Heat is device time
-(`cost.heat`), so activated experts are balanced in decode and rows in prefill. The arithmetic is in `packing.py`.
+Groups hold every expert once between them; hot sets hold further copies of the hottest. An expert's load is device time per
+second (`cost_model.expert_load`), so decode balances activated experts and prefill balances rows. `packing.py` has the
+arithmetic.
+
+Legend: D deployments, L layers, E experts per layer.
 """
 
 from __future__ import annotations
@@ -28,30 +31,30 @@ from moiety.policy.placement.packing import (
     relabel,
 )
 
-TOLERANCE = 0.03  # of a layer's heaviest load: fewer moves are worth that much
+TOLERANCE = 0.03  # a plan with fewer moves may raise a layer's heaviest load by this fraction
 
 
 @dataclass(frozen=True, slots=True)
 class DeploymentCapacity:
-    """One deployment as the planner sees it."""
+    """What one deployment can hold, and how many replicas share its load."""
 
     deployment: str
     experts: int  # (layer, expert) pairs that fit into the memory of a replica
-    replicas: int = 1  # that share its load; one that has none now counts as one
-    hot: bool = False  # holds copies of what a group holds, and may be empty
+    replicas: int = 1  # replicas that share its load; 0 counts as 1
+    hot: bool = False  # a hot set: holds copies of experts that groups hold, and may be empty
 
 
 @dataclass(frozen=True, slots=True)
 class PlacementPlan:
-    """A placement, how it differs from the one in force, and what it is worth."""
+    """A placement, its difference from the one in force, and its gain."""
 
     placement: Placement
-    loads: Mapping[str, ExpertSet]  # deployment -> experts it must read
-    drops: Mapping[str, ExpertSet]  # deployment -> experts it may forget
-    moved_bytes: int  # that all replicas together read
-    before: float  # load of the slowest replica of each layer, summed: device seconds a second on the critical path
-    after: float
-    balancedness: float  # mean over max load of replicas, layers weighted by their heat; 1 is even
+    loads: Mapping[str, ExpertSet]  # deployment -> experts it must load
+    drops: Mapping[str, ExpertSet]  # deployment -> experts it may drop
+    moved_bytes: int  # bytes that all replicas together load
+    before: float  # critical path now: load of each layer's slowest replica, summed; device seconds per second
+    after: float  # critical path under this plan
+    balancedness: float  # mean over max load of replicas, layers weighted by their heaviest load; 1 is even
 
     @property
     def changes(self) -> bool:
@@ -59,11 +62,11 @@ class PlacementPlan:
 
     @property
     def gain(self) -> float:
-        """The part of the critical path that it saves, 0 to 1."""
+        """The fraction of the critical path that the plan saves, 0 to 1."""
         return 1.0 - self.after / self.before if self.before > 0 else 0.0
 
     def lines(self) -> Iterator[str]:
-        """The plan for people, like a diff."""
+        """Yields the plan as text, like a diff."""
         for name in sorted({*self.loads, *self.drops}):
             yield name
             for sign, experts in (("+", self.loads.get(name)), ("-", self.drops.get(name))):
@@ -71,101 +74,106 @@ class PlacementPlan:
                     yield from (f"  {sign} {part}" for part in str(experts).split(";"))
         moved = sum(map(len, self.loads.values()))
         yield (
-            f"{moved} experts to read, {self.moved_bytes / 1e9:.2f} GB in all; slowest replicas {self.before:.4g} → "
+            f"{moved} experts to load, {self.moved_bytes / 1e9:.2f} GB in all; slowest replicas {self.before:.4g} → "
             f"{self.after:.4g} ({self.gain:+.1%} saved), balancedness {self.balancedness:.3f}, epoch {self.placement.epoch}"
         )
 
 
 def plan_placement(
-    heat: Floats, rooms: Sequence[DeploymentCapacity], current: Placement | None, expert_bytes: int = 0
+    expert_load: Floats, capacities: Sequence[DeploymentCapacity], current: Placement | None, expert_bytes: int = 0
 ) -> PlacementPlan:
-    """A placement of experts with `heat` [L, E] in `rooms`, one epoch after `current`.
+    """Plans a placement of experts with `expert_load` [L, E] on `capacities`, one epoch after `current`.
 
-    1. Copies: each expert once in a group, and the hottest again wherever there is room to spare.
-    2. Pack them, heaviest first; then start again from what is in force, and mend that by the best swaps.
-    3. Of the two, layer by layer, the one with fewer moves unless it is worse by more than TOLERANCE.
+    1. Copies: each expert once in a group, and the hottest again where memory is left.
+    2. Pack the copies, heaviest first. Then pack again, starting from `current`, and improve that by the best swaps.
+    3. Layer by layer, take the packing with fewer moves, unless it is worse than the other by more than TOLERANCE.
 
-    Deterministic. Raises ConfigError where the groups' memory cannot hold every expert once.
+    Deterministic. Raises ConfigError when the groups' memory cannot hold every expert once.
     """
-    layers, experts = heat.shape
-    names = tuple(room.deployment for room in rooms)
-    held = held_table(rooms, current, layers, experts)
-    bins = _bins(rooms, layers, experts)
+    layers, experts = expert_load.shape
+    names = tuple(capacity.deployment for capacity in capacities)
+    held = held_table(capacities, current, layers, experts)
+    bins = _bins(capacities, layers, experts)
     strength, home = bins.strength, bins.home
     owned = held.sum(axis=0)  # [L, E] copies now
     hot = np.flatnonzero(~home)
     copies, spare = np.zeros(layers, dtype=np.int64), bins.slots[:, home].sum(axis=1) - experts
     if len(hot):
-        room = sum(each.experts for each in rooms if each.hot)
-        copies = hottest(heat, owned, room, len(hot))
-        bins = Bins(_deal(bins.slots, copies, rooms), strength, home)
-    limit = len(rooms) if spare.any() else 1 + len(hot)
-    counts = copy_counts(heat, spare + copies, owned, limit)
-    empty = copies_of(heat, counts)
+        hot_places = sum(capacity.experts for capacity in capacities if capacity.hot)
+        copies = hottest(expert_load, owned, hot_places, len(hot))
+        bins = Bins(_deal(bins.slots, copies, capacities), strength, home)
+    limit = len(capacities) if spare.any() else 1 + len(hot)
+    counts = copy_counts(expert_load, spare + copies, owned, limit)
+    empty = copies_of(expert_load, counts)
     best = mend(pack(empty, bins, experts), bins, experts)
     if current is not None and held.any():
         best = _nearest(best, empty, bins, experts, held)
-    planned = best.held(len(rooms), experts)
+    planned = best.held(len(capacities), experts)
     replicas = strength.astype(np.int64)
-    if _valid(held, rooms, home) and _critical(heat, held, replicas) <= _critical(heat, planned, replicas):
+    no_worse = _critical(expert_load, held, replicas) <= _critical(expert_load, planned, replicas)
+    if _valid(held, capacities, home) and no_worse:
         planned = held
-    return _compared(heat, rooms, names, current, held, planned, expert_bytes)
+    return _compared(expert_load, capacities, names, current, held, planned, expert_bytes)
 
 
-def held_table(rooms: Sequence[DeploymentCapacity], placement: Placement | None, layers: int, experts: int) -> Bools:
-    """[D, L, E] what each of `rooms` holds by `placement`; what the model lacks is left out."""
-    held = np.zeros((len(rooms), layers, experts), dtype=bool)
-    for index, room in enumerate(rooms):
+def held_table(
+    capacities: Sequence[DeploymentCapacity], placement: Placement | None, layers: int, experts: int
+) -> Bools:
+    """Returns [D, L, E]: whether each of `capacities` holds each expert by `placement`; pairs beyond the model are ignored."""
+    held = np.zeros((len(capacities), layers, experts), dtype=bool)
+    for index, capacity in enumerate(capacities):
         for layer, ids in (
-            placement.held.get(room.deployment, ExpertSet()) if placement else ExpertSet()
+            placement.held.get(capacity.deployment, ExpertSet()) if placement else ExpertSet()
         ).by_layer.items():
             if layer < layers:
                 held[index, layer, [expert for expert in ids if expert < experts]] = True
     return held
 
 
-def replica_loads(heat: Floats, held: Bools, replicas: Ints) -> Floats:
-    """[D, L] load of one replica of each deployment, where an expert's heat is shared by all replicas that hold it."""
+def replica_loads(expert_load: Floats, held: Bools, replicas: Ints) -> Floats:
+    """Returns [D, L]: load of one replica of each deployment; all replicas that hold an expert share its load."""
     table = held.astype(np.float64)
     holders = np.tensordot(replicas, table, axes=1)
-    share = np.divide(heat, holders, out=np.zeros_like(heat), where=holders > 0)
+    share = np.divide(expert_load, holders, out=np.zeros_like(expert_load), where=holders > 0)
     table *= share
     loads: Floats = table.sum(axis=2)
     return loads
 
 
 def balancedness(loads: Floats, replicas: Ints) -> float:
-    """Mean over max load of replicas [D, L], the layers weighted by their heaviest: 1 is even."""
+    """Returns the mean over the max of the replicas' `loads` [D, L], layers weighted by their heaviest load; 1 is even."""
     heaviest = loads.max(axis=0).sum()
     mean = (loads * replicas[:, None]).sum() / replicas.sum()
     return float(mean / heaviest) if heaviest > 0 else 1.0
 
 
-def _critical(heat: Floats, held: Bools, replicas: Ints) -> float:
-    return float(replica_loads(heat, held, replicas).max(axis=0).sum())
+def _critical(expert_load: Floats, held: Bools, replicas: Ints) -> float:
+    return float(replica_loads(expert_load, held, replicas).max(axis=0).sum())
 
 
-def _valid(held: Bools, rooms: Sequence[DeploymentCapacity], home: Bools) -> bool:
-    """Whether every expert has a home and every deployment fits its memory."""
-    fits = all(int(mine.sum()) <= room.experts for mine, room in zip(held, rooms, strict=True))
+def _valid(held: Bools, capacities: Sequence[DeploymentCapacity], home: Bools) -> bool:
+    """Whether every expert is in a group and every deployment fits its memory."""
+    fits = all(int(pairs.sum()) <= capacity.experts for pairs, capacity in zip(held, capacities, strict=True))
     return fits and bool(held[home].any(axis=0).all())
 
 
-def _bins(rooms: Sequence[DeploymentCapacity], layers: int, experts: int) -> Bins:
-    strength = np.array([max(room.replicas, 1) for room in rooms], dtype=np.float64)
-    home = np.array([not room.hot for room in rooms])
-    slots = np.array([0 if room.hot else min(room.experts // layers, experts) for room in rooms], dtype=np.int64)
+def _bins(capacities: Sequence[DeploymentCapacity], layers: int, experts: int) -> Bins:
+    strength = np.array([max(capacity.replicas, 1) for capacity in capacities], dtype=np.float64)
+    home = np.array([not capacity.hot for capacity in capacities])
+    slots = np.array(
+        [0 if capacity.hot else min(capacity.experts // layers, experts) for capacity in capacities], dtype=np.int64
+    )
     if (fit := int(slots.sum())) < experts:
-        told = f"{int(home.sum())} groups have memory for {fit} experts of each layer, and it has {experts}"
-        raise ConfigError("memory", fit, told)
+        short = f"{int(home.sum())} groups have memory for {fit} experts per layer, and the model has {experts}"
+        raise ConfigError("memory", fit, short)
     return Bins(np.tile(slots, (layers, 1)), strength, home)
 
 
-def _deal(slots: Ints, copies: Ints, rooms: Sequence[DeploymentCapacity]) -> Ints:
-    """`slots` with places for `copies` [L] in the hot sets, as even as their memory allows."""
+def _deal(slots: Ints, copies: Ints, capacities: Sequence[DeploymentCapacity]) -> Ints:
+    """Returns `slots` with places for `copies` [L] in the hot sets, spread as evenly as their memory allows."""
     dealt = slots.copy()
-    hot = [index for index, room in enumerate(rooms) if room.hot]
-    left = np.array([rooms[index].experts for index in hot])
+    hot = [index for index, capacity in enumerate(capacities) if capacity.hot]
+    left = np.array([capacities[index].experts for index in hot])
     for layer in np.argsort(-copies, kind="stable").tolist():
         wanted = int(copies[layer])
         while wanted > 0 and left.any():
@@ -177,7 +185,7 @@ def _deal(slots: Ints, copies: Ints, rooms: Sequence[DeploymentCapacity]) -> Int
 
 
 def _nearest(fresh: Packing, empty: Packing, bins: Bins, experts: int, held: Bools) -> Packing:
-    """Layer by layer the packing with fewer moves from `held`, unless it is worse than `fresh` by over TOLERANCE."""
+    """Returns, layer by layer, the packing with fewer moves from `held`, unless it is worse than `fresh` by over TOLERANCE."""
     goal = fresh.load(bins).max(axis=1) * (1.0 + TOLERANCE)
     kept = mend(pack(empty, bins, experts, start=held), bins, experts, target=goal)
     fresh = relabel(fresh, bins, experts, held)
@@ -190,16 +198,16 @@ def _nearest(fresh: Packing, empty: Packing, bins: Bins, experts: int, held: Boo
 
 
 def _compared(
-    heat: Floats,
-    rooms: Sequence[DeploymentCapacity],
+    expert_load: Floats,
+    capacities: Sequence[DeploymentCapacity],
     names: tuple[str, ...],
     current: Placement | None,
     before: Bools,
     after: Bools,
     expert_bytes: int,
 ) -> PlacementPlan:
-    replicas = np.array([max(room.replicas, 1) for room in rooms])
-    loads = replica_loads(heat, after, replicas)
+    replicas = np.array([max(capacity.replicas, 1) for capacity in capacities])
+    loads = replica_loads(expert_load, after, replicas)
     new, old = after & ~before, before & ~after
     others = {} if current is None else {name: held for name, held in current.held.items() if name not in names}
     moved = int((new.sum(axis=(1, 2)) * replicas).sum()) * expert_bytes
@@ -211,12 +219,12 @@ def _compared(
         loads={name: _experts(new[index]) for index, name in enumerate(names) if new[index].any()},
         drops={name: _experts(old[index]) for index, name in enumerate(names) if old[index].any()},
         moved_bytes=moved,
-        before=_critical(heat, before, replicas),
+        before=_critical(expert_load, before, replicas),
         after=float(loads.max(axis=0).sum()),
         balancedness=balancedness(loads, replicas),
     )
 
 
 def _experts(held: Bools) -> ExpertSet:
-    """[L, E] as a set."""
+    """Returns `held` [L, E] as a set."""
     return ExpertSet({layer: frozenset(np.flatnonzero(row).tolist()) for layer, row in enumerate(held) if row.any()})

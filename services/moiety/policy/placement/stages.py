@@ -1,4 +1,4 @@
-"""A change of placement in stages: each loads a few layers' experts beside what is held, so little memory is to spare."""
+"""Splits a change of placement into stages of a few layers each, so that replicas need little spare memory."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from moiety.core.replica import Placement
 
 
 def placement_stages(current: Placement, target: Placement, layers: int) -> tuple[Placement, ...]:
-    """Placements from `current`'s to `target`'s, one epoch after the other, that change at most `layers` layers each.
+    """Returns the placements that lead from `current` to `target`, one epoch each, changing at most `layers` layers each.
 
-    0 layers: all at once. Nothing where the two hold the same.
+    `layers` = 0 changes all at once. Empty if the two hold the same.
     """
     names = sorted({*current.held, *target.held})
     before = {name: current.held.get(name, ExpertSet()) for name in names}
@@ -22,16 +22,16 @@ def placement_stages(current: Placement, target: Placement, layers: int) -> tupl
         if any(before[name].layer(layer) != after[name].layer(layer) for name in names)
     )
     step = layers or max(len(changing), 1)
-    found: list[Placement] = []
+    stages: list[Placement] = []
     for end in range(step, len(changing) + step, step):
         done = frozenset(changing[:end])
         held = {name: _mixed(before[name], after[name], done) for name in names}
-        found.append(Placement(current.epoch + 1 + len(found), held))
-    return tuple(found)
+        stages.append(Placement(current.epoch + 1 + len(stages), held))
+    return tuple(stages)
 
 
 def _mixed(before: ExpertSet, after: ExpertSet, done: frozenset[int]) -> ExpertSet:
-    """`after` in the layers that are done, `before` in the others."""
+    """Returns `after` in the layers that are done and `before` in the others."""
     mixed: Mapping[int, frozenset[int]] = {
         layer: after.layer(layer) if layer in done else before.layer(layer)
         for layer in sorted({*before.by_layer, *after.by_layer})

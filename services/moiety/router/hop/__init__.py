@@ -1,1 +1,1 @@
-"""The way of a layer's rows to the expert replicas and back."""
+"""Sends a layer's rows to the expert replicas and collects the results."""

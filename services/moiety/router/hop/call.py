@@ -1,41 +1,52 @@
-"""One Forward call as the router's end knows it: what is in flight, and the message that says it."""
+"""One Forward call as the router sees it: its record while in flight, and the request message."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from moiety.core.expert_backend import CallClass
+from moiety.errors import MoietyError
 from moiety.internal.v1 import experts_pb2
 from moiety.telemetry.tracing import Span
 from moiety.wire import codec
+from moiety.wire.channels import MAX_MESSAGE_BYTES
+from moiety.wire.transports.connection import Reply
 
 CALL_TIMEOUT_S = 10.0  # a replica that answers pings but not a call for this long is broken
+MAX_CALL_BYTES = MAX_MESSAGE_BYTES // 2  # of rows, in each direction; a larger message would break the stream
 
 
 @dataclass(slots=True)
 class CallInFlight:
-    """One message in flight."""
+    """A call that has been sent and not yet answered. Times are seconds of `time.monotonic()`."""
 
     replica: str
-    assignments: np.ndarray  # which of the layer's A = T * K (token, expert) pairs it is to bring, ascending
+    assignments: np.ndarray  # the (token, expert) pairs it computes: ascending indices into the layer's A = T * K pairs
     attempt: int
     sent: float
     hedge_at: float
-    hedge_of: int | None  # call id of the slow call that this one doubles
+    hedge_of: int | None  # call id of the slow call that this one duplicates
     span: Span
+
+
+def split_by_size(assignments: np.ndarray, row_bytes: int) -> Sequence[np.ndarray]:
+    """Splits `assignments` into calls whose rows of `row_bytes` stay within MAX_CALL_BYTES each."""
+    pieces = -(-len(assignments) * row_bytes // MAX_CALL_BYTES)
+    return np.array_split(assignments, pieces) if pieces > 1 else (assignments,)
 
 
 def request_for(
     assignments: np.ndarray, experts: np.ndarray, top_k: int, call_class: CallClass
 ) -> tuple[experts_pb2.ForwardRequest, np.ndarray]:
-    """(the request, tokens whose rows go with it, once each) for `assignments`, indices into `experts` [A].
+    """Builds the request for `assignments`, indices into `experts` [A]. Returns it with the tokens to send, each once.
 
-    Who it is from, and what it is of, is left for the caller to fill in.
+    The caller fills in the call id, attempt, layer, revision, dtype and traceparent.
     """
     token_of = assignments // top_k  # ascending, as the assignments are
-    first = np.ones(len(assignments) + 1, dtype=bool)  # of its token's run; the end counts as one too
+    first = np.ones(len(assignments) + 1, dtype=bool)  # first of its token's run; the end counts as a start too
     np.not_equal(token_of[1:], token_of[:-1], out=first[1:-1])
     offsets = first.nonzero()[0]
     prefill = call_class is CallClass.PREFILL
@@ -49,8 +60,17 @@ def request_for(
     return request, token_of[offsets[:-1]]
 
 
+def size_error(call: CallInFlight, reply: Reply, row_bytes: int) -> MoietyError | None:
+    """Returns the error of a reply that does not hold one row of `row_bytes` per assignment, None for a good one."""
+    expected = len(call.assignments) * row_bytes
+    if len(reply.payload) == expected:
+        return None
+    sent = f"sent {len(reply.payload)} bytes for {len(call.assignments)} rows, expected {expected}"
+    return MoietyError(f"replica {call.replica} {sent}")
+
+
 def outcome_name(outcome: int) -> str:
-    """As experts.proto calls it; a newer replica may know outcomes that we do not."""
+    """The outcome's name in experts.proto; a number where a newer replica sends an outcome that we do not know."""
     if outcome in experts_pb2.Outcome.values():
         return experts_pb2.Outcome.Name(outcome).removeprefix("OUTCOME_")
     return f"outcome {outcome}"

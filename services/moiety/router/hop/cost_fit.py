@@ -1,4 +1,4 @@
-"""Fits the cost model from what expert replicas say of their batches: sampled by the engine's thread, fitted elsewhere."""
+"""Fits the cost model from the batch times in expert replies: the engine's thread samples, another thread fits."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from moiety.core.load import BatchCost
 from moiety.internal.v1.experts_pb2 import ForwardResponse
 from moiety.policy.cost_model import CostModel, Sample, fit
 
-SAMPLE_S = 0.01  # between two samples: the engine's thread gives them a clock reading each, and no more
+SAMPLE_S = 0.01  # between two samples; a reply in between costs the engine's thread one clock reading
 
 
 class CostFit:
-    """One router's fit, of all replicas it asks: they are of one device and dtype."""
+    """One router's fit over all replicas it calls, which share one device type and dtype."""
 
     def __init__(self, expert_bytes: int, clock: Callable[[], float] = time.monotonic) -> None:
-        """`expert_bytes`: of one expert's matrices; where they are quantised, what one costs is fitted all the same."""
+        """`expert_bytes`: size of one expert's matrices. If replicas quantise them, the fitted cost per byte absorbs it."""
         self._expert_bytes, self._clock = expert_bytes, clock
         self._model = CostModel()
         self._next = 0.0
         self._samples: deque[Sample] = deque(maxlen=1024)
 
     def answered(self, reply: ForwardResponse) -> None:
-        """One OK reply; by the engine's thread."""
+        """Samples one OK reply. Called by the engine's thread."""
         if (now := self._clock()) >= self._next:
             self._next = now + SAMPLE_S
             weights = float(self._expert_bytes * reply.activated_experts)
@@ -32,11 +32,11 @@ class CostFit:
 
     @property
     def error(self) -> float | None:
-        """Of the fit as it was read last, relative to what batches took; None while nothing is known. From any thread."""
+        """Relative error of the last fit that was read; None while there are no samples. From any thread."""
         return self._model.error
 
     def reading(self) -> BatchCost | None:
-        """The fit after all samples so far, of some 25 µs each; None while nothing is known. By one other thread."""
+        """Returns the fit after all samples so far, or None without any. About 25 µs a sample; called by one other thread."""
         samples = [self._samples.popleft() for _ in range(len(self._samples))]
         self._model = model = fit(samples, self._model)
         if model.error is None:

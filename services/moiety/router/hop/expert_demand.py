@@ -1,4 +1,4 @@
-"""Counts what the routing asks of each expert; the ledger gets the running totals once a second."""
+"""Counts the rows routed to each expert; the load ledger gets the running totals once a second."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from moiety.core.load import BatchCost, ExpertDemand
 
 
 class ExpertDemandCounter:
-    """Cumulative rows and activations per (layer, expert). Counted by engine threads, read by the heartbeat."""
+    """Cumulative rows and activations per (layer, expert). Engine threads count, the heartbeat reads."""
 
     def __init__(self, layers: int, experts: int, started: float = 0.0):
-        """`started`: Unix seconds, the time from which the counters count; 0 = unknown."""
+        """`started`: Unix seconds at which the counters were zero; 0 = unknown."""
         self._started = started
         self._rows = np.zeros((layers, experts), dtype=np.int64)
         self._activations = np.zeros((layers, experts), dtype=np.int64)
         self._lock = threading.Lock()
 
     def count(self, layer: int, experts: np.ndarray) -> None:
-        """Adds one dispatch of `layer`: the expert id of every row."""
+        """Adds one dispatch of `layer`; `experts` holds the expert id of every row."""
         rows = np.bincount(experts, minlength=self._rows.shape[1])
         with self._lock:
             self._rows[layer] += rows
             self._activations[layer] += rows > 0
 
     def total(self) -> int:
-        """Rows of all layers and experts."""
+        """Returns the rows counted so far over all layers and experts."""
         with self._lock:
             return int(self._rows.sum())
 
     def reading(self, now: float, costs: BatchCost | None = None) -> ExpertDemand:
-        """The totals so far; `now` in Unix seconds. `costs`: the router's fit, to go with them."""
+        """Returns the totals so far; `now` in Unix seconds. `costs`: the router's cost fit, attached to them."""
         with self._lock:
             rows, activations = self._rows.tolist(), self._activations.tolist()
         return ExpertDemand(tuple(map(tuple, rows)), tuple(map(tuple, activations)), now, self._started, costs)

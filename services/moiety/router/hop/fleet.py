@@ -1,7 +1,7 @@
-"""The expert replicas a router can reach: follows the registry, keeps one open link each, and publishes the table.
+"""The expert replicas a router can reach: follows the registry, keeps one link per replica, publishes the holder table.
 
-Runs on the router's asyncio loop. The engine's thread, which owns the mailbox, reads `table` (replaced whole, never
-changed), `send`s and is answered.
+Runs on the router's asyncio loop. The engine's thread owns the mailbox: it reads `table` (replaced whole, never
+changed), calls `send` and handles the answers.
 """
 
 from __future__ import annotations
@@ -39,23 +39,25 @@ class Fleet:
     def __init__(
         self, watch: Watch, shape: ModelShape, revision: str, dtype: str, transport: Transport = Transport.AUTO
     ):
-        self.mailbox = Mailbox()  # the engine thread's: answers come there, and changes of the table
+        self.mailbox = Mailbox()  # the engine thread's: receives answers and changes of the table
         self.table = HolderTable.build(0, {}, shape.moe_layers, shape.experts)
-        self._asked: Mapping[str, ExpertSet] = {}  # what `table` was built from
+        # replica id -> experts that it may be called for; `table` was built from it.
+        self._callable: Mapping[str, ExpertSet] = {}
         self._watch, self._shape, self._revision, self._dtype = watch, shape, revision, dtype
         self._transport = transport
         self._links: dict[str, ExpertLink] = {}
         self._held: dict[str, ExpertSet] = {}
-        self._leaving: dict[str, ExpertSet] = {}  # what is answered besides, for now
-        self._epochs: dict[str, int] = {}  # placement epoch that `_held` is of
-        self.placement_epoch = 0  # the table has taken this placement in, whole: nothing that it drops is asked for
+        self._leaving: dict[str, ExpertSet] = {}  # experts that a replica still answers for until it drops them
+        self._epochs: dict[str, int] = {}  # placement epoch that `_held` follows
+        # Latest placement that `table` follows completely: no replica is called for an expert that it drops by it.
+        self.placement_epoch = 0
         self._deployments: dict[str, str] = {}
-        self._refused: dict[str, str] = {}  # replica id -> why, so that it is told once
-        self._listeners: list[Callable[[], None]] = []  # the engine thread's
+        self._refused: dict[str, str] = {}  # replica id -> why, so that each reason is logged once
+        self._listeners: list[Callable[[], None]] = []  # used by the engine's thread only
         self._dialling: dict[str, asyncio.Task[None]] = {}
         self._task: asyncio.Task[None] | None = None
         self.suspects: set[str] = set()  # replicas that a hedge overtook and that have not answered since
-        self._unanswered: set[int] = set()  # ids of calls in flight, overtaken ones too; the engine thread's
+        self._unanswered: set[int] = set()  # ids of calls in flight, overtaken ones too; engine's thread only
         self._loop = asyncio.get_running_loop()
         self._call_ids = itertools.count(1)
 
@@ -71,12 +73,12 @@ class Fleet:
         await asyncio.to_thread(self.mailbox.drain)
 
     def listen(self, changed: Callable[[], None]) -> Callable[[], None]:
-        """Calls `changed` after every new table, until the returned function is called. All on the engine thread."""
+        """Calls `changed` after every new table, until the returned function is called. All on the engine's thread."""
         self._listeners.append(changed)
         return partial(self._listeners.remove, changed)
 
     def next_call_id(self) -> int:
-        """Unique among all calls of this router, whichever lane asks."""
+        """Returns an id that is unique among the calls of all lanes of this router."""
         return next(self._call_ids)
 
     def deployment_of(self, replica_id: str) -> str:
@@ -85,8 +87,9 @@ class Fleet:
     def send(
         self, replica_id: str, header: ForwardRequest, rows: Rows, tokens: np.ndarray, reply_rows: int, answer: Answer
     ) -> None:
-        """Sends rows[tokens] as one call. `answer` is called once, on the engine thread and never from in here; a
-        replica that has just left answers PeerLost like any other loss, one whose room is full OVERLOADED.
+        """Sends rows[tokens] as one call. `answer` is called once, on the engine's thread, after this method returned.
+
+        A replica that has left gives PeerLost, like any other loss. A replica whose send buffer is full gives OVERLOADED.
         """
         call_id = header.call_id
         if (link := self._links.get(replica_id)) is None:
@@ -100,35 +103,38 @@ class Fleet:
             return
         rows.take(tokens, out=buffer.rows, mode="clip")
 
-        def heard(result: Reply | PeerLost) -> None:
+        def on_answer(result: Reply | PeerLost) -> None:
             self._unanswered.discard(call_id)
             if isinstance(result, Reply):
                 self.suspects.discard(replica_id)
             answer(result)
 
         self._unanswered.add(call_id)
-        buffer.send(heard)
+        buffer.send(on_answer)
 
     def suspect(self, replica_id: str, call_id: int) -> None:
-        """A hedge overtook this call: its replica is avoided until it answers, unless it just has. Engine thread."""
+        """Marks a replica whose call a hedge overtook: it is avoided until it answers. No effect if the call is answered.
+
+        On the engine's thread.
+        """
         if call_id in self._unanswered:
             self.suspects.add(replica_id)
 
     def refresh(self, replica_id: str) -> None:
-        """Asks a replica again what it holds, after it answered NOT_HELD. From any thread."""
+        """Asks a replica again which experts it holds, after it answered NOT_HELD. From any thread."""
         asyncio.run_coroutine_threadsafe(self._describe_again(replica_id), self._loop)
 
     def give_up(self, replica_id: str) -> None:
-        """Breaks the link to a replica that no longer answers calls; it is dialled again. From any thread."""
+        """Closes the link to a replica that no longer answers calls; the fleet dials it again. From any thread."""
         if link := self._links.get(replica_id):
             asyncio.run_coroutine_threadsafe(link.close(), self._loop)
 
     async def _follow(self) -> None:
-        """Dials what the registry lists and forgets what both the registry and its link have given up."""
+        """Dials the replicas that the registry lists, and notes changes of what they hold."""
         while True:
             listed_now = self._watch.replicas
             listed = {replica.id: replica for replica in listed_now if replica.role is Role.EXPERT}
-            changed = False  # one new table for however many replicas have followed a placement
+            changed = False  # one new table, however many replicas have followed a placement
             for replica in listed.values():
                 if replica.state is ReplicaState.READY and self._wanted(replica):
                     self._dialling[replica.id] = asyncio.create_task(self._serve(replica))
@@ -148,19 +154,19 @@ class Fleet:
             return False
         if replica.revision == self._revision and replica.wire_version == WIRE_VERSION:
             return True
-        told = f"it serves revision {replica.revision}, wire version {replica.wire_version}"
-        self._refuse(replica, f"{told}; ours is {self._revision}")
+        theirs = f"it serves revision {replica.revision}, wire version {replica.wire_version}"
+        self._refuse(replica, f"{theirs}; ours is revision {self._revision}, wire version {WIRE_VERSION}")
         return False
 
     def _forget(self, replica_id: str, _: asyncio.Task[None]) -> None:
         del self._dialling[replica_id]
 
     async def _serve(self, replica: Replica) -> None:
-        """One replica's whole life here: handshake, in the table, gone."""
+        """Serves one replica from start to end: handshake, entry in the table, wait for its loss, removal."""
         try:
             link = await ExpertLink.open(replica.address, HANDSHAKE_S, self.mailbox, self._transport)
         except InvalidRequest as error:
-            self._refuse(replica, f"its Describe cannot be read: {error}")
+            self._refuse(replica, f"its Describe response is invalid: {error}")
             await asyncio.sleep(REDIAL_S)
             return
         except FailedPrecondition as error:
@@ -181,7 +187,11 @@ class Fleet:
             if self._note(replica.id, link.held, link.leaving, link.description.placement_epoch):
                 self._publish()
             _log.info(
-                "replica %s (%s) at %s is in, over %s", replica.id, replica.deployment, replica.address, link.transport
+                "replica %s (%s) at %s is connected over %s",
+                replica.id,
+                replica.deployment,
+                replica.address,
+                link.transport,
             )
             await link.connection.closed.wait()
             _log.warning("replica %s (%s) at %s is lost", replica.id, replica.deployment, replica.address)
@@ -193,11 +203,12 @@ class Fleet:
                 self._publish()
             await link.close()
 
-    def _mismatch(self, told: DescribeReplicaResponse) -> str:
-        if told.revision != self._revision:
-            return f"it serves revision {told.revision}"
-        if told.dtype != self._dtype or told.hidden != self._shape.mlp.hidden:
-            return f"its rows are {told.hidden} x {told.dtype}, ours {self._shape.mlp.hidden} x {self._dtype}"
+    def _mismatch(self, description: DescribeReplicaResponse) -> str:
+        if description.revision != self._revision:
+            return f"it serves revision {description.revision}"
+        if description.dtype != self._dtype or description.hidden != self._shape.mlp.hidden:
+            rows = f"{description.hidden} x {description.dtype}"
+            return f"its rows are {rows}, ours {self._shape.mlp.hidden} x {self._dtype}"
         return ""
 
     async def _describe_again(self, replica_id: str) -> None:
@@ -206,42 +217,42 @@ class Fleet:
         try:
             await link.describe(HANDSHAKE_S)
         except MoietyError as error:
-            _log.warning("replica %s does not say what it holds: %s", replica_id, error)
+            _log.warning("replica %s did not answer which experts it holds: %s", replica_id, error)
             return
-        told = (link.held, link.leaving, link.description.placement_epoch)
-        if replica_id in self._held and self._note(replica_id, *told):
+        epoch = link.description.placement_epoch
+        if replica_id in self._held and self._note(replica_id, link.held, link.leaving, epoch):
             self._publish()
 
     def _newer(self, listed: Replica) -> bool:
-        """Whether the registry tells news: it may lag behind what Describe told. Within an epoch experts only leave."""
+        """Whether the registry's entry is newer than ours: it may lag behind Describe. Within an epoch, experts only leave."""
         fewer = len(listed.leaving) < len(self._leaving[listed.id])
         return (listed.placement_epoch, fewer) > (self._epochs[listed.id], False)
 
     def _note(self, replica_id: str, held: ExpertSet, leaving: ExpertSet, epoch: int) -> bool:
-        """Notes what a replica holds by the placement of `epoch`, and what it will drop; whether that is news."""
+        """Notes what a replica holds by the placement of `epoch` and what it will drop. Returns whether that changed."""
         known = (self._held.get(replica_id), self._leaving.get(replica_id), self._epochs.get(replica_id))
         self._held[replica_id], self._leaving[replica_id], self._epochs[replica_id] = held, leaving, epoch
         return known != (held, leaving, epoch)
 
     def _release(self, replica_id: str) -> bool:
-        """It is asked for nothing from the next table on; whether it was in this one."""
+        """Leaves a replica out of the next table. Returns whether it was in this one."""
         self._leaving.pop(replica_id, None)
         self._epochs.pop(replica_id, None)
         return self._held.pop(replica_id, None) is not None
 
     def _publish(self) -> None:
-        version, asked = self.table.version + 1, holders(self._held, self._leaving, self._epochs)
-        if asked.held != self._asked:
-            self._asked = asked.held
-            self.table = HolderTable.build(version, asked.held, self._shape.moe_layers, self._shape.experts)
-        self.placement_epoch = asked.epoch
-        self.mailbox.post(self._tell_listeners)
+        version, current = self.table.version + 1, holders(self._held, self._leaving, self._epochs)
+        if current.held != self._callable:
+            self._callable = current.held
+            self.table = HolderTable.build(version, current.held, self._shape.moe_layers, self._shape.experts)
+        self.placement_epoch = current.epoch
+        self.mailbox.post(self._notify_listeners)
 
-    def _tell_listeners(self) -> None:
+    def _notify_listeners(self) -> None:
         for changed in tuple(self._listeners):
             changed()
 
     def _refuse(self, replica: Replica, why: str) -> None:
         if self._refused.get(replica.id) != why:
             self._refused[replica.id] = why
-            _log.warning("replica %s (%s) is left out: %s", replica.id, replica.deployment, why)
+            _log.warning("replica %s (%s) is not used: %s", replica.id, replica.deployment, why)

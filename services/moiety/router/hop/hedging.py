@@ -1,4 +1,4 @@
-"""When a slow call is sent to a second replica, and how often that may happen."""
+"""Decides when a slow call is also sent to a second replica, and limits how often."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from collections import deque
 from moiety.core.expert_backend import CallClass
 
 WINDOW = 128  # calls per (layer, class) that the p99 is taken over
-FEWEST = 16  # answers between two looks at the window: fewer say nothing of a p99
-UNKNOWN_S = 1.0  # the wait until then: first calls pay for warming up
-BURST = 10.0  # hedges allowed beyond the budget at once, so that one hung replica is bridged at once
+FEWEST = 16  # answers between two updates of the p99: fewer do not determine one
+UNKNOWN_S = 1.0  # hedge delay before the first p99: first calls include warm-up
+BURST = 10.0  # hedges that may go out at once beyond the budget, so that one hung replica is bridged at once
 
 
 class Hedging:
     """Latency statistics and the hedge budget of one router. Used by the engine's thread only."""
 
     def __init__(self, least_s: float, budget: float, factor: float = 3.0):
-        """A hedge fires past `max(factor * p99, least_s)`; hedges are at most `budget` of all calls."""
+        """A hedge fires after `max(factor * p99, least_s)` seconds; `budget` is the fraction of calls that may be hedged."""
         self.least_s, self._budget, self._factor = least_s, budget, factor
         self._tokens = BURST
         self._latencies: dict[tuple[int, CallClass], deque[float]] = {}
@@ -24,14 +24,14 @@ class Hedging:
         self._answers: dict[tuple[int, CallClass], int] = {}
 
     def after(self, layer: int, call_class: CallClass) -> float:
-        """Seconds to wait for an answer before a second call."""
+        """Returns the seconds to wait for an answer before a second call."""
         return self._after.get((layer, call_class), max(UNKNOWN_S, self.least_s))
 
     def sent(self) -> None:
         self._tokens = min(BURST, self._tokens + self._budget)
 
     def allowed(self) -> bool:
-        """Takes one hedge from the budget, if there is one."""
+        """Takes one hedge from the budget. Returns False if none is left."""
         if self._tokens < 1.0:
             return False
         self._tokens -= 1.0

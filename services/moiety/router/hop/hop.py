@@ -1,6 +1,6 @@
-"""One lane's ExpertBackend: a layer's rows go out, one message per replica, and every (token, expert) row comes back.
+"""One lane's ExpertBackend: sends a layer's rows, one message per replica, and gets every (token, expert) row back.
 
-What becomes of one layer is told in `layer_call.py`; here is what its layers share, and where their thread waits.
+`layer_call.py` follows one layer. This file holds what the layers of a lane share, and how their thread waits.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from moiety.telemetry.tracing import Tracer
 
 @dataclass(frozen=True, slots=True)
 class HopSettings:
-    """What is the same for every call."""
+    """Settings shared by all calls."""
 
     revision: str
     dtype: torch.dtype
@@ -32,10 +32,10 @@ class HopSettings:
 
 
 class Hop:
-    """The ExpertBackend of one lane. All lanes of a fleet are used by one thread, which owns the fleet's mailbox.
+    """The ExpertBackend of one lane. One thread runs all lanes of a fleet and owns the fleet's mailbox.
 
-    Several layers, of one lane or of several, may be in flight: whichever is waited for, each event is handled by the
-    layer that it belongs to.
+    Several layers, of one lane or of several, may be in flight. Whichever of them the thread waits for, each event goes
+    to the layer it belongs to.
     """
 
     def __init__(
@@ -49,17 +49,17 @@ class Hop:
         wait: Callable[[float], None] | None = None,
         queues: QueueWaits | None = None,
     ):
-        """`wait(seconds)` returns once something was handled, or the time is over: by default by blocking in the
-        mailbox; lanes that take turns on the thread let another one run instead.
+        """`wait(seconds)` returns once an event was handled or the time is over. By default it blocks in the mailbox;
+        where lanes share the thread, it lets another lane run instead.
         """
         self.fleet, self.settings, self.hedging, self.demand, self.tracer = fleet, settings, hedging, demand, tracer
         self.costs, self.queues = costs, queues
         self.wait = wait or fleet.mailbox.wait
-        self.layer_began_ns = 0  # Unix time at which the layer before was done, or the step began
+        self.layer_began_ns = 0  # Unix time at which the previous layer ended, or the step began
         self._step: StepContext | None = None
 
     def begin_step(self, step: StepContext) -> None:
-        """Every layer submitted from now on belongs to `step`."""
+        """Starts `step`: every layer submitted from now on belongs to it."""
         self._step = step
         self.layer_began_ns = time.time_ns()
         self.poll()
@@ -70,11 +70,11 @@ class Hop:
         return LayerCall(self, self._step, layer, hidden, top_k_index)
 
     def answered(self, replica: str, reply: ForwardResponse) -> None:
-        """Learns from an OK reply what its batch cost, and how long it waited."""
+        """Records the batch cost and queue wait that an OK reply reports."""
         self.costs.answered(reply)
         if self.queues is not None:
             self.queues.answered(replica, reply.queue_ms)
 
     def poll(self) -> None:
-        """Handles what has come meanwhile, without waiting; to be called now and then by a thread that is idle."""
+        """Handles the events that have arrived, without waiting. An idle thread calls it now and then."""
         self.fleet.mailbox.wait(0.0)

@@ -1,11 +1,11 @@
 """One MoE layer of one step on its way to the experts and back.
 
-Exactness: each returned row is written once into its own place [token, k], so arrival order, replica, split, retry and
-duplicates cannot change a bit of the sum that the model's seam makes of them.
+Exactness: each returned row is written once, to its own place [token, k]. Arrival order, replica, split, retries and
+duplicates therefore do not change a bit of the weighted sum in `model/seam.py`.
 
-Two clocks. *Retry*: a call lost with its replica goes to another holder at once; a slow one is hedged, from a budget.
-*Coverage*: where no live replica holds an expert, the layer parks (requests keep their slots) until one registers, or
-`expert_wait_s` is over: then HopFailed names the tokens that cannot be had.
+Two clocks. *Retry*: a call lost with its replica is sent to another holder at once; a slow call is hedged, within a budget.
+*Coverage*: if no live replica holds an expert, the layer parks (requests keep their slots) until one registers or
+`expert_wait_s` is over; then HopFailed names the tokens that have no result.
 
 Legend: T tokens, K experts per token, D hidden size, A = T * K assignments.
 """
@@ -24,26 +24,24 @@ import torch
 from moiety.errors import HopFailed, MoietyError, NoHolder, PeerLost, Unavailable
 from moiety.internal.v1 import experts_pb2
 from moiety.policy.dispatch import plan_dispatch
-from moiety.router.hop.call import CALL_TIMEOUT_S, CallInFlight, outcome_name, request_for
+from moiety.router.hop.call import CALL_TIMEOUT_S, CallInFlight, outcome_name, request_for, size_error, split_by_size
 from moiety.router.step_context import StepContext
 from moiety.telemetry.names import Attribute, SpanName
 from moiety.telemetry.tracing import NO_SPAN, Span
 from moiety.wire import codec
-from moiety.wire.channels import MAX_MESSAGE_BYTES
 from moiety.wire.transports.connection import Reply
 
 if TYPE_CHECKING:
     from moiety.router.hop.hop import Hop
 
 POLL_S = 0.05  # how often a parked layer tries again and looks for cancelled requests
-MAX_LOSSES = 5  # replicas that may be lost over the same rows: beyond it, the rows are what kills them
-MAX_CALL_BYTES = MAX_MESSAGE_BYTES // 2  # of rows, either way; a message beyond the bound would break the stream
+MAX_LOSSES = 5  # replicas that may be lost while computing the same rows; after more, the rows are taken for the cause
 
 _NONE = np.empty(0, dtype=np.int64)
 
 
 class LayerCall:
-    """`result()` waits until every row is in place. Events are handled whenever the thread waits, for whatever layer."""
+    """One layer's calls in flight; `result()` waits for all rows. Its events are handled whenever the thread waits."""
 
     def __init__(self, hop: Hop, step: StepContext, layer: int, hidden: torch.Tensor, top_k_index: torch.Tensor):
         self._hop, self._step, self._layer = hop, step, layer
@@ -55,15 +53,15 @@ class LayerCall:
         self._missing = len(wanted)  # rows that are not in place yet
         whole = self._missing == len(self._experts)
         self._filled = np.zeros(len(self._experts), dtype=bool) if whole else self._experts < 0
-        make = torch.empty if whole else torch.zeros  # rows that nobody sends are zero
+        make = torch.empty if whole else torch.zeros  # rows without an expert are zero
         self._output = make(len(self._experts), hidden.shape[1], dtype=hidden.dtype)  # [A, D]
         self._places = codec.rows_of(self._output)  # [A]
         self._calls: dict[int, CallInFlight] = {}
-        self._resent = False  # the same rows may come twice
-        self._refusing: set[str] = set()  # replicas that refused this layer or were lost, until the next try
-        self._failures: dict[int, MoietyError] = {}  # assignment -> what a replica said of it that waiting cannot mend
+        self._resent = False  # the same rows may arrive twice
+        self._refusing: set[str] = set()  # replicas that refused this layer or were lost, until the next retry
+        self._failures: dict[int, MoietyError] = {}  # assignment -> a replica's error that waiting cannot cure
         self._losses: np.ndarray | None = None  # [A] replicas lost with each assignment
-        self._uncovered = _NONE  # assignments that nobody can be asked for: while there are any, the layer is parked
+        self._uncovered = _NONE  # assignments without a holder to call: while there are any, the layer is parked
         self._parked_s = 0.0  # time spent parked before `_parked_at`
         self._parked_at, self._retry_at = 0.0, inf
         self._park_span: Span = NO_SPAN
@@ -77,11 +75,11 @@ class LayerCall:
 
     @property
     def ready(self) -> bool:
-        """Whether `result()` will return, or raise, without waiting."""
+        """Whether `result()` will return or raise without waiting."""
         return self._missing == 0 or self._error is not None
 
     def result(self) -> torch.Tensor:
-        """The expert outputs [T, K, D], unweighted. Raises HopFailed, or what `StepContext.check` raises."""
+        """Waits for the expert outputs [T, K, D], unweighted. Raises HopFailed, or what `StepContext.check` raises."""
         try:
             while not self.ready:
                 if len(self._uncovered):
@@ -96,7 +94,7 @@ class LayerCall:
         finally:
             for call in self._calls.values():
                 call.span.end()
-            self._calls.clear()  # answers that come later find nobody
+            self._calls.clear()  # late answers are ignored
             self._unpark()
             self._span.end()
             self._hop.layer_began_ns = time.time_ns()
@@ -105,7 +103,7 @@ class LayerCall:
     # Sending -----------------------------------------------------------------------------------------------------
 
     def _dispatch(self, assignments: np.ndarray, attempt: int = 0) -> None:
-        """Sends `assignments` to live holders; for what nobody holds, the layer parks."""
+        """Sends `assignments` to live holders. If some have none, the layer parks."""
         table, suspects = self._hop.fleet.table, frozenset(self._hop.fleet.suspects)
         planned = plan_dispatch(table, self._layer, self._experts, assignments, self._refusing | suspects)
         self._send_parts(planned.parts, attempt)
@@ -117,8 +115,7 @@ class LayerCall:
 
     def _send_parts(self, parts: Mapping[str, np.ndarray], attempt: int, hedge_of: int | None = None) -> None:
         for replica, assignments in parts.items():
-            pieces = -(-len(assignments) * self._places.itemsize // MAX_CALL_BYTES)
-            for piece in np.array_split(assignments, pieces) if pieces > 1 else (assignments,):
+            for piece in split_by_size(assignments, self._places.itemsize):
                 self._send(replica, piece, attempt, hedge_of)
 
     def _send(self, replica: str, assignments: np.ndarray, attempt: int, hedge_of: int | None) -> None:
@@ -155,7 +152,7 @@ class LayerCall:
     # Receiving ---------------------------------------------------------------------------------------------------
 
     def _take(self, call_id: int, answer: Reply | PeerLost) -> None:
-        """One answer, while the thread waits for this layer or for another: what goes wrong is raised by `result`."""
+        """Handles one answer. The thread may be waiting for another layer, so errors are kept for `result`."""
         if (call := self._calls.pop(call_id, None)) is None:
             return
         try:
@@ -171,10 +168,8 @@ class LayerCall:
             self._error = self._error or error
 
     def _place(self, call_id: int, call: CallInFlight, reply: Reply) -> None:
-        expected = len(call.assignments) * self._places.itemsize
-        if len(reply.payload) != expected:
-            told = f"sent {len(reply.payload)} bytes for {len(call.assignments)} rows, which are {expected}"
-            self._fail(call, MoietyError(f"replica {call.replica} {told}"))
+        if (error := size_error(call, reply, self._places.itemsize)) is not None:
+            self._fail(call, error)
             self._send_again(call, avoid=call.replica)
             return
         rows = codec.rows_in(reply.payload, self._places.itemsize)
@@ -195,7 +190,7 @@ class LayerCall:
         if not self._resent:
             return
         for other_id in [i for i, other in self._calls.items() if self._filled[other.assignments].all()]:
-            # The slower of two calls for the same rows: its answer finds nobody waiting, but tells that it lives.
+            # The slower of two calls for the same rows. Its answer is ignored, but shows that its replica is alive.
             self._calls.pop(other_id).span.end()
 
     def _lost(self, call: CallInFlight, loss: PeerLost) -> None:
@@ -203,9 +198,9 @@ class LayerCall:
             self._losses = np.zeros(len(self._experts), dtype=np.int64)
         self._losses[call.assignments] += 1
         if (losses := int(self._losses[call.assignments].max())) > MAX_LOSSES:
-            told = f"layer {self._layer}: {losses} replicas were lost over the same rows, at last: {loss}"
-            raise HopFailed(self._tokens_of(call.assignments), Unavailable(told))
-        self._send_again(call, avoid=call.replica)  # it may be in the table still: we may be the first to know
+            message = f"layer {self._layer}: {losses} replicas were lost while computing the same rows; last: {loss}"
+            raise HopFailed(self._tokens_of(call.assignments), Unavailable(message))
+        self._send_again(call, avoid=call.replica)  # the table may still list it: we may be the first to know
 
     def _refused(self, call: CallInFlight, reply: experts_pb2.ForwardResponse) -> None:
         outcome = outcome_name(reply.outcome)
@@ -220,11 +215,11 @@ class LayerCall:
         self._send_again(call, avoid=call.replica)
 
     def _fail(self, call: CallInFlight, error: MoietyError) -> None:
-        """Remembers that one holder of these rows failed on them: once nobody else is left, no waiting will help."""
+        """Remembers that a holder failed on these rows: if no other holder is left, `_check_parked` raises the error."""
         self._failures.update(dict.fromkeys(call.assignments.tolist(), error))
 
     def _send_again(self, call: CallInFlight, avoid: str) -> None:
-        """What `call` was to bring, less what is there or comes with another call, goes to other holders."""
+        """Sends the rows of `call` to other holders, except those that have arrived or are in another call."""
         self._refusing.add(avoid)
         missing = ~self._filled
         for other in self._calls.values():
@@ -234,13 +229,13 @@ class LayerCall:
     # The two clocks ----------------------------------------------------------------------------------------------
 
     def _due(self) -> float:
-        """When something is to be done even if nothing comes."""
+        """The `time.monotonic()` of the next hedge, timeout or retry."""
         return min([self._retry_at, *(min(call.hedge_at, call.sent + CALL_TIMEOUT_S) for call in self._calls.values())])
 
     def _on_time(self, now: float) -> None:
         for call_id, call in list(self._calls.items()):
             if now >= call.sent + CALL_TIMEOUT_S:
-                self._hop.fleet.give_up(call.replica)  # its PeerLost comes as an event
+                self._hop.fleet.give_up(call.replica)  # this call's PeerLost arrives as an event
                 call.sent = now
             if now >= call.hedge_at:
                 self._hedge(call_id, call, now)
@@ -248,11 +243,11 @@ class LayerCall:
             self._retry()
 
     def _hedge(self, call_id: int, call: CallInFlight, now: float) -> None:
-        """Sends a slow call to another holder too, as far as the budget goes."""
+        """Sends the rows of a slow call to other holders too, if the hedge budget allows."""
         table, avoid = self._hop.fleet.table, {call.replica} | self._refusing | self._hop.fleet.suspects
         planned = plan_dispatch(table, self._layer, self._experts, call.assignments, avoid)
         if len(planned.uncovered):
-            call.hedge_at = inf  # nobody else holds it all
+            call.hedge_at = inf  # the other holders do not cover all its rows
         elif not self._hop.hedging.allowed():
             call.hedge_at = now + self._hop.hedging.least_s
         else:
@@ -260,7 +255,7 @@ class LayerCall:
             self._send_parts(planned.parts, call.attempt + 1, hedge_of=call_id)
 
     def _park(self, uncovered: np.ndarray) -> None:
-        """These rows wait until every expert of theirs has a holder again that takes them."""
+        """Parks these rows until their experts have holders again that accept them."""
         self._uncovered = np.union1d(self._uncovered, uncovered)
         if self._stop_listening is None:
             self._parked_at = time.monotonic()
@@ -277,7 +272,7 @@ class LayerCall:
             self._retry_at = inf
 
     def _check_parked(self) -> None:
-        """Raises where waiting on is in vain; tells the policy who is waited for."""
+        """Raises if waiting longer cannot help; otherwise reports the missing experts."""
         experts = np.unique(self._experts[self._uncovered]).tolist()
         if failed := [a for a in self._uncovered.tolist() if a in self._failures]:
             raise HopFailed(self._tokens_of(failed), self._failures[failed[0]])
@@ -294,7 +289,7 @@ class LayerCall:
             self._error = self._error or error
 
     def _retry(self) -> None:
-        """Asks all holders again, those that refused too."""
+        """Sends the parked rows again, also to holders that refused before."""
         self._refusing.clear()
         waiting, self._uncovered = self._uncovered, _NONE
         self._dispatch(waiting, attempt=1)
@@ -302,5 +297,4 @@ class LayerCall:
             self._unpark()
 
     def _tokens_of(self, assignments: np.ndarray | list[int]) -> list[int]:
-        """The tokens that these assignments belong to."""
         return np.unique(np.asarray(assignments) // self._top_k).tolist()

@@ -1,4 +1,4 @@
-"""Tells the registry which experts requests wait for, so that the policy can bring their group back."""
+"""Reports to the registry which experts requests wait for, so that the autoscaler can start their group again."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ import time
 from moiety.errors import MoietyError
 from moiety.registry.interface import Registry
 
-REPEAT_S = 0.5  # wakes expire after five seconds; a parked layer looks around twenty times a second
+REPEAT_S = 0.5  # between reports of a layer: reports expire after 5 s, a parked layer calls 20 times a second
 
 _log = logging.getLogger(__name__)
 
 
 class MissingExpertReporter:
-    """Called by the engine's thread while a layer is parked; writes on the loop it was made on."""
+    """Called by the engine's thread while a layer is parked; writes on the event loop it was created on."""
 
     def __init__(self, registry: Registry):
         self._registry = registry
         self._loop = asyncio.get_running_loop()
-        self._due: dict[int, float] = {}  # layer -> when it may be told again
+        self._due: dict[int, float] = {}  # layer -> time.monotonic() of its next report
 
     def __call__(self, layer: int, experts: list[int]) -> None:
-        """Never blocks, never raises."""
+        """Schedules a report unless the layer had one within REPEAT_S. Never blocks, never raises."""
         if (now := time.monotonic()) >= self._due.get(layer, 0.0):
             self._due[layer] = now + REPEAT_S
             asyncio.run_coroutine_threadsafe(self._record(layer, experts), self._loop)
@@ -32,4 +32,4 @@ class MissingExpertReporter:
         try:
             await self._registry.report_missing_experts(layer, experts)
         except MoietyError as error:
-            _log.debug("the wake of layer %d was not recorded: %s", layer, error)
+            _log.debug("missing experts of layer %d were not reported: %s", layer, error)

@@ -1,6 +1,6 @@
-"""The hop under the overflow policy `backup`: rows of an expert whose holders are all overrun go to their next-best one.
+"""The hop under the overflow policy `backup`: if all holders of an expert are overrun, its rows go to their next-best expert.
 
-Groups choose it for the experts they hold. Rows keep the weight that the gate gave their own expert.
+Each group sets the policy for the experts it holds. A row keeps the weight that the gate gave its original expert.
 Legend: T tokens, K experts per token, E experts.
 """
 
@@ -20,44 +20,44 @@ from moiety.policy.backup_experts import backups
 from moiety.policy.dispatch import HolderTable
 from moiety.router.step_context import StepBackend, StepContext
 
-REMEMBER_S = 1.0  # a replica that is asked for nothing has no queue: what it told is forgotten after that
+REMEMBER_S = 1.0  # how long a reported wait counts: a replica that gets no calls has no queue and reports nothing
 
 
 class QueueWaits:
-    """How long calls waited at each replica lately. For the engine's thread."""
+    """Replicas whose calls waited too long lately. For the engine's thread."""
 
     def __init__(self, bound_ms: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._bound_ms, self._clock = bound_ms, clock
-        self._overrun: dict[str, float] = {}  # replica -> when it last told of a longer wait than the bound
+        self._overrun: dict[str, float] = {}  # replica -> when it last reported a wait beyond the bound
 
     def answered(self, replica: str, queue_ms: float) -> None:
-        """What a reply tells."""
+        """Records the queue wait that a reply reports."""
         if queue_ms > self._bound_ms:
             self._overrun[replica] = self._clock()
         elif self._overrun:
             self._overrun.pop(replica, None)
 
     def overrun(self) -> frozenset[str]:
-        """Replicas whose queue is too long now."""
+        """Returns the replicas whose queue is too long now."""
         if not self._overrun:
             return frozenset()
         since = self._clock() - REMEMBER_S
-        self._overrun = {replica: told for replica, told in self._overrun.items() if told > since}
+        self._overrun = {replica: reported for replica, reported in self._overrun.items() if reported > since}
         return frozenset(self._overrun)
 
 
 @dataclass(frozen=True, slots=True)
 class Masks:
-    """Experts of one layer, both bool [E]."""
+    """The overrun experts of one layer; both masks are bool [E]."""
 
-    spared: np.ndarray  # their rows may go elsewhere
-    overrun: np.ndarray  # these, and those whose rows may only wait: nobody is sent there
+    spared: np.ndarray  # overrun, and their rows may go to another expert
+    overrun: np.ndarray  # all overrun experts, also those whose rows have to wait: no row is rerouted to them
 
 
 class OverrunExperts:
-    """Which experts' rows may go elsewhere: no holder could take more of them, and their group says so.
+    """Finds the experts whose rows may go elsewhere: all their holders are overrun, and their group's policy is `backup`.
 
-    By the queues and the table of the moment. Hot sets hold what groups hold too, and have no say in it.
+    Decides by the current queues and holder table. Hot sets only copy experts of groups, so their policy does not count.
     """
 
     def __init__(
@@ -68,22 +68,22 @@ class OverrunExperts:
         spares: Callable[[str], bool],
         slices: int = 1,
     ) -> None:
-        """`deployment_of(replica)`: "" where it has left; `spares(group)`: whether its rows may go elsewhere."""
+        """`deployment_of(replica)`: "" if the replica has left; `spares(group)`: whether the group's rows may go elsewhere."""
         self._queues, self._table, self._slices = queues, table, slices
         self._deployment_of, self._spares = deployment_of, spares
         self._masks: dict[int, Masks | None] = {}  # by layer
-        self._of: tuple[int, frozenset[str]] = (0, frozenset())  # what they were made of: table version, replicas
+        self._built_for: tuple[int, frozenset[str]] = (0, frozenset())  # the masks' table version, overrun replicas
 
     def __call__(self, layer: int) -> Masks | None:
-        """None where no rows may go.
+        """Returns the masks of `layer`, or None if no rows may go elsewhere.
 
-        An expert in slices is overrun where one of them is, and its rows may go where that holds for all of them.
+        A sliced expert is overrun if one of its slices is; its rows may go elsewhere only if those of all its slices may.
         """
         if not (replicas := self._queues.overrun()):
             return None
         table = self._table()
-        if self._of != (table.version, replicas):
-            self._of, self._masks = (table.version, replicas), {}
+        if self._built_for != (table.version, replicas):
+            self._built_for, self._masks = (table.version, replicas), {}
         if layer not in self._masks:
             overrun = np.logical_or.reduce(self._experts(table.held_only_by(layer, replicas)), axis=1)
             spared = overrun & np.logical_and.reduce(self._experts(self._may_go(table, layer)), axis=1)
@@ -91,10 +91,10 @@ class OverrunExperts:
         return self._masks[layer]
 
     def _may_go(self, table: HolderTable, layer: int) -> np.ndarray:
-        """bool [E * slices]: those held by groups, all of which say so."""
-        of = {replica: self._deployment_of(replica) for replica in table.replicas}
-        hot = {replica for replica, deployment in of.items() if deployment.startswith(HOT)}
-        willing = {replica for replica, deployment in of.items() if deployment and self._spares(deployment)}
+        """Returns bool [E * slices]: the experts that are held by groups, all of which have the policy `backup`."""
+        deployments = {replica: self._deployment_of(replica) for replica in table.replicas}
+        hot = {replica for replica, deployment in deployments.items() if deployment.startswith(HOT)}
+        willing = {replica for replica, deployment in deployments.items() if deployment and self._spares(deployment)}
         return table.held_only_by(layer, willing | hot) & ~table.held_only_by(layer, hot)
 
     def _experts(self, slices: np.ndarray) -> np.ndarray:
@@ -102,13 +102,13 @@ class OverrunExperts:
 
 
 class OverflowHop:
-    """A StepBackend that spares experts which no replica can take more rows for."""
+    """A StepBackend that sends the rows of overrun experts to their backups, where the policy allows it."""
 
     def __init__(self, backend: StepBackend, overrun: Callable[[int], Masks | None]) -> None:
-        """`overrun(layer)`: experts all of whose holders have too long a queue; None = no rows may go elsewhere."""
+        """`overrun(layer)`: the masks of the layer's overrun experts; None = no rows may go elsewhere."""
         self._backend, self._overrun = backend, overrun
         self._step: StepContext | None = None
-        self.rerouted = 0  # rows, since the beginning
+        self.rerouted = 0  # rows since the start
 
     @property
     def layer_began_ns(self) -> int:
@@ -126,10 +126,10 @@ class OverflowHop:
             self._step.routed(np.zeros(top_k_index.shape, dtype=bool))
             return self._backend.submit(layer, hidden, top_k_index)
         chosen = top_k_index.cpu().numpy()
-        given = backups(chosen, scores.float().cpu().numpy(), masks.spared, masks.overrun)
-        self._step.routed(elsewhere := given != chosen)
+        assigned = backups(chosen, scores.float().cpu().numpy(), masks.spared, masks.overrun)
+        self._step.routed(elsewhere := assigned != chosen)
         self.rerouted += int(elsewhere.sum())
-        return self._backend.submit(layer, hidden, torch.from_numpy(given).to(top_k_index.device))
+        return self._backend.submit(layer, hidden, torch.from_numpy(assigned).to(top_k_index.device))
 
     def poll(self) -> None:
         self._backend.poll()

@@ -1,4 +1,4 @@
-"""The hop of a model whose experts are served in slices: each row goes to all slices of its experts, and they are summed.
+"""The hop of a model whose experts are served in slices: sends each row to all slices of its experts and sums the results.
 
 Legend: T tokens, K experts per token, S slices per expert, D hidden size.
 """
@@ -15,14 +15,14 @@ from moiety.router.step_context import StepBackend, StepContext
 
 @dataclass(frozen=True, slots=True)
 class _Slices:
-    """Partial rows on their way back."""
+    """Partial rows on their way back from the slices."""
 
     partial: PendingRows
     shape: tuple[int, int, int]  # T, K, S
     dtype: torch.dtype
 
     def result(self) -> torch.Tensor:
-        """[T, K, D]: the slices' rows, summed in float32 in the order of the slices, then rounded to the model's dtype."""
+        """Returns [T, K, D]: the slices' rows summed in float32 in slice order, then rounded to the model's dtype."""
         rows = self.partial.result().view(*self.shape, -1)  # [T, K, S, D]
         total = rows[:, :, 0].clone()
         for number in range(1, self.shape[2]):
@@ -31,7 +31,7 @@ class _Slices:
 
 
 class SlicedHop:
-    """A StepBackend for models with whole experts, on one whose experts are their slices, in float32."""
+    """A StepBackend with whole experts, built on a float32 backend whose experts are the slices."""
 
     def __init__(self, backend: StepBackend, slices: int) -> None:
         self._backend, self._slices = backend, slices

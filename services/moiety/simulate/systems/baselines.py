@@ -1,4 +1,4 @@
-"""What else one could run: a fixed size with and without EPLB, whole engines, and a clairvoyant bound."""
+"""The alternatives to the elastic system: a fixed size with and without EPLB, whole engines, and a clairvoyant bound."""
 
 from __future__ import annotations
 
@@ -18,37 +18,38 @@ from moiety.simulate.systems.trace_load import (
 
 
 def fixed(load: TraceLoad, per_group: float, redundancy: float = 0.0, name: str = "static EP") -> SystemResult:
-    """As many replicas of every group all the time; with `redundancy`, that part of memory more, for copies by the planner.
+    """Simulates `per_group` replicas of every group at all times.
 
-    Copies follow the load every REPLAN_S, at no cost: EPLB as it is run beside a fixed expert-parallel size.
+    `redundancy` adds that fraction of memory for copies. The planner places the copies by the load every REPLAN_S, at no
+    cost, as EPLB does beside a fixed expert-parallel size.
     """
     cluster, trace = load.cluster, load.trace
-    rooms = with_redundancy(cluster, redundancy)
+    capacities = with_redundancy(cluster, redundancy)
     replicas = np.full(cluster.groups, float(per_group))
     placement = default_placement(cluster)
-    held = held_by(cluster, rooms, placement)
+    held = held_by(cluster, capacities, placement)
     recorder = Recorder(trace)
     stride = max(1, len(trace.rates) // SAMPLED)
     for index in range(0, len(trace.rates), stride):
         now = index * trace.step_s
         included = load.included(now)
         if redundancy and (planned := load.copies(redundancy, now, placement)) is not placement:
-            placement, held = planned, held_by(cluster, rooms, planned)
+            placement, held = planned, held_by(cluster, capacities, planned)
         rates = trace.rates[index : index + stride]
-        asked = work(cluster, included, held, replicas)
-        seen = flow(cluster, asked, replicas, float(rates.mean()) + recorder.backlog / trace.step_s / stride)
+        step_work = work(cluster, included, held, replicas)
+        seen = flow(cluster, step_work, replicas, float(rates.mean()) + recorder.backlog / trace.step_s / stride)
         recorder.add(seen, float(replicas.sum()), float(rates.mean()), stride)
     return recorder.outcome(name)
 
 
 def whole_engine(load: TraceLoad, target_busy: float) -> SystemResult:
-    """Whole engines, each one replica of every group, come and go by the same policy on the load of their busiest group."""
+    """Simulates whole engines of one replica per group, scaled by the same policy on the load of the busiest group."""
     cluster, trace = load.cluster, load.trace
     settings = SETTINGS.model_copy(update={"target_busy": target_busy})
     held = held_by(cluster, default_deployments(cluster, 0), default_placement(cluster))
     one = np.ones(cluster.groups)
-    asked = work(cluster, load.included(0.0), held, one)
-    engines = int(np.ceil(asked.device_s.max() * trace.rates[0] / cluster.batch / target_busy))
+    step_work = work(cluster, load.included(0.0), held, one)
+    engines = int(np.ceil(step_work.device_s.max() * trace.rates[0] / cluster.batch / target_busy))
     pool = ReplicaPool("engines", settings, max(engines, 1), False)
     recorder = Recorder(trace)
     stride = max(1, len(trace.rates) // SAMPLED)
@@ -60,22 +61,22 @@ def whole_engine(load: TraceLoad, target_busy: float) -> SystemResult:
             pool.step(Snapshot("engines", pool.target, pool.last_live, pool.last_live, busy, 0.0, rate), now)
         live = pool.live(now, cluster.start_s)
         if index % stride == 0:
-            asked = work(cluster, load.included(now), held, one)
+            step_work = work(cluster, load.included(now), held, one)
         offered = rate + recorder.backlog / trace.step_s
-        seen = flow(cluster, asked, one * live, offered, steps_too=index % stride == 0)
+        seen = flow(cluster, step_work, one * live, offered, steps_too=index % stride == 0)
         recorder.add(seen, pool.target * cluster.groups, rate)
     return recorder.outcome("whole engines")
 
 
 def clairvoyant(load: TraceLoad, busy: float) -> SystemResult:
-    """A bound: every group at `busy` at every moment, in fractions of replicas that come and go in no time."""
+    """Simulates a lower bound: every group is at `busy` at every moment, with fractional replicas that start in no time."""
     cluster, trace = load.cluster, load.trace
     held = held_by(cluster, default_deployments(cluster, 0), default_placement(cluster))
     recorder = Recorder(trace)
     stride = max(1, len(trace.rates) // SAMPLED)
     for index in range(0, len(trace.rates), stride):
         rate = float(trace.rates[index : index + stride].mean())
-        asked = work(cluster, load.included(index * trace.step_s), held, np.ones(cluster.groups))
-        replicas = asked.device_s * rate / cluster.batch / busy
-        recorder.add(flow(cluster, asked, replicas, rate), float(replicas.sum()), rate, stride)
+        step_work = work(cluster, load.included(index * trace.step_s), held, np.ones(cluster.groups))
+        replicas = step_work.device_s * rate / cluster.batch / busy
+        recorder.add(flow(cluster, step_work, replicas, rate), float(replicas.sum()), rate, stride)
     return recorder.outcome("clairvoyant")

@@ -15,28 +15,28 @@ SETTINGS = GroupSettings(min_replicas=1, max_replicas=1000, target_busy=0.7, shr
 
 @dataclass(slots=True)
 class ReplicaPool:
-    """The replicas of one deployment: those that are there, those on their way, and the policy's memory."""
+    """The replicas of one deployment, live and starting, and the policy's state."""
 
     deployment: str
     settings: GroupSettings
     target: int
     spare: bool
     state: State = field(default_factory=State)
-    starting: list[float] = field(default_factory=list)  # when each was asked for, oldest first
+    starting: list[float] = field(default_factory=list)  # when each starting replica was requested, oldest first
     last_live: int = 0
 
     def live(self, now: float, start_s: float) -> int:
-        """Replicas that serve at `now`."""
-        self.starting = [asked for asked in self.starting if asked + start_s > now]
+        """Returns the number of replicas that serve at `now`."""
+        self.starting = [requested for requested in self.starting if requested + start_s > now]
         self.last_live = self.target - len(self.starting)
         return self.last_live
 
     def decide(
-        self, now: float, cluster: Cluster, trace: Trace, costs: CostModel, asked: Work, seen: Flow, index: int
+        self, now: float, cluster: Cluster, trace: Trace, costs: CostModel, step_work: Work, seen: Flow, index: int
     ) -> Decision:
-        """By what was measured in the last time step."""
-        calls = max(float(asked.visits[index].sum()), 1e-9)
-        mine = asked.weight_bytes[index].sum() / calls, asked.rows[index].sum() / calls
+        """Decides by the measurements of the last time step; `index` is this deployment's."""
+        calls = max(float(step_work.visits[index].sum()), 1e-9)
+        weight_bytes, rows = step_work.weight_bytes[index].sum() / calls, step_work.rows[index].sum() / calls
         steps = seen.served / cluster.batch
         snapshot = Snapshot(
             self.deployment,
@@ -45,15 +45,15 @@ class ReplicaPool:
             self.last_live,
             float(seen.busy[index]) if self.last_live else 0.0,
             1000 * float(seen.wait_s[index]),
-            float(asked.rows[index].sum() * steps),
-            fixed=0.0,  # a call goes to one replica, whatever their number: replicas share calls, not batches
+            float(step_work.rows[index].sum() * steps),
+            fixed=0.0,  # each call goes to one replica: more replicas share the calls, they do not split batches
             spare=self.spare,
-            asked=costs.busy(calls * steps, mine[0] * calls * steps, mine[1] * calls * steps),
+            asked=costs.busy(calls * steps, weight_bytes * calls * steps, rows * calls * steps),
         )
         return self.step(snapshot, now)
 
     def step(self, snapshot: Snapshot, now: float) -> Decision:
-        """Asks the policy, and does what it says: what is still starting goes first."""
+        """Applies the policy's decision. A shrinking pool drops the replicas that are still starting first."""
         decision = decide(snapshot, self.state, self.settings, now)
         self.state = decision.state
         more = decision.target - self.target

@@ -1,4 +1,4 @@
-"""What a simulated system came to on one trace."""
+"""The result of a simulated system on one trace."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from moiety.policy.autoscale import Decision
 from moiety.simulate.flow import Flow, percentile
 from moiety.simulate.scenario import Floats, Trace
 
-SAMPLED = 360  # time steps at which step times of baselines are computed; their busy fractions are computed at all
+SAMPLED = 360  # time steps at which the step times of baselines are computed
 
 
 @dataclass(frozen=True, slots=True)
 class SystemResult:
-    """One system on one trace."""
+    """The result of one system on one trace."""
 
     system: str
     gpu_hours: float
     p50_ms: float  # of a decode step, over all tokens
     p99_ms: float
-    delayed: float  # fraction of tokens that found every router waiting for a full replica
+    delayed: float  # fraction of tokens that came while every router waited for a full replica
     times_s: Floats = field(repr=False)
-    replicas: Floats = field(repr=False)  # that are paid for, over time
+    replicas: Floats = field(repr=False)  # paid replicas over time, starting ones included
     decisions: tuple[tuple[float, Decision], ...] = field(default=(), repr=False)
     rebalances: int = 0
     moved_bytes: float = 0.0
@@ -32,15 +32,15 @@ class SystemResult:
 
 @dataclass(slots=True)
 class Recorder:
-    """Sums up time steps."""
+    """Sums up the time steps of one run."""
 
     trace: Trace
-    backlog: float = 0.0  # tokens that wait
+    backlog: float = 0.0  # tokens that wait to be served
     _delayed: float = 0.0
     _rows: list[tuple[float, float, float, float]] = field(default_factory=list)  # replicas, mean, sd, tokens
 
     def add(self, seen: Flow, replicas: float, rate: float, steps: int = 1) -> None:
-        """`steps` time steps alike, in which `rate` was offered beside the backlog."""
+        """Adds `steps` equal time steps, in which `rate` tokens per second were offered in addition to the backlog."""
         seconds = self.trace.step_s * steps
         offered = rate * seconds + self.backlog
         served = min(seen.served * seconds, offered)
@@ -53,7 +53,7 @@ class Recorder:
     def outcome(
         self, system: str, decisions: Sequence[tuple[float, Decision]] = (), rebalances: int = 0, moved: float = 0.0
     ) -> SystemResult:
-        """Of all steps; tokens of steps with a backlog count as beyond any p99."""
+        """Returns the result of all steps; tokens of steps with a backlog count as beyond any p99."""
         replicas, means, spreads, tokens = np.array(self._rows).T
         late = self._delayed + self.backlog
         known = ~np.isnan(means)

@@ -1,4 +1,4 @@
-"""Sizes of a system: the smallest that meets a latency, and the throughput of a given one."""
+"""Sizes a system: the smallest size that meets a latency, and the throughput of a given size."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from moiety.simulate.systems.trace_load import default_deployments, default_plac
 
 
 def smallest(run: Callable[[float], SystemResult], sizes: Sequence[float], p99_ms: float) -> SystemResult:
-    """The outcome of the first of ascending `sizes` that meets `p99_ms`, by bisection; the last one's if none does."""
+    """Returns the outcome of the smallest of ascending `sizes` that meets `p99_ms`, by bisection; of the last if none does."""
     low, high = 0, len(sizes) - 1
     best = run(sizes[high])
     while low < high:
@@ -29,27 +29,30 @@ def smallest(run: Callable[[float], SystemResult], sizes: Sequence[float], p99_m
 
 
 def throughput(cluster: Cluster, included: Floats, p99_ms: float, replicas: int, hot_replicas: int = 0) -> float:
-    """Tokens per second that `replicas` serve with steps within `p99_ms`, sized and placed for this load.
+    """Returns the tokens per second that `replicas`, sized and placed for this load, serve with steps within `p99_ms`.
 
-    `hot_replicas` of them are hot sets'. Groups get replicas in proportion to their work.
+    `hot_replicas` of them belong to hot sets. Groups get replicas in proportion to their work.
     """
     hot = cluster.hot_sets if hot_replicas else 0
-    rooms, placement = default_deployments(cluster, hot), default_placement(cluster)
-    sizes = np.full(len(rooms), (replicas - hot_replicas) / cluster.groups)
+    capacities, placement = default_deployments(cluster, hot), default_placement(cluster)
+    sizes = np.full(len(capacities), (replicas - hot_replicas) / cluster.groups)
     sizes[cluster.groups :] = hot_replicas / max(hot, 1)
-    held = held_by(cluster, rooms, placement)
-    for _ in range(4):  # placement and sizes settle on each other
+    held = held_by(cluster, capacities, placement)
+    for _ in range(4):  # placement and sizes depend on each other: iterate
         if hot:
-            sized = [replace(room, replicas=max(1, round(size))) for room, size in zip(rooms, sizes, strict=True)]
+            sized = [
+                replace(capacity, replicas=max(1, round(size)))
+                for capacity, size in zip(capacities, sizes, strict=True)
+            ]
             measured = measured_load(cluster, cluster.cost, included, 1.0)
-            held = held_by(cluster, rooms, plan_placement(measured, sized, placement).placement)
-        asked = work(cluster, included, held, sizes)
-        sizes = replicas * asked.device_s / asked.device_s.sum()
-    asked = work(cluster, included, held, sizes)
-    low, high = 0.0, replicas * cluster.batch / float(asked.device_s.sum())
+            held = held_by(cluster, capacities, plan_placement(measured, sized, placement).placement)
+        step_work = work(cluster, included, held, sizes)
+        sizes = replicas * step_work.device_s / step_work.device_s.sum()
+    step_work = work(cluster, included, held, sizes)
+    low, high = 0.0, replicas * cluster.batch / float(step_work.device_s.sum())
     for _ in range(30):
         rate = (low + high) / 2
-        seen = flow(cluster, asked, sizes, rate)
+        seen = flow(cluster, step_work, sizes, rate)
         good = 1000 * (seen.step_s + 2.3263 * seen.step_sd_s) <= p99_ms and seen.served >= rate
         low, high = (rate, high) if good else (low, rate)
     return low

@@ -1,4 +1,4 @@
-"""What a trace asks of a cluster, and where experts are by default and as the planner places them."""
+"""The load that a trace puts on a cluster, and the default and planned placements of its experts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ REPLAN_S = 900.0
 
 @dataclass(slots=True)
 class TraceLoad:
-    """What a trace asks of a cluster, computed once: inclusion probabilities, and the work of placements."""
+    """The load of a trace on a cluster, computed once: inclusion probabilities and EPLB's placements."""
 
     cluster: Cluster
     trace: Trace
@@ -30,7 +30,7 @@ class TraceLoad:
     _copies: dict[tuple[float, int], Placement] = field(default_factory=dict)
 
     def included(self, time_s: float) -> Floats:
-        """[L, E] at `time_s`."""
+        """Returns the inclusion probabilities [L, E] at `time_s`."""
         look = int(time_s // LOOK_S) if self.trace.drift else 0
         if look not in self._included:
             popular = popularity(self.trace, self.cluster, look * LOOK_S)
@@ -38,25 +38,28 @@ class TraceLoad:
         return self._included[look]
 
     def copies(self, redundancy: float, time_s: float, before: Placement) -> Placement:
-        """What EPLB has planned by `time_s` for devices with that part of memory more; the same whatever their number."""
+        """Returns EPLB's placement at `time_s` for devices with the fraction `redundancy` of memory more.
+
+        It does not depend on the number of devices per group.
+        """
         look = int(time_s // REPLAN_S) if self.trace.drift else 0
         if (redundancy, look) not in self._copies:
             measured = measured_load(
                 self.cluster, learned_cost(self.cluster, self.trace.seed), self.included(time_s), 1.0
             )
-            rooms = with_redundancy(self.cluster, redundancy)
-            self._copies[redundancy, look] = plan_placement(measured, rooms, before).placement
+            capacities = with_redundancy(self.cluster, redundancy)
+            self._copies[redundancy, look] = plan_placement(measured, capacities, before).placement
         return self._copies[redundancy, look]
 
 
 def default_deployments(cluster: Cluster, hot_sets: int) -> list[DeploymentCapacity]:
-    """The cluster's groups, and hot sets with as much memory."""
+    """Returns the cluster's groups, and hot sets with the same memory."""
     groups = [DeploymentCapacity(f"experts-{index}", cluster.room) for index in range(cluster.groups)]
     return groups + [DeploymentCapacity(f"hot-{index}", cluster.room, hot=True) for index in range(hot_sets)]
 
 
 def default_placement(cluster: Cluster) -> Placement:
-    """Contiguous experts in every group, nothing in hot sets: what `ModelShape.partition` gives."""
+    """Returns contiguous experts in every group and nothing in hot sets, as `ModelShape.partition` does."""
     even = np.ones((cluster.layers, cluster.experts))
     held = np.arange(cluster.experts) * cluster.groups // cluster.experts
     start = {
@@ -66,19 +69,19 @@ def default_placement(cluster: Cluster) -> Placement:
     return plan_placement(even, default_deployments(cluster, 0), Placement(0, start)).placement
 
 
-def held_by(cluster: Cluster, rooms: Sequence[DeploymentCapacity], placement: Placement) -> Holding:
-    """What each of `rooms` holds by `placement`, as the flow reads it."""
-    return Holding.of(held_table(rooms, placement, cluster.layers, cluster.experts))
+def held_by(cluster: Cluster, capacities: Sequence[DeploymentCapacity], placement: Placement) -> Holding:
+    """Returns what each of `capacities` holds by `placement`, in the form that `flow.py` reads."""
+    return Holding.of(held_table(capacities, placement, cluster.layers, cluster.experts))
 
 
 def with_redundancy(cluster: Cluster, redundancy: float) -> list[DeploymentCapacity]:
-    """The cluster's groups with that part of their memory more."""
+    """Returns the cluster's groups with the fraction `redundancy` of memory more."""
     extra = round(cluster.layers * cluster.experts / cluster.groups * redundancy)
-    return [replace(room, experts=room.experts + extra) for room in default_deployments(cluster, 0)]
+    return [replace(capacity, experts=capacity.experts + extra) for capacity in default_deployments(cluster, 0)]
 
 
 def learned_cost(cluster: Cluster, seed: int) -> CostModel:
-    """The cost model as a router has it after 500 replies that are noisy by 10 %."""
+    """Returns the cost model that a router has fitted after 500 replies with 10 % noise."""
     random = np.random.default_rng(seed + 2)
     model = CostModel()
     for _ in range(500):
@@ -90,7 +93,7 @@ def learned_cost(cluster: Cluster, seed: int) -> CostModel:
 
 
 def measured_load(cluster: Cluster, costs: CostModel, included: Floats, rate: float) -> Floats:
-    """[L, E] device seconds per second at `rate` tokens per second, as a ledger would report it."""
+    """Returns [L, E]: device seconds per second at `rate` tokens per second, as a ledger would report them."""
     steps = rate / cluster.batch
     activated = 1 - (1 - included) ** cluster.batch
     return expert_load(costs, included * rate, activated * steps, cluster.expert_bytes)

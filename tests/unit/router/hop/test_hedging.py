@@ -1,4 +1,4 @@
-"""When hedges are due, and how many there may be."""
+"""When a hedge is due, and how many the budget allows."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from moiety.router.hop.hedging import BURST, FEWEST, UNKNOWN_S, WINDOW, Hedging
 
 
 def test_an_unknown_layer_waits_a_second():
-    """First calls pay for warming up: no statistics, no hasty hedge."""
+    """Without statistics, a hedge is due after at least UNKNOWN_S, because first calls include warm-up."""
     assert Hedging(0.02, 0.1).after(0, CallClass.DECODE) == UNKNOWN_S
     assert Hedging(5.0, 0.1).after(0, CallClass.DECODE) == 5.0
 
 
 def test_a_hedge_is_due_past_three_times_the_p99_of_its_layer_and_class():
-    """Latencies of one (layer, class) say nothing of another; the floor is least_s."""
+    """Each (layer, class) has its own p99; a hedge is due after least_s at the earliest."""
     hedging = Hedging(0.02, 0.1)
     for _ in range(FEWEST):
         hedging.answered(0, CallClass.PREFILL, 0.1)
@@ -26,7 +26,7 @@ def test_a_hedge_is_due_past_three_times_the_p99_of_its_layer_and_class():
 
 
 def test_old_latencies_are_forgotten():
-    """The p99 is of the last calls only: a replica that has warmed up is judged by what it does now."""
+    """The p99 covers only the last WINDOW calls, so warm-up drops out."""
     hedging = Hedging(0.001, 0.1)
     for seconds in (1.0, 0.01):
         for _ in range(WINDOW):
@@ -36,7 +36,7 @@ def test_old_latencies_are_forgotten():
 
 @pytest.mark.parametrize("budget", [0.0, 0.1, 1.0])
 def test_hedges_are_a_burst_and_a_fraction_of_all_calls(budget: float):
-    """However slow everything is, hedges are at most BURST + budget * calls; an unused budget does not pile up."""
+    """Hedges are at most BURST + budget * calls; an unused budget does not accumulate beyond BURST."""
     hedging = Hedging(0.02, budget)
     for _ in range(1000):
         hedging.sent()

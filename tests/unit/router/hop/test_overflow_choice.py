@@ -1,4 +1,4 @@
-"""Which experts' rows may go elsewhere: those of groups that say so, once no holder can take more."""
+"""Which experts' rows may go elsewhere: those of groups with the policy `backup`, once all holders are overrun."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BOUND_MS = 5.0
 
 
 class Fleet:
-    """A table of `held`, replica -> experts, and queues that are told about by hand."""
+    """A holder table of `held` (replica -> experts), and queue waits that the test reports itself."""
 
     def __init__(self, backup: set[str], held: Mapping[str, str] = HELD, slices: int = 1) -> None:
         self.now = 0.0
@@ -25,39 +25,39 @@ class Fleet:
         self.deployments = dict(DEPLOYMENTS)
         self.publish(held)
         self.overrun = OverrunExperts(
-            self.queues, lambda: self.table, lambda one: self.deployments.get(one, ""), backup.__contains__, slices
+            self.queues, lambda: self.table, lambda name: self.deployments.get(name, ""), backup.__contains__, slices
         )
 
     def publish(self, held: Mapping[str, str]) -> None:
-        """The next table, of one layer with four experts."""
+        """Publishes the next table, of one layer with four experts."""
         version = self.table.version + 1 if hasattr(self, "table") else 1
-        self.table = HolderTable.build(version, {one: ExpertSet.parse(text) for one, text in held.items()}, 1, 4)
+        self.table = HolderTable.build(version, {name: ExpertSet.parse(text) for name, text in held.items()}, 1, 4)
 
     def spared(self, *slow: str) -> list[int]:
-        """Experts whose rows may go elsewhere after these replicas, and no others, told of long queues."""
+        """Returns the experts whose rows may go elsewhere after only these replicas reported long queues."""
         for replica in DEPLOYMENTS:
             self.queues.answered(replica, BOUND_MS * (2 if replica in slow else 0))
         masks = self.overrun(0)
         return [] if masks is None else np.flatnonzero(masks.spared).tolist()
 
 
-def test_rows_of_a_group_that_waits_wait() -> None:
-    """Only the experts of the group that says backup are spared, and only once every holder of theirs is overrun."""
+def test_only_groups_with_backup_are_spared() -> None:
+    """Experts of a group with `backup` are spared, but only once all their holders are overrun; other rows wait."""
     fleet = Fleet({"experts-1"})
     assert fleet.spared() == []
     assert fleet.spared("a", "b") == []
     assert fleet.spared("a", "b", "b2") == [3]
     assert fleet.spared("a", "b", "b2", "h") == [2, 3]
     assert (masks := fleet.overrun(0)) is not None
-    assert masks.overrun.all(), "nor is a row sent to those that wait"
+    assert masks.overrun.all(), "experts whose rows wait get no rerouted rows either"
     fleet.now += REMEMBER_S
     assert fleet.overrun(0) is None
     assert Fleet(set()).spared("a", "b", "b2", "h") == []
     assert Fleet({"experts-0", "experts-1"}).spared("a", "b", "b2", "h") == [0, 1, 2, 3]
 
 
-def test_a_hot_set_has_no_say() -> None:
-    """It does as the groups of its experts do, whatever it is told; where its group is lost, rows wait."""
+def test_the_policy_of_a_hot_set_does_not_count() -> None:
+    """The policy of the experts' group decides, not the hot set's; if no group holds the expert, rows wait."""
     assert Fleet({"hot-0"}).spared("a", "b", "b2", "h") == []
     fleet = Fleet({"experts-0", "hot-0"})
     assert fleet.spared("a", "h") == [0, 1]
@@ -65,21 +65,21 @@ def test_a_hot_set_has_no_say() -> None:
     assert fleet.spared("h") == []
 
 
-def test_a_replica_that_has_just_left_says_nothing() -> None:
-    """Its rows wait for the next table, whatever is the rule for groups that are not named."""
+def test_rows_of_a_replica_that_has_just_left_wait() -> None:
+    """Its deployment is unknown, so its rows wait for the next table, even if "" would be spared."""
     fleet = Fleet({"experts-0", ""})
     del fleet.deployments["a"]
     assert fleet.spared("a", "h") == []
 
 
-def test_an_expert_of_two_groups_waits_unless_both_say_otherwise() -> None:
-    """As while a rebalance moves it."""
+def test_an_expert_of_two_groups_waits_unless_both_have_backup() -> None:
+    """While a rebalance moves an expert, two groups hold it; both must have `backup`."""
     held = {**HELD, "b": "0:1-3"}
     assert Fleet({"experts-1"}, held).spared("a", "b", "b2", "h") == [2, 3]
     assert Fleet({"experts-0", "experts-1"}, held).spared("a", "b", "b2", "h") == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize(("backup", "spared"), [({"experts-0"}, []), ({"experts-0", "experts-1"}, [0, 1])])
-def test_a_sliced_expert_goes_whole(backup: set[str], spared: list[int]) -> None:
-    """Its slices lie in several groups: one overrun slice is enough, but all of the groups must agree."""
+def test_a_sliced_expert_is_spared_as_a_whole(backup: set[str], spared: list[int]) -> None:
+    """One overrun slice makes the expert overrun, but the groups of all its slices must have `backup`."""
     assert Fleet(backup, {"a": "0:0,2", "b": "0:1,3"}, slices=2).spared("a") == spared

@@ -1,0 +1,62 @@
+"""When the autoscaling policy grows, holds back or follows a ramp: fixed cost, judged steps, starting replicas."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from moiety.config.application import GroupSettings
+from moiety.policy.autoscale import SETTLE_S, STEP_TIMEOUT_S, Snapshot, State, decide, predicted_busy
+
+SETTINGS = GroupSettings(min_replicas=1, max_replicas=4, target_busy=0.6, queue_wait_ms=50, shrink_after_s=10)
+QUIET = Snapshot("experts-0", target=1, live=1, reporting=1, busy=0.2, queue_wait_ms=0.0, rows_per_s=100.0)
+
+
+def test_growth_accounts_for_the_fixed_part() -> None:
+    """If half of a batch's time is fixed, growth aims at more replicas than without, and so meets the target."""
+    settings = SETTINGS.model_copy(update={"max_replicas": 9})
+    busy = replace(QUIET, target=2, live=2, reporting=2, busy=0.8, fixed=0.5)
+    decision = decide(busy, State(), settings, 0.0)
+    assert decision.target == 4  # 0.8 * (0.5 + 0.5 * 2 / 4) = 0.6
+    assert predicted_busy(busy, decision.target) == pytest.approx(settings.target_busy)
+    assert decision.inputs["fixed"] == 0.5
+
+
+def test_growth_that_would_not_help_is_not_tried() -> None:
+    """If nearly all of a batch's time is fixed, twice the replicas would relieve each by less than a tenth: hold."""
+    decision = decide(replace(QUIET, busy=0.9, fixed=0.85), State(), SETTINGS, 0.0)
+    assert not decision.changes
+    assert "85% of it is fixed per batch: twice the replicas would relieve each by 8%" in decision.reason
+
+
+def test_a_step_that_did_not_help_is_not_repeated_until_later() -> None:
+    """A second replica that does not lower busy per row stops growth for a while; the reason names the numbers."""
+    alone = replace(QUIET, busy=0.9)
+    state = decide(alone, State(), SETTINGS, 0.0).state
+    two = replace(alone, target=2, live=2, reporting=2)
+    state = decide(two, state, SETTINGS, 5.0).state
+    after = decide(two, state, SETTINGS, 5.0 + SETTLE_S)
+    assert not after.changes
+    assert "the step 1 → 2 replicas changed busy per row by -0%, expected -50%" in after.reason
+    assert not decide(two, after.state, SETTINGS, 20.0).changes
+    assert decide(two, after.state, SETTINGS, 5.0 + SETTLE_S + STEP_TIMEOUT_S).target == 3
+
+
+def test_a_step_that_helped_is_followed_by_the_next() -> None:
+    """Twice the rows at the same busy fraction is the expected relief, so more load may grow the group again."""
+    alone = replace(QUIET, busy=0.9)
+    state = decide(alone, State(), SETTINGS, 0.0).state
+    two = replace(alone, target=2, live=2, reporting=2, rows_per_s=2 * alone.rows_per_s)
+    state = decide(two, state, SETTINGS, 5.0).state
+    assert decide(two, state, SETTINGS, 5.0 + SETTLE_S).target == 3
+
+
+def test_a_ramp_is_followed_while_replicas_start() -> None:
+    """Rising load adds replicas before the last ones are live; a long queue alone does not."""
+    settings = SETTINGS.model_copy(update={"max_replicas": 40})
+    rising = replace(QUIET, target=11, live=10, reporting=10, busy=0.7)
+    state = decide(rising, State(short_since=0.0, live=10), settings, 1.0).state
+    assert decide(rising, state, settings, 1.0).target == 12
+    waiting = replace(rising, busy=0.5, queue_wait_ms=500.0)
+    assert not decide(waiting, State(short_since=0.0, live=10), settings, 1.0).changes
