@@ -1,9 +1,9 @@
-"""The engine: one thread that runs `step()` while there is work. Readable top to bottom:
+"""The engine: one thread that runs `step()` while there is work. Read it from top to bottom:
 
 admit -> schedule -> run -> sample -> emit
 
-A step commits at its end: until then nothing of a sequence has changed, so a step that lost its experts beyond repair is
-simply run again without the sequences that needed them.
+A step commits at its end; until then no sequence has changed. When experts are lost and no replica can take over, the
+engine runs the step again without the sequences that needed them.
 """
 
 from __future__ import annotations
@@ -41,17 +41,17 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class EngineLoad:
-    """What a gateway wants to know before it picks a router."""
+    """The load that a gateway reads before it picks a router."""
 
     running: int
     waiting: int
-    free_blocks: int  # of the KV cache: without an owner, cached prefixes among them
-    admitted: int = 0  # requests that have begun to run, since the start
-    waited_s: float = 0.0  # how long they waited for that, together
+    free_blocks: int  # KV cache blocks that no sequence holds, including cached prefixes
+    admitted: int = 0  # requests that have started to run since the engine started
+    waited_s: float = 0.0  # seconds that they waited in total before they ran
 
 
 class StepInterrupted(MoietyError):
-    """A request of the step was given up while its layer waited for experts."""
+    """A request of the step was cancelled or reached its deadline while the step waited for experts."""
 
 
 class Engine:
@@ -59,7 +59,7 @@ class Engine:
 
     def __init__(
         self,
-        forward: StepRunner,
+        runner: StepRunner,
         cache: KVCache,
         *,
         slots: int,
@@ -70,7 +70,7 @@ class Engine:
         tracer: Tracer,
         speculative_tokens: int = 0,
     ):
-        self._forward, self._cache = forward, cache
+        self._runner, self._cache = runner, cache
         self._scheduler = Scheduler(cache, slots, token_budget, speculative_tokens)
         self._slots, self._rate = slots, AdmissionRate()
         self.queue_limit = queue_limit  # requests that may wait for a slot
@@ -85,7 +85,7 @@ class Engine:
         self._thread.start()
 
     def stop(self, timeout_s: float) -> None:
-        """Ends the thread; whatever still runs ends with Unavailable, so that its gateway resumes it elsewhere."""
+        """Ends the thread. Unfinished requests end with Unavailable, so that their gateways resume them on other routers."""
         with self._changed:
             self._stopping = True
             self._changed.notify()
@@ -98,12 +98,12 @@ class Engine:
 
     @property
     def blocks(self) -> int:
-        """Blocks of the KV cache."""
+        """Number of blocks in the KV cache."""
         return self._cache.blocks
 
     @property
     def block_tokens(self) -> int:
-        """Tokens of a block: the grain of prefix caching."""
+        """Tokens per block. Prefixes are cached in whole blocks."""
         return self._cache.block_tokens
 
     @property
@@ -113,21 +113,22 @@ class Engine:
         return EngineLoad(running, waiting, self._cache.free_blocks, self._admitted, self._waited_s)
 
     def submit(self, sequence: Sequence) -> None:
-        """Queues a request. Raises ResourceExhausted when the queue is full, InvalidRequest when it can never run."""
+        """Queues a request. Raises ResourceExhausted when the queue is full, InvalidRequest when the request can never run."""
         prompt = len(sequence.encoder_ids)
         if self._cache.blocks_for(sequence.most_tokens) + self._cache.blocks_for(prompt) > self._cache.blocks:
-            bound = f"at most {self._cache.capacity}, the KV cache's tokens (setting kv_memory)"
+            bound = f"at most {self._cache.capacity}, the size of the KV cache in tokens (setting kv_memory)"
             raise InvalidRequest("prompt + max_tokens", sequence.most_tokens + prompt, bound)
         if sequence.sampling.n > self._slots:
-            raise InvalidRequest("sampling.n", sequence.sampling.n, f"at most {self._slots}, the router's slots")
+            bound = f"at most {self._slots}, the router's slots (setting slots)"
+            raise InvalidRequest("sampling.n", sequence.sampling.n, bound)
         with self._changed:
             if self._stopping:
                 raise Unavailable("this router is shutting down")
             waiting = len(self._arrived) + len(self._scheduler.waiting)
-            free = max(0, self._slots - len(self._scheduler.running))  # taken at the next step: no queue for these
+            free = max(0, self._slots - len(self._scheduler.running))  # the next step fills these slots from the queue
             if waiting >= self.queue_limit + free:
-                told = f"{waiting - free} of at most {self.queue_limit} requests wait for a slot"
-                raise ResourceExhausted(told, self._rate.retry_after(waiting, time.monotonic()))
+                problem = f"{waiting - free} of at most {self.queue_limit} requests wait for a slot"
+                raise ResourceExhausted(problem, self._rate.retry_after(waiting, time.monotonic()))
             sequence.siblings = tuple(
                 sequence.sibling(choice, self._tracer.start(SpanName.ENGINE_REQUEST, parent=sequence.span))
                 for choice in range(sequence.choice + 1, sequence.choice + sequence.sampling.n)
@@ -136,18 +137,18 @@ class Engine:
             self._changed.notify()
 
     def cancel(self, sequence: Sequence) -> None:
-        """Frees the slots and blocks of the request, of all its choices, at the next step."""
+        """Cancels a request with all its choices. Their slots and blocks are freed at the next step."""
         with self._changed:
             sequence.cancelled = True
             self._changed.notify()
 
     def check_integrity(self) -> None:
-        """Raises RuntimeError where a KV block is lost or held too often. Only while no step runs."""
+        """Raises RuntimeError where a KV block or state slot is lost or has too many holders. Call only between steps."""
         running = self._scheduler.running
         self._cache.check_integrity(table for sequence in running for table in (sequence.table, sequence.cross_table))
 
     def step(self) -> bool:
-        """One round; False when there is nothing to do."""
+        """Runs one step. Returns False when there is nothing to do."""
         self._admit()
         plan = self._scheduler.plan_step()
         if not plan.scheduled:
@@ -155,10 +156,10 @@ class Engine:
         span, linked = self._step_spans(plan)
         plan, logits = self._run_plan(plan, span)
         sampled = emissions(plan, logits)
-        self._tracer.start(SpanName.SAMPLE, parent=span, start_ns=self._forward.last_layer_ns).end()
+        self._tracer.start(SpanName.SAMPLE, parent=span, start_ns=self._runner.last_layer_ns).end()
         span.end()
-        for other in linked:
-            other.end()
+        for linked_span in linked:
+            linked_span.end()
         self._commit(plan, sampled)
         return True
 
@@ -170,11 +171,11 @@ class Engine:
                 self._scheduler.add(sequence)
             self._arrived.clear()
         now, now_ns = time.monotonic(), time.time_ns()
-        everybody = (*self._scheduler.running, *self._scheduler.waiting)
-        for sequence in [s for s in everybody if self._stopping or s.given_up(now)]:
-            self._end_given_up(sequence)
+        unfinished = (*self._scheduler.running, *self._scheduler.waiting)
+        for sequence in [s for s in unfinished if self._stopping or s.given_up(now)]:
+            self._end_early(sequence)
         for sequence in self._scheduler.admit():
-            if not sequence.admitted:  # else it comes back from having been preempted
+            if not sequence.admitted:  # otherwise it was preempted and runs again
                 sequence.admitted = True
                 self._rate.note(now)
                 self._admitted += 1
@@ -183,10 +184,10 @@ class Engine:
                 self._tracer.start(SpanName.QUEUE, parent=sequence.span, start_ns=sequence.submitted_ns).end(now_ns)
 
     def _run_plan(self, plan: StepPlan, span: Span) -> tuple[StepPlan, torch.Tensor]:
-        """The forward pass, again and again without those that cannot go on; returns what ran and its logits [R, V]."""
+        """Repeats the forward pass without failed sequences until it succeeds; returns the final plan and its logits [R, V]."""
         while plan.scheduled:
             try:
-                return plan, self._forward.run(plan, self._context(plan, span))
+                return plan, self._runner.run(plan, self._context(plan, span))
             except HopFailed as failed:
                 ended = plan.owners(failed.tokens)
                 for sequence in ended:
@@ -196,7 +197,7 @@ class Engine:
                 now = time.monotonic()
                 ended = [item.sequence for item in plan.scheduled if self._stopping or item.sequence.given_up(now)]
                 for sequence in ended:
-                    self._end_given_up(sequence)
+                    self._end_early(sequence)
                 plan = plan.without(ended)
         return plan, torch.empty(0, 0)
 
@@ -204,21 +205,21 @@ class Engine:
         def check() -> None:
             now = time.monotonic()
             if self._stopping or any(item.sequence.given_up(now) for item in plan.scheduled):
-                raise StepInterrupted("a request of this step was given up")
+                raise StepInterrupted("a request of this step was cancelled or reached its deadline")
 
         return StepContext(plan.call_class, span, check, self._waits)
 
     def _commit(self, plan: StepPlan, sampled: list[tuple[Sequence, Emitted]]) -> None:
-        """Only now has the step happened: cache lengths advance, choices part ways, and tokens go out."""
+        """Makes the step take effect: advances cache lengths, forks choices and emits tokens."""
         for sequence, emitted in sampled:
             sequence.tokens.extend(emitted.token_ids)
         for item in plan.scheduled:
             sequence = item.sequence
             sequence.encoded = sequence.encoded or item.encode > 0
             if item.drafts and sequence.drafter is not None:
-                right = len(sequence.tokens) - sequence.computed - 2
-                sequence.drafter.learn(len(item.drafts), right, len(sequence.tokens))
-                sequence.computed = len(sequence.tokens) - 1  # what wrong drafts left behind it will be written over
+                accepted = len(sequence.tokens) - sequence.computed - 2
+                sequence.drafter.learn(len(item.drafts), accepted, len(sequence.tokens))
+                sequence.computed = len(sequence.tokens) - 1  # later tokens overwrite the entries of rejected drafts
             else:
                 sequence.computed += item.count
             self._cache.commit(sequence.table, sequence.tokens, sequence.computed, sequence.tenant)
@@ -233,23 +234,23 @@ class Engine:
     # The thread --------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        self._forward.use_threads(self._threads)
+        self._runner.use_threads(self._threads)
         while not self._stopping:
             try:
                 worked = self.step()
-            except Exception as error:  # a bug: end what it touched, keep serving
-                _log.exception("a step failed; its requests end")
+            except Exception as error:  # a bug: end the running requests, keep serving
+                _log.exception("a step failed; all running requests end")
                 for sequence in list(self._scheduler.running):
                     self._end(sequence, Emitted(error=MoietyError(f"the step failed: {type(error).__name__}: {error}")))
                 continue
             if not worked:
-                self._forward.poll()
+                self._runner.poll()
                 with self._changed:
                     self._changed.wait_for(lambda: self._stopping or self._arrived, timeout=0.1)
         self._admit()
 
     def _step_spans(self, plan: StepPlan) -> tuple[Span, list[Span]]:
-        """The step in the trace of its first sampled request, and a span linked to it in those of the others."""
+        """Starts the step's span in the first traced request's trace, and in each other's trace a span linked to it."""
         traced = [item.sequence.span for item in plan.scheduled if item.sequence.span.recording]
         if not traced:
             return NO_SPAN, []
@@ -260,13 +261,13 @@ class Engine:
         }
         span = self._tracer.start(SpanName.STEP, parent=traced[0], attributes=attributes)
         return span, [
-            self._tracer.start(SpanName.STEP, parent=other, attributes=attributes, links=(span,))
-            for other in traced[1:]
+            self._tracer.start(SpanName.STEP, parent=request_span, attributes=attributes, links=(span,))
+            for request_span in traced[1:]
         ]
 
     def _end(self, sequence: Sequence, emitted: Emitted) -> None:
         self._scheduler.remove(sequence)
-        for sibling in sequence.siblings:  # that never began
+        for sibling in sequence.siblings:  # choices that have not started
             self._end(sibling, emitted)
         if emitted.error is not None:
             sequence.span.error(emitted.error)
@@ -287,7 +288,7 @@ class Engine:
             )
         sequence.emit(replace(emitted, choice=sequence.choice) if sequence.choice else emitted)
 
-    def _end_given_up(self, sequence: Sequence) -> None:
+    def _end_early(self, sequence: Sequence) -> None:
         error: MoietyError
         if self._stopping:
             error = Unavailable("this router is shutting down")

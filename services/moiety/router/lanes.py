@@ -1,7 +1,7 @@
-"""Several forwards of one model on one thread, in turns: while one waits for its experts, another computes.
+"""Runs several forward passes of one model in turns on one thread: while one waits for its experts, another computes.
 
-Greenlets, not threads: a lane gives way only where it would wait, so nothing needs a lock, the turn costs microseconds,
-and two lanes never fight over the interpreter or the cores.
+Lanes are greenlets, not threads. A lane switches to another only where it would wait, so nothing needs a lock, a switch
+costs microseconds, and lanes do not compete for the interpreter or the cores.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ T = TypeVar("T")
 
 
 class _Lane(Generic[T]):
-    """One task on a stack of its own."""
+    """One task with its own stack."""
 
     def __init__(self, task: Callable[[], T]):
         self._task = task
-        self.due = 0.0  # when it wants to run again, whatever has come until then
+        self.due = 0.0  # monotonic time by which it must run again, event or not
         self.result: T
         self.error: BaseException | None = None
         self.stack = greenlet(self._run)
@@ -35,18 +35,18 @@ class _Lane(Generic[T]):
 
 
 class Lanes:
-    """Runs the lanes of one step at a time. For the one thread that `wait`s."""
+    """Runs the lanes of one step at a time. Only one thread, the one that calls `run` and `wait`, may use it."""
 
     def __init__(self, wait: Callable[[float], object]):
-        """`wait(seconds)` blocks the thread until something was handled or the time is over, as `Mailbox.wait` does."""
+        """`wait(seconds)` blocks the thread until an event was handled or the time is over, as `Mailbox.wait` does."""
         self._block = wait
         self._running: dict[greenlet, _Lane[object]] = {}
 
     def wait(self, seconds: float) -> None:
-        """What a lane calls instead of blocking: the others run until something was handled, or `seconds` are over."""
+        """Lets the other lanes run until an event was handled or `seconds` are over. A lane calls this instead of blocking."""
         lane = self._running.get(getcurrent())
         if lane is None:
-            self._block(seconds)  # not in a lane: nobody else to run
+            self._block(seconds)  # not in a lane: no other lane to run
             return
         lane.due = time.monotonic() + seconds
         parent = lane.stack.parent
@@ -54,7 +54,7 @@ class Lanes:
         parent.switch()
 
     def run(self, tasks: Sequence[Callable[[], T]]) -> list[T]:
-        """The results of all `tasks`, in their order. The first error ends the other lanes where they wait."""
+        """Runs `tasks` as lanes and returns their results in order. On the first error the other lanes end where they wait."""
         if len(tasks) == 1:
             return [tasks[0]()]
         lanes = [_Lane(task) for task in tasks]

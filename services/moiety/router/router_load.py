@@ -1,4 +1,4 @@
-"""How full a router is, for the load ledger: what routers are scaled on."""
+"""Measures how full a router is. Routers are scaled on these readings."""
 
 from __future__ import annotations
 
@@ -11,23 +11,27 @@ from moiety.router.engine import Engine
 
 
 class RouterLoad:
-    """Readings of one engine's load, each over the time since the one before."""
+    """Reads one engine's load. Each reading covers the time since the previous one."""
 
     def __init__(self, engine: Engine, slots: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._engine, self._slots, self._clock = engine, slots, clock
         self._since, self._admitted, self._waited_s = clock(), 0, 0.0
 
     def reading(self) -> ReplicaLoad:
-        """Busy: slots or KV cache, whichever is fuller; rows are requests. Where none was let in, all waited that long."""
+        """Returns the load since the last reading.
+
+        `busy` is the fuller of slots and KV cache; rows and calls are admitted requests. If requests wait and none was
+        admitted, the queue wait is the whole time since the last reading.
+        """
         load, now = self._engine.load, self._clock()
-        span = max(now - self._since, 1e-6)
+        elapsed = max(now - self._since, 1e-6)
         admitted, waited_s = load.admitted - self._admitted, load.waited_s - self._waited_s
         self._since, self._admitted, self._waited_s = now, load.admitted, load.waited_s
-        wait_s = waited_s / admitted if admitted else span * (load.waiting > 0)
+        wait_s = waited_s / admitted if admitted else elapsed * (load.waiting > 0)
         blocks = self._engine.blocks
         return ReplicaLoad(
             busy=min(1.0, router_busy(load.running, self._slots, blocks - load.free_blocks, blocks)),
             queue_wait_ms=1000 * wait_s,
-            rows_per_s=admitted / span,
-            calls_per_s=admitted / span,
+            rows_per_s=admitted / elapsed,
+            calls_per_s=admitted / elapsed,
         )

@@ -1,4 +1,4 @@
-"""moiety.internal.v1.EngineService: token ids in, token ids out. The asyncio side of the engine; it never computes."""
+"""moiety.internal.v1.EngineService: takes and returns token ids. This is the engine's asyncio side; it does not compute."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SERVICE = "moiety.internal.v1.EngineService"
 
 
 class EngineService(engine_pb2_grpc.EngineServiceServicer):
-    """One engine's RPCs."""
+    """The RPCs of one engine."""
 
     def __init__(
         self,
@@ -44,12 +44,12 @@ class EngineService(engine_pb2_grpc.EngineServiceServicer):
         tracer: Tracer,
         start: DecoderStart | None = None,
     ):
-        """`start`: what an encoder-decoder's output begins with; None for a decoder."""
+        """`start`: the token that an encoder-decoder's output begins with; None for a decoder-only model."""
         self._start = start
         self._guides = guides
         self._engine, self._model, self._revision, self._tracer = engine, model, revision, tracer
         self._vocabulary, self._max_context, self._slots = vocabulary, max_context, slots
-        self._streams: set[CallServer] = set()  # a gateway's each
+        self._streams: set[CallServer] = set()  # one for each gateway
         self._arrivals = itertools.count()
 
     async def DescribeEngine(
@@ -84,11 +84,11 @@ class EngineService(engine_pb2_grpc.EngineServiceServicer):
 
     @property
     def idle(self) -> bool:
-        """Whether nobody waits for anything, and every event has gone out."""
+        """Whether no request is open and every event was sent."""
         return all(stream.idle for stream in self._streams)
 
     async def _answer(self, call: engine_pb2.GenerateTokensRequest, tell: Tell) -> None:
-        """One request, to the end of all its choices."""
+        """Serves one request until all its choices have ended."""
         loop, ended = asyncio.get_running_loop(), asyncio.Event()
         error: MoietyError | None = None
         unfinished = max(call.request.sampling.n, 1)
@@ -107,7 +107,7 @@ class EngineService(engine_pb2_grpc.EngineServiceServicer):
         try:
             await ended.wait()
         finally:
-            self._engine.cancel(sequence)  # no-op when it has ended; frees the slot when the client went away
+            self._engine.cancel(sequence)  # no effect once it has ended; frees its slots if the client has left
         if error is not None:
             raise error
 
@@ -116,21 +116,21 @@ class EngineService(engine_pb2_grpc.EngineServiceServicer):
         if request.revision and request.revision != self._revision:
             raise FailedPrecondition(f"this router serves revision {self._revision}, not {request.revision}")
         prompt, generated = list(request.prompt_ids), list(request.generated_ids)
-        before = prompt
-        if self._start is not None:  # the prompt is the encoder's, and the decoder begins with a token of its own
+        decoder_prompt = prompt
+        if self._start is not None:  # the prompt goes to the encoder; the decoder begins with its start token
             check_prompt(prompt, self._vocabulary, self._max_context)
-            before = [self._start.token]
-        check_prompt(before + generated, self._vocabulary, self._max_context)
-        sampling = check_sampling(request.sampling, len(before), self._vocabulary, self._max_context)
+            decoder_prompt = [self._start.token]
+        check_prompt(decoder_prompt + generated, self._vocabulary, self._max_context)
+        sampling = check_sampling(request.sampling, len(decoder_prompt), self._vocabulary, self._max_context)
         if self._start is not None:
             if sampling.prompt_logprobs:
                 raise InvalidRequest(
-                    "sampling.prompt_logprobs", True, "false: an encoder gives its input no probabilities"
+                    "sampling.prompt_logprobs", True, "false: an encoder gives no probabilities for prompt tokens"
                 )
             if sampling.first_token_id is None:
                 sampling = replace(sampling, first_token_id=self._start.first_token)
         if generated and sampling.n > 1:
-            raise InvalidRequest("sampling.n", sampling.n, "1 behind generated_ids, which are of one choice")
+            raise InvalidRequest("sampling.n", sampling.n, "1 with generated_ids, which belong to one choice")
         guide = await self._guides.compile(sampling.guide) if sampling.guide else None
         eos = {*request.stop_ids, *(self._guides.eos_ids if guide else ())}
         span = self._tracer.start(
@@ -139,9 +139,9 @@ class EngineService(engine_pb2_grpc.EngineServiceServicer):
             attributes={Attribute.REQUEST_ID: request.request_id, Attribute.INPUT_TOKENS: len(prompt)},
         )
         return Sequence(
-            request_id=f"{request.request_id}/{next(self._arrivals)}",  # the same request may come again after a lost gateway
-            tokens=before + generated,
-            prompt_tokens=len(before),
+            request_id=f"{request.request_id}/{next(self._arrivals)}",  # a lost gateway may send it again
+            tokens=decoder_prompt + generated,
+            prompt_tokens=len(decoder_prompt),
             encoder_ids=() if self._start is None else tuple(prompt),
             sampling=sampling,
             stop_ids=sampling.ends(eos),

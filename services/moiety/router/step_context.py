@@ -1,4 +1,4 @@
-"""What the engine asks of an expert backend, and what the hop is told: once for all calls, and anew for every step."""
+"""What an expert backend must offer to an engine (StepBackend), and what the engine passes it for each step (StepContext)."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from moiety.telemetry.tracing import Span
 
 @dataclass(frozen=True, slots=True)
 class StepContext:
-    """What the hop must know of the step it works for."""
+    """What the hop needs to know about the current step."""
 
     call_class: CallClass
     span: Span
-    check: Callable[[], None]  # raises once a request of the step was cancelled or has expired
-    waits: Callable[[int, list[int]], None]  # tells the policy that experts of a layer are waited for
-    # Told of each layer under the overflow policy `backup`: bool [T, K], which rows went to another expert than the gate's.
+    check: Callable[[], None]  # raises if a request of the step was cancelled or its deadline has passed
+    waits: Callable[[int, list[int]], None]  # reports (layer, experts): the step waits because no replica holds them
+    # Under the overflow policy `backup`, called for each layer with bool [T, K]: rows sent to another expert than the gate's.
     routed: Callable[[np.ndarray], None] = lambda _rerouted: None
 
 
@@ -29,13 +29,13 @@ class StepBackend(ExpertBackend, Protocol):
 
     @property
     def layer_began_ns(self) -> int:
-        """Unix time, in nanoseconds, at which the layer before was done, or the step began."""
+        """Unix time in nanoseconds at which the previous layer was done, or at which the step began."""
         ...
 
     def begin_step(self, step: StepContext) -> None:
-        """Every layer submitted from now on belongs to `step`."""
+        """Starts a step: every layer submitted from now on belongs to `step`."""
         ...
 
     def poll(self) -> None:
-        """Handles what has come meanwhile, without waiting; for a thread that is idle."""
+        """Handles messages that have arrived, without waiting. An idle engine thread calls this."""
         ...

@@ -1,4 +1,4 @@
-"""A step's tokens through the model: in one piece, or split into lanes where that was measured to be faster."""
+"""Runs a step's tokens through the model: in one pass, or split into lanes where that was measured to be faster."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from moiety_kernels.ops.linear import PACKED_ROWS
 
 
 class StepRunner:
-    """Runs step plans through one model; for one thread."""
+    """Runs step plans through one model. Only one thread may use it."""
 
     def __init__(
         self,
@@ -35,38 +35,38 @@ class StepRunner:
         lanes: Lanes | None = None,
         tuner: LaneTuner | None = None,
     ):
-        """One backend a lane. Without a `tuner` every step that can be split is run in as many lanes as there are."""
+        """Takes one backend per lane. Without a `tuner`, a step with several sequences uses all lanes."""
         self._model, self._cache, self._backends, self._lanes, self._tuner = model, cache, backends, lanes, tuner
         self._device = next(model.parameters()).device
         self._threads = torch.get_num_threads()
 
     @property
     def last_layer_ns(self) -> int:
-        """Unix time at which the last layer of the last step was done."""
+        """Unix time in nanoseconds at which the last layer of the last step was done."""
         return max(backend.layer_began_ns for backend in self._backends)
 
     def use_threads(self, count: int) -> None:
-        """Computes with so many threads at most. To be called by the thread that runs steps."""
+        """Computes with at most `count` threads. The thread that runs steps must make this call."""
         self._threads = count
         threads.use_threads(count)
 
     def poll(self) -> None:
-        """To be called now and then by a thread that is idle: changes of the table and late answers are handled."""
+        """Handles routing table changes and late answers. An idle engine thread calls this regularly."""
         self._backends[0].poll()
 
     @torch.inference_mode()
     def run(self, plan: StepPlan, step: StepContext) -> torch.Tensor:
-        """Logits [R, V] of the tokens that want them, in the plan's order. Raises HopFailed, or what `step.check` does."""
-        # Where our kernels do all that is worth sharing, torch must not share out the rest.
+        """Returns logits [R, V] of the tokens that need them, in plan order. Raises HopFailed, or what `step.check` raises."""
+        # Up to PACKED_ROWS tokens our kernels do the work that is worth several threads; torch uses one for the rest.
         torch.set_num_threads(1 if plan.tokens <= PACKED_ROWS else self._threads)
         if self._lanes is None or len(self._backends) == 1 or len(plan.scheduled) == 1:
-            return self._part(self._backends[0], plan, 0, step)
+            return self._run_part(self._backends[0], plan, 0, step)
         size = plan.call_class, plan.work.bit_length()
         count = len(self._backends) if self._tuner is None else self._tuner.choose(size)
         tasks: list[Callable[[], torch.Tensor]] = []
         offset = 0
         for backend, part in zip(self._backends, plan.split(count), strict=False):
-            tasks.append(partial(self._part, backend, part, offset, step))
+            tasks.append(partial(self._run_part, backend, part, offset, step))
             offset += part.tokens
         began = time.perf_counter()
         logits = self._lanes.run(tasks)
@@ -74,10 +74,10 @@ class StepRunner:
             self._tuner.observe(size, count, time.perf_counter() - began)
         return torch.cat(logits)
 
-    def _part(self, backend: StepBackend, plan: StepPlan, offset: int, step: StepContext) -> torch.Tensor:
-        """One lane's logits; its tokens are those of the step from `offset` on."""
+    def _run_part(self, backend: StepBackend, plan: StepPlan, offset: int, step: StepContext) -> torch.Tensor:
+        """Returns one lane's logits. Its first token is the step's token `offset`."""
         ids: list[int] = []
-        wanted: list[int] = []  # positions in the packed row
+        wanted: list[int] = []  # positions of tokens that need logits
         for item in plan.scheduled:
             ids += item.ids
             wanted += range(len(ids) - item.wanted, len(ids))
@@ -107,7 +107,7 @@ class StepRunner:
         return logits[: len(wanted)]
 
     def _cross_attention(self, sequences: Sequence[Request], counts: Sequence[int]) -> CrossAttentionBatch | None:
-        """Where prompts lie that an encoder has read, or is to read in this step; None where there is no encoder."""
+        """Locates the prompts that the encoder has read or reads in this step; None for decoder-only models."""
         if not any(sequence.encoder_ids for sequence in sequences):
             return None
         return CrossAttentionBatch.build(
@@ -121,7 +121,7 @@ class StepRunner:
 
 
 def _note_routed(plan: StepPlan, rerouted: np.ndarray) -> None:
-    """Counts a layer's rows, and those that went to another expert, for the sequence that each token [T, K] is of."""
+    """Adds a layer's rows, and those rerouted to another expert (bool [T, K]), to the counts of each token's sequence."""
     start = 0
     for item in plan.scheduled:
         end = start + len(item.ids)

@@ -1,4 +1,4 @@
-"""Arguments of a module by tokens: which of them have one row for each token of a packed step, and parts of those."""
+"""Changes or cuts those arguments of a module that have one row for each token of a packed step."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 def tokenwise(value: Any, shape: tuple[int, int], change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """`value` with every tensor in it changed that begins with `shape`, one row a token."""
+    """Returns `value` with `change` applied to each tensor in it whose shape begins with `shape`, one row per token."""
     if isinstance(value, torch.Tensor):
         return change(value) if value.shape[:2] == shape else value
     if isinstance(value, tuple | list):
@@ -20,5 +20,5 @@ def tokenwise(value: Any, shape: tuple[int, int], change: Callable[[torch.Tensor
 
 
 def cut(value: Any, shape: tuple[int, int], begin: int, end: int) -> Any:
-    """The tokens from `begin` to `end` of every sequence."""
+    """Returns `value` with only the tokens from `begin` to `end` of each sequence."""
     return tokenwise(value, shape, lambda tensor: tensor[:, begin:end])

@@ -1,4 +1,4 @@
-"""One compute thread: matrices this small gain nothing from more, and other tests may be using the cores."""
+"""Limits torch to one thread: matrices this small gain nothing from more, and other tests may use the cores."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Models of numbers that stand in for a network, and what it takes to run an engine around them."""
+"""Small arithmetic models that replace a network, and helpers to run an engine with them."""
 
 from __future__ import annotations
 
+import random
 import threading
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
@@ -20,14 +21,14 @@ from moiety.telemetry.tracing import NO_TRACER
 
 VOCABULARY = 32
 STOP = 9
-START = 1  # of a TranslatingModel's outputs
+START = 1  # first token of a TranslatingModel's output
 BLOCK_TOKENS = 4
 SPEC = CacheSpec({0: LayerSpec(1, 2, 2, torch.float32)})
 _LOGITS = torch.randn(257, VOCABULARY, generator=torch.Generator().manual_seed(0))
 
 
 class CountingModel(torch.nn.Module):
-    """Its next token is always the last one plus one; `before` may raise, as a hop does, seeing the step's ids."""
+    """Predicts the last token plus one. `before` receives the step's ids and may raise, as a hop does."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,9 +45,9 @@ class CountingModel(torch.nn.Module):
 
 
 class RememberingModel(CountingModel):
-    """Keeps its tokens in the KV cache and answers with a function of all it finds there, up to `window` of them.
+    """Keeps its tokens in the KV cache. Its logits are a function of the cached tokens, of the last `window` if given.
 
-    A block that was lost, given to two, or not copied where two sequences part, changes what it says.
+    A block that is lost, given to two sequences, or not copied in a fork changes the output.
     """
 
     def __init__(self, window: int | None = None) -> None:
@@ -73,16 +74,16 @@ class RememberingModel(CountingModel):
             kept = keys[table, 0, :, 0].flatten()[:length]
             first = max(0, length - self.window) if self.window else 0
             assert torch.equal(values[table, 0, :, 1].flatten()[first:length], kept[first:] + 1)
-            rows.append(remembered(kept.int().tolist(), self.window))
+            rows.append(expected_logits(kept.int().tolist(), self.window))
         return SimpleNamespace(logits=torch.stack(rows)[None])
 
 
 class TranslatingModel(CountingModel):
-    """An encoder-decoder: keeps prompts and outputs in the KV cache, and answers with a function of all it finds there."""
+    """An encoder-decoder that keeps prompts and outputs in the KV cache. Its logits are a function of all cached tokens."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.encoded: list[tuple[int, ...]] = []  # tokens of the prompts that each step encoded
+        self.encoded: list[tuple[int, ...]] = []  # lengths of the prompts that each step encoded
 
     def forward(
         self,
@@ -108,31 +109,31 @@ class TranslatingModel(CountingModel):
                 kept = keys[table[sequence], 0, :, 0].flatten()[: int(length[token])]
                 assert torch.equal(values[table[sequence], 0, :, 1].flatten()[: len(kept)], kept + 1)
                 text += kept.int().tolist()
-            rows.append(remembered(text))
+            rows.append(expected_logits(text))
         return SimpleNamespace(logits=torch.stack(rows)[None])
 
 
-def translated(prompt: Sequence[int], count: int, output: Sequence[int] = ()) -> list[int]:
-    """The next `count` greedy tokens of a TranslatingModel behind START and `output`, by the naive way."""
-    return recited([*prompt, START, *output], count)
+def expected_translation(prompt: Sequence[int], count: int, output: Sequence[int] = ()) -> list[int]:
+    """Returns the next `count` greedy tokens of a TranslatingModel after START and `output`, computed naively."""
+    return expected_tokens([*prompt, START, *output], count)
 
 
-def remembered(tokens: Sequence[int], window: int | None = None) -> torch.Tensor:
-    """The logits [V] of a RememberingModel behind `tokens`."""
+def expected_logits(tokens: Sequence[int], window: int | None = None) -> torch.Tensor:
+    """Returns the logits [V] of a RememberingModel after `tokens`."""
     seen = list(enumerate(tokens))[-window if window else 0 :]
     return _LOGITS[sum((position % 11 + 1) * (token + 1) for position, token in seen) % len(_LOGITS)]
 
 
-def recited(prompt: Sequence[int], count: int, window: int | None = None) -> list[int]:
-    """The next `count` greedy tokens of a RememberingModel behind `prompt`, by the naive way."""
+def expected_tokens(prompt: Sequence[int], count: int, window: int | None = None) -> list[int]:
+    """Returns the next `count` greedy tokens of a RememberingModel after `prompt`, computed naively."""
     tokens = list(prompt)
     for _ in range(count):
-        tokens.append(int(remembered(tokens, window).argmax()))
+        tokens.append(int(expected_logits(tokens, window).argmax()))
     return tokens[len(prompt) :]
 
 
 class NoHop:
-    """The engine tells it of each step, and these models never ask it for experts."""
+    """An expert backend that records the current step. These models call no experts."""
 
     layer_began_ns = 0
 
@@ -140,21 +141,21 @@ class NoHop:
         self.step = step
 
     def poll(self) -> None:
-        """Nothing ever comes."""
+        """Does nothing: no message arrives."""
 
 
 class Listener:
-    """What a request was sent, choice by choice."""
+    """Collects the events of a request by choice."""
 
     def __init__(self) -> None:
         self.choices: dict[int, list[int]] = {}
         self.ends: dict[int, Emitted] = {}
         self.cached_tokens: dict[int, int] = {}
         self.prompt_logprobs: list[float] = []
-        self.ended = threading.Event()  # all choices that began
+        self.ended = threading.Event()  # set when all choices that started have ended
 
     def __call__(self, emitted: Emitted) -> None:
-        assert emitted.choice not in self.ends, "something came after the end"
+        assert emitted.choice not in self.ends, "an event came after the end"
         if emitted.choice not in self.choices:
             self.cached_tokens[emitted.choice] = emitted.cached_tokens
         self.prompt_logprobs += emitted.prompt_logprobs
@@ -166,13 +167,23 @@ class Listener:
 
     @property
     def tokens(self) -> list[int]:
-        """Of a request with one choice."""
+        """The tokens of a request with one choice."""
         return self.choices.get(0, [])
 
     @property
     def end(self) -> Emitted | None:
-        """Of a request with one choice."""
+        """The last event of a request with one choice."""
         return self.ends.get(0)
+
+
+def greedy(max_tokens: int, **options: bool) -> Sampling:
+    """Returns greedy sampling that ignores the stop token."""
+    return Sampling(max_tokens=max_tokens, ignore_eos=True, **options)
+
+
+def prompt_of(seed: int, length: int) -> list[int]:
+    """Returns `length` random tokens."""
+    return random.Random(seed).choices(range(VOCABULARY), k=length)
 
 
 def engine_of(
@@ -188,7 +199,7 @@ def engine_of(
     speculative_tokens: int = 0,
     cross_attention: bool = False,
 ) -> Engine:
-    """An engine that the test steps or starts itself."""
+    """Builds an engine that is not started: the test steps or starts it."""
     spec = CacheSpec({0: LayerSpec(1, 2, 2, torch.float32, window=window)}, cross_attention=cross_attention)
     memory = blocks * BLOCK_TOKENS * spec.bytes_per_token
     cache = KVCache(spec, memory, torch.device("cpu"), block_tokens=BLOCK_TOKENS, revision=revision)
@@ -208,7 +219,7 @@ def engine_of(
 def submit(
     engine: Engine, prompt: Sequence[int], *, max_tokens: int = 3, sampling: Sampling | None = None, **options: Any
 ) -> tuple[Request, Listener]:
-    """A request with this prompt."""
+    """Submits a request with this prompt."""
     listener = Listener()
     sampling = sampling or Sampling(max_tokens=max_tokens)
     sequence = Request(
@@ -225,11 +236,11 @@ def submit(
 
 
 def finish(engine: Engine, steps: int = 1000) -> None:
-    """Steps until nothing is left to do, and looks for lost blocks."""
+    """Steps until nothing is left to do, and checks that no block is lost."""
     for _ in range(steps):
         if not engine.step():
             assert (engine.load.running, engine.load.waiting) == (0, 0)
             assert engine.load.free_blocks == engine.blocks
             engine.check_integrity()
             return
-    raise AssertionError("the engine never came to rest")
+    raise AssertionError(f"the engine still had work after {steps} steps")

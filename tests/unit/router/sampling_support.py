@@ -1,4 +1,4 @@
-"""Sequences as the sampler sees them."""
+"""Builds sequences and logits for sampler tests."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ EOS = 1
 def sequence_of(
     prompt: list[int] | None = None, generated: list[int] | None = None, *, choice: int = 0, **options: Any
 ) -> Sequence:
-    """A sequence behind `generated`, sampled at temperature 1 unless told otherwise."""
+    """Builds a sequence with the output `generated`; the default temperature is 1."""
     prompt, generated = prompt or [3, 4], generated or []
     sampling = Sampling(**{"max_tokens": 100, "temperature": 1.0, **options})
     return Sequence(
@@ -32,12 +32,12 @@ def sequence_of(
 
 
 def logits_of(seed: int, vocabulary: int = 50, rows: int = 1, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Random logits [rows, vocabulary]."""
+    """Returns random logits [rows, vocabulary]."""
     return (3 * torch.randn(rows, vocabulary, generator=torch.Generator().manual_seed(seed))).to(dtype)
 
 
 def sampled(logits: torch.Tensor, *sequences: Sequence) -> list[Sampled]:
-    """What `sample` gives; none of the rows may fail."""
+    """Returns what `sample` gives; no row may fail."""
     results = sample(logits, sequences)
     for result in results:
         assert not isinstance(result, MoietyError), result
@@ -45,5 +45,5 @@ def sampled(logits: torch.Tensor, *sequences: Sequence) -> list[Sampled]:
 
 
 def one(logits: torch.Tensor, sequence: Sequence) -> Sampled:
-    """The result of a single row."""
+    """Samples a single row."""
     return sampled(logits, sequence)[0]

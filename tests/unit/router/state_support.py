@@ -1,4 +1,4 @@
-"""Small random hybrids (attention beside layers that keep states), and their greedy texts by plain transformers."""
+"""Small random hybrid models (attention and state layers), and their greedy outputs by plain transformers."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ WINDOWED: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 1,
         "head_dim": 8,
         "attention_chunk_size": 8,
-        "floor_scale": 4,  # attention without rotation is scaled by position, from the fourth on
+        "floor_scale": 4,  # scales attention without rotation by position, from position 4 on
         "attn_scale": 2.0,
     },
     "gpt_oss": _WINDOW,
@@ -146,7 +146,7 @@ INDEXED: dict[str, dict[str, Any]] = {
     }
     for name in ("deepseek_v32", "glm_moe_dsa", "axk2", "hy_v4", "dots3_note_text")
 }
-INDEXED["dots3_note_text"] |= {  # every other layer sees a window instead, with sizes of its own
+INDEXED["dots3_note_text"] |= {  # every other layer has a window instead, with its own sizes
     "layer_types": ["indexed_attention", "sliding_attention"] * 2,
     "sliding_window": 8,
     "swa_num_attention_heads": 4,
@@ -160,7 +160,7 @@ INDEXED["dots3_note_text"] |= {  # every other layer sees a window instead, with
 
 
 def hybrid(architecture: str) -> Any:
-    """A whole random transformers model, its experts included."""
+    """Builds a random transformers model, including its experts."""
     settings = {**_BASE, **{**HYBRIDS, **WINDOWED, **INDEXED}[architecture]}
     if "layers_block_type" in settings:
         del settings["num_hidden_layers"]
@@ -179,20 +179,20 @@ def hybrid(architecture: str) -> Any:
 
 
 def prompt_of(seed: int, length: int) -> tuple[int, ...]:
-    """Some tokens."""
+    """Returns `length` random tokens."""
     generator = torch.Generator().manual_seed(seed)
     return tuple(torch.randint(3, VOCABULARY, (length,), generator=generator).tolist())
 
 
 @functools.cache
 def reference(architecture: str) -> Any:
-    """The model as transformers runs it."""
+    """Returns the model as transformers runs it."""
     return hybrid(architecture)
 
 
 @functools.cache
-def told(architecture: str, prompt: tuple[int, ...]) -> list[int]:
-    """The next NEW_TOKENS greedy tokens behind `prompt`, by transformers alone, with a cache for this one text."""
+def transformers_tokens(architecture: str, prompt: tuple[int, ...]) -> list[int]:
+    """Returns the next NEW_TOKENS greedy tokens after `prompt`, by transformers alone, with a cache for this text only."""
     ids = torch.tensor([prompt])
     options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0, "eos_token_id": -1}
     with quiet_transformers():
@@ -201,7 +201,7 @@ def told(architecture: str, prompt: tuple[int, ...]) -> list[int]:
 
 
 def served(architecture: str, dtype: torch.dtype = torch.float32) -> tuple[Any, CacheSpec]:
-    """The same model, made ready to run packed steps, and what it keeps."""
+    """Returns the same model, prepared to run packed steps, and its CacheSpec."""
     paged.register_paged_attention()
     model = hybrid(architecture).to(dtype)
     model.set_attn_implementation(paged.NAME)
@@ -212,7 +212,7 @@ def served(architecture: str, dtype: torch.dtype = torch.float32) -> tuple[Any, 
 
 
 def layers_of(model: Any) -> torch.nn.ModuleList:
-    """Its decoder layers."""
+    """Returns the decoder layers of `model`."""
     count = model.config.num_hidden_layers
     return next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == count)
 
@@ -227,7 +227,7 @@ def engine_on(
     lanes: Lanes | None = None,
     backend: Any = None,
 ) -> Engine:
-    """An engine with room for so many blocks of 4 tokens; without a backend, experts are in the model itself."""
+    """Builds an engine with `blocks` blocks of 4 tokens. Without a backend the model computes its own experts."""
     memory = slots * spec.bytes_per_slot + blocks * BLOCK_TOKENS * spec.bytes_per_token
     cache = KVCache(spec, memory, torch.device("cpu"), slots=slots, block_tokens=BLOCK_TOKENS, revision="r")
     return Engine(

@@ -1,11 +1,11 @@
-"""The engine around an encoder-decoder of numbers: prompts are encoded whole, kept beside outputs, and given up with them."""
+"""The engine with a small encoder-decoder: prompts are encoded whole, cached beside outputs and freed with them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import pytest
-from engine_support import START, Listener, TranslatingModel, engine_of, finish, submit, translated
+from engine_support import START, Listener, TranslatingModel, engine_of, expected_translation, finish, submit
 
 from moiety.core.sampling import Sampling
 from moiety.errors import Cancelled, HopFailed, InvalidRequest, NoHolder
@@ -19,7 +19,7 @@ NEW_TOKENS = 7
 def ask(
     engine: Engine, prompt: Sequence[int], output: Sequence[int] = (), n: int = 1, new_tokens: int = NEW_TOKENS
 ) -> tuple[Request, Listener]:
-    """A request to translate `prompt`, of which `output` was made already."""
+    """Submits a request to translate `prompt`, whose tokens `output` exist already."""
     sampling = Sampling(new_tokens, ignore_eos=True, n=n)
     request, listener = submit(engine, [START], sampling=sampling, encoder_ids=tuple(prompt))
     request.tokens += output
@@ -27,18 +27,20 @@ def ask(
 
 
 def test_prompts_together_give_what_each_gives_alone():
-    """Each output follows from its own prompt and itself; every prompt is encoded once, whole."""
+    """Each output depends only on its own prompt and itself, and every prompt is encoded once, in one piece."""
     model = TranslatingModel()
     engine = engine_of(model, cross_attention=True)
     listeners = [ask(engine, prompt)[1] for prompt in PROMPTS]
     finish(engine)
-    assert [listener.tokens for listener in listeners] == [translated(prompt, NEW_TOKENS) for prompt in PROMPTS]
+    assert [listener.tokens for listener in listeners] == [
+        expected_translation(prompt, NEW_TOKENS) for prompt in PROMPTS
+    ]
     assert sorted(length for step in model.encoded for length in step) == sorted(map(len, PROMPTS))
     engine.stop(5)
 
 
 def test_a_prompt_beyond_the_budget_is_encoded_by_itself():
-    """It goes in one piece, one such prompt a step, and streams that run lose no step over it."""
+    """A long prompt is encoded in one piece, one per step, and running streams still get a token each step."""
     model = TranslatingModel()
     engine = engine_of(model, cross_attention=True, token_budget=6)
     _, running = ask(engine, [5, 6])
@@ -55,32 +57,32 @@ def test_a_prompt_beyond_the_budget_is_encoded_by_itself():
 
 
 def test_out_of_blocks_a_prompt_is_encoded_again():
-    """Who has to give its blocks back gives its prompt's too; encoded anew, its output goes on as if nothing had been."""
+    """A preempted sequence frees its prompt's blocks too. After encoding again its output continues unchanged."""
     model = TranslatingModel()
     engine = engine_of(model, cross_attention=True, blocks=12)
     listeners = [ask(engine, prompt, new_tokens=20)[1] for prompt in PROMPTS]
     finish(engine)
-    assert [listener.tokens for listener in listeners] == [translated(prompt, 20) for prompt in PROMPTS]
-    assert sum(map(len, model.encoded)) > len(PROMPTS), "somebody was preempted"
+    assert [listener.tokens for listener in listeners] == [expected_translation(prompt, 20) for prompt in PROMPTS]
+    assert sum(map(len, model.encoded)) > len(PROMPTS), "no sequence was preempted: the test tests nothing"
     engine.stop(5)
 
 
 def test_choices_share_their_prompt():
-    """n choices have one encoded prompt, in one set of blocks; each ends, and gives its share back."""
+    """n choices share one encoded prompt in one set of blocks, which is freed when all have ended."""
     model = TranslatingModel()
     engine = engine_of(model, cross_attention=True)
     _, listener = ask(engine, PROMPTS[1], n=3)
     engine.step()
     engine.step()
-    assert engine.blocks - engine.load.free_blocks == 5 + 3, "five blocks of the prompt, one of each output"
+    assert engine.blocks - engine.load.free_blocks == 5 + 3, "five blocks for the prompt, one for each output"
     finish(engine)
-    assert listener.choices == dict.fromkeys(range(3), translated(PROMPTS[1], NEW_TOKENS))
+    assert listener.choices == dict.fromkeys(range(3), expected_translation(PROMPTS[1], NEW_TOKENS))
     assert sum(map(len, model.encoded)) == 1
     engine.stop(5)
 
 
 def test_lost_experts_end_only_the_request_that_needs_them():
-    """The step runs again without the sequence whose prompt could not be encoded; the others' tokens are theirs."""
+    """The step runs again without the sequence whose prompt could not be encoded; the others' tokens are unchanged."""
     model = TranslatingModel()
     engine = engine_of(model, cross_attention=True, token_budget=100)
     listeners = [ask(engine, prompt)[1] for prompt in PROMPTS]
@@ -93,12 +95,12 @@ def test_lost_experts_end_only_the_request_that_needs_them():
     finish(engine)
     assert isinstance(listeners[2].end.error, NoHolder)
     kept = [n for n in range(len(PROMPTS)) if n != 2]
-    assert [listeners[n].tokens for n in kept] == [translated(PROMPTS[n], NEW_TOKENS) for n in kept]
+    assert [listeners[n].tokens for n in kept] == [expected_translation(PROMPTS[n], NEW_TOKENS) for n in kept]
     engine.stop(5)
 
 
-def test_a_cancelled_request_gives_its_prompt_back():
-    """At the next step nothing of it is held, neither its output's blocks nor its prompt's."""
+def test_a_cancelled_request_frees_its_prompt():
+    """After the next step a cancelled request holds no blocks, neither for its output nor for its prompt."""
     engine = engine_of(TranslatingModel(), cross_attention=True)
     request, listener = ask(engine, PROMPTS[1])
     engine.step()
@@ -110,10 +112,10 @@ def test_a_cancelled_request_gives_its_prompt_back():
     engine.stop(5)
 
 
-def test_an_output_is_resumed_behind_its_tokens():
-    """Another router encodes the prompt again and goes on behind what was sent."""
+def test_an_output_is_resumed_after_its_tokens():
+    """Another router encodes the prompt again and continues after the tokens that were sent."""
     engine = engine_of(TranslatingModel(), cross_attention=True)
-    whole = translated(PROMPTS[3], NEW_TOKENS)
+    whole = expected_translation(PROMPTS[3], NEW_TOKENS)
     _, listener = ask(engine, PROMPTS[3], whole[:4])
     finish(engine)
     assert listener.tokens == whole[4:]
@@ -121,19 +123,19 @@ def test_an_output_is_resumed_behind_its_tokens():
 
 
 def test_equal_outputs_of_other_prompts_share_nothing():
-    """What lies behind an output's tokens depends on its prompt: no prefix is ever found again."""
+    """Cached values of output tokens depend on the prompt, so equal outputs must not share prefixes."""
     engine = engine_of(TranslatingModel(), cross_attention=True)
     output = [4] * 6
     for prompt in PROMPTS:
         _, listener = ask(engine, prompt, output)
         finish(engine)
-        assert listener.tokens == translated(prompt, NEW_TOKENS - len(output), output)
+        assert listener.tokens == expected_translation(prompt, NEW_TOKENS - len(output), output)
         assert listener.cached_tokens == {0: 0}
     engine.stop(5)
 
 
 def test_prompt_and_output_must_fit_the_cache_together():
-    """What can never run is refused at once, naming both."""
+    """A request that can never run is refused at once; the error names prompt and max_tokens."""
     engine = engine_of(TranslatingModel(), cross_attention=True, blocks=6)
     with pytest.raises(InvalidRequest, match=r"prompt \+ max_tokens = 28: must be at most 24"):
         ask(engine, [3] * 20)
@@ -141,7 +143,7 @@ def test_prompt_and_output_must_fit_the_cache_together():
 
 
 def test_a_given_first_token_is_the_first():
-    """Whatever the logits say: a target language, say. What follows follows from it."""
+    """A given first token, such as a target language, comes first whatever the logits are; later tokens depend on it."""
     engine = engine_of(TranslatingModel(), cross_attention=True)
     sampling = Sampling(NEW_TOKENS, ignore_eos=True, first_token_id=21, temperature=1.5, seed=3)
     _, drawn = submit(engine, [START], sampling=sampling, encoder_ids=tuple(PROMPTS[0]))
@@ -150,5 +152,5 @@ def test_a_given_first_token_is_the_first():
     )
     finish(engine)
     assert drawn.tokens[0] == 21
-    assert greedy.tokens == [21, *translated(PROMPTS[0], 3, [21])]
+    assert greedy.tokens == [21, *expected_translation(PROMPTS[0], 3, [21])]
     engine.stop(5)

@@ -1,4 +1,4 @@
-"""The engine's steps with a model of numbers: who ends when experts are lost, cancelled or late, and who goes on."""
+"""The engine's steps with an arithmetic model: which requests end on lost experts, cancellation or a deadline."""
 
 from __future__ import annotations
 
@@ -26,26 +26,26 @@ from moiety.wire.deadline import Deadline
 
 @pytest.fixture
 def model() -> CountingModel:
-    """The model of the fixture `engine`."""
+    """Returns the model of the fixture `engine`."""
     return CountingModel()
 
 
 @pytest.fixture
 def hop() -> NoHop:
-    """The hop of the fixture `engine`."""
+    """Returns the hop of the fixture `engine`."""
     return NoHop()
 
 
 @pytest.fixture
 def engine(model: CountingModel, hop: NoHop) -> Iterator[Engine]:
-    """Four slots, ten tokens a step, a queue of three, a cache of 25 blocks of 4 tokens; stepped by the test."""
+    """Builds an engine with 4 slots, 10 tokens a step, a queue of 3 and 25 blocks of 4 tokens. The test steps it."""
     made = engine_of(model, hop=hop, queue_limit=3)
     yield made
     made.stop(5)
 
 
-def test_requests_run_together_and_end_by_themselves(engine: Engine, model: CountingModel):
-    """Each stream gets its own tokens, to max_tokens or its stop token, which is sent."""
+def test_requests_run_together_and_end_independently(engine: Engine, model: CountingModel):
+    """Each stream gets its own tokens, up to max_tokens or its stop token. The stop token is sent."""
     (_, long), (_, stopping) = submit(engine, [1] * 4), submit(engine, [7])
     finish(engine)
     assert (long.tokens, long.end.finish) == ([2, 3, 4], FinishReason.LENGTH)
@@ -55,7 +55,7 @@ def test_requests_run_together_and_end_by_themselves(engine: Engine, model: Coun
 
 
 def test_a_long_prompt_is_cut_and_delays_no_stream(engine: Engine, model: CountingModel):
-    """Prefill takes what decode leaves of the token budget."""
+    """Prefill gets the part of the token budget that decode leaves."""
     _, decoding = submit(engine, [1], max_tokens=8)
     engine.step()
     _, long = submit(engine, [5] * 20, max_tokens=1)
@@ -67,7 +67,7 @@ def test_a_long_prompt_is_cut_and_delays_no_stream(engine: Engine, model: Counti
 
 
 def test_lost_experts_end_only_the_requests_that_need_them(engine: Engine, model: CountingModel):
-    """The step runs again without them, and the others' tokens are what they would have been."""
+    """The step runs again without the failed requests, and the others' tokens are unchanged."""
     listeners = {first: submit(engine, [first] * 2)[1] for first in (1, 11, 21)}
 
     def lose(ids: list[int]) -> None:
@@ -83,7 +83,7 @@ def test_lost_experts_end_only_the_requests_that_need_them(engine: Engine, model
 
 
 def test_a_request_cancelled_while_its_layer_waits_is_taken_out(engine: Engine, model: CountingModel, hop: NoHop):
-    """The waiting step is interrupted, runs again without it, and the others lose nothing."""
+    """The waiting step is interrupted and runs again without the cancelled request; the others lose no token."""
     (sequence, cancelled), (_, other) = submit(engine, [1]), submit(engine, [11])
 
     def park(ids: list[int]) -> None:
@@ -99,7 +99,7 @@ def test_a_request_cancelled_while_its_layer_waits_is_taken_out(engine: Engine, 
 
 
 def test_a_passed_deadline_ends_a_request_wherever_it_is(engine: Engine):
-    """DeadlineExceeded, for a waiting request too, and its slot is free."""
+    """Running and waiting requests end with DeadlineExceeded, and their slots are free."""
     _, late = submit(engine, [1], deadline=Deadline.after(0.0))
     finish(engine)
     assert isinstance(late.end.error, DeadlineExceeded)
@@ -107,8 +107,8 @@ def test_a_passed_deadline_ends_a_request_wherever_it_is(engine: Engine):
     assert engine.load.running == 0
 
 
-def test_a_resumed_request_goes_on_behind_its_tokens(engine: Engine, model: CountingModel):
-    """Tokens that another router had sent are prefilled, counted, and not sent again."""
+def test_a_resumed_request_continues_after_its_tokens(engine: Engine, model: CountingModel):
+    """Tokens that another router has sent are prefilled and counted, and are not sent again."""
     listener = Listener()
     resumed = Sequence("r", [1, 2, 3], 1, Sampling(max_tokens=4), frozenset(), listener)
     engine.submit(resumed)
@@ -118,10 +118,10 @@ def test_a_resumed_request_goes_on_behind_its_tokens(engine: Engine, model: Coun
 
 
 def test_a_full_queue_and_an_impossible_request_are_refused(engine: Engine):
-    """The queue's bound and the cache's are told; what was accepted runs."""
+    """The errors name the bound of the queue or of the cache, and accepted requests run."""
     with pytest.raises(InvalidRequest, match=r"prompt \+ max_tokens = 101: must be at most 100.*kv_memory"):
         submit(engine, [1], max_tokens=100)
-    accepted = [submit(engine, [1])[1] for _ in range(7)]  # four slots are free: three wait
+    accepted = [submit(engine, [1])[1] for _ in range(7)]  # four take slots, three wait
     with pytest.raises(ResourceExhausted, match="3 of at most 3 requests"):
         submit(engine, [1])
     engine.step()
@@ -132,7 +132,7 @@ def test_a_full_queue_and_an_impossible_request_are_refused(engine: Engine):
 
 
 def test_a_bug_in_a_step_ends_its_requests_and_not_the_engine(engine: Engine, model: CountingModel):
-    """The thread goes on; the next request is served."""
+    """After an exception in a step the thread continues, and the next request is served."""
     model.before = lambda _: {}["a bug"]
     engine.start()
     _, hit = submit(engine, [1])
@@ -147,7 +147,7 @@ def test_a_bug_in_a_step_ends_its_requests_and_not_the_engine(engine: Engine, mo
 
 
 def test_stopping_ends_what_runs_with_unavailable(engine: Engine, model: CountingModel, hop: NoHop):
-    """So that a gateway resumes it elsewhere; nothing new is accepted."""
+    """Running requests end with Unavailable, so that a gateway resumes them elsewhere. No new request is accepted."""
     stepping, stopped = threading.Event(), threading.Event()
 
     def hold(_ids: list[int]) -> None:

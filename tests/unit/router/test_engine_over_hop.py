@@ -1,4 +1,4 @@
-"""The whole engine with real models over a real hop: pressure, prefixes and choices change no token."""
+"""The engine with real models over a real hop: memory pressure, prefixes and choices change no token."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ from moiety.router.step_runner import StepRunner
 from moiety.telemetry.tracing import NO_TRACER
 from moiety.testing import FakeExperts, loopback_hop
 
-COMMON = list(range(40, 65))  # a block and more
+COMMON = list(range(40, 65))  # more than one block
 PROMPTS = [[*COMMON, 5, 6, 7, 4], [*COMMON, 8, 9, 10, 11, 12], [*COMMON[:13], 12, 13], list(range(100, 146))]
-NEW_TOKENS = 8  # each of these comes to one block more than its prompt has
+NEW_TOKENS = 8  # each output needs one block more than its prompt
 GREEDY = Sampling(max_tokens=NEW_TOKENS, ignore_eos=True)
 CHOICES = Sampling(max_tokens=NEW_TOKENS, ignore_eos=True, temperature=0.8, seed=11, n=3)
 
-Asked = tuple[list[int], Sampling, int]  # prompt, sampling, choice
+Ask = tuple[list[int], Sampling, int]  # prompt, sampling, choice
 
 
-def run(engine: Engine, asked: Sequence[Asked]) -> list[dict[int, list[int]]]:
-    """What each request gets, choice by choice, when all come at once."""
+def run(engine: Engine, requests: Sequence[Ask]) -> list[dict[int, list[int]]]:
+    """Submits all requests at once; returns the tokens of each by choice."""
     listeners = []
-    for number, (prompt, sampling, choice) in enumerate(asked):
+    for number, (prompt, sampling, choice) in enumerate(requests):
         listeners.append(listener := Listener())
         engine.submit(Request(str(number), list(prompt), len(prompt), sampling, frozenset(), listener, choice=choice))
     while engine.step():
@@ -51,7 +51,7 @@ def run(engine: Engine, asked: Sequence[Asked]) -> list[dict[int, list[int]]]:
 
 @functools.cache
 def router_of(folder: str) -> tuple[Any, Any]:
-    """A checkpoint's router model, and the shape of what it calls."""
+    """Loads a checkpoint's trunk; returns it with the shape of its experts."""
     paged.register_paged_attention()
     checkpoint = Checkpoint.open(folder)
     layout = expert_layout(checkpoint)
@@ -61,12 +61,12 @@ def router_of(folder: str) -> tuple[Any, Any]:
 @pytest.mark.parametrize(
     "architecture",
     [
-        "qwen3_moe",  # every layer sees everything
-        "gpt_oss",  # every other layer has a window of 16 tokens, and sinks
+        "qwen3_moe",  # full attention in every layer
+        "gpt_oss",  # a window of 16 tokens in every other layer, and sinks
     ],
 )
 def test_pressure_prefixes_and_choices_change_no_token(architecture: str, tiny: Callable[[str], str]):
-    """All at once in six blocks, again with their prefixes known, and three choices in one request: as if alone."""
+    """Requests at once in six blocks, again with cached prefixes, and three choices in one get the tokens of running alone."""
     model, shape = router_of(tiny(architecture))
     spec = discover_cache_spec(model, shape)
 
@@ -89,16 +89,16 @@ def test_pressure_prefixes_and_choices_change_no_token(architecture: str, tiny: 
         async with loopback_hop([FakeExperts("all", held, shape)], shape) as loopback:
 
             def compare() -> None:
-                asked = [*((prompt, GREEDY, 0) for prompt in PROMPTS), (PROMPTS[0], CHOICES, 0)]
+                together = [*((prompt, GREEDY, 0) for prompt in PROMPTS), (PROMPTS[0], CHOICES, 0)]
                 one_by_one = [
-                    *asked[:-1],
+                    *together[:-1],
                     *((PROMPTS[0], Sampling(NEW_TOKENS, 0.8, seed=11, ignore_eos=True), choice) for choice in range(3)),
                 ]
                 alone = [run(engine_of(loopback.hop, slots=1, blocks=100), [request])[0] for request in one_by_one]
                 expected = [*alone[:-3], alone[-3] | alone[-2] | alone[-1]]
                 pressed = engine_of(loopback.hop, slots=6, blocks=6)
-                assert run(pressed, asked) == expected
-                assert run(pressed, asked) == expected, "with what is left of their prefixes"
+                assert run(pressed, together) == expected
+                assert run(pressed, together) == expected, "with the prefixes that are still cached"
 
             await asyncio.to_thread(compare)
 

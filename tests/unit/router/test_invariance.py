@@ -1,8 +1,8 @@
-"""What a router computes for a token does not depend, to the bit, on the other tokens of its step: op by op, on CPU.
+"""A router's result for a token does not depend, to the bit, on the other tokens of its step: op by op, on CPU.
 
-Products of matrices are the exception: how torch sums them depends on their shape (in float32 nearly always, in bfloat16
-by oneDNN's choice); and so are exponentials and the like of rows that are no whole number of vectors wide. With
-`deterministic` both run through operations that do not depend on it.
+There are two exceptions. In matrix products, torch's order of summation depends on the shape (in float32 nearly always, in
+bfloat16 by oneDNN's choice). Exponentials and similar functions differ in rows whose width is no multiple of the vector
+width. With `deterministic` both use operations that do not depend on the shape.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from moiety.model.trunk.fixed_elementwise import FixedElementwise
 from moiety.router.attention.latent import Latent
 
 TOKENS, HEADS, WIDTH, EXPERTS, TOP_K = 37, 4, 64, 24, 4
-SIZES = (1, 2, 5, 16)  # tokens of a step: decode, and past the widths at which vector loops end
+SIZES = (1, 2, 5, 16)  # tokens of a step: decode, and beyond the widths at which vector loops end
 Op = Callable[..., torch.Tensor | tuple[torch.Tensor, ...]]
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
-    """Normal noise."""
+    """Returns normal noise of this shape."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 class Rows:
-    """Experts that answer with multiples of their rows."""
+    """A backend whose experts return multiples of their rows."""
 
     def __init__(self, rows: torch.Tensor | None = None):
         self._rows = rows
@@ -48,7 +48,7 @@ class Rows:
 
 
 def combined(hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """The seam: what comes back from experts, weighted and summed."""
+    """Runs the seam: returns the weighted sum of the experts' rows."""
     module = nn.Module()
     setattr(module, LAYER_ATTRIBUTE, 0)
     with use_backend(Rows()):
@@ -56,13 +56,13 @@ def combined(hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> 
 
 
 def gate(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Softmax and top-k as gates have them; many scores are equal."""
+    """Computes softmax and top-k as gates do; many scores are equal."""
     weights, ids = torch.topk((scores.float() * 2).round().softmax(-1), TOP_K, dim=-1)
     return ids, weights / weights.sum(-1, keepdim=True)
 
 
 def grouped(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sigmoid, groups and top-k as DeepSeek-V3 has them; many scores are equal."""
+    """Computes sigmoid, groups and top-k as DeepSeek-V3 does; many scores are equal."""
     of_group = (scores.float() * 2).round().sigmoid().view(len(scores), 4, -1)
     best = torch.topk(of_group.topk(2, dim=-1).values.sum(-1), 2, dim=-1, sorted=False).indices
     mask = torch.zeros(len(scores), 4).scatter_(1, best, 1)[..., None].expand_as(of_group).bool()
@@ -72,7 +72,7 @@ def grouped(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def rotated(turn: Callable[..., tuple[torch.Tensor, torch.Tensor]]) -> Op:
-    """Queries and keys [T, H, D] turned by angles [T, D]."""
+    """Returns an op that rotates queries and keys [T, H, D] by angles [T, D]."""
 
     def op(query: torch.Tensor, angles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         rows = query.transpose(0, 1)[None]
@@ -102,7 +102,7 @@ OPS: dict[str, tuple[Op, list[tuple[int, ...]]]] = {
 
 
 def assert_invariant(op: Op, *inputs: torch.Tensor) -> None:
-    """Any tokens that stand side by side get the same bits as among all."""
+    """Asserts that adjacent tokens computed alone get the same bits as among all tokens."""
 
     def outputs(*rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
         found = op(*rows)
@@ -119,7 +119,7 @@ def assert_invariant(op: Op, *inputs: torch.Tensor) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", OPS)
 def test_what_is_computed_row_by_row_is_invariant(name: str, dtype: torch.dtype):
-    """Norms, activations, rotations, gates (ties too) and log probabilities need no deterministic path."""
+    """Norms, activations, rotations, gates (with ties) and log probabilities need no deterministic path."""
     op, shapes = OPS[name]
     with torch.no_grad():
         assert_invariant(op, *(random(*shape, dtype=dtype, seed=seed) for seed, shape in enumerate(shapes)))
@@ -139,7 +139,7 @@ EXPONENTIALS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", EXPONENTIALS)
 def test_fixed_elementwise_functions_are_invariant(name: str, dtype: torch.dtype):
-    """At widths that are no whole number of vectors, one number a row among them; and they are the same functions."""
+    """They are invariant at widths that are no multiple of the vector width, including 1, and compute the same functions."""
     op = EXPONENTIALS[name]
     for width in (1, 40, 1100):
         rows = random(TOKENS, width, dtype=dtype)
@@ -149,8 +149,8 @@ def test_fixed_elementwise_functions_are_invariant(name: str, dtype: torch.dtype
             torch.testing.assert_close(op(rows), expected)
 
 
-def test_torch_computes_the_end_of_a_tensor_otherwise():
-    """Why the functions above need fixing: SiLU of 3 x 40 numbers, alone and at the beginning of more."""
+def test_torch_computes_the_end_of_a_tensor_differently():
+    """SiLU of 3 x 40 numbers differs alone and as the beginning of more numbers: why the functions above need fixing."""
     rows = random(TOKENS, 40) * 3
     together = nn.functional.silu(rows)
     assert not all(torch.equal(nn.functional.silu(rows[:n].clone()), together[:n]) for n in range(1, TOKENS))
@@ -159,7 +159,7 @@ def test_torch_computes_the_end_of_a_tensor_otherwise():
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("top_k", [1, 2, 4, 8])
 def test_the_sum_over_experts_is_invariant(top_k: int, weights: torch.dtype):
-    """Rows are weighted and summed in slot order, whatever else comes back in the step."""
+    """Rows are weighted and summed in slot order, independent of other rows in the step."""
     ids = torch.randint(0, EXPERTS, (TOKENS, top_k), generator=torch.Generator().manual_seed(1))
     shares = random(TOKENS, top_k, seed=2).softmax(-1).to(weights)
     assert_invariant(combined, random(*ROWS, dtype=torch.bfloat16), ids, shares)
@@ -167,7 +167,7 @@ def test_the_sum_over_experts_is_invariant(top_k: int, weights: torch.dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_deterministic_linear_layers_are_invariant(dtype: torch.dtype):
-    """Also where a gate computes in float32 what the model keeps in bfloat16."""
+    """Deterministic linear layers are invariant, also where a gate computes bfloat16 weights in float32."""
     layer: Any = nn.Linear(WIDTH * HEADS, 96, bias=False).to(dtype).requires_grad_(False)
     layer.weight.copy_(random(96, WIDTH * HEADS))
     use_kernels(layer, deterministic=True)
@@ -177,7 +177,7 @@ def test_deterministic_linear_layers_are_invariant(dtype: torch.dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_deterministic_absorption_is_invariant(dtype: torch.dtype):
-    """MLA's products with the halves of kv_b_proj, and they stay within rounding of the fast ones."""
+    """MLA's products with the halves of kv_b_proj are invariant, and equal the fast ones up to rounding."""
     weight, nope, rank = random(HEADS, 48 + 40, 72, dtype=dtype), 48, 72
     exact = Latent(weight[:, :nope], weight[:, nope:], deterministic=True)
     query, output = random(TOKENS, HEADS, nope + 16, dtype=dtype), random(TOKENS, HEADS, rank, dtype=dtype, seed=1)

@@ -1,4 +1,4 @@
-"""Lanes: tasks that take turns on one thread, and steps split into them."""
+"""Lanes: tasks that run in turns on one thread, and steps that are split into lanes."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ from moiety.telemetry.tracing import NO_SPAN
 
 
 def sequence(*tokens: int) -> Sequence:
-    """A request whose prompt is `tokens`."""
+    """Returns a request with the prompt `tokens`."""
     return Sequence("r", list(tokens), len(tokens), Sampling(max_tokens=4), frozenset(), emit=lambda _: None)
 
 
 def plan_of(cache: KVCache, *sequences: Sequence) -> StepPlan:
-    """All tokens of `sequences` in one step, with room in the cache."""
+    """Plans all tokens of `sequences` in one step, and allocates their blocks."""
     for each in sequences:
         cache.grow(each.table, len(each.tokens))
     return StepPlan(tuple(Scheduled.of(each, len(each.tokens)) for each in sequences))
 
 
 def context() -> StepContext:
-    """A step that nobody gives up."""
+    """Returns the context of a step that is not interrupted."""
     return StepContext(CallClass.PREFILL, NO_SPAN, lambda: None, lambda *_: None)
 
 
 def test_a_lane_that_waits_lets_another_run() -> None:
-    """While one lane waits the next computes; each goes on where it stopped; all on the caller's thread."""
+    """While one lane waits the next computes. Each continues where it stopped, on the caller's thread."""
     log: list[str] = []
     came = iter(["first", "second"])
     lanes = Lanes(lambda _: log.append(next(came)))
@@ -59,7 +59,7 @@ def test_a_lane_that_waits_lets_another_run() -> None:
 
 
 def test_the_thread_blocks_until_the_first_lane_is_due() -> None:
-    """With every lane waiting, the thread blocks no longer than the one that is due first wants."""
+    """When all lanes wait, the thread blocks only until the first of them is due."""
     blocked: list[float] = []
     lanes = Lanes(blocked.append)
     lanes.run([lambda: lanes.wait(5.0), lambda: lanes.wait(0.5)])
@@ -67,8 +67,8 @@ def test_the_thread_blocks_until_the_first_lane_is_due() -> None:
     assert 0.4 < blocked[0] <= 0.5
 
 
-def test_outside_of_lanes_waiting_is_blocking() -> None:
-    """Whoever waits without a lane, a step in one piece included, blocks the thread itself."""
+def test_waiting_outside_of_lanes_blocks() -> None:
+    """A caller without a lane, such as a step that is not split, blocks the thread."""
     blocked: list[float] = []
     lanes = Lanes(blocked.append)
     lanes.wait(2.0)
@@ -77,7 +77,7 @@ def test_outside_of_lanes_waiting_is_blocking() -> None:
 
 
 def test_an_error_ends_the_other_lanes_where_they_wait() -> None:
-    """One lane's error is raised, and the others run their `finally` and nothing else."""
+    """One lane's error is raised, and the others run only their `finally` blocks."""
     log: list[str] = []
     lanes = Lanes(lambda _: None)
 
@@ -100,7 +100,7 @@ def test_an_error_ends_the_other_lanes_where_they_wait() -> None:
 
 
 def test_plans_are_split_evenly_and_in_order() -> None:
-    """No sequence is torn, none is lost, and the parts differ by less than the longest item."""
+    """No sequence is split or lost, and the parts differ by less than the longest item."""
     cache = KVCache(SPEC, 1 << 12, torch.device("cpu"), block_tokens=4)
     plan = plan_of(cache, *(sequence(*range(length)) for length in (1, 5, 1, 1, 3, 1)))
     for parts in (1, 2, 3, 6, 9):
@@ -113,7 +113,7 @@ def test_plans_are_split_evenly_and_in_order() -> None:
 
 
 def test_a_split_step_gives_the_same_logits() -> None:
-    """Rows come in the plan's order, whatever the number of lanes; a tuner hears how long each step took."""
+    """Rows come in the plan's order for any number of lanes, and the tuner receives the duration of each step."""
     model = CountingModel()
     cache = KVCache(SPEC, 1 << 12, torch.device("cpu"), block_tokens=4)
     plan = plan_of(cache, *(sequence(n, n + 1) for n in range(0, 10, 2)))
@@ -126,8 +126,8 @@ def test_a_split_step_gives_the_same_logits() -> None:
     assert list(tuner.verdicts()) == [(CallClass.PREFILL, 4)]
 
 
-def test_what_a_lane_loses_is_named_by_its_place_in_the_step() -> None:
-    """HopFailed of the second lane names positions of the whole step."""
+def test_failed_tokens_of_a_lane_are_positions_in_the_step() -> None:
+    """HopFailed of the second lane names positions in the whole step."""
     model = CountingModel()
     cache = KVCache(SPEC, 1 << 12, torch.device("cpu"), block_tokens=4)
     plan = plan_of(cache, sequence(1, 2), sequence(5, 6))
@@ -144,11 +144,11 @@ def test_what_a_lane_loses_is_named_by_its_place_in_the_step() -> None:
 
 
 def test_lanes_see_their_own_backend() -> None:
-    """Two forwards in turns: what each finds as its backend is its own, before and after the other has run."""
+    """Each of two interleaved forward passes sees its own backend, before and after the other has run."""
     lanes = Lanes(lambda _: None)
 
     class AskingModel(CountingModel):
-        """Notes the backend before and after giving way."""
+        """Records the backend before and after it switches lanes."""
 
         def __init__(self) -> None:
             super().__init__()

@@ -1,4 +1,4 @@
-"""What a model's layers keep per token is found out by looking, and what cannot be kept is refused."""
+"""Layer discovery finds what a model's layers cache per token."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from moiety.router.layer_discovery import discover_cache_spec
 
 
 def spec_of(folder: str | Path) -> CacheSpec:
-    """The CacheSpec of a checkpoint's router."""
+    """Returns the CacheSpec of a checkpoint's trunk."""
     paged.register_paged_attention()
     checkpoint = Checkpoint.open(folder)
     layout = expert_layout(checkpoint)
@@ -24,7 +24,7 @@ def spec_of(folder: str | Path) -> CacheSpec:
 
 
 def test_keys_and_values_may_differ_in_width(tiny: Callable[[str], str]):
-    """DeepSeek-V3's expanded latent attention: 4 heads with keys of 24 and values of 16 elements, in each of 4 layers."""
+    """DeepSeek-V3's expanded latent attention has 4 heads with keys of 24 and values of 16 elements in each of 4 layers."""
     spec = spec_of(tiny("deepseek_v3"))
     assert {(layer.heads, layer.key_width, layer.value_width) for layer in spec.layers.values()} == {(4, 24, 16)}
     assert sorted(spec.layers) == [0, 1, 2, 3]

@@ -1,1 +1,1 @@
-"""Attention over a ragged step and the paged KV cache, one file per kind."""
+"""Attention over a ragged step and the paged KV cache, one file for each kind."""

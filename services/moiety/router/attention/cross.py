@@ -1,10 +1,11 @@
-"""Attention of encoder-decoders: within each prompt, along the output, and from the output across to its prompt.
+"""Attention of encoder-decoders: within each prompt, along the output, and from the output to its prompt.
 
-The keys and values of a prompt lie in blocks of the same pool as those of the output: a decoder layer keeps as much of a
-token either way. Biases by relative position (T5, arXiv:1910.10683) are handed on as tables over distances instead of being
-worked out for a row whose tokens belong to many sequences.
+The keys and values of a prompt lie in blocks of the same pool as those of the output, because a decoder layer caches the
+same amount for a token of either. A step's row mixes tokens of many sequences, so biases by relative position (T5,
+arXiv:1910.10683) are passed to attention as tables over distances, not computed for each pair of tokens in the row.
 
-Shape legend: T tokens of the decoder's row, E of the prompts to be encoded, n of one of them, H heads, Dk, Dv head widths.
+Shape legend: T tokens of the decoder's row, E tokens of all prompts to encode, n tokens of one prompt, H heads, Dk and Dv
+head widths.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ NAME = "moiety_cross"
 
 
 class EncodedPrompts(Protocol):
-    """Where prompts lie, those to be encoded among them; see `moiety.router.attention.step_batch.CrossAttentionBatch`."""
+    """Where prompts are cached, including those to encode; see `moiety.router.attention.step_batch.CrossAttentionBatch`."""
 
     @property
     def tables(self) -> torch.Tensor: ...
@@ -40,21 +41,21 @@ class EncodedPrompts(Protocol):
 
 
 class EncoderDecoderBatch(Batch, Protocol):
-    """What `moiety_batch` must offer for an encoder-decoder."""
+    """What `moiety_batch` must provide for an encoder-decoder."""
 
     @property
     def cross(self) -> EncodedPrompts: ...
 
 
 def use_cross_attention(model: nn.Module) -> None:
-    """Makes the layers of a loaded encoder-decoder attend through this module; does nothing to other models."""
+    """Makes the layers of a loaded encoder-decoder use this module's attention; does nothing to other models."""
     if not isinstance(model, EncoderDecoder):
         return
     ALL_ATTENTION_FUNCTIONS.register(NAME, attend_encoder_decoder)
     modules: Iterable[Any] = model.modules()
     for module in modules:
         if getattr(module, "has_relative_attention_bias", False):
-            _use_distances(module)
+            _use_distance_table(module)
         if hasattr(module, "config"):
             module.config._attn_implementation = NAME
 
@@ -66,15 +67,15 @@ def attend_encoder_decoder(
     value: torch.Tensor,  # [1, H, T or E, Dv]
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
-    position_bias: torch.Tensor | None = None,  # [H, N]: see `_use_distances`
+    position_bias: torch.Tensor | None = None,  # [H, N]: see `_use_distance_table`
     moiety_batch: EncoderDecoderBatch | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of whichever of the three kinds the module is; returns [1, T or E, H, Dv]."""
+    """Computes the attention of one module, of any of the three kinds; returns [1, T or E, H, Dv]."""
     if moiety_batch is None:
         raise TypeError("the moiety attention function needs the keyword argument moiety_batch")
     if not module.is_decoder:
-        return _attend_within(query, key, value, moiety_batch.cross.lengths, scaling, position_bias), None
+        return _attend_within_prompts(query, key, value, moiety_batch.cross.lengths, scaling, position_bias), None
     if not getattr(module, CROSS_ATTENTION_ATTRIBUTE, False):
         return attend(module, query, key, value, None, scaling, distance_bias=position_bias, moiety_batch=moiety_batch)
     cross = moiety_batch.cross
@@ -91,7 +92,7 @@ def attend_encoder_decoder(
     return output.unsqueeze(0), None
 
 
-def _attend_within(
+def _attend_within_prompts(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -99,26 +100,26 @@ def _attend_within(
     scaling: float | None,
     position_bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Every token of a prompt sees all of that prompt. One prompt at a time: its bits do not depend on the others."""
+    """Lets every token of a prompt see that whole prompt. One prompt at a time, so that its bits do not depend on others."""
     outputs = []
     for q, k, v in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True):
-        bias = None if position_bias is None else _between(position_bias, q.shape[2])
+        bias = None if position_bias is None else _pairwise_bias(position_bias, q.shape[2])
         outputs.append(functional.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scaling))
     return torch.cat(outputs, dim=2).transpose(1, 2)
 
 
-def _between(bias: torch.Tensor, tokens: int) -> torch.Tensor:
-    """From a table [H, 2 R + 1] over distances -R to R: the bias [1, H, n, n] of each query for each key."""
+def _pairwise_bias(bias: torch.Tensor, tokens: int) -> torch.Tensor:
+    """Expands a table [H, 2 R + 1] over distances -R to R to the bias [1, H, n, n] of each query for each key."""
     reach = bias.shape[1] // 2
     position = torch.arange(tokens, device=bias.device)
     return bias[:, (position - position[:, None]).clamp(-reach, reach) + reach].unsqueeze(0)
 
 
-def _use_distances(module: Any) -> None:
-    """Has a module answer with a table over distances where it would work out the biases of a row's pairs of tokens.
+def _use_distance_table(module: Any) -> None:
+    """Makes a module's `compute_bias` return a table over distances instead of the biases of all pairs of tokens.
 
-    A decoder's, [H, R + 1], counts tokens back from the query; an encoder's, [H, 2 R + 1], is from -R to R. Beyond R all
-    have the bias of R: it is the model's largest distance.
+    A decoder's table, [H, R + 1], counts tokens back from the query. An encoder's table, [H, 2 R + 1], runs from -R to R.
+    R is the model's largest distance: all distances beyond it have the bias of R.
     """
     reach: int = module.relative_attention_max_distance
     relative = torch.arange(-reach, reach + 1, device=module.relative_attention_bias.weight.device)

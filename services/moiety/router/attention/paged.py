@@ -1,7 +1,7 @@
-"""The attention function the router registers with transformers: ragged batches over the engine's own KV cache.
+"""The attention function that the router registers with transformers: ragged batches over the engine's KV cache.
 
-A step packs all its sequences in one row, [1, T]. Which tokens belong to whom travels in the keyword argument
-`moiety_batch`, which transformers hands through to every attention layer.
+A step packs all its sequences into one row, [1, T]. The keyword argument `moiety_batch`, which transformers passes to
+every attention layer, says which token belongs to which sequence.
 
 Shape legend: T tokens of a step, H query heads, G key/value heads, Dk and Dv head widths, S sequences, M blocks of the
 longest table, B blocks of the pool, P tokens per block.
@@ -22,7 +22,7 @@ NAME = "moiety"
 
 
 class Batch(Protocol):
-    """What `moiety_batch` must offer; see `moiety.router.attention.step_batch.StepBatch`."""
+    """What `moiety_batch` must provide; see `moiety.router.attention.step_batch.StepBatch`."""
 
     @property
     def tables(self) -> torch.Tensor: ...
@@ -44,9 +44,9 @@ class Batch(Protocol):
 
 
 class DiscoveryBatch:
-    """A batch of a few tokens that keeps nothing but the shapes: how the CacheSpec of any model is found out.
+    """A batch of a few tokens that records only shapes. A run with it finds the CacheSpec of a model.
 
-    For an encoder-decoder it brings a prompt of one token along.
+    For an encoder-decoder it includes a prompt of one token.
     """
 
     def __init__(self, tokens: int = 1) -> None:
@@ -57,7 +57,7 @@ class DiscoveryBatch:
         self._layers: dict[int, LayerSpec] = {}
 
     def sequences(self) -> Iterator[DiscoveryBatch]:
-        """Its tokens are of one sequence."""
+        """Yields itself: all its tokens belong to one sequence."""
         yield self
 
     def store(
@@ -68,7 +68,7 @@ class DiscoveryBatch:
         window: int | None = None,
         chunk: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Notes the layer; its pool has a block for each token."""
+        """Records the layer; returns pools with one block for each token."""
         shared = isinstance(value, int)
         values = key[..., :value] if isinstance(value, int) else value
         self._layers[layer] = LayerSpec(key.shape[1], key.shape[2], values.shape[2], key.dtype, shared, window, chunk)
@@ -80,10 +80,10 @@ class DiscoveryBatch:
 
 
 class DiscoveryPrompts:
-    """A prompt of one token, and what each layer keeps of it."""
+    """A prompt of one token, and a record of what each layer caches for it."""
 
     def __init__(self, tokens: int) -> None:
-        """`tokens` of the output look at it."""
+        """`tokens`: number of output tokens that attend to the prompt."""
         self.ids, self.lengths = torch.zeros(1, dtype=torch.long), (1,)
         self.tables = torch.zeros(1, 1, dtype=torch.int32)
         self.length = torch.ones(tokens, dtype=torch.int32)
@@ -107,18 +107,18 @@ def attend(
     sliding_window: int | None = None,
     s_aux: torch.Tensor | None = None,  # [H] attention sinks
     softcap: float | None = None,
-    distance_bias: torch.Tensor | None = None,  # [H, N], added to scores by how many tokens lie between
-    shared_values: bool = False,  # value is the first Dv columns of key, so that one of them is cached
+    distance_bias: torch.Tensor | None = None,  # [H, N], added to the scores by distance in tokens
+    shared_values: bool = False,  # value is the first Dv columns of key, so only the key is cached
     moiety_batch: Batch | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention of each token over its own sequence's past; returns [1, T, H, Dv]."""
+    """Computes causal attention of each token over its own sequence; returns [1, T, H, Dv]."""
     if moiety_batch is None:
         raise TypeError("the moiety attention function needs the keyword argument moiety_batch")
     layer = module.layer_idx
     window, chunk = _reach(module, layer, sliding_window)
-    kept = value.shape[-1] if shared_values else value[0].transpose(0, 1)
-    keys, values = moiety_batch.store(layer, key[0].transpose(0, 1), kept, window, chunk)
+    stored = value.shape[-1] if shared_values else value[0].transpose(0, 1)
+    keys, values = moiety_batch.store(layer, key[0].transpose(0, 1), stored, window, chunk)
     output = paged_attention(
         query[0].transpose(0, 1),
         keys,
@@ -137,7 +137,7 @@ def attend(
 
 
 def _reach(module: Any, layer: int, sliding_window: int | None) -> tuple[int | None, int | None]:
-    """(sliding window, attention chunk) of this layer, each None where it sees everything."""
+    """Returns (sliding window, attention chunk) of this layer in tokens, each None where there is no such limit."""
     config = module.config
     kinds = getattr(config, "layer_types", None)
     kind = kinds[layer] if kinds else None
@@ -151,6 +151,6 @@ def _reach(module: Any, layer: int, sliding_window: int | None) -> tuple[int | N
 
 
 def register_paged_attention() -> None:
-    """Makes `attn_implementation="moiety"` known to transformers; doing so twice is harmless."""
+    """Registers `attn_implementation="moiety"` with transformers. Calling it twice is harmless."""
     function: Callable[..., Any] = attend
     ALL_ATTENTION_FUNCTIONS.register(NAME, function)

@@ -1,8 +1,8 @@
-"""Attention by an indexer (DeepSeek-V3.2, arXiv:2512.02556): the slower path, one sequence after another.
+"""Attention to tokens that an indexer picks (DeepSeek-V3.2, arXiv:2512.02556): a slower path, one sequence after another.
 
-Which keys a token attends to, its layer's indexer decides from keys of its own. transformers' module does that for whole
-sequences with a mask and a cache; here each sequence of a step goes through it by itself, with all its latents and
-indexer keys read from the blocks, where they are kept as other keys and values are.
+A layer's indexer has keys of its own, and decides by them which keys a token attends to. transformers' module does that
+for whole sequences, with a mask and a cache. Here each sequence of a step passes through it alone. Its latents and
+indexer keys are read from blocks, which hold them like other keys and values.
 """
 
 from __future__ import annotations
@@ -22,79 +22,79 @@ _log = logging.getLogger(__name__)
 
 
 class SequenceCache(Cache):
-    """A transformers cache of one sequence of a step: what its layer keeps lies in the sequence's blocks."""
+    """A transformers cache for one sequence of a step. It stores in the sequence's blocks what the layer caches."""
 
     def __init__(self, batch: Any):
-        """`batch` holds this sequence's tokens and table alone."""
+        """`batch` holds the tokens and the table of this sequence only."""
         super().__init__(layers=[])
         self._batch = batch
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """[1, G, tokens, D] each, of the step -> [1, G, all, D], the whole sequence's."""
+        """Stores the step's keys and values [1, G, tokens, D]; returns the whole sequence's, [1, G, all, D]."""
         keys, values = self._batch.store(layer_idx, key_states[0].transpose(0, 1), value_states[0].transpose(0, 1))
         return self._whole(keys), self._whole(values)
 
     def update_indexer(self, indexer_key_states: torch.Tensor, layer_idx: int) -> torch.Tensor:
-        """[1, tokens, D] of the step -> [1, all, D], the whole sequence's."""
+        """Stores the step's indexer keys [1, tokens, D]; returns the whole sequence's, [1, all, D]."""
         keys, _ = self._batch.store(indexer_of(layer_idx), indexer_key_states[0].unsqueeze(1), 0)
         return self._whole(keys)[:, 0]
 
     def _whole(self, pool: torch.Tensor) -> torch.Tensor:
-        """[B, G, P, D] -> [1, G, all, D]"""
+        """Reads the sequence's entries [1, G, all, D] from a pool [B, G, P, D]."""
         blocks = pool[self._batch.tables[0].to(pool.device)]  # [M, G, P, D]
         return blocks.transpose(0, 1).flatten(1, 2)[None, :, : int(self._batch.length[-1])]
 
 
 class SparseAttention:
-    """Stands in for the `forward` of an MLA module with an indexer."""
+    """Replaces the `forward` of an MLA module that has an indexer or uses another layer's picked tokens."""
 
     def __init__(self, module: Any, attention: str):
-        """`attention`: "sdpa" or "eager", which take the indexer's choice as a mask."""
+        """`attention`: "sdpa" or "eager". Both take the indexer's choice as a mask."""
         self._compute, self._additive = module.forward, attention == "eager"
         module.config = copy.copy(module.config)
         module.config._attn_implementation = attention
 
     def __call__(self, *arguments: Any, moiety_batch: Any, **options: Any) -> Any:
-        """The module's output for the tokens of a packed row, [1, T, ...]."""
+        """Returns the module's output for the tokens of a packed row, [1, T, ...]."""
         outputs, begin, tokens = [], 0, len(moiety_batch.length)
         for batch in moiety_batch.sequences():
             end = begin + len(batch.length)
             positions = batch.length.long() - 1
-            seen = torch.arange(int(positions[-1]) + 1)[None] <= positions[:, None]  # [tokens, all]
+            visible = torch.arange(int(positions[-1]) + 1)[None] <= positions[:, None]  # [tokens, all]
             part_arguments, part_options = cut((arguments, options), (1, tokens), begin, end)
             hidden = next(v for v in (*part_arguments, *part_options.values()) if isinstance(v, torch.Tensor))
-            mask = seen[None, None].to(hidden.device)
+            mask = visible[None, None].to(hidden.device)
             if self._additive:
                 mask = torch.zeros_like(mask, dtype=hidden.dtype).masked_fill(~mask, torch.finfo(hidden.dtype).min)
-            given = {"past_key_values": SequenceCache(batch), "attention_mask": mask}
-            outputs.append(self._compute(*part_arguments, **{**part_options, **given}))
+            replaced = {"past_key_values": SequenceCache(batch), "attention_mask": mask}
+            outputs.append(self._compute(*part_arguments, **{**part_options, **replaced}))
             begin = end
-        attended, _, *picked = zip(*outputs, strict=True)  # weights are nobody's to read; picked keys the next layer's
+        attended, _, *picked = zip(*outputs, strict=True)  # drops the weights; the next layer may use the picked keys
         return _joined(attended), None, *map(_joined, picked)
 
 
 def uses_indexer(module: Any) -> bool:
-    """Whether it is an attention module with an indexer, or one that takes over what an earlier layer's picked."""
+    """Whether `module` is an attention module with an indexer, or one that uses the tokens an earlier layer picked."""
     return getattr(module, "indexer", None) is not None or bool(getattr(module, "skip_topk", False))
 
 
 def use_indexers(model: Any) -> None:
-    """Lets the MLA layers with an indexer of a loaded router run, and says that they are slow."""
+    """Prepares a trunk's MLA layers with an indexer to run on packed steps, and warns that they are slow."""
     found = [module for module in model.modules() if uses_indexer(module) and hasattr(module, "kv_b_proj")]
     for module in found:
         module.forward = SparseAttention(module, "sdpa" if model._supports_sdpa else "eager")
     if found:
         _log.warning(
-            "%d layers attend to what their indexer picks: one sequence of a step after another, by transformers' own "
-            "attention, more slowly than other layers",
+            "%d layers attend to tokens that an indexer picks. They run one sequence of a step after another, with "
+            "transformers' own attention, and are slower than other layers",
             len(found),
         )
 
 
 def _joined(parts: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
-    """[1, tokens, ...] of each sequence -> of all; picked keys [1, tokens, K] are filled up with the first of them."""
+    """Joins [1, tokens, ...] of all sequences. Picked keys [1, tokens, K] are padded to equal K with the first of them."""
     if any(part is None for part in parts):
         return None
     tensors = [part for part in parts if part is not None]

@@ -1,6 +1,6 @@
 """One step's tokens as tensors: what the model reads, and where attention finds each token's past.
 
-Shape legend: T tokens of the step, S sequences, M blocks of the longest table, G key/value heads, Dk, Dv head widths.
+Shape legend: T tokens of the step, S sequences, M blocks of the longest table, G key/value heads, Dk and Dv head widths.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ class StepBatch:
 
     cache: KVCache
     positions: torch.Tensor  # int64 [T]
-    slots: torch.Tensor  # int64 [T]: where each token's key and value go
+    slots: torch.Tensor  # int64 [T]: place of each token's key and value in the pool
     tables: torch.Tensor  # int32 [S, M]
     sequence: torch.Tensor  # int32 [T], on the host: row of `tables`
-    length: torch.Tensor  # int32 [T], on the host: positions that the token sees, itself the last
-    cross: CrossAttentionBatch | None = None  # of an encoder-decoder
-    states: StepStates | None = None  # where the model keeps states: whose each token goes through
+    length: torch.Tensor  # int32 [T], on the host: number of positions up to and including the token
+    cross: CrossAttentionBatch | None = None  # for an encoder-decoder
+    states: StepStates | None = None  # for a model with states: which state each token updates
 
     @classmethod
     def build(
@@ -41,8 +41,8 @@ class StepBatch:
         device: torch.device,
         cross: CrossAttentionBatch | None = None,
     ) -> StepBatch:
-        """`counts[s]` tokens behind `past[s]` of the sequence with `tables[s]`, which has room for them."""
-        own = [table.slot for table in tables if table.slot is not None]
+        """Builds a step: sequence s computes `counts[s]` tokens after `past[s]` others. `tables[s]` must have room for them."""
+        state_slots = [table.slot for table in tables if table.slot is not None]
         count = np.array(counts)
         sequence = np.repeat(np.arange(len(count)), count)
         begin = np.cumsum(count) - count
@@ -56,21 +56,21 @@ class StepBatch:
             torch.from_numpy(sequence.astype(np.int32)),
             torch.from_numpy((positions + 1).astype(np.int32)),
             cross,
-            StepStates.build(cache.states, own, past, counts, device) if own else None,
+            StepStates.build(cache.states, state_slots, past, counts, device) if state_slots else None,
         )
 
     def sequences(self) -> Iterator[StepBatch]:
-        """Each sequence's tokens by themselves, in the step's order."""
+        """Yields a batch of each sequence alone, in the step's order."""
         for row in range(len(self.tables)):
-            own = torch.nonzero(self.sequence == row).flatten()
-            there = own.to(self.positions.device)
+            tokens = torch.nonzero(self.sequence == row).flatten()
+            device_tokens = tokens.to(self.positions.device)
             yield replace(
                 self,
-                positions=self.positions[there],
-                slots=self.slots[there],
+                positions=self.positions[device_tokens],
+                slots=self.slots[device_tokens],
                 tables=self.tables[row : row + 1],
-                sequence=torch.zeros_like(self.sequence[own]),
-                length=self.length[own],
+                sequence=torch.zeros_like(self.sequence[tokens]),
+                length=self.length[tokens],
                 states=None,
             )
 
@@ -84,7 +84,7 @@ class StepBatch:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Writes the step's key [T, G, Dk] and value [T, G, Dv]; returns the layer's pools of both.
 
-        An int instead of `value` says how many leading columns of the keys are the values (`LayerSpec.shared`).
+        An int as `value` is the number of leading key columns that are the values (`LayerSpec.shared`).
         """
         keys, values = self.cache.layer(layer)
         if isinstance(value, int):
@@ -96,18 +96,18 @@ class StepBatch:
 
 @dataclass(frozen=True, slots=True)
 class CrossAttentionBatch:
-    """Where the prompts of an encoder-decoder's sequences lie, and those that are to be encoded in this step.
+    """The prompts of an encoder-decoder's sequences: where they are cached, and which of them this step encodes.
 
-    Shape legend as above, and E tokens of the prompts to be encoded, one prompt after the other.
+    Shape legend as above, and E tokens of the prompts to encode, one prompt after the other.
     """
 
     cache: KVCache
     ids: torch.Tensor  # int64 [E]
-    lengths: tuple[int, ...]  # of the prompts to be encoded
-    slots: torch.Tensor  # int64 [E]
+    lengths: tuple[int, ...]  # tokens of each prompt to encode
+    slots: torch.Tensor  # int64 [E]: place of each token's key and value in the pool
     tables: torch.Tensor  # int32 [S, M]
-    length: torch.Tensor  # int32 [T], on the host: tokens of the prompt that a token of the step looks at
-    first: tuple[int, ...]  # for each prompt to be encoded, its sequence's first token of the step
+    length: torch.Tensor  # int32 [T], on the host: length of the prompt that each token attends to
+    first: tuple[int, ...]  # for each prompt to encode, the index of its sequence's first token in the step
 
     @classmethod
     def build(
@@ -119,9 +119,9 @@ class CrossAttentionBatch:
         counts: Sequence[int],
         device: torch.device,
     ) -> CrossAttentionBatch:
-        """Sequence s has `counts[s]` tokens in the step and `prompts[s]`, for which `tables[s]` has blocks.
+        """Builds a batch in which sequence s has `counts[s]` tokens and the prompt `prompts[s]`, in the blocks of `tables[s]`.
 
-        `new[s]`: the prompt is to be encoded.
+        `new[s]`: this step encodes the prompt.
         """
         encoded = [s for s, is_new in enumerate(new) if is_new]
         lengths = [len(prompts[s]) for s in encoded]
@@ -141,20 +141,20 @@ class CrossAttentionBatch:
         )
 
     def store(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Writes key [E, G, Dk] and value [E, G, Dv] of the encoded prompts; returns the layer's pools of both."""
+        """Writes key [E, G, Dk] and value [E, G, Dv] of the prompts to encode; returns the layer's pools of both."""
         keys, values = self.cache.layer(layer)
         if self.lengths:
             store(keys, values, key, value, self.slots)
         return keys, values
 
     def owners(self, tokens: Sequence[int]) -> list[int]:
-        """For tokens of the prompts to be encoded: a token each of the step that is of the same sequence."""
+        """Maps tokens [E] of the prompts to encode to tokens of the step that belong to the same sequence."""
         ends = np.cumsum(self.lengths)
         return [self.first[prompt] for prompt in np.searchsorted(ends, tokens, side="right").tolist()]
 
 
 def _padded(tables: Sequence[BlockTable]) -> npt.NDArray[np.int32]:
-    """[S, M]."""
+    """Returns the tables as one array [S, M], padded with 0."""
     padded = np.zeros((len(tables), max(table.count for table in tables)), np.int32)
     for row, table in zip(padded, tables, strict=True):
         row[: table.count] = table.ids[: table.count]
@@ -167,6 +167,6 @@ def _slots(
     sequence: npt.NDArray[np.int64],
     positions: npt.NDArray[np.int64],
 ) -> npt.NDArray[np.int64]:
-    """int64 [T]: where each token lies in the pool."""
+    """Returns int64 [T]: the place of each token in the pool."""
     slots: npt.NDArray[np.int64] = padded[sequence, positions // cache.block_tokens] * np.int64(cache.block_tokens)
     return slots + positions % cache.block_tokens

@@ -1,1 +1,1 @@
-"""The KV cache and the state slots: what they keep, and who holds which block."""
+"""The KV cache and the state slots: what they keep, and which sequence holds which block."""

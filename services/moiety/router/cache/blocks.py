@@ -1,7 +1,7 @@
-"""Who holds which block of the KV cache, and which blocks hold known tokens. Numbers only: no tensors here.
+"""Tracks which sequences hold which block of the KV cache, and which blocks hold known tokens. No tensors here.
 
-A block is *held* by one or more sequences, *cached* (nobody's, but its tokens are known by their digest and may be asked
-for again) or *free*. New blocks come from the free ones first, then from the cached ones, least recently used first.
+A block is *held* by one or more sequences, *cached* (no sequence holds it, but its digest is known, so that a later
+sequence may reuse its tokens) or *free*. A new block is a free one, else the least recently used cached one.
 """
 
 from __future__ import annotations
@@ -14,23 +14,23 @@ from hashlib import blake2b
 import numpy as np
 import numpy.typing as npt
 
-_DIGEST_BYTES = 32  # nobody finds two prefixes of one digest, so equal digests are equal tokens
+_DIGEST_BYTES = 32  # collisions are infeasible to find, so equal digests mean equal tokens
 
 
 def root(revision: str, tenant: str) -> bytes:
-    """Where the digests of a tenant's prefixes begin: other revisions and tenants never share a block."""
+    """Returns the digest that a tenant's prefixes start from. Different revisions and tenants do not share blocks."""
     return blake2b(f"{len(revision)}:{revision}{tenant}".encode(), digest_size=_DIGEST_BYTES).digest()
 
 
 def chained(before: bytes, tokens: Sequence[int]) -> bytes:
-    """The digest of a block of `tokens` behind all that `before` stands for."""
+    """Returns the digest of a block of `tokens` that follows the prefix with the digest `before`."""
     return blake2b(array("I", tokens).tobytes(), key=before, digest_size=_DIGEST_BYTES).digest()
 
 
 class BlockTable:
-    """The blocks of one sequence in order: `ids[first:count]`; those before `first` fell out of every layer's window.
+    """The blocks of one sequence in order: `ids[first:count]`. Blocks before `first` fell out of every layer's window.
 
-    And, where the model keeps states of a sequence, its slot among them: see `state_slots.py`.
+    Where the model keeps states, it also holds the sequence's state slot: see `state_slots.py`.
     """
 
     __slots__ = ("count", "digests", "first", "ids", "named", "slot")
@@ -38,13 +38,13 @@ class BlockTable:
     def __init__(self) -> None:
         self.ids: npt.NDArray[np.int32] = np.zeros(8, np.int32)
         self.first = self.count = 0
-        self.named = 0  # leading blocks that were full and therefore offered to others
+        self.named = 0  # leading full blocks whose digests are registered for reuse
         self.slot: int | None = None
-        self.digests: list[bytes] = []  # of the sequence's leading full blocks, as far as anybody asked; never wrong
+        self.digests: list[bytes] = []  # of leading full blocks, computed on demand; they stay valid
 
     @property
     def held(self) -> Sequence[int]:
-        """The blocks that are the sequence's."""
+        """The blocks that the sequence holds."""
         held: list[int] = self.ids[self.first : self.count].tolist()
         return held
 
@@ -55,30 +55,30 @@ class BlockTable:
         self.count += 1
 
     def clear(self) -> None:
-        """Forgets the blocks; what is known of the tokens stays."""
+        """Drops the blocks and the slot. Keeps the digests, which depend on the tokens only."""
         self.ids[: self.count] = 0
         self.first = self.count = self.named = 0
         self.slot = None
 
 
 class BlockPool:
-    """`blocks` blocks, numbered from 0, with reference counts and digests."""
+    """A pool of `blocks` blocks, numbered from 0, with reference counts and digests."""
 
     def __init__(self, blocks: int):
         self.blocks = blocks
         self._references = [0] * blocks
-        self._free = list(range(blocks - 1, -1, -1))  # a stack: memory that was touched is used again first
+        self._free = list(range(blocks - 1, -1, -1))  # a stack, so that memory already touched is reused first
         self._cached: OrderedDict[int, None] = OrderedDict()  # least recently used first
         self._by_digest: dict[bytes, int] = {}
         self._digest_of: dict[int, bytes] = {}
 
     @property
     def available(self) -> int:
-        """Blocks that nobody holds."""
+        """Number of blocks that no sequence holds."""
         return len(self._free) + len(self._cached)
 
     def take(self) -> int:
-        """A block with one reference, its former tokens forgotten. Only while `available`."""
+        """Takes a block with one reference and without a digest. Call only while `available`."""
         if self._free:
             block = self._free.pop()
         else:
@@ -88,13 +88,13 @@ class BlockPool:
         return block
 
     def hold(self, block: int) -> None:
-        """One more reference to a block that is held or cached."""
+        """Adds a reference to a held or cached block."""
         if self._references[block] == 0:
             del self._cached[block]
         self._references[block] += 1
 
     def give_back(self, block: int) -> None:
-        """One reference less; the last one frees the block, or leaves it cached."""
+        """Removes a reference. Without references a block with a digest stays cached; any other is free."""
         self._references[block] -= 1
         if self._references[block] == 0:
             if block in self._digest_of:
@@ -106,26 +106,28 @@ class BlockPool:
         return self._references[block] > 0
 
     def name(self, block: int, digest: bytes) -> None:
-        """From now on `find(digest)` is this held block, unless another one has the same tokens already."""
+        """Registers a held block under its digest for `find`, unless another block with the same tokens is registered."""
         if digest not in self._by_digest and block not in self._digest_of:
             self._by_digest[digest] = block
             self._digest_of[block] = digest
 
     def find(self, digest: bytes) -> int | None:
-        """The held or cached block with these tokens."""
+        """Returns the held or cached block with this digest; None if there is none."""
         return self._by_digest.get(digest)
 
     def check(self, held: Iterable[int]) -> None:
-        """Raises RuntimeError unless every block is free, cached, or held as often as it occurs in `held`."""
+        """Raises RuntimeError unless each block is free, cached, or held exactly as often as it occurs in `held`."""
         counted = Counter(held)
         free = Counter(self._free)
         for block in range(self.blocks):
             places = free[block] + (block in self._cached) + (self._references[block] > 0)
             if places != 1:
-                raise RuntimeError(f"KV block {block} is free, cached or held {places} times over")
+                raise RuntimeError(f"KV block {block} is in {places} of the states free, cached and held, not in one")
             if self._references[block] != counted[block]:
-                found = counted[block]
-                raise RuntimeError(f"KV block {block} has {self._references[block]} references, of which {found} exist")
+                count = self._references[block]
+                raise RuntimeError(
+                    f"KV block {block} counts {count} references, and tables hold it {counted[block]} times"
+                )
         named = {block: digest for digest, block in self._by_digest.items()}
         if named != self._digest_of or any(self._cached.keys() - named.keys()) or not named.keys().isdisjoint(free):
-            raise RuntimeError("the digests of KV blocks contradict one another")
+            raise RuntimeError("the digest indices of KV blocks contradict one another")

@@ -1,4 +1,4 @@
-"""What a model's layers keep of a token, and how long, and what of a sequence: the accounting behind blocks and slots."""
+"""What a model's layers cache per token, for how long, and per sequence. The sizes of blocks and slots follow from it."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from moiety_kernels.reference.attention import first_visible
 
 @dataclass(frozen=True, slots=True)
 class LayerSpec:
-    """What one attention layer keeps of a token. K and V may differ in width."""
+    """What one attention layer caches per token. K and V may differ in width."""
 
     heads: int
     key_width: int
     value_width: int
     dtype: torch.dtype
-    shared: bool = False  # values are the first `value_width` columns of the keys: a latent, stored once
-    window: int | None = None  # tokens that a token sees, itself among them; None = all before it
-    chunk: int | None = None  # a token sees what is in its own chunk of so many tokens
+    shared: bool = False  # values are the first `value_width` key columns: a latent, stored once
+    window: int | None = None  # tokens that a token sees, including itself; None = all before it
+    chunk: int | None = None  # a token sees only tokens of its own chunk, of this many tokens
 
     @property
     def bytes_per_token(self) -> int:
@@ -30,35 +30,33 @@ class LayerSpec:
 
 @dataclass(frozen=True, slots=True)
 class StateSpec:
-    """A tensor that a layer keeps of a sequence, of one size however long that is."""
+    """A tensor that a layer keeps per sequence. Its size does not depend on the sequence's length."""
 
-    kind: str  # for people: "recurrent", "convolution", ...
+    kind: str  # for display: "recurrent", "convolution", ...
     shape: tuple[int, ...]
     dtype: torch.dtype
 
     @property
     def bytes_per_slot(self) -> int:
-        """Of both places it has: one is for the step that is not done yet."""
+        """Bytes of both rows of a state: the committed one, and the one that the current step writes."""
         return 2 * prod(self.shape) * self.dtype.itemsize
 
 
-StateKey = tuple[int, str]  # layer index, and which of its states
+StateKey = tuple[int, str]  # layer index, name of the state
 
 
 def indexer_of(layer: int) -> int:
-    """The index in a CacheSpec of what a layer's indexer keeps of a token, beside what its attention keeps."""
+    """Returns the index in `CacheSpec.layers` under which a layer's indexer keys are cached: negative, so it is unique."""
     return ~layer
 
 
 @dataclass(frozen=True, slots=True)
 class CacheSpec:
-    """Layer index -> what it keeps of a token; (layer index, name) -> what it keeps of a sequence."""
+    """What all layers cache: per token by layer index, and per sequence by (layer index, name)."""
 
     layers: Mapping[int, LayerSpec]
     states: Mapping[StateKey, StateSpec] = field(default_factory=dict)
-    cross_attention: bool = (
-        False  # prompts are an encoder's: their tokens lie in blocks of their own, and outputs follow from them
-    )
+    cross_attention: bool = False  # an encoder reads the prompts, and their tokens have blocks of their own
 
     @property
     def bytes_per_token(self) -> int:
@@ -66,23 +64,23 @@ class CacheSpec:
 
     @property
     def bytes_per_slot(self) -> int:
-        """Bytes of a running sequence's states, both copies of those that change."""
+        """Bytes of one sequence's states, both rows of each."""
         return sum(state.bytes_per_slot for state in self.states.values())
 
     @property
     def indexed(self) -> bool:
-        """Whether there are layers that attend to what an indexer picks."""
+        """Whether some layers attend to tokens that an indexer picks."""
         return any(layer < 0 for layer in self.layers)
 
     @property
     def reach(self) -> int | None:
-        """The most tokens that any layer sees behind a token; None where one sees everything.
+        """The largest window or chunk of any layer, in tokens; None if some layer has neither.
 
-        One layer without a window keeps the blocks of all of them: a block holds the same tokens in every layer.
+        One layer without a window keeps all blocks of a sequence: a block holds the same tokens in every layer.
         """
         reaches = [layer.window or layer.chunk for layer in self.layers.values()]
         return None if None in reaches else max(filter(None, reaches), default=None)
 
     def first_needed(self, position: int) -> int:
-        """The oldest position that the token at `position`, or one behind it, sees in any layer."""
+        """Returns the oldest position that the token at `position`, or any later token, sees in any layer."""
         return min(first_visible(position + 1, *kind) for kind in {(s.window, s.chunk) for s in self.layers.values()})

@@ -1,7 +1,7 @@
-"""Keys and values in blocks that sequences share, and the slots of their states: bounded by one memory setting.
+"""Keys and values in blocks that sequences share, and the slots of their states, bounded by one memory setting.
 
-Which of a table's tokens are valid is the engine's business, and it commits at the end of a step: writing the same
-positions again is harmless, and states are written aside (`state_slots.py`).
+The engine knows which tokens of a table are valid, and commits at the end of a step. A step may run again: it overwrites
+the same positions, and writes states to a second row (`state_slots.py`).
 
 Shape legend: B blocks, G key/value heads, P tokens per block, Dk and Dv head widths, T tokens of a step.
 """
@@ -20,10 +20,11 @@ BLOCK_TOKENS = 16
 
 
 class KVCache:
-    """States for `slots` sequences, as many blocks as fit beside them in `memory_bytes`, and all layers' tensors.
+    """Holds states for `slots` sequences, and all layers' tensors with as many blocks as fit in the rest of `memory_bytes`.
 
-    With a `revision`, full blocks are found again by the tokens they and all before them hold; without one, never. Nor
-    where there are states: nobody could go on behind a prefix without the state at its end. Nor behind an encoder's prompt.
+    With a `revision`, `match` finds full blocks by their tokens and all tokens before them. Without one there is no
+    prefix cache. Nor is there one for models with states, which a prefix could not continue without the state at its
+    end, or with cross attention.
     """
 
     def __init__(
@@ -44,7 +45,7 @@ class KVCache:
         self._revision, self._reach = None if spec.states or spec.cross_attention else revision, spec.reach
         self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         for index, layer in spec.layers.items():
-            # Uninitialised, so on a CPU the kernel hands out pages only as they are written.
+            # Uninitialised: on a CPU the operating system allocates pages only as they are written.
             shape = self.blocks, layer.heads, block_tokens
             keys = torch.empty(*shape, layer.key_width, dtype=layer.dtype, device=device)
             if layer.shared:
@@ -55,29 +56,29 @@ class KVCache:
 
     @property
     def capacity(self) -> int:
-        """Tokens in all blocks."""
+        """Number of tokens that all blocks together can hold."""
         return self.blocks * self.block_tokens
 
     @property
     def free_blocks(self) -> int:
-        """Blocks that no sequence holds, cached prefixes among them."""
+        """Number of blocks that no sequence holds, including cached prefixes."""
         return self._pool.available
 
     def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """A layer's keys [B, G, P, Dk] and values [B, G, P, Dv]; where shared, values are columns of the keys."""
+        """Returns a layer's keys [B, G, P, Dk] and values [B, G, P, Dv]. Shared values are a view of the key columns."""
         return self._layers[index]
 
     def blocks_for(self, tokens: int) -> int:
-        """The fewest blocks with which a sequence can come to `tokens` tokens."""
+        """Returns the fewest blocks with which a sequence can reach `tokens` tokens."""
         whole = -(-tokens // self.block_tokens)
         return whole if self._reach is None else min(whole, -(-self._reach // self.block_tokens) + 2)
 
     # Tables ------------------------------------------------------------------------------------------------------
 
     def grow(self, table: BlockTable, tokens: int) -> int:
-        """Takes blocks until `table` has room for `tokens` or no block is left; returns the tokens it has room for.
+        """Takes blocks until `table` has room for `tokens` or no block is left; returns how many of `tokens` have room.
 
-        A table without a slot takes one, where there are states: the scheduler runs no more sequences than there are.
+        If the model keeps states, a table without a slot takes one. The scheduler runs no more sequences than slots.
         """
         if self.spec.states and table.slot is None:
             table.slot = self.states.take()
@@ -86,9 +87,10 @@ class KVCache:
         return min(tokens, table.count * self.block_tokens)
 
     def commit(self, table: BlockTable, tokens: Sequence[int], computed: int, tenant: str) -> None:
-        """The step is done, the first `computed` of `tokens` are written: the states that it wrote are the sequence's.
+        """Commits a step after which the first `computed` of `tokens` are written.
 
-        Full blocks are named, those out of every window given back.
+        Makes the states that the step wrote current, registers full blocks by digest, and returns blocks that are out of
+        every window to the pool.
         """
         if table.slot is not None:
             self.states.commit(table.slot)
@@ -105,7 +107,7 @@ class KVCache:
             table.first = max(table.first, needed)
 
     def release(self, table: BlockTable) -> None:
-        """Gives slot and blocks back. The last ones are forgotten first, so that what is left of a prefix can be used."""
+        """Returns slot and blocks to the pool. The last blocks go first, so that they are evicted before those they follow."""
         for block in reversed(table.held):
             self._pool.give_back(block)
         if table.slot is not None:
@@ -115,7 +117,7 @@ class KVCache:
     # Sharing -----------------------------------------------------------------------------------------------------
 
     def match(self, table: BlockTable, tokens: Sequence[int], tenant: str) -> list[int]:
-        """Blocks that hold the longest known prefix of `tokens` but the last, which is always computed."""
+        """Returns the blocks of the longest cached prefix of `tokens`. It excludes the last token, which is always computed."""
         found: list[int] = []
         if self._revision is not None:
             for at in range((len(tokens) - 1) // self.block_tokens):
@@ -126,11 +128,11 @@ class KVCache:
         return found
 
     def unheld(self, blocks: Iterable[int]) -> int:
-        """How many of these blocks nobody holds."""
+        """Returns how many of these blocks no sequence holds."""
         return sum(not self._pool.is_held(block) for block in blocks)
 
     def adopt(self, table: BlockTable, blocks: Sequence[int]) -> int:
-        """Makes matched `blocks` the beginning of an empty `table`; returns the tokens that need not be computed."""
+        """Puts matched `blocks` into an empty `table`; returns the number of tokens that need not be computed."""
         for block in blocks:
             self._pool.hold(block)
             table.append(block)
@@ -138,9 +140,9 @@ class KVCache:
         return table.count * self.block_tokens
 
     def fork(self, table: BlockTable, computed: int) -> BlockTable | None:
-        """A second table with the same `computed` tokens: full blocks are shared, the last, unfinished one and states copied.
+        """Returns a second table with the same `computed` tokens: shares full blocks, copies a partial last one and states.
 
-        None where there is no block for the copy.
+        Returns None if no block is free for the copy.
         """
         full = computed // self.block_tokens
         if computed % self.block_tokens and not self._pool.available:
@@ -162,7 +164,7 @@ class KVCache:
         return forked
 
     def share(self, table: BlockTable) -> BlockTable:
-        """A second table of the same blocks, whose tokens nobody will change."""
+        """Returns a second table of the same blocks, whose tokens must not change any more."""
         shared = BlockTable()
         for block in table.held:
             self._pool.hold(block)
@@ -170,13 +172,13 @@ class KVCache:
         return shared
 
     def check_integrity(self, tables: Iterable[BlockTable]) -> None:
-        """Raises RuntimeError unless `tables` account for every block that is neither free nor cached, and every slot."""
+        """Raises RuntimeError unless `tables` hold exactly the blocks that are neither free nor cached, and the taken slots."""
         tables = list(tables)
         self._pool.check(block for table in tables for block in table.held)
         self.states.check(table.slot for table in tables if table.slot is not None)
 
     def _digest(self, table: BlockTable, tokens: Sequence[int], blocks: int, tenant: str) -> None:
-        """Sees to it that the digests of the first `blocks` full blocks are known."""
+        """Extends `table.digests` to the first `blocks` blocks, which must be full."""
         for at in range(len(table.digests), blocks):
             before = table.digests[-1] if at else root(self._revision or "", tenant)
             table.digests.append(chained(before, tokens[at * self.block_tokens : (at + 1) * self.block_tokens]))

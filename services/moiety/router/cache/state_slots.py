@@ -1,7 +1,7 @@
-"""What layers keep of a whole sequence, in slots: recurrent and convolution states; one slot a sequence.
+"""Recurrent and convolution states, which layers keep per sequence, in slots: one slot for each sequence.
 
-A step never changes a state in place. Each lies in two rows: a step reads the committed one and writes the other, as often
-as it must be run again, and `commit` swaps them when it is done.
+A step does not change a state in place. Each state has two rows: a step reads the committed row and writes the other,
+also when it runs again, and `commit` swaps them when the step is done.
 """
 
 from __future__ import annotations
@@ -17,47 +17,47 @@ from moiety.router.cache.cache_spec import StateKey, StateSpec
 
 
 class SlotStates:
-    """The states of `slots` sequences. A slot that was just taken holds nothing: its first step reads none of it."""
+    """The states of `slots` sequences. A slot that was just taken has no valid state, and its first step does not read one."""
 
     def __init__(self, specs: Mapping[StateKey, StateSpec], slots: int, device: torch.device):
         self.slots = slots
-        self._free = list(range(slots - 1, -1, -1))  # a stack: memory that was touched is used again first
-        self._committed = [0] * slots  # which of a slot's two rows
-        # Uninitialised, so on a CPU the kernel hands out pages only as they are written.
+        self._free = list(range(slots - 1, -1, -1))  # a stack, so that memory already touched is reused first
+        self._committed = [0] * slots  # 0 or 1 for each slot: which of its two rows is committed
+        # Uninitialised: on a CPU the operating system allocates pages only as they are written.
         self._rows = {
             key: torch.empty(2 * slots, *spec.shape, dtype=spec.dtype, device=device) for key, spec in specs.items()
         }
 
     @property
     def available(self) -> int:
-        """Slots that no sequence holds."""
+        """Number of slots that no sequence holds."""
         return len(self._free)
 
     def rows(self, key: StateKey) -> torch.Tensor:
-        """All sequences' states of one kind [2 * slots, ...]."""
+        """Returns both rows of one state for all slots, [2 * slots, ...]."""
         return self._rows[key]
 
     def committed(self, slot: int) -> int:
-        """The row that holds a state after the last step that was done."""
+        """Returns the row with the state after the last committed step."""
         return 2 * slot + self._committed[slot]
 
     def pending(self, slot: int) -> int:
-        """The row into which a step writes a state."""
+        """Returns the row that the current step writes."""
         return 2 * slot + 1 - self._committed[slot]
 
     def commit(self, slot: int) -> None:
-        """The step is done: what it wrote is the state."""
+        """Makes the state that the step wrote the current one."""
         self._committed[slot] = 1 - self._committed[slot]
 
     def take(self) -> int:
-        """A slot of one's own. Only while `available`."""
+        """Takes a slot. Call only while `available`."""
         return self._free.pop()
 
     def give_back(self, slot: int) -> None:
         self._free.append(slot)
 
     def copy(self, source: int, target: int) -> None:
-        """Gives slot `target` the committed states of `source`."""
+        """Copies the committed states of slot `source` to slot `target`."""
         for rows in self._rows.values():
             rows[self.committed(target)] = rows[self.committed(source)]
 
@@ -67,27 +67,27 @@ class SlotStates:
         places.update(held)
         for slot in range(self.slots):
             if places[slot] != 1:
-                raise RuntimeError(f"state slot {slot} is free or held {places[slot]} times over")
+                raise RuntimeError(f"state slot {slot} is listed {places[slot]} times as free or held, not once")
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Sequences that have equally many tokens in a step, so that a layer computes them together."""
+    """Sequences with the same number of tokens in a step, which a layer computes together."""
 
     sequences: int
-    tokens: int  # of each
-    read: torch.Tensor | None  # int64 [sequences]: rows of their states; None where they have none yet
-    write: torch.Tensor  # int64 [sequences]
+    tokens: int  # of each sequence
+    read: torch.Tensor | None  # int64 [sequences]: rows of their states; None if they have none yet
+    write: torch.Tensor  # int64 [sequences]: rows for their new states
 
 
 @dataclass(frozen=True, slots=True)
 class StepStates:
-    """Through whose states a step's tokens go: those of the first group's first sequence, of its second, ..."""
+    """The groups of a step, and the order of its tokens by group and, within a group, by sequence."""
 
     states: SlotStates
     groups: tuple[Group, ...]
-    tokens: int  # of the step
-    order: torch.Tensor | None  # int64 [tokens]: which token of the step is where; None where they lie so already
+    tokens: int  # of the whole step
+    order: torch.Tensor | None  # int64 [tokens]: the step's token at each place; None if in that order already
     back: torch.Tensor | None  # int64 [tokens]: the inverse of `order`
 
     @classmethod
@@ -99,22 +99,22 @@ class StepStates:
         counts: Sequence[int],
         device: torch.device,
     ) -> StepStates:
-        """`counts[s]` tokens behind `past[s]` of the sequence with the slot `slots[s]`."""
-        alike: dict[tuple[int, bool], list[int]] = {}
-        for sequence, (behind, count) in enumerate(zip(past, counts, strict=True)):
-            alike.setdefault((count, behind == 0), []).append(sequence)
+        """Groups a step's sequences. Sequence s has slot `slots[s]` and computes `counts[s]` tokens after `past[s]` others."""
+        by_count: dict[tuple[int, bool], list[int]] = {}  # (tokens, whether the sequence is new) -> sequences
+        for sequence, (computed, count) in enumerate(zip(past, counts, strict=True)):
+            by_count.setdefault((count, computed == 0), []).append(sequence)
         begins = list(accumulate(counts, initial=0))
         groups, order = [], []
-        for (count, new), members in alike.items():
+        for (count, new), members in by_count.items():
             order += [token for member in members for token in range(begins[member], begins[member] + count)]
             read = None if new else torch.tensor([states.committed(slots[m]) for m in members]).to(device)
             write = torch.tensor([states.pending(slots[m]) for m in members]).to(device)
             groups.append(Group(len(members), count, read, write))
-        moved = None if order == list(range(begins[-1])) else torch.tensor(order)
+        permutation = None if order == list(range(begins[-1])) else torch.tensor(order)
         return cls(
             states,
             tuple(groups),
             begins[-1],
-            None if moved is None else moved.to(device),
-            None if moved is None else moved.argsort().to(device),
+            None if permutation is None else permutation.to(device),
+            None if permutation is None else permutation.argsort().to(device),
         )

@@ -1,7 +1,7 @@
-"""Guided output: a grammar, compiled for the checkpoint's tokenizer, says which tokens may come next (llguidance).
+"""Guided output: a grammar, compiled for the checkpoint's tokenizer, determines which tokens may come next (llguidance).
 
-`Guides` compiles, off the engine's thread and before a request is admitted. A `Matcher` follows one sequence; it is always
-brought up to date from the sequence's tokens, so that resumed, preempted and forked sequences need nothing special.
+`Guides` compiles guides off the engine's thread, before a request is queued. A `Matcher` follows one sequence. It is
+updated from the sequence's tokens alone, so resumed, preempted and forked sequences need no special handling.
 """
 
 from __future__ import annotations
@@ -21,55 +21,55 @@ from moiety.errors import CheckpointError, FailedPrecondition, InvalidRequest, M
 from moiety.model.checkpoint.tokenizer import open_tokenizer
 
 COMPILE_S = 5.0  # a large JSON schema takes some 100 ms
-KEPT = 64  # compiled guides: the same schema comes again and again
-MAX_PROBLEM = 200  # characters of a compiler's complaint that a client is told
-# Fuel for building lexer and grammar; at llguidance's own measure of 50,000 a millisecond that is 20 ms. What one mask
-# may cost on the engine's thread is bounded too: 50,000 items at 20,000 a millisecond, 50,000 fuel at 14,000.
+KEPT = 64  # compiled guides in the cache: clients send the same schema repeatedly
+MAX_PROBLEM = 200  # characters of a compiler's error message that a client receives
+# Fuel for building lexer and grammar: 20 ms at llguidance's own figure of 50,000 per millisecond. The cost of one mask
+# on the engine's thread is bounded too: 50,000 items at 20,000 per millisecond, 50,000 fuel at 14,000 per millisecond.
 _LIMITS = llguidance.LLParserLimits(
     initial_lexer_fuel=1_000_000, step_lexer_fuel=50_000, step_max_items=50_000, verbose_errors=False
 )
-# White space between the parts of JSON is bounded: a model may otherwise fill all of max_tokens with it.
+# White space between parts of JSON is bounded, as a model may otherwise fill all of max_tokens with it.
 _JSON: llguidance._lib.JsonCompileOptions = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{0,32}"}
 _EXPECTED = {
-    GuideKind.JSON_SCHEMA: "a JSON Schema that can be compiled",
-    GuideKind.REGEX: "a regular expression (of Rust's regex syntax) that can be compiled",
-    GuideKind.GRAMMAR: "a Lark grammar that can be compiled",
+    GuideKind.JSON_SCHEMA: "a JSON Schema that compiles",
+    GuideKind.REGEX: "a regular expression in Rust's regex syntax that compiles",
+    GuideKind.GRAMMAR: "a Lark grammar that compiles",
 }
 
 
 class CompiledGuide:
-    """A guide ready for use, shared by every sequence that follows it."""
+    """A compiled guide, shared by all sequences that follow it."""
 
     def __init__(self, fresh: llguidance.LLMatcher, executor: llguidance.LLExecutor):
         self._fresh, self.executor = fresh, executor
 
     def matcher(self) -> Matcher:
-        """At the start of an output."""
+        """Returns a new matcher at the start of an output."""
         return Matcher(self._fresh.deep_copy(), self.executor)
 
 
 class Matcher:
-    """Where one sequence stands in its guide."""
+    """The position of one sequence in its guide."""
 
     def __init__(self, state: llguidance.LLMatcher, executor: llguidance.LLExecutor):
         self.state, self.executor = state, executor
         self._followed = 0
 
     def follow(self, generated: Sequence[int]) -> None:
-        """Takes in what the output has gained since the last call."""
+        """Advances over the tokens that the output has gained since the last call."""
         if new := list(generated[self._followed :]):
             self.state.consume_tokens(new)
             self._followed = len(generated)
 
 
 def allowed_tokens(matchers: Sequence[Matcher], vocabulary: int) -> tuple[np.ndarray, dict[int, MoietyError]]:
-    """uint8 [matchers, vocabulary], 1 where a token may come next, and the matchers that failed, by their place."""
+    """Returns uint8 [matchers, vocabulary], 1 where a token may come next, and the errors of failed matchers by index."""
     words = llguidance.numpy.allocate_token_bitmask(len(matchers), vocabulary)
-    batch = [(matcher.state, place) for place, matcher in enumerate(matchers)]
+    batch = [(matcher.state, index) for index, matcher in enumerate(matchers)]
     llguidance.numpy.fill_next_token_bitmask_par(matchers[0].executor, batch, words)
     failed = {
-        place: MoietyError(f"the guide cannot be followed: {_shortened(matcher.state.get_error())}")
-        for place, matcher in enumerate(matchers)
+        index: MoietyError(f"the output cannot follow its guide: {_shortened(matcher.state.get_error())}")
+        for index, matcher in enumerate(matchers)
         if matcher.state.is_error()
     }
     bits = np.unpackbits(words.astype("<i4", copy=False).view(np.uint8), axis=1, bitorder="little")
@@ -77,7 +77,7 @@ def allowed_tokens(matchers: Sequence[Matcher], vocabulary: int) -> tuple[np.nda
 
 
 class Guides:
-    """Compiles guides for one checkpoint, whose tokenizer is read when the first one comes."""
+    """Compiles guides for one checkpoint, and reads its tokenizer when the first guide comes."""
 
     def __init__(self, folder: str, vocabulary: int, threads: int):
         self._folder, self._vocabulary, self._threads = folder, vocabulary, threads
@@ -85,17 +85,19 @@ class Guides:
         self._tokenizer: llguidance.LLTokenizer | None = None
         self._executor: llguidance.LLExecutor | None = None
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="guides")
-        self.eos_ids: tuple[int, ...] = ()  # known once a guide was compiled
+        self.eos_ids: tuple[int, ...] = ()  # known once a guide has been compiled
 
     async def compile(self, guide: Guide) -> CompiledGuide:
-        """Raises InvalidRequest saying what is wrong with it, FailedPrecondition where the checkpoint has no tokenizer,
-        ResourceExhausted where others' guides take too long.
+        """Compiles a guide, or takes it from the cache.
+
+        Raises InvalidRequest if the guide does not compile, FailedPrecondition if the checkpoint has no usable tokenizer,
+        ResourceExhausted if this takes longer than COMPILE_S, including the wait for other guides.
         """
         try:
             async with asyncio.timeout(COMPILE_S):
                 return await asyncio.get_running_loop().run_in_executor(self._thread, self._compile, guide)
         except TimeoutError:
-            raise ResourceExhausted(f"the guide was not compiled within {COMPILE_S:g} s", COMPILE_S) from None
+            raise ResourceExhausted(f"compiling the guide took longer than {COMPILE_S:g} s", COMPILE_S) from None
 
     def close(self) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)
@@ -104,7 +106,7 @@ class Guides:
         if guide in self._kept:
             self._kept.move_to_end(guide)
             return self._kept[guide]
-        tokenizer, executor = self._opened()
+        tokenizer, executor = self._open()
         problem = ""
         try:
             matcher = llguidance.LLMatcher(tokenizer, _grammar(guide), log_level=0, limits=_LIMITS)
@@ -119,7 +121,7 @@ class Guides:
             self._kept.popitem(last=False)
         return compiled
 
-    def _opened(self) -> tuple[llguidance.LLTokenizer, llguidance.LLExecutor]:
+    def _open(self) -> tuple[llguidance.LLTokenizer, llguidance.LLExecutor]:
         if self._tokenizer is None or self._executor is None:
             try:
                 tokenizer, self.eos_ids = open_tokenizer(self._folder)
@@ -133,10 +135,10 @@ class Guides:
 
 
 def _grammar(guide: Guide) -> str:
-    """In llguidance's own form. Raises ValueError where a JSON schema is no JSON."""
+    """Returns the guide as an llguidance grammar. Raises ValueError if a JSON schema is not valid JSON."""
     match guide.kind:
         case GuideKind.JSON_SCHEMA:
-            options = _JSON if guide.text.lstrip().startswith("{") else None  # `true` is a schema too, and takes none
+            options = _JSON if guide.text.lstrip().startswith("{") else None  # the schema `true` takes no options
             return llguidance.LLMatcher.grammar_from_json_schema(guide.text, defaults=options)
         case GuideKind.REGEX:
             return llguidance.LLMatcher.grammar_from_regex(guide.text)

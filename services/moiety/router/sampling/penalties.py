@@ -1,4 +1,4 @@
-"""Repetition, presence and frequency penalties, over counts that grow with their sequence instead of being recounted."""
+"""Token counts for repetition, presence and frequency penalties. They grow with their sequence and are not recounted."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class TokenCounts:
 
     @property
     def generated(self) -> np.ndarray:
-        """float32, beside `ids`: occurrences in the output."""
+        """float32, aligned with `ids`: occurrences in the output."""
         return self._generated[: len(self._slots)]
 
     def follow(self, tokens: Tokens[int], prompt_tokens: int) -> None:
-        """Counts what `tokens` (the prompt, then the output) has gained since the last call."""
+        """Counts the tokens that `tokens` (the prompt, then the output) has gained since the last call."""
         if self._followed == 0:
             prompt = np.unique(np.asarray(tokens[:prompt_tokens], np.int64))
             self._slots = {token: slot for slot, token in enumerate(prompt.tolist())}

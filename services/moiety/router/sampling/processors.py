@@ -1,8 +1,8 @@
-"""What happens to logits before a token is picked from them, in this order, which is vLLM's:
+"""Changes logits before a token is picked from them, in vLLM's order:
 
-logit bias -> repetition, frequency and presence penalties -> guide -> min_tokens -> a first token that is given.
+logit bias -> repetition, frequency and presence penalties -> guide -> min_tokens -> a given first token.
 
-Each stage runs once for the whole batch and touches only the entries that a row's own parameters name.
+Each stage runs once for the whole batch and changes only the entries that a row's own parameters name.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def changes(sequence: Sequence) -> bool:
-    """Whether `process` does anything for this sequence now."""
+    """Whether `process` changes this sequence's logits now."""
     sampling = sequence.sampling
     return bool(
         sampling.logit_bias or sampling.penalised or sequence.guide or _too_short(sequence) or _begins(sequence)
@@ -29,7 +29,7 @@ def changes(sequence: Sequence) -> bool:
 
 
 def process(scores: torch.Tensor, sequences: Rows[Sequence]) -> dict[int, MoietyError]:
-    """Changes scores [n, V] (float32, contiguous) in place; returns the rows whose guide failed, and why."""
+    """Changes scores [n, V] (float32, contiguous) in place; returns the errors of rows whose guide failed."""
     if biased := [row for row, sequence in enumerate(sequences) if sequence.sampling.logit_bias]:
         _add_bias(scores, sequences, biased)
     if penalised := [row for row, sequence in enumerate(sequences) if sequence.sampling.penalised]:
@@ -53,40 +53,40 @@ def _add_bias(scores: torch.Tensor, sequences: Rows[Sequence], rows: list[int]) 
 
 
 def _penalise(scores: torch.Tensor, sequences: Rows[Sequence], rows: list[int]) -> None:
-    """transformers' RepetitionPenaltyLogitsProcessor over prompt and output, then OpenAI's two over the output."""
+    """Applies transformers' RepetitionPenaltyLogitsProcessor to prompt and output, then OpenAI's two to the output."""
     counts = [sequences[row].counts for row in rows]
     for row, counted in zip(rows, counts, strict=True):
         counted.follow(sequences[row].tokens, sequences[row].prompt_tokens)
     sizes = [len(counted.ids) for counted in counts]
 
-    def each(values: list[float]) -> torch.Tensor:
+    def per_token(values: list[float]) -> torch.Tensor:
         return torch.from_numpy(np.repeat(np.asarray(values, np.float32), sizes)).to(scores.device)
 
     places = _places(scores, rows, [counted.ids for counted in counts])
     generated = torch.from_numpy(np.concatenate([counted.generated for counted in counts])).to(scores.device)
-    repetition = each([sequences[row].sampling.repetition_penalty for row in rows])
-    frequency = each([sequences[row].sampling.frequency_penalty for row in rows])
-    presence = each([sequences[row].sampling.presence_penalty for row in rows])
+    repetition = per_token([sequences[row].sampling.repetition_penalty for row in rows])
+    frequency = per_token([sequences[row].sampling.frequency_penalty for row in rows])
+    presence = per_token([sequences[row].sampling.presence_penalty for row in rows])
     values = scores.view(-1)[places]
     values = torch.where(values > 0, values / repetition, values * repetition)
     scores.view(-1)[places] = values - frequency * generated - presence * (generated > 0)
 
 
 def _follow_guides(scores: torch.Tensor, sequences: Rows[Sequence], rows: list[int]) -> dict[int, MoietyError]:
-    """Leaves what each guide allows next. min_tokens yields where a guide allows nothing but the end."""
+    """Masks the tokens that a row's guide forbids, and ends before min_tokens unless the guide allows nothing else."""
     allowed, failed = allowed_tokens([sequences[row].following_guide() for row in rows], scores.shape[1])
-    for place, row in enumerate(rows):
+    for index, row in enumerate(rows):
         if _too_short(sequences[row]):
-            longer = allowed[place].copy()
-            longer[_ends(sequences[row])] = 0
-            if longer.any():
-                allowed[place] = longer
+            without_ends = allowed[index].copy()
+            without_ends[_ends(sequences[row])] = 0
+            if without_ends.any():
+                allowed[index] = without_ends
     scores[rows] += torch.from_numpy(allowed).to(scores.device).float().log_()  # log 1 = 0, log 0 = -inf
-    return {rows[place]: error for place, error in failed.items()}
+    return {rows[index]: error for index, error in failed.items()}
 
 
 def _begins(sequence: Sequence) -> bool:
-    """Whether its next token is given."""
+    """Whether its next token is the given first token."""
     return sequence.sampling.first_token_id is not None and sequence.generated == 0
 
 
@@ -99,9 +99,9 @@ def _ends(sequence: Sequence) -> np.ndarray:
 
 
 def _places(scores: torch.Tensor, rows: list[int], ids: list[np.ndarray]) -> torch.Tensor:
-    """Where these tokens of these rows lie in the flattened scores."""
+    """Returns the places of tokens `ids[i]` of row `rows[i]` in the flattened scores. Raises IndexError on an unknown id."""
     vocabulary = scores.shape[1]
-    if any(of_row.size and int(of_row.max()) >= vocabulary for of_row in ids):
-        raise IndexError(f"a token id is beyond the vocabulary of {vocabulary}")
-    flat = np.concatenate([row * vocabulary + of_row for row, of_row in zip(rows, ids, strict=True)])
+    if any(row_ids.size and int(row_ids.max()) >= vocabulary for row_ids in ids):
+        raise IndexError(f"token ids must be below {vocabulary}, the model's vocabulary")
+    flat = np.concatenate([row * vocabulary + row_ids for row, row_ids in zip(rows, ids, strict=True)])
     return torch.from_numpy(flat).to(scores.device)

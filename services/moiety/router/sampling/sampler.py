@@ -1,8 +1,8 @@
 """Picks the next token of every sequence of a step, in one call.
 
 The order is vLLM's: logit bias and penalties, guide, min_tokens (`processors.py`), then temperature, min-p, top-k, top-p
-and the draw. A row's result is a function of its own logits, parameters, tokens and (seed, choice, position): every
-operation here works row by row, so that on a CPU not a bit depends on what else is in the batch.
+and the draw. A row's result is a function of its own logits, parameters, tokens and (seed, choice, position). Every
+operation here works row by row, so on a CPU the result does not depend, to the bit, on other rows of the batch.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     from moiety.router.sequence.sequence import Sequence
 
 _log = logging.getLogger(__name__)
-BLOCK = 64  # tokens whose shares are summed before the draw looks at single ones
+BLOCK = 64  # tokens per block: the draw finds a block by the sums of shares, then a token in it
 
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """One row's token; its log probability and the likeliest tokens where the request asks for them."""
+    """One row's token, with its log probability and the likeliest tokens if the request asks for them."""
 
     token: int
     logprob: float | None = None
@@ -38,9 +38,9 @@ class Sampled:
 
 @torch.inference_mode()
 def sample(logits: torch.Tensor, sequences: Rows[Sequence]) -> list[Sampled | MoietyError]:
-    """A token for each of `sequences` from logits [n, V] in any float dtype, which are left as they are.
+    """Returns a token for each of `sequences`, from logits [n, V] in any float dtype. Does not change the logits.
 
-    A row that cannot be sampled (its logits are not finite, its guide fails) is an error of its own.
+    A row that cannot be sampled (its logits are not finite, its guide fails) gives an error, without affecting others.
     """
     try:
         return _sample(logits, sequences)
@@ -64,23 +64,24 @@ def _sample(logits: torch.Tensor, sequences: Rows[Sequence]) -> list[Sampled | M
         tokens, finite = _draw(scores, sequences)
     elif drawn:
         tokens[drawn], finite[drawn] = _draw(scores[drawn], [sequences[row] for row in drawn])
-    picked, good = tokens.tolist(), finite.tolist()
+    picked, valid = tokens.tolist(), finite.tolist()
     for row in range(len(sequences)):
-        if not good[row]:
+        if not valid[row]:
             failed.setdefault(row, MoietyError("sampling failed: the model's logits are not finite"))
-    told: dict[int, tuple[float, TopLogprobs | None]] = {}
-    if asking := [row for row, s in enumerate(sequences) if s.sampling.logprobs and row not in failed]:
-        tops = [sequences[row].sampling.top_logprobs for row in asking]
-        of_rows = logits if len(asking) == len(sequences) else logits[asking]
-        told = dict(zip(asking, sampled_logprobs(of_rows, [picked[row] for row in asking], tops), strict=True))
-    return [failed.get(row) or Sampled(picked[row], *told.get(row, ())) for row in range(len(sequences))]
+    logprobs: dict[int, tuple[float, TopLogprobs | None]] = {}
+    if scored := [row for row, s in enumerate(sequences) if s.sampling.logprobs and row not in failed]:
+        tops = [sequences[row].sampling.top_logprobs for row in scored]
+        scored_logits = logits if len(scored) == len(sequences) else logits[scored]
+        values = sampled_logprobs(scored_logits, [picked[row] for row in scored], tops)
+        logprobs = dict(zip(scored, values, strict=True))
+    return [failed.get(row) or Sampled(picked[row], *logprobs.get(row, ())) for row in range(len(sequences))]
 
 
 def _draw(scores: torch.Tensor, sequences: Rows[Sequence]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens [n] drawn from scores [n, V], and whether each row's scores were fit to be drawn from."""
+    """Draws tokens [n] from scores [n, V]; also returns bool [n], whether each row's largest score is finite."""
     best = scores.amax(-1, keepdim=True)
     temperature = _column([sequence.sampling.temperature for sequence in sequences], scores)
-    # Shifted first: a tiny temperature must not make the largest infinite.
+    # Shift before dividing, so that a tiny temperature does not make the largest score infinite.
     shares = (scores - best).div_(temperature).softmax(-1)
     if (least := least_shares(shares, sequences)) is not None:
         _drop_below(shares, least)
@@ -89,9 +90,9 @@ def _draw(scores: torch.Tensor, sequences: Rows[Sequence]) -> tuple[torch.Tensor
 
 
 def least_shares(shares: torch.Tensor, sequences: Rows[Sequence]) -> torch.Tensor | None:
-    """[n, 1]: the smallest of the shares [n, V] that min-p, then top-k, then top-p keep; None where all keep all.
+    """Returns [n, 1], the smallest of the shares [n, V] that min-p, then top-k, then top-p keep; None if all are kept.
 
-    Equals of the smallest are kept with it. Only values are sorted, and only of rows with a top-k or top-p.
+    Shares equal to the smallest are kept too. Only values are sorted, and only in rows with a top-k or top-p.
     """
     sampling = [sequence.sampling for sequence in sequences]
     bounded = [row for row, s in enumerate(sampling) if s.top_p < 1.0 or 0 < s.top_k < shares.shape[1]]
@@ -99,37 +100,37 @@ def least_shares(shares: torch.Tensor, sequences: Rows[Sequence]) -> torch.Tenso
         return None
     least = shares.amax(-1, keepdim=True) * _column([s.min_p for s in sampling], shares)
     if bounded:
-        of_rows, vocabulary = [sampling[row] for row in bounded], shares.shape[1]
+        settings, vocabulary = [sampling[row] for row in bounded], shares.shape[1]
         ordered = _ascending(shares[bounded])
-        if any(s.min_p for s in of_rows):
+        if any(s.min_p for s in settings):
             _drop_below(ordered, least[bounded])
-        if any(s.top_k for s in of_rows):
-            kth = torch.tensor([[vocabulary - min(s.top_k or vocabulary, vocabulary)] for s in of_rows])
+        if any(s.top_k for s in settings):
+            kth = torch.tensor([[vocabulary - min(s.top_k or vocabulary, vocabulary)] for s in settings])
             least_k = ordered.gather(1, kth.to(ordered.device))
             least[bounded] = torch.maximum(least[bounded], least_k)
             _drop_below(ordered, least_k)
-        if any(s.top_p < 1.0 for s in of_rows):
-            # The longest tail whose sum stays within 1 - top_p of all is dropped, as by transformers' TopPLogitsWarper.
+        if any(s.top_p < 1.0 for s in settings):
+            # Drop the longest tail whose sum is at most 1 - top_p of the total, as transformers' TopPLogitsWarper does.
             running = ordered.cumsum(-1)
-            tail = running[:, -1:] * _column([1.0 - s.top_p for s in of_rows], shares)
+            tail = running[:, -1:] * _column([1.0 - s.top_p for s in settings], shares)
             dropped = torch.searchsorted(running, tail, right=True).clamp_(max=vocabulary - 1)
             least[bounded] = torch.maximum(least[bounded], ordered.gather(1, dropped))
     return least
 
 
-# On a CPU these three are numpy's, which are vectorised where torch's are not: at 32 rows of 151,936 on one thread, argmax
-# takes 0.8 ms instead of 10.6, sorting values alone 22 instead of 481, and the bound 2.6 instead of 12.3.
+# On a CPU these three use numpy, which is vectorised where torch is not. At 32 rows of 151,936 on one thread, argmax takes
+# 0.8 ms instead of 10.6, sorting the values 22 ms instead of 481, and zeroing small values 2.6 ms instead of 12.3.
 
 
 def _likeliest(scores: torch.Tensor) -> torch.Tensor:
-    """The first of the largest of each row of scores [n, V]."""
+    """Returns the index of the largest score in each row of scores [n, V], the first one among equals."""
     if scores.device.type != "cpu":
         return scores.argmax(-1)
     return torch.from_numpy(scores.numpy().argmax(-1))
 
 
 def _ascending(values: torch.Tensor) -> torch.Tensor:
-    """Each row of values [n, V] sorted; they may be sorted in place."""
+    """Returns each row of values [n, V] in ascending order. May sort in place."""
     if values.device.type != "cpu":
         return values.sort(-1).values
     values.numpy().sort(axis=-1)
@@ -137,7 +138,7 @@ def _ascending(values: torch.Tensor) -> torch.Tensor:
 
 
 def _drop_below(shares: torch.Tensor, least: torch.Tensor) -> None:
-    """Zeroes what is smaller than least [n, 1], in place."""
+    """Sets shares smaller than least [n, 1] to zero, in place."""
     if shares.device.type != "cpu":
         shares *= shares >= least
         return
@@ -146,12 +147,13 @@ def _drop_below(shares: torch.Tensor, least: torch.Tensor) -> None:
 
 
 def _invert(shares: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """The tokens [n] at which the running sums of shares [n, V] first exceed uniform [n] of all: inverse sampling.
+    """Returns the tokens [n] at which the running sums of shares [n, V] first exceed uniform [n] of the total.
 
-    In two levels, blocks first: running sums over a whole vocabulary would cost more than all the rest.
+    This is inverse transform sampling in two levels, blocks first: running sums over a whole vocabulary would cost more
+    than all the rest.
     """
-    if odd := -shares.shape[1] % BLOCK:
-        shares = torch.nn.functional.pad(shares, (0, odd))
+    if padding := -shares.shape[1] % BLOCK:
+        shares = torch.nn.functional.pad(shares, (0, padding))
     blocks = shares.unflatten(1, (-1, BLOCK))  # [n, B, BLOCK]
     rows = torch.arange(len(shares), device=shares.device)
     running = blocks.sum(-1).double().cumsum(-1)  # [n, B]
@@ -163,8 +165,10 @@ def _invert(shares: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
 
 
 def _first_above(running: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Per row of running [n, m], the first place whose value exceeds target [n]; never one that adds nothing."""
-    target = torch.minimum(target, running[:, -1] * (1 - 2**-50))  # rounding may not lead beyond the last that adds
+    """Returns for each row of running [n, m] the first place whose value exceeds target [n]. Skips places of share zero."""
+    target = torch.minimum(
+        target, running[:, -1] * (1 - 2**-50)
+    )  # rounding must not lead beyond the last nonzero share
     return torch.searchsorted(running, target[:, None], right=True)[:, 0].clamp_(max=running.shape[1] - 1)
 
 
@@ -173,7 +177,7 @@ def _column(values: list[float], like: torch.Tensor) -> torch.Tensor:
 
 
 def uniforms(counters: Rows[tuple[int, int, int]]) -> np.ndarray:
-    """float64 in [0, 1) for each (seed, choice, position): pure functions of them (Philox4x64, Salmon et al. 2011)."""
+    """Returns float64 in [0, 1) for each (seed, choice, position), a pure function of it (Philox4x64, Salmon et al. 2011)."""
     philox = np.random.Philox(key=0)
     state = philox.state
     drawn = np.empty(len(counters), np.float64)

@@ -1,1 +1,1 @@
-"""Which sequences run in the next step, which wait, and when a refused client should retry."""
+"""Decides which sequences run in the next step, which wait, and when a refused client should retry."""

@@ -1,25 +1,25 @@
-"""How long somebody who finds the queue full had better wait, told by how fast it moved lately."""
+"""Computes the retry delay of a request that finds the queue full, from the recent admission rate."""
 
 from __future__ import annotations
 
 from collections import deque
 
-_REMEMBERED = 64  # admissions: about two fillings of the default slots
+_REMEMBERED = 64  # admissions: about twice the default number of slots
 _LEAST_S, _MOST_S, _UNKNOWN_S = 0.05, 60.0, 1.0
 
 
 class AdmissionRate:
-    """Requests that left the queue for a slot. Times are of one monotonic clock, in seconds."""
+    """The times at which requests were admitted to a slot, in seconds of one monotonic clock."""
 
     def __init__(self) -> None:
         self._times: deque[float] = deque(maxlen=_REMEMBERED)
 
     def note(self, now: float) -> None:
-        """A request was admitted."""
+        """Records that a request was admitted."""
         self._times.append(now)
 
     def retry_after(self, waiting: int, now: float) -> float:
-        """Seconds by which half of those `waiting` have started, at the rate seen: the others keep the engine busy."""
+        """Returns the seconds until half of the `waiting` have started at the observed rate; the rest keep the engine busy."""
         times = tuple(self._times)  # another thread may be adding
         if not times or now <= times[0]:
             return _UNKNOWN_S

@@ -1,9 +1,9 @@
-"""What runs next: admits waiting sequences, packs a step from decode tokens and prefill chunks, and shares out blocks.
+"""Schedules: admits waiting sequences, packs a step from decode tokens and prefill chunks, and allocates blocks.
 
-Running sequences are kept in order of rank (priority, then arrival). Blocks are taken as tokens need them. When none is
-left, the running sequence of the highest rank number gives its own back and waits again, its tokens kept: they are
-computed once more later, as far as the prefix cache has not kept them. So the first in rank always advances, and whatever
-fits alone comes to its end.
+Running sequences are kept in order of rank (priority, then arrival). Blocks are allocated as tokens need them. When no
+block is free, the running sequence with the highest rank number is preempted: it frees its blocks, keeps its tokens and
+waits again. Later it computes those tokens again that the prefix cache has not kept. So the first in rank always
+advances, and each sequence that fits the cache alone finishes.
 """
 
 from __future__ import annotations
@@ -19,76 +19,75 @@ from moiety.router.sequence.step_plan import Scheduled, StepPlan
 
 
 class Scheduler:
-    """Decode goes first, so that running streams never wait for somebody's prompt."""
+    """Plans each step with decode tokens first, so that running streams do not wait for the prompts of others."""
 
     def __init__(self, cache: KVCache, slots: int, token_budget: int, speculative_tokens: int = 0):
         self.waiting = WaitingQueue()
         self.running: list[Sequence] = []  # in order of rank
         self._cache, self._slots, self._token_budget = cache, slots, token_budget
-        self._speculative_tokens = speculative_tokens  # drafts of a sequence in one step, at most
+        self._speculative_tokens = speculative_tokens  # most drafts of one sequence in one step
         self._arrivals = count()
-        self._refused: tuple[Sequence, int, int] | None = (
-            None  # who is next, and the slots and blocks it was refused at
-        )
+        # The first waiting sequence that did not fit, with the free slots and spare blocks at that time.
+        self._refused: tuple[Sequence, int, int] | None = None
 
     def add(self, sequence: Sequence) -> None:
-        """A new request."""
+        """Queues a new request."""
         sequence.arrival = next(self._arrivals)
         for sibling in sequence.siblings:
             sibling.arrival = sequence.arrival
         self.waiting.push(sequence)
 
     def admit(self) -> list[Sequence]:
-        """Moves waiting sequences to running while slots and blocks last; returns those admitted.
+        """Moves waiting sequences to running while slots and blocks last; returns the admitted ones.
 
-        Nobody overtakes who is next. A higher priority takes the place of lower ones.
+        Admission follows queue order strictly. A sequence may preempt running ones of lower priority.
         """
         admitted = []
         while (sequence := self.waiting.first()) is not None:
             slots, blocks = self._free_slots, self._spare_blocks
             if self._refused is not None:
-                who, slots_then, blocks_then = self._refused
-                if who is sequence and slots <= slots_then and blocks <= blocks_then:
-                    break  # nothing has come free: save the look for its prefix, which takes long for long prompts
+                refused, slots_then, blocks_then = self._refused
+                if refused is sequence and slots <= slots_then and blocks <= blocks_then:
+                    break  # nothing was freed: skip the prefix lookup, which is slow for long prompts
             found = self._match(sequence)
-            if not self._has_place(sequence, found):
+            if not self._make_place(sequence, found):
                 self._refused = sequence, slots, blocks
                 break
             self._refused = None
             self.waiting.pop()
             sequence.computed = self._cache.adopt(sequence.table, found)
-            if sequence.encoder_ids:  # blocks for all of it: a prompt is encoded in one piece
+            if sequence.encoder_ids:  # a prompt is encoded in one piece, so it needs all its blocks now
                 self._cache.grow(sequence.cross_table, len(sequence.encoder_ids))
             insort(self.running, sequence, key=_rank)
             admitted.append(sequence)
         return admitted
 
     def plan_step(self) -> StepPlan:
-        """Every decoding sequence's token, then prompt chunks, then drafts, as far as the token budget goes; may be empty.
+        """Plans decode tokens, then prompt chunks, then drafts, within the token budget. The plan may be empty.
 
-        Each of them has its blocks when this returns.
+        Blocks for everything in the plan are allocated when this returns.
         """
         chosen: list[Scheduled] = []
         left = self._token_budget
         for prefill in (False, True):
             at = 0
-            while at < len(self.running) and left > 0:  # preemption takes from the end only
+            while at < len(self.running) and left > 0:  # preemption removes from the end only
                 sequence = self.running[at]
                 at += 1
                 encode = sequence.to_encode
                 if encode > left and any(item.encode for item in chosen):
-                    continue  # prompts are encoded in one piece; only the first of a step may be beyond its budget
+                    continue  # prompts are encoded in one piece; only the first of a step may exceed the budget
                 if sequence.prefilling is prefill:
-                    wish = min(max(left - encode, 1), len(sequence.tokens) - sequence.computed)
-                    granted = self._make_room(sequence, wish)
+                    wanted = min(max(left - encode, 1), len(sequence.tokens) - sequence.computed)
+                    granted = self._allocate(sequence, wanted)
                     if granted > 0:
                         chosen.append(Scheduled.of(sequence, granted))
                         left -= granted + encode
-        chosen = [item for item in chosen if item.sequence.table.count]  # less who had to make room
+        chosen = [item for item in chosen if item.sequence.table.count]  # without sequences preempted meanwhile
         return StepPlan(tuple(self._with_drafts(chosen, left) if self._speculative_tokens else chosen))
 
     def _with_drafts(self, chosen: list[Scheduled], left: int) -> list[Scheduled]:
-        """Lets sequences guess ahead with what is left of the token budget, in blocks that nobody else needs."""
+        """Adds drafts to decoding sequences, within the rest of the token budget and the free blocks."""
         extended = []
         for item in chosen:
             sequence = item.sequence
@@ -96,16 +95,16 @@ class Scheduler:
             if sequence.drafts and most > 0:
                 sequence.drafter = sequence.drafter or Drafter(self._speculative_tokens)
                 drafts = sequence.drafter.draft(sequence.tokens, most)
-                room = self._cache.grow(sequence.table, len(sequence.tokens) + len(drafts)) - len(sequence.tokens)
-                item = item.with_drafts(drafts[:room])
+                granted = self._cache.grow(sequence.table, len(sequence.tokens) + len(drafts)) - len(sequence.tokens)
+                item = item.with_drafts(drafts[:granted])
                 left -= len(item.drafts)
             extended.append(item)
         return extended
 
     def fork(self, sequence: Sequence) -> None:
-        """The siblings of a sequence whose prompt is computed begin to run beside it, in the slots held for them.
+        """Starts the siblings of a sequence whose prompt is computed, in the slots reserved for them.
 
-        They share its blocks; one for which there is no block left waits, and computes the prompt again.
+        They share its blocks. A sibling that gets no block for its copy waits, and computes the prompt again.
         """
         for sibling in sequence.siblings:
             sibling.admitted, sibling.cached_tokens = True, sequence.cached_tokens
@@ -119,7 +118,7 @@ class Scheduler:
         sequence.siblings = ()
 
     def remove(self, sequence: Sequence) -> None:
-        """Frees whatever the sequence holds, running or waiting."""
+        """Removes a running or waiting sequence and frees its blocks."""
         if not self.waiting.remove(sequence) and sequence in self.running:
             self.running.remove(sequence)
             self._release(sequence)
@@ -141,8 +140,8 @@ class Scheduler:
             return []
         return self._cache.match(sequence.table, sequence.tokens, sequence.tenant)
 
-    def _has_place(self, sequence: Sequence, found: list[int]) -> bool:
-        """Whether there are slots and blocks for all tokens it has; sees to it where lower priorities are in the way."""
+    def _make_place(self, sequence: Sequence, found: list[int]) -> bool:
+        """Whether slots and blocks suffice for all tokens of the sequence, after preempting lower priorities where needed."""
         needed = self._cache.blocks_for(len(sequence.tokens)) - len(found) + self._cache.unheld(found)
         needed += self._cache.blocks_for(len(sequence.encoder_ids))
         lower = [other for other in self.running if other.priority > sequence.priority]
@@ -162,26 +161,26 @@ class Scheduler:
 
     @property
     def _spare_blocks(self) -> int:
-        """Free blocks, less those that running prompts have yet to take, and one for each sequence to decode into.
+        """Free blocks less a reserve: those that running prompts still need, and one to decode into for each sequence.
 
-        Without that margin a sequence would be admitted only to be sent back a few steps later.
+        Without the reserve, a sequence could be admitted and preempted a few steps later.
         """
-        promised = sum(
+        reserved = sum(
             max(0, self._cache.blocks_for(len(sequence.tokens)) - len(sequence.table.held)) + 1
             for sequence in self.running
         )
-        return self._cache.free_blocks - promised
+        return self._cache.free_blocks - reserved
 
     # Blocks for a step -------------------------------------------------------------------------------------------
 
-    def _make_room(self, sequence: Sequence, wish: int) -> int:
-        """Takes blocks for up to `wish` tokens, from sequences of higher rank numbers if need be; returns for how many.
+    def _allocate(self, sequence: Sequence, wanted: int) -> int:
+        """Allocates blocks for up to `wanted` tokens, preempting higher rank numbers if needed; returns for how many.
 
-        A sequence that gets none keeps what it has and waits for others to end: nothing is computed twice for it
-        unless somebody before it needs its blocks.
+        A sequence that gets no block keeps those it has and waits for others to end. It computes tokens twice only if
+        a sequence of lower rank number needs its blocks.
         """
         while True:
-            granted = self._cache.grow(sequence.table, sequence.computed + wish) - sequence.computed
+            granted = self._cache.grow(sequence.table, sequence.computed + wanted) - sequence.computed
             if granted > 0 or self.running[-1] is sequence:
                 return granted
             self._preempt(self.running[-1])

@@ -1,4 +1,4 @@
-"""Who waits, and who is next: the lowest priority number, within it one tenant after the other, then first come."""
+"""The queue of waiting sequences. Order: lowest priority number, then tenants in turn, then arrival."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from moiety.router.sequence.sequence import Sequence
 
 
 class WaitingQueue:
-    """Sequences that hold neither slot nor blocks."""
+    """Waiting sequences. They hold no slot and no blocks."""
 
     def __init__(self) -> None:
-        # priority -> tenant -> its sequences; the first tenant is the one whose turn it is.
+        # priority -> tenant -> its sequences in order; the first tenant has the next turn.
         self._levels: dict[int, OrderedDict[str, deque[Sequence]]] = {}
         self._count = 0
 
@@ -21,49 +21,49 @@ class WaitingQueue:
 
     def __iter__(self) -> Iterator[Sequence]:
         for level in self._levels.values():
-            for line in level.values():
-                yield from line
+            for queue in level.values():
+                yield from queue
 
     def push(self, sequence: Sequence) -> None:
-        """At the end of its tenant's line."""
-        self._line(sequence).append(sequence)
+        """Adds a sequence at the end of its tenant's queue."""
+        self._queue(sequence).append(sequence)
         self._count += 1
 
     def push_front(self, sequence: Sequence) -> None:
-        """Back to where it came from: next of its tenant, whose turn it is again."""
-        self._line(sequence).appendleft(sequence)
+        """Adds a sequence at the front of its tenant's queue, and gives its tenant the next turn."""
+        self._queue(sequence).appendleft(sequence)
         self._levels[sequence.priority].move_to_end(sequence.tenant, last=False)
         self._count += 1
 
     def first(self) -> Sequence | None:
-        """Who is next."""
+        """Returns the next sequence, without removing it; None if none waits."""
         if not self._levels:
             return None
         return next(iter(self._levels[min(self._levels)].values()))[0]
 
     def pop(self) -> Sequence:
-        """Takes out `first()`; the turn passes to the next tenant of its priority."""
+        """Removes and returns `first()`. The turn passes to the next tenant of its priority."""
         level = self._levels[min(self._levels)]
-        tenant, line = next(iter(level.items()))
+        tenant, queue = next(iter(level.items()))
         level.move_to_end(tenant)
-        sequence = line[0]
+        sequence = queue[0]
         self.remove(sequence)
         return sequence
 
     def remove(self, sequence: Sequence) -> bool:
-        """Whether it waited here."""
+        """Removes a sequence. Returns False if it was not waiting."""
         level = self._levels.get(sequence.priority, OrderedDict())
-        line = level.get(sequence.tenant, deque())
-        if sequence not in line:
+        queue = level.get(sequence.tenant, deque())
+        if sequence not in queue:
             return False
-        line.remove(sequence)
+        queue.remove(sequence)
         self._count -= 1
-        if not line:
+        if not queue:
             del level[sequence.tenant]
         if not level:
             del self._levels[sequence.priority]
         return True
 
-    def _line(self, sequence: Sequence) -> deque[Sequence]:
+    def _queue(self, sequence: Sequence) -> deque[Sequence]:
         level = self._levels.setdefault(sequence.priority, OrderedDict())
         return level.setdefault(sequence.tenant, deque())

@@ -1,1 +1,1 @@
-"""One request inside the engine: its tokens, its share of a step, and what it emits."""
+"""A request inside the engine: its tokens, its part of a step, and what it emits."""

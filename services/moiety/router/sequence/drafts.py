@@ -1,34 +1,34 @@
 """Speculative decoding by prompt lookup: drafts copied from a sequence's own text, and the exact rule to accept them.
 
-Text repeats itself: what followed the last occurrence of the newest tokens is a fair guess at what follows them now
+Text repeats itself: the tokens that followed the last occurrence of the newest tokens are likely to follow them again
 (LLMA, arXiv:2304.04487). A step computes a sequence's next token and its drafts at once. The noise of a sampled token is
-a function of seed, choice and position only, so sampling each position from its own logits gives exactly the token that
-decoding one by one would give there, at any temperature, as long as all before it are right. No token ever changes; a
-wrong draft costs its share of the step.
+a function of seed, choice and position only. So sampling each position from its own logits gives exactly the token that
+decoding one by one would give, at any temperature, as long as all drafts before it are right. Drafts do not change the
+output; a wrong draft costs its share of the step.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-LONGEST, SHORTEST = 4, 2  # tokens that must match; a single one says too little
-PAUSE = 16  # tokens without drafts once drafts failed, doubled each time they fail again
+LONGEST, SHORTEST = 4, 2  # tokens that must match; a single one predicts too little
+PAUSE = 16  # tokens without drafts after drafts failed, doubled with each further failure
 
 
 class Drafter:
-    """The drafts of one sequence: an index of what it said, and how well drafts have done."""
+    """Drafts tokens for one sequence: keeps an index of its n-grams and how well its drafts have done."""
 
     def __init__(self, most: int):
-        """At most `most` drafts a step, at least 1."""
+        """`most`: the most drafts in a step, at least 1."""
         self._most, self._length = most, min(2, most)
         self._pause, self._resume = PAUSE, 0
         self._follows: dict[tuple[int, ...], int] = {}  # n-gram -> where its latest occurrence ended
         self._indexed = 0  # tokens whose n-grams are in the index
 
     def draft(self, tokens: Sequence[int], most: int) -> tuple[int, ...]:
-        """Up to `most` tokens that may follow `tokens`, which must continue what was given before; often none.
+        """Returns up to `most` tokens that may follow `tokens`; often none.
 
-        Costs time in proportion to the tokens that are new, whatever the length of the text.
+        `tokens` must continue those of the call before. The time is proportional to the number of new tokens.
         """
         wanted = min(self._length, most)
         if wanted < 1 or len(tokens) < self._resume:
@@ -36,15 +36,16 @@ class Drafter:
         self._index(tokens)
         for width in range(LONGEST, SHORTEST - 1, -1):
             if (at := self._follows.get(tuple(tokens[-width:]))) is not None:
-                # A match that reaches the end repeats itself: copying goes on with what it has copied.
+                # Copying that reaches the end of the text goes on with what it has copied: tokens[at:] repeats.
                 period = len(tokens) - at
                 return tuple(tokens[at + i % period] for i in range(wanted))
         return ()
 
     def learn(self, drafted: int, accepted: int, tokens: int) -> None:
-        """`accepted` of `drafted` drafts were right; the sequence has `tokens` tokens now.
+        """Adapts the number of drafts after `accepted` of `drafted` were right; the sequence now has `tokens` tokens.
 
-        All right: twice as many next time. None right: half as many, and none for a while once that is less than one.
+        All right: twice as many next time. Some right: one more than were accepted. None right: half as many, and a
+        pause without drafts once that is less than one.
         """
         if not drafted:
             return
@@ -59,7 +60,7 @@ class Drafter:
             self._pause *= 2
 
     def _index(self, tokens: Sequence[int]) -> None:
-        """Every n-gram but those that end the text: an occurrence is worth nothing before something follows it."""
+        """Indexes all n-grams except those at the end of the text, which no token follows yet."""
         for end in range(max(self._indexed, SHORTEST), len(tokens)):
             for width in range(SHORTEST, min(LONGEST, end) + 1):
                 self._follows[tuple(tokens[end - width : end])] = end
@@ -67,9 +68,9 @@ class Drafter:
 
 
 def accepted(drafts: Sequence[int], sampled: Sequence[int]) -> int:
-    """How many leading `drafts` are the tokens that were `sampled` in their places.
+    """Returns how many leading `drafts` equal the tokens `sampled` at their positions.
 
-    `sampled[i]` was sampled behind `drafts[:i]`, so that the first `accepted + 1` of `sampled` are the sequence's own.
+    `sampled[i]` was sampled after `drafts[:i]`, so the first `accepted + 1` of `sampled` belong to the output.
     """
     for at, (draft, token) in enumerate(zip(drafts, sampled, strict=False)):
         if draft != token:

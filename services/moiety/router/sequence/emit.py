@@ -1,4 +1,4 @@
-"""From the logits of a step to what its requests hear of it."""
+"""Samples from a step's logits and builds the events that its requests receive."""
 
 from __future__ import annotations
 
@@ -16,63 +16,66 @@ from moiety.router.sequence.step_plan import StepPlan
 
 
 def emissions(plan: StepPlan, logits: torch.Tensor) -> list[tuple[Sequence, Emitted]]:
-    """What each sequence whose last token was computed has won; a failure to sample is that request's own."""
+    """Samples for each sequence whose last token was computed, and returns the events.
+
+    A failure to sample becomes the event of that sequence only.
+    """
     _score_prompts(plan, logits)
     choices = _choices(plan)
     if not choices:
         return []
-    rows = [row for of_choice, _, _ in choices for row in of_choice]
-    seen = [sequence.ahead(drafts[:n]) for of_choice, sequence, drafts in choices for n in range(len(of_choice))]
-    results = sample(logits if rows == list(range(len(logits))) else logits[rows], seen)
-    emitted = map(_emitted, seen, results)
+    rows = [row for own_rows, _, _ in choices for row in own_rows]
+    prefixes = [sequence.ahead(drafts[:n]) for own_rows, sequence, drafts in choices for n in range(len(own_rows))]
+    results = sample(logits if rows == list(range(len(logits))) else logits[rows], prefixes)
+    emitted = map(_emitted, prefixes, results)
     return [
-        (sequence, one)
-        for of_choice, sequence, drafts in choices
-        for one in _up_to_a_wrong_draft(drafts, list(islice(emitted, len(of_choice))))
+        (sequence, event)
+        for own_rows, sequence, drafts in choices
+        for event in _up_to_wrong_draft(drafts, list(islice(emitted, len(own_rows))))
     ]
 
 
 def _score_prompts(plan: StepPlan, logits: torch.Tensor) -> None:
-    """Log probabilities of prompt tokens, where asked for; they go out with the first token."""
+    """Computes requested log probabilities of prompt tokens; they are sent with the first token."""
     for item, rows in plan.rows():
         sequence = item.sequence
         if sequence.scores_prompt:
             past = sequence.computed
-            following = sequence.tokens[past + 1 : past + item.count + 1]  # the last token of all has none
-            of_prompt = logits[rows.start : rows.start + len(following)]
-            sequence.prompt_logprobs += prompt_logprobs(of_prompt, following)
+            following = sequence.tokens[past + 1 : past + item.count + 1]  # no token follows the last one
+            prompt_logits = logits[rows.start : rows.start + len(following)]
+            sequence.prompt_logprobs += prompt_logprobs(prompt_logits, following)
 
 
 def _emitted(sequence: Sequence, result: Sampled | MoietyError) -> Emitted:
-    """What the request hears of its sampled token."""
+    """Returns the event for a sampled token, or for the failure to sample it."""
     if isinstance(result, MoietyError):
         return Emitted(error=result, choice=sequence.choice)
-    told, sequence.prompt_logprobs = tuple(sequence.prompt_logprobs), []
+    prompt_scores, sequence.prompt_logprobs = tuple(sequence.prompt_logprobs), []
     return Emitted(
         (result.token,),
         () if result.logprob is None else (result.logprob,),
         _finish(sequence, result.token),
         choice=sequence.choice,
         top_logprobs=() if result.top is None else (result.top,),
-        prompt_logprobs=told,
+        prompt_logprobs=prompt_scores,
     )
 
 
 def _finish(sequence: Sequence, token: int) -> FinishReason | None:
-    """Whether `token` is the sequence's last."""
+    """Returns why the sequence ends with `token`; None if it goes on."""
     if token in sequence.stop_ids:
         return FinishReason.STOP
     return FinishReason.LENGTH if sequence.generated + 1 >= sequence.sampling.max_tokens else None
 
 
-def _up_to_a_wrong_draft(drafts: tuple[int, ...], emitted: list[Emitted]) -> list[Emitted]:
-    """Of what was sampled behind 0, 1, 2… drafts: all that stands behind right ones only, and behind no end."""
-    ended = next((at for at, one in enumerate(emitted) if one.finish or one.error), len(emitted))
-    return emitted[: accepted(drafts, [one.token_ids[0] for one in emitted[:ended]]) + 1]
+def _up_to_wrong_draft(drafts: tuple[int, ...], events: list[Emitted]) -> list[Emitted]:
+    """Keeps the events sampled after right drafts only, up to the end of the output. `events[n]` follows `drafts[:n]`."""
+    ended = next((at for at, event in enumerate(events) if event.finish or event.error), len(events))
+    return events[: accepted(drafts, [event.token_ids[0] for event in events[:ended]]) + 1]
 
 
 def _choices(plan: StepPlan) -> list[tuple[range, Sequence, tuple[int, ...]]]:
-    """(rows of the logits, sequence, its drafts) of all that are sampled: a prompt's last row once for each choice."""
+    """Returns (rows of the logits, sequence, drafts) to sample: a prompt's last row occurs once for each choice."""
     return [
         (rows[-1 - len(item.drafts) :], sequence, item.drafts)
         for item, rows in plan.rows()

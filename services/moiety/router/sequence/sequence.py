@@ -1,4 +1,4 @@
-"""One request's life inside the engine."""
+"""The state of one request, or of one of its choices, inside the engine."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from moiety.wire.deadline import Deadline
 
 @dataclass(frozen=True, slots=True)
 class Emitted:
-    """What one step brought a request: a token, its end, or both. An error ends it too."""
+    """An event that one step sends to a request: a token, the end of the output, or both. An error ends the output too."""
 
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[float, ...] = ()
@@ -27,44 +27,44 @@ class Emitted:
     choice: int = 0
     top_logprobs: tuple[TopLogprobs, ...] = ()
     prompt_logprobs: tuple[float, ...] = ()
-    cached_tokens: int = 0  # of the prompt; told with a choice's first token
+    cached_tokens: int = 0  # of the prompt; sent with a choice's first token
     routed_rows: int = 0  # (token, expert) rows since the choice's last event; 0 unless experts may overflow
-    rerouted_rows: int = 0  # of these, those that went to another expert than the gate's
+    rerouted_rows: int = 0  # of routed_rows, those sent to another expert than the gate's
 
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """Token ids so far, and how many of them are in the cache. Changed by the engine's thread only."""
+    """One choice of a request: its tokens, cache blocks and progress. Only the engine's thread changes it."""
 
     request_id: str
-    tokens: list[int]  # prompt, what a lost router had generated, and what we generate
+    tokens: list[int]  # prompt, tokens that a lost router generated, tokens generated here
     prompt_tokens: int
     sampling: Sampling
-    stop_ids: frozenset[int]  # each ends the output: `Sampling.ends`
+    stop_ids: frozenset[int]  # tokens that end the output: see `Sampling.ends`
     emit: Callable[[Emitted], None]  # called from the engine's thread
     deadline: Deadline = field(default_factory=Deadline)
     span: Span = NO_SPAN
     computed: int = 0  # tokens whose keys and values are in the cache
-    cancelled: bool = False  # set by any thread, honoured at the next step
+    cancelled: bool = False  # any thread may set it; it takes effect at the next step
     submitted_ns: int = field(default_factory=time.time_ns)
-    choice: int = 0  # with seed and position it decides the sampling noise
+    choice: int = 0  # index; seed, choice and position determine the sampling noise
     priority: int = 0  # lower runs first
     tenant: str = ""
-    arrival: int = 0  # given by the scheduler: who came first, among equals
-    cached_tokens: int = 0  # tokens of the prompt that were found in the prefix cache
-    admitted: bool = False  # whether it ever ran
-    emitted: bool = False  # whether anything was sent yet
-    routed_rows: int = 0  # as in Emitted, but since the beginning
+    arrival: int = 0  # set by the scheduler: order of arrival within a priority
+    cached_tokens: int = 0  # prompt tokens found in the prefix cache
+    admitted: bool = False  # whether it has run
+    emitted: bool = False  # whether an event was sent
+    routed_rows: int = 0  # as in Emitted, but since the start
     rerouted_rows: int = 0
-    told_rows: tuple[int, int] = (0, 0)  # of these, routed and rerouted ones that were told of
+    told_rows: tuple[int, int] = (0, 0)  # routed_rows and rerouted_rows as of the last event
     table: BlockTable = field(default_factory=BlockTable)
-    encoder_ids: tuple[int, ...] = ()  # an encoder-decoder's prompt; `tokens` are its decoder's then
-    cross_table: BlockTable = field(default_factory=BlockTable)  # where keys and values of `encoder_ids` lie
-    encoded: bool = False  # whether they are there
+    encoder_ids: tuple[int, ...] = ()  # an encoder-decoder's prompt; `tokens` are then the decoder's
+    cross_table: BlockTable = field(default_factory=BlockTable)  # blocks for the keys and values of `encoder_ids`
+    encoded: bool = False  # whether those keys and values are computed
     parent: Sequence | None = None  # the choice whose prompt this one shares
-    siblings: tuple[Sequence, ...] = ()  # choices that are to begin when this one's prompt is computed
+    siblings: tuple[Sequence, ...] = ()  # choices that start once this one's prompt is computed
     guide: CompiledGuide | None = None
-    prompt_logprobs: list[float] = field(default_factory=list)  # gathered in prefill, sent with the first token
+    prompt_logprobs: list[float] = field(default_factory=list)  # collected in prefill, sent with the first token
     drafter: Drafter | None = field(default=None, init=False)
     counts: TokenCounts = field(default_factory=TokenCounts, init=False)
     _matcher: Matcher | None = field(default=None, init=False)
@@ -75,21 +75,21 @@ class Sequence:
 
     @property
     def most_tokens(self) -> int:
-        """The cache space it may come to need."""
+        """Tokens after max_tokens are generated: the most that the cache may have to hold."""
         return self.prompt_tokens + self.sampling.max_tokens
 
     def following_guide(self) -> Matcher:
-        """Where the output stands in its guide. Only for sequences that have one."""
+        """Returns the guide's matcher, advanced to the end of the output. Only for sequences with a guide."""
         assert self.guide is not None
         if self._matcher is None:
             self._matcher = self.guide.matcher()
-        given = self.sampling.first_token_id is not None  # no part of what is guided
+        given = self.sampling.first_token_id is not None  # the given first token is outside the guide
         self._matcher.follow(self.tokens[self.prompt_tokens + given :])
         return self._matcher
 
     @property
     def to_encode(self) -> int:
-        """Tokens that the encoder is to compute before any of the decoder's."""
+        """Prompt tokens that the encoder must compute before the decoder can start."""
         return 0 if self.encoded else len(self.encoder_ids)
 
     @property
@@ -98,55 +98,55 @@ class Sequence:
 
     @property
     def held_blocks(self) -> int:
-        """Blocks that it has, of either kind."""
+        """Number of blocks held, for decoder tokens and for the encoded prompt."""
         return len(self.table.held) + len(self.cross_table.held)
 
     @property
     def scores_prompt(self) -> bool:
-        """Whether the logits of every prompt token are still wanted, so that every one must be computed."""
+        """Whether the request still needs the logits of every prompt token, so that none may come from the prefix cache."""
         return self.sampling.prompt_logprobs and self.generated == 0
 
     @property
     def drafts(self) -> bool:
-        """Whether its next tokens may be guessed: not while tokens change the logits behind them, one after the other."""
+        """Whether its next tokens may be drafted: not in prefill, and not where a guide or penalties depend on each token."""
         return self.generated > 0 and not self.prefilling and self.guide is None and not self.sampling.penalised
 
     def ahead(self, tokens: tuple[int, ...]) -> Sequence:
-        """How the sampler is to see it behind further `tokens`; for nothing else."""
+        """Returns the sequence with `tokens` appended, for the sampler only."""
         return replace(self, tokens=[*self.tokens, *tokens]) if tokens else self
 
     @property
     def slots(self) -> int:
-        """Places among the running sequences: one for each choice that it is, or is to become."""
+        """Slots it needs: one for itself and one for each sibling that has not started."""
         return 1 + len(self.siblings)
 
     @property
     def rank(self) -> tuple[int, int, int]:
-        """Who keeps its blocks when there are too few: the lower goes before the higher."""
+        """Order in which sequences keep their blocks when memory is short: lower ranks first."""
         return self.priority, self.arrival, self.choice
 
     @property
     def withdrawn(self) -> bool:
-        """Whether the request was cancelled: all its choices are, together."""
+        """Whether the request was cancelled. Cancelling a request cancels all its choices."""
         return self.cancelled or (self.parent is not None and self.parent.cancelled)
 
     def given_up(self, now: float) -> bool:
-        """Whether it is to end without being done, at `now` of the monotonic clock."""
+        """Whether it must end unfinished: it was cancelled, or its deadline has passed at `now` (monotonic clock)."""
         return now >= self.deadline.at or self.withdrawn
 
     def restart(self) -> None:
-        """Its tokens are to be computed from the first on, and its prompt encoded again."""
+        """Resets it after preemption: all tokens must be computed again, and its prompt encoded again."""
         self.computed, self.encoded = 0, False
         self.prompt_logprobs = []
 
     def sibling(self, choice: int, span: Span) -> Sequence:
-        """Another choice of the same request, with the tokens it has now."""
+        """Returns another choice of the same request, with the current tokens."""
         return replace(
             self,
             tokens=list(self.tokens),
             span=span,
             choice=choice,
-            prompt_logprobs=[],  # the first choice tells them
+            prompt_logprobs=[],  # only the first choice sends them
             table=BlockTable(),
             cross_table=BlockTable(),
             parent=self,

@@ -1,4 +1,4 @@
-"""What one step computes."""
+"""The plan of one step: which tokens of which sequences it computes, and which need logits."""
 
 from __future__ import annotations
 
@@ -11,41 +11,41 @@ from moiety.router.sequence.sequence import Sequence
 
 @dataclass(frozen=True, slots=True)
 class Scheduled:
-    """`count` tokens of one sequence in a step, behind those that are computed."""
+    """The next `count` uncomputed tokens of one sequence, as its part of a step."""
 
     sequence: Sequence
     count: int
     wanted: int  # how many of its last tokens need logits
-    samples: bool  # whether they reach the sequence's last token, so that its next one is sampled
-    encode: int = 0  # tokens of its prompt that go through the encoder first
-    drafts: tuple[int, ...] = ()  # the last of the `count` tokens, where these are guesses that may follow the sequence
+    samples: bool  # whether they include the sequence's last token, so that its next one is sampled
+    encode: int = 0  # prompt tokens that the encoder computes first
+    drafts: tuple[int, ...] = ()  # guesses at the next tokens; they are the last of the `count` tokens
 
     @classmethod
     def of(cls, sequence: Sequence, count: int) -> Scheduled:
-        """Logits of the last token where it is sampled from, or of all where those of the prompt are asked for."""
+        """Schedules `count` tokens. All need logits for prompt log probabilities, else only a last token to sample from."""
         samples = sequence.computed + count == len(sequence.tokens)
         wanted = count if sequence.scores_prompt else int(samples)
         return cls(sequence, count, wanted, samples, sequence.to_encode)
 
     def with_drafts(self, drafts: tuple[int, ...]) -> Scheduled:
-        """A decoding sequence's token and behind it `drafts`, each of which is sampled from, too."""
+        """Returns a decoding sequence's token followed by `drafts`. A token is sampled after each of them, too."""
         return replace(self, count=1 + len(drafts), wanted=1 + len(drafts), drafts=drafts)
 
     @property
     def work(self) -> int:
-        """All tokens that it has the model compute."""
+        """Tokens to compute, by decoder and encoder."""
         return self.count + self.encode
 
     @property
     def ids(self) -> list[int]:
-        """The tokens to be computed."""
+        """Ids of the decoder's tokens to compute, drafts last."""
         past = self.sequence.computed
         return [*self.sequence.tokens[past : past + self.count - len(self.drafts)], *self.drafts]
 
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """One forward pass. Its logits have one row for each token that wants them, in the order of `scheduled`."""
+    """One forward pass. Its logits have one row for each token that needs them, in the order of `scheduled`."""
 
     scheduled: tuple[Scheduled, ...]
 
@@ -60,16 +60,16 @@ class StepPlan:
 
     @property
     def work(self) -> int:
-        """Tokens, those of prompts that are encoded first among them."""
+        """Tokens to compute, including prompt tokens that the encoder computes."""
         return sum(item.work for item in self.scheduled)
 
     def split(self, parts: int) -> list[StepPlan]:
-        """At most `parts` plans of about as many tokens each, none empty, that follow one another in this one."""
+        """Splits it into at most `parts` consecutive plans of about equal work, none of them empty."""
         plans: list[StepPlan] = []
         items: list[Scheduled] = []
         done, total = 0, self.work
         for item in self.scheduled:
-            # The border goes where it is nearest to an equal share; sequences are never torn apart.
+            # Cut where the parts come closest to equal shares, between sequences only.
             if items and len(plans) < parts - 1 and 2 * done + item.work > 2 * total * (len(plans) + 1) // parts:
                 plans.append(StepPlan(tuple(items)))
                 items = []
@@ -78,7 +78,7 @@ class StepPlan:
         return [*plans, StepPlan(tuple(items))]
 
     def rows(self) -> Iterator[tuple[Scheduled, range]]:
-        """Which rows of the logits are an item's: those of its last `wanted` tokens. Items without any are left out."""
+        """Yields each item with its rows of the logits, those of its last `wanted` tokens. Skips items without any."""
         start = 0
         for item in self.scheduled:
             if item.wanted:
@@ -86,11 +86,12 @@ class StepPlan:
                 start += item.wanted
 
     def without(self, ended: Iterable[Sequence]) -> StepPlan:
+        """Returns the plan without these sequences."""
         gone = set(map(id, ended))
         return StepPlan(tuple(item for item in self.scheduled if id(item.sequence) not in gone))
 
     def owners(self, tokens: Iterable[int]) -> list[Sequence]:
-        """The sequences that own these positions of the packed step."""
+        """Returns the sequences that own the tokens at these positions of the packed step."""
         owners, start, wanted = [], 0, set(tokens)
         for item in self.scheduled:
             if not wanted.isdisjoint(range(start, start + item.count)):

@@ -1,1 +1,1 @@
-"""Layers that keep a state per sequence: Mamba, linear attention, convolutions."""
+"""Layers that keep a state for each sequence: Mamba, linear attention, convolutions."""

@@ -1,9 +1,9 @@
 """Runs state layers (Mamba, linear attention, convolutions) over packed steps, with no code per model.
 
-transformers' modules want their tokens as [sequences, tokens, D], and a cache. A Mixer stands in for the `forward` of each
-that keeps a state (`state_discovery.py` finds them): a step's sequences that have equally many tokens in it go through the
-module together, all decode tokens among them, with their states gathered from the slots; what comes back is written aside
-in the slots.
+transformers' modules take tokens as [sequences, tokens, D], and a cache. A BatchedStateLayer replaces the `forward` of each
+module that keeps a state (`state_discovery.py` finds them). Sequences with the same number of tokens in a step pass through
+the module together, for example all that decode. Their states are gathered from the slots, and the new states are written to
+the slots' second rows.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _step: ContextVar[StepStates | None] = ContextVar("moiety_step_states", default=
 
 @contextmanager
 def use_states(step: StepStates | None) -> Iterator[None]:
-    """Forwards inside the block, in this thread or lane, keep their states there; with None, nowhere."""
+    """Makes forward passes inside the block, in this thread or lane, read and write the states of `step`; None: no states."""
     token = _step.set(step)
     try:
         yield
@@ -37,29 +37,29 @@ def use_states(step: StepStates | None) -> Iterator[None]:
 
 @dataclass(slots=True)
 class Use:
-    """What was seen of one module in a run: which states it keeps, and how it was called."""
+    """A record of one module from a discovery run: which states it keeps, and how it was called."""
 
     arguments: tuple[Any, ...]
     options: dict[str, Any]
-    cache: str | int  # the keyword that brings the cache, or its place among the arguments
+    cache: str | int  # keyword or position of the argument that holds the cache
     layer: int = -1
     kept: dict[StateName, torch.Tensor] = field(default_factory=dict)
 
 
 class BatchedStateLayer:
-    """Stands in for the `forward` of a module that keeps states."""
+    """Replaces the `forward` of a module that keeps states."""
 
     def __init__(self, module: nn.Module, use: Use):
         self.specs: Mapping[StateKey, StateSpec] = {
             (use.layer, f"{kind} {index}"): StateSpec(kind, tuple(state.shape[1:]), state.dtype)
             for (kind, index), state in use.kept.items()
         }
-        self.forgetful = False  # it drops its state over a second chunk, whose tokens it is therefore given one by one
+        self.forgetful = False  # it drops its state at a second chunk, so later chunks go token by token
         self._names = dict(zip(use.kept, self.specs, strict=True))
         self._layer, self._cache, self._compute = use.layer, use.cache, module.forward
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
-        """The module's output for the tokens of a packed step, [1, T, ...]."""
+        """Returns the module's output for the tokens of a packed step, [1, T, ...]."""
         step = _step.get()
         if step is None:
             return self._compute(*arguments, **options)
@@ -69,12 +69,12 @@ class BatchedStateLayer:
             given = tokenwise(given, (1, step.tokens), lambda tensor: tensor[:, order])
         outputs, begin = [], 0
         for group in step.groups:
-            outputs.append(self._group(step.states, group, _part(given, step.tokens, begin, group)))
+            outputs.append(self._run_group(step.states, group, _group_part(given, step.tokens, begin, group)))
             begin += group.sequences * group.tokens
         return _joined(outputs, step)
 
-    def _group(self, slots: SlotStates, group: Group, given: Any) -> Any:
-        """The output [sequences, tokens, ...] for arguments of that shape."""
+    def _run_group(self, slots: SlotStates, group: Group, given: Any) -> Any:
+        """Runs one group on its arguments, [sequences, tokens, ...]; returns output of that shape and writes the new states."""
         found = {}
         if (read := group.read) is not None:
             found = {name: slots.rows(key).index_select(0, read) for name, key in self._names.items()}
@@ -97,7 +97,7 @@ class BatchedStateLayer:
 
 
 class PositionedAttention:
-    """Stands in for the `forward` of an attention module that asks its cache where its tokens are (Llama 4's)."""
+    """Replaces the `forward` of an attention module that reads token positions from its cache (as Llama 4's does)."""
 
     def __init__(self, compute: Callable[..., Any], cache: str | int):
         self._compute, self._cache = compute, cache
@@ -109,7 +109,7 @@ class PositionedAttention:
 
 
 def batched_state_layers(model: nn.Module) -> list[BatchedStateLayer]:
-    """Those that `install` has put in place."""
+    """Returns those that `state_discovery.batch_state_layers` has installed in `model`."""
     return [
         found for module in model.modules() if isinstance(found := module.__dict__.get("forward"), BatchedStateLayer)
     ]
@@ -118,7 +118,7 @@ def batched_state_layers(model: nn.Module) -> list[BatchedStateLayer]:
 def _with_cache(
     compute: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any], at: str | int, cache: Any
 ) -> Any:
-    """The call with `cache` as the argument at this place or of this name."""
+    """Calls `compute` with `cache` as the argument at position `at`, or with the name `at`."""
     if isinstance(at, int):
         return compute(*arguments[:at], cache, *arguments[at + 1 :], **options)
     return compute(*arguments, **{**options, at: cache})
@@ -127,15 +127,15 @@ def _with_cache(
 # Arguments and outputs -------------------------------------------------------------------------------------------
 
 
-def _part(given: Any, tokens: int, begin: int, group: Group) -> Any:
-    """Of the arguments for all `tokens` those for a group, [sequences, tokens, ...]."""
+def _group_part(given: Any, tokens: int, begin: int, group: Group) -> Any:
+    """Cuts a group's arguments [sequences, tokens, ...] out of those for all `tokens`."""
     shape = group.sequences, group.tokens
     end = begin + group.sequences * group.tokens
     return tokenwise(given, (1, tokens), lambda tensor: tensor[0, begin:end].unflatten(0, shape))
 
 
 def _joined(outputs: Sequence[Any], step: StepStates) -> Any:
-    """The groups' outputs [sequences, tokens, ...] as one of the whole step, [1, T, ...]."""
+    """Joins the groups' outputs [sequences, tokens, ...] to one of the whole step, [1, T, ...], in the step's order."""
     flat = [
         tokenwise(output, (group.sequences, group.tokens), lambda tensor: tensor.flatten(0, 1)[None])
         for output, group in zip(outputs, step.groups, strict=True)
@@ -147,7 +147,7 @@ def _joined(outputs: Sequence[Any], step: StepStates) -> Any:
 
 
 def behind_one_another(outputs: Sequence[Any]) -> Any:
-    """Outputs of one structure, [B, tokens, ...] each, as one; other tensors in them are nobody's to read."""
+    """Concatenates outputs of equal structure, [B, tokens, ...] each. Tensors whose other sizes differ become None."""
     if len(outputs) == 1:
         return outputs[0]
     if isinstance(outputs[0], tuple | list):

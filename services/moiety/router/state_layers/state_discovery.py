@@ -1,6 +1,6 @@
-"""Finds the modules of a model that keep states, by running it once with a cache that notes who asks it for one.
+"""Finds the modules of a model that keep states, by running it once with a cache that records which modules use one.
 
-Each of them is then tried in several steps against one, so that nothing is served whose states are misunderstood.
+Then compares each module's result in several steps with that in one step, so that no wrongly handled state is served.
 """
 
 from __future__ import annotations
@@ -26,28 +26,28 @@ from moiety.router.state_layers.state_cache import CONVOLUTION, RECURRENT, Layer
 from moiety.router.token_rows import cut
 
 _log = logging.getLogger(__name__)
-PROBE_TOKENS = 7  # with which modules are tried: enough for two chunks and some single tokens
+PROBE_TOKENS = 7  # tokens of a trial run: enough for two chunks and some single tokens
 
 
 class _Recorder(StateCache):
-    """Notes which module asks for which state, while it is the cache of a whole model."""
+    """The cache of a whole model; records which module uses which state."""
 
     def __init__(self, number_of_states: int):
         super().__init__(0, LayerStates({}))
         self.layers = _Layers(number_of_states)
         self.uses: dict[nn.Module, Use] = {}
-        self.positioned: dict[nn.Module, Use] = {}  # attention modules that ask where their tokens are
+        self.positioned: dict[nn.Module, Use] = {}  # attention modules that read token positions
         self._running: list[tuple[nn.Module, Use]] = []
 
     def enter(self, module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-        """`module` begins; a forward pre-hook."""
-        places: list[tuple[str | int, Any]] = [*enumerate(arguments), *options.items()]
-        for place, value in places:
+        """Forward pre-hook: records that `module` starts, if it received this cache."""
+        passed: list[tuple[str | int, Any]] = [*enumerate(arguments), *options.items()]
+        for name, value in passed:
             if value is self:
-                self._running.append((module, Use(arguments, options, place)))
+                self._running.append((module, Use(arguments, options, name)))
 
     def leave(self, module: nn.Module, *_: Any) -> None:
-        """`module` is done; a forward hook."""
+        """Forward hook: records that `module` is done."""
         if self._running and self._running[-1][0] is module:
             self._running.pop()
 
@@ -68,16 +68,16 @@ class _Recorder(StateCache):
     def update_conv_state(
         self, conv_states: torch.Tensor, layer_idx: int, state_idx: int = 0, **options: Any
     ) -> torch.Tensor:
-        seen = super().update_conv_state(conv_states, layer_idx, state_idx, **options)
+        inputs = super().update_conv_state(conv_states, layer_idx, state_idx, **options)
         self._note(layer_idx, (CONVOLUTION, state_idx))
-        return seen
+        return inputs
 
     def update_recurrent_state(
         self, recurrent_states: torch.Tensor, layer_idx: int, state_idx: int = 0, **options: Any
     ) -> torch.Tensor:
-        seen = super().update_recurrent_state(recurrent_states, layer_idx, state_idx, **options)
+        states = super().update_recurrent_state(recurrent_states, layer_idx, state_idx, **options)
         self._note(layer_idx, (RECURRENT, state_idx))
-        return seen
+        return states
 
     def set_linear_cache(self, layer_idx: int, linear_cache: torch.Tensor) -> None:
         super().set_linear_cache(layer_idx, linear_cache)
@@ -85,14 +85,14 @@ class _Recorder(StateCache):
 
     def _note(self, layer: int, name: StateName) -> None:
         if not self._running:
-            raise CheckpointError("a module keeps a state in a cache that it was not given")
+            raise CheckpointError("a module keeps a state in a cache that was not passed to it")
         module, use = self._running[-1]
         use = self.uses.setdefault(module, use)
         use.layer, use.kept[name] = layer, self.layers[layer].kept[name]
 
 
 class _Layers(dict[int, LayerStates]):
-    """As many layers as are asked for."""
+    """Creates the states of a layer on first access."""
 
     def __init__(self, number_of_states: int):
         super().__init__()
@@ -103,10 +103,10 @@ class _Layers(dict[int, LayerStates]):
 
 
 def batch_state_layers(model: Any, run: Callable[[Any], object]) -> None:
-    """Lets a loaded router keep its states in slots; a model without states stays as it is.
+    """Makes a trunk keep its states in slots; does nothing to a model without states.
 
-    `run(cache)` passes PROBE_TOKENS tokens through `model`, with `cache` as its past_key_values. Raises CheckpointError
-    where a module does not come to the same result in several steps as in one.
+    `run(cache)` runs `model` on PROBE_TOKENS tokens with `cache` as its past_key_values. Raises CheckpointError
+    where a module gives another result in several steps than in one.
     """
     config = model.config.get_text_config()
     recorder = _Recorder(getattr(config, "number_of_conv_states", 1))
@@ -118,53 +118,53 @@ def batch_state_layers(model: Any, run: Callable[[Any], object]) -> None:
             run(recorder)
         for module, use in recorder.positioned.items():
             module.forward = PositionedAttention(module.forward, use.cache)
-        forgetful: dict[str, None] = {}  # kinds of modules, in order
+        forgetful: dict[str, None] = {}  # class names of modules, in order
         for module, use in recorder.uses.items():
-            mixer = module.forward = BatchedStateLayer(module, use)
-            mixer.forgetful = _forgets(mixer, use)
-            if mixer.forgetful:
+            layer = module.forward = BatchedStateLayer(module, use)
+            layer.forgetful = _forgets(layer, use)
+            if layer.forgetful:
                 forgetful[type(module).__name__] = None
     except CheckpointError as error:
         raise CheckpointError(f"{config.model_type}: {error}") from error
     for kind in forgetful:
         _log.warning(
-            "%s drops its state over a second chunk of a prompt: behind the first these layers compute it token by token, "
-            "so that long prompts are slow unless token_budget has room for them whole",
+            "%s drops its state at the second chunk of a prompt. After the first chunk these layers compute it token by "
+            "token, so long prompts are slow unless the setting token_budget is large enough for the whole prompt",
             kind,
         )
 
 
 @torch.inference_mode()
-def _forgets(mixer: BatchedStateLayer, use: Use) -> bool:
-    """Whether the module cannot take a prompt in chunks; raises CheckpointError where it cannot go on at all."""
-    whole = _in_steps(mixer, use, [PROBE_TOKENS])
+def _forgets(layer: BatchedStateLayer, use: Use) -> bool:
+    """Whether the module cannot take a prompt in chunks. Raises CheckpointError where single tokens fail too."""
+    whole = _in_steps(layer, use, [PROBE_TOKENS])
     first, rest = PROBE_TOKENS // 2 + 1, PROBE_TOKENS // 2
-    if not _close(_in_steps(mixer, use, [first, *[1] * rest]), whole):
+    if not _close(_in_steps(layer, use, [first, *[1] * rest]), whole):
         raise CheckpointError(
-            f"the states of layer {use.layer} do not lead where its whole text leads: it cannot be served"
+            f"layer {use.layer} gives other results token by token than in one step: its states cannot be served"
         )
-    return not _close(_in_steps(mixer, use, [first, rest]), whole)
+    return not _close(_in_steps(layer, use, [first, rest]), whole)
 
 
-def _in_steps(mixer: BatchedStateLayer, use: Use, counts: Sequence[int]) -> list[torch.Tensor]:
-    """What the module answers and keeps when its tokens come in steps of so many."""
+def _in_steps(layer: BatchedStateLayer, use: Use, counts: Sequence[int]) -> list[torch.Tensor]:
+    """Returns the module's output and final states when its tokens come in steps of `counts` tokens."""
     device = next(iter(use.kept.values())).device
-    slots = SlotStates(mixer.specs, 1, device)
+    slots = SlotStates(layer.specs, 1, device)
     slot, past, outputs = slots.take(), 0, []
     for count in counts:
         given = use.arguments, use.options
         arguments, options = cut(given, (1, PROBE_TOKENS), past, past + count)
         with use_states(StepStates.build(slots, [slot], [past], [count], device)):
-            outputs.append(mixer(*arguments, **options))
+            outputs.append(layer(*arguments, **options))
         slots.commit(slot)
         past += count
     joined = behind_one_another(outputs)
     tokens = [part for part in (joined if isinstance(joined, tuple | list) else [joined]) if part is not None]
-    return [*tokens[:1], *(slots.rows(key)[slots.committed(slot)] for key in mixer.specs)]
+    return [*tokens[:1], *(slots.rows(key)[slots.committed(slot)] for key in layer.specs)]
 
 
 def _close(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> bool:
-    """Equal but for rounding; a state that was dropped is off by a good part of itself."""
+    """Whether all tensors are equal up to rounding. A dropped state differs by much more than the tolerance."""
     for one, other in zip(found, expected, strict=True):
         tolerance = 1e-3 if one.dtype == torch.float32 and found[0].dtype == torch.float32 else 5e-2
         if (one.float() - other.float()).norm() > tolerance * other.float().norm():

@@ -55,7 +55,7 @@ YARN = {
 }
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"q_lora_rank": None, "topk_method": "greedy"},  # complex rotation, no query latent
-    "deepseek_v3": {"rope_parameters": YARN, "max_position_embeddings": 2048},  # interleaved rotation, scale corrected
+    "deepseek_v3": {"rope_parameters": YARN, "max_position_embeddings": 2048},  # interleaved rotation, corrected scale
     "glm4_moe_lite": {},
     "axk1": {},
     "minicpm3": {},  # rotation by halves
@@ -74,7 +74,7 @@ STEPS = (25, 10, 1, 1, 1, 1, 1)
 
 
 def model_of(architecture: str, dtype: torch.dtype = torch.float32, **overrides: Any) -> Any:
-    """A whole random transformers model, its experts included."""
+    """Builds a random transformers model, including its experts."""
     config = AutoConfig.for_model(architecture, **{**BASE, **ARCHITECTURES.get(architecture, {}), **overrides})
     module = importlib.import_module(f"transformers.models.{architecture}.modeling_{architecture}")
     name = next(name for name in dir(module) if name.endswith("ForCausalLM"))
@@ -87,14 +87,14 @@ def model_of(architecture: str, dtype: torch.dtype = torch.float32, **overrides:
 
 
 def probed(model: Any) -> CacheSpec:
-    """What its layers keep of a token, without the engine's refusals."""
+    """Returns the CacheSpec of its attention layers, without the checks of `discover_cache_spec`."""
     batch = DiscoveryBatch()
     model(TOKENS[:, :1], position_ids=torch.zeros(1, 1, dtype=torch.long), use_cache=False, moiety_batch=batch)
     return batch.spec
 
 
 def served(model: Any) -> tuple[torch.Tensor, CacheSpec]:
-    """Logits [1, 40, V] through the router's attention, a prompt in two chunks and then token by token."""
+    """Returns logits [1, 40, V] through the router's attention: a prompt in two chunks, then token by token."""
     spec = probed(model)
     cache = KVCache(spec, 1 << 22, torch.device("cpu"))
     table = BlockTable()
@@ -110,7 +110,7 @@ def served(model: Any) -> tuple[torch.Tensor, CacheSpec]:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_latents_give_the_logits_of_expanded_keys_and_values(architecture: str):
-    """Chunks and decode over cached latents agree with transformers' whole pass, and each layer keeps R + Dr a token."""
+    """Chunks and decode over cached latents agree with transformers' single pass; each layer caches R + Dr per token."""
     with quiet_transformers():
         model = model_of(architecture)
         expected = model(TOKENS, use_cache=False).logits
@@ -124,7 +124,7 @@ def test_latents_give_the_logits_of_expanded_keys_and_values(architecture: str):
 
 
 def test_half_precision_is_no_worse_than_the_expanded_form():
-    """In bf16 the absorbed form rounds elsewhere, but no further from the fp32 logits (within a quarter) than expanding."""
+    """In bf16 the absorbed form is at most a quarter further from the fp32 logits than the expanded form."""
     paged.register_paged_attention()
     model = model_of("deepseek_v3")
     expected = model(TOKENS, use_cache=False).logits
@@ -137,7 +137,7 @@ def test_half_precision_is_no_worse_than_the_expanded_form():
 
 
 def test_the_absorbed_weights_are_views():
-    """Both halves of kv_b_proj lie in its own storage: absorbing costs no memory."""
+    """Both halves are views of kv_b_proj's storage, so absorbing costs no memory."""
     model = model_of("deepseek_v3")
     projection = model.model.layers[0].self_attn.kv_b_proj.weight
     found = latent.latent_of(model.model.layers[0].self_attn)
@@ -148,7 +148,7 @@ def test_the_absorbed_weights_are_views():
 
 
 def test_an_expansion_of_another_kind_is_left_expanded(caplog: pytest.LogCaptureFixture):
-    """A layer whose keys are not plainly the latent times kv_b_proj is served as it is, and the log says at what price."""
+    """A layer whose keys are not the latent times kv_b_proj caches expanded keys; a warning gives the cost."""
     paged.register_paged_attention()
     model = model_of("deepseek_v3")
     for layer in model.model.layers:
@@ -172,7 +172,7 @@ def test_an_expansion_of_another_kind_is_left_expanded(caplog: pytest.LogCapture
 
 
 def test_deepseek_v3_keeps_70_kilobytes_a_token():
-    """With the published widths a token costs 1,152 bytes a layer in bf16: 70,272 in all 61, instead of 4,997,120."""
+    """With the published widths a token takes 1,152 bytes per layer in bf16: 70,272 in all 61 layers, not 4,997,120."""
     paged.register_paged_attention()
     published = {"num_attention_heads": 128, "num_key_value_heads": 128, "kv_lora_rank": 512}
     widths = {"qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
@@ -184,10 +184,10 @@ def test_deepseek_v3_keeps_70_kilobytes_a_token():
 
 
 def test_an_indexer_is_refused():
-    """DeepSeek-V3.2 attends to tokens that an indexer picks: served without it, tokens would be wrong."""
+    """DeepSeek-V3.2 without a prepared indexer is refused, since its tokens would be wrong."""
     paged.register_paged_attention()
     model = model_of("deepseek_v32", index_n_heads=2, index_head_dim=16, index_topk=8)
     model.set_attn_implementation(paged.NAME)
     shape = ModelShape("deepseek_v32", 1, 4, 2, ExpertMLP(64, 24), "float32", 320, 2048)
-    with pytest.raises(CheckpointError, match=r"deepseek_v32: its layers pick the tokens .* by an indexer"):
+    with pytest.raises(CheckpointError, match=r"deepseek_v32: its layers attend to tokens that an indexer .* picks"):
         discover_cache_spec(model, shape)

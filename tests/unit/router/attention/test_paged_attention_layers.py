@@ -1,4 +1,4 @@
-"""The ragged attention function against a naive twin, token by token, and against transformers' own sdpa."""
+"""The ragged attention function against a naive twin, token by token, and against transformers' sdpa."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from moiety.router.cache.cache_spec import CacheSpec, LayerSpec
 from moiety.router.cache.kv_cache import KVCache
 
 HEADS, GROUPS, WIDTH, VALUE_WIDTH = 4, 2, 8, 6
-LENGTHS = {"a": 1, "b": 13, "c": 7}  # tokens of each sequence: one, past every window below, about one
+LENGTHS = {"a": 1, "b": 13, "c": 7}  # tokens of each sequence: one, more than every window below, about a window
 LAYERS = 2
 
 
 class Layers:
-    """Random queries, keys and values of whole sequences, per layer."""
+    """Holds random queries, keys and values of whole sequences for each layer."""
 
     def __init__(self, heads: int = HEADS, groups: int = GROUPS, seed: int = 0):
         generator = torch.Generator().manual_seed(seed)
@@ -79,7 +79,7 @@ def naive(
     softcap: float | None = None,
     scaling: float = WIDTH**-0.5,
 ) -> torch.Tensor:
-    """Attention one head and one token at a time: [H, n, Dv]."""
+    """Computes attention one head and one token at a time; returns [H, n, Dv]."""
     out = torch.zeros(query.shape[0], query.shape[1], value.shape[-1])
     for head in range(query.shape[0]):
         group = head // (query.shape[0] // key.shape[0])
@@ -128,7 +128,7 @@ VARIANTS: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
 @pytest.mark.parametrize("steps", STEPS.values(), ids=STEPS)
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
 def test_every_variant_is_its_naive_twin(variant: tuple[Any, dict[str, Any], dict[str, Any]], steps: Any):
-    """However sequences are cut into steps and packed, each token sees its own past and nothing else."""
+    """However sequences are split into steps and packed, each token sees only its own past."""
     config, options, twin = variant
     layers = Layers()
     for key, output in layers.run(steps, config, **options).items():
@@ -146,8 +146,8 @@ def test_grouped_queries_share_keys_as_in_transformers(heads: int, groups: int):
         torch.testing.assert_close(output.transpose(0, 1), expected[0], atol=1e-5, rtol=1e-5)
 
 
-def test_a_layer_kind_beats_the_argument():
-    """Models hand every layer the window; those whose kind is full attention ignore it."""
+def test_a_layer_type_overrides_the_argument():
+    """Models pass the window to every layer; layers of type full attention ignore it."""
     config = SimpleNamespace(layer_types=["full_attention", "sliding_attention"], sliding_window=4)
     layers = Layers()
     for (name, layer), output in layers.run(STEPS["whole prompts at once"], config, sliding_window=4).items():
@@ -156,7 +156,7 @@ def test_a_layer_kind_beats_the_argument():
 
 
 def test_it_needs_a_batch():
-    """Run outside the engine it says what is missing."""
+    """Outside the engine the error names the missing argument."""
     module = SimpleNamespace(layer_idx=0, config=PLAIN)
     one = torch.zeros(1, 1, 1, 1)
     with pytest.raises(TypeError, match="moiety_batch"):

@@ -1,4 +1,4 @@
-"""The block pool and the cache on top of it against naive twins: no block lost, none given to two who differ."""
+"""The block pool and the cache against naive twins: no block is lost, or shared by sequences with different tokens."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ SPEC = CacheSpec({0: LayerSpec(1, 2, 2, torch.float32)})
 
 
 class PoolAgainstTwin(RuleBasedStateMachine):
-    """The twin keeps, per block, its references and its digest, and the order in which blocks became nobody's."""
+    """The twin keeps each block's references and digest, and the order in which blocks lost their last reference."""
 
     def __init__(self) -> None:
         super().__init__()
         self.pool = BlockPool(BLOCKS)
         self.references: dict[int, int] = {}  # of held blocks
         self.digests: dict[int, bytes] = {}
-        self.abandoned: list[int] = []  # cached, the longest abandoned first
+        self.abandoned: list[int] = []  # cached blocks, least recently held first
 
     @precondition(lambda self: len(self.references) < BLOCKS)
     @rule()
@@ -35,10 +35,10 @@ class PoolAgainstTwin(RuleBasedStateMachine):
         block = self.pool.take()
         assert block not in self.references
         if cached_only:
-            assert block == self.abandoned.pop(0), "the one that was abandoned first goes first"
+            assert block == self.abandoned.pop(0), "the block without references for longest is reused first"
             del self.digests[block]
         else:
-            assert block not in self.abandoned, "what is known is kept while anything is free"
+            assert block not in self.abandoned, "cached blocks are kept while any block is free"
         self.references[block] = 1
 
     @precondition(lambda self: self.references)
@@ -81,25 +81,25 @@ TestPoolAgainstTwin.settings = settings(max_examples=40, stateful_step_count=40,
 
 
 @pytest.mark.parametrize(
-    ("wrong", "told"),
+    ("wrong", "message"),
     [
-        (lambda pool: pool.check([]), "has 1 references, of which 0 exist"),
-        (lambda pool: pool.check([0, 0]), "has 1 references, of which 2 exist"),
-        (lambda pool: pool.check([0, 1]), "block 1 has 0 references, of which 1 exist"),
+        (lambda pool: pool.check([]), "counts 1 references, and tables hold it 0 times"),
+        (lambda pool: pool.check([0, 0]), "counts 1 references, and tables hold it 2 times"),
+        (lambda pool: pool.check([0, 1]), "block 1 counts 0 references, and tables hold it 1 times"),
         (lambda pool: (pool.give_back(0), pool.give_back(0), pool.check([0])), "KV block 0"),
     ],
-    ids=["leaked", "shared unseen", "used after it was freed", "freed twice"],
+    ids=["leaked", "shared without a reference", "used after it was freed", "freed twice"],
 )
-def test_the_check_notices(wrong: Callable[[BlockPool], object], told: str):
-    """Each way to lose count is told, with its block."""
+def test_the_check_notices(wrong: Callable[[BlockPool], object], message: str):
+    """Each kind of wrong reference count raises an error that names the block."""
     pool = BlockPool(2)
     assert pool.take() == 0
-    with pytest.raises(RuntimeError, match=told):
+    with pytest.raises(RuntimeError, match=message):
         wrong(pool)
 
 
 def test_digests_tell_prefixes_revisions_and_tenants_apart():
-    """A block's digest stands for all before it too; no two tenants, and no two revisions, have one in common."""
+    """A digest covers all blocks before it, and differs between tenants and between revisions."""
     first = chained(root("r", "t"), [1, 2])
     assert first == chained(root("r", "t"), [1, 2])
     others = [chained(root("r", "u"), [1, 2]), chained(root("s", "t"), [1, 2]), chained(root("rt", ""), [1, 2])]
@@ -111,13 +111,13 @@ def test_digests_tell_prefixes_revisions_and_tenants_apart():
 
 
 def cache_of(blocks: int, block_tokens: int = 4, spec: CacheSpec = SPEC, revision: str | None = "r") -> KVCache:
-    """A cache of exactly so many blocks."""
+    """Builds a cache of exactly `blocks` blocks."""
     memory = blocks * block_tokens * spec.bytes_per_token
     return KVCache(spec, memory, torch.device("cpu"), block_tokens=block_tokens, revision=revision)
 
 
 def test_memory_is_blocks_times_what_all_layers_keep():
-    """K and V of all layers count at their own widths and types; a latent is stored once."""
+    """K and V of all layers count with their own widths and dtypes, and a latent is stored once."""
     spec = CacheSpec({0: LayerSpec(2, 8, 4, torch.float32), 3: LayerSpec(1, 16, 12, torch.bfloat16, shared=True)})
     assert spec.bytes_per_token == 2 * (8 + 4) * 4 + 16 * 2
     cache = KVCache(spec, 3 * 16 * spec.bytes_per_token + 1, torch.device("cpu"), block_tokens=16)
@@ -127,8 +127,8 @@ def test_memory_is_blocks_times_what_all_layers_keep():
     assert (keys.shape, values.shape, values.data_ptr()) == ((3, 1, 16, 16), (3, 1, 16, 12), keys.data_ptr())
 
 
-def test_growing_takes_blocks_as_they_are_needed_and_as_they_last():
-    """No block before its first token; when none is left the answer says how far it goes."""
+def test_growing_takes_blocks_as_needed_and_available():
+    """A block is taken for its first token; when none is left, `grow` returns the tokens that have room."""
     cache, table, other = cache_of(4), BlockTable(), BlockTable()
     assert [(cache.grow(table, tokens), cache.free_blocks) for tokens in (1, 4, 5)] == [(1, 3), (4, 3), (5, 2)]
     assert (cache.grow(other, 20), cache.free_blocks) == (8, 0)
@@ -141,7 +141,7 @@ def test_growing_takes_blocks_as_they_are_needed_and_as_they_last():
 
 
 def test_a_known_prefix_is_found_but_for_the_last_token():
-    """Full blocks of equal tokens are shared, also after their sequence has gone; the last token is always computed."""
+    """Full blocks of equal tokens are shared, also after their sequence has ended; the last token is always computed."""
     cache, first = cache_of(8), BlockTable()
     tokens = list(range(12))
     cache.grow(first, 12)
@@ -161,7 +161,7 @@ def test_a_known_prefix_is_found_but_for_the_last_token():
 
 
 def test_without_a_revision_nothing_is_found_again():
-    """The setting prefix_cache: blocks go straight back to the free ones."""
+    """With the setting prefix_cache off, released blocks are free at once and no prefix is found."""
     cache, table = cache_of(4, revision=None), BlockTable()
     cache.grow(table, 8)
     cache.commit(table, list(range(8)), 8, "")
@@ -169,8 +169,8 @@ def test_without_a_revision_nothing_is_found_again():
     assert cache.match(BlockTable(), list(range(8)), "") == []
 
 
-def test_the_end_of_a_prefix_is_forgotten_before_its_beginning():
-    """Of a sequence that has gone, the last blocks are taken first: without its beginning a prefix is worth nothing."""
+def test_the_end_of_a_prefix_is_evicted_before_its_beginning():
+    """The last blocks of an ended sequence are reused first, since a prefix without its beginning is useless."""
     cache, table, new = cache_of(4), BlockTable(), BlockTable()
     tokens = list(range(16))
     cache.grow(table, 16)
@@ -182,7 +182,7 @@ def test_the_end_of_a_prefix_is_forgotten_before_its_beginning():
 
 
 def test_a_fork_shares_full_blocks_and_copies_the_last():
-    """Both see the same tokens, and what one writes next the other does not see."""
+    """Both tables hold the same tokens, and neither sees what the other writes next."""
     cache, table = cache_of(5), BlockTable()
     keys, values = cache.layer(0)
     cache.grow(table, 6)
@@ -197,10 +197,10 @@ def test_a_fork_shares_full_blocks_and_copies_the_last():
     cache.check_integrity([table, forked])
     even = cache.fork(table, 4)
     assert even is not None
-    assert even.held == table.held[:1], "no unfinished block: nothing to copy"
+    assert even.held == table.held[:1], "no partial block: nothing to copy"
     cache.grow(BlockTable(), 8)
     assert cache.free_blocks == 0
-    assert cache.fork(table, 6) is None, "no block for the copy, and nothing taken"
+    assert cache.fork(table, 6) is None, "no block for the copy, so none is taken"
     for gone in (table, forked, even):
         cache.release(gone)
     assert cache.free_blocks == 3
@@ -209,14 +209,14 @@ def test_a_fork_shares_full_blocks_and_copies_the_last():
 @pytest.mark.parametrize(
     ("kinds", "held"),
     [
-        ([(8, None), (3, None)], 2),  # the next token, at 20, sees positions from 13 on: blocks 3 and 4
-        ([(None, 8)], 1),  # it is in the chunk of 16 to 23: block 4
-        ([(8, None), (None, None)], 5),  # one layer that sees everything keeps all
+        ([(8, None), (3, None)], 2),  # the next token, at position 20, sees positions from 13 on: blocks 3 and 4
+        ([(None, 8)], 1),  # its chunk is 16 to 23: block 4
+        ([(8, None), (None, None)], 5),  # one layer with full attention keeps all
     ],
     ids=["windows", "chunks", "mixed"],
 )
-def test_blocks_out_of_every_window_are_given_back(kinds: list[tuple[int | None, int | None]], held: int):
-    """Where all layers are windowed a sequence of any length fits; the blocks in reach stay what they were."""
+def test_blocks_out_of_every_window_are_freed(kinds: list[tuple[int | None, int | None]], held: int):
+    """If all layers have windows or chunks, only blocks within reach are held, and a sequence of any length fits."""
     layers = {i: LayerSpec(1, 2, 2, torch.float32, window=w, chunk=c) for i, (w, c) in enumerate(kinds)}
     cache, table = cache_of(6, spec=CacheSpec(layers), revision=None), BlockTable()
     for computed in range(1, 21):
@@ -232,8 +232,8 @@ def test_blocks_out_of_every_window_are_given_back(kinds: list[tuple[int | None,
 
 @given(st.data())
 @settings(max_examples=40, deadline=None)
-def test_sequences_see_their_own_tokens_whatever_others_do(data: st.DataObject):
-    """Random sequences grow, fork, end and come again: each table leads to exactly the tokens its sequence wrote."""
+def test_sequences_see_only_their_own_tokens(data: st.DataObject):
+    """While random sequences grow, fork, end and return, each table leads to exactly the tokens of its sequence."""
     cache = cache_of(8, block_tokens=2)
     keys = cache.layer(0)[0]
     alive: list[tuple[BlockTable, list[int]]] = []

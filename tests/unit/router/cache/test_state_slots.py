@@ -1,4 +1,4 @@
-"""Slots of states: a step writes aside, nothing is lost, forks part ways, and all of it comes out of one memory setting."""
+"""State slots: a step writes a second row, no slot is lost, forks are independent, one setting bounds all memory."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ CPU = torch.device("cpu")
 
 
 def cache_of(slots: int, blocks: int = 8) -> KVCache:
-    """A cache with exactly this much room."""
+    """Builds a cache with exactly `slots` slots and `blocks` blocks."""
     memory = slots * SPEC.bytes_per_slot + blocks * 4 * SPEC.bytes_per_token
     return KVCache(SPEC, memory, CPU, slots=slots, block_tokens=4, revision="r")
 
 
 def test_states_and_blocks_share_one_memory_setting():
-    """Both rows of every state, for each slot; blocks get the rest, to the byte."""
+    """Slots take both rows of every state, and blocks get the rest, to the byte."""
     assert SPEC.bytes_per_slot == 2 * (3 * 2 * 4 + 5 * 2)
     assert cache_of(3, 8).blocks == 8
     assert KVCache(SPEC, 3 * SPEC.bytes_per_slot + 63, CPU, slots=3, block_tokens=4).blocks == 0
@@ -36,8 +36,8 @@ def test_states_and_blocks_share_one_memory_setting():
     assert (rows(RECURRENT).shape, rows(CONVOLUTION).shape) == ((6, 3, 2), (6, 5))
 
 
-def test_a_step_that_is_run_again_finds_the_state_it_found_before():
-    """Whatever was written aside is the state only once the step is committed."""
+def test_a_step_that_runs_again_reads_the_same_state():
+    """What a step writes becomes the state only when the step is committed."""
     cache, table = cache_of(2), BlockTable()
     cache.grow(table, 3)
     states, rows = cache.states, cache.states.rows(RECURRENT)
@@ -49,8 +49,8 @@ def test_a_step_that_is_run_again_finds_the_state_it_found_before():
     assert bool((rows[states.committed(table.slot)] == 3).all())
 
 
-def test_forks_part_ways():
-    """A second table begins with the states of the first, and changes its own only."""
+def test_forks_are_independent():
+    """A forked table starts with the states of the first and changes only its own."""
     cache, table = cache_of(2), BlockTable()
     cache.grow(table, 3)
     states, rows = cache.states, cache.states.rows(RECURRENT)
@@ -67,14 +67,14 @@ def test_forks_part_ways():
     cache.check_integrity([table, forked])
 
 
-def test_a_lost_slot_is_told():
-    """A table that was forgotten, or one that is held twice."""
+def test_a_lost_slot_is_reported():
+    """The check raises for a slot that is neither free nor held by a table."""
     cache, table = cache_of(2), BlockTable()
     cache.grow(table, 1)
     cache.check_integrity([table])
     block = BlockTable()
     block.append(table.held[0])
-    with pytest.raises(RuntimeError, match=r"state slot 0 is free or held 0 times over"):
+    with pytest.raises(RuntimeError, match=r"state slot 0 is listed 0 times as free or held"):
         cache.check_integrity([block])
     cache.release(table)
     assert cache.states.available == 2
@@ -82,7 +82,7 @@ def test_a_lost_slot_is_told():
 
 
 def test_no_prefix_is_found_where_there_are_states():
-    """Somebody who went on behind it would need the state at its end."""
+    """No prefix is reused, because continuing from it would need the state at its end."""
     cache, table = cache_of(2), BlockTable()
     cache.grow(table, 8)
     cache.commit(table, list(range(8)), 8, "")

@@ -1,4 +1,4 @@
-"""Guided output: whatever the model prefers, what comes out matches, ends where it may, and bad guides are told as such."""
+"""Guided output matches its guide whatever the logits, ends only where the guide allows, and bad guides are refused."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ NUMBER: /[1-9][0-9]?/
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A folder with the tiny tokenizer."""
+    """Returns a folder with the tiny tokenizer."""
     made = tmp_path_factory.mktemp("tokenizer")
     write_tokenizer(made)
     return str(made)
@@ -50,19 +50,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def guides(folder: str) -> Iterator[Guides]:
-    """Compiles guides for the tiny tokenizer."""
+    """Returns a compiler of guides for the tiny tokenizer."""
     made = Guides(folder, PADDED, threads=1)
     yield made
     made.close()
 
 
 def compiled(guides: Guides, kind: GuideKind, text: str) -> CompiledGuide:
-    """The guide, ready for use."""
+    """Returns the compiled guide."""
     return asyncio.run(guides.compile(Guide(kind, text)))
 
 
 def written(guide: CompiledGuide, seed: int, most: int = 300, **options: object) -> list[int]:
-    """The tokens that random logits give under `guide`, up to its end; the tail of long outputs is made short."""
+    """Returns the output sampled from random logits under `guide`; fails if it has no end within `most` tokens."""
     sequence = sequence_of(seed=seed, guide=Guide(GuideKind.REGEX, "as compiled"), **options)
     sequence.guide = guide
     for position in range(most):
@@ -70,12 +70,12 @@ def written(guide: CompiledGuide, seed: int, most: int = 300, **options: object)
         sequence.tokens.append(token)
         if token in sequence.stop_ids:
             return sequence.tokens[sequence.prompt_tokens :]
-    raise AssertionError("the output never came to its end")
+    raise AssertionError(f"the output did not end within {most} tokens")
 
 
 @pytest.mark.parametrize("seed", range(6))
 def test_json_matches_its_schema(guides: Guides, folder: str, seed: int):
-    """A model of random logits writes JSON that jsonschema accepts."""
+    """Random logits under a schema give JSON that jsonschema accepts."""
     guide = compiled(guides, GuideKind.JSON_SCHEMA, json.dumps(SCHEMA))
     text = Tokenizer(folder).decode(written(guide, seed))
     jsonschema.validate(json.loads(text), SCHEMA)
@@ -83,7 +83,7 @@ def test_json_matches_its_schema(guides: Guides, folder: str, seed: int):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_a_regular_expression_matches_all_of_the_output(guides: Guides, folder: str, seed: int):
-    """From the first to the last character, characters of several bytes included."""
+    """The output matches from its first to its last character, including multi-byte characters."""
     pattern = r"(yes|no|может), [a-f]{3,5} 🙂[0-9]+\."
     tokens = written(compiled(guides, GuideKind.REGEX, pattern), seed)
     assert tokens[-1] == EOS
@@ -92,7 +92,7 @@ def test_a_regular_expression_matches_all_of_the_output(guides: Guides, folder: 
 
 @pytest.mark.parametrize("schema", ["true", "{}", '{"type": "string"}'])
 def test_the_shortest_schemas(guides: Guides, folder: str, schema: str):
-    """Any JSON value, and a bare string."""
+    """Schemas for any JSON value and for a bare string work."""
     sequence = sequence_of(temperature=0.0)
     sequence.guide = compiled(guides, GuideKind.JSON_SCHEMA, schema)
     for character in '"hi"':
@@ -103,14 +103,14 @@ def test_the_shortest_schemas(guides: Guides, folder: str, schema: str):
 
 
 def test_a_grammar_is_followed(guides: Guides, folder: str):
-    """A context-free grammar in Lark syntax."""
+    """The output matches a context-free grammar in Lark syntax."""
     for seed in range(4):
         text = Tokenizer(folder).decode(written(compiled(guides, GuideKind.GRAMMAR, GRAMMAR), seed))
         assert re.fullmatch(r"[1-9]\d?([+*][1-9]\d?)*", text)
 
 
 def test_the_end_comes_only_where_the_guide_is_complete(guides: Guides, folder: str):
-    """However much a model wants to end; and min_tokens yields where nothing but the end is left."""
+    """An end is sampled only where the guide allows it, and before min_tokens only if it allows nothing else."""
     guide = compiled(guides, GuideKind.REGEX, "abc")
     wants_to_end = torch.zeros(1, PADDED)
     wants_to_end[0, EOS] = 50.0
@@ -122,8 +122,8 @@ def test_the_end_comes_only_where_the_guide_is_complete(guides: Guides, folder: 
     assert Tokenizer(folder).decode(sequence.tokens[2:]) == "abc"
 
 
-def test_resumed_and_forked_outputs_stand_where_their_tokens_say(guides: Guides):
-    """A sequence that begins behind generated tokens goes on as the one that generated them; a shared guide is shared."""
+def test_resumed_and_forked_outputs_continue_from_their_tokens(guides: Guides):
+    """A sequence resumed after generated tokens continues like the original, also with a shared guide."""
     guide = compiled(guides, GuideKind.JSON_SCHEMA, json.dumps(SCHEMA))
     tokens = written(guide, seed=2)
     for cut in (0, 1, len(tokens) // 2, len(tokens) - 1):
@@ -133,7 +133,7 @@ def test_resumed_and_forked_outputs_stand_where_their_tokens_say(guides: Guides)
 
 
 def test_rows_without_a_guide_beside_rows_with_one(guides: Guides):
-    """Each row gets what it gets alone, to the bit; guides of different rows do not mix."""
+    """Each row gets the result of running alone, to the bit, and guides of different rows do not mix."""
     kinds = [(GuideKind.REGEX, "[ab]+"), None, (GuideKind.REGEX, "[0-9]+"), None]
 
     def rows() -> list[Sequence]:
@@ -148,20 +148,20 @@ def test_rows_without_a_guide_beside_rows_with_one(guides: Guides):
 
 
 def test_a_guide_that_fails_ends_its_request_alone(guides: Guides):
-    """Tokens that the guide never allowed (another router's, say) are that request's error."""
+    """Earlier tokens that the guide does not allow end only that request, with an error."""
     broken, fine = sequence_of(generated=[9, 9, 9]), sequence_of(seed=1)
     broken.guide = compiled(guides, GuideKind.REGEX, "abc")
     logits = logits_of(4, PADDED, rows=2)
     failed, good = sample(logits, [broken, fine])
     assert isinstance(failed, MoietyError)
-    assert "the guide cannot be followed" in str(failed)
+    assert "the output cannot follow its guide" in str(failed)
     assert good == one(logits[1:], fine)
 
 
 @pytest.mark.parametrize(
     ("kind", "text", "words"),
     [
-        (GuideKind.JSON_SCHEMA, "no JSON", "a JSON Schema that can be compiled"),
+        (GuideKind.JSON_SCHEMA, "no JSON", "a JSON Schema that compiles"),
         (GuideKind.JSON_SCHEMA, "[1]", "schema must be an object or boolean"),
         (GuideKind.JSON_SCHEMA, '{"type": "objekt"}', "objekt"),
         (GuideKind.JSON_SCHEMA, '{"$ref": "#/nowhere"}', "'/nowhere' does not exist"),
@@ -171,19 +171,19 @@ def test_a_guide_that_fails_ends_its_request_alone(guides: Guides):
         (GuideKind.GRAMMAR, 'x: "a"', "no start rule"),
     ],
 )
-def test_bad_guides_are_told_field_value_and_problem(guides: Guides, kind: GuideKind, text: str, words: str):
-    """The compiler's complaint, in one line of bounded length."""
+def test_errors_of_bad_guides_name_field_value_and_problem(guides: Guides, kind: GuideKind, text: str, words: str):
+    """The error has the compiler's message in one line of bounded length."""
     with pytest.raises(InvalidRequest) as refused:
         compiled(guides, kind, text)
-    told = str(refused.value)
-    assert told.startswith(f"sampling.guide.{kind} = ")
-    assert words in told
-    assert "\n" not in told
-    assert len(told) < 400
+    message = str(refused.value)
+    assert message.startswith(f"sampling.guide.{kind} = ")
+    assert words in message
+    assert "\n" not in message
+    assert len(message) < 400
 
 
 def test_a_checkpoint_without_a_tokenizer_says_so(tmp_path: Path):
-    """FAILED_PRECONDITION, not a broken service: it serves unguided requests all the same."""
+    """Without a tokenizer, guided requests get FailedPrecondition."""
     guides = Guides(str(tmp_path), PADDED, threads=1)
     with pytest.raises(FailedPrecondition, match="guided output needs the checkpoint's tokenizer"):
         compiled(guides, GuideKind.REGEX, "a")

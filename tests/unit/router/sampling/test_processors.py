@@ -1,4 +1,4 @@
-"""What is done to logits before the draw: bias and penalties as transformers and OpenAI define them, and min_tokens."""
+"""Changes to logits before the draw: bias and penalties as transformers and OpenAI define them, and min_tokens."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TOKENS = st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=30)
 
 
 def processed(logits: torch.Tensor, *sequences: Sequence) -> torch.Tensor:
-    """The logits that the draw would see."""
+    """Returns the logits that the draw would see."""
     scores = logits.clone()
     assert process(scores, sequences) == {}
     return scores
@@ -35,7 +35,7 @@ def processed(logits: torch.Tensor, *sequences: Sequence) -> torch.Tensor:
 @settings(max_examples=25, deadline=None)
 @given(prompt=TOKENS, generated=TOKENS, penalty=st.floats(0.1, 10.0))
 def test_repetition_penalty_is_transformers(prompt: list[int], generated: list[int], penalty: float):
-    """Tokens of prompt and output are divided or multiplied by it, as RepetitionPenaltyLogitsProcessor does."""
+    """Logits of prompt and output tokens are divided or multiplied by it, as in RepetitionPenaltyLogitsProcessor."""
     logits = logits_of(1)
     theirs = RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([prompt + generated]), logits.clone())
     ours = processed(logits, sequence_of(prompt, generated, repetition_penalty=penalty))
@@ -47,7 +47,7 @@ def test_repetition_penalty_is_transformers(prompt: list[int], generated: list[i
 def test_presence_and_frequency_count_the_output(
     prompt: list[int], generated: list[int], presence: float, frequency: float
 ):
-    """OpenAI's definition: logit - count x frequency - (count > 0) x presence, over what was generated."""
+    """As OpenAI defines them: logit - count x frequency - (count > 0) x presence, over generated tokens."""
     logits, counts = logits_of(2), Counter(generated)
     expected = logits.clone()
     for token, count in counts.items():
@@ -58,8 +58,8 @@ def test_presence_and_frequency_count_the_output(
 
 @settings(max_examples=40, deadline=None)
 @given(steps=st.lists(st.lists(st.integers(0, 300), max_size=70), min_size=1, max_size=5), prompt=TOKENS)
-def test_counts_grow_as_recounting_would_find_them(steps: list[list[int]], prompt: list[int]):
-    """Followed in portions of any size, they are what counting everything gives."""
+def test_counts_equal_recounting(steps: list[list[int]], prompt: list[int]):
+    """Counts that grow in portions of any size equal a full recount."""
     counts, tokens = TokenCounts(), list(prompt)
     for new in steps:
         tokens += new
@@ -70,7 +70,7 @@ def test_counts_grow_as_recounting_would_find_them(steps: list[list[int]], promp
 
 
 def test_logit_bias_is_added():
-    """As transformers' SequenceBiasLogitsProcessor does, before the penalties, as in vLLM."""
+    """The bias is added as in transformers' SequenceBiasLogitsProcessor, and before the penalties, as in vLLM."""
     logits, bias = logits_of(3), {4: 2.5, 9: -100.0, 0: 0.125}
     theirs = SequenceBiasLogitsProcessor([[[token], value] for token, value in bias.items()])
     expected = theirs(torch.tensor([[3, 4]]), logits.clone())
@@ -82,7 +82,7 @@ def test_logit_bias_is_added():
 
 @pytest.mark.parametrize("generated", [[], [7], [7, 8, 9]])
 def test_nothing_ends_an_output_before_min_tokens(generated: list[int]):
-    """End-of-sequence and stop ids are out of reach until then, as transformers' MinNewTokensLength has it."""
+    """End-of-sequence and stop ids are impossible until then, as in transformers' MinNewTokensLength."""
     logits, ends = logits_of(4), [EOS, 17]
     theirs = MinNewTokensLengthLogitsProcessor(2, 3, ends)(torch.tensor([[3, 4, *generated]]), logits.clone())
     ours = processed(logits, sequence_of([3, 4], generated, min_tokens=3, stop_token_ids=(17,)))
@@ -90,14 +90,14 @@ def test_nothing_ends_an_output_before_min_tokens(generated: list[int]):
 
 
 def test_ignored_ends_stay_possible():
-    """With ignore_eos an end of sequence is a token like others, which min_tokens does not hold back; stop ids are."""
+    """With ignore_eos, min_tokens blocks stop ids but not the end-of-sequence id."""
     ours = processed(logits_of(4), sequence_of(min_tokens=3, stop_token_ids=(17,), ignore_eos=True))
     assert ours.isinf().nonzero().tolist() == [[0, 17]]
 
 
 @pytest.mark.parametrize("options", [{"repetition_penalty": 1.5}, {"logit_bias": {3: 1.0}}, {"min_tokens": 2}], ids=str)
 def test_other_rows_are_left_alone(options: dict[str, Any]):
-    """Only the row that asks for it changes."""
+    """Only the row with the parameter changes."""
     logits = logits_of(5, rows=3)
     ours = processed(logits, sequence_of(), sequence_of(**options), sequence_of())
     assert torch.equal(ours[[0, 2]], logits[[0, 2]])
@@ -114,7 +114,7 @@ def test_a_strong_bias_decides():
 
 
 def test_prompt_log_probabilities_are_the_log_softmax():
-    """Of each following token, whatever the chunks: more rows than are computed at a time, in any float dtype."""
+    """They equal the log-softmax for more rows than one chunk, in any float dtype."""
     logits = logits_of(7, rows=150)
     following = [(7 * at) % VOCABULARY for at in range(150)]
     expected = logits.log_softmax(-1)[torch.arange(150), following].tolist()

@@ -1,4 +1,4 @@
-"""Sampling: greedy, bounded as transformers bounds it, and a function of each row, its seed, choice and position alone."""
+"""Sampling: greedy, bounded as in transformers, and a function of each row, its seed, choice and position only."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ VOCABULARY = 50
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_zero_temperature_is_greedy(dtype: torch.dtype):
-    """The largest logit, whatever the seed, top-k and top-p say; of equals the first."""
+    """The largest logit wins, the first among equals, for any seed, top-k and top-p."""
     logits = logits_of(1, dtype=dtype)
     for seed in range(5):
         assert one(logits, sequence_of(temperature=0.0, seed=seed, top_k=3, top_p=0.5)).token == int(logits.argmax())
@@ -31,7 +31,7 @@ def test_zero_temperature_is_greedy(dtype: torch.dtype):
 
 
 def theirs(logits: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
-    """transformers' probabilities [n, V] behind its own warpers, in the sampler's order."""
+    """Returns transformers' probabilities [n, V] after its own warpers, in the sampler's order."""
     warpers: list[Any] = []
     if (temperature := options.get("temperature", 1.0)) != 1.0:
         warpers.append(TemperatureLogitsWarper(temperature))
@@ -47,7 +47,7 @@ def theirs(logits: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
 
 
 def ours(logits: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
-    """The probabilities that the sampler draws from."""
+    """Returns the probabilities that the sampler draws from."""
     sequences = [sequence_of(**options) for _ in logits]
     shares = (logits / options.get("temperature", 1.0)).softmax(-1)
     least = least_shares(shares, sequences)
@@ -73,7 +73,7 @@ BOUNDS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("options", BOUNDS, ids=str)
 @pytest.mark.parametrize("vocabulary", [320, 4096])
 def test_bounds_are_transformers_bounds(options: dict[str, Any], vocabulary: int):
-    """The same tokens are kept, with the same probabilities, as by transformers' own processors in the same order."""
+    """The sampler keeps the same tokens, with the same probabilities, as transformers' processors in the same order."""
     logits = logits_of(2, vocabulary, rows=24)
     expected, found = theirs(logits, options), ours(logits, options)
     assert torch.equal(expected > 0, found > 0)
@@ -82,7 +82,7 @@ def test_bounds_are_transformers_bounds(options: dict[str, Any], vocabulary: int
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.5}, *BOUNDS[4:6], *BOUNDS[8:10]], ids=str)
 def test_draws_follow_transformers_distribution(options: dict[str, Any]):
-    """Over 8,192 positions Pearson's statistic stays where chance leaves it, and nothing outside the bounds is drawn."""
+    """Over 8,192 positions Pearson's statistic stays in the range of chance, and no token outside the bounds is drawn."""
     logits, draws = logits_of(3, VOCABULARY), 8192
     rows = [sequence_of(generated=[5] * (at % 64), seed=at // 64, **options) for at in range(draws)]
     drawn = Counter(result.token for result in sampled(logits.expand(draws, -1), *rows))
@@ -98,7 +98,7 @@ def test_draws_follow_transformers_distribution(options: dict[str, Any]):
 
 
 def test_every_token_can_be_drawn_where_its_share_lies():
-    """The first and the last token of a vocabulary that fills no whole block are drawn at the ends of the range."""
+    """The ends of the range draw the first and last token, also in a vocabulary of partial blocks."""
     weights = torch.zeros(1, 131)
     weights[0, [0, 63, 64, 130]] = 8.0
     logits = weights - 1000 * (weights == 0)
@@ -147,7 +147,7 @@ def test_no_bit_of_a_row_depends_on_the_others(
 
 
 def test_a_seed_gives_the_same_tokens_whatever_else_runs():
-    """Seed, choice and position decide: not the order of calls, not global generators, not what was sampled between."""
+    """The result depends on seed, choice and position only, not on call order, global generators or other samples."""
 
     def at(position: int, seed: int = 7, choice: int = 0) -> int:
         return one(logits_of(position), sequence_of(generated=[5] * position, seed=seed, choice=choice)).token
@@ -166,22 +166,22 @@ def test_a_seed_gives_the_same_tokens_whatever_else_runs():
 
 @pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-38, 1e-45])
 def test_a_tiny_temperature_is_as_good_as_greedy(temperature: float):
-    """Logits divided by almost nothing must not overflow into nonsense."""
+    """Logits divided by a tiny temperature do not overflow."""
     logits = logits_of(5)
     assert one(logits, sequence_of(temperature=temperature, seed=3)).token == int(logits.argmax())
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 def test_log_probabilities_are_of_the_model(temperature: float):
-    """The model's own, before temperature, bounds, bias and penalties; the likeliest come first; none unless asked."""
+    """They are the model's own, before temperature, bounds and penalties, likeliest first, and sent only on request."""
     logits, options = logits_of(6), {"temperature": temperature, "top_k": 4, "logit_bias": {7: 50.0}}
-    told = one(logits, sequence_of(logprobs=True, top_logprobs=3, **options))
+    result = one(logits, sequence_of(logprobs=True, top_logprobs=3, **options))
     expected = logits.log_softmax(-1)[0]
-    assert told.token == 7
-    assert told.logprob == pytest.approx(float(expected[7]))
-    assert told.top is not None
-    assert told.top.token_ids == tuple(expected.topk(3).indices.tolist())
-    assert told.top.logprobs == pytest.approx(expected.topk(3).values.tolist())
+    assert result.token == 7
+    assert result.logprob == pytest.approx(float(expected[7]))
+    assert result.top is not None
+    assert result.top.token_ids == tuple(expected.topk(3).indices.tolist())
+    assert result.top.logprobs == pytest.approx(expected.topk(3).values.tolist())
     silent = one(logits, sequence_of(**options))
     assert (silent.token, silent.logprob, silent.top) == (7, None, None)
 
@@ -189,7 +189,7 @@ def test_log_probabilities_are_of_the_model(temperature: float):
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 @pytest.mark.parametrize("broken", [float("nan"), float("inf"), float("-inf")])
 def test_a_row_that_cannot_be_sampled_ends_alone(temperature: float, broken: float):
-    """Logits that are not finite are that request's error; the rows beside it get what they get alone."""
+    """Logits that are not finite end only their own request; other rows get the result of running alone."""
     logits = logits_of(8, rows=3)
     logits[1] = broken
     rows = [sequence_of(temperature=temperature, seed=seed, top_p=0.9, logprobs=True) for seed in range(3)]
@@ -200,10 +200,10 @@ def test_a_row_that_cannot_be_sampled_ends_alone(temperature: float, broken: flo
 
 
 def test_a_bug_in_one_row_ends_that_row_alone():
-    """Where the whole batch raises, each row is sampled by itself, and only the one at fault fails."""
+    """If the batch raises, each row is sampled alone, and only the failing row gives an error."""
     logits = logits_of(9, rows=3)
     rows: list[Sequence] = [sequence_of(seed=seed) for seed in range(3)]
-    rows[1] = sequence_of(logit_bias={10**6: 1.0})  # refused on the wire
+    rows[1] = sequence_of(logit_bias={10**6: 1.0})  # the service would refuse it
     first, failed, last = sample(logits, rows)
     assert isinstance(failed, MoietyError)
     assert "IndexError" in str(failed)
@@ -211,7 +211,7 @@ def test_a_bug_in_one_row_ends_that_row_alone():
 
 
 def test_noise_is_philox_and_uniform():
-    """numpy's Philox at (position, choice) under the seed: the same on every machine, in [0, 1), with the right mean."""
+    """The noise is numpy's Philox at (position, choice) with the seed as key: in [0, 1), with the expected mean."""
     for seed, choice, position in [(0, 0, 0), (1, 2, 3), (2**64 - 1, 15, 2**40)]:
         reference = np.random.Generator(np.random.Philox(key=seed, counter=[position, choice, 0, 0]))
         assert uniforms([(seed, choice, position)])[0] == reference.random()

@@ -1,4 +1,4 @@
-"""Too little memory, too many requests, shared prompts: every stream is what it would be alone, and no block is lost."""
+"""Little memory, many requests, shared prompts: each stream gets the tokens of running alone, and no block is lost."""
 
 from __future__ import annotations
 
@@ -6,44 +6,43 @@ import random
 from dataclasses import replace
 
 import pytest
-from engine_support import BLOCK_TOKENS, RememberingModel, engine_of, finish, recited, remembered, submit
+from engine_support import (
+    BLOCK_TOKENS,
+    RememberingModel,
+    engine_of,
+    expected_logits,
+    expected_tokens,
+    finish,
+    greedy,
+    prompt_of,
+    submit,
+)
 
 from moiety.core.sampling import FinishReason, Sampling
-from moiety.errors import Cancelled, DeadlineExceeded, InvalidRequest, MoietyError, NoHolder, ResourceExhausted
-from moiety.errors import HopFailed as Failed
-from moiety.router.sampling.guides import CompiledGuide, Matcher
-from moiety.wire.deadline import Deadline
+from moiety.errors import Cancelled, HopFailed, InvalidRequest, MoietyError, NoHolder, ResourceExhausted
 
 CHOICES = Sampling(max_tokens=8, temperature=1.0, seed=3, n=3, ignore_eos=True)
-
-
-def greedy(max_tokens: int, **options: bool) -> Sampling:
-    """Goes on past the stop token."""
-    return Sampling(max_tokens=max_tokens, ignore_eos=True, **options)
-
-
-def prompt_of(seed: int, length: int) -> list[int]:
-    """Some tokens."""
-    return random.Random(seed).choices(range(32), k=length)
 
 
 @pytest.mark.parametrize("window", [None, 6])
 @pytest.mark.parametrize("revision", ["r", None], ids=["with prefixes", "without"])
 def test_preempted_streams_neither_repeat_nor_lose_a_token(revision: str | None, window: int | None):
-    """With blocks for hardly one request, eight at once get what each gets alone, windowed or not."""
+    """Eight requests with blocks for hardly one get the tokens of running alone, with and without a window."""
     model = RememberingModel(window)
     engine = engine_of(model, slots=4, token_budget=8, blocks=9, revision=revision, window=window)
     prompts = [prompt_of(seed, 5 + seed) for seed in range(8)]
     listeners = [submit(engine, prompt, sampling=greedy(20))[1] for prompt in prompts]
     finish(engine)
-    assert [listener.tokens for listener in listeners] == [recited(prompt, 20, window) for prompt in prompts]
+    assert [listener.tokens for listener in listeners] == [expected_tokens(prompt, 20, window) for prompt in prompts]
     if window is None:
         computed = sum(map(len, model.steps))
-        assert computed > sum(len(prompt) + 19 for prompt in prompts), "nobody was preempted: the test tests nothing"
+        assert computed > sum(len(prompt) + 19 for prompt in prompts), (
+            "no sequence was preempted: the test tests nothing"
+        )
 
 
 def test_a_shared_beginning_is_computed_once():
-    """The second of two prompts that begin alike computes only what differs, and is told how much was found."""
+    """The second of two prompts with a common beginning computes only the rest, and reports its cached tokens."""
     model = RememberingModel()
     engine = engine_of(model)
     common = prompt_of(1, 9)
@@ -51,19 +50,19 @@ def test_a_shared_beginning_is_computed_once():
     finish(engine)
     model.steps.clear()
     _, second = submit(engine, [*common, 3, 4], sampling=greedy(3))
-    _, stranger = submit(engine, [*common, 3, 4], sampling=greedy(3), tenant="other")
+    _, other_tenant = submit(engine, [*common, 3, 4], sampling=greedy(3), tenant="other")
     finish(engine)
-    assert model.steps[0] == [common[8], 3, 4, *common[:7]], "8 of the tokens are in two full blocks of the tenant's"
-    assert second.tokens == stranger.tokens == recited([*common, 3, 4], 3)
-    assert first.tokens == recited([*common, 1, 2], 3)
+    assert model.steps[0] == [common[8], 3, 4, *common[:7]], "8 tokens are in two full blocks of this tenant"
+    assert second.tokens == other_tenant.tokens == expected_tokens([*common, 3, 4], 3)
+    assert first.tokens == expected_tokens([*common, 1, 2], 3)
     _, both = submit(engine, [*common, 3, 4], sampling=replace(CHOICES, n=2))
     finish(engine)
-    assert both.cached_tokens == {0: 8, 1: 8}, "each choice is told"
-    assert [listener.cached_tokens[0] for listener in (first, second, stranger)] == [0, 8, 0]
+    assert both.cached_tokens == {0: 8, 1: 8}, "each choice reports its cached tokens"
+    assert [listener.cached_tokens[0] for listener in (first, second, other_tenant)] == [0, 8, 0]
 
 
-def test_a_prompt_that_is_known_whole_still_computes_its_last_token():
-    """The logits come from somewhere; prompt log probabilities want every position's, so they find nothing."""
+def test_a_fully_cached_prompt_still_computes_its_last_token():
+    """The last prompt token is always computed for its logits; prompt log probabilities use no cached prefix."""
     model = RememberingModel()
     engine = engine_of(model, token_budget=20)
     prompt = prompt_of(2, 8)
@@ -76,12 +75,12 @@ def test_a_prompt_that_is_known_whole_still_computes_its_last_token():
         _, listener = submit(engine, prompt, sampling=sampling)
         finish(engine)
         assert model.steps == [computed]
-        assert listener.tokens == recited(prompt, 1)
+        assert listener.tokens == expected_tokens(prompt, 1)
         assert listener.cached_tokens == {0: cached}
 
 
-def test_prompt_log_probabilities_come_once_and_whole():
-    """However the prompt is cut, and though it is sent back in the middle; a choice more tells them no second time."""
+def test_prompt_log_probabilities_are_complete_and_sent_once():
+    """They are complete and sent once, also for a prompt that is chunked, preempted and has several choices."""
     engine = engine_of(RememberingModel(), slots=2, token_budget=6, blocks=8)
     prompt = prompt_of(3, 20)
     _, scored = submit(engine, prompt, sampling=replace(CHOICES, n=2, prompt_logprobs=True))
@@ -91,27 +90,29 @@ def test_prompt_log_probabilities_come_once_and_whole():
     engine.step()
     assert engine.load.waiting == 1
     finish(engine)
-    expected = [float(remembered(prompt[: at + 1]).log_softmax(-1)[prompt[at + 1]]) for at in range(len(prompt) - 1)]
+    expected = [
+        float(expected_logits(prompt[: at + 1]).log_softmax(-1)[prompt[at + 1]]) for at in range(len(prompt) - 1)
+    ]
     assert scored.prompt_logprobs == pytest.approx(expected)
     assert scored.choices == {choice: alone(prompt, choice, CHOICES) for choice in range(2)}
-    assert urgent.tokens == recited([1], 3)
+    assert urgent.tokens == expected_tokens([1], 3)
 
 
 # Choices ---------------------------------------------------------------------------------------------------------
 
 
 def alone(prompt: list[int], choice: int, sampling: Sampling) -> list[int]:
-    """What a request for this one choice gets from an engine of its own."""
+    """Returns the tokens that a request for this choice gets from its own engine."""
     engine = engine_of(RememberingModel())
     _, listener = submit(engine, prompt, sampling=replace(sampling, n=1), choice=choice)
     finish(engine)
     return listener.choices[choice]
 
 
-@pytest.mark.parametrize("length", [7, 8, 21], ids=["unfinished block", "full blocks", "several chunks"])
+@pytest.mark.parametrize("length", [7, 8, 21], ids=["partial block", "full blocks", "several chunks"])
 @pytest.mark.parametrize("blocks", [25, 8], ids=["roomy", "hardly one"])
 def test_choices_share_the_prompt_and_nothing_else(length: int, blocks: int):
-    """The prompt is computed once, each choice is what it is alone, and each has its own end."""
+    """The prompt is computed once, each choice gets the tokens of running alone, and each has its own end."""
     model = RememberingModel()
     engine = engine_of(model, blocks=blocks)
     prompt = prompt_of(length, length)
@@ -121,14 +122,14 @@ def test_choices_share_the_prompt_and_nothing_else(length: int, blocks: int):
     assert listener.choices == {choice: alone(prompt, choice, CHOICES) for choice in range(3)}
     assert len(set(map(tuple, listener.choices.values()))) == 3
     assert [listener.ends[choice].finish for choice in range(3)] == [FinishReason.LENGTH] * 3
-    assert listener.cached_tokens == {0: 0, 1: 0, 2: 0}, "what it computed itself was not found"
-    assert other.tokens == recited([5, 6], 8)
+    assert listener.cached_tokens == {0: 0, 1: 0, 2: 0}, "tokens computed here do not count as cached"
+    assert other.tokens == expected_tokens([5, 6], 8)
     if blocks == 25:
         assert sum(map(len, model.steps)) == length + 3 * 7 + 2 + 7, "each token once"
 
 
 def test_choices_need_a_slot_each():
-    """They are held from the beginning, so that every choice goes on at once; more than there are is refused."""
+    """Slots for all choices are reserved at admission; a request for more choices than slots is refused."""
     model = RememberingModel()
     engine = engine_of(model, slots=4)
     with pytest.raises(InvalidRequest, match=r"sampling.n = 5: must be at most 4"):
@@ -139,12 +140,12 @@ def test_choices_need_a_slot_each():
     engine.step()
     assert (engine.load.running, engine.load.waiting) == (2, 1)
     finish(engine)
-    assert (fits.tokens, waits.tokens) == (recited([5], 2), recited([6], 2))
+    assert (fits.tokens, waits.tokens) == (expected_tokens([5], 2), expected_tokens([6], 2))
 
 
 @pytest.mark.parametrize("steps", [0, 1, 4], ids=["waiting", "prefilling", "decoding"])
 def test_cancelling_a_request_ends_all_its_choices(steps: int):
-    """Wherever it is; blocks are free at the next step, and the others never notice."""
+    """Cancelling works in any phase, frees the blocks at the next step, and does not affect other requests."""
     engine = engine_of(RememberingModel())
     sequence, listener = submit(engine, prompt_of(1, 20), sampling=CHOICES)
     for _ in range(steps):
@@ -156,69 +157,14 @@ def test_cancelling_a_request_ends_all_its_choices(steps: int):
     assert engine.load.running == 1
     engine.check_integrity()
     finish(engine)
-    assert other.tokens == recited([5], 8)
+    assert other.tokens == expected_tokens([5], 8)
 
 
-# What goes wrong for one -----------------------------------------------------------------------------------------
+# Overload and memory ---------------------------------------------------------------------------------------------
 
 
-class UnreadableGuide(CompiledGuide):
-    """Fails whoever follows it."""
-
-    def __init__(self) -> None: ...
-
-    def matcher(self) -> Matcher:
-        raise ValueError("no such file")
-
-
-def test_what_fails_one_request_leaves_the_others_alone():
-    """A failure to sample, a cancellation, a passed deadline and lost experts: four ends, and the fifth is unharmed."""
-    model = RememberingModel()
-    engine = engine_of(model, slots=5, token_budget=40)
-    prompts = {name: prompt_of(seed, 6) for seed, name in enumerate(["unsampled", "cancelled", "late", "lost", "well"])}
-    requests = {name: submit(engine, prompt, sampling=greedy(10)) for name, prompt in prompts.items()}
-    requests["unsampled"][0].guide = UnreadableGuide()
-
-    def lose(ids: list[int]) -> None:
-        if len(ids) == 2:
-            raise Failed([0], NoHolder(0, [3], 30.0))
-
-    engine.step()
-    engine.cancel(requests["cancelled"][0])
-    requests["late"][0].deadline = Deadline.after(0.0)
-    model.before = lose
-    finish(engine)
-    ends = {name: listener.end for name, (_, listener) in requests.items()}
-    assert "sampling failed: ValueError: no such file" in str(ends["unsampled"].error)
-    assert isinstance(ends["cancelled"].error, Cancelled)
-    assert isinstance(ends["lost"].error, NoHolder)
-    assert requests["well"][1].tokens == recited(prompts["well"], 10)
-    assert isinstance(ends["late"].error, DeadlineExceeded)
-
-
-def test_blocks_of_a_step_that_failed_serve_when_it_runs_again():
-    """Every third forward pass fails for its first sequence; the others' next tokens come from the same blocks."""
-    model = RememberingModel()
-    engine = engine_of(model, slots=4, blocks=14)
-    calls = 0
-
-    def lose(_ids: list[int]) -> None:
-        nonlocal calls
-        calls += 1
-        if calls % 3 == 0:
-            raise Failed([0], NoHolder(0, [3], 30.0))
-
-    model.before = lose
-    prompts = [prompt_of(seed, 7) for seed in range(6)]
-    listeners = [submit(engine, prompt, sampling=greedy(20))[1] for prompt in prompts]
-    finish(engine)
-    for prompt, listener in zip(prompts, listeners, strict=True):
-        assert listener.tokens == recited(prompt, 20)[: len(listener.tokens)]
-        assert isinstance(listener.end.error, NoHolder) or len(listener.tokens) == 20
-
-
-def test_a_flood_is_told_when_to_come_back():
-    """Beyond the queue RESOURCE_EXHAUSTED with a hint from the observed rate; what was accepted is served whole."""
+def test_requests_beyond_the_queue_get_a_retry_delay():
+    """Requests beyond the queue get ResourceExhausted with a delay from the observed rate; accepted ones finish."""
     engine = engine_of(RememberingModel(), slots=2, queue_limit=4)
     accepted, hints = [], []
     for number in range(200):
@@ -231,13 +177,13 @@ def test_a_flood_is_told_when_to_come_back():
     finish(engine)
     assert len(accepted) + len(hints) == 200
     assert len(accepted) > 50
-    assert all(listener.tokens == recited(prompt, 4) for prompt, listener in accepted)
-    assert hints[0] == 1.0, "nothing had been seen yet"
+    assert all(listener.tokens == expected_tokens(prompt, 4) for prompt, listener in accepted)
+    assert hints[0] == 1.0, "no admission was observed yet"
     assert 0.05 <= hints[-1] < 1.0
 
 
-def test_a_higher_priority_does_not_wait_for_a_full_house():
-    """It takes a slot at the next step; the one it displaced goes on later as if nothing had been."""
+def test_a_higher_priority_does_not_wait_for_a_free_slot():
+    """It takes a slot at the next step; the preempted request continues later with the same tokens."""
     engine = engine_of(RememberingModel(), slots=2)
     low = [submit(engine, prompt_of(seed, 5), sampling=greedy(20), priority=10)[1] for seed in range(2)]
     for _ in range(5):
@@ -245,18 +191,18 @@ def test_a_higher_priority_does_not_wait_for_a_full_house():
     _, urgent = submit(engine, [3], sampling=greedy(4), priority=-10)
     for _ in range(4):
         engine.step()
-    assert urgent.tokens == recited([3], 4)
+    assert urgent.tokens == expected_tokens([3], 4)
     finish(engine)
-    assert [listener.tokens for listener in low] == [recited(prompt_of(seed, 5), 20) for seed in range(2)]
+    assert [listener.tokens for listener in low] == [expected_tokens(prompt_of(seed, 5), 20) for seed in range(2)]
 
 
 @pytest.mark.parametrize(
     "seed", [0, 1, pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)]
 )
 def test_soak(seed: int, request: pytest.FixtureRequest):
-    """Random arrivals, priorities, tenants, choices, cancellations and lost steps in hardly any memory.
+    """With random arrivals, priorities, tenants, choices, cancellations and failures, each output is as if run alone.
 
-    The slow seeds run twenty times as long: leaks that need rare coincidences show only then.
+    The slow seeds run twenty times as long, to find leaks that need rare coincidences.
     """
     chance = random.Random(seed)
     rounds = 4000 if request.node.get_closest_marker("slow") else 200
@@ -265,7 +211,7 @@ def test_soak(seed: int, request: pytest.FixtureRequest):
 
     def lose(ids: list[int]) -> None:
         if chance.random() < 0.01:
-            raise Failed([chance.randrange(len(ids))], NoHolder(0, [3], 30.0))
+            raise HopFailed([chance.randrange(len(ids))], NoHolder(0, [3], 30.0))
 
     model.before = lose
     shared = prompt_of(99, 12)
@@ -303,7 +249,7 @@ def test_soak(seed: int, request: pytest.FixtureRequest):
 
 
 def test_a_request_that_can_never_fit_is_refused_and_the_largest_that_can_is_served():
-    """To the block."""
+    """The bound of the KV cache is exact to the block."""
     engine = engine_of(RememberingModel(), blocks=5, slots=4)
     prompt = prompt_of(1, 12)
     with pytest.raises(InvalidRequest, match=r"prompt \+ max_tokens = 21: must be at most 20"):
@@ -311,5 +257,5 @@ def test_a_request_that_can_never_fit_is_refused_and_the_largest_that_can_is_ser
     _, largest = submit(engine, prompt, sampling=greedy(5 * BLOCK_TOKENS - 12))
     small = [submit(engine, [seed], sampling=greedy(15))[1] for seed in range(3)]
     finish(engine)
-    assert largest.tokens == recited(prompt, 8)
-    assert [listener.tokens for listener in small] == [recited([seed], 15) for seed in range(3)]
+    assert largest.tokens == expected_tokens(prompt, 8)
+    assert [listener.tokens for listener in small] == [expected_tokens([seed], 15) for seed in range(3)]

@@ -1,4 +1,4 @@
-"""Prompt lookup drafts what the text said before, and accepting drafts never changes a token."""
+"""Prompt lookup drafts tokens from earlier text, and accepting drafts changes no token."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TEXTS = st.lists(st.integers(0, 3), min_size=1, max_size=60)
 
 
 def naive(tokens: list[int], most: int) -> tuple[int, ...]:
-    """Looks at every earlier place: the longest match first, the latest among equals; copies token by token."""
+    """Searches every earlier position, longest match first and the latest among equals; copies token by token."""
     for width in range(LONGEST, SHORTEST - 1, -1):
         for end in range(len(tokens) - 1, width - 1, -1):
             if len(tokens) >= width and tokens[end - width : end] == tokens[-width:]:
@@ -26,7 +26,7 @@ def naive(tokens: list[int], most: int) -> tuple[int, ...]:
 
 
 def decoded(next_token: dict[tuple[int, ...], int], prompt: list[int], count: int, most: int) -> tuple[list[int], int]:
-    """`count` tokens of a model that is a table of two-token contexts, drafting `most` a step; and the steps it took."""
+    """Decodes `count` tokens from a table of two-token contexts, with `most` drafts a step; returns text and steps."""
     drafter, tokens, steps = Drafter(most) if most else None, list(prompt), 0
     while len(tokens) < len(prompt) + count:
         left = len(prompt) + count - len(tokens)
@@ -51,7 +51,7 @@ def test_drafts_are_those_of_the_naive_search(text: list[int], most: int):
 
 @given(TEXTS, st.dictionaries(st.tuples(st.integers(0, 3), st.integers(0, 3)), st.integers(0, 3)), st.integers(1, 8))
 def test_tokens_are_those_of_decoding_one_by_one(prompt: list[int], table: dict[tuple[int, ...], int], most: int):
-    """Whatever the model, drafts change no token, and never take more steps."""
+    """Drafts change no token of any model, and take no more steps."""
     plain, plain_steps = decoded(table, prompt, 40, 0)
     drafted, steps = decoded(table, prompt, 40, most)
     assert drafted == plain
@@ -67,7 +67,7 @@ def test_repetition_takes_few_steps():
 
 
 def test_poor_drafts_become_rare():
-    """Where drafts are never right, the tokens wasted on them grow with the logarithm of the text only."""
+    """If no draft is right, the number of wasted drafts grows only with the logarithm of the text's length."""
     drafter, generator, tokens = Drafter(8), random.Random(0), [0] * 8
     wasted = 0
     for _ in range(2000):
@@ -78,8 +78,8 @@ def test_poor_drafts_become_rare():
     assert 0 < wasted <= 12
 
 
-def test_a_step_costs_what_is_new():
-    """One more token behind 50,000 is drafted for in far less time than the first look at all of them takes."""
+def test_drafting_time_depends_on_new_tokens_only():
+    """Drafting after one more token takes less than 1 % of the time of indexing the first 50,000."""
     generator = random.Random(0)
     tokens = [generator.randrange(1000) for _ in range(50_000)]
     drafter = Drafter(4)
@@ -97,7 +97,7 @@ def test_a_step_costs_what_is_new():
 
 @given(st.lists(st.integers(0, 2), max_size=8), st.lists(st.integers(0, 2), min_size=1, max_size=9))
 def test_accepted_is_the_common_prefix(drafts: list[int], sampled: list[int]):
-    """Drafts count as long as each is the token that was sampled in its place."""
+    """Drafts are accepted up to the first that differs from the token sampled at its position."""
     right = accepted(drafts, sampled)
     assert drafts[:right] == sampled[:right]
     assert right == min(len(drafts), len(sampled)) or drafts[right] != sampled[right]

@@ -1,4 +1,4 @@
-"""Drafts change how many steps an engine takes, and nothing else: not a token, not a block, not who waits for whom."""
+"""Drafts change only the number of steps of an engine: no token, no block and no order of waiting."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from engine_support import STOP, VOCABULARY, CountingModel, Listener, Rememberin
 
 from moiety.core.sampling import FinishReason, Sampling
 
-ROUND = [*range(VOCABULARY), 0, 1, 2]  # a CountingModel says it again and again
-FEW_WORDS = dict.fromkeys(range(3, VOCABULARY), -100.0)  # so that guesses are right now and then
+ROUND = [*range(VOCABULARY), 0, 1, 2]  # a CountingModel repeats it
+FEW_WORDS = dict.fromkeys(range(3, VOCABULARY), -100.0)  # so that some drafts are right
 REQUESTS = [
     (
         seed,
@@ -30,12 +30,12 @@ REQUESTS = [
 
 
 def prompt_of(seed: int) -> list[int]:
-    """Few words, often repeated; the first block is everybody's."""
+    """Returns a prompt of few distinct tokens, often repeated; all prompts share the first block."""
     return [1, 2, 1, 2, *random.Random(seed).choices(range(3), k=6 + seed)]
 
 
 def answers(speculative_tokens: int, blocks: int) -> tuple[list[Listener], RememberingModel]:
-    """What requests get that run together, and their repetitions that find the prefixes of the first in the cache."""
+    """Runs all requests together, then again with cached prefixes; returns their listeners and the model."""
     model = RememberingModel(window=2)
     engine = engine_of(model, token_budget=24, blocks=blocks, speculative_tokens=speculative_tokens)
     listeners = []
@@ -47,7 +47,7 @@ def answers(speculative_tokens: int, blocks: int) -> tuple[list[Listener], Remem
 
 @pytest.mark.parametrize("blocks", [60, 13], ids=["room for all", "hardly any room"])
 def test_drafts_change_no_token(blocks: int):
-    """Greedy and sampled, with log probabilities, biases and early ends, preempted or not: what is sent is the same."""
+    """With greedy decoding, sampling, log probabilities, biases, early ends and preemption, the output stays the same."""
     plain, plain_model = answers(0, blocks)
     drafted, model = answers(4, blocks)
     assert [listener.choices for listener in drafted] == [listener.choices for listener in plain]
@@ -56,7 +56,7 @@ def test_drafts_change_no_token(blocks: int):
 
 
 def counted(prompt: Sequence[int], sampling: Sampling, speculative_tokens: int) -> tuple[Listener, list[list[int]]]:
-    """A request to a CountingModel by itself, and the steps that it took."""
+    """Runs one request alone on a CountingModel; returns its listener and the steps."""
     model = CountingModel()
     engine = engine_of(model, token_budget=64, speculative_tokens=speculative_tokens)
     listener = submit(engine, prompt, sampling=sampling)[1]
@@ -65,7 +65,7 @@ def counted(prompt: Sequence[int], sampling: Sampling, speculative_tokens: int) 
 
 
 def test_repetition_takes_few_steps():
-    """A text that repeats itself comes five tokens a step once drafts have proved right."""
+    """A repetitive text comes at five tokens a step once drafts have been right."""
     sampling = Sampling(max_tokens=60, ignore_eos=True)
     listener, steps = counted(ROUND, sampling, 4)
     assert listener.tokens == [(3 + i) % VOCABULARY for i in range(60)]
@@ -73,7 +73,7 @@ def test_repetition_takes_few_steps():
 
 
 def test_an_end_among_right_drafts_is_the_end():
-    """The stop token is among the drafts, and all of them would be right: nothing behind it is sent."""
+    """If a stop token is among right drafts, no token after it is sent."""
     listener, steps = counted(ROUND, Sampling(max_tokens=60), 8)
     assert listener.tokens == list(range(3, STOP + 1))
     assert listener.end is not None
@@ -82,21 +82,21 @@ def test_an_end_among_right_drafts_is_the_end():
 
 
 def test_drafts_stay_within_max_tokens():
-    """The last token of a request is never guessed beyond."""
+    """No drafts are computed beyond a request's last token."""
     listener, steps = counted(ROUND, Sampling(max_tokens=3, ignore_eos=True), 8)
     assert listener.tokens == [3, 4, 5]
     assert sum(map(len, steps)) == len(ROUND) + 2
 
 
 def test_penalised_requests_do_not_draft():
-    """Where each token changes the logits of the next, every step computes one token."""
+    """With a penalty, each token changes the next logits, so every step computes one token."""
     sampling = Sampling(max_tokens=10, ignore_eos=True, presence_penalty=0.1)
     _, steps = counted(ROUND, sampling, 4)
     assert [len(step) for step in steps] == [len(ROUND), *[1] * 9]
 
 
 def test_prompts_go_before_drafts():
-    """Drafts take what decoding and prompts leave of a step: a prompt is computed in as many steps as without them."""
+    """Drafts use only what decoding and prompts leave of the token budget, so they do not delay prompts."""
     model = CountingModel()
     engine = engine_of(model, token_budget=10, blocks=60, revision=None, speculative_tokens=4)
     submit(engine, ROUND, sampling=Sampling(max_tokens=60, ignore_eos=True))

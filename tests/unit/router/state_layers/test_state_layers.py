@@ -1,4 +1,4 @@
-"""Hybrids through the engine against plain transformers, one text at a time: no state is lost, mixed up or half written."""
+"""Hybrids through the engine against plain transformers: no state is lost, mixed up or partly written."""
 
 from __future__ import annotations
 
@@ -10,7 +10,17 @@ from typing import Any
 import pytest
 import torch
 from engine_support import Listener, finish, submit
-from state_support import HYBRIDS, NEW_TOKENS, engine_on, hybrid, layers_of, prompt_of, reference, served, told
+from state_support import (
+    HYBRIDS,
+    NEW_TOKENS,
+    engine_on,
+    hybrid,
+    layers_of,
+    prompt_of,
+    reference,
+    served,
+    transformers_tokens,
+)
 
 from moiety.core.sampling import Sampling
 from moiety.errors import CheckpointError, HopFailed, MoietyError, NoHolder
@@ -26,22 +36,24 @@ from moiety.router.state_layers.batched_layer import batched_state_layers, use_s
 GREEDY = Sampling(max_tokens=NEW_TOKENS, ignore_eos=True)
 LENGTHS = (3, 9, 17, 40, 25, 1, 9)
 CPU = torch.device("cpu")
-# Between them each way to keep a state: in the fast suite the rest would show nothing more.
+# These cover each way to keep a state; the others add nothing to the fast suite.
 QUICK = ("jamba", "minimax", "lfm2_moe", "zaya", "qwen3_next")
 FAMILIES = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in HYBRIDS]
 
 
 def submit_all(architecture: str, engine: Engine) -> list[tuple[Listener, list[int]]]:
-    """Ragged prompts, each with what transformers says to it."""
+    """Submits prompts of different lengths; returns each listener with transformers' tokens."""
     prompts = [prompt_of(seed, length) for seed, length in enumerate(LENGTHS)]
-    return [(submit(engine, prompt, sampling=GREEDY)[1], told(architecture, prompt)) for prompt in prompts]
+    return [
+        (submit(engine, prompt, sampling=GREEDY)[1], transformers_tokens(architecture, prompt)) for prompt in prompts
+    ]
 
 
 @pytest.mark.parametrize("architecture", FAMILIES)
 def test_logits_are_those_of_a_cache_for_each_sequence(architecture: str) -> None:
-    """Two texts in steps of chunks and single tokens, packed together: each token's logits are transformers' own."""
+    """Each token's logits of two texts, packed in chunks and single tokens, equal transformers'."""
     model, spec = served(architecture)
-    assert any(mixer.forgetful for mixer in batched_state_layers(model)) is (architecture == "jamba")
+    assert any(layer.forgetful for layer in batched_state_layers(model)) is (architecture == "jamba")
     texts = [torch.tensor([prompt_of(seed, 30)]) for seed in range(2)]
     with torch.inference_mode():
         expected = [reference(architecture)(text).logits[0] for text in texts]
@@ -49,8 +61,8 @@ def test_logits_are_those_of_a_cache_for_each_sequence(architecture: str) -> Non
     tables, past = [BlockTable(), BlockTable()], [0, 0]
     found: list[list[torch.Tensor]] = [[], []]
     for counts in ((9, 5), (1, 20), (7, 1), (1, 1), (12, 3)):
-        for table, behind, count in zip(tables, past, counts, strict=True):
-            cache.grow(table, behind + count)
+        for table, computed, count in zip(tables, past, counts, strict=True):
+            cache.grow(table, computed + count)
         batch = StepBatch.build(cache, tables, past, counts, CPU)
         ids = torch.cat([t[0, a : a + n] for t, a, n in zip(texts, past, counts, strict=True)])
         for _ in range(2):  # a step may be run again
@@ -66,8 +78,7 @@ def test_logits_are_those_of_a_cache_for_each_sequence(architecture: str) -> Non
 
 @pytest.mark.parametrize("architecture", FAMILIES)
 def test_any_schedule_gives_the_tokens_of_transformers(architecture: str) -> None:
-    """Random arrivals, choices, cancellations and experts lost behind any layer, in hardly any memory, so that some are
-    preempted: what was sent is a beginning of the reference's text, and the whole of it where nothing ended the request."""
+    """With random arrivals, choices, cancellations, lost experts and preemption, the output is transformers', up to its end."""
     chance = random.Random(architecture)
     model, spec = served(architecture)
     engine = engine_on(model, spec, slots=3, token_budget=11, blocks=16)
@@ -100,14 +111,14 @@ def test_any_schedule_gives_the_tokens_of_transformers(architecture: str) -> Non
         assert sorted(listener.ends) == list(range(sampling.n))
         for choice, end in listener.ends.items():
             got = listener.choices[choice]
-            assert got == told(architecture, prompt)[: len(got)]
+            assert got == transformers_tokens(architecture, prompt)[: len(got)]
             assert isinstance(end.error, MoietyError) or len(got) == NEW_TOKENS
             done += end.error is None
     assert done >= 5
 
 
 def test_an_expert_lost_in_the_middle_of_a_step_leaves_states_as_they_were() -> None:
-    """Behind the last layer all states have been written: the step runs again without whom it cost, from the old ones."""
+    """A step that fails after its last layer runs again from the old states, without the failed sequence."""
     model, spec = served("qwen3_next")
     engine = engine_on(model, spec, slots=len(LENGTHS), token_budget=200)
     texts = submit_all("qwen3_next", engine)
@@ -126,7 +137,7 @@ def test_an_expert_lost_in_the_middle_of_a_step_leaves_states_as_they_were() -> 
 
 
 def test_lanes_keep_their_own_states() -> None:
-    """Two forwards of one model that give way to one another behind every layer write to their own sequences' slots."""
+    """Two forward passes that switch after every layer write only to their own sequences' slots."""
     model, spec = served("qwen3_next")
     lanes = Lanes(lambda _: None)
     turns: list[int] = []
@@ -144,14 +155,14 @@ def test_lanes_keep_their_own_states() -> None:
     assert turns
 
 
-def test_what_forgets_its_state_is_told_and_served_token_by_token(caplog: pytest.LogCaptureFixture) -> None:
-    """Jamba's Mamba layers begin every chunk anew: one warning at start, and its tokens all the same."""
+def test_a_layer_that_drops_its_state_is_logged_and_served_token_by_token(caplog: pytest.LogCaptureFixture) -> None:
+    """Jamba's Mamba layers drop their state at every chunk: one warning at start, and still transformers' tokens."""
     with caplog.at_level(logging.WARNING):
         model, spec = served("jamba")
-    (told_at_start,) = [
+    (warning,) = [
         record.message for record in caplog.records if record.name == "moiety.router.state_layers.state_discovery"
     ]
-    assert told_at_start.startswith("JambaMambaMixer drops its state over a second chunk of a prompt")
+    assert warning.startswith("JambaMambaMixer drops its state at the second chunk of a prompt")
     engine = engine_on(model, spec, token_budget=7)
     texts = submit_all("jamba", engine)
     finish(engine)
@@ -160,10 +171,10 @@ def test_what_forgets_its_state_is_told_and_served_token_by_token(caplog: pytest
 
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", HYBRIDS)
-def test_the_trial_at_start_judges_bf16_as_it_does_fp32(architecture: str) -> None:
-    """Its rounding is no forgotten state; what a model keeps in fp32 is kept so."""
+def test_the_trial_at_start_judges_bf16_like_fp32(architecture: str) -> None:
+    """The trial does not take bf16 rounding for a dropped state, and fp32 states stay fp32."""
     model, spec = served(architecture, torch.bfloat16)
-    assert any(mixer.forgetful for mixer in batched_state_layers(model)) is (architecture == "jamba")
+    assert any(layer.forgetful for layer in batched_state_layers(model)) is (architecture == "jamba")
     assert {state.dtype for state in spec.states.values()} <= {torch.float32, torch.bfloat16}
     engine = engine_on(model, spec)
     texts = [submit(engine, prompt_of(seed, length), sampling=GREEDY)[1] for seed, length in enumerate((3, 20, 9))]
@@ -171,8 +182,8 @@ def test_the_trial_at_start_judges_bf16_as_it_does_fp32(architecture: str) -> No
     assert [len(listener.tokens) for listener in texts] == [NEW_TOKENS] * 3
 
 
-def test_a_state_that_leads_elsewhere_is_refused() -> None:
-    """A module whose single tokens do not add up to its whole text would give wrong tokens in silence."""
+def test_a_state_with_other_results_in_steps_is_refused() -> None:
+    """A module with other results token by token than in one step is refused, as its tokens would be wrong."""
     paged.register_paged_attention()
     model = hybrid("lfm2_moe")
     model.set_attn_implementation(paged.NAME)
@@ -183,7 +194,5 @@ def test_a_state_that_leads_elsewhere_is_refused() -> None:
         return forward(**options) + options["hidden_states"].shape[1]
 
     module.forward = uneven
-    with pytest.raises(
-        CheckpointError, match=r"lfm2_moe: the states of layer 0 do not lead where its whole text leads"
-    ):
+    with pytest.raises(CheckpointError, match=r"lfm2_moe: layer 0 gives other results token by token than in one step"):
         prepare_layers(model)

@@ -1,4 +1,4 @@
-"""What a router tells of states at its start, and which settings it refuses beside them."""
+"""What a router logs about states at start, and which settings it refuses for models with states."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from moiety.router.cache.kv_cache import KVCache
 PER_SLOT = (
     2 * 3 * (128 * 4 + 128 * 8) * 4
 )  # bytes of tiny Jamba's three Mamba layers: convolution and recurrence, twice
-PER_TOKEN = 2 * 2 * 16 * 4  # of its one attention layer
+PER_TOKEN = 2 * 2 * 16 * 4  # bytes of its one attention layer
 
 
 def loaded(folder: str, **settings: Any) -> KVCache:
-    """The cache of a router with these settings."""
+    """Loads a router with these settings; returns its cache."""
     checkpoint = Checkpoint.open(folder)
     values = RouterSettings(model=folder, dtype="float32", **settings)
     return load_model(values, checkpoint, expert_layout(checkpoint), torch.float32, "r")[1]
 
 
-def test_states_are_taken_out_of_kv_memory_and_told(
+def test_states_are_taken_out_of_kv_memory_and_logged(
     tiny: Callable[[str], str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Slots first, blocks of what is left; one line at start says so, and that no prefix is reused."""
+    """Slots come first and blocks get the rest; one log line says so, and that prefixes are not reused."""
     with caplog.at_level(logging.INFO, logger="moiety.compose.router"):
         cache = loaded(tiny("jamba"), slots=8, kv_memory=1 << 20)
     assert cache.blocks == ((1 << 20) - 8 * PER_SLOT) // (16 * PER_TOKEN)
@@ -41,7 +41,7 @@ def test_states_are_taken_out_of_kv_memory_and_told(
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "message"),
     [
         (
             {"kv_memory": 8 * PER_SLOT},
@@ -55,8 +55,8 @@ def test_states_are_taken_out_of_kv_memory_and_told(
     ],
 )
 def test_settings_that_states_rule_out_are_refused(
-    tiny: Callable[[str], str], settings: dict[str, Any], told: str
+    tiny: Callable[[str], str], settings: dict[str, Any], message: str
 ) -> None:
-    """By name, with the bound."""
-    with pytest.raises(ConfigError, match=f"(?i){told}"):
+    """The error names the setting and its bound."""
+    with pytest.raises(ConfigError, match=f"(?i){message}"):
         loaded(tiny("jamba"), slots=8, **settings)

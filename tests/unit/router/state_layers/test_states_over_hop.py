@@ -1,4 +1,4 @@
-"""States beside a real hop: a replica that dies in the middle of a step costs no state a token."""
+"""States with a real hop: a replica that dies in the middle of a step damages no state."""
 
 from __future__ import annotations
 
@@ -27,8 +27,7 @@ SAMPLING = Sampling(max_tokens=8, ignore_eos=True)
 
 @pytest.mark.parametrize("covered", [True, False], ids=["another holder", "no holder"])
 def test_a_replica_that_dies_in_a_step_costs_no_state(covered: bool, tiny: Callable[[str], str]) -> None:
-    """Jamba: layers before the lost call have written their states. The call goes elsewhere, or the step runs again without
-    whom it cost: whatever is sent is what undisturbed experts lead to."""
+    """When a replica dies after some Jamba layers wrote states, all tokens sent are those of an undisturbed run."""
     paged.register_paged_attention()
     checkpoint = Checkpoint.open(tiny("jamba"))
     layout = expert_layout(checkpoint)
@@ -39,7 +38,7 @@ def test_a_replica_that_dies_in_a_step_costs_no_state(covered: bool, tiny: Calla
     dying: set[str] = set()
 
     async def on_call(call: ForwardCall) -> None:
-        if dying and call.layer == 1:  # the last MoE layer, behind all Mamba layers but one
+        if dying and call.layer == 1:  # the last MoE layer, after all Mamba layers but one
             dying.clear()
             task = asyncio.create_task(doomed.vanish())
             await asyncio.sleep(30)
@@ -64,7 +63,7 @@ def test_a_replica_that_dies_in_a_step_costs_no_state(covered: bool, tiny: Calla
                         if not engine.step():
                             break
                     engine.check_integrity()
-                assert not dying, "nobody died: the test tests nothing"
+                assert not dying, "no replica died: the test tests nothing"
                 assert covered or any(listener.end and listener.end.error for listener in texts[1])
                 for undisturbed, listener in zip(*texts, strict=True):
                     assert listener.end is not None
