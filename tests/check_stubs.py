@@ -1,4 +1,4 @@
-"""Fails when the committed protobuf stubs are not what protos/ generates; `make proto` mends it."""
+"""Fails when the committed protobuf stubs differ from what `protos/` generates; `make proto` regenerates them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def main() -> int:
-    """Regenerates into a scratch folder and compares file by file."""
+    """Generates the stubs into a scratch folder and compares them file by file; returns the exit status."""
     protos = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("protos/**/*.proto"))
     with tempfile.TemporaryDirectory() as scratch:
         outputs = [f"--{kind}_out={scratch}" for kind in ("python", "pyi", "grpc_python")]

@@ -1,4 +1,4 @@
-"""What all tests share: tiny checkpoints made once a session, a layout cache of its own, one served system."""
+"""Fixtures that all tests share, made once a session: a layout cache, tiny checkpoints, one served system."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-# Read when Ray is first imported, by whichever test comes first: it listens on loopback only, and asks for no token.
+# Ray reads these when it is first imported, by any test: they make it listen on loopback only and ask for no token.
 os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 
@@ -26,7 +26,7 @@ import_interpreted()
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Layouts derived by the tests, and by the processes they start, stay in this session's folder."""
+    """Makes the tests, and the processes they start, keep derived layouts in a folder of this session."""
     before = os.environ.get("MOIETY_CACHE")
     os.environ["MOIETY_CACHE"] = str(tmp_path_factory.mktemp("cache"))
     yield
@@ -38,20 +38,20 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
-    """The folder of a tiny random checkpoint of an architecture, in its publisher's layout; made once."""
-    made: dict[str, Path] = {}
+    """Returns the folder of an architecture's tiny random checkpoint, in its publisher's layout; made once."""
+    folders: dict[str, Path] = {}
 
     def folder(architecture: str) -> str:
-        if architecture not in made:
-            made[architecture] = write_tiny(architecture, tmp_path_factory.mktemp(architecture))
-        return str(made[architecture])
+        if architecture not in folders:
+            folders[architecture] = write_tiny(architecture, tmp_path_factory.mktemp(architecture))
+        return str(folders[architecture])
 
     return folder
 
 
 @pytest.fixture(scope="session")
 def served(tiny: Callable[[str], str]) -> Iterator[Served]:
-    """qwen3_moe in fp32, two expert groups, one router, one gateway; shared by the whole session."""
+    """Serves qwen3_moe in fp32 with two expert groups, one router and one gateway, for the whole session."""
     with TraceReceiver() as receiver, EmbeddedRedis() as redis, asyncio.Runner() as runner:
         cluster = LocalCluster(
             tiny("qwen3_moe"),

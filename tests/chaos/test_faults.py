@@ -1,4 +1,4 @@
-"""A replica dies or hangs in the middle of eight streams: every one ends with the tokens of a quiet run."""
+"""A replica dies or hangs under eight streams: every stream ends with the tokens of a run without faults."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from support.serving import Served
 from support.streams import Streams
 
 NEW_TOKENS = 80
-STRIKE_AT = 20  # tokens every stream has when the fault comes
+STRIKE_AT = 20  # tokens that every stream has when the fault happens
 
 
 @pytest.fixture(scope="module")
 def expected(served: Served) -> list[list[int]]:
-    """The tokens of a fault-free run."""
+    """Returns the tokens of a run without faults."""
     return served.run(lambda client: Streams(client, NEW_TOKENS).finish())
 
 
@@ -41,7 +41,7 @@ def test_a_killed_replica_with_a_spare_costs_no_token(served: Served, expected: 
 
 
 def test_a_hung_replica_with_a_spare_is_hedged(served: Served, expected: list[list[int]]) -> None:
-    """SIGSTOP of one of two holders: hedges carry every stream on with the same tokens, and it is welcome back."""
+    """SIGSTOP of one of two holders: hedges keep every stream going; tokens stay the same, also after SIGCONT."""
 
     async def scenario(client: Client) -> None:
         await served.have(2, 1)
@@ -61,10 +61,10 @@ def test_a_hung_replica_with_a_spare_is_hedged(served: Served, expected: list[li
     "fault",
     [
         pytest.param(signal.SIGKILL, id="killed"),
-        pytest.param(signal.SIGSTOP, id="hung", marks=pytest.mark.slow),  # found out after 10 s without an answer
+        pytest.param(signal.SIGSTOP, id="hung", marks=pytest.mark.slow),  # detected after 10 s without an answer
     ],
 )
-def test_a_lost_sole_holder_is_waited_for(served: Served, expected: list[list[int]], fault: signal.Signals) -> None:
+def test_streams_wait_for_a_new_sole_holder(served: Served, expected: list[list[int]], fault: signal.Signals) -> None:
     """The only holder dies or hangs: streams keep their slots, wait for its replacement, and end with the same tokens."""
 
     async def scenario(client: Client) -> None:
@@ -82,8 +82,8 @@ def test_a_lost_sole_holder_is_waited_for(served: Served, expected: list[list[in
     served.run(scenario)
 
 
-def test_a_lost_router_is_replaced_behind_its_tokens(served: Served, expected: list[list[int]]) -> None:
-    """kill -9 of one of two routers: another goes on behind the tokens already streamed; none is lost or repeated."""
+def test_another_router_continues_the_streams_of_a_lost_one(served: Served, expected: list[list[int]]) -> None:
+    """kill -9 of one of two routers: the other continues after the tokens already sent; none is lost or repeated."""
 
     async def scenario(client: Client) -> None:
         await served.have(1, 1)
@@ -99,7 +99,7 @@ def test_a_lost_router_is_replaced_behind_its_tokens(served: Served, expected: l
 
 
 def test_a_drained_router_finishes_its_streams(served: Served, expected: list[list[int]]) -> None:
-    """A router that is told to go takes no new requests and ends its running ones itself; another serves the next."""
+    """A draining router takes no new requests and finishes its running ones; another router serves the next."""
 
     async def scenario(client: Client) -> None:
         await served.have(1, 1)
@@ -115,10 +115,10 @@ def test_a_drained_router_finishes_its_streams(served: Served, expected: list[li
 
 
 @pytest.mark.slow
-def test_nobody_comes(tiny: Callable[[str], str]) -> None:
-    """Without a replacement in time requests end with UNAVAILABLE naming layer and experts; the next ones work.
+def test_requests_fail_without_a_replacement_in_time(tiny: Callable[[str], str]) -> None:
+    """Without a replacement in time requests end with UNAVAILABLE, which names layer and experts; later ones work.
 
-    Over 20 s: its router waits one second only, so it needs a cluster of its own.
+    Over 20 s: its router waits only one second, so it needs its own cluster.
     """
 
     async def scenario() -> None:

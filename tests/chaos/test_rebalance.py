@@ -1,4 +1,4 @@
-"""Placements change under eight streams: every one ends with the tokens of a quiet run, and none waits for the change."""
+"""Placements change under eight streams: every stream ends with the tokens of a run without changes."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from support.serving import Served
 from support.streams import Streams
 
 NEW_TOKENS = 80
-STRIKE_AT = 20  # tokens every stream has when the placement changes
+STRIKE_AT = 20  # tokens that every stream has when the placement changes
 
 
 @pytest.fixture(scope="module")
 def expected(served: Served) -> list[list[int]]:
-    """The tokens of a run without changes."""
+    """Returns the tokens of a run without changes."""
     return served.run(lambda client: Streams(client, NEW_TOKENS).finish())
 
 
 async def change(served: Served, client: Client, held: Mapping[str, ExpertSet]) -> Streams:
-    """Puts `held` in force while streams run, and returns them once all replicas have followed."""
+    """Starts streams and puts `held` in force while they run; returns them once all replicas have followed."""
     streams = Streams(client, NEW_TOKENS)
     await streams.reach(STRIKE_AT)
     await served.cluster.settled(await served.cluster.place(held))
@@ -34,12 +34,12 @@ async def change(served: Served, client: Client, held: Mapping[str, ExpertSet]) 
 
 
 async def holdings(served: Served) -> dict[str, ExpertSet]:
-    """Deployment -> what its replica holds."""
+    """Returns deployment -> the experts that its replica holds."""
     return {r.deployment: r.held for r in await served.cluster.registry.replicas() if r.role == "expert"}
 
 
 def test_experts_change_places_under_a_running_router(served: Served, expected: list[list[int]]) -> None:
-    """Two groups swap all their experts: same tokens, same processes, and no call is ever refused for it."""
+    """Two groups swap all their experts: tokens and processes stay the same, and no call is refused."""
 
     async def scenario(client: Client) -> None:
         await served.have(1, 1)
@@ -60,7 +60,7 @@ def test_experts_change_places_under_a_running_router(served: Served, expected: 
 
 
 def test_a_hot_set_takes_over_hot_experts_and_gives_them_back(served: Served, expected: list[list[int]]) -> None:
-    """A set of two experts beside their groups shares their rows, another pair replaces it, none is left: same tokens."""
+    """A hot set shares the rows of some experts, then of others, then of none; tokens stay the same."""
 
     async def scenario(client: Client) -> None:
         await served.have(1, 1)
@@ -78,7 +78,7 @@ def test_a_hot_set_takes_over_hot_experts_and_gives_them_back(served: Served, ex
                 hops = [span for span in served.receiver.spans() if span.name == "hop"]
                 shared = [span for span in hops if span.attributes.get("moiety.deployment") == "hot-0"]
                 assert bool(shared) == bool(text), rows
-            # Nobody but the hot set holds expert 0 of layer 0 while it is drained: its group never dropped it.
+            # Every expert keeps a holder when the hot set drains: the groups have held all of theirs throughout.
             await served.cluster.drain(hot)
             assert await Streams(client, NEW_TOKENS).finish() == expected
         finally:
@@ -88,16 +88,16 @@ def test_a_hot_set_takes_over_hot_experts_and_gives_them_back(served: Served, ex
     served.run(scenario)
 
 
-def test_an_expert_that_no_placement_names_is_not_lost(served: Served, expected: list[list[int]]) -> None:
-    """A placement that forgets an expert leaves it with its last holder: requests go on as if nothing had happened."""
+def test_an_expert_missing_from_the_placement_is_not_lost(served: Served, expected: list[list[int]]) -> None:
+    """A placement without some expert leaves that expert with its last holder, and requests go on."""
 
     async def scenario(client: Client) -> None:
         await served.have(1, 1)
         first, second = served.cluster.partition
-        forgetful = {"experts-0": first - ExpertSet.parse("0:0"), "experts-1": second}
+        incomplete = {"experts-0": first - ExpertSet.parse("0:0"), "experts-1": second}
         streams = Streams(client, NEW_TOKENS)
         await streams.reach(STRIKE_AT)
-        epoch = await served.cluster.place(forgetful)
+        epoch = await served.cluster.place(incomplete)
         assert await streams.finish() == expected
         with pytest.raises(Unavailable, match="leaving 0:0"):
             await served.cluster.settled(epoch, timeout_s=3.0)
@@ -109,9 +109,9 @@ def test_an_expert_that_no_placement_names_is_not_lost(served: Served, expected:
 
 @pytest.mark.slow
 def test_a_plan_from_the_ledger_is_enacted_under_load(served: Served, expected: list[list[int]]) -> None:
-    """`moiety rebalance` with a hot set: planned from the load of the streams, in force while they run, same tokens.
+    """`moiety rebalance` plans a hot set from the streams' load and enacts it while they run; tokens stay the same.
 
-    Over 20 s: the load is watched for some seconds, with streams running all the time.
+    Over 20 s: it watches the load for four seconds and keeps streams running throughout.
     """
 
     async def scenario(client: Client) -> None:
@@ -129,17 +129,17 @@ def test_a_plan_from_the_ledger_is_enacted_under_load(served: Served, expected: 
 
         running = asyncio.create_task(load())
         try:
-            found = await proposed(registry, Ask(watch_s=4.0, hot_sets=1, hot_memory=1 << 20))
-            assert found.changes
-            quiet = len(gaps)
-            await enact(registry, found, 30.0, print)
-            before, after = gaps[:quiet], gaps[quiet:]
+            plan = await proposed(registry, Ask(watch_s=4.0, hot_sets=1, hot_memory=1 << 20))
+            assert plan.changes
+            count_before = len(gaps)
+            await enact(registry, plan, 30.0, print)
+            before, after = gaps[:count_before], gaps[count_before:]
         finally:
             done.set()
             await running
-        assert (await holdings(served))["hot-0"] == found.placement.held["hot-0"]
-        assert len(found.placement.held["hot-0"]) > 0
-        for line in found.lines():
+        assert (await holdings(served))["hot-0"] == plan.placement.held["hot-0"]
+        assert len(plan.placement.held["hot-0"]) > 0
+        for line in plan.lines():
             print(line)
         if before and after:
             print(

@@ -1,4 +1,4 @@
-"""Redis goes away and comes back: serving goes on with the last table, and the registry fills itself again."""
+"""Redis stops and comes back: services go on with the last table of replicas, and fill the registry again."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ OUTAGE_S = 30.0
 
 
 async def _rows(cluster: LocalCluster) -> int:
-    """Rows that all routers have counted."""
+    """Returns the rows that all routers have counted."""
     return sum(sum(map(sum, demand.rows)) for demand in (await cluster.registry.expert_demand()).values())
 
 
 @pytest.mark.slow
 def test_serving_outlives_its_registry(tiny: Callable[[str], str]) -> None:
-    """Redis is gone for 30 s and comes back empty: streams keep their tokens, scaling holds, and all is as it was.
+    """Redis stops for 30 s and comes back empty: tokens stay the same, scaling keeps its target, the registry recovers.
 
-    Replicas are listed again, counters go on where they were, and a placement is followed again. Over 20 s: it stops its
-    own Redis, so it needs a cluster of its own, and half a minute is what it is about.
+    Replicas are listed again, counters continue from their totals, and replicas follow a new placement. Over 20 s: the
+    outage lasts half a minute, and the test stops its own Redis, so it needs its own cluster.
     """
 
     async def scenario() -> None:
@@ -53,10 +53,10 @@ def test_serving_outlives_its_registry(tiny: Callable[[str], str]) -> None:
                 await streams.reach(10)
                 port = redis.port
                 redis.stop()
-                back_at = time.monotonic() + OUTAGE_S
+                outage_end = time.monotonic() + OUTAGE_S
                 assert await streams.finish() == expected
                 assert OUTAGE_S > TTL_S
-                while time.monotonic() < back_at:
+                while time.monotonic() < outage_end:
                     assert await Streams(client, NEW_TOKENS).finish() == expected
                     reading = await ledger.read()
                     decision = decide(reading.snapshot("experts-0", 1, first), State(), GroupSettings(), 0.0)
@@ -71,10 +71,9 @@ def test_serving_outlives_its_registry(tiny: Callable[[str], str]) -> None:
                     while await _rows(cluster) <= counted:
                         await asyncio.sleep(0.1)
                 assert {r.deployment: r.held for r in await cluster.registry.replicas() if len(r.held)} == swapped
-                lost = Placement(
-                    2, {"experts-0": first, "experts-1": second}
-                )  # what was in force was lost with the store
-                assert await cluster.registry.set_placement(lost)
+                # The store lost the placement in force.
+                restored = Placement(2, {"experts-0": first, "experts-1": second})
+                assert await cluster.registry.set_placement(restored)
                 await cluster.settled(2)
                 assert await Streams(client, NEW_TOKENS).finish() == expected
         finally:

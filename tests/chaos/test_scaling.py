@@ -1,4 +1,4 @@
-"""Groups grow, shrink, go to zero and wake under eight streams: every one ends with the tokens of a quiet run."""
+"""Groups grow, shrink and start from zero under eight streams: each ends with the tokens of a run without changes."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from support.serving import Served
 from support.streams import Streams
 
 NEW_TOKENS = 60
-STRIKE_AT = 15  # tokens every stream has when something changes
+STRIKE_AT = 15  # tokens that every stream has when a group changes
 
 
 @pytest.fixture(scope="module")
 def expected(served: Served) -> list[list[int]]:
-    """The tokens of a run without changes."""
+    """Returns the tokens of a run without changes."""
     return served.run(lambda client: Streams(client, NEW_TOKENS).finish())
 
 
 def test_a_group_grows_and_shrinks_again(served: Served, expected: list[list[int]]) -> None:
-    """A second replica comes and goes while streams run: no token changes, and no stream notices the going."""
+    """A second replica starts and drains while streams run: no stream fails or changes."""
 
     async def scenario(client: Client) -> None:
         await served.have(1, 1)
@@ -38,17 +38,17 @@ def test_a_group_grows_and_shrinks_again(served: Served, expected: list[list[int
     served.run(scenario)
 
 
-def test_a_group_at_zero_wakes_for_requests_that_wait(served: Served, expected: list[list[int]]) -> None:
-    """With no replica of a group, requests wait and say so in the registry; its first replica lets them go on."""
+def test_requests_wait_for_the_first_replica_of_a_group(served: Served, expected: list[list[int]]) -> None:
+    """Requests wait for a group at zero, and the registry lists the missing experts; its first replica completes them."""
 
     async def scenario(client: Client) -> None:
         await served.have(0, 1)
         waiting = Streams(client, NEW_TOKENS)
         held = served.cluster.partition[0]
         async with asyncio.timeout(20):
-            while not (wakes := await served.cluster.registry.missing_experts()):
+            while not (missing := await served.cluster.registry.missing_experts()):
                 await asyncio.sleep(0.05)
-        assert all(experts <= held.layer(layer) for layer, experts in wakes.items())
+        assert all(experts <= held.layer(layer) for layer, experts in missing.items())
         await served.cluster.add_expert(0)
         assert await waiting.finish() == expected
 

@@ -1,4 +1,4 @@
-"""What the documentation names exists: links, files and folders, in Markdown and in the code's own words."""
+"""Links in Markdown, and files named in Markdown, docstrings and comments, must exist in the repository."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ LINK = re.compile(r"\]\(([^)#\s]+)(#[^)\s]*)?\)")
 FILE = re.compile(r"`([\w./-]+\.(?:py|md|proto|cpp|h|toml|tpl))(?::\w+)?`")
 
 
-def named(text: str) -> Iterator[str]:
-    """Files in backticks; a glob or a placeholder names none."""
+def named_files(text: str) -> Iterator[str]:
+    """Yields the files that `text` names in backticks, without globs and placeholders."""
     for match in FILE.finditer(text):
         if not any(sign in match[1] for sign in "*{<"):
             yield match[1]
 
 
 @pytest.mark.parametrize("path", MARKDOWN)
-def test_every_link_leads_somewhere(path: str) -> None:
-    """A relative link in Markdown names a file or folder of the repository."""
+def test_every_link_has_a_target(path: str) -> None:
+    """Every relative link in a Markdown file leads to a file or folder of the repository."""
     text = (ROOT / path).read_text("utf-8")
     links = [match[1] for match in LINK.finditer(text) if "://" not in match[1] and not match[1].startswith("mailto:")]
     missing = [link for link in links if not (ROOT / path).parent.joinpath(link).exists()]
     assert not missing
 
 
-def test_every_file_that_is_named_exists() -> None:
-    """`folder/file.py` in Markdown, docstrings and comments is the end of some tracked file's path."""
+def test_every_named_file_exists() -> None:
+    """A file named in backticks, with or without its folders, is the end of a tracked file's path."""
     ends = {"/".join(parts[start:]) for parts in (path.split("/") for path in TRACKED) for start in range(len(parts))}
-    others = {"integrations/moe.py"}  # of other projects
+    others = {"integrations/moe.py"}  # files of other projects
     missing = {
         f"{path}: {name}"
         for path in MARKDOWN + SOURCES
-        for name in named((ROOT / path).read_text("utf-8"))
+        for name in named_files((ROOT / path).read_text("utf-8"))
         if name.removeprefix("./") not in ends | others
     }
     assert not sorted(missing)

@@ -1,25 +1,19 @@
-"""One Ray for the whole run."""
+"""One Ray cluster for the whole test session."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 
 import pytest
-
-from moiety.deploy.ray_cluster import LOOPBACK_ONLY
-from support.ray_head import RayHead, started_head
-
-os.environ.setdefault(LOOPBACK_ONLY, "0")  # read when Ray is first imported, by whichever test comes first
-os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-
 import ray
 from ray import serve
+
+from support.ray_head import RayHead, started_head
 
 
 @pytest.fixture(scope="session")
 def ray_head(tiny: Callable[[str], str]) -> Iterator[RayHead]:
-    """This process is connected to it."""
+    """Starts a Ray head node and connects this process to it."""
     with started_head(tiny("mixtral")) as head:
         ray.init(address=head.address, log_to_driver=False, logging_level="ERROR")
         try:

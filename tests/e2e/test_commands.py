@@ -1,4 +1,4 @@
-"""`moiety serve` and `moiety demo`, as people run them: each with a Ray and a Redis of its own, and nothing left after."""
+"""`moiety serve` and `moiety demo`, run as users run them: each starts its own Ray and Redis, and ends them."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ MOIETY = Path(sys.executable).with_name("moiety")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 
-def _descendants_end(process: psutil.Process, children: list[psutil.Process]) -> bool:
-    """Whether every process that `process` ever had below it is gone within ten seconds."""
-    _, alive = psutil.wait_procs(children, timeout=10)
+def _all_end(processes: list[psutil.Process]) -> bool:
+    """Whether all of `processes` end within ten seconds."""
+    _, alive = psutil.wait_procs(processes, timeout=10)
     return not alive
 
 
-def test_serve_answers_and_ctrl_c_ends_all_of_it(tiny: Callable[[str], str]) -> None:
-    """`moiety serve` says where to knock, `moiety generate` gets an answer there, and SIGINT leaves no process behind.
+def test_serve_answers_and_ctrl_c_ends_every_process(tiny: Callable[[str], str]) -> None:
+    """`moiety serve` prints an address, `moiety generate` gets an answer there, and SIGINT leaves no process behind.
 
     Over 20 s: it starts Ray and four replicas on two cores.
     """
@@ -33,7 +33,7 @@ def test_serve_answers_and_ctrl_c_ends_all_of_it(tiny: Callable[[str], str]) -> 
         assert served.stdout is not None
         address = ""
         for line in served.stdout:
-            if found := re.match(r"ready: gRPC moiety\.v1\.Generation at (\S+)", line):
+            if found := re.match(r"ready: gRPC moiety\.v1\.GenerationService at (\S+)", line):
                 address = found[1]
             if line.startswith("Ctrl-C"):
                 break
@@ -46,23 +46,22 @@ def test_serve_answers_and_ctrl_c_ends_all_of_it(tiny: Callable[[str], str]) -> 
         )
         assert generated.returncode == 0, generated.stderr
         assert "5 new tokens" in generated.stderr
-        process = psutil.Process(served.pid)
-        children = process.children(recursive=True)
+        descendants = psutil.Process(served.pid).children(recursive=True)
         served.send_signal(signal.SIGINT)
         assert served.wait(60) == 128 + signal.SIGINT
-        assert _descendants_end(process, children)
+        assert _all_end(descendants)
 
 
-def test_the_demo_shows_all_it_promises() -> None:
+def test_the_demo_shows_every_stage() -> None:
     """`moiety demo` streams, scales up and down with reasons, prints a trace, survives a kill, and ends cleanly.
 
-    Over 20 s: it is the whole main job.
+    Over 20 s: it runs every stage of the demo.
     """
     shown = subprocess.run(
         [MOIETY, "demo"], capture_output=True, text=True, timeout=240, check=False, start_new_session=True
     )
     assert shown.returncode == 0, shown.stdout + shown.stderr
-    for told in (
+    for expected in (
         r"32 tokens in 32 messages",
         r"decision: experts-\d 1 → 2: busy",
         r"decision: experts-\d 2 → 1: busy",
@@ -71,4 +70,4 @@ def test_the_demo_shows_all_it_promises() -> None:
         r"they are the same as those of a run without a fault",
         r"Done; nothing is left behind",
     ):
-        assert re.search(told, shown.stdout), told
+        assert re.search(expected, shown.stdout), expected

@@ -1,4 +1,4 @@
-"""Several choices of one prompt, and prompts that begin alike, through the whole system."""
+"""Several choices of one prompt, and repeated prompts, through the whole system."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from support.serving import Served
 PROMPT = list(range(30, 70))  # two blocks of 16 tokens, and 8 more
 
 
-def test_choices_and_known_prefixes_change_no_token(served: Served) -> None:
-    """Each choice has tokens and an end of its own; asked again, the prompt's full blocks are known, to its tenant."""
+def test_choices_and_cached_prefixes_change_no_token(served: Served) -> None:
+    """Each choice has its own tokens and end; a repeated prompt finds its full blocks cached, for the same tenant only."""
 
     async def ask(client: Client, tenant: str) -> tuple[dict[int, list[int]], Chunk]:
         tokens: dict[int, list[int]] = {}

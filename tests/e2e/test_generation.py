@@ -1,4 +1,4 @@
-"""What a client can count on: seeds, cancellation, deadlines, usage; and what operators see of it in the ledger."""
+"""What a client can rely on: seeds, cancellation, deadlines and usage; and what operators see: ledger and health."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ async def _sampled(client: Client, seed: int) -> list[int]:
 
 
 async def _load(served: Served) -> tuple[int, int]:
-    """(running, waiting) requests of the router."""
+    """Returns the router's (running, waiting) requests."""
     async with channel(served.cluster.router().replica.address) as link:
-        told = await engine_pb2_grpc.EngineServiceStub(link).DescribeEngine(engine_pb2.DescribeEngineRequest())
-        return told.running, told.waiting
+        description = await engine_pb2_grpc.EngineServiceStub(link).DescribeEngine(engine_pb2.DescribeEngineRequest())
+        return description.running, description.waiting
 
 
-def test_a_seed_decides_the_tokens_whatever_else_runs(served: Served) -> None:
-    """The same seed gives the same tokens alone and in a full batch; another seed gives others."""
+def test_a_seed_decides_the_tokens_in_any_batch(served: Served) -> None:
+    """The same seed gives the same tokens alone and in a full batch; another seed gives other tokens."""
 
     async def scenario(client: Client) -> None:
         await served.have(1, 1)
@@ -47,7 +47,7 @@ def test_a_seed_decides_the_tokens_whatever_else_runs(served: Served) -> None:
 
 
 def test_usage_and_finish_reason_come_last(served: Served) -> None:
-    """The last message, and only it, tells why the stream ended and what was used."""
+    """Only the last message has the finish reason and the usage; only the first has the request id."""
 
     async def scenario(client: Client) -> None:
         chunks = [chunk async for chunk in client.generate([5, 6], max_tokens=3, ignore_eos=True, request_id="mine")]
@@ -59,7 +59,7 @@ def test_usage_and_finish_reason_come_last(served: Served) -> None:
 
 
 def test_closing_the_stream_frees_the_slot(served: Served) -> None:
-    """A client that leaves after the first tokens leaves nothing running."""
+    """A stream closed after its first tokens leaves no request running or waiting."""
 
     async def scenario(client: Client) -> None:
         stream = client.generate([5, 6, 7], max_tokens=400, ignore_eos=True)
@@ -75,7 +75,7 @@ def test_closing_the_stream_frees_the_slot(served: Served) -> None:
 
 
 def test_a_deadline_ends_the_request_with_its_own_status(served: Served) -> None:
-    """A request that cannot be done in its time ends with DEADLINE_EXCEEDED, and its slot is free again."""
+    """A request that passes its deadline ends with DEADLINE_EXCEEDED and frees its slot."""
 
     async def scenario(client: Client) -> None:
         with pytest.raises(DeadlineExceeded):
@@ -89,14 +89,14 @@ def test_a_deadline_ends_the_request_with_its_own_status(served: Served) -> None
 
 
 def test_the_ledger_counts_every_row(served: Served) -> None:
-    """Demand in Redis grows by exactly tokens x top-k in each layer: nothing is sampled, nothing is lost."""
+    """Expert demand in Redis grows by exactly tokens x top-k in each layer: rows are counted, not sampled."""
 
     async def rows_by_layer() -> list[int]:
         demands = (await served.cluster.registry.expert_demand()).values()
         return [sum(sum(d.rows[layer]) for d in demands) for layer in range(served.cluster.shape.moe_layers)]
 
     async def settled() -> list[int]:
-        """The totals, once a whole reporting period has not changed them."""
+        """Returns the totals once a whole reporting period has not changed them."""
         last = await rows_by_layer()
         while True:
             await asyncio.sleep(1.2)
@@ -104,14 +104,14 @@ def test_the_ledger_counts_every_row(served: Served) -> None:
                 return now
             last = now
 
-    prompts = [[token + 1 for token in prompt] for prompt in PROMPTS]  # nobody else's: none is in the prefix cache
+    prompts = [[token + 1 for token in prompt] for prompt in PROMPTS]  # no other test's, so the prefix cache has none
 
     async def scenario(client: Client) -> None:
         async with asyncio.timeout(60):
             before = await settled()
             await Streams(client, NEW_TOKENS, prompts).finish()
             after = await settled()
-        tokens = sum(map(len, prompts)) + len(prompts) * (NEW_TOKENS - 1)  # the last token is never run
+        tokens = sum(map(len, prompts)) + len(prompts) * (NEW_TOKENS - 1)  # the model never runs the last token
         grown = [new - old for new, old in zip(after, before, strict=True)]
         assert grown == [tokens * served.cluster.shape.top_k] * served.cluster.shape.moe_layers
 
@@ -119,14 +119,14 @@ def test_the_ledger_counts_every_row(served: Served) -> None:
 
 
 def test_every_service_answers_health_checks(served: Served) -> None:
-    """grpc.health.v1 says SERVING on the gateway, the router and the expert replicas alike."""
+    """grpc.health.v1 reports SERVING on every service, and fails for a service name that does not exist."""
 
     async def scenario(_: Client) -> None:
         for child in served.cluster.children:
             async with channel(child.replica.address) as link:
                 stub = health_pb2_grpc.HealthStub(link)
-                told = await stub.Check(health_pb2.HealthCheckRequest(service=""))
-                assert told.status == health_pb2.HealthCheckResponse.SERVING
+                response = await stub.Check(health_pb2.HealthCheckRequest(service=""))
+                assert response.status == health_pb2.HealthCheckResponse.SERVING
                 with pytest.raises(grpc.RpcError):
                     await stub.Check(health_pb2.HealthCheckRequest(service="no.such.Service"))
 

@@ -1,4 +1,4 @@
-"""The overflow policy: rows wait for an overrun expert unless it is told otherwise, and who told it is told how often."""
+"""The overflow policy: rows of an overloaded expert wait by default; under `backup` other experts compute some of them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ STREAMS = 6
 
 
 async def generate(client: Client, number: int) -> tuple[list[int], float]:
-    """A stream's tokens and the fraction of its rows that other experts computed."""
+    """Returns one stream's tokens, and the fraction of its rows that other experts computed."""
     prompt, tokens, rerouted = [3 + 7 * number, 11, 19 + number], [], 0.0
     async for chunk in client.generate(prompt, max_tokens=NEW_TOKENS, ignore_eos=True):
         tokens += chunk.token_ids
@@ -26,25 +26,24 @@ async def generate(client: Client, number: int) -> tuple[list[int], float]:
     return tokens, rerouted
 
 
-async def together(client: Client) -> list[tuple[list[int], float]]:
-    """All streams at once."""
+async def generate_all(client: Client) -> list[tuple[list[int], float]]:
+    """Runs all streams at once."""
     return await asyncio.gather(*(generate(client, number) for number in range(STREAMS)))
 
 
 async def answers(cluster: LocalCluster) -> tuple[list[list[int]], list[float]]:
-    """Of all streams: tokens, and fractions."""
+    """Returns the tokens of all streams, and their rerouted fractions."""
     async with Client(cluster.address) as client:
-        done = await together(client)
+        done = await generate_all(client)
     return [tokens for tokens, _ in done], [rerouted for _, rerouted in done]
 
 
 @pytest.mark.slow
-def test_backup_reroutes_under_load_and_says_so(tiny: Callable[[str], str], served: Served) -> None:
-    """One group paced below the load: where it says backup its rows go elsewhere, told in usage and metrics; in calm, exact.
+def test_backup_reroutes_under_load_and_reports_it(tiny: Callable[[str], str], served: Served) -> None:
+    """Under `backup` a slow group's rows go to other experts, as usage and metrics report; without load, tokens are exact.
 
-    Over 20 s: a cluster of its own, with a slow group.
+    Over 20 s: it starts its own cluster, with a slow group.
     """
-
     expected = served.run(lambda client: generate(client, 0))[0]
 
     async def scenario() -> None:
@@ -71,9 +70,9 @@ def test_backup_reroutes_under_load_and_says_so(tiny: Callable[[str], str], serv
 
 @pytest.mark.slow
 def test_rows_wait_by_default(tiny: Callable[[str], str], served: Served) -> None:
-    """The same slow group under the policy `wait`: the tokens are those of a fast one, and nothing was rerouted.
+    """Under the default policy `wait` slow groups give the tokens of fast ones, and no row is rerouted.
 
-    Over 20 s: a cluster of its own, with a slow group.
+    Over 20 s: it starts its own cluster, with slow groups.
     """
 
     async def scenario() -> None:
@@ -82,5 +81,5 @@ def test_rows_wait_by_default(tiny: Callable[[str], str], served: Served) -> Non
             assert set(fractions) == {0.0}
             assert tokens == expected
 
-    expected = [tokens for tokens, _ in served.run(together)]
+    expected = [tokens for tokens, _ in served.run(generate_all)]
     asyncio.run(scenario())

@@ -1,4 +1,4 @@
-"""Sampling options through the whole system, against what plain transformers says of the same model."""
+"""Sampling options through the whole system, against plain transformers with the same model."""
 
 from __future__ import annotations
 
@@ -29,32 +29,32 @@ SCHEMA = {
 
 @pytest.fixture(scope="module")
 def reference(tiny: Callable[[str], str]) -> Any:
-    """The served checkpoint in plain transformers, fp32."""
+    """Loads the served checkpoint into plain transformers, in fp32."""
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(tiny("qwen3_moe"), dtype=torch.float32, local_files_only=True).eval()
 
 
 @torch.inference_mode()
-def log_softmax(reference: Any, text: list[int]) -> torch.Tensor:
-    """[tokens, V] of the reference."""
-    every: torch.Tensor = reference(torch.tensor([text])).logits[0].log_softmax(-1)
-    return every
+def log_softmax(reference: Any, tokens: list[int]) -> torch.Tensor:
+    """Returns the reference's log probabilities at each of `tokens`: [tokens, V]."""
+    logprobs: torch.Tensor = reference(torch.tensor([tokens])).logits[0].log_softmax(-1)
+    return logprobs
 
 
 async def chunks_of(client: Client, **options: Any) -> list[Chunk]:
-    """All chunks of one request of PROMPT."""
+    """Generates from PROMPT and returns all chunks."""
     return [chunk async for chunk in client.generate(PROMPT, **{"max_tokens": NEW_TOKENS, **options})]
 
 
 def ids_of(chunks: list[Chunk]) -> list[int]:
-    """Their tokens."""
+    """Returns the tokens of all chunks."""
     return [token for chunk in chunks for token in chunk.token_ids]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_log_probabilities_are_the_references(served: Served, reference: Any, temperature: float) -> None:
-    """Of sampled tokens and of the likeliest at each position: the log-softmax of plain transformers' logits."""
+def test_log_probabilities_match_the_reference(served: Served, reference: Any, temperature: float) -> None:
+    """Log probabilities of sampled and of likeliest tokens are the log-softmax of plain transformers' logits."""
 
     async def scenario(client: Client) -> None:
         await served.have(1, 1)
@@ -62,8 +62,8 @@ def test_log_probabilities_are_the_references(served: Served, reference: Any, te
         chunks = await chunks_of(client, ignore_eos=True, **options)
         tokens = ids_of(chunks)
         expected = log_softmax(reference, PROMPT + tokens)[len(PROMPT) - 1 : -1]
-        told = [value for chunk in chunks for value in chunk.logprobs]
-        assert told == pytest.approx(expected[range(len(tokens)), tokens].tolist(), abs=1e-4)
+        reported = [value for chunk in chunks for value in chunk.logprobs]
+        assert reported == pytest.approx(expected[range(len(tokens)), tokens].tolist(), abs=1e-4)
         for position, top in enumerate(top for chunk in chunks for top in chunk.top_logprobs):
             assert top.token_ids == tuple(expected[position].topk(4).indices.tolist())
             assert top.logprobs == pytest.approx(expected[position].topk(4).values.tolist(), abs=1e-4)
@@ -71,8 +71,8 @@ def test_log_probabilities_are_the_references(served: Served, reference: Any, te
     served.run(scenario)
 
 
-def test_penalties_are_the_references(served: Served, reference: Any) -> None:
-    """Greedy tokens under a repetition penalty are those that transformers' generate gives."""
+def test_penalties_match_the_reference(served: Served, reference: Any) -> None:
+    """Greedy tokens under a repetition penalty are those of transformers' `generate`."""
 
     async def scenario(client: Client) -> None:
         ids = torch.tensor([PROMPT])
@@ -87,7 +87,7 @@ def test_penalties_are_the_references(served: Served, reference: Any) -> None:
 
 
 def test_stop_strings_stop_ids_and_min_tokens(served: Served) -> None:
-    """The text ends before a stop string; a stop id is sent and ends the output; min_tokens puts both off."""
+    """The text ends before a stop string; a stop id is sent and ends the output; min_tokens delays stop ids and EOS."""
 
     async def scenario(client: Client) -> None:
         options = {"temperature": 1.0, "seed": 5, "ignore_eos": True, "max_tokens": 24}
@@ -111,7 +111,7 @@ def test_stop_strings_stop_ids_and_min_tokens(served: Served) -> None:
 
 
 def test_guided_output_matches(served: Served) -> None:
-    """A random model writes JSON of the schema; a bad guide is the client's mistake, told in the compiler's words."""
+    """A random model writes JSON that fits the schema; a bad guide gives InvalidRequest with the compiler's message."""
 
     async def scenario(client: Client) -> None:
         options = {"temperature": 1.0, "max_tokens": 400}
@@ -127,23 +127,23 @@ def test_guided_output_matches(served: Served) -> None:
     served.run(scenario)
 
 
-def test_prompt_log_probabilities_are_the_references(served: Served, reference: Any) -> None:
-    """Of every prompt token but the first, over several prefill chunks, once, whatever the prefix cache holds."""
+def test_prompt_log_probabilities_match_the_reference(served: Served, reference: Any) -> None:
+    """All prompt tokens but the first have log probabilities: sent once, over several prefill chunks, cached or not."""
 
     async def scenario(client: Client) -> None:
         prompt = [3 + (11 * at) % 300 for at in range(300)]
         expected = log_softmax(reference, prompt)[range(299), prompt[1:]].tolist()
         for _ in range(2):
             chunks = [chunk async for chunk in client.generate(prompt, max_tokens=2, prompt_logprobs=True, n=2)]
-            told = [chunk.prompt_logprobs for chunk in chunks if chunk.prompt_logprobs]
-            assert len(told) == 1
-            assert list(told[0]) == pytest.approx(expected, abs=1e-4)
+            reported = [chunk.prompt_logprobs for chunk in chunks if chunk.prompt_logprobs]
+            assert len(reported) == 1
+            assert list(reported[0]) == pytest.approx(expected, abs=1e-4)
 
     served.run(scenario)
 
 
-def test_choices_are_what_each_would_be_alone(served: Served) -> None:
-    """Greedy choices are the same tokens three times; seeded ones differ, and come again whatever else runs."""
+def test_choices_do_not_depend_on_each_other(served: Served) -> None:
+    """Greedy choices are the same tokens three times; seeded choices differ, and repeat beside other requests."""
 
     async def choices(client: Client, **options: Any) -> list[list[int]]:
         chunks = await chunks_of(client, n=3, ignore_eos=True, **options)

@@ -1,4 +1,4 @@
-"""`serve deploy cluster/serve.yaml`, as it stands, against a head node that `ray start --head` made."""
+"""`serve deploy` with the unchanged `cluster/serve.yaml`, on a head node that `ray start --head` started."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ WAIT_S = 120.0
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 
 
-def test_the_file_deploys_as_it_stands_and_serves(ray_head: RayHead) -> None:
-    """The committed file makes a running system whose gateway is where the environment says, and goes when deleted.
+def test_the_unchanged_file_deploys_and_serves(ray_head: RayHead) -> None:
+    """The committed file starts a system that serves on the port of the environment, and Serve can delete it.
 
     Over 20 s: four replicas start on two cores.
     """

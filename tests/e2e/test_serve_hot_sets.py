@@ -1,4 +1,4 @@
-"""Hot sets through Ray Serve: bound once and empty, filled by what the ledger shows, alive while that pays."""
+"""Hot sets through Ray Serve: deployed empty, filled from the load in the ledger, kept only while that pays."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ WAIT_S = 60.0
 
 @pytest.fixture(scope="module")
 def app(ray_head: RayHead) -> Iterator[DeployedApp]:
-    """Two groups that may not grow, and a hot set for four experts: what is hot can only go there."""
+    """Deploys two groups that may not grow, and a hot set for four experts: only it can take more load."""
     settings = AppSettings(
         app=APP,
         model=ray_head.model,
@@ -46,16 +46,16 @@ def app(ray_head: RayHead) -> Iterator[DeployedApp]:
         yield deployed
 
 
-def test_a_hot_set_comes_and_goes_with_the_heat(app: DeployedApp, ray_head: RayHead) -> None:
-    """Load fills it and brings its replica, no other process changes, tokens stay; when load ends it goes to zero.
+def test_a_hot_set_comes_and_goes_with_expert_load(app: DeployedApp, ray_head: RayHead) -> None:
+    """Load fills the hot set and starts its replica; tokens and other processes stay; without load it goes to zero.
 
-    Over 20 s: heat is smoothed over ten seconds, and Ray starts a replica.
+    Over 20 s: expert load is smoothed over ten seconds, and Ray starts a replica.
     """
 
     async def check(registry: Registry) -> None:
         async with Client(app.gateways[0]) as client:
             expected = await tokens_of(client)
-            before = {each.deployment: each.pid for each in await ready(registry)}
+            before = {replica.deployment: replica.pid for replica in await ready(registry)}
             assert set(before) == {"experts-0", "experts-1", "router", "gateway"}
             ending = asyncio.Event()
 
@@ -68,8 +68,8 @@ def test_a_hot_set_comes_and_goes_with_the_heat(app: DeployedApp, ray_head: RayH
                     group.create_task(stream())
                 try:
                     await until(lambda: serves(registry, "hot-0"))
-                    after = {each.pid for each in await ready(registry)}
-                    hot = next(each for each in await ready(registry) if each.deployment == "hot-0")
+                    after = {replica.pid for replica in await ready(registry)}
+                    hot = next(replica for replica in await ready(registry) if replica.deployment == "hot-0")
                     assert after >= set(before.values())
                     assert 0 < len(hot.held) <= 4
                 finally:
@@ -80,34 +80,36 @@ def test_a_hot_set_comes_and_goes_with_the_heat(app: DeployedApp, ray_head: RayH
             print(f"{entry['deployment']} {entry['from']} → {entry['to']}: {entry['reason']}")
         moves = [(entry["deployment"], entry["from"], entry["to"]) for entry in await registry.decisions()]
         assert moves.index(("placement", 1, 2)) < moves.index(("hot-0", 0, 1)) < moves.index(("hot-0", 1, 0))
-        assert {name for name, _, _ in moves} <= {"placement", "hot-0", "router"}  # the router may follow its own queue
+        assert {name for name, _, _ in moves} <= {"placement", "hot-0", "router"}  # the router's queue may scale it too
 
     asyncio.run(_with_registry(ray_head.redis_url, check))
 
 
 async def tokens_of(client: Client) -> list[int]:
-    """The answer to PROMPT."""
+    """Generates from PROMPT and returns the tokens."""
     stream = client.generate(PROMPT, max_tokens=TOKENS, ignore_eos=True)
     return [token async for chunk in stream for token in chunk.token_ids]
 
 
 async def ready(registry: Registry) -> list[Replica]:
-    """All replicas that are ready."""
-    return [each for each in await registry.replicas() if each.state is ReplicaState.READY]
+    """Returns all replicas that are ready."""
+    return [replica for replica in await registry.replicas() if replica.state is ReplicaState.READY]
 
 
 async def serves(registry: Registry, deployment: str) -> bool:
-    """Whether one of its replicas has computed rows."""
-    return any(each.deployment == deployment and each.served for each in await ready(registry))
+    """Whether a ready replica of `deployment` has computed rows."""
+    return any(replica.deployment == deployment and replica.served for replica in await ready(registry))
 
 
 async def gone(registry: Registry, deployment: str) -> bool:
-    """Whether it has no replica left."""
-    return not any(each.deployment == deployment and each.role is Role.EXPERT for each in await registry.replicas())
+    """Whether `deployment` has no replica left."""
+    return not any(
+        replica.deployment == deployment and replica.role is Role.EXPERT for replica in await registry.replicas()
+    )
 
 
 async def until(condition: Callable[[], Awaitable[bool]]) -> None:
-    """Waits for `condition`."""
+    """Waits until `condition` holds. Raises TimeoutError after WAIT_S."""
     async with asyncio.timeout(WAIT_S):
         while not await condition():
             await asyncio.sleep(0.1)

@@ -1,4 +1,4 @@
-"""Elasticity through Ray Serve itself: a hot group grows and shrinks, a killed one comes back, and no request notices."""
+"""Elasticity through Ray Serve: a hot group grows and shrinks, a killed replica is replaced, and no request fails."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ WAIT_S = 60.0
 
 @pytest.fixture(scope="module")
 def app(ray_head: RayHead) -> Iterator[DeployedApp]:
-    """Two groups; a placement gives the first one all experts but one, and pacing makes that more than it can do."""
+    """Deploys two groups: the first holds all experts but one, and pacing makes that too much for one replica."""
     settings = AppSettings(
         app=APP,
         model=ray_head.model,
@@ -64,7 +64,7 @@ def app(ray_head: RayHead) -> Iterator[DeployedApp]:
 
 
 def test_a_hot_group_grows_and_shrinks_under_traffic(app: DeployedApp, ray_head: RayHead) -> None:
-    """Load brings the hot group, and only it, a second replica, calm takes it away; every answer is the same tokens."""
+    """High load adds a second replica to the hot group only, low load removes it; all answers have the same tokens."""
 
     async def check(registry: Registry) -> None:
         async with _traffic(app.gateways[0], STREAMS) as answers:
@@ -80,7 +80,7 @@ def test_a_hot_group_grows_and_shrinks_under_traffic(app: DeployedApp, ray_head:
 
 
 def test_a_killed_sole_replica_is_replaced_and_requests_go_on(app: DeployedApp, ray_head: RayHead) -> None:
-    """kill -9 of the only holder of an expert ends no request: they wait for its replacement and get the same tokens."""
+    """kill -9 of an expert's only holder fails no request: all wait for its replacement and get the same tokens."""
 
     async def check(registry: Registry) -> None:
         await _until(lambda: _count(registry, COLD, 1))
@@ -98,7 +98,7 @@ def test_a_killed_sole_replica_is_replaced_and_requests_go_on(app: DeployedApp, 
 async def _traffic(
     address: str, streams: int, *, tokens: int = TOKENS, pause_s: float = 0.0
 ) -> AsyncIterator[list[tuple[int, ...]]]:
-    """Generates in a loop on `streams` streams; on leaving, none may have failed and all answers must be equal."""
+    """Generates in a loop on `streams` streams; on exit asserts that none failed and that all answers are equal."""
     answers: list[tuple[int, ...]] = []
     ending = asyncio.Event()
 
@@ -153,7 +153,7 @@ async def _replaced(registry: Registry, victim: Replica) -> bool:
 
 
 async def _more(answers: list[tuple[int, ...]], count: int) -> None:
-    """Waits for `count` answers more than there are now."""
+    """Waits for `count` more answers than there are now."""
     wanted = len(answers) + count
 
     async def arrived() -> bool:

@@ -1,4 +1,4 @@
-"""Experts in slices, each slice in a group of its own: the tokens of whole experts."""
+"""Experts in slices, each slice in its own group, give the tokens of whole experts."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ NEW_TOKENS = 40
 def test_slices_serve_the_tokens_of_whole_experts(
     served: Served, tiny: Callable[[str], str], dtype: str, groups: int
 ) -> None:
-    """fp32: token for token, through a kill -9 of a slice's only holder; bf16, where only bits are near, it serves.
+    """Through a kill -9 of a slice's only holder float32 keeps every token; bfloat16 is only close, and completes.
 
-    Over 20 s: two clusters of its own.
+    Over 20 s: each of the two cases starts its own cluster.
     """
 
     async def scenario() -> list[list[int]]:
@@ -39,6 +39,6 @@ def test_slices_serve_the_tokens_of_whole_experts(
             return tokens
 
     tokens = asyncio.run(scenario())
-    assert all(len(each) == NEW_TOKENS for each in tokens)
+    assert all(len(stream) == NEW_TOKENS for stream in tokens)
     if dtype == "float32":
         assert tokens == served.run(lambda client: Streams(client, NEW_TOKENS).finish())

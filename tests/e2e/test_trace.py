@@ -1,4 +1,4 @@
-"""One request, one trace: from the client through gateway, router and hops into the experts' kernels."""
+"""One request gives one trace, from the client through gateway, router and hops to the experts' kernels."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from moiety.tools.trace.waterfall import coverage, waterfall
 from support.serving import Served
 
 NEW_TOKENS = 6
-CHAIN = {  # span -> its parent, from the kernel up
+CHAIN = {  # span name -> name of its parent, from the kernel up
     "expert.kernel": "expert",
     "expert.queue": "expert",
     "expert": "hop",
@@ -25,7 +25,7 @@ CHAIN = {  # span -> its parent, from the kernel up
 
 
 def test_a_trace_leads_from_the_client_into_every_kernel(served: Served) -> None:
-    """Request, step, layer, hop and expert hang together in one tree across four processes, and no span is an orphan."""
+    """The spans of the client and of four processes form one tree without orphans, with one step per new token."""
 
     async def scenario(client: Client) -> None:
         await served.have(1, 1)

@@ -1,4 +1,4 @@
-"""Two routers behind one gateway: the tokens of one, prompts where their prefixes are cached, and both at work."""
+"""Two routers behind one gateway: both work, tokens are those of one, and prompts go where their prefix is cached."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BLOCK = 16
 
 @pytest.fixture
 def second_router(served: Served) -> Iterator[None]:
-    """One more router for the test."""
+    """Adds a router for the test, and drains it afterwards."""
 
     async def started() -> str:
         return (await served.cluster.add_router()).replica.id
@@ -32,29 +32,31 @@ def second_router(served: Served) -> Iterator[None]:
 
 
 async def running(served: Served) -> list[int]:
-    """Streams that each router runs now."""
+    """Returns the number of streams that each router runs now."""
     counts = []
     for child in [child for child in served.cluster.children if child.replica.role is Role.ROUTER]:
         async with channel(child.replica.address) as link:
-            told = await engine_pb2_grpc.EngineServiceStub(link).DescribeEngine(engine_pb2.DescribeEngineRequest())
-            counts.append(told.running)
+            description = await engine_pb2_grpc.EngineServiceStub(link).DescribeEngine(
+                engine_pb2.DescribeEngineRequest()
+            )
+            counts.append(description.running)
     return counts
 
 
 async def cached(client: Client, prompt: list[int]) -> int:
-    """Tokens of the prompt that its router had cached."""
+    """Generates from `prompt` and returns how many of its tokens the router had cached."""
     (*_, last) = [chunk async for chunk in client.generate(prompt, max_tokens=2, ignore_eos=True)]
     return last.cached_tokens
 
 
 def test_two_routers_serve_as_one(served: Served, request: pytest.FixtureRequest) -> None:
-    """Streams are spread over both and have one router's tokens; prompts sent again are found where they are cached."""
+    """Both routers run streams, with the tokens of one router; a repeated prompt goes to the router that has it cached."""
     expected = served.run(lambda client: Streams(client, NEW_TOKENS).finish())
     request.getfixturevalue("second_router")
 
     async def scenario(client: Client) -> None:
         spread = [0]
-        while not all(spread):  # until the gateway has found the second
+        while not all(spread):  # until the gateway has found the second router
             streams = Streams(client, NEW_TOKENS)
             await streams.reach(2)
             spread = await running(served)

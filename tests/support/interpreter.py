@@ -1,4 +1,4 @@
-"""Imports the Triton kernels so that they run in Triton's interpreter: on CPU, in numpy, one program after the other."""
+"""Imports the Triton kernels so that they run in Triton's interpreter: on CPU, in numpy, one program at a time."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ SWITCH = "TRITON_INTERPRET"
 
 
 def import_interpreted() -> None:
-    """Must come before anything imports triton, as some of transformers' models do: triton decides when it is imported.
+    """Imports triton and the kernels with the interpreter switched on; does nothing where triton is not installed.
 
-    The environment is left as it was: what this process starts decides for itself.
+    Triton reads the switch when it is imported, so call this before anything else imports it, as some models of
+    transformers do. The environment is restored: processes that the tests start choose for themselves.
     """
     if find_spec("triton") is None:
         return
@@ -25,9 +26,8 @@ def import_interpreted() -> None:
         package = importlib.import_module("moiety_kernels.gpu")
         for module in pkgutil.iter_modules(package.__path__, "moiety_kernels.gpu."):
             importlib.import_module(module.name)
-        importlib.import_module("moiety_kernels.gpu.row_fp8").quantise_rows(
-            torch.zeros(1, 1)
-        )  # a launch imports the rest
+        # The first launch of a kernel imports the rest of triton.
+        importlib.import_module("moiety_kernels.gpu.row_fp8").quantise_rows(torch.zeros(1, 1))
     finally:
         if before is None:
             del os.environ[SWITCH]

@@ -1,4 +1,4 @@
-"""A Ray head node for the tests, started as an operator would (`ray start --head`), on loopback, ended by its own pid."""
+"""A Ray head node for the tests: starts it on loopback as an operator would (`ray start --head`), stops it by its pid."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ READY_S = 60.0
 
 @dataclass(frozen=True)
 class RayHead:
-    """A running head node, and what its environment says to `cluster/serve.yaml`."""
+    """A running head node, and the values that `cluster/serve.yaml` reads from its environment."""
 
     dashboard: str  # http://host:port
-    gateway: str  # host:port that MOIETY_GRPC_PORT asks for
+    gateway: str  # host:port of the gateway; the port is MOIETY_GRPC_PORT
     redis_url: str
     model: str
     address: str  # host:port for ray.init
@@ -35,8 +35,8 @@ class RayHead:
 
 @contextmanager
 def started_head(model: str) -> Iterator[RayHead]:
-    """Runs one, with a Redis of its own. Replicas inherit the environment it was started with."""
-    folder = Path(tempfile.mkdtemp(prefix="moiety-ray-"))  # short: Unix socket paths end at 107 characters
+    """Runs a head node with its own Redis. Replicas inherit the environment that it was started with."""
+    folder = Path(tempfile.mkdtemp(prefix="moiety-ray-"))  # short: a Unix socket's path may have 107 characters
     gcs, dashboard, gateway = (_free_port() for _ in range(3))
     with EmbeddedRedis() as redis:
         head = RayHead(f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{gateway}", redis.url, model, f"127.0.0.1:{gcs}")
@@ -71,14 +71,14 @@ def started_head(model: str) -> Iterator[RayHead]:
 
 
 def _wait_for_dashboard(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    """Until Serve's REST API answers."""
-    until = time.monotonic() + READY_S
+    """Waits until Serve's REST API answers. Raises AssertionError when `process` ends first, or after READY_S."""
+    deadline = time.monotonic() + READY_S
     while True:
         try:
             with urllib.request.urlopen(f"{url}/api/serve/applications/", timeout=5):
                 return
         except (urllib.error.URLError, TimeoutError, ConnectionError):
-            if process.poll() is not None or time.monotonic() > until:
+            if process.poll() is not None or time.monotonic() > deadline:
                 raise AssertionError(f"Ray did not start:\n{log.read_text()}") from None
             time.sleep(0.2)
 

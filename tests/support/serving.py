@@ -1,4 +1,4 @@
-"""A LocalCluster as the end-to-end tests share it: a real Redis, every trace kept, replicas added and drained at will."""
+"""A LocalCluster that the end-to-end tests share, with a real Redis and a receiver of its traces and metrics."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 @dataclass
 class Served:
-    """A running system, and the event loop that owns it."""
+    """A running system, and the runner of the event loop that it belongs to."""
 
     cluster: LocalCluster
     receiver: TraceReceiver
@@ -25,16 +25,16 @@ class Served:
     runner: asyncio.Runner
 
     def run(self, scenario: Callable[[Client], Coroutine[Any, Any, T]]) -> T:
-        """Runs `scenario` with a client of the gateway."""
+        """Runs `scenario` with a client of the gateway and returns its result."""
 
-        async def whole() -> T:
+        async def with_client() -> T:
             async with Client(self.cluster.address) as client:
                 return await scenario(client)
 
-        return self.runner.run(whole())
+        return self.runner.run(with_client())
 
     async def have(self, *replicas: int) -> None:
-        """Adds and drains expert replicas until group g has `replicas[g]` of them."""
+        """Adds and drains expert replicas until each group g has `replicas[g]` of them."""
         for group, wanted in enumerate(replicas):
             for child in self.cluster.experts(group)[wanted:]:
                 await self.cluster.drain(child)

@@ -1,4 +1,4 @@
-"""Generations as the fault tests watch them: their tokens, and when each came."""
+"""Concurrent generations for the fault tests, with the time at which each chunk of tokens came."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ PROMPTS = tuple(tuple(3 + (7 * i + 11 * j) % 250 for j in range(4 + 3 * i)) for 
 
 @dataclass
 class Stream:
-    """One generation under way."""
+    """One running generation."""
 
     tokens: list[int] = field(default_factory=list)
-    times: list[float] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)  # time.monotonic() of each chunk
 
     @property
     def worst_gap(self) -> float:
-        """Seconds between two tokens, at worst."""
+        """The longest time between two chunks, in seconds."""
         return max(b - a for a, b in zip(self.times, self.times[1:], strict=False))
 
 
 class Streams:
-    """The eight prompts, generating at once."""
+    """Runs one generation per prompt, all at once; by default the eight of PROMPTS."""
 
     def __init__(self, client: Client, new_tokens: int, prompts: Sequence[Sequence[int]] = PROMPTS) -> None:
         self.streams = [Stream() for _ in prompts]
@@ -37,7 +37,7 @@ class Streams:
         ]
 
     async def reach(self, tokens: int, timeout_s: float = 60.0) -> None:
-        """Waits until every stream has that many tokens, or has failed."""
+        """Waits until every stream has at least `tokens` tokens. Raises the error of a stream that fails before."""
         async with asyncio.timeout(timeout_s):
             while any(len(stream.tokens) < tokens for stream in self.streams):
                 if failed := next((t for t in self._tasks if t.done() and t.exception()), None):
@@ -46,13 +46,14 @@ class Streams:
                 await self._arrived.wait()
 
     async def finish(self, timeout_s: float = 100.0) -> list[list[int]]:
-        """Every stream's tokens, once all have ended; raises what any of them raised."""
+        """Waits until all streams have ended and returns the tokens of each. Raises the error of a stream that failed."""
         async with asyncio.timeout(timeout_s):
             await asyncio.gather(*self._tasks)
         return [stream.tokens for stream in self.streams]
 
     @property
     def worst_gap(self) -> float:
+        """The longest time between two chunks of any stream, in seconds."""
         return max(stream.worst_gap for stream in self.streams)
 
     async def _run(self, client: Client, prompt: Sequence[int], stream: Stream, new_tokens: int) -> None:

@@ -1,4 +1,4 @@
-"""Errors: their messages, and that they mean the same on the other side of a gRPC call."""
+"""Errors: their messages, and their gRPC status codes on both sides of a call."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SAMPLES: dict[errors.MoietyError, grpc.StatusCode] = {
 
 @pytest.mark.parametrize(("error", "code"), SAMPLES.items(), ids=lambda value: type(value).__name__)
 def test_an_error_survives_a_call(error: errors.MoietyError, code: grpc.StatusCode):
-    """Each error has its status code, and comes back as an error of that code with the same message."""
+    """Every error has its status code, and becomes an error of that code with the same message again."""
     assert status.code_of(error) is code
     relayed = status.error_of_code(code, str(error))
     assert status.code_of(relayed) is code
@@ -35,20 +35,20 @@ def test_an_error_survives_a_call(error: errors.MoietyError, code: grpc.StatusCo
 
 
 def test_a_retry_hint_is_relayed():
-    """ResourceExhausted carries its retry delay in the trailing metadata; without one, the delay is 1 s."""
+    """ResourceExhausted takes its retry delay from the trailing metadata; without one the delay is one second."""
     code = grpc.StatusCode.RESOURCE_EXHAUSTED
     assert status.error_of_code(code, "full", ((status.RETRY_AFTER_KEY, "250"),)).retry_after_s == 0.25
     assert status.error_of_code(code, "full").retry_after_s == 1.0
 
 
 def test_foreign_errors_are_internal():
-    """An exception that is no MoietyError is INTERNAL to a client."""
+    """An error of another library is INTERNAL, and an unknown status code becomes a plain MoietyError."""
     assert status.code_of(KeyError("x")) is grpc.StatusCode.INTERNAL
     assert type(status.error_of_code(grpc.StatusCode.UNIMPLEMENTED, "")) is errors.MoietyError
 
 
 def test_messages_name_field_value_and_bound():
-    """A message names what was given and what is allowed, and shortens a long value."""
+    """A message names the field, the value and what is allowed; a long value is shortened."""
     assert str(errors.InvalidRequest("top_k", -1, "0 to 5")) == "top_k = -1: must be 0 to 5"
     assert str(errors.ConfigError("slots", 0, "at least 1")) == "setting slots = 0: at least 1"
     assert str(errors.ResourceExhausted("full", 0.05)) == "full; retry in 0.05 s"
