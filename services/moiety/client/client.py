@@ -31,12 +31,12 @@ class Chunk:
     prompt_tokens: int = 0  # on the last chunk
     completion_tokens: int = 0  # on the last chunk, of all choices
     cached_tokens: int = 0  # on the last chunk: of the prompt, found in the prefix cache
-    rerouted: float = 0.0  # on the last chunk: rows that another expert than the model's choice computed, see Usage
+    rerouted: float = 0.0  # on the last chunk: fraction of rows that another expert computed, see Usage
     request_id: str = ""  # on the first chunk
-    choice: int = 0  # whose tokens these are: 0 to n - 1
+    choice: int = 0  # that the tokens belong to: 0 to n - 1
     logprobs: tuple[float, ...] = ()  # of token_ids
-    top_logprobs: tuple[TopLogprobs, ...] = ()  # beside token_ids
-    prompt_logprobs: tuple[float, ...] = ()  # of the prompt's tokens but the first; once
+    top_logprobs: tuple[TopLogprobs, ...] = ()  # one for each of token_ids
+    prompt_logprobs: tuple[float, ...] = ()  # of the prompt's tokens but the first; on one chunk
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,12 +99,12 @@ class Client:
         timeout_s: float | None = None,
         retries: int = 0,
     ) -> AsyncIterator[Chunk]:
-        """Chunks as they come. Leaving the loop cancels the request. Raises the error the gateway told (errors.py).
+        """Yields chunks as they arrive. Leaving the loop cancels the request. Raises the gateway's error (errors.py).
 
-        A refusal for want of room (ResourceExhausted) is tried again up to `retries` times, after the wait that the
-        gateway hints at and within `timeout_s`.
-        Options mean what generation.proto says of them. At most one of `json_schema` (JSON text or the schema itself),
-        `regex` and `grammar` (Lark syntax) guides the output. `first_token` is the text or the id of a token.
+        A request that is refused because a queue is full (ResourceExhausted) is retried up to `retries` times, after the
+        gateway's retry delay and within `timeout_s`.
+        generation.proto describes the options. At most one of `json_schema` (JSON text or the schema itself), `regex` and
+        `grammar` (Lark syntax) guides the output. `first_token` is the text or the id of a token.
         """
         sampling = generation_pb2.SamplingParams(
             ignore_eos=ignore_eos, logprobs=logprobs, prompt_logprobs=prompt_logprobs
@@ -176,12 +176,12 @@ class Client:
             span.end()
 
     async def models(self, timeout_s: float = 10.0) -> tuple[ModelInfo, ...]:
-        """What the gateway serves. Raises Unavailable while no router is ready."""
+        """Returns the models that the gateway serves. Raises Unavailable while no router is ready."""
         try:
-            told = await self._stub.ListModels(generation_pb2.ListModelsRequest(), timeout=timeout_s)
+            response = await self._stub.ListModels(generation_pb2.ListModelsRequest(), timeout=timeout_s)
         except grpc.RpcError as error:
             raise status.error_of(error) from None
-        return tuple(ModelInfo(model.name, model.revision, model.max_context) for model in told.models)
+        return tuple(ModelInfo(model.name, model.revision, model.max_context) for model in response.models)
 
 
 def _set_guide(
@@ -202,7 +202,7 @@ def _set_guide(
 
 @contextmanager
 def _expressible(field: str, value: object) -> Iterator[None]:
-    """What a field's type on the wire cannot even express is refused here, as the gateway refuses the rest."""
+    """Raises InvalidRequest for a value that the protobuf field cannot hold; the gateway refuses other bad values."""
     try:
         yield
     except (TypeError, ValueError, AttributeError) as error:

@@ -1,4 +1,4 @@
-"""Coming again after a refusal for want of room, when the gateway says so and not all at once."""
+"""Retries requests that a full queue refused, after the gateway's retry delay and a random extra."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from moiety.wire.deadline import Deadline
 async def persistent(
     call: Callable[[float | None], Any], retries: int, timeout_s: float | None
 ) -> AsyncGenerator[Any, None]:
-    """What `call(seconds left)` streams. Refused with ResourceExhausted, it is made again, up to `retries` times.
+    """Yields the responses of `call(seconds left)`. Calls again after ResourceExhausted, up to `retries` times.
 
-    Each wait is the hint that came with the refusal, times 1 to 1.5 at random: never before there is room, and spread
-    out, so that those who were refused together do not come together. A wait that would outlast `timeout_s` is not
-    begun. Raises the error that the peer told (errors.py).
+    Each wait is the refusal's retry delay times a random 1 to 1.5: not before the peer expects to have room, and spread
+    out, so that clients that were refused together do not return together. A wait that would exceed `timeout_s` is not
+    started. Raises the peer's error (errors.py).
     """
     deadline = Deadline.after(timeout_s)
     while True:
@@ -31,12 +31,12 @@ async def persistent(
                 yield response
             return
         except grpc.RpcError as error:
-            told = status.error_of(error)
-            if not isinstance(told, ResourceExhausted) or retries <= 0:
-                raise told from None
-            wait_s = told.retry_after_s * random.uniform(1.0, 1.5)
+            cause = status.error_of(error)
+            if not isinstance(cause, ResourceExhausted) or retries <= 0:
+                raise cause from None
+            wait_s = cause.retry_after_s * random.uniform(1.0, 1.5)
             if wait_s >= deadline.left():
-                raise told from None
+                raise cause from None
         finally:
             streaming.cancel()
         retries -= 1

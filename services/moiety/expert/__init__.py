@@ -1,1 +1,1 @@
-"""The expert service: RPC room, waiting room, device room."""
+"""The expert service: RPC handlers, a batching queue, and the device thread."""

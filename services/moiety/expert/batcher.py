@@ -1,4 +1,4 @@
-"""The waiting room between RPC and device: bounded, and merging calls of all routers that wait for the same layer."""
+"""The bounded queue between RPC and device. It merges waiting calls of all routers for the same layer into one batch."""
 
 from __future__ import annotations
 
@@ -14,39 +14,39 @@ from moiety.wire.codec import Picked
 from moiety.wire.frames import ForwardCall
 from moiety.wire.transports.mailbox import Mailbox
 
-PREFILL_PATIENCE_S = 0.5  # prefill gives way to decode for this long, so that a busy replica never starves it
+PREFILL_PATIENCE_S = 0.5  # decode goes before a prefill call until it has waited this long: no call is starved
 MAX_BATCH_ROWS = 4096  # assignments merged into one batch; bounds the device's scratch memory
 
 
 @dataclass(frozen=True, slots=True)
 class Computed:
-    """What the runtime did for one call."""
+    """The result of one call."""
 
-    picked: Picked  # [A], unweighted expert outputs in the order of the call's experts, where they lie
+    picked: Picked  # [A], unweighted expert outputs in the order of the call's experts, not copied yet
     activated_experts: int
     batch_rows: int
     queue_ms: float
     compute_ms: float
     started_ns: int  # Unix time at which the device began
-    ended_ns: int
+    ended_ns: int  # Unix time at which it was done
 
 
 @dataclass(slots=True, eq=False)
 class Waiting:
-    """A call in the queue, and whom to tell: `done` is called once, from the runtime's thread."""
+    """A queued call. `done` receives its result, once, on the runtime's thread."""
 
     call: ForwardCall
     done: Callable[[Computed | BaseException], None]
     since: float = field(default_factory=time.monotonic)
     since_ns: int = field(default_factory=time.time_ns)
-    checked: object = None  # what the runtime held when it found that it holds all that the call asks for
+    checked: object = None  # the runtime's Holding that was found to have all experts of the call
 
 
 class Batcher:
-    """Per (class, layer) queues. `take` gives all that wait for one layer: decode before prefill, oldest first.
+    """One queue per (class, layer). `take` returns the calls waiting for one layer: decode before prefill, oldest first.
 
-    `put` and `close` may be called from any thread. Whoever takes owns the mailbox, and finds there what else may bring
-    calls: the doorbells of routers in shared memory.
+    `put` and `close` may be called from any thread. The thread that calls `take` owns the mailbox. Routers on this node
+    ring their doorbells there.
     """
 
     def __init__(self, limit: int):
@@ -58,7 +58,7 @@ class Batcher:
         self._lock = threading.Lock()
 
     def put(self, waiting: Waiting) -> None:
-        """Raises ResourceExhausted when `limit` calls already wait, and after `close`."""
+        """Queues a call. Raises ResourceExhausted when `limit` calls already wait, and after `close`."""
         with self._lock:
             if self._closed:
                 raise ResourceExhausted("this replica is shutting down", 0.05)
@@ -70,15 +70,15 @@ class Batcher:
         self.mailbox.wake()
 
     def take(self) -> list[Waiting]:
-        """Blocks for the next batch; empty when the batcher was closed and drained."""
-        more = True  # all calls that have come by now may join the batch
+        """Blocks for the next batch; returns an empty one once the batcher is closed and drained."""
+        more = True  # read on while sockets have more: every call that has arrived by now may join the batch
         while more or not (self._size or self._closed):
             more = self.mailbox.wait(0.0 if self._size or self._closed else None)
         with self._lock:
             if not self._size:
                 return []
             patient_until = time.monotonic() - PREFILL_PATIENCE_S
-            key = min(self._queues, key=lambda each: self._urgency(each, patient_until))
+            key = min(self._queues, key=lambda queue_key: self._urgency(queue_key, patient_until))
             queue, rows = self._queues[key], 0
             batch: list[Waiting] = []
             while queue and (not batch or rows + len(queue[0].call.experts) <= MAX_BATCH_ROWS):
@@ -90,12 +90,12 @@ class Batcher:
             return batch
 
     def _urgency(self, key: tuple[CallClass, int], patient_until: float) -> tuple[bool, float]:
-        """Smallest first: decode, and prefill that has waited long enough, then by age."""
+        """Sort key, smallest first: decode and prefill that has waited PREFILL_PATIENCE_S; then by age."""
         since = self._queues[key][0].since
         return key[0] is CallClass.PREFILL and since > patient_until, since
 
     def close(self) -> None:
-        """No more puts; `take` hands out what is left, then nothing."""
+        """Refuses further calls; `take` returns the calls that are left, then empty batches."""
         with self._lock:
             self._closed = True
         self.mailbox.wake()

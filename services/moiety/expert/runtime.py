@@ -1,4 +1,4 @@
-"""The device room: one thread owns the experts' weights and computes batch after batch."""
+"""The device thread, which computes batch after batch, and the experts' weights that it uses."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -15,40 +15,21 @@ import torch
 
 from moiety.core.experts import ExpertMLP, ExpertSet
 from moiety.core.load import ReplicaLoad
-from moiety.errors import DeadlineExceeded, MoietyError, NotHeld
+from moiety.errors import DeadlineExceeded, MoietyError
 from moiety.expert.batcher import Batcher, Computed, Waiting
+from moiety.expert.holding import Holding, Weights
 from moiety.wire import codec
-from moiety.wire.frames import ForwardCall
 from moiety.wire.transports.mailbox import Mailbox
-from moiety_kernels.ops.expert_mlp import ExpertWeights, grouped_expert_mlp
+from moiety_kernels.ops.expert_mlp import grouped_expert_mlp
 from moiety_kernels.ops.partial_expert_mlp import grouped_partial_mlp
 
 _log = logging.getLogger(__name__)
 
-Weights = Mapping[tuple[int, int], ExpertWeights]
-
-
-@dataclass(frozen=True, slots=True)
-class Holding:
-    """What is held, as one value: a batch that was checked against it computes with the same weights."""
-
-    held: ExpertSet  # by the placement of `epoch`; 0 = none yet
-    leaving: ExpertSet  # of placements before it: answered until `Runtime.drop_leaving`
-    epoch: int
-    weights: Weights
-
-    def check(self, call: ForwardCall) -> None:
-        """Raises NotHeld unless every expert of the call is here."""
-        held, wanted = self.held.layer(call.layer), call.experts.tolist()
-        if leaving := self.leaving.by_layer:
-            held |= leaving.get(call.layer, frozenset())
-        if not held.issuperset(wanted):
-            missing = sorted(set(wanted) - held)
-            raise NotHeld(f"layer {call.layer}: expert(s) {missing} are not held here (epoch {self.epoch})")
-
 
 @dataclass(slots=True)
 class _Window:
+    """Sums since the load was last read."""
+
     since: float
     busy_s: float = 0.0
     wait_s: float = 0.0
@@ -57,12 +38,12 @@ class _Window:
 
 
 class Runtime:
-    """Computes calls on one device. A failing batch fails its own calls, never the loop.
+    """Computes calls on one device. A failing batch fails its own calls only; the thread goes on.
 
-    `load(held)` reads weights; it runs in the caller's thread, so that serving goes on while new experts are read.
-    `capacity` paces the device to that many rows per second: for tests and demos whose replicas share two cores.
-    `deterministic`: the bits of a row do not depend on the batch it is computed in. `partial`: experts are slices of
-    experts; rows come and go in float32, whatever `dtype` their weights are of.
+    `load(held)` reads weights in the caller's thread, so the runtime keeps serving while new experts are read.
+    `capacity` limits the device to that many rows per second, for tests and demos whose replicas share two cores.
+    `deterministic`: the bits of a row do not depend on the batch that computes it. `partial`: the experts are slices of
+    experts; rows arrive and return in float32, whatever the `dtype` of the weights.
     """
 
     def __init__(
@@ -93,7 +74,7 @@ class Runtime:
         self._batcher = Batcher(queue_calls)
         self._unanswered: set[Waiting] = set()
         self._unanswered_lock = threading.Lock()
-        self._computed_at = 0.0  # seconds of the monotonic clock at which the last batch was done
+        self._computed_at = 0.0  # monotonic clock, in seconds, when the last batch was done
         self.served = 0.0  # Unix seconds at which the first rows were computed; 0 = none yet
         self._window = _Window(time.monotonic())
         self._window_lock = threading.Lock()
@@ -101,13 +82,13 @@ class Runtime:
 
     @property
     def holding(self) -> Holding:
-        """What is held now: one value, never a mix of two."""
+        """What is held now, as one consistent value."""
         return self._holding
 
     def hold(self, held: ExpertSet, epoch: int) -> None:
-        """Loads what is new beside what is there, layer by layer; what is no longer `held` is `leaving` from then on.
+        """Loads new experts beside the present ones, layer by layer; experts no longer in `held` become `leaving`.
 
-        Blocks for the reading. Nothing changes where reading fails.
+        Blocks while it reads. Changes nothing where reading fails.
         """
         with self._loading:
             current = self._holding
@@ -117,7 +98,7 @@ class Runtime:
             self._holding = Holding(held, (current.held | current.leaving) - held, epoch, weights)
 
     def drop_leaving(self) -> bool:
-        """Frees what is leaving; False, and nothing is done, while a call that names some of it is unanswered."""
+        """Frees the leaving experts. Returns False and frees none while an unanswered call names one of them."""
         with self._loading:
             current = self._holding
             with self._unanswered_lock:
@@ -138,7 +119,7 @@ class Runtime:
 
     @property
     def mailbox(self) -> Mailbox:
-        """What the runtime's thread waits for: calls may be brought to it without another thread between."""
+        """Where the runtime's thread waits: a transport can bring calls here without another thread between."""
         return self._batcher.mailbox
 
     @property
@@ -147,13 +128,13 @@ class Runtime:
 
     @property
     def idle(self) -> bool:
-        """Every call that was accepted has been answered."""
+        """Whether every accepted call has been answered."""
         return not self._unanswered
 
     def submit(self, waiting: Waiting) -> None:
-        """Queues a call. Raises NotHeld or ResourceExhausted; nothing of the call is computed then."""
+        """Queues a call. Raises NotHeld or ResourceExhausted, and then computes nothing of it."""
         if 0.0 < waiting.call.sent < self._computed_at:
-            # It came while the device was busy, and whoever computes reads shared memory only in between.
+            # It arrived while the device was busy: the computing thread reads shared memory between batches only.
             waiting.since_ns -= int(1e9 * (waiting.since - waiting.call.sent))
             waiting.since = waiting.call.sent
         holding = self._holding
@@ -168,7 +149,7 @@ class Runtime:
             raise
 
     def load_since_last(self) -> ReplicaLoad:
-        """The load since this was last asked for."""
+        """Returns the load since the previous call of this method."""
         now = time.monotonic()
         with self._window_lock:
             window, self._window = self._window, _Window(now)
@@ -201,11 +182,11 @@ class Runtime:
                 self._answer(waiting, result)
 
     def _answer(self, waiting: Waiting, result: Computed | BaseException) -> None:
-        """Tells the caller; one that can no longer be told is no reason to stop computing for the others."""
+        """Delivers a result. A caller that can no longer be reached must not stop the computation for the others."""
         try:
             waiting.done(result)
         except Exception:
-            _log.exception("the answer of a call for layer %d could not be handed over", waiting.call.layer)
+            _log.exception("the answer to a call for layer %d could not be delivered", waiting.call.layer)
         finally:
             self._answered(waiting)
 
@@ -214,12 +195,13 @@ class Runtime:
             self._unanswered.discard(waiting)
 
     def _admit(self, waiting: Waiting, holding: Holding) -> bool:
-        """Whether the call may go to the device; tells its caller when not."""
+        """Returns whether the call may go to the device; answers it with the error when not."""
         try:
             if waiting.checked is not holding:
                 holding.check(waiting.call)
             if waiting.call.deadline.passed:
-                raise DeadlineExceeded(f"the call waited {time.monotonic() - waiting.since:.3f} s for the device")
+                waited_s = time.monotonic() - waiting.since
+                raise DeadlineExceeded(f"the deadline passed while the call waited {waited_s:.3f} s for the device")
         except MoietyError as error:
             self._answer(waiting, error)
             return False
@@ -227,15 +209,15 @@ class Runtime:
 
     @torch.inference_mode()
     def _compute(self, batch: list[Waiting], weights: Weights) -> list[Computed]:
-        """Gathers the rows of all calls sorted by expert, computes them, and hands each call its rows in its own order."""
+        """Gathers the rows of all calls, sorted by expert, and computes them. Each result is in the order of its call."""
         began, began_ns = time.monotonic(), time.time_ns()
         layer = batch[0].call.layer
         experts = np.concatenate([waiting.call.experts for waiting in batch])  # [A]
         order = np.argsort(experts, kind="stable")
-        counts = np.bincount(experts)  # a tenth of what np.unique takes for the few of a decode step
+        counts = np.bincount(experts)  # takes a tenth of np.unique's time for the few rows of a decode step
         activated = counts.nonzero()[0]
         on_the_wire = torch.float32 if self._partial else self._dtype
-        # Pinned for a GPU: the copy over is then one more thing that this thread does not wait for.
+        # Pinned for a GPU, so that this thread does not wait for the copy to the device.
         pinned = self._device.type == "cuda"
         rows = torch.empty(len(experts), self._mlp.hidden, dtype=on_the_wire, pin_memory=pinned)
         into, start = codec.rows_of(rows), 0
@@ -293,11 +275,11 @@ class Runtime:
 
 
 def _let_callers_finish() -> None:
-    """Has this thread, and those that it starts, not interrupt whoever wakes it, on Linux.
+    """Keeps this thread, and threads that it starts, from preempting the thread that wakes it. Linux only.
 
-    A router rings one replica after the other. On a core that it shares with the first, the call would otherwise be
-    computed before the second doorbell is rung, and two replicas that could work side by side take turns.
+    A router rings one replica after the other. On a core that the router shares with the first replica, that replica
+    would otherwise compute its call before the router rings the second, and the two would take turns.
     """
     if hasattr(os, "SCHED_BATCH"):
-        with suppress(OSError):  # a sandbox may forbid it; it is only slower then
+        with suppress(OSError):  # a sandbox may forbid it: slower, but not wrong
             os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))

@@ -1,4 +1,4 @@
-"""The RPC room: Describe, and the Forward stream that feeds the runtime and sends back what it computed."""
+"""The RPC handlers: DescribeReplica, and the Forward stream that feeds the runtime and returns its results."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ class ExpertService:
         self.dtype = codec.DTYPE_NAMES[dtype]
         self.row_bytes = shape.mlp.hidden * dtype.itemsize
         self.open_streams = 0
-        self.shared_memory = ""  # where routers of this node may knock, see DescribeReplicaResponse
+        self.shared_memory = ""  # socket names for routers on this node, see DescribeReplicaResponse
         self.unix = ""
 
     def handler(self) -> grpc.GenericRpcHandler:
-        """To be added to a server under its service name."""
+        """Returns the handler to add to a server under the name SERVICE."""
         describe = grpc.unary_unary_rpc_method_handler(
             self._describe,
             request_deserializer=experts_pb2.DescribeReplicaRequest.FromString,
@@ -71,7 +71,7 @@ class ExpertService:
         )
 
     async def _forward(self, frames: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> None:
-        """Reads calls and writes replies side by side until the router closes its half and all is answered."""
+        """Reads calls and writes replies concurrently until the router closes its half and every call is answered."""
         replies: asyncio.Queue[bytes | None] = asyncio.Queue()
         writer = asyncio.create_task(_write(replies, context))
         outstanding = 0
@@ -103,7 +103,7 @@ class ExpertService:
             writer.cancel()
 
     def _accept_frame(self, frame: bytes, reply: Callable[[bytes], None]) -> None:
-        """Hands one frame to the runtime; every path ends in exactly one `reply`."""
+        """Passes one frame to the runtime; every path calls `reply` exactly once."""
         try:
             header, payload = codec.decode(experts_pb2.ForwardRequest, frame)
         except InvalidRequest as error:
@@ -116,7 +116,7 @@ class ExpertService:
         )
 
     def accept(self, header: experts_pb2.ForwardRequest, payload: memoryview, answer: Answerer) -> None:
-        """Hands one call to the runtime; every path ends in exactly one `answer`. `payload` is read until then."""
+        """Passes one call to the runtime; every path calls `answer` exactly once. `payload` may be read until then."""
         try:
             if header.revision != self._revision:
                 raise RevisionMismatch(
@@ -156,7 +156,7 @@ class ExpertService:
         return reply, None if isinstance(result, BaseException) else result.picked
 
     def _trace(self, waiting: Waiting, result: Computed | BaseException) -> None:
-        """The spans of one call, made after the fact and only for a sampled hop: expert -> queue, kernel."""
+        """Records the spans of one call, after it has ended and only where the hop is sampled: expert -> queue, kernel."""
         call = waiting.call
         if not call.traceparent:
             return

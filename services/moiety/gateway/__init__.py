@@ -1,1 +1,1 @@
-"""The stateless front: text in, streamed text out."""
+"""The gateway, the stateless public service: text in, streamed text out."""

@@ -1,6 +1,6 @@
-"""How many requests a gateway has in flight, and whose: the bound, and a fair share of it for every tenant.
+"""Limits the requests that a gateway has in flight, and gives each tenant a fair share of that limit.
 
-Nothing waits here: waiting is the routers' business, which know what they can do. Who is refused comes again.
+No request waits here: routers queue requests, since they know their own capacity. A refused client retries later.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ def check_standing(request: generation_pb2.GenerateRequest) -> None:
 
 
 class Admission:
-    """The places of one gateway.
+    """The places of one gateway, one for each request in flight.
 
-    Any tenant may take any free place. A tenant that is refused has a claim for as long as twice the time after which
-    it is told to come again: while others have claims, nobody goes beyond an equal share. So whoever came late gets
-    places as they become free, and a tenant that is alone can use them all.
+    Any tenant may take any free place. A refused tenant has a claim for twice the retry delay that its refusal carries:
+    while other tenants have claims, no tenant may exceed an equal share. So a tenant that comes late gets places as they
+    become free, and a tenant that is alone can use all of them.
     """
 
     def __init__(self, most: int, wait_s: Callable[[], float], clock: Callable[[], float] = time.monotonic):
-        """`most` requests at once; `wait_s` tells how long it may take until there is room again."""
+        """`most`: places. `wait_s` returns the retry delay of a refusal in seconds."""
         self._most, self._wait_s, self._clock = most, wait_s, clock
         self._held: Counter[str] = Counter()
         self._claims: dict[str, float] = {}  # tenant -> when its claim ends; oldest first
@@ -43,7 +43,7 @@ class Admission:
 
     @contextmanager
     def place(self, tenant: str) -> Iterator[None]:
-        """A place for one request. Raises ResourceExhausted where there is none for this tenant."""
+        """Holds a place for one request. Raises ResourceExhausted where this tenant may have none now."""
         self._enter(tenant)
         try:
             yield
@@ -58,10 +58,10 @@ class Admission:
         self._claims = {other: ends for other, ends in self._claims.items() if ends > now}
         tenants = self._held.keys() | self._claims.keys() | {tenant}
         share = max(self._most // len(tenants), 1)
-        held, waited_for = self._held[tenant], bool(self._claims.keys() - {tenant})
+        held, others_claim = self._held[tenant], bool(self._claims.keys() - {tenant})
         if self._running >= self._most:
             self._refuse(tenant, now, held < share, f"{self._running} requests are in flight, the most allowed")
-        if waited_for and held >= share:
+        if others_claim and held >= share:
             why = f"{held} of this tenant's requests are in flight, its share while others wait"
             self._refuse(tenant, now, False, why)
         self._claims.pop(tenant, None)

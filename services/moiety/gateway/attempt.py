@@ -1,4 +1,4 @@
-"""One request at one router, from its sending to its end: keeps the router's counts right, and learns from what comes."""
+"""One request at one router, from sending to end: updates the router's counts, and learns its pace from the events."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from moiety.policy.router_pace import Pace
 
 
 class Attempt:
-    """Counted at its router from here until `end`."""
+    """One request at one router, which counts it from construction until `end`."""
 
     def __init__(self, router: RouterPeer, prompt: Prompt, pace: Pace):
         self._router, self._prompt = router, prompt
@@ -30,13 +30,13 @@ class Attempt:
         self._answered = False
 
     def event(self, event: engine_pb2.EngineEvent, pace: Pace) -> Pace:
-        """What `pace` is after this event."""
+        """Records an event; returns the updated `pace`."""
         self._last = time.monotonic()
         self._generated.extend(event.token_ids)
         return pace if self._answered else self._answer(event.cached_tokens, pace)
 
     def end(self, pace: Pace) -> Pace:
-        """The request is no longer there, however it ended; `pace` with what it took."""
+        """Records that the request has left the router, for whatever reason; returns the updated `pace`."""
         router, prompt = self._router, self._prompt
         router.requests -= 1
         router.in_flight -= prompt.sequences
@@ -45,17 +45,17 @@ class Attempt:
             if router.prefixes is not None and self._visit is not None:
                 router.prefixes.withdraw(self._visit, self._hashes)
             return pace
-        if prompt.sequences > 1:  # what came when is mixed with its other sequences
+        if prompt.sequences > 1:  # its sequences share the stream, so no single one can be timed
             return pace
         if router.prefixes is not None:
             hashes = prompt.hashes_with(self._generated, router.block_tokens)
             router.prefixes.visit(hashes).computed = True
         prefill, streaming = pace.first_token.at(self._to_compute), self._last - self._first
-        streams = (self._streams + self._running + 1) / 2  # ours counts, though it has just gone
+        streams = (self._streams + self._running + 1) / 2  # + 1: our own, which has just ended
         return pace.ended(min(self._first - self._sent, prefill) + streaming, streams, len(self._generated), streaming)
 
     def _answer(self, cached_tokens: int, pace: Pace) -> Pace:
-        """The first event: the prompt is computed, and what was cached of it is known."""
+        """Records the first event: the prompt is computed, and its cached part is known. Returns the updated `pace`."""
         router, visit = self._router, self._visit
         self._answered, self._first, self._streams = True, self._last, self._running
         router.ahead -= self._to_compute
@@ -70,6 +70,6 @@ class Attempt:
 
     @property
     def _running(self) -> float:
-        """Streams that share the router now."""
+        """Sequences that share the router now."""
         slots = self._router.slots
         return min(self._router.load, slots) if slots else self._router.load

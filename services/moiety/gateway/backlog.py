@@ -1,4 +1,4 @@
-"""Who was refused and told to come again: a queue of promises instead of requests."""
+"""Counts requests that were refused with a retry delay, and spreads their return over time."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ import heapq
 import time
 from collections.abc import Callable
 
-LEAST_S = 0.05  # whoever comes back sooner costs more than the time is worth
-MOST_S = 30.0  # nobody is sent away for longer, however many are expected before
+LEAST_S = 0.05  # shortest retry delay: an earlier retry costs more than the time is worth
+MOST_S = 30.0  # longest retry delay, however many requests are expected before
 
 
 class Backlog:
-    """Spreads those who were refused over the time in which there will be room for them.
+    """Spreads refused requests over the time in which there will be capacity for them.
 
-    Each is told the wait that is predicted behind all that are there and all that were told to come before: told the same,
-    they would come together and be refused together, at a cost to those who are served.
+    Each gets the wait that is predicted behind all present requests and all refused ones that are expected earlier. With
+    the same delay they would return together and be refused together, which costs the requests that are being served.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic):
         self._clock = clock
-        self._expected: list[float] = []  # a heap of when they come back
+        self._expected: list[float] = []  # heap: when each refused request is expected back
 
     def refuse(self, wait_s: Callable[[int], float]) -> float:
-        """Seconds for one more to wait, of whom `wait_s` says how long it takes behind so many others."""
+        """Returns the retry delay of one more refusal in seconds; `wait_s(n)` predicts the wait behind n expected ones."""
         now = self._clock()
         while self._expected and self._expected[0] <= now:
             heapq.heappop(self._expected)

@@ -1,4 +1,4 @@
-"""The choices of one request: their text, their stop strings and their ends; and what is left of them after a loss."""
+"""The choices of one request: their text, stop strings and ends; and how they resume after their router is lost."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from moiety.v1 import generation_pb2
 
 
 class Answer:
-    """Turns the engine's events for one request into what its client is sent."""
+    """Turns the engine's events for one request into the responses to its client."""
 
     def __init__(self, request: engine_pb2.EngineRequest, tokenizer: Tokenizer, stops: Sequence[str]):
         self.produced = 0  # tokens, of all choices
-        self.ended: set[int] = set()  # choices whose last message was made
+        self.ended: set[int] = set()  # choices whose last response has been created
         self.finish_reasons: list[generation_pb2.FinishReason] = []  # in the order in which choices ended
         self._request, self._began, self._cached = request, False, 0
-        self._routed = self._rerouted = 0  # rows, as far as experts may overflow
+        self._routed = self._rerouted = 0  # rows; both stay 0 unless experts may overflow
         self._texts = {choice: _Text(tokenizer, stops) for choice in choices_of(request)}
 
     @property
@@ -28,7 +28,7 @@ class Answer:
         return len(self.ended) == len(self._texts)
 
     def push(self, event: engine_pb2.EngineEvent) -> generation_pb2.GenerateResponse | None:
-        """None for tokens of a choice that has reached a stop string: its text has ended before them."""
+        """Returns the response to an event, or None where a stop string has already ended the event's choice."""
         if event.choice in self.ended:
             return None
         text = self._texts[event.choice]
@@ -60,14 +60,14 @@ class Answer:
 
 
 class _Text:
-    """One choice: tokens in, text out, up to its first stop string."""
+    """One choice: turns its tokens into text, up to its first stop string."""
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]):
         self._detokenizer, self._stops = Detokenizer(tokenizer), StopStrings(stops)
         self._produced = 0
 
     def push(self, ids: Sequence[int], min_tokens: int, *, last: bool) -> tuple[str, bool]:
-        """The text that may be sent, and whether a stop string ends it. The first `min_tokens` are not searched."""
+        """Returns the text to send, and whether a stop string ends it. The first `min_tokens` are not searched."""
         self._produced += len(ids)
         text = self._detokenizer.push(ids, last=last)
         if self._produced <= min_tokens:
@@ -76,12 +76,12 @@ class _Text:
 
 
 def choices_of(request: engine_pb2.EngineRequest) -> range:
-    """The choices that an engine request asks for."""
+    """Returns the choices that an engine request asks for."""
     return range(request.choice, request.choice + max(request.sampling.n, 1))
 
 
 def behind(request: engine_pb2.EngineRequest, choice: int, ids: Sequence[int]) -> engine_pb2.EngineRequest:
-    """One choice of `request` by itself, going on behind the tokens `ids` that were sent of it."""
+    """Returns a request for one choice of `request`, which resumes after the tokens `ids` that were already sent."""
     resumed = engine_pb2.EngineRequest()
     resumed.CopyFrom(request)
     resumed.choice, resumed.sampling.n = choice, 1
@@ -92,7 +92,7 @@ def behind(request: engine_pb2.EngineRequest, choice: int, ids: Sequence[int]) -
 async def merged(
     streams: Sequence[AsyncGenerator[engine_pb2.EngineEvent, None]],
 ) -> AsyncGenerator[engine_pb2.EngineEvent, None]:
-    """The events of all streams as they come. The first to fail ends all."""
+    """Yields the events of all streams as they arrive. The first error ends all streams and is raised."""
     events: asyncio.Queue[engine_pb2.EngineEvent | BaseException | None] = asyncio.Queue()
 
     async def follow(stream: AsyncGenerator[engine_pb2.EngineEvent, None]) -> None:
@@ -108,13 +108,13 @@ async def merged(
     try:
         running = len(tasks)
         while running:
-            told = await events.get()
-            if isinstance(told, BaseException):
-                raise told
-            if told is None:
+            event = await events.get()
+            if isinstance(event, BaseException):
+                raise event
+            if event is None:
                 running -= 1
             else:
-                yield told
+                yield event
     finally:
         for task in tasks:
             task.cancel()

@@ -1,7 +1,7 @@
-"""What each router has cached, as far as this gateway knows: it remembers which prompts it sent where.
+"""Estimates what each router has cached: a gateway remembers which prompts it sent to which router.
 
-Approximate on purpose. A wrong guess costs a prefill, never an answer, and the count of cached tokens that comes with a
-router's first event puts it right.
+Approximate on purpose. A wrong guess costs a prefill, never a wrong answer, and the count of cached tokens in a router's
+first event corrects it.
 """
 
 from __future__ import annotations
@@ -13,27 +13,27 @@ from hashlib import blake2b
 
 import numpy as np
 
-# Entries for one router at most, some 25 MB: 2 million tokens at 16 a block. A bigger cache is known in part.
+# Most entries for one router, some 25 MB: 2 million tokens at 16 a block. Of a bigger cache only a part is tracked.
 MOST_BLOCKS = 1 << 17
 
 
 class PrefixHasher:
-    """Numbers for the prefixes of a prompt, by whole blocks.
+    """Hashes the prefixes of a prompt, in whole blocks.
 
-    A prefix's number is the sum of its tokens, each times the secret 64-bit number of its position, plus its tenant's
-    number, modulo 2**64 (multilinear hashing: Lemire and Kaser, "Strongly universal string hashing is fast", 2014). Two
-    prefixes have the same number with a probability of at most 2**-33, and nobody outside can look for such a pair.
-    The sums of all prefixes are one cumulative sum: 15 µs for 4096 tokens, where a chain of BLAKE2b takes 150.
+    A prefix's hash is the sum of its tokens, each times the secret 64-bit key of its position, plus its tenant's salt,
+    modulo 2**64 (multilinear hashing: Lemire and Kaser, "Strongly universal string hashing is fast", 2014). Two prefixes
+    have the same hash with a probability of at most 2**-33, and without the keys a client cannot search for such a pair.
+    One cumulative sum gives the hashes of all prefixes: 15 µs for 4096 tokens, where a chain of BLAKE2b takes 150.
     """
 
     def __init__(self, seed: int):
-        """`seed` decides the secret numbers."""
+        """`seed` determines the secret keys."""
         self._seed = seed
         self._random = np.random.Generator(np.random.PCG64(seed))
         self._keys = np.empty(0, dtype=np.uint64)
 
     def hashes(self, ids: np.ndarray, block_tokens: int, tenant: str) -> list[int]:
-        """For ids uint32 [n]: one number for each block that can be cached, (n - 1) // block_tokens of them.
+        """Returns one hash for each block of ids uint32 [n] that can be cached, (n - 1) // block_tokens in all.
 
         A router computes at least the last token of a prompt itself, so a block that ends with it is never looked up.
         """
@@ -45,7 +45,7 @@ class PrefixHasher:
         if not blocks:
             return []
         products = np.multiply(self._keys[:tokens], ids[:tokens], dtype=np.uint64)
-        # A token may be 0; counting blocks keeps a prefix apart from the same one with zeros behind it.
+        # A token may be 0: adding 1 per block distinguishes a prefix from the same prefix followed by zeros.
         sums = np.add.reduceat(products, np.arange(0, tokens, block_tokens)) + np.uint64(1)
         sums[:1] += np.uint64(self._salt(tenant))
         hashes: list[int] = np.cumsum(sums).tolist()
@@ -60,18 +60,18 @@ class PrefixHasher:
 class Visit:
     """One prompt sent to a router."""
 
-    turn: int  # later visits have higher ones
-    matched: int  # blocks that were known before
-    expected: int  # those of them that the router had certainly computed: unless it evicted them, it has them
-    seen: int  # the turn in which the last of them was used before
+    turn: int  # grows from visit to visit
+    matched: int  # first blocks of the prompt that were known before
+    expected: int  # `matched` if the router had computed them, so that it has them unless it evicted them; else 0
+    seen: int  # turn of the earlier visit that last used the last matched block
     computed: bool = False  # the router has answered, so its cache holds every block of the prompt
 
 
 class PrefixIndex:
-    """The blocks that one router should have cached: at most as many as it has room for, the least recently used go first.
+    """The blocks that one router should have cached: at most as many as its cache holds, least recently used dropped first.
 
-    A prompt's blocks are noted from its end to its start, so an earlier block is always the more recent one and goes
-    later, as in the router's own cache: where a block is known, so are all before it.
+    A prompt's blocks are recorded from its end to its start, so an earlier block is always more recent and is dropped
+    later, as in the router's own cache: where a block is known, so are all blocks before it.
     """
 
     def __init__(self, blocks: int):
@@ -83,7 +83,7 @@ class PrefixIndex:
         return len(self._visits)
 
     def match(self, hashes: Sequence[int]) -> int:
-        """How many of the first blocks are known."""
+        """Returns how many of the first blocks are known."""
         known, low, high = self._visits, 0, len(hashes)
         if not high or hashes[0] not in known:
             return 0
@@ -96,7 +96,7 @@ class PrefixIndex:
         return low
 
     def visit(self, hashes: Sequence[int]) -> Visit:
-        """Notes a prompt that is sent there now."""
+        """Records a prompt that is sent to the router now."""
         matched = self.match(hashes)
         last = self._visits[hashes[matched - 1]] if matched else None
         self._turn += 1
@@ -109,9 +109,9 @@ class PrefixIndex:
         return visit
 
     def answered(self, visit: Visit, found: int) -> None:
-        """The router has computed the prompt and had `found` of its blocks.
+        """Records that the router has computed the prompt and had `found` of its blocks cached.
 
-        If it lacked blocks that it had before, it has evicted them, and with them whatever was used no later.
+        If it lacked blocks that it had before, it has evicted them, and with them every block that was last used no later.
         """
         visit.computed = True
         if found < visit.expected:
@@ -119,7 +119,7 @@ class PrefixIndex:
                 self._visits.popitem(last=False)
 
     def withdraw(self, visit: Visit, hashes: Sequence[int]) -> None:
-        """The router never computed the prompt: what only this visit brought is forgotten."""
+        """Forgets the blocks that only this visit added, since the router never computed the prompt."""
         for block in hashes[visit.matched :]:
             if self._visits.get(block) is visit:
                 del self._visits[block]

@@ -1,4 +1,4 @@
-"""One router, as this gateway sees it: what it told last, what this gateway has there, and what it should have cached."""
+"""One router, as this gateway sees it: its last report, this gateway's requests there, and what it should have cached."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ from moiety.wire.event_stream import CallClient
 
 _log = logging.getLogger(__name__)
 HANDSHAKE_S = 2.0
-# As often as the registry is read. A Describe costs a router some 0.2 ms: below 0.1 % of its time for each gateway.
+# As often as the registry is read. DescribeEngine costs a router some 0.2 ms: below 0.1 % of its time for each gateway.
 POLL_S = 0.25
 
 
 class RouterPeer:
-    """A router that has answered once. Its load is what it told last, brought up to date by what we have done since."""
+    """A router that has answered once. Its load is its last report plus what this gateway has sent and ended since."""
 
     def __init__(self, replica: Replica, link: grpc.aio.Channel, description: engine_pb2.DescribeEngineResponse):
         self.replica, self._channel = replica, link
         self.stub = engine_pb2_grpc.EngineServiceStub(link)
         self._calls = CallClient(self.stub, f"router {replica.id}")
-        self.requests = 0  # of ours
-        self.in_flight = 0  # their sequences
-        self.ahead = 0.0  # prompt tokens of ours whose first token has not come
-        self.silent = False  # it left a poll without an answer
+        self.requests = 0  # this gateway's
+        self.in_flight = 0  # sequences of these requests
+        self.ahead = 0.0  # prompt tokens of those of our requests that have no first token yet
+        self.silent = False  # it did not answer the last poll
         cached = description.block_tokens and description.blocks
         self.prefixes = PrefixIndex(description.blocks) if cached else None
         self.block_tokens = description.block_tokens
-        self.slots = 0  # sequences that it runs at once; 0: not told
+        self.slots = 0  # sequences that it runs at once; 0: not reported
         self._others = 0  # sequences of other gateways
         self._note(description, 0)
         self._left = False
@@ -47,7 +47,7 @@ class RouterPeer:
 
     @classmethod
     async def dial(cls, replica: Replica) -> RouterPeer | None:
-        """None where it does not answer, for now."""
+        """Connects to a router; returns None where it does not answer yet."""
         link = channel(replica.address)
         try:
             stub = engine_pb2_grpc.EngineServiceStub(link)
@@ -60,45 +60,46 @@ class RouterPeer:
 
     @property
     def load(self) -> int:
-        """Sequences there, running or waiting, everybody's."""
+        """Sequences there, running or waiting, of all gateways."""
         return self._others + self.in_flight
 
     @property
     def packed(self) -> bool:
-        """Whether our own requests fill it: one more would be refused, and to ask costs those who are served."""
-        told = self.description
-        return 0 < told.queue_limit <= self.requests - told.slots
+        """Whether our own requests fill it: it would refuse one more, and asking costs the requests that it serves."""
+        description = self.description
+        return 0 < description.queue_limit <= self.requests - description.slots
 
     def candidate(self, prompt: Prompt, pace: Pace) -> Candidate:
-        """What the choice of a router wants to know of this one."""
+        """Returns what the choice of a router needs to know about this one."""
         cached = 0.0
         if self.prefixes is not None and (matched := self.prefixes.match(prompt.hashes(self.block_tokens))):
             cached = pace.found.value * matched * self.block_tokens
         return Candidate(self._others + self.in_flight, self.slots, self.ahead, cached)
 
     def hashes(self, prompt: Prompt) -> Sequence[int]:
-        """Of the blocks of a prompt; none where it caches no prefixes."""
+        """Returns the hashes of a prompt's blocks; none where the router caches no prefixes."""
         return prompt.hashes(self.block_tokens) if self.prefixes is not None else ()
 
     def generate(
         self, request: engine_pb2.EngineRequest, deadline: Deadline, traceparent: str
     ) -> AsyncGenerator[engine_pb2.EngineEvent, None]:
-        """The request's events; see `CallClient.generate`."""
+        """Yields the request's events; see `CallClient.generate`."""
         return self._calls.generate(request, deadline, traceparent)
 
     async def answers(self) -> bool:
-        """Whether it answers now; its load is known then."""
+        """Polls the router; returns whether it answers, and then takes its report over."""
         before = self.in_flight
         try:
-            told = await self.stub.DescribeEngine(engine_pb2.DescribeEngineRequest(), timeout=HANDSHAKE_S)
+            report = await self.stub.DescribeEngine(engine_pb2.DescribeEngineRequest(), timeout=HANDSHAKE_S)
         except grpc.RpcError:
             return False
-        # Ours that came or went meanwhile may be counted in what it told, or not; better miss one than invent one.
-        self._note(told, max(before, self.in_flight))
+        # The report may or may not count requests of ours that began or ended meanwhile. Taking the larger number rather
+        # misses a sequence of another gateway than invents one.
+        self._note(report, max(before, self.in_flight))
         return True
 
     async def leave(self) -> None:
-        """Sends it nothing more; its channel closes with the last of our requests there."""
+        """Marks the router as leaving; its channel closes when the last of our requests there ends."""
         self._left = True
         self._polling.cancel()
         await self.close_if_done()
@@ -109,7 +110,7 @@ class RouterPeer:
         await self._hang_up()
 
     async def close_if_done(self) -> None:
-        """For whoever ends a request there."""
+        """Closes the channel of a leaving router without requests of ours. Call it after each request."""
         if self._left and not self.in_flight:
             await self._hang_up()
 
@@ -117,12 +118,12 @@ class RouterPeer:
         await self._calls.close()
         await self._channel.close()
 
-    def _note(self, told: engine_pb2.DescribeEngineResponse, ours: int) -> None:
-        """What it told, `ours` of its sequences among it."""
-        self.description = told
-        self._others = max(told.running + told.waiting - ours, 0)
-        # Where requests wait for room in its KV cache it runs fewer than it has slots for.
-        self.slots = min(told.slots, told.running) if told.waiting and told.running else told.slots
+    def _note(self, report: engine_pb2.DescribeEngineResponse, ours: int) -> None:
+        """Takes over a report that counts `ours` sequences of this gateway."""
+        self.description = report
+        self._others = max(report.running + report.waiting - ours, 0)
+        # While requests wait for KV cache, the router runs fewer sequences than it has slots.
+        self.slots = min(report.slots, report.running) if report.waiting and report.running else report.slots
 
     async def _poll(self) -> None:
         while True:

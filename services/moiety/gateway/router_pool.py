@@ -1,4 +1,4 @@
-"""The routers a gateway can ask: chooses one per request, and carries a request on when its router is lost."""
+"""The routers of a gateway: chooses one for each request, and resumes a request elsewhere when its router is lost."""
 
 from __future__ import annotations
 
@@ -25,28 +25,28 @@ from moiety.wire.deadline import Deadline
 
 _log = logging.getLogger(__name__)
 RETRY_S = 0.1
-UNKNOWN_WAIT_S = 1.0  # told to those who are refused before any request has shown how long one takes
+UNKNOWN_WAIT_S = 1.0  # retry delay before any request has shown how long one takes
 
 
 class RouterLost(Unavailable):
-    """The router of a request is gone or going; the request is not."""
+    """The router of a request is gone or going; the request can resume on another one."""
 
 
 class RouterPool:
     """Ready routers, found through the registry."""
 
     def __init__(self, watch: Watch, wait_s: float, seed: int = 0):
-        """`seed` decides which routers are compared: gateways should have different ones."""
+        """`wait_s`: longest wait for a ready router. `seed` decides which routers are compared; each gateway needs its own."""
         self._watch, self._wait_s = watch, wait_s
         self._routers: dict[str, RouterPeer] = {}
         self._dialling: dict[str, asyncio.Task[None]] = {}
-        self._seen: tuple[Replica, ...] | None = None  # the table that `_routers` is in line with
+        self._seen: tuple[Replica, ...] | None = None  # the registry's table that `_routers` reflects
         self._pace, self._backlog = Pace(), Backlog()
         self._random = random.Random(seed)
         self._hasher = PrefixHasher(self._random.getrandbits(64))
 
     async def pick(self, deadline: Deadline, revision: str = "") -> RouterPeer:
-        """A ready router, the least loaded. Raises Unavailable when none appears in time."""
+        """Returns the least loaded ready router. Raises Unavailable or DeadlineExceeded when none appears in time."""
         return min(await self._ready(deadline, revision), key=lambda router: (router.load, router.replica.id))
 
     async def generate(
@@ -58,10 +58,10 @@ class RouterPool:
         *,
         accepted: bool = False,
     ) -> AsyncGenerator[engine_pb2.EngineEvent, None]:
-        """The request's events, to the end of every choice but those that the caller puts into `ended` meanwhile.
+        """Yields the request's events until every choice has ended, except those that the caller adds to `ended` meanwhile.
 
-        A router lost on the way is replaced: another goes on behind the tokens of each unfinished choice. A router whose
-        queue is full is passed over for the next. Raises ResourceExhausted where all are; a request that was `accepted`
+        When the router is lost, another one resumes each unfinished choice after its tokens. When a router's queue is
+        full, the next router is tried. Raises ResourceExhausted where all queues are full; a request that was `accepted`
         before waits for a place instead, as long as for a ready router.
         """
         done = {choice: list(request.generated_ids) for choice in choices_of(request)}
@@ -70,32 +70,32 @@ class RouterPool:
                 async with aclosing(self._placed(request, deadline, traceparent, accepted)) as events:
                     async for event in events:
                         done[event.choice].extend(event.token_ids)
-                        request.sampling.prompt_logprobs = False  # they came with the first tokens
+                        request.sampling.prompt_logprobs = False  # they were sent with the first tokens
                         if event.finish_reason:
                             del done[event.choice]
                         yield event
                         if not done.keys() - ended:
                             return
             except RouterLost as lost:
-                _log.warning("%s after %d tokens; going on elsewhere", lost, sum(map(len, done.values())))
+                _log.warning("%s after %d tokens; another router resumes", lost, sum(map(len, done.values())))
             accepted = True
-            left = [behind(request, choice, ids) for choice, ids in done.items() if choice not in ended]
-            if len(left) == 1:
-                (request,) = left
-            elif any(done.values()) or len(left) < request.sampling.n:  # each goes on by itself, behind its own tokens
-                streams = [self.generate(one, deadline, traceparent, ended, accepted=True) for one in left]
+            unfinished = [behind(request, choice, ids) for choice, ids in done.items() if choice not in ended]
+            if len(unfinished) == 1:
+                (request,) = unfinished
+            elif any(done.values()) or len(unfinished) < request.sampling.n:  # each resumes after its own tokens
+                streams = [self.generate(one, deadline, traceparent, ended, accepted=True) for one in unfinished]
                 async with aclosing(merged(streams)) as events:
                     async for event in events:
                         yield event
                 return
 
     def check_room(self) -> None:
-        """Raises ResourceExhausted where every router is full with requests of ours: before a prompt costs anything."""
+        """Raises ResourceExhausted where our own requests fill every router. Call it before any work on a prompt."""
         if self._routers and all(router.packed for router in self._routers.values()):
             raise self._full(len(self._routers))
 
     def retry_after_s(self) -> float:
-        """Seconds after which one more who is refused now should come again, and is expected to."""
+        """Returns the retry delay of one request that is refused now, in seconds, and expects it back after that."""
         return self._backlog.refuse(self._predicted_wait_s)
 
     async def close(self) -> None:
@@ -106,7 +106,7 @@ class RouterPool:
     async def _placed(
         self, request: engine_pb2.EngineRequest, deadline: Deadline, traceparent: str, accepted: bool
     ) -> AsyncGenerator[engine_pb2.EngineEvent, None]:
-        """The request's events from the first router that takes it. Raises RouterLost when that one goes."""
+        """Yields the request's events from the first router that accepts it. Raises RouterLost when that router is lost."""
         prompt, full, started = Prompt(request, self._hasher), dict[str, float](), False
         waits = Deadline.after(min(self._wait_s, deadline.left()) if accepted else 0.0)
         while True:
@@ -120,7 +120,7 @@ class RouterPool:
                 await asyncio.sleep(min(soonest, waits.left()))
                 full.clear()
             router = self._choose(request, prompt, [router for router in ready if router.replica.id not in full])
-            request.revision = router.replica.revision  # one revision for life
+            request.revision = router.replica.revision  # kept when the request resumes elsewhere
             try:
                 async with aclosing(self._stream(router, request, prompt, deadline, traceparent)) as events:
                     async for event in events:
@@ -133,11 +133,11 @@ class RouterPool:
                 full[router.replica.id] = refusal.retry_after_s
 
     def _full(self, routers: int, least_s: float = 0.0) -> ResourceExhausted:
-        told = "the one router" if routers == 1 else f"each of {routers} routers"
-        return ResourceExhausted(f"the queue of {told} is full", max(self.retry_after_s(), least_s))
+        queues = "queue of the only router is" if routers == 1 else f"queues of all {routers} routers are"
+        return ResourceExhausted(f"the {queues} full", max(self.retry_after_s(), least_s))
 
     def _predicted_wait_s(self, expected: int) -> float:
-        """Seconds until one more request has a slot, at the router where that is soonest, `expected` others before it."""
+        """Returns the seconds until a request behind `expected` others gets a slot, at the router where that is soonest."""
         if not self._pace.known or not self._routers:
             return UNKNOWN_WAIT_S
         before = expected / len(self._routers)
@@ -160,14 +160,14 @@ class RouterPool:
         deadline: Deadline,
         traceparent: str,
     ) -> AsyncGenerator[engine_pb2.EngineEvent, None]:
-        """The request's events from one router."""
+        """Yields the request's events from one router."""
         attempt = Attempt(router, prompt, self._pace)
         try:
             async with aclosing(router.generate(request, deadline, traceparent)) as events:
                 async for event in events:
                     self._pace = attempt.event(event, self._pace)
                     if request.generated_ids:
-                        event.cached_tokens = 0  # of a prompt that is partly output; the client has heard of its own
+                        event.cached_tokens = 0  # counts output too; the client already has the count of its prompt
                     yield event
         except Unavailable as error:
             if await self._is_lost(router):
@@ -178,7 +178,10 @@ class RouterPool:
             await router.close_if_done()
 
     async def _ready(self, deadline: Deadline, revision: str) -> list[RouterPeer]:
-        """The ready routers of `revision`, or of any; those that answer, if any do. Raises Unavailable when none appears."""
+        """Returns the ready routers of `revision`, "" = any; only those that answer polls, if any do.
+
+        Raises Unavailable or DeadlineExceeded when none appears in time.
+        """
         waits = Deadline.after(min(self._wait_s, deadline.left()))
         while True:
             await self._refresh()
@@ -193,19 +196,19 @@ class RouterPool:
             await asyncio.sleep(RETRY_S)
 
     async def _refresh(self) -> None:
-        """Brings the list of routers in line with the registry."""
+        """Updates the routers to match the registry."""
         table = self._watch.replicas
         if table is self._seen:
             return
         listed = {replica.id: replica for replica in table if _is_ready(replica)}
         for gone in self._routers.keys() - listed.keys():
-            if (router := self._routers.pop(gone, None)) is not None:  # else dropped while we closed another
+            if (router := self._routers.pop(gone, None)) is not None:  # None: removed while we closed another
                 await router.leave()
         missing = listed.keys() - self._routers.keys()
         for new in missing - self._dialling.keys():
             self._dialling[new] = asyncio.create_task(self._dial(listed[new]))
             self._dialling[new].add_done_callback(partial(self._dialled, new))
-        if self._dialling and not self._routers:  # later ones are dialled beside the requests
+        if self._dialling and not self._routers:  # with a router to use, others are dialled in the background
             await asyncio.wait(self._dialling.values())
         if not missing:
             self._seen = table
@@ -216,16 +219,16 @@ class RouterPool:
     async def _dial(self, replica: Replica) -> None:
         if (router := await RouterPeer.dial(replica)) is not None:
             self._routers[replica.id] = router
-            self._seen = None  # it may have left the table meanwhile
+            self._seen = None  # the router may have left the table meanwhile
 
     async def _is_lost(self, router: RouterPeer) -> bool:
-        """Whether the router itself is gone or going, rather than telling us that something behind it is."""
+        """Returns whether the router itself is gone or going, and not just something behind it that it reports."""
         listed = any(replica.id == router.replica.id and _is_ready(replica) for replica in self._watch.replicas)
         if await router.answers():
             return not listed
         if self._routers.get(router.replica.id) is router:
             del self._routers[router.replica.id]
-            self._seen = None  # it is dialled again for as long as it is listed
+            self._seen = None  # the router is dialled again while it is listed
             await router.leave()
         return True
 

@@ -1,4 +1,4 @@
-"""The public gRPC API: checks requests, tokenises, streams text, and cancels what its client abandons."""
+"""The public gRPC API: checks requests, tokenises, streams text, and cancels requests that their clients abandon."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ class GenerationService:
     def __init__(self, routers: RouterPool, tokenizer: Tokenizer, model: str, max_concurrent: int, tracer: Tracer):
         self._routers, self._tokenizer, self._model, self._tracer = routers, tokenizer, model, tracer
         self._admission = Admission(max_concurrent, routers.retry_after_s)
-        self.running = 0
-        self.begun = 0  # since the start
+        self.running = 0  # requests in progress
+        self.begun = 0  # requests since the start
 
     def handler(self) -> grpc.GenericRpcHandler:
-        """To be added to a server under its service name."""
+        """Returns the handler to add to a server under the name SERVICE."""
         return grpc.method_handlers_generic_handler(
             SERVICE,
             {
@@ -71,8 +71,8 @@ class GenerationService:
             router = await self._routers.pick(Deadline.after(context.time_remaining()))
         except MoietyError as error:
             await status.abort(context, error)
-        told = router.description
-        model = generation_pb2.Model(name=self._model, revision=told.revision, max_context=told.max_context)
+        served = router.description
+        model = generation_pb2.Model(name=self._model, revision=served.revision, max_context=served.max_context)
         return generation_pb2.ListModelsResponse(models=[model])
 
     async def _generate(
@@ -119,7 +119,7 @@ class GenerationService:
             span.end()
 
     async def _admit(self, request: generation_pb2.GenerateRequest, deadline: Deadline) -> engine_pb2.EngineRequest:
-        """The request in token ids, checked against the model it goes to. Raises what the client should hear."""
+        """Returns the request in token ids, checked against its model's limits. Raises the error for the client."""
         if request.model and request.model != self._model:
             raise NotFound(f"model {request.model!r} is not served here; this is {self._model!r}")
         if len(request.request_id) > MAX_REQUEST_ID:
@@ -129,12 +129,12 @@ class GenerationService:
             raise InvalidRequest("prompt", None, "text or token_ids")
         ids = await self._encode(request.text) if kind == "text" else list(request.token_ids.ids)
         router = await self._routers.pick(deadline)
-        told = router.description
-        check_prompt(ids, told.vocabulary, told.max_context)
+        served = router.description
+        check_prompt(ids, served.vocabulary, served.max_context)
         if request.sampling.HasField("first_token"):
             request.sampling.first_token_id = self._tokenizer.token_id(request.sampling.first_token)
-        in_context = 1 if told.encoder_decoder else len(ids)
-        sampling = check_sampling(request.sampling, in_context, told.vocabulary, told.max_context)
+        in_context = 1 if served.encoder_decoder else len(ids)
+        sampling = check_sampling(request.sampling, in_context, served.vocabulary, served.max_context)
         engine_request = engine_pb2.EngineRequest(
             request_id=request.request_id or secrets.token_hex(8),
             prompt_ids=ids,
@@ -144,18 +144,18 @@ class GenerationService:
             tenant=request.tenant,
         )
         settle(engine_request.sampling, sampling)
-        engine_request.sampling.ClearField("stop")  # text is this side's business
+        engine_request.sampling.ClearField("stop")  # the gateway matches stop strings: the engine has no text
         return engine_request
 
     async def _encode(self, text: str) -> list[int]:
-        """Off the loop where it takes long: everybody's streams and our heartbeat run there."""
+        """Tokenises; a long text off the event loop, where all streams and our heartbeat run."""
         if len(text) <= LONG_PROMPT:
             return self._tokenizer.encode(text)
         return await asyncio.to_thread(self._tokenizer.encode, text)
 
 
 def _parse(data: bytes) -> generation_pb2.GenerateRequest | InvalidRequest:
-    """Unreadable requests become an error with a name, instead of gRPC's INTERNAL."""
+    """Parses a request; returns InvalidRequest for unreadable bytes, which gRPC would report as INTERNAL."""
     try:
         return generation_pb2.GenerateRequest.FromString(data)
     except DecodeError as error:

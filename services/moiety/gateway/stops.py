@@ -1,4 +1,4 @@
-"""Stop strings in a stream of text."""
+"""Finds stop strings in a stream of text."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ from collections.abc import Sequence
 
 
 class StopStrings:
-    """Lets text through up to the first stop string that is completed.
+    """Passes text on up to the first stop string that is completed.
 
-    Text that may still become a stop string is held back, so that nothing sent is ever taken back. What comes out does not
+    Holds back text that may still become a stop string, so that sent text never has to be retracted. The result does not
     depend on how the text was cut into pieces: it is matched character by character (Knuth, Morris and Pratt 1977).
     """
 
     def __init__(self, stops: Sequence[str]):
         self._stops = [(stop, _borders(stop)) for stop in stops]
-        self._matched = [0] * len(stops)  # how much of each stop string the text so far ends with
+        self._matched = [0] * len(stops)  # characters of each stop string that the text so far ends with
         self._held = ""
         self.stopped = False
 
     def push(self, text: str, *, last: bool = False) -> str:
-        """What may be sent now; `last` lets go what was held back, since nothing follows it."""
+        """Returns the text to send now; `last` also releases held-back text, since nothing follows it."""
         for end, character in enumerate(text, start=1):
             completed = 0
             for index, (stop, borders) in enumerate(self._stops):
@@ -41,7 +41,7 @@ class StopStrings:
 
 
 def _borders(stop: str) -> list[int]:
-    """For each prefix of `stop`: the length of the longest shorter prefix that it ends with."""
+    """Returns, for each prefix of `stop`, the length of the longest shorter prefix that it ends with."""
     borders = [0] * len(stop)
     for end in range(1, len(stop)):
         length = borders[end - 1]

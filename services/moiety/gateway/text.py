@@ -1,4 +1,4 @@
-"""Text to token ids and back. The only part of the system that knows about text."""
+"""Converts text to token ids and back. Only the gateway does so."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from moiety.errors import InvalidRequest
 from moiety.model.checkpoint.tokenizer import open_tokenizer
 
 MAX_PROMPT_BYTES = 16 << 20
-CHARACTER_BYTES = 4  # UTF-8's longest, and so the most tokens one character can be cut into
+CHARACTER_BYTES = 4  # the longest UTF-8 character, and so the most tokens that one character can be split into
 PENDING_TOKENS = 3 * CHARACTER_BYTES
 _PARTIAL = "\ufffd"  # what a decoder shows for the bytes of an unfinished character
 
@@ -21,16 +21,16 @@ class Tokenizer:
         self._tokenizer, self.stop_ids = open_tokenizer(folder)
 
     def encode(self, text: str) -> list[int]:
-        """Raises InvalidRequest when the text is empty or beyond all reason."""
+        """Returns the token ids of a prompt. Raises InvalidRequest when it is empty or longer than MAX_PROMPT_BYTES."""
         if not text:
             raise InvalidRequest("prompt.text", text, "at least one character")
         if len(text) > MAX_PROMPT_BYTES:
-            raise InvalidRequest("prompt.text", f"{len(text)} characters", f"at most {MAX_PROMPT_BYTES}")
+            raise InvalidRequest("prompt.text", f"{len(text)} characters", f"at most {MAX_PROMPT_BYTES} characters")
         ids: list[int] = self._tokenizer.encode(text)
         return ids
 
     def token_id(self, token: str) -> int:
-        """The id of the token whose text is exactly `token`. Raises InvalidRequest where there is none."""
+        """Returns the id of the token whose text is exactly `token`. Raises InvalidRequest where there is none."""
         found = self._tokenizer.get_vocab().get(token)
         if found is None:
             raise InvalidRequest("sampling.first_token", token, "the text of a token of this model")
@@ -42,35 +42,36 @@ class Tokenizer:
 
 
 class Detokenizer:
-    """Turns a stream of token ids into a stream of text: characters are sent once they are whole.
+    """Turns a stream of token ids into a stream of text; returns each character once it is complete.
 
-    Decodes from a little before the new tokens, since how a token reads depends on the one before it.
+    Decodes from a little before the new tokens, since a token's text depends on the token before it.
     """
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
-        self._ids: list[int] = []  # those that are still decoded
-        self._shown = 0  # of them were sent, and are there as context
+        self._ids: list[int] = []  # ids that are still decoded
+        self._shown = 0  # how many of them have been sent already and serve as context
 
     def push(self, ids: Sequence[int], *, last: bool = False) -> str:
-        """The new text; `last` flushes an unfinished character too."""
+        """Returns the new text; `last` also flushes an unfinished character."""
         self._ids.extend(ids)
         shown = self._tokenizer.decode(self._ids[: self._shown])
         text = self._tokenizer.decode(self._ids)
-        if text == shown:  # special tokens
+        if text == shown:  # only special tokens, which have no text
             del self._ids[self._shown :]
             return ""
         if len(text) < len(shown) or (text.endswith(_PARTIAL) and not last):
-            return self._give_up_on(text)[len(shown) :]
+            return self._final_part(text)[len(shown) :]
         del self._ids[: self._shown]
         self._shown = len(self._ids)
         return text[len(shown) :]
 
-    def _give_up_on(self, text: str) -> str:
-        """What of `text` will never change, once more tokens are pending than a character can need.
+    def _final_part(self, text: str) -> str:
+        """Returns the part of `text` that cannot change any more, once more tokens are pending than a character can need.
 
-        Bytes that are no text may go on for ever, and decoding all of them at each token would cost their square. They
-        are cut where decoding both sides apart gives the same: not within a character that the newest may yet complete.
+        Bytes that form no character may follow without end, and decoding all of them for each token would take quadratic
+        time. The ids are cut where decoding both parts separately gives the same text, so not within a character that the
+        newest ids may still complete.
         """
         if len(self._ids) - self._shown < PENDING_TOKENS:
             return ""

@@ -1,4 +1,4 @@
-"""Traces of every hop and figures of every service, behind an interface that costs nothing where nobody asked for them."""
+"""Traces of every hop and metrics of every service, behind an interface that costs nothing while export is off."""
 
 from moiety.telemetry.metrics import NO_METER, Meter, configure_metrics
 from moiety.telemetry.names import Attribute, MetricName, ResourceAttribute, SpanName

@@ -1,4 +1,4 @@
-"""Whether the OTEL_* variables ask for a signal over OTLP: only then is the SDK loaded, which reads the rest itself."""
+"""Decides whether the OTEL_* variables ask for OTLP export. Only then is the SDK loaded, which reads the other variables."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ _logger = logging.getLogger("moiety.telemetry")
 
 
 def export_enabled(signal: Signal, endpoint: str | None) -> bool:
-    """Whether `signal` is to be exported and can be; where it can't, the log says why. `endpoint` asks for it too."""
+    """Returns whether `signal` is wanted and can be exported; logs why where it cannot. An `endpoint` also asks for it."""
     if not _wanted(signal, endpoint):
         return False
     if any(importlib.util.find_spec(package) is None for package in ("opentelemetry", "grpc")):
-        _logger.warning("%s are asked for, but OpenTelemetry is not installed: pip install 'moiety[serve]'", signal)
+        _logger.warning("%s are off, because OpenTelemetry is not installed: pip install 'moiety[serve]'", signal)
         return False
     return True
 
@@ -29,15 +29,15 @@ def _wanted(signal: Signal, endpoint: str | None) -> bool:
     exporters = {name.strip().lower() for name in os.environ.get(variable, "").split(",")} - {""}
     if exporters and "otlp" not in exporters:
         if exporters != {"none"}:
-            told = ",".join(exporters)
-            _logger.warning("%s=%s: only otlp and none are known; %s are off", variable, told, signal)
+            names = ",".join(exporters)
+            _logger.warning("%s=%s: must be otlp or none; %s are off", variable, names, signal)
         return False
-    of_signal = f"OTEL_EXPORTER_OTLP_{signal.upper()}_"
-    endpoints = (f"{of_signal}ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+    prefix = f"OTEL_EXPORTER_OTLP_{signal.upper()}_"
+    endpoints = (f"{prefix}ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
     if not (exporters or endpoint or any(os.environ.get(name) for name in endpoints)):
         return False
-    protocol = os.environ.get(f"{of_signal}PROTOCOL") or os.environ.get("OTEL_EXPORTER_OTLP_PROTOCOL")
+    protocol = os.environ.get(f"{prefix}PROTOCOL") or os.environ.get("OTEL_EXPORTER_OTLP_PROTOCOL")
     if protocol not in (None, "", "grpc"):
-        _logger.warning("OTLP protocol %s: only grpc is known; %s are off", protocol, signal)
+        _logger.warning("OTLP protocol %s: must be grpc; %s are off", protocol, signal)
         return False
     return True

@@ -1,7 +1,7 @@
-"""The meter the rest of the code knows, its no-op twin, and `configure_metrics`, which picks one of the two.
+"""The `Meter` interface that the rest of the code uses, its no-op twin, and `configure_metrics`, which returns one.
 
-Figures are read from what services count anyway, by the exporter's thread whenever it exports: being measured costs the
-measured nothing. As with tracers, no meter is global.
+The exporter's thread reads counts that services keep anyway, whenever it exports: nothing is recorded on a request's
+path. As with tracers, no meter is global.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ _logger = logging.getLogger("moiety.telemetry")
 
 
 class Meter(Protocol):
-    """Exports the figures of one service, every OTEL_METRIC_EXPORT_INTERVAL milliseconds and once more at the end."""
+    """Exports the metrics of one service, every OTEL_METRIC_EXPORT_INTERVAL milliseconds and once more at the end."""
 
     def observe(
         self, name: MetricName, read: Callable[[], float | None], attributes: Mapping[Attribute, Value] | None = None
     ) -> None:
-        """Has `read()` called for every export, on another thread; None where there is nothing to tell yet.
+        """Registers `read`, which each export calls on another thread; it returns None while there is no value yet.
 
         Another `read` for the same name and attributes replaces the first.
         """
         ...
 
     def shutdown(self, timeout_s: float = 2.0) -> None:
-        """Exports once more and stops within `timeout_s` and a moment. Never raises."""
+        """Exports once more and stops soon after `timeout_s` at the latest. Never raises."""
         ...
 
 
@@ -40,10 +40,10 @@ class _NoMeter:
     def observe(
         self, name: MetricName, read: Callable[[], float | None], attributes: Mapping[Attribute, Value] | None = None
     ) -> None:
-        """Never calls it."""
+        """Ignores `read`."""
 
     def shutdown(self, timeout_s: float = 2.0) -> None:
-        """Nothing to stop."""
+        """Does nothing."""
 
 
 NO_METER: Meter = _NoMeter()
@@ -52,9 +52,9 @@ NO_METER: Meter = _NoMeter()
 def configure_metrics(
     service: str, attributes: Mapping[str, str] | None = None, *, endpoint: str | None = None
 ) -> Meter:
-    """The meter of one service: a real one if the OTEL_* variables ask for OTLP, else NO_METER.
+    """Returns the meter of one service: a real one if the OTEL_* variables ask for OTLP, else NO_METER.
 
-    Arguments and failures are as those of `tracing.configure`.
+    Takes the arguments of `tracing.configure` and handles failures in the same way.
     """
     if not export_enabled("metrics", endpoint):
         return NO_METER

@@ -1,7 +1,7 @@
-"""Every span, metric and attribute name, declared once. OpenTelemetry's semantic conventions are followed where one exists.
+"""Every span, metric and attribute name, declared once. Names follow OpenTelemetry's semantic conventions where one exists.
 
-One trace reads: client.generate → generate → engine.request → queue, then steps; step → layer → hop → expert → its queue
-and kernel.
+The spans of one trace nest: client.generate → generate → engine.request → queue, then steps; step → layer → hop →
+expert → expert.queue and expert.kernel.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from enum import StrEnum
 
 
 class SpanName(StrEnum):
-    """What a span measures; which one of its kind (layer, replica, step class) is told by attributes."""
+    """What a span measures. Its attributes say which layer, replica or step class it belongs to."""
 
     CLIENT_GENERATE = "client.generate"  # client: call sent → stream closed
     GENERATE = "generate"  # gateway: request accepted → last text sent
     ENGINE_REQUEST = "engine.request"  # router: request accepted → last token emitted
     QUEUE = "queue"  # router: request accepted → it has a slot
-    STEP = "step"  # router: one engine step; STEP_CLASS tells prefill from decode
-    ATTENTION = "attention"  # router, in a step: what it computes between two MoE layers (attention, norms, gating)
-    LAYER = "layer"  # router, in a step: one MoE layer's experts, from rows known to all of them answered
-    PARK = "park"  # router, in a layer: no live replica holds an expert that it needs
+    STEP = "step"  # router: one engine step; STEP_CLASS distinguishes prefill and decode
+    ATTENTION = "attention"  # router, in a step: the computation between two MoE layers (attention, norms, gating)
+    LAYER = "layer"  # router, in a step: one MoE layer's experts, rows known → all rows answered
+    PARK = "park"  # router, in a layer: waiting for a live replica that holds an expert of the layer
     HOP = "hop"  # router, in a layer: call sent → reply decoded, one replica
     SAMPLE = "sample"  # router, in a step: logits → tokens
     EXPERT = "expert"  # expert: call received → reply handed to the stream
@@ -30,7 +30,7 @@ class SpanName(StrEnum):
 
 
 class SpanKind(StrEnum):
-    """OpenTelemetry's span kinds, as far as they occur here."""
+    """The OpenTelemetry span kinds that occur here."""
 
     CLIENT = "client"
     SERVER = "server"
@@ -47,7 +47,7 @@ _KINDS: Mapping[SpanName, SpanKind] = {
 
 
 def kind_of(name: SpanName) -> SpanKind:
-    """Which side of a call spans of that name are; INTERNAL unless they are one."""
+    """Returns which side of a call spans of this name are; INTERNAL for spans that are neither."""
     return _KINDS.get(name, SpanKind.INTERNAL)
 
 
@@ -72,7 +72,9 @@ class Attribute(StrEnum):
     # Ours: the request.
     REQUEST_ID = "moiety.request_id"  # str
 
-    REROUTED = "moiety.rerouted"  # float, 0 to 1: rows that went to another expert than the gate's; backup policy only
+    REROUTED = (
+        "moiety.rerouted"  # float, 0 to 1: fraction of rows sent to another expert than the gate's; policy backup
+    )
 
     # Ours: a step.
     STEP_CLASS = "moiety.step.class"  # str: decode, prefill or mixed
@@ -85,7 +87,7 @@ class Attribute(StrEnum):
     REPLICA = "moiety.replica"  # str: replica id
     ROWS = "moiety.rows"  # int: rows of hidden states sent
     ATTEMPT = "moiety.attempt"  # int, from 0
-    HEDGE = "moiety.hedge"  # bool: sent beside a call that is still out
+    HEDGE = "moiety.hedge"  # bool: sent while an earlier call for the same rows is unanswered
     OUTCOME = "moiety.outcome"  # str: the reply's Outcome, e.g. "NOT_HELD"
     QUEUE_MS = "moiety.queue_ms"  # float, milliseconds: waiting for the expert's device
     COMPUTE_MS = "moiety.compute_ms"  # float, milliseconds: on the expert's device
@@ -94,7 +96,7 @@ class Attribute(StrEnum):
 
 
 class MetricName(StrEnum):
-    """What services tell of themselves now and then; of which service is in the resource attributes."""
+    """What services report periodically. The resource attributes name the service."""
 
     BUSY = "moiety.busy"
     QUEUE_WAIT = "moiety.queue_wait"
@@ -106,19 +108,19 @@ class MetricName(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """How a metric is declared to OpenTelemetry: a counter since the service's start, or a figure of the moment."""
+    """How a metric is declared to OpenTelemetry: as a counter or as a gauge."""
 
-    told: str
+    description: str
     unit: str = "1"  # UCUM
-    cumulative: bool = False
+    cumulative: bool = False  # a counter since the service's start; else a gauge
 
 
 METRICS: Mapping[MetricName, Metric] = {
-    MetricName.BUSY: Metric("busy fraction of the last second: an expert's device, a router's slots or KV cache"),
-    MetricName.QUEUE_WAIT: Metric("mean wait of the last second's calls, or of a router's requests", "s"),
+    MetricName.BUSY: Metric("busy fraction in the last second: of an expert's device, of a router's slots or KV cache"),
+    MetricName.QUEUE_WAIT: Metric("mean wait in the last second: of an expert's calls, of a router's requests", "s"),
     MetricName.ROUTED_ROWS: Metric("(token, expert) rows that a router sent to experts", "{row}", cumulative=True),
     MetricName.REROUTED_ROWS: Metric(
-        "of these, rows sent to another expert than the gate's, as the overflow policy backup allows",
+        "routed rows that the overflow policy backup sent to another expert than the gate's",
         "{row}",
         cumulative=True,
     ),
@@ -128,7 +130,7 @@ METRICS: Mapping[MetricName, Metric] = {
 
 
 class ResourceAttribute(StrEnum):
-    """Keys that describe the service itself, on every span and metric of it. `service.name` is `configure`'s first argument."""
+    """Keys that describe the service, on all its spans and metrics. `service.name` is `configure`'s first argument."""
 
     INSTANCE = "service.instance.id"  # str: replica id
     VERSION = "service.version"  # str

@@ -64,12 +64,12 @@ class OtelSpan:
 
 
 class OtelTracer:
-    """Spans of one service, exported over OTLP/gRPC in batches by a thread of its own."""
+    """The spans of one service, exported over OTLP/gRPC in batches by its own thread."""
 
     def __init__(self, service: str, attributes: Mapping[str, str], endpoint: str | None) -> None:
         self._exporter = _QuietExporter(endpoint)
         self._processor = BatchSpanProcessor(self._exporter)
-        # Not the global provider: that one may be Ray Serve's, and one process may run several services.
+        # Not the global provider: Ray Serve may have set that, and one process may run several services.
         provider = TracerProvider(
             resource=Resource.create({**attributes, "service.name": service}), shutdown_on_exit=False
         )
@@ -110,7 +110,7 @@ class OtelTracer:
 
 
 class _QuietExporter(SpanExporter):
-    """The OTLP exporter, its outages told once."""
+    """The OTLP exporter, which logs each outage once."""
 
     def __init__(self, endpoint: str | None) -> None:
         self.quiet = Quiet("spans")
@@ -128,7 +128,7 @@ class _QuietExporter(SpanExporter):
 
 
 def _context(parent: Parent) -> Context | None:
-    """The context to start a child of `parent` in; None where it is not sampled."""
+    """Returns the context in which a child of `parent` starts; None where the parent is not sampled."""
     if isinstance(parent, OtelSpan):
         return trace.set_span_in_context(parent.span, Context())
     if parent is None:

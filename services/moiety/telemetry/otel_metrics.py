@@ -26,12 +26,12 @@ Labels = tuple[tuple[str, Value], ...]
 
 
 class OtelMeter:
-    """Figures of one service, exported over OTLP/gRPC by a thread of its own."""
+    """The metrics of one service, exported over OTLP/gRPC by its own thread."""
 
     def __init__(self, service: str, attributes: Mapping[str, str], endpoint: str | None) -> None:
         self._exporter = _QuietExporter(endpoint)
         self._reads: dict[MetricName, dict[Labels, Read]] = {}
-        # Not the global provider, for the reasons that OtelTracer has.
+        # Not the global provider, for the same reasons as in OtelTracer.
         self._provider = MeterProvider(
             [PeriodicExportingMetricReader(self._exporter)],
             Resource.create({**attributes, "service.name": service}),
@@ -49,7 +49,7 @@ class OtelMeter:
             create: Callable[..., object] = (
                 self._meter.create_observable_counter if metric.cumulative else self._meter.create_observable_gauge
             )
-            create(name.value, [partial(self._observations, name)], metric.unit, metric.told)
+            create(name.value, [partial(self._observations, name)], metric.unit, metric.description)
 
     def shutdown(self, timeout_s: float = 2.0) -> None:
         if self._exporter.quiet.failing:
@@ -58,13 +58,13 @@ class OtelMeter:
             self._exporter.shutdown()  # cuts off the export that the reader waits for
 
     def _observations(self, name: MetricName, _: CallbackOptions) -> Iterable[Observation]:
-        for labels, read in list(self._reads[name].items()):  # others may be joining
+        for labels, read in list(self._reads[name].items()):  # a copy: another thread may call `observe`
             if (value := read()) is not None:
                 yield Observation(value, dict(labels))
 
 
 class _QuietExporter(MetricExporter):
-    """The OTLP exporter, its outages told once."""
+    """The OTLP exporter, which logs each outage once."""
 
     def __init__(self, endpoint: str | None) -> None:
         self.quiet = Quiet("metrics")

@@ -1,7 +1,7 @@
-"""Exports over OTLP with one warning per outage in place of one per retry, and none during shutdown.
+"""Exports over OTLP with one warning per outage instead of one per retry, and none during shutdown.
 
-A collector that is down is the normal state of a laptop. The SDK logs every retry, and a stack trace if its channel is
-closed under a call.
+On a laptop there is usually no collector. The SDK logs every retry, and a stack trace if its channel is closed during a
+call.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ _logger = logging.getLogger("moiety.telemetry")
 
 
 class Quiet:
-    """The outages of one exporter of `what`: spans, or metrics."""
+    """Logs the outages of one exporter. `what` names what it exports: spans or metrics."""
 
     def __init__(self, what: str) -> None:
         self.failing = False  # since the last export that went through
         self._what = what
         self._closed = threading.Event()
-        self._thread = 0  # the one inside export(): what the SDK logs there is ours to report
-        otlp.logger.addFilter(self._not_ours)
+        self._thread = 0  # the thread inside export(): we report what the SDK logs there
+        otlp.logger.addFilter(self._passes)
 
     def export(self, send: Callable[[], bool]) -> bool:
-        """Whether `send()` says that it worked; nothing is sent after `close`."""
+        """Calls `send()` and returns whether it succeeded; sends nothing after `close`."""
         if self._closed.is_set():
             return False
         self._thread = threading.get_ident()
@@ -38,28 +38,29 @@ class Quiet:
         finally:
             self._thread = 0
             if self._closed.is_set():
-                otlp.logger.removeFilter(self._not_ours)
+                otlp.logger.removeFilter(self._passes)
         if not sent:
             self._failed("export failed")
         elif self.failing:
             self.failing = False
-            _logger.info("%s are exported again", self._what)
+            _logger.info("exporting %s works again", self._what)
         return sent
 
     def close(self, shutdown: Callable[[], object]) -> None:
-        """Calls `shutdown()` of the exporter, once."""
+        """Calls the exporter's `shutdown()`, once."""
         if not self._closed.is_set():
             self._closed.set()
             shutdown()
-            if not self._thread:  # else the export that this cuts off still has something to log
-                otlp.logger.removeFilter(self._not_ours)
+            if not self._thread:  # else a running export, cut off by this, still logs an error and removes the filter
+                otlp.logger.removeFilter(self._passes)
 
     def _failed(self, why: str) -> None:
         if not (self.failing or self._closed.is_set()):
-            _logger.warning("%s cannot be exported and are dropped until they can (said once): %s", self._what, why)
+            _logger.warning("exporting %s fails; dropping them until it works again: %s", self._what, why)
         self.failing = True
 
-    def _not_ours(self, record: logging.LogRecord) -> bool:
+    def _passes(self, record: logging.LogRecord) -> bool:
+        """Filters the SDK's log: replaces a record of our own export by our warning."""
         if record.thread != self._thread:
             return True
         self._failed(record.getMessage())
@@ -67,7 +68,7 @@ class Quiet:
 
 
 def within(timeout_s: float, action: Callable[[], object]) -> bool:
-    """Whether `action`, on a thread of its own, came back in time."""
+    """Runs `action` on another thread; returns whether it has ended within `timeout_s`."""
     thread = threading.Thread(target=action, name="telemetry-drain", daemon=True)
     thread.start()
     thread.join(timeout_s)

@@ -1,7 +1,7 @@
-"""The tracer the rest of the code knows, its no-op twin, and `configure`, which picks one of the two.
+"""The `Tracer` interface that the rest of the code uses, its no-op twin, and `configure`, which returns one of the two.
 
-Spans are started and ended on any thread, in any order, with explicit times. So a parent is always passed, never looked
-up from a context; and no tracer is ever global, so that several services can share a process.
+Spans start and end on any thread, in any order, with explicit times. So callers pass the parent; it is never looked up
+from a context. No tracer is global, so that several services can share a process.
 """
 
 from __future__ import annotations
@@ -23,19 +23,21 @@ _TRACEPARENT = re.compile(r"(?!ff)([0-9a-f]{2})-(?!0{32})([0-9a-f]{32})-(?!0{16}
 
 
 class Span(Protocol):
-    """A stretch of time with a name. As a context manager it records the exception that leaves it, and ends."""
+    """A named stretch of time. As a context manager it records the exception that leaves the block, and ends."""
 
     @property
     def recording(self) -> bool:
-        """False where nothing is kept: skip work that only feeds attributes."""
+        """Whether attributes are kept. Where not, callers can skip work that only computes them."""
         ...
 
     @property
     def traceparent(self) -> str:
-        """W3C trace context to send to the next service; "" when not sampled. Still valid after the end."""
+        """The W3C trace context to send to the next service; "" when not sampled. Still valid after the end."""
         ...
 
-    def set(self, key: Attribute, value: Value) -> None: ...
+    def set(self, key: Attribute, value: Value) -> None:
+        """Sets an attribute."""
+        ...
 
     def error(self, cause: BaseException | str) -> None:
         """Marks the span as failed."""
@@ -56,7 +58,7 @@ Parent: TypeAlias = Span | str | None
 
 
 class Tracer(Protocol):
-    """Makes the spans of one service. All methods may be called from any thread."""
+    """Creates the spans of one service. All methods may be called from any thread."""
 
     def start(
         self,
@@ -67,26 +69,26 @@ class Tracer(Protocol):
         start_ns: int | None = None,
         links: Iterable[Span | str] = (),
     ) -> Span:
-        """A started span.
+        """Returns a started span.
 
-        `parent` is a span, or the traceparent of one elsewhere. None starts a trace, which the sampler may decline, and
-        so does a malformed traceparent (W3C Trace Context, §4.3); "" and unsampled parents give NO_SPAN at once.
-        `start_ns` is in nanoseconds since the epoch, default now. `links` are other spans this one worked for.
+        `parent` is a span, or the traceparent of a span elsewhere. None starts a new trace, which the sampler may decline;
+        so does a malformed traceparent (W3C Trace Context, §4.3). "" and unsampled parents give NO_SPAN.
+        `start_ns` is in nanoseconds since the epoch, default now. `links` are other spans that this one worked for.
         """
         ...
 
     def flush(self, timeout_s: float = 2.0) -> bool:
-        """Exports what has ended; False where that did not work within `timeout_s`. Never raises."""
+        """Exports all ended spans; returns False where that fails or takes longer than `timeout_s`. Never raises."""
         ...
 
     def shutdown(self, timeout_s: float = 2.0) -> None:
-        """Flushes and stops within `timeout_s` and a moment; what could not be sent is dropped. Never raises."""
+        """Flushes and stops soon after `timeout_s` at the latest; drops spans that could not be sent. Never raises."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class TraceContext:
-    """A parsed traceparent; the ids are lower-case hexadecimal, as in ReceivedSpan."""
+    """A parsed traceparent. The ids are lower-case hexadecimal, as in ReceivedSpan."""
 
     trace_id: str
     span_id: str
@@ -94,7 +96,7 @@ class TraceContext:
 
 
 def parse_traceparent(text: str) -> TraceContext | None:
-    """What `text` says (W3C Trace Context, §3.2), or None where it is malformed."""
+    """Parses a traceparent (W3C Trace Context, §3.2); returns None where it is malformed."""
     match = _TRACEPARENT.fullmatch(text)
     if match is None or (match[1] == "00" and match[5] is not None):
         return None
@@ -108,19 +110,19 @@ class _NoSpan:
     traceparent = ""
 
     def set(self, key: Attribute, value: Value) -> None:
-        """Keeps nothing."""
+        """Does nothing."""
 
     def error(self, cause: BaseException | str) -> None:
-        """Keeps nothing."""
+        """Does nothing."""
 
     def end(self, end_ns: int | None = None) -> None:
-        """Keeps nothing."""
+        """Does nothing."""
 
     def __enter__(self) -> Span:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Lets exceptions pass."""
+        """Lets exceptions propagate."""
 
 
 class _NoTracer:
@@ -141,7 +143,7 @@ class _NoTracer:
         return True
 
     def shutdown(self, timeout_s: float = 2.0) -> None:
-        """Nothing to stop."""
+        """Does nothing."""
 
 
 NO_SPAN: Span = _NoSpan()
@@ -149,11 +151,11 @@ NO_TRACER: Tracer = _NoTracer()
 
 
 def configure(service: str, attributes: Mapping[str, str] | None = None, *, endpoint: str | None = None) -> Tracer:
-    """The tracer of one service: a real one if the OTEL_* variables ask for OTLP, else NO_TRACER.
+    """Returns the tracer of one service: a real one if the OTEL_* variables ask for OTLP, else NO_TRACER.
 
-    `service` is the service.name; `attributes` (names.ResourceAttribute) join it on every span. `endpoint`
-    (http://host:port) asks for OTLP as OTEL_EXPORTER_OTLP_TRACES_ENDPOINT does, and wins over it. Telemetry that cannot
-    be set up is reported once in the log and left off: it never keeps a service from starting.
+    Every span carries `service` as its service.name, and `attributes` (names.ResourceAttribute). `endpoint`
+    (http://host:port) asks for OTLP as OTEL_EXPORTER_OTLP_TRACES_ENDPOINT does, and overrides it. Where telemetry cannot
+    be set up, one warning is logged and it stays off: the service starts in any case.
     """
     if not export_enabled("traces", endpoint):
         return NO_TRACER

@@ -1,7 +1,7 @@
-"""Fakes that ship with the project: real gRPC services on loopback with the simplest insides, and a Hop that uses them.
+"""Fakes that ship with the project: real gRPC services on loopback that compute simple functions, and a Hop over them.
 
-Nothing here mocks the transport: a fake replica reads and answers the frames a real one does, so what is tested against
-it is what runs. Its insides can be told to wait, refuse, answer twice or vanish.
+No fake mocks the transport: a fake replica reads and answers the same frames as a real one, so tests against it run the
+code that production runs. It can be set to wait, refuse, answer twice or vanish.
 """
 
 from moiety.testing.callers import Caller, LoopbackHop, loopback_hop, open_caller

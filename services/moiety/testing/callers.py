@@ -1,4 +1,4 @@
-"""The router's end against fake replicas: one link asked directly, or a whole Hop over loopback."""
+"""The router's end of calls to fake replicas: a bare link to one replica, or a whole Hop over loopback."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from moiety.wire.transports.mailbox import Mailbox
 
 
 class Caller:
-    """A link to one replica, as the bare transport: calls go out and answers come back as values."""
+    """A link to one replica, without the hop: sends single calls and returns their answers."""
 
     def __init__(self, link: ExpertLink, mailbox: Mailbox):
         self.link, self._mailbox = link, mailbox
@@ -41,9 +41,9 @@ class Caller:
     def send(
         self, header: experts_pb2.ForwardRequest, rows: codec.Rows, reply_rows: int | None = None
     ) -> asyncio.Future[Reply | PeerLost]:
-        """The answer, its payload copied out of the transport's hands; or what `acquire` raised."""
+        """Sends a call; returns its answer, with the payload copied. The future raises what `acquire` raised."""
         future: concurrent.futures.Future[Reply | PeerLost] = concurrent.futures.Future()
-        room = len(header.experts) // 4 if reply_rows is None else reply_rows
+        most = len(header.experts) // 4 if reply_rows is None else reply_rows
 
         def answered(answer: Reply | PeerLost) -> None:
             if isinstance(answer, Reply):
@@ -53,7 +53,7 @@ class Caller:
 
         def acquire_and_send() -> None:
             try:
-                buffer = self.link.connection.acquire(header, rows=len(rows), row_bytes=rows.itemsize, reply_rows=room)
+                buffer = self.link.connection.acquire(header, rows=len(rows), row_bytes=rows.itemsize, reply_rows=most)
             except MoietyError as error:
                 future.set_exception(error)
                 return
@@ -68,7 +68,7 @@ class Caller:
 async def open_caller(
     address: str, transport: Transport = Transport.GRPC, timeout_s: float = 5.0
 ) -> AsyncIterator[Caller]:
-    """A link to the replica at `address`, and a thread that waits for its answers."""
+    """Opens a link to the replica at `address`, with a thread that waits for its answers."""
     mailbox = Mailbox()
     with owner_of(mailbox):
         link = await ExpertLink.open(address, timeout_s, mailbox, transport)
@@ -81,14 +81,14 @@ async def open_caller(
 
 @dataclass(slots=True)
 class LoopbackHop:
-    """A Hop and what it stands on, as a router has them, an engine's thread included."""
+    """A Hop and what it uses, as in a router, including a thread in place of the engine's."""
 
     hop: Hop
     fleet: Fleet
     watch: Watch
     registry: MemoryRegistry
     thread: concurrent.futures.Executor
-    waited_for: list[tuple[int, list[int]]] = field(default_factory=list)  # (layer, experts) of every wake
+    waited_for: list[tuple[int, list[int]]] = field(default_factory=list)  # (layer, experts) that had no live replica
 
     async def compute(
         self,
@@ -99,7 +99,7 @@ class LoopbackHop:
         call_class: CallClass = CallClass.DECODE,
         check: Callable[[], None] = lambda: None,
     ) -> torch.Tensor:
-        """One layer's hop, on the engine's thread: [T, K, D]."""
+        """Computes one layer's hop on the engine's thread; returns [T, K, D]."""
 
         def run() -> torch.Tensor:
             self.hop.begin_step(StepContext(call_class, NO_SPAN, check, lambda *wake: self.waited_for.append(wake)))
@@ -108,7 +108,7 @@ class LoopbackHop:
         return await asyncio.get_running_loop().run_in_executor(self.thread, run)
 
     async def idle(self) -> None:
-        """What the engine's thread does between steps."""
+        """Does what the engine's thread does between steps, until it is cancelled."""
         while True:
             await asyncio.get_running_loop().run_in_executor(self.thread, self.hop.poll)
             await asyncio.sleep(0.005)
@@ -127,9 +127,9 @@ async def loopback_hop(
     registry: MemoryRegistry | None = None,
     transport: Transport = Transport.GRPC,
 ) -> AsyncIterator[LoopbackHop]:
-    """Starts `replicas` and a Hop that has found them all; ends everything. Entries of the registry never expire.
+    """Starts `replicas` and a Hop that has found them all; stops everything at the end. Registry entries never expire.
 
-    Before a layer has latencies of its own a call is hedged after a second, or `hedge_after_s` where that is more.
+    Before a layer has measured latencies, a call is hedged after a second, or after `hedge_after_s` where that is more.
     """
     registry = registry or MemoryRegistry(clock=lambda: 0.0)
     async with AsyncExitStack() as stack:

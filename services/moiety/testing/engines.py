@@ -1,4 +1,4 @@
-"""Fake routers: an Engine service whose tokens are a function of the prompt, with places that fill up and a cache."""
+"""Fake routers: an EngineService whose tokens are a function of the prompt, with limited places and a prefix cache."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from moiety.wire.event_stream import CallServer, Tell
 
 
 class FakeEngine(engine_pb2_grpc.EngineServiceServicer):
-    """A router: the token at each position is a function of prompt, seed, choice and position, as a real engine's is.
+    """A router: the token at each position is a function of prompt, seed, choice and position, as in a real engine.
 
-    `before_token(position)` is awaited before each token, counted from the first generated one; it may wait or raise
-    a MoietyError, which the client is told. More requests than `places` at once are refused; it tells of
-    `slots` and of room for `queue` more, and leaves it to others to heed that. With `blocks`, prefixes
-    are cached by blocks of `block_tokens`, the least recently used evicted.
+    `before_token(position)` is awaited before each token, counted from the first generated one; it may wait, or raise a
+    MoietyError, which the client receives. More than `places` requests at once are refused. The router reports `slots`
+    and a `queue` limit but does not enforce them. With `blocks`, it caches prefixes in blocks of `block_tokens` and
+    evicts the least recently used.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class FakeEngine(engine_pb2_grpc.EngineServiceServicer):
     ):
         self.id = replica_id
         self.requests: list[engine_pb2.EngineRequest] = []  # accepted, in order of arrival
-        self.refused = 0  # requests for which there was no place
+        self.refused = 0  # requests beyond `places`
         self.cancelled = 0  # requests whose client went away
         self.before_token: Callable[[int], Awaitable[None]] = at_once
         self.places = places
@@ -63,7 +63,7 @@ class FakeEngine(engine_pb2_grpc.EngineServiceServicer):
         await registry.register(fake_replica(self.id, Role.ROUTER, port, revision=self._revision))
 
     async def vanish(self) -> None:
-        """Breaks every stream at once; the registry is not told."""
+        """Breaks every stream at once; the registry still lists the router."""
         if self._server is not None:
             await self._server.stop(0)
 
@@ -98,7 +98,7 @@ class FakeEngine(engine_pb2_grpc.EngineServiceServicer):
         request = call.request
         if self._running >= self.places:
             self.refused += 1
-            raise ResourceExhausted(f"{self._running} requests of {self.places} run", 0.25)
+            raise ResourceExhausted(f"{self._running} of at most {self.places} requests run", 0.25)
         self.requests.append(request)
         self._running += 1
         sampling, cached = request.sampling, self._look_up(request)
@@ -132,7 +132,7 @@ class FakeEngine(engine_pb2_grpc.EngineServiceServicer):
         return event
 
     def _look_up(self, request: engine_pb2.EngineRequest) -> int:
-        """How many of the request's tokens are cached; afterwards all its blocks are."""
+        """Returns how many of the request's tokens are cached, and caches all its blocks."""
         ids = [*request.prompt_ids, *request.generated_ids]
         blocks, block = list[int](), hash(request.tenant)
         for end in range(self._block_tokens, len(ids), self._block_tokens) if self._blocks else ():

@@ -1,4 +1,4 @@
-"""Fake expert replicas: the frames of a real one, insides that can wait, refuse, answer twice or vanish."""
+"""Fake expert replicas: they answer the frames of a real one, and can wait, refuse, answer twice or vanish."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ OnCall = Callable[[ForwardCall], Awaitable["experts_pb2.Outcome | None"]]
 
 
 class FakeExperts:
-    """An expert replica on loopback, by every transport, with `fake_expert` inside.
+    """An expert replica on loopback that computes `fake_expert`, reachable by every transport.
 
-    `on_call` is awaited before each answer; what it returns, if anything, is the outcome sent instead of rows. `held`
-    may be changed while it runs without telling the registry; `copies` sends every reply that many times.
+    `on_call` is awaited before each answer; an outcome that it returns is sent instead of rows. A test may change `held`
+    while the replica runs; the registry does not see that. `copies`: how many times each reply is sent.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class FakeExperts:
         self._unix = f"{SERVICE}-{uuid.uuid4().hex}"
         self._server: Server | None = None
         self._stack = AsyncExitStack()
-        self.near = True  # False: describes itself as one on another node does, with names that mean nothing here
+        self.near = True  # False: its description names sockets that do not exist here, like that of another node
         self._handling: set[concurrent.futures.Future[None]] = set()  # calls through shared memory
         self._listener: SharedMemoryListener | None = None
 
@@ -77,14 +77,14 @@ class FakeExperts:
         await registry.register(self.replica)
 
     def forget(self) -> None:
-        """Gives up all calls: no answer is made any more, and no view of a router's memory is left."""
+        """Cancels all calls without an answer, and drops every view of a router's memory."""
         self.calls.clear()
         for handling in self._handling:
             handling.cancel()
         self._handling.clear()
 
     async def vanish(self) -> None:
-        """Breaks every connection at once; the registry is not told, as when a process is killed."""
+        """Breaks every connection at once. As when a process is killed, the registry still lists the replica."""
         for handling in self._handling:
             handling.cancel()
         await self._stack.aclose()
@@ -127,7 +127,7 @@ class FakeExperts:
         payload: memoryview,
         answer: Answerer,
     ) -> None:
-        """A call through shared memory: handled on the loop as others are, answered from the mailbox."""
+        """Handles a call through shared memory on the loop, like other calls, and answers it from the mailbox."""
         call = self._arrived(header, payload)
 
         async def handle() -> None:
@@ -151,10 +151,10 @@ class FakeExperts:
         if outcome is None and not set(call.experts.tolist()) <= self.held.layer(call.layer):
             outcome = experts_pb2.OUTCOME_NOT_HELD
         if outcome is not None:
-            reply.outcome, reply.detail = outcome, f"{self.id} was told to"
+            reply.outcome, reply.detail = outcome, f"{self.id} was set to refuse"
             return codec.encode(reply)
-        given = torch.empty(len(call.experts), self._shape.mlp.hidden, dtype=codec.DTYPES[self._dtype])
-        codec.rows_of(given)[:] = call.payload[call.row_of]
-        rows = [fake_expert(call.layer, expert, row) for expert, row in zip(call.experts.tolist(), given, strict=True)]
+        inputs = torch.empty(len(call.experts), self._shape.mlp.hidden, dtype=codec.DTYPES[self._dtype])
+        codec.rows_of(inputs)[:] = call.payload[call.row_of]
+        rows = [fake_expert(call.layer, expert, row) for expert, row in zip(call.experts.tolist(), inputs, strict=True)]
         reply.rows, reply.outcome = len(rows), experts_pb2.OUTCOME_OK
         return codec.encode(reply, codec.rows_of(torch.stack(rows)) if rows else None)

@@ -1,1 +1,1 @@
-"""What travels between services: messages, frames, deadlines, status codes, channels."""
+"""What services exchange and how: frames, streams, deadlines, status codes, channels, transports."""

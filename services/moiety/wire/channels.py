@@ -1,4 +1,4 @@
-"""How every gRPC server and channel of the system is built: keepalive, message bounds, health, reflection."""
+"""Builds all gRPC servers and channels: keepalive, message size limits, health, reflection."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from grpc_reflection.v1alpha import reflection
 from moiety.errors import ConfigError
 
 MAX_MESSAGE_BYTES = 64 << 20
-# A cut link hangs for over a minute without keepalive; with these it is noticed within two seconds.
+# Without keepalive a cut link hangs for over a minute; with these settings it is noticed within two seconds.
 _KEEPALIVE_MS = 1000
 _COMMON = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -34,13 +34,13 @@ _CLIENT = [
     ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
     ("grpc.enable_http_proxy", 0),
-    # One connection per channel: a replica that was replaced at the same address must not inherit a broken one.
+    # One connection per channel: a new replica at an old address must not inherit the old one's broken connection.
     ("grpc.use_local_subchannel_pool", 1),
 ]
 
 
 def channel(address: str) -> grpc.aio.Channel:
-    """An insecure channel that notices a dead peer within two seconds."""
+    """Returns an insecure channel that notices a dead peer within two seconds."""
     return grpc.aio.insecure_channel(address, options=_CLIENT)
 
 
@@ -50,7 +50,7 @@ class Server:
     def __init__(
         self, handlers: Sequence[grpc.GenericRpcHandler], services: Sequence[str], *, share_port: bool = False
     ):
-        """`services`: full names, such as moiety.v1.GenerationService. `share_port`: several processes may bind one port."""
+        """`services`: full names, such as moiety.v1.GenerationService. `share_port`: other processes may bind the port too."""
         self.grpc = grpc.aio.server(options=[*_SERVER, ("grpc.so_reuseport", int(share_port))])
         self._health = health.aio.HealthServicer()
         self._services = services
@@ -62,7 +62,7 @@ class Server:
         reflection.enable_server_reflection(names, self.grpc)
 
     async def start(self, host: str, port: int) -> int:
-        """Binds and serves; returns the port. Raises ConfigError where the address cannot be bound."""
+        """Binds, starts serving and returns the port. Raises ConfigError where the address cannot be bound."""
         try:
             bound = self.grpc.add_insecure_port(f"{host}:{port}")
         except RuntimeError as error:
@@ -72,8 +72,8 @@ class Server:
         return bound
 
     async def stop(self, grace_s: float) -> None:
-        """Refuses new RPCs at once; those in flight have `grace_s` to finish. A second call waits for the first."""
-        if self._stopping is None:  # grpc.aio ends the process with a segmentation fault where two stops overlap
+        """Refuses new RPCs at once and gives running ones `grace_s` seconds. A second call waits for the first."""
+        if self._stopping is None:  # grpc.aio crashes with a segmentation fault where two stops overlap
             self._stopping = asyncio.create_task(self._stop(grace_s))
         await asyncio.shield(self._stopping)
 

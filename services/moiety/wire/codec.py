@@ -1,7 +1,7 @@
 """Frames of the Forward stream: protobuf messages whose payload is written and read in place.
 
-A frame is an ordinary serialised message, so any gRPC client can speak it. `payload_bytes` comes first and `payload`
-last, so we join the payload on, and slice it out again, without protobuf copying megabytes through its arena.
+A frame is an ordinary serialised message, so any gRPC client can send and read it. `payload_bytes` comes first and
+`payload` last. So we append the payload and slice it out again; protobuf never copies those megabytes through its arena.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from moiety.errors import InvalidRequest
 from moiety.internal.v1.experts_pb2 import ForwardRequest, ForwardResponse
 
 Header = TypeVar("Header", ForwardRequest, ForwardResponse)
-Rows = np.ndarray  # one item per row, dtype void of the row's bytes: moved by memcpy whatever the dtype means
+Rows = np.ndarray  # [R], dtype np.void of a row's bytes: copied by memcpy, whatever the element dtype
 
 
 class Picked(NamedTuple):
-    """`rows[order]`, not copied yet: whoever sends them copies them to where they go."""
+    """`rows[order]`, not copied yet: the transport copies the rows to their destination."""
 
     rows: Rows
     order: np.ndarray  # int64 [A], indices into rows
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the rows that are picked."""
+        """Bytes of the picked rows."""
         return len(self.order) * self.rows.itemsize
 
 
@@ -42,12 +42,12 @@ _PAYLOAD_TAG = 0x7A  # field 15, length-delimited
 
 
 def torch_dtype(setting: str, published: str) -> torch.dtype:
-    """The dtype that a `dtype` setting means; `auto` is the checkpoint's own."""
+    """Returns the dtype that a `dtype` setting stands for; `auto` is the dtype of the checkpoint, `published`."""
     return DTYPES[published if setting == "auto" else setting]
 
 
 def encode(header: Header, payload: Rows | None = None) -> bytes:
-    """One frame: `header` (payload unset) with the rows of `payload` behind it."""
+    """Returns one frame: `header`, whose `payload` field is unset, followed by the rows of `payload`."""
     if payload is None or payload.nbytes == 0:
         header.payload_bytes = 0
         return header.SerializeToString()
@@ -57,7 +57,7 @@ def encode(header: Header, payload: Rows | None = None) -> bytes:
 
 
 def decode(kind: type[Header], frame: bytes) -> tuple[Header, memoryview]:
-    """(header without its payload, payload as a view of `frame`). Raises InvalidRequest when it is not a `kind`."""
+    """Returns (header without its payload, payload as a view of `frame`). Raises InvalidRequest unless it is a `kind`."""
     try:
         if len(frame) > 5 and frame[0] == _PAYLOAD_BYTES_TAG:
             size = struct.unpack_from("<I", frame, 1)[0]
@@ -68,36 +68,36 @@ def decode(kind: type[Header], frame: bytes) -> tuple[Header, memoryview]:
                 header = kind.FromString(frame[:start])
                 if not header.payload:
                     return header, memoryview(frame)[end:]
-        header = kind.FromString(frame)  # written by another protobuf library, in another order
+        header = kind.FromString(frame)  # other protobuf libraries may write the fields in another order
     except DecodeError as error:
         raise InvalidRequest("frame", f"{len(frame)} bytes", f"a {kind.DESCRIPTOR.name}: {error}") from None
     return header, memoryview(header.payload)
 
 
 def rows_of(tensor: torch.Tensor) -> Rows:
-    """A contiguous CPU tensor [R, ...] as R opaque rows sharing its memory."""
+    """Returns a contiguous CPU tensor [R, ...] as R opaque rows that share its memory."""
     row = row_dtype(math.prod(tensor.shape[1:]) * tensor.itemsize)
     return tensor.detach().view(-1).view(torch.uint8).numpy().view(row)
 
 
 def rows_in(payload: memoryview, row_bytes: int) -> Rows:
-    """A received payload as opaque rows, read-only, without a copy."""
+    """Returns a received payload as opaque rows, read-only, without a copy."""
     return np.frombuffer(payload, dtype=row_dtype(row_bytes))
 
 
 @lru_cache(64)
 def row_dtype(row_bytes: int) -> np.dtype[np.void]:
-    """The dtype of one opaque row."""
+    """Returns the dtype of one opaque row."""
     return np.dtype((np.void, row_bytes))
 
 
 def int32_bytes(values: np.ndarray) -> bytes:
-    """Little-endian int32, the form of k_offsets and experts."""
+    """Returns `values` as little-endian int32, the format of `k_offsets` and `experts`."""
     return values.astype("<i4", copy=False).tobytes()
 
 
 def int32_array(data: bytes) -> np.ndarray:
-    """The inverse of `int32_bytes`."""
+    """Reads what `int32_bytes` wrote."""
     return np.frombuffer(data, dtype="<i4")
 
 

@@ -1,4 +1,4 @@
-"""A deadline is a value that every hop spends from."""
+"""Deadlines: one point in time per request. Each service passes on the seconds that are left."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from math import inf
 
 @dataclass(frozen=True, slots=True, order=True)
 class Deadline:
-    """A point of this process's monotonic clock; `Deadline()` never passes."""
+    """A point in time on this process's monotonic clock; `Deadline()` never passes."""
 
     at: float = inf
 
     @classmethod
     def after(cls, seconds: float | None) -> Deadline:
+        """Returns the deadline `seconds` from now; None: no deadline."""
         return cls() if seconds is None else cls(time.monotonic() + seconds)
 
     def left(self) -> float:
-        """Seconds left, 0 when passed, infinite when there is none."""
+        """Returns the seconds left: 0 when passed, infinity without a deadline."""
         return max(0.0, self.at - time.monotonic())
 
     @property

@@ -1,7 +1,7 @@
-"""Many requests on one stream, both ends: a gateway's calls go in one by one, and a router's events come out together.
+"""Many requests on one stream, both ends: a gateway sends calls one by one, and a router sends events in batches.
 
-A message costs a router and a gateway some 0.1 ms each, whatever is in it, and the router's share is taken from the
-interpreter that its engine needs. So a step sends one, however many requests it brought tokens.
+A message costs a router and a gateway some 0.1 ms each, whatever its size, and the router's engine needs the same Python
+interpreter. So a router sends one message per step for all requests that got tokens in it, or one per MESSAGE_EVENTS.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from moiety.internal.v1 import engine_pb2, engine_pb2_grpc
 from moiety.wire import status
 from moiety.wire.deadline import Deadline
 
-MESSAGE_EVENTS = 256  # that one message may hold, so that none grows beyond what a stream takes
-LONGEST_MS = (1 << 32) - 1  # what the field holds: 49 days
-LATE_S = 1.0  # how long after its deadline a call waits for its router to say so
+MESSAGE_EVENTS = 256  # most events in one message, so that no message exceeds the channel's size limit
+LONGEST_MS = (1 << 32) - 1  # largest value of timeout_ms: 49 days
+LATE_S = 1.0  # seconds after its deadline that a call still waits for the router's own answer
 
-Event = Callable[[], engine_pb2.EngineEvent]  # made on the loop: the thread that tells of it has better things to do
+Event = Callable[[], engine_pb2.EngineEvent]  # builds the event on the loop, to spare the engine's thread the work
 Tell = Callable[[Event], None]
 Handle = Callable[[engine_pb2.GenerateTokensRequest, Tell], Coroutine[Any, Any, None]]
 
 
 class CallServer:
-    """A router's end of one gateway's stream.
+    """The router's end of one gateway's stream.
 
-    `handle(call, tell)` runs for as long as a call is open: it `tell`s its events, from any thread, and returns once all
-    are told. It is cancelled when the gateway gives the call up or is lost; a MoietyError that it raises ends the call.
+    `handle(call, tell)` runs while a call is open. It passes each event to `tell`, from any thread, and returns after the
+    last one. It is cancelled when the gateway cancels the call or is lost. An exception that it raises ends the call.
     """
 
     def __init__(self, handle: Handle):
@@ -46,7 +46,7 @@ class CallServer:
 
     @property
     def idle(self) -> bool:
-        """Whether no call is open and every event has gone out."""
+        """Whether no call is open and every event has been sent."""
         return not (self._calls or self._outbox) and self._sent.is_set()
 
     async def serve(
@@ -54,14 +54,14 @@ class CallServer:
         calls: AsyncIterator[engine_pb2.GenerateTokensRequest],
         context: grpc.aio.ServicerContext[engine_pb2.GenerateTokensRequest, engine_pb2.GenerateTokensResponse],
     ) -> None:
-        """Returns when the gateway has closed its half and all is answered; cancelled with the stream."""
+        """Serves calls until the gateway has closed its half and each is answered. Cancelled with the stream."""
         writer = asyncio.create_task(self._write(context))
         try:
             async for call in calls:
                 if call.HasField("request"):
                     self._begin(call)
-                elif (given_up := self._calls.get(call.call_id)) is not None:
-                    given_up.cancel()
+                elif (open_call := self._calls.get(call.call_id)) is not None:
+                    open_call.cancel()
             while self._calls:
                 await asyncio.wait(self._calls.values())
             await self._sent.wait()
@@ -73,7 +73,7 @@ class CallServer:
     def _begin(self, call: engine_pb2.GenerateTokensRequest) -> None:
         def tell(event: Event) -> None:
             self._outbox.append((call.call_id, event))
-            if not self._woken:  # one wake-up of the loop for all that is told before it runs
+            if not self._woken:  # one wake-up of the loop for all events that arrive before it runs
                 self._woken = True
                 self._loop.call_soon_threadsafe(self._wake)
 
@@ -81,8 +81,8 @@ class CallServer:
             try:
                 await self._handle(call, tell)
             except Exception as error:
-                told = status.to_message(error)
-                tell(lambda: engine_pb2.EngineEvent(error=told))
+                message = status.to_message(error)
+                tell(lambda: engine_pb2.EngineEvent(error=message))
             finally:
                 if self._calls.get(call.call_id) is asyncio.current_task():
                     del self._calls[call.call_id]
@@ -111,7 +111,7 @@ class CallServer:
 
 
 class CallClient:
-    """A gateway's end: opened with the first call, and anew with the next one after it broke."""
+    """The gateway's end. The first call opens the stream; after a break the next call opens a new one."""
 
     def __init__(self, stub: engine_pb2_grpc.EngineServiceStub, peer: str):
         self._stub, self._peer = stub, peer
@@ -121,9 +121,10 @@ class CallClient:
     async def generate(
         self, request: engine_pb2.EngineRequest, deadline: Deadline, traceparent: str
     ) -> AsyncGenerator[engine_pb2.EngineEvent, None]:
-        """The events of one request, to the end of all its choices; leaving it earlier gives it up.
+        """Yields the events of one request until all its choices have ended; leaving earlier cancels the request.
 
-        Raises what the router answered, PeerLost where the stream breaks.
+        Raises the error that the router sent, PeerLost where the stream breaks, and DeadlineExceeded where the router has
+        not answered LATE_S seconds after the deadline.
         """
         if self._stream is None or self._stream.broken:
             self._stream = _Stream(self._stub, self._peer)
@@ -133,7 +134,7 @@ class CallClient:
         alarm = None
         if (left := deadline.left()) < inf:
             call.timeout_ms = min(max(1, int(left * 1000)), LONGEST_MS)
-            late = DeadlineExceeded(f"{self._peer} said nothing at the deadline")
+            late = DeadlineExceeded(f"{self._peer} did not answer by the deadline")
             alarm = asyncio.get_running_loop().call_later(left + LATE_S, inbox.put_nowait, late)
         stream.calls.put_nowait(call)
         unfinished = max(request.sampling.n, 1)
@@ -155,13 +156,13 @@ class CallClient:
                 stream.calls.put_nowait(engine_pb2.GenerateTokensRequest(call_id=call_id))
 
     async def close(self) -> None:
-        """Ends the stream; whatever is unanswered gets PeerLost."""
+        """Ends the stream; unanswered calls get PeerLost."""
         if self._stream is not None:
             await self._stream.close()
 
 
 class _Stream:
-    """One stream, and who waits for what of it."""
+    """One stream, and the inbox of each of its calls."""
 
     def __init__(self, stub: engine_pb2_grpc.EngineServiceStub, peer: str):
         self.calls = asyncio.Queue[engine_pb2.GenerateTokensRequest]()
@@ -172,7 +173,7 @@ class _Stream:
         self._tasks = [asyncio.create_task(self._write()), asyncio.create_task(self._read())]
 
     async def close(self) -> None:
-        self._break("it was closed here")
+        self._break("closed by this side")
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _write(self) -> None:
@@ -180,7 +181,7 @@ class _Stream:
             while True:
                 await self._call.write(await self.calls.get())
         except (grpc.RpcError, asyncio.InvalidStateError) as error:
-            self._break(_words(error))
+            self._break(_reason(error))
 
     async def _read(self) -> None:
         try:
@@ -188,9 +189,9 @@ class _Stream:
                 for event in message.events:
                     if (inbox := self.inboxes.get(event.call_id)) is not None:
                         inbox.put_nowait(event)
-            self._break("it was ended there")
+            self._break("ended by the peer")
         except (grpc.RpcError, asyncio.InvalidStateError) as error:
-            self._break(_words(error))
+            self._break(_reason(error))
 
     def _break(self, why: str) -> None:
         if self.broken:
@@ -204,5 +205,5 @@ class _Stream:
             inbox.put_nowait(PeerLost(f"the stream to {self._peer} broke: {why}"))
 
 
-def _words(error: BaseException) -> str:
+def _reason(error: BaseException) -> str:
     return str(status.error_of(error) if isinstance(error, grpc.RpcError) else error)

@@ -1,4 +1,4 @@
-"""Why a generation ended: our names and the wire's."""
+"""Maps FinishReason, why a generation ended, to its protobuf enum and back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Forward calls and replies as values: the codec's frames, checked against their own arithmetic."""
+"""Forward calls as values: parsed from the codec's frames, with all sizes checked."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from moiety.internal.v1.experts_pb2 import CALL_CLASS_PREFILL, ForwardRequest, F
 from moiety.wire import codec
 from moiety.wire.deadline import Deadline
 
-Answerer = Callable[[ForwardResponse, codec.Picked | None], None]  # takes the one answer to a call
+Answerer = Callable[[ForwardResponse, codec.Picked | None], None]  # receives the one answer to a call
 
 
-@dataclass(slots=True)  # not frozen: that would double what making one costs, on every call
+@dataclass(slots=True)  # not frozen: a frozen one takes twice as long to create, and every call creates one
 class ForwardCall:
-    """One call as an expert replica received it: R rows, A (row, expert) assignments."""
+    """One call as an expert replica received it: R rows, A assignments of a row to an expert."""
 
     call_id: int
     attempt: int
@@ -30,18 +30,21 @@ class ForwardCall:
     k_offsets: np.ndarray  # int32 [R + 1]
     experts: np.ndarray  # int32 [A], global ids
     payload: codec.Rows  # [R]
-    sent: float = 0.0  # seconds of the monotonic clock at which it was sent, if it comes from this machine; else 0
+    sent: float = 0.0  # monotonic clock, in seconds, when it was sent through shared memory; 0: other transports
 
     @property
     def row_of(self) -> np.ndarray:
-        """[A]: the row each assignment takes."""
+        """[A]: the index of each assignment's row."""
         return np.repeat(np.arange(len(self.k_offsets) - 1), np.diff(self.k_offsets))
 
 
 def parse_call(header: ForwardRequest, payload: memoryview, *, dtype: str, hidden: int, row_bytes: int) -> ForwardCall:
-    """Checks a received message against itself and against what Describe promised. Raises InvalidRequest."""
+    """Returns a received message as a ForwardCall. Raises InvalidRequest where it contradicts itself or the replica.
+
+    `dtype`, `hidden` and `row_bytes` are the replica's, as DescribeReplica reports them.
+    """
     if header.dtype != dtype:
-        raise InvalidRequest("dtype", header.dtype, f"{dtype}, as Describe says")
+        raise InvalidRequest("dtype", header.dtype, f"{dtype}, as DescribeReplica says")
     if len(header.k_offsets) != 4 * (header.rows + 1):
         raise InvalidRequest(
             "k_offsets", f"{len(header.k_offsets)} bytes", f"{4 * (header.rows + 1)} bytes: rows + 1 int32"
@@ -54,11 +57,11 @@ def parse_call(header: ForwardRequest, payload: memoryview, *, dtype: str, hidde
         )
     offsets = codec.int32_array(header.k_offsets)
     if len(header.experts) % 4:
-        raise InvalidRequest("experts", f"{len(header.experts)} bytes", "a whole number of int32")
+        raise InvalidRequest("experts", f"{len(header.experts)} bytes", "a multiple of 4 bytes, the size of an int32")
     experts = codec.int32_array(header.experts)
     if offsets[0] != 0 or offsets[-1] != len(experts) or (offsets[1:] < offsets[:-1]).any():
         raise InvalidRequest(
-            "k_offsets", offsets[:8].tolist(), f"non-decreasing from 0 to {len(experts)}, the experts given"
+            "k_offsets", offsets[:8].tolist(), f"non-decreasing from 0 to {len(experts)}, the number of experts"
         )
     return ForwardCall(
         call_id=header.call_id,

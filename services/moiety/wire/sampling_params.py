@@ -1,4 +1,4 @@
-"""The public sampling parameters, checked: what gateway and router both accept, and the words of every refusal."""
+"""Checks the public sampling parameters. Gateway and router share these bounds and error messages."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from moiety.v1.generation_pb2 import SamplingParams
 
 DEFAULT_MAX_TOKENS = 128
 MAX_TEMPERATURE = 10.0
-MAX_PENALTY = 2.0  # of presence and frequency, either way
+MAX_PENALTY = 2.0  # presence and frequency penalty, absolute value
 MAX_REPETITION_PENALTY = 10.0
 MAX_BIAS, MAX_BIASES = 100.0, 1024
 MAX_TOP_LOGPROBS = 20
@@ -23,7 +23,7 @@ MAX_GUIDE_CHARACTERS = 1 << 16
 
 
 def check_prompt(ids: Sequence[int], vocabulary: int, max_context: int) -> None:
-    """Raises InvalidRequest unless `ids` is a prompt that leaves room for at least one token."""
+    """Raises InvalidRequest unless `ids` is a valid prompt that leaves context for at least one token."""
     if not ids:
         raise InvalidRequest("prompt", "", "at least one token")
     if len(ids) >= max_context:
@@ -33,14 +33,14 @@ def check_prompt(ids: Sequence[int], vocabulary: int, max_context: int) -> None:
 
 
 def check_sampling(params: SamplingParams, prompt_tokens: int, vocabulary: int, max_context: int) -> Sampling:
-    """`params` with its defaults filled in. Raises InvalidRequest naming the field and its bound.
+    """Returns `params` with defaults filled in. Raises InvalidRequest that names the field and its bound.
 
-    `prompt_tokens` are those in the context of the output: of an encoder-decoder the one that its decoder starts from.
+    `prompt_tokens` counts the prompt tokens in the output's context: for an encoder-decoder, the decoder's first token.
     """
-    room = max_context - prompt_tokens
-    max_tokens = params.max_tokens if params.HasField("max_tokens") else min(DEFAULT_MAX_TOKENS, room)
-    if not 1 <= max_tokens <= room:
-        bound = f"1 to {room}: {prompt_tokens} prompt tokens are in a context of {max_context}"
+    available = max_context - prompt_tokens
+    max_tokens = params.max_tokens if params.HasField("max_tokens") else min(DEFAULT_MAX_TOKENS, available)
+    if not 1 <= max_tokens <= available:
+        bound = f"1 to {available}: {prompt_tokens} prompt tokens are in a context of {max_context}"
         raise InvalidRequest("sampling.max_tokens", max_tokens, bound)
     _check("top_k", params.top_k, 0 <= params.top_k <= vocabulary, f"0 (all) to the vocabulary of {vocabulary}")
     bound = f"0 to max_tokens, {max_tokens}"
@@ -85,7 +85,7 @@ def check_sampling(params: SamplingParams, prompt_tokens: int, vocabulary: int, 
 
 
 def settle(params: SamplingParams, sampling: Sampling) -> None:
-    """Writes into `params` what its sender left open, above all the seed: whoever takes over samples the same tokens."""
+    """Writes the defaults into `params`, above all the seed: a router that takes over then samples the same tokens."""
     for field in ("max_tokens", "temperature", "top_p", "top_k", "seed", "n"):
         setattr(params, field, getattr(sampling, field))
 
@@ -98,7 +98,7 @@ def _check(field: str, value: object, holds: bool, bound: str) -> None:
 def _number(
     params: SamplingParams, field: str, default: float, low: float, high: float, bound: str, *, above: bool = False
 ) -> float:
-    """A field from `low` (or only above it) to `high`."""
+    """Returns a field, or its default, checked to lie from `low` to `high`; `above` excludes `low`."""
     value: float = getattr(params, field) if params.HasField(field) else default
     _check(field, value, isfinite(value) and low <= value <= high and not (above and value == low), bound)
     return value
@@ -145,5 +145,5 @@ def _guide(params: SamplingParams) -> Guide | None:
     _check("guide", None, kind is not None, f"one of {', '.join(GuideKind)}")
     text = getattr(params.guide, kind)
     _check(f"guide.{kind}", text, 1 <= len(text) <= MAX_GUIDE_CHARACTERS, f"1 to {MAX_GUIDE_CHARACTERS} characters")
-    _check("ignore_eos", True, not params.ignore_eos, "false with a guide, whose end only an end of sequence can tell")
+    _check("ignore_eos", True, not params.ignore_eos, "false with a guide: only the end of sequence ends its output")
     return Guide(GuideKind(kind), text)

@@ -1,4 +1,4 @@
-"""The only place that knows gRPC status codes: our errors to codes, and a peer's codes back to our errors."""
+"""Maps our errors to gRPC status codes and a peer's codes back to our errors. No other module knows status codes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _log = logging.getLogger(__name__)
 
 RETRY_AFTER_KEY = "retry-after-ms"
 
-# The most derived class that fits wins; order matters.
+# The first class that fits wins: a derived class with a code of its own stands before its base.
 _CODES: tuple[tuple[type[errors.MoietyError], grpc.StatusCode], ...] = (
     (errors.InvalidRequest, grpc.StatusCode.INVALID_ARGUMENT),
     (errors.NotFound, grpc.StatusCode.NOT_FOUND),
@@ -30,12 +30,12 @@ _BY_NUMBER = {code.value[0]: code for code in grpc.StatusCode}
 
 
 def code_of(error: BaseException) -> grpc.StatusCode:
-    """The status code a client sees for `error`; anything that is not ours is INTERNAL."""
+    """Returns the status code that a client sees for `error`: INTERNAL for exceptions that are not ours."""
     return next((code for kind, code in _CODES if isinstance(error, kind)), grpc.StatusCode.INTERNAL)
 
 
 async def abort(context: grpc.aio.ServicerContext, error: BaseException) -> NoReturn:
-    """Ends the RPC with `error`. Our bugs are logged here with their trace, and told without it."""
+    """Ends the RPC with `error`. An unexpected exception is logged with its traceback; the client sees only its type."""
     if isinstance(error, errors.ResourceExhausted):
         context.set_trailing_metadata(((RETRY_AFTER_KEY, str(int(error.retry_after_s * 1000))),))
     if isinstance(error, errors.MoietyError):
@@ -46,12 +46,12 @@ async def abort(context: grpc.aio.ServicerContext, error: BaseException) -> NoRe
 
 
 def error_of(rpc: grpc.RpcError) -> errors.MoietyError:
-    """The error that a peer meant, with the peer's own words."""
+    """Returns a peer's status as our error, with the peer's message."""
     return error_of_code(rpc.code(), rpc.details() or "", rpc.trailing_metadata())
 
 
 def to_message(error: BaseException) -> engine_pb2.EngineError:
-    """`error` where many calls share one stream, and none may end it."""
+    """Returns `error` as a message, for a stream that many calls share and that no call's error may end."""
     message = engine_pb2.EngineError(code=code_of(error).value[0], detail=str(error))
     if isinstance(error, errors.ResourceExhausted):
         message.retry_after_ms = int(error.retry_after_s * 1000)
@@ -62,13 +62,13 @@ def to_message(error: BaseException) -> engine_pb2.EngineError:
 
 
 def error_of_message(message: engine_pb2.EngineError) -> errors.MoietyError:
-    """The error that a peer meant, with the peer's own words."""
+    """Returns a peer's EngineError as our error, with the peer's message."""
     code = _BY_NUMBER.get(message.code, grpc.StatusCode.UNKNOWN)
     return error_of_code(code, message.detail, ((RETRY_AFTER_KEY, str(message.retry_after_ms)),))
 
 
 def error_of_code(code: grpc.StatusCode, details: str, metadata: object = None) -> errors.MoietyError:
-    """As `error_of`, from the parts of a status."""
+    """Does what `error_of` does, from the parts of a status."""
     if code is grpc.StatusCode.INVALID_ARGUMENT:
         return _relayed(errors.InvalidRequest, details)
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
@@ -87,7 +87,7 @@ def error_of_code(code: grpc.StatusCode, details: str, metadata: object = None) 
 
 
 def _relayed(kind: type[errors.MoietyError], details: str) -> errors.MoietyError:
-    """An error whose parts a peer has already put into words: built without its constructor."""
+    """Returns an error with a peer's finished message. Skips the constructor, which would need the message's parts."""
     error = kind.__new__(kind)
     Exception.__init__(error, details)
     return error

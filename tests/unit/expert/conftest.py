@@ -1,4 +1,4 @@
-"""Runtimes over random experts that end with their test."""
+"""Runtimes over random experts, stopped at the end of their test."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from moiety_kernels import ExpertWeights
 
 @pytest.fixture
 def make_runtime() -> Iterator[MakeRuntime]:
-    """(held, start=True, **settings) -> a Runtime over random weights, stopped when the test ends."""
+    """Gives a function (held, start=True, **settings) -> Runtime over random weights, stopped when the test ends."""
     made: list[Runtime] = []
 
     def load(held: ExpertSet) -> dict[tuple[int, int], ExpertWeights]:

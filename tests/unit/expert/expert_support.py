@@ -1,4 +1,4 @@
-"""Small random experts, calls for them, and their answers."""
+"""Small random experts, calls to them, and their answers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SHAPE = fake_shape(layers=3, experts=6, hidden=16)
 
 @dataclass(slots=True)
 class Answers:
-    """Collects what a call is answered; more than one answer is a mistake."""
+    """Collects the answers to one call; more than one is a fault."""
 
     arrived: threading.Event = field(default_factory=threading.Event)
     given: list[Computed | BaseException] = field(default_factory=list)
@@ -34,14 +34,14 @@ class Answers:
         self.arrived.set()
 
     def one(self) -> Computed | BaseException:
-        """The answer, once it has come."""
+        """Waits for the answer and returns it."""
         assert self.arrived.wait(10), "no answer"
         assert len(self.given) == 1
         return self.given[0]
 
 
 def weights_of(pair: tuple[int, int]) -> ExpertWeights:
-    """Random weights that depend on (layer, expert) only."""
+    """Returns random weights that depend on (layer, expert) only."""
     mlp, generator = SHAPE.mlp, torch.Generator().manual_seed(100 * pair[0] + pair[1])
     return ExpertWeights(
         torch.randn(2 * mlp.intermediate, mlp.hidden, generator=generator) / 4,
@@ -57,9 +57,9 @@ def call_for(
     deadline: Deadline | None = None,
     rows: torch.Tensor | None = None,
 ) -> ForwardCall:
-    """One row per expert."""
+    """Returns a call with one row per expert."""
     ids = np.array(list(experts), dtype=np.int32)
-    given = rows_for(len(ids)) if rows is None else rows
+    payload = rows_for(len(ids)) if rows is None else rows
     return ForwardCall(
         call_id=1,
         attempt=0,
@@ -70,23 +70,23 @@ def call_for(
         traceparent="",
         k_offsets=np.arange(len(ids) + 1, dtype=np.int32),
         experts=ids,
-        payload=codec.rows_of(given),
+        payload=codec.rows_of(payload),
     )
 
 
 def rows_for(count: int) -> torch.Tensor:
-    """[count, D], the same every time."""
+    """Returns rows [count, D], the same every time."""
     return torch.randn(count, SHAPE.mlp.hidden, generator=torch.Generator().manual_seed(count))
 
 
 def waiting_for(call: ForwardCall) -> tuple[Waiting, Answers]:
-    """The call as the service queues it, and where its answer will lie."""
+    """Returns the call as the service queues it, and the collector of its answer."""
     answers = Answers()
     return Waiting(call, answers), answers
 
 
 def plainly(experts: Iterable[int], rows: torch.Tensor, layer: int = 0) -> torch.Tensor:
-    """The naive twin: each row through its expert, one at a time."""
+    """The naive twin: computes each row by its expert, one at a time."""
     return torch.cat(
         [
             grouped_expert_mlp(row[None], [1], [weights_of((layer, expert))])
@@ -96,7 +96,7 @@ def plainly(experts: Iterable[int], rows: torch.Tensor, layer: int = 0) -> torch
 
 
 def tensor_of(computed: Computed) -> torch.Tensor:
-    """The answered rows [A, D]."""
+    """Returns the answered rows [A, D]."""
     out = torch.empty(len(computed.picked.order), SHAPE.mlp.hidden)
     codec.rows_of(out)[:] = computed.picked.rows[computed.picked.order]
     return out

@@ -1,4 +1,4 @@
-"""The waiting room: who goes first, who shares a batch, and when it is full."""
+"""The queue in front of the device: order, batches, and its bound."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ DECODE, PREFILL = CallClass.DECODE, CallClass.PREFILL
 
 
 def fill(batcher: Batcher, *calls: tuple[CallClass, int]) -> list[Waiting]:
-    """Queues calls of (class, layer), each a little younger than the one before, and all of them just now."""
+    """Queues calls of (class, layer), each 1 ms younger than the one before."""
     queued, now = [], time.monotonic()
-    for place, (call_class, layer) in enumerate(calls):
+    for position, (call_class, layer) in enumerate(calls):
         waiting, _ = waiting_for(call_for([0], layer=layer, call_class=call_class))
-        waiting.since = now + place / 1000
+        waiting.since = now + position / 1000
         batcher.put(waiting)
         queued.append(waiting)
     return queued
 
 
 def test_decode_goes_before_prefill_and_the_oldest_layer_first():
-    """Running streams never wait behind somebody's prompt; within a class nobody is overtaken by another layer."""
+    """Decode goes before prefill; within a class the layer whose oldest call has waited longest goes first."""
     batcher = Batcher(16)
     fill(batcher, (PREFILL, 0), (DECODE, 2), (PREFILL, 1), (DECODE, 1), (DECODE, 2))
     taken = [[(w.call.call_class, w.call.layer) for w in batcher.take()] for _ in range(4)]
@@ -36,11 +36,11 @@ def test_decode_goes_before_prefill_and_the_oldest_layer_first():
 
 
 def test_prefill_that_has_waited_long_enough_is_not_starved():
-    """A replica that always has decode to do computes a prompt's rows too, once they have been patient."""
+    """Prefill that has waited PREFILL_PATIENCE_S goes before younger decode."""
     batcher = Batcher(16)
-    patient, _ = fill(batcher, (PREFILL, 0), (DECODE, 1))
-    patient.since -= PREFILL_PATIENCE_S
-    assert batcher.take() == [patient]
+    prefill, _ = fill(batcher, (PREFILL, 0), (DECODE, 1))
+    prefill.since -= PREFILL_PATIENCE_S
+    assert batcher.take() == [prefill]
 
 
 def test_calls_for_one_layer_share_a_batch_in_order_of_arrival():
@@ -60,8 +60,8 @@ def test_a_batch_is_bounded_but_a_big_call_is_never_stuck():
     assert taken == [[sizes[0]], [sizes[1], sizes[2]], [sizes[3]]]
 
 
-def test_a_full_room_refuses_with_its_bound():
-    """Beyond the limit calls are refused, with a hint when to come again; a place that frees is used."""
+def test_a_full_queue_refuses_with_its_bound():
+    """Calls beyond the limit are refused with a retry delay; a place that becomes free is used."""
     batcher = Batcher(2)
     fill(batcher, (DECODE, 0), (DECODE, 0))
     with pytest.raises(ResourceExhausted, match="2 of at most 2 calls") as refused:
@@ -71,8 +71,8 @@ def test_a_full_room_refuses_with_its_bound():
     fill(batcher, (DECODE, 0))
 
 
-def test_a_closed_room_hands_out_what_is_left():
-    """After close nothing is accepted, and its refusal says why; what waits is still taken, then nothing."""
+def test_a_closed_queue_returns_what_is_left():
+    """After close, new calls are refused with the reason; `take` returns waiting calls, then empty batches."""
     batcher = Batcher(2)
     queued = fill(batcher, (DECODE, 0))
     batcher.close()
@@ -83,7 +83,7 @@ def test_a_closed_room_hands_out_what_is_left():
 
 
 def test_take_waits_for_work_and_wakes_on_close():
-    """An idle device sleeps; closing ends the wait with an empty batch."""
+    """`take` blocks while nothing waits; closing ends the wait with an empty batch."""
     batcher, taken = Batcher(2), []
     thread = threading.Thread(target=lambda: taken.append(batcher.take()))
     thread.start()

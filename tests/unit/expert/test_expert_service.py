@@ -1,4 +1,4 @@
-"""moiety.internal.v1.ExpertService over loopback: the real service on a real server, spoken to as a router does."""
+"""moiety.internal.v1.ExpertService over loopback: the real service on a real server, called as a router calls it."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Served:
     caller: Caller
 
     def send(self, wanted: list[int], **changes: object) -> asyncio.Future[Reply | PeerLost]:
-        """One row per expert of layer 0, with `changes` to the header."""
+        """Sends one row per expert of layer 0, with `changes` to the header."""
         fields = {
             "call_id": 1,
             "revision": "r1",
@@ -61,7 +61,7 @@ Scenario = Callable[[Served], Awaitable[None]]
 
 @asynccontextmanager
 async def served(runtime: Runtime) -> AsyncIterator[Served]:
-    """The service over `runtime`, and a link to it."""
+    """Runs the service over `runtime`, with a link to it."""
     service = ExpertService(runtime, SHAPE, "tiny", "r1", torch.float32, NO_TRACER)
     server = Server([service.handler()], [SERVICE])
     address = f"{HOST}:{await server.start(HOST, 0)}"
@@ -73,7 +73,7 @@ async def served(runtime: Runtime) -> AsyncIterator[Served]:
 
 
 def run(runtime: Runtime, scenario: Scenario) -> None:
-    """`scenario` on a service over `runtime`."""
+    """Runs `scenario` on a service over `runtime`."""
 
     async def whole() -> None:
         async with asyncio.timeout(20), served(runtime) as it:
@@ -83,20 +83,21 @@ def run(runtime: Runtime, scenario: Scenario) -> None:
 
 
 def tensor_of(reply: Reply) -> torch.Tensor:
-    """The rows of a reply."""
+    """Returns the rows of a reply."""
     return torch.frombuffer(bytearray(reply.payload), dtype=torch.float32).view(-1, SHAPE.mlp.hidden)
 
 
 def test_rows_come_back_in_the_order_asked_for(make_runtime: MakeRuntime):
-    """A call's rows, echoes and measurements are in its reply."""
+    """A reply has the call's ids, its rows in the order of its experts, and the measurements."""
 
     async def scenario(it: Served) -> None:
         reply = await it.send([3, 0, 3], call_id=42, attempt=5)
         assert isinstance(reply, Reply)
-        told = reply.header
-        assert (told.call_id, told.attempt, told.revision, told.outcome) == (42, 5, "r1", experts_pb2.OUTCOME_OK)
-        assert (told.rows, told.activated_experts, told.batch_rows) == (3, 2, 3)
-        assert told.compute_ms > 0
+        header = reply.header
+        assert (header.call_id, header.attempt, header.revision) == (42, 5, "r1")
+        assert header.outcome == experts_pb2.OUTCOME_OK
+        assert (header.rows, header.activated_experts, header.batch_rows) == (3, 2, 3)
+        assert header.compute_ms > 0
         torch.testing.assert_close(tensor_of(reply), plainly([3, 0, 3], rows_for(3)))
 
     run(make_runtime(HELD), scenario)
@@ -115,8 +116,8 @@ def test_rows_come_back_in_the_order_asked_for(make_runtime: MakeRuntime):
     ],
     ids=["one expert not held", "no such layer", "revision", "no revision", "dtype", "k_offsets", "rows"],
 )
-def test_a_refusal_names_its_reason_and_costs_nobody_else(make_runtime: MakeRuntime, changes, outcome, said):
-    """A refused call has its own outcome and no rows; the stream goes on, and the next call is answered."""
+def test_a_refusal_names_its_reason_and_ends_no_other_call(make_runtime: MakeRuntime, changes, outcome, said):
+    """A refused call gets its outcome, a reason and no rows; the next call on the stream is answered."""
 
     async def scenario(it: Served) -> None:
         refused = await it.send([0, 1], **changes)
@@ -129,19 +130,19 @@ def test_a_refusal_names_its_reason_and_costs_nobody_else(make_runtime: MakeRunt
 
 
 def test_garbage_on_the_stream_is_answered_and_survived(make_runtime: MakeRuntime):
-    """A frame that is no message gets OUTCOME_INVALID, and the same stream serves the next call."""
+    """An unreadable frame gets OUTCOME_INVALID, and the same stream serves the next call."""
 
     async def scenario(it: Served) -> None:
         async with channel(it.address) as link:
             call = link.stream_stream("/moiety.internal.v1.ExpertService/Forward")()
             await call.write(b"\xff\xff garbage")
-            told, _ = codec.decode(experts_pb2.ForwardResponse, await call.read())
-            assert told.outcome == experts_pb2.OUTCOME_INVALID
-            assert "ForwardRequest" in told.detail
+            header, _ = codec.decode(experts_pb2.ForwardResponse, await call.read())
+            assert header.outcome == experts_pb2.OUTCOME_INVALID
+            assert "ForwardRequest" in header.detail
             good = experts_pb2.ForwardRequest(call_id=3, revision="r1", dtype="float32", k_offsets=bytes(4))
             await call.write(good.SerializeToString())
-            told, _ = codec.decode(experts_pb2.ForwardResponse, await call.read())
-            assert (told.call_id, told.outcome) == (3, experts_pb2.OUTCOME_OK)
+            header, _ = codec.decode(experts_pb2.ForwardResponse, await call.read())
+            assert (header.call_id, header.outcome) == (3, experts_pb2.OUTCOME_OK)
             await call.done_writing()
             assert await call.read() is grpc.aio.EOF
 
@@ -149,7 +150,7 @@ def test_garbage_on_the_stream_is_answered_and_survived(make_runtime: MakeRuntim
 
 
 def test_a_client_without_our_codec_is_served(make_runtime: MakeRuntime):
-    """The generated stub, which knows nothing of payload_bytes, gets the same rows."""
+    """The generated stub, which does not set payload_bytes, gets the same rows."""
 
     async def scenario(it: Served) -> None:
         async with channel(it.address) as link:
@@ -171,7 +172,7 @@ def test_a_client_without_our_codec_is_served(make_runtime: MakeRuntime):
 
 
 def test_a_full_replica_says_overloaded(make_runtime: MakeRuntime):
-    """Beyond queue_calls the answer is OVERLOADED, at once; what was accepted is answered later."""
+    """A call beyond queue_calls gets OVERLOADED at once; accepted calls are answered later."""
     runtime = make_runtime(HELD, start=False, queue_calls=2)
 
     async def scenario(it: Served) -> None:
@@ -187,7 +188,7 @@ def test_a_full_replica_says_overloaded(make_runtime: MakeRuntime):
 
 
 def test_a_late_call_says_expired(make_runtime: MakeRuntime):
-    """A call whose time was over before the device was free is not computed."""
+    """A call whose deadline passed before the device was free gets EXPIRED and is not computed."""
     runtime = make_runtime(HELD, start=False)
 
     async def scenario(it: Served) -> None:
@@ -200,7 +201,7 @@ def test_a_late_call_says_expired(make_runtime: MakeRuntime):
     run(runtime, scenario)
 
 
-def test_a_failed_computation_is_told_and_survived(make_runtime: MakeRuntime):
+def test_a_failed_computation_is_reported_and_survived(make_runtime: MakeRuntime):
     """OUTCOME_FAILED carries the reason; the next call is computed."""
 
     def load(held):
@@ -217,19 +218,19 @@ def test_a_failed_computation_is_told_and_survived(make_runtime: MakeRuntime):
     run(make_runtime(HELD, load=load), scenario)
 
 
-def test_describe_tells_the_truth(make_runtime: MakeRuntime):
-    """The handshake says what is served and held, and follows a new placement."""
+def test_describe_follows_the_placement(make_runtime: MakeRuntime):
+    """DescribeReplica reports what is served and held, also after a new placement."""
     runtime = make_runtime(HELD)
 
     async def scenario(it: Served) -> None:
-        told = it.caller.link.description
-        assert (told.model, told.revision, told.dtype, told.hidden) == ("tiny", "r1", "float32", SHAPE.mlp.hidden)
-        assert told.wire_version == WIRE_VERSION
-        assert (ExpertSet.parse(told.held), told.placement_epoch) == (HELD, 0)
+        first = it.caller.link.description
+        assert (first.model, first.revision, first.dtype, first.hidden) == ("tiny", "r1", "float32", SHAPE.mlp.hidden)
+        assert first.wire_version == WIRE_VERSION
+        assert (ExpertSet.parse(first.held), first.placement_epoch) == (HELD, 0)
         moved = ExpertSet.parse("0-1:4-5")
         await asyncio.to_thread(runtime.hold, moved, 7)
-        told = await it.caller.link.describe(5)
-        assert (ExpertSet.parse(told.held), told.placement_epoch) == (moved, 7)
+        second = await it.caller.link.describe(5)
+        assert (ExpertSet.parse(second.held), second.placement_epoch) == (moved, 7)
         reply = await it.send([4])
         assert reply.header.outcome == experts_pb2.OUTCOME_OK
 
@@ -237,14 +238,14 @@ def test_describe_tells_the_truth(make_runtime: MakeRuntime):
 
 
 def test_health_and_reflection_know_the_service(make_runtime: MakeRuntime):
-    """Standard tools find it: health is SERVING, reflection lists it and gives its description."""
+    """Health reports SERVING, and reflection lists the service and describes its methods."""
 
     async def scenario(it: Served) -> None:
         async with channel(it.address) as link:
             health = health_pb2_grpc.HealthStub(link)
             for service in ("", SERVICE):
-                told = await health.Check(health_pb2.HealthCheckRequest(service=service))
-                assert told.status == health_pb2.HealthCheckResponse.SERVING
+                reply = await health.Check(health_pb2.HealthCheckRequest(service=service))
+                assert reply.status == health_pb2.HealthCheckResponse.SERVING
             ask = reflection_pb2.ServerReflectionRequest
             questions = [ask(list_services=""), ask(file_containing_symbol=SERVICE)]
             replies = reflection_pb2_grpc.ServerReflectionStub(link).ServerReflectionInfo(iter(questions))
@@ -258,7 +259,7 @@ def test_health_and_reflection_know_the_service(make_runtime: MakeRuntime):
 
 
 def test_a_router_that_leaves_is_forgotten(make_runtime: MakeRuntime):
-    """When a router's stream breaks, others are served on, and the calls it left behind harm nobody."""
+    """After a router's stream breaks, its open calls do no harm and other routers are still served."""
     runtime = make_runtime(HELD, start=False)
 
     async def scenario(it: Served) -> None:

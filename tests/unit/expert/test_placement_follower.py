@@ -1,4 +1,4 @@
-"""An expert replica follows the placement: nothing is dropped before every router that counts has acknowledged."""
+"""An expert replica follows the placement: it drops no expert before every router of its revision has acknowledged."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ROUTER = Replica("r1", Role.ROUTER, "router", "h:1", "n", "m", "revision", place
 
 
 def test_it_waits_for_every_router_of_its_revision(make_runtime: MakeRuntime) -> None:
-    """Two routers: one has acknowledged, one has not; then both, for a beat. One of another revision is no matter."""
+    """Experts are dropped once both routers have acknowledged for SEEN_S; a router of another revision does not count."""
 
     async def check() -> None:
         registry, runtime = MemoryRegistry(clock=lambda: 0.0), make_runtime(HELD)
@@ -38,7 +38,7 @@ def test_it_waits_for_every_router_of_its_revision(make_runtime: MakeRuntime) ->
             assert (holding.held, holding.leaving, holding.epoch) == (NEXT, LEAVING, 1)
         await registry.register(replace(ROUTER, id="r2", placement_epoch=1))
         await follower.follow()
-        assert runtime.holding.leaving == LEAVING  # a store that was just emptied may list few routers
+        assert runtime.holding.leaving == LEAVING  # a store that was just emptied may not list all routers yet
         await asyncio.sleep(SEEN_S)
         await follower.follow()
         assert len(runtime.holding.leaving) == 0
@@ -47,7 +47,7 @@ def test_it_waits_for_every_router_of_its_revision(make_runtime: MakeRuntime) ->
 
 
 def test_where_no_router_is_listed_it_waits_longer(make_runtime: MakeRuntime) -> None:
-    """Nobody there is what an emptied store says too: entries get the time that they live to come back."""
+    """Without a listed router it waits TTL_S: an emptied store lists none either, until they have registered again."""
 
     async def check() -> None:
         registry, runtime = MemoryRegistry(clock=lambda: 0.0), make_runtime(HELD)
@@ -62,7 +62,7 @@ def test_where_no_router_is_listed_it_waits_longer(make_runtime: MakeRuntime) ->
 
 
 def test_a_deployment_that_is_not_named_holds_its_default(make_runtime: MakeRuntime) -> None:
-    """And takes part in the epoch all the same: routers wait for everybody."""
+    """A deployment that the placement does not name holds its default under the new epoch: routers wait for all."""
 
     async def check() -> None:
         registry, runtime = MemoryRegistry(clock=lambda: 0.0), make_runtime(ExpertSet())
@@ -77,7 +77,7 @@ def test_a_deployment_that_is_not_named_holds_its_default(make_runtime: MakeRunt
 def test_without_a_registry_it_starts_with_the_default(
     make_runtime: MakeRuntime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The deterministic plan is known to everybody: no registry is needed to agree on it."""
+    """Without a registry it holds the default, on which all services agree because it is deterministic."""
 
     async def silent() -> None:
         raise RegistryUnreachable("nobody answers")

@@ -1,4 +1,4 @@
-"""The device room: right rows for every call, failures that stay where they belong, experts swapped under load."""
+"""The device thread: right rows for every call, failures that stay within their batch, experts swapped under load."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ ALL = ExpertSet.block(3, range(6))
 
 
 def submit(runtime, experts, **options) -> Answers:
-    """Queues one call; its answer will lie in what is returned."""
+    """Queues one call; returns the collector of its answer."""
     waiting, answers = waiting_for(call_for(experts, **options))
     runtime.submit(waiting)
     return answers
 
 
 def test_merged_calls_get_their_own_rows_in_their_own_order(make_runtime: MakeRuntime):
-    """Calls that share a batch each get what they would get alone, whatever order their experts are in."""
+    """Each call of a batch gets the rows that it would get alone, in the order of its experts."""
     runtime = make_runtime(ALL, start=False)
     wanted = ([5, 0, 5, 2], [2, 0], [0], [])
     answers = [submit(runtime, experts) for experts in wanted]
@@ -41,14 +41,14 @@ def test_merged_calls_get_their_own_rows_in_their_own_order(make_runtime: MakeRu
 
 
 def test_a_call_of_no_rows_is_answered_with_none(make_runtime: MakeRuntime):
-    """Zero rows alone in a batch are computed, not an error."""
+    """A call of zero rows, alone in a batch, is answered without an error."""
     computed = submit(make_runtime(ALL), []).one()
     assert isinstance(computed, Computed)
     assert len(computed.picked.order) == 0
 
 
 def test_a_failing_batch_fails_only_its_own_calls(make_runtime: MakeRuntime):
-    """Calls of the batch that raised are told so; calls of other batches, and the next ones, succeed."""
+    """Calls of the batch that raised get the error; calls of other and of later batches succeed."""
     broken = {(0, 1)}
 
     def load(held):  # an expert whose matrices do not fit the rows
@@ -67,8 +67,8 @@ def test_a_failing_batch_fails_only_its_own_calls(make_runtime: MakeRuntime):
     assert runtime.alive
 
 
-def test_a_caller_that_cannot_be_told_harms_nobody(make_runtime: MakeRuntime):
-    """A `done` that raises (its loop is gone) neither ends the thread nor its batch mates."""
+def test_a_caller_that_is_gone_harms_no_other_call(make_runtime: MakeRuntime):
+    """A `done` that raises, because its loop is closed, ends neither the thread nor other calls of the batch."""
     runtime = make_runtime(ALL, start=False)
 
     def gone(_result) -> None:
@@ -81,8 +81,8 @@ def test_a_caller_that_cannot_be_told_harms_nobody(make_runtime: MakeRuntime):
     assert isinstance(submit(runtime, [1]).one(), Computed)
 
 
-def test_what_is_not_held_is_refused_whole(make_runtime: MakeRuntime):
-    """One missing (layer, expert) refuses the call before anything is queued, naming what is missing."""
+def test_a_call_for_a_missing_expert_is_refused_whole(make_runtime: MakeRuntime):
+    """One missing (layer, expert) refuses the call before it is queued; the error names what is missing."""
     runtime = make_runtime(ExpertSet.block(3, [0, 1]), start=False)
     with pytest.raises(NotHeld, match=r"layer 2: expert\(s\) \[4, 5\]"):
         submit(runtime, [0, 4, 1, 5], layer=2)
@@ -92,7 +92,7 @@ def test_what_is_not_held_is_refused_whole(make_runtime: MakeRuntime):
 
 
 def test_only_new_experts_are_read(make_runtime: MakeRuntime):
-    """A new placement reads what it adds, layer by layer, never what is there or has not left yet."""
+    """A new placement reads only the experts that it adds, layer by layer, not those held or still leaving."""
     reads: list[ExpertSet] = []
 
     def load(held):
@@ -108,8 +108,8 @@ def test_only_new_experts_are_read(make_runtime: MakeRuntime):
     assert not reads
 
 
-def test_what_is_leaving_is_answered_until_it_is_dropped(make_runtime: MakeRuntime):
-    """A placement takes an expert away: calls for it go on being computed, and it is not dropped under one of them."""
+def test_leaving_experts_are_computed_until_they_are_dropped(make_runtime: MakeRuntime):
+    """Calls for an expert that a placement removes are computed, and it is not dropped while one is unanswered."""
     runtime = make_runtime(ALL, start=False)
     runtime.hold(ExpertSet.block(3, range(5)), epoch=3)
     assert (runtime.holding.held, runtime.holding.leaving) == (ExpertSet.block(3, range(5)), ExpertSet.block(3, [5]))
@@ -126,7 +126,7 @@ def test_what_is_leaving_is_answered_until_it_is_dropped(make_runtime: MakeRunti
 
 
 def test_a_placement_that_cannot_be_read_changes_nothing(make_runtime: MakeRuntime):
-    """Where reading fails half-way, what was held is held, by its own epoch, and nothing is leaving."""
+    """Where reading fails half-way, the replica still holds the old experts under the old epoch."""
 
     def load(held):
         if 1 in held.by_layer and held.layer(1) & {5}:
@@ -141,7 +141,7 @@ def test_a_placement_that_cannot_be_read_changes_nothing(make_runtime: MakeRunti
 
 
 def test_an_expired_call_never_reaches_the_device(make_runtime: MakeRuntime):
-    """A deadline that passed in the queue is answered with DeadlineExceeded; the others of the batch run."""
+    """A call whose deadline passed in the queue gets DeadlineExceeded; the other calls of the batch run."""
     runtime = make_runtime(ALL, start=False)
     late, good = submit(runtime, [0], deadline=Deadline.after(0.0)), submit(runtime, [0])
     runtime.start()
@@ -150,7 +150,7 @@ def test_an_expired_call_never_reaches_the_device(make_runtime: MakeRuntime):
 
 
 def test_the_queue_is_bounded(make_runtime: MakeRuntime):
-    """Beyond queue_calls a call is refused at once, and the refused one leaves no trace."""
+    """A call beyond queue_calls is refused at once and does not count as unanswered."""
     runtime = make_runtime(ALL, start=False, queue_calls=2)
     answers = [submit(runtime, [0]) for _ in range(2)]
     with pytest.raises(ResourceExhausted, match="2 of at most 2"):
@@ -163,7 +163,7 @@ def test_the_queue_is_bounded(make_runtime: MakeRuntime):
 
 
 def test_idle_means_answered(make_runtime: MakeRuntime):
-    """A drain may end the replica once `idle`: not while a call waits, is computed, or has no answer yet."""
+    """A replica is not idle while a call waits, is computed, or has no answer yet."""
     runtime = make_runtime(ALL, start=False)
     seen: list[bool] = []
     assert runtime.idle
@@ -176,7 +176,7 @@ def test_idle_means_answered(make_runtime: MakeRuntime):
 
 
 def test_stopping_finishes_what_is_queued(make_runtime: MakeRuntime):
-    """Calls accepted before the stop are answered."""
+    """Calls that were accepted before the stop are answered."""
     runtime = make_runtime(ALL, start=False)
     answers = [submit(runtime, [expert], layer=layer) for expert in range(6) for layer in range(3)]
     runtime.start()
@@ -186,7 +186,7 @@ def test_stopping_finishes_what_is_queued(make_runtime: MakeRuntime):
 
 
 def test_pacing_shows_in_the_load(make_runtime: MakeRuntime):
-    """A replica paced to 100 rows a second takes 0.1 s for 10, and reports itself busy that long."""
+    """A replica paced to 100 rows a second takes 0.1 s for 10 rows, and reports itself busy that long."""
     runtime = make_runtime(ALL, capacity=100.0)
     runtime.load_since_last()
     began = time.monotonic()
@@ -201,12 +201,12 @@ def test_pacing_shows_in_the_load(make_runtime: MakeRuntime):
 
 
 def test_the_wait_of_a_call_begins_when_it_was_sent(make_runtime: MakeRuntime):
-    """A call through shared memory is read when the device is free: the time before that is its wait all the same."""
+    """The wait of a call through shared memory includes the time before the busy device thread reads it."""
     runtime = make_runtime(ALL, capacity=50.0)
     busy, late = Answers(), Answers()
 
     def send_another(result) -> None:
-        # Told when the first batch is done, of a call that was sent while it was computed.
+        # Called when the first batch is done: submits a call that was sent while that batch was computed.
         call = call_for([0])
         call.sent = time.monotonic() - 0.1
         busy(result)
@@ -220,8 +220,8 @@ def test_the_wait_of_a_call_begins_when_it_was_sent(make_runtime: MakeRuntime):
 
 
 @pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="this system has no batch scheduling")
-def test_a_replica_does_not_interrupt_who_rings_it(make_runtime: MakeRuntime):
-    """Its computing thread is scheduled as a batch job; no other thread of the process is."""
+def test_a_replica_does_not_preempt_the_router_that_rings_it(make_runtime: MakeRuntime):
+    """The computing thread, and no other thread of the process, is scheduled as a batch job."""
     assert isinstance(submit(make_runtime(ALL), [0]).one(), Computed)
     policies = {thread.name: os.sched_getscheduler(thread.native_id) for thread in threading.enumerate()}
     assert policies.pop("expert-runtime") == os.SCHED_BATCH

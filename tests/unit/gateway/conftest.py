@@ -10,7 +10,7 @@ from moiety.synthetic.tokenizer import write_tokenizer
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A folder with the byte-level BPE of 320 tokens that tiny checkpoints have."""
+    """A folder with the byte-level BPE tokenizer of 320 tokens that tiny checkpoints have."""
     made = tmp_path_factory.mktemp("tokenizer")
     write_tokenizer(made)
     return str(made)
@@ -18,5 +18,5 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session")
 def tokenizer(folder: str) -> Tokenizer:
-    """That tokenizer."""
+    """The tokenizer of `folder`."""
     return Tokenizer(folder)

@@ -23,7 +23,7 @@ PROMPT = [5, 6, 7]
 
 @dataclass(slots=True)
 class Gateway:
-    """A running gateway, a client of it, and where its routers register."""
+    """A running gateway, its client, and the registry of its routers."""
 
     service: GenerationService
     address: str
@@ -31,7 +31,7 @@ class Gateway:
     registry: MemoryRegistry
     watch: Watch
     routers: RouterPool
-    received: int = 0  # tokens that `chunks` has been sent
+    received: int = 0  # tokens that `chunks` has received
 
 
 def run(
@@ -41,7 +41,7 @@ def run(
     router_wait_s: float = 5.0,
     max_concurrent: int = 16,
 ) -> None:
-    """`scenario` with a gateway over `engines`."""
+    """Runs `scenario` with a gateway over `engines`."""
 
     async def whole() -> None:
         registry = MemoryRegistry(clock=lambda: 0.0)
@@ -66,17 +66,17 @@ def run(
 
 
 def expected(max_tokens: int, prompt: list[int] = PROMPT, seed: int = 0) -> list[int]:
-    """The tokens that any fake engine generates."""
+    """Returns the tokens that every fake engine generates."""
     return [fake_token(prompt, seed, position, SHAPE.vocabulary) for position in range(max_tokens)]
 
 
 async def tokens(gateway: Gateway, max_tokens: int = 6, **options: object) -> list[int]:
-    """The tokens of one whole request of PROMPT, seed 0."""
+    """Sends one request of PROMPT, seed 0; returns all its tokens."""
     return [token for chunk in await chunks(gateway, max_tokens=max_tokens, **options) for token in chunk.token_ids]
 
 
 async def chunks(gateway: Gateway, prompt: str | list[int] = PROMPT, **options: object) -> list[Chunk]:
-    """All chunks of one request."""
+    """Sends one request; returns all its chunks."""
     got = []
     async for chunk in gateway.client.generate(prompt, **{"seed": 0, **options}):  # type: ignore[arg-type]
         gateway.received += len(chunk.token_ids)
@@ -85,9 +85,9 @@ async def chunks(gateway: Gateway, prompt: str | list[int] = PROMPT, **options: 
 
 
 def die_before(gateway: Gateway, position: int, *routers: FakeEngine, choices: int = 1) -> None:
-    """Makes the first of `routers` that should generate this token vanish instead; the others live.
+    """Makes the first of `routers` that reaches token `position` vanish instead of generating it; the others go on.
 
-    It vanishes once the client has the tokens before: what is on its way when a router dies may or may not arrive.
+    It vanishes once the client has all earlier tokens: tokens on their way when a router dies may or may not arrive.
     """
     vanishing: list[asyncio.Task[None]] = []
 

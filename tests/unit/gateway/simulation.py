@@ -1,4 +1,4 @@
-"""Routers and gateways in simulated time: the engine's arithmetic is made up, what gateways decide by is the real code."""
+"""Routers and gateways in simulated time: the engines' speed is made up, the gateways' decisions are the real code's."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from moiety.policy.router_pace import Pace
 BLOCK = 16
 POLL_S = 0.25
 PREFILL_TOKENS_PER_S = 2000.0
-STEP_S, STEP_PER_STREAM_S = 0.010, 0.002  # a decode step takes the first, and the second for every stream in it
+STEP_S, STEP_PER_STREAM_S = 0.010, 0.002  # a decode step takes STEP_S, and STEP_PER_STREAM_S for each of its streams
 CHUNK = 256
 
 
 @dataclass
 class Request:
-    """One prompt [n], and how many tokens it asks for."""
+    """One request: a prompt [n], and how many tokens to generate."""
 
     arrives: float
     gateway: int
@@ -60,7 +60,7 @@ class SimulatedRouter:
         return len(self.running) + len(self.waiting)
 
     def step(self, now: float) -> float:
-        """Seconds that the next step takes; 0 when there is nothing to do."""
+        """Begins the next step; returns the seconds that it takes, 0 when nothing runs."""
         while self.waiting and len(self.running) < self.slots:
             request = self.waiting.popleft()
             request.started, found = now, 0
@@ -76,7 +76,7 @@ class SimulatedRouter:
         return (STEP_S + streams * STEP_PER_STREAM_S + prefill / PREFILL_TOKENS_PER_S) if self.running else 0.0
 
     def stepped(self) -> tuple[list[Request], list[Request]]:
-        """After the step: the requests that have their first token, and those that have their last."""
+        """Ends the step; returns the requests that got their first token, and those that got their last."""
         first, done = [], []
         for request in self.running:
             if request.left == 0:
@@ -99,11 +99,11 @@ class SimulatedRouter:
 
 
 class SimulatedGateway:
-    """What `gateway.router` and `gateway.attempt` keep, with a clock that is told."""
+    """What `gateway.router_peer` and `gateway.attempt` keep, with times passed in."""
 
     def __init__(self, routers: Sequence[SimulatedRouter], seed: int):
         self.routers, self.pace, self.random = routers, Pace(), random.Random(seed)
-        self.hasher = PrefixHasher(1)  # the routers' caches know blocks by the same numbers
+        self.hasher = PrefixHasher(1)  # the routers' caches use the same hashes
         self.indices = [PrefixIndex(router.blocks) for router in routers]
         self.in_flight, self.ahead = [0] * len(routers), [0.0] * len(routers)
         self.others = [0] * len(routers)
@@ -156,7 +156,7 @@ class SimulatedGateway:
 
 @dataclass
 class Outcome:
-    """What a simulated run showed."""
+    """The result of a simulated run."""
 
     served: list[int]  # requests, by router
     mean_load: list[float]  # over the time in which requests arrived
@@ -176,11 +176,11 @@ class Outcome:
 def simulate(
     requests: Iterable[Request], *, routers: int, gateways: int, seed: int, slots: int = 16, blocks: int = 4096
 ) -> Outcome:
-    """Serves `requests`; deterministic in its arguments."""
+    """Serves `requests`; the same arguments give the same result."""
     servers = [SimulatedRouter(slots, blocks) for _ in range(routers)]
     fronts = [SimulatedGateway(servers, seed * 1000 + i) for i in range(gateways)]
     arrivals, order = sorted(requests, key=lambda request: request.arrives), count()
-    events: list[tuple[float, int, str, int]] = []  # (time, tie breaker, kind, whom)
+    events: list[tuple[float, int, str, int]] = []  # (time, tie breaker, kind, index)
     for index, request in enumerate(arrivals):
         heapq.heappush(events, (request.arrives, next(order), "arrives", index))
     for index in range(gateways):
@@ -194,25 +194,25 @@ def simulate(
             heapq.heappush(events, (now + seconds, next(order), "stepped", router))
 
     while unserved:
-        now, _, kind, whom = heapq.heappop(events)
+        now, _, kind, index = heapq.heappop(events)
         if now <= last:
             area = [so_far + server.load * (now - before) for so_far, server in zip(area, servers, strict=True)]
             before = now
         if kind == "poll":
-            fronts[whom].poll()
-            heapq.heappush(events, (now + POLL_S, next(order), "poll", whom))
+            fronts[index].poll()
+            heapq.heappush(events, (now + POLL_S, next(order), "poll", index))
         elif kind == "arrives":
-            request = arrivals[whom]
+            request = arrivals[index]
             chosen = fronts[request.gateway].send(request)
             servers[chosen].waiting.append(request)
             begin(chosen, now)
         else:
-            servers[whom].stepping = False
-            first, done = servers[whom].stepped()
+            servers[index].stepping = False
+            first, done = servers[index].stepped()
             for request in first:
                 fronts[request.gateway].first(request, now)
             for request in done:
                 fronts[request.gateway].done(request, now)
             unserved -= len(done)
-            begin(whom, now)
+            begin(index, now)
     return Outcome([server.served for server in servers], [a / last for a in area], arrivals)

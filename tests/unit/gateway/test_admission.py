@@ -1,4 +1,4 @@
-"""The gateway's places: all for one tenant where it is alone, an equal share for each where they are short."""
+"""The gateway's places: a tenant that is alone may have all, and tenants that compete get equal shares."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from moiety.gateway.admission import Admission
 
 
 class Clock:
-    """Time as the test tells it."""
+    """A clock that the test sets."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -22,18 +22,18 @@ class Clock:
 
 @pytest.fixture
 def clock() -> Clock:
-    """At 0."""
+    """A clock at 0."""
     return Clock()
 
 
 @pytest.fixture
 def admission(clock: Clock) -> Admission:
-    """Four places; who is refused is told to come again in two seconds."""
+    """Four places, and a retry delay of two seconds."""
     return Admission(4, lambda: 2.0, clock)
 
 
 def take(admission: Admission, tenant: str, places: int) -> list[ExitStack]:
-    """That many places, each to be given back by closing it."""
+    """Takes `places` places; closing one frees it."""
     taken = []
     for _ in range(places):
         stack = ExitStack()
@@ -43,7 +43,7 @@ def take(admission: Admission, tenant: str, places: int) -> list[ExitStack]:
 
 
 def test_one_tenant_may_have_everything(admission: Admission):
-    """Up to the bound, then a refusal with the hint; a place that is given back can be taken at once."""
+    """One tenant gets all places, then a refusal with the retry delay; a freed place can be taken at once."""
     taken = take(admission, "a", 4)
     with pytest.raises(ResourceExhausted, match="4 requests are in flight") as refused:
         take(admission, "a", 1)
@@ -52,8 +52,8 @@ def test_one_tenant_may_have_everything(admission: Admission):
     take(admission, "a", 1)
 
 
-def test_who_is_refused_gets_the_next_places(admission: Admission):
-    """A latecomer's claim keeps places that become free from those with a full share, until it has had its own."""
+def test_a_refused_tenant_gets_the_next_places(admission: Admission):
+    """A refused tenant's claim keeps freed places from tenants with a full share, until it has its own share."""
     taken, late = take(admission, "a", 4), list[ExitStack]()
     with pytest.raises(ResourceExhausted):
         take(admission, "b", 1)
@@ -70,11 +70,11 @@ def test_who_is_refused_gets_the_next_places(admission: Admission):
     with pytest.raises(ResourceExhausted, match="4 requests are in flight"):
         take(admission, "b", 1)
     taken.pop().close()
-    taken += take(admission, "a", 1)  # one of its two: below its share, whoever waits
+    taken += take(admission, "a", 1)  # one of its two: below its share, so other claims do not matter
 
 
-def test_a_claim_that_nobody_comes_for_ends(admission: Admission, clock: Clock):
-    """Twice the hint later the places are anybody's again."""
+def test_an_unused_claim_ends(admission: Admission, clock: Clock):
+    """After twice the retry delay a claim has ended, and any tenant can take the place."""
     taken = take(admission, "a", 4)
     with pytest.raises(ResourceExhausted):
         take(admission, "b", 1)
@@ -87,7 +87,7 @@ def test_a_claim_that_nobody_comes_for_ends(admission: Admission, clock: Clock):
 
 
 def test_tenants_are_forgotten_with_their_requests(admission: Admission):
-    """Any number of tenants may come and go; each then finds a free gateway."""
+    """A tenant without requests leaves nothing behind: a thousand tenants, one after another, each get all places."""
     for number in range(1000):
         for place in take(admission, f"tenant {number}", 4):
             place.close()

@@ -1,12 +1,12 @@
-"""Those who are refused come back one after the other, not all at once."""
+"""Refused requests return one after the other, not all at once."""
 
 from __future__ import annotations
 
 from moiety.gateway.backlog import LEAST_S, MOST_S, Backlog
 
 
-def test_each_is_told_to_come_after_those_before():
-    """Refused together, they are spread over the time that it takes to serve them; who is due is expected no more."""
+def test_each_refusal_is_expected_after_the_earlier_ones():
+    """Retry delays grow with the requests still expected; a request whose delay has passed is no longer expected."""
     now = [0.0]
     backlog = Backlog(lambda: now[0])
 
@@ -20,8 +20,8 @@ def test_each_is_told_to_come_after_those_before():
     assert backlog.refuse(wait_s) == 1.0
 
 
-def test_nobody_is_sent_away_for_good_or_for_nothing():
-    """However many were refused, and however soon there is room, the hint is within bounds."""
+def test_the_retry_delay_is_bounded():
+    """The retry delay lies from LEAST_S to MOST_S, for any number of refusals and any predicted wait."""
     backlog = Backlog(lambda: 0.0)
     hints = [backlog.refuse(float) for _ in range(1000)]
     assert (min(hints), max(hints)) == (LEAST_S, MOST_S)

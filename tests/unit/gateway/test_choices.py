@@ -23,12 +23,12 @@ def engine(name: str) -> FakeEngine:
 
 
 def expected(choice: int, count: int = TOKENS) -> list[int]:
-    """The tokens of one choice of PROMPT, seed 0."""
+    """Returns the tokens of one choice of PROMPT, seed 0."""
     return [fake_token(PROMPT, 0, position, SHAPE.vocabulary, choice) for position in range(count)]
 
 
 def by_choice(got: list[Chunk]) -> dict[int, list[int]]:
-    """choice -> token ids."""
+    """Returns choice -> token ids."""
     tokens: dict[int, list[int]] = defaultdict(list)
     for chunk in got:
         tokens[chunk.choice].extend(chunk.token_ids)
@@ -36,7 +36,7 @@ def by_choice(got: list[Chunk]) -> dict[int, list[int]]:
 
 
 def test_choices_stream_side_by_side(tokenizer: Tokenizer):
-    """One engine request for all; each choice has its text and its end, the last message of all the usage."""
+    """One engine request serves all choices; each has its own text and end, and the last message has the usage."""
     router = FakeEngine("a", SHAPE, blocks=8, block_tokens=2)
 
     async def scenario(gateway: Gateway) -> None:
@@ -55,16 +55,16 @@ def test_choices_stream_side_by_side(tokenizer: Tokenizer):
     run(scenario, tokenizer, router)
 
 
-@pytest.mark.parametrize("position", [0, 1, 5])  # before anything was sent; behind the first tokens; later
+@pytest.mark.parametrize("position", [0, 1, 5])  # before anything was sent; after the first tokens; later
 def test_a_lost_router_costs_no_choice_a_token(tokenizer: Tokenizer, position: int):
-    """Before the first token all go on together; behind it each choice goes on as a request of its own."""
+    """Choices resume in one request before their first token, each in a request of its own after it; no token is lost."""
     routers = engine("a"), engine("b")
 
     async def scenario(gateway: Gateway) -> None:
         die_before(gateway, position, *routers, choices=N)
         got = await chunks(gateway, n=N, max_tokens=TOKENS, logprobs=True, prompt_logprobs=True)
         assert by_choice(got) == {choice: expected(choice) for choice in range(N)}
-        assert sum(len(chunk.prompt_logprobs) for chunk in got) == len(PROMPT) - 1, "once, whatever was lost"
+        assert sum(len(chunk.prompt_logprobs) for chunk in got) == len(PROMPT) - 1, "sent once, despite the loss"
         assert got[-1].completion_tokens == N * TOKENS
         _, second = sorted(routers, key=lambda router: (len(router.requests), len(router.requests[-1].generated_ids)))
         resumed = {(r.choice, r.sampling.n, tuple(r.generated_ids)) for r in second.requests}
@@ -74,8 +74,8 @@ def test_a_lost_router_costs_no_choice_a_token(tokenizer: Tokenizer, position: i
     run(scenario, tokenizer, *routers)
 
 
-def test_a_choice_that_fails_behind_a_loss_ends_the_request(tokenizer: Tokenizer):
-    """An error of one resumed choice is the request's, and nothing of the others is left running."""
+def test_a_resumed_choice_that_fails_ends_the_request(tokenizer: Tokenizer):
+    """An error of one resumed choice ends the whole request, and no other choice keeps running."""
     first, second = engine("a"), engine("b")
     vanishing: list[asyncio.Task[None]] = []
 
@@ -106,14 +106,14 @@ def test_a_choice_that_fails_behind_a_loss_ends_the_request(tokenizer: Tokenizer
 
 
 def text_and_stop(tokenizer: Tokenizer, choice: int = 0, count: int = 40) -> tuple[str, str]:
-    """The text of a choice, and a piece of it that spans tokens."""
+    """Returns the text of a choice, and a piece of it that spans tokens."""
     text = tokenizer.decode(expected(choice, count))
     middle = len(text) // 2
     return text, text[middle : middle + 4]
 
 
 def test_a_stop_string_ends_the_output_before_it(tokenizer: Tokenizer):
-    """Found across tokens, never sent, reason STOP; the engine's request is cancelled at once."""
+    """A stop string that spans tokens ends the text with reason STOP and is not sent; the engine gets no stop strings."""
     router = engine("a")
     text, stop = text_and_stop(tokenizer)
 
@@ -122,13 +122,13 @@ def test_a_stop_string_ends_the_output_before_it(tokenizer: Tokenizer):
         assert "".join(chunk.text for chunk in got) == text[: text.index(stop)]
         assert [chunk.finish_reason for chunk in got] == [None] * (len(got) - 1) + [FinishReason.STOP]
         assert got[-1].completion_tokens == len(by_choice(got)[0]) < 40
-        assert not router.requests[0].sampling.stop, "text is none of the engine's business"
+        assert not router.requests[0].sampling.stop, "the engine must not get stop strings"
 
     run(scenario, tokenizer, router)
 
 
-def test_the_engine_is_left_when_every_choice_has_stopped(tokenizer: Tokenizer):
-    """A choice that stops is silent from there on; when all have, the engine's request is cancelled in its tracks."""
+def test_the_engine_is_cancelled_when_every_choice_has_stopped(tokenizer: Tokenizer):
+    """A stopped choice sends nothing more; when all have stopped, the request ends though the engine would go on."""
     router = engine("a")
     stops = [text_and_stop(tokenizer, choice)[1] for choice in range(2)]
     longest = 0
@@ -155,7 +155,7 @@ def test_the_engine_is_left_when_every_choice_has_stopped(tokenizer: Tokenizer):
 
 
 def test_stop_strings_wait_for_min_tokens(tokenizer: Tokenizer):
-    """The text of the first min_tokens is not searched."""
+    """The text of the first min_tokens tokens is not searched for stop strings."""
     text = tokenizer.decode(expected(0, 20))
 
     async def scenario(gateway: Gateway) -> None:
@@ -169,7 +169,7 @@ def test_stop_strings_wait_for_min_tokens(tokenizer: Tokenizer):
 
 
 def test_priority_and_tenant_reach_the_engine(tokenizer: Tokenizer):
-    """As they were given."""
+    """The engine receives priority and tenant unchanged."""
     router = engine("a")
 
     async def scenario(gateway: Gateway) -> None:

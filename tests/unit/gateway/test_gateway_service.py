@@ -1,4 +1,4 @@
-"""moiety.v1.GenerationService over loopback: what good requests get, and what each bad one is told."""
+"""moiety.v1.GenerationService over loopback: the responses to good requests, and the error of each bad one."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def engine(name: str = "r0") -> FakeEngine:
 
 
 def test_a_request_streams_tokens_text_and_usage(tokenizer: Tokenizer):
-    """Each token as it is sampled; the first message has the request id, the last the reason and the counts."""
+    """Each token is streamed; the first message has the request id, the last the finish reason and the counts."""
 
     async def scenario(gateway: Gateway) -> None:
         got = await chunks(gateway, max_tokens=6, request_id="mine")
@@ -40,7 +40,7 @@ def test_a_request_streams_tokens_text_and_usage(tokenizer: Tokenizer):
 
 
 def test_text_and_its_ids_are_the_same_prompt(tokenizer: Tokenizer):
-    """The gateway tokenises; the engine sees ids, and a seed even where the client gave none."""
+    """Text and its token ids give the same tokens; without a client's seed the engine still gets one, drawn per request."""
     router = engine()
 
     async def scenario(gateway: Gateway) -> None:
@@ -57,7 +57,7 @@ def test_text_and_its_ids_are_the_same_prompt(tokenizer: Tokenizer):
 
 
 def test_models_are_listed(tokenizer: Tokenizer):
-    """Name, revision and context of what is served."""
+    """ListModels returns name, revision and context of the served model."""
 
     async def scenario(gateway: Gateway) -> None:
         (model,) = await gateway.client.models()
@@ -67,7 +67,7 @@ def test_models_are_listed(tokenizer: Tokenizer):
 
 
 def test_an_encoder_s_prompt_leaves_the_output_its_context(tokenizer: Tokenizer):
-    """A prompt of 60 tokens and an output of 63 fit a context of 64 that is the decoder's alone; 64 do not."""
+    """An encoder's prompt takes none of the decoder's context of 64: an output of 63 tokens fits, of 64 does not."""
 
     async def scenario(gateway: Gateway) -> None:
         assert sum([len(chunk.token_ids) for chunk in await chunks(gateway, [5] * 60, max_tokens=63)]) == 63
@@ -80,7 +80,7 @@ def test_an_encoder_s_prompt_leaves_the_output_its_context(tokenizer: Tokenizer)
 
 
 def test_a_first_token_is_named_by_text_or_id(tokenizer: Tokenizer):
-    """The router is told the id either way."""
+    """The router receives the id of the first token, whether the client names its text or its id."""
     router = engine()
 
     async def scenario(gateway: Gateway) -> None:
@@ -154,7 +154,7 @@ BAD: dict[str, tuple[dict[str, Any], grpc.StatusCode, list[str]]] = {
 
 
 def bad_request(changes: dict[str, Any]) -> bytes:
-    """A good request with `changes`, in bytes."""
+    """Returns a good request with `changes`, serialised."""
     fields = generation_pb2.SamplingParams.DESCRIPTOR.fields_by_name
     sampling = {key: value for key, value in changes.items() if key in fields}
     request = generation_pb2.GenerateRequest(
@@ -170,7 +170,7 @@ def bad_request(changes: dict[str, Any]) -> bytes:
 
 
 async def refusal(gateway: Gateway, data: bytes) -> grpc.aio.AioRpcError:
-    """What a request of these bytes is told."""
+    """Sends a request of these bytes; returns the error that it gets."""
     async with channel(gateway.address) as link:
         call = link.unary_stream("/moiety.v1.GenerationService/Generate")(data)
         with pytest.raises(grpc.aio.AioRpcError) as refused:
@@ -178,22 +178,22 @@ async def refusal(gateway: Gateway, data: bytes) -> grpc.aio.AioRpcError:
     return refused.value
 
 
-def test_bad_requests_are_told_field_value_and_bound(tokenizer: Tokenizer):
-    """Each gets its status and words that help, and the service goes on serving afterwards."""
+def test_bad_requests_get_field_value_and_bound(tokenizer: Tokenizer):
+    """Each bad request gets its status and an error that names field, value and bound; the next request is served."""
 
     async def scenario(gateway: Gateway) -> None:
         for name, (changes, code, words) in BAD.items():
-            told = await refusal(gateway, bad_request(changes))
-            assert told.code() is code, name
-            assert all(word in told.details() for word in words), f"{name}: {told.details()}"
-            assert len(told.details()) < 300, name
+            error = await refusal(gateway, bad_request(changes))
+            assert error.code() is code, name
+            assert all(word in error.details() for word in words), f"{name}: {error.details()}"
+            assert len(error.details()) < 300, name
             assert await tokens(gateway, 2) == expected(2), f"after {name}"
 
     run(scenario, tokenizer, engine())
 
 
 def test_a_huge_prompt_stalls_nobody(tokenizer: Tokenizer):
-    """While a prompt of a megabyte is tokenised, other requests stream; then it is refused for its length."""
+    """Other requests stream while a prompt of a megabyte is tokenised; then it is refused for its length."""
 
     async def scenario(gateway: Gateway) -> None:
         huge = asyncio.create_task(refusal(gateway, bad_request({"text": "expert " * 150_000})))
@@ -207,19 +207,19 @@ def test_a_huge_prompt_stalls_nobody(tokenizer: Tokenizer):
 
 @pytest.mark.parametrize("data", [b"\x12\x02\xff\xfe", b"\x0a\x01\x80", b"\xff" * 20], ids=["text", "model", "garbage"])
 def test_bytes_that_are_no_request_are_invalid(tokenizer: Tokenizer, data: bytes):
-    """Invalid UTF-8 in a string field, or no protobuf at all, is INVALID_ARGUMENT, not a failure of the service."""
+    """Bytes that are no GenerateRequest, or hold invalid UTF-8, get INVALID_ARGUMENT, not INTERNAL."""
 
     async def scenario(gateway: Gateway) -> None:
-        told = await refusal(gateway, data)
-        assert told.code() is INVALID
-        assert f"request = '{len(data)} bytes'" in told.details()
+        error = await refusal(gateway, data)
+        assert error.code() is INVALID
+        assert f"request = '{len(data)} bytes'" in error.details()
         assert await tokens(gateway, 2) == expected(2)
 
     run(scenario, tokenizer, engine())
 
 
-def test_without_a_router_requests_wait_and_then_hear_of_it(tokenizer: Tokenizer):
-    """UNAVAILABLE after router_wait_s, naming the setting; a router that comes in time is used."""
+def test_without_a_router_requests_wait_and_then_fail(tokenizer: Tokenizer):
+    """Without a router a request gets UNAVAILABLE after router_wait_s, which it names; a router in time is used."""
 
     async def none(gateway: Gateway) -> None:
         with pytest.raises(Unavailable, match=r"no router is ready; waited 0.2 s \(setting router_wait_s\)"):
@@ -240,7 +240,7 @@ def test_without_a_router_requests_wait_and_then_hear_of_it(tokenizer: Tokenizer
 
 
 def test_a_deadline_holds_while_waiting_for_a_router(tokenizer: Tokenizer):
-    """A client's own limit ends the wait, and the gateway's part of it too."""
+    """A client's deadline ends the wait for a router, in the client and in the gateway."""
 
     async def scenario(gateway: Gateway) -> None:
         with pytest.raises(DeadlineExceeded):
@@ -250,8 +250,8 @@ def test_a_deadline_holds_while_waiting_for_a_router(tokenizer: Tokenizer):
     run(scenario, tokenizer, router_wait_s=60.0)
 
 
-def test_too_many_requests_are_refused_with_a_hint(tokenizer: Tokenizer):
-    """Beyond max_concurrent a request is refused at once, and told when to come again; a place that frees is used."""
+def test_too_many_requests_are_refused_with_a_retry_delay(tokenizer: Tokenizer):
+    """Beyond max_concurrent a request is refused at once with a retry delay; a freed place is used."""
     router, released = engine(), asyncio.Event()
 
     async def hold(_position: int) -> None:
@@ -272,7 +272,7 @@ def test_too_many_requests_are_refused_with_a_hint(tokenizer: Tokenizer):
 
 
 def test_a_client_that_leaves_frees_its_router(tokenizer: Tokenizer):
-    """Closing the stream cancels the request at the router, in the middle of its wait for a token."""
+    """Closing the stream cancels the request at its router while it waits for a token."""
     router = engine()
 
     async def hold(position: int) -> None:

@@ -1,4 +1,4 @@
-"""What a gateway believes to be cached where: bounded, corrected by what routers tell, apart for each tenant."""
+"""A gateway's estimate of what routers have cached: bounded, corrected by their answers, separate for each tenant."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ prompts = st.lists(st.integers(0, 3), min_size=1, max_size=40)
 
 
 def hashes(ids: list[int], tenant: str = "") -> list[int]:
-    """Of a prompt's blocks."""
+    """Returns the hashes of a prompt's blocks."""
     return HASHER.hashes(np.array(ids, dtype=np.uint32), P, tenant)
 
 
 @given(first=prompts, second=prompts)
 def test_equal_hashes_mean_equal_prefixes(first: list[int], second: list[int]):
-    """Block i's hash covers every token up to its end, and no later one; the last token is never in a block."""
+    """Two blocks have equal hashes exactly where all tokens up to their end are equal; the last token is in no block."""
     ones, others = hashes(first), hashes(second)
     assert len(ones) == (len(first) - 1) // P
     for i, (one, other) in enumerate(zip(ones, others, strict=False), 1):
@@ -31,7 +31,7 @@ def test_equal_hashes_mean_equal_prefixes(first: list[int], second: list[int]):
 
 
 def test_tenants_and_gateways_have_hashes_of_their_own():
-    """The same prompt of another tenant is another prompt, and seeds decide everything."""
+    """Another tenant or another seed gives other hashes for the same prompt; the same seed gives the same."""
     ids = list(range(20))
     assert not set(hashes(ids, "a")) & set(hashes(ids, "b"))
     other = PrefixHasher(seed=2).hashes(np.array(ids, dtype=np.uint32), P, "a")
@@ -40,7 +40,7 @@ def test_tenants_and_gateways_have_hashes_of_their_own():
 
 
 def test_keys_grow_with_the_longest_prompt():
-    """A prompt of any length is hashed, the same before and after a longer one came."""
+    """A prompt has the same hashes before and after a longer prompt was hashed."""
     hasher = PrefixHasher(seed=3)
     ids = np.arange(70_000, dtype=np.uint32)
     short = hasher.hashes(ids[:100], P, "")
@@ -50,7 +50,7 @@ def test_keys_grow_with_the_longest_prompt():
 @settings(max_examples=50)
 @given(sent=st.lists(prompts, max_size=20), asked=prompts, room=st.integers(1, 30))
 def test_a_match_is_a_prefix_that_was_sent(sent: list[list[int]], asked: list[int], room: int):
-    """Never more blocks than fit, never a prefix that was not sent, and the last prompt sent is known as far as fits."""
+    """The index has at most `room` blocks, matches only prefixes that were sent, and knows the latest prompt."""
     index = PrefixIndex(room)
     for ids in sent:
         index.visit(hashes(ids))
@@ -60,8 +60,8 @@ def test_a_match_is_a_prefix_that_was_sent(sent: list[list[int]], asked: list[in
     assert not matched or any(ids[:matched] == asked[:matched] for ids in sent)
 
 
-def test_what_a_router_lacks_is_forgotten_with_all_that_is_older():
-    """A router that had evicted a prompt has evicted what was used before it, and still has what was used after."""
+def test_a_missing_prompt_is_forgotten_with_all_older_ones():
+    """When a router has evicted a prompt, prompts used before it are forgotten, and prompts used after it are kept."""
     index = PrefixIndex(100)
     old, known, recent = (hashes([n] * 17) for n in (1, 2, 3))
     for prompt in (old, known, recent):
@@ -72,8 +72,8 @@ def test_what_a_router_lacks_is_forgotten_with_all_that_is_older():
     assert [index.match(prompt) for prompt in (old, known, recent)] == [0, 4, 4]
 
 
-def test_a_prompt_still_being_computed_is_no_promise():
-    """Sent again before its first answer, nothing is expected, so nothing is forgotten when it is not found."""
+def test_a_prompt_still_being_computed_is_not_expected():
+    """A prompt sent again before its first answer is not expected to be cached, so a miss forgets no other prompt."""
     index = PrefixIndex(100)
     other, prompt = hashes([1] * 17), hashes([2] * 17)
     index.visit(other).computed = True
@@ -85,7 +85,7 @@ def test_a_prompt_still_being_computed_is_no_promise():
 
 
 def test_a_prompt_that_was_refused_is_withdrawn():
-    """What only the refused request brought is forgotten; what was known before it, or came behind it, is not."""
+    """Blocks that only the refused request added are forgotten; blocks known before it or added later are kept."""
     index = PrefixIndex(100)
     index.visit(hashes([1] * 9)).computed = True
     longer = hashes([1] * 25)

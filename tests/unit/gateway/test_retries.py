@@ -1,4 +1,4 @@
-"""A client that may come again does so when it was told to, and no longer than it has time for."""
+"""A client retries after the retry delay, as often as allowed and within its timeout."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from moiety.errors import InvalidRequest, ResourceExhausted
 from moiety.gateway.text import Tokenizer
 from moiety.testing import FakeEngine, eventually
 
-HINT_S = 1.0  # a gateway's, as long as no request has shown how long one takes
+HINT_S = 1.0  # a gateway's retry delay before any request has shown how long one takes
 
 
-def test_a_client_comes_again_after_the_hint(tokenizer: Tokenizer):
-    """Refused, it waits as long as it was told, asks again and gets its tokens; nobody sees the refusal."""
+def test_a_client_retries_after_the_delay(tokenizer: Tokenizer):
+    """A refused client waits for the retry delay, retries and gets its tokens, without an error for the caller."""
     router = FakeEngine("a", SHAPE, places=0)
 
     async def scenario(gateway: Gateway) -> None:
@@ -32,22 +32,22 @@ def test_a_client_comes_again_after_the_hint(tokenizer: Tokenizer):
 
 
 def test_retries_are_off_unless_asked_for_and_end(tokenizer: Tokenizer):
-    """Without `retries` a refusal is told at once; with it, once they are spent or time is too short for another."""
+    """A refusal raises at once without `retries`, after the last of them, or when the timeout is too short for another."""
     router = FakeEngine("a", SHAPE, places=0)
 
     async def scenario(gateway: Gateway) -> None:
-        for options, asked in (({}, 1), ({"retries": 5, "timeout_s": HINT_S / 2}, 1), ({"retries": 1}, 2)):
+        for options, attempts in (({}, 1), ({"retries": 5, "timeout_s": HINT_S / 2}, 1), ({"retries": 1}, 2)):
             router.refused, began = 0, time.monotonic()
-            with pytest.raises(ResourceExhausted, match="the queue of the one router is full"):
+            with pytest.raises(ResourceExhausted, match="the queue of the only router is full"):
                 await tokens(gateway, **options)
-            assert router.refused == asked
-            assert asked > 1 or time.monotonic() - began < HINT_S / 2
+            assert router.refused == attempts
+            assert attempts > 1 or time.monotonic() - began < HINT_S / 2
 
     run(scenario, tokenizer, router)
 
 
-def test_other_errors_are_not_tried_again(tokenizer: Tokenizer):
-    """A request that is wrong stays wrong."""
+def test_other_errors_are_not_retried(tokenizer: Tokenizer):
+    """An invalid request raises at once, even with `retries`."""
     router = FakeEngine("a", SHAPE)
 
     async def scenario(gateway: Gateway) -> None:

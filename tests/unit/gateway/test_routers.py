@@ -1,4 +1,4 @@
-"""Routers come and go: requests are spread, resumed behind the tokens they have, and end only for good reasons."""
+"""Routers come and go: requests are spread, resume after the tokens that they have, and fail only where they must."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def _generated(request: engine_pb2.EngineRequest) -> int:
 
 
 def engine(name: str, revision: str = "fake-revision") -> FakeEngine:
-    """A ready router."""
+    """Returns a router."""
     return FakeEngine(name, SHAPE, revision=revision)
 
 
-@pytest.mark.parametrize("position", [0, 1, 5])  # before anything was sent; behind the first token; at the last
+@pytest.mark.parametrize("position", [0, 1, 5])  # before anything was sent; after the first token; at the last
 def test_a_lost_router_costs_no_token(tokenizer: Tokenizer, position: int):
-    """The stream goes on, on another router, behind the tokens it has: the same tokens, each once."""
+    """After a loss the stream resumes on another router: the client gets the same tokens, each once."""
     routers = engine("a"), engine("b")
 
     async def scenario(gateway: Gateway) -> None:
@@ -45,7 +45,7 @@ def test_a_lost_router_costs_no_token(tokenizer: Tokenizer, position: int):
 
 
 def test_losing_every_router_waits_for_the_next(tokenizer: Tokenizer):
-    """Two routers lost in one stream, then none: the request resumes on the one that comes."""
+    """A request whose two routers are lost resumes on the next router that registers."""
     routers = [engine("a"), engine("b")]
     late = engine("c")
 
@@ -64,7 +64,7 @@ def test_losing_every_router_waits_for_the_next(tokenizer: Tokenizer):
 
 
 def test_no_other_router_in_time_is_unavailable(tokenizer: Tokenizer):
-    """A request whose router is gone for good ends with UNAVAILABLE, naming the revision it needs."""
+    """Without another router in time, a request ends with UNAVAILABLE that names the revision it needs."""
     only = engine("a")
 
     async def scenario(gateway: Gateway) -> None:
@@ -76,7 +76,7 @@ def test_no_other_router_in_time_is_unavailable(tokenizer: Tokenizer):
 
 
 def test_a_request_keeps_one_revision_for_life(tokenizer: Tokenizer):
-    """A router of another revision never takes over: its tokens would be another model's."""
+    """A router of another revision does not take over: its tokens would be another model's."""
     routers = engine("a"), engine("b", revision="newer")
 
     async def scenario(gateway: Gateway) -> None:
@@ -89,7 +89,7 @@ def test_a_request_keeps_one_revision_for_life(tokenizer: Tokenizer):
 
 
 def test_requests_are_spread(tokenizer: Tokenizer):
-    """A new request goes to the router with the fewest of this gateway's."""
+    """Four requests at once are spread evenly over two routers."""
     routers, released = [engine("a"), engine("b")], asyncio.Event()
 
     async def hold(_position: int) -> None:
@@ -111,7 +111,7 @@ def test_requests_are_spread(tokenizer: Tokenizer):
 
 @pytest.mark.parametrize("cause", [NoHolder(3, [1], 30.0), MoietyError("the step failed"), DeadlineExceeded("late")])
 def test_a_routers_own_refusal_is_passed_on(tokenizer: Tokenizer, cause: MoietyError):
-    """A living router that ends a request (its experts are gone, say) is believed; no other one is troubled."""
+    """The error of a living router, such as missing experts, goes to the client; the request is not sent to another."""
     routers = engine("a"), engine("b")
 
     async def scenario(gateway: Gateway) -> None:
@@ -130,15 +130,15 @@ def test_a_routers_own_refusal_is_passed_on(tokenizer: Tokenizer, cause: MoietyE
 
 
 def choosing(*names: str, places: int = 8, slots: int = 4) -> list[FakeEngine]:
-    """Ready routers that cache prefixes by blocks of four tokens."""
+    """Returns routers that cache prefixes in blocks of four tokens."""
     return [FakeEngine(name, SHAPE, places=places, slots=slots, blocks=64) for name in names]
 
 
 LONG = [list(range(start, start + 41)) for start in (10, 60, 110, 160, 210, 260)]
 
 
-def test_a_prompt_goes_to_where_its_prefix_is(tokenizer: Tokenizer):
-    """Sent again, longer, each prompt finds the router that has it; the client hears how much of it was cached."""
+def test_a_prompt_goes_to_the_router_that_has_its_prefix(tokenizer: Tokenizer):
+    """A longer prompt goes to the router that cached its prefix, and the client gets the count of cached tokens."""
     routers = choosing("a", "b", "c")
 
     async def scenario(gateway: Gateway) -> None:
@@ -154,8 +154,8 @@ def test_a_prompt_goes_to_where_its_prefix_is(tokenizer: Tokenizer):
     run(scenario, tokenizer, *routers)
 
 
-def test_a_conversation_goes_to_where_its_last_answer_is(tokenizer: Tokenizer):
-    """The output counts as what the next prompt starts with, so a turn goes to the router of the turn before."""
+def test_a_conversation_returns_to_its_router(tokenizer: Tokenizer):
+    """A prompt that starts with an earlier prompt and its output goes to the router that generated that output."""
     routers = choosing("a", "b", "c")
 
     async def scenario(gateway: Gateway) -> None:
@@ -170,7 +170,7 @@ def test_a_conversation_goes_to_where_its_last_answer_is(tokenizer: Tokenizer):
 
 
 def test_a_router_that_evicted_a_prompt_is_still_right(tokenizer: Tokenizer):
-    """A guess that turns out wrong costs nothing but the prefill, and is not made again."""
+    """A wrong estimate changes no token, and the router's answer corrects it."""
     routers = choosing("a", "b")
 
     async def scenario(gateway: Gateway) -> None:
@@ -185,8 +185,8 @@ def test_a_router_that_evicted_a_prompt_is_still_right(tokenizer: Tokenizer):
     run(scenario, tokenizer, *routers)
 
 
-def test_a_full_router_is_passed_over(tokenizer: Tokenizer):
-    """A request that one router has no place for goes to the next; only when all are full is it refused, with a hint."""
+def test_a_full_router_is_skipped(tokenizer: Tokenizer):
+    """A request goes to the next router where one is full, and is refused with a retry delay only when all are full."""
     routers, released = [FakeEngine("a", SHAPE, places=3), FakeEngine("b", SHAPE, places=1)], asyncio.Event()
 
     async def hold(_position: int) -> None:
@@ -200,7 +200,7 @@ def test_a_full_router_is_passed_over(tokenizer: Tokenizer):
             running.append(asyncio.create_task(tokens(gateway)))
             await eventually(lambda count=count: sum(len(router.requests) for router in routers) == count)
         assert [len(router.requests) for router in routers] == [3, 1]
-        with pytest.raises(ResourceExhausted, match="the queue of each of 2 routers is full") as refused:
+        with pytest.raises(ResourceExhausted, match="the queues of all 2 routers are full") as refused:
             await tokens(gateway)
         assert refused.value.retry_after_s >= 0.25
         released.set()
@@ -211,7 +211,7 @@ def test_a_full_router_is_passed_over(tokenizer: Tokenizer):
 
 
 def test_a_resumed_request_waits_for_a_place(tokenizer: Tokenizer):
-    """Accepted once, a request whose router is lost is not refused by one that is full: it goes on when there is room."""
+    """An accepted request whose router is lost waits for a place at a full router instead of being refused."""
     first, full = engine("a"), FakeEngine("b", SHAPE, places=0)
 
     async def scenario(gateway: Gateway) -> None:
@@ -228,7 +228,7 @@ def test_a_resumed_request_waits_for_a_place(tokenizer: Tokenizer):
 
 
 def test_a_router_that_drains_gets_nothing_new(tokenizer: Tokenizer):
-    """Its streams end where they are; requests that come go elsewhere, however much of them it has cached."""
+    """A draining router finishes its streams; new requests go elsewhere, even if it has cached their prompt."""
     routers, released = choosing("a", "b"), asyncio.Event()
 
     async def hold(position: int) -> None:
@@ -255,7 +255,7 @@ def test_a_router_that_drains_gets_nothing_new(tokenizer: Tokenizer):
 
 
 def test_a_router_that_is_full_with_our_own_requests_is_not_asked(tokenizer: Tokenizer):
-    """As many as it runs and lets wait go there; the next is told when to come again, and costs the router nothing."""
+    """A router gets at most slots + queue limit of our requests; the gateway refuses the next with a retry delay."""
     router, released = FakeEngine("a", SHAPE, slots=2, queue=1), asyncio.Event()
 
     async def hold(_position: int) -> None:
@@ -265,7 +265,7 @@ def test_a_router_that_is_full_with_our_own_requests_is_not_asked(tokenizer: Tok
         router.before_token = hold
         running = [asyncio.create_task(tokens(gateway)) for _ in range(3)]
         await eventually(lambda: len(router.requests) == 3)
-        with pytest.raises(ResourceExhausted, match="the queue of the one router is full") as refused:
+        with pytest.raises(ResourceExhausted, match="the queue of the only router is full") as refused:
             await tokens(gateway)
         assert refused.value.retry_after_s > 0
         assert len(router.requests) == 3

@@ -1,4 +1,4 @@
-"""Stop strings: the text before the first that is completed, however it was cut into pieces, and nothing taken back."""
+"""Stop strings: text passes up to the first completed one, for any cut into pieces, and no sent text is retracted."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ STOPS = st.lists(st.text("abc🙂", min_size=1, max_size=5), max_size=4)
 
 
 def naive(text: str, stops: list[str]) -> tuple[str, bool]:
-    """What comes before the stop string that is completed first; of several, the longest."""
+    """Returns the text before the stop string that is completed first (the longest of several), and whether there is one."""
     for end in range(1, len(text) + 1):
         completed = [stop for stop in stops if text[:end].endswith(stop)]
         if completed:
@@ -23,7 +23,7 @@ def naive(text: str, stops: list[str]) -> tuple[str, bool]:
 
 @given(text=TEXT, stops=STOPS, sizes=st.lists(st.integers(1, 6), max_size=40))
 def test_any_cut_gives_what_the_whole_text_gives(text: str, stops: list[str], sizes: list[int]):
-    """As the naive twin finds it in the whole text; each piece may be sent at once and is never retracted."""
+    """For any cut the output is that of the naive twin on the whole text, and sent text is never retracted."""
     expected, stopped = naive(text, stops)
     stop_strings, sent, start = StopStrings(stops), "", 0
     for size in [*sizes, *[1] * len(text)]:
@@ -37,7 +37,7 @@ def test_any_cut_gives_what_the_whole_text_gives(text: str, stops: list[str], si
 
 
 def test_only_what_may_become_a_stop_string_is_held_back():
-    """Everything else is sent at once."""
+    """Text that cannot become a stop string is returned at once."""
     stops = StopStrings(["END", "\n\n"])
     assert [stops.push(piece) for piece in ("one E", "Nd", " two\n", "three\n", "\nfour")] == [
         "one ",
@@ -51,7 +51,7 @@ def test_only_what_may_become_a_stop_string_is_held_back():
 
 @pytest.mark.parametrize("stops", [[], ["zzz"]])
 def test_without_a_match_all_text_passes(stops: list[str]):
-    """Nothing is lost at the end, half a stop string included."""
+    """Without a match all text is returned, including a part of a stop string at the end."""
     stop_strings = StopStrings(stops)
     assert stop_strings.push("text z") + stop_strings.push("z", last=True) == "text zz"
     assert not stop_strings.stopped

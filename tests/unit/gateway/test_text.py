@@ -1,4 +1,4 @@
-"""Streaming text: whole characters as they come, and in the end exactly what decoding everything gives."""
+"""Streamed text: each character once it is complete, and in the end exactly the decoding of all tokens."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ EMOJI = "naïve 👩‍🚀 and 🙂🙃, 漢字"
 
 
 def streamed(tokenizer: Tokenizer, ids: list[int], sizes: list[int] | None = None) -> list[str]:
-    """The pieces that a stream of `ids` gives when they come `sizes` at a time, 1 by default."""
+    """Returns the pieces of text for a stream of `ids` in portions of `sizes`, 1 by default."""
     detokenizer, pieces, start = Detokenizer(tokenizer), [], 0
     for size in [*(sizes or []), *[1] * len(ids)]:
         end = min(start + size, len(ids))
@@ -30,7 +30,7 @@ def streamed(tokenizer: Tokenizer, ids: list[int], sizes: list[int] | None = Non
 
 
 def test_a_character_is_sent_once_it_is_whole(tokenizer: Tokenizer):
-    """An emoji of four one-byte tokens appears with its fourth; no piece ever holds half a character."""
+    """An emoji of four one-byte tokens is returned with its fourth token."""
     ids = tokenizer.encode("🙂")
     assert len(ids) == 4, "the tiny tokenizer must split it, or this tests nothing"
     assert streamed(tokenizer, ids) == ["", "", "", "🙂"]
@@ -38,7 +38,7 @@ def test_a_character_is_sent_once_it_is_whole(tokenizer: Tokenizer):
 
 @pytest.mark.parametrize("text", [EMOJI, "plain words. And more, of them!", "  spaces  \n\n around "])
 def test_pieces_join_to_the_text(tokenizer: Tokenizer, text: str):
-    """What was encoded is what streams out, and never a replacement character."""
+    """The pieces join to the encoded text, and none holds a replacement character."""
     pieces = streamed(tokenizer, tokenizer.encode(text))
     assert "".join(pieces) == text
     assert not any("\ufffd" in piece for piece in pieces)
@@ -49,17 +49,17 @@ def test_pieces_join_to_the_text(tokenizer: Tokenizer, text: str):
     sizes=st.lists(st.integers(1, 5), max_size=40),
 )
 def test_any_stream_joins_to_the_decoding_of_all(tokenizer: Tokenizer, ids: list[int], sizes: list[int]):
-    """Whatever tokens come, broken characters and special tokens included, in whatever portions."""
+    """For any tokens in any portions, broken characters and special tokens included, pieces join to the whole decoding."""
     assert "".join(streamed(tokenizer, ids, sizes)) == tokenizer.decode(ids)
 
 
 def test_an_unfinished_character_is_flushed_at_the_end(tokenizer: Tokenizer):
-    """A generation cut inside a character ends with a replacement character, as decoding everything does."""
+    """A generation cut inside a character ends with a replacement character, as the whole decoding does."""
     assert streamed(tokenizer, tokenizer.encode("🙂")[:2])[-1] == "\ufffd"
 
 
 class Counting(Tokenizer):
-    """Counts the ids that are decoded."""
+    """Counts the ids that it decodes."""
 
     decoded = 0
 
@@ -70,7 +70,7 @@ class Counting(Tokenizer):
 
 @pytest.mark.parametrize("ids", [[BYTE_80], [EOS], [BYTE_80, EOS]], ids=["broken bytes", "special tokens", "both"])
 def test_long_runs_without_text_cost_their_length(folder: str, ids: list[int]):
-    """Bytes that are no character, or tokens that are no text, are not decoded again and again; the result is the same."""
+    """Long runs of broken bytes or special tokens take time in proportion to their length, and the text is the same."""
     tokenizer = Counting(folder)
     stream = [*ids * 400, *tokenizer.encode("🙂")]
     assert "".join(streamed(tokenizer, stream)) == Tokenizer.decode(tokenizer, stream)
@@ -80,21 +80,21 @@ def test_long_runs_without_text_cost_their_length(folder: str, ids: list[int]):
 
 
 def test_end_of_sequence_is_not_text(tokenizer: Tokenizer):
-    """Special tokens are skipped."""
+    """The end of sequence is a stop id and adds no text."""
     ids = [*tokenizer.encode("hi"), EOS]
     assert "".join(streamed(tokenizer, ids)) == "hi"
     assert EOS in tokenizer.stop_ids
 
 
 def test_the_bounds_of_a_prompt(tokenizer: Tokenizer):
-    """Empty text and text beyond all reason are refused by name."""
+    """Empty text and text beyond MAX_PROMPT_BYTES raise InvalidRequest that names the field."""
     with pytest.raises(InvalidRequest, match=r"prompt.text = '': must be at least one character"):
         tokenizer.encode("")
     with pytest.raises(InvalidRequest, match=rf"prompt.text = .* at most {MAX_PROMPT_BYTES}"):
         tokenizer.encode("x" * (MAX_PROMPT_BYTES + 1))
 
 
-def test_a_folder_without_a_tokenizer_is_told(tmp_path: Path):
-    """The error names the folder."""
+def test_a_folder_without_a_tokenizer_is_named(tmp_path: Path):
+    """A folder without a tokenizer raises CheckpointError that names it."""
     with pytest.raises(CheckpointError, match=str(tmp_path)):
         Tokenizer(str(tmp_path))

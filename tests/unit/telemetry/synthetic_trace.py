@@ -1,4 +1,4 @@
-"""Traces made by hand, in milliseconds."""
+"""Hand-made traces, with times in milliseconds."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ TRACE_ID = "ab" * 16
 
 
 class Trace:
-    """Collects spans; `add` returns the id to hang children under."""
+    """Collects spans; `add` returns a span's id, the parent of its children."""
 
     def __init__(self) -> None:
         self.spans: list[ReceivedSpan] = []
@@ -25,7 +25,7 @@ class Trace:
         error: str | None = None,
         **attributes: Value,
     ) -> str:
-        """A span from `start_ms` to `end_ms`; keyword attributes are named as in `Attribute`."""
+        """Adds a span from `start_ms` to `end_ms`; keyword attributes have the names of `Attribute`."""
         span_id = f"{len(self.spans) + 1:016x}"
         self.spans.append(
             ReceivedSpan(
@@ -45,7 +45,10 @@ class Trace:
 
 
 def answer(steps: int = 120, layers: int = 8, slow_step: int | None = None) -> Trace:
-    """A whole request: prefill, then decode steps of `layers` layers with two hops each; `slow_step` waits 60 ms."""
+    """Returns the trace of a request: a prefill, then decode steps of `layers` layers with two hops each.
+
+    `slow_step` waits 60 ms in its first layer.
+    """
     trace, per_layer = Trace(), 0.5
     step_ms = layers * per_layer + 0.1
     total = 2.5 + steps * step_ms + (60 if slow_step is not None else 0)

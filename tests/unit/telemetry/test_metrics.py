@@ -1,14 +1,12 @@
-"""Figures from `configure_metrics` to a real OTLP endpoint, and nothing at all where nobody asked for them."""
+"""Metrics from `configure_metrics` to a real OTLP endpoint, and none while export is off."""
 
 from __future__ import annotations
 
 import logging
-import os
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 
 import pytest
 
@@ -16,24 +14,8 @@ from moiety.telemetry import NO_METER, Attribute, MetricName, ResourceAttribute,
 from moiety.tools.trace.receiver import TraceReceiver
 
 
-@pytest.fixture(autouse=True)
-def no_otel_variables(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The variables of the person who runs the tests play no part."""
-    for name in list(os.environ):
-        if name.startswith("OTEL_"):
-            monkeypatch.delenv(name)
-
-
-@pytest.fixture
-def receiver(monkeypatch: pytest.MonkeyPatch) -> Iterator[TraceReceiver]:
-    """A collector that the environment points at."""
-    with TraceReceiver() as collector:
-        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.endpoint)
-        yield collector
-
-
-def test_figures_arrive_with_kind_unit_and_attributes(receiver: TraceReceiver) -> None:
-    """What was observed is exported at the end at the latest; what has nothing to tell, or fails, keeps none from it."""
+def test_metrics_arrive_with_kind_unit_and_attributes(receiver: TraceReceiver) -> None:
+    """Shutdown exports every metric; one that has no value yet, or whose `read` raises, does not stop the others."""
     meter = configure_metrics("moiety-router", {ResourceAttribute.INSTANCE: "router-1"})
     meter.observe(MetricName.BUSY, lambda: 0.25)
     meter.observe(MetricName.ROUTED_ROWS, lambda: 1 << 40)
@@ -42,19 +24,19 @@ def test_figures_arrive_with_kind_unit_and_attributes(receiver: TraceReceiver) -
     for deployment, target in (("experts-0", 1), ("experts-1", 2), ("experts-1", 3)):
         meter.observe(MetricName.TARGET, lambda target=target: target, {Attribute.DEPLOYMENT: deployment})
     meter.shutdown()
-    figures = {(each.name, each.attributes.get("moiety.deployment")): each for each in receiver.figures()}
-    assert {key: (each.value, each.unit, each.cumulative) for key, each in figures.items()} == {
+    figures = {(figure.name, figure.attributes.get("moiety.deployment")): figure for figure in receiver.figures()}
+    assert {key: (figure.value, figure.unit, figure.cumulative) for key, figure in figures.items()} == {
         ("moiety.busy", None): (0.25, "1", False),
         ("moiety.routed_rows", None): (1 << 40, "{row}", True),
         ("moiety.scaling.target", "experts-0"): (1, "{replica}", False),
         ("moiety.scaling.target", "experts-1"): (3, "{replica}", False),
     }
-    assert {each.service for each in figures.values()} == {"moiety-router"}
-    assert {each.attributes["service.instance.id"] for each in figures.values()} == {"router-1"}
+    assert {figure.service for figure in figures.values()} == {"moiety-router"}
+    assert {figure.attributes["service.instance.id"] for figure in figures.values()} == {"router-1"}
 
 
-def test_figures_are_exported_now_and_then(receiver: TraceReceiver, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A counter that grows is told again without anyone asking."""
+def test_metrics_are_exported_periodically(receiver: TraceReceiver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A growing counter is exported again in each interval."""
     monkeypatch.setenv("OTEL_METRIC_EXPORT_INTERVAL", "20")
     reads = iter(range(10_000))
     meter = configure_metrics("moiety-router")
@@ -75,8 +57,8 @@ def test_figures_are_exported_now_and_then(receiver: TraceReceiver, monkeypatch:
         {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:1", "OTEL_METRICS_EXPORTER": "none"},
     ],
 )
-def test_nobody_asked_for_figures(variables: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without an endpoint for metrics, or with them switched off, nothing is ever read."""
+def test_without_an_endpoint_metrics_are_off(variables: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without an endpoint for metrics, or with them switched off, no metric is read."""
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     meter = configure_metrics("moiety-router")
@@ -85,8 +67,8 @@ def test_nobody_asked_for_figures(variables: dict[str, str], monkeypatch: pytest
     meter.shutdown()
 
 
-def test_no_collector_for_figures_is_quiet_and_bounded(caplog: pytest.LogCaptureFixture) -> None:
-    """With nothing at the endpoint: one warning at most, no stack trace, and shutdown comes back in time."""
+def test_no_collector_for_metrics_is_quiet_and_bounded(caplog: pytest.LogCaptureFixture) -> None:
+    """Without a collector there is at most one warning, no stack trace, and shutdown ends in time."""
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
         meter = configure_metrics("moiety-router", endpoint=f"http://127.0.0.1:{bound.getsockname()[1]}")
@@ -98,10 +80,8 @@ def test_no_collector_for_figures_is_quiet_and_bounded(caplog: pytest.LogCapture
     assert not [record for record in caplog.records if record.exc_info]
 
 
-def test_an_unknown_exporter_of_figures_is_said(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """It costs one warning that names it, never the service."""
+def test_an_unknown_exporter_is_logged(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """An unknown exporter costs one warning that names it, and `configure_metrics` does not raise."""
     monkeypatch.setenv("OTEL_METRICS_EXPORTER", "prometheus")
     with caplog.at_level(logging.WARNING):
         assert configure_metrics("moiety-router") is NO_METER
@@ -109,7 +89,7 @@ def test_an_unknown_exporter_of_figures_is_said(
 
 
 def test_without_the_package_metrics_are_off() -> None:
-    """Where OpenTelemetry is not installed, asking costs one warning; where nobody asks, it is not even loaded."""
+    """Without OpenTelemetry, asking for metrics costs one warning; while export is off, it is not loaded."""
     program = (
         "import importlib.util as util, os, sys\n"
         "import moiety.telemetry as telemetry\n"
@@ -121,4 +101,4 @@ def test_without_the_package_metrics_are_off() -> None:
         "assert telemetry.configure_metrics('moiety-router') is telemetry.NO_METER\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert "metrics are asked for, but OpenTelemetry is not installed" in done.stderr
+    assert "metrics are off, because OpenTelemetry is not installed" in done.stderr

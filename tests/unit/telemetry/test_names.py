@@ -15,13 +15,13 @@ DECLARED = {*names.SpanName, *names.MetricName, *names.Attribute, *names.Resourc
 
 
 def test_span_and_attribute_names_are_not_spelled_out():
-    """A span, metric or attribute named by a string literal outside names.py is a name nobody declared."""
+    """No code outside telemetry/ names a span, metric or attribute by a string literal."""
     spelled = [f"{path}: {match[1]}" for path in SOURCES for match in LITERAL.finditer(path.read_text("utf-8"))]
     assert spelled == []
 
 
 def test_constants_in_use_are_declared():
-    """`SpanName.X` in the source is a member: found here rather than on the first sampled request."""
+    """Each `SpanName.X` in the source is a member; a wrong one would only fail on the first sampled request."""
     missing = [
         f"{path}: {match[0]}"
         for path in SOURCES
@@ -32,7 +32,7 @@ def test_constants_in_use_are_declared():
 
 
 def test_the_scan_would_find_them():
-    """The pattern above sees the ways in which a name could be spelled out."""
+    """LITERAL matches each way of naming a span or attribute by a string."""
     assert LITERAL.search('tracer.start("hop", parent=None)')
     assert LITERAL.search('tracer.start(\n    f"layer {index}",\n    parent=step)')
     assert LITERAL.search("span.set('moiety.layer', 3)")
@@ -40,7 +40,7 @@ def test_the_scan_would_find_them():
 
 
 def test_every_metric_is_declared_and_used() -> None:
-    """With what it tells, its unit and its kind; one that nobody observes would be a promise not kept."""
+    """Each metric is declared with description, unit and kind, and some code observes it."""
     assert set(names.METRICS) == set(names.MetricName)
     used = {
         match[2] for path in SOURCES for match in CONSTANT.finditer(path.read_text("utf-8")) if match[1] == "MetricName"
@@ -49,7 +49,7 @@ def test_every_metric_is_declared_and_used() -> None:
 
 
 def test_names_are_well_formed():
-    """Lower-case dotted words, each with one meaning; ours carry our prefix, others are OpenTelemetry's own."""
+    """Names are lower-case dotted words; keys without the prefix moiety. are OpenTelemetry's own."""
     assert all(re.fullmatch(r"[a-z]+(_[a-z]+)*(\.[a-z]+(_[a-z]+)*)*", name) for name in DECLARED)
     from opentelemetry.semconv._incubating.attributes import (
         error_attributes,

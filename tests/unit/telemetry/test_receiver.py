@@ -10,8 +10,8 @@ from moiety.telemetry import SpanName, configure
 from moiety.tools.trace.receiver import TraceReceiver
 
 
-def test_waiting_ends_with_what_did_arrive():
-    """A wait that fails names the spans that came, so that the missing one is plain."""
+def test_a_failed_wait_names_what_arrived():
+    """A wait that times out names the spans that arrived, so that the missing one is plain."""
     with TraceReceiver() as receiver:
         tracer = configure("moiety-router", endpoint=receiver.endpoint)
         tracer.start(SpanName.STEP, parent=None).end()
@@ -22,7 +22,7 @@ def test_waiting_ends_with_what_did_arrive():
 
 
 def test_memory_is_bounded():
-    """The oldest spans make room for the newest; clear forgets all."""
+    """Beyond the limit the oldest spans are dropped; `clear` drops all."""
     with TraceReceiver(limit=3) as receiver:
         tracer = configure("moiety-router", endpoint=receiver.endpoint)
         for start in range(5):

@@ -1,4 +1,4 @@
-"""What a person sees of a trace, and how much of it is explained."""
+"""The waterfall that a person reads of a trace, and how much of a step the trace explains."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from moiety.tools.trace.waterfall import coverage, waterfall
 
 
 def test_one_layer_reads_at_a_glance():
-    """Golden: a failed hop, its hedged retry, offsets and bars scaled to the trace."""
+    """Golden output: a failed hop, its hedged retry, offsets, and bars scaled to the trace."""
     trace = Trace()
     layer = trace.add("layer", 0, 10, LAYER=2)
     trace.add("hop", 1, 4, layer, REPLICA="experts-0-a1", error="UNAVAILABLE")
@@ -29,7 +29,7 @@ def test_one_layer_reads_at_a_glance():
 
 
 def test_repetition_is_summed_up():
-    """120 steps of 8 layers fit a screen: one of each in full, the rest counted with their median."""
+    """120 steps of 8 layers fit a screen: one of each kind in full, the others as a count with their median."""
     text = waterfall(answer().spans, TRACE_ID)
     assert "├─ prefill step" in text
     assert "└─ … 118 more decode steps, 4.10 ms each (p50)" in text
@@ -37,8 +37,8 @@ def test_repetition_is_summed_up():
     assert len(text.splitlines()) <= 52
 
 
-def test_the_odd_one_out_is_shown():
-    """The one step that took 60 ms more is on the screen, not inside a median."""
+def test_an_outlier_is_shown():
+    """A step that takes 60 ms longer is shown by itself, not hidden in a median."""
     lines = waterfall(answer(slow_step=40).spans, TRACE_ID).splitlines()
     (slow,) = (line for line in lines if "decode step " in line and "64.1" in line)
     assert "165.2" in slow
@@ -47,8 +47,8 @@ def test_the_odd_one_out_is_shown():
 
 @pytest.mark.parametrize("width", [60, 80, 110, 160])
 @pytest.mark.parametrize("max_rows", [3, 10, 50])
-def test_it_fits_where_it_is_asked_to(width, max_rows):
-    """No line is wider than asked, and no more lines of spans than asked (title and header come on top)."""
+def test_it_fits_the_given_size(width, max_rows):
+    """No line is wider than `width`, and there are at most `max_rows` lines besides title and header."""
     lines = waterfall(answer(4).spans, TRACE_ID, width=width, max_rows=max_rows).splitlines()
     assert max(map(len, lines[1:])) <= width
     assert len(lines) <= max_rows + 2
@@ -57,7 +57,7 @@ def test_it_fits_where_it_is_asked_to(width, max_rows):
 
 
 def test_focus_shows_one_span_alone():
-    """A single step, its bars scaled to itself."""
+    """`focus` shows one step alone, with bars scaled to it."""
     spans = answer(10).spans
     step = [span for span in spans if span.name == SpanName.STEP][3]
     lines = waterfall(spans, TRACE_ID, focus=step.span_id).splitlines()
@@ -67,14 +67,14 @@ def test_focus_shows_one_span_alone():
 
 
 def test_order_and_repeats_of_arrival_do_not_matter():
-    """Spans come from several services in any order, and an exporter's retry may bring one twice."""
+    """Neither the order of spans nor repeated ones change the output: an exporter's retry may send a span twice."""
     spans = answer(5).spans
     shuffled = random.Random(7).sample(spans, len(spans)) + spans[:20]
     assert waterfall(shuffled, TRACE_ID) == waterfall(spans, TRACE_ID)
 
 
 def test_an_incomplete_trace_is_still_shown():
-    """Spans whose parent never arrived stand at the top; other traces are left out; nothing is said to be nothing."""
+    """Spans without their parent are shown at the top, other traces are left out, and an empty trace is reported."""
     trace = Trace()
     trace.add("layer", 0, 1, "f" * 16, LAYER=0)
     other = dataclasses.replace(trace.spans[0], trace_id="cd" * 16, name="elsewhere")
@@ -84,8 +84,8 @@ def test_an_incomplete_trace_is_still_shown():
     assert waterfall(trace.spans, "00" * 16) == f"trace {'00' * 16}: no spans"
 
 
-def test_a_long_answer_takes_no_time():
-    """4,000 steps (76,000 spans) are laid out in seconds, not in the square of their number."""
+def test_a_long_trace_takes_seconds():
+    """4,000 steps (76,000 spans) take seconds to lay out, not time quadratic in their number."""
     spans = answer(4000, layers=2).spans
     began = time.monotonic()
     waterfall(spans, TRACE_ID)
@@ -93,7 +93,7 @@ def test_a_long_answer_takes_no_time():
 
 
 def test_coverage_counts_overlap_once_and_only_inside():
-    """Children that overlap, stick out or leave a hole: 1–7 and 9–10 of 10 ms are explained."""
+    """Children that overlap, extend beyond the step or leave a gap explain 1–7 and 9–10 of its 10 ms."""
     trace = Trace()
     step = trace.add("step", 0, 10)
     trace.add("layer", 1, 5, step)
@@ -102,8 +102,8 @@ def test_coverage_counts_overlap_once_and_only_inside():
     assert coverage(trace.spans, TRACE_ID) == pytest.approx(0.7)
 
 
-def test_coverage_by_leaves_sees_holes_inside_layers():
-    """A layer with one hop of half its time explains all of the step, or half of it in the stricter reading."""
+def test_coverage_by_leaves_sees_gaps_inside_layers():
+    """A layer whose one hop takes half its time explains the whole step, but only half of it with `leaves`."""
     trace = Trace()
     step = trace.add("step", 0, 10)
     layer = trace.add("layer", 0, 10, step)
@@ -113,8 +113,8 @@ def test_coverage_by_leaves_sees_holes_inside_layers():
     assert coverage(trace.spans, TRACE_ID, of=SpanName.LAYER) == pytest.approx(0.5)
 
 
-def test_coverage_of_nothing_is_nothing():
-    """No such span, or one without children: 0."""
+def test_coverage_without_children_is_zero():
+    """Coverage is 0 without a step, and for a step without children."""
     trace = Trace()
     trace.add("step", 0, 10)
     assert coverage(trace.spans, TRACE_ID) == 0.0

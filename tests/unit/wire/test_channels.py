@@ -1,4 +1,4 @@
-"""Servers and streams: started and stopped without harm, and a lost peer noticed."""
+"""Servers and streams start and stop cleanly, and a lost peer is noticed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SHAPE = fake_shape()
 
 
 def test_a_port_in_use_is_a_wrong_setting():
-    """The error names the port and the host, instead of gRPC's own words alone."""
+    """The error names the port and the host, besides gRPC's own message."""
 
     async def scenario() -> None:
         with socket.socket() as taken:
@@ -38,7 +38,7 @@ def test_a_port_in_use_is_a_wrong_setting():
 
 
 def test_a_server_may_be_stopped_from_two_sides_at_once():
-    """Overlapping and repeated stops are one stop: grpc.aio on its own ends the process there."""
+    """Overlapping and repeated stops act as one; grpc.aio alone would crash the process."""
 
     async def scenario() -> None:
         replica = FakeExperts("a", ExpertSet.block(2, [0]), SHAPE, on_call=lambda _: asyncio.Event().wait())
@@ -54,7 +54,7 @@ def test_a_server_may_be_stopped_from_two_sides_at_once():
 
 
 def ask(caller: Caller, call_id: int) -> asyncio.Future[Reply | PeerLost]:
-    """One row for expert 0, and its answer to come."""
+    """Sends one row for expert 0; returns the future of its answer."""
     request = ForwardRequest(
         call_id=call_id, rows=1, k_offsets=bytes([0] * 4 + [1] + [0] * 3), experts=bytes(4), dtype="float32"
     )
@@ -62,13 +62,13 @@ def ask(caller: Caller, call_id: int) -> asyncio.Future[Reply | PeerLost]:
     return caller.send(request, codec.rows_in(memoryview(bytes(row_bytes)), row_bytes))
 
 
-def test_an_address_without_a_replica_is_told_soon():
-    """Opening a stream to a port that never speaks raises an error of ours within the time limit."""
+def test_an_address_without_a_replica_fails_soon():
+    """Opening a link to a port that never answers raises one of our errors within the time limit."""
 
     async def scenario() -> None:
         with socket.socket() as silent:
             silent.bind((HOST, 0))
-            silent.listen()  # accepts, and never says a word
+            silent.listen()  # accepts, but never sends a byte
             async with asyncio.timeout(5):
                 with pytest.raises(MoietyError):
                     await ExpertLink.open(f"{HOST}:{silent.getsockname()[1]}", 0.2, Mailbox())

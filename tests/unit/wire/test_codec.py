@@ -1,4 +1,4 @@
-"""Frames: what goes in comes out, other protobuf libraries understand it, and nonsense is told as such."""
+"""Frames survive a round trip, other protobuf libraries read and write them, and invalid bytes are refused."""
 
 from __future__ import annotations
 
@@ -38,16 +38,16 @@ def test_rows_survive_the_wire_to_the_bit(dtype: torch.dtype, count: int):
     if count:
         sent[0, 0] = torch.nan
     frame = codec.encode(header(), codec.rows_of(sent))
-    told, payload = codec.decode(ForwardRequest, frame)
+    decoded, payload = codec.decode(ForwardRequest, frame)
     got = torch.empty_like(sent)
     codec.rows_of(got)[:] = codec.rows_in(payload, 12 * dtype.itemsize)
     assert torch.equal(got.view(torch.uint8), sent.view(torch.uint8))
-    assert (told.call_id, told.attempt, told.layer, told.revision) == (7, 2, 3, "r")
-    assert not told.payload, "the payload must stay where it lies in the frame"
+    assert (decoded.call_id, decoded.attempt, decoded.layer, decoded.revision) == (7, 2, 3, "r")
+    assert not decoded.payload, "the payload must not be copied out of the frame"
 
 
 def test_rows_share_the_memory_of_their_tensor():
-    """Writing rows writes the tensor: the router's answer is put in place without another copy."""
+    """Writing rows writes the tensor: the router stores an answer without another copy."""
     tensor = torch.zeros(3, 6)
     codec.rows_of(tensor)[1] = codec.rows_of(torch.ones(1, 6))[0]
     assert tensor.sum(1).tolist() == [0, 6, 0]
@@ -62,21 +62,21 @@ def test_plain_protobuf_reads_our_frames(count: int):
     assert message.k_offsets == b"k" * 12
 
 
-@pytest.mark.parametrize("told", [None, 0, "right"], ids=["no payload_bytes", "zero", "right"])
+@pytest.mark.parametrize("size", [None, 0, "right"], ids=["no payload_bytes", "zero", "right"])
 @pytest.mark.parametrize("payload", [b"", b"p" * 300])
-def test_we_read_plain_protobuf(told: object, payload: bytes):
-    """A message of any protobuf library is understood, whether or not it fills in payload_bytes."""
+def test_we_read_plain_protobuf(size: object, payload: bytes):
+    """A message of any protobuf library is read, whether or not it sets payload_bytes."""
     message = header()
     message.payload = payload
-    if told is not None:
-        message.payload_bytes = len(payload) if told == "right" else 0
+    if size is not None:
+        message.payload_bytes = len(payload) if size == "right" else 0
     got, view = codec.decode(ForwardRequest, message.SerializeToString())
     assert bytes(view) == payload
     assert got.call_id == 7
 
 
 def test_the_order_of_fields_is_free():
-    """Protobuf promises no order: a payload in front of the other fields is found too."""
+    """Protobuf guarantees no order: a payload before the other fields is found too."""
     payload = ForwardRequest(payload=b"p" * 300).SerializeToString()
     size = ForwardRequest(payload_bytes=300).SerializeToString()
     rest = header().SerializeToString()
@@ -88,7 +88,7 @@ def test_the_order_of_fields_is_free():
 
 @given(lie=st.integers(0, 2**32 - 1), payload=st.binary(max_size=300))
 def test_a_wrong_payload_bytes_never_moves_the_payload(lie: int, payload: bytes):
-    """payload_bytes is a hint: where it lies, the payload is read as protobuf says, or the frame is refused."""
+    """payload_bytes is a hint: where it is wrong, protobuf's own payload is read, or the frame is refused."""
     message = header()
     message.payload, message.payload_bytes = payload, lie
     with suppress(InvalidRequest):
@@ -97,30 +97,30 @@ def test_a_wrong_payload_bytes_never_moves_the_payload(lie: int, payload: bytes)
 
 
 def test_every_truncation_is_refused_or_harmless():
-    """A frame cut anywhere in its payload raises InvalidRequest; nothing else ever leaves decode."""
+    """A frame cut at any byte raises InvalidRequest or has no payload; decode raises nothing else."""
     frame = codec.encode(header(), rows(2))
     for cut in range(len(frame)):
         with suppress(InvalidRequest):
             _, view = codec.decode(ForwardRequest, frame[:cut])
-            assert len(view) == 0, "part of a payload was taken for a whole one"
+            assert len(view) == 0, "a part of a payload was accepted as a whole one"
 
 
 @given(garbage=st.binary(max_size=80))
 def test_garbage_raises_invalid_request_or_parses(garbage: bytes):
-    """Whatever bytes come, decode returns a message or raises InvalidRequest."""
+    """For any bytes, decode returns a message or raises InvalidRequest."""
     with suppress(InvalidRequest):
         codec.decode(ForwardResponse, garbage)
 
 
-def test_what_is_no_frame_is_told_as_such():
-    """The refusal names the message expected and the size that came."""
+def test_invalid_bytes_are_named_in_the_error():
+    """The error names the expected message and the size of the frame."""
     with pytest.raises(InvalidRequest, match="frame = '3 bytes': must be a ForwardRequest") as refused:
         codec.decode(ForwardRequest, b"\xff\xff\xff")
     assert refused.value.field == "frame"
 
 
 def test_a_reply_without_rows_is_an_ordinary_message():
-    """A refusal carries no payload and says so."""
+    """A refusal is a frame with an empty payload."""
     frame = codec.encode(ForwardResponse(call_id=1, outcome=OUTCOME_NOT_HELD, detail="no"))
     got, view = codec.decode(ForwardResponse, frame)
     assert (got.outcome, got.detail, len(view)) == (OUTCOME_NOT_HELD, "no", 0)

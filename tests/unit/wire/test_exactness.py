@@ -1,7 +1,7 @@
-"""The exactness rule, of the transport: how rows travel cannot change a bit of what comes back.
+"""The exactness rule of the transport: how rows are sent must not change a bit of the result.
 
-The replicas here are fakes whose experts treat each row by itself: the bits of a row of a matrix product may depend on
-how many rows share it, which is the kernels' affair (tests/kernels) and would only blur what is tested here.
+The fake replicas here compute each row by itself. In a matrix product the bits of a row may depend on the number of rows,
+which tests/kernels covers and which would hide a fault of the transport here.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Case:
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
-    """Any routing over any holders, of which at least one per expert lasts."""
+    """Draws any routing over any holders; at least one holder of each expert does not vanish."""
     replicas = draw(st.integers(1, 4))
     lost = draw(st.frozensets(st.integers(1, replicas - 1), max_size=2)) if replicas > 1 else frozenset()
     lasting = sorted(set(range(replicas)) - lost)
@@ -63,7 +63,7 @@ def cases(draw: st.DrawFn) -> Case:
 
 
 def replicas_of(case: Case) -> list[FakeExperts]:
-    """The fakes that behave as `case` says."""
+    """Returns fakes that behave as `case` says."""
 
     def one(index: int) -> FakeExperts:
         ids = [expert for expert, holders in enumerate(case.holders) if index in holders]
@@ -74,7 +74,7 @@ def replicas_of(case: Case) -> list[FakeExperts]:
         async def on_call(_call: ForwardCall) -> None:
             if index in case.lost:
                 vanishing.append(asyncio.create_task(replica.vanish()))
-                await asyncio.Event().wait()  # ended by its own stop
+                await asyncio.Event().wait()  # until `vanish` cancels it
             delays = case.delays[index]
             await asyncio.sleep(delays[min(len(replica.calls), len(delays)) - 1])
 
@@ -86,10 +86,10 @@ def replicas_of(case: Case) -> list[FakeExperts]:
 
 
 async def through(case: Case, hidden: torch.Tensor, top_k_index: torch.Tensor) -> torch.Tensor:
-    """The rows as they come back through the replicas of `case`."""
+    """Returns the rows that the replicas of `case` send back."""
     options = {"dtype": case.dtype, "transport": case.transport}
     async with loopback_hop(replicas_of(case), SHAPE, hedge_after_s=0.001, retry_budget=1.0, **options) as lane:
-        if case.hedged:  # a p99 of nothing: every call that is not answered within a millisecond is sent again
+        if case.hedged:  # a p99 of 0: every call that is not answered within a millisecond is sent again
             for _ in range(16):
                 lane.hop.hedging.answered(LAYER, CallClass.DECODE, 0.0)
         return await asyncio.wait_for(lane.compute(LAYER, hidden, top_k_index), 20)
@@ -98,7 +98,7 @@ async def through(case: Case, hidden: torch.Tensor, top_k_index: torch.Tensor) -
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 @given(case=cases())
 def test_no_way_of_sending_rows_changes_a_bit(case: Case):
-    """Any transport, partition, overlap, duplicate, hedge, order or loss gives the rows and the combined sum of one replica."""
+    """Any transport, partition, overlap, duplicate, hedge, order or loss gives the same rows and sum as one replica."""
     generator = torch.Generator().manual_seed(len(case.top_k_index))
     top_k_index = torch.tensor(case.top_k_index)
     hidden = torch.randn(len(case.top_k_index), SHAPE.mlp.hidden, generator=generator).to(codec.DTYPES[case.dtype])

@@ -1,4 +1,4 @@
-"""The handshake with a replica, against a server that answers wrongly."""
+"""The handshake with a replica, against a server whose answers are wrong."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SERVICE = "moiety.internal.v1.ExpertService"
 
 
 def test_an_unreadable_describe_is_refused_by_name() -> None:
-    """A replica whose `held` is no set of experts is told from one that does not answer, with what it said."""
+    """A replica whose `held` cannot be parsed raises InvalidRequest with that value, not PeerLost."""
 
     async def describe(_request: DescribeReplicaRequest, _context: grpc.aio.ServicerContext) -> DescribeReplicaResponse:
         return DescribeReplicaResponse(held="all of them")

@@ -1,4 +1,4 @@
-"""A Forward call is checked against its own arithmetic and against what Describe promised."""
+"""A Forward call is checked: its fields against each other, and against the replica's description."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROW_BYTES = 4 * HIDDEN
 
 
 def int32(*values: int) -> bytes:
-    """Little-endian int32."""
+    """Encodes little-endian int32."""
     return codec.int32_bytes(np.array(values, dtype=np.int64))
 
 
@@ -37,7 +37,7 @@ def parse(payload: bytes = bytes(2 * ROW_BYTES), **changes: Any) -> ForwardCall:
 
 
 def test_a_good_call_is_read():
-    """Rows, experts and class are what the router meant; row_of tells which row each expert takes."""
+    """Rows, experts and class are what the router sent; row_of is the row of each assignment."""
     call = parse(call_id=9, attempt=1, call_class=CALL_CLASS_PREFILL)
     assert call.experts.tolist() == [5, 0, 5]
     assert call.row_of.tolist() == [0, 1, 1]
@@ -48,12 +48,12 @@ def test_a_good_call_is_read():
 
 
 def test_time_left_becomes_a_deadline():
-    """deadline_ms counts from arrival."""
+    """deadline_ms counts from the arrival of the call."""
     assert 0 < parse(deadline_ms=60_000).deadline.left() <= 60
 
 
 def test_a_call_of_no_rows_is_a_call():
-    """Zero rows are consistent with themselves."""
+    """A call of zero rows is valid."""
     call = parse(b"", rows=0, k_offsets=int32(0), experts=b"")
     assert (len(call.payload), len(call.experts), len(call.row_of)) == (0, 0, 0)
 
@@ -77,7 +77,7 @@ def test_a_call_of_no_rows_is_a_call():
     ],
 )
 def test_a_contradiction_names_its_field(field: str, changes: dict[str, Any], said: str):
-    """Each inconsistency raises InvalidRequest that names the field and what it should have been."""
+    """Each inconsistency raises InvalidRequest that names the field and its valid value."""
     with pytest.raises(InvalidRequest) as refused:
         parse(**changes)
     assert refused.value.field == field

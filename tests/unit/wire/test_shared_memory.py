@@ -1,4 +1,4 @@
-"""What is shared memory's own: who is let in, what happens when it is full, and peers that write nonsense."""
+"""What only shared memory has: which peers are accepted, a full segment, and peers that send invalid messages."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ ROW_BYTES = 4 * SHAPE.mlp.hidden
 
 @asynccontextmanager
 async def replica() -> AsyncIterator[tuple[FakeExperts, str]]:
-    """A running replica, and the name of its doorbell."""
+    """Runs a replica; yields it and the name of its shared-memory socket."""
     experts = FakeExperts("a", ExpertSet.block(1, range(2)), SHAPE)
     await experts.start(MemoryRegistry())
     try:
@@ -49,7 +49,7 @@ async def replica() -> AsyncIterator[tuple[FakeExperts, str]]:
 
 
 def run(scenario: Callable[[], Awaitable[None]]) -> None:
-    """`scenario`, which must not take longer than 20 s."""
+    """Runs `scenario`, which must not take longer than 20 s."""
 
     async def whole() -> None:
         async with asyncio.timeout(20):
@@ -59,17 +59,17 @@ def run(scenario: Callable[[], Awaitable[None]]) -> None:
 
 
 def ask(caller: Caller, call_id: int, rows: int = 1) -> asyncio.Future:
-    """Rows of zeros for expert 0."""
+    """Sends rows of zeros for expert 0."""
     offsets, experts = codec.int32_bytes(torch.arange(rows + 1).numpy()), bytes(4 * rows)
     header = ForwardRequest(call_id=call_id, rows=rows, dtype="float32", k_offsets=offsets, experts=experts)
     return caller.send(header, codec.rows_in(memoryview(bytes(rows * ROW_BYTES)), ROW_BYTES))
 
 
-# Who is let in -------------------------------------------------------------------------------------------------
+# Handshake -----------------------------------------------------------------------------------------------------
 
 
-async def knock(name: str, hello: bytes, descriptors: list[int]) -> SharedMemoryWelcome:
-    """What a replica answers to this."""
+async def greet(name: str, hello: bytes, descriptors: list[int]) -> SharedMemoryWelcome:
+    """Sends a hello; returns the replica's answer."""
     loop = asyncio.get_running_loop()
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
         sock.setblocking(False)
@@ -78,8 +78,8 @@ async def knock(name: str, hello: bytes, descriptors: list[int]) -> SharedMemory
         return SharedMemoryWelcome.FromString(await loop.sock_recv(sock, 4096))
 
 
-def test_only_a_sealed_segment_of_the_same_revision_is_let_in():
-    """Another revision, no segment, one that can still be shrunk, and garbage are refused in words; the next is served."""
+def test_only_a_sealed_segment_of_the_same_revision_is_accepted():
+    """Another revision, no segment, an unsealed one and garbage are refused with a reason; the next router is served."""
     good = SharedMemoryHello(wire_version=WIRE_VERSION, revision=REVISION, dtype="float32")
     other = SharedMemoryHello(wire_version=WIRE_VERSION, revision="other", dtype="float32")
 
@@ -89,15 +89,15 @@ def test_only_a_sealed_segment_of_the_same_revision_is_let_in():
             unsealed = os.memfd_create("unsealed", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
             os.ftruncate(unsealed, 4096)
             try:
-                for hello, descriptors, told in (
+                for hello, descriptors, reason in (
                     (good.SerializeToString(), [sealed], ""),
                     (other.SerializeToString(), [sealed], f"serves revision {REVISION} in float32"),
-                    (good.SerializeToString(), [], "brought no segment"),
+                    (good.SerializeToString(), [], "the hello came without a segment"),
                     (good.SerializeToString(), [unsealed], "segment = '4096 bytes, seals 0x0': must be sealed memory"),
                     (b"\xff\xff", [sealed], "Error parsing message"),
                 ):
-                    welcome = await knock(name, hello, descriptors)
-                    assert (welcome.accepted, told in welcome.refusal) == (not told, True)
+                    welcome = await greet(name, hello, descriptors)
+                    assert (welcome.accepted, reason in welcome.refusal) == (not reason, True)
             finally:
                 os.close(sealed)
                 os.close(unsealed)
@@ -107,7 +107,7 @@ def test_only_a_sealed_segment_of_the_same_revision_is_let_in():
     run(scenario)
 
 
-# Nonsense ------------------------------------------------------------------------------------------------------
+# Invalid messages ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -115,8 +115,8 @@ def test_only_a_sealed_segment_of_the_same_revision_is_let_in():
     [b"garbage", CALL.pack(1 << 40, 64, 64, 64), CALL.pack(0, 1 << 31, 0, 0), CALL.pack(0, 0, 0, 64)],
     ids=["no call", "far outside", "too long", "no header there"],
 )
-def test_a_router_that_writes_nonsense_is_hung_up_on(message: bytes):
-    """Whatever a router rings with, the replica ends that connection only."""
+def test_an_invalid_call_ends_its_connection_only(message: bytes):
+    """A replica closes the connection that sent an invalid message, and serves its other routers."""
 
     async def scenario() -> None:
         async with replica() as (experts, name), open_caller(experts.replica.address, Transport.SHM) as other:
@@ -148,8 +148,8 @@ def test_a_router_that_writes_nonsense_is_hung_up_on(message: bytes):
     ],
     ids=["too short", "no reply", "no such range", "another call", "more than there is room for"],
 )
-def test_a_replica_that_answers_nonsense_is_lost(answer: bytes):
-    """Every open call is PeerLost, in words, and nothing is read from outside its range."""
+def test_an_invalid_answer_ends_the_connection(answer: bytes):
+    """Every open call gets PeerLost with the reason, and nothing is read from outside its range."""
 
     async def scenario() -> None:
         loop, name = asyncio.get_running_loop(), f"moiety-test-{os.getpid()}"
@@ -159,8 +159,8 @@ def test_a_replica_that_answers_nonsense_is_lost(answer: bytes):
             listener.setblocking(False)
             mailbox, answers = Mailbox(), []
             with owner_of(mailbox):
-                told = DescribeReplicaResponse(shared_memory=name)
-                opening = asyncio.create_task(SharedMemoryConnection.open(told, mailbox, 5, 4096))
+                description = DescribeReplicaResponse(shared_memory=name)
+                opening = asyncio.create_task(SharedMemoryConnection.open(description, mailbox, 5, 4096))
                 sock, _ = await loop.sock_accept(listener)
                 with sock:
                     sock.setblocking(False)
@@ -175,7 +175,7 @@ def test_a_replica_that_answers_nonsense_is_lost(answer: bytes):
                     await asyncio.wait_for(connection.closed.wait(), 5)
                     await eventually(lambda: bool(answers))
                 assert isinstance(answers[0], PeerLost)
-                assert "answered what was not asked" in str(answers[0])
+                assert "it sent an answer that fits no open call" in str(answers[0])
                 await connection.close()
                 mailbox.drain()
 
@@ -186,7 +186,7 @@ def test_a_replica_that_answers_nonsense_is_lost(answer: bytes):
 
 
 def test_a_full_segment_refuses_and_goes_on(monkeypatch: pytest.MonkeyPatch):
-    """Calls beyond the room there is raise at once; what is in flight is answered, and its room is used again."""
+    """Calls that do not fit raise at once; calls in flight are answered, and their memory is reused."""
     monkeypatch.setattr("moiety.wire.transports.shm_connection.SEGMENT_BYTES", 1024)
     released = asyncio.Event()
 
@@ -198,9 +198,9 @@ def test_a_full_segment_refuses_and_goes_on(monkeypatch: pytest.MonkeyPatch):
             experts.on_call = wait
             async with open_caller(experts.replica.address, Transport.SHM) as caller:
                 answers = [ask(caller, call_id) for call_id in range(8)]
-                told = await asyncio.gather(*answers[5:], return_exceptions=True)
-                assert {type(refused) for refused in told} == {ResourceExhausted}
-                assert "fill the 1024 bytes there are" in str(told[0])
+                refusals = await asyncio.gather(*answers[5:], return_exceptions=True)
+                assert {type(refusal) for refusal in refusals} == {ResourceExhausted}
+                assert "fill its 1024 bytes of shared memory" in str(refusals[0])
                 released.set()
                 for _ in range(3):
                     accepted = await asyncio.gather(*answers, return_exceptions=True)
@@ -211,8 +211,8 @@ def test_a_full_segment_refuses_and_goes_on(monkeypatch: pytest.MonkeyPatch):
     run(scenario)
 
 
-def test_a_layer_waits_for_room(monkeypatch: pytest.MonkeyPatch):
-    """A hop over a segment for one call at a time gets all its rows, by asking again."""
+def test_a_layer_waits_for_free_memory(monkeypatch: pytest.MonkeyPatch):
+    """A hop over a segment that holds one call at a time gets all its rows by retrying."""
     monkeypatch.setattr("moiety.wire.transports.shm_connection.SEGMENT_BYTES", 512)
     monkeypatch.setattr("moiety.router.hop.call.MAX_CALL_BYTES", ROW_BYTES)
     only = FakeExperts("a", ExpertSet.block(1, range(2)), SHAPE)
@@ -227,7 +227,7 @@ def test_a_layer_waits_for_room(monkeypatch: pytest.MonkeyPatch):
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(1, 700)), max_size=60))
 def test_ranges_never_overlap_and_all_come_back(steps: list[tuple[bool, int]]):
-    """Whatever is taken and given back, in whatever order: no two ranges share a byte, and in the end all is free."""
+    """For any order of allocations and releases, no two ranges share a byte, and in the end all memory is free."""
     allocator, taken = Allocator(4096), {}
     for take, size in steps:
         if take and (start := allocator.allocate(size)) is not None:
@@ -243,11 +243,11 @@ def test_ranges_never_overlap_and_all_come_back(steps: list[tuple[bool, int]]):
     assert allocator.allocate(4096) == 0
 
 
-def test_a_name_that_nobody_listens_at_is_told():
-    """A replica on another node, or gone: PeerLost at once."""
+def test_a_socket_without_a_listener_is_lost():
+    """Connecting to a replica that is gone or on another node raises PeerLost at once."""
 
     async def scenario() -> None:
-        with pytest.raises(PeerLost, match=r"shared memory cannot be had: .*refused"):
+        with pytest.raises(PeerLost, match=r"connecting to its shared memory failed: .*refused"):
             await SharedMemoryConnection.open(DescribeReplicaResponse(shared_memory="moiety-nobody"), Mailbox(), 5)
 
     run(scenario)

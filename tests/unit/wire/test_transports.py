@@ -1,4 +1,4 @@
-"""What every transport must do, whatever it is made of: the same tests for gRPC over TCP, over a unix socket, and memory."""
+"""What every transport must do: the same tests for gRPC over TCP, gRPC over a unix socket, and shared memory."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ each_transport = pytest.mark.parametrize("transport", TRANSPORTS)
 
 
 def call(call_id: int, rows: int, layer: int = 0) -> tuple[ForwardRequest, torch.Tensor]:
-    """A call of so many rows for expert 3, and the rows."""
+    """Returns a call of `rows` rows for expert 3, and the rows."""
     hidden = torch.randn(rows, SHAPE.mlp.hidden, generator=torch.Generator().manual_seed(call_id))
     offsets, experts = np.arange(rows + 1), np.full(rows, 3)
     header = ForwardRequest(call_id=call_id, layer=layer, rows=rows, dtype="float32")
@@ -45,20 +45,20 @@ def call(call_id: int, rows: int, layer: int = 0) -> tuple[ForwardRequest, torch
 
 
 def ask(caller: Caller, call_id: int, rows: int = 1, layer: int = 0) -> asyncio.Future[Reply | PeerLost]:
-    """Sends such a call."""
+    """Sends the call that `call` returns."""
     header, hidden = call(call_id, rows, layer)
     return caller.send(header, codec.rows_of(hidden))
 
 
 def right(answer: Reply | PeerLost, call_id: int, rows: int = 1) -> bool:
-    """Whether it is the answer to such a call, to the bit."""
+    """Returns whether `answer` is the exact answer to `call`'s call."""
     assert isinstance(answer, Reply)
     assert (answer.header.call_id, answer.header.outcome) == (call_id, OUTCOME_OK)
     return bytes(answer.payload) == fake_expert(0, 3, call(call_id, rows)[1]).numpy().tobytes()
 
 
 async def hang(arrived: ForwardCall) -> None:
-    """An `on_call` under which layer HANGS is never answered."""
+    """An `on_call` that never lets calls of layer HANGS be answered."""
     if arrived.layer == HANGS:
         await asyncio.Event().wait()
 
@@ -75,7 +75,7 @@ async def replica(on_call: Callable[[ForwardCall], Awaitable[None]] = hang, **op
 
 
 def run(scenario: Callable[[], Awaitable[None]]) -> None:
-    """`scenario`, which must not take longer than 20 s."""
+    """Runs `scenario`, which must not take longer than 20 s."""
 
     async def whole() -> None:
         async with asyncio.timeout(20):
@@ -86,7 +86,7 @@ def run(scenario: Callable[[], Awaitable[None]]) -> None:
 
 @each_transport
 def test_rows_come_back_whatever_their_number(transport: Transport):
-    """No row, one, and 4 MiB of them, one call after the other on one connection."""
+    """Calls of no row, one row and 4 MiB of rows are answered, one after the other on one connection."""
 
     async def scenario() -> None:
         async with replica() as experts, open_caller(experts.replica.address, transport) as caller:
@@ -99,7 +99,7 @@ def test_rows_come_back_whatever_their_number(transport: Transport):
 
 @each_transport
 def test_replies_find_their_calls_in_any_order(transport: Transport):
-    """Many calls are in flight; the last sent is answered first, and each gets its own answer. Then the link is closed."""
+    """Each of many calls gets its own answer, even when the last one is answered first; a closed link gives PeerLost."""
     turns = [asyncio.Event() for _ in range(8)]
 
     async def latest_first(arrived: ForwardCall) -> None:
@@ -120,7 +120,7 @@ def test_replies_find_their_calls_in_any_order(transport: Transport):
 
 @each_transport
 def test_a_flood_corrupts_nothing(transport: Transport):
-    """Five hundred calls of mixed sizes at once: every one is answered with its own rows."""
+    """Each of five hundred concurrent calls of mixed sizes is answered with its own rows."""
 
     async def scenario() -> None:
         async with replica() as experts, open_caller(experts.replica.address, transport) as caller:
@@ -134,7 +134,7 @@ def test_a_flood_corrupts_nothing(transport: Transport):
 
 @each_transport
 def test_a_link_that_closes_loses_what_is_open(transport: Transport):
-    """Closing answers every open call with PeerLost, and costs other routers nothing."""
+    """Closing a link answers its open calls with PeerLost and does not disturb other routers."""
 
     async def scenario() -> None:
         async with replica() as experts, open_caller(experts.replica.address, transport) as other:
@@ -151,14 +151,14 @@ def test_a_link_that_closes_loses_what_is_open(transport: Transport):
 
 
 @asynccontextmanager
-async def child(function: str, *words: str) -> AsyncIterator[tuple[asyncio.subprocess.Process, str]]:
-    """A process that runs `function` of this module, and the line that it said first."""
+async def child(function: str, *arguments: str) -> AsyncIterator[tuple[asyncio.subprocess.Process, str]]:
+    """Runs `function` of this module in a process; yields the process and the first line that it printed."""
     code = f"import sys, asyncio, {__name__} as here; asyncio.run(here.{function}(*sys.argv[1:]))"
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-c",
         code,
-        *words,
+        *arguments,
         cwd=Path(__file__).parent,
         stdout=asyncio.subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
@@ -172,14 +172,14 @@ async def child(function: str, *words: str) -> AsyncIterator[tuple[asyncio.subpr
 
 
 async def expert_process() -> None:
-    """A replica that says where it is."""
+    """Runs a replica and prints its address."""
     async with replica() as experts:
         print(experts.replica.address, flush=True)
         await asyncio.Event().wait()
 
 
 async def router_process(address: str) -> None:
-    """A router with one open call by every transport."""
+    """Runs a router with one open call by every transport."""
     async with (
         open_caller(address, Transport.SHM) as shm,
         open_caller(address, Transport.UNIX) as unix,
@@ -192,23 +192,23 @@ async def router_process(address: str) -> None:
 
 
 def segments() -> int:
-    """Segments that this process has mapped."""
+    """Returns how many segments this process has mapped."""
     return Path("/proc/self/maps").read_text().count("memfd:moiety-hop")
 
 
 def settled_segments() -> int:
-    """The same, less what other tests have left to the garbage collector."""
+    """Returns the same after a garbage collection, without what other tests have left."""
     gc.collect()
     return segments()
 
 
 def descriptors() -> int:
-    """Files and sockets that this process has open."""
+    """Returns how many files and sockets this process has open."""
     return len(os.listdir("/proc/self/fd"))
 
 
 def test_a_killed_replica_is_noticed_at_once_in_the_middle_of_a_call():
-    """kill -9 of the expert process: by every transport its open calls are PeerLost within 100 ms, and nothing leaks."""
+    """After kill -9 of a replica its open calls get PeerLost within 100 ms by every transport, and nothing leaks."""
 
     async def scenario() -> None:
         before = settled_segments()
@@ -223,7 +223,7 @@ def test_a_killed_replica_is_noticed_at_once_in_the_middle_of_a_call():
                 open_caller(address, Transport.GRPC) as grpc,
             ):
                 answers = [ask(caller, 0, 64, layer=HANGS) for caller in (shm, unix, grpc)]
-                assert right(await ask(grpc, 2), 2), "the open calls have been sent before"
+                assert right(await ask(grpc, 2), 2), "an answer shows that the open calls, sent before, have arrived"
                 process.send_signal(signal.SIGKILL)
                 began = time.monotonic()
                 for answer in answers:
@@ -237,7 +237,7 @@ def test_a_killed_replica_is_noticed_at_once_in_the_middle_of_a_call():
 
 
 def test_a_killed_router_leaves_nothing_behind():
-    """kill -9 of the router process with a call open by every transport: the replica frees all, and serves the next."""
+    """After kill -9 of a router with open calls by every transport, the replica frees everything and serves the next."""
 
     async def scenario() -> None:
         mapped = settled_segments()
@@ -266,8 +266,8 @@ def test_a_killed_router_leaves_nothing_behind():
 # Choosing ------------------------------------------------------------------------------------------------------
 
 
-def test_the_nearest_way_is_taken_and_none_that_is_not_there():
-    """`auto` is shared memory on one node and gRPC where a replica offers none; what is forced and impossible is told."""
+def test_auto_prefers_shared_memory_and_falls_back_to_grpc():
+    """`auto` uses shared memory on one node, else gRPC; a transport that is set but cannot reach the replica raises."""
 
     async def scenario() -> None:
         async with replica() as experts:
@@ -277,8 +277,8 @@ def test_the_nearest_way_is_taken_and_none_that_is_not_there():
             experts.near = False
             async with open_caller(address, Transport.AUTO) as caller:
                 assert caller.link.transport is Transport.GRPC
-            for transport, told in ((Transport.SHM, "by shared memory"), (Transport.UNIX, "by its unix socket")):
-                with pytest.raises(FailedPrecondition, match=f"{address} cannot be reached {told}: .*refused"):
+            for transport, means in ((Transport.SHM, "by shared memory"), (Transport.UNIX, "by its unix socket")):
+                with pytest.raises(FailedPrecondition, match=f"{address} cannot be reached {means}: .*refused"):
                     await ExpertLink.open(address, 5, Mailbox(), transport)
 
     run(scenario)

@@ -1,1 +1,1 @@
-"""How calls reach an expert replica: gRPC, or shared memory on one node."""
+"""Transports that carry calls to an expert replica: gRPC, and shared memory on one node."""

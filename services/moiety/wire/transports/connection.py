@@ -1,10 +1,10 @@
-"""The seam between the hop and what carries it: calls are written into buffers that the transport hands out.
+"""The interface between the hop and a transport: the hop writes its calls into buffers that the transport provides.
 
     buffer = connection.acquire(header, rows=R, row_bytes=W, reply_rows=A)
-    source.take(tokens, out=buffer.rows)       # the only copy that the seam asks for
+    source.take(tokens, out=buffer.rows)       # the only copy that the interface requires
     buffer.send(answer)
 
-gRPC (over TCP or a unix socket) copies the buffer into a frame; in shared memory the buffer is where the replica reads.
+gRPC (over TCP or a unix socket) copies the buffer into a frame; through shared memory the replica reads the buffer itself.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from moiety.wire.codec import Rows
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """An answered call: the header without its payload, and the payload where it lies.
+    """The reply to a call: the header without its payload, and the payload in the transport's memory.
 
-    The payload may be memory that the transport uses again: it is valid until the `Answer` that got it returns.
+    The transport may reuse that memory: the payload is valid until the `Answer` that received it returns.
     """
 
     header: ForwardResponse
@@ -34,34 +34,34 @@ Answer = Callable[[Reply | PeerLost], None]
 
 
 class Buffer(Protocol):
-    """Room for the rows of one call; to be filled and sent by the thread that acquired it."""
+    """Memory for the rows of one call. The thread that acquired it fills and sends it."""
 
     @property
     def rows(self) -> Rows:
-        """[R] opaque rows, to be written."""
+        """[R] opaque rows to write to."""
         ...
 
     def send(self, answer: Answer) -> None:
-        """Sends the call. Never blocks. `answer` is called once, on the mailbox's thread and never from in here."""
+        """Sends the call without blocking. `answer` is called once, later, on the mailbox's thread, never by `send`."""
         ...
 
 
 class Connection(Protocol):
     """The calls of one router to one replica: many in flight, answered in any order.
 
-    Made and closed on an asyncio loop, used by the thread that owns the mailbox it was made with.
+    Created and closed on an asyncio loop; used by the thread that owns its mailbox.
     """
 
-    closed: asyncio.Event  # set once the peer is lost, or `close` was called
+    closed: asyncio.Event  # set once the peer is lost or `close` was called
 
     def acquire(self, header: ForwardRequest, *, rows: int, row_bytes: int, reply_rows: int) -> Buffer:
-        """Room for a call of `rows` rows, to be answered with at most `reply_rows` rows; `header` must be complete.
+        """Returns a buffer for a call of `rows` rows and an answer of at most `reply_rows`; `header` must be complete.
 
-        Raises ResourceExhausted where so much is unanswered that there is none. A lost connection still gives room:
-        what is sent on it is answered PeerLost.
+        Raises ResourceExhausted where unanswered calls leave too little memory. A lost connection still returns a buffer;
+        a call sent on it is answered with PeerLost.
         """
         ...
 
     async def close(self) -> None:
-        """Ends it; whatever is unanswered gets PeerLost."""
+        """Closes the connection; unanswered calls get PeerLost."""
         ...

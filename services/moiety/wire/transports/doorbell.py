@@ -1,11 +1,11 @@
-"""The doorbell of a shared-memory connection: a unix socket that keeps message boundaries and tells of the peer's death.
+"""The doorbell of a shared-memory connection: a unix socket that keeps message boundaries and reports the peer's death.
 
-When the peer's process ends, however it ends, the kernel closes its end, and ours reads the end of the file at once.
+When the peer's process ends, for whatever reason, the kernel closes its socket, and our end reads end of file at once.
 
-A call is one range of the segment, which the router owns: [rows | room for the answer's rows | ForwardRequest], each part
-aligned. The router rings with CALL, the replica writes the answer's rows into their room and rings with ANSWER and the
-ForwardResponse behind it; from then on the range is the router's again. So only one side allocates, and neither side ever
-waits for room of the other's.
+A call uses one range of the segment, which the router owns: [rows | space for the answer's rows | ForwardRequest], each
+part aligned. The router sends CALL. The replica writes the answer's rows into their space and sends ANSWER, followed by
+the ForwardResponse; from then on the range is the router's again. So only the router allocates, and neither side waits
+for the other to free memory.
 """
 
 from __future__ import annotations
@@ -19,37 +19,40 @@ from collections.abc import Callable
 from moiety.errors import PeerLost
 from moiety.wire.transports.mailbox import READABLE, WRITABLE, Mailbox
 
-MESSAGE_BYTES = 8192  # more is cut by the kernel, and then no message any more
-CALL = struct.Struct(
-    "<QIII"
-)  # start of the range; bytes of the rows, of the room for the answer, of the ForwardRequest
+MESSAGE_BYTES = 8192  # the kernel truncates a longer message, which then cannot be parsed
+# CALL: start of the range; bytes of the rows, of the space for the answer's rows, of the ForwardRequest
+CALL = struct.Struct("<QIII")
 ANSWER = struct.Struct("<Q")  # start of the range
 _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
 
 
 def check_peer(sock: socket.socket) -> None:
-    """Raises PeerLost unless the process at the other end belongs to our user."""
+    """Raises PeerLost unless the peer's process belongs to our user."""
     packed = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
     pid, uid, _ = _CREDENTIALS.unpack(packed)
     if uid != os.geteuid():
-        raise PeerLost(f"process {pid} at the other end belongs to user {uid}, not to {os.geteuid()} as this one does")
+        raise PeerLost(f"the peer's process {pid} belongs to user {uid}, this process to user {os.geteuid()}")
 
 
 class Doorbell:
-    """One end. Everything but `hang_up` belongs to the mailbox's owner, and so do the calls of `heard` and `lost`."""
+    """One end of the socket. Only `hang_up` may be called from any thread; all else runs on the mailbox owner's thread."""
 
     def __init__(
-        self, sock: socket.socket, mailbox: Mailbox, heard: Callable[[bytes], None], lost: Callable[[str], None]
+        self,
+        sock: socket.socket,
+        mailbox: Mailbox,
+        on_message: Callable[[bytes], None],
+        on_lost: Callable[[str], None],
     ):
-        """`heard` gets each message; `lost`, once, why there will be no more."""
-        self._socket, self._mailbox, self._heard, self._lost = sock, mailbox, heard, lost
-        self._unsent: deque[bytes] = deque()  # bounded by the segment: every message is about a range of it
+        """`on_message` receives each message; `on_lost` is called once, with the reason why no more will come."""
+        self._socket, self._mailbox, self._on_message, self._on_lost = sock, mailbox, on_message, on_lost
+        self._unsent: deque[bytes] = deque()  # bounded: each message refers to a range of the segment
         self._open = True
         sock.setblocking(False)
         mailbox.post(lambda: mailbox.watch(sock, self._ready))
 
     def ring(self, message: bytes) -> None:
-        """Sends without blocking: a peer that does not read is written to when it does."""
+        """Sends without blocking; while the peer does not read, the message waits in a queue."""
         if self._unsent:
             self._unsent.append(message)
             return
@@ -59,23 +62,23 @@ class Doorbell:
             self._unsent.append(message)
             self._mailbox.watch(self._socket, self._ready, READABLE | WRITABLE)
         except OSError as error:
-            self.hang_up(f"it cannot be written to: {error.strerror}")
+            self.hang_up(f"writing to it failed: {error.strerror}")
 
     def hang_up(self, why: str) -> None:
-        """`end` for other threads than the owner's."""
+        """Does what `end` does, from any thread."""
         self._mailbox.post(lambda: self.end(why))
 
     def end(self, why: str) -> None:
-        """Ends it; harmless when it has ended."""
+        """Closes the socket; does nothing when it is closed already."""
         if not self._open:
             return
         self._open = False
         self._mailbox.unwatch(self._socket)
         self._socket.close()
         self._unsent.clear()
-        lost = self._lost
-        self._heard = self._lost = _nobody  # who listened, and the segment with it, is free to go
-        lost(why)
+        on_lost = self._on_lost
+        self._on_message = self._on_lost = _ignore  # releases the connection, and its segment with it
+        on_lost(why)
 
     def _ready(self, mask: int) -> None:
         try:
@@ -84,13 +87,13 @@ class Doorbell:
             if not mask & READABLE:
                 return
             if message := self._socket.recv(MESSAGE_BYTES):
-                self._heard(message)
+                self._on_message(message)
             else:
-                self.end("its process ended, or closed the connection")
+                self.end("the peer's process ended or closed it")
         except BlockingIOError:
             return
         except OSError as error:
-            self.end(f"it cannot be read: {error.strerror}")
+            self.end(f"reading from it failed: {error.strerror}")
 
     def _send_rest(self) -> None:
         while self._unsent:
@@ -99,5 +102,5 @@ class Doorbell:
         self._mailbox.watch(self._socket, self._ready)
 
 
-def _nobody(_: object) -> None:
-    """Hears nothing."""
+def _ignore(_: object) -> None:
+    """Does nothing."""

@@ -1,4 +1,4 @@
-"""The router's end of one expert replica: what it says of itself, and the connection that carries calls to it."""
+"""The router's link to one expert replica: the replica's description, and the connection that carries calls to it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _log = logging.getLogger(__name__)
 
 
 class ExpertLink:
-    """An open connection and a channel for Describe. Made, asked and closed on one asyncio loop."""
+    """An open connection, and a channel for DescribeReplica. Opened, used and closed on one asyncio loop."""
 
     def __init__(
         self,
@@ -33,7 +33,7 @@ class ExpertLink:
         connection: Connection,
         channels: list[grpc.aio.Channel],
     ):
-        self.description = description  # as the replica told last
+        self.description = description  # the replica's latest answer
         self.transport, self.connection = transport, connection
         self._channels = channels
 
@@ -41,11 +41,11 @@ class ExpertLink:
     async def open(
         cls, address: str, timeout_s: float, mailbox: Mailbox, transport: Transport = Transport.AUTO
     ) -> ExpertLink:
-        """Connects and shakes hands within `timeout_s`. The answers of calls are posted to `mailbox`.
+        """Connects and does the handshake within `timeout_s`. Answers to calls are posted to `mailbox`.
 
-        `auto` is shared memory where the replica can be reached by it, else gRPC. Raises PeerLost, what Describe
-        answered, InvalidRequest where what it says it holds cannot be read, FailedPrecondition where it cannot be
-        reached by the transport that is asked for.
+        `auto` uses shared memory where it reaches the replica, else gRPC. Raises PeerLost, the error that DescribeReplica
+        returned, InvalidRequest where the experts in its answer cannot be parsed, FailedPrecondition where `transport`
+        cannot reach the replica.
         """
         channels = [channel(address)]
         try:
@@ -57,19 +57,19 @@ class ExpertLink:
                 except MoietyError as error:
                     if transport is Transport.SHM:
                         raise FailedPrecondition(f"{address} cannot be reached by shared memory: {error}") from None
-                    _log.debug("%s is reached by gRPC, not by shared memory: %s", address, error)
+                    _log.debug("%s is reached by gRPC, because shared memory failed: %s", address, error)
             if transport is Transport.UNIX:
                 address = await _unix(description, address)
                 channels.append(channel(address))
             used = transport if transport is Transport.UNIX else Transport.GRPC
             return cls(description, used, GrpcConnection(address, channels[-1], mailbox), channels)
         except BaseException:
-            await asyncio.gather(*(each.close() for each in channels))
+            await asyncio.gather(*(opened.close() for opened in channels))
             raise
 
     async def describe(self, timeout_s: float) -> DescribeReplicaResponse:
-        """Asks again what the replica holds, after it said NOT_HELD. Raises PeerLost, what Describe answered, or
-        InvalidRequest.
+        """Asks again what the replica holds, after it answered NOT_HELD. Raises PeerLost, the error that DescribeReplica
+        returned, or InvalidRequest.
         """
         self.description = await _describe(self._channels[0], timeout_s)
         return self.description
@@ -80,34 +80,36 @@ class ExpertLink:
 
     @property
     def leaving(self) -> ExpertSet:
-        """Experts that are answered too, for now."""
+        """Experts that the replica still computes, until every router has acknowledged the new placement."""
         return ExpertSet.parse(self.description.leaving)
 
     async def close(self) -> None:
-        """Whatever is unanswered gets PeerLost."""
+        """Closes the link; unanswered calls get PeerLost."""
         await self.connection.close()
-        await asyncio.gather(*(each.close() for each in self._channels))
+        await asyncio.gather(*(opened.close() for opened in self._channels))
 
 
-async def _shared_memory(told: DescribeReplicaResponse, mailbox: Mailbox, timeout_s: float) -> SharedMemoryConnection:
-    if not told.shared_memory:
-        raise FailedPrecondition("it does not offer it")
+async def _shared_memory(
+    description: DescribeReplicaResponse, mailbox: Mailbox, timeout_s: float
+) -> SharedMemoryConnection:
+    if not description.shared_memory:
+        raise FailedPrecondition("the replica does not offer it")
     if not AVAILABLE:
         raise FailedPrecondition("this system has no memfd_create")
-    return await SharedMemoryConnection.open(told, mailbox, timeout_s)
+    return await SharedMemoryConnection.open(description, mailbox, timeout_s)
 
 
-async def _unix(told: DescribeReplicaResponse, address: str) -> str:
-    """The address of the replica's unix socket, once it is known to be one of this node's."""
-    if not told.unix:
+async def _unix(description: DescribeReplicaResponse, address: str) -> str:
+    """Returns the address of the replica's unix socket, after a connection has shown that it is on this node."""
+    if not description.unix:
         raise FailedPrecondition(f"{address} offers no unix socket")
     with socket.socket(socket.AF_UNIX) as probe:
         probe.setblocking(False)
         try:
-            await asyncio.get_running_loop().sock_connect(probe, f"\0{told.unix}")
+            await asyncio.get_running_loop().sock_connect(probe, f"\0{description.unix}")
         except OSError as error:
             raise FailedPrecondition(f"{address} cannot be reached by its unix socket: {error}") from None
-    return f"unix-abstract:{told.unix}"
+    return f"unix-abstract:{description.unix}"
 
 
 async def _describe(grpc_channel: grpc.aio.Channel, timeout_s: float) -> DescribeReplicaResponse:

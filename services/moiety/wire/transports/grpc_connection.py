@@ -28,7 +28,7 @@ class _Frame:
 
 
 class GrpcConnection:
-    """A Connection over a gRPC channel, TCP or unix. Read and written on the loop it was made on."""
+    """A Connection over a gRPC channel, TCP or unix. Reads and writes on the loop it was created on."""
 
     def __init__(self, address: str, channel: grpc.aio.Channel, mailbox: Mailbox):
         self.closed = asyncio.Event()
@@ -45,14 +45,14 @@ class GrpcConnection:
         return _Frame(self, header, np.empty(rows, dtype=codec.row_dtype(row_bytes)))
 
     async def close(self) -> None:
-        self._break(PeerLost(f"the stream to {self._address} was closed here"))
+        self._break(PeerLost(f"the stream to {self._address} was closed by this side"))
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def _send(self, key: tuple[int, int], frame: bytes, answer: Answer) -> None:
         self._outbox.append((key, frame, answer))
-        if not self._woken:  # one wake-up of the loop for all that is sent before it runs
+        if not self._woken:  # one wake-up of the loop for all frames that are queued before it runs
             self._woken = True
             self._loop.call_soon_threadsafe(self._wake)
 
@@ -84,8 +84,8 @@ class GrpcConnection:
             self._break(self._loss(error))
 
     def _loss(self, error: BaseException) -> PeerLost:
-        told = status.error_of(error) if isinstance(error, grpc.RpcError) else error
-        return PeerLost(f"the stream to {self._address} broke: {told}")
+        cause = status.error_of(error) if isinstance(error, grpc.RpcError) else error
+        return PeerLost(f"the stream to {self._address} broke: {cause}")
 
     def _break(self, loss: PeerLost) -> None:
         if self._lost is not None:

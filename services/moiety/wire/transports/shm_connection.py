@@ -1,4 +1,4 @@
-"""The router's end of a shared-memory connection: one segment, one doorbell, see `doorbell.py`."""
+"""The router's end of a shared-memory connection: one segment and one doorbell, see `doorbell.py`."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from moiety.wire.transports.shm_segment import SEGMENT_BYTES, Allocator, aligned
 
 @dataclass(slots=True)
 class _Range:
-    """The part of the segment that one call has until it is answered."""
+    """The part of the segment that one call occupies until it is answered."""
 
     connection: SharedMemoryConnection
     key: tuple[int, int]  # call id, attempt
@@ -55,30 +55,30 @@ class SharedMemoryConnection:
     def __init__(self, peer: str, sock: socket.socket, segment: mmap.mmap, mailbox: Mailbox):
         self.closed = asyncio.Event()
         self._peer, self._mailbox = peer, mailbox
-        self._segment: mmap.mmap | None = segment  # None once the connection is lost: the memory is free then
+        self._segment: mmap.mmap | None = segment  # None once the connection is lost, so that the memory is freed
         self._allocator = Allocator(len(segment))
         self._calls: dict[int, tuple[_Range, Answer]] = {}
         self._lost: PeerLost | None = None
         self._loop = asyncio.get_running_loop()
         self._hang_up = self._watch_for_hang_up(sock)
-        self._doorbell = Doorbell(sock, mailbox, self._heard, self._break)
+        self._doorbell = Doorbell(sock, mailbox, self._on_message, self._break)
 
     @classmethod
     async def open(
-        cls, told: DescribeReplicaResponse, mailbox: Mailbox, timeout_s: float, size: int | None = None
+        cls, description: DescribeReplicaResponse, mailbox: Mailbox, timeout_s: float, size: int | None = None
     ) -> SharedMemoryConnection:
-        """Knocks at the replica that described itself so. Raises PeerLost where it is not on this node or belongs to
+        """Connects to the replica with this description. Raises PeerLost where it is not on this node or belongs to
         another user, FailedPrecondition where it refuses.
         """
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             sock.setblocking(False)
             async with asyncio.timeout(timeout_s):
-                segment = await _shake_hands(sock, told, size or SEGMENT_BYTES)
-            return cls(told.shared_memory, sock, segment, mailbox)
+                segment = await _shake_hands(sock, description, size or SEGMENT_BYTES)
+            return cls(description.shared_memory, sock, segment, mailbox)
         except (OSError, DecodeError, TimeoutError) as error:
             sock.close()
-            raise PeerLost(f"its shared memory cannot be had: {error or 'no answer'}") from None
+            raise PeerLost(f"connecting to its shared memory failed: {error or 'no answer'}") from None
         except BaseException:
             sock.close()
             raise
@@ -96,14 +96,14 @@ class SharedMemoryConnection:
         size = into + len(message)
         start = self._allocator.allocate(size)
         if start is None:
-            told = f"{len(self._calls)} calls to {self._peer} fill the {len(self._segment)} bytes there are"
-            raise ResourceExhausted(told, 0.05)
+            detail = f"{len(self._calls)} unanswered calls to {self._peer} fill its {len(self._segment)} bytes"
+            raise ResourceExhausted(f"{detail} of shared memory", 0.05)
         self._segment[start + into : start + size] = message
-        place = np.frombuffer(self._segment, row, rows, start)
-        return _Range(self, key, start, size, rows_bytes, reply_bytes, len(message), place)
+        view = np.frombuffer(self._segment, row, rows, start)
+        return _Range(self, key, start, size, rows_bytes, reply_bytes, len(message), view)
 
     async def close(self) -> None:
-        self._doorbell.hang_up("closed here")
+        self._doorbell.hang_up("closed by this side")
         self._gone()
 
     def _send(self, call: _Range, answer: Answer) -> None:
@@ -113,8 +113,8 @@ class SharedMemoryConnection:
         self._calls[call.start] = call, answer
         self._doorbell.ring(CALL.pack(call.start, call.rows_bytes, call.reply_bytes, call.header_bytes))
 
-    def _heard(self, message: bytes) -> None:
-        assert self._segment is not None, "a lost connection hears nothing"
+    def _on_message(self, message: bytes) -> None:
+        assert self._segment is not None, "a lost connection receives no message"
         try:
             (start,) = ANSWER.unpack_from(message)
             header = ForwardResponse.FromString(message[ANSWER.size :])
@@ -122,7 +122,7 @@ class SharedMemoryConnection:
             if (header.call_id, header.attempt) != call.key or header.payload_bytes > call.reply_bytes:
                 raise KeyError(start)
         except (struct.error, DecodeError, KeyError) as error:
-            self._doorbell.end(f"it answered what was not asked ({type(error).__name__})")
+            self._doorbell.end(f"it sent an answer that fits no open call ({type(error).__name__})")
             return
         del self._calls[start]
         at = start + aligned(call.rows_bytes)
@@ -137,13 +137,13 @@ class SharedMemoryConnection:
         calls, self._calls = self._calls, {}
         for _, answer in calls.values():
             self._mailbox.post(partial(answer, self._lost))
-        with suppress(RuntimeError):  # a loop that is closed has nobody left to tell
+        with suppress(RuntimeError):  # the loop is closed: nothing waits for `closed` any more
             self._loop.call_soon_threadsafe(self._gone)
 
-    # The loop's part: a replica that dies while no call is in flight must leave the table too ---------------------
+    # On the loop: `closed` must also be set when a replica dies while no call is in flight -------------------------
 
     def _watch_for_hang_up(self, sock: socket.socket) -> select.epoll:
-        """Messages are the owner's; the loop is woken by the end of the connection only, through an epoll of its own."""
+        """Wakes the loop only when the connection ends, by an epoll of its own: messages are the mailbox owner's to read."""
         hang_up = select.epoll()
         hang_up.register(sock, select.EPOLLRDHUP)
         self._loop.add_reader(hang_up, self._gone)
@@ -156,18 +156,18 @@ class SharedMemoryConnection:
         self.closed.set()
 
 
-async def _shake_hands(sock: socket.socket, told: DescribeReplicaResponse, size: int) -> mmap.mmap:
+async def _shake_hands(sock: socket.socket, description: DescribeReplicaResponse, size: int) -> mmap.mmap:
     loop = asyncio.get_running_loop()
-    await loop.sock_connect(sock, f"\0{told.shared_memory}")
+    await loop.sock_connect(sock, f"\0{description.shared_memory}")
     check_peer(sock)
     descriptor, segment = create_segment(size)
     try:
-        hello = SharedMemoryHello(wire_version=WIRE_VERSION, revision=told.revision, dtype=told.dtype)
+        hello = SharedMemoryHello(wire_version=WIRE_VERSION, revision=description.revision, dtype=description.dtype)
         socket.send_fds(sock, [hello.SerializeToString()], [descriptor])
     finally:
         os.close(descriptor)
     welcome = await loop.sock_recv(sock, MESSAGE_BYTES)
     answer = SharedMemoryWelcome.FromString(welcome)
     if not answer.accepted:
-        raise FailedPrecondition(answer.refusal or "it hung up")
+        raise FailedPrecondition(answer.refusal or "it closed the connection")
     return segment

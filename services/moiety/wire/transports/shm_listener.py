@@ -1,4 +1,4 @@
-"""The replica's end of shared-memory connections: who knocks, and the calls that each of them makes."""
+"""The replica's end of shared-memory connections: accepts routers, and receives the calls of each."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ from moiety.wire.transports.shm_segment import AVAILABLE, aligned, map_segment
 _log = logging.getLogger(__name__)
 
 HANDSHAKE_S = 2.0
-DETAIL_CHARACTERS = MESSAGE_BYTES // 8  # an answer's words for people must fit into a message, whatever their alphabet
+DETAIL_CHARACTERS = MESSAGE_BYTES // 8  # an answer's `detail` must fit into a message, in any alphabet
 
 Accept = Callable[[ForwardRequest, memoryview, Answerer], None]
 
 
 class SharedMemoryListener:
-    """Takes connections on its loop and hands them to the mailbox, whose owner gets their calls through `accept`.
+    """Accepts connections on its loop; the mailbox's owner then reads their calls and passes each to `accept`.
 
-    `accept(header, payload, answer)`: the payload may be read until `answer(reply, picked)` is called, once, by the owner.
+    `accept(header, payload, answer)` may read the payload until the owner calls `answer(reply, picked)`, once.
     """
 
     def __init__(self, revision: str, dtype: str, row_bytes: int, mailbox: Mailbox, accept: Accept):
@@ -60,11 +60,11 @@ class SharedMemoryListener:
 
     @staticmethod
     def available() -> bool:
-        """Whether this machine has what it takes: Linux."""
+        """Returns whether this system has shared memory without a name: Linux does."""
         return AVAILABLE
 
     async def close(self) -> None:
-        """Ends all connections; their routers send what is unanswered elsewhere."""
+        """Ends all connections; their routers send unanswered calls to other replicas."""
         tasks = [self._task, *self._greeting]
         for task in tasks:
             task.cancel()
@@ -84,7 +84,7 @@ class SharedMemoryListener:
             async with asyncio.timeout(HANDSHAKE_S):
                 segment = await self._shake_hands(sock)
         except (MoietyError, DecodeError, OSError, TimeoutError) as error:
-            _log.warning("a router is not let into shared memory: %s", error or "it said nothing")
+            _log.warning("refused a router's shared-memory connection: %s", error or "its hello did not come in time")
             with suppress(OSError):
                 sock.send(SharedMemoryWelcome(refusal=str(error)[:DETAIL_CHARACTERS]).SerializeToString())
             sock.close()
@@ -116,7 +116,7 @@ class SharedMemoryListener:
         try:
             hello = SharedMemoryHello.FromString(message)
             if not descriptors:
-                raise PeerLost("it brought no segment")
+                raise PeerLost("the hello came without a segment")
             if (hello.wire_version, hello.revision, hello.dtype) != (WIRE_VERSION, self._revision, self._dtype):
                 raise RevisionMismatch(
                     f"this replica serves revision {self._revision} in {self._dtype}, wire version {WIRE_VERSION}"
@@ -130,7 +130,7 @@ class SharedMemoryListener:
 
 
 class SharedMemoryPeer:
-    """One router's calls. Belongs to the mailbox's owner."""
+    """One router's connection. Used by the mailbox's owner only."""
 
     def __init__(
         self,
@@ -139,15 +139,15 @@ class SharedMemoryPeer:
         row_bytes: int,
         mailbox: Mailbox,
         accept: Accept,
-        left: Callable[[SharedMemoryPeer], None],
+        on_lost: Callable[[SharedMemoryPeer], None],
     ):
-        self._segment, self._row_bytes, self._accept, self._left = segment, row_bytes, accept, left
-        self._doorbell = Doorbell(sock, mailbox, self._heard, self._lost)
+        self._segment, self._row_bytes, self._accept, self._on_lost = segment, row_bytes, accept, on_lost
+        self._doorbell = Doorbell(sock, mailbox, self._on_message, self._lost)
 
     def close(self) -> None:
-        self._doorbell.end("closed here")
+        self._doorbell.end("closed by this side")
 
-    def _heard(self, message: bytes) -> None:
+    def _on_message(self, message: bytes) -> None:
         try:
             start, rows_bytes, reply_bytes, header_bytes = CALL.unpack(message)
             reply_at = start + aligned(rows_bytes)
@@ -156,12 +156,12 @@ class SharedMemoryPeer:
                 raise InvalidRequest("range", message.hex(), f"within the segment's {len(self._segment)} bytes")
             header = ForwardRequest.FromString(self._segment[header_at : header_at + header_bytes])
         except (struct.error, DecodeError, InvalidRequest) as error:
-            self._doorbell.end(f"it sent no call: {error}")
+            self._doorbell.end(f"it sent an invalid call: {error}")
             return
         payload = memoryview(self._segment).toreadonly()[start : start + rows_bytes]
         answer = partial(self._answer, start, reply_at)
         if len(header.experts) // 4 * self._row_bytes > reply_bytes:
-            detail = f"room for an answer of {reply_bytes} bytes, too little for {len(header.experts) // 4} rows"
+            detail = f"the range has {reply_bytes} bytes for the answer, too few for {len(header.experts) // 4} rows"
             answer(
                 ForwardResponse(call_id=header.call_id, attempt=header.attempt, outcome=OUTCOME_INVALID, detail=detail),
                 None,
@@ -174,11 +174,11 @@ class SharedMemoryPeer:
         if picked is not None and picked.nbytes:
             reply.payload_bytes = picked.nbytes
             into = np.frombuffer(self._segment, picked.rows.dtype, len(picked.order), reply_at)
-            picked.rows.take(picked.order, out=into, mode="clip")  # any mode but "raise" writes without a copy between
+            picked.rows.take(picked.order, out=into, mode="clip")  # mode="raise" would copy through a buffer of numpy's
         if reply.detail:
             reply.detail = reply.detail[:DETAIL_CHARACTERS]
         self._doorbell.ring(ANSWER.pack(start) + reply.SerializeToString())
 
     def _lost(self, why: str) -> None:
-        _log.info("a router left shared memory: %s", why)
-        self._left(self)
+        _log.info("a router's shared-memory connection ended: %s", why)
+        self._on_lost(self)

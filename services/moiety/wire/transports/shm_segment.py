@@ -1,7 +1,7 @@
-"""Shared memory without a name: a memfd that two processes map, and who may write where in it.
+"""Shared memory without a name: a memfd that two processes map, and the allocator of its ranges.
 
-It is handed over by file descriptor, so nothing is left in /dev/shm when either side is killed: the kernel frees it with
-the last mapping. Its size is virtual; only pages that were written take memory, and the lowest are used again first.
+The peer receives it as a file descriptor, so nothing remains in /dev/shm when either side is killed: the kernel frees it
+with the last mapping. Its size is virtual: only written pages take memory, and the lowest ranges are reused first.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW if AVAILABLE else 0
 
 
 def aligned(size: int) -> int:
-    """The least multiple of ALIGNMENT that holds `size` bytes."""
+    """Returns the least multiple of ALIGNMENT that holds `size` bytes."""
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 def create_segment(size: int = SEGMENT_BYTES) -> tuple[int, mmap.mmap]:
-    """(file descriptor to hand over and close, mapping) of a new segment that nobody can resize."""
+    """Returns (file descriptor to hand over and then close, mapping) of a new segment, sealed against resizing."""
     descriptor = os.memfd_create("moiety-hop", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     os.ftruncate(descriptor, size)
     fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALS)
@@ -34,9 +34,9 @@ def create_segment(size: int = SEGMENT_BYTES) -> tuple[int, mmap.mmap]:
 
 
 def map_segment(descriptor: int) -> mmap.mmap:
-    """Maps what a peer handed over. Raises InvalidRequest unless it is a segment that can no longer be resized.
+    """Maps a segment that a peer handed over. Raises InvalidRequest unless it is sealed against resizing.
 
-    Without the seal a peer could shrink it under our feet, and the next access would end this process by SIGBUS.
+    Without the seal a peer could shrink it while we use it, and our next access would end this process by SIGBUS.
     """
     try:
         seals = fcntl.fcntl(descriptor, fcntl.F_GET_SEALS)
@@ -51,13 +51,13 @@ def map_segment(descriptor: int) -> mmap.mmap:
 
 
 class Allocator:
-    """First fit over the free ranges of one segment, so that what was used last, and is in cache, is used next."""
+    """First fit over the free ranges of one segment: recently used memory, still in the CPU cache, is reused first."""
 
     def __init__(self, size: int):
         self._starts, self._sizes = [0], [size]  # free ranges, ascending, never adjacent
 
     def allocate(self, size: int) -> int | None:
-        """The start of `aligned(size)` bytes, or None where no free range is that long."""
+        """Returns the start of `aligned(size)` free bytes, or None where no free range is that long."""
         size = aligned(size)
         for index, free in enumerate(self._sizes):
             if free >= size:
@@ -71,7 +71,7 @@ class Allocator:
         return None
 
     def release(self, start: int, size: int) -> None:
-        """Gives back what `allocate(size)` returned."""
+        """Frees the range whose start `allocate(size)` returned."""
         size = aligned(size)
         index = bisect(self._starts, start)
         if index < len(self._starts) and start + size == self._starts[index]:

@@ -170,7 +170,7 @@ def test_an_error_that_waiting_cannot_cure_fails_at_once(outcome: experts_pb2.Ou
 
     async def scenario(lane: LoopbackHop) -> None:
         began = time.monotonic()
-        with pytest.raises(HopFailed, match="a was told to") as failed:
+        with pytest.raises(HopFailed, match="a was set to refuse") as failed:
             await lane.compute(0, HIDDEN, ROUTING)
         assert failed.value.tokens == [0, 1, 2]
         assert not isinstance(failed.value.cause, NoHolder)

@@ -1,0 +1,32 @@
+"""The experts that a replica holds, and their weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from moiety.core.experts import ExpertSet
+from moiety.errors import NotHeld
+from moiety.wire.frames import ForwardCall
+from moiety_kernels.ops.expert_mlp import ExpertWeights
+
+Weights = Mapping[tuple[int, int], ExpertWeights]  # (layer, expert) -> weights
+
+
+@dataclass(frozen=True, slots=True)
+class Holding:
+    """What a replica holds, as one value: a batch that was checked against it computes with the same weights."""
+
+    held: ExpertSet  # by the placement of `epoch`
+    leaving: ExpertSet  # of earlier placements: still computed until `Runtime.drop_leaving`
+    epoch: int  # of the placement; 0 = none yet
+    weights: Weights
+
+    def check(self, call: ForwardCall) -> None:
+        """Raises NotHeld unless the replica holds every expert of the call."""
+        held, wanted = self.held.layer(call.layer), call.experts.tolist()
+        if leaving := self.leaving.by_layer:
+            held |= leaving.get(call.layer, frozenset())
+        if not held.issuperset(wanted):
+            missing = sorted(set(wanted) - held)
+            raise NotHeld(f"layer {call.layer}: expert(s) {missing} are not held here (epoch {self.epoch})")
