@@ -1,1 +1,1 @@
-"""What the `moiety bench` commands measure."""
+"""The measurements behind the `moiety bench` commands."""

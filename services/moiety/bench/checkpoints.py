@@ -1,4 +1,4 @@
-"""The checkpoints that the benchmarks serve: synthetic ones by name, or a reader's own folder."""
+"""The checkpoints that the benchmarks serve: synthetic ones by name, or a folder that the user names."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from moiety.synthetic import write_tiny
 
-# 90 M parameters, 75 M of them in experts: a step is work, and a laptop is enough.
+# 90 M parameters, 75 M of them in experts: enough work per step to measure, small enough for a laptop.
 _SMALL: Mapping[str, Any] = MappingProxyType(
     {
         "vocab_size": 8192,
@@ -24,7 +24,7 @@ _SMALL: Mapping[str, Any] = MappingProxyType(
         "initializer_range": 0.02,
     }
 )
-# 0.91 B parameters, 0.81 B of them in experts: in bfloat16 more than most caches hold.
+# 0.91 B parameters, 0.81 B of them in experts: in bfloat16 more than most caches can hold.
 _LARGE: Mapping[str, Any] = MappingProxyType(
     {
         **_SMALL,
@@ -41,12 +41,15 @@ LEAST_CONTEXT = 2048
 
 
 def model_name(model: str) -> str:
-    """What reports call it."""
+    """Returns the name of `model` in reports."""
     return f"synthetic qwen3_moe, {model}" if model in SYNTHETIC else Path(model).name
 
 
 def model_folder(model: str, parent: Path, dtype: str, context: int, progress: Callable[[str], None]) -> Path:
-    """A name of SYNTHETIC, written to a folder of `parent` with room for `context` tokens; else `model` itself."""
+    """Writes the SYNTHETIC model named `model` to a folder in `parent`, with at least `context` tokens of context.
+
+    Returns the folder. A `model` that is not in SYNTHETIC is returned as it is.
+    """
     if model not in SYNTHETIC:
         return Path(model)
     progress(f"model: writing a {model_name(model)}")

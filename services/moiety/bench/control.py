@@ -1,4 +1,4 @@
-"""What a large system costs its control plane: planning, the dispatch table, and the traffic on Redis."""
+"""`moiety bench control`: what a large system costs its control plane: planning, the dispatch table, traffic on Redis."""
 
 from __future__ import annotations
 
@@ -22,14 +22,16 @@ from moiety.registry.embedded_redis import EmbeddedRedis
 from moiety.registry.interface import HEARTBEAT_S
 from moiety.registry.redis import REWRITE_S, RedisRegistry
 
-WATCH_S, AUTOSCALER_S, LEDGER_S = 0.25, 0.25, 1.0  # how often routers read the table, the autoscaler all, writers write
-AT_ONCE = 32  # clients that talk to Redis at a time
-ATTEMPTS = 5
+WATCH_S = 0.25  # seconds between a router's readings of the replica table
+AUTOSCALER_S = 0.25  # seconds between the autoscaler's readings of everything
+LEDGER_S = 1.0  # seconds between a writer's entries in the load ledger
+AT_ONCE = 32  # requests to Redis that run at the same time
+ATTEMPTS = 5  # to write all entries before the first of them expires
 
 
 @dataclass(frozen=True, slots=True)
 class ControlWork:
-    """The system that is pretended to exist."""
+    """The size of the imaginary system."""
 
     replicas: int = 2000
     routers: int = 16
@@ -42,48 +44,51 @@ class ControlWork:
 
 @dataclass(frozen=True, slots=True)
 class ControlReport:
-    """Medians of the rounds."""
+    """The measurements. Times of planning and dispatch are medians of the rounds."""
 
-    plan_s: float  # from nothing
-    replan_s: float  # from a placement in force, after the heat has drifted
-    replan_gain: float
-    table_s: float
-    dispatch_s: float  # of one layer's decode batch, 256 tokens, over that table
-    redis_operations_per_s: float  # that such a system sends
+    plan_s: float  # to plan without a placement in force
+    replan_s: float  # to plan from a placement in force, after the expert load has drifted
+    replan_gain: float  # part of the critical path that the second plan saves, 0 to 1
+    table_s: float  # to build the dispatch table
+    dispatch_s: float  # to dispatch one layer's decode batch, 256 tokens, over that table
+    redis_operations_per_s: float  # sent by such a system
     redis_bytes_per_s: float
-    redis_busy: float  # of one core of the server: CPU seconds for a second of this traffic
-    redis_change_bytes: float  # once, when every entry changes: all are written, and read by each reader
+    redis_busy: float  # share of one server core: CPU seconds per second of this traffic
+    redis_change_bytes: float  # for one change of every entry: each is written once, and read by every reader
 
 
 def bench_control(work: ControlWork, progress: Callable[[str], None] = lambda _: None) -> ControlReport:
-    """Measures all of it here; Redis is a real one, started for this."""
+    """Measures the control plane of `work` on this machine, with a real Redis that it starts."""
     random = np.random.default_rng(0)
     weights = 1.0 / np.arange(1, work.experts + 1)
-    heat = random.permuted(np.tile(weights, (work.layers, 1)), axis=1)
-    drifted = heat * np.exp(0.3 * random.standard_normal(heat.shape))
+    expert_load = random.permuted(np.tile(weights, (work.layers, 1)), axis=1)  # [layers, experts], Zipf's law
+    drifted = expert_load * np.exp(0.3 * random.standard_normal(expert_load.shape))
     memory = work.layers * -(-work.experts // work.groups)
     deployments = [f"experts-{index}" for index in range(work.groups)]
     deployments += [f"hot-{index}" for index in range(work.hot_sets)]
-    each = [work.replicas // len(deployments) + (i < work.replicas % len(deployments)) for i in range(len(deployments))]
-    rooms = [
+    counts = [
+        work.replicas // len(deployments) + (i < work.replicas % len(deployments)) for i in range(len(deployments))
+    ]
+    capacities = [
         DeploymentCapacity(name, memory, count, name.startswith("hot"))
-        for name, count in zip(deployments, each, strict=True)
+        for name, count in zip(deployments, counts, strict=True)
     ]
     progress("planning")
-    first, plan_s = _timed(work.rounds, lambda: plan_placement(heat, rooms, None))
-    second, replan_s = _timed(work.rounds, lambda: plan_placement(drifted, rooms, first.placement))
+    first, plan_s = _timed(work.rounds, lambda: plan_placement(expert_load, capacities, None))
+    second, replan_s = _timed(work.rounds, lambda: plan_placement(drifted, capacities, first.placement))
     progress("dispatch table")
-    replicas = list(_replicas(first.placement, dict(zip(deployments, each, strict=True))))
+    replicas = list(_replicas(first.placement, dict(zip(deployments, counts, strict=True))))
     held = {replica.id: replica.held for replica in replicas}
     table, table_s = _timed(work.rounds, lambda: HolderTable.build(1, held, work.layers, work.experts))
     tokens = np.stack([random.choice(work.experts, 8, replace=False) for _ in range(256)]).ravel()
     _, dispatch_s = _timed(work.rounds, lambda: dispatch(table, 0, tokens, np.arange(len(tokens))))
-    progress(f"Redis: what {len(replicas)} replicas and {work.routers} routers ask of it")
-    return ControlReport(plan_s, replan_s, second.gain, table_s, dispatch_s, *asyncio.run(_redis(work, replicas, heat)))
+    progress(f"Redis: the traffic of {len(replicas)} replicas and {work.routers} routers")
+    redis = asyncio.run(_redis(work, replicas, expert_load))
+    return ControlReport(plan_s, replan_s, second.gain, table_s, dispatch_s, *redis)
 
 
 def control_lines(report: ControlReport, work: ControlWork) -> Iterator[str]:
-    """For people."""
+    """Yields the report."""
     pairs = work.layers * work.experts
     yield f"{work.replicas:,} replicas of {work.groups} groups and {work.hot_sets} hot sets, {pairs:,} (layer, expert) pairs"
     yield f"plan from nothing       {1000 * report.plan_s:8.1f} ms"
@@ -96,7 +101,7 @@ def control_lines(report: ControlReport, work: ControlWork) -> Iterator[str]:
     )
     yield (
         f"every entry changed     {report.redis_change_bytes / 1e6:8,.1f} MB   "
-        "(once, by a new placement: each is written, and read by all)"
+        "(once, by a new placement: each entry is written, and read by all)"
     )
 
 
@@ -110,7 +115,7 @@ def _timed(rounds: int, run: Callable[[], Any]) -> tuple[Any, float]:
 
 
 def _replicas(placement: Placement, counts: dict[str, int]) -> Iterator[Replica]:
-    """As registry entries bring them: parsed from text."""
+    """Yields the replicas as a reader of the registry has them: expert sets parsed from text."""
     for deployment, held in placement.held.items():
         for number in range(counts[deployment]):
             name = f"{deployment}-{number:04}"
@@ -127,14 +132,16 @@ def _replicas(placement: Placement, counts: dict[str, int]) -> Iterator[Replica]
             )
 
 
-async def _redis(work: ControlWork, replicas: Sequence[Replica], heat: np.ndarray) -> tuple[float, float, float, float]:
-    """Operations, bytes and CPU seconds of one second's traffic: each kind is measured alone, and counted as often.
+async def _redis(
+    work: ControlWork, replicas: Sequence[Replica], expert_load: np.ndarray
+) -> tuple[float, float, float, float]:
+    """Returns operations, bytes and CPU seconds of one second's traffic, and the bytes of one change of every entry.
 
-    Then the bytes of one change of every entry.
+    Each kind of request is measured by itself and then weighted by how often it occurs.
     """
     with EmbeddedRedis() as server:
         registry, gate = RedisRegistry(server.url, "bench"), asyncio.Semaphore(AT_ONCE)
-        counts = tuple(map(tuple, (1e6 * heat / heat.max()).astype(int).tolist()))
+        counts = tuple(map(tuple, (1e6 * expert_load / expert_load.max()).astype(int).tolist()))
         demand = ExpertDemand(counts, counts, time=1.0)
         busy = ReplicaLoad(busy=0.612345, queue_wait_ms=1.234567, rows_per_s=123456.7, calls_per_s=2345.6)
 
@@ -159,7 +166,7 @@ async def _redis(work: ControlWork, replicas: Sequence[Replica], heat: np.ndarra
             total = loads * await cost([registry.publish_load(router, busy, demand) for router in routers])
             total += beats * await cost([registry.placement_epoch() for _ in replicas])
             total += loads * await cost([registry.publish_load(replica.id, busy) for replica in replicas])
-            # The autoscaler: all counters once a second, as often as they are written, and the rest at each reading.
+            # The autoscaler: all counters once a second, as often as they are written; the rest at each reading.
             total += loads * await cost([registry.expert_demand()])
             total += (1 / AUTOSCALER_S - loads) * await cost([registry.expert_demand()])
             total += (1 / AUTOSCALER_S) * await cost(
@@ -179,10 +186,11 @@ async def _redis(work: ControlWork, replicas: Sequence[Replica], heat: np.ndarra
                     await registry.deregister(replica.id)
             else:
                 raise Unavailable(
-                    f"{len(replicas)} entries took longer to write than they live: this machine is too busy"
+                    f"{len(replicas)} registry entries expired before all were written: this machine is too busy; use "
+                    "fewer --replicas"
                 )
             total += beats * beat + written / REWRITE_S + unchanged
-            changed = written + (work.routers + 1) * read  # the one more is the autoscaler
+            changed = written + (work.routers + 1) * read  # + 1 for the autoscaler
         finally:
             await registry.close()
     operations, transferred, seconds = total.tolist()

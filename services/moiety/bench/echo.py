@@ -1,6 +1,6 @@
 """The hop's baseline: a child process that echoes bytes over unary gRPC, and the parent's end of it.
 
-The child's stdin is its lifeline: when the parent goes, however it goes, the child sees the end of the file and stops.
+The child stops at the end of its stdin, so it ends with its parent even if the parent is killed.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ Echo = Callable[[bytes], Awaitable[bytes]]
 
 @asynccontextmanager
 async def echo_process() -> AsyncIterator[Echo]:
-    """Starts the child and yields a call that sends bytes there and back. The child is gone at the end."""
+    """Starts the child and yields a call that sends bytes there and back. Stops the child at the end."""
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
         "moiety.bench.echo",
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
-        start_new_session=True,  # Ctrl-C at a terminal reaches the parent, which ends us in order
+        start_new_session=True,  # Ctrl-C at a terminal then reaches only the parent, which stops the child in order
     )
     assert process.stdin is not None
     assert process.stdout is not None

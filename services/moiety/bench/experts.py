@@ -1,5 +1,6 @@
-"""How fast experts are computed here: weights streamed in decode against the machine's read bandwidth, products in prefill
-against its matmul rate, beside plain torch; and the cost model that follows from it.
+"""`moiety bench experts`: speed of the expert kernels, beside plain torch and beside the machine's own limits.
+
+Decode is compared with the machine's read bandwidth, prefill with its matmul rate. A cost model is fitted to the times.
 
 Legend: R rows per expert, E activated experts, D hidden size, I intermediate size.
 """
@@ -21,25 +22,25 @@ from moiety_kernels import ExpertWeights, activate, grouped_expert_mlp
 from moiety_kernels.threads import usable_cores
 
 DTYPES = ("bfloat16", "float32", "int8", "int4")
-DECODE_ROWS = 8  # up to here weights bind, beyond products do
-CACHES = 3  # weights of a call are this many times the last-level cache, so that it holds little of them
+DECODE_ROWS = 8  # rows per expert up to which reading weights is the bottleneck; beyond, the products are
+CACHES = 3  # weights of a call, in last-level caches: so many that the cache holds little of them
 LEAST_BYTES = 64 << 20
-PREFILL_EXPERTS = 8  # where products bind, more would only take longer
+PREFILL_EXPERTS = 8  # where products are the bottleneck, more experts would only take longer
 REPEATS = 7
-SLICE_S = 0.6  # at most for one thing measured, after its first two runs
+SLICE_S = 0.6  # longest time for one system in one measurement, after its first two runs
 
 
 @dataclass(frozen=True, slots=True)
 class ExpertsRow:
-    """One call: E experts with R rows each. Seconds are the least of several runs, the systems taking turns."""
+    """One call: E experts with R rows each. Seconds are the least of several runs, in which the systems take turns."""
 
     dtype: str
     experts: int
     rows: int  # per expert
     nbytes: int  # of weights, streamed once
     seconds: float
-    eager_s: float  # torch, one expert after the other; of bfloat16 weights where ours are quantised
-    grouped_s: float | None  # torch._grouped_mm, where it takes the dtype
+    eager_s: float  # torch, one expert after the other; with bfloat16 weights where ours are quantised
+    grouped_s: float | None  # torch._grouped_mm; None where it does not support the dtype
 
     @property
     def best_torch_s(self) -> float:
@@ -48,22 +49,22 @@ class ExpertsRow:
 
 @dataclass(frozen=True, slots=True)
 class CostModel:
-    """seconds = a_s + b_s_per_byte * activated weight bytes + c_s_per_row * rows, in relative least squares."""
+    """seconds = a_s + b_s_per_byte * activated weight bytes + c_s_per_row * rows, fitted by relative least squares."""
 
     dtype: str
     a_s: float
     b_s_per_byte: float
     c_s_per_row: float
-    worst: float  # relative error of a measured point
+    worst: float  # largest relative error of a measured point
 
     def seconds(self, nbytes: int, rows: int) -> float:
-        """What the model predicts."""
+        """Predicts the seconds of a call."""
         return self.a_s + self.b_s_per_byte * nbytes + self.c_s_per_row * rows
 
 
 @dataclass(frozen=True, slots=True)
 class ExpertsReport:
-    """All rows, the cost model of each dtype, and the machine's own speed at that time."""
+    """All rows, the cost model of each dtype, and the machine's speed during the run."""
 
     hidden: int
     intermediate: int
@@ -73,7 +74,7 @@ class ExpertsReport:
     speed: MachineSpeed
 
     def flops(self, row: ExpertsRow) -> float:
-        """Per second, of gate, up and down."""
+        """Returns the operations per second of the gate, up and down products."""
         return 6.0 * row.rows * row.experts * self.hidden * self.intermediate / row.seconds
 
 
@@ -86,7 +87,7 @@ def bench_experts(
     threads: int | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> ExpertsReport:
-    """Takes a minute or so, and memory of a few times the last-level cache."""
+    """Measures the kernels. Takes about a minute, and memory of a few times the last-level cache."""
     before = torch.get_num_threads()
     threads = threads or usable_cores()
     progress("the machine: read bandwidth and matmul rate")
@@ -97,16 +98,16 @@ def bench_experts(
     try:
         for dtype in dtypes:
             weights = _weights(dtype, hidden, intermediate)
-            of_dtype = []
+            dtype_rows = []
             for count in rows:
-                some = weights if count <= DECODE_ROWS else weights[:PREFILL_EXPERTS]
-                progress(f"{dtype}: {len(some)} experts, {count} rows each")
-                of_dtype.append(_measure(dtype, some, count))
-            measured += of_dtype
-            fewer = [
+                experts = weights if count <= DECODE_ROWS else weights[:PREFILL_EXPERTS]
+                progress(f"{dtype}: {len(experts)} experts, {count} rows each")
+                dtype_rows.append(_measure(dtype, experts, count))
+            measured += dtype_rows
+            fewer_experts = [
                 _measure(dtype, weights[:number], 1, alone=True) for number in (len(weights) // 4, len(weights) // 2)
             ]
-            costs.append(_fit(dtype, [*fewer, *of_dtype]))
+            costs.append(_fit(dtype, [*fewer_experts, *dtype_rows]))
             del weights
     finally:
         torch.set_num_threads(before)
@@ -114,13 +115,13 @@ def bench_experts(
 
 
 def _weights(dtype: str, hidden: int, intermediate: int) -> list[ExpertWeights]:
-    """So many experts that little of them stays in a cache."""
-    kind = torch.float32 if dtype == "float32" else torch.bfloat16
+    """Returns so many experts that little of them stays in a cache."""
+    torch_dtype = torch.float32 if dtype == "float32" else torch.bfloat16
 
     def one(seed: int) -> ExpertWeights:
         generator = torch.Generator().manual_seed(seed)
-        gate_up = torch.empty(2 * intermediate, hidden, dtype=kind).normal_(0, 0.02, generator=generator)
-        down = torch.empty(hidden, intermediate, dtype=kind).normal_(0, 0.02, generator=generator)
+        gate_up = torch.empty(2 * intermediate, hidden, dtype=torch_dtype).normal_(0, 0.02, generator=generator)
+        down = torch.empty(hidden, intermediate, dtype=torch_dtype).normal_(0, 0.02, generator=generator)
         expert = ExpertWeights(gate_up, down)
         return expert.quantised(int(dtype.removeprefix("int"))) if dtype.startswith("int") else expert
 
@@ -130,20 +131,21 @@ def _weights(dtype: str, hidden: int, intermediate: int) -> list[ExpertWeights]:
 
 
 def _measure(dtype: str, weights: Sequence[ExpertWeights], count: int, *, alone: bool = False) -> ExpertsRow:
-    kind = torch.float32 if dtype == "float32" else torch.bfloat16
+    """Measures `count` rows per expert; `alone` leaves torch out."""
+    torch_dtype = torch.float32 if dtype == "float32" else torch.bfloat16
     hidden = weights[0].form[0]
-    rows = torch.randn(len(weights) * count, hidden, generator=torch.Generator().manual_seed(0)).to(kind)
+    rows = torch.randn(len(weights) * count, hidden, generator=torch.Generator().manual_seed(0)).to(torch_dtype)
     counts = [count] * len(weights)
     calls: dict[str, Callable[[], object]] = {"ours": partial(grouped_expert_mlp, rows, counts, weights)}
     if not alone:
-        plain = [expert.dequantised(kind) for expert in weights]
+        plain = [expert.dequantised(torch_dtype) for expert in weights]
         calls["eager"] = partial(_eager, rows, count, plain)
         stacked = _stacked(plain)
         offsets = torch.arange(1, len(weights) + 1, dtype=torch.int32) * count
         calls["grouped"] = partial(_grouped, rows, offsets, *stacked)
         try:
             calls["grouped"]()
-        except (RuntimeError, ValueError):  # not of this dtype, not on this CPU
+        except (RuntimeError, ValueError):  # does not support this dtype or this CPU
             del calls["grouped"]
     times = _in_turns(calls)
     nbytes = sum(expert.nbytes for expert in weights)
@@ -153,7 +155,7 @@ def _measure(dtype: str, weights: Sequence[ExpertWeights], count: int, *, alone:
 
 
 def _in_turns(calls: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """Least seconds of each of REPEATS rounds, of fewer where one is slow."""
+    """Returns the least seconds of each call over REPEATS rounds, or over fewer where the calls are slow."""
     least = dict.fromkeys(calls, math.inf)
     spent = 0.0
     for repeat in range(REPEATS + 1):
@@ -162,7 +164,7 @@ def _in_turns(calls: dict[str, Callable[[], object]]) -> dict[str, float]:
             call()
             took = time.perf_counter() - began
             spent += took
-            if repeat:  # the first round warms caches, threads and allocators up
+            if repeat:  # the first round warms up caches, threads and allocators
                 least[name] = min(least[name], took)
         if repeat and spent > SLICE_S * len(calls):
             break
@@ -171,7 +173,7 @@ def _in_turns(calls: dict[str, Callable[[], object]]) -> dict[str, float]:
 
 @torch.inference_mode()
 def _eager(rows: torch.Tensor, count: int, weights: Sequence[ExpertWeights]) -> torch.Tensor:
-    """As transformers' eager experts: a loop of two linear layers."""
+    """Computes the experts as transformers' eager experts do: a loop of two linear layers."""
     out = torch.empty_like(rows)
     for place, expert in enumerate(weights):
         span = slice(place * count, (place + 1) * count)
@@ -181,20 +183,20 @@ def _eager(rows: torch.Tensor, count: int, weights: Sequence[ExpertWeights]) -> 
 
 
 def _stacked(weights: Sequence[ExpertWeights]) -> tuple[torch.Tensor, torch.Tensor]:
-    """[E, O, D] and [E, D, I], transposed views of which torch._grouped_mm takes."""
+    """Returns gate and up [E, D, 2 I] and down [E, I, D], as transposed views: the form that torch._grouped_mm takes."""
     gate_up = torch.stack([expert.gate_up for expert in weights])  # type: ignore[misc]
     return gate_up.transpose(1, 2), torch.stack([expert.down for expert in weights]).transpose(1, 2)  # type: ignore[misc]
 
 
 @torch.inference_mode()
 def _grouped(rows: torch.Tensor, offsets: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
-    """As transformers' grouped_mm experts."""
+    """Computes the experts as transformers' grouped_mm experts do."""
     inner = activate(torch._grouped_mm(rows, gate_up, offs=offsets))
     return torch._grouped_mm(inner, down, offs=offsets)
 
 
 def _fit(dtype: str, rows: Sequence[ExpertsRow]) -> CostModel:
-    """Relative least squares with no negative cost: the best of the fits with some of them zero."""
+    """Fits the cost model by relative least squares without negative costs: the best fit of all subsets of its terms."""
     seconds = torch.tensor([row.seconds for row in rows], dtype=torch.float64)
     columns = torch.tensor([[1.0, row.nbytes, row.rows * row.experts] for row in rows], dtype=torch.float64)
     scaled = columns / seconds[:, None]
@@ -214,7 +216,7 @@ def _fit(dtype: str, rows: Sequence[ExpertsRow]) -> CostModel:
 
 
 def experts_lines(report: ExpertsReport) -> Iterator[str]:
-    """The table for people; the last lines are the cost model."""
+    """Yields the table; the last lines are the cost models."""
     speed = report.speed
     yield (
         f"experts of hidden {report.hidden}, intermediate {report.intermediate}; {report.threads} threads; this machine reads "

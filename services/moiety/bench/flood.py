@@ -1,4 +1,4 @@
-"""`moiety bench flood`: requests come faster than they can be served; what is accepted must not suffer from what is not."""
+"""`moiety bench flood`: offers more requests than can be served, and measures the accepted ones and the refusals."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from moiety.v1 import generation_pb2, generation_pb2_grpc
 from moiety.wire.channels import channel
 from moiety.wire.status import RETRY_AFTER_KEY
 
-KEPT = 0.95  # of the peak: what accepted work must reach at every load
-RAMP = 0.2  # of each load's time, before counting starts: the queue has to fill first
-REQUEST_S = 120.0
+KEPT = 0.95  # fraction of the peak that accepted requests must reach at every load above 1
+RAMP = 0.2  # fraction of each load's time before counting starts, so that the queue has filled
+REQUEST_S = 120.0  # deadline of a request
 
 Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
 class FloodWork:
-    """What is served, and what is offered."""
+    """The system to serve with, and the load to offer."""
 
-    model: str  # as bench_models has it
+    model: str  # a name of checkpoints.SYNTHETIC, or a checkpoint folder
     groups: int
     slots: int
     queue: int
@@ -48,36 +48,37 @@ class FloodWork:
 
 @dataclass(frozen=True, slots=True)
 class FloodRow:
-    """One load: medians of the rounds, sums of what was counted. `load` 0 is the capacity run."""
+    """One load: rates are medians of the rounds, counts are sums. `load` 0 is the capacity run."""
 
     model: str
     load: int
     offered_per_s: float
     accepted: int
     refused: int  # with RESOURCE_EXHAUSTED
-    refused_with_hint: int
-    failed: int  # with anything else
+    refused_with_hint: int  # refusals that carry a retry delay
+    failed: int  # for any other reason
     tokens_per_s: float  # of accepted requests, after the ramp
     ratio_to_peak: float
 
 
 @dataclass(frozen=True, slots=True)
 class FloodReport:
-    """All loads."""
+    """The rows of all loads."""
 
     work: FloodWork
     rows: tuple[FloodRow, ...]
 
     @property
     def held(self) -> bool:
-        """Whether accepted work kept its pace, every refusal carried a hint, and nothing else went wrong."""
-        paced = all(row.ratio_to_peak >= KEPT for row in self.rows if row.load > 1)  # below, arrivals set the pace
+        """Whether accepted requests kept the pace, every refusal carried a retry delay, and no request failed otherwise."""
+        # Only loads above 1 count: at lower loads the arrivals limit the pace.
+        paced = all(row.ratio_to_peak >= KEPT for row in self.rows if row.load > 1)
         return paced and all(row.refused_with_hint == row.refused and row.failed == 0 for row in self.rows)
 
 
 @dataclass(slots=True)
 class Tally:
-    """What came of the requests of one run."""
+    """Counts of one run's requests by outcome, and the arrival times of their tokens."""
 
     accepted: int = 0
     refused: int = 0
@@ -88,7 +89,10 @@ class Tally:
 
 
 async def bench_flood(work: FloodWork, *, progress: Progress = lambda _: None) -> FloodReport:
-    """Measures capacity, then every load, round after round. Raises CheckpointError where the model cannot be served."""
+    """Measures the capacity, then every load, in each round.
+
+    Raises CheckpointError where the model cannot be served, Unavailable where the capacity run gets no token.
+    """
     async with AsyncExitStack() as stack:
         folder = Path(stack.enter_context(TemporaryDirectory(prefix="moiety-bench-")))
         context = work.prompt_tokens + work.new_tokens
@@ -111,8 +115,8 @@ async def bench_flood(work: FloodWork, *, progress: Progress = lambda _: None) -
             full = await flood.closed(work.slots + work.queue // 2)
             capacity = full.tokens_per_s / work.new_tokens
             if not capacity:
-                told = full.failures[0] if full.failures else "no token came"
-                raise Unavailable(f"nothing was served in the capacity run: {told}")
+                reason = full.failures[0] if full.failures else "no token arrived"
+                raise Unavailable(f"nothing was served in the capacity run: {reason}")
             runs.setdefault(0, []).append(full)
             offered.setdefault(0, []).append(capacity)
             for load in work.loads:
@@ -123,9 +127,12 @@ async def bench_flood(work: FloodWork, *, progress: Progress = lambda _: None) -
 
 
 def rows_of(work: FloodWork, runs: dict[int, list[Tally]], offered: dict[int, list[float]]) -> tuple[FloodRow, ...]:
-    """A row per load. The peak is the load of the best median; ratios to it are taken round by round: machines drift."""
+    """Returns a row per load. The peak is the load with the best median.
+
+    Ratios to the peak are computed round by round, because a machine's speed drifts.
+    """
     pace = {load: [run.tokens_per_s for run in tallies] for load, tallies in runs.items()}
-    peak = max(pace.values(), key=lambda of_load: percentile(of_load, 50))
+    peak = max(pace.values(), key=lambda rates: percentile(rates, 50))
     return tuple(
         FloodRow(
             model=model_name(work.model),
@@ -136,14 +143,14 @@ def rows_of(work: FloodWork, runs: dict[int, list[Tally]], offered: dict[int, li
             refused_with_hint=sum(run.refused_with_hint for run in tallies),
             failed=sum(len(run.failures) for run in tallies),
             tokens_per_s=percentile(pace[load], 50),
-            ratio_to_peak=percentile([mine / best for mine, best in zip(pace[load], peak, strict=True)], 50),
+            ratio_to_peak=percentile([rate / best for rate, best in zip(pace[load], peak, strict=True)], 50),
         )
         for load, tallies in runs.items()
     )
 
 
 def flood_lines(report: FloodReport) -> Iterator[str]:
-    """The result for people."""
+    """Yields the report; the last line is the verdict."""
     header = ("load", "offered/s", "accepted", "refused", "with hint", "failed", "tok/s", "of peak")
     work = report.work
     yield model_name(work.model)
@@ -165,20 +172,23 @@ def flood_lines(report: FloodReport) -> Iterator[str]:
     )
     yield (
         f"{work.dtype}, {work.slots} slots and {work.queue} places in the queue, prompts of {work.prompt_tokens}, "
-        f"{work.new_tokens} new tokens; {work.seconds:g} s a load, medians and sums of {work.rounds} rounds"
+        f"{work.new_tokens} new tokens; {work.seconds:g} s per load, medians and sums of {work.rounds} rounds"
     )
-    yield f"accepted work {'kept' if report.held else 'DID NOT keep'} {100 * KEPT:.0f} % of the peak with every refusal hinted"
+    yield (
+        f"accepted work {'kept' if report.held else 'DID NOT keep'} {100 * KEPT:.0f} % of the peak "
+        "with a retry delay on every refusal"
+    )
 
 
 class _Flood:
-    """Sends requests to one gateway and counts what comes of them."""
+    """Sends requests to one gateway and counts their outcomes."""
 
     def __init__(self, channel: grpc.aio.Channel, work: FloodWork, vocabulary: int):
         self._generate = generation_pb2_grpc.GenerationServiceStub(channel).Generate
         self._work, self._vocabulary, self._count = work, vocabulary, 0
 
     async def closed(self, clients: int) -> Tally:
-        """`clients` at once, each with its next request as soon as the last one is done."""
+        """Runs `clients` clients at once (closed loop); each sends its next request when its last one has ended."""
         tally, began = Tally(), time.monotonic()
 
         async def client() -> None:
@@ -189,7 +199,7 @@ class _Flood:
         return self._paced(tally, began)
 
     async def open(self, per_s: float) -> Tally:
-        """`per_s` requests a second, evenly, whatever comes of those before."""
+        """Sends `per_s` requests per second at even intervals (open loop), without waiting for earlier ones."""
         tally, began = Tally(), time.monotonic()
         async with asyncio.TaskGroup() as requests:
             for number in range(int(per_s * self._work.seconds)):
@@ -223,7 +233,7 @@ class _Flood:
         return request
 
     def _paced(self, tally: Tally, began: float) -> Tally:
-        """Tokens per second between the ramp and the end of the offer."""
+        """Sets the tokens per second between the end of the ramp and the end of the load, and returns the tally."""
         since, until = began + RAMP * self._work.seconds, began + self._work.seconds
         tally.tokens_per_s = sum(since <= arrival < until for arrival in tally.arrivals) / (until - since)
         return tally

@@ -1,8 +1,8 @@
 """`moiety bench hop`: what a call to an expert replica costs beyond the experts' own time.
 
-As in a router, a thread that computes sends on a connection and waits at its mailbox for the answer. The replica is a real
-one, of a tiny model with wide rows, called by each transport in turn. A unary gRPC echo of the same bytes takes turns with
-them, as the baseline.
+As in a router, the computing thread sends on a connection and waits at its mailbox for the answer. The replica is real; it
+serves a tiny model with wide rows, and each transport calls it in turn. The baseline is a unary gRPC echo of the same
+bytes, which takes turns with the transports.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from moiety.wire.transports.mailbox import Mailbox
 
 HIDDEN = 2048
 ROW_KIB = HIDDEN * 2 // 1024  # bfloat16
-# One thin layer: 256 rows (1 MiB) take its expert well under a millisecond.
+# One thin layer: its expert computes 256 rows (1 MiB) in well under a millisecond.
 _MODEL: Mapping[str, Any] = {
     "hidden_size": HIDDEN,
     "num_hidden_layers": 1,
@@ -41,7 +41,7 @@ _MODEL: Mapping[str, Any] = {
     "moe_intermediate_size": 8,
     "dtype": "bfloat16",
 }
-WARM_UP = 20
+WARM_UP = 20  # calls before the measured ones
 TRANSPORTS = (Transport.SHM, Transport.UNIX, Transport.GRPC)
 ANSWER_S = 10.0
 _MS = 1000.0
@@ -49,7 +49,10 @@ _MS = 1000.0
 
 @dataclass(frozen=True, slots=True)
 class HopRow:
-    """One payload size over one transport. `call` is send to answer, `expert` queue and compute as told, `hop` the rest."""
+    """One payload size over one transport.
+
+    `call` is the time from send to answer, `expert` the queue and compute time in the reply, and `hop` the difference.
+    """
 
     transport: str
     payload_kib: int
@@ -70,7 +73,10 @@ async def bench_hop(
     rounds: int,
     progress: Callable[[str], None] = lambda _: None,
 ) -> tuple[HopRow, ...]:
-    """One row per size (each a multiple of ROW_KIB) and transport, from `calls` calls in each of `rounds` rounds."""
+    """Measures `calls` calls in each of `rounds` rounds, per size and transport. Returns one row for each of these.
+
+    Sizes must be multiples of ROW_KIB.
+    """
     async with AsyncExitStack() as stack:
         folder = stack.enter_context(TemporaryDirectory(prefix="moiety-bench-"))
         progress(f"model: writing a qwen3_moe with rows of {ROW_KIB} KiB")
@@ -95,7 +101,7 @@ async def bench_hop(
 
 
 def hop_lines(rows: Sequence[HopRow]) -> Iterator[str]:
-    """The result for people."""
+    """Yields the report."""
     header = ("KiB", "transport", "call p50", "expert p50", "hop p50", "hop p99", "echo p50", "echo p99", "hop/echo")
     yield from table(
         header,
@@ -118,7 +124,7 @@ def hop_lines(rows: Sequence[HopRow]) -> Iterator[str]:
 
 
 class _Caller:
-    """Makes calls as a router's engine thread does, one at a time."""
+    """Makes calls one at a time, as a router's engine thread does."""
 
     def __init__(self, link: ExpertLink, mailbox: Mailbox):
         self.transport = link.transport
@@ -126,20 +132,20 @@ class _Caller:
         self._count = 0
 
     def run(self, payload: codec.Rows, calls: int) -> list[tuple[float, float]]:
-        """(call, expert) milliseconds of `calls` calls. Raises what went wrong with one."""
+        """Returns (call, expert) milliseconds of `calls` calls. Raises the error of a call that failed."""
         return [self._once(payload) for _ in range(calls)]
 
     def _once(self, payload: codec.Rows) -> tuple[float, float]:
         self._count += 1
         rows = len(payload)
-        told = self._link.description
+        description = self._link.description
         header = ForwardRequest(
             call_id=self._count,
-            revision=told.revision,
+            revision=description.revision,
             rows=rows,
             k_offsets=codec.int32_bytes(np.arange(rows + 1)),
             experts=codec.int32_bytes(np.zeros(rows)),
-            dtype=told.dtype,
+            dtype=description.dtype,
         )
         answers: list[Reply | PeerLost] = []
         into = np.empty_like(payload)
@@ -179,7 +185,7 @@ async def _measure(callers: Sequence[_Caller], echo: Echo, size_kib: int, calls:
         for caller in callers:
             samples[caller.transport] += await asyncio.to_thread(caller.run, payload, calls)
         echoes += await _echo_times(echo, frame, calls)
-    return [_row(transport, size_kib, of, echoes) for transport, of in samples.items()]
+    return [_row(transport, size_kib, calls_ms, echoes) for transport, calls_ms in samples.items()]
 
 
 def _row(transport: Transport, size_kib: int, samples: list[tuple[float, float]], echoes: list[float]) -> HopRow:

@@ -1,4 +1,4 @@
-"""All experts in the engine's own process: what the split into services is measured against.
+"""All experts in the engine's own process: the baseline for the split into services.
 
 Legend: T tokens, K experts per token (top-k), D hidden size, A = T * K assignments.
 """
@@ -19,27 +19,27 @@ from moiety_kernels.ops.expert_mlp import ExpertWeights, grouped_expert_mlp
 
 @dataclass(frozen=True, slots=True)
 class _Rows:
-    """Computed already: [T, K, D]."""
+    """PendingRows that are computed already."""
 
-    rows: torch.Tensor
+    rows: torch.Tensor  # [T, K, D]
 
     def result(self) -> torch.Tensor:
         return self.rows
 
 
 class LocalExperts:
-    """A StepBackend that computes each layer where it is submitted, with the kernels of the expert replicas."""
+    """A StepBackend that computes each layer in `submit`, with the kernels of the expert replicas."""
 
     def __init__(self, mlp: ExpertMLP, weights: Mapping[tuple[int, int], ExpertWeights]):
         self._mlp, self._weights = mlp, weights
         self.layer_began_ns = 0
-        self.compute_s: list[float] = []  # of each layer since the list was cleared
+        self.compute_s: list[float] = []  # seconds of each layer since the list was last cleared
 
     def begin_step(self, step: StepContext) -> None:
         self.layer_began_ns = time.time_ns()
 
     def submit(self, layer: int, hidden: torch.Tensor, top_k_index: torch.Tensor) -> PendingRows:
-        """Computes hidden [T, D] by the experts in top_k_index [T, K] (int64, -1: none)."""
+        """Computes hidden [T, D] by the experts in top_k_index [T, K] (int64, -1 = no expert)."""
         began, mlp, top_k = time.perf_counter(), self._mlp, top_k_index.shape[1]
         experts = top_k_index.reshape(-1)  # [A]
         order = experts.argsort(stable=True)
@@ -62,4 +62,4 @@ class LocalExperts:
         return _Rows(output.view(*top_k_index.shape, -1))
 
     def poll(self) -> None:
-        """Nothing comes later."""
+        """Does nothing: every layer is complete when it is submitted."""

@@ -1,5 +1,6 @@
-"""How much memory an expert replica takes at its peak: the whole process, from its start to its first answers, over the bytes
-of the weights it holds.
+"""`moiety bench memory`: the peak memory of expert replicas over the bytes of the weights they hold.
+
+The peak is of the whole process, from its start to its first answers.
 """
 
 from __future__ import annotations
@@ -18,20 +19,20 @@ from moiety.policy.precision import Precision
 from moiety.synthetic import write_tiny
 from moiety.tools.quantize.quantize import names_of, write_quantised
 
-FACTOR, EXTRA = 1.15, 200_000_000  # the bound: FACTOR * weights + EXTRA bytes, Python and torch included
+FACTOR, EXTRA = 1.15, 200_000_000  # bound on the peak: FACTOR * weights + EXTRA bytes, Python and torch included
 LAYER = {"hidden_size": 1024, "moe_intermediate_size": 512, "num_experts": 32, "head_dim": 64}
-LAYER_BYTES = 32 * 3 * 1024 * 512 * 2  # of experts in bfloat16
+LAYER_BYTES = 32 * 3 * 1024 * 512 * 2  # bytes of a layer's experts in bfloat16
 INT4 = Precision(4, 128)
 
 
 @dataclass(frozen=True, slots=True)
 class ReplicaMemory:
-    """One expert replica of one way to hold the same model."""
+    """Memory of one expert replica, for one form of the same model."""
 
-    held_as: str
+    held_as: str  # the form: bfloat16, int8 or int4
     replica: str
-    weights: int  # bytes that it holds of experts
-    peak: int  # the process's high-water mark of resident memory
+    weights: int  # bytes of the experts it holds
+    peak: int  # bytes; the process's high-water mark of resident memory
 
     @property
     def bound(self) -> int:
@@ -49,15 +50,17 @@ async def bench_memory(
     groups: int = 1,
     progress: Callable[[str], None] = lambda _: None,
 ) -> tuple[ReplicaMemory, ...]:
-    """Writes a synthetic bfloat16 checkpoint of so many gigabytes of experts to `work`, and the same at 4 bits; serves each,
-    and the first once more with experts that are quantised to 8 bits as they are loaded.
+    """Measures the expert replicas of the same model in three forms, and returns a row per replica and form.
+
+    Writes a synthetic bfloat16 checkpoint with `gigabytes` of experts to the folder `work`, and the same at 4 bits. Serves
+    both, and the first once more with experts quantised to 8 bits on load.
     """
     layers = max(1, round(gigabytes * 1e9 / LAYER_BYTES))
     progress(f"writing {layers} layers, {layers * LAYER_BYTES / 1e9:.1f} GB of experts")
     plain = await asyncio.to_thread(
         write_tiny, "qwen3_moe", work / "bfloat16", dtype="bfloat16", num_hidden_layers=layers, **LAYER
     )
-    progress("quantising them to 4 bits")
+    progress("quantising the experts to 4 bits")
     await asyncio.to_thread(_quantise, plain, work / "int4")
     rows: list[ReplicaMemory] = []
     for held_as, folder, weights in (
@@ -85,20 +88,20 @@ def _quantise(folder: Path, out: Path) -> None:
 
 
 def _held_bytes(folder: Path, held: ExpertSet) -> int:
-    """What the experts of `held` take in the files, which is what they take in memory."""
+    """Returns the bytes of the experts of `held` in the files. In memory they take as many."""
     checkpoint = Checkpoint.open(folder)
     layout = expert_layout(checkpoint)
     return sum(checkpoint.tensor(name).nbytes for pair in held for name in names_of(layout, pair))
 
 
 def peak_bytes(pid: int) -> int:
-    """The most resident memory that a process has had so far; Linux only."""
+    """Returns the peak resident memory of a process so far, in bytes. Linux only."""
     lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
     return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) << 10
 
 
 def memory_lines(rows: tuple[ReplicaMemory, ...]) -> Iterator[str]:
-    """The table for people; the last line is the verdict."""
+    """Yields the table; the last line is the verdict."""
     yield f"{'experts':<25} {'replica':<12} {'weights MB':>11} {'peak MB':>9} {'bound MB':>9} {'peak / weights':>15}"
     for row in rows:
         yield (
@@ -106,5 +109,5 @@ def memory_lines(rows: tuple[ReplicaMemory, ...]) -> Iterator[str]:
             f"{row.peak / row.weights:>15.2f}"
         )
     failed = sum(not row.ok for row in rows)
-    told = f"{failed} of {len(rows)} above" if failed else f"all {len(rows)} within"
-    yield f"{'FAIL' if failed else 'PASS'}: {told} {FACTOR} x weights + {EXTRA // 1_000_000} MB, the process included"
+    verdict = f"{failed} of {len(rows)} above" if failed else f"all {len(rows)} within"
+    yield f"{'FAIL' if failed else 'PASS'}: {verdict} {FACTOR} x weights + {EXTRA // 1_000_000} MB, the process included"

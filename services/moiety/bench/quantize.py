@@ -1,5 +1,6 @@
-"""What quantising costs a trained model: perplexity and greedy agreement of int8, int4 and mixed experts against bfloat16,
-computed by the kernels that serve them.
+"""`moiety bench quantize`: what quantising costs a trained model.
+
+Compares int8, int4 and mixed experts with bfloat16 by perplexity and greedy agreement, with the kernels that serve them.
 """
 
 from __future__ import annotations
@@ -23,20 +24,20 @@ from moiety.tools.quantize.corpus import shipped_text
 from moiety.tools.quantize.quantize import PLAIN, Quantised, calibration_ids, decide, usable, write_quantised
 from moiety.tools.quantize.sensitivity import Pair, measure_sensitivity
 
-HELD_OUT = 0.1  # of the text, which neither training nor calibration sees
+HELD_OUT = 0.1  # fraction of the text that neither training nor calibration uses
 STEPS = 400
-BATCH = 16  # sequences of an evaluated forward
+BATCH = 16  # sequences per forward pass of an evaluation
 
 
 @dataclass(frozen=True, slots=True)
 class Quality:
-    """One way to hold the experts, on held-out text."""
+    """Quality on held-out text, for one way to store the experts."""
 
     name: str
     nbytes: int  # of all weights
-    error: float  # that the sensitivity predicts, relative to hidden states
+    error: float  # predicted by the sensitivity, relative to hidden states
     perplexity: float  # per token
-    agreement: float  # fraction of positions whose likeliest next token is bfloat16's
+    agreement: float  # fraction of positions whose likeliest next token is the same as with bfloat16
 
 
 def bench_quantize(
@@ -48,10 +49,10 @@ def bench_quantize(
     tokens: int = 8192,
     progress: Callable[[str], None] = lambda _: None,
 ) -> tuple[Quality, ...]:
-    """Trains (or takes the checkpoint folder `model`), quantises, evaluates; `work` receives the checkpoints.
+    """Trains a model (or opens the checkpoint folder `model`), quantises it, and evaluates each result.
 
-    Rows: bfloat16; all experts at 8 bits; at 4 bits in groups of 128 and of 32; and, for the memory of each of the last two
-    and for the middle between 4 and 8 bits, the mixed choice.
+    Writes the checkpoints to `work`. Rows: bfloat16; all experts at 8 bits; all at 4 bits, in groups of 32 and of 128; and
+    the mixed choice for the memory of each 4-bit row, and for the middle between 4 and 8 bits.
     """
     text = shipped_text()
     cut = int(len(text) * (1 - HELD_OUT))
@@ -64,34 +65,38 @@ def bench_quantize(
     precisions = usable(checkpoint, layout)
     ids = calibration_ids(folder, text[:cut], tokens, layout.shape.max_context)
     sensitivity = measure_sensitivity(checkpoint, layout, ids, precisions, torch.bfloat16, progress)
-    ample = decide(checkpoint, layout, sensitivity, precisions, 1 << 62)
+    unlimited = decide(checkpoint, layout, sensitivity, precisions, 1 << 62)  # more memory than any model needs
 
     held_out = calibration_ids(folder, text[cut:], tokens, layout.shape.max_context)
     expected, perplexity = evaluate(folder, held_out)
-    rows = [Quality("bfloat16", ample.nbytes, 0.0, perplexity, 1.0)]
-    for name, allocation in _choices(ample, lambda memory: decide(checkpoint, layout, sensitivity, precisions, memory)):
+    rows = [Quality("bfloat16", unlimited.nbytes, 0.0, perplexity, 1.0)]
+    for name, allocation in _choices(
+        unlimited, lambda memory: decide(checkpoint, layout, sensitivity, precisions, memory)
+    ):
         progress(f"evaluating {name}")
         out = work / name.replace(" ", "-").replace(",", "")
         write_quantised(checkpoint, layout, _precisions(allocation.chosen), out)
         likeliest, perplexity = evaluate(str(out), held_out)
         agreement = float((likeliest == expected).float().mean())
-        rows.append(Quality(name, ample.other_bytes + allocation.nbytes, allocation.error, perplexity, agreement))
+        rows.append(Quality(name, unlimited.other_bytes + allocation.nbytes, allocation.error, perplexity, agreement))
     return tuple(rows)
 
 
-def _choices(ample: Quantised, mixed: Callable[[int], Quantised]) -> Iterator[tuple[str, Allocation[Pair]]]:
-    """Name and allocation of each row but the first."""
-    uniform = {precision: ample.uniform(precision) for precision in (Precision(8), Precision(4, 32), Precision(4, 128))}
+def _choices(unlimited: Quantised, mixed: Callable[[int], Quantised]) -> Iterator[tuple[str, Allocation[Pair]]]:
+    """Yields the name and allocation of each row but the first. `mixed` returns the choice for a number of bytes."""
+    uniform = {
+        precision: unlimited.uniform(precision) for precision in (Precision(8), Precision(4, 32), Precision(4, 128))
+    }
     for precision, allocation in uniform.items():
         if allocation is None:
             continue
         yield f"int{precision}".replace(" bits", ""), allocation
         if precision.bits == 4:
-            memory = ample.other_bytes + allocation.nbytes
+            memory = unlimited.other_bytes + allocation.nbytes
             yield f"mixed, memory of int{precision}".replace(" bits", ""), mixed(memory).allocation
     wide, narrow = uniform[Precision(8)], uniform[Precision(4, 128)] or uniform[Precision(4, 32)]
     if wide and narrow:
-        memory = ample.other_bytes + (wide.nbytes + narrow.nbytes) // 2
+        memory = unlimited.other_bytes + (wide.nbytes + narrow.nbytes) // 2
         yield "mixed, half way from int4 to int8", mixed(memory).allocation
 
 
@@ -101,30 +106,31 @@ def _precisions(chosen: Mapping[Pair, object]) -> dict[Pair, Precision]:
 
 @torch.inference_mode()
 def evaluate(folder: str, ids: torch.Tensor) -> tuple[torch.Tensor, float]:
-    """(likeliest next token at each position of `ids` [sequences, tokens], perplexity) of the checkpoint in `folder`."""
+    """Evaluates the checkpoint in `folder` on `ids` [sequences, tokens].
+
+    Returns (likeliest next token at each position [sequences, tokens], perplexity).
+    """
     checkpoint = Checkpoint.open(folder)
     layout: ExpertLayout = expert_layout(checkpoint)
     shape = layout.shape
     dtype = torch.bfloat16
-    router = load_trunk(checkpoint, layout, dtype)
+    trunk = load_trunk(checkpoint, layout, dtype)
     pairs = [(layer, expert) for layer in range(shape.moe_layers) for expert in range(shape.experts)]
     experts = LocalExperts(shape.mlp, load_experts(checkpoint, layout, pairs, dtype))
     likeliest, total = [], 0.0
     with use_backend(experts):
         for batch in ids.split(BATCH):
-            logits = router(input_ids=batch, use_cache=False).logits.float()  # [sequences, tokens, V]
+            logits = trunk(input_ids=batch, use_cache=False).logits.float()  # [sequences, tokens, V]
             likeliest.append(logits.argmax(dim=-1))
-            following = batch[:, 1:].reshape(-1)
-            lost = torch.nn.functional.cross_entropy(
-                logits[:, :-1].reshape(len(following), -1), following, reduction="sum"
-            )
-            total += float(lost)
+            targets = batch[:, 1:].reshape(-1)
+            loss = torch.nn.functional.cross_entropy(logits[:, :-1].reshape(len(targets), -1), targets, reduction="sum")
+            total += float(loss)
     count = ids.shape[0] * (ids.shape[1] - 1)
     return torch.cat(likeliest), float(torch.tensor(total / count).exp())
 
 
 def quality_lines(rows: tuple[Quality, ...]) -> Iterator[str]:
-    """The table for people."""
+    """Yields the table."""
     yield f"{'experts':<36} {'bytes':>12} {'error':>10} {'perplexity':>11} {'agreement':>10}"
     for row in rows:
         yield f"{row.name:<36} {row.nbytes:>12,} {row.error:>10.2e} {row.perplexity:>11.4f} {100 * row.agreement:>8.2f} %"

@@ -1,4 +1,4 @@
-"""What the benchmarks share: percentiles and plain tables. Standard library only."""
+"""Percentiles and plain tables, shared by the benchmarks. Standard library only."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 
 def percentile(samples: Sequence[float], percent: float) -> float:
-    """The `percent`-th percentile of at least one sample, interpolated between neighbours; 50 is the median."""
+    """Returns the `percent`-th percentile of at least one sample, interpolated between neighbours; 50 is the median."""
     ordered = sorted(samples)
     position = (len(ordered) - 1) * percent / 100
     below = int(position)
@@ -15,7 +15,7 @@ def percentile(samples: Sequence[float], percent: float) -> float:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    """Lines of right-aligned columns under their header."""
+    """Yields the lines of a table with right-aligned columns, the header first."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     for row in (header, *rows):
         yield "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))

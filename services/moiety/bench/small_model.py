@@ -1,5 +1,6 @@
-"""Trains a small MoE language model in a minute or two on text that ships with Python: quantisation needs weights that mean
-something, and a random model's do not.
+"""Trains a small MoE language model in a minute or two on text that ships with Python.
+
+Quantisation is measured on it because the quality of a model with random weights means nothing.
 """
 
 from __future__ import annotations
@@ -40,9 +41,10 @@ WARM_UP = 20  # steps
 def train(
     folder: Path, text: str, *, steps: int = 400, seed: int = 0, progress: Callable[[str], None] = lambda _: None
 ) -> float:
-    """Writes a bfloat16 qwen3_moe checkpoint to `folder`; returns the last steps' mean loss in nats per token.
+    """Trains a qwen3_moe and writes it to `folder` in bfloat16. Returns the last steps' mean loss in nats per token.
 
-    On one thread, which matrices this small gain nothing over: the result depends on `seed`, text and processor alone.
+    Runs on one thread, so that the result depends only on `seed`, text and processor. More threads would not be faster
+    on matrices this small.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -68,7 +70,7 @@ def _train(folder: Path, text: str, steps: int, seed: int, progress: Callable[[s
     )
     generator = torch.Generator().manual_seed(seed)
     losses: list[float] = []
-    told = time.monotonic()
+    reported = time.monotonic()
     for step in range(steps):
         starts = torch.randint(0, len(ids) - SEQUENCE, (BATCH,), generator=generator)
         batch = torch.stack([ids[start : start + SEQUENCE] for start in starts.tolist()])
@@ -79,8 +81,8 @@ def _train(folder: Path, text: str, steps: int, seed: int, progress: Callable[[s
         optimiser.step()
         schedule.step()
         losses.append(float(loss.detach()))
-        if time.monotonic() - told > 5:
-            told = time.monotonic()
+        if time.monotonic() - reported > 5:
+            reported = time.monotonic()
             progress(f"step {step + 1} of {steps}: loss {losses[-1]:.2f}")
     with quiet_transformers():
         model.eval().to(torch.bfloat16).save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""From arrival times of tokens to serving speeds; the same arithmetic for every system that is measured."""
+"""Computes serving speeds from the arrival times of tokens, the same way for every system that is measured."""
 
 from __future__ import annotations
 
@@ -11,17 +11,21 @@ from moiety.bench.report import percentile
 
 @dataclass(frozen=True, slots=True)
 class Speeds:
-    """One run of C streams at once."""
+    """The speeds of one run of several streams at once."""
 
-    decode_tokens_per_s: float  # from the moment every stream has its first token to the last token of all
-    itl_p50_ms: float  # gaps between tokens of one stream, over all streams
+    decode_tokens_per_s: float  # from the time when every stream has its first token to the last token of all streams
+    itl_p50_ms: float  # gaps between the tokens of a stream, over all streams
     itl_p99_ms: float
     ttft_p50_ms: float  # from the common start to a stream's first token
     prefill_tokens_per_s: float  # all prompt tokens, from the common start until every stream has its first token
 
 
 def speeds(began: float, arrivals: Sequence[Sequence[float]], prompt_tokens: int) -> Speeds:
-    """`arrivals` are each stream's token times in seconds, at least two; `prompt_tokens` is one prompt's length."""
+    """Computes the speeds of one run.
+
+    `began` is the common start. `arrivals` are each stream's token times, at least two, in seconds on the same clock;
+    `prompt_tokens` is the length of one prompt.
+    """
     firsts = [stream[0] for stream in arrivals]
     decoding, ended = max(firsts), max(stream[-1] for stream in arrivals)
     decoded = sum(time > decoding for stream in arrivals for time in stream)
@@ -36,7 +40,7 @@ def speeds(began: float, arrivals: Sequence[Sequence[float]], prompt_tokens: int
 
 
 def median(runs: Sequence[Speeds]) -> Speeds:
-    """The median of each speed by itself."""
+    """Returns the median of each speed, each by itself."""
     return Speeds(*(percentile([getattr(run, field.name) for run in runs], 50) for field in fields(Speeds)))
 
 

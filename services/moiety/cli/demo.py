@@ -8,13 +8,19 @@ from moiety.cli.run import signals_interrupt
 
 
 @click.command()
-@click.option("--seconds", type=click.FloatRange(10, 600), default=60.0, show_default=True, help="Bound on each wait.")
+@click.option(
+    "--seconds",
+    type=click.FloatRange(10, 600),
+    default=60.0,
+    show_default=True,
+    help="Longest wait for one event, in seconds; the start of the system may take three times as long.",
+)
 def demo(seconds: float) -> None:
-    """Show the main job on this machine, start to end.
+    """Show the whole system at work on this machine, from start to end.
 
-    Makes a small checkpoint with random weights, serves it on a Ray and a Redis of its own, streams a generation, heats
-    one expert group until it grows, prints one trace, kills an expert replica in the middle of a generation, and ends
-    all it started. Nothing is left behind.
+    Writes a small checkpoint with random weights, serves it on its own Ray and Redis, streams a generation, loads one
+    expert group until it scales up, prints one trace, kills an expert replica during a generation, and stops everything
+    it started. It leaves no process and no file behind.
 
     \b
     Example:

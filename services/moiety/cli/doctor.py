@@ -11,14 +11,18 @@ from moiety.cli.options import json_option, write_json
 
 
 @click.command()
-@click.option("--measure", is_flag=True, help="Measure memory and matrix products too: some seconds, all cores.")
+@click.option(
+    "--measure",
+    is_flag=True,
+    help="Also measure memory bandwidth and matrix products; takes a few seconds and all cores.",
+)
 @json_option
 @click.pass_context
 def doctor(context: click.Context, measure: bool, json_file: Path | None) -> None:
-    """Say what decides how well this machine serves, and what is wrong.
+    """Check what decides how well this machine serves, and report what is wrong.
 
-    Every line has a verdict: ok; warn, where something is slower or less than it could be; fail, where serving cannot
-    work. What to do stands below it. Exit status 1 where something fails.
+    Every check has a verdict: ok; warn: slower or less capable than it could be; fail: serving cannot work. The line
+    below a warning or failure says what to do. Exit status 1 if a check fails.
 
     \b
     Example:

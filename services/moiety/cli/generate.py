@@ -25,60 +25,109 @@ if TYPE_CHECKING:
     show_envvar=True,
     default="127.0.0.1:50051",
     show_default=True,
-    help="HOST:PORT of a gateway.",
+    help="HOST:PORT of the gateway.",
 )
 @click.option(
-    "--max-tokens", type=click.IntRange(1, 2**32 - 1), help="Within the model's context; default 128, or what is left."
+    "--max-tokens",
+    type=click.IntRange(1, 2**32 - 1),
+    help="Most tokens to generate, within the model's context.  [default: 128, or what is left of the context]",
 )
-@click.option("--temperature", type=click.FloatRange(0, 10), help="0, the default, is greedy; 1 is the model's own.")
 @click.option(
-    "--top-p", type=click.FloatRange(0, 1, min_open=True), help="Sample from the likeliest that have this share."
+    "--temperature",
+    type=click.FloatRange(0, 10),
+    help="0 picks the likeliest token (greedy); 1 samples from the model's own distribution.  [default: 0]",
 )
-@click.option("--top-k", type=click.IntRange(0, 2**31 - 1), help="Sample from this many; default 0, all.")
-@click.option("--min-p", type=click.FloatRange(0, 1), help="Drop tokens less likely than this times the likeliest.")
-@click.option("--seed", type=click.IntRange(0, 2**64 - 1), help="Same seed, same tokens; default: drawn.")
-@click.option("--n", type=click.IntRange(1, 16), help="Choices of the one prompt; printed one after the other.")
+@click.option(
+    "--top-p",
+    type=click.FloatRange(0, 1, min_open=True),
+    help="Sample from the likeliest tokens whose probabilities add up to this.  [default: 1]",
+)
+@click.option(
+    "--top-k",
+    type=click.IntRange(0, 2**31 - 1),
+    help="Sample from this many of the likeliest tokens; 0: from all.  [default: 0]",
+)
+@click.option(
+    "--min-p",
+    type=click.FloatRange(0, 1),
+    help="Drop tokens less likely than this times the likeliest token.  [default: 0]",
+)
+@click.option(
+    "--seed",
+    type=click.IntRange(0, 2**64 - 1),
+    help="The same seed gives the same tokens.  [default: drawn for each request]",
+)
+@click.option("--n", type=click.IntRange(1, 16), help="Choices to generate, printed one after the other.  [default: 1]")
 @click.option(
     "--repetition-penalty",
     type=click.FloatRange(0, 10, min_open=True),
-    help="Above 1 disfavours tokens of prompt and output.",
+    help="Above 1 makes tokens of the prompt and the output less likely.  [default: 1]",
 )
-@click.option("--presence-penalty", type=click.FloatRange(-2, 2), help="Above 0 disfavours tokens of the output.")
-@click.option("--frequency-penalty", type=click.FloatRange(-2, 2), help="The same, once for each occurrence.")
-@click.option("--logit-bias", type=TOKEN_BIAS, multiple=True, help="Add BIAS, -100 to 100, to a token. Repeatable.")
-@click.option("--stop", metavar="TEXT", multiple=True, help="End before this text. Repeatable.")
 @click.option(
-    "--stop-token-id", "stop_token_ids", type=click.IntRange(0), multiple=True, help="End with this token. Repeatable."
+    "--presence-penalty",
+    type=click.FloatRange(-2, 2),
+    help="Above 0 makes tokens of the output less likely, once each.  [default: 0]",
 )
-@click.option("--min-tokens", type=click.IntRange(0, 2**32 - 1), help="Nothing ends the text before.")
 @click.option(
-    "--first-token", metavar="TOKEN", help="The output begins with this token: a target language, fra_Latn say."
+    "--frequency-penalty",
+    type=click.FloatRange(-2, 2),
+    help="Above 0 makes tokens of the output less likely, once per occurrence.  [default: 0]",
 )
-@click.option("--ignore-eos", is_flag=True, help="Go on after the end of the text.")
-@click.option("--json-schema", type=click.File(), help="The output is JSON that this JSON Schema accepts.")
-@click.option("--regex", metavar="PATTERN", help="The output matches this, all of it (Rust's regex syntax).")
-@click.option("--grammar", type=click.File(), help="The output is of this Lark grammar.")
+@click.option(
+    "--logit-bias", type=TOKEN_BIAS, multiple=True, help="Add BIAS, -100 to 100, to the logit of token ID. Repeatable."
+)
+@click.option("--stop", metavar="TEXT", multiple=True, help="End the output before this text. Repeatable.")
+@click.option(
+    "--stop-token-id",
+    "stop_token_ids",
+    type=click.IntRange(0),
+    multiple=True,
+    help="End the output with this token. Repeatable.",
+)
+@click.option(
+    "--min-tokens",
+    type=click.IntRange(0, 2**32 - 1),
+    help="Do not end the output before it has this many tokens.  [default: 0]",
+)
+@click.option(
+    "--first-token",
+    metavar="TOKEN",
+    help="Text of the output's first token: a translation model's target language, such as fra_Latn.  "
+    "[default: the checkpoint's forced_bos_token_id, if it has one]",
+)
+@click.option("--ignore-eos", is_flag=True, help="Continue after the end-of-sequence token.")
+@click.option("--json-schema", type=click.File(), help="File with a JSON Schema that the output must match.")
+@click.option("--regex", metavar="PATTERN", help="Regular expression (Rust's syntax) that the whole output must match.")
+@click.option("--grammar", type=click.File(), help="File with a Lark grammar that the output must match.")
 @click.option(
     "--logprobs",
     "top_logprobs",
     type=click.IntRange(0, 20),
-    help="Print a line for each token: choice, id, log probability, text, and this many of the likeliest.",
+    help="Print one line per token: choice, id, log probability, text, and this many of the likeliest tokens.",
 )
-@click.option("--prompt-logprobs", is_flag=True, help="Print the prompt's log probabilities first.")
+@click.option("--prompt-logprobs", is_flag=True, help="First print the log probabilities of the prompt's tokens.")
 @click.option("--token-ids", "as_ids", is_flag=True, help="Print token ids instead of text.")
-@click.option("--priority", type=click.IntRange(-100, 100), default=0, help="Lower runs first; default 0.")
-@click.option("--tenant", default="", help="Whose capacity and cached prefixes it uses.")
+@click.option("--priority", type=click.IntRange(-100, 100), default=0, help="Lower priorities run first.  [default: 0]")
 @click.option(
-    "--timeout", "timeout_s", type=click.FloatRange(min=0, min_open=True), help="Seconds for all of it; default: none."
+    "--tenant", default="", help="Tenants share capacity fairly and share no cached prefixes.  [default: no name]"
 )
 @click.option(
-    "--retries", type=click.IntRange(min=0), default=0, help="Tries again that often where there is no room; default 0."
+    "--timeout",
+    "timeout_s",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Seconds for the whole request.  [default: no limit]",
+)
+@click.option(
+    "--retries",
+    type=click.IntRange(min=0),
+    default=0,
+    help="How often to try again when the gateway has no room.  [default: 0]",
 )
 def generate(prompt: str, address: str, as_ids: bool, top_logprobs: int | None, **options: Any) -> None:
     """Generate text from a running gateway.
 
-    Tokens are printed as they come, usage on stderr at the end. PROMPT is the text to go on from; - reads it from stdin.
-    Ctrl-C cancels the request.
+    Prints tokens as they arrive, and token counts and times on stderr at the end. PROMPT is the text to continue;
+    - reads it from stdin. Ctrl-C cancels the request.
 
     \b
     Examples:
@@ -100,7 +149,7 @@ def generate(prompt: str, address: str, as_ids: bool, top_logprobs: int | None, 
 
 
 class _Printer:
-    """Chunks to stdout: a single choice as it comes, several one after the other, once each is whole."""
+    """Prints chunks to stdout: a single choice as it arrives; several choices at the end, one after the other."""
 
     def __init__(self, as_ids: bool, choices: int, as_lines: bool):
         self._as_ids, self._as_lines = as_ids, as_lines
@@ -129,7 +178,7 @@ class _Printer:
 
 
 def _lines(chunk: Chunk) -> Iterator[str]:
-    """One for each token. A chunk's text stands beside its last token: it may be that of several."""
+    """Yields one line per token. A chunk's text is on the line of its last token: several tokens may form it."""
     for place, (token, logprob) in enumerate(zip(chunk.token_ids, chunk.logprobs, strict=True)):
         text = repr(chunk.text) if place + 1 == len(chunk.token_ids) else ""
         line = f"{chunk.choice:>2} {token:>7} {logprob:>9.4f}  {text:<16}"
@@ -140,7 +189,7 @@ def _lines(chunk: Chunk) -> Iterator[str]:
 
 
 async def _stream(prompt: str, address: str, printer: _Printer, options: dict[str, Any]) -> None:
-    """`options` are those of `Client.generate`."""
+    """Sends the request and prints the stream. `options` are the keyword arguments of `Client.generate`."""
     from moiety.client import Client
 
     began, first_token_s, reasons = time.monotonic(), 0.0, dict[int, str]()
@@ -156,7 +205,7 @@ async def _stream(prompt: str, address: str, printer: _Printer, options: dict[st
             raise Unavailable(f"gateway {address}: {error}") from None
     printer.end()
     if last.rerouted:
-        click.echo(f"{last.rerouted:.1%} of its rows went to another expert than the model's choice", err=True)
+        click.echo(f"{last.rerouted:.1%} of the rows went to another expert than the model's choice", err=True)
     click.echo(
         f"{last.prompt_tokens} prompt tokens, {last.completion_tokens} new tokens, "
         f"finished by {', '.join(reason for _, reason in sorted(reasons.items()))}; "

@@ -12,23 +12,27 @@ from moiety.cli.options import ByteCount, json_option, write_json
 
 @click.command()
 @click.argument("checkpoint", type=click.Path(path_type=str))
-@click.option("--memory", type=ByteCount(), help="Of one expert replica, such as 24GiB: suggests a number of groups.")
+@click.option(
+    "--memory",
+    type=ByteCount(),
+    help="Memory of one expert replica, such as 24GiB; the report then suggests a number of groups.",
+)
 @json_option
 def inspect(checkpoint: str, memory: int | None, json_file: Path | None) -> None:
-    """Say how large a checkpoint and its parts are, without reading a weight.
+    """Report how large a checkpoint and its parts are, without reading a weight.
 
-    CHECKPOINT is a folder with config.json and safetensors, of which only the headers are read. Exit status 1, with the
-    reason, where it cannot be served.
+    CHECKPOINT is a folder with config.json and safetensors; only the headers of the safetensors are read. Exit status 1,
+    with the reason, if the checkpoint cannot be served.
 
     \b
     Example:
       moiety inspect ./DeepSeek-V3 --memory 80GiB
     """
     from moiety.model.checkpoint.checkpoint import Checkpoint
-    from moiety.tools.inspect_checkpoint import inspect as look
+    from moiety.tools.inspect_checkpoint import inspect as inspect_checkpoint
     from moiety.tools.inspect_checkpoint import lines
 
-    found = look(Checkpoint.open(checkpoint), memory)
-    for line in lines(found):
+    inspection = inspect_checkpoint(Checkpoint.open(checkpoint), memory)
+    for line in lines(inspection):
         click.echo(line)
-    write_json(json_file, asdict(found))
+    write_json(json_file, asdict(inspection))

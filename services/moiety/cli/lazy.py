@@ -1,4 +1,4 @@
-"""A click group whose commands are imported when they are used, not when they are listed."""
+"""A click group that imports a command when it is used, not when it is listed."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ import click
 
 @dataclass(frozen=True, slots=True)
 class LazyCommand:
-    """Where a command is, as `module:attribute`, and what the list of commands says of it."""
+    """Where a command is, as `module:attribute`, and its summary in the list of commands."""
 
     target: str
     summary: str
 
     def load(self) -> click.Command:
-        """Imports the command."""
+        """Imports the command and returns it."""
         module, _, attribute = self.target.partition(":")
         command: click.Command = getattr(import_module(module), attribute)
         return command
 
 
 class LazyGroup(click.Group):
-    """`lazy` maps each command's name to its LazyCommand; the help of the group imports none of them."""
+    """A group whose help imports none of its commands. `lazy` maps a command's name to its LazyCommand."""
 
     def __init__(self, *args: Any, lazy: Mapping[str, LazyCommand], **options: Any):
         super().__init__(*args, **options)

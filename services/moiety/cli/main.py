@@ -1,4 +1,4 @@
-"""The `moiety` command: its commands, and what an error or a signal becomes: one line and an exit status."""
+"""The `moiety` command: the table of its commands, and how errors and signals become one line and an exit status."""
 
 from __future__ import annotations
 
@@ -20,15 +20,17 @@ COMMANDS: Mapping[str, LazyCommand] = MappingProxyType(
     {
         "bench": LazyCommand(
             "moiety.cli.bench.group:bench",
-            "Measure this machine: hop, split, lanes, experts, serving, flood, elasticity, control plane.",
+            "Measure the system on this machine: transports, kernels, memory, serving speed, overload, elasticity.",
         ),
-        "demo": LazyCommand("moiety.cli.demo:demo", "Show the main job on this machine, start to end."),
+        "demo": LazyCommand(
+            "moiety.cli.demo:demo", "Show the whole system at work on this machine, from start to end."
+        ),
         "doctor": LazyCommand(
-            "moiety.cli.doctor:doctor", "Say what decides how well this machine serves, and what is wrong."
+            "moiety.cli.doctor:doctor", "Check what decides how well this machine serves, and report what is wrong."
         ),
         "generate": LazyCommand("moiety.cli.generate:generate", "Generate text from a running gateway."),
         "inspect": LazyCommand(
-            "moiety.cli.inspect:inspect", "Say how large a checkpoint and its parts are, without reading a weight."
+            "moiety.cli.inspect:inspect", "Report how large a checkpoint and its parts are, without reading a weight."
         ),
         "models": LazyCommand(
             "moiety.cli.models:models", "List the architectures that can be served, and what each uses."
@@ -37,16 +39,18 @@ COMMANDS: Mapping[str, LazyCommand] = MappingProxyType(
             "moiety.cli.parity:parity", "Compare the served system with transformers, token for token."
         ),
         "quantize": LazyCommand(
-            "moiety.cli.quantize:quantize", "Quantise a checkpoint's experts, each to as many bits as it deserves."
+            "moiety.cli.quantize:quantize",
+            "Quantise a checkpoint's experts, each to 16, 8 or 4 bits by its measured sensitivity.",
         ),
         "rebalance": LazyCommand(
-            "moiety.cli.rebalance:rebalance", "Place experts anew by the load of the moment, without a stop."
+            "moiety.cli.rebalance:rebalance",
+            "Move experts between replicas to fit the current load, while requests run.",
         ),
         "serve": LazyCommand(
             "moiety.cli.serve:serve", "Serve a checkpoint on Ray: gateway, router and elastic expert groups."
         ),
         "simulate": LazyCommand(
-            "moiety.cli.simulate:simulate", "Simulate a day of a large cluster: what elasticity would save."
+            "moiety.cli.simulate:simulate", "Simulate a day of a large cluster, to estimate what elasticity would save."
         ),
     }
 )
@@ -63,18 +67,22 @@ LOG_LEVELS = ("debug", "info", "warning", "error")
     default="warning",
     show_default=True,
     envvar="MOIETY_LOG_LEVEL",
-    help="What this process logs on stderr.",
+    help="Lowest level of messages that this process logs on stderr.",
 )
 def cli(log_level: str) -> None:
     """Serve a Mixture-of-Experts language model by its parts.
 
-    Each command explains itself: moiety COMMAND --help
+    \b
+    Examples:
+      moiety demo
+      moiety serve ./Mixtral-8x7B-v0.1
+      moiety serve --help
     """
     logging.basicConfig(level=log_level.upper(), format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Runs one command line and returns its exit status; whatever went wrong has been told on stderr."""
+    """Runs one command line and returns its exit status. Errors are printed on stderr before it returns."""
     try:
         return int(cli.main(list(arguments), prog_name="moiety", standalone_mode=False) or 0)
     except click.ClickException as error:
@@ -86,15 +94,15 @@ def run(arguments: Sequence[str]) -> int:
     except Interrupted as interruption:
         click.echo(f"\n{interruption}", err=True)
         return interruption.exit_status
-    except click.Abort:  # Ctrl-C before or after the command's own work
+    except click.Abort:  # Ctrl-C before or after the command's own signal handling
         return Interrupted().exit_status
 
 
 def main() -> NoReturn:
-    """The console script."""
+    """Runs the console script and exits the process."""
     status = run(sys.argv[1:])
     if status > 128:
-        # Everything that must be undone has been; a thread that still computes would hold the process up for nothing.
+        # Clean-up is done. `sys.exit` would wait for threads that still compute, for no benefit.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

@@ -15,8 +15,9 @@ from moiety.cli.options import json_option, write_json
 def models(json_file: Path | None) -> None:
     """List the architectures that can be served, and what each uses.
 
-    PATH says how its experts are reached: through transformers' experts interface (seam), through an adapter of Moiety's
-    around transformers' model, or in a definition of Moiety's own. Below them stand the refused, with the reason.
+    The column "path" says how Moiety reaches the experts: through transformers' experts interface (seam), through its own
+    adapter around the transformers model (adapter), or in its own definition of the model (definition). Refused
+    architectures follow, each with the reason.
 
     \b
     Example:
@@ -25,7 +26,7 @@ def models(json_file: Path | None) -> None:
     from moiety.model.architectures.supported import REFUSED
     from moiety.tools.models import lines, supported
 
-    found = list(supported())
-    for line in lines(found):
+    architectures = list(supported())
+    for line in lines(architectures):
         click.echo(line)
-    write_json(json_file, {"supported": [asdict(one) for one in found], "refused": dict(REFUSED)})
+    write_json(json_file, {"supported": [asdict(one) for one in architectures], "refused": dict(REFUSED)})

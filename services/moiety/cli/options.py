@@ -1,4 +1,4 @@
-"""Option types, and options that several commands share."""
+"""Option types, the options that several commands share, and how results are written as JSON."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class IntegerList(click.ParamType[tuple[int, ...]]):
-    """Integers with commas between them, each from `low` to `high` and a multiple of `step`."""
+    """Integers separated by commas, each from `low` to `high` and a multiple of `step`."""
 
     name = "integers"
 
@@ -32,7 +32,7 @@ class IntegerList(click.ParamType[tuple[int, ...]]):
         try:
             numbers = tuple(int(part) for part in str(value).split(","))
         except ValueError:
-            self.fail(f"{value!r}: must be {self.bound}, with commas between them", param, ctx)
+            self.fail(f"{value!r}: must be {self.bound}, separated by commas", param, ctx)
         for number in numbers:
             if not self.low <= number <= self.high or number % self.step:
                 self.fail(f"{number}: must be {self.bound}", param, ctx)
@@ -40,7 +40,7 @@ class IntegerList(click.ParamType[tuple[int, ...]]):
 
 
 class TokenBias(click.ParamType[tuple[int, float]]):
-    """A token id and what is added to its logit, as ID=BIAS."""
+    """A token id and the bias to add to its logit, as ID=BIAS."""
 
     name = "id=bias"
 
@@ -67,19 +67,19 @@ class ByteCount(click.ParamType[int]):
 
 
 class WordList(click.ParamType[tuple[str, ...]]):
-    """Words with commas between them."""
+    """Words separated by commas."""
 
     name = "words"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
         words = value if isinstance(value, tuple) else tuple(str(value).split(","))
         if not all(words):
-            self.fail(f"{value!r}: must be words with commas between them", param, ctx)
+            self.fail(f"{value!r}: must be words separated by commas", param, ctx)
         return words
 
 
 class Size(click.ParamType[int]):
-    """Bytes, with a unit or without: 24GiB, 500MB, 1000000."""
+    """A number of bytes, with or without a unit: 24GiB, 500MB, 1000000."""
 
     name = "size"
 
@@ -97,46 +97,46 @@ SIZE = Size()
 
 
 def groups_option(function: Function) -> Function:
-    """--groups."""
+    """Adds the option --groups."""
     return click.option(
         "--groups",
         type=click.IntRange(min=1),
         default=2,
         show_default=True,
-        help="Expert groups, each a process of its own; at most the model's experts per layer.",
+        help="Expert groups, each in its own process; at most the model's experts per layer.",
     )(function)
 
 
 def dtype_option(default: str) -> Callable[[Function], Function]:
-    """--dtype."""
+    """Returns a decorator that adds the option --dtype."""
     return click.option(
         "--dtype",
         type=click.Choice(DTYPES),
         default=default,
         show_default=True,
-        help="Of weights and rows; auto: as published.",
+        help="Data type of weights and rows (hidden states); auto: as published.",
     )
 
 
 def json_option(function: Function) -> Function:
-    """--json FILE, as `json_file`."""
+    """Adds the option --json FILE, passed as `json_file`."""
     return click.option(
         "--json",
         "json_file",
         type=click.Path(dir_okay=False, writable=True, path_type=Path),
         callback=_writable,
-        help="Write the result to this file too.",
+        help="Also write the result to this file, as JSON.",
     )(function)
 
 
 def write_json(file: Path | None, value: object) -> None:
-    """Writes `value` for people and machines; nothing where no file was asked for."""
+    """Writes `value` to `file` as indented JSON; does nothing where `file` is None."""
     if file is not None:
         file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def invocation(context: click.Context) -> str:
-    """The command line that does the same again, defaults spelled out."""
+    """Returns the command line that repeats this run, with the defaults spelled out."""
     words = context.command_path.split()
     for parameter in context.command.params:
         value = context.params.get(parameter.name or "")
@@ -151,9 +151,9 @@ def invocation(context: click.Context) -> str:
 
 
 def _writable(_context: click.Context, _parameter: click.Parameter, file: Path | None) -> Path | None:
-    """A file that cannot be written is told before the work, not after it."""
+    """Rejects a file in a missing folder before the work starts, not after it."""
     if file is not None and not file.parent.is_dir():
-        raise click.BadParameter(f"{file.parent} is no folder")
+        raise click.BadParameter(f"{file.parent} is not a folder")
     return file
 
 
@@ -162,12 +162,15 @@ rounds_option = click.option(
     type=click.IntRange(1, 100),
     default=3,
     show_default=True,
-    help="How often the systems take turns.",
+    help="Rounds of measurement; systems that are compared take turns in each round.",
 )
 
 
 def service_environment() -> None:
-    """What services start with, for what this process computes itself: before torch is imported."""
+    """Gives this process the environment that services start with. Call it before torch is imported.
+
+    For commands that compute in this process. Variables that are set already keep their values.
+    """
     from moiety.compose.environment import PROCESS_ENVIRONMENT
 
     for name, value in PROCESS_ENVIRONMENT.items():

@@ -16,19 +16,32 @@ from moiety.cli.run import progress, run_async
 @groups_option
 @dtype_option("float32")
 @click.option(
-    "--new-tokens", type=click.IntRange(1, 4096), default=24, show_default=True, help="Greedy tokens per prompt."
+    "--new-tokens",
+    type=click.IntRange(1, 4096),
+    default=24,
+    show_default=True,
+    help="Greedy tokens to generate per prompt.",
 )
-@click.option("--all-tiny", is_flag=True, help="Instead of CHECKPOINT: a tiny one of every supported architecture.")
-@click.option("--only", multiple=True, metavar="NAME", help="With --all-tiny: these only (repeat it, or use commas).")
+@click.option(
+    "--all-tiny", is_flag=True, help="Instead of CHECKPOINT: compare a tiny checkpoint of every supported architecture."
+)
+@click.option(
+    "--only",
+    multiple=True,
+    metavar="NAME",
+    help="With --all-tiny: compare only this architecture. Repeatable; or names with commas.",
+)
 @click.option(
     "--write",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="With --all-tiny: put the table into this file, between its two `parity` marker lines; with --only, its rows.",
+    help="With --all-tiny: write the table into this file, between its two `parity` marker lines; with --only, write "
+    "only those rows.",
 )
 @click.option(
     "--references",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="Python file with plain forwards of what transformers lacks.  [default: tests/parity/references.py]",
+    help="Python file with plain forward passes of architectures that transformers lacks.  "
+    "[default: tests/parity/references.py]",
 )
 @json_option
 @click.pass_context
@@ -47,9 +60,8 @@ def parity(
     """Compare the served system with transformers, token for token.
 
     CHECKPOINT is a folder with config.json and safetensors. Eight prompts run through plain transformers, one at a time,
-    then all at once through gateway, router and expert groups on this machine. Exit status 0 only when every token
-    agrees, or differs where the reference itself could not decide (a tie within the logit error). With --all-tiny there
-    is no such exception.
+    then all at once through gateway, router and expert groups on this machine. Exit status 0 only if every token agrees,
+    or differs where the reference itself is undecided (a tie within rounding error). --all-tiny accepts no ties.
 
     \b
     Examples:
@@ -59,7 +71,7 @@ def parity(
     if all_tiny == (checkpoint is not None):
         raise click.UsageError("give either CHECKPOINT or --all-tiny")
     if not all_tiny and (only or write):
-        raise click.UsageError("--only and --write belong to --all-tiny")
+        raise click.UsageError("--only and --write need --all-tiny")
     if checkpoint is None:
         names = [name for part in only for name in part.split(",")]
         context.exit(0 if _all_tiny(names, groups, new_tokens, references, write, json_file) else 1)
@@ -89,7 +101,7 @@ def _all_tiny(
     write: Path | None,
     json_file: Path | None,
 ) -> bool:
-    """Whether all hold. Rows are printed as they come."""
+    """Compares the tiny checkpoints, prints each row as it is ready, and returns whether all of them agree."""
     from moiety.synthetic import tiny_model, tiny_names
     from moiety.tools.parity.all_tiny import HEAD, Verdict, run_all, summary, write_table
 
@@ -101,9 +113,9 @@ def _all_tiny(
     verdicts: list[Verdict] = []
 
     async def show() -> None:
-        asked = names or tiny_names()
+        architectures = names or tiny_names()
         async for verdict in run_all(
-            asked, groups=groups, new_tokens=new_tokens, references=references, progress=progress()
+            architectures, groups=groups, new_tokens=new_tokens, references=references, progress=progress()
         ):
             verdicts.append(verdict)
             click.echo("{:<24} {:<20} {:<16} {}".format(*verdict.cells))

@@ -13,23 +13,33 @@ from moiety.cli.run import progress, signals_interrupt
 
 @click.command()
 @click.argument("checkpoint", type=click.Path(path_type=str))
-@click.option("--memory", type=SIZE, required=True, help="What all weights together may take, such as 24GiB.")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="A new or an empty folder.")
+@click.option("--memory", type=SIZE, required=True, help="Bytes that all weights together may take, such as 24GiB.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Folder for the new checkpoint; must be new or empty.",
+)
 @click.option(
     "--calibration",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Text like that the model will serve.  [default: English and code that ship with Python]",
+    help="File with text like the text that the model will serve.  [default: English and code that ship with Python]",
 )
 @click.option(
-    "--tokens", type=click.IntRange(16, 1 << 20), default=4096, show_default=True, help="Of it that are used at most."
+    "--tokens",
+    type=click.IntRange(16, 1 << 20),
+    default=4096,
+    show_default=True,
+    help="Most calibration tokens to use.",
 )
 def quantize(checkpoint: str, memory: int, out: Path, calibration: Path | None, tokens: int) -> None:
-    """Quantise a checkpoint's experts, each to as many bits as it deserves.
+    """Quantise a checkpoint's experts, each to 16, 8 or 4 bits by its measured sensitivity.
 
-    CHECKPOINT's experts are measured, one at a time, on calibration text: how much a model's hidden states change when an
-    expert's weights are rounded to 8 or 4 bits, weighted by how often and how strongly it is used. Then each gets 16, 8 or 4
-    bits so that all weights fit into --memory at the least total error. --out is a checkpoint like any other (format
-    compressed-tensors), served without a flag, with a report and a picture of the choice in it.
+    Measures CHECKPOINT's experts on calibration text, one at a time: how much the model's hidden states change when the
+    expert's weights are rounded to 8 or 4 bits, weighted by how often and how strongly the expert is used. Then chooses
+    16, 8 or 4 bits for each expert so that all weights fit into --memory at the least total error. The new checkpoint
+    (format compressed-tensors) is served like any other, without a flag. Its folder also holds a report and a picture of
+    the choice.
 
     \b
     Example:
@@ -50,4 +60,4 @@ def quantize(checkpoint: str, memory: int, out: Path, calibration: Path | None, 
     (out / PICTURE).write_text(picture(quantised, layout, title), encoding="utf-8")
     for line in lines(quantised, memory):
         click.echo(line)
-    click.echo(f"{out}: serve it as any checkpoint; {REPORT} and {PICTURE} say what was chosen and why")
+    click.echo(f"{out}: serve it like any checkpoint; {REPORT} and {PICTURE} show what was chosen and why")

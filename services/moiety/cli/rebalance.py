@@ -8,30 +8,48 @@ from moiety.cli.run import progress, run_async
 
 
 @click.command()
-@click.option("--registry", default="redis://127.0.0.1:6379/0", show_default=True, envvar="MOIETY_REGISTRY")
-@click.option("--app", default="moiety", show_default=True, envvar="MOIETY_APP", help="Prefix of its registry keys.")
+@click.option(
+    "--registry",
+    default="redis://127.0.0.1:6379/0",
+    show_default=True,
+    envvar="MOIETY_REGISTRY",
+    help="URL of the Redis that holds the application's registry.",
+)
+@click.option(
+    "--app",
+    default="moiety",
+    show_default=True,
+    envvar="MOIETY_APP",
+    help="Name of the application: the prefix of its registry keys.",
+)
 @click.option(
     "--watch",
     "watch_s",
     type=click.FloatRange(2, 3600),
     default=6.0,
     show_default=True,
-    help="Seconds of load to plan for, from now on.",
+    help="Seconds to watch the load before planning.",
 )
-@click.option("--hot-sets", type=click.IntRange(0, 256), help="Hot sets that may be filled.  [default: as deployed]")
-@click.option("--hot-memory", default="1GiB", show_default=True, help="For the experts of a hot set.")
 @click.option(
-    "--layers-at-once", type=click.IntRange(1), help="Fewer need less memory to spare, and longer.  [default: all]"
+    "--hot-sets", type=click.IntRange(0, 256), help="Hot sets that the plan may fill.  [default: as deployed]"
 )
-@click.option("--dry-run", is_flag=True, help="Show the plan, change nothing.")
-@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.option(
+    "--hot-memory", default="1GiB", show_default=True, help="Bytes for the experts of one hot set, such as 4GiB."
+)
+@click.option(
+    "--layers-at-once",
+    type=click.IntRange(1),
+    help="MoE layers to change at a time; fewer need less spare memory and take longer.  [default: all]",
+)
+@click.option("--dry-run", is_flag=True, help="Show the plan and change nothing.")
+@click.option("--yes", is_flag=True, help="Do not ask for confirmation.")
 @click.option(
     "--timeout",
     "timeout_s",
     type=click.FloatRange(1, 3600),
     default=120.0,
     show_default=True,
-    help="Seconds to follow.",
+    help="Seconds that replicas may take to follow each stage of the change.",
 )
 def rebalance(
     registry: str,
@@ -44,10 +62,11 @@ def rebalance(
     yes: bool,
     timeout_s: float,
 ) -> None:
-    """Place experts anew by the load of the moment, without a stop.
+    """Move experts between replicas to fit the current load, while requests run.
 
-    Shows what would move where, and what it is worth. Then replicas load what is new beside what they hold, routers take
-    it into use, and what is no longer needed is dropped: requests that run meanwhile keep their tokens.
+    Prints which experts would move where and what that gains. Then replicas load their new experts beside those they
+    hold, routers switch to the new placement, and replicas drop the experts they no longer need. Requests that run
+    meanwhile keep their tokens.
 
     \b
     Example:
@@ -66,13 +85,13 @@ def rebalance(
     async def work() -> None:
         store = connect(registry, app)
         try:
-            found = await proposed(store, Ask(watch_s, hot_sets, memory))
-            for line in found.lines():
+            plan = await proposed(store, Ask(watch_s, hot_sets, memory))
+            for line in plan.lines():
                 click.echo(line)
-            if not found.changes:
+            if not plan.changes:
                 click.echo("nothing to change")
-            elif not dry_run and (yes or click.confirm(f"Put placement {found.placement.epoch} in force?")):
-                await enact(store, found, timeout_s, progress(), layers_at_once or 0)
+            elif not dry_run and (yes or click.confirm(f"Put placement {plan.placement.epoch} in force?")):
+                await enact(store, plan, timeout_s, progress(), layers_at_once or 0)
         finally:
             await store.close()
 

@@ -1,4 +1,4 @@
-"""Runs a command's coroutine so that Ctrl-C and SIGTERM end it in order, and tells its progress."""
+"""Runs a command's coroutine so that it cleans up on Ctrl-C and SIGTERM, and prints its progress."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class Interrupted(Exception):
 
 
 def run_async(work: Coroutine[Any, Any, Result]) -> Result:
-    """The result of `work`. Raises Interrupted on SIGINT or SIGTERM, once `work` was cancelled and has cleaned up.
+    """Returns the result of `work`. Raises Interrupted on SIGINT or SIGTERM, after `work` was cancelled and cleaned up.
 
-    After an interruption it does not wait for worker threads: they cannot be cancelled and have nothing to clean up.
+    After a signal it does not wait for worker threads: they cannot be cancelled and have nothing to clean up.
     """
     runner = asyncio.Runner()
     close = runner.close
@@ -40,11 +40,11 @@ def run_async(work: Coroutine[Any, Any, Result]) -> Result:
 
 @contextmanager
 def signals_interrupt() -> Iterator[None]:
-    """SIGINT and SIGTERM raise Interrupted inside the block, wherever it is; a second one while it cleans up is ignored."""
+    """Raises Interrupted inside the block on SIGINT or SIGTERM. A second signal, during clean-up, is ignored."""
 
     def stop(number: int, _: object) -> None:
-        for each in handled:
-            signal.signal(each, signal.SIG_IGN)
+        for signal_number in handled:
+            signal.signal(signal_number, signal.SIG_IGN)
         raise Interrupted(number)
 
     handled = (signal.SIGINT, signal.SIGTERM)
@@ -83,10 +83,10 @@ async def _until_signalled(work: Coroutine[Any, Any, Result]) -> Result:
 
 
 def progress() -> Callable[[str], None]:
-    """A function that tells one stage on stderr, with the seconds since now."""
+    """Returns a function that prints one stage on stderr, with the seconds since this call."""
     began = time.monotonic()
 
-    def tell(stage: str) -> None:
+    def show(stage: str) -> None:
         click.echo(f"[{time.monotonic() - began:6.1f} s] {stage}", err=True)
 
-    return tell
+    return show

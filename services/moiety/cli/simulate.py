@@ -1,4 +1,4 @@
-"""`moiety simulate`: what elasticity would save, on paper."""
+"""`moiety simulate`."""
 
 from __future__ import annotations
 
@@ -11,23 +11,36 @@ from moiety.cli.run import progress
 
 
 @click.command()
-@click.option("--hours", type=click.FloatRange(0.1, 168), default=24.0, show_default=True, help="Of the day's trace.")
-@click.option("--step", type=click.FloatRange(0.5, 60), default=20.0, show_default=True, help="Seconds of a time step.")
+@click.option("--hours", type=click.FloatRange(0.1, 168), default=24.0, show_default=True, help="Hours to simulate.")
+@click.option("--step", type=click.FloatRange(0.5, 60), default=20.0, show_default=True, help="Seconds per time step.")
 @click.option(
-    "--tokens", type=click.FloatRange(1e3, 1e8), default=0.9e6, show_default=True, help="Tokens per second, on average."
-)
-@click.option("--peak", type=click.FloatRange(1.05, 4), default=2.0, show_default=True, help="Peak over mean load.")
-@click.option(
-    "--skew", type=click.FloatRange(0, 2), default=0.8, show_default=True, help="Zipf exponent of the experts."
+    "--tokens", type=click.FloatRange(1e3, 1e8), default=0.9e6, show_default=True, help="Mean load, tokens per second."
 )
 @click.option(
-    "--start", type=click.FloatRange(0, 600), default=30.0, show_default=True, help="Seconds a replica takes."
+    "--peak", type=click.FloatRange(1.05, 4), default=2.0, show_default=True, help="Peak load over mean load."
+)
+@click.option(
+    "--skew",
+    type=click.FloatRange(0, 2),
+    default=0.8,
+    show_default=True,
+    help="Zipf exponent of the experts' popularity.",
+)
+@click.option(
+    "--start",
+    type=click.FloatRange(0, 600),
+    default=30.0,
+    show_default=True,
+    help="Seconds from a decision to the first row that the new replica computes.",
 )
 @click.option("--groups", type=click.IntRange(1, 256), default=32, show_default=True, help="Expert groups.")
-@click.option("--hot-sets", type=click.IntRange(0, 64), default=4, show_default=True, help="Hot sets, at most.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Same seed, same day.")
+@click.option("--hot-sets", type=click.IntRange(0, 64), default=4, show_default=True, help="Most hot sets.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="The same seed gives the same day.")
 @click.option(
-    "--plot", "picture", type=click.Path(dir_okay=False, path_type=Path), help="Draw load and replicas: a PNG."
+    "--plot",
+    "picture",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Draw load and replicas over time into this PNG file.",
 )
 @json_option
 @click.pass_context
@@ -45,11 +58,11 @@ def simulate(
     picture: Path | None,
     json_file: Path | None,
 ) -> None:
-    """Simulate a day of a large cluster: what elasticity would save.
+    """Simulate a day of a large cluster, to estimate what elasticity would save.
 
-    It serves a model of DeepSeek-V3's size. The policy, the placement and the cost model are the ones that serve; load and
-    time are made up. Other systems get the smallest size whose p99 of a decode step is the elastic one's. Attention's
-    devices are not counted.
+    The model has DeepSeek-V3's size. Scaling policy, placement and cost model are those that serve; load and time are
+    synthetic. Each other system gets the smallest size whose p99 decode step is no longer than the elastic system's.
+    Devices for attention are not counted.
 
     \b
     Example:
@@ -61,7 +74,7 @@ def simulate(
     cluster = Cluster(groups=groups, hot_sets=hot_sets, start_s=start)
     trace = day_trace(tokens, hours=hours, step_s=step, peak_over_mean=peak, skew=skew, seed=seed)
     report = compare(cluster, trace, progress())
-    for line in (*lines(report), f"again:   {invocation(context)}"):
+    for line in (*lines(report), f"rerun:   {invocation(context)}"):
         click.echo(line)
     if picture is not None:
         plot(report, picture)

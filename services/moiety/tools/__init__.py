@@ -1,1 +1,1 @@
-"""What the commands do: parity, benchmarks, the demo."""
+"""What the commands do: parity, quantisation, inspection, rebalancing, the doctor and the demo."""

@@ -1,4 +1,4 @@
-"""The main job on one machine, told stage by stage: serve, stream, heat, scale, trace, kill, finish."""
+"""`moiety demo`: the whole system on one machine, stage by stage: serve, stream, scale, trace, kill, shut down."""
 
 from __future__ import annotations
 
@@ -32,19 +32,23 @@ from moiety.tools.trace.waterfall import coverage, waterfall
 Say = Callable[[str], None]
 
 GROUPS = 2
-TRACING = {"OTEL_TRACES_SAMPLER": "parentbased_always_off", "OTEL_BSP_SCHEDULE_DELAY": "200"}  # only who asks is traced
-CAPACITY = 120.0  # rows per second a replica is paced to: on a few shared cores there is no real speed-up to show
+# Services trace a request only if its client does.
+TRACING = {"OTEL_TRACES_SAMPLER": "parentbased_always_off", "OTEL_BSP_SCHEDULE_DELAY": "200"}
+CAPACITY = 120.0  # rows per second that a replica is paced to: replicas that share few cores are not faster together
 PROMPT = "The experts were asked"
 STREAMS = 6
 KILL_TOKENS = 60
 PROMPT_TOKENS = 8
-LEDGER_S = 1.1  # routers report once a second
-CANDIDATES = 6  # prompts tried for one that keeps one group busier than the other
+LEDGER_S = 1.1  # seconds between readings of the ledger; routers report once a second
+CANDIDATES = 6  # prompts to try, in search of one that keeps one group busier than the other
 POLL_S = 0.2
 
 
 def run_demo(say: Say, wait_s: float) -> None:
-    """Runs all stages; each wait is bounded by `wait_s`. Raises Unavailable where something did not happen in time."""
+    """Runs all stages. Raises Unavailable where one does not finish in time.
+
+    `wait_s` bounds each wait; the start of the system may take three times as long.
+    """
     began = time.monotonic()
 
     def stage(title: str) -> None:
@@ -75,8 +79,8 @@ def run_demo(say: Say, wait_s: float) -> None:
                 shrink_after_s=4.0,
             ),
         )
-        own = {"OTEL_EXPORTER_OTLP_ENDPOINT": receiver.endpoint, "MOIETY_CACHE": str(folder / "cache")}
-        with environment({**TRACING, **own}):
+        variables = {"OTEL_EXPORTER_OTLP_ENDPOINT": receiver.endpoint, "MOIETY_CACHE": str(folder / "cache")}
+        with environment({**TRACING, **variables}):
             deployed = ends.enter_context(
                 deploy_app(
                     settings, progress=lambda line: say(f"    {line}"), wait_s=wait_s * 3, ray_folder=folder / "ray"
@@ -90,7 +94,7 @@ def run_demo(say: Say, wait_s: float) -> None:
 
 
 class _Demo:
-    """The stages that need the running system."""
+    """Runs the stages that need the running system."""
 
     def __init__(
         self, say: Say, stage: Say, registry: Registry, address: str, receiver: TraceReceiver, wait_s: float
@@ -102,7 +106,7 @@ class _Demo:
         try:
             async with Client(self._address) as client:
                 await self._stream(client)
-                await self._heat(client)
+                await self._scale(client)
                 await self._trace()
                 await self._kill(client)
         finally:
@@ -116,25 +120,24 @@ class _Demo:
             count += len(chunk.token_ids)
         self._say(f"    {PROMPT!r} → {''.join(pieces)!r}")
         self._say(
-            f"    {count} tokens in {len(pieces)} messages, {time.monotonic() - began:.2f} s (random weights: no sense)"
+            f"    {count} tokens in {len(pieces)} messages, {time.monotonic() - began:.2f} s "
+            "(random weights: the text makes no sense)"
         )
 
-    async def _heat(self, client: Client) -> None:
-        self._stage("Heating one expert group: traffic on a prompt whose tokens prefer its experts")
+    async def _scale(self, client: Client) -> None:
+        self._stage("Loading one expert group: traffic on a prompt whose tokens go mostly to its experts")
         token, hot, shares = await self._skewed_prompt(client)
-        told = ", ".join(f"experts-{group} {share:.0%}" for group, share in enumerate(shares))
-        self._say(
-            f"    prompt [{token}] x {PROMPT_TOKENS} sends its rows to {told} of the time: experts-{hot} should grow"
-        )
+        split = ", ".join(f"{share:.0%} to experts-{group}" for group, share in enumerate(shares))
+        self._say(f"    prompt [{token}] x {PROMPT_TOKENS} sends its rows {split}: experts-{hot} should grow")
         async with _traffic(client, [token] * PROMPT_TOKENS):
             await self._until(f"experts-{hot} to grow", lambda counts: counts[f"experts-{hot}"] >= 2)
-            await asyncio.sleep(2.0)  # let the new replica's share of the load be seen
-            await self._tell_busy()
+            await asyncio.sleep(2.0)  # until the new replica has reported its share of the load
+            await self._show_load()
         self._stage("The traffic ends: the group shrinks again")
         await self._until(f"experts-{hot} to shrink", lambda counts: counts[f"experts-{hot}"] == 1)
 
     async def _skewed_prompt(self, client: Client) -> tuple[int, int, list[float]]:
-        """(token, the group it prefers, each group's share of its rows): the most skewed of a few candidates."""
+        """Returns (token, the group that gets most of its rows, each group's share) of the most skewed candidate."""
         best: tuple[float, int, list[float]] = (0.0, 0, [])
         before = await self._rows_by_group()
         for token in range(20, 20 + CANDIDATES):
@@ -148,7 +151,7 @@ class _Demo:
         return token, shares.index(share), shares
 
     async def _rows_after(self, before: Sequence[int]) -> list[int]:
-        """The ledger's totals once they have moved and then stood still for a reporting period."""
+        """Returns the ledger's totals once they differ from `before` and have not changed for a reporting period."""
         async with asyncio.timeout(self._wait_s):
             last = list(before)
             while True:
@@ -159,8 +162,8 @@ class _Demo:
                 last = rows
 
     async def _rows_by_group(self) -> list[int]:
-        """Rows that routers have sent to each group's experts, by the load ledger."""
-        held = {replica.deployment: replica.held for replica in await self._experts()}  # a group may have several
+        """Returns the rows that routers have sent to each group's experts, from the load ledger."""
+        held = {replica.deployment: replica.held for replica in await self._experts()}  # replicas of a group agree
         totals = [0] * len(held)
         for demand in (await self._registry.expert_demand()).values():
             for layer, rows in enumerate(demand.rows):
@@ -169,37 +172,41 @@ class _Demo:
         return totals
 
     async def _until(self, what: str, reached: Callable[[dict[str, int]], bool]) -> None:
-        """Waits for `reached(replicas per group)`; tells every change of it, and every decision with its reason."""
-        began, told = time.monotonic(), len(await self._registry.decisions())
+        """Waits for `reached(replicas per group)`; prints each change of the counts, and each decision with its reason.
+
+        Raises Unavailable after the wait that bounds a stage.
+        """
+        began, shown = time.monotonic(), len(await self._registry.decisions())
         counts: dict[str, int] = {}
         try:
             async with asyncio.timeout(self._wait_s):
-                while not reached(counts := await self._tell_counts(counts, began)):
-                    told = await self._tell_decisions(told)
+                while not reached(counts := await self._show_counts(counts, began)):
+                    shown = await self._show_decisions(shown)
                     await asyncio.sleep(POLL_S)
         except TimeoutError:
             raise Unavailable(f"waited {self._wait_s:g} s for {what}; replicas are {counts}") from None
-        await self._tell_decisions(told)
+        await self._show_decisions(shown)
 
-    async def _tell_counts(self, before: dict[str, int], began: float) -> dict[str, int]:
+    async def _show_counts(self, before: dict[str, int], began: float) -> dict[str, int]:
         counts = {f"experts-{group}": 0 for group in range(GROUPS)}
         for replica in await self._experts():
             counts[replica.deployment] += 1
         if counts != before:
-            told = "  ".join(f"{name} {'■' * count} {count}" for name, count in counts.items())
-            self._say(f"    +{time.monotonic() - began:4.1f} s  replicas: {told}")
+            bars = "  ".join(f"{name} {'■' * count} {count}" for name, count in counts.items())
+            self._say(f"    +{time.monotonic() - began:4.1f} s  replicas: {bars}")
         return counts
 
-    async def _tell_busy(self) -> None:
+    async def _show_load(self) -> None:
         loads = await self._registry.replica_load()
         for replica in sorted(await self._experts(), key=lambda replica: (replica.deployment, replica.started)):
             if load := loads.get(replica.id):
-                told = f"busy {load.busy:.0%}, {load.rows_per_s:.0f} rows/s, queue wait {load.queue_wait_ms:.1f} ms"
-                self._say(f"    {replica.deployment} replica {replica.id}: {told}")
+                text = f"busy {load.busy:.0%}, {load.rows_per_s:.0f} rows/s, queue wait {load.queue_wait_ms:.1f} ms"
+                self._say(f"    {replica.deployment} replica {replica.id}: {text}")
 
-    async def _tell_decisions(self, told: int) -> int:
+    async def _show_decisions(self, shown: int) -> int:
+        """Prints the decisions after the first `shown`; returns how many there are now."""
         decisions = await self._registry.decisions()
-        for decision in decisions[told:]:
+        for decision in decisions[shown:]:
             self._say(
                 f"    decision: {decision['deployment']} {decision['from']} → {decision['to']}: {decision['reason']}"
             )
@@ -222,10 +229,10 @@ class _Demo:
             waterfall(spans, trace_id, focus=step.span_id, max_rows=24),
         ):
             self._say("    " + text.replace("\n", "\n    ") + "\n")
-        self._say(f"    {coverage(spans, trace_id):.1%} of the steps' time is explained")
+        self._say(f"    spans below the steps account for {coverage(spans, trace_id):.1%} of the steps' time")
 
     async def _kill(self, client: Client) -> None:
-        self._stage("kill -9 of an expert group's only replica, in the middle of a generation")
+        self._stage("kill -9 of an expert group's only replica, during a generation")
         expected = await _tokens(client, PROMPT)
         victim = next(replica for replica in await self._experts() if replica.deployment == "experts-1")
         tokens: list[int] = []
@@ -257,7 +264,7 @@ async def _tokens(client: Client, prompt: str) -> list[int]:
 
 
 def _complete(spans: Sequence[ReceivedSpan]) -> bool:
-    """Whether all of one trace is here: a span of each service, and an expert's for every hop."""
+    """Whether the trace is complete: it has a span of each service, and an expert's span for every hop."""
     counts = Counter(span.name for span in spans)
     heads = (SpanName.CLIENT_GENERATE, SpanName.GENERATE, SpanName.ENGINE_REQUEST)
     return all(counts[name] for name in heads) and counts[SpanName.HOP] == counts[SpanName.EXPERT] > 0
@@ -265,7 +272,7 @@ def _complete(spans: Sequence[ReceivedSpan]) -> bool:
 
 @asynccontextmanager
 async def _traffic(client: Client, prompt: Sequence[int]) -> AsyncIterator[None]:
-    """Generates on STREAMS streams for the time of the block; raises what any of them raised."""
+    """Generates on STREAMS streams while the block runs. Raises what a stream raised."""
     ending = asyncio.Event()
 
     async def stream() -> None:

@@ -1,4 +1,4 @@
-"""`moiety doctor`: what decides how well Moiety runs on this machine, what is wrong with it, and what to do about that."""
+"""`moiety doctor`: checks what decides how well Moiety runs on this machine, with advice where something is wrong."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from moiety_kernels.threads import usable_cores
 
 PYTHON = (3, 11)
 LEAST_MEMORY, LITTLE_MEMORY = 1 << 30, 4 << 30
-LITTLE_SHARED_MEMORY = 256 << 20  # containers get 64 MiB unless they ask for more
-LITTLE_BANDWIDTH = 5e9
+LITTLE_SHARED_MEMORY = 256 << 20  # bytes; containers get 64 MiB by default
+LITTLE_BANDWIDTH = 5e9  # bytes per second
 REQUIRED = ("torch", "transformers", "grpcio", "protobuf", "safetensors", "tokenizers", "numpy", "pydantic")
 SERVING = ("ray", "redis", "opentelemetry-sdk")  # the extra `serve`
 INTERESTING = (
@@ -37,7 +37,7 @@ INTERESTING = (
 
 
 class Verdict(StrEnum):
-    """What a check says: as it should be, slower or less than it could be, or unable to serve."""
+    """Result of a check. OK: as it should be. WARN: slower or less capable than it could be. FAIL: serving cannot work."""
 
     OK = "ok"
     WARN = "warn"
@@ -46,7 +46,7 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One line of the report; `advice` is empty where there is nothing to do."""
+    """One line of the report. `advice` says what to do; it is empty where there is nothing to do."""
 
     check: str
     value: str
@@ -55,7 +55,7 @@ class Check:
 
 
 def examine(*, measure: bool = False) -> Iterator[Check]:
-    """Every check in turn; `measure` adds what takes seconds."""
+    """Runs every check and yields its result. `measure` adds the measurements, which take seconds."""
     yield _python()
     yield from _packages()
     yield from _cores()
@@ -72,7 +72,7 @@ def examine(*, measure: bool = False) -> Iterator[Check]:
 
 
 def doctor_lines(checks: Sequence[Check]) -> Iterator[str]:
-    """The report for people: a line per check, and below it what to do."""
+    """Yields the report: one line per check with its advice below, then a line that counts the verdicts."""
     width = max(len(check.check) for check in checks)
     for check in checks:
         yield f"{check.verdict:4}  {check.check:{width}}  {check.value}"
@@ -83,10 +83,10 @@ def doctor_lines(checks: Sequence[Check]) -> Iterator[str]:
 
 
 def _python() -> Check:
-    told = platform.python_version()
+    running = platform.python_version()
     if tuple(map(int, platform.python_version_tuple()[:2])) < PYTHON:
-        return Check("python", told, Verdict.FAIL, f"Moiety needs Python {'.'.join(map(str, PYTHON))} or newer")
-    return Check("python", told)
+        return Check("python", running, Verdict.FAIL, f"Moiety needs Python {'.'.join(map(str, PYTHON))} or newer")
+    return Check("python", running)
 
 
 def _packages() -> Iterator[Check]:
@@ -112,9 +112,7 @@ def _cores() -> Iterator[Check]:
     elif quota >= usable:
         yield Check("cores", f"{value}, {quota:g} by quota")
     else:
-        advice = (
-            f"services with more than {quota:g} threads in all are stopped for a part of every period: raise the quota"
-        )
+        advice = f"the kernel pauses services with more than {quota:g} threads in all for part of every period: raise the quota"
         yield Check("cores", f"{value}, {quota:g} by quota", Verdict.WARN, advice)
 
 
@@ -122,32 +120,30 @@ def _threads() -> Check:
     import torch
 
     threads, usable = torch.get_num_threads(), usable_cores()
-    told = f"{threads} unless a setting says otherwise"
+    value = f"{threads} unless a setting says otherwise"
     if threads < usable and "OMP_NUM_THREADS" in os.environ:
         advice = f"OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']} in the environment: unset it, and use the `threads` settings"
-        return Check("torch threads", told, Verdict.WARN, advice)
-    return Check("torch threads", told)
+        return Check("torch threads", value, Verdict.WARN, advice)
+    return Check("torch threads", value)
 
 
 def _environment() -> Iterator[Check]:
-    """What every service's process is started with; what the user has set wins, for better or worse."""
+    """Checks the variables that every service starts with. A value that the user has set overrides Moiety's."""
     for name in ("OMP_WAIT_POLICY", "THP_MEM_ALLOC_ENABLE"):
-        wanted = PROCESS_ENVIRONMENT[name]
-        value = os.environ.get(name, wanted)
-        if value.lower() == wanted.lower():
+        recommended = PROCESS_ENVIRONMENT[name]
+        value = os.environ.get(name, recommended)
+        if value.lower() == recommended.lower():
             yield Check(name, value if name in os.environ else f"{value} (set for every service)")
         else:
-            yield Check(name, value, Verdict.WARN, f"unset it, or set it to {wanted}")
+            yield Check(name, value, Verdict.WARN, f"unset it, or set it to {recommended}")
 
 
 def _huge_pages() -> Check:
     setting = machine.huge_pages()
     if setting is None:
-        return Check("huge pages", "not told by this system")
+        return Check("huge pages", "unknown: this system does not report them")
     if setting == "never":
-        advice = (
-            "weights stream at up to twice the speed with: echo madvise > /sys/kernel/mm/transparent_hugepage/enabled"
-        )
+        advice = "weights stream up to twice as fast after: echo madvise > /sys/kernel/mm/transparent_hugepage/enabled"
         return Check("huge pages", setting, Verdict.WARN, advice)
     return Check("huge pages", setting)
 
@@ -162,9 +158,9 @@ def _kernels() -> Check:
 
     path, problem = find()
     if os.environ.get(SWITCH) == "off":
-        return Check("C++ kernels", "off", Verdict.WARN, f"unset {SWITCH} unless this is meant")
+        return Check("C++ kernels", "off", Verdict.WARN, f"unset {SWITCH} unless this is intended")
     if path is None:
-        return Check("C++ kernels", "not used: torch computes", Verdict.WARN, problem)
+        return Check("C++ kernels", "not used: torch computes instead", Verdict.WARN, problem)
     return Check("C++ kernels", str(path))
 
 
@@ -173,7 +169,9 @@ def _memory() -> Iterator[Check]:
         total, available = memory
         value = f"{_gib(available)} of {_gib(total)} available"
         if available < LEAST_MEMORY:
-            yield Check("memory", value, Verdict.FAIL, f"at least {_gib(LEAST_MEMORY)} beside the weights")
+            yield Check(
+                "memory", value, Verdict.FAIL, f"free at least {_gib(LEAST_MEMORY)}, in addition to the weights"
+            )
         elif available < LITTLE_MEMORY:
             yield Check("memory", value, Verdict.WARN, "enough for small models only")
         else:
@@ -192,7 +190,7 @@ def _redis() -> Check:
     try:
         return Check("redis server", server_binary())
     except FailedPrecondition as error:
-        return Check("redis server", "none", Verdict.WARN, f"unless a registry URL is given: {error}")
+        return Check("redis server", "none", Verdict.WARN, f"needed unless a registry URL is given: {error}")
 
 
 def _port(port: int) -> Check:
@@ -201,7 +199,7 @@ def _port(port: int) -> Check:
         try:
             probe.bind(("127.0.0.1", port))
         except OSError as error:
-            advice = "another gateway, or give this one another port: moiety serve --grpc-port"
+            advice = "stop the process that listens there, or choose another port: moiety serve --grpc-port"
             return Check(f"port {port}", error.strerror or str(error), Verdict.WARN, advice)
     return Check(f"port {port}", "free, for the gateway")
 
@@ -212,7 +210,7 @@ def _speed() -> Iterator[Check]:
     speed = measure_speed()
     value = f"{speed.read_bytes_per_s / 1e9:.1f} GB/s"
     if speed.read_bytes_per_s < LITTLE_BANDWIDTH:
-        advice = "decoding is bound by this: is the machine busy, or are huge pages off?"
+        advice = "memory reads limit the decode speed: check that the machine is quiet and that huge pages are on"
         yield Check("memory read", value, Verdict.WARN, advice)
     else:
         yield Check("memory read", value)

@@ -1,4 +1,4 @@
-"""`moiety inspect`: how large a checkpoint and its parts are, from its config and its shards' headers; no weight is read."""
+"""`moiety inspect`: sizes of a checkpoint and its parts, from its config and its shards' headers. Reads no weights."""
 
 from __future__ import annotations
 
@@ -25,16 +25,20 @@ from moiety.model.checkpoint.headers import ITEM_BITS
 from moiety.model.experts.derive import derive_layout
 from moiety.model.experts.layout import ExpertLayout
 
-SHARED = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts")
+SHARED = (
+    "n_shared_experts",
+    "num_shared_experts",
+    "moe_num_shared_experts",
+)  # config names of the shared experts' count
 STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-# Of an expert replica, beside its weights: what it may use at most (its peak is held to 1.15 of its weights + 200 MB by
-# a test), and torch itself.
+# Memory of an expert replica: at most PEAK * its weights + FLOOR bytes. A test holds the peak to 1.15 * weights + 200 MB;
+# FLOOR also covers torch itself.
 PEAK, FLOOR = 1.15, 420_000_000
 
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """What there is to know. Bytes are those in memory: as stored for experts, in the published dtype for the router."""
+    """Sizes of a checkpoint. Bytes are in memory: experts as they are stored, the router in the published dtype."""
 
     architecture: str
     path: str  # seam, adapter, definition
@@ -45,34 +49,37 @@ class Inspection:
     experts: int
     top_k: int
     shared_experts: int
-    parameters: int  # all that serve text
-    active_parameters: int  # that one token is multiplied with, embeddings included
+    parameters: int  # used to serve text
+    active_parameters: int  # used for one token, embeddings included
     expert_parameters: int  # of one expert in one layer
     expert_bytes: int  # of one expert in one layer
     router_bytes: int
     skipped_bytes: int  # stored and never read: towers for images, next-token predictors
-    memory: int | None = None  # per replica, as asked for
+    memory: int | None = None  # bytes per replica, if given
     groups: int | None = None  # suggested for `memory`; None where not even one expert of each layer fits
 
     def group_bytes(self, groups: int) -> int:
-        """Of the largest of `groups` groups."""
+        """Returns the bytes of the largest group when the experts are split into `groups` groups."""
         return -(-self.experts // groups) * self.moe_layers * self.expert_bytes
 
 
 def inspect(checkpoint: Checkpoint, memory: int | None = None) -> Inspection:
-    """Raises CheckpointError where the checkpoint cannot be served. `memory`: bytes of one expert replica."""
+    """Returns the sizes of a checkpoint and, for `memory` bytes per expert replica, a suggested number of groups.
+
+    Raises CheckpointError where the checkpoint cannot be served.
+    """
     with quiet_transformers():
         layout = derive_layout(checkpoint)
         config = load_config(checkpoint)
         model = meta_model(causal_lm_class(checkpoint, config), config)
     text, shape = config.get_text_config(), layout.shape
-    of_router = _router_parameters(model)
+    router_parameters = _router_parameters(model)
     spec = routed_experts(experts_modules(model)[0][1])
-    # A parameter's shape [E, ...]: one expert's share of it.
-    each = sum(prod(part.shape[1:]) for parts in spec.parameters.values() for part in parts)
+    # A parameter's shape is [E, ...]; without its first dimension it is one expert's.
+    expert_parameters = sum(prod(part.shape[1:]) for parts in spec.parameters.values() for part in parts)
     stored = _expert_bytes(checkpoint, layout)
-    router_bytes = of_router * ITEM_BITS[STORED[shape.dtype]] // 8
-    routed = each * shape.experts * shape.moe_layers
+    router_bytes = router_parameters * ITEM_BITS[STORED[shape.dtype]] // 8
+    routed = expert_parameters * shape.experts * shape.moe_layers
     found = Inspection(
         architecture=shape.architecture,
         path=path_of(shape.architecture),
@@ -83,9 +90,9 @@ def inspect(checkpoint: Checkpoint, memory: int | None = None) -> Inspection:
         experts=shape.experts,
         top_k=shape.top_k,
         shared_experts=_shared(text, model),
-        parameters=of_router + routed,
-        active_parameters=of_router + each * shape.top_k * shape.moe_layers,
-        expert_parameters=each,
+        parameters=router_parameters + routed,
+        active_parameters=router_parameters + expert_parameters * shape.top_k * shape.moe_layers,
+        expert_parameters=expert_parameters,
         expert_bytes=stored // (shape.experts * shape.moe_layers),
         router_bytes=router_bytes,
         skipped_bytes=max(0, sum(entry.nbytes for entry in checkpoint.tensors.values()) - stored - router_bytes),
@@ -94,38 +101,38 @@ def inspect(checkpoint: Checkpoint, memory: int | None = None) -> Inspection:
 
 
 def suggest(found: Inspection, memory: int) -> Inspection:
-    """`found` with the fewest groups of which each fits into `memory` bytes a replica, what it needs besides included."""
+    """Returns `found` with the fewest groups that each fit into `memory` bytes per replica, working memory included."""
     fitting = (n for n in range(1, found.experts + 1) if PEAK * found.group_bytes(n) + FLOOR <= memory)
     return replace(found, memory=memory, groups=next(fitting, None))
 
 
 def lines(found: Inspection) -> Iterator[str]:
-    """For people."""
+    """Yields the report, one line per fact."""
     shared = f", {found.shared_experts} shared" if found.shared_experts else ""
     yield f"architecture    {found.architecture} ({found.path}), {found.dtype}"
     yield f"layers          {found.layers}, of them {found.moe_layers} with {found.experts} experts, top {found.top_k}{shared}"
     yield f"gating          {found.gating}"
     yield f"parameters      {_billions(found.parameters)}, active {_billions(found.active_parameters)}"
-    yield f"one expert      {_size(found.expert_bytes)} a layer, {_billions(found.expert_parameters)} parameters"
+    yield f"one expert      {_size(found.expert_bytes)} per layer, {_billions(found.expert_parameters)} parameters"
     yield f"router          {_size(found.router_bytes)}, without its KV cache"
     if found.skipped_bytes:
         yield f"never read      {_size(found.skipped_bytes)}"
     for groups in (n for n in (1, 2, 4, 8, 16, 32, 64) if n <= found.experts):
         yield f"{groups:>3} {'group ' if groups == 1 else 'groups'}      {_size(found.group_bytes(groups))} each"
     if found.memory is not None:
-        told = f"{found.groups} groups" if found.groups else "not even one expert of every layer fits"
-        yield f"suggested       {told} for {_size(found.memory)} a replica"
+        groups_text = f"{found.groups} groups" if found.groups else "not even one expert of every layer fits"
+        yield f"suggested       {groups_text} for {_size(found.memory)} per replica"
 
 
 def _router_parameters(model: nn.Module) -> int:
-    """Of everything but routed experts and towers; tied weights count once."""
-    apart = [path for path, _ in experts_modules(model)] + towers(model)
-    inside = {id(tensor) for path in apart for tensor in model.get_submodule(path).parameters()}
+    """Counts the parameters of everything but routed experts and towers. Tied weights count once."""
+    excluded = [path for path, _ in experts_modules(model)] + towers(model)
+    inside = {id(tensor) for path in excluded for tensor in model.get_submodule(path).parameters()}
     return sum(tensor.numel() for tensor in model.parameters() if id(tensor) not in inside)
 
 
 def _expert_bytes(checkpoint: Checkpoint, layout: ExpertLayout) -> int:
-    """All that is stored of routed experts: scales and the like lie beside the matrices."""
+    """Returns the stored bytes of all routed experts, with the scales and the like beside their matrices."""
     names = {name for layer in layout.layers for sources in layer.sources.values() for name in sources}
     whole = {name for name in names if EXPERT not in name}
     starts = {f"{name.partition(EXPERT)[0].rpartition('.')[0]}." for name in names - whole}
@@ -137,7 +144,7 @@ def _expert_bytes(checkpoint: Checkpoint, layout: ExpertLayout) -> int:
 
 
 def _prefixes(name: str) -> Iterator[str]:
-    """`name` up to each of its dots."""
+    """Yields `name` up to and including each of its dots."""
     at = name.find(".")
     while at >= 0:
         yield name[: at + 1]
@@ -145,7 +152,7 @@ def _prefixes(name: str) -> Iterator[str]:
 
 
 def _layers(config: Any) -> int:
-    """An encoder's among them."""
+    """Counts the decoder layers, and for an encoder-decoder the encoder layers too."""
     layers = int(config.get_text_config().num_hidden_layers)
     if config.is_encoder_decoder:
         layers += int(getattr(config, "num_decoder_layers", 0) or config.decoder_layers)
@@ -153,7 +160,7 @@ def _layers(config: Any) -> int:
 
 
 def _shared(config: Any, model: nn.Module) -> int:
-    """Shared experts of a MoE layer: as configured, or one where the block has such a child."""
+    """Counts the shared experts of a MoE layer: as configured, or one where the block has such a child."""
     for name in SHARED:
         if isinstance(value := getattr(config, name, None), int) and value:
             return value

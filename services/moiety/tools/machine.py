@@ -1,4 +1,4 @@
-"""The facts of this machine and of this process on it. Standard library only; what Linux does not tell is None."""
+"""Reads facts about this machine and its processes. Standard library only; what Linux does not report is None."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _PROC, _SYS = Path("/proc"), Path("/sys")
 
 
 def core_quota(root: Path = _SYS / "fs/cgroup") -> float | None:
-    """Cores' worth of time that the control group grants (cgroup v2, then v1); None without a limit."""
+    """Returns the cores that the control group grants (cgroup v2, then v1); None without a limit."""
     text = _text(root / "cpu.max")
     if text is not None:
         quota, _, period = text.partition(" ")
@@ -28,30 +28,30 @@ def core_quota(root: Path = _SYS / "fs/cgroup") -> float | None:
 
 
 def processor() -> str:
-    """Its name."""
+    """Returns the processor's name."""
     return _cpuinfo("model name") or platform.processor() or platform.machine()
 
 
 def instruction_sets() -> frozenset[str]:
-    """What /proc/cpuinfo calls flags; empty where there is none."""
+    """Returns the processor's flags from /proc/cpuinfo; empty where there is no such file."""
     return frozenset((_cpuinfo("flags") or "").split())
 
 
 def huge_pages() -> str | None:
-    """The setting of transparent huge pages: always, madvise or never."""
+    """Returns the setting of transparent huge pages: always, madvise or never; None where it is not reported."""
     text = _text(_SYS / "kernel/mm/transparent_hugepage/enabled")
     return None if text is None or "[" not in text else text.partition("[")[2].partition("]")[0]
 
 
 def memory_bytes() -> tuple[int, int] | None:
-    """(total, available) memory, as the kernel counts."""
+    """Returns (total, available) memory in bytes, as the kernel counts it; None where it is not reported."""
     lines = (_text(_PROC / "meminfo") or "").splitlines()
     kib = {line.partition(":")[0]: int(line.split()[1]) for line in lines if len(line.split()) > 1}
     return (kib["MemTotal"] << 10, kib["MemAvailable"] << 10) if {"MemTotal", "MemAvailable"} <= kib.keys() else None
 
 
 def free_bytes(folder: str) -> int | None:
-    """Free space of the file system at `folder`; None where there is none."""
+    """Returns the free bytes of the file system at `folder`; None where there is no such folder."""
     try:
         return shutil.disk_usage(folder).free
     except OSError:
@@ -59,13 +59,13 @@ def free_bytes(folder: str) -> int | None:
 
 
 def last_level_cache_bytes() -> int | None:
-    """The size of the largest cache of core 0."""
+    """Returns the size of the largest cache of core 0 in bytes; None where it is not reported."""
     sizes = [_text(index / "size") for index in (_SYS / "devices/system/cpu/cpu0/cache").glob("index*")]
     return max((int(size.removesuffix("K")) << 10 for size in sizes if size and size.endswith("K")), default=None)
 
 
 def cpu_seconds(pid: int) -> float | None:
-    """Processor time that a process has used so far; None where it cannot be told."""
+    """Returns the processor seconds that a process has used so far; None where they cannot be read."""
     text = _text(_PROC / str(pid) / "stat")
     if text is None:
         return None
@@ -75,11 +75,11 @@ def cpu_seconds(pid: int) -> float | None:
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """Where numbers were measured."""
+    """The machine and the library versions that numbers were measured with."""
 
     processor: str
     cores: int
-    load: float  # processes that wanted to run, mean of the minute before
+    load: float  # load average of the minute before: processes that run or wait for a core
     python: str
     torch: str
     transformers: str
@@ -87,7 +87,7 @@ class Machine:
 
     @classmethod
     def here(cls) -> Machine:
-        """This machine, now."""
+        """Describes this machine now."""
         return cls(
             processor=processor(),
             cores=usable_cores(),
@@ -99,7 +99,7 @@ class Machine:
         )
 
     def lines(self) -> Iterator[str]:
-        """For people."""
+        """Yields two lines for a report."""
         yield f"machine: {self.processor}, {self.cores} cores, load {self.load:.1f} in the minute before"
         yield f"python {self.python}, torch {self.torch}, transformers {self.transformers}, grpcio {self.grpc}"
 

@@ -1,4 +1,4 @@
-"""What this machine can do at best: how fast it reads memory and multiplies matrices. The floor is made of these."""
+"""Measures how fast this machine reads memory and multiplies matrices at best. The floor of a step is computed from it."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from moiety.tools.machine import last_level_cache_bytes
 from moiety_kernels.threads import usable_cores
 
 LEAST_READ_BYTES = 512 << 20
-CACHES_READ = 3  # what is read is this many times the last-level cache: little of it can stay there
+CACHES_READ = 3  # bytes to read, in last-level caches: so many that little of them can stay cached
 MOST_READ_BYTES = 2 << 30
 MATRIX = 1024
 REPEATS = 5
-ROW = 1 << 14  # float32 of a row of the matrix that is read
+ROW = 1 << 14  # float32 values per row of the matrix that is read
 
 
 @dataclass(frozen=True, slots=True)
 class MachineSpeed:
-    """The best of several tries, with all cores that this process may use."""
+    """The best of several tries, on all cores that this process may use."""
 
-    read_bytes_per_s: float  # of memory, in huge pages where the kernel gives them
-    bfloat16_flops: float  # per second, of a square matrix product
+    read_bytes_per_s: float  # from memory, in huge pages where the kernel gives them
+    bfloat16_flops: float  # per second, in a square matrix product
     float32_flops: float
 
     def flops(self, dtype: str) -> float:
-        """The matrix rate for weights of `dtype`; float16 is taken for bfloat16."""
+        """Returns the matrix rate for weights of `dtype`, in operations per second; float16 counts as bfloat16."""
         return self.float32_flops if dtype == "float32" else self.bfloat16_flops
 
 
 def measure_speed() -> MachineSpeed:
-    """Takes a second or two, and memory of a few times the last-level cache."""
+    """Measures the speeds. Takes a second or two, and memory of a few times the last-level cache."""
     with _all_cores():
         return MachineSpeed(_read_rate(), _matrix_rate(torch.bfloat16), _matrix_rate(torch.float32))
 
@@ -50,9 +50,9 @@ def _read_rate() -> float:
         matrix = torch.frombuffer(pages, dtype=torch.float32).view(-1, ROW)
         matrix.fill_(1.0)
         vector = torch.ones(ROW)
-        # Two loops that do next to nothing but read, by two libraries; which one is faster differs by processor.
+        # Two loops of two libraries that do little else than read. Which one is faster depends on the processor.
         fastest = min(_fastest(partial(torch.mv, matrix, vector)), _fastest(matrix.sum))
-        del matrix  # or the mapping, which it points into, could not be closed
+        del matrix  # it points into the mapping, which could not be closed otherwise
     return size / fastest
 
 
@@ -62,7 +62,7 @@ def _matrix_rate(dtype: torch.dtype) -> float:
 
 
 def _fastest(action: Callable[[], object]) -> float:
-    """Seconds of the fastest of REPEATS."""
+    """Returns the seconds of the fastest of REPEATS calls."""
     times = []
     for _ in range(REPEATS):
         began = time.perf_counter()

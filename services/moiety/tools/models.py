@@ -1,4 +1,4 @@
-"""`moiety models`: what can be served and what each uses, and what is known and refused."""
+"""`moiety models`: the architectures that can be served and what each uses, and those that are refused and why."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from moiety.synthetic import tiny_model
 from moiety.synthetic.write import tiny_config
 
 KINDS = {"full_attention": "attention", "attention": "attention", "sparse": "attention", "hybrid_sliding": "sliding"}
-PARTS = ("layer_types", "layers_block_type")  # of a config, one word a layer
+PARTS = ("layer_types", "layers_block_type")  # config fields that hold one word per layer
 
 
 @dataclass(frozen=True, slots=True)
 class Supported:
-    """One architecture."""
+    """An architecture that can be served."""
 
     architecture: str
     path: str  # seam, adapter, definition
-    gating: str  # how it picks experts
-    caches: tuple[str, ...]  # what its layers keep of a sequence
+    gating: str  # how it chooses experts
+    caches: tuple[str, ...]  # kinds of cache that its layers need
 
 
 def supported() -> Iterator[Supported]:
-    """All that can be served, by name."""
+    """Yields all architectures that can be served, in order of name."""
     with quiet_transformers():
         configs = {name: tiny_config(name, tiny_model(name).settings) for name in sorted(served_architectures())}
     for name, config in configs.items():
@@ -35,11 +35,11 @@ def supported() -> Iterator[Supported]:
 
 
 def caches_of(config: Any) -> tuple[str, ...]:
-    """The kinds of cache that a config's layers need, sorted."""
+    """Returns the kinds of cache that a config's layers need, sorted."""
     text = config.get_text_config()
     words = next((words for part in PARTS if (words := getattr(text, part, None))), ())
     kinds = {KINDS.get(word, word.removesuffix("_attention")) for word in words}
-    value = vars(text)  # as an attribute, what differs by layer cannot be read
+    value = vars(text)  # reading an attribute fails for a field that differs by layer
     kinds -= {"moe", "mlp"}
     if not kinds:
         windowed = value.get("sliding_window") and value.get("use_sliding_window", True)
@@ -52,12 +52,12 @@ def caches_of(config: Any) -> tuple[str, ...]:
 
 
 def lines(found: list[Supported]) -> Iterator[str]:
-    """For people: the supported, then the refused with the reason."""
+    """Yields the table of supported architectures, then the refused ones with their reasons."""
     row = "{:<24} {:<11} {:<38} {}"
     yield row.format("architecture", "path", "gating", "caches")
     for one in found:
         yield row.format(one.architecture, one.path, one.gating, ", ".join(one.caches))
     yield ""
-    yield f"{len(found)} supported; known and refused, for what they need:"
+    yield f"{len(found)} supported; these are known and refused:"
     for name, reason in sorted(REFUSED.items()):
         yield f"{name:<24} {reason}"

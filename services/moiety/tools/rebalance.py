@@ -1,4 +1,4 @@
-"""Plans a placement for a running system from its load ledger, and puts it in force while requests run."""
+"""`moiety rebalance`: plans a placement for a running system from its load ledger, and applies it while requests run."""
 
 from __future__ import annotations
 
@@ -28,59 +28,60 @@ POLL_S = 0.5
 class Ask:
     """What to plan for."""
 
-    watch_s: float = 2 * WINDOW_S  # how long the load is looked at
-    hot_sets: int | None = None  # None = those that there are
-    hot_memory: int = 1 << 30  # bytes for the experts of each
+    watch_s: float = 2 * WINDOW_S  # how long to watch the load
+    hot_sets: int | None = None  # hot sets that the plan may fill; None = those that are deployed
+    hot_memory: int = 1 << 30  # bytes for the experts of one hot set
 
 
 async def proposed(registry: Registry, ask: Ask) -> PlacementPlan:
-    """A plan for the load of the next `ask.watch_s` seconds, compared with what is in force.
+    """Watches the load for `ask.watch_s` seconds and returns a plan for it, compared with the placement in force.
 
     Raises RegistryUnreachable, and FailedPrecondition where there are no experts or no load to plan for.
     """
-    await registry.replicas()  # a wrong address is told at once, not after `watch_s`
-    ledger, heat, until = Ledger(registry), ExpertLoad(), time.monotonic() + ask.watch_s
+    await registry.replicas()  # so that a wrong address fails at once, not after `watch_s`
+    ledger, expert_load, until = Ledger(registry), ExpertLoad(), time.monotonic() + ask.watch_s
     while True:
         reading = await ledger.read()
         if reading.costs is not None and reading.rows_per_s.any():
-            heat.observe(reading.rows_per_s, reading.activations_per_s, reading.costs, time.monotonic())
+            expert_load.observe(reading.rows_per_s, reading.activations_per_s, reading.costs, time.monotonic())
         if time.monotonic() >= until:
             break
         await asyncio.sleep(POLL_S)
-    if reading.costs is None or not heat.table.any():
+    if reading.costs is None or not expert_load.table.any():
         raise FailedPrecondition(f"no expert had a row in {ask.watch_s:g} s: there is no load to plan for")
     current = _in_force(reading, ask.hot_sets)
-    bytes_each = reading.costs.expert_bytes
-    rooms = deployment_capacities(current, reading.replicas, ask.hot_memory, bytes_each)
-    return await asyncio.to_thread(plan_placement, heat.table, rooms, current, bytes_each)
+    expert_bytes = reading.costs.expert_bytes
+    capacities = deployment_capacities(current, reading.replicas, ask.hot_memory, expert_bytes)
+    return await asyncio.to_thread(plan_placement, expert_load.table, capacities, current, expert_bytes)
 
 
 async def enact(
-    registry: Registry, found: PlacementPlan, timeout_s: float, tell: Callable[[str], None], layers: int = 0
+    registry: Registry, plan: PlacementPlan, timeout_s: float, progress: Callable[[str], None], layers: int = 0
 ) -> None:
-    """Puts a plan in force; returns once every replica has loaded what is new to it and dropped what is not its own.
+    """Puts a plan in force. Returns once every replica has loaded its new experts and dropped those it no longer has.
 
-    `layers`: MoE layers to change at a time; 0 = all. Raises FailedPrecondition where another placement came first,
-    Unavailable where replicas have not followed a stage within `timeout_s`: it stays in force, and they go on.
+    `layers`: MoE layers to change at a time; 0 = all. Raises FailedPrecondition where another placement was set first,
+    and Unavailable where replicas have not followed a stage within `timeout_s`. That stage then stays in force, and the
+    replicas continue to follow it.
     """
     began, current = time.monotonic(), await registry.placement()
-    steps = placement_stages(current, found.placement, layers) if current is not None else (found.placement,)
-    if current is not None and current.epoch + 1 != found.placement.epoch:
-        raise FailedPrecondition(f"placement {current.epoch} was set by somebody else meanwhile: plan again")
+    steps = placement_stages(current, plan.placement, layers) if current is not None else (plan.placement,)
+    if current is not None and current.epoch + 1 != plan.placement.epoch:
+        raise FailedPrecondition(f"placement {current.epoch} was set by another process in the meantime: plan again")
     for number, step in enumerate(steps, 1):
         if not await registry.set_placement(step):
-            raise FailedPrecondition(f"placement {step.epoch} was set by somebody else meanwhile: plan again")
+            raise FailedPrecondition(f"placement {step.epoch} was set by another process in the meantime: plan again")
         if number == 1:
-            await registry.record_decision(decision_of(found, "moiety rebalance"))
-        tell(
+            await registry.record_decision(decision_of(plan, "moiety rebalance"))
+        progress(
             f"placement {step.epoch} is set ({number} of {len(steps)}): replicas load, routers acknowledge, replicas drop"
         )
         await until_settled(registry, step.epoch, timeout_s)
-    tell(f"placement {steps[-1].epoch} is in force everywhere after {time.monotonic() - began:.1f} s")
+    progress(f"placement {steps[-1].epoch} is in force everywhere after {time.monotonic() - began:.1f} s")
 
 
 def _in_force(reading: Reading, hot_sets: int | None) -> Placement:
-    """The placement in force or, where none was ever set, what replicas hold; with the hot sets that are asked for."""
+    """Returns the placement in force or, where none was ever set, what replicas hold; with `hot_sets` hot sets."""
     held = dict(reading.placement.held if reading.placement is not None else _held(reading.replicas))
     if not held:
         raise FailedPrecondition("the registry lists no expert replica")

@@ -1,4 +1,4 @@
-"""Medians, ratios and failures, from given runs."""
+"""Rows and verdicts of the benchmarks, from given runs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CELL = Cell(prompt_tokens=64, streams=8)
 
 @dataclass
 class _System:
-    """A name and a side; it is never run."""
+    """A System with a name that is a peer or not; it is never run."""
 
     name: str
     peer: bool
@@ -42,7 +42,7 @@ def _speeds(decode: float, prefill: float) -> Speeds:
 
 
 def test_ratios_to_the_best_peer() -> None:
-    """The best peer of each kind of speed is the measure, for itself too; Moiety is nobody's peer."""
+    """Ratios are to the best peer of each kind of speed, for that peer too; Moiety itself is not a peer."""
     measured = [
         Measured(_System("moiety", False), {CELL: [_speeds(100, 900), _speeds(120, 1000), _speeds(1, 1)]}),
         Measured(_System("fast decode", True), {CELL: [_speeds(200, 500)]}),
@@ -57,7 +57,7 @@ def test_ratios_to_the_best_peer() -> None:
 
 
 def test_rows_of_what_was_not_measured() -> None:
-    """A system that failed keeps what it had measured; a cell it never reached says why; other rows are untouched."""
+    """A failed system keeps its measured rows; the rows it never reached say why; other rows are unchanged."""
     other = Cell(512, 8)
     measured = [
         Measured(_System("moiety", False), {CELL: [_speeds(100, 900)], other: [_speeds(90, 800)]}),
@@ -88,7 +88,7 @@ def _flood(paces: dict[int, float], *, hints: int = 5) -> FloodReport:
 
 
 def test_flood_verdict() -> None:
-    """Only loads beyond capacity must keep the pace; a refusal without a hint fails at any load."""
+    """Only loads beyond the capacity must keep the pace; a refusal without a retry delay fails at any load."""
     assert [row.ratio_to_peak for row in _flood({0: 100, 1: 80, 2: 96}).rows] == [1, 0.8, 0.96]
     assert _flood({0: 100, 1: 80, 2: 96}).held
     assert not _flood({0: 100, 1: 100, 2: 94}).held
@@ -96,7 +96,7 @@ def test_flood_verdict() -> None:
 
 
 def test_layer_times() -> None:
-    """Compute is the slowest group's, the hop is what is left, and a group without a call counts as idle."""
+    """Compute is the slowest group's, the hop is the rest, and a group without a call counts as idle."""
     recorder = SpanRecorder()
     for step_class in ("decode", "prefill"):
         step = recorder.start(SpanName.STEP, parent=recorder.root(), attributes={Attribute.STEP_CLASS: step_class})

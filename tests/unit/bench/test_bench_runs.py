@@ -1,4 +1,4 @@
-"""Each benchmark once, end to end, through its command."""
+"""Benchmarks end to end, each once through its command."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from moiety.cli.main import run
 
 @pytest.mark.slow
 def test_bench_hop(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """Every payload gives a row of positive times for each transport, and the report says how to run it again.
+    """Every payload gives a row of positive times for each transport, and the report prints the command line.
 
-    Slow: a system of its own.
+    Slow: it starts its own system.
     """
     file = tmp_path / "hop.json"
     words = ["bench", "hop", "--payload", "4,64", "--calls", "10", "--rounds", "1"]
@@ -27,25 +27,25 @@ def test_bench_hop(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
         assert row["calls"] == 10
         assert 0 < row["hop_p50_ms"] < row["call_p50_ms"]
         assert row["ratio"] == pytest.approx(row["hop_p50_ms"] / row["echo_p50_ms"])
-    told = capsys.readouterr().out
-    assert "cores" in told
-    assert " ".join(["moiety", *words]) in told
+    shown = capsys.readouterr().out
+    assert "cores" in shown
+    assert " ".join(["moiety", *words]) in shown
 
 
 @pytest.mark.slow
 def test_bench_serve(capsys: pytest.CaptureFixture[str], tiny: Callable[[str], str], tmp_path: Path) -> None:
-    """Every system is measured in every cell, ratios are to the best peer, and one that cannot start is told.
+    """Every system is measured in every cell, ratios are to the best peer, and a system that cannot start is reported.
 
-    Slow: a system of its own, and one process of transformers.
+    Slow: it starts its own system, and one process of transformers.
     """
     file = tmp_path / "serve.json"
     words = ["--concurrency", "1,3", "--prompts", "8", "--new", "5", "--dtype", "float32", "--rounds", "1"]
     absent = str(tmp_path / "absent")
     model = tiny("qwen3_moe")
     assert run(["bench", "serve", "--models", model, "--vllm", absent, *words, "--json", str(file)]) == 0
-    told = json.loads(file.read_text())
-    assert told["machine"]["read_bytes_per_s"] > 0
-    rows = told["rows"]
+    report = json.loads(file.read_text())
+    assert report["machine"]["read_bytes_per_s"] > 0
+    rows = report["rows"]
     assert [(row["concurrency"], row["system"].split()[0]) for row in rows] == [
         *((1, system) for system in ("moiety", "transformers", "vLLM")),
         *((3, system) for system in ("moiety", "transformers", "vLLM")),
@@ -70,15 +70,15 @@ def test_bench_serve(capsys: pytest.CaptureFixture[str], tiny: Callable[[str], s
 
 
 def test_bench_serve_outside_context(capsys: pytest.CaptureFixture[str], tiny: Callable[[str], str]) -> None:
-    """Prompts that do not fit the model are refused before anything is started."""
+    """Prompts that do not fit the model's context are refused before anything starts."""
     assert run(["bench", "serve", "--models", tiny("qwen3_moe"), "--prompts", "500", "--new", "64"]) == 1
-    told = capsys.readouterr().err
-    assert "error: setting prompt + new = '500 + 64': at most 512, the model's context" in told
+    stderr = capsys.readouterr().err
+    assert "error: setting prompt + new = '500 + 64': at most 512, the model's context" in stderr
 
 
 @pytest.mark.slow
 def test_bench_split(tiny: Callable[[str], str], tmp_path: Path) -> None:
-    """Both engines run at every concurrency, and the split's layers are told apart. Slow: a cluster of its own."""
+    """Both engines run at every concurrency, and layers have compute and hop times. Slow: it starts its own cluster."""
     file = tmp_path / "split.json"
     words = ["--concurrency", "1,3", "--prompt", "8", "--new", "6", "--dtype", "float32", "--rounds", "1"]
     assert run(["bench", "split", "--model", tiny("qwen3_moe"), *words, "--json", str(file)]) == 0
@@ -94,7 +94,7 @@ def test_bench_split(tiny: Callable[[str], str], tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_bench_lanes(tiny: Callable[[str], str], tmp_path: Path) -> None:
-    """All three engines run at every concurrency, and ratios are theirs. Slow: a cluster of its own, three routers."""
+    """All three engines run at every concurrency, with their ratios. Slow: it starts its own cluster and three routers."""
     file = tmp_path / "lanes.json"
     words = ["--concurrency", "1,3", "--prompt", "8", "--new", "6", "--dtype", "float32", "--rounds", "1"]
     assert run(["bench", "lanes", "--model", tiny("qwen3_moe"), *words, "--json", str(file)]) == 0
@@ -106,15 +106,15 @@ def test_bench_lanes(tiny: Callable[[str], str], tmp_path: Path) -> None:
 
 
 def test_bench_lanes_outside_context(capsys: pytest.CaptureFixture[str], tiny: Callable[[str], str]) -> None:
-    """Prompts that do not fit the model are refused before anything is started."""
+    """Prompts that do not fit the model's context are refused before anything starts."""
     assert run(["bench", "lanes", "--model", tiny("qwen3_moe"), "--prompt", "500", "--new", "64"]) == 1
-    told = capsys.readouterr().err
-    assert "error: setting prompt + new = '500 + 64': at most 512, the model's context" in told
+    stderr = capsys.readouterr().err
+    assert "error: setting prompt + new = '500 + 64': at most 512, the model's context" in stderr
 
 
 @pytest.mark.slow
 def test_bench_flood(capsys: pytest.CaptureFixture[str], tiny: Callable[[str], str], tmp_path: Path) -> None:
-    """Beyond capacity requests are refused, each with a hint, and the others are served. Slow: it takes its seconds."""
+    """Beyond capacity, requests are refused with a retry delay and the others are served. Slow: it offers load for seconds."""
     file = tmp_path / "flood.json"
     words = ["--slots", "2", "--queue", "2", "--loads", "4", "--seconds", "4", "--new", "16", "--rounds", "1"]
     run(["bench", "flood", "--model", tiny("qwen3_moe"), "--dtype", "float32", *words, "--json", str(file)])

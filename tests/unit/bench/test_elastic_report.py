@@ -1,4 +1,4 @@
-"""What `moiety bench elastic` makes of what it saw."""
+"""The report of `moiety bench elastic`, from given records."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ NEW = Start("b", "experts-0", 1013.0, 1014.5, 1015.0, 1015.5)
 
 
 def decision(at: float, name: str, before: int, after: int) -> dict[str, Any]:
-    """As the registry records it."""
+    """Returns a decision as the registry records it."""
     return {"time": at, "deployment": name, "from": before, "to": after, "reason": "busy"}
 
 
 def report(*decisions: dict[str, Any], failures: tuple[str, ...] = ()) -> ElasticReport:
-    """Of a load that rises after 10 s and falls after 20."""
+    """Returns the report of a load that rises after 10 s and falls after 20 s."""
     moments = [Moment(BEGAN + second, {"experts-0": 1 + (second >= 15)}, {}, 0, (OLD, NEW)) for second in range(30)]
     gaps = [(BEGAN + tenth / 10, 0.02 if tenth < 120 else 0.05) for tenth in range(300)]
     traffic: Any = SimpleNamespace(requests=7, failures=list(failures), gaps=gaps)
@@ -37,7 +37,7 @@ SHRINKS = decision(1025.0, "experts-0", 2, 1)
 
 
 def test_a_start_is_split_from_the_decision_on() -> None:
-    """Scheduled, loaded, registered, first used: each from the one before; the load step comes before all of them."""
+    """A start is split into schedule, load, warm and serve, each counted from the end of the stage before."""
     grown, shrunk = report(GROWS, SHRINKS).changes
     assert grown.starts == ({"schedule": 2.0, "load": 1.5, "warm": 0.5, "serve": 0.5, "total": 4.5},)
     assert grown.since_step_s == 1.0
@@ -47,13 +47,13 @@ def test_a_start_is_split_from_the_decision_on() -> None:
 
 
 def test_token_gaps_of_a_change_are_those_around_it() -> None:
-    """From the decision to three seconds after the new replica served; a quiet time before does not dilute them."""
+    """Token gaps count from the decision to three seconds after the new replica served; earlier gaps do not."""
     grown, _ = report(GROWS, SHRINKS).changes
     assert grown.itl_p99_ms == pytest.approx(50.0)
 
 
 def test_only_the_hot_group_may_follow() -> None:
-    """It holds where that group grew and shrank, no other moved, and no request failed."""
+    """The report holds only if the hot group grew and shrank, no other group changed, and no request failed."""
     assert report(GROWS, SHRINKS).held
     assert not report(GROWS).held
     assert not report(GROWS, SHRINKS, decision(1012.0, "experts-1", 1, 2)).held
@@ -62,7 +62,7 @@ def test_only_the_hot_group_may_follow() -> None:
 
 
 def test_a_picture_needs_matplotlib_or_is_drawn(tmp_path) -> None:
-    """An SVG of both panels; without matplotlib, what to install."""
+    """`plot` writes an SVG; without matplotlib its error says what to install."""
     file = tmp_path / "elastic.svg"
     if find_spec("matplotlib") is None:
         with pytest.raises(FailedPrecondition, match=r"moiety\[plot\]"):

@@ -15,14 +15,14 @@ COST = StepCost(router=1000, expert=100, moe_layers=2, experts=8, top_k=2)
 
 
 def test_activated_experts() -> None:
-    """One token hits its top-k; many hit them all, and never more."""
+    """One token activates its top-k experts; many tokens activate all experts."""
     assert COST.activated(1) == pytest.approx(2)
     assert COST.activated(2) == pytest.approx(8 * (1 - 0.75**2))
     assert COST.activated(1000) == pytest.approx(8)
 
 
 def test_floor_adds_reading_and_computing() -> None:
-    """Weights at their width over the bandwidth, and two operations per parameter and token over the matrix rate."""
+    """The floor is weight bytes over the bandwidth plus two operations per parameter and token over the matrix rate."""
     speed = MachineSpeed(read_bytes_per_s=1000.0, bfloat16_flops=100.0, float32_flops=50.0)
     streamed = 1000 * 2 + 2 * 2 * 100 * 2
     flops = 2 * (1000 + 2 * 2 * 100)
@@ -34,7 +34,7 @@ def test_floor_adds_reading_and_computing() -> None:
 
 @pytest.mark.parametrize("architecture", ["qwen3_moe", "gpt_oss"])
 def test_cost_of_a_checkpoint(tiny: Callable[[str], str], architecture: str) -> None:
-    """Every parameter is counted once, as a router's or an expert's, but for the input embedding."""
+    """Every parameter but the input embedding's is counted once, as a router's or an expert's."""
     checkpoint = Checkpoint.open(tiny(architecture))
     layout = expert_layout(checkpoint)
     cost, shape = StepCost.of(checkpoint, layout), layout.shape

@@ -1,4 +1,4 @@
-"""Peers as processes: what they answer, how they fail, and that nothing of them is left."""
+"""Peers as processes: their answers, their failures, and that none of their processes is left."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _peer(module: str, scratch: Path) -> Peer:
 @pytest.mark.slow
 @pytest.mark.parametrize("module", ["hf_generate", "hf_continuous"])
 def test_peer_generates(tiny: Callable[[str], str], tmp_path: Path, module: str) -> None:
-    """Every prompt gets its tokens, with rising times after the start. Slow: each imports and loads transformers."""
+    """Every prompt gets its tokens, with rising times after the start. Slow: each case imports and loads transformers."""
 
     async def scenario() -> tuple[str, float, list[list[float]]]:
         peer = _peer(module, tmp_path)
@@ -47,7 +47,7 @@ def test_peer_generates(tiny: Callable[[str], str], tmp_path: Path, module: str)
 
 
 def test_peer_without_its_library(tmp_path: Path) -> None:
-    """A Python that lacks the system says which module is missing, and its process ends."""
+    """A Python without the peer's library gives an error that names the missing module, and its process ends."""
 
     async def scenario() -> int:
         peer = _peer("vllm_cpu", tmp_path)
@@ -63,8 +63,8 @@ def test_peer_without_its_library(tmp_path: Path) -> None:
 
 
 def test_stopped_peer_does_not_outlive_its_parent(tmp_path: Path) -> None:
-    """When the benchmark is killed, its peers, stopped as they are, end with it."""
-    loaded = tmp_path / "loaded"  # stands in for a Python: any program that speaks the protocol will do
+    """When the benchmark is killed, its peers end too, although they are stopped."""
+    loaded = tmp_path / "loaded"  # used as the peer's Python: any program that speaks the protocol will do
     loaded.write_text('#!/bin/sh\nread order\necho \'{"system": "x"}\'\nsleep 600\n')
     loaded.chmod(0o755)
     parent = f"""
@@ -80,11 +80,11 @@ async def main():
 
 asyncio.run(main())
 """
-    told = subprocess.run([sys.executable, "-c", parent], capture_output=True, text=True, timeout=30)
-    assert told.returncode == -signal.SIGKILL
+    done = subprocess.run([sys.executable, "-c", parent], capture_output=True, text=True, timeout=30)
+    assert done.returncode == -signal.SIGKILL
     until = time.monotonic() + 10
-    while _exists(int(told.stdout)):
-        assert time.monotonic() < until, "the peer is still there"
+    while _exists(int(done.stdout)):
+        assert time.monotonic() < until, "the peer still exists"
         time.sleep(0.02)
 
 
@@ -97,11 +97,11 @@ def _exists(group: int) -> bool:
 
 
 def test_peer_that_dies(tmp_path: Path) -> None:
-    """A process that ends instead of answering is told with its last words."""
+    """A process that ends without an answer gives an error with the last lines of its log."""
 
     async def scenario() -> None:
         peer = Peer(PeerKind("false", "none", "false", {}), tmp_path)
-        with pytest.raises(Unavailable, match="the process ended: without a word"):
+        with pytest.raises(Unavailable, match="the process ended: its log is empty"):
             await peer.start({**LOAD, "checkpoint": str(tmp_path)}, START_S)
         await peer.stop()
 

@@ -1,4 +1,4 @@
-"""The command in this process or its own, and one running system for the tests that need a gateway."""
+"""Fixtures: run the command in this process or in its own, and one running system for tests that need a gateway."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from moiety.local.cluster import LocalCluster
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a command left behind."""
+    """Exit status and output of a command."""
 
     status: int
     out: str
@@ -30,7 +30,7 @@ Process = Callable[..., "subprocess.Popen[str]"]
 
 @pytest.fixture
 def moiety(capsys: pytest.CaptureFixture[str]) -> Command:
-    """Runs `moiety` with the words given, in this process."""
+    """Returns a function that runs `moiety` with the given words in this process."""
 
     def command(*words: str) -> Outcome:
         capsys.readouterr()
@@ -42,7 +42,7 @@ def moiety(capsys: pytest.CaptureFixture[str]) -> Command:
 
 @pytest.fixture
 def moiety_process() -> Iterator[Process]:
-    """Starts `moiety` with the words given as a process of its own; whatever still runs is killed at the end."""
+    """Yields a function that starts `moiety` with the given words as its own process. Kills the processes at the end."""
     started: list[subprocess.Popen[str]] = []
 
     def start(*words: str, **options: object) -> subprocess.Popen[str]:
@@ -59,7 +59,7 @@ def moiety_process() -> Iterator[Process]:
 
 @pytest.fixture(scope="package")
 def gateway(tiny: Callable[[str], str]) -> Iterator[str]:
-    """The address of a running system that serves a tiny qwen3_moe; it lives on a loop of its own."""
+    """Yields the address of a running system that serves a tiny qwen3_moe, on an event loop in its own thread."""
     address: list[str] = []
     ready, done = threading.Event(), threading.Event()
 

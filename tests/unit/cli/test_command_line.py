@@ -1,4 +1,4 @@
-"""The group: help, versions, errors and exit statuses, without a system behind it."""
+"""The top-level command: help, version, errors and exit statuses, without a running system."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ HEAVY = ("torch", "transformers", "ray", "grpc", "numpy", "pydantic")
 
 
 def test_help_is_quick() -> None:
-    """`moiety --help` answers within half a second, the best of three: a person is waiting."""
+    """`moiety --help` takes less than half a second, the best of three: a person is waiting."""
     took = []
     for _ in range(3):
         began = time.monotonic()
@@ -30,7 +30,7 @@ def test_help_is_quick() -> None:
 
 
 def test_help_imports_nothing_heavy() -> None:
-    """Listing the commands imports none of what they need."""
+    """Listing the commands imports none of the heavy libraries that commands need."""
     script = (
         "import sys; from moiety.cli.main import run; assert run(['--help']) == 0; "
         f"print([name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr)"
@@ -42,29 +42,29 @@ def test_help_imports_nothing_heavy() -> None:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_list_agrees_with_commands(name: str, moiety: Callable) -> None:
-    """What the list says of a command is how the command's own help begins, and that help shows an example."""
+    """A command's help begins with its summary in the list of commands, and shows an example."""
     command = COMMANDS[name].load()
     assert (command.help or "").startswith(COMMANDS[name].summary)
     helps = [[name]] if not hasattr(command, "commands") else [[name, child] for child in command.commands]
     for words in helps:
-        told = moiety(*words, "--help")
-        assert told.status == 0
-        assert "Example" in told.out
+        outcome = moiety(*words, "--help")
+        assert outcome.status == 0
+        assert "Example" in outcome.out
 
 
 def test_version(moiety: Callable) -> None:
-    """`--version` names the program and its version."""
+    """`--version` prints the program's name and its version."""
     assert moiety("--version").out == f"moiety, version {__version__}\n"
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["frobnicate"], "No such command 'frobnicate'"),
         (["--log-level", "loud", "bench"], "'loud' is not one of 'debug', 'info', 'warning', 'error'"),
         (["parity", "x", "--groups", "0"], "0 is not in the range x>=1"),
         (["parity", "x", "--dtype", "int3"], "'int3' is not one of 'auto', 'float32', 'bfloat16', 'float16'"),
-        (["parity", "x", "--json", "no/such/folder/file"], "no/such/folder is no folder"),
+        (["parity", "x", "--json", "no/such/folder/file"], "no/such/folder is not a folder"),
         (["bench", "hop", "--payload", "4,6"], "6: must be integers from 4 to 16384, multiples of 4"),
         (["bench", "serve", "--concurrency", "1,many"], "'1,many': must be integers from 1 to 1024"),
         (["bench", "serve", "--new", "1"], "1 is not in the range"),
@@ -73,16 +73,16 @@ def test_version(moiety: Callable) -> None:
         (["generate"], "Missing argument 'PROMPT'"),
     ],
 )
-def test_wrong_usage(words: list[str], told: str, moiety: Callable) -> None:
-    """A wrong word costs nothing: exit status 2, and the value and its bound on stderr."""
+def test_wrong_usage(words: list[str], message: str, moiety: Callable) -> None:
+    """A wrong argument fails before any work: exit status 2, and the value and its bound on stderr."""
     outcome = moiety(*words)
     assert (outcome.status, outcome.out) == (2, "")
-    assert told in " ".join(outcome.err.split())
+    assert message in " ".join(outcome.err.split())
 
 
 @pytest.mark.parametrize("words", [["parity"], ["bench", "serve", "--models"], ["bench", "split", "--model"]])
 def test_error_is_one_line(words: list[str], moiety: Callable) -> None:
-    """What cannot be done is told in one line on stderr, with exit status 1."""
+    """A command that cannot do its work prints one line on stderr and exits with status 1."""
     outcome = moiety(*words, "/no/such/checkpoint")
     assert (outcome.status, outcome.out) == (1, "")
     assert outcome.err == "error: checkpoint /no/such/checkpoint: no such folder\n"
@@ -90,7 +90,7 @@ def test_error_is_one_line(words: list[str], moiety: Callable) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signal_lets_work_clean_up(number: signal.Signals) -> None:
-    """A signal cancels the work, waits for its clean-up, and tells which it was."""
+    """A signal cancels the work, waits for its clean-up, and gives an exit status that names the signal."""
     steps = []
 
     async def work() -> None:
@@ -101,14 +101,14 @@ def test_signal_lets_work_clean_up(number: signal.Signals) -> None:
             await asyncio.sleep(0)
             steps.append("cleaned up")
 
-    with pytest.raises(Interrupted) as told:
+    with pytest.raises(Interrupted) as interrupted:
         run_async(work())
     assert steps == ["cleaned up"]
-    assert told.value.exit_status == 128 + number
+    assert interrupted.value.exit_status == 128 + number
 
 
-def test_rebalance_tells_a_wrong_address_at_once(capsys: pytest.CaptureFixture[str]) -> None:
-    """One line that names the registry, and status 1, without watching for load first."""
+def test_rebalance_reports_a_wrong_address_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    """`rebalance` reports an unreachable registry in one line that names it, without watching for load first."""
     began = time.monotonic()
     assert run(["rebalance", "--registry", "redis://127.0.0.1:1/0", "--watch", "60"]) == 1
     assert time.monotonic() - began < 20

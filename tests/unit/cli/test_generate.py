@@ -16,7 +16,7 @@ PROMPT = "Each expert group is a service"
 
 
 def chunks_of(address: str, prompt: str, **options: object) -> list[Chunk]:
-    """What the client says to the same request."""
+    """Returns the chunks that the client gets for the same request."""
 
     async def collect() -> list[Chunk]:
         async with Client(address) as client:
@@ -26,7 +26,7 @@ def chunks_of(address: str, prompt: str, **options: object) -> list[Chunk]:
 
 
 def test_same_text_as_client(gateway: str, moiety: Callable) -> None:
-    """The text on stdout is the client's, ended by a line feed; usage goes to stderr."""
+    """stdout has the client's text and a line feed; stderr has the token counts."""
     chunks = chunks_of(gateway, PROMPT, max_tokens=12, ignore_eos=True)
     outcome = moiety("generate", PROMPT, "--address", gateway, "--max-tokens", "12", "--ignore-eos", "--retries", "2")
     assert outcome.status == 0
@@ -35,7 +35,7 @@ def test_same_text_as_client(gateway: str, moiety: Callable) -> None:
 
 
 def test_token_ids_sampled(gateway: str, moiety: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sampling options reach the system: seeded ids are the client's; the address may come from the environment."""
+    """Sampling options reach the system: seeded ids equal the client's. The address may come from the environment."""
     sampling = {"temperature": 0.8, "top_p": 0.9, "top_k": 40, "seed": 7}
     chunks = chunks_of(gateway, PROMPT, max_tokens=8, ignore_eos=True, **sampling)
     monkeypatch.setenv("MOIETY_ADDRESS", gateway)
@@ -45,7 +45,7 @@ def test_token_ids_sampled(gateway: str, moiety: Callable, monkeypatch: pytest.M
 
 
 def test_every_option_reaches_the_system(gateway: str, moiety: Callable, tmp_path: Path) -> None:
-    """Stop strings, choices, log probabilities and guides, as the client gives them."""
+    """Stop strings, choices, log probabilities, guides and biases have their effect on the output."""
     base = ["generate", PROMPT, "--address", gateway, "--temperature", "1", "--seed", "3"]
     whole = moiety(*base, "--max-tokens", "20", "--ignore-eos").out.removesuffix("\n")
     stop = whole[len(whole) // 2 :][:3]
@@ -76,15 +76,15 @@ def test_prompt_from_stdin(gateway: str, moiety: Callable, monkeypatch: pytest.M
     assert moiety("generate", "-", "--address", gateway, "--max-tokens", "4").out == expected.out
 
 
-def test_refusal_is_told(gateway: str, moiety: Callable) -> None:
-    """What the gateway refuses is told in its own words, with field, value and bound."""
+def test_refusal_is_reported(gateway: str, moiety: Callable) -> None:
+    """A refused request prints the gateway's message, with field, value and bound."""
     outcome = moiety("generate", PROMPT, "--address", gateway, "--max-tokens", "100000")
     assert outcome.status == 1
     assert outcome.err.startswith("error: sampling.max_tokens = 100000: must be 1 to ")
 
 
-def test_nobody_there(moiety: Callable) -> None:
-    """Where no gateway listens, the address is named."""
+def test_no_gateway(moiety: Callable) -> None:
+    """If no gateway listens, the error names the address."""
     outcome = moiety("generate", PROMPT, "--address", "127.0.0.1:1")
     assert outcome.status == 1
     assert outcome.err.startswith("error: gateway 127.0.0.1:1: ")
@@ -92,7 +92,7 @@ def test_nobody_there(moiety: Callable) -> None:
 
 
 def test_deadline(gateway: str, moiety: Callable) -> None:
-    """`--timeout` ends a request that takes longer, as an error."""
+    """A request that takes longer than `--timeout` ends with an error."""
     outcome = moiety(
         "generate", PROMPT, "--address", gateway, "--max-tokens", "400", "--ignore-eos", "--timeout", "0.2"
     )
@@ -101,10 +101,10 @@ def test_deadline(gateway: str, moiety: Callable) -> None:
 
 
 def test_ctrl_c_cancels(gateway: str, moiety: Callable, moiety_process: Callable) -> None:
-    """Ctrl-C in the middle of a stream ends the command with 130 and without a trace; the system serves on."""
+    """Ctrl-C during a stream ends the command with status 130 and no traceback; the system continues to serve."""
     words = ["generate", PROMPT, "--address", gateway, "--max-tokens", "400", "--ignore-eos", "--token-ids"]
     process = moiety_process(*words)
-    assert process.stdout.read(1)  # a token has come
+    assert process.stdout.read(1)  # a token has arrived
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=10)
     assert process.returncode == 130

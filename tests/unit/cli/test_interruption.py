@@ -1,4 +1,4 @@
-"""A benchmark that is interrupted leaves no process and no file."""
+"""An interrupted benchmark leaves no process and no file."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import pytest
 
 @pytest.mark.slow
 def test_interrupted_benchmark_leaves_nothing(moiety_process: Callable, tmp_path: Path) -> None:
-    """SIGINT while calls are under way: exit status 130, no child survives, temporary folders are gone.
+    """SIGINT during calls gives exit status 130, ends every child, and removes temporary folders.
 
-    Slow: it starts every service there is.
+    Slow: it starts every service.
     """
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
     process = moiety_process("bench", "hop", "--calls", "1000000", "--payload", "4", env=environment)

@@ -14,7 +14,7 @@ from moiety.tools.parity.parity import ParityReport, PromptResult
 
 
 def test_models_lists_served_and_refused(moiety: Callable, tmp_path: Path) -> None:
-    """Every architecture has a line with its way, gate and caches; every refused one its reason."""
+    """Every served architecture has a line with path, gating and caches; every refused one has its reason."""
     file = tmp_path / "models.json"
     outcome = moiety("models", "--json", str(file))
     assert outcome.status == 0, outcome.err
@@ -31,8 +31,8 @@ def test_models_lists_served_and_refused(moiety: Callable, tmp_path: Path) -> No
     assert {one["architecture"] for one in written["supported"]} == served_architectures()
 
 
-def test_inspect_tells_sizes(tiny: Callable[[str], str], moiety: Callable, tmp_path: Path) -> None:
-    """Sizes as text and as JSON, with the groups for a memory."""
+def test_inspect_reports_sizes(tiny: Callable[[str], str], moiety: Callable, tmp_path: Path) -> None:
+    """`inspect` reports sizes as text and JSON, and suggests a number of groups for a memory."""
     file = tmp_path / "inspect.json"
     outcome = moiety("inspect", tiny("qwen3_moe"), "--memory", "1GiB", "--json", str(file))
     assert outcome.status == 0, outcome.err
@@ -41,36 +41,36 @@ def test_inspect_tells_sizes(tiny: Callable[[str], str], moiety: Callable, tmp_p
 
 
 def test_inspect_refuses_a_wrong_memory(tiny: Callable[[str], str], moiety: Callable) -> None:
-    """A memory that is none is told as it was given."""
+    """A `--memory` that is not a number of bytes is refused with the value as given."""
     outcome = moiety("inspect", tiny("qwen3_moe"), "--memory", "much")
     assert outcome.status == 2
     assert "'much': must be a number of bytes, such as 24GiB" in outcome.err
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         ((), "give either CHECKPOINT or --all-tiny"),
         (("x", "--all-tiny"), "give either CHECKPOINT or --all-tiny"),
-        (("x", "--only", "mixtral"), "--only and --write belong to --all-tiny"),
+        (("x", "--only", "mixtral"), "--only and --write need --all-tiny"),
         (("--all-tiny", "--only", "mixtral,bert"), "architecture 'bert': must be one of"),
     ],
 )
-def test_parity_options_that_do_not_fit(moiety: Callable, words: tuple[str, ...], told: str) -> None:
-    """What cannot be meant is refused before anything starts."""
+def test_parity_options_that_do_not_fit(moiety: Callable, words: tuple[str, ...], message: str) -> None:
+    """Options that contradict each other are refused before anything starts."""
     outcome = moiety("parity", *words)
     assert outcome.status == 2
-    assert told in outcome.err
+    assert message in outcome.err
 
 
 def verdict(name: str, *, identical: int) -> Verdict:
-    """Of eight prompts, of which so many are identical."""
+    """Returns the verdict of eight prompts, `identical` of them identical."""
     prompts = [PromptResult(3, 24, None if number < identical else 7, False, 1e-5, 0.5) for number in range(8)]
     return Verdict(name, "seam", ParityReport(name, "float32", 2, tuple(prompts)))
 
 
 def test_the_table_goes_between_its_markers(tmp_path: Path) -> None:
-    """What was between them is replaced, what is around them stays; the last line counts."""
+    """The table replaces the text between the markers and leaves the rest; its last line counts the architectures."""
     file = tmp_path / "README.md"
     file.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
     failed = Verdict("third", "adapter", None, "RuntimeError: no")
@@ -85,7 +85,7 @@ def test_the_table_goes_between_its_markers(tmp_path: Path) -> None:
 
 
 def test_some_rows_can_be_written_again(tmp_path: Path) -> None:
-    """With --only, the other rows stay, in order of name, and are counted with the new ones."""
+    """With `keep`, the other rows stay, in order of name, and are counted with the new ones."""
     file = tmp_path / "README.md"
     file.write_text(f"{BEGIN}\n{END}\n")
     write_table(file, [verdict("b", identical=7), verdict("d", identical=8)])
@@ -95,8 +95,8 @@ def test_some_rows_can_be_written_again(tmp_path: Path) -> None:
     assert "PASS: 3/3" in file.read_text()
 
 
-def test_a_file_without_markers_is_told(tmp_path: Path) -> None:
-    """A table is never written to a place that was not made for it."""
+def test_a_file_without_markers_is_refused(tmp_path: Path) -> None:
+    """A file without the marker lines is refused and stays unchanged."""
     file = tmp_path / "README.md"
     file.write_text("nothing")
     with pytest.raises(ValueError, match="has no lines"):

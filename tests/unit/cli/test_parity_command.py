@@ -1,4 +1,4 @@
-"""`moiety parity`: the verdict as words, JSON and exit status."""
+"""`moiety parity`: the verdict as text, JSON and exit status."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 def test_identical_tokens_exit_zero(tiny: Callable[[str], str], moiety: Callable, tmp_path: Path) -> None:
     """A served checkpoint whose tokens agree passes: stages on stderr, report on stdout, exit status 0.
 
-    Slow: it starts a cluster of its own, as tests/parity does in every run.
+    Slow: it starts its own cluster, as tests/parity does in every run.
     """
     file = tmp_path / "parity.json"
     outcome = moiety("parity", tiny("qwen3_moe"), "--new-tokens", "4", "--json", str(file))
@@ -31,7 +31,7 @@ def test_identical_tokens_exit_zero(tiny: Callable[[str], str], moiety: Callable
 
 
 def test_unknown_architecture_exits_one(tiny: Callable[[str], str], moiety: Callable, tmp_path: Path) -> None:
-    """A checkpoint that cannot be served fails with its folder, its architecture and the reason."""
+    """A checkpoint that cannot be served fails with an error that names its folder and its architecture."""
     folder = tmp_path / "checkpoint"
     shutil.copytree(tiny("qwen3_moe"), folder)
     config = json.loads((folder / "config.json").read_text())
@@ -42,7 +42,7 @@ def test_unknown_architecture_exits_one(tiny: Callable[[str], str], moiety: Call
 
 
 def test_too_many_groups_exit_one(tiny: Callable[[str], str], moiety: Callable) -> None:
-    """More groups than experts is told with the bound."""
+    """More groups than experts are refused with the bound."""
     outcome = moiety("parity", tiny("qwen3_moe"), "--groups", "17", "--new-tokens", "1")
     assert outcome.status == 1
     assert "error: setting groups = 17: must be 1 to 16" in outcome.err

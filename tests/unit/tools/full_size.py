@@ -1,4 +1,4 @@
-"""Checkpoints of full size that take no room: real configs and headers, and shards that are holes."""
+"""Writes checkpoints of full size that take no disk space: real configs and headers, and sparse shards."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from moiety.synthetic.write import published_class
 
 
 def write_hollow(folder: Path, config: Any, *, shards: int, dtype: str = "BF16") -> Path:
-    """A checkpoint of `config` under its published names, in `shards` sparse files; every tensor stored as `dtype`."""
+    """Writes a checkpoint of `config` to `folder` and returns the folder.
+
+    Tensors have their published names and the dtype `dtype`, in `shards` sparse files.
+    """
     from transformers.core_model_loading import revert_weight_conversion
 
     model = meta_model(published_class(config), config)

@@ -1,4 +1,4 @@
-"""The doctor's verdicts, and what the machine tells."""
+"""The doctor's verdicts, and facts about the machine."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from moiety_kernels.threads import usable_cores
 
 
 def test_doctor_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """Every check has a verdict, whatever is not ok has advice, and the file says what the screen says."""
+    """Every check has a verdict, every check that is not ok has advice, and the JSON file agrees with the screen."""
     file = tmp_path / "doctor.json"
     status = run(["doctor", "--json", str(file)])
     checks = json.loads(file.read_text())
-    told = capsys.readouterr().out
+    shown = capsys.readouterr().out
     assert status == (1 if any(check["verdict"] == "fail" for check in checks) else 0)
     assert {"python", "torch", "cores", "C++ kernels", "OMP_WAIT_POLICY", "redis server"} <= {
         c["check"] for c in checks
@@ -27,11 +27,11 @@ def test_doctor_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> N
     for check in checks:
         assert check["verdict"] in ("ok", "warn", "fail")
         assert bool(check["advice"]) == (check["verdict"] != "ok")
-        assert check["value"] in told
+        assert check["value"] in shown
 
 
 def test_settings_that_slow_down(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the user has set against the services' good is told with its remedy."""
+    """A variable that slows services down gives a warning that says what to do."""
     monkeypatch.setenv("OMP_WAIT_POLICY", "active")
     monkeypatch.setenv("MOIETY_CPU_KERNELS", "off")
     checks = {check.check: check for check in examine()}
@@ -41,21 +41,21 @@ def test_settings_that_slow_down(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_port_in_use() -> None:
-    """A gateway port that is taken is told before a gateway fails on it."""
+    """A gateway port that is in use gives a warning."""
     with socket.socket() as taken:
         try:
             taken.bind(("127.0.0.1", 50051))
             taken.listen()
         except OSError:
-            pass  # somebody else's: just as good
+            pass  # another process uses the port, which serves the test as well
         checks = {check.check: check for check in examine()}
     assert checks["port 50051"].verdict is Verdict.WARN
 
 
 def test_doctor_lines_count() -> None:
-    """Advice stands below its check, and the last line counts verdicts."""
-    lines = list(doctor_lines([Check("a", "1"), Check("bb", "2", Verdict.FAIL, "mend it")]))
-    assert lines == ["ok    a   1", "fail  bb  2", "          → mend it", "1 ok, 0 warn, 1 fail"]
+    """Advice is on the line below its check, and the last line counts verdicts."""
+    lines = list(doctor_lines([Check("a", "1"), Check("bb", "2", Verdict.FAIL, "fix it")]))
+    assert lines == ["ok    a   1", "fail  bb  2", "          → fix it", "1 ok, 0 warn, 1 fail"]
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_doctor_lines_count() -> None:
     ],
 )
 def test_core_quota(tmp_path: Path, files: dict[str, str], quota: float | None) -> None:
-    """Both versions of control groups are read; no limit and no file are no quota."""
+    """Both versions of control groups are read; without a limit or a file there is no quota."""
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(f"{text}\n")
@@ -77,6 +77,6 @@ def test_core_quota(tmp_path: Path, files: dict[str, str], quota: float | None) 
 
 
 def test_process_time() -> None:
-    """Our own processor time is told on Linux, that of nobody is not."""
+    """The processor time of a process that does not exist is None."""
     assert usable_cores() >= 1
     assert (cpu_seconds(1 << 30)) is None

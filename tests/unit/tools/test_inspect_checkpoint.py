@@ -1,4 +1,4 @@
-"""`moiety inspect`: known sizes of published models, told from configs and headers alone."""
+"""`moiety inspect`: known sizes of published models, computed from configs and headers alone."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_deepseek_v3_is_read_in_seconds(tmp_path: Path):
 
 @pytest.mark.parametrize("architecture", ["deepseek", "dbrx", "gpt_oss", "qwen3_vl_moe", "grok-1"])
 def test_what_is_stored_adds_up(tmp_path: Path, architecture: str):
-    """Experts, router and what is never read are the whole checkpoint, however it is laid out."""
+    """Bytes of experts, router and skipped tensors add up to the whole checkpoint, for every layout."""
     checkpoint = Checkpoint.open(write_tiny(architecture, tmp_path))
     found = inspect(checkpoint)
     stored = sum(entry.nbytes for entry in checkpoint.tensors.values())
@@ -56,7 +56,7 @@ def test_what_is_stored_adds_up(tmp_path: Path, architecture: str):
 
 
 def test_groups_are_suggested_for_a_memory(tmp_path: Path):
-    """The fewest that fit; none where one expert of every layer is too much."""
+    """The fewest groups that fit are suggested; none where one expert of every layer does not fit."""
     found = inspect(Checkpoint.open(write_tiny("qwen3_moe", tmp_path)))
     assert suggest(found, 2 * GIB).groups == 1
     tight = FLOOR + int(PEAK * found.group_bytes(16)) + 1

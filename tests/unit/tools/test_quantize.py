@@ -1,4 +1,4 @@
-"""`moiety quantize`: the budget holds, what is written is served as it was measured, and what cannot be is refused."""
+"""`moiety quantize`: the weights fit the memory, experts are written as chosen, and impossible requests are refused."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ SIZES = {
     "num_experts": 8,
     "dtype": "bfloat16",
 }
-MEMORY = 1_600_000  # of 2.1 MB at bfloat16: some experts must go down, not all
+MEMORY = 1_600_000  # bytes; the model has 2.1 MB in bfloat16, so some experts must get fewer bits, but not all
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Experts published one by one, wide enough for groups of 128."""
+    """A checkpoint that stores experts one by one, wide enough for groups of 128."""
     return write_tiny("qwen3_moe", tmp_path_factory.mktemp("source"), **SIZES)
 
 
@@ -43,8 +43,8 @@ def text() -> str:
     return shipped_text()[:4000]
 
 
-def test_the_command_fits_the_budget_and_tells_what_it_did(source: Path, tmp_path: Path):
-    """Weights take at most --memory; report and picture name every expert; the config names the format."""
+def test_the_command_fits_the_memory_and_reports_its_choice(source: Path, tmp_path: Path):
+    """Weights take at most --memory; report and picture list every expert; the config names the format."""
     out = tmp_path / "out"
     done = CliRunner().invoke(
         cli, ["quantize", str(source), "--memory", str(MEMORY), "--out", str(out), "--tokens", "600"]
@@ -62,7 +62,7 @@ def test_the_command_fits_the_budget_and_tells_what_it_did(source: Path, tmp_pat
 
 
 def test_what_is_written_is_what_was_chosen(source: Path, tmp_path: Path, text: str):
-    """Each expert is read back at its precision with the very values that quantising it in memory gives."""
+    """Each expert is read back at its precision, with exactly the values that quantising it in memory gives."""
     quantised = quantise(str(source), tmp_path / "out", MEMORY, text, tokens=600)
     checkpoint = Checkpoint.open(tmp_path / "out")
     loaded = load_experts(checkpoint, expert_layout(checkpoint), quantised.allocation.chosen, torch.bfloat16)
@@ -82,7 +82,7 @@ def test_what_is_written_is_what_was_chosen(source: Path, tmp_path: Path, text: 
 
 
 def test_more_memory_costs_less_error(source: Path, tmp_path: Path, text: str):
-    """With memory for all, nothing changes; the less there is, the larger the error."""
+    """With enough memory nothing is quantised; with less memory the error is larger."""
     errors = [
         quantise(str(source), tmp_path / str(memory), memory, text, tokens=600).allocation.error
         for memory in (10_000_000, MEMORY, 1_100_000)
@@ -92,22 +92,22 @@ def test_more_memory_costs_less_error(source: Path, tmp_path: Path, text: str):
     assert "quantization_config" not in json.loads((tmp_path / "10000000" / "config.json").read_text())
 
 
-def test_a_budget_below_four_bits_names_the_least(source: Path, tmp_path: Path, text: str):
-    """What cannot fit is refused with the bytes that would; nothing is written."""
+def test_a_memory_below_four_bits_names_the_least(source: Path, tmp_path: Path, text: str):
+    """A memory that is too small is refused with the least bytes that suffice; nothing is written."""
     with pytest.raises(ConfigError, match=r"must be at least [0-9]+ bytes"):
         quantise(str(source), tmp_path / "out", 100_000, text, tokens=600)
     assert not (tmp_path / "out").exists()
 
 
 def test_experts_in_one_tensor_are_refused(tmp_path: Path, text: str):
-    """A fused layout cannot have bits per expert, and the error names the tensor."""
+    """A fused layout, which cannot have different bits per expert, is refused."""
     folder = write_tiny("gpt_oss", tmp_path / "fused")
     with pytest.raises(CheckpointError, match="holds all experts of a layer in one tensor"):
         quantise(str(folder), tmp_path / "out", MEMORY, text)
 
 
 def test_another_run_s_output_is_not_overwritten(source: Path, tmp_path: Path, text: str):
-    """A folder with something in it is refused before anything is measured."""
+    """An output folder that is not empty is refused."""
     (tmp_path / "kept").write_text("mine")
     with pytest.raises(ConfigError, match="must be a new or an empty folder"):
         quantise(str(source), tmp_path, MEMORY, text)
@@ -116,7 +116,7 @@ def test_another_run_s_output_is_not_overwritten(source: Path, tmp_path: Path, t
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_mixed_beats_uniform_int4_at_equal_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    """On a trained model the mixed choice loses less than every expert at 4 bits. It takes minutes: it trains the model."""
+    """On a trained model the mixed choice loses less than all experts at 4 bits. Slow: it trains the model, in minutes."""
     rows = bench_quantize(tmp_path, steps=150)
     with capsys.disabled():
         print("", *quality_lines(rows), sep="\n")

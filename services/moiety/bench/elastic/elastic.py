@@ -1,4 +1,4 @@
-"""`moiety bench elastic`: skewed load on a live Ray system rises and falls; only the hot group's replicas follow it."""
+"""`moiety bench elastic`: runs a live Ray system under a skewed load that rises and falls, and records its replicas."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ from moiety.registry.rates import latest_costs
 from moiety.synthetic import write_tiny
 
 SAMPLE_S = 0.25
-SETTLE_S = 3.0  # of no traffic, before the first phase: the ledger's window empties
+SETTLE_S = 3.0  # without traffic before the first phase, so that the ledger's window empties
 
 Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
 class ElasticWork:
-    """What is offered, and to what."""
+    """The load to offer, and the system to offer it to."""
 
     groups: int = 2
     capacity: float = 200.0  # rows per second that each replica is paced to
     max_replicas: int = 3
-    low: float = 0.4  # requests per second
-    high: float = 8.0
-    seconds: tuple[float, float, float] = (10.0, 30.0, 40.0)  # of low, high, and low again
+    low: float = 0.4  # requests per second while load is low
+    high: float = 8.0  # requests per second while load is high
+    seconds: tuple[float, float, float] = (10.0, 30.0, 40.0)  # of low load, high load, and low load again
     zipf: float = 1.6  # exponent of the skew over prompts
     new_tokens: int = 6
     seed: int = 0
@@ -46,7 +46,10 @@ class ElasticWork:
 
 
 def bench_elastic(work: ElasticWork, *, wait_s: float = 120.0, progress: Progress = lambda _: None) -> ElasticReport:
-    """Starts Ray, Redis and the system, offers the load, and ends all of it. Raises Unavailable where it does not start."""
+    """Starts Ray, Redis and the system, offers the load, and stops all of it.
+
+    Raises Unavailable where the system is not ready within `wait_s`.
+    """
     with ExitStack() as ends:
         folder = Path(ends.enter_context(tempfile.TemporaryDirectory(prefix="moiety-", ignore_cleanup_errors=True)))
         model = folder / "tiny-mixtral"
@@ -60,7 +63,7 @@ def bench_elastic(work: ElasticWork, *, wait_s: float = 120.0, progress: Progres
             registry=redis.url,
             grpc_port=0,
             router_cpus=0.1,
-            prefix_cache=False,  # a prompt that comes again is computed again: its rows are the load
+            prefix_cache=False,  # a repeated prompt must be computed again, because its rows are the load
             experts=GroupSettings(
                 max_replicas=work.max_replicas,
                 num_cpus=0.1,
@@ -108,7 +111,7 @@ async def _offer(work: ElasticWork, settings: AppSettings, deployed: DeployedApp
 
 
 async def _watch(registry: Registry, moments: list[Moment], traffic: Traffic) -> None:
-    """Notes replicas and loads several times a second, until it is cancelled."""
+    """Records replicas and their load every SAMPLE_S seconds, until it is cancelled."""
     while True:
         replicas = [r for r in await registry.replicas() if r.role is Role.EXPERT and r.state is ReplicaState.READY]
         loads, counts, rows = await registry.replica_load(), dict[str, int](), dict[str, float]()

@@ -1,4 +1,4 @@
-"""What `moiety bench elastic` saw: replicas and load over time, decisions, starts and token gaps, in words and a picture."""
+"""The report of `moiety bench elastic`: replicas and load over time, decisions, replica starts, token gaps; and a plot."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from moiety.bench.report import percentile
 from moiety.core.load import BatchCost
 from moiety.errors import FailedPrecondition
 
-AROUND_S = 3.0  # of a decision: the tokens whose gaps count as having come during the change
+AROUND_S = 3.0  # how long after the last new replica served a token's gap still counts for a decision
 
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """When a replica came up, in Unix seconds; 0 = not yet."""
+    """The stages of a replica's start, in Unix seconds; 0 = not yet reached."""
 
     replica: str
     deployment: str
@@ -29,7 +29,7 @@ class Start:
 
 @dataclass(frozen=True, slots=True)
 class Moment:
-    """What the registry said at one time."""
+    """The registry's content at one time."""
 
     time: float  # Unix seconds
     replicas: Mapping[str, int]
@@ -40,21 +40,21 @@ class Moment:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """One decision, what it took, and what streams felt of it."""
+    """One scaling decision, the replica starts it caused, and its effect on the streams."""
 
     time: float  # seconds since the first phase began
     deployment: str
     before: int
     after: int
     reason: str
-    itl_p99_ms: float | None  # of tokens between the decision and AROUND_S after the last of its replicas served
-    since_step_s: float | None  # load step → decision; growth only
-    starts: tuple[Mapping[str, float], ...]  # of each new replica, seconds: schedule, load, warm, serve, total
+    itl_p99_ms: float | None  # of tokens between the decision and AROUND_S after the last of its new replicas served
+    since_step_s: float | None  # from the load step to the decision; growth only
+    starts: tuple[Mapping[str, float], ...]  # seconds of each new replica: schedule, load, warm, serve, total
 
 
 @dataclass(frozen=True, slots=True)
 class ElasticReport:
-    """One run."""
+    """The result of one run."""
 
     hot: str
     capacity: float
@@ -62,22 +62,22 @@ class ElasticReport:
     failures: tuple[str, ...]
     itl_p50_ms: float
     itl_p99_ms: float
-    first_row_s: float | None  # load step → first row that the first new replica of the hot group served
-    costs: BatchCost | None  # of an expert batch, as the router has fitted them live
+    first_row_s: float | None  # from the load step to the first row that a new replica of the hot group served
+    costs: BatchCost | None  # of an expert batch, as fitted by the router during the run
     changes: tuple[Change, ...]
-    phases: tuple[tuple[float, float], ...]  # seconds since the beginning, requests per second
+    phases: tuple[tuple[float, float], ...]  # (seconds since the beginning, requests per second)
     timeline: tuple[Mapping[str, Any], ...]
 
     @property
     def held(self) -> bool:
-        """Whether no request failed, and the hot group, it alone, grew and shrank."""
+        """Whether no request failed, the hot group grew and shrank, and no other group changed."""
         moved = {change.deployment for change in self.changes}
         grew = any(change.after > change.before for change in self.changes)
         shrank = any(change.after < change.before for change in self.changes)
         return not self.failures and moved == {self.hot} and grew and shrank
 
     def data(self) -> dict[str, Any]:
-        """For `--json`."""
+        """Returns the report as plain values, for `--json`."""
         return asdict(self)
 
 
@@ -90,16 +90,16 @@ def report_of(
     traffic: Traffic,
     costs: BatchCost | None = None,
 ) -> ElasticReport:
-    """Puts together what was seen; times become seconds since the first phase began."""
+    """Builds the report from the records of a run. Times become seconds since the first phase began."""
     began = phases[0][0]
     starts = {start.replica: start for moment in moments for start in moment.starts}
     fresh = sorted((s for s in starts.values() if s.launched > began), key=lambda start: start.launched)
     changes = []
     for entry in (entry for entry in decisions if entry["time"] >= began):
         name, at, grown = entry["deployment"], float(entry["time"]), int(entry["to"]) - int(entry["from"])
-        mine = [s for s in fresh if s.deployment == name and s.launched >= at][: max(grown, 0)]
-        fresh = [s for s in fresh if s not in mine]
-        until = max([at, *(s.served or s.started for s in mine)]) + AROUND_S
+        caused = [s for s in fresh if s.deployment == name and s.launched >= at][: max(grown, 0)]
+        fresh = [s for s in fresh if s not in caused]
+        until = max([at, *(s.served or s.started for s in caused)]) + AROUND_S
         gaps = [gap for time, gap in traffic.gaps if at <= time <= until]
         step = max((time for time, _ in phases if time <= at), default=began)
         changes.append(
@@ -111,19 +111,19 @@ def report_of(
                 reason=str(entry["reason"]),
                 itl_p99_ms=1000 * percentile(gaps, 99) if gaps else None,
                 since_step_s=at - step if grown > 0 else None,
-                starts=tuple(_split(at, s) for s in mine if s.served),
+                starts=tuple(_split(at, s) for s in caused if s.served),
             )
         )
     step = phases[1][0] if len(phases) > 1 else began
     served = [s.served for s in starts.values() if s.deployment == prompts.hot and s.launched > step and s.served]
-    every = [gap for _, gap in traffic.gaps] or [0.0]
+    all_gaps = [gap for _, gap in traffic.gaps] or [0.0]
     return ElasticReport(
         hot=prompts.hot,
         capacity=capacity,
         requests=traffic.requests,
         failures=tuple(traffic.failures),
-        itl_p50_ms=1000 * percentile(every, 50),
-        itl_p99_ms=1000 * percentile(every, 99),
+        itl_p50_ms=1000 * percentile(all_gaps, 50),
+        itl_p99_ms=1000 * percentile(all_gaps, 99),
         first_row_s=min(served) - step if served else None,
         costs=costs,
         changes=tuple(changes),
@@ -141,16 +141,16 @@ def report_of(
 
 
 def elastic_lines(report: ElasticReport) -> Iterator[str]:
-    """The report for people."""
+    """Yields the report; the last line is the verdict."""
     yield f"each replica is paced to {report.capacity:g} rows/s; {report.hot} is the hot group"
     for change in report.changes:
-        felt = f"; ITL p99 {change.itl_p99_ms:.0f} ms" if change.itl_p99_ms is not None else ""
+        itl = f"; ITL p99 {change.itl_p99_ms:.0f} ms" if change.itl_p99_ms is not None else ""
         since = f", {change.since_step_s:.1f} s after the load step" if change.since_step_s is not None else ""
-        yield f"{change.time:6.1f} s  {change.deployment} {change.before} → {change.after}{since}{felt}"
+        yield f"{change.time:6.1f} s  {change.deployment} {change.before} → {change.after}{since}{itl}"
         yield f"          {change.reason}"
         for start in change.starts:
-            told = ", ".join(f"{name} {seconds:.2f}" for name, seconds in start.items())
-            yield f"          a new replica, seconds: {told}"
+            stages = ", ".join(f"{name} {seconds:.2f}" for name, seconds in start.items())
+            yield f"          a new replica, seconds: {stages}"
     if report.first_row_s is not None:
         yield f"load step → first row served by a new replica: {report.first_row_s:.1f} s"
     yield f"{report.requests} requests, {len(report.failures)} failed"
@@ -160,12 +160,12 @@ def elastic_lines(report: ElasticReport) -> Iterator[str]:
         terms = (
             f"{1e3 * costs.fixed_s:.2f} ms + {1e9 * costs.s_per_byte:.2f} ms/MB + {1e3 * costs.s_per_row:.2f} ms/row"
         )
-        yield f"an expert batch, fitted live from {costs.samples}: {terms}, median error {costs.error:.0%}"
+        yield f"cost of an expert batch, fitted from {costs.samples} batches: {terms}, median error {costs.error:.0%}"
     yield "only the hot group followed the load" if report.held else "NOT as it should be: see above"
 
 
 def plot(report: ElasticReport, file: Path) -> None:
-    """Load and replicas over time as PNG or SVG, by the file's name. Raises FailedPrecondition without matplotlib."""
+    """Draws load and replicas over time as PNG or SVG, by the file's suffix. Raises FailedPrecondition without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -201,7 +201,7 @@ def plot(report: ElasticReport, file: Path) -> None:
 
 
 def _split(decided: float, start: Start) -> dict[str, float]:
-    """Where the time from a decision to the first row went."""
+    """Splits the seconds from a decision to the replica's first row into stages."""
     return {
         "schedule": start.launched - decided,
         "load": start.loaded - start.launched,

@@ -1,4 +1,4 @@
-"""Skewed, open-loop traffic: prompts drawn by Zipf's law, the first of them the fondest of one expert group."""
+"""Skewed, open-loop traffic: prompts drawn by Zipf's law, the likeliest of them sending most rows to one expert group."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from moiety.core.replica import Role
 from moiety.errors import MoietyError
 from moiety.registry.interface import Registry
 
-CANDIDATES = 10  # prompts of one token each that are tried
+CANDIDATES = 10  # prompts to try; each repeats one token
 PROMPT_TOKENS = 8
-LEDGER_S = 1.1  # routers tell their counters once a second
+LEDGER_S = 1.1  # seconds between readings of the ledger; routers report their counters once a second
 
 
 @dataclass(frozen=True, slots=True)
 class Prompts:
-    """What is asked, hottest first, and how often each."""
+    """The prompts, hottest first, and their probabilities."""
 
-    tokens: tuple[int, ...]  # a prompt is PROMPT_TOKENS times its token
-    chances: tuple[float, ...]
+    tokens: tuple[int, ...]  # a prompt is its token, PROMPT_TOKENS times
+    chances: tuple[float, ...]  # probability of each prompt
     hot: str  # the deployment that gets the most rows
-    share: float  # that its experts have of the first prompt's rows
+    share: float  # share of the first prompt's rows that go to it
 
 
 class Traffic:
-    """Requests that come when they come, whatever became of those before."""
+    """Open-loop traffic: sends requests at random times, without waiting for earlier ones."""
 
     def __init__(self, client: Client, prompts: Prompts, new_tokens: int, seed: int) -> None:
         self._client, self._prompts, self._new_tokens = client, prompts, new_tokens
@@ -39,10 +39,10 @@ class Traffic:
         self.requests = 0
         self.running = 0
         self.failures: list[str] = []
-        self.gaps: list[tuple[float, float]] = []  # Unix seconds of a token, and how long after the one before it came
+        self.gaps: list[tuple[float, float]] = []  # (Unix seconds of a token, seconds since the token before it)
 
     async def offer(self, per_s: float, seconds: float) -> None:
-        """Poisson arrivals for a while."""
+        """Sends requests as a Poisson process of `per_s` per second, for `seconds`."""
         until = time.monotonic() + seconds
         while (wait := self._random.exponential(1.0 / per_s)) < until - time.monotonic():
             await asyncio.sleep(wait)
@@ -51,7 +51,7 @@ class Traffic:
         await asyncio.sleep(max(0.0, until - time.monotonic()))
 
     async def finish(self) -> None:
-        """Waits for all that was asked."""
+        """Waits until all requests have ended."""
         await asyncio.gather(*self._tasks)
 
     async def _request(self, token: int) -> None:
@@ -76,9 +76,9 @@ class Traffic:
 async def skewed_prompts(
     client: Client, registry: Registry, exponent: float, seed: int, progress: Callable[[str], None]
 ) -> Prompts:
-    """Tries candidates one by one, and ranks them by the share of rows that one and the same group gets of them."""
+    """Tries candidates one by one, and ranks them by the share of their rows that goes to one group, the hot one."""
     tokens = (20 + np.random.default_rng(seed).permutation(200)[:CANDIDATES]).tolist()
-    shares = []  # by candidate: share of each group
+    shares = []  # [candidates][groups]: fraction of the candidate's rows
     groups: list[str] = []
     before = await _rows(registry)
     for token in tokens:
@@ -87,17 +87,19 @@ async def skewed_prompts(
         after = await _moved(registry, before)
         groups = sorted(after)
         rows = [after[group] - before.get(group, 0) for group in groups]
-        shares.append([each / sum(rows) for each in rows])
+        shares.append([count / sum(rows) for count in rows])
         before = after
     table = np.array(shares)  # [candidates, groups]
-    hot = int(np.argmax(np.sort(table, axis=0)[-3:].mean(axis=0)))  # whose three fondest prompts are the most skewed
+    hot = int(
+        np.argmax(np.sort(table, axis=0)[-3:].mean(axis=0))
+    )  # the group with the largest mean of its top 3 shares
     order = np.argsort(-table[:, hot], kind="stable")
     chances = 1.0 / np.arange(1, len(order) + 1) ** exponent
     chances /= chances.sum()
     expected = float(table[order, hot] @ chances)
     progress(
-        f"{len(order)} prompts by Zipf({exponent:g}): {groups[hot]} gets {table[order[0], hot]:.0%} of the first one's rows, "
-        f"{expected:.0%} of all"
+        f"{len(order)} prompts by Zipf({exponent:g}): {groups[hot]} gets {table[order[0], hot]:.0%} of the first prompt's "
+        f"rows, {expected:.0%} of all rows"
     )
     return Prompts(
         tuple(tokens[index] for index in order), tuple(chances.tolist()), groups[hot], float(table[order[0], hot])
@@ -105,7 +107,7 @@ async def skewed_prompts(
 
 
 async def _moved(registry: Registry, before: dict[str, int]) -> dict[str, int]:
-    """The ledger's totals once they have moved and stood still for a reporting period."""
+    """Returns the ledger's totals once they differ from `before` and have not changed for a reporting period."""
     last = before
     async with asyncio.timeout(30):
         while True:
@@ -117,8 +119,8 @@ async def _moved(registry: Registry, before: dict[str, int]) -> dict[str, int]:
 
 
 async def _rows(registry: Registry) -> dict[str, int]:
-    """Group -> rows sent to its experts so far."""
-    held = {each.deployment: each.held for each in await registry.replicas() if each.role is Role.EXPERT}
+    """Returns, by group, the rows sent to its experts so far."""
+    held = {replica.deployment: replica.held for replica in await registry.replicas() if replica.role is Role.EXPERT}
     totals = dict.fromkeys(held, 0)
     for demand in (await registry.expert_demand()).values():
         for name, experts in held.items():

@@ -1,4 +1,4 @@
-"""An engine that a benchmark asks directly, with experts that it starts or holds itself."""
+"""Runs an engine directly, without gateway or tokenising, on a checkpoint that the benchmark opens."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ from moiety.router.sequence.sequence import Sequence as Request
 from moiety.telemetry.tracing import NO_SPAN, Tracer
 from moiety.wire.codec import torch_dtype
 
-ANSWER_S = 120.0  # a step that takes longer is broken
-COVERED_S = 30.0
-STOP_S = 5.0
+ANSWER_S = 120.0  # longest wait for the next token
+COVERED_S = 30.0  # longest wait until every expert has a holder
+STOP_S = 5.0  # longest wait for the engine to stop
 
 
 @dataclass(frozen=True, slots=True)
 class EngineWork:
-    """What every engine of a benchmark is asked."""
+    """The workload that every engine of a benchmark gets."""
 
-    model: str  # as bench_models has it
+    model: str  # a name of checkpoints.SYNTHETIC, or a checkpoint folder
     groups: int
     concurrency: tuple[int, ...]
     prompt_tokens: int
@@ -56,7 +56,7 @@ class EngineWork:
 
 @dataclass(frozen=True, slots=True)
 class BenchModel:
-    """The checkpoint that an EngineWork names, opened."""
+    """The opened checkpoint of an EngineWork."""
 
     path: Path
     checkpoint: Checkpoint
@@ -66,32 +66,35 @@ class BenchModel:
 
     @classmethod
     async def open(cls, work: EngineWork, stack: AsyncExitStack, progress: Callable[[str], None]) -> BenchModel:
-        """Synthetic ones are written to a folder that `stack` removes. Raises ConfigError where the work does not fit."""
+        """Opens the checkpoint; writes a synthetic one first, to a folder that `stack` removes.
+
+        Raises ConfigError where prompt and new tokens exceed the model's context.
+        """
         folder = Path(stack.enter_context(TemporaryDirectory(prefix="moiety-bench-")))
         context = work.prompt_tokens + work.new_tokens
         path = await asyncio.to_thread(model_folder, work.model, folder, work.dtype, context, progress)
         checkpoint = Checkpoint.open(path)
         layout = await asyncio.to_thread(expert_layout, checkpoint)
         if context > layout.shape.max_context:
-            told = f"{work.prompt_tokens} + {work.new_tokens}"
-            raise ConfigError("prompt + new", told, f"at most {layout.shape.max_context}, the model's context")
+            tokens = f"{work.prompt_tokens} + {work.new_tokens}"
+            raise ConfigError("prompt + new", tokens, f"at most {layout.shape.max_context}, the model's context")
         revision = await asyncio.to_thread(revision_of, checkpoint)
         return cls(path, checkpoint, layout, revision, torch_dtype(work.dtype, layout.shape.dtype))
 
     def settings(self, work: EngineWork, **more: Any) -> RouterSettings:
-        """Of a router with room for all streams of the work at once."""
+        """Returns the settings of a router with slots for all streams of the work at once."""
         streams = max(work.concurrency)
         values = {"model": str(self.path), "dtype": work.dtype, "slots": streams, "queue_limit": streams}
         return validated(RouterSettings, {**values, **more})
 
     async def load(self, settings: RouterSettings) -> tuple[torch.nn.Module, KVCache]:
-        """A router's weights and cache."""
+        """Loads the trunk and its KV cache."""
         return await asyncio.to_thread(load_model, settings, self.checkpoint, self.layout, self.dtype, self.revision)
 
     async def engine_over(
         self, cluster: LocalCluster, settings: RouterSettings, tracer: Tracer, stack: AsyncExitStack
     ) -> EngineRunner:
-        """An engine here whose experts are `cluster`'s, all of which have a holder."""
+        """Returns a runner of an engine in this process that uses `cluster`'s experts, once every expert has a holder."""
         shape = self.layout.shape
         model, cache = await self.load(settings)
         hops, lanes = await reach_experts(settings, shape, self.revision, self.dtype, cluster.registry, tracer, stack)
@@ -100,7 +103,7 @@ class BenchModel:
 
 
 class EngineRunner:
-    """An engine, asked directly: no gateway, no tokenising. Idle between runs."""
+    """Runs an engine without gateway or tokenising. The engine is idle between runs."""
 
     def __init__(self, engine: Engine, shape: ModelShape, stack: AsyncExitStack):
         self._engine, self._shape, self._count = engine, shape, 0
@@ -108,7 +111,7 @@ class EngineRunner:
         stack.push_async_callback(asyncio.to_thread, engine.stop, STOP_S)
 
     def run(self, streams: int, prompt_tokens: int, new_tokens: int, recorder: SpanRecorder | None = None) -> Speeds:
-        """Blocks until all streams are done. Raises what ended one of them early."""
+        """Runs `streams` prompts at once and blocks until all are done. Raises the error that ended one of them early."""
         arrived: queue.SimpleQueue[tuple[int, float, Emitted]] = queue.SimpleQueue()
         began = time.perf_counter()
 
@@ -155,4 +158,4 @@ async def _covered(hop: Hop) -> None:
 
 
 def no_waits(_layer: int, _experts: list[int]) -> None:
-    """Nobody scales these groups."""
+    """Ignores reports of missing experts: no autoscaler watches these groups."""

@@ -1,4 +1,4 @@
-"""`moiety bench lanes`: the same engine with its steps in one piece, in two lanes, and in what it measures to be faster."""
+"""`moiety bench lanes`: the same engine with its steps in one piece, in two lanes, and in the way it measures to be faster."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from moiety.local.cluster import LocalCluster
 from moiety.telemetry.tracing import NO_TRACER
 from moiety_kernels.threads import usable_cores
 
-# Setting `lanes` of each engine; 0 lets it measure.
+# Setting `lanes` of each engine; 0 = the engine measures both ways and keeps the faster one.
 ENGINES = {"one piece": 1, "two lanes": 2, "measured": 0}
 
 
@@ -33,7 +33,7 @@ class LanesRow:
 
 
 async def bench_lanes(work: EngineWork, *, progress: Callable[[str], None] = lambda _: None) -> tuple[LanesRow, ...]:
-    """Measures all in turns. Raises CheckpointError or ConfigError where the checkpoint cannot be served like that."""
+    """Measures the engines in turns. Raises CheckpointError or ConfigError where the checkpoint cannot be served so."""
     async with AsyncExitStack() as stack:
         opened = await BenchModel.open(work, stack, progress)
         progress(f"experts: starting {work.groups} groups")
@@ -53,7 +53,7 @@ async def bench_lanes(work: EngineWork, *, progress: Callable[[str], None] = lam
 
 
 def lanes_lines(rows: Sequence[LanesRow], work: EngineWork) -> Iterator[str]:
-    """The result for people."""
+    """Yields the report."""
     yield rows[0].model
     header = ("streams", "one piece tok/s", "two lanes tok/s", "measured tok/s", "two lanes ratio", "measured ratio")
     yield from table(
@@ -70,7 +70,7 @@ def lanes_lines(rows: Sequence[LanesRow], work: EngineWork) -> Iterator[str]:
             for row in rows
         ],
     )
-    yield "ratio = decode tokens/s over steps in one piece; measured = the default: lanes where they were found to pay"
+    yield "ratio = decode tokens/s over decode tokens/s in one piece; measured = the default: lanes where they measured faster"
     yield (
         f"{work.dtype}, {work.groups} groups, prompts of {work.prompt_tokens}, {work.new_tokens} new tokens, "
         f"{work.rounds} rounds in turns"
@@ -80,7 +80,7 @@ def lanes_lines(rows: Sequence[LanesRow], work: EngineWork) -> Iterator[str]:
 def _measure(work: EngineWork, streams: int, engines: dict[str, EngineRunner]) -> LanesRow:
     runs: dict[str, list[Speeds]] = {name: [] for name in engines}
     for runner in engines.values():
-        runner.run(streams, work.prompt_tokens, min(16, work.new_tokens))  # and the first trials of both ways
+        runner.run(streams, work.prompt_tokens, min(16, work.new_tokens))  # warm-up, and the engine's first trials
     for _ in range(work.rounds):
         for name, runner in engines.items():
             runs[name].append(runner.run(streams, work.prompt_tokens, work.new_tokens))

@@ -1,4 +1,4 @@
-"""A tracer that keeps the spans of traced requests in this process, and what they tell of each MoE layer's hop."""
+"""A tracer that keeps the spans of traced requests in this process, and the times of each MoE layer from these spans."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from moiety.telemetry.tracing import NO_SPAN, Parent, Span, Value
 
 @dataclass(eq=False)
 class RecordedSpan:
-    """A span that stays here: nothing of it goes out with a call."""
+    """A span that stays in this process: calls carry no trace context."""
 
     name: SpanName
     parent: RecordedSpan | None
@@ -29,7 +29,7 @@ class RecordedSpan:
         self.attributes[key] = value
 
     def error(self, cause: BaseException | str) -> None:
-        """Not kept: a failed request fails the benchmark anyhow."""
+        """Does nothing: a failed request fails the benchmark."""
 
     def end(self, end_ns: int | None = None) -> None:
         self.end_ns = self.end_ns or end_ns or time.time_ns()
@@ -44,13 +44,13 @@ class RecordedSpan:
 
 
 class SpanRecorder:
-    """A Tracer: records what is below its own `root` spans."""
+    """A Tracer that records the spans below its own `root` spans."""
 
     def __init__(self) -> None:
         self.spans: list[RecordedSpan] = []
 
     def root(self) -> RecordedSpan:
-        """The span of a request to trace."""
+        """Returns the span of a request to trace."""
         return RecordedSpan(SpanName.ENGINE_REQUEST, None, time.time_ns())
 
     def start(
@@ -72,20 +72,20 @@ class SpanRecorder:
         return True
 
     def shutdown(self, timeout_s: float = 2.0) -> None:
-        """Nothing to stop."""
+        """Does nothing: there is nothing to stop."""
 
 
 @dataclass(frozen=True, slots=True)
 class LayerTime:
-    """One MoE layer of one step."""
+    """Times of one MoE layer in one step."""
 
     compute_ms: float  # of the slowest group
-    hop_ms: float  # from the first call sent to the last answer, less that
+    hop_ms: float  # from the first call sent to the last answer, less `compute_ms`
     imbalance: float  # the slowest group's compute over the mean of all groups
 
 
 def layer_times(spans: Sequence[RecordedSpan], groups: int) -> list[LayerTime]:
-    """One for every decode step's layer whose calls were all answered; `groups` without a call count as idle."""
+    """Returns the times of every decode step's layer that has answered calls. Groups without a call count as idle."""
     calls: dict[RecordedSpan, list[RecordedSpan]] = defaultdict(list)
     for span in spans:
         if span.name is SpanName.HOP and span.parent is not None and Attribute.COMPUTE_MS in span.attributes:

@@ -1,4 +1,4 @@
-"""`moiety bench split`: one engine with its experts in its own process, beside the same one with them in services."""
+"""`moiety bench split`: one engine with its experts in its own process, beside the same engine with experts in services."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class SplitRow:
-    """One concurrency: medians of the rounds, and of the layers of a traced run after them."""
+    """One concurrency: medians of the rounds, and medians over the layers of a traced run after them."""
 
     model: str
     concurrency: int
@@ -35,14 +35,14 @@ class SplitRow:
     itl_ratio: float
     one_process_decode_tokens_per_s: float
     split_decode_tokens_per_s: float
-    one_process_compute_ms: float  # of a layer's experts
-    compute_ms: float  # of a layer, the slowest group
-    hop_ms: float  # of a layer, first call sent to last answer, less `compute_ms`
-    imbalance: float  # slowest group's compute over the mean
+    one_process_compute_ms: float  # of one layer's experts
+    compute_ms: float  # of one layer's slowest group
+    hop_ms: float  # of one layer: from the first call sent to the last answer, less `compute_ms`
+    imbalance: float  # the slowest group's compute over the mean of all groups
 
 
 async def bench_split(work: EngineWork, *, progress: Progress = lambda _: None) -> tuple[SplitRow, ...]:
-    """Measures both in turns. Raises CheckpointError or ConfigError where the checkpoint cannot be served like that."""
+    """Measures both engines in turns. Raises CheckpointError or ConfigError where the checkpoint cannot be served so."""
     async with AsyncExitStack() as stack:
         opened = await BenchModel.open(work, stack, progress)
         shape, cores = opened.layout.shape, usable_cores()
@@ -70,7 +70,7 @@ async def bench_split(work: EngineWork, *, progress: Progress = lambda _: None) 
 
 
 def split_lines(rows: Sequence[SplitRow], work: EngineWork) -> Iterator[str]:
-    """The result for people."""
+    """Yields the report."""
     header = ("streams", "one process", "split", "ratio", "compute, one process", "compute", "hop", "imbalance")
     yield rows[0].model
     yield from table(
@@ -89,8 +89,11 @@ def split_lines(rows: Sequence[SplitRow], work: EngineWork) -> Iterator[str]:
             for row in rows
         ],
     )
-    yield "ITL p50 of the same engine in ms, its experts in its own process and in services; the rest: medians of decode layers"
-    yield "compute = the experts' (the slowest group's), hop = first call sent to last answer, less compute"
+    yield (
+        "one process, split = ITL p50 of the same engine in ms, ratio = split over one process; the rest: medians of decode "
+        "layers, times in ms"
+    )
+    yield "compute = the experts' time (the slowest group's), hop = first call sent to last answer, less compute"
     yield "imbalance = the slowest group's compute over the mean"
     yield (
         f"{work.dtype}, {work.groups} groups, prompts of {work.prompt_tokens}, {work.new_tokens} new tokens, "
@@ -106,34 +109,33 @@ def _measure(
     local: LocalExperts,
     recorder: SpanRecorder,
 ) -> SplitRow:
-    asked = (streams, work.prompt_tokens, work.new_tokens)
     runs: dict[EngineRunner, list[Speeds]] = {one_process: [], split: []}
     for runner in runs:
         runner.run(streams, work.prompt_tokens, 2)
     for _ in range(work.rounds):
         for runner, results in runs.items():
             local.compute_s.clear()
-            results.append(runner.run(*asked))
+            results.append(runner.run(streams, work.prompt_tokens, work.new_tokens))
             if runner is one_process:
                 compute_s = percentile(local.compute_s, 50)
     recorder.spans.clear()
     split.run(streams, work.prompt_tokens, min(TRACED_TOKENS, work.new_tokens), recorder)
     layers = layer_times(recorder.spans, work.groups)
-    near, far = median(runs[one_process]), median(runs[split])
+    one_process_speeds, split_speeds = median(runs[one_process]), median(runs[split])
     return SplitRow(
         model=model_name(work.model),
         concurrency=streams,
-        one_process_itl_p50_ms=near.itl_p50_ms,
-        split_itl_p50_ms=far.itl_p50_ms,
-        itl_ratio=far.itl_p50_ms / near.itl_p50_ms,
-        one_process_decode_tokens_per_s=near.decode_tokens_per_s,
-        split_decode_tokens_per_s=far.decode_tokens_per_s,
+        one_process_itl_p50_ms=one_process_speeds.itl_p50_ms,
+        split_itl_p50_ms=split_speeds.itl_p50_ms,
+        itl_ratio=split_speeds.itl_p50_ms / one_process_speeds.itl_p50_ms,
+        one_process_decode_tokens_per_s=one_process_speeds.decode_tokens_per_s,
+        split_decode_tokens_per_s=split_speeds.decode_tokens_per_s,
         one_process_compute_ms=1000 * compute_s,
-        compute_ms=_middle(layers, "compute_ms"),
-        hop_ms=_middle(layers, "hop_ms"),
-        imbalance=_middle(layers, "imbalance"),
+        compute_ms=_median_of(layers, "compute_ms"),
+        hop_ms=_median_of(layers, "hop_ms"),
+        imbalance=_median_of(layers, "imbalance"),
     )
 
 
-def _middle(layers: Sequence[LayerTime], name: str) -> float:
+def _median_of(layers: Sequence[LayerTime], name: str) -> float:
     return percentile([getattr(layer, name) for layer in layers], 50)

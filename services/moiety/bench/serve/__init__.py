@@ -1,1 +1,1 @@
-"""`moiety bench serve`: the served system beside transformers, vLLM and llama.cpp."""
+"""`moiety bench serve`: compares the served system with transformers, vLLM and llama.cpp."""

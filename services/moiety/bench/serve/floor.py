@@ -1,6 +1,6 @@
-"""The least time a decode step can take on a machine: the weights it must read, and the products it must compute.
+"""The least time of a decode step on a machine, its floor: reading the weights and computing the products it needs.
 
-Keys and values are left out: at the contexts of the benchmarks they are a few percent of the weights.
+Keys and values are not counted: at the contexts of the benchmarks they are a few percent of the weights.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from moiety.tools.machine_speed import MachineSpeed
 
 @dataclass(frozen=True, slots=True)
 class StepCost:
-    """What a decode step of a model touches. All counts are of parameters."""
+    """The parameters that a decode step of a model uses."""
 
-    router: int  # all but the routed experts and the input embedding, of which a step reads a row per token
-    expert: int  # one expert of one layer
+    router: int  # parameters of the trunk, without the input embedding (a step reads only one row of it per token)
+    expert: int  # parameters of one expert of one layer
     moe_layers: int
     experts: int  # per layer
     top_k: int
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, layout: ExpertLayout) -> StepCost:
-        """From the headers of a checkpoint; no weight is read."""
+        """Counts the parameters from the headers of a checkpoint. Reads no weights."""
         shape = layout.shape
         owned = {
             name.replace(EXPERT, str(expert))
@@ -38,7 +38,7 @@ class StepCost:
         in_experts = sum(_size(entry) for name, entry in checkpoint.tensors.items() if name in owned)
         others = [entry for name, entry in checkpoint.tensors.items() if name not in owned]
         tables = [entry for entry in others if entry.shape == (shape.vocabulary, shape.mlp.hidden)]
-        # Two tables: input embedding and output projection. One: tied, and the projection reads all of it.
+        # Two tables: input embedding and output projection. One table: the two are tied, and the projection reads it all.
         unread = _size(tables[0]) if len(tables) > 1 else 0
         return cls(
             router=sum(map(_size, others)) - unread,
@@ -49,19 +49,19 @@ class StepCost:
         )
 
     def activated(self, tokens: int) -> float:
-        """Distinct experts that `tokens` tokens are expected to hit in a layer, if routing is even."""
+        """Returns the expected number of distinct experts that `tokens` tokens activate in a layer, for even routing."""
         return self.experts * (1 - (1 - self.top_k / self.experts) ** tokens)
 
     def streamed_bytes(self, tokens: int, router_width: float, expert_width: float) -> float:
-        """Weight bytes of a step of `tokens` tokens; widths are bytes per parameter."""
+        """Returns the weight bytes that a step of `tokens` tokens reads. Widths are bytes per parameter."""
         return self.router * router_width + self.moe_layers * self.activated(tokens) * self.expert * expert_width
 
     def flops(self, tokens: int) -> float:
-        """A product and a sum per parameter that a token meets."""
+        """Returns the operations of a step: a product and a sum for each parameter that a token uses."""
         return 2.0 * tokens * (self.router + self.moe_layers * self.top_k * self.expert)
 
     def floor_s(self, tokens: int, speed: MachineSpeed, dtype: str, expert_width: float | None = None) -> float:
-        """Seconds: reading, then computing, at the machine's measured best. `expert_width` is by default the dtype's."""
+        """Returns the seconds to read and then to compute, at the machine's best. `expert_width`: by default the dtype's."""
         width = 4.0 if dtype == "float32" else 2.0
         streamed = self.streamed_bytes(tokens, width, width if expert_width is None else expert_width)
         return streamed / speed.read_bytes_per_s + self.flops(tokens) / speed.flops(dtype)

@@ -1,4 +1,4 @@
-"""Peers as processes: started in their own environment, given orders, and stopped with SIGSTOP while others are measured."""
+"""Runs peers as processes in their own environments, sends them orders, and stops them (SIGSTOP) between their turns."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from typing import Any
 from moiety.errors import Unavailable
 
 MAIN = Path(__file__).parent / "peers" / "main.py"
-LINE_BYTES = 64 << 20
-STOP_S = 20.0  # engines have processes of their own to end
+LINE_BYTES = 64 << 20  # longest answer of a peer
+STOP_S = 20.0  # longest wait for a peer to end; engines first end their own child processes
 POLL_S = 0.05
-SHOWN_LINES = 3  # of a failed peer's log
-# A stopped process would not notice that we are gone. This one does, by the end of its stdin, and ends the whole group.
+SHOWN_LINES = 3  # last lines of a failed peer's log in the error
+# A peer under SIGSTOP cannot notice that its parent ended. The keeper can, by the end of its stdin, and kills the peer's group.
 KEEPER = "import os, signal, sys; sys.stdin.read(); os.killpg(int(sys.argv[1]), signal.SIGKILL)"
 
 
 @dataclass(frozen=True, slots=True)
 class PeerKind:
-    """A module of `peers/`, and the Python that it runs in."""
+    """A module of `peers/`, and the Python that runs it."""
 
-    name: str  # for progress lines, and for rows while it has told no better one
+    name: str  # for progress lines, and for rows until the peer reports its own name
     module: str
-    python: str
-    environment: Mapping[str, str]  # on top of ours
+    python: str  # path of the interpreter
+    environment: Mapping[str, str]  # variables added to this process's
 
 
 class Peer:
@@ -45,7 +45,7 @@ class Peer:
 
     @property
     def pid(self) -> int | None:
-        """Of its process, which leads its group; None before `start`."""
+        """Process id of the peer, which leads its process group; None before `start`."""
         return self._process.pid if self._process is not None else None
 
     @property
@@ -53,7 +53,7 @@ class Peer:
         return self._scratch / "log"
 
     async def start(self, load: Mapping[str, Any], timeout_s: float) -> None:
-        """Starts the process, loads, and leaves it stopped. Raises Unavailable with its own words where that fails."""
+        """Starts the process, loads the model, and stops the process. Raises Unavailable with the peer's own error."""
         self._scratch.mkdir(parents=True, exist_ok=True)
         threads = str(load["threads"])
         with self._log.open("wb") as log:
@@ -67,33 +67,36 @@ class Peer:
                     stderr=log,
                     env={**_outer_environment(), "OMP_NUM_THREADS": threads, **self.kind.environment},
                     limit=LINE_BYTES,
-                    start_new_session=True,  # its group is what is stopped, with whatever it starts itself
+                    start_new_session=True,  # signals then go to its process group, which includes its children
                 )
             except OSError as error:
                 raise Unavailable(f"{self.kind.python}: {error.strerror}") from error
         self._keeper = await asyncio.create_subprocess_exec(
             *(sys.executable, "-I", "-S", "-c", KEEPER, str(self._process.pid)),
             stdin=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.DEVNULL,  # where the group has ended by itself
+            stderr=asyncio.subprocess.DEVNULL,  # it fails where the group has ended already
             start_new_session=True,
         )
-        told = await self._order({"load": {**load, "scratch": str(self._scratch)}}, timeout_s)
-        self.name = str(told["system"])
+        answer = await self._order({"load": {**load, "scratch": str(self._scratch)}}, timeout_s)
+        self.name = str(answer["system"])
         self._signal(signal.SIGSTOP)
 
     async def run(
         self, prompts: Sequence[Sequence[int]], new_tokens: int, timeout_s: float
     ) -> tuple[float, list[list[float]]]:
-        """(start, each prompt's token times) on one clock in seconds. Raises Unavailable where the peer failed."""
+        """Generates, and returns (start, each prompt's token times) in seconds on one clock.
+
+        Raises Unavailable where the peer fails.
+        """
         self._signal(signal.SIGCONT)
         try:
-            told = await self._order({"run": {"prompts": prompts, "new_tokens": new_tokens}}, timeout_s)
+            answer = await self._order({"run": {"prompts": prompts, "new_tokens": new_tokens}}, timeout_s)
         finally:
             self._signal(signal.SIGSTOP)
-        return told["began"], told["arrivals"]
+        return answer["began"], answer["arrivals"]
 
     async def stop(self) -> None:
-        """Ends the process and what it started; nothing is left if it does not want to."""
+        """Ends the process and what it started. Kills the process group if it does not end within STOP_S."""
         if self._process is None or self._process.stdin is None:
             return
         self._signal(signal.SIGCONT)
@@ -101,7 +104,7 @@ class Peer:
         with suppress(TimeoutError):
             async with asyncio.timeout(STOP_S):
                 await self._process.wait()
-                # Its own children end after it, and take their shared memory with them.
+                # The peer's own children end after it, and free their shared memory then.
                 while _alive(self._process.pid):
                     await asyncio.sleep(POLL_S)
         if self._keeper is not None and self._keeper.stdin is not None:
@@ -124,24 +127,24 @@ class Peer:
         except ConnectionError:
             line = b""
         if not line:
-            raise Unavailable(f"the process ended: {self._last_words()}")
-        told: dict[str, Any] = json.loads(line)
-        if "error" in told:
-            raise Unavailable(str(told["error"]).splitlines()[0])
-        return told
+            raise Unavailable(f"the process ended: {self._log_tail()}")
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            raise Unavailable(str(answer["error"]).splitlines()[0])
+        return answer
 
     def _signal(self, number: signal.Signals) -> None:
         assert self._process is not None
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, number)
 
-    def _last_words(self) -> str:
+    def _log_tail(self) -> str:
         lines = self._log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        return " / ".join(lines[-SHOWN_LINES:]) or "without a word"
+        return " / ".join(lines[-SHOWN_LINES:]) or "its log is empty"
 
 
 def _alive(group: int) -> bool:
-    """Whether any process of the group is left."""
+    """Returns whether any process of the group is left."""
     try:
         os.killpg(group, 0)
     except ProcessLookupError:
@@ -150,6 +153,6 @@ def _alive(group: int) -> bool:
 
 
 def _outer_environment() -> dict[str, str]:
-    """Ours, less what would bring our packages or our thread settings into another's environment."""
-    ours = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "OMP_WAIT_POLICY", "OMP_NUM_THREADS", "THP_MEM_ALLOC_ENABLE")
-    return {name: value for name, value in os.environ.items() if name not in ours}
+    """Returns this process's environment without the variables that point to its packages or set its threads."""
+    excluded = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "OMP_WAIT_POLICY", "OMP_NUM_THREADS", "THP_MEM_ALLOC_ENABLE")
+    return {name: value for name, value in os.environ.items() if name not in excluded}

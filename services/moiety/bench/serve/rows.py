@@ -1,4 +1,4 @@
-"""From runs to rows: medians, ratios to the best peer, and how far a step is from the machine's floor."""
+"""Computes the rows of the report from the runs: medians, ratios to the best peer, and a step's time over its floor."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ class Cell:
 
 @dataclass(slots=True)
 class Measured:
-    """A system, its runs so far, and why there are no more of them, if so."""
+    """A system and its runs so far."""
 
     system: System
     runs: dict[Cell, list[Speeds]] = field(default_factory=dict)
-    failed: str | None = None
+    failed: str | None = None  # the error after which it was no longer run
 
 
 @dataclass(frozen=True, slots=True)
 class ServeRow:
-    """One system in one cell: medians of its rounds. What was not measured is None, and `failed` says why."""
+    """One system in one cell: medians of its rounds. Values that were not measured are None, and `failed` says why."""
 
     model: str
     prompt_tokens: int
@@ -55,33 +55,35 @@ class ServeRow:
 def rows_of(
     model: str, cost: StepCost, speed: MachineSpeed, dtype: str, measured: Sequence[Measured]
 ) -> Iterator[ServeRow]:
-    """A row for every system in every cell that any of them ran."""
+    """Yields a row for every system in every cell that any of them ran."""
     cells = dict.fromkeys(cell for one in measured for cell in one.runs)
     for cell in cells:
         medians = [median(one.runs[cell]) if cell in one.runs else None for one in measured]
-        peers = [told for one, told in zip(measured, medians, strict=True) if told is not None and one.system.peer]
-        best_decode = max((told.decode_tokens_per_s for told in peers), default=0.0)
-        best_prefill = max((told.prefill_tokens_per_s for told in peers), default=0.0)
-        for one, told in zip(measured, medians, strict=True):
+        peers = [
+            speeds for one, speeds in zip(measured, medians, strict=True) if speeds is not None and one.system.peer
+        ]
+        best_decode = max((speeds.decode_tokens_per_s for speeds in peers), default=0.0)
+        best_prefill = max((speeds.prefill_tokens_per_s for speeds in peers), default=0.0)
+        for one, speeds in zip(measured, medians, strict=True):
             floor_ms = 1000 * cost.floor_s(cell.streams, speed, dtype, one.system.expert_width)
             row = ServeRow(
                 model, cell.prompt_tokens, cell.streams, one.system.name, floor_ms=floor_ms, failed=one.failed
             )
-            if told is None:
+            if speeds is None:
                 yield replace(row, failed=one.failed or OUT_OF_TIME)
                 continue
             yield replace(
                 row,
-                **asdict(told),
-                ratio_to_best_peer=told.decode_tokens_per_s / best_decode if best_decode else None,
-                prefill_ratio_to_best_peer=told.prefill_tokens_per_s / best_prefill if best_prefill else None,
-                step_over_floor=told.itl_p50_ms / floor_ms,
+                **asdict(speeds),
+                ratio_to_best_peer=speeds.decode_tokens_per_s / best_decode if best_decode else None,
+                prefill_ratio_to_best_peer=speeds.prefill_tokens_per_s / best_prefill if best_prefill else None,
+                step_over_floor=speeds.itl_p50_ms / floor_ms,
                 rounds=len(one.runs[cell]),
             )
 
 
 def row_lines(rows: Sequence[ServeRow]) -> Iterator[str]:
-    """Tables for people, one per model; then what failed."""
+    """Yields one table per model, then one line per system that failed."""
     header = (
         *("prompt", "streams", "system", "decode tok/s", "ITL p50", "ITL p99", "TTFT p50", "prefill tok/s"),
         *("ratio", "prefill ratio", "floor", "step/floor"),
@@ -89,8 +91,8 @@ def row_lines(rows: Sequence[ServeRow]) -> Iterator[str]:
     for model in dict.fromkeys(row.model for row in rows):
         yield model
         yield from table(header, [_cells(row) for row in rows if row.model == model])
-    for told in dict.fromkeys(f"{row.system} ({row.model}): {row.failed}" for row in rows if row.failed):
-        yield f"FAILED: {told}"
+    for failure in dict.fromkeys(f"{row.system} ({row.model}): {row.failed}" for row in rows if row.failed):
+        yield f"FAILED: {failure}"
 
 
 def _cells(row: ServeRow) -> tuple[str, ...]:

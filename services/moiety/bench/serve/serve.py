@@ -1,4 +1,4 @@
-"""`moiety bench serve`: the whole served system beside its peers, in turns, on the same checkpoints and prompts."""
+"""`moiety bench serve`: measures the whole served system and its peers, in turns, on the same checkpoints and prompts."""
 
 from __future__ import annotations
 
@@ -27,44 +27,44 @@ from moiety.tools.machine_speed import MachineSpeed, measure_speed
 from moiety.wire.codec import DTYPE_NAMES, torch_dtype
 
 WARM_UP_TOKENS = 4
-START_S = 600.0  # vLLM compiles while it starts
-RUN_S = 300.0
-INT8_WIDTH = 1.0
+START_S = 600.0  # longest start of a system; vLLM compiles while it starts
+RUN_S = 300.0  # longest run of a system
+INT8_WIDTH = 1.0  # bytes per parameter
 
 Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """What is asked of every system."""
+    """The workload that every system gets."""
 
-    models: tuple[str, ...]  # names of bench_models.SYNTHETIC, or folders
+    models: tuple[str, ...]  # names of checkpoints.SYNTHETIC, or checkpoint folders
     groups: int
-    prompts: tuple[int, ...]  # tokens of a prompt
-    concurrency: tuple[int, ...]
+    prompts: tuple[int, ...]  # tokens per prompt
+    concurrency: tuple[int, ...]  # streams at once
     new_tokens: int  # at least 2
     dtype: str
     rounds: int
     minutes: float  # no run begins after that
-    int8: bool = False  # a second Moiety, with int8 experts
+    int8: bool = False  # whether to also measure Moiety with int8 experts
 
 
 @dataclass(frozen=True, slots=True)
 class ServeReport:
-    """All rows, and what they were measured against."""
+    """All rows, the workload, and the machine's speed."""
 
     workload: Workload
     speed: MachineSpeed
     rows: tuple[ServeRow, ...]
-    idle_share: Mapping[str, float] = field(default_factory=dict)  # of a core, by system that was not stopped
+    idle_share: Mapping[str, float] = field(default_factory=dict)  # system -> cores that it uses while it is idle
 
 
 async def bench_serve(
     workload: Workload, peers: Sequence[PeerKind], *, progress: Progress = lambda _: None
 ) -> ServeReport:
-    """Measures model after model; a system that fails keeps its rows, with the reason, and costs the others nothing.
+    """Measures one model after another. A system that fails keeps its rows, with the reason; the others go on.
 
-    Raises CheckpointError or ConfigError where a checkpoint cannot be served, or not with such prompts.
+    Raises CheckpointError or ConfigError where a checkpoint cannot be served, or not with prompts of that length.
     """
     deadline = time.monotonic() + 60 * workload.minutes
     rows: list[ServeRow] = []
@@ -77,33 +77,33 @@ async def bench_serve(
         speed = await asyncio.to_thread(measure_speed)
         for done, subject in enumerate(subjects):
             share = (deadline - time.monotonic()) / (len(subjects) - done)
-            contest = _Contest(workload, subject, time.monotonic() + share, progress)
-            measured = await contest.measure(peers, Path(folder) / f"peers-{done}")
+            comparison = _Comparison(workload, subject, time.monotonic() + share, progress)
+            measured = await comparison.measure(peers, Path(folder) / f"peers-{done}")
             rows += rows_of(subject.name, subject.cost, speed, subject.dtype, measured)
-            idle |= contest.idle_share
+            idle |= comparison.idle_share
     return ServeReport(workload, speed, tuple(rows), idle)
 
 
 def serve_lines(report: ServeReport) -> Iterator[str]:
-    """The result for people."""
-    asked, speed = report.workload, report.speed
+    """Yields the report."""
+    workload, speed = report.workload, report.speed
     yield from row_lines(report.rows)
     yield (
-        f"{asked.dtype}, {asked.new_tokens} new tokens; times in ms; medians of {asked.rounds} rounds in turns; "
-        f"ratio = over the best peer's; moiety is served by {asked.groups} expert groups"
+        f"{workload.dtype}, {workload.new_tokens} new tokens; times in ms; medians of {workload.rounds} rounds in turns; "
+        f"ratio = tokens/s over the best peer's; moiety is served by {workload.groups} expert groups"
     )
     yield (
         f"floor = weights of a step / {speed.read_bytes_per_s / 1e9:.1f} GB/s + its products / "
         f"{speed.bfloat16_flops / 1e9:.0f} GFLOP/s in bfloat16, {speed.float32_flops / 1e9:.0f} in float32, as measured; "
-        "weights that fit into the caches can beat it"
+        "a step whose weights fit into the caches can be faster"
     )
     for name, share in report.idle_share.items():
-        yield f"{name} used {100 * share:.1f} % of a core while idle; every peer was stopped (SIGSTOP) out of its turn"
+        yield f"{name} used {100 * share:.1f} % of a core while idle; every peer was stopped (SIGSTOP) between its turns"
 
 
 @dataclass(frozen=True, slots=True)
 class _Subject:
-    """One model, checked against the workload before anything is started."""
+    """One model, checked against the workload before any system starts."""
 
     name: str
     folder: Path
@@ -118,21 +118,21 @@ class _Subject:
         checkpoint = Checkpoint.open(folder)
         layout = expert_layout(checkpoint)
         if context > layout.shape.max_context:
-            told = f"{max(workload.prompts)} + {workload.new_tokens}"
-            raise ConfigError("prompt + new", told, f"at most {layout.shape.max_context}, the model's context")
+            tokens = f"{max(workload.prompts)} + {workload.new_tokens}"
+            raise ConfigError("prompt + new", tokens, f"at most {layout.shape.max_context}, the model's context")
         dtype = DTYPE_NAMES[torch_dtype(workload.dtype, layout.shape.dtype)]
         return cls(model_name(model), folder, layout.shape, dtype, StepCost.of(checkpoint, layout))
 
 
-class _Contest:
-    """All systems on one model."""
+class _Comparison:
+    """Measures all systems on one model."""
 
     def __init__(self, workload: Workload, subject: _Subject, until: float, progress: Progress):
         self._workload, self._subject, self._until, self._progress = workload, subject, until, progress
         self.idle_share: dict[str, float] = {}
 
     async def measure(self, peers: Sequence[PeerKind], scratch: Path) -> list[Measured]:
-        """Every system, started, measured in turns and stopped."""
+        """Starts every system, measures them in turns, and stops them."""
         workload = self._workload
         systems: list[System] = [Served(workload.groups)]
         if workload.int8:
@@ -167,13 +167,13 @@ class _Contest:
     async def _turn(self, one: Measured, turn: int, cell: Cell) -> None:
         if one.failed is not None or time.monotonic() > self._until:
             return
-        told = f"{one.system.name}, {cell.streams} streams of {cell.prompt_tokens}"
+        stage = f"{one.system.name}, {cell.streams} streams of {cell.prompt_tokens}"
         try:
             if turn == 0:
-                self._progress(f"warm up: {told}")
+                self._progress(f"warm up: {stage}")
                 warm = self._prompts(cell, "warm")
                 await one.system.run(warm, min(WARM_UP_TOKENS, self._workload.new_tokens), RUN_S)
-            self._progress(f"round {turn + 1} of {self._workload.rounds}: {told}")
+            self._progress(f"round {turn + 1} of {self._workload.rounds}: {stage}")
             began, arrivals = await one.system.run(self._prompts(cell, turn), self._workload.new_tokens, RUN_S)
             one.runs.setdefault(cell, []).append(speeds(began, arrivals, cell.prompt_tokens))
         except MoietyError as error:
@@ -185,7 +185,7 @@ class _Contest:
         await one.system.stop()
 
     def _prompts(self, cell: Cell, turn: int | str) -> list[list[int]]:
-        """The same for every system, and never the same twice: nobody's prefix cache has seen them."""
+        """Returns prompts that are the same for every system and differ in every turn, so that no prefix cache has them."""
         seed = zlib.crc32(f"{cell.prompt_tokens}/{cell.streams}/{turn}".encode())
         generator = torch.Generator().manual_seed(seed)
         shape = (cell.streams, cell.prompt_tokens)

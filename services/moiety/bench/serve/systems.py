@@ -1,4 +1,4 @@
-"""What `moiety bench serve` measures: Moiety as its clients see it, and peers, behind one protocol."""
+"""The systems that `moiety bench serve` measures, behind one protocol: Moiety as its clients see it, and peers."""
 
 from __future__ import annotations
 
@@ -18,45 +18,45 @@ from moiety.local.cluster import LocalCluster
 from moiety.tools.machine import cpu_seconds
 from moiety_kernels.threads import usable_cores
 
-Arrivals = tuple[float, list[list[float]]]  # start, and each prompt's token times; seconds on one clock
-IDLE_S = 1.0
+Arrivals = tuple[float, list[list[float]]]  # (start, each prompt's token times), seconds on one clock
+IDLE_S = 1.0  # how long to measure the processor time of an idle system
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What a system gets ready for."""
+    """The model, and the largest workload that a system must handle."""
 
     checkpoint: str
     dtype: str
-    slots: int  # streams at once, at most
-    context: int  # tokens of a stream, at most
+    slots: int  # most streams at once
+    context: int  # most tokens of a stream
 
 
 class System(Protocol):
-    """One contestant. Only one is busy at a time."""
+    """One system of the comparison. Only one runs at a time."""
 
     name: str
 
     @property
     def peer(self) -> bool:
-        """Whether ratios are taken to it."""
+        """Whether the system is a peer: ratios are to the best peer."""
         ...
 
     @property
     def expert_width(self) -> float | None:
-        """Bytes per expert parameter; None: the dtype's."""
+        """Bytes per expert parameter; None = the dtype's."""
         ...
 
     async def start(self, load: Load, timeout_s: float) -> None:
-        """Gets ready, and idle. Raises a MoietyError that says why not."""
+        """Starts the system and leaves it idle. Raises a MoietyError with the reason where it does not start."""
         ...
 
     async def run(self, prompts: Sequence[Sequence[int]], new_tokens: int, timeout_s: float) -> Arrivals:
-        """Greedy tokens for equally long prompts, all at once. Raises a MoietyError where it fails."""
+        """Generates greedily for equally long prompts, all at once. Raises a MoietyError where it fails."""
         ...
 
     async def stop(self) -> None:
-        """Leaves nothing behind; may be called whatever happened before."""
+        """Stops the system and leaves nothing behind. May be called in any state, also after a failed start."""
         ...
 
 
@@ -104,7 +104,7 @@ class Served:
         return times
 
     async def idle_share(self) -> float | None:
-        """The share of one core that its processes use while nobody asks anything; None where it cannot be told."""
+        """Returns the share of one core that its processes use while idle; None where it cannot be read."""
         assert self._cluster is not None
         before = [cpu_seconds(child.pid) for child in self._cluster.children]
         await asyncio.sleep(IDLE_S)
@@ -117,7 +117,7 @@ class Served:
 
 
 class Rival:
-    """A peer's process."""
+    """A peer in its own process."""
 
     peer = True
     expert_width: float | None = None
@@ -138,13 +138,16 @@ class Rival:
 
 
 def peer_kinds(*, continuous: bool, vllm: str | None, llama_cpp: str | None) -> tuple[PeerKind, ...]:
-    """transformers' `generate` always; its continuous batching, and other environments' Pythons, where asked for."""
-    ours = {"HF_HUB_OFFLINE": "1", "THP_MEM_ALLOC_ENABLE": "1"}
-    kinds = [PeerKind("transformers generate", "hf_generate", sys.executable, ours)]
+    """Returns the peers to measure: transformers' `generate`, and the others that the arguments select.
+
+    `continuous` adds transformers' continuous batching. `vllm` and `llama_cpp` are Pythons of environments with these.
+    """
+    environment = {"HF_HUB_OFFLINE": "1", "THP_MEM_ALLOC_ENABLE": "1"}
+    kinds = [PeerKind("transformers generate", "hf_generate", sys.executable, environment)]
     if continuous:
-        kinds.append(PeerKind("transformers continuous batching", "hf_continuous", sys.executable, ours))
+        kinds.append(PeerKind("transformers continuous batching", "hf_continuous", sys.executable, environment))
     if vllm is not None:
-        kinds.append(PeerKind("vLLM CPU", "vllm_cpu", vllm, ours))
+        kinds.append(PeerKind("vLLM CPU", "vllm_cpu", vllm, environment))
     if llama_cpp is not None:
         kinds.append(PeerKind("llama.cpp", "llama_cpp_batch", llama_cpp, {}))
     return tuple(kinds)

@@ -7,20 +7,17 @@ from pathlib import Path
 
 import click
 
-from moiety.cli.options import (
-    invocation,
-    json_option,
-    rounds_option,
-    write_json,
-)
+from moiety.cli.options import invocation, json_option, rounds_option, write_json
 from moiety.cli.run import progress
 
 
 @click.command()
 @click.option("--replicas", type=click.IntRange(1, 100_000), default=2000, show_default=True, help="Expert replicas.")
-@click.option("--routers", type=click.IntRange(1, 1000), default=16, show_default=True, help="That read the registry.")
+@click.option(
+    "--routers", type=click.IntRange(1, 1000), default=16, show_default=True, help="Routers that read the registry."
+)
 @click.option("--layers", type=click.IntRange(1, 1000), default=58, show_default=True, help="MoE layers.")
-@click.option("--experts", type=click.IntRange(1, 4096), default=256, show_default=True, help="Per layer.")
+@click.option("--experts", type=click.IntRange(1, 4096), default=256, show_default=True, help="Experts per layer.")
 @click.option("--groups", type=click.IntRange(1, 4096), default=64, show_default=True, help="Expert groups.")
 @click.option("--hot-sets", type=click.IntRange(0, 1024), default=16, show_default=True, help="Hot sets.")
 @rounds_option
@@ -39,8 +36,8 @@ def control(
 ) -> None:
     """Measure the control plane of a large system: planning, the dispatch table, the traffic on Redis.
 
-    Nothing is served: replicas are entries in a real Redis that is started for this, written and read as often as they
-    would be.
+    Nothing is served. The replicas are entries in a real Redis, started for this benchmark; they are written and read as
+    often as a running system would.
 
     \b
     Example:
@@ -52,6 +49,6 @@ def control(
     machine = Machine.here()
     work = ControlWork(replicas, routers, layers, experts, groups, hot_sets, rounds)
     report = bench_control(work, progress())
-    for line in (*control_lines(report, work), *machine.lines(), f"again:   {invocation(context)}"):
+    for line in (*control_lines(report, work), *machine.lines(), f"rerun:   {invocation(context)}"):
         click.echo(line)
     write_json(json_file, {"machine": asdict(machine), "work": asdict(work), "report": asdict(report)})

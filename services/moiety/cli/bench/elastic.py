@@ -17,25 +17,45 @@ from moiety.cli.run import progress, signals_interrupt
     type=click.FloatRange(10, 1e6),
     default=200.0,
     show_default=True,
-    help="Rows per second that each expert replica is paced to: replicas share this machine's cores.",
+    help="Rows per second that each expert replica is paced to, because replicas share this machine's cores.",
 )
-@click.option("--max-replicas", type=click.IntRange(2, 8), default=3, show_default=True, help="Per group.")
-@click.option("--low", type=click.FloatRange(0.05, 100), default=0.4, show_default=True, help="Requests per second.")
-@click.option("--high", type=click.FloatRange(0.1, 100), default=8.0, show_default=True, help="And while load is high.")
+@click.option(
+    "--max-replicas", type=click.IntRange(2, 8), default=3, show_default=True, help="Most replicas per group."
+)
+@click.option(
+    "--low",
+    type=click.FloatRange(0.05, 100),
+    default=0.4,
+    show_default=True,
+    help="Requests per second while load is low.",
+)
+@click.option(
+    "--high",
+    type=click.FloatRange(0.1, 100),
+    default=8.0,
+    show_default=True,
+    help="Requests per second while load is high.",
+)
 @click.option(
     "--seconds",
     type=(click.FloatRange(5, 3600), click.FloatRange(5, 3600), click.FloatRange(5, 3600)),
     default=(10.0, 30.0, 40.0),
     show_default=True,
-    help="Of low load, high load, and low load again.",
+    help="Seconds of low load, of high load, and of low load again.",
 )
-@click.option("--zipf", type=click.FloatRange(0, 4), default=1.6, show_default=True, help="Exponent of the skew.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of prompts and arrivals.")
+@click.option(
+    "--zipf",
+    type=click.FloatRange(0, 4),
+    default=1.6,
+    show_default=True,
+    help="Zipf exponent of the skew over prompts.",
+)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of prompts and arrivals.")
 @click.option(
     "--plot",
     "plot_file",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Draw load and replicas over time: a .png or .svg (needs moiety[plot]).",
+    help="Draw load and replicas over time into this .png or .svg file (needs moiety[plot]).",
 )
 @json_option
 @click.pass_context
@@ -52,11 +72,11 @@ def elastic(
     plot_file: Path | None,
     json_file: Path | None,
 ) -> None:
-    """Raise and lower a skewed load on a live Ray system: do the hot group's replicas follow, and does nobody notice?
+    """Raise and lower a skewed load on a live Ray system, and check that only the hot group's replicas follow.
 
-    Starts Ray, Redis and a small model of its own. Requests come by a Poisson process, their prompts by Zipf's law. On a
-    few shared cores replicas cannot be faster together, so each is paced to a stated capacity: this measures control, not
-    speed. Exit status 1 where a request failed, or another group than the hot one grew.
+    Starts its own Ray, Redis and small model. Requests arrive as a Poisson process, with prompts drawn by Zipf's law.
+    Replicas that share a few cores are not faster together, so each is paced to a stated capacity: this measures control,
+    not speed. Exit status 1 if a request failed, if the hot group did not grow and shrink, or if another group changed.
 
     \b
     Example:
@@ -70,7 +90,7 @@ def elastic(
     work = ElasticWork(groups, capacity, max_replicas, low, high, seconds, zipf, seed=seed)
     with signals_interrupt():
         report = bench_elastic(work, progress=progress())
-    for line in (*elastic_lines(report), *machine.lines(), f"again:   {invocation(context)}"):
+    for line in (*elastic_lines(report), *machine.lines(), f"rerun:   {invocation(context)}"):
         click.echo(line)
     write_json(json_file, report.data())
     if plot_file is not None:

@@ -1,4 +1,4 @@
-"""What `moiety bench split` and `moiety bench lanes` have in common: their options, and how they run and print."""
+"""What `moiety bench split` and `moiety bench lanes` share: their options, how they run, and how they print."""
 
 from __future__ import annotations
 
@@ -26,23 +26,32 @@ if TYPE_CHECKING:
 
 
 def engine_options(concurrency: str) -> Callable[[Function], Function]:
-    """What a benchmark that asks engines directly can be told."""
+    """Returns a decorator that adds the options of a benchmark that calls engines directly.
+
+    `concurrency` is the default of --concurrency.
+    """
 
     def decorate(function: Function) -> Function:
-        model_help = "small, large (see bench serve), or a checkpoint folder."
+        model_help = "Synthetic model small or large (see bench serve), or a checkpoint folder."
         tokens = click.IntRange(1, 1 << 20)
         for option in (
             json_option,
             rounds_option,
             dtype_option("bfloat16"),
-            click.option("--new", type=click.IntRange(3, 1 << 20), default=64, show_default=True, help="New tokens."),
+            click.option(
+                "--new",
+                type=click.IntRange(3, 1 << 20),
+                default=64,
+                show_default=True,
+                help="Tokens to generate per stream.",
+            ),
             click.option("--prompt", type=tokens, default=64, show_default=True, help="Tokens per prompt."),
             click.option(
                 "--concurrency",
                 type=IntegerList(1, 1024),
                 default=concurrency,
                 show_default=True,
-                help="Streams at once; with commas.",
+                help="Streams at once; several values separated by commas.",
             ),
             groups_option,
             click.option("--model", default="large", show_default=True, help=model_help),
@@ -58,23 +67,23 @@ def ask_engines(
     json_file: Path | None,
     measure: Callable[..., Coroutine[Any, Any, tuple[Any, ...]]],
     lines: Callable[[Sequence[Any], EngineWork], Iterator[str]],
-    asked: Mapping[str, Any],
+    options: Mapping[str, Any],
 ) -> None:
-    """Runs `measure` with the options `asked`, prints `lines` of its rows, and writes them to `json_file`."""
+    """Runs `measure` with the command's `options`, prints `lines` of its rows, and writes the rows to `json_file`."""
     from moiety.bench.engines.engine_runner import EngineWork
     from moiety.tools.machine import Machine
 
     machine = Machine.here()
     work = EngineWork(
-        asked["model"],
-        asked["groups"],
-        asked["concurrency"],
-        asked["prompt"],
-        asked["new"],
-        asked["dtype"],
-        asked["rounds"],
+        options["model"],
+        options["groups"],
+        options["concurrency"],
+        options["prompt"],
+        options["new"],
+        options["dtype"],
+        options["rounds"],
     )
     rows = run_async(measure(work, progress=progress()))
-    for line in (*lines(rows, work), *machine.lines(), f"again:   {invocation(context)}"):
+    for line in (*lines(rows, work), *machine.lines(), f"rerun:   {invocation(context)}"):
         click.echo(line)
     write_json(json_file, {"machine": asdict(machine), "rows": [asdict(row) for row in rows]})

@@ -13,13 +13,35 @@ from moiety.cli.run import progress, signals_interrupt
 
 
 @click.command()
-@click.option("--hidden", type=click.IntRange(128, 1 << 16), default=1024, show_default=True)
-@click.option("--intermediate", type=click.IntRange(128, 1 << 16), default=512, show_default=True)
 @click.option(
-    "--rows", type=IntegerList(1, 4096), default="1,2,4,8,32,256", show_default=True, help="Per expert; with commas."
+    "--hidden",
+    type=click.IntRange(128, 1 << 16),
+    default=1024,
+    show_default=True,
+    help="Hidden size: the length of a row.",
 )
-@click.option("--dtypes", type=WordList(), default="bfloat16,float32,int8,int4", show_default=True)
-@click.option("--threads", type=click.IntRange(1, 1024), help="[default: every core]")
+@click.option(
+    "--intermediate",
+    type=click.IntRange(128, 1 << 16),
+    default=512,
+    show_default=True,
+    help="Intermediate size of an expert.",
+)
+@click.option(
+    "--rows",
+    type=IntegerList(1, 4096),
+    default="1,2,4,8,32,256",
+    show_default=True,
+    help="Rows per expert; several values separated by commas.",
+)
+@click.option(
+    "--dtypes",
+    type=WordList(),
+    default="bfloat16,float32,int8,int4",
+    show_default=True,
+    help="Data types of the weights, separated by commas.",
+)
+@click.option("--threads", type=click.IntRange(1, 1024), help="Threads that compute.  [default: one per usable core]")
 @json_option
 @click.pass_context
 def experts(
@@ -31,28 +53,28 @@ def experts(
     threads: int | None,
     json_file: Path | None,
 ) -> None:
-    """Measure the experts' kernels: weights streamed and products computed, beside plain torch.
+    """Measure the experts' kernels beside plain torch: weight bandwidth and matrix products.
 
-    Up to 8 rows per expert what counts is the share of the machine's read bandwidth, beyond that the share of its matmul
-    rate; both are measured at the same time. The last column is the best plain torch path's time over ours: the eager loop,
-    or torch._grouped_mm, on bfloat16 weights where ours are quantised. The cost model that follows from it is what the
-    policies plan with.
+    Up to 8 rows per expert, compare with the machine's read bandwidth; beyond that, with its matmul rate. The same run
+    measures both. The last column is the time of the best plain torch path (the eager loop or torch._grouped_mm, on
+    bfloat16 weights where ours are quantised) over ours. The last lines are the cost model fitted to these times, the
+    model that the policies plan with.
 
     \b
     Example:
       moiety bench experts --dtypes bfloat16,int4 --rows 1,8 --json experts.json
     """
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as the services have it: huge pages for torch
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages for torch, as in the services
     from moiety.bench.experts import DTYPES, bench_experts, experts_lines
     from moiety.tools.machine import Machine
 
     if unknown := sorted({*dtypes} - {*DTYPES}):
-        raise click.UsageError(f"--dtypes {', '.join(unknown)}: must be of {', '.join(DTYPES)}")
+        raise click.UsageError(f"--dtypes {', '.join(unknown)}: must be among {', '.join(DTYPES)}")
     machine = Machine.here()
     with signals_interrupt():
         report = bench_experts(
             hidden=hidden, intermediate=intermediate, rows=rows, dtypes=dtypes, threads=threads, progress=progress()
         )
-    for line in (*experts_lines(report), *machine.lines(), f"again:   {invocation(context)}"):
+    for line in (*experts_lines(report), *machine.lines(), f"rerun:   {invocation(context)}"):
         click.echo(line)
     write_json(json_file, {"machine": asdict(machine), **asdict(report)})

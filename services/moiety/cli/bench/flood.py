@@ -21,7 +21,10 @@ from moiety.cli.run import progress, run_async
 
 @click.command()
 @click.option(
-    "--model", default="small", show_default=True, help="small, large (see bench serve), or a checkpoint folder."
+    "--model",
+    default="small",
+    show_default=True,
+    help="Synthetic model small or large (see bench serve), or a checkpoint folder.",
 )
 @groups_option
 @click.option("--slots", type=click.IntRange(1, 1024), default=8, show_default=True, help="Requests that run at once.")
@@ -31,9 +34,9 @@ from moiety.cli.run import progress, run_async
     type=IntegerList(1, 64),
     default="1,2,4",
     show_default=True,
-    help="Requests offered a second, as multiples of the capacity measured first.",
+    help="Requests offered per second, as multiples of the measured capacity; separated by commas.",
 )
-@click.option("--seconds", type=click.FloatRange(1, 600), default=15.0, show_default=True, help="Of each load.")
+@click.option("--seconds", type=click.FloatRange(1, 600), default=15.0, show_default=True, help="Seconds per load.")
 @click.option("--prompt", type=click.IntRange(1, 1 << 20), default=32, show_default=True, help="Tokens per prompt.")
 @click.option("--new", type=click.IntRange(1, 1 << 20), default=32, show_default=True, help="New tokens per request.")
 @dtype_option("bfloat16")
@@ -54,11 +57,12 @@ def flood(
     rounds: int,
     json_file: Path | None,
 ) -> None:
-    """Offer more than can be served: does accepted work keep its pace, and is every refusal told when to come back?
+    """Offer more requests than can be served, and check the pace of accepted ones and the retry delay of refusals.
 
-    Capacity is what the system serves to clients that keep every slot and half of the queue taken. Then requests come at
-    a multiple of that, whatever happened to those before. Exit status 1 where accepted work falls below 95 % of the
-    peak at a load of 2 or more, a refusal carries no retry hint, or a request fails otherwise.
+    First measures the capacity: what the system serves to clients that keep every slot and half of the queue occupied.
+    Then sends requests at multiples of that rate, without waiting for earlier ones. Exit status 1 if accepted requests
+    fall below 95 % of the peak tokens/s at a load of 2 or more, if a refusal carries no retry delay, or if a request
+    fails for another reason.
 
     \b
     Example:
@@ -70,7 +74,7 @@ def flood(
     machine = Machine.here()
     work = FloodWork(model, groups, slots, queue, loads, seconds, prompt, new, dtype, rounds)
     report = run_async(bench_flood(work, progress=progress()))
-    for line in (*flood_lines(report), *machine.lines(), f"again:   {invocation(context)}"):
+    for line in (*flood_lines(report), *machine.lines(), f"rerun:   {invocation(context)}"):
         click.echo(line)
     write_json(json_file, {"machine": asdict(machine), "rows": [asdict(row) for row in report.rows]})
     context.exit(0 if report.held else 1)

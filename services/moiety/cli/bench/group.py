@@ -1,4 +1,4 @@
-"""`moiety bench`: the table of its commands, one file each."""
+"""`moiety bench`: the table of its commands. Each command has its own file."""
 
 from __future__ import annotations
 
@@ -17,39 +17,39 @@ COMMANDS: Mapping[str, LazyCommand] = MappingProxyType(
         ),
         "elastic": LazyCommand(
             "moiety.cli.bench.elastic:elastic",
-            "Raise and lower a skewed load on a live Ray system: do the hot group's replicas follow, and does nobody notice?",
+            "Raise and lower a skewed load on a live Ray system, and check that only the hot group's replicas follow.",
         ),
         "experts": LazyCommand(
             "moiety.cli.bench.experts:experts",
-            "Measure the experts' kernels: weights streamed and products computed, beside plain torch.",
+            "Measure the experts' kernels beside plain torch: weight bandwidth and matrix products.",
         ),
         "flood": LazyCommand(
             "moiety.cli.bench.flood:flood",
-            "Offer more than can be served: does accepted work keep its pace, and is every refusal told when to come back?",
+            "Offer more requests than can be served, and check the pace of accepted ones and the retry delay of refusals.",
         ),
         "hop": LazyCommand(
             "moiety.cli.bench.hop:hop",
-            "Measure the hop: a call to an expert replica and back, less the experts' own time, by each transport.",
+            "Measure the hop over each transport: a call to an expert replica and back, less the experts' own time.",
         ),
         "lanes": LazyCommand(
             "moiety.cli.bench.lanes:lanes",
-            "Measure lanes: a step's batch in one piece, in two parts that take turns, and in what the router finds faster.",
+            "Measure lanes: a step's batch in one piece, in two parts that take turns, and in the way the router chooses.",
         ),
         "memory": LazyCommand(
             "moiety.cli.bench.memory:memory",
-            "Measure the memory of expert replicas at its peak, from start to first answers, over the weights they hold.",
+            "Measure the peak memory of expert replicas, from start to first answers, over the weights they hold.",
         ),
         "quantize": LazyCommand(
             "moiety.cli.bench.quantize:quantize",
-            "Measure what quantised experts cost a trained model: perplexity and greedy agreement against bfloat16.",
+            "Measure what quantised experts cost a trained model: perplexity and greedy agreement with bfloat16.",
         ),
         "serve": LazyCommand(
             "moiety.cli.bench.serve:serve",
-            "Measure serving speed beside what else one could run, in turns, on the same checkpoints and prompts.",
+            "Measure serving speed beside other systems, in turns, on the same checkpoints and prompts.",
         ),
         "split": LazyCommand(
             "moiety.cli.bench.split:split",
-            "Measure what the split costs: one engine, its experts in its own process and in services on this machine.",
+            "Measure what the split costs: one engine with its experts in its own process and in services.",
         ),
     }
 )
@@ -57,8 +57,12 @@ COMMANDS: Mapping[str, LazyCommand] = MappingProxyType(
 
 @click.group(cls=LazyGroup, lazy=COMMANDS)
 def bench() -> None:
-    """Measure this machine: hop, split, lanes, experts, serving, flood, elasticity, control plane.
+    """Measure the system on this machine: transports, kernels, memory, serving speed, overload, elasticity.
 
-    The benchmarks start what they need as child processes, take turns with a baseline, and leave nothing behind.
-    Numbers mean something on a quiet machine only.
+    Each benchmark starts what it needs and leaves no process behind. Where there is a baseline, the two take turns. Run
+    it on a quiet machine: other load distorts the numbers.
+
+    \b
+    Example:
+      moiety bench hop
     """

@@ -7,13 +7,7 @@ from pathlib import Path
 
 import click
 
-from moiety.cli.options import (
-    IntegerList,
-    invocation,
-    json_option,
-    rounds_option,
-    write_json,
-)
+from moiety.cli.options import IntegerList, invocation, json_option, rounds_option, write_json
 from moiety.cli.run import progress, run_async
 
 
@@ -23,18 +17,18 @@ from moiety.cli.run import progress, run_async
     type=IntegerList(4, 16384, step=4),
     default="4,16,64,256,1024",
     show_default=True,
-    help="KiB of rows in a call, and as many in its reply; multiples of 4 from 4 to 16384, with commas.",
+    help="KiB of rows in a call and in its reply: multiples of 4 from 4 to 16384, separated by commas.",
 )
 @click.option(
-    "--calls", type=click.IntRange(1, 1_000_000), default=200, show_default=True, help="Per payload and round."
+    "--calls", type=click.IntRange(1, 1_000_000), default=200, show_default=True, help="Calls per payload and round."
 )
 @rounds_option
 @json_option
 @click.pass_context
 def hop(context: click.Context, payload: tuple[int, ...], calls: int, rounds: int, json_file: Path | None) -> None:
-    """Measure the hop: a call to an expert replica and back, less the experts' own time, by each transport.
+    """Measure the hop over each transport: a call to an expert replica and back, less the experts' own time.
 
-    Beside it, in turns, a unary gRPC echo of the same bytes: what a call costs when nothing of ours is in it.
+    The baseline, measured in turns with it, is a unary gRPC echo of the same bytes: a call without Moiety's code.
 
     \b
     Example:
@@ -45,6 +39,6 @@ def hop(context: click.Context, payload: tuple[int, ...], calls: int, rounds: in
 
     machine = Machine.here()
     rows = run_async(bench_hop(payload_kib=payload, calls=calls, rounds=rounds, progress=progress()))
-    for line in (*hop_lines(rows), *machine.lines(), f"again:   {invocation(context)}"):
+    for line in (*hop_lines(rows), *machine.lines(), f"rerun:   {invocation(context)}"):
         click.echo(line)
     write_json(json_file, [asdict(row) for row in rows])

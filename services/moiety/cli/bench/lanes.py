@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from moiety.cli.bench.engine_options import ask_engines, engine_options
-from moiety.cli.options import (
-    service_environment,
-)
-
-if TYPE_CHECKING:
-    pass
+from moiety.cli.options import service_environment
 
 
 @click.command()
 @engine_options(concurrency="1,2,4,8,16,32,64")
 @click.pass_context
-def lanes(context: click.Context, /, json_file: Path | None, **asked: Any) -> None:
-    """Measure lanes: a step's batch in one piece, in two parts that take turns, and in what the router finds faster.
+def lanes(context: click.Context, /, json_file: Path | None, **options: Any) -> None:
+    """Measure lanes: a step's batch in one piece, in two parts that take turns, and in the way the router chooses.
 
-    While one lane waits for its experts the other computes, but each streams the weights it needs again. By default a
-    router tries both ways for each size of step and keeps the better; this shows what each way gives on this machine.
+    While one lane waits for its experts the other computes, but each lane streams the weights it needs by itself. By
+    default a router tries both ways for each size of step and keeps the faster one. This shows what each way gives on
+    this machine.
 
     \b
     Example:
@@ -32,4 +28,4 @@ def lanes(context: click.Context, /, json_file: Path | None, **asked: Any) -> No
     service_environment()
     from moiety.bench.engines.lanes import bench_lanes, lanes_lines
 
-    ask_engines(context, json_file, bench_lanes, lanes_lines, asked)
+    ask_engines(context, json_file, bench_lanes, lanes_lines, options)

@@ -14,16 +14,22 @@ from moiety.cli.run import progress, run_async
 
 @click.command()
 @click.option(
-    "--gigabytes", type=click.FloatRange(0.05, 1000), default=2.2, show_default=True, help="Of experts, in bfloat16."
+    "--gigabytes",
+    type=click.FloatRange(0.05, 1000),
+    default=2.2,
+    show_default=True,
+    help="Gigabytes of expert weights in bfloat16.",
 )
-@click.option("--groups", type=click.IntRange(1, 64), default=1, show_default=True, help="Replicas to share them.")
+@click.option(
+    "--groups", type=click.IntRange(1, 64), default=1, show_default=True, help="Expert replicas that share the weights."
+)
 @json_option
 @click.pass_context
 def memory(context: click.Context, gigabytes: float, groups: int, json_file: Path | None) -> None:
-    """Measure the memory of expert replicas at its peak, from start to first answers, over the weights they hold.
+    """Measure the peak memory of expert replicas, from start to first answers, over the weights they hold.
 
-    A synthetic checkpoint is served as it is, with experts quantised to 8 bits as they are loaded, and published at 4 bits.
-    Exit status 0 only where every replica's process stays within 1.15 times its weights and 200 MB.
+    Serves a synthetic checkpoint three times: as it is, with experts quantised to 8 bits on load, and published at 4 bits.
+    Exit status 0 only if every replica's process stays within 1.15 times its weights plus 200 MB.
 
     \b
     Example:
@@ -34,7 +40,7 @@ def memory(context: click.Context, gigabytes: float, groups: int, json_file: Pat
 
     with tempfile.TemporaryDirectory(prefix="moiety-memory-") as scratch:
         rows = run_async(bench_memory(Path(scratch), gigabytes=gigabytes, groups=groups, progress=progress()))
-    for line in (*memory_lines(rows), *Machine.here().lines(), f"again:   {invocation(context)}"):
+    for line in (*memory_lines(rows), *Machine.here().lines(), f"rerun:   {invocation(context)}"):
         click.echo(line)
     write_json(json_file, [asdict(row) for row in rows])
     context.exit(0 if all(row.ok for row in rows) else 1)

@@ -24,33 +24,49 @@ from moiety.cli.run import progress, run_async
 @click.option(
     "--models",
     type=WordList(),
-    help="Synthetic qwen3_moe models, small (90 M parameters) and large (0.91 B), or checkpoint folders; with commas.  "
-    "[default: small; with --compare large,small]",
+    help="Synthetic qwen3_moe models small (90 M parameters) and large (0.91 B), or checkpoint folders; separated by "
+    "commas.  [default: small; with --compare large,small]",
 )
-@click.option("--compare", is_flag=True, help="Both synthetic models, both prompt lengths, continuous batching beside.")
 @click.option(
-    "--vllm", metavar="PYTHON", help="The Python of an environment that has vLLM's CPU build: measure it too."
+    "--compare",
+    is_flag=True,
+    help="Measure both synthetic models at both prompt lengths, and transformers' continuous batching too.",
 )
-@click.option("--llama-cpp", metavar="PYTHON", help="The same for one that has llama-cpp-python and gguf.")
-@click.option("--int8", is_flag=True, help="Measure a second Moiety, with int8 experts.")
+@click.option(
+    "--vllm", metavar="PYTHON", help="Also measure vLLM: the Python of an environment that has vLLM's CPU build."
+)
+@click.option(
+    "--llama-cpp",
+    metavar="PYTHON",
+    help="Also measure llama.cpp: the Python of an environment that has llama-cpp-python and gguf.",
+)
+@click.option("--int8", is_flag=True, help="Also measure Moiety with int8 experts.")
 @groups_option
 @click.option(
     "--prompts",
     type=IntegerList(1, 1 << 20),
-    help="Tokens per prompt; with commas.  [default: 64; with --compare 64,512]",
+    help="Tokens per prompt; separated by commas.  [default: 64; with --compare 64,512]",
 )
 @click.option(
-    "--concurrency", type=IntegerList(1, 1024), help="Streams at once; with commas.  [default: 1,8,32; quick: 1,8]"
+    "--concurrency",
+    type=IntegerList(1, 1024),
+    help="Streams at once; separated by commas.  [default: 1,8,32; with --quick 1,8]",
 )
-@click.option("--new", type=click.IntRange(2, 1 << 20), help="New tokens per stream.  [default: 64; quick: 16]")
-@click.option("--rounds", type=click.IntRange(1, 100), help="How often the systems take turns.  [default: 3; quick: 1]")
-@click.option("--quick", is_flag=True, help="Small model, short prompts, one round: does every path work?")
+@click.option(
+    "--new", type=click.IntRange(2, 1 << 20), help="Tokens to generate per stream.  [default: 64; with --quick 16]"
+)
+@click.option(
+    "--rounds",
+    type=click.IntRange(1, 100),
+    help="Rounds of measurement; the systems take turns in each round.  [default: 3; with --quick 1]",
+)
+@click.option("--quick", is_flag=True, help="Small model, short prompts, one round: checks that every path works.")
 @click.option(
     "--minutes",
     type=click.FloatRange(0.1, 1440),
     default=60.0,
     show_default=True,
-    help="No run begins after that; models share it evenly. What was not measured by then is told.",
+    help="No run begins after this many minutes, which the models share evenly. Rows not measured by then say so.",
 )
 @dtype_option("bfloat16")
 @json_option
@@ -72,21 +88,21 @@ def serve(
     dtype: str,
     json_file: Path | None,
 ) -> None:
-    """Measure serving speed beside what else one could run, in turns, on the same checkpoints and prompts.
+    """Measure serving speed beside other systems, in turns, on the same checkpoints and prompts.
 
-    Moiety is measured by a client of its gateway: attention, hop, experts, tokenising and streaming included. Every
-    other system runs in a process of its own, which is stopped while it is not measured: transformers' generate, with
-    --compare its continuous batching, and vLLM and llama.cpp where their Pythons are given. One that fails costs the
-    others nothing. A step's time is told over its floor: the time this machine needs, at its measured best, to read the
-    step's weights and to compute its products. A full comparison ends within --minutes and the start of its systems,
-    some minutes a model.
+    A client of the gateway measures Moiety: attention, hop, experts, tokenising and streaming included. Each other
+    system runs in its own process, which is stopped while it is not measured: transformers' generate, its continuous
+    batching with --compare, and vLLM and llama.cpp where their Pythons are given. If one fails, the others are still
+    measured. The column step/floor is a step's time over the least time that this machine needs, at its measured best,
+    to read the step's weights and compute its products. A full comparison ends within about --minutes plus the start of
+    its systems, a few minutes per model.
 
     \b
     Examples:
       moiety bench serve --models ./Qwen3-30B-A3B --groups 4 --concurrency 1,16 --json serve.json
       moiety bench serve --compare --vllm ~/vllm/bin/python --llama-cpp ~/llama/bin/python --json compare.json
     """
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as the services have it: huge pages for torch
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages for torch, as in the services
     from moiety.bench.serve.serve import Workload, bench_serve, serve_lines
     from moiety.bench.serve.systems import peer_kinds
     from moiety.tools.machine import Machine
@@ -106,7 +122,7 @@ def serve(
     machine = Machine.here()
     peers = peer_kinds(continuous=compare, vllm=vllm, llama_cpp=llama_cpp)
     report = run_async(bench_serve(workload, peers, progress=progress()))
-    for line in (*serve_lines(report), *machine.lines(), f"again:   {invocation(context)}"):
+    for line in (*serve_lines(report), *machine.lines(), f"rerun:   {invocation(context)}"):
         click.echo(line)
     measured_on: dict[str, object] = {**asdict(machine)}
     measured_on.update(asdict(report.speed))

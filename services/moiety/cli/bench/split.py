@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from moiety.cli.bench.engine_options import ask_engines, engine_options
-from moiety.cli.options import (
-    service_environment,
-)
-
-if TYPE_CHECKING:
-    pass
+from moiety.cli.options import service_environment
 
 
 @click.command()
 @engine_options(concurrency="1,8,32")
 @click.pass_context
-def split(context: click.Context, /, json_file: Path | None, **asked: Any) -> None:
-    """Measure what the split costs: one engine, its experts in its own process and in services on this machine.
+def split(context: click.Context, /, json_file: Path | None, **options: Any) -> None:
+    """Measure what the split costs: one engine with its experts in its own process and in services.
 
-    The same engine and kernels on the same prompts, in turns, asked directly: no gateway, no tokenising. Beside the two
-    inter-token latencies stand, for a decode layer, the experts' compute, the hop, and how unevenly the groups work.
+    Runs the same engine and kernels on the same prompts, in turns and without gateway or tokenising. Prints the
+    inter-token latency of both and, for a decode layer, the experts' compute, the hop, and how unevenly the groups work.
 
     \b
     Example:
@@ -32,4 +27,4 @@ def split(context: click.Context, /, json_file: Path | None, **asked: Any) -> No
     service_environment()
     from moiety.bench.engines.split import bench_split, split_lines
 
-    ask_engines(context, json_file, bench_split, split_lines, asked)
+    ask_engines(context, json_file, bench_split, split_lines, options)

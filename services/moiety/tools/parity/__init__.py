@@ -1,1 +1,1 @@
-"""`moiety parity`: the served system against plain transformers."""
+"""`moiety parity`: compares the served system with plain transformers, token for token."""

@@ -1,4 +1,4 @@
-"""`moiety parity --all-tiny`: every tiny checkpoint through the served system, and the table of what came of it."""
+"""`moiety parity --all-tiny`: serves and compares every tiny checkpoint, and writes the table of results."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BEGIN, END = "<!-- parity: begin -->", "<!-- parity: end -->"
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What came of one tiny checkpoint."""
+    """Result of one tiny checkpoint."""
 
     name: str
     path: str  # how it is served: seam, adapter, definition
@@ -30,12 +30,12 @@ class Verdict:
 
     @property
     def ok(self) -> bool:
-        """Every prompt identical: in fp32 the shipped seeds have no ties."""
+        """Whether every prompt is identical. Ties do not count: in fp32 the shipped seeds have none."""
         return self.report is not None and self.report.identical == len(self.report.prompts)
 
     @property
     def cells(self) -> tuple[str, str, str, str]:
-        """One row of the table: architecture, identical tokens of all, max logit error, path."""
+        """One row of the table: architecture, identical prompts of all, max logit error, path."""
         if self.report is None:
             return self.name, f"failed: {self.error}", "", self.path
         counts = f"{self.report.identical}/{len(self.report.prompts)}"
@@ -53,7 +53,7 @@ async def run_all(
     references: Path | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> AsyncIterator[Verdict]:
-    """Writes, serves and compares one tiny checkpoint after another, in fp32."""
+    """Writes, serves and compares one tiny checkpoint after another, in fp32. Yields each verdict as it is ready."""
     names = list(names)
     for number, name in enumerate(names, start=1):
         progress(f"{number}/{len(names)} {name}")
@@ -65,29 +65,29 @@ async def run_all(
                 with quiet_transformers():
                     await asyncio.to_thread(write_tiny, name, folder)
                 report = await run_parity(folder, groups=groups, new_tokens=new_tokens, references=references)
-            except Exception as failure:  # whatever a model's code raises is this one's failure
+            except Exception as failure:  # any error of a model's code fails this checkpoint only
                 error = f"{type(failure).__name__}: {failure}".replace(folder, name).partition("\n")[0]
         yield Verdict(name, path, report, error, time.monotonic() - began)
 
 
 def summary(verdicts: Sequence[Verdict]) -> str:
-    """The last line: how many hold, and which do not."""
+    """Returns the last line of the report: how many architectures pass, and which do not."""
     return _count([verdict.cells for verdict in verdicts])
 
 
 def write_table(file: Path, verdicts: Sequence[Verdict], *, keep: bool = False) -> None:
-    """Writes the table in Markdown, and its count, between the two marker lines of `file`; with `keep`, into what is there.
+    """Writes the table in Markdown, and its count, between the two marker lines of `file`.
 
-    Raises ValueError where a marker is missing.
+    With `keep`, rows of the old table that have no new verdict stay. Raises ValueError where a marker is missing.
     """
     text = file.read_text(encoding="utf-8")
     before, begin, rest = text.partition(BEGIN)
     old, end, after = rest.partition(END)
     if not begin or not end:
-        raise ValueError(f"{file}: has no lines {BEGIN} and {END} to write the table between")
+        raise ValueError(f"{file}: has no lines {BEGIN} and {END}, between which the table goes")
     lines = old.splitlines() if keep else []
     known = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in lines if line.startswith("| ")]
-    rows = {cells[0]: tuple(cells) for cells in known[2:]}  # behind the head and its rule
+    rows = {cells[0]: tuple(cells) for cells in known[2:]}  # without the header and its rule
     rows |= {verdict.name: verdict.cells for verdict in verdicts}
     ordered = [rows[name] for name in sorted(rows)]
     table = "\n".join(f"| {' | '.join(row)} |" for row in (HEAD, ("---",) * len(HEAD), *ordered))
@@ -96,6 +96,6 @@ def write_table(file: Path, verdicts: Sequence[Verdict], *, keep: bool = False) 
 
 def _count(rows: Sequence[tuple[str, ...]]) -> str:
     failed = [cells[0] for cells in rows if not re.fullmatch(r"(\d+)/\1", cells[1])]
-    told = f": not {', '.join(failed)}" if failed else ""
-    held = len(rows) - len(failed)
-    return f"{'FAIL' if failed else 'PASS'}: {held}/{len(rows)} architectures token for token in float32{told}"
+    failures = f": not {', '.join(failed)}" if failed else ""
+    passed = len(rows) - len(failed)
+    return f"{'FAIL' if failed else 'PASS'}: {passed}/{len(rows)} architectures token for token in float32{failures}"

@@ -1,12 +1,12 @@
-"""Encoder-decoders by plain transformers, for `parity`: one unpadded prompt at a time, one cached token after the other.
+"""Runs encoder-decoders by plain transformers, as the reference of `parity`: one unpadded prompt, one cached token at a time.
 
-A pass over a whole output would be another model: the experts of Switch Transformers and NLLB-MoE have room for so many
-tokens of a pass, and in a cached decode a pass is one token.
+A forward pass over a whole output would compute another model: the experts of Switch Transformers and NLLB-MoE take a
+limited number of tokens per pass, and in a cached decode a pass is one token.
 
-NLLB-MoE as transformers computes it is no reference. Since 5.0 (still in 5.23) its `NllbMoeExperts` takes the router's 0/1
+transformers' NLLB-MoE is not usable as a reference. Since 5.0 (still in 5.23) its `NllbMoeExperts` takes the router's 0/1
 mask for expert ids: experts 0 and 1 get every token, all others none. The reference is transformers with that one method
-replaced by what the model was published with, each token's own experts; tests hold it against a forward written from the
-paper alone.
+replaced by the published model's: each token goes to its own experts. Tests compare it with a forward pass written from
+the paper alone.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ WRONG_EXPERTS = "NllbMoeExperts"
 
 
 def is_one(model: Any) -> bool:
-    """Whether `model`, of transformers or a PlainReference, is an encoder-decoder."""
+    """Returns whether `model`, a transformers model or a PlainReference, is an encoder-decoder."""
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
 def corrected(model: Any) -> Any:
-    """`model` with what transformers is known to compute wrongly put right; the same object."""
+    """Replaces in `model` what transformers is known to compute wrongly. Returns the same object."""
     for module in model.modules():
         if type(module).__name__ == WRONG_EXPERTS:
             module.forward = MethodType(_own_experts, module)
@@ -37,7 +37,7 @@ def corrected(model: Any) -> Any:
 def outputs(
     model: Any, prompts: Sequence[Sequence[int]], new_tokens: int
 ) -> tuple[list[list[int]], list[torch.Tensor]]:
-    """(decoder start + greedy tokens, logits [1 + new tokens, V]) of each prompt."""
+    """Returns (decoder start + greedy tokens, logits [1 + new tokens, V]) of each prompt."""
     texts, logits = [], []
     for prompt in prompts:
         text = model.generate(torch.tensor([prompt]), max_new_tokens=new_tokens, do_sample=False)[0].tolist()
@@ -48,7 +48,10 @@ def outputs(
 
 @torch.inference_mode()
 def decoded(model: Any, prompt: Sequence[int], text: Sequence[int], noise: torch.Tensor | None = None) -> torch.Tensor:
-    """Logits [len(text), V] behind each token of `text`; `noise` [prompt tokens, D] scales the prompt's embeddings."""
+    """Returns the logits [len(text), V] after each token of `text`.
+
+    `noise` [prompt tokens, D] scales the prompt's embeddings.
+    """
     ids = torch.tensor([prompt])
     if noise is None:
         encoded = model.get_encoder()(input_ids=ids)
@@ -65,7 +68,7 @@ def decoded(model: Any, prompt: Sequence[int], text: Sequence[int], noise: torch
 
 
 def _own_experts(module: Any, hidden_states: torch.Tensor, _: torch.Tensor, router_probs: torch.Tensor) -> torch.Tensor:
-    """Stands where NllbMoeExperts.forward stood: hidden [T, D], and gates [T, E] that are zero but for a token's experts."""
+    """Replaces NllbMoeExperts.forward. hidden is [T, D]; gates are [T, E], zero except for a token's own experts."""
     summed = torch.zeros_like(hidden_states)
     for expert in range(module.num_experts):
         tokens = router_probs[:, expert].nonzero()[:, 0]

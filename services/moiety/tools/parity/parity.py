@@ -1,11 +1,12 @@
-"""`moiety parity`: the served system against plain transformers, token for token.
+"""`moiety parity`: compares the served system with plain transformers, token for token.
 
 The reference runs one unpadded prompt at a time. The served side runs all prompts at once, as a ragged batch with chunked
-prefill, through a LocalCluster. Then, over the same served experts, each whole text is run once more to compare logits.
+prefill, through a LocalCluster. Then the trunk runs each whole text once more over the same served experts, to compare
+logits.
 
-A difference is a failure, unless the reference itself has no opinion there: it picks the served token too when its own
-embeddings move by a few units in the last place (two logits, or two experts of a token in the gate, may be so close that
-rounding decides). Such ties are counted and printed.
+A difference is a failure, unless the reference itself is undecided there: it also picks the served token when its own
+embeddings move by a few units in the last place. (Two logits, or two experts of a token in the gate, may be so close that
+rounding decides.) Such ties are counted and printed.
 """
 
 from __future__ import annotations
@@ -50,21 +51,21 @@ from moiety.tools.parity.plain_reference import PlainReference
 from moiety.wire.codec import DTYPE_NAMES, torch_dtype
 
 PROMPT_LENGTHS = (3, 9, 17, 40, 25, 60, 33, 8)
-DEFAULT_SEED = 1  # of the prompts; the tiny checkpoints have no ties with it
+DEFAULT_SEED = 1  # of the prompts; with it the tiny checkpoints have no ties
 NUDGE_ULPS = 16.0  # relative size of the noise on the reference's embeddings, in units in the last place
-NUDGES = 8
+NUDGES = 8  # noise samples to try
 
 
 @dataclass(frozen=True, slots=True)
 class PromptResult:
-    """One prompt's verdict."""
+    """The comparison of one prompt."""
 
     prompt_tokens: int
     new_tokens: int
-    first_difference: int | None  # index of the first generated token that differs
-    tie: bool  # the reference itself is undecided there
+    first_difference: int | None  # index of the first generated token that differs; None = identical
+    tie: bool  # whether the reference itself is undecided there
     logit_error: float  # largest absolute difference over the whole text and vocabulary
-    margin: float  # the reference's smallest distance between its two best logits
+    margin: float  # smallest distance between the reference's two best logits
 
     @property
     def ok(self) -> bool:
@@ -73,7 +74,7 @@ class PromptResult:
 
 @dataclass(frozen=True, slots=True)
 class ParityReport:
-    """All verdicts of one checkpoint."""
+    """The comparison of all prompts of one checkpoint."""
 
     architecture: str
     dtype: str
@@ -86,7 +87,7 @@ class ParityReport:
 
     @property
     def identical(self) -> int:
-        """Prompts whose every token agrees."""
+        """Number of prompts whose every token agrees."""
         return sum(prompt.first_difference is None for prompt in self.prompts)
 
     @property
@@ -94,13 +95,13 @@ class ParityReport:
         return max(prompt.logit_error for prompt in self.prompts)
 
     def lines(self) -> Iterator[str]:
-        """The report for people; the last line is the verdict."""
+        """Yields the report; the last line is the verdict."""
         yield f"{'prompt':>8} {'new':>5}  tokens        max logit error   smallest margin"
         for prompt in self.prompts:
-            told = "identical" if prompt.first_difference is None else f"differ at {prompt.first_difference}"
-            told += " (tie)" if prompt.tie else ""
+            tokens = "identical" if prompt.first_difference is None else f"differ at {prompt.first_difference}"
+            tokens += " (tie)" if prompt.tie else ""
             yield (
-                f"{prompt.prompt_tokens:>8} {prompt.new_tokens:>5}  {told:<12}  {prompt.logit_error:>15.3g}"
+                f"{prompt.prompt_tokens:>8} {prompt.new_tokens:>5}  {tokens:<12}  {prompt.logit_error:>15.3g}"
                 f"   {prompt.margin:>15.3g}"
             )
         ties = sum(prompt.tie for prompt in self.prompts)
@@ -121,11 +122,12 @@ async def run_parity(
     references: Path | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> ParityReport:
-    """Compares; raises CheckpointError or ConfigError where the checkpoint cannot be served at all.
+    """Compares a checkpoint. Raises CheckpointError or ConfigError where it cannot be served at all.
 
-    `references` is a Python file with a plain forward for each architecture that transformers lacks (plain_reference.py).
+    `references` is a Python file with a plain forward pass for each architecture that transformers lacks, as
+    `plain_reference.py` describes.
 
-    `router` are settings of the router that no token may depend on: lanes, a transport, or a `kv_memory` too small for all
+    `router` are router settings that must not change any token: lanes, a transport, or a `kv_memory` too small for all
     prompts at once, so that some of them are preempted.
     """
     shape = (await asyncio.to_thread(expert_layout, Checkpoint.open(checkpoint))).shape
@@ -140,14 +142,14 @@ async def run_parity(
         async with Client(cluster.address) as client:
             served = await asyncio.gather(*(_generate(client, prompt, new_tokens) for prompt in prompts))
         progress("logits: each whole text once more over the served experts")
-        async with _own_router(cluster, checkpoint, dtype) as forward:
+        async with _trunk_here(cluster, checkpoint, dtype) as forward:
             errors = [
                 float((await asyncio.to_thread(forward, prompt, text) - expected).abs().max())
                 for prompt, text, expected in zip(prompts, texts, logits, strict=True)
             ]
     results = []
     for prompt, text, tokens, expected, error in zip(prompts, texts, served, logits, errors, strict=True):
-        before = len(text) - new_tokens  # the prompt, or what a decoder beside its encoder starts from
+        before = len(text) - new_tokens  # tokens of the prompt, or an encoder-decoder's decoder start
         best = expected[before - 1 : -1].topk(2).values  # [new tokens, 2]
         margins = best[:, 0] - best[:, 1]
         differ = next((i for i, (a, b) in enumerate(zip(tokens, text[before:], strict=True)) if a != b), None)
@@ -168,11 +170,11 @@ def _prompts(vocabulary: int, longest: int, seed: int) -> list[list[int]]:
 def _reference(
     model: Any, prompts: Sequence[Sequence[int]], new_tokens: int
 ) -> tuple[list[list[int]], list[torch.Tensor]]:
-    """(prompt + greedy tokens, logits [tokens, V]) of each prompt, by the reference.
+    """Returns (prompt + greedy tokens, logits [tokens, V]) of each prompt, computed by the reference.
 
-    An encoder-decoder's text is its decoder's: the token that it starts from, and the greedy ones.
+    An encoder-decoder's text is its decoder's: the start token, then the greedy tokens.
     """
-    model.generation_config.eos_token_id = None  # compare the same number of tokens, whatever they are
+    model.generation_config.eos_token_id = None  # so that every prompt gets the same number of tokens
     if encoder_decoder.is_one(model):
         return encoder_decoder.outputs(model, prompts, new_tokens)
     texts, logits = [], []
@@ -187,17 +189,17 @@ def _reference(
 
 @torch.inference_mode()
 def _undecided(model: Any, prompt: Sequence[int], text: Sequence[int], token: int) -> bool:
-    """Whether the reference follows `text` with `token` too, once noise below rounding's reach is on its embeddings.
+    """Returns whether the reference also continues `text` with `token` when noise of rounding size moves its embeddings.
 
-    Those of the text, or of an encoder's prompt.
+    The noise is on the embeddings of the text, or for an encoder-decoder on those of the prompt.
     """
-    translates = encoder_decoder.is_one(model)
-    embeddings = model.get_input_embeddings()(torch.tensor([prompt if translates else text]))
+    has_encoder = encoder_decoder.is_one(model)
+    embeddings = model.get_input_embeddings()(torch.tensor([prompt if has_encoder else text]))
     dtype = embeddings.dtype
     for seed in range(NUDGES):
         noise = torch.randn(embeddings.shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
         noise = 1 + NUDGE_ULPS * torch.finfo(dtype).eps * noise
-        if translates:
+        if has_encoder:
             logits = encoder_decoder.decoded(model, prompt, text, noise[0])
         else:
             logits = model(inputs_embeds=embeddings * noise).logits[0]
@@ -207,16 +209,16 @@ def _undecided(model: Any, prompt: Sequence[int], text: Sequence[int], token: in
 
 
 def _reference_model(checkpoint: str, dtype: torch.dtype, references: Path | None) -> Any:
-    """Plain transformers or, where it lacks the architecture, the plain forward in `references`."""
+    """Loads plain transformers or, where it lacks the architecture, the plain forward pass in `references`."""
     if path_of(Checkpoint.open(checkpoint).architecture) == "definition":
         return PlainReference.load(Path(checkpoint), dtype, references)
     return _transformers_model(checkpoint, dtype)
 
 
 def _transformers_model(checkpoint: str, dtype: torch.dtype) -> Any:
-    """Plain transformers, all experts in it; its config is read as the router reads it (DBRX's is corrected).
+    """Loads the transformers model with all its experts. Its config is read as the router reads it (DBRX's is corrected).
 
-    The reference of quantised weights is the model on their values: transformers' own ways to dequantise differ.
+    For quantised weights the model is loaded with their dequantised values: transformers' own ways to dequantise differ.
     """
     opened = Checkpoint.open(checkpoint)
     config = load_config(opened)
@@ -236,10 +238,10 @@ async def _generate(client: Client, prompt: Sequence[int], new_tokens: int) -> l
 
 
 @asynccontextmanager
-async def _own_router(
+async def _trunk_here(
     cluster: LocalCluster, checkpoint: str, dtype_name: str
 ) -> AsyncIterator[Callable[[Sequence[int], Sequence[int]], torch.Tensor]]:
-    """A function (prompt, text) -> logits [tokens, V] that runs the router's model here and the experts in `cluster`."""
+    """Yields a function (prompt, text) -> logits [tokens, V] that runs the trunk here and the experts in `cluster`."""
     opened = Checkpoint.open(checkpoint)
     layout, revision = expert_layout(opened), revision_of(opened)
     dtype = torch_dtype(dtype_name, layout.shape.dtype)
@@ -259,12 +261,14 @@ async def _own_router(
 
     @torch.inference_mode()
     def forward(prompt: Sequence[int], text: Sequence[int]) -> torch.Tensor:
-        table, encoded, beside = BlockTable(), BlockTable(), None
+        table, encoded, cross_attention = BlockTable(), BlockTable(), None
         cache.grow(table, len(text))
         if cache.spec.cross_attention:
             cache.grow(encoded, len(prompt))
-            beside = CrossAttentionBatch.build(cache, [prompt], [encoded], [True], [len(text)], torch.device("cpu"))
-        batch = StepBatch.build(cache, [table], [0], [len(text)], torch.device("cpu"), beside)
+            cross_attention = CrossAttentionBatch.build(
+                cache, [prompt], [encoded], [True], [len(text)], torch.device("cpu")
+            )
+        batch = StepBatch.build(cache, [table], [0], [len(text)], torch.device("cpu"), cross_attention)
         hop.begin_step(StepContext(CallClass.PREFILL, NO_SPAN, lambda: None, lambda *_: None))
         with use_backend(hop), use_states(batch.states):
             output = model(

@@ -1,7 +1,7 @@
-"""A reference for architectures that transformers lacks: a plain torch forward, written from their documentation.
+"""A reference for architectures that transformers lacks: a plain torch forward pass, written from their documentation.
 
-It lives outside of the package, in a Python file with `FORWARDS`: model_type -> `load(folder, dtype)`, which returns a
-function ids [T] -> logits [T, V]; tests/parity/references.py is such a file.
+The forward pass is outside the package, in a Python file that defines `FORWARDS`: model_type -> `load(folder, dtype)`,
+which returns a function ids [T] -> logits [T, V]. `tests/parity/references.py` is such a file.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ PLACE = Path("tests/parity/references.py")
 
 
 class PlainReference:
-    """Offers what `moiety parity` asks of a model of transformers; every token recomputes its whole text."""
+    """Has the part of a transformers model's interface that `moiety parity` uses. Each token recomputes its whole text."""
 
     def __init__(self, forward: Callable[[torch.Tensor], torch.Tensor]):
         self._forward = forward
@@ -29,20 +29,22 @@ class PlainReference:
 
     @classmethod
     def load(cls, checkpoint: Path, dtype: torch.dtype, file: Path | None) -> PlainReference:
-        """The forward in `file` (by default the project's own) for `checkpoint`. Raises ConfigError where there is none."""
+        """Loads the forward pass for `checkpoint` from `file` (by default PLACE). Raises ConfigError where it has none."""
         file, architecture = file or PLACE, Checkpoint.open(checkpoint).architecture
         loaders = runpy.run_path(str(file))["FORWARDS"] if file.is_file() else {}
         if architecture not in loaders:
-            told = f"transformers has no {architecture} to compare with, and this file no plain forward of it"
-            raise ConfigError("references", str(file), f"{told} (run in a checkout of the project, or name another)")
+            reason = f"transformers has no {architecture} to compare with, and this file has no forward pass of it"
+            raise ConfigError(
+                "references", str(file), f"{reason} (run in a checkout of the project, or name another file)"
+            )
         return cls(loaders[architecture](checkpoint, dtype))
 
     def __call__(self, text: torch.Tensor) -> Any:
-        """text [1, T] -> .logits [1, T, V]."""
+        """Computes text [1, T] -> .logits [1, T, V]."""
         return SimpleNamespace(logits=self._forward(text[0])[None])
 
     def generate(self, ids: torch.Tensor, *, max_new_tokens: int, **_: Any) -> torch.Tensor:
-        """ids [1, T] -> [1, T + max_new_tokens], greedily."""
+        """Generates greedily: ids [1, T] -> [1, T + max_new_tokens]."""
         for _step in range(max_new_tokens):
             ids = torch.cat((ids, self._forward(ids[0])[-1:].argmax(dim=-1)[None]), dim=1)
         return ids

@@ -1,1 +1,1 @@
-"""`moiety quantize`: bits per expert by measured sensitivity."""
+"""`moiety quantize`: chooses each expert's bits by its measured sensitivity, and writes the quantised checkpoint."""

@@ -1,4 +1,4 @@
-"""Text that every Python has: its licence and the documentation of its standard library. English and code, some 100 KB."""
+"""Calibration and training text that ships with Python: docstrings of its standard library, English and code."""
 
 from __future__ import annotations
 
@@ -59,11 +59,11 @@ MODULES = (
 
 
 def shipped_text() -> str:
-    """The same for one release of Python, whatever order its files have on disk."""
+    """Returns the text: the same for one release of Python, independent of the order of files on disk."""
     library = Path(sysconfig.get_paths()["stdlib"])
     files = [library / f"{module}.py" for module in MODULES]
     documents = [text for file in files if file.is_file() for text in _docstrings(file)]
-    # Spread, so that any stretch of it has something of everything.
+    # Spread, so that every part of the text draws on many modules.
     return "\n\n".join(documents[start] for start in _spread(len(documents)))
 
 
@@ -77,5 +77,6 @@ def _docstrings(file: Path) -> Iterator[str]:
 
 
 def _spread(count: int) -> Iterator[int]:
+    """Yields 0 to `count` - 1, once each, far from their neighbours."""
     step = next(step for step in (997, 1009, 1013) if count % step) if count else 1
     yield from ((place * step) % count for place in range(count))

@@ -1,7 +1,7 @@
-"""`moiety quantize`: bits per expert by measured sensitivity, and a checkpoint that any server of the format can read.
+"""`moiety quantize`: chooses each expert's bits by its measured sensitivity, and writes the quantised checkpoint.
 
-The format is compressed-tensors' `pack-quantized`: codes packed into int32, scales beside them, a config group for each
-precision that names its experts. Everything that is not a routed expert's matrix is copied as it is.
+The format is `pack-quantized` of compressed-tensors: codes packed into int32, scales beside them, and for each precision
+a config group that names its experts. All other tensors are copied unchanged.
 """
 
 from __future__ import annotations
@@ -35,25 +35,25 @@ SMALLER = (Precision(8), Precision(4, 32), Precision(4, 128))
 REPORT = "quantization_report.json"
 PICTURE = "quantization_report.svg"
 WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
-SEQUENCE = 256  # tokens of one sequence of calibration text
+SEQUENCE = 256  # tokens per sequence of calibration text
 
 
 @dataclass(frozen=True, slots=True)
 class Quantised:
-    """What was decided for a checkpoint, and what it was decided from."""
+    """The precisions chosen for a checkpoint, and the measurements they were chosen from."""
 
     allocation: Allocation[Pair]
     sensitivity: Sensitivity
     options: Mapping[Pair, tuple[Option, ...]]
-    other_bytes: int  # of all that is not a routed expert's matrix
+    other_bytes: int  # of all tensors but the routed experts' matrices
 
     @property
     def nbytes(self) -> int:
-        """Of all weights."""
+        """Bytes of all weights."""
         return self.other_bytes + self.allocation.nbytes
 
     def uniform(self, precision: Precision) -> Allocation[Pair] | None:
-        """Every expert at `precision`; None where that was not measured."""
+        """Returns the allocation with every expert at `precision`; None where that was not measured."""
         chosen = {
             pair: option
             for pair, options in self.options.items()
@@ -73,15 +73,18 @@ def quantise(
     dtype: str = "auto",
     progress: Callable[[str], None] = lambda _: None,
 ) -> Quantised:
-    """Writes `folder`'s model to `out` so that its weights take at most `memory` bytes. Raises CheckpointError, ConfigError."""
+    """Writes `folder`'s model to `out` so that its weights take at most `memory` bytes.
+
+    Raises CheckpointError where the model cannot be quantised, ConfigError where an argument is out of bounds.
+    """
     checkpoint = Checkpoint.open(folder)
     layout = expert_layout(checkpoint)
     check_writable(out)
     precisions = usable(checkpoint, layout)
     progress(f"measuring {layout.shape.moe_layers} layers of {layout.shape.experts} experts")
     ids = calibration_ids(folder, calibration, min(tokens, layout.shape.max_context * 64), layout.shape.max_context)
-    kind = torch_dtype(dtype, layout.shape.dtype)
-    sensitivity = measure_sensitivity(checkpoint, layout, ids, precisions, kind, progress)
+    model_dtype = torch_dtype(dtype, layout.shape.dtype)
+    sensitivity = measure_sensitivity(checkpoint, layout, ids, precisions, model_dtype, progress)
     quantised = decide(checkpoint, layout, sensitivity, precisions, memory)
     progress(f"writing {out}")
     chosen = {pair: option.precision for pair, option in quantised.allocation.chosen.items()}
@@ -96,34 +99,40 @@ def decide(
     precisions: Sequence[Precision],
     memory: int,
 ) -> Quantised:
-    """The precision of each expert for weights of at most `memory` bytes. Raises ConfigError where there is none."""
+    """Chooses each expert's precision so that all weights take at most `memory` bytes.
+
+    Raises ConfigError where even the fewest bits need more.
+    """
     experts = {name for pair in sensitivity.errors for name in names_of(layout, pair)}
     other = sum(entry.nbytes for name, entry in checkpoint.tensors.items() if name not in experts)
     options = {}
     for pair, errors in sensitivity.errors.items():
-        of_pair = [checkpoint.tensor(name) for name in names_of(layout, pair)]
-        shapes = [(entry.shape[0], entry.shape[1]) for entry in of_pair]
-        plain = Option(PLAIN, sum(entry.nbytes for entry in of_pair), 0.0)
-        item = plain.nbytes // sum(rows * columns for rows, columns in shapes)
+        matrices = [checkpoint.tensor(name) for name in names_of(layout, pair)]
+        shapes = [(entry.shape[0], entry.shape[1]) for entry in matrices]
+        plain = Option(PLAIN, sum(entry.nbytes for entry in matrices), 0.0)
+        itemsize = plain.nbytes // sum(rows * columns for rows, columns in shapes)
         smaller = (
-            Option(precision, sum(precision.bytes_of(shape, item) for shape in shapes), errors[precision])
+            Option(precision, sum(precision.bytes_of(shape, itemsize) for shape in shapes), errors[precision])
             for precision in precisions
         )
         options[pair] = (plain, *smaller)
     try:
         allocation = allocate(options, memory - other)
     except ConfigError:
-        least = other + sum(min(option.nbytes for option in of_pair) for of_pair in options.values())
+        least = other + sum(min(option.nbytes for option in choices) for choices in options.values())
         raise ConfigError(
             "memory",
             memory,
-            f"must be at least {least} bytes: {other} of attention, router and the like, the rest experts",
+            f"must be at least {least} bytes: {other} for attention, router and the like, the rest for experts",
         ) from None
     return Quantised(allocation, sensitivity, options, other)
 
 
 def usable(checkpoint: Checkpoint, layout: ExpertLayout) -> tuple[Precision, ...]:
-    """The precisions that fit the experts' widths. Raises CheckpointError where experts cannot be stored one by one."""
+    """Returns the precisions that fit the experts' widths.
+
+    Raises CheckpointError where the experts are quantised already or are not stored one by one.
+    """
     for names in (names for layer in layout.layers for field, names in layer.sources.items() if "bias" not in field):
         for name in names:
             entry = checkpoint.tensor(name.replace(EXPERT, "0"))
@@ -133,8 +142,8 @@ def usable(checkpoint: Checkpoint, layout: ExpertLayout) -> tuple[Precision, ...
                 )
             if EXPERT not in name or not name.endswith(".weight"):
                 raise CheckpointError(
-                    f"checkpoint {checkpoint.path}: {name} holds all experts of a layer in one tensor, which cannot "
-                    "have bits per expert"
+                    f"checkpoint {checkpoint.path}: {name} holds all experts of a layer in one tensor, so that experts "
+                    "cannot have different bits"
                 )
     mlp = layout.shape.mlp
     return tuple(
@@ -145,7 +154,7 @@ def usable(checkpoint: Checkpoint, layout: ExpertLayout) -> tuple[Precision, ...
 
 
 def names_of(layout: ExpertLayout, pair: Pair) -> Iterator[str]:
-    """The tensors of one expert's matrices."""
+    """Yields the tensor names of one expert's matrices."""
     layer, expert = pair
     for field, names in layout.layers[layer].sources.items():
         if "bias" not in field:
@@ -153,7 +162,10 @@ def names_of(layout: ExpertLayout, pair: Pair) -> Iterator[str]:
 
 
 def calibration_ids(folder: str, text: str, tokens: int, longest: int) -> torch.Tensor:
-    """`text` as token ids [sequences, tokens of a sequence]. Raises ConfigError where it is too short."""
+    """Returns `text` as token ids [sequences, tokens per sequence]. Raises ConfigError where the text is too short.
+
+    `tokens` bounds the tokens of all sequences, `longest` those of one sequence.
+    """
     tokenizer, _ = open_tokenizer(folder)
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][:tokens]
     length = min(SEQUENCE, longest, len(ids))
@@ -163,7 +175,7 @@ def calibration_ids(folder: str, text: str, tokens: int, longest: int) -> torch.
 
 
 def check_writable(out: Path) -> None:
-    """Raises ConfigError unless `out` is a new or an empty folder."""
+    """Raises ConfigError unless `out` is a new or empty folder."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError("out", str(out), "must be a new or an empty folder")
 
@@ -175,7 +187,7 @@ def write_quantised(
     out: Path,
     progress: Callable[[str], None] = lambda _: None,
 ) -> None:
-    """The checkpoint with each expert in its precision, and a config that says so. One shard is in memory at a time."""
+    """Writes the checkpoint with each expert in its precision, and the config to match. Holds one shard in memory."""
     out.mkdir(parents=True, exist_ok=True)
     precision_of = {name: precision for pair, precision in chosen.items() for name in names_of(layout, pair)}
     with ExitStack() as stack:
@@ -209,7 +221,7 @@ def write_quantised(
 
 
 def packed(name: str, tensor: torch.Tensor, precision: Precision) -> Iterator[tuple[str, torch.Tensor]]:
-    """What is stored for the matrix `name` [O, D]: itself, or compressed-tensors' packed codes, scales and shape."""
+    """Yields the tensors stored for the matrix `name` [O, D]: the matrix itself, or packed codes, scales and shape."""
     if precision == PLAIN:
         yield name, tensor
         return
@@ -227,12 +239,16 @@ def packed(name: str, tensor: torch.Tensor, precision: Precision) -> Iterator[tu
 
 
 def _config_groups(layout: ExpertLayout, chosen: Mapping[Pair, Precision]) -> dict[str, Any]:
-    """A config group per precision, whose targets are one regular expression per layer and tensor name."""
+    """Returns a config group per precision. Its targets are one regular expression per layer and tensor name."""
     groups: dict[str, Any] = {}
     for precision in sorted({*chosen.values()} - {PLAIN}):
         targets = []
         for ordinal, layer in enumerate(layout.layers):
-            experts = [str(expert) for (at, expert), of in sorted(chosen.items()) if at == ordinal and of == precision]
+            experts = [
+                str(expert)
+                for (at, expert), chosen_precision in sorted(chosen.items())
+                if at == ordinal and chosen_precision == precision
+            ]
             if not experts:
                 continue
             for field, names in layer.sources.items():

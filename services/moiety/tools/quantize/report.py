@@ -1,4 +1,4 @@
-"""The report of `moiety quantize`: lines, JSON, and a picture of which expert got how many bits."""
+"""The report of `moiety quantize`: lines of text, JSON, and a picture of how many bits each expert got."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ _CELL, _LEFT, _TOP = 12, 70, 70
 
 
 def lines(quantised: Quantised, memory: int) -> Iterator[str]:
-    """What was chosen, beside every expert in one precision."""
+    """Yields a table of the choice, beside all experts at one precision."""
     counts = Counter(option.precision for option in quantised.allocation.chosen.values())
     yield f"{'':<28} {'experts':>8} {'bytes':>15} {'relative error':>15}"
     for precision in (PLAIN, *SMALLER):
         if uniform := quantised.uniform(precision):
             size = quantised.other_bytes + uniform.nbytes
             yield f"{f'all at {precision}':<28} {len(uniform.chosen):>8} {size:>15,} {uniform.error:>15.3g}"
-    told = "; ".join(f"{counts[precision]} at {precision}" for precision in sorted(counts, reverse=True))
+    mix = "; ".join(f"{counts[precision]} at {precision}" for precision in sorted(counts, reverse=True))
     size, error = quantised.nbytes, quantised.allocation.error
-    yield f"{'chosen':<28} {len(quantised.allocation.chosen):>8} {size:>15,} {error:>15.3g}   {told}"
-    yield f"memory {memory:,} bytes, of which {quantised.other_bytes:,} are not experts"
+    yield f"{'chosen':<28} {len(quantised.allocation.chosen):>8} {size:>15,} {error:>15.3g}   {mix}"
+    yield f"memory {memory:,} bytes; weights other than experts take {quantised.other_bytes:,}"
 
 
 def as_json(quantised: Quantised, layout: ExpertLayout, memory: int, source: str) -> dict[str, Any]:
-    """Everything that was measured and chosen; errors are relative to the layer's hidden states."""
+    """Returns everything that was measured and chosen. Errors are relative to the layer's hidden states."""
     sensitivity = quantised.sensitivity
     return {
         "source": source,
@@ -61,7 +61,7 @@ def as_json(quantised: Quantised, layout: ExpertLayout, memory: int, source: str
 
 
 def picture(quantised: Quantised, layout: ExpertLayout, title: str) -> str:
-    """SVG: a row per MoE layer, a cell per expert coloured by its precision, and paler the less it was used."""
+    """Returns an SVG: a row per MoE layer, a cell per expert. Colour shows precision; paler cells were used less."""
     shape = layout.shape
     width, height = _LEFT + max(shape.experts * _CELL, 420) + 20, _TOP + shape.moe_layers * _CELL + 40
     parts = [
@@ -81,10 +81,10 @@ def picture(quantised: Quantised, layout: ExpertLayout, title: str) -> str:
     for (layer, expert), option in quantised.allocation.chosen.items():
         uses = quantised.sensitivity.uses[layer, expert]
         x, y = _LEFT + expert * _CELL, _TOP + layer * _CELL
-        told = f"layer {layer}, expert {expert}: {option.precision}, used {uses} times"
+        tooltip = f"layer {layer}, expert {expert}: {option.precision}, used {uses} times"
         parts.append(
             f'<rect x="{x}" y="{y}" width="{_CELL - 1}" height="{_CELL - 1}" fill="{COLOURS[option.precision]}" '
-            f'fill-opacity="{0.35 + 0.65 * uses / most[layer]:.2f}"><title>{told}</title></rect>'
+            f'fill-opacity="{0.35 + 0.65 * uses / most[layer]:.2f}"><title>{tooltip}</title></rect>'
         )
     for layer in range(shape.moe_layers):
         y = _TOP + layer * _CELL + 9

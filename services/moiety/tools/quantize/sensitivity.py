@@ -1,7 +1,8 @@
-"""What each expert's weights are worth: the error of a model's outputs when an expert is stored in fewer bits.
+"""Measures each expert's sensitivity: the error of a model's hidden states when the expert is stored in fewer bits.
 
-One forward of the router's model over calibration text; at each MoE layer its experts are read, one at a time, computed as
-they are (which the forward goes on with) and in every smaller precision. So memory holds the router and one expert.
+Runs one forward pass of the trunk over calibration text. At each MoE layer it reads the experts one at a time, and
+computes each as it is (the forward pass continues with that result) and in every smaller precision. Memory holds only the
+trunk and one expert.
 
 Legend: T tokens, K experts per token, D hidden size, n rows of one expert.
 """
@@ -29,15 +30,15 @@ from moiety.model.trunk.read import load_trunk
 from moiety.policy.precision import Precision
 from moiety_kernels import ExpertWeights, grouped_expert_mlp
 
-ROWS = 512  # of an expert that its error is measured on; more are counted, and taken to err alike
-UNUSED = 0.5  # uses that an expert is credited with which no token of the calibration text chose
+ROWS = 512  # most rows per expert to measure its error on; further rows are assumed to have the same mean error
+UNUSED = 0.5  # uses that count for an expert that no token of the calibration text chose
 
 Pair = tuple[int, int]  # MoE layer, expert
 
 
 @dataclass(frozen=True, slots=True)
 class Sensitivity:
-    """Error of each (layer, expert) per precision, relative to its layer's hidden states, and how often it was used."""
+    """Error of each (layer, expert) per precision, relative to its layer's hidden states, and its number of uses."""
 
     errors: Mapping[Pair, Mapping[Precision, float]]
     uses: Mapping[Pair, int]
@@ -52,15 +53,17 @@ def measure_sensitivity(
     dtype: torch.dtype,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Sensitivity:
-    """`ids` [sequences, tokens] are the calibration text. Errors are sums over tokens of the squared error of an expert's
-    weighted output, over the sum of squares of the hidden states that leave its block.
+    """Measures every expert on the calibration text `ids` [sequences, tokens].
+
+    An error is the squared error of an expert's weighted output, summed over tokens, divided by the sum of squares of
+    the hidden states that leave its block.
     """
-    model = _router(checkpoint, layout, dtype)
+    model = _trunk(checkpoint, layout, dtype)
     energy: dict[int, float] = {}
     with Reader() as reader, torch.inference_mode(), _energies(model, layout, energy):
         backend = _Measuring(checkpoint, layout, reader, precisions, dtype, progress)
         with use_backend(backend):
-            base = getattr(model, "base_model", model)  # without the vocabulary's logits
+            base = getattr(model, "base_model", model)  # skips the logits over the vocabulary
             base(input_ids=ids, use_cache=False)
     shape = layout.shape
     errors: dict[Pair, dict[Precision, float]] = {}
@@ -76,16 +79,16 @@ def measure_sensitivity(
     return Sensitivity(errors, uses, ids.numel())
 
 
-def _router(checkpoint: Checkpoint, layout: ExpertLayout, dtype: torch.dtype) -> nn.Module:
+def _trunk(checkpoint: Checkpoint, layout: ExpertLayout, dtype: torch.dtype) -> nn.Module:
     try:
         return load_trunk(checkpoint, layout, dtype, attention="sdpa")
-    except CheckpointError:  # models with attention sinks have none
+    except CheckpointError:  # models with attention sinks do not support sdpa
         return load_trunk(checkpoint, layout, dtype, attention="eager")
 
 
 @contextmanager
 def _energies(model: nn.Module, layout: ExpertLayout, energy: dict[int, float]) -> Iterator[None]:
-    """Fills in, per MoE layer, the sum of squares of the hidden states that leave its decoder block."""
+    """Records in `energy`, per MoE layer, the sum of squares of the hidden states that leave its decoder block."""
     handles = []
     for ordinal, layer in enumerate(layout.layers):
 
@@ -102,16 +105,18 @@ def _energies(model: nn.Module, layout: ExpertLayout, energy: dict[int, float]) 
 
 
 def _block(model: nn.Module, module: str) -> str:
-    """The decoder block around an experts module: the nearest module above it that a list holds."""
+    """Returns the path of the decoder block around an experts module: the nearest module above it in a ModuleList."""
     parts = module.split(".")
     for length in range(len(parts), 0, -1):
         if isinstance(model.get_submodule(".".join(parts[: length - 1])), nn.ModuleList):
             return ".".join(parts[:length])
-    raise RuntimeError(f"{module} lies in no list of blocks")
+    raise RuntimeError(f"{module} is not inside a list of blocks")
 
 
 @dataclass(slots=True)
 class _Computed:
+    """PendingRows that are computed already."""
+
     rows: torch.Tensor  # [T, K, D]
 
     def result(self) -> torch.Tensor:
@@ -120,7 +125,7 @@ class _Computed:
 
 @dataclass(slots=True)
 class _Measuring:
-    """An ExpertBackend that reads each activated expert, computes with it, and compares it with smaller ones."""
+    """An ExpertBackend that reads each activated expert, computes it, and compares it with its smaller precisions."""
 
     checkpoint: Checkpoint
     layout: ExpertLayout
@@ -143,17 +148,17 @@ class _Measuring:
             rows = hidden[token]
             exact = out[token, slot] = compute(plain, rows, self.layout.shape.mlp)
             self.uses[layer, expert] = len(token)
-            some = slice(ROWS)
-            factor = 1.0 if weights is None else weights[token, slot][some, None].double()
+            sample = slice(ROWS)
+            factor = 1.0 if weights is None else weights[token, slot][sample, None].double()
             for precision in self.precisions:
-                smaller = compute(plain.quantised(precision.bits, precision.group), rows[some], self.layout.shape.mlp)
-                error = ((smaller.double() - exact[some].double()) * factor).square().sum()
+                smaller = compute(plain.quantised(precision.bits, precision.group), rows[sample], self.layout.shape.mlp)
+                error = ((smaller.double() - exact[sample].double()) * factor).square().sum()
                 self.errors[layer, expert][precision] = float(error) * len(token) / min(ROWS, len(token))
         return _Computed(out)
 
 
 def compute(weights: ExpertWeights, rows: torch.Tensor, mlp: ExpertMLP) -> torch.Tensor:
-    """`rows` [n, D] through one expert."""
+    """Returns the output [n, D] of one expert for `rows` [n, D]."""
     return grouped_expert_mlp(
         rows,
         (len(rows),),

@@ -1,4 +1,4 @@
-"""A small OTLP/gRPC endpoint that keeps spans and figures in memory: the demo's collector, and the tests'."""
+"""A small OTLP/gRPC endpoint that keeps spans and figures in memory: the collector of the demo and of tests."""
 
 from __future__ import annotations
 
@@ -42,35 +42,40 @@ class TraceReceiver(trace_service_pb2_grpc.TraceServiceServicer):
         self._server.start()
 
     def spans(self) -> tuple[ReceivedSpan, ...]:
-        """What has arrived so far, in order of arrival."""
+        """Returns the spans received so far, in order of arrival."""
         with self._arrived:
             return tuple(self._spans)
 
     def wait_for(
         self, predicate: Callable[[Sequence[ReceivedSpan]], bool], timeout_s: float = 10.0
     ) -> tuple[ReceivedSpan, ...]:
-        """All spans, once `predicate` holds for them. Raises TimeoutError that lists what did arrive."""
+        """Waits until `predicate` holds for the received spans, and returns them all.
+
+        Raises TimeoutError after `timeout_s`, with the names of the spans that did arrive.
+        """
         deadline = time.monotonic() + timeout_s
         with self._arrived:
             while not predicate(spans := tuple(self._spans)):
                 if not self._arrived.wait(deadline - time.monotonic()):
                     names = ", ".join(sorted({span.name for span in spans})) or "none"
-                    raise TimeoutError(f"not the awaited spans within {timeout_s:g} s; {len(spans)} arrived: {names}")
+                    raise TimeoutError(
+                        f"the expected spans did not arrive within {timeout_s:g} s; {len(spans)} arrived: {names}"
+                    )
         return spans
 
     def figures(self) -> tuple[ReceivedFigure, ...]:
-        """The latest of each metric, service and set of attributes."""
+        """Returns the latest figure of each metric, service and set of attributes."""
         with self._arrived:
             return tuple(self._figures.latest.values())
 
     def clear(self) -> None:
-        """Forgets what has arrived."""
+        """Drops all spans and figures received so far."""
         with self._arrived:
             self._spans.clear()
             self._figures.latest.clear()
 
     def close(self) -> None:
-        """Stops listening; the spans stay readable."""
+        """Stops listening. The spans stay readable."""
         self._server.stop(grace=0.5).wait()
 
     def __enter__(self) -> TraceReceiver:
@@ -82,7 +87,7 @@ class TraceReceiver(trace_service_pb2_grpc.TraceServiceServicer):
     def Export(
         self, request: trace_service_pb2.ExportTraceServiceRequest, context: grpc.ServicerContext
     ) -> trace_service_pb2.ExportTraceServiceResponse:
-        """The RPC that exporters call."""
+        """Stores the spans of an exporter's call."""
         received = list(_read(request))
         with self._arrived:
             self._spans.extend(received)

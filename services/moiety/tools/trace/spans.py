@@ -1,4 +1,4 @@
-"""Spans and figures as a collector sees them: plain values, read by the waterfall, the demo and tests."""
+"""Spans and figures as a collector receives them: plain values that the waterfall, the demo and tests read."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from moiety.telemetry.tracing import Value
 
 @dataclass(frozen=True, slots=True)
 class ReceivedSpan:
-    """One span. Ids are lower-case hexadecimal; times are nanoseconds since the epoch, by the sender's clock."""
+    """One span. Ids are lower-case hexadecimal. Times are nanoseconds since the epoch on the sender's clock."""
 
     trace_id: str
     span_id: str
@@ -20,9 +20,9 @@ class ReceivedSpan:
     start_ns: int
     end_ns: int
     attributes: Mapping[str, Value] = field(default_factory=dict)
-    links: tuple[tuple[str, str], ...] = ()  # (trace_id, span_id) of each
+    links: tuple[tuple[str, str], ...] = ()  # (trace_id, span_id)
     status: str = "unset"  # unset, ok or error
-    message: str = ""  # of an error
+    message: str = ""  # the error's
     kind: str = "internal"  # names.SpanKind
 
     @property
@@ -38,5 +38,5 @@ class ReceivedFigure:
     service: str
     value: float
     unit: str
-    cumulative: bool  # a counter since the service's start; else a figure of the moment
+    cumulative: bool  # True: a counter since the service's start; False: a gauge
     attributes: Mapping[str, Value] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""A trace as a tree, and how much of a span's time the spans below it account for."""
+"""Builds a trace's tree of spans, and measures how much of a span's time the spans below it account for."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from moiety.tools.trace.spans import ReceivedSpan
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """A span with the spans below it, in order of their start."""
+    """A span and its child spans, in order of start."""
 
     span: ReceivedSpan
     children: list[Node] = field(default_factory=list)
 
     def walk(self) -> Iterator[Node]:
-        """This node and all below it, parents first."""
+        """Yields this node and all nodes below it, parents first."""
         yield self
         for child in self.children:
             yield from child.walk()
 
 
 def trees(spans: Iterable[ReceivedSpan], trace_id: str) -> list[Node]:
-    """The roots of one trace: spans without a parent, and those whose parent has not been received."""
+    """Returns the roots of one trace: spans that have no parent, or whose parent has not been received."""
     nodes = {span.span_id: Node(span) for span in spans if span.trace_id == trace_id}
     below: dict[str, list[Node]] = defaultdict(list)
     for node in sorted(nodes.values(), key=lambda node: (node.span.start_ns, -node.span.end_ns)):
@@ -38,10 +38,10 @@ def trees(spans: Iterable[ReceivedSpan], trace_id: str) -> list[Node]:
 def coverage(
     spans: Iterable[ReceivedSpan], trace_id: str, *, of: SpanName = SpanName.STEP, leaves: bool = False
 ) -> float:
-    """The fraction, 0 to 1, of the time of all spans named `of` that their children account for.
+    """Returns the fraction, 0 to 1, of the time of all spans named `of` that their children account for.
 
-    Children that overlap count once, and only within their parent. With `leaves` only spans that have nothing below them
-    count: the stricter reading, in which a layer with an unexplained hole does not explain it. 0 where there is no such span.
+    Time that children share counts once, and only within their parent. With `leaves`, only spans without children count:
+    a stricter measure, in which time between a layer's own children stays unexplained. 0 where no span is named `of`.
     """
     total = explained = 0
     for node in (node for root in trees(spans, trace_id) for node in root.walk() if node.span.name == of):
@@ -59,7 +59,7 @@ def _below(node: Node, leaves: bool) -> Iterator[ReceivedSpan]:
 
 
 def _union(spans: Iterable[ReceivedSpan], within: ReceivedSpan) -> int:
-    """Nanoseconds of `within` during which at least one of `spans` ran."""
+    """Returns the nanoseconds of `within` during which at least one of `spans` ran."""
     covered, reached = 0, within.start_ns
     for span in sorted(spans, key=lambda span: span.start_ns):
         start, end = max(span.start_ns, reached), min(span.end_ns, within.end_ns)

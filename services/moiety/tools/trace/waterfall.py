@@ -1,4 +1,4 @@
-"""One trace as indented text with bars: what a person without a tracing backend looks at."""
+"""Prints one trace as indented text with bars, for readers without a tracing backend."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from moiety.tools.trace.tree import Node, coverage, trees
 __all__ = ["coverage", "waterfall"]
 
 _EIGHTHS = " ▏▎▍▌▋▊▉"
-_OUTLIER = 3.0  # a sibling this many times slower than the median of its like is shown, never summed up
-_DETAILS = (3, 2, 1)  # siblings of one kind shown in full before the rest are summed up: the most that fits is taken
+_OUTLIER = 3.0  # the slowest sibling is shown, not summed up, if it took this many times the median of its kind
+_DETAILS = (3, 2, 1)  # siblings of one kind that are shown in full, not summed up; the first number that fits is used
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,17 +24,17 @@ class _Row:
     service: str
     start_ns: int
     end_ns: int
-    took_ms: float | None  # None on a line that stands for many spans
+    took_ms: float | None  # None on a line that sums up several spans
 
 
 def waterfall(
     spans: Iterable[ReceivedSpan], trace_id: str, *, width: int = 110, max_rows: int = 50, focus: str | None = None
 ) -> str:
-    """`trace_id` as text: a line per span with its service, start and duration in ms, and a bar scaled to the trace.
+    """Returns the trace as text: a line per span with its service, start and duration in ms, and a bar scaled to the trace.
 
-    Siblings of one kind (decode steps, layers, hops) are shown up to a few; of more, the first, the outlier if there is
-    one, and a line that sums up the rest. `focus` is the id of a span to show alone, the bars scaled to it: one step
-    of a long answer, for instance. At most `width` columns and `max_rows` lines of spans.
+    A few siblings of one kind (decode steps, layers, hops) are shown in full. If there are more, the text shows the first,
+    the outlier if there is one, and a line that sums up the rest. `focus` is the id of a span to show alone, with bars
+    scaled to it: one step of a long answer, for instance. At most `width` columns and `max_rows` lines of spans.
     """
     roots = trees(spans, trace_id)
     if focus is not None:
@@ -69,7 +69,7 @@ def _rows(node: Node, branch: str, indent: str, shown: int) -> Iterator[_Row]:
 
 
 def _entries(children: Sequence[Node], shown: int) -> Iterator[Node | list[ReceivedSpan]]:
-    """The children in order; those of a kind that are too many as one list, where the first of them would stand."""
+    """Yields the children in order. If a kind has more than `shown`, the rest come as one list at their first place."""
     kinds: dict[str, list[Node]] = defaultdict(list)
     for child in children:
         kinds[_kind(child.span)].append(child)
@@ -93,13 +93,13 @@ def _kind(span: ReceivedSpan) -> str:
 
 
 def _label(span: ReceivedSpan) -> str:
-    label, told = _kind(span), span.attributes
-    if span.name == SpanName.LAYER and Attribute.LAYER in told:
-        label = f"layer {told[Attribute.LAYER]}"
+    label, values = _kind(span), span.attributes
+    if span.name == SpanName.LAYER and Attribute.LAYER in values:
+        label = f"layer {values[Attribute.LAYER]}"
     elif span.name == SpanName.HOP:
-        label = f"hop → {told.get(Attribute.REPLICA) or told.get(Attribute.DEPLOYMENT, '?')}"
-        label += f", try {attempt + 1}" if isinstance(attempt := told.get(Attribute.ATTEMPT), int) and attempt else ""
-        label += ", hedge" if told.get(Attribute.HEDGE) else ""
+        label = f"hop → {values.get(Attribute.REPLICA) or values.get(Attribute.DEPLOYMENT, '?')}"
+        label += f", try {attempt + 1}" if isinstance(attempt := values.get(Attribute.ATTEMPT), int) and attempt else ""
+        label += ", hedge" if values.get(Attribute.HEDGE) else ""
     return f"{label} ✗ {span.message}".rstrip() if span.status == "error" else label
 
 
@@ -133,7 +133,7 @@ def _table(rows: Sequence[_Row], width: int, start_ns: int, end_ns: int) -> Iter
 
 
 def _bar(row: _Row, origin_ns: int, extent_ns: int, cells: int) -> str:
-    """The row's stretch of the trace, to an eighth of a cell at its end; light where it stands for many spans."""
+    """Returns the bar of a row, its end exact to an eighth of a cell; light where the row sums up several spans."""
     first = min(cells - 1, (row.start_ns - origin_ns) * cells // extent_ns)
     eighths = max(1, (row.end_ns - origin_ns) * cells * 8 // extent_ns - first * 8)
     if row.took_ms is None:

@@ -1,1 +1,1 @@
-"""The systems that `moiety bench serve` compares with. These files run in the peers' environments: they never import moiety."""
+"""The systems that `moiety bench serve` compares with. They run in the peers' environments and do not import moiety."""

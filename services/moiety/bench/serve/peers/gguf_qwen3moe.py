@@ -1,4 +1,4 @@
-"""A Qwen3-MoE checkpoint folder (bfloat16 safetensors) as one GGUF file, without a tokenizer: ids in, ids out."""
+"""Writes a Qwen3-MoE checkpoint folder (bfloat16 safetensors) as one GGUF file, without a tokenizer: ids in, ids out."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ EXPERT_TENSORS = {"gate_proj": "ffn_gate_exps", "up_proj": "ffn_up_exps", "down_
 
 
 def write_gguf(checkpoint: Path, file: Path) -> None:
-    """Raises ValueError where the checkpoint is no Qwen3-MoE in bfloat16. `file` appears once it is whole."""
+    """Writes the checkpoint to `file`, which appears only when it is complete.
+
+    Raises ValueError where the checkpoint is not a Qwen3-MoE in bfloat16.
+    """
     config = json.loads((checkpoint / "config.json").read_text())
     if config["model_type"] != "qwen3_moe":
         raise ValueError(f"{config['model_type']}: only qwen3_moe can be written as GGUF here")
@@ -72,12 +75,15 @@ def _write_header(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
 
 
 def _experts(config: dict[str, Any]) -> int:
-    """Published configs say `num_experts`; transformers saves what it calls `num_local_experts`."""
+    """Returns the number of experts: `num_experts` in published configs, `num_local_experts` as transformers saves it."""
     return int(config.get("num_experts") or config["num_local_experts"])
 
 
 def _read_tensors(checkpoint: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """Name and bits, uint16 in the published shape, mapped from the files. Raises ValueError for another dtype."""
+    """Yields each tensor's name and bits: uint16 in the published shape, mapped from the files.
+
+    Raises ValueError for another dtype than BF16.
+    """
     for file in sorted(checkpoint.glob("*.safetensors")):
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
@@ -93,7 +99,7 @@ def _read_tensors(checkpoint: Path) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def _add(writer: gguf.GGUFWriter, name: str, bits: np.ndarray) -> None:
-    """Norms and the gate in float32, as llama.cpp's own converter has them; matrices as they are."""
+    """Adds a tensor: norms and the gate in float32, as llama.cpp's own converter writes them; matrices unchanged."""
     if bits.ndim == 1 or "ffn_gate_inp" in name:
         writer.add_tensor(name, (bits.astype(np.uint32) << 16).view(np.float32))
     else:

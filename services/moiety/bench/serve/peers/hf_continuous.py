@@ -1,4 +1,4 @@
-"""transformers' continuous batching: its manager, with a cache sized to the workload and its prefix sharing off."""
+"""transformers' continuous batching: its manager, with a cache sized for the workload and prefix sharing off."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from transformers.utils import logging
 
 Arrivals = tuple[float, list[list[float]]]
 PAGE = 16
-BATCH_TOKENS = 512  # of a step: its attention masks are dense, and grow with it
+BATCH_TOKENS = 512  # per step; the attention masks are dense and grow with it
 
 
 def load(
     checkpoint: str, dtype: str, threads: int, slots: int, context: int, scratch: str
 ) -> tuple[str, Callable[[Sequence[Sequence[int]], int], Arrivals], Callable[[], None]]:
-    """Loads the model and starts the manager's thread; `scratch` needs nothing here."""
+    """Loads the model and starts the manager's thread. Does not use `scratch`."""
     logging.disable_progress_bar()
     torch.set_num_threads(threads)
     model: Any = AutoModelForCausalLM.from_pretrained(
@@ -46,7 +46,7 @@ def load(
         for prompt in prompts:
             request = manager.add_request(list(prompt), max_new_tokens=new_tokens, streaming=True, eos_token_id=-1)
             if request is None:
-                raise RuntimeError("the manager takes no requests any more")
+                raise RuntimeError("the manager no longer accepts requests")
             times[request] = []
         left = len(prompts)
         while left:
@@ -58,7 +58,7 @@ def load(
             if output.error:
                 raise RuntimeError(output.error)
             arrived = times[output.request_id]
-            # A message carries all tokens so far, and sometimes none that is new.
+            # A message carries all tokens so far, and sometimes no new one.
             arrived += [time.perf_counter()] * (len(output.generated_tokens) - len(arrived))
             left -= output.is_finished()
         return began, list(times.values())

@@ -1,4 +1,4 @@
-"""transformers' `generate`: one batch, greedy, with the experts implementation that it takes by itself (grouped_mm)."""
+"""transformers' `generate`: one batch, greedy, with the experts implementation that it chooses itself (grouped_mm)."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ Arrivals = tuple[float, list[list[float]]]
 def load(
     checkpoint: str, dtype: str, threads: int, slots: int, context: int, scratch: str
 ) -> tuple[str, Callable[[Sequence[Sequence[int]], int], Arrivals], Callable[[], None]]:
-    """Loads the whole model; `slots`, `context` and `scratch` need nothing here."""
+    """Loads the whole model. Does not use `slots`, `context` and `scratch`."""
     logging.disable_progress_bar()
     torch.set_num_threads(threads)
     model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype, local_files_only=True).eval()
-    model.generation_config.eos_token_id = None  # everyone generates the same number of tokens
+    model.generation_config.eos_token_id = None  # so that every system generates the same number of tokens
     experts = getattr(model.config, "_experts_implementation", None) or "eager"
 
     @torch.inference_mode()
@@ -36,13 +36,13 @@ def load(
             pad_token_id=0,
             streamer=clock,
         )
-        return began, [clock.times[1:] for _ in prompts]  # the first is the prompt itself
+        return began, [clock.times[1:] for _ in prompts]  # the streamer's first call is for the prompt itself
 
     return f"transformers {version('transformers')} generate, {experts}", run, lambda: None
 
 
 class _Clock:
-    """A transformers streamer that only notes when tokens come, one for every prompt of the batch at once."""
+    """A transformers streamer that only records when tokens arrive. A call brings one token for every prompt."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -51,4 +51,4 @@ class _Clock:
         self.times.append(time.perf_counter())
 
     def end(self) -> None:
-        """Nothing is held back."""
+        """Does nothing: no token is buffered."""

@@ -1,4 +1,4 @@
-"""llama.cpp through llama-cpp-python: all streams in one batch a step, as its server does, on a GGUF of the checkpoint."""
+"""llama.cpp through llama-cpp-python: one batch of all streams per step, as its server does, on a GGUF of the checkpoint."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import numpy as np
 from gguf_qwen3moe import write_gguf
 
 Arrivals = tuple[float, list[list[float]]]
-BATCH_TOKENS = 512  # of a prefill step; llama.cpp's own default
+BATCH_TOKENS = 512  # per prefill step; llama.cpp's own default
 
 
 def load(
     checkpoint: str, dtype: str, threads: int, slots: int, context: int, scratch: str
 ) -> tuple[str, Callable[[Sequence[Sequence[int]], int], Arrivals], Callable[[], None]]:
-    """Writes the GGUF to `scratch` unless it is there, loads it, and makes a context for all streams."""
+    """Writes the GGUF to `scratch` unless it exists, loads it, and makes a context for all streams."""
     if dtype != "bfloat16":
         raise ValueError(f"dtype {dtype}: the GGUF is written in bfloat16 only")
     file = Path(scratch) / "model.gguf"
@@ -46,7 +46,7 @@ def load(
 
 
 class _Batch:
-    """One llama_batch, filled anew for every step. What ctypes points into is kept here."""
+    """One llama_batch, refilled for every step. Keeps alive the objects that ctypes points into."""
 
     def __init__(self, model: Any, engine: Any, capacity: int):
         vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
@@ -54,7 +54,7 @@ class _Batch:
         self._batch = llama_cpp.llama_batch_init(capacity, 0, 1)
 
     def run(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> Arrivals:
-        """Prefill in packed batches, prompt after prompt; then a token for every stream in each step."""
+        """Prefills in packed batches, prompt after prompt; then decodes one token for every stream in each step."""
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self._engine), True)
         arrivals: list[list[float]] = [[] for _ in prompts]
         tokens = [0] * len(prompts)
@@ -66,13 +66,16 @@ class _Batch:
         ]
         for start in range(0, len(waiting), self._capacity):
             self._step(waiting[start : start + self._capacity], tokens, arrivals)
-        for made in range(1, new_tokens):
-            step = [(tokens[s], len(prompt) + made - 1, s, True) for s, prompt in enumerate(prompts)]
+        for generated in range(1, new_tokens):
+            step = [(tokens[s], len(prompt) + generated - 1, s, True) for s, prompt in enumerate(prompts)]
             self._step(step, tokens, arrivals)
         return began, arrivals
 
     def _step(self, rows: list[tuple[int, int, int, bool]], tokens: list[int], arrivals: list[list[float]]) -> None:
-        """Decodes (token, position, stream, wants logits) rows; greedy tokens of those that want them go to `tokens`."""
+        """Decodes rows of (token, position, stream, wants logits).
+
+        Writes the greedy token of each row that wants logits to `tokens`, and its arrival time to `arrivals`.
+        """
         batch = self._batch
         batch.n_tokens = len(rows)
         for row, (token, position, stream, wanted) in enumerate(rows):

@@ -1,11 +1,13 @@
-"""A peer as a process: `PYTHON main.py NAME` speaks JSON lines on stdin and stdout, in whatever environment PYTHON is.
+"""Runs a peer as a process: `PYTHON main.py NAME` reads orders as JSON lines on stdin and answers on stdout.
 
-An order `{"load": {"checkpoint", "dtype", "threads", "slots", "context", "scratch"}}` is answered with `{"system": name}`;
-`{"run": {"prompts": [[id]], "new_tokens": n}}` with `{"began": s, "arrivals": [[s]]}`, times of one clock; a failure of
-either with `{"error": told}`. The end of stdin is the end of the process. NAME is a module beside this file that has
-`load(...)`, which returns (name for people, run, close); `run(prompts, new_tokens)` returns (began, arrivals).
+- `{"load": {"checkpoint", "dtype", "threads", "slots", "context", "scratch"}}` is answered with `{"system": name}`.
+- `{"run": {"prompts": [[id]], "new_tokens": n}}` is answered with `{"began": s, "arrivals": [[s]]}`, times on one clock.
+- If an order fails, the answer is `{"error": text}`.
 
-Standard library only, and nothing of Moiety: the environment belongs to the peer.
+The process ends at the end of stdin. NAME is a module beside this file. Its `load(...)` returns (display name, run, close);
+`run(prompts, new_tokens)` returns (began, arrivals).
+
+Imports the standard library only, and nothing of Moiety: PYTHON belongs to the peer's environment.
 """
 
 from __future__ import annotations
@@ -18,9 +20,9 @@ import traceback
 
 
 def main(name: str) -> None:
-    """Takes orders until stdin ends."""
+    """Answers orders until stdin ends."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # libraries print; the answers' pipe is not for them
+    os.dup2(2, 1)  # what libraries print goes to stderr, not into the pipe of the answers
     run = close = None
     for line in sys.stdin:
         order = json.loads(line)

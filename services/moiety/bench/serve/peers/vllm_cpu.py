@@ -1,4 +1,4 @@
-"""vLLM's CPU build: its engine as `vllm serve` runs it, in a process of its own, fed and read through LLMEngine."""
+"""vLLM's CPU build: its engine in its own process, as `vllm serve` runs it, driven through LLMEngine."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ GIB = 1 << 30
 def load(
     checkpoint: str, dtype: str, threads: int, slots: int, context: int, scratch: str
 ) -> tuple[str, Callable[[Sequence[Sequence[int]], int], Arrivals], Callable[[], None]]:
-    """Starts the engine on the first `threads` cores of this process, with a cache of 4 GiB."""
+    """Starts the engine on the first `threads` cores of this process, with a KV cache of 4 GiB."""
     cores = sorted(os.sched_getaffinity(0))[:threads]
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, cores)))
