@@ -1,8 +1,8 @@
-"""How many threads the C++ kernels may use: a number of their own, beside torch's.
+"""How many threads the C++ kernels may use: a number per calling thread, separate from torch's.
 
-A kernel takes no more of them than its work is worth. torch shares out any elementwise operation of 32,768 elements, and
-waking a thread that waits passively costs it more (50 us measured) than the operation (9): whoever computes decode steps
-leaves torch one thread, and the kernels all.
+A kernel uses fewer threads where its work is small. torch splits any elementwise operation of 32,768 elements among its
+threads, and waking a passively waiting thread takes longer (50 us measured) than the operation itself (9 us). So a router
+sets torch to one thread for decode steps and still gives the kernels all of them.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ import threading
 
 import torch
 
-_of_thread = threading.local()
+_calling_thread = threading.local()
 
 
-def use_threads(count: int) -> None:
-    """The calls that come from this thread may use so many."""
-    _of_thread.count = count
+def set_thread_limit(count: int) -> None:
+    """Lets kernel calls from the calling thread use up to `count` threads; 0 returns to torch's number."""
+    _calling_thread.count = count
 
 
-def most_threads() -> int:
-    """For calls from this thread: what `use_threads` said, else torch's number."""
-    return getattr(_of_thread, "count", 0) or torch.get_num_threads()
+def thread_limit() -> int:
+    """Returns how many threads a call from this thread may use: the number set by `set_thread_limit`, else torch's."""
+    return getattr(_calling_thread, "count", 0) or torch.get_num_threads()
 
 
 def usable_cores() -> int:
-    """Cores that this process may run on."""
+    """Returns the number of cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

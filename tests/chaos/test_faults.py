@@ -28,9 +28,9 @@ def test_a_killed_replica_with_a_spare_costs_no_token(served: Served, expected: 
     """kill -9 of one of two holders: no stream fails or changes; the worst token gap is printed (goal 0.4 s)."""
 
     async def scenario(client: Client) -> None:
-        await served.have(2, 2)
+        await served.scale_experts(2, 2)
         streams = Streams(client, NEW_TOKENS)
-        await streams.reach(STRIKE_AT)
+        await streams.wait_for_tokens(STRIKE_AT)
         lost = served.cluster.experts(0)[0]
         lost.signal(signal.SIGKILL)
         assert await streams.finish() == expected
@@ -44,9 +44,9 @@ def test_a_hung_replica_with_a_spare_is_hedged(served: Served, expected: list[li
     """SIGSTOP of one of two holders: hedges keep every stream going; tokens stay the same, also after SIGCONT."""
 
     async def scenario(client: Client) -> None:
-        await served.have(2, 1)
+        await served.scale_experts(2, 1)
         streams = Streams(client, NEW_TOKENS)
-        await streams.reach(STRIKE_AT)
+        await streams.wait_for_tokens(STRIKE_AT)
         hung = served.cluster.experts(0)[0]
         hung.signal(signal.SIGSTOP)
         assert await streams.finish() == expected
@@ -68,9 +68,9 @@ def test_streams_wait_for_a_new_sole_holder(served: Served, expected: list[list[
     """The only holder dies or hangs: streams keep their slots, wait for its replacement, and end with the same tokens."""
 
     async def scenario(client: Client) -> None:
-        await served.have(1, 1)
+        await served.scale_experts(1, 1)
         streams = Streams(client, NEW_TOKENS)
-        await streams.reach(STRIKE_AT)
+        await streams.wait_for_tokens(STRIKE_AT)
         lost = served.cluster.experts(1)[0]
         lost.signal(fault)
         await served.cluster.add_expert(1)
@@ -86,11 +86,11 @@ def test_another_router_continues_the_streams_of_a_lost_one(served: Served, expe
     """kill -9 of one of two routers: the other continues after the tokens already sent; none is lost or repeated."""
 
     async def scenario(client: Client) -> None:
-        await served.have(1, 1)
+        await served.scale_experts(1, 1)
         doomed = served.cluster.router()
         await served.cluster.add_router()
         streams = Streams(client, NEW_TOKENS)
-        await streams.reach(STRIKE_AT)
+        await streams.wait_for_tokens(STRIKE_AT)
         doomed.signal(signal.SIGKILL)
         assert await streams.finish() == expected
         await doomed.ended()
@@ -102,11 +102,11 @@ def test_a_drained_router_finishes_its_streams(served: Served, expected: list[li
     """A draining router takes no new requests and finishes its running ones; another router serves the next."""
 
     async def scenario(client: Client) -> None:
-        await served.have(1, 1)
+        await served.scale_experts(1, 1)
         leaving = served.cluster.router()
         await served.cluster.add_router()
         streams = Streams(client, NEW_TOKENS)
-        await streams.reach(STRIKE_AT)
+        await streams.wait_for_tokens(STRIKE_AT)
         finished, _ = await asyncio.gather(streams.finish(), served.cluster.drain(leaving, grace_s=30.0))
         assert finished == expected
         assert await Streams(client, NEW_TOKENS).finish() == expected
@@ -125,7 +125,7 @@ def test_requests_fail_without_a_replacement_in_time(tiny: Callable[[str], str])
         impatient = LocalCluster(tiny("qwen3_moe"), dtype="float32", router={"expert_wait_s": 1.0})
         async with impatient as cluster, Client(cluster.address) as client:
             streams = Streams(client, NEW_TOKENS)
-            await streams.reach(STRIKE_AT)
+            await streams.wait_for_tokens(STRIKE_AT)
             cluster.experts(1)[0].signal(signal.SIGKILL)
             with pytest.raises(Unavailable, match=r"no live replica holds expert\(s\) \[.*\] of MoE layer \d"):
                 await streams.finish()

@@ -11,7 +11,7 @@ from moiety.bench.report import percentile
 from moiety.client import Client
 from moiety.core.experts import ExpertSet
 from moiety.errors import Unavailable
-from moiety.tools.rebalance import Ask, enact, proposed
+from moiety.tools.rebalance import RebalanceRequest, apply_placement, propose_placement
 from support.serving import Served
 from support.streams import Streams
 
@@ -28,8 +28,8 @@ def expected(served: Served) -> list[list[int]]:
 async def change(served: Served, client: Client, held: Mapping[str, ExpertSet]) -> Streams:
     """Starts streams and puts `held` in force while they run; returns them once all replicas have followed."""
     streams = Streams(client, NEW_TOKENS)
-    await streams.reach(STRIKE_AT)
-    await served.cluster.settled(await served.cluster.place(held))
+    await streams.wait_for_tokens(STRIKE_AT)
+    await served.cluster.until_settled(await served.cluster.set_placement(held))
     return streams
 
 
@@ -42,7 +42,7 @@ def test_experts_change_places_under_a_running_router(served: Served, expected: 
     """Two groups swap all their experts: tokens and processes stay the same, and no call is refused."""
 
     async def scenario(client: Client) -> None:
-        await served.have(1, 1)
+        await served.scale_experts(1, 1)
         first, second = served.cluster.partition
         pids = {child.pid for child in served.cluster.children}
         served.receiver.clear()
@@ -63,7 +63,7 @@ def test_a_hot_set_takes_over_hot_experts_and_gives_them_back(served: Served, ex
     """A hot set shares the rows of some experts, then of others, then of none; tokens stay the same."""
 
     async def scenario(client: Client) -> None:
-        await served.have(1, 1)
+        await served.scale_experts(1, 1)
         first, second = served.cluster.partition
         groups = {"experts-0": first, "experts-1": second}
         hot = await served.cluster.add_hot_set(0)
@@ -92,17 +92,19 @@ def test_an_expert_missing_from_the_placement_is_not_lost(served: Served, expect
     """A placement without some expert leaves that expert with its last holder, and requests go on."""
 
     async def scenario(client: Client) -> None:
-        await served.have(1, 1)
+        await served.scale_experts(1, 1)
         first, second = served.cluster.partition
         incomplete = {"experts-0": first - ExpertSet.parse("0:0"), "experts-1": second}
         streams = Streams(client, NEW_TOKENS)
-        await streams.reach(STRIKE_AT)
-        epoch = await served.cluster.place(incomplete)
+        await streams.wait_for_tokens(STRIKE_AT)
+        epoch = await served.cluster.set_placement(incomplete)
         assert await streams.finish() == expected
         with pytest.raises(Unavailable, match="leaving 0:0"):
-            await served.cluster.settled(epoch, timeout_s=3.0)
+            await served.cluster.until_settled(epoch, timeout_s=3.0)
         assert await Streams(client, NEW_TOKENS).finish() == expected
-        await served.cluster.settled(await served.cluster.place({"experts-0": first, "experts-1": second}))
+        await served.cluster.until_settled(
+            await served.cluster.set_placement({"experts-0": first, "experts-1": second})
+        )
 
     served.run(scenario)
 
@@ -115,7 +117,7 @@ def test_a_plan_from_the_ledger_is_enacted_under_load(served: Served, expected: 
     """
 
     async def scenario(client: Client) -> None:
-        await served.have(1, 1)
+        await served.scale_experts(1, 1)
         hot = await served.cluster.add_hot_set(0)
         registry = served.cluster.registry
         gaps: list[float] = []
@@ -129,10 +131,10 @@ def test_a_plan_from_the_ledger_is_enacted_under_load(served: Served, expected: 
 
         running = asyncio.create_task(load())
         try:
-            plan = await proposed(registry, Ask(watch_s=4.0, hot_sets=1, hot_memory=1 << 20))
+            plan = await propose_placement(registry, RebalanceRequest(watch_s=4.0, hot_sets=1, hot_memory=1 << 20))
             assert plan.changes
             count_before = len(gaps)
-            await enact(registry, plan, 30.0, print)
+            await apply_placement(registry, plan, 30.0, print)
             before, after = gaps[:count_before], gaps[count_before:]
         finally:
             done.set()
@@ -146,7 +148,9 @@ def test_a_plan_from_the_ledger_is_enacted_under_load(served: Served, expected: 
                 f"ITL p99: {1000 * percentile(before, 99):.0f} ms before, {1000 * percentile(after, 99):.0f} ms during"
             )
         first, second = served.cluster.partition
-        await served.cluster.settled(await served.cluster.place({"experts-0": first, "experts-1": second}))
+        await served.cluster.until_settled(
+            await served.cluster.set_placement({"experts-0": first, "experts-1": second})
+        )
         await served.cluster.drain(hot)
 
     served.run(scenario)

@@ -45,12 +45,12 @@ def test_serving_outlives_its_registry(tiny: Callable[[str], str]) -> None:
                 listed = {replica.id for replica in await cluster.registry.replicas()}
                 first, second = cluster.partition
                 swapped = {"experts-0": second, "experts-1": first}
-                await cluster.settled(await cluster.place(swapped))
+                await cluster.until_settled(await cluster.set_placement(swapped))
                 ledger = Ledger(cluster.registry)
                 assert not (await ledger.read()).stale
                 counted = await _rows(cluster)
                 streams = Streams(client, NEW_TOKENS)
-                await streams.reach(10)
+                await streams.wait_for_tokens(10)
                 port = redis.port
                 redis.stop()
                 outage_end = time.monotonic() + OUTAGE_S
@@ -74,7 +74,7 @@ def test_serving_outlives_its_registry(tiny: Callable[[str], str]) -> None:
                 # The store lost the placement in force.
                 restored = Placement(2, {"experts-0": first, "experts-1": second})
                 assert await cluster.registry.set_placement(restored)
-                await cluster.settled(2)
+                await cluster.until_settled(2)
                 assert await Streams(client, NEW_TOKENS).finish() == expected
         finally:
             redis.stop()

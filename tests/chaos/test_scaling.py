@@ -24,13 +24,13 @@ def test_a_group_grows_and_shrinks_again(served: Served, expected: list[list[int
     """A second replica starts and drains while streams run: no stream fails or changes."""
 
     async def scenario(client: Client) -> None:
-        await served.have(1, 1)
+        await served.scale_experts(1, 1)
         growing = Streams(client, NEW_TOKENS)
-        await growing.reach(STRIKE_AT)
+        await growing.wait_for_tokens(STRIKE_AT)
         second = await served.cluster.add_expert(0)
         assert await growing.finish() == expected
         shrinking = Streams(client, NEW_TOKENS)
-        await shrinking.reach(STRIKE_AT)
+        await shrinking.wait_for_tokens(STRIKE_AT)
         await served.cluster.drain(second)
         assert await shrinking.finish() == expected
         print(f"worst token gap: {growing.worst_gap:.3f} s growing, {shrinking.worst_gap:.3f} s shrinking")
@@ -42,7 +42,7 @@ def test_requests_wait_for_the_first_replica_of_a_group(served: Served, expected
     """Requests wait for a group at zero, and the registry lists the missing experts; its first replica completes them."""
 
     async def scenario(client: Client) -> None:
-        await served.have(0, 1)
+        await served.scale_experts(0, 1)
         waiting = Streams(client, NEW_TOKENS)
         held = served.cluster.partition[0]
         async with asyncio.timeout(20):

@@ -60,13 +60,13 @@ def test_translations_survive_a_router_and_the_only_holder(tmp_path: Path) -> No
             doomed = cluster.router()
             await cluster.add_router()
             streams = Streams(client, NEW_TOKENS)
-            await streams.reach(STRIKE_AT)
+            await streams.wait_for_tokens(STRIKE_AT)
             doomed.signal(signal.SIGKILL)
             assert await streams.finish() == expected
             await doomed.ended()
 
             streams = Streams(client, NEW_TOKENS)
-            await streams.reach(STRIKE_AT)
+            await streams.wait_for_tokens(STRIKE_AT)
             cluster.experts(1)[0].signal(signal.SIGKILL)
             await cluster.add_expert(1)
             assert await streams.finish() == expected

@@ -24,7 +24,7 @@ def test_choices_and_cached_prefixes_change_no_token(served: Served) -> None:
         return tokens, chunk
 
     async def scenario(client: Client) -> None:
-        await served.have(1, 1)
+        await served.scale_experts(1, 1)
         answers = [await ask(client, tenant) for tenant in ("one", "one", "two")]
         tokens = answers[0][0]
         assert [len(tokens[choice]) for choice in range(3)] == [8, 8, 8]

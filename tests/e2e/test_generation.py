@@ -36,7 +36,7 @@ def test_a_seed_decides_the_tokens_in_any_batch(served: Served) -> None:
     """The same seed gives the same tokens alone and in a full batch; another seed gives other tokens."""
 
     async def scenario(client: Client) -> None:
-        await served.have(1, 1)
+        await served.scale_experts(1, 1)
         alone = await _sampled(client, 5)
         crowd = Streams(client, NEW_TOKENS)
         assert await _sampled(client, 5) == alone

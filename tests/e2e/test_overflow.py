@@ -64,7 +64,7 @@ def test_backup_reroutes_under_load_and_reports_it(tiny: Callable[[str], str], s
 
     with TraceReceiver() as receiver:
         asyncio.run(scenario())
-        rows = {figure.name: figure.value for figure in receiver.figures() if figure.cumulative}
+        rows = {figure.name: figure.value for figure in receiver.metrics() if figure.cumulative}
     assert 0 < rows[MetricName.REROUTED_ROWS] < rows[MetricName.ROUTED_ROWS]
 
 

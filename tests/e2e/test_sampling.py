@@ -57,7 +57,7 @@ def test_log_probabilities_match_the_reference(served: Served, reference: Any, t
     """Log probabilities of sampled and of likeliest tokens are the log-softmax of plain transformers' logits."""
 
     async def scenario(client: Client) -> None:
-        await served.have(1, 1)
+        await served.scale_experts(1, 1)
         options = {"temperature": temperature, "seed": 3, "top_p": 0.9, "logprobs": True, "top_logprobs": 4}
         chunks = await chunks_of(client, ignore_eos=True, **options)
         tokens = ids_of(chunks)

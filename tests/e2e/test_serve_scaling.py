@@ -55,8 +55,8 @@ def app(ray_head: RayHead) -> Iterator[DeployedApp]:
     shape = expert_layout(Checkpoint.open(ray_head.model)).shape
     split = shape.experts - 1
     held = {
-        HOT: ExpertSet.block(shape.moe_layers, range(split)),
-        COLD: ExpertSet.block(shape.moe_layers, [split]),
+        HOT: ExpertSet.uniform(shape.moe_layers, range(split)),
+        COLD: ExpertSet.uniform(shape.moe_layers, [split]),
     }
     asyncio.run(_with_registry(ray_head.redis_url, lambda registry: registry.set_placement(Placement(1, held))))
     with deploy_app(settings, wait_s=120, progress=print) as deployed:

@@ -29,7 +29,7 @@ def test_slices_serve_the_tokens_of_whole_experts(
         sliced = LocalCluster(tiny("qwen3_moe"), dtype=dtype, groups=groups, slices=2)
         async with sliced as cluster, Client(cluster.address) as client:
             streams = Streams(client, NEW_TOKENS)
-            await streams.reach(10)
+            await streams.wait_for_tokens(10)
             lost = cluster.experts(1)[0]
             lost.signal(9)
             await cluster.add_expert(1)

@@ -28,7 +28,7 @@ def test_a_trace_leads_from_the_client_into_every_kernel(served: Served) -> None
     """The spans of the client and of four processes form one tree without orphans, with one step per new token."""
 
     async def scenario(client: Client) -> None:
-        await served.have(1, 1)
+        await served.scale_experts(1, 1)
         tracer = configure("test-client", endpoint=served.receiver.endpoint)
         traced = Client(client.address, tracer)
         async with traced:

@@ -58,7 +58,7 @@ def test_two_routers_serve_as_one(served: Served, request: pytest.FixtureRequest
         spread = [0]
         while not all(spread):  # until the gateway has found the second router
             streams = Streams(client, NEW_TOKENS)
-            await streams.reach(2)
+            await streams.wait_for_tokens(2)
             spread = await running(served)
             assert await streams.finish() == expected
         for prompt in LONG:

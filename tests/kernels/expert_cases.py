@@ -1,4 +1,4 @@
-"""Experts of every kind with random weights, their error bounds, and their float64 results."""
+"""Random experts of every kind, their error bounds, and their float64 results."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ HIDDEN, INTERMEDIATE = 64, 40
 
 COUNTS = {
     "one row": (1,),  # decode of one sequence: a matrix-vector product
-    "an empty expert between others": (3, 0, 2),  # held, but no token chose it
+    "an empty expert between others": (3, 0, 2),  # no token chose it
     "empty experts at both ends": (0, 5, 0),
     "one hot expert with every row": (0, 0, 33, 0),  # skewed routing
     "uneven tails": (1, 7, 16, 17, 31),  # below, at and past every vector width
-    "a prefill's worth of rows": (0, 130, 3),  # where torch's packed product is the faster way for bfloat16
+    "a prefill's worth of rows": (0, 130, 3),  # where torch's packed product is faster for bfloat16
     "no row at all": (0, 0),
 }
 KINDS: dict[str, dict[str, Any]] = {
@@ -29,21 +29,21 @@ KINDS: dict[str, dict[str, Any]] = {
     "clamped silu": {"activation": "silu", "limit": 1.0},
     "gpt-oss": {"activation": "swiglu_clamped", "interleaved": True, "biased": True, "limit": 1.0, "alpha": 1.702},
 }
-# Largest error over the largest output. Two matrix products of 64 and 40 terms: a few units in the last place of each.
+# Largest error over the largest output: two matrix products of 64 and 40 terms, each within a few units in the last place.
 BOUND = {torch.float32: 2e-6, torch.bfloat16: 3e-2}
-# Torch's libraries may add 6200 products one after the other: 2.3e-6 on an AMD EPYC.
+# Factors on the bound: torch's libraries may add 6200 products one after the other, an error of 2.3e-6 on an AMD EPYC.
 LOOSER = {"C++": 1, "torch": 4}
 
 
 def options_of(kind: dict[str, Any]) -> dict[str, Any]:
-    """What the kernels are told of a kind: biases they see."""
+    """Returns a kind's keyword arguments for the kernels, which find biases in the weights."""
     return {name: value for name, value in kind.items() if name != "biased"}
 
 
 def make_weights(
     kind: dict[str, Any], dtype: torch.dtype, seed: int, hidden: int = HIDDEN, intermediate: int = INTERMEDIATE
 ) -> ExpertWeights:
-    """One random expert of `kind`, biased where its model's experts are."""
+    """Returns one random expert of `kind`, with biases where the kind has them."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -55,12 +55,12 @@ def make_weights(
 
 
 def in_float64(weights: ExpertWeights) -> ExpertWeights:
-    """The same values at twice the precision."""
+    """Returns the same values in float64."""
     parts = (weights.gate_up, weights.down, weights.gate_up_bias, weights.down_bias)
     return ExpertWeights(*(None if part is None else part.double() for part in parts))  # type: ignore[arg-type,union-attr]
 
 
 def one_at_a_time(rows: torch.Tensor, counts: Sequence[int], weights: Sequence[ExpertWeights], kind: dict[str, Any]):
-    """The reference, expert by expert."""
+    """Computes the reference, expert by expert."""
     parts = zip(rows.split(list(counts)), weights, strict=True)
     return torch.cat([expert_mlp(part, expert, **options_of(kind)) for part, expert in parts])

@@ -1,4 +1,4 @@
-"""Building, finding and doing without the C++ kernels."""
+"""Building and finding the C++ kernels, and computing without them."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from moiety_kernels.cpu.library import BASE, COMMAND, SWITCH, load
 
 
 def run_module(cache: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """`python -m moiety_kernels.cpu` with a cache of its own and no home."""
+    """Runs `python -m moiety_kernels.cpu` with its own cache and an empty home folder."""
     command = [sys.executable, *COMMAND.split()[1:], *arguments]
     env = {**os.environ, "MOIETY_CACHE": str(cache), "HOME": str(cache / "home"), **environment}
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
 
 
-def test_nothing_built_is_told_with_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog):
-    """Without a library torch computes, and one warning says which command would build it."""
+def test_a_missing_library_is_logged_with_the_build_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog):
+    """Without a library torch computes, and one warning names the command that builds it."""
     monkeypatch.setenv("MOIETY_CACHE", str(tmp_path))
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.delenv(SWITCH, raising=False)
@@ -38,7 +38,7 @@ def test_nothing_built_is_told_with_the_command(tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_machine_without_a_compiler_says_so(tmp_path: Path):
-    """No compiler is a status and a sentence; --optional, for images and setup commands, goes on."""
+    """A missing compiler gives exit status 1 and a message; with --optional, for images and setup, status 0."""
     for arguments, status in (((), 1), (("--optional",), 0)):
         done = run_module(tmp_path, *arguments, CXX="no-such-compiler")
         assert done.returncode == status
@@ -47,7 +47,7 @@ def test_a_machine_without_a_compiler_says_so(tmp_path: Path):
 
 
 def test_check_says_what_would_be_used(tmp_path: Path):
-    """--check builds nothing, and fails where torch would compute."""
+    """--check builds nothing, and exits with 1 where torch would compute."""
     for environment in ({}, {SWITCH: "off"}):
         done = run_module(tmp_path, "--check", **environment)
         assert done.returncode == 1

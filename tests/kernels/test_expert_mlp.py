@@ -1,4 +1,4 @@
-"""The expert kernels, C++ and torch: against float64, against the reference, against transformers' own experts modules."""
+"""The expert kernels, C++ and torch: against float64, the reference and transformers' own experts modules."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from moiety_kernels import ExpertWeights, activate, grouped_expert_mlp
 def test_grouped_is_within_rounding_of_float64(
     kernels: str, counts: tuple[int, ...], kind: dict[str, Any], dtype: torch.dtype
 ):
-    """Every kind of expert, at every shape of batch, stays within the stated bound of the float64 result."""
+    """Every kind of expert, in every batch shape, stays within its bound of the float64 result."""
     rows = torch.randn(sum(counts), HIDDEN, generator=torch.Generator().manual_seed(1)).to(dtype)
     weights = [make_weights(kind, dtype, seed) for seed in range(len(counts))]
     out = grouped_expert_mlp(rows, counts, weights, **options_of(kind))
@@ -48,13 +48,13 @@ def test_grouped_is_within_rounding_of_float64(
 @pytest.mark.parametrize(
     ("hidden", "intermediate"),
     [
-        (70, 33),  # no multiple of any vector: masked ends everywhere
+        (70, 33),  # no multiple of any vector width: masked ends everywhere
         (8, 3),  # less than one vector
-        (6200, 96),  # deeper than what is taken at once, even for one row
+        (6200, 96),  # deeper than one part of a product, even for one row
     ],
 )
 def test_odd_sizes(kernels: str, hidden: int, intermediate: int, kind: dict[str, Any], dtype: torch.dtype):
-    """Widths that fit no vector, and products so deep that they are taken in parts, are computed to their bound."""
+    """Widths that are no multiple of a vector, and products deep enough to be split into parts, meet their bound."""
     counts = (1, 0, 7, 2)
     rows = torch.randn(sum(counts), hidden, generator=torch.Generator().manual_seed(1)).to(dtype)
     weights = [make_weights(kind, dtype, seed, hidden, intermediate) for seed in range(len(counts))]
@@ -64,7 +64,7 @@ def test_odd_sizes(kernels: str, hidden: int, intermediate: int, kind: dict[str,
 
 
 def test_threads_change_no_bit(kernels: str):
-    """However the work is shared out among threads, every row comes out the same."""
+    """The number of threads changes no bit of any row."""
     counts = (40, 1, 0, 3)
     rows = torch.randn(sum(counts), HIDDEN, generator=torch.Generator().manual_seed(2)).bfloat16()
     weights = [make_weights({}, torch.bfloat16, seed) for seed in range(len(counts))]
@@ -83,7 +83,7 @@ def test_threads_change_no_bit(kernels: str):
 @settings(deadline=None, max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(counts=st.lists(st.integers(0, 20), min_size=1, max_size=3).filter(any), kind=st.sampled_from(sorted(KINDS)))
 def test_deterministic_bits_do_not_depend_on_the_batch(kernels: str, weights_as: str, counts: list[int], kind: str):
-    """A row's result is the same to the bit alone and among any number of others, in every dtype."""
+    """With `deterministic` a row has the same bits alone and among other rows, in every dtype."""
     dtype = torch.float32 if weights_as == "float32" else torch.bfloat16
     rows = torch.randn(sum(counts), HIDDEN, generator=torch.Generator().manual_seed(sum(counts))).to(dtype)
     weights = [make_weights(KINDS[kind], dtype, seed) for seed in range(len(counts))]
@@ -100,7 +100,7 @@ def test_deterministic_bits_do_not_depend_on_the_batch(kernels: str, weights_as:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 def test_int8_is_within_its_bound(kernels: str, kind: dict[str, Any], dtype: torch.dtype):
-    """int8 experts that round rows, too, answer within 4 % of unquantised ones, and take half of bfloat16's memory."""
+    """int8 experts that also round rows stay within 4 % of unquantised ones, in half of bfloat16's memory."""
     hidden, intermediate, counts = 512, 192, (1, 0, 5, 13)
     rows = torch.randn(sum(counts), hidden, generator=torch.Generator().manual_seed(4)).to(dtype)
     weights = [make_weights(kind, dtype, seed, hidden, intermediate) for seed in range(len(counts))]
@@ -112,7 +112,7 @@ def test_int8_is_within_its_bound(kernels: str, kind: dict[str, Any], dtype: tor
 
 
 def test_int8_rows_with_infinities_are_not_numbers(kernels: str):
-    """What cannot be quantised comes back as no number, in its own row only; a row of zeros stays zeros."""
+    """A row with an infinity gives NaN in that row only; a row of zeros stays zeros."""
     rows = torch.randn(3, HIDDEN, generator=torch.Generator().manual_seed(5))
     rows[0, 3], rows[1] = torch.inf, 0.0
     out = grouped_expert_mlp(rows, (3,), [make_weights({}, torch.float32, 0).quantised(rounds_rows=True)])
@@ -123,7 +123,7 @@ def test_int8_rows_with_infinities_are_not_numbers(kernels: str):
 
 @dataclass
 class Config:
-    """What the experts classes below read of a transformers config."""
+    """The fields of a transformers config that the experts classes below read."""
 
     num_local_experts: int = 5
     hidden_size: int = HIDDEN
@@ -137,7 +137,7 @@ class Config:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", ["swiglu", "gpt-oss"])
 def test_equals_the_transformers_module(kernels: str, kind: str, dtype: torch.dtype):
-    """Same rows, same experts as transformers' grouped_mm: torch to the bit, C++ to the order of its sums."""
+    """Outputs equal transformers' grouped_mm: bit for bit in torch, up to the order of sums in C++."""
     from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
     from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
@@ -157,7 +157,7 @@ def test_equals_the_transformers_module(kernels: str, kind: str, dtype: torch.dt
         for e in range(config.num_local_experts)
     ]
     counts = (1, 0, 16, 3, 9)
-    rows = (torch.randn(sum(counts), HIDDEN, generator=generator) * 8).to(dtype)  # many gates pass the limit
+    rows = (torch.randn(sum(counts), HIDDEN, generator=generator) * 8).to(dtype)  # many gates exceed the limit
     index = torch.repeat_interleave(torch.arange(5), torch.tensor(counts)).unsqueeze(1)
     with torch.no_grad():
         expected = module(rows, index, torch.ones(len(rows), 1, dtype=dtype))
@@ -168,7 +168,7 @@ def test_equals_the_transformers_module(kernels: str, kind: str, dtype: torch.dt
 
 
 def test_counts_must_cover_the_rows():
-    """Counts that do not add up to the rows, or to the experts, are refused instead of read past."""
+    """Counts that do not match the rows or the experts raise ValueError instead of reading past the end."""
     weights = [make_weights({}, torch.float32, 0)]
     with pytest.raises(ValueError, match="must be 3 rows"):
         grouped_expert_mlp(torch.zeros(3, HIDDEN), (2,), weights)
@@ -177,7 +177,7 @@ def test_counts_must_cover_the_rows():
 
 
 def test_unknown_activations_are_refused():
-    """An activation no kernel knows, or one that lacks its constants, is an error that lists what exists."""
+    """An unknown activation raises an error that lists the known ones, and a missing constant one that names it."""
     with pytest.raises(ValueError, match="must be one of silu"):
         activate(torch.zeros(1, 4), activation="mish")
     with pytest.raises(ValueError, match="alpha"):

@@ -1,4 +1,4 @@
-"""Linear layers and RMS norms: against float64, to the bit against themselves in other batches."""
+"""Linear layers and RMS norms: against float64, and bit for bit against themselves in other batches."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from moiety_kernels.ops.linear import linear
 from moiety_kernels.ops.rms_norm import rms_norm
 
 BOUND = {torch.float32: 1e-6, torch.bfloat16: 8e-3}  # largest error over largest output: bfloat16 rounds to 2^-8
-# Torch's libraries may add 9000 products one after the other: 1.6e-6 on an AMD EPYC.
+# Factors on the bound: torch's libraries may add 9000 products one after the other, an error of 1.6e-6 on an AMD EPYC.
 LOOSER = {"C++": 1, "torch": 4}
 
 
 def normal(seed: int, *shape: int, dtype: torch.dtype) -> torch.Tensor:
-    """The same noise for the same seed."""
+    """Returns normally distributed values, the same for the same seed."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
@@ -27,18 +27,18 @@ def normal(seed: int, *shape: int, dtype: torch.dtype) -> torch.Tensor:
     ("rows", "depth", "width"),
     [
         (1, 64, 128),  # decode of one sequence
-        (5, 70, 33),  # no multiple of any vector
+        (5, 70, 33),  # no multiple of any vector width
         (7, 3, 1),  # less than one vector, one column
-        (32, 256, 100),  # a decode batch; a last chunk of columns that is not full
-        (200, 64, 65),  # more rows than are packed at once
-        (2, 9000, 8),  # deeper than is taken at once
+        (32, 256, 100),  # a decode batch; the last chunk of columns is not full
+        (200, 64, 65),  # more rows than one packing holds
+        (2, 9000, 8),  # deeper than one part of a product
         (0, 64, 8),  # nothing to do
     ],
 )
 def test_linear_is_within_rounding_of_float64(
     kernels: str, rows: int, depth: int, width: int, dtype: torch.dtype, biased: bool
 ):
-    """x W^T + b at every shape of batch and weight, with sums in float32."""
+    """x W^T + b stays within float32 rounding of float64 for every shape of batch and weight."""
     x, weight = normal(1, rows, depth, dtype=dtype), normal(2, width, depth, dtype=dtype)
     bias = normal(3, width, dtype=dtype) if biased else None
     out = linear(x, weight, bias)
@@ -49,7 +49,7 @@ def test_linear_is_within_rounding_of_float64(
 
 
 def test_linear_reads_slices_in_place(kernels: str):
-    """Rows and weights that are windows into larger tensors are read where they lie."""
+    """Rows and weights that are slices of larger tensors give the bits of contiguous copies."""
     x, weight = normal(1, 4, 128, dtype=torch.bfloat16), normal(2, 32, 128, dtype=torch.bfloat16)
     out = linear(x[:, 32:96], weight[:, 32:96])
     torch.testing.assert_close(out, linear(x[:, 32:96].contiguous(), weight[:, 32:96].contiguous()), rtol=0, atol=0)
@@ -61,7 +61,7 @@ def test_linear_reads_slices_in_place(kernels: str):
 def test_deterministic_linear_does_not_depend_on_the_batch(
     kernels: str, dtype: torch.dtype, rows: int, depth: int, place: float
 ):
-    """A row's output is the same to the bit alone and at any place among any others."""
+    """With `deterministic` a row has the same bits alone and at any position among other rows."""
     x, weight = normal(rows, rows, depth, dtype=dtype), normal(2, 48, depth, dtype=dtype)
     row = int(place * rows)
     alone = linear(x[row : row + 1], weight, deterministic=True)
@@ -71,7 +71,7 @@ def test_deterministic_linear_does_not_depend_on_the_batch(
 @pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_rms_norm_is_within_rounding_of_float64(kernels: str, dtype: torch.dtype, late: bool):
-    """Both places of rounding, with and without an offset, over leading dimensions and widths that fit no vector."""
+    """Both ways of rounding meet their bound, with leading dimensions and a width that fits no vector."""
     x, weight = normal(1, 2, 3, 70, dtype=dtype) * 4, normal(2, 70, dtype=dtype)
     out = rms_norm(x, weight, 1e-6, offset=1.0, late=late)
     wide = x.double()

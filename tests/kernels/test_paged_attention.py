@@ -1,4 +1,4 @@
-"""Paged attention: against float64, and to the bit against itself in other company."""
+"""Paged attention: against float64, and bit for bit against itself in other batches."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from moiety_kernels.cpu.library import load
 from moiety_kernels.ops.paged_attention import paged_attention, store
 from moiety_kernels.reference.attention import paged_attention_reference
 
-# Largest error over the largest output: sums in float32, and in bfloat16 one rounding of the result. Through torch, bfloat16
-# weights are rounded as well.
+# Largest error over the largest output: float32 sums, and in bfloat16 one rounding of the result. torch rounds the bfloat16
+# attention weights as well.
 BOUND = {"C++": {torch.float32: 2e-6, torch.bfloat16: 4e-3}, "torch": {torch.float32: 2e-6, torch.bfloat16: 1.2e-2}}
 
 PLAIN: dict[str, Any] = {}
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": PLAIN,
-    "window": {"window": 20},  # starts and ends inside of blocks
+    "window": {"window": 20},  # starts and ends inside blocks
     "chunk": {"chunk": 24},
     "sinks": {"sinks": True},
-    "softcap": {"softcap": 3.0},  # scores of 3 and more: both branches of the tanh
+    "softcap": {"softcap": 3.0},  # scores up to 3 and more: both branches of the tanh
     "all at once": {"window": 50, "chunk": 128, "sinks": True, "softcap": 3.0},
-    "bias by distance": {"biases": 40},  # shorter than most lengths: its last entry stands for what lies beyond
+    "bias by distance": {"biases": 40},  # shorter than most lengths: the last entry serves larger distances
     "bias and all": {"biases": 600, "window": 50, "sinks": True, "softcap": 3.0},
 }
 LENGTHS = {
@@ -43,7 +43,7 @@ LENGTHS = {
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
-    """The cases are small: threads that wait for each other on a busy machine would take most of the time."""
+    """Uses one thread: in these small cases, threads waiting for each other would take most of the time."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -52,7 +52,7 @@ def one_thread() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Case:
-    """A pool that holds `counts` of (query tokens, length) in blocks out of order, and what the operation is given."""
+    """A filled pool with blocks out of order, and the other arguments of the operation."""
 
     query: torch.Tensor
     keys: torch.Tensor
@@ -63,13 +63,13 @@ class Case:
     options: dict[str, Any]
 
     def run(self) -> torch.Tensor:
-        """[T, H, Dv]."""
+        """Returns the result of the operation under test, [T, H, Dv]."""
         return paged_attention(
             self.query, self.keys, self.values, self.tables, self.sequence, self.length, **self.options
         )
 
     def exact(self) -> torch.Tensor:
-        """The same in float64."""
+        """Returns the reference's result in float64."""
         options = dict(self.options)
         for name in ("sinks", "bias"):
             if options.get(name) is not None:
@@ -80,7 +80,7 @@ class Case:
         )
 
     def only(self, tokens: list[int]) -> Case:
-        """These tokens alone."""
+        """Returns the case with only these tokens."""
         return replace(self, query=self.query[tokens], sequence=self.sequence[tokens], length=self.length[tokens])
 
 
@@ -98,7 +98,7 @@ def make(
     biases: int = 0,
     **options: Any,
 ) -> Case:
-    """Random queries, keys and values; whatever a table entry must not be used for is NaN or no block at all."""
+    """Makes a case for `counts` of (query tokens, length); positions and table entries not to be read are NaN or -1."""
     generator = torch.Generator().manual_seed(1)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -133,7 +133,7 @@ def make(
 
 
 def error(found: torch.Tensor, exact: torch.Tensor) -> float:
-    """Largest error over largest value."""
+    """Returns the largest error over the largest value."""
     return ((found.double() - exact).abs().max() / exact.abs().max()).item()
 
 
@@ -143,7 +143,7 @@ def error(found: torch.Tensor, exact: torch.Tensor) -> float:
 def test_is_within_rounding_of_float64(
     kernels: str, counts: list[tuple[int, int]], variant: dict[str, Any], dtype: torch.dtype
 ):
-    """Every kind of attention over every mix of segments, with NaN wherever nothing was stored."""
+    """Every kind of attention over every mix of sequences meets its bound, with NaN where nothing was stored."""
     case = make(counts, dtype, **variant)
     found = case.run()
     assert found.dtype == dtype
@@ -154,10 +154,16 @@ def test_is_within_rounding_of_float64(
 @pytest.mark.parametrize(
     "shape",
     [
-        {"heads": 4, "groups": 4, "key_width": 16, "value_width": 8},  # no grouping; narrower than one vector
+        {"heads": 4, "groups": 4, "key_width": 16, "value_width": 8},  # no grouped heads; narrower than one vector
         {"heads": 16, "groups": 1, "key_width": 576, "value_width": 512, "shared": True},  # the latent of MLA
-        {"heads": 130, "groups": 1, "key_width": 40, "value_width": 32, "shared": True},  # more heads than one unit has
-        {"heads": 5, "groups": 1, "key_width": 192, "value_width": 128},  # expanded MLA; rows of every block size
+        {
+            "heads": 130,
+            "groups": 1,
+            "key_width": 40,
+            "value_width": 32,
+            "shared": True,
+        },  # more heads than a unit of work holds
+        {"heads": 5, "groups": 1, "key_width": 192, "value_width": 128},  # expanded MLA; an odd number of rows
         {"heads": 4, "groups": 2, "key_width": 80, "value_width": 80, "page": 5},  # blocks across tiles; odd tails
         {"heads": 2, "groups": 2, "key_width": 256, "value_width": 256, "page": 64},
         {"heads": 2, "groups": 1, "key_width": 9, "value_width": 7},  # no multiple of anything
@@ -165,14 +171,14 @@ def test_is_within_rounding_of_float64(
     ids=str,
 )
 def test_takes_any_heads_widths_and_blocks(kernels: str, shape: dict[str, Any], dtype: torch.dtype):
-    """Widths, groupings and block sizes that models have, and some that none has."""
+    """Widths, head groups and block sizes of models, and unusual ones, meet the bound."""
     case = make([(1, 70), (9, 40)], dtype, **shape)
     assert error(case.run(), case.exact()) <= BOUND[kernels][dtype]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_is_as_exact_as_torch(dtype: torch.dtype):
-    """A prefill is no further from float64 than torch's own fused attention."""
+    """A prefill's error is at most 1.5 times that of torch's own fused attention."""
     case = make([(150, 150)], dtype, heads=2, groups=2, key_width=64, value_width=64)
     exact = case.exact()
     index = case.tables[0, : -(-150 // 16)].long()
@@ -183,12 +189,12 @@ def test_is_as_exact_as_torch(dtype: torch.dtype):
 
 
 def test_float16_is_computed(kernels: str):
-    """A dtype without a C++ kernel takes torch's way."""
+    """float16, which has no C++ kernel, is computed with torch."""
     case = make([(1, 70), (9, 40)], torch.float16, sinks=True)
     assert error(case.run(), case.exact()) <= 4e-3
 
 
-@pytest.mark.skipif(load() is None, reason="promised of the C++ kernels: torch agrees to rounding only")
+@pytest.mark.skipif(load() is None, reason="only the C++ kernels guarantee this; torch agrees up to rounding")
 @settings(deadline=None, max_examples=60)
 @given(
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
@@ -210,7 +216,7 @@ def test_a_token_does_not_depend_on_its_company(
     threads: int,
     data: st.DataObject,
 ):
-    """A token's bits are the same alone, beside any others of its sequence or of other ones, and with any threads."""
+    """A token's bits do not depend on other tokens of its sequence, on other sequences, or on the threads."""
     case = make(counts, dtype, heads=heads[0], groups=heads[1], key_width=40, value_width=40, **variant)
     tokens = len(case.length)
     some = data.draw(st.lists(st.integers(0, tokens - 1), min_size=1, max_size=6))
@@ -223,7 +229,7 @@ def test_a_token_does_not_depend_on_its_company(
 
 
 def test_store_writes_its_slots_and_no_others(kernels: str):
-    """Keys and values of a step land in their slots, whatever the strides they come with; all else stays."""
+    """Keys and values of any stride are written to their slots, and nothing else changes."""
     keys, values = torch.zeros(3, 2, 4, 8), torch.zeros(3, 2, 4, 6)
     key, value = torch.randn(2, 5, 8).transpose(0, 1), torch.randn(5, 6, 2).transpose(1, 2)
     slots = torch.tensor([11, 0, 5, 4, 7])
@@ -236,7 +242,7 @@ def test_store_writes_its_slots_and_no_others(kernels: str):
 
 
 def test_wrong_index_types_are_refused(kernels: str):
-    """Indices that are not int32 are an error that names them, not a read past the pool."""
+    """Indices that are not int32 raise an error that names them, instead of reading past the pool."""
     case = make([(1, 3)], torch.float32)
     with pytest.raises(ValueError, match=r"length is torch\.int64"):
         replace(case, length=case.length.long()).run()

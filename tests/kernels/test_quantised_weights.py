@@ -1,4 +1,4 @@
-"""Quantised matrices and experts made of them: values by the published formulas, kernels within stated bounds."""
+"""Quantised matrices have the values of the published formulas, and kernels compute them within stated bounds."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moiety_kernels import ExpertWeights, Fp8Matrix, Int4Matrix, Int8Matrix, Mxfp4Matrix, grouped_expert_mlp
-from moiety_kernels.weights.combine import joined
 from moiety_kernels.weights.matrix import QuantisedMatrix
+from moiety_kernels.weights.matrix_ops import concatenate
 from moiety_kernels.weights.nibbles import pack_nibbles, unpack_nibbles
 
 
 def random_int4(rows: int, columns: int, group: int, scales: torch.dtype, zeros: bool, seed: int) -> Int4Matrix:
-    """Any codes and zero points, scales of the size that weights have."""
+    """Returns random codes and zero points, with scales of realistic size."""
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randint(0, 256, (rows, columns // 2), generator=generator).to(torch.uint8)
     scale = (torch.rand(rows, columns // group, generator=generator) * 0.03 + 0.005).to(scales)
@@ -27,7 +27,7 @@ def random_int4(rows: int, columns: int, group: int, scales: torch.dtype, zeros:
 
 
 def random_fp8(rows: int, columns: int, block_rows: int, seed: int) -> Fp8Matrix:
-    """Every finite code, scales of the size that weights have."""
+    """Returns random finite codes, with scales of realistic size."""
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randint(0, 127, (rows, columns), generator=generator)
     codes += 128 * torch.randint(0, 2, codes.shape, generator=generator)
@@ -37,7 +37,7 @@ def random_fp8(rows: int, columns: int, block_rows: int, seed: int) -> Fp8Matrix
 
 
 def random_mxfp4(rows: int, columns: int, seed: int) -> Mxfp4Matrix:
-    """Every code, exponents of the size that weights have."""
+    """Returns random codes, with exponents of realistic size."""
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randint(0, 256, (rows, columns // 2), generator=generator).to(torch.uint8)
     return Mxfp4Matrix(codes, torch.randint(118, 124, (rows, columns // 32), generator=generator).to(torch.uint8))
@@ -63,7 +63,7 @@ HELD: dict[str, Make] = {
 
 
 def values_in_float64(matrix: QuantisedMatrix) -> torch.Tensor:
-    """The published formula, one value at a time in numpy's scalar arithmetic: nothing of the code under test."""
+    """Computes the published formula value by value in Python, without the code under test."""
     rows, columns = matrix.shape
     out = torch.empty(rows, columns, dtype=torch.float64)
     for row in range(rows):
@@ -73,7 +73,7 @@ def values_in_float64(matrix: QuantisedMatrix) -> torch.Tensor:
 
 
 def one_value(matrix: QuantisedMatrix, row: int, column: int) -> float:
-    """What is stored at (row, column)."""
+    """Returns the value at (row, column)."""
     codes = matrix.tensors[0].view(torch.uint8)
     if isinstance(matrix, Int8Matrix):
         return (int(codes[row, column]) - 128) * float(matrix.scale[row])
@@ -93,7 +93,7 @@ def one_value(matrix: QuantisedMatrix, row: int, column: int) -> float:
 
 @pytest.mark.parametrize("make", HELD.values(), ids=HELD)
 def test_dequantised_values_are_the_published_formulas(make: Make):
-    """In float32 a value is its formula's, rounded once; edge blocks of fp8 (rows 130 = 128 + 2) included."""
+    """A dequantised value is its formula's, rounded once, also in the edge blocks of fp8 (rows 130 = 128 + 2)."""
     matrix = make(130, 192, 1)
     expected = values_in_float64(matrix)
     assert matrix.shape == (130, 192)
@@ -105,7 +105,7 @@ CASES = {
     "decode of one sequence, less than one step of 128 columns": ((64, 64), (1,)),
     "an expert without rows between others, a whole step and one and a half": ((128, 192), (3, 0, 2)),
     "every height of a row tile and past it, several scales, masked ends": ((192, 320), (1, 5, 6, 7)),
-    "one hot expert with every row, deeper than what is taken at once": ((1280, 64), (0, 0, 17, 0)),
+    "one hot expert with every row, deeper than one part of a product": ((1280, 64), (0, 0, 17, 0)),
 }
 
 
@@ -115,7 +115,7 @@ CASES = {
 def test_experts_are_within_rounding_of_their_values(
     kernels: str, shape: tuple[int, int], counts: tuple[int, ...], held: str, dtype: torch.dtype
 ):
-    """Weight-only kernels add no error of their own: they are as near to float64 as those of plain weights."""
+    """Weight-only kernels are as close to float64 on the same values as kernels of plain weights."""
     hidden, intermediate = shape
     kind = KINDS["gpt-oss"] if held == "mxfp4" else KINDS["swiglu"]
     make = HELD[held]
@@ -149,7 +149,7 @@ def test_experts_are_within_rounding_of_their_values(
 @settings(deadline=None, max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(counts=st.lists(st.integers(0, 20), min_size=1, max_size=3).filter(any))
 def test_bits_do_not_depend_on_the_batch(kernels: str, held: str, counts: list[int]):
-    """A row's result is the same to the bit alone and among any number of others, however weights are held."""
+    """With `deterministic` a row has the same bits alone and among other rows, in every weight format."""
     make = HELD[held]
     weights = [ExpertWeights(make(128, 192, 2 * e), make(192, 64, 2 * e + 1)) for e in range(len(counts))]
     rows = torch.randn(sum(counts), 192, generator=torch.Generator().manual_seed(sum(counts))).bfloat16()
@@ -161,7 +161,7 @@ def test_bits_do_not_depend_on_the_batch(kernels: str, held: str, counts: list[i
 
 
 def test_experts_held_in_different_ways_share_a_batch(kernels: str):
-    """Each expert of a mixed batch answers as it does alone; one without rows is not touched."""
+    """In a batch of mixed formats, each expert gives the bits that it gives alone."""
     counts = (2, 3, 0, 1, 4)
     plain = [make_weights({}, torch.bfloat16, seed, 128, 64) for seed in range(5)]
     weights = [plain[0], plain[1].quantised(4), plain[2], plain[3].quantised(8), plain[4].quantised(4, group=32)]
@@ -177,7 +177,7 @@ def test_experts_held_in_different_ways_share_a_batch(kernels: str):
 def test_quantised_experts_are_within_their_bound(
     kernels: str, dtype: torch.dtype, bits: int, bound: float, size: float
 ):
-    """8 bits lose at most 2 % of an output, 4 bits 20 %, where weights are spread like noise; memory is what was promised."""
+    """For noise-like weights, outputs change by at most 2 % with 8 bits and 20 % with 4, and memory is as documented."""
     weights = make_weights({}, dtype, 1, 512, 192)
     rows = torch.randn(13, 512, generator=torch.Generator().manual_seed(4)).to(dtype)
     quantised = weights.quantised(bits)
@@ -190,17 +190,17 @@ def test_quantised_experts_are_within_their_bound(
 @settings(deadline=None, max_examples=25)
 @given(rows=st.integers(1, 6), pairs=st.integers(1, 40), seed=st.integers(0, 99))
 def test_nibbles_come_back(rows: int, pairs: int, seed: int):
-    """Packing four-bit codes and unpacking them changes nothing."""
+    """Unpacking packed four-bit codes returns them unchanged."""
     codes = torch.randint(0, 16, (rows, 2 * pairs), generator=torch.Generator().manual_seed(seed)).to(torch.uint8)
     assert torch.equal(unpack_nibbles(pack_nibbles(codes)), codes)
 
 
 @pytest.mark.parametrize("rows", [(128, 128), (40, 40), (128, 40), (40, 128)])
 def test_joined_fp8_keeps_every_scale(rows: tuple[int, int]):
-    """Gate and up stay what they were when they are joined, also where a block of rows does not end with a matrix."""
+    """Joined matrices keep their values, also where a matrix does not end at a block boundary."""
     parts = [random_fp8(count, 192, 128, seed) for seed, count in enumerate(rows)]
     expected = torch.cat([part.dequantised(torch.float32) for part in parts])
-    assert torch.equal(joined(parts).dequantised(torch.float32), expected)
+    assert torch.equal(concatenate(parts).dequantised(torch.float32), expected)
 
 
 @pytest.mark.parametrize(
@@ -212,12 +212,12 @@ def test_joined_fp8_keeps_every_scale(rows: tuple[int, int]):
     ],
 )
 def test_what_cpp_could_not_read_is_refused(arguments: tuple[Any, ...], message: str):
-    """A tensor of another dtype, shape or stride is an error when the matrix is made, not a read past its end."""
+    """A tensor of another dtype, shape or stride raises ValueError when the matrix is made."""
     with pytest.raises(ValueError, match=message):
         Int8Matrix(*arguments)
 
 
 def test_columns_that_are_no_groups_are_refused():
-    """int4 needs whole groups, and says so."""
+    """int4 raises ValueError where the columns are no whole number of groups."""
     with pytest.raises(ValueError, match="40 columns cannot be groups of 64"):
         make_weights({}, torch.float32, 0).quantised(4)

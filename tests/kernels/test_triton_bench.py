@@ -1,4 +1,4 @@
-"""The GPU benchmark: what of it needs no GPU. In the interpreter its times mean nothing, and are not looked at."""
+"""The parts of the GPU benchmark that need no GPU. Times in the interpreter mean nothing and are not checked."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TINY = Model("tiny", 3, 3, 32, 32, Gate(2), kind="mxfp4")
     "model", [replace(TINY, choices=5), replace(TINY, clamped=True)], ids=["some elsewhere", "gpt-oss"]
 )
 def test_every_implementation_computes_the_same(model: Model):
-    """Ours, torch's grouped product and a loop of products agree on a shape; each gets a row, and the summary its ratio."""
+    """Ours, torch's grouped product and a loop of products agree; each gets a row, each peer a line of the summary."""
     rows = list(measure(model, [3], Clock("cpu"), Ceilings(1e9, 1e9), torch.bfloat16, {"torch": grouped_mm_block}))
     by = [(row.operation, row.implementation, row.weights) for row in rows]
     assert by == [
@@ -45,7 +45,7 @@ def test_every_implementation_computes_the_same(model: Model):
 
 
 def grouped_mm_block(work):
-    """A peer for whole blocks, of torch's grouped product."""
+    """Prepares a peer for whole blocks from torch's grouped product."""
     product = grouped_mm(work)
     order = work.index.flatten().argsort(stable=True)[: len(work.rows)]
 
@@ -59,7 +59,7 @@ def grouped_mm_block(work):
 
 @pytest.mark.slow
 def test_tuning_prints_a_table():
-    """Whatever is found fastest is printed as lines that the table of tiles can hold."""
+    """Tuning yields the fastest tiles as lines that fit the table of tiles."""
     tiles = [Tile(128, 32, 32, 4, 2), Tile(64, 32, 32, 4, 2)]
     lines = list(tune([TINY], Clock("cpu"), torch.float32, lambda gated, largest: iter(tiles)))
     table = eval(f"({''.join(line for line in lines if '#' not in line)})", {"Tile": Tile})
@@ -67,8 +67,8 @@ def test_tuning_prints_a_table():
     assert all(tile in [replace(each, band=8) for each in tiles] for line in table for tile in line[1:])
 
 
-def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """No CUDA device: one sentence, and exit status 2."""
+def test_without_a_gpu_the_command_exits_with_2(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Without a CUDA device the command prints why and exits with 2."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr("sys.argv", ["bench"])
     with pytest.raises(SystemExit, match="2"):

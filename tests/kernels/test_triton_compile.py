@@ -1,4 +1,4 @@
-"""The Triton kernels compiled for Hopper ahead of time: what no interpreter can tell, and no GPU is needed for."""
+"""The Triton kernels compiled for Hopper, which needs no GPU and shows what the interpreter cannot."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ pytest.importorskip("triton", reason="triton is not installed: pip install 'moie
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_every_configuration_fits_an_sm():
-    """At every line of the table of tiles, for four models' shapes and each kind of weights: no spills, shared memory
-    within 227 KiB, prefill on wgmma with asynchronous copies. Takes 35 s: it compiles some 140 kernels, in a process of its
-    own since this one's are interpreted.
-    """
+    """No kernel spills or exceeds 227 KiB of shared memory, and prefill uses wgmma with asynchronous copies."""
+    # Each line of the tile table, four models' shapes, each weight format: some 140 kernels in 35 s. They compile in another
+    # process, because this one interprets its kernels.
     command = [sys.executable, "-W", "ignore", "-m", "moiety_kernels.gpu.aot", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     built = [json.loads(line) for line in done.stdout.splitlines()]

@@ -1,4 +1,4 @@
-"""Permutation, combination, gating and fp8 rows in Triton's interpreter: invariants first, then plain torch."""
+"""Permutation, combination, gating and fp8 rows in Triton's interpreter: invariants, and against plain torch."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from moiety_kernels.gpu.row_fp8 import dequantise_rows, quantise_rows
 
 SHAPES = {
     "one token": (1, 1, 4),  # decode, top-1
-    "one block": (16, 8, 128),  # exactly the assignments that one launch sorts
-    "two blocks": (43, 3, 5),  # one more: counts, scan, places; a block that is nearly empty
+    "one block": (16, 8, 128),  # the most assignments that one launch sorts
+    "two blocks": (43, 3, 5),  # one assignment more: three launches, and a nearly empty block
     "many experts": (20, 8, 257),  # more than 256, no power of two
     "no token": (0, 2, 4),
 }
 
 
 def indices(tokens: int, top_k: int, experts: int, seed: int = 0, low: int = 0) -> torch.Tensor:
-    """Random expert indices [T, K], from `low` to `experts` - 1 - `low`."""
+    """Returns random expert indices [T, K], from `low` to `experts` - 1 - `low`."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(low, experts - low, (tokens, top_k), generator=generator)
 
 
 def check_permutation(index: torch.Tensor, experts: int) -> None:
-    """Rows are grouped by expert, those of one in their order, the foreign ones behind; positions are the inverse."""
+    """Asserts that rows are stably sorted by expert, rows of other devices last, and that positions are the inverse."""
     where = sort_by_expert(index, experts)
     flat = index.flatten()
     key = torch.where((flat < 0) | (flat >= experts), experts, flat)
@@ -48,25 +48,25 @@ def check_permutation(index: torch.Tensor, experts: int) -> None:
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_permutation_is_a_stable_sort(shape: tuple[int, int, int]):
-    """Every shape equals torch's stable sort."""
+    """The permutation of every shape equals torch's stable sort."""
     check_permutation(indices(*shape), shape[2])
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
 def test_one_hot_expert(dtype: torch.dtype):
-    """All rows at the last of four experts: three empty ones before it."""
+    """All rows go to the last of four experts, after three empty ones."""
     check_permutation(torch.full((140, 1), 3, dtype=dtype), 4)
 
 
 @settings(deadline=None, max_examples=10)
 @given(tokens=st.integers(1, 60), top_k=st.integers(1, 8), experts=st.integers(1, 12), seed=st.integers(0, 100))
 def test_permutation_with_experts_that_are_not_here(tokens: int, top_k: int, experts: int, seed: int):
-    """Indices outside [0, E) are sorted behind all others, whatever the batch."""
+    """Indices outside [0, E) are sorted after all others."""
     check_permutation(indices(tokens, top_k, experts, seed, low=-2), experts)
 
 
 def test_rows_come_back():
-    """permute copies each token's row bit for bit; unpermute is its inverse; combine of the copies weighs by the sum."""
+    """permute copies rows bit for bit, unpermute inverts it, and combine with weights that add up to 1 returns x."""
     x = torch.randn(21, 70, generator=torch.Generator().manual_seed(1)).bfloat16()
     index = indices(21, 3, 6)
     where = sort_by_expert(index, 6)
@@ -79,7 +79,7 @@ def test_rows_come_back():
 
 
 def test_views_are_read_as_they_lie():
-    """Columns of wider or transposed tensors give what their copies give: no kernel reads past its stride."""
+    """Slices of wider tensors and transposed tensors give the bits of contiguous copies."""
     wide = torch.randn(16, 12, generator=torch.Generator().manual_seed(4))
     for logits in (wide[:, 2:10], wide.T):
         index, weights = gating(logits, Gate(3))
@@ -94,7 +94,7 @@ def test_views_are_read_as_they_lie():
 
 
 def test_combine_sums_in_order():
-    """The sum over K is float32, k after k, rounded once: the bits of a loop in torch."""
+    """The sum over K runs in order, in float32, and is rounded once: the bits of a loop in torch."""
     rows = torch.randn(5, 8, 33, generator=torch.Generator().manual_seed(2)).bfloat16()
     weights = torch.rand(5, 8, generator=torch.Generator().manual_seed(3))
     total = torch.zeros(5, 33)
@@ -115,9 +115,9 @@ GATES = {
 
 
 @pytest.mark.parametrize("gate", GATES.values(), ids=GATES)
-@pytest.mark.parametrize("experts", [16, 24])  # all lanes of a power of two used, and some spare
+@pytest.mark.parametrize("experts", [16, 24])  # a power of two, and one with spare lanes
 def test_gating(gate: Gate, experts: int):
-    """The experts of plain torch, and their weights to float32 rounding, with and without a correction bias."""
+    """Experts equal the reference's and weights do to float32 rounding, with and without a correction bias."""
     logits = torch.randn(9, experts, generator=torch.Generator().manual_seed(experts))
     for bias in (None, torch.randn(experts, generator=torch.Generator().manual_seed(1)) * 0.1):
         index, weights = gating(logits, gate, bias=bias)
@@ -131,7 +131,7 @@ def test_gating(gate: Gate, experts: int):
 @settings(deadline=None, max_examples=12)
 @given(name=st.sampled_from(sorted(GATES)), tokens=st.integers(1, 5), seed=st.integers(0, 1000))
 def test_gating_with_ties(name: str, tokens: int, seed: int):
-    """Equal scores go to the lower index, experts of a token differ, and renormalised weights add up to the scaling."""
+    """Equal scores go to the lower index, a token's experts differ, and renormalised weights add up to the scaling."""
     gate = GATES[name]
     logits = torch.randint(-2, 3, (tokens, 16), generator=torch.Generator().manual_seed(seed)).float()
     index, weights = gating(logits, gate)
@@ -143,7 +143,7 @@ def test_gating_with_ties(name: str, tokens: int, seed: int):
 
 @pytest.mark.filterwarnings("ignore:invalid value")
 def test_gating_of_no_numbers():
-    """A NaN logit counts as greatest, as in torch, and spoils its own token only; infinities leave the indices distinct."""
+    """A NaN logit counts as the greatest and affects only its token; with infinities the indices stay distinct."""
     logits = torch.randn(3, 16, generator=torch.Generator().manual_seed(5))
     logits[0, 11] = torch.nan
     logits[2, 4:] = -torch.inf
@@ -155,7 +155,7 @@ def test_gating_of_no_numbers():
 
 @pytest.mark.parametrize("model", ["mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3"])
 def test_gating_equals_transformers(model: str):
-    """The same experts and weights as the router of transformers' own module."""
+    """Experts and weights equal those of transformers' own router module."""
     from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
     from transformers.models.gpt_oss.modeling_gpt_oss import GptOssTopKRouter
     from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
@@ -179,13 +179,13 @@ def test_gating_equals_transformers(model: str):
     with torch.no_grad():
         logits, expected, chosen = router(torch.randn(11, 24, generator=generator))
     index, weights = gating(logits, gate, bias=getattr(router, "e_score_correction_bias", None))
-    order, expected_order = index.long().sort(1), chosen.sort(1)  # DeepSeek's are in no order
+    order, expected_order = index.long().sort(1), chosen.sort(1)  # DeepSeek's come unsorted
     assert torch.equal(order.values, expected_order.values)
     assert torch.allclose(weights.gather(1, order.indices), expected.gather(1, expected_order.indices), atol=1e-6)
 
 
-def test_gates_that_cannot_be():
-    """What no kernel can choose by is refused with the bound it breaks."""
+def test_impossible_gates_are_refused():
+    """A gate that no kernel can compute raises an error that names the broken bound."""
     logits = torch.zeros(1, 8)
     for change, message in (
         ({"top_k": 9}, "must be 1 to 8"),
@@ -200,7 +200,7 @@ def test_gates_that_cannot_be():
 @pytest.mark.parametrize("group", [None, 32], ids=["per row", "per 32 columns"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_fp8_rows_are_within_their_bound(dtype: torch.dtype, group: int | None):
-    """Each value comes back within max(2^-4 |x|, 2^-10 scale), over 12 orders of magnitude and a group that is cut short."""
+    """Each value comes back within max(2^-4 |x|, 2^-10 scale), over 12 orders of magnitude and a short last group."""
     generator = torch.Generator().manual_seed(8)
     spread = torch.logspace(-6, 6, 12)[:, None]
     x = (torch.randn(12, 80, generator=generator) * spread * torch.rand(12, 80, generator=generator) ** 8).to(dtype)
@@ -214,7 +214,7 @@ def test_fp8_rows_are_within_their_bound(dtype: torch.dtype, group: int | None):
 
 
 def test_fp8_rows_are_torch_rounding():
-    """The codes are those of torch's own cast of x / scale, ties and subnormals included."""
+    """The codes equal torch's own cast of x / scale, ties and subnormals included."""
     x = torch.cat((torch.linspace(-448, 448, 1793), torch.linspace(-0.05, 0.05, 255)))[None]
     codes, scale = quantise_rows(x)
     assert scale.item() == pytest.approx(1.0)
@@ -224,7 +224,7 @@ def test_fp8_rows_are_torch_rounding():
 
 @pytest.mark.filterwarnings("ignore:invalid value")
 def test_fp8_rows_with_infinities_are_not_numbers():
-    """What fp8 cannot hold comes back as no number, in its own row only."""
+    """A row with an infinity or NaN comes back as NaN, and no other row does."""
     x = torch.randn(3, 16, generator=torch.Generator().manual_seed(9))
     x[0, 2], x[2, 7] = torch.inf, torch.nan
     back = dequantise_rows(*quantise_rows(x), torch.float32)

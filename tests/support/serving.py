@@ -33,7 +33,7 @@ class Served:
 
         return self.runner.run(with_client())
 
-    async def have(self, *replicas: int) -> None:
+    async def scale_experts(self, *replicas: int) -> None:
         """Adds and drains expert replicas until each group g has `replicas[g]` of them."""
         for group, wanted in enumerate(replicas):
             for child in self.cluster.experts(group)[wanted:]:

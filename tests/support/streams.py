@@ -36,7 +36,7 @@ class Streams:
             for prompt, stream in zip(prompts, self.streams, strict=True)
         ]
 
-    async def reach(self, tokens: int, timeout_s: float = 60.0) -> None:
+    async def wait_for_tokens(self, tokens: int, timeout_s: float = 60.0) -> None:
         """Waits until every stream has at least `tokens` tokens. Raises the error of a stream that fails before."""
         async with asyncio.timeout(timeout_s):
             while any(len(stream.tokens) < tokens for stream in self.streams):

@@ -1,1 +1,1 @@
-"""Checks and measures the GPU kernels: `python -m moiety_kernels.bench`. Needs torch and triton, nothing else."""
+"""Checks and measures the GPU kernels: `python -m moiety_kernels.bench`. Needs only torch and triton."""

@@ -1,7 +1,7 @@
-"""Checks the GPU kernels on this machine's GPU, then times them beside what else there is.
+"""Checks the GPU kernels on this machine's GPU, then times them beside other implementations.
 
 python -m moiety_kernels.bench [--quick] [--json] [--vllm PATH] [--scattermoe PATH]
-python -m moiety_kernels.bench --check-only     also without a GPU, in Triton's interpreter
+python -m moiety_kernels.bench --check-only     works without a GPU too, in Triton's interpreter
 python -m moiety_kernels.bench --tune           searches tiles, prints the table for gpu/tiles.py
 """
 
@@ -18,28 +18,28 @@ import torch
 
 
 def main() -> None:
-    """The command. Exits with 1 where a kernel is wrong, 2 where there is nothing to measure on."""
+    """Runs the command. Exits with 1 where a kernel is wrong, 2 where there is no GPU to measure on."""
     parser = argparse.ArgumentParser(
         prog="python -m moiety_kernels.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--check-only", action="store_true", help="correctness only")
-    parser.add_argument("--quick", action="store_true", help="three numbers of tokens instead of eight")
-    parser.add_argument("--json", action="store_true", help="one JSON object at the end instead of the table")
+    parser.add_argument("--check-only", action="store_true", help="check correctness, measure nothing")
+    parser.add_argument("--quick", action="store_true", help="measure three token counts instead of eight")
+    parser.add_argument("--json", action="store_true", help="print one JSON object at the end instead of the table")
     parser.add_argument("--tune", action="store_true", help="search tiles: some 600 compilations for all four models")
-    parser.add_argument("--model", action="append", default=[], help="only models whose name contains this")
-    parser.add_argument("--vllm", metavar="PATH", help="folder that vLLM can be imported from")
-    parser.add_argument("--scattermoe", metavar="PATH", help="folder that scattermoe can be imported from")
+    parser.add_argument("--model", action="append", default=[], help="only models whose name contains this; repeatable")
+    parser.add_argument("--vllm", metavar="PATH", help="folder to import vLLM from, measured too")
+    parser.add_argument("--scattermoe", metavar="PATH", help="folder to import scattermoe from, measured too")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         if not options.check_only:
-            print("No CUDA device: nothing to measure on. --check-only runs the checks in Triton's interpreter.")
+            print("No CUDA device to measure on. --check-only runs the checks in Triton's interpreter.")
             sys.exit(2)
         os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
     sys.exit(run(options, "cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def run(options: argparse.Namespace, device: str) -> int:
-    """What `main` does, once it is known where the kernels run."""
+    """Checks, then tunes or measures on `device`; returns the exit status."""
     import triton
 
     from moiety_kernels.bench.check import check_all
@@ -75,11 +75,11 @@ def run(options: argparse.Namespace, device: str) -> int:
         if path is not None:
             try:
                 peers[peer] = make(path)
-            except Exception as error:  # whatever another package does when it is imported
-                print(f"{peer} of {path} cannot be imported: {type(error).__name__}: {error}", file=sys.stderr)
+            except Exception as error:  # importing another package can raise anything
+                print(f"{peer} not imported from {path}, skipped: {type(error).__name__}: {error}", file=sys.stderr)
     ceilings = clock.ceilings(dtype)
     say(
-        f"measured: {ceilings.matmul / 1e12:.0f} TFLOP/s dense {dtype}, {ceilings.copy / 1e9:.0f} GB/s copy\n\n{HEADER}"
+        f"measured best: {ceilings.matmul / 1e12:.0f} TFLOP/s dense {dtype}, {ceilings.copy / 1e9:.0f} GB/s copy\n\n{HEADER}"
     )
     tokens = (1, 64, 4096) if options.quick else (1, 4, 16, 64, 256, 1024, 4096, 8192)
     rows = []

@@ -1,4 +1,4 @@
-"""Right before fast: each kernel on the device against float64, with the bounds that the tests state."""
+"""Compares each kernel on the device with float64, with the bounds that the tests use."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from moiety_kernels.gpu.expert_mlp import Experts, moe, sorted_expert_mlp
+from moiety_kernels.gpu.expert_mlp import ExpertOperands, moe, sorted_expert_mlp
 from moiety_kernels.gpu.gating import gating
-from moiety_kernels.gpu.operand import gathered
+from moiety_kernels.gpu.operand import operands_of
 from moiety_kernels.gpu.permute import sort_by_expert
 from moiety_kernels.gpu.row_fp8 import dequantise_rows, quantise_rows
 from moiety_kernels.reference.expert_mlp import activate
@@ -21,7 +21,7 @@ from moiety_kernels.weights.int8 import Int8Matrix
 from moiety_kernels.weights.matrix import Matrix
 from moiety_kernels.weights.mxfp4 import Mxfp4Matrix
 
-# Largest error over the largest output: two products of up to 2048 terms, and one rounding of the row between them.
+# Largest error over the largest output: two products of up to 2048 terms, with one rounding of the row between them.
 BOUNDS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 KINDS = ("plain", "int8", "int4", "fp8", "mxfp4")
 CLAMPED = {"activation": "swiglu_clamped", "interleaved": True, "limit": 7.0, "alpha": 1.702}
@@ -29,7 +29,7 @@ CLAMPED = {"activation": "swiglu_clamped", "interleaved": True, "limit": 7.0, "a
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """One comparison."""
+    """The result of one comparison."""
 
     what: str
     error: float
@@ -37,14 +37,15 @@ class Checked:
 
     @property
     def right(self) -> bool:
-        """Within the bound; NaN is not."""
+        """Whether the error is within the bound; NaN is not."""
         return self.error <= self.bound
 
 
 def check_all(device: str, small: bool) -> Iterator[Checked]:
-    """Experts in each dtype and kind, decode and prefill, both layouts of gate and up; gating; permutation; fp8 rows.
+    """Checks experts in each dtype and format, in decode and prefill and both gate layouts; gating; permutation; fp8 rows.
 
-    `small`: sizes for Triton's interpreter. On a GPU, widths of a real model, with an uneven tail and an empty expert.
+    `small`: sizes for Triton's interpreter. Else the widths of a real model. Batches have an uneven tail and an empty
+    expert.
     """
     hidden, inner = (64, 32) if small else (2048, 768)
     batches = ((1, 0, 2), (5, 0, 18)) if small else ((1, 0, 2), (17, 0, 40), (129, 0, 1000))
@@ -79,6 +80,8 @@ def check_all(device: str, small: bool) -> Iterator[Checked]:
 
 
 def _weights(device: str, kind: str, dtype: torch.dtype, hidden: int, inner: int, biased: bool) -> ExpertWeights:
+    """Returns one random expert in format `kind`."""
+
     def matrix(rows: int, columns: int) -> Matrix:
         plain = torch.randn(rows, columns, device=device).mul_(columns**-0.5).to(dtype)
         if kind == "plain":
@@ -96,6 +99,7 @@ def _weights(device: str, kind: str, dtype: torch.dtype, hidden: int, inner: int
 
 
 def _exact(rows: torch.Tensor, expert: ExpertWeights, options: dict[str, object]) -> torch.Tensor:
+    """Computes one expert in float64 on the same weights."""
     plain = expert.dequantised(torch.float64)
     assert isinstance(plain.gate_up, torch.Tensor)
     assert isinstance(plain.down, torch.Tensor)
@@ -115,10 +119,11 @@ def _experts(
     inner: int,
     options: dict[str, object],
 ) -> Checked:
+    """Compares experts over sorted rows with float64."""
     experts = [_weights(device, kind, dtype, hidden, inner, bool(options)) for _ in counts]
     rows = torch.randn(sum(counts), hidden, device=device).to(dtype)
-    offsets, gate_up, down = gathered(counts, experts)
-    out = sorted_expert_mlp(rows, offsets, Experts(gate_up, down, **options))  # type: ignore[arg-type]
+    offsets, gate_up, down = operands_of(counts, experts)
+    out = sorted_expert_mlp(rows, offsets, ExpertOperands(gate_up, down, **options))  # type: ignore[arg-type]
     exact = torch.cat([_exact(part, e, options) for part, e in zip(rows.split(list(counts)), experts, strict=True)])
     error = ((out.double() - exact).abs().max() / exact.abs().max()).item()
     name = f"experts, {kind}, {str(dtype).removeprefix('torch.')}, rows {counts}{', gpt-oss' if options else ''}"
@@ -126,13 +131,13 @@ def _experts(
 
 
 def _block(device: str, tokens: int, hidden: int, inner: int) -> Checked:
-    """A whole block with some experts elsewhere, in bfloat16."""
+    """Compares a whole block in bfloat16, with some experts on other devices, with float64."""
     dtype = torch.bfloat16
     experts = [_weights(device, "plain", dtype, hidden, inner, False) for _ in range(4)]
-    _, gate_up, down = gathered([0] * 4, experts)
+    _, gate_up, down = operands_of([0] * 4, experts)
     x = torch.randn(tokens, hidden, device=device).to(dtype)
     index, weights = torch.randint(-1, 5, (tokens, 3), device=device), torch.rand(tokens, 3, device=device)
-    out = moe(x, index, weights, Experts(gate_up, down))
+    out = moe(x, index, weights, ExpertOperands(gate_up, down))
     exact = torch.zeros(tokens, hidden, dtype=torch.float64, device=device)
     for number, expert in enumerate(experts):
         share = (weights * (index == number)).sum(1, keepdim=True).double()

@@ -1,4 +1,4 @@
-"""How long a function takes on a device, and how fast that device multiplies and copies at best."""
+"""Measures how long a function takes on a device, and how fast that device multiplies and copies at best."""
 
 from __future__ import annotations
 
@@ -9,21 +9,20 @@ from statistics import median
 
 import torch
 
-FLUSH = (
-    256 << 20
-)  # bytes written before each run: more than any L2 cache, so that weights come from memory as in a model
+# Bytes written before each run: more than an L2 cache holds, so that weights come from memory as in a model.
+FLUSH = 256 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class Ceilings:
-    """What one device reaches at best, measured: shares are of these, not of a data sheet."""
+    """The measured best rates of one device. Shares in the table refer to these, not to a data sheet."""
 
-    matmul: float  # FLOP/s of a large product in `dtype`
-    copy: float  # bytes/s read and written
+    matmul: float  # FLOP/s of a large product
+    copy: float  # bytes/s, read plus written
 
 
 class Clock:
-    """Times functions on `device`; on CUDA as a graph where that can be captured, so that launches cost what they must."""
+    """Times functions on `device`; on CUDA as a captured graph where possible, which keeps launch overhead small."""
 
     def __init__(self, device: str, repeats: int = 20):
         self.device, self._repeats = device, repeats
@@ -32,7 +31,7 @@ class Clock:
         self._spare = torch.empty(FLUSH if self._cuda else 1, dtype=torch.int8, device=device)
 
     def seconds(self, function: Callable[[], object]) -> tuple[float, bool]:
-        """The median, and whether it is of a graph."""
+        """Returns the median time, and whether it was measured as a CUDA graph."""
         if not self._cuda:
             function()
             return median(self._on_cpu(function) for _ in range(3)), False
@@ -57,7 +56,7 @@ class Clock:
 
     @staticmethod
     def _captured(function: Callable[[], object]) -> tuple[Callable[[], object], bool]:
-        """`function` as a graph, or itself where it waits for the device and cannot be one."""
+        """Returns `function` as a CUDA graph and True, or itself and False where it cannot be captured."""
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph):
@@ -69,12 +68,13 @@ class Clock:
 
     @staticmethod
     def _on_cpu(function: Callable[[], object]) -> float:
+        """Returns the seconds of one run."""
         start = time.perf_counter()
         function()
         return time.perf_counter() - start
 
     def ceilings(self, dtype: torch.dtype) -> Ceilings:
-        """Of this device, in `dtype`: the best of some large products, and a copy of 1 GiB."""
+        """Measures this device in `dtype`: the best of some large products, and a copy of 1 GiB."""
         sizes, elements = ((8192, 16384), 1 << 29) if self._cuda else ((64,), 1 << 16)
         rates = []
         for size in sizes:

@@ -1,8 +1,8 @@
-"""What else computes the same: torch's grouped product, a loop of cuBLAS calls, and public kernels given by their path.
+"""Other implementations of the same computation: torch's grouped product, a loop of cuBLAS calls, vLLM, scattermoe.
 
-Every peer gets the block's input as its own interface wants it, prepared beforehand, in the layout it is fastest with.
-Shape legend: T tokens, K experts a token, R rows of this device's experts, sorted by them, E experts, D hidden size,
-I intermediate size.
+Each peer gets the block's input in the form of its own interface and in its fastest layout, prepared before timing.
+Shape legend: T tokens, K experts per token, R rows of this device's experts, sorted by expert, E experts on this device,
+D hidden size, I intermediate size.
 """
 
 from __future__ import annotations
@@ -16,29 +16,29 @@ from typing import Any
 
 import torch
 
-from moiety_kernels.gpu.expert_mlp import Experts
+from moiety_kernels.gpu.expert_mlp import ExpertOperands
 from moiety_kernels.reference.expert_mlp import activate
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """One measurement's input."""
+    """The input of one measurement."""
 
     x: torch.Tensor  # [T, D]
-    index: torch.Tensor  # int64 [T, K]; E and above: an expert that is elsewhere
+    index: torch.Tensor  # int64 [T, K]; E and above: an expert on another device
     weights: torch.Tensor  # float32 [T, K]
-    experts: Experts  # plain
+    experts: ExpertOperands
     rows: torch.Tensor  # [R, D], sorted by expert
     expert_of: torch.Tensor  # int64 [R]
     offsets: torch.Tensor  # int32 [E + 1]
-    choices: int  # experts of the model, here or elsewhere
+    choices: int  # experts of the whole model
 
 
 Function = Callable[[], torch.Tensor]
 
 
 def _activated(work: Work, projected: torch.Tensor) -> torch.Tensor:
-    """Bias and activation in torch, as eager code has them."""
+    """Returns the activated projection [R, I], bias and activation in eager torch."""
     e = work.experts
     if e.gate_up.bias is not None:
         projected = projected + e.gate_up.bias[work.expert_of]
@@ -48,7 +48,7 @@ def _activated(work: Work, projected: torch.Tensor) -> torch.Tensor:
 
 
 def grouped_mm(work: Work) -> Function | None:
-    """`torch._grouped_mm` over sorted rows, twice; activation and biases in torch."""
+    """Prepares `torch._grouped_mm` over sorted rows, twice, activation and biases in torch; None if torch lacks it."""
     product = getattr(torch, "_grouped_mm", None)
     if product is None:
         return None
@@ -63,7 +63,7 @@ def grouped_mm(work: Work) -> Function | None:
 
 
 def loop(work: Work) -> Function:
-    """One cuBLAS call per expert that has rows and product, counts known to the host; activation over all rows at once."""
+    """Prepares one cuBLAS call per product and expert with rows, counts known to the host, one activation over all rows."""
     bounds = work.offsets.tolist()
     spans = [(e, slice(a, b)) for e, (a, b) in enumerate(pairwise(bounds)) if b > a]
     gate_up, down = work.experts.gate_up, work.experts.down
@@ -82,33 +82,33 @@ def loop(work: Work) -> Function:
 
 
 def vllm(path: str) -> Callable[[Work], Function | None]:
-    """vLLM's fused_moe Triton kernel, of the checkout or site-packages folder at `path`."""
+    """Imports vLLM's fused_moe Triton kernel from the checkout or site-packages folder at `path`."""
     fused: Any = _imported(path, "vllm.model_executor.layers.fused_moe.fused_moe").fused_experts
 
-    def of(work: Work) -> Function | None:
+    def prepare(work: Work) -> Function | None:
         if work.experts.gate_up.bias is not None:
-            return None  # interleaved and biased experts are other kernels of theirs
+            return None  # vLLM has other kernels for interleaved and biased experts
         first, second, ids = work.experts.gate_up.codes, work.experts.down.codes, work.index.int()
         if work.choices == len(first):
             return lambda: fused(work.x, first, second, work.weights, ids)
-        here = torch.arange(work.choices, dtype=torch.int32, device=ids.device)
-        here[len(first) :] = -1
-        options = {"global_num_experts": work.choices, "expert_map": here}
+        expert_map = torch.arange(work.choices, dtype=torch.int32, device=ids.device)
+        expert_map[len(first) :] = -1
+        options = {"global_num_experts": work.choices, "expert_map": expert_map}
         return lambda: fused(work.x, first, second, work.weights, ids, **options)
 
-    return of
+    return prepare
 
 
 def scattermoe(path: str) -> Callable[[Work], Function | None]:
-    """scattermoe's GLUMLP, of the checkout at `path`. It keeps up before gate: the weights are copied once, before timing."""
-    made: Any = _imported(path, "scattermoe.mlp").GLUMLP
+    """Imports scattermoe's GLUMLP from the checkout at `path`. Up precedes gate: weights are copied once, before timing."""
+    glu_mlp: Any = _imported(path, "scattermoe.mlp").GLUMLP
 
-    def of(work: Work) -> Function | None:
+    def prepare(work: Work) -> Function | None:
         gate_up, down = work.experts.gate_up, work.experts.down
         if gate_up.bias is not None or work.choices > gate_up.experts:
-            return None  # it knows neither interleaved experts nor ones that are elsewhere
+            return None  # it supports neither interleaved experts nor experts on other devices
         with torch.device("meta"):
-            module = made(
+            module = glu_mlp(
                 gate_up.shape[1], down.shape[1], gate_up.experts, work.index.shape[1], activation=torch.nn.SiLU()
             )
         gate, up = gate_up.codes.chunk(2, dim=1)
@@ -117,11 +117,11 @@ def scattermoe(path: str) -> Callable[[Work], Function | None]:
         weights = work.weights.to(work.x.dtype)
         return lambda: module(work.x, weights, work.index)
 
-    return of
+    return prepare
 
 
 def _imported(path: str, module: str) -> Any:
-    """`module` with `path` before everything else."""
+    """Imports `module` with `path` first on the module search path."""
     sys.path.insert(0, path)
     try:
         return importlib.import_module(module)

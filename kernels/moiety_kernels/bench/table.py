@@ -1,4 +1,4 @@
-"""The measurements: each model, number of tokens and implementation is a row."""
+"""Measures a row of the table for each model, number of tokens and implementation."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from moiety_kernels.bench.clock import Ceilings, Clock
 from moiety_kernels.bench.peers import Function, Work, grouped_mm, loop
-from moiety_kernels.gpu.expert_mlp import Experts, moe, sorted_expert_mlp
+from moiety_kernels.gpu.expert_mlp import ExpertOperands, moe, sorted_expert_mlp
 from moiety_kernels.gpu.models import Model, experts_of
 from moiety_kernels.gpu.permute import permute, sort_by_expert
 
@@ -20,7 +20,7 @@ OURS = "moiety"
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One implementation's time for one shape. `block`: from indices to summed rows; `experts`: sorted rows to rows."""
+    """One implementation's time for one shape. Operation `block`: from indices to summed rows; `experts`: sorted rows only."""
 
     model: str
     tokens: int
@@ -29,11 +29,11 @@ class Row:
     implementation: str
     us: float
     tflops: float
-    gbytes: float  # a second: activated weights once, rows in and out once
-    of_matmul: float  # share of the measured product
-    of_copy: float  # share of the measured copy
-    graph: bool
-    error: float  # largest difference from ours over the largest output
+    gbytes: float  # GB/s: weights of active experts read once, rows read and written once
+    of_matmul: float  # share of the measured best product
+    of_copy: float  # share of the measured best copy
+    graph: bool  # timed as a CUDA graph
+    error: float  # largest difference from our output over the largest output
 
     def __str__(self) -> str:
         return (
@@ -47,46 +47,46 @@ _NUMBERS = f"{'µs':>11}{'TFLOP/s':>9}{'GB/s':>9}{'matmul':>8}{'copy':>8}"
 HEADER = f"{'model':24}{'tokens':>6} {'what':8}{'weights':9}{'by':12}{_NUMBERS}"
 
 
-def work_of(model: Model, tokens: int, dtype: torch.dtype, experts: Experts, device: str) -> Work:
-    """Random rows for K distinct experts each, evenly likely; of those that are not on this device, none is computed."""
+def work_of(model: Model, tokens: int, dtype: torch.dtype, experts: ExpertOperands, device: str) -> Work:
+    """Returns random tokens with K distinct, equally likely experts each; sorted rows are those of experts on this device."""
     generator = torch.Generator(device=device).manual_seed(tokens)
     x = torch.randn(tokens, model.hidden, generator=generator, device=device).to(dtype)
     noise = torch.rand(tokens, model.choices, generator=generator, device=device)
     index = noise.topk(min(model.gate.top_k, model.choices), dim=1).indices
-    index[0, 0] = torch.where((index[0] < model.experts).any(), index[0, 0], 0)  # one row at least
+    index[0, 0] = torch.where((index[0] < model.experts).any(), index[0, 0], 0)  # at least one row on this device
     weights = torch.rand(index.shape, generator=generator, device=device)
-    where = sort_by_expert(index, model.experts)
-    here = int(where.offsets[-1])
-    rows = permute(x, where, index.shape[1])[:here]
-    return Work(
-        x, index, weights, experts, rows, index.flatten()[where.order[:here].long()], where.offsets, model.choices
-    )
+    permutation = sort_by_expert(index, model.experts)
+    local = int(permutation.offsets[-1])
+    rows = permute(x, permutation, index.shape[1])[:local]
+    expert_of = index.flatten()[permutation.order[:local].long()]
+    return Work(x, index, weights, experts, rows, expert_of, permutation.offsets, model.choices)
 
 
 def measure(
     model: Model, tokens: Sequence[int], clock: Clock, ceilings: Ceilings, dtype: torch.dtype, peers: Peers
 ) -> Iterator[Row]:
-    """Rows of one model: ours and every peer on plain weights, ours on the model's quantised ones."""
+    """Yields one model's rows: ours and every peer on plain weights, ours on the model's quantised weights."""
     plain = experts_of(model, dtype, "plain", clock.device)
     for count in tokens:
         work = work_of(model, count, dtype, plain, clock.device)
         block = lambda work=work: moe(work.x, work.index, work.weights, work.experts)  # noqa: E731
-        yield from _timed(model, work, "block", {OURS: block, **_made(peers, work)}, clock, ceilings)
+        yield from _timed(model, work, "block", {OURS: block, **_prepared(peers, work)}, clock, ceilings)
         ours = lambda work=work: sorted_expert_mlp(work.rows, work.offsets, work.experts)  # noqa: E731
-        functions = {OURS: ours, **_made({"grouped_mm": grouped_mm, "cuBLAS": loop}, work)}
+        functions = {OURS: ours, **_prepared({"grouped_mm": grouped_mm, "cuBLAS": loop}, work)}
         yield from _timed(model, work, "experts", functions, clock, ceilings)
         del work
     del plain
-    held = experts_of(model, dtype, model.kind, clock.device)
+    quantised = experts_of(model, dtype, model.kind, clock.device)
     for count in tokens:
-        work = work_of(model, count, dtype, held, clock.device)
+        work = work_of(model, count, dtype, quantised, clock.device)
         ours = lambda work=work: sorted_expert_mlp(work.rows, work.offsets, work.experts)  # noqa: E731
         yield from _timed(model, work, "experts", {OURS: ours}, clock, ceilings, model.kind)
 
 
-def _made(peers: Peers, work: Work) -> dict[str, Function]:
-    made = {name: make(work) for name, make in peers.items()}
-    return {name: function for name, function in made.items() if function is not None}
+def _prepared(peers: Peers, work: Work) -> dict[str, Function]:
+    """Returns the functions of the peers that can compute `work`."""
+    functions = {name: prepare(work) for name, prepare in peers.items()}
+    return {name: function for name, function in functions.items() if function is not None}
 
 
 def _timed(
@@ -98,6 +98,7 @@ def _timed(
     ceilings: Ceilings,
     weights: str = "",
 ) -> Iterator[Row]:
+    """Times `functions`, the first of which is ours, and yields a row for each."""
     rows = len(work.rows)
     activated = int((work.offsets.diff() > 0).sum())
     moved = activated * (work.experts.gate_up.matrix_nbytes + work.experts.down.matrix_nbytes)
@@ -125,7 +126,7 @@ def _timed(
 
 
 def summary(rows: Sequence[Row]) -> Iterator[str]:
-    """Against each peer: the geometric mean of its times over ours, and the worst shape."""
+    """Yields a line for each peer: the geometric mean of its times over ours, and the worst shape."""
     ours = {(r.model, r.tokens, r.operation, r.weights): r for r in rows if r.implementation == OURS}
     for name in dict.fromkeys(r.implementation for r in rows if r.implementation != OURS):
         ratios = {

@@ -1,4 +1,4 @@
-"""Searches tiles for each line of the table in `moiety_kernels.gpu.tiles`, and prints the table to commit."""
+"""Searches the fastest tiles for each line of the table in `moiety_kernels.gpu.tiles`, and yields the table as source."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from moiety_kernels.gpu.grouped_gemm import grouped_gemm
 from moiety_kernels.gpu.models import Model, experts_of
 from moiety_kernels.gpu.tiles import DECODE_ROWS, TABLE, Tile
 
-SHARED = 227 * 1024
+SHARED = 227 * 1024  # bytes of shared memory that a program may use on sm_90
 
 
 def candidates(gated: bool, largest: int | None) -> Iterator[Tile]:
-    """Tiles that may suit experts of up to `largest` rows, and whose stages fit in shared memory."""
+    """Yields tiles that may suit experts of up to `largest` rows and whose stages fit in shared memory."""
     small = largest is not None and largest <= DECODE_ROWS
     heights = (largest,) if largest is not None and small else (64, 128)
     widths = (16, 32, 64) if small else (64, 128, 256)
     depths, counts = ((64, 128, 256), (3, 5)) if small else ((64,), (3, 4))
     for rows, columns, depth, warps, stages in product(heights, widths, depths, (4, 8), counts):
         width = columns * (2 if gated else 1)
-        sums = rows * width // (32 * warps)  # float32 registers a thread
+        sums = rows * width // (32 * warps)  # float32 registers per thread
         if not (4 if small else 32) <= sums <= 128 or width > 256 or 2 * depth * (rows + width) * stages > SHARED:
             continue
         flags = ((False, False), (True, False), (False, True), (True, True)) if rows == 128 else ((False, False),)
@@ -42,21 +42,24 @@ def tune(
     dtype: torch.dtype,
     search: Callable[[bool, int | None], Iterator[Tile]] = candidates,
 ) -> Iterator[str]:
-    """For each line, of the tiles in `search` that of the least geometric mean over the models, as source to paste."""
-    yield f"# Tuned on {clock.name}, torch {torch.__version__}: µs a product, by model."
+    """Yields for each line the tiles of `search` with the least geometric mean time over the models, as source to paste."""
+    yield f"# Tuned on {clock.name}, torch {torch.__version__}: µs per product, by model."
     for largest, *_ in TABLE:
-        each = 256 if largest is None else max(1, largest * 3 // 4)  # rows per expert to try it at
+        rows_per_expert = 256 if largest is None else max(1, largest * 3 // 4)  # at which the line is measured
         lines = [f"{largest}"]
         for gated in (True, False):
             times: dict[Tile, list[float]] = {}
             for model in models:
-                for tile, seconds in _times(model, each, gated, largest, clock, dtype, search(gated, largest)):
+                for tile, seconds in _times(
+                    model, rows_per_expert, gated, largest, clock, dtype, search(gated, largest)
+                ):
                     times.setdefault(tile, []).append(seconds)
             complete = {tile: found for tile, found in times.items() if len(found) == len(models)}
             best = min(complete, key=lambda tile: sum(map(log, complete[tile])))
             mean = exp(sum(map(log, complete[best])) / len(models))
-            told = ", ".join(f"{m.name} {s * 1e6:.1f}" for m, s in zip(models, complete[best], strict=True))
-            yield f"#   {each} rows an expert, {'gate and up' if gated else 'down'}: {told} (mean {mean * 1e6:.1f})"
+            by_model = ", ".join(f"{m.name} {s * 1e6:.1f}" for m, s in zip(models, complete[best], strict=True))
+            product_name = "gate and up" if gated else "down"
+            yield f"#   {rows_per_expert} rows per expert, {product_name}: {by_model} (mean {mean * 1e6:.1f})"
             lines.append(
                 f"Tile({best.rows}, {best.columns}, {best.depth}, {best.warps}, {best.stages}, band={best.band}"
                 f"{', persistent=True' if best.persistent else ''}{', descriptors=True' if best.descriptors else ''})"
@@ -66,15 +69,16 @@ def tune(
 
 def _times(
     model: Model,
-    each: int,
+    rows_per_expert: int,
     gated: bool,
     largest: int | None,
     clock: Clock,
     dtype: torch.dtype,
     tiles: Iterator[Tile],
 ) -> Iterator[tuple[Tile, float]]:
+    """Yields each tile that compiles and its seconds for one product of `model`."""
     experts = experts_of(model, dtype, "plain", clock.device)
-    work = work_of(model, max(1, each * model.choices // model.gate.top_k), dtype, experts, clock.device)
+    work = work_of(model, max(1, rows_per_expert * model.choices // model.gate.top_k), dtype, experts, clock.device)
     rows = len(work.rows)
     matrices = experts.gate_up if gated else experts.down
     x = work.rows if gated else torch.randn(rows, model.intermediate, device=clock.device).to(dtype)
@@ -87,8 +91,8 @@ def _times(
     for tile in tiles:
         try:
             seconds, _ = clock.seconds(partial(gemm, x, work.offsets, matrices, out, rows=rows, tile=tile, **options))
-        except Exception as error:  # a tile that this version of Triton cannot compile or launch
+        except Exception as error:  # this version of Triton cannot compile or launch the tile
             if "CUDA error" in str(error):
-                raise  # the device is lost: every time after this would be wrong
+                raise  # the device is lost: all later times would be wrong
             continue
         yield tile, seconds

@@ -1,4 +1,4 @@
-"""`python -m moiety_kernels.cpu` builds the C++ kernels; with `--check` it only says what a replica would use."""
+"""`python -m moiety_kernels.cpu` builds the C++ kernels; with `--check` it only prints what a replica would use."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from moiety_kernels.cpu.library import SWITCH, VNNI, cpu_flags, find
 
 
 def main() -> int:
-    """Returns the exit status: 0 where the kernels can be used."""
+    """Runs the command and returns its exit status: 0 where the kernels can be used."""
     parser = argparse.ArgumentParser(prog="python -m moiety_kernels.cpu", description=__doc__)
-    parser.add_argument("--check", action="store_true", help="build nothing; say what a replica would use")
-    parser.add_argument("--optional", action="store_true", help="where they cannot be built, say so and succeed")
+    parser.add_argument("--check", action="store_true", help="build nothing; print what a replica would use")
+    parser.add_argument("--optional", action="store_true", help="exit with 0 even where they cannot be built or used")
     options = parser.parse_args()
     if not options.check:
         began = time.monotonic()

@@ -1,5 +1,6 @@
-"""Compiles the C++ sources of this folder into one shared library in the cache. Only users and images call it, never a
-replica: one that starts finds the library or computes with torch.
+"""Compiles the C++ sources of this folder into one shared library in the cache.
+
+Users and image builds call this. A replica never does: at start it finds the library or computes with torch.
 """
 
 from __future__ import annotations
@@ -19,18 +20,18 @@ COMPILERS = ("g++", "c++", "clang++")
 FLAGS = (
     *("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fno-math-errno", "-Wall", "-Wextra"),
     *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mavx512bf16", "-mfma"),
-    # Sums keep the order they are written in: it is what makes a row's bits independent of its batch.
+    # The compiler must not fuse operations: a row's bits are independent of its batch only if sums are computed as written.
     "-ffp-contract=off",
 )
-BUILD_S = 300.0
+BUILD_S = 300.0  # timeout of each compiler command, in seconds
 
 
 class BuildError(Exception):
-    """The library cannot be built here; the message says what is missing."""
+    """The library cannot be built here. The message names what is missing."""
 
 
 def library_name() -> str:
-    """The library's file name: another one for every change of sources, flags or platform."""
+    """Returns the library's file name, which changes with the sources, flags and platform."""
     digest = hashlib.blake2b(digest_size=8)
     for source in sorted((*FOLDER.glob("*.cpp"), *FOLDER.glob("*.h"))):
         digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
@@ -39,28 +40,29 @@ def library_name() -> str:
 
 
 def cache_folders() -> list[Path]:
-    """Where a built library may lie, first choice first: $MOIETY_CACHE, ~/.cache/moiety."""
+    """Returns the folders for built libraries, in order of preference: below $MOIETY_CACHE, ~/.cache/moiety."""
     folders = [Path(text)] if (text := os.environ.get("MOIETY_CACHE")) else []
-    with contextlib.suppress(RuntimeError):  # there may be no home
+    with contextlib.suppress(RuntimeError):  # there may be no home folder
         folders.append(Path.home() / ".cache" / "moiety")
     return [folder / "kernels" for folder in folders]
 
 
 def built() -> Path | None:
-    """The library of these sources, where someone has built it."""
+    """Returns the path of the library built from these sources, or None."""
     name = library_name()
     return next((folder / name for folder in cache_folders() if (folder / name).is_file()), None)
 
 
 def build() -> Path:
-    """Compiles into the first cache folder: `<library>`, and beside it the compiler's version as `<library>.txt`.
+    """Compiles into the first cache folder: the library, and beside it a .txt file with the compiler's version.
 
-    Returns at once where this compiler has built these sources already. Raises BuildError.
+    Returns the library's path, at once where this compiler has already built these sources. Raises BuildError on
+    another platform, without a compiler or a writable cache folder, and where a compilation fails.
     """
     compiler = _compiler()
     version = _output([compiler, "--version"])
     if not (folders := cache_folders()):
-        raise BuildError("there is no home folder: set MOIETY_CACHE")
+        raise BuildError("no cache folder: there is no home folder; set MOIETY_CACHE")
     library = folders[0] / library_name()
     stamp = library.with_suffix(".txt")
     if library.is_file() and stamp.is_file() and stamp.read_text() == version:
@@ -78,16 +80,17 @@ def build() -> Path:
             with ThreadPoolExecutor(os.cpu_count()) as pool:
                 list(pool.map(_output, commands))
             _output([compiler, "-shared", "-fopenmp", *map(str, objects), "-o", str(fresh)])
-            os.replace(fresh, library)  # a replica that starts meanwhile sees the whole file or none
+            os.replace(fresh, library)  # atomic: a starting replica sees the whole file or none
             stamp.write_text(version)
     except OSError as error:
-        raise BuildError(f"{library.parent} cannot be written: {error}") from error
+        raise BuildError(f"cannot write to {library.parent}: {error}; set MOIETY_CACHE to another folder") from error
     return library
 
 
 def _compiler() -> str:
+    """Returns the path of $CXX or the first known compiler. Raises BuildError where there is none."""
     if platform.machine() not in ("x86_64", "AMD64") or platform.system() != "Linux":
-        raise BuildError(f"the C++ kernels are for Linux on x86-64: this is {platform.system()} {platform.machine()}")
+        raise BuildError(f"the C++ kernels need Linux on x86-64: this is {platform.system()} {platform.machine()}")
     names = (os.environ["CXX"],) if os.environ.get("CXX") else COMPILERS
     for name in names:
         if path := shutil.which(name):
@@ -96,6 +99,7 @@ def _compiler() -> str:
 
 
 def _output(command: list[str]) -> str:
+    """Runs `command` and returns its standard output. Raises BuildError where it fails."""
     done = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_S)
     if done.returncode:
         raise BuildError(f"{' '.join(command)} failed:\n{done.stderr}")

@@ -1,6 +1,6 @@
 // Several experts' MLPs over rows sorted by expert, in one call: first all gate and up projections with the activation,
-// then all down projections. A work item is a few columns of one expert, taken by whichever thread is free, so that an
-// uneven spread of rows over experts leaves no thread idle.
+// then all down projections. A work item is a few columns of one expert. Free threads take the next item, so an uneven
+// spread of rows over experts leaves no thread idle.
 
 #include <cmath>
 #include <utility>
@@ -11,7 +11,7 @@
 namespace moiety {
 namespace {
 
-// The order of moiety_kernels.reference.ACTIVATIONS.
+// In the order of ACTIVATIONS in reference/expert_mlp.py.
 enum Activation { silu, gelu, gelu_tanh, relu, relu2, swiglu_clamped };
 
 struct Kind {
@@ -20,7 +20,7 @@ struct Kind {
     float limit, alpha;
 };
 
-// Cephes' expf: within 1 ulp between the bounds at which the result would overflow or be no normal number.
+// Cephes' expf: within 1 ulp, clamped to the range where the result is a normal number and does not overflow.
 inline __m512 exponential(__m512 x) {
     x = _mm512_min_ps(_mm512_max_ps(x, _mm512_set1_ps(-87.3365f)), _mm512_set1_ps(88.3762f));
     const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504088896341f)), 0);
@@ -33,7 +33,7 @@ inline __m512 exponential(__m512 x) {
     return _mm512_scalef_ps(y, n);
 }
 
-// 1 / (1 + exp(-x)); not a number stays one.
+// 1 / (1 + exp(-x)); NaN stays NaN.
 inline __m512 sigmoid(__m512 x) {
     const __m512 one = _mm512_set1_ps(1.0f);
     const __m512 value = _mm512_div_ps(one, _mm512_add_ps(one, exponential(_mm512_sub_ps(_mm512_setzero_ps(), x))));
@@ -56,7 +56,7 @@ inline __m512 apply(int activation, __m512 x) {
                                            _mm512_set1_ps(2 * 0.79788456080286536f));
             return _mm512_mul_ps(x, sigmoid(u));
         }
-        case relu: return _mm512_max_ps(zero, x);  // the second operand where one is not a number
+        case relu: return _mm512_max_ps(zero, x);  // for NaN, max returns its second operand
         default: {
             const __m512 positive = _mm512_max_ps(zero, x);
             return _mm512_mul_ps(positive, positive);
@@ -64,7 +64,7 @@ inline __m512 apply(int activation, __m512 x) {
     }
 }
 
-// reference.activate for 16 columns: a rounding to T wherever torch would store a tensor.
+// `activate` of reference/expert_mlp.py for 16 columns, rounded to T wherever torch would store a tensor.
 template <class T>
 inline __m512 activate(const Kind& kind, __m512 gate, __m512 up) {
     if (!kind.gated) return rounded<T>(apply(kind.activation, gate));
@@ -88,7 +88,7 @@ struct Expert {
     int64_t begin, rows;
 };
 
-// A product as torch would leave it: rounded, then the bias added and rounded again. `heads` are of the sums' row tile.
+// A product as torch computes it: rounded, then the bias added and rounded again. `heads` belong to the sums' row tile.
 template <class T, class W>
 inline __m512 finished(const float* sums, const float* heads, int64_t row, const Matrix<W>& weights, const T* bias,
                        int64_t column, int64_t count) {
@@ -100,7 +100,7 @@ inline __m512 finished(const float* sums, const float* heads, int64_t row, const
     return bias ? rounded<T>(_mm512_add_ps(sum, load(bias + column, count))) : sum;
 }
 
-// The inner columns [begin, begin + count). Sums of a row are [gate: 32 | up: 32], or as published where they alternate.
+// Computes inner columns [begin, begin + count). A row's sums are [gate: 32 | up: 32], or alternate like the weights.
 template <class T, class W>
 void project(const Kind& kind, const Expert<T, W>& expert, const float* packed, T* inner, int64_t hidden, int64_t intermediate,
              int64_t begin, int64_t count) {
@@ -139,7 +139,7 @@ void project(const Kind& kind, const Expert<T, W>& expert, const float* packed, 
     });
 }
 
-// The output columns [begin, begin + count).
+// Computes output columns [begin, begin + count).
 template <class T, class W>
 void contract(const Expert<T, W>& expert, const float* packed, T* out, int64_t hidden, int64_t intermediate, int64_t begin,
               int64_t count) {
@@ -154,8 +154,8 @@ void contract(const Expert<T, W>& expert, const float* packed, T* out, int64_t h
     });
 }
 
-// Calls body(expert, first column, columns) for every item of every expert, the items shared out among the threads of
-// the enclosing parallel region.
+// Calls body(expert, first column, columns) for every item of every expert. The threads of the enclosing parallel region
+// share the items.
 template <class Experts, class Body>
 void share_out(const Experts& experts, int64_t width, int64_t columns, Body body) {
     const int64_t pieces = (width + columns - 1) / columns;
@@ -178,7 +178,7 @@ void experts(const T* rows, int64_t ldx, const int64_t* counts, const void* cons
                               static_cast<const T*>(tensors[6]), static_cast<const T*>(tensors[7]), total, counts[e]});
         total += counts[e];
     }
-    const int64_t products = hidden * intermediate * (kind.gated ? 3 : 2);  // of a row
+    const int64_t products = hidden * intermediate * (kind.gated ? 3 : 2);  // per row
     threads = worth_threads(products * static_cast<int64_t>(active.size()) * static_cast<int64_t>(sizeof(T)),
                             2 * products * total, threads);
     float* packed = row_scratch.floats(total * packed_row<W>(hidden));
@@ -214,8 +214,8 @@ void experts(const T* rows, int64_t ldx, const int64_t* counts, const void* cons
 using moiety::bf16;
 using std::int64_t;
 
-// `tensors` holds eight pointers per expert: gate_up [O, D] and down [D, I], each as its codes, scales and zero points (null
-// where there are none), then their biases [O] and [D] (or null). The groups are those of moiety_kernels' `layout_of`.
+// `tensors` holds eight pointers per expert: codes, scales and zero points of gate_up [O, D], the same of down [D, I] (null
+// where there are none), then the biases [O] and [D] (or null). The groups are the numbers that Python's `layout_of` returns.
 #define MOIETY_EXPERTS(name, T, W)                                                                                            \
     void name(const T* rows, int64_t ldx, const int64_t* counts, const void* const* tensors, int64_t number, T* out,          \
               int64_t hidden, int64_t intermediate, int64_t gate_up_group, int64_t down_group, int activation, int gated,     \

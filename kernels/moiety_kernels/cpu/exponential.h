@@ -1,12 +1,12 @@
-// e^x and tanh x of float32 vectors, with their errors.
+// e^x and tanh x of float32 vectors, with error bounds.
 #pragma once
 
 #include <immintrin.h>
 
 namespace moiety {
 
-// e^x for x <= 0, an exact 0 below -150, NaN for NaN. Within 0.9 units in the last place of a normal result: the
-// argument is reduced by ln 2 in two parts, and what is left goes into a minimax polynomial of degree 6.
+// e^x for x <= 0: an exact 0 below -150, NaN for NaN, within 0.9 units in the last place of a normal result. The argument
+// is reduced by ln 2 in two parts, and the remainder goes into a minimax polynomial of degree 6.
 inline __m512 exponential(__m512 x) {
     x = _mm512_max_ps(_mm512_set1_ps(-200.0f), x);
     const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT);
@@ -20,7 +20,7 @@ inline __m512 exponential(__m512 x) {
 
 inline float exponential(float x) { return _mm512_cvtss_f32(exponential(_mm512_set1_ps(x))); }
 
-// Within 1.5 units in the last place. Near 0, where 1 - e^-2x would cancel, an odd polynomial: that of Cephes' tanhf.
+// tanh x within 1.5 units in the last place. Near 0, where 1 - e^-2x would cancel, the odd polynomial of Cephes' tanhf.
 inline __m512 hyperbolic_tangent(__m512 x) {
     const __m512 one = _mm512_set1_ps(1.0f), size = _mm512_abs_ps(x), square = _mm512_mul_ps(x, x);
     __m512 p = _mm512_set1_ps(-5.70498872745e-3f);

@@ -1,4 +1,4 @@
-"""Finds and loads the built C++ library, if there is one for these sources and this CPU can run it."""
+"""Finds and loads the C++ library, where it is built from these sources and this CPU can run it."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch  # noqa: F401  # its libgomp must be loaded first, so that the library shares torch's threads
+import torch  # noqa: F401  # load torch's libgomp first, so that the library shares its threads
 
 from moiety_kernels.cpu.build import built
 
 SWITCH = "MOIETY_CPU_KERNELS"  # "off": compute with torch
 COMMAND = "python -m moiety_kernels.cpu"
-BASE = frozenset({"avx512f", "avx512bw", "avx512vl", "avx512dq", "fma"})  # what every function may use
+BASE = frozenset({"avx512f", "avx512bw", "avx512vl", "avx512dq", "fma"})  # extensions that every function may use
 VNNI = frozenset({"avx512_vnni"})
 BF16 = frozenset({"avx512_bf16"})
 
@@ -28,15 +28,17 @@ class Library:
 
     def __init__(self, path: Path, cpu: frozenset[str]):
         self.path, self.cpu = path, cpu
-        self.pairs = cpu >= BF16 and cpu_vendor() == "AuthenticAMD"  # whether vdpbf16ps pays, see packing.h
+        self.pairs = cpu >= BF16 and cpu_vendor() == "AuthenticAMD"  # whether vdpbf16ps is faster, see packing.h
         self._library = ctypes.CDLL(str(path))
         self._functions: dict[str, Callable[..., None] | None] = {}
 
     def function(self, name: str, *arguments: Any, isa: frozenset[str] = frozenset()) -> Callable[..., None] | None:
-        """`extern "C" void name(arguments)`, arguments as ctypes types; None where this CPU lacks an extension of `isa`."""
+        """Returns `extern "C" void name(arguments)`, arguments as ctypes types; None if this CPU lacks any of `isa`."""
         if name not in self._functions:
             if missing := isa - self.cpu:
-                _log.warning("%s is computed with torch, slowly: this CPU lacks %s", name, ", ".join(sorted(missing)))
+                _log.warning(
+                    "computing %s with torch, which is slower: this CPU lacks %s", name, ", ".join(sorted(missing))
+                )
                 self._functions[name] = None
             else:
                 function = self._library[name]
@@ -47,18 +49,18 @@ class Library:
 
 @functools.cache
 def load() -> Library | None:
-    """The library, or None (compute with torch then), which is told once, with what can be done about it."""
+    """Returns the library, or None to compute with torch; a missing library is logged once, with the reason."""
     if os.environ.get(SWITCH) == "off":
         return None
     path, problem = find()
     if path is None:
-        _log.warning("computing with torch, more slowly than this CPU could: %s", problem)
+        _log.warning("computing with torch, which is slower than the C++ kernels: %s", problem)
         return None
     return Library(path, cpu_flags())
 
 
 def find() -> tuple[Path | None, str]:
-    """The library that would be loaded; or None, and why."""
+    """Returns the path of the library to load and an empty string, or None and the reason."""
     if missing := BASE - cpu_flags():
         return None, f"the C++ kernels need {', '.join(sorted(missing))}, which this CPU lacks"
     if (path := built()) is None:
@@ -68,17 +70,18 @@ def find() -> tuple[Path | None, str]:
 
 @functools.cache
 def cpu_flags() -> frozenset[str]:
-    """The instruction set extensions of this CPU, as Linux names them; none elsewhere."""
-    return frozenset(_told("flags").split())
+    """Returns the instruction set extensions of this CPU under their Linux names; none on other systems."""
+    return frozenset(_cpuinfo("flags").split())
 
 
 @functools.cache
 def cpu_vendor() -> str:
-    """Who made this CPU, as Linux names them; empty elsewhere."""
-    return _told("vendor_id")
+    """Returns the vendor of this CPU under its Linux name; empty on other systems."""
+    return _cpuinfo("vendor_id")
 
 
-def _told(key: str) -> str:
+def _cpuinfo(key: str) -> str:
+    """Returns the first value of `key` in /proc/cpuinfo, empty where there is none."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -1,11 +1,11 @@
-// y = x w^T + bias, for the few rows of a decode step and, where bits must not depend on the batch, for any number.
+// y = x w^T + bias: for the few rows of a decode step, or for any number of rows where bits must not depend on the batch.
 
 #include "product.h"
 
 namespace moiety {
 namespace {
 
-constexpr int64_t rows_at_once = 192;  // packed at D = 1024: 768 KiB, which leaves room in L2 for a chunk of weights
+constexpr int64_t rows_at_once = 192;  // packed rows at D = 1024 take 768 KiB, which leaves room in L2 for a chunk of weights
 
 template <class W, class T>
 void linear(const T* x, int64_t ldx, const T* w, int64_t ldw, const T* bias, T* y, int64_t rows, int64_t depth, int64_t width,

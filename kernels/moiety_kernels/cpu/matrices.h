@@ -1,17 +1,17 @@
-// Weight matrices as they are held, and how one step along a row of them is read. `group` is what moiety_kernels'
-// `layout_of` tells: columns of a scale for int4, rows of a scale for fp8.
+// Weight matrices in each format, and how one step along a row is read. `group` comes from Python's `layout_of`: columns
+// per scale for int4, rows per scale for fp8.
 #pragma once
 
 #include "packing.h"
 
 namespace moiety {
 
-// float, bf16 and int8 matrices: the elements, row after row; of int8 a scale per row, which products leave to the caller.
+// float, bf16 and int8 matrices: the elements, row after row. int8 has a scale per row, which the caller applies.
 template <class W>
 struct Matrix {
     using Format = W;
     using T = typename Element<W>::type;
-    static constexpr bool in_line = true;  // a step of a row is a line of memory, and rows follow each other
+    static constexpr bool in_line = true;  // a step of a row is one cache line, and rows are contiguous
     const T* data;
     const float* scale;
     int64_t depth;
@@ -36,12 +36,12 @@ inline int64_t log2_of(int64_t value) {
     return shift;
 }
 
-// A step of four-bit codes is 64 bytes: lane l of a load holds the columns 8 l to 8 l + 7, which the packed row follows, so
-// that shifts bring one column of every lane at a time to where a permutation looks it up.
+// A step of four-bit codes is 64 bytes. Lane l of a load holds columns 8 l to 8 l + 7, and packed rows have the same order.
+// So a shift moves one column of every lane to the low bits, where a permutation looks it up.
 struct Nibbles {
     const std::uint8_t* codes;
-    int64_t bytes, shift, groups;  // of a row; a lane's group is its column >> shift
-    __m512i lane;                  // which of a step's scales is a lane's
+    int64_t bytes, shift, groups;  // bytes and groups per row; the group of a column is column >> shift
+    __m512i lane;                  // the index of each lane's scale among a step's scales
 
     static Nibbles of(const void* codes, int64_t depth, int64_t group) {
         const bool one = group >= depth;
@@ -57,7 +57,7 @@ struct Nibbles {
     void prefetch(int64_t row, int64_t column) const {
         _mm_prefetch(reinterpret_cast<const char*>(codes + row * bytes + column / 2), _MM_HINT_T0);
     }
-    // Where the scales of the step at `column` begin, and how many of them there are.
+    // The index of the first scale of the step at `column`, and the number of its scales.
     int64_t scale_at(int64_t row, int64_t column) const { return row * groups + (column >> shift); }
     int64_t scales(int64_t column) const { return std::min<int64_t>(16, groups - (column >> shift)); }
     __m512 spread(__m512 of_step) const { return _mm512_permutexvar_ps(lane, of_step); }
@@ -74,7 +74,7 @@ struct Matrix<Int4<S>> {
     static constexpr bool in_line = false;
     Nibbles nibbles;
     const S* scale;
-    const std::uint8_t* zero;  // or null: 8 throughout
+    const std::uint8_t* zero;  // or null: 8 everywhere
 
     static Matrix of(const void* const* tensors, int64_t depth, int64_t group) {
         return {Nibbles::of(tensors[0], depth, group), static_cast<const S*>(tensors[1]),
@@ -105,7 +105,7 @@ struct Matrix<Mxfp4> {
     using Format = Mxfp4;
     static constexpr bool in_line = false;
     Nibbles nibbles;
-    const std::uint8_t* scale;  // exponents of two, 127 added: a float's own exponent field
+    const std::uint8_t* scale;  // exponents of two plus 127: the exponent field of a float
 
     static Matrix of(const void* const* tensors, int64_t depth, int64_t) {
         return {Nibbles::of(tensors[0], depth, 32), static_cast<const std::uint8_t*>(tensors[1])};
@@ -115,7 +115,7 @@ struct Matrix<Mxfp4> {
         Scaled step;
         look_up(codes, _mm512_setr_ps(0, 0.5f, 1, 1.5f, 2, 3, 4, 6, -0.0f, -0.5f, -1, -1.5f, -2, -3, -4, -6), step);
         const __m512i exponents = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(first(count), scale + at));
-        const __m512i least = _mm512_set1_epi32(1 << 22);  // 2^-127, which has no exponent field of its own
+        const __m512i least = _mm512_set1_epi32(1 << 22);  // 2^-127, a subnormal float
         step.scale = nibbles.spread(_mm512_castsi512_ps(_mm512_max_epi32(_mm512_slli_epi32(exponents, 23), least)));
         return step;
     }
@@ -126,14 +126,14 @@ struct Matrix<Mxfp4> {
     void prefetch(int64_t row, int64_t column) const { nibbles.prefetch(row, column); }
 };
 
-// Formats of one byte a column, which `F` widens: a step is 128 bytes in order, all with one scale.
+// Formats of one byte per column, which `F` widens. A step is 128 bytes in order, all with one scale.
 template <class F>
 struct Bytes {
     using Format = F;
     static constexpr bool in_line = false;
     const std::uint8_t* codes;
     const float* scale;
-    int64_t depth, shift;  // rows of a scale are 1 << shift
+    int64_t depth, shift;  // one scale serves 1 << shift rows
 
     Scaled read(int64_t row, int64_t column) const {
         const std::uint8_t* from = codes + row * depth + column;
@@ -161,7 +161,7 @@ struct Bytes {
     }
 };
 
-// Past a row's end a code reads as 0, which is -128, but x is 0 there.
+// Past a row's end a code reads as 0, which means -128, but x is 0 there.
 template <>
 struct Matrix<Int8> : Bytes<Int8> {
     static Matrix of(const void* const* tensors, int64_t depth, int64_t) {
@@ -173,7 +173,7 @@ struct Matrix<Int8> : Bytes<Int8> {
     __m512 scale_of(int64_t row, int64_t) const { return _mm512_set1_ps(scale[row]); }
 };
 
-// e4m3 shifted into place is a half whose exponent is 8 too small, so 256 goes into the scale. Not a number reads as 480.
+// e4m3 bits shifted into place form a half whose exponent is 8 too small, so the scale gets a factor of 256. NaN reads as 480.
 template <>
 struct Matrix<Fp8> : Bytes<Fp8> {
     static Matrix of(const void* const* tensors, int64_t depth, int64_t block_rows) {

@@ -1,12 +1,12 @@
-// RMS normalisation of rows, in one pass over each: torch takes six operations and as many tensors for it.
+// RMS normalisation of rows in one call; torch takes six operations and as many tensors.
 
 #include "numbers.h"
 
 namespace moiety {
 namespace {
 
-// y = weight * round(x / rms(x)), where `late` is false; round(weight * x / rms(x)) where it is true. `offset` is added to
-// weight. One sum of one vector walks the row, so that a row's bits depend on nothing but the row.
+// y = weight * round(x / rms(x)), or round(weight * x / rms(x)) when `late`. `offset` is added to weight. A single vector of
+// sums runs along the row, so a row's bits depend only on the row.
 template <class T>
 void rms_norm(const T* x, int64_t ldx, const T* weight, T* y, int64_t rows, int64_t depth, float epsilon, float offset,
               bool late) {

@@ -1,4 +1,4 @@
-// How rows of x are laid out for the products of one call, per format of the weights they will meet.
+// How rows of x are packed for the products of one call, per format of the weights.
 #pragma once
 
 #include <algorithm>
@@ -7,10 +7,10 @@
 
 namespace moiety {
 
-constexpr int64_t tile_rows = 6;  // of x in one register tile: 6 x 4 or 3 x 8 sums leave 8 of 32 registers
+constexpr int64_t tile_rows = 6;  // rows of x in one register tile: 6 x 4 or 3 x 8 sums leave 8 of 32 registers free
 
-// Formats of weights that have no type of their own: bf16 multiplied in pairs, four-bit integers with scales of type S, int8
-// whose rows of x stay as they are, fp8 e4m3, mxfp4 (e2m1).
+// Tags for weight formats without a C++ type: bf16 multiplied in pairs, four-bit integers with scales of type S, int8 with
+// unquantised rows of x, fp8 e4m3, mxfp4 (e2m1).
 struct Pairs;
 template <class S>
 struct Int4;
@@ -18,14 +18,14 @@ struct Int8;
 struct Fp8;
 struct Mxfp4;
 
-// How weights of format W meet x: `length` elements per step, for which a packed row takes `floats` floats, after `head` floats
-// of its own. bf16 is widened to float in registers, even elements and odd ones apart, or multiplied in Pairs by vdpbf16ps:
-// that instruction does 86 GFLOP/s on one Sapphire Rapids core where two float multiply-adds do 177, but on AMD's, from Zen 4
-// on, twice what they do. Callers choose by the CPU; the order of either sum is fixed.
+// How weights of format W are multiplied by x: in steps of `length` elements. A packed row has a head of `head` floats, then
+// `floats` floats per step. bf16 is widened to float in registers, even and odd elements separately, or multiplied in Pairs
+// by vdpbf16ps. That instruction does 86 GFLOP/s on one Sapphire Rapids core, where two float multiply-adds do 177; on AMD's
+// cores from Zen 4 on it does twice what they do. Callers choose by CPU. Both ways have a fixed order of summation.
 template <class W>
 struct Packing;
 
-// What a matrix of format W is an array of.
+// The element type of a matrix of format W.
 template <class W>
 struct Element {
     using type = W;
@@ -56,7 +56,7 @@ struct Packing<bf16> {
         __m512 even, odd;
     };
     using Sum = __m512;
-    using Row = const float*;  // too many for registers: the multiply-adds read them from L1
+    using Row = const float*;  // too many values for registers: the multiply-adds read them from L1
     static Weights split(__m512i pairs) {
         return {_mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)),
                 _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000u))))};
@@ -91,8 +91,8 @@ struct Packing<Pairs> {
     static __m512 value(Sum sum) { return sum; }
 };
 
-// int8 weights are stored with 128 added, since vpdpbusd multiplies unsigned by signed bytes. A row's head is what takes that
-// away again, as the vector its sums start from, then the row's scale. Sums are exact.
+// int8 weights are stored with 128 added, since vpdpbusd multiplies unsigned by signed bytes. A row's head holds the vector
+// that its sums start from, which cancels the 128, and then the row's scale. Sums are exact.
 template <>
 struct Packing<std::uint8_t> {
     static constexpr int64_t length = 64, floats = 16, head = 32;
@@ -109,7 +109,7 @@ struct Packing<std::uint8_t> {
     static __m512 value(Sum sum) { return _mm512_cvtepi32_ps(sum); }
 };
 
-// A step of a row whose groups of columns have scales: eight vectors of values, and what their products are multiplied by.
+// A step of a row with scales per group of columns: eight vectors of values, and the scale of their products.
 struct Scaled {
     __m512 values[8], scale;
 };
@@ -152,7 +152,7 @@ struct Packing<Fp8> : ScaledPacking {
 template <class W>
 inline int64_t steps(int64_t depth) { return (depth + Packing<W>::length - 1) / Packing<W>::length; }
 
-// Floats that one packed row takes.
+// The number of floats in one packed row.
 template <class W>
 inline int64_t packed_row(int64_t depth) { return Packing<W>::head + steps<W>(depth) * Packing<W>::floats; }
 
@@ -163,7 +163,7 @@ inline void for_row_tiles(int64_t rows, Body body) {
     for (int64_t t = 0; t < tiles; ++t) body(rows * t / tiles, rows * (t + 1) / tiles - rows * t / tiles);
 }
 
-// One row: `head` and the first of its steps, each `stride` floats after the one before, zeros past the row's end.
+// Packs one row into its `head` and its steps, the first at `step`, `stride` floats apart, with zeros past the row's end.
 inline void pack_row(const float* x, int64_t depth, float*, float* step, int64_t stride, Packing<float>) {
     for (int64_t d = 0; d < depth; d += 16, step += stride) _mm512_store_ps(step, load(x + d, depth - d));
 }
@@ -183,7 +183,7 @@ inline void pack_row(const bf16* x, int64_t depth, float*, float* step, int64_t 
         _mm512_store_si512(step, depth - d >= S::length ? S::read(x + d) : S::read(x + d, depth - d));
 }
 
-// Rounded to int8 by the row's largest magnitude. A row with an infinity or not a number in it gets such a scale.
+// Rounds to int8 by the row's largest magnitude. A row with an infinity or NaN gets NaN as its scale.
 template <class T>
 inline void pack_row(const T* x, int64_t depth, float* head, float* step, int64_t stride, Packing<std::uint8_t>) {
     __m512 largest = _mm512_setzero_ps(), finite = largest;
@@ -201,14 +201,14 @@ inline void pack_row(const T* x, int64_t depth, float* head, float* step, int64_
             const __m512 values = d + i < depth ? load(x + d + i, depth - d - i) : _mm512_setzero_ps();
             _mm_store_si128(bytes++, _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(values, inverse))));
         }
-        // Past the row's end a weight is read as 0, not as 128: x is 0 there, so that both come to the same.
+        // Past the row's end a weight is read as 0, not as 128. This makes no difference, because x is 0 there.
         start = _mm512_dpbusd_epi32(start, _mm512_set1_epi8(static_cast<char>(128)), _mm512_load_si512(step));
     }
     _mm512_store_si512(head, _mm512_sub_epi32(_mm512_setzero_si512(), start));
     head[16] = scale;
 }
 
-// In order, or with column 8 l + j of a step in lane l of vector j, where the codes of four-bit weights will be.
+// Packs columns in order, or, for four-bit weights, column 8 l + j of a step in lane l of vector j, like their codes.
 template <class T, class P>
 inline auto pack_row(const T* x, int64_t depth, float*, float* step, int64_t stride, P) -> decltype(void(P::by_lane)) {
     const __m512i lanes = _mm512_setr_epi32(0, 8, 16, 24, 32, 40, 48, 56, 64, 72, 80, 88, 96, 104, 112, 120);
@@ -222,7 +222,7 @@ inline auto pack_row(const T* x, int64_t depth, float*, float* step, int64_t str
     }
 }
 
-// x [rows, depth] into packed tiles: [tile][heads of its rows][step][row of the tile][floats of a step].
+// Packs x [rows, depth] into tiles: [tile][heads of its rows][step][row of the tile][floats of a step].
 template <class W, class T>
 inline void pack(const T* x, int64_t ldx, int64_t rows, int64_t depth, float* to) {
     using S = Packing<W>;

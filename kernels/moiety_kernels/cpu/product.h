@@ -1,7 +1,7 @@
-// Matrix products x w^T for few rows: weights are read once, in their published layout, and never copied; x is packed.
+// Matrix products x w^T for few rows: weights are read once, in their published layout, and not copied; x is packed.
 //
-// Every output element has one accumulator that walks D in fixed steps and is then summed by one fixed tree. Its bits
-// depend neither on the tile it was computed in, nor on the other rows of the call, nor on the number of threads.
+// Every output element has one vector accumulator, which advances along D in fixed steps and is then summed by one fixed
+// tree. Its bits do not depend on its tile, on the other rows of the call, or on the number of threads.
 #pragma once
 
 #include <algorithm>
@@ -11,20 +11,20 @@
 
 namespace moiety {
 
-constexpr int64_t l1_floats = 6144;    // packed x that is used at once: half of a 48 KiB L1
-constexpr int64_t bytes_per_us = 32 << 10, flops_per_us = 256 << 10;  // of one core, roughly
-constexpr int64_t us_worth_thread = 80;  // to wake one that waits passively, and to wait for it, costs some 50
-constexpr int64_t chunk_columns = 64;  // weight rows of one work item: with D = 1024, 128 KiB of bf16 that stay in L2
+constexpr int64_t l1_floats = 6144;    // floats of packed x in use at once: half of a 48 KiB L1
+constexpr int64_t bytes_per_us = 32 << 10, flops_per_us = 256 << 10;  // roughly what one core does
+constexpr int64_t us_worth_thread = 80;  // least work per thread: waking it and waiting for it costs some 50
+constexpr int64_t chunk_columns = 64;  // weight rows per work item: at D = 1024, 128 KiB of bf16, which stay in L2
 
-// Where along D a call of `tile` begins and ends; between the parts of a deep product the sums wait in `kept`.
+// The range of D of one call of `tile`. Between the parts of a deep product, `kept` holds the sums.
 struct Part {
     int64_t begin, end;
     bool first, last;
 };
 
-// out[r * ldo + i] = x[r, :] . w[o + i, :] for RB packed rows and OB weight rows. While it runs, the OB weight rows after
-// them are fetched from memory (past the last ones a prefetch does nothing): for few rows in the order in which they lie
-// there, which memory likes best; for more, where products set the pace, in the order in which they will be read.
+// out[r * ldo + i] = x[r, :] . w[o + i, :] for RB packed rows and OB weight rows. Meanwhile the next OB weight rows are
+// prefetched (past the last rows a prefetch has no effect): for few rows in memory order, which is fastest to read; for
+// more rows, where the products limit the speed, in the order in which they will be used.
 template <class M, int OB, int RB>
 inline void tile(const float* heads, const float* x, const M& w, int64_t o, Part part,
                  typename Packing<typename M::Format>::Sum* kept, float* out, int64_t ldo) {
@@ -76,15 +76,14 @@ inline void tile(const float* heads, const float* x, const M& w, int64_t o, Part
         for (int i = 0; i < OB; ++i) out[r * ldo + i] = flat[r * OB + i];
 }
 
-// Weight rows that a tile of RB rows takes at once; a step of scaled weights itself takes nine registers.
+// The weight rows of a tile of RB rows of x. A step of scaled weights alone takes nine registers.
 template <class S, int RB>
 constexpr int weight_rows() {
     if (S::length == 128) return RB > 3 ? 2 : 4;
     return RB > 3 ? 4 : 8;
 }
 
-// The weight rows [begin, begin + columns) against RB packed rows, of which so many steps are taken at once that they stay
-// in L1.
+// Multiplies weight rows [begin, begin + columns) by RB packed rows, in parts of as many steps of x as fit in L1.
 template <class M, int RB>
 inline void columns_of(const float* heads, const M& w, int64_t begin, int64_t columns, int64_t depth, float* out, int64_t ldo) {
     using S = Packing<typename M::Format>;
@@ -100,7 +99,7 @@ inline void columns_of(const float* heads, const M& w, int64_t begin, int64_t co
     }
 }
 
-// out[r * ldo + o] = x[r, :] . w[begin + o, :] for one packed row tile of the given height, int8 products without their scales.
+// out[r * ldo + o] = x[r, :] . w[begin + o, :] for one packed row tile of this height. Products of int8 rows are not scaled.
 template <class M>
 inline void product(const float* x, int64_t height, const M& w, int64_t begin, int64_t columns, int64_t depth, float* out,
                     int64_t ldo) {
@@ -114,13 +113,13 @@ inline void product(const float* x, int64_t height, const M& w, int64_t begin, i
     }
 }
 
-// Threads that so much work is worth, of those there may be.
+// Returns how many threads this work is worth, at most `most`.
 inline int worth_threads(int64_t bytes, int64_t flops, int most) {
     const int64_t us = bytes / bytes_per_us + flops / flops_per_us;
     return static_cast<int>(std::clamp<int64_t>(us / us_worth_thread, 1, most));
 }
 
-// Room for packed rows: one per calling thread and use, kept between calls.
+// Memory for packed rows: one per calling thread and use, kept between calls.
 class Scratch {
   public:
     float* floats(int64_t count) {

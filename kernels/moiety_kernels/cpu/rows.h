@@ -1,4 +1,4 @@
-// What attention does with one tile of keys and values: products of rows, and weighted sums of rows, in float32.
+// Attention over one tile of keys and values: products of rows, and weighted sums of rows, in float32.
 #pragma once
 
 #include <algorithm>
@@ -9,16 +9,16 @@
 
 namespace moiety {
 
-constexpr int tile_positions = 64;             // one step of the online softmax: keys and values that stay in the L1 cache
+constexpr int tile_positions = 64;  // positions per step of the online softmax: their keys and values stay in L1
 
-// One load of values as float32 vectors. Of bf16 these are the even and the odd columns: two shifts, no shuffle.
+// Converts one load to float32 vectors. For bf16 these are the even and the odd columns, which needs no shuffle.
 inline void widen(__m512 from, __m512* to) { to[0] = from; }
 inline void widen(__m512i from, __m512* to) {
     to[0] = _mm512_castsi512_ps(_mm512_slli_epi32(from, 16));
     to[1] = _mm512_castsi512_ps(_mm512_and_si512(from, _mm512_set1_epi32(static_cast<int>(0xffff0000))));
 }
 
-// The way back, rounded, for the first `count` columns.
+// The inverse of `widen`, rounded, for the first `count` columns.
 inline void write(const __m512* from, float* to, std::int64_t count) { store(to, count, from[0]); }
 inline void write(const __m512* from, bf16* to, std::int64_t count) {
     const __m512i even = _mm512_cvtepu16_epi32(narrow(from[0])), odd = _mm512_cvtepu16_epi32(narrow(from[1]));
@@ -26,10 +26,11 @@ inline void write(const __m512* from, bf16* to, std::int64_t count) {
     _mm512_mask_storeu_epi16(to, mask, _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
 }
 
-// Where rows of keys or values are read from, as float32: the pool itself, or an aligned copy that many rows share.
-// Reading the pool fetches the same columns of the next tile: blocks lie apart, so the CPU does not foresee them.
+// Sources of keys or values as float32: the pool itself, or an aligned copy that many rows share. Reading the pool
+// prefetches the same columns of the next tile, because blocks lie apart and the CPU does not predict their addresses.
+// Whole: the width is a multiple of a load.
 template <class T, bool Whole>
-struct Pool {  // Whole: the width is a multiple of a load
+struct Pool {
     static constexpr int vectors = Step<T>::length / 16;
     const T *const *row, *const *next;
     std::int64_t width;
@@ -88,7 +89,7 @@ template <int Q, class Source>
     for (int q = 0; q < Q; ++q) std::memcpy(out + q * tile_positions, flat + q * K, K * sizeof(float));
 }
 
-// The same for any number of rows and 16 keys.
+// `scores` for any number of rows and 16 keys.
 template <class Source>
 void scores_of_rows(const float* const* query, int rows, const Source& keys, int first, std::int64_t width, float* out) {
     int r = 0;
@@ -124,7 +125,7 @@ template <int R, int V, class Source>
         for (int v = 0; v < V; ++v) _mm512_store_ps(acc[r] + at + 16 * v, sums[r][v]);
 }
 
-// The same for any number of rows. `at` is the column of the sums, `column` that of the source.
+// `weigh` for any number of rows. `at` is the column of the sums, `column` that of the source.
 template <int V, class Source>
 void weigh_rows(const float* weight, const Source& values, int from, int to, float* const* acc, int rows, std::int64_t at,
                 std::int64_t column) {

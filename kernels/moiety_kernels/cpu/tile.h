@@ -1,5 +1,5 @@
-// Pieces of dot products in one fixed order: a sum walks in steps of one vector and its lanes are then added by one fixed
-// tree, so that bits depend on nothing but the two rows.
+// Parts of dot products with one fixed order: a sum advances in steps of one vector, then one fixed tree adds its lanes. So
+// the bits depend only on the two rows.
 #pragma once
 
 #include <immintrin.h>
@@ -10,7 +10,7 @@ namespace moiety {
 
 using bf16 = std::uint16_t;
 
-// What one step along a row is, per element type: its length, and a load of that many elements or fewer.
+// One step along a row, per element type: its length, and loads of that many elements or fewer.
 template <class T>
 struct Step;
 

@@ -1,1 +1,1 @@
-"""Triton kernels for NVIDIA GPUs, Hopper first: experts, permutation, gating, fp8 rows. Importing this needs triton."""
+"""Triton kernels for NVIDIA GPUs, written for Hopper: experts, permutation, gating, fp8 rows. The modules import triton."""

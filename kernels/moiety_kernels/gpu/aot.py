@@ -1,9 +1,9 @@
-"""Compiles every kernel for sm_90 without a GPU, as real models would launch it, and tells registers, spills and shared memory.
+"""Compiles every kernel for sm_90 without a GPU, as models launch it, and prints registers, spills and shared memory.
 
     python -m moiety_kernels.gpu.aot [--json]
 
-Launch functions run as they are, on tensors of the meta device; the launch itself is replaced by a compilation. Exits with 1
-where a kernel spills, or needs more shared memory than an SM has.
+The launch functions run unchanged on tensors of the meta device; each kernel launch is replaced by a compilation. Exits
+with 1 where a kernel spills or needs more shared memory than an SM has.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from moiety_kernels.gpu.permute import permute, sort_by_expert, unpermute
 from moiety_kernels.gpu.row_fp8 import dequantise_rows, quantise_rows
 from moiety_kernels.gpu.tiles import TABLE
 
-SHARED = 227 * 1024  # bytes a program may have on sm_90
+SHARED = 227 * 1024  # bytes of shared memory that a program may use on sm_90
 TARGET = GPUTarget("cuda", 90, 32)
 TYPES = {
     torch.float32: "*fp32",
@@ -48,25 +48,28 @@ TYPES = {
 
 @dataclass(frozen=True, slots=True)
 class Compiled:
-    """What became of one kernel in one configuration."""
+    """The result of compiling one kernel in one configuration."""
 
     kernel: str
     case: str
-    registers: int
-    spilled: int  # bytes of local memory a thread
-    shared: int  # bytes
+    registers: int  # per thread
+    spilled: int  # bytes of local memory per thread
+    shared: int  # bytes of shared memory per program
     warps: int
-    wgmma: int  # instructions in the PTX
-    copies: int  # asynchronous ones, of 16 bytes a thread or of whole tiles
+    wgmma: int  # number of these instructions in the PTX
+    copies: int  # number of asynchronous copies in the PTX, of 16 bytes per thread or of whole tiles
 
     @property
     def fits(self) -> bool:
-        """Nothing spilled, and shared memory suffices."""
+        """Whether nothing is spilled and shared memory suffices."""
         return self.spilled == 0 and self.shared <= SHARED
 
 
 def compile_kernel(kernel: JITFunction, args: tuple[Any, ...], options: dict[str, Any], case: str) -> Compiled:
-    """`kernel` for these arguments, specialised as a launch would: None and 1 are constants, 16 divides what it divides."""
+    """Compiles `kernel` for these arguments, specialised like a launch.
+
+    None and 1 become constants, and pointers and multiples of 16 are marked as divisible by 16.
+    """
     bound = dict(zip(kernel.arg_names, args, strict=False)) | {
         k: v for k, v in options.items() if k in kernel.arg_names
     }
@@ -100,21 +103,21 @@ def compile_kernel(kernel: JITFunction, args: tuple[Any, ...], options: dict[str
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
-    """Registers and bytes of local memory a thread, as the cubin states them."""
+    """Returns registers and bytes of local memory per thread, as stated in the cubin."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         tool = triton.knobs.nvidia.cuobjdump.path
-        told = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", told)
+        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", usage)
     if found is None:
-        raise RuntimeError(f"{tool} told no resources: {told}")
+        raise RuntimeError(f"{tool} -res-usage printed no registers and local memory: {usage}")
     return int(found[1]), int(found[2]) + int(found[3])
 
 
 @contextmanager
 def compiling(case: Callable[[], str], into: list[Compiled]) -> Iterator[None]:
-    """Within, launching a kernel compiles it, once per configuration."""
+    """Makes kernel launches compile the kernel instead, once per configuration, and append the result to `into`."""
     seen: set[str] = set()
 
     def launch(self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
@@ -133,7 +136,7 @@ def compiling(case: Callable[[], str], into: list[Compiled]) -> Iterator[None]:
 
 
 def compile_all(quick: bool = False) -> list[Compiled]:
-    """Every kernel: each model at each line of the table of tiles in bfloat16, each kind of weights, the small kernels."""
+    """Compiles every kernel: each model at each line of the tile table in bfloat16, each weight format, the small kernels."""
     built: list[Compiled] = []
     case = ""
     with compiling(lambda: case, built):
@@ -183,8 +186,8 @@ def compile_all(quick: bool = False) -> list[Compiled]:
                 grouped_gemm(*first, rows=rows, tile=tile, **options)
         case = "permutation of 8192 tokens"
         x = torch.empty(8192, model.hidden, dtype=torch.bfloat16, device="meta")
-        where = sort_by_expert(torch.empty(8192, 8, dtype=torch.int64, device="meta"), 128)
-        unpermute(permute(x, where, 8), where)
+        permutation = sort_by_expert(torch.empty(8192, 8, dtype=torch.int64, device="meta"), 128)
+        unpermute(permute(x, permutation, 8), permutation)
         case = "fp8 rows"
         codes, scale = quantise_rows(x, 128)
         dequantise_rows(codes, scale, torch.bfloat16, 128)
@@ -192,22 +195,22 @@ def compile_all(quick: bool = False) -> list[Compiled]:
 
 
 def main() -> None:
-    """The command."""
+    """Runs the command."""
     parser = argparse.ArgumentParser(prog="python -m moiety_kernels.gpu.aot", description=__doc__)
-    parser.add_argument("--json", action="store_true", help="one JSON object a kernel")
-    parser.add_argument("--quick", action="store_true", help="a few configurations of each kernel")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per kernel")
+    parser.add_argument("--quick", action="store_true", help="compile only a few configurations of each kernel")
     options = parser.parse_args()
     built = compile_all(options.quick)
-    for each in built:
+    for compiled in built:
         if options.json:
-            print(json.dumps(asdict(each)))
+            print(json.dumps(asdict(compiled)))
         else:
-            mark = "" if each.fits else "  <-- does not fit"
+            mark = "" if compiled.fits else "  <-- does not fit"
             print(
-                f"{each.kernel:20} {each.case:44} {each.registers:4} registers {each.spilled:4} B spilled"
-                f" {each.shared / 1024:6.1f} KiB shared {each.wgmma:4} wgmma {each.copies:3} cp.async{mark}"
+                f"{compiled.kernel:20} {compiled.case:44} {compiled.registers:4} registers {compiled.spilled:4} B spilled"
+                f" {compiled.shared / 1024:6.1f} KiB shared {compiled.wgmma:4} wgmma {compiled.copies:3} cp.async{mark}"
             )
-    sys.exit(0 if all(each.fits for each in built) else 1)
+    sys.exit(0 if all(compiled.fits for compiled in built) else 1)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""A token's expert outputs added up: its K rows in order of k, in float32, whatever the placement of experts.
+"""Sums a token's expert outputs: its K rows in order of k, in float32, independent of the placement of experts.
 
-Shape legend: T tokens, K experts a token, D hidden size.
+Shape legend: T tokens, K experts per token, D hidden size.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from moiety_kernels.gpu.numbers import narrowed
 def combine_kernel(
     ROWS, WEIGHTS, PRESENT, OUT, E: tl.constexpr, D: tl.constexpr, TOP_K: tl.constexpr, WIDTH: tl.constexpr
 ):
-    """One token, WIDTH columns."""
+    """Sums WIDTH columns of one token."""
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     total = tl.zeros((WIDTH,), tl.float32)
@@ -40,9 +40,10 @@ def combine(
     experts: int = 0,
     dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """`rows` [T, K, D], contiguous, times `weights` [T, K] and summed over K in order: [T, D] in `dtype`, by default theirs.
+    """Multiplies contiguous `rows` [T, K, D] by `weights` [T, K] and sums them over K in order: [T, D].
 
-    `present` [T, K]: expert indices; a row whose index is outside [0, `experts`) is not read and adds nothing.
+    The result has `dtype`, by default that of the rows. `present` [T, K]: expert indices; a row whose index is outside
+    [0, `experts`) is not read and adds nothing.
     """
     tokens, top_k, hidden = rows.shape
     weights = None if weights is None else weights.contiguous()

@@ -1,7 +1,7 @@
-"""Grouped GEMM for a handful of rows: every sum over K split among programs, added up in order by a second kernel.
+"""Grouped GEMM for few rows: each sum over K is split among programs, and a second kernel adds the parts in order.
 
-A decode step multiplies few rows by whole matrices: time is bytes of weights over bandwidth, if enough programs ask for them.
-Where a matrix is too small to occupy the device (`tiles.parts`), K is split; nothing is added by atomics.
+A decode step multiplies few rows by whole matrices. Its time is the bytes of the weights over the bandwidth, if enough
+programs read them. Where a matrix is too small to occupy the device (`tiles.parts`), K is split. No sum uses atomics.
 
 Shape legend: R rows sorted by expert, E experts, K input features, N output columns, S parts of K.
 """
@@ -16,7 +16,7 @@ from moiety_kernels.gpu.grouped_gemm import grouped_gemm
 from moiety_kernels.gpu.numbers import narrowed
 from moiety_kernels.gpu.operand import Operand
 from moiety_kernels.gpu.product import activate, find_tile, matrix_rows, product, tiles_of
-from moiety_kernels.gpu.tiles import Tile, choose, fitting, parts
+from moiety_kernels.gpu.tiles import Tile, choose, fit_to_groups, split_count
 
 
 @triton.jit
@@ -50,7 +50,7 @@ def split_kernel(
     BK: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """A tile's sum over DEPTH columns of K: PARTIAL [S, R, N or 2N], gate and up of a column side by side."""
+    """Stores a tile's sums over DEPTH columns of K in PARTIAL [S, R, N or 2N], gate and up of a column adjacent."""
     tiles, ends = tiles_of(OFFSETS, E, E_PAD, BM)
     tile = tl.program_id(1)
     if tile < tl.sum(tiles, 0):
@@ -115,7 +115,7 @@ def finish_kernel(
     PARTS: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """One row's sums, part after part; then what the unsplit kernel does to them."""
+    """Adds one row's sums, part after part, then applies scale, bias and activation like the unsplit kernel."""
     row = tl.program_id(0)
     column = tl.program_id(1) * BN
     if row < tl.load(OFFSETS + E):
@@ -161,13 +161,13 @@ def decode_gemm(
     tile: Tile | None = None,
     split: int | None = None,
 ) -> torch.Tensor:
-    """As `grouped_gemm`, with K in `split` parts, by default as many as `tiles.parts` says; 1 is that function itself."""
+    """Computes `grouped_gemm` with K in `split` parts, by default `tiles.parts`; one part is `grouped_gemm` itself."""
     width, depth = matrices.shape
     n = width // 2 if gated else width
-    tile = fitting(tile or choose(rows, matrices.experts, n, depth, x.dtype, gated), matrices)
-    split = split or parts(tile, rows, matrices.experts, n, depth, x.device)
-    each = triton.cdiv(triton.cdiv(depth, tile.depth), split) * tile.depth  # columns of K a part
-    split = triton.cdiv(depth, each)
+    tile = fit_to_groups(tile or choose(rows, matrices.experts, n, depth, x.dtype, gated), matrices)
+    split = split or split_count(tile, rows, matrices.experts, n, depth, x.device)
+    part_depth = triton.cdiv(triton.cdiv(depth, tile.depth), split) * tile.depth  # columns of K per part
+    split = triton.cdiv(depth, part_depth)
     if split == 1 or not rows:
         return grouped_gemm(
             x,
@@ -214,12 +214,12 @@ def decode_gemm(
         BM=tile.rows,
         BN=tile.columns,
         BK=tile.depth,
-        DEPTH=each,
+        DEPTH=part_depth,
         num_warps=tile.warps,
         num_stages=tile.stages,
         enable_fp_fusion=True,
     )
-    finish = min(512, triton.next_power_of_2(n))  # columns a program: untuned
+    finish = min(512, triton.next_power_of_2(n))  # columns per program, untuned
     finish_kernel[(rows, triton.cdiv(n, finish))](
         partial,
         x_scale,

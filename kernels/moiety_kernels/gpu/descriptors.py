@@ -1,8 +1,8 @@
-"""The product of plain weights again, its tiles fetched by Hopper's tensor memory accelerator instead of by addresses.
+"""The product with plain weights, with tiles fetched by Hopper's tensor memory accelerator instead of by addresses.
 
-One thread asks for a whole tile, so registers and instructions are left to the product; a descriptor must be written for each
-tile's expert, which costs about a microsecond of latency. Which is faster is for `bench --tune` to say: untuned, addresses are
-the default, and the only way for quantised, transposed or unaligned weights.
+One thread requests a whole tile, which leaves registers and instructions to the product. But a descriptor must be written
+for each tile's expert, which adds about a microsecond of latency. `bench --tune` measures which is faster. Until then
+addresses are the default; quantised, transposed and unaligned weights always use them.
 
 Shape legend: R rows sorted by expert, K input features of the product, N output columns of a tile's matrix.
 """
@@ -38,12 +38,12 @@ def described_product(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """As `product.product` for the rows of `product.matrix_rows`: float32 [BM, BN], or gate and up in turns [BM, 2 BN].
+    """Computes `product.product` for the rows of `product.matrix_rows`: float32 [BM, BN], or [BM, 2 BN] for gate and up.
 
-    Rows `row` to `row + BM` of X, the last of them another expert's; or, GATHERED, `x_rows` by their addresses. What lies
-    past the end of a matrix reads as zeros.
+    Gate and up of a column are adjacent. Reads rows `row` to `row + BM` of X, the last of which may be another expert's;
+    or, when GATHERED, `x_rows` by their addresses. Values past the end of a matrix read as zeros.
     """
-    TWO: tl.constexpr = GATED and not INTERLEAVED  # gate and up are apart: a product each
+    TWO: tl.constexpr = GATED and not INTERLEAVED  # gate and up lie apart: one product each
     HEIGHT: tl.constexpr = 2 * N if GATED else N
     TALL: tl.constexpr = 2 * BN if GATED and INTERLEAVED else BN
     first = 2 * column if GATED and INTERLEAVED else column
@@ -70,7 +70,7 @@ def described_product(
 
 
 def describable(x: torch.Tensor, matrices: Operand) -> bool:
-    """Whether descriptors can tell of these: plain weights of the rows' dtype, K innermost, everything on 16 bytes."""
+    """Whether descriptors can describe these: plain weights of the rows' dtype, K innermost, all aligned to 16 bytes."""
     plain = KINDS[matrices.kind] == "plain" and matrices.codes.dtype == x.dtype and matrices.strides[1] == 1
     size = x.element_size()
     on_16_bytes = matrices.aligned and not (x.stride(0) * size | matrices.strides[0] * size) % 16
@@ -78,7 +78,7 @@ def describable(x: torch.Tensor, matrices: Operand) -> bool:
 
 
 def allow_scratch(device: torch.device) -> None:
-    """Gives Triton the memory that kernels write descriptors to; a setting of Triton's own, of the thread that launches."""
+    """Sets Triton's allocator for the memory that kernels write descriptors to; it applies to the launching thread."""
 
     def allocate(size: int, alignment: int, stream: int | None) -> torch.Tensor:
         return torch.empty(size, dtype=torch.int8, device=device)

@@ -1,6 +1,6 @@
-"""Experts' MLPs on a GPU: two grouped products over rows sorted by expert, or a whole MoE block from its gating on.
+"""Experts' MLPs on a GPU: two grouped products over rows sorted by expert, or a whole MoE block after gating.
 
-Shape legend: T tokens, K experts a token, R rows sorted by expert (T K), E experts, D hidden size, I intermediate size.
+Shape legend: T tokens, K experts per token, R rows sorted by expert (T K), E experts, D hidden size, I intermediate size.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from moiety_kernels.gpu.tiles import DECODE_ROWS, FIXED, FLOAT32
 
 
 @dataclass(frozen=True, slots=True)
-class Experts:
-    """The matrices of E experts and what happens between them, as `moiety_kernels.reference.expert_mlp.activate` has it."""
+class ExpertOperands:
+    """The matrices of E experts and the activation between them, defined by `activate` in `reference/expert_mlp.py`."""
 
     gate_up: Operand  # [O, D] each, O = 2I when gated, else I
     down: Operand  # [D, I] each
@@ -33,7 +33,7 @@ class Experts:
 def sorted_expert_mlp(
     x: torch.Tensor,
     offsets: torch.Tensor,
-    experts: Experts,
+    experts: ExpertOperands,
     *,
     rows: int | None = None,
     dtype: torch.dtype | None = None,
@@ -44,12 +44,13 @@ def sorted_expert_mlp(
     out: torch.Tensor | None = None,
     deterministic: bool = False,
 ) -> torch.Tensor:
-    """Rows sorted by expert, `offsets` [E + 1] telling where each expert's begin: one unweighted row [R, D] for each.
+    """Runs rows sorted by expert through their experts: x [R, D] -> unweighted outputs [R, D].
 
-    x [R, D]; or any rows of which `gather` and `slots` choose and place (see `grouped_gemm`). Sums are
-    float32 and so are bias and activation; the row between the two products is rounded to `dtype`, that of the result.
-    `deterministic`: an output row's bits depend on its input row and expert alone, in whatever batch. The host waits for
-    nothing. In fp8 rows (`x_scale`) the first product is of fp8 by the weights; `dtype` must be given.
+    Expert e's rows are `offsets[e]` to `offsets[e + 1]`, `offsets` [E + 1]. `gather` chooses the rows of x, and `slots`
+    places the outputs (see `grouped_gemm`). Sums, bias and activation are float32; the row between the two products is
+    rounded to `dtype`, that of the result. `deterministic`: the bits of an output row depend only on its input row and
+    expert. The host does not wait for the device. For fp8 rows (with `x_scale`), the first product multiplies fp8 by the
+    weights, and `dtype` is required.
     """
     rows = x.shape[0] if rows is None else rows
     x = x if x.stride(1) == 1 else x.contiguous()
@@ -79,24 +80,26 @@ def sorted_expert_mlp(
     return gemm(inner, offsets, experts.down, out, rows=rows, slots=slots, tile=tile)
 
 
-def moe(x: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, experts: Experts) -> torch.Tensor:
-    """A whole MoE block after gating: x [T, D] through the experts of `top_k_index` [T, K], weighted and summed: [T, D].
+def moe(
+    x: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, experts: ExpertOperands
+) -> torch.Tensor:
+    """Computes a whole MoE block after gating: x [T, D] through its experts, weighted and summed: [T, D].
 
-    Rows are never gathered in memory: the first product reads each token's where it lies, the second writes its result
-    to the assignment's slot, and the K slots of a token are weighted and summed in order, in float32. An index outside
-    [0, E) is an expert that is not here: it adds nothing.
+    `top_k_index` [T, K] chooses each token's experts. Rows are not gathered in memory: the first product reads each
+    token's row in place, the second writes its result to the assignment's slot, and the K slots of a token are weighted
+    and summed in order, in float32. An index outside [0, E) is an expert on another device: it adds nothing.
     """
-    count, each = top_k_index.shape
-    where: Permutation = sort_by_expert(top_k_index, experts.gate_up.experts)
-    slots = torch.empty(count * each, experts.down.shape[0], dtype=x.dtype, device=x.device)
+    tokens, top_k = top_k_index.shape
+    permutation: Permutation = sort_by_expert(top_k_index, experts.gate_up.experts)
+    slots = torch.empty(tokens * top_k, experts.down.shape[0], dtype=x.dtype, device=x.device)
     sorted_expert_mlp(
         x,
-        where.offsets,
+        permutation.offsets,
         experts,
-        rows=count * each,
-        gather=where.order,
-        gather_by=each,
-        slots=where.order,
+        rows=tokens * top_k,
+        gather=permutation.order,
+        gather_by=top_k,
+        slots=permutation.order,
         out=slots,
     )
-    return combine(slots.view(count, each, -1), top_k_weights, present=top_k_index, experts=experts.gate_up.experts)
+    return combine(slots.view(tokens, top_k, -1), top_k_weights, present=top_k_index, experts=experts.gate_up.experts)

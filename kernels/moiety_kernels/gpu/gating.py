@@ -1,6 +1,6 @@
-"""From a router's logits to each token's experts and weights, in one kernel.
+"""Computes each token's experts and weights from the gate's logits, in one kernel.
 
-Shape legend: T tokens, E experts, K experts a token, G groups of E / G experts.
+Shape legend: T tokens, E experts, K experts per token, G groups of E / G experts.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from moiety_kernels.reference.gating import Gate
 
 @triton.jit
 def _pick(choice, free, lanes, PAD: tl.constexpr):
-    """Per row, the greatest of the free ones: its lane, the lowest where several are equal."""
+    """Returns, per row, the lane of the greatest free value, the lowest lane where several are equal."""
     best = tl.max(tl.where(free, choice, float("-inf")), 1)
     return tl.min(tl.where(free & (choice == best[:, None]), lanes[None, :], PAD), 1)
 
@@ -42,7 +42,7 @@ def gating_kernel(
     TOP_TWO: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
-    """TOKENS tokens, all their experts at once."""
+    """Chooses the experts of TOKENS tokens, over all experts at once."""
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     expert = tl.arange(0, E_PAD)
     real = (token < T)[:, None] & (expert < E)[None, :]
@@ -59,7 +59,7 @@ def gating_kernel(
     choice = scores
     if BIAS is not None:
         choice += tl.load(BIAS + expert, mask=expert < E, other=0.0).to(tl.float32)[None, :]
-    choice = tl.where(choice != choice, float("inf"), choice)  # what is no number counts as greatest, as in torch
+    choice = tl.where(choice != choice, float("inf"), choice)  # NaN counts as the greatest, as in torch
     free = (expert < E)[None, :] & (token[:, None] >= 0)
 
     if GROUPS > 1:
@@ -107,9 +107,9 @@ def gating_kernel(
 def gating(
     logits: torch.Tensor, gate: Gate, *, bias: torch.Tensor | None = None, dtype: torch.dtype | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `gating_reference.gating_reference`: indices int32 [T, K] and weights [T, K] in `dtype`, by default float32.
+    """Computes `gating_reference` in float32: indices int32 [T, K] and weights [T, K] in `dtype`, by default float32.
 
-    Ties go to the lower index (torch promises nothing about them). Computed in float32.
+    Ties go to the lower index (torch's top-k gives no guarantee). Raises ValueError where `gate` does not fit E experts.
     """
     tokens, experts = logits.shape
     gate.check(experts)
@@ -117,9 +117,9 @@ def gating(
     index = torch.empty(tokens, gate.top_k, dtype=torch.int32, device=logits.device)
     weights = torch.empty(tokens, gate.top_k, dtype=dtype or torch.float32, device=logits.device)
     padded = triton.next_power_of_2(experts)
-    each = max(1, min(16, 1024 // padded))  # tokens a program: 8 values a thread. Untuned.
+    program_tokens = max(1, min(16, 1024 // padded))  # 8 values per thread, untuned
     if tokens:
-        gating_kernel[(triton.cdiv(tokens, each),)](
+        gating_kernel[(triton.cdiv(tokens, program_tokens),)](
             logits,
             bias,
             index,
@@ -138,7 +138,7 @@ def gating(
             G_PAD=triton.next_power_of_2(gate.groups),
             KEPT=gate.kept_groups,
             TOP_TWO=gate.group_score == "top_two",
-            TOKENS=each,
+            TOKENS=program_tokens,
             num_warps=4,
             enable_fp_fusion=False,
         )

@@ -1,4 +1,4 @@
-"""Grouped GEMM: rows sorted by expert, each times its expert's matrix, with bias and activation fused.
+"""Grouped GEMM: multiplies rows sorted by expert by their expert's matrix, with bias and activation fused.
 
 Shape legend: R rows sorted by expert, E experts, K input features, O rows of a matrix, N output columns (O / 2 gated).
 """
@@ -13,7 +13,7 @@ from moiety_kernels.gpu.descriptors import allow_scratch, describable, described
 from moiety_kernels.gpu.numbers import narrowed
 from moiety_kernels.gpu.operand import Operand
 from moiety_kernels.gpu.product import activate, find_tile, matrix_rows, product, tiles_of
-from moiety_kernels.gpu.tiles import Tile, choose, fitting, processors
+from moiety_kernels.gpu.tiles import Tile, choose, fit_to_groups, processors
 
 
 @triton.jit
@@ -55,7 +55,7 @@ def grouped_gemm_kernel(
     BAND: tl.constexpr,
     DESCRIBED: tl.constexpr,
 ):
-    """One program a tile, or tile after tile where fewer programs were started than there are tiles."""
+    """Computes one tile per program, or several in turn where there are fewer programs than tiles."""
     tiles, ends = tiles_of(OFFSETS, E, E_PAD, BM)
     row_tiles = tl.sum(tiles, 0)
     column_tiles: tl.constexpr = (N + BN - 1) // BN
@@ -68,7 +68,7 @@ def grouped_gemm_kernel(
         expert, row, row_end = find_tile(OFFSETS, tiles, ends, band * BAND + within % height, BM)
         y_rows = row + tl.arange(0, BM)
         inside = y_rows < row_end
-        x_rows = tl.minimum(y_rows, row_end - 1)  # spare rows repeat the last one, and are not stored
+        x_rows = tl.minimum(y_rows, row_end - 1)  # spare rows repeat the last row and are not stored
         if GATHER is not None:
             x_rows = tl.load(GATHER + x_rows) // gather_by
         rows = matrix_rows(column, GATED, INTERLEAVED, N, BN)
@@ -149,18 +149,18 @@ def grouped_gemm(
     tile: Tile | None = None,
     programs: int | None = None,
 ) -> torch.Tensor:
-    """Rows `offsets[e]` to `offsets[e + 1]` of x times expert e's matrix, into `out` [., N], which is returned.
+    """Multiplies rows `offsets[e]` to `offsets[e + 1]` of x by expert e's matrix, into `out` [., N], and returns `out`.
 
-    x [R, K] of float32, float16, bfloat16, or float8_e4m3fn with one `x_scale` (float32) per row. `offsets` int32 [E + 1]
-    on the device: the host never reads it, `rows` (R) is enough to start as many programs as there can be tiles.
-    `gather` int32 [R]: row r is `x[gather[r] // gather_by]`. `slots` int32 [R]: it is stored in `out[slots[r]]`.
-    `programs`: at most so many, each computing tile after tile; by default one for each, or what the tile says.
-    The order of every sum is one of K and the tile's depth alone: never of the grid, of other rows or of atomics.
+    x [R, K] is float32, float16, bfloat16, or float8_e4m3fn with one `x_scale` (float32) per row. `offsets` int32 [E + 1]
+    stays on the device: the host only needs `rows` (R) to start as many programs as there can be tiles.
+    `gather` int32 [R]: row r is `x[gather[r] // gather_by]`. `slots` int32 [R]: row r's result goes to `out[slots[r]]`.
+    `programs`: the most programs to start, each computing tile after tile; by default one per tile, or one per SM for
+    persistent tiles. The order of every sum depends only on K and the tile's depth, not on the grid or on other rows.
     """
     width, depth = matrices.shape
     n = width // 2 if gated else width
-    # A table of tiles is of plain weights: quantised ones need a depth that their groups fit.
-    tile = fitting(tile or choose(rows, matrices.experts, n, depth, x.dtype, gated), matrices)
+    # The tile table is for plain weights; quantised weights need a depth that fits their groups.
+    tile = fit_to_groups(tile or choose(rows, matrices.experts, n, depth, x.dtype, gated), matrices)
     bound = (rows // tile.rows + min(matrices.experts, rows)) * triton.cdiv(n, tile.columns)
     if programs is None and tile.persistent:
         programs = processors(x.device)

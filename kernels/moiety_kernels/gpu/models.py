@@ -1,4 +1,4 @@
-"""The shapes that kernels are compiled and measured for: MoE blocks of four published models, with random weights."""
+"""Shapes for compiling and measuring kernels: MoE blocks of four published models, with random weights."""
 
 from __future__ import annotations
 
@@ -6,26 +6,26 @@ from dataclasses import dataclass
 
 import torch
 
-from moiety_kernels.gpu.expert_mlp import Experts
-from moiety_kernels.gpu.operand import Operand, stacked
+from moiety_kernels.gpu.expert_mlp import ExpertOperands
+from moiety_kernels.gpu.operand import Operand, operand_of_stack
 from moiety_kernels.reference.gating import Gate
 
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """One MoE block, as much of it as one device holds."""
+    """One MoE block, or the part of it that one device holds."""
 
     name: str
     experts: int  # on this device
-    choices: int  # experts of the model, which its gate chooses among
+    choices: int  # experts of the whole model, among which the gate chooses
     hidden: int
     intermediate: int
     gate: Gate
-    kind: str = "int8"  # the quantised weights to measure it with
-    clamped: bool = False  # gpt-oss: interleaved, biased, clamped
+    kind: str = "int8"  # weight format for the quantised measurement
+    clamped: bool = False  # gpt-oss: interleaved, biased, clamped activation
 
     def flops(self, rows: int) -> int:
-        """Of `rows` rows through their experts: three products, a multiplication and an addition each."""
+        """Returns the FLOPs of `rows` rows through their experts: three products of one multiply and one add per weight."""
         return 6 * rows * self.hidden * self.intermediate
 
 
@@ -45,13 +45,13 @@ MODELS = (
 )
 
 
-def experts_of(model: Model, dtype: torch.dtype, kind: str, device: str) -> Experts:
-    """Random weights of `model` in [E, O, D] and [E, D, I], `plain` or held as `kind`; biases where it has them."""
+def experts_of(model: Model, dtype: torch.dtype, kind: str, device: str) -> ExpertOperands:
+    """Returns random weights of `model`, [E, O, D] and [E, D, I], in format `kind`, with biases where the model has them."""
     gate_up = _matrices(model, 2 * model.intermediate, model.hidden, dtype, kind, device)
     down = _matrices(model, model.hidden, model.intermediate, dtype, kind, device)
     if model.clamped:
-        return Experts(gate_up, down, "swiglu_clamped", interleaved=True, limit=7.0, alpha=1.702)
-    return Experts(gate_up, down)
+        return ExpertOperands(gate_up, down, "swiglu_clamped", interleaved=True, limit=7.0, alpha=1.702)
+    return ExpertOperands(gate_up, down)
 
 
 def _matrices(model: Model, rows: int, columns: int, dtype: torch.dtype, kind: str, device: str) -> Operand:
@@ -64,20 +64,20 @@ def _matrices(model: Model, rows: int, columns: int, dtype: torch.dtype, kind: s
         return torch.randint(0, 256, (*shape, width), dtype=torch.uint8, device=device)
 
     bias = filled(of=dtype, value=0.01) if model.clamped else None
-    size = columns**-0.5  # of weights, for outputs about as large as the inputs
+    size = columns**-0.5  # of the weights, so that outputs are about as large as inputs
     if kind == "plain":
-        return stacked(torch.randn(*shape, columns, dtype=dtype, device=device).mul_(size), bias=bias)
+        return operand_of_stack(torch.randn(*shape, columns, dtype=dtype, device=device).mul_(size), bias=bias)
     if kind == "fp8":
         values = torch.randn(*shape, columns, dtype=torch.bfloat16, device=device).to(torch.float8_e4m3fn)
         blocks = torch.full((model.experts, -(-rows // 128), -(-columns // 128)), size, device=device)
-        return stacked(values, kind=kind, scale=blocks, bias=bias)
+        return operand_of_stack(values, kind=kind, scale=blocks, bias=bias)
     if kind == "int8":
-        return stacked(codes(columns), kind=kind, scale=filled(of=torch.float32, value=size / 74), bias=bias)
+        return operand_of_stack(codes(columns), kind=kind, scale=filled(of=torch.float32, value=size / 74), bias=bias)
     if kind == "int4":
         group = min(64, columns)
         scale = filled(columns // group, of=torch.float16, value=size / 4.6)
-        return stacked(codes(columns // 2), kind=kind, scale=scale, bias=bias)
+        return operand_of_stack(codes(columns // 2), kind=kind, scale=scale, bias=bias)
     exponent = 127 + round(torch.tensor(size / 2.6).log2().item())
-    return stacked(
+    return operand_of_stack(
         codes(columns // 2), kind=kind, scale=filled(columns // 32, of=torch.uint8, value=exponent), bias=bias
     )

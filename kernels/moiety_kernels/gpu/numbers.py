@@ -1,21 +1,21 @@
-"""Casts that round the same on a GPU and in Triton's interpreter, which cuts bfloat16 off and cannot multiply it."""
+"""Casts and products that agree on a GPU and in Triton's interpreter, which truncates to bfloat16 and cannot multiply it."""
 
 import triton
 import triton.language as tl
 
-# Fixed when this module is imported, as `triton.jit` itself fixes it.
+# Read once, at import, because `triton.jit` also decides at import.
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
 @triton.jit
 def narrowed(value, DTYPE: tl.constexpr):
-    """float32 in DTYPE, rounded to the nearest, ties to even; float8_e4m3 from within +-448."""
+    """Casts float32 to DTYPE, rounding to nearest, ties to even; for float8_e4m3 the values must be within +-448."""
     if INTERPRETED:
         bits = value.to(tl.uint32, bitcast=True)
         if DTYPE == tl.bfloat16:
             bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
             value = bits.to(tl.float32, bitcast=True)
-        if DTYPE == tl.float8e4nv:  # 3 bits of mantissa, none finer than 2^-9
+        if DTYPE == tl.float8e4nv:  # 3 bits of mantissa, steps of at least 2^-9
             power = tl.maximum((bits & 0x7F800000) >> 23, 121) - 3
             step = (power << 23).to(tl.float32, bitcast=True)
             near = ((tl.abs(value) / step + 12582912.0) - 12582912.0) * step
@@ -25,7 +25,7 @@ def narrowed(value, DTYPE: tl.constexpr):
 
 @triton.jit
 def multiplied(x, w, total, FRESH: tl.constexpr):
-    """x times w in float32, added to `total` unless FRESH."""
+    """Returns x times w in float32, added to `total` unless FRESH."""
     if INTERPRETED:
         x = x.to(tl.float32)
         w = w.to(tl.float32)

@@ -1,4 +1,4 @@
-"""One weight matrix of each of several experts, as the kernels take it: base pointers, offsets, strides, scales."""
+"""The weight matrices of several experts in the form that kernels take: base pointers, offsets, strides, scales."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from moiety_kernels.weights.int8 import Int8Matrix
 from moiety_kernels.weights.matrix import Matrix
 from moiety_kernels.weights.mxfp4 import Mxfp4Matrix
 
-KINDS = ("plain", "fp8", "int8", "int4", "mxfp4")  # numbered as in product.py
-WHOLE = 1 << 30  # a group that spans every column: one scale a row
+KINDS = ("plain", "fp8", "int8", "int4", "mxfp4")  # in the order of the constants in product.py
+WHOLE = 1 << 30  # a group that spans all columns: one scale per row
 
 
 @dataclass(frozen=True, slots=True)
 class Operand:
-    """The matrices [O, K] of E experts, wherever they lie: expert e's starts `offsets[0, e]` elements past `codes`.
+    """The matrices [O, K] of E experts anywhere in memory: expert e's starts `offsets[0, e]` elements after `codes`.
 
-    `codes`, `scale`, `zero` and `bias` are any one expert's; `offsets` int64 [4, E] holds every expert's distance from
-    them, in elements, in this order. `strides` are those of O and K within a matrix (of bytes where two values share one).
+    `codes`, `scale`, `zero` and `bias` belong to one expert. The rows of `offsets` hold every expert's distance from
+    them, in this order, in elements. `strides` are those of O and K within a matrix (in bytes where two values share one).
     One scale serves `group_rows` rows and `group` columns.
     """
 
@@ -36,26 +36,26 @@ class Operand:
     scale: torch.Tensor | None = None
     zero: torch.Tensor | None = None
     bias: torch.Tensor | None = None
-    scale_stride: int = 0  # of a row of scales
+    scale_stride: int = 0  # from one row of scales to the next
     group: int = WHOLE
     group_rows: int = 1
-    aligned: bool = False  # every matrix starts a multiple of 16 elements from `codes`
+    aligned: bool = False  # every matrix starts at a multiple of 16 elements from `codes`
 
     @property
     def experts(self) -> int:
-        """E."""
+        """The number of experts, E."""
         return self.offsets.shape[1]
 
     @property
     def matrix_nbytes(self) -> int:
-        """Bytes of one expert's codes and scales: what a decode step reads of it."""
+        """Bytes of one expert's codes and scales, which a decode step reads."""
         rows, columns = self.shape
         bits = 4 if KINDS[self.kind] in ("int4", "mxfp4") else 8 * self.codes.element_size()
         scales = -(-rows // self.group_rows) * -(-columns // self.group) if self.scale is not None else 0
         return rows * columns * bits // 8 + (scales * self.scale.element_size() if self.scale is not None else 0)
 
 
-def stacked(
+def operand_of_stack(
     codes: torch.Tensor,
     *,
     transposed: bool = False,
@@ -64,15 +64,16 @@ def stacked(
     zero: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
 ) -> Operand:
-    """Of one tensor of all experts, in the checkpoint's layout: [E, O, K], or [E, K, O] when `transposed`.
+    """Makes an operand of one tensor of all experts in a checkpoint's layout: [E, O, K], or [E, K, O] when `transposed`.
 
-    `int4` and `mxfp4` hold two values a byte ([E, O, K / 2], the even column in the low half). `scale` [E, O] for `int8`,
-    [E, O, groups] for `int4` and `mxfp4`, [E, ceil(O / 128), ceil(K / 128)] for `fp8`. `bias` [E, O]. Copies nothing.
+    `int4` and `mxfp4` pack two values per byte ([E, O, K / 2], even columns in the low half). `scale` is [E, O] for `int8`,
+    [E, O, groups] for `int4` and `mxfp4`, [E, ceil(O / 128), ceil(K / 128)] for `fp8`. `bias` is [E, O]. Copies no
+    weights. Raises ValueError for an unknown `kind` and for transposed 4-bit weights.
     """
     if kind not in KINDS:
         raise ValueError(f"kind {kind!r}: must be one of {', '.join(KINDS)}")
     if kind not in ("plain", "fp8", "int8") and transposed:
-        raise ValueError(f"kind {kind!r} of layout [E, K, O]: only [E, O, K] is packed along K")
+        raise ValueError(f"kind {kind!r} with layout [E, K, O]: must be [E, O, K], packed along K")
     experts = codes.shape[0]
     rows, columns = codes.shape[:0:-1] if transposed else codes.shape[1:]
     if kind in ("int4", "mxfp4"):
@@ -99,8 +100,8 @@ def stacked(
     )
 
 
-def _one(matrix: Matrix, bias: torch.Tensor | None, offsets: torch.Tensor, aligned: bool) -> Operand:
-    """What every expert's matrix looks like, told by the first one's; `offsets` on the device."""
+def _operand(matrix: Matrix, bias: torch.Tensor | None, offsets: torch.Tensor, aligned: bool) -> Operand:
+    """Makes an operand from one expert's matrix and bias, which stand for all, and the `offsets` on the device."""
     rows, columns = matrix.shape
     if isinstance(matrix, torch.Tensor):
         return Operand(matrix, offsets, (rows, columns), (matrix.stride(0), 1), bias=bias, aligned=aligned)
@@ -127,40 +128,41 @@ def _one(matrix: Matrix, bias: torch.Tensor | None, offsets: torch.Tensor, align
     )
 
 
-def gathered(counts: Sequence[int], weights: Sequence[ExpertWeights]) -> tuple[torch.Tensor, Operand, Operand]:
-    """Of experts held one by one (with equal `held`): offsets of their rows int64 [E + 1], gate_up, down.
+def operands_of(counts: Sequence[int], weights: Sequence[ExpertWeights]) -> tuple[torch.Tensor, Operand, Operand]:
+    """Makes operands of separately stored experts with equal `held`: row offsets int64 [E + 1], gate_up, down.
 
-    All that the device must be told of a batch goes over in one small copy, which the host does not wait for; the weights
-    stay where they are, so a placement can change between two batches at no cost. The caller keeps them alive.
+    Everything the device needs to know about a batch is sent in one small copy, for which the host does not wait. The
+    weights stay in place, so changing the placement between two batches costs nothing. The caller must keep them alive.
     """
     first = weights[0]
     pointers = torch.tensor([[pointer or 0 for pointer in expert.pointers] for expert in weights]).T  # [8, E]
-    tensors = (*_three(first.gate_up), *_three(first.down), first.gate_up_bias, first.down_bias)
+    tensors = (*_codes_scale_zero(first.gate_up), *_codes_scale_zero(first.down), first.gate_up_bias, first.down_bias)
     sizes = torch.tensor([1 if tensor is None else tensor.element_size() for tensor in tensors])
     offsets = (pointers - pointers[:, :1]) // sizes[:, None]
     starts = torch.tensor([0, *counts]).cumsum(0)
-    told = torch.cat((offsets[[0, 1, 2, 6, 3, 4, 5, 7]].flatten(), starts))
-    told = told.to(tensors[0].device, non_blocking=True)  # pageable and small: the driver stages it
-    of_gate_up, of_down, on_device = told.split((4 * len(weights), 4 * len(weights), len(starts)))
+    packed = torch.cat((offsets[[0, 1, 2, 6, 3, 4, 5, 7]].flatten(), starts))
+    packed = packed.to(tensors[0].device, non_blocking=True)  # pageable and small: the driver stages it
+    gate_up_offsets, down_offsets, row_offsets = packed.split((4 * len(weights), 4 * len(weights), len(starts)))
     return (
-        on_device,
-        _one(first.gate_up, first.gate_up_bias, of_gate_up.view(4, -1), _aligned(offsets)),
-        _one(first.down, first.down_bias, of_down.view(4, -1), _aligned(offsets[3:])),
+        row_offsets,
+        _operand(first.gate_up, first.gate_up_bias, gate_up_offsets.view(4, -1), _aligned(offsets)),
+        _operand(first.down, first.down_bias, down_offsets.view(4, -1), _aligned(offsets[3:])),
     )
 
 
-def _three(matrix: Matrix) -> tuple[Any, ...]:
-    """Codes, scale and zero, None where there is none."""
+def _codes_scale_zero(matrix: Matrix) -> tuple[Any, ...]:
+    """Returns codes, scale and zero, None for those that the format does not have."""
     tensors = (matrix,) if isinstance(matrix, torch.Tensor) else matrix.tensors
     return (*tensors, None, None)[:3]
 
 
 def _aligned(offsets: torch.Tensor) -> bool:
+    """Whether all codes start at multiples of 16 elements from the first."""
     return not bool((offsets[0] % 16).any())
 
 
 def _groups(kind: str, scale: torch.Tensor | None, columns: int) -> tuple[int, int]:
-    """Columns and rows that share a scale, told by `kind` and the scales' shape [E, O, groups]."""
+    """Returns the columns and rows that share a scale, from `kind` and the scales' shape [E, O, groups]."""
     if kind == "fp8":
         return FP8_BLOCK, FP8_BLOCK
     if kind in ("int4", "mxfp4") and scale is not None:

@@ -1,6 +1,6 @@
-"""From top-k indices to rows sorted by expert: a stable counting sort on the device, without atomics or a host wait.
+"""Sorts rows by expert from top-k indices: a stable counting sort on the device, without atomics or a host wait.
 
-Shape legend: T tokens, K experts a token, A = T K assignments, E experts, B blocks of assignments.
+Shape legend: T tokens, K experts per token, A = T K assignments, E experts, B blocks of assignments.
 """
 
 from __future__ import annotations
@@ -11,28 +11,28 @@ import torch
 import triton
 import triton.language as tl
 
-BLOCK = 128  # assignments a program: their ranks come from BLOCK x BLOCK comparisons, 64 a thread. Untuned.
+BLOCK = 128  # assignments per program, ranked by BLOCK x BLOCK comparisons, 64 per thread; untuned
 
 
 @dataclass(frozen=True, slots=True)
 class Permutation:
-    """Where assignments lie when sorted by expert; those of one expert keep their order, those of none come last."""
+    """The positions of assignments sorted by expert, stably; assignments without a local expert come last."""
 
-    offsets: torch.Tensor  # int32 [E + 1]: the first row of each expert; the last is the number of rows that have one
+    offsets: torch.Tensor  # int32 [E + 1]: the first row of each expert; the last entry counts the rows with an expert
     order: torch.Tensor  # int32 [A]: the assignment at each sorted position
     position: torch.Tensor  # int32 [A]: the sorted position of each assignment
 
 
 @triton.jit
 def _experts(INDEX, at, A, E: tl.constexpr):
-    """The expert of each assignment; E where it is not one of ours, -1 past the end."""
+    """Returns the expert of each assignment: E where it is not on this device, -1 past the end."""
     index = tl.load(INDEX + at, mask=at < A, other=-1).to(tl.int32)
     return tl.where((at < A) & ((index < 0) | (index >= E)), E, index)
 
 
 @triton.jit
 def count_kernel(INDEX, COUNTS, A, blocks, E: tl.constexpr, E_PAD: tl.constexpr, BLOCK: tl.constexpr):
-    """How many of a block's assignments go to each expert: COUNTS [E_PAD, B]; E counts those that go to none."""
+    """Counts a block's assignments per expert in COUNTS [E_PAD, B]; row E counts those without a local expert."""
     block = tl.program_id(0)
     at = block * BLOCK + tl.arange(0, BLOCK)
     counts = tl.histogram(_experts(INDEX, at, A, E), E_PAD, at < A)
@@ -41,7 +41,7 @@ def count_kernel(INDEX, COUNTS, A, blocks, E: tl.constexpr, E_PAD: tl.constexpr,
 
 @triton.jit
 def scan_kernel(COUNTS, TOTALS, blocks, B_PAD: tl.constexpr):
-    """Of one expert: how many of its assignments lie in earlier blocks, in place, and in all."""
+    """Replaces one expert's COUNTS by the sums over earlier blocks, and stores their total in TOTALS."""
     expert = tl.program_id(0)
     block = tl.arange(0, B_PAD)
     counts = tl.load(COUNTS + expert * blocks + block, mask=block < blocks, other=0)
@@ -64,7 +64,7 @@ def place_kernel(
     BLOCK: tl.constexpr,
     ALONE: tl.constexpr,
 ):
-    """Each assignment's position: its expert's first row, plus the earlier ones of this expert. ALONE: one block is all."""
+    """Stores each assignment's position: its expert's first row plus its rank in the expert. ALONE: there is one block."""
     block = tl.program_id(0)
     lane = tl.arange(0, BLOCK)
     at = block * BLOCK + lane
@@ -78,7 +78,7 @@ def place_kernel(
     first = tl.cumsum(totals, 0) - totals
     if block == 0:
         tl.store(OFFSETS + experts, first, mask=experts <= E)
-    # Equal ones before it in this block: read again as a row, compared with the column.
+    # Earlier assignments of the same expert in this block: the experts as a column, compared with them as a row.
     row = _experts(INDEX, block * BLOCK + tl.arange(0, BLOCK), A, E)
     same = (index[:, None] == row[None, :]) & (lane[:, None] > tl.arange(0, BLOCK)[None, :])
     index = tl.maximum(index, 0)
@@ -90,9 +90,10 @@ def place_kernel(
 
 
 def sort_by_expert(top_k_index: torch.Tensor, experts: int) -> Permutation:
-    """Of `top_k_index` [T, K] (any integer dtype, contiguous): one launch up to 128 assignments, else three.
+    """Sorts `top_k_index` [T, K] (any integer dtype, contiguous) by expert: one launch up to 128 assignments, else three.
 
-    An index outside [0, `experts`) has no expert here: it is sorted behind all others, and `offsets` ends before it.
+    An index outside [0, `experts`) is an expert on another device: it is sorted after all others, and `offsets` ends
+    before it.
     """
     index = top_k_index.reshape(-1)
     total = index.numel()
@@ -126,7 +127,7 @@ def sort_by_expert(top_k_index: torch.Tensor, experts: int) -> Permutation:
 
 @triton.jit
 def gather_kernel(X, FROM, Y, x_stride, D: tl.constexpr, BY: tl.constexpr, WIDTH: tl.constexpr):
-    """Y[row] = X[FROM[row] // BY]."""
+    """Copies rows: Y[row] = X[FROM[row] // BY]."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     source = (tl.load(FROM + row) // BY).to(tl.int64)
@@ -135,6 +136,7 @@ def gather_kernel(X, FROM, Y, x_stride, D: tl.constexpr, BY: tl.constexpr, WIDTH
 
 
 def _gathered(x: torch.Tensor, indices: torch.Tensor, by: int) -> torch.Tensor:
+    """Returns the rows `x[indices // by]`."""
     x = x if x.stride(1) == 1 else x.contiguous()
     out = torch.empty(indices.shape[0], x.shape[1], dtype=x.dtype, device=x.device)
     width = min(1024, triton.next_power_of_2(x.shape[1]))
@@ -144,11 +146,11 @@ def _gathered(x: torch.Tensor, indices: torch.Tensor, by: int) -> torch.Tensor:
     return out
 
 
-def permute(x: torch.Tensor, where: Permutation, top_k: int) -> torch.Tensor:
-    """x [T, D] -> [A, D]: each token's row once per assignment, sorted by expert, bit for bit."""
-    return _gathered(x, where.order, top_k)
+def permute(x: torch.Tensor, permutation: Permutation, top_k: int) -> torch.Tensor:
+    """Copies each token's row once per assignment, sorted by expert: x [T, D] -> [A, D], bit for bit."""
+    return _gathered(x, permutation.order, top_k)
 
 
-def unpermute(rows: torch.Tensor, where: Permutation) -> torch.Tensor:
-    """Sorted rows [A, D] back in the order of assignments [A, D]: the inverse of `permute`, where K is 1."""
-    return _gathered(rows, where.position, 1)
+def unpermute(rows: torch.Tensor, permutation: Permutation) -> torch.Tensor:
+    """Returns sorted rows [A, D] in the order of assignments [A, D]: the inverse of `permute` for K = 1."""
+    return _gathered(rows, permutation.position, 1)

@@ -1,7 +1,7 @@
-"""What the expert GEMMs share on the device: finding a tile's expert, multiplying by its weights, activating.
+"""Device functions that the expert GEMMs share: they find a tile's expert, multiply by its weights and activate.
 
-Every expert's matrix lies wherever it was loaded: kernels get one base pointer and, per expert, an offset in elements from
-it, so that nothing is stacked or copied when a placement changes.
+Experts' matrices stay where they were loaded: kernels get one base pointer and, per expert, an offset from it in elements.
+So nothing is stacked or copied when a placement changes.
 
 Shape legend: R rows sorted by expert, E experts, K input features of the product, N output columns of a tile's matrix.
 """
@@ -11,24 +11,24 @@ import triton.language as tl
 
 from moiety_kernels.gpu.numbers import multiplied, narrowed
 
-# How the values of a matrix are held: `KIND` of the kernels.
+# Weight formats: `KIND` of the kernels.
 PLAIN, FP8, INT8, INT4, MXFP4 = (tl.constexpr(kind) for kind in range(5))
 
 
 @triton.jit
 def tiles_of(OFFSETS, E: tl.constexpr, E_PAD: tl.constexpr, BM: tl.constexpr):
-    """Row tiles per expert [E_PAD], and their inclusive sum: an expert without rows has no tile."""
+    """Returns the row tiles per expert [E_PAD] and their inclusive sums; an expert without rows has no tile."""
     experts = tl.arange(0, E_PAD)
     first = tl.load(OFFSETS + experts, mask=experts < E, other=0)
     last = tl.load(OFFSETS + experts + 1, mask=experts < E, other=0)
-    first, last = first.to(tl.int32), last.to(tl.int32)  # whatever width they came in
+    first, last = first.to(tl.int32), last.to(tl.int32)  # offsets may be int32 or int64
     tiles = (last - first + BM - 1) // BM
     return tiles, tl.cumsum(tiles, 0)
 
 
 @triton.jit
 def find_tile(OFFSETS, tiles, ends, tile, BM: tl.constexpr):
-    """The expert that row tile number `tile` belongs to, its first row, and the end of the expert's rows."""
+    """Returns the expert of row tile `tile`, the tile's first row, and the end of the expert's rows."""
     passed = ends <= tile
     expert = tl.sum(passed.to(tl.int32), 0)
     before = tl.sum(tl.where(passed, tiles, 0), 0)
@@ -38,10 +38,10 @@ def find_tile(OFFSETS, tiles, ends, tile, BM: tl.constexpr):
 
 @triton.jit
 def matrix_rows(column, GATED: tl.constexpr, INTERLEAVED: tl.constexpr, N: tl.constexpr, BN: tl.constexpr):
-    """Rows of the weight matrix behind output columns `column` to `column + BN`.
+    """Returns the rows of the weight matrix that produce output columns `column` to `column + BN`.
 
-    Gated: [2 BN] rows, gate and up of a column next to each other whatever the layout, so that one product yields both
-    and a thread holds both: no exchange before the activation. Rows past the end repeat the last one.
+    Gated: [2 BN] rows, gate and up of a column adjacent in every layout. So one product yields both, one thread holds
+    both, and the activation needs no exchange between threads. Rows past the end repeat the last row.
     """
     if GATED:
         j = tl.arange(0, 2 * BN)
@@ -56,9 +56,10 @@ def matrix_rows(column, GATED: tl.constexpr, INTERLEAVED: tl.constexpr, N: tl.co
 
 @triton.jit
 def _e2m1(nibbles, scale):
-    """4-bit floats [BN, BK] as float32, times scale.
+    """Returns 4-bit floats [BN, BK] as float32, times scale.
 
-    Two exponent bits and one of mantissa, placed where float16 has these, are the value times 2^-14, subnormals included.
+    Their two exponent bits and one mantissa bit, moved to float16's positions, give the value times 2^-14, also for
+    subnormals.
     """
     bits = ((nibbles & 7) << 9) | ((nibbles & 8) << 12)
     return bits.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32) * (scale * 16384.0)
@@ -81,9 +82,9 @@ def weight_tile(
     BK: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """[rows, BK] of an expert's matrix in DTYPE; scales of groups narrower than BK are applied, others left to the caller.
+    """Returns [rows, BK] of an expert's matrix in DTYPE, scaled where groups are narrower than BK; else the caller scales.
 
-    Columns past K read the last one (they meet zeros of x).
+    Columns past K repeat the last column; x is zero there.
     """
     EVEN: tl.constexpr = K % BK == 0
     if KIND == INT4 or KIND == MXFP4:
@@ -152,19 +153,19 @@ def product(
     GROUP_ROWS: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    """x[x_rows, k_first:k_last] times one expert's matrix[rows, same]: float32 [BM, rows], scales applied.
+    """Multiplies x[x_rows, k_first:k_last] by the same columns of one expert's matrix[rows]: float32 [BM, rows], scaled.
 
-    Quantised values are exact in bfloat16, and in the 8 bits of fp8 rows: where a scale holds for BK columns or more it
-    multiplies the float32 sum of these, not the weights. Sums in order of k, always.
+    Quantised values are exact in bfloat16, and fp8 weights in the fp8 that is used for fp8 rows. So a scale that covers
+    BK columns or more multiplies their float32 sum, not the weights. Sums run in order of k.
     """
     EVEN: tl.constexpr = K % BK == 0
-    SCALED: tl.constexpr = (KIND == FP8 or KIND == INT8 or KIND == INT4) and GROUP >= BK  # after the product
-    SPLIT: tl.constexpr = SCALED and GROUP < K  # more than one scale along k
+    SCALED: tl.constexpr = (KIND == FP8 or KIND == INT8 or KIND == INT4) and GROUP >= BK  # scale after the product
+    SPLIT: tl.constexpr = SCALED and GROUP < K  # there is more than one scale along k
     narrow: tl.constexpr = X.dtype.element_ty == tl.float8e4nv
     wide: tl.constexpr = tl.bfloat16 if narrow else X.dtype.element_ty
-    dtype: tl.constexpr = tl.float8e4nv if narrow and KIND == FP8 else wide  # of the product
+    dtype: tl.constexpr = tl.float8e4nv if narrow and KIND == FP8 else wide  # of the multiplied values
     start = tl.load(STARTS + expert)
-    if ALIGNED:  # loads of 16 bytes, and asynchronous copies, need to know
+    if ALIGNED:  # the compiler needs this for 16-byte loads and asynchronous copies
         start = tl.multiple_of(start, 16)
     W += start
     if SCALE is not None:
@@ -194,22 +195,24 @@ def product(
 
 @triton.jit
 def _erf_gelu(x):
+    """Returns the exact GELU."""
     return 0.5 * x * (1.0 + tl.math.erf(x * 0.7071067811865476))
 
 
 @triton.jit
 def _tanh_gelu(x):
+    """Returns the tanh approximation of GELU."""
     inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
     return x * tl.sigmoid(2.0 * inner)  # (1 + tanh(y)) / 2 = sigmoid(2 y)
 
 
 @triton.jit
 def activate(total, ACTIVATION: tl.constexpr, GATED: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr):
-    """The activation of `moiety_kernels.reference.expert_mlp.activate`, in float32. Gated: [BM, 2 BN] -> [BM, BN]."""
+    """Applies the activation of `reference/expert_mlp.py` in float32. Gated: [BM, 2 BN] -> [BM, BN]."""
     if GATED:
         gate, up = total.reshape(total.shape[0], total.shape[1] // 2, 2).split()
         if LIMIT is not None:
-            gate = tl.where(gate > LIMIT, LIMIT, gate)  # what is no number stays none, as in torch
+            gate = tl.where(gate > LIMIT, LIMIT, gate)  # NaN stays NaN, as in torch
             up = tl.where(up > LIMIT, LIMIT, tl.where(up < -LIMIT, -LIMIT, up))
     else:
         gate, up = total, 1.0

@@ -1,8 +1,8 @@
-"""Rows in float8_e4m3 for the wire and for fp8 products: one float32 scale a row, or one per group of columns.
+"""Rows in float8_e4m3 for the wire and for fp8 products: one float32 scale per row, or per group of columns.
 
-A value is within max(2^-4 |x|, 2^-10 s) of what comes back, s the scale (the group's largest magnitude over 448): half a
-step of 3 bits of mantissa, or of the finest step, 2^-9. Add float32 rounding (2^-22 |x|). Infinities and NaN come back as NaN,
-and with them all their group; a group of zeros comes back as zeros.
+A value x comes back within max(2^-4 |x|, 2^-10 s), where s is the scale (the group's largest magnitude over 448): half a
+step of a 3-bit mantissa, or half the finest step, 2^-9. float32 rounding adds 2^-22 |x|. A group with an infinity or NaN
+comes back as NaN throughout; a group of zeros comes back as zeros.
 
 Shape legend: R rows, D columns, G groups of columns.
 """
@@ -20,17 +20,17 @@ LARGEST = 448.0  # of e4m3
 
 @triton.jit
 def quantise_kernel(X, CODES, SCALE, x_stride, D: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr):
-    """One group of one row."""
+    """Quantises one group of one row."""
     row = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1)
     lane = tl.arange(0, WIDTH)
     column = group * GROUP + lane
     inside = (lane < GROUP) & (column < D)
     x = tl.load(X + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
-    magnitude = tl.where(tl.abs(x) <= 3.4028234e38, tl.abs(x), float("nan"))  # an infinity is no number here either
+    magnitude = tl.where(tl.abs(x) <= 3.4028234e38, tl.abs(x), float("nan"))  # an infinity counts as NaN
     broken = tl.sum((magnitude != magnitude).to(tl.int32), 0) > 0
     largest = tl.max(tl.where(magnitude == magnitude, magnitude, 0.0), 0)
-    scale = tl.maximum(largest * (1.0 / 448.0), 1e-30)  # of zeros: anything that does not divide by nothing
+    scale = tl.maximum(largest * (1.0 / 448.0), 1e-30)  # for a group of zeros: avoids a division by 0
     x = tl.where(magnitude == magnitude, x, 0.0)
     value = tl.minimum(tl.maximum(x / scale, -448.0), 448.0)
     tl.store(CODES + row * D + column, narrowed(value, tl.float8e4nv), mask=inside)
@@ -39,7 +39,7 @@ def quantise_kernel(X, CODES, SCALE, x_stride, D: tl.constexpr, GROUP: tl.conste
 
 @triton.jit
 def dequantise_kernel(CODES, SCALE, OUT, D: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr):
-    """One group of one row."""
+    """Dequantises one group of one row."""
     row = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1)
     lane = tl.arange(0, WIDTH)
@@ -51,7 +51,7 @@ def dequantise_kernel(CODES, SCALE, OUT, D: tl.constexpr, GROUP: tl.constexpr, W
 
 
 def quantise_rows(x: torch.Tensor, group: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """x [R, D] -> float8_e4m3fn [R, D] and float32 scales [R, G]: one per row, or per `group` columns of it."""
+    """Quantises x [R, D] to float8_e4m3fn [R, D] and float32 scales [R, G]: one per row, or per `group` columns of it."""
     rows, columns = x.shape
     x = x if x.stride(1) == 1 else x.contiguous()
     group = group or columns
@@ -66,7 +66,7 @@ def quantise_rows(x: torch.Tensor, group: int | None = None) -> tuple[torch.Tens
 def dequantise_rows(
     codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, group: int | None = None
 ) -> torch.Tensor:
-    """The inverse, up to the bound above: [R, D] in `dtype`."""
+    """Inverts `quantise_rows` within the error bound above: [R, D] in `dtype`."""
     rows, columns = codes.shape
     out = torch.empty(rows, columns, dtype=dtype, device=codes.device)
     group = group or columns

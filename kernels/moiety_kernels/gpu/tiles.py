@@ -1,8 +1,8 @@
-"""Which tile a grouped GEMM is cut into, by shape: one small table.
+"""The tile sizes of grouped GEMMs, by shape: one small table.
 
-UNTUNED. No GPU has run these: they are estimates from what a Hopper SM holds (227 KiB of shared memory, 64 K registers, a
-warpgroup multiplies 64 rows at a time), and all that was verified is that they compile for sm_90 without spilling
-(`python -m moiety_kernels.gpu.aot`). `python -m moiety_kernels.bench --tune` measures and prints the table to put here.
+UNTUNED. No GPU has run these: they are estimates from a Hopper SM's resources (227 KiB of shared memory, 64 K registers, a
+warpgroup multiplies 64 rows at a time). Verified is only that they compile for sm_90 without spilling
+(`python -m moiety_kernels.gpu.aot`). `python -m moiety_kernels.bench --tune` measures tiles and prints the table for here.
 """
 
 from __future__ import annotations
@@ -18,49 +18,52 @@ from moiety_kernels.gpu.operand import KINDS, WHOLE, Operand
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """`rows` x `columns` of the output a program, `depth` of K at a time; a gated tile reads 2 x `columns` of weights."""
+    """A program's `rows` x `columns` of output, `depth` of K per step; a gated tile reads 2 x `columns` of weights."""
 
     rows: int
     columns: int
     depth: int
     warps: int
-    stages: int  # of depth in flight
-    band: int = 8  # row tiles that share a strip of weights
-    persistent: bool = False  # a program an SM, each computing tile after tile, instead of a program a tile
-    descriptors: bool = False  # fetched by the tensor memory accelerator where the weights allow it
+    stages: int  # steps of `depth` in flight
+    band: int = 8  # row tiles computed together on one strip of weights
+    persistent: bool = False  # one program per SM computes tile after tile, instead of one program per tile
+    descriptors: bool = False  # fetch by the tensor memory accelerator where the weights allow it
 
 
-# (rows per expert up to, gated tile, plain tile). Decode: the tile is as narrow as the matrix unit allows, and what counts
-# is bytes in flight, 64 KiB an SM and more, so deep strips of few columns. Prefill: 128 x 256 products, the largest whose
-# sums fit the registers of two warpgroups (128 each a thread), at 64 columns, 128 bytes, a stage.
+# (most rows per expert, gated tile, plain tile). Decode: tiles have as few rows as the matrix unit allows. Bytes in flight
+# count, 64 KiB per SM and more, hence deep strips of few columns. Prefill: 128 x 256 products, the largest whose sums fit
+# the registers of two warpgroups (128 per thread), with 64 columns of K, 128 bytes, per stage.
 TABLE = (
     (16, Tile(16, 32, 128, 4, 4, band=1), Tile(16, 64, 128, 4, 4, band=1)),
     (32, Tile(32, 32, 128, 4, 4, band=2), Tile(32, 64, 128, 4, 4, band=2)),
     (96, Tile(64, 64, 64, 4, 4), Tile(64, 128, 64, 4, 4)),
     (None, Tile(128, 128, 64, 8, 4), Tile(128, 256, 64, 8, 4)),
 )
-DECODE_ROWS = 32  # per expert, and fewer: K may be split
-FLOAT32 = Tile(32, 32, 32, 4, 2)  # exact float32 products run on the ordinary cores: registers are the limit
-FIXED = Tile(64, 64, 64, 4, 4)  # for any number of rows: where bits must not depend on it
-FILLS = 2  # programs on each SM that occupy it
-SHALLOWEST = 4  # steps of depth that a part of a split sum is worth
+DECODE_ROWS = 32  # up to this many rows per expert, K may be split
+FLOAT32 = Tile(32, 32, 32, 4, 2)  # exact float32 products run on the CUDA cores: registers are the limit
+FIXED = Tile(64, 64, 64, 4, 4)  # for any number of rows, where bits must not depend on it
+FILLS = 2  # programs that occupy one SM
+SHALLOWEST = 4  # the fewest steps of depth in a part of a split sum
 
 
 def choose(rows: int, experts: int, columns: int, depth: int, dtype: torch.dtype, gated: bool) -> Tile:
-    """The tile for `rows` in all over `experts`, `columns` of output and products of `depth`."""
+    """Returns the tile for `rows` in total over `experts`, `columns` of output and products of `depth`."""
     if dtype == torch.float32:
         return FLOAT32
-    each = rows / max(1, min(experts, rows))
-    _, *tiles = next(line for line in TABLE if line[0] is None or each <= line[0])
+    rows_per_expert = rows / max(1, min(experts, rows))
+    _, *tiles = next(line for line in TABLE if line[0] is None or rows_per_expert <= line[0])
     tile = tiles[0] if gated else tiles[1]
     fits = tile.depth
-    while fits > 32 and depth % fits:  # an end past K costs masks and wide loads: half a step does not
+    while fits > 32 and depth % fits:  # a step past the end of K costs masks and wide loads; half a step costs less
         fits //= 2
     return replace(tile, depth=fits)
 
 
-def fitting(tile: Tile, matrices: Operand) -> Tile:
-    """`tile` with a depth that whole groups of the matrices' scales fit, or that fits whole into one."""
+def fit_to_groups(tile: Tile, matrices: Operand) -> Tile:
+    """Returns `tile` with a depth that is a whole number of scale groups, or that divides one group.
+
+    Raises ValueError where the groups allow no such depth.
+    """
     group, kind = matrices.group, KINDS[matrices.kind]
     if kind == "plain" or group == WHOLE:
         return tile
@@ -68,8 +71,8 @@ def fitting(tile: Tile, matrices: Operand) -> Tile:
     if kind in ("fp8", "int4") and group >= depth:
         depth = gcd(depth, group)
         if group < matrices.shape[1] and tile.rows > 64:
-            # Each step's product is scaled before it is added: two sets of sums where the plain tile has one, which would
-            # spill (40 to 288 bytes a thread, compiled for sm_90).
+            # Each step's product is scaled before it is added. That takes two sets of sums instead of one, which would
+            # spill (40 to 288 bytes per thread, compiled for sm_90).
             tile = replace(tile, rows=64, columns=tile.columns // 2, warps=4)
     elif group & (group - 1):
         depth = gcd(depth, group)
@@ -81,12 +84,12 @@ def fitting(tile: Tile, matrices: Operand) -> Tile:
 
 @cache
 def processors(device: torch.device) -> int:
-    """SMs of a CUDA device; elsewhere, where kernels are only interpreted or compiled, an H100's."""
+    """Returns the SMs of a CUDA device; an H100's elsewhere, where kernels are only interpreted or compiled."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
-def parts(tile: Tile, rows: int, experts: int, columns: int, depth: int, device: torch.device) -> int:
-    """How many programs share one sum over K: enough to fill the device, none shallower than SHALLOWEST steps."""
+def split_count(tile: Tile, rows: int, experts: int, columns: int, depth: int, device: torch.device) -> int:
+    """Returns how many programs share one sum over K: enough to fill the device, with at least SHALLOWEST steps each."""
     programs = min(experts, rows) * -(-columns // tile.columns)
     wanted, possible = -(-FILLS * processors(device) // max(programs, 1)), depth // (tile.depth * SHALLOWEST)
     return max(1, min(wanted, possible, 16)) if rows <= DECODE_ROWS * min(experts, rows) else 1

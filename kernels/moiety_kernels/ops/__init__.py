@@ -1,1 +1,1 @@
-"""One file per operation. Each picks the fastest backend that can compute its arguments."""
+"""The operations that services call, one per file. Each picks the backend that suits its arguments: C++, Triton or torch."""

@@ -1,4 +1,4 @@
-"""A batch of experts that are held in different ways, taken one way at a time; and the way of all of them on a GPU."""
+"""What expert operations share: they split a mixed batch by weight format, and run Triton for rows on a GPU."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import torch
 
 from moiety_kernels.weights.expert_weights import ExpertWeights
 
-Backend = Literal["torch", "triton"]  # torch: and C++, on CPU
+Backend = Literal["torch", "triton"]  # "torch" includes the C++ kernels on CPU
 Compute = Callable[[torch.Tensor, Sequence[int], Sequence[ExpertWeights]], torch.Tensor]
 
 
-def by_kind(
+def for_each_format(
     compute: Compute, rows: torch.Tensor, counts: Sequence[int], weights: Sequence[ExpertWeights], dtype: torch.dtype
 ) -> torch.Tensor:
-    """`compute` over the rows [R, D] of each way of holding experts (equal `held`): its results [R, D] in the rows' order."""
+    """Calls `compute` once per weight format (equal `held`) and returns its results [R, D] in the order of the rows [R, D]."""
     if len({expert.held for expert in weights}) == 1:
         return compute(rows, counts, weights)
     kinds: dict[Any, list[int]] = {}
@@ -34,11 +34,11 @@ def by_kind(
 
 
 def uses_triton(rows: torch.Tensor) -> bool:
-    """Rows are on a GPU, and Triton is installed."""
+    """Whether the rows are on a GPU and Triton is installed."""
     return rows.is_cuda and find_spec("triton") is not None
 
 
-def in_triton(
+def run_in_triton(
     rows: torch.Tensor,
     counts: Sequence[int],
     weights: Sequence[ExpertWeights],
@@ -47,11 +47,16 @@ def in_triton(
     deterministic: bool,
     options: dict[str, Any],
 ) -> torch.Tensor:
-    """Experts with equal `held` by the Triton kernels: [R, D] in `dtype`. The host waits for nothing."""
-    from moiety_kernels.gpu.expert_mlp import Experts, sorted_expert_mlp  # here: Triton is slow to import
-    from moiety_kernels.gpu.operand import gathered
+    """Computes experts with equal `held` with the Triton kernels: [R, D] in `dtype`. The host does not wait for the GPU."""
+    from moiety_kernels.gpu.expert_mlp import (  # imported late: Triton is slow to import
+        ExpertOperands,
+        sorted_expert_mlp,
+    )
+    from moiety_kernels.gpu.operand import operands_of
 
-    with torch.cuda.device(rows.get_device()):  # Triton launches on the current one; -1, of a CPU, changes none
-        offsets, gate_up, down = gathered(counts, weights)
+    with torch.cuda.device(rows.get_device()):  # Triton launches on the current device; a CPU's -1 changes nothing
+        offsets, gate_up, down = operands_of(counts, weights)
         out = torch.empty(rows.shape, dtype=dtype, device=rows.device)
-        return sorted_expert_mlp(rows, offsets, Experts(gate_up, down, **options), out=out, deterministic=deterministic)
+        return sorted_expert_mlp(
+            rows, offsets, ExpertOperands(gate_up, down, **options), out=out, deterministic=deterministic
+        )

@@ -1,4 +1,4 @@
-"""Several experts' MLPs over rows sorted by expert: in one call of C++ where this CPU has it, else in torch.
+"""Several experts' MLPs over rows sorted by expert: Triton on a GPU, one C++ call on a CPU that supports it, else torch.
 
 Shape legend: R rows, D hidden size, I intermediate size, O = 2I when gated, else I.
 """
@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from moiety_kernels.cpu.library import VNNI, load
-from moiety_kernels.ops.by_format import Backend, by_kind, in_triton, uses_triton
-from moiety_kernels.ops.linear import PACKED_ROWS, linear, paired
+from moiety_kernels.ops.by_format import Backend, for_each_format, run_in_triton, uses_triton
+from moiety_kernels.ops.linear import PACKED_ROWS, linear, multiplies_in_pairs
 from moiety_kernels.reference.expert_mlp import ACTIVATIONS, SWIGLU_CLAMPED, activate
-from moiety_kernels.threads import most_threads
+from moiety_kernels.threads import thread_limit
 from moiety_kernels.weights.expert_weights import ExpertWeights, dequantised
 from moiety_kernels.weights.fp8 import FP8_BLOCK
 
@@ -29,7 +29,7 @@ _SIGNATURE = (
     *(_POINTER, _SIZE, _POINTER, _POINTER, _SIZE, _POINTER, _SIZE, _SIZE, _SIZE, _SIZE),
     *(_FLAG, _FLAG, _FLAG, _FLAG, _REAL, _REAL, _FLAG),
 )
-LANE_COLUMNS = 8  # of int4 weights that one lane of a vector holds
+LANE_COLUMNS = 8  # columns of int4 weights in one lane of a vector
 
 
 @torch.no_grad()
@@ -46,28 +46,28 @@ def grouped_expert_mlp(
     deterministic: bool = False,
     backend: Backend | None = None,
 ) -> torch.Tensor:
-    """Row i through the expert it is sorted under: [R, D] -> [R, D], in the rows' dtype, which plain weights must have.
+    """Runs each row through its expert: [R, D] -> [R, D], in the rows' dtype, which plain weights must have.
 
     The first `counts[0]` rows belong to `weights[0]`, the next `counts[1]` to `weights[1]`, and so on. A count may be
-    0: those weights are not touched. Experts may be held in different ways: each way is one call of C++. `deterministic`:
-    an output row's bits depend on its input row and its expert alone, which the C++ kernels always grant. `backend`: by
-    default Triton for rows on a GPU, where it is installed. Raises ValueError where the counts do not add up to R, or the
-    experts do not fit the rows and one another.
+    0: those weights are not read. Experts may have different weight formats: each format is one C++ call.
+    `deterministic`: the bits of an output row depend only on its input row and its expert. The C++ kernels guarantee this
+    in any case. `backend`: by default Triton for rows on a GPU, where it is installed. Raises ValueError where the counts
+    do not add up to R, or where the experts' shapes do not match the rows and each other.
     """
     if len(counts) != len(weights):
         raise ValueError(f"{len(counts)} counts for {len(weights)} experts")
     if sum(counts) != rows.shape[0] or min(counts, default=0) < 0:
         raise ValueError(f"counts add up to {sum(counts)}: must be {rows.shape[0]} rows, none negative")
     if activation not in ACTIVATIONS or (activation == SWIGLU_CLAMPED and (not gated or alpha is None)):
-        activate(rows[:0], activation=activation, gated=gated, alpha=alpha)  # raises, and says why
+        activate(rows[:0], activation=activation, gated=gated, alpha=alpha)  # raises the ValueError
     if not rows.shape[0]:
         return torch.empty_like(rows)
 
     forms = {expert.form for expert in weights}
     hidden, depth, width = weights[0].form
     if len(forms) > 1 or hidden != rows.shape[1] or width != depth * (2 if gated else 1):
-        told = ", ".join(f"D {d}, I {i}, O {o}" for d, i, o in sorted(forms))
-        raise ValueError(f"experts of {told}: must be of one form, D {rows.shape[1]} and O {'2I' if gated else 'I'}")
+        shapes = "; ".join(f"D {d}, I {i}, O {o}" for d, i, o in sorted(forms))
+        raise ValueError(f"expert shapes {shapes}: all must be equal, D {rows.shape[1]} and O {'2I' if gated else 'I'}")
     options: dict[str, Any] = {
         "activation": activation,
         "gated": gated,
@@ -76,10 +76,10 @@ def grouped_expert_mlp(
         "alpha": alpha,
     }
     if backend == "triton" or (backend is None and uses_triton(rows)):
-        compute = partial(in_triton, dtype=rows.dtype, deterministic=deterministic, options=options)
+        compute = partial(run_in_triton, dtype=rows.dtype, deterministic=deterministic, options=options)
     else:
         compute = partial(_in_torch, deterministic=deterministic, options=options)
-    return by_kind(compute, rows, counts, weights, rows.dtype)
+    return for_each_format(compute, rows, counts, weights, rows.dtype)
 
 
 def _in_torch(
@@ -89,10 +89,10 @@ def _in_torch(
     deterministic: bool,
     options: dict[str, Any],
 ) -> torch.Tensor:
-    """`grouped_expert_mlp` for experts with equal `held`, in C++ where this CPU has it."""
+    """Computes experts with equal `held` in C++ where this CPU supports it, else in torch."""
     kernel = experts_kernel(rows.dtype, weights[0]) if rows.device.type == "cpu" else None
-    many = rows.shape[0] > PACKED_ROWS * sum(map(bool, counts))  # of an expert, in the mean
-    if many and not deterministic and weights[0].kind == "bfloat16" and paired(rows.dtype):
+    many = rows.shape[0] > PACKED_ROWS * sum(map(bool, counts))  # mean rows per active expert
+    if many and not deterministic and weights[0].kind == "bfloat16" and multiplies_in_pairs(rows.dtype):
         kernel = None
     if kernel is not None and rows.stride(1) == 1:
         out = rows.new_empty(rows.shape)
@@ -115,18 +115,18 @@ def _in_torch(
             options["limit"] is not None,
             options["limit"] or 0.0,
             options["alpha"] or 0.0,
-            most_threads(),
+            thread_limit(),
         )
         return out
 
-    # Quantised matrices become values one at a time: all at once would take what quantising them has saved.
+    # One matrix is dequantised at a time: all of them together would need the memory that quantising saved.
     active = list(_active(counts, weights))
     projected = rows.new_empty(rows.shape[0], weights[0].form[2])  # [R, O]
     for span, expert in active:
         matrix = dequantised(expert.gate_up, rows.dtype)
         projected[span] = _product(rows[span], matrix, expert.gate_up_bias, deterministic)
-    # One activation over all rows, not one per expert: at a few rows each, dispatch would cost more than the arithmetic.
-    # Deterministic: row by row, since torch computes the end of a tensor with other instructions than its bulk.
+    # One activation over all rows, not one per expert: with a few rows each, torch's dispatch costs more than the arithmetic.
+    # Deterministic: row by row, because torch uses other instructions for the end of a tensor than for its bulk.
     parts = torch.split(projected, 1) if deterministic else (projected,)
     inner = torch.cat([activate(part, **options) for part in parts])  # [R, I]
     out = torch.empty_like(rows)
@@ -137,13 +137,13 @@ def _in_torch(
 
 
 def _product(x: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None, deterministic: bool) -> torch.Tensor:
-    """As the reference rounds it: first the product, then its sum with the bias."""
+    """Returns x W^T + bias, rounded twice like the reference: after the product and after the bias."""
     product = linear(x, matrix, deterministic=True) if deterministic else x @ matrix.T
     return product if bias is None else product + bias
 
 
 def _active(counts: Sequence[int], weights: Sequence[ExpertWeights]) -> Iterator[tuple[slice, ExpertWeights]]:
-    """The row span and weights of each expert that has rows."""
+    """Yields the row span and the weights of each expert that has rows."""
     start = 0
     for count, expert in zip(counts, weights, strict=True):
         if count:
@@ -152,12 +152,12 @@ def _active(counts: Sequence[int], weights: Sequence[ExpertWeights]) -> Iterator
 
 
 def experts_kernel(dtype: torch.dtype, expert: ExpertWeights) -> Callable[..., None] | None:
-    """The C++ function for rows of this dtype and experts held as this one, where there is one."""
+    """Returns the C++ function for rows of this dtype and experts of this one's format, or None."""
     if dtype not in _ROWS or (library := load()) is None:
         return None
     name, kind = f"moiety_experts_{_ROWS[dtype]}", expert.kind
     if kind == str(dtype).removeprefix("torch."):
-        return library.function(f"{name}_pairs" if paired(dtype) else name, *_SIGNATURE)
+        return library.function(f"{name}_pairs" if multiplies_in_pairs(dtype) else name, *_SIGNATURE)
     _, scales, gate_up_group, _, down_group = expert.held
     groups = (gate_up_group, down_group)
     if kind == "int4" and all(map(_ends_between_lanes, groups, expert.form[:2])):
@@ -170,5 +170,5 @@ def experts_kernel(dtype: torch.dtype, expert: ExpertWeights) -> Callable[..., N
 
 
 def _ends_between_lanes(group: int, columns: int) -> bool:
-    """Whether C++ can find the scale of each lane: a power of two from 8 on, or the whole row."""
+    """Whether each lane has one scale, as C++ needs: groups of a power of two from 8 on, or of the whole row."""
     return group == columns or (group >= LANE_COLUMNS and group & (group - 1) == 0)

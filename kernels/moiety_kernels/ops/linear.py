@@ -1,4 +1,4 @@
-"""y = x W^T + b on CPU: the matrix products of a decode step, at memory speed and independent of the batch.
+"""y = x W^T + b on CPU: the matrix products of a decode step, at memory speed.
 
 Shape legend: R rows, D input features, O output features.
 """
@@ -12,12 +12,12 @@ import torch
 from torch.nn import functional
 
 from moiety_kernels.cpu.library import load
-from moiety_kernels.threads import most_threads
+from moiety_kernels.threads import thread_limit
 
-# Above this many rows torch's packed GEMM is faster: in float32, and in bfloat16 where it has the same instruction as ours
-# (AMD EPYC of 2024, one core, 256 rows of 1024 x 1024: 1.2 ms against 1.45). Where it had not, it never was.
+# Above this many rows torch's packed GEMM is faster in float32, and in bfloat16 where it uses the same instruction as ours
+# (AMD EPYC of 2024, one core, 256 rows of 1024 x 1024: 1.2 ms against our 1.45). Where it does not, it was not faster.
 PACKED_ROWS = 64
-FIXED_ROWS = 8  # of a tile without the library: a GEMM of one shape sums in one order
+FIXED_ROWS = 8  # rows of a deterministic tile in torch: a GEMM of one fixed shape sums in one order
 
 _NAMES = {torch.float32: "moiety_linear_f32", torch.bfloat16: "moiety_linear_bf16"}
 _POINTER, _SIZE = ctypes.c_void_p, ctypes.c_int64
@@ -27,19 +27,23 @@ _SIGNATURE = (_POINTER, _SIZE, _POINTER, _SIZE, _POINTER, _POINTER, _SIZE, _SIZE
 def linear(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, deterministic: bool = False
 ) -> torch.Tensor:
-    """x [R, D] times weight [O, D] plus bias [O]: [R, O], all of one dtype, sums in float32.
+    """Returns x [R, D] times weight [O, D] plus bias [O]: [R, O], all of one dtype, sums in float32.
 
-    `deterministic`: the bits of an output row depend on its input row alone, whatever else is in x. Raises ValueError
-    where the shapes do not fit.
+    `deterministic`: the bits of an output row depend only on its input row, not on the other rows of x. Raises
+    ValueError where the shapes do not match.
     """
     if x.shape[1] != weight.shape[1] or (bias is not None and bias.shape[0] != weight.shape[0]):
-        told = f"x {list(x.shape)}, weight {list(weight.shape)}, bias {None if bias is None else list(bias.shape)}"
-        raise ValueError(f"{told}: must be [R, D], [O, D] and [O]")
+        shapes = f"x {list(x.shape)}, weight {list(weight.shape)}, bias {None if bias is None else list(bias.shape)}"
+        raise ValueError(f"{shapes}: must be [R, D], [O, D] and [O]")
     kernel = linear_kernel(weight.dtype) if weight.device.type == "cpu" else None
     rows, depth = x.shape
     if kernel is None or x.stride(1) != 1 or weight.stride(1) != 1 or x.dtype != weight.dtype:
         return _fixed_tiles(x, weight, bias) if deterministic else functional.linear(x, weight, bias)
-    if rows > PACKED_ROWS and not deterministic and (weight.dtype == torch.float32 or paired(weight.dtype)):
+    if (
+        rows > PACKED_ROWS
+        and not deterministic
+        and (weight.dtype == torch.float32 or multiplies_in_pairs(weight.dtype))
+    ):
         return functional.linear(x, weight, bias)
     width = weight.shape[0]
     out = x.new_empty(rows, width)
@@ -53,25 +57,25 @@ def linear(
         rows,
         depth,
         width,
-        most_threads(),
+        thread_limit(),
     )
     return out
 
 
 def _fixed_tiles(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """In products of FIXED_ROWS rows each, the last one filled up with zeros."""
+    """Computes `linear` in products of FIXED_ROWS rows each, the last one padded with zeros."""
     rows = x.shape[0]
     padded = functional.pad(x, (0, 0, 0, -rows % FIXED_ROWS))
     return torch.cat([functional.linear(tile, weight, bias) for tile in torch.split(padded, FIXED_ROWS)])[:rows]
 
 
 def linear_kernel(dtype: torch.dtype) -> Callable[..., None] | None:
-    """The C++ function for this dtype, where there is one."""
+    """Returns the C++ function for this dtype, or None."""
     if dtype not in _NAMES or (library := load()) is None:
         return None
-    return library.function(f"{_NAMES[dtype]}{'_pairs' if paired(dtype) else ''}", *_SIGNATURE)
+    return library.function(f"{_NAMES[dtype]}{'_pairs' if multiplies_in_pairs(dtype) else ''}", *_SIGNATURE)
 
 
-def paired(dtype: torch.dtype) -> bool:
-    """Whether C++ multiplies values of this dtype in pairs, as torch does on the same CPU."""
+def multiplies_in_pairs(dtype: torch.dtype) -> bool:
+    """Whether C++ multiplies this dtype in pairs (`vdpbf16ps`), as torch does on the same CPU."""
     return dtype == torch.bfloat16 and (library := load()) is not None and library.pairs

@@ -13,7 +13,7 @@ import torch
 
 from moiety_kernels.cpu.library import load
 from moiety_kernels.ops import paged_attention_torch
-from moiety_kernels.threads import most_threads
+from moiety_kernels.threads import thread_limit
 
 _POINTER, _SIZE, _FLOAT, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
 _ATTENTION = (
@@ -35,10 +35,10 @@ def store(
     value: torch.Tensor | None,
     slots: torch.Tensor,
 ) -> None:
-    """Writes `key` [T, G, Dk] and `value` [T, G, Dv] to their `slots` int64 [T] of the pool.
+    """Writes `key` [T, G, Dk] and `value` [T, G, Dv] to the `slots` (int64 [T]) of a layer's pool.
 
-    `keys` [B, G, P, Dk] and `values` [B, G, P, Dv] are a layer's pool, of the dtype of `key`. Where values are the first
-    Dv columns of the keys (the latent of MLA) they are not stored: `values` and `value` are None. No slot may occur twice.
+    The pool is `keys` [B, G, P, Dk] and `values` [B, G, P, Dv], in the dtype of `key`. Where the values are the first Dv
+    columns of the keys (the latent of MLA), `values` and `value` are None. No slot may occur twice.
     """
     _store(keys, key, slots)
     if values is not None and value is not None:
@@ -60,18 +60,19 @@ def paged_attention(
     softcap: float | None = None,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Each token of `query` [T, H, Dk] over its sequence's past: [T, H, Dv], in the query's dtype, which is the pool's.
+    """Attends each token of `query` [T, H, Dk] to its sequence's past: [T, H, Dv], in the dtype of query and pool.
 
     Token t sees the first `length[t]` (int32 [T], at least 1: itself) positions of sequence `sequence[t]` (int32 [T]),
-    less those that a sliding `window` or an attention `chunk` (in tokens) hides. Position p of sequence s lies in block
-    `tables[s, p // P]` (int32 [S, M]) of `keys` [B, G, P, Dk] and `values` [B, G, P, Dv]; entries behind the last
-    position, or before the first that is visible, are never used. `values` may be a view of the first columns of
-    `keys`. `sinks` [H] are scores that take part in the softmax only; `softcap` bounds scores by a tanh. `bias` [H, N]
-    (float32) is added to the score of the position n tokens before a token: `bias[:, n]`, its last for all beyond.
+    except those that a sliding `window` or an attention `chunk` (in tokens) hides. Position p of sequence s lies in block
+    `tables[s, p // P]` (int32 [S, M]) of `keys` [B, G, P, Dk] and `values` [B, G, P, Dv]. Table entries after the last
+    position or before the first visible one are not used. `values` may be a view of the first columns of `keys`.
+    `sinks` [H] are extra scores that only enter the softmax. `softcap` bounds the scores with a tanh. `bias` [H, N]
+    (float32): `bias[:, n]` is added to the score of the position n tokens back, the last entry to all farther ones.
 
-    Tokens of one sequence should lie side by side: they are then computed together and read its blocks once. On a CPU
-    with the C++ kernels a token's float32 or bfloat16 result is the same to the bit whatever else is in the call.
-    Elsewhere it agrees to rounding; there `sequence` and `length` kept on the host save waiting for the device.
+    Tokens of one sequence should be adjacent: then they are computed together and read its blocks once. The C++ kernels
+    give a token the same float32 or bfloat16 bits whatever else is in the call. Other backends agree up to rounding, and
+    need not wait for the device if `sequence` and `length` are on the host. Raises ValueError where `tables`, `sequence`
+    or `length` is not contiguous int32.
     """
     for name, index in (("tables", tables), ("sequence", sequence), ("length", length)):
         if index.dtype != torch.int32 or not index.is_contiguous():
@@ -126,13 +127,13 @@ def paged_attention(
         chunk or 0,
         scale,
         softcap or 0.0,
-        most_threads(),
+        thread_limit(),
     )
     return output
 
 
 def _store(pool: torch.Tensor, rows: torch.Tensor, slots: torch.Tensor) -> None:
-    """Writes `rows` [T, G, D] to their slots of `pool` [B, G, P, D]."""
+    """Writes `rows` [T, G, D] to their `slots` (int64 [T]) of `pool` [B, G, P, D], in C++ or torch."""
     kernel = _store_kernel() if pool.device.type == "cpu" else None
     if kernel is None or rows.dtype != pool.dtype:
         return paged_attention_torch.store(pool, rows, slots)
@@ -157,11 +158,12 @@ def _store(pool: torch.Tensor, rows: torch.Tensor, slots: torch.Tensor) -> None:
 
 
 def _attention_kernel(dtype: torch.dtype) -> Callable[..., None] | None:
-    """The C++ function for this dtype, where there is one."""
+    """Returns the C++ function for this dtype, or None."""
     if dtype not in (torch.float32, torch.bfloat16) or (library := load()) is None:
         return None
     return library.function("moiety_paged_attention", *_ATTENTION)
 
 
 def _store_kernel() -> Callable[..., None] | None:
+    """Returns the C++ function, or None."""
     return None if (library := load()) is None else library.function("moiety_paged_store", *_STORE)

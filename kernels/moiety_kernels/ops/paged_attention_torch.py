@@ -1,8 +1,8 @@
-"""Paged attention through torch's own operations: what runs on every device and in every dtype.
+"""Paged attention in torch operations, for the devices and dtypes without a C++ kernel.
 
-Sequences of about the same length and equally many query tokens are gathered from the pool into one batch, so a decode
-step is a few calls however many sequences it has. In float32 a token's result agrees to rounding with what it would be
-alone, not to the bit.
+Sequences of similar length with equally many query tokens are gathered from the pool into one batch, so a decode step is
+a few torch calls however many sequences it has. The other tokens of a call may change a token's float32 result by
+rounding.
 
 Shape legend: T tokens of a step, S sequences, H query heads, G key/value heads, Dk and Dv head widths, B blocks of the
 pool, P tokens per block, M blocks per table; within a batch N sequences of n query tokens and L positions.
@@ -19,15 +19,15 @@ from torch.nn import functional
 
 from moiety_kernels.reference.attention import first_visible
 
-# A long prefill is cut so that its mask and scores stay in cache-sized pieces.
+# A long prefill is cut into segments of this many tokens, so that mask and scores fit in the cache.
 _QUERY_TOKENS = 512
-# Of all sequences of a batch: larger copies are fresh memory at every call, and page faults cost more than the reads
-# (8 sequences x 1024 positions x 4 KB: 18 ms as one batch, 6 ms as two).
+# Positions of all sequences of a batch. Larger copies get fresh memory at every call, and its page faults cost more than
+# the reads (8 sequences x 1024 positions x 4 KB: 18 ms as one batch, 6 ms as two).
 _POSITIONS = 4096
 
 
 def store(pool: torch.Tensor, rows: torch.Tensor, slots: torch.Tensor) -> None:
-    """Writes `rows` [T, G, D] to their `slots` int64 [T] of `pool` [B, G, P, D]."""
+    """Writes `rows` [T, G, D] to their `slots` (int64 [T]) of `pool` [B, G, P, D]."""
     page = pool.shape[2]
     pool[slots // page, :, slots % page] = rows
 
@@ -48,7 +48,7 @@ def paged_attention(
     softcap: float | None,
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    """As `paged_attention.paged_attention`."""
+    """Computes `ops.paged_attention.paged_attention` in torch, with the same arguments."""
     device, page, groups = query.device, keys.shape[2], keys.shape[1]
     shared = keys.data_ptr() == values.data_ptr()
     ends = length.tolist()
@@ -56,7 +56,7 @@ def paged_attention(
     output = query.new_empty(query.shape[0], query.shape[1], values.shape[-1])
     for segments in _batches(sequence.tolist(), ends, window, chunk):
         tokens = torch.tensor([segment.tokens for segment in segments], device=device)  # [N, n]
-        # Whole blocks, from the one that holds the oldest position that any token of the segment sees.
+        # Whole blocks are read, starting at the one with the oldest position that any token of the segment sees.
         start = torch.tensor([segment.oldest // page for segment in segments], device=device)
         blocks = max(-(-segment.newest // page) - segment.oldest // page for segment in segments)
         column = start[:, None] + torch.arange(blocks, device=device)
@@ -64,11 +64,11 @@ def paged_attention(
         table = tables[row[:, None], column.clamp(max=tables.shape[1] - 1)].long().clamp(min=0)  # [N, L / P]
         position = start[:, None] * page + torch.arange(blocks * page, device=device)  # [N, L]
         visible = _visible(position.unsqueeze(1), length[tokens].unsqueeze(2), window, chunk)  # [N, n, L]
-        # What was never written may be NaN, which no mask stops. It is little: a fill of everything costs more.
+        # Unwritten positions may hold NaN, which a mask does not remove. They are few: zeroing only them is cheapest.
         hidden = (~visible.any(1)).nonzero(as_tuple=True)
         key = _gather(keys, table, hidden)
         value = key[..., : values.shape[-1]] if shared else _gather(values, table, hidden)
-        # Query heads of one key/value head side by side as rows: grouped-query attention without repeating K and V.
+        # The query heads of one key/value head become adjacent rows: grouped-query attention without repeating K and V.
         count, repeat = tokens.shape[1], query.shape[1] // groups
         heads = query[tokens].view(*tokens.shape, groups, repeat, -1).permute(0, 2, 3, 1, 4).flatten(2, 3)
         mask = visible.repeat(1, repeat, 1).unsqueeze(1)  # [N, 1, H / G * n, L]
@@ -90,10 +90,10 @@ def paged_attention(
 
 @dataclass(frozen=True, slots=True)
 class _Segment:
-    """Query tokens of one sequence that see positions from `oldest` up to but not `newest`."""
+    """Query tokens of one sequence; the positions they see lie in [`oldest`, `newest`)."""
 
     tokens: range
-    row: int
+    row: int  # of the tables
     oldest: int
     newest: int
 
@@ -101,7 +101,7 @@ class _Segment:
 def _batches(
     sequence: Sequence[int], ends: Sequence[int], window: int | None, chunk: int | None
 ) -> Iterator[list[_Segment]]:
-    """Segments that can be computed together: equally many query tokens, and reaches within a factor of two."""
+    """Yields segments to compute together: equally many query tokens, and visible ranges within a factor of two."""
     segments: list[_Segment] = []
     start = 0
     for row, run in groupby(sequence):
@@ -123,7 +123,7 @@ def _batches(
 
 
 def _visible(position: torch.Tensor, length: torch.Tensor, window: int | None, chunk: int | None) -> torch.Tensor:
-    """[N, n, L]: whether the token of `length` [N, n, 1] sees `position` [N, 1, L]."""
+    """Returns [N, n, L]: whether the token with `length` [N, n, 1] sees `position` [N, 1, L]."""
     visible = position < length
     if window is not None:
         visible &= position >= length - window
@@ -133,11 +133,9 @@ def _visible(position: torch.Tensor, length: torch.Tensor, window: int | None, c
 
 
 def _gather(pool: torch.Tensor, table: torch.Tensor, hidden: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """The blocks of `table` [N, m] from `pool` [B, G, P, D] in order, zero where hidden: [N, G, m * P, D]."""
+    """Copies the blocks of `table` [N, m] out of `pool` [B, G, P, D], with zeros at hidden positions: [N, G, m * P, D]."""
     group = torch.arange(pool.shape[1], device=pool.device)
-    index = (
-        table.unsqueeze(1) * pool.shape[1] + group[:, None]
-    )  # [N, G, m]: a block of one head is one row, copied whole
+    index = table.unsqueeze(1) * pool.shape[1] + group[:, None]  # [N, G, m]: a block of one head is copied as one row
     rows = pool.flatten(0, 1).index_select(0, index.flatten()).view(*index.shape[:2], -1, pool.shape[3])
     sequence, position = hidden
     rows[sequence, :, position] = 0
@@ -148,12 +146,12 @@ def _plain(
     heads: torch.Tensor,  # [N, G, H / G * n, Dk]
     key: torch.Tensor,  # [N, G, L, Dk]
     value: torch.Tensor,  # [N, G, L, Dv]
-    mask: torch.Tensor,  # [N, 1, H / G * n, L]: what is seen; or [N, G, …], what is added to the scores
+    mask: torch.Tensor,  # bool [N, 1, H / G * n, L], true where visible; or a bias [N, G, H / G * n, L], added to the scores
     scale: float,
     sinks: torch.Tensor | None,
     softcap: float | None,
 ) -> torch.Tensor:
-    """Attention with what the fused function lacks: logit soft caps, and sinks that take part in the softmax only."""
+    """Computes attention with what torch's fused function lacks: soft caps on scores, and sinks in the softmax."""
     scores = (heads @ key.transpose(-1, -2)) * scale
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap

@@ -1,4 +1,4 @@
-"""Several slices of experts over rows sorted by slice: outputs in float32, to be summed before they are rounded.
+"""MLPs of expert slices over rows sorted by slice: float32 outputs, which the caller sums before rounding.
 
 Shape legend: R rows, D hidden size, I intermediate size of a slice.
 """
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from moiety_kernels.ops.by_format import Backend, by_kind, in_triton, uses_triton
+from moiety_kernels.ops.by_format import Backend, for_each_format, run_in_triton, uses_triton
 from moiety_kernels.ops.expert_mlp import ExpertWeights, grouped_expert_mlp
 from moiety_kernels.ops.linear import linear
 from moiety_kernels.reference.expert_mlp import activate
@@ -32,10 +32,10 @@ def grouped_partial_mlp(
     deterministic: bool = False,
     backend: Backend | None = None,
 ) -> torch.Tensor:
-    """As `grouped_expert_mlp`, [R, D] -> [R, D], but float32 whatever the rows' dtype: only the sum is to be rounded.
+    """Runs each row through its slice, like `grouped_expert_mlp`: [R, D] -> float32 [R, D], so that only sums are rounded.
 
-    In float32 it is the same computation. On a GPU Triton stores its sums as they are.
-    Otherwise the second product is taken of widened values: twice the time.
+    For float32 rows this is the same computation. On a GPU Triton stores its float32 sums. Otherwise the second product
+    takes values widened to float32, which takes twice the time.
     """
     if rows.dtype == torch.float32:
         return grouped_expert_mlp(
@@ -58,21 +58,21 @@ def grouped_partial_mlp(
             "limit": limit,
             "alpha": alpha,
         }
-        compute = partial(in_triton, dtype=torch.float32, deterministic=deterministic, options=options)
-        return by_kind(compute, rows, counts, weights, torch.float32)
+        compute = partial(run_in_triton, dtype=torch.float32, deterministic=deterministic, options=options)
+        return for_each_format(compute, rows, counts, weights, torch.float32)
     out = torch.empty(rows.shape, dtype=torch.float32, device=rows.device)
     start = 0
-    for count, held in zip(counts, weights, strict=True):
+    for count, expert in zip(counts, weights, strict=True):
         if count:
             span = slice(start, start + count)
-            gate_up, down = dequantised(held.gate_up, rows.dtype), dequantised(held.down, rows.dtype)
+            gate_up, down = dequantised(expert.gate_up, rows.dtype), dequantised(expert.down, rows.dtype)
             projected = linear(rows[span], gate_up, deterministic=deterministic)
-            if held.gate_up_bias is not None:
-                projected = projected + held.gate_up_bias
+            if expert.gate_up_bias is not None:
+                projected = projected + expert.gate_up_bias
             inner = activate(
                 projected, activation=activation, gated=gated, interleaved=interleaved, limit=limit, alpha=alpha
             )  # [count, I]
             product = linear(inner.float(), down.float(), deterministic=deterministic)
-            out[span] = product if held.down_bias is None else product + held.down_bias.float()
+            out[span] = product if expert.down_bias is None else product + expert.down_bias.float()
             start += count
     return out

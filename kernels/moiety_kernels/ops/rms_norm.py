@@ -1,4 +1,4 @@
-"""RMS normalisation of rows on CPU, in one pass.
+"""RMS normalisation of rows: in one pass of C++ on CPU, else in torch.
 
 Shape legend: D features.
 """
@@ -20,10 +20,10 @@ _SIGNATURE = (_POINTER, _SIZE, _POINTER, _POINTER, _SIZE, _SIZE, _REAL, _REAL, c
 def rms_norm(
     x: torch.Tensor, weight: torch.Tensor, epsilon: float, *, offset: float = 0.0, late: bool = False
 ) -> torch.Tensor:
-    """x [..., D] over its root mean square, times weight [D] + offset: [..., D], in the dtype both have.
+    """Divides x [..., D] by its root mean square and multiplies by weight [D] + offset: [..., D], in their common dtype.
 
-    The mean and the scale are float32. x is rounded to its dtype before the product with the weight, or, when `late`,
-    only after it: models differ.
+    Mean and scale are float32. The normalised x is rounded to its dtype before the product with the weight, or only after
+    it when `late`: models differ.
     """
     kernel = rms_norm_kernel(x.dtype) if x.device.type == "cpu" else None
     if kernel is None or weight.dtype != x.dtype:
@@ -43,7 +43,7 @@ def rms_norm(
 
 
 def rms_norm_kernel(dtype: torch.dtype) -> Callable[..., None] | None:
-    """The C++ function for this dtype, where there is one."""
+    """Returns the C++ function for this dtype, or None."""
     if dtype not in _NAMES or (library := load()) is None:
         return None
     return library.function(_NAMES[dtype], *_SIGNATURE)

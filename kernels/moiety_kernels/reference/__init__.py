@@ -1,1 +1,1 @@
-"""Plain torch definitions that every kernel is tested against."""
+"""Definitions in plain torch, against which every kernel is tested."""

@@ -1,4 +1,4 @@
-"""Paged attention in plain torch, one token at a time: the definition that every faster path is tested against.
+"""Paged attention in plain torch, one token at a time: the definition against which every faster path is tested.
 
 Shape legend: T tokens of a step, S sequences, H query heads, G key/value heads, Dk and Dv head widths, B blocks of the
 pool, P tokens per block, M blocks per table.
@@ -10,7 +10,7 @@ import torch
 
 
 def first_visible(length: int, window: int | None, chunk: int | None) -> int:
-    """The oldest position that the token at position `length - 1` sees."""
+    """Returns the oldest position that the token at position `length - 1` sees."""
     first = 0
     if window is not None:
         first = max(first, length - window)
@@ -34,7 +34,7 @@ def paged_attention_reference(
     softcap: float | None = None,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """As `paged_attention.paged_attention`, computed in the pool's dtype where that is float64, else in float32."""
+    """Computes `ops.paged_attention.paged_attention` in float64 where the query is float64, else in float32."""
     groups, page = keys.shape[1:3]
     wide = torch.promote_types(query.dtype, torch.float32)
     output = query.new_empty(query.shape[0], query.shape[1], values.shape[-1])
@@ -50,7 +50,7 @@ def paged_attention_reference(
         if bias is not None:
             distance = (end - 1 - seen).clamp(max=bias.shape[1] - 1)
             scores = scores + bias.to(wide)[:, distance].view(groups, -1, len(seen))
-        if sinks is not None:  # one more score per head that takes its share of the softmax and adds no value
+        if sinks is not None:  # one more score per head, which takes its share of the softmax and has no value
             scores = torch.cat([scores, sinks.to(wide).view(groups, -1, 1)], dim=-1)
         probabilities = scores.softmax(-1)[..., : len(seen)]
         output[token] = torch.einsum("grl,lgd->grd", probabilities, value).flatten(0, 1).to(output.dtype)

@@ -1,7 +1,7 @@
-"""One expert's MLP in plain torch: the definition that every faster kernel is tested against.
+"""One expert's MLP in plain torch: the definition against which every faster kernel is tested.
 
-Operations, their order and their dtypes are those of transformers' `integrations/moe.py`, so that results agree to the
-bit where the matrix products do: a bias is added to the rounded product, and activations run in the rows' dtype.
+Operations, their order and their dtypes follow transformers' `integrations/moe.py`, so results are bit-identical where the
+matrix products are: a bias is added to the rounded product, and activations run in the rows' dtype.
 
 Shape legend: R rows, D hidden size, I intermediate size, O = 2I when gated, else I.
 """
@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from moiety_kernels.weights.expert_weights import ExpertWeights, dequantised
 
-SWIGLU_CLAMPED = "swiglu_clamped"  # gpt-oss: gates by itself, so it has no one-argument form
+SWIGLU_CLAMPED = "swiglu_clamped"  # gpt-oss: includes the gating, so it has no one-argument form
 
 _ELEMENTWISE: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": functional.silu,
@@ -36,10 +36,10 @@ def activate(
     limit: float | None = None,
     alpha: float | None = None,
 ) -> torch.Tensor:
-    """From the first projection [R, O] to the input of the second, [R, I].
+    """Applies the activation: the first projection [R, O] -> the input of the second, [R, I].
 
-    Gated experts hold gate and up side by side, or alternating when `interleaved`. `limit` clamps the gate from above
-    and up on both sides. `swiglu_clamped` is `(up + 1) * gate * sigmoid(alpha * gate)`. Raises ValueError for an
+    Gated experts have gate and up side by side, or in alternating columns when `interleaved`. `limit` clamps the gate
+    from above and up on both sides. `swiglu_clamped` is `(up + 1) * gate * sigmoid(alpha * gate)`. Raises ValueError for an
     activation that is not in ACTIVATIONS, and for `swiglu_clamped` without gate or alpha.
     """
     if activation not in ACTIVATIONS:
@@ -69,7 +69,7 @@ def expert_mlp(
     limit: float | None = None,
     alpha: float | None = None,
 ) -> torch.Tensor:
-    """`rows` [R, D] through one expert: [R, D], in the rows' dtype, which plain weights must have."""
+    """Runs `rows` [R, D] through one expert: [R, D], in the rows' dtype, which plain weights must have."""
     projected = rows @ dequantised(weights.gate_up, rows.dtype).T  # [R, O]
     if weights.gate_up_bias is not None:
         projected = projected + weights.gate_up_bias

@@ -1,6 +1,6 @@
-"""Top-k gating in plain torch: the definition that the fused kernel is tested against.
+"""Top-k gating in plain torch: the definition against which the fused kernel is tested.
 
-Shape legend: T tokens, E experts, K experts a token, G groups of E / G experts.
+Shape legend: T tokens, E experts, K experts per token, G groups of E / G experts.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ GROUP_SCORES = ("max", "top_two")
 class Gate:
     """How a model chooses and weighs a token's experts.
 
-    `scores`: `softmax` over all logits (Mixtral, Qwen3, DeepSeek-V2), `softmax_after` over the K chosen ones (gpt-oss), or
-    `sigmoid` (DeepSeek-V3). `renormalise`: the K weights add up to 1, before `scaling`. With `groups` > 1 only experts of
-    the `kept_groups` best groups are chosen; a group counts its best expert (`max`), or its two best (`top_two`).
+    `scores`: `softmax` over all logits (Mixtral, Qwen3, DeepSeek-V2), `softmax_after` over the K chosen logits (gpt-oss), or
+    `sigmoid` (DeepSeek-V3). `renormalise`: the K weights add up to 1 before `scaling`. With `groups` > 1 only experts of
+    the `kept_groups` best groups can be chosen. A group's score is its best expert's (`max`), or the sum of its two best
+    (`top_two`).
     """
 
     top_k: int
@@ -31,28 +32,32 @@ class Gate:
     group_score: str = "max"
 
     def check(self, experts: int) -> None:
-        """Raises ValueError unless this can choose among `experts`."""
+        """Raises ValueError where this gate cannot choose among `experts` experts."""
         if self.scores not in SCORES:
             raise ValueError(f"gate: scores {self.scores!r}: must be one of {', '.join(SCORES)}")
         if self.group_score not in GROUP_SCORES:
             raise ValueError(f"gate: group_score {self.group_score!r}: must be one of {', '.join(GROUP_SCORES)}")
         if self.groups < 1 or experts % self.groups or not 1 <= self.kept_groups <= self.groups:
-            raise ValueError(f"gate: {self.kept_groups} of {self.groups} groups of {experts} experts: must divide them")
+            raise ValueError(
+                f"gate: groups {self.groups}, kept_groups {self.kept_groups}: groups must divide {experts} experts,"
+                " kept_groups must be 1 to groups"
+            )
         if self.group_score == "top_two" and self.groups > 1 and experts // self.groups < 2:
             raise ValueError(
-                f"gate: group_score 'top_two' of groups of {experts // self.groups} expert: must be 2 or more"
+                f"gate: group_score 'top_two' with {experts // self.groups} expert per group: must be 2 or more"
             )
-        among = experts // self.groups * self.kept_groups
-        if not 1 <= self.top_k <= among:
-            raise ValueError(f"gate: top_k {self.top_k}: must be 1 to {among}, the experts to choose among")
+        choices = experts // self.groups * self.kept_groups
+        if not 1 <= self.top_k <= choices:
+            raise ValueError(f"gate: top_k {self.top_k}: must be 1 to {choices}, the experts of the kept groups")
 
 
 def gating_reference(
     logits: torch.Tensor, gate: Gate, *, bias: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`logits` [T, E] -> indices [T, K], best first, and weights [T, K] in float32 (float64 if the logits are).
+    """Chooses experts: `logits` [T, E] -> indices [T, K], best first, and weights [T, K].
 
-    `bias` [E] is added to the scores for choosing, not for weighing. Ties go to the lower index.
+    Weights are float32, or float64 where the logits are. `bias` [E] is added to the scores for the choice, not to the
+    weights. Ties go to the lower index.
     """
     tokens, experts = logits.shape
     gate.check(experts)

@@ -1,1 +1,1 @@
-"""Expert weights as they are held in memory, one file per format."""
+"""Expert weights in memory: one file per quantised format, and what they share."""

@@ -1,4 +1,4 @@
-"""The weights of one expert, one row per output feature, each matrix as it is or quantised."""
+"""The weights of one expert, one row per output feature; matrices are plain or quantised."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from moiety_kernels.weights.combine import moved
 from moiety_kernels.weights.fp8 import Fp8Matrix
 from moiety_kernels.weights.int4 import GROUP, Int4Matrix
 from moiety_kernels.weights.int8 import Int8Matrix
 from moiety_kernels.weights.matrix import Matrix
+from moiety_kernels.weights.matrix_ops import to_device
 from moiety_kernels.weights.mxfp4 import Mxfp4Matrix
 
 KINDS = {Int8Matrix: "int8", Int4Matrix: "int4", Fp8Matrix: "fp8", Mxfp4Matrix: "mxfp4"}
@@ -19,9 +19,10 @@ KINDS = {Int8Matrix: "int8", Int4Matrix: "int4", Fp8Matrix: "fp8", Mxfp4Matrix: 
 
 @dataclass(frozen=True, slots=True)
 class ExpertWeights:
-    """One expert's matrices and biases; O is 2I when gated, else I. The two matrices are held the same way.
+    """One expert's matrices and biases. O is 2I when gated, else I. Both matrices have one format.
 
-    Raises ValueError where one of them is of another shape, or not contiguous: C++ would read what lies behind it.
+    Raises ValueError where a tensor has another shape or is not contiguous, since C++ would read past its end, and where
+    the formats of the two matrices differ.
     """
 
     gate_up: Matrix  # [O, D]
@@ -29,7 +30,7 @@ class ExpertWeights:
     gate_up_bias: torch.Tensor | None = None  # [O]
     down_bias: torch.Tensor | None = None  # [D]
     form: tuple[int, int, int] = field(init=False)  # D, I, O
-    held: tuple[Any, ...] = field(init=False)  # experts with equal `held` can be computed in one call
+    held: tuple[Any, ...] = field(init=False)  # weight format: experts with equal `held` can share a kernel call
     pointers: tuple[int | None, ...] = field(init=False, repr=False)  # codes, scale, zero of each matrix; biases
 
     def __post_init__(self) -> None:
@@ -41,10 +42,11 @@ class ExpertWeights:
                 continue
             contiguous = not isinstance(matrix, torch.Tensor) or matrix.is_contiguous()
             if tuple(matrix.shape) != shape or not contiguous:
-                told = f"{list(matrix.shape)}{'' if contiguous else ', not contiguous'}"
-                raise ValueError(f"expert weights: {name} is {told}: must be {list(shape)}, contiguous")
+                found = f"{list(matrix.shape)}{'' if contiguous else ', not contiguous'}"
+                raise ValueError(f"expert weights: {name} is {found}: must be {list(shape)}, contiguous")
         if type(self.gate_up) is not type(self.down):
-            raise ValueError("expert weights: gate_up and down must be held the same way")
+            formats = f"gate_up is {type(self.gate_up).__name__}, down is {type(self.down).__name__}"
+            raise ValueError(f"expert weights: {formats}: must be of one format")
         object.__setattr__(self, "form", (hidden, inner, width))
         object.__setattr__(self, "held", (self.kind, *layout_of(self.gate_up), *layout_of(self.down)))
         biases = (None if bias is None else bias.data_ptr() for bias in (self.gate_up_bias, self.down_bias))
@@ -52,14 +54,14 @@ class ExpertWeights:
 
     @property
     def kind(self) -> str:
-        """How the matrices are held: a dtype such as `bfloat16`, or `int8`, `int4`, `fp8`, `mxfp4`."""
+        """The matrices' number format: a dtype such as `bfloat16`, or `int8`, `int4`, `fp8`, `mxfp4`."""
         if isinstance(self.gate_up, torch.Tensor):
             return str(self.gate_up.dtype).removeprefix("torch.")
         return KINDS[type(self.gate_up)]
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
-        """Every tensor that is held."""
+        """Every tensor of this expert."""
         parts = (self.gate_up, self.down, self.gate_up_bias, self.down_bias)
         tensors: list[torch.Tensor] = []
         for part in parts:
@@ -69,21 +71,21 @@ class ExpertWeights:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of storage that these weights keep alive."""
+        """Bytes of storage that these weights keep in memory."""
         return sum(tensor.untyped_storage().nbytes() for tensor in self.tensors)
 
     def to(self, device: torch.device | str) -> ExpertWeights:
-        """The same expert on `device`."""
+        """Returns the same expert on `device`."""
         biases = (None if bias is None else bias.to(device) for bias in (self.gate_up_bias, self.down_bias))
-        return ExpertWeights(moved(self.gate_up, device), moved(self.down, device), *biases)
+        return ExpertWeights(to_device(self.gate_up, device), to_device(self.down, device), *biases)
 
     def quantised(self, bits: int = 8, group: int = GROUP, *, rounds_rows: bool = False) -> ExpertWeights:
-        """The same expert with matrices of `bits` (8 or 4); biases, and matrices quantised already, stay as they are.
+        """Returns the same expert with matrices of `bits` (8 or 4). Biases and already quantised experts stay as they are.
 
-        Symmetric, rounded to the nearest: to 8 bits with one scale per output feature, to 4 with one per `group` columns
-        of it. Where weights and rows are spread like noise, an 8-bit expert's output is within 2 % of the unquantised one's
-        (root mean square over root mean square), 4 % with `rounds_rows` (see Int8Matrix), and a 4-bit expert's within
-        20 %; rows with outliers lose more. Raises ValueError where the columns are no multiple of `group`.
+        Symmetric, rounded to nearest: 8 bits with one scale per output feature, 4 bits with one per `group` columns of
+        it. For normally distributed weights and rows, the output differs from the unquantised expert's by at most 2 % with
+        8 bits (root mean square over root mean square), 4 % with `rounds_rows` (see Int8Matrix), and 20 % with 4 bits.
+        Rows with outliers lose more. Raises ValueError where the columns are not a multiple of `group`.
         """
         if not isinstance(self.gate_up, torch.Tensor) or not isinstance(self.down, torch.Tensor):
             return self
@@ -95,13 +97,15 @@ class ExpertWeights:
         return replace(self, gate_up=gate_up, down=down)
 
     def dequantised(self, dtype: torch.dtype) -> ExpertWeights:
-        """The values in `dtype`, up to rounding; matrices that are not quantised stay as they are."""
+        """Returns the same expert with quantised matrices as values in `dtype`; plain matrices stay as they are."""
         return replace(self, gate_up=dequantised(self.gate_up, dtype), down=dequantised(self.down, dtype))
 
 
 def layout_of(matrix: Matrix) -> tuple[Any, ...]:
-    """What a kernel must know of a matrix beside its kind and shape: the scales' dtype, and their group, rows of a block, or
-    whether rows are rounded."""
+    """Returns what a kernel must know about a matrix besides its kind and shape: the scales' dtype, and one number.
+
+    The number is int4's columns per scale, fp8's rows per scale, or 1 for int8 whose rows are rounded.
+    """
     if isinstance(matrix, Int4Matrix):
         return matrix.scale.dtype, matrix.group
     if isinstance(matrix, Int8Matrix):
@@ -110,10 +114,11 @@ def layout_of(matrix: Matrix) -> tuple[Any, ...]:
 
 
 def dequantised(matrix: Matrix, dtype: torch.dtype) -> torch.Tensor:
-    """The values of `matrix`; those of a plain tensor are returned as they are."""
+    """Returns the values of `matrix` in `dtype`; a plain tensor is returned as it is."""
     return matrix if isinstance(matrix, torch.Tensor) else matrix.dequantised(dtype)
 
 
 def _pointers(matrix: Matrix) -> tuple[int | None, ...]:
+    """Returns the addresses of codes, scale and zero, None for those that the format does not have."""
     tensors = (matrix,) if isinstance(matrix, torch.Tensor) else matrix.tensors
     return (*(tensor.data_ptr() for tensor in tensors), None, None)[:3]

@@ -1,4 +1,4 @@
-"""int4: one scale, and maybe one zero point, per row and group of columns."""
+"""int4: one scale and an optional zero point per row and group of columns."""
 
 from __future__ import annotations
 
@@ -9,25 +9,19 @@ import torch
 from moiety_kernels.weights.matrix import check
 from moiety_kernels.weights.nibbles import pack_nibbles, unpack_nibbles
 
-INT4_ZERO = 8  # the same for int4, where there is no zero point of a group's own
-
-
+INT4_ZERO = 8  # the code of zero, where a matrix has no zero points
 GROUP = 64  # columns per scale where we quantise to int4 ourselves
-
-
 _INT4_LARGEST = 7
-
-
-_SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)  # of a group's scale, tried in turn: clipping outliers may cost less
+_SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)  # factors tried on a group's scale: clipping outliers may reduce the error
 
 
 @dataclass(frozen=True, slots=True)
 class Int4Matrix:
-    """(codes - zero) * scale with one scale, and maybe one zero point, per row and group of D / G columns."""
+    """(codes - zero) * scale, with one scale and an optional zero point per row and group of D / G columns."""
 
-    codes: torch.Tensor  # uint8 [O, D / 2]: the even column of two in the low half of a byte
+    codes: torch.Tensor  # uint8 [O, D / 2]: even columns in the low half of a byte
     scale: torch.Tensor  # float16 or bfloat16 [O, G]
-    zero: torch.Tensor | None = None  # uint8 [O, G], 0 to 15; None: 8 throughout
+    zero: torch.Tensor | None = None  # uint8 [O, G], 0 to 15; None: 8 everywhere
 
     def __post_init__(self) -> None:
         rows, groups = self.scale.shape
@@ -37,7 +31,7 @@ class Int4Matrix:
         if self.zero is not None:
             check("zero", self.zero, torch.uint8, (rows, groups))
         if not groups or self.shape[1] % groups:
-            raise ValueError(f"int4: {self.shape[1]} columns cannot be {groups} groups of one size")
+            raise ValueError(f"int4: {self.shape[1]} columns cannot be {groups} groups: must be a multiple")
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -54,9 +48,9 @@ class Int4Matrix:
 
     @classmethod
     def of(cls, matrix: torch.Tensor, group: int = GROUP, scales: torch.dtype = torch.float16) -> Int4Matrix:
-        """`matrix` [O, D], symmetric; of some scales a group gets the one with the least squared error.
+        """Quantises `matrix` [O, D] symmetrically, trying several scales per group for the least squared error.
 
-        Raises ValueError where D is no multiple of `group`, which must be even.
+        Raises ValueError where `group` is odd or does not divide D.
         """
         rows, columns = matrix.shape
         if group % 2 or columns % group:

@@ -1,4 +1,4 @@
-"""int8: one scale per row."""
+"""int8 with one scale per row."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ import torch
 
 from moiety_kernels.weights.matrix import check
 
-INT8_ZERO = 128  # added to int8 values, which are kept as uint8: x86 multiplies unsigned by signed bytes
-
-
+INT8_ZERO = 128  # added to int8 values, which are stored as uint8: x86 multiplies unsigned by signed bytes
 _ROWS_AT_ONCE = 64
 
 
@@ -18,8 +16,8 @@ _ROWS_AT_ONCE = 64
 class Int8Matrix:
     """(codes - 128) * scale: symmetric, one scale per row.
 
-    `rounds_rows`: kernels may round the rows that meet it to int8, too, each by its own largest magnitude: up to four times
-    as fast in prefill, with an error of its own.
+    `rounds_rows`: kernels may also round the rows it multiplies to int8, each by its own largest magnitude. This is up to
+    four times as fast in prefill and adds another rounding error.
     """
 
     codes: torch.Tensor  # uint8 [O, D]
@@ -40,11 +38,11 @@ class Int8Matrix:
 
     @classmethod
     def of(cls, matrix: torch.Tensor, *, rounds_rows: bool = False) -> Int8Matrix:
-        """`matrix` [O, D], rounded to the nearest. A row of zeros has the scale 0."""
+        """Quantises `matrix` [O, D], rounding to nearest. A row of zeros gets the scale 0."""
         scale = matrix.amax(dim=1).maximum(-matrix.amin(dim=1)).float() / 127
         divisor = scale.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
         codes = torch.empty(matrix.shape, dtype=torch.uint8, device=matrix.device)
-        # Some rows at a time: a float32 copy of each matrix, made and freed, leaves holes that a replica's memory keeps.
+        # A few rows at a time: float32 copies of whole matrices would leave holes that stay in a replica's memory.
         for start in range(0, len(matrix), _ROWS_AT_ONCE):
             span = slice(start, start + _ROWS_AT_ONCE)
             codes[span] = (matrix[span].float() / divisor[span]).round_().add_(INT8_ZERO)

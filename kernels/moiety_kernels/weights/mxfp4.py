@@ -1,4 +1,4 @@
-"""mxfp4: 4-bit floats and one power of two per 32 columns, as gpt-oss publishes."""
+"""mxfp4: 4-bit floats with one power of two per 32 columns, as in gpt-oss's checkpoints."""
 
 from __future__ import annotations
 
@@ -10,20 +10,17 @@ from moiety_kernels.weights.matrix import check
 from moiety_kernels.weights.nibbles import unpack_nibbles
 
 MXFP4_GROUP = 32  # columns that share a scale, by the OCP Microscaling specification
-
-
+# The value of each 4-bit code.
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
-
-
 E8M0_BIAS = 127
 
 
 @dataclass(frozen=True, slots=True)
 class Mxfp4Matrix:
-    """e2m1 values times a power of two per row and 32 columns, as gpt-oss publishes its experts."""
+    """e2m1 values times a power of two per row and 32 columns."""
 
-    codes: torch.Tensor  # uint8 [O, D / 2]: the even column of two in the low half of a byte
-    scale: torch.Tensor  # uint8 [O, D / 32]: exponents of two, 127 added
+    codes: torch.Tensor  # uint8 [O, D / 2]: even columns in the low half of a byte
+    scale: torch.Tensor  # uint8 [O, D / 32]: exponents of two plus 127
 
     def __post_init__(self) -> None:
         rows, packed = self.codes.shape

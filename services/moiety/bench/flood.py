@@ -69,7 +69,7 @@ class FloodReport:
     rows: tuple[FloodRow, ...]
 
     @property
-    def held(self) -> bool:
+    def passed(self) -> bool:
         """Whether accepted requests kept the pace, every refusal carried a retry delay, and no request failed otherwise."""
         # Only loads above 1 count: at lower loads the arrivals limit the pace.
         paced = all(row.ratio_to_peak >= KEPT for row in self.rows if row.load > 1)
@@ -175,7 +175,7 @@ def flood_lines(report: FloodReport) -> Iterator[str]:
         f"{work.new_tokens} new tokens; {work.seconds:g} s per load, medians and sums of {work.rounds} rounds"
     )
     yield (
-        f"accepted work {'kept' if report.held else 'DID NOT keep'} {100 * KEPT:.0f} % of the peak "
+        f"accepted work {'kept' if report.passed else 'DID NOT keep'} {100 * KEPT:.0f} % of the peak "
         "with a retry delay on every refusal"
     )
 

@@ -17,7 +17,7 @@ from moiety.model.checkpoint.checkpoint import Checkpoint
 from moiety.model.experts.cached import expert_layout
 from moiety.policy.precision import Precision
 from moiety.synthetic import write_tiny
-from moiety.tools.quantize.quantize import names_of, write_quantised
+from moiety.tools.quantize.quantize import expert_tensor_names, write_quantised
 
 FACTOR, EXTRA = 1.15, 200_000_000  # bound on the peak: FACTOR * weights + EXTRA bytes, Python and torch included
 LAYER = {"hidden_size": 1024, "moe_intermediate_size": 512, "num_experts": 32, "head_dim": 64}
@@ -83,7 +83,7 @@ async def bench_memory(
 def _quantise(folder: Path, out: Path) -> None:
     checkpoint = Checkpoint.open(folder)
     layout = expert_layout(checkpoint)
-    every = ExpertSet.block(layout.shape.moe_layers, range(layout.shape.experts))
+    every = ExpertSet.uniform(layout.shape.moe_layers, range(layout.shape.experts))
     write_quantised(checkpoint, layout, dict.fromkeys(every, INT4), out)
 
 
@@ -91,7 +91,7 @@ def _held_bytes(folder: Path, held: ExpertSet) -> int:
     """Returns the bytes of the experts of `held` in the files. In memory they take as many."""
     checkpoint = Checkpoint.open(folder)
     layout = expert_layout(checkpoint)
-    return sum(checkpoint.tensor(name).nbytes for pair in held for name in names_of(layout, pair))
+    return sum(checkpoint.tensor(name).nbytes for pair in held for name in expert_tensor_names(layout, pair))
 
 
 def peak_bytes(pid: int) -> int:

@@ -21,7 +21,7 @@ from moiety.model.seam import use_backend
 from moiety.model.trunk.read import load_trunk
 from moiety.policy.precision import Allocation, Precision
 from moiety.tools.quantize.corpus import shipped_text
-from moiety.tools.quantize.quantize import PLAIN, Quantised, calibration_ids, decide, usable, write_quantised
+from moiety.tools.quantize.quantize import PLAIN, Quantised, calibration_ids, decide, usable_precisions, write_quantised
 from moiety.tools.quantize.sensitivity import Pair, measure_sensitivity
 
 HELD_OUT = 0.1  # fraction of the text that neither training nor calibration uses
@@ -62,7 +62,7 @@ def bench_quantize(
         progress(f"trained: loss {loss:.2f}")
     checkpoint = Checkpoint.open(folder)
     layout = expert_layout(checkpoint)
-    precisions = usable(checkpoint, layout)
+    precisions = usable_precisions(checkpoint, layout)
     ids = calibration_ids(folder, text[:cut], tokens, layout.shape.max_context)
     sensitivity = measure_sensitivity(checkpoint, layout, ids, precisions, torch.bfloat16, progress)
     unlimited = decide(checkpoint, layout, sensitivity, precisions, 1 << 62)  # more memory than any model needs

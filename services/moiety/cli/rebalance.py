@@ -75,7 +75,7 @@ def rebalance(
     from pydantic import ByteSize, TypeAdapter, ValidationError
 
     from moiety.registry.connect import connect
-    from moiety.tools.rebalance import Ask, enact, proposed
+    from moiety.tools.rebalance import RebalanceRequest, apply_placement, propose_placement
 
     try:
         memory = int(TypeAdapter(ByteSize).validate_python(hot_memory))
@@ -85,13 +85,13 @@ def rebalance(
     async def work() -> None:
         store = connect(registry, app)
         try:
-            plan = await proposed(store, Ask(watch_s, hot_sets, memory))
+            plan = await propose_placement(store, RebalanceRequest(watch_s, hot_sets, memory))
             for line in plan.lines():
                 click.echo(line)
             if not plan.changes:
                 click.echo("nothing to change")
             elif not dry_run and (yes or click.confirm(f"Put placement {plan.placement.epoch} in force?")):
-                await enact(store, plan, timeout_s, progress(), layers_at_once or 0)
+                await apply_placement(store, plan, timeout_s, progress(), layers_at_once or 0)
         finally:
             await store.close()
 

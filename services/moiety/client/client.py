@@ -10,7 +10,7 @@ from typing import Any, Self
 
 import grpc
 
-from moiety.client.retry import persistent
+from moiety.client.retry import stream_with_retries
 from moiety.core.sampling import FinishReason, TopLogprobs
 from moiety.errors import InvalidRequest, MoietyError
 from moiety.telemetry.names import Attribute, SpanName
@@ -151,7 +151,7 @@ class Client:
             return self._stub.Generate(request, timeout=left_s, metadata=metadata)
 
         try:
-            async with aclosing(persistent(call, retries, timeout_s)) as responses:
+            async with aclosing(stream_with_retries(call, retries, timeout_s)) as responses:
                 async for response in responses:
                     yield Chunk(
                         text=response.text,

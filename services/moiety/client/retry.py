@@ -14,7 +14,7 @@ from moiety.wire import status
 from moiety.wire.deadline import Deadline
 
 
-async def persistent(
+async def stream_with_retries(
     call: Callable[[float | None], Any], retries: int, timeout_s: float | None
 ) -> AsyncGenerator[Any, None]:
     """Yields the responses of `call(seconds left)`. Calls again after ResourceExhausted, up to `retries` times.

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from moiety.compose.placement_follower import PlacementFollower
-from moiety.compose.running import Parts, Running, Site
+from moiety.compose.running import Running, ServiceParts, ServiceStart
 from moiety.config.application import GroupSettings
 from moiety.config.services import ExpertSettings
 from moiety.core.experts import ExpertSet
@@ -29,7 +29,7 @@ from moiety.wire.transports.shm_listener import SharedMemoryListener
 
 async def start(settings: ExpertSettings, replica_id: str, node: str, launched: float) -> Running:
     """Starts a replica: reads the weights of the placement (or of the settings), serves, registers, follows placements."""
-    async with Site(settings, settings.deployment, replica_id, node, launched) as site:
+    async with ServiceStart(settings, settings.deployment, replica_id, node, launched) as site:
         checkpoint, layout, revision = await site.open_model()
         slices, router_revision = settings.slices, revision
         revision = sliced_revision(router_revision, slices)
@@ -91,11 +91,11 @@ async def start(settings: ExpertSettings, replica_id: str, node: str, launched: 
             if capacity is not None and not (isinstance(capacity, int | float) and capacity > 0):
                 raise ConfigError("user_config.capacity", capacity, "must be above 0, or null for no limit")
             live = {name: value for name, value in values.items() if name != "capacity"}
-            GroupSettings().live(live)  # raises ConfigError for a setting that is not live
+            GroupSettings().with_live(live)  # raises ConfigError for a setting that is not live
             runtime.capacity, scaling = capacity, live
 
         return await site.serve(
-            Parts(
+            ServiceParts(
                 role=Role.EXPERT,
                 deployment=settings.deployment,
                 revision=revision,
@@ -104,7 +104,7 @@ async def start(settings: ExpertSettings, replica_id: str, node: str, launched: 
                 healthy=healthy,
                 reconfigure=reconfigure,
                 entry=entry,
-                on_beat=(site.tells(runtime.load_since_last), follower.follow),
+                on_beat=(site.load_beat(runtime.load_since_last), follower.follow),
                 calls_end=False,
             )
         )

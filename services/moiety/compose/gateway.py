@@ -6,7 +6,7 @@ import asyncio
 import secrets
 import time
 
-from moiety.compose.running import Parts, Running, Site
+from moiety.compose.running import Running, ServiceParts, ServiceStart
 from moiety.config.services import GatewaySettings
 from moiety.core.load import ReplicaLoad
 from moiety.core.replica import Role
@@ -21,7 +21,7 @@ from moiety.wire.channels import Server
 
 async def start(settings: GatewaySettings, replica_id: str, node: str) -> Running:
     """Starts a gateway: reads the tokenizer, follows the registry for routers, serves the public API."""
-    async with Site(settings, settings.deployment, replica_id, node) as site:
+    async with ServiceStart(settings, settings.deployment, replica_id, node) as site:
         checkpoint = await asyncio.to_thread(Checkpoint.open, settings.model)
         revision = await asyncio.to_thread(revision_of, checkpoint)
         tokenizer = await asyncio.to_thread(Tokenizer, settings.model)
@@ -42,12 +42,12 @@ async def start(settings: GatewaySettings, replica_id: str, node: str) -> Runnin
             return ReplicaLoad(busy, 0.0, requests_per_s, requests_per_s)
 
         return await site.serve(
-            Parts(
+            ServiceParts(
                 role=Role.GATEWAY,
                 deployment=settings.deployment,
                 revision=revision,
                 server=Server([service.handler()], [SERVICE], share_port=settings.port != 0),
                 idle=lambda: service.running == 0,
-                on_beat=(site.tells(load_since_last),),
+                on_beat=(site.load_beat(load_since_last),),
             )
         )

@@ -11,7 +11,7 @@ from contextlib import AsyncExitStack
 
 import torch
 
-from moiety.compose.running import Parts, Running, Site
+from moiety.compose.running import Running, ServiceParts, ServiceStart
 from moiety.config.services import RouterSettings
 from moiety.core.experts import ModelShape
 from moiety.core.load import ExpertDemand
@@ -22,7 +22,7 @@ from moiety.model.checkpoint.checkpoint import Checkpoint
 from moiety.model.experts.layout import ExpertLayout
 from moiety.model.experts.slicing import sliced_revision
 from moiety.model.trunk import gate_scores, shared_expert_overlap
-from moiety.model.trunk.cpu_layers import use_kernels
+from moiety.model.trunk.cpu_layers import use_cpu_kernels
 from moiety.model.trunk.encoder_decoder import DecoderStart
 from moiety.model.trunk.fixed_elementwise import fix_elementwise
 from moiety.model.trunk.read import load_trunk
@@ -40,7 +40,7 @@ from moiety.router.hop.fleet import Fleet
 from moiety.router.hop.hedging import Hedging
 from moiety.router.hop.hop import Hop, HopSettings
 from moiety.router.hop.missing_experts import MissingExpertReporter
-from moiety.router.hop.overflow import OverflowHop, OverrunExperts, QueueWaits
+from moiety.router.hop.overflow import OverflowHop, OverrunExperts, OverrunReplicas
 from moiety.router.hop.slices import SlicedHop
 from moiety.router.lanes import Lanes
 from moiety.router.layer_discovery import discover_cache_spec, prepare_layers, run_once
@@ -61,7 +61,7 @@ LANES = 2  # lanes that a step may be split into; a third lane would wait for th
 
 async def start(settings: RouterSettings, replica_id: str, node: str) -> Running:
     """Starts a router: loads the trunk, follows the registry, serves; READY once every expert has a holder."""
-    async with Site(settings, settings.deployment, replica_id, node) as site:
+    async with ServiceStart(settings, settings.deployment, replica_id, node) as site:
         checkpoint, layout, revision = await site.open_model()
         shape = layout.shape
         dtype = torch_dtype(settings.dtype, shape.dtype)
@@ -72,7 +72,9 @@ async def start(settings: RouterSettings, replica_id: str, node: str) -> Running
         hops, lanes = await reach_experts(settings, shape, revision, dtype, site.registry, site.tracer, site.closers)
         backends = _backends(settings, hops)
         fleet, demand, costs = hops[0].fleet, hops[0].demand, hops[0].costs
-        engine = engine_on(backends, lanes, settings, model, cache, MissingExpertReporter(site.registry), site.tracer)
+        engine = build_engine(
+            backends, lanes, settings, model, cache, MissingExpertReporter(site.registry), site.tracer
+        )
         engine.start()
         site.closers.push_async_callback(asyncio.to_thread, engine.stop, settings.drain_s)
         guides = Guides(settings.model, shape.vocabulary, _threads(settings))
@@ -111,7 +113,7 @@ async def start(settings: RouterSettings, replica_id: str, node: str) -> Running
         server = Server([], [SERVICE])
         add_EngineServiceServicer_to_server(service, server.grpc)
         return await site.serve(
-            Parts(
+            ServiceParts(
                 role=Role.ROUTER,
                 deployment=settings.deployment,
                 revision=revision,
@@ -120,7 +122,7 @@ async def start(settings: RouterSettings, replica_id: str, node: str) -> Running
                 idle=lambda: engine.load.running + engine.load.waiting == 0 and service.idle,
                 healthy=healthy,
                 entry=entry,
-                on_beat=(site.tells(RouterLoad(engine, settings.slots).reading, counters),),
+                on_beat=(site.load_beat(RouterLoad(engine, settings.slots).reading, counters),),
             )
         )
 
@@ -153,7 +155,7 @@ async def reach_experts(
     demand = ExpertDemandCounter(shape.moe_layers, shape.experts, started=time.time())
     costs = CostFit(expert_bytes)
     count = settings.lanes or LANES
-    queues = QueueWaits(settings.overflow_queue_ms) if settings.may_overflow else None
+    queues = OverrunReplicas(settings.overflow_queue_ms) if settings.may_overflow else None
     return [Hop(fleet, hop_settings, hedging, demand, costs, tracer, lanes.wait, queues) for _ in range(count)], lanes
 
 
@@ -168,18 +170,20 @@ def _backends(settings: RouterSettings, hops: Sequence[Hop]) -> Sequence[StepBac
         backends = [SlicedHop(backend, settings.slices) for backend in backends]
     if (queues := hops[0].queues) is not None:
         fleet = hops[0].fleet
-        overrun = OverrunExperts(queues, lambda: fleet.table, fleet.deployment_of, settings.spares, settings.slices)
+        overrun = OverrunExperts(
+            queues, lambda: fleet.table, fleet.deployment_of, settings.allows_backup, settings.slices
+        )
         backends = [OverflowHop(backend, overrun) for backend in backends]
     return backends
 
 
-def engine_on(
+def build_engine(
     backends: Sequence[StepBackend],
     lanes: Lanes | None,
     settings: RouterSettings,
     model: torch.nn.Module,
     cache: KVCache,
-    waits: Callable[[int, list[int]], None],
+    report_missing: Callable[[int, list[int]], None],
     tracer: Tracer,
 ) -> Engine:
     """Returns an engine, not yet started, whose lanes call one of `backends` each."""
@@ -190,7 +194,7 @@ def engine_on(
         token_budget=settings.token_budget,
         queue_limit=settings.queue_limit,
         threads=_threads(settings),
-        waits=waits,
+        report_missing=report_missing,
         tracer=tracer,
         speculative_tokens=settings.speculative_tokens,
     )
@@ -204,7 +208,7 @@ def load_model(
     torch.set_num_threads(_threads(settings))
     began = time.monotonic()
     model = load_trunk(checkpoint, layout, dtype, settings.device, paged.NAME)
-    use_kernels(model, deterministic=settings.deterministic)
+    use_cpu_kernels(model, deterministic=settings.deterministic)
     latent.cache_latents(model, deterministic=settings.deterministic)
     cross.use_cross_attention(model)
     if settings.deterministic:

@@ -34,7 +34,7 @@ Beat = Callable[[], Awaitable[None]]
 
 
 @dataclass(frozen=True, slots=True)
-class Parts:
+class ServiceParts:
     """What differs between the kinds of service; a builder passes it to `Site.serve`."""
 
     role: Role
@@ -52,7 +52,7 @@ class Parts:
 class Running:
     """A started service. Call `drain`, then `close`; both may be called again."""
 
-    def __init__(self, parts: Parts, replica: Replica, registry: Registry, closers: AsyncExitStack):
+    def __init__(self, parts: ServiceParts, replica: Replica, registry: Registry, closers: AsyncExitStack):
         self._parts, self._replica, self._closers = parts, replica, closers
         self._heartbeat = Heartbeat(registry, lambda: self.replica, on_beat=parts.on_beat, require=True)
         self._draining = False
@@ -104,7 +104,7 @@ class Running:
         await self._closers.aclose()
 
 
-class Site:
+class ServiceStart:
     """The start of one service: its settings, registry and tracer, and what to undo if the start fails."""
 
     def __init__(
@@ -125,7 +125,7 @@ class Site:
         self.closers.push_async_callback(self._end_telemetry)
         self.closers.push_async_callback(self.registry.close)
 
-    async def __aenter__(self) -> Site:
+    async def __aenter__(self) -> ServiceStart:
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -144,7 +144,7 @@ class Site:
 
         return await asyncio.to_thread(read)
 
-    def tells(self, busy: Callable[[], ReplicaLoad], demand: Callable[[], ExpertDemand] | None = None) -> Beat:
+    def load_beat(self, busy: Callable[[], ReplicaLoad], demand: Callable[[], ExpertDemand] | None = None) -> Beat:
         """Returns a beat, for `Parts.on_beat`, that reports the load to the ledger once a second, in one round trip.
 
         `busy()` returns the load since its last call; the meter exports the latest.
@@ -164,7 +164,7 @@ class Site:
         """Ends tracer and meter at the same time: without a collector, each waits for its full timeout."""
         await asyncio.gather(*(asyncio.to_thread(exporter.shutdown, 2.0) for exporter in (self.tracer, self.meter)))
 
-    async def serve(self, parts: Parts) -> Running:
+    async def serve(self, parts: ServiceParts) -> Running:
         """Binds, registers and returns the running service."""
         settings = self.settings
         port = await parts.server.start(settings.listen_host, settings.port)

@@ -17,7 +17,12 @@ HOT = "hot-"  # name prefix of the hot sets: each holds what a placement gives i
 ROUTER, GATEWAY = "router", "gateway"  # names of the other deployments
 GATEWAY_CPUS = 0.5
 
-LIVE = ("target_busy", "queue_wait_ms", "shrink_after_s", "shrink_margin")  # what `GroupSettings.live` may change
+LIVE_SETTINGS = (
+    "target_busy",
+    "queue_wait_ms",
+    "shrink_after_s",
+    "shrink_margin",
+)  # what `GroupSettings.with_live` may change
 
 
 class GroupSettings(BaseModel):
@@ -49,11 +54,11 @@ class GroupSettings(BaseModel):
         description="a step down needs a predicted busy fraction below this fraction of target_busy",
     )
 
-    def live(self, values: Mapping[str, float]) -> GroupSettings:
+    def with_live(self, values: Mapping[str, float]) -> GroupSettings:
         """Returns these settings with `values` set. Raises ConfigError for a setting that is not one of LIVE."""
         for name in values:
-            if name not in LIVE:
-                raise ConfigError(f"user_config.{name}", values[name], f"live settings are {', '.join(LIVE)}")
+            if name not in LIVE_SETTINGS:
+                raise ConfigError(f"user_config.{name}", values[name], f"live settings are {', '.join(LIVE_SETTINGS)}")
         return validated(GroupSettings, {**self.model_dump(), **values}) if values else self
 
     @field_validator("max_replicas")

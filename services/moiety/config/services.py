@@ -148,7 +148,7 @@ class RouterSettings(ServiceSettings):
         "Replicas that it cannot reach are left out",
     )
 
-    def spares(self, group: str) -> bool:
+    def allows_backup(self, group: str) -> bool:
         """Whether rows for this expert group may go to other experts while its queues are too long."""
         return self.overflow_groups.get(group, self.overflow) == "backup"
 

@@ -22,7 +22,7 @@ class ExpertSet:
     by_layer: Mapping[int, frozenset[int]] = field(default_factory=dict)
 
     @classmethod
-    def block(cls, layers: int, experts: Iterable[int]) -> ExpertSet:
+    def uniform(cls, layers: int, experts: Iterable[int]) -> ExpertSet:
         """Returns the set of the same `experts` in each of the first `layers` MoE layers."""
         held = frozenset(experts)
         return cls(dict.fromkeys(range(layers), held) if held else {})
@@ -150,7 +150,7 @@ class ModelShape:
         bounds = [0]
         for group in range(groups):
             bounds.append(bounds[-1] + base + (group < extra))
-        return tuple(ExpertSet.block(self.moe_layers, range(bounds[g], bounds[g + 1])) for g in range(groups))
+        return tuple(ExpertSet.uniform(self.moe_layers, range(bounds[g], bounds[g + 1])) for g in range(groups))
 
 
 @lru_cache(maxsize=1024)

@@ -15,7 +15,7 @@ from moiety.config.application import GATEWAY, HOT, ROUTER, AppSettings
 from moiety.config.resolve import resolve
 from moiety.config.services import ServiceSettings
 from moiety.core.experts import ExpertSet
-from moiety.deploy.arguments import LOOPBACK, carried, initial_replicas, router_settings
+from moiety.deploy.arguments import LOOPBACK, initial_replicas, router_settings, to_arguments
 from moiety.deploy.replicas import ExpertReplica, GatewayReplica, RouterReplica
 from moiety.errors import ConfigError
 from moiety.model.checkpoint.checkpoint import Checkpoint
@@ -42,7 +42,7 @@ def build(args: Mapping[str, Any] | AppSettings) -> serve.Application:
     if settings.registry.startswith("file:"):
         raise ConfigError("registry", settings.registry, "Serve's replicas need a redis:// or rediss:// registry")
     router_settings(settings, LOOPBACK[0])  # raises here what would stop a replica from starting
-    arguments = carried(settings)
+    arguments = to_arguments(settings)
     routers = serve.deployment(RouterReplica).options(
         name=ROUTER, **_replicas(settings, arguments, ROUTER, settings.router_replicas), **_LIFE
     )

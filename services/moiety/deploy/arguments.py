@@ -14,7 +14,7 @@ from moiety.registry.urls import without_secrets
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
-def carried(settings: AppSettings) -> dict[str, Any]:
+def to_arguments(settings: AppSettings) -> dict[str, Any]:
     """Returns `settings` as plain values that Ray may store and log.
 
     A registry URL that holds a password is left out: each process reads it from MOIETY_REGISTRY in its own environment.
@@ -25,8 +25,8 @@ def carried(settings: AppSettings) -> dict[str, Any]:
     return values
 
 
-def restored(values: Mapping[str, Any]) -> AppSettings:
-    """Returns the settings that `carried` turned into values; called in the process that receives these.
+def from_arguments(values: Mapping[str, Any]) -> AppSettings:
+    """Returns the settings that `to_arguments` turned into values; called in the process that receives these.
 
     Raises ConfigError if the registry was left out and this process has no MOIETY_REGISTRY.
     """

@@ -38,10 +38,10 @@ class LoadPolicy:
 
     def _target(self, ctx: Any) -> int:
         if self._subscription is None:
-            from moiety.deploy.arguments import restored
+            from moiety.deploy.arguments import from_arguments
             from moiety.scaling.autoscaler import subscribe
 
-            self._subscription = subscribe(ctx.deployment_name, restored(self._arguments), self._held)
+            self._subscription = subscribe(ctx.deployment_name, from_arguments(self._arguments), self._held)
         target: int = self._subscription.target(
             ctx.target_num_replicas, ctx.capacity_adjusted_min_replicas, ctx.capacity_adjusted_max_replicas
         )

@@ -12,7 +12,7 @@ import ray
 from ray import serve
 
 from moiety import compose
-from moiety.deploy.arguments import expert_settings, gateway_settings, restored, router_settings
+from moiety.deploy.arguments import expert_settings, from_arguments, gateway_settings, router_settings
 
 
 class _Replica:
@@ -44,7 +44,7 @@ class ExpertReplica(_Replica):
 
     async def __init__(self, arguments: Mapping[str, Any], held: str) -> None:  # type: ignore[misc]  # Serve awaits it
         context = serve.get_replica_context()
-        settings = expert_settings(restored(arguments), context.deployment, held, ray.util.get_node_ip_address())
+        settings = expert_settings(from_arguments(arguments), context.deployment, held, ray.util.get_node_ip_address())
         self._drain_s = settings.drain_s
         self._running = await compose.start_expert(settings, replica_id=_replica_id(), node=_node())
 
@@ -53,7 +53,7 @@ class RouterReplica(_Replica):
     """One router."""
 
     async def __init__(self, arguments: Mapping[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits it
-        settings = router_settings(restored(arguments), ray.util.get_node_ip_address())
+        settings = router_settings(from_arguments(arguments), ray.util.get_node_ip_address())
         self._drain_s = settings.drain_s
         self._running = await compose.start_router(settings, replica_id=_replica_id(), node=_node())
 
@@ -62,7 +62,7 @@ class GatewayReplica(_Replica):
     """The ingress deployment: Serve deploys it and all that is bound to it. Tokens do not go through Serve's handles."""
 
     async def __init__(self, arguments: Mapping[str, Any], *_bound: object) -> None:  # type: ignore[misc]  # Serve awaits it
-        settings = gateway_settings(restored(arguments), ray.util.get_node_ip_address())
+        settings = gateway_settings(from_arguments(arguments), ray.util.get_node_ip_address())
         self._drain_s = settings.drain_s
         self._running = await compose.start_gateway(settings, replica_id=_replica_id(), node=_node())
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from moiety.core.expert_backend import CallClass
 from moiety.errors import ResourceExhausted
-from moiety.wire.codec import Picked
+from moiety.wire.codec import SelectedRows
 from moiety.wire.frames import ForwardCall
 from moiety.wire.transports.mailbox import Mailbox
 
@@ -22,7 +22,7 @@ MAX_BATCH_ROWS = 4096  # assignments merged into one batch; bounds the device's 
 class Computed:
     """The result of one call."""
 
-    picked: Picked  # [A], unweighted expert outputs in the order of the call's experts, not copied yet
+    picked: SelectedRows  # [A], unweighted expert outputs in the order of the call's experts, not copied yet
     activated_experts: int
     batch_rows: int
     queue_ms: float
@@ -32,7 +32,7 @@ class Computed:
 
 
 @dataclass(slots=True, eq=False)
-class Waiting:
+class QueuedCall:
     """A queued call. `done` receives its result, once, on the runtime's thread."""
 
     call: ForwardCall
@@ -52,12 +52,12 @@ class Batcher:
     def __init__(self, limit: int):
         self.mailbox = Mailbox()
         self._limit = limit
-        self._queues: dict[tuple[CallClass, int], deque[Waiting]] = {}
+        self._queues: dict[tuple[CallClass, int], deque[QueuedCall]] = {}
         self._size = 0
         self._closed = False
         self._lock = threading.Lock()
 
-    def put(self, waiting: Waiting) -> None:
+    def put(self, waiting: QueuedCall) -> None:
         """Queues a call. Raises ResourceExhausted when `limit` calls already wait, and after `close`."""
         with self._lock:
             if self._closed:
@@ -69,7 +69,7 @@ class Batcher:
             self._size += 1
         self.mailbox.wake()
 
-    def take(self) -> list[Waiting]:
+    def take(self) -> list[QueuedCall]:
         """Blocks for the next batch; returns an empty one once the batcher is closed and drained."""
         more = True  # read on while sockets have more: every call that has arrived by now may join the batch
         while more or not (self._size or self._closed):
@@ -80,7 +80,7 @@ class Batcher:
             patient_until = time.monotonic() - PREFILL_PATIENCE_S
             key = min(self._queues, key=lambda queue_key: self._urgency(queue_key, patient_until))
             queue, rows = self._queues[key], 0
-            batch: list[Waiting] = []
+            batch: list[QueuedCall] = []
             while queue and (not batch or rows + len(queue[0].call.experts) <= MAX_BATCH_ROWS):
                 rows += len(queue[0].call.experts)
                 batch.append(queue.popleft())

@@ -16,7 +16,7 @@ import torch
 from moiety.core.experts import ExpertMLP, ExpertSet
 from moiety.core.load import ReplicaLoad
 from moiety.errors import DeadlineExceeded, MoietyError
-from moiety.expert.batcher import Batcher, Computed, Waiting
+from moiety.expert.batcher import Batcher, Computed, QueuedCall
 from moiety.expert.holding import Holding, Weights
 from moiety.wire import codec
 from moiety.wire.transports.mailbox import Mailbox
@@ -72,7 +72,7 @@ class Runtime:
         self._holding = Holding(ExpertSet(), ExpertSet(), 0, {})
         self._loading = threading.Lock()
         self._batcher = Batcher(queue_calls)
-        self._unanswered: set[Waiting] = set()
+        self._unanswered: set[QueuedCall] = set()
         self._unanswered_lock = threading.Lock()
         self._computed_at = 0.0  # monotonic clock, in seconds, when the last batch was done
         self.served = 0.0  # Unix seconds at which the first rows were computed; 0 = none yet
@@ -131,7 +131,7 @@ class Runtime:
         """Whether every accepted call has been answered."""
         return not self._unanswered
 
-    def submit(self, waiting: Waiting) -> None:
+    def submit(self, waiting: QueuedCall) -> None:
         """Queues a call. Raises NotHeld or ResourceExhausted, and then computes nothing of it."""
         if 0.0 < waiting.call.sent < self._computed_at:
             # It arrived while the device was busy: the computing thread reads shared memory between batches only.
@@ -181,7 +181,7 @@ class Runtime:
             for waiting, result in zip(ready, results, strict=True):
                 self._answer(waiting, result)
 
-    def _answer(self, waiting: Waiting, result: Computed | BaseException) -> None:
+    def _answer(self, waiting: QueuedCall, result: Computed | BaseException) -> None:
         """Delivers a result. A caller that can no longer be reached must not stop the computation for the others."""
         try:
             waiting.done(result)
@@ -190,11 +190,11 @@ class Runtime:
         finally:
             self._answered(waiting)
 
-    def _answered(self, waiting: Waiting) -> None:
+    def _answered(self, waiting: QueuedCall) -> None:
         with self._unanswered_lock:
             self._unanswered.discard(waiting)
 
-    def _admit(self, waiting: Waiting, holding: Holding) -> bool:
+    def _admit(self, waiting: QueuedCall, holding: Holding) -> bool:
         """Returns whether the call may go to the device; answers it with the error when not."""
         try:
             if waiting.checked is not holding:
@@ -208,7 +208,7 @@ class Runtime:
         return True
 
     @torch.inference_mode()
-    def _compute(self, batch: list[Waiting], weights: Weights) -> list[Computed]:
+    def _compute(self, batch: list[QueuedCall], weights: Weights) -> list[Computed]:
         """Gathers the rows of all calls, sorted by expert, and computes them. Each result is in the order of its call."""
         began, began_ns = time.monotonic(), time.time_ns()
         layer = batch[0].call.layer
@@ -250,7 +250,7 @@ class Runtime:
             end = start + len(waiting.call.experts)
             results.append(
                 Computed(
-                    picked=codec.Picked(computed, position[start:end]),
+                    picked=codec.SelectedRows(computed, position[start:end]),
                     activated_experts=len(activated),
                     batch_rows=len(experts),
                     queue_ms=1000 * (began - waiting.since),
@@ -266,7 +266,7 @@ class Runtime:
         if self.capacity is not None:
             time.sleep(max(0.0, began + rows / self.capacity - time.monotonic()))
 
-    def _account(self, batch: list[Waiting], began: float, ended: float, rows: int) -> None:
+    def _account(self, batch: list[QueuedCall], began: float, ended: float, rows: int) -> None:
         with self._window_lock:
             self._window.busy_s += ended - began
             self._window.wait_s += sum(began - waiting.since for waiting in batch)

@@ -11,13 +11,13 @@ import torch
 from moiety.core.experts import ModelShape
 from moiety.core.replica import WIRE_VERSION
 from moiety.errors import DeadlineExceeded, InvalidRequest, MoietyError, NotHeld, ResourceExhausted, RevisionMismatch
-from moiety.expert.batcher import Computed, Waiting
+from moiety.expert.batcher import Computed, QueuedCall
 from moiety.expert.runtime import Runtime
 from moiety.internal.v1 import experts_pb2
 from moiety.telemetry.names import Attribute, SpanName
 from moiety.telemetry.tracing import Tracer
 from moiety.wire import codec
-from moiety.wire.frames import Answerer, ForwardCall, parse_call
+from moiety.wire.frames import ForwardCall, ReplyCallback, parse_call
 
 SERVICE = "moiety.internal.v1.ExpertService"
 
@@ -115,7 +115,7 @@ class ExpertService:
             lambda header, picked: reply(codec.encode(header, None if picked is None else picked.rows[picked.order])),
         )
 
-    def accept(self, header: experts_pb2.ForwardRequest, payload: memoryview, answer: Answerer) -> None:
+    def accept(self, header: experts_pb2.ForwardRequest, payload: memoryview, answer: ReplyCallback) -> None:
         """Passes one call to the runtime; every path calls `answer` exactly once. `payload` may be read until then."""
         try:
             if header.revision != self._revision:
@@ -130,14 +130,14 @@ class ExpertService:
                 answer(*self._reply(call, result))
                 self._trace(waiting, result)
 
-            waiting = Waiting(call, done)
+            waiting = QueuedCall(call, done)
             self._runtime.submit(waiting)
         except MoietyError as error:
             answer(*self._reply(header, error))
 
     def _reply(
         self, to: experts_pb2.ForwardRequest | ForwardCall, result: Computed | BaseException
-    ) -> tuple[experts_pb2.ForwardResponse, codec.Picked | None]:
+    ) -> tuple[experts_pb2.ForwardResponse, codec.SelectedRows | None]:
         if isinstance(result, BaseException):
             reply = experts_pb2.ForwardResponse(
                 outcome=next((o for kind, o in _OUTCOMES if isinstance(result, kind)), experts_pb2.OUTCOME_FAILED),
@@ -155,7 +155,7 @@ class ExpertService:
         reply.call_id, reply.attempt, reply.revision = to.call_id, to.attempt, self._revision
         return reply, None if isinstance(result, BaseException) else result.picked
 
-    def _trace(self, waiting: Waiting, result: Computed | BaseException) -> None:
+    def _trace(self, waiting: QueuedCall, result: Computed | BaseException) -> None:
         """Records the spans of one call, after it has ended and only where the hop is sampled: expert -> queue, kernel."""
         call = waiting.call
         if not call.traceparent:

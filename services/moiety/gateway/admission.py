@@ -18,7 +18,7 @@ MAX_TENANT = 128
 MAX_PRIORITY = 100
 
 
-def check_standing(request: generation_pb2.GenerateRequest) -> None:
+def check_priority_and_tenant(request: generation_pb2.GenerateRequest) -> None:
     """Raises InvalidRequest unless priority and tenant are within their bounds."""
     if not -MAX_PRIORITY <= request.priority <= MAX_PRIORITY:
         raise InvalidRequest("priority", request.priority, f"{-MAX_PRIORITY} to {MAX_PRIORITY}")

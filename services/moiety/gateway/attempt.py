@@ -16,7 +16,7 @@ class Attempt:
     def __init__(self, router: RouterPeer, prompt: Prompt, pace: Pace):
         self._router, self._prompt = router, prompt
         self._queued = router.load >= router.slots > 0
-        self._ahead = router.ahead
+        self._ahead = router.pending_prompt_tokens
         self._hashes = router.hashes(prompt)
         self._visit = router.prefixes.visit(self._hashes) if router.prefixes is not None else None
         matched = self._visit.matched * router.block_tokens if self._visit is not None else 0
@@ -26,7 +26,7 @@ class Attempt:
         self._sent = self._first = self._last = time.monotonic()
         router.requests += 1
         router.in_flight += prompt.sequences
-        router.ahead += self._to_compute
+        router.pending_prompt_tokens += self._to_compute
         self._answered = False
 
     def event(self, event: engine_pb2.EngineEvent, pace: Pace) -> Pace:
@@ -41,7 +41,7 @@ class Attempt:
         router.requests -= 1
         router.in_flight -= prompt.sequences
         if not self._answered:
-            router.ahead -= self._to_compute
+            router.pending_prompt_tokens -= self._to_compute
             if router.prefixes is not None and self._visit is not None:
                 router.prefixes.withdraw(self._visit, self._hashes)
             return pace
@@ -58,7 +58,7 @@ class Attempt:
         """Records the first event: the prompt is computed, and its cached part is known. Returns the updated `pace`."""
         router, visit = self._router, self._visit
         self._answered, self._first, self._streams = True, self._last, self._running
-        router.ahead -= self._to_compute
+        router.pending_prompt_tokens -= self._to_compute
         if router.prefixes is not None and visit is not None:
             router.prefixes.answered(visit, cached_tokens // router.block_tokens)
             if visit.expected:

@@ -12,7 +12,7 @@ from moiety.internal.v1 import engine_pb2
 from moiety.v1 import generation_pb2
 
 
-class Answer:
+class ResponseBuilder:
     """Turns the engine's events for one request into the responses to its client."""
 
     def __init__(self, request: engine_pb2.EngineRequest, tokenizer: Tokenizer, stops: Sequence[str]):
@@ -80,7 +80,7 @@ def choices_of(request: engine_pb2.EngineRequest) -> range:
     return range(request.choice, request.choice + max(request.sampling.n, 1))
 
 
-def behind(request: engine_pb2.EngineRequest, choice: int, ids: Sequence[int]) -> engine_pb2.EngineRequest:
+def resumed_request(request: engine_pb2.EngineRequest, choice: int, ids: Sequence[int]) -> engine_pb2.EngineRequest:
     """Returns a request for one choice of `request`, which resumes after the tokens `ids` that were already sent."""
     resumed = engine_pb2.EngineRequest()
     resumed.CopyFrom(request)
@@ -89,7 +89,7 @@ def behind(request: engine_pb2.EngineRequest, choice: int, ids: Sequence[int]) -
     return resumed
 
 
-async def merged(
+async def merge_streams(
     streams: Sequence[AsyncGenerator[engine_pb2.EngineEvent, None]],
 ) -> AsyncGenerator[engine_pb2.EngineEvent, None]:
     """Yields the events of all streams as they arrive. The first error ends all streams and is raised."""

@@ -34,8 +34,8 @@ class RouterPeer:
         self._calls = CallClient(self.stub, f"router {replica.id}")
         self.requests = 0  # this gateway's
         self.in_flight = 0  # sequences of these requests
-        self.ahead = 0.0  # prompt tokens of those of our requests that have no first token yet
-        self.silent = False  # it did not answer the last poll
+        self.pending_prompt_tokens = 0.0  # prompt tokens of those of our requests that have no first token yet
+        self.unresponsive = False  # it did not answer the last poll
         cached = description.block_tokens and description.blocks
         self.prefixes = PrefixIndex(description.blocks) if cached else None
         self.block_tokens = description.block_tokens
@@ -64,7 +64,7 @@ class RouterPeer:
         return self._others + self.in_flight
 
     @property
-    def packed(self) -> bool:
+    def full_of_own_requests(self) -> bool:
         """Whether our own requests fill it: it would refuse one more, and asking costs the requests that it serves."""
         description = self.description
         return 0 < description.queue_limit <= self.requests - description.slots
@@ -74,7 +74,7 @@ class RouterPeer:
         cached = 0.0
         if self.prefixes is not None and (matched := self.prefixes.match(prompt.hashes(self.block_tokens))):
             cached = pace.found.value * matched * self.block_tokens
-        return Candidate(self._others + self.in_flight, self.slots, self.ahead, cached)
+        return Candidate(self._others + self.in_flight, self.slots, self.pending_prompt_tokens, cached)
 
     def hashes(self, prompt: Prompt) -> Sequence[int]:
         """Returns the hashes of a prompt's blocks; none where the router caches no prefixes."""
@@ -86,7 +86,7 @@ class RouterPeer:
         """Yields the request's events; see `CallClient.generate`."""
         return self._calls.generate(request, deadline, traceparent)
 
-    async def answers(self) -> bool:
+    async def poll(self) -> bool:
         """Polls the router; returns whether it answers, and then takes its report over."""
         before = self.in_flight
         try:
@@ -128,4 +128,4 @@ class RouterPeer:
     async def _poll(self) -> None:
         while True:
             await asyncio.sleep(POLL_S)
-            self.silent = not await self.answers()
+            self.unresponsive = not await self.poll()

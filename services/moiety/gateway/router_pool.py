@@ -13,7 +13,7 @@ from moiety.core.replica import Replica, ReplicaState, Role
 from moiety.errors import DeadlineExceeded, ResourceExhausted, Unavailable
 from moiety.gateway.attempt import Attempt
 from moiety.gateway.backlog import Backlog
-from moiety.gateway.choices import behind, choices_of, merged
+from moiety.gateway.choices import choices_of, merge_streams, resumed_request
 from moiety.gateway.prefixes import PrefixHasher
 from moiety.gateway.prompt import Prompt
 from moiety.gateway.router_peer import RouterPeer
@@ -79,19 +79,19 @@ class RouterPool:
             except RouterLost as lost:
                 _log.warning("%s after %d tokens; another router resumes", lost, sum(map(len, done.values())))
             accepted = True
-            unfinished = [behind(request, choice, ids) for choice, ids in done.items() if choice not in ended]
+            unfinished = [resumed_request(request, choice, ids) for choice, ids in done.items() if choice not in ended]
             if len(unfinished) == 1:
                 (request,) = unfinished
             elif any(done.values()) or len(unfinished) < request.sampling.n:  # each resumes after its own tokens
                 streams = [self.generate(one, deadline, traceparent, ended, accepted=True) for one in unfinished]
-                async with aclosing(merged(streams)) as events:
+                async with aclosing(merge_streams(streams)) as events:
                     async for event in events:
                         yield event
                 return
 
     def check_room(self) -> None:
         """Raises ResourceExhausted where our own requests fill every router. Call it before any work on a prompt."""
-        if self._routers and all(router.packed for router in self._routers.values()):
+        if self._routers and all(router.full_of_own_requests for router in self._routers.values()):
             raise self._full(len(self._routers))
 
     def retry_after_s(self) -> float:
@@ -111,7 +111,7 @@ class RouterPool:
         waits = Deadline.after(min(self._wait_s, deadline.left()) if accepted else 0.0)
         while True:
             ready = await self._ready(deadline, request.revision)
-            full |= {router.replica.id: RETRY_S for router in ready if router.packed}
+            full |= {router.replica.id: RETRY_S for router in ready if router.full_of_own_requests}
             ready_ids = {router.replica.id for router in ready}
             if ready_ids <= full.keys():
                 soonest = min(full[router_id] for router_id in ready_ids)
@@ -187,7 +187,7 @@ class RouterPool:
             await self._refresh()
             ready = [router for router in self._routers.values() if not revision or router.replica.revision == revision]
             if ready:
-                return [router for router in ready if not router.silent] or ready
+                return [router for router in ready if not router.unresponsive] or ready
             if deadline.passed:
                 raise DeadlineExceeded("the deadline passed before a router was ready")
             if waits.passed:
@@ -224,7 +224,7 @@ class RouterPool:
     async def _is_lost(self, router: RouterPeer) -> bool:
         """Returns whether the router itself is gone or going, and not just something behind it that it reports."""
         listed = any(replica.id == router.replica.id and _is_ready(replica) for replica in self._watch.replicas)
-        if await router.answers():
+        if await router.poll():
             return not listed
         if self._routers.get(router.replica.id) is router:
             del self._routers[router.replica.id]

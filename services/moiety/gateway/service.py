@@ -11,8 +11,8 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from moiety.errors import InvalidRequest, MoietyError, NotFound
-from moiety.gateway.admission import Admission, check_standing
-from moiety.gateway.choices import Answer
+from moiety.gateway.admission import Admission, check_priority_and_tenant
+from moiety.gateway.choices import ResponseBuilder
 from moiety.gateway.router_pool import RouterPool
 from moiety.gateway.text import Tokenizer
 from moiety.internal.v1 import engine_pb2
@@ -21,7 +21,7 @@ from moiety.telemetry.tracing import Tracer
 from moiety.v1 import generation_pb2
 from moiety.wire import finish_reason, status
 from moiety.wire.deadline import Deadline
-from moiety.wire.sampling_params import check_prompt, check_sampling, settle
+from moiety.wire.sampling_params import check_prompt, check_sampling, write_defaults
 from moiety.wire.trace_context import traceparent_in
 
 SERVICE = "moiety.v1.GenerationService"
@@ -89,7 +89,7 @@ class GenerationService:
         try:
             if isinstance(request, InvalidRequest):
                 raise request
-            check_standing(request)
+            check_priority_and_tenant(request)
             self._routers.check_room()
             held.enter_context(self._admission.place(request.tenant))
             deadline = Deadline.after(context.time_remaining())
@@ -98,7 +98,7 @@ class GenerationService:
             span.set(Attribute.INPUT_TOKENS, len(engine_request.prompt_ids))
             for key, field in _SAMPLING.items():
                 span.set(key, getattr(engine_request.sampling, field))
-            answer = Answer(engine_request, self._tokenizer, tuple(request.sampling.stop))
+            answer = ResponseBuilder(engine_request, self._tokenizer, tuple(request.sampling.stop))
             events = self._routers.generate(engine_request, deadline, span.traceparent, answer.ended)
             async with aclosing(events):  # leaving it cancels the request at its router
                 async for event in events:
@@ -143,7 +143,7 @@ class GenerationService:
             priority=request.priority,
             tenant=request.tenant,
         )
-        settle(engine_request.sampling, sampling)
+        write_defaults(engine_request.sampling, sampling)
         engine_request.sampling.ClearField("stop")  # the gateway matches stop strings: the engine has no text
         return engine_request
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from moiety.errors import InvalidRequest
 from moiety.model.checkpoint.tokenizer import open_tokenizer
 
-MAX_PROMPT_BYTES = 16 << 20
+MAX_PROMPT_CHARACTERS = 16 << 20
 CHARACTER_BYTES = 4  # the longest UTF-8 character, and so the most tokens that one character can be split into
 PENDING_TOKENS = 3 * CHARACTER_BYTES
 _PARTIAL = "\ufffd"  # what a decoder shows for the bytes of an unfinished character
@@ -24,8 +24,10 @@ class Tokenizer:
         """Returns the token ids of a prompt. Raises InvalidRequest when it is empty or longer than MAX_PROMPT_BYTES."""
         if not text:
             raise InvalidRequest("prompt.text", text, "at least one character")
-        if len(text) > MAX_PROMPT_BYTES:
-            raise InvalidRequest("prompt.text", f"{len(text)} characters", f"at most {MAX_PROMPT_BYTES} characters")
+        if len(text) > MAX_PROMPT_CHARACTERS:
+            raise InvalidRequest(
+                "prompt.text", f"{len(text)} characters", f"at most {MAX_PROMPT_CHARACTERS} characters"
+            )
         ids: list[int] = self._tokenizer.encode(text)
         return ids
 

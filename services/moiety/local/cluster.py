@@ -157,7 +157,7 @@ class LocalCluster:
         """Starts one more router."""
         return await self._add(Role.ROUTER, "router", {})
 
-    async def place(self, held: Mapping[str, ExpertSet]) -> int:
+    async def set_placement(self, held: Mapping[str, ExpertSet]) -> int:
         """Puts a new placement (deployment -> experts) in force and returns its epoch; replicas follow at their next beat."""
         current = await self.registry.placement()
         epoch = (current.epoch if current else 0) + 1
@@ -165,7 +165,7 @@ class LocalCluster:
             raise Unavailable(f"placement {epoch} was not stored: another one was set at the same time; try again")
         return epoch
 
-    async def settled(self, epoch: int, timeout_s: float = 30.0) -> None:
+    async def until_settled(self, epoch: int, timeout_s: float = 30.0) -> None:
         """Waits until every expert replica holds exactly what the placement of `epoch` says."""
         await until_settled(self.registry, epoch, timeout_s)
 

@@ -38,7 +38,7 @@ class Snapshot:
     stale: bool = False  # the registry does not answer: only `target` can be trusted
     fixed: float = 0.0  # part of busy that stays when more replicas share the work, 0 to 1: CostModel.fixed_share
     spare: bool = False  # a hot set: other deployments hold all its experts too
-    asked: float = 0.0  # for a hot set: the busy fraction that one more holder of its experts would have
+    busy_if_added: float = 0.0  # for a hot set: the busy fraction that one more holder of its experts would have
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,13 +55,13 @@ class Trial:
 class State:
     """What one deployment's next decision needs from the last one. Times are values of `now`, in seconds."""
 
-    short_since: float | None = None  # since when fewer replicas are live than requested
+    starting_since: float | None = None  # since when fewer replicas are live than requested
     settled_at: float = -math.inf  # until then, load reports may still cover the time before the last step
     low_since: float | None = None  # since when fewer replicas would be enough
     live: int | None = None  # live replicas at the last decision
     trial: Trial | None = None  # the last step up, until it can be judged
     doubted_until: float = -math.inf  # no step up before then, because the last one did not help
-    doubt: str = ""  # the numbers that show it
+    growth_failure: str = ""  # the numbers that show it
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +98,7 @@ def decide(snapshot: Snapshot, state: State, settings: GroupSettings, now: float
         return _step(snapshot, state, target, f"bounds are {low} to {high}", now)
     if snapshot.target == 0:
         return _at_zero(snapshot, state, settings, now)
-    growing = state.short_since is not None and now - state.short_since < STEP_TIMEOUT_S
+    growing = state.starting_since is not None and now - state.starting_since < STEP_TIMEOUT_S
     if snapshot.reporting == 0:
         why = _coming(snapshot) if growing else "no replica reports its load"
         return _decision(snapshot, replace(state, low_since=None), snapshot.target, why)
@@ -125,9 +125,9 @@ def _observe(snapshot: Snapshot, state: State, settings: GroupSettings, now: flo
     arrived = state.live is not None and snapshot.live > state.live
     state = replace(state, live=snapshot.live, settled_at=now + SETTLE_S if arrived else state.settled_at)
     if snapshot.live < snapshot.target:
-        return replace(state, short_since=now if state.short_since is None else state.short_since)
-    if state.short_since is not None:
-        state = replace(state, short_since=None, settled_at=now + SETTLE_S)
+        return replace(state, starting_since=now if state.starting_since is None else state.starting_since)
+    if state.starting_since is not None:
+        state = replace(state, starting_since=None, settled_at=now + SETTLE_S)
     if state.trial is not None and now >= state.settled_at and snapshot.reporting == snapshot.live:
         return _judge(snapshot, state, state.trial, settings, now)
     return state
@@ -144,7 +144,7 @@ def _judge(snapshot: Snapshot, state: State, trial: Trial, settings: GroupSettin
         return state
     steps = f"{trial.live} → {snapshot.live} replicas"
     doubt = f"the step {steps} changed {trial.measure} per row by {-relief:+.0%}, expected {-expected:+.0%}"
-    return replace(state, doubted_until=now + max(settings.shrink_after_s, STEP_TIMEOUT_S), doubt=doubt)
+    return replace(state, doubted_until=now + max(settings.shrink_after_s, STEP_TIMEOUT_S), growth_failure=doubt)
 
 
 def _measured(snapshot: Snapshot, measure: str) -> float:
@@ -156,8 +156,8 @@ def _at_zero(snapshot: Snapshot, state: State, settings: GroupSettings, now: flo
         return _step(snapshot, state, 1, "requests or a starting router wait for its experts", now)
     if snapshot.spare:
         worth = 2 * ALIVE_SHARE * settings.target_busy
-        why = f"one replica would be {snapshot.asked:.2f} busy"
-        if snapshot.asked >= worth:
+        why = f"one replica would be {snapshot.busy_if_added:.2f} busy"
+        if snapshot.busy_if_added >= worth:
             return _step(snapshot, state, 1, f"{why} ≥ {worth:.2f}", now)
         return _decision(snapshot, state, 0, f"{why} < {worth:.2f}, and other deployments hold its experts")
     if snapshot.rows_per_s > 0:
@@ -196,7 +196,7 @@ def _grow(snapshot: Snapshot, state: State, target: int, why: str, measure: str,
         )
         return _decision(snapshot, state, snapshot.target, f"{why}, {small}")
     if now < state.doubted_until:
-        return _decision(snapshot, state, snapshot.target, f"{why}, but {state.doubt}")
+        return _decision(snapshot, state, snapshot.target, f"{why}, but {state.growth_failure}")
     per_row = _measured(snapshot, measure) / snapshot.rows_per_s if snapshot.rows_per_s > 0 else 0.0
     trial = Trial(max(snapshot.live, 1), target, measure, per_row)
     return _step(snapshot, replace(state, trial=trial), target, why, now)
@@ -244,7 +244,7 @@ def _low(snapshot: Snapshot, settings: GroupSettings, fewer: int) -> tuple[bool,
 
 
 def _step(snapshot: Snapshot, state: State, target: int, why: str, now: float) -> Decision:
-    state = replace(state, low_since=None, short_since=now if target > snapshot.live else None)
+    state = replace(state, low_since=None, starting_since=now if target > snapshot.live else None)
     return _decision(snapshot, state, target, why)
 
 
@@ -258,11 +258,11 @@ def _decision(snapshot: Snapshot, state: State, target: int, why: str) -> Decisi
         "busy": round(snapshot.busy, 4),
         "queue_wait_ms": round(snapshot.queue_wait_ms, 3),
         "rows_per_s": round(snapshot.rows_per_s, 3),
-        "wake": snapshot.missing_experts,
+        "missing_experts": snapshot.missing_experts,
         "stale": snapshot.stale,
         "fixed": round(snapshot.fixed, 4),
         "spare": snapshot.spare,
-        "asked": round(snapshot.asked, 4),
+        "busy_if_added": round(snapshot.busy_if_added, 4),
     }
     return Decision(snapshot.deployment, current, target, f"{why}: {move}", inputs, state)
 

@@ -12,14 +12,14 @@ import numpy as np
 
 from moiety.core.experts import ExpertSet
 
-NOBODY = -1
-SEVERAL = -2
+NO_HOLDER = -1
+MANY_HOLDERS = -2
 
 # With fewer rows, reading an expert's weights dominates its cost; from here on, rows do.
 KNEE_ROWS = 32
 
 
-class Shared(Mapping[tuple[int, int], tuple[int, ...]]):
+class SharedHolders(Mapping[tuple[int, int], tuple[int, ...]]):
     """(layer, expert) -> the indices of its holders, ascending, for experts with several; computed at the first look-up.
 
     A table of 2,000 replicas has half a million entries; a router uses a few thousand of them within seconds.
@@ -72,7 +72,7 @@ class HolderTable:
         by_set: dict[int, tuple[ExpertSet, list[int]]] = {}
         for index, replica in enumerate(replicas):
             by_set.setdefault(id(held[replica]), (held[replica], []))[1].append(index)
-        owner = np.full(layers * experts, NOBODY, dtype=np.int64)
+        owner = np.full(layers * experts, NO_HOLDER, dtype=np.int64)
         holders = np.zeros(layers * experts, dtype=np.int64)
         holds = np.zeros((len(by_set), layers * experts), dtype=bool)
         for row, (experts_held, indices) in zip(holds, by_set.values(), strict=True):
@@ -86,28 +86,28 @@ class HolderTable:
             row[cells] = True
             owner[cells] = indices[0]
             holders[cells] += len(indices)
-        owner[holders > 1] = SEVERAL
+        owner[holders > 1] = MANY_HOLDERS
         members = tuple(tuple(indices) for _, indices in by_set.values())
-        shared = Shared(experts, np.flatnonzero(holders > 1), holds, members)
+        shared = SharedHolders(experts, np.flatnonzero(holders > 1), holds, members)
         return cls(version, replicas, dict(enumerate(owner.reshape(layers, experts))), shared)
 
     def held_only_by(self, layer: int, replicas: Collection[str]) -> np.ndarray:
         """Returns bool [E]: the experts of `layer` that have holders, all of them in `replicas`."""
         among = np.array([replica in replicas for replica in self.replicas] + [False, False])  # SEVERAL, NOBODY
         only = among[self.sole[layer]]
-        for expert in np.flatnonzero(self.sole[layer] == SEVERAL).tolist():
+        for expert in np.flatnonzero(self.sole[layer] == MANY_HOLDERS).tolist():
             only[expert] = all(among[holder] for holder in self.shared[layer, expert])
         return only
 
     def uncovered(self) -> list[tuple[int, int]]:
         """Returns every (layer, expert) without a live holder."""
         return [
-            (layer, int(expert)) for layer, owner in self.sole.items() for expert in np.flatnonzero(owner == NOBODY)
+            (layer, int(expert)) for layer, owner in self.sole.items() for expert in np.flatnonzero(owner == NO_HOLDER)
         ]
 
 
 @dataclass(frozen=True, slots=True)
-class Holders:
+class CallableExperts:
     """Which experts each replica may be called for while a placement changes, and which placement that completes."""
 
     held: Mapping[str, ExpertSet]  # replica id -> experts that it may be called for
@@ -115,7 +115,9 @@ class Holders:
     epoch: int
 
 
-def holders(held: Mapping[str, ExpertSet], leaving: Mapping[str, ExpertSet], epochs: Mapping[str, int]) -> Holders:
+def holders(
+    held: Mapping[str, ExpertSet], leaving: Mapping[str, ExpertSet], epochs: Mapping[str, int]
+) -> CallableExperts:
     """Combines what each replica holds by the placement of its `epochs` entry with the experts `leaving` it.
 
     A replica is called for a leaving expert only while no replica holds it. An expert on its way to another replica
@@ -128,7 +130,7 @@ def holders(held: Mapping[str, ExpertSet], leaving: Mapping[str, ExpertSet], epo
     needed = {replica: left for replica, experts in leaving.items() if (left := experts - covered)}
     completed = [epoch - (replica in needed) for replica, epoch in epochs.items()]
     callable_ = {replica: held[replica] | needed[replica] if replica in needed else held[replica] for replica in held}
-    return Holders(callable_, min(completed, default=0))
+    return CallableExperts(callable_, min(completed, default=0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,12 +155,12 @@ def plan_dispatch(
     owner = table.sole[layer][wanted]  # [len(assignments)]
     barred = {index for index, replica in enumerate(table.replicas) if replica in avoid} if avoid else set()
     if barred:
-        owner = np.where(np.isin(owner, list(barred)), NOBODY, owner)
-    if (owner == SEVERAL).any():
+        owner = np.where(np.isin(owner, list(barred)), NO_HOLDER, owner)
+    if (owner == MANY_HOLDERS).any():
         owner = _choose(table, layer, wanted, owner, barred)
-    share = np.bincount(owner - NOBODY).tolist()  # assignments of each replica, NOBODY first
+    share = np.bincount(owner - NO_HOLDER).tolist()  # assignments of each replica, NOBODY first
     parts = {table.replicas[i - 1]: assignments[owner == i - 1] for i, count in enumerate(share) if i and count}
-    return DispatchPlan(parts, assignments[owner == NOBODY])
+    return DispatchPlan(parts, assignments[owner == NO_HOLDER])
 
 
 def _choose(table: HolderTable, layer: int, wanted: np.ndarray, owner: np.ndarray, barred: set[int]) -> np.ndarray:
@@ -170,14 +172,14 @@ def _choose(table: HolderTable, layer: int, wanted: np.ndarray, owner: np.ndarra
     for expert, count in zip(activated.tolist(), rows.tolist(), strict=True):
         if (index := owner_of[expert]) >= 0:
             load[index] += _cost(count)
-        elif index == SEVERAL:
+        elif index == MANY_HOLDERS:
             open_experts.append((count, expert))
     for count, expert in sorted(open_experts, key=lambda item: (-item[0], item[1])):
         holders: Sequence[int] = table.shared[layer, expert]
         if barred:
             holders = [index for index in holders if index not in barred]
         if not holders:
-            owner_of[expert] = NOBODY
+            owner_of[expert] = NO_HOLDER
             continue
         preferred = holders[(expert + layer) % len(holders)]
         chosen, cost = preferred, _cost(count)

@@ -23,7 +23,7 @@ class Candidate(NamedTuple):
 
     load: int  # requests there, running or waiting
     slots: int  # requests that it runs at once; 0 = unknown
-    ahead: float = 0.0  # prompt tokens of requests sent there that have no first token yet
+    pending_prompt_tokens: float = 0.0  # prompt tokens of requests sent there that have no first token yet
     cached: float = 0.0  # tokens of this prompt that are expected in its cache
 
 
@@ -63,10 +63,10 @@ def choose(candidates: Sequence[Candidate], pace: Pace, prompt: int, max_tokens:
     def seconds(candidate: Candidate) -> float:
         if not pace.known:
             return 0.0
-        load, slots, ahead, cached = candidate
+        load, slots, pending_prompt_tokens, cached = candidate
         # The request's own prefill counts twice. In simulated conversations of 1600 tokens at two thirds load, counting it
         # once recomputed 11 % of what was cached and took 0.85 s each; counting it twice, 0.5 % and 0.60 s.
-        tokens = ahead + 2.0 * (prompt - cached)
+        tokens = pending_prompt_tokens + 2.0 * (prompt - cached)
         streams = min(load + 1, slots or load + 1)
         return fixed + pace.slot_wait(load, slots) + per_token * tokens + per_stream * streams
 

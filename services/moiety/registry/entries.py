@@ -94,12 +94,12 @@ def placement_from_json(text: str | bytes) -> Placement:
     )
 
 
-def busy_to_json(busy: ReplicaLoad) -> str:
+def load_to_json(busy: ReplicaLoad) -> str:
     """Returns one JSON object with the fields of `ReplicaLoad`."""
     return json.dumps(asdict(busy))
 
 
-def busy_from_json(text: str | bytes) -> ReplicaLoad:
+def load_from_json(text: str | bytes) -> ReplicaLoad:
     """Reads the text of `busy_to_json`."""
     data = _mapping(_decoded(text), "entry")
     return ReplicaLoad(

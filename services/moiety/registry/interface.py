@@ -14,7 +14,7 @@ from moiety.core.replica import Placement, Replica
 
 HEARTBEAT_S = 0.5  # every replica registers this often
 TTL_S = 3.0  # a replica that has not registered for this long is removed
-BUSY_TTL_S = 5.0
+LOAD_TTL_S = 5.0
 MISSING_EXPERTS_TTL_S = 5.0
 DEMAND_TTL_S = 60.0  # counters are cumulative: a reader must see the last flush of a router that writes slowly
 DECISIONS_KEPT = 1000

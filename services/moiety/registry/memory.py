@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 
 from moiety.core.load import ExpertDemand, ReplicaLoad
 from moiety.core.replica import Placement, Replica, Role
-from moiety.registry.interface import BUSY_TTL_S, DECISIONS_KEPT, DEMAND_TTL_S, MISSING_EXPERTS_TTL_S, TTL_S
+from moiety.registry.interface import DECISIONS_KEPT, DEMAND_TTL_S, LOAD_TTL_S, MISSING_EXPERTS_TTL_S, TTL_S
 
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
@@ -29,7 +29,7 @@ class MemoryRegistry:
         """Removes everything, like a flush or a restart of Redis."""
         self._replicas: _Expiring[str, Replica] = _Expiring(TTL_S, self._clock)
         self._demand: _Expiring[str, ExpertDemand] = _Expiring(DEMAND_TTL_S, self._clock)
-        self._busy: _Expiring[str, ReplicaLoad] = _Expiring(BUSY_TTL_S, self._clock)
+        self._busy: _Expiring[str, ReplicaLoad] = _Expiring(LOAD_TTL_S, self._clock)
         self._missing: _Expiring[tuple[int, int], None] = _Expiring(MISSING_EXPERTS_TTL_S, self._clock)
         self._placement: Placement | None = None
         self._decisions: deque[str] = deque(maxlen=DECISIONS_KEPT)

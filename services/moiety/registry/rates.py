@@ -51,7 +51,7 @@ def rates(
     return total
 
 
-class Recent:
+class RecentRates:
     """One writer's rows per second over the last WINDOW_S, computed by the writer from its own flushes."""
 
     def __init__(self) -> None:

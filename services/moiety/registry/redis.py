@@ -38,9 +38,9 @@ from moiety.core.load import ExpertDemand, ReplicaLoad
 from moiety.core.replica import Placement, Replica, Role
 from moiety.errors import ConfigError, RegistryUnreachable
 from moiety.registry import entries, redis_scripts
-from moiety.registry.interface import BUSY_TTL_S, DECISIONS_KEPT, DEMAND_TTL_S, MISSING_EXPERTS_TTL_S, TTL_S
+from moiety.registry.interface import DECISIONS_KEPT, DEMAND_TTL_S, LOAD_TTL_S, MISSING_EXPERTS_TTL_S, TTL_S
 from moiety.registry.listing import Listing, digest_of
-from moiety.registry.rates import Recent
+from moiety.registry.rates import RecentRates
 from moiety.registry.urls import without_secrets
 
 SOCKET_TIMEOUT_S = 1.0  # to connect, and for each answer
@@ -67,7 +67,7 @@ class RedisRegistry:
         self._prefix = f"moiety:{{{app}}}:"
         self._clients: dict[asyncio.AbstractEventLoop, Any] = {}
         self._reader = entries.TolerantReader()
-        self._recent: dict[str, Recent] = {}  # by writer id; only writers of this process
+        self._recent: dict[str, RecentRates] = {}  # by writer id; only writers of this process
         self._written: dict[str, tuple[bytes, float]] = {}  # replica id -> digest and time of its last full write
         self._listings: dict[str, Listing] = {}  # set of replicas -> its last reading
         self._demand: dict[str, tuple[bytes, ExpertDemand]] = {}  # writer id -> stamp and counters last read
@@ -140,19 +140,19 @@ class RedisRegistry:
     ) -> None:
         async with self._store() as client, client.pipeline(transaction=demand is not None) as pipeline:
             if busy is not None:  # the key before the id: a reader prunes an id that has no key
-                pipeline.set(self._key("busy", replica_id), entries.busy_to_json(busy), px=_milliseconds(BUSY_TTL_S))
+                pipeline.set(self._key("busy", replica_id), entries.load_to_json(busy), px=_milliseconds(LOAD_TTL_S))
                 pipeline.sadd(self._key("reporters"), replica_id)
             if demand is not None:
                 self._add_demand(pipeline, replica_id, demand)
             await pipeline.execute()
 
     def _add_demand(self, pipeline: Any, writer: str, demand: ExpertDemand) -> None:
-        load, hot, recent_s = self._key("load", writer), self._key("hot", writer), int(BUSY_TTL_S)
+        load, hot, recent_s = self._key("load", writer), self._key("hot", writer), int(LOAD_TTL_S)
         pipeline.hset(load, mapping={**entries.demand_to_fields(demand), "stamp": uuid.uuid4().hex})
         pipeline.expire(load, int(DEMAND_TTL_S))
         pipeline.sadd(self._key("writers"), writer)
         pipeline.delete(hot)
-        if hottest := _hottest(self._recent.setdefault(writer, Recent()).rows_per_s(demand)):
+        if hottest := _hottest(self._recent.setdefault(writer, RecentRates()).rows_per_s(demand)):
             pipeline.zadd(hot, hottest)
             pipeline.expire(hot, recent_s)  # the rows of a lost router soon leave the sum
         keys = (self._key("hot"), self._key("writers"))
@@ -178,7 +178,7 @@ class RedisRegistry:
 
     async def replica_load(self) -> Mapping[str, ReplicaLoad]:
         _, *found = await self._script(redis_scripts.READ_ENTRIES, ["reporters"], self._key("busy", ""), "")
-        return self._decoded("busy", found, entries.busy_from_json)
+        return self._decoded("busy", found, entries.load_from_json)
 
     async def report_missing_experts(self, layer: int, experts: Sequence[int]) -> None:
         if experts:

@@ -66,7 +66,7 @@ class Engine:
         token_budget: int,
         queue_limit: int,
         threads: int,
-        waits: Callable[[int, list[int]], None],
+        report_missing: Callable[[int, list[int]], None],
         tracer: Tracer,
         speculative_tokens: int = 0,
     ):
@@ -74,7 +74,7 @@ class Engine:
         self._scheduler = Scheduler(cache, slots, token_budget, speculative_tokens)
         self._slots, self._rate = slots, AdmissionRate()
         self.queue_limit = queue_limit  # requests that may wait for a slot
-        self._threads, self._waits, self._tracer = threads, waits, tracer
+        self._threads, self._report_missing, self._tracer = threads, report_missing, tracer
         self._admitted, self._waited_s = 0, 0.0
         self._arrived: list[Sequence] = []
         self._changed = threading.Condition()
@@ -172,7 +172,7 @@ class Engine:
             self._arrived.clear()
         now, now_ns = time.monotonic(), time.time_ns()
         unfinished = (*self._scheduler.running, *self._scheduler.waiting)
-        for sequence in [s for s in unfinished if self._stopping or s.given_up(now)]:
+        for sequence in [s for s in unfinished if self._stopping or s.must_end(now)]:
             self._end_early(sequence)
         for sequence in self._scheduler.admit():
             if not sequence.admitted:  # otherwise it was preempted and runs again
@@ -195,7 +195,7 @@ class Engine:
                 plan = plan.without(ended)
             except StepInterrupted:
                 now = time.monotonic()
-                ended = [item.sequence for item in plan.scheduled if self._stopping or item.sequence.given_up(now)]
+                ended = [item.sequence for item in plan.scheduled if self._stopping or item.sequence.must_end(now)]
                 for sequence in ended:
                     self._end_early(sequence)
                 plan = plan.without(ended)
@@ -204,10 +204,10 @@ class Engine:
     def _context(self, plan: StepPlan, span: Span) -> StepContext:
         def check() -> None:
             now = time.monotonic()
-            if self._stopping or any(item.sequence.given_up(now) for item in plan.scheduled):
+            if self._stopping or any(item.sequence.must_end(now) for item in plan.scheduled):
                 raise StepInterrupted("a request of this step was cancelled or reached its deadline")
 
-        return StepContext(plan.call_class, span, check, self._waits)
+        return StepContext(plan.call_class, span, check, self._report_missing)
 
     def _commit(self, plan: StepPlan, sampled: list[tuple[Sequence, Emitted]]) -> None:
         """Makes the step take effect: advances cache lengths, forks choices and emits tokens."""
@@ -281,8 +281,8 @@ class Engine:
             sequence.emitted = True
             emitted = replace(emitted, cached_tokens=sequence.cached_tokens)
         if sequence.routed_rows:
-            rows, rerouted = sequence.told_rows
-            sequence.told_rows = sequence.routed_rows, sequence.rerouted_rows
+            rows, rerouted = sequence.reported_rows
+            sequence.reported_rows = sequence.routed_rows, sequence.rerouted_rows
             emitted = replace(
                 emitted, routed_rows=sequence.routed_rows - rows, rerouted_rows=sequence.rerouted_rows - rerouted
             )
@@ -292,7 +292,7 @@ class Engine:
         error: MoietyError
         if self._stopping:
             error = Unavailable("this router is shutting down")
-        elif sequence.withdrawn:
+        elif sequence.is_cancelled:
             error = Cancelled("the client closed the stream")
         else:
             error = DeadlineExceeded(f"the deadline passed after {sequence.generated} tokens")

@@ -22,7 +22,7 @@ from moiety.telemetry.tracing import Tracer
 from moiety.v1 import generation_pb2
 from moiety.wire import finish_reason
 from moiety.wire.deadline import Deadline
-from moiety.wire.event_stream import CallServer, Tell
+from moiety.wire.event_stream import CallServer, SendEvent
 from moiety.wire.sampling_params import check_prompt, check_sampling
 
 SERVICE = "moiety.internal.v1.EngineService"
@@ -87,7 +87,7 @@ class EngineService(engine_pb2_grpc.EngineServiceServicer):
         """Whether no request is open and every event was sent."""
         return all(stream.idle for stream in self._streams)
 
-    async def _answer(self, call: engine_pb2.GenerateTokensRequest, tell: Tell) -> None:
+    async def _answer(self, call: engine_pb2.GenerateTokensRequest, tell: SendEvent) -> None:
         """Serves one request until all its choices have ended."""
         loop, ended = asyncio.get_running_loop(), asyncio.Event()
         error: MoietyError | None = None

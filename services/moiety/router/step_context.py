@@ -19,9 +19,11 @@ class StepContext:
     call_class: CallClass
     span: Span
     check: Callable[[], None]  # raises if a request of the step was cancelled or its deadline has passed
-    waits: Callable[[int, list[int]], None]  # reports (layer, experts): the step waits because no replica holds them
+    report_missing: Callable[
+        [int, list[int]], None
+    ]  # reports (layer, experts): the step waits because no replica holds them
     # Under the overflow policy `backup`, called for each layer with bool [T, K]: rows sent to another expert than the gate's.
-    routed: Callable[[np.ndarray], None] = lambda _rerouted: None
+    report_rerouted: Callable[[np.ndarray], None] = lambda _rerouted: None
 
 
 class StepBackend(ExpertBackend, Protocol):

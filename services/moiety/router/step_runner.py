@@ -48,7 +48,7 @@ class StepRunner:
     def use_threads(self, count: int) -> None:
         """Computes with at most `count` threads. The thread that runs steps must make this call."""
         self._threads = count
-        threads.use_threads(count)
+        threads.set_thread_limit(count)
 
     def poll(self) -> None:
         """Handles routing table changes and late answers. An idle engine thread calls this regularly."""
@@ -91,7 +91,7 @@ class StepRunner:
             self._device,
             self._cross_attention(sequences, counts),
         )
-        backend.begin_step(replace(step, routed=partial(_note_routed, plan)))
+        backend.begin_step(replace(step, report_rerouted=partial(_note_routed, plan)))
         try:
             with use_backend(backend), use_states(batch.states):
                 output = self._model(

@@ -8,17 +8,17 @@ from typing import Any
 import torch
 
 
-def tokenwise(value: Any, shape: tuple[int, int], change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+def map_token_rows(value: Any, shape: tuple[int, int], change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     """Returns `value` with `change` applied to each tensor in it whose shape begins with `shape`, one row per token."""
     if isinstance(value, torch.Tensor):
         return change(value) if value.shape[:2] == shape else value
     if isinstance(value, tuple | list):
-        return type(value)(tokenwise(item, shape, change) for item in value)
+        return type(value)(map_token_rows(item, shape, change) for item in value)
     if isinstance(value, dict):
-        return {name: tokenwise(item, shape, change) for name, item in value.items()}
+        return {name: map_token_rows(item, shape, change) for name, item in value.items()}
     return value
 
 
-def cut(value: Any, shape: tuple[int, int], begin: int, end: int) -> Any:
+def slice_tokens(value: Any, shape: tuple[int, int], begin: int, end: int) -> Any:
     """Returns `value` with only the tokens from `begin` to `end` of each sequence."""
-    return tokenwise(value, shape, lambda tensor: tensor[:, begin:end])
+    return map_token_rows(value, shape, lambda tensor: tensor[:, begin:end])

@@ -68,7 +68,7 @@ class Subscription:
         if (live := reading.scaling(self.deployment)) is not None:  # without live replicas, the last values stay
             self.live = live
         try:
-            settings = self.settings.live(self.live)
+            settings = self.settings.with_live(self.live)
         except ConfigError as error:  # a replica checks its live settings, but may run another version
             _log.warning(
                 "%s: live scaling settings are ignored, it scales by its arguments: %s", self.deployment, error

@@ -57,7 +57,7 @@ class Reading:
             stale=self.stale,
             fixed=self._fixed(held, loads),
             spare=spare,
-            asked=self._busy_of_another(held) if spare else 0.0,
+            busy_if_added=self._busy_of_another(held) if spare else 0.0,
         )
 
     def scaling(self, deployment: str) -> Mapping[str, float] | None:

@@ -19,7 +19,7 @@ Bools = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True)
-class Played:
+class EventResult:
     """The result of a run: the time of every counted decode step, the token rate and the busy fraction."""
 
     steps_s: Floats  # [steps]
@@ -42,7 +42,7 @@ class _Server:
     busy_s: float = 0.0
 
 
-def play(
+def run_events(
     cluster: Cluster,
     included: Floats,
     held: Bools,
@@ -50,7 +50,7 @@ def play(
     routers: int,
     steps: int,
     seed: int = 0,
-) -> Played:
+) -> EventResult:
     """Runs `routers` that decode without pause until each has made `steps`; the first tenth is not counted.
 
     A batch's rows per expert are drawn from `included` [L, E]. All rows of an expert go to one of the replicas that hold it.
@@ -125,4 +125,6 @@ def play(
         serve(index, now)
     counted = [took for of_router in times for took, _ in of_router[max(1, steps // 10) :]]
     total = sum(map(len, times))
-    return Played(np.array(counted), total * cluster.batch / now, sum(s.busy_s for s in servers) / now / len(servers))
+    return EventResult(
+        np.array(counted), total * cluster.batch / now, sum(s.busy_s for s in servers) / now / len(servers)
+    )

@@ -42,7 +42,7 @@ class Holding:
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class StepWork:
     """The work of one router's decode step on each deployment."""
 
     visits: Floats  # [D, L] probability that the step calls the deployment
@@ -59,7 +59,7 @@ class Work:
 
 
 @dataclass(frozen=True, slots=True)
-class Flow:
+class TimeStep:
     """The state of the cluster in one time step."""
 
     busy: Floats  # [D] busy fraction of each deployment's replicas
@@ -69,7 +69,7 @@ class Flow:
     step_sd_s: float  # its standard deviation
 
 
-def work(cluster: Cluster, included: Floats, holding: Holding, replicas: Floats) -> Work:
+def work_per_step(cluster: Cluster, included: Floats, holding: Holding, replicas: Floats) -> StepWork:
     """Computes the work of one step for `included` [L, E] (see `scenario.inclusion`) and live `replicas` [D].
 
     All rows of an expert go to one deployment, with a probability equal to its share of the replicas that hold the expert.
@@ -97,7 +97,7 @@ def work(cluster: Cluster, included: Floats, holding: Holding, replicas: Floats)
     spread = share * (
         (1 - share) * cost**2 + activated * (1 - activated) * read_s**2 + rows * (1 - included) * row_s**2
     )
-    return Work(
+    return StepWork(
         visits,
         cluster.cost.fixed_s + total(share * cost) / visits,
         np.sqrt(total(spread) / visits),
@@ -106,9 +106,14 @@ def work(cluster: Cluster, included: Floats, holding: Holding, replicas: Floats)
     )
 
 
-def flow(
-    cluster: Cluster, step_work: Work, replicas: Floats, rate: float, routers: float = np.inf, steps_too: bool = True
-) -> Flow:
+def time_step(
+    cluster: Cluster,
+    step_work: StepWork,
+    replicas: Floats,
+    rate: float,
+    routers: float = np.inf,
+    steps_too: bool = True,
+) -> TimeStep:
     """Computes the flow at an offered rate of `rate` tokens per second.
 
     `routers` bounds the calls that can wait at a replica, because a router does not queue behind itself. Without
@@ -126,11 +131,11 @@ def flow(
     # [D] mean wait of the calls that wait
     queued_s = np.maximum(second / np.maximum(2 * first * (1 - seen), 1e-12), 1e-9)
     if not steps_too:
-        return Flow(busy, seen * queued_s, served, np.nan, np.nan)
+        return TimeStep(busy, seen * queued_s, served, np.nan, np.nan)
     mean, variance = _slowest(step_work, seen, queued_s)
     outside = cluster.attention_s + cluster.hop_s
     layers = step_work.visits.shape[1]
-    return Flow(
+    return TimeStep(
         busy=busy,
         wait_s=seen * queued_s,
         served=served,
@@ -139,7 +144,7 @@ def flow(
     )
 
 
-def _slowest(step_work: Work, busy: Floats, queued_s: Floats) -> tuple[Floats, Floats]:
+def _slowest(step_work: StepWork, busy: Floats, queued_s: Floats) -> tuple[Floats, Floats]:
     """Returns [L] mean and variance of a layer's slowest call, wait plus service, by integrating its distribution."""
     # A two-point distribution of service times with the right mean and standard deviation.
     quick, slow = step_work.service_s - step_work.spread_s, step_work.service_s + step_work.spread_s

@@ -42,7 +42,7 @@ class Cluster:
     read_bytes_per_s: float = 2e9  # rate at which a live replica loads weights beside its work
 
     @property
-    def room(self) -> int:
+    def experts_per_replica(self) -> int:
         """(layer, expert) pairs that fit into a replica: one group's share."""
         return self.layers * -(-self.experts // self.groups)
 

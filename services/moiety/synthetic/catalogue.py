@@ -33,9 +33,11 @@ class TinyModel:
     architecture: str  # model_type
     settings: Mapping[str, Any] = field(default_factory=dict)  # config values that override sizes.py
     store: Store | None = None  # a tensor by its published name -> the tensors it is stored as, such as codes and scale
-    stated: Mapping[str, Any] = field(default_factory=dict)  # added to config.json last, such as quantization_config
+    config_fields: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # added to config.json last, such as quantization_config
     tokenizer: Callable[[Path], None] = write_tokenizer
-    narrow: Mapping[str, float] = field(default_factory=dict)  # part of a tensor's name -> factor on its noise
+    noise_factors: Mapping[str, float] = field(default_factory=dict)  # part of a tensor's name -> factor on its noise
 
 
 TINY: Mapping[str, TinyModel] = {
@@ -49,8 +51,8 @@ TINY: Mapping[str, TinyModel] = {
         )
         for name, (architecture, settings, quantization) in FORMATS.items()
     },
-    "switch_transformers": TinyModel("switch_transformers", SWITCH, tokenizer=write_t5_tokenizer, narrow=NARROW),
-    "nllb-moe": TinyModel("nllb-moe", NLLB, tokenizer=write_nllb_tokenizer, narrow=NARROW),
+    "switch_transformers": TinyModel("switch_transformers", SWITCH, tokenizer=write_t5_tokenizer, noise_factors=NARROW),
+    "nllb-moe": TinyModel("nllb-moe", NLLB, tokenizer=write_nllb_tokenizer, noise_factors=NARROW),
     "minimax": TinyModel(
         "minimax",
         {"layer_types": ["linear_attention", "full_attention"] * 2, "block_size": 8, "sliding_window": None},

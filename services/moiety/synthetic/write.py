@@ -45,7 +45,7 @@ def write_tiny(
     dtype, deviation = getattr(torch, overrides.get("dtype", "float32")), config.get_text_config().initializer_range
 
     def deviation_of(name: str) -> float:
-        return deviation * math.prod(factor for part, factor in tiny.narrow.items() if part in name)
+        return deviation * math.prod(factor for part, factor in tiny.noise_factors.items() if part in name)
 
     weights = ((name, _weight(name, shape, dtype, seed, deviation_of(name))) for name, shape in shapes.items())
     stored = (
@@ -54,9 +54,9 @@ def write_tiny(
     write_shards(path, stored, shard_bytes)
     config.architectures = [type(model).__name__]
     config.save_pretrained(path)
-    if tiny.stated:
+    if tiny.config_fields:
         file = path / "config.json"
-        file.write_text(json.dumps({**json.loads(file.read_text(encoding="utf-8")), **tiny.stated}, indent=2))
+        file.write_text(json.dumps({**json.loads(file.read_text(encoding="utf-8")), **tiny.config_fields}, indent=2))
     tiny.tokenizer(path)
     return path
 

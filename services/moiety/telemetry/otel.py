@@ -12,7 +12,7 @@ from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
 
 from moiety.telemetry.names import Attribute, SpanKind, SpanName, kind_of
-from moiety.telemetry.quiet_export import Quiet, within
+from moiety.telemetry.quiet_export import OutageLog, finishes_within
 from moiety.telemetry.tracing import NO_SPAN, Parent, Span, Value, parse_traceparent
 
 _KINDS = {
@@ -100,12 +100,12 @@ class OtelTracer:
 
     def flush(self, timeout_s: float = 2.0) -> bool:
         # The SDK's force_flush ignores its timeout.
-        return within(timeout_s, self._processor.force_flush) and not self._exporter.quiet.failing
+        return finishes_within(timeout_s, self._processor.force_flush) and not self._exporter.quiet.failing
 
     def shutdown(self, timeout_s: float = 2.0) -> None:
         if self._exporter.quiet.failing:
             self._exporter.shutdown()
-        if not within(timeout_s, self._processor.shutdown):
+        if not finishes_within(timeout_s, self._processor.shutdown):
             self._exporter.shutdown()  # cuts off the export that the processor waits for
 
 
@@ -113,7 +113,7 @@ class _QuietExporter(SpanExporter):
     """The OTLP exporter, which logs each outage once."""
 
     def __init__(self, endpoint: str | None) -> None:
-        self.quiet = Quiet("spans")
+        self.quiet = OutageLog("spans")
         self._exporter = OTLPSpanExporter(endpoint=endpoint)
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:

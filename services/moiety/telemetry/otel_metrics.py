@@ -18,7 +18,7 @@ from opentelemetry.sdk.metrics.export import (
 from opentelemetry.sdk.resources import Resource
 
 from moiety.telemetry.names import METRICS, Attribute, MetricName
-from moiety.telemetry.quiet_export import Quiet, within
+from moiety.telemetry.quiet_export import OutageLog, finishes_within
 from moiety.telemetry.tracing import Value
 
 Read = Callable[[], float | None]
@@ -54,7 +54,7 @@ class OtelMeter:
     def shutdown(self, timeout_s: float = 2.0) -> None:
         if self._exporter.quiet.failing:
             self._exporter.shutdown()
-        if not within(timeout_s, partial(self._provider.shutdown, 1000 * timeout_s)):
+        if not finishes_within(timeout_s, partial(self._provider.shutdown, 1000 * timeout_s)):
             self._exporter.shutdown()  # cuts off the export that the reader waits for
 
     def _observations(self, name: MetricName, _: CallbackOptions) -> Iterable[Observation]:
@@ -67,7 +67,7 @@ class _QuietExporter(MetricExporter):
     """The OTLP exporter, which logs each outage once."""
 
     def __init__(self, endpoint: str | None) -> None:
-        self.quiet = Quiet("metrics")
+        self.quiet = OutageLog("metrics")
         self._exporter = OTLPMetricExporter(endpoint=endpoint)
         super().__init__(self._exporter._preferred_temporality, self._exporter._preferred_aggregation)
 

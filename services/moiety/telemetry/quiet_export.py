@@ -15,7 +15,7 @@ from opentelemetry.exporter.otlp.proto.grpc import exporter as otlp
 _logger = logging.getLogger("moiety.telemetry")
 
 
-class Quiet:
+class OutageLog:
     """Logs the outages of one exporter. `what` names what it exports: spans or metrics."""
 
     def __init__(self, what: str) -> None:
@@ -67,7 +67,7 @@ class Quiet:
         return False
 
 
-def within(timeout_s: float, action: Callable[[], object]) -> bool:
+def finishes_within(timeout_s: float, action: Callable[[], object]) -> bool:
     """Runs `action` on another thread; returns whether it has ended within `timeout_s`."""
     thread = threading.Thread(target=action, name="telemetry-drain", daemon=True)
     thread.start()

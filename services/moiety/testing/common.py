@@ -76,7 +76,7 @@ async def eventually(condition: Callable[[], bool], within_s: float = 10.0) -> N
             await asyncio.sleep(0.005)
 
 
-async def at_once(_: object) -> None:
+async def no_wait(_: object) -> None:
     """Returns at once: the default for hooks that may wait."""
 
 

@@ -14,10 +14,10 @@ from moiety.core.replica import Role
 from moiety.errors import ResourceExhausted
 from moiety.internal.v1 import engine_pb2, engine_pb2_grpc
 from moiety.registry.memory import MemoryRegistry
-from moiety.testing.common import HOST, MODEL, REVISION, at_once, fake_replica, fake_token
+from moiety.testing.common import HOST, MODEL, REVISION, fake_replica, fake_token, no_wait
 from moiety.v1 import generation_pb2
 from moiety.wire.channels import Server
-from moiety.wire.event_stream import CallServer, Tell
+from moiety.wire.event_stream import CallServer, SendEvent
 
 
 class FakeEngine(engine_pb2_grpc.EngineServiceServicer):
@@ -46,7 +46,7 @@ class FakeEngine(engine_pb2_grpc.EngineServiceServicer):
         self.requests: list[engine_pb2.EngineRequest] = []  # accepted, in order of arrival
         self.refused = 0  # requests beyond `places`
         self.cancelled = 0  # requests whose client went away
-        self.before_token: Callable[[int], Awaitable[None]] = at_once
+        self.before_token: Callable[[int], Awaitable[None]] = no_wait
         self.places = places
         self._shape, self._revision, self._slots, self._queue = shape, revision, slots, queue
         self._blocks, self._block_tokens = blocks, block_tokens
@@ -94,7 +94,7 @@ class FakeEngine(engine_pb2_grpc.EngineServiceServicer):
     ) -> None:
         await CallServer(self._answer).serve(calls, context)
 
-    async def _answer(self, call: engine_pb2.GenerateTokensRequest, tell: Tell) -> None:
+    async def _answer(self, call: engine_pb2.GenerateTokensRequest, tell: SendEvent) -> None:
         request = call.request
         if self._running >= self.places:
             self.refused += 1

@@ -18,10 +18,10 @@ from moiety.core.replica import WIRE_VERSION, Replica, Role
 from moiety.expert.service import SERVICE
 from moiety.internal.v1 import experts_pb2
 from moiety.registry.memory import MemoryRegistry
-from moiety.testing.common import HOST, MODEL, REVISION, at_once, fake_expert, fake_replica, owner_of
+from moiety.testing.common import HOST, MODEL, REVISION, fake_expert, fake_replica, no_wait, owner_of
 from moiety.wire import codec
 from moiety.wire.channels import Server
-from moiety.wire.frames import Answerer, ForwardCall, parse_call
+from moiety.wire.frames import ForwardCall, ReplyCallback, parse_call
 from moiety.wire.transports.mailbox import Mailbox
 from moiety.wire.transports.shm_listener import SharedMemoryListener
 
@@ -42,7 +42,7 @@ class FakeExperts:
         shape: ModelShape,
         *,
         dtype: str = "float32",
-        on_call: OnCall = at_once,
+        on_call: OnCall = no_wait,
         copies: int = 1,
     ):
         self.id, self.held, self.on_call, self.copies = replica_id, held, on_call, copies
@@ -125,7 +125,7 @@ class FakeExperts:
         mailbox: Mailbox,
         header: experts_pb2.ForwardRequest,
         payload: memoryview,
-        answer: Answerer,
+        answer: ReplyCallback,
     ) -> None:
         """Handles a call through shared memory on the loop, like other calls, and answers it from the mailbox."""
         call = self._arrived(header, payload)
@@ -134,7 +134,7 @@ class FakeExperts:
             reply = experts_pb2.ForwardResponse.FromString(self._reply(header, call, await self.on_call(call)))
             rows = codec.rows_in(memoryview(reply.payload), 1)
             reply.ClearField("payload")
-            mailbox.post(lambda: answer(reply, codec.Picked(rows, np.arange(len(rows)))))
+            mailbox.post(lambda: answer(reply, codec.SelectedRows(rows, np.arange(len(rows)))))
 
         self._handling.add(asyncio.run_coroutine_threadsafe(handle(), loop))
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from moiety.model.architectures.gating_description import gating_of
-from moiety.model.architectures.supported import path_of
+from moiety.model.architectures.supported import served_through
 from moiety.model.architectures.transformers_model import (
     causal_lm_class,
     experts_modules,
@@ -82,7 +82,7 @@ def inspect(checkpoint: Checkpoint, memory: int | None = None) -> Inspection:
     routed = expert_parameters * shape.experts * shape.moe_layers
     found = Inspection(
         architecture=shape.architecture,
-        path=path_of(shape.architecture),
+        path=served_through(shape.architecture),
         gating=gating_of(shape.architecture),
         dtype=shape.dtype,
         layers=_layers(config),

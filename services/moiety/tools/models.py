@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moiety.model.architectures.gating_description import gating_of
-from moiety.model.architectures.supported import REFUSED, path_of, served_architectures
+from moiety.model.architectures.supported import REFUSED, served_architectures, served_through
 from moiety.model.architectures.transformers_model import quiet_transformers
 from moiety.synthetic import tiny_model
 from moiety.synthetic.write import tiny_config
@@ -31,7 +31,7 @@ def supported() -> Iterator[Supported]:
     with quiet_transformers():
         configs = {name: tiny_config(name, tiny_model(name).settings) for name in sorted(served_architectures())}
     for name, config in configs.items():
-        yield Supported(name, path_of(name), gating_of(name), caches_of(config))
+        yield Supported(name, served_through(name), gating_of(name), caches_of(config))
 
 
 def caches_of(config: Any) -> tuple[str, ...]:

@@ -25,7 +25,7 @@ POLL_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
+class RebalanceRequest:
     """What to plan for."""
 
     watch_s: float = 2 * WINDOW_S  # how long to watch the load
@@ -33,7 +33,7 @@ class Ask:
     hot_memory: int = 1 << 30  # bytes for the experts of one hot set
 
 
-async def proposed(registry: Registry, ask: Ask) -> PlacementPlan:
+async def propose_placement(registry: Registry, ask: RebalanceRequest) -> PlacementPlan:
     """Watches the load for `ask.watch_s` seconds and returns a plan for it, compared with the placement in force.
 
     Raises RegistryUnreachable, and FailedPrecondition where there are no experts or no load to plan for.
@@ -55,7 +55,7 @@ async def proposed(registry: Registry, ask: Ask) -> PlacementPlan:
     return await asyncio.to_thread(plan_placement, expert_load.table, capacities, current, expert_bytes)
 
 
-async def enact(
+async def apply_placement(
     registry: Registry, plan: PlacementPlan, timeout_s: float, progress: Callable[[str], None], layers: int = 0
 ) -> None:
     """Puts a plan in force. Returns once every replica has loaded its new experts and dropped those it no longer has.

@@ -22,7 +22,7 @@ Header = TypeVar("Header", ForwardRequest, ForwardResponse)
 Rows = np.ndarray  # [R], dtype np.void of a row's bytes: copied by memcpy, whatever the element dtype
 
 
-class Picked(NamedTuple):
+class SelectedRows(NamedTuple):
     """`rows[order]`, not copied yet: the transport copies the rows to their destination."""
 
     rows: Rows

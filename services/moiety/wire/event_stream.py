@@ -25,8 +25,8 @@ LONGEST_MS = (1 << 32) - 1  # largest value of timeout_ms: 49 days
 LATE_S = 1.0  # seconds after its deadline that a call still waits for the router's own answer
 
 Event = Callable[[], engine_pb2.EngineEvent]  # builds the event on the loop, to spare the engine's thread the work
-Tell = Callable[[Event], None]
-Handle = Callable[[engine_pb2.GenerateTokensRequest, Tell], Coroutine[Any, Any, None]]
+SendEvent = Callable[[Event], None]
+CallHandler = Callable[[engine_pb2.GenerateTokensRequest, SendEvent], Coroutine[Any, Any, None]]
 
 
 class CallServer:
@@ -36,7 +36,7 @@ class CallServer:
     last one. It is cancelled when the gateway cancels the call or is lost. An exception that it raises ends the call.
     """
 
-    def __init__(self, handle: Handle):
+    def __init__(self, handle: CallHandler):
         self._handle = handle
         self._loop = asyncio.get_running_loop()
         self._calls: dict[int, asyncio.Task[None]] = {}

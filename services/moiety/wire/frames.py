@@ -13,7 +13,7 @@ from moiety.internal.v1.experts_pb2 import CALL_CLASS_PREFILL, ForwardRequest, F
 from moiety.wire import codec
 from moiety.wire.deadline import Deadline
 
-Answerer = Callable[[ForwardResponse, codec.Picked | None], None]  # receives the one answer to a call
+ReplyCallback = Callable[[ForwardResponse, codec.SelectedRows | None], None]  # receives the one answer to a call
 
 
 @dataclass(slots=True)  # not frozen: a frozen one takes twice as long to create, and every call creates one

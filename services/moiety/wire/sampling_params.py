@@ -84,7 +84,7 @@ def check_sampling(params: SamplingParams, prompt_tokens: int, vocabulary: int, 
     )
 
 
-def settle(params: SamplingParams, sampling: Sampling) -> None:
+def write_defaults(params: SamplingParams, sampling: Sampling) -> None:
     """Writes the defaults into `params`, above all the seed: a router that takes over then samples the same tokens."""
     for field in ("max_tokens", "temperature", "top_p", "top_k", "seed", "n"):
         setattr(params, field, getattr(sampling, field))

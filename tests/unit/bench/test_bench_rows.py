@@ -11,7 +11,7 @@ from moiety.bench.flood import FloodReport, FloodWork, Tally
 from moiety.bench.flood import rows_of as flood_rows
 from moiety.bench.serve.floor import StepCost
 from moiety.bench.serve.rows import OUT_OF_TIME, Cell, Measured, row_lines, rows_of
-from moiety.bench.serve.systems import Arrivals, Load
+from moiety.bench.serve.systems import Arrivals, SystemLoad
 from moiety.bench.token_speeds import Speeds
 from moiety.telemetry.names import Attribute, SpanName
 from moiety.tools.machine_speed import MachineSpeed
@@ -29,7 +29,7 @@ class _System:
     peer: bool
     expert_width: float | None = None
 
-    async def start(self, load: Load, timeout_s: float) -> None: ...
+    async def start(self, load: SystemLoad, timeout_s: float) -> None: ...
 
     async def run(self, prompts: object, new_tokens: int, timeout_s: float) -> Arrivals:
         raise AssertionError
@@ -90,9 +90,9 @@ def _flood(paces: dict[int, float], *, hints: int = 5) -> FloodReport:
 def test_flood_verdict() -> None:
     """Only loads beyond the capacity must keep the pace; a refusal without a retry delay fails at any load."""
     assert [row.ratio_to_peak for row in _flood({0: 100, 1: 80, 2: 96}).rows] == [1, 0.8, 0.96]
-    assert _flood({0: 100, 1: 80, 2: 96}).held
-    assert not _flood({0: 100, 1: 100, 2: 94}).held
-    assert not _flood({0: 100, 1: 100, 2: 100}, hints=4).held
+    assert _flood({0: 100, 1: 80, 2: 96}).passed
+    assert not _flood({0: 100, 1: 100, 2: 94}).passed
+    assert not _flood({0: 100, 1: 100, 2: 100}, hints=4).passed
 
 
 def test_layer_times() -> None:

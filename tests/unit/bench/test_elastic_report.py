@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from moiety.bench.elastic.report import ElasticReport, Moment, Start, elastic_lines, plot, report_of
+from moiety.bench.elastic.report import ElasticReport, LoadSample, ReplicaStart, elastic_lines, plot, report_of
 from moiety.bench.elastic.traffic import Prompts
 from moiety.errors import FailedPrecondition
 
 BEGAN = 1000.0
 PROMPTS = Prompts((20, 21), (0.7, 0.3), "experts-0", 0.9)
-OLD = Start("a", "experts-0", 900.0, 901.0, 902.0, 903.0)
-NEW = Start("b", "experts-0", 1013.0, 1014.5, 1015.0, 1015.5)
+OLD = ReplicaStart("a", "experts-0", 900.0, 901.0, 902.0, 903.0)
+NEW = ReplicaStart("b", "experts-0", 1013.0, 1014.5, 1015.0, 1015.5)
 
 
 def decision(at: float, name: str, before: int, after: int) -> dict[str, Any]:
@@ -25,7 +25,7 @@ def decision(at: float, name: str, before: int, after: int) -> dict[str, Any]:
 
 def report(*decisions: dict[str, Any], failures: tuple[str, ...] = ()) -> ElasticReport:
     """Returns the report of a load that rises after 10 s and falls after 20 s."""
-    moments = [Moment(BEGAN + second, {"experts-0": 1 + (second >= 15)}, {}, 0, (OLD, NEW)) for second in range(30)]
+    moments = [LoadSample(BEGAN + second, {"experts-0": 1 + (second >= 15)}, {}, 0, (OLD, NEW)) for second in range(30)]
     gaps = [(BEGAN + tenth / 10, 0.02 if tenth < 120 else 0.05) for tenth in range(300)]
     traffic: Any = SimpleNamespace(requests=7, failures=list(failures), gaps=gaps)
     phases = [(BEGAN, 1.0), (BEGAN + 10, 5.0), (BEGAN + 20, 1.0)]
@@ -54,10 +54,10 @@ def test_token_gaps_of_a_change_are_those_around_it() -> None:
 
 def test_only_the_hot_group_may_follow() -> None:
     """The report holds only if the hot group grew and shrank, no other group changed, and no request failed."""
-    assert report(GROWS, SHRINKS).held
-    assert not report(GROWS).held
-    assert not report(GROWS, SHRINKS, decision(1012.0, "experts-1", 1, 2)).held
-    assert not report(GROWS, SHRINKS, failures=("lost",)).held
+    assert report(GROWS, SHRINKS).passed
+    assert not report(GROWS).passed
+    assert not report(GROWS, SHRINKS, decision(1012.0, "experts-1", 1, 2)).passed
+    assert not report(GROWS, SHRINKS, failures=("lost",)).passed
     assert "NOT as it should be" in list(elastic_lines(report(GROWS)))[-1]
 
 

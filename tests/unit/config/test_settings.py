@@ -155,7 +155,7 @@ def test_overflow_is_set_per_group() -> None:
         resolve(RouterSettings, {"model": "m", "deterministic": True, "overflow_groups": {"experts-1": "backup"}})
     assert not resolve(RouterSettings, {"model": "m", "overflow_groups": {"experts-1": "wait"}}).may_overflow
     with pytest.raises(ConfigError, match=r"user_config\.overflow"):
-        GroupSettings().live(
+        GroupSettings().with_live(
             {"overflow": "backup"}
         )  # routers get it at start: they refuse models without backup experts
 
@@ -163,9 +163,9 @@ def test_overflow_is_set_per_group() -> None:
 def test_live_settings_of_a_group() -> None:
     """A live setting changes only itself; any other setting, or a bad value, is refused."""
     group = GroupSettings(target_busy=0.5, max_replicas=7)
-    assert group.live({}) is group
-    assert group.live({"target_busy": 0.9}) == group.model_copy(update={"target_busy": 0.9})
+    assert group.with_live({}) is group
+    assert group.with_live({"target_busy": 0.9}) == group.model_copy(update={"target_busy": 0.9})
     with pytest.raises(ConfigError, match=r"user_config\.num_cpus = 2: live settings are target_busy"):
-        group.live({"num_cpus": 2})
+        group.with_live({"num_cpus": 2})
     with pytest.raises(ConfigError, match="target_busy"):
-        group.live({"target_busy": 1.5})
+        group.with_live({"target_busy": 1.5})

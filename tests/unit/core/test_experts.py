@@ -60,10 +60,10 @@ def test_malformed_text_is_refused(text: str):
 
 def test_a_block_is_the_same_experts_in_every_layer():
     """A block holds the same experts in every layer; an empty block is the empty set."""
-    assert str(ExpertSet.block(4, [2, 0, 1])) == "0-3:0-2"
-    assert ExpertSet.block(4, []) == ExpertSet()
-    assert (3, 2) in ExpertSet.block(4, [2])
-    assert (4, 2) not in ExpertSet.block(4, [2])
+    assert str(ExpertSet.uniform(4, [2, 0, 1])) == "0-3:0-2"
+    assert ExpertSet.uniform(4, []) == ExpertSet()
+    assert (3, 2) in ExpertSet.uniform(4, [2])
+    assert (4, 2) not in ExpertSet.uniform(4, [2])
 
 
 @given(experts=st.integers(1, 130), data=st.data())

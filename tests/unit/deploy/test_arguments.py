@@ -9,7 +9,7 @@ import pytest
 
 from moiety.config.application import AppSettings
 from moiety.deploy.app import build, default_placement
-from moiety.deploy.arguments import carried, expert_settings, gateway_settings, restored, router_settings
+from moiety.deploy.arguments import expert_settings, from_arguments, gateway_settings, router_settings, to_arguments
 from moiety.errors import ConfigError
 from moiety.synthetic import write_tiny
 
@@ -33,12 +33,12 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_password_travels_in_the_environment_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """What Ray stores and logs holds no password; a process needs MOIETY_REGISTRY to restore the URL."""
     settings = AppSettings(model="m", registry=SECRET_URL)
-    values = carried(settings)
+    values = to_arguments(settings)
     assert "hunter2" not in json.dumps(values)
     with pytest.raises(ConfigError, match="MOIETY_REGISTRY"):
-        restored(values)
+        from_arguments(values)
     monkeypatch.setenv("MOIETY_REGISTRY", SECRET_URL)
-    assert restored(values) == settings
+    assert from_arguments(values) == settings
 
 
 def test_carried_arguments_win_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,7 +46,7 @@ def test_carried_arguments_win_over_the_environment(monkeypatch: pytest.MonkeyPa
     settings = AppSettings(model="m", registry="redis://10.0.0.1:6390/0", slots=7)
     monkeypatch.setenv("MOIETY_REGISTRY", "redis://elsewhere:1/0")
     monkeypatch.setenv("MOIETY_SLOTS", "9")
-    assert restored(carried(settings)) == settings
+    assert from_arguments(to_arguments(settings)) == settings
 
 
 def test_loopback_stays_loopback() -> None:
@@ -72,11 +72,11 @@ def test_a_router_knows_which_groups_may_overflow() -> None:
     """`experts.overflow` applies to every group unless `overrides` changes it."""
     settings = AppSettings(model="m", overrides={"experts-1": {"overflow": "backup"}, "experts-0": {"threads": 2}})
     router = router_settings(settings, NODE)
-    assert [router.spares(f"experts-{group}") for group in range(3)] == [False, True, False]
+    assert [router.allows_backup(f"experts-{group}") for group in range(3)] == [False, True, False]
     others = settings.model_copy(
         update={"experts": settings.experts.model_copy(update={"overflow": "backup"}), "overrides": {}}
     )
-    assert router_settings(others, NODE).spares("experts-0")
+    assert router_settings(others, NODE).allows_backup("experts-0")
 
 
 def test_default_placement_covers_every_expert_once(model: Path) -> None:

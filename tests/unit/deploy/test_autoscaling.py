@@ -17,7 +17,7 @@ from moiety.config.application import AppSettings
 from moiety.core.load import ReplicaLoad
 from moiety.core.replica import Replica, Role
 from moiety.deploy import autoscaling_hook
-from moiety.deploy.arguments import carried
+from moiety.deploy.arguments import to_arguments
 from moiety.registry.connect import connect
 from moiety.registry.embedded_redis import EmbeddedRedis
 from moiety.telemetry import MetricName
@@ -54,7 +54,7 @@ def _policy(settings: AppSettings) -> Any:
         copied = cloudpickle.loads(cloudpickle.dumps(autoscaling_hook.LoadPolicy))
     finally:
         cloudpickle.unregister_pickle_by_value(autoscaling_hook)
-    return copied(arguments=carried(settings), held="0:0-3")
+    return copied(arguments=to_arguments(settings), held="0:0-3")
 
 
 def _report(settings: AppSettings, busy: float) -> None:
@@ -120,7 +120,7 @@ def test_targets_are_exported(redis: EmbeddedRedis, monkeypatch: pytest.MonkeyPa
 
         def exported() -> set[tuple[object, ...]]:
             policy(context)
-            figures = [figure for figure in receiver.figures() if figure.name == MetricName.TARGET]
+            figures = [figure for figure in receiver.metrics() if figure.name == MetricName.TARGET]
             names = ("moiety.deployment", "service.instance.id")
             return {(figure.service, figure.value, *map(figure.attributes.get, names)) for figure in figures}
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from moiety.core.expert_backend import CallClass
-from moiety.expert.batcher import Computed, Waiting
+from moiety.expert.batcher import Computed, QueuedCall
 from moiety.expert.runtime import Runtime
 from moiety.testing import fake_shape
 from moiety.wire import codec
@@ -79,10 +79,10 @@ def rows_for(count: int) -> torch.Tensor:
     return torch.randn(count, SHAPE.mlp.hidden, generator=torch.Generator().manual_seed(count))
 
 
-def waiting_for(call: ForwardCall) -> tuple[Waiting, Answers]:
+def waiting_for(call: ForwardCall) -> tuple[QueuedCall, Answers]:
     """Returns the call as the service queues it, and the collector of its answer."""
     answers = Answers()
-    return Waiting(call, answers), answers
+    return QueuedCall(call, answers), answers
 
 
 def plainly(experts: Iterable[int], rows: torch.Tensor, layer: int = 0) -> torch.Tensor:

@@ -10,12 +10,12 @@ from expert_support import call_for, waiting_for
 
 from moiety.core.expert_backend import CallClass
 from moiety.errors import ResourceExhausted
-from moiety.expert.batcher import MAX_BATCH_ROWS, PREFILL_PATIENCE_S, Batcher, Waiting
+from moiety.expert.batcher import MAX_BATCH_ROWS, PREFILL_PATIENCE_S, Batcher, QueuedCall
 
 DECODE, PREFILL = CallClass.DECODE, CallClass.PREFILL
 
 
-def fill(batcher: Batcher, *calls: tuple[CallClass, int]) -> list[Waiting]:
+def fill(batcher: Batcher, *calls: tuple[CallClass, int]) -> list[QueuedCall]:
     """Queues calls of (class, layer), each 1 ms younger than the one before."""
     queued, now = [], time.monotonic()
     for position, (call_class, layer) in enumerate(calls):

@@ -29,7 +29,7 @@ from moiety.wire.channels import Server, channel
 from moiety.wire.transports.connection import Reply
 from moiety_kernels import ExpertWeights
 
-HELD = ExpertSet.block(3, range(4))
+HELD = ExpertSet.uniform(3, range(4))
 
 
 @dataclass(slots=True)

@@ -16,8 +16,8 @@ from moiety.errors import RegistryUnreachable
 from moiety.registry.interface import TTL_S
 from moiety.registry.memory import MemoryRegistry
 
-HELD, NEXT = ExpertSet.block(3, [0, 1]), ExpertSet.block(3, [1, 2])
-LEAVING = ExpertSet.block(3, [0])
+HELD, NEXT = ExpertSet.uniform(3, [0, 1]), ExpertSet.uniform(3, [1, 2])
+LEAVING = ExpertSet.uniform(3, [0])
 ROUTER = Replica("r1", Role.ROUTER, "router", "h:1", "n", "m", "revision", placement_epoch=0)
 
 

@@ -12,10 +12,10 @@ from expert_support import Answers, MakeRuntime, call_for, plainly, rows_for, te
 
 from moiety.core.experts import ExpertSet
 from moiety.errors import DeadlineExceeded, MoietyError, NotHeld, ResourceExhausted
-from moiety.expert.batcher import Computed, Waiting
+from moiety.expert.batcher import Computed, QueuedCall
 from moiety.wire.deadline import Deadline
 
-ALL = ExpertSet.block(3, range(6))
+ALL = ExpertSet.uniform(3, range(6))
 
 
 def submit(runtime, experts, **options) -> Answers:
@@ -74,7 +74,7 @@ def test_a_caller_that_is_gone_harms_no_other_call(make_runtime: MakeRuntime):
     def gone(_result) -> None:
         raise RuntimeError("Event loop is closed")
 
-    runtime.submit(Waiting(call_for([0]), gone))
+    runtime.submit(QueuedCall(call_for([0]), gone))
     mate = submit(runtime, [0])
     runtime.start()
     assert isinstance(mate.one(), Computed)
@@ -83,7 +83,7 @@ def test_a_caller_that_is_gone_harms_no_other_call(make_runtime: MakeRuntime):
 
 def test_a_call_for_a_missing_expert_is_refused_whole(make_runtime: MakeRuntime):
     """One missing (layer, expert) refuses the call before it is queued; the error names what is missing."""
-    runtime = make_runtime(ExpertSet.block(3, [0, 1]), start=False)
+    runtime = make_runtime(ExpertSet.uniform(3, [0, 1]), start=False)
     with pytest.raises(NotHeld, match=r"layer 2: expert\(s\) \[4, 5\]"):
         submit(runtime, [0, 4, 1, 5], layer=2)
     with pytest.raises(NotHeld, match="layer 7"):
@@ -111,8 +111,11 @@ def test_only_new_experts_are_read(make_runtime: MakeRuntime):
 def test_leaving_experts_are_computed_until_they_are_dropped(make_runtime: MakeRuntime):
     """Calls for an expert that a placement removes are computed, and it is not dropped while one is unanswered."""
     runtime = make_runtime(ALL, start=False)
-    runtime.hold(ExpertSet.block(3, range(5)), epoch=3)
-    assert (runtime.holding.held, runtime.holding.leaving) == (ExpertSet.block(3, range(5)), ExpertSet.block(3, [5]))
+    runtime.hold(ExpertSet.uniform(3, range(5)), epoch=3)
+    assert (runtime.holding.held, runtime.holding.leaving) == (
+        ExpertSet.uniform(3, range(5)),
+        ExpertSet.uniform(3, [5]),
+    )
     late, other = submit(runtime, [0, 5]), submit(runtime, [1])
     assert not runtime.drop_leaving()
     runtime.start()
@@ -133,10 +136,10 @@ def test_a_placement_that_cannot_be_read_changes_nothing(make_runtime: MakeRunti
             raise OSError("the disk is gone")
         return {pair: weights_of(pair) for pair in held}
 
-    runtime = make_runtime(ExpertSet.block(3, [0, 1]), load=load)
+    runtime = make_runtime(ExpertSet.uniform(3, [0, 1]), load=load)
     with pytest.raises(OSError, match="gone"):
-        runtime.hold(ExpertSet.block(3, [0, 5]), epoch=1)
-    assert (runtime.holding.held, runtime.holding.epoch) == (ExpertSet.block(3, [0, 1]), 0)
+        runtime.hold(ExpertSet.uniform(3, [0, 5]), epoch=1)
+    assert (runtime.holding.held, runtime.holding.epoch) == (ExpertSet.uniform(3, [0, 1]), 0)
     assert isinstance(submit(runtime, [0, 1], layer=2).one(), Computed)
 
 
@@ -167,7 +170,7 @@ def test_idle_means_answered(make_runtime: MakeRuntime):
     runtime = make_runtime(ALL, start=False)
     seen: list[bool] = []
     assert runtime.idle
-    runtime.submit(Waiting(call_for([0]), lambda _: seen.append(runtime.idle)))
+    runtime.submit(QueuedCall(call_for([0]), lambda _: seen.append(runtime.idle)))
     assert not runtime.idle
     runtime.start()
     runtime.stop(10)
@@ -210,9 +213,9 @@ def test_the_wait_of_a_call_begins_when_it_was_sent(make_runtime: MakeRuntime):
         call = call_for([0])
         call.sent = time.monotonic() - 0.1
         busy(result)
-        runtime.submit(Waiting(call, late))
+        runtime.submit(QueuedCall(call, late))
 
-    runtime.submit(Waiting(call_for([0] * 10), send_another))  # 0.2 s
+    runtime.submit(QueuedCall(call_for([0] * 10), send_another))  # 0.2 s
     assert isinstance(busy.one(), Computed)
     assert late.one().queue_ms >= 100
     assert runtime.load_since_last().queue_wait_ms >= 50

@@ -105,7 +105,7 @@ class SimulatedGateway:
         self.routers, self.pace, self.random = routers, Pace(), random.Random(seed)
         self.hasher = PrefixHasher(1)  # the routers' caches use the same hashes
         self.indices = [PrefixIndex(router.blocks) for router in routers]
-        self.in_flight, self.ahead = [0] * len(routers), [0.0] * len(routers)
+        self.in_flight, self.pending_prompt_tokens = [0] * len(routers), [0.0] * len(routers)
         self.others = [0] * len(routers)
 
     def poll(self) -> None:
@@ -117,7 +117,7 @@ class SimulatedGateway:
             Candidate(
                 self.others[i] + self.in_flight[i],
                 router.slots,
-                self.ahead[i],
+                self.pending_prompt_tokens[i],
                 self.pace.found.value * BLOCK * self.indices[i].match(request.hashes),
             )
             for i, router in enumerate(self.routers)
@@ -125,23 +125,26 @@ class SimulatedGateway:
         draw = self.random.getrandbits(32)
         chosen = request.router = choose(candidates, self.pace, len(request.prompt), request.output, draw).index
         candidate = candidates[chosen]
-        request.queued, request.ahead = candidate.load >= candidate.slots, candidate.ahead
+        request.queued, request.pending_prompt_tokens = (
+            candidate.load >= candidate.slots,
+            candidate.pending_prompt_tokens,
+        )
         request.guess = len(request.prompt) - candidate.cached
         request.visit = self.indices[chosen].visit(request.hashes)
         self.in_flight[chosen] += 1
-        self.ahead[chosen] += request.guess
+        self.pending_prompt_tokens[chosen] += request.guess
         return chosen
 
     def first(self, request: Request, now: float) -> None:
         request.first, request.streams = now, self._streams(request.router)
-        self.ahead[request.router] -= request.guess
+        self.pending_prompt_tokens[request.router] -= request.guess
         visit = request.visit
         assert visit is not None
         self.indices[request.router].answered(visit, request.cached // BLOCK)
         if visit.expected:
             self.pace = self.pace.looked_up(min(request.cached / (visit.expected * BLOCK), 1.0))
         if not request.queued:
-            tokens = request.ahead + len(request.prompt) - request.cached
+            tokens = request.pending_prompt_tokens + len(request.prompt) - request.cached
             self.pace = self.pace.started(tokens, now - request.arrives)
 
     def done(self, request: Request, now: float) -> None:

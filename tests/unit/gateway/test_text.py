@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moiety.errors import CheckpointError, InvalidRequest
-from moiety.gateway.text import MAX_PROMPT_BYTES, Detokenizer, Tokenizer
+from moiety.gateway.text import MAX_PROMPT_CHARACTERS, Detokenizer, Tokenizer
 from moiety.synthetic.tokenizer import EOS, VOCABULARY
 
 BYTE_80 = 225  # the token of the byte 0x80, which begins no character
@@ -90,8 +90,8 @@ def test_the_bounds_of_a_prompt(tokenizer: Tokenizer):
     """Empty text and text beyond MAX_PROMPT_BYTES raise InvalidRequest that names the field."""
     with pytest.raises(InvalidRequest, match=r"prompt.text = '': must be at least one character"):
         tokenizer.encode("")
-    with pytest.raises(InvalidRequest, match=rf"prompt.text = .* at most {MAX_PROMPT_BYTES}"):
-        tokenizer.encode("x" * (MAX_PROMPT_BYTES + 1))
+    with pytest.raises(InvalidRequest, match=rf"prompt.text = .* at most {MAX_PROMPT_CHARACTERS}"):
+        tokenizer.encode("x" * (MAX_PROMPT_CHARACTERS + 1))
 
 
 def test_a_folder_without_a_tokenizer_is_named(tmp_path: Path):

@@ -121,7 +121,7 @@ def make_experts() -> MakeExperts:
     def make(checkpoint: Checkpoint, layout: ExpertLayout, dtype: torch.dtype = torch.float32) -> LocalExperts:
         shape = layout.shape
         parts = (range(3), range(3, shape.experts))
-        sets = [ExpertSet.block(shape.moe_layers, part) for part in parts]
+        sets = [ExpertSet.uniform(shape.moe_layers, part) for part in parts]
         return LocalExperts(shape.mlp, [load_experts(checkpoint, layout, held, dtype) for held in sets])
 
     return make

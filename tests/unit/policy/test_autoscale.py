@@ -221,8 +221,8 @@ def test_a_hot_set_lives_while_it_is_worth_it() -> None:
     """A hot set starts only for enough load, and goes while some load is left, because groups hold its experts too."""
     settings = SETTINGS.model_copy(update={"min_replicas": 0, "shrink_after_s": 0.0})
     asleep = replace(QUIET, target=0, live=0, reporting=0, busy=0.0, spare=True)
-    assert not decide(replace(asleep, asked=0.2), State(), settings, 0.0).changes
-    assert decide(replace(asleep, asked=0.4), State(), settings, 0.0).target == 1
+    assert not decide(replace(asleep, busy_if_added=0.2), State(), settings, 0.0).changes
+    assert decide(replace(asleep, busy_if_added=0.4), State(), settings, 0.0).target == 1
     assert decide(replace(QUIET, busy=0.1, spare=True), State(), settings, 0.0).target == 0
     assert decide(replace(QUIET, busy=0.2, spare=True), State(), settings, 0.0).target == 1
 

@@ -56,7 +56,7 @@ def test_a_ramp_is_followed_while_replicas_start() -> None:
     """Rising load adds replicas before the last ones are live; a long queue alone does not."""
     settings = SETTINGS.model_copy(update={"max_replicas": 40})
     rising = replace(QUIET, target=11, live=10, reporting=10, busy=0.7)
-    state = decide(rising, State(short_since=0.0, live=10), settings, 1.0).state
+    state = decide(rising, State(starting_since=0.0, live=10), settings, 1.0).state
     assert decide(rising, state, settings, 1.0).target == 12
     waiting = replace(rising, busy=0.5, queue_wait_ms=500.0)
-    assert not decide(waiting, State(short_since=0.0, live=10), settings, 1.0).changes
+    assert not decide(waiting, State(starting_since=0.0, live=10), settings, 1.0).changes

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moiety.core.experts import ExpertSet
-from moiety.policy.dispatch import KNEE_ROWS, NOBODY, SEVERAL, DispatchPlan, HolderTable, holders, plan_dispatch
+from moiety.policy.dispatch import KNEE_ROWS, MANY_HOLDERS, NO_HOLDER, DispatchPlan, HolderTable, holders, plan_dispatch
 
 EXPERTS = 8
 Held = dict[str, frozenset[int]]
@@ -83,7 +83,7 @@ def test_the_table_agrees_with_a_plain_loop(names: list[str], kinds: list[str]):
     for layer, owner in table.sole.items():
         for expert in range(EXPERTS):
             indices = holders.get((layer, expert), [])
-            assert owner[expert] == (NOBODY if not indices else indices[0] if len(indices) == 1 else SEVERAL)
+            assert owner[expert] == (NO_HOLDER if not indices else indices[0] if len(indices) == 1 else MANY_HOLDERS)
 
 
 def test_experts_stay_with_their_replica_from_step_to_step():
@@ -99,7 +99,7 @@ def test_experts_stay_with_their_replica_from_step_to_step():
 
 def test_a_group_may_have_more_replicas_than_experts_of_a_layer():
     """With two experts per layer and eight replicas, different layers use different replicas: all get work."""
-    held = {name: ExpertSet.block(8, [0, 1]) for name in "abcdefgh"}
+    held = {name: ExpertSet.uniform(8, [0, 1]) for name in "abcdefgh"}
     table = HolderTable.build(1, held, layers=8, experts=EXPERTS)
     used = [plan_dispatch(table, layer, np.array([0, 1]), np.arange(2)).parts.keys() for layer in range(8)]
     assert set().union(*used) == set(held)

@@ -23,7 +23,7 @@ def expert_replica(replica_id: str = "e0", **changes: object) -> Replica:
         "node": "node-a",
         "model": "tiny",
         "revision": "abc",
-        "held": ExpertSet.block(3, [0, 5]),
+        "held": ExpertSet.uniform(3, [0, 5]),
         "placement_epoch": 2,
         "started": 1700000000.25,
         "pid": 42,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from registry_support import demand_of
 
-from moiety.registry.rates import WINDOW_S, Recent, rates
+from moiety.registry.rates import WINDOW_S, RecentRates, rates
 
 
 def test_each_writer_counts_over_its_own_window() -> None:
@@ -67,7 +67,7 @@ def test_large_counts_stay_exact() -> None:
 
 def test_a_writer_knows_its_own_last_seconds() -> None:
     """`Recent` gives zeros at first, then the rates of the window, and zeros again once the window is over."""
-    recent = Recent()
+    recent = RecentRates()
     counted = [(0, 0), (10, 0), (40, 0), (40, 6), (40, 6), (40, 6), (40, 6)]
     found = [recent.rows_per_s(demand_of(rows, time=100.0 + second)).tolist() for second, rows in enumerate(counted)]
     assert found == [[[0, 0]], [[10, 0]], [[20, 0]], [[40 / 3, 2]], [[10, 2]], [[0, 2]], [[0, 0]]]
@@ -76,7 +76,7 @@ def test_a_writer_knows_its_own_last_seconds() -> None:
 
 def test_a_writers_own_rates_survive_repetition_restart_and_a_clock_set_back() -> None:
     """A repeated flush gives the same rate, counters that went down count from zero, an earlier time starts again."""
-    recent = Recent()
+    recent = RecentRates()
     recent.rows_per_s(demand_of((50,), time=100.0))
     for _ in range(2):
         assert recent.rows_per_s(demand_of((58,), time=102.0)).tolist() == [[4.0]]

@@ -34,7 +34,7 @@ def test_replicas_are_sorted_and_the_last_registration_counts(run: Run) -> None:
         first, second = expert_replica("b"), expert_replica("a", role=Role.ROUTER, held=ExpertSet())
         await registry.register(first)
         await registry.register(second)
-        moved = expert_replica("b", held=ExpertSet.block(1, [7]), placement_epoch=3)
+        moved = expert_replica("b", held=ExpertSet.uniform(1, [7]), placement_epoch=3)
         await registry.register(moved)
         assert await registry.replicas() == (second, moved)
 
@@ -106,7 +106,7 @@ def test_a_placement_needs_the_next_epoch(run: Run) -> None:
 
     async def behaviour(registry: Registry) -> None:
         def placement(epoch: int) -> Placement:
-            return Placement(epoch, {"experts-0": ExpertSet.block(2, range(epoch)), "hot-0": ExpertSet()})
+            return Placement(epoch, {"experts-0": ExpertSet.uniform(2, range(epoch)), "hot-0": ExpertSet()})
 
         assert await registry.placement() is None
         assert await registry.placement_epoch() == 0
@@ -125,7 +125,7 @@ def test_one_of_several_racing_placements_wins(run: Run) -> None:
     """If eight writers propose the same epoch at once, exactly one call returns True."""
 
     async def behaviour(registry: Registry) -> None:
-        proposals = [Placement(1, {f"experts-{writer}": ExpertSet.block(1, [writer])}) for writer in range(8)]
+        proposals = [Placement(1, {f"experts-{writer}": ExpertSet.uniform(1, [writer])}) for writer in range(8)]
         stored = await asyncio.gather(*(registry.set_placement(proposal) for proposal in proposals))
         assert stored.count(True) == 1
         assert await registry.placement() == proposals[stored.index(True)]

@@ -32,7 +32,7 @@ def test_readers_see_every_change_of_the_writer(tmp_path: Path) -> None:
             replica = expert_replica(f"e{epoch % 3}", placement_epoch=epoch)
             await writer.register(replica)
             assert replica in await reader.replicas()
-            placement = Placement(epoch, {"experts-0": ExpertSet.block(1, [epoch])})
+            placement = Placement(epoch, {"experts-0": ExpertSet.uniform(1, [epoch])})
             assert await writer.set_placement(placement)
             assert await reader.placement() == placement
         await writer.deregister("e1")

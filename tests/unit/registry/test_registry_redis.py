@@ -23,7 +23,7 @@ from moiety.core.replica import Placement
 from moiety.errors import ConfigError, RegistryUnreachable
 from moiety.registry.connect import connect
 from moiety.registry.embedded_redis import EmbeddedRedis
-from moiety.registry.interface import BUSY_TTL_S, DEMAND_TTL_S, MISSING_EXPERTS_TTL_S, TTL_S, Registry
+from moiety.registry.interface import DEMAND_TTL_S, LOAD_TTL_S, MISSING_EXPERTS_TTL_S, TTL_S, Registry
 from moiety.registry.listing import digest_of
 
 
@@ -55,10 +55,10 @@ def test_entries_expire_each_after_its_time(redis_server: EmbeddedRedis, app: st
             assert await registry.replica_load()
             assert await registry.missing_experts()
             await eventually(rest_gone)
-            assert time.monotonic() - began == pytest.approx(BUSY_TTL_S, abs=0.5)
+            assert time.monotonic() - began == pytest.approx(LOAD_TTL_S, abs=0.5)
 
     asyncio.run(behaviour())
-    assert BUSY_TTL_S == MISSING_EXPERTS_TTL_S
+    assert LOAD_TTL_S == MISSING_EXPERTS_TTL_S
     assert redis_cli.keys(f"moiety:{{{app}}}:*") == [f"moiety:{{{app}}}:generation"]
 
 
@@ -77,7 +77,7 @@ def test_counters_outlive_a_slow_writer(redis_server: EmbeddedRedis, app: str, r
 
     asyncio.run(publish())
     assert DEMAND_TTL_S - 5 < redis_cli.ttl(load) <= DEMAND_TTL_S
-    assert all(0 < redis_cli.ttl(key) <= BUSY_TTL_S for key in (hot, f"{hot}:router-a"))
+    assert all(0 < redis_cli.ttl(key) <= LOAD_TTL_S for key in (hot, f"{hot}:router-a"))
     redis_cli.delete(load)
     assert asyncio.run(read()) == {}
     assert redis_cli.scard(f"moiety:{{{app}}}:writers") == 0

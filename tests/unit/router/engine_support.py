@@ -210,7 +210,7 @@ def engine_of(
         token_budget=token_budget,
         queue_limit=queue_limit,
         threads=1,
-        waits=lambda *_: None,
+        report_missing=lambda *_: None,
         tracer=NO_TRACER,
         speculative_tokens=speculative_tokens,
     )

@@ -237,6 +237,6 @@ def engine_on(
         token_budget=token_budget,
         queue_limit=1000,
         threads=1,
-        waits=lambda *_: None,
+        report_missing=lambda *_: None,
         tracer=NO_TRACER,
     )

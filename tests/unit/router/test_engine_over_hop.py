@@ -80,12 +80,12 @@ def test_pressure_prefixes_and_choices_change_no_token(architecture: str, tiny: 
             token_budget=32,
             queue_limit=100,
             threads=1,
-            waits=lambda *_: None,
+            report_missing=lambda *_: None,
             tracer=NO_TRACER,
         )
 
     async def scenario() -> None:
-        held = ExpertSet.block(shape.moe_layers, range(shape.experts))
+        held = ExpertSet.uniform(shape.moe_layers, range(shape.experts))
         async with loopback_hop([FakeExperts("all", held, shape)], shape) as loopback:
 
             def compare() -> None:

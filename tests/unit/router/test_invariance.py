@@ -19,7 +19,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRMSNorm, ap
 
 from moiety.core.expert_backend import PendingRows
 from moiety.model.seam import LAYER_ATTRIBUTE, remote_experts, use_backend
-from moiety.model.trunk.cpu_layers import use_kernels
+from moiety.model.trunk.cpu_layers import use_cpu_kernels
 from moiety.model.trunk.fixed_elementwise import FixedElementwise
 from moiety.router.attention.latent import Latent
 
@@ -170,7 +170,7 @@ def test_deterministic_linear_layers_are_invariant(dtype: torch.dtype):
     """Deterministic linear layers are invariant, also where a gate computes bfloat16 weights in float32."""
     layer: Any = nn.Linear(WIDTH * HEADS, 96, bias=False).to(dtype).requires_grad_(False)
     layer.weight.copy_(random(96, WIDTH * HEADS))
-    use_kernels(layer, deterministic=True)
+    use_cpu_kernels(layer, deterministic=True)
     assert_invariant(layer, random(*ROWS, dtype=dtype))
     assert_invariant(lambda rows: nn.functional.linear(rows.float(), layer.weight.float()), random(*ROWS, dtype=dtype))
 

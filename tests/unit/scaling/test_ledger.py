@@ -140,8 +140,8 @@ def test_a_hot_set_at_zero_counts_its_share() -> None:
         reading = await ledger.read()
         hot = reading.snapshot("hot-0", 0, ExpertSet(), spare=True)
         assert hot.spare
-        assert hot.asked == pytest.approx((0.1 + 0.1 + 0.1) / 2)
-        assert reading.snapshot("experts-0", 1, HELD).asked == 0.0
+        assert hot.busy_if_added == pytest.approx((0.1 + 0.1 + 0.1) / 2)
+        assert reading.snapshot("experts-0", 1, HELD).busy_if_added == 0.0
 
     asyncio.run(check())
 

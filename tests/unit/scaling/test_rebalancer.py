@@ -15,7 +15,7 @@ from moiety.errors import FailedPrecondition, Unavailable
 from moiety.registry.memory import MemoryRegistry
 from moiety.scaling.ledger import Ledger
 from moiety.scaling.rebalancer import EVERY_S, Rebalancer
-from moiety.tools.rebalance import Ask, enact, proposed
+from moiety.tools.rebalance import RebalanceRequest, apply_placement, propose_placement
 
 COSTS = BatchCost(fixed_s=0.0, s_per_byte=1e-9, s_per_row=1e-5, expert_bytes=1_000_000, samples=100, error=0.05)
 DEFAULT = {"experts-0": ExpertSet.parse("0:0-1"), "experts-1": ExpertSet.parse("0:2-3"), "hot-0": ExpertSet()}
@@ -123,14 +123,16 @@ def test_the_command_plans_from_the_load_and_enacts_once() -> None:
             if len(held):
                 await system.registry.register(replica_of(name, held, 0))
         serving = asyncio.create_task(_serve(system))
-        found = await proposed(system.registry, Ask(watch_s=3.0, hot_sets=1, hot_memory=1_000_000))
+        found = await propose_placement(
+            system.registry, RebalanceRequest(watch_s=3.0, hot_sets=1, hot_memory=1_000_000)
+        )
         serving.cancel()
         assert found.gain > 0.2
         assert any(line.startswith("  + 0:") for line in found.lines())
         with pytest.raises(Unavailable, match="placement 1 is not in force everywhere"):
-            await enact(system.registry, found, 0.3, lambda _: None)
+            await apply_placement(system.registry, found, 0.3, lambda _: None)
         with pytest.raises(FailedPrecondition, match="plan again"):
-            await enact(system.registry, replace(found), 0.3, lambda _: None)
+            await apply_placement(system.registry, replace(found), 0.3, lambda _: None)
 
     asyncio.run(check())
 
@@ -142,7 +144,7 @@ def test_without_load_there_is_nothing_to_plan_for() -> None:
         system = System()
         await system.registry.register(replica_of("experts-0", DEFAULT["experts-0"], 0))
         with pytest.raises(FailedPrecondition, match="no load to plan for"):
-            await proposed(system.registry, Ask(watch_s=0.1))
+            await propose_placement(system.registry, RebalanceRequest(watch_s=0.1))
 
     asyncio.run(check())
 

@@ -24,7 +24,7 @@ def test_metrics_arrive_with_kind_unit_and_attributes(receiver: TraceReceiver) -
     for deployment, target in (("experts-0", 1), ("experts-1", 2), ("experts-1", 3)):
         meter.observe(MetricName.TARGET, lambda target=target: target, {Attribute.DEPLOYMENT: deployment})
     meter.shutdown()
-    figures = {(figure.name, figure.attributes.get("moiety.deployment")): figure for figure in receiver.figures()}
+    figures = {(figure.name, figure.attributes.get("moiety.deployment")): figure for figure in receiver.metrics()}
     assert {key: (figure.value, figure.unit, figure.cumulative) for key, figure in figures.items()} == {
         ("moiety.busy", None): (0.25, "1", False),
         ("moiety.routed_rows", None): (1 << 40, "{row}", True),
@@ -42,7 +42,7 @@ def test_metrics_are_exported_periodically(receiver: TraceReceiver, monkeypatch:
     meter = configure_metrics("moiety-router")
     meter.observe(MetricName.ROUTED_ROWS, lambda: next(reads))
     until = time.monotonic() + 10.0
-    while not any(figure.value >= 2 for figure in receiver.figures()):
+    while not any(figure.value >= 2 for figure in receiver.metrics()):
         assert time.monotonic() < until
         time.sleep(0.01)
     meter.shutdown()

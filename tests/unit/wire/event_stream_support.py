@@ -14,13 +14,13 @@ from moiety.testing import HOST
 from moiety.v1 import generation_pb2
 from moiety.wire.channels import Server, channel
 from moiety.wire.deadline import Deadline
-from moiety.wire.event_stream import CallClient, CallServer, Handle, Tell
+from moiety.wire.event_stream import CallClient, CallHandler, CallServer, SendEvent
 
 
 class Router(engine_pb2_grpc.EngineServiceServicer):
     """Answers each call with `handle`; stopping `server` loses it."""
 
-    def __init__(self, handle: Handle):
+    def __init__(self, handle: CallHandler):
         self._handle = handle
         self.streams: list[CallServer] = []
         self.seen: list[engine_pb2.GenerateTokensRequest] = []
@@ -33,12 +33,12 @@ class Router(engine_pb2_grpc.EngineServiceServicer):
         self.streams.append(CallServer(self._answer))
         await self.streams[-1].serve(calls, context)
 
-    async def _answer(self, call: engine_pb2.GenerateTokensRequest, tell: Tell) -> None:
+    async def _answer(self, call: engine_pb2.GenerateTokensRequest, tell: SendEvent) -> None:
         self.seen.append(call)
         await self._handle(call, tell)
 
 
-def serve(handle: Handle, scenario: Callable[[Router, str], Awaitable[None]]) -> None:
+def serve(handle: CallHandler, scenario: Callable[[Router, str], Awaitable[None]]) -> None:
     """Runs `scenario` with a router that listens."""
 
     async def main() -> None:
@@ -52,7 +52,7 @@ def serve(handle: Handle, scenario: Callable[[Router, str], Awaitable[None]]) ->
     asyncio.run(asyncio.wait_for(main(), 20))
 
 
-def calling(handle: Handle, scenario: Callable[[Router, CallClient], Awaitable[None]]) -> None:
+def calling(handle: CallHandler, scenario: Callable[[Router, CallClient], Awaitable[None]]) -> None:
     """Runs `scenario` with a router and a gateway's end of one stream to it."""
 
     async def main(router: Router, address: str) -> None:

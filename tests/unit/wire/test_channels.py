@@ -41,7 +41,7 @@ def test_a_server_may_be_stopped_from_two_sides_at_once():
     """Overlapping and repeated stops act as one; grpc.aio alone would crash the process."""
 
     async def scenario() -> None:
-        replica = FakeExperts("a", ExpertSet.block(2, [0]), SHAPE, on_call=lambda _: asyncio.Event().wait())
+        replica = FakeExperts("a", ExpertSet.uniform(2, [0]), SHAPE, on_call=lambda _: asyncio.Event().wait())
         await replica.start(MemoryRegistry())
         async with open_caller(replica.replica.address) as caller:
             lost = ask(caller, 1)

@@ -12,16 +12,16 @@ from moiety.internal.v1 import engine_pb2, engine_pb2_grpc
 from moiety.testing import eventually
 from moiety.wire.channels import channel
 from moiety.wire.deadline import Deadline
-from moiety.wire.event_stream import CallClient, Tell
+from moiety.wire.event_stream import CallClient, SendEvent
 
 CALLS = 32
 
 
 def test_a_steps_events_come_in_one_message():
     """The events that one step emits for many requests are sent in one message, each with its call's id."""
-    tells: list[Tell] = []
+    tells: list[SendEvent] = []
 
-    async def handle(call: engine_pb2.GenerateTokensRequest, tell: Tell) -> None:
+    async def handle(call: engine_pb2.GenerateTokensRequest, tell: SendEvent) -> None:
         tells.append(tell)
         await asyncio.Event().wait()
 
@@ -47,7 +47,7 @@ def test_a_steps_events_come_in_one_message():
 def test_a_request_gets_its_own_events_only():
     """Concurrent requests each get their own events in order, also when other threads emit them."""
 
-    async def handle(call: engine_pb2.GenerateTokensRequest, tell: Tell) -> None:
+    async def handle(call: engine_pb2.GenerateTokensRequest, tell: SendEvent) -> None:
         base = int(call.request.request_id) * 1000
 
         def steps() -> None:
@@ -68,7 +68,7 @@ def test_a_request_gets_its_own_events_only():
 def test_all_choices_end_before_a_request_does():
     """A request for two choices ends with the last of them, and is not cancelled afterwards."""
 
-    async def handle(call: engine_pb2.GenerateTokensRequest, tell: Tell) -> None:
+    async def handle(call: engine_pb2.GenerateTokensRequest, tell: SendEvent) -> None:
         tell(lambda: event(1, last=True))
         await asyncio.sleep(0)
         tell(lambda: event(2, last=True))
@@ -85,7 +85,7 @@ def test_deadlines_and_traces_travel_with_the_call(monkeypatch: pytest.MonkeyPat
     """A call carries its time left and its trace context; a router that does not answer in time is not waited for."""
     monkeypatch.setattr("moiety.wire.event_stream.LATE_S", 0.1)
 
-    async def handle(call: engine_pb2.GenerateTokensRequest, tell: Tell) -> None:
+    async def handle(call: engine_pb2.GenerateTokensRequest, tell: SendEvent) -> None:
         await asyncio.Event().wait()
 
     async def scenario(router: Router, client: CallClient) -> None:
@@ -106,7 +106,7 @@ def test_deadlines_and_traces_travel_with_the_call(monkeypatch: pytest.MonkeyPat
 def test_a_client_that_closes_its_half_is_answered():
     """Calls that arrived before the gateway closed its half are answered to their end."""
 
-    async def handle(call: engine_pb2.GenerateTokensRequest, tell: Tell) -> None:
+    async def handle(call: engine_pb2.GenerateTokensRequest, tell: SendEvent) -> None:
         await asyncio.sleep(0.05)
         tell(lambda: event(7, last=True))
 
@@ -124,7 +124,7 @@ def test_a_client_that_closes_its_half_is_answered():
 def test_a_deadline_far_away_is_no_error():
     """A deadline beyond the largest timeout_ms is sent as the largest timeout_ms."""
 
-    async def handle(call: engine_pb2.GenerateTokensRequest, tell: Tell) -> None:
+    async def handle(call: engine_pb2.GenerateTokensRequest, tell: SendEvent) -> None:
         tell(lambda: event(3, last=True))
 
     async def scenario(router: Router, client: CallClient) -> None:

@@ -68,7 +68,7 @@ def replicas_of(case: Case) -> list[FakeExperts]:
     def one(index: int) -> FakeExperts:
         ids = [expert for expert, holders in enumerate(case.holders) if index in holders]
         replica = FakeExperts(
-            f"e{index}", ExpertSet.block(SHAPE.moe_layers, ids), SHAPE, dtype=case.dtype, copies=case.copies
+            f"e{index}", ExpertSet.uniform(SHAPE.moe_layers, ids), SHAPE, dtype=case.dtype, copies=case.copies
         )
 
         async def on_call(_call: ForwardCall) -> None:
@@ -91,7 +91,7 @@ async def through(case: Case, hidden: torch.Tensor, top_k_index: torch.Tensor) -
     async with loopback_hop(replicas_of(case), SHAPE, hedge_after_s=0.001, retry_budget=1.0, **options) as lane:
         if case.hedged:  # a p99 of 0: every call that is not answered within a millisecond is sent again
             for _ in range(16):
-                lane.hop.hedging.answered(LAYER, CallClass.DECODE, 0.0)
+                lane.hop.hedging.record_latency(LAYER, CallClass.DECODE, 0.0)
         return await asyncio.wait_for(lane.compute(LAYER, hidden, top_k_index), 20)
 
 

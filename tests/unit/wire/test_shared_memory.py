@@ -38,7 +38,7 @@ ROW_BYTES = 4 * SHAPE.mlp.hidden
 @asynccontextmanager
 async def replica() -> AsyncIterator[tuple[FakeExperts, str]]:
     """Runs a replica; yields it and the name of its shared-memory socket."""
-    experts = FakeExperts("a", ExpertSet.block(1, range(2)), SHAPE)
+    experts = FakeExperts("a", ExpertSet.uniform(1, range(2)), SHAPE)
     await experts.start(MemoryRegistry())
     try:
         async with open_caller(experts.replica.address) as caller:
@@ -215,7 +215,7 @@ def test_a_layer_waits_for_free_memory(monkeypatch: pytest.MonkeyPatch):
     """A hop over a segment that holds one call at a time gets all its rows by retrying."""
     monkeypatch.setattr("moiety.wire.transports.shm_connection.SEGMENT_BYTES", 512)
     monkeypatch.setattr("moiety.router.hop.call.MAX_CALL_BYTES", ROW_BYTES)
-    only = FakeExperts("a", ExpertSet.block(1, range(2)), SHAPE)
+    only = FakeExperts("a", ExpertSet.uniform(1, range(2)), SHAPE)
 
     async def scenario() -> None:
         async with loopback_hop([only], SHAPE, transport=Transport.SHM) as lane:

@@ -66,7 +66,7 @@ async def hang(arrived: ForwardCall) -> None:
 @asynccontextmanager
 async def replica(on_call: Callable[[ForwardCall], Awaitable[None]] = hang, **options) -> AsyncIterator[FakeExperts]:
     """A running replica in this process."""
-    experts = FakeExperts("a", ExpertSet.block(2, range(4)), SHAPE, on_call=on_call, **options)
+    experts = FakeExperts("a", ExpertSet.uniform(2, range(4)), SHAPE, on_call=on_call, **options)
     await experts.start(MemoryRegistry())
     try:
         yield experts

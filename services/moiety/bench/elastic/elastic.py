@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from moiety.bench.elastic.report import ElasticReport, Moment, Start, report_of
+from moiety.bench.elastic.report import ElasticReport, LoadSample, ReplicaStart, report_of
 from moiety.bench.elastic.traffic import Traffic, skewed_prompts
 from moiety.client import Client
 from moiety.config.application import AppSettings, GroupSettings
@@ -89,7 +89,7 @@ async def _offer(work: ElasticWork, settings: AppSettings, deployed: DeployedApp
             prompts = await skewed_prompts(client, registry, work.zipf, work.seed, progress)
             await asyncio.sleep(SETTLE_S)
             traffic = Traffic(client, prompts, work.new_tokens, work.seed)
-            moments: list[Moment] = []
+            moments: list[LoadSample] = []
             watching = asyncio.create_task(_watch(registry, moments, traffic))
             phases = []
             try:
@@ -110,7 +110,7 @@ async def _offer(work: ElasticWork, settings: AppSettings, deployed: DeployedApp
         await registry.close()
 
 
-async def _watch(registry: Registry, moments: list[Moment], traffic: Traffic) -> None:
+async def _watch(registry: Registry, moments: list[LoadSample], traffic: Traffic) -> None:
     """Records replicas and their load every SAMPLE_S seconds, until it is cancelled."""
     while True:
         replicas = [r for r in await registry.replicas() if r.role is Role.EXPERT and r.state is ReplicaState.READY]
@@ -119,6 +119,6 @@ async def _watch(registry: Registry, moments: list[Moment], traffic: Traffic) ->
             counts[replica.deployment] = counts.get(replica.deployment, 0) + 1
             load = loads.get(replica.id)
             rows[replica.deployment] = rows.get(replica.deployment, 0.0) + (load.rows_per_s if load else 0.0)
-        starts = tuple(Start(r.id, r.deployment, r.launched, r.loaded, r.started, r.served) for r in replicas)
-        moments.append(Moment(time.time(), counts, rows, traffic.running, starts))
+        starts = tuple(ReplicaStart(r.id, r.deployment, r.launched, r.loaded, r.started, r.served) for r in replicas)
+        moments.append(LoadSample(time.time(), counts, rows, traffic.running, starts))
         await asyncio.sleep(SAMPLE_S)

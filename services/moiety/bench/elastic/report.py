@@ -16,7 +16,7 @@ AROUND_S = 3.0  # how long after the last new replica served a token's gap still
 
 
 @dataclass(frozen=True, slots=True)
-class Start:
+class ReplicaStart:
     """The stages of a replica's start, in Unix seconds; 0 = not yet reached."""
 
     replica: str
@@ -28,14 +28,14 @@ class Start:
 
 
 @dataclass(frozen=True, slots=True)
-class Moment:
+class LoadSample:
     """The registry's content at one time."""
 
     time: float  # Unix seconds
     replicas: Mapping[str, int]
     rows_per_s: Mapping[str, float]
     running: int  # requests
-    starts: tuple[Start, ...]
+    starts: tuple[ReplicaStart, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ class ElasticReport:
     timeline: tuple[Mapping[str, Any], ...]
 
     @property
-    def held(self) -> bool:
+    def passed(self) -> bool:
         """Whether no request failed, the hot group grew and shrank, and no other group changed."""
         moved = {change.deployment for change in self.changes}
         grew = any(change.after > change.before for change in self.changes)
@@ -85,7 +85,7 @@ def report_of(
     capacity: float,
     prompts: Prompts,
     phases: Sequence[tuple[float, float]],
-    moments: Sequence[Moment],
+    moments: Sequence[LoadSample],
     decisions: Sequence[Mapping[str, Any]],
     traffic: Traffic,
     costs: BatchCost | None = None,
@@ -161,7 +161,7 @@ def elastic_lines(report: ElasticReport) -> Iterator[str]:
             f"{1e3 * costs.fixed_s:.2f} ms + {1e9 * costs.s_per_byte:.2f} ms/MB + {1e3 * costs.s_per_row:.2f} ms/row"
         )
         yield f"cost of an expert batch, fitted from {costs.samples} batches: {terms}, median error {costs.error:.0%}"
-    yield "only the hot group followed the load" if report.held else "NOT as it should be: see above"
+    yield "only the hot group followed the load" if report.passed else "NOT as it should be: see above"
 
 
 def plot(report: ElasticReport, file: Path) -> None:
@@ -200,7 +200,7 @@ def plot(report: ElasticReport, file: Path) -> None:
     figure.savefig(file, dpi=120)
 
 
-def _split(decided: float, start: Start) -> dict[str, float]:
+def _split(decided: float, start: ReplicaStart) -> dict[str, float]:
     """Splits the seconds from a decision to the replica's first row into stages."""
     return {
         "schedule": start.launched - decided,

@@ -17,7 +17,7 @@ import torch
 from moiety.bench.checkpoints import model_folder
 from moiety.bench.engines.layer_times import SpanRecorder
 from moiety.bench.token_speeds import Speeds, speeds
-from moiety.compose.router import engine_on, load_model, reach_experts
+from moiety.compose.router import build_engine, load_model, reach_experts
 from moiety.config.resolve import validated
 from moiety.config.services import RouterSettings
 from moiety.core.experts import ModelShape
@@ -99,7 +99,7 @@ class BenchModel:
         model, cache = await self.load(settings)
         hops, lanes = await reach_experts(settings, shape, self.revision, self.dtype, cluster.registry, tracer, stack)
         await _covered(hops[0])
-        return EngineRunner(engine_on(hops, lanes, settings, model, cache, no_waits, tracer), shape, stack)
+        return EngineRunner(build_engine(hops, lanes, settings, model, cache, no_waits, tracer), shape, stack)
 
 
 class EngineRunner:

@@ -13,7 +13,7 @@ from moiety.bench.engines.layer_times import LayerTime, SpanRecorder, layer_time
 from moiety.bench.local_experts import LocalExperts
 from moiety.bench.report import percentile, table
 from moiety.bench.token_speeds import Speeds, median
-from moiety.compose.router import engine_on
+from moiety.compose.router import build_engine
 from moiety.core.experts import ExpertSet
 from moiety.local.cluster import LocalCluster
 from moiety.model.experts.read import load_experts
@@ -48,12 +48,14 @@ async def bench_split(work: EngineWork, *, progress: Progress = lambda _: None) 
         shape, cores = opened.layout.shape, usable_cores()
 
         progress("one process: loading router and experts")
-        held = ExpertSet.block(shape.moe_layers, range(shape.experts))
+        held = ExpertSet.uniform(shape.moe_layers, range(shape.experts))
         weights = await asyncio.to_thread(load_experts, opened.checkpoint, opened.layout, held, opened.dtype)
         local, recorder = LocalExperts(shape.mlp, weights), SpanRecorder()
         settings = opened.settings(work)
         model, cache = await opened.load(settings)
-        one_process = EngineRunner(engine_on([local], None, settings, model, cache, no_waits, recorder), shape, stack)
+        one_process = EngineRunner(
+            build_engine([local], None, settings, model, cache, no_waits, recorder), shape, stack
+        )
 
         progress(f"split: starting {work.groups} expert groups")
         threads = max(1, cores // work.groups)

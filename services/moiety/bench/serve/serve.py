@@ -17,7 +17,7 @@ from moiety.bench.checkpoints import model_folder, model_name
 from moiety.bench.serve.floor import StepCost
 from moiety.bench.serve.peer_processes import PeerKind
 from moiety.bench.serve.rows import Cell, Measured, ServeRow, row_lines, rows_of
-from moiety.bench.serve.systems import Load, Rival, Served, System
+from moiety.bench.serve.systems import PeerSystem, Served, System, SystemLoad
 from moiety.bench.token_speeds import speeds
 from moiety.core.experts import ModelShape
 from moiety.errors import ConfigError, MoietyError
@@ -137,7 +137,7 @@ class _Comparison:
         systems: list[System] = [Served(workload.groups)]
         if workload.int8:
             systems.append(Served(workload.groups, name="moiety int8", expert={"weights": "int8"}, width=INT8_WIDTH))
-        systems += [Rival(kind, scratch / kind.module) for kind in peers]
+        systems += [PeerSystem(kind, scratch / kind.module) for kind in peers]
         async with AsyncExitStack() as stack:
             measured = []
             for system in systems:
@@ -155,7 +155,7 @@ class _Comparison:
         self._progress(f"start: {system.name}")
         workload, one = self._workload, Measured(system)
         context = max(workload.prompts) + workload.new_tokens
-        load = Load(str(self._subject.folder), self._subject.dtype, max(workload.concurrency), context)
+        load = SystemLoad(str(self._subject.folder), self._subject.dtype, max(workload.concurrency), context)
         try:
             await system.start(load, START_S)
             if isinstance(system, Served) and (share := await system.idle_share()) is not None:

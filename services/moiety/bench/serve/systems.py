@@ -23,7 +23,7 @@ IDLE_S = 1.0  # how long to measure the processor time of an idle system
 
 
 @dataclass(frozen=True, slots=True)
-class Load:
+class SystemLoad:
     """The model, and the largest workload that a system must handle."""
 
     checkpoint: str
@@ -47,7 +47,7 @@ class System(Protocol):
         """Bytes per expert parameter; None = the dtype's."""
         ...
 
-    async def start(self, load: Load, timeout_s: float) -> None:
+    async def start(self, load: SystemLoad, timeout_s: float) -> None:
         """Starts the system and leaves it idle. Raises a MoietyError with the reason where it does not start."""
         ...
 
@@ -74,7 +74,7 @@ class Served:
         self._cluster: LocalCluster | None = None
         self._client: Client | None = None
 
-    async def start(self, load: Load, timeout_s: float) -> None:
+    async def start(self, load: SystemLoad, timeout_s: float) -> None:
         cores = usable_cores()
         self._cluster = LocalCluster(
             load.checkpoint,
@@ -116,7 +116,7 @@ class Served:
         await self._ends.aclose()
 
 
-class Rival:
+class PeerSystem:
     """A peer in its own process."""
 
     peer = True
@@ -126,7 +126,7 @@ class Rival:
         self._peer = Peer(kind, scratch)
         self.name = kind.name
 
-    async def start(self, load: Load, timeout_s: float) -> None:
+    async def start(self, load: SystemLoad, timeout_s: float) -> None:
         await self._peer.start({**asdict(load), "threads": usable_cores()}, timeout_s)
         self.name = self._peer.name
 

@@ -96,4 +96,4 @@ def elastic(
     if plot_file is not None:
         plot(report, plot_file)
         click.echo(f"picture: {plot_file}")
-    context.exit(0 if report.held else 1)
+    context.exit(0 if report.passed else 1)

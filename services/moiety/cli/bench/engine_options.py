@@ -62,7 +62,7 @@ def engine_options(concurrency: str) -> Callable[[Function], Function]:
     return decorate
 
 
-def ask_engines(
+def run_engine_benchmark(
     context: click.Context,
     json_file: Path | None,
     measure: Callable[..., Coroutine[Any, Any, tuple[Any, ...]]],

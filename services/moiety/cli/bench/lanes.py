@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from moiety.cli.bench.engine_options import ask_engines, engine_options
+from moiety.cli.bench.engine_options import engine_options, run_engine_benchmark
 from moiety.cli.options import service_environment
 
 
@@ -28,4 +28,4 @@ def lanes(context: click.Context, /, json_file: Path | None, **options: Any) -> 
     service_environment()
     from moiety.bench.engines.lanes import bench_lanes, lanes_lines
 
-    ask_engines(context, json_file, bench_lanes, lanes_lines, options)
+    run_engine_benchmark(context, json_file, bench_lanes, lanes_lines, options)

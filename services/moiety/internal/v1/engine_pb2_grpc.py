@@ -59,8 +59,8 @@ class EngineServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GenerateTokens(self, request_iterator, context):
-        """One long-lived stream per gateway. A step of the router sends one message per gateway, however many requests got
-        tokens in it. A request's own errors arrive as EngineError; they never end the stream.
+        """One long-lived stream per gateway. A step of the router sends one message per gateway with the events of all its
+        requests (several beyond 256 events). A request's own errors arrive as EngineError; they never end the stream.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -69,21 +69,21 @@ def served_architectures() -> frozenset[str]:
     return (seam_architectures() | ADAPTED | DEFINITIONS.keys()) - REFUSED.keys()
 
 
-def path_of(architecture: str) -> str:
+def served_through(architecture: str) -> str:
     """Returns how `architecture` is served: `seam`, `adapter` or `definition`."""
     if architecture in DEFINITIONS:
         return "definition"
     return "adapter" if architecture in ADAPTED else "seam"
 
 
-def refused(architecture: str) -> str | None:
+def refusal_reason(architecture: str) -> str | None:
     """Returns why `architecture` cannot be served, with the nearest supported one; None if it is not in REFUSED."""
     if (reason := REFUSED.get(architecture)) is None:
         return None
-    return f"it needs {reason}; {nearest(architecture)}"
+    return f"it needs {reason}; {nearest_hint(architecture)}"
 
 
-def nearest(architecture: str) -> str:
+def nearest_hint(architecture: str) -> str:
     """Returns the sentence for error messages that names the supported architecture with the most similar name."""
 
     def similarity(name: str) -> tuple[int, float]:

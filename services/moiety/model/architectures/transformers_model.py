@@ -18,7 +18,7 @@ from moiety.model.architectures.adapters import adapter_of, dbrx, longcat, nllb,
 from moiety.model.architectures.adapters.protocol import RoutedExperts
 from moiety.model.architectures.definitions import definition_of
 from moiety.model.architectures.recognise import recognise
-from moiety.model.architectures.supported import nearest, refused
+from moiety.model.architectures.supported import nearest_hint, refusal_reason
 from moiety.model.checkpoint.checkpoint import Checkpoint
 
 
@@ -46,14 +46,14 @@ def load_config(checkpoint: Checkpoint) -> Any:
     """
     from transformers import AutoConfig
 
-    if refusal := refused(checkpoint.architecture):
+    if refusal := refusal_reason(checkpoint.architecture):
         raise unsupported(checkpoint, refusal)
     defined = definition_of(checkpoint.architecture)
     reader = AutoConfig if defined is None else defined.config_class
     try:
         config = reader.from_pretrained(checkpoint.path, local_files_only=True, trust_remote_code=False)
     except (ValueError, KeyError, TypeError, OSError) as error:
-        reason = f"transformers cannot read its config: {_first_line(error)}; {nearest(checkpoint.architecture)}"
+        reason = f"transformers cannot read its config: {_first_line(error)}; {nearest_hint(checkpoint.architecture)}"
         raise unsupported(checkpoint, reason) from error
     for name in ("quantization_config", "compression_config"):  # Moiety dequantises the weights, not transformers
         if hasattr(config, name):
@@ -73,7 +73,7 @@ def causal_lm_class(checkpoint: Checkpoint, config: Any) -> type[nn.Module]:
     """Returns the class that generates text for this checkpoint; raises CheckpointError if there is none."""
     found = text_class(config)
     if found is None:
-        reason = f"transformers has no class that generates text for it; {nearest(checkpoint.architecture)}"
+        reason = f"transformers has no class that generates text for it; {nearest_hint(checkpoint.architecture)}"
         raise unsupported(checkpoint, reason)
     return found
 

@@ -111,7 +111,7 @@ class Reader:
         }
 
 
-def of_expert(entry: Stored, expert: int, experts: int) -> Stored:
+def expert_entry(entry: Stored, expert: int, experts: int) -> Stored:
     """Returns one expert's part of a fused entry, which holds one expert after the other along dimension 0."""
     return _of_expert(entry, expert) if isinstance(entry, QuantisedEntry) else _expert_part(entry, expert, experts)
 

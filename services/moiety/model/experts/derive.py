@@ -16,7 +16,7 @@ from torch import nn
 from moiety.core.experts import ModelShape
 from moiety.errors import CheckpointError
 from moiety.model.architectures.adapters.protocol import RoutedExperts
-from moiety.model.architectures.supported import nearest
+from moiety.model.architectures.supported import nearest_hint
 from moiety.model.architectures.transformers_model import (
     causal_lm_class,
     experts_modules,
@@ -55,7 +55,7 @@ def derive_layout(checkpoint: Checkpoint) -> ExpertLayout:
     modules = experts_modules(model)
     if not modules:
         reason = "it has no MoE layer that transformers routes through its experts interface, and no adapter"
-        raise unsupported(checkpoint, f"{reason}; {nearest(checkpoint.architecture)}")
+        raise unsupported(checkpoint, f"{reason}; {nearest_hint(checkpoint.architecture)}")
     try:
         described = {path: routed_experts(module) for path, module in modules}
     except ValueError as error:

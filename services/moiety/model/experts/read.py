@@ -15,12 +15,12 @@ from moiety.errors import CheckpointError
 from moiety.model.checkpoint.checkpoint import EXPERT, Checkpoint
 from moiety.model.checkpoint.headers import TensorEntry
 from moiety.model.checkpoint.quantised import QuantisedEntry, Stored
-from moiety.model.checkpoint.reading import FLOATS, Reader, of_expert
+from moiety.model.checkpoint.reading import FLOATS, Reader, expert_entry
 from moiety.model.experts.layout import ExpertLayout
 from moiety.model.experts.slicing import slice_of
 from moiety_kernels import ExpertWeights, Matrix
-from moiety_kernels.weights.combine import joined
 from moiety_kernels.weights.expert_weights import dequantised
+from moiety_kernels.weights.matrix_ops import concatenate
 
 TRIM_INTERVAL = 32  # experts read between two calls of malloc_trim
 
@@ -95,7 +95,7 @@ def load_expert(
 def _entry(checkpoint: Checkpoint, layout: ExpertLayout, name: str, expert: int) -> Stored:
     """Returns one expert's part of a source: its own tensor, or its rows of a fused tensor."""
     entry = checkpoint.tensor(name.replace(EXPERT, str(expert)))
-    return entry if EXPERT in name else of_expert(entry, expert, layout.shape.experts)
+    return entry if EXPERT in name else expert_entry(entry, expert, layout.shape.experts)
 
 
 def _read(reader: Reader, entries: list[Stored], dtype: torch.dtype, *, transposed: bool) -> Matrix:
@@ -103,7 +103,7 @@ def _read(reader: Reader, entries: list[Stored], dtype: torch.dtype, *, transpos
     quantised = [entry for entry in entries if isinstance(entry, QuantisedEntry)]
     if len(quantised) == len(entries):
         try:
-            return joined([reader.matrix(entry) for entry in quantised])
+            return concatenate([reader.matrix(entry) for entry in quantised])
         except ValueError:  # zero points in some only, or other groups: rare enough to dequantise
             return torch.cat([reader.values(entry, dtype) for entry in entries])
     if quantised:

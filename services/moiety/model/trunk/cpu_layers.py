@@ -58,7 +58,7 @@ def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     return rows.view(*input.shape[:-1], weight.shape[0])
 
 
-def use_kernels(model: nn.Module, *, deterministic: bool = False) -> nn.Module:
+def use_cpu_kernels(model: nn.Module, *, deterministic: bool = False) -> nn.Module:
     """Makes the model's linear layers and RMS norms on CPU use our kernels, where there is a kernel for their dtype.
 
     `deterministic`: an output row's bits depend on its input row alone, with or without kernels. Returns the model.

@@ -23,7 +23,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
-class Order:
+class BlockCalls:
     """One block's observed calls: the inputs of its routed and its shared experts, and their order."""
 
     routed: torch.Tensor | None = None
@@ -42,7 +42,7 @@ class Order:
 class SharedExpert:
     """Stands in for the `forward` of a shared expert. Keeps the state of a pass in that pass's ForwardContext."""
 
-    def __init__(self, module: nn.Module, order: Order):
+    def __init__(self, module: nn.Module, order: BlockCalls):
         self._module, self._compute = module, module.forward
         self._first, self._row = order.first, order.shared is not None and order.shared.dim() == 3
         module.forward = self
@@ -114,9 +114,9 @@ def _pairs(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
                 yield module, shared[0]
 
 
-def _watched(hooks: ExitStack, experts: nn.Module, shared: nn.Module) -> Order:
+def _watched(hooks: ExitStack, experts: nn.Module, shared: nn.Module) -> BlockCalls:
     """Returns an Order that hooks fill in while the block runs; `hooks` removes them."""
-    order = Order()
+    order = BlockCalls()
 
     def on_routed(_: nn.Module, arguments: tuple[Any, ...]) -> None:
         order.routed, order.first = arguments[0], order.shared is not None

@@ -79,7 +79,7 @@ def copy_counts(expert_load: Floats, spare: Ints, held: Ints, limit: int) -> Int
     return counts
 
 
-def hottest(expert_load: Floats, held: Ints, places: int, copies: int) -> Ints:
+def hot_copies_per_layer(expert_load: Floats, held: Ints, places: int, copies: int) -> Ints:
     """Returns [L]: how many of `places` further copies each layer gets, at most `copies` of them of one expert.
 
     Takes the hottest of all layers together: layers run one after the other, so load counts the same in each of them.
@@ -165,7 +165,7 @@ def pack(packing: Packing, bins: Bins, experts: int, start: Bools | None = None)
     return Packing(packing.expert, packing.primary, packing.share, where)
 
 
-def mend(packing: Packing, bins: Bins, experts: int, target: Floats | None = None, swaps: int = SWAPS) -> Packing:
+def improve(packing: Packing, bins: Bins, experts: int, target: Floats | None = None, swaps: int = SWAPS) -> Packing:
     """Makes the swap or move that relieves a layer's heaviest bin most, again and again until none helps (at most `swaps`).
 
     A layer is done when its heaviest bin is GOOD_ENOUGH, or at most `target` [L].

@@ -25,8 +25,8 @@ from moiety.policy.placement.packing import (
     Packing,
     copies_of,
     copy_counts,
-    hottest,
-    mend,
+    hot_copies_per_layer,
+    improve,
     pack,
     relabel,
 )
@@ -100,12 +100,12 @@ def plan_placement(
     copies, spare = np.zeros(layers, dtype=np.int64), bins.slots[:, home].sum(axis=1) - experts
     if len(hot):
         hot_places = sum(capacity.experts for capacity in capacities if capacity.hot)
-        copies = hottest(expert_load, owned, hot_places, len(hot))
+        copies = hot_copies_per_layer(expert_load, owned, hot_places, len(hot))
         bins = Bins(_deal(bins.slots, copies, capacities), strength, home)
     limit = len(capacities) if spare.any() else 1 + len(hot)
     counts = copy_counts(expert_load, spare + copies, owned, limit)
     empty = copies_of(expert_load, counts)
-    best = mend(pack(empty, bins, experts), bins, experts)
+    best = improve(pack(empty, bins, experts), bins, experts)
     if current is not None and held.any():
         best = _nearest(best, empty, bins, experts, held)
     planned = best.held(len(capacities), experts)
@@ -187,7 +187,7 @@ def _deal(slots: Ints, copies: Ints, capacities: Sequence[DeploymentCapacity]) -
 def _nearest(fresh: Packing, empty: Packing, bins: Bins, experts: int, held: Bools) -> Packing:
     """Returns, layer by layer, the packing with fewer moves from `held`, unless it is worse than `fresh` by over TOLERANCE."""
     goal = fresh.load(bins).max(axis=1) * (1.0 + TOLERANCE)
-    kept = mend(pack(empty, bins, experts, start=held), bins, experts, target=goal)
+    kept = improve(pack(empty, bins, experts, start=held), bins, experts, target=goal)
     fresh = relabel(fresh, bins, experts, held)
     count = len(bins.strength)
     moves_kept = (kept.held(count, experts) & ~held).sum(axis=(0, 2))

@@ -16,7 +16,7 @@ import torch
 from transformers.cache_utils import Cache
 
 from moiety.router.cache.cache_spec import indexer_of
-from moiety.router.token_rows import cut
+from moiety.router.token_rows import slice_tokens
 
 _log = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ class SparseAttention:
             end = begin + len(batch.length)
             positions = batch.length.long() - 1
             visible = torch.arange(int(positions[-1]) + 1)[None] <= positions[:, None]  # [tokens, all]
-            part_arguments, part_options = cut((arguments, options), (1, tokens), begin, end)
+            part_arguments, part_options = slice_tokens((arguments, options), (1, tokens), begin, end)
             hidden = next(v for v in (*part_arguments, *part_options.values()) if isinstance(v, torch.Tensor))
             mask = visible[None, None].to(hidden.device)
             if self._additive:

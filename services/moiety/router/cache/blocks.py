@@ -93,7 +93,7 @@ class BlockPool:
             del self._cached[block]
         self._references[block] += 1
 
-    def give_back(self, block: int) -> None:
+    def release(self, block: int) -> None:
         """Removes a reference. Without references a block with a digest stays cached; any other is free."""
         self._references[block] -= 1
         if self._references[block] == 0:

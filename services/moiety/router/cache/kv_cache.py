@@ -103,15 +103,15 @@ class KVCache:
         if self._reach is not None:
             needed = min(self.spec.first_needed(computed) // self.block_tokens, table.count)
             for at in range(table.first, needed):
-                self._pool.give_back(int(table.ids[at]))
+                self._pool.release(int(table.ids[at]))
             table.first = max(table.first, needed)
 
     def release(self, table: BlockTable) -> None:
         """Returns slot and blocks to the pool. The last blocks go first, so that they are evicted before those they follow."""
         for block in reversed(table.held):
-            self._pool.give_back(block)
+            self._pool.release(block)
         if table.slot is not None:
-            self.states.give_back(table.slot)
+            self.states.release(table.slot)
         table.clear()
 
     # Sharing -----------------------------------------------------------------------------------------------------

@@ -53,7 +53,7 @@ class SlotStates:
         """Takes a slot. Call only while `available`."""
         return self._free.pop()
 
-    def give_back(self, slot: int) -> None:
+    def release(self, slot: int) -> None:
         self._free.append(slot)
 
     def copy(self, source: int, target: int) -> None:
@@ -71,7 +71,7 @@ class SlotStates:
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
+class StateGroup:
     """Sequences with the same number of tokens in a step, which a layer computes together."""
 
     sequences: int
@@ -85,7 +85,7 @@ class StepStates:
     """The groups of a step, and the order of its tokens by group and, within a group, by sequence."""
 
     states: SlotStates
-    groups: tuple[Group, ...]
+    groups: tuple[StateGroup, ...]
     tokens: int  # of the whole step
     order: torch.Tensor | None  # int64 [tokens]: the step's token at each place; None if in that order already
     back: torch.Tensor | None  # int64 [tokens]: the inverse of `order`
@@ -109,7 +109,7 @@ class StepStates:
             order += [token for member in members for token in range(begins[member], begins[member] + count)]
             read = None if new else torch.tensor([states.committed(slots[m]) for m in members]).to(device)
             write = torch.tensor([states.pending(slots[m]) for m in members]).to(device)
-            groups.append(Group(len(members), count, read, write))
+            groups.append(StateGroup(len(members), count, read, write))
         permutation = None if order == list(range(begins[-1])) else torch.tensor(order)
         return cls(
             states,

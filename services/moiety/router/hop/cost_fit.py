@@ -23,7 +23,7 @@ class CostFit:
         self._next = 0.0
         self._samples: deque[Sample] = deque(maxlen=1024)
 
-    def answered(self, reply: ForwardResponse) -> None:
+    def record(self, reply: ForwardResponse) -> None:
         """Samples one OK reply. Called by the engine's thread."""
         if (now := self._clock()) >= self._next:
             self._next = now + SAMPLE_S

@@ -72,7 +72,7 @@ class Fleet:
         await asyncio.gather(*(link.close() for link in self._links.values()))
         await asyncio.to_thread(self.mailbox.drain)
 
-    def listen(self, changed: Callable[[], None]) -> Callable[[], None]:
+    def on_table_change(self, changed: Callable[[], None]) -> Callable[[], None]:
         """Calls `changed` after every new table, until the returned function is called. All on the engine's thread."""
         self._listeners.append(changed)
         return partial(self._listeners.remove, changed)
@@ -120,11 +120,11 @@ class Fleet:
         if call_id in self._unanswered:
             self.suspects.add(replica_id)
 
-    def refresh(self, replica_id: str) -> None:
+    def describe_again(self, replica_id: str) -> None:
         """Asks a replica again which experts it holds, after it answered NOT_HELD. From any thread."""
         asyncio.run_coroutine_threadsafe(self._describe_again(replica_id), self._loop)
 
-    def give_up(self, replica_id: str) -> None:
+    def reconnect(self, replica_id: str) -> None:
         """Closes the link to a replica that no longer answers calls; the fleet dials it again. From any thread."""
         if link := self._links.get(replica_id):
             asyncio.run_coroutine_threadsafe(link.close(), self._loop)

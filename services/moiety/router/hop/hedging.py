@@ -23,21 +23,21 @@ class Hedging:
         self._after: dict[tuple[int, CallClass], float] = {}
         self._answers: dict[tuple[int, CallClass], int] = {}
 
-    def after(self, layer: int, call_class: CallClass) -> float:
+    def delay(self, layer: int, call_class: CallClass) -> float:
         """Returns the seconds to wait for an answer before a second call."""
         return self._after.get((layer, call_class), max(UNKNOWN_S, self.least_s))
 
-    def sent(self) -> None:
+    def count_call(self) -> None:
         self._tokens = min(BURST, self._tokens + self._budget)
 
-    def allowed(self) -> bool:
+    def take(self) -> bool:
         """Takes one hedge from the budget. Returns False if none is left."""
         if self._tokens < 1.0:
             return False
         self._tokens -= 1.0
         return True
 
-    def answered(self, layer: int, call_class: CallClass, seconds: float) -> None:
+    def record_latency(self, layer: int, call_class: CallClass, seconds: float) -> None:
         key = (layer, call_class)
         if (window := self._latencies.get(key)) is None:
             window = self._latencies[key] = deque(maxlen=WINDOW)

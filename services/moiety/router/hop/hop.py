@@ -17,7 +17,7 @@ from moiety.router.hop.expert_demand import ExpertDemandCounter
 from moiety.router.hop.fleet import Fleet
 from moiety.router.hop.hedging import Hedging
 from moiety.router.hop.layer_call import LayerCall
-from moiety.router.hop.overflow import QueueWaits
+from moiety.router.hop.overflow import OverrunReplicas
 from moiety.router.step_context import StepContext
 from moiety.telemetry.tracing import Tracer
 
@@ -47,7 +47,7 @@ class Hop:
         costs: CostFit,
         tracer: Tracer,
         wait: Callable[[float], None] | None = None,
-        queues: QueueWaits | None = None,
+        queues: OverrunReplicas | None = None,
     ):
         """`wait(seconds)` returns once an event was handled or the time is over. By default it blocks in the mailbox;
         where lanes share the thread, it lets another lane run instead.
@@ -69,11 +69,11 @@ class Hop:
         assert self._step is not None, "submit outside a step"
         return LayerCall(self, self._step, layer, hidden, top_k_index)
 
-    def answered(self, replica: str, reply: ForwardResponse) -> None:
+    def record(self, replica: str, reply: ForwardResponse) -> None:
         """Records the batch cost and queue wait that an OK reply reports."""
-        self.costs.answered(reply)
+        self.costs.record(reply)
         if self.queues is not None:
-            self.queues.answered(replica, reply.queue_ms)
+            self.queues.record(replica, reply.queue_ms)
 
     def poll(self) -> None:
         """Handles the events that have arrived, without waiting. An idle thread calls it now and then."""

@@ -136,10 +136,10 @@ class LayerCall:
         header.call_id, header.attempt, header.layer = call_id, attempt, self._layer
         header.revision, header.dtype = hop.settings.revision, codec.DTYPE_NAMES[hop.settings.dtype]
         header.traceparent = span.traceparent
-        hedge_at = inf if hedge_of is not None else now + hop.hedging.after(self._layer, self._step.call_class)
+        hedge_at = inf if hedge_of is not None else now + hop.hedging.delay(self._layer, self._step.call_class)
         self._calls[call_id] = CallInFlight(replica, assignments, attempt, now, hedge_at, hedge_of, span)
         self._resent = self._resent or attempt > 0
-        hop.hedging.sent()
+        hop.hedging.count_call()
         hop.fleet.send(replica, header, self._rows, tokens, len(assignments), partial(self._take, call_id))
 
     def _start(
@@ -173,8 +173,8 @@ class LayerCall:
             self._send_again(call, avoid=call.replica)
             return
         rows = codec.rows_in(reply.payload, self._places.itemsize)
-        self._hop.hedging.answered(self._layer, self._step.call_class, time.monotonic() - call.sent)
-        self._hop.answered(call.replica, reply.header)
+        self._hop.hedging.record_latency(self._layer, self._step.call_class, time.monotonic() - call.sent)
+        self._hop.record(call.replica, reply.header)
         if call.hedge_of in self._calls:
             self._hop.fleet.suspect(self._calls[call.hedge_of].replica, call.hedge_of)
         call.span.set(Attribute.QUEUE_MS, reply.header.queue_ms)
@@ -209,7 +209,7 @@ class LayerCall:
         call.span.error(error)
         call.span.end()
         if reply.outcome in (experts_pb2.OUTCOME_NOT_HELD, experts_pb2.OUTCOME_REVISION_MISMATCH):
-            self._hop.fleet.refresh(call.replica)
+            self._hop.fleet.describe_again(call.replica)
         elif reply.outcome not in (experts_pb2.OUTCOME_OVERLOADED, experts_pb2.OUTCOME_EXPIRED):
             self._fail(call, error)
         self._send_again(call, avoid=call.replica)
@@ -235,7 +235,7 @@ class LayerCall:
     def _on_time(self, now: float) -> None:
         for call_id, call in list(self._calls.items()):
             if now >= call.sent + CALL_TIMEOUT_S:
-                self._hop.fleet.give_up(call.replica)  # this call's PeerLost arrives as an event
+                self._hop.fleet.reconnect(call.replica)  # this call's PeerLost arrives as an event
                 call.sent = now
             if now >= call.hedge_at:
                 self._hedge(call_id, call, now)
@@ -248,7 +248,7 @@ class LayerCall:
         planned = plan_dispatch(table, self._layer, self._experts, call.assignments, avoid)
         if len(planned.uncovered):
             call.hedge_at = inf  # the other holders do not cover all its rows
-        elif not self._hop.hedging.allowed():
+        elif not self._hop.hedging.take():
             call.hedge_at = now + self._hop.hedging.least_s
         else:
             call.hedge_at = inf
@@ -260,7 +260,7 @@ class LayerCall:
         if self._stop_listening is None:
             self._parked_at = time.monotonic()
             self._park_span = self._start(SpanName.PARK, self._span, {})
-            self._stop_listening = self._hop.fleet.listen(self._table_changed)
+            self._stop_listening = self._hop.fleet.on_table_change(self._table_changed)
         self._retry_at = time.monotonic() + POLL_S
 
     def _unpark(self) -> None:
@@ -280,7 +280,7 @@ class LayerCall:
         if waited >= self._hop.settings.expert_wait_s:
             raise HopFailed(self._tokens_of(self._uncovered), NoHolder(self._layer, experts, waited))
         self._step.check()
-        self._step.waits(self._layer, experts)
+        self._step.report_missing(self._layer, experts)
 
     def _table_changed(self) -> None:
         try:

@@ -23,14 +23,14 @@ from moiety.router.step_context import StepBackend, StepContext
 REMEMBER_S = 1.0  # how long a reported wait counts: a replica that gets no calls has no queue and reports nothing
 
 
-class QueueWaits:
+class OverrunReplicas:
     """Replicas whose calls waited too long lately. For the engine's thread."""
 
     def __init__(self, bound_ms: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._bound_ms, self._clock = bound_ms, clock
         self._overrun: dict[str, float] = {}  # replica -> when it last reported a wait beyond the bound
 
-    def answered(self, replica: str, queue_ms: float) -> None:
+    def record(self, replica: str, queue_ms: float) -> None:
         """Records the queue wait that a reply reports."""
         if queue_ms > self._bound_ms:
             self._overrun[replica] = self._clock()
@@ -62,7 +62,7 @@ class OverrunExperts:
 
     def __init__(
         self,
-        queues: QueueWaits,
+        queues: OverrunReplicas,
         table: Callable[[], HolderTable],
         deployment_of: Callable[[str], str],
         spares: Callable[[str], bool],
@@ -123,11 +123,11 @@ class OverflowHop:
         assert self._step is not None, "submit outside a step"
         masks, scores = self._overrun(layer), current_context().scores
         if masks is None or scores is None:
-            self._step.routed(np.zeros(top_k_index.shape, dtype=bool))
+            self._step.report_rerouted(np.zeros(top_k_index.shape, dtype=bool))
             return self._backend.submit(layer, hidden, top_k_index)
         chosen = top_k_index.cpu().numpy()
         assigned = backups(chosen, scores.float().cpu().numpy(), masks.spared, masks.overrun)
-        self._step.routed(elsewhere := assigned != chosen)
+        self._step.report_rerouted(elsewhere := assigned != chosen)
         self.rerouted += int(elsewhere.sum())
         return self._backend.submit(layer, hidden, torch.from_numpy(assigned).to(top_k_index.device))
 

@@ -136,7 +136,7 @@ class Scheduler:
     # Admission ---------------------------------------------------------------------------------------------------
 
     def _match(self, sequence: Sequence) -> list[int]:
-        if sequence.scores_prompt:
+        if sequence.needs_prompt_logits:
             return []
         return self._cache.match(sequence.table, sequence.tokens, sequence.tenant)
 

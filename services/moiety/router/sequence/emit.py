@@ -25,7 +25,9 @@ def emissions(plan: StepPlan, logits: torch.Tensor) -> list[tuple[Sequence, Emit
     if not choices:
         return []
     rows = [row for own_rows, _, _ in choices for row in own_rows]
-    prefixes = [sequence.ahead(drafts[:n]) for own_rows, sequence, drafts in choices for n in range(len(own_rows))]
+    prefixes = [
+        sequence.with_drafts(drafts[:n]) for own_rows, sequence, drafts in choices for n in range(len(own_rows))
+    ]
     results = sample(logits if rows == list(range(len(logits))) else logits[rows], prefixes)
     emitted = map(_emitted, prefixes, results)
     return [
@@ -39,7 +41,7 @@ def _score_prompts(plan: StepPlan, logits: torch.Tensor) -> None:
     """Computes requested log probabilities of prompt tokens; they are sent with the first token."""
     for item, rows in plan.rows():
         sequence = item.sequence
-        if sequence.scores_prompt:
+        if sequence.needs_prompt_logits:
             past = sequence.computed
             following = sequence.tokens[past + 1 : past + item.count + 1]  # no token follows the last one
             prompt_logits = logits[rows.start : rows.start + len(following)]

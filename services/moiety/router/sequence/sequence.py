@@ -56,7 +56,7 @@ class Sequence:
     emitted: bool = False  # whether an event was sent
     routed_rows: int = 0  # as in Emitted, but since the start
     rerouted_rows: int = 0
-    told_rows: tuple[int, int] = (0, 0)  # routed_rows and rerouted_rows as of the last event
+    reported_rows: tuple[int, int] = (0, 0)  # routed_rows and rerouted_rows as of the last event
     table: BlockTable = field(default_factory=BlockTable)
     encoder_ids: tuple[int, ...] = ()  # an encoder-decoder's prompt; `tokens` are then the decoder's
     cross_table: BlockTable = field(default_factory=BlockTable)  # blocks for the keys and values of `encoder_ids`
@@ -102,7 +102,7 @@ class Sequence:
         return len(self.table.held) + len(self.cross_table.held)
 
     @property
-    def scores_prompt(self) -> bool:
+    def needs_prompt_logits(self) -> bool:
         """Whether the request still needs the logits of every prompt token, so that none may come from the prefix cache."""
         return self.sampling.prompt_logprobs and self.generated == 0
 
@@ -111,7 +111,7 @@ class Sequence:
         """Whether its next tokens may be drafted: not in prefill, and not where a guide or penalties depend on each token."""
         return self.generated > 0 and not self.prefilling and self.guide is None and not self.sampling.penalised
 
-    def ahead(self, tokens: tuple[int, ...]) -> Sequence:
+    def with_drafts(self, tokens: tuple[int, ...]) -> Sequence:
         """Returns the sequence with `tokens` appended, for the sampler only."""
         return replace(self, tokens=[*self.tokens, *tokens]) if tokens else self
 
@@ -126,13 +126,13 @@ class Sequence:
         return self.priority, self.arrival, self.choice
 
     @property
-    def withdrawn(self) -> bool:
+    def is_cancelled(self) -> bool:
         """Whether the request was cancelled. Cancelling a request cancels all its choices."""
         return self.cancelled or (self.parent is not None and self.parent.cancelled)
 
-    def given_up(self, now: float) -> bool:
+    def must_end(self, now: float) -> bool:
         """Whether it must end unfinished: it was cancelled, or its deadline has passed at `now` (monotonic clock)."""
-        return now >= self.deadline.at or self.withdrawn
+        return now >= self.deadline.at or self.is_cancelled
 
     def restart(self) -> None:
         """Resets it after preemption: all tokens must be computed again, and its prompt encoded again."""

@@ -24,7 +24,7 @@ class Scheduled:
     def of(cls, sequence: Sequence, count: int) -> Scheduled:
         """Schedules `count` tokens. All need logits for prompt log probabilities, else only a last token to sample from."""
         samples = sequence.computed + count == len(sequence.tokens)
-        wanted = count if sequence.scores_prompt else int(samples)
+        wanted = count if sequence.needs_prompt_logits else int(samples)
         return cls(sequence, count, wanted, samples, sequence.to_encode)
 
     def with_drafts(self, drafts: tuple[int, ...]) -> Scheduled:

@@ -18,9 +18,9 @@ import torch
 from torch import nn
 
 from moiety.router.cache.cache_spec import StateKey, StateSpec
-from moiety.router.cache.state_slots import Group, SlotStates, StepStates
+from moiety.router.cache.state_slots import SlotStates, StateGroup, StepStates
 from moiety.router.state_layers.state_cache import LayerStates, PositionCache, StateCache, StateName
-from moiety.router.token_rows import cut, tokenwise
+from moiety.router.token_rows import map_token_rows, slice_tokens
 
 _step: ContextVar[StepStates | None] = ContextVar("moiety_step_states", default=None)
 
@@ -36,7 +36,7 @@ def use_states(step: StepStates | None) -> Iterator[None]:
 
 
 @dataclass(slots=True)
-class Use:
+class RecordedCall:
     """A record of one module from a discovery run: which states it keeps, and how it was called."""
 
     arguments: tuple[Any, ...]
@@ -49,7 +49,7 @@ class Use:
 class BatchedStateLayer:
     """Replaces the `forward` of a module that keeps states."""
 
-    def __init__(self, module: nn.Module, use: Use):
+    def __init__(self, module: nn.Module, use: RecordedCall):
         self.specs: Mapping[StateKey, StateSpec] = {
             (use.layer, f"{kind} {index}"): StateSpec(kind, tuple(state.shape[1:]), state.dtype)
             for (kind, index), state in use.kept.items()
@@ -66,14 +66,14 @@ class BatchedStateLayer:
         options.pop("moiety_batch", None)
         given = arguments, options
         if (order := step.order) is not None:
-            given = tokenwise(given, (1, step.tokens), lambda tensor: tensor[:, order])
+            given = map_token_rows(given, (1, step.tokens), lambda tensor: tensor[:, order])
         outputs, begin = [], 0
         for group in step.groups:
             outputs.append(self._run_group(step.states, group, _group_part(given, step.tokens, begin, group)))
             begin += group.sequences * group.tokens
         return _joined(outputs, step)
 
-    def _run_group(self, slots: SlotStates, group: Group, given: Any) -> Any:
+    def _run_group(self, slots: SlotStates, group: StateGroup, given: Any) -> Any:
         """Runs one group on its arguments, [sequences, tokens, ...]; returns output of that shape and writes the new states."""
         found = {}
         if (read := group.read) is not None:
@@ -82,8 +82,8 @@ class BatchedStateLayer:
         cache = StateCache(self._layer, states)
         if self.forgetful and group.tokens > 1 and read is not None:
             shape = group.sequences, group.tokens
-            singles = (cut(given, shape, token, token + 1) for token in range(group.tokens))
-            output = behind_one_another([self._call(single, cache) for single in singles])
+            singles = (slice_tokens(given, shape, token, token + 1) for token in range(group.tokens))
+            output = concatenated([self._call(single, cache) for single in singles])
         else:
             output = self._call(given, cache)
         for name, state in states.kept.items():
@@ -127,31 +127,31 @@ def _with_cache(
 # Arguments and outputs -------------------------------------------------------------------------------------------
 
 
-def _group_part(given: Any, tokens: int, begin: int, group: Group) -> Any:
+def _group_part(given: Any, tokens: int, begin: int, group: StateGroup) -> Any:
     """Cuts a group's arguments [sequences, tokens, ...] out of those for all `tokens`."""
     shape = group.sequences, group.tokens
     end = begin + group.sequences * group.tokens
-    return tokenwise(given, (1, tokens), lambda tensor: tensor[0, begin:end].unflatten(0, shape))
+    return map_token_rows(given, (1, tokens), lambda tensor: tensor[0, begin:end].unflatten(0, shape))
 
 
 def _joined(outputs: Sequence[Any], step: StepStates) -> Any:
     """Joins the groups' outputs [sequences, tokens, ...] to one of the whole step, [1, T, ...], in the step's order."""
     flat = [
-        tokenwise(output, (group.sequences, group.tokens), lambda tensor: tensor.flatten(0, 1)[None])
+        map_token_rows(output, (group.sequences, group.tokens), lambda tensor: tensor.flatten(0, 1)[None])
         for output, group in zip(outputs, step.groups, strict=True)
     ]
-    joined = behind_one_another(flat)
+    joined = concatenated(flat)
     if (back := step.back) is not None:
-        joined = tokenwise(joined, (1, step.tokens), lambda tensor: tensor[:, back])
+        joined = map_token_rows(joined, (1, step.tokens), lambda tensor: tensor[:, back])
     return joined
 
 
-def behind_one_another(outputs: Sequence[Any]) -> Any:
+def concatenated(outputs: Sequence[Any]) -> Any:
     """Concatenates outputs of equal structure, [B, tokens, ...] each. Tensors whose other sizes differ become None."""
     if len(outputs) == 1:
         return outputs[0]
     if isinstance(outputs[0], tuple | list):
-        return type(outputs[0])(behind_one_another(parts) for parts in zip(*outputs, strict=True))
+        return type(outputs[0])(concatenated(parts) for parts in zip(*outputs, strict=True))
     if isinstance(outputs[0], torch.Tensor):
         alike = len({(output.shape[0], output.shape[2:]) for output in outputs}) == 1
         return torch.cat(list(outputs), dim=1) if alike else None

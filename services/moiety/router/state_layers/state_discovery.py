@@ -18,12 +18,12 @@ from moiety.router.cache.state_slots import SlotStates, StepStates
 from moiety.router.state_layers.batched_layer import (
     BatchedStateLayer,
     PositionedAttention,
-    Use,
-    behind_one_another,
+    RecordedCall,
+    concatenated,
     use_states,
 )
 from moiety.router.state_layers.state_cache import CONVOLUTION, RECURRENT, LayerStates, StateCache, StateName
-from moiety.router.token_rows import cut
+from moiety.router.token_rows import slice_tokens
 
 _log = logging.getLogger(__name__)
 PROBE_TOKENS = 7  # tokens of a trial run: enough for two chunks and some single tokens
@@ -35,16 +35,16 @@ class _Recorder(StateCache):
     def __init__(self, number_of_states: int):
         super().__init__(0, LayerStates({}))
         self.layers = _Layers(number_of_states)
-        self.uses: dict[nn.Module, Use] = {}
-        self.positioned: dict[nn.Module, Use] = {}  # attention modules that read token positions
-        self._running: list[tuple[nn.Module, Use]] = []
+        self.uses: dict[nn.Module, RecordedCall] = {}
+        self.positioned: dict[nn.Module, RecordedCall] = {}  # attention modules that read token positions
+        self._running: list[tuple[nn.Module, RecordedCall]] = []
 
     def enter(self, module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
         """Forward pre-hook: records that `module` starts, if it received this cache."""
         passed: list[tuple[str | int, Any]] = [*enumerate(arguments), *options.items()]
         for name, value in passed:
             if value is self:
-                self._running.append((module, Use(arguments, options, name)))
+                self._running.append((module, RecordedCall(arguments, options, name)))
 
     def leave(self, module: nn.Module, *_: Any) -> None:
         """Forward hook: records that `module` is done."""
@@ -135,7 +135,7 @@ def batch_state_layers(model: Any, run: Callable[[Any], object]) -> None:
 
 
 @torch.inference_mode()
-def _forgets(layer: BatchedStateLayer, use: Use) -> bool:
+def _forgets(layer: BatchedStateLayer, use: RecordedCall) -> bool:
     """Whether the module cannot take a prompt in chunks. Raises CheckpointError where single tokens fail too."""
     whole = _in_steps(layer, use, [PROBE_TOKENS])
     first, rest = PROBE_TOKENS // 2 + 1, PROBE_TOKENS // 2
@@ -146,19 +146,19 @@ def _forgets(layer: BatchedStateLayer, use: Use) -> bool:
     return not _close(_in_steps(layer, use, [first, rest]), whole)
 
 
-def _in_steps(layer: BatchedStateLayer, use: Use, counts: Sequence[int]) -> list[torch.Tensor]:
+def _in_steps(layer: BatchedStateLayer, use: RecordedCall, counts: Sequence[int]) -> list[torch.Tensor]:
     """Returns the module's output and final states when its tokens come in steps of `counts` tokens."""
     device = next(iter(use.kept.values())).device
     slots = SlotStates(layer.specs, 1, device)
     slot, past, outputs = slots.take(), 0, []
     for count in counts:
         given = use.arguments, use.options
-        arguments, options = cut(given, (1, PROBE_TOKENS), past, past + count)
+        arguments, options = slice_tokens(given, (1, PROBE_TOKENS), past, past + count)
         with use_states(StepStates.build(slots, [slot], [past], [count], device)):
             outputs.append(layer(*arguments, **options))
         slots.commit(slot)
         past += count
-    joined = behind_one_another(outputs)
+    joined = concatenated(outputs)
     tokens = [part for part in (joined if isinstance(joined, tuple | list) else [joined]) if part is not None]
     return [*tokens[:1], *(slots.rows(key)[slots.committed(slot)] for key in layer.specs)]
 

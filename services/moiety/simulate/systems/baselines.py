@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from moiety.policy.autoscale import Snapshot
-from moiety.simulate.flow import Flow, flow, work
+from moiety.simulate.flow import TimeStep, time_step, work_per_step
 from moiety.simulate.systems.replica_pool import SETTINGS, ReplicaPool
 from moiety.simulate.systems.result import SAMPLED, Recorder, SystemResult
 from moiety.simulate.systems.trace_load import (
@@ -36,8 +36,8 @@ def fixed(load: TraceLoad, per_group: float, redundancy: float = 0.0, name: str 
         if redundancy and (planned := load.copies(redundancy, now, placement)) is not placement:
             placement, held = planned, held_by(cluster, capacities, planned)
         rates = trace.rates[index : index + stride]
-        step_work = work(cluster, included, held, replicas)
-        seen = flow(cluster, step_work, replicas, float(rates.mean()) + recorder.backlog / trace.step_s / stride)
+        step_work = work_per_step(cluster, included, held, replicas)
+        seen = time_step(cluster, step_work, replicas, float(rates.mean()) + recorder.backlog / trace.step_s / stride)
         recorder.add(seen, float(replicas.sum()), float(rates.mean()), stride)
     return recorder.outcome(name)
 
@@ -48,12 +48,12 @@ def whole_engine(load: TraceLoad, target_busy: float) -> SystemResult:
     settings = SETTINGS.model_copy(update={"target_busy": target_busy})
     held = held_by(cluster, default_deployments(cluster, 0), default_placement(cluster))
     one = np.ones(cluster.groups)
-    step_work = work(cluster, load.included(0.0), held, one)
+    step_work = work_per_step(cluster, load.included(0.0), held, one)
     engines = int(np.ceil(step_work.device_s.max() * trace.rates[0] / cluster.batch / target_busy))
     pool = ReplicaPool("engines", settings, max(engines, 1), False)
     recorder = Recorder(trace)
     stride = max(1, len(trace.rates) // SAMPLED)
-    seen: Flow | None = None
+    seen: TimeStep | None = None
     for index, rate in enumerate(trace.rates):
         now = index * trace.step_s
         if seen is not None:
@@ -61,9 +61,9 @@ def whole_engine(load: TraceLoad, target_busy: float) -> SystemResult:
             pool.step(Snapshot("engines", pool.target, pool.last_live, pool.last_live, busy, 0.0, rate), now)
         live = pool.live(now, cluster.start_s)
         if index % stride == 0:
-            step_work = work(cluster, load.included(now), held, one)
+            step_work = work_per_step(cluster, load.included(now), held, one)
         offered = rate + recorder.backlog / trace.step_s
-        seen = flow(cluster, step_work, one * live, offered, steps_too=index % stride == 0)
+        seen = time_step(cluster, step_work, one * live, offered, steps_too=index % stride == 0)
         recorder.add(seen, pool.target * cluster.groups, rate)
     return recorder.outcome("whole engines")
 
@@ -76,7 +76,7 @@ def clairvoyant(load: TraceLoad, busy: float) -> SystemResult:
     stride = max(1, len(trace.rates) // SAMPLED)
     for index in range(0, len(trace.rates), stride):
         rate = float(trace.rates[index : index + stride].mean())
-        step_work = work(cluster, load.included(index * trace.step_s), held, np.ones(cluster.groups))
+        step_work = work_per_step(cluster, load.included(index * trace.step_s), held, np.ones(cluster.groups))
         replicas = step_work.device_s * rate / cluster.batch / busy
-        recorder.add(flow(cluster, step_work, replicas, rate), float(replicas.sum()), rate, stride)
+        recorder.add(time_step(cluster, step_work, replicas, rate), float(replicas.sum()), rate, stride)
     return recorder.outcome("clairvoyant")

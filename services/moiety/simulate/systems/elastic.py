@@ -9,7 +9,7 @@ import numpy as np
 from moiety.config.application import GroupSettings
 from moiety.policy.autoscale import Decision
 from moiety.policy.placement.planner import plan_placement
-from moiety.simulate.flow import Flow, flow, work
+from moiety.simulate.flow import TimeStep, time_step, work_per_step
 from moiety.simulate.scenario import Floats
 from moiety.simulate.systems.replica_pool import SETTINGS, ReplicaPool
 from moiety.simulate.systems.result import SAMPLED, Recorder, SystemResult
@@ -37,7 +37,7 @@ def elastic(load: TraceLoad, settings: GroupSettings = SETTINGS, hot_sets: int |
     capacities, placement = default_deployments(cluster, hot_sets), default_placement(cluster)
     costs = learned_cost(cluster, trace.seed)
     held = held_by(cluster, capacities, placement)
-    first = work(cluster, load.included(0.0), held, np.ones(len(capacities)))
+    first = work_per_step(cluster, load.included(0.0), held, np.ones(len(capacities)))
     needed = first.device_s * trace.rates[0] / cluster.batch / settings.target_busy
     pools = [
         ReplicaPool(
@@ -49,7 +49,7 @@ def elastic(load: TraceLoad, settings: GroupSettings = SETTINGS, hot_sets: int |
         for capacity, count in zip(capacities, needed, strict=True)
     ]
     recorder, decisions = Recorder(trace), list[tuple[float, Decision]]()
-    seen: Flow | None = None
+    seen: TimeStep | None = None
     step_work = first
     smooth: Floats | None = None
     stride = max(1, len(trace.rates) // (4 * SAMPLED))
@@ -65,9 +65,9 @@ def elastic(load: TraceLoad, settings: GroupSettings = SETTINGS, hot_sets: int |
         included = load.included(now)
         if coming is not None and now >= ready_at:
             placement, held, coming = coming, held_by(cluster, capacities, coming), None
-        step_work = work(cluster, included, held, live)
+        step_work = work_per_step(cluster, included, held, live)
         offered = rate + recorder.backlog / trace.step_s
-        seen = flow(cluster, step_work, live, offered, steps_too=index % stride == 0)
+        seen = time_step(cluster, step_work, live, offered, steps_too=index % stride == 0)
         recorder.add(seen, sum(pool.target for pool in pools), rate)
         latest = measured_load(cluster, costs, included, seen.served)
         smooth = latest if smooth is None else smooth + min(1.0, trace.step_s / 60) * (latest - smooth)

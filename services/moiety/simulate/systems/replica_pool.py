@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from moiety.config.application import GroupSettings
 from moiety.policy.autoscale import Decision, Snapshot, State, decide
 from moiety.policy.cost_model import CostModel
-from moiety.simulate.flow import Flow, Work
+from moiety.simulate.flow import StepWork, TimeStep
 from moiety.simulate.scenario import Cluster, Trace
 
 SETTINGS = GroupSettings(min_replicas=1, max_replicas=1000, target_busy=0.7, shrink_after_s=60.0, shrink_margin=0.95)
@@ -32,7 +32,14 @@ class ReplicaPool:
         return self.last_live
 
     def decide(
-        self, now: float, cluster: Cluster, trace: Trace, costs: CostModel, step_work: Work, seen: Flow, index: int
+        self,
+        now: float,
+        cluster: Cluster,
+        trace: Trace,
+        costs: CostModel,
+        step_work: StepWork,
+        seen: TimeStep,
+        index: int,
     ) -> Decision:
         """Decides by the measurements of the last time step; `index` is this deployment's."""
         calls = max(float(step_work.visits[index].sum()), 1e-9)
@@ -48,7 +55,7 @@ class ReplicaPool:
             float(step_work.rows[index].sum() * steps),
             fixed=0.0,  # each call goes to one replica: more replicas share the calls, they do not split batches
             spare=self.spare,
-            asked=costs.busy(calls * steps, weight_bytes * calls * steps, rows * calls * steps),
+            busy_if_added=costs.busy(calls * steps, weight_bytes * calls * steps, rows * calls * steps),
         )
         return self.step(snapshot, now)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from moiety.policy.autoscale import Decision
-from moiety.simulate.flow import Flow, percentile
+from moiety.simulate.flow import TimeStep, percentile
 from moiety.simulate.scenario import Floats, Trace
 
 SAMPLED = 360  # time steps at which the step times of baselines are computed
@@ -39,7 +39,7 @@ class Recorder:
     _delayed: float = 0.0
     _rows: list[tuple[float, float, float, float]] = field(default_factory=list)  # replicas, mean, sd, tokens
 
-    def add(self, seen: Flow, replicas: float, rate: float, steps: int = 1) -> None:
+    def add(self, seen: TimeStep, replicas: float, rate: float, steps: int = 1) -> None:
         """Adds `steps` equal time steps, in which `rate` tokens per second were offered in addition to the backlog."""
         seconds = self.trace.step_s * steps
         offered = rate * seconds + self.backlog

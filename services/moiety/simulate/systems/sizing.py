@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from moiety.policy.placement.planner import plan_placement
-from moiety.simulate.flow import flow, work
+from moiety.simulate.flow import time_step, work_per_step
 from moiety.simulate.scenario import Cluster, Floats
 from moiety.simulate.systems.result import SystemResult
 from moiety.simulate.systems.trace_load import default_deployments, default_placement, held_by, measured_load
@@ -46,13 +46,13 @@ def throughput(cluster: Cluster, included: Floats, p99_ms: float, replicas: int,
             ]
             measured = measured_load(cluster, cluster.cost, included, 1.0)
             held = held_by(cluster, capacities, plan_placement(measured, sized, placement).placement)
-        step_work = work(cluster, included, held, sizes)
+        step_work = work_per_step(cluster, included, held, sizes)
         sizes = replicas * step_work.device_s / step_work.device_s.sum()
-    step_work = work(cluster, included, held, sizes)
+    step_work = work_per_step(cluster, included, held, sizes)
     low, high = 0.0, replicas * cluster.batch / float(step_work.device_s.sum())
     for _ in range(30):
         rate = (low + high) / 2
-        seen = flow(cluster, step_work, sizes, rate)
+        seen = time_step(cluster, step_work, sizes, rate)
         good = 1000 * (seen.step_s + 2.3263 * seen.step_sd_s) <= p99_ms and seen.served >= rate
         low, high = (rate, high) if good else (low, rate)
     return low

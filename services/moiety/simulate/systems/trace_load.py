@@ -54,8 +54,10 @@ class TraceLoad:
 
 def default_deployments(cluster: Cluster, hot_sets: int) -> list[DeploymentCapacity]:
     """Returns the cluster's groups, and hot sets with the same memory."""
-    groups = [DeploymentCapacity(f"experts-{index}", cluster.room) for index in range(cluster.groups)]
-    return groups + [DeploymentCapacity(f"hot-{index}", cluster.room, hot=True) for index in range(hot_sets)]
+    groups = [DeploymentCapacity(f"experts-{index}", cluster.experts_per_replica) for index in range(cluster.groups)]
+    return groups + [
+        DeploymentCapacity(f"hot-{index}", cluster.experts_per_replica, hot=True) for index in range(hot_sets)
+    ]
 
 
 def default_placement(cluster: Cluster) -> Placement:
@@ -63,7 +65,7 @@ def default_placement(cluster: Cluster) -> Placement:
     even = np.ones((cluster.layers, cluster.experts))
     held = np.arange(cluster.experts) * cluster.groups // cluster.experts
     start = {
-        f"experts-{group}": ExpertSet.block(cluster.layers, np.flatnonzero(held == group).tolist())
+        f"experts-{group}": ExpertSet.uniform(cluster.layers, np.flatnonzero(held == group).tolist())
         for group in range(cluster.groups)
     }
     return plan_placement(even, default_deployments(cluster, 0), Placement(0, start)).placement

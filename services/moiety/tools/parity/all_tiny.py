@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from moiety.model.architectures.supported import path_of
+from moiety.model.architectures.supported import served_through
 from moiety.model.architectures.transformers_model import quiet_transformers
 from moiety.synthetic import tiny_model, write_tiny
 from moiety.tools.parity.parity import ParityReport, run_parity
@@ -58,7 +58,7 @@ async def run_all(
     for number, name in enumerate(names, start=1):
         progress(f"{number}/{len(names)} {name}")
         began = time.monotonic()
-        path = path_of(tiny_model(name).architecture)
+        path = served_through(tiny_model(name).architecture)
         report, error = None, ""
         with tempfile.TemporaryDirectory(prefix="moiety-tiny-") as folder:
             try:

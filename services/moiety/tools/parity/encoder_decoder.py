@@ -20,12 +20,12 @@ import torch
 WRONG_EXPERTS = "NllbMoeExperts"
 
 
-def is_one(model: Any) -> bool:
+def is_encoder_decoder(model: Any) -> bool:
     """Returns whether `model`, a transformers model or a PlainReference, is an encoder-decoder."""
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
-def corrected(model: Any) -> Any:
+def correct_experts(model: Any) -> Any:
     """Replaces in `model` what transformers is known to compute wrongly. Returns the same object."""
     for module in model.modules():
         if type(module).__name__ == WRONG_EXPERTS:
@@ -34,7 +34,7 @@ def corrected(model: Any) -> Any:
 
 
 @torch.inference_mode()
-def outputs(
+def generate(
     model: Any, prompts: Sequence[Sequence[int]], new_tokens: int
 ) -> tuple[list[list[int]], list[torch.Tensor]]:
     """Returns (decoder start + greedy tokens, logits [1 + new tokens, V]) of each prompt."""
@@ -42,12 +42,12 @@ def outputs(
     for prompt in prompts:
         text = model.generate(torch.tensor([prompt]), max_new_tokens=new_tokens, do_sample=False)[0].tolist()
         texts.append(text)
-        logits.append(decoded(model, prompt, text))
+        logits.append(decode(model, prompt, text))
     return texts, logits
 
 
 @torch.inference_mode()
-def decoded(model: Any, prompt: Sequence[int], text: Sequence[int], noise: torch.Tensor | None = None) -> torch.Tensor:
+def decode(model: Any, prompt: Sequence[int], text: Sequence[int], noise: torch.Tensor | None = None) -> torch.Tensor:
     """Returns the logits [len(text), V] after each token of `text`.
 
     `noise` [prompt tokens, D] scales the prompt's embeddings.

@@ -23,7 +23,7 @@ import torch
 from moiety.client import Client
 from moiety.core.expert_backend import CallClass
 from moiety.local.cluster import LocalCluster
-from moiety.model.architectures.supported import path_of
+from moiety.model.architectures.supported import served_through
 from moiety.model.architectures.transformers_model import causal_lm_class, load_config, quiet_transformers
 from moiety.model.checkpoint.checkpoint import Checkpoint
 from moiety.model.checkpoint.quantised import QuantisedEntry
@@ -175,8 +175,8 @@ def _reference(
     An encoder-decoder's text is its decoder's: the start token, then the greedy tokens.
     """
     model.generation_config.eos_token_id = None  # so that every prompt gets the same number of tokens
-    if encoder_decoder.is_one(model):
-        return encoder_decoder.outputs(model, prompts, new_tokens)
+    if encoder_decoder.is_encoder_decoder(model):
+        return encoder_decoder.generate(model, prompts, new_tokens)
     texts, logits = [], []
     for prompt in prompts:
         ids = torch.tensor([prompt])
@@ -193,14 +193,14 @@ def _undecided(model: Any, prompt: Sequence[int], text: Sequence[int], token: in
 
     The noise is on the embeddings of the text, or for an encoder-decoder on those of the prompt.
     """
-    has_encoder = encoder_decoder.is_one(model)
+    has_encoder = encoder_decoder.is_encoder_decoder(model)
     embeddings = model.get_input_embeddings()(torch.tensor([prompt if has_encoder else text]))
     dtype = embeddings.dtype
     for seed in range(NUDGES):
         noise = torch.randn(embeddings.shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
         noise = 1 + NUDGE_ULPS * torch.finfo(dtype).eps * noise
         if has_encoder:
-            logits = encoder_decoder.decoded(model, prompt, text, noise[0])
+            logits = encoder_decoder.decode(model, prompt, text, noise[0])
         else:
             logits = model(inputs_embeds=embeddings * noise).logits[0]
         if int(logits[-1].argmax()) == token:
@@ -210,7 +210,7 @@ def _undecided(model: Any, prompt: Sequence[int], text: Sequence[int], token: in
 
 def _reference_model(checkpoint: str, dtype: torch.dtype, references: Path | None) -> Any:
     """Loads plain transformers or, where it lacks the architecture, the plain forward pass in `references`."""
-    if path_of(Checkpoint.open(checkpoint).architecture) == "definition":
+    if served_through(Checkpoint.open(checkpoint).architecture) == "definition":
         return PlainReference.load(Path(checkpoint), dtype, references)
     return _transformers_model(checkpoint, dtype)
 
@@ -229,7 +229,7 @@ def _transformers_model(checkpoint: str, dtype: torch.dtype) -> Any:
                 state = reader.state(opened.tensors, dtype)
             return model_class.from_pretrained(None, config=config, state_dict=state, dtype=dtype).eval()
         model = model_class.from_pretrained(checkpoint, config=config, dtype=dtype, local_files_only=True).eval()
-    return encoder_decoder.corrected(model)
+    return encoder_decoder.correct_experts(model)
 
 
 async def _generate(client: Client, prompt: Sequence[int], new_tokens: int) -> list[int]:

@@ -80,7 +80,7 @@ def quantise(
     checkpoint = Checkpoint.open(folder)
     layout = expert_layout(checkpoint)
     check_writable(out)
-    precisions = usable(checkpoint, layout)
+    precisions = usable_precisions(checkpoint, layout)
     progress(f"measuring {layout.shape.moe_layers} layers of {layout.shape.experts} experts")
     ids = calibration_ids(folder, calibration, min(tokens, layout.shape.max_context * 64), layout.shape.max_context)
     model_dtype = torch_dtype(dtype, layout.shape.dtype)
@@ -103,11 +103,11 @@ def decide(
 
     Raises ConfigError where even the fewest bits need more.
     """
-    experts = {name for pair in sensitivity.errors for name in names_of(layout, pair)}
+    experts = {name for pair in sensitivity.errors for name in expert_tensor_names(layout, pair)}
     other = sum(entry.nbytes for name, entry in checkpoint.tensors.items() if name not in experts)
     options = {}
     for pair, errors in sensitivity.errors.items():
-        matrices = [checkpoint.tensor(name) for name in names_of(layout, pair)]
+        matrices = [checkpoint.tensor(name) for name in expert_tensor_names(layout, pair)]
         shapes = [(entry.shape[0], entry.shape[1]) for entry in matrices]
         plain = Option(PLAIN, sum(entry.nbytes for entry in matrices), 0.0)
         itemsize = plain.nbytes // sum(rows * columns for rows, columns in shapes)
@@ -128,7 +128,7 @@ def decide(
     return Quantised(allocation, sensitivity, options, other)
 
 
-def usable(checkpoint: Checkpoint, layout: ExpertLayout) -> tuple[Precision, ...]:
+def usable_precisions(checkpoint: Checkpoint, layout: ExpertLayout) -> tuple[Precision, ...]:
     """Returns the precisions that fit the experts' widths.
 
     Raises CheckpointError where the experts are quantised already or are not stored one by one.
@@ -153,7 +153,7 @@ def usable(checkpoint: Checkpoint, layout: ExpertLayout) -> tuple[Precision, ...
     )
 
 
-def names_of(layout: ExpertLayout, pair: Pair) -> Iterator[str]:
+def expert_tensor_names(layout: ExpertLayout, pair: Pair) -> Iterator[str]:
     """Yields the tensor names of one expert's matrices."""
     layer, expert = pair
     for field, names in layout.layers[layer].sources.items():
@@ -189,7 +189,7 @@ def write_quantised(
 ) -> None:
     """Writes the checkpoint with each expert in its precision, and the config to match. Holds one shard in memory."""
     out.mkdir(parents=True, exist_ok=True)
-    precision_of = {name: precision for pair, precision in chosen.items() for name in names_of(layout, pair)}
+    precision_of = {name: precision for pair, precision in chosen.items() for name in expert_tensor_names(layout, pair)}
     with ExitStack() as stack:
         reader = stack.enter_context(Reader())
 

@@ -15,9 +15,9 @@ from opentelemetry.proto.common.v1.common_pb2 import AnyValue, KeyValue
 from opentelemetry.proto.trace.v1 import trace_pb2
 
 from moiety.telemetry.tracing import Value
-from moiety.tools.trace.spans import ReceivedFigure, ReceivedSpan
+from moiety.tools.trace.spans import ReceivedMetric, ReceivedSpan
 
-__all__ = ["ReceivedFigure", "ReceivedSpan", "TraceReceiver"]
+__all__ = ["ReceivedMetric", "ReceivedSpan", "TraceReceiver"]
 
 _MAX_MESSAGE_BYTES = 16 << 20
 _STATUS = {trace_pb2.Status.STATUS_CODE_OK: "ok", trace_pb2.Status.STATUS_CODE_ERROR: "error"}
@@ -63,7 +63,7 @@ class TraceReceiver(trace_service_pb2_grpc.TraceServiceServicer):
                     )
         return spans
 
-    def figures(self) -> tuple[ReceivedFigure, ...]:
+    def metrics(self) -> tuple[ReceivedMetric, ...]:
         """Returns the latest figure of each metric, service and set of attributes."""
         with self._arrived:
             return tuple(self._figures.latest.values())
@@ -98,7 +98,7 @@ class TraceReceiver(trace_service_pb2_grpc.TraceServiceServicer):
 class _FigureReceiver(metrics_service_pb2_grpc.MetricsServiceServicer):
     def __init__(self, arrived: threading.Condition) -> None:
         self._arrived = arrived
-        self.latest: dict[tuple[object, ...], ReceivedFigure] = {}
+        self.latest: dict[tuple[object, ...], ReceivedMetric] = {}
 
     def Export(
         self, request: metrics_service_pb2.ExportMetricsServiceRequest, context: grpc.ServicerContext
@@ -110,13 +110,13 @@ class _FigureReceiver(metrics_service_pb2_grpc.MetricsServiceServicer):
         return metrics_service_pb2.ExportMetricsServiceResponse()
 
 
-def _read_figures(request: metrics_service_pb2.ExportMetricsServiceRequest) -> Iterator[ReceivedFigure]:
+def _read_figures(request: metrics_service_pb2.ExportMetricsServiceRequest) -> Iterator[ReceivedMetric]:
     for resource_metrics in request.resource_metrics:
         resource = _attributes(resource_metrics.resource.attributes)
         for metric in (metric for scope in resource_metrics.scope_metrics for metric in scope.metrics):
             cumulative = metric.WhichOneof("data") == "sum"
             for point in (metric.sum if cumulative else metric.gauge).data_points:
-                yield ReceivedFigure(
+                yield ReceivedMetric(
                     name=metric.name,
                     service=str(resource.get("service.name", "")),
                     value=point.as_double if point.WhichOneof("value") == "as_double" else point.as_int,

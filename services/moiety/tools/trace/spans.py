@@ -31,7 +31,7 @@ class ReceivedSpan:
 
 
 @dataclass(frozen=True, slots=True)
-class ReceivedFigure:
+class ReceivedMetric:
     """One value of a metric."""
 
     name: str  # names.MetricName

@@ -25,8 +25,8 @@ from moiety.internal.v1.experts_pb2 import (
     SharedMemoryHello,
     SharedMemoryWelcome,
 )
-from moiety.wire.codec import Picked
-from moiety.wire.frames import Answerer
+from moiety.wire.codec import SelectedRows
+from moiety.wire.frames import ReplyCallback
 from moiety.wire.transports.doorbell import ANSWER, CALL, MESSAGE_BYTES, Doorbell, check_peer
 from moiety.wire.transports.mailbox import Mailbox
 from moiety.wire.transports.shm_segment import AVAILABLE, aligned, map_segment
@@ -36,7 +36,7 @@ _log = logging.getLogger(__name__)
 HANDSHAKE_S = 2.0
 DETAIL_CHARACTERS = MESSAGE_BYTES // 8  # an answer's `detail` must fit into a message, in any alphabet
 
-Accept = Callable[[ForwardRequest, memoryview, Answerer], None]
+Accept = Callable[[ForwardRequest, memoryview, ReplyCallback], None]
 
 
 class SharedMemoryListener:
@@ -169,7 +169,7 @@ class SharedMemoryPeer:
             return
         self._accept(header, payload, answer)
 
-    def _answer(self, start: int, reply_at: int, reply: ForwardResponse, picked: Picked | None) -> None:
+    def _answer(self, start: int, reply_at: int, reply: ForwardResponse, picked: SelectedRows | None) -> None:
         reply.payload_bytes = 0
         if picked is not None and picked.nbytes:
             reply.payload_bytes = picked.nbytes

@@ -13,10 +13,10 @@ from moiety.model.architectures.gating_description import gating_of
 from moiety.model.architectures.supported import (
     ADAPTED,
     REFUSED,
-    nearest,
-    path_of,
+    nearest_hint,
     seam_architectures,
     served_architectures,
+    served_through,
 )
 from moiety.model.architectures.transformers_model import experts_modules, meta_model, towers
 from moiety.model.checkpoint.checkpoint import Checkpoint
@@ -82,7 +82,7 @@ def test_every_way_is_counted_once():
     """An architecture is served in one way: adapters and definitions are not also found behind the interface."""
     assert not ADAPTED & seam_architectures()
     assert not DEFINITIONS.keys() & (seam_architectures() | ADAPTED)
-    assert {path_of(name) for name in served_architectures()} == {"seam", "adapter", "definition"}
+    assert {served_through(name) for name in served_architectures()} == {"seam", "adapter", "definition"}
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_a_refusal_says_what_is_missing_and_what_is_near(tmp_path: Path, archite
     message = str(refusal.value)
     assert f"architecture {architecture}" in message
     assert REFUSED[architecture] in message
-    assert nearest(architecture) in message
+    assert nearest_hint(architecture) in message
 
 
 def test_a_missing_trunk_weight_is_named_before_any_is_read(tmp_path: Path):

@@ -64,7 +64,7 @@ def test_experts_are_held_as_small_as_published(written, name: str):
     checkpoint = Checkpoint.open(written(name))
     layout = expert_layout(checkpoint)
     shape = layout.shape
-    loaded = load_experts(checkpoint, layout, ExpertSet.block(shape.moe_layers, range(shape.experts)), torch.float32)
+    loaded = load_experts(checkpoint, layout, ExpertSet.uniform(shape.moe_layers, range(shape.experts)), torch.float32)
     assert {weights.kind for weights in loaded.values()} == {HELD_AS[name]}
     held = sum(weights.nbytes for weights in loaded.values())
     published = sum(

@@ -84,7 +84,7 @@ def test_a_slice_count_must_divide_the_experts() -> None:
     with pytest.raises(ConfigError, match=r"slices = 7: must divide \d+"):
         shape.sliced(7)
     assert shape.sliced(2).experts == 12
-    assert ExpertSet.block(1, range(12)) == shape.sliced(2).partition(1)[0]
+    assert ExpertSet.uniform(1, range(12)) == shape.sliced(2).partition(1)[0]
 
 
 def test_models_in_other_slices_never_meet() -> None:

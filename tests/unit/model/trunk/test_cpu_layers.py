@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from moiety.model.seam import use_backend
-from moiety.model.trunk.cpu_layers import LinearWeight, use_kernels
+from moiety.model.trunk.cpu_layers import LinearWeight, use_cpu_kernels
 from moiety.model.trunk.read import load_trunk
 from moiety_kernels.cpu.library import SWITCH, find, load
 from support.architectures import CORE
@@ -33,7 +33,7 @@ def test_logits_stay_those_of_the_model(kernels: str, open_tiny, make_experts, a
     checkpoint, layout = open_tiny(architecture)
     ids = torch.randint(3, 320, (1, 17), generator=torch.Generator().manual_seed(0))
     logits = []
-    for prepare in (lambda model: model, use_kernels):
+    for prepare in (lambda model: model, use_cpu_kernels):
         model = prepare(load_trunk(checkpoint, layout, dtype, attention="eager"))
         with use_backend(make_experts(checkpoint, layout, dtype)), torch.inference_mode():
             logits.append(model(ids).logits.float())
@@ -50,7 +50,7 @@ def test_linear_layers_gates_and_norms_are_recognised(open_tiny, monkeypatch: py
     if find()[0] is None:
         pytest.skip(find()[1])
     load.cache_clear()
-    model = use_kernels(load_trunk(*open_tiny("qwen3_moe"), torch.bfloat16))
+    model = use_cpu_kernels(load_trunk(*open_tiny("qwen3_moe"), torch.bfloat16))
     load.cache_clear()
     for path, module in model.named_modules():
         weight = module._parameters.get("weight")
@@ -63,7 +63,7 @@ def test_linear_layers_gates_and_norms_are_recognised(open_tiny, monkeypatch: py
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_deterministic_layers_do_not_see_the_batch(kernels: str, open_tiny, dtype: torch.dtype):
     """A token's projection, gate and norm have the same bits alone and among other tokens."""
-    model = use_kernels(load_trunk(*open_tiny("qwen3_moe"), dtype), deterministic=True)
+    model = use_cpu_kernels(load_trunk(*open_tiny("qwen3_moe"), dtype), deterministic=True)
     layer = model.model.layers[0]
     hidden = torch.randn(1, 23, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
     with torch.inference_mode():

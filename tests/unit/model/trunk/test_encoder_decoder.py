@@ -38,7 +38,7 @@ def plain(checkpoint: Checkpoint) -> Any:
     """Loads the checkpoint in transformers, with its NLLB-MoE corrected."""
     model = AutoModelForSeq2SeqLM.from_pretrained(checkpoint.path, dtype=torch.float32, local_files_only=True).eval()
     model.generation_config.eos_token_id = None
-    return encoder_decoder.corrected(model)
+    return encoder_decoder.correct_experts(model)
 
 
 def random_prompts(*lengths: int) -> list[list[int]]:
@@ -88,7 +88,7 @@ def test_tokens_of_several_prompts_at_once_are_those_of_transformers(open_tiny, 
     """
     checkpoint, layout = open_tiny(architecture)
     prompts = random_prompts(3, 40, 17, 60)
-    expected_outputs, expected = encoder_decoder.outputs(plain(checkpoint), prompts, NEW_TOKENS)
+    expected_outputs, expected = encoder_decoder.generate(plain(checkpoint), prompts, NEW_TOKENS)
     batched = BatchedModel(checkpoint, layout, make_experts(checkpoint, layout), prompts)
     worst = 0.0
     outputs = [[output[0]] for output in expected_outputs]
@@ -153,14 +153,14 @@ def test_nllb_agrees_with_its_papers(open_tiny, make_experts):
     """
     checkpoint, layout = open_tiny("nllb-moe")
     (prompt,) = random_prompts(40)
-    (output,), (logits,) = encoder_decoder.outputs(plain(checkpoint), [prompt], NEW_TOKENS)
+    (output,), (logits,) = encoder_decoder.generate(plain(checkpoint), [prompt], NEW_TOKENS)
     weights = {name: tensor for shard in checkpoint.shards for name, tensor in load_file(shard).items()}
     expected = NllbReference(weights, checkpoint.config).logits(prompt, output)
     assert (logits - expected).abs().max() <= 1e-4
     batched = BatchedModel(checkpoint, layout, make_experts(checkpoint, layout), [prompt])
     assert (batched.step([output], 0, encode=True) - expected).abs().max() <= 1e-4
     uncorrected = AutoModelForSeq2SeqLM.from_pretrained(checkpoint.path, dtype=torch.float32, local_files_only=True)
-    assert (encoder_decoder.decoded(uncorrected.eval(), prompt, output) - expected).abs().max() > 0.1
+    assert (encoder_decoder.decode(uncorrected.eval(), prompt, output) - expected).abs().max() > 0.1
 
 
 def in_an_encoder(lengths: Sequence[int]) -> Any:

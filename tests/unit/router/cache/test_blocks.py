@@ -43,9 +43,9 @@ class PoolAgainstTwin(RuleBasedStateMachine):
 
     @precondition(lambda self: self.references)
     @rule(data=st.data())
-    def give_back(self, data: st.DataObject) -> None:
+    def release(self, data: st.DataObject) -> None:
         block = data.draw(st.sampled_from(sorted(self.references)))
-        self.pool.give_back(block)
+        self.pool.release(block)
         self.references[block] -= 1
         if self.references[block] == 0:
             del self.references[block]
@@ -86,7 +86,7 @@ TestPoolAgainstTwin.settings = settings(max_examples=40, stateful_step_count=40,
         (lambda pool: pool.check([]), "counts 1 references, and tables hold it 0 times"),
         (lambda pool: pool.check([0, 0]), "counts 1 references, and tables hold it 2 times"),
         (lambda pool: pool.check([0, 1]), "block 1 counts 0 references, and tables hold it 1 times"),
-        (lambda pool: (pool.give_back(0), pool.give_back(0), pool.check([0])), "KV block 0"),
+        (lambda pool: (pool.release(0), pool.release(0), pool.check([0])), "KV block 0"),
     ],
     ids=["leaked", "shared without a reference", "used after it was freed", "freed twice"],
 )

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("each_transport")
 def warm(lane: LoopbackHop) -> None:
     """Gives layer 0 a p99 of 0 s, so that hedges fire after `hedge_after_s`."""
     for _ in range(16):
-        lane.hop.hedging.answered(0, CallClass.DECODE, 0.0)
+        lane.hop.hedging.record_latency(0, CallClass.DECODE, 0.0)
 
 
 def test_a_hung_replica_is_bridged_and_avoided_until_it_answers():

@@ -9,7 +9,7 @@ import pytest
 
 from moiety.core.experts import ExpertSet
 from moiety.policy.dispatch import HolderTable
-from moiety.router.hop.overflow import REMEMBER_S, OverrunExperts, QueueWaits
+from moiety.router.hop.overflow import REMEMBER_S, OverrunExperts, OverrunReplicas
 
 HELD = {"a": "0:0-1", "b": "0:2-3", "b2": "0:2-3", "h": "0:0,2"}
 DEPLOYMENTS = {"a": "experts-0", "b": "experts-1", "b2": "experts-1", "h": "hot-0"}
@@ -21,7 +21,7 @@ class Fleet:
 
     def __init__(self, backup: set[str], held: Mapping[str, str] = HELD, slices: int = 1) -> None:
         self.now = 0.0
-        self.queues = QueueWaits(BOUND_MS, lambda: self.now)
+        self.queues = OverrunReplicas(BOUND_MS, lambda: self.now)
         self.deployments = dict(DEPLOYMENTS)
         self.publish(held)
         self.overrun = OverrunExperts(
@@ -36,7 +36,7 @@ class Fleet:
     def spared(self, *slow: str) -> list[int]:
         """Returns the experts whose rows may go elsewhere after only these replicas reported long queues."""
         for replica in DEPLOYMENTS:
-            self.queues.answered(replica, BOUND_MS * (2 if replica in slow else 0))
+            self.queues.record(replica, BOUND_MS * (2 if replica in slow else 0))
         masks = self.overrun(0)
         return [] if masks is None else np.flatnonzero(masks.spared).tolist()
 

@@ -37,7 +37,7 @@ def test_states_are_taken_out_of_kv_memory_and_logged(
         cache = loaded(tiny("jamba"), slots=8, kv_memory=1 << 20)
     assert cache.blocks == ((1 << 20) - 8 * PER_SLOT) // (16 * PER_TOKEN)
     assert cache.states.slots == 8
-    assert f"states of {PER_SLOT} bytes in 8 slots; no prefix is found again without its state" in caplog.text
+    assert f"states of {PER_SLOT} bytes in 8 slots; prefixes are not reused" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def test_states_are_taken_out_of_kv_memory_and_logged(
     [
         (
             {"kv_memory": 8 * PER_SLOT},
-            rf"kv_memory = .* at least {8 * PER_SLOT + 16 * PER_TOKEN} bytes, 8 slots of states",
+            rf"kv_memory = .* at least {8 * PER_SLOT + 16 * PER_TOKEN} bytes, for 8 slots of states",
         ),
         ({"speculative_tokens": 2}, r"speculative_tokens = 2: must be 0 for this model: its layers keep states"),
         (

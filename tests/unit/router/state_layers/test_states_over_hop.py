@@ -45,9 +45,9 @@ def test_a_replica_that_dies_in_a_step_costs_no_state(covered: bool, tiny: Calla
             await task
 
     everywhere = range(shape.experts)
-    doomed = FakeExperts("doomed", ExpertSet.block(shape.moe_layers, everywhere[-1:]), shape, on_call=on_call)
+    doomed = FakeExperts("doomed", ExpertSet.uniform(shape.moe_layers, everywhere[-1:]), shape, on_call=on_call)
     others = everywhere if covered else everywhere[:-1]
-    replicas = [doomed, FakeExperts("well", ExpertSet.block(shape.moe_layers, others), shape)]
+    replicas = [doomed, FakeExperts("well", ExpertSet.uniform(shape.moe_layers, others), shape)]
 
     async def scenario() -> None:
         async with loopback_hop(replicas, shape, expert_wait_s=0.2) as loopback:

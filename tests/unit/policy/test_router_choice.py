@@ -14,7 +14,7 @@ candidates = st.lists(
         Candidate,
         load=st.integers(0, 100),
         slots=st.integers(0, 32),
-        ahead=st.floats(0, 5000),
+        pending_prompt_tokens=st.floats(0, 5000),
         cached=st.floats(0, PROMPT),
     ),
     min_size=1,
@@ -77,7 +77,11 @@ def test_the_choice_is_valid_and_never_worse_than_the_longest_prefix(routers: li
     winner = routers[chosen.index]
     if known:
         for other in routers:
-            better = other.cached > winner.cached and other.ahead < winner.ahead and other.slots == winner.slots
+            better = (
+                other.cached > winner.cached
+                and other.pending_prompt_tokens < winner.pending_prompt_tokens
+                and other.slots == winner.slots
+            )
             sole = sum(router.cached == other.cached for router in routers) == 1
             longest = other.cached == max(router.cached for router in routers)
             assert not (better and sole and longest and other.load < winner.load)
@@ -88,8 +92,8 @@ def test_the_longest_prefix_is_worth_what_it_saves():
     holder, idle = Candidate(load=8, slots=16, cached=900), Candidate(load=0, slots=16)
     chosen = choose([idle, holder], PACE, PROMPT, OUTPUT, draw=0)
     assert (chosen.index, chosen.reason) == (1, "900 tokens cached, 8 requests there")
-    assert choose([idle, holder._replace(ahead=1500.0)], PACE, PROMPT, OUTPUT, draw=0).index == 1
-    for busy in (holder._replace(load=50), holder._replace(ahead=1900.0)):
+    assert choose([idle, holder._replace(pending_prompt_tokens=1500.0)], PACE, PROMPT, OUTPUT, draw=0).index == 1
+    for busy in (holder._replace(load=50), holder._replace(pending_prompt_tokens=1900.0)):
         chosen = choose([idle, busy], PACE, PROMPT, OUTPUT, draw=0)
         assert chosen.index == 0
         assert chosen.reason == "900 tokens cached elsewhere are not worth the wait, 0 requests there"
