@@ -24,24 +24,24 @@ SHARED_EXPERT_ATTRIBUTE = "moiety_overlap"
 
 @dataclass(frozen=True, slots=True)
 class PackedRow:
-    """The layout of several sequences' tokens [T] in one pass's row, for modules that do not get it as an argument."""
+    """How the T tokens of one forward pass divide into sequences, for modules that do not get this as an argument."""
 
     positions: torch.Tensor  # int64 [T], each token's position in its sequence
-    lengths: tuple[int, ...] | None = None  # tokens of each prompt in an encoder's row; None in a decoder
+    lengths: tuple[int, ...] | None = None  # in an encoder: the token count of each prompt; None in a decoder
     wanted: torch.Tensor | None = None  # int64 [R]: the tokens whose logits are computed; None: all
     prompts: bool = False  # whether the decoder's layers get encoded prompts, whose keys and values they cache
 
 
 @dataclass(slots=True)
 class ForwardContext:
-    """The state of one lane's passes."""
+    """The backend of one lane's forward passes, and the state of the pass and the layer that it computes."""
 
     backend: ExpertBackend
     weights: torch.Tensor | None = None  # the layer's routing weights [T, K], for backends that act on them
     shared: tuple[torch.Tensor, torch.Tensor] | None = (
         None  # a shared expert's input, and its output, filled now or later
     )
-    row: PackedRow | None = None  # the running pass's row, if the model is an encoder-decoder
+    row: PackedRow | None = None  # the running pass's tokens, if the model is an encoder-decoder
     scores: torch.Tensor | None = None  # [T, E]: the gate's score of each expert, in the layer being computed
 
 
@@ -67,7 +67,7 @@ def current_context() -> ForwardContext:
 
 
 def sequence_lengths() -> tuple[int, ...] | None:
-    """Returns the token count of each prompt in an encoder's row; None in a decoder, which sees tokens one by one."""
+    """Returns the token count of each prompt that an encoder computes; None in a decoder, which routes each token alone."""
     row = current_context().row
     return None if row is None else row.lengths
 

@@ -1,8 +1,8 @@
 """All tiny checkpoints by name: `moiety parity --all-tiny` serves them, and tests iterate over them.
 
-A tiny checkpoint is an entry of TINY, or an architecture that transformers routes through its experts interface. The
-latter are found automatically and sized by their config's field names (`sizes.py`); they need an entry only if those sizes
-do not suit them.
+A tiny checkpoint is an entry of TINY, or an architecture that transformers routes through its experts interface. Such
+an architecture is found automatically and sized by its config's field names (`sizes.py`); it needs an entry only if those
+sizes do not suit it.
 """
 
 from __future__ import annotations
@@ -62,13 +62,13 @@ TINY: Mapping[str, TinyModel] = {
 
 
 def tiny_names() -> tuple[str, ...]:
-    """Returns all names, sorted: the entries of TINY and the served architectures, without refused ones."""
+    """Returns the names of the tiny checkpoints that can be served, sorted: entries of TINY, and served architectures."""
     kept = {name for name, tiny in TINY.items() if tiny.architecture not in REFUSED}
     return tuple(sorted({*kept, *served_architectures()}))
 
 
 def tiny_model(name: str) -> TinyModel:
-    """Returns the entry called `name`, also of a refused architecture; raises ValueError if there is none."""
+    """Returns the tiny checkpoint called `name`, even of a refused architecture; raises ValueError for an unknown name."""
     if name in TINY:
         return TINY[name]
     if name in seam_architectures():

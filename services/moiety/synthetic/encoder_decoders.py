@@ -1,4 +1,4 @@
-"""Config values of tiny encoder-decoders: the published ones, but small, and with experts that exceed their capacity."""
+"""Config values of tiny encoder-decoders: published values made small, and capacities that tests' prompts exceed."""
 
 from __future__ import annotations
 

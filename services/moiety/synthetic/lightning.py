@@ -12,7 +12,10 @@ _DECAYS = ("slope_rate", "query_decay", "key_decay", "diagonal_decay")
 
 
 def with_decays(name: str, tensor: torch.Tensor) -> Iterable[tuple[str, torch.Tensor]]:
-    """Is a `Store` that replaces decay noise by what transformers computes for this layer's number, heads and tokens."""
+    """Replaces a decay tensor's noise by what transformers computes for the tensor's layer, heads and tokens.
+
+    A `Store` of `catalogue.py`: yields the tensor under its name, and all other tensors unchanged.
+    """
     decay = name.rpartition(".")[2]
     if decay in _DECAYS:
         from transformers.models.minimax.modeling_minimax import MiniMaxConfig, MiniMaxLightningAttention

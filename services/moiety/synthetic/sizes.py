@@ -82,7 +82,7 @@ TOWER: Mapping[str, Any] = {  # of a multimodal checkpoint: published and theref
 def sized(config_class: Any, settings: Mapping[str, Any], sizes: Mapping[str, Any] = SIZES) -> dict[str, Any]:
     """Returns values for a config of `config_class`: `settings`, and a small size for every other field in `sizes`.
 
-    A config made of configs is sized part by part: its text with SIZES, every other part with TOWER.
+    A multimodal config is sized part by part: its text config with SIZES, its other configs with TOWER.
     """
     defaults = {field.name: field.default for field in fields(config_class)}
     if defaults.get("sliding_window") is None:  # published checkpoints have no window, so the tiny one has none

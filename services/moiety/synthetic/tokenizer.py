@@ -21,7 +21,7 @@ _CORPUS = (
 
 
 def write_tokenizer(folder: Path) -> None:
-    """Saves the BPE tokenizer to `folder` for `AutoTokenizer`: 3 special tokens, 256 bytes, 61 merges."""
+    """Saves a byte-level BPE tokenizer to `folder` for `AutoTokenizer`: 3 special tokens, 256 bytes, 61 merges."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 

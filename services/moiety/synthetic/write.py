@@ -1,5 +1,6 @@
 """Writes a random checkpoint as its publisher would: config, tokenizer and indexed safetensors shards, with the published
-tensor names."""
+tensor names.
+"""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The architectures that can be served, and the code that some of them need."""
+"""Architectures: which can be served, what their experts compute, and the code by which some differ from transformers."""

@@ -24,7 +24,10 @@ def gating_of(architecture: str) -> str:
 
 
 def gating(source: str) -> str:
-    """Describes what `source` does before and after its topk call; `unknown` if there is no such call."""
+    """Describes what the gates in the source code `source` compute before and after topk.
+
+    Without a call of topk it is `unknown`, or `SparseMixer, top-2` if the code calls sparsemixer.
+    """
     classes = {match[1]: _COMMENT.sub("", match[0]) for match in _CLASS.finditer(source)}
     picking = {name: code for name, code in classes.items() if re.search(r"\btopk\(", code) and "ndexer" not in name}
     routers = [code for name, code in picking.items() if re.search(r"Router|Gate|Gating", name)]
@@ -41,7 +44,7 @@ def gating(source: str) -> str:
 
 
 def modelling_source(architecture: str) -> Path:
-    """Returns the file with the architecture's model code, in this package or in transformers."""
+    """Returns the file with the gate's code: a file of transformers, or `parts.py` for an architecture of `definitions/`."""
     if architecture in DEFINITIONS:
         return Path(__file__).parent / "definitions" / "parts.py"
     from transformers.models.auto.configuration_auto import model_type_to_module_name

@@ -17,7 +17,10 @@ ALPHA_NAMES = ("alpha", "swiglu_alpha")
 
 
 def recognise(module: Any) -> RoutedExperts:
-    """Describes a module behind transformers' experts interface. Raises ValueError if no kernel computes it."""
+    """Describes the experts of `module`, which is behind transformers' experts interface.
+
+    Raises ValueError if no kernel computes these experts.
+    """
     first = "gate_up_proj" if module.has_gate else "up_proj"
     names = {"gate_up": first, "down": "down_proj"}
     if module.has_bias:
@@ -48,7 +51,7 @@ def _mlp(module: Any, hidden: int, intermediate: int) -> ExpertMLP:
 
 
 def recognise_gated(hidden: int, intermediate: int, *, glu: Callable[[torch.Tensor], torch.Tensor]) -> ExpertMLP:
-    """Returns the spec of an expert that computes down(glu(gate) * up), no biases. Raises ValueError if no kernel does."""
+    """Describes an expert without biases, down(glu(gate) * up). Raises ValueError if no kernel computes its activation."""
     base = ExpertMLP(hidden=hidden, intermediate=intermediate)
 
     def apply(rows: torch.Tensor) -> torch.Tensor:
@@ -61,14 +64,17 @@ def recognise_gated(hidden: int, intermediate: int, *, glu: Callable[[torch.Tens
 def recognise_plain(
     hidden: int, intermediate: int, activation: Callable[[torch.Tensor], torch.Tensor], *, biased: bool
 ) -> ExpertMLP:
-    """Returns the spec of an ungated expert, which computes down(activation(up)). Raises ValueError if no kernel does."""
+    """Describes an ungated expert, down(activation(up)). Raises ValueError if no kernel computes its activation."""
     base = ExpertMLP(hidden=hidden, intermediate=intermediate, gated=False, biased=biased)
     return _probe(activation, [replace(base, activation=name) for name in ACTIVATIONS if name != "swiglu_clamped"])
 
 
 @torch.no_grad()
 def _probe(apply: Callable[[torch.Tensor], torch.Tensor], candidates: list[ExpertMLP]) -> ExpertMLP:
-    """Returns the first candidate whose activation equals `apply` bit for bit, in float32 and in bfloat16."""
+    """Returns the first of `candidates` whose activation gives the same bits as `apply`, in float32 and in bfloat16.
+
+    Raises ValueError if there is no such candidate.
+    """
     reach = 4 * max((spec.limit for spec in candidates if spec.limit is not None), default=1.0)
     probe = torch.randn(32, 64, generator=torch.Generator().manual_seed(0)) * reach  # beyond every limit
     for dtype in (torch.float32, torch.bfloat16):
@@ -81,7 +87,7 @@ def _probe(apply: Callable[[torch.Tensor], torch.Tensor], candidates: list[Exper
 
 
 def _candidates(module: Any, base: ExpertMLP) -> Iterator[ExpertMLP]:
-    """Yields every spec that the module's constants allow, simplest first."""
+    """Yields every ExpertMLP that `module` may compute, given the limits and alphas among its attributes, simplest first."""
     limits = [None, *_numbers(module, LIMIT_NAMES)] if base.gated else [None]
     alphas = [None, *_numbers(module, ALPHA_NAMES)]
     for activation in ACTIVATIONS:

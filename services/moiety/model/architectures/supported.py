@@ -16,7 +16,7 @@ from types import MappingProxyType
 from moiety.model.architectures.definitions import DEFINITIONS
 
 DECORATOR = "@use_experts_implementation"
-# Found, but not served: architecture -> what it needs. A test fails for one that is neither served nor listed here.
+# Architecture found but not served -> what it needs. A test fails if an architecture is neither served nor listed here.
 _INDEXER = "layers whose attention picks its tokens by an indexer, which the router cannot run yet"
 _GATE = "experts with a gate or an activation that no kernel computes"
 _ATTENTION = "attention that transformers does not route through its attention interface"
@@ -77,7 +77,7 @@ def served_through(architecture: str) -> str:
 
 
 def refusal_reason(architecture: str) -> str | None:
-    """Returns why `architecture` cannot be served, with the nearest supported one; None if it is not in REFUSED."""
+    """Returns why `architecture` cannot be served, and names a similar one that can; None if it is not in REFUSED."""
     if (reason := REFUSED.get(architecture)) is None:
         return None
     return f"it needs {reason}; {nearest_hint(architecture)}"
@@ -87,7 +87,7 @@ def nearest_hint(architecture: str) -> str:
     """Returns the sentence for error messages that names the supported architecture with the most similar name."""
 
     def similarity(name: str) -> tuple[int, float]:
-        """Length of the common prefix, then similarity of the spelling."""
+        """Returns how similar `name` is to `architecture`: length of the common prefix, then similarity of the spelling."""
         common = takewhile(lambda pair: pair[0] == pair[1], zip(name, architecture, strict=False))
         return sum(1 for _ in common), SequenceMatcher(None, name, architecture).ratio()
 

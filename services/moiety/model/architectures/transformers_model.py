@@ -1,6 +1,7 @@
 """Finds a checkpoint's config class, its causal-LM class and its routed experts in transformers.
 
-Only functions import transformers: the import takes 4.5 s and 170 MiB, and an expert replica must start without it.
+Only functions import transformers, because the import takes 4.5 s and 170 MiB. An expert replica whose expert layout is
+cached (`model/experts/cached.py`) starts without it.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from moiety.model.checkpoint.checkpoint import Checkpoint
 
 
 def _check_window(config: Any) -> None:
-    """Refuses a MiniMax config with a sliding window, which its layers apply although their type is full attention.
+    """Raises ValueError for a MiniMax config with a sliding window, which even its layers of full attention apply.
 
-    No published checkpoint sets one. Raises ValueError.
+    No published checkpoint sets a window.
     """
     if config.sliding_window is not None:
         raise ValueError(f"sliding_window {config.sliding_window}: windows in its full attention are not supported")
@@ -40,7 +41,7 @@ _AMENDMENTS: Mapping[str, Callable[[Any], None]] = {
 
 
 def load_config(checkpoint: Checkpoint) -> Any:
-    """Loads the transformers config without running code shipped in the checkpoint.
+    """Loads the checkpoint's config for transformers, without running code shipped in the checkpoint.
 
     Raises CheckpointError if the architecture is unknown or unsupported.
     """
@@ -70,7 +71,7 @@ def load_config(checkpoint: Checkpoint) -> Any:
 
 
 def causal_lm_class(checkpoint: Checkpoint, config: Any) -> type[nn.Module]:
-    """Returns the class that generates text for this checkpoint; raises CheckpointError if there is none."""
+    """Returns the class that generates text from `checkpoint`; raises CheckpointError if no such class exists."""
     found = text_class(config)
     if found is None:
         reason = f"transformers has no class that generates text for it; {nearest_hint(checkpoint.architecture)}"
@@ -79,7 +80,7 @@ def causal_lm_class(checkpoint: Checkpoint, config: Any) -> type[nn.Module]:
 
 
 def text_class(config: Any) -> Any:
-    """Returns the class that generates text from `config`, a definition's or transformers'; None if there is none."""
+    """Returns the class of `definitions/` or transformers that generates text with `config`; None if neither has one."""
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING,
         MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -118,7 +119,7 @@ def experts_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def routed_experts(module: nn.Module) -> RoutedExperts:
-    """Describes a module found by `experts_modules`. Raises ValueError if no kernel computes it."""
+    """Describes the experts of a module found by `experts_modules`. Raises ValueError if no kernel computes them."""
     adapter = adapter_of(type(module))
     return recognise(module) if adapter is None else adapter.recognise(module)
 

@@ -22,7 +22,7 @@ EXPERT = "{expert}"  # stands for the expert id in a tensor's name
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """An opened folder: parsed config, shard files in name order, and the location of every tensor.
+    """An opened checkpoint folder: parsed config, shard files in name order, and the location of every tensor.
 
     `tensors` has the names and shapes of an unquantised checkpoint, even if some tensors are stored quantised.
     """
@@ -57,7 +57,7 @@ class Checkpoint:
         return str(self.config.get("model_type", "unknown"))
 
     def tensor(self, name: str) -> Stored:
-        """Returns the entry called `name`; raises CheckpointError if there is none."""
+        """Returns where the tensor `name` is stored, without reading it. Raises CheckpointError if the checkpoint lacks it."""
         try:
             return self.tensors[name]
         except KeyError:
@@ -78,7 +78,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def _shards(folder: Path) -> tuple[tuple[Path, ...], dict[str, Path]]:
-    """Returns the safetensors files in name order, and the file that the index names for each tensor."""
+    """Returns the safetensors files in name order, and the file that the index, if there is one, names for each tensor."""
     single, index = folder / SINGLE_FILE, folder / INDEX_FILE
     if single.is_file():  # if both exist, transformers reads the single file
         return (single,), {}

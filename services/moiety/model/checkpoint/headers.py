@@ -41,7 +41,10 @@ class TensorEntry:
 
 
 def read_header(file: Path) -> dict[str, TensorEntry]:
-    """Reads tensor name -> entry from one file; raises CheckpointError if the header or the file's size is wrong."""
+    """Reads the header of the safetensors file `file`: returns each tensor's location by the tensor's name.
+
+    Raises CheckpointError if the header is damaged or describes more bytes than the file has.
+    """
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:

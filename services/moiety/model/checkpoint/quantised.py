@@ -1,7 +1,10 @@
 """Finds quantised weights in published checkpoints: which tensors make up one matrix, by `quantization_config`.
 
-Entries have the names and shapes of an unquantised checkpoint, whatever the method, so that code that looks up a tensor
-need not know how it is stored. Uses only names, shapes and the config; `reading.py` reads the bytes.
+The formats are DeepSeek's fp8, gpt-oss's mxfp4, GPTQ, AWQ, and compressed-tensors' pack-quantized. In each of them, a
+matrix is found by the name, and has the shape, that it has in an unquantised checkpoint, so that code that looks up a
+tensor need not know how it is stored. Uses only names, shapes and the config; `reading.py` reads the bytes.
+
+Legend: X name of a module or parameter, E experts, D input size, O output size, G groups of D that share a scale.
 """
 
 from __future__ import annotations
@@ -37,7 +40,7 @@ class QuantisedEntry:
 
     @property
     def file(self) -> Path:
-        """The file that holds the codes."""
+        """The file that holds the matrix's quantised codes, one of its `parts`; error messages name it."""
         return self.parts["codes"].file
 
     @property
@@ -51,7 +54,10 @@ _Method = Callable[[_Tensors, Mapping[str, Any]], Iterator[tuple[str, QuantisedE
 
 
 def stored_tensors(path: Path, config: Mapping[str, Any], tensors: _Tensors) -> dict[str, Stored]:
-    """Returns every tensor by its unquantised name. Raises CheckpointError for an unsupported method or variant."""
+    """Returns where every tensor is stored, by the name that it has in an unquantised checkpoint.
+
+    Raises CheckpointError for an unsupported quantisation method or variant.
+    """
     quantization = config.get("quantization_config") or config.get("compression_config")
     if not quantization:
         return dict(tensors)
@@ -71,12 +77,12 @@ def stored_tensors(path: Path, config: Mapping[str, Any], tensors: _Tensors) -> 
 
 
 class _UnservedError(Exception):
-    """A variant of a quantisation method is not supported; the message names it and the supported values."""
+    """A variant of a quantisation method is not supported; the message names the variant and the supported values."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Refusal:
-    """Makes the error for one checkpoint from a reason."""
+    """Makes the CheckpointError for one checkpoint whose quantised weights cannot be served; called with the reason."""
 
     checkpoint: str
     method: str
@@ -86,7 +92,7 @@ class _Refusal:
 
 
 def _fp8(tensors: _Tensors, config: Mapping[str, Any]) -> Iterator[tuple[str, QuantisedEntry]]:
-    """DeepSeek: X.weight in e4m3, X.weight_scale_inv with one factor per 128 x 128 block."""
+    """Finds DeepSeek's fp8 matrices: X.weight in e4m3, X.weight_scale_inv with one factor per 128 x 128 block."""
     block = config.get("weight_block_size")
     if block != [FP8_BLOCK, FP8_BLOCK]:
         raise _UnservedError(f"weight_block_size {block}: must be [{FP8_BLOCK}, {FP8_BLOCK}]")
@@ -101,7 +107,7 @@ def _fp8(tensors: _Tensors, config: Mapping[str, Any]) -> Iterator[tuple[str, Qu
 
 
 def _mxfp4(tensors: _Tensors, config: Mapping[str, Any]) -> Iterator[tuple[str, QuantisedEntry]]:
-    """gpt-oss: X_blocks [E, O, D / 32, 16] and X_scales [E, O, D / 32], where the float parameter X is [E, D, O]."""
+    """Finds gpt-oss's mxfp4 parameters X [E, D, O]: X_blocks [E, O, D / 32, 16] and X_scales [E, O, D / 32]."""
     for name, codes in tensors.items():
         if not name.endswith("_blocks"):
             continue
@@ -117,7 +123,7 @@ def _mxfp4(tensors: _Tensors, config: Mapping[str, Any]) -> Iterator[tuple[str, 
 
 
 def _gptq(tensors: _Tensors, config: Mapping[str, Any]) -> Iterator[tuple[str, QuantisedEntry]]:
-    """GPTQ, format 1 or 2: X.qweight [D / 8, O], X.qzeros [G, O / 8], X.scales [G, O], X.g_idx [D]."""
+    """Finds GPTQ matrices, format 1 or 2: X.qweight [D / 8, O], X.qzeros [G, O / 8], X.scales [G, O], optional X.g_idx [D]."""
     _only_four_bits(config)
     if config.get("desc_act"):
         raise _UnservedError("desc_act (act-order: columns in another order than the groups) is not supported")
@@ -132,7 +138,7 @@ def _gptq(tensors: _Tensors, config: Mapping[str, Any]) -> Iterator[tuple[str, Q
 
 
 def _awq(tensors: _Tensors, config: Mapping[str, Any]) -> Iterator[tuple[str, QuantisedEntry]]:
-    """AWQ: X.qweight [D, O / 8] and X.qzeros [G, O / 8], both with interleaved columns, and X.scales [G, O]."""
+    """Finds AWQ matrices: X.qweight [D, O / 8] and X.qzeros [G, O / 8] with interleaved columns, and X.scales [G, O]."""
     _only_four_bits(config)
     if (version := str(config.get("version", "gemm")).lower()) not in AWQ_VERSIONS:
         raise _UnservedError(f"version {version}: must be {', '.join(AWQ_VERSIONS)}")
@@ -142,7 +148,7 @@ def _awq(tensors: _Tensors, config: Mapping[str, Any]) -> Iterator[tuple[str, Qu
 
 
 def _packed_words(tensors: _Tensors) -> Iterator[tuple[str, TensorEntry, dict[str, TensorEntry]]]:
-    """Yields (module, codes, parts) for each module with a `qweight`."""
+    """Yields, for each module X with a X.qweight: its name, its qweight, and its tensors by role (codes, scale, zero)."""
     for tensor, codes in tensors.items():
         if not tensor.endswith(".qweight"):
             continue
@@ -152,7 +158,7 @@ def _packed_words(tensors: _Tensors) -> Iterator[tuple[str, TensorEntry, dict[st
 
 
 def _compressed(tensors: _Tensors, config: Mapping[str, Any]) -> Iterator[tuple[str, QuantisedEntry]]:
-    """compressed-tensors, pack-quantized: X.weight_packed [O, D / codes per int32], X.weight_scale [O, G]."""
+    """Finds compressed-tensors' pack-quantized matrices: X.weight_packed [O, D / codes per int32], X.weight_scale [O, G]."""
     if (form := config.get("format")) != "pack-quantized":
         raise _UnservedError(f"format {form}: must be pack-quantized")
     groups = [(_targets(group), _weights_of(group)) for group in config.get("config_groups", {}).values()]
@@ -176,7 +182,7 @@ def _compressed(tensors: _Tensors, config: Mapping[str, Any]) -> Iterator[tuple[
 
 
 def _weights_of(group: Mapping[str, Any]) -> int:
-    """Returns the bits per weight of a compressed-tensors config group; raises _UnservedError for other schemes."""
+    """Returns the bits per weight of a compressed-tensors config group; raises _UnservedError for unsupported schemes."""
     weights = group.get("weights") or {}
     supported = {"type": ("int",), "symmetric": (True,), "num_bits": (4, 8), "strategy": ("group", "channel")}
     for name, values in supported.items():
@@ -188,9 +194,10 @@ def _weights_of(group: Mapping[str, Any]) -> int:
 
 
 def _targets(group: Mapping[str, Any]) -> re.Pattern[str]:
-    """Returns one pattern for all of a config group's targets: a class, a name, or a regular expression after `re:`.
+    """Returns one pattern that matches the names of all modules that a compressed-tensors config group targets.
 
-    They are joined because a large model has tens of thousands of modules and hundreds of targets.
+    A target is the class `Linear` (every module), a module's name, or a regular expression after `re:`. All targets are
+    joined into one pattern because a large model has tens of thousands of modules and hundreds of targets.
     """
     parts = [
         target[3:] if target.startswith("re:") else ".*" if target == "Linear" else f"{re.escape(target)}$"
@@ -205,7 +212,7 @@ def _only_four_bits(config: Mapping[str, Any]) -> None:
 
 
 def _part(tensors: _Tensors, name: str, owner: str) -> TensorEntry:
-    """Returns tensor `name`, which belongs to the tensor `owner`."""
+    """Returns the tensor `name`, such as the scales of the codes `owner`. Raises _UnservedError if it is missing."""
     if name not in tensors:
         raise _UnservedError(f"tensor {name}, which belongs to {owner}, is missing")
     return tensors[name]

@@ -1,4 +1,4 @@
-"""Reads tensors from a checkpoint one at a time, as stored or as quantised matrices.
+"""Reads a checkpoint's tensors one at a time: as stored, dequantised, or as quantised matrices of `moiety_kernels`.
 
 Uses positioned reads into the tensors' own memory, not memory mapping: resident memory stays at the weights' size, and a
 file that shrinks while a replica runs raises an error while reading instead of a SIGBUS later. Imports torch, never
@@ -41,7 +41,7 @@ AWQ_COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)  # the column, of a word's eight, in each
 
 
 class Reader:
-    """Reads tensors and keeps their files open. A context manager: its end closes the files."""
+    """Reads tensors and keeps their files open until the end of its `with` block."""
 
     def __init__(self) -> None:
         self._files: dict[Path, BinaryIO] = {}
@@ -56,7 +56,7 @@ class Reader:
         self._stack.close()
 
     def fill(self, target: torch.Tensor, entry: TensorEntry) -> None:
-        """Reads the entry's bytes into the contiguous `target`, which has the same number of bytes.
+        """Reads the bytes of the tensor at `entry` into the contiguous `target`, which has the same number of bytes.
 
         Raises CheckpointError if the file cannot be read or is truncated.
         """
@@ -77,7 +77,10 @@ class Reader:
             raise CheckpointError(f"{entry.file}: cannot be read: {error}") from error
 
     def tensor(self, entry: TensorEntry) -> torch.Tensor:
-        """Reads the entry's tensor in its stored dtype."""
+        """Reads the tensor at `entry` in its stored dtype.
+
+        Raises CheckpointError for an unsupported dtype, and as `fill` does.
+        """
         if entry.dtype not in DTYPES:
             raise CheckpointError(f"{entry.file}: tensors stored as {entry.dtype} are not supported")
         out = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
@@ -85,7 +88,7 @@ class Reader:
         return out
 
     def matrix(self, entry: QuantisedEntry) -> QuantisedMatrix:
-        """Reads one quantised matrix, [out, in]. Raises CheckpointError if its tensors contradict each other."""
+        """Reads one matrix [out, in] and keeps it quantised. Raises CheckpointError if its tensors contradict each other."""
         parts = {role: self.tensor(part) for role, part in entry.parts.items()}
         try:
             return _MAKE[entry.method](parts, entry)
@@ -93,7 +96,7 @@ class Reader:
             raise CheckpointError(f"{entry.file}: {error}") from error
 
     def values(self, entry: Stored, dtype: torch.dtype) -> torch.Tensor:
-        """Reads the entry's values in `dtype`, dequantised where needed, in the shape of the unquantised tensor."""
+        """Reads the tensor at `entry` in `dtype`, dequantised if it is stored quantised, in the unquantised tensor's shape."""
         if isinstance(entry, TensorEntry):
             return self.tensor(entry).to(dtype)
         if len(entry.shape) == 2:
@@ -104,7 +107,7 @@ class Reader:
         return values if values.shape == entry.shape else values.transpose(1, 2)
 
     def state(self, tensors: Mapping[str, Stored], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        """Reads the values of all `tensors`: quantised ones in `dtype`, the others in their stored dtype."""
+        """Reads all `tensors`: those stored quantised are dequantised to `dtype`, the others keep their stored dtype."""
         return {
             name: self.tensor(entry) if isinstance(entry, TensorEntry) else self.values(entry, dtype)
             for name, entry in tensors.items()
@@ -112,7 +115,7 @@ class Reader:
 
 
 def expert_entry(entry: Stored, expert: int, experts: int) -> Stored:
-    """Returns one expert's part of a fused entry, which holds one expert after the other along dimension 0."""
+    """Returns where one expert's part of a fused tensor lies; such a tensor holds all experts along dimension 0."""
     return _of_expert(entry, expert) if isinstance(entry, QuantisedEntry) else _expert_part(entry, expert, experts)
 
 
@@ -164,7 +167,7 @@ def _awq(parts: _Parts, _: QuantisedEntry) -> Int4Matrix:
 
 
 def _int4(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> Int4Matrix:
-    """Makes a matrix from codes [O, D], scale and zero [G, O]; drops the zero points if all are 8, the default."""
+    """Makes an Int4Matrix of codes [O, D], scales and zero points [G, O]; drops the zero points if all are 8, the default."""
     kept = None if bool((zero == 8).all()) else zero.T.contiguous()
     return Int4Matrix(pack_nibbles(codes), _held_scale(scale.T.contiguous()), kept)
 

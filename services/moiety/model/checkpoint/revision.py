@@ -40,7 +40,7 @@ _Stamp = tuple[str, int, int]  # file, size, modification time in ns
 
 
 def revision_of(checkpoint: Checkpoint, verify: Verify = "sampled") -> str:
-    """Returns the revision, 32 hex digits; cached in this process until a file's size or modification time changes.
+    """Returns the revision of `checkpoint`, 32 hex digits; cached until a file's size or modification time changes.
 
     `sampled` and `full` give different revisions, so all services of one application must use the same setting.
     """
@@ -52,7 +52,10 @@ def revision_of(checkpoint: Checkpoint, verify: Verify = "sampled") -> str:
 
 @lru_cache(maxsize=64)
 def _digest(config: str, shards: int, stamps: tuple[_Stamp, ...], verify: Verify) -> str:
-    """Hashes the content. `stamps` lists the shards first, then the companions; it is also the cache key."""
+    """Computes the revision from the config and from the files in `stamps`: first the `shards` shards, then the COMPANIONS.
+
+    The arguments are the cache's key. A stamp has a file's size and modification time, so a changed file is hashed again.
+    """
     digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
     _add(digest, verify.encode())
     _add(digest, config.encode())
@@ -74,7 +77,7 @@ def _digest(config: str, shards: int, stamps: tuple[_Stamp, ...], verify: Verify
 
 
 def _samples(file: Path) -> Iterator[bytes]:
-    """Yields the header, then one block from the middle of each sampled tensor."""
+    """Yields the parts of a shard to hash: its header, then one block from the middle of each sampled tensor."""
     entries = sorted(read_header(file).values(), key=lambda entry: entry.start)
     with file.open("rb") as stream:
         yield stream.read(entries[0].start if entries else -1)
@@ -89,7 +92,7 @@ def _spread(entries: list[TensorEntry]) -> list[TensorEntry]:
 
 
 def _add(digest: hashlib.blake2b, part: bytes) -> None:
-    """Adds the part's length, then the part, so that the boundaries between parts count."""
+    """Hashes the length of `part`, then `part`, so that the same bytes divided into other parts give another digest."""
     digest.update(len(part).to_bytes(8, "little"))
     digest.update(part)
 

@@ -14,7 +14,10 @@ SHARD_BYTES = 256 << 20
 
 
 def write_shards(folder: Path, weights: Iterable[tuple[str, torch.Tensor]], shard_bytes: int = SHARD_BYTES) -> int:
-    """Writes (name, tensor) pairs to the existing `folder`; returns their bytes. A shard holds at least one tensor."""
+    """Writes (name, tensor) pairs to the existing `folder`; returns the tensors' total size in bytes.
+
+    A shard holds at most `shard_bytes` of tensors, or one larger tensor.
+    """
     from safetensors.torch import save_file
 
     shards: list[list[str]] = []

@@ -1,4 +1,4 @@
-"""Caches expert layouts as JSON per revision, so that only the first reader of a revision derives one, with transformers."""
+"""Caches expert layouts as JSON per revision. Only the first reader of a revision imports transformers to derive a layout."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ FORMAT = 3  # version of the cached file: increase it with every change of Exper
 
 
 def expert_layout(checkpoint: Checkpoint) -> ExpertLayout:
-    """Returns the layout of `checkpoint`, cached or derived; raises CheckpointError if it cannot be served."""
+    """Returns the expert layout of `checkpoint` from the cache, or derives it, which imports transformers.
+
+    Raises CheckpointError if the checkpoint cannot be served.
+    """
     # transformers moves modules between releases, so a layout is valid for one release only.
     key = {"format": FORMAT, "transformers": version("transformers")}
     folder = cache_dir()
@@ -60,7 +63,7 @@ def _read(file: Path, key: Mapping[str, Any]) -> ExpertLayout | None:
 
 
 def _write(file: Path, data: Mapping[str, Any]) -> None:
-    """Writes the file atomically: a reader sees the whole file or none."""
+    """Writes `data` to the cache file `file` atomically: no reader sees a part of it."""
     file.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=file.parent, prefix=file.name)
     try:

@@ -1,7 +1,7 @@
 """Derives an expert layout from transformers' experts interface and weight conversions, without a table of architectures.
 
-Builds the model on `meta` and renames each checkpoint tensor as `from_pretrained` would. Tensors whose new name lies in an
-experts module become that layer's sources. Reads only names and shapes.
+Builds the model on `meta` and renames each checkpoint tensor as `from_pretrained` would. A tensor whose new name lies
+in an experts module holds weights of that layer's experts. Reads only names and shapes.
 """
 
 from __future__ import annotations
@@ -92,7 +92,10 @@ def _computed_dtype(config: Any) -> str:
 
 
 def _sources(checkpoint: Checkpoint, model: nn.Module) -> tuple[_Sources, dict[str, Any]]:
-    """Returns the tensors that `from_pretrained` would read for each model parameter, and each pattern's converter."""
+    """Returns which checkpoint tensors become each model parameter, and the WeightConverter of each conversion pattern.
+
+    Both are what `from_pretrained` would use.
+    """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -109,7 +112,7 @@ def _sources(checkpoint: Checkpoint, model: nn.Module) -> tuple[_Sources, dict[s
         )
         if (
             pattern is not None and "*" in pattern
-        ):  # one renaming a layer, not one for each of a checkpoint's 90,000 names
+        ):  # so that all experts of a layer need one renaming: a checkpoint may have 90,000 names
             stacked[wildcard] = target, pattern
         sources[target][pattern].append(name)
     return sources, {pattern: converter for converter in converters for pattern in converter.source_patterns}
@@ -118,7 +121,7 @@ def _sources(checkpoint: Checkpoint, model: nn.Module) -> tuple[_Sources, dict[s
 def _layer(
     checkpoint: Checkpoint, path: str, experts: RoutedExperts, sources: _Sources, converters: Mapping[str, Any]
 ) -> LayerLayout:
-    """Returns the layout of one layer, after checking each tensor's shape against the parameter that it becomes."""
+    """Returns the layout of the MoE layer whose experts module is at `path`, after checking the shapes of its tensors."""
     found: dict[str, tuple[str, ...]] = {}
     transposed = set(experts.transposed)
     for field, parameters in experts.parameters.items():
@@ -143,7 +146,10 @@ def _layer(
 
 
 def _by_pattern(checkpoint: Checkpoint, target: str, experts: int, sources: _Sources) -> Mapping[str | None, list[str]]:
-    """Returns the tensors that become `target`. A `target` with `{expert}` stands for one parameter per expert."""
+    """Returns the checkpoint tensors that become the model parameter `target`, by conversion pattern.
+
+    A `target` with `{expert}` stands for one parameter per expert. Raises CheckpointError if a parameter gets no tensor.
+    """
     targets = [target.replace(EXPERT, str(expert)) for expert in range(experts)] if EXPERT in target else [target]
     for name in targets:
         if not sources.get(name):
@@ -176,7 +182,9 @@ def _check_trunk(checkpoint: Checkpoint, model: Any, sources: _Sources, converte
 def _conversion(
     checkpoint: Checkpoint, by_pattern: Mapping[str | None, list[str]], converters: Mapping[str, Any]
 ) -> tuple[Sequence[str | None], bool]:
-    """Returns the patterns in order of concatenation, and whether matrices of another shape are transposed.
+    """Returns a parameter's conversion patterns in order of concatenation, and whether a conversion may transpose.
+
+    transformers then transposes matrices whose shape is not the parameter's.
 
     Raises CheckpointError for conversions other than stacking, concatenating and transposing.
     """
@@ -236,7 +244,7 @@ def _check_shapes(checkpoint: Checkpoint, target: str, names: Sequence[str], sha
 
 
 def _setting(checkpoint: Checkpoint, config: Any, names: Sequence[str]) -> int:
-    """Returns the first integer that the config has under one of `names`."""
+    """Returns the first integer that the config has under one of `names`. Raises CheckpointError if it has none."""
     for name in names:
         if isinstance(value := getattr(config, name, None), int):
             return value

@@ -25,7 +25,7 @@ class LayerLayout:
 
 @dataclass(frozen=True, slots=True)
 class ExpertLayout:
-    """A model's shape and its MoE layers' layouts, by MoE layer ordinal."""
+    """The expert layout of a model: its shape, and the layout of each of its MoE layers, in order."""
 
     shape: ModelShape
     layers: tuple[LayerLayout, ...]

@@ -35,7 +35,9 @@ def load_experts(
     int8: bool = False,
     slices: int = 1,
 ) -> dict[tuple[int, int], ExpertWeights]:
-    """Reads (MoE layer ordinal, expert) -> weights in `dtype` on `device`, for each pair in `held`, such as an ExpertSet.
+    """Reads the experts `held`, pairs (MoE layer ordinal, expert): returns each expert's weights in `dtype` on `device`.
+
+    `held` may be an ExpertSet.
 
     Matrices are [out, in], even if published [in, out]. Matrices published quantised stay quantised; `int8` quantises the
     others, too. With `slices` above 1, `held` numbers slices as `ModelShape.sliced` does. An expert is then read whole and
@@ -60,7 +62,7 @@ def load_experts(
 
 
 def _trim_heap() -> None:
-    """Returns freed memory to the system: glibc would keep what conversions free, a quarter of the weights' size."""
+    """Returns freed memory to the system: glibc would keep what dtype conversions free, a quarter of the weights' size."""
     with suppress(OSError, AttributeError):  # another C library than glibc
         ctypes.CDLL(None).malloc_trim(0)
 
@@ -73,7 +75,7 @@ def load_expert(
     expert: int,
     dtype: torch.dtype,
 ) -> ExpertWeights:
-    """Reads one expert of MoE layer `layer`, whole and on CPU; otherwise as `load_experts`."""
+    """Reads one expert of MoE layer `layer` as `load_experts` does, but always whole, on CPU and without int8."""
     shape = layout.shape
     if not (0 <= layer < shape.moe_layers and 0 <= expert < shape.experts):
         raise CheckpointError(
@@ -93,18 +95,21 @@ def load_expert(
 
 
 def _entry(checkpoint: Checkpoint, layout: ExpertLayout, name: str, expert: int) -> Stored:
-    """Returns one expert's part of a source: its own tensor, or its rows of a fused tensor."""
+    """Returns where one expert's part of the weights `name` is stored: in its own tensor, or in its part of a fused tensor."""
     entry = checkpoint.tensor(name.replace(EXPERT, str(expert)))
     return entry if EXPERT in name else expert_entry(entry, expert, layout.shape.experts)
 
 
 def _read(reader: Reader, entries: list[Stored], dtype: torch.dtype, *, transposed: bool) -> Matrix:
-    """Reads the entries' matrices concatenated along dim 0, quantised if all entries are, else in `dtype`."""
+    """Reads the matrices at `entries`, concatenated along dim 0; transposes unquantised ones if `transposed`.
+
+    The result is quantised if all matrices are stored quantised and their formats fit together, and in `dtype` otherwise.
+    """
     quantised = [entry for entry in entries if isinstance(entry, QuantisedEntry)]
     if len(quantised) == len(entries):
         try:
             return concatenate([reader.matrix(entry) for entry in quantised])
-        except ValueError:  # zero points in some only, or other groups: rare enough to dequantise
+        except ValueError:  # only some have zero points, or their groups differ: rare enough to dequantise
             return torch.cat([reader.values(entry, dtype) for entry in entries])
     if quantised:
         return torch.cat([reader.values(entry, dtype) for entry in entries])
@@ -114,7 +119,7 @@ def _read(reader: Reader, entries: list[Stored], dtype: torch.dtype, *, transpos
 
 
 def _read_plain(reader: Reader, entries: list[TensorEntry], dtype: torch.dtype) -> torch.Tensor:
-    """Reads the entries' tensors concatenated along dim 0, in `dtype`; makes no second copy of tensors stored in `dtype`."""
+    """Reads the tensors at `entries` in `dtype`, concatenated along dim 0; tensors stored in `dtype` are not copied again."""
     rows = sum(entry.shape[0] for entry in entries)
     out = torch.empty((rows, *entries[0].shape[1:]), dtype=dtype)
     start = 0

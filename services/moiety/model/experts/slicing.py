@@ -16,12 +16,12 @@ from moiety_kernels.weights.expert_weights import dequantised
 
 
 def sliced_revision(revision: str, slices: int) -> str:
-    """Returns the revision of a model served in `slices`, so that routers find only replicas with the same number."""
+    """Returns the revision of a model with `slices` slices an expert: routers find only replicas with the same number."""
     return revision if slices == 1 else f"{revision}-slices{slices}"
 
 
 def slice_of(expert: ExpertWeights, mlp: ExpertMLP, number: int, slices: int, dtype: torch.dtype) -> ExpertWeights:
-    """Returns slice `number` of an expert of the form `mlp`, as weights that share no memory with the expert.
+    """Returns slice `number` of an expert that `mlp` describes, as weights that share no memory with the expert.
 
     The slice of a quantised expert holds dequantised values in `dtype`.
     """
@@ -30,7 +30,7 @@ def slice_of(expert: ExpertWeights, mlp: ExpertMLP, number: int, slices: int, dt
     span = slice(number * size, (number + 1) * size)
 
     def gate_up_slice(tensor: torch.Tensor) -> torch.Tensor:
-        """Slices gate and up, [2I, …], or up alone, [I, …]."""
+        """Returns the slice's part of `tensor`: gate and up [2I, …], or up alone [I, …] for an ungated expert."""
         if not mlp.gated:
             return tensor[span].clone()
         if mlp.interleaved:  # a pair of rows is one intermediate feature

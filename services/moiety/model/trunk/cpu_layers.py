@@ -22,7 +22,7 @@ _NORMS = ((0.0, False), (0.0, True), (1.0, False), (1.0, True))
 
 
 class LinearWeight(nn.Parameter):
-    """A weight [O, D] that makes `functional.linear` use our kernel; a plain tensor for all other functions."""
+    """A weight [O, D] that makes `functional.linear` use moiety_kernels; all other functions treat it as a plain tensor."""
 
     deterministic: bool
 
@@ -59,9 +59,10 @@ def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 
 
 def use_cpu_kernels(model: nn.Module, *, deterministic: bool = False) -> nn.Module:
-    """Makes the model's linear layers and RMS norms on CPU use our kernels, where there is a kernel for their dtype.
+    """Makes the model's linear layers and RMS norms on CPU use moiety_kernels if that has a kernel for their dtype.
 
-    `deterministic`: an output row's bits depend on its input row alone, with or without kernels. Returns the model.
+    `deterministic`: the bits of a linear layer's output row depend on its input row alone, with or without kernels.
+    Returns the model.
     """
     for module in model.modules():
         if not isinstance(module, nn.Embedding):
@@ -79,7 +80,7 @@ def _replace_weights(module: nn.Module, deterministic: bool) -> None:
 
 
 def _replace_norm(module: nn.Module) -> None:
-    """Replaces the module's forward by the variant of RMS norm with the same results; leaves other modules unchanged."""
+    """Replaces an RMS norm's forward by the kernel variant that gives the same results; changes nothing if none does."""
     weight = getattr(module, "weight", None)
     epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if not isinstance(weight, torch.Tensor) or weight.dim() != 1 or epsilon is None:
@@ -100,7 +101,10 @@ def _replace_norm(module: nn.Module) -> None:
 
 
 def _same(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Compares up to the order of sums. In bfloat16 one value in 50 may differ; a wrong formula changes one in four."""
+    """Whether two results are equal up to the order of sums.
+
+    In bfloat16 one value in 50 may differ; a wrong formula changes one in four.
+    """
     if found.dtype != expected.dtype:
         return False
     if found.dtype == torch.float32:

@@ -31,7 +31,10 @@ class DecoderStart:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> DecoderStart | None:
-        """Reads it as transformers' `generate` does; None for a decoder. Raises CheckpointError if no config states it."""
+        """Reads the start tokens as transformers' `generate` does; returns None if the model has no encoder.
+
+        Raises CheckpointError if no config states the decoder's first input token.
+        """
         config = load_config(checkpoint)
         if not config.is_encoder_decoder:
             return None
@@ -63,7 +66,7 @@ class Prompts(Protocol):
         ...
 
     def owners(self, tokens: list[int]) -> list[int]:
-        """Returns, for each of these prompt tokens, a token of the same sequence in the decoder's row."""
+        """Returns, for each prompt token in `tokens`, the index of a decoder token that belongs to the same sequence."""
         ...
 
 
@@ -94,8 +97,8 @@ class EncoderDecoder(nn.Module):
     ) -> Any:
         """Computes logits [1, R, V] in `.logits`, for the R tokens `logits_to_keep` (default: all) of `input_ids` [1, T].
 
-        The cache is accessed through `moiety_batch`, whose `cross` is a Prompts. Runs inside `use_backend`. Raises
-        HopFailed, which names tokens of the decoder's row.
+        `moiety_batch` gives attention its cache; its `cross` is a Prompts, the prompts to encode. Runs inside `use_backend`.
+        Raises HopFailed, which names tokens by their index in `input_ids`.
         """
         from transformers.modeling_outputs import MoEModelOutput
 
@@ -126,14 +129,14 @@ class EncoderDecoder(nn.Module):
 
 
 def _keep_wanted(_: nn.Module, arguments: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
-    """Keeps only the tokens whose logits are wanted, before the output layer."""
+    """Forward pre-hook of the output layer: keeps only the hidden states of tokens whose logits are wanted."""
     row = current_context().row
     wanted = None if row is None else row.wanted
     return arguments if wanted is None else (arguments[0][:, wanted],)
 
 
 def _skip_without_prompts(projection: Any) -> None:
-    """Makes the projection of prompts to keys or values skip passes without new prompts: its result is not used there."""
+    """Makes `projection`, of encoded prompts to keys or values, skip passes without new prompts, which ignore its result."""
     compute = projection.forward
 
     def forward(encoded: torch.Tensor) -> torch.Tensor:
@@ -147,7 +150,7 @@ def _skip_without_prompts(projection: Any) -> None:
 
 
 def _use_row_positions(module: Any) -> None:
-    """Makes a position embedding, which would count the row as one sequence, use each token's position in its sequence."""
+    """Makes a position embedding use each token's position in its sequence; it would count the whole pass as one sequence."""
     padding: int = module.padding_idx
     if (needed := module.num_positions + padding + 1) > module.weights.shape[0]:
         module.make_weights(needed, module.embedding_dim, padding)

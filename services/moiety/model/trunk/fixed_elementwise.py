@@ -30,7 +30,7 @@ _FUNCTIONS = frozenset(
 
 
 class FixedElementwise(TorchFunctionMode):
-    """While active, makes each result element of the functions above depend on its input element alone, on CPU."""
+    """While active, makes each result element of the functions in `_FUNCTIONS` depend on its input element alone, on CPU."""
 
     def __torch_function__(
         self,
@@ -39,7 +39,7 @@ class FixedElementwise(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Calls `func` as it is or, if it is one of the functions above, part by part."""
+        """Calls `func`: part by part if it is in `_FUNCTIONS`, its input is on CPU and `inplace` is not set; else as it is."""
         options = kwargs or {}
         if func not in _FUNCTIONS or not args or args[0].device.type != "cpu" or options.get("inplace"):
             return func(*args, **options)

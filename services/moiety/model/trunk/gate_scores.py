@@ -1,7 +1,7 @@
 """Records the gates' scores of every expert in a loaded trunk, so that rows can go to their next best expert on overflow.
 
-transformers passes only a gate's choice to experts functions. Its scores are in the gate module's output: the tensor with
-as many columns as there are experts.
+transformers passes only a gate's choice to experts functions. The gate's scores are in its module's output: the tensor
+with as many columns as there are experts.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from moiety.model.seam import LAYER_ATTRIBUTE, current_context
 
 
 def record_gate_scores(model: nn.Module, shape: ModelShape, run: Callable[[], object]) -> None:
-    """Puts every MoE layer's scores into its lane's ForwardContext before the layer's experts are called.
+    """Makes every gate put its scores into the running lane's ForwardContext before its layer's experts are called.
 
     `run` does one forward pass of `model` inside a `use_backend`. Raises ConfigError if a gate returns no scores, or does
     not choose the experts with the highest scores (for example, if it chooses by groups): the next best is unknown then.
@@ -44,7 +44,7 @@ def record_gate_scores(model: nn.Module, shape: ModelShape, run: Callable[[], ob
 
 
 def _keep(experts: int) -> Callable[[nn.Module, Any, Any], None]:
-    """Returns a hook that stores the scores [T, E] found among a gate's outputs."""
+    """Returns a forward hook that stores a gate's scores [T, E], found among its outputs, in the ForwardContext."""
 
     def hook(_gate: nn.Module, _arguments: Any, output: Any) -> None:
         tensors = output if isinstance(output, tuple | list) else (output,)

@@ -34,7 +34,7 @@ def load_trunk(
     device: torch.device | str = "cpu",
     attention: str = "sdpa",
 ) -> nn.Module:
-    """Loads the model in eval mode, without gradients; run it inside `seam.use_backend`. Reads no expert tensor.
+    """Loads the trunk in eval mode, without gradients; run it inside `seam.use_backend`. Reads no routed expert's tensor.
 
     `attention` is an implementation that transformers has for this architecture (gpt-oss has no `sdpa`: use `eager`), or
     one that the caller has registered. Raises CheckpointError if a weight is missing or its shape differs from the config's.
@@ -70,7 +70,7 @@ def load_trunk(
 def _dequantised(
     checkpoint: Checkpoint, layout: ExpertLayout, trunk_class: Any, dtype: torch.dtype
 ) -> dict[str, torch.Tensor] | None:
-    """Reads the trunk's tensors by name if some are stored quantised; else returns None: transformers reads the files.
+    """Reads the trunk's tensors, dequantised; returns None if none is stored quantised: transformers reads the files.
 
     transformers dequantises fp8 wrongly if rows are no multiple of 128, and needs further libraries for GPTQ and AWQ.
     """
@@ -94,7 +94,7 @@ def _dequantised(
 
 
 def _without_experts(model_class: Any, layout: ExpertLayout) -> Any:
-    """Returns a subclass without expert weights and towers: its `__init__` removes them while they are on meta."""
+    """Returns a subclass of `model_class` whose `__init__` removes routed experts' weights and towers on the meta device."""
 
     def __init__(self: Any, *arguments: Any, **options: Any) -> None:
         model_class.__init__(self, *arguments, **options)
@@ -104,11 +104,11 @@ def _without_experts(model_class: Any, layout: ExpertLayout) -> Any:
         for ordinal, (path, module) in enumerate(modules):
             for part in module.modules():
                 part._parameters.clear()
-                part._is_hf_initialized = True  # type: ignore[assignment]  # or weight initialisation looks for them
+                part._is_hf_initialized = True  # type: ignore[assignment]  # or weight initialisation looks for the parameters
             setattr(module, LAYER_ATTRIBUTE, ordinal)
             block = self.get_submodule(path.rpartition(".")[0])
             block._is_hf_initialized = (
-                True  # some initialise the experts' weights; `load_trunk` refuses missing weights
+                True  # some blocks initialise the experts' weights; `load_trunk` refuses missing weights
             )
             if (adapter := adapter_of(type(module))) is not None:
                 adapter.patch(block, module)

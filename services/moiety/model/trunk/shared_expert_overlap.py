@@ -29,7 +29,7 @@ class BlockCalls:
     routed: torch.Tensor | None = None
     shared: torch.Tensor | None = None
     first: bool = False  # whether the shared expert is called before the routed ones
-    plain: bool = False  # whether it takes one tensor and returns one of the same shape
+    plain: bool = False  # whether the shared expert takes one tensor and returns one of the same shape
 
     @property
     def usable(self) -> bool:
@@ -48,7 +48,7 @@ class SharedExpert:
         module.forward = self
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden [T, D] or [1, T, D] -> the expert's output for it, of the same shape."""
+        """hidden [T, D] or [1, T, D] -> the shared expert's output, of the same shape; it may be filled in during the hop."""
         forward = current_context()
         if self._first:
             forward.shared = hidden, torch.full_like(hidden, torch.nan)
@@ -59,7 +59,7 @@ class SharedExpert:
         return self._forward(hidden)
 
     def overlap(self, forward: ForwardContext, routed: torch.Tensor) -> None:
-        """Computes the shared expert; called during the hop of `routed` [T, D]."""
+        """Computes the shared expert; the seam calls this while the rows `routed` [T, D] are in the hop."""
         if not self._first:
             hidden = routed[None] if self._row else routed
             forward.shared = hidden, self._forward(hidden)
@@ -115,7 +115,7 @@ def _pairs(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
 
 
 def _watched(hooks: ExitStack, experts: nn.Module, shared: nn.Module) -> BlockCalls:
-    """Returns an Order that hooks fill in while the block runs; `hooks` removes them."""
+    """Returns the BlockCalls that hooks fill in while the block runs; the end of `hooks` removes these hooks."""
     order = BlockCalls()
 
     def on_routed(_: nn.Module, arguments: tuple[Any, ...]) -> None:

@@ -1,4 +1,4 @@
-"""Adapters for routed experts that transformers computes outside its experts interface: one each, all with one protocol."""
+"""Adapters for routed experts that transformers computes outside its experts interface: one adapter per experts class."""
 
 from __future__ import annotations
 
@@ -25,6 +25,6 @@ ADAPTERS: Mapping[str, Adapter] = MappingProxyType(
 
 
 def adapter_of(module_class: type[Any]) -> Adapter | None:
-    """Returns the adapter for a class of transformers; None if the class needs none or has none."""
+    """Returns the adapter that serves `module_class`; None if it is no class of transformers or ADAPTERS lacks it."""
     from_transformers = module_class.__module__.startswith("transformers.models.")
     return ADAPTERS.get(module_class.__name__) if from_transformers else None

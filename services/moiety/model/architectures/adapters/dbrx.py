@@ -1,6 +1,7 @@
-"""DBRX: one matrix per projection holds the rows of all experts, one expert after the other; down is published [in, out].
+"""DBRX: one matrix per projection holds the rows of all experts, one expert after the other.
 
-DBRX's gate passes the experts a batch [1, T, D]; transformers' experts interface has rows [T, D].
+The down projection is published [in, out]. transformers' DBRX block passes its experts a batch [1, T, D], unlike the
+experts interface, which passes rows [T, D] (T tokens, D hidden).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from moiety.model.seam import remote_experts
 
 
 class Dbrx:
-    """Serves DbrxExperts."""
+    """Adapter for transformers' DbrxExperts."""
 
     def recognise(self, module: Any) -> RoutedExperts:
         shape = module.num_experts, module.ffn_hidden_size, module.hidden_size  # [E, I, D], also w2's

@@ -19,7 +19,7 @@ Route = Callable[[Any, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 def recognise_listed(module: Any, names: Mapping[str, str]) -> RoutedExperts:
-    """Describes a module of listed experts; `names` maps each field of ExpertWeights to an expert's parameter name.
+    """Describes a module whose children are experts; `names` maps fields of ExpertWeights to an expert's parameter names.
 
     Raises ValueError if no kernel computes the activation.
     """
@@ -36,7 +36,7 @@ def recognise_listed(module: Any, names: Mapping[str, str]) -> RoutedExperts:
 
 
 def patch_block(block: Any, route: Route) -> None:
-    """Gives a block a forward that routes by `route` and gets the rows of its child `experts` from the backend."""
+    """Replaces the forward of a MoE block: `route` chooses experts, and `seam.remote_experts` gets their weighted sum."""
 
     def forward(block: Any, hidden_states: torch.Tensor, *_: Any) -> torch.Tensor:
         rows = hidden_states.reshape(-1, hidden_states.shape[-1])

@@ -16,7 +16,7 @@ from moiety.model.seam import remote_experts
 
 
 class Llama4:
-    """Serves Llama4TextExperts, and the Llama4TextMoe around it."""
+    """Adapter for transformers' Llama4TextExperts; also replaces the forward of the Llama4TextMoe block around it."""
 
     def recognise(self, module: Any) -> RoutedExperts:
         experts, hidden, inner = module.num_experts, module.hidden_size, module.expert_dim

@@ -1,6 +1,7 @@
 """LongCat-Flash: expert ids beyond the routed experts are zero-computation experts, which return their input row.
 
-The router computes these itself: for the hop, a token that chose one has one expert fewer (arXiv:2509.01322, section 2.1).
+The router computes zero-computation experts itself (arXiv:2509.01322, section 2.1). A token sends one row fewer over
+the hop for each such expert that it chose.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from moiety.model.seam import remote_experts
 
 
 class Longcat:
-    """Serves LongcatFlashExperts."""
+    """Adapter for transformers' LongcatFlashExperts."""
 
     def recognise(self, module: Any) -> RoutedExperts:
         experts, hidden, inner = module.num_routed_experts, module.hidden_size, module.intermediate_size
@@ -39,9 +40,10 @@ class Longcat:
 
 
 def as_published(model_class: Any) -> Any:
-    """Returns a subclass of `model_class` without weights for the zero experts, which no checkpoint has and nothing reads.
+    """Returns a subclass of `model_class` that has no weights for the zero-computation experts.
 
-    transformers 5.23 stacks them with the routed experts' in `gate_up_proj`, and therefore cannot load LongCat-Flash.
+    No checkpoint has these weights and nothing reads them. transformers 5.23 stacks them with the routed experts' weights in
+    `gate_up_proj`, and therefore cannot load LongCat-Flash.
     """
 
     def __init__(self: nn.Module, *arguments: Any, **options: Any) -> None:

@@ -21,7 +21,10 @@ from moiety.model.seam import sequence_lengths
 
 
 def route(block: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns ids [T, 2] and weights [T, 2] for a row of several sequences; id -1 where the expert was over capacity."""
+    """Chooses two experts for each of the T tokens in `hidden`: returns expert ids [T, 2] and weights [T, 2].
+
+    `hidden` has the tokens of several sequences, one sequence after the other. An id is -1 if its expert is over capacity.
+    """
     router = block.router
     logits = router_logits(router, hidden)
     probabilities = logits.softmax(-1, dtype=router.dtype).to(hidden.dtype)  # [T, E]
@@ -62,7 +65,7 @@ def _fixed_capacity(router: Any, tokens: int) -> int:
 
 
 class Nllb:
-    """Serves NllbMoeExperts."""
+    """Adapter for transformers' NllbMoeExperts."""
 
     def recognise(self, module: Any) -> RoutedExperts:
         names = {"gate_up": "fc1.weight", "down": "fc2.weight", "gate_up_bias": "fc1.bias", "down_bias": "fc2.bias"}

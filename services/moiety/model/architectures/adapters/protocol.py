@@ -11,7 +11,10 @@ from moiety.core.experts import ExpertMLP
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """One parameter of an experts module: its path below the module and its shape, [E, rows, columns] or, a bias, [E, rows]."""
+    """One parameter of an experts module: its name within the module, and its shape.
+
+    The shape is [E, rows, columns], or [E, rows] for a bias; E is the number of experts.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -35,12 +38,12 @@ class RoutedExperts:
 
 
 class Adapter(Protocol):
-    """Serves one class of modules that hold routed experts."""
+    """The interface of an adapter. An adapter serves one class of transformers modules that hold routed experts."""
 
     def recognise(self, module: Any) -> RoutedExperts:
-        """Describes `module`, which may be on meta. Raises ValueError if no kernel computes it."""
+        """Describes the experts in `module`, which may be on the meta device. Raises ValueError if no kernel computes them."""
         ...
 
     def patch(self, block: Any, module: Any) -> None:
-        """Makes `block`, which routes tokens to its child `module`, call `seam.remote_experts` instead of computing."""
+        """Makes `block` get the output of its child `module`, which holds the experts, from `seam.remote_experts`."""
         ...

@@ -17,7 +17,11 @@ from moiety.model.seam import sequence_lengths
 
 
 def route(block: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns ids [T, 1] and weights [T, 1] for a row of several sequences, as SwitchTransformersTop1Router for each."""
+    """Chooses one expert for each of the T tokens in `hidden`: returns expert ids [T, 1] and weights [T, 1].
+
+    `hidden` has the tokens of several sequences, one sequence after the other; each sequence is routed as
+    SwitchTransformersTop1Router would route it. An id is -1 if its expert is over capacity.
+    """
     router = block.router
     probabilities = router_logits(router, hidden).softmax(-1, dtype=router.dtype).to(hidden.dtype)
     chosen = probabilities.argmax(-1)  # [T]
@@ -30,7 +34,7 @@ def route(block: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
 
 
 class Switch:
-    """Serves SwitchTransformersExperts."""
+    """Adapter for transformers' SwitchTransformersExperts."""
 
     def recognise(self, module: Any) -> RoutedExperts:
         return listed.recognise_listed(module, {"gate_up": "wi.weight", "down": "wo.weight"})
@@ -42,7 +46,7 @@ class Switch:
 def amend(config: Any) -> None:
     """Sets what a SwitchTransformersConfig does not state: one expert a token, and 512 tokens of context, as in training.
 
-    Relative positions would allow any length.
+    The model's relative positions would allow a context of any length.
     """
     config.moe_top_k = 1
     if not hasattr(config, "n_positions"):

@@ -7,7 +7,7 @@ from importlib import import_module
 from types import MappingProxyType
 from typing import Any
 
-# model_type -> (module in this folder, which imports transformers; its class, named as publishers name it)
+# model_type -> (module in this folder, which imports transformers; its causal-LM class, named as publishers name it)
 DEFINITIONS: Mapping[str, tuple[str, str]] = MappingProxyType(
     {
         "arctic": ("arctic", "ArcticForCausalLM"),
@@ -19,7 +19,10 @@ DEFINITIONS: Mapping[str, tuple[str, str]] = MappingProxyType(
 
 
 def definition_of(model_type: str) -> Any | None:
-    """Imports and returns the class of an architecture defined here, with its `config_class`; None for any other."""
+    """Imports and returns the causal-LM class that this package defines for `model_type`; None if it defines none.
+
+    The class's `config_class` is the architecture's config class.
+    """
     if model_type not in DEFINITIONS:
         return None
     module, name = DEFINITIONS[model_type]

@@ -34,7 +34,7 @@ class Config(LlamaConfig):
 
 
 class DenseBlock(nn.Module):
-    """The MLP of a layer without MoE."""
+    """The dense MLP that an Arctic layer without MoE has as its `block_sparse_moe`."""
 
     def __init__(self, config: Any):
         super().__init__()
@@ -47,7 +47,7 @@ class DenseBlock(nn.Module):
 
 
 class Layer(GradientCheckpointingLayer):
-    """One layer, by the formula above."""
+    """One Arctic layer: with a residual MLP beside its MoE (the formula at the top of this file), or like a Mixtral layer."""
 
     def __init__(self, config: Any, index: int):
         super().__init__()
@@ -77,14 +77,14 @@ class Layer(GradientCheckpointingLayer):
 
 
 class Model(Decoder):
-    """The decoder."""
+    """Arctic's decoder: embedding, layers and final norm."""
 
     config: Config
     layer_class = Layer
 
 
 class ArcticForCausalLM(CausalLM):
-    """The published class: decoder and head."""
+    """Arctic's decoder and language-model head, under the published class name."""
 
     config: Config
     config_class = Config

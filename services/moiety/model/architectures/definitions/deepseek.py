@@ -1,7 +1,8 @@
 """DeepSeek-MoE 16B (arXiv:2401.06066; `deepseek-ai/deepseek-moe-16b-base`): fine-grained routed experts beside shared ones.
 
-Llama's attention; the first layers are dense. Layout: `mlp.gate.weight`, `mlp.experts.N.{gate,up,down}_proj.weight`,
-`mlp.shared_experts.{gate,up,down}_proj.weight`.
+The attention is Llama's. The first `first_k_dense_replace` layers (published: 1) are dense; of the other layers, those whose
+index is a multiple of `moe_layer_freq` (published: 1) have a MoE. Layout: `mlp.gate.weight`,
+`mlp.experts.N.{gate,up,down}_proj.weight`, `mlp.shared_experts.{gate,up,down}_proj.weight`.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class Config(LlamaConfig):
     scoring_func: str = "softmax"
 
     def validate_architecture(self) -> None:
-        """Raises ValueError for a `scoring_func` that no published checkpoint has."""
+        """Raises ValueError if `scoring_func` is not softmax: no published checkpoint has another one."""
         super().validate_architecture()
         if self.scoring_func != "softmax":
             raise ValueError(f"scoring_func {self.scoring_func!r}: must be softmax")
@@ -58,7 +59,7 @@ class SharedAndRouted(MoE):
 
 
 class Layer(LlamaDecoderLayer):
-    """A Llama layer with a MoE block in place of its MLP."""
+    """A Llama layer; if index >= `first_k_dense_replace` and index % `moe_layer_freq` == 0, a MoE replaces its MLP."""
 
     def __init__(self, config: Any, index: int):
         super().__init__(config, index)
@@ -67,14 +68,14 @@ class Layer(LlamaDecoderLayer):
 
 
 class Model(Decoder):
-    """The decoder."""
+    """DeepSeek-MoE's decoder: embedding, layers and final norm."""
 
     config: Config
     layer_class = Layer
 
 
 class DeepseekForCausalLM(CausalLM):
-    """The published class: decoder and head."""
+    """DeepSeek-MoE's decoder and language-model head, under the published class name."""
 
     config: Config
     config_class = Config

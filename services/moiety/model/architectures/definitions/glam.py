@@ -18,7 +18,7 @@ from moiety.model.architectures.definitions.parts import CausalLM, Decoder, Gate
 
 
 class Config(LlamaConfig):
-    """GLaM's config: the defaults are those of GLaM 1.7B/64E, otherwise Llama's."""
+    """GLaM's config: activation, experts and MoE layers as in GLaM 1.7B/64E; all other defaults are Llama's."""
 
     model_type = "glam"
 
@@ -29,7 +29,7 @@ class Config(LlamaConfig):
 
 
 class Layer(LlamaDecoderLayer):
-    """A Llama layer; every other one has a MoE block in place of its MLP."""
+    """A Llama layer; if (index + 1) % `moe_layer_frequency` == 0, it has a MoE block in place of its MLP."""
 
     def __init__(self, config: Any, index: int):
         super().__init__(config, index)
@@ -39,7 +39,7 @@ class Layer(LlamaDecoderLayer):
 
 
 class Model(Decoder):
-    """The decoder."""
+    """The decoder of a GLaM-style model: embedding, layers and final norm."""
 
     config: Config
     layer_class = Layer

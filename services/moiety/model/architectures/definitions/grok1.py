@@ -38,7 +38,10 @@ class Config(LlamaConfig):
 
 
 class Attention(LlamaAttention):
-    """Llama's attention with another scale and a cap. It is correct only with attention functions that apply `softcap`."""
+    """Llama's attention, with its logits scaled by `attn_output_multiplier` and capped at `max_attn_value`.
+
+    The cap needs an attention function that applies `softcap`.
+    """
 
     def __init__(self, config: Any, index: int):
         super().__init__(config, index)
@@ -50,7 +53,7 @@ class Attention(LlamaAttention):
 
 
 class Layer(GradientCheckpointingLayer):
-    """One layer: norm, block, norm and residual, for attention and then for the MoE."""
+    """One Grok-1 layer: attention, then the MoE, each between two norms and with a residual connection."""
 
     def __init__(self, config: Any, index: int):
         super().__init__()
@@ -68,7 +71,7 @@ class Layer(GradientCheckpointingLayer):
 
 
 class Model(Decoder):
-    """The decoder; it scales the embeddings."""
+    """Grok-1's decoder: embedding scaled by `embedding_multiplier_scale`, layers and final norm."""
 
     config: Config
     layer_class = Layer
@@ -81,7 +84,7 @@ class Model(Decoder):
 
 
 class Grok1ModelForCausalLM(CausalLM):
-    """The published class: decoder and head; it scales the logits."""
+    """Grok-1's decoder and language-model head, under the published class name; scales the logits."""
 
     config: Config
     config_class = Config

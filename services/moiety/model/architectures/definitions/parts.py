@@ -1,4 +1,4 @@
-"""Shared parts of the definitions: a decoder of transformers' Llama parts with its own layer class, and a MoE block.
+"""Shared parts of the definitions: a decoder of transformers' Llama parts with a subclass's own layers, and a MoE block.
 
 Legend: T tokens, E experts, K top-k, D hidden, I intermediate.
 """
@@ -34,7 +34,7 @@ class Gate(nn.Module):
 
 
 class _Experts(nn.Module):
-    """E experts in stacked weights, computed by transformers' experts interface or by a router's hop."""
+    """E experts with stacked weights; transformers' experts interface computes them, or calls the hop in a router."""
 
     def __init__(self, config: Any, experts: int, intermediate: int):
         super().__init__()
@@ -95,7 +95,7 @@ class GatedMLP(nn.Module):
 
 
 class Decoder(LlamaModel):
-    """Llama's embedding, rotary positions and final norm around layers of `layer_class`(config, index)."""
+    """Llama's embedding, rotary positions and final norm, around layers that `layer_class(config, index)` makes."""
 
     layer_class: type[nn.Module]
 
@@ -106,7 +106,7 @@ class Decoder(LlamaModel):
 
 
 class CausalLM(LlamaForCausalLM):
-    """A decoder of `decoder_class` with Llama's head."""
+    """A decoder of class `decoder_class` with Llama's language-model head."""
 
     decoder_class: type[Decoder]
 
@@ -117,7 +117,7 @@ class CausalLM(LlamaForCausalLM):
 
 
 def stacked(block: str, gate_up: tuple[str, ...], down: str) -> list[WeightConverter]:
-    """Returns the conversions from published tensors, one per expert and projection, to stacked ones."""
+    """Returns the weight conversions that stack published tensors, one per expert and projection, into one per parameter."""
     target = "gate_up_proj" if len(gate_up) > 1 else "up_proj"
     joins = [Concatenate(dim=1)] if len(gate_up) > 1 else []
     return [
