@@ -1,4 +1,4 @@
-"""The exception tree. Nothing here knows gRPC; `wire/status.py` maps it to status codes.
+"""The exception tree. Nothing here knows gRPC; `wire/status.py` maps the errors to gRPC status codes.
 
 MoietyError
 ├── InvalidRequest           a client's value is out of bounds: names field, value and bound
@@ -6,12 +6,12 @@ MoietyError
 ├── ResourceExhausted        a bounded queue is full: carries a retry hint
 ├── DeadlineExceeded         the request's own deadline has passed
 ├── Cancelled                the client went away
-├── FailedPrecondition       this system cannot do that as it is configured
+├── FailedPrecondition       the system, as it is configured, cannot do what was requested
 │   ├── ConfigError          a setting is wrong: names field, value and bound
 │   └── CheckpointError      a checkpoint is missing, corrupt or unsupported
 ├── Unavailable              something that is needed is missing for now
 │   ├── RegistryUnreachable  Redis (or the registry file) does not answer
-│   ├── PeerLost             a stream to a replica broke
+│   ├── PeerLost             a replica has left, or its stream broke
 │   └── NoHolder             no live replica holds an expert that a token needs
 ├── HopFailed                a layer could not be computed for some tokens of a step
 └── CallRejected             an expert replica refused a whole call
@@ -35,7 +35,7 @@ class InvalidRequest(MoietyError):
 
 
 class NotFound(MoietyError):
-    """The thing that a request names does not exist here."""
+    """A request names a model that this system does not serve."""
 
 
 class ResourceExhausted(MoietyError):
@@ -47,7 +47,7 @@ class ResourceExhausted(MoietyError):
 
 
 class DeadlineExceeded(MoietyError):
-    """The request's deadline passed before it had finished."""
+    """A request's deadline passed before the request had finished."""
 
 
 class Cancelled(MoietyError):
@@ -71,19 +71,19 @@ class CheckpointError(FailedPrecondition):
 
 
 class Unavailable(MoietyError):
-    """Something that is needed is missing for now."""
+    """Something that is needed is missing for now; the same request may succeed later."""
 
 
 class RegistryUnreachable(Unavailable):
-    """The registry does not answer; the last known table stays in force."""
+    """The registry does not answer. Readers keep using the replicas and the placement that they read last."""
 
 
 class PeerLost(Unavailable):
-    """The stream to a replica broke before it answered."""
+    """A replica has left, or the stream to it broke, before it answered a call."""
 
 
 class NoHolder(Unavailable):
-    """No live replica holds these experts of a layer, and waiting for one took too long."""
+    """No live replica holds the `experts` of MoE layer `layer`, and waiting for such a replica took too long."""
 
     def __init__(self, layer: int, experts: list[int], waited_s: float) -> None:
         self.layer, self.experts, self.waited_s = layer, experts, waited_s
@@ -93,7 +93,7 @@ class NoHolder(Unavailable):
 
 
 class HopFailed(MoietyError):
-    """A MoE layer could not be computed for some tokens of a step and is not tried again: their requests must end."""
+    """A MoE layer could not be computed for some `tokens` of a step. It is not tried again: these tokens' requests end."""
 
     def __init__(self, tokens: list[int], cause: MoietyError) -> None:
         self.tokens, self.cause = tokens, cause  # positions in the step's packed batch

@@ -1,6 +1,7 @@
 """The composition root: the only place that builds a service. Serve replicas and LocalCluster children both call it.
 
-Each service's module is imported only when that service starts, so that an expert replica never imports transformers.
+Each service's module is imported only when that service starts, so that an expert replica does not import what only routers
+or gateways need. It imports transformers only if the layout of its checkpoint's experts is not cached yet.
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ async def start_expert(settings: ExpertSettings, *, replica_id: str, node: str) 
 
 
 def _expert() -> ModuleType:
-    """Imports torch, which takes a second or two: at low priority, since a replica starts because others are busy."""
+    """Imports `compose.expert` and with it torch, which takes a second or two.
+
+    Runs at low priority, because replicas are started when others are busy.
+    """
     from moiety.compose import expert
 
     return expert
@@ -47,7 +51,7 @@ async def start_gateway(settings: GatewaySettings, *, replica_id: str, node: str
 
 
 def settings_of(role: Role, values: Mapping[str, Any]) -> ServiceSettings:
-    """Returns `values` as the settings of a service of this role. Raises ConfigError."""
+    """Returns the settings of a service of `role`, made from `values`. Raises ConfigError if a value is wrong."""
     kinds: Mapping[Role, type[ServiceSettings]] = {
         Role.EXPERT: ExpertSettings,
         Role.ROUTER: RouterSettings,
@@ -57,7 +61,7 @@ def settings_of(role: Role, values: Mapping[str, Any]) -> ServiceSettings:
 
 
 async def start(settings: ServiceSettings, *, replica_id: str, node: str) -> Running:
-    """Starts the kind of service that the type of `settings` names."""
+    """Starts an expert replica, a router or a gateway, depending on the type of `settings`."""
     match settings:
         case ExpertSettings():
             return await start_expert(settings, replica_id=replica_id, node=node)

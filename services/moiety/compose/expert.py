@@ -28,7 +28,10 @@ from moiety.wire.transports.shm_listener import SharedMemoryListener
 
 
 async def start(settings: ExpertSettings, replica_id: str, node: str, launched: float) -> Running:
-    """Starts a replica: reads the weights of the placement (or of the settings), serves, registers, follows placements."""
+    """Starts a replica: reads its experts' weights, serves, registers, follows placements.
+
+    Its experts are those that the placement in force gives to `settings.deployment`, else those in `settings.held`.
+    """
     async with ServiceStart(settings, settings.deployment, replica_id, node, launched) as site:
         checkpoint, layout, revision = await site.open_model()
         slices, router_revision = settings.slices, revision

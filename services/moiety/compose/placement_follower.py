@@ -18,10 +18,11 @@ _log = logging.getLogger(__name__)
 
 
 class PlacementFollower:
-    """Keeps one replica's experts in step with the placement in force; holds `default` if that gives it none.
+    """Loads and drops experts of one replica, so that it holds what the placement in force says.
 
-    An expert that a placement takes away is served until every live router of the same revision has acknowledged the
-    epoch and every call that names the expert is answered. So no request notices, however long other replicas load.
+    The replica holds `default` if no placement is in force or if the placement does not name its deployment. An expert
+    that a placement takes away is served until every live router of the same revision has acknowledged the placement's
+    epoch and every call that names the expert is answered. So requests are served even if other replicas load slowly.
     """
 
     def __init__(
@@ -32,7 +33,7 @@ class PlacementFollower:
         self._agreed_at = inf  # time since which all routers seen have acknowledged the epoch; inf = not all yet
 
     async def start(self) -> None:
-        """Loads what the placement says, or the default plan if the registry does not answer."""
+        """Loads the experts that the placement gives this replica, or `default` without a placement or a reachable registry."""
         try:
             await self._load()
         except RegistryUnreachable as error:
@@ -41,7 +42,7 @@ class PlacementFollower:
             await self._hold(self._default, 0)
 
     async def follow(self) -> None:
-        """Loads a newer placement, and drops what routers no longer use. Called once a beat."""
+        """Follows a newer placement, and drops experts that routers no longer use. Called once per heartbeat."""
         if await self._registry.placement_epoch() > self._runtime.holding.epoch:
             await self._load()
         holding = self._runtime.holding
@@ -61,7 +62,10 @@ class PlacementFollower:
         _log.info("%s holds %s (epoch %d), read in %.2f s", self._deployment, held, epoch, took)
 
     async def _acknowledged(self, epoch: int) -> bool:
-        """Whether all routers have acknowledged `epoch` for a beat: a store that was just emptied lists few or none."""
+        """Whether every router listed in the last SEEN_S has acknowledged `epoch`; in the last TTL_S if none is listed now.
+
+        One look at the list is not enough: a registry that was just emptied lists few routers or none.
+        """
         routers = [router for router in await self._registry.routers() if router.revision == self._revision]
         now = time.monotonic()
         if not all(router.placement_epoch >= epoch for router in routers):

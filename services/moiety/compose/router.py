@@ -136,9 +136,9 @@ async def reach_experts(
     tracer: Tracer,
     closers: AsyncExitStack,
 ) -> tuple[list[Hop], Lanes]:
-    """Returns one hop per lane to the expert replicas in `registry`, now and later, and the lanes.
+    """Returns the lanes, and for each lane a hop to the expert replicas that `registry` lists, now or later.
 
-    `closers` closes them.
+    Closing `closers` ends the connections to the replicas and stops following the registry.
     """
     shape, expert_bytes = shape.sliced(settings.slices), shape.mlp.parameters * dtype.itemsize // settings.slices
     if settings.slices > 1:
@@ -164,7 +164,7 @@ def _threads(settings: RouterSettings) -> int:
 
 
 def _backends(settings: RouterSettings, hops: Sequence[Hop]) -> Sequence[StepBackend]:
-    """Wraps the hops so that the model sees whole experts, and backups of overrun experts where allowed."""
+    """Wraps each hop as `settings` require: to split whole experts into slices, and to reroute rows of overrun experts."""
     backends: list[StepBackend] = list(hops)
     if settings.slices > 1:
         backends = [SlicedHop(backend, settings.slices) for backend in backends]
@@ -186,7 +186,7 @@ def build_engine(
     report_missing: Callable[[int, list[int]], None],
     tracer: Tracer,
 ) -> Engine:
-    """Returns an engine, not yet started, whose lanes call one of `backends` each."""
+    """Returns an engine, not started yet. Each of its lanes uses a backend of its own from `backends`."""
     return Engine(
         StepRunner(model, cache, backends, lanes, None if settings.lanes else LaneTuner(len(backends))),
         cache,
@@ -236,7 +236,10 @@ def load_model(
 
 
 def _cache(settings: RouterSettings, spec: CacheSpec, revision: str) -> KVCache:
-    """Creates a cache of `kv_memory` bytes. Raises ConfigError if they are too few or if states rule a setting out."""
+    """Creates a KV cache of `kv_memory` bytes.
+
+    Raises ConfigError if that is too small, or for a setting that does not work with the model's states or indexer.
+    """
     if spec.states and settings.speculative_tokens:
         bound = "must be 0 for this model: its layers keep states, which cannot be undone after a wrong draft"
         raise ConfigError("speculative_tokens", settings.speculative_tokens, bound)

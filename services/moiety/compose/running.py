@@ -35,7 +35,7 @@ Beat = Callable[[], Awaitable[None]]
 
 @dataclass(frozen=True, slots=True)
 class ServiceParts:
-    """What differs between the kinds of service; a builder passes it to `Site.serve`."""
+    """The parts that differ between expert replicas, routers and gateways; an argument of `ServiceStart.serve`."""
 
     role: Role
     deployment: str
@@ -105,12 +105,12 @@ class Running:
 
 
 class ServiceStart:
-    """The start of one service: its settings, registry and tracer, and what to undo if the start fails."""
+    """Starts one service: holds its settings, registry and tracer meanwhile, and closes what it opened if the start fails."""
 
     def __init__(
         self, settings: ServiceSettings, deployment: str, replica_id: str, node: str, launched: float | None = None
     ):
-        """`launched`: Unix seconds at which the start began, if a part of it was done before; default: now."""
+        """`launched`: Unix seconds at which the start began, if imports were done before this call; default: now."""
         self.settings, self.replica_id, self.node = settings, replica_id, node
         self._launched = time.time() if launched is None else launched
         resource: dict[str, str] = {
@@ -133,7 +133,7 @@ class ServiceStart:
             await self.closers.aclose()
 
     async def open_model(self) -> tuple[Checkpoint, ExpertLayout, str]:
-        """Opens the checkpoint: returns it, where its experts are, and its revision. Reads no weight.
+        """Opens the checkpoint. Returns the checkpoint, the layout of its experts, and its revision. Reads no weight.
 
         Raises CheckpointError.
         """
@@ -145,9 +145,10 @@ class ServiceStart:
         return await asyncio.to_thread(read)
 
     def load_beat(self, busy: Callable[[], ReplicaLoad], demand: Callable[[], ExpertDemand] | None = None) -> Beat:
-        """Returns a beat, for `Parts.on_beat`, that reports the load to the ledger once a second, in one round trip.
+        """Returns an action for `ServiceParts.on_beat` that reports the service's load to the load ledger once a second.
 
-        `busy()` returns the load since its last call; the meter exports the latest.
+        `busy()` must return the load since its previous call; the meter exports the latest value. `demand()`, given by
+        routers, returns their counters. Both are sent in one round trip.
         """
         latest: ReplicaLoad | None = None
 
@@ -161,7 +162,7 @@ class ServiceStart:
         return every(LEDGER_S, publish)
 
     async def _end_telemetry(self) -> None:
-        """Ends tracer and meter at the same time: without a collector, each waits for its full timeout."""
+        """Ends tracer and meter concurrently, because each waits for its full timeout if the collector does not answer."""
         await asyncio.gather(*(asyncio.to_thread(exporter.shutdown, 2.0) for exporter in (self.tracer, self.meter)))
 
     async def serve(self, parts: ServiceParts) -> Running:
@@ -187,7 +188,7 @@ class ServiceStart:
 
 
 def every(seconds: float, action: Beat) -> Beat:
-    """Returns a beat that runs `action` at most once per `seconds`."""
+    """Returns an action for `ServiceParts.on_beat` that calls `action` at most once per `seconds`."""
     due = 0.0
 
     async def maybe() -> None:

@@ -26,7 +26,10 @@ LIVE_SETTINGS = (
 
 
 class GroupSettings(BaseModel):
-    """How a deployment scales and what one of its replicas takes; the same for all but `AppSettings.overrides`."""
+    """How a deployment scales, and the resources and settings of each of its replicas.
+
+    `AppSettings.experts` holds them for all deployments; `AppSettings.group` applies what differs for one deployment.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -55,7 +58,7 @@ class GroupSettings(BaseModel):
     )
 
     def with_live(self, values: Mapping[str, float]) -> GroupSettings:
-        """Returns these settings with `values` set. Raises ConfigError for a setting that is not one of LIVE."""
+        """Returns a copy of these settings with `values` set. Raises ConfigError for a name that is not in LIVE_SETTINGS."""
         for name in values:
             if name not in LIVE_SETTINGS:
                 raise ConfigError(f"user_config.{name}", values[name], f"live settings are {', '.join(LIVE_SETTINGS)}")
@@ -70,7 +73,7 @@ class GroupSettings(BaseModel):
 
 
 class AppSettings(BaseModel):
-    """Arguments of the Serve application. Changing one restarts all of its deployments."""
+    """Arguments of the Serve application. Changing any argument restarts all deployments of the application."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -183,9 +186,9 @@ class AppSettings(BaseModel):
         return value
 
     def group(self, deployment: str) -> GroupSettings:
-        """Returns how `deployment` scales and what one of its replicas takes, with `overrides` applied.
+        """Returns the settings of `deployment`: those in `experts`, its kind's own defaults, then its entry in `overrides`.
 
-        By default a hot set may scale to zero, and routers do not go below `router_replicas`.
+        A hot set may scale to zero, and routers do not go below `router_replicas`, unless `overrides` says otherwise.
         """
         defaults: dict[str, Any] = {}
         max_replicas = self.experts.max_replicas

@@ -1,4 +1,4 @@
-"""Reads settings from flags, the environment and YAML files; no other module reads settings from the last two.
+"""Reads settings from flags, the environment and YAML files. No other module reads settings from environment or YAML.
 
 Precedence: flag > MOIETY_* environment variable > YAML file > default.
 """
@@ -43,7 +43,7 @@ def cache_dir() -> Path | None:
 
 
 def validated(kind: type[Settings], values: Mapping[str, Any]) -> Settings:
-    """Returns `kind(**values)`; raises the first problem as a ConfigError."""
+    """Returns `kind(**values)`. Raises ConfigError for the first value that pydantic refuses."""
     try:
         return kind(**values)
     except ValidationError as error:

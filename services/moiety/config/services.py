@@ -74,7 +74,7 @@ class ServiceSettings(BaseModel):
 
 
 class ExpertSettings(ServiceSettings):
-    """One replica of an expert group."""
+    """Settings of one replica of an expert group or hot set."""
 
     slices: int = Field(default=1, ge=1, le=64, description=SLICES_HELP)
     deployment: str = Field(default="experts-0", description="name of the expert group, or hot set, it belongs to")
@@ -97,7 +97,7 @@ class ExpertSettings(ServiceSettings):
 
 
 class RouterSettings(ServiceSettings):
-    """A router."""
+    """Settings of one router."""
 
     deployment: str = Field(default="router", description="name of the deployment it belongs to")
     threads: int = Field(default=0, ge=0, le=1024, description="most compute threads; 0 = every core it may use")
@@ -127,7 +127,10 @@ class RouterSettings(ServiceSettings):
     )
     hedge_after_s: float = Field(default=0.02, gt=0, le=60, description="least seconds before a call is sent again")
     retry_budget: float = Field(
-        default=0.1, ge=0, le=1, description="hedges and retries after timeouts, at most, as a fraction of calls"
+        default=0.1,
+        ge=0,
+        le=1,
+        description="most hedges (slow calls sent to other replicas too), as a fraction of calls",
     )
     overflow: Overflow = Field(default="wait", description=OVERFLOW_HELP)
     overflow_groups: Mapping[str, Overflow] = Field(
@@ -149,12 +152,12 @@ class RouterSettings(ServiceSettings):
     )
 
     def allows_backup(self, group: str) -> bool:
-        """Whether rows for this expert group may go to other experts while its queues are too long."""
+        """Whether `group` has the overflow policy backup: while its queues are too long, rows go to their next-best expert."""
         return self.overflow_groups.get(group, self.overflow) == "backup"
 
     @property
     def may_overflow(self) -> bool:
-        """Whether rows for any group may go to other experts."""
+        """Whether rows for at least one expert group may go to their next-best expert."""
         return "backup" in (self.overflow, *self.overflow_groups.values())
 
     @field_validator("overflow", "overflow_groups")
@@ -174,7 +177,7 @@ class RouterSettings(ServiceSettings):
 
 
 class GatewaySettings(ServiceSettings):
-    """A gateway."""
+    """Settings of one gateway."""
 
     deployment: str = Field(default="gateway", description="name of the deployment it belongs to")
     max_concurrent: int = Field(

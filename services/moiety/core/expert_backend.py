@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class CallClass(StrEnum):
-    """The kind of tokens in a call; where both wait, decode calls go before prefill calls."""
+    """Whether a call's tokens are decoded or prefilled. An expert replica serves waiting decode calls before prefill calls."""
 
     DECODE = "decode"
     PREFILL = "prefill"
@@ -23,7 +23,7 @@ class PendingRows(Protocol):
     """Rows that were sent to experts and whose outputs are still to come."""
 
     def result(self) -> torch.Tensor:
-        """Waits for the expert outputs, [T, K, D], unweighted, in the model dtype; zero where there is no expert.
+        """Waits for the expert outputs, [T, K, D], unweighted, in the model dtype; zeros where top_k_index was -1.
 
         Raises HopFailed.
         """
@@ -34,5 +34,5 @@ class ExpertBackend(Protocol):
     """Computes a model's routed experts. The seam (`model/seam.py`) calls it once per MoE layer."""
 
     def submit(self, layer: int, hidden: torch.Tensor, top_k_index: torch.Tensor) -> PendingRows:
-        """Starts the experts of layer `layer` for hidden [T, D] routed to top_k_index [T, K] (int64, -1 = no expert)."""
+        """Sends hidden [T, D] to the experts top_k_index [T, K] (int64, -1 = no expert) of MoE layer `layer`."""
         ...

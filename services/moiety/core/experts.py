@@ -1,4 +1,4 @@
-"""What experts a model has, what one computes, and which of them a replica holds.
+"""Types for a model's shape, for what one expert computes, and for the set of experts that a replica holds.
 
 Legend: I intermediate size, E experts per layer.
 """
@@ -14,7 +14,7 @@ from moiety.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class ExpertSet:
-    """Which experts of which MoE layers are held: layer ordinal -> expert ids.
+    """A set of experts, such as those that a replica holds: MoE layer ordinal -> expert ids.
 
     The text form is compact and readable: `0-31:0-7` is experts 0 to 7 of layers 0 to 31; `0:1,5;3:2` is two layers.
     """
@@ -127,9 +127,11 @@ class ModelShape:
         return replace(self, experts=self.experts * slices, top_k=self.top_k * slices, mlp=mlp)
 
     def sliced_partition(self, groups: int, slices: int) -> tuple[ExpertSet, ...]:
-        """Returns what each of `groups` holds of `self.sliced(slices)`: one slice of every expert in a near-equal share.
+        """Returns the default placement of the sliced model: for each of `groups`, the slices that it holds.
 
-        Raises ConfigError if `groups` is not a multiple of `slices`, or if there are fewer experts than shares.
+        The experts are divided as by `partition(groups // slices)`. `slices` groups share each part: each holds one slice
+        of every expert in it. Raises ConfigError if `groups` is not a multiple of `slices`, or if there are fewer experts
+        than parts.
         """
         if groups % slices:
             raise ConfigError("groups", groups, f"must be a multiple of {slices}, the number of slices per expert")

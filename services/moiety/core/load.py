@@ -17,7 +17,10 @@ class ReplicaLoad:
 
 @dataclass(frozen=True, slots=True)
 class BatchCost:
-    """Seconds of a batch on an expert replica: `fixed_s + s_per_byte · activated weight bytes + s_per_row · rows`."""
+    """A fitted model of a batch's time on an expert replica, in seconds.
+
+    It is `fixed_s + s_per_byte · weight bytes of the activated experts + s_per_row · rows`.
+    """
 
     fixed_s: float
     s_per_byte: float
@@ -29,13 +32,13 @@ class BatchCost:
 
 @dataclass(frozen=True, slots=True)
 class ExpertDemand:
-    """A router's cumulative counters since its start. Each start has a new writer id.
+    """A router's counters of rows and of activations of each expert, cumulative since the router started.
 
-    Readers take differences over a window.
+    Readers compute rates from the difference of two readings. A restarted router reports under a new replica id.
     """
 
     rows: tuple[tuple[int, ...], ...]  # [moe_layers][experts]: rows sent to each expert
     activations: tuple[tuple[int, ...], ...]  # [moe_layers][experts]: steps in which each expert got at least one row
     time: float  # Unix seconds of this reading
     started: float = 0.0  # Unix seconds at which the counters were zero; 0 = unknown
-    costs: BatchCost | None = None  # the router's fit to the replies so far
+    costs: BatchCost | None = None  # the router's fit to the batch times in the replies so far

@@ -8,14 +8,14 @@ from enum import StrEnum
 
 
 class FinishReason(StrEnum):
-    """Why a generation ended: the model, a stop string or a stop token ended it, or it has max_tokens tokens."""
+    """Why a generation ended. STOP: at an end-of-sequence token, a stop token or a stop string. LENGTH: at max_tokens."""
 
     STOP = "stop"
     LENGTH = "length"
 
 
 class GuideKind(StrEnum):
-    """The notation of a guide, named as in generation.proto."""
+    """The language in which a `Guide` is written; the values are named as in generation.proto."""
 
     JSON_SCHEMA = "json_schema"
     REGEX = "regex"
@@ -40,7 +40,7 @@ class TopLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """The sampling settings of one request, checked against the bounds of generation.proto, which explains each."""
+    """The sampling settings of one request. generation.proto explains them; `wire/sampling_params.py` checks their bounds."""
 
     max_tokens: int
     temperature: float = 0.0

@@ -59,7 +59,7 @@ def build(args: Mapping[str, Any] | AppSettings) -> serve.Application:
 
 
 def default_placement(settings: AppSettings) -> dict[str, ExpertSet]:
-    """Returns deployment name -> experts it holds until a placement in the registry says otherwise; none for hot sets."""
+    """Returns deployment name -> experts held without a placement, for expert groups and hot sets (which then hold none)."""
     shape = expert_layout(Checkpoint.open(settings.model)).shape
     groups = {
         f"experts-{group}": held for group, held in enumerate(shape.sliced_partition(settings.groups, settings.slices))
@@ -68,7 +68,7 @@ def default_placement(settings: AppSettings) -> dict[str, ExpertSet]:
 
 
 def _replicas(settings: AppSettings, arguments: dict[str, Any], name: str, count: int) -> dict[str, Any]:
-    """Returns the options of a deployment of `count` replicas, which scales if `overrides` names it."""
+    """Returns Serve's options for deployment `name`: `count` replicas, or scaling by load if `settings.overrides` names it."""
     if name in settings.overrides:
         return _scaled(settings, arguments, name, "")
     group = settings.group(name)
@@ -76,7 +76,7 @@ def _replicas(settings: AppSettings, arguments: dict[str, Any], name: str, count
 
 
 def _scaled(settings: AppSettings, arguments: dict[str, Any], name: str, held: str) -> dict[str, Any]:
-    """Returns the options of a deployment that scales by its load."""
+    """Returns Serve's options for deployment `name`, which scales by its load."""
     group = settings.group(name)
     # moiety.policy decides, with delays of its own; Serve carries its decisions out at once.
     scaling = AutoscalingConfig(

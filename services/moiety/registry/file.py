@@ -20,10 +20,10 @@ from moiety.registry.memory import MemoryRegistry
 
 
 class FileRegistry:
-    """A child process's view of the registry file. Replicas and placement are read again whenever the file has changed.
+    """Reads the registry file in a child process. Reads replicas and placement again whenever the file has changed.
 
-    `register` and `deregister` do nothing: heartbeats may run, but only the parent writes the file. Counters, load
-    reports, missing experts and decisions stay within the process: without Redis nothing scales on them.
+    `register` and `deregister` do nothing, because only the parent writes the file; a child's heartbeat may call them.
+    Counters, load reports, missing experts and decisions stay within the process: without Redis nothing scales on them.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -46,7 +46,7 @@ class FileRegistry:
         return tuple(replica for replica in await self.replicas() if replica.role is Role.ROUTER)
 
     async def generation(self) -> str | None:
-        """Returns a constant: the file is replaced as a whole and does not lose entries by accident."""
+        """Returns a constant: unlike Redis, the file is not emptied while it is in use."""
         return "file"
 
     async def placement(self) -> Placement | None:
@@ -58,7 +58,7 @@ class FileRegistry:
         return 0 if placement is None else placement.epoch
 
     async def set_placement(self, placement: Placement) -> bool:
-        """Raises FailedPrecondition: only the writer can set a placement."""
+        """Raises FailedPrecondition: only the parent process (`FileRegistryWriter`) can set a placement."""
         raise FailedPrecondition(f"placement {placement.epoch}: only the process that owns {self._path} can set it")
 
     async def publish_load(
@@ -87,7 +87,7 @@ class FileRegistry:
     async def close(self) -> None: ...
 
     def _refresh(self) -> None:
-        """Reads the file if it has changed; without a thread, which takes longer to wake than a local file to read."""
+        """Reads the file if it has changed. Blocks the event loop: waking a thread takes longer than reading a local file."""
         try:
             status = os.stat(self._path)
             # A replaced file has a new inode, even within one tick of a coarse clock and at an equal size.
@@ -106,7 +106,7 @@ class FileRegistry:
 
 
 class FileRegistryWriter(FileRegistry):
-    """The parent's side: creates the file, rewrites it as a whole at every change, removes it on `close`."""
+    """Writes the registry file in the parent process: creates it, rewrites it whole at every change, removes it on `close`."""
 
     def __init__(self, path: str | Path) -> None:
         super().__init__(path)

@@ -1,4 +1,4 @@
-"""Keeps a service's registry entry alive, and runs its other work of once a beat."""
+"""Keeps a service's registry entry alive, and runs the service's periodic actions, such as load reports."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Heartbeat:
         self._action_tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
-        """Registers, and keeps registering. With `require`, raises RegistryUnreachable if the first try fails."""
+        """Registers at once and then at every beat. With `require`, raises RegistryUnreachable if the first try fails."""
         unreachable = False
         try:
             await self.beat()
@@ -57,11 +57,11 @@ class Heartbeat:
         ]
 
     async def beat(self) -> None:
-        """Registers now instead of at the next beat, for a change of state. Raises RegistryUnreachable."""
+        """Registers at once, for example to publish a changed state before the next beat. Raises RegistryUnreachable."""
         await self._registry.register(self._current())
 
     async def stop(self) -> None:
-        """Stops and deregisters within STOP_S. Never raises: an entry that can't be removed expires."""
+        """Stops the beats and deregisters, within STOP_S. Does not raise: an entry that can't be removed expires."""
         self._stopping.set()
         for task in self._action_tasks:
             task.cancel()
@@ -95,7 +95,7 @@ class Heartbeat:
                 reported = False
 
     def _report(self, name: str, error: Exception) -> bool:
-        """Logs a failure and returns True. Leaves an outage in an action to the heartbeat, which meets it too: False."""
+        """Logs that `name` failed; returns whether it logged. Only the heartbeat, not the actions, logs a registry outage."""
         outage = isinstance(error, RegistryUnreachable)
         if outage and name != _HEARTBEAT:
             return False

@@ -1,4 +1,4 @@
-"""The registry (live replicas, placement) and the load ledger (what they report of their load): one interface.
+"""The interface of the registry (live replicas, placement) and of the load ledger (the load that replicas report).
 
 It has three implementations. `redis.py` is the one for clusters. `memory.py` is the simple twin that tests compare it with.
 `file.py` serves a `LocalCluster` on machines without Redis: its parent process is the only writer.
@@ -21,12 +21,15 @@ DECISIONS_KEPT = 1000
 
 
 class Registry(Protocol):
-    """Every method raises RegistryUnreachable when the store does not answer; callers then keep what they last read."""
+    """Stores live replicas, the placement and the load ledger.
+
+    Every method raises RegistryUnreachable when the store does not answer; callers then keep what they last read.
+    """
 
     async def register(self, replica: Replica) -> None:
         """Stores `replica` for TTL_S. Called at start and at every heartbeat, so an emptied store refills itself.
 
-        An implementation need not send again what the store already has. Another replica with the same id replaces it.
+        An implementation need not send an entry again that the store already has. The latest entry of an id wins.
         """
         ...
 
@@ -37,48 +40,48 @@ class Registry(Protocol):
         ...
 
     async def routers(self) -> tuple[Replica, ...]:
-        """Returns only the routers among `replicas`: a reader need not fetch thousands of other replicas for them."""
+        """Returns the live routers, sorted by id, without fetching the other replicas, which may be thousands."""
         ...
 
     async def generation(self) -> str | None:
-        """Returns a name of the store's contents: another value, or None, means that it was emptied since (see `watch.py`).
+        """Returns an id of the store's contents. If it changes, or becomes None, the store was emptied (see `watch.py`).
 
-        It is None until the first `register`. Read it after `replicas`, not before: then emptying in between is noticed.
+        It is None until the first `register`. Read it after `replicas`, so that emptying between the two reads is noticed.
         """
         ...
 
     async def placement(self) -> Placement | None:
-        """Returns the placement in force, or None while the deterministic default plan is in force."""
+        """Returns the placement in force. None if there is none: an expert replica that starts then holds its default."""
         ...
 
     async def placement_epoch(self) -> int:
-        """Returns the epoch of the placement in force, 0 if there is none. Every replica reads it at every beat."""
+        """Returns the epoch of the placement in force, 0 if there is none. Every expert replica reads it at every beat."""
         ...
 
     async def set_placement(self, placement: Placement) -> bool:
         """Stores `placement` if its epoch is one more than the epoch in force (compare-and-set); returns whether it did.
 
-        If no placement is in force, any epoch is stored: the store may have been emptied, and replicas follow only
-        higher epochs. After RegistryUnreachable it may have been stored all the same: read `placement` before you
-        propose again.
+        If no placement is in force, `placement` is stored whatever its epoch: the store may have been emptied, and
+        replicas ignore an epoch that is not above theirs. If this raises RegistryUnreachable, the placement may have
+        been stored all the same: read `placement` before you try again.
         """
         ...
 
     async def publish_load(
         self, replica_id: str, busy: ReplicaLoad | None = None, demand: ExpertDemand | None = None
     ) -> None:
-        """Stores the load that a service reports once a second, in one round trip; a router adds its counters.
+        """Stores a service's load, `busy`, and a router's counters, `demand`. Services call it once a second: one round trip.
 
-        Load and counters have a key each. Counters are cumulative, so a repeated flush counts once.
+        Load and counters are stored under separate keys. Counters are cumulative, so a repeated report counts once.
         """
         ...
 
     async def expert_demand(self) -> Mapping[str, ExpertDemand]:
-        """Returns writer id -> its latest counters."""
+        """Returns router's replica id -> the counters that this router reported last."""
         ...
 
     async def replica_load(self) -> Mapping[str, ReplicaLoad]:
-        """Returns replica id -> its load over the last window; entries expire after 5 s."""
+        """Returns replica id -> the load that this replica reported last; reports expire after 5 s."""
         ...
 
     async def report_missing_experts(self, layer: int, experts: Sequence[int]) -> None:

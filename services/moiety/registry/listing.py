@@ -1,4 +1,4 @@
-"""What a reader of replica entries keeps between two readings, so that it fetches only entries it does not have."""
+"""Caches the replica entries that a reader has fetched, so that its next reading fetches only new or changed ones."""
 
 from __future__ import annotations
 
@@ -10,14 +10,18 @@ from moiety.core.replica import Replica
 
 
 def digest_of(text: str | bytes) -> bytes:
-    """Returns the digest that names an entry's text: 16 hexadecimal digits."""
+    """Returns the digest of an entry's text, as 16 hexadecimal digits."""
     raw = text.encode() if isinstance(text, str) else text
     return hashlib.blake2b(raw, digest_size=8).hexdigest().encode()
 
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """One reading of the table. `digest` names the answer it came from; if empty, the next reading must list again."""
+    """The replicas found by one reading of the registry, with the entries that the next reading need not fetch.
+
+    `digest` is the store's digest of its list of ids and entry digests: while it is unchanged, so are the replicas. It is
+    empty before the first reading, and if an entry changed during this one; the next reading must then fetch the list.
+    """
 
     digest: bytes = b""
     replicas: tuple[Replica, ...] = ()  # sorted by id
@@ -25,7 +29,7 @@ class Listing:
     entries: Mapping[tuple[bytes, bytes], Replica | None] = field(default_factory=dict)
 
     def unknown(self, beats: Sequence[tuple[bytes, bytes]]) -> list[bytes]:
-        """Returns the ids in `beats`, (id, digest) pairs, whose text must be fetched."""
+        """Returns the ids whose entries must be fetched. `beats`: the (id, digest of the entry) pairs that the store lists."""
         return [replica_id for replica_id, digest in beats if (replica_id, digest) not in self.entries]
 
     def following(
@@ -35,9 +39,10 @@ class Listing:
         texts: Mapping[bytes, bytes | None],
         decode: Callable[[bytes, bytes], Replica | None],
     ) -> Listing:
-        """Returns the listing of `beats`, given the `texts` of the unknown ids; `decode` takes an id and a text.
+        """Returns the next reading, of `beats`, the (id, digest of the entry) pairs that the store lists.
 
-        A text that is gone, or that does not have the digest of its beat, changed between listing and fetching. It
+        `texts` holds the entries fetched for the ids that `unknown` returned; None = gone. `decode(id, text)` decodes one.
+        An entry that is gone, or whose digest is not the one listed, changed after it was listed. What was fetched of it
         counts in this reading and is not kept for the next.
         """
         complete, kept, live = True, dict[tuple[bytes, bytes], Replica | None](), dict[bytes, Replica]()

@@ -1,4 +1,4 @@
-"""Turns readings of the load ledger into rows per second: pure functions of the readings' own times."""
+"""Turns the cumulative counters in the load ledger into rows per second, by the time in each reading, without a clock."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from moiety.core.load import BatchCost, ExpertDemand
 
-WINDOW_S = 3.0  # window of `Recent`; routers flush their counters every second
+WINDOW_S = 3.0  # window of `RecentRates`; routers flush their counters every second
 FLUSHES_KEPT = 8  # per writer: those of a window, and a few more
 
 Counter = Literal["rows", "activations"]
@@ -20,15 +20,16 @@ Counter = Literal["rows", "activations"]
 def rates(
     older: Mapping[str, ExpertDemand], newer: Mapping[str, ExpertDemand], counter: Counter = "rows"
 ) -> npt.NDArray[np.float64]:
-    """Returns rows (or activations) per second, [moe_layers][experts], summed over the writers of `newer`.
+    """Returns rows (or activations) per second, [moe_layers][experts], summed over the routers in `newer`.
 
-    A writer contributes what it added between its two readings. If its counters went down, it restarted under the same
-    id, and its whole count is taken. If `older` lacks it, its whole count is taken only if it `started` within the
-    window, that is, after the latest time in `older`. Otherwise (the store was emptied, or the writer was silent for a
-    while) its count is older than the window, and it contributes from the next reading on.
+    `older` and `newer` are two readings of the load ledger: router's replica id -> cumulative counters. A router
+    contributes the difference between the two. If its counters went down, it restarted under the same id, and its whole
+    count is taken. If `older` lacks a router, its whole count is taken only if it `started` after the latest time in
+    `older`. Otherwise (the store was emptied, or the router was silent for a while) its count goes back too far, and it
+    contributes from the next reading on.
 
-    The result has the shape of the newest reading. A writer with another shape serves another model and is left out.
-    The shape is [0, 0] if there are no readings.
+    The result has the shape of the counters with the latest time. A router whose counters have another shape serves
+    another model and is left out. The shape is [0, 0] if `newer` is empty.
     """
     if not newer:
         return np.zeros((0, 0))
@@ -52,13 +53,13 @@ def rates(
 
 
 class RecentRates:
-    """One writer's rows per second over the last WINDOW_S, computed by the writer from its own flushes."""
+    """Computes one router's rows per second over the last WINDOW_S, from the counters that the router reports."""
 
     def __init__(self) -> None:
         self._flushes: deque[tuple[float, npt.NDArray[np.int64]]] = deque(maxlen=FLUSHES_KEPT)
 
     def rows_per_s(self, demand: ExpertDemand) -> npt.NDArray[np.float64]:
-        """Returns [moe_layers][experts] as of `demand`, the writer's next flush; zeros at its first flush."""
+        """Adds the router's next counters, `demand`; returns rows per second, [moe_layers][experts]. The first are zeros."""
         rows = _table(demand, "rows")
         if self._flushes and demand.time < self._flushes[-1][0]:
             self._flushes.clear()  # the clock was set back
@@ -72,7 +73,7 @@ class RecentRates:
 
 
 def latest_costs(demand: Mapping[str, ExpertDemand]) -> BatchCost | None:
-    """Returns the fit with the most samples, or None if there is none yet."""
+    """Returns the batch-cost fit with the most samples among all routers' fits, or None if no router has one yet."""
     fits = [reading.costs for reading in demand.values() if reading.costs is not None]
     return max(fits, key=lambda costs: costs.samples, default=None)
 

@@ -1,4 +1,4 @@
-"""The registry on Redis or Valkey; the only module that imports redis-py.
+"""The registry on Redis or Valkey; the only module of the package that imports redis-py.
 
 Keys, all under `moiety:{<app>}:` (the braces keep them in one Redis Cluster slot):
 
@@ -9,9 +9,9 @@ Keys, all under `moiety:{<app>}:` (the braces keep them in one Redis Cluster slo
     placement      JSON                 epoch      epoch of `placement`             routers      set of ids, like replicas
     decisions      stream, 1,000 entries
 
-A beat that finds its own digest only renews the key. A beat that finds another digest, or none, writes the entry. Readers
-list the digests, or learn that the list has not changed, and fetch the entries they do not have. They fetch counters only
-if they have not read their `stamp`, a field with a new value at every flush.
+A heartbeat that finds the digest of its own entry in `beat:<id>` only renews that key. If it finds another digest, or none,
+it writes the entry. A reader asks for the list of digests, which the server sends only if it has changed, and then fetches
+the entries it does not have. It fetches a router's counters only if their field `stamp`, new at every report, has changed.
 
 `hot` is for operators: the 64 experts with the most rows per second, `<layer>/<expert>` -> rows per second, over the last
 three seconds and all routers. `redis-cli ZREVRANGE 'moiety:{<app>}:hot' 0 9 WITHSCORES` shows the first ten.
@@ -83,7 +83,7 @@ class RedisRegistry:
         self._written[replica.id] = (digest, since)
 
     async def _renew(self, client: Any, replica_id: str, digest: bytes) -> bool:
-        """Renews the entry; returns whether the store still had it."""
+        """Renews the TTL of a replica's entry; returns whether the store still had the entry with this `digest`."""
         beat = self._key("beat", replica_id)
         async with client.pipeline(transaction=False) as pipeline:
             pipeline.get(beat)
@@ -221,7 +221,7 @@ class RedisRegistry:
                 await client.aclose()
 
     async def _live(self, index: str) -> tuple[Replica, ...]:
-        """Returns the replicas in the set `index`; fetches their digests if any has changed, and the texts that are new."""
+        """Returns the replicas in the set `index` ("replicas" or "routers"). Fetches only entries that are new or changed."""
         known = self._listings.get(index, Listing())
         prefixes = self._key("beat", ""), self._key("replica", "")
         async with self._store() as client:
@@ -242,7 +242,7 @@ class RedisRegistry:
         return self._listings[index].replicas
 
     def _decoded(self, kind: str, found: Sequence[Any], decode: Callable[[Any], T]) -> dict[str, T]:
-        """Returns the readable entries of a flat [id, value, id, value, …] answer, by id."""
+        """Returns id -> decoded value for `found`, a flat [id, value, id, value, …] list; skips values that are broken."""
         live: dict[str, T] = {}
         for raw_id, raw in zip(found[::2], found[1::2], strict=True):
             name = raw_id.decode(errors="replace")
@@ -259,7 +259,7 @@ class RedisRegistry:
 
     @contextlib.asynccontextmanager
     async def _store(self) -> AsyncIterator[Any]:
-        """Yields this loop's client; a failure or timeout of it inside becomes RegistryUnreachable."""
+        """Yields this event loop's Redis client. Redis errors and timeouts inside the context become RegistryUnreachable."""
         try:
             async with asyncio.timeout(OPERATION_TIMEOUT_S):
                 yield self._client()
@@ -289,7 +289,7 @@ def _milliseconds(seconds: float) -> int:
 
 
 def _hottest(rows_per_s: npt.NDArray[np.float64]) -> dict[str, float]:
-    """Returns `layer/expert` -> rows per second for the HOT_ENTRIES busiest experts of [layers, experts]."""
+    """Returns `layer/expert` -> rows per second for the HOT_ENTRIES busiest experts; `rows_per_s` is [layers, experts]."""
     flat, experts = rows_per_s.reshape(-1), rows_per_s.shape[1]
     top = np.argsort(-flat, kind="stable")[:HOT_ENTRIES]
     return {f"{cell // experts}/{cell % experts}": round(float(flat[cell]), 1) for cell in top if flat[cell] > 0}

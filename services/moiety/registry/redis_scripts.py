@@ -1,6 +1,6 @@
 """The Lua scripts of `redis.py`. Each makes one read or write atomic. They need Redis 5 or Valkey, or newer.
 
-All keys share the slot of their `{app}` braces, so a script may build key names from a prefix in its arguments.
+The braces in `moiety:{<app>}:` keep all keys in one Redis Cluster slot, so a script may build key names from a prefix.
 """
 
 # KEYS: a set of ids. ARGV: prefix of their keys, digest of an earlier answer, prefixes of keys to delete with a pruned id.

@@ -1,4 +1,4 @@
-"""Follows the live replicas in the registry, and keeps the last table through outages."""
+"""Keeps a table of the live replicas in the registry up to date, and keeps the last table while the registry is down."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _log = logging.getLogger(__name__)
 
 
 class Watch:
-    """Polls `registry` every `interval_s` seconds and keeps the table of replicas. It distinguishes three losses:
+    """Polls `registry` every `interval_s` seconds and keeps the table of live replicas. It distinguishes three losses:
 
     - *The registry does not answer*: the last table stays, and `stale_since` is set.
-    - *The store was emptied*, or has just come back: replicas it no longer lists stay for GRACE_S, so that their
-      heartbeats can refill it.
-    - *An entry expired or was removed* from a working store: the replica leaves the table.
+    - *The registry was emptied*, or answers again after an outage: replicas that it no longer lists stay in the table for
+      GRACE_S, so that their heartbeats can register them again.
+    - *An entry expired or was removed* from a working registry: the replica leaves the table.
 
-    The third loss does not prove that a replica is gone: a caller with a healthy stream to it keeps using it.
+    The third loss does not prove that a replica is gone: a caller with a healthy stream to the replica keeps using it.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Watch:
         self.stale_since: float | None = None  # in seconds of `clock`; None while the registry answers
 
     async def start(self) -> None:
-        """Reads the table once and keeps following it in the background. A registry that is down is no error."""
+        """Polls the registry once, then in the background until `stop`. An unreachable registry raises no error."""
         await self.poll()
         self._task = asyncio.create_task(self._follow())
 
@@ -58,13 +58,13 @@ class Watch:
             await asyncio.wait([self._task])
 
     async def until(self, condition: Callable[[tuple[Replica, ...]], bool]) -> tuple[Replica, ...]:
-        """Waits until the table meets `condition` and returns it; the caller sets the time limit."""
+        """Waits until the replica table meets `condition` and returns the table; the caller sets the time limit."""
         while not condition(self.replicas):
             await self._changed.wait()
         return self.replicas
 
     async def poll(self) -> None:
-        """Reads the registry now. Never raises for an outage."""
+        """Reads the registry now and updates the table. Does not raise if the registry is unreachable."""
         try:
             listed = {replica.id: replica for replica in await self._registry.replicas()}
             generation = await self._registry.generation()
@@ -83,7 +83,7 @@ class Watch:
         await self._publish(tuple(table[replica_id] for replica_id in sorted(table)))
 
     def _open_grace(self, generation: str | None) -> None:
-        """Starts the grace period if the store's contents are new, or if entries expired while it could not be written."""
+        """Starts the grace period if the registry was emptied or was unreachable: entries of live replicas may be missing."""
         emptied = self._generation is not None and generation != self._generation
         if emptied or self.stale_since is not None:
             self._unconfirmed = {replica.id: replica for replica in self.replicas}

@@ -66,7 +66,7 @@ def test_large_counts_stay_exact() -> None:
 
 
 def test_a_writer_knows_its_own_last_seconds() -> None:
-    """`Recent` gives zeros at first, then the rates of the window, and zeros again once the window is over."""
+    """`RecentRates` gives zeros at first, then the rates of the window, and zeros again once the window is over."""
     recent = RecentRates()
     counted = [(0, 0), (10, 0), (40, 0), (40, 6), (40, 6), (40, 6), (40, 6)]
     found = [recent.rows_per_s(demand_of(rows, time=100.0 + second)).tolist() for second, rows in enumerate(counted)]
