@@ -41,17 +41,17 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class EngineLoad:
-    """The load that a gateway reads before it picks a router."""
+    """A reading of an engine's load: gateways choose routers by it, and routers are scaled on it."""
 
     running: int
     waiting: int
     free_blocks: int  # KV cache blocks that no sequence holds, including cached prefixes
     admitted: int = 0  # requests that have started to run since the engine started
-    waited_s: float = 0.0  # seconds that they waited in total before they ran
+    waited_s: float = 0.0  # seconds that admitted requests waited in total before they ran
 
 
 class StepInterrupted(MoietyError):
-    """A request of the step was cancelled or reached its deadline while the step waited for experts."""
+    """While a step waited for experts, one of its requests was cancelled or reached its deadline, or the engine was stopped."""
 
 
 class Engine:
@@ -163,7 +163,7 @@ class Engine:
         self._commit(plan, sampled)
         return True
 
-    # The five parts of a step ------------------------------------------------------------------------------------
+    # The parts of a step -----------------------------------------------------------------------------------------
 
     def _admit(self) -> None:
         with self._changed:
@@ -184,7 +184,7 @@ class Engine:
                 self._tracer.start(SpanName.QUEUE, parent=sequence.span, start_ns=sequence.submitted_ns).end(now_ns)
 
     def _run_plan(self, plan: StepPlan, span: Span) -> tuple[StepPlan, torch.Tensor]:
-        """Repeats the forward pass without failed sequences until it succeeds; returns the final plan and its logits [R, V]."""
+        """Runs `plan`, again without failed sequences, until it succeeds; returns the last plan and its logits [R, V]."""
         while plan.scheduled:
             try:
                 return plan, self._runner.run(plan, self._context(plan, span))
@@ -250,7 +250,7 @@ class Engine:
         self._admit()
 
     def _step_spans(self, plan: StepPlan) -> tuple[Span, list[Span]]:
-        """Starts the step's span in the first traced request's trace, and in each other's trace a span linked to it."""
+        """Starts the step's span in the first traced request's trace, and a span linked to it in each other request's trace."""
         traced = [item.sequence.span for item in plan.scheduled if item.sequence.span.recording]
         if not traced:
             return NO_SPAN, []

@@ -35,7 +35,7 @@ class _Lane(Generic[T]):
 
 
 class Lanes:
-    """Runs the lanes of one step at a time. Only one thread, the one that calls `run` and `wait`, may use it."""
+    """Runs the lanes of a step in turns, one step after another. Only one thread may call its methods."""
 
     def __init__(self, wait: Callable[[float], object]):
         """`wait(seconds)` blocks the thread until an event was handled or the time is over, as `Mailbox.wait` does."""

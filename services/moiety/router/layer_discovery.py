@@ -35,7 +35,7 @@ class _ZeroRows:
 
 @torch.inference_mode()
 def run_once(model: Any, batch: DiscoveryBatch, cache: Any = None) -> torch.Tensor:
-    """Runs the batch with routed experts that return zeros; `cache` becomes past_key_values. Returns logits [1, T, V]."""
+    """Runs `model` on `batch`, with routed experts that return zeros and past_key_values=`cache`. Returns logits [1, T, V]."""
     device = next(model.parameters()).device
     tokens = len(batch.length)
     vocabulary = model.config.get_text_config().vocab_size
@@ -79,7 +79,7 @@ def discover_cache_spec(model: Any, shape: ModelShape) -> CacheSpec:
             raise CheckpointError(f"{shape.architecture}: {reason}, which the router cannot do yet")
         return CacheSpec(batch.spec.layers, cross_attention=True)
     # The run has recorded each attention layer, and each state layer knows its states. Any other layer keeps nothing or
-    # something unknown; serving it without that would give wrong tokens with no error.
+    # something unknown. Without what it keeps, it would give wrong tokens with no error.
     kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or {}
     seen = {*batch.spec.layers, *(layer for layer, _ in states)}
     unknown = [layer for layer in range(config.num_hidden_layers) if layer not in seen]

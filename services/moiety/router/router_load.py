@@ -11,17 +11,18 @@ from moiety.router.engine import Engine
 
 
 class RouterLoad:
-    """Reads one engine's load. Each reading covers the time since the previous one."""
+    """Reads one engine's load. The wait and the rates of a reading cover the time since the previous reading."""
 
     def __init__(self, engine: Engine, slots: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._engine, self._slots, self._clock = engine, slots, clock
         self._since, self._admitted, self._waited_s = clock(), 0, 0.0
 
     def reading(self) -> ReplicaLoad:
-        """Returns the load since the last reading.
+        """Returns the load since the previous reading.
 
-        `busy` is the fuller of slots and KV cache; rows and calls are admitted requests. If requests wait and none was
-        admitted, the queue wait is the whole time since the last reading.
+        `busy` is the used part of the slots or of the KV blocks, whichever is larger, at the time of the call. `rows_per_s`
+        and `calls_per_s` both count admitted requests. If requests wait and none was admitted, the queue wait is the whole
+        time since the previous reading.
         """
         load, now = self._engine.load, self._clock()
         elapsed = max(now - self._since, 1e-6)

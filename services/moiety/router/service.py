@@ -29,7 +29,7 @@ SERVICE = "moiety.internal.v1.EngineService"
 
 
 class EngineService(engine_pb2_grpc.EngineServiceServicer):
-    """The RPCs of one engine."""
+    """Serves the RPCs of one engine: DescribeEngine and GenerateTokens."""
 
     def __init__(
         self,
@@ -44,7 +44,7 @@ class EngineService(engine_pb2_grpc.EngineServiceServicer):
         tracer: Tracer,
         start: DecoderStart | None = None,
     ):
-        """`start`: the token that an encoder-decoder's output begins with; None for a decoder-only model."""
+        """`start`: the tokens at the start of an encoder-decoder's output; None for a decoder-only model."""
         self._start = start
         self._guides = guides
         self._engine, self._model, self._revision, self._tracer = engine, model, revision, tracer
@@ -139,7 +139,7 @@ class EngineService(engine_pb2_grpc.EngineServiceServicer):
             attributes={Attribute.REQUEST_ID: request.request_id, Attribute.INPUT_TOKENS: len(prompt)},
         )
         return Sequence(
-            request_id=f"{request.request_id}/{next(self._arrivals)}",  # a lost gateway may send it again
+            request_id=f"{request.request_id}/{next(self._arrivals)}",  # several calls may have the same request_id
             tokens=decoder_prompt + generated,
             prompt_tokens=len(decoder_prompt),
             encoder_ids=() if self._start is None else tuple(prompt),

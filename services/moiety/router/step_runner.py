@@ -51,7 +51,7 @@ class StepRunner:
         threads.set_thread_limit(count)
 
     def poll(self) -> None:
-        """Handles routing table changes and late answers. An idle engine thread calls this regularly."""
+        """Handles late answers and changes of the holder table, without waiting. An idle engine thread calls this regularly."""
         self._backends[0].poll()
 
     @torch.inference_mode()
@@ -75,7 +75,7 @@ class StepRunner:
         return torch.cat(logits)
 
     def _run_part(self, backend: StepBackend, plan: StepPlan, offset: int, step: StepContext) -> torch.Tensor:
-        """Returns one lane's logits. Its first token is the step's token `offset`."""
+        """Runs `plan`, one lane's part of a step, and returns its logits. `offset` tokens of the step come before this part."""
         ids: list[int] = []
         wanted: list[int] = []  # positions of tokens that need logits
         for item in plan.scheduled:
@@ -121,7 +121,10 @@ class StepRunner:
 
 
 def _note_routed(plan: StepPlan, rerouted: np.ndarray) -> None:
-    """Adds a layer's rows, and those rerouted to another expert (bool [T, K]), to the counts of each token's sequence."""
+    """Adds the rows of one MoE layer to the counts of the sequences that own them.
+
+    `rerouted`, bool [T, K], says which rows went to another expert than the gate's.
+    """
     start = 0
     for item in plan.scheduled:
         end = start + len(item.ids)

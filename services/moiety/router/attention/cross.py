@@ -26,7 +26,10 @@ NAME = "moiety_cross"
 
 
 class EncodedPrompts(Protocol):
-    """Where prompts are cached, including those to encode; see `moiety.router.attention.step_batch.CrossAttentionBatch`."""
+    """Interface of a batch's prompts: which of them the step encodes, and where all of them are cached.
+
+    `moiety.router.attention.step_batch.CrossAttentionBatch` implements it and explains its fields.
+    """
 
     @property
     def tables(self) -> torch.Tensor: ...
@@ -41,7 +44,7 @@ class EncodedPrompts(Protocol):
 
 
 class EncoderDecoderBatch(Batch, Protocol):
-    """What `moiety_batch` must provide for an encoder-decoder."""
+    """Interface of the argument `moiety_batch` of attention functions, for encoder-decoders: a Batch with its prompts."""
 
     @property
     def cross(self) -> EncodedPrompts: ...
@@ -71,7 +74,10 @@ def attend_encoder_decoder(
     moiety_batch: EncoderDecoderBatch | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Computes the attention of one module, of any of the three kinds; returns [1, T or E, H, Dv]."""
+    """Computes attention within a prompt, along the output, or from the output to its prompt, depending on `module`.
+
+    Returns [1, T or E, H, Dv].
+    """
     if moiety_batch is None:
         raise TypeError("the moiety attention function needs the keyword argument moiety_batch")
     if not module.is_decoder:
@@ -100,7 +106,10 @@ def _attend_within_prompts(
     scaling: float | None,
     position_bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Lets every token of a prompt see that whole prompt. One prompt at a time, so that its bits do not depend on others."""
+    """Attends from every token of a prompt to that whole prompt.
+
+    Computes one prompt at a time, so that its result does not depend, to the bit, on the other prompts of the step.
+    """
     outputs = []
     for q, k, v in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True):
         bias = None if position_bias is None else _pairwise_bias(position_bias, q.shape[2])

@@ -119,7 +119,7 @@ def attend_latent(
     attention_mask: torch.Tensor | None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Calls `attend` for a layer of a model that caches latents, also for a layer that does not cache its latent."""
+    """Computes attention for a model that caches latents, also in layers of it that cache expanded keys and values."""
     latent: Latent | None = getattr(module, LATENT_ATTRIBUTE, None)
     if latent is None:
         return attend(module, query, key, value, attention_mask, **options)

@@ -22,7 +22,10 @@ NAME = "moiety"
 
 
 class Batch(Protocol):
-    """What `moiety_batch` must provide; see `moiety.router.attention.step_batch.StepBatch`."""
+    """Interface of the argument `moiety_batch` of attention functions: the step's tokens and the cache of their sequences.
+
+    `moiety.router.attention.step_batch.StepBatch` implements it and explains its fields.
+    """
 
     @property
     def tables(self) -> torch.Tensor: ...
@@ -68,7 +71,7 @@ class DiscoveryBatch:
         window: int | None = None,
         chunk: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Records the layer; returns pools with one block for each token."""
+        """Records what the layer caches per token; returns key and value as pools with one block for each token."""
         shared = isinstance(value, int)
         values = key[..., :value] if isinstance(value, int) else value
         self._layers[layer] = LayerSpec(key.shape[1], key.shape[2], values.shape[2], key.dtype, shared, window, chunk)
@@ -80,7 +83,7 @@ class DiscoveryBatch:
 
 
 class DiscoveryPrompts:
-    """A prompt of one token, and a record of what each layer caches for it."""
+    """The prompt of a DiscoveryBatch, one token long. Records what each decoder layer caches for it."""
 
     def __init__(self, tokens: int) -> None:
         """`tokens`: number of output tokens that attend to the prompt."""

@@ -1,8 +1,9 @@
 """Attention to tokens that an indexer picks (DeepSeek-V3.2, arXiv:2512.02556): a slower path, one sequence after another.
 
-A layer's indexer has keys of its own, and decides by them which keys a token attends to. transformers' module does that
-for whole sequences, with a mask and a cache. Here each sequence of a step passes through it alone. Its latents and
-indexer keys are read from blocks, which hold them like other keys and values.
+A layer's indexer caches keys of its own, and compares queries with them to pick the tokens that a token attends to.
+transformers' attention module does that for whole sequences, with a mask and a cache. Here the sequences of a step pass
+through that module one after the other. It reads a sequence's latents and indexer keys from the blocks of the KV cache,
+which hold them like other keys and values.
 """
 
 from __future__ import annotations
@@ -32,12 +33,12 @@ class SequenceCache(Cache):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Stores the step's keys and values [1, G, tokens, D]; returns the whole sequence's, [1, G, all, D]."""
+        """Stores the step's keys and values [1, G, tokens, D]; returns those of the whole sequence, [1, G, all, D]."""
         keys, values = self._batch.store(layer_idx, key_states[0].transpose(0, 1), value_states[0].transpose(0, 1))
         return self._whole(keys), self._whole(values)
 
     def update_indexer(self, indexer_key_states: torch.Tensor, layer_idx: int) -> torch.Tensor:
-        """Stores the step's indexer keys [1, tokens, D]; returns the whole sequence's, [1, all, D]."""
+        """Stores the step's indexer keys [1, tokens, D]; returns those of the whole sequence, [1, all, D]."""
         keys, _ = self._batch.store(indexer_of(layer_idx), indexer_key_states[0].unsqueeze(1), 0)
         return self._whole(keys)[:, 0]
 
@@ -94,7 +95,10 @@ def use_indexers(model: Any) -> None:
 
 
 def _joined(parts: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
-    """Joins [1, tokens, ...] of all sequences. Picked keys [1, tokens, K] are padded to equal K with the first of them."""
+    """Joins the outputs [1, tokens, ...] of all sequences to one [1, T, ...]; None if a sequence has none.
+
+    The picked tokens [1, tokens, K] of a short sequence have a smaller K: their first pick is repeated up to the largest K.
+    """
     if any(part is None for part in parts):
         return None
     tensors = [part for part in parts if part is not None]

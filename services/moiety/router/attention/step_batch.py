@@ -41,7 +41,10 @@ class StepBatch:
         device: torch.device,
         cross: CrossAttentionBatch | None = None,
     ) -> StepBatch:
-        """Builds a step: sequence s computes `counts[s]` tokens after `past[s]` others. `tables[s]` must have room for them."""
+        """Builds a step in which sequence s computes `counts[s]` tokens after its first `past[s]` tokens.
+
+        `tables[s]` must have blocks for all of these tokens.
+        """
         state_slots = [table.slot for table in tables if table.slot is not None]
         count = np.array(counts)
         sequence = np.repeat(np.arange(len(count)), count)
@@ -82,7 +85,7 @@ class StepBatch:
         window: int | None = None,
         chunk: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Writes the step's key [T, G, Dk] and value [T, G, Dv]; returns the layer's pools of both.
+        """Writes the step's key [T, G, Dk] and value [T, G, Dv]; returns the layer's pools of keys and of values.
 
         An int as `value` is the number of leading key columns that are the values (`LayerSpec.shared`).
         """
@@ -98,7 +101,7 @@ class StepBatch:
 class CrossAttentionBatch:
     """The prompts of an encoder-decoder's sequences: where they are cached, and which of them this step encodes.
 
-    Shape legend as above, and E tokens of the prompts to encode, one prompt after the other.
+    Shape legend: that of the module, and E tokens of the prompts that this step encodes, one prompt after the other.
     """
 
     cache: KVCache
@@ -119,9 +122,9 @@ class CrossAttentionBatch:
         counts: Sequence[int],
         device: torch.device,
     ) -> CrossAttentionBatch:
-        """Builds a batch in which sequence s has `counts[s]` tokens and the prompt `prompts[s]`, in the blocks of `tables[s]`.
+        """Builds a batch in which sequence s computes `counts[s]` output tokens and has the prompt `prompts[s]`.
 
-        `new[s]`: this step encodes the prompt.
+        The prompt is cached in the blocks of `tables[s]`; `new[s]` says whether this step encodes it.
         """
         encoded = [s for s, is_new in enumerate(new) if is_new]
         lengths = [len(prompts[s]) for s in encoded]
@@ -141,20 +144,20 @@ class CrossAttentionBatch:
         )
 
     def store(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Writes key [E, G, Dk] and value [E, G, Dv] of the prompts to encode; returns the layer's pools of both."""
+        """Writes key [E, G, Dk] and value [E, G, Dv] of prompts to encode; returns the layer's pools of keys and of values."""
         keys, values = self.cache.layer(layer)
         if self.lengths:
             store(keys, values, key, value, self.slots)
         return keys, values
 
     def owners(self, tokens: Sequence[int]) -> list[int]:
-        """Maps tokens [E] of the prompts to encode to tokens of the step that belong to the same sequence."""
+        """Returns for each of `tokens`, indices in the prompts' row [E], where in the step its sequence's first token is."""
         ends = np.cumsum(self.lengths)
         return [self.first[prompt] for prompt in np.searchsorted(ends, tokens, side="right").tolist()]
 
 
 def _padded(tables: Sequence[BlockTable]) -> npt.NDArray[np.int32]:
-    """Returns the tables as one array [S, M], padded with 0."""
+    """Returns the block ids of `tables` as one array [S, M], with 0 after the end of a shorter table."""
     padded = np.zeros((len(tables), max(table.count for table in tables)), np.int32)
     for row, table in zip(padded, tables, strict=True):
         row[: table.count] = table.ids[: table.count]
@@ -167,6 +170,6 @@ def _slots(
     sequence: npt.NDArray[np.int64],
     positions: npt.NDArray[np.int64],
 ) -> npt.NDArray[np.int64]:
-    """Returns int64 [T]: the place of each token in the pool."""
+    """Returns the place of each token in the pool, int64 [T]: block id times tokens per block, plus offset in the block."""
     slots: npt.NDArray[np.int64] = padded[sequence, positions // cache.block_tokens] * np.int64(cache.block_tokens)
     return slots + positions % cache.block_tokens

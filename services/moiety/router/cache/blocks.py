@@ -18,7 +18,10 @@ _DIGEST_BYTES = 32  # collisions are infeasible to find, so equal digests mean e
 
 
 def root(revision: str, tenant: str) -> bytes:
-    """Returns the digest that a tenant's prefixes start from. Different revisions and tenants do not share blocks."""
+    """Returns the digest of the empty prefix, from which the digests of a tenant's blocks are chained.
+
+    It differs between revisions and tenants, so they do not share blocks.
+    """
     return blake2b(f"{len(revision)}:{revision}{tenant}".encode(), digest_size=_DIGEST_BYTES).digest()
 
 
@@ -30,7 +33,7 @@ def chained(before: bytes, tokens: Sequence[int]) -> bytes:
 class BlockTable:
     """The blocks of one sequence in order: `ids[first:count]`. Blocks before `first` fell out of every layer's window.
 
-    Where the model keeps states, it also holds the sequence's state slot: see `state_slots.py`.
+    For a model with states, the table also has the sequence's state slot: see `state_slots.py`.
     """
 
     __slots__ = ("count", "digests", "first", "ids", "named", "slot")
@@ -55,7 +58,10 @@ class BlockTable:
         self.count += 1
 
     def clear(self) -> None:
-        """Drops the blocks and the slot. Keeps the digests, which depend on the tokens only."""
+        """Empties the table, after the cache has released its blocks and slot.
+
+        Keeps the digests, which depend on the tokens only.
+        """
         self.ids[: self.count] = 0
         self.first = self.count = self.named = 0
         self.slot = None
@@ -106,7 +112,7 @@ class BlockPool:
         return self._references[block] > 0
 
     def name(self, block: int, digest: bytes) -> None:
-        """Registers a held block under its digest for `find`, unless another block with the same tokens is registered."""
+        """Lets `find` return this held block for `digest`, unless the digest or the block is registered already."""
         if digest not in self._by_digest and block not in self._digest_of:
             self._by_digest[digest] = block
             self._digest_of[block] = digest

@@ -46,7 +46,7 @@ StateKey = tuple[int, str]  # layer index, name of the state
 
 
 def indexer_of(layer: int) -> int:
-    """Returns the index in `CacheSpec.layers` under which a layer's indexer keys are cached: negative, so it is unique."""
+    """Returns the key of a layer's indexer in `CacheSpec.layers`: negative, because the layers themselves have keys from 0."""
     return ~layer
 
 
@@ -64,7 +64,7 @@ class CacheSpec:
 
     @property
     def bytes_per_slot(self) -> int:
-        """Bytes of one sequence's states, both rows of each."""
+        """Bytes of all states of one sequence: two rows for each state."""
         return sum(state.bytes_per_slot for state in self.states.values())
 
     @property

@@ -1,4 +1,4 @@
-"""Keys and values in blocks that sequences share, and the slots of their states, bounded by one memory setting.
+"""Keys and values in blocks that sequences can share, and one state slot per sequence, within the setting `kv_memory`.
 
 The engine knows which tokens of a table are valid, and commits at the end of a step. A step may run again: it overwrites
 the same positions, and writes states to a second row (`state_slots.py`).
@@ -20,11 +20,11 @@ BLOCK_TOKENS = 16
 
 
 class KVCache:
-    """Holds states for `slots` sequences, and all layers' tensors with as many blocks as fit in the rest of `memory_bytes`.
+    """States for `slots` sequences, and all layers' keys and values in as many blocks as fit in the rest of `memory_bytes`.
 
-    With a `revision`, `match` finds full blocks by their tokens and all tokens before them. Without one there is no
-    prefix cache. Nor is there one for models with states, which a prefix could not continue without the state at its
-    end, or with cross attention.
+    With a `revision`, the cache is also a prefix cache: `match` finds full blocks by their tokens and all tokens before
+    them. There is no prefix cache without a `revision`, for models with states (a sequence cannot continue a prefix
+    without the state at its end), or for models with cross attention (keys and values depend on the encoder's prompt too).
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class KVCache:
         return self._layers[index]
 
     def blocks_for(self, tokens: int) -> int:
-        """Returns the fewest blocks with which a sequence can reach `tokens` tokens."""
+        """Returns how many blocks suffice for a sequence to grow to `tokens` tokens; blocks out of every window are freed."""
         whole = -(-tokens // self.block_tokens)
         return whole if self._reach is None else min(whole, -(-self._reach // self.block_tokens) + 2)
 
@@ -107,7 +107,10 @@ class KVCache:
             table.first = max(table.first, needed)
 
     def release(self, table: BlockTable) -> None:
-        """Returns slot and blocks to the pool. The last blocks go first, so that they are evicted before those they follow."""
+        """Returns the table's slot and blocks to their pools.
+
+        Releases the last block first, so that a cached block is evicted before the blocks of its prefix.
+        """
         for block in reversed(table.held):
             self._pool.release(block)
         if table.slot is not None:
@@ -128,7 +131,7 @@ class KVCache:
         return found
 
     def unheld(self, blocks: Iterable[int]) -> int:
-        """Returns how many of these blocks no sequence holds."""
+        """Returns how many of `blocks` no sequence holds."""
         return sum(not self._pool.is_held(block) for block in blocks)
 
     def adopt(self, table: BlockTable, blocks: Sequence[int]) -> int:
@@ -172,7 +175,7 @@ class KVCache:
         return shared
 
     def check_integrity(self, tables: Iterable[BlockTable]) -> None:
-        """Raises RuntimeError unless `tables` hold exactly the blocks that are neither free nor cached, and the taken slots."""
+        """Raises RuntimeError unless `tables` hold all taken slots, all blocks that are not free or cached, and no more."""
         tables = list(tables)
         self._pool.check(block for table in tables for block in table.held)
         self.states.check(table.slot for table in tables if table.slot is not None)

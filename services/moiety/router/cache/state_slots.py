@@ -38,15 +38,15 @@ class SlotStates:
         return self._rows[key]
 
     def committed(self, slot: int) -> int:
-        """Returns the row with the state after the last committed step."""
+        """Returns the row index, in every state's `rows`, of the states of `slot` after the last committed step."""
         return 2 * slot + self._committed[slot]
 
     def pending(self, slot: int) -> int:
-        """Returns the row that the current step writes."""
+        """Returns the row index, in every state's `rows`, at which the current step writes the states of `slot`."""
         return 2 * slot + 1 - self._committed[slot]
 
     def commit(self, slot: int) -> None:
-        """Makes the state that the step wrote the current one."""
+        """Makes the states that the step wrote for `slot` the committed ones."""
         self._committed[slot] = 1 - self._committed[slot]
 
     def take(self) -> int:
@@ -72,17 +72,17 @@ class SlotStates:
 
 @dataclass(frozen=True, slots=True)
 class StateGroup:
-    """Sequences with the same number of tokens in a step, which a layer computes together."""
+    """Sequences that a layer computes together: with equally many tokens in the step, and either all new or all continued."""
 
     sequences: int
     tokens: int  # of each sequence
-    read: torch.Tensor | None  # int64 [sequences]: rows of their states; None if they have none yet
+    read: torch.Tensor | None  # int64 [sequences]: rows of their states; None for new sequences
     write: torch.Tensor  # int64 [sequences]: rows for their new states
 
 
 @dataclass(frozen=True, slots=True)
 class StepStates:
-    """The groups of a step, and the order of its tokens by group and, within a group, by sequence."""
+    """How state layers compute a step: its groups, and the order of its tokens by group and, within a group, by sequence."""
 
     states: SlotStates
     groups: tuple[StateGroup, ...]

@@ -15,7 +15,10 @@ ROWS = 64  # prompt positions at a time: 40 MB at a vocabulary of 151,936
 def sampled_logprobs(
     logits: torch.Tensor, tokens: Sequence[int], tops: Sequence[int]
 ) -> list[tuple[float, TopLogprobs | None]]:
-    """Returns for each row of logits [n, V] its token's log probability and its `tops[row]` likeliest tokens (0: None)."""
+    """Returns for each row of logits [n, V] the log probability of `tokens[row]`, and the `tops[row]` likeliest tokens.
+
+    The latter are None where `tops[row]` is 0.
+    """
     logprobs = logits.float().log_softmax(-1)
     chosen = logprobs.gather(1, torch.tensor(tokens, device=logprobs.device)[:, None])[:, 0].tolist()
     if not any(tops):

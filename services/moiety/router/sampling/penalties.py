@@ -18,12 +18,12 @@ class TokenCounts:
 
     @property
     def ids(self) -> np.ndarray:
-        """int64 [distinct tokens of prompt and output]."""
+        """Ids of the distinct tokens of prompt and output, an int64 vector."""
         return self._ids[: len(self._slots)]
 
     @property
     def generated(self) -> np.ndarray:
-        """float32, aligned with `ids`: occurrences in the output."""
+        """How often each token of `ids` occurs in the output, a float32 vector."""
         return self._generated[: len(self._slots)]
 
     def follow(self, tokens: Tokens[int], prompt_tokens: int) -> None:

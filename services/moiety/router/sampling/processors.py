@@ -1,8 +1,8 @@
 """Changes logits before a token is picked from them, in vLLM's order:
 
-logit bias -> repetition, frequency and presence penalties -> guide -> min_tokens -> a given first token.
+logit bias -> repetition, frequency and presence penalties -> guide -> min_tokens -> a first token that the request forces.
 
-Each stage runs once for the whole batch and changes only the entries that a row's own parameters name.
+Each stage runs once for the whole batch and changes only the rows whose own parameters need it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def changes(sequence: Sequence) -> bool:
-    """Whether `process` changes this sequence's logits now."""
+    """Whether `process` may change the logits of this sequence's next token."""
     sampling = sequence.sampling
     return bool(
         sampling.logit_bias or sampling.penalised or sequence.guide or _too_short(sequence) or _begins(sequence)
@@ -53,7 +53,10 @@ def _add_bias(scores: torch.Tensor, sequences: Rows[Sequence], rows: list[int]) 
 
 
 def _penalise(scores: torch.Tensor, sequences: Rows[Sequence], rows: list[int]) -> None:
-    """Applies transformers' RepetitionPenaltyLogitsProcessor to prompt and output, then OpenAI's two to the output."""
+    """Applies the repetition penalty to tokens of prompt and output, frequency and presence penalties to tokens of the output.
+
+    The first works as transformers' RepetitionPenaltyLogitsProcessor, the other two as OpenAI's.
+    """
     counts = [sequences[row].counts for row in rows]
     for row, counted in zip(rows, counts, strict=True):
         counted.follow(sequences[row].tokens, sequences[row].prompt_tokens)
@@ -73,7 +76,10 @@ def _penalise(scores: torch.Tensor, sequences: Rows[Sequence], rows: list[int]) 
 
 
 def _follow_guides(scores: torch.Tensor, sequences: Rows[Sequence], rows: list[int]) -> dict[int, MoietyError]:
-    """Masks the tokens that a row's guide forbids, and ends before min_tokens unless the guide allows nothing else."""
+    """Masks the tokens that a row's guide forbids; returns the errors of rows whose guide failed.
+
+    Before min_tokens, also masks the tokens that end the output, unless the guide allows no other token.
+    """
     allowed, failed = allowed_tokens([sequences[row].following_guide() for row in rows], scores.shape[1])
     for index, row in enumerate(rows):
         if _too_short(sequences[row]):
@@ -86,7 +92,7 @@ def _follow_guides(scores: torch.Tensor, sequences: Rows[Sequence], rows: list[i
 
 
 def _begins(sequence: Sequence) -> bool:
-    """Whether its next token is the given first token."""
+    """Whether the next token is the first of the output, and the request forces it (`first_token_id`)."""
     return sequence.sampling.first_token_id is not None and sequence.generated == 0
 
 
@@ -99,7 +105,7 @@ def _ends(sequence: Sequence) -> np.ndarray:
 
 
 def _places(scores: torch.Tensor, rows: list[int], ids: list[np.ndarray]) -> torch.Tensor:
-    """Returns the places of tokens `ids[i]` of row `rows[i]` in the flattened scores. Raises IndexError on an unknown id."""
+    """Returns the indices in the flattened scores of tokens `ids[i]` in row `rows[i]`. Raises IndexError on an unknown id."""
     vocabulary = scores.shape[1]
     if any(row_ids.size and int(row_ids.max()) >= vocabulary for row_ids in ids):
         raise IndexError(f"token ids must be below {vocabulary}, the model's vocabulary")

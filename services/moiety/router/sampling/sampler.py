@@ -90,9 +90,10 @@ def _draw(scores: torch.Tensor, sequences: Rows[Sequence]) -> tuple[torch.Tensor
 
 
 def least_shares(shares: torch.Tensor, sequences: Rows[Sequence]) -> torch.Tensor | None:
-    """Returns [n, 1], the smallest of the shares [n, V] that min-p, then top-k, then top-p keep; None if all are kept.
+    """Returns [n, 1]: the smallest probability in each row that min-p, then top-k, then top-p keep; None if they keep all.
 
-    Shares equal to the smallest are kept too. Only values are sorted, and only in rows with a top-k or top-p.
+    `shares` [n, V] are the probabilities. Ties with the smallest one are kept too. Only values are sorted, and only in
+    rows with a top-k or top-p.
     """
     sampling = [sequence.sampling for sequence in sequences]
     bounded = [row for row, s in enumerate(sampling) if s.top_p < 1.0 or 0 < s.top_k < shares.shape[1]]
@@ -118,8 +119,8 @@ def least_shares(shares: torch.Tensor, sequences: Rows[Sequence]) -> torch.Tenso
     return least
 
 
-# On a CPU these three use numpy, which is vectorised where torch is not. At 32 rows of 151,936 on one thread, argmax takes
-# 0.8 ms instead of 10.6, sorting the values 22 ms instead of 481, and zeroing small values 2.6 ms instead of 12.3.
+# On a CPU the next three functions use numpy, which is vectorised where torch is not. At 32 rows of 151,936 on one thread,
+# argmax takes 0.8 ms instead of 10.6, sorting the values 22 ms instead of 481, zeroing small values 2.6 ms instead of 12.3.
 
 
 def _likeliest(scores: torch.Tensor) -> torch.Tensor:
@@ -147,10 +148,10 @@ def _drop_below(shares: torch.Tensor, least: torch.Tensor) -> None:
 
 
 def _invert(shares: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """Returns the tokens [n] at which the running sums of shares [n, V] first exceed uniform [n] of the total.
+    """Returns the tokens [n] at which the running sums of the rows of shares [n, V] first exceed uniform [n] times their total.
 
-    This is inverse transform sampling in two levels, blocks first: running sums over a whole vocabulary would cost more
-    than all the rest.
+    This is inverse transform sampling in two levels, a block of BLOCK tokens and then a token of it: running sums over a
+    whole vocabulary would cost more than the rest of the draw.
     """
     if padding := -shares.shape[1] % BLOCK:
         shares = torch.nn.functional.pad(shares, (0, padding))
@@ -165,7 +166,10 @@ def _invert(shares: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
 
 
 def _first_above(running: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Returns for each row of running [n, m] the first place whose value exceeds target [n]. Skips places of share zero."""
+    """Returns for each row of running sums [n, m] the index of the first sum above target [n].
+
+    It is never an index whose own share is zero.
+    """
     target = torch.minimum(
         target, running[:, -1] * (1 - 2**-50)
     )  # rounding must not lead beyond the last nonzero share

@@ -19,7 +19,10 @@ class AdmissionRate:
         self._times.append(now)
 
     def retry_after(self, waiting: int, now: float) -> float:
-        """Returns the seconds until half of the `waiting` have started at the observed rate; the rest keep the engine busy."""
+        """Returns the seconds in which half of the `waiting` requests start at the observed rate, at least 0.05 and at most 60.
+
+        The other half keeps the engine busy until the refused client retries. Returns 1 s if no rate is known.
+        """
         times = tuple(self._times)  # another thread may be adding
         if not times or now <= times[0]:
             return _UNKNOWN_S

@@ -2,8 +2,8 @@
 
 Running sequences are kept in order of rank (priority, then arrival). Blocks are allocated as tokens need them. When no
 block is free, the running sequence with the highest rank number is preempted: it frees its blocks, keeps its tokens and
-waits again. Later it computes those tokens again that the prefix cache has not kept. So the first in rank always
-advances, and each sequence that fits the cache alone finishes.
+waits again. When it runs again, it recomputes its tokens, except a prefix that is still cached. So the first sequence in rank
+always advances, and each sequence that the whole cache could hold finishes.
 """
 
 from __future__ import annotations
@@ -141,7 +141,10 @@ class Scheduler:
         return self._cache.match(sequence.table, sequence.tokens, sequence.tenant)
 
     def _make_place(self, sequence: Sequence, found: list[int]) -> bool:
-        """Whether slots and blocks suffice for all tokens of the sequence, after preempting lower priorities where needed."""
+        """Makes room for all tokens of a sequence whose cached prefix is in the blocks `found`; returns False if it cannot.
+
+        Preempts running sequences of lower priority as needed.
+        """
         needed = self._cache.blocks_for(len(sequence.tokens)) - len(found) + self._cache.unheld(found)
         needed += self._cache.blocks_for(len(sequence.encoder_ids))
         lower = [other for other in self.running if other.priority > sequence.priority]
@@ -161,9 +164,9 @@ class Scheduler:
 
     @property
     def _spare_blocks(self) -> int:
-        """Free blocks less a reserve: those that running prompts still need, and one to decode into for each sequence.
+        """Number of free blocks less a reserve: the blocks that running prompts still need, and one more per running sequence.
 
-        Without the reserve, a sequence could be admitted and preempted a few steps later.
+        A sequence decodes into the latter. Without the reserve, it could be admitted and preempted a few steps later.
         """
         reserved = sum(
             max(0, self._cache.blocks_for(len(sequence.tokens)) - len(sequence.table.held)) + 1
@@ -174,10 +177,10 @@ class Scheduler:
     # Blocks for a step -------------------------------------------------------------------------------------------
 
     def _allocate(self, sequence: Sequence, wanted: int) -> int:
-        """Allocates blocks for up to `wanted` tokens, preempting higher rank numbers if needed; returns for how many.
+        """Allocates blocks for up to `wanted` more tokens of the sequence; returns for how many tokens it got blocks.
 
-        A sequence that gets no block keeps those it has and waits for others to end. It computes tokens twice only if
-        a sequence of lower rank number needs its blocks.
+        If no block is free, preempts the last sequences in rank. A sequence that still gets no block keeps its blocks and
+        waits for others to end. It computes tokens twice only if a sequence before it in rank needs its blocks.
         """
         while True:
             granted = self._cache.grow(sequence.table, sequence.computed + wanted) - sequence.computed

@@ -71,13 +71,19 @@ def _finish(sequence: Sequence, token: int) -> FinishReason | None:
 
 
 def _up_to_wrong_draft(drafts: tuple[int, ...], events: list[Emitted]) -> list[Emitted]:
-    """Keeps the events sampled after right drafts only, up to the end of the output. `events[n]` follows `drafts[:n]`."""
+    """Returns the leading events whose drafts were all right, up to the first event that ends the output.
+
+    `events[n]` was sampled after `drafts[:n]`.
+    """
     ended = next((at for at, event in enumerate(events) if event.finish or event.error), len(events))
     return events[: accepted(drafts, [event.token_ids[0] for event in events[:ended]]) + 1]
 
 
 def _choices(plan: StepPlan) -> list[tuple[range, Sequence, tuple[int, ...]]]:
-    """Returns (rows of the logits, sequence, drafts) to sample: a prompt's last row occurs once for each choice."""
+    """Returns what to sample: (rows of the logits, sequence, drafts) for each choice.
+
+    All choices of a request whose prompt is complete in this step sample from the same row.
+    """
     return [
         (rows[-1 - len(item.drafts) :], sequence, item.drafts)
         for item, rows in plan.rows()

@@ -34,7 +34,10 @@ class Emitted:
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """One choice of a request: its tokens, cache blocks and progress. Only the engine's thread changes it."""
+    """One choice of a request: its tokens, cache blocks and progress.
+
+    After `Engine.submit` only the engine's thread changes it, except for `cancelled`.
+    """
 
     request_id: str
     tokens: list[int]  # prompt, tokens that a lost router generated, tokens generated here
@@ -75,7 +78,7 @@ class Sequence:
 
     @property
     def most_tokens(self) -> int:
-        """Tokens after max_tokens are generated: the most that the cache may have to hold."""
+        """Number of tokens of the prompt and the longest possible output: the most that the cache may have to hold."""
         return self.prompt_tokens + self.sampling.max_tokens
 
     def following_guide(self) -> Matcher:
@@ -108,16 +111,16 @@ class Sequence:
 
     @property
     def drafts(self) -> bool:
-        """Whether its next tokens may be drafted: not in prefill, and not where a guide or penalties depend on each token."""
+        """Whether the next tokens may be drafted: not in prefill, and not if a guide or penalties depend on each token."""
         return self.generated > 0 and not self.prefilling and self.guide is None and not self.sampling.penalised
 
     def with_drafts(self, tokens: tuple[int, ...]) -> Sequence:
-        """Returns the sequence with `tokens` appended, for the sampler only."""
+        """Returns the sequence as if the drafts `tokens` were generated, to sample the token after them."""
         return replace(self, tokens=[*self.tokens, *tokens]) if tokens else self
 
     @property
     def slots(self) -> int:
-        """Slots it needs: one for itself and one for each sibling that has not started."""
+        """Number of slots that the sequence takes: one for itself and one for each sibling that has not started."""
         return 1 + len(self.siblings)
 
     @property
@@ -131,11 +134,11 @@ class Sequence:
         return self.cancelled or (self.parent is not None and self.parent.cancelled)
 
     def must_end(self, now: float) -> bool:
-        """Whether it must end unfinished: it was cancelled, or its deadline has passed at `now` (monotonic clock)."""
+        """Whether the sequence must end unfinished: it was cancelled, or its deadline has passed at `now` (monotonic clock)."""
         return now >= self.deadline.at or self.is_cancelled
 
     def restart(self) -> None:
-        """Resets it after preemption: all tokens must be computed again, and its prompt encoded again."""
+        """Marks all tokens as not computed and the prompt as not encoded, after preemption has freed the sequence's blocks."""
         self.computed, self.encoded = 0, False
         self.prompt_logprobs = []
 

@@ -15,25 +15,29 @@ class Scheduled:
 
     sequence: Sequence
     count: int
-    wanted: int  # how many of its last tokens need logits
-    samples: bool  # whether they include the sequence's last token, so that its next one is sampled
+    wanted: int  # how many of the last of the `count` tokens need logits
+    samples: bool  # whether the `count` tokens include the sequence's last one, so that its next token is sampled
     encode: int = 0  # prompt tokens that the encoder computes first
     drafts: tuple[int, ...] = ()  # guesses at the next tokens; they are the last of the `count` tokens
 
     @classmethod
     def of(cls, sequence: Sequence, count: int) -> Scheduled:
-        """Schedules `count` tokens. All need logits for prompt log probabilities, else only a last token to sample from."""
+        """Schedules the next `count` tokens of a sequence.
+
+        The sequence's last token, if it is among them, needs logits to sample the next one. For prompt log probabilities
+        all `count` tokens need logits.
+        """
         samples = sequence.computed + count == len(sequence.tokens)
         wanted = count if sequence.needs_prompt_logits else int(samples)
         return cls(sequence, count, wanted, samples, sequence.to_encode)
 
     def with_drafts(self, drafts: tuple[int, ...]) -> Scheduled:
-        """Returns a decoding sequence's token followed by `drafts`. A token is sampled after each of them, too."""
+        """Returns this part, one token of a decoding sequence, with `drafts` after it. All these tokens need logits."""
         return replace(self, count=1 + len(drafts), wanted=1 + len(drafts), drafts=drafts)
 
     @property
     def work(self) -> int:
-        """Tokens to compute, by decoder and encoder."""
+        """Number of tokens to compute: `count` in the decoder, `encode` in the encoder."""
         return self.count + self.encode
 
     @property
@@ -64,7 +68,7 @@ class StepPlan:
         return sum(item.work for item in self.scheduled)
 
     def split(self, parts: int) -> list[StepPlan]:
-        """Splits it into at most `parts` consecutive plans of about equal work, none of them empty."""
+        """Splits the plan into at most `parts` consecutive plans of about equal work, none of them empty."""
         plans: list[StepPlan] = []
         items: list[Scheduled] = []
         done, total = 0, self.work
@@ -78,7 +82,7 @@ class StepPlan:
         return [*plans, StepPlan(tuple(items))]
 
     def rows(self) -> Iterator[tuple[Scheduled, range]]:
-        """Yields each item with its rows of the logits, those of its last `wanted` tokens. Skips items without any."""
+        """Yields each scheduled item that needs logits, with the range of its rows in the step's logits."""
         start = 0
         for item in self.scheduled:
             if item.wanted:

@@ -1,9 +1,9 @@
 """Runs state layers (Mamba, linear attention, convolutions) over packed steps, with no code per model.
 
 transformers' modules take tokens as [sequences, tokens, D], and a cache. A BatchedStateLayer replaces the `forward` of each
-module that keeps a state (`state_discovery.py` finds them). Sequences with the same number of tokens in a step pass through
-the module together, for example all that decode. Their states are gathered from the slots, and the new states are written to
-the slots' second rows.
+module that keeps a state (`state_discovery.py` finds them). Sequences with the same number of tokens in a step, new ones
+apart, pass through the module together, for example all that decode. Their states are gathered from the slots' committed
+rows, and the new states are written to the slots' other rows.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ _step: ContextVar[StepStates | None] = ContextVar("moiety_step_states", default=
 
 @contextmanager
 def use_states(step: StepStates | None) -> Iterator[None]:
-    """Makes forward passes inside the block, in this thread or lane, read and write the states of `step`; None: no states."""
+    """Makes forward passes inside the `with` block, in this thread or lane, read and write the states of `step`.
+
+    With None, a BatchedStateLayer calls the module's own `forward`.
+    """
     token = _step.set(step)
     try:
         yield
@@ -109,7 +112,7 @@ class PositionedAttention:
 
 
 def batched_state_layers(model: nn.Module) -> list[BatchedStateLayer]:
-    """Returns those that `state_discovery.batch_state_layers` has installed in `model`."""
+    """Returns the BatchedStateLayers that `state_discovery.batch_state_layers` has installed in `model`."""
     return [
         found for module in model.modules() if isinstance(found := module.__dict__.get("forward"), BatchedStateLayer)
     ]
@@ -118,7 +121,7 @@ def batched_state_layers(model: nn.Module) -> list[BatchedStateLayer]:
 def _with_cache(
     compute: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any], at: str | int, cache: Any
 ) -> Any:
-    """Calls `compute` with `cache` as the argument at position `at`, or with the name `at`."""
+    """Calls `compute` with `cache` in place of the argument `at`, a position or a keyword."""
     if isinstance(at, int):
         return compute(*arguments[:at], cache, *arguments[at + 1 :], **options)
     return compute(*arguments, **{**options, at: cache})
@@ -128,14 +131,14 @@ def _with_cache(
 
 
 def _group_part(given: Any, tokens: int, begin: int, group: StateGroup) -> Any:
-    """Cuts a group's arguments [sequences, tokens, ...] out of those for all `tokens`."""
+    """Returns one group's arguments, [sequences, tokens, ...], cut from those of the whole step, [1, `tokens`, ...]."""
     shape = group.sequences, group.tokens
     end = begin + group.sequences * group.tokens
     return map_token_rows(given, (1, tokens), lambda tensor: tensor[0, begin:end].unflatten(0, shape))
 
 
 def _joined(outputs: Sequence[Any], step: StepStates) -> Any:
-    """Joins the groups' outputs [sequences, tokens, ...] to one of the whole step, [1, T, ...], in the step's order."""
+    """Joins the groups' outputs, [sequences, tokens, ...], to the output of the whole step, [1, T, ...], in its own order."""
     flat = [
         map_token_rows(output, (group.sequences, group.tokens), lambda tensor: tensor.flatten(0, 1)[None])
         for output, group in zip(outputs, step.groups, strict=True)

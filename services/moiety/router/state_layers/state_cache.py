@@ -15,7 +15,10 @@ StateName = tuple[str, int]  # kind, index among the layer's states of that kind
 
 
 class LayerStates(LinearAttentionCacheLayerMixin):
-    """One layer's states for the sequences of one call: before it the given states, if any; after it the ones to keep."""
+    """One layer's states for the sequences of one call.
+
+    Before the call these are the sequences' earlier states, if any; after it, the states to keep.
+    """
 
     def __init__(self, states: dict[StateName, torch.Tensor], number_of_states: int = 1):
         super().__init__(number_of_states)
@@ -24,12 +27,12 @@ class LayerStates(LinearAttentionCacheLayerMixin):
             self.has_previous_state[index] = True
 
     def lazy_initialization(self, *_: Any, **__: Any) -> None:
-        """Does nothing: there is nothing to prepare."""
+        """Does nothing: unlike transformers' own class, this class allocates no states before the first update."""
 
     def update_conv_state(
         self, conv_states: torch.Tensor, state_idx: int = 0, conv_kernel_size: int | None = None, **_: Any
     ) -> torch.Tensor:
-        """Keeps the last inputs; returns [B, channels, tokens] with the earlier inputs, if any, in front."""
+        """Keeps the last inputs; returns [B, channels, tokens], earlier inputs or zeros up to the kernel's width in front."""
         past = self.conv_states[state_idx]
         if past is not None:
             width, inputs = past.shape[-1], torch.cat((past, conv_states), dim=-1)
@@ -86,7 +89,7 @@ class StateCache(_NothingKept):
         self.layers: dict[int, LayerStates] = {layer: states}
 
     def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
-        """Whether the layer, or one state of it, continues from earlier tokens."""
+        """Whether all states of the layer, or its state `state_idx`, continue from earlier tokens."""
         (layer,) = self.layers.values() if layer_idx is None else (self.layers[layer_idx],)
         return all(layer.has_previous_state.values()) if state_idx is None else layer.has_previous_state[state_idx]
 

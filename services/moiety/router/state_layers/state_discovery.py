@@ -1,6 +1,7 @@
-"""Finds the modules of a model that keep states, by running it once with a cache that records which modules use one.
+"""Finds the modules of a model that keep states, by running it once with a cache that records which module uses which state.
 
-Then compares each module's result in several steps with that in one step, so that no wrongly handled state is served.
+Then compares each module's result in several steps with its result in one step, and refuses a model whose states the
+router would handle wrongly.
 """
 
 from __future__ import annotations
@@ -106,7 +107,8 @@ def batch_state_layers(model: Any, run: Callable[[Any], object]) -> None:
     """Makes a trunk keep its states in slots; does nothing to a model without states.
 
     `run(cache)` runs `model` on PROBE_TOKENS tokens with `cache` as its past_key_values. Raises CheckpointError
-    where a module gives another result in several steps than in one.
+    if a module gives another result token by token than in one step. If only later chunks of a prompt differ, warns that
+    the module takes them token by token.
     """
     config = model.config.get_text_config()
     recorder = _Recorder(getattr(config, "number_of_conv_states", 1))
@@ -136,7 +138,10 @@ def batch_state_layers(model: Any, run: Callable[[Any], object]) -> None:
 
 @torch.inference_mode()
 def _forgets(layer: BatchedStateLayer, use: RecordedCall) -> bool:
-    """Whether the module cannot take a prompt in chunks. Raises CheckpointError where single tokens fail too."""
+    """Whether the module gives another result for a prompt in two chunks than in one.
+
+    Raises CheckpointError if single tokens after the first chunk also give another result.
+    """
     whole = _in_steps(layer, use, [PROBE_TOKENS])
     first, rest = PROBE_TOKENS // 2 + 1, PROBE_TOKENS // 2
     if not _close(_in_steps(layer, use, [first, *[1] * rest]), whole):
