@@ -61,7 +61,7 @@ class State:
     live: int | None = None  # live replicas at the last decision
     trial: Trial | None = None  # the last step up, until it can be judged
     doubted_until: float = -math.inf  # no step up before then, because the last one did not help
-    growth_failure: str = ""  # the numbers that show it
+    growth_failure: str = ""  # the numbers that show that it did not help
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +86,8 @@ def decide(snapshot: Snapshot, state: State, settings: GroupSettings, now: float
     1. The registry does not answer: hold.      2. Out of bounds: go to the bound.      3. At zero: start one on demand.
     4. Too busy, even counting the replicas that are still starting, or the queue is too long: grow at once, unless replicas
        have just become live, growth would not help, or the last step up did not help.
-    5. Still growing: wait, up to STEP_TIMEOUT_S.      6. Low for `shrink_after_s`: remove a tenth, at least one.
-    7. Otherwise hold.
+    5. Still growing: wait, up to STEP_TIMEOUT_S.
+    6. Load low for `shrink_after_s`: remove up to a tenth of the replicas, at least one.      7. Otherwise hold.
     """
     if snapshot.stale:
         return _decision(snapshot, replace(state, low_since=None), snapshot.target, "the registry does not answer")
@@ -111,7 +111,10 @@ def decide(snapshot: Snapshot, state: State, settings: GroupSettings, now: float
 
 
 def predicted_busy(snapshot: Snapshot, replicas: int) -> float:
-    """Predicts the mean busy fraction of `replicas` (at least 1) under the current load; its fixed part does not shrink."""
+    """Predicts the mean busy fraction of `replicas` (at least 1) under the current load.
+
+    More replicas reduce only the part of the busy fraction that is not `snapshot.fixed`.
+    """
     return snapshot.busy * (snapshot.fixed + (1.0 - snapshot.fixed) * snapshot.live / replicas)
 
 
@@ -134,7 +137,7 @@ def _observe(snapshot: Snapshot, state: State, settings: GroupSettings, now: flo
 
 
 def _judge(snapshot: Snapshot, state: State, trial: Trial, settings: GroupSettings, now: float) -> State:
-    """Ends the trial. If it brought less than a fifth of the expected relief, it blocks further growth for a while."""
+    """Ends the trial of a step up. If it brought less than a fifth of the expected relief, blocks growth for a while."""
     state = replace(state, trial=None)
     expected = 1.0 - trial.live / max(snapshot.live, 1)
     if expected < JUDGED or trial.per_row <= 0.0 or snapshot.rows_per_s <= 0.0:

@@ -1,4 +1,4 @@
-"""Decides which rows go to another expert while theirs is overrun: a pure function of the scores and the overrun experts.
+"""Decides which rows of overrun experts go to another expert: a pure function of the gate's scores and the overrun experts.
 
 Legend: T tokens, K experts per token, E experts.
 """
@@ -15,10 +15,10 @@ def backups(
     spared: npt.NDArray[np.bool_],
     overrun: npt.NDArray[np.bool_],
 ) -> npt.NDArray[np.int64]:
-    """Replaces the `spared` [E] experts in `chosen` [T, K] by the best by `scores` [T, E] that are not `overrun` [E].
+    """Replaces each `spared` [E] expert in `chosen` [T, K] by the token's best-scored expert that is not `overrun` [E].
 
-    `overrun` includes `spared` and the experts whose rows have to wait; neither takes the rows of others.
-    A token never gets an expert twice. If no other expert is left, it keeps its own. -1 (no expert) stays.
+    `scores` is [T, E]. `overrun` includes all `spared` experts, and the experts whose rows have to wait.
+    A token never gets an expert twice. If no other expert is left, the token keeps the spared one. -1 (no expert) stays.
     """
     result = chosen.copy()
     hit = (chosen >= 0) & spared[np.maximum(chosen, 0)]  # [T, K]

@@ -58,7 +58,7 @@ class CostModel:
 
     @property
     def error(self) -> float | None:
-        """Median relative error of the latest predictions, each made before its sample was learned; None without any."""
+        """Median relative error of the last ERRORS_KEPT predictions, each made before learning its sample; None if none."""
         return median(self.errors) if self.errors else None
 
     def predict(self, weight_bytes: float, rows: float) -> float:
@@ -66,7 +66,7 @@ class CostModel:
         return self.fixed_s + self.s_per_byte * weight_bytes + self.s_per_row * rows
 
     def busy(self, batches_per_s: float, bytes_per_s: float, rows_per_s: float) -> float:
-        """Returns the fraction of one device's time that this work takes; above 1 it needs more than one device."""
+        """Returns the fraction of a device's time that the given rates of work take; above 1, one device is not enough."""
         return self.fixed_s * batches_per_s + self.s_per_byte * bytes_per_s + self.s_per_row * rows_per_s
 
     def fixed_share(self, weight_bytes: float, rows: float) -> float:
@@ -82,7 +82,7 @@ class CostModel:
         return self.s_per_byte * expert_bytes / self.s_per_row if self.s_per_row > 0 else float("inf")
 
     def capacity(self, weight_bytes: float, rows: float, busy: float = 1.0) -> float:
-        """Returns the rows per second of a replica with batches like this one, at a busy fraction; inf if they cost nothing."""
+        """Returns the rows/s of a replica that is `busy` with batches of `weight_bytes` and `rows`; inf if their time is 0."""
         seconds = self.predict(weight_bytes, rows)
         return busy * rows / seconds if seconds > 0 else float("inf")
 
@@ -119,7 +119,7 @@ def update(model: CostModel, sample: Sample) -> CostModel:
 
 
 def fit(samples: Iterable[Sample], model: CostModel | None = None) -> CostModel:
-    """Returns `model` (default: an empty one) after all of `samples`, for example those of `moiety bench experts`."""
+    """Returns `model` (default: an empty one) after learning all `samples`, for example those of `moiety bench experts`."""
     model = CostModel() if model is None else model
     for sample in samples:
         model = update(model, sample)
@@ -155,9 +155,10 @@ def _model(costs: Vector, information: Matrix, seen: int, errors: tuple[float, .
 
 
 def _solve(information: Matrix, right: Vector) -> Vector:
-    """Returns `information⁻¹ · right`, scaled first, because bytes and rows differ by many orders of magnitude.
+    """Returns `information⁻¹ · right`. Scales both first, because bytes and rows differ by many orders of magnitude.
 
-    REGULAR avoids a division by zero where rounding has left nothing of a direction that no sample had.
+    Along a direction that no sample had, rounding may erase the prior's small information. REGULAR then keeps the matrix
+    invertible.
     """
     scale = 1.0 / np.sqrt(np.diag(information))
     scaled = information * np.outer(scale, scale) + REGULAR * np.eye(len(right))
@@ -166,9 +167,10 @@ def _solve(information: Matrix, right: Vector) -> Vector:
 
 
 def _non_negative(costs: Vector, information: Matrix) -> Vector:
-    """Returns the non-negative costs nearest to `costs` in the metric `information`: the best feasible candidate.
+    """Returns the non-negative costs nearest to `costs` in the metric `information`.
 
-    A candidate fits a subset of the costs and sets the others to 0.
+    Sets one, two or all of the costs to 0 and fits the rest, in every way; of the results without a negative cost, takes
+    the nearest.
     """
     if costs.min() >= 0:
         return costs

@@ -20,15 +20,15 @@ KNEE_ROWS = 32
 
 
 class SharedHolders(Mapping[tuple[int, int], tuple[int, ...]]):
-    """(layer, expert) -> the indices of its holders, ascending, for experts with several; computed at the first look-up.
+    """Maps each (layer, expert) with two or more holders to the holders' indices, ascending; computes each at first look-up.
 
     A table of 2,000 replicas has half a million entries; a router uses a few thousand of them within seconds.
     """
 
     def __init__(self, experts: int, several: np.ndarray, holds: np.ndarray, members: tuple[tuple[int, ...], ...]):
-        """`several`: cells (layer * experts + expert) with several holders, ascending; `holds` [sets, cells] bool.
+        """`several`: the cells (a cell is layer * experts + expert) with two or more holders, ascending.
 
-        `members`: the indices of the replicas that hold each set.
+        `holds`: bool [sets, cells], whether an expert set contains a cell. `members`: per set, the replicas that hold it.
         """
         self._experts, self._several, self._holds, self._members = experts, several, holds, members
         self._known: dict[tuple[int, int], tuple[int, ...]] = {}
@@ -56,7 +56,7 @@ class HolderTable:
 
     version: int = 0
     replicas: tuple[str, ...] = ()  # sorted ids
-    # layer -> [E] index of the only holder, or NOBODY, SEVERAL
+    # layer -> [E] index of the only holder, or NO_HOLDER, MANY_HOLDERS
     sole: Mapping[int, np.ndarray] = field(default_factory=dict)
     # (layer, expert) -> indices of its holders, for experts with several
     shared: Mapping[tuple[int, int], tuple[int, ...]] = field(default_factory=dict)
@@ -93,7 +93,7 @@ class HolderTable:
 
     def held_only_by(self, layer: int, replicas: Collection[str]) -> np.ndarray:
         """Returns bool [E]: the experts of `layer` that have holders, all of them in `replicas`."""
-        among = np.array([replica in replicas for replica in self.replicas] + [False, False])  # SEVERAL, NOBODY
+        among = np.array([replica in replicas for replica in self.replicas] + [False, False])  # MANY_HOLDERS, NO_HOLDER
         only = among[self.sole[layer]]
         for expert in np.flatnonzero(self.sole[layer] == MANY_HOLDERS).tolist():
             only[expert] = all(among[holder] for holder in self.shared[layer, expert])
@@ -108,7 +108,7 @@ class HolderTable:
 
 @dataclass(frozen=True, slots=True)
 class CallableExperts:
-    """Which experts each replica may be called for while a placement changes, and which placement that completes."""
+    """Which experts each replica may be called for while a placement changes, and the epoch of the last complete placement."""
 
     held: Mapping[str, ExpertSet]  # replica id -> experts that it may be called for
     # All replicas follow this placement or a later one, and none is called for an expert that it drops by it.
@@ -118,10 +118,11 @@ class CallableExperts:
 def holders(
     held: Mapping[str, ExpertSet], leaving: Mapping[str, ExpertSet], epochs: Mapping[str, int]
 ) -> CallableExperts:
-    """Combines what each replica holds by the placement of its `epochs` entry with the experts `leaving` it.
+    """Returns which experts each replica may be called for: those it holds, and those `leaving` it that are still needed.
 
-    A replica is called for a leaving expert only while no replica holds it. An expert on its way to another replica
-    therefore keeps a holder, and `epoch` stays lower while a leaving expert is still needed.
+    `held` and `leaving` follow the placement of the replica's epoch in `epochs`. A leaving expert is needed while no
+    replica holds it. An expert on its way to another replica therefore keeps a holder. While a replica's leaving experts
+    are needed, its epoch does not count as complete.
     """
     changing = {layer for experts in leaving.values() for layer in experts.by_layer}  # few layers change at a time
     covered = ExpertSet(
@@ -158,13 +159,13 @@ def plan_dispatch(
         owner = np.where(np.isin(owner, list(barred)), NO_HOLDER, owner)
     if (owner == MANY_HOLDERS).any():
         owner = _choose(table, layer, wanted, owner, barred)
-    share = np.bincount(owner - NO_HOLDER).tolist()  # assignments of each replica, NOBODY first
+    share = np.bincount(owner - NO_HOLDER).tolist()  # assignments of each replica, NO_HOLDER first
     parts = {table.replicas[i - 1]: assignments[owner == i - 1] for i, count in enumerate(share) if i and count}
     return DispatchPlan(parts, assignments[owner == NO_HOLDER])
 
 
 def _choose(table: HolderTable, layer: int, wanted: np.ndarray, owner: np.ndarray, barred: set[int]) -> np.ndarray:
-    """Replaces SEVERAL by the index of one holder per expert, or NOBODY."""
+    """Returns `owner` with each MANY_HOLDERS replaced by one holder of the expert, or by NO_HOLDER if all are `barred`."""
     activated, rows = np.unique(wanted, return_counts=True)
     owner_of = dict(zip(wanted.tolist(), owner.tolist(), strict=True))
     load = [0.0] * len(table.replicas)

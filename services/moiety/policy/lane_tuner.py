@@ -37,7 +37,7 @@ class LaneTuner:
     _sizes: dict[Hashable, _Size] = field(default_factory=dict)
 
     def choose(self, size: Hashable) -> int:
-        """Returns how many lanes the next step of this size should run in; the caller passes its time to `observe`."""
+        """Returns how many lanes the next step of `size` should run in. The caller passes that step's time to `observe`."""
         known = self._sizes.get(size)
         if known is None:
             known = self._sizes[size] = _Size({1: [], self.most: []})

@@ -15,7 +15,10 @@ Key = TypeVar("Key", bound=Hashable)
 
 @dataclass(frozen=True, slots=True, order=True)
 class Precision:
-    """How one expert's matrices are stored: bits per weight, and columns per scale (0: one per row, or no scales)."""
+    """How one expert's matrices are stored: bits per weight, and columns that share a scale.
+
+    `group` 0 means one scale per row at 8 bits and no scales at 16.
+    """
 
     bits: int
     group: int = 0
@@ -24,7 +27,7 @@ class Precision:
         return f"{self.bits} bits" + (f", groups of {self.group}" if self.group else "")
 
     def bytes_of(self, shape: tuple[int, int], itemsize: int) -> int:
-        """Returns the bytes of a matrix [O, D] with weights of `itemsize` bytes before quantisation: codes, scales, shape."""
+        """Returns the bytes of a stored matrix [O, D]: codes, scales and shape, or `itemsize` bytes per weight at 16 bits."""
         rows, columns = shape
         if self.bits == 16:
             return rows * columns * itemsize
@@ -43,7 +46,7 @@ class Option:
 
 @dataclass(frozen=True, slots=True)
 class Allocation(Generic[Key]):
-    """One option per expert; nbytes and error are their sums."""
+    """The option chosen for each expert. `nbytes` and `error` are sums over all experts."""
 
     chosen: Mapping[Key, Option]
 
@@ -106,7 +109,7 @@ def _hull(options: Sequence[Option]) -> list[Option]:
 
 
 def _slope(upper: Option, lower: Option) -> float:
-    """Returns the additional error per byte saved."""
+    """Returns the additional error per byte saved when an expert is stored as `lower` instead of `upper`."""
     return (lower.error - upper.error) / max(upper.nbytes - lower.nbytes, 1)
 
 

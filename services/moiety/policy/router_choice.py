@@ -49,8 +49,8 @@ class RouterChoice:
 def choose(candidates: Sequence[Candidate], pace: Pace, prompt: int, max_tokens: int, draw: int) -> RouterChoice:
     """Chooses one of `candidates` for `prompt` tokens and up to `max_tokens` more; `draw` is random, 0 to 2**32 - 1.
 
-    Until a request has finished there is no pace. Then the least loaded router is chosen, or on a tie the one with the
-    longest prefix.
+    Until a first request has finished, `pace` is unknown. The choice is then the least loaded of the compared routers, or
+    on a tie the one with the longest cached prefix.
     """
     longest = max(candidate.cached for candidate in candidates)
     holders = [i for i, candidate in enumerate(candidates) if candidate.cached == longest] if longest else []

@@ -27,7 +27,7 @@ class Mean:
 class Line:
     """A line y(x) by exponentially weighted least squares, with non-negative slope and intercept.
 
-    Until x has varied, y is assumed proportional to x. For a time y over a load x, this means that all share one worker.
+    Until x has varied, y is assumed proportional to x. If y is a time and x a load, that models one worker for all of x.
     """
 
     x: Mean = Mean()
@@ -79,11 +79,14 @@ class Pace:
         return self.stay.weight > 0.0 and self.first_token.y.weight > 0.0
 
     def started(self, tokens: float, seconds: float) -> Pace:
-        """Observes a first token `seconds` after its request was sent, without a wait for a slot; `tokens` were computed."""
+        """Observes a request's first token, `seconds` after the request was sent. Not for requests that waited for a slot.
+
+        `tokens`: prompt tokens that the router computed by then, including those of the requests ahead.
+        """
         return replace(self, first_token=self.first_token.observe(tokens, seconds))
 
     def looked_up(self, share: float) -> Pace:
-        """Observes the fraction `share`, 0 to 1, of predicted cached tokens that a router had."""
+        """Observes that a router had cached the fraction `share`, 0 to 1, of the tokens predicted to be in its cache."""
         return replace(self, found=self.found.observe(share))
 
     def ended(self, stay: float, streams: float, tokens: int, streaming: float) -> Pace:
@@ -92,5 +95,5 @@ class Pace:
         return replace(self, stay=self.stay.observe(stay), output=self.output.observe(tokens), gap=gap)
 
     def slot_wait(self, load: float, slots: int) -> float:
-        """Returns the seconds until a request gets one of a router's `slots` if `load` others are there."""
+        """Returns the seconds until a request gets one of a router's `slots` if `load` other requests are at that router."""
         return max(load + 1 - slots, 0.0) * self.stay.value / slots if slots else 0.0

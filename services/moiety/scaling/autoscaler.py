@@ -32,7 +32,10 @@ _log = logging.getLogger("ray.serve")
 
 @dataclass(slots=True, eq=False)
 class Subscription:
-    """One deployment: what Serve reports and what was decided. Two threads share it; each change is one assignment."""
+    """What Serve asks and what the autoscaler decides for one deployment.
+
+    Their two threads share it without a lock: each change is one assignment.
+    """
 
     deployment: str
     settings: GroupSettings
@@ -82,7 +85,7 @@ class Subscription:
 class Autoscaler:
     """Decides for all deployments of one system together, every PERIOD_S, in a daemon thread with its own event loop.
 
-    The thread lives as long as the controller. While Serve asks for none of its deployments, it reads nothing.
+    The thread lives as long as the controller. If Serve has asked for no target within FORGET_S, the thread reads nothing.
     """
 
     def __init__(self, settings: AppSettings) -> None:
@@ -137,7 +140,7 @@ class Autoscaler:
         return Rebalancer(registry, gain, int(self._settings.hot_memory), self._settings.rebalance_layers)
 
     def _default(self) -> Mapping[str, ExpertSet] | None:
-        """Returns deployment -> default experts, or None until Serve has asked for all groups and hot sets."""
+        """Returns deployment -> experts of the default placement, or None until all groups and hot sets are subscribed."""
         held = {name: one.held for name, one in self._subscriptions.items() if name not in (ROUTER, GATEWAY)}
         return held if len(held) == self._settings.groups + self._settings.hot_sets else None
 

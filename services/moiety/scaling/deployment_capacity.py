@@ -15,7 +15,8 @@ def deployment_capacities(
 ) -> list[DeploymentCapacity]:
     """Returns one capacity per deployment of `placement`; only ready replicas count.
 
-    Every group may hold as many experts per layer as the largest holds now; a hot set as many as fit in `hot_memory` bytes.
+    Each group may hold as many experts per layer as the largest group holds now. A hot set may hold as many experts as fit
+    into `hot_memory` bytes.
     """
     live = Counter(
         replica.deployment

@@ -14,7 +14,7 @@ SMOOTHING_S = 10.0  # time constant: a burst of one second moves no weights, ten
 
 
 def cost_model_of(costs: BatchCost) -> CostModel:
-    """Returns a router's fit as the policy's cost model."""
+    """Converts the batch costs that a router has reported to the policy's CostModel."""
     return CostModel(costs.fixed_s, costs.s_per_byte, costs.s_per_row, costs.samples)
 
 

@@ -38,9 +38,9 @@ class Reading:
     placement: Placement | None = None
 
     def snapshot(self, deployment: str, target: int, default: ExpertSet, *, spare: bool = False) -> Snapshot:
-        """Returns what is known of `deployment`. It holds `default` if the placement in force does not name it.
+        """Returns what is known of `deployment`. If the placement in force does not name it, it counts as holding `default`.
 
-        `spare`: a hot set, whose experts other deployments hold too.
+        `spare`: it is a hot set, so other deployments hold all its experts too.
         """
         held = default if self.placement is None else self.placement.held.get(deployment, default)
         live = self._live(deployment)
@@ -61,7 +61,7 @@ class Reading:
         )
 
     def scaling(self, deployment: str) -> Mapping[str, float] | None:
-        """Returns the live settings of its youngest replica, or None if none is live."""
+        """Returns the live scaling settings that the deployment's youngest live replica reports, or None without one."""
         live = self._live(deployment)
         return max(live, key=lambda replica: replica.started).scaling if live else None
 
@@ -70,14 +70,17 @@ class Reading:
         return [replica for replica in self.replicas if (replica.deployment, replica.state) == ready]
 
     def _has_waiters(self, held: ExpertSet, spare: bool) -> bool:
-        """Whether requests or a starting router wait for one of `held`: a router is ready once every expert has a holder."""
+        """Whether requests, or a starting router, wait for an expert of `held`.
+
+        A router stays STARTING until every expert has a holder. A hot set (`spare`) is not needed for that.
+        """
         starting = any((one.role, one.state) == (Role.ROUTER, ReplicaState.STARTING) for one in self.replicas)
         if starting and not spare:
             return len(held) > 0
         return any(experts & held.layer(layer) for layer, experts in self.missing_experts.items())
 
     def _fixed(self, held: ExpertSet, loads: Sequence[ReplicaLoad]) -> float:
-        """Returns the fraction of these replicas' work that stays with each of them if more replicas share it."""
+        """Returns the fraction of a replica's busy time that does not shrink if more replicas share the rows of `held`."""
         batches, rows = sum(load.calls_per_s for load in loads), sum(load.rows_per_s for load in loads)
         if self.costs is None or not batches:
             return 0.0
@@ -85,7 +88,7 @@ class Reading:
         return cost_model_of(self.costs).fixed_share(weights / batches, rows / batches)
 
     def _busy_of_another(self, held: ExpertSet) -> float:
-        """Returns the busy fraction of one more holder of `held`, which shares the rows with the present holders."""
+        """Predicts the busy fraction of one more replica that holds `held` and shares its rows with the present holders."""
         if self.costs is None:
             return 0.0
         replicas = [one for one in self.replicas if one.role is Role.EXPERT and one.state is ReplicaState.READY]
@@ -103,7 +106,7 @@ class Reading:
 
 
 def _total(per_s: Rates, held: ExpertSet) -> float:
-    """Returns the sum of the rates `per_s` over `held`; experts beyond its shape count 0."""
+    """Returns the sum of the rates `per_s` [layers, experts] over `held`; experts beyond that shape count 0."""
     layers, experts = per_s.shape
     return sum(
         float(per_s[layer, [expert for expert in ids if expert < experts]].sum())
@@ -113,7 +116,10 @@ def _total(per_s: Rates, held: ExpertSet) -> float:
 
 
 class Ledger:
-    """Reads one system's registry and keeps the history that rates need."""
+    """Reads one system's registry for the autoscaler, and keeps the routers' counters of the last WINDOW_S.
+
+    Rows per second are the difference of two readings of these counters.
+    """
 
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
@@ -141,7 +147,7 @@ class Ledger:
         )
 
     def _older(self, newest: Mapping[str, ExpertDemand]) -> Mapping[str, ExpertDemand]:
-        """Returns the demand at the start of the window that `newest` ends."""
+        """Keeps the counters `newest` and returns those that were read WINDOW_S before, or the oldest since the start."""
         now = time.monotonic()
         self._history.append((now, newest))
         while len(self._history) > 1 and self._history[1][0] <= now - WINDOW_S:

@@ -19,7 +19,10 @@ def unsettled(replicas: Iterable[Replica], epoch: int) -> list[Replica]:
 
 
 async def until_settled(registry: Registry, epoch: int, timeout_s: float) -> None:
-    """Waits until every expert replica has followed. Raises Unavailable after `timeout_s`, naming the late ones."""
+    """Waits until every expert replica has loaded and dropped all experts for the placement of `epoch`.
+
+    Raises Unavailable after `timeout_s`, naming the late replicas.
+    """
     late: list[Replica] = []
     try:
         async with asyncio.timeout(timeout_s):

@@ -1,4 +1,4 @@
-"""Changes the placement of experts while they serve, when a new plan gains enough, and keeps a placement in force."""
+"""Changes the placement of experts while they serve if a new plan gains enough; restores a placement that the registry lost."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ _log = logging.getLogger("ray.serve")
 
 
 class Rebalancer:
-    """Keeps one system's placement in force and balanced.
+    """Adapts one system's placement to the load of its experts, and sets it again if the registry's store was emptied.
 
-    If the store was emptied, it sets the last placement again. While a change is under way, it plans nothing.
+    While replicas still follow a change of placement, it plans no other.
     """
 
     def __init__(self, registry: Registry, gain: float | None, hot_memory: int, layers: int = 0) -> None:
@@ -40,7 +40,10 @@ class Rebalancer:
         self._next = 0.0
 
     async def follow(self, reading: Reading, default: Mapping[str, ExpertSet] | None, now: float) -> None:
-        """Acts on one reading; `now` in seconds. Sets `default` if there was never a placement. Call it after each reading."""
+        """Restores the placement, sets its next stage or plans a new one, as a `reading` of the registry requires.
+
+        Sets `default` (deployment -> experts) if there was never a placement. Call it after each reading; `now` in seconds.
+        """
         if reading.stale:
             return
         if reading.placement is None:
@@ -72,14 +75,17 @@ class Rebalancer:
             await self._registry.record_decision(decision_of(plan, f"{plan.gain:.0%} gain ≥ {self._gain:.0%}"))
 
     async def _next_stage(self) -> bool:
-        """Sets the next stage. If another process has set a placement meanwhile, drops the rest and returns False."""
+        """Sets the change's next stage. If another process has set a placement, drops all other stages and returns False."""
         if await self._registry.set_placement(self._stages.popleft()):
             return True
         self._stages.clear()
         return False
 
     async def _restore(self, reading: Reading, last: Placement) -> None:
-        """Sets `last` again, with the replicas' highest epoch: they follow only higher ones, so they change nothing."""
+        """Sets `last` again, or for the first time, with an epoch that is not below that of any replica.
+
+        Replicas follow only placements with a higher epoch than theirs. Those that follow `last` already change nothing.
+        """
         epoch = max((replica.placement_epoch for replica in reading.replicas), default=0)
         restored = Placement(max(epoch, last.epoch), last.held)
         if await self._registry.set_placement(restored):
@@ -87,7 +93,7 @@ class Rebalancer:
 
 
 def decision_of(plan: PlacementPlan, why: str) -> dict[str, Any]:
-    """Returns the entry of a change of placement for the log of decisions."""
+    """Returns the entry that the log of decisions gets for a change of placement."""
     epoch = plan.placement.epoch
     return {
         "time": time.time(),

@@ -51,10 +51,11 @@ def run_events(
     steps: int,
     seed: int = 0,
 ) -> EventResult:
-    """Runs `routers` that decode without pause until each has made `steps`; the first tenth is not counted.
+    """Simulates `routers` that decode without pause, until each has made `steps` steps.
 
-    A batch's rows per expert are drawn from `included` [L, E]. All rows of an expert go to one of the replicas that hold it.
-    A free replica takes the oldest call and all others that wait for the same layer.
+    The first tenth of a router's steps is not counted. Each token of a batch has a row for an expert with the probability
+    `included` [L, E]. All rows of an expert go to one of the replicas that hold it. A free replica takes the oldest call
+    and all others that wait for the same layer.
     """
     random = np.random.default_rng(seed)
     servers = [_Server(deque()) for _ in range(int(replicas.sum()))]

@@ -37,7 +37,7 @@ class Holding:
 
     @classmethod
     def of(cls, held: Bools) -> Holding:
-        """Builds it from a table [D, L, E]."""
+        """Builds the entries from the table `held` [D, L, E]: whether a deployment holds an expert."""
         return cls(*held.shape, *np.nonzero(held))
 
 
@@ -53,7 +53,7 @@ class StepWork:
 
     @property
     def device_s(self) -> Floats:
-        """[D] device seconds of a whole step, over all replicas."""
+        """[D] device seconds that one router's step takes on each deployment, over all layers and replicas."""
         total: Floats = (self.visits * self.service_s).sum(axis=1)
         return total
 
@@ -114,7 +114,7 @@ def time_step(
     routers: float = np.inf,
     steps_too: bool = True,
 ) -> TimeStep:
-    """Computes the flow at an offered rate of `rate` tokens per second.
+    """Computes the state of the cluster when `rate` tokens per second are offered.
 
     `routers` bounds the calls that can wait at a replica, because a router does not queue behind itself. Without
     `steps_too`, which takes most of the computing time, `step_s` and `step_sd_s` are nan.
@@ -182,9 +182,10 @@ def _gamma(x: Floats) -> Floats:
 
 
 def percentile(means: Floats, spreads: Floats, weights: Floats, beyond: float, percent: float) -> float:
-    """Returns the `percent`-th percentile of step times: normal within each time step, weighted by its tokens.
+    """Returns the `percent`-th percentile of step times over several time steps.
 
-    `beyond` is the weight of tokens that were not served in time. If they exceed the percentile's tail, the result is inf.
+    Each time step counts as a normal distribution (`means`, `spreads`) with the weight of its tokens. `beyond`: the weight
+    of tokens that were not served in time. If they are more than (100 - `percent`) % of all tokens, the result is inf.
     """
     total = weights.sum() + beyond
     if beyond > (1 - percent / 100) * total:

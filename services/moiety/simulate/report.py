@@ -1,4 +1,4 @@
-"""Runs the systems on one trace and reports the comparison: as a table, a JSON value and a picture."""
+"""Simulates Moiety and its alternatives on one trace and reports the comparison: as a table, a JSON value and a picture."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ HOT_SHARES = (0.0, 0.05, 0.1, 0.2)  # fractions of replicas given to hot sets, t
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """The results of all systems, sized to the elastic one's p99."""
+    """The results of all systems on one trace, each in the smallest size that meets the elastic system's p99."""
 
     cluster: Cluster
     trace: Trace
@@ -72,7 +72,10 @@ class Report:
 
 
 def compare(cluster: Cluster, trace: Trace, progress: Callable[[str], None] = lambda _: None) -> Report:
-    """Runs the elastic system with its default settings, then each other system in the smallest size that meets its p99."""
+    """Runs the elastic system with its default settings, then every other system in the smallest size that meets that p99.
+
+    A system that meets the elastic system's p99 in no size counts with its largest.
+    """
     load = TraceLoad(cluster, trace)
     progress("elastic groups and hot sets")
     ours = elastic(load)
@@ -100,9 +103,9 @@ def compare(cluster: Cluster, trace: Trace, progress: Callable[[str], None] = la
 
 
 def skewed_over_uniform(cluster: Cluster, p99_ms: float, replicas: int, seed: int) -> float:
-    """Returns throughput under Zipf 1.0 over that under uniform load, both with `replicas` and within `p99_ms`.
+    """Returns the ratio of throughput under Zipf 1.0 to that under uniform load, both with `replicas` and within `p99_ms`.
 
-    Under Zipf, the best of HOT_SHARES counts.
+    Under Zipf, hot sets get the share of the replicas, out of HOT_SHARES, that gives the highest throughput.
     """
     flat = np.full((cluster.layers, cluster.experts), cluster.top_k / cluster.experts)
     skewed = inclusion(
@@ -113,7 +116,7 @@ def skewed_over_uniform(cluster: Cluster, p99_ms: float, replicas: int, seed: in
 
 
 def lines(report: Report) -> Iterator[str]:
-    """Yields the comparison as a table."""
+    """Yields the lines of the report: the trace and cluster, a table with one line per system, and what elastic saves."""
     trace, cluster = report.trace, report.cluster
     static = next(result for result in report.outcomes if result.system.startswith("static"))
     yield (

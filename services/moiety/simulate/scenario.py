@@ -21,10 +21,10 @@ DAY_S = 86_400.0
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """A model of DeepSeek-V3's size, one replica per device of an H100's speed with memory for one group.
+    """The simulated model, of DeepSeek-V3's size, and its replicas: one H100-like device each, with memory for one group.
 
     A replica's costs are assumed, not measured here: 2.4 TB/s for weights, 400 TFLOP/s for rows (2 · 3 · 7168 · 2048 each),
-    30 µs for a call. Attention and the hop take an assumed time per layer, with a lognormal jitter.
+    30 µs for a call. Attention and the hop take an assumed time per layer, with a normally distributed jitter.
     """
 
     layers: int = 58

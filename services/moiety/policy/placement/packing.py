@@ -38,7 +38,7 @@ class Bins:
 
 @dataclass(frozen=True, slots=True)
 class Packing:
-    """The bin of each copy."""
+    """Copies of experts, and the bin that each of them is in."""
 
     expert: Ints  # [L, P]
     primary: Bools  # [L, P] the one copy of its expert that must be in a home bin
@@ -63,8 +63,8 @@ class Packing:
 def copy_counts(expert_load: Floats, spare: Ints, held: Ints, limit: int) -> Ints:
     """Returns [L, E]: copies of each expert, 1 to `limit`, with up to `spare` [L] further copies per layer.
 
-    As in EPLB, the next copy goes to the expert with the most load per copy, as long as that is USEFUL. `held` [L, E] is
-    the current number of copies.
+    As in EPLB, the next copy goes to the expert with the most load per copy, as long as that load is above USEFUL times the
+    layer's mean. `held` [L, E]: copies that exist now; they are preferred by the factor STICKY.
     """
     layers, experts = expert_load.shape
     most = int(min(spare.max(initial=0) + 1, MOST_COPIES, limit))
@@ -80,9 +80,10 @@ def copy_counts(expert_load: Floats, spare: Ints, held: Ints, limit: int) -> Int
 
 
 def hot_copies_per_layer(expert_load: Floats, held: Ints, places: int, copies: int) -> Ints:
-    """Returns [L]: how many of `places` further copies each layer gets, at most `copies` of them of one expert.
+    """Returns [L]: how many of `places` further copies each layer gets, with at most `copies` further copies of an expert.
 
-    Takes the hottest of all layers together: layers run one after the other, so load counts the same in each of them.
+    Picks the copies with the most load over all layers together: layers run one after the other, so load counts the same
+    in each of them.
     """
     worth = _worth(expert_load, held, min(copies, MOST_COPIES)).reshape(len(expert_load), -1)
     if np.count_nonzero(worth) <= places:
@@ -92,7 +93,10 @@ def hot_copies_per_layer(expert_load: Floats, held: Ints, places: int, copies: i
 
 
 def _worth(expert_load: Floats, held: Ints, most: int) -> Floats:
-    """Returns [L, E, most]: load per copy before the 2nd, 3rd, … copy is made; 0 where that is not USEFUL."""
+    """Returns [L, E, most]: load per copy before the 2nd, 3rd, … copy is made; 0 if the copy is not USEFUL.
+
+    The load counts STICKY times for copies that exist already.
+    """
     before = np.arange(1, most + 1)
     worth = expert_load[:, :, None] / before
     useful = worth > USEFUL * expert_load.mean(axis=1)[:, None, None]
@@ -103,7 +107,7 @@ def _worth(expert_load: Floats, held: Ints, most: int) -> Floats:
 
 
 def copies_of(expert_load: Floats, counts: Ints) -> Packing:
-    """Returns a packing with one entry per copy, heaviest first, none in a bin yet."""
+    """Returns a packing with one entry per copy, heaviest first. No copy is in a bin yet."""
     layers, experts = expert_load.shape
     shares = expert_load / counts
     order = np.argsort(-shares, axis=1, kind="stable")
@@ -121,10 +125,11 @@ def copies_of(expert_load: Floats, counts: Ints) -> Packing:
 
 
 def pack(packing: Packing, bins: Bins, experts: int, start: Bools | None = None) -> Packing:
-    """Puts every copy that is NOWHERE, heaviest first, into the bin whose load per replica is then the lowest.
+    """Puts every copy, heaviest first, into the bin whose load per replica is then the lowest.
 
-    Copies that `start` [D, L, E] shows in a bin stay there. A bin never gets an expert twice, and further copies never
-    take the last slot that a primary copy needs. A copy without a possible bin stays NOWHERE.
+    Copies that `start` [D, L, E] shows in a bin are put there first, if it has a slot. Primary copies go into home bins only.
+    A bin never gets an expert twice, and further copies never take the last slot that a primary copy needs. A copy without
+    a possible bin is NOWHERE.
     """
     layers, width = packing.expert.shape
     count = len(bins.strength)
@@ -166,9 +171,10 @@ def pack(packing: Packing, bins: Bins, experts: int, start: Bools | None = None)
 
 
 def improve(packing: Packing, bins: Bins, experts: int, target: Floats | None = None, swaps: int = SWAPS) -> Packing:
-    """Makes the swap or move that relieves a layer's heaviest bin most, again and again until none helps (at most `swaps`).
+    """Repeats the swap or move that relieves a layer's heaviest bin most, until none helps, at most `swaps` times per layer.
 
-    A layer is done when its heaviest bin is GOOD_ENOUGH, or at most `target` [L].
+    A layer is done when the load per replica of its heaviest bin is at most GOOD_ENOUGH times the mean, or at most
+    `target` [L].
     """
     where = packing.bin.copy()
     active = np.arange(len(where))
@@ -190,7 +196,7 @@ def improve(packing: Packing, bins: Bins, experts: int, target: Floats | None = 
 
 
 def _relieve(active: Ints, packing: Packing, bins: Bins, where: Ints, used: Ints, held: Bools, load: Floats) -> Bools:
-    """Makes one swap or move in each layer of `active` [A], in place. Returns [A]: whether one helped."""
+    """Makes the best swap or move in each layer of `active` [A], in place. Returns [A]: whether a layer had one that helps."""
     rows, count = np.arange(len(active)), len(bins.strength)
     at, expert, share, primary = where[active], packing.expert[active], packing.share[active], packing.primary[active]
     loads, holds = load[active], held[active]

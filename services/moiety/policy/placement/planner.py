@@ -1,8 +1,8 @@
 """Plans which deployment holds which experts from the load of each expert, with few moves: a pure function.
 
-Groups hold every expert once between them; hot sets hold further copies of the hottest. An expert's load is device time per
-second (`cost_model.expert_load`), so decode balances activated experts and prefill balances rows. `packing.py` has the
-arithmetic.
+Groups hold every expert once between them; hot sets hold further copies of the hottest experts. An expert's load is device
+time per second (`cost_model.expert_load`), so decode balances activated experts and prefill balances rows. `packing.py` has
+the arithmetic.
 
 Legend: D deployments, L layers, E experts per layer.
 """
@@ -62,7 +62,7 @@ class PlacementPlan:
 
     @property
     def gain(self) -> float:
-        """The fraction of the critical path that the plan saves, 0 to 1."""
+        """The fraction of the current critical path (`before`) that the plan saves, 0 to 1."""
         return 1.0 - self.after / self.before if self.before > 0 else 0.0
 
     def lines(self) -> Iterator[str]:
@@ -84,9 +84,12 @@ def plan_placement(
 ) -> PlacementPlan:
     """Plans a placement of experts with `expert_load` [L, E] on `capacities`, one epoch after `current`.
 
-    1. Copies: each expert once in a group, and the hottest again where memory is left.
-    2. Pack the copies, heaviest first. Then pack again, starting from `current`, and improve that by the best swaps.
-    3. Layer by layer, take the packing with fewer moves, unless it is worse than the other by more than TOLERANCE.
+    1. Copies: one of each expert in a group, and further copies of the hottest experts where memory is left.
+    2. Pack the copies twice, heaviest first: from scratch, and starting from `current`. Improve both by the best swaps.
+    3. Layer by layer, take the packing from `current`, unless it needs more moves than the packing from scratch or its
+       heaviest load is higher by more than TOLERANCE.
+    4. If `current` is valid and its critical path (each layer's heaviest replica load, summed) is no longer than the
+       result's, plan no change.
 
     Deterministic. Raises ConfigError when the groups' memory cannot hold every expert once.
     """
@@ -119,7 +122,7 @@ def plan_placement(
 def held_table(
     capacities: Sequence[DeploymentCapacity], placement: Placement | None, layers: int, experts: int
 ) -> Bools:
-    """Returns [D, L, E]: whether each of `capacities` holds each expert by `placement`; pairs beyond the model are ignored."""
+    """Returns [D, L, E]: whether each of `capacities` holds each expert by `placement`. Ignores experts beyond the shape."""
     held = np.zeros((len(capacities), layers, experts), dtype=bool)
     for index, capacity in enumerate(capacities):
         for layer, ids in (
@@ -152,7 +155,7 @@ def _critical(expert_load: Floats, held: Bools, replicas: Ints) -> float:
 
 
 def _valid(held: Bools, capacities: Sequence[DeploymentCapacity], home: Bools) -> bool:
-    """Whether every expert is in a group and every deployment fits its memory."""
+    """Whether every expert is in a group and the experts of every deployment fit into its memory."""
     fits = all(int(pairs.sum()) <= capacity.experts for pairs, capacity in zip(held, capacities, strict=True))
     return fits and bool(held[home].any(axis=0).all())
 
@@ -170,7 +173,7 @@ def _bins(capacities: Sequence[DeploymentCapacity], layers: int, experts: int) -
 
 
 def _deal(slots: Ints, copies: Ints, capacities: Sequence[DeploymentCapacity]) -> Ints:
-    """Returns `slots` with places for `copies` [L] in the hot sets, spread as evenly as their memory allows."""
+    """Returns `slots` [L, D] with `copies` [L] more slots in the hot sets, spread as evenly as their memory allows."""
     dealt = slots.copy()
     hot = [index for index, capacity in enumerate(capacities) if capacity.hot]
     left = np.array([capacities[index].experts for index in hot])
@@ -185,7 +188,10 @@ def _deal(slots: Ints, copies: Ints, capacities: Sequence[DeploymentCapacity]) -
 
 
 def _nearest(fresh: Packing, empty: Packing, bins: Bins, experts: int, held: Bools) -> Packing:
-    """Returns, layer by layer, the packing with fewer moves from `held`, unless it is worse than `fresh` by over TOLERANCE."""
+    """Returns, layer by layer, a packing that starts from `held`, or `fresh` where that is better.
+
+    `fresh` is better if it needs fewer moves, places more copies, or has a lower heaviest load by more than TOLERANCE.
+    """
     goal = fresh.load(bins).max(axis=1) * (1.0 + TOLERANCE)
     kept = improve(pack(empty, bins, experts, start=held), bins, experts, target=goal)
     fresh = relabel(fresh, bins, experts, held)
@@ -226,5 +232,5 @@ def _compared(
 
 
 def _experts(held: Bools) -> ExpertSet:
-    """Returns `held` [L, E] as a set."""
+    """Converts a table `held` [L, E] of one deployment to an ExpertSet."""
     return ExpertSet({layer: frozenset(np.flatnonzero(row).tolist()) for layer, row in enumerate(held) if row.any()})

@@ -11,7 +11,7 @@ from moiety.core.replica import Placement
 def placement_stages(current: Placement, target: Placement, layers: int) -> tuple[Placement, ...]:
     """Returns the placements that lead from `current` to `target`, one epoch each, changing at most `layers` layers each.
 
-    `layers` = 0 changes all at once. Empty if the two hold the same.
+    `layers` = 0 changes all layers in one stage. Returns no stage if `current` and `target` hold the same experts.
     """
     names = sorted({*current.held, *target.held})
     before = {name: current.held.get(name, ExpertSet()) for name in names}
@@ -31,7 +31,7 @@ def placement_stages(current: Placement, target: Placement, layers: int) -> tupl
 
 
 def _mixed(before: ExpertSet, after: ExpertSet, done: frozenset[int]) -> ExpertSet:
-    """Returns `after` in the layers that are done and `before` in the others."""
+    """Returns the experts of `after` in the layers of `done`, and those of `before` in the other layers."""
     mixed: Mapping[int, frozenset[int]] = {
         layer: after.layer(layer) if layer in done else before.layer(layer)
         for layer in sorted({*before.by_layer, *after.by_layer})

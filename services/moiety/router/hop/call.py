@@ -41,9 +41,10 @@ def split_by_size(assignments: np.ndarray, row_bytes: int) -> Sequence[np.ndarra
 def request_for(
     assignments: np.ndarray, experts: np.ndarray, top_k: int, call_class: CallClass
 ) -> tuple[experts_pb2.ForwardRequest, np.ndarray]:
-    """Builds the request for `assignments`, indices into `experts` [A]. Returns it with the tokens to send, each once.
+    """Builds the request for `assignments` (indices into `experts` [A]). Returns the request and the tokens to send.
 
-    The caller fills in the call id, attempt, layer, revision, dtype and traceparent.
+    A token with several assignments is sent once. The caller fills in the call id, attempt, layer, revision, dtype and
+    traceparent.
     """
     token_of = assignments // top_k  # ascending, as the assignments are
     first = np.ones(len(assignments) + 1, dtype=bool)  # first of its token's run; the end counts as a start too
@@ -70,7 +71,7 @@ def size_error(call: CallInFlight, reply: Reply, row_bytes: int) -> MoietyError 
 
 
 def outcome_name(outcome: int) -> str:
-    """The outcome's name in experts.proto; a number where a newer replica sends an outcome that we do not know."""
+    """Returns an outcome's name in experts.proto, or its number if this version does not know it (a newer replica)."""
     if outcome in experts_pb2.Outcome.values():
         return experts_pb2.Outcome.Name(outcome).removeprefix("OUTCOME_")
     return f"outcome {outcome}"

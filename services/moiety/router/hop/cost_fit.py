@@ -1,4 +1,4 @@
-"""Fits the cost model from the batch times in expert replies: the engine's thread samples, another thread fits."""
+"""Fits the cost model to the batch times in expert replies: the engine's thread keeps samples, another thread fits."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SAMPLE_S = 0.01  # between two samples; a reply in between costs the engine's th
 
 
 class CostFit:
-    """One router's fit over all replicas it calls, which share one device type and dtype."""
+    """Fits one cost model to all replicas that a router calls. They share one device type and dtype."""
 
     def __init__(self, expert_bytes: int, clock: Callable[[], float] = time.monotonic) -> None:
         """`expert_bytes`: size of one expert's matrices. If replicas quantise them, the fitted cost per byte absorbs it."""
@@ -24,7 +24,7 @@ class CostFit:
         self._samples: deque[Sample] = deque(maxlen=1024)
 
     def record(self, reply: ForwardResponse) -> None:
-        """Samples one OK reply. Called by the engine's thread."""
+        """Keeps an OK reply's batch time as a sample, at most one per SAMPLE_S. Called by the engine's thread."""
         if (now := self._clock()) >= self._next:
             self._next = now + SAMPLE_S
             weights = float(self._expert_bytes * reply.activated_experts)
@@ -32,11 +32,14 @@ class CostFit:
 
     @property
     def error(self) -> float | None:
-        """Relative error of the last fit that was read; None while there are no samples. From any thread."""
+        """The cost model's relative error at the last call of `reading`; None before the second sample. From any thread."""
         return self._model.error
 
     def reading(self) -> BatchCost | None:
-        """Returns the fit after all samples so far, or None without any. About 25 µs a sample; called by one other thread."""
+        """Fits the new samples and returns the fitted costs, or None before the second sample. About 25 µs a new sample.
+
+        Called by one thread, which is not the engine's.
+        """
         samples = [self._samples.popleft() for _ in range(len(self._samples))]
         self._model = model = fit(samples, self._model)
         if model.error is None:

@@ -10,7 +10,10 @@ from moiety.core.load import BatchCost, ExpertDemand
 
 
 class ExpertDemandCounter:
-    """Cumulative rows and activations per (layer, expert). Engine threads count, the heartbeat reads."""
+    """Counts rows and activations per (layer, expert); an activation is a dispatch with at least one row for the expert.
+
+    Engine threads count, the heartbeat reads.
+    """
 
     def __init__(self, layers: int, experts: int, started: float = 0.0):
         """`started`: Unix seconds at which the counters were zero; 0 = unknown."""
@@ -32,7 +35,7 @@ class ExpertDemandCounter:
             return int(self._rows.sum())
 
     def reading(self, now: float, costs: BatchCost | None = None) -> ExpertDemand:
-        """Returns the totals so far; `now` in Unix seconds. `costs`: the router's cost fit, attached to them."""
+        """Returns the totals so far with their time `now` (Unix seconds) and the batch `costs` that the router has fitted."""
         with self._lock:
             rows, activations = self._rows.tolist(), self._activations.tolist()
         return ExpertDemand(tuple(map(tuple, rows)), tuple(map(tuple, activations)), now, self._started, costs)

@@ -73,7 +73,10 @@ class Fleet:
         await asyncio.to_thread(self.mailbox.drain)
 
     def on_table_change(self, changed: Callable[[], None]) -> Callable[[], None]:
-        """Calls `changed` after every new table, until the returned function is called. All on the engine's thread."""
+        """Registers `changed` to be called after `table` or `placement_epoch` is updated. Returns a function to unregister it.
+
+        Both functions, and this method, run on the engine's thread.
+        """
         self._listeners.append(changed)
         return partial(self._listeners.remove, changed)
 
@@ -113,9 +116,9 @@ class Fleet:
         buffer.send(on_answer)
 
     def suspect(self, replica_id: str, call_id: int) -> None:
-        """Marks a replica whose call a hedge overtook: it is avoided until it answers. No effect if the call is answered.
+        """Marks a replica as suspect, because a hedge of its call `call_id` was answered first.
 
-        On the engine's thread.
+        The replica is avoided until it answers any call. No effect if it has already answered this one. On the engine's thread.
         """
         if call_id in self._unanswered:
             self.suspects.add(replica_id)
@@ -134,7 +137,7 @@ class Fleet:
         while True:
             listed_now = self._watch.replicas
             listed = {replica.id: replica for replica in listed_now if replica.role is Role.EXPERT}
-            changed = False  # one new table, however many replicas have followed a placement
+            changed = False  # one new table for all replicas that have followed a placement
             for replica in listed.values():
                 if replica.state is ReplicaState.READY and self._wanted(replica):
                     self._dialling[replica.id] = asyncio.create_task(self._serve(replica))
@@ -162,7 +165,7 @@ class Fleet:
         del self._dialling[replica_id]
 
     async def _serve(self, replica: Replica) -> None:
-        """Serves one replica from start to end: handshake, entry in the table, wait for its loss, removal."""
+        """Keeps the link to one replica from start to end: handshake, entry in the table, wait for its loss, removal."""
         try:
             link = await ExpertLink.open(replica.address, HANDSHAKE_S, self.mailbox, self._transport)
         except InvalidRequest as error:
@@ -224,18 +227,21 @@ class Fleet:
             self._publish()
 
     def _newer(self, listed: Replica) -> bool:
-        """Whether the registry's entry is newer than ours: it may lag behind Describe. Within an epoch, experts only leave."""
+        """Whether a replica's entry in the registry is newer than what the fleet knows; a Describe response may be newer still.
+
+        Within one epoch, the replica only drops experts, so the entry with fewer leaving experts is newer.
+        """
         fewer = len(listed.leaving) < len(self._leaving[listed.id])
         return (listed.placement_epoch, fewer) > (self._epochs[listed.id], False)
 
     def _note(self, replica_id: str, held: ExpertSet, leaving: ExpertSet, epoch: int) -> bool:
-        """Notes what a replica holds by the placement of `epoch` and what it will drop. Returns whether that changed."""
+        """Notes what a replica holds by the placement of `epoch`, and what it will drop. Returns whether any of this is new."""
         known = (self._held.get(replica_id), self._leaving.get(replica_id), self._epochs.get(replica_id))
         self._held[replica_id], self._leaving[replica_id], self._epochs[replica_id] = held, leaving, epoch
         return known != (held, leaving, epoch)
 
     def _release(self, replica_id: str) -> bool:
-        """Leaves a replica out of the next table. Returns whether it was in this one."""
+        """Forgets what a replica holds, so that the next table leaves it out. Returns whether anything was known."""
         self._leaving.pop(replica_id, None)
         self._epochs.pop(replica_id, None)
         return self._held.pop(replica_id, None) is not None

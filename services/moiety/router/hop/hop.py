@@ -1,6 +1,6 @@
-"""One lane's ExpertBackend: sends a layer's rows, one message per replica, and gets every (token, expert) row back.
+"""One lane's ExpertBackend: sends a layer's rows to the replicas that hold the experts and gets the results back.
 
-`layer_call.py` follows one layer. This file holds what the layers of a lane share, and how their thread waits.
+`layer_call.py` follows the calls of one layer. This file holds what all layers of a lane share.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from moiety.telemetry.tracing import Tracer
 
 @dataclass(frozen=True, slots=True)
 class HopSettings:
-    """Settings shared by all calls."""
+    """What all layers share: the model's revision and dtype, and how long a layer waits for an expert without a holder."""
 
     revision: str
     dtype: torch.dtype
@@ -34,8 +34,8 @@ class HopSettings:
 class Hop:
     """The ExpertBackend of one lane. One thread runs all lanes of a fleet and owns the fleet's mailbox.
 
-    Several layers, of one lane or of several, may be in flight. Whichever of them the thread waits for, each event goes
-    to the layer it belongs to.
+    Several layers, of one lane or of several, may be in flight. While the thread waits for one of them, it handles the
+    events of all of them.
     """
 
     def __init__(
@@ -49,8 +49,8 @@ class Hop:
         wait: Callable[[float], None] | None = None,
         queues: OverrunReplicas | None = None,
     ):
-        """`wait(seconds)` returns once an event was handled or the time is over. By default it blocks in the mailbox;
-        where lanes share the thread, it lets another lane run instead.
+        """`wait(seconds)` returns once an event was handled or the time is over. The default blocks in the mailbox.
+        Lanes that share the thread pass a function that lets another lane run instead.
         """
         self.fleet, self.settings, self.hedging, self.demand, self.tracer = fleet, settings, hedging, demand, tracer
         self.costs, self.queues = costs, queues

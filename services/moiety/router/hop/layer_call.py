@@ -1,7 +1,7 @@
 """One MoE layer of one step on its way to the experts and back.
 
-Exactness: each returned row is written once, to its own place [token, k]. Arrival order, replica, split, retries and
-duplicates therefore do not change a bit of the weighted sum in `model/seam.py`.
+Exactness: each returned row is written once, to its own place [token, k]. Given the same rows, arrival order, replica, split,
+retries and duplicates do not change a bit of the weighted sum in `model/seam.py`. (A row itself may depend on its batch.)
 
 Two clocks. *Retry*: a call lost with its replica is sent to another holder at once; a slow call is hedged, within a budget.
 *Coverage*: if no live replica holds an expert, the layer parks (requests keep their slots) until one registers or
@@ -35,13 +35,13 @@ if TYPE_CHECKING:
     from moiety.router.hop.hop import Hop
 
 POLL_S = 0.05  # how often a parked layer tries again and looks for cancelled requests
-MAX_LOSSES = 5  # replicas that may be lost while computing the same rows; after more, the rows are taken for the cause
+MAX_LOSSES = 5  # replicas that may be lost while computing the same rows; after more, the rows count as the cause
 
 _NONE = np.empty(0, dtype=np.int64)
 
 
 class LayerCall:
-    """One layer's calls in flight; `result()` waits for all rows. Its events are handled whenever the thread waits."""
+    """One layer's calls in flight; `result()` waits for all rows. Any wait of the engine's thread handles the answers."""
 
     def __init__(self, hop: Hop, step: StepContext, layer: int, hidden: torch.Tensor, top_k_index: torch.Tensor):
         self._hop, self._step, self._layer = hop, step, layer
@@ -103,7 +103,7 @@ class LayerCall:
     # Sending -----------------------------------------------------------------------------------------------------
 
     def _dispatch(self, assignments: np.ndarray, attempt: int = 0) -> None:
-        """Sends `assignments` to live holders. If some have none, the layer parks."""
+        """Sends `assignments` to live holders. If an expert has no holder that can be called, the layer parks."""
         table, suspects = self._hop.fleet.table, frozenset(self._hop.fleet.suspects)
         planned = plan_dispatch(table, self._layer, self._experts, assignments, self._refusing | suspects)
         self._send_parts(planned.parts, attempt)
@@ -152,7 +152,7 @@ class LayerCall:
     # Receiving ---------------------------------------------------------------------------------------------------
 
     def _take(self, call_id: int, answer: Reply | PeerLost) -> None:
-        """Handles one answer. The thread may be waiting for another layer, so errors are kept for `result`."""
+        """Handles a call's answer. Errors are kept for `result`, because the thread may be waiting for another layer."""
         if (call := self._calls.pop(call_id, None)) is None:
             return
         try:
@@ -255,7 +255,7 @@ class LayerCall:
             self._send_parts(planned.parts, call.attempt + 1, hedge_of=call_id)
 
     def _park(self, uncovered: np.ndarray) -> None:
-        """Parks these rows until their experts have holders again that accept them."""
+        """Parks the `uncovered` assignments until a live holder of their experts accepts them."""
         self._uncovered = np.union1d(self._uncovered, uncovered)
         if self._stop_listening is None:
             self._parked_at = time.monotonic()
@@ -272,7 +272,7 @@ class LayerCall:
             self._retry_at = inf
 
     def _check_parked(self) -> None:
-        """Raises if waiting longer cannot help; otherwise reports the missing experts."""
+        """Raises an error if waiting longer cannot help; otherwise reports to the registry which experts are missing."""
         experts = np.unique(self._experts[self._uncovered]).tolist()
         if failed := [a for a in self._uncovered.tolist() if a in self._failures]:
             raise HopFailed(self._tokens_of(failed), self._failures[failed[0]])

@@ -15,7 +15,10 @@ _log = logging.getLogger(__name__)
 
 
 class MissingExpertReporter:
-    """Called by the engine's thread while a layer is parked; writes on the event loop it was created on."""
+    """Reports the experts that a parked layer waits for.
+
+    The engine's thread calls it; the event loop on which it was created writes to the registry.
+    """
 
     def __init__(self, registry: Registry):
         self._registry = registry

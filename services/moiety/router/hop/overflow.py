@@ -1,6 +1,7 @@
 """The hop under the overflow policy `backup`: if all holders of an expert are overrun, its rows go to their next-best expert.
 
-Each group sets the policy for the experts it holds. A row keeps the weight that the gate gave its original expert.
+A replica is overrun if it reported a queue wait beyond the bound within REMEMBER_S and none below it since. Each group
+sets the policy for the experts it holds. A row keeps the weight that the gate gave its original expert.
 Legend: T tokens, K experts per token, E experts.
 """
 
@@ -48,7 +49,7 @@ class OverrunReplicas:
 
 @dataclass(frozen=True, slots=True)
 class Masks:
-    """The overrun experts of one layer; both masks are bool [E]."""
+    """Which experts of one layer are overrun, and which of these may lose rows to other experts. Both masks are bool [E]."""
 
     spared: np.ndarray  # overrun, and their rows may go to another expert
     overrun: np.ndarray  # all overrun experts, also those whose rows have to wait: no row is rerouted to them
@@ -68,7 +69,7 @@ class OverrunExperts:
         spares: Callable[[str], bool],
         slices: int = 1,
     ) -> None:
-        """`deployment_of(replica)`: "" if the replica has left; `spares(group)`: whether the group's rows may go elsewhere."""
+        """`deployment_of(replica)`: its deployment, or "" if it has left. `spares(group)`: whether its policy is `backup`."""
         self._queues, self._table, self._slices = queues, table, slices
         self._deployment_of, self._spares = deployment_of, spares
         self._masks: dict[int, Masks | None] = {}  # by layer
@@ -77,7 +78,8 @@ class OverrunExperts:
     def __call__(self, layer: int) -> Masks | None:
         """Returns the masks of `layer`, or None if no rows may go elsewhere.
 
-        A sliced expert is overrun if one of its slices is; its rows may go elsewhere only if those of all its slices may.
+        A sliced expert is overrun if one of its slices is. Its rows may go elsewhere only if all groups that hold one of its
+        slices have the policy `backup`.
         """
         if not (replicas := self._queues.overrun()):
             return None
@@ -91,7 +93,7 @@ class OverrunExperts:
         return self._masks[layer]
 
     def _may_go(self, table: HolderTable, layer: int) -> np.ndarray:
-        """Returns bool [E * slices]: the experts that are held by groups, all of which have the policy `backup`."""
+        """Returns bool [E * slices]: the expert slices whose holders include a group and whose groups all have `backup`."""
         deployments = {replica: self._deployment_of(replica) for replica in table.replicas}
         hot = {replica for replica, deployment in deployments.items() if deployment.startswith(HOT)}
         willing = {replica for replica, deployment in deployments.items() if deployment and self._spares(deployment)}

@@ -15,7 +15,7 @@ from moiety.router.step_context import StepBackend, StepContext
 
 @dataclass(frozen=True, slots=True)
 class _Slices:
-    """Partial rows on their way back from the slices."""
+    """The PendingRows of a sliced layer: waits for the partial rows of all slices and sums them."""
 
     partial: PendingRows
     shape: tuple[int, int, int]  # T, K, S
@@ -31,7 +31,7 @@ class _Slices:
 
 
 class SlicedHop:
-    """A StepBackend with whole experts, built on a float32 backend whose experts are the slices."""
+    """A StepBackend that takes rows for whole experts and sends them, in float32, to a backend whose experts are slices."""
 
     def __init__(self, backend: StepBackend, slices: int) -> None:
         self._backend, self._slices = backend, slices

@@ -18,10 +18,10 @@ from moiety.simulate.systems.trace_load import (
 
 
 def fixed(load: TraceLoad, per_group: float, redundancy: float = 0.0, name: str = "static EP") -> SystemResult:
-    """Simulates `per_group` replicas of every group at all times.
+    """Simulates `per_group` replicas of every group at all times: static expert parallelism, without or with EPLB.
 
-    `redundancy` adds that fraction of memory for copies. The planner places the copies by the load every REPLAN_S, at no
-    cost, as EPLB does beside a fixed expert-parallel size.
+    `redundancy`: fraction of memory added to each group for copies of experts. With redundancy, the planner stands in for
+    EPLB: every REPLAN_S, it places experts and copies by the current load (once without drift). Moving them costs nothing.
     """
     cluster, trace = load.cluster, load.trace
     capacities = with_redundancy(cluster, redundancy)
@@ -43,7 +43,10 @@ def fixed(load: TraceLoad, per_group: float, redundancy: float = 0.0, name: str 
 
 
 def whole_engine(load: TraceLoad, target_busy: float) -> SystemResult:
-    """Simulates whole engines of one replica per group, scaled by the same policy on the load of the busiest group."""
+    """Simulates whole engines, each with one replica of every group, which grow and shrink only as a whole.
+
+    The elastic system's policy scales them by the busy fraction of the busiest group.
+    """
     cluster, trace = load.cluster, load.trace
     settings = SETTINGS.model_copy(update={"target_busy": target_busy})
     held = held_by(cluster, default_deployments(cluster, 0), default_placement(cluster))

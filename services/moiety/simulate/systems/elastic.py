@@ -27,10 +27,11 @@ REPLAN_GAIN = 0.03  # fraction of the critical path that a new placement must sa
 
 
 def elastic(load: TraceLoad, settings: GroupSettings = SETTINGS, hot_sets: int | None = None) -> SystemResult:
-    """Scales every group and hot set by `policy/autoscale.py`, places experts by `policy/placement/planner.py`.
+    """Simulates groups and hot sets that `policy/autoscale.py` scales and `policy/placement/planner.py` fills with experts.
 
-    Costs are those of `policy/cost_model.py`. Decisions see the measurements of the previous time step. Replicas start
-    `start_s` after the decision. Experts move as fast as replicas load them, and serve from their old places until then.
+    Both use the costs that a router has fitted by `policy/cost_model.py`. Scaling sees the measurements of the previous time
+    step. Replicas serve `start_s` after the decision. A new placement serves once its experts are loaded; until then, the
+    old one does.
     """
     cluster, trace = load.cluster, load.trace
     hot_sets = cluster.hot_sets if hot_sets is None else hot_sets

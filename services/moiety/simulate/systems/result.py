@@ -53,7 +53,7 @@ class Recorder:
     def outcome(
         self, system: str, decisions: Sequence[tuple[float, Decision]] = (), rebalances: int = 0, moved: float = 0.0
     ) -> SystemResult:
-        """Returns the result of all steps; tokens of steps with a backlog count as beyond any p99."""
+        """Returns the result of the run. Tokens of time steps that left a backlog count as infinitely slow."""
         replicas, means, spreads, tokens = np.array(self._rows).T
         late = self._delayed + self.backlog
         known = ~np.isnan(means)

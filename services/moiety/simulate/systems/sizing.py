@@ -15,7 +15,10 @@ from moiety.simulate.systems.trace_load import default_deployments, default_plac
 
 
 def smallest(run: Callable[[float], SystemResult], sizes: Sequence[float], p99_ms: float) -> SystemResult:
-    """Returns the outcome of the smallest of ascending `sizes` that meets `p99_ms`, by bisection; of the last if none does."""
+    """Returns the result of `run` for the smallest of the ascending `sizes` that meets `p99_ms`, found by bisection.
+
+    If no size meets it, returns the result of the largest.
+    """
     low, high = 0, len(sizes) - 1
     best = run(sizes[high])
     while low < high:

@@ -22,7 +22,7 @@ REPLAN_S = 900.0
 
 @dataclass(slots=True)
 class TraceLoad:
-    """The load of a trace on a cluster, computed once: inclusion probabilities and EPLB's placements."""
+    """Computes the load of a trace on a cluster, each part once: inclusion probabilities and EPLB's placements."""
 
     cluster: Cluster
     trace: Trace
@@ -38,9 +38,9 @@ class TraceLoad:
         return self._included[look]
 
     def copies(self, redundancy: float, time_s: float, before: Placement) -> Placement:
-        """Returns EPLB's placement at `time_s` for devices with the fraction `redundancy` of memory more.
+        """Returns the placement that EPLB makes at `time_s` if groups have memory for a fraction `redundancy` more experts.
 
-        It does not depend on the number of devices per group.
+        The placement does not depend on the number of devices per group.
         """
         look = int(time_s // REPLAN_S) if self.trace.drift else 0
         if (redundancy, look) not in self._copies:
@@ -61,7 +61,7 @@ def default_deployments(cluster: Cluster, hot_sets: int) -> list[DeploymentCapac
 
 
 def default_placement(cluster: Cluster) -> Placement:
-    """Returns contiguous experts in every group and nothing in hot sets, as `ModelShape.partition` does."""
+    """Returns the default placement, like `ModelShape.partition`: contiguous experts in each group, none in hot sets."""
     even = np.ones((cluster.layers, cluster.experts))
     held = np.arange(cluster.experts) * cluster.groups // cluster.experts
     start = {
@@ -77,7 +77,7 @@ def held_by(cluster: Cluster, capacities: Sequence[DeploymentCapacity], placemen
 
 
 def with_redundancy(cluster: Cluster, redundancy: float) -> list[DeploymentCapacity]:
-    """Returns the cluster's groups with the fraction `redundancy` of memory more."""
+    """Returns the cluster's groups, each with memory for a fraction `redundancy` more experts."""
     extra = round(cluster.layers * cluster.experts / cluster.groups * redundancy)
     return [replace(capacity, experts=capacity.experts + extra) for capacity in default_deployments(cluster, 0)]
 
