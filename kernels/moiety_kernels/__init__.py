@@ -1,4 +1,4 @@
-"""Kernels for experts and for a router's CPU layers: one operation per file, each tested against `reference`."""
+"""Kernels for experts and for a router's CPU layers, one operation per file. `ops` holds what services call."""
 
 from moiety_kernels.ops.expert_mlp import grouped_expert_mlp
 from moiety_kernels.reference.expert_mlp import ACTIVATIONS, activate, expert_mlp

@@ -2,7 +2,7 @@
 
 python -m moiety_kernels.bench [--quick] [--json] [--vllm PATH] [--scattermoe PATH]
 python -m moiety_kernels.bench --check-only     works without a GPU too, in Triton's interpreter
-python -m moiety_kernels.bench --tune           searches tiles, prints the table for gpu/tiles.py
+python -m moiety_kernels.bench --tune           searches tile sizes, prints TABLE of gpu/tiles.py as source
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def main() -> None:
 
 
 def run(options: argparse.Namespace, device: str) -> int:
-    """Checks, then tunes or measures on `device`; returns the exit status."""
+    """Checks the kernels on `device` and, if all are right, tunes or measures them; returns the exit status."""
     import triton
 
     from moiety_kernels.bench.check import check_all

@@ -1,4 +1,4 @@
-"""Compares each kernel on the device with float64, with the bounds that the tests use."""
+"""Checks the GPU kernels on one device: each output must be within a stated bound of an exact result."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CLAMPED = {"activation": "swiglu_clamped", "interleaved": True, "limit": 7.0, "a
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """The result of one comparison."""
+    """One comparison of a kernel's output with the exact result: what was compared, the error and its bound."""
 
     what: str
     error: float
@@ -37,15 +37,16 @@ class Checked:
 
     @property
     def right(self) -> bool:
-        """Whether the error is within the bound; NaN is not."""
+        """Whether the error is within the bound; false for an error of NaN."""
         return self.error <= self.bound
 
 
 def check_all(device: str, small: bool) -> Iterator[Checked]:
-    """Checks experts in each dtype and format, in decode and prefill and both gate layouts; gating; permutation; fp8 rows.
+    """Checks experts, a whole MoE block, gating, permutation and fp8 rows; yields the result of each comparison.
 
-    `small`: sizes for Triton's interpreter. Else the widths of a real model. Batches have an uneven tail and an empty
-    expert.
+    Experts: every weight format (plain weights in every dtype of BOUNDS), few and many rows, gate and up side by side or
+    interleaved. Each batch leaves a tile partly filled and has an expert without rows. `small`: sizes for Triton's
+    interpreter; otherwise the widths of a real model.
     """
     hidden, inner = (64, 32) if small else (2048, 768)
     batches = ((1, 0, 2), (5, 0, 18)) if small else ((1, 0, 2), (17, 0, 40), (129, 0, 1000))
@@ -99,7 +100,7 @@ def _weights(device: str, kind: str, dtype: torch.dtype, hidden: int, inner: int
 
 
 def _exact(rows: torch.Tensor, expert: ExpertWeights, options: dict[str, object]) -> torch.Tensor:
-    """Computes one expert in float64 on the same weights."""
+    """Runs `rows` through one expert in float64, with the values that its weights have after quantisation."""
     plain = expert.dequantised(torch.float64)
     assert isinstance(plain.gate_up, torch.Tensor)
     assert isinstance(plain.down, torch.Tensor)
@@ -119,7 +120,7 @@ def _experts(
     inner: int,
     options: dict[str, object],
 ) -> Checked:
-    """Compares experts over sorted rows with float64."""
+    """Runs sorted rows through random experts with `sorted_expert_mlp`, and compares the outputs with float64."""
     experts = [_weights(device, kind, dtype, hidden, inner, bool(options)) for _ in counts]
     rows = torch.randn(sum(counts), hidden, device=device).to(dtype)
     offsets, gate_up, down = operands_of(counts, experts)
@@ -131,7 +132,7 @@ def _experts(
 
 
 def _block(device: str, tokens: int, hidden: int, inner: int) -> Checked:
-    """Compares a whole block in bfloat16, with some experts on other devices, with float64."""
+    """Runs a whole MoE block (`moe`) in bfloat16, with some experts on other devices, and compares it with float64."""
     dtype = torch.bfloat16
     experts = [_weights(device, "plain", dtype, hidden, inner, False) for _ in range(4)]
     _, gate_up, down = operands_of([0] * 4, experts)

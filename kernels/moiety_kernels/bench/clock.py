@@ -15,7 +15,7 @@ FLUSH = 256 << 20
 
 @dataclass(frozen=True, slots=True)
 class Ceilings:
-    """The measured best rates of one device. Shares in the table refer to these, not to a data sheet."""
+    """The best rates measured on one device. The benchmark's percentages are shares of these, not of a data sheet's."""
 
     matmul: float  # FLOP/s of a large product
     copy: float  # bytes/s, read plus written
@@ -31,7 +31,7 @@ class Clock:
         self._spare = torch.empty(FLUSH if self._cuda else 1, dtype=torch.int8, device=device)
 
     def seconds(self, function: Callable[[], object]) -> tuple[float, bool]:
-        """Returns the median time, and whether it was measured as a CUDA graph."""
+        """Returns the median seconds of one run of `function`, and whether it ran as a CUDA graph."""
         if not self._cuda:
             function()
             return median(self._on_cpu(function) for _ in range(3)), False
@@ -56,7 +56,7 @@ class Clock:
 
     @staticmethod
     def _captured(function: Callable[[], object]) -> tuple[Callable[[], object], bool]:
-        """Returns `function` as a CUDA graph and True, or itself and False where it cannot be captured."""
+        """Returns the replay of a CUDA graph of `function` and True, or `function` and False where it cannot be captured."""
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph):
@@ -68,13 +68,13 @@ class Clock:
 
     @staticmethod
     def _on_cpu(function: Callable[[], object]) -> float:
-        """Returns the seconds of one run."""
+        """Returns how many seconds one run of `function` takes on the CPU."""
         start = time.perf_counter()
         function()
         return time.perf_counter() - start
 
     def ceilings(self, dtype: torch.dtype) -> Ceilings:
-        """Measures this device in `dtype`: the best of some large products, and a copy of 1 GiB."""
+        """Measures the device's best rates: the faster of two large products in `dtype`, and a copy of 1 GiB (less on CPU)."""
         sizes, elements = ((8192, 16384), 1 << 29) if self._cuda else ((64,), 1 << 16)
         rates = []
         for size in sizes:

@@ -1,6 +1,6 @@
-"""Other implementations of the same computation: torch's grouped product, a loop of cuBLAS calls, vLLM, scattermoe.
+"""Other implementations of an MoE block or its experts: torch's grouped product, a loop of cuBLAS calls, vLLM, scattermoe.
 
-Each peer gets the block's input in the form of its own interface and in its fastest layout, prepared before timing.
+Each gets its input in the form of its own interface and in its fastest layout, prepared before timing.
 Shape legend: T tokens, K experts per token, R rows of this device's experts, sorted by expert, E experts on this device,
 D hidden size, I intermediate size.
 """
@@ -22,7 +22,7 @@ from moiety_kernels.reference.expert_mlp import activate
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """The input of one measurement."""
+    """The input of one measurement: tokens with their choices, and the weights and sorted rows of this device's experts."""
 
     x: torch.Tensor  # [T, D]
     index: torch.Tensor  # int64 [T, K]; E and above: an expert on another device
@@ -38,7 +38,7 @@ Function = Callable[[], torch.Tensor]
 
 
 def _activated(work: Work, projected: torch.Tensor) -> torch.Tensor:
-    """Returns the activated projection [R, I], bias and activation in eager torch."""
+    """Adds the gate and up bias to `projected` [R, 2I] and applies the activation, both in eager torch: [R, I]."""
     e = work.experts
     if e.gate_up.bias is not None:
         projected = projected + e.gate_up.bias[work.expert_of]
@@ -48,7 +48,10 @@ def _activated(work: Work, projected: torch.Tensor) -> torch.Tensor:
 
 
 def grouped_mm(work: Work) -> Function | None:
-    """Prepares `torch._grouped_mm` over sorted rows, twice, activation and biases in torch; None if torch lacks it."""
+    """Prepares the experts as two calls of `torch._grouped_mm` on sorted rows; returns None if torch lacks that function.
+
+    Biases and activation are separate torch operations.
+    """
     product = getattr(torch, "_grouped_mm", None)
     if product is None:
         return None
@@ -63,7 +66,10 @@ def grouped_mm(work: Work) -> Function | None:
 
 
 def loop(work: Work) -> Function:
-    """Prepares one cuBLAS call per product and expert with rows, counts known to the host, one activation over all rows."""
+    """Prepares the experts as one cuBLAS call for each product of each expert that has rows.
+
+    One activation covers all rows. The host reads the row counts before timing.
+    """
     bounds = work.offsets.tolist()
     spans = [(e, slice(a, b)) for e, (a, b) in enumerate(pairwise(bounds)) if b > a]
     gate_up, down = work.experts.gate_up, work.experts.down
@@ -100,13 +106,16 @@ def vllm(path: str) -> Callable[[Work], Function | None]:
 
 
 def scattermoe(path: str) -> Callable[[Work], Function | None]:
-    """Imports scattermoe's GLUMLP from the checkout at `path`. Up precedes gate: weights are copied once, before timing."""
+    """Imports scattermoe's GLUMLP from the checkout at `path`.
+
+    GLUMLP expects up before gate, so the weights are copied into that order once, before timing.
+    """
     glu_mlp: Any = _imported(path, "scattermoe.mlp").GLUMLP
 
     def prepare(work: Work) -> Function | None:
         gate_up, down = work.experts.gate_up, work.experts.down
         if gate_up.bias is not None or work.choices > gate_up.experts:
-            return None  # it supports neither interleaved experts nor experts on other devices
+            return None  # GLUMLP supports neither interleaved experts nor experts on other devices
         with torch.device("meta"):
             module = glu_mlp(
                 gate_up.shape[1], down.shape[1], gate_up.experts, work.index.shape[1], activation=torch.nn.SiLU()

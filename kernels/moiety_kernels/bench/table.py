@@ -1,4 +1,4 @@
-"""Measures a row of the table for each model, number of tokens and implementation."""
+"""Measures the benchmark's table: one row per model, number of tokens, operation and implementation."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ OURS = "moiety"
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One implementation's time for one shape. Operation `block`: from indices to summed rows; `experts`: sorted rows only."""
+    """One implementation's time for one model and number of tokens: a row of the benchmark's table.
+
+    `operation`: `block` is a whole MoE block after gating, `experts` only the experts' MLPs over sorted rows.
+    """
 
     model: str
     tokens: int
@@ -48,7 +51,10 @@ HEADER = f"{'model':24}{'tokens':>6} {'what':8}{'weights':9}{'by':12}{_NUMBERS}"
 
 
 def work_of(model: Model, tokens: int, dtype: torch.dtype, experts: ExpertOperands, device: str) -> Work:
-    """Returns random tokens with K distinct, equally likely experts each; sorted rows are those of experts on this device."""
+    """Returns random tokens as the input of a measurement; each token has K distinct experts, all equally likely.
+
+    `rows` holds only the rows of experts on this device.
+    """
     generator = torch.Generator(device=device).manual_seed(tokens)
     x = torch.randn(tokens, model.hidden, generator=generator, device=device).to(dtype)
     noise = torch.rand(tokens, model.choices, generator=generator, device=device)
@@ -65,7 +71,10 @@ def work_of(model: Model, tokens: int, dtype: torch.dtype, experts: ExpertOperan
 def measure(
     model: Model, tokens: Sequence[int], clock: Clock, ceilings: Ceilings, dtype: torch.dtype, peers: Peers
 ) -> Iterator[Row]:
-    """Yields one model's rows: ours and every peer on plain weights, ours on the model's quantised weights."""
+    """Yields one model's rows of the table.
+
+    With plain weights: this package's kernels and every peer. With the model's quantised weights: only this package's.
+    """
     plain = experts_of(model, dtype, "plain", clock.device)
     for count in tokens:
         work = work_of(model, count, dtype, plain, clock.device)
@@ -98,7 +107,7 @@ def _timed(
     ceilings: Ceilings,
     weights: str = "",
 ) -> Iterator[Row]:
-    """Times `functions`, the first of which is ours, and yields a row for each."""
+    """Times each of `functions` and yields its row of the table; errors are relative to the first, this package's kernels."""
     rows = len(work.rows)
     activated = int((work.offsets.diff() > 0).sum())
     moved = activated * (work.experts.gate_up.matrix_nbytes + work.experts.down.matrix_nbytes)
@@ -126,7 +135,7 @@ def _timed(
 
 
 def summary(rows: Sequence[Row]) -> Iterator[str]:
-    """Yields a line for each peer: the geometric mean of its times over ours, and the worst shape."""
+    """Yields a line per peer: how many times as fast this package is, as the geometric mean and at its worst shape."""
     ours = {(r.model, r.tokens, r.operation, r.weights): r for r in rows if r.implementation == OURS}
     for name in dict.fromkeys(r.implementation for r in rows if r.implementation != OURS):
         ratios = {

@@ -1,4 +1,4 @@
-"""Searches the fastest tiles for each line of the table in `moiety_kernels.gpu.tiles`, and yields the table as source."""
+"""Searches the fastest tiles for each line of TABLE in `moiety_kernels.gpu.tiles`, and yields that table as source."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SHARED = 227 * 1024  # bytes of shared memory that a program may use on sm_90
 
 
 def candidates(gated: bool, largest: int | None) -> Iterator[Tile]:
-    """Yields tiles that may suit experts of up to `largest` rows and whose stages fit in shared memory."""
+    """Yields tiles to try for experts of up to `largest` rows (None: any), as far as registers and shared memory allow."""
     small = largest is not None and largest <= DECODE_ROWS
     heights = (largest,) if largest is not None and small else (64, 128)
     widths = (16, 32, 64) if small else (64, 128, 256)
@@ -42,7 +42,10 @@ def tune(
     dtype: torch.dtype,
     search: Callable[[bool, int | None], Iterator[Tile]] = candidates,
 ) -> Iterator[str]:
-    """Yields for each line the tiles of `search` with the least geometric mean time over the models, as source to paste."""
+    """Yields the source of TABLE in `gpu/tiles.py`: for each of its lines, the fastest of the tiles that `search` proposes.
+
+    The fastest tile has the least geometric mean time over `models`.
+    """
     yield f"# Tuned on {clock.name}, torch {torch.__version__}: µs per product, by model."
     for largest, *_ in TABLE:
         rows_per_expert = 256 if largest is None else max(1, largest * 3 // 4)  # at which the line is measured

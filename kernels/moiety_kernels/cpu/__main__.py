@@ -12,10 +12,12 @@ from moiety_kernels.cpu.library import SWITCH, VNNI, cpu_flags, find
 
 
 def main() -> int:
-    """Runs the command and returns its exit status: 0 where the kernels can be used."""
+    """Runs the command and returns its exit status: 0 where the kernels can be used or `--optional` is given, else 1."""
     parser = argparse.ArgumentParser(prog="python -m moiety_kernels.cpu", description=__doc__)
     parser.add_argument("--check", action="store_true", help="build nothing; print what a replica would use")
-    parser.add_argument("--optional", action="store_true", help="exit with 0 even where they cannot be built or used")
+    parser.add_argument(
+        "--optional", action="store_true", help="exit with 0 even if the kernels cannot be built or used"
+    )
     options = parser.parse_args()
     if not options.check:
         began = time.monotonic()

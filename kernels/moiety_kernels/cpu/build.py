@@ -1,6 +1,6 @@
-"""Compiles the C++ sources of this folder into one shared library in the cache.
+"""Compiles the C++ sources of this folder into one shared library in a cache folder.
 
-Users and image builds call this. A replica never does: at start it finds the library or computes with torch.
+Users and image builds call this. Services never do: they find the library or compute with torch.
 """
 
 from __future__ import annotations
@@ -54,10 +54,10 @@ def built() -> Path | None:
 
 
 def build() -> Path:
-    """Compiles into the first cache folder: the library, and beside it a .txt file with the compiler's version.
+    """Compiles the library into the first cache folder, and writes the compiler's version to a .txt file beside it.
 
-    Returns the library's path, at once where this compiler has already built these sources. Raises BuildError on
-    another platform, without a compiler or a writable cache folder, and where a compilation fails.
+    Returns the library's path; compiles nothing where this compiler has already built these sources. Raises BuildError on
+    other platforms than Linux on x86-64, without a compiler or a writable cache folder, and where a compilation fails.
     """
     compiler = _compiler()
     version = _output([compiler, "--version"])
@@ -88,7 +88,10 @@ def build() -> Path:
 
 
 def _compiler() -> str:
-    """Returns the path of $CXX or the first known compiler. Raises BuildError where there is none."""
+    """Returns the path of $CXX or, if that is not set, of the first of COMPILERS that is installed.
+
+    Raises BuildError where none is installed, and on other platforms than Linux on x86-64.
+    """
     if platform.machine() not in ("x86_64", "AMD64") or platform.system() != "Linux":
         raise BuildError(f"the C++ kernels need Linux on x86-64: this is {platform.system()} {platform.machine()}")
     names = (os.environ["CXX"],) if os.environ.get("CXX") else COMPILERS

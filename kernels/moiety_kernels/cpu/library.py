@@ -33,7 +33,10 @@ class Library:
         self._functions: dict[str, Callable[..., None] | None] = {}
 
     def function(self, name: str, *arguments: Any, isa: frozenset[str] = frozenset()) -> Callable[..., None] | None:
-        """Returns `extern "C" void name(arguments)`, arguments as ctypes types; None if this CPU lacks any of `isa`."""
+        """Returns the C++ function `name`; None, logged once, if this CPU lacks an instruction set extension of `isa`.
+
+        `arguments` are the ctypes types of the function's arguments. It returns nothing.
+        """
         if name not in self._functions:
             if missing := isa - self.cpu:
                 _log.warning(
@@ -49,7 +52,10 @@ class Library:
 
 @functools.cache
 def load() -> Library | None:
-    """Returns the library, or None to compute with torch; a missing library is logged once, with the reason."""
+    """Returns the C++ library, loaded once per process; None where torch has to compute instead.
+
+    That is where the library is switched off, is not built, or does not suit this CPU. The last two are logged once.
+    """
     if os.environ.get(SWITCH) == "off":
         return None
     path, problem = find()

@@ -1,4 +1,4 @@
-"""Compiles every kernel for sm_90 without a GPU, as models launch it, and prints registers, spills and shared memory.
+"""Compiles every kernel for sm_90 without a GPU, for the shapes of real models, and prints registers, spills and shared memory.
 
     python -m moiety_kernels.gpu.aot [--json]
 
@@ -56,7 +56,7 @@ class Compiled:
     spilled: int  # bytes of local memory per thread
     shared: int  # bytes of shared memory per program
     warps: int
-    wgmma: int  # number of these instructions in the PTX
+    wgmma: int  # number of wgmma instructions in the PTX
     copies: int  # number of asynchronous copies in the PTX, of 16 bytes per thread or of whole tiles
 
     @property
@@ -66,9 +66,9 @@ class Compiled:
 
 
 def compile_kernel(kernel: JITFunction, args: tuple[Any, ...], options: dict[str, Any], case: str) -> Compiled:
-    """Compiles `kernel` for these arguments, specialised like a launch.
+    """Compiles `kernel` as Triton would if it were launched with `args` and `options`.
 
-    None and 1 become constants, and pointers and multiples of 16 are marked as divisible by 16.
+    Arguments that are None or 1 become constants; pointers and multiples of 16 are marked as divisible by 16.
     """
     bound = dict(zip(kernel.arg_names, args, strict=False)) | {
         k: v for k, v in options.items() if k in kernel.arg_names
@@ -117,7 +117,7 @@ def _resources(cubin: bytes) -> tuple[int, int]:
 
 @contextmanager
 def compiling(case: Callable[[], str], into: list[Compiled]) -> Iterator[None]:
-    """Makes kernel launches compile the kernel instead, once per configuration, and append the result to `into`."""
+    """Makes kernel launches inside the context compile instead, once per configuration, and append the result to `into`."""
     seen: set[str] = set()
 
     def launch(self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
@@ -136,7 +136,11 @@ def compiling(case: Callable[[], str], into: list[Compiled]) -> Iterator[None]:
 
 
 def compile_all(quick: bool = False) -> list[Compiled]:
-    """Compiles every kernel: each model at each line of the tile table in bfloat16, each weight format, the small kernels."""
+    """Compiles every kernel and returns the results; `quick` compiles fewer configurations.
+
+    Each model in bfloat16 from 1 to 4096 tokens, each quantised format at each line of the tile table, other dtypes, tiles
+    fetched by descriptors, permutation, gating and fp8 rows.
+    """
     built: list[Compiled] = []
     case = ""
     with compiling(lambda: case, built):
@@ -195,7 +199,7 @@ def compile_all(quick: bool = False) -> list[Compiled]:
 
 
 def main() -> None:
-    """Runs the command."""
+    """Compiles every kernel and prints a line for each; exits with 1 where one spills or needs too much shared memory."""
     parser = argparse.ArgumentParser(prog="python -m moiety_kernels.gpu.aot", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print one JSON object per kernel")
     parser.add_argument("--quick", action="store_true", help="compile only a few configurations of each kernel")

@@ -16,7 +16,7 @@ from moiety_kernels.gpu.numbers import narrowed
 def combine_kernel(
     ROWS, WEIGHTS, PRESENT, OUT, E: tl.constexpr, D: tl.constexpr, TOP_K: tl.constexpr, WIDTH: tl.constexpr
 ):
-    """Sums WIDTH columns of one token."""
+    """Sums WIDTH columns of one token's expert outputs."""
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     total = tl.zeros((WIDTH,), tl.float32)

@@ -1,7 +1,7 @@
 """Grouped GEMM for few rows: each sum over K is split among programs, and a second kernel adds the parts in order.
 
 A decode step multiplies few rows by whole matrices. Its time is the bytes of the weights over the bandwidth, if enough
-programs read them. Where a matrix is too small to occupy the device (`tiles.parts`), K is split. No sum uses atomics.
+programs read them. Where a matrix is too small to occupy the device (`tiles.split_count`), K is split. No sum uses atomics.
 
 Shape legend: R rows sorted by expert, E experts, K input features, N output columns, S parts of K.
 """
@@ -50,7 +50,10 @@ def split_kernel(
     BK: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """Stores a tile's sums over DEPTH columns of K in PARTIAL [S, R, N or 2N], gate and up of a column adjacent."""
+    """Stores an output tile's sums over one part of K, DEPTH columns, in PARTIAL [S, R, N, or 2N when GATED].
+
+    Gate and up of a column are adjacent.
+    """
     tiles, ends = tiles_of(OFFSETS, E, E_PAD, BM)
     tile = tl.program_id(1)
     if tile < tl.sum(tiles, 0):
@@ -115,7 +118,7 @@ def finish_kernel(
     PARTS: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """Adds one row's sums, part after part, then applies scale, bias and activation like the unsplit kernel."""
+    """Adds one row's sums over the parts of K in order, then applies scale, bias and activation as `grouped_gemm` does."""
     row = tl.program_id(0)
     column = tl.program_id(1) * BN
     if row < tl.load(OFFSETS + E):
@@ -161,7 +164,10 @@ def decode_gemm(
     tile: Tile | None = None,
     split: int | None = None,
 ) -> torch.Tensor:
-    """Computes `grouped_gemm` with K in `split` parts, by default `tiles.parts`; one part is `grouped_gemm` itself."""
+    """Computes what `grouped_gemm` does, but splits K into `split` parts, by default as many as `tiles.split_count` returns.
+
+    If that is one part, or there are no rows, this calls `grouped_gemm`.
+    """
     width, depth = matrices.shape
     n = width // 2 if gated else width
     tile = fit_to_groups(tile or choose(rows, matrices.experts, n, depth, x.dtype, gated), matrices)

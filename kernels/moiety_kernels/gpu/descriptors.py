@@ -1,8 +1,8 @@
-"""The product with plain weights, with tiles fetched by Hopper's tensor memory accelerator instead of by addresses.
+"""Multiplies by plain weights whose tiles Hopper's tensor memory accelerator fetches, instead of loads from addresses.
 
 One thread requests a whole tile, which leaves registers and instructions to the product. But a descriptor must be written
-for each tile's expert, which adds about a microsecond of latency. `bench --tune` measures which is faster. Until then
-addresses are the default; quantised, transposed and unaligned weights always use them.
+for each tile's expert, which adds about a microsecond of latency. `bench --tune` measures which is faster. Until it has
+been run, tiles are loaded from addresses by default; tiles of quantised, transposed or unaligned weights always are.
 
 Shape legend: R rows sorted by expert, K input features of the product, N output columns of a tile's matrix.
 """
@@ -38,10 +38,11 @@ def described_product(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """Computes `product.product` for the rows of `product.matrix_rows`: float32 [BM, BN], or [BM, 2 BN] for gate and up.
+    """Multiplies rows of X by one expert's plain matrix, fetched by descriptors: float32 [BM, BN], or [BM, 2 BN] when GATED.
 
-    Gate and up of a column are adjacent. Reads rows `row` to `row + BM` of X, the last of which may be another expert's;
-    or, when GATHERED, `x_rows` by their addresses. Values past the end of a matrix read as zeros.
+    The result is that of `product.product` with the rows of `product.matrix_rows`: gate and up of a column are adjacent.
+    The rows are `row` to `row + BM`, the last of which may belong to another expert; when GATHERED, they are `x_rows`,
+    loaded from their addresses. Values past the end of a matrix read as zeros.
     """
     TWO: tl.constexpr = GATED and not INTERLEAVED  # gate and up lie apart: one product each
     HEIGHT: tl.constexpr = 2 * N if GATED else N
@@ -70,7 +71,10 @@ def described_product(
 
 
 def describable(x: torch.Tensor, matrices: Operand) -> bool:
-    """Whether descriptors can describe these: plain weights of the rows' dtype, K innermost, all aligned to 16 bytes."""
+    """Whether tiles of `x` and `matrices` can be fetched by descriptors with this version of Triton.
+
+    That needs plain weights of x's dtype, K innermost, and all rows aligned to 16 bytes.
+    """
     plain = KINDS[matrices.kind] == "plain" and matrices.codes.dtype == x.dtype and matrices.strides[1] == 1
     size = x.element_size()
     on_16_bytes = matrices.aligned and not (x.stride(0) * size | matrices.strides[0] * size) % 16
@@ -78,7 +82,7 @@ def describable(x: torch.Tensor, matrices: Operand) -> bool:
 
 
 def allow_scratch(device: torch.device) -> None:
-    """Sets Triton's allocator for the memory that kernels write descriptors to; it applies to the launching thread."""
+    """Lets Triton allocate memory on `device` for the descriptors that kernels write, in kernels launched by this thread."""
 
     def allocate(size: int, alignment: int, stream: int | None) -> torch.Tensor:
         return torch.empty(size, dtype=torch.int8, device=device)

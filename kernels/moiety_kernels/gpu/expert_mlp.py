@@ -48,9 +48,9 @@ def sorted_expert_mlp(
 
     Expert e's rows are `offsets[e]` to `offsets[e + 1]`, `offsets` [E + 1]. `gather` chooses the rows of x, and `slots`
     places the outputs (see `grouped_gemm`). Sums, bias and activation are float32; the row between the two products is
-    rounded to `dtype`, that of the result. `deterministic`: the bits of an output row depend only on its input row and
-    expert. The host does not wait for the device. For fp8 rows (with `x_scale`), the first product multiplies fp8 by the
-    weights, and `dtype` is required.
+    rounded to `dtype` (by default x's). The result has that dtype too, unless `out` is given. `deterministic`: the bits of
+    an output row depend only on its input row and expert. The host does not wait for the device. For fp8 rows (with
+    `x_scale`), the first product multiplies fp8 by the weights, and `dtype` is required.
     """
     rows = x.shape[0] if rows is None else rows
     x = x if x.stride(1) == 1 else x.contiguous()

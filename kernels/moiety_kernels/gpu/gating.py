@@ -15,7 +15,7 @@ from moiety_kernels.reference.gating import Gate
 
 @triton.jit
 def _pick(choice, free, lanes, PAD: tl.constexpr):
-    """Returns, per row, the lane of the greatest free value, the lowest lane where several are equal."""
+    """Returns the index of each row's greatest value of `choice` among those that are `free`; the lowest of equal ones."""
     best = tl.max(tl.where(free, choice, float("-inf")), 1)
     return tl.min(tl.where(free & (choice == best[:, None]), lanes[None, :], PAD), 1)
 
@@ -42,7 +42,7 @@ def gating_kernel(
     TOP_TWO: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
-    """Chooses the experts of TOKENS tokens, over all experts at once."""
+    """Chooses and weighs the experts of TOKENS tokens; each program compares all experts of its tokens."""
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     expert = tl.arange(0, E_PAD)
     real = (token < T)[:, None] & (expert < E)[None, :]

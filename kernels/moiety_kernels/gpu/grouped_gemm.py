@@ -55,7 +55,7 @@ def grouped_gemm_kernel(
     BAND: tl.constexpr,
     DESCRIBED: tl.constexpr,
 ):
-    """Computes one tile per program, or several in turn where there are fewer programs than tiles."""
+    """Computes one output tile per program, or several in turn where there are fewer programs than tiles."""
     tiles, ends = tiles_of(OFFSETS, E, E_PAD, BM)
     row_tiles = tl.sum(tiles, 0)
     column_tiles: tl.constexpr = (N + BN - 1) // BN
@@ -154,8 +154,8 @@ def grouped_gemm(
     x [R, K] is float32, float16, bfloat16, or float8_e4m3fn with one `x_scale` (float32) per row. `offsets` int32 [E + 1]
     stays on the device: the host only needs `rows` (R) to start as many programs as there can be tiles.
     `gather` int32 [R]: row r is `x[gather[r] // gather_by]`. `slots` int32 [R]: row r's result goes to `out[slots[r]]`.
-    `programs`: the most programs to start, each computing tile after tile; by default one per tile, or one per SM for
-    persistent tiles. The order of every sum depends only on K and the tile's depth, not on the grid or on other rows.
+    `programs`: the most programs to start, each computing tile after tile; by default one per tile, or one per SM where the
+    tile is `persistent`. The order of every sum depends only on K and the tile's depth, not on the grid or on other rows.
     """
     width, depth = matrices.shape
     n = width // 2 if gated else width

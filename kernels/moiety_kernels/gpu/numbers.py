@@ -25,7 +25,7 @@ def narrowed(value, DTYPE: tl.constexpr):
 
 @triton.jit
 def multiplied(x, w, total, FRESH: tl.constexpr):
-    """Returns x times w in float32, added to `total` unless FRESH."""
+    """Returns the matrix product of x and w in float32, plus `total` unless FRESH."""
     if INTERPRETED:
         x = x.to(tl.float32)
         w = w.to(tl.float32)

@@ -21,11 +21,12 @@ WHOLE = 1 << 30  # a group that spans all columns: one scale per row
 
 @dataclass(frozen=True, slots=True)
 class Operand:
-    """The matrices [O, K] of E experts anywhere in memory: expert e's starts `offsets[0, e]` elements after `codes`.
+    """The matrices [O, K] of E experts, each anywhere in memory, as one expert's addresses and the others' offsets from them.
 
-    `codes`, `scale`, `zero` and `bias` belong to one expert. The rows of `offsets` hold every expert's distance from
-    them, in this order, in elements. `strides` are those of O and K within a matrix (in bytes where two values share one).
-    One scale serves `group_rows` rows and `group` columns.
+    `codes`, `scale`, `zero` and `bias` start at one expert's values. `offsets[0, e]` is how many elements after `codes`
+    the codes of expert e start; rows 1 to 3 of `offsets` are the same for `scale`, `zero` and `bias`. `strides` are the
+    steps along O and K within a matrix, in elements (bytes where two values share one). One scale serves `group_rows` rows
+    and `group` columns.
     """
 
     codes: torch.Tensor
@@ -64,7 +65,7 @@ def operand_of_stack(
     zero: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
 ) -> Operand:
-    """Makes an operand of one tensor of all experts in a checkpoint's layout: [E, O, K], or [E, K, O] when `transposed`.
+    """Makes an operand from one tensor that holds all experts, as in a checkpoint: [E, O, K], or [E, K, O] if `transposed`.
 
     `int4` and `mxfp4` pack two values per byte ([E, O, K / 2], even columns in the low half). `scale` is [E, O] for `int8`,
     [E, O, groups] for `int4` and `mxfp4`, [E, ceil(O / 128), ceil(K / 128)] for `fp8`. `bias` is [E, O]. Copies no
@@ -101,7 +102,7 @@ def operand_of_stack(
 
 
 def _operand(matrix: Matrix, bias: torch.Tensor | None, offsets: torch.Tensor, aligned: bool) -> Operand:
-    """Makes an operand from one expert's matrix and bias, which stand for all, and the `offsets` on the device."""
+    """Makes an operand from one expert's matrix and bias, and the `offsets` [4, E] of every expert's values from these."""
     rows, columns = matrix.shape
     if isinstance(matrix, torch.Tensor):
         return Operand(matrix, offsets, (rows, columns), (matrix.stride(0), 1), bias=bias, aligned=aligned)
@@ -129,10 +130,11 @@ def _operand(matrix: Matrix, bias: torch.Tensor | None, offsets: torch.Tensor, a
 
 
 def operands_of(counts: Sequence[int], weights: Sequence[ExpertWeights]) -> tuple[torch.Tensor, Operand, Operand]:
-    """Makes operands of separately stored experts with equal `held`: row offsets int64 [E + 1], gate_up, down.
+    """Makes the operands of a batch from separately stored experts: returns row offsets int64 [E + 1], gate_up and down.
 
-    Everything the device needs to know about a batch is sent in one small copy, for which the host does not wait. The
-    weights stay in place, so changing the placement between two batches costs nothing. The caller must keep them alive.
+    Expert e has `counts[e]` rows and `weights[e]`; all must have one weight format (equal `held`). All offsets are sent to
+    the device in one small copy, for which the host does not wait. The weights stay in place, so changing the placement
+    between two batches costs nothing. The caller must keep the weights alive.
     """
     first = weights[0]
     pointers = torch.tensor([[pointer or 0 for pointer in expert.pointers] for expert in weights]).T  # [8, E]
@@ -151,13 +153,13 @@ def operands_of(counts: Sequence[int], weights: Sequence[ExpertWeights]) -> tupl
 
 
 def _codes_scale_zero(matrix: Matrix) -> tuple[Any, ...]:
-    """Returns codes, scale and zero, None for those that the format does not have."""
+    """Returns the matrix's codes, scale and zero tensors; None for each that its format does not have."""
     tensors = (matrix,) if isinstance(matrix, torch.Tensor) else matrix.tensors
     return (*tensors, None, None)[:3]
 
 
 def _aligned(offsets: torch.Tensor) -> bool:
-    """Whether all codes start at multiples of 16 elements from the first."""
+    """Whether every expert's codes start at a multiple of 16 elements from those of the operand's first expert."""
     return not bool((offsets[0] % 16).any())
 
 

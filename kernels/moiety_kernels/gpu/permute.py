@@ -25,7 +25,7 @@ class Permutation:
 
 @triton.jit
 def _experts(INDEX, at, A, E: tl.constexpr):
-    """Returns the expert of each assignment: E where it is not on this device, -1 past the end."""
+    """Returns the expert of each assignment in `at`: E if that expert is on another device, -1 past the last assignment."""
     index = tl.load(INDEX + at, mask=at < A, other=-1).to(tl.int32)
     return tl.where((at < A) & ((index < 0) | (index >= E)), E, index)
 
@@ -41,7 +41,7 @@ def count_kernel(INDEX, COUNTS, A, blocks, E: tl.constexpr, E_PAD: tl.constexpr,
 
 @triton.jit
 def scan_kernel(COUNTS, TOTALS, blocks, B_PAD: tl.constexpr):
-    """Replaces one expert's COUNTS by the sums over earlier blocks, and stores their total in TOTALS."""
+    """Replaces each of one expert's COUNTS by the sum over earlier blocks, and stores the sum over all blocks in TOTALS."""
     expert = tl.program_id(0)
     block = tl.arange(0, B_PAD)
     counts = tl.load(COUNTS + expert * blocks + block, mask=block < blocks, other=0)
@@ -64,7 +64,10 @@ def place_kernel(
     BLOCK: tl.constexpr,
     ALONE: tl.constexpr,
 ):
-    """Stores each assignment's position: its expert's first row plus its rank in the expert. ALONE: there is one block."""
+    """Stores each assignment's sorted position: the first row of its expert plus its rank among that expert's assignments.
+
+    Also stores the inverse in ORDER, and each expert's first row in OFFSETS. ALONE: there is only one block.
+    """
     block = tl.program_id(0)
     lane = tl.arange(0, BLOCK)
     at = block * BLOCK + lane

@@ -17,7 +17,7 @@ PLAIN, FP8, INT8, INT4, MXFP4 = (tl.constexpr(kind) for kind in range(5))
 
 @triton.jit
 def tiles_of(OFFSETS, E: tl.constexpr, E_PAD: tl.constexpr, BM: tl.constexpr):
-    """Returns the row tiles per expert [E_PAD] and their inclusive sums; an expert without rows has no tile."""
+    """Returns the number of row tiles of each expert [E_PAD], 0 if it has no rows, and the inclusive sums of these numbers."""
     experts = tl.arange(0, E_PAD)
     first = tl.load(OFFSETS + experts, mask=experts < E, other=0)
     last = tl.load(OFFSETS + experts + 1, mask=experts < E, other=0)
@@ -56,9 +56,9 @@ def matrix_rows(column, GATED: tl.constexpr, INTERLEAVED: tl.constexpr, N: tl.co
 
 @triton.jit
 def _e2m1(nibbles, scale):
-    """Returns 4-bit floats [BN, BK] as float32, times scale.
+    """Converts 4-bit floats (e2m1) [BN, BK] to float32 and multiplies them by `scale`.
 
-    Their two exponent bits and one mantissa bit, moved to float16's positions, give the value times 2^-14, also for
+    The two exponent bits and the mantissa bit, moved to float16's positions, give the value times 2^-14, also for
     subnormals.
     """
     bits = ((nibbles & 7) << 9) | ((nibbles & 8) << 12)
@@ -82,9 +82,10 @@ def weight_tile(
     BK: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """Returns [rows, BK] of an expert's matrix in DTYPE, scaled where groups are narrower than BK; else the caller scales.
+    """Returns BK columns from `k_start` of the given rows of an expert's matrix, in DTYPE: [rows, BK].
 
-    Columns past K repeat the last column; x is zero there.
+    mxfp4, and int4 in groups narrower than BK, are scaled here; `product` scales the other formats. Columns past K repeat
+    earlier ones; x is zero there.
     """
     EVEN: tl.constexpr = K % BK == 0
     if KIND == INT4 or KIND == MXFP4:
@@ -153,10 +154,11 @@ def product(
     GROUP_ROWS: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    """Multiplies x[x_rows, k_first:k_last] by the same columns of one expert's matrix[rows]: float32 [BM, rows], scaled.
+    """Multiplies x[x_rows, k_first:k_last] by one expert's matrix[rows, k_first:k_last], transposed: float32 [BM, rows].
 
-    Quantised values are exact in bfloat16, and fp8 weights in the fp8 that is used for fp8 rows. So a scale that covers
-    BK columns or more multiplies their float32 sum, not the weights. Sums run in order of k.
+    The result includes the weights' scales, not those of fp8 rows. Without their scales, quantised weights are exact in
+    bfloat16; fp8 weights stay fp8 where x is fp8. So a scale of int8, int4 or fp8 that covers BK columns or more
+    multiplies the float32 sum of these columns, not the weights. Sums run in order of k.
     """
     EVEN: tl.constexpr = K % BK == 0
     SCALED: tl.constexpr = (KIND == FP8 or KIND == INT8 or KIND == INT4) and GROUP >= BK  # scale after the product

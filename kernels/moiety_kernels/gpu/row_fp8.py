@@ -66,7 +66,7 @@ def quantise_rows(x: torch.Tensor, group: int | None = None) -> tuple[torch.Tens
 def dequantise_rows(
     codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, group: int | None = None
 ) -> torch.Tensor:
-    """Inverts `quantise_rows` within the error bound above: [R, D] in `dtype`."""
+    """Returns the rows [R, D] that `quantise_rows` quantised, in `dtype`, within the error bound of the module docstring."""
     rows, columns = codes.shape
     out = torch.empty(rows, columns, dtype=dtype, device=codes.device)
     group = group or columns

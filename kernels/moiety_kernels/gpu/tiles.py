@@ -1,8 +1,8 @@
-"""The tile sizes of grouped GEMMs, by shape: one small table.
+"""The tile sizes of grouped GEMMs by rows per expert (TABLE), and their choice for one product.
 
 UNTUNED. No GPU has run these: they are estimates from a Hopper SM's resources (227 KiB of shared memory, 64 K registers, a
-warpgroup multiplies 64 rows at a time). Verified is only that they compile for sm_90 without spilling
-(`python -m moiety_kernels.gpu.aot`). `python -m moiety_kernels.bench --tune` measures tiles and prints the table for here.
+warpgroup multiplies 64 rows at a time). `python -m moiety_kernels.gpu.aot` verifies only that what it compiles for sm_90
+does not spill. `python -m moiety_kernels.bench --tune` measures tiles and prints a new TABLE.
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ from moiety_kernels.gpu.operand import KINDS, WHOLE, Operand
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """A program's `rows` x `columns` of output, `depth` of K per step; a gated tile reads 2 x `columns` of weights."""
+    """One program's tile of a grouped GEMM: `rows` x `columns` of output, computed in steps of `depth` along K.
+
+    A gated tile reads 2 x `columns` of weights.
+    """
 
     rows: int
     columns: int
@@ -41,13 +44,13 @@ TABLE = (
 )
 DECODE_ROWS = 32  # up to this many rows per expert, K may be split
 FLOAT32 = Tile(32, 32, 32, 4, 2)  # exact float32 products run on the CUDA cores: registers are the limit
-FIXED = Tile(64, 64, 64, 4, 4)  # for any number of rows, where bits must not depend on it
+FIXED = Tile(64, 64, 64, 4, 4)  # any number of rows, so that bits do not depend on that number
 FILLS = 2  # programs that occupy one SM
 SHALLOWEST = 4  # the fewest steps of depth in a part of a split sum
 
 
 def choose(rows: int, experts: int, columns: int, depth: int, dtype: torch.dtype, gated: bool) -> Tile:
-    """Returns the tile for `rows` in total over `experts`, `columns` of output and products of `depth`."""
+    """Returns the tile for a grouped GEMM of `rows` rows in all over `experts` experts, from `depth` to `columns` features."""
     if dtype == torch.float32:
         return FLOAT32
     rows_per_expert = rows / max(1, min(experts, rows))
@@ -60,9 +63,9 @@ def choose(rows: int, experts: int, columns: int, depth: int, dtype: torch.dtype
 
 
 def fit_to_groups(tile: Tile, matrices: Operand) -> Tile:
-    """Returns `tile` with a depth that is a whole number of scale groups, or that divides one group.
+    """Returns `tile` with a depth that is a whole number of the weights' scale groups, or that divides one group.
 
-    Raises ValueError where the groups allow no such depth.
+    A tile of more than 64 rows may also be made smaller. Raises ValueError where the groups allow no such depth.
     """
     group, kind = matrices.group, KINDS[matrices.kind]
     if kind == "plain" or group == WHOLE:
@@ -89,7 +92,10 @@ def processors(device: torch.device) -> int:
 
 
 def split_count(tile: Tile, rows: int, experts: int, columns: int, depth: int, device: torch.device) -> int:
-    """Returns how many programs share one sum over K: enough to fill the device, with at least SHALLOWEST steps each."""
+    """Returns into how many parts to split each sum over K, one program per part: 1 to 16.
+
+    As many as fill the device, each of at least SHALLOWEST steps; 1 above DECODE_ROWS rows per expert.
+    """
     programs = min(experts, rows) * -(-columns // tile.columns)
     wanted, possible = -(-FILLS * processors(device) // max(programs, 1)), depth // (tile.depth * SHALLOWEST)
     return max(1, min(wanted, possible, 16)) if rows <= DECODE_ROWS * min(experts, rows) else 1

@@ -1,1 +1,1 @@
-"""The operations that services call, one per file. Each picks the backend that suits its arguments: C++, Triton or torch."""
+"""The operations that services call, one per file. Each picks C++ or torch by its arguments; experts on a GPU use Triton."""

@@ -1,4 +1,4 @@
-"""What expert operations share: they split a mixed batch by weight format, and run Triton for rows on a GPU."""
+"""Helpers of the two expert operations: splitting a batch by weight format, and running the Triton kernels."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ Compute = Callable[[torch.Tensor, Sequence[int], Sequence[ExpertWeights]], torch
 def for_each_format(
     compute: Compute, rows: torch.Tensor, counts: Sequence[int], weights: Sequence[ExpertWeights], dtype: torch.dtype
 ) -> torch.Tensor:
-    """Calls `compute` once per weight format (equal `held`) and returns its results [R, D] in the order of the rows [R, D]."""
+    """Calls `compute` once per weight format and returns all results [R, D] in the order of `rows` [R, D].
+
+    Experts have the same format if their `held` is equal.
+    """
     if len({expert.held for expert in weights}) == 1:
         return compute(rows, counts, weights)
     kinds: dict[Any, list[int]] = {}
@@ -47,7 +50,7 @@ def run_in_triton(
     deterministic: bool,
     options: dict[str, Any],
 ) -> torch.Tensor:
-    """Computes experts with equal `held` with the Triton kernels: [R, D] in `dtype`. The host does not wait for the GPU."""
+    """Computes experts of one weight format with the Triton kernels: [R, D] in `dtype`. The host does not wait for the GPU."""
     from moiety_kernels.gpu.expert_mlp import (  # imported late: Triton is slow to import
         ExpertOperands,
         sorted_expert_mlp,

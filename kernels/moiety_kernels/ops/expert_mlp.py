@@ -49,7 +49,7 @@ def grouped_expert_mlp(
     """Runs each row through its expert: [R, D] -> [R, D], in the rows' dtype, which plain weights must have.
 
     The first `counts[0]` rows belong to `weights[0]`, the next `counts[1]` to `weights[1]`, and so on. A count may be
-    0: those weights are not read. Experts may have different weight formats: each format is one C++ call.
+    0: those weights are not read. Experts may have different weight formats: on a CPU each format is one C++ call.
     `deterministic`: the bits of an output row depend only on its input row and its expert. The C++ kernels guarantee this
     in any case. `backend`: by default Triton for rows on a GPU, where it is installed. Raises ValueError where the counts
     do not add up to R, or where the experts' shapes do not match the rows and each other.
@@ -89,7 +89,7 @@ def _in_torch(
     deterministic: bool,
     options: dict[str, Any],
 ) -> torch.Tensor:
-    """Computes experts with equal `held` in C++ where this CPU supports it, else in torch."""
+    """Computes experts of one weight format in C++ where that is available and not slower than torch, else in torch."""
     kernel = experts_kernel(rows.dtype, weights[0]) if rows.device.type == "cpu" else None
     many = rows.shape[0] > PACKED_ROWS * sum(map(bool, counts))  # mean rows per active expert
     if many and not deterministic and weights[0].kind == "bfloat16" and multiplies_in_pairs(rows.dtype):
@@ -152,7 +152,7 @@ def _active(counts: Sequence[int], weights: Sequence[ExpertWeights]) -> Iterator
 
 
 def experts_kernel(dtype: torch.dtype, expert: ExpertWeights) -> Callable[..., None] | None:
-    """Returns the C++ function for rows of this dtype and experts of this one's format, or None."""
+    """Returns the C++ function for rows of `dtype` and experts of `expert`'s weight format; None if there is none."""
     if dtype not in _ROWS or (library := load()) is None:
         return None
     name, kind = f"moiety_experts_{_ROWS[dtype]}", expert.kind
@@ -170,5 +170,8 @@ def experts_kernel(dtype: torch.dtype, expert: ExpertWeights) -> Callable[..., N
 
 
 def _ends_between_lanes(group: int, columns: int) -> bool:
-    """Whether each lane has one scale, as C++ needs: groups of a power of two from 8 on, or of the whole row."""
+    """Whether int4 groups of `group` columns suit the C++ kernel: a power of two from 8 on, or the whole row.
+
+    The kernel needs one scale per lane of a vector.
+    """
     return group == columns or (group >= LANE_COLUMNS and group & (group - 1) == 0)

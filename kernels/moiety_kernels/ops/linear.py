@@ -14,8 +14,8 @@ from torch.nn import functional
 from moiety_kernels.cpu.library import load
 from moiety_kernels.threads import thread_limit
 
-# Above this many rows torch's packed GEMM is faster in float32, and in bfloat16 where it uses the same instruction as ours
-# (AMD EPYC of 2024, one core, 256 rows of 1024 x 1024: 1.2 ms against our 1.45). Where it does not, it was not faster.
+# Above this many rows torch's packed GEMM is faster in float32, and in bfloat16 where the C++ kernel uses torch's instruction
+# (AMD EPYC of 2024, one core, 256 rows of 1024 x 1024: torch 1.2 ms, C++ 1.45). Elsewhere torch was not faster in bfloat16.
 PACKED_ROWS = 64
 FIXED_ROWS = 8  # rows of a deterministic tile in torch: a GEMM of one fixed shape sums in one order
 
@@ -70,7 +70,7 @@ def _fixed_tiles(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
 
 
 def linear_kernel(dtype: torch.dtype) -> Callable[..., None] | None:
-    """Returns the C++ function for this dtype, or None."""
+    """Returns the C++ function that computes `linear` in `dtype`; None if there is none."""
     if dtype not in _NAMES or (library := load()) is None:
         return None
     return library.function(f"{_NAMES[dtype]}{'_pairs' if multiplies_in_pairs(dtype) else ''}", *_SIGNATURE)

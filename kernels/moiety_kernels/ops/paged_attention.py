@@ -158,12 +158,12 @@ def _store(pool: torch.Tensor, rows: torch.Tensor, slots: torch.Tensor) -> None:
 
 
 def _attention_kernel(dtype: torch.dtype) -> Callable[..., None] | None:
-    """Returns the C++ function for this dtype, or None."""
+    """Returns the C++ function that computes `paged_attention` in `dtype`; None if there is none."""
     if dtype not in (torch.float32, torch.bfloat16) or (library := load()) is None:
         return None
     return library.function("moiety_paged_attention", *_ATTENTION)
 
 
 def _store_kernel() -> Callable[..., None] | None:
-    """Returns the C++ function, or None."""
+    """Returns the C++ function that writes rows to a paged pool; None where the library is not loaded."""
     return None if (library := load()) is None else library.function("moiety_paged_store", *_STORE)

@@ -151,7 +151,7 @@ def _plain(
     sinks: torch.Tensor | None,
     softcap: float | None,
 ) -> torch.Tensor:
-    """Computes attention with what torch's fused function lacks: soft caps on scores, and sinks in the softmax."""
+    """Computes attention in separate torch operations, with the soft caps and sinks that torch's fused function lacks."""
     scores = (heads @ key.transpose(-1, -2)) * scale
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap

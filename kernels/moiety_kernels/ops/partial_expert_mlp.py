@@ -32,10 +32,11 @@ def grouped_partial_mlp(
     deterministic: bool = False,
     backend: Backend | None = None,
 ) -> torch.Tensor:
-    """Runs each row through its slice, like `grouped_expert_mlp`: [R, D] -> float32 [R, D], so that only sums are rounded.
+    """Runs each row through its expert slice, like `grouped_expert_mlp` but with float32 outputs: [R, D] -> [R, D].
 
-    For float32 rows this is the same computation. On a GPU Triton stores its float32 sums. Otherwise the second product
-    takes values widened to float32, which takes twice the time.
+    The caller adds the outputs of an expert's slices and rounds only their sum. For float32 rows this calls
+    `grouped_expert_mlp`. On a GPU the Triton kernels store their float32 sums. Otherwise the second product's inputs are
+    converted to float32, which takes twice the time.
     """
     if rows.dtype == torch.float32:
         return grouped_expert_mlp(

@@ -43,7 +43,7 @@ def rms_norm(
 
 
 def rms_norm_kernel(dtype: torch.dtype) -> Callable[..., None] | None:
-    """Returns the C++ function for this dtype, or None."""
+    """Returns the C++ function that computes `rms_norm` in `dtype`; None if there is none."""
     if dtype not in _NAMES or (library := load()) is None:
         return None
     return library.function(_NAMES[dtype], *_SIGNATURE)

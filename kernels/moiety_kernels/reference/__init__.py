@@ -1,1 +1,1 @@
-"""Definitions in plain torch, against which every kernel is tested."""
+"""Expert MLPs, gating and paged attention defined in plain torch: their kernels are tested against these definitions."""

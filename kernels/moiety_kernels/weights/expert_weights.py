@@ -19,7 +19,7 @@ KINDS = {Int8Matrix: "int8", Int4Matrix: "int4", Fp8Matrix: "fp8", Mxfp4Matrix: 
 
 @dataclass(frozen=True, slots=True)
 class ExpertWeights:
-    """One expert's matrices and biases. O is 2I when gated, else I. Both matrices have one format.
+    """One expert's matrices and biases. O is 2I when gated, else I. Both matrices have the same format.
 
     Raises ValueError where a tensor has another shape or is not contiguous, since C++ would read past its end, and where
     the formats of the two matrices differ.
@@ -102,9 +102,10 @@ class ExpertWeights:
 
 
 def layout_of(matrix: Matrix) -> tuple[Any, ...]:
-    """Returns what a kernel must know about a matrix besides its kind and shape: the scales' dtype, and one number.
+    """Returns what a kernel must know about a matrix besides its kind and shape: a dtype or None, and a number.
 
-    The number is int4's columns per scale, fp8's rows per scale, or 1 for int8 whose rows are rounded.
+    int4: the scales' dtype and the columns per scale. fp8: None and the rows per scale. int8: None and 1 with
+    `rounds_rows`, else 0. Other matrices: None and 0.
     """
     if isinstance(matrix, Int4Matrix):
         return matrix.scale.dtype, matrix.group
@@ -119,6 +120,6 @@ def dequantised(matrix: Matrix, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _pointers(matrix: Matrix) -> tuple[int | None, ...]:
-    """Returns the addresses of codes, scale and zero, None for those that the format does not have."""
+    """Returns the addresses of the matrix's codes, scale and zero; None for each that its format does not have."""
     tensors = (matrix,) if isinstance(matrix, torch.Tensor) else matrix.tensors
     return (*(tensor.data_ptr() for tensor in tensors), None, None)[:3]

@@ -34,7 +34,7 @@ class Fp8Matrix:
 
     @classmethod
     def of(cls, matrix: torch.Tensor) -> Fp8Matrix:
-        """Quantises `matrix` [O, D] in blocks of 128 x 128, each scaled so that its largest magnitude becomes 448, e4m3's."""
+        """Quantises `matrix` [O, D] in blocks of 128 x 128; each block's largest magnitude becomes 448, e4m3's largest."""
         rows, columns = matrix.shape
         padded = torch.nn.functional.pad(matrix.float(), (0, -columns % FP8_BLOCK, 0, -rows % FP8_BLOCK))
         blocks = padded.view(padded.shape[0] // FP8_BLOCK, FP8_BLOCK, -1, FP8_BLOCK)
@@ -44,7 +44,7 @@ class Fp8Matrix:
         return cls(codes.contiguous(), scale)
 
     def by_row(self) -> Fp8Matrix:
-        """Returns the same values with scales for each row (`block_rows` 1), which can be joined to any other."""
+        """Returns the same values with scales per row (`block_rows` 1), a form in which matrices of one width can be joined."""
         scale = self.scale.repeat_interleave(self.block_rows, dim=0)[: self.shape[0]].contiguous()
         return Fp8Matrix(self.codes, scale, 1)
 

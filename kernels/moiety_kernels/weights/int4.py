@@ -10,7 +10,7 @@ from moiety_kernels.weights.matrix import check
 from moiety_kernels.weights.nibbles import pack_nibbles, unpack_nibbles
 
 INT4_ZERO = 8  # the code of zero, where a matrix has no zero points
-GROUP = 64  # columns per scale where we quantise to int4 ourselves
+GROUP = 64  # columns per scale of matrices that this package quantises, by default
 _INT4_LARGEST = 7
 _SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)  # factors tried on a group's scale: clipping outliers may reduce the error
 

@@ -16,7 +16,7 @@ _ROWS_AT_ONCE = 64
 class Int8Matrix:
     """(codes - 128) * scale: symmetric, one scale per row.
 
-    `rounds_rows`: kernels may also round the rows it multiplies to int8, each by its own largest magnitude. This is up to
+    `rounds_rows`: kernels may also round the rows of x to int8, each scaled by its own largest magnitude. This is up to
     four times as fast in prefill and adds another rounding error.
     """
 
