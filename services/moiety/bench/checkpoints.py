@@ -41,7 +41,7 @@ LEAST_CONTEXT = 2048
 
 
 def model_name(model: str) -> str:
-    """Returns the name of `model` in reports."""
+    """Returns the name under which reports show `model`."""
     return f"synthetic qwen3_moe, {model}" if model in SYNTHETIC else Path(model).name
 
 

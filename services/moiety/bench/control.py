@@ -31,7 +31,7 @@ ATTEMPTS = 5  # to write all entries before the first of them expires
 
 @dataclass(frozen=True, slots=True)
 class ControlWork:
-    """The size of the imaginary system."""
+    """The size of the system to measure, which exists only as registry entries."""
 
     replicas: int = 2000
     routers: int = 16
@@ -44,7 +44,7 @@ class ControlWork:
 
 @dataclass(frozen=True, slots=True)
 class ControlReport:
-    """The measurements. Times of planning and dispatch are medians of the rounds."""
+    """The results of `moiety bench control`. Times of planning and dispatch are medians of the rounds."""
 
     plan_s: float  # to plan without a placement in force
     replan_s: float  # to plan from a placement in force, after the expert load has drifted
@@ -54,7 +54,7 @@ class ControlReport:
     redis_operations_per_s: float  # sent by such a system
     redis_bytes_per_s: float
     redis_busy: float  # share of one server core: CPU seconds per second of this traffic
-    redis_change_bytes: float  # for one change of every entry: each is written once, and read by every reader
+    redis_change_bytes: float  # when every entry changes: each is written once, and read by every reader
 
 
 def bench_control(work: ControlWork, progress: Callable[[str], None] = lambda _: None) -> ControlReport:
@@ -88,7 +88,7 @@ def bench_control(work: ControlWork, progress: Callable[[str], None] = lambda _:
 
 
 def control_lines(report: ControlReport, work: ControlWork) -> Iterator[str]:
-    """Yields the report."""
+    """Yields the lines of the report: the size of the system, then one line per measurement."""
     pairs = work.layers * work.experts
     yield f"{work.replicas:,} replicas of {work.groups} groups and {work.hot_sets} hot sets, {pairs:,} (layer, expert) pairs"
     yield f"plan from nothing       {1000 * report.plan_s:8.1f} ms"
@@ -115,7 +115,7 @@ def _timed(rounds: int, run: Callable[[], Any]) -> tuple[Any, float]:
 
 
 def _replicas(placement: Placement, counts: dict[str, int]) -> Iterator[Replica]:
-    """Yields the replicas as a reader of the registry has them: expert sets parsed from text."""
+    """Yields `counts` replicas of each deployment as a reader of the registry gets them: expert sets parsed from text."""
     for deployment, held in placement.held.items():
         for number in range(counts[deployment]):
             name = f"{deployment}-{number:04}"
@@ -135,9 +135,10 @@ def _replicas(placement: Placement, counts: dict[str, int]) -> Iterator[Replica]
 async def _redis(
     work: ControlWork, replicas: Sequence[Replica], expert_load: np.ndarray
 ) -> tuple[float, float, float, float]:
-    """Returns operations, bytes and CPU seconds of one second's traffic, and the bytes of one change of every entry.
+    """Returns operations, bytes and server CPU seconds of one second of the system's traffic on Redis.
 
-    Each kind of request is measured by itself and then weighted by how often it occurs.
+    The fourth value is the bytes sent when every registry entry changes once. Each kind of request is measured by itself
+    and then weighted by how often it occurs.
     """
     with EmbeddedRedis() as server:
         registry, gate = RedisRegistry(server.url, "bench"), asyncio.Semaphore(AT_ONCE)
@@ -166,7 +167,8 @@ async def _redis(
             total = loads * await cost([registry.publish_load(router, busy, demand) for router in routers])
             total += beats * await cost([registry.placement_epoch() for _ in replicas])
             total += loads * await cost([registry.publish_load(replica.id, busy) for replica in replicas])
-            # The autoscaler: all counters once a second, as often as they are written; the rest at each reading.
+            # The autoscaler gets all counters once a second, as often as they are written; its other readings find the
+            # counters unchanged. It reads everything else each time.
             total += loads * await cost([registry.expert_demand()])
             total += (1 / AUTOSCALER_S - loads) * await cost([registry.expert_demand()])
             total += (1 / AUTOSCALER_S) * await cost(

@@ -1,6 +1,6 @@
-"""The hop's baseline: a child process that echoes bytes over unary gRPC, and the parent's end of it.
+"""The baseline of `moiety bench hop`: a child process that echoes bytes over unary gRPC, and the parent's side of the call.
 
-The child stops at the end of its stdin, so it ends with its parent even if the parent is killed.
+The child stops when its stdin ends, so it ends with its parent even if the parent is killed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Echo = Callable[[bytes], Awaitable[bytes]]
 
 @asynccontextmanager
 async def echo_process() -> AsyncIterator[Echo]:
-    """Starts the child and yields a call that sends bytes there and back. Stops the child at the end."""
+    """Starts the child and yields an async function that sends it bytes and returns the echo. Stops the child at the end."""
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",

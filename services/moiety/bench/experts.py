@@ -23,16 +23,16 @@ from moiety_kernels.threads import usable_cores
 
 DTYPES = ("bfloat16", "float32", "int8", "int4")
 DECODE_ROWS = 8  # rows per expert up to which reading weights is the bottleneck; beyond, the products are
-CACHES = 3  # weights of a call, in last-level caches: so many that the cache holds little of them
+CACHES = 3  # weights of a call, as a multiple of the last-level cache, so that the cache holds little of them
 LEAST_BYTES = 64 << 20
 PREFILL_EXPERTS = 8  # where products are the bottleneck, more experts would only take longer
 REPEATS = 7
-SLICE_S = 0.6  # longest time for one system in one measurement, after its first two runs
+SLICE_S = 0.6  # a measurement starts no further round after this many seconds per system, but runs at least two
 
 
 @dataclass(frozen=True, slots=True)
 class ExpertsRow:
-    """One call: E experts with R rows each. Seconds are the least of several runs, in which the systems take turns."""
+    """Times of one call: E experts with R rows each. Seconds are the least of several runs in turns with plain torch."""
 
     dtype: str
     experts: int
@@ -49,7 +49,10 @@ class ExpertsRow:
 
 @dataclass(frozen=True, slots=True)
 class CostModel:
-    """seconds = a_s + b_s_per_byte * activated weight bytes + c_s_per_row * rows, fitted by relative least squares."""
+    """Cost of a call: seconds = a_s + b_s_per_byte * activated weight bytes + c_s_per_row * rows.
+
+    Fitted by relative least squares to the measured calls of one dtype.
+    """
 
     dtype: str
     a_s: float
@@ -58,7 +61,7 @@ class CostModel:
     worst: float  # largest relative error of a measured point
 
     def seconds(self, nbytes: int, rows: int) -> float:
-        """Predicts the seconds of a call."""
+        """Predicts the seconds of a call with `nbytes` of activated weights and `rows` rows in all."""
         return self.a_s + self.b_s_per_byte * nbytes + self.c_s_per_row * rows
 
 
@@ -74,7 +77,7 @@ class ExpertsReport:
     speed: MachineSpeed
 
     def flops(self, row: ExpertsRow) -> float:
-        """Returns the operations per second of the gate, up and down products."""
+        """Returns the operations per second that the call of `row` reached, counting the gate, up and down products."""
         return 6.0 * row.rows * row.experts * self.hidden * self.intermediate / row.seconds
 
 
@@ -87,7 +90,7 @@ def bench_experts(
     threads: int | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> ExpertsReport:
-    """Measures the kernels. Takes about a minute, and memory of a few times the last-level cache."""
+    """Measures the expert kernels and plain torch. Takes about a minute, and memory of a few times the last-level cache."""
     before = torch.get_num_threads()
     threads = threads or usable_cores()
     progress("the machine: read bandwidth and matmul rate")
@@ -115,7 +118,7 @@ def bench_experts(
 
 
 def _weights(dtype: str, hidden: int, intermediate: int) -> list[ExpertWeights]:
-    """Returns so many experts that little of them stays in a cache."""
+    """Returns random experts, so many that caches hold only a small part of them."""
     torch_dtype = torch.float32 if dtype == "float32" else torch.bfloat16
 
     def one(seed: int) -> ExpertWeights:
@@ -131,7 +134,7 @@ def _weights(dtype: str, hidden: int, intermediate: int) -> list[ExpertWeights]:
 
 
 def _measure(dtype: str, weights: Sequence[ExpertWeights], count: int, *, alone: bool = False) -> ExpertsRow:
-    """Measures `count` rows per expert; `alone` leaves torch out."""
+    """Measures a call with `count` rows for each expert of `weights`; with `alone`, only Moiety's kernel, not plain torch."""
     torch_dtype = torch.float32 if dtype == "float32" else torch.bfloat16
     hidden = weights[0].form[0]
     rows = torch.randn(len(weights) * count, hidden, generator=torch.Generator().manual_seed(0)).to(torch_dtype)
@@ -155,7 +158,7 @@ def _measure(dtype: str, weights: Sequence[ExpertWeights], count: int, *, alone:
 
 
 def _in_turns(calls: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """Returns the least seconds of each call over REPEATS rounds, or over fewer where the calls are slow."""
+    """Runs the calls in turns, and returns the least seconds of each over REPEATS rounds, or over fewer if they are slow."""
     least = dict.fromkeys(calls, math.inf)
     spent = 0.0
     for repeat in range(REPEATS + 1):
@@ -196,7 +199,7 @@ def _grouped(rows: torch.Tensor, offsets: torch.Tensor, gate_up: torch.Tensor, d
 
 
 def _fit(dtype: str, rows: Sequence[ExpertsRow]) -> CostModel:
-    """Fits the cost model by relative least squares without negative costs: the best fit of all subsets of its terms."""
+    """Fits the cost model by relative least squares: of all subsets of its terms, the best fit without a negative cost."""
     seconds = torch.tensor([row.seconds for row in rows], dtype=torch.float64)
     columns = torch.tensor([[1.0, row.nbytes, row.rows * row.experts] for row in rows], dtype=torch.float64)
     scaled = columns / seconds[:, None]
@@ -216,7 +219,7 @@ def _fit(dtype: str, rows: Sequence[ExpertsRow]) -> CostModel:
 
 
 def experts_lines(report: ExpertsReport) -> Iterator[str]:
-    """Yields the table; the last lines are the cost models."""
+    """Yields the lines of the report: the machine's speeds, a table with one line per call, and the cost models."""
     speed = report.speed
     yield (
         f"experts of hidden {report.hidden}, intermediate {report.intermediate}; {report.threads} threads; this machine reads "

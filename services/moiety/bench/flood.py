@@ -48,7 +48,7 @@ class FloodWork:
 
 @dataclass(frozen=True, slots=True)
 class FloodRow:
-    """One load: rates are medians of the rounds, counts are sums. `load` 0 is the capacity run."""
+    """Results at one load. Rates are medians of the rounds, counts are sums. `load` 0 is the run that measures capacity."""
 
     model: str
     load: int
@@ -63,14 +63,14 @@ class FloodRow:
 
 @dataclass(frozen=True, slots=True)
 class FloodReport:
-    """The rows of all loads."""
+    """The workload, and one row per load."""
 
     work: FloodWork
     rows: tuple[FloodRow, ...]
 
     @property
     def passed(self) -> bool:
-        """Whether accepted requests kept the pace, every refusal carried a retry delay, and no request failed otherwise."""
+        """Whether accepted requests reached KEPT of the peak, refusals carried retry delays, and nothing failed otherwise."""
         # Only loads above 1 count: at lower loads the arrivals limit the pace.
         paced = all(row.ratio_to_peak >= KEPT for row in self.rows if row.load > 1)
         return paced and all(row.refused_with_hint == row.refused and row.failed == 0 for row in self.rows)
@@ -127,9 +127,9 @@ async def bench_flood(work: FloodWork, *, progress: Progress = lambda _: None) -
 
 
 def rows_of(work: FloodWork, runs: dict[int, list[Tally]], offered: dict[int, list[float]]) -> tuple[FloodRow, ...]:
-    """Returns a row per load. The peak is the load with the best median.
+    """Returns one row per load, with the ratio of its tokens/s to the peak: the load with the best median tokens/s.
 
-    Ratios to the peak are computed round by round, because a machine's speed drifts.
+    Ratios are computed round by round, because a machine's speed drifts.
     """
     pace = {load: [run.tokens_per_s for run in tallies] for load, tallies in runs.items()}
     peak = max(pace.values(), key=lambda rates: percentile(rates, 50))
@@ -150,7 +150,7 @@ def rows_of(work: FloodWork, runs: dict[int, list[Tally]], offered: dict[int, li
 
 
 def flood_lines(report: FloodReport) -> Iterator[str]:
-    """Yields the report; the last line is the verdict."""
+    """Yields the lines of the report: a table with one line per load, the workload, and last the verdict."""
     header = ("load", "offered/s", "accepted", "refused", "with hint", "failed", "tok/s", "of peak")
     work = report.work
     yield model_name(work.model)
@@ -233,7 +233,7 @@ class _Flood:
         return request
 
     def _paced(self, tally: Tally, began: float) -> Tally:
-        """Sets the tokens per second between the end of the ramp and the end of the load, and returns the tally."""
+        """Sets `tally.tokens_per_s`, counted from the end of the ramp to the end of the load, and returns `tally`."""
         since, until = began + RAMP * self._work.seconds, began + self._work.seconds
         tally.tokens_per_s = sum(since <= arrival < until for arrival in tally.arrivals) / (until - since)
         return tally

@@ -1,8 +1,8 @@
 """`moiety bench hop`: what a call to an expert replica costs beyond the experts' own time.
 
-As in a router, the computing thread sends on a connection and waits at its mailbox for the answer. The replica is real; it
-serves a tiny model with wide rows, and each transport calls it in turn. The baseline is a unary gRPC echo of the same
-bytes, which takes turns with the transports.
+As in a router, one thread sends a call on a connection and waits for the answer, which the transport puts into the thread's
+mailbox. The replica is real; it serves a tiny model with wide rows. The baseline is a unary gRPC echo of the same bytes.
+Transports and baseline are measured in turns.
 """
 
 from __future__ import annotations
@@ -49,9 +49,10 @@ _MS = 1000.0
 
 @dataclass(frozen=True, slots=True)
 class HopRow:
-    """One payload size over one transport.
+    """Results for one payload size over one transport.
 
-    `call` is the time from send to answer, `expert` the queue and compute time in the reply, and `hop` the difference.
+    `call` is the time from send to answer, `expert` the replica's queue and compute time as its reply states them, and `hop`
+    the difference.
     """
 
     transport: str
@@ -73,9 +74,9 @@ async def bench_hop(
     rounds: int,
     progress: Callable[[str], None] = lambda _: None,
 ) -> tuple[HopRow, ...]:
-    """Measures `calls` calls in each of `rounds` rounds, per size and transport. Returns one row for each of these.
+    """Returns one row per payload size and transport, each from `calls` calls in each of `rounds` rounds.
 
-    Sizes must be multiples of ROW_KIB.
+    Payload sizes must be multiples of ROW_KIB.
     """
     async with AsyncExitStack() as stack:
         folder = stack.enter_context(TemporaryDirectory(prefix="moiety-bench-"))
@@ -101,7 +102,7 @@ async def bench_hop(
 
 
 def hop_lines(rows: Sequence[HopRow]) -> Iterator[str]:
-    """Yields the report."""
+    """Yields the lines of the report: a table with one line per payload size and transport, then its legend."""
     header = ("KiB", "transport", "call p50", "expert p50", "hop p50", "hop p99", "echo p50", "echo p99", "hop/echo")
     yield from table(
         header,
@@ -132,7 +133,7 @@ class _Caller:
         self._count = 0
 
     def run(self, payload: codec.Rows, calls: int) -> list[tuple[float, float]]:
-        """Returns (call, expert) milliseconds of `calls` calls. Raises the error of a call that failed."""
+        """Makes `calls` calls; returns (call, expert) milliseconds of each, as in HopRow. Raises the error of a failed call."""
         return [self._once(payload) for _ in range(calls)]
 
     def _once(self, payload: codec.Rows) -> tuple[float, float]:

@@ -19,7 +19,7 @@ from moiety_kernels.ops.expert_mlp import ExpertWeights, grouped_expert_mlp
 
 @dataclass(frozen=True, slots=True)
 class _Rows:
-    """PendingRows that are computed already."""
+    """A PendingRows whose outputs are computed already."""
 
     rows: torch.Tensor  # [T, K, D]
 
@@ -39,7 +39,7 @@ class LocalExperts:
         self.layer_began_ns = time.time_ns()
 
     def submit(self, layer: int, hidden: torch.Tensor, top_k_index: torch.Tensor) -> PendingRows:
-        """Computes hidden [T, D] by the experts in top_k_index [T, K] (int64, -1 = no expert)."""
+        """Computes the experts of layer `layer` for hidden [T, D] routed to top_k_index [T, K] (int64, -1 = no expert)."""
         began, mlp, top_k = time.perf_counter(), self._mlp, top_k_index.shape[1]
         experts = top_k_index.reshape(-1)  # [A]
         order = experts.argsort(stable=True)
@@ -62,4 +62,4 @@ class LocalExperts:
         return _Rows(output.view(*top_k_index.shape, -1))
 
     def poll(self) -> None:
-        """Does nothing: every layer is complete when it is submitted."""
+        """Does nothing: `submit` computes the layer itself, so no messages arrive."""

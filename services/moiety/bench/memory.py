@@ -1,6 +1,6 @@
-"""`moiety bench memory`: the peak memory of expert replicas over the bytes of the weights they hold.
+"""`moiety bench memory`: compares the peak memory of expert replicas with the bytes of the weights they hold.
 
-The peak is of the whole process, from its start to its first answers.
+The peak is that of the replica's whole process, from its start to its first answers.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ INT4 = Precision(4, 128)
 
 @dataclass(frozen=True, slots=True)
 class ReplicaMemory:
-    """Memory of one expert replica, for one form of the same model."""
+    """Memory of one expert replica that holds its experts in one form."""
 
     held_as: str  # the form: bfloat16, int8 or int4
     replica: str
@@ -52,8 +52,8 @@ async def bench_memory(
 ) -> tuple[ReplicaMemory, ...]:
     """Measures the expert replicas of the same model in three forms, and returns a row per replica and form.
 
-    Writes a synthetic bfloat16 checkpoint with `gigabytes` of experts to the folder `work`, and the same at 4 bits. Serves
-    both, and the first once more with experts quantised to 8 bits on load.
+    Writes a synthetic bfloat16 checkpoint with `gigabytes` of experts to the folder `work`, and a copy with experts at 4
+    bits. Serves both, and the bfloat16 checkpoint once more with experts quantised to 8 bits on load.
     """
     layers = max(1, round(gigabytes * 1e9 / LAYER_BYTES))
     progress(f"writing {layers} layers, {layers * LAYER_BYTES / 1e9:.1f} GB of experts")
@@ -88,7 +88,7 @@ def _quantise(folder: Path, out: Path) -> None:
 
 
 def _held_bytes(folder: Path, held: ExpertSet) -> int:
-    """Returns the bytes of the experts of `held` in the files. In memory they take as many."""
+    """Returns the bytes that the experts of `held` take in the files of `folder`, and in memory if loaded as they are."""
     checkpoint = Checkpoint.open(folder)
     layout = expert_layout(checkpoint)
     return sum(checkpoint.tensor(name).nbytes for pair in held for name in expert_tensor_names(layout, pair))
@@ -101,7 +101,7 @@ def peak_bytes(pid: int) -> int:
 
 
 def memory_lines(rows: tuple[ReplicaMemory, ...]) -> Iterator[str]:
-    """Yields the table; the last line is the verdict."""
+    """Yields the lines of the report: a table with one line per form and replica, and last the verdict."""
     yield f"{'experts':<25} {'replica':<12} {'weights MB':>11} {'peak MB':>9} {'bound MB':>9} {'peak / weights':>15}"
     for row in rows:
         yield (

@@ -1,6 +1,7 @@
 """`moiety bench quantize`: what quantising costs a trained model.
 
-Compares int8, int4 and mixed experts with bfloat16 by perplexity and greedy agreement, with the kernels that serve them.
+Compares int8, int4 and mixed experts with bfloat16 by perplexity and greedy agreement. Computes them with the kernels of
+the expert replicas.
 """
 
 from __future__ import annotations
@@ -49,10 +50,10 @@ def bench_quantize(
     tokens: int = 8192,
     progress: Callable[[str], None] = lambda _: None,
 ) -> tuple[Quality, ...]:
-    """Trains a model (or opens the checkpoint folder `model`), quantises it, and evaluates each result.
+    """Trains a model (or opens the checkpoint folder `model`), quantises its experts in several ways, and evaluates each.
 
-    Writes the checkpoints to `work`. Rows: bfloat16; all experts at 8 bits; all at 4 bits, in groups of 32 and of 128; and
-    the mixed choice for the memory of each 4-bit row, and for the middle between 4 and 8 bits.
+    Writes the checkpoints to `work`. Returns one row each for: bfloat16; all experts at 8 bits; all at 4 bits, in groups of
+    32 and of 128; and mixes of precisions that take as much memory as each 4-bit row, and half way between 4 and 8 bits.
     """
     text = shipped_text()
     cut = int(len(text) * (1 - HELD_OUT))
@@ -83,7 +84,7 @@ def bench_quantize(
 
 
 def _choices(unlimited: Quantised, mixed: Callable[[int], Quantised]) -> Iterator[tuple[str, Allocation[Pair]]]:
-    """Yields the name and allocation of each row but the first. `mixed` returns the choice for a number of bytes."""
+    """Yields the name and allocation of each row after bfloat16. `mixed` chooses precisions for a number of bytes."""
     uniform = {
         precision: unlimited.uniform(precision) for precision in (Precision(8), Precision(4, 32), Precision(4, 128))
     }
@@ -106,7 +107,7 @@ def _precisions(chosen: Mapping[Pair, object]) -> dict[Pair, Precision]:
 
 @torch.inference_mode()
 def evaluate(folder: str, ids: torch.Tensor) -> tuple[torch.Tensor, float]:
-    """Evaluates the checkpoint in `folder` on `ids` [sequences, tokens].
+    """Runs the checkpoint in `folder` over the text `ids` [sequences, tokens].
 
     Returns (likeliest next token at each position [sequences, tokens], perplexity).
     """
@@ -130,7 +131,7 @@ def evaluate(folder: str, ids: torch.Tensor) -> tuple[torch.Tensor, float]:
 
 
 def quality_lines(rows: tuple[Quality, ...]) -> Iterator[str]:
-    """Yields the table."""
+    """Yields the lines of the report's table: a header, then one line per way of storing the experts."""
     yield f"{'experts':<36} {'bytes':>12} {'error':>10} {'perplexity':>11} {'agreement':>10}"
     for row in rows:
         yield f"{row.name:<36} {row.nbytes:>12,} {row.error:>10.2e} {row.perplexity:>11.4f} {100 * row.agreement:>8.2f} %"

@@ -1,6 +1,6 @@
 """Trains a small MoE language model in a minute or two on text that ships with Python.
 
-Quantisation is measured on it because the quality of a model with random weights means nothing.
+`moiety bench quantize` measures on it, because the quality of a model with random weights means nothing.
 """
 
 from __future__ import annotations

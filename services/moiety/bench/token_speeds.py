@@ -21,10 +21,10 @@ class Speeds:
 
 
 def speeds(began: float, arrivals: Sequence[Sequence[float]], prompt_tokens: int) -> Speeds:
-    """Computes the speeds of one run.
+    """Computes the speeds of one run of several streams that start together at `began`.
 
-    `began` is the common start. `arrivals` are each stream's token times, at least two, in seconds on the same clock;
-    `prompt_tokens` is the length of one prompt.
+    `arrivals` are the times of each stream's tokens, at least two, in seconds on the clock of `began`. `prompt_tokens` is
+    the length of one prompt.
     """
     firsts = [stream[0] for stream in arrivals]
     decoding, ended = max(firsts), max(stream[-1] for stream in arrivals)
@@ -40,7 +40,7 @@ def speeds(began: float, arrivals: Sequence[Sequence[float]], prompt_tokens: int
 
 
 def median(runs: Sequence[Speeds]) -> Speeds:
-    """Returns the median of each speed, each by itself."""
+    """Returns the median over the runs of each speed, taken for each speed by itself."""
     return Speeds(*(percentile([getattr(run, field.name) for run in runs], 50) for field in fields(Speeds)))
 
 

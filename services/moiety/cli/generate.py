@@ -126,8 +126,8 @@ if TYPE_CHECKING:
 def generate(prompt: str, address: str, as_ids: bool, top_logprobs: int | None, **options: Any) -> None:
     """Generate text from a running gateway.
 
-    Prints tokens as they arrive, and token counts and times on stderr at the end. PROMPT is the text to continue;
-    - reads it from stdin. Ctrl-C cancels the request.
+    Prints tokens as they arrive, and token counts and times on stderr at the end. PROMPT is the text to continue; if it
+    is -, the text is read from stdin. Ctrl-C cancels the request.
 
     \b
     Examples:
@@ -178,7 +178,7 @@ class _Printer:
 
 
 def _lines(chunk: Chunk) -> Iterator[str]:
-    """Yields one line per token. A chunk's text is on the line of its last token: several tokens may form it."""
+    """Yields one line per token of `chunk`. The last one also shows the chunk's text, which several tokens may form."""
     for place, (token, logprob) in enumerate(zip(chunk.token_ids, chunk.logprobs, strict=True)):
         text = repr(chunk.text) if place + 1 == len(chunk.token_ids) else ""
         line = f"{chunk.choice:>2} {token:>7} {logprob:>9.4f}  {text:<16}"

@@ -12,10 +12,10 @@ import click
 
 @dataclass(frozen=True, slots=True)
 class LazyCommand:
-    """Where a command is, as `module:attribute`, and its summary in the list of commands."""
+    """A command that is imported only when it is used."""
 
-    target: str
-    summary: str
+    target: str  # `module:attribute` of the click command
+    summary: str  # shown in the list of commands
 
     def load(self) -> click.Command:
         """Imports the command and returns it."""

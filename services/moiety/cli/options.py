@@ -18,7 +18,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class IntegerList(click.ParamType[tuple[int, ...]]):
-    """Integers separated by commas, each from `low` to `high` and a multiple of `step`."""
+    """Option type: integers separated by commas, each from `low` to `high` and a multiple of `step`."""
 
     name = "integers"
 
@@ -40,7 +40,7 @@ class IntegerList(click.ParamType[tuple[int, ...]]):
 
 
 class TokenBias(click.ParamType[tuple[int, float]]):
-    """A token id and the bias to add to its logit, as ID=BIAS."""
+    """Option type: a token id and the bias to add to the token's logit, as ID=BIAS."""
 
     name = "id=bias"
 
@@ -55,7 +55,7 @@ class TokenBias(click.ParamType[tuple[int, float]]):
 
 
 class ByteCount(click.ParamType[int]):
-    """A number of bytes, as `24GiB`, `80GB` or a plain number."""
+    """Option type: a number of bytes, as `24GiB`, `80GB` or a plain number."""
 
     name = "bytes"
 
@@ -67,7 +67,7 @@ class ByteCount(click.ParamType[int]):
 
 
 class WordList(click.ParamType[tuple[str, ...]]):
-    """Words separated by commas."""
+    """Option type: words separated by commas."""
 
     name = "words"
 
@@ -79,7 +79,7 @@ class WordList(click.ParamType[tuple[str, ...]]):
 
 
 class Size(click.ParamType[int]):
-    """A number of bytes, with or without a unit: 24GiB, 500MB, 1000000."""
+    """Option type: a number of bytes, with or without a unit: 24GiB, 500MB, 1000000."""
 
     name = "size"
 
@@ -151,7 +151,7 @@ def invocation(context: click.Context) -> str:
 
 
 def _writable(_context: click.Context, _parameter: click.Parameter, file: Path | None) -> Path | None:
-    """Rejects a file in a missing folder before the work starts, not after it."""
+    """Callback of --json: rejects a file whose folder is missing, before the command does its work."""
     if file is not None and not file.parent.is_dir():
         raise click.BadParameter(f"{file.parent} is not a folder")
     return file
@@ -167,9 +167,9 @@ rounds_option = click.option(
 
 
 def service_environment() -> None:
-    """Gives this process the environment that services start with. Call it before torch is imported.
+    """Sets the environment variables that services start with in this process, for commands that compute in it.
 
-    For commands that compute in this process. Variables that are set already keep their values.
+    Call it before torch is imported. Variables that are set already keep their values.
     """
     from moiety.compose.environment import PROCESS_ENVIRONMENT
 

@@ -101,7 +101,10 @@ def _all_tiny(
     write: Path | None,
     json_file: Path | None,
 ) -> bool:
-    """Compares the tiny checkpoints, prints each row as it is ready, and returns whether all of them agree."""
+    """Compares the tiny checkpoints and returns whether all are token for token identical to their references.
+
+    Prints each architecture's row as it is ready. `write` and `json_file` get the results, if given.
+    """
     from moiety.synthetic import tiny_model, tiny_names
     from moiety.tools.parity.all_tiny import HEAD, Verdict, run_all, summary, write_table
 

@@ -83,7 +83,7 @@ async def _until_signalled(work: Coroutine[Any, Any, Result]) -> Result:
 
 
 def progress() -> Callable[[str], None]:
-    """Returns a function that prints one stage on stderr, with the seconds since this call."""
+    """Returns a function that prints the name of a stage on stderr, with the seconds since `progress` was called."""
     began = time.monotonic()
 
     def show(stage: str) -> None:

@@ -60,9 +60,9 @@ def simulate(
 ) -> None:
     """Simulate a day of a large cluster, to estimate what elasticity would save.
 
-    The model has DeepSeek-V3's size. Scaling policy, placement and cost model are those that serve; load and time are
-    synthetic. Each other system gets the smallest size whose p99 decode step is no longer than the elastic system's.
-    Devices for attention are not counted.
+    The model has DeepSeek-V3's size. Scaling policy, placement and cost model are the code of the served system; load and
+    time are synthetic. Each system in the comparison gets the smallest size whose p99 decode step is no longer than the
+    elastic system's. Devices for attention are not counted.
 
     \b
     Example:

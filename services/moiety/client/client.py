@@ -23,7 +23,7 @@ from moiety.wire.trace_context import with_traceparent
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """One message of a stream."""
+    """One message of a generation's stream: new tokens of one choice, and their text."""
 
     text: str
     token_ids: tuple[int, ...]
@@ -36,7 +36,7 @@ class Chunk:
     choice: int = 0  # that the tokens belong to: 0 to n - 1
     logprobs: tuple[float, ...] = ()  # of token_ids
     top_logprobs: tuple[TopLogprobs, ...] = ()  # one for each of token_ids
-    prompt_logprobs: tuple[float, ...] = ()  # of the prompt's tokens but the first; on one chunk
+    prompt_logprobs: tuple[float, ...] = ()  # of the prompt's tokens except the first; on one chunk only
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,7 +202,7 @@ def _set_guide(
 
 @contextmanager
 def _expressible(field: str, value: object) -> Iterator[None]:
-    """Raises InvalidRequest for a value that the protobuf field cannot hold; the gateway refuses other bad values."""
+    """Raises InvalidRequest if the block cannot store `value` in a protobuf field. The gateway refuses other bad values."""
     try:
         yield
     except (TypeError, ValueError, AttributeError) as error:

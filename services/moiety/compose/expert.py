@@ -32,8 +32,8 @@ async def start(settings: ExpertSettings, replica_id: str, node: str, launched: 
 
     Its experts are those that the placement in force gives to `settings.deployment`, else those in `settings.held`.
     """
-    async with ServiceStart(settings, settings.deployment, replica_id, node, launched) as site:
-        checkpoint, layout, revision = await site.open_model()
+    async with ServiceStart(settings, settings.deployment, replica_id, node, launched) as startup:
+        checkpoint, layout, revision = await startup.open_model()
         slices, router_revision = settings.slices, revision
         revision = sliced_revision(router_revision, slices)
         shape = layout.shape.sliced(slices)
@@ -53,14 +53,14 @@ async def start(settings: ExpertSettings, replica_id: str, node: str, launched: 
         )
 
         follower = PlacementFollower(
-            runtime, site.registry, settings.deployment, ExpertSet.parse(settings.held), router_revision
+            runtime, startup.registry, settings.deployment, ExpertSet.parse(settings.held), router_revision
         )
         await follower.start()
         loaded = time.time()
         runtime.start()
-        site.closers.push_async_callback(asyncio.to_thread, runtime.stop, settings.drain_s)
+        startup.closers.push_async_callback(asyncio.to_thread, runtime.stop, settings.drain_s)
         service = ExpertService(
-            runtime, shape, settings.name, revision, torch.float32 if slices > 1 else dtype, site.tracer
+            runtime, shape, settings.name, revision, torch.float32 if slices > 1 else dtype, startup.tracer
         )
         server = Server([service.handler()], [SERVICE])
         if SharedMemoryListener.available():
@@ -68,7 +68,7 @@ async def start(settings: ExpertSettings, replica_id: str, node: str, launched: 
             server.grpc.add_insecure_port(f"unix-abstract:{service.unix}")
             listener = SharedMemoryListener(revision, service.dtype, service.row_bytes, runtime.mailbox, service.accept)
             service.shared_memory = listener.name
-            site.closers.push_async_callback(listener.close)
+            startup.closers.push_async_callback(listener.close)
 
         def entry(replica: Replica) -> Replica:
             holding = runtime.holding
@@ -97,7 +97,7 @@ async def start(settings: ExpertSettings, replica_id: str, node: str, launched: 
             GroupSettings().with_live(live)  # raises ConfigError for a setting that is not live
             runtime.capacity, scaling = capacity, live
 
-        return await site.serve(
+        return await startup.serve(
             ServiceParts(
                 role=Role.EXPERT,
                 deployment=settings.deployment,
@@ -107,7 +107,7 @@ async def start(settings: ExpertSettings, replica_id: str, node: str, launched: 
                 healthy=healthy,
                 reconfigure=reconfigure,
                 entry=entry,
-                on_beat=(site.load_beat(runtime.load_since_last), follower.follow),
+                on_beat=(startup.load_beat(runtime.load_since_last), follower.follow),
                 calls_end=False,
             )
         )

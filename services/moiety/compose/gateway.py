@@ -21,16 +21,16 @@ from moiety.wire.channels import Server
 
 async def start(settings: GatewaySettings, replica_id: str, node: str) -> Running:
     """Starts a gateway: reads the tokenizer, follows the registry for routers, serves the public API."""
-    async with ServiceStart(settings, settings.deployment, replica_id, node) as site:
+    async with ServiceStart(settings, settings.deployment, replica_id, node) as startup:
         checkpoint = await asyncio.to_thread(Checkpoint.open, settings.model)
         revision = await asyncio.to_thread(revision_of, checkpoint)
         tokenizer = await asyncio.to_thread(Tokenizer, settings.model)
-        watch = Watch(site.registry)
+        watch = Watch(startup.registry)
         await watch.start()
-        site.closers.push_async_callback(watch.stop)
+        startup.closers.push_async_callback(watch.stop)
         routers = RouterPool(watch, settings.router_wait_s, seed=secrets.randbits(64))
-        site.closers.push_async_callback(routers.close)
-        service = GenerationService(routers, tokenizer, settings.name, settings.max_concurrent, site.tracer)
+        startup.closers.push_async_callback(routers.close)
+        service = GenerationService(routers, tokenizer, settings.name, settings.max_concurrent, startup.tracer)
         begun, since = 0, time.monotonic()
 
         def load_since_last() -> ReplicaLoad:
@@ -41,13 +41,13 @@ async def start(settings: GatewaySettings, replica_id: str, node: str) -> Runnin
             busy = min(1.0, service.running / settings.max_concurrent)  # requests wait at the routers, not here
             return ReplicaLoad(busy, 0.0, requests_per_s, requests_per_s)
 
-        return await site.serve(
+        return await startup.serve(
             ServiceParts(
                 role=Role.GATEWAY,
                 deployment=settings.deployment,
                 revision=revision,
                 server=Server([service.handler()], [SERVICE], share_port=settings.port != 0),
                 idle=lambda: service.running == 0,
-                on_beat=(site.load_beat(load_since_last),),
+                on_beat=(startup.load_beat(load_since_last),),
             )
         )

@@ -61,24 +61,26 @@ LANES = 2  # lanes that a step may be split into; a third lane would wait for th
 
 async def start(settings: RouterSettings, replica_id: str, node: str) -> Running:
     """Starts a router: loads the trunk, follows the registry, serves; READY once every expert has a holder."""
-    async with ServiceStart(settings, settings.deployment, replica_id, node) as site:
-        checkpoint, layout, revision = await site.open_model()
+    async with ServiceStart(settings, settings.deployment, replica_id, node) as startup:
+        checkpoint, layout, revision = await startup.open_model()
         shape = layout.shape
         dtype = torch_dtype(settings.dtype, shape.dtype)
         max_context = _max_context(settings, shape.max_context)
         start_token = await asyncio.to_thread(DecoderStart.of, checkpoint)
         model, cache = await asyncio.to_thread(load_model, settings, checkpoint, layout, dtype, revision)
 
-        hops, lanes = await reach_experts(settings, shape, revision, dtype, site.registry, site.tracer, site.closers)
+        hops, lanes = await reach_experts(
+            settings, shape, revision, dtype, startup.registry, startup.tracer, startup.closers
+        )
         backends = _backends(settings, hops)
         fleet, demand, costs = hops[0].fleet, hops[0].demand, hops[0].costs
         engine = build_engine(
-            backends, lanes, settings, model, cache, MissingExpertReporter(site.registry), site.tracer
+            backends, lanes, settings, model, cache, MissingExpertReporter(startup.registry), startup.tracer
         )
         engine.start()
-        site.closers.push_async_callback(asyncio.to_thread, engine.stop, settings.drain_s)
+        startup.closers.push_async_callback(asyncio.to_thread, engine.stop, settings.drain_s)
         guides = Guides(settings.model, shape.vocabulary, _threads(settings))
-        site.closers.callback(guides.close)
+        startup.closers.callback(guides.close)
         service = EngineService(
             engine,
             settings.name,
@@ -87,7 +89,7 @@ async def start(settings: RouterSettings, replica_id: str, node: str) -> Running
             max_context=max_context,
             slots=settings.slots,
             guides=guides,
-            tracer=site.tracer,
+            tracer=startup.tracer,
             start=start_token,
         )
         covered = False
@@ -99,9 +101,9 @@ async def start(settings: RouterSettings, replica_id: str, node: str) -> Running
             return dataclasses.replace(replica, state=state, placement_epoch=fleet.placement_epoch)
 
         overflowing = [backend for backend in backends if isinstance(backend, OverflowHop)]
-        site.meter.observe(MetricName.ROUTED_ROWS, lambda: demand.total() // settings.slices)
-        site.meter.observe(MetricName.REROUTED_ROWS, lambda: sum(backend.rerouted for backend in overflowing))
-        site.meter.observe(MetricName.COST_ERROR, lambda: costs.error)
+        startup.meter.observe(MetricName.ROUTED_ROWS, lambda: demand.total() // settings.slices)
+        startup.meter.observe(MetricName.REROUTED_ROWS, lambda: sum(backend.rerouted for backend in overflowing))
+        startup.meter.observe(MetricName.COST_ERROR, lambda: costs.error)
 
         def counters() -> ExpertDemand:
             return demand.reading(time.time(), costs.reading())
@@ -112,7 +114,7 @@ async def start(settings: RouterSettings, replica_id: str, node: str) -> Running
 
         server = Server([], [SERVICE])
         add_EngineServiceServicer_to_server(service, server.grpc)
-        return await site.serve(
+        return await startup.serve(
             ServiceParts(
                 role=Role.ROUTER,
                 deployment=settings.deployment,
@@ -122,7 +124,7 @@ async def start(settings: RouterSettings, replica_id: str, node: str) -> Running
                 idle=lambda: engine.load.running + engine.load.waiting == 0 and service.idle,
                 healthy=healthy,
                 entry=entry,
-                on_beat=(site.load_beat(RouterLoad(engine, settings.slots).reading, counters),),
+                on_beat=(startup.load_beat(RouterLoad(engine, settings.slots).reading, counters),),
             )
         )
 

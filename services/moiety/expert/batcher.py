@@ -20,7 +20,7 @@ MAX_BATCH_ROWS = 4096  # assignments merged into one batch; bounds the device's 
 
 @dataclass(frozen=True, slots=True)
 class Computed:
-    """The result of one call."""
+    """The result of one call: its output rows, and how its batch ran on the device."""
 
     picked: SelectedRows  # [A], unweighted expert outputs in the order of the call's experts, not copied yet
     activated_experts: int
@@ -43,10 +43,11 @@ class QueuedCall:
 
 
 class Batcher:
-    """One queue per (class, layer). `take` returns the calls waiting for one layer: decode before prefill, oldest first.
+    """Holds one queue per (call class, layer), from which `take` forms a batch: decode before prefill, oldest first.
 
-    `put` and `close` may be called from any thread. The thread that calls `take` owns the mailbox. Routers on this node
-    ring their doorbells there.
+    A prefill call that has waited PREFILL_PATIENCE_S goes before younger decode calls. `put` and `close` may be called from
+    any thread. The thread that calls `take` owns `mailbox` and reads there the calls that routers on this node send through
+    shared memory.
     """
 
     def __init__(self, limit: int):
@@ -70,7 +71,7 @@ class Batcher:
         self.mailbox.wake()
 
     def take(self) -> list[QueuedCall]:
-        """Blocks for the next batch; returns an empty one once the batcher is closed and drained."""
+        """Waits for calls and returns the next batch: up to MAX_BATCH_ROWS assignments. Empty once closed and out of calls."""
         more = True  # read on while sockets have more: every call that has arrived by now may join the batch
         while more or not (self._size or self._closed):
             more = self.mailbox.wait(0.0 if self._size or self._closed else None)
@@ -90,7 +91,10 @@ class Batcher:
             return batch
 
     def _urgency(self, key: tuple[CallClass, int], patient_until: float) -> tuple[bool, float]:
-        """Sort key, smallest first: decode and prefill that has waited PREFILL_PATIENCE_S; then by age."""
+        """Returns the sort key of a queue; the queue with the smallest key is taken first.
+
+        Prefill whose oldest call was queued after `patient_until` goes behind all other queues. Then age decides.
+        """
         since = self._queues[key][0].since
         return key[0] is CallClass.PREFILL and since > patient_until, since
 

@@ -15,7 +15,10 @@ Weights = Mapping[tuple[int, int], ExpertWeights]  # (layer, expert) -> weights
 
 @dataclass(frozen=True, slots=True)
 class Holding:
-    """What a replica holds, as one value: a batch that was checked against it computes with the same weights."""
+    """The experts that a replica holds and their weights, as one value that is replaced as a whole.
+
+    A batch is checked against one Holding and computed with its weights, also if the replica's has been replaced meanwhile.
+    """
 
     held: ExpertSet  # by the placement of `epoch`
     leaving: ExpertSet  # of earlier placements: still computed until `Runtime.drop_leaving`

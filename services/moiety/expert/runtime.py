@@ -28,7 +28,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class _Window:
-    """Sums since the load was last read."""
+    """Sums over the batches since the replica's load was last read, at `since` on the monotonic clock."""
 
     since: float
     busy_s: float = 0.0
@@ -40,10 +40,10 @@ class _Window:
 class Runtime:
     """Computes calls on one device. A failing batch fails its own calls only; the thread goes on.
 
-    `load(held)` reads weights in the caller's thread, so the runtime keeps serving while new experts are read.
-    `capacity` limits the device to that many rows per second, for tests and demos whose replicas share two cores.
-    `deterministic`: the bits of a row do not depend on the batch that computes it. `partial`: the experts are slices of
-    experts; rows arrive and return in float32, whatever the `dtype` of the weights.
+    `load(experts)` reads the weights of new experts. It runs on the thread that calls `hold`, so the device thread keeps
+    serving meanwhile. `capacity` limits the device to that many rows per second, for tests and demos whose replicas share
+    two cores. `deterministic`: the bits of a row do not depend on the batch that computes it. `partial`: the replica holds
+    slices of experts; rows arrive and return in float32, whatever the `dtype` of the weights.
     """
 
     def __init__(
@@ -82,13 +82,14 @@ class Runtime:
 
     @property
     def holding(self) -> Holding:
-        """What is held now, as one consistent value."""
+        """The experts held now, with their weights, as one consistent value."""
         return self._holding
 
     def hold(self, held: ExpertSet, epoch: int) -> None:
-        """Loads new experts beside the present ones, layer by layer; experts no longer in `held` become `leaving`.
+        """Loads the experts of `held` that are missing, layer by layer, and then follows the placement of `epoch`.
 
-        Blocks while it reads. Changes nothing where reading fails.
+        Experts that are not in `held` become `leaving` and stay loaded. Blocks while it reads. Changes nothing if reading
+        fails.
         """
         with self._loading:
             current = self._holding
@@ -98,7 +99,7 @@ class Runtime:
             self._holding = Holding(held, (current.held | current.leaving) - held, epoch, weights)
 
     def drop_leaving(self) -> bool:
-        """Frees the leaving experts. Returns False and frees none while an unanswered call names one of them."""
+        """Frees the weights of the leaving experts. Returns False and frees none while an unanswered call needs one of them."""
         with self._loading:
             current = self._holding
             with self._unanswered_lock:
@@ -113,13 +114,13 @@ class Runtime:
         self._thread.start()
 
     def stop(self, timeout_s: float) -> None:
-        """Finishes what is queued, then ends the thread."""
+        """Refuses new calls, computes the queued ones and ends the thread. Waits for that at most `timeout_s` seconds."""
         self._batcher.close()
         self._thread.join(timeout_s)
 
     @property
     def mailbox(self) -> Mailbox:
-        """Where the runtime's thread waits: a transport can bring calls here without another thread between."""
+        """The mailbox on which the device thread waits. Calls through shared memory reach it here without another thread."""
         return self._batcher.mailbox
 
     @property
@@ -132,7 +133,10 @@ class Runtime:
         return not self._unanswered
 
     def submit(self, waiting: QueuedCall) -> None:
-        """Queues a call. Raises NotHeld or ResourceExhausted, and then computes nothing of it."""
+        """Queues a call. Raises NotHeld if the replica lacks one of the call's experts.
+
+        Raises ResourceExhausted if the queue is full or the replica is shutting down.
+        """
         if 0.0 < waiting.call.sent < self._computed_at:
             # It arrived while the device was busy: the computing thread reads shared memory between batches only.
             waiting.since_ns -= int(1e9 * (waiting.since - waiting.call.sent))
@@ -149,7 +153,7 @@ class Runtime:
             raise
 
     def load_since_last(self) -> ReplicaLoad:
-        """Returns the load since the previous call of this method."""
+        """Returns the replica's load since the previous call of this method: busy fraction, queue wait and rates."""
         now = time.monotonic()
         with self._window_lock:
             window, self._window = self._window, _Window(now)
@@ -182,7 +186,7 @@ class Runtime:
                 self._answer(waiting, result)
 
     def _answer(self, waiting: QueuedCall, result: Computed | BaseException) -> None:
-        """Delivers a result. A caller that can no longer be reached must not stop the computation for the others."""
+        """Passes a result to a call's `done`. Logs an exception there: a lost caller must not stop the calls of the others."""
         try:
             waiting.done(result)
         except Exception:
@@ -195,7 +199,7 @@ class Runtime:
             self._unanswered.discard(waiting)
 
     def _admit(self, waiting: QueuedCall, holding: Holding) -> bool:
-        """Returns whether the call may go to the device; answers it with the error when not."""
+        """Returns whether a call can still be computed with `holding`; if not, answers it with NotHeld or DeadlineExceeded."""
         try:
             if waiting.checked is not holding:
                 holding.check(waiting.call)
@@ -209,7 +213,7 @@ class Runtime:
 
     @torch.inference_mode()
     def _compute(self, batch: list[QueuedCall], weights: Weights) -> list[Computed]:
-        """Gathers the rows of all calls, sorted by expert, and computes them. Each result is in the order of its call."""
+        """Gathers the rows of all calls, sorted by expert, and computes them. A result's rows follow the order of its call."""
         began, began_ns = time.monotonic(), time.time_ns()
         layer = batch[0].call.layer
         experts = np.concatenate([waiting.call.experts for waiting in batch])  # [A]
@@ -275,10 +279,10 @@ class Runtime:
 
 
 def _let_callers_finish() -> None:
-    """Keeps this thread, and threads that it starts, from preempting the thread that wakes it. Linux only.
+    """Makes this thread, and threads that it starts, not preempt the thread that wakes it (SCHED_BATCH). Linux only.
 
-    A router rings one replica after the other. On a core that the router shares with the first replica, that replica
-    would otherwise compute its call before the router rings the second, and the two would take turns.
+    A router sends its calls to one replica after the other. On a core that the router shares with the first replica, that
+    replica would otherwise compute its call before the router sends the second replica's, and the two would take turns.
     """
     if hasattr(os, "SCHED_BATCH"):
         with suppress(OSError):  # a sandbox may forbid it: slower, but not wrong

@@ -156,7 +156,10 @@ class ExpertService:
         return reply, None if isinstance(result, BaseException) else result.picked
 
     def _trace(self, waiting: QueuedCall, result: Computed | BaseException) -> None:
-        """Records the spans of one call, after it has ended and only where the hop is sampled: expert -> queue, kernel."""
+        """Records the spans of a call that has ended: `expert`, and within it `expert.queue` and `expert.kernel`.
+
+        Does nothing if the router's hop span is not sampled.
+        """
         call = waiting.call
         if not call.traceparent:
             return

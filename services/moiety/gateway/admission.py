@@ -27,15 +27,15 @@ def check_priority_and_tenant(request: generation_pb2.GenerateRequest) -> None:
 
 
 class Admission:
-    """The places of one gateway, one for each request in flight.
+    """Gives out the places of one gateway; each request in flight occupies one.
 
-    Any tenant may take any free place. A refused tenant has a claim for twice the retry delay that its refusal carries:
-    while other tenants have claims, no tenant may exceed an equal share. So a tenant that comes late gets places as they
-    become free, and a tenant that is alone can use all of them.
+    Any tenant may take any free place. A tenant that has less than an equal share when it is refused gets a claim, which
+    lasts twice the retry delay of the refusal. While other tenants have claims, no tenant may exceed an equal share. So a
+    tenant that comes late gets places as they become free, and a tenant that is alone can use all of them.
     """
 
     def __init__(self, most: int, wait_s: Callable[[], float], clock: Callable[[], float] = time.monotonic):
-        """`most`: places. `wait_s` returns the retry delay of a refusal in seconds."""
+        """`most`: number of places. `wait_s()` returns the retry delay of the next refusal in seconds."""
         self._most, self._wait_s, self._clock = most, wait_s, clock
         self._held: Counter[str] = Counter()
         self._claims: dict[str, float] = {}  # tenant -> when its claim ends; oldest first
@@ -43,7 +43,10 @@ class Admission:
 
     @contextmanager
     def place(self, tenant: str) -> Iterator[None]:
-        """Holds a place for one request. Raises ResourceExhausted where this tenant may have none now."""
+        """Occupies a place for one request of `tenant` while the block runs.
+
+        Raises ResourceExhausted if no place is free, or if the tenant has its share and others have claims.
+        """
         self._enter(tenant)
         try:
             yield

@@ -1,4 +1,4 @@
-"""One request at one router, from sending to end: updates the router's counts, and learns its pace from the events."""
+"""One request at one router, from sending to end: keeps the gateway's counts of the router and learns the routers' pace."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from moiety.policy.router_pace import Pace
 
 
 class Attempt:
-    """One request at one router, which counts it from construction until `end`."""
+    """One request at one router. Its RouterPeer counts the request from construction until `end`.
+
+    `pace`, how fast the routers are (policy/router_pace.py), is a frozen value: each method takes it and returns the new one.
+    """
 
     def __init__(self, router: RouterPeer, prompt: Prompt, pace: Pace):
         self._router, self._prompt = router, prompt
@@ -30,13 +33,16 @@ class Attempt:
         self._answered = False
 
     def event(self, event: engine_pb2.EngineEvent, pace: Pace) -> Pace:
-        """Records an event; returns the updated `pace`."""
+        """Records an event of the request; returns `pace`, which the first event updates."""
         self._last = time.monotonic()
         self._generated.extend(event.token_ids)
         return pace if self._answered else self._answer(event.cached_tokens, pace)
 
     def end(self, pace: Pace) -> Pace:
-        """Records that the request has left the router, for whatever reason; returns the updated `pace`."""
+        """Records that the request has left the router, for whatever reason.
+
+        Returns `pace`, updated if the request had got an event and has only one sequence.
+        """
         router, prompt = self._router, self._prompt
         router.requests -= 1
         router.in_flight -= prompt.sequences
@@ -55,7 +61,7 @@ class Attempt:
         return pace.ended(min(self._first - self._sent, prefill) + streaming, streams, len(self._generated), streaming)
 
     def _answer(self, cached_tokens: int, pace: Pace) -> Pace:
-        """Records the first event: the prompt is computed, and its cached part is known. Returns the updated `pace`."""
+        """Records the first event: the router has computed the prompt and had `cached_tokens` of it. Returns the new `pace`."""
         router, visit = self._router, self._visit
         self._answered, self._first, self._streams = True, self._last, self._running
         router.pending_prompt_tokens -= self._to_compute
@@ -70,6 +76,6 @@ class Attempt:
 
     @property
     def _running(self) -> float:
-        """Sequences that share the router now."""
+        """Sequences that the router runs at the same time now: its load, but at most its slots."""
         slots = self._router.slots
         return min(self._router.load, slots) if slots else self._router.load

@@ -11,10 +11,11 @@ MOST_S = 30.0  # longest retry delay, however many requests are expected before
 
 
 class Backlog:
-    """Spreads refused requests over the time in which there will be capacity for them.
+    """Computes retry delays that spread refused requests over the time in which there will be capacity for them.
 
-    Each gets the wait that is predicted behind all present requests and all refused ones that are expected earlier. With
-    the same delay they would return together and be refused together, which costs the requests that are being served.
+    The delay of a refused request is the wait that is predicted for it behind all present requests and all refused ones
+    that are expected back earlier. With equal delays, refused requests would return together and be refused together, which
+    costs the requests that are being served.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic):
@@ -22,7 +23,10 @@ class Backlog:
         self._expected: list[float] = []  # heap: when each refused request is expected back
 
     def refuse(self, wait_s: Callable[[int], float]) -> float:
-        """Returns the retry delay of one more refusal in seconds; `wait_s(n)` predicts the wait behind n expected ones."""
+        """Returns the retry delay, in seconds, of one more refused request, and expects it back after that.
+
+        `wait_s(n)` predicts the wait behind the present requests and n refused ones that are expected back.
+        """
         now = self._clock()
         while self._expected and self._expected[0] <= now:
             heapq.heappop(self._expected)

@@ -1,4 +1,4 @@
-"""The choices of one request: their text, stop strings and ends; and how they resume after their router is lost."""
+"""The choices of one request: turns their tokens into responses, and builds requests that resume them on another router."""
 
 from __future__ import annotations
 
@@ -67,7 +67,10 @@ class _Text:
         self._produced = 0
 
     def push(self, ids: Sequence[int], min_tokens: int, *, last: bool) -> tuple[str, bool]:
-        """Returns the text to send, and whether a stop string ends it. The first `min_tokens` are not searched."""
+        """Returns the text to send, and whether a stop string ends the choice here.
+
+        The text of the first `min_tokens` tokens is not searched for stop strings.
+        """
         self._produced += len(ids)
         text = self._detokenizer.push(ids, last=last)
         if self._produced <= min_tokens:

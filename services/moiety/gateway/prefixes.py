@@ -33,9 +33,9 @@ class PrefixHasher:
         self._keys = np.empty(0, dtype=np.uint64)
 
     def hashes(self, ids: np.ndarray, block_tokens: int, tenant: str) -> list[int]:
-        """Returns one hash for each block of ids uint32 [n] that can be cached, (n - 1) // block_tokens in all.
+        """Returns one hash for each block of `ids`, uint32 [n], that a cache can supply: (n - 1) // block_tokens hashes.
 
-        A router computes at least the last token of a prompt itself, so a block that ends with it is never looked up.
+        A router computes at least the last token of a prompt itself, so it never looks up a block that ends with that token.
         """
         blocks = (len(ids) - 1) // block_tokens
         tokens = blocks * block_tokens
@@ -58,7 +58,7 @@ class PrefixHasher:
 
 @dataclass(slots=True, eq=False)
 class Visit:
-    """One prompt sent to a router."""
+    """Record of one prompt sent to a router, and of which of its blocks were known then."""
 
     turn: int  # grows from visit to visit
     matched: int  # first blocks of the prompt that were known before
@@ -68,7 +68,7 @@ class Visit:
 
 
 class PrefixIndex:
-    """The blocks that one router should have cached: at most as many as its cache holds, least recently used dropped first.
+    """Tracks the blocks that one router should have cached: at most as many as its cache holds, least recently used first out.
 
     A prompt's blocks are recorded from its end to its start, so an earlier block is always more recent and is dropped
     later, as in the router's own cache: where a block is known, so are all blocks before it.
@@ -83,7 +83,7 @@ class PrefixIndex:
         return len(self._visits)
 
     def match(self, hashes: Sequence[int]) -> int:
-        """Returns how many of the first blocks are known."""
+        """Returns how many of a prompt's first blocks the router should have cached; `hashes` has one hash per block."""
         known, low, high = self._visits, 0, len(hashes)
         if not high or hashes[0] not in known:
             return 0
@@ -96,7 +96,7 @@ class PrefixIndex:
         return low
 
     def visit(self, hashes: Sequence[int]) -> Visit:
-        """Records a prompt that is sent to the router now."""
+        """Records that a prompt, whose blocks have these `hashes`, is sent to the router now."""
         matched = self.match(hashes)
         last = self._visits[hashes[matched - 1]] if matched else None
         self._turn += 1
@@ -109,9 +109,10 @@ class PrefixIndex:
         return visit
 
     def answered(self, visit: Visit, found: int) -> None:
-        """Records that the router has computed the prompt and had `found` of its blocks cached.
+        """Records that the router has computed the prompt of `visit` and had `found` of its blocks cached.
 
-        If it lacked blocks that it had before, it has evicted them, and with them every block that was last used no later.
+        If the router lacked blocks that it had computed before, it has evicted them. It evicts the least recently used
+        first, so every block whose last use is not more recent is forgotten too.
         """
         visit.computed = True
         if found < visit.expected:
@@ -119,7 +120,7 @@ class PrefixIndex:
                 self._visits.popitem(last=False)
 
     def withdraw(self, visit: Visit, hashes: Sequence[int]) -> None:
-        """Forgets the blocks that only this visit added, since the router never computed the prompt."""
+        """Forgets the blocks that only `visit` added, because the router never computed that prompt."""
         for block in hashes[visit.matched :]:
             if self._visits.get(block) is visit:
                 del self._visits[block]

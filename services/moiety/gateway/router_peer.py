@@ -26,13 +26,16 @@ POLL_S = 0.25
 
 
 class RouterPeer:
-    """A router that has answered once. Its load is its last report plus what this gateway has sent and ended since."""
+    """A router that has answered at least once, as this gateway sees it.
+
+    Its load is what it last reported, plus the sequences that this gateway has sent there since, minus those that ended.
+    """
 
     def __init__(self, replica: Replica, link: grpc.aio.Channel, description: engine_pb2.DescribeEngineResponse):
         self.replica, self._channel = replica, link
         self.stub = engine_pb2_grpc.EngineServiceStub(link)
         self._calls = CallClient(self.stub, f"router {replica.id}")
-        self.requests = 0  # this gateway's
+        self.requests = 0  # of this gateway, at this router
         self.in_flight = 0  # sequences of these requests
         self.pending_prompt_tokens = 0.0  # prompt tokens of those of our requests that have no first token yet
         self.unresponsive = False  # it did not answer the last poll
@@ -60,34 +63,37 @@ class RouterPeer:
 
     @property
     def load(self) -> int:
-        """Sequences there, running or waiting, of all gateways."""
+        """Sequences of all gateways at this router, running or waiting."""
         return self._others + self.in_flight
 
     @property
     def full_of_own_requests(self) -> bool:
-        """Whether our own requests fill it: it would refuse one more, and asking costs the requests that it serves."""
+        """Whether this gateway's own requests fill the router's slots and queue.
+
+        The router would refuse one more, and sending it would cost the requests that the router serves.
+        """
         description = self.description
         return 0 < description.queue_limit <= self.requests - description.slots
 
     def candidate(self, prompt: Prompt, pace: Pace) -> Candidate:
-        """Returns what the choice of a router needs to know about this one."""
+        """Returns what `router_choice.choose` compares: load, slots, pending prompt tokens and the cached part of `prompt`."""
         cached = 0.0
         if self.prefixes is not None and (matched := self.prefixes.match(prompt.hashes(self.block_tokens))):
             cached = pace.found.value * matched * self.block_tokens
         return Candidate(self._others + self.in_flight, self.slots, self.pending_prompt_tokens, cached)
 
     def hashes(self, prompt: Prompt) -> Sequence[int]:
-        """Returns the hashes of a prompt's blocks; none where the router caches no prefixes."""
+        """Returns the hashes of the prompt's blocks, in this router's block size; empty if the router caches no prefixes."""
         return prompt.hashes(self.block_tokens) if self.prefixes is not None else ()
 
     def generate(
         self, request: engine_pb2.EngineRequest, deadline: Deadline, traceparent: str
     ) -> AsyncGenerator[engine_pb2.EngineEvent, None]:
-        """Yields the request's events; see `CallClient.generate`."""
+        """Sends a request to the router and yields its events; see `CallClient.generate`."""
         return self._calls.generate(request, deadline, traceparent)
 
     async def poll(self) -> bool:
-        """Polls the router; returns whether it answers, and then takes its report over."""
+        """Asks the router for its load and stores the answer. Returns False if the router does not answer."""
         before = self.in_flight
         try:
             report = await self.stub.DescribeEngine(engine_pb2.DescribeEngineRequest(), timeout=HANDSHAKE_S)
@@ -99,7 +105,7 @@ class RouterPeer:
         return True
 
     async def leave(self) -> None:
-        """Marks the router as leaving; its channel closes when the last of our requests there ends."""
+        """Marks the router as leaving. Its channel closes when the last of this gateway's requests at the router ends."""
         self._left = True
         self._polling.cancel()
         await self.close_if_done()
@@ -110,7 +116,7 @@ class RouterPeer:
         await self._hang_up()
 
     async def close_if_done(self) -> None:
-        """Closes the channel of a leaving router without requests of ours. Call it after each request."""
+        """Closes the channel if the router is leaving and no request of this gateway runs on it. Call it after each request."""
         if self._left and not self.in_flight:
             await self._hang_up()
 
@@ -119,7 +125,7 @@ class RouterPeer:
         await self._channel.close()
 
     def _note(self, report: engine_pb2.DescribeEngineResponse, ours: int) -> None:
-        """Takes over a report that counts `ours` sequences of this gateway."""
+        """Stores a router's report of its load, which includes `ours` sequences of this gateway."""
         self.description = report
         self._others = max(report.running + report.waiting - ours, 0)
         # While requests wait for KV cache, the router runs fewer sequences than it has slots.

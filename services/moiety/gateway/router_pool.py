@@ -29,14 +29,17 @@ UNKNOWN_WAIT_S = 1.0  # retry delay before any request has shown how long one ta
 
 
 class RouterLost(Unavailable):
-    """The router of a request is gone or going; the request can resume on another one."""
+    """The router of a request no longer answers or is leaving. The request can resume on another router."""
 
 
 class RouterPool:
-    """Ready routers, found through the registry."""
+    """Finds the ready routers in the registry, sends each request to one of them, and resumes it elsewhere after a loss."""
 
     def __init__(self, watch: Watch, wait_s: float, seed: int = 0):
-        """`wait_s`: longest wait for a ready router. `seed` decides which routers are compared; each gateway needs its own."""
+        """`wait_s`: longest wait for a ready router, in seconds.
+
+        `seed` decides which random routers are compared for a request, and the hash keys. Each gateway needs a different one.
+        """
         self._watch, self._wait_s = watch, wait_s
         self._routers: dict[str, RouterPeer] = {}
         self._dialling: dict[str, asyncio.Task[None]] = {}
@@ -58,11 +61,11 @@ class RouterPool:
         *,
         accepted: bool = False,
     ) -> AsyncGenerator[engine_pb2.EngineEvent, None]:
-        """Yields the request's events until every choice has ended, except those that the caller adds to `ended` meanwhile.
+        """Yields the request's events until every choice has ended; the caller may end choices by adding them to `ended`.
 
-        When the router is lost, another one resumes each unfinished choice after its tokens. When a router's queue is
-        full, the next router is tried. Raises ResourceExhausted where all queues are full; a request that was `accepted`
-        before waits for a place instead, as long as for a ready router.
+        If the router is lost, another one resumes each unfinished choice after the tokens that it has. If a router's queue
+        is full, the next router is tried. Raises ResourceExhausted if all queues are full. A request that a router has
+        `accepted` before waits for a place instead, at most as long as for a ready router.
         """
         done = {choice: list(request.generated_ids) for choice in choices_of(request)}
         while True:
@@ -90,12 +93,12 @@ class RouterPool:
                 return
 
     def check_room(self) -> None:
-        """Raises ResourceExhausted where our own requests fill every router. Call it before any work on a prompt."""
+        """Raises ResourceExhausted if this gateway's own requests fill every router. Call it before any work on a prompt."""
         if self._routers and all(router.full_of_own_requests for router in self._routers.values()):
             raise self._full(len(self._routers))
 
     def retry_after_s(self) -> float:
-        """Returns the retry delay of one request that is refused now, in seconds, and expects it back after that."""
+        """Returns the retry delay, in seconds, of a request that is refused now, and counts on its return after that."""
         return self._backlog.refuse(self._predicted_wait_s)
 
     async def close(self) -> None:
@@ -137,7 +140,10 @@ class RouterPool:
         return ResourceExhausted(f"the {queues} full", max(self.retry_after_s(), least_s))
 
     def _predicted_wait_s(self, expected: int) -> float:
-        """Returns the seconds until a request behind `expected` others gets a slot, at the router where that is soonest."""
+        """Returns the seconds until a request gets a slot at the router where that is soonest.
+
+        `expected` refused requests, spread evenly over the routers, are assumed to return before it.
+        """
         if not self._pace.known or not self._routers:
             return UNKNOWN_WAIT_S
         before = expected / len(self._routers)
@@ -160,7 +166,7 @@ class RouterPool:
         deadline: Deadline,
         traceparent: str,
     ) -> AsyncGenerator[engine_pb2.EngineEvent, None]:
-        """Yields the request's events from one router."""
+        """Sends the request to `router` and yields its events. Raises RouterLost if the router is lost."""
         attempt = Attempt(router, prompt, self._pace)
         try:
             async with aclosing(router.generate(request, deadline, traceparent)) as events:
@@ -178,7 +184,7 @@ class RouterPool:
             await router.close_if_done()
 
     async def _ready(self, deadline: Deadline, revision: str) -> list[RouterPeer]:
-        """Returns the ready routers of `revision`, "" = any; only those that answer polls, if any do.
+        """Returns the ready routers of `revision` ("" = any) that answer polls; all of them if none does.
 
         Raises Unavailable or DeadlineExceeded when none appears in time.
         """
@@ -222,7 +228,10 @@ class RouterPool:
             self._seen = None  # the router may have left the table meanwhile
 
     async def _is_lost(self, router: RouterPeer) -> bool:
-        """Returns whether the router itself is gone or going, and not just something behind it that it reports."""
+        """Returns whether the router no longer answers or is leaving.
+
+        If not, an error Unavailable from it means that something behind it is missing, such as an expert's holders.
+        """
         listed = any(replica.id == router.replica.id and _is_ready(replica) for replica in self._watch.replicas)
         if await router.poll():
             return not listed

@@ -38,7 +38,7 @@ _SAMPLING: Mapping[Attribute, str] = {
 
 
 class GenerationService:
-    """One model's public API."""
+    """Serves the public API, moiety.v1.GenerationService, for one model."""
 
     def __init__(self, routers: RouterPool, tokenizer: Tokenizer, model: str, max_concurrent: int, tracer: Tracer):
         self._routers, self._tokenizer, self._model, self._tracer = routers, tokenizer, model, tracer
@@ -119,7 +119,7 @@ class GenerationService:
             span.end()
 
     async def _admit(self, request: generation_pb2.GenerateRequest, deadline: Deadline) -> engine_pb2.EngineRequest:
-        """Returns the request in token ids, checked against its model's limits. Raises the error for the client."""
+        """Checks a client's request and returns it as token ids. Raises the error that the client receives."""
         if request.model and request.model != self._model:
             raise NotFound(f"model {request.model!r} is not served here; this is {self._model!r}")
         if len(request.request_id) > MAX_REQUEST_ID:
@@ -148,14 +148,20 @@ class GenerationService:
         return engine_request
 
     async def _encode(self, text: str) -> list[int]:
-        """Tokenises; a long text off the event loop, where all streams and our heartbeat run."""
+        """Returns the token ids of a prompt. A long prompt is tokenised on another thread.
+
+        On the event loop it would hold up all streams and the gateway's heartbeat.
+        """
         if len(text) <= LONG_PROMPT:
             return self._tokenizer.encode(text)
         return await asyncio.to_thread(self._tokenizer.encode, text)
 
 
 def _parse(data: bytes) -> generation_pb2.GenerateRequest | InvalidRequest:
-    """Parses a request; returns InvalidRequest for unreadable bytes, which gRPC would report as INTERNAL."""
+    """Parses a request. For unreadable bytes it returns an InvalidRequest, which the handler raises.
+
+    gRPC would report an exception raised here as INTERNAL.
+    """
     try:
         return generation_pb2.GenerateRequest.FromString(data)
     except DecodeError as error:

@@ -41,7 +41,7 @@ class StopStrings:
 
 
 def _borders(stop: str) -> list[int]:
-    """Returns, for each prefix of `stop`, the length of the longest shorter prefix that it ends with."""
+    """Returns, for each non-empty prefix p of `stop`, the length of the longest shorter prefix of `stop` that p ends with."""
     borders = [0] * len(stop)
     for end in range(1, len(stop)):
         length = borders[end - 1]

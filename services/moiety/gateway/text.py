@@ -21,7 +21,7 @@ class Tokenizer:
         self._tokenizer, self.stop_ids = open_tokenizer(folder)
 
     def encode(self, text: str) -> list[int]:
-        """Returns the token ids of a prompt. Raises InvalidRequest when it is empty or longer than MAX_PROMPT_BYTES."""
+        """Returns the token ids of a prompt. Raises InvalidRequest when it is empty or has over MAX_PROMPT_CHARACTERS."""
         if not text:
             raise InvalidRequest("prompt.text", text, "at least one character")
         if len(text) > MAX_PROMPT_CHARACTERS:
@@ -69,11 +69,11 @@ class Detokenizer:
         return text[len(shown) :]
 
     def _final_part(self, text: str) -> str:
-        """Returns the part of `text` that cannot change any more, once more tokens are pending than a character can need.
+        """Returns the part of `text` that later tokens cannot change; "" while fewer than PENDING_TOKENS tokens are pending.
 
-        Bytes that form no character may follow without end, and decoding all of them for each token would take quadratic
-        time. The ids are cut where decoding both parts separately gives the same text, so not within a character that the
-        newest ids may still complete.
+        A model may generate bytes that form no character without end, and decoding all of them again for each token would
+        take quadratic time. So the ids are cut where decoding both parts separately gives the same text. Such a cut does not
+        split a character that the newest ids may still complete.
         """
         if len(self._ids) - self._shown < PENDING_TOKENS:
             return ""

@@ -1,1 +1,4 @@
-"""Protocols between the services of one deployment. Clients do not use them."""
+"""Protocols between the services of one deployment, which clients do not use.
+
+The modules in `v1` are generated: edit protos/moiety/internal/v1/, then run `make proto`.
+"""

@@ -87,7 +87,7 @@ class EngineService(engine_pb2_grpc.EngineServiceServicer):
         """Whether no request is open and every event was sent."""
         return all(stream.idle for stream in self._streams)
 
-    async def _answer(self, call: engine_pb2.GenerateTokensRequest, tell: SendEvent) -> None:
+    async def _answer(self, call: engine_pb2.GenerateTokensRequest, send_event: SendEvent) -> None:
         """Serves one request until all its choices have ended."""
         loop, ended = asyncio.get_running_loop(), asyncio.Event()
         error: MoietyError | None = None
@@ -98,7 +98,7 @@ class EngineService(engine_pb2_grpc.EngineServiceServicer):
             error = error or emitted.error
             unfinished -= emitted.finish is not None
             if error is None:
-                tell(partial(_event, emitted))
+                send_event(partial(_event, emitted))
             if error is not None or not unfinished:
                 loop.call_soon_threadsafe(ended.set)
 

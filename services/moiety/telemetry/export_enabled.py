@@ -1,4 +1,7 @@
-"""Decides whether the OTEL_* variables ask for OTLP export. Only then is the SDK loaded, which reads the other variables."""
+"""Decides whether the OTEL_* environment variables ask for OTLP export.
+
+Only if they do is the OpenTelemetry SDK loaded. It reads the remaining OTEL_* variables itself.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,10 @@ _logger = logging.getLogger("moiety.telemetry")
 
 
 def export_enabled(signal: Signal, endpoint: str | None) -> bool:
-    """Returns whether `signal` is wanted and can be exported; logs why where it cannot. An `endpoint` also asks for it."""
+    """Returns whether to export `signal`: the OTEL_* variables or an `endpoint` ask for it, and it can be exported.
+
+    Logs the reason if the export is asked for but not possible.
+    """
     if not _wanted(signal, endpoint):
         return False
     if any(importlib.util.find_spec(package) is None for package in ("opentelemetry", "grpc")):

@@ -1,7 +1,7 @@
-"""The `Meter` interface that the rest of the code uses, its no-op twin, and `configure_metrics`, which returns one.
+"""The `Meter` interface that the rest of the code uses, its no-op twin, and `configure_metrics`, which returns one of them.
 
 The exporter's thread reads counts that services keep anyway, whenever it exports: nothing is recorded on a request's
-path. As with tracers, no meter is global.
+path. No meter is global, so that several services can share a process.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ class Meter(Protocol):
     def observe(
         self, name: MetricName, read: Callable[[], float | None], attributes: Mapping[Attribute, Value] | None = None
     ) -> None:
-        """Registers `read`, which each export calls on another thread; it returns None while there is no value yet.
+        """Registers `read` as the source of a metric's value. It may return None while there is no value yet.
 
-        Another `read` for the same name and attributes replaces the first.
+        Each export calls `read`, on another thread. A second `read` for the same name and attributes replaces the first.
         """
         ...
 
@@ -40,7 +40,7 @@ class _NoMeter:
     def observe(
         self, name: MetricName, read: Callable[[], float | None], attributes: Mapping[Attribute, Value] | None = None
     ) -> None:
-        """Ignores `read`."""
+        """Does nothing: `read` is never called."""
 
     def shutdown(self, timeout_s: float = 2.0) -> None:
         """Does nothing."""
@@ -54,7 +54,7 @@ def configure_metrics(
 ) -> Meter:
     """Returns the meter of one service: a real one if the OTEL_* variables ask for OTLP, else NO_METER.
 
-    Takes the arguments of `tracing.configure` and handles failures in the same way.
+    The arguments are those of `tracing.configure`. If metrics cannot be set up, one warning is logged and they stay off.
     """
     if not export_enabled("metrics", endpoint):
         return NO_METER

@@ -1,7 +1,8 @@
 """Every span, metric and attribute name, declared once. Names follow OpenTelemetry's semantic conventions where one exists.
 
-The spans of one trace nest: client.generate → generate → engine.request → queue, then steps; step → layer → hop →
-expert → expert.queue and expert.kernel.
+The spans of one trace nest: client.generate contains generate, which contains engine.request, which contains queue and the
+steps. A step contains its layers and sample; a layer contains attention, its hops and park; a hop contains expert, which
+contains expert.queue and expert.kernel.
 """
 
 from __future__ import annotations
@@ -12,19 +13,19 @@ from enum import StrEnum
 
 
 class SpanName(StrEnum):
-    """What a span measures. Its attributes say which layer, replica or step class it belongs to."""
+    """Names of spans: each says what a span measures. Its attributes say which layer, replica or step class it belongs to."""
 
     CLIENT_GENERATE = "client.generate"  # client: call sent → stream closed
     GENERATE = "generate"  # gateway: request accepted → last text sent
     ENGINE_REQUEST = "engine.request"  # router: request accepted → last token emitted
     QUEUE = "queue"  # router: request accepted → it has a slot
     STEP = "step"  # router: one engine step; STEP_CLASS distinguishes prefill and decode
-    ATTENTION = "attention"  # router, in a step: the computation between two MoE layers (attention, norms, gating)
-    LAYER = "layer"  # router, in a step: one MoE layer's experts, rows known → all rows answered
+    ATTENTION = "attention"  # router, in a layer: what runs before its experts (attention, norms, gating)
+    LAYER = "layer"  # router, in a step: start of the step or end of the previous layer → all expert rows answered
     PARK = "park"  # router, in a layer: waiting for a live replica that holds an expert of the layer
     HOP = "hop"  # router, in a layer: call sent → reply decoded, one replica
-    SAMPLE = "sample"  # router, in a step: logits → tokens
-    EXPERT = "expert"  # expert: call received → reply handed to the stream
+    SAMPLE = "sample"  # router, in a step: last MoE layer done → tokens sampled
+    EXPERT = "expert"  # expert: call received → computed or refused
     EXPERT_QUEUE = "expert.queue"  # expert: waiting for the device
     EXPERT_KERNEL = "expert.kernel"  # expert: computing on the device
 
@@ -47,7 +48,7 @@ _KINDS: Mapping[SpanName, SpanKind] = {
 
 
 def kind_of(name: SpanName) -> SpanKind:
-    """Returns which side of a call spans of this name are; INTERNAL for spans that are neither."""
+    """Returns CLIENT or SERVER for the name of a span that measures that side of a call, else INTERNAL."""
     return _KINDS.get(name, SpanKind.INTERNAL)
 
 
@@ -66,15 +67,14 @@ class Attribute(StrEnum):
     FINISH_REASONS = "gen_ai.response.finish_reasons"  # list of str
 
     # Semantic conventions: calls, peers, errors.
-    SERVER_ADDRESS = "server.address"  # str: host
+    SERVER_ADDRESS = "server.address"  # str: host:port
     ERROR_TYPE = "error.type"  # str: class of the exception; set by Span.error
 
     # Ours: the request.
     REQUEST_ID = "moiety.request_id"  # str
 
-    REROUTED = (
-        "moiety.rerouted"  # float, 0 to 1: fraction of rows sent to another expert than the gate's; policy backup
-    )
+    # float, 0 to 1: fraction of rows that the overflow policy `backup` sent to another expert than the gate's
+    REROUTED = "moiety.rerouted"
 
     # Ours: a step.
     STEP_CLASS = "moiety.step.class"  # str: decode, prefill or mixed
@@ -96,7 +96,7 @@ class Attribute(StrEnum):
 
 
 class MetricName(StrEnum):
-    """What services report periodically. The resource attributes name the service."""
+    """Names of the metrics that services report periodically. Resource attributes say which service reported a value."""
 
     BUSY = "moiety.busy"
     QUEUE_WAIT = "moiety.queue_wait"
@@ -130,7 +130,10 @@ METRICS: Mapping[MetricName, Metric] = {
 
 
 class ResourceAttribute(StrEnum):
-    """Keys that describe the service, on all its spans and metrics. `service.name` is `configure`'s first argument."""
+    """Keys of attributes that describe the service on all its spans and metrics.
+
+    One more, `service.name`, is the first argument of `configure` and `configure_metrics`.
+    """
 
     INSTANCE = "service.instance.id"  # str: replica id
     VERSION = "service.version"  # str

@@ -23,7 +23,7 @@ _KINDS = {
 
 
 class OtelSpan:
-    """A sampled span."""
+    """A sampled span, on the OpenTelemetry SDK; `Tracer.start` returns NO_SPAN for one that is not sampled."""
 
     __slots__ = ("span",)
 
@@ -64,7 +64,7 @@ class OtelSpan:
 
 
 class OtelTracer:
-    """The spans of one service, exported over OTLP/gRPC in batches by its own thread."""
+    """Creates the spans of one service. A thread of the SDK's batch processor exports them over OTLP/gRPC."""
 
     def __init__(self, service: str, attributes: Mapping[str, str], endpoint: str | None) -> None:
         self._exporter = _QuietExporter(endpoint)
@@ -110,7 +110,7 @@ class OtelTracer:
 
 
 class _QuietExporter(SpanExporter):
-    """The OTLP exporter, which logs each outage once."""
+    """Wraps the SDK's OTLP exporter so that it logs each outage once."""
 
     def __init__(self, endpoint: str | None) -> None:
         self.quiet = OutageLog("spans")

@@ -26,7 +26,7 @@ Labels = tuple[tuple[str, Value], ...]
 
 
 class OtelMeter:
-    """The metrics of one service, exported over OTLP/gRPC by its own thread."""
+    """Exports the metrics of one service over OTLP/gRPC, on a thread of the SDK's periodic reader."""
 
     def __init__(self, service: str, attributes: Mapping[str, str], endpoint: str | None) -> None:
         self._exporter = _QuietExporter(endpoint)
@@ -64,7 +64,7 @@ class OtelMeter:
 
 
 class _QuietExporter(MetricExporter):
-    """The OTLP exporter, which logs each outage once."""
+    """Wraps the SDK's OTLP exporter so that it logs each outage once."""
 
     def __init__(self, endpoint: str | None) -> None:
         self.quiet = OutageLog("metrics")

@@ -1,7 +1,7 @@
 """Exports over OTLP with one warning per outage instead of one per retry, and none during shutdown.
 
-On a laptop there is usually no collector. The SDK logs every retry, and a stack trace if its channel is closed during a
-call.
+On a laptop there is usually no collector. The SDK by itself logs every retry, and a stack trace if its channel is closed
+during a call.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _logger = logging.getLogger("moiety.telemetry")
 
 
 class OutageLog:
-    """Logs the outages of one exporter. `what` names what it exports: spans or metrics."""
+    """Logs the outages of one exporter, one warning each. `what` is the word for the exported data: spans or metrics."""
 
     def __init__(self, what: str) -> None:
         self.failing = False  # since the last export that went through
@@ -60,7 +60,7 @@ class OutageLog:
         self.failing = True
 
     def _passes(self, record: logging.LogRecord) -> bool:
-        """Filters the SDK's log: replaces a record of our own export by our warning."""
+        """Logging filter on the SDK's logger: drops what this exporter's own export logs, and logs our one warning instead."""
         if record.thread != self._thread:
             return True
         self._failed(record.getMessage())

@@ -27,7 +27,7 @@ class Span(Protocol):
 
     @property
     def recording(self) -> bool:
-        """Whether attributes are kept. Where not, callers can skip work that only computes them."""
+        """Whether the span keeps attributes. If not, callers can skip the work of computing them."""
         ...
 
     @property
@@ -44,7 +44,7 @@ class Span(Protocol):
         ...
 
     def end(self, end_ns: int | None = None) -> None:
-        """Ends at `end_ns` (nanoseconds since the epoch) or now. A second end is ignored."""
+        """Ends the span at `end_ns` (nanoseconds since the epoch) or now. A second call is ignored."""
         ...
 
     def __enter__(self) -> Span: ...
@@ -69,11 +69,11 @@ class Tracer(Protocol):
         start_ns: int | None = None,
         links: Iterable[Span | str] = (),
     ) -> Span:
-        """Returns a started span.
+        """Returns a started span, or NO_SPAN if it is not sampled.
 
-        `parent` is a span, or the traceparent of a span elsewhere. None starts a new trace, which the sampler may decline;
-        so does a malformed traceparent (W3C Trace Context, §4.3). "" and unsampled parents give NO_SPAN.
-        `start_ns` is in nanoseconds since the epoch, default now. `links` are other spans that this one worked for.
+        `parent` is a span, or the traceparent of a span elsewhere. None or a malformed traceparent (W3C Trace Context,
+        §4.3) starts a new trace, which the sampler may decline. "" or an unsampled parent gives NO_SPAN. `start_ns` is in
+        nanoseconds since the epoch, default now. `links` are related spans other than the parent.
         """
         ...
 
@@ -88,7 +88,7 @@ class Tracer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class TraceContext:
-    """A parsed traceparent. The ids are lower-case hexadecimal, as in ReceivedSpan."""
+    """A parsed traceparent. The ids are lower-case hexadecimal, as in `ReceivedSpan` (tools/trace), so they compare equal."""
 
     trace_id: str
     span_id: str

@@ -41,7 +41,7 @@ class Caller:
     def send(
         self, header: experts_pb2.ForwardRequest, rows: codec.Rows, reply_rows: int | None = None
     ) -> asyncio.Future[Reply | PeerLost]:
-        """Sends a call; returns its answer, with the payload copied. The future raises what `acquire` raised."""
+        """Sends a call. The future returns the answer, with its payload copied, or raises the error of `Connection.acquire`."""
         future: concurrent.futures.Future[Reply | PeerLost] = concurrent.futures.Future()
         most = len(header.experts) // 4 if reply_rows is None else reply_rows
 
@@ -81,7 +81,7 @@ async def open_caller(
 
 @dataclass(slots=True)
 class LoopbackHop:
-    """A Hop and what it uses, as in a router, including a thread in place of the engine's."""
+    """A Hop with the objects that it uses in a router, and a thread that takes the place of the engine's thread."""
 
     hop: Hop
     fleet: Fleet
@@ -108,7 +108,7 @@ class LoopbackHop:
         return await asyncio.get_running_loop().run_in_executor(self.thread, run)
 
     async def idle(self) -> None:
-        """Does what the engine's thread does between steps, until it is cancelled."""
+        """Polls the hop, as the engine's thread does between steps, until this coroutine is cancelled."""
         while True:
             await asyncio.get_running_loop().run_in_executor(self.thread, self.hop.poll)
             await asyncio.sleep(0.005)
@@ -127,9 +127,10 @@ async def loopback_hop(
     registry: MemoryRegistry | None = None,
     transport: Transport = Transport.GRPC,
 ) -> AsyncIterator[LoopbackHop]:
-    """Starts `replicas` and a Hop that has found them all; stops everything at the end. Registry entries never expire.
+    """Starts `replicas` and a Hop, waits until the Hop has found all replicas, and stops everything at the end.
 
-    Before a layer has measured latencies, a call is hedged after a second, or after `hedge_after_s` where that is more.
+    Entries of the default `registry` never expire. Until enough latencies of a layer are measured, a call is hedged after
+    one second, or after `hedge_after_s` if that is longer.
     """
     registry = registry or MemoryRegistry(clock=lambda: 0.0)
     async with AsyncExitStack() as stack:

@@ -38,7 +38,10 @@ def fake_expert(layer: int, expert: int, rows: torch.Tensor) -> torch.Tensor:
 
 
 def fake_layer(layer: int, hidden: torch.Tensor, top_k_index: torch.Tensor) -> torch.Tensor:
-    """Computes what a hop over fake replicas must return: hidden [T, D], top_k_index [T, K] -> [T, K, D], 0 where -1."""
+    """Computes what a hop over fake replicas must return: hidden [T, D], top_k_index [T, K] -> [T, K, D].
+
+    The row of an index -1 is zero.
+    """
     rows = [
         fake_expert(layer, int(expert), hidden[token]) if expert >= 0 else torch.zeros_like(hidden[token])
         for token, experts in enumerate(top_k_index)
@@ -77,12 +80,12 @@ async def eventually(condition: Callable[[], bool], within_s: float = 10.0) -> N
 
 
 async def no_wait(_: object) -> None:
-    """Returns at once: the default for hooks that may wait."""
+    """Does nothing: the default for hooks of a fake that a test may replace by one that waits."""
 
 
 @contextmanager
 def owner_of(mailbox: Mailbox) -> Iterator[None]:
-    """Runs a thread that owns `mailbox` and only waits there, while the block runs."""
+    """Runs a thread that owns `mailbox` and handles what arrives there, while the block runs."""
     over = threading.Event()
 
     def own() -> None:

@@ -21,11 +21,11 @@ from moiety.wire.event_stream import CallServer, SendEvent
 
 
 class FakeEngine(engine_pb2_grpc.EngineServiceServicer):
-    """A router: the token at each position is a function of prompt, seed, choice and position, as in a real engine.
+    """A fake router: the token at each position is a function of prompt, seed, choice and position, as in a real engine.
 
     `before_token(position)` is awaited before each token, counted from the first generated one; it may wait, or raise a
-    MoietyError, which the client receives. More than `places` requests at once are refused. The router reports `slots`
-    and a `queue` limit but does not enforce them. With `blocks`, it caches prefixes in blocks of `block_tokens` and
+    MoietyError, which the caller receives. At most `places` requests run; further ones are refused. The router reports
+    `slots` and a `queue` limit but does not enforce them. With `blocks`, it caches prefixes in blocks of `block_tokens` and
     evicts the least recently used.
     """
 
@@ -63,12 +63,12 @@ class FakeEngine(engine_pb2_grpc.EngineServiceServicer):
         await registry.register(fake_replica(self.id, Role.ROUTER, port, revision=self._revision))
 
     async def vanish(self) -> None:
-        """Breaks every stream at once; the registry still lists the router."""
+        """Breaks every stream immediately, without a grace period; the registry still lists the router."""
         if self._server is not None:
             await self._server.stop(0)
 
     def empty_cache(self) -> None:
-        """Evicts every block."""
+        """Evicts every block from the prefix cache."""
         self._cached.clear()
 
     async def DescribeEngine(
@@ -94,7 +94,7 @@ class FakeEngine(engine_pb2_grpc.EngineServiceServicer):
     ) -> None:
         await CallServer(self._answer).serve(calls, context)
 
-    async def _answer(self, call: engine_pb2.GenerateTokensRequest, tell: SendEvent) -> None:
+    async def _answer(self, call: engine_pb2.GenerateTokensRequest, send_event: SendEvent) -> None:
         request = call.request
         if self._running >= self.places:
             self.refused += 1
@@ -107,7 +107,7 @@ class FakeEngine(engine_pb2_grpc.EngineServiceServicer):
             for position in range(len(request.generated_ids), sampling.max_tokens):
                 await self.before_token(position)
                 for choice in choices:
-                    tell(partial(self._event, request, choice, position, cached))
+                    send_event(partial(self._event, request, choice, position, cached))
         except asyncio.CancelledError:
             self.cancelled += 1
             raise
@@ -132,7 +132,7 @@ class FakeEngine(engine_pb2_grpc.EngineServiceServicer):
         return event
 
     def _look_up(self, request: engine_pb2.EngineRequest) -> int:
-        """Returns how many of the request's tokens are cached, and caches all its blocks."""
+        """Returns how many of the request's tokens the prefix cache has, then caches all whole blocks of the request."""
         ids = [*request.prompt_ids, *request.generated_ids]
         blocks, block = list[int](), hash(request.tenant)
         for end in range(self._block_tokens, len(ids), self._block_tokens) if self._blocks else ():

@@ -77,14 +77,17 @@ class FakeExperts:
         await registry.register(self.replica)
 
     def forget(self) -> None:
-        """Cancels all calls without an answer, and drops every view of a router's memory."""
+        """Clears `calls` and cancels, without an answer, the calls that came through shared memory.
+
+        Then no view keeps the memory of a lost router mapped.
+        """
         self.calls.clear()
         for handling in self._handling:
             handling.cancel()
         self._handling.clear()
 
     async def vanish(self) -> None:
-        """Breaks every connection at once. As when a process is killed, the registry still lists the replica."""
+        """Breaks every connection immediately. As when a process is killed, the registry still lists the replica."""
         for handling in self._handling:
             handling.cancel()
         await self._stack.aclose()
@@ -127,7 +130,7 @@ class FakeExperts:
         payload: memoryview,
         answer: ReplyCallback,
     ) -> None:
-        """Handles a call through shared memory on the loop, like other calls, and answers it from the mailbox."""
+        """Takes a call from shared memory: computes it on the asyncio loop, and answers it on the mailbox owner's thread."""
         call = self._arrived(header, payload)
 
         async def handle() -> None:

@@ -45,9 +45,10 @@ POLL_S = 0.2
 
 
 def run_demo(say: Say, wait_s: float) -> None:
-    """Runs all stages. Raises Unavailable where one does not finish in time.
+    """Runs all stages of the demo. Raises Unavailable or TimeoutError where a stage does not finish in time.
 
-    `wait_s` bounds each wait; the start of the system may take three times as long.
+    `wait_s` bounds each wait; the start of the system may take three times as long. Raises Unavailable also where a
+    killed replica changed the tokens.
     """
     began = time.monotonic()
 
@@ -94,7 +95,7 @@ def run_demo(say: Say, wait_s: float) -> None:
 
 
 class _Demo:
-    """Runs the stages that need the running system."""
+    """Runs the stages of the demo that need the running system: stream, scale, trace and kill."""
 
     def __init__(
         self, say: Say, stage: Say, registry: Registry, address: str, receiver: TraceReceiver, wait_s: float
@@ -137,7 +138,10 @@ class _Demo:
         await self._until(f"experts-{hot} to shrink", lambda counts: counts[f"experts-{hot}"] == 1)
 
     async def _skewed_prompt(self, client: Client) -> tuple[int, int, list[float]]:
-        """Returns (token, the group that gets most of its rows, each group's share) of the most skewed candidate."""
+        """Tries CANDIDATES prompts; returns (token, group, shares) of the one that sends most of its rows to a single group.
+
+        The prompt repeats `token`; `group` is the group with most of its rows, `shares` the fraction that each group gets.
+        """
         best: tuple[float, int, list[float]] = (0.0, 0, [])
         before = await self._rows_by_group()
         for token in range(20, 20 + CANDIDATES):
@@ -151,7 +155,10 @@ class _Demo:
         return token, shares.index(share), shares
 
     async def _rows_after(self, before: Sequence[int]) -> list[int]:
-        """Returns the ledger's totals once they differ from `before` and have not changed for a reporting period."""
+        """Returns the rows of each group in the load ledger, once they differ from `before` and two readings agree.
+
+        Readings are LEDGER_S apart: longer than a router's reporting period. Raises TimeoutError.
+        """
         async with asyncio.timeout(self._wait_s):
             last = list(before)
             while True:
@@ -163,7 +170,7 @@ class _Demo:
 
     async def _rows_by_group(self) -> list[int]:
         """Returns the rows that routers have sent to each group's experts, from the load ledger."""
-        held = {replica.deployment: replica.held for replica in await self._experts()}  # replicas of a group agree
+        held = {replica.deployment: replica.held for replica in await self._experts()}  # all of a group hold the same
         totals = [0] * len(held)
         for demand in (await self._registry.expert_demand()).values():
             for layer, rows in enumerate(demand.rows):
@@ -172,9 +179,9 @@ class _Demo:
         return totals
 
     async def _until(self, what: str, reached: Callable[[dict[str, int]], bool]) -> None:
-        """Waits for `reached(replicas per group)`; prints each change of the counts, and each decision with its reason.
+        """Waits until `reached(replicas per group)` holds. Raises Unavailable, with the text `what`, after `wait_s`.
 
-        Raises Unavailable after the wait that bounds a stage.
+        Prints each change of the numbers of replicas, and each scaling decision with its reason.
         """
         began, shown = time.monotonic(), len(await self._registry.decisions())
         counts: dict[str, int] = {}
@@ -204,7 +211,7 @@ class _Demo:
                 self._say(f"    {replica.deployment} replica {replica.id}: {text}")
 
     async def _show_decisions(self, shown: int) -> int:
-        """Prints the decisions after the first `shown`; returns how many there are now."""
+        """Prints the registry's scaling decisions after the first `shown`; returns how many decisions it has now."""
         decisions = await self._registry.decisions()
         for decision in decisions[shown:]:
             self._say(
@@ -264,7 +271,7 @@ async def _tokens(client: Client, prompt: str) -> list[int]:
 
 
 def _complete(spans: Sequence[ReceivedSpan]) -> bool:
-    """Whether the trace is complete: it has a span of each service, and an expert's span for every hop."""
+    """Returns whether the trace has spans of client, gateway and router, and an expert replica's span for every hop."""
     counts = Counter(span.name for span in spans)
     heads = (SpanName.CLIENT_GENERATE, SpanName.GENERATE, SpanName.ENGINE_REQUEST)
     return all(counts[name] for name in heads) and counts[SpanName.HOP] == counts[SpanName.EXPERT] > 0
@@ -272,7 +279,7 @@ def _complete(spans: Sequence[ReceivedSpan]) -> bool:
 
 @asynccontextmanager
 async def _traffic(client: Client, prompt: Sequence[int]) -> AsyncIterator[None]:
-    """Generates on STREAMS streams while the block runs. Raises what a stream raised."""
+    """Generates from `prompt` on STREAMS streams at once while the block runs. Raises streams' errors in an ExceptionGroup."""
     ending = asyncio.Event()
 
     async def stream() -> None:

@@ -46,7 +46,7 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One line of the report. `advice` says what to do; it is empty where there is nothing to do."""
+    """The result of one check. `advice` says what the user can do; it is empty where there is nothing to do."""
 
     check: str
     value: str
@@ -55,7 +55,7 @@ class Check:
 
 
 def examine(*, measure: bool = False) -> Iterator[Check]:
-    """Runs every check and yields its result. `measure` adds the measurements, which take seconds."""
+    """Runs every check and yields its result. `measure` adds memory bandwidth and matrix products, which take seconds."""
     yield _python()
     yield from _packages()
     yield from _cores()

@@ -38,7 +38,11 @@ PEAK, FLOOR = 1.15, 420_000_000
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """Sizes of a checkpoint. Bytes are in memory: experts as they are stored, the router in the published dtype."""
+    """Sizes of a checkpoint and its parts.
+
+    `expert_bytes` and `router_bytes` are those in memory: experts as the checkpoint stores them, the router's trunk in the
+    checkpoint's dtype.
+    """
 
     architecture: str
     path: str  # seam, adapter, definition
@@ -101,13 +105,16 @@ def inspect(checkpoint: Checkpoint, memory: int | None = None) -> Inspection:
 
 
 def suggest(found: Inspection, memory: int) -> Inspection:
-    """Returns `found` with the fewest groups that each fit into `memory` bytes per replica, working memory included."""
+    """Returns `found` with a suggestion: the fewest groups such that a replica of any group fits into `memory` bytes.
+
+    A replica needs working memory in addition to its weights: see PEAK and FLOOR.
+    """
     fitting = (n for n in range(1, found.experts + 1) if PEAK * found.group_bytes(n) + FLOOR <= memory)
     return replace(found, memory=memory, groups=next(fitting, None))
 
 
 def lines(found: Inspection) -> Iterator[str]:
-    """Yields the report, one line per fact."""
+    """Yields the lines of the report of `moiety inspect`, one per fact."""
     shared = f", {found.shared_experts} shared" if found.shared_experts else ""
     yield f"architecture    {found.architecture} ({found.path}), {found.dtype}"
     yield f"layers          {found.layers}, of them {found.moe_layers} with {found.experts} experts, top {found.top_k}{shared}"
@@ -125,14 +132,17 @@ def lines(found: Inspection) -> Iterator[str]:
 
 
 def _router_parameters(model: nn.Module) -> int:
-    """Counts the parameters of everything but routed experts and towers. Tied weights count once."""
+    """Counts all parameters but those of routed experts and of towers for images, video and sound.
+
+    Tied weights count once.
+    """
     excluded = [path for path, _ in experts_modules(model)] + towers(model)
     inside = {id(tensor) for path in excluded for tensor in model.get_submodule(path).parameters()}
     return sum(tensor.numel() for tensor in model.parameters() if id(tensor) not in inside)
 
 
 def _expert_bytes(checkpoint: Checkpoint, layout: ExpertLayout) -> int:
-    """Returns the stored bytes of all routed experts, with the scales and the like beside their matrices."""
+    """Returns the stored bytes of all routed experts: their matrices, and the scales and other tensors beside them."""
     names = {name for layer in layout.layers for sources in layer.sources.values() for name in sources}
     whole = {name for name in names if EXPERT not in name}
     starts = {f"{name.partition(EXPERT)[0].rpartition('.')[0]}." for name in names - whole}
@@ -144,7 +154,7 @@ def _expert_bytes(checkpoint: Checkpoint, layout: ExpertLayout) -> int:
 
 
 def _prefixes(name: str) -> Iterator[str]:
-    """Yields `name` up to and including each of its dots."""
+    """Yields the prefixes of `name` that end with a dot: "a." and "a.b." for "a.b.c"."""
     at = name.find(".")
     while at >= 0:
         yield name[: at + 1]
@@ -160,7 +170,10 @@ def _layers(config: Any) -> int:
 
 
 def _shared(config: Any, model: nn.Module) -> int:
-    """Counts the shared experts of a MoE layer: as configured, or one where the block has such a child."""
+    """Returns the number of shared experts of a MoE layer, as the config states it.
+
+    Without a statement in the config: 1 if the MoE block has a child with "shared", but not "gate", in its name, else 0.
+    """
     for name in SHARED:
         if isinstance(value := getattr(config, name, None), int) and value:
             return value

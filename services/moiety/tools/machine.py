@@ -87,7 +87,7 @@ class Machine:
 
     @classmethod
     def here(cls) -> Machine:
-        """Describes this machine now."""
+        """Describes this machine, its load and its installed libraries at the time of the call."""
         return cls(
             processor=processor(),
             cores=usable_cores(),
@@ -99,7 +99,7 @@ class Machine:
         )
 
     def lines(self) -> Iterator[str]:
-        """Yields two lines for a report."""
+        """Yields two lines for a benchmark's report: the machine, and the library versions."""
         yield f"machine: {self.processor}, {self.cores} cores, load {self.load:.1f} in the minute before"
         yield f"python {self.python}, torch {self.torch}, transformers {self.transformers}, grpcio {self.grpc}"
 

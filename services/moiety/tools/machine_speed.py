@@ -1,4 +1,7 @@
-"""Measures how fast this machine reads memory and multiplies matrices at best. The floor of a step is computed from it."""
+"""Measures how fast this machine reads memory and multiplies matrices at best.
+
+The least possible time of a decode step, its floor, is computed from these speeds.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from moiety.tools.machine import last_level_cache_bytes
 from moiety_kernels.threads import usable_cores
 
 LEAST_READ_BYTES = 512 << 20
-CACHES_READ = 3  # bytes to read, in last-level caches: so many that little of them can stay cached
+CACHES_READ = 3  # bytes to read, as a multiple of the last-level cache, so that little of them can stay cached
 MOST_READ_BYTES = 2 << 30
 MATRIX = 1024
 REPEATS = 5
@@ -24,19 +27,19 @@ ROW = 1 << 14  # float32 values per row of the matrix that is read
 
 @dataclass(frozen=True, slots=True)
 class MachineSpeed:
-    """The best of several tries, on all cores that this process may use."""
+    """The best speeds of several tries, on all cores that this process may use."""
 
     read_bytes_per_s: float  # from memory, in huge pages where the kernel gives them
     bfloat16_flops: float  # per second, in a square matrix product
     float32_flops: float
 
     def flops(self, dtype: str) -> float:
-        """Returns the matrix rate for weights of `dtype`, in operations per second; float16 counts as bfloat16."""
+        """Returns the operations per second of a matrix product in `dtype`. The rate of float16 is taken to be bfloat16's."""
         return self.float32_flops if dtype == "float32" else self.bfloat16_flops
 
 
 def measure_speed() -> MachineSpeed:
-    """Measures the speeds. Takes a second or two, and memory of a few times the last-level cache."""
+    """Measures this machine's speeds. Takes a second or two, and memory of a few times the last-level cache."""
     with _all_cores():
         return MachineSpeed(_read_rate(), _matrix_rate(torch.bfloat16), _matrix_rate(torch.float32))
 
@@ -50,7 +53,7 @@ def _read_rate() -> float:
         matrix = torch.frombuffer(pages, dtype=torch.float32).view(-1, ROW)
         matrix.fill_(1.0)
         vector = torch.ones(ROW)
-        # Two loops of two libraries that do little else than read. Which one is faster depends on the processor.
+        # Both operations do little else than read. Which one is faster depends on the processor.
         fastest = min(_fastest(partial(torch.mv, matrix, vector)), _fastest(matrix.sum))
         del matrix  # it points into the mapping, which could not be closed otherwise
     return size / fastest
@@ -62,7 +65,7 @@ def _matrix_rate(dtype: torch.dtype) -> float:
 
 
 def _fastest(action: Callable[[], object]) -> float:
-    """Returns the seconds of the fastest of REPEATS calls."""
+    """Calls `action` REPEATS times and returns the seconds of the fastest call."""
     times = []
     for _ in range(REPEATS):
         began = time.perf_counter()

@@ -1,4 +1,4 @@
-"""`moiety models`: the architectures that can be served and what each uses, and those that are refused and why."""
+"""`moiety models`: the architectures that can be served, with gating and kinds of cache, and those refused, with reasons."""
 
 from __future__ import annotations
 

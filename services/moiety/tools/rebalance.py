@@ -26,20 +26,20 @@ POLL_S = 0.5
 
 @dataclass(frozen=True, slots=True)
 class RebalanceRequest:
-    """What to plan for."""
+    """How long to watch the load before planning, and what the plan may use for hot sets."""
 
     watch_s: float = 2 * WINDOW_S  # how long to watch the load
     hot_sets: int | None = None  # hot sets that the plan may fill; None = those that are deployed
     hot_memory: int = 1 << 30  # bytes for the experts of one hot set
 
 
-async def propose_placement(registry: Registry, ask: RebalanceRequest) -> PlacementPlan:
-    """Watches the load for `ask.watch_s` seconds and returns a plan for it, compared with the placement in force.
+async def propose_placement(registry: Registry, request: RebalanceRequest) -> PlacementPlan:
+    """Returns a placement plan for the expert load of the next `request.watch_s` seconds, compared with the placement in force.
 
     Raises RegistryUnreachable, and FailedPrecondition where there are no experts or no load to plan for.
     """
     await registry.replicas()  # so that a wrong address fails at once, not after `watch_s`
-    ledger, expert_load, until = Ledger(registry), ExpertLoad(), time.monotonic() + ask.watch_s
+    ledger, expert_load, until = Ledger(registry), ExpertLoad(), time.monotonic() + request.watch_s
     while True:
         reading = await ledger.read()
         if reading.costs is not None and reading.rows_per_s.any():
@@ -48,10 +48,10 @@ async def propose_placement(registry: Registry, ask: RebalanceRequest) -> Placem
             break
         await asyncio.sleep(POLL_S)
     if reading.costs is None or not expert_load.table.any():
-        raise FailedPrecondition(f"no expert had a row in {ask.watch_s:g} s: there is no load to plan for")
-    current = _in_force(reading, ask.hot_sets)
+        raise FailedPrecondition(f"no expert had a row in {request.watch_s:g} s: there is no load to plan for")
+    current = _in_force(reading, request.hot_sets)
     expert_bytes = reading.costs.expert_bytes
-    capacities = deployment_capacities(current, reading.replicas, ask.hot_memory, expert_bytes)
+    capacities = deployment_capacities(current, reading.replicas, request.hot_memory, expert_bytes)
     return await asyncio.to_thread(plan_placement, expert_load.table, capacities, current, expert_bytes)
 
 
@@ -60,9 +60,9 @@ async def apply_placement(
 ) -> None:
     """Puts a plan in force. Returns once every replica has loaded its new experts and dropped those it no longer has.
 
-    `layers`: MoE layers to change at a time; 0 = all. Raises FailedPrecondition where another placement was set first,
-    and Unavailable where replicas have not followed a stage within `timeout_s`. That stage then stays in force, and the
-    replicas continue to follow it.
+    Changes at most `layers` MoE layers in each stage; 0 = all in one stage. Raises FailedPrecondition where another placement
+    was set first, and Unavailable where replicas have not followed a stage within `timeout_s`. The placement of that stage
+    then stays in force, and the replicas continue to follow it.
     """
     began, current = time.monotonic(), await registry.placement()
     steps = placement_stages(current, plan.placement, layers) if current is not None else (plan.placement,)
@@ -81,7 +81,10 @@ async def apply_placement(
 
 
 def _in_force(reading: Reading, hot_sets: int | None) -> Placement:
-    """Returns the placement in force or, where none was ever set, what replicas hold; with `hot_sets` hot sets."""
+    """Returns the placement in force or, where none was ever set, the placement that replicas hold now.
+
+    Adds empty hot sets until it has `hot_sets`, if given. Raises FailedPrecondition where there is no expert replica.
+    """
     held = dict(reading.placement.held if reading.placement is not None else _held(reading.replicas))
     if not held:
         raise FailedPrecondition("the registry lists no expert replica")

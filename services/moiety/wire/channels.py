@@ -50,7 +50,10 @@ class Server:
     def __init__(
         self, handlers: Sequence[grpc.GenericRpcHandler], services: Sequence[str], *, share_port: bool = False
     ):
-        """`services`: full names, such as moiety.v1.GenerationService. `share_port`: other processes may bind the port too."""
+        """`services`: full names for health and reflection to report, such as moiety.v1.GenerationService.
+
+        `share_port`: other processes may listen on the same port.
+        """
         self.grpc = grpc.aio.server(options=[*_SERVER, ("grpc.so_reuseport", int(share_port))])
         self._health = health.aio.HealthServicer()
         self._services = services
@@ -72,7 +75,7 @@ class Server:
         return bound
 
     async def stop(self, grace_s: float) -> None:
-        """Refuses new RPCs at once and gives running ones `grace_s` seconds. A second call waits for the first."""
+        """Refuses new RPCs immediately and gives running ones `grace_s` seconds to end. A second `stop` waits for the first."""
         if self._stopping is None:  # grpc.aio crashes with a segmentation fault where two stops overlap
             self._stopping = asyncio.create_task(self._stop(grace_s))
         await asyncio.shield(self._stopping)

@@ -23,14 +23,14 @@ Rows = np.ndarray  # [R], dtype np.void of a row's bytes: copied by memcpy, what
 
 
 class SelectedRows(NamedTuple):
-    """`rows[order]`, not copied yet: the transport copies the rows to their destination."""
+    """The rows `rows[order]`, not gathered yet, so that a transport can copy them straight to their destination."""
 
     rows: Rows
     order: np.ndarray  # int64 [A], indices into rows
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the picked rows."""
+        """Size of the selected rows in bytes."""
         return len(self.order) * self.rows.itemsize
 
 
@@ -42,7 +42,7 @@ _PAYLOAD_TAG = 0x7A  # field 15, length-delimited
 
 
 def torch_dtype(setting: str, published: str) -> torch.dtype:
-    """Returns the dtype that a `dtype` setting stands for; `auto` is the dtype of the checkpoint, `published`."""
+    """Returns the torch dtype that the setting `dtype` names; `auto` names the checkpoint's own dtype, `published`."""
     return DTYPES[published if setting == "auto" else setting]
 
 
@@ -57,7 +57,10 @@ def encode(header: Header, payload: Rows | None = None) -> bytes:
 
 
 def decode(kind: type[Header], frame: bytes) -> tuple[Header, memoryview]:
-    """Returns (header without its payload, payload as a view of `frame`). Raises InvalidRequest unless it is a `kind`."""
+    """Returns a frame's header and its payload, which is a view of `frame` if `encode` wrote the frame.
+
+    Raises InvalidRequest if `frame` is not a message of the type `kind`.
+    """
     try:
         if len(frame) > 5 and frame[0] == _PAYLOAD_BYTES_TAG:
             size = struct.unpack_from("<I", frame, 1)[0]
@@ -75,29 +78,29 @@ def decode(kind: type[Header], frame: bytes) -> tuple[Header, memoryview]:
 
 
 def rows_of(tensor: torch.Tensor) -> Rows:
-    """Returns a contiguous CPU tensor [R, ...] as R opaque rows that share its memory."""
+    """Returns a contiguous CPU tensor [R, ...] as an array of R rows, one np.void element each, that shares its memory."""
     row = row_dtype(math.prod(tensor.shape[1:]) * tensor.itemsize)
     return tensor.detach().view(-1).view(torch.uint8).numpy().view(row)
 
 
 def rows_in(payload: memoryview, row_bytes: int) -> Rows:
-    """Returns a received payload as opaque rows, read-only, without a copy."""
+    """Returns a received payload as a read-only array of rows, one np.void element each, without a copy."""
     return np.frombuffer(payload, dtype=row_dtype(row_bytes))
 
 
 @lru_cache(64)
 def row_dtype(row_bytes: int) -> np.dtype[np.void]:
-    """Returns the dtype of one opaque row."""
+    """Returns the NumPy dtype of one row: np.void of `row_bytes` bytes, whatever the dtype of the row's elements."""
     return np.dtype((np.void, row_bytes))
 
 
 def int32_bytes(values: np.ndarray) -> bytes:
-    """Returns `values` as little-endian int32, the format of `k_offsets` and `experts`."""
+    """Returns `values` as little-endian int32, the format of ForwardRequest's `k_offsets` and `experts`."""
     return values.astype("<i4", copy=False).tobytes()
 
 
 def int32_array(data: bytes) -> np.ndarray:
-    """Reads what `int32_bytes` wrote."""
+    """Returns the int32 array that `int32_bytes` encoded: read-only, without a copy."""
     return np.frombuffer(data, dtype="<i4")
 
 

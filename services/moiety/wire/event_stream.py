@@ -1,7 +1,8 @@
-"""Many requests on one stream, both ends: a gateway sends calls one by one, and a router sends events in batches.
+"""Both ends of the stream between a gateway and a router: calls are sent one by one, and their events in batches.
 
-A message costs a router and a gateway some 0.1 ms each, whatever its size, and the router's engine needs the same Python
-interpreter. So a router sends one message per step for all requests that got tokens in it, or one per MESSAGE_EVENTS.
+A message costs a router some 0.1 ms and a gateway as much, whatever its size, and takes the router's time from the engine,
+a thread of the same Python interpreter. So a router sends one message per step with the events of all requests that got
+tokens in it, or several where these are more than MESSAGE_EVENTS.
 """
 
 from __future__ import annotations
@@ -32,8 +33,9 @@ CallHandler = Callable[[engine_pb2.GenerateTokensRequest, SendEvent], Coroutine[
 class CallServer:
     """The router's end of one gateway's stream.
 
-    `handle(call, tell)` runs while a call is open. It passes each event to `tell`, from any thread, and returns after the
-    last one. It is cancelled when the gateway cancels the call or is lost. An exception that it raises ends the call.
+    `handle(call, send_event)` serves one call. It passes each event to `send_event`, from any thread, and returns after the
+    last one. It is cancelled when the gateway cancels the call or the stream breaks. An exception that it raises is sent to
+    the gateway and ends the call.
     """
 
     def __init__(self, handle: CallHandler):
@@ -54,7 +56,10 @@ class CallServer:
         calls: AsyncIterator[engine_pb2.GenerateTokensRequest],
         context: grpc.aio.ServicerContext[engine_pb2.GenerateTokensRequest, engine_pb2.GenerateTokensResponse],
     ) -> None:
-        """Serves calls until the gateway has closed its half and each is answered. Cancelled with the stream."""
+        """Serves calls until the gateway has closed its half of the stream and every call has ended.
+
+        gRPC cancels this coroutine when the stream breaks; the open calls are then cancelled too.
+        """
         writer = asyncio.create_task(self._write(context))
         try:
             async for call in calls:
@@ -71,7 +76,7 @@ class CallServer:
             writer.cancel()
 
     def _begin(self, call: engine_pb2.GenerateTokensRequest) -> None:
-        def tell(event: Event) -> None:
+        def send_event(event: Event) -> None:
             self._outbox.append((call.call_id, event))
             if not self._woken:  # one wake-up of the loop for all events that arrive before it runs
                 self._woken = True
@@ -79,10 +84,10 @@ class CallServer:
 
         async def run() -> None:
             try:
-                await self._handle(call, tell)
+                await self._handle(call, send_event)
             except Exception as error:
                 message = status.to_message(error)
-                tell(lambda: engine_pb2.EngineEvent(error=message))
+                send_event(lambda: engine_pb2.EngineEvent(error=message))
             finally:
                 if self._calls.get(call.call_id) is asyncio.current_task():
                     del self._calls[call.call_id]
@@ -111,7 +116,7 @@ class CallServer:
 
 
 class CallClient:
-    """The gateway's end. The first call opens the stream; after a break the next call opens a new one."""
+    """The gateway's end of its stream to one router. The first call opens it, and the first call after a break a new one."""
 
     def __init__(self, stub: engine_pb2_grpc.EngineServiceStub, peer: str):
         self._stub, self._peer = stub, peer
@@ -121,10 +126,10 @@ class CallClient:
     async def generate(
         self, request: engine_pb2.EngineRequest, deadline: Deadline, traceparent: str
     ) -> AsyncGenerator[engine_pb2.EngineEvent, None]:
-        """Yields the events of one request until all its choices have ended; leaving earlier cancels the request.
+        """Yields the events of one request until all its choices have ended; closing the generator cancels the request.
 
-        Raises the error that the router sent, PeerLost where the stream breaks, and DeadlineExceeded where the router has
-        not answered LATE_S seconds after the deadline.
+        Raises the error that the router sent, PeerLost if the stream breaks, and DeadlineExceeded if the router has not
+        ended the request LATE_S seconds after the deadline.
         """
         if self._stream is None or self._stream.broken:
             self._stream = _Stream(self._stub, self._peer)
@@ -162,7 +167,7 @@ class CallClient:
 
 
 class _Stream:
-    """One stream, and the inbox of each of its calls."""
+    """One open gRPC stream to a router: its reader, its writer, and a queue of received events for each of its calls."""
 
     def __init__(self, stub: engine_pb2_grpc.EngineServiceStub, peer: str):
         self.calls = asyncio.Queue[engine_pb2.GenerateTokensRequest]()

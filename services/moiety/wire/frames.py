@@ -39,9 +39,10 @@ class ForwardCall:
 
 
 def parse_call(header: ForwardRequest, payload: memoryview, *, dtype: str, hidden: int, row_bytes: int) -> ForwardCall:
-    """Returns a received message as a ForwardCall. Raises InvalidRequest where it contradicts itself or the replica.
+    """Checks a received ForwardRequest and its payload, and returns them as a ForwardCall.
 
-    `dtype`, `hidden` and `row_bytes` are the replica's, as DescribeReplica reports them.
+    Raises InvalidRequest if the fields contradict each other or the replica's rows, which have `hidden` elements of `dtype`
+    in `row_bytes` bytes, as DescribeReplica reports.
     """
     if header.dtype != dtype:
         raise InvalidRequest("dtype", header.dtype, f"{dtype}, as DescribeReplica says")

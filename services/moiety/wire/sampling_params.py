@@ -33,9 +33,10 @@ def check_prompt(ids: Sequence[int], vocabulary: int, max_context: int) -> None:
 
 
 def check_sampling(params: SamplingParams, prompt_tokens: int, vocabulary: int, max_context: int) -> Sampling:
-    """Returns `params` with defaults filled in. Raises InvalidRequest that names the field and its bound.
+    """Returns `params` as a Sampling, with defaults filled in. Raises InvalidRequest that names the field and its bound.
 
-    `prompt_tokens` counts the prompt tokens in the output's context: for an encoder-decoder, the decoder's first token.
+    `prompt_tokens`: how many tokens the context holds before the output. For an encoder-decoder that is 1, the decoder's
+    first token.
     """
     available = max_context - prompt_tokens
     max_tokens = params.max_tokens if params.HasField("max_tokens") else min(DEFAULT_MAX_TOKENS, available)

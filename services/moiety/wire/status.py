@@ -1,4 +1,4 @@
-"""Maps our errors to gRPC status codes and a peer's codes back to our errors. No other module knows status codes."""
+"""Maps our errors (errors.py) to gRPC status codes and back. Elsewhere the services handle only our errors."""
 
 from __future__ import annotations
 
@@ -30,12 +30,15 @@ _BY_NUMBER = {code.value[0]: code for code in grpc.StatusCode}
 
 
 def code_of(error: BaseException) -> grpc.StatusCode:
-    """Returns the status code that a client sees for `error`: INTERNAL for exceptions that are not ours."""
+    """Returns the gRPC status code that a client sees for `error`: INTERNAL if it is not a MoietyError."""
     return next((code for kind, code in _CODES if isinstance(error, kind)), grpc.StatusCode.INTERNAL)
 
 
 async def abort(context: grpc.aio.ServicerContext, error: BaseException) -> NoReturn:
-    """Ends the RPC with `error`. An unexpected exception is logged with its traceback; the client sees only its type."""
+    """Ends the RPC with the status of `error`.
+
+    An exception that is not a MoietyError is logged with its traceback, and the client sees only its type.
+    """
     if isinstance(error, errors.ResourceExhausted):
         context.set_trailing_metadata(((RETRY_AFTER_KEY, str(int(error.retry_after_s * 1000))),))
     if isinstance(error, errors.MoietyError):
@@ -46,12 +49,15 @@ async def abort(context: grpc.aio.ServicerContext, error: BaseException) -> NoRe
 
 
 def error_of(rpc: grpc.RpcError) -> errors.MoietyError:
-    """Returns a peer's status as our error, with the peer's message."""
+    """Returns the MoietyError that a failed RPC stands for, with the peer's message."""
     return error_of_code(rpc.code(), rpc.details() or "", rpc.trailing_metadata())
 
 
 def to_message(error: BaseException) -> engine_pb2.EngineError:
-    """Returns `error` as a message, for a stream that many calls share and that no call's error may end."""
+    """Returns `error` as an EngineError, which ends one call of a stream; a status would end the stream of all calls.
+
+    An exception that is not a MoietyError is logged with its traceback, and the peer sees only its type.
+    """
     message = engine_pb2.EngineError(code=code_of(error).value[0], detail=str(error))
     if isinstance(error, errors.ResourceExhausted):
         message.retry_after_ms = int(error.retry_after_s * 1000)
@@ -62,13 +68,16 @@ def to_message(error: BaseException) -> engine_pb2.EngineError:
 
 
 def error_of_message(message: engine_pb2.EngineError) -> errors.MoietyError:
-    """Returns a peer's EngineError as our error, with the peer's message."""
+    """Returns the MoietyError that a peer's EngineError stands for, with the peer's message."""
     code = _BY_NUMBER.get(message.code, grpc.StatusCode.UNKNOWN)
     return error_of_code(code, message.detail, ((RETRY_AFTER_KEY, str(message.retry_after_ms)),))
 
 
 def error_of_code(code: grpc.StatusCode, details: str, metadata: object = None) -> errors.MoietyError:
-    """Does what `error_of` does, from the parts of a status."""
+    """Returns the MoietyError that a status code stands for, with `details` as its message.
+
+    `metadata`: the trailing metadata, which carries the retry delay of RESOURCE_EXHAUSTED.
+    """
     if code is grpc.StatusCode.INVALID_ARGUMENT:
         return _relayed(errors.InvalidRequest, details)
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
@@ -87,7 +96,7 @@ def error_of_code(code: grpc.StatusCode, details: str, metadata: object = None) 
 
 
 def _relayed(kind: type[errors.MoietyError], details: str) -> errors.MoietyError:
-    """Returns an error with a peer's finished message. Skips the constructor, which would need the message's parts."""
+    """Returns a `kind` with a peer's complete message. Skips the constructor, which composes a message from its parts."""
     error = kind.__new__(kind)
     Exception.__init__(error, details)
     return error

@@ -33,9 +33,9 @@ class Router(engine_pb2_grpc.EngineServiceServicer):
         self.streams.append(CallServer(self._answer))
         await self.streams[-1].serve(calls, context)
 
-    async def _answer(self, call: engine_pb2.GenerateTokensRequest, tell: SendEvent) -> None:
+    async def _answer(self, call: engine_pb2.GenerateTokensRequest, send_event: SendEvent) -> None:
         self.seen.append(call)
-        await self._handle(call, tell)
+        await self._handle(call, send_event)
 
 
 def serve(handle: CallHandler, scenario: Callable[[Router, str], Awaitable[None]]) -> None:

@@ -19,22 +19,22 @@ CALLS = 32
 
 def test_a_steps_events_come_in_one_message():
     """The events that one step emits for many requests are sent in one message, each with its call's id."""
-    tells: list[SendEvent] = []
+    sends: list[SendEvent] = []
 
-    async def handle(call: engine_pb2.GenerateTokensRequest, tell: SendEvent) -> None:
-        tells.append(tell)
+    async def handle(call: engine_pb2.GenerateTokensRequest, send_event: SendEvent) -> None:
+        sends.append(send_event)
         await asyncio.Event().wait()
 
     def step() -> None:
-        for number, tell in enumerate(tells):
-            tell(lambda number=number: event(number))
+        for number, send_event in enumerate(sends):
+            send_event(lambda number=number: event(number))
 
     async def scenario(_: Router, address: str) -> None:
         async with channel(address) as link:
             stream = engine_pb2_grpc.EngineServiceStub(link).GenerateTokens()
             for number in range(CALLS):
                 await stream.write(engine_pb2.GenerateTokensRequest(call_id=100 + number, request=request(str(number))))
-            await eventually(lambda: len(tells) == CALLS)
+            await eventually(lambda: len(sends) == CALLS)
             for _step in range(3):
                 step()  # on the loop itself: nothing can be written before all events are emitted
                 message = await stream.read()
@@ -47,12 +47,12 @@ def test_a_steps_events_come_in_one_message():
 def test_a_request_gets_its_own_events_only():
     """Concurrent requests each get their own events in order, also when other threads emit them."""
 
-    async def handle(call: engine_pb2.GenerateTokensRequest, tell: SendEvent) -> None:
+    async def handle(call: engine_pb2.GenerateTokensRequest, send_event: SendEvent) -> None:
         base = int(call.request.request_id) * 1000
 
         def steps() -> None:
             for token in range(20):
-                tell(lambda token=token: event(base + token, last=token == 19))
+                send_event(lambda token=token: event(base + token, last=token == 19))
 
         await asyncio.to_thread(steps)
 
@@ -68,10 +68,10 @@ def test_a_request_gets_its_own_events_only():
 def test_all_choices_end_before_a_request_does():
     """A request for two choices ends with the last of them, and is not cancelled afterwards."""
 
-    async def handle(call: engine_pb2.GenerateTokensRequest, tell: SendEvent) -> None:
-        tell(lambda: event(1, last=True))
+    async def handle(call: engine_pb2.GenerateTokensRequest, send_event: SendEvent) -> None:
+        send_event(lambda: event(1, last=True))
         await asyncio.sleep(0)
-        tell(lambda: event(2, last=True))
+        send_event(lambda: event(2, last=True))
 
     async def scenario(router: Router, client: CallClient) -> None:
         assert await tokens(client, choices=2) == [1, 2]
@@ -85,7 +85,7 @@ def test_deadlines_and_traces_travel_with_the_call(monkeypatch: pytest.MonkeyPat
     """A call carries its time left and its trace context; a router that does not answer in time is not waited for."""
     monkeypatch.setattr("moiety.wire.event_stream.LATE_S", 0.1)
 
-    async def handle(call: engine_pb2.GenerateTokensRequest, tell: SendEvent) -> None:
+    async def handle(call: engine_pb2.GenerateTokensRequest, send_event: SendEvent) -> None:
         await asyncio.Event().wait()
 
     async def scenario(router: Router, client: CallClient) -> None:
@@ -106,9 +106,9 @@ def test_deadlines_and_traces_travel_with_the_call(monkeypatch: pytest.MonkeyPat
 def test_a_client_that_closes_its_half_is_answered():
     """Calls that arrived before the gateway closed its half are answered to their end."""
 
-    async def handle(call: engine_pb2.GenerateTokensRequest, tell: SendEvent) -> None:
+    async def handle(call: engine_pb2.GenerateTokensRequest, send_event: SendEvent) -> None:
         await asyncio.sleep(0.05)
-        tell(lambda: event(7, last=True))
+        send_event(lambda: event(7, last=True))
 
     async def scenario(_: Router, address: str) -> None:
         async with channel(address) as link:
@@ -124,8 +124,8 @@ def test_a_client_that_closes_its_half_is_answered():
 def test_a_deadline_far_away_is_no_error():
     """A deadline beyond the largest timeout_ms is sent as the largest timeout_ms."""
 
-    async def handle(call: engine_pb2.GenerateTokensRequest, tell: SendEvent) -> None:
-        tell(lambda: event(3, last=True))
+    async def handle(call: engine_pb2.GenerateTokensRequest, send_event: SendEvent) -> None:
+        send_event(lambda: event(3, last=True))
 
     async def scenario(router: Router, client: CallClient) -> None:
         assert await tokens(client, left_s=1e9) == [3]

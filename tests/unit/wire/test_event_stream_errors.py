@@ -23,12 +23,12 @@ def test_an_error_ends_its_own_call_alone(error: MoietyError):
     """An error arrives as it was raised, including its retry delay, and a concurrent call goes on."""
     go_on = asyncio.Event()
 
-    async def handle(call: engine_pb2.GenerateTokensRequest, tell: SendEvent) -> None:
-        tell(lambda: event(1))
+    async def handle(call: engine_pb2.GenerateTokensRequest, send_event: SendEvent) -> None:
+        send_event(lambda: event(1))
         if call.request.request_id == "bad":
             raise error
         await go_on.wait()
-        tell(lambda: event(2, last=True))
+        send_event(lambda: event(2, last=True))
 
     async def scenario(router: Router, client: CallClient) -> None:
         good = asyncio.create_task(tokens(client, "good"))
@@ -47,7 +47,7 @@ def test_an_error_ends_its_own_call_alone(error: MoietyError):
 def test_an_unexpected_error_hides_its_message(caplog: pytest.LogCaptureFixture):
     """An unexpected exception is logged at the router; the gateway gets only its type."""
 
-    async def handle(call: engine_pb2.GenerateTokensRequest, tell: SendEvent) -> None:
+    async def handle(call: engine_pb2.GenerateTokensRequest, send_event: SendEvent) -> None:
         raise KeyError("secret")
 
     async def scenario(_: Router, client: CallClient) -> None:
@@ -62,8 +62,8 @@ def test_leaving_a_request_cancels_it_at_its_router():
     """Closing the iterator of a request cancels its call, and no other; the stream goes on."""
     cancelled: list[str] = []
 
-    async def handle(call: engine_pb2.GenerateTokensRequest, tell: SendEvent) -> None:
-        tell(lambda: event(1))
+    async def handle(call: engine_pb2.GenerateTokensRequest, send_event: SendEvent) -> None:
+        send_event(lambda: event(1))
         try:
             await asyncio.Event().wait()
         except asyncio.CancelledError:
@@ -86,8 +86,8 @@ def test_leaving_a_request_cancels_it_at_its_router():
 def test_a_lost_router_fails_open_requests_and_serves_the_next():
     """Every request of a broken stream gets PeerLost at once; the next request opens a new stream."""
 
-    async def handle(call: engine_pb2.GenerateTokensRequest, tell: SendEvent) -> None:
-        tell(lambda: event(1, last=call.request.request_id == "short"))
+    async def handle(call: engine_pb2.GenerateTokensRequest, send_event: SendEvent) -> None:
+        send_event(lambda: event(1, last=call.request.request_id == "short"))
         if call.request.request_id != "short":
             await asyncio.Event().wait()
 
@@ -122,7 +122,7 @@ def test_a_lost_gateway_ends_its_calls():
     """Cancelling the stream cancels every call on it, so that their slots become free."""
     running: set[int] = set()
 
-    async def handle(call: engine_pb2.GenerateTokensRequest, tell: SendEvent) -> None:
+    async def handle(call: engine_pb2.GenerateTokensRequest, send_event: SendEvent) -> None:
         running.add(call.call_id)
         try:
             await asyncio.Event().wait()

@@ -1,1 +1,1 @@
-"""`moiety bench elastic`: a skewed load on a live Ray system, and what its replicas do."""
+"""`moiety bench elastic`: a skewed load on a live Ray system, and how the numbers of replicas follow it."""

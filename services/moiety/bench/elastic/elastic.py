@@ -111,7 +111,7 @@ async def _offer(work: ElasticWork, settings: AppSettings, deployed: DeployedApp
 
 
 async def _watch(registry: Registry, moments: list[LoadSample], traffic: Traffic) -> None:
-    """Records replicas and their load every SAMPLE_S seconds, until it is cancelled."""
+    """Appends a LoadSample to `moments` every SAMPLE_S seconds, until the task is cancelled."""
     while True:
         replicas = [r for r in await registry.replicas() if r.role is Role.EXPERT and r.state is ReplicaState.READY]
         loads, counts, rows = await registry.replica_load(), dict[str, int](), dict[str, float]()

@@ -12,28 +12,29 @@ from moiety.bench.report import percentile
 from moiety.core.load import BatchCost
 from moiety.errors import FailedPrecondition
 
-AROUND_S = 3.0  # how long after the last new replica served a token's gap still counts for a decision
+# Token gaps count for a decision until this long after the last of its new replicas served its first rows.
+AROUND_S = 3.0
 
 
 @dataclass(frozen=True, slots=True)
 class ReplicaStart:
-    """The stages of a replica's start, in Unix seconds; 0 = not yet reached."""
+    """When a replica reached each stage of its start, in Unix seconds; 0 = not yet reached."""
 
     replica: str
     deployment: str
-    launched: float
-    loaded: float
-    started: float
-    served: float
+    launched: float  # its process began to build it
+    loaded: float  # its weights were in memory
+    started: float  # it was registered
+    served: float  # it had computed its first rows
 
 
 @dataclass(frozen=True, slots=True)
 class LoadSample:
-    """The registry's content at one time."""
+    """Ready expert replicas, their load, and running requests at one time."""
 
     time: float  # Unix seconds
-    replicas: Mapping[str, int]
-    rows_per_s: Mapping[str, float]
+    replicas: Mapping[str, int]  # by deployment
+    rows_per_s: Mapping[str, float]  # by deployment
     running: int  # requests
     starts: tuple[ReplicaStart, ...]
 
@@ -47,14 +48,14 @@ class Change:
     before: int
     after: int
     reason: str
-    itl_p99_ms: float | None  # of tokens between the decision and AROUND_S after the last of its new replicas served
+    itl_p99_ms: float | None  # from the decision until AROUND_S after its last new replica served its first rows
     since_step_s: float | None  # from the load step to the decision; growth only
     starts: tuple[Mapping[str, float], ...]  # seconds of each new replica: schedule, load, warm, serve, total
 
 
 @dataclass(frozen=True, slots=True)
 class ElasticReport:
-    """The result of one run."""
+    """The result of one run of `moiety bench elastic`."""
 
     hot: str
     capacity: float
@@ -90,7 +91,7 @@ def report_of(
     traffic: Traffic,
     costs: BatchCost | None = None,
 ) -> ElasticReport:
-    """Builds the report from the records of a run. Times become seconds since the first phase began."""
+    """Builds the report from the records of a run. Its times are seconds since the first phase of the load began."""
     began = phases[0][0]
     starts = {start.replica: start for moment in moments for start in moment.starts}
     fresh = sorted((s for s in starts.values() if s.launched > began), key=lambda start: start.launched)
@@ -141,7 +142,7 @@ def report_of(
 
 
 def elastic_lines(report: ElasticReport) -> Iterator[str]:
-    """Yields the report; the last line is the verdict."""
+    """Yields the lines of the report: the scaling decisions, the totals of the run, and last the verdict."""
     yield f"each replica is paced to {report.capacity:g} rows/s; {report.hot} is the hot group"
     for change in report.changes:
         itl = f"; ITL p99 {change.itl_p99_ms:.0f} ms" if change.itl_p99_ms is not None else ""
@@ -201,7 +202,7 @@ def plot(report: ElasticReport, file: Path) -> None:
 
 
 def _split(decided: float, start: ReplicaStart) -> dict[str, float]:
-    """Splits the seconds from a decision to the replica's first row into stages."""
+    """Splits the seconds from the decision to a new replica's first rows into the stages of its start."""
     return {
         "schedule": start.launched - decided,
         "load": start.loaded - start.launched,

@@ -1,4 +1,4 @@
-"""Skewed, open-loop traffic: prompts drawn by Zipf's law, the likeliest of them sending most rows to one expert group."""
+"""Skewed, open-loop traffic: prompts drawn by Zipf's law. The likeliest send most of their rows to one expert group."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ LEDGER_S = 1.1  # seconds between readings of the ledger; routers report their c
 
 @dataclass(frozen=True, slots=True)
 class Prompts:
-    """The prompts, hottest first, and their probabilities."""
+    """The prompts and their probabilities, in order of the share of rows that a prompt sends to the hot group."""
 
-    tokens: tuple[int, ...]  # a prompt is its token, PROMPT_TOKENS times
+    tokens: tuple[int, ...]  # each prompt repeats one of these PROMPT_TOKENS times; the largest share comes first
     chances: tuple[float, ...]  # probability of each prompt
-    hot: str  # the deployment that gets the most rows
-    share: float  # share of the first prompt's rows that go to it
+    hot: str  # deployment of the hot group
+    share: float  # share of the first prompt's rows that goes to the hot group
 
 
 class Traffic:
@@ -76,7 +76,7 @@ class Traffic:
 async def skewed_prompts(
     client: Client, registry: Registry, exponent: float, seed: int, progress: Callable[[str], None]
 ) -> Prompts:
-    """Tries candidates one by one, and ranks them by the share of their rows that goes to one group, the hot one."""
+    """Runs CANDIDATES prompts one by one, picks the hot group, and orders the prompts by the share of rows they send to it."""
     tokens = (20 + np.random.default_rng(seed).permutation(200)[:CANDIDATES]).tolist()
     shares = []  # [candidates][groups]: fraction of the candidate's rows
     groups: list[str] = []
@@ -107,7 +107,10 @@ async def skewed_prompts(
 
 
 async def _moved(registry: Registry, before: dict[str, int]) -> dict[str, int]:
-    """Returns the ledger's totals once they differ from `before` and have not changed for a reporting period."""
+    """Returns the rows of each group in the load ledger, once they differ from `before` and two readings agree.
+
+    Readings are LEDGER_S apart: longer than a router's reporting period. Raises TimeoutError.
+    """
     last = before
     async with asyncio.timeout(30):
         while True:
@@ -119,7 +122,7 @@ async def _moved(registry: Registry, before: dict[str, int]) -> dict[str, int]:
 
 
 async def _rows(registry: Registry) -> dict[str, int]:
-    """Returns, by group, the rows sent to its experts so far."""
+    """Returns the rows that routers have sent to each group's experts so far, from the load ledger."""
     held = {replica.deployment: replica.held for replica in await registry.replicas() if replica.role is Role.EXPERT}
     totals = dict.fromkeys(held, 0)
     for demand in (await registry.expert_demand()).values():

@@ -56,7 +56,7 @@ class EngineWork:
 
 @dataclass(frozen=True, slots=True)
 class BenchModel:
-    """The opened checkpoint of an EngineWork."""
+    """The checkpoint of an EngineWork, opened, with its layout, revision and dtype."""
 
     path: Path
     checkpoint: Checkpoint
@@ -82,13 +82,13 @@ class BenchModel:
         return cls(path, checkpoint, layout, revision, torch_dtype(work.dtype, layout.shape.dtype))
 
     def settings(self, work: EngineWork, **more: Any) -> RouterSettings:
-        """Returns the settings of a router with slots for all streams of the work at once."""
+        """Returns the settings of a router with a slot for each stream of the highest concurrency. `more` overrides them."""
         streams = max(work.concurrency)
         values = {"model": str(self.path), "dtype": work.dtype, "slots": streams, "queue_limit": streams}
         return validated(RouterSettings, {**values, **more})
 
     async def load(self, settings: RouterSettings) -> tuple[torch.nn.Module, KVCache]:
-        """Loads the trunk and its KV cache."""
+        """Loads the trunk and creates its KV cache."""
         return await asyncio.to_thread(load_model, settings, self.checkpoint, self.layout, self.dtype, self.revision)
 
     async def engine_over(
@@ -158,4 +158,4 @@ async def _covered(hop: Hop) -> None:
 
 
 def no_waits(_layer: int, _experts: list[int]) -> None:
-    """Ignores reports of missing experts: no autoscaler watches these groups."""
+    """Ignores an engine's report that no replica holds some experts: no autoscaler watches the groups of a benchmark."""

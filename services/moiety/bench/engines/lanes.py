@@ -1,4 +1,4 @@
-"""`moiety bench lanes`: the same engine with its steps in one piece, in two lanes, and in the way it measures to be faster."""
+"""`moiety bench lanes`: one engine with its steps in one piece, in two lanes, and in whichever way it measures as faster."""
 
 from __future__ import annotations
 
@@ -21,19 +21,22 @@ ENGINES = {"one piece": 1, "two lanes": 2, "measured": 0}
 
 @dataclass(frozen=True, slots=True)
 class LanesRow:
-    """One concurrency: decode tokens/s, medians of the rounds."""
+    """Decode tokens/s at one concurrency, as medians of the rounds."""
 
     model: str
     concurrency: int
     one_piece_tokens_per_s: float
     two_lanes_tokens_per_s: float
     measured_tokens_per_s: float
-    two_lanes_ratio: float  # over one piece
-    measured_ratio: float
+    two_lanes_ratio: float  # to the tokens/s in one piece
+    measured_ratio: float  # to the tokens/s in one piece
 
 
 async def bench_lanes(work: EngineWork, *, progress: Callable[[str], None] = lambda _: None) -> tuple[LanesRow, ...]:
-    """Measures the engines in turns. Raises CheckpointError or ConfigError where the checkpoint cannot be served so."""
+    """Measures the three engines in turns, at each concurrency of `work`.
+
+    Raises CheckpointError where the checkpoint cannot be served, ConfigError where it does not suit the workload.
+    """
     async with AsyncExitStack() as stack:
         opened = await BenchModel.open(work, stack, progress)
         progress(f"experts: starting {work.groups} groups")
@@ -53,7 +56,7 @@ async def bench_lanes(work: EngineWork, *, progress: Callable[[str], None] = lam
 
 
 def lanes_lines(rows: Sequence[LanesRow], work: EngineWork) -> Iterator[str]:
-    """Yields the report."""
+    """Yields the lines of the report: a table with one line per concurrency, then its legend."""
     yield rows[0].model
     header = ("streams", "one piece tok/s", "two lanes tok/s", "measured tok/s", "two lanes ratio", "measured ratio")
     yield from table(

@@ -1,4 +1,4 @@
-"""A tracer that keeps the spans of traced requests in this process, and the times of each MoE layer from these spans."""
+"""Records the spans of traced requests in this process, and computes the times of each MoE layer from them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from moiety.telemetry.tracing import NO_SPAN, Parent, Span, Value
 
 @dataclass(eq=False)
 class RecordedSpan:
-    """A span that stays in this process: calls carry no trace context."""
+    """A span that is kept in this process. Calls to experts do not carry its trace context."""
 
     name: SpanName
     parent: RecordedSpan | None
@@ -44,13 +44,13 @@ class RecordedSpan:
 
 
 class SpanRecorder:
-    """A Tracer that records the spans below its own `root` spans."""
+    """A Tracer that records the descendants of spans made by `root`, and no others."""
 
     def __init__(self) -> None:
         self.spans: list[RecordedSpan] = []
 
     def root(self) -> RecordedSpan:
-        """Returns the span of a request to trace."""
+        """Returns a new span for a request whose spans are to be recorded."""
         return RecordedSpan(SpanName.ENGINE_REQUEST, None, time.time_ns())
 
     def start(
@@ -72,7 +72,7 @@ class SpanRecorder:
         return True
 
     def shutdown(self, timeout_s: float = 2.0) -> None:
-        """Does nothing: there is nothing to stop."""
+        """Does nothing: the recorder has no thread or connection."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +85,10 @@ class LayerTime:
 
 
 def layer_times(spans: Sequence[RecordedSpan], groups: int) -> list[LayerTime]:
-    """Returns the times of every decode step's layer that has answered calls. Groups without a call count as idle."""
+    """Returns the times of each MoE layer of each decode step, if at least one of its calls was answered.
+
+    Expert groups without a call in the layer count as idle in its imbalance.
+    """
     calls: dict[RecordedSpan, list[RecordedSpan]] = defaultdict(list)
     for span in spans:
         if span.name is SpanName.HOP and span.parent is not None and Attribute.COMPUTE_MS in span.attributes:

@@ -26,7 +26,11 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class SplitRow:
-    """One concurrency: medians of the rounds, and medians over the layers of a traced run after them."""
+    """Results at one concurrency: speeds as medians of the rounds, times of a layer as medians over layers.
+
+    `compute_ms`, `hop_ms` and `imbalance` are of decode layers in a traced run after the rounds, `one_process_compute_ms` of
+    all layers in the last round.
+    """
 
     model: str
     concurrency: int
@@ -42,7 +46,10 @@ class SplitRow:
 
 
 async def bench_split(work: EngineWork, *, progress: Progress = lambda _: None) -> tuple[SplitRow, ...]:
-    """Measures both engines in turns. Raises CheckpointError or ConfigError where the checkpoint cannot be served so."""
+    """Measures both engines in turns, at each concurrency of `work`.
+
+    Raises CheckpointError where the checkpoint cannot be served, ConfigError where it does not suit the workload.
+    """
     async with AsyncExitStack() as stack:
         opened = await BenchModel.open(work, stack, progress)
         shape, cores = opened.layout.shape, usable_cores()
@@ -72,7 +79,7 @@ async def bench_split(work: EngineWork, *, progress: Progress = lambda _: None) 
 
 
 def split_lines(rows: Sequence[SplitRow], work: EngineWork) -> Iterator[str]:
-    """Yields the report."""
+    """Yields the lines of the report: a table with one line per concurrency, then its legend."""
     header = ("streams", "one process", "split", "ratio", "compute, one process", "compute", "hop", "imbalance")
     yield rows[0].model
     yield from table(

@@ -1,4 +1,4 @@
-"""The least time of a decode step on a machine, its floor: reading the weights and computing the products it needs.
+"""Computes the floor of a decode step: the least time in which a machine can read its weights and compute its products.
 
 Keys and values are not counted: at the contexts of the benchmarks they are a few percent of the weights.
 """
@@ -16,7 +16,7 @@ from moiety.tools.machine_speed import MachineSpeed
 
 @dataclass(frozen=True, slots=True)
 class StepCost:
-    """The parameters that a decode step of a model uses."""
+    """Numbers of parameters of a model's parts, from which the least cost of a decode step follows."""
 
     router: int  # parameters of the trunk, without the input embedding (a step reads only one row of it per token)
     expert: int  # parameters of one expert of one layer
@@ -49,19 +49,22 @@ class StepCost:
         )
 
     def activated(self, tokens: int) -> float:
-        """Returns the expected number of distinct experts that `tokens` tokens activate in a layer, for even routing."""
+        """Returns the expected number of distinct experts that `tokens` tokens activate in a layer if routing is even."""
         return self.experts * (1 - (1 - self.top_k / self.experts) ** tokens)
 
     def streamed_bytes(self, tokens: int, router_width: float, expert_width: float) -> float:
-        """Returns the weight bytes that a step of `tokens` tokens reads. Widths are bytes per parameter."""
+        """Returns the weight bytes that a step of `tokens` tokens reads. The widths are bytes per parameter."""
         return self.router * router_width + self.moe_layers * self.activated(tokens) * self.expert * expert_width
 
     def flops(self, tokens: int) -> float:
-        """Returns the operations of a step: a product and a sum for each parameter that a token uses."""
+        """Returns the operations of a step of `tokens` tokens: for each token, a product and a sum per parameter it uses."""
         return 2.0 * tokens * (self.router + self.moe_layers * self.top_k * self.expert)
 
     def floor_s(self, tokens: int, speed: MachineSpeed, dtype: str, expert_width: float | None = None) -> float:
-        """Returns the seconds to read and then to compute, at the machine's best. `expert_width`: by default the dtype's."""
+        """Returns the floor of a step of `tokens` tokens: seconds to read its weights and then compute, at `speed`.
+
+        `expert_width` is the bytes per expert parameter; None = as many as the dtype has.
+        """
         width = 4.0 if dtype == "float32" else 2.0
         streamed = self.streamed_bytes(tokens, width, width if expert_width is None else expert_width)
         return streamed / speed.read_bytes_per_s + self.flops(tokens) / speed.flops(dtype)

@@ -1,4 +1,7 @@
-"""Runs peers as processes in their own environments, sends them orders, and stops them (SIGSTOP) between their turns."""
+"""Runs peers, the systems that Moiety is compared with, as processes in their own Python environments.
+
+Sends orders to a peer, and stops its process with SIGSTOP between its turns.
+"""
 
 from __future__ import annotations
 
@@ -26,16 +29,16 @@ KEEPER = "import os, signal, sys; sys.stdin.read(); os.killpg(int(sys.argv[1]), 
 
 @dataclass(frozen=True, slots=True)
 class PeerKind:
-    """A module of `peers/`, and the Python that runs it."""
+    """How to start a peer: its module in `peers/`, the Python that runs it, and environment variables."""
 
     name: str  # for progress lines, and for rows until the peer reports its own name
     module: str
     python: str  # path of the interpreter
-    environment: Mapping[str, str]  # variables added to this process's
+    environment: Mapping[str, str]  # variables added to those of this process
 
 
 class Peer:
-    """One peer with one checkpoint loaded."""
+    """The process of one peer with one checkpoint loaded."""
 
     def __init__(self, kind: PeerKind, scratch: Path):
         self.kind, self.name = kind, kind.name
@@ -53,7 +56,7 @@ class Peer:
         return self._scratch / "log"
 
     async def start(self, load: Mapping[str, Any], timeout_s: float) -> None:
-        """Starts the process, loads the model, and stops the process. Raises Unavailable with the peer's own error."""
+        """Starts the process, loads the model, and halts the process with SIGSTOP. Raises Unavailable with the peer's error."""
         self._scratch.mkdir(parents=True, exist_ok=True)
         threads = str(load["threads"])
         with self._log.open("wb") as log:
@@ -74,7 +77,7 @@ class Peer:
         self._keeper = await asyncio.create_subprocess_exec(
             *(sys.executable, "-I", "-S", "-c", KEEPER, str(self._process.pid)),
             stdin=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.DEVNULL,  # it fails where the group has ended already
+            stderr=asyncio.subprocess.DEVNULL,  # its kill fails if the peer's group has ended already
             start_new_session=True,
         )
         answer = await self._order({"load": {**load, "scratch": str(self._scratch)}}, timeout_s)
@@ -84,7 +87,7 @@ class Peer:
     async def run(
         self, prompts: Sequence[Sequence[int]], new_tokens: int, timeout_s: float
     ) -> tuple[float, list[list[float]]]:
-        """Generates, and returns (start, each prompt's token times) in seconds on one clock.
+        """Generates `new_tokens` tokens per prompt. Returns (start, each prompt's token times) in seconds on one clock.
 
         Raises Unavailable where the peer fails.
         """
@@ -96,7 +99,7 @@ class Peer:
         return answer["began"], answer["arrivals"]
 
     async def stop(self) -> None:
-        """Ends the process and what it started. Kills the process group if it does not end within STOP_S."""
+        """Ends the process and its child processes. Kills those that have not ended within STOP_S."""
         if self._process is None or self._process.stdin is None:
             return
         self._signal(signal.SIGCONT)
@@ -144,7 +147,7 @@ class Peer:
 
 
 def _alive(group: int) -> bool:
-    """Returns whether any process of the group is left."""
+    """Returns whether the process group `group` still has a process."""
     try:
         os.killpg(group, 0)
     except ProcessLookupError:
@@ -153,6 +156,6 @@ def _alive(group: int) -> bool:
 
 
 def _outer_environment() -> dict[str, str]:
-    """Returns this process's environment without the variables that point to its packages or set its threads."""
+    """Returns this process's environment without variables that point to its packages or tune threads and memory."""
     excluded = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "OMP_WAIT_POLICY", "OMP_NUM_THREADS", "THP_MEM_ALLOC_ENABLE")
     return {name: value for name, value in os.environ.items() if name not in excluded}

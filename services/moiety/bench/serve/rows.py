@@ -1,4 +1,4 @@
-"""Computes the rows of the report from the runs: medians, ratios to the best peer, and a step's time over its floor."""
+"""Computes the rows of `moiety bench serve` from its runs: medians, ratios to the best peer, a step's time over its floor."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ OUT_OF_TIME = "not measured: out of time"
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One workload: `streams` prompts of `prompt_tokens` at once."""
+    """One cell of the comparison's grid: `streams` prompts of `prompt_tokens` tokens, all at once."""
 
     prompt_tokens: int
     streams: int
@@ -24,16 +24,16 @@ class Cell:
 
 @dataclass(slots=True)
 class Measured:
-    """A system and its runs so far."""
+    """A system, and the speeds of its runs so far in each cell."""
 
     system: System
     runs: dict[Cell, list[Speeds]] = field(default_factory=dict)
-    failed: str | None = None  # the error after which it was no longer run
+    failed: str | None = None  # the error after which the system was not run again
 
 
 @dataclass(frozen=True, slots=True)
 class ServeRow:
-    """One system in one cell: medians of its rounds. Values that were not measured are None, and `failed` says why."""
+    """Medians of one system's runs in one cell. Values that were not measured are None, and `failed` says why."""
 
     model: str
     prompt_tokens: int
@@ -55,7 +55,7 @@ class ServeRow:
 def rows_of(
     model: str, cost: StepCost, speed: MachineSpeed, dtype: str, measured: Sequence[Measured]
 ) -> Iterator[ServeRow]:
-    """Yields a row for every system in every cell that any of them ran."""
+    """Yields one row per system for each cell that at least one system has run."""
     cells = dict.fromkeys(cell for one in measured for cell in one.runs)
     for cell in cells:
         medians = [median(one.runs[cell]) if cell in one.runs else None for one in measured]
@@ -83,7 +83,7 @@ def rows_of(
 
 
 def row_lines(rows: Sequence[ServeRow]) -> Iterator[str]:
-    """Yields one table per model, then one line per system that failed."""
+    """Yields the lines of one table per model, then one line per system that failed or ran out of time."""
     header = (
         *("prompt", "streams", "system", "decode tok/s", "ITL p50", "ITL p99", "TTFT p50", "prefill tok/s"),
         *("ratio", "prefill ratio", "floor", "step/floor"),

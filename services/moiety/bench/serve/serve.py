@@ -62,9 +62,9 @@ class ServeReport:
 async def bench_serve(
     workload: Workload, peers: Sequence[PeerKind], *, progress: Progress = lambda _: None
 ) -> ServeReport:
-    """Measures one model after another. A system that fails keeps its rows, with the reason; the others go on.
+    """Measures all systems on one model after another. If a system fails, its rows say why; the others go on.
 
-    Raises CheckpointError or ConfigError where a checkpoint cannot be served, or not with prompts of that length.
+    Raises CheckpointError where a checkpoint cannot be served, ConfigError where it does not suit the workload.
     """
     deadline = time.monotonic() + 60 * workload.minutes
     rows: list[ServeRow] = []
@@ -85,7 +85,7 @@ async def bench_serve(
 
 
 def serve_lines(report: ServeReport) -> Iterator[str]:
-    """Yields the report."""
+    """Yields the lines of the report: the tables, the workload, the machine's speeds, and Moiety's use of a core while idle."""
     workload, speed = report.workload, report.speed
     yield from row_lines(report.rows)
     yield (
@@ -132,7 +132,7 @@ class _Comparison:
         self.idle_share: dict[str, float] = {}
 
     async def measure(self, peers: Sequence[PeerKind], scratch: Path) -> list[Measured]:
-        """Starts every system, measures them in turns, and stops them."""
+        """Starts every system, measures them in turns in every cell, and stops them. Returns the runs of each system."""
         workload = self._workload
         systems: list[System] = [Served(workload.groups)]
         if workload.int8:
@@ -185,7 +185,7 @@ class _Comparison:
         await one.system.stop()
 
     def _prompts(self, cell: Cell, turn: int | str) -> list[list[int]]:
-        """Returns prompts that are the same for every system and differ in every turn, so that no prefix cache has them."""
+        """Returns a turn's prompts: the same for every system, and new in every turn, so that no prefix cache holds them."""
         seed = zlib.crc32(f"{cell.prompt_tokens}/{cell.streams}/{turn}".encode())
         generator = torch.Generator().manual_seed(seed)
         shape = (cell.streams, cell.prompt_tokens)

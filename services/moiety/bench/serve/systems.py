@@ -33,26 +33,29 @@ class SystemLoad:
 
 
 class System(Protocol):
-    """One system of the comparison. Only one runs at a time."""
+    """The interface of a system that `moiety bench serve` measures. Only one system runs at a time."""
 
     name: str
 
     @property
     def peer(self) -> bool:
-        """Whether the system is a peer: ratios are to the best peer."""
+        """Whether Moiety is compared with this system. Ratios are to the best peer."""
         ...
 
     @property
     def expert_width(self) -> float | None:
-        """Bytes per expert parameter; None = the dtype's."""
+        """Bytes per expert parameter; None = as many as the workload's dtype has."""
         ...
 
     async def start(self, load: SystemLoad, timeout_s: float) -> None:
-        """Starts the system and leaves it idle. Raises a MoietyError with the reason where it does not start."""
+        """Starts the system and leaves it idle. Raises a MoietyError with the reason if the system does not start."""
         ...
 
     async def run(self, prompts: Sequence[Sequence[int]], new_tokens: int, timeout_s: float) -> Arrivals:
-        """Generates greedily for equally long prompts, all at once. Raises a MoietyError where it fails."""
+        """Generates `new_tokens` tokens greedily for each of the equally long prompts, all at once.
+
+        Raises a MoietyError if the system fails.
+        """
         ...
 
     async def stop(self) -> None:
@@ -61,7 +64,7 @@ class System(Protocol):
 
 
 class Served:
-    """Gateway, router and expert groups on this machine, measured by a client of the gateway."""
+    """Moiety as a System: gateway, router and expert groups on this machine, measured by a client of the gateway."""
 
     peer = False
 
@@ -104,7 +107,7 @@ class Served:
         return times
 
     async def idle_share(self) -> float | None:
-        """Returns the share of one core that its processes use while idle; None where it cannot be read."""
+        """Returns the share of one core that Moiety's processes use while idle; None where Linux does not report it."""
         assert self._cluster is not None
         before = [cpu_seconds(child.pid) for child in self._cluster.children]
         await asyncio.sleep(IDLE_S)
@@ -117,7 +120,7 @@ class Served:
 
 
 class PeerSystem:
-    """A peer in its own process."""
+    """A peer as a System: it runs in its own process."""
 
     peer = True
     expert_width: float | None = None
@@ -140,7 +143,8 @@ class PeerSystem:
 def peer_kinds(*, continuous: bool, vllm: str | None, llama_cpp: str | None) -> tuple[PeerKind, ...]:
     """Returns the peers to measure: transformers' `generate`, and the others that the arguments select.
 
-    `continuous` adds transformers' continuous batching. `vllm` and `llama_cpp` are Pythons of environments with these.
+    `continuous` adds transformers' continuous batching. `vllm` and `llama_cpp` are paths of Python interpreters: each adds
+    the system that its environment has installed.
     """
     environment = {"HF_HUB_OFFLINE": "1", "THP_MEM_ALLOC_ENABLE": "1"}
     kinds = [PeerKind("transformers generate", "hf_generate", sys.executable, environment)]

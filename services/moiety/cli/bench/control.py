@@ -36,8 +36,9 @@ def control(
 ) -> None:
     """Measure the control plane of a large system: planning, the dispatch table, the traffic on Redis.
 
-    Nothing is served. The replicas are entries in a real Redis, started for this benchmark; they are written and read as
-    often as a running system would.
+    Nothing is served: the replicas exist only as entries in a real Redis, which this benchmark starts. Each kind of
+    request to Redis is measured alone, and counted as often as a running system sends it. The dispatch table says which
+    replicas hold each expert.
 
     \b
     Example:

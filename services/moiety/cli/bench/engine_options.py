@@ -69,7 +69,10 @@ def run_engine_benchmark(
     lines: Callable[[Sequence[Any], EngineWork], Iterator[str]],
     options: Mapping[str, Any],
 ) -> None:
-    """Runs `measure` with the command's `options`, prints `lines` of its rows, and writes the rows to `json_file`."""
+    """Measures with the command's `options`, prints the report, and writes the rows to `json_file`.
+
+    `measure` returns the rows of an EngineWork; `lines` yields the lines of their report.
+    """
     from moiety.bench.engines.engine_runner import EngineWork
     from moiety.tools.machine import Machine
 

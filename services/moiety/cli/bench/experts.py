@@ -55,10 +55,10 @@ def experts(
 ) -> None:
     """Measure the experts' kernels beside plain torch: weight bandwidth and matrix products.
 
-    Up to 8 rows per expert, compare with the machine's read bandwidth; beyond that, with its matmul rate. The same run
-    measures both. The last column is the time of the best plain torch path (the eager loop or torch._grouped_mm, on
-    bfloat16 weights where ours are quantised) over ours. The last lines are the cost model fitted to these times, the
-    model that the policies plan with.
+    The same run measures the machine's read bandwidth and matmul rate. Up to 8 rows per expert, reading weights is the
+    limit: see the column "of read". With more rows, the products are: see "of matmul". The last column is how many times
+    faster Moiety's kernels are than the best plain torch path: the eager loop or torch._grouped_mm, on bfloat16 weights
+    where Moiety's are quantised. The last lines are a cost model fitted to these times, of the form that the policies use.
 
     \b
     Example:

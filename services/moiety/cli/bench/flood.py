@@ -57,7 +57,7 @@ def flood(
     rounds: int,
     json_file: Path | None,
 ) -> None:
-    """Offer more requests than can be served, and check the pace of accepted ones and the retry delay of refusals.
+    """Offer more requests than can be served, and check tokens/s of accepted requests and retry delays of refusals.
 
     First measures the capacity: what the system serves to clients that keep every slot and half of the queue occupied.
     Then sends requests at multiples of that rate, without waiting for earlier ones. Exit status 1 if accepted requests

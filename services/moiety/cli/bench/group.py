@@ -25,7 +25,7 @@ COMMANDS: Mapping[str, LazyCommand] = MappingProxyType(
         ),
         "flood": LazyCommand(
             "moiety.cli.bench.flood:flood",
-            "Offer more requests than can be served, and check the pace of accepted ones and the retry delay of refusals.",
+            "Offer more requests than can be served, and check tokens/s of accepted requests and retry delays of refusals.",
         ),
         "hop": LazyCommand(
             "moiety.cli.bench.hop:hop",
@@ -37,7 +37,7 @@ COMMANDS: Mapping[str, LazyCommand] = MappingProxyType(
         ),
         "memory": LazyCommand(
             "moiety.cli.bench.memory:memory",
-            "Measure the peak memory of expert replicas, from start to first answers, over the weights they hold.",
+            "Compare the peak memory of expert replicas, from start to first answers, with the weights they hold.",
         ),
         "quantize": LazyCommand(
             "moiety.cli.bench.quantize:quantize",
@@ -59,8 +59,8 @@ COMMANDS: Mapping[str, LazyCommand] = MappingProxyType(
 def bench() -> None:
     """Measure the system on this machine: transports, kernels, memory, serving speed, overload, elasticity.
 
-    Each benchmark starts what it needs and leaves no process behind. Where there is a baseline, the two take turns. Run
-    it on a quiet machine: other load distorts the numbers.
+    Each benchmark starts what it needs and leaves no process behind. Systems that are compared are measured in turns.
+    Run it on a quiet machine: other load distorts the numbers.
 
     \b
     Example:

@@ -28,7 +28,7 @@ from moiety.cli.run import progress, run_async
 def hop(context: click.Context, payload: tuple[int, ...], calls: int, rounds: int, json_file: Path | None) -> None:
     """Measure the hop over each transport: a call to an expert replica and back, less the experts' own time.
 
-    The baseline, measured in turns with it, is a unary gRPC echo of the same bytes: a call without Moiety's code.
+    The baseline is a unary gRPC echo of the same bytes: a call without Moiety's code. Transports and echo take turns.
 
     \b
     Example:

@@ -18,8 +18,8 @@ def lanes(context: click.Context, /, json_file: Path | None, **options: Any) -> 
     """Measure lanes: a step's batch in one piece, in two parts that take turns, and in the way the router chooses.
 
     While one lane waits for its experts the other computes, but each lane streams the weights it needs by itself. By
-    default a router tries both ways for each size of step and keeps the faster one. This shows what each way gives on
-    this machine.
+    default a router tries both ways for each size of step and keeps the faster one. This benchmark shows the decode
+    tokens/s of each way on this machine.
 
     \b
     Example:

@@ -26,9 +26,10 @@ from moiety.cli.run import progress, run_async
 @json_option
 @click.pass_context
 def memory(context: click.Context, gigabytes: float, groups: int, json_file: Path | None) -> None:
-    """Measure the peak memory of expert replicas, from start to first answers, over the weights they hold.
+    """Compare the peak memory of expert replicas, from start to first answers, with the weights they hold.
 
-    Serves a synthetic checkpoint three times: as it is, with experts quantised to 8 bits on load, and published at 4 bits.
+    Serves a synthetic model three times: in bfloat16, with experts quantised to 8 bits on load, and from a checkpoint
+    whose experts are stored at 4 bits.
     Exit status 0 only if every replica's process stays within 1.15 times its weights plus 200 MB.
 
     \b

@@ -32,8 +32,8 @@ def quantize(
     """Measure what quantised experts cost a trained model: perplexity and greedy agreement with bfloat16.
 
     Trains a small MoE on text that ships with Python. Stores its experts at 8 bits, at 4 bits, and at the mix that
-    `moiety quantize` chooses for the same memory. Evaluates each on text that neither training nor calibration used, with
-    the kernels that serve it.
+    `moiety quantize` chooses for the same memory. Evaluates each variant with the kernels of the expert replicas, on text
+    that neither training nor calibration used.
 
     \b
     Example:

@@ -90,12 +90,12 @@ def serve(
 ) -> None:
     """Measure serving speed beside other systems, in turns, on the same checkpoints and prompts.
 
-    A client of the gateway measures Moiety: attention, hop, experts, tokenising and streaming included. Each other
-    system runs in its own process, which is stopped while it is not measured: transformers' generate, its continuous
-    batching with --compare, and vLLM and llama.cpp where their Pythons are given. If one fails, the others are still
-    measured. The column step/floor is a step's time over the least time that this machine needs, at its measured best,
-    to read the step's weights and compute its products. A full comparison ends within about --minutes plus the start of
-    its systems, a few minutes per model.
+    A client of the gateway measures Moiety: attention, hop, experts, tokenising and streaming included. The other systems
+    are transformers' generate; with --compare, transformers' continuous batching; with --vllm and --llama-cpp, these two.
+    Each runs in its own process, which is stopped between its turns. If one fails, the others are still measured. The
+    floor is the least time for a decode step on this machine: to read the step's weights and compute its products at the
+    best speeds measured here. The column step/floor is the step's time divided by it. A full comparison ends within about
+    --minutes plus the start of the systems, a few minutes per model.
 
     \b
     Examples:

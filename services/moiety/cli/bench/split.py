@@ -18,7 +18,8 @@ def split(context: click.Context, /, json_file: Path | None, **options: Any) -> 
     """Measure what the split costs: one engine with its experts in its own process and in services.
 
     Runs the same engine and kernels on the same prompts, in turns and without gateway or tokenising. Prints the
-    inter-token latency of both and, for a decode layer, the experts' compute, the hop, and how unevenly the groups work.
+    inter-token latency of both ways and, for a decode layer, the experts' compute time, the hop, and the imbalance: the
+    slowest group's compute time over the mean of all groups.
 
     \b
     Example:

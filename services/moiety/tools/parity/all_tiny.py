@@ -20,7 +20,7 @@ BEGIN, END = "<!-- parity: begin -->", "<!-- parity: end -->"
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Result of one tiny checkpoint."""
+    """Result of the comparison of one tiny checkpoint, or the error that prevented it."""
 
     name: str
     path: str  # how it is served: seam, adapter, definition
@@ -30,12 +30,12 @@ class Verdict:
 
     @property
     def ok(self) -> bool:
-        """Whether every prompt is identical. Ties do not count: in fp32 the shipped seeds have none."""
+        """Whether the tokens of every prompt are identical. A tie is a failure: the default seed has none in float32."""
         return self.report is not None and self.report.identical == len(self.report.prompts)
 
     @property
     def cells(self) -> tuple[str, str, str, str]:
-        """One row of the table: architecture, identical prompts of all, max logit error, path."""
+        """This checkpoint's row in the table: architecture, identical prompts / all prompts, max logit error, path."""
         if self.report is None:
             return self.name, f"failed: {self.error}", "", self.path
         counts = f"{self.report.identical}/{len(self.report.prompts)}"
@@ -53,7 +53,7 @@ async def run_all(
     references: Path | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> AsyncIterator[Verdict]:
-    """Writes, serves and compares one tiny checkpoint after another, in fp32. Yields each verdict as it is ready."""
+    """Writes, serves and compares one tiny checkpoint after another, in float32. Yields each verdict as it is ready."""
     names = list(names)
     for number, name in enumerate(names, start=1):
         progress(f"{number}/{len(names)} {name}")
@@ -76,9 +76,9 @@ def summary(verdicts: Sequence[Verdict]) -> str:
 
 
 def write_table(file: Path, verdicts: Sequence[Verdict], *, keep: bool = False) -> None:
-    """Writes the table in Markdown, and its count, between the two marker lines of `file`.
+    """Writes the verdicts as a Markdown table, and how many pass, between the lines BEGIN and END of `file`.
 
-    With `keep`, rows of the old table that have no new verdict stay. Raises ValueError where a marker is missing.
+    With `keep`, old rows of architectures that are not in `verdicts` stay. Raises ValueError where BEGIN or END is missing.
     """
     text = file.read_text(encoding="utf-8")
     before, begin, rest = text.partition(BEGIN)

@@ -1,7 +1,7 @@
 """Runs encoder-decoders by plain transformers, as the reference of `parity`: one unpadded prompt, one cached token at a time.
 
-A forward pass over a whole output would compute another model: the experts of Switch Transformers and NLLB-MoE take a
-limited number of tokens per pass, and in a cached decode a pass is one token.
+One forward pass over a whole output would give other logits than decoding: the experts of Switch Transformers and NLLB-MoE
+take a limited number of tokens per pass, and in a cached decode each pass has one token.
 
 transformers' NLLB-MoE is not usable as a reference. Since 5.0 (still in 5.23) its `NllbMoeExperts` takes the router's 0/1
 mask for expert ids: experts 0 and 1 get every token, all others none. The reference is transformers with that one method
@@ -26,7 +26,7 @@ def is_encoder_decoder(model: Any) -> bool:
 
 
 def correct_experts(model: Any) -> Any:
-    """Replaces in `model` what transformers is known to compute wrongly. Returns the same object."""
+    """Corrects the expert layers of `model` that transformers computes wrongly, those of NLLB-MoE. Returns `model`."""
     for module in model.modules():
         if type(module).__name__ == WRONG_EXPERTS:
             module.forward = MethodType(_own_experts, module)
@@ -48,9 +48,9 @@ def generate(
 
 @torch.inference_mode()
 def decode(model: Any, prompt: Sequence[int], text: Sequence[int], noise: torch.Tensor | None = None) -> torch.Tensor:
-    """Returns the logits [len(text), V] after each token of `text`.
+    """Encodes `prompt` and decodes `text`. Returns the logits [len(text), V] after each token of `text`.
 
-    `noise` [prompt tokens, D] scales the prompt's embeddings.
+    The prompt's embeddings are multiplied by `noise` [prompt tokens, D], if given.
     """
     ids = torch.tensor([prompt])
     if noise is None:
@@ -68,7 +68,10 @@ def decode(model: Any, prompt: Sequence[int], text: Sequence[int], noise: torch.
 
 
 def _own_experts(module: Any, hidden_states: torch.Tensor, _: torch.Tensor, router_probs: torch.Tensor) -> torch.Tensor:
-    """Replaces NllbMoeExperts.forward. hidden is [T, D]; gates are [T, E], zero except for a token's own experts."""
+    """Replaces NllbMoeExperts.forward: each token goes to its own experts.
+
+    hidden_states [T, D]; router_probs [T, E], zero except for a token's own experts.
+    """
     summed = torch.zeros_like(hidden_states)
     for expert in range(module.num_experts):
         tokens = router_probs[:, expert].nonzero()[:, 0]

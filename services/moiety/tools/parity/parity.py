@@ -4,9 +4,9 @@ The reference runs one unpadded prompt at a time. The served side runs all promp
 prefill, through a LocalCluster. Then the trunk runs each whole text once more over the same served experts, to compare
 logits.
 
-A difference is a failure, unless the reference itself is undecided there: it also picks the served token when its own
-embeddings move by a few units in the last place. (Two logits, or two experts of a token in the gate, may be so close that
-rounding decides.) Such ties are counted and printed.
+A token that differs is a failure, unless the reference itself is undecided at that position: it also picks the served token
+when its embeddings move by a few units in the last place. (Two logits, or two experts of a token in the gate, may be so
+close that rounding decides.) Such ties are counted and printed.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class PromptResult:
     prompt_tokens: int
     new_tokens: int
     first_difference: int | None  # index of the first generated token that differs; None = identical
-    tie: bool  # whether the reference itself is undecided there
+    tie: bool  # whether the reference itself is undecided at that token
     logit_error: float  # largest absolute difference over the whole text and vocabulary
     margin: float  # smallest distance between the reference's two best logits
 
@@ -95,7 +95,7 @@ class ParityReport:
         return max(prompt.logit_error for prompt in self.prompts)
 
     def lines(self) -> Iterator[str]:
-        """Yields the report; the last line is the verdict."""
+        """Yields the lines of the report: a table with one line per prompt, then the verdict."""
         yield f"{'prompt':>8} {'new':>5}  tokens        max logit error   smallest margin"
         for prompt in self.prompts:
             tokens = "identical" if prompt.first_difference is None else f"differ at {prompt.first_difference}"
@@ -172,7 +172,7 @@ def _reference(
 ) -> tuple[list[list[int]], list[torch.Tensor]]:
     """Returns (prompt + greedy tokens, logits [tokens, V]) of each prompt, computed by the reference.
 
-    An encoder-decoder's text is its decoder's: the start token, then the greedy tokens.
+    For an encoder-decoder, the decoder's start token takes the place of the prompt.
     """
     model.generation_config.eos_token_id = None  # so that every prompt gets the same number of tokens
     if encoder_decoder.is_encoder_decoder(model):
@@ -189,9 +189,9 @@ def _reference(
 
 @torch.inference_mode()
 def _undecided(model: Any, prompt: Sequence[int], text: Sequence[int], token: int) -> bool:
-    """Returns whether the reference also continues `text` with `token` when noise of rounding size moves its embeddings.
+    """Returns whether noise of rounding size on its embeddings can make the reference continue `text` with `token`.
 
-    The noise is on the embeddings of the text, or for an encoder-decoder on those of the prompt.
+    Tries NUDGES samples of noise, on the embeddings of `text`, or on those of `prompt` for an encoder-decoder.
     """
     has_encoder = encoder_decoder.is_encoder_decoder(model)
     embeddings = model.get_input_embeddings()(torch.tensor([prompt if has_encoder else text]))
@@ -209,16 +209,16 @@ def _undecided(model: Any, prompt: Sequence[int], text: Sequence[int], token: in
 
 
 def _reference_model(checkpoint: str, dtype: torch.dtype, references: Path | None) -> Any:
-    """Loads plain transformers or, where it lacks the architecture, the plain forward pass in `references`."""
+    """Loads the model of plain transformers or, where transformers lacks it, the plain forward pass in `references`."""
     if served_through(Checkpoint.open(checkpoint).architecture) == "definition":
         return PlainReference.load(Path(checkpoint), dtype, references)
     return _transformers_model(checkpoint, dtype)
 
 
 def _transformers_model(checkpoint: str, dtype: torch.dtype) -> Any:
-    """Loads the transformers model with all its experts. Its config is read as the router reads it (DBRX's is corrected).
+    """Loads the transformers model with all its experts, and with the config as the router reads it (DBRX's corrected).
 
-    For quantised weights the model is loaded with their dequantised values: transformers' own ways to dequantise differ.
+    Quantised weights are dequantised by Moiety's reader: transformers' own ways to dequantise differ.
     """
     opened = Checkpoint.open(checkpoint)
     config = load_config(opened)
@@ -241,7 +241,7 @@ async def _generate(client: Client, prompt: Sequence[int], new_tokens: int) -> l
 async def _trunk_here(
     cluster: LocalCluster, checkpoint: str, dtype_name: str
 ) -> AsyncIterator[Callable[[Sequence[int], Sequence[int]], torch.Tensor]]:
-    """Yields a function (prompt, text) -> logits [tokens, V] that runs the trunk here and the experts in `cluster`."""
+    """Yields a function (prompt, text) -> logits [tokens, V]: the trunk in this process over the experts of `cluster`."""
     opened = Checkpoint.open(checkpoint)
     layout, revision = expert_layout(opened), revision_of(opened)
     dtype = torch_dtype(dtype_name, layout.shape.dtype)

@@ -21,7 +21,10 @@ PLACE = Path("tests/parity/references.py")
 
 
 class PlainReference:
-    """Has the part of a transformers model's interface that `moiety parity` uses. Each token recomputes its whole text."""
+    """A plain forward pass behind the part of a transformers model's interface that `moiety parity` uses.
+
+    It has no cache: for each new token it computes the whole text again.
+    """
 
     def __init__(self, forward: Callable[[torch.Tensor], torch.Tensor]):
         self._forward = forward
@@ -29,7 +32,10 @@ class PlainReference:
 
     @classmethod
     def load(cls, checkpoint: Path, dtype: torch.dtype, file: Path | None) -> PlainReference:
-        """Loads the forward pass for `checkpoint` from `file` (by default PLACE). Raises ConfigError where it has none."""
+        """Loads the forward pass for `checkpoint` from `file` (by default PLACE).
+
+        Raises ConfigError where the file has no forward pass of the checkpoint's architecture.
+        """
         file, architecture = file or PLACE, Checkpoint.open(checkpoint).architecture
         loaders = runpy.run_path(str(file))["FORWARDS"] if file.is_file() else {}
         if architecture not in loaders:
@@ -40,7 +46,7 @@ class PlainReference:
         return cls(loaders[architecture](checkpoint, dtype))
 
     def __call__(self, text: torch.Tensor) -> Any:
-        """Computes text [1, T] -> .logits [1, T, V]."""
+        """Returns an object with `logits` [1, T, V] for the token ids `text` [1, T]."""
         return SimpleNamespace(logits=self._forward(text[0])[None])
 
     def generate(self, ids: torch.Tensor, *, max_new_tokens: int, **_: Any) -> torch.Tensor:

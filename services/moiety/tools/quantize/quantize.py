@@ -49,11 +49,11 @@ class Quantised:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all weights."""
+        """Bytes of all weights of the quantised checkpoint."""
         return self.other_bytes + self.allocation.nbytes
 
     def uniform(self, precision: Precision) -> Allocation[Pair] | None:
-        """Returns the allocation with every expert at `precision`; None where that was not measured."""
+        """Returns the allocation with every expert at `precision`; None if `precision` was not measured for every expert."""
         chosen = {
             pair: option
             for pair, options in self.options.items()
@@ -129,7 +129,7 @@ def decide(
 
 
 def usable_precisions(checkpoint: Checkpoint, layout: ExpertLayout) -> tuple[Precision, ...]:
-    """Returns the precisions that fit the experts' widths.
+    """Returns the precisions of SMALLER whose group sizes divide the experts' hidden and intermediate sizes.
 
     Raises CheckpointError where the experts are quantised already or are not stored one by one.
     """
@@ -164,7 +164,7 @@ def expert_tensor_names(layout: ExpertLayout, pair: Pair) -> Iterator[str]:
 def calibration_ids(folder: str, text: str, tokens: int, longest: int) -> torch.Tensor:
     """Returns `text` as token ids [sequences, tokens per sequence]. Raises ConfigError where the text is too short.
 
-    `tokens` bounds the tokens of all sequences, `longest` those of one sequence.
+    `tokens` is the most tokens of all sequences together, `longest` the most of one sequence.
     """
     tokenizer, _ = open_tokenizer(folder)
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][:tokens]
@@ -187,7 +187,10 @@ def write_quantised(
     out: Path,
     progress: Callable[[str], None] = lambda _: None,
 ) -> None:
-    """Writes the checkpoint with each expert in its precision, and the config to match. Holds one shard in memory."""
+    """Writes to `out` the checkpoint with each expert at the precision in `chosen`, and a config that says so.
+
+    Copies the files that hold no weights. Holds one shard in memory.
+    """
     out.mkdir(parents=True, exist_ok=True)
     precision_of = {name: precision for pair, precision in chosen.items() for name in expert_tensor_names(layout, pair)}
     with ExitStack() as stack:
@@ -239,7 +242,10 @@ def packed(name: str, tensor: torch.Tensor, precision: Precision) -> Iterator[tu
 
 
 def _config_groups(layout: ExpertLayout, chosen: Mapping[Pair, Precision]) -> dict[str, Any]:
-    """Returns a config group per precision. Its targets are one regular expression per layer and tensor name."""
+    """Returns one compressed-tensors config group per precision below 16 bits.
+
+    A group names its experts (its targets) by one regular expression per layer and tensor name.
+    """
     groups: dict[str, Any] = {}
     for precision in sorted({*chosen.values()} - {PLAIN}):
         targets = []

@@ -16,7 +16,7 @@ _CELL, _LEFT, _TOP = 12, 70, 70
 
 
 def lines(quantised: Quantised, memory: int) -> Iterator[str]:
-    """Yields a table of the choice, beside all experts at one precision."""
+    """Yields the lines of a table: all experts at one precision, for each precision, then the chosen mix."""
     counts = Counter(option.precision for option in quantised.allocation.chosen.values())
     yield f"{'':<28} {'experts':>8} {'bytes':>15} {'relative error':>15}"
     for precision in (PLAIN, *SMALLER):
@@ -30,7 +30,10 @@ def lines(quantised: Quantised, memory: int) -> Iterator[str]:
 
 
 def as_json(quantised: Quantised, layout: ExpertLayout, memory: int, source: str) -> dict[str, Any]:
-    """Returns everything that was measured and chosen. Errors are relative to the layer's hidden states."""
+    """Returns everything that was measured and chosen, as plain values for the JSON report.
+
+    The error of an expert is relative to the hidden states of its layer.
+    """
     sensitivity = quantised.sensitivity
     return {
         "source": source,

@@ -1,8 +1,8 @@
 """Measures each expert's sensitivity: the error of a model's hidden states when the expert is stored in fewer bits.
 
-Runs one forward pass of the trunk over calibration text. At each MoE layer it reads the experts one at a time, and
-computes each as it is (the forward pass continues with that result) and in every smaller precision. Memory holds only the
-trunk and one expert.
+Runs one forward pass of the trunk over calibration text. At each MoE layer it reads the experts one at a time and computes
+each with its stored weights, and again at every smaller precision. The forward pass continues with the result of the
+stored weights. Memory holds only the trunk and one expert.
 
 Legend: T tokens, K experts per token, D hidden size, n rows of one expert.
 """
@@ -38,11 +38,11 @@ Pair = tuple[int, int]  # MoE layer, expert
 
 @dataclass(frozen=True, slots=True)
 class Sensitivity:
-    """Error of each (layer, expert) per precision, relative to its layer's hidden states, and its number of uses."""
+    """What was measured of each expert: its error at each precision, and how many tokens used it."""
 
-    errors: Mapping[Pair, Mapping[Precision, float]]
+    errors: Mapping[Pair, Mapping[Precision, float]]  # relative to the hidden states of the expert's layer
     uses: Mapping[Pair, int]
-    tokens: int
+    tokens: int  # of the calibration text
 
 
 def measure_sensitivity(
@@ -55,8 +55,8 @@ def measure_sensitivity(
 ) -> Sensitivity:
     """Measures every expert on the calibration text `ids` [sequences, tokens].
 
-    An error is the squared error of an expert's weighted output, summed over tokens, divided by the sum of squares of
-    the hidden states that leave its block.
+    The error of an expert at a precision is the squared difference of its outputs, each multiplied by the routing weight,
+    summed over tokens and divided by the sum of squares of the hidden states that leave the expert's decoder block.
     """
     model = _trunk(checkpoint, layout, dtype)
     energy: dict[int, float] = {}
@@ -115,7 +115,7 @@ def _block(model: nn.Module, module: str) -> str:
 
 @dataclass(slots=True)
 class _Computed:
-    """PendingRows that are computed already."""
+    """A PendingRows whose outputs are computed already."""
 
     rows: torch.Tensor  # [T, K, D]
 
@@ -125,7 +125,7 @@ class _Computed:
 
 @dataclass(slots=True)
 class _Measuring:
-    """An ExpertBackend that reads each activated expert, computes it, and compares it with its smaller precisions."""
+    """An ExpertBackend that computes each activated expert, and measures the error of its output at each precision."""
 
     checkpoint: Checkpoint
     layout: ExpertLayout

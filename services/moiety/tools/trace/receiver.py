@@ -1,4 +1,4 @@
-"""A small OTLP/gRPC endpoint that keeps spans and figures in memory: the collector of the demo and of tests."""
+"""A small OTLP/gRPC endpoint that keeps spans and metric values in memory: the collector of the demo and of tests."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ _KIND = {trace_pb2.Span.SPAN_KIND_CLIENT: "client", trace_pb2.Span.SPAN_KIND_SER
 
 
 class TraceReceiver(trace_service_pb2_grpc.TraceServiceServicer):
-    """Listens from construction to `close()` on a port of `host`; keeps the newest `limit` spans."""
+    """Receives spans and metric values from construction to `close()`; keeps the newest `limit` spans.
+
+    Listens on `port` of `host`; port 0 = any free port.
+    """
 
     def __init__(self, host: str = "127.0.0.1", port: int = 0, *, limit: int = 200_000) -> None:
         self._spans: deque[ReceivedSpan] = deque(maxlen=limit)
@@ -64,12 +67,12 @@ class TraceReceiver(trace_service_pb2_grpc.TraceServiceServicer):
         return spans
 
     def metrics(self) -> tuple[ReceivedMetric, ...]:
-        """Returns the latest figure of each metric, service and set of attributes."""
+        """Returns the latest value of each metric, for each service and set of attributes."""
         with self._arrived:
             return tuple(self._figures.latest.values())
 
     def clear(self) -> None:
-        """Drops all spans and figures received so far."""
+        """Drops all spans and metric values received so far."""
         with self._arrived:
             self._spans.clear()
             self._figures.latest.clear()
@@ -87,7 +90,7 @@ class TraceReceiver(trace_service_pb2_grpc.TraceServiceServicer):
     def Export(
         self, request: trace_service_pb2.ExportTraceServiceRequest, context: grpc.ServicerContext
     ) -> trace_service_pb2.ExportTraceServiceResponse:
-        """Stores the spans of an exporter's call."""
+        """Stores the spans that an exporter sends: the Export RPC of OTLP."""
         received = list(_read(request))
         with self._arrived:
             self._spans.extend(received)

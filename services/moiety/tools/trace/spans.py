@@ -1,4 +1,4 @@
-"""Spans and figures as a collector receives them: plain values that the waterfall, the demo and tests read."""
+"""Spans and metric values as a collector receives them, for the waterfall, the demo and tests to read."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class ReceivedSpan:
     attributes: Mapping[str, Value] = field(default_factory=dict)
     links: tuple[tuple[str, str], ...] = ()  # (trace_id, span_id)
     status: str = "unset"  # unset, ok or error
-    message: str = ""  # the error's
+    message: str = ""  # the error's text, if status is error
     kind: str = "internal"  # names.SpanKind
 
     @property
@@ -32,7 +32,7 @@ class ReceivedSpan:
 
 @dataclass(frozen=True, slots=True)
 class ReceivedMetric:
-    """One value of a metric."""
+    """One value of a metric, as one service sent it."""
 
     name: str  # names.MetricName
     service: str

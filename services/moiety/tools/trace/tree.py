@@ -1,4 +1,4 @@
-"""Builds a trace's tree of spans, and measures how much of a span's time the spans below it account for."""
+"""Builds the tree of a trace's spans, and measures how much of a span's time its descendants account for."""
 
 from __future__ import annotations
 
@@ -38,10 +38,11 @@ def trees(spans: Iterable[ReceivedSpan], trace_id: str) -> list[Node]:
 def coverage(
     spans: Iterable[ReceivedSpan], trace_id: str, *, of: SpanName = SpanName.STEP, leaves: bool = False
 ) -> float:
-    """Returns the fraction, 0 to 1, of the time of all spans named `of` that their children account for.
+    """Returns which fraction, 0 to 1, of the time of all spans named `of` is covered by their child spans.
 
-    Time that children share counts once, and only within their parent. With `leaves`, only spans without children count:
-    a stricter measure, in which time between a layer's own children stays unexplained. 0 where no span is named `of`.
+    Time that several children cover counts once, time outside the parent not at all. With `leaves`, only descendants
+    without children count: a stricter measure, because gaps between a child's own children are then not covered. Returns 0
+    if no span is named `of`.
     """
     total = explained = 0
     for node in (node for root in trees(spans, trace_id) for node in root.walk() if node.span.name == of):

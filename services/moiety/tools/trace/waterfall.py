@@ -69,7 +69,11 @@ def _rows(node: Node, branch: str, indent: str, shown: int) -> Iterator[_Row]:
 
 
 def _entries(children: Sequence[Node], shown: int) -> Iterator[Node | list[ReceivedSpan]]:
-    """Yields the children in order. If a kind has more than `shown`, the rest come as one list at their first place."""
+    """Yields the children in order, and sums up each kind of span that has more than `shown`.
+
+    Of such a kind it yields the first span, an outlier if there is one, and a list of all others, where the first of these
+    would be.
+    """
     kinds: dict[str, list[Node]] = defaultdict(list)
     for child in children:
         kinds[_kind(child.span)].append(child)
@@ -133,7 +137,7 @@ def _table(rows: Sequence[_Row], width: int, start_ns: int, end_ns: int) -> Iter
 
 
 def _bar(row: _Row, origin_ns: int, extent_ns: int, cells: int) -> str:
-    """Returns the bar of a row, its end exact to an eighth of a cell; light where the row sums up several spans."""
+    """Returns the bar of a row, whose end is exact to an eighth of a cell. A row that sums up spans gets a light bar."""
     first = min(cells - 1, (row.start_ns - origin_ns) * cells // extent_ns)
     eighths = max(1, (row.end_ns - origin_ns) * cells * 8 // extent_ns - first * 8)
     if row.took_ms is None:

@@ -23,7 +23,7 @@ from moiety.wire.codec import Rows
 class Reply:
     """The reply to a call: the header without its payload, and the payload in the transport's memory.
 
-    The transport may reuse that memory: the payload is valid until the `Answer` that received it returns.
+    The transport may reuse that memory: the payload is valid until the `Answer` callback that received the reply returns.
     """
 
     header: ForwardResponse
@@ -38,7 +38,7 @@ class Buffer(Protocol):
 
     @property
     def rows(self) -> Rows:
-        """[R] opaque rows to write to."""
+        """The array of R rows to fill; each is one np.void element (`codec.Rows`)."""
         ...
 
     def send(self, answer: Answer) -> None:
@@ -47,18 +47,19 @@ class Buffer(Protocol):
 
 
 class Connection(Protocol):
-    """The calls of one router to one replica: many in flight, answered in any order.
+    """Carries the calls of one router to one replica: many in flight, answered in any order.
 
-    Created and closed on an asyncio loop; used by the thread that owns its mailbox.
+    Created and closed on an asyncio loop. Calls are sent and answered on the thread that owns the connection's mailbox
+    (`mailbox.py`).
     """
 
     closed: asyncio.Event  # set once the peer is lost or `close` was called
 
     def acquire(self, header: ForwardRequest, *, rows: int, row_bytes: int, reply_rows: int) -> Buffer:
-        """Returns a buffer for a call of `rows` rows and an answer of at most `reply_rows`; `header` must be complete.
+        """Returns a buffer for a call of `rows` rows and a reply of at most `reply_rows` rows, `row_bytes` bytes each.
 
-        Raises ResourceExhausted where unanswered calls leave too little memory. A lost connection still returns a buffer;
-        a call sent on it is answered with PeerLost.
+        `header` must be complete, because the transport may serialise it here. Raises ResourceExhausted if the memory that
+        unanswered calls leave is too small. If the connection is lost, the buffer's call is answered with PeerLost.
         """
         ...
 

@@ -1,11 +1,11 @@
 """The doorbell of a shared-memory connection: a unix socket that keeps message boundaries and reports the peer's death.
 
-When the peer's process ends, for whatever reason, the kernel closes its socket, and our end reads end of file at once.
+When the peer's process ends, for whatever reason, the kernel closes its socket, and our end reads end of file immediately.
 
-A call uses one range of the segment, which the router owns: [rows | space for the answer's rows | ForwardRequest], each
-part aligned. The router sends CALL. The replica writes the answer's rows into their space and sends ANSWER, followed by
-the ForwardResponse; from then on the range is the router's again. So only the router allocates, and neither side waits
-for the other to free memory.
+Rows are passed in a segment, memory that the router created and both processes map (`shm_segment.py`). A call uses one
+range of it: [rows | space for the answer's rows | ForwardRequest], each part aligned. The router sends CALL. The replica
+writes the answer's rows into their space and sends ANSWER, followed by the ForwardResponse. Then the router may reuse the
+range. So only the router allocates, and neither side waits for the other to free memory.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
 
 
 def check_peer(sock: socket.socket) -> None:
-    """Raises PeerLost unless the peer's process belongs to our user."""
+    """Raises PeerLost unless the process at the other end of `sock` runs as the same user as this one."""
     packed = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
     pid, uid, _ = _CREDENTIALS.unpack(packed)
     if uid != os.geteuid():
@@ -35,7 +35,10 @@ def check_peer(sock: socket.socket) -> None:
 
 
 class Doorbell:
-    """One end of the socket. Only `hang_up` may be called from any thread; all else runs on the mailbox owner's thread."""
+    """One end of a doorbell's socket.
+
+    The constructor and `hang_up` may be called from any thread, `ring` and `end` only on the thread that owns `mailbox`.
+    """
 
     def __init__(
         self,
@@ -52,7 +55,7 @@ class Doorbell:
         mailbox.post(lambda: mailbox.watch(sock, self._ready))
 
     def ring(self, message: bytes) -> None:
-        """Sends without blocking; while the peer does not read, the message waits in a queue."""
+        """Sends `message` without blocking. While the peer does not read, messages wait here in a queue."""
         if self._unsent:
             self._unsent.append(message)
             return
@@ -65,11 +68,11 @@ class Doorbell:
             self.hang_up(f"writing to it failed: {error.strerror}")
 
     def hang_up(self, why: str) -> None:
-        """Does what `end` does, from any thread."""
+        """Makes the mailbox's owner call `end(why)`. May be called from any thread."""
         self._mailbox.post(lambda: self.end(why))
 
     def end(self, why: str) -> None:
-        """Closes the socket; does nothing when it is closed already."""
+        """Closes the socket and reports `why` to `on_lost`. Does nothing if the socket is closed already."""
         if not self._open:
             return
         self._open = False

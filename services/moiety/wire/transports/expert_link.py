@@ -24,7 +24,10 @@ _log = logging.getLogger(__name__)
 
 
 class ExpertLink:
-    """An open connection, and a channel for DescribeReplica. Opened, used and closed on one asyncio loop."""
+    """A router's open connection to one expert replica, and a gRPC channel for DescribeReplica.
+
+    The methods run on one asyncio loop; calls are sent through `connection` on the thread that owns the mailbox.
+    """
 
     def __init__(
         self,
@@ -33,7 +36,7 @@ class ExpertLink:
         connection: Connection,
         channels: list[grpc.aio.Channel],
     ):
-        self.description = description  # the replica's latest answer
+        self.description = description  # the replica's latest answer to DescribeReplica
         self.transport, self.connection = transport, connection
         self._channels = channels
 
@@ -41,11 +44,11 @@ class ExpertLink:
     async def open(
         cls, address: str, timeout_s: float, mailbox: Mailbox, transport: Transport = Transport.AUTO
     ) -> ExpertLink:
-        """Connects and does the handshake within `timeout_s`. Answers to calls are posted to `mailbox`.
+        """Asks the replica at `address` for its description, then connects to it; each may take `timeout_s` seconds.
 
-        `auto` uses shared memory where it reaches the replica, else gRPC. Raises PeerLost, the error that DescribeReplica
-        returned, InvalidRequest where the experts in its answer cannot be parsed, FailedPrecondition where `transport`
-        cannot reach the replica.
+        Answers to calls arrive through `mailbox`. Transport.AUTO uses shared memory if that reaches the replica, else gRPC.
+        Raises PeerLost or another error with which DescribeReplica failed, InvalidRequest if the sets of experts in the
+        description cannot be parsed, FailedPrecondition if `transport` cannot reach the replica.
         """
         channels = [channel(address)]
         try:
@@ -68,8 +71,10 @@ class ExpertLink:
             raise
 
     async def describe(self, timeout_s: float) -> DescribeReplicaResponse:
-        """Asks again what the replica holds, after it answered NOT_HELD. Raises PeerLost, the error that DescribeReplica
-        returned, or InvalidRequest.
+        """Asks the replica for its description again, stores it and returns it.
+
+        A router does so when the replica has answered that it does not hold an expert, or serves another revision. Raises
+        PeerLost or another error with which DescribeReplica failed, or InvalidRequest as `open` does.
         """
         self.description = await _describe(self._channels[0], timeout_s)
         return self.description
@@ -80,7 +85,7 @@ class ExpertLink:
 
     @property
     def leaving(self) -> ExpertSet:
-        """Experts that the replica still computes, until every router has acknowledged the new placement."""
+        """Experts that the new placement takes from the replica: still computed until every router has acknowledged it."""
         return ExpertSet.parse(self.description.leaving)
 
     async def close(self) -> None:
@@ -100,7 +105,10 @@ async def _shared_memory(
 
 
 async def _unix(description: DescribeReplicaResponse, address: str) -> str:
-    """Returns the address of the replica's unix socket, after a connection has shown that it is on this node."""
+    """Returns the gRPC address of the replica's unix socket.
+
+    Raises FailedPrecondition if the replica offers none, or if a trial connection shows that it is not on this node.
+    """
     if not description.unix:
         raise FailedPrecondition(f"{address} offers no unix socket")
     with socket.socket(socket.AF_UNIX) as probe:

@@ -1,7 +1,8 @@
-"""The one place where a computing thread waits: for its own sockets, and for actions that other threads post.
+"""The mailbox: the one place where a thread that computes waits, for its sockets and for actions of other threads.
 
-The thread that computes also reads its sockets, so no second thread stands between a doorbell and the work it announces.
-On this path a hand-over between threads costs more than everything else together.
+A router's engine thread owns one, and so does an expert replica's runtime thread. The thread that computes also reads its
+sockets, so no second thread stands between a message that announces work and the work itself. On this path a hand-over
+between threads costs more than everything else together.
 """
 
 from __future__ import annotations
@@ -43,14 +44,17 @@ class Mailbox:
             os.write(self._waker, b"\0")
 
     def wake(self) -> None:
-        """Ends the owner's `wait`, or its next one. May be called from any thread."""
+        """Makes the owner return from `wait`, or from the next `wait` if it is busy now. May be called from any thread."""
         self._woken = True
         if self._asleep:
             self._asleep = False
             os.write(self._waker, b"\0")
 
     def watch(self, sock: socket.socket, ready: Callable[[int], None], events: int = READABLE) -> None:
-        """Calls `ready` with the mask of events, READABLE | WRITABLE, whenever `sock` is ready; replaces an earlier watch."""
+        """Makes `wait` call `ready(mask)` whenever `sock` is ready for one of `events`.
+
+        The mask is READABLE, WRITABLE or both. Replaces an earlier watch of the same socket.
+        """
         if sock.fileno() in self._selector.get_map():
             self._selector.modify(sock, events, ready)
         else:
@@ -61,9 +65,10 @@ class Mailbox:
             self._selector.unregister(sock)
 
     def wait(self, timeout_s: float | None = None) -> bool:
-        """Handles sockets and posted actions; blocks for the first for up to `timeout_s` seconds, None = without limit.
+        """Handles ready sockets and posted actions; waits for the first up to `timeout_s` seconds (None: no limit).
 
-        Returns whether a socket was ready. Each ready socket is handled once and may hold more: then call `wait` again.
+        Returns whether a socket was ready. Each ready socket is handled once, though more messages may wait in it. So after
+        True, call `wait` again.
         """
         with self._turn:
             if self._run_posted():
@@ -82,7 +87,7 @@ class Mailbox:
             return bool(events)
 
     def drain(self) -> None:
-        """Returns once all posted actions have run, and runs them where the owner no longer waits. For shutdown."""
+        """Returns once no posted action is left; runs them itself if the owner no longer calls `wait`. For shutdown."""
         self.wake()
         while self._posted:
             if self._turn.acquire(timeout=0.01):  # a living owner holds it nearly all the time

@@ -34,7 +34,7 @@ from moiety.wire.transports.shm_segment import SEGMENT_BYTES, Allocator, aligned
 
 @dataclass(slots=True)
 class _Range:
-    """The part of the segment that one call occupies until it is answered."""
+    """The Buffer of one call: a range of the segment, occupied until the call is answered."""
 
     connection: SharedMemoryConnection
     key: tuple[int, int]  # call id, attempt
@@ -50,7 +50,7 @@ class _Range:
 
 
 class SharedMemoryConnection:
-    """A Connection to a replica on the same node."""
+    """A Connection through shared memory to a replica on the same node."""
 
     def __init__(self, peer: str, sock: socket.socket, segment: mmap.mmap, mailbox: Mailbox):
         self.closed = asyncio.Event()
@@ -67,8 +67,10 @@ class SharedMemoryConnection:
     async def open(
         cls, description: DescribeReplicaResponse, mailbox: Mailbox, timeout_s: float, size: int | None = None
     ) -> SharedMemoryConnection:
-        """Connects to the replica with this description. Raises PeerLost where it is not on this node or belongs to
-        another user, FailedPrecondition where it refuses.
+        """Connects to the replica that sent `description`; `size` is that of the segment in bytes, default SEGMENT_BYTES.
+
+        Raises PeerLost if the replica is not on this node, belongs to another user or does not answer within `timeout_s`
+        seconds, and FailedPrecondition if it refuses the connection.
         """
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
@@ -143,7 +145,10 @@ class SharedMemoryConnection:
     # On the loop: `closed` must also be set when a replica dies while no call is in flight -------------------------
 
     def _watch_for_hang_up(self, sock: socket.socket) -> select.epoll:
-        """Wakes the loop only when the connection ends, by an epoll of its own: messages are the mailbox owner's to read."""
+        """Makes the asyncio loop call `_gone` when the peer closes the socket, through an epoll that reports only that.
+
+        A message on the socket must not wake the loop, because the mailbox's owner reads it.
+        """
         hang_up = select.epoll()
         hang_up.register(sock, select.EPOLLRDHUP)
         self._loop.add_reader(hang_up, self._gone)

@@ -1,4 +1,4 @@
-"""The replica's end of shared-memory connections: accepts routers, and receives the calls of each."""
+"""The replica's end of shared-memory connections: accepts connections of routers and receives their calls."""
 
 from __future__ import annotations
 
@@ -40,9 +40,10 @@ Accept = Callable[[ForwardRequest, memoryview, ReplyCallback], None]
 
 
 class SharedMemoryListener:
-    """Accepts connections on its loop; the mailbox's owner then reads their calls and passes each to `accept`.
+    """Accepts routers' connections on the asyncio loop. The mailbox's owner reads their calls and passes each to `accept`.
 
-    `accept(header, payload, answer)` may read the payload until the owner calls `answer(reply, picked)`, once.
+    `accept(header, payload, answer)` makes the mailbox's owner call `answer(reply, selected_rows)` once, then or later. The
+    payload may be read until that call.
     """
 
     def __init__(self, revision: str, dtype: str, row_bytes: int, mailbox: Mailbox, accept: Accept):
@@ -60,7 +61,7 @@ class SharedMemoryListener:
 
     @staticmethod
     def available() -> bool:
-        """Returns whether this system has shared memory without a name: Linux does."""
+        """Returns whether this system can create shared memory without a name (memfd_create): Linux can."""
         return AVAILABLE
 
     async def close(self) -> None:
@@ -130,7 +131,7 @@ class SharedMemoryListener:
 
 
 class SharedMemoryPeer:
-    """One router's connection. Used by the mailbox's owner only."""
+    """The replica's end of the connection to one router. Used on the thread of the mailbox's owner only."""
 
     def __init__(
         self,

@@ -26,7 +26,10 @@ def aligned(size: int) -> int:
 
 
 def create_segment(size: int = SEGMENT_BYTES) -> tuple[int, mmap.mmap]:
-    """Returns (file descriptor to hand over and then close, mapping) of a new segment, sealed against resizing."""
+    """Creates a segment that is sealed against resizing; returns its file descriptor and its mapping.
+
+    The caller passes the descriptor to the peer and then closes it.
+    """
     descriptor = os.memfd_create("moiety-hop", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     os.ftruncate(descriptor, size)
     fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALS)
@@ -34,9 +37,10 @@ def create_segment(size: int = SEGMENT_BYTES) -> tuple[int, mmap.mmap]:
 
 
 def map_segment(descriptor: int) -> mmap.mmap:
-    """Maps a segment that a peer handed over. Raises InvalidRequest unless it is sealed against resizing.
+    """Maps a segment that a peer created. Raises InvalidRequest unless it is sealed and has 1 to SEGMENT_BYTES bytes.
 
-    Without the seal a peer could shrink it while we use it, and our next access would end this process by SIGBUS.
+    Without the seal against resizing, a peer could shrink the segment while we use it, and our next access would end this
+    process by SIGBUS.
     """
     try:
         seals = fcntl.fcntl(descriptor, fcntl.F_GET_SEALS)
@@ -51,7 +55,7 @@ def map_segment(descriptor: int) -> mmap.mmap:
 
 
 class Allocator:
-    """First fit over the free ranges of one segment: recently used memory, still in the CPU cache, is reused first."""
+    """Allocates ranges of one segment, first fit: recently used memory, still in the CPU cache, is reused first."""
 
     def __init__(self, size: int):
         self._starts, self._sizes = [0], [size]  # free ranges, ascending, never adjacent

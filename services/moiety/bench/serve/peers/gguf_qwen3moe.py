@@ -80,7 +80,7 @@ def _experts(config: dict[str, Any]) -> int:
 
 
 def _read_tensors(checkpoint: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields each tensor's name and bits: uint16 in the published shape, mapped from the files.
+    """Yields each tensor's name and bfloat16 bits, as uint16 in the published shape, memory-mapped from the files.
 
     Raises ValueError for another dtype than BF16.
     """

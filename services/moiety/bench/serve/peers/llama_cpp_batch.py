@@ -72,7 +72,7 @@ class _Batch:
         return began, arrivals
 
     def _step(self, rows: list[tuple[int, int, int, bool]], tokens: list[int], arrivals: list[list[float]]) -> None:
-        """Decodes rows of (token, position, stream, wants logits).
+        """Runs one llama.cpp step over rows of (token, position, stream, wants logits).
 
         Writes the greedy token of each row that wants logits to `tokens`, and its arrival time to `arrivals`.
         """

@@ -20,7 +20,7 @@ import traceback
 
 
 def main(name: str) -> None:
-    """Answers orders until stdin ends."""
+    """Answers the orders on stdin with the peer of module `name`, until stdin ends."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print goes to stderr, not into the pipe of the answers
     run = close = None
