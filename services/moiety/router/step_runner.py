@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections import abc
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -16,7 +17,7 @@ from moiety.policy.lane_tuner import LaneTuner
 from moiety.router.attention.step_batch import CrossAttentionBatch, StepBatch
 from moiety.router.cache.kv_cache import KVCache
 from moiety.router.lanes import Lanes
-from moiety.router.sequence.sequence import Sequence as Request
+from moiety.router.sequence.sequence import Sequence
 from moiety.router.sequence.step_plan import StepPlan
 from moiety.router.state_layers.batched_layer import use_states
 from moiety.router.step_context import StepBackend, StepContext
@@ -31,7 +32,7 @@ class StepRunner:
         self,
         model: torch.nn.Module,
         cache: KVCache,
-        backends: Sequence[StepBackend],
+        backends: abc.Sequence[StepBackend],
         lanes: Lanes | None = None,
         tuner: LaneTuner | None = None,
     ):
@@ -106,7 +107,9 @@ class StepRunner:
         logits: torch.Tensor = output.logits[0]
         return logits[: len(wanted)]
 
-    def _cross_attention(self, sequences: Sequence[Request], counts: Sequence[int]) -> CrossAttentionBatch | None:
+    def _cross_attention(
+        self, sequences: abc.Sequence[Sequence], counts: abc.Sequence[int]
+    ) -> CrossAttentionBatch | None:
         """Locates the prompts that the encoder has read or reads in this step; None for decoder-only models."""
         if not any(sequence.encoder_ids for sequence in sequences):
             return None

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Callable, Sequence
+from collections import abc
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,8 +15,7 @@ from moiety.core.sampling import Sampling
 from moiety.router.cache.cache_spec import CacheSpec, LayerSpec
 from moiety.router.cache.kv_cache import KVCache
 from moiety.router.engine import Engine
-from moiety.router.sequence.sequence import Emitted
-from moiety.router.sequence.sequence import Sequence as Request
+from moiety.router.sequence.sequence import Emitted, Sequence
 from moiety.router.step_runner import StepRunner
 from moiety.telemetry.tracing import NO_TRACER
 
@@ -113,18 +113,18 @@ class TranslatingModel(CountingModel):
         return SimpleNamespace(logits=torch.stack(rows)[None])
 
 
-def expected_translation(prompt: Sequence[int], count: int, output: Sequence[int] = ()) -> list[int]:
+def expected_translation(prompt: abc.Sequence[int], count: int, output: abc.Sequence[int] = ()) -> list[int]:
     """Returns the next `count` greedy tokens of a TranslatingModel after START and `output`, computed naively."""
     return expected_tokens([*prompt, START, *output], count)
 
 
-def expected_logits(tokens: Sequence[int], window: int | None = None) -> torch.Tensor:
+def expected_logits(tokens: abc.Sequence[int], window: int | None = None) -> torch.Tensor:
     """Returns the logits [V] of a RememberingModel after `tokens`."""
     seen = list(enumerate(tokens))[-window if window else 0 :]
     return _LOGITS[sum((position % 11 + 1) * (token + 1) for position, token in seen) % len(_LOGITS)]
 
 
-def expected_tokens(prompt: Sequence[int], count: int, window: int | None = None) -> list[int]:
+def expected_tokens(prompt: abc.Sequence[int], count: int, window: int | None = None) -> list[int]:
     """Returns the next `count` greedy tokens of a RememberingModel after `prompt`, computed naively."""
     tokens = list(prompt)
     for _ in range(count):
@@ -217,12 +217,12 @@ def engine_of(
 
 
 def submit(
-    engine: Engine, prompt: Sequence[int], *, max_tokens: int = 3, sampling: Sampling | None = None, **options: Any
-) -> tuple[Request, Listener]:
+    engine: Engine, prompt: abc.Sequence[int], *, max_tokens: int = 3, sampling: Sampling | None = None, **options: Any
+) -> tuple[Sequence, Listener]:
     """Submits a request with this prompt."""
     listener = Listener()
     sampling = sampling or Sampling(max_tokens=max_tokens)
-    sequence = Request(
+    sequence = Sequence(
         request_id="-".join(map(str, prompt[:4])),
         tokens=list(prompt),
         prompt_tokens=len(prompt),

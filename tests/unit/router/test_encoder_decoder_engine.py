@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import abc
 
 import pytest
 from engine_support import START, Listener, TranslatingModel, engine_of, expected_translation, finish, submit
@@ -10,15 +10,15 @@ from engine_support import START, Listener, TranslatingModel, engine_of, expecte
 from moiety.core.sampling import Sampling
 from moiety.errors import Cancelled, HopFailed, InvalidRequest, NoHolder
 from moiety.router.engine import Engine
-from moiety.router.sequence.sequence import Sequence as Request
+from moiety.router.sequence.sequence import Sequence
 
 PROMPTS = ([2] * 3, list(range(3, 20)), [21, 22, 21, 22, 21], [11] * 9)
 NEW_TOKENS = 7
 
 
 def ask(
-    engine: Engine, prompt: Sequence[int], output: Sequence[int] = (), n: int = 1, new_tokens: int = NEW_TOKENS
-) -> tuple[Request, Listener]:
+    engine: Engine, prompt: abc.Sequence[int], output: abc.Sequence[int] = (), n: int = 1, new_tokens: int = NEW_TOKENS
+) -> tuple[Sequence, Listener]:
     """Submits a request to translate `prompt`, whose tokens `output` exist already."""
     sampling = Sampling(new_tokens, ignore_eos=True, n=n)
     request, listener = submit(engine, [START], sampling=sampling, encoder_ids=tuple(prompt))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import Callable, Sequence
+from collections import abc
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from moiety.router.cache.kv_cache import KVCache
 from moiety.router.engine import Engine
 from moiety.router.hop.hop import Hop
 from moiety.router.layer_discovery import discover_cache_spec
-from moiety.router.sequence.sequence import Sequence as Request
+from moiety.router.sequence.sequence import Sequence
 from moiety.router.step_runner import StepRunner
 from moiety.telemetry.tracing import NO_TRACER
 from moiety.testing import FakeExperts, loopback_hop
@@ -35,12 +36,12 @@ CHOICES = Sampling(max_tokens=NEW_TOKENS, ignore_eos=True, temperature=0.8, seed
 Ask = tuple[list[int], Sampling, int]  # prompt, sampling, choice
 
 
-def run(engine: Engine, requests: Sequence[Ask]) -> list[dict[int, list[int]]]:
+def run(engine: Engine, requests: abc.Sequence[Ask]) -> list[dict[int, list[int]]]:
     """Submits all requests at once; returns the tokens of each by choice."""
     listeners = []
     for number, (prompt, sampling, choice) in enumerate(requests):
         listeners.append(listener := Listener())
-        engine.submit(Request(str(number), list(prompt), len(prompt), sampling, frozenset(), listener, choice=choice))
+        engine.submit(Sequence(str(number), list(prompt), len(prompt), sampling, frozenset(), listener, choice=choice))
     while engine.step():
         pass
     engine.check_integrity()

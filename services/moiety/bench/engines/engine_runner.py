@@ -31,8 +31,7 @@ from moiety.model.experts.layout import ExpertLayout
 from moiety.router.cache.kv_cache import KVCache
 from moiety.router.engine import Engine
 from moiety.router.hop.hop import Hop
-from moiety.router.sequence.sequence import Emitted
-from moiety.router.sequence.sequence import Sequence as Request
+from moiety.router.sequence.sequence import Emitted, Sequence
 from moiety.telemetry.tracing import NO_SPAN, Tracer
 from moiety.wire.codec import torch_dtype
 
@@ -123,7 +122,7 @@ class EngineRunner:
             generator = torch.Generator().manual_seed(self._count)
             prompt = torch.randint(3, self._shape.vocabulary, (prompt_tokens,), generator=generator).tolist()
             self._engine.submit(
-                Request(
+                Sequence(
                     request_id=f"bench-{self._count}",
                     tokens=prompt,
                     prompt_tokens=prompt_tokens,

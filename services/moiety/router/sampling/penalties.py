@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Tokens
+from collections import abc
 
 import numpy as np
 
@@ -26,7 +26,7 @@ class TokenCounts:
         """How often each token of `ids` occurs in the output, a float32 vector."""
         return self._generated[: len(self._slots)]
 
-    def follow(self, tokens: Tokens[int], prompt_tokens: int) -> None:
+    def follow(self, tokens: abc.Sequence[int], prompt_tokens: int) -> None:
         """Counts the tokens that `tokens` (the prompt, then the output) has gained since the last call."""
         if self._followed == 0:
             prompt = np.unique(np.asarray(tokens[:prompt_tokens], np.int64))

@@ -7,7 +7,7 @@ Each stage runs once for the whole batch and changes only the rows whose own par
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Rows
+from collections import abc
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -28,7 +28,7 @@ def changes(sequence: Sequence) -> bool:
     )
 
 
-def process(scores: torch.Tensor, sequences: Rows[Sequence]) -> dict[int, MoietyError]:
+def process(scores: torch.Tensor, sequences: abc.Sequence[Sequence]) -> dict[int, MoietyError]:
     """Changes scores [n, V] (float32, contiguous) in place; returns the errors of rows whose guide failed."""
     if biased := [row for row, sequence in enumerate(sequences) if sequence.sampling.logit_bias]:
         _add_bias(scores, sequences, biased)
@@ -45,14 +45,14 @@ def process(scores: torch.Tensor, sequences: Rows[Sequence]) -> dict[int, Moiety
     return failed
 
 
-def _add_bias(scores: torch.Tensor, sequences: Rows[Sequence], rows: list[int]) -> None:
+def _add_bias(scores: torch.Tensor, sequences: abc.Sequence[Sequence], rows: list[int]) -> None:
     biases = [sequences[row].sampling.logit_bias for row in rows]
     places = _places(scores, rows, [np.fromiter(bias, np.int64, len(bias)) for bias in biases])
     added = np.concatenate([np.fromiter(bias.values(), np.float32, len(bias)) for bias in biases])
     scores.view(-1)[places] += torch.from_numpy(added).to(scores.device)
 
 
-def _penalise(scores: torch.Tensor, sequences: Rows[Sequence], rows: list[int]) -> None:
+def _penalise(scores: torch.Tensor, sequences: abc.Sequence[Sequence], rows: list[int]) -> None:
     """Applies the repetition penalty to tokens of prompt and output, frequency and presence penalties to tokens of the output.
 
     The first works as transformers' RepetitionPenaltyLogitsProcessor, the other two as OpenAI's.
@@ -75,7 +75,7 @@ def _penalise(scores: torch.Tensor, sequences: Rows[Sequence], rows: list[int]) 
     scores.view(-1)[places] = values - frequency * generated - presence * (generated > 0)
 
 
-def _follow_guides(scores: torch.Tensor, sequences: Rows[Sequence], rows: list[int]) -> dict[int, MoietyError]:
+def _follow_guides(scores: torch.Tensor, sequences: abc.Sequence[Sequence], rows: list[int]) -> dict[int, MoietyError]:
     """Masks the tokens that a row's guide forbids; returns the errors of rows whose guide failed.
 
     Before min_tokens, also masks the tokens that end the output, unless the guide allows no other token.

@@ -8,7 +8,7 @@ operation here works row by row, so on a CPU the result does not depend, to the 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence as Rows
+from collections import abc
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -37,7 +37,7 @@ class Sampled:
 
 
 @torch.inference_mode()
-def sample(logits: torch.Tensor, sequences: Rows[Sequence]) -> list[Sampled | MoietyError]:
+def sample(logits: torch.Tensor, sequences: abc.Sequence[Sequence]) -> list[Sampled | MoietyError]:
     """Returns a token for each of `sequences`, from logits [n, V] in any float dtype. Does not change the logits.
 
     A row that cannot be sampled (its logits are not finite, its guide fails) gives an error, without affecting others.
@@ -51,7 +51,7 @@ def sample(logits: torch.Tensor, sequences: Rows[Sequence]) -> list[Sampled | Mo
     return [sample(logits[row : row + 1], [sequence])[0] for row, sequence in enumerate(sequences)]
 
 
-def _sample(logits: torch.Tensor, sequences: Rows[Sequence]) -> list[Sampled | MoietyError]:
+def _sample(logits: torch.Tensor, sequences: abc.Sequence[Sequence]) -> list[Sampled | MoietyError]:
     scores, failed = logits.float(), dict[int, MoietyError]()
     if any(map(changes, sequences)):
         scores = scores.clone() if scores is logits else scores
@@ -77,7 +77,7 @@ def _sample(logits: torch.Tensor, sequences: Rows[Sequence]) -> list[Sampled | M
     return [failed.get(row) or Sampled(picked[row], *logprobs.get(row, ())) for row in range(len(sequences))]
 
 
-def _draw(scores: torch.Tensor, sequences: Rows[Sequence]) -> tuple[torch.Tensor, torch.Tensor]:
+def _draw(scores: torch.Tensor, sequences: abc.Sequence[Sequence]) -> tuple[torch.Tensor, torch.Tensor]:
     """Draws tokens [n] from scores [n, V]; also returns bool [n], whether each row's largest score is finite."""
     best = scores.amax(-1, keepdim=True)
     temperature = _column([sequence.sampling.temperature for sequence in sequences], scores)
@@ -89,7 +89,7 @@ def _draw(scores: torch.Tensor, sequences: Rows[Sequence]) -> tuple[torch.Tensor
     return _invert(shares, torch.from_numpy(noise).to(scores.device)), best[:, 0].isfinite()
 
 
-def least_shares(shares: torch.Tensor, sequences: Rows[Sequence]) -> torch.Tensor | None:
+def least_shares(shares: torch.Tensor, sequences: abc.Sequence[Sequence]) -> torch.Tensor | None:
     """Returns [n, 1]: the smallest probability in each row that min-p, then top-k, then top-p keep; None if they keep all.
 
     `shares` [n, V] are the probabilities. Ties with the smallest one are kept too. Only values are sorted, and only in
@@ -180,7 +180,7 @@ def _column(values: list[float], like: torch.Tensor) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float32, device=like.device)[:, None]
 
 
-def uniforms(counters: Rows[tuple[int, int, int]]) -> np.ndarray:
+def uniforms(counters: abc.Sequence[tuple[int, int, int]]) -> np.ndarray:
     """Returns float64 in [0, 1) for each (seed, choice, position), a pure function of it (Philox4x64, Salmon et al. 2011)."""
     philox = np.random.Philox(key=0)
     state = philox.state
