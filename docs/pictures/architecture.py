@@ -9,13 +9,6 @@ from xml.sax.saxutils import escape
 WIDTH, HEIGHT = 980, 492
 FONT = "-apple-system, 'Segoe UI', Helvetica, Arial, sans-serif"
 
-REDIS = ("where every replica is,", "how hot every expert runs,", "which deployment holds which experts")
-SERVE = (
-    "starts, replaces, scales and upgrades",
-    "the replicas of each deployment,",
-    "by a policy that states its reasons",
-)
-
 
 @dataclass(frozen=True)
 class Theme:
@@ -140,7 +133,7 @@ def draw(theme: Theme) -> str:
         270,
         92,
         "Redis",
-        REDIS,
+        ("where every replica is,", "how hot every expert runs,", "which deployment holds which experts"),
     )
     p.box(
         366,

@@ -5,7 +5,8 @@ from __future__ import annotations
 from moiety.client import Client
 from moiety.telemetry import configure
 from moiety.tools.trace.spans import ReceivedSpan
-from moiety.tools.trace.waterfall import coverage, waterfall
+from moiety.tools.trace.tree import coverage
+from moiety.tools.trace.waterfall import waterfall
 from support.serving import Served
 
 NEW_TOKENS = 6

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from moiety_kernels.cpu.library import load
-from moiety_kernels.ops.expert_mlp import ExpertWeights, grouped_expert_mlp
+from moiety_kernels.ops.expert_mlp import grouped_expert_mlp
 from moiety_kernels.ops.linear import linear
 from moiety_kernels.ops.paged_attention import paged_attention
 from moiety_kernels.threads import set_thread_limit, thread_limit
+from moiety_kernels.weights.expert_weights import ExpertWeights
 
 
 @pytest.fixture(autouse=True)

@@ -15,8 +15,6 @@ import triton.language as tl
 
 from moiety_kernels.gpu.numbers import narrowed
 
-LARGEST = 448.0  # of e4m3
-
 
 @triton.jit
 def quantise_kernel(X, CODES, SCALE, x_stride, D: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr):

@@ -73,9 +73,8 @@ def paged_attention(
         heads = query[tokens].view(*tokens.shape, groups, repeat, -1).permute(0, 2, 3, 1, 4).flatten(2, 3)
         mask = visible.repeat(1, repeat, 1).unsqueeze(1)  # [N, 1, H / G * n, L]
         if bias is not None:
-            distance = (length[tokens].unsqueeze(2) - 1 - position.unsqueeze(1)).clamp(
-                0, bias.shape[1] - 1
-            )  # [N, n, L]
+            # [N, n, L]
+            distance = (length[tokens].unsqueeze(2) - 1 - position.unsqueeze(1)).clamp(0, bias.shape[1] - 1)
             added = bias.to(query.dtype)[:, distance].view(groups, repeat, *distance.shape)
             added = added.permute(2, 0, 1, 3, 4).flatten(2, 3)  # [N, G, H / G * n, L]
             mask = added.masked_fill(~mask, float("-inf"))

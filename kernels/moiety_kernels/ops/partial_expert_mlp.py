@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from moiety_kernels.ops.by_format import Backend, for_each_format, run_in_triton, uses_triton
-from moiety_kernels.ops.expert_mlp import ExpertWeights, grouped_expert_mlp
+from moiety_kernels.ops.expert_mlp import grouped_expert_mlp
 from moiety_kernels.ops.linear import linear
 from moiety_kernels.reference.expert_mlp import activate
-from moiety_kernels.weights.expert_weights import dequantised
+from moiety_kernels.weights.expert_weights import ExpertWeights, dequantised
 
 
 @torch.no_grad()
@@ -70,9 +70,10 @@ def grouped_partial_mlp(
             projected = linear(rows[span], gate_up, deterministic=deterministic)
             if expert.gate_up_bias is not None:
                 projected = projected + expert.gate_up_bias
+            # [count, I]
             inner = activate(
                 projected, activation=activation, gated=gated, interleaved=interleaved, limit=limit, alpha=alpha
-            )  # [count, I]
+            )
             product = linear(inner.float(), down.float(), deterministic=deterministic)
             out[span] = product if expert.down_bias is None else product + expert.down_bias.float()
             start += count

@@ -73,8 +73,7 @@ def expert_mlp(
     projected = rows @ dequantised(weights.gate_up, rows.dtype).T  # [R, O]
     if weights.gate_up_bias is not None:
         projected = projected + weights.gate_up_bias
-    inner = activate(
-        projected, activation=activation, gated=gated, interleaved=interleaved, limit=limit, alpha=alpha
-    )  # [R, I]
+    # [R, I]
+    inner = activate(projected, activation=activation, gated=gated, interleaved=interleaved, limit=limit, alpha=alpha)
     out = inner @ dequantised(weights.down, rows.dtype).T  # [R, D]
     return out if weights.down_bias is None else out + weights.down_bias

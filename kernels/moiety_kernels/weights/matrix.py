@@ -5,7 +5,6 @@ Legend: O output features (rows), D input features (columns), G groups of column
 
 from __future__ import annotations
 
-from math import prod
 from typing import Protocol
 
 import torch
@@ -37,9 +36,3 @@ def check(name: str, tensor: torch.Tensor, dtype: torch.dtype, shape: tuple[int,
     if tensor.dtype != dtype or tuple(tensor.shape) != tuple(shape) or not tensor.is_contiguous():
         found = f"{tensor.dtype} {list(tensor.shape)}{'' if tensor.is_contiguous() else ', not contiguous'}"
         raise ValueError(f"quantised weights: {name} is {found}: must be {dtype} {list(shape)}, contiguous")
-
-
-def bits_per_weight(matrix: Matrix) -> float:
-    """Returns the bits stored per value, scales included."""
-    tensors = (matrix,) if isinstance(matrix, torch.Tensor) else matrix.tensors
-    return 8 * sum(tensor.nbytes for tensor in tensors) / prod(matrix.shape)

@@ -14,7 +14,8 @@ import torch
 from moiety.core.expert_backend import PendingRows
 from moiety.core.experts import ExpertMLP
 from moiety.router.step_context import StepContext
-from moiety_kernels.ops.expert_mlp import ExpertWeights, grouped_expert_mlp
+from moiety_kernels.ops.expert_mlp import grouped_expert_mlp
+from moiety_kernels.weights.expert_weights import ExpertWeights
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,7 +55,7 @@ class TokenBias(click.ParamType[tuple[int, float]]):
 
 
 class ByteCount(click.ParamType[int]):
-    """Option type: a number of bytes, as `24GiB`, `80GB` or a plain number."""
+    """Option type: a number of bytes, with or without a unit: 24GiB, 500MB, 1000000."""
 
     name = "bytes"
 
@@ -78,22 +78,7 @@ class WordList(click.ParamType[tuple[str, ...]]):
         return words
 
 
-class Size(click.ParamType[int]):
-    """Option type: a number of bytes, with or without a unit: 24GiB, 500MB, 1000000."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        from pydantic import ByteSize, TypeAdapter, ValidationError
-
-        try:
-            return int(TypeAdapter(ByteSize).validate_python(value))
-        except ValidationError:
-            self.fail(f"{value!r}: must be bytes, such as 24GiB or 500MB", param, ctx)
-
-
 TOKEN_BIAS = TokenBias()
-SIZE = Size()
 
 
 def groups_option(function: Function) -> Function:

@@ -7,13 +7,15 @@ from pathlib import Path
 
 import click
 
-from moiety.cli.options import SIZE
+from moiety.cli.options import ByteCount
 from moiety.cli.run import progress, signals_interrupt
 
 
 @click.command()
 @click.argument("checkpoint", type=click.Path(path_type=str))
-@click.option("--memory", type=SIZE, required=True, help="Bytes that all weights together may take, such as 24GiB.")
+@click.option(
+    "--memory", type=ByteCount(), required=True, help="Bytes that all weights together may take, such as 24GiB."
+)
 @click.option(
     "--out",
     type=click.Path(path_type=Path),

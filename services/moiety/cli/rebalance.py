@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from moiety.cli.options import ByteCount
 from moiety.cli.run import progress, run_async
 
 
@@ -34,7 +35,11 @@ from moiety.cli.run import progress, run_async
     "--hot-sets", type=click.IntRange(0, 256), help="Hot sets that the plan may fill.  [default: as deployed]"
 )
 @click.option(
-    "--hot-memory", default="1GiB", show_default=True, help="Bytes for the experts of one hot set, such as 4GiB."
+    "--hot-memory",
+    type=ByteCount(),
+    default="1GiB",
+    show_default=True,
+    help="Bytes for the experts of one hot set.",
 )
 @click.option(
     "--layers-at-once",
@@ -56,7 +61,7 @@ def rebalance(
     app: str,
     watch_s: float,
     hot_sets: int | None,
-    hot_memory: str,
+    hot_memory: int,
     layers_at_once: int | None,
     dry_run: bool,
     yes: bool,
@@ -72,20 +77,13 @@ def rebalance(
     Example:
       moiety rebalance --dry-run
     """
-    from pydantic import ByteSize, TypeAdapter, ValidationError
-
     from moiety.registry.connect import connect
     from moiety.tools.rebalance import RebalanceRequest, apply_placement, propose_placement
-
-    try:
-        memory = int(TypeAdapter(ByteSize).validate_python(hot_memory))
-    except ValidationError:
-        raise click.BadParameter(f"{hot_memory!r}: must be a size, such as 4GiB", param_hint="--hot-memory") from None
 
     async def work() -> None:
         store = connect(registry, app)
         try:
-            plan = await propose_placement(store, RebalanceRequest(watch_s, hot_sets, memory))
+            plan = await propose_placement(store, RebalanceRequest(watch_s, hot_sets, hot_memory))
             for line in plan.lines():
                 click.echo(line)
             if not plan.changes:

@@ -17,12 +17,13 @@ HOT = "hot-"  # name prefix of the hot sets: each holds what a placement gives i
 ROUTER, GATEWAY = "router", "gateway"  # names of the other deployments
 GATEWAY_CPUS = 0.5
 
+# what `GroupSettings.with_live` may change
 LIVE_SETTINGS = (
     "target_busy",
     "queue_wait_ms",
     "shrink_after_s",
     "shrink_margin",
-)  # what `GroupSettings.with_live` may change
+)
 
 
 class GroupSettings(BaseModel):

@@ -14,9 +14,8 @@ from moiety.compose.environment import PROCESS_ENVIRONMENT
 from moiety.deploy.arguments import LOOPBACK
 from moiety.errors import FailedPrecondition
 
-OBJECT_STORE_BYTES = (
-    80 << 20
-)  # Moiety sends nothing through Ray's object store; about the smallest size that Ray accepts
+# Moiety sends nothing through Ray's object store; about the smallest size that Ray accepts
+OBJECT_STORE_BYTES = 80 << 20
 LOGICAL_CPUS = 64  # replicas on one machine share its cores: Ray must not refuse them for lack of CPUs
 
 LOOPBACK_ONLY = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # "0" binds Ray to loopback, on Linux too, despite the name

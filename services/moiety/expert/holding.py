@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from moiety.core.experts import ExpertSet
 from moiety.errors import NotHeld
 from moiety.wire.frames import ForwardCall
-from moiety_kernels.ops.expert_mlp import ExpertWeights
+from moiety_kernels.weights.expert_weights import ExpertWeights
 
 Weights = Mapping[tuple[int, int], ExpertWeights]  # (layer, expert) -> weights
 

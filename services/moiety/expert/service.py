@@ -152,7 +152,7 @@ class ExpertService:
                 queue_ms=result.queue_ms,
                 compute_ms=result.compute_ms,
             )
-        reply.call_id, reply.attempt, reply.revision = to.call_id, to.attempt, self._revision
+        reply.call_id, reply.attempt = to.call_id, to.attempt
         return reply, None if isinstance(result, BaseException) else result.picked
 
     def _trace(self, waiting: QueuedCall, result: Computed | BaseException) -> None:

@@ -19,9 +19,8 @@ class StepContext:
     call_class: CallClass
     span: Span
     check: Callable[[], None]  # raises if a request of the step must end, or the engine stops
-    report_missing: Callable[
-        [int, list[int]], None
-    ]  # reports (layer, experts): the step waits because no replica holds these experts
+    # reports (layer, experts): the step waits because no replica holds these experts
+    report_missing: Callable[[int, list[int]], None]
     # Under the overflow policy `backup`, called for each layer with bool [T, K]: rows sent to another expert than the gate's.
     report_rerouted: Callable[[np.ndarray], None] = lambda _rerouted: None
 

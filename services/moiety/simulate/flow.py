@@ -163,9 +163,10 @@ def _slowest(step_work: StepWork, busy: Floats, queued_s: Floats) -> tuple[Float
         beyond = ((points - service[:, :, None]) / scale[:, None, None]).astype(np.float32)
         waits = np.maximum(beyond, 1e-12) ** exponent
         survival += 0.5 * np.where(beyond < 0, 1.0, busy[:, None, None].astype(np.float32) * np.exp(-waits))
+    # [L, X]
     done = np.exp(
         np.log1p(-np.minimum(step_work.visits[:, :, None].astype(np.float32) * survival, 1 - 1e-6)).sum(axis=0)
-    )  # [L, X]
+    )
     over = 1 - done
     step = reach[:, None] * grid
     mean = np.trapezoid(over, step, axis=1)

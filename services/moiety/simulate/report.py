@@ -27,7 +27,7 @@ class Report:
 
     cluster: Cluster
     trace: Trace
-    outcomes: tuple[SystemResult, ...]  # elastic, whole engines, EPLB, static, clairvoyant
+    results: tuple[SystemResult, ...]  # elastic, whole engines, EPLB, static, clairvoyant
     saved_vs_static: float  # fraction of device-hours
     of_clairvoyant: float  # fraction of the clairvoyant system's saving that elastic reaches
     skewed_over_uniform: float  # throughput under Zipf 1.0 over that under uniform load, same devices and p99
@@ -66,7 +66,7 @@ class Report:
                         for at, decision in result.decisions
                     ],
                 }
-                for result in self.outcomes
+                for result in self.results
             ],
         }  # fmt: skip
 
@@ -118,7 +118,7 @@ def skewed_over_uniform(cluster: Cluster, p99_ms: float, replicas: int, seed: in
 def lines(report: Report) -> Iterator[str]:
     """Yields the lines of the report: the trace and cluster, a table with one line per system, and what elastic saves."""
     trace, cluster = report.trace, report.cluster
-    static = next(result for result in report.outcomes if result.system.startswith("static"))
+    static = next(result for result in report.results if result.system.startswith("static"))
     yield (
         f"{trace.hours:g} h, {trace.rates.mean():,.0f} tokens/s on average, peak/mean "
         f"{trace.rates.max() / trace.rates.mean():.2f}, Zipf {trace.skew:g}{', drifting' if trace.drift else ''}; "
@@ -137,7 +137,7 @@ def lines(report: Report) -> Iterator[str]:
             f"{result.p99_ms:.1f} ms",
             f"{result.delayed:.2%}",
         )
-        for result in report.outcomes
+        for result in report.results
     ]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
@@ -145,7 +145,7 @@ def lines(report: Report) -> Iterator[str]:
             cell.ljust(width) if not at else cell.rjust(width)
             for at, (cell, width) in enumerate(zip(row, widths, strict=True))
         )
-    ours = report.outcomes[0]
+    ours = report.results[0]
     yield (
         f"elastic saves {report.saved_vs_static:.1%} of static at equal p99, {report.of_clairvoyant:.1%} of what "
         f"clairvoyant saves; {len(ours.decisions)} decisions, {ours.rebalances} rebalances"
@@ -172,7 +172,7 @@ def plot(report: Report, path: Path) -> None:
         "whole engines": ("tab:orange", "-"),
         "static EP": ("0.3", "-"),
     }
-    for result in sorted(report.outcomes, key=lambda one: one.system == "elastic"):
+    for result in sorted(report.results, key=lambda one: one.system == "elastic"):
         colour, dash = styles.get(result.system, ("tab:red", ":"))
         below.plot(
             result.times_s / 3600,
@@ -185,7 +185,7 @@ def plot(report: Report, path: Path) -> None:
     below.set_ylabel("expert replicas")
     below.set_xlabel("hours")
     below.set_ylim(bottom=0)
-    below.set_title(f"Replicas at equal p99 of a decode step ({report.outcomes[0].p99_ms:.0f} ms)")
+    below.set_title(f"Replicas at equal p99 of a decode step ({report.results[0].p99_ms:.0f} ms)")
     below.legend(loc="lower right", frameon=False)
     for axes in (above, below):
         axes.spines[["top", "right"]].set_visible(False)

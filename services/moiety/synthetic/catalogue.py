@@ -33,9 +33,8 @@ class TinyModel:
     architecture: str  # model_type
     settings: Mapping[str, Any] = field(default_factory=dict)  # config values that override sizes.py
     store: Store | None = None  # a tensor by its published name -> the tensors it is stored as, such as codes and scale
-    config_fields: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # added to config.json last, such as quantization_config
+    # added to config.json last, such as quantization_config
+    config_fields: Mapping[str, Any] = field(default_factory=dict)
     tokenizer: Callable[[Path], None] = write_tokenizer
     noise_factors: Mapping[str, float] = field(default_factory=dict)  # part of a tensor's name -> factor on its noise
 

@@ -88,7 +88,9 @@ class LoopbackHop:
     watch: Watch
     registry: MemoryRegistry
     thread: concurrent.futures.Executor
-    waited_for: list[tuple[int, list[int]]] = field(default_factory=list)  # (layer, experts) that had no live replica
+    reported_missing: list[tuple[int, list[int]]] = field(
+        default_factory=list
+    )  # (layer, experts) that had no live replica
 
     async def compute(
         self,
@@ -102,7 +104,9 @@ class LoopbackHop:
         """Computes one layer's hop on the engine's thread; returns [T, K, D]."""
 
         def run() -> torch.Tensor:
-            self.hop.begin_step(StepContext(call_class, NO_SPAN, check, lambda *wake: self.waited_for.append(wake)))
+            self.hop.begin_step(
+                StepContext(call_class, NO_SPAN, check, lambda *missing: self.reported_missing.append(missing))
+            )
             return self.hop.submit(layer, hidden, top_k_index).result()
 
         return await asyncio.get_running_loop().run_in_executor(self.thread, run)

@@ -150,7 +150,7 @@ class FakeExperts:
     def _reply(
         self, header: experts_pb2.ForwardRequest, call: ForwardCall, outcome: experts_pb2.Outcome | None
     ) -> bytes:
-        reply = experts_pb2.ForwardResponse(call_id=header.call_id, attempt=header.attempt, revision=REVISION)
+        reply = experts_pb2.ForwardResponse(call_id=header.call_id, attempt=header.attempt)
         if outcome is None and not set(call.experts.tolist()) <= self.held.layer(call.layer):
             outcome = experts_pb2.OUTCOME_NOT_HELD
         if outcome is not None:

@@ -27,7 +27,8 @@ from moiety.telemetry import configure
 from moiety.telemetry.names import Attribute, SpanName
 from moiety.tools.trace.receiver import TraceReceiver
 from moiety.tools.trace.spans import ReceivedSpan
-from moiety.tools.trace.waterfall import coverage, waterfall
+from moiety.tools.trace.tree import coverage
+from moiety.tools.trace.waterfall import waterfall
 
 Say = Callable[[str], None]
 

@@ -25,11 +25,12 @@ from moiety.model.checkpoint.headers import ITEM_BITS
 from moiety.model.experts.derive import derive_layout
 from moiety.model.experts.layout import ExpertLayout
 
+# config names of the shared experts' count
 SHARED = (
     "n_shared_experts",
     "num_shared_experts",
     "moe_num_shared_experts",
-)  # config names of the shared experts' count
+)
 STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 # Memory of an expert replica: at most PEAK * its weights + FLOOR bytes. A test holds the peak to 1.15 * weights + 200 MB;
 # FLOOR also covers torch itself.

@@ -26,15 +26,7 @@ if _version_not_supported:
 
 
 class GenerationServiceStub:
-    """Generates text. Every method may fail with:
-    INVALID_ARGUMENT     a field is out of bounds; the message names field, value and bound
-    NOT_FOUND            `model` is not served here
-    RESOURCE_EXHAUSTED   a bounded queue is full; the trailer `retry-after-ms` says when to try again
-    DEADLINE_EXCEEDED    the call's own deadline passed
-    UNAVAILABLE          no router is ready, or experts that the request needs had no live replica for too long
-    FAILED_PRECONDITION  the system, as it is set up, cannot do what was asked
-    CANCELLED            the client closed the stream
-    INTERNAL             a fault of the server
+    """Generates text.
     """
 
     def __init__(self, channel):
@@ -56,26 +48,27 @@ class GenerationServiceStub:
 
 
 class GenerationServiceServicer:
-    """Generates text. Every method may fail with:
-    INVALID_ARGUMENT     a field is out of bounds; the message names field, value and bound
-    NOT_FOUND            `model` is not served here
-    RESOURCE_EXHAUSTED   a bounded queue is full; the trailer `retry-after-ms` says when to try again
-    DEADLINE_EXCEEDED    the call's own deadline passed
-    UNAVAILABLE          no router is ready, or experts that the request needs had no live replica for too long
-    FAILED_PRECONDITION  the system, as it is set up, cannot do what was asked
-    CANCELLED            the client closed the stream
-    INTERNAL             a fault of the server
+    """Generates text.
     """
 
     def Generate(self, request, context):
-        """Streams text and token ids as they are sampled. Closing the stream cancels the request.
+        """Streams text and token ids as they are sampled. Closing the stream cancels the request. Fails with:
+        INVALID_ARGUMENT     a field is out of bounds; the message names field, value and bound
+        NOT_FOUND            `model` is not served here
+        RESOURCE_EXHAUSTED   a bounded queue is full; the trailer `retry-after-ms` is the delay before trying again
+        DEADLINE_EXCEEDED    the call's own deadline passed
+        UNAVAILABLE          no router is ready, or experts that the request needs had no live replica for too long
+        FAILED_PRECONDITION  the system, as it is set up, cannot do what was asked
+        CANCELLED            the client closed the stream
+        INTERNAL, UNKNOWN    a fault of the server
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListModels(self, request, context):
-        """Lists the models that this gateway serves.
+        """Lists the models that this gateway serves. Fails with UNAVAILABLE while no router is ready, and with
+        DEADLINE_EXCEEDED, CANCELLED, INTERNAL and UNKNOWN as Generate does.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -103,15 +96,7 @@ def add_GenerationServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class GenerationService:
-    """Generates text. Every method may fail with:
-    INVALID_ARGUMENT     a field is out of bounds; the message names field, value and bound
-    NOT_FOUND            `model` is not served here
-    RESOURCE_EXHAUSTED   a bounded queue is full; the trailer `retry-after-ms` says when to try again
-    DEADLINE_EXCEEDED    the call's own deadline passed
-    UNAVAILABLE          no router is ready, or experts that the request needs had no live replica for too long
-    FAILED_PRECONDITION  the system, as it is set up, cannot do what was asked
-    CANCELLED            the client closed the stream
-    INTERNAL             a fault of the server
+    """Generates text.
     """
 
     @staticmethod

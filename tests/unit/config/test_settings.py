@@ -155,9 +155,8 @@ def test_overflow_is_set_per_group() -> None:
         resolve(RouterSettings, {"model": "m", "deterministic": True, "overflow_groups": {"experts-1": "backup"}})
     assert not resolve(RouterSettings, {"model": "m", "overflow_groups": {"experts-1": "wait"}}).may_overflow
     with pytest.raises(ConfigError, match=r"user_config\.overflow"):
-        GroupSettings().with_live(
-            {"overflow": "backup"}
-        )  # routers get it at start: they refuse models without backup experts
+        # routers get it at start: they refuse models without backup experts
+        GroupSettings().with_live({"overflow": "backup"})
 
 
 def test_live_settings_of_a_group() -> None:

@@ -61,9 +61,8 @@ class NllbReference:
     ) -> torch.Tensor:
         heads = self._config["decoder_attention_heads"]
         source = hidden if memory is None else memory
-        query = (
-            self._linear(f"{name}.q_proj", hidden).unflatten(1, (heads, -1)).transpose(0, 1)
-        )  # [heads, T, D / heads]
+        # [heads, T, D / heads]
+        query = self._linear(f"{name}.q_proj", hidden).unflatten(1, (heads, -1)).transpose(0, 1)
         key, value = (
             self._linear(f"{name}.{kind}", source).unflatten(1, (heads, -1)).transpose(0, 1)
             for kind in ("k_proj", "v_proj")

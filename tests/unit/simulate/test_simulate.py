@@ -134,13 +134,13 @@ def test_the_clairvoyant_system_needs_fewer_gpu_hours_than_the_elastic_one(load:
 def test_the_report_compares_at_equal_p99(tmp_path: Path) -> None:
     """No system has a longer p99 than the elastic one; JSON and table agree; the picture is drawn."""
     report = compare(TINY, day_trace(2e6, hours=1, step_s=20, seed=1))
-    ours = report.outcomes[0]
-    assert [result.system for result in report.outcomes] == [
+    ours = report.results[0]
+    assert [result.system for result in report.results] == [
         "elastic", "whole engines", "EPLB, 1/8 redundant", "static EP", "clairvoyant",
     ]  # fmt: skip
-    assert all(result.p99_ms <= ours.p99_ms for result in report.outcomes)
+    assert all(result.p99_ms <= ours.p99_ms for result in report.results)
     value = json.loads(json.dumps(report.json()))
-    static = report.outcomes[3]
+    static = report.results[3]
     assert value["saved_vs_static"] == pytest.approx(1 - ours.gpu_hours / static.gpu_hours)
     assert value["systems"][0]["decisions"][0]["reason"]
     assert "elastic saves" in "\n".join(lines(report))

@@ -10,7 +10,8 @@ import pytest
 from synthetic_trace import TRACE_ID, Trace, answer
 
 from moiety.telemetry import SpanName
-from moiety.tools.trace.waterfall import coverage, waterfall
+from moiety.tools.trace.tree import coverage
+from moiety.tools.trace.waterfall import waterfall
 
 
 def test_one_layer_reads_at_a_glance():

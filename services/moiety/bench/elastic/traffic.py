@@ -90,9 +90,8 @@ async def skewed_prompts(
         shares.append([count / sum(rows) for count in rows])
         before = after
     table = np.array(shares)  # [candidates, groups]
-    hot = int(
-        np.argmax(np.sort(table, axis=0)[-3:].mean(axis=0))
-    )  # the group with the largest mean of its top 3 shares
+    # the group with the largest mean of its top 3 shares
+    hot = int(np.argmax(np.sort(table, axis=0)[-3:].mean(axis=0)))
     order = np.argsort(-table[:, hot], kind="stable")
     chances = 1.0 / np.arange(1, len(order) + 1) ** exponent
     chances /= chances.sum()

@@ -112,11 +112,10 @@ class ForwardRequest(_message.Message):
     def __init__(self, payload_bytes: _Optional[int] = ..., call_id: _Optional[int] = ..., attempt: _Optional[int] = ..., revision: _Optional[str] = ..., layer: _Optional[int] = ..., rows: _Optional[int] = ..., k_offsets: _Optional[bytes] = ..., experts: _Optional[bytes] = ..., dtype: _Optional[str] = ..., call_class: _Optional[_Union[CallClass, str]] = ..., deadline_ms: _Optional[int] = ..., traceparent: _Optional[str] = ..., payload: _Optional[bytes] = ..., sent_ns: _Optional[int] = ...) -> None: ...
 
 class ForwardResponse(_message.Message):
-    __slots__ = ("payload_bytes", "call_id", "attempt", "revision", "outcome", "detail", "rows", "activated_experts", "batch_rows", "queue_ms", "compute_ms", "payload")
+    __slots__ = ("payload_bytes", "call_id", "attempt", "outcome", "detail", "rows", "activated_experts", "batch_rows", "queue_ms", "compute_ms", "payload")
     PAYLOAD_BYTES_FIELD_NUMBER: _ClassVar[int]
     CALL_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
-    REVISION_FIELD_NUMBER: _ClassVar[int]
     OUTCOME_FIELD_NUMBER: _ClassVar[int]
     DETAIL_FIELD_NUMBER: _ClassVar[int]
     ROWS_FIELD_NUMBER: _ClassVar[int]
@@ -128,7 +127,6 @@ class ForwardResponse(_message.Message):
     payload_bytes: int
     call_id: int
     attempt: int
-    revision: str
     outcome: Outcome
     detail: str
     rows: int
@@ -137,4 +135,4 @@ class ForwardResponse(_message.Message):
     queue_ms: float
     compute_ms: float
     payload: bytes
-    def __init__(self, payload_bytes: _Optional[int] = ..., call_id: _Optional[int] = ..., attempt: _Optional[int] = ..., revision: _Optional[str] = ..., outcome: _Optional[_Union[Outcome, str]] = ..., detail: _Optional[str] = ..., rows: _Optional[int] = ..., activated_experts: _Optional[int] = ..., batch_rows: _Optional[int] = ..., queue_ms: _Optional[float] = ..., compute_ms: _Optional[float] = ..., payload: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, payload_bytes: _Optional[int] = ..., call_id: _Optional[int] = ..., attempt: _Optional[int] = ..., outcome: _Optional[_Union[Outcome, str]] = ..., detail: _Optional[str] = ..., rows: _Optional[int] = ..., activated_experts: _Optional[int] = ..., batch_rows: _Optional[int] = ..., queue_ms: _Optional[float] = ..., compute_ms: _Optional[float] = ..., payload: _Optional[bytes] = ...) -> None: ...

@@ -43,9 +43,8 @@ TOP_K_NAMES = (
 CONTEXT_NAMES = ("max_position_embeddings", "model_max_length", "max_seq_len", "n_positions")
 
 _EXPERT_NUMBER = re.compile(r"\.experts\.\d+\.")
-_Sources = dict[
-    str, dict[str | None, list[str]]
-]  # model parameter -> conversion pattern (None: unconverted) -> tensors
+# model parameter -> conversion pattern (None: unconverted) -> tensors
+_Sources = dict[str, dict[str | None, list[str]]]
 
 
 def derive_layout(checkpoint: Checkpoint) -> ExpertLayout:

@@ -169,7 +169,7 @@ class Fleet:
         try:
             link = await ExpertLink.open(replica.address, HANDSHAKE_S, self.mailbox, self._transport)
         except InvalidRequest as error:
-            self._refuse(replica, f"its Describe response is invalid: {error}")
+            self._refuse(replica, f"its description is invalid: {error}")
             await asyncio.sleep(REDIAL_S)
             return
         except FailedPrecondition as error:
@@ -207,6 +207,8 @@ class Fleet:
             await link.close()
 
     def _mismatch(self, description: DescribeReplicaResponse) -> str:
+        if description.wire_version != WIRE_VERSION:
+            return f"its wire version is {description.wire_version}, ours {WIRE_VERSION}"
         if description.revision != self._revision:
             return f"it serves revision {description.revision}"
         if description.dtype != self._dtype or description.hidden != self._shape.mlp.hidden:
@@ -227,7 +229,7 @@ class Fleet:
             self._publish()
 
     def _newer(self, listed: Replica) -> bool:
-        """Whether a replica's entry in the registry is newer than what the fleet knows; a Describe response may be newer still.
+        """Whether a replica's entry in the registry is newer than what the fleet knows; DescribeReplica may be newer still.
 
         Within one epoch, the replica only drops experts, so the entry with fewer leaving experts is newer.
         """

@@ -170,9 +170,8 @@ def _first_above(running: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
     It is never an index whose own share is zero.
     """
-    target = torch.minimum(
-        target, running[:, -1] * (1 - 2**-50)
-    )  # rounding must not lead beyond the last nonzero share
+    # rounding must not lead beyond the last nonzero share
+    target = torch.minimum(target, running[:, -1] * (1 - 2**-50))
     return torch.searchsorted(running, target[:, None], right=True)[:, 0].clamp_(max=running.shape[1] - 1)
 
 

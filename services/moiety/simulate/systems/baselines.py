@@ -39,7 +39,7 @@ def fixed(load: TraceLoad, per_group: float, redundancy: float = 0.0, name: str 
         step_work = work_per_step(cluster, included, held, replicas)
         seen = time_step(cluster, step_work, replicas, float(rates.mean()) + recorder.backlog / trace.step_s / stride)
         recorder.add(seen, float(replicas.sum()), float(rates.mean()), stride)
-    return recorder.outcome(name)
+    return recorder.result(name)
 
 
 def whole_engine(load: TraceLoad, target_busy: float) -> SystemResult:
@@ -68,7 +68,7 @@ def whole_engine(load: TraceLoad, target_busy: float) -> SystemResult:
         offered = rate + recorder.backlog / trace.step_s
         seen = time_step(cluster, step_work, one * live, offered, steps_too=index % stride == 0)
         recorder.add(seen, pool.target * cluster.groups, rate)
-    return recorder.outcome("whole engines")
+    return recorder.result("whole engines")
 
 
 def clairvoyant(load: TraceLoad, busy: float) -> SystemResult:
@@ -82,4 +82,4 @@ def clairvoyant(load: TraceLoad, busy: float) -> SystemResult:
         step_work = work_per_step(cluster, load.included(index * trace.step_s), held, np.ones(cluster.groups))
         replicas = step_work.device_s * rate / cluster.batch / busy
         recorder.add(time_step(cluster, step_work, replicas, rate), float(replicas.sum()), rate, stride)
-    return recorder.outcome("clairvoyant")
+    return recorder.result("clairvoyant")

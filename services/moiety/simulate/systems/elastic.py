@@ -83,7 +83,7 @@ def elastic(load: TraceLoad, settings: GroupSettings = SETTINGS, hot_sets: int |
                 most = max(map(len, planned.loads.values()), default=0) * cluster.expert_bytes
                 coming, ready_at = planned.placement, now + most / cluster.read_bytes_per_s
                 rebalances, moved = rebalances + 1, moved + planned.moved_bytes
-    return recorder.outcome("elastic", decisions, rebalances, moved)
+    return recorder.result("elastic", decisions, rebalances, moved)
 
 
 def _spare(settings: GroupSettings) -> GroupSettings:

@@ -50,7 +50,7 @@ class Recorder:
         self.backlog = left if left > 1e-6 * offered else 0.0
         self._rows += [(replicas, seen.step_s, seen.step_sd_s, served / steps)] * steps
 
-    def outcome(
+    def result(
         self, system: str, decisions: Sequence[tuple[float, Decision]] = (), rebalances: int = 0, moved: float = 0.0
     ) -> SystemResult:
         """Returns the result of the run. Tokens of time steps that left a backlog count as infinitely slow."""

@@ -95,7 +95,7 @@ def test_no_holder_fails_exactly_the_tokens_concerned():
         assert (failed.value.cause.layer, failed.value.cause.experts) == (1, [3])
         assert failed.value.cause.waited_s >= 0.2
         assert "expert(s) [3] of MoE layer 1" in str(failed.value)
-        assert (1, [3]) in lane.waited_for
+        assert (1, [3]) in lane.reported_missing
         survivors = ROUTING[:1]
         assert torch.equal(await lane.compute(1, HIDDEN[:1], survivors), fake_layer(1, HIDDEN[:1], survivors))
 
@@ -108,7 +108,7 @@ def test_a_layer_parks_until_a_replica_registers():
 
     async def scenario(lane: LoopbackHop) -> None:
         parked = asyncio.create_task(lane.compute(0, HIDDEN, ROUTING))
-        await eventually(lambda: (0, [3]) in lane.waited_for)
+        await eventually(lambda: (0, [3]) in lane.reported_missing)
         await late.start(lane.registry)
         try:
             assert torch.equal(await parked, EXPECTED)
@@ -129,7 +129,7 @@ def test_cancellation_ends_the_wait_of_a_parked_layer():
 
     async def scenario(lane: LoopbackHop) -> None:
         parked = asyncio.create_task(lane.compute(0, HIDDEN, ROUTING, check=check))
-        await eventually(lambda: bool(lane.waited_for))
+        await eventually(lambda: bool(lane.reported_missing))
         cancelled.set()
         with pytest.raises(Cancelled):
             await asyncio.wait_for(parked, 2)
@@ -164,7 +164,9 @@ def test_an_overloaded_replica_is_called_again():
     run(scenario, busy)
 
 
-@pytest.mark.parametrize("outcome", [experts_pb2.OUTCOME_FAILED, experts_pb2.OUTCOME_INVALID, 99])
+@pytest.mark.parametrize(
+    "outcome", [experts_pb2.OUTCOME_FAILED, experts_pb2.OUTCOME_INVALID, experts_pb2.OUTCOME_UNSPECIFIED, 99]
+)
 def test_an_error_that_waiting_cannot_cure_fails_at_once(outcome: experts_pb2.Outcome):
     """When every holder fails, the tokens fail with the replica's error, without waiting for expert_wait_s."""
 
@@ -185,7 +187,7 @@ def test_a_failure_is_forgotten_once_another_holder_succeeds():
 
     async def scenario(lane: LoopbackHop) -> None:
         parked = asyncio.create_task(lane.compute(0, HIDDEN, ROUTING))
-        await eventually(lambda: bool(lane.waited_for))
+        await eventually(lambda: bool(lane.reported_missing))
         await late.start(lane.registry)
         try:
             assert torch.equal(await parked, EXPECTED)

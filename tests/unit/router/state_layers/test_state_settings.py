@@ -16,9 +16,8 @@ from moiety.model.checkpoint.checkpoint import Checkpoint
 from moiety.model.experts.cached import expert_layout
 from moiety.router.cache.kv_cache import KVCache
 
-PER_SLOT = (
-    2 * 3 * (128 * 4 + 128 * 8) * 4
-)  # bytes of tiny Jamba's three Mamba layers: convolution and recurrence, twice
+# bytes of tiny Jamba's three Mamba layers: convolution and recurrence, twice
+PER_SLOT = 2 * 3 * (128 * 4 + 128 * 8) * 4
 PER_TOKEN = 2 * 2 * 16 * 4  # bytes of its one attention layer
 
 

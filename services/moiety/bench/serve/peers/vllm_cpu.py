@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 Arrivals = tuple[float, list[list[float]]]
-GIB = 1 << 30
 
 
 def load(
