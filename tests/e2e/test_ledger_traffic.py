@@ -35,7 +35,7 @@ def transactions(port: int, seconds: float) -> list[list[str]]:
 
 
 def test_a_process_sends_its_load_in_one_pipeline_a_second(served: Served) -> None:
-    """A router sends its occupancy and its counters together; a gateway and an expert replica send their occupancy."""
+    """A router sends its load and its counters together; a gateway and an expert replica send their load."""
     publications: Counter[str] = Counter()
     for commands in transactions(served.redis.port, WATCHED_S):
         text = " ".join(commands)

@@ -19,7 +19,7 @@ OURS = "moiety"
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class TableRow:
     """One implementation's time for one model and number of tokens: a row of the benchmark's table.
 
     `operation`: `block` is a whole MoE block after gating, `experts` only the experts' MLPs over sorted rows.
@@ -70,7 +70,7 @@ def work_of(model: Model, tokens: int, dtype: torch.dtype, experts: ExpertOperan
 
 def measure(
     model: Model, tokens: Sequence[int], clock: Clock, ceilings: Ceilings, dtype: torch.dtype, peers: Peers
-) -> Iterator[Row]:
+) -> Iterator[TableRow]:
     """Yields one model's rows of the table.
 
     With plain weights: this package's kernels and every peer. With the model's quantised weights: only this package's.
@@ -106,7 +106,7 @@ def _timed(
     clock: Clock,
     ceilings: Ceilings,
     weights: str = "",
-) -> Iterator[Row]:
+) -> Iterator[TableRow]:
     """Times each of `functions` and yields its row of the table; errors are relative to the first, this package's kernels."""
     rows = len(work.rows)
     activated = int((work.offsets.diff() > 0).sum())
@@ -118,7 +118,7 @@ def _timed(
         expected = out if expected is None else expected
         error = ((out - expected).abs().max() / expected.abs().max()).item()
         seconds, graph = clock.seconds(function)
-        yield Row(
+        yield TableRow(
             model.name,
             work.x.shape[0],
             operation,
@@ -134,7 +134,7 @@ def _timed(
         )
 
 
-def summary(rows: Sequence[Row]) -> Iterator[str]:
+def summary(rows: Sequence[TableRow]) -> Iterator[str]:
     """Yields a line per peer: how many times as fast this package is, as the geometric mean and at its worst shape."""
     ours = {(r.model, r.tokens, r.operation, r.weights): r for r in rows if r.implementation == OURS}
     for name in dict.fromkeys(r.implementation for r in rows if r.implementation != OURS):

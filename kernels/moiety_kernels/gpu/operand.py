@@ -132,7 +132,7 @@ def _operand(matrix: Matrix, bias: torch.Tensor | None, offsets: torch.Tensor, a
 def operands_of(counts: Sequence[int], weights: Sequence[ExpertWeights]) -> tuple[torch.Tensor, Operand, Operand]:
     """Makes the operands of a batch from separately stored experts: returns row offsets int64 [E + 1], gate_up and down.
 
-    Expert e has `counts[e]` rows and `weights[e]`; all must have one weight format (equal `held`). All offsets are sent to
+    Expert e has `counts[e]` rows and `weights[e]`; all must have one `weight_format`. All offsets are sent to
     the device in one small copy, for which the host does not wait. The weights stay in place, so changing the placement
     between two batches costs nothing. The caller must keep the weights alive.
     """

@@ -20,14 +20,14 @@ def for_each_format(
 ) -> torch.Tensor:
     """Calls `compute` once per weight format and returns all results [R, D] in the order of `rows` [R, D].
 
-    Experts have the same format if their `held` is equal.
+    Experts have the same format if their `weight_format` is equal.
     """
-    if len({expert.held for expert in weights}) == 1:
+    if len({expert.weight_format for expert in weights}) == 1:
         return compute(rows, counts, weights)
     kinds: dict[Any, list[int]] = {}
     for place, (count, expert) in enumerate(zip(counts, weights, strict=True)):
         if count:
-            kinds.setdefault(expert.held, []).append(place)
+            kinds.setdefault(expert.weight_format, []).append(place)
     starts = [0, *accumulate(counts)]
     out = torch.empty(rows.shape, dtype=dtype, device=rows.device)
     for places in kinds.values():

@@ -97,7 +97,7 @@ def _in_torch(
     if kernel is not None and rows.stride(1) == 1:
         out = rows.new_empty(rows.shape)
         pointers = [pointer for expert in weights for pointer in expert.pointers]
-        *_, group_of_gate_up, _, group_of_down = weights[0].held
+        *_, group_of_gate_up, _, group_of_down = weights[0].weight_format
         kernel(
             rows.data_ptr(),
             rows.stride(0),
@@ -158,7 +158,7 @@ def experts_kernel(dtype: torch.dtype, expert: ExpertWeights) -> Callable[..., N
     name, kind = f"moiety_experts_{_ROWS[dtype]}", expert.kind
     if kind == str(dtype).removeprefix("torch."):
         return library.function(f"{name}_pairs" if multiplies_in_pairs(dtype) else name, *_SIGNATURE)
-    _, scales, gate_up_group, _, down_group = expert.held
+    _, scales, gate_up_group, _, down_group = expert.weight_format
     groups = (gate_up_group, down_group)
     if kind == "int4" and all(map(_ends_between_lanes, groups, expert.form[:2])):
         kind = f"int4_{_SCALES[scales]}"

@@ -30,7 +30,7 @@ class ExpertWeights:
     gate_up_bias: torch.Tensor | None = None  # [O]
     down_bias: torch.Tensor | None = None  # [D]
     form: tuple[int, int, int] = field(init=False)  # D, I, O
-    held: tuple[Any, ...] = field(init=False)  # weight format: experts with equal `held` can share a kernel call
+    weight_format: tuple[Any, ...] = field(init=False)  # experts with equal formats can share a kernel call
     pointers: tuple[int | None, ...] = field(init=False, repr=False)  # codes, scale, zero of each matrix; biases
 
     def __post_init__(self) -> None:
@@ -48,7 +48,7 @@ class ExpertWeights:
             formats = f"gate_up is {type(self.gate_up).__name__}, down is {type(self.down).__name__}"
             raise ValueError(f"expert weights: {formats}: must be of one format")
         object.__setattr__(self, "form", (hidden, inner, width))
-        object.__setattr__(self, "held", (self.kind, *layout_of(self.gate_up), *layout_of(self.down)))
+        object.__setattr__(self, "weight_format", (self.kind, *layout_of(self.gate_up), *layout_of(self.down)))
         biases = (None if bias is None else bias.data_ptr() for bias in (self.gate_up_bias, self.down_bias))
         object.__setattr__(self, "pointers", (*_pointers(self.gate_up), *_pointers(self.down), *biases))
 

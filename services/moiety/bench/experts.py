@@ -48,7 +48,7 @@ class ExpertsRow:
 
 
 @dataclass(frozen=True, slots=True)
-class CostModel:
+class KernelCost:
     """Cost of a call: seconds = a_s + b_s_per_byte * activated weight bytes + c_s_per_row * rows.
 
     Fitted by relative least squares to the measured calls of one dtype.
@@ -73,7 +73,7 @@ class ExpertsReport:
     intermediate: int
     threads: int
     rows: tuple[ExpertsRow, ...]
-    costs: tuple[CostModel, ...]
+    costs: tuple[KernelCost, ...]
     speed: MachineSpeed
 
     def flops(self, row: ExpertsRow) -> float:
@@ -198,7 +198,7 @@ def _grouped(rows: torch.Tensor, offsets: torch.Tensor, gate_up: torch.Tensor, d
     return torch._grouped_mm(inner, down, offs=offsets)
 
 
-def _fit(dtype: str, rows: Sequence[ExpertsRow]) -> CostModel:
+def _fit(dtype: str, rows: Sequence[ExpertsRow]) -> KernelCost:
     """Fits the cost model by relative least squares: of all subsets of its terms, the best fit without a negative cost."""
     seconds = torch.tensor([row.seconds for row in rows], dtype=torch.float64)
     columns = torch.tensor([[1.0, row.nbytes, row.rows * row.experts] for row in rows], dtype=torch.float64)
@@ -215,7 +215,7 @@ def _fit(dtype: str, rows: Sequence[ExpertsRow]) -> CostModel:
                 best, least = costs, error
     worst = float((scaled @ best - 1).abs().max())
     a_s, b_s_per_byte, c_s_per_row = best.tolist()
-    return CostModel(dtype, a_s, b_s_per_byte, c_s_per_row, worst)
+    return KernelCost(dtype, a_s, b_s_per_byte, c_s_per_row, worst)
 
 
 def experts_lines(report: ExpertsReport) -> Iterator[str]:

@@ -28,10 +28,10 @@ def doctor(context: click.Context, measure: bool, json_file: Path | None) -> Non
     Example:
       moiety doctor --measure
     """
-    from moiety.tools.doctor import Verdict, doctor_lines, examine
+    from moiety.tools.doctor import Finding, doctor_lines, examine
 
     checks = list(examine(measure=measure))
     for line in doctor_lines(checks):
         click.echo(line)
     write_json(json_file, [asdict(check) for check in checks])
-    context.exit(1 if any(check.verdict is Verdict.FAIL for check in checks) else 0)
+    context.exit(1 if any(check.verdict is Finding.FAIL for check in checks) else 0)

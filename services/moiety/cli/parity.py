@@ -106,14 +106,14 @@ def _all_tiny(
     Prints each architecture's row as it is ready. `write` and `json_file` get the results, if given.
     """
     from moiety.synthetic import tiny_model, tiny_names
-    from moiety.tools.parity.all_tiny import HEAD, Verdict, run_all, summary, write_table
+    from moiety.tools.parity.all_tiny import HEAD, ParityVerdict, run_all, summary, write_table
 
     try:
         for name in names:
             tiny_model(name)
     except ValueError as error:
         raise click.BadParameter(str(error), param_hint="--only") from error
-    verdicts: list[Verdict] = []
+    verdicts: list[ParityVerdict] = []
 
     async def show() -> None:
         architectures = names or tiny_names()

@@ -39,7 +39,7 @@ def serve(model: Path, ray_address: str | None, dashboard: bool, config: str | N
     """Serve a checkpoint on Ray: gateway, router and elastic expert groups.
 
     MODEL is a checkpoint folder. Starts Ray and Redis unless you name existing ones, prints the gateway's address, and
-    runs until Ctrl-C. Then it drains, and stops only what it started.
+    runs until Ctrl-C. Then it stops what it started, and nothing else; requests that are still running may be cut off.
 
     \b
     Example:
@@ -67,5 +67,5 @@ def serve(model: Path, ray_address: str | None, dashboard: bool, config: str | N
         for gateway in deployed.gateways:
             click.echo(f"ready: gRPC moiety.v1.GenerationService at {gateway}")
         click.echo(f'try:   moiety generate "Hello" --address {deployed.gateways[0]}')
-        click.echo("Ctrl-C drains and stops.")
+        click.echo("Ctrl-C stops it.")
         threading.Event().wait()

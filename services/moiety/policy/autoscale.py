@@ -36,7 +36,7 @@ class Snapshot:
     rows_per_s: float  # rows that routers send to the experts it holds; for a router or gateway, its requests
     missing_experts: bool = False  # requests or a starting router wait for an expert that it holds
     stale: bool = False  # the registry does not answer: only `target` can be trusted
-    fixed: float = 0.0  # part of busy that stays when more replicas share the work, 0 to 1: CostModel.fixed_share
+    fixed: float = 0.0  # part of busy that stays when more replicas share the work, 0 to 1: KernelCost.fixed_share
     spare: bool = False  # a hot set: other deployments hold all its experts too
     busy_if_added: float = 0.0  # for a hot set: the busy fraction that one more holder of its experts would have
 

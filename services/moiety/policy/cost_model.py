@@ -39,8 +39,8 @@ class Sample:
 
 
 @dataclass(frozen=True, slots=True)
-class CostModel:
-    """A fit with its certainty and error. `CostModel()` has no samples and predicts 0."""
+class KernelCost:
+    """A fit with its certainty and error. `KernelCost()` has no samples and predicts 0."""
 
     fixed_s: float = 0.0  # a: seconds per batch
     s_per_byte: float = 0.0  # b: seconds per byte of activated weights
@@ -50,7 +50,7 @@ class CostModel:
     errors: tuple[float, ...] = field(default=(), repr=False)  # |t - predicted| / t of the last ERRORS_KEPT samples
 
     @classmethod
-    def seeded(cls, fixed_s: float, s_per_byte: float, s_per_row: float) -> CostModel:
+    def seeded(cls, fixed_s: float, s_per_byte: float, s_per_row: float) -> KernelCost:
         """Returns a model that starts from costs measured elsewhere and moves away only as samples contradict them."""
         costs = np.array([fixed_s, s_per_byte, s_per_row])
         least = 1e-3 * np.array([1e-6, 1e-15, 1e-9])  # so that a cost seeded as 0 can still be learned
@@ -87,7 +87,7 @@ class CostModel:
         return busy * rows / seconds if seconds > 0 else float("inf")
 
 
-def update(model: CostModel, sample: Sample) -> CostModel:
+def update(model: KernelCost, sample: Sample) -> KernelCost:
     """Returns `model` after one more sample, unchanged by an impossible one (no time, negative counts). About 25 µs.
 
     Recursive least squares of the *relative* error: a decode batch of 0.1 ms and a prefill chunk of 100 ms count alike.
@@ -118,16 +118,16 @@ def update(model: CostModel, sample: Sample) -> CostModel:
     return _model(costs, information, model.seen + 1, errors)
 
 
-def fit(samples: Iterable[Sample], model: CostModel | None = None) -> CostModel:
+def fit(samples: Iterable[Sample], model: KernelCost | None = None) -> KernelCost:
     """Returns `model` (default: an empty one) after learning all `samples`, for example those of `moiety bench experts`."""
-    model = CostModel() if model is None else model
+    model = KernelCost() if model is None else model
     for sample in samples:
         model = update(model, sample)
     return model
 
 
 def expert_load(
-    model: CostModel, rows_per_s: npt.ArrayLike, activations_per_s: npt.ArrayLike, expert_bytes: float
+    model: KernelCost, rows_per_s: npt.ArrayLike, activations_per_s: npt.ArrayLike, expert_bytes: float
 ) -> npt.NDArray[np.float64]:
     """Returns the device seconds per second that each expert needs, [layers, experts]: the load that placement balances.
 
@@ -137,11 +137,11 @@ def expert_load(
     return reading + model.s_per_row * np.asarray(rows_per_s, dtype=np.float64)
 
 
-def _costs(model: CostModel) -> Vector:
+def _costs(model: KernelCost) -> Vector:
     return np.array([model.fixed_s, model.s_per_byte, model.s_per_row])
 
 
-def _information(model: CostModel, x: Vector, seconds: float) -> Matrix:
+def _information(model: KernelCost, x: Vector, seconds: float) -> Matrix:
     if model.information:
         return np.array(model.information).reshape(3, 3)
     # A regressor of 0 tells nothing about its cost: the floor keeps the matrix regular.
@@ -149,9 +149,9 @@ def _information(model: CostModel, x: Vector, seconds: float) -> Matrix:
     return np.diag(DOUBT * (np.maximum(x, least) / seconds) ** 2)
 
 
-def _model(costs: Vector, information: Matrix, seen: int, errors: tuple[float, ...]) -> CostModel:
+def _model(costs: Vector, information: Matrix, seen: int, errors: tuple[float, ...]) -> KernelCost:
     fixed_s, s_per_byte, s_per_row = costs.tolist()
-    return CostModel(fixed_s, s_per_byte, s_per_row, seen, tuple(information.ravel().tolist()), errors)
+    return KernelCost(fixed_s, s_per_byte, s_per_row, seen, tuple(information.ravel().tolist()), errors)
 
 
 def _solve(information: Matrix, right: Vector) -> Vector:

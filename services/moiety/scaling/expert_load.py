@@ -8,14 +8,14 @@ import numpy as np
 import numpy.typing as npt
 
 from moiety.core.load import BatchCost
-from moiety.policy.cost_model import CostModel, expert_load
+from moiety.policy.cost_model import KernelCost, expert_load
 
 SMOOTHING_S = 10.0  # time constant: a burst of one second moves no weights, ten seconds of load do
 
 
-def cost_model_of(costs: BatchCost) -> CostModel:
-    """Converts the batch costs that a router has reported to the policy's CostModel."""
-    return CostModel(costs.fixed_s, costs.s_per_byte, costs.s_per_row, costs.samples)
+def cost_model_of(costs: BatchCost) -> KernelCost:
+    """Converts the batch costs that a router has reported to the policy's KernelCost."""
+    return KernelCost(costs.fixed_s, costs.s_per_byte, costs.s_per_row, costs.samples)
 
 
 class ExpertLoad:

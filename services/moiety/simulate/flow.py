@@ -25,7 +25,7 @@ Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
-class Holding:
+class HeldExperts:
     """Which deployment holds which experts, as one entry per (deployment, layer, expert)."""
 
     deployments: int
@@ -36,7 +36,7 @@ class Holding:
     expert: Ints  # [N]
 
     @classmethod
-    def of(cls, held: Bools) -> Holding:
+    def of(cls, held: Bools) -> HeldExperts:
         """Builds the entries from the table `held` [D, L, E]: whether a deployment holds an expert."""
         return cls(*held.shape, *np.nonzero(held))
 
@@ -69,7 +69,7 @@ class TimeStep:
     step_sd_s: float  # its standard deviation
 
 
-def work_per_step(cluster: Cluster, included: Floats, holding: Holding, replicas: Floats) -> StepWork:
+def work_per_step(cluster: Cluster, included: Floats, holding: HeldExperts, replicas: Floats) -> StepWork:
     """Computes the work of one step for `included` [L, E] (see `scenario.inclusion`) and live `replicas` [D].
 
     All rows of an expert go to one deployment, with a probability equal to its share of the replicas that hold the expert.

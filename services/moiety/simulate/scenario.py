@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from moiety.policy.cost_model import CostModel
+from moiety.policy.cost_model import KernelCost
 
 Floats = npt.NDArray[np.float64]
 
@@ -34,7 +34,7 @@ class Cluster:
     groups: int = 32
     hot_sets: int = 4
     batch: int = 512  # tokens of one router's decode step
-    cost: CostModel = field(default_factory=lambda: CostModel.seeded(30e-6, 1 / 2.4e12, 0.22e-6))
+    cost: KernelCost = field(default_factory=lambda: KernelCost.seeded(30e-6, 1 / 2.4e12, 0.22e-6))
     attention_s: float = 200e-6  # per layer
     hop_s: float = 50e-6  # per layer, round trip
     jitter: float = 0.1  # standard deviation of attention and hop, relative

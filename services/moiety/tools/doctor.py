@@ -36,7 +36,7 @@ INTERESTING = (
 )
 
 
-class Verdict(StrEnum):
+class Finding(StrEnum):
     """Result of a check. OK: as it should be. WARN: slower or less capable than it could be. FAIL: serving cannot work."""
 
     OK = "ok"
@@ -50,7 +50,7 @@ class Check:
 
     check: str
     value: str
-    verdict: Verdict = Verdict.OK
+    verdict: Finding = Finding.OK
     advice: str = ""
 
 
@@ -78,25 +78,25 @@ def doctor_lines(checks: Sequence[Check]) -> Iterator[str]:
         yield f"{check.verdict:4}  {check.check:{width}}  {check.value}"
         if check.advice:
             yield f"{'':4}  {'':{width}}  → {check.advice}"
-    counts = {verdict: sum(check.verdict is verdict for check in checks) for verdict in Verdict}
+    counts = {verdict: sum(check.verdict is verdict for check in checks) for verdict in Finding}
     yield ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
 
 
 def _python() -> Check:
     running = platform.python_version()
     if tuple(map(int, platform.python_version_tuple()[:2])) < PYTHON:
-        return Check("python", running, Verdict.FAIL, f"Moiety needs Python {'.'.join(map(str, PYTHON))} or newer")
+        return Check("python", running, Finding.FAIL, f"Moiety needs Python {'.'.join(map(str, PYTHON))} or newer")
     return Check("python", running)
 
 
 def _packages() -> Iterator[Check]:
     for name in REQUIRED:
-        yield _package(name, Verdict.FAIL, f"pip install {name}")
+        yield _package(name, Finding.FAIL, f"pip install {name}")
     for name in SERVING:
-        yield _package(name, Verdict.WARN, "`moiety serve` and `moiety demo` need it: pip install 'moiety[serve]'")
+        yield _package(name, Finding.WARN, "`moiety serve` and `moiety demo` need it: pip install 'moiety[serve]'")
 
 
-def _package(name: str, missing: Verdict, advice: str) -> Check:
+def _package(name: str, missing: Finding, advice: str) -> Check:
     try:
         return Check(name, version(name))
     except PackageNotFoundError:
@@ -113,7 +113,7 @@ def _cores() -> Iterator[Check]:
         yield Check("cores", f"{value}, {quota:g} by quota")
     else:
         advice = f"the kernel pauses services with more than {quota:g} threads in all for part of every period: raise the quota"
-        yield Check("cores", f"{value}, {quota:g} by quota", Verdict.WARN, advice)
+        yield Check("cores", f"{value}, {quota:g} by quota", Finding.WARN, advice)
 
 
 def _threads() -> Check:
@@ -123,7 +123,7 @@ def _threads() -> Check:
     value = f"{threads} unless a setting says otherwise"
     if threads < usable and "OMP_NUM_THREADS" in os.environ:
         advice = f"OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']} in the environment: unset it, and use the `threads` settings"
-        return Check("torch threads", value, Verdict.WARN, advice)
+        return Check("torch threads", value, Finding.WARN, advice)
     return Check("torch threads", value)
 
 
@@ -135,7 +135,7 @@ def _environment() -> Iterator[Check]:
         if value.lower() == recommended.lower():
             yield Check(name, value if name in os.environ else f"{value} (set for every service)")
         else:
-            yield Check(name, value, Verdict.WARN, f"unset it, or set it to {recommended}")
+            yield Check(name, value, Finding.WARN, f"unset it, or set it to {recommended}")
 
 
 def _huge_pages() -> Check:
@@ -144,7 +144,7 @@ def _huge_pages() -> Check:
         return Check("huge pages", "unknown: this system does not report them")
     if setting == "never":
         advice = "weights stream up to twice as fast after: echo madvise > /sys/kernel/mm/transparent_hugepage/enabled"
-        return Check("huge pages", setting, Verdict.WARN, advice)
+        return Check("huge pages", setting, Finding.WARN, advice)
     return Check("huge pages", setting)
 
 
@@ -158,9 +158,9 @@ def _kernels() -> Check:
 
     path, problem = find()
     if os.environ.get(SWITCH) == "off":
-        return Check("C++ kernels", "off", Verdict.WARN, f"unset {SWITCH} unless this is intended")
+        return Check("C++ kernels", "off", Finding.WARN, f"unset {SWITCH} unless this is intended")
     if path is None:
-        return Check("C++ kernels", "not used: torch computes instead", Verdict.WARN, problem)
+        return Check("C++ kernels", "not used: torch computes instead", Finding.WARN, problem)
     return Check("C++ kernels", str(path))
 
 
@@ -170,18 +170,18 @@ def _memory() -> Iterator[Check]:
         value = f"{_gib(available)} of {_gib(total)} available"
         if available < LEAST_MEMORY:
             yield Check(
-                "memory", value, Verdict.FAIL, f"free at least {_gib(LEAST_MEMORY)}, in addition to the weights"
+                "memory", value, Finding.FAIL, f"free at least {_gib(LEAST_MEMORY)}, in addition to the weights"
             )
         elif available < LITTLE_MEMORY:
-            yield Check("memory", value, Verdict.WARN, "enough for small models only")
+            yield Check("memory", value, Finding.WARN, "enough for small models only")
         else:
             yield Check("memory", value)
     free = machine.free_bytes("/dev/shm")
     if free is None:
-        yield Check("shared memory", "no /dev/shm", Verdict.WARN, "calls to experts on this node go through sockets")
+        yield Check("shared memory", "no /dev/shm", Finding.WARN, "calls to experts on this node go through sockets")
     elif free < LITTLE_SHARED_MEMORY:
         advice = "make /dev/shm larger (docker: --shm-size=1g; Kubernetes: an emptyDir with medium Memory)"
-        yield Check("shared memory", f"{free >> 20} MiB free", Verdict.WARN, advice)
+        yield Check("shared memory", f"{free >> 20} MiB free", Finding.WARN, advice)
     else:
         yield Check("shared memory", f"{_gib(free)} free")
 
@@ -190,7 +190,7 @@ def _redis() -> Check:
     try:
         return Check("redis server", server_binary())
     except FailedPrecondition as error:
-        return Check("redis server", "none", Verdict.WARN, f"needed unless a registry URL is given: {error}")
+        return Check("redis server", "none", Finding.WARN, f"needed unless a registry URL is given: {error}")
 
 
 def _port(port: int) -> Check:
@@ -200,7 +200,7 @@ def _port(port: int) -> Check:
             probe.bind(("127.0.0.1", port))
         except OSError as error:
             advice = "stop the process that listens there, or choose another port: moiety serve --grpc-port"
-            return Check(f"port {port}", error.strerror or str(error), Verdict.WARN, advice)
+            return Check(f"port {port}", error.strerror or str(error), Finding.WARN, advice)
     return Check(f"port {port}", "free, for the gateway")
 
 
@@ -211,13 +211,13 @@ def _speed() -> Iterator[Check]:
     value = f"{speed.read_bytes_per_s / 1e9:.1f} GB/s"
     if speed.read_bytes_per_s < LITTLE_BANDWIDTH:
         advice = "memory reads limit the decode speed: check that the machine is quiet and that huge pages are on"
-        yield Check("memory read", value, Verdict.WARN, advice)
+        yield Check("memory read", value, Finding.WARN, advice)
     else:
         yield Check("memory read", value)
     value = f"{speed.bfloat16_flops / 1e9:.0f} GFLOP/s in bfloat16, {speed.float32_flops / 1e9:.0f} in float32"
     if speed.bfloat16_flops < speed.float32_flops and "avx512_bf16" not in machine.instruction_sets():
         advice = "this processor has no instructions for bfloat16: prompts are faster with --dtype float32"
-        yield Check("matrix product", value, Verdict.WARN, advice)
+        yield Check("matrix product", value, Finding.WARN, advice)
     else:
         yield Check("matrix product", value)
 

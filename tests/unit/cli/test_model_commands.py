@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from moiety.model.architectures.supported import REFUSED, served_architectures
-from moiety.tools.parity.all_tiny import BEGIN, END, Verdict, summary, write_table
+from moiety.tools.parity.all_tiny import BEGIN, END, ParityVerdict, summary, write_table
 from moiety.tools.parity.parity import ParityReport, PromptResult
 
 
@@ -63,17 +63,17 @@ def test_parity_options_that_do_not_fit(moiety: Callable, words: tuple[str, ...]
     assert message in outcome.err
 
 
-def verdict(name: str, *, identical: int) -> Verdict:
+def verdict(name: str, *, identical: int) -> ParityVerdict:
     """Returns the verdict of eight prompts, `identical` of them identical."""
     prompts = [PromptResult(3, 24, None if number < identical else 7, False, 1e-5, 0.5) for number in range(8)]
-    return Verdict(name, "seam", ParityReport(name, "float32", 2, tuple(prompts)))
+    return ParityVerdict(name, "seam", ParityReport(name, "float32", 2, tuple(prompts)))
 
 
 def test_the_table_goes_between_its_markers(tmp_path: Path) -> None:
     """The table replaces the text between the markers and leaves the rest; its last line counts the architectures."""
     file = tmp_path / "README.md"
     file.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
-    failed = Verdict("third", "adapter", None, "RuntimeError: no")
+    failed = ParityVerdict("third", "adapter", None, "RuntimeError: no")
     write_table(file, [verdict("first", identical=8), verdict("second", identical=7), failed])
     text = file.read_text()
     assert text.startswith(f"before\n{BEGIN}\n| architecture |")

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from moiety.policy.cost_model import CostModel, Sample, expert_load, fit, update
+from moiety.policy.cost_model import KernelCost, Sample, expert_load, fit, update
 
 EXPERT = 44e6  # bytes of one DeepSeek-V3 expert in fp8
 TRUE = (30e-6, 0.4e-12, 0.25e-6)
@@ -65,7 +65,7 @@ def test_costs_without_new_samples_are_not_forgotten() -> None:
 
 def test_a_seed_holds_until_it_is_contradicted() -> None:
     """Equal replies move a seeded model only as far as they contradict it; varied replies correct it."""
-    seed = CostModel.seeded(TRUE[0], TRUE[1], 3 * TRUE[2])
+    seed = KernelCost.seeded(TRUE[0], TRUE[1], 3 * TRUE[2])
     decode = fit([Sample(8 * EXPERT, 8.0, TRUE[0] + TRUE[1] * 8 * EXPERT + TRUE[2] * 8.0)] * 100, seed)
     assert decode.s_per_row == pytest.approx(3 * TRUE[2], rel=0.1), (
         "8 rows with 8 experts do not determine the cost of rows"
@@ -75,19 +75,19 @@ def test_a_seed_holds_until_it_is_contradicted() -> None:
 
 def test_the_knee_and_the_capacity_follow_from_the_costs() -> None:
     """At the knee, rows cost as much as weights; capacity is rows over time; the fixed share is fixed over total time."""
-    model = CostModel.seeded(*TRUE)
+    model = KernelCost.seeded(*TRUE)
     knee = model.rows_at_knee(EXPERT)
     assert knee * model.s_per_row == pytest.approx(EXPERT * model.s_per_byte)
     assert model.capacity(EXPERT, knee) == pytest.approx(knee / model.predict(EXPERT, knee))
     assert model.capacity(EXPERT, knee, busy=0.5) == pytest.approx(0.5 * model.capacity(EXPERT, knee))
     assert model.fixed_share(EXPERT, knee) == pytest.approx(TRUE[0] / model.predict(EXPERT, knee))
     assert model.busy(10.0, 10 * EXPERT, 10 * knee) == pytest.approx(10 * model.predict(EXPERT, knee))
-    assert CostModel().rows_at_knee(EXPERT) == CostModel().capacity(EXPERT, 1.0) == float("inf")
+    assert KernelCost().rows_at_knee(EXPERT) == KernelCost().capacity(EXPERT, 1.0) == float("inf")
 
 
 def test_expert_load_counts_activations_in_decode_and_rows_in_prefill() -> None:
     """With equal rows, the expert in more batches has more load in decode; in prefill the loads are nearly equal."""
-    model = CostModel.seeded(*TRUE)
+    model = KernelCost.seeded(*TRUE)
     decode = expert_load(model, [[1000.0, 1000.0]], [[1000.0, 250.0]], EXPERT)
     prefill = expert_load(model, [[1e6, 1e6]], [[1000.0, 250.0]], EXPERT)
     assert decode[0, 0] > 3 * decode[0, 1]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from moiety.simulate.events import run_events
-from moiety.simulate.flow import Holding, percentile, time_step, work_per_step
+from moiety.simulate.flow import HeldExperts, percentile, time_step, work_per_step
 from moiety.simulate.report import compare, lines, plot
 from moiety.simulate.scenario import Cluster, day_trace, inclusion, popularity
 from moiety.simulate.systems.baselines import clairvoyant, fixed
@@ -64,7 +64,7 @@ def test_time_steps_agree_with_events(replicas: int, routers: int, skew: float, 
     included = inclusion(popularity(day_trace(1e5, skew=skew, drift=False, hours=1), SMALL, 0.0), SMALL.top_k)
     held, counts = held_by_groups(SMALL), np.full(SMALL.groups, replicas)
     played = run_events(SMALL, included, held, counts, routers, steps=25, seed=seed)
-    step_work = work_per_step(SMALL, included, Holding.of(held), counts.astype(float))
+    step_work = work_per_step(SMALL, included, HeldExperts.of(held), counts.astype(float))
     seen = time_step(SMALL, step_work, counts.astype(float), played.rate, routers)
     assert seen.busy.mean() == pytest.approx(played.busy, rel=0.03)
     p99_s = percentile(np.array([seen.step_s]), np.array([seen.step_sd_s]), np.ones(1), 0.0, 99)
@@ -75,7 +75,7 @@ def test_more_load_waits_longer_and_beyond_capacity_is_not_served() -> None:
     """Busy is proportional to load, steps get longer, and load beyond the capacity is not served."""
     included = inclusion(popularity(day_trace(1e5, drift=False), SMALL, 0.0), SMALL.top_k)
     counts = np.full(SMALL.groups, 4.0)
-    step_work = work_per_step(SMALL, included, Holding.of(held_by_groups(SMALL)), counts)
+    step_work = work_per_step(SMALL, included, HeldExperts.of(held_by_groups(SMALL)), counts)
     low, high, over = (time_step(SMALL, step_work, counts, rate) for rate in (1e4, 2e4, 1e6))
     assert high.busy == pytest.approx(2 * low.busy)
     assert high.step_s > low.step_s

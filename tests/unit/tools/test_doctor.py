@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from moiety.cli.main import run
-from moiety.tools.doctor import Check, Verdict, doctor_lines, examine
+from moiety.tools.doctor import Check, Finding, doctor_lines, examine
 from moiety.tools.machine import core_quota, cpu_seconds
 from moiety_kernels.threads import usable_cores
 
@@ -35,9 +35,9 @@ def test_settings_that_slow_down(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_WAIT_POLICY", "active")
     monkeypatch.setenv("MOIETY_CPU_KERNELS", "off")
     checks = {check.check: check for check in examine()}
-    assert checks["OMP_WAIT_POLICY"].verdict is Verdict.WARN
+    assert checks["OMP_WAIT_POLICY"].verdict is Finding.WARN
     assert "passive" in checks["OMP_WAIT_POLICY"].advice
-    assert checks["C++ kernels"].verdict is Verdict.WARN
+    assert checks["C++ kernels"].verdict is Finding.WARN
 
 
 def test_port_in_use() -> None:
@@ -49,12 +49,12 @@ def test_port_in_use() -> None:
         except OSError:
             pass  # another process uses the port, which serves the test as well
         checks = {check.check: check for check in examine()}
-    assert checks["port 50051"].verdict is Verdict.WARN
+    assert checks["port 50051"].verdict is Finding.WARN
 
 
 def test_doctor_lines_count() -> None:
     """Advice is on the line below its check, and the last line counts verdicts."""
-    lines = list(doctor_lines([Check("a", "1"), Check("bb", "2", Verdict.FAIL, "fix it")]))
+    lines = list(doctor_lines([Check("a", "1"), Check("bb", "2", Finding.FAIL, "fix it")]))
     assert lines == ["ok    a   1", "fail  bb  2", "          → fix it", "1 ok, 0 warn, 1 fail"]
 
 

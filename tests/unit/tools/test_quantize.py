@@ -73,11 +73,11 @@ def test_what_is_written_is_what_was_chosen(source: Path, tmp_path: Path, text: 
         expected = plain[pair]
         if option.precision.bits < 16:
             expected = expected.quantised(option.precision.bits, option.precision.group)
-        assert loaded[pair].held == expected.held
+        assert loaded[pair].weight_format == expected.weight_format
         for field in ("gate_up", "down"):
             values = [getattr(expert.dequantised(torch.float32), field) for expert in (loaded[pair], expected)]
             assert torch.equal(*(value.float() for value in values))
-        kinds.add(loaded[pair].held)
+        kinds.add(loaded[pair].weight_format)
     assert len(kinds) > 1
 
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from moiety.bench.elastic.traffic import Prompts, Traffic
+from moiety.bench.elastic.traffic import SkewedPrompts, Traffic
 from moiety.bench.report import percentile
 from moiety.core.load import BatchCost
 from moiety.errors import FailedPrecondition
@@ -84,7 +84,7 @@ class ElasticReport:
 
 def report_of(
     capacity: float,
-    prompts: Prompts,
+    prompts: SkewedPrompts,
     phases: Sequence[tuple[float, float]],
     moments: Sequence[LoadSample],
     decisions: Sequence[Mapping[str, Any]],

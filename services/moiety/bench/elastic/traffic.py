@@ -20,7 +20,7 @@ LEDGER_S = 1.1  # seconds between readings of the ledger; routers report their c
 
 
 @dataclass(frozen=True, slots=True)
-class Prompts:
+class SkewedPrompts:
     """The prompts and their probabilities, in order of the share of rows that a prompt sends to the hot group."""
 
     tokens: tuple[int, ...]  # each prompt repeats one of these PROMPT_TOKENS times; the largest share comes first
@@ -32,7 +32,7 @@ class Prompts:
 class Traffic:
     """Open-loop traffic: sends requests at random times, without waiting for earlier ones."""
 
-    def __init__(self, client: Client, prompts: Prompts, new_tokens: int, seed: int) -> None:
+    def __init__(self, client: Client, prompts: SkewedPrompts, new_tokens: int, seed: int) -> None:
         self._client, self._prompts, self._new_tokens = client, prompts, new_tokens
         self._random = np.random.default_rng(seed)
         self._tasks: set[asyncio.Task[None]] = set()
@@ -75,7 +75,7 @@ class Traffic:
 
 async def skewed_prompts(
     client: Client, registry: Registry, exponent: float, seed: int, progress: Callable[[str], None]
-) -> Prompts:
+) -> SkewedPrompts:
     """Runs CANDIDATES prompts one by one, picks the hot group, and orders the prompts by the share of rows they send to it."""
     tokens = (20 + np.random.default_rng(seed).permutation(200)[:CANDIDATES]).tolist()
     shares = []  # [candidates][groups]: fraction of the candidate's rows
@@ -100,7 +100,7 @@ async def skewed_prompts(
         f"{len(order)} prompts by Zipf({exponent:g}): {groups[hot]} gets {table[order[0], hot]:.0%} of the first prompt's "
         f"rows, {expected:.0%} of all rows"
     )
-    return Prompts(
+    return SkewedPrompts(
         tuple(tokens[index] for index in order), tuple(chances.tolist()), groups[hot], float(table[order[0], hot])
     )
 

@@ -60,7 +60,7 @@ class ExpertServiceServicer:
 
     def Forward(self, request_iterator, context):
         """One long-lived stream per (router, replica). Responses come in any order and repeat call_id and attempt. A call's own
-        failure is its `outcome`; it never ends the stream.
+        failure is its `outcome`. A response over the size limit of a message ends the stream: routers split larger calls.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from moiety.core.load import BatchCost
 from moiety.internal.v1.experts_pb2 import ForwardResponse
-from moiety.policy.cost_model import CostModel, Sample, fit
+from moiety.policy.cost_model import KernelCost, Sample, fit
 
 SAMPLE_S = 0.01  # between two samples; a reply in between costs the engine's thread one clock reading
 
@@ -19,7 +19,7 @@ class CostFit:
     def __init__(self, expert_bytes: int, clock: Callable[[], float] = time.monotonic) -> None:
         """`expert_bytes`: size of one expert's matrices. If replicas quantise them, the fitted cost per byte absorbs it."""
         self._expert_bytes, self._clock = expert_bytes, clock
-        self._model = CostModel()
+        self._model = KernelCost()
         self._next = 0.0
         self._samples: deque[Sample] = deque(maxlen=1024)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from moiety.config.application import GroupSettings
 from moiety.policy.autoscale import Decision, Snapshot, State, decide
-from moiety.policy.cost_model import CostModel
+from moiety.policy.cost_model import KernelCost
 from moiety.simulate.flow import StepWork, TimeStep
 from moiety.simulate.scenario import Cluster, Trace
 
@@ -36,7 +36,7 @@ class ReplicaPool:
         now: float,
         cluster: Cluster,
         trace: Trace,
-        costs: CostModel,
+        costs: KernelCost,
         step_work: StepWork,
         seen: TimeStep,
         index: int,

@@ -9,9 +9,9 @@ import numpy as np
 
 from moiety.core.experts import ExpertSet
 from moiety.core.replica import Placement
-from moiety.policy.cost_model import CostModel, Sample, expert_load, update
+from moiety.policy.cost_model import KernelCost, Sample, expert_load, update
 from moiety.policy.placement.planner import DeploymentCapacity, held_table, plan_placement
-from moiety.simulate.flow import Holding
+from moiety.simulate.flow import HeldExperts
 from moiety.simulate.scenario import Cluster, Floats, Trace, inclusion, popularity
 
 LOOK_S = 120.0  # how often popularity is sampled from the trace: topics drift over hours
@@ -71,9 +71,9 @@ def default_placement(cluster: Cluster) -> Placement:
     return plan_placement(even, default_deployments(cluster, 0), Placement(0, start)).placement
 
 
-def held_by(cluster: Cluster, capacities: Sequence[DeploymentCapacity], placement: Placement) -> Holding:
+def held_by(cluster: Cluster, capacities: Sequence[DeploymentCapacity], placement: Placement) -> HeldExperts:
     """Returns what each of `capacities` holds by `placement`, in the form that `flow.py` reads."""
-    return Holding.of(held_table(capacities, placement, cluster.layers, cluster.experts))
+    return HeldExperts.of(held_table(capacities, placement, cluster.layers, cluster.experts))
 
 
 def with_redundancy(cluster: Cluster, redundancy: float) -> list[DeploymentCapacity]:
@@ -82,10 +82,10 @@ def with_redundancy(cluster: Cluster, redundancy: float) -> list[DeploymentCapac
     return [replace(capacity, experts=capacity.experts + extra) for capacity in default_deployments(cluster, 0)]
 
 
-def learned_cost(cluster: Cluster, seed: int) -> CostModel:
+def learned_cost(cluster: Cluster, seed: int) -> KernelCost:
     """Returns the cost model that a router has fitted after 500 replies with 10 % noise."""
     random = np.random.default_rng(seed + 2)
-    model = CostModel()
+    model = KernelCost()
     for _ in range(500):
         experts = random.integers(1, 2 * cluster.experts // cluster.groups)
         weights, rows = float(experts * cluster.expert_bytes), float(experts * random.integers(1, cluster.batch))
@@ -94,7 +94,7 @@ def learned_cost(cluster: Cluster, seed: int) -> CostModel:
     return model
 
 
-def measured_load(cluster: Cluster, costs: CostModel, included: Floats, rate: float) -> Floats:
+def measured_load(cluster: Cluster, costs: KernelCost, included: Floats, rate: float) -> Floats:
     """Returns [L, E]: device seconds per second at `rate` tokens per second, as a ledger would report them."""
     steps = rate / cluster.batch
     activated = 1 - (1 - included) ** cluster.batch

@@ -19,7 +19,7 @@ BEGIN, END = "<!-- parity: begin -->", "<!-- parity: end -->"
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class ParityVerdict:
     """Result of the comparison of one tiny checkpoint, or the error that prevented it."""
 
     name: str
@@ -52,7 +52,7 @@ async def run_all(
     new_tokens: int = 24,
     references: Path | None = None,
     progress: Callable[[str], None] = lambda _: None,
-) -> AsyncIterator[Verdict]:
+) -> AsyncIterator[ParityVerdict]:
     """Writes, serves and compares one tiny checkpoint after another, in float32. Yields each verdict as it is ready."""
     names = list(names)
     for number, name in enumerate(names, start=1):
@@ -67,15 +67,15 @@ async def run_all(
                 report = await run_parity(folder, groups=groups, new_tokens=new_tokens, references=references)
             except Exception as failure:  # any error of a model's code fails this checkpoint only
                 error = f"{type(failure).__name__}: {failure}".replace(folder, name).partition("\n")[0]
-        yield Verdict(name, path, report, error, time.monotonic() - began)
+        yield ParityVerdict(name, path, report, error, time.monotonic() - began)
 
 
-def summary(verdicts: Sequence[Verdict]) -> str:
+def summary(verdicts: Sequence[ParityVerdict]) -> str:
     """Returns the last line of the report: how many architectures pass, and which do not."""
     return _count([verdict.cells for verdict in verdicts])
 
 
-def write_table(file: Path, verdicts: Sequence[Verdict], *, keep: bool = False) -> None:
+def write_table(file: Path, verdicts: Sequence[ParityVerdict], *, keep: bool = False) -> None:
     """Writes the verdicts as a Markdown table, and how many pass, between the lines BEGIN and END of `file`.
 
     With `keep`, old rows of architectures that are not in `verdicts` stay. Raises ValueError where BEGIN or END is missing.

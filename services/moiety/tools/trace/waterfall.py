@@ -19,7 +19,7 @@ _DETAILS = (3, 2, 1)  # siblings of one kind that are shown in full, not summed 
 
 
 @dataclass(frozen=True, slots=True)
-class _Row:
+class _Line:
     label: str
     service: str
     start_ns: int
@@ -55,9 +55,9 @@ def waterfall(
     return "\n".join(lines)
 
 
-def _rows(node: Node, branch: str, indent: str, shown: int) -> Iterator[_Row]:
+def _rows(node: Node, branch: str, indent: str, shown: int) -> Iterator[_Line]:
     span = node.span
-    yield _Row(branch + _label(span), span.service, span.start_ns, span.end_ns, span.duration_ms)
+    yield _Line(branch + _label(span), span.service, span.start_ns, span.end_ns, span.duration_ms)
     entries = list(_entries(node.children, shown))
     for position, entry in enumerate(entries, start=1):
         last = position == len(entries)
@@ -65,7 +65,7 @@ def _rows(node: Node, branch: str, indent: str, shown: int) -> Iterator[_Row]:
         if isinstance(entry, Node):
             yield from _rows(entry, stem, below, shown)
         else:
-            yield _Row(stem + _summary(entry), "", _start(entry), _end(entry), None)
+            yield _Line(stem + _summary(entry), "", _start(entry), _end(entry), None)
 
 
 def _entries(children: Sequence[Node], shown: int) -> Iterator[Node | list[ReceivedSpan]]:
@@ -123,7 +123,7 @@ def _title(trace_id: str, spans: Sequence[ReceivedSpan]) -> str:
     )
 
 
-def _table(rows: Sequence[_Row], width: int, start_ns: int, end_ns: int) -> Iterator[str]:
+def _table(rows: Sequence[_Line], width: int, start_ns: int, end_ns: int) -> Iterator[str]:
     services = max(7, *(len(row.service) for row in rows))
     labels = max(4, min(max(len(row.label) for row in rows), width - services - 32))
     bars = max(8, width - labels - services - 24)
@@ -136,7 +136,7 @@ def _table(rows: Sequence[_Row], width: int, start_ns: int, end_ns: int) -> Iter
         yield f"{label:{labels}}  {row.service:{services}}  {at:>8}  {took:>8}  {bar}".rstrip()
 
 
-def _bar(row: _Row, origin_ns: int, extent_ns: int, cells: int) -> str:
+def _bar(row: _Line, origin_ns: int, extent_ns: int, cells: int) -> str:
     """Returns the bar of a row, whose end is exact to an eighth of a cell. A row that sums up spans gets a light bar."""
     first = min(cells - 1, (row.start_ns - origin_ns) * cells // extent_ns)
     eighths = max(1, (row.end_ns - origin_ns) * cells * 8 // extent_ns - first * 8)
