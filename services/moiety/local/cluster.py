@@ -68,8 +68,7 @@ class LocalCluster:
     `threads` is the number of compute threads of an expert replica. `registry` is a redis:// URL, or None for a registry
     file that this process writes. `expert`, `router` and `gateway` are further settings of these services
     (`config/services.py`). `env` is added to the children's environment. `pin` gives every group its own cores, if there
-    are enough: without `pin`, the kernel sometimes keeps two replicas on one core for as long as one of the two computes,
-    while another core is idle.
+    are enough: otherwise the operating system sometimes keeps two replicas on one core while another core is idle.
     """
 
     def __init__(

@@ -77,7 +77,7 @@ def stored_tensors(path: Path, config: Mapping[str, Any], tensors: _Tensors) -> 
 
 
 class _UnservedError(Exception):
-    """A variant of a quantisation method is not supported; the message names the variant and the supported values."""
+    """Quantised weights are stored in a form that is not supported; the message says what is wrong with it."""
 
 
 @dataclass(frozen=True, slots=True)

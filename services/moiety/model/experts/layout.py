@@ -12,8 +12,8 @@ from moiety.core.experts import ModelShape
 class LayerLayout:
     """One MoE layer: the path of its experts module in the model, and the tensors that hold its experts.
 
-    `sources` maps each parameter (a field of moiety_kernels.ExpertWeights) to the tensors that are concatenated into it,
-    along an expert's own dimension 0. A name with `{expert}` stands for one tensor per expert; a name without is a fused
+    `sources` maps each parameter (a field of moiety_kernels.ExpertWeights) to the tensors that make it up: each
+    expert's parts are concatenated along their rows. A name with `{expert}` stands for one tensor per expert; a name without is a fused
     tensor, one expert after the other along dim 0. Matrices of the fields in `transposed` are published [in, out] and
     held [out, in], like all others.
     """

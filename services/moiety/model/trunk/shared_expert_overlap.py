@@ -48,7 +48,10 @@ class SharedExpert:
         module.forward = self
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden [T, D] or [1, T, D] -> the shared expert's output, of the same shape; it may be filled in during the hop."""
+        """Returns the shared expert's output for hidden [T, D] or [1, T, D], in the same shape.
+
+        If the block calls it before its routed experts, the output is NaN until `overlap` fills it in.
+        """
         forward = current_context()
         if self._first:
             forward.shared = hidden, torch.full_like(hidden, torch.nan)

@@ -76,7 +76,7 @@ class OverrunExperts:
         self._built_for: tuple[int, frozenset[str]] = (0, frozenset())  # the masks' table version, overrun replicas
 
     def __call__(self, layer: int) -> Masks | None:
-        """Returns the masks of `layer`, or None if no rows may go elsewhere.
+        """Returns which experts of `layer` are overrun, and which of these may lose rows; None if none may.
 
         A sliced expert is overrun if one of its slices is. Its rows may go elsewhere only if all groups that hold one of its
         slices have the policy `backup`.

@@ -90,10 +90,10 @@ def _draw(scores: torch.Tensor, sequences: abc.Sequence[Sequence]) -> tuple[torc
 
 
 def least_shares(shares: torch.Tensor, sequences: abc.Sequence[Sequence]) -> torch.Tensor | None:
-    """Returns [n, 1]: the smallest probability in each row that min-p, then top-k, then top-p keep; None if they keep all.
+    """Returns thresholds [n, 1]: min-p, then top-k, then top-p drop a row's probabilities below it. None if no row is bounded.
 
-    `shares` [n, V] are the probabilities. Ties with the smallest one are kept too. Only values are sorted, and only in
-    rows with a top-k or top-p.
+    `shares` [n, V] are the probabilities; those equal to the threshold are kept. Only rows with a top-k or top-p are
+    sorted, and without indices.
     """
     sampling = [sequence.sampling for sequence in sequences]
     bounded = [row for row, s in enumerate(sampling) if s.top_p < 1.0 or 0 < s.top_k < shares.shape[1]]

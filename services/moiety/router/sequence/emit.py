@@ -71,7 +71,7 @@ def _finish(sequence: Sequence, token: int) -> FinishReason | None:
 
 
 def _up_to_wrong_draft(drafts: tuple[int, ...], events: list[Emitted]) -> list[Emitted]:
-    """Returns the leading events whose drafts were all right, up to the first event that ends the output.
+    """Returns `events` up to and including the first one that ends the output or whose token is not the next draft.
 
     `events[n]` was sampled after `drafts[:n]`.
     """

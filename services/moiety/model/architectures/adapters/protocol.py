@@ -24,8 +24,8 @@ class Parameter:
 class RoutedExperts:
     """What one module's routed experts compute, and from which parameters.
 
-    `parameters` maps each field of moiety_kernels.ExpertWeights to the parameters that are concatenated into it, along an
-    expert's own dimension 0. Parameters of the fields in `transposed` hold [in, out] instead of [out, in].
+    `parameters` maps each field of moiety_kernels.ExpertWeights to the parameters that make it up: each expert's parts are
+    concatenated along `rows`. Parameters of the fields in `transposed` hold [in, out] instead of [out, in].
     """
 
     mlp: ExpertMLP
