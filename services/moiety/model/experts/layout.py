@@ -13,8 +13,8 @@ class LayerLayout:
     """One MoE layer: the path of its experts module in the model, and the tensors that hold its experts.
 
     `sources` maps each parameter (a field of moiety_kernels.ExpertWeights) to the tensors that make it up: each
-    expert's parts are concatenated along their rows. A name with `{expert}` stands for one tensor per expert; a name without is a fused
-    tensor, one expert after the other along dim 0. Matrices of the fields in `transposed` are published [in, out] and
+    expert's parts are concatenated along their rows. A name with `{expert}` stands for one tensor per expert; a name
+    without is a fused tensor, one expert after the other along dim 0. Matrices of the fields in `transposed` are published [in, out] and
     held [out, in], like all others.
     """
 
