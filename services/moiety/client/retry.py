@@ -19,9 +19,9 @@ async def stream_with_retries(
 ) -> AsyncGenerator[Any, None]:
     """Yields the responses of `call(seconds left)`. Calls again after ResourceExhausted, up to `retries` times.
 
-    Each wait is the refusal's retry delay times a random 1 to 1.5: not before the peer expects to have room, and spread
-    out, so that clients that were refused together do not return together. A wait that would exceed `timeout_s` is not
-    started. Raises the peer's error (errors.py).
+    Each wait is the refusal's retry delay times a random factor from 1 to 1.5. So no retry comes before the peer expects to
+    have room, and clients that were refused together do not return together. Raises the peer's error (errors.py), also
+    where the wait would exceed `timeout_s`.
     """
     deadline = Deadline.after(timeout_s)
     while True:

@@ -71,7 +71,10 @@ class Batcher:
         self.mailbox.wake()
 
     def take(self) -> list[QueuedCall]:
-        """Waits for calls and returns the next batch: up to MAX_BATCH_ROWS assignments. Empty once closed and out of calls."""
+        """Waits for calls and returns the next batch; an empty list once closed and out of calls.
+
+        A batch has at most MAX_BATCH_ROWS assignments, or is a single larger call.
+        """
         more = True  # read on while sockets have more: every call that has arrived by now may join the batch
         while more or not (self._size or self._closed):
             more = self.mailbox.wait(0.0 if self._size or self._closed else None)
@@ -93,7 +96,8 @@ class Batcher:
     def _urgency(self, key: tuple[CallClass, int], patient_until: float) -> tuple[bool, float]:
         """Returns the sort key of a queue; the queue with the smallest key is taken first.
 
-        Prefill whose oldest call was queued after `patient_until` goes behind all other queues. Then age decides.
+        A prefill queue whose oldest call was queued after `patient_until` comes after all other queues. Among equals, the
+        queue with the oldest call comes first.
         """
         since = self._queues[key][0].since
         return key[0] is CallClass.PREFILL and since > patient_until, since

@@ -17,7 +17,7 @@ Weights = Mapping[tuple[int, int], ExpertWeights]  # (layer, expert) -> weights
 class Holding:
     """The experts that a replica holds and their weights, as one value that is replaced as a whole.
 
-    A batch is checked against one Holding and computed with its weights, also if the replica's has been replaced meanwhile.
+    A batch is checked against one Holding and computed with its weights, even if the replica gets a new Holding meanwhile.
     """
 
     held: ExpertSet  # by the placement of `epoch`

@@ -28,7 +28,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class _Window:
-    """Sums over the batches since the replica's load was last read, at `since` on the monotonic clock."""
+    """Sums over the batches since the replica's load was last read. `since`: when that was, on the monotonic clock."""
 
     since: float
     busy_s: float = 0.0
@@ -41,7 +41,7 @@ class Runtime:
     """Computes calls on one device. A failing batch fails its own calls only; the thread goes on.
 
     `load(experts)` reads the weights of new experts. It runs on the thread that calls `hold`, so the device thread keeps
-    serving meanwhile. `capacity` limits the device to that many rows per second, for tests and demos whose replicas share
+    serving meanwhile. `capacity`: most rows per second that the device computes, for tests and demos whose replicas share
     two cores. `deterministic`: the bits of a row do not depend on the batch that computes it. `partial`: the replica holds
     slices of experts; rows arrive and return in float32, whatever the `dtype` of the weights.
     """
@@ -86,10 +86,10 @@ class Runtime:
         return self._holding
 
     def hold(self, held: ExpertSet, epoch: int) -> None:
-        """Loads the experts of `held` that are missing, layer by layer, and then follows the placement of `epoch`.
+        """Loads the experts of `held` that are missing, layer by layer, and then adopts the placement of `epoch`.
 
-        Experts that are not in `held` become `leaving` and stay loaded. Blocks while it reads. Changes nothing if reading
-        fails.
+        Experts that are not in `held` become `leaving` and stay loaded. Blocks while the weights are read. If reading fails,
+        the Holding stays as it was.
         """
         with self._loading:
             current = self._holding
@@ -114,13 +114,13 @@ class Runtime:
         self._thread.start()
 
     def stop(self, timeout_s: float) -> None:
-        """Refuses new calls, computes the queued ones and ends the thread. Waits for that at most `timeout_s` seconds."""
+        """Refuses new calls, computes the queued ones and ends the thread. Waits at most `timeout_s` seconds for its end."""
         self._batcher.close()
         self._thread.join(timeout_s)
 
     @property
     def mailbox(self) -> Mailbox:
-        """The mailbox on which the device thread waits. Calls through shared memory reach it here without another thread."""
+        """The mailbox on which the device thread waits. There it also reads the calls that come through shared memory."""
         return self._batcher.mailbox
 
     @property
@@ -186,7 +186,7 @@ class Runtime:
                 self._answer(waiting, result)
 
     def _answer(self, waiting: QueuedCall, result: Computed | BaseException) -> None:
-        """Passes a result to a call's `done`. Logs an exception there: a lost caller must not stop the calls of the others."""
+        """Passes a result to a call's `done`. Logs an exception of `done`: a lost caller must not stop the other calls."""
         try:
             waiting.done(result)
         except Exception:
@@ -213,7 +213,7 @@ class Runtime:
 
     @torch.inference_mode()
     def _compute(self, batch: list[QueuedCall], weights: Weights) -> list[Computed]:
-        """Gathers the rows of all calls, sorted by expert, and computes them. A result's rows follow the order of its call."""
+        """Gathers the rows of all calls, sorted by expert, and computes them. A result's rows are in the order of its call."""
         began, began_ns = time.monotonic(), time.time_ns()
         layer = batch[0].call.layer
         experts = np.concatenate([waiting.call.experts for waiting in batch])  # [A]
@@ -279,10 +279,10 @@ class Runtime:
 
 
 def _let_callers_finish() -> None:
-    """Makes this thread, and threads that it starts, not preempt the thread that wakes it (SCHED_BATCH). Linux only.
+    """Keeps this thread, and threads that it starts, from preempting the thread that wakes them (SCHED_BATCH, on Linux).
 
-    A router sends its calls to one replica after the other. On a core that the router shares with the first replica, that
-    replica would otherwise compute its call before the router sends the second replica's, and the two would take turns.
+    A router sends its calls to one replica after the other. If the first replica shares the router's core, it would
+    otherwise compute its call before the router sends the next one. The replicas would then work in turn, not in parallel.
     """
     if hasattr(os, "SCHED_BATCH"):
         with suppress(OSError):  # a sandbox may forbid it: slower, but not wrong

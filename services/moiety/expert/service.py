@@ -116,7 +116,7 @@ class ExpertService:
         )
 
     def accept(self, header: experts_pb2.ForwardRequest, payload: memoryview, answer: ReplyCallback) -> None:
-        """Passes one call to the runtime; every path calls `answer` exactly once. `payload` may be read until then."""
+        """Passes one call to the runtime; every path calls `answer` exactly once. `payload` is readable until that call."""
         try:
             if header.revision != self._revision:
                 raise RevisionMismatch(

@@ -1,4 +1,4 @@
-"""One request at one router, from sending to end: keeps the gateway's counts of the router and learns the routers' pace."""
+"""One request at one router: counts it at that router until it ends, and measures how fast the routers are."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Attempt:
     def end(self, pace: Pace) -> Pace:
         """Records that the request has left the router, for whatever reason.
 
-        Returns `pace`, updated if the request had got an event and has only one sequence.
+        Returns `pace`. It is updated only if an event has arrived and the request has a single sequence.
         """
         router, prompt = self._router, self._prompt
         router.requests -= 1
@@ -61,7 +61,7 @@ class Attempt:
         return pace.ended(min(self._first - self._sent, prefill) + streaming, streams, len(self._generated), streaming)
 
     def _answer(self, cached_tokens: int, pace: Pace) -> Pace:
-        """Records the first event: the router has computed the prompt and had `cached_tokens` of it. Returns the new `pace`."""
+        """Records the first event: the prompt is computed, and `cached_tokens` of it were cached. Returns the new `pace`."""
         router, visit = self._router, self._visit
         self._answered, self._first, self._streams = True, self._last, self._running
         router.pending_prompt_tokens -= self._to_compute

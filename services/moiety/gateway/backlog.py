@@ -13,9 +13,9 @@ MOST_S = 30.0  # longest retry delay, however many requests are expected before
 class Backlog:
     """Computes retry delays that spread refused requests over the time in which there will be capacity for them.
 
-    The delay of a refused request is the wait that is predicted for it behind all present requests and all refused ones
-    that are expected back earlier. With equal delays, refused requests would return together and be refused together, which
-    costs the requests that are being served.
+    A refused request's delay is its predicted wait behind all present requests and all refused ones that are expected back.
+    With equal delays, refused requests would return together and be refused together. Each refusal takes time from the
+    requests that are being served.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic):
@@ -23,7 +23,7 @@ class Backlog:
         self._expected: list[float] = []  # heap: when each refused request is expected back
 
     def refuse(self, wait_s: Callable[[int], float]) -> float:
-        """Returns the retry delay, in seconds, of one more refused request, and expects it back after that.
+        """Returns the retry delay, in seconds, of one more refused request, and expects the request back after it.
 
         `wait_s(n)` predicts the wait behind the present requests and n refused ones that are expected back.
         """

@@ -20,10 +20,10 @@ MOST_BLOCKS = 1 << 17
 class PrefixHasher:
     """Hashes the prefixes of a prompt, in whole blocks.
 
-    A prefix's hash is the sum of its tokens, each times the secret 64-bit key of its position, plus its tenant's salt,
-    modulo 2**64 (multilinear hashing: Lemire and Kaser, "Strongly universal string hashing is fast", 2014). Two prefixes
-    have the same hash with a probability of at most 2**-33, and without the keys a client cannot search for such a pair.
-    One cumulative sum gives the hashes of all prefixes: 15 µs for 4096 tokens, where a chain of BLAKE2b takes 150.
+    To hash a prefix, each token is multiplied by the secret 64-bit key of its position. The hash is the sum of these products
+    and the tenant's salt, modulo 2**64 (multilinear hashing: Lemire and Kaser, "Strongly universal string hashing is fast",
+    2014). Two prefixes have the same hash with a probability of at most 2**-33. A client, which does not know the keys,
+    cannot search for such a pair. One cumulative sum hashes all prefixes: 15 µs for 4096 tokens; chained BLAKE2b: 150 µs.
     """
 
     def __init__(self, seed: int):
@@ -33,7 +33,7 @@ class PrefixHasher:
         self._keys = np.empty(0, dtype=np.uint64)
 
     def hashes(self, ids: np.ndarray, block_tokens: int, tenant: str) -> list[int]:
-        """Returns one hash for each block of `ids`, uint32 [n], that a cache can supply: (n - 1) // block_tokens hashes.
+        """Returns a hash for each prefix of `ids`, uint32 [n], that a cache can supply: (n - 1) // block_tokens hashes.
 
         A router computes at least the last token of a prompt itself, so it never looks up a block that ends with that token.
         """
@@ -58,7 +58,7 @@ class PrefixHasher:
 
 @dataclass(slots=True, eq=False)
 class Visit:
-    """Record of one prompt sent to a router, and of which of its blocks were known then."""
+    """One prompt that was sent to a router, and how many of its blocks the PrefixIndex knew before."""
 
     turn: int  # grows from visit to visit
     matched: int  # first blocks of the prompt that were known before
@@ -70,8 +70,8 @@ class Visit:
 class PrefixIndex:
     """Tracks the blocks that one router should have cached: at most as many as its cache holds, least recently used first out.
 
-    A prompt's blocks are recorded from its end to its start, so an earlier block is always more recent and is dropped
-    later, as in the router's own cache: where a block is known, so are all blocks before it.
+    A prompt's blocks are recorded from its end to its start. So an earlier block counts as more recent and is dropped later,
+    as in the router's own cache. If a block is known, so are all blocks before it in the prompt.
     """
 
     def __init__(self, blocks: int):
@@ -112,7 +112,7 @@ class PrefixIndex:
         """Records that the router has computed the prompt of `visit` and had `found` of its blocks cached.
 
         If the router lacked blocks that it had computed before, it has evicted them. It evicts the least recently used
-        first, so every block whose last use is not more recent is forgotten too.
+        first. So the index forgets every block whose last use is not later than their last use before `visit`.
         """
         visit.computed = True
         if found < visit.expected:

@@ -28,7 +28,8 @@ POLL_S = 0.25
 class RouterPeer:
     """A router that has answered at least once, as this gateway sees it.
 
-    Its load is what it last reported, plus the sequences that this gateway has sent there since, minus those that ended.
+    Its load is what it last reported, plus the sequences that this gateway has sent it since, minus the sequences of this
+    gateway that have ended since.
     """
 
     def __init__(self, replica: Replica, link: grpc.aio.Channel, description: engine_pb2.DescribeEngineResponse):
@@ -70,7 +71,7 @@ class RouterPeer:
     def full_of_own_requests(self) -> bool:
         """Whether this gateway's own requests fill the router's slots and queue.
 
-        The router would refuse one more, and sending it would cost the requests that the router serves.
+        The router would refuse one more request. Sending it would take time from the requests that the router serves.
         """
         description = self.description
         return 0 < description.queue_limit <= self.requests - description.slots

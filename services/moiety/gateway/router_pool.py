@@ -38,7 +38,7 @@ class RouterPool:
     def __init__(self, watch: Watch, wait_s: float, seed: int = 0):
         """`wait_s`: longest wait for a ready router, in seconds.
 
-        `seed` decides which random routers are compared for a request, and the hash keys. Each gateway needs a different one.
+        `seed` determines the random choice of routers to compare, and the keys of hashes. Each gateway needs its own.
         """
         self._watch, self._wait_s = watch, wait_s
         self._routers: dict[str, RouterPeer] = {}
@@ -63,9 +63,9 @@ class RouterPool:
     ) -> AsyncGenerator[engine_pb2.EngineEvent, None]:
         """Yields the request's events until every choice has ended; the caller may end choices by adding them to `ended`.
 
-        If the router is lost, another one resumes each unfinished choice after the tokens that it has. If a router's queue
-        is full, the next router is tried. Raises ResourceExhausted if all queues are full. A request that a router has
-        `accepted` before waits for a place instead, at most as long as for a ready router.
+        If the router is lost, another one resumes each unfinished choice after the tokens that were sent. If a router's
+        queue is full, the next router is tried. Raises ResourceExhausted if all queues are full. A request that a router
+        has `accepted` before first waits for a place, at most `wait_s` seconds.
         """
         done = {choice: list(request.generated_ids) for choice in choices_of(request)}
         while True:
@@ -98,7 +98,7 @@ class RouterPool:
             raise self._full(len(self._routers))
 
     def retry_after_s(self) -> float:
-        """Returns the retry delay, in seconds, of a request that is refused now, and counts on its return after that."""
+        """Returns the retry delay, in seconds, of a request that is refused now, and expects the request back after it."""
         return self._backlog.refuse(self._predicted_wait_s)
 
     async def close(self) -> None:
@@ -140,9 +140,9 @@ class RouterPool:
         return ResourceExhausted(f"the {queues} full", max(self.retry_after_s(), least_s))
 
     def _predicted_wait_s(self, expected: int) -> float:
-        """Returns the seconds until a request gets a slot at the router where that is soonest.
+        """Returns the predicted wait for a slot, in seconds, at the router where it is shortest.
 
-        `expected` refused requests, spread evenly over the routers, are assumed to return before it.
+        Assumes that `expected` refused requests return first, spread evenly over the routers.
         """
         if not self._pace.known or not self._routers:
             return UNKNOWN_WAIT_S
@@ -184,7 +184,7 @@ class RouterPool:
             await router.close_if_done()
 
     async def _ready(self, deadline: Deadline, revision: str) -> list[RouterPeer]:
-        """Returns the ready routers of `revision` ("" = any) that answer polls; all of them if none does.
+        """Returns the ready routers of `revision` ("" = any) that answer polls. If none answers, returns all ready ones.
 
         Raises Unavailable or DeadlineExceeded when none appears in time.
         """
@@ -230,7 +230,7 @@ class RouterPool:
     async def _is_lost(self, router: RouterPeer) -> bool:
         """Returns whether the router no longer answers or is leaving.
 
-        If not, an error Unavailable from it means that something behind it is missing, such as an expert's holders.
+        If neither, an error Unavailable from the router has another cause, such as an expert that has no holder.
         """
         listed = any(replica.id == router.replica.id and _is_ready(replica) for replica in self._watch.replicas)
         if await router.poll():

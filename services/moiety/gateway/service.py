@@ -150,7 +150,7 @@ class GenerationService:
     async def _encode(self, text: str) -> list[int]:
         """Returns the token ids of a prompt. A long prompt is tokenised on another thread.
 
-        On the event loop it would hold up all streams and the gateway's heartbeat.
+        On the event loop, a long prompt would hold up all streams and the gateway's heartbeat.
         """
         if len(text) <= LONG_PROMPT:
             return self._tokenizer.encode(text)

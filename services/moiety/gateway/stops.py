@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 
 class StopStrings:
-    """Passes text on up to the first stop string that is completed.
+    """Passes on the text before the first stop string that is completed.
 
     Holds back text that may still become a stop string, so that sent text never has to be retracted. The result does not
-    depend on how the text was cut into pieces: it is matched character by character (Knuth, Morris and Pratt 1977).
+    depend on how the text was cut into pieces: text is matched character by character (Knuth, Morris and Pratt 1977).
     """
 
     def __init__(self, stops: Sequence[str]):
@@ -19,7 +19,7 @@ class StopStrings:
         self.stopped = False
 
     def push(self, text: str, *, last: bool = False) -> str:
-        """Returns the text to send now; `last` also releases held-back text, since nothing follows it."""
+        """Returns the text to send now. `last`: no text follows, so held-back text is also returned."""
         for end, character in enumerate(text, start=1):
             completed = 0
             for index, (stop, borders) in enumerate(self._stops):
@@ -41,7 +41,7 @@ class StopStrings:
 
 
 def _borders(stop: str) -> list[int]:
-    """Returns, for each non-empty prefix p of `stop`, the length of the longest shorter prefix of `stop` that p ends with."""
+    """Returns, for each non-empty prefix p of `stop`, the length of the longest shorter prefix with which p ends."""
     borders = [0] * len(stop)
     for end in range(1, len(stop)):
         length = borders[end - 1]

@@ -71,9 +71,9 @@ class Detokenizer:
     def _final_part(self, text: str) -> str:
         """Returns the part of `text` that later tokens cannot change; "" while fewer than PENDING_TOKENS tokens are pending.
 
-        A model may generate bytes that form no character without end, and decoding all of them again for each token would
-        take quadratic time. So the ids are cut where decoding both parts separately gives the same text. Such a cut does not
-        split a character that the newest ids may still complete.
+        A model may go on generating bytes that form no character. Decoding all of them again for each token would take
+        quadratic time. So the ids are cut where decoding both parts separately gives the same text; "" if there is no such
+        cut. A cut does not split a character that the newest ids may still complete.
         """
         if len(self._ids) - self._shown < PENDING_TOKENS:
             return ""

@@ -1,7 +1,7 @@
 """The `Meter` interface that the rest of the code uses, its no-op twin, and `configure_metrics`, which returns one of them.
 
-The exporter's thread reads counts that services keep anyway, whenever it exports: nothing is recorded on a request's
-path. No meter is global, so that several services can share a process.
+At each export, the exporter's thread reads counts that services keep anyway. So serving a request does no work for
+metrics. No meter is global, so that several services can share a process.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ class Meter(Protocol):
     def observe(
         self, name: MetricName, read: Callable[[], float | None], attributes: Mapping[Attribute, Value] | None = None
     ) -> None:
-        """Registers `read` as the source of a metric's value. It may return None while there is no value yet.
+        """Registers `read` as the source of a metric's value. `read` may return None while there is no value.
 
         Each export calls `read`, on another thread. A second `read` for the same name and attributes replaces the first.
         """
         ...
 
     def shutdown(self, timeout_s: float = 2.0) -> None:
-        """Exports once more and stops soon after `timeout_s` at the latest. Never raises."""
+        """Exports once more and stops. Returns soon after `timeout_s` seconds at the latest. Never raises."""
         ...
 
 

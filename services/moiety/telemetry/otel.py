@@ -23,7 +23,7 @@ _KINDS = {
 
 
 class OtelSpan:
-    """A sampled span, on the OpenTelemetry SDK; `Tracer.start` returns NO_SPAN for one that is not sampled."""
+    """A sampled span, on the OpenTelemetry SDK; `Tracer.start` returns NO_SPAN for a span that is not sampled."""
 
     __slots__ = ("span",)
 

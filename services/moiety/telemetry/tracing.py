@@ -71,7 +71,7 @@ class Tracer(Protocol):
     ) -> Span:
         """Returns a started span, or NO_SPAN if it is not sampled.
 
-        `parent` is a span, or the traceparent of a span elsewhere. None or a malformed traceparent (W3C Trace Context,
+        `parent` is a span, or the traceparent of a span in another process. None or a malformed traceparent (W3C Trace Context,
         §4.3) starts a new trace, which the sampler may decline. "" or an unsampled parent gives NO_SPAN. `start_ns` is in
         nanoseconds since the epoch, default now. `links` are related spans other than the parent.
         """
@@ -82,7 +82,7 @@ class Tracer(Protocol):
         ...
 
     def shutdown(self, timeout_s: float = 2.0) -> None:
-        """Flushes and stops soon after `timeout_s` at the latest; drops spans that could not be sent. Never raises."""
+        """Exports ended spans and stops. Drops spans that are not sent soon after `timeout_s` seconds. Never raises."""
         ...
 
 
@@ -154,8 +154,8 @@ def configure(service: str, attributes: Mapping[str, str] | None = None, *, endp
     """Returns the tracer of one service: a real one if the OTEL_* variables ask for OTLP, else NO_TRACER.
 
     Every span carries `service` as its service.name, and `attributes` (names.ResourceAttribute). `endpoint`
-    (http://host:port) asks for OTLP as OTEL_EXPORTER_OTLP_TRACES_ENDPOINT does, and overrides it. Where telemetry cannot
-    be set up, one warning is logged and it stays off: the service starts in any case.
+    (http://host:port) replaces OTEL_EXPORTER_OTLP_TRACES_ENDPOINT, and asks for OTLP as that variable does. If tracing
+    cannot be set up, one warning is logged and the service runs without it.
     """
     if not export_enabled("traces", endpoint):
         return NO_TRACER

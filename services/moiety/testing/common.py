@@ -38,9 +38,9 @@ def fake_expert(layer: int, expert: int, rows: torch.Tensor) -> torch.Tensor:
 
 
 def fake_layer(layer: int, hidden: torch.Tensor, top_k_index: torch.Tensor) -> torch.Tensor:
-    """Computes what a hop over fake replicas must return: hidden [T, D], top_k_index [T, K] -> [T, K, D].
+    """Returns [T, K, D], what a hop over fake replicas must return for hidden [T, D] and top_k_index [T, K].
 
-    The row of an index -1 is zero.
+    Where an index is -1, the row is zero.
     """
     rows = [
         fake_expert(layer, int(expert), hidden[token]) if expert >= 0 else torch.zeros_like(hidden[token])
@@ -80,7 +80,7 @@ async def eventually(condition: Callable[[], bool], within_s: float = 10.0) -> N
 
 
 async def no_wait(_: object) -> None:
-    """Does nothing: the default for hooks of a fake that a test may replace by one that waits."""
+    """Does nothing. It is the default of a fake's hooks; a test may replace it by a function that waits."""
 
 
 @contextmanager

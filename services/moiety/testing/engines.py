@@ -23,10 +23,10 @@ from moiety.wire.event_stream import CallServer, SendEvent
 class FakeEngine(engine_pb2_grpc.EngineServiceServicer):
     """A fake router: the token at each position is a function of prompt, seed, choice and position, as in a real engine.
 
-    `before_token(position)` is awaited before each token, counted from the first generated one; it may wait, or raise a
-    MoietyError, which the caller receives. At most `places` requests run; further ones are refused. The router reports
-    `slots` and a `queue` limit but does not enforce them. With `blocks`, it caches prefixes in blocks of `block_tokens` and
-    evicts the least recently used.
+    `before_token(position)` is awaited before each token; the first generated token has position 0. The hook may wait,
+    or raise a MoietyError, which the caller receives. At most `places` requests run; further ones are refused. The router
+    reports `slots` and a `queue` limit but does not enforce them. It caches up to `blocks` blocks of `block_tokens` tokens
+    and evicts the least recently used.
     """
 
     def __init__(

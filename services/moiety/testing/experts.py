@@ -79,7 +79,7 @@ class FakeExperts:
     def forget(self) -> None:
         """Clears `calls` and cancels, without an answer, the calls that came through shared memory.
 
-        Then no view keeps the memory of a lost router mapped.
+        Their payloads are views that would keep the memory of a lost router mapped.
         """
         self.calls.clear()
         for handling in self._handling:

@@ -1,7 +1,8 @@
-"""Frames of the Forward stream: protobuf messages whose payload is written and read in place.
+"""Frames of the Forward stream: protobuf messages whose payload bypasses protobuf.
 
-A frame is an ordinary serialised message, so any gRPC client can send and read it. `payload_bytes` comes first and
-`payload` last. So we append the payload and slice it out again; protobuf never copies those megabytes through its arena.
+A frame is an ordinary serialised message, so any gRPC client can send and read it. Its first field is `payload_bytes`, its
+last is `payload`. So `encode` appends the payload to the serialised header, and `decode` returns a view of the frame's end.
+protobuf itself would copy the payload, which may be megabytes.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ def decode(kind: type[Header], frame: bytes) -> tuple[Header, memoryview]:
 
 
 def rows_of(tensor: torch.Tensor) -> Rows:
-    """Returns a contiguous CPU tensor [R, ...] as an array of R rows, one np.void element each, that shares its memory."""
+    """Returns a contiguous CPU tensor [R, ...] as an array of R rows, one np.void element each, without a copy."""
     row = row_dtype(math.prod(tensor.shape[1:]) * tensor.itemsize)
     return tensor.detach().view(-1).view(torch.uint8).numpy().view(row)
 

@@ -15,11 +15,11 @@ class Deadline:
 
     @classmethod
     def after(cls, seconds: float | None) -> Deadline:
-        """Returns the deadline `seconds` from now; None: no deadline."""
+        """Returns the deadline `seconds` from now, or one that never passes if `seconds` is None."""
         return cls() if seconds is None else cls(time.monotonic() + seconds)
 
     def left(self) -> float:
-        """Returns the seconds left: 0 when passed, infinity without a deadline."""
+        """Returns the seconds left: 0 once the deadline has passed, infinity if it never passes."""
         return max(0.0, self.at - time.monotonic())
 
     @property

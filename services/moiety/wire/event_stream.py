@@ -1,8 +1,8 @@
 """Both ends of the stream between a gateway and a router: calls are sent one by one, and their events in batches.
 
-A message costs a router some 0.1 ms and a gateway as much, whatever its size, and takes the router's time from the engine,
-a thread of the same Python interpreter. So a router sends one message per step with the events of all requests that got
-tokens in it, or several where these are more than MESSAGE_EVENTS.
+Each message costs the router about 0.1 ms and the gateway as much, whatever its size. The router's engine loses that time,
+because it is a thread of the same Python interpreter. So a router sends the events of a step together, at most
+MESSAGE_EVENTS in one message.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ class CallServer:
 
 
 class CallClient:
-    """The gateway's end of its stream to one router. The first call opens it, and the first call after a break a new one."""
+    """The gateway's end of its stream to one router. `generate` opens the stream if none is open."""
 
     def __init__(self, stub: engine_pb2_grpc.EngineServiceStub, peer: str):
         self._stub, self._peer = stub, peer

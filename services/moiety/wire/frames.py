@@ -41,8 +41,8 @@ class ForwardCall:
 def parse_call(header: ForwardRequest, payload: memoryview, *, dtype: str, hidden: int, row_bytes: int) -> ForwardCall:
     """Checks a received ForwardRequest and its payload, and returns them as a ForwardCall.
 
-    Raises InvalidRequest if the fields contradict each other or the replica's rows, which have `hidden` elements of `dtype`
-    in `row_bytes` bytes, as DescribeReplica reports.
+    Raises InvalidRequest if the fields contradict each other, or if the rows do not have the format that DescribeReplica
+    reports: `hidden` elements of `dtype` in `row_bytes` bytes.
     """
     if header.dtype != dtype:
         raise InvalidRequest("dtype", header.dtype, f"{dtype}, as DescribeReplica says")

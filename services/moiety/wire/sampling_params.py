@@ -86,7 +86,10 @@ def check_sampling(params: SamplingParams, prompt_tokens: int, vocabulary: int, 
 
 
 def write_defaults(params: SamplingParams, sampling: Sampling) -> None:
-    """Writes the defaults into `params`, above all the seed: a router that takes over then samples the same tokens."""
+    """Copies fields of `sampling` into `params`, which may lack them.
+
+    With the same seed, a router that takes over the request samples the same tokens.
+    """
     for field in ("max_tokens", "temperature", "top_p", "top_k", "seed", "n"):
         setattr(params, field, getattr(sampling, field))
 
@@ -99,7 +102,10 @@ def _check(field: str, value: object, holds: bool, bound: str) -> None:
 def _number(
     params: SamplingParams, field: str, default: float, low: float, high: float, bound: str, *, above: bool = False
 ) -> float:
-    """Returns a field, or its default, checked to lie from `low` to `high`; `above` excludes `low`."""
+    """Returns a field, or `default` if the field is unset.
+
+    Raises InvalidRequest unless the value lies from `low` to `high`, both included. `above`: `low` is excluded.
+    """
     value: float = getattr(params, field) if params.HasField(field) else default
     _check(field, value, isfinite(value) and low <= value <= high and not (above and value == low), bound)
     return value

@@ -54,7 +54,7 @@ def error_of(rpc: grpc.RpcError) -> errors.MoietyError:
 
 
 def to_message(error: BaseException) -> engine_pb2.EngineError:
-    """Returns `error` as an EngineError, which ends one call of a stream; a status would end the stream of all calls.
+    """Returns `error` as an EngineError. It ends one call, whereas a gRPC status would end the stream with all its calls.
 
     An exception that is not a MoietyError is logged with its traceback, and the peer sees only its type.
     """
@@ -96,7 +96,7 @@ def error_of_code(code: grpc.StatusCode, details: str, metadata: object = None) 
 
 
 def _relayed(kind: type[errors.MoietyError], details: str) -> errors.MoietyError:
-    """Returns a `kind` with a peer's complete message. Skips the constructor, which composes a message from its parts."""
+    """Returns an error of type `kind` with a peer's message. Skips the constructor, which would compose a new message."""
     error = kind.__new__(kind)
     Exception.__init__(error, details)
     return error

@@ -13,5 +13,5 @@ def traceparent_in(context: grpc.aio.ServicerContext) -> str | None:
 
 
 def with_traceparent(traceparent: str) -> tuple[tuple[str, str], ...]:
-    """Returns the gRPC metadata that carries `traceparent`; empty if it is "", because the caller's span is not sampled."""
+    """Returns the gRPC metadata that carries `traceparent`; empty for "", the traceparent of a span that is not sampled."""
     return ((TRACEPARENT, traceparent),) if traceparent else ()

@@ -42,7 +42,7 @@ class Buffer(Protocol):
         ...
 
     def send(self, answer: Answer) -> None:
-        """Sends the call without blocking. `answer` is called once, later, on the mailbox's thread, never by `send`."""
+        """Sends the call without blocking. The mailbox's thread calls `answer` once, after `send` has returned."""
         ...
 
 
@@ -58,8 +58,8 @@ class Connection(Protocol):
     def acquire(self, header: ForwardRequest, *, rows: int, row_bytes: int, reply_rows: int) -> Buffer:
         """Returns a buffer for a call of `rows` rows and a reply of at most `reply_rows` rows, `row_bytes` bytes each.
 
-        `header` must be complete, because the transport may serialise it here. Raises ResourceExhausted if the memory that
-        unanswered calls leave is too small. If the connection is lost, the buffer's call is answered with PeerLost.
+        `header` must be complete, because the transport may serialise it here. Raises ResourceExhausted if
+        unanswered calls leave too little memory. A lost connection still returns a buffer; its call is answered with PeerLost.
         """
         ...
 

@@ -1,6 +1,6 @@
 """The doorbell of a shared-memory connection: a unix socket that keeps message boundaries and reports the peer's death.
 
-When the peer's process ends, for whatever reason, the kernel closes its socket, and our end reads end of file immediately.
+When the peer's process ends, for whatever reason, the operating system closes its socket, and ours reads end of file.
 
 Rows are passed in a segment, memory that the router created and both processes map (`shm_segment.py`). A call uses one
 range of it: [rows | space for the answer's rows | ForwardRequest], each part aligned. The router sends CALL. The replica
@@ -47,7 +47,7 @@ class Doorbell:
         on_message: Callable[[bytes], None],
         on_lost: Callable[[str], None],
     ):
-        """`on_message` receives each message; `on_lost` is called once, with the reason why no more will come."""
+        """`on_message` receives each message. `on_lost` is called once, with the reason, when the connection ends."""
         self._socket, self._mailbox, self._on_message, self._on_lost = sock, mailbox, on_message, on_lost
         self._unsent: deque[bytes] = deque()  # bounded: each message refers to a range of the segment
         self._open = True
@@ -55,7 +55,7 @@ class Doorbell:
         mailbox.post(lambda: mailbox.watch(sock, self._ready))
 
     def ring(self, message: bytes) -> None:
-        """Sends `message` without blocking. While the peer does not read, messages wait here in a queue."""
+        """Sends `message` without blocking. Messages that the socket cannot take yet wait in a queue."""
         if self._unsent:
             self._unsent.append(message)
             return

@@ -44,9 +44,9 @@ class ExpertLink:
     async def open(
         cls, address: str, timeout_s: float, mailbox: Mailbox, transport: Transport = Transport.AUTO
     ) -> ExpertLink:
-        """Asks the replica at `address` for its description, then connects to it; each may take `timeout_s` seconds.
+        """Asks the replica at `address` for its description, then connects to it. Each step may take `timeout_s` seconds.
 
-        Answers to calls arrive through `mailbox`. Transport.AUTO uses shared memory if that reaches the replica, else gRPC.
+        Answers to calls arrive through `mailbox`. Transport.AUTO uses shared memory if it reaches the replica, else gRPC.
         Raises PeerLost or another error with which DescribeReplica failed, InvalidRequest if the sets of experts in the
         description cannot be parsed, FailedPrecondition if `transport` cannot reach the replica.
         """
@@ -73,8 +73,8 @@ class ExpertLink:
     async def describe(self, timeout_s: float) -> DescribeReplicaResponse:
         """Asks the replica for its description again, stores it and returns it.
 
-        A router does so when the replica has answered that it does not hold an expert, or serves another revision. Raises
-        PeerLost or another error with which DescribeReplica failed, or InvalidRequest as `open` does.
+        A router does so after the replica has refused a call, because the replica lacks an expert or serves another
+        revision. Raises PeerLost or another error with which DescribeReplica failed, or InvalidRequest as `open` does.
         """
         self.description = await _describe(self._channels[0], timeout_s)
         return self.description
@@ -85,7 +85,7 @@ class ExpertLink:
 
     @property
     def leaving(self) -> ExpertSet:
-        """Experts that the new placement takes from the replica: still computed until every router has acknowledged it."""
+        """Experts that a new placement takes from the replica. It computes them until all routers know that placement."""
         return ExpertSet.parse(self.description.leaving)
 
     async def close(self) -> None:
@@ -107,7 +107,7 @@ async def _shared_memory(
 async def _unix(description: DescribeReplicaResponse, address: str) -> str:
     """Returns the gRPC address of the replica's unix socket.
 
-    Raises FailedPrecondition if the replica offers none, or if a trial connection shows that it is not on this node.
+    Raises FailedPrecondition if the replica has no unix socket, or if a trial connection to it fails, as from another node.
     """
     if not description.unix:
         raise FailedPrecondition(f"{address} offers no unix socket")

@@ -28,7 +28,7 @@ class _Frame:
 
 
 class GrpcConnection:
-    """A Connection over a gRPC channel, TCP or unix. Reads and writes on the loop it was created on."""
+    """A Connection over a gRPC channel (TCP or unix socket). Its asyncio loop is the one that runs the constructor."""
 
     def __init__(self, address: str, channel: grpc.aio.Channel, mailbox: Mailbox):
         self.closed = asyncio.Event()

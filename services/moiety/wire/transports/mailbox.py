@@ -1,8 +1,8 @@
-"""The mailbox: the one place where a thread that computes waits, for its sockets and for actions of other threads.
+"""The mailbox, where a computing thread waits for messages on its sockets and for actions that other threads post.
 
-A router's engine thread owns one, and so does an expert replica's runtime thread. The thread that computes also reads its
-sockets, so no second thread stands between a message that announces work and the work itself. On this path a hand-over
-between threads costs more than everything else together.
+A router's engine thread owns a mailbox, and so does an expert replica's runtime thread. The thread that computes reads
+its sockets itself, so a message that announces work is not handed from one thread to another. Such a hand-over costs more
+than everything else between the message and the work.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Mailbox:
             os.write(self._waker, b"\0")
 
     def wake(self) -> None:
-        """Makes the owner return from `wait`, or from the next `wait` if it is busy now. May be called from any thread."""
+        """Makes the owner's current `wait` return, or its next one if the owner is busy now. May be called from any thread."""
         self._woken = True
         if self._asleep:
             self._asleep = False
@@ -65,10 +65,10 @@ class Mailbox:
             self._selector.unregister(sock)
 
     def wait(self, timeout_s: float | None = None) -> bool:
-        """Handles ready sockets and posted actions; waits for the first up to `timeout_s` seconds (None: no limit).
+        """Handles ready sockets and posted actions. If there are none, waits up to `timeout_s` seconds (None: no limit).
 
-        Returns whether a socket was ready. Each ready socket is handled once, though more messages may wait in it. So after
-        True, call `wait` again.
+        Returns whether a socket was ready. A ready socket is handled once and may hold further messages. So call `wait` again
+        if it returned True.
         """
         with self._turn:
             if self._run_posted():
@@ -87,7 +87,7 @@ class Mailbox:
             return bool(events)
 
     def drain(self) -> None:
-        """Returns once no posted action is left; runs them itself if the owner no longer calls `wait`. For shutdown."""
+        """For shutdown: returns once no posted action is left. Runs the actions itself if the owner no longer calls `wait`."""
         self.wake()
         while self._posted:
             if self._turn.acquire(timeout=0.01):  # a living owner holds it nearly all the time

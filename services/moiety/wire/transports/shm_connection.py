@@ -67,7 +67,7 @@ class SharedMemoryConnection:
     async def open(
         cls, description: DescribeReplicaResponse, mailbox: Mailbox, timeout_s: float, size: int | None = None
     ) -> SharedMemoryConnection:
-        """Connects to the replica that sent `description`; `size` is that of the segment in bytes, default SEGMENT_BYTES.
+        """Connects to the replica that sent `description`, with a segment of `size` bytes (default SEGMENT_BYTES).
 
         Raises PeerLost if the replica is not on this node, belongs to another user or does not answer within `timeout_s`
         seconds, and FailedPrecondition if it refuses the connection.
@@ -145,9 +145,10 @@ class SharedMemoryConnection:
     # On the loop: `closed` must also be set when a replica dies while no call is in flight -------------------------
 
     def _watch_for_hang_up(self, sock: socket.socket) -> select.epoll:
-        """Makes the asyncio loop call `_gone` when the peer closes the socket, through an epoll that reports only that.
+        """Makes the asyncio loop call `_gone` when the peer closes the socket.
 
-        A message on the socket must not wake the loop, because the mailbox's owner reads it.
+        The loop watches an epoll object that reports nothing else. If it watched the socket, each message would wake it,
+        though the mailbox's owner reads the messages.
         """
         hang_up = select.epoll()
         hang_up.register(sock, select.EPOLLRDHUP)

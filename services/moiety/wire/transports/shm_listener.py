@@ -42,8 +42,8 @@ Accept = Callable[[ForwardRequest, memoryview, ReplyCallback], None]
 class SharedMemoryListener:
     """Accepts routers' connections on the asyncio loop. The mailbox's owner reads their calls and passes each to `accept`.
 
-    `accept(header, payload, answer)` makes the mailbox's owner call `answer(reply, selected_rows)` once, then or later. The
-    payload may be read until that call.
+    `accept(header, payload, answer)` makes the mailbox's owner call `answer(reply, selected_rows)` once, during
+    `accept` or later. The payload may be read until `answer` is called.
     """
 
     def __init__(self, revision: str, dtype: str, row_bytes: int, mailbox: Mailbox, accept: Accept):

@@ -1,7 +1,7 @@
 """Shared memory without a name: a memfd that two processes map, and the allocator of its ranges.
 
-The peer receives it as a file descriptor, so nothing remains in /dev/shm when either side is killed: the kernel frees it
-with the last mapping. Its size is virtual: only written pages take memory, and the lowest ranges are reused first.
+The peer receives the memfd as a file descriptor. The operating system frees the memory once no process maps it, so nothing
+remains in /dev/shm when either side is killed. Only written pages take memory, and the lowest ranges are reused first.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def map_segment(descriptor: int) -> mmap.mmap:
 
 
 class Allocator:
-    """Allocates ranges of one segment, first fit: recently used memory, still in the CPU cache, is reused first."""
+    """Allocates the lowest free range of a segment that fits: it was probably used recently and is still in the CPU cache."""
 
     def __init__(self, size: int):
         self._starts, self._sizes = [0], [size]  # free ranges, ascending, never adjacent
