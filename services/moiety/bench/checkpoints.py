@@ -48,7 +48,7 @@ def model_name(model: str) -> str:
 def model_folder(model: str, parent: Path, dtype: str, context: int, progress: Callable[[str], None]) -> Path:
     """Writes the SYNTHETIC model named `model` to a folder in `parent`, with at least `context` tokens of context.
 
-    Returns the folder. A `model` that is not in SYNTHETIC is returned as it is.
+    Returns the folder. If `model` is not in SYNTHETIC, it must be a checkpoint folder; returns that and writes nothing.
     """
     if model not in SYNTHETIC:
         return Path(model)

@@ -1,4 +1,4 @@
-"""`moiety bench control`: what a large system costs its control plane: planning, the dispatch table, traffic on Redis."""
+"""`moiety bench control`: measures planning, the dispatch table and the traffic on Redis of a large system."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def _timed(rounds: int, run: Callable[[], Any]) -> tuple[Any, float]:
 
 
 def _replicas(placement: Placement, counts: dict[str, int]) -> Iterator[Replica]:
-    """Yields `counts` replicas of each deployment as a reader of the registry gets them: expert sets parsed from text."""
+    """Yields `counts[name]` replicas of each deployment. Parses their expert sets from text, as a registry reader does."""
     for deployment, held in placement.held.items():
         for number in range(counts[deployment]):
             name = f"{deployment}-{number:04}"
@@ -135,10 +135,10 @@ def _replicas(placement: Placement, counts: dict[str, int]) -> Iterator[Replica]
 async def _redis(
     work: ControlWork, replicas: Sequence[Replica], expert_load: np.ndarray
 ) -> tuple[float, float, float, float]:
-    """Returns operations, bytes and server CPU seconds of one second of the system's traffic on Redis.
+    """Returns what one second of the system's traffic costs Redis: operations, bytes transferred, CPU seconds.
 
-    The fourth value is the bytes sent when every registry entry changes once. Each kind of request is measured by itself
-    and then weighted by how often it occurs.
+    The fourth value is the bytes transferred when every registry entry changes once. Each kind of request is measured by
+    itself. Its cost is multiplied by the number of such requests per second.
     """
     with EmbeddedRedis() as server:
         registry, gate = RedisRegistry(server.url, "bench"), asyncio.Semaphore(AT_ONCE)

@@ -23,7 +23,7 @@ Echo = Callable[[bytes], Awaitable[bytes]]
 
 @asynccontextmanager
 async def echo_process() -> AsyncIterator[Echo]:
-    """Starts the child and yields an async function that sends it bytes and returns the echo. Stops the child at the end."""
+    """Runs the child while the context is open. Yields an async function that sends bytes to it and returns the echo."""
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",

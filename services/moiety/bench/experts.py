@@ -1,4 +1,4 @@
-"""`moiety bench experts`: speed of the expert kernels, beside plain torch and beside the machine's own limits.
+"""`moiety bench experts`: compares the speed of the expert kernels with plain torch and with the machine's limits.
 
 Decode is compared with the machine's read bandwidth, prefill with its matmul rate. A cost model is fitted to the times.
 
@@ -32,7 +32,7 @@ SLICE_S = 0.6  # a measurement starts no further round after this many seconds p
 
 @dataclass(frozen=True, slots=True)
 class ExpertsRow:
-    """Times of one call: E experts with R rows each. Seconds are the least of several runs in turns with plain torch."""
+    """Times of one call: E experts with R rows each. Each time is that of the fastest of several runs."""
 
     dtype: str
     experts: int
@@ -90,7 +90,7 @@ def bench_experts(
     threads: int | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> ExpertsReport:
-    """Measures the expert kernels and plain torch. Takes about a minute, and memory of a few times the last-level cache."""
+    """Measures the expert kernels and plain torch in about a minute. Needs several times the last-level cache in memory."""
     before = torch.get_num_threads()
     threads = threads or usable_cores()
     progress("the machine: read bandwidth and matmul rate")
@@ -118,7 +118,7 @@ def bench_experts(
 
 
 def _weights(dtype: str, hidden: int, intermediate: int) -> list[ExpertWeights]:
-    """Returns random experts, so many that caches hold only a small part of them."""
+    """Returns random experts: at least LEAST_BYTES in all, and at least CACHES times the last-level cache if known."""
     torch_dtype = torch.float32 if dtype == "float32" else torch.bfloat16
 
     def one(seed: int) -> ExpertWeights:
@@ -158,7 +158,7 @@ def _measure(dtype: str, weights: Sequence[ExpertWeights], count: int, *, alone:
 
 
 def _in_turns(calls: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """Runs the calls in turns, and returns the least seconds of each over REPEATS rounds, or over fewer if they are slow."""
+    """Runs the calls in turns, REPEATS rounds or fewer if they are slow. Returns the least seconds of each call."""
     least = dict.fromkeys(calls, math.inf)
     spent = 0.0
     for repeat in range(REPEATS + 1):
@@ -176,7 +176,7 @@ def _in_turns(calls: dict[str, Callable[[], object]]) -> dict[str, float]:
 
 @torch.inference_mode()
 def _eager(rows: torch.Tensor, count: int, weights: Sequence[ExpertWeights]) -> torch.Tensor:
-    """Computes the experts as transformers' eager experts do: a loop of two linear layers."""
+    """Computes one expert after the other with two linear layers, as transformers' eager experts do."""
     out = torch.empty_like(rows)
     for place, expert in enumerate(weights):
         span = slice(place * count, (place + 1) * count)
@@ -199,7 +199,7 @@ def _grouped(rows: torch.Tensor, offsets: torch.Tensor, gate_up: torch.Tensor, d
 
 
 def _fit(dtype: str, rows: Sequence[ExpertsRow]) -> KernelCost:
-    """Fits the cost model by relative least squares: of all subsets of its terms, the best fit without a negative cost."""
+    """Fits the cost model by least squares of the relative errors, with the condition that no cost is negative."""
     seconds = torch.tensor([row.seconds for row in rows], dtype=torch.float64)
     columns = torch.tensor([[1.0, row.nbytes, row.rows * row.experts] for row in rows], dtype=torch.float64)
     scaled = columns / seconds[:, None]

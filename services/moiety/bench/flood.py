@@ -48,7 +48,7 @@ class FloodWork:
 
 @dataclass(frozen=True, slots=True)
 class FloodRow:
-    """Results at one load. Rates are medians of the rounds, counts are sums. `load` 0 is the run that measures capacity."""
+    """Results at one load. Rates are medians of the rounds, counts are sums. Capacity runs have `load` 0."""
 
     model: str
     load: int
@@ -70,7 +70,7 @@ class FloodReport:
 
     @property
     def passed(self) -> bool:
-        """Whether accepted requests reached KEPT of the peak, refusals carried retry delays, and nothing failed otherwise."""
+        """Whether each load above 1 reached KEPT of the peak, every refusal had a retry delay, and no request failed."""
         # Only loads above 1 count: at lower loads the arrivals limit the pace.
         paced = all(row.ratio_to_peak >= KEPT for row in self.rows if row.load > 1)
         return paced and all(row.refused_with_hint == row.refused and row.failed == 0 for row in self.rows)
@@ -127,9 +127,9 @@ async def bench_flood(work: FloodWork, *, progress: Progress = lambda _: None) -
 
 
 def rows_of(work: FloodWork, runs: dict[int, list[Tally]], offered: dict[int, list[float]]) -> tuple[FloodRow, ...]:
-    """Returns one row per load, with the ratio of its tokens/s to the peak: the load with the best median tokens/s.
+    """Returns one row per load. The peak is the load with the best median tokens/s.
 
-    Ratios are computed round by round, because a machine's speed drifts.
+    A row's ratio to the peak is the median of the ratios in each round, because a machine's speed drifts.
     """
     pace = {load: [run.tokens_per_s for run in tallies] for load, tallies in runs.items()}
     peak = max(pace.values(), key=lambda rates: percentile(rates, 50))
@@ -188,7 +188,7 @@ class _Flood:
         self._work, self._vocabulary, self._count = work, vocabulary, 0
 
     async def closed(self, clients: int) -> Tally:
-        """Runs `clients` clients at once (closed loop); each sends its next request when its last one has ended."""
+        """Runs `clients` clients at once (closed loop). Each client sends a request when its previous one has ended."""
         tally, began = Tally(), time.monotonic()
 
         async def client() -> None:
@@ -233,7 +233,7 @@ class _Flood:
         return request
 
     def _paced(self, tally: Tally, began: float) -> Tally:
-        """Sets `tally.tokens_per_s`, counted from the end of the ramp to the end of the load, and returns `tally`."""
+        """Sets `tally.tokens_per_s` from the tokens between the ramp and the end of sending, and returns `tally`."""
         since, until = began + RAMP * self._work.seconds, began + self._work.seconds
         tally.tokens_per_s = sum(since <= arrival < until for arrival in tally.arrivals) / (until - since)
         return tally

@@ -51,8 +51,8 @@ _MS = 1000.0
 class HopRow:
     """Results for one payload size over one transport.
 
-    `call` is the time from send to answer, `expert` the replica's queue and compute time as its reply states them, and `hop`
-    the difference.
+    `call` is the time from send to answer. `expert` is the sum of the queue and compute times in the reply. `hop` is
+    `call` - `expert`.
     """
 
     transport: str
@@ -74,7 +74,7 @@ async def bench_hop(
     rounds: int,
     progress: Callable[[str], None] = lambda _: None,
 ) -> tuple[HopRow, ...]:
-    """Returns one row per payload size and transport, each from `calls` calls in each of `rounds` rounds.
+    """Returns one row per payload size and transport. A row is measured with `rounds` rounds of `calls` calls.
 
     Payload sizes must be multiples of ROW_KIB.
     """
@@ -133,7 +133,7 @@ class _Caller:
         self._count = 0
 
     def run(self, payload: codec.Rows, calls: int) -> list[tuple[float, float]]:
-        """Makes `calls` calls; returns (call, expert) milliseconds of each, as in HopRow. Raises the error of a failed call."""
+        """Returns (call, expert) of HopRow for each of `calls` calls, in milliseconds. Raises the error of a failed call."""
         return [self._once(payload) for _ in range(calls)]
 
     def _once(self, payload: codec.Rows) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""All experts in the engine's own process: the baseline for the split into services.
+"""Computes all experts in the engine's own process: the baseline that experts in services are compared with.
 
 Legend: T tokens, K experts per token (top-k), D hidden size, A = T * K assignments.
 """

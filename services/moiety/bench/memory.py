@@ -1,6 +1,6 @@
 """`moiety bench memory`: compares the peak memory of expert replicas with the bytes of the weights they hold.
 
-The peak is that of the replica's whole process, from its start to its first answers.
+The peak is that of a replica's whole process, from the start of the process to the replica's first answers.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ INT4 = Precision(4, 128)
 
 @dataclass(frozen=True, slots=True)
 class ReplicaMemory:
-    """Memory of one expert replica that holds its experts in one form."""
+    """Memory of one expert replica that holds its experts as bfloat16, int8 or int4."""
 
     held_as: str  # the form: bfloat16, int8 or int4
     replica: str
@@ -50,10 +50,10 @@ async def bench_memory(
     groups: int = 1,
     progress: Callable[[str], None] = lambda _: None,
 ) -> tuple[ReplicaMemory, ...]:
-    """Measures the expert replicas of the same model in three forms, and returns a row per replica and form.
+    """Measures expert replicas that hold one model as bfloat16, int8 and int4. Returns a row per replica and form.
 
     Writes a synthetic bfloat16 checkpoint with `gigabytes` of experts to the folder `work`, and a copy with experts at 4
-    bits. Serves both, and the bfloat16 checkpoint once more with experts quantised to 8 bits on load.
+    bits. For int8, serves the bfloat16 checkpoint with experts quantised to 8 bits on load.
     """
     layers = max(1, round(gigabytes * 1e9 / LAYER_BYTES))
     progress(f"writing {layers} layers, {layers * LAYER_BYTES / 1e9:.1f} GB of experts")
@@ -88,7 +88,7 @@ def _quantise(folder: Path, out: Path) -> None:
 
 
 def _held_bytes(folder: Path, held: ExpertSet) -> int:
-    """Returns the bytes that the experts of `held` take in the files of `folder`, and in memory if loaded as they are."""
+    """Returns the bytes of the experts `held` in the files of `folder`. They take the same in memory if loaded as stored."""
     checkpoint = Checkpoint.open(folder)
     layout = expert_layout(checkpoint)
     return sum(checkpoint.tensor(name).nbytes for pair in held for name in expert_tensor_names(layout, pair))

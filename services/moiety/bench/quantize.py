@@ -1,7 +1,7 @@
-"""`moiety bench quantize`: what quantising costs a trained model.
+"""`moiety bench quantize`: how much quality a trained model loses when its experts are quantised.
 
-Compares int8, int4 and mixed experts with bfloat16 by perplexity and greedy agreement. Computes them with the kernels of
-the expert replicas.
+Compares int8, int4 and mixed experts with bfloat16 by perplexity and greedy agreement. The kernels of the expert
+replicas compute the experts.
 """
 
 from __future__ import annotations
@@ -52,8 +52,9 @@ def bench_quantize(
 ) -> tuple[Quality, ...]:
     """Trains a model (or opens the checkpoint folder `model`), quantises its experts in several ways, and evaluates each.
 
-    Writes the checkpoints to `work`. Returns one row each for: bfloat16; all experts at 8 bits; all at 4 bits, in groups of
-    32 and of 128; and mixes of precisions that take as much memory as each 4-bit row, and half way between 4 and 8 bits.
+    Writes each checkpoint that it makes to `work`. Returns a row each for: bfloat16; all experts at 8 bits; all at 4 bits
+    in groups of 32, and of 128; a mix of precisions within the memory of each 4-bit row; a mix within the memory half way
+    between 4 and 8 bits. Leaves out precisions that the model's sizes do not allow.
     """
     text = shipped_text()
     cut = int(len(text) * (1 - HELD_OUT))
@@ -84,7 +85,7 @@ def bench_quantize(
 
 
 def _choices(unlimited: Quantised, mixed: Callable[[int], Quantised]) -> Iterator[tuple[str, Allocation[Pair]]]:
-    """Yields the name and allocation of each row after bfloat16. `mixed` chooses precisions for a number of bytes."""
+    """Yields the name and allocation of each row after bfloat16. `mixed` chooses precisions that fit a number of bytes."""
     uniform = {
         precision: unlimited.uniform(precision) for precision in (Precision(8), Precision(4, 32), Precision(4, 128))
     }
@@ -109,7 +110,7 @@ def _precisions(chosen: Mapping[Pair, object]) -> dict[Pair, Precision]:
 def evaluate(folder: str, ids: torch.Tensor) -> tuple[torch.Tensor, float]:
     """Runs the checkpoint in `folder` over the text `ids` [sequences, tokens].
 
-    Returns (likeliest next token at each position [sequences, tokens], perplexity).
+    Returns the likeliest next token after each position [sequences, tokens], and the perplexity per token.
     """
     checkpoint = Checkpoint.open(folder)
     layout: ExpertLayout = expert_layout(checkpoint)

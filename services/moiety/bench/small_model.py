@@ -43,8 +43,8 @@ def train(
 ) -> float:
     """Trains a qwen3_moe and writes it to `folder` in bfloat16. Returns the last steps' mean loss in nats per token.
 
-    Runs on one thread, so that the result depends only on `seed`, text and processor. More threads would not be faster
-    on matrices this small.
+    Runs on one thread, so that the result does not depend on the number of cores. More threads would not be faster on
+    matrices this small.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -23,8 +23,8 @@ class Speeds:
 def speeds(began: float, arrivals: Sequence[Sequence[float]], prompt_tokens: int) -> Speeds:
     """Computes the speeds of one run of several streams that start together at `began`.
 
-    `arrivals` are the times of each stream's tokens, at least two, in seconds on the clock of `began`. `prompt_tokens` is
-    the length of one prompt.
+    `arrivals` has the token times of each stream, in seconds on the clock of `began`. A stream must have at least two
+    tokens. `prompt_tokens` is the length of one prompt.
     """
     firsts = [stream[0] for stream in arrivals]
     decoding, ended = max(firsts), max(stream[-1] for stream in arrivals)
@@ -40,7 +40,7 @@ def speeds(began: float, arrivals: Sequence[Sequence[float]], prompt_tokens: int
 
 
 def median(runs: Sequence[Speeds]) -> Speeds:
-    """Returns the median over the runs of each speed, taken for each speed by itself."""
+    """Returns, for each field of Speeds, the median of that field over the runs."""
     return Speeds(*(percentile([getattr(run, field.name) for run in runs], 50) for field in fields(Speeds)))
 
 

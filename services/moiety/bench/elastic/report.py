@@ -41,7 +41,7 @@ class LoadSample:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """One scaling decision, the replica starts it caused, and its effect on the streams."""
+    """One scaling decision, the replica starts that it caused, and the ITL (gaps between tokens) after it."""
 
     time: float  # seconds since the first phase began
     deployment: str
@@ -91,7 +91,7 @@ def report_of(
     traffic: Traffic,
     costs: BatchCost | None = None,
 ) -> ElasticReport:
-    """Builds the report from the records of a run. Its times are seconds since the first phase of the load began."""
+    """Builds a run's report from its records. Times in the report are seconds since the first phase of the load began."""
     began = phases[0][0]
     starts = {start.replica: start for moment in moments for start in moment.starts}
     fresh = sorted((s for s in starts.values() if s.launched > began), key=lambda start: start.launched)
@@ -202,7 +202,7 @@ def plot(report: ElasticReport, file: Path) -> None:
 
 
 def _split(decided: float, start: ReplicaStart) -> dict[str, float]:
-    """Splits the seconds from the decision to a new replica's first rows into the stages of its start."""
+    """Returns the seconds of each stage from the scaling decision to a new replica's first rows, and their total."""
     return {
         "schedule": start.launched - decided,
         "load": start.loaded - start.launched,

@@ -1,4 +1,4 @@
-"""Skewed, open-loop traffic: prompts drawn by Zipf's law. The likeliest send most of their rows to one expert group."""
+"""Skewed, open-loop traffic. Prompts are drawn by Zipf's law. The likeliest send the most of their rows to one group."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ LEDGER_S = 1.1  # seconds between readings of the ledger; routers report their c
 
 @dataclass(frozen=True, slots=True)
 class SkewedPrompts:
-    """The prompts and their probabilities, in order of the share of rows that a prompt sends to the hot group."""
+    """The prompts and their probabilities. The larger the share of a prompt's rows to the hot group, the earlier it comes."""
 
     tokens: tuple[int, ...]  # each prompt repeats one of these PROMPT_TOKENS times; the largest share comes first
     chances: tuple[float, ...]  # probability of each prompt
-    hot: str  # deployment of the hot group
+    hot: str  # deployment of the hot group: the one that gets the largest shares of the first prompts' rows
     share: float  # share of the first prompt's rows that goes to the hot group
 
 
@@ -42,7 +42,7 @@ class Traffic:
         self.gaps: list[tuple[float, float]] = []  # (Unix seconds of a token, seconds since the token before it)
 
     async def offer(self, per_s: float, seconds: float) -> None:
-        """Sends requests as a Poisson process of `per_s` per second, for `seconds`."""
+        """Sends requests as a Poisson process for `seconds`, on average `per_s` requests per second."""
         until = time.monotonic() + seconds
         while (wait := self._random.exponential(1.0 / per_s)) < until - time.monotonic():
             await asyncio.sleep(wait)
@@ -76,7 +76,7 @@ class Traffic:
 async def skewed_prompts(
     client: Client, registry: Registry, exponent: float, seed: int, progress: Callable[[str], None]
 ) -> SkewedPrompts:
-    """Runs CANDIDATES prompts one by one, picks the hot group, and orders the prompts by the share of rows they send to it."""
+    """Runs CANDIDATES prompts one by one, picks the hot group, and sorts the prompts as SkewedPrompts describes."""
     tokens = (20 + np.random.default_rng(seed).permutation(200)[:CANDIDATES]).tolist()
     shares = []  # [candidates][groups]: fraction of the candidate's rows
     groups: list[str] = []
@@ -106,9 +106,9 @@ async def skewed_prompts(
 
 
 async def _moved(registry: Registry, before: dict[str, int]) -> dict[str, int]:
-    """Returns the rows of each group in the load ledger, once they differ from `before` and two readings agree.
+    """Returns the rows of each group in the load ledger, once two successive readings agree and differ from `before`.
 
-    Readings are LEDGER_S apart: longer than a router's reporting period. Raises TimeoutError.
+    Readings are LEDGER_S apart, which is longer than a router's reporting period. Raises TimeoutError after 30 seconds.
     """
     last = before
     async with asyncio.timeout(30):

@@ -67,7 +67,7 @@ class BenchModel:
     async def open(cls, work: EngineWork, stack: AsyncExitStack, progress: Callable[[str], None]) -> BenchModel:
         """Opens the checkpoint; writes a synthetic one first, to a folder that `stack` removes.
 
-        Raises ConfigError where prompt and new tokens exceed the model's context.
+        Raises ConfigError where prompt and new tokens together exceed the model's context.
         """
         folder = Path(stack.enter_context(TemporaryDirectory(prefix="moiety-bench-")))
         context = work.prompt_tokens + work.new_tokens
@@ -81,7 +81,7 @@ class BenchModel:
         return cls(path, checkpoint, layout, revision, torch_dtype(work.dtype, layout.shape.dtype))
 
     def settings(self, work: EngineWork, **more: Any) -> RouterSettings:
-        """Returns the settings of a router with a slot for each stream of the highest concurrency. `more` overrides them."""
+        """Returns a router's settings, with a slot per stream of the highest concurrency. Settings in `more` win."""
         streams = max(work.concurrency)
         values = {"model": str(self.path), "dtype": work.dtype, "slots": streams, "queue_limit": streams}
         return validated(RouterSettings, {**values, **more})
@@ -93,7 +93,7 @@ class BenchModel:
     async def engine_over(
         self, cluster: LocalCluster, settings: RouterSettings, tracer: Tracer, stack: AsyncExitStack
     ) -> EngineRunner:
-        """Returns a runner of an engine in this process that uses `cluster`'s experts, once every expert has a holder."""
+        """Builds an engine in this process on `cluster`'s experts. Returns its runner once every expert has a holder."""
         shape = self.layout.shape
         model, cache = await self.load(settings)
         hops, lanes = await reach_experts(settings, shape, self.revision, self.dtype, cluster.registry, tracer, stack)
@@ -110,7 +110,7 @@ class EngineRunner:
         stack.push_async_callback(asyncio.to_thread, engine.stop, STOP_S)
 
     def run(self, streams: int, prompt_tokens: int, new_tokens: int, recorder: SpanRecorder | None = None) -> Speeds:
-        """Runs `streams` prompts at once and blocks until all are done. Raises the error that ended one of them early."""
+        """Runs `streams` prompts at once and blocks until all are done. Raises the error of the first that fails."""
         arrived: queue.SimpleQueue[tuple[int, float, Emitted]] = queue.SimpleQueue()
         began = time.perf_counter()
 
@@ -147,7 +147,7 @@ class EngineRunner:
 
 
 async def _covered(hop: Hop) -> None:
-    """Waits until every expert has a holder."""
+    """Waits until every expert has a holder. Raises Unavailable after COVERED_S."""
     try:
         async with asyncio.timeout(COVERED_S):
             while hop.fleet.table.uncovered():
@@ -157,4 +157,4 @@ async def _covered(hop: Hop) -> None:
 
 
 def no_waits(_layer: int, _experts: list[int]) -> None:
-    """Ignores an engine's report that no replica holds some experts: no autoscaler watches the groups of a benchmark."""
+    """Does nothing. An engine calls it when no replica holds some experts; a benchmark has no autoscaler to tell."""

@@ -1,4 +1,4 @@
-"""`moiety bench lanes`: one engine with its steps in one piece, in two lanes, and in whichever way it measures as faster."""
+"""`moiety bench lanes`: compares steps in one piece, steps in two lanes, and the engine's own choice of the two."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class LanesRow:
 
 
 async def bench_lanes(work: EngineWork, *, progress: Callable[[str], None] = lambda _: None) -> tuple[LanesRow, ...]:
-    """Measures the three engines in turns, at each concurrency of `work`.
+    """Measures the engines of ENGINES in turns, at each concurrency of `work`.
 
     Raises CheckpointError where the checkpoint cannot be served, ConfigError where it does not suit the workload.
     """

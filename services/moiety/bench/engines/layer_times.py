@@ -14,7 +14,7 @@ from moiety.telemetry.tracing import NO_SPAN, Parent, Span, Value
 
 @dataclass(eq=False)
 class RecordedSpan:
-    """A span that is kept in this process. Calls to experts do not carry its trace context."""
+    """A span that is kept in this process. It has no trace context to send with calls to experts."""
 
     name: SpanName
     parent: RecordedSpan | None
@@ -85,9 +85,9 @@ class LayerTime:
 
 
 def layer_times(spans: Sequence[RecordedSpan], groups: int) -> list[LayerTime]:
-    """Returns the times of each MoE layer of each decode step, if at least one of its calls was answered.
+    """Returns one LayerTime per MoE layer and decode step. Leaves out layers where no call was answered.
 
-    Expert groups without a call in the layer count as idle in its imbalance.
+    In the imbalance of a layer, an expert group without an answered call counts as idle.
     """
     calls: dict[RecordedSpan, list[RecordedSpan]] = defaultdict(list)
     for span in spans:

@@ -1,4 +1,4 @@
-"""`moiety bench split`: one engine with its experts in its own process, beside the same engine with experts in services."""
+"""`moiety bench split`: compares an engine that computes its experts itself with one whose experts are in services."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class SplitRow:
-    """Results at one concurrency: speeds as medians of the rounds, times of a layer as medians over layers.
+    """Results at one concurrency. Speeds are medians of the rounds.
 
-    `compute_ms`, `hop_ms` and `imbalance` are of decode layers in a traced run after the rounds, `one_process_compute_ms` of
-    all layers in the last round.
+    `compute_ms`, `hop_ms` and `imbalance` are medians over the layers of decode steps, from a traced run after the rounds.
+    `one_process_compute_ms` is the median over the layers of all steps of the last round.
     """
 
     model: str

@@ -1,4 +1,4 @@
-"""Computes the floor of a decode step: the least time in which a machine can read its weights and compute its products.
+"""Computes the floor of a decode step: the least time to read the step's weights and then compute its products.
 
 Keys and values are not counted: at the contexts of the benchmarks they are a few percent of the weights.
 """
@@ -16,7 +16,7 @@ from moiety.tools.machine_speed import MachineSpeed
 
 @dataclass(frozen=True, slots=True)
 class StepCost:
-    """Numbers of parameters of a model's parts, from which the least cost of a decode step follows."""
+    """Numbers of parameters of a model's parts. The methods compute the cost of a decode step from them."""
 
     router: int  # parameters of the trunk, without the input embedding (a step reads only one row of it per token)
     expert: int  # parameters of one expert of one layer
@@ -53,7 +53,7 @@ class StepCost:
         return self.experts * (1 - (1 - self.top_k / self.experts) ** tokens)
 
     def streamed_bytes(self, tokens: int, router_width: float, expert_width: float) -> float:
-        """Returns the weight bytes that a step of `tokens` tokens reads. The widths are bytes per parameter."""
+        """Returns the weight bytes that a step of `tokens` tokens reads. Each width is a number of bytes per parameter."""
         return self.router * router_width + self.moe_layers * self.activated(tokens) * self.expert * expert_width
 
     def flops(self, tokens: int) -> float:
@@ -61,9 +61,9 @@ class StepCost:
         return 2.0 * tokens * (self.router + self.moe_layers * self.top_k * self.expert)
 
     def floor_s(self, tokens: int, speed: MachineSpeed, dtype: str, expert_width: float | None = None) -> float:
-        """Returns the floor of a step of `tokens` tokens: seconds to read its weights and then compute, at `speed`.
+        """Returns the floor in seconds of a step of `tokens` tokens on a machine of speed `speed`.
 
-        `expert_width` is the bytes per expert parameter; None = as many as the dtype has.
+        `expert_width` is the number of bytes per expert parameter; None = the width of `dtype`.
         """
         width = 4.0 if dtype == "float32" else 2.0
         streamed = self.streamed_bytes(tokens, width, width if expert_width is None else expert_width)

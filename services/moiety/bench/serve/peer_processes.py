@@ -1,6 +1,6 @@
 """Runs peers, the systems that Moiety is compared with, as processes in their own Python environments.
 
-Sends orders to a peer, and stops its process with SIGSTOP between its turns.
+A peer gets orders on its stdin. Between orders, its process is halted with SIGSTOP.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class Peer:
         return answer["began"], answer["arrivals"]
 
     async def stop(self) -> None:
-        """Ends the process and its child processes. Kills those that have not ended within STOP_S."""
+        """Ends the process and its child processes. After STOP_S, kills those that still run."""
         if self._process is None or self._process.stdin is None:
             return
         self._signal(signal.SIGCONT)
@@ -156,6 +156,6 @@ def _alive(group: int) -> bool:
 
 
 def _outer_environment() -> dict[str, str]:
-    """Returns this process's environment without variables that point to its packages or tune threads and memory."""
+    """Returns the environment without variables that point to Moiety's Python packages or tune threads and memory."""
     excluded = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "OMP_WAIT_POLICY", "OMP_NUM_THREADS", "THP_MEM_ALLOC_ENABLE")
     return {name: value for name, value in os.environ.items() if name not in excluded}

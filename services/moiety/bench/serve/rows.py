@@ -1,4 +1,4 @@
-"""Computes the rows of `moiety bench serve` from its runs: medians, ratios to the best peer, a step's time over its floor."""
+"""Computes the rows of `moiety bench serve` from its runs: medians, ratios to the best peer, step time over the floor."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Measured:
 
 @dataclass(frozen=True, slots=True)
 class ServeRow:
-    """Medians of one system's runs in one cell. Values that were not measured are None, and `failed` says why."""
+    """Medians of one system's runs in one cell. Without a run they are None, and `failed` says why."""
 
     model: str
     prompt_tokens: int
@@ -44,7 +44,7 @@ class ServeRow:
     itl_p99_ms: float | None = None
     ttft_p50_ms: float | None = None
     prefill_tokens_per_s: float | None = None
-    ratio_to_best_peer: float | None = None  # of decode tokens/s
+    ratio_to_best_peer: float | None = None  # of decode tokens/s; None where no peer ran
     prefill_ratio_to_best_peer: float | None = None
     floor_ms: float | None = None  # of a decode step on this machine
     step_over_floor: float | None = None
@@ -83,7 +83,7 @@ def rows_of(
 
 
 def row_lines(rows: Sequence[ServeRow]) -> Iterator[str]:
-    """Yields the lines of one table per model, then one line per system that failed or ran out of time."""
+    """Yields the lines of one table per model, then one line for each failure of a system on a model."""
     header = (
         *("prompt", "streams", "system", "decode tok/s", "ITL p50", "ITL p99", "TTFT p50", "prefill tok/s"),
         *("ratio", "prefill ratio", "floor", "step/floor"),

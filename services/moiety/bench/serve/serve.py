@@ -62,7 +62,7 @@ class ServeReport:
 async def bench_serve(
     workload: Workload, peers: Sequence[PeerKind], *, progress: Progress = lambda _: None
 ) -> ServeReport:
-    """Measures all systems on one model after another. If a system fails, its rows say why; the others go on.
+    """Measures all systems on one model after another. If a system fails, its rows say why; the other systems go on.
 
     Raises CheckpointError where a checkpoint cannot be served, ConfigError where it does not suit the workload.
     """
@@ -185,7 +185,7 @@ class _Comparison:
         await one.system.stop()
 
     def _prompts(self, cell: Cell, turn: int | str) -> list[list[int]]:
-        """Returns a turn's prompts: the same for every system, and new in every turn, so that no prefix cache holds them."""
+        """Returns a turn's prompts, the same for every system. Each turn has new prompts, so that no prefix is cached."""
         seed = zlib.crc32(f"{cell.prompt_tokens}/{cell.streams}/{turn}".encode())
         generator = torch.Generator().manual_seed(seed)
         shape = (cell.streams, cell.prompt_tokens)

@@ -39,12 +39,12 @@ class System(Protocol):
 
     @property
     def peer(self) -> bool:
-        """Whether Moiety is compared with this system. Ratios are to the best peer."""
+        """Whether this system is a peer: Moiety is compared with it."""
         ...
 
     @property
     def expert_width(self) -> float | None:
-        """Bytes per expert parameter; None = as many as the workload's dtype has."""
+        """Bytes per expert parameter; None = the width of the workload's dtype."""
         ...
 
     async def start(self, load: SystemLoad, timeout_s: float) -> None:
@@ -107,7 +107,7 @@ class Served:
         return times
 
     async def idle_share(self) -> float | None:
-        """Returns the share of one core that Moiety's processes use while idle; None where Linux does not report it."""
+        """Returns the CPU seconds per second that Moiety's processes use while idle; None where they cannot be read."""
         assert self._cluster is not None
         before = [cpu_seconds(child.pid) for child in self._cluster.children]
         await asyncio.sleep(IDLE_S)
@@ -143,8 +143,8 @@ class PeerSystem:
 def peer_kinds(*, continuous: bool, vllm: str | None, llama_cpp: str | None) -> tuple[PeerKind, ...]:
     """Returns the peers to measure: transformers' `generate`, and the others that the arguments select.
 
-    `continuous` adds transformers' continuous batching. `vllm` and `llama_cpp` are paths of Python interpreters: each adds
-    the system that its environment has installed.
+    `continuous` adds transformers' continuous batching. `vllm` adds vLLM, and `llama_cpp` adds llama.cpp: each is the path
+    of a Python interpreter that can import the system.
     """
     environment = {"HF_HUB_OFFLINE": "1", "THP_MEM_ALLOC_ENABLE": "1"}
     kinds = [PeerKind("transformers generate", "hf_generate", sys.executable, environment)]

@@ -1,1 +1,1 @@
-"""The systems that `moiety bench serve` compares with. They run in the peers' environments and do not import moiety."""
+"""The peers: systems that Moiety is compared with. Each runs in its own Python environment and does not import moiety."""

@@ -1,4 +1,4 @@
-"""Writes a Qwen3-MoE checkpoint folder (bfloat16 safetensors) as one GGUF file, without a tokenizer: ids in, ids out."""
+"""Writes a Qwen3-MoE checkpoint folder (bfloat16 safetensors) as one GGUF file that has no tokenizer."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def _write_header(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
 
 
 def _experts(config: dict[str, Any]) -> int:
-    """Returns the number of experts: `num_experts` in published configs, `num_local_experts` as transformers saves it."""
+    """Returns the experts per layer. The config's key is `num_experts` or, if transformers saved it, `num_local_experts`."""
     return int(config.get("num_experts") or config["num_local_experts"])
 
 
@@ -99,7 +99,7 @@ def _read_tensors(checkpoint: Path) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def _add(writer: gguf.GGUFWriter, name: str, bits: np.ndarray) -> None:
-    """Adds a tensor: norms and the gate in float32, as llama.cpp's own converter writes them; matrices unchanged."""
+    """Adds norms and gates in float32, as llama.cpp's own converter does, and all other tensors unchanged."""
     if bits.ndim == 1 or "ffn_gate_inp" in name:
         writer.add_tensor(name, (bits.astype(np.uint32) << 16).view(np.float32))
     else:

@@ -1,4 +1,4 @@
-"""transformers' continuous batching: its manager, with a cache sized for the workload and prefix sharing off."""
+"""Runs transformers' continuous batching, with a cache sized for the workload and without sharing prefixes."""
 
 from __future__ import annotations
 

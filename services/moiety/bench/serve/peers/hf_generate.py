@@ -1,4 +1,4 @@
-"""transformers' `generate`: one batch, greedy, with the experts implementation that it chooses itself (grouped_mm)."""
+"""Runs transformers' `generate`: greedy, all prompts in one batch, with transformers' default experts implementation."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def load(
 
 
 class _Clock:
-    """A transformers streamer that only records when tokens arrive. A call brings one token for every prompt."""
+    """A transformers streamer that only records call times. Each call after the first brings a token for every prompt."""
 
     def __init__(self) -> None:
         self.times: list[float] = []

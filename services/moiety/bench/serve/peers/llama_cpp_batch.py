@@ -1,4 +1,4 @@
-"""llama.cpp through llama-cpp-python: one batch of all streams per step, as its server does, on a GGUF of the checkpoint."""
+"""Runs llama.cpp through llama-cpp-python. Like llama.cpp's server, decodes all streams in one batch per step."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BATCH_TOKENS = 512  # per prefill step; llama.cpp's own default
 def load(
     checkpoint: str, dtype: str, threads: int, slots: int, context: int, scratch: str
 ) -> tuple[str, Callable[[Sequence[Sequence[int]], int], Arrivals], Callable[[], None]]:
-    """Writes the GGUF to `scratch` unless it exists, loads it, and makes a context for all streams."""
+    """Writes the checkpoint as GGUF to `scratch` unless it is there, loads the GGUF, and makes a context for all streams."""
     if dtype != "bfloat16":
         raise ValueError(f"dtype {dtype}: the GGUF is written in bfloat16 only")
     file = Path(scratch) / "model.gguf"
@@ -46,7 +46,7 @@ def load(
 
 
 class _Batch:
-    """One llama_batch, refilled for every step. Keeps alive the objects that ctypes points into."""
+    """Runs prompts through one llama_batch, which is refilled for every step."""
 
     def __init__(self, model: Any, engine: Any, capacity: int):
         vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
@@ -54,7 +54,7 @@ class _Batch:
         self._batch = llama_cpp.llama_batch_init(capacity, 0, 1)
 
     def run(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> Arrivals:
-        """Prefills in packed batches, prompt after prompt; then decodes one token for every stream in each step."""
+        """Prefills the prompts in order, packed into batches. Then each step decodes one token of every stream."""
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self._engine), True)
         arrivals: list[list[float]] = [[] for _ in prompts]
         tokens = [0] * len(prompts)
@@ -74,7 +74,7 @@ class _Batch:
     def _step(self, rows: list[tuple[int, int, int, bool]], tokens: list[int], arrivals: list[list[float]]) -> None:
         """Runs one llama.cpp step over rows of (token, position, stream, wants logits).
 
-        Writes the greedy token of each row that wants logits to `tokens`, and its arrival time to `arrivals`.
+        For each row that wants logits, sets `tokens[stream]` to the greedy token and adds the time to `arrivals[stream]`.
         """
         batch = self._batch
         batch.n_tokens = len(rows)

@@ -1,4 +1,4 @@
-"""vLLM's CPU build: its engine in its own process, as `vllm serve` runs it, driven through LLMEngine."""
+"""Runs vLLM's CPU build through LLMEngine. As in `vllm serve`, the engine is in a process of its own."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Arrivals = tuple[float, list[list[float]]]
 def load(
     checkpoint: str, dtype: str, threads: int, slots: int, context: int, scratch: str
 ) -> tuple[str, Callable[[Sequence[Sequence[int]], int], Arrivals], Callable[[], None]]:
-    """Starts the engine on the first `threads` cores of this process, with a KV cache of 4 GiB."""
+    """Starts the engine on the first `threads` cores, with a KV cache of 4 GiB, unless VLLM_* variables say otherwise."""
     cores = sorted(os.sched_getaffinity(0))[:threads]
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, cores)))
