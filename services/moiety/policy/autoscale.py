@@ -81,13 +81,14 @@ class Decision:
 
 
 def decide(snapshot: Snapshot, state: State, settings: GroupSettings, now: float) -> Decision:
-    """Decides the next target of `snapshot.deployment`, within `[min_replicas, max_replicas]`.
+    """Decides how many replicas `snapshot.deployment` should have, within `[min_replicas, max_replicas]`.
 
     1. The registry does not answer: hold.      2. Out of bounds: go to the bound.      3. At zero: start one on demand.
-    4. Too busy, even counting the replicas that are still starting, or the queue is too long: grow at once, unless replicas
+    4. No replica reports its load: hold.
+    5. Too busy, even counting the replicas that are still starting, or the queue is too long: grow at once, unless replicas
        have just become live, growth would not help, or the last step up did not help.
-    5. Still growing: wait, up to STEP_TIMEOUT_S.
-    6. Load low for `shrink_after_s`: remove up to a tenth of the replicas, at least one.      7. Otherwise hold.
+    6. Still growing: wait, up to STEP_TIMEOUT_S.
+    7. Load low for `shrink_after_s`: remove up to a tenth of the replicas, at least one.      8. Otherwise hold.
     """
     if snapshot.stale:
         return _decision(snapshot, replace(state, low_since=None), snapshot.target, "the registry does not answer")
@@ -137,7 +138,7 @@ def _observe(snapshot: Snapshot, state: State, settings: GroupSettings, now: flo
 
 
 def _judge(snapshot: Snapshot, state: State, trial: Trial, settings: GroupSettings, now: float) -> State:
-    """Ends the trial of a step up. If it brought less than a fifth of the expected relief, blocks growth for a while."""
+    """Ends the trial of a step up. If the step brought less than a fifth of the expected relief, growth pauses."""
     state = replace(state, trial=None)
     expected = 1.0 - trial.live / max(snapshot.live, 1)
     if expected < JUDGED or trial.per_row <= 0.0 or snapshot.rows_per_s <= 0.0:

@@ -17,7 +17,7 @@ def backups(
 ) -> npt.NDArray[np.int64]:
     """Replaces each `spared` [E] expert in `chosen` [T, K] by the token's best-scored expert that is not `overrun` [E].
 
-    `scores` is [T, E]. `overrun` includes all `spared` experts, and the experts whose rows have to wait.
+    `scores` is [T, E]. `overrun` includes all `spared` experts, and overrun experts that must keep their rows.
     A token never gets an expert twice. If no other expert is left, the token keeps the spared one. -1 (no expert) stays.
     """
     result = chosen.copy()

@@ -40,7 +40,7 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class KernelCost:
-    """A fit with its certainty and error. `KernelCost()` has no samples and predicts 0."""
+    """The three fitted costs, how certain they are, and the errors of past predictions. `KernelCost()` predicts 0."""
 
     fixed_s: float = 0.0  # a: seconds per batch
     s_per_byte: float = 0.0  # b: seconds per byte of activated weights
@@ -58,7 +58,7 @@ class KernelCost:
 
     @property
     def error(self) -> float | None:
-        """Median relative error of the last ERRORS_KEPT predictions, each made before learning its sample; None if none."""
+        """Median relative error of predicting the last ERRORS_KEPT samples, each before it was learned; None without any."""
         return median(self.errors) if self.errors else None
 
     def predict(self, weight_bytes: float, rows: float) -> float:
@@ -70,7 +70,7 @@ class KernelCost:
         return self.fixed_s * batches_per_s + self.s_per_byte * bytes_per_s + self.s_per_row * rows_per_s
 
     def fixed_share(self, weight_bytes: float, rows: float) -> float:
-        """Returns the part of a batch's time, 0 to 1, that stays when another replica takes some of its experts and rows."""
+        """Returns the fixed cost as a fraction of the batch's time. It stays if another replica takes some experts and rows."""
         whole = self.predict(weight_bytes, rows)
         return self.fixed_s / whole if whole > 0 else 0.0
 
@@ -88,7 +88,7 @@ class KernelCost:
 
 
 def update(model: KernelCost, sample: Sample) -> KernelCost:
-    """Returns `model` after one more sample, unchanged by an impossible one (no time, negative counts). About 25 µs.
+    """Returns `model` after learning `sample`. Ignores an impossible sample (no time, negative counts). Takes about 25 µs.
 
     Recursive least squares of the *relative* error: a decode batch of 0.1 ms and a prefill chunk of 100 ms count alike.
     Forgetting acts only along the sample's own direction (Cao & Schwartz, Automatica 36, 2000): an hour of decode does
@@ -169,8 +169,8 @@ def _solve(information: Matrix, right: Vector) -> Vector:
 def _non_negative(costs: Vector, information: Matrix) -> Vector:
     """Returns the non-negative costs nearest to `costs` in the metric `information`.
 
-    Sets one, two or all of the costs to 0 and fits the rest, in every way; of the results without a negative cost, takes
-    the nearest.
+    Tries every way to set one, two or all of the costs to 0, and fits the others. Takes the nearest result without a
+    negative cost.
     """
     if costs.min() >= 0:
         return costs

@@ -20,7 +20,7 @@ KNEE_ROWS = 32
 
 
 class SharedHolders(Mapping[tuple[int, int], tuple[int, ...]]):
-    """Maps each (layer, expert) with two or more holders to the holders' indices, ascending; computes each at first look-up.
+    """Maps each (layer, expert) with several holders to the holders' indices, ascending. An entry is computed when looked up.
 
     A table of 2,000 replicas has half a million entries; a router uses a few thousand of them within seconds.
     """
@@ -28,7 +28,8 @@ class SharedHolders(Mapping[tuple[int, int], tuple[int, ...]]):
     def __init__(self, experts: int, several: np.ndarray, holds: np.ndarray, members: tuple[tuple[int, ...], ...]):
         """`several`: the cells (a cell is layer * experts + expert) with two or more holders, ascending.
 
-        `holds`: bool [sets, cells], whether an expert set contains a cell. `members`: per set, the replicas that hold it.
+        Replicas with the same experts form one set. `holds`: bool [sets, cells], whether a set contains a cell.
+        `members`: the indices of each set's replicas.
         """
         self._experts, self._several, self._holds, self._members = experts, several, holds, members
         self._known: dict[tuple[int, int], tuple[int, ...]] = {}
@@ -149,8 +150,8 @@ def plan_dispatch(
 
     All rows of an expert go to one replica: two replicas that read the same weights for half the rows each gain nothing in
     decode. The ids of expert and layer determine an expert's preferred holder. Replicas therefore get disjoint experts, the
-    same from step to step, and a group with more replicas than experts per layer still uses all of them. Another holder is
-    chosen only if its load is lower than the preferred one's by at least the cost of the expert.
+    same from step to step, and a group with more replicas than experts per layer uses other replicas in other layers.
+    An expert goes to another holder only if that holder's load is lower by at least the cost of the expert.
     """
     wanted = experts[assignments]
     owner = table.sole[layer][wanted]  # [len(assignments)]

@@ -1,7 +1,7 @@
 """Decides step by step whether to split a batch into lanes, by measuring steps with and without them.
 
-Lanes hide the hop behind the attention of another micro-batch, but every lane reads the weights it needs again: known
-systems lose a quarter of their speed with lanes at small batches and win at large ones. So each step size is tried both
+Lanes hide the hop behind the attention of another micro-batch, but every lane reads the weights it needs again. Known
+systems lost a quarter of their speed with lanes at small batches and gained at large ones. So each step size is tried both
 ways in turn, the better way is kept, and the comparison is repeated at growing intervals.
 """
 
@@ -65,5 +65,5 @@ class LaneTuner:
         return min(len(lanes), len(without)) >= CLEAR_TRIALS and min(lanes) > CLEAR * max(without)
 
     def verdicts(self) -> dict[Hashable, int]:
-        """Returns step size -> the number of lanes that won the last comparison."""
+        """Returns, for each step size, the number of lanes that won the last comparison; 1 before the first one."""
         return {size: known.best for size, known in self._sizes.items()}

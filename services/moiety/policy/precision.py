@@ -15,7 +15,7 @@ Key = TypeVar("Key", bound=Hashable)
 
 @dataclass(frozen=True, slots=True, order=True)
 class Precision:
-    """How one expert's matrices are stored: bits per weight, and columns that share a scale.
+    """How one expert's matrices are stored: bits per weight, and how many columns (`group`) share a scale.
 
     `group` 0 means one scale per row at 8 bits and no scales at 16.
     """
@@ -60,13 +60,13 @@ class Allocation(Generic[Key]):
 
 
 def allocate(options: Mapping[Key, Sequence[Option]], budget: int) -> Allocation[Key]:
-    """Returns the allocation of at most `budget` bytes with the least error, optimal up to the last step down.
+    """Returns an allocation of at most `budget` bytes. Its error exceeds the least possible by at most what the last step adds.
 
-    Every expert starts at its best option and moves down the lower convex hull of (bytes, error). Each step is the one with
-    the least additional error per byte saved. Each allocation on this path minimises error + price * bytes for some price,
-    so no other of as few bytes has less error (Everett's theorem on Lagrange multipliers; Shoham and Gersho 1988 for bit
-    allocation). If the last step saves more than needed, the steps that still fit are undone, largest error first. Raises
-    ConfigError if even the smallest options exceed the budget; the message names their sum.
+    Every expert starts at its best option and moves down the lower convex hull of (bytes, error). Each step is the one
+    with the least additional error per byte saved. Each allocation on this path minimises error + price * bytes for some
+    price, so no other allocation with as few bytes has less error (Everett's theorem on Lagrange multipliers; Shoham and
+    Gersho 1988 for bit allocation). If the last step saves more than needed, the steps that still fit are undone, largest
+    error first. Raises ConfigError if even the smallest options exceed the budget; the message names their sum.
     """
     hulls = {key: _hull(choices) for key, choices in options.items()}
     floor = sum(hull[-1].nbytes for hull in hulls.values())

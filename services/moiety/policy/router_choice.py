@@ -1,8 +1,9 @@
 """Decides which router a request goes to: a pure function of what is known of each router and of a random number.
 
 A request goes to the router where it costs the least time: the wait for a slot, the prefill of its uncached tokens behind
-the prefill already queued there, and decoding at the pace that so many streams allow. Its own prefill counts twice, because
-it also delays the requests behind it. So a cached prefix wins until the wait at its router costs more than computing it again.
+the prefill already queued there, and decoding, which is slower the more requests stream at once. Its own prefill counts
+twice, because it also delays the requests behind it. So a cached prefix wins until the wait at its router costs more than
+computing it again.
 
 Only a few routers are compared: two drawn at random, and two of those with the longest prefix. Load is known as of the last
 poll, and if every gateway chose the best of all routers, all would choose the same one until the next poll (Mitzenmacher,

@@ -13,7 +13,7 @@ VARIED = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Mean:
-    """An exponentially weighted mean, exact from the first value on."""
+    """An exponentially weighted mean. The weights sum to 1 from the first value on, so the mean needs no start value."""
 
     value: float = 0.0
     weight: float = 0.0  # 0 = nothing seen, 1 = long settled
@@ -27,7 +27,8 @@ class Mean:
 class Line:
     """A line y(x) by exponentially weighted least squares, with non-negative slope and intercept.
 
-    Until x has varied, y is assumed proportional to x. If y is a time and x a load, that models one worker for all of x.
+    Until x has varied, y is assumed proportional to x. For a load x and a time y, this means that one worker does all
+    the load.
     """
 
     x: Mean = Mean()

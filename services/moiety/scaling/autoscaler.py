@@ -34,7 +34,7 @@ _log = logging.getLogger("ray.serve")
 class Subscription:
     """What Serve asks and what the autoscaler decides for one deployment.
 
-    Their two threads share it without a lock: each change is one assignment.
+    The threads of Serve and of the autoscaler share it without a lock: they change it by single assignments.
     """
 
     deployment: str
@@ -140,7 +140,7 @@ class Autoscaler:
         return Rebalancer(registry, gain, int(self._settings.hot_memory), self._settings.rebalance_layers)
 
     def _default(self) -> Mapping[str, ExpertSet] | None:
-        """Returns deployment -> experts of the default placement, or None until all groups and hot sets are subscribed."""
+        """Returns the experts of each deployment by default, or None until all groups and hot sets are subscribed."""
         held = {name: one.held for name, one in self._subscriptions.items() if name not in (ROUTER, GATEWAY)}
         return held if len(held) == self._settings.groups + self._settings.hot_sets else None
 

@@ -38,9 +38,9 @@ class Reading:
     placement: Placement | None = None
 
     def snapshot(self, deployment: str, target: int, default: ExpertSet, *, spare: bool = False) -> Snapshot:
-        """Returns what is known of `deployment`. If the placement in force does not name it, it counts as holding `default`.
+        """Returns what is known of `deployment`. A deployment outside the placement in force holds `default`.
 
-        `spare`: it is a hot set, so other deployments hold all its experts too.
+        `spare`: the deployment is a hot set, so other deployments hold all its experts too.
         """
         held = default if self.placement is None else self.placement.held.get(deployment, default)
         live = self._live(deployment)
@@ -61,7 +61,7 @@ class Reading:
         )
 
     def scaling(self, deployment: str) -> Mapping[str, float] | None:
-        """Returns the live scaling settings that the deployment's youngest live replica reports, or None without one."""
+        """Returns the scaling settings that the deployment's youngest live replica reports; None if no replica is live."""
         live = self._live(deployment)
         return max(live, key=lambda replica: replica.started).scaling if live else None
 
@@ -72,7 +72,7 @@ class Reading:
     def _has_waiters(self, held: ExpertSet, spare: bool) -> bool:
         """Whether requests, or a starting router, wait for an expert of `held`.
 
-        A router stays STARTING until every expert has a holder. A hot set (`spare`) is not needed for that.
+        A router stays STARTING until every expert has a holder. It does not wait for hot sets (`spare`).
         """
         starting = any((one.role, one.state) == (Role.ROUTER, ReplicaState.STARTING) for one in self.replicas)
         if starting and not spare:
@@ -106,7 +106,7 @@ class Reading:
 
 
 def _total(per_s: Rates, held: ExpertSet) -> float:
-    """Returns the sum of the rates `per_s` [layers, experts] over `held`; experts beyond that shape count 0."""
+    """Returns the sum of the rates `per_s` [layers, experts] of the experts `held`. Ids outside this shape count 0."""
     layers, experts = per_s.shape
     return sum(
         float(per_s[layer, [expert for expert in ids if expert < experts]].sum())

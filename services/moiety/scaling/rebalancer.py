@@ -1,4 +1,4 @@
-"""Changes the placement of experts while they serve if a new plan gains enough; restores a placement that the registry lost."""
+"""Changes the placement of experts in a running system if a new plan gains enough. Restores a placement that was lost."""
 
 from __future__ import annotations
 
@@ -42,7 +42,8 @@ class Rebalancer:
     async def follow(self, reading: Reading, default: Mapping[str, ExpertSet] | None, now: float) -> None:
         """Restores the placement, sets its next stage or plans a new one, as a `reading` of the registry requires.
 
-        Sets `default` (deployment -> experts) if there was never a placement. Call it after each reading; `now` in seconds.
+        If no reading has had a placement, sets `default`, the experts of each deployment. Call it after each reading. `now`
+        is in seconds.
         """
         if reading.stale:
             return
@@ -82,9 +83,9 @@ class Rebalancer:
         return False
 
     async def _restore(self, reading: Reading, last: Placement) -> None:
-        """Sets `last` again, or for the first time, with an epoch that is not below that of any replica.
+        """Writes the placement `last` to the registry. Raises its epoch to the highest epoch of a replica.
 
-        Replicas follow only placements with a higher epoch than theirs. Those that follow `last` already change nothing.
+        Replicas follow only placements with a higher epoch than theirs, so those that hold `last` already change nothing.
         """
         epoch = max((replica.placement_epoch for replica in reading.replicas), default=0)
         restored = Placement(max(epoch, last.epoch), last.held)

@@ -1,9 +1,9 @@
 """Computes one time step, vectorised: how busy each replica is, how long calls wait, and how long a decode step takes.
 
 Layer by layer, a router's step calls one replica of every deployment that it has rows for, and waits for the slowest.
-Each replica is an M/G/1 queue. A call waits with probability ρ; the wait is then a Weibull distribution with the mean and
-variance of Pollaczek and Khinchine (a geometric number of residual services). `events.py` simulates the same cluster event
-by event, as a check.
+Each replica is an M/G/1 queue. A call waits with probability ρ, the busy fraction. The wait is then a Weibull
+distribution with the mean and variance of Pollaczek and Khinchine (a geometric number of residual services). `events.py`
+simulates the same cluster event by event, as a check.
 
 Legend: D deployments, L layers, E experts per layer, X points of a grid of times.
 """
@@ -116,8 +116,8 @@ def time_step(
 ) -> TimeStep:
     """Computes the state of the cluster when `rate` tokens per second are offered.
 
-    `routers` bounds the calls that can wait at a replica, because a router does not queue behind itself. Without
-    `steps_too`, which takes most of the computing time, `step_s` and `step_sd_s` are nan.
+    A router does not queue behind its own calls, so calls of few `routers` wait less. Without `steps_too`, `step_s` and
+    `step_sd_s` are nan, which saves most of the computing time.
     """
     steps = rate / cluster.batch
     unit = step_work.device_s / np.maximum(replicas, 1e-9)  # busy fraction per (step per second)
@@ -185,8 +185,8 @@ def _gamma(x: Floats) -> Floats:
 def percentile(means: Floats, spreads: Floats, weights: Floats, beyond: float, percent: float) -> float:
     """Returns the `percent`-th percentile of step times over several time steps.
 
-    Each time step counts as a normal distribution (`means`, `spreads`) with the weight of its tokens. `beyond`: the weight
-    of tokens that were not served in time. If they are more than (100 - `percent`) % of all tokens, the result is inf.
+    Each time step counts as a normal distribution (`means`, `spreads`) weighted by its tokens (`weights`). `beyond`: the
+    tokens not served in time. If these are more than (100 - `percent`) % of all tokens, the result is inf.
     """
     total = weights.sum() + beyond
     if beyond > (1 - percent / 100) * total:

@@ -72,9 +72,9 @@ class Report:
 
 
 def compare(cluster: Cluster, trace: Trace, progress: Callable[[str], None] = lambda _: None) -> Report:
-    """Runs the elastic system with its default settings, then every other system in the smallest size that meets that p99.
+    """Runs the elastic system with its default settings, then each other system in the smallest size with that p99 or less.
 
-    A system that meets the elastic system's p99 in no size counts with its largest.
+    If no size of a system meets the elastic system's p99, the report has the largest of its sizes.
     """
     load = TraceLoad(cluster, trace)
     progress("elastic groups and hot sets")
@@ -103,7 +103,7 @@ def compare(cluster: Cluster, trace: Trace, progress: Callable[[str], None] = la
 
 
 def skewed_over_uniform(cluster: Cluster, p99_ms: float, replicas: int, seed: int) -> float:
-    """Returns the ratio of throughput under Zipf 1.0 to that under uniform load, both with `replicas` and within `p99_ms`.
+    """Returns the throughput under Zipf 1.0 divided by that under uniform load. Both use `replicas` and keep to `p99_ms`.
 
     Under Zipf, hot sets get the share of the replicas, out of HOT_SHARES, that gives the highest throughput.
     """

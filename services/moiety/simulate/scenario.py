@@ -77,9 +77,10 @@ def day_trace(
 ) -> Trace:
     """Makes the trace of a day: a smooth curve from night to evening whose highest step is `peak_over_mean` times its mean.
 
-    The curve is a raised sine to a power. It carries `bursts_per_hour` bursts, which rise within a minute by up to `burst` of
-    the load, stay for 2 to 10 minutes and fade, and noise with a correlation time of a minute. With `hours` below 24, the
-    trace starts at the morning's rise. The power is chosen so that the peak-to-mean ratio holds with bursts and noise.
+    The curve is a raised sine to a power. It is changed by noise with a correlation time of a minute, and by
+    `bursts_per_hour` bursts. A burst rises within a minute by up to `burst` of the load, stays for 2 to 10 minutes and
+    fades. With `hours` below 24, the trace starts at the morning's rise. The power is chosen so that the peak-to-mean
+    ratio holds with bursts and noise.
     """
     random = np.random.default_rng(seed)
     count = round(hours * 3600 / step_s)

@@ -3,7 +3,7 @@
 The first steps are those of DeepSeek's EPLB: copy the hottest experts, pack the heaviest copies first. Beyond EPLB, bins may
 differ in strength and slots, swaps improve the greedy packing, and packing may start from the placement in force.
 
-Legend: L layers, E experts per layer, D bins (deployments), P copies of experts in a layer, padded to the longest layer.
+Legend: L layers, E experts per layer, D bins (deployments), P copies of experts in a layer (padded to the layer with most).
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Packing:
         return held
 
     def load(self, bins: Bins) -> Floats:
-        """Returns [L, D]: load of each replica of a bin."""
+        """Returns [L, D]: the load of a bin, divided by the number of replicas that share it."""
         load = np.zeros(bins.slots.shape)
         layers, copies = np.nonzero(self.bin != NOWHERE)
         np.add.at(load, (layers, self.bin[layers, copies]), self.share[layers, copies])
@@ -64,7 +64,7 @@ def copy_counts(expert_load: Floats, spare: Ints, held: Ints, limit: int) -> Int
     """Returns [L, E]: copies of each expert, 1 to `limit`, with up to `spare` [L] further copies per layer.
 
     As in EPLB, the next copy goes to the expert with the most load per copy, as long as that load is above USEFUL times the
-    layer's mean. `held` [L, E]: copies that exist now; they are preferred by the factor STICKY.
+    layer's mean. `held` [L, E]: copies that exist now. For a copy that exists, the load per copy counts STICKY times.
     """
     layers, experts = expert_load.shape
     most = int(min(spare.max(initial=0) + 1, MOST_COPIES, limit))
@@ -95,7 +95,7 @@ def hot_copies_per_layer(expert_load: Floats, held: Ints, places: int, copies: i
 def _worth(expert_load: Floats, held: Ints, most: int) -> Floats:
     """Returns [L, E, most]: load per copy before the 2nd, 3rd, … copy is made; 0 if the copy is not USEFUL.
 
-    The load counts STICKY times for copies that exist already.
+    If the copy exists already, its load counts STICKY times.
     """
     before = np.arange(1, most + 1)
     worth = expert_load[:, :, None] / before
@@ -125,11 +125,11 @@ def copies_of(expert_load: Floats, counts: Ints) -> Packing:
 
 
 def pack(packing: Packing, bins: Bins, experts: int, start: Bools | None = None) -> Packing:
-    """Puts every copy, heaviest first, into the bin whose load per replica is then the lowest.
+    """Puts every copy, heaviest first, into the bin that has the lowest load per replica with this copy in it.
 
-    Copies that `start` [D, L, E] shows in a bin are put there first, if it has a slot. Primary copies go into home bins only.
-    A bin never gets an expert twice, and further copies never take the last slot that a primary copy needs. A copy without
-    a possible bin is NOWHERE.
+    First, each copy of an expert that a bin holds in `start` [D, L, E] is put there, if the bin has a free slot.
+    Primary copies go into home bins only. A bin never gets an expert twice, and further copies never take the last slot
+    that a primary copy needs. A copy without a possible bin is NOWHERE.
     """
     layers, width = packing.expert.shape
     count = len(bins.strength)
@@ -171,10 +171,10 @@ def pack(packing: Packing, bins: Bins, experts: int, start: Bools | None = None)
 
 
 def improve(packing: Packing, bins: Bins, experts: int, target: Floats | None = None, swaps: int = SWAPS) -> Packing:
-    """Repeats the swap or move that relieves a layer's heaviest bin most, until none helps, at most `swaps` times per layer.
+    """Makes up to `swaps` swaps or moves per layer, each time the best found for the layer's heaviest bin.
 
-    A layer is done when the load per replica of its heaviest bin is at most GOOD_ENOUGH times the mean, or at most
-    `target` [L].
+    A layer is done when no swap or move relieves this bin by more than the fraction WORTH, or when the load per
+    replica of this bin is at most GOOD_ENOUGH times the mean, or at most `target` [L].
     """
     where = packing.bin.copy()
     active = np.arange(len(where))
@@ -196,7 +196,7 @@ def improve(packing: Packing, bins: Bins, experts: int, target: Floats | None = 
 
 
 def _relieve(active: Ints, packing: Packing, bins: Bins, where: Ints, used: Ints, held: Bools, load: Floats) -> Bools:
-    """Makes the best swap or move in each layer of `active` [A], in place. Returns [A]: whether a layer had one that helps."""
+    """Makes the best move or swap in each layer of `active` [A], in place, if that helps. Returns [A]: whether it did."""
     rows, count = np.arange(len(active)), len(bins.strength)
     at, expert, share, primary = where[active], packing.expert[active], packing.share[active], packing.primary[active]
     loads, holds = load[active], held[active]
@@ -259,7 +259,7 @@ def _transfer(
     source: Ints,
     target: Ints,
 ) -> None:
-    """Moves one `copy` of each `layer` (all different) from bin `source` to bin `target`, in place."""
+    """Moves one `copy` in each `layer` from bin `source` to bin `target`, in place. No layer may occur twice."""
     expert, share = packing.expert[layer, copy], packing.share[layer, copy]
     where[layer, copy] = target
     held[layer, expert, source], held[layer, expert, target] = False, True

@@ -122,7 +122,7 @@ def plan_placement(
 def held_table(
     capacities: Sequence[DeploymentCapacity], placement: Placement | None, layers: int, experts: int
 ) -> Bools:
-    """Returns [D, L, E]: whether each of `capacities` holds each expert by `placement`. Ignores experts beyond the shape."""
+    """Returns [D, L, E]: whether each of `capacities` holds an expert by `placement`. Ignores ids beyond L or E."""
     held = np.zeros((len(capacities), layers, experts), dtype=bool)
     for index, capacity in enumerate(capacities):
         for layer, ids in (
@@ -144,7 +144,7 @@ def replica_loads(expert_load: Floats, held: Bools, replicas: Ints) -> Floats:
 
 
 def balancedness(loads: Floats, replicas: Ints) -> float:
-    """Returns the mean over the max of the replicas' `loads` [D, L], layers weighted by their heaviest load; 1 is even."""
+    """Returns the mean of the replicas' `loads` [D, L] divided by the maximum, each summed over the layers; 1 is even."""
     heaviest = loads.max(axis=0).sum()
     mean = (loads * replicas[:, None]).sum() / replicas.sum()
     return float(mean / heaviest) if heaviest > 0 else 1.0
@@ -173,7 +173,7 @@ def _bins(capacities: Sequence[DeploymentCapacity], layers: int, experts: int) -
 
 
 def _deal(slots: Ints, copies: Ints, capacities: Sequence[DeploymentCapacity]) -> Ints:
-    """Returns `slots` [L, D] with `copies` [L] more slots in the hot sets, spread as evenly as their memory allows."""
+    """Returns `slots` [L, D] plus up to `copies` [L] slots in hot sets. A slot goes to a hot set with the most memory left."""
     dealt = slots.copy()
     hot = [index for index, capacity in enumerate(capacities) if capacity.hot]
     left = np.array([capacities[index].experts for index in hot])

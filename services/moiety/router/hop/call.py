@@ -71,7 +71,7 @@ def size_error(call: CallInFlight, reply: Reply, row_bytes: int) -> MoietyError 
 
 
 def outcome_name(outcome: int) -> str:
-    """Returns an outcome's name in experts.proto, or its number if this version does not know it (a newer replica)."""
+    """Returns the name of `outcome` in experts.proto. A newer replica may send an unknown outcome: returns its number."""
     if outcome in experts_pb2.Outcome.values():
         return experts_pb2.Outcome.Name(outcome).removeprefix("OUTCOME_")
     return f"outcome {outcome}"

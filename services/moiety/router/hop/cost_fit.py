@@ -17,7 +17,7 @@ class CostFit:
     """Fits one cost model to all replicas that a router calls. They share one device type and dtype."""
 
     def __init__(self, expert_bytes: int, clock: Callable[[], float] = time.monotonic) -> None:
-        """`expert_bytes`: size of one expert's matrices. If replicas quantise them, the fitted cost per byte absorbs it."""
+        """`expert_bytes`: size of one expert's matrices. If replicas quantise them, the fitted cost per byte becomes lower."""
         self._expert_bytes, self._clock = expert_bytes, clock
         self._model = KernelCost()
         self._next = 0.0
@@ -36,9 +36,9 @@ class CostFit:
         return self._model.error
 
     def reading(self) -> BatchCost | None:
-        """Fits the new samples and returns the fitted costs, or None before the second sample. About 25 µs a new sample.
+        """Fits the new samples and returns the fitted costs, or None before the second sample.
 
-        Called by one thread, which is not the engine's.
+        Takes about 25 µs per new sample. Called by one thread other than the engine's.
         """
         samples = [self._samples.popleft() for _ in range(len(self._samples))]
         self._model = model = fit(samples, self._model)

@@ -35,7 +35,7 @@ class ExpertDemandCounter:
             return int(self._rows.sum())
 
     def reading(self, now: float, costs: BatchCost | None = None) -> ExpertDemand:
-        """Returns the totals so far with their time `now` (Unix seconds) and the batch `costs` that the router has fitted."""
+        """Returns the totals so far. `now`: Unix seconds at this reading. `costs`: batch costs fitted by the router."""
         with self._lock:
             rows, activations = self._rows.tolist(), self._activations.tolist()
         return ExpertDemand(tuple(map(tuple, rows)), tuple(map(tuple, activations)), now, self._started, costs)

@@ -1,7 +1,7 @@
 """The expert replicas a router can reach: follows the registry, keeps one link per replica, publishes the holder table.
 
-Runs on the router's asyncio loop. The engine's thread owns the mailbox: it reads `table` (replaced whole, never
-changed), calls `send` and handles the answers.
+Runs on the router's asyncio loop. The engine's thread owns the mailbox, calls `send`, handles the answers and
+reads `table`. Each update replaces `table` by a new object.
 """
 
 from __future__ import annotations
@@ -92,7 +92,8 @@ class Fleet:
     ) -> None:
         """Sends rows[tokens] as one call. `answer` is called once, on the engine's thread, after this method returned.
 
-        A replica that has left gives PeerLost, like any other loss. A replica whose send buffer is full gives OVERLOADED.
+        `answer` gets PeerLost if the connection is lost or the replica has left, and a reply with the outcome OVERLOADED if
+        the send buffer is full.
         """
         call_id = header.call_id
         if (link := self._links.get(replica_id)) is None:
@@ -118,7 +119,8 @@ class Fleet:
     def suspect(self, replica_id: str, call_id: int) -> None:
         """Marks a replica as suspect, because a hedge of its call `call_id` was answered first.
 
-        The replica is avoided until it answers any call. No effect if it has already answered this one. On the engine's thread.
+        A suspect is called only for experts without another usable holder, until it answers any call. Has no effect if the
+        replica has already answered `call_id`. Called by the engine's thread.
         """
         if call_id in self._unanswered:
             self.suspects.add(replica_id)
@@ -229,15 +231,16 @@ class Fleet:
             self._publish()
 
     def _newer(self, listed: Replica) -> bool:
-        """Whether a replica's entry in the registry is newer than what the fleet knows; DescribeReplica may be newer still.
+        """Whether `listed`, a replica's entry in the registry, is newer than what the fleet knows of the replica.
 
-        Within one epoch, the replica only drops experts, so the entry with fewer leaving experts is newer.
+        The fleet may have learned more from DescribeReplica. Within one epoch a replica only drops experts, so fewer
+        leaving experts are newer.
         """
         fewer = len(listed.leaving) < len(self._leaving[listed.id])
         return (listed.placement_epoch, fewer) > (self._epochs[listed.id], False)
 
     def _note(self, replica_id: str, held: ExpertSet, leaving: ExpertSet, epoch: int) -> bool:
-        """Notes what a replica holds by the placement of `epoch`, and what it will drop. Returns whether any of this is new."""
+        """Notes what a replica holds by the placement of `epoch`, and what it will drop. Returns whether anything changed."""
         known = (self._held.get(replica_id), self._leaving.get(replica_id), self._epochs.get(replica_id))
         self._held[replica_id], self._leaving[replica_id], self._epochs[replica_id] = held, leaving, epoch
         return known != (held, leaving, epoch)

@@ -41,7 +41,7 @@ _NONE = np.empty(0, dtype=np.int64)
 
 
 class LayerCall:
-    """One layer's calls in flight; `result()` waits for all rows. Any wait of the engine's thread handles the answers."""
+    """One layer's calls in flight; `result()` waits for all rows. Waits for other layers handle this layer's answers too."""
 
     def __init__(self, hop: Hop, step: StepContext, layer: int, hidden: torch.Tensor, top_k_index: torch.Tensor):
         self._hop, self._step, self._layer = hop, step, layer
@@ -215,11 +215,11 @@ class LayerCall:
         self._send_again(call, avoid=call.replica)
 
     def _fail(self, call: CallInFlight, error: MoietyError) -> None:
-        """Remembers that a holder failed on these rows: if no other holder is left, `_check_parked` raises the error."""
+        """Keeps the `error` of a failed `call`. If its rows have no other holder to go to, `_check_parked` raises it."""
         self._failures.update(dict.fromkeys(call.assignments.tolist(), error))
 
     def _send_again(self, call: CallInFlight, avoid: str) -> None:
-        """Sends the rows of `call` to other holders, except those that have arrived or are in another call."""
+        """Sends the rows of `call` to holders other than `avoid`. Leaves out rows that have arrived or are in another call."""
         self._refusing.add(avoid)
         missing = ~self._filled
         for other in self._calls.values():

@@ -26,7 +26,7 @@ class MissingExpertReporter:
         self._due: dict[int, float] = {}  # layer -> time.monotonic() of its next report
 
     def __call__(self, layer: int, experts: list[int]) -> None:
-        """Schedules a report unless the layer had one within REPEAT_S. Never blocks, never raises."""
+        """Schedules a report unless one was scheduled for `layer` within REPEAT_S. Does not wait for the registry."""
         if (now := time.monotonic()) >= self._due.get(layer, 0.0):
             self._due[layer] = now + REPEAT_S
             asyncio.run_coroutine_threadsafe(self._record(layer, experts), self._loop)

@@ -1,6 +1,6 @@
 """The hop under the overflow policy `backup`: if all holders of an expert are overrun, its rows go to their next-best expert.
 
-A replica is overrun if it reported a queue wait beyond the bound within REMEMBER_S and none below it since. Each group
+A replica is overrun if its latest report of a queue wait is above the bound and at most REMEMBER_S old. Each group
 sets the policy for the experts it holds. A row keeps the weight that the gate gave its original expert.
 Legend: T tokens, K experts per token, E experts.
 """
@@ -25,21 +25,21 @@ REMEMBER_S = 1.0  # how long a reported wait counts: a replica that gets no call
 
 
 class OverrunReplicas:
-    """Replicas whose calls waited too long lately. For the engine's thread."""
+    """The replicas whose last reply reported too long a queue wait. Used by the engine's thread only."""
 
     def __init__(self, bound_ms: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._bound_ms, self._clock = bound_ms, clock
         self._overrun: dict[str, float] = {}  # replica -> when it last reported a wait beyond the bound
 
     def record(self, replica: str, queue_ms: float) -> None:
-        """Records the queue wait that a reply reports."""
+        """Records the queue wait that a reply of `replica` reports."""
         if queue_ms > self._bound_ms:
             self._overrun[replica] = self._clock()
         elif self._overrun:
             self._overrun.pop(replica, None)
 
     def overrun(self) -> frozenset[str]:
-        """Returns the replicas whose queue is too long now."""
+        """Returns the overrun replicas: the latest report is above the bound and at most REMEMBER_S old."""
         if not self._overrun:
             return frozenset()
         since = self._clock() - REMEMBER_S
@@ -69,7 +69,7 @@ class OverrunExperts:
         spares: Callable[[str], bool],
         slices: int = 1,
     ) -> None:
-        """`deployment_of(replica)`: its deployment, or "" if it has left. `spares(group)`: whether its policy is `backup`."""
+        """`deployment_of(replica)`: "" if the replica has left. `spares(group)`: whether the group's policy is `backup`."""
         self._queues, self._table, self._slices = queues, table, slices
         self._deployment_of, self._spares = deployment_of, spares
         self._masks: dict[int, Masks | None] = {}  # by layer
@@ -93,7 +93,7 @@ class OverrunExperts:
         return self._masks[layer]
 
     def _may_go(self, table: HolderTable, layer: int) -> np.ndarray:
-        """Returns bool [E * slices]: the expert slices whose holders include a group and whose groups all have `backup`."""
+        """Returns bool [E * slices]: the slices that a group holds and that no group without the policy `backup` holds."""
         deployments = {replica: self._deployment_of(replica) for replica in table.replicas}
         hot = {replica for replica, deployment in deployments.items() if deployment.startswith(HOT)}
         willing = {replica for replica, deployment in deployments.items() if deployment and self._spares(deployment)}
@@ -107,7 +107,7 @@ class OverflowHop:
     """A StepBackend that sends the rows of overrun experts to their backups, where the policy allows it."""
 
     def __init__(self, backend: StepBackend, overrun: Callable[[int], Masks | None]) -> None:
-        """`overrun(layer)`: the masks of the layer's overrun experts; None = no rows may go elsewhere."""
+        """`overrun(layer)`: which experts are overrun and which of these may lose rows; None = none may."""
         self._backend, self._overrun = backend, overrun
         self._step: StepContext | None = None
         self.rerouted = 0  # rows since the start

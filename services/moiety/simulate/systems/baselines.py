@@ -21,7 +21,8 @@ def fixed(load: TraceLoad, per_group: float, redundancy: float = 0.0, name: str 
     """Simulates `per_group` replicas of every group at all times: static expert parallelism, without or with EPLB.
 
     `redundancy`: fraction of memory added to each group for copies of experts. With redundancy, the planner stands in for
-    EPLB: every REPLAN_S, it places experts and copies by the current load (once without drift). Moving them costs nothing.
+    EPLB: every REPLAN_S, it places experts and copies by the current load (only once if the trace has no drift). Moving
+    them costs nothing.
     """
     cluster, trace = load.cluster, load.trace
     capacities = with_redundancy(cluster, redundancy)
@@ -72,7 +73,7 @@ def whole_engine(load: TraceLoad, target_busy: float) -> SystemResult:
 
 
 def clairvoyant(load: TraceLoad, busy: float) -> SystemResult:
-    """Simulates a lower bound: every group is at `busy` at every moment, with fractional replicas that start in no time."""
+    """Simulates a lower bound: each group always has as many replicas (fractions too) as keep it at the fraction `busy`."""
     cluster, trace = load.cluster, load.trace
     held = held_by(cluster, default_deployments(cluster, 0), default_placement(cluster))
     recorder = Recorder(trace)

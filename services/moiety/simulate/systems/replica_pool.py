@@ -41,7 +41,7 @@ class ReplicaPool:
         seen: TimeStep,
         index: int,
     ) -> Decision:
-        """Decides the next target by the last time step (`step_work`, `seen`), where this deployment has the index `index`."""
+        """Decides the next target by the last time step (`step_work`, `seen`). `index`: this deployment's index in both."""
         calls = max(float(step_work.visits[index].sum()), 1e-9)
         weight_bytes, rows = step_work.weight_bytes[index].sum() / calls, step_work.rows[index].sum() / calls
         steps = seen.served / cluster.batch

@@ -22,7 +22,7 @@ REPLAN_S = 900.0
 
 @dataclass(slots=True)
 class TraceLoad:
-    """Computes the load of a trace on a cluster, each part once: inclusion probabilities and EPLB's placements."""
+    """Computes inclusion probabilities and EPLB's placements for a trace on a cluster, and keeps them for later calls."""
 
     cluster: Cluster
     trace: Trace
