@@ -1,7 +1,7 @@
 """The composition root: the only place that builds a service. Serve replicas and LocalCluster children both call it.
 
 Each service's module is imported only when that service starts, so that an expert replica does not import what only routers
-or gateways need. It imports transformers only if the layout of its checkpoint's experts is not cached yet.
+or gateways need. The replica imports transformers only if the layout of the checkpoint's experts is not cached yet.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ async def start_expert(settings: ExpertSettings, *, replica_id: str, node: str) 
 def _expert() -> ModuleType:
     """Imports `compose.expert` and with it torch, which takes a second or two.
 
-    Runs at low priority, because replicas are started when others are busy.
+    `start_expert` calls this at low priority, because replicas are started while other replicas are busy.
     """
     from moiety.compose import expert
 

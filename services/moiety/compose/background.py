@@ -19,7 +19,7 @@ T = TypeVar("T")
 async def at_low_priority(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """Runs `function` in a new thread, at a lower priority where the system has priorities per thread.
 
-    The thread is a new one because an unprivileged thread cannot raise its priority again.
+    The thread is a new one because an unprivileged thread that has lowered its priority cannot raise it again.
     """
     future: Future[T] = Future()
 

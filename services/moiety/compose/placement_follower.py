@@ -33,7 +33,7 @@ class PlacementFollower:
         self._agreed_at = inf  # time since which all routers seen have acknowledged the epoch; inf = not all yet
 
     async def start(self) -> None:
-        """Loads the experts that the placement gives this replica, or `default` without a placement or a reachable registry."""
+        """Loads the experts that the placement gives this replica, or `default` if no placement can be read."""
         try:
             await self._load()
         except RegistryUnreachable as error:
@@ -62,9 +62,10 @@ class PlacementFollower:
         _log.info("%s holds %s (epoch %d), read in %.2f s", self._deployment, held, epoch, took)
 
     async def _acknowledged(self, epoch: int) -> bool:
-        """Whether every router listed in the last SEEN_S has acknowledged `epoch`; in the last TTL_S if none is listed now.
+        """Whether, at each look in the last SEEN_S, all listed routers of this revision had acknowledged `epoch`.
 
-        One look at the list is not enough: a registry that was just emptied lists few routers or none.
+        One look is not enough: a registry that was just emptied lists few routers or none. If no router is listed now,
+        the looks of the last TTL_S count.
         """
         routers = [router for router in await self._registry.routers() if router.revision == self._revision]
         now = time.monotonic()

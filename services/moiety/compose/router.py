@@ -60,7 +60,7 @@ LANES = 2  # lanes that a step may be split into; a third lane would wait for th
 
 
 async def start(settings: RouterSettings, replica_id: str, node: str) -> Running:
-    """Starts a router: loads the trunk, follows the registry, serves; READY once every expert has a holder."""
+    """Starts a router: loads the trunk, follows the registry, serves. It becomes READY when every expert has a holder."""
     async with ServiceStart(settings, settings.deployment, replica_id, node) as startup:
         checkpoint, layout, revision = await startup.open_model()
         shape = layout.shape
@@ -240,7 +240,7 @@ def load_model(
 def _cache(settings: RouterSettings, spec: CacheSpec, revision: str) -> KVCache:
     """Creates a KV cache of `kv_memory` bytes.
 
-    Raises ConfigError if that is too small, or for a setting that does not work with the model's states or indexer.
+    Raises ConfigError if `kv_memory` is too small, or for a setting that the model's kind of cache does not allow.
     """
     if spec.states and settings.speculative_tokens:
         bound = "must be 0 for this model: its layers keep states, which cannot be undone after a wrong draft"

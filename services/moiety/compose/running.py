@@ -105,12 +105,12 @@ class Running:
 
 
 class ServiceStart:
-    """Starts one service: holds its settings, registry and tracer meanwhile, and closes what it opened if the start fails."""
+    """Starts one service. Holds its settings, registry and tracer; closes what it opened if the start fails."""
 
     def __init__(
         self, settings: ServiceSettings, deployment: str, replica_id: str, node: str, launched: float | None = None
     ):
-        """`launched`: Unix seconds at which the start began, if imports were done before this call; default: now."""
+        """`launched`: when the start began, imports included, in Unix seconds; None = now."""
         self.settings, self.replica_id, self.node = settings, replica_id, node
         self._launched = time.time() if launched is None else launched
         resource: dict[str, str] = {
@@ -147,8 +147,8 @@ class ServiceStart:
     def load_beat(self, busy: Callable[[], ReplicaLoad], demand: Callable[[], ExpertDemand] | None = None) -> Beat:
         """Returns an action for `ServiceParts.on_beat` that reports the service's load to the load ledger once a second.
 
-        `busy()` must return the load since its previous call; the meter exports the latest value. `demand()`, given by
-        routers, returns their counters. Both are sent in one round trip.
+        `busy()` must return the load since the previous `busy()`; the meter exports the latest value. `demand()` returns
+        a router's counters; other services leave it out. Both values are sent in one round trip.
         """
         latest: ReplicaLoad | None = None
 

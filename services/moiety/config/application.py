@@ -29,7 +29,7 @@ LIVE_SETTINGS = (
 class GroupSettings(BaseModel):
     """How a deployment scales, and the resources and settings of each of its replicas.
 
-    `AppSettings.experts` holds them for all deployments; `AppSettings.group` applies what differs for one deployment.
+    `AppSettings.experts` holds the common settings; `AppSettings.group` returns the settings of one deployment.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -187,9 +187,9 @@ class AppSettings(BaseModel):
         return value
 
     def group(self, deployment: str) -> GroupSettings:
-        """Returns the settings of `deployment`: those in `experts`, its kind's own defaults, then its entry in `overrides`.
+        """Returns the settings of `deployment`. Later sources win: `experts`, defaults of its kind, its entry in `overrides`.
 
-        A hot set may scale to zero, and routers do not go below `router_replicas`, unless `overrides` says otherwise.
+        By default a hot set may scale to zero, and the number of routers stays at or above `router_replicas`.
         """
         defaults: dict[str, Any] = {}
         max_replicas = self.experts.max_replicas

@@ -21,7 +21,7 @@ Settings = TypeVar("Settings", bound=BaseModel)
 
 
 def resolve(kind: type[Settings], flags: Mapping[str, Any], yaml_path: str | None = None) -> Settings:
-    """Returns settings of `kind` from flags (None = not given), MOIETY_* variables and a YAML file, in that precedence."""
+    """Returns settings of `kind`. A flag (None = not given) overrides a MOIETY_* variable, which overrides the YAML file."""
     values: dict[str, Any] = {}
     if yaml_path is not None:
         values.update(_read_yaml(yaml_path))

@@ -152,7 +152,7 @@ class RouterSettings(ServiceSettings):
     )
 
     def allows_backup(self, group: str) -> bool:
-        """Whether `group` has the overflow policy backup: while its queues are too long, rows go to their next-best expert."""
+        """Whether rows for experts of `group` may go to their next-best expert while the queues of `group` are too long."""
         return self.overflow_groups.get(group, self.overflow) == "backup"
 
     @property

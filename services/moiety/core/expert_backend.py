@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class CallClass(StrEnum):
-    """Whether a call's tokens are decoded or prefilled. An expert replica serves waiting decode calls before prefill calls."""
+    """Whether a call belongs to decode or to prefill. An expert replica serves waiting decode calls before prefill calls."""
 
     DECODE = "decode"
     PREFILL = "prefill"
@@ -23,9 +23,9 @@ class PendingRows(Protocol):
     """Rows that were sent to experts and whose outputs are still to come."""
 
     def result(self) -> torch.Tensor:
-        """Waits for the expert outputs, [T, K, D], unweighted, in the model dtype; zeros where top_k_index was -1.
+        """Waits for the expert outputs, [T, K, D], unweighted, in the model's dtype. For "no expert" (-1) they are zeros.
 
-        Raises HopFailed.
+        Raises HopFailed if the layer could not be computed for some tokens.
         """
         ...
 

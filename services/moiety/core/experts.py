@@ -16,7 +16,8 @@ from moiety.errors import ConfigError
 class ExpertSet:
     """A set of experts, such as those that a replica holds: MoE layer ordinal -> expert ids.
 
-    The text form is compact and readable: `0-31:0-7` is experts 0 to 7 of layers 0 to 31; `0:1,5;3:2` is two layers.
+    The text form is compact and readable: `0-31:0-7` is experts 0 to 7 of layers 0 to 31.
+    `0:1,5;3:2` is experts 1 and 5 of layer 0, and expert 2 of layer 3.
     """
 
     by_layer: Mapping[int, frozenset[int]] = field(default_factory=dict)
@@ -31,7 +32,7 @@ class ExpertSet:
     def parse(cls, text: str) -> ExpertSet:
         """Parses the text form, the inverse of `str()`. Raises ValueError if the text does not have that form.
 
-        Results are cached by text, so that the entries of thousands of replicas are parsed once per deployment.
+        Results are cached by text, because thousands of replicas may share a few texts.
         """
         return _parse_set(text)
 
@@ -79,9 +80,9 @@ class ExpertSet:
 
 @dataclass(frozen=True, slots=True)
 class ExpertMLP:
-    """What one expert computes, declared as data, so that every kernel can serve every model.
+    """What one expert computes, declared as data, so that kernels need no code per model.
 
-    `down(act(gate(x)) * up(x))` when gated, else `down(act(up(x)))`. `activation` is a name of
+    It is `down(act(gate(x)) * up(x))` if `gated`, else `down(act(up(x)))`. `activation` is a name of
     `moiety_kernels.reference.expert_mlp.ACTIVATIONS`; `swiglu_clamped` is gpt-oss's
     `(clamp(up, ±limit) + 1) * gate * sigmoid(alpha * gate)` with gate clamped from above only.
     """
@@ -115,7 +116,7 @@ class ModelShape:
     max_context: int
 
     def sliced(self, slices: int) -> ModelShape:
-        """Returns the shape of the sliced model: each expert is cut into `slices` along the intermediate dimension.
+        """Returns the shape of the sliced model: each expert is cut into `slices` parts along dimension I.
 
         Slice s of expert e counts as expert `e * slices + s` wherever experts are named: in holdings, calls and counters.
         Raises ConfigError if the intermediate size is not a multiple of `slices`.
@@ -127,11 +128,11 @@ class ModelShape:
         return replace(self, experts=self.experts * slices, top_k=self.top_k * slices, mlp=mlp)
 
     def sliced_partition(self, groups: int, slices: int) -> tuple[ExpertSet, ...]:
-        """Returns the default placement of the sliced model: for each of `groups`, the slices that it holds.
+        """Returns the default placement of the sliced model: for each group, the slices that the group holds.
 
-        The experts are divided as by `partition(groups // slices)`. `slices` groups share each part: each holds one slice
-        of every expert in it. Raises ConfigError if `groups` is not a multiple of `slices`, or if there are fewer experts
-        than parts.
+        The experts are divided into `groups // slices` parts, as by `partition`. Each part goes to `slices` groups: the
+        first holds slice 0 of every expert in the part, the next slice 1, and so on. Raises ConfigError if `groups` is
+        not a multiple of `slices`, or if there are fewer experts than parts.
         """
         if groups % slices:
             raise ConfigError("groups", groups, f"must be a multiple of {slices}, the number of slices per expert")

@@ -17,9 +17,9 @@ class ReplicaLoad:
 
 @dataclass(frozen=True, slots=True)
 class BatchCost:
-    """A fitted model of a batch's time on an expert replica, in seconds.
+    """A fitted model of how many seconds an expert replica takes for a batch.
 
-    It is `fixed_s + s_per_byte · weight bytes of the activated experts + s_per_row · rows`.
+    seconds = `fixed_s + s_per_byte · weight bytes of the activated experts + s_per_row · rows`
     """
 
     fixed_s: float

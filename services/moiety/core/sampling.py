@@ -24,7 +24,7 @@ class GuideKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Guide:
-    """A constraint that an output must match from its first to its last character."""
+    """A constraint that an output must match as a whole, not only in part."""
 
     kind: GuideKind
     text: str
@@ -65,7 +65,7 @@ class Sampling:
 
     @property
     def penalised(self) -> bool:
-        """Whether earlier tokens change the logits of the next one."""
+        """Whether a penalty makes the logits of the next token depend on earlier tokens."""
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
     def ends(self, eos: Iterable[int]) -> frozenset[int]:

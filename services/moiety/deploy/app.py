@@ -33,7 +33,7 @@ _LIFE = {
 
 
 def build(args: Mapping[str, Any] | AppSettings) -> serve.Application:
-    """Returns the application for `args`, the fields of AppSettings; MOIETY_* variables fill in what is not given.
+    """Returns the application for `args`: AppSettings, or a mapping of fields that MOIETY_* variables complete.
 
     Reads the checkpoint's headers, so it must run where the checkpoint is. Raises ConfigError for an unknown or
     impossible argument, CheckpointError for a checkpoint that cannot be served.
@@ -59,7 +59,7 @@ def build(args: Mapping[str, Any] | AppSettings) -> serve.Application:
 
 
 def default_placement(settings: AppSettings) -> dict[str, ExpertSet]:
-    """Returns deployment name -> experts held without a placement, for expert groups and hot sets (which then hold none)."""
+    """Returns deployment name -> experts that each group and hot set holds without a placement: none for a hot set."""
     shape = expert_layout(Checkpoint.open(settings.model)).shape
     groups = {
         f"experts-{group}": held for group, held in enumerate(shape.sliced_partition(settings.groups, settings.slices))

@@ -104,7 +104,7 @@ def _shared(settings: AppSettings, node_address: str) -> dict[str, Any]:
 
 
 def _advertised(settings: AppSettings, node_address: str) -> str:
-    """Returns the address to register: `advertise_host` if set, `listen_host` if it is loopback, else the node's."""
+    """Returns the address to register: `advertise_host` if set, `listen_host` if it is loopback, else the node's address."""
     if settings.advertise_host:
         return settings.advertise_host
     return settings.listen_host if settings.listen_host in LOOPBACK else node_address

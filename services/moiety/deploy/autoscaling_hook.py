@@ -1,6 +1,6 @@
 """Serve's autoscaling hook. Serve copies this module by value into its controller and into replicas: no live objects here.
 
-The autoscaler's state is in `scaling/autoscaler.py`. It is imported inside the call, so that a process has one such state.
+`scaling/autoscaler.py` holds the autoscaler's state. LoadPolicy imports it when called: a process has only one such state.
 """
 
 from __future__ import annotations

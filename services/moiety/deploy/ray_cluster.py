@@ -34,9 +34,9 @@ def local_ray(
 ) -> Iterator[None]:
     """Runs a Ray on loopback inside the context, and shuts that Ray down at the end.
 
-    `registry` may hold a password: it reaches the replicas through their environment only. `folder` is where Ray keeps
-    its sockets and logs (a short path; default: /tmp/ray). Raises FailedPrecondition if Ray would listen on the network,
-    which Ray decides when it is first imported.
+    The URL `registry` may hold a password, so replicas get it only through their environment. `folder` is where Ray keeps
+    sockets and logs (a short path; default: /tmp/ray). Raises FailedPrecondition if Ray would listen on the network: Ray
+    decides this when it is first imported, which may have been before this call.
     """
     with environment({"MOIETY_REGISTRY": registry} if registry else {}, _LOCAL):
         # Ray reads its environment when it is imported.

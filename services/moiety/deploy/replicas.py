@@ -1,4 +1,4 @@
-"""The classes of the Serve deployments. Each starts one service through the composition root and adds nothing to it.
+"""The classes of the Serve deployments. Each starts one service through `compose` and passes Serve's calls on to it.
 
 Serve pickles what is in this module, so it holds no clients, locks or other live objects.
 """
@@ -32,7 +32,7 @@ class _Replica:
             await self._running.reconfigure(user_config)
 
     async def __del__(self) -> None:
-        """Drains and closes the service. Serve awaits it once before it ends a replica on purpose, not for a killed replica."""
+        """Drains and closes the service. Serve awaits this once before it ends a replica, but not if the replica is killed."""
         running, self._running = self._running, None
         if running is not None:
             await running.drain(self._drain_s)

@@ -30,7 +30,7 @@ class DeployedApp:
         self._ends = ends
 
     def shutdown(self) -> None:
-        """Drains and ends what `deploy_app` started, but no application or Ray that ran before. A second call does nothing."""
+        """Drains and ends what `deploy_app` started, but leaves what ran before. A second call does nothing."""
         self._ends.close()
 
     def __enter__(self) -> Self:
@@ -52,7 +52,7 @@ def deploy_app(
     ray_folder: Path | None = None,
     progress: Progress = lambda line: None,
 ) -> DeployedApp:
-    """Deploys the application and waits until every replica is ready; reports each start to `progress`.
+    """Deploys the application and waits until every replica is ready. Tells `progress` what has become ready.
 
     Uses the Ray at `address` if given, else the Ray that this process is connected to. If there is neither, starts a Ray on
     this machine with `num_cpus`, `dashboard` and `ray_folder`. Raises CheckpointError, ConfigError or RegistryUnreachable

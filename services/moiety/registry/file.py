@@ -22,8 +22,8 @@ from moiety.registry.memory import MemoryRegistry
 class FileRegistry:
     """Reads the registry file in a child process. Reads replicas and placement again whenever the file has changed.
 
-    `register` and `deregister` do nothing, because only the parent writes the file; a child's heartbeat may call them.
-    Counters, load reports, missing experts and decisions stay within the process: without Redis nothing scales on them.
+    `register` and `deregister`, which a child's heartbeat calls, do nothing: only the parent writes the file.
+    Counters, load reports, missing experts and decisions stay in the child's memory: without Redis nothing scales by load.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -87,7 +87,7 @@ class FileRegistry:
     async def close(self) -> None: ...
 
     def _refresh(self) -> None:
-        """Reads the file if it has changed. Blocks the event loop: waking a thread takes longer than reading a local file."""
+        """Reads the file if it has changed. Blocks the event loop, because waking a thread would take longer than the read."""
         try:
             status = os.stat(self._path)
             # A replaced file has a new inode, even within one tick of a coarse clock and at an equal size.
@@ -132,7 +132,7 @@ class FileRegistryWriter(FileRegistry):
         self._path.unlink(missing_ok=True)
 
     def _refresh(self) -> None:
-        """Does nothing: the writer knows what is in the file."""
+        """Does nothing: no other process writes the file, so this object knows its content."""
 
     def _write(self) -> None:
         data = {

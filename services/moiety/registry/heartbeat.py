@@ -17,10 +17,11 @@ _log = logging.getLogger(__name__)
 
 
 class Heartbeat:
-    """Registers a replica every `interval_s` seconds between `start` and `stop`.
+    """Registers a replica every `interval_s` seconds (a beat) between `start` and `stop`.
 
-    `replica` is the entry, or a function that returns the current entry. Each action of `on_beat` runs once a beat in a
-    task of its own. An action that fails is logged and called again at the next beat; a slow one delays only itself.
+    `replica` is the registry entry, or a function that returns the current entry. Each action of `on_beat` also runs
+    every `interval_s` seconds, in a task of its own, so a slow action delays no other. A failed action is called
+    again at the next beat.
     """
 
     def __init__(
@@ -42,7 +43,7 @@ class Heartbeat:
         self._action_tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
-        """Registers at once and then at every beat. With `require`, raises RegistryUnreachable if the first try fails."""
+        """Registers at once, then at every beat. If the first try fails and `require` is set, raises RegistryUnreachable."""
         unreachable = False
         try:
             await self.beat()
@@ -61,7 +62,7 @@ class Heartbeat:
         await self._registry.register(self._current())
 
     async def stop(self) -> None:
-        """Stops the beats and deregisters, within STOP_S. Does not raise: an entry that can't be removed expires."""
+        """Stops the beats and deregisters, within STOP_S. A failure to deregister is only logged: the entry expires."""
         self._stopping.set()
         for task in self._action_tasks:
             task.cancel()
@@ -80,7 +81,7 @@ class Heartbeat:
     async def _repeat(
         self, action: Callable[[], Awaitable[None]], name: str, *, reported: bool = False, at_once: bool = False
     ) -> None:
-        """Calls `action` once a beat; logs the first failure of a series, and the recovery."""
+        """Calls `action` every `interval_s` seconds; logs the first of consecutive failures, and the next success."""
         clock = asyncio.get_running_loop().time
         due = clock() if at_once else clock() + self._interval_s
         while not await self._stopped_within(due - clock()):
@@ -95,7 +96,7 @@ class Heartbeat:
                 reported = False
 
     def _report(self, name: str, error: Exception) -> bool:
-        """Logs that `name` failed; returns whether it logged. Only the heartbeat, not the actions, logs a registry outage."""
+        """Logs that `name` failed; a registry outage is logged only for the heartbeat. Returns whether this call logged."""
         outage = isinstance(error, RegistryUnreachable)
         if outage and name != _HEARTBEAT:
             return False

@@ -23,13 +23,13 @@ DECISIONS_KEPT = 1000
 class Registry(Protocol):
     """Stores live replicas, the placement and the load ledger.
 
-    Every method raises RegistryUnreachable when the store does not answer; callers then keep what they last read.
+    Every method except `close` raises RegistryUnreachable if the store does not answer. Callers then keep what they last read.
     """
 
     async def register(self, replica: Replica) -> None:
         """Stores `replica` for TTL_S. Called at start and at every heartbeat, so an emptied store refills itself.
 
-        An implementation need not send an entry again that the store already has. The latest entry of an id wins.
+        An entry that the store already has need not be sent again. A newer entry replaces an older one of the same id.
         """
         ...
 
@@ -46,33 +46,34 @@ class Registry(Protocol):
     async def generation(self) -> str | None:
         """Returns an id of the store's contents. If it changes, or becomes None, the store was emptied (see `watch.py`).
 
-        It is None until the first `register`. Read it after `replicas`, so that emptying between the two reads is noticed.
+        The id is None until the first `register`. Call `replicas` first: then you notice if the store is emptied
+        between the two calls.
         """
         ...
 
     async def placement(self) -> Placement | None:
-        """Returns the placement in force. None if there is none: an expert replica that starts then holds its default."""
+        """Returns the placement in force, or None. Without a placement, an expert replica starts with its default."""
         ...
 
     async def placement_epoch(self) -> int:
-        """Returns the epoch of the placement in force, 0 if there is none. Every expert replica reads it at every beat."""
+        """Returns the epoch of the placement in force, or 0 without one. Expert replicas read the epoch at every beat."""
         ...
 
     async def set_placement(self, placement: Placement) -> bool:
-        """Stores `placement` if its epoch is one more than the epoch in force (compare-and-set); returns whether it did.
+        """Stores `placement` if its epoch is one more than the epoch in force (compare-and-set); returns whether it is stored.
 
-        If no placement is in force, `placement` is stored whatever its epoch: the store may have been emptied, and
-        replicas ignore an epoch that is not above theirs. If this raises RegistryUnreachable, the placement may have
-        been stored all the same: read `placement` before you try again.
+        If no placement is in force, for example because the store was emptied, any epoch is accepted. Replicas ignore an
+        epoch that is not above the epoch they follow. After RegistryUnreachable, `placement` may or may not be stored:
+        call `placement()` before you try again.
         """
         ...
 
     async def publish_load(
         self, replica_id: str, busy: ReplicaLoad | None = None, demand: ExpertDemand | None = None
     ) -> None:
-        """Stores a service's load, `busy`, and a router's counters, `demand`. Services call it once a second: one round trip.
+        """Stores a service's load, `busy`, and a router's counters, `demand`. Services call this once a second.
 
-        Load and counters are stored under separate keys. Counters are cumulative, so a repeated report counts once.
+        Both travel in one round trip, to separate keys. Counters are cumulative, so a repeated report counts once.
         """
         ...
 
@@ -85,15 +86,15 @@ class Registry(Protocol):
         ...
 
     async def report_missing_experts(self, layer: int, experts: Sequence[int]) -> None:
-        """Records that requests wait for experts that no live replica holds; the record expires after 5 s."""
+        """Records that no live replica holds `experts` of MoE layer `layer`, which requests need. Expires after 5 s."""
         ...
 
     async def missing_experts(self) -> Mapping[int, frozenset[int]]:
-        """Returns MoE layer -> experts that requests wait for."""
+        """Returns MoE layer -> the experts that were reported missing in the last 5 s."""
         ...
 
     async def record_decision(self, decision: Mapping[str, Any]) -> None:
-        """Appends to a bounded log (1,000 entries) of scaling decisions; values are JSON-able."""
+        """Appends `decision`, whose values must be JSON types, to the decision log. The log keeps the last 1,000."""
         ...
 
     async def decisions(self, count: int = 100) -> Sequence[Mapping[str, Any]]:

@@ -19,8 +19,9 @@ def digest_of(text: str | bytes) -> bytes:
 class Listing:
     """The replicas found by one reading of the registry, with the entries that the next reading need not fetch.
 
-    `digest` is the store's digest of its list of ids and entry digests: while it is unchanged, so are the replicas. It is
-    empty before the first reading, and if an entry changed during this one; the next reading must then fetch the list.
+    `digest` is the store's digest of its list of ids and entry digests. If the next reading finds the same `digest`, the
+    replicas have not changed. An empty `digest` makes the next reading fetch the list: before the first reading, and if
+    an entry changed during this reading.
     """
 
     digest: bytes = b""
@@ -39,11 +40,11 @@ class Listing:
         texts: Mapping[bytes, bytes | None],
         decode: Callable[[bytes, bytes], Replica | None],
     ) -> Listing:
-        """Returns the next reading, of `beats`, the (id, digest of the entry) pairs that the store lists.
+        """Returns the reading after this one. `beats`: the (id, digest of the entry) pairs that the store lists.
 
-        `texts` holds the entries fetched for the ids that `unknown` returned; None = gone. `decode(id, text)` decodes one.
-        An entry that is gone, or whose digest is not the one listed, changed after it was listed. What was fetched of it
-        counts in this reading and is not kept for the next.
+        `digest` is the digest of `beats`. `texts` maps each id that `unknown` returned to the entry's text, or None if
+        it is gone. `decode(id, text)` decodes an entry. If a text is gone or has another digest than in `beats`, the entry
+        changed after it was listed. The changed text, if any, is used now; the following reading fetches it again.
         """
         complete, kept, live = True, dict[tuple[bytes, bytes], Replica | None](), dict[bytes, Replica]()
         for beat in beats:

@@ -1,4 +1,4 @@
-"""Turns the cumulative counters in the load ledger into rows per second, by the time in each reading, without a clock."""
+"""Computes rows per second from the cumulative counters in the load ledger. Time comes from the readings: no clock here."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def rates(
 ) -> npt.NDArray[np.float64]:
     """Returns rows (or activations) per second, [moe_layers][experts], summed over the routers in `newer`.
 
-    `older` and `newer` are two readings of the load ledger: router's replica id -> cumulative counters. A router
-    contributes the difference between the two. If its counters went down, it restarted under the same id, and its whole
-    count is taken. If `older` lacks a router, its whole count is taken only if it `started` after the latest time in
-    `older`. Otherwise (the store was emptied, or the router was silent for a while) its count goes back too far, and it
-    contributes from the next reading on.
+    `older` and `newer` are two readings of the load ledger: router's replica id -> cumulative counters. Of a router in
+    both, the rows between the two readings count. If the router's counters went down, it restarted under the same id, and
+    all rows in `newer` count. Of a router that only `newer` has, all rows count if the router `started` no earlier than
+    the latest time in `older`. Otherwise (the store was emptied, or the router was silent for a while) its counters
+    include rows from before `older`, and none of its rows count.
 
     The result has the shape of the counters with the latest time. A router whose counters have another shape serves
     another model and is left out. The shape is [0, 0] if `newer` is empty.
@@ -53,13 +53,13 @@ def rates(
 
 
 class RecentRates:
-    """Computes one router's rows per second over the last WINDOW_S, from the counters that the router reports."""
+    """Computes one router's rows per second over about the last WINDOW_S, from the counters that the router reports."""
 
     def __init__(self) -> None:
         self._flushes: deque[tuple[float, npt.NDArray[np.int64]]] = deque(maxlen=FLUSHES_KEPT)
 
     def rows_per_s(self, demand: ExpertDemand) -> npt.NDArray[np.float64]:
-        """Adds the router's next counters, `demand`; returns rows per second, [moe_layers][experts]. The first are zeros."""
+        """Adds the router's next counters; returns rows per second, [moe_layers][experts]. The first call returns zeros."""
         rows = _table(demand, "rows")
         if self._flushes and demand.time < self._flushes[-1][0]:
             self._flushes.clear()  # the clock was set back

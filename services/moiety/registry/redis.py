@@ -9,12 +9,12 @@ Keys, all under `moiety:{<app>}:` (the braces keep them in one Redis Cluster slo
     placement      JSON                 epoch      epoch of `placement`             routers      set of ids, like replicas
     decisions      stream, 1,000 entries
 
-A heartbeat that finds the digest of its own entry in `beat:<id>` only renews that key. If it finds another digest, or none,
-it writes the entry. A reader asks for the list of digests, which the server sends only if it has changed, and then fetches
-the entries it does not have. It fetches a router's counters only if their field `stamp`, new at every report, has changed.
+A heartbeat that finds the digest of its own entry in `beat:<id>` renews only that key. Otherwise, and every 10 s, it writes
+the entry. A reader asks for the list of digests, which the server sends only if the list has changed. Then it fetches the
+entries it lacks. It fetches a router's counters only if their field `stamp`, new at every report, has changed.
 
-`hot` is for operators: the 64 experts with the most rows per second, `<layer>/<expert>` -> rows per second, over the last
-three seconds and all routers. `redis-cli ZREVRANGE 'moiety:{<app>}:hot' 0 9 WITHSCORES` shows the first ten.
+`hot` is for operators: `<layer>/<expert>` -> rows per second over the last three seconds, for the 64 busiest experts. It sums
+the routers' `hot:<writer>`. `redis-cli ZREVRANGE 'moiety:{<app>}:hot' 0 9 WITHSCORES` shows the ten busiest.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ _SECRET_OPTIONS = ("password", "ssl_password", "username")
 
 
 def without_secrets(url: str) -> str:
-    """Returns `url` without user name, password and secret options; if it is no valid URL, only its scheme."""
+    """Returns `url` without user name, password and secret options, or only the scheme of a malformed `url`."""
     try:
         parts = urlsplit(url)
         host = parts.netloc.rpartition("@")[2]

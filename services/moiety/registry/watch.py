@@ -17,14 +17,14 @@ _log = logging.getLogger(__name__)
 
 
 class Watch:
-    """Polls `registry` every `interval_s` seconds and keeps the table of live replicas. It distinguishes three losses:
+    """Polls `registry` every `interval_s` seconds and keeps a table of the live replicas. Three cases are distinguished:
 
     - *The registry does not answer*: the last table stays, and `stale_since` is set.
     - *The registry was emptied*, or answers again after an outage: replicas that it no longer lists stay in the table for
       GRACE_S, so that their heartbeats can register them again.
     - *An entry expired or was removed* from a working registry: the replica leaves the table.
 
-    The third loss does not prove that a replica is gone: a caller with a healthy stream to the replica keeps using it.
+    The third case does not prove that the replica is gone: a caller whose stream to the replica works keeps using it.
     """
 
     def __init__(
