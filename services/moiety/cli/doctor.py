@@ -21,7 +21,7 @@ from moiety.cli.options import json_option, write_json
 def doctor(context: click.Context, measure: bool, json_file: Path | None) -> None:
     """Check what decides how well this machine serves, and report what is wrong.
 
-    Every check has a verdict: ok; warn: slower or less capable than it could be; fail: serving cannot work. The line
+    Every check has a verdict: ok, warn (slower or less capable than it could be) or fail (serving cannot work). The line
     below a warning or failure says what to do. Exit status 1 if a check fails.
 
     \b

@@ -126,8 +126,9 @@ if TYPE_CHECKING:
 def generate(prompt: str, address: str, as_ids: bool, top_logprobs: int | None, **options: Any) -> None:
     """Generate text from a running gateway.
 
-    Prints tokens as they arrive, and token counts and times on stderr at the end. PROMPT is the text to continue; if it
-    is -, the text is read from stdin. Ctrl-C cancels the request.
+    Prints tokens as they arrive. With --n above 1 and without --logprobs, prints one choice after the other at the end.
+    Then prints token counts and times on stderr. PROMPT is the text to continue. If PROMPT is -, the text is read from
+    stdin. Ctrl-C cancels the request.
 
     \b
     Examples:
@@ -149,7 +150,7 @@ def generate(prompt: str, address: str, as_ids: bool, top_logprobs: int | None, 
 
 
 class _Printer:
-    """Prints chunks to stdout: a single choice as it arrives; several choices at the end, one after the other."""
+    """Prints chunks as they arrive. Without `as_lines`, several choices are printed at the end, one after the other."""
 
     def __init__(self, as_ids: bool, choices: int, as_lines: bool):
         self._as_ids, self._as_lines = as_ids, as_lines
@@ -178,7 +179,7 @@ class _Printer:
 
 
 def _lines(chunk: Chunk) -> Iterator[str]:
-    """Yields one line per token of `chunk`. The last one also shows the chunk's text, which several tokens may form."""
+    """Yields one line per token of `chunk`. The last line also shows the text of the whole chunk."""
     for place, (token, logprob) in enumerate(zip(chunk.token_ids, chunk.logprobs, strict=True)):
         text = repr(chunk.text) if place + 1 == len(chunk.token_ids) else ""
         line = f"{chunk.choice:>2} {token:>7} {logprob:>9.4f}  {text:<16}"

@@ -15,9 +15,9 @@ from moiety.cli.options import json_option, write_json
 def models(json_file: Path | None) -> None:
     """List the architectures that can be served, and what each uses.
 
-    The column "path" says how Moiety reaches the experts: through transformers' experts interface (seam), through its own
-    adapter around the transformers model (adapter), or in its own definition of the model (definition). Refused
-    architectures follow, each with the reason.
+    Shows each architecture's gating and kinds of cache. The column "path" says how Moiety reaches the experts: through
+    transformers' experts interface (seam), through its own adapter around the transformers model (adapter), or in its own
+    definition of the model (definition). Refused architectures follow, each with the reason.
 
     \b
     Example:

@@ -121,7 +121,7 @@ def write_json(file: Path | None, value: object) -> None:
 
 
 def invocation(context: click.Context) -> str:
-    """Returns the command line that repeats this run, with the defaults spelled out."""
+    """Returns the command line that repeats this run: every option that has a value, defaults included, but not --json."""
     words = context.command_path.split()
     for parameter in context.command.params:
         value = context.params.get(parameter.name or "")
@@ -152,9 +152,9 @@ rounds_option = click.option(
 
 
 def service_environment() -> None:
-    """Sets the environment variables that services start with in this process, for commands that compute in it.
+    """Sets, in this process, the environment variables that services start with: for commands that compute here.
 
-    Call it before torch is imported. Variables that are set already keep their values.
+    Must be called before torch is imported. Variables that are set already keep their values.
     """
     from moiety.compose.environment import PROCESS_ENVIRONMENT
 

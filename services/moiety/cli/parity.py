@@ -60,8 +60,9 @@ def parity(
     """Compare the served system with transformers, token for token.
 
     CHECKPOINT is a folder with config.json and safetensors. Eight prompts run through plain transformers, one at a time,
-    then all at once through gateway, router and expert groups on this machine. Exit status 0 only if every token agrees,
-    or differs where the reference itself is undecided (a tie within rounding error). --all-tiny accepts no ties.
+    then all at once through gateway, router and expert groups on this machine. Exit status 0 only if each prompt's tokens
+    are identical, or first differ at a tie: a token at which rounding decides the reference's choice. --all-tiny accepts
+    no ties.
 
     \b
     Examples:
@@ -103,7 +104,7 @@ def _all_tiny(
 ) -> bool:
     """Compares the tiny checkpoints and returns whether all are token for token identical to their references.
 
-    Prints each architecture's row as it is ready. `write` and `json_file` get the results, if given.
+    Prints each architecture's row as it is ready. If given, `write` gets the table, `json_file` the results as JSON.
     """
     from moiety.synthetic import tiny_model, tiny_names
     from moiety.tools.parity.all_tiny import HEAD, ParityVerdict, run_all, summary, write_table

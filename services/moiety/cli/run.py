@@ -25,7 +25,7 @@ class Interrupted(Exception):
 def run_async(work: Coroutine[Any, Any, Result]) -> Result:
     """Returns the result of `work`. Raises Interrupted on SIGINT or SIGTERM, after `work` was cancelled and cleaned up.
 
-    After a signal it does not wait for worker threads: they cannot be cancelled and have nothing to clean up.
+    After a signal, run_async does not wait for worker threads. They cannot be cancelled and have nothing to clean up.
     """
     runner = asyncio.Runner()
     close = runner.close
@@ -40,7 +40,7 @@ def run_async(work: Coroutine[Any, Any, Result]) -> Result:
 
 @contextmanager
 def signals_interrupt() -> Iterator[None]:
-    """Raises Interrupted inside the block on SIGINT or SIGTERM. A second signal, during clean-up, is ignored."""
+    """Raises Interrupted inside the block on SIGINT or SIGTERM. Later signals are ignored until the block ends."""
 
     def stop(number: int, _: object) -> None:
         for signal_number in handled:

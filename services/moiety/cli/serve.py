@@ -39,7 +39,7 @@ def serve(model: Path, ray_address: str | None, dashboard: bool, config: str | N
     """Serve a checkpoint on Ray: gateway, router and elastic expert groups.
 
     MODEL is a checkpoint folder. Starts Ray and Redis unless you name existing ones, prints the gateway's address, and
-    runs until Ctrl-C. Then it stops what it started, and nothing else; requests that are still running may be cut off.
+    runs until Ctrl-C. Then it stops only what it started. Requests that are still running may be cut off.
 
     \b
     Example:

@@ -61,8 +61,9 @@ def simulate(
     """Simulate a day of a large cluster, to estimate what elasticity would save.
 
     The model has DeepSeek-V3's size. Scaling policy, placement and cost model are the code of the served system; load and
-    time are synthetic. Each system in the comparison gets the smallest size whose p99 decode step is no longer than the
-    elastic system's. Devices for attention are not counted.
+    time are synthetic. Moiety's elastic system is compared with whole engines, EPLB, a static size and a clairvoyant bound.
+    Each of these gets the smallest size, among those tried, whose p99 decode step is no longer than the elastic system's;
+    if none is, the largest size. Devices for attention are not counted.
 
     \b
     Example:

@@ -48,8 +48,8 @@ POLL_S = 0.2
 def run_demo(say: Say, wait_s: float) -> None:
     """Runs all stages of the demo. Raises Unavailable or TimeoutError where a stage does not finish in time.
 
-    `wait_s` bounds each wait; the start of the system may take three times as long. Raises Unavailable also where a
-    killed replica changed the tokens.
+    The system may take 3 * `wait_s` seconds to start. Each later wait, for replicas, load or spans, may take `wait_s`.
+    Raises Unavailable also where the tokens differ after a replica was killed.
     """
     began = time.monotonic()
 
@@ -139,9 +139,9 @@ class _Demo:
         await self._until(f"experts-{hot} to shrink", lambda counts: counts[f"experts-{hot}"] == 1)
 
     async def _skewed_prompt(self, client: Client) -> tuple[int, int, list[float]]:
-        """Tries CANDIDATES prompts; returns (token, group, shares) of the one that sends most of its rows to a single group.
+        """Returns (token, group, shares) of the one of CANDIDATES prompts that sends the largest share of rows to one group.
 
-        The prompt repeats `token`; `group` is the group with most of its rows, `shares` the fraction that each group gets.
+        Each prompt is one token repeated. `group` gets the largest share; `shares` has the share of every group.
         """
         best: tuple[float, int, list[float]] = (0.0, 0, [])
         before = await self._rows_by_group()
@@ -156,9 +156,9 @@ class _Demo:
         return token, shares.index(share), shares
 
     async def _rows_after(self, before: Sequence[int]) -> list[int]:
-        """Returns the rows of each group in the load ledger, once they differ from `before` and two readings agree.
+        """Reads each group's rows from the load ledger until two successive readings agree and differ from `before`.
 
-        Readings are LEDGER_S apart: longer than a router's reporting period. Raises TimeoutError.
+        Returns the last reading. Readings are LEDGER_S apart, longer than a router's reporting period. Raises TimeoutError.
         """
         async with asyncio.timeout(self._wait_s):
             last = list(before)
@@ -180,9 +180,9 @@ class _Demo:
         return totals
 
     async def _until(self, what: str, reached: Callable[[dict[str, int]], bool]) -> None:
-        """Waits until `reached(replicas per group)` holds. Raises Unavailable, with the text `what`, after `wait_s`.
+        """Waits until `reached` is true of the number of replicas per group. Raises Unavailable after `wait_s`.
 
-        Prints each change of the numbers of replicas, and each scaling decision with its reason.
+        Prints each change of these numbers, and each scaling decision with its reason. The error names `what`.
         """
         began, shown = time.monotonic(), len(await self._registry.decisions())
         counts: dict[str, int] = {}
@@ -280,7 +280,7 @@ def _complete(spans: Sequence[ReceivedSpan]) -> bool:
 
 @asynccontextmanager
 async def _traffic(client: Client, prompt: Sequence[int]) -> AsyncIterator[None]:
-    """Generates from `prompt` on STREAMS streams at once while the block runs. Raises streams' errors in an ExceptionGroup."""
+    """Keeps STREAMS generations from `prompt` running until the block ends. Raises generations' errors in an ExceptionGroup."""
     ending = asyncio.Event()
 
     async def stream() -> None:

@@ -128,7 +128,7 @@ def _threads() -> Check:
 
 
 def _environment() -> Iterator[Check]:
-    """Checks the variables that every service starts with. A value that the user has set overrides Moiety's."""
+    """Checks environment variables that Moiety sets for every service. A value that the user has set overrides Moiety's."""
     for name in ("OMP_WAIT_POLICY", "THP_MEM_ALLOC_ENABLE"):
         recommended = PROCESS_ENVIRONMENT[name]
         value = os.environ.get(name, recommended)

@@ -41,8 +41,8 @@ PEAK, FLOOR = 1.15, 420_000_000
 class Inspection:
     """Sizes of a checkpoint and its parts.
 
-    `expert_bytes` and `router_bytes` are those in memory: experts as the checkpoint stores them, the router's trunk in the
-    checkpoint's dtype.
+    `expert_bytes` and `router_bytes` are sizes in memory. Experts keep the format that the checkpoint stores them in. The
+    router's trunk has the checkpoint's dtype.
     """
 
     architecture: str
@@ -133,7 +133,7 @@ def lines(found: Inspection) -> Iterator[str]:
 
 
 def _router_parameters(model: nn.Module) -> int:
-    """Counts all parameters but those of routed experts and of towers for images, video and sound.
+    """Counts the parameters outside routed experts and outside towers for images, video and sound.
 
     Tied weights count once.
     """
@@ -171,9 +171,9 @@ def _layers(config: Any) -> int:
 
 
 def _shared(config: Any, model: nn.Module) -> int:
-    """Returns the number of shared experts of a MoE layer, as the config states it.
+    """Returns the number of shared experts of a MoE layer: the config's number, if it states one above 0.
 
-    Without a statement in the config: 1 if the MoE block has a child with "shared", but not "gate", in its name, else 0.
+    Otherwise returns 1 if a child module of the MoE block has "shared", but not "gate", in its name, and 0 if none has.
     """
     for name in SHARED:
         if isinstance(value := getattr(config, name, None), int) and value:

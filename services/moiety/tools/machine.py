@@ -44,7 +44,7 @@ def huge_pages() -> str | None:
 
 
 def memory_bytes() -> tuple[int, int] | None:
-    """Returns (total, available) memory in bytes, as the kernel counts it; None where it is not reported."""
+    """Returns (total, available) memory in bytes, as Linux counts it; None where it is not reported."""
     lines = (_text(_PROC / "meminfo") or "").splitlines()
     kib = {line.partition(":")[0]: int(line.split()[1]) for line in lines if len(line.split()) > 1}
     return (kib["MemTotal"] << 10, kib["MemAvailable"] << 10) if {"MemTotal", "MemAvailable"} <= kib.keys() else None

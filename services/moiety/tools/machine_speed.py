@@ -1,6 +1,6 @@
-"""Measures how fast this machine reads memory and multiplies matrices at best.
+"""Measures the highest speeds at which this machine reads memory and multiplies matrices.
 
-The least possible time of a decode step, its floor, is computed from these speeds.
+The benchmarks compute the floor of a decode step, an estimate of its least time, from these speeds.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ class MachineSpeed:
     float32_flops: float
 
     def flops(self, dtype: str) -> float:
-        """Returns the operations per second of a matrix product in `dtype`. The rate of float16 is taken to be bfloat16's."""
+        """Returns the operations per second of a matrix product in `dtype`. For float16 this is the rate of bfloat16."""
         return self.float32_flops if dtype == "float32" else self.bfloat16_flops
 
 
 def measure_speed() -> MachineSpeed:
-    """Measures this machine's speeds. Takes a second or two, and memory of a few times the last-level cache."""
+    """Measures this machine's speeds. Takes a second or two, and 0.5 to 2 GiB of memory."""
     with _all_cores():
         return MachineSpeed(_read_rate(), _matrix_rate(torch.bfloat16), _matrix_rate(torch.float32))
 

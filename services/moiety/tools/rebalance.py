@@ -34,9 +34,10 @@ class RebalanceRequest:
 
 
 async def propose_placement(registry: Registry, request: RebalanceRequest) -> PlacementPlan:
-    """Returns a placement plan for the expert load of the next `request.watch_s` seconds, compared with the placement in force.
+    """Watches the expert load for `request.watch_s` seconds, then returns a plan: a new placement for this load.
 
-    Raises RegistryUnreachable, and FailedPrecondition where there are no experts or no load to plan for.
+    The plan compares this placement with the one in force. Raises RegistryUnreachable, and FailedPrecondition where there
+    is no expert replica or no load.
     """
     await registry.replicas()  # so that a wrong address fails at once, not after `watch_s`
     ledger, expert_load, until = Ledger(registry), ExpertLoad(), time.monotonic() + request.watch_s
@@ -60,9 +61,9 @@ async def apply_placement(
 ) -> None:
     """Puts a plan in force. Returns once every replica has loaded its new experts and dropped those it no longer has.
 
-    Changes at most `layers` MoE layers in each stage; 0 = all in one stage. Raises FailedPrecondition where another placement
-    was set first, and Unavailable where replicas have not followed a stage within `timeout_s`. The placement of that stage
-    then stays in force, and the replicas continue to follow it.
+    Changes at most `layers` MoE layers in each stage; 0 = all in one stage. Raises FailedPrecondition where another process
+    has set a placement since the plan was made. Raises Unavailable where replicas have not followed a stage within `timeout_s`;
+    the placement of this stage then stays in force, and the replicas continue to follow it.
     """
     began, current = time.monotonic(), await registry.placement()
     steps = placement_stages(current, plan.placement, layers) if current is not None else (plan.placement,)
@@ -83,7 +84,8 @@ async def apply_placement(
 def _in_force(reading: Reading, hot_sets: int | None) -> Placement:
     """Returns the placement in force or, where none was ever set, the placement that replicas hold now.
 
-    Adds empty hot sets until it has `hot_sets`, if given. Raises FailedPrecondition where there is no expert replica.
+    If `hot_sets` is given, adds those of the first `hot_sets` hot sets that are missing, without experts. Raises
+    FailedPrecondition where there is no expert replica.
     """
     held = dict(reading.placement.held if reading.placement is not None else _held(reading.replicas))
     if not held:

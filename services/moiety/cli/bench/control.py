@@ -37,8 +37,8 @@ def control(
     """Measure the control plane of a large system: planning, the dispatch table, the traffic on Redis.
 
     Nothing is served: the replicas exist only as entries in a real Redis, which this benchmark starts. Each kind of
-    request to Redis is measured alone, and counted as often as a running system sends it. The dispatch table says which
-    replicas hold each expert.
+    request to Redis is measured alone. The total counts each kind as often as a running system sends it. The dispatch
+    table says which replicas hold each expert.
 
     \b
     Example:

@@ -74,10 +74,10 @@ def elastic(
 ) -> None:
     """Raise and lower a skewed load on a live Ray system, and check that only the hot group's replicas follow.
 
-    Starts its own Ray, Redis and small model. The hot group is the expert group that gets the most rows of the likeliest
-    prompts. Requests arrive as a Poisson process, with prompts drawn by Zipf's law. Each replica is paced to --capacity,
-    because replicas that share a few cores are not faster together: this measures control, not speed. Exit status 1 if a
-    request failed, if the hot group did not grow and shrink, or if another group changed.
+    Starts its own Ray, Redis and small model. Requests arrive as a Poisson process, with prompts drawn by Zipf's law. The
+    likeliest prompts are those that send the most rows to one expert group, the hot group. This measures control, not
+    speed: each replica is paced to --capacity, because replicas that share a few cores are not faster together. Exit
+    status 1 if a request failed, if the hot group did not grow and shrink, or if another group changed.
 
     \b
     Example:

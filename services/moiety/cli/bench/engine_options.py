@@ -69,9 +69,9 @@ def run_engine_benchmark(
     lines: Callable[[Sequence[Any], EngineWork], Iterator[str]],
     options: Mapping[str, Any],
 ) -> None:
-    """Measures with the command's `options`, prints the report, and writes the rows to `json_file`.
+    """Runs a benchmark with the command's `options`, prints its report, and writes its results to `json_file`, if given.
 
-    `measure` returns the rows of an EngineWork; `lines` yields the lines of their report.
+    `measure` returns the results for an EngineWork, one per concurrency. `lines` yields the lines of the report on them.
     """
     from moiety.bench.engines.engine_runner import EngineWork
     from moiety.tools.machine import Machine

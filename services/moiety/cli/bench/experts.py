@@ -56,9 +56,10 @@ def experts(
     """Measure the experts' kernels beside plain torch: weight bandwidth and matrix products.
 
     The same run measures the machine's read bandwidth and matmul rate. Up to 8 rows per expert, reading weights is the
-    limit: see the column "of read". With more rows, the products are: see "of matmul". The last column is how many times
-    faster Moiety's kernels are than the best plain torch path: the eager loop or torch._grouped_mm, on bfloat16 weights
-    where Moiety's are quantised. The last lines are a cost model fitted to these times, of the form that the policies use.
+    limit: see the column "of read". With more rows, matrix products are the limit: see "of matmul". The last column is
+    how many times faster Moiety's kernels are than plain torch: the faster of an eager loop and torch._grouped_mm. Where
+    Moiety's weights are quantised, torch's are bfloat16. The last lines are a cost model fitted to these times, of the
+    form that the policies use.
 
     \b
     Example:

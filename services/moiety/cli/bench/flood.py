@@ -59,10 +59,10 @@ def flood(
 ) -> None:
     """Offer more requests than can be served, and check tokens/s of accepted requests and retry delays of refusals.
 
-    First measures the capacity: what the system serves to clients that keep every slot and half of the queue occupied.
-    Then sends requests at multiples of that rate, without waiting for earlier ones. Exit status 1 if accepted requests
-    fall below 95 % of the peak tokens/s at a load of 2 or more, if a refusal carries no retry delay, or if a request
-    fails for another reason.
+    First measures the capacity: the requests served per second while every slot and half of the queue are occupied.
+    Then sends requests at multiples of this rate, without waiting for earlier ones. Exit status 1 if accepted requests
+    get less than 95 % of the peak tokens/s at 2 or more times the capacity, if a refusal carries no retry delay, or if a
+    request fails for another reason.
 
     \b
     Example:

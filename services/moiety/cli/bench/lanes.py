@@ -17,9 +17,9 @@ from moiety.cli.options import service_environment
 def lanes(context: click.Context, /, json_file: Path | None, **options: Any) -> None:
     """Measure lanes: a step's batch in one piece, in two parts that take turns, and in the way the router chooses.
 
-    While one lane waits for its experts the other computes, but each lane streams the weights it needs by itself. By
-    default a router tries both ways for each size of step and keeps the faster one. This benchmark shows the decode
-    tokens/s of each way on this machine.
+    The parts are lanes: while one lane waits for its experts, the other computes. But each lane reads weights by itself,
+    even those that the other lane reads too. By default, a router tries one piece and two lanes for each size of step, and
+    keeps the faster way. This benchmark shows the decode tokens/s of each way on this machine.
 
     \b
     Example:

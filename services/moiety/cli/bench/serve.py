@@ -91,11 +91,11 @@ def serve(
     """Measure serving speed beside other systems, in turns, on the same checkpoints and prompts.
 
     A client of the gateway measures Moiety: attention, hop, experts, tokenising and streaming included. The other systems
-    are transformers' generate; with --compare, transformers' continuous batching; with --vllm and --llama-cpp, these two.
-    Each runs in its own process, which is stopped between its turns. If one fails, the others are still measured. The
-    floor is the least time for a decode step on this machine: to read the step's weights and compute its products at the
-    best speeds measured here. The column step/floor is the step's time divided by it. A full comparison ends within about
-    --minutes plus the start of the systems, a few minutes per model.
+    are transformers' generate, with --compare also transformers' continuous batching, and vLLM and llama.cpp where their
+    options are given. Each other system runs in its own process, which is stopped between its turns. If a system fails,
+    the others are still measured. The floor is the time to read a decode step's weights and then compute its products, at
+    the best speeds measured on this machine. The column step/floor is a step's time divided by the floor. A full
+    comparison takes about --minutes, and a few minutes more per model to start the systems.
 
     \b
     Examples:

@@ -17,9 +17,9 @@ from moiety.cli.options import service_environment
 def split(context: click.Context, /, json_file: Path | None, **options: Any) -> None:
     """Measure what the split costs: one engine with its experts in its own process and in services.
 
-    Runs the same engine and kernels on the same prompts, in turns and without gateway or tokenising. Prints the
-    inter-token latency of both ways and, for a decode layer, the experts' compute time, the hop, and the imbalance: the
-    slowest group's compute time over the mean of all groups.
+    Both ways use the same kernels and prompts and run in turns, without gateway or tokenising. Prints the inter-token
+    latency of both ways. For a decode layer, prints the experts' compute time, the hop, and the imbalance. The imbalance is
+    the slowest group's compute time divided by the mean of all groups.
 
     \b
     Example:

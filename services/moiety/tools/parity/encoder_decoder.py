@@ -1,12 +1,12 @@
 """Runs encoder-decoders by plain transformers, as the reference of `parity`: one unpadded prompt, one cached token at a time.
 
-One forward pass over a whole output would give other logits than decoding: the experts of Switch Transformers and NLLB-MoE
-take a limited number of tokens per pass, and in a cached decode each pass has one token.
+One forward pass over a whole output could give other logits than one pass per token: an expert of Switch Transformers or
+NLLB-MoE takes a limited number of tokens per pass.
 
-transformers' NLLB-MoE is not usable as a reference. Since 5.0 (still in 5.23) its `NllbMoeExperts` takes the router's 0/1
-mask for expert ids: experts 0 and 1 get every token, all others none. The reference is transformers with that one method
-replaced by the published model's: each token goes to its own experts. Tests compare it with a forward pass written from
-the paper alone.
+transformers' NLLB-MoE is not usable as a reference. Since 5.0 (still in 5.23) its `NllbMoeExperts` reads the router's 0/1
+mask as expert ids: experts 0 and 1 get every token, all others none. The reference is transformers with this method
+replaced: each token goes to its own experts, as in the published model. Tests compare the reference with a forward pass
+written from the paper alone.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def is_encoder_decoder(model: Any) -> bool:
 
 
 def correct_experts(model: Any) -> Any:
-    """Corrects the expert layers of `model` that transformers computes wrongly, those of NLLB-MoE. Returns `model`."""
+    """Corrects in place the experts of NLLB-MoE, which transformers computes wrongly. Returns `model`."""
     for module in model.modules():
         if type(module).__name__ == WRONG_EXPERTS:
             module.forward = MethodType(_own_experts, module)
@@ -37,7 +37,7 @@ def correct_experts(model: Any) -> Any:
 def generate(
     model: Any, prompts: Sequence[Sequence[int]], new_tokens: int
 ) -> tuple[list[list[int]], list[torch.Tensor]]:
-    """Returns (decoder start + greedy tokens, logits [1 + new tokens, V]) of each prompt."""
+    """Returns two lists with an entry per prompt: decoder start and greedy tokens; their logits [1 + new tokens, V]."""
     texts, logits = [], []
     for prompt in prompts:
         text = model.generate(torch.tensor([prompt]), max_new_tokens=new_tokens, do_sample=False)[0].tolist()

@@ -4,9 +4,9 @@ The reference runs one unpadded prompt at a time. The served side runs all promp
 prefill, through a LocalCluster. Then the trunk runs each whole text once more over the same served experts, to compare
 logits.
 
-A token that differs is a failure, unless the reference itself is undecided at that position: it also picks the served token
-when its embeddings move by a few units in the last place. (Two logits, or two experts of a token in the gate, may be so
-close that rounding decides.) Such ties are counted and printed.
+A prompt whose tokens differ is a failure, unless its first difference is a tie: the reference itself picks the served token
+when its embeddings get noise of about 16 units in the last place. (Two logits, or two experts of a token in the gate,
+may be so close that rounding decides.) Ties are counted and printed. Tokens after the first difference are not compared.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ async def run_parity(
     references: Path | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> ParityReport:
-    """Compares a checkpoint. Raises CheckpointError or ConfigError where it cannot be served at all.
+    """Compares a served checkpoint with its reference. Raises CheckpointError or ConfigError where it cannot be served.
 
     `references` is a Python file with a plain forward pass for each architecture that transformers lacks, as
     `plain_reference.py` describes.
@@ -170,9 +170,9 @@ def _prompts(vocabulary: int, longest: int, seed: int) -> list[list[int]]:
 def _reference(
     model: Any, prompts: Sequence[Sequence[int]], new_tokens: int
 ) -> tuple[list[list[int]], list[torch.Tensor]]:
-    """Returns (prompt + greedy tokens, logits [tokens, V]) of each prompt, computed by the reference.
+    """Returns two lists, both with one entry per prompt: token ids, and the reference's logits [tokens, V] after each.
 
-    For an encoder-decoder, the decoder's start token takes the place of the prompt.
+    The token ids are the prompt (for an encoder-decoder, the decoder's start token) and `new_tokens` greedy tokens.
     """
     model.generation_config.eos_token_id = None  # so that every prompt gets the same number of tokens
     if encoder_decoder.is_encoder_decoder(model):
@@ -189,9 +189,10 @@ def _reference(
 
 @torch.inference_mode()
 def _undecided(model: Any, prompt: Sequence[int], text: Sequence[int], token: int) -> bool:
-    """Returns whether noise of rounding size on its embeddings can make the reference continue `text` with `token`.
+    """Returns whether the reference continues `text` with `token` when its embeddings get noise of rounding size.
 
-    Tries NUDGES samples of noise, on the embeddings of `text`, or on those of `prompt` for an encoder-decoder.
+    Tries NUDGES samples of noise, of about NUDGE_ULPS units in the last place. The noise is on the embeddings of `text`; for
+    an encoder-decoder, on those of `prompt`.
     """
     has_encoder = encoder_decoder.is_encoder_decoder(model)
     embeddings = model.get_input_embeddings()(torch.tensor([prompt if has_encoder else text]))
@@ -216,7 +217,7 @@ def _reference_model(checkpoint: str, dtype: torch.dtype, references: Path | Non
 
 
 def _transformers_model(checkpoint: str, dtype: torch.dtype) -> Any:
-    """Loads the transformers model with all its experts, and with the config as the router reads it (DBRX's corrected).
+    """Loads the transformers model with all its experts. Its config is corrected as for the router (DBRX's, for example).
 
     Quantised weights are dequantised by Moiety's reader: transformers' own ways to dequantise differ.
     """
@@ -241,7 +242,7 @@ async def _generate(client: Client, prompt: Sequence[int], new_tokens: int) -> l
 async def _trunk_here(
     cluster: LocalCluster, checkpoint: str, dtype_name: str
 ) -> AsyncIterator[Callable[[Sequence[int], Sequence[int]], torch.Tensor]]:
-    """Yields a function (prompt, text) -> logits [tokens, V]: the trunk in this process over the experts of `cluster`."""
+    """Yields a function (prompt, text) that returns logits [tokens, V]. The trunk runs here, the experts in `cluster`."""
     opened = Checkpoint.open(checkpoint)
     layout, revision = expert_layout(opened), revision_of(opened)
     dtype = torch_dtype(dtype_name, layout.shape.dtype)

@@ -1,7 +1,8 @@
 """A reference for architectures that transformers lacks: a plain torch forward pass, written from their documentation.
 
-The forward pass is outside the package, in a Python file that defines `FORWARDS`: model_type -> `load(folder, dtype)`,
-which returns a function ids [T] -> logits [T, V]. `tests/parity/references.py` is such a file.
+The forward pass is outside the package, in a Python file with a dict `FORWARDS`. The dict maps an architecture to a function
+`load(folder, dtype)`, which returns a function from token ids [T] to logits [T, V]. `tests/parity/references.py` is such a
+file.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ PLACE = Path("tests/parity/references.py")
 
 
 class PlainReference:
-    """A plain forward pass behind the part of a transformers model's interface that `moiety parity` uses.
+    """A plain forward pass with those methods of a transformers model that `moiety parity` calls.
 
     It has no cache: for each new token it computes the whole text again.
     """
@@ -50,7 +51,7 @@ class PlainReference:
         return SimpleNamespace(logits=self._forward(text[0])[None])
 
     def generate(self, ids: torch.Tensor, *, max_new_tokens: int, **_: Any) -> torch.Tensor:
-        """Generates greedily: ids [1, T] -> [1, T + max_new_tokens]."""
+        """Returns the token ids [1, T + max_new_tokens]: `ids` [1, T], then the greedy tokens."""
         for _step in range(max_new_tokens):
             ids = torch.cat((ids, self._forward(ids[0])[-1:].argmax(dim=-1)[None]), dim=1)
         return ids

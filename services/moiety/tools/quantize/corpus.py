@@ -59,7 +59,7 @@ MODULES = (
 
 
 def shipped_text() -> str:
-    """Returns the long docstrings of the MODULES as one text, which depends only on the release of Python."""
+    """Returns the docstrings of MODULES above 80 characters as one text. The text depends only on the release of Python."""
     library = Path(sysconfig.get_paths()["stdlib"])
     files = [library / f"{module}.py" for module in MODULES]
     documents = [text for file in files if file.is_file() for text in _docstrings(file)]
@@ -77,6 +77,6 @@ def _docstrings(file: Path) -> Iterator[str]:
 
 
 def _spread(count: int) -> Iterator[int]:
-    """Yields the integers 0 to `count` - 1 once each, in an order in which consecutive ones are far apart."""
+    """Yields the integers 0 to `count` - 1 once each, in steps of about 1000 modulo `count`."""
     step = next(step for step in (997, 1009, 1013) if count % step) if count else 1
     yield from ((place * step) % count for place in range(count))

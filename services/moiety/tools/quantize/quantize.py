@@ -101,7 +101,7 @@ def decide(
 ) -> Quantised:
     """Chooses each expert's precision so that all weights take at most `memory` bytes.
 
-    Raises ConfigError where even the fewest bits need more.
+    Raises ConfigError where the weights need more even with every expert at its smallest precision.
     """
     experts = {name for pair in sensitivity.errors for name in expert_tensor_names(layout, pair)}
     other = sum(entry.nbytes for name, entry in checkpoint.tensors.items() if name not in experts)
@@ -154,7 +154,7 @@ def usable_precisions(checkpoint: Checkpoint, layout: ExpertLayout) -> tuple[Pre
 
 
 def expert_tensor_names(layout: ExpertLayout, pair: Pair) -> Iterator[str]:
-    """Yields the tensor names of one expert's matrices."""
+    """Yields the tensor names of one expert's matrices, without biases."""
     layer, expert = pair
     for field, names in layout.layers[layer].sources.items():
         if "bias" not in field:
@@ -162,9 +162,9 @@ def expert_tensor_names(layout: ExpertLayout, pair: Pair) -> Iterator[str]:
 
 
 def calibration_ids(folder: str, text: str, tokens: int, longest: int) -> torch.Tensor:
-    """Returns `text` as token ids [sequences, tokens per sequence]. Raises ConfigError where the text is too short.
+    """Returns `text` as token ids [sequences, tokens per sequence]. Raises ConfigError where sequences have under 16 tokens.
 
-    `tokens` is the most tokens of all sequences together, `longest` the most of one sequence.
+    All sequences together have at most `tokens` tokens, and one sequence at most `longest`. The rest of `text` is not used.
     """
     tokenizer, _ = open_tokenizer(folder)
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][:tokens]
@@ -187,9 +187,9 @@ def write_quantised(
     out: Path,
     progress: Callable[[str], None] = lambda _: None,
 ) -> None:
-    """Writes to `out` the checkpoint with each expert at the precision in `chosen`, and a config that says so.
+    """Writes to `out` the checkpoint with each expert at its precision in `chosen`, and a config that names the precisions.
 
-    Copies the files that hold no weights. Holds one shard in memory.
+    Copies the files that hold no weights. Memory holds one shard at a time.
     """
     out.mkdir(parents=True, exist_ok=True)
     precision_of = {name: precision for pair, precision in chosen.items() for name in expert_tensor_names(layout, pair)}
@@ -224,7 +224,7 @@ def write_quantised(
 
 
 def packed(name: str, tensor: torch.Tensor, precision: Precision) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yields the tensors stored for the matrix `name` [O, D]: the matrix itself, or packed codes, scales and shape."""
+    """Yields (name, tensor) to store for matrix `name`: at 16 bits the matrix, else its packed codes, scales and shape."""
     if precision == PLAIN:
         yield name, tensor
         return
@@ -244,7 +244,7 @@ def packed(name: str, tensor: torch.Tensor, precision: Precision) -> Iterator[tu
 def _config_groups(layout: ExpertLayout, chosen: Mapping[Pair, Precision]) -> dict[str, Any]:
     """Returns one compressed-tensors config group per precision below 16 bits.
 
-    A group names its experts (its targets) by one regular expression per layer and tensor name.
+    The group's `targets` select its experts: one regular expression per layer and tensor name.
     """
     groups: dict[str, Any] = {}
     for precision in sorted({*chosen.values()} - {PLAIN}):

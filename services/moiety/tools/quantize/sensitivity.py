@@ -2,7 +2,7 @@
 
 Runs one forward pass of the trunk over calibration text. At each MoE layer it reads the experts one at a time and computes
 each with its stored weights, and again at every smaller precision. The forward pass continues with the result of the
-stored weights. Memory holds only the trunk and one expert.
+stored weights. Of the weights, memory holds only the trunk and one expert at a time.
 
 Legend: T tokens, K experts per token, D hidden size, n rows of one expert.
 """
@@ -55,8 +55,9 @@ def measure_sensitivity(
 ) -> Sensitivity:
     """Measures every expert on the calibration text `ids` [sequences, tokens].
 
-    The error of an expert at a precision is the squared difference of its outputs, each multiplied by the routing weight,
-    summed over tokens and divided by the sum of squares of the hidden states that leave the expert's decoder block.
+    The error of an expert at a precision is the sum over its tokens of the squared change of routing weight times output,
+    scaled up from at most ROWS tokens. An expert without tokens gets UNUSED times its layer's mean error per use. Each error
+    is divided by the sum of squares of the hidden states that leave the expert's decoder block.
     """
     model = _trunk(checkpoint, layout, dtype)
     energy: dict[int, float] = {}
@@ -105,7 +106,7 @@ def _energies(model: nn.Module, layout: ExpertLayout, energy: dict[int, float]) 
 
 
 def _block(model: nn.Module, module: str) -> str:
-    """Returns the path of the decoder block around an experts module: the nearest module above it in a ModuleList."""
+    """Returns the path of the decoder block that contains `module`: the innermost item of a ModuleList on its path."""
     parts = module.split(".")
     for length in range(len(parts), 0, -1):
         if isinstance(model.get_submodule(".".join(parts[: length - 1])), nn.ModuleList):

@@ -52,7 +52,7 @@ class TraceReceiver(trace_service_pb2_grpc.TraceServiceServicer):
     def wait_for(
         self, predicate: Callable[[Sequence[ReceivedSpan]], bool], timeout_s: float = 10.0
     ) -> tuple[ReceivedSpan, ...]:
-        """Waits until `predicate` holds for the received spans, and returns them all.
+        """Waits until `predicate` is true of all spans received so far, and returns these spans.
 
         Raises TimeoutError after `timeout_s`, with the names of the spans that did arrive.
         """

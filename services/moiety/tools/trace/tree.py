@@ -38,11 +38,11 @@ def trees(spans: Iterable[ReceivedSpan], trace_id: str) -> list[Node]:
 def coverage(
     spans: Iterable[ReceivedSpan], trace_id: str, *, of: SpanName = SpanName.STEP, leaves: bool = False
 ) -> float:
-    """Returns which fraction, 0 to 1, of the time of all spans named `of` is covered by their child spans.
+    """Returns the fraction, 0 to 1, of the time of a trace's spans named `of` that their child spans cover.
 
-    Time that several children cover counts once, time outside the parent not at all. With `leaves`, only descendants
-    without children count: a stricter measure, because gaps between a child's own children are then not covered. Returns 0
-    if no span is named `of`.
+    Time that several children cover counts once. Time outside the parent does not count. With `leaves`, only descendants
+    without children count. This is stricter: gaps between a child's own children are then not covered. Returns 0 if no
+    span is named `of`.
     """
     total = explained = 0
     for node in (node for root in trees(spans, trace_id) for node in root.walk() if node.span.name == of):

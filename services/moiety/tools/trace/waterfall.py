@@ -32,9 +32,10 @@ def waterfall(
 ) -> str:
     """Returns the trace as text: a line per span with its service, start and duration in ms, and a bar scaled to the trace.
 
-    A few siblings of one kind (decode steps, layers, hops) are shown in full. If there are more, the text shows the first,
-    the outlier if there is one, and a line that sums up the rest. `focus` is the id of a span to show alone, with bars
-    scaled to it: one step of a long answer, for instance. At most `width` columns and `max_rows` lines of spans.
+    Up to 3 siblings of one kind (decode steps, layers, hops) are shown in full, fewer where `max_rows` is small. Of more
+    siblings, the text shows the first, the outlier if there is one, and a line that sums up the rest. `focus` is the id of
+    a span, such as one step of a long answer: only this span and those below it are shown, with bars scaled to this span.
+    The text has at most `max_rows` lines of spans, each of at most `width` columns.
     """
     roots = trees(spans, trace_id)
     if focus is not None:
@@ -69,10 +70,10 @@ def _rows(node: Node, branch: str, indent: str, shown: int) -> Iterator[_Line]:
 
 
 def _entries(children: Sequence[Node], shown: int) -> Iterator[Node | list[ReceivedSpan]]:
-    """Yields the children in order, and sums up each kind of span that has more than `shown`.
+    """Yields the nodes of `children` in order, but sums up each kind of span that has more than `shown` of them.
 
-    Of such a kind it yields the first span, an outlier if there is one, and a list of all others, where the first of these
-    would be.
+    Of such a kind it yields the first node, an outlier if there is one, and one list of the other spans. The list takes the
+    place of its first span.
     """
     kinds: dict[str, list[Node]] = defaultdict(list)
     for child in children:
@@ -137,7 +138,7 @@ def _table(rows: Sequence[_Line], width: int, start_ns: int, end_ns: int) -> Ite
 
 
 def _bar(row: _Line, origin_ns: int, extent_ns: int, cells: int) -> str:
-    """Returns the bar of a row, whose end is exact to an eighth of a cell. A row that sums up spans gets a light bar."""
+    """Returns the bar of a row, exact to an eighth of a cell; for a row that sums up spans, a light bar of whole cells."""
     first = min(cells - 1, (row.start_ns - origin_ns) * cells // extent_ns)
     eighths = max(1, (row.end_ns - origin_ns) * cells * 8 // extent_ns - first * 8)
     if row.took_ms is None:
