@@ -1,8 +1,8 @@
 """How many threads the C++ kernels may use: a number per calling thread, separate from torch's.
 
-A kernel uses fewer threads where its work is small. torch splits any elementwise operation of 32,768 elements among its
-threads, and waking a passively waiting thread takes longer (50 us measured) than the operation itself (9 us). So a router
-sets torch to one thread for decode steps and still gives the kernels all of them.
+A kernel uses fewer threads where its work is small. torch splits elementwise operations of 32,768 elements or more
+among its threads. Waking a sleeping thread can take longer (50 us measured) than the operation itself (9 us). So for decode
+steps a router sets torch to one thread, but does not lower the number for the kernels.
 """
 
 from __future__ import annotations

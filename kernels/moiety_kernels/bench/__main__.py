@@ -39,7 +39,7 @@ def main() -> None:
 
 
 def run(options: argparse.Namespace, device: str) -> int:
-    """Checks the kernels on `device` and, if all are right, tunes or measures them; returns the exit status."""
+    """Checks the kernels on `device`; if all are right, tunes or measures as `options` say. Returns the exit status."""
     import triton
 
     from moiety_kernels.bench.check import check_all

@@ -44,9 +44,9 @@ class Checked:
 def check_all(device: str, small: bool) -> Iterator[Checked]:
     """Checks experts, a whole MoE block, gating, permutation and fp8 rows; yields the result of each comparison.
 
-    Experts: every weight format (plain weights in every dtype of BOUNDS), few and many rows, gate and up side by side or
-    interleaved. Each batch leaves a tile partly filled and has an expert without rows. `small`: sizes for Triton's
-    interpreter; otherwise the widths of a real model.
+    Experts are checked in every weight format (plain weights in every dtype of BOUNDS), with few and many rows, and with
+    gate and up side by side or interleaved. In each batch one expert has no rows and some tiles are partly filled.
+    `small` selects sizes for Triton's interpreter instead of the widths of a real model.
     """
     hidden, inner = (64, 32) if small else (2048, 768)
     batches = ((1, 0, 2), (5, 0, 18)) if small else ((1, 0, 2), (17, 0, 40), (129, 0, 1000))
@@ -120,7 +120,7 @@ def _experts(
     inner: int,
     options: dict[str, object],
 ) -> Checked:
-    """Runs sorted rows through random experts with `sorted_expert_mlp`, and compares the outputs with float64."""
+    """Runs sorted rows through random experts with `sorted_expert_mlp`, and compares the outputs with `_exact`."""
     experts = [_weights(device, kind, dtype, hidden, inner, bool(options)) for _ in counts]
     rows = torch.randn(sum(counts), hidden, device=device).to(dtype)
     offsets, gate_up, down = operands_of(counts, experts)
@@ -132,7 +132,7 @@ def _experts(
 
 
 def _block(device: str, tokens: int, hidden: int, inner: int) -> Checked:
-    """Runs a whole MoE block (`moe`) in bfloat16, with some experts on other devices, and compares it with float64."""
+    """Runs a whole MoE block (`moe`) in bfloat16, with some experts on other devices, and compares it with `_exact`."""
     dtype = torch.bfloat16
     experts = [_weights(device, "plain", dtype, hidden, inner, False) for _ in range(4)]
     _, gate_up, down = operands_of([0] * 4, experts)

@@ -22,7 +22,7 @@ from moiety_kernels.reference.expert_mlp import activate
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """The input of one measurement: tokens with their choices, and the weights and sorted rows of this device's experts."""
+    """The input of one measurement: tokens, their chosen experts, and the weights and sorted rows of this device's experts."""
 
     x: torch.Tensor  # [T, D]
     index: torch.Tensor  # int64 [T, K]; E and above: an expert on another device
@@ -48,7 +48,7 @@ def _activated(work: Work, projected: torch.Tensor) -> torch.Tensor:
 
 
 def grouped_mm(work: Work) -> Function | None:
-    """Prepares the experts as two calls of `torch._grouped_mm` on sorted rows; returns None if torch lacks that function.
+    """Returns a function that computes the experts with two calls of `torch._grouped_mm`; None if torch lacks it.
 
     Biases and activation are separate torch operations.
     """
@@ -66,9 +66,9 @@ def grouped_mm(work: Work) -> Function | None:
 
 
 def loop(work: Work) -> Function:
-    """Prepares the experts as one cuBLAS call for each product of each expert that has rows.
+    """Returns a function that computes the experts with two cuBLAS calls for each expert that has rows.
 
-    One activation covers all rows. The host reads the row counts before timing.
+    The activation is computed for all rows together. The host reads the row counts before timing.
     """
     bounds = work.offsets.tolist()
     spans = [(e, slice(a, b)) for e, (a, b) in enumerate(pairwise(bounds)) if b > a]
@@ -88,7 +88,10 @@ def loop(work: Work) -> Function:
 
 
 def vllm(path: str) -> Callable[[Work], Function | None]:
-    """Imports vLLM's fused_moe Triton kernel from the checkout or site-packages folder at `path`."""
+    """Imports vLLM from the checkout or site-packages folder at `path`.
+
+    The function returned prepares vLLM's `fused_experts` for a Work, or returns None if the experts have biases.
+    """
     fused: Any = _imported(path, "vllm.model_executor.layers.fused_moe.fused_moe").fused_experts
 
     def prepare(work: Work) -> Function | None:
@@ -106,9 +109,9 @@ def vllm(path: str) -> Callable[[Work], Function | None]:
 
 
 def scattermoe(path: str) -> Callable[[Work], Function | None]:
-    """Imports scattermoe's GLUMLP from the checkout at `path`.
+    """Imports scattermoe from the checkout at `path`; returns a function that prepares its GLUMLP for a Work.
 
-    GLUMLP expects up before gate, so the weights are copied into that order once, before timing.
+    GLUMLP expects up before gate, so the weights are copied into that order before timing.
     """
     glu_mlp: Any = _imported(path, "scattermoe.mlp").GLUMLP
 

@@ -73,7 +73,7 @@ def measure(
 ) -> Iterator[TableRow]:
     """Yields one model's rows of the table.
 
-    With plain weights: this package's kernels and every peer. With the model's quantised weights: only this package's.
+    Plain weights are measured with this package's kernels and every peer, quantised weights only with this package's.
     """
     plain = experts_of(model, dtype, "plain", clock.device)
     for count in tokens:
@@ -107,7 +107,7 @@ def _timed(
     ceilings: Ceilings,
     weights: str = "",
 ) -> Iterator[TableRow]:
-    """Times each of `functions` and yields its row of the table; errors are relative to the first, this package's kernels."""
+    """Times each of `functions` and yields its row. The first function is this package's; errors are differences from it."""
     rows = len(work.rows)
     activated = int((work.offsets.diff() > 0).sum())
     moved = activated * (work.experts.gate_up.matrix_nbytes + work.experts.down.matrix_nbytes)
@@ -135,7 +135,7 @@ def _timed(
 
 
 def summary(rows: Sequence[TableRow]) -> Iterator[str]:
-    """Yields a line per peer: how many times as fast this package is, as the geometric mean and at its worst shape."""
+    """Yields a line per peer: the peer's time over this package's, as geometric mean and at its least."""
     ours = {(r.model, r.tokens, r.operation, r.weights): r for r in rows if r.implementation == OURS}
     for name in dict.fromkeys(r.implementation for r in rows if r.implementation != OURS):
         ratios = {

@@ -1,4 +1,4 @@
-"""Searches the fastest tiles for each line of TABLE in `moiety_kernels.gpu.tiles`, and yields that table as source."""
+"""Searches for the fastest tiles for each line of TABLE in `moiety_kernels.gpu.tiles`, and yields that table as source."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SHARED = 227 * 1024  # bytes of shared memory that a program may use on sm_90
 
 
 def candidates(gated: bool, largest: int | None) -> Iterator[Tile]:
-    """Yields tiles to try for experts of up to `largest` rows (None: any), as far as registers and shared memory allow."""
+    """Yields tiles to try for experts of up to `largest` rows (None: any) that should fit registers and shared memory."""
     small = largest is not None and largest <= DECODE_ROWS
     heights = (largest,) if largest is not None and small else (64, 128)
     widths = (16, 32, 64) if small else (64, 128, 256)
@@ -79,7 +79,7 @@ def _times(
     dtype: torch.dtype,
     tiles: Iterator[Tile],
 ) -> Iterator[tuple[Tile, float]]:
-    """Yields each tile that compiles and its seconds for one product of `model`."""
+    """Yields each of `tiles` that compiles and launches, with its seconds for one product of `model`."""
     experts = experts_of(model, dtype, "plain", clock.device)
     work = work_of(model, max(1, rows_per_expert * model.choices // model.gate.top_k), dtype, experts, clock.device)
     rows = len(work.rows)

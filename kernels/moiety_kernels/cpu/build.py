@@ -27,7 +27,7 @@ BUILD_S = 300.0  # timeout of each compiler command, in seconds
 
 
 class BuildError(Exception):
-    """The library cannot be built here. The message names what is missing."""
+    """The library cannot be built here. The message says why."""
 
 
 def library_name() -> str:
@@ -40,7 +40,7 @@ def library_name() -> str:
 
 
 def cache_folders() -> list[Path]:
-    """Returns the folders for built libraries, in order of preference: below $MOIETY_CACHE, ~/.cache/moiety."""
+    """Returns the folders for built libraries: `kernels` in $MOIETY_CACHE, if that is set, then in ~/.cache/moiety."""
     folders = [Path(text)] if (text := os.environ.get("MOIETY_CACHE")) else []
     with contextlib.suppress(RuntimeError):  # there may be no home folder
         folders.append(Path.home() / ".cache" / "moiety")
@@ -48,7 +48,7 @@ def cache_folders() -> list[Path]:
 
 
 def built() -> Path | None:
-    """Returns the path of the library built from these sources, or None."""
+    """Returns the path of the library built from these sources; None if no cache folder has it."""
     name = library_name()
     return next((folder / name for folder in cache_folders() if (folder / name).is_file()), None)
 
@@ -56,8 +56,8 @@ def built() -> Path | None:
 def build() -> Path:
     """Compiles the library into the first cache folder, and writes the compiler's version to a .txt file beside it.
 
-    Returns the library's path; compiles nothing where this compiler has already built these sources. Raises BuildError on
-    other platforms than Linux on x86-64, without a compiler or a writable cache folder, and where a compilation fails.
+    Returns the library's path. If this compiler has already built these sources, nothing is compiled. Raises BuildError if
+    the platform is not Linux on x86-64, there is no compiler or no writable cache folder, or a compilation fails.
     """
     compiler = _compiler()
     version = _output([compiler, "--version"])
@@ -90,7 +90,7 @@ def build() -> Path:
 def _compiler() -> str:
     """Returns the path of $CXX or, if that is not set, of the first of COMPILERS that is installed.
 
-    Raises BuildError where none is installed, and on other platforms than Linux on x86-64.
+    Raises BuildError if none is installed, or if the platform is not Linux on x86-64.
     """
     if platform.machine() not in ("x86_64", "AMD64") or platform.system() != "Linux":
         raise BuildError(f"the C++ kernels need Linux on x86-64: this is {platform.system()} {platform.machine()}")
@@ -102,7 +102,7 @@ def _compiler() -> str:
 
 
 def _output(command: list[str]) -> str:
-    """Runs `command` and returns its standard output. Raises BuildError where it fails."""
+    """Runs `command` and returns its standard output. Raises BuildError if the exit status is not 0."""
     done = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_S)
     if done.returncode:
         raise BuildError(f"{' '.join(command)} failed:\n{done.stderr}")

@@ -33,9 +33,9 @@ class Library:
         self._functions: dict[str, Callable[..., None] | None] = {}
 
     def function(self, name: str, *arguments: Any, isa: frozenset[str] = frozenset()) -> Callable[..., None] | None:
-        """Returns the C++ function `name`; None, logged once, if this CPU lacks an instruction set extension of `isa`.
+        """Returns the C++ function `name`; None if this CPU lacks an instruction set extension of `isa`, logged once.
 
-        `arguments` are the ctypes types of the function's arguments. It returns nothing.
+        `arguments` are the ctypes types of the C++ function's arguments. The C++ function has no return value.
         """
         if name not in self._functions:
             if missing := isa - self.cpu:
@@ -52,9 +52,9 @@ class Library:
 
 @functools.cache
 def load() -> Library | None:
-    """Returns the C++ library, loaded once per process; None where torch has to compute instead.
+    """Returns the C++ library, loaded once per process; None if torch has to compute instead.
 
-    That is where the library is switched off, is not built, or does not suit this CPU. The last two are logged once.
+    Torch computes if the library is switched off, not built, or not suited to this CPU. The last two are logged once.
     """
     if os.environ.get(SWITCH) == "off":
         return None
@@ -76,18 +76,18 @@ def find() -> tuple[Path | None, str]:
 
 @functools.cache
 def cpu_flags() -> frozenset[str]:
-    """Returns the instruction set extensions of this CPU under their Linux names; none on other systems."""
+    """Returns the instruction set extensions of this CPU under their Linux names; an empty set on other systems."""
     return frozenset(_cpuinfo("flags").split())
 
 
 @functools.cache
 def cpu_vendor() -> str:
-    """Returns the vendor of this CPU under its Linux name; empty on other systems."""
+    """Returns the vendor of this CPU under its Linux name; an empty string on other systems."""
     return _cpuinfo("vendor_id")
 
 
 def _cpuinfo(key: str) -> str:
-    """Returns the first value of `key` in /proc/cpuinfo, empty where there is none."""
+    """Returns the first value of `key` in /proc/cpuinfo; an empty string if there is none."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

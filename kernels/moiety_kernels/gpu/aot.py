@@ -103,7 +103,7 @@ def compile_kernel(kernel: JITFunction, args: tuple[Any, ...], options: dict[str
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
-    """Returns registers and bytes of local memory per thread, as stated in the cubin."""
+    """Returns how many registers and bytes of stack and local memory a thread needs, as stated in the cubin."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -138,8 +138,8 @@ def compiling(case: Callable[[], str], into: list[Compiled]) -> Iterator[None]:
 def compile_all(quick: bool = False) -> list[Compiled]:
     """Compiles every kernel and returns the results; `quick` compiles fewer configurations.
 
-    Each model in bfloat16 from 1 to 4096 tokens, each quantised format at each line of the tile table, other dtypes, tiles
-    fetched by descriptors, permutation, gating and fp8 rows.
+    The configurations are: each model in bfloat16 from 1 to 4096 tokens, each quantised format at each line of the tile
+    table, other dtypes, tiles fetched by descriptors, permutation, gating and fp8 rows.
     """
     built: list[Compiled] = []
     case = ""

@@ -1,4 +1,4 @@
-"""Sums a token's expert outputs: its K rows in order of k, in float32, independent of the placement of experts.
+"""Sums a token's K expert outputs in float32, in order of k, wherever the experts are placed.
 
 Shape legend: T tokens, K experts per token, D hidden size.
 """
@@ -40,10 +40,10 @@ def combine(
     experts: int = 0,
     dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """Multiplies contiguous `rows` [T, K, D] by `weights` [T, K] and sums them over K in order: [T, D].
+    """Multiplies contiguous `rows` [T, K, D] by `weights` [T, K], if given, and returns their sums over K [T, D].
 
-    The result has `dtype`, by default that of the rows. `present` [T, K]: expert indices; a row whose index is outside
-    [0, `experts`) is not read and adds nothing.
+    The result has `dtype`, by default that of the rows. `present` [T, K] holds the expert index of each row. A row whose
+    index is outside [0, `experts`) is not read and adds nothing.
     """
     tokens, top_k, hidden = rows.shape
     weights = None if weights is None else weights.contiguous()

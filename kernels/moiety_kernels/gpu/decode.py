@@ -1,7 +1,8 @@
 """Grouped GEMM for few rows: each sum over K is split among programs, and a second kernel adds the parts in order.
 
-A decode step multiplies few rows by whole matrices. Its time is the bytes of the weights over the bandwidth, if enough
-programs read them. Where a matrix is too small to occupy the device (`tiles.split_count`), K is split. No sum uses atomics.
+A decode step multiplies few rows by whole matrices. If enough programs read the weights, its time is the weights' bytes
+divided by the memory bandwidth. K is split where one program per tile would not occupy the device (`tiles.split_count`).
+No sum uses atomics.
 
 Shape legend: R rows sorted by expert, E experts, K input features, N output columns, S parts of K.
 """
@@ -50,9 +51,9 @@ def split_kernel(
     BK: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """Stores an output tile's sums over one part of K, DEPTH columns, in PARTIAL [S, R, N, or 2N when GATED].
+    """Stores an output tile's sums over one part of K (DEPTH columns) in PARTIAL [S, R, N]; [S, R, 2N] when GATED.
 
-    Gate and up of a column are adjacent.
+    When GATED, columns 2n and 2n + 1 of PARTIAL hold the gate and up of output column n.
     """
     tiles, ends = tiles_of(OFFSETS, E, E_PAD, BM)
     tile = tl.program_id(1)
@@ -164,9 +165,9 @@ def decode_gemm(
     tile: Tile | None = None,
     split: int | None = None,
 ) -> torch.Tensor:
-    """Computes what `grouped_gemm` does, but splits K into `split` parts, by default as many as `tiles.split_count` returns.
+    """Computes what `grouped_gemm` does, with K split into at most `split` parts, by default `tiles.split_count`.
 
-    If that is one part, or there are no rows, this calls `grouped_gemm`.
+    If K has only one part, or there are no rows, this calls `grouped_gemm`.
     """
     width, depth = matrices.shape
     n = width // 2 if gated else width

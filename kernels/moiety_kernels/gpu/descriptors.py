@@ -1,8 +1,9 @@
-"""Multiplies by plain weights whose tiles Hopper's tensor memory accelerator fetches, instead of loads from addresses.
+"""Multiplies by plain weights, whose tiles Hopper's tensor memory accelerator fetches by descriptors.
 
 One thread requests a whole tile, which leaves registers and instructions to the product. But a descriptor must be written
-for each tile's expert, which adds about a microsecond of latency. `bench --tune` measures which is faster. Until it has
-been run, tiles are loaded from addresses by default; tiles of quantised, transposed or unaligned weights always are.
+for each tile's expert, which adds about a microsecond of latency. The alternative is to load each value from its address.
+`bench --tune` measures which is faster. TABLE in `tiles.py`, which is not tuned yet, uses addresses. Quantised, transposed
+or unaligned weights are always loaded from addresses.
 
 Shape legend: R rows sorted by expert, K input features of the product, N output columns of a tile's matrix.
 """
@@ -40,9 +41,9 @@ def described_product(
 ):
     """Multiplies rows of X by one expert's plain matrix, fetched by descriptors: float32 [BM, BN], or [BM, 2 BN] when GATED.
 
-    The result is that of `product.product` with the rows of `product.matrix_rows`: gate and up of a column are adjacent.
-    The rows are `row` to `row + BM`, the last of which may belong to another expert; when GATHERED, they are `x_rows`,
-    loaded from their addresses. Values past the end of a matrix read as zeros.
+    As in `product.product` with the matrix rows of `product.matrix_rows`, gate and up of a column are adjacent. The BM
+    rows of X start at `row`; the last of them may belong to another expert. When GATHERED, the rows of X are instead
+    `x_rows`, loaded from their addresses. Values past the end of a matrix read as zeros.
     """
     TWO: tl.constexpr = GATED and not INTERLEAVED  # gate and up lie apart: one product each
     HEIGHT: tl.constexpr = 2 * N if GATED else N
@@ -82,7 +83,7 @@ def describable(x: torch.Tensor, matrices: Operand) -> bool:
 
 
 def allow_scratch(device: torch.device) -> None:
-    """Lets Triton allocate memory on `device` for the descriptors that kernels write, in kernels launched by this thread."""
+    """Lets Triton allocate memory on `device` for the descriptors that kernels launched by this thread write."""
 
     def allocate(size: int, alignment: int, stream: int | None) -> torch.Tensor:
         return torch.empty(size, dtype=torch.int8, device=device)

@@ -44,13 +44,13 @@ def sorted_expert_mlp(
     out: torch.Tensor | None = None,
     deterministic: bool = False,
 ) -> torch.Tensor:
-    """Runs rows sorted by expert through their experts: x [R, D] -> unweighted outputs [R, D].
+    """Runs the rows of x [R, D], sorted by expert, through their experts; returns unweighted outputs [R, D].
 
-    Expert e's rows are `offsets[e]` to `offsets[e + 1]`, `offsets` [E + 1]. `gather` chooses the rows of x, and `slots`
-    places the outputs (see `grouped_gemm`). Sums, bias and activation are float32; the row between the two products is
-    rounded to `dtype` (by default x's). The result has that dtype too, unless `out` is given. `deterministic`: the bits of
-    an output row depend only on its input row and expert. The host does not wait for the device. For fp8 rows (with
-    `x_scale`), the first product multiplies fp8 by the weights, and `dtype` is required.
+    `offsets` [E + 1]: expert e's rows start at `offsets[e]` and end before `offsets[e + 1]`. `gather` chooses the rows of
+    x, and `slots` places the outputs (see `grouped_gemm`). Sums, bias and activation are float32. The result of the
+    activation is rounded to `dtype` (by default x's). The output has `dtype` too, unless `out` is given. `deterministic`:
+    the bits of an output row depend only on its input row and expert. The host does not wait for the device. fp8 rows
+    need `x_scale` and `dtype`.
     """
     rows = x.shape[0] if rows is None else rows
     x = x if x.stride(1) == 1 else x.contiguous()
@@ -83,11 +83,12 @@ def sorted_expert_mlp(
 def moe(
     x: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, experts: ExpertOperands
 ) -> torch.Tensor:
-    """Computes a whole MoE block after gating: x [T, D] through its experts, weighted and summed: [T, D].
+    """Computes a whole MoE block after gating: returns the weighted sums [T, D] of the expert outputs for x [T, D].
 
     `top_k_index` [T, K] chooses each token's experts. Rows are not gathered in memory: the first product reads each
-    token's row in place, the second writes its result to the assignment's slot, and the K slots of a token are weighted
-    and summed in order, in float32. An index outside [0, E) is an expert on another device: it adds nothing.
+    token's row in place, and the second writes its result to the slot of that token and k. Then the K slots of each token
+    are weighted and summed in order of k, in float32. An index outside [0, E) is an expert on another device; it adds
+    nothing.
     """
     tokens, top_k = top_k_index.shape
     permutation: Permutation = sort_by_expert(top_k_index, experts.gate_up.experts)

@@ -15,7 +15,7 @@ from moiety_kernels.reference.gating import Gate
 
 @triton.jit
 def _pick(choice, free, lanes, PAD: tl.constexpr):
-    """Returns the index of each row's greatest value of `choice` among those that are `free`; the lowest of equal ones."""
+    """Returns the index of each row's greatest `choice` where `free` is true; of equal values, the lowest index."""
     best = tl.max(tl.where(free, choice, float("-inf")), 1)
     return tl.min(tl.where(free & (choice == best[:, None]), lanes[None, :], PAD), 1)
 

@@ -151,11 +151,11 @@ def grouped_gemm(
 ) -> torch.Tensor:
     """Multiplies rows `offsets[e]` to `offsets[e + 1]` of x by expert e's matrix, into `out` [., N], and returns `out`.
 
-    x [R, K] is float32, float16, bfloat16, or float8_e4m3fn with one `x_scale` (float32) per row. `offsets` int32 [E + 1]
-    stays on the device: the host only needs `rows` (R) to start as many programs as there can be tiles.
-    `gather` int32 [R]: row r is `x[gather[r] // gather_by]`. `slots` int32 [R]: row r's result goes to `out[slots[r]]`.
-    `programs`: the most programs to start, each computing tile after tile; by default one per tile, or one per SM where the
-    tile is `persistent`. The order of every sum depends only on K and the tile's depth, not on the grid or on other rows.
+    Row `offsets[e + 1]` itself is excluded. x [R, K] is float32, float16, bfloat16, or float8_e4m3fn with one `x_scale`
+    (float32) per row. `offsets` (int32 or int64 [E + 1]) stays on the device: the host needs only `rows` (R) to start as
+    many programs as there can be tiles. `gather` int32 [R]: row r is `x[gather[r] // gather_by]`. `slots` int32 [R]: row
+    r's result goes to `out[slots[r]]`. At most `programs` programs start, and each computes tile after tile; by default
+    one per tile, or one per SM if the tile is `persistent`. The order of every sum depends only on K and the tile's depth.
     """
     width, depth = matrices.shape
     n = width // 2 if gated else width

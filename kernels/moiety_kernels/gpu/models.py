@@ -25,7 +25,7 @@ class Model:
     clamped: bool = False  # gpt-oss: interleaved, biased, clamped activation
 
     def flops(self, rows: int) -> int:
-        """Returns the FLOPs of `rows` rows through their experts: three products of one multiply and one add per weight."""
+        """Returns the FLOPs of `rows` rows: a multiply and an add for each weight of one expert's gate, up and down matrix."""
         return 6 * rows * self.hidden * self.intermediate
 
 
@@ -46,7 +46,7 @@ MODELS = (
 
 
 def experts_of(model: Model, dtype: torch.dtype, kind: str, device: str) -> ExpertOperands:
-    """Returns random weights of `model`, [E, O, D] and [E, D, I], in format `kind`, with biases where the model has them."""
+    """Returns random experts of the shape of `model`, in format `kind`, with biases where the model has them."""
     gate_up = _matrices(model, 2 * model.intermediate, model.hidden, dtype, kind, device)
     down = _matrices(model, model.hidden, model.intermediate, dtype, kind, device)
     if model.clamped:

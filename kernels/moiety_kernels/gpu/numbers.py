@@ -1,4 +1,7 @@
-"""Casts and products that agree on a GPU and in Triton's interpreter, which truncates to bfloat16 and cannot multiply it."""
+"""Casts and products that agree on a GPU and in Triton's interpreter.
+
+The interpreter truncates when it casts to bfloat16, and it cannot multiply bfloat16.
+"""
 
 import triton
 import triton.language as tl

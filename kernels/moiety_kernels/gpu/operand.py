@@ -21,12 +21,11 @@ WHOLE = 1 << 30  # a group that spans all columns: one scale per row
 
 @dataclass(frozen=True, slots=True)
 class Operand:
-    """The matrices [O, K] of E experts, each anywhere in memory, as one expert's addresses and the others' offsets from them.
+    """The matrices [O, K] of E experts, each anywhere in memory: one expert's tensors, and every expert's offsets from them.
 
     `codes`, `scale`, `zero` and `bias` start at one expert's values. `offsets[0, e]` is how many elements after `codes`
     the codes of expert e start; rows 1 to 3 of `offsets` are the same for `scale`, `zero` and `bias`. `strides` are the
-    steps along O and K within a matrix, in elements (bytes where two values share one). One scale serves `group_rows` rows
-    and `group` columns.
+    steps along O and K within a matrix, in elements of `codes`. One scale serves `group_rows` rows and `group` columns.
     """
 
     codes: torch.Tensor
@@ -102,7 +101,7 @@ def operand_of_stack(
 
 
 def _operand(matrix: Matrix, bias: torch.Tensor | None, offsets: torch.Tensor, aligned: bool) -> Operand:
-    """Makes an operand from one expert's matrix and bias, and the `offsets` [4, E] of every expert's values from these."""
+    """Makes an operand from one expert's `matrix` and `bias` and every expert's `offsets` [4, E] (see Operand)."""
     rows, columns = matrix.shape
     if isinstance(matrix, torch.Tensor):
         return Operand(matrix, offsets, (rows, columns), (matrix.stride(0), 1), bias=bias, aligned=aligned)
@@ -132,7 +131,7 @@ def _operand(matrix: Matrix, bias: torch.Tensor | None, offsets: torch.Tensor, a
 def operands_of(counts: Sequence[int], weights: Sequence[ExpertWeights]) -> tuple[torch.Tensor, Operand, Operand]:
     """Makes the operands of a batch from separately stored experts: returns row offsets int64 [E + 1], gate_up and down.
 
-    Expert e has `counts[e]` rows and `weights[e]`; all must have one `weight_format`. All offsets are sent to
+    Expert e has `counts[e]` rows and `weights[e]`; all experts must have one `weight_format`. All offsets are sent to
     the device in one small copy, for which the host does not wait. The weights stay in place, so changing the placement
     between two batches costs nothing. The caller must keep the weights alive.
     """
@@ -164,7 +163,7 @@ def _aligned(offsets: torch.Tensor) -> bool:
 
 
 def _groups(kind: str, scale: torch.Tensor | None, columns: int) -> tuple[int, int]:
-    """Returns the columns and rows that share a scale, from `kind` and the scales' shape [E, O, groups]."""
+    """Returns how many columns and how many rows share a scale, from `kind` and the scales' shape [E, O, groups]."""
     if kind == "fp8":
         return FP8_BLOCK, FP8_BLOCK
     if kind in ("int4", "mxfp4") and scale is not None:

@@ -1,4 +1,4 @@
-"""Sorts rows by expert from top-k indices: a stable counting sort on the device, without atomics or a host wait.
+"""Sorts rows by expert from top-k indices: a stable counting sort on the device, for which the host does not wait.
 
 Shape legend: T tokens, K experts per token, A = T K assignments, E experts, B blocks of assignments.
 """
@@ -16,7 +16,7 @@ BLOCK = 128  # assignments per program, ranked by BLOCK x BLOCK comparisons, 64 
 
 @dataclass(frozen=True, slots=True)
 class Permutation:
-    """The positions of assignments sorted by expert, stably; assignments without a local expert come last."""
+    """The order of assignments after a stable sort by expert; assignments to experts on other devices come last."""
 
     offsets: torch.Tensor  # int32 [E + 1]: the first row of each expert; the last entry counts the rows with an expert
     order: torch.Tensor  # int32 [A]: the assignment at each sorted position
@@ -32,7 +32,7 @@ def _experts(INDEX, at, A, E: tl.constexpr):
 
 @triton.jit
 def count_kernel(INDEX, COUNTS, A, blocks, E: tl.constexpr, E_PAD: tl.constexpr, BLOCK: tl.constexpr):
-    """Counts a block's assignments per expert in COUNTS [E_PAD, B]; row E counts those without a local expert."""
+    """Counts a block's assignments per expert in COUNTS [E_PAD, B]; row E counts those to other devices."""
     block = tl.program_id(0)
     at = block * BLOCK + tl.arange(0, BLOCK)
     counts = tl.histogram(_experts(INDEX, at, A, E), E_PAD, at < A)
@@ -66,7 +66,8 @@ def place_kernel(
 ):
     """Stores each assignment's sorted position: the first row of its expert plus its rank among that expert's assignments.
 
-    Also stores the inverse in ORDER, and each expert's first row in OFFSETS. ALONE: there is only one block.
+    Also stores the assignment at each sorted position in ORDER, and each expert's first row in OFFSETS. ALONE: there is
+    only one block.
     """
     block = tl.program_id(0)
     lane = tl.arange(0, BLOCK)
@@ -95,8 +96,8 @@ def place_kernel(
 def sort_by_expert(top_k_index: torch.Tensor, experts: int) -> Permutation:
     """Sorts `top_k_index` [T, K] (any integer dtype, contiguous) by expert: one launch up to 128 assignments, else three.
 
-    An index outside [0, `experts`) is an expert on another device: it is sorted after all others, and `offsets` ends
-    before it.
+    An index outside [0, `experts`) is an expert on another device. Its assignments are sorted after all others and start
+    at `offsets[experts]`.
     """
     index = top_k_index.reshape(-1)
     total = index.numel()
@@ -150,10 +151,10 @@ def _gathered(x: torch.Tensor, indices: torch.Tensor, by: int) -> torch.Tensor:
 
 
 def permute(x: torch.Tensor, permutation: Permutation, top_k: int) -> torch.Tensor:
-    """Copies each token's row once per assignment, sorted by expert: x [T, D] -> [A, D], bit for bit."""
+    """Copies the row in x [T, D] of each assignment's token; returns the rows [A, D] sorted by expert."""
     return _gathered(x, permutation.order, top_k)
 
 
 def unpermute(rows: torch.Tensor, permutation: Permutation) -> torch.Tensor:
-    """Returns sorted rows [A, D] in the order of assignments [A, D]: the inverse of `permute` for K = 1."""
+    """Returns `rows` [A, D], which are sorted by expert, in the order of assignments. For K = 1 this undoes `permute`."""
     return _gathered(rows, permutation.position, 1)

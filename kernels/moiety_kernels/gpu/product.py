@@ -17,7 +17,7 @@ PLAIN, FP8, INT8, INT4, MXFP4 = (tl.constexpr(kind) for kind in range(5))
 
 @triton.jit
 def tiles_of(OFFSETS, E: tl.constexpr, E_PAD: tl.constexpr, BM: tl.constexpr):
-    """Returns the number of row tiles of each expert [E_PAD], 0 if it has no rows, and the inclusive sums of these numbers."""
+    """Returns each expert's number of row tiles, and the inclusive running sums of these numbers, both [E_PAD]."""
     experts = tl.arange(0, E_PAD)
     first = tl.load(OFFSETS + experts, mask=experts < E, other=0)
     last = tl.load(OFFSETS + experts + 1, mask=experts < E, other=0)
@@ -28,7 +28,7 @@ def tiles_of(OFFSETS, E: tl.constexpr, E_PAD: tl.constexpr, BM: tl.constexpr):
 
 @triton.jit
 def find_tile(OFFSETS, tiles, ends, tile, BM: tl.constexpr):
-    """Returns the expert of row tile `tile`, the tile's first row, and the end of the expert's rows."""
+    """Returns the expert of row tile `tile`, the tile's first row, and the row after the expert's last."""
     passed = ends <= tile
     expert = tl.sum(passed.to(tl.int32), 0)
     before = tl.sum(tl.where(passed, tiles, 0), 0)
@@ -38,10 +38,10 @@ def find_tile(OFFSETS, tiles, ends, tile, BM: tl.constexpr):
 
 @triton.jit
 def matrix_rows(column, GATED: tl.constexpr, INTERLEAVED: tl.constexpr, N: tl.constexpr, BN: tl.constexpr):
-    """Returns the rows of the weight matrix that produce output columns `column` to `column + BN`.
+    """Returns the rows of the weight matrix that produce the BN output columns from `column` on.
 
-    Gated: [2 BN] rows, gate and up of a column adjacent in every layout. So one product yields both, one thread holds
-    both, and the activation needs no exchange between threads. Rows past the end repeat the last row.
+    When GATED, these are 2 BN rows, alternately gate and up, whether or not the weights are INTERLEAVED. So one thread
+    holds gate and up of a column, and the activation needs no exchange between threads. Rows past the end repeat the last.
     """
     if GATED:
         j = tl.arange(0, 2 * BN)
@@ -156,9 +156,9 @@ def product(
 ):
     """Multiplies x[x_rows, k_first:k_last] by one expert's matrix[rows, k_first:k_last], transposed: float32 [BM, rows].
 
-    The result includes the weights' scales, not those of fp8 rows. Without their scales, quantised weights are exact in
-    bfloat16; fp8 weights stay fp8 where x is fp8. So a scale of int8, int4 or fp8 that covers BK columns or more
-    multiplies the float32 sum of these columns, not the weights. Sums run in order of k.
+    The result includes the weights' scales, but not those of fp8 rows. If one scale of int8, int4 or fp8 weights covers
+    at least BK columns, float32 sums are scaled instead of weights: unscaled quantised weights are exact in bfloat16. If
+    x is fp8, fp8 weights are multiplied as fp8. Sums run in order of k.
     """
     EVEN: tl.constexpr = K % BK == 0
     SCALED: tl.constexpr = (KIND == FP8 or KIND == INT8 or KIND == INT4) and GROUP >= BK  # scale after the product
@@ -210,7 +210,7 @@ def _tanh_gelu(x):
 
 @triton.jit
 def activate(total, ACTIVATION: tl.constexpr, GATED: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr):
-    """Applies the activation of `reference/expert_mlp.py` in float32. Gated: [BM, 2 BN] -> [BM, BN]."""
+    """Applies the activation of `reference/expert_mlp.py` in float32. When GATED, [BM, 2 BN] becomes [BM, BN]."""
     if GATED:
         gate, up = total.reshape(total.shape[0], total.shape[1] // 2, 2).split()
         if LIMIT is not None:

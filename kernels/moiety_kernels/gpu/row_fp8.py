@@ -1,8 +1,8 @@
 """Rows in float8_e4m3 for the wire and for fp8 products: one float32 scale per row, or per group of columns.
 
-A value x comes back within max(2^-4 |x|, 2^-10 s), where s is the scale (the group's largest magnitude over 448): half a
-step of a 3-bit mantissa, or half the finest step, 2^-9. float32 rounding adds 2^-22 |x|. A group with an infinity or NaN
-comes back as NaN throughout; a group of zeros comes back as zeros.
+Quantising and dequantising to float32 changes a value x by at most max(2^-4 |x|, 2^-10 s): half a step of a 3-bit mantissa,
+or half of e4m3's finest step, 2^-9. The scale s is the group's largest magnitude over 448, at least 1e-30. float32 rounding
+adds 2^-22 |x|. A group with an infinity or NaN becomes NaN throughout; a group of zeros stays zeros.
 
 Shape legend: R rows, D columns, G groups of columns.
 """
@@ -49,7 +49,7 @@ def dequantise_kernel(CODES, SCALE, OUT, D: tl.constexpr, GROUP: tl.constexpr, W
 
 
 def quantise_rows(x: torch.Tensor, group: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantises x [R, D] to float8_e4m3fn [R, D] and float32 scales [R, G]: one per row, or per `group` columns of it."""
+    """Quantises x [R, D] to float8_e4m3fn [R, D] and float32 scales [R, G], one per `group` columns; by default one per row."""
     rows, columns = x.shape
     x = x if x.stride(1) == 1 else x.contiguous()
     group = group or columns
@@ -64,7 +64,7 @@ def quantise_rows(x: torch.Tensor, group: int | None = None) -> tuple[torch.Tens
 def dequantise_rows(
     codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, group: int | None = None
 ) -> torch.Tensor:
-    """Returns the rows [R, D] that `quantise_rows` quantised, in `dtype`, within the error bound of the module docstring."""
+    """Returns codes * scale [R, D], rounded to `dtype`; `group` must be the one given to `quantise_rows`."""
     rows, columns = codes.shape
     out = torch.empty(rows, columns, dtype=dtype, device=codes.device)
     group = group or columns

@@ -1,8 +1,9 @@
 """The tile sizes of grouped GEMMs by rows per expert (TABLE), and their choice for one product.
 
 UNTUNED. No GPU has run these: they are estimates from a Hopper SM's resources (227 KiB of shared memory, 64 K registers, a
-warpgroup multiplies 64 rows at a time). `python -m moiety_kernels.gpu.aot` verifies only that what it compiles for sm_90
-does not spill. `python -m moiety_kernels.bench --tune` measures tiles and prints a new TABLE.
+warpgroup multiplies 64 rows at a time). `python -m moiety_kernels.gpu.aot` compiles for sm_90, and checks
+only that nothing spills and shared memory suffices. `python -m moiety_kernels.bench --tune` measures tiles and prints a
+new TABLE.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ SHALLOWEST = 4  # the fewest steps of depth in a part of a split sum
 
 
 def choose(rows: int, experts: int, columns: int, depth: int, dtype: torch.dtype, gated: bool) -> Tile:
-    """Returns the tile for a grouped GEMM of `rows` rows in all over `experts` experts, from `depth` to `columns` features."""
+    """Returns the tile for a grouped GEMM of `rows` rows in total, `experts` experts, `depth` inputs and `columns` outputs."""
     if dtype == torch.float32:
         return FLOAT32
     rows_per_expert = rows / max(1, min(experts, rows))
@@ -63,9 +64,9 @@ def choose(rows: int, experts: int, columns: int, depth: int, dtype: torch.dtype
 
 
 def fit_to_groups(tile: Tile, matrices: Operand) -> Tile:
-    """Returns `tile` with a depth that is a whole number of the weights' scale groups, or that divides one group.
+    """Returns `tile` with a depth that is a multiple or a divisor of the columns that share a scale.
 
-    A tile of more than 64 rows may also be made smaller. Raises ValueError where the groups allow no such depth.
+    A tile of more than 64 rows may also be made smaller. Raises ValueError if no such depth is supported.
     """
     group, kind = matrices.group, KINDS[matrices.kind]
     if kind == "plain" or group == WHOLE:
@@ -87,14 +88,15 @@ def fit_to_groups(tile: Tile, matrices: Operand) -> Tile:
 
 @cache
 def processors(device: torch.device) -> int:
-    """Returns the SMs of a CUDA device; an H100's elsewhere, where kernels are only interpreted or compiled."""
+    """Returns the number of SMs of a CUDA device; that of an H100 for any other device."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
 def split_count(tile: Tile, rows: int, experts: int, columns: int, depth: int, device: torch.device) -> int:
-    """Returns into how many parts to split each sum over K, one program per part: 1 to 16.
+    """Returns into how many parts, 1 to 16, to split each sum over K; each part gets a program of its own.
 
-    As many as fill the device, each of at least SHALLOWEST steps; 1 above DECODE_ROWS rows per expert.
+    Enough parts to fill the device, if these have SHALLOWEST steps or more on average, else fewer. With more than
+    DECODE_ROWS rows per expert on average, sums are not split: 1.
     """
     programs = min(experts, rows) * -(-columns // tile.columns)
     wanted, possible = -(-FILLS * processors(device) // max(programs, 1)), depth // (tile.depth * SHALLOWEST)

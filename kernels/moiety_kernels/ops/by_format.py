@@ -18,7 +18,7 @@ Compute = Callable[[torch.Tensor, Sequence[int], Sequence[ExpertWeights]], torch
 def for_each_format(
     compute: Compute, rows: torch.Tensor, counts: Sequence[int], weights: Sequence[ExpertWeights], dtype: torch.dtype
 ) -> torch.Tensor:
-    """Calls `compute` once per weight format and returns all results [R, D] in the order of `rows` [R, D].
+    """Calls `compute` once per weight format among `weights`; returns all results [R, D] in the order of `rows` [R, D].
 
     Experts have the same format if their `weight_format` is equal.
     """

@@ -46,13 +46,13 @@ def grouped_expert_mlp(
     deterministic: bool = False,
     backend: Backend | None = None,
 ) -> torch.Tensor:
-    """Runs each row through its expert: [R, D] -> [R, D], in the rows' dtype, which plain weights must have.
+    """Runs each of `rows` [R, D] through its expert; returns outputs [R, D] in the rows' dtype.
 
-    The first `counts[0]` rows belong to `weights[0]`, the next `counts[1]` to `weights[1]`, and so on. A count may be
-    0: those weights are not read. Experts may have different weight formats: on a CPU each format is one C++ call.
+    The first `counts[0]` rows belong to `weights[0]`, the next `counts[1]` to `weights[1]`, and so on. A count may be 0.
+    Plain weights must have the rows' dtype. Experts may have different weight formats; each format is computed by itself.
     `deterministic`: the bits of an output row depend only on its input row and its expert. The C++ kernels guarantee this
-    in any case. `backend`: by default Triton for rows on a GPU, where it is installed. Raises ValueError where the counts
-    do not add up to R, or where the experts' shapes do not match the rows and each other.
+    even without `deterministic`. `backend` is by default Triton if the rows are on a GPU and Triton is installed, else
+    C++ or torch. Raises ValueError if counts, activation, or the shapes of rows and experts do not fit together.
     """
     if len(counts) != len(weights):
         raise ValueError(f"{len(counts)} counts for {len(weights)} experts")
@@ -172,6 +172,6 @@ def experts_kernel(dtype: torch.dtype, expert: ExpertWeights) -> Callable[..., N
 def _ends_between_lanes(group: int, columns: int) -> bool:
     """Whether int4 groups of `group` columns suit the C++ kernel: a power of two from 8 on, or the whole row.
 
-    The kernel needs one scale per lane of a vector.
+    A lane of a vector holds 8 columns, which must share a scale.
     """
     return group == columns or (group >= LANE_COLUMNS and group & (group - 1) == 0)

@@ -27,10 +27,10 @@ _SIGNATURE = (_POINTER, _SIZE, _POINTER, _SIZE, _POINTER, _POINTER, _SIZE, _SIZE
 def linear(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, deterministic: bool = False
 ) -> torch.Tensor:
-    """Returns x [R, D] times weight [O, D] plus bias [O]: [R, O], all of one dtype, sums in float32.
+    """Returns x [R, D] times the transpose of weight [O, D], plus bias [O]: [R, O]. All have one dtype.
 
-    `deterministic`: the bits of an output row depend only on its input row, not on the other rows of x. Raises
-    ValueError where the shapes do not match.
+    C++ sums in float32. `deterministic`: the bits of an output row depend only on its input row, not on the other rows of
+    x. Raises ValueError where the shapes do not match.
     """
     if x.shape[1] != weight.shape[1] or (bias is not None and bias.shape[0] != weight.shape[0]):
         shapes = f"x {list(x.shape)}, weight {list(weight.shape)}, bias {None if bias is None else list(bias.shape)}"
@@ -77,5 +77,5 @@ def linear_kernel(dtype: torch.dtype) -> Callable[..., None] | None:
 
 
 def multiplies_in_pairs(dtype: torch.dtype) -> bool:
-    """Whether C++ multiplies this dtype in pairs (`vdpbf16ps`), as torch does on the same CPU."""
+    """Whether the C++ kernels multiply pairs of `dtype` values in one instruction (`vdpbf16ps`), as torch does here."""
     return dtype == torch.bfloat16 and (library := load()) is not None and library.pairs

@@ -60,19 +60,19 @@ def paged_attention(
     softcap: float | None = None,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Attends each token of `query` [T, H, Dk] to its sequence's past: [T, H, Dv], in the dtype of query and pool.
+    """Returns the attention [T, H, Dv] of each token of `query` [T, H, Dk] over its sequence, in the query's dtype.
 
     Token t sees the first `length[t]` (int32 [T], at least 1: itself) positions of sequence `sequence[t]` (int32 [T]),
     except those that a sliding `window` or an attention `chunk` (in tokens) hides. Position p of sequence s lies in block
     `tables[s, p // P]` (int32 [S, M]) of `keys` [B, G, P, Dk] and `values` [B, G, P, Dv]. Table entries after the last
     position or before the first visible one are not used. `values` may be a view of the first columns of `keys`.
-    `sinks` [H] are extra scores that only enter the softmax. `softcap` bounds the scores with a tanh. `bias` [H, N]
-    (float32): `bias[:, n]` is added to the score of the position n tokens back, the last entry to all farther ones.
+    `sinks` [H] add one score per head to the softmax, without a value. `softcap` replaces each score s by
+    softcap * tanh(s / softcap). `bias` [H, N] (float32): `bias[:, min(n, N - 1)]` is added to the score of the position
+    n tokens back.
 
-    Tokens of one sequence should be adjacent: then they are computed together and read its blocks once. The C++ kernels
-    give a token the same float32 or bfloat16 bits whatever else is in the call. Other backends agree up to rounding, and
-    need not wait for the device if `sequence` and `length` are on the host. Raises ValueError where `tables`, `sequence`
-    or `length` is not contiguous int32.
+    Tokens of one sequence should be adjacent, so that they are computed together. The bits that the C++ kernel gives a
+    token do not depend on the call's other tokens; those that torch gives may. `sequence` and `length` should be on the
+    host, where they are read. Raises ValueError if `tables`, `sequence` or `length` is not contiguous int32.
     """
     for name, index in (("tables", tables), ("sequence", sequence), ("length", length)):
         if index.dtype != torch.int32 or not index.is_contiguous():
@@ -165,5 +165,5 @@ def _attention_kernel(dtype: torch.dtype) -> Callable[..., None] | None:
 
 
 def _store_kernel() -> Callable[..., None] | None:
-    """Returns the C++ function that writes rows to a paged pool; None where the library is not loaded."""
+    """Returns the C++ function that writes rows to a paged pool; None if the C++ library cannot be used."""
     return None if (library := load()) is None else library.function("moiety_paged_store", *_STORE)

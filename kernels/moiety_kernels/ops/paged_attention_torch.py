@@ -1,8 +1,8 @@
 """Paged attention in torch operations, for the devices and dtypes without a C++ kernel.
 
-Sequences of similar length with equally many query tokens are gathered from the pool into one batch, so a decode step is
-a few torch calls however many sequences it has. The other tokens of a call may change a token's float32 result by
-rounding.
+Sequences of similar length with equally many query tokens are copied from the pool into batches of a bounded size, so that
+a decode step of many short sequences needs few torch calls. The other tokens of a call may change the rounding of a
+token's result.
 
 Shape legend: T tokens of a step, S sequences, H query heads, G key/value heads, Dk and Dv head widths, B blocks of the
 pool, P tokens per block, M blocks per table; within a batch N sequences of n query tokens and L positions.
@@ -89,7 +89,7 @@ def paged_attention(
 
 @dataclass(frozen=True, slots=True)
 class _Segment:
-    """Query tokens of one sequence; the positions they see lie in [`oldest`, `newest`)."""
+    """Query tokens of one sequence; every position that one of the tokens sees lies in [`oldest`, `newest`)."""
 
     tokens: range
     row: int  # of the tables
@@ -100,7 +100,7 @@ class _Segment:
 def _batches(
     sequence: Sequence[int], ends: Sequence[int], window: int | None, chunk: int | None
 ) -> Iterator[list[_Segment]]:
-    """Yields segments to compute together: equally many query tokens, and visible ranges within a factor of two."""
+    """Yields lists of segments with equally many query tokens and visible ranges whose sizes are within a factor of 2."""
     segments: list[_Segment] = []
     start = 0
     for row, run in groupby(sequence):
@@ -122,7 +122,7 @@ def _batches(
 
 
 def _visible(position: torch.Tensor, length: torch.Tensor, window: int | None, chunk: int | None) -> torch.Tensor:
-    """Returns [N, n, L]: whether the token with `length` [N, n, 1] sees `position` [N, 1, L]."""
+    """Returns whether each token, the last of its first `length` [N, n, 1] positions, sees `position` [N, 1, L]: [N, n, L]."""
     visible = position < length
     if window is not None:
         visible &= position >= length - window

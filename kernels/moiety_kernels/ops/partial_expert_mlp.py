@@ -32,11 +32,11 @@ def grouped_partial_mlp(
     deterministic: bool = False,
     backend: Backend | None = None,
 ) -> torch.Tensor:
-    """Runs each row through its expert slice, like `grouped_expert_mlp` but with float32 outputs: [R, D] -> [R, D].
+    """Runs each of `rows` [R, D] through its expert slice, like `grouped_expert_mlp`; returns float32 outputs [R, D].
 
     The caller adds the outputs of an expert's slices and rounds only their sum. For float32 rows this calls
-    `grouped_expert_mlp`. On a GPU the Triton kernels store their float32 sums. Otherwise the second product's inputs are
-    converted to float32, which takes twice the time.
+    `grouped_expert_mlp`. For other rows, Triton kernels store their float32 sums. Without Triton, the inputs of the second
+    product are converted to float32, which is slower.
     """
     if rows.dtype == torch.float32:
         return grouped_expert_mlp(

@@ -20,10 +20,10 @@ _SIGNATURE = (_POINTER, _SIZE, _POINTER, _POINTER, _SIZE, _SIZE, _REAL, _REAL, c
 def rms_norm(
     x: torch.Tensor, weight: torch.Tensor, epsilon: float, *, offset: float = 0.0, late: bool = False
 ) -> torch.Tensor:
-    """Divides x [..., D] by its root mean square and multiplies by weight [D] + offset: [..., D], in their common dtype.
+    """Divides each row of x [..., D] by its root mean square and multiplies it by weight [D] + offset; same shape as x.
 
-    Mean and scale are float32. The normalised x is rounded to its dtype before the product with the weight, or only after
-    it when `late`: models differ.
+    x and weight should have one dtype. The root mean square is float32. x divided by it is rounded to x's dtype before
+    it is multiplied by the weight. With `late`, only the product is rounded. Models differ in this.
     """
     kernel = rms_norm_kernel(x.dtype) if x.device.type == "cpu" else None
     if kernel is None or weight.dtype != x.dtype:

@@ -1,1 +1,1 @@
-"""Expert MLPs, gating and paged attention defined in plain torch: their kernels are tested against these definitions."""
+"""Definitions of expert MLPs, gating and paged attention in plain torch, against which the kernels are tested."""

@@ -1,7 +1,7 @@
 """One expert's MLP in plain torch: the definition against which every faster kernel is tested.
 
-Operations, their order and their dtypes follow transformers' `integrations/moe.py`, so results are bit-identical where the
-matrix products are: a bias is added to the rounded product, and activations run in the rows' dtype.
+Operations, their order and their dtypes follow transformers' `integrations/moe.py`: a bias is added to the rounded product,
+and activations run in the rows' dtype. So results equal transformers' bit for bit if the matrix products do.
 
 Shape legend: R rows, D hidden size, I intermediate size, O = 2I when gated, else I.
 """
@@ -36,11 +36,11 @@ def activate(
     limit: float | None = None,
     alpha: float | None = None,
 ) -> torch.Tensor:
-    """Applies the activation: the first projection [R, O] -> the input of the second, [R, I].
+    """Applies the activation to the first projection `projected` [R, O]; returns the input of the second [R, I].
 
-    Gated experts have gate and up side by side, or in alternating columns when `interleaved`. `limit` clamps the gate
-    from above and up on both sides. `swiglu_clamped` is `(up + 1) * gate * sigmoid(alpha * gate)`. Raises ValueError for an
-    activation that is not in ACTIVATIONS, and for `swiglu_clamped` without gate or alpha.
+    Gated experts have gate and up side by side, or in alternating columns when `interleaved`. `limit` clamps gate to at
+    most `limit`, and up to [-`limit`, `limit`]. `swiglu_clamped` is `(up + 1) * gate * sigmoid(alpha * gate)`. Raises
+    ValueError if `activation` is not in ACTIVATIONS, or is `swiglu_clamped` and `gated` is false or `alpha` is None.
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation {activation!r}: must be one of {', '.join(ACTIVATIONS)}")
@@ -69,7 +69,7 @@ def expert_mlp(
     limit: float | None = None,
     alpha: float | None = None,
 ) -> torch.Tensor:
-    """Runs `rows` [R, D] through one expert: [R, D], in the rows' dtype, which plain weights must have."""
+    """Runs `rows` [R, D] through one expert; returns [R, D] in the rows' dtype. Plain weights must have this dtype."""
     projected = rows @ dequantised(weights.gate_up, rows.dtype).T  # [R, O]
     if weights.gate_up_bias is not None:
         projected = projected + weights.gate_up_bias

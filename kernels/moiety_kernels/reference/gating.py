@@ -54,10 +54,10 @@ class Gate:
 def gating_reference(
     logits: torch.Tensor, gate: Gate, *, bias: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Chooses experts: `logits` [T, E] -> indices [T, K], best first, and weights [T, K].
+    """Chooses each token's experts by `logits` [T, E]; returns their indices [T, K], best first, and weights [T, K].
 
-    Weights are float32, or float64 where the logits are. `bias` [E] is added to the scores for the choice, not to the
-    weights. Ties go to the lower index.
+    Weights are float64 if the logits are, else float32. Experts are chosen by score plus `bias` [E]; weights do not
+    include `bias`. Of equally good experts, the one with the lower index comes first.
     """
     tokens, experts = logits.shape
     gate.check(experts)

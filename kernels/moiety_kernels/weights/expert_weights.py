@@ -21,8 +21,8 @@ KINDS = {Int8Matrix: "int8", Int4Matrix: "int4", Fp8Matrix: "fp8", Mxfp4Matrix: 
 class ExpertWeights:
     """One expert's matrices and biases. O is 2I when gated, else I. Both matrices have the same format.
 
-    Raises ValueError where a tensor has another shape or is not contiguous, since C++ would read past its end, and where
-    the formats of the two matrices differ.
+    Raises ValueError if the shapes do not fit together, a tensor is not contiguous (C++ would read past its end), or the
+    two matrices have different types.
     """
 
     gate_up: Matrix  # [O, D]
@@ -71,7 +71,7 @@ class ExpertWeights:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of storage that these weights keep in memory."""
+        """Bytes of the storages behind `tensors`; a storage that several of them share counts once for each."""
         return sum(tensor.untyped_storage().nbytes() for tensor in self.tensors)
 
     def to(self, device: torch.device | str) -> ExpertWeights:
@@ -82,10 +82,10 @@ class ExpertWeights:
     def quantised(self, bits: int = 8, group: int = GROUP, *, rounds_rows: bool = False) -> ExpertWeights:
         """Returns the same expert with matrices of `bits` (8 or 4). Biases and already quantised experts stay as they are.
 
-        Symmetric, rounded to nearest: 8 bits with one scale per output feature, 4 bits with one per `group` columns of
-        it. For normally distributed weights and rows, the output differs from the unquantised expert's by at most 2 % with
-        8 bits (root mean square over root mean square), 4 % with `rounds_rows` (see Int8Matrix), and 20 % with 4 bits.
-        Rows with outliers lose more. Raises ValueError where the columns are not a multiple of `group`.
+        8 bits have one scale per output feature, 4 bits have one scale per output feature and `group` columns. For
+        normally distributed weights and rows, the error of the output is at most 2 % with 8 bits, 4 % with `rounds_rows`
+        (see Int8Matrix), and 20 % with 4 bits: root mean square of the error over that of the unquantised expert's output.
+        Rows with outliers lose more. With 4 bits, raises ValueError if `group` is odd or does not divide the columns.
         """
         if not isinstance(self.gate_up, torch.Tensor) or not isinstance(self.down, torch.Tensor):
             return self
@@ -104,8 +104,8 @@ class ExpertWeights:
 def layout_of(matrix: Matrix) -> tuple[Any, ...]:
     """Returns what a kernel must know about a matrix besides its kind and shape: a dtype or None, and a number.
 
-    int4: the scales' dtype and the columns per scale. fp8: None and the rows per scale. int8: None and 1 with
-    `rounds_rows`, else 0. Other matrices: None and 0.
+    int4: the scales' dtype and the columns per scale. fp8: None and the rows per scale. int8: None and
+    `rounds_rows` as 1 or 0. Other matrices: None and 0.
     """
     if isinstance(matrix, Int4Matrix):
         return matrix.scale.dtype, matrix.group

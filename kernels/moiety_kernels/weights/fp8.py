@@ -13,7 +13,7 @@ FP8_BLOCK = 128  # rows and columns that share a scale in DeepSeek's checkpoints
 
 @dataclass(frozen=True, slots=True)
 class Fp8Matrix:
-    """codes * scale with one scale per block of `block_rows` rows and 128 columns; edge blocks may be smaller."""
+    """The matrix codes * scale, with one scale per block of `block_rows` rows and 128 columns; edge blocks may be smaller."""
 
     codes: torch.Tensor  # float8_e4m3fn [O, D]
     scale: torch.Tensor  # float32 [ceil(O / block_rows), ceil(D / 128)]
@@ -34,7 +34,7 @@ class Fp8Matrix:
 
     @classmethod
     def of(cls, matrix: torch.Tensor) -> Fp8Matrix:
-        """Quantises `matrix` [O, D] in blocks of 128 x 128; each block's largest magnitude becomes 448, e4m3's largest."""
+        """Quantises `matrix` [O, D] in blocks of 128 x 128; each block is scaled to e4m3's largest magnitude, 448."""
         rows, columns = matrix.shape
         padded = torch.nn.functional.pad(matrix.float(), (0, -columns % FP8_BLOCK, 0, -rows % FP8_BLOCK))
         blocks = padded.view(padded.shape[0] // FP8_BLOCK, FP8_BLOCK, -1, FP8_BLOCK)
@@ -44,7 +44,7 @@ class Fp8Matrix:
         return cls(codes.contiguous(), scale)
 
     def by_row(self) -> Fp8Matrix:
-        """Returns the same values with scales per row (`block_rows` 1), a form in which matrices of one width can be joined."""
+        """Returns the same values with `block_rows` 1; in this form, matrices of one width can be joined by rows."""
         scale = self.scale.repeat_interleave(self.block_rows, dim=0)[: self.shape[0]].contiguous()
         return Fp8Matrix(self.codes, scale, 1)
 

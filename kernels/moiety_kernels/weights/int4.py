@@ -17,7 +17,7 @@ _SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)  # factors tried on a group's scale
 
 @dataclass(frozen=True, slots=True)
 class Int4Matrix:
-    """(codes - zero) * scale, with one scale and an optional zero point per row and group of D / G columns."""
+    """The matrix (codes - zero) * scale, with one scale and an optional zero point per row and group of D / G columns."""
 
     codes: torch.Tensor  # uint8 [O, D / 2]: even columns in the low half of a byte
     scale: torch.Tensor  # float16 or bfloat16 [O, G]
@@ -48,7 +48,7 @@ class Int4Matrix:
 
     @classmethod
     def of(cls, matrix: torch.Tensor, group: int = GROUP, scales: torch.dtype = torch.float16) -> Int4Matrix:
-        """Quantises `matrix` [O, D] symmetrically, trying several scales per group for the least squared error.
+        """Quantises `matrix` [O, D] without zero points; of several scales per group, keeps the one of least squared error.
 
         Raises ValueError where `group` is odd or does not divide D.
         """

@@ -14,10 +14,10 @@ _ROWS_AT_ONCE = 64
 
 @dataclass(frozen=True, slots=True)
 class Int8Matrix:
-    """(codes - 128) * scale: symmetric, one scale per row.
+    """The matrix (codes - 128) * scale, with one scale per row.
 
-    `rounds_rows`: kernels may also round the rows of x to int8, each scaled by its own largest magnitude. This is up to
-    four times as fast in prefill and adds another rounding error.
+    `rounds_rows`: kernels may also round each row of x, the other factor of a product, to int8 with a scale of its own.
+    This is up to four times as fast in prefill and adds another rounding error.
     """
 
     codes: torch.Tensor  # uint8 [O, D]

@@ -1,4 +1,4 @@
-"""The interface of quantised weight matrices, which keep the layouts of published checkpoints: one row per output feature.
+"""The interface of quantised weight matrices; like those of published checkpoints, they have one row per output feature.
 
 Legend: O output features (rows), D input features (columns), G groups of columns that share a scale.
 """

@@ -17,7 +17,7 @@ E8M0_BIAS = 127
 
 @dataclass(frozen=True, slots=True)
 class Mxfp4Matrix:
-    """e2m1 values times a power of two per row and 32 columns."""
+    """The matrix of e2m1 values times one power of two per row and group of 32 columns."""
 
     codes: torch.Tensor  # uint8 [O, D / 2]: even columns in the low half of a byte
     scale: torch.Tensor  # uint8 [O, D / 32]: exponents of two plus 127
