@@ -34,7 +34,7 @@ class PackedRow:
 
 @dataclass(slots=True)
 class ForwardContext:
-    """The backend of one lane's forward passes, and the state of the pass and the layer that it computes."""
+    """The backend of one lane's forward passes, and the state of the running pass and of its current layer."""
 
     backend: ExpertBackend
     weights: torch.Tensor | None = None  # the layer's routing weights [T, K], for backends that act on them
@@ -67,7 +67,7 @@ def current_context() -> ForwardContext:
 
 
 def sequence_lengths() -> tuple[int, ...] | None:
-    """Returns the token count of each prompt that an encoder computes; None in a decoder, which routes each token alone."""
+    """Returns the token count of each prompt in the running encoder pass; None in a decoder, which routes each token alone."""
     row = current_context().row
     return None if row is None else row.lengths
 
@@ -75,11 +75,11 @@ def sequence_lengths() -> tuple[int, ...] | None:
 def remote_experts(
     module: nn.Module, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
-    """The experts function: hidden [T, D], top_k_index and top_k_weights [T, K] -> weighted sum over K, [T, D].
+    """The experts function: returns the weighted sum [T, D] of each row's K experts, for hidden [T, D].
 
-    The backend returns unweighted rows. They are combined bit for bit as transformers' grouped_mm does: product in the
-    promoted dtype of rows and weights (models differ: float32 or the model's), sum over K in slot order, then the hidden
-    dtype.
+    `top_k_index` and `top_k_weights` are [T, K]. The backend returns unweighted rows, which are combined bit for bit as
+    in transformers' grouped_mm. Rows and weights are multiplied in their promoted dtype (in some models float32),
+    summed over K in slot order, and cast to the dtype of `hidden`.
     """
     forward, layer = current_context(), int(getattr(module, LAYER_ATTRIBUTE))
     backend, forward.weights = forward.backend, top_k_weights

@@ -1,8 +1,8 @@
 """All tiny checkpoints by name: `moiety parity --all-tiny` serves them, and tests iterate over them.
 
 A tiny checkpoint is an entry of TINY, or an architecture that transformers routes through its experts interface. Such
-an architecture is found automatically and sized by its config's field names (`sizes.py`); it needs an entry only if those
-sizes do not suit it.
+an architecture is found automatically, and gets its sizes by the names of its config's fields (`sizes.py`). It needs an
+entry only if these sizes do not suit it.
 """
 
 from __future__ import annotations

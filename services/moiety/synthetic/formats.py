@@ -96,7 +96,7 @@ FORMATS: Mapping[str, tuple[str, Mapping[str, Any], Mapping[str, Any]]] = {
 
 
 def stored(method: str, name: str, tensor: torch.Tensor) -> Stored:
-    """Yields the tensors that a publisher ships for `tensor` under quantisation `method`: itself, or its codes and scales."""
+    """Yields the (name, tensor) pairs that `method` stores for `tensor`: the tensor itself, or its codes and scales."""
     module = name.removesuffix(".weight")
     linear = tensor.dim() == 2 and module.endswith(LINEAR)
     generator = torch.Generator().manual_seed(zlib.crc32(f"{name}/codes".encode()))
@@ -129,7 +129,7 @@ def _mxfp4(name: str, tensor: torch.Tensor) -> Stored:
 
 
 def _int4(tensor: torch.Tensor, generator: torch.Generator | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Quantises [O, D] to codes [O, D], scales [O, G] and zero points [O, G], which are 8, or random with a generator."""
+    """Quantises [O, D] to codes [O, D], scales [O, G], zero points [O, G] (random if there is a generator, otherwise 8)."""
     groups = tensor.view(tensor.shape[0], -1, GROUP)
     zero = torch.full(groups.shape[:2], 8, dtype=torch.uint8)
     if generator is not None:

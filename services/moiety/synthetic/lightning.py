@@ -1,4 +1,4 @@
-"""The decay tensors of MiniMax's lightning attention: checkpoints store them, and they follow from the heads' slopes."""
+"""The decay tensors of MiniMax's lightning attention: checkpoints store them, although the heads' slopes determine them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _DECAYS = ("slope_rate", "query_decay", "key_decay", "diagonal_decay")
 def with_decays(name: str, tensor: torch.Tensor) -> Iterable[tuple[str, torch.Tensor]]:
     """Replaces a decay tensor's noise by what transformers computes for the tensor's layer, heads and tokens.
 
-    A `Store` of `catalogue.py`: yields the tensor under its name, and all other tensors unchanged.
+    Yields one pair (`name`, tensor), as a `Store` of `catalogue.py` does. Other tensors stay unchanged.
     """
     decay = name.rpartition(".")[2]
     if decay in _DECAYS:

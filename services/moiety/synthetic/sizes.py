@@ -80,7 +80,7 @@ TOWER: Mapping[str, Any] = {  # of a multimodal checkpoint: published and theref
 
 
 def sized(config_class: Any, settings: Mapping[str, Any], sizes: Mapping[str, Any] = SIZES) -> dict[str, Any]:
-    """Returns values for a config of `config_class`: `settings`, and a small size for every other field in `sizes`.
+    """Returns values for a config of `config_class`: `settings`, and a small size for every other field that `sizes` lists.
 
     A multimodal config is sized part by part: its text config with SIZES, its other configs with TOWER.
     """

@@ -45,12 +45,12 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def write_t5_tokenizer(folder: Path) -> None:
-    """Saves a tokenizer like T5's to `folder`: Unigram pieces, then `</s>`; no chat template."""
+    """Saves a tokenizer like T5's to `folder`: a text becomes Unigram pieces, then `</s>`. Has no chat template."""
     _write_pieces(folder, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", template="$A </s>")
 
 
 def write_nllb_tokenizer(folder: Path) -> None:
-    """Saves a tokenizer like NLLB's to `folder`: the source language's token, Unigram pieces, `</s>`."""
+    """Saves a tokenizer like NLLB's to `folder`: a text becomes the source language's token, Unigram pieces, then `</s>`."""
     _write_pieces(
         folder,
         bos_token="<s>",

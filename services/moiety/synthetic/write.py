@@ -26,8 +26,9 @@ def write_tiny(
 ) -> Path:
     """Writes the checkpoint that `tiny_model(architecture)` describes to `folder`, which it creates; returns the folder.
 
-    `overrides` are config values; `dtype="bfloat16"` also sets the stored dtype. The weights depend on `seed`, name and
-    shape only. At most `shard_bytes` and one tensor are in memory, so large benchmark checkpoints can be written, too.
+    `overrides` are config values; `dtype="bfloat16"` also sets the stored dtype. A tensor's noise is seeded by `seed`
+    and its name. At most `shard_bytes` and one tensor are in memory, so large benchmark checkpoints can be written,
+    too.
     """
     from transformers.core_model_loading import revert_weight_conversion
 
@@ -82,7 +83,7 @@ def published_class(config: Any) -> Any:
 
 
 def _weight(name: str, shape: torch.Size, dtype: torch.dtype, seed: int, deviation: float) -> torch.Tensor:
-    """Returns normal noise: around one for norms' weights, around zero otherwise. Zeros (biases, sinks) would hide errors."""
+    """Returns normal noise: around one for norms' weights, else around zero. Biases and sinks of zero would hide errors."""
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
     stored = torch.float32 if name.endswith("e_score_correction_bias") else dtype
     noise = torch.empty(shape, dtype=stored).normal_(0.0, deviation, generator=generator)

@@ -17,7 +17,7 @@ _STATED = {"nllb-moe": "softmax, top-2 within capacity", "switch_transformers": 
 
 
 def gating_of(architecture: str) -> str:
-    """Returns a description such as `softmax, top-k`, `top-k, softmax` or `sigmoid + bias, group-limited top-k`."""
+    """Returns how `architecture` picks experts, such as `softmax, top-k` or `sigmoid + bias, group-limited top-k`."""
     if architecture in _STATED:
         return _STATED[architecture]
     return gating(modelling_source(architecture).read_text(encoding="utf-8"))
@@ -26,7 +26,7 @@ def gating_of(architecture: str) -> str:
 def gating(source: str) -> str:
     """Describes what the gates in the source code `source` compute before and after topk.
 
-    Without a call of topk it is `unknown`, or `SparseMixer, top-2` if the code calls sparsemixer.
+    If no gate in it calls topk, returns `SparseMixer, top-2` if the code calls sparsemixer, and `unknown` otherwise.
     """
     classes = {match[1]: _COMMENT.sub("", match[0]) for match in _CLASS.finditer(source)}
     picking = {name: code for name, code in classes.items() if re.search(r"\btopk\(", code) and "ndexer" not in name}

@@ -1,4 +1,4 @@
-"""Describes what a transformers experts module computes as data: its flags, its shapes and, by probing, its activation."""
+"""Describes as data what a transformers experts module computes: its flags, its shapes and, by probing, its activation."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ALPHA_NAMES = ("alpha", "swiglu_alpha")
 
 
 def recognise(module: Any) -> RoutedExperts:
-    """Describes the experts of `module`, which is behind transformers' experts interface.
+    """Describes the experts of `module`, whose class uses transformers' experts interface.
 
     Raises ValueError if no kernel computes these experts.
     """
@@ -87,7 +87,7 @@ def _probe(apply: Callable[[torch.Tensor], torch.Tensor], candidates: list[Exper
 
 
 def _candidates(module: Any, base: ExpertMLP) -> Iterator[ExpertMLP]:
-    """Yields every ExpertMLP that `module` may compute, given the limits and alphas among its attributes, simplest first."""
+    """Yields, simplest first, every ExpertMLP that `module` may compute; its attributes give the limits and alphas."""
     limits = [None, *_numbers(module, LIMIT_NAMES)] if base.gated else [None]
     alphas = [None, *_numbers(module, ALPHA_NAMES)]
     for activation in ACTIVATIONS:

@@ -1,4 +1,4 @@
-"""Lists the architectures that can be served: those found in the installed transformers, the adapters, the definitions.
+"""Lists the architectures that can be served: by transformers' experts interface, an adapter or a definition.
 
 Imports no modelling code: it searches transformers' source for modules that use its experts interface.
 """
@@ -40,7 +40,7 @@ REFUSED: Mapping[str, str] = MappingProxyType(
 
 @cache
 def seam_architectures() -> frozenset[str]:
-    """Returns every model_type that generates text and has a class behind transformers' experts interface."""
+    """Returns every model_type that generates text and whose modelling code uses transformers' experts interface."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES, model_type_to_module_name
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -84,7 +84,7 @@ def refusal_reason(architecture: str) -> str | None:
 
 
 def nearest_hint(architecture: str) -> str:
-    """Returns the sentence for error messages that names the supported architecture with the most similar name."""
+    """Returns a hint for error messages: it names the supported architecture with the most similar name."""
 
     def similarity(name: str) -> tuple[int, float]:
         """Returns how similar `name` is to `architecture`: length of the common prefix, then similarity of the spelling."""

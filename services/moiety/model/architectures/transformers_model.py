@@ -1,7 +1,7 @@
 """Finds a checkpoint's config class, its causal-LM class and its routed experts in transformers.
 
-Only functions import transformers, because the import takes 4.5 s and 170 MiB. An expert replica whose expert layout is
-cached (`model/experts/cached.py`) starts without it.
+transformers is imported only inside functions, because the import takes 4.5 s and 170 MiB. An expert replica whose
+expert layout is cached (`model/experts/cached.py`) starts without this import.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from moiety.model.checkpoint.checkpoint import Checkpoint
 
 
 def _check_window(config: Any) -> None:
-    """Raises ValueError for a MiniMax config with a sliding window, which even its layers of full attention apply.
+    """Raises ValueError for a MiniMax config with a sliding window: full-attention layers would apply the window, too.
 
     No published checkpoint sets a window.
     """
@@ -105,9 +105,9 @@ def meta_model(model_class: type[nn.Module], config: Any) -> nn.Module:
 
 
 def experts_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Returns (path, module) of each MoE layer's routed experts in layer order, an encoder's layers before its decoder's.
+    """Returns (path, module) of each MoE layer's routed experts, in layer order; an encoder's layers come first.
 
-    Finds modules behind transformers' experts interface and modules that have an adapter.
+    Finds modules that use transformers' experts interface or have an adapter; leaves out experts inside towers.
     """
     tower_prefixes = tuple(f"{path}." for path in towers(model))  # a tower may have experts of its own
     return [
@@ -125,7 +125,7 @@ def routed_experts(module: nn.Module) -> RoutedExperts:
 
 
 def towers(model: nn.Module) -> list[str]:
-    """Returns the paths of a multimodal model's towers (image, video, sound): submodels with a config besides the text's."""
+    """Returns the paths of a multimodal model's towers (image, video, sound): submodels whose config is not the text config."""
     config: Any = model.config
     others = {
         part for name, part in (config.sub_configs or {}).items() if name != "text_config" and name.endswith("_config")

@@ -53,7 +53,7 @@ class Checkpoint:
 
     @property
     def architecture(self) -> str:
-        """transformers' model_type, or `unknown` if the config has none."""
+        """The config's `model_type`, by which transformers names architectures; `unknown` if the config has none."""
         return str(self.config.get("model_type", "unknown"))
 
     def tensor(self, name: str) -> Stored:
@@ -78,7 +78,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def _shards(folder: Path) -> tuple[tuple[Path, ...], dict[str, Path]]:
-    """Returns the safetensors files in name order, and the file that the index, if there is one, names for each tensor."""
+    """Returns the safetensors files in name order, and each tensor's file as in the index (empty for a single file)."""
     single, index = folder / SINGLE_FILE, folder / INDEX_FILE
     if single.is_file():  # if both exist, transformers reads the single file
         return (single,), {}

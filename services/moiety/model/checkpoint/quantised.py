@@ -1,8 +1,9 @@
-"""Finds quantised weights in published checkpoints: which tensors make up one matrix, by `quantization_config`.
+"""Finds quantised weights in published checkpoints: which stored tensors make up each matrix.
 
-The formats are DeepSeek's fp8, gpt-oss's mxfp4, GPTQ, AWQ, and compressed-tensors' pack-quantized. In each of them, a
-matrix is found by the name, and has the shape, that it has in an unquantised checkpoint, so that code that looks up a
-tensor need not know how it is stored. Uses only names, shapes and the config; `reading.py` reads the bytes.
+`quantization_config` names the format: DeepSeek's fp8, gpt-oss's mxfp4, GPTQ, AWQ, or compressed-tensors'
+pack-quantized. A matrix is listed with the name and shape that it has in an unquantised checkpoint, so code that looks
+up a tensor need not know how the tensor is stored. Uses only names, shapes and the config; `reading.py` reads the
+bytes.
 
 Legend: X name of a module or parameter, E experts, D input size, O output size, G groups of D that share a scale.
 """
@@ -40,7 +41,7 @@ class QuantisedEntry:
 
     @property
     def file(self) -> Path:
-        """The file that holds the matrix's quantised codes, one of its `parts`; error messages name it."""
+        """The file that holds the matrix's quantised codes, for error messages."""
         return self.parts["codes"].file
 
     @property
@@ -148,7 +149,7 @@ def _awq(tensors: _Tensors, config: Mapping[str, Any]) -> Iterator[tuple[str, Qu
 
 
 def _packed_words(tensors: _Tensors) -> Iterator[tuple[str, TensorEntry, dict[str, TensorEntry]]]:
-    """Yields, for each module X with a X.qweight: its name, its qweight, and its tensors by role (codes, scale, zero)."""
+    """Yields, for each module X that has X.qweight: X, X.qweight, and the tensors of X by role (codes, scale, zero)."""
     for tensor, codes in tensors.items():
         if not tensor.endswith(".qweight"):
             continue
@@ -158,7 +159,7 @@ def _packed_words(tensors: _Tensors) -> Iterator[tuple[str, TensorEntry, dict[st
 
 
 def _compressed(tensors: _Tensors, config: Mapping[str, Any]) -> Iterator[tuple[str, QuantisedEntry]]:
-    """Finds compressed-tensors' pack-quantized matrices: X.weight_packed [O, D / codes per int32], X.weight_scale [O, G]."""
+    """Finds compressed-tensors' pack-quantized matrices: X.weight_packed [O, D * bits / 32], X.weight_scale [O, G]."""
     if (form := config.get("format")) != "pack-quantized":
         raise _UnservedError(f"format {form}: must be pack-quantized")
     groups = [(_targets(group), _weights_of(group)) for group in config.get("config_groups", {}).values()]
@@ -212,7 +213,7 @@ def _only_four_bits(config: Mapping[str, Any]) -> None:
 
 
 def _part(tensors: _Tensors, name: str, owner: str) -> TensorEntry:
-    """Returns the tensor `name`, such as the scales of the codes `owner`. Raises _UnservedError if it is missing."""
+    """Returns the tensor `name`, which the tensor `owner` needs (codes need scales). Raises _UnservedError if it is missing."""
     if name not in tensors:
         raise _UnservedError(f"tensor {name}, which belongs to {owner}, is missing")
     return tensors[name]

@@ -1,8 +1,8 @@
 """Reads a checkpoint's tensors one at a time: as stored, dequantised, or as quantised matrices of `moiety_kernels`.
 
-Uses positioned reads into the tensors' own memory, not memory mapping: resident memory stays at the weights' size, and a
-file that shrinks while a replica runs raises an error while reading instead of a SIGBUS later. Imports torch, never
-transformers.
+Reads each tensor's bytes straight into the tensor instead of mapping the file: resident memory stays at the weights'
+size. A truncated file gives an error while reading; a mapped file that shrinks would give a SIGBUS later. Imports
+torch, never transformers.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Reader:
     def tensor(self, entry: TensorEntry) -> torch.Tensor:
         """Reads the tensor at `entry` in its stored dtype.
 
-        Raises CheckpointError for an unsupported dtype, and as `fill` does.
+        Raises CheckpointError for an unsupported dtype, and in the cases in which `fill` does.
         """
         if entry.dtype not in DTYPES:
             raise CheckpointError(f"{entry.file}: tensors stored as {entry.dtype} are not supported")
@@ -96,7 +96,7 @@ class Reader:
             raise CheckpointError(f"{entry.file}: {error}") from error
 
     def values(self, entry: Stored, dtype: torch.dtype) -> torch.Tensor:
-        """Reads the tensor at `entry` in `dtype`, dequantised if it is stored quantised, in the unquantised tensor's shape."""
+        """Returns the tensor at `entry` in `dtype` and in the shape of the unquantised tensor; dequantises if needed."""
         if isinstance(entry, TensorEntry):
             return self.tensor(entry).to(dtype)
         if len(entry.shape) == 2:
@@ -115,7 +115,7 @@ class Reader:
 
 
 def expert_entry(entry: Stored, expert: int, experts: int) -> Stored:
-    """Returns where one expert's part of a fused tensor lies; such a tensor holds all experts along dimension 0."""
+    """Returns where one expert's part lies in a fused tensor, which holds all experts along dimension 0."""
     return _of_expert(entry, expert) if isinstance(entry, QuantisedEntry) else _expert_part(entry, expert, experts)
 
 

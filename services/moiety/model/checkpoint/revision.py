@@ -1,7 +1,8 @@
-"""Computes a checkpoint's revision, a hash of its content: two replicas with equal revisions hold the same model.
+"""Computes a checkpoint's revision, a hash of its content: services with equal revisions are taken to hold the same model.
 
-BLAKE2b over the canonical config, the tokenizer's files and, per shard, header, size and sampled blocks. Sampling detects
-any fine-tune (it changes whole tensors); `verify="full"` reads every byte and also detects a single flipped bit.
+The revision is a BLAKE2b hash of the config, the tokenizer's files, and each shard's header, size and sampled blocks.
+Sampling detects a fine-tune that changes most tensors, but can miss a change in a few places. `verify="full"` reads
+every byte and also detects a single flipped bit.
 """
 
 from __future__ import annotations

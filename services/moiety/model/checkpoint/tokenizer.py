@@ -21,7 +21,7 @@ def open_tokenizer(folder: str) -> tuple[Any, tuple[int, ...]]:
 
 
 def _eos_ids(folder: Path, tokenizer: Any) -> tuple[int, ...]:
-    """Returns the end-of-sequence ids of the tokenizer and of generation_config.json, or else of config.json."""
+    """Returns the end-of-sequence ids of the tokenizer and of one file: generation_config.json, or else config.json."""
     found: set[int] = set()
     for name in ("generation_config.json", "config.json"):
         path = folder / name

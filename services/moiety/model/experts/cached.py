@@ -1,4 +1,4 @@
-"""Caches expert layouts as JSON per revision. Only the first reader of a revision imports transformers to derive a layout."""
+"""Caches expert layouts as JSON, one per revision, because deriving a layout takes an import of transformers."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def _read(file: Path, key: Mapping[str, Any]) -> ExpertLayout | None:
 
 
 def _write(file: Path, data: Mapping[str, Any]) -> None:
-    """Writes `data` to the cache file `file` atomically: no reader sees a part of it."""
+    """Writes `data` to the cache file `file` atomically: no reader sees a half-written file."""
     file.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=file.parent, prefix=file.name)
     try:

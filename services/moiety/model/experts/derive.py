@@ -48,7 +48,7 @@ _Sources = dict[str, dict[str | None, list[str]]]
 
 
 def derive_layout(checkpoint: Checkpoint) -> ExpertLayout:
-    """Returns the layout of `checkpoint`; raises CheckpointError that names the architecture and what is missing."""
+    """Returns the layout of `checkpoint`; raises CheckpointError with the reason if it cannot be served."""
     config = load_config(checkpoint)
     model = meta_model(causal_lm_class(checkpoint, config), config)
     modules = experts_modules(model)
@@ -145,7 +145,7 @@ def _layer(
 
 
 def _by_pattern(checkpoint: Checkpoint, target: str, experts: int, sources: _Sources) -> Mapping[str | None, list[str]]:
-    """Returns the checkpoint tensors that become the model parameter `target`, by conversion pattern.
+    """Returns the checkpoint tensors that become the model parameter `target`, grouped by conversion pattern.
 
     A `target` with `{expert}` stands for one parameter per expert. Raises CheckpointError if a parameter gets no tensor.
     """
@@ -183,7 +183,7 @@ def _conversion(
 ) -> tuple[Sequence[str | None], bool]:
     """Returns a parameter's conversion patterns in order of concatenation, and whether a conversion may transpose.
 
-    transformers then transposes matrices whose shape is not the parameter's.
+    If one may, transformers transposes the matrices whose published shape differs from the parameter's.
 
     Raises CheckpointError for conversions other than stacking, concatenating and transposing.
     """
@@ -206,7 +206,7 @@ def _conversion(
 
 
 def _published_shape(checkpoint: Checkpoint, name: str) -> tuple[int, ...]:
-    """Returns the shape of one expert's matrix in the published tensor `name`, [rows, columns]."""
+    """Returns the shape [rows, columns] that one expert's matrix has in the published tensor `name`."""
     published = checkpoint.tensor(name.replace(EXPERT, "0")).shape
     return published if EXPERT in name else published[1:]
 
@@ -224,7 +224,7 @@ def _template(checkpoint: Checkpoint, target: str, tensors: list[str]) -> str:
 
 
 def _check_shapes(checkpoint: Checkpoint, target: str, names: Sequence[str], shape: tuple[int, ...]) -> None:
-    """Checks that all experts' tensors exist and add up to `shape` [E, …]. Raises CheckpointError for the first mismatch."""
+    """Raises CheckpointError unless the experts' tensors `names` exist and together have the shape `shape` [E, …]."""
     experts, rows = shape[0], 0
     for name in names:
         per_expert = EXPERT in name

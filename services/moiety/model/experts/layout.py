@@ -12,10 +12,10 @@ from moiety.core.experts import ModelShape
 class LayerLayout:
     """One MoE layer: the path of its experts module in the model, and the tensors that hold its experts.
 
-    `sources` maps each parameter (a field of moiety_kernels.ExpertWeights) to the tensors that make it up: each
-    expert's parts are concatenated along their rows. A name with `{expert}` stands for one tensor per expert; a name
-    without is a fused tensor, one expert after the other along dim 0. Matrices of the fields in `transposed` are published [in, out] and
-    held [out, in], like all others.
+    `sources` maps each field of moiety_kernels.ExpertWeights to the names of its tensors; each expert's parts are
+    concatenated along their rows. A name with `{expert}` stands for one tensor per expert. Any other name is a fused
+    tensor, which holds one expert after the other along dim 0. Matrices of the fields in `transposed` are published
+    [in, out]. All matrices are held [out, in].
     """
 
     module: str

@@ -35,13 +35,13 @@ def load_experts(
     int8: bool = False,
     slices: int = 1,
 ) -> dict[tuple[int, int], ExpertWeights]:
-    """Reads the experts `held`, pairs (MoE layer ordinal, expert): returns each expert's weights in `dtype` on `device`.
+    """Returns the weights of the experts in `held`, by (MoE layer ordinal, expert), in `dtype` on `device`.
 
-    `held` may be an ExpertSet.
+    `held` yields these pairs, and may be an ExpertSet.
 
-    Matrices are [out, in], even if published [in, out]. Matrices published quantised stay quantised; `int8` quantises the
-    others, too. With `slices` above 1, `held` numbers slices as `ModelShape.sliced` does. An expert is then read whole and
-    its slice is kept; a slice of an expert published quantised holds dequantised values.
+    Matrices are [out, in], even if published [in, out]. Matrices published quantised stay quantised; `int8` quantises
+    the others, too. With `slices` above 1, `held` numbers slices as `ModelShape.sliced` does: the whole expert is read
+    and only the slice is kept; a slice of an expert published quantised holds dequantised values.
 
     Raises CheckpointError for a pair the model does not have and for a tensor that is missing or cannot be read.
     """
@@ -62,7 +62,7 @@ def load_experts(
 
 
 def _trim_heap() -> None:
-    """Returns freed memory to the system: glibc would keep what dtype conversions free, a quarter of the weights' size."""
+    """Returns freed memory to the system. After dtype conversions, glibc would keep a quarter of the weights' size."""
     with suppress(OSError, AttributeError):  # another C library than glibc
         ctypes.CDLL(None).malloc_trim(0)
 
@@ -101,7 +101,7 @@ def _entry(checkpoint: Checkpoint, layout: ExpertLayout, name: str, expert: int)
 
 
 def _read(reader: Reader, entries: list[Stored], dtype: torch.dtype, *, transposed: bool) -> Matrix:
-    """Reads the matrices at `entries`, concatenated along dim 0; transposes unquantised ones if `transposed`.
+    """Reads the matrices at `entries`, concatenated along dim 0; if none is quantised, `transposed` transposes the result.
 
     The result is quantised if all matrices are stored quantised and their formats fit together, and in `dtype` otherwise.
     """

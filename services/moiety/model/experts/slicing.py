@@ -16,7 +16,7 @@ from moiety_kernels.weights.expert_weights import dequantised
 
 
 def sliced_revision(revision: str, slices: int) -> str:
-    """Returns the revision of a model with `slices` slices an expert: routers find only replicas with the same number."""
+    """Returns the revision of a model with `slices` slices an expert: routers find only replicas with equal `slices`."""
     return revision if slices == 1 else f"{revision}-slices{slices}"
 
 
@@ -30,7 +30,7 @@ def slice_of(expert: ExpertWeights, mlp: ExpertMLP, number: int, slices: int, dt
     span = slice(number * size, (number + 1) * size)
 
     def gate_up_slice(tensor: torch.Tensor) -> torch.Tensor:
-        """Returns the slice's part of `tensor`: gate and up [2I, …], or up alone [I, …] for an ungated expert."""
+        """Returns the slice's rows of `tensor`, which is gate and up [2I, …], or up alone [I, …] for an ungated expert."""
         if not mlp.gated:
             return tensor[span].clone()
         if mlp.interleaved:  # a pair of rows is one intermediate feature

@@ -1,6 +1,7 @@
 """Runs a trunk's linear layers and RMS norms on CPU through `moiety_kernels`, without code per model.
 
-Replaces linear layers' weights, not modules: many gates call `functional.linear` themselves, and a weight intercepts that.
+Replaces linear layers' weights, not modules: many gates call `functional.linear` directly, and a weight intercepts this
+call.
 """
 
 from __future__ import annotations
@@ -59,9 +60,9 @@ def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 
 
 def use_cpu_kernels(model: nn.Module, *, deterministic: bool = False) -> nn.Module:
-    """Makes the model's linear layers and RMS norms on CPU use moiety_kernels if that has a kernel for their dtype.
+    """Makes linear layers and RMS norms on CPU use moiety_kernels where these have a kernel for the layer's dtype.
 
-    `deterministic`: the bits of a linear layer's output row depend on its input row alone, with or without kernels.
+    With `deterministic`, a linear layer's output row depends bit for bit on its input row alone, also without a kernel.
     Returns the model.
     """
     for module in model.modules():
@@ -80,7 +81,7 @@ def _replace_weights(module: nn.Module, deterministic: bool) -> None:
 
 
 def _replace_norm(module: nn.Module) -> None:
-    """Replaces an RMS norm's forward by the kernel variant that gives the same results; changes nothing if none does."""
+    """Replaces an RMS norm's forward by the kernel variant that gives the same results on random rows, if there is one."""
     weight = getattr(module, "weight", None)
     epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if not isinstance(weight, torch.Tensor) or weight.dim() != 1 or epsilon is None:

@@ -136,7 +136,7 @@ def _keep_wanted(_: nn.Module, arguments: tuple[torch.Tensor]) -> tuple[torch.Te
 
 
 def _skip_without_prompts(projection: Any) -> None:
-    """Makes `projection`, of encoded prompts to keys or values, skip passes without new prompts, which ignore its result."""
+    """Makes `projection` (encoded prompts to keys or values) compute nothing in passes that have no new prompts."""
     compute = projection.forward
 
     def forward(encoded: torch.Tensor) -> torch.Tensor:
@@ -150,7 +150,7 @@ def _skip_without_prompts(projection: Any) -> None:
 
 
 def _use_row_positions(module: Any) -> None:
-    """Makes a position embedding use each token's position in its sequence; it would count the whole pass as one sequence."""
+    """Makes a position embedding use each token's position in its own sequence, not in the whole pass."""
     padding: int = module.padding_idx
     if (needed := module.num_positions + padding + 1) > module.weights.shape[0]:
         module.make_weights(needed, module.embedding_dim, padding)

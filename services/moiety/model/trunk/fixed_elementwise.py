@@ -1,9 +1,9 @@
 """Elementwise functions whose bits do not depend on an element's place in its tensor, for the deterministic setting.
 
-torch computes most of a tensor with vector instructions, and the rest at its end, or at the end of a thread's part, one
-element at a time. In float32 the two ways differ in the last bit of exponentials and similar functions. Padding to whole
-vectors, in parts too small to be split between threads, makes every element take the first way. Sums and products do not
-need this: both ways round them alike.
+torch computes most of a tensor with vector instructions. What is left at the end of the tensor, or of a thread's part,
+it computes one element at a time. In float32 the two ways differ in the last bit of exponentials and similar functions.
+Here, tensors are padded to whole vectors and cut into parts too small for two threads, so every element takes the first
+way. Sums and products do not need this: both ways round them alike.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _FUNCTIONS = frozenset(
 
 
 class FixedElementwise(TorchFunctionMode):
-    """While active, makes each result element of the functions in `_FUNCTIONS` depend on its input element alone, on CPU."""
+    """While active, each element that a function in `_FUNCTIONS` computes on CPU depends on its input element alone."""
 
     def __torch_function__(
         self,
@@ -39,7 +39,7 @@ class FixedElementwise(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Calls `func`: part by part if it is in `_FUNCTIONS`, its input is on CPU and `inplace` is not set; else as it is."""
+        """Calls `func` part by part if it is in `_FUNCTIONS`, on CPU and not `inplace`; otherwise calls it unchanged."""
         options = kwargs or {}
         if func not in _FUNCTIONS or not args or args[0].device.type != "cpu" or options.get("inplace"):
             return func(*args, **options)

@@ -1,7 +1,7 @@
-"""Records the gates' scores of every expert in a loaded trunk, so that rows can go to their next best expert on overflow.
+"""Records the gates' scores of every expert in a loaded trunk, so that rows of an overrun expert can go to the next best.
 
-transformers passes only a gate's choice to experts functions. The gate's scores are in its module's output: the tensor
-with as many columns as there are experts.
+transformers passes only a gate's choice to experts functions. A gate module's own output also holds the scores: the
+floating-point tensor with as many columns as there are experts.
 """
 
 from __future__ import annotations

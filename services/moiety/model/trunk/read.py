@@ -36,8 +36,9 @@ def load_trunk(
 ) -> nn.Module:
     """Loads the trunk in eval mode, without gradients; run it inside `seam.use_backend`. Reads no routed expert's tensor.
 
-    `attention` is an implementation that transformers has for this architecture (gpt-oss has no `sdpa`: use `eager`), or
-    one that the caller has registered. Raises CheckpointError if a weight is missing or its shape differs from the config's.
+    `attention` names an attention implementation: one that transformers has for this architecture (gpt-oss has no
+    `sdpa`: use `eager`), or one that the caller has registered. Raises CheckpointError if a weight is missing or does
+    not have the shape that the config states.
     """
     register()
     config = load_config(checkpoint)
@@ -70,9 +71,10 @@ def load_trunk(
 def _dequantised(
     checkpoint: Checkpoint, layout: ExpertLayout, trunk_class: Any, dtype: torch.dtype
 ) -> dict[str, torch.Tensor] | None:
-    """Reads the trunk's tensors, dequantised; returns None if none is stored quantised: transformers reads the files.
+    """Returns the trunk's tensors, dequantised; None if none is quantised, so that transformers can read the files itself.
 
-    transformers dequantises fp8 wrongly if rows are no multiple of 128, and needs further libraries for GPTQ and AWQ.
+    If a side of an fp8 matrix is no multiple of 128, transformers dequantises it wrongly or fails. For GPTQ and AWQ,
+    transformers needs further libraries.
     """
     expert_tensors = {
         name.replace(EXPERT, str(expert))
@@ -94,7 +96,7 @@ def _dequantised(
 
 
 def _without_experts(model_class: Any, layout: ExpertLayout) -> Any:
-    """Returns a subclass of `model_class` whose `__init__` removes routed experts' weights and towers on the meta device."""
+    """Returns a subclass of `model_class` whose `__init__` removes the routed experts' weights and the towers."""
 
     def __init__(self: Any, *arguments: Any, **options: Any) -> None:
         model_class.__init__(self, *arguments, **options)

@@ -1,9 +1,9 @@
 """Computes a block's shared expert during the hop of its routed experts' rows, without code per model.
 
-A block that calls its shared expert after the routed experts (DeepSeek) gets the result that was computed during the hop.
-A block that calls it before them (Qwen) gets a tensor that holds NaN until it is filled in during the hop. One run of the
-model shows the order of the calls. A second run shows that no block reads a result too early: if any bit of the logits
-changes, the model is left as it was.
+A block that calls its shared expert after the routed experts (DeepSeek) gets the result that was computed during the
+hop. A block that calls it before them (Qwen) gets a tensor that holds NaN until it is filled in during the hop. One run
+of the model shows the order of the calls. A second run checks that no block reads a result too early: if any bit of the
+logits changes, all changes to the model are undone.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class BlockCalls:
 
     @property
     def usable(self) -> bool:
-        """Whether the shared expert's input is known when the hop starts."""
+        """Whether the shared expert's only input is known when the hop starts and has the shape of its output."""
         if self.routed is None or self.shared is None or not self.plain:
             return False
         return self.first or _same(self.routed, self.shared)
@@ -80,7 +80,7 @@ class SharedExpert:
 
 
 def overlap_shared_experts(model: nn.Module, run: Callable[[], torch.Tensor]) -> int:
-    """Overlaps every shared expert of a loaded trunk with its block's hop; returns how many are overlapped.
+    """Overlaps a loaded trunk's shared experts with their blocks' hops where possible; returns how many are overlapped.
 
     `run` does one forward pass of `model` inside a `use_backend` and returns its logits.
     """
@@ -118,7 +118,7 @@ def _pairs(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
 
 
 def _watched(hooks: ExitStack, experts: nn.Module, shared: nn.Module) -> BlockCalls:
-    """Returns the BlockCalls that hooks fill in while the block runs; the end of `hooks` removes these hooks."""
+    """Returns a BlockCalls that hooks fill in when the block runs; closing `hooks` removes the hooks."""
     order = BlockCalls()
 
     def on_routed(_: nn.Module, arguments: tuple[Any, ...]) -> None:
@@ -134,5 +134,5 @@ def _watched(hooks: ExitStack, experts: nn.Module, shared: nn.Module) -> BlockCa
 
 
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two tensors share the same memory and dtype; their shapes may differ in leading dimensions of size one."""
+    """Whether two tensors have the same address, element count and dtype; their shapes may differ."""
     return one.data_ptr() == other.data_ptr() and one.numel() == other.numel() and one.dtype == other.dtype

@@ -25,6 +25,6 @@ ADAPTERS: Mapping[str, Adapter] = MappingProxyType(
 
 
 def adapter_of(module_class: type[Any]) -> Adapter | None:
-    """Returns the adapter that serves `module_class`; None if it is no class of transformers or ADAPTERS lacks it."""
+    """Returns the adapter for the experts class `module_class`; None if none serves the class."""
     from_transformers = module_class.__module__.startswith("transformers.models.")
     return ADAPTERS.get(module_class.__name__) if from_transformers else None

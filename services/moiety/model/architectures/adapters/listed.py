@@ -21,7 +21,7 @@ Route = Callable[[Any, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 def recognise_listed(module: Any, names: Mapping[str, str]) -> RoutedExperts:
     """Describes a module whose children are experts; `names` maps fields of ExpertWeights to an expert's parameter names.
 
-    Raises ValueError if no kernel computes the activation.
+    Raises ValueError if no kernel computes the experts' activation.
     """
     first = module["expert_0"]
     shapes = {field: tuple(first.get_parameter(name).shape) for field, name in names.items()}
@@ -36,7 +36,7 @@ def recognise_listed(module: Any, names: Mapping[str, str]) -> RoutedExperts:
 
 
 def patch_block(block: Any, route: Route) -> None:
-    """Replaces the forward of a MoE block: `route` chooses experts, and `seam.remote_experts` gets their weighted sum."""
+    """Replaces a MoE block's forward: `route` chooses experts, and `seam.remote_experts` returns their weighted sum."""
 
     def forward(block: Any, hidden_states: torch.Tensor, *_: Any) -> torch.Tensor:
         rows = hidden_states.reshape(-1, hidden_states.shape[-1])

@@ -1,7 +1,8 @@
 """Llama 4: a routing weight multiplies an expert's input row, not its output row.
 
-transformers' block runs every expert on every token and scales the rows of experts that were not chosen by zero. Experts
-have no bias and return zero for zero, so running only the chosen ones gives the same sum.
+transformers' block runs every expert on every token, and multiplies an expert's input row by zero if the token did not
+choose the expert. Experts have no bias, so a row of zeros gives zeros. Running only the chosen experts gives the same
+sum.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class Llama4:
             return remote_experts(module, rows, index, rows.new_ones(index.shape))
 
         def forward(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            """hidden [1, T, D] -> rows [T, D] and router logits [T, E], as in Llama4TextMoe."""
+            """Returns output rows [T, D] and router logits [T, E] for hidden [1, T, D], as Llama4TextMoe does."""
             rows = hidden.reshape(-1, block.hidden_dim)
             scores, logits = block.router(rows)
             index = logits.topk(block.top_k, dim=1).indices  # [T, K]

@@ -1,7 +1,6 @@
-"""LongCat-Flash: expert ids beyond the routed experts are zero-computation experts, which return their input row.
+"""LongCat-Flash has zero-computation experts, which return their input row. Their ids follow the routed experts' ids.
 
-The router computes zero-computation experts itself (arXiv:2509.01322, section 2.1). A token sends one row fewer over
-the hop for each such expert that it chose.
+The router computes zero-computation experts itself (arXiv:2509.01322, section 2.1). Rows for them skip the hop.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """NLLB-MoE (arXiv:2207.04672): GShard's two experts a token (arXiv:2006.16668), with a capacity per expert.
 
-Routes as transformers' NllbMoeTop2Router does, one sequence at a time. Computes the experts as the paper and the fairseq
-code behind the published weights do: each token's own two experts, weighted by its gates. transformers 5 up to 5.23
-computes something else: its `NllbMoeExperts` reads the router's 0/1 mask as expert ids, so that every token gets experts
-0 and 1 and no others, and the published weights give nonsense.
+Routes as transformers' NllbMoeTop2Router does, one sequence at a time. Computes the experts as the paper and the
+fairseq code behind the published weights do: each token's own two experts, weighted by the token's gates. transformers
+5 up to 5.23 computes something else: its `NllbMoeExperts` reads the router's 0/1 mask as expert ids. Every token then
+gets experts 0 and 1 and no others, and the published weights give nonsense.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ def route(block: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
 def _within_capacity(router: Any, chosen: torch.Tensor, importance: torch.Tensor) -> torch.Tensor:
     """Returns bool [n, 2]: whether each choice in one sequence's `chosen` [n, 2] is within its expert's capacity.
 
-    Experts take tokens in order, or by falling `importance` [n], and all first choices before all second choices.
+    Experts take all first choices before any second choice. Tokens come in order, or by falling `importance` [n] if
+    the router has `batch_prioritized_routing`.
     """
     fraction = router.moe_eval_capacity_token_fraction
     capacity = math.ceil(fraction * len(chosen)) if fraction > 0 else _fixed_capacity(router, len(chosen))

@@ -1,4 +1,4 @@
-"""The adapter protocol: describes a module that holds routed experts, and patches its block to call the seam."""
+"""The adapter protocol: an adapter describes a module of routed experts, and makes the block around it call the seam."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Switch Transformers (arXiv:2101.03961): one expert a token, and a capacity per expert and sequence.
 
 An expert takes a sequence's tokens in order up to its capacity; further tokens skip the block. The decoder routes each
-token alone, as transformers' cached decode does, so that capacity never applies there.
+token alone, as transformers' cached decode does, so capacity never applies there.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Architectures that transformers lacks, built from its parts. Code shipped in a checkpoint is never run."""
+"""Architectures that transformers lacks, built from transformers' parts. Code shipped in a checkpoint is never run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DEFINITIONS: Mapping[str, tuple[str, str]] = MappingProxyType(
 
 
 def definition_of(model_type: str) -> Any | None:
-    """Imports and returns the causal-LM class that this package defines for `model_type`; None if it defines none.
+    """Imports and returns the causal-LM class that this package defines for `model_type`; None if there is none.
 
     The class's `config_class` is the architecture's config class.
     """

@@ -2,10 +2,10 @@
 
     a = x + attention(norm(x));   y = a + residual_mlp(residual_norm(a)) + moe(post_norm(x))
 
-The MoE reads the layer's input, not the output of attention. Layers without MoE are Mixtral's, and so are all layers if
-`parallel_attn_mlp_res` is off. Layout: `block_sparse_moe.gate.weight`,
-`block_sparse_moe.experts.N.{w1,w2,w3}.weight` or, dense, `block_sparse_moe.mlp.{w1,w2,w3}.weight`;
-`residual_layernorm`, `residual_mlp.{w1,w2,w3}` (as wide as the model).
+The MoE reads the layer's input, not the output of attention. A layer without MoE is like Mixtral's, but with a dense
+MLP. If `parallel_attn_mlp_res` is off, layers with MoE are Mixtral's, too. Tensor names:
+`block_sparse_moe.gate.weight`, `block_sparse_moe.experts.N.{w1,w2,w3}.weight`; in a layer without MoE
+`block_sparse_moe.mlp.{w1,w2,w3}.weight`; `residual_layernorm`, `residual_mlp.{w1,w2,w3}` (as wide as the model).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from moiety.model.architectures.definitions.parts import CausalLM, Decoder, Gate
 
 
 class Config(LlamaConfig):
-    """Arctic's config, with the defaults of ArcticConfig."""
+    """Llama's config with the fields that Arctic adds."""
 
     model_type = "arctic"
 
@@ -41,7 +41,7 @@ class DenseBlock(nn.Module):
         self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, config.hidden_act)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden [1, T, D] -> [1, T, D]."""
+        """Returns the MLP's output [1, T, D] for hidden [1, T, D]."""
         output: torch.Tensor = self.mlp(hidden)
         return output
 
@@ -68,7 +68,7 @@ class Layer(GradientCheckpointingLayer):
             self.residual_mlp = GatedMLP(hidden, hidden, config.hidden_act)
 
     def forward(self, hidden_states: torch.Tensor, **options: Any) -> torch.Tensor:
-        """hidden_states [1, T, D] -> [1, T, D]; passes `options` to attention."""
+        """Returns the layer's output [1, T, D] for hidden_states [1, T, D]; passes `options` to attention."""
         attended = hidden_states + self.self_attn(self.input_layernorm(hidden_states), **options)[0]
         if not self.parallel:
             return attended + self.block_sparse_moe(self.post_attention_layernorm(attended))

@@ -1,7 +1,7 @@
 """DeepSeek-MoE 16B (arXiv:2401.06066; `deepseek-ai/deepseek-moe-16b-base`): fine-grained routed experts beside shared ones.
 
-The attention is Llama's. The first `first_k_dense_replace` layers (published: 1) are dense; of the other layers, those whose
-index is a multiple of `moe_layer_freq` (published: 1) have a MoE. Layout: `mlp.gate.weight`,
+The attention is Llama's. The first `first_k_dense_replace` layers (published: 1) are dense; of the other layers, those
+whose index is a multiple of `moe_layer_freq` (published: 1) have a MoE. Tensor names: `mlp.gate.weight`,
 `mlp.experts.N.{gate,up,down}_proj.weight`, `mlp.shared_experts.{gate,up,down}_proj.weight`.
 """
 
@@ -18,7 +18,7 @@ from moiety.model.architectures.definitions.parts import CausalLM, Decoder, Gate
 
 
 class Config(LlamaConfig):
-    """The config of DeepSeek-MoE, with the defaults of deepseek-moe-16b."""
+    """Llama's config with the fields that DeepSeek-MoE adds; their defaults are the values of deepseek-moe-16b."""
 
     model_type = "deepseek"
 
@@ -39,7 +39,7 @@ class Config(LlamaConfig):
 
 
 class SharedAndRouted(MoE):
-    """Adds the output of the shared experts, unweighted, to that of the routed experts."""
+    """A MoE block that adds its shared experts' output, unweighted, to its routed experts' output."""
 
     def __init__(self, config: Any):
         gate = Gate(

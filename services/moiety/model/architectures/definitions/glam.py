@@ -1,9 +1,9 @@
 """A GLaM-style decoder (arXiv:2112.06905), built from its description: no checkpoint of GLaM was published.
 
-Every other layer has a MoE: GShard's top-2 gate (softmax, the two weights normalised; arXiv:2006.16668) and experts of
-two matrices. The other layers have a gated GELU. Capacity is not limited, as in GLaM's inference. Two differences from
-GLaM: rotary positions instead of per-layer relative biases, and no biases. Layout: Llama's names; `mlp.gate.weight`,
-`mlp.experts.N.{up,down}_proj.weight`.
+Every second layer has a MoE: GShard's top-2 gate (softmax, the two weights normalised; arXiv:2006.16668) and experts of
+two matrices. The layers between them have a gated GELU MLP. Capacity is not limited, as in GLaM's inference. Unlike
+GLaM, positions are rotary instead of per-layer relative biases, and there are no biases. Tensor names: Llama's,
+`mlp.gate.weight`, `mlp.experts.N.{up,down}_proj.weight`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Grok-1 (xai-org/grok-1), in the Hugging Face layout of `hpcai-tech/grok-1`.
 
-Norms before and after each block; attention logits scaled by `attn_output_multiplier` and capped at `max_attn_value` by
-tanh; embeddings and logits scaled; experts gated by GELU; softmax over all experts, then top 2, not normalised. Layout:
-`attn.{q,k,v,o}_proj`, `moe_block.gate`, `moe_block.experts.N.{linear,linear_v,linear_1}.weight` (gate, up, down),
+Each block has a norm before and after it. Attention logits are scaled by `attn_output_multiplier` and capped at
+`max_attn_value` by tanh. Embeddings and output logits are scaled. Experts are gated by GELU. The gate takes the softmax
+over all experts, then the top 2, whose weights are not normalised. Tensor names: `attn.{q,k,v,o}_proj`,
+`moe_block.gate`, `moe_block.experts.N.{linear,linear_v,linear_1}.weight` (gate, up, down),
 `{pre,post}_{attn,moe}_norm.scale`, `model.norm.scale`.
 """
 
@@ -23,7 +24,7 @@ NORMS = ("pre_attn_norm", "post_attn_norm", "pre_moe_norm", "post_moe_norm")
 
 
 class Config(LlamaConfig):
-    """Grok-1's config: the defaults are those of Grok-1, otherwise Llama's."""
+    """Llama's config with Grok-1's own fields. The fields listed here default to Grok-1's values, all others to Llama's."""
 
     model_type = "grok-1"
 
@@ -64,7 +65,7 @@ class Layer(GradientCheckpointingLayer):
             setattr(self, name, LlamaRMSNorm(config.hidden_size, config.rms_norm_eps))
 
     def forward(self, hidden_states: torch.Tensor, **options: Any) -> torch.Tensor:
-        """hidden_states [1, T, D] -> [1, T, D]; passes `options` to attention."""
+        """Returns the layer's output [1, T, D] for hidden_states [1, T, D]; passes `options` to attention."""
         hidden_states = hidden_states + self.post_attn_norm(self.attn(self.pre_attn_norm(hidden_states), **options)[0])
         output: torch.Tensor = hidden_states + self.post_moe_norm(self.moe_block(self.pre_moe_norm(hidden_states)))
         return output

@@ -1,4 +1,4 @@
-"""Shared parts of the definitions: a decoder of transformers' Llama parts with a subclass's own layers, and a MoE block.
+"""Shared parts of the definitions: a decoder with Llama's parts around a subclass's own layers, and a MoE block.
 
 Legend: T tokens, E experts, K top-k, D hidden, I intermediate.
 """
@@ -25,7 +25,7 @@ class Gate(nn.Module):
         self.weight = nn.Parameter(torch.empty(experts, hidden))
 
     def forward(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows [T, D] -> expert ids [T, K] and weights [T, K]."""
+        """Returns expert ids [T, K] and weights [T, K] for rows [T, D]."""
         scores = functional.linear(rows, self.weight).softmax(dim=-1, dtype=torch.float32)
         weights, index = scores.topk(self.top_k, dim=-1)
         if self.normalise:
@@ -34,7 +34,7 @@ class Gate(nn.Module):
 
 
 class _Experts(nn.Module):
-    """E experts with stacked weights; transformers' experts interface computes them, or calls the hop in a router."""
+    """E experts with stacked weights. transformers' experts interface computes them; in a router it calls the hop instead."""
 
     def __init__(self, config: Any, experts: int, intermediate: int):
         super().__init__()
@@ -72,7 +72,7 @@ class MoE(nn.Module):
         self.gate, self.experts = gate, experts
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden [1, T, D] -> [1, T, D]."""
+        """Returns the experts' weighted sum [1, T, D] for hidden [1, T, D]."""
         rows = hidden.reshape(-1, hidden.shape[-1])
         output: torch.Tensor = self.experts(rows, *self.gate(rows))
         return output.view(hidden.shape)
@@ -89,7 +89,7 @@ class GatedMLP(nn.Module):
         self.act_fn = ACT2FN[activation]
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden [..., D] -> [..., D]."""
+        """Returns the MLP's output [..., D] for hidden [..., D]."""
         output: torch.Tensor = self.w2(self.act_fn(self.w1(hidden)) * self.w3(hidden))
         return output
 
@@ -117,7 +117,7 @@ class CausalLM(LlamaForCausalLM):
 
 
 def stacked(block: str, gate_up: tuple[str, ...], down: str) -> list[WeightConverter]:
-    """Returns the weight conversions that stack published tensors, one per expert and projection, into one per parameter."""
+    """Returns the weight conversions that stack the published tensors of all experts into one tensor per parameter."""
     target = "gate_up_proj" if len(gate_up) > 1 else "up_proj"
     joins = [Concatenate(dim=1)] if len(gate_up) > 1 else []
     return [
