@@ -2,7 +2,7 @@
 
 admit -> schedule -> run -> sample -> emit
 
-A step commits at its end; until then no sequence has changed. When experts are lost and no replica can take over, the
+A step commits at its end; until then no sequence advances. When experts are lost and no replica can take over, the
 engine runs the step again without the sequences that needed them.
 """
 
@@ -184,7 +184,7 @@ class Engine:
                 self._tracer.start(SpanName.QUEUE, parent=sequence.span, start_ns=sequence.submitted_ns).end(now_ns)
 
     def _run_plan(self, plan: StepPlan, span: Span) -> tuple[StepPlan, torch.Tensor]:
-        """Runs `plan`, again without failed sequences, until it succeeds; returns the last plan and its logits [R, V]."""
+        """Runs `plan`, without the sequences that fail, until it succeeds. Returns the plan that ran and its logits [R, V]."""
         while plan.scheduled:
             try:
                 return plan, self._runner.run(plan, self._context(plan, span))

@@ -54,7 +54,7 @@ class Lanes:
         parent.switch()
 
     def run(self, tasks: Sequence[Callable[[], T]]) -> list[T]:
-        """Runs `tasks` as lanes and returns their results in order. On the first error the other lanes end where they wait."""
+        """Runs `tasks` as lanes; returns their results in order. If one fails, ends the others and raises its error."""
         if len(tasks) == 1:
             return [tasks[0]()]
         lanes = [_Lane(task) for task in tasks]

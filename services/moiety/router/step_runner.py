@@ -110,7 +110,7 @@ class StepRunner:
     def _cross_attention(
         self, sequences: abc.Sequence[Sequence], counts: abc.Sequence[int]
     ) -> CrossAttentionBatch | None:
-        """Locates the prompts that the encoder has read or reads in this step; None for decoder-only models."""
+        """Builds the batch of the sequences' prompts, encoded before or in this step; None for decoder-only models."""
         if not any(sequence.encoder_ids for sequence in sequences):
             return None
         return CrossAttentionBatch.build(

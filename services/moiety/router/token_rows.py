@@ -20,5 +20,5 @@ def map_token_rows(value: Any, shape: tuple[int, int], change: Callable[[torch.T
 
 
 def slice_tokens(value: Any, shape: tuple[int, int], begin: int, end: int) -> Any:
-    """Returns `value` with only the tokens from `begin` to `end` of each sequence."""
+    """Returns `value` with tensors whose shape begins with `shape` cut to `[:, begin:end]`, tokens of each sequence."""
     return map_token_rows(value, shape, lambda tensor: tensor[:, begin:end])

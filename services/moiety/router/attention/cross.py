@@ -1,8 +1,8 @@
 """Attention of encoder-decoders: within each prompt, along the output, and from the output to its prompt.
 
 The keys and values of a prompt lie in blocks of the same pool as those of the output, because a decoder layer caches the
-same amount for a token of either. A step's row mixes tokens of many sequences, so biases by relative position (T5,
-arXiv:1910.10683) are passed to attention as tables over distances, not computed for each pair of tokens in the row.
+same amount for a prompt token as for an output token. A step's row mixes tokens of many sequences, so biases by
+relative position (T5, arXiv:1910.10683) are passed to attention as tables over distances, not computed for each pair.
 
 Shape legend: T tokens of the decoder's row, E tokens of all prompts to encode, n tokens of one prompt, H heads, Dk and Dv
 head widths.
@@ -127,8 +127,9 @@ def _pairwise_bias(bias: torch.Tensor, tokens: int) -> torch.Tensor:
 def _use_distance_table(module: Any) -> None:
     """Makes a module's `compute_bias` return a table over distances instead of the biases of all pairs of tokens.
 
-    A decoder's table, [H, R + 1], counts tokens back from the query. An encoder's table, [H, 2 R + 1], runs from -R to R.
-    R is the model's largest distance: all distances beyond it have the bias of R.
+    A decoder's table, [H, R + 1], has the biases of keys 0 to R tokens before the query. An encoder's table,
+    [H, 2 R + 1], has those of distances -R to R. R is the model's largest distance. Keys farther away have the bias of
+    the nearest distance in the table.
     """
     reach: int = module.relative_attention_max_distance
     relative = torch.arange(-reach, reach + 1, device=module.relative_attention_bias.weight.device)

@@ -9,8 +9,8 @@ output. Norms, rotary embeddings, scaling and gates stay in transformers' code f
 
 Legend: H query heads, R width of the latent c, Dn and Dr widths of a head's unrotated and rotated part, Dv width of its
 values, T tokens. Multiply-adds per head for n tokens after P others: absorbed n (R (Dn + Dv) + (2 R + Dr) (P + n / 2)),
-expanded (P + n) R (Dn + Dv) + n (Dn + Dr + Dv) (P + n / 2). Decode needs absorption to be affordable: for DeepSeek-V3
-after 4096 tokens it takes 4.6 million multiply-adds, expansion 538 million.
+expanded (P + n) R (Dn + Dv) + n (Dn + Dr + Dv) (P + n / 2). Absorption makes decode affordable: with DeepSeek-V3's
+widths, one token after 4096 others takes 4.6 million multiply-adds per head absorbed, and 538 million expanded.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Latent:
 
 
 def latent_of(module: Any, *, deterministic: bool = False) -> Latent:
-    """Returns the Latent of an MLA module. Raises ValueError if its expansion cannot be absorbed."""
+    """Returns the Latent of an MLA module. Raises ValueError unless kv_b_proj's weight alone expands the latent."""
     expand, up = getattr(module, "expand_kv", None), module.kv_b_proj
     if expand is None or not isinstance(up, nn.Linear) or "bias" in dict(up.named_parameters()):
         raise ValueError("it has no expand_kv, or no linear kv_b_proj without bias")
@@ -87,8 +87,9 @@ def latent_of(module: Any, *, deterministic: bool = False) -> Latent:
 
 
 def cache_latents(model: nn.Module, *, deterministic: bool = False) -> None:
-    """Makes MLA layers of a trunk cache their latents. Others cache expanded keys and values, and a warning names them.
+    """Makes a trunk's MLA layers cache their latents. Leaves layers that use an indexer to `sparse.py`.
 
+    Where `latent_of` raises ValueError, the layer caches expanded keys and values, and a warning names its class.
     Call once, after the weights are in their final storage, on a model whose attention is `paged.NAME`.
     """
     ALL_ATTENTION_FUNCTIONS.register(NAME, attend_latent)
@@ -119,7 +120,7 @@ def attend_latent(
     attention_mask: torch.Tensor | None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Computes attention for a model that caches latents, also in layers of it that cache expanded keys and values."""
+    """Computes a layer's attention: over its latents if it caches them, otherwise over its expanded keys and values."""
     latent: Latent | None = getattr(module, LATENT_ATTRIBUTE, None)
     if latent is None:
         return attend(module, query, key, value, attention_mask, **options)
@@ -128,6 +129,6 @@ def attend_latent(
 
 
 def _as_one_head(latent: torch.Tensor, rotated: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Replaces expand_kv. Joins latent [1, 1, T, R] and rotated [1, 1, T, Dr] to a key; the value is a view of it."""
+    """Replaces expand_kv. Joins latent [1, 1, T, R] and rotated [1, 1, T, Dr] to a key; the value is a view of the key."""
     key = torch.cat((latent, rotated), dim=-1)
     return key, key[..., : latent.shape[-1]]

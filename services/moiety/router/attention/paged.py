@@ -47,9 +47,10 @@ class Batch(Protocol):
 
 
 class DiscoveryBatch:
-    """A batch of a few tokens that records only shapes. A run with it finds the CacheSpec of a model.
+    """A batch of a few tokens that records only shapes.
 
-    For an encoder-decoder it includes a prompt of one token.
+    After a model has run on this batch, `spec` says what each layer of the model caches per token. The batch also has
+    a prompt of one token, which only encoder-decoders use.
     """
 
     def __init__(self, tokens: int = 1) -> None:

@@ -1,9 +1,9 @@
-"""Attention to tokens that an indexer picks (DeepSeek-V3.2, arXiv:2512.02556): a slower path, one sequence after another.
+"""Attention to tokens that an indexer picks (DeepSeek-V3.2, arXiv:2512.02556): slow, because sequences run one by one.
 
 A layer's indexer caches keys of its own, and compares queries with them to pick the tokens that a token attends to.
-transformers' attention module does that for whole sequences, with a mask and a cache. Here the sequences of a step pass
-through that module one after the other. It reads a sequence's latents and indexer keys from the blocks of the KV cache,
-which hold them like other keys and values.
+transformers' attention module picks and attends for whole sequences, with a mask and a cache. Here the sequences of a
+step pass through that module one after the other. The module reads a sequence's latents and indexer keys from the
+blocks of the KV cache, which hold them like other keys and values.
 """
 
 from __future__ import annotations
@@ -95,9 +95,9 @@ def use_indexers(model: Any) -> None:
 
 
 def _joined(parts: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
-    """Joins the outputs [1, tokens, ...] of all sequences to one [1, T, ...]; None if a sequence has none.
+    """Joins one output of every sequence, [1, tokens, ...] each, to [1, T, ...]; None if any of them is None.
 
-    The picked tokens [1, tokens, K] of a short sequence have a smaller K: their first pick is repeated up to the largest K.
+    Picks [1, tokens, K] of a short sequence have a smaller K: copies of a token's first pick fill up to the largest K.
     """
     if any(part is None for part in parts):
         return None

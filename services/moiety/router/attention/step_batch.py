@@ -151,7 +151,7 @@ class CrossAttentionBatch:
         return keys, values
 
     def owners(self, tokens: Sequence[int]) -> list[int]:
-        """Returns for each of `tokens`, indices in the prompts' row [E], where in the step its sequence's first token is."""
+        """Maps indices of prompt tokens in [E] to the index in the step of their sequence's first output token."""
         ends = np.cumsum(self.lengths)
         return [self.first[prompt] for prompt in np.searchsorted(ends, tokens, side="right").tolist()]
 

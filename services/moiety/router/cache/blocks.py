@@ -1,4 +1,4 @@
-"""Tracks which sequences hold which block of the KV cache, and which blocks hold known tokens. No tensors here.
+"""Tracks which sequences hold which block of the KV cache, and which blocks can be reused. It has no tensors.
 
 A block is *held* by one or more sequences, *cached* (no sequence holds it, but its digest is known, so that a later
 sequence may reuse its tokens) or *free*. A new block is a free one, else the least recently used cached one.
@@ -20,7 +20,7 @@ _DIGEST_BYTES = 32  # collisions are infeasible to find, so equal digests mean e
 def root(revision: str, tenant: str) -> bytes:
     """Returns the digest of the empty prefix, from which the digests of a tenant's blocks are chained.
 
-    It differs between revisions and tenants, so they do not share blocks.
+    The digest depends on revision and tenant, so different revisions or tenants share no blocks.
     """
     return blake2b(f"{len(revision)}:{revision}{tenant}".encode(), digest_size=_DIGEST_BYTES).digest()
 
@@ -84,7 +84,7 @@ class BlockPool:
         return len(self._free) + len(self._cached)
 
     def take(self) -> int:
-        """Takes a block with one reference and without a digest. Call only while `available`."""
+        """Takes a block with one reference and without a digest. Call only if `available` is not 0."""
         if self._free:
             block = self._free.pop()
         else:
@@ -100,7 +100,7 @@ class BlockPool:
         self._references[block] += 1
 
     def release(self, block: int) -> None:
-        """Removes a reference. Without references a block with a digest stays cached; any other is free."""
+        """Removes a reference. A block without references is cached if it has a digest, otherwise free."""
         self._references[block] -= 1
         if self._references[block] == 0:
             if block in self._digest_of:

@@ -1,4 +1,4 @@
-"""What a model's layers cache per token, for how long, and per sequence. The sizes of blocks and slots follow from it."""
+"""What layers cache per token and per sequence, and how far back they see. The sizes of blocks and slots follow."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class CacheSpec:
     def reach(self) -> int | None:
         """The largest window or chunk of any layer, in tokens; None if some layer has neither.
 
-        One layer without a window keeps all blocks of a sequence: a block holds the same tokens in every layer.
+        A block holds the same tokens in every layer, so one layer that sees everything keeps all of a sequence's blocks.
         """
         reaches = [layer.window or layer.chunk for layer in self.layers.values()]
         return None if None in reaches else max(filter(None, reaches), default=None)

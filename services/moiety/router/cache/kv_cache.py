@@ -69,7 +69,7 @@ class KVCache:
         return self._layers[index]
 
     def blocks_for(self, tokens: int) -> int:
-        """Returns how many blocks suffice for a sequence to grow to `tokens` tokens; blocks out of every window are freed."""
+        """Returns how many blocks at a time suffice for a sequence of `tokens` tokens. Blocks out of every window are freed."""
         whole = -(-tokens // self.block_tokens)
         return whole if self._reach is None else min(whole, -(-self._reach // self.block_tokens) + 2)
 
@@ -78,7 +78,7 @@ class KVCache:
     def grow(self, table: BlockTable, tokens: int) -> int:
         """Takes blocks until `table` has room for `tokens` or no block is left; returns how many of `tokens` have room.
 
-        If the model keeps states, a table without a slot takes one. The scheduler runs no more sequences than slots.
+        If the model keeps states, a table without a slot takes one. The scheduler makes sure that one is free.
         """
         if self.spec.states and table.slot is None:
             table.slot = self.states.take()
@@ -89,8 +89,8 @@ class KVCache:
     def commit(self, table: BlockTable, tokens: Sequence[int], computed: int, tenant: str) -> None:
         """Commits a step after which the first `computed` of `tokens` are written.
 
-        Makes the states that the step wrote current, registers full blocks by digest, and returns blocks that are out of
-        every window to the pool.
+        Commits the states that the step wrote, registers full blocks by digest, and gives the pool back the blocks that
+        are out of every window.
         """
         if table.slot is not None:
             self.states.commit(table.slot)
@@ -120,7 +120,7 @@ class KVCache:
     # Sharing -----------------------------------------------------------------------------------------------------
 
     def match(self, table: BlockTable, tokens: Sequence[int], tenant: str) -> list[int]:
-        """Returns the blocks of the longest cached prefix of `tokens`. It excludes the last token, which is always computed."""
+        """Returns the blocks of the longest cached prefix of `tokens` that ends before the last token."""
         found: list[int] = []
         if self._revision is not None:
             for at in range((len(tokens) - 1) // self.block_tokens):
@@ -143,9 +143,9 @@ class KVCache:
         return table.count * self.block_tokens
 
     def fork(self, table: BlockTable, computed: int) -> BlockTable | None:
-        """Returns a second table with the same `computed` tokens: shares full blocks, copies a partial last one and states.
+        """Returns a second table with the same `computed` tokens; None if it needs a free block and there is none.
 
-        Returns None if no block is free for the copy.
+        The tables share full blocks. A partly filled last block and the states are copied.
         """
         full = computed // self.block_tokens
         if computed % self.block_tokens and not self._pool.available:
@@ -175,7 +175,7 @@ class KVCache:
         return shared
 
     def check_integrity(self, tables: Iterable[BlockTable]) -> None:
-        """Raises RuntimeError unless `tables` hold all taken slots, all blocks that are not free or cached, and no more."""
+        """Raises RuntimeError unless `tables` hold exactly the slots not free and the blocks neither free nor cached."""
         tables = list(tables)
         self._pool.check(block for table in tables for block in table.held)
         self.states.check(table.slot for table in tables if table.slot is not None)

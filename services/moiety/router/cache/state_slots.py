@@ -50,7 +50,7 @@ class SlotStates:
         self._committed[slot] = 1 - self._committed[slot]
 
     def take(self) -> int:
-        """Takes a slot. Call only while `available`."""
+        """Takes a slot. Call only if `available` is not 0."""
         return self._free.pop()
 
     def release(self, slot: int) -> None:
@@ -72,7 +72,7 @@ class SlotStates:
 
 @dataclass(frozen=True, slots=True)
 class StateGroup:
-    """Sequences that a layer computes together: with equally many tokens in the step, and either all new or all continued."""
+    """Sequences that a layer computes together. All have equally many tokens in a step; all are new or all continued."""
 
     sequences: int
     tokens: int  # of each sequence
@@ -82,7 +82,7 @@ class StateGroup:
 
 @dataclass(frozen=True, slots=True)
 class StepStates:
-    """How state layers compute a step: its groups, and the order of its tokens by group and, within a group, by sequence."""
+    """A step as state layers compute it: its groups of sequences, and its tokens ordered by group, then by sequence."""
 
     states: SlotStates
     groups: tuple[StateGroup, ...]

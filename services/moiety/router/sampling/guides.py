@@ -77,7 +77,7 @@ def allowed_tokens(matchers: Sequence[Matcher], vocabulary: int) -> tuple[np.nda
 
 
 class Guides:
-    """Compiles guides for one checkpoint, and reads its tokenizer when the first guide comes."""
+    """Compiles guides for one checkpoint. Reads the checkpoint's tokenizer when it compiles the first guide."""
 
     def __init__(self, folder: str, vocabulary: int, threads: int):
         self._folder, self._vocabulary, self._threads = folder, vocabulary, threads
@@ -91,7 +91,7 @@ class Guides:
         """Compiles a guide, or takes it from the cache.
 
         Raises InvalidRequest if the guide does not compile, FailedPrecondition if the checkpoint has no usable tokenizer,
-        ResourceExhausted if this takes longer than COMPILE_S, including the wait for other guides.
+        ResourceExhausted if the wait for other guides and compiling this one take longer than COMPILE_S together.
         """
         try:
             async with asyncio.timeout(COMPILE_S):

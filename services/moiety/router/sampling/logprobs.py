@@ -17,7 +17,7 @@ def sampled_logprobs(
 ) -> list[tuple[float, TopLogprobs | None]]:
     """Returns for each row of logits [n, V] the log probability of `tokens[row]`, and the `tops[row]` likeliest tokens.
 
-    The latter are None where `tops[row]` is 0.
+    The likeliest tokens of a row are None where its `tops[row]` is 0.
     """
     logprobs = logits.float().log_softmax(-1)
     chosen = logprobs.gather(1, torch.tensor(tokens, device=logprobs.device)[:, None])[:, 0].tolist()

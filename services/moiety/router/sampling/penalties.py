@@ -1,4 +1,4 @@
-"""Token counts for repetition, presence and frequency penalties. They grow with their sequence and are not recounted."""
+"""Token counts for repetition, presence and frequency penalties. Only new tokens are counted at each step."""
 
 from __future__ import annotations
 

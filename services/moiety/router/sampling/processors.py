@@ -55,7 +55,7 @@ def _add_bias(scores: torch.Tensor, sequences: abc.Sequence[Sequence], rows: lis
 def _penalise(scores: torch.Tensor, sequences: abc.Sequence[Sequence], rows: list[int]) -> None:
     """Applies the repetition penalty to tokens of prompt and output, frequency and presence penalties to tokens of the output.
 
-    The first works as transformers' RepetitionPenaltyLogitsProcessor, the other two as OpenAI's.
+    The repetition penalty is that of transformers' RepetitionPenaltyLogitsProcessor; the other two are OpenAI's.
     """
     counts = [sequences[row].counts for row in rows]
     for row, counted in zip(rows, counts, strict=True):
@@ -78,7 +78,7 @@ def _penalise(scores: torch.Tensor, sequences: abc.Sequence[Sequence], rows: lis
 def _follow_guides(scores: torch.Tensor, sequences: abc.Sequence[Sequence], rows: list[int]) -> dict[int, MoietyError]:
     """Masks the tokens that a row's guide forbids; returns the errors of rows whose guide failed.
 
-    Before min_tokens, also masks the tokens that end the output, unless the guide allows no other token.
+    In an output shorter than min_tokens, also masks the tokens that end it, unless the guide allows no other token.
     """
     allowed, failed = allowed_tokens([sequences[row].following_guide() for row in rows], scores.shape[1])
     for index, row in enumerate(rows):

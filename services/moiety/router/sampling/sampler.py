@@ -148,10 +148,10 @@ def _drop_below(shares: torch.Tensor, least: torch.Tensor) -> None:
 
 
 def _invert(shares: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """Returns the tokens [n] at which the running sums of the rows of shares [n, V] first exceed uniform [n] times their total.
+    """Returns for each row of shares [n, V] the first token whose running sum exceeds uniform [n] times the row's sum.
 
-    This is inverse transform sampling in two levels, a block of BLOCK tokens and then a token of it: running sums over a
-    whole vocabulary would cost more than the rest of the draw.
+    This is inverse transform sampling in two levels: first a block of BLOCK tokens, then a token in that block. Running
+    sums over a whole vocabulary would cost more than the rest of the draw.
     """
     if padding := -shares.shape[1] % BLOCK:
         shares = torch.nn.functional.pad(shares, (0, padding))
@@ -168,7 +168,7 @@ def _invert(shares: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
 def _first_above(running: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Returns for each row of running sums [n, m] the index of the first sum above target [n].
 
-    It is never an index whose own share is zero.
+    The share at that index is not zero, even where rounding puts the target beyond the last sum.
     """
     # rounding must not lead beyond the last nonzero share
     target = torch.minimum(target, running[:, -1] * (1 - 2**-50))
@@ -180,7 +180,7 @@ def _column(values: list[float], like: torch.Tensor) -> torch.Tensor:
 
 
 def uniforms(counters: abc.Sequence[tuple[int, int, int]]) -> np.ndarray:
-    """Returns float64 in [0, 1) for each (seed, choice, position), a pure function of it (Philox4x64, Salmon et al. 2011)."""
+    """Returns a float64 in [0, 1) for each (seed, choice, position), its only input (Philox4x64, Salmon et al. 2011)."""
     philox = np.random.Philox(key=0)
     state = philox.state
     drawn = np.empty(len(counters), np.float64)

@@ -3,7 +3,7 @@
 Running sequences are kept in order of rank (priority, then arrival). Blocks are allocated as tokens need them. When no
 block is free, the running sequence with the highest rank number is preempted: it frees its blocks, keeps its tokens and
 waits again. When it runs again, it recomputes its tokens, except a prefix that is still cached. So the first sequence in rank
-always advances, and each sequence that the whole cache could hold finishes.
+always advances, and a sequence that fits in the whole cache can finish.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Scheduler:
     def admit(self) -> list[Sequence]:
         """Moves waiting sequences to running while slots and blocks last; returns the admitted ones.
 
-        Admission follows queue order strictly. A sequence may preempt running ones of lower priority.
+        Admission follows queue order strictly. A waiting sequence may preempt running sequences of lower priority.
         """
         admitted = []
         while (sequence := self.waiting.first()) is not None:
@@ -65,7 +65,8 @@ class Scheduler:
     def plan_step(self) -> StepPlan:
         """Plans decode tokens, then prompt chunks, then drafts, within the token budget. The plan may be empty.
 
-        Blocks for everything in the plan are allocated when this returns.
+        Only an encoder's prompt, which is not split, may exceed the budget. When this returns, all blocks that the plan
+        needs are allocated.
         """
         chosen: list[Scheduled] = []
         left = self._token_budget
@@ -104,7 +105,8 @@ class Scheduler:
     def fork(self, sequence: Sequence) -> None:
         """Starts the siblings of a sequence whose prompt is computed, in the slots reserved for them.
 
-        They share its blocks. A sibling that gets no block for its copy waits, and computes the prompt again.
+        Siblings share its full blocks and copy a partly filled last one. A sibling that gets no block for its copy waits
+        in the queue, and computes the prompt again.
         """
         for sibling in sequence.siblings:
             sibling.admitted, sibling.cached_tokens = True, sequence.cached_tokens
@@ -164,9 +166,9 @@ class Scheduler:
 
     @property
     def _spare_blocks(self) -> int:
-        """Number of free blocks less a reserve: the blocks that running prompts still need, and one more per running sequence.
+        """Number of free blocks less a reserve: what running prompts still need, and one block per running sequence.
 
-        A sequence decodes into the latter. Without the reserve, it could be admitted and preempted a few steps later.
+        A running sequence decodes into that block. Without the reserve, a new one could soon be preempted again.
         """
         reserved = sum(
             max(0, self._cache.blocks_for(len(sequence.tokens)) - len(sequence.table.held)) + 1
@@ -179,8 +181,8 @@ class Scheduler:
     def _allocate(self, sequence: Sequence, wanted: int) -> int:
         """Allocates blocks for up to `wanted` more tokens of the sequence; returns for how many tokens it got blocks.
 
-        If no block is free, preempts the last sequences in rank. A sequence that still gets no block keeps its blocks and
-        waits for others to end. It computes tokens twice only if a sequence before it in rank needs its blocks.
+        While no block is free, preempts the last sequence in rank. If `sequence` is the last, it keeps its blocks and
+        waits until others free some. So a sequence loses its blocks only to one before it in rank.
         """
         while True:
             granted = self._cache.grow(sequence.table, sequence.computed + wanted) - sequence.computed

@@ -9,7 +9,7 @@ from moiety.router.sequence.sequence import Sequence
 
 
 class WaitingQueue:
-    """The queue of sequences that wait to run, which hold no slot and no blocks."""
+    """The sequences that wait to run. A waiting sequence holds no slot and no blocks."""
 
     def __init__(self) -> None:
         # priority -> tenant -> its sequences in order; the first tenant has the next turn.

@@ -1,10 +1,10 @@
 """Speculative decoding by prompt lookup: drafts copied from a sequence's own text, and the exact rule to accept them.
 
-Text repeats itself: the tokens that followed the last occurrence of the newest tokens are likely to follow them again
+Text repeats itself: what followed the newest tokens when they occurred before is likely to follow them again
 (LLMA, arXiv:2304.04487). A step computes a sequence's next token and its drafts at once. The noise of a sampled token is
-a function of seed, choice and position only. So sampling each position from its own logits gives exactly the token that
-decoding one by one would give, at any temperature, as long as all drafts before it are right. Drafts do not change the
-output; a wrong draft costs its share of the step.
+a function of seed, choice and position only. So sampling each position from its own logits gives the token that
+decoding one by one would give, at any temperature, as long as all drafts before it are right. Apart from rounding in
+the logits, drafts do not change the output. A wrong draft costs its share of the step.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Drafter:
     def draft(self, tokens: Sequence[int], most: int) -> tuple[int, ...]:
         """Returns up to `most` tokens that may follow `tokens`; often none.
 
-        `tokens` must continue those of the call before. The time is proportional to the number of new tokens.
+        `tokens` must begin with the tokens of the previous call. The time is proportional to the number of new tokens.
         """
         wanted = min(self._length, most)
         if wanted < 1 or len(tokens) < self._resume:
@@ -44,8 +44,8 @@ class Drafter:
     def learn(self, drafted: int, accepted: int, tokens: int) -> None:
         """Adapts the number of drafts after `accepted` of `drafted` were right; the sequence now has `tokens` tokens.
 
-        All right: twice as many next time. Some right: one more than were accepted. None right: half as many, and a
-        pause without drafts once that is less than one.
+        The number doubles, up to the most in a step, if all were right. If only some were, it becomes `accepted` + 1.
+        If none was, it halves. Where it would fall below one, it becomes one, after a pause without drafts.
         """
         if not drafted:
             return

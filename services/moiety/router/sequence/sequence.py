@@ -92,7 +92,7 @@ class Sequence:
 
     @property
     def to_encode(self) -> int:
-        """Prompt tokens that the encoder must compute before the decoder can start."""
+        """Number of prompt tokens that the encoder must compute before the decoder can start."""
         return 0 if self.encoded else len(self.encoder_ids)
 
     @property
@@ -106,7 +106,7 @@ class Sequence:
 
     @property
     def needs_prompt_logits(self) -> bool:
-        """Whether the request still needs the logits of every prompt token, so that none may come from the prefix cache."""
+        """Whether the request still needs the logits of every prompt token. If so, it cannot use the prefix cache."""
         return self.sampling.prompt_logprobs and self.generated == 0
 
     @property
@@ -125,7 +125,7 @@ class Sequence:
 
     @property
     def rank(self) -> tuple[int, int, int]:
-        """Order in which sequences keep their blocks when memory is short: lower ranks first."""
+        """Place among sequences. When memory is short, the running sequence with the highest rank loses its blocks first."""
         return self.priority, self.arrival, self.choice
 
     @property

@@ -64,7 +64,7 @@ class StepPlan:
 
     @property
     def work(self) -> int:
-        """Tokens to compute, including prompt tokens that the encoder computes."""
+        """Number of tokens to compute, including prompt tokens that the encoder computes."""
         return sum(item.work for item in self.scheduled)
 
     def split(self, parts: int) -> list[StepPlan]:

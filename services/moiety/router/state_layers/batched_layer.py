@@ -1,9 +1,9 @@
 """Runs state layers (Mamba, linear attention, convolutions) over packed steps, with no code per model.
 
 transformers' modules take tokens as [sequences, tokens, D], and a cache. A BatchedStateLayer replaces the `forward` of each
-module that keeps a state (`state_discovery.py` finds them). Sequences with the same number of tokens in a step, new ones
-apart, pass through the module together, for example all that decode. Their states are gathered from the slots' committed
-rows, and the new states are written to the slots' other rows.
+module that keeps a state (`state_discovery.py` finds them). Sequences with the same number of tokens in a step pass
+through the module together, for example all that decode; new sequences form groups of their own. A group's states are
+gathered from the slots' committed rows, and its new states are written to the slots' other rows.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def _group_part(given: Any, tokens: int, begin: int, group: StateGroup) -> Any:
 
 
 def _joined(outputs: Sequence[Any], step: StepStates) -> Any:
-    """Joins the groups' outputs, [sequences, tokens, ...], to the output of the whole step, [1, T, ...], in its own order."""
+    """Joins the groups' outputs, [sequences, tokens, ...] each, to [1, T, ...], in the order of the step's tokens."""
     flat = [
         map_token_rows(output, (group.sequences, group.tokens), lambda tensor: tensor.flatten(0, 1)[None])
         for output, group in zip(outputs, step.groups, strict=True)
@@ -150,7 +150,7 @@ def _joined(outputs: Sequence[Any], step: StepStates) -> Any:
 
 
 def concatenated(outputs: Sequence[Any]) -> Any:
-    """Concatenates outputs of equal structure, [B, tokens, ...] each. Tensors whose other sizes differ become None."""
+    """Concatenates outputs of equal structure along dimension 1, tokens. Tensors that differ in another size become None."""
     if len(outputs) == 1:
         return outputs[0]
     if isinstance(outputs[0], tuple | list):

@@ -32,7 +32,10 @@ class LayerStates(LinearAttentionCacheLayerMixin):
     def update_conv_state(
         self, conv_states: torch.Tensor, state_idx: int = 0, conv_kernel_size: int | None = None, **_: Any
     ) -> torch.Tensor:
-        """Keeps the last inputs; returns [B, channels, tokens], earlier inputs or zeros up to the kernel's width in front."""
+        """Returns the inputs that were kept, followed by the new ones, [B, channels, tokens]. Keeps the last of these.
+
+        If none were kept, zeros in front fill the new inputs up to the kernel's width.
+        """
         past = self.conv_states[state_idx]
         if past is not None:
             width, inputs = past.shape[-1], torch.cat((past, conv_states), dim=-1)
@@ -67,7 +70,7 @@ class _NothingKept(Cache):
 
 
 class PositionCache(_NothingKept):
-    """A cache for an attention layer that reads token positions from it and counts its own tokens from there."""
+    """A cache for an attention layer that computes a token's position as the cache's length plus the token's index."""
 
     def __init__(self, positions: torch.Tensor):
         """`positions`: [T], of the tokens of a packed row."""
@@ -75,7 +78,7 @@ class PositionCache(_NothingKept):
         self._offsets = positions - torch.arange(len(positions), device=positions.device)
 
     def get_seq_length(self, layer_idx: int = 0) -> Any:
-        """Returns [T]: for each token the offset that, plus its index in the row, gives its position."""
+        """Returns offsets [T]: a token's offset plus its index in the row is its position."""
         return self._offsets
 
 

@@ -107,8 +107,8 @@ def batch_state_layers(model: Any, run: Callable[[Any], object]) -> None:
     """Makes a trunk keep its states in slots; does nothing to a model without states.
 
     `run(cache)` runs `model` on PROBE_TOKENS tokens with `cache` as its past_key_values. Raises CheckpointError
-    if a module gives another result token by token than in one step. If only later chunks of a prompt differ, warns that
-    the module takes them token by token.
+    if a module's result changes when tokens after the first chunk come one by one. If it changes only when they come as
+    a second chunk, warns that the module will compute later chunks token by token.
     """
     config = model.config.get_text_config()
     recorder = _Recorder(getattr(config, "number_of_conv_states", 1))
