@@ -1,4 +1,4 @@
-"""Helpers of the two expert operations: splitting a batch by weight format, and running the Triton kernels."""
+"""Helpers of expert_mlp and partial_expert_mlp: they split a batch by weight format and run the Triton kernels."""
 
 from __future__ import annotations
 

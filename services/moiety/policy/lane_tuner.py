@@ -65,5 +65,5 @@ class LaneTuner:
         return min(len(lanes), len(without)) >= CLEAR_TRIALS and min(lanes) > CLEAR * max(without)
 
     def verdicts(self) -> dict[Hashable, int]:
-        """Returns, for each step size, the number of lanes that won the last comparison; 1 before the first one."""
+        """Returns, for each step size, the lane count that won its last comparison; 1 until a comparison has ended."""
         return {size: known.best for size, known in self._sizes.items()}

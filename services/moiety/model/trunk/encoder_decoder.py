@@ -113,7 +113,7 @@ class EncoderDecoder(nn.Module):
         )
 
     def _encoded(self, batch: Any) -> torch.Tensor:
-        """Returns the encoder's output [1, E, D] for the batch's prompts."""
+        """Returns the encoder's output [1, E, D] for the batch's E prompt tokens; zeros [1, 1, D] if there are none."""
         prompts: Prompts = batch.cross
         embedding = self.model.get_input_embeddings().weight
         if not len(prompts.ids):  # a row that is not used, because modules cannot reshape an empty one

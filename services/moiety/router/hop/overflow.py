@@ -49,7 +49,7 @@ class OverrunReplicas:
 
 @dataclass(frozen=True, slots=True)
 class Masks:
-    """Which experts of one layer are overrun, and which of these may lose rows to other experts. Both masks are bool [E]."""
+    """Which experts of one layer are overrun, and which of these may pass rows to other experts. Masks: bool [E]."""
 
     spared: np.ndarray  # overrun, and their rows may go to another expert
     overrun: np.ndarray  # all overrun experts, also those whose rows have to wait: no row is rerouted to them
@@ -76,7 +76,7 @@ class OverrunExperts:
         self._built_for: tuple[int, frozenset[str]] = (0, frozenset())  # the masks' table version, overrun replicas
 
     def __call__(self, layer: int) -> Masks | None:
-        """Returns which experts of `layer` are overrun, and which of these may lose rows; None if none may.
+        """Returns which experts of `layer` are overrun, and which of these may pass rows to other experts; None if none may.
 
         A sliced expert is overrun if one of its slices is. Its rows may go elsewhere only if all groups that hold one of its
         slices have the policy `backup`.
@@ -107,7 +107,7 @@ class OverflowHop:
     """A StepBackend that sends the rows of overrun experts to their backups, where the policy allows it."""
 
     def __init__(self, backend: StepBackend, overrun: Callable[[int], Masks | None]) -> None:
-        """`overrun(layer)`: which experts are overrun and which of these may lose rows; None = none may."""
+        """`overrun(layer)`: which experts are overrun and which of these may pass rows to others; None = none may."""
         self._backend, self._overrun = backend, overrun
         self._step: StepContext | None = None
         self.rerouted = 0  # rows since the start
