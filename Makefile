@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-PROTOS := $(wildcard protos/moiety/v1/*.proto protos/moiety/internal/v1/*.proto)
+PROTOS := $(sort $(shell find protos -name '*.proto'))
 CPU    := $(wildcard kernels/moiety_kernels/cpu/*)
 
 .PHONY: help demo test test-all check parity proto bench clean
