@@ -115,21 +115,17 @@ def test_a_drained_router_finishes_its_streams(served: Served, expected: list[li
 
 
 @pytest.mark.slow
-def test_requests_fail_without_a_replacement_in_time(tiny: Callable[[str], str]) -> None:
+async def test_requests_fail_without_a_replacement_in_time(tiny: Callable[[str], str]) -> None:
     """Without a replacement in time requests end with UNAVAILABLE, which names layer and experts; later ones work.
 
     Over 20 s: its router waits only one second, so it needs its own cluster.
     """
-
-    async def scenario() -> None:
-        impatient = LocalCluster(tiny("qwen3_moe"), dtype="float32", router={"expert_wait_s": 1.0})
-        async with impatient as cluster, Client(cluster.address) as client:
-            streams = Streams(client, NEW_TOKENS)
-            await streams.wait_for_tokens(STRIKE_AT)
-            cluster.experts(1)[0].signal(signal.SIGKILL)
-            with pytest.raises(Unavailable, match=r"no live replica holds expert\(s\) \[.*\] of MoE layer \d"):
-                await streams.finish()
-            await cluster.add_expert(1)
-            await Streams(client, NEW_TOKENS).finish()
-
-    asyncio.run(scenario())
+    impatient = LocalCluster(tiny("qwen3_moe"), dtype="float32", router={"expert_wait_s": 1.0})
+    async with impatient as cluster, Client(cluster.address) as client:
+        streams = Streams(client, NEW_TOKENS)
+        await streams.wait_for_tokens(STRIKE_AT)
+        cluster.experts(1)[0].signal(signal.SIGKILL)
+        with pytest.raises(Unavailable, match=r"no live replica holds expert\(s\) \[.*\] of MoE layer \d"):
+            await streams.finish()
+        await cluster.add_expert(1)
+        await Streams(client, NEW_TOKENS).finish()

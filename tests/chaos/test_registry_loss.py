@@ -28,55 +28,51 @@ async def _rows(cluster: LocalCluster) -> int:
 
 
 @pytest.mark.slow
-def test_serving_outlives_its_registry(tiny: Callable[[str], str]) -> None:
+async def test_serving_outlives_its_registry(tiny: Callable[[str], str]) -> None:
     """Redis stops for 30 s and comes back empty: tokens stay the same, scaling keeps its target, the registry recovers.
 
     Replicas are listed again, counters continue from their totals, and replicas follow a new placement. Over 20 s: the
     outage lasts half a minute, and the test stops its own Redis, so it needs its own cluster.
     """
-
-    async def scenario() -> None:
-        redis = EmbeddedRedis()
-        redis.start()
-        try:
-            served = LocalCluster(tiny("qwen3_moe"), dtype="float32", registry=redis.url)
-            async with served as cluster, Client(cluster.address) as client:
-                expected = await Streams(client, NEW_TOKENS).finish()
-                listed = {replica.id for replica in await cluster.registry.replicas()}
-                first, second = cluster.partition
-                swapped = {"experts-0": second, "experts-1": first}
-                await cluster.until_settled(await cluster.set_placement(swapped))
-                ledger = Ledger(cluster.registry)
-                assert not (await ledger.read()).stale
-                counted = await _rows(cluster)
-                streams = Streams(client, NEW_TOKENS)
-                await streams.wait_for_tokens(10)
-                port = redis.port
-                redis.stop()
-                outage_end = time.monotonic() + OUTAGE_S
-                assert await streams.finish() == expected
-                assert OUTAGE_S > TTL_S
-                while time.monotonic() < outage_end:
-                    assert await Streams(client, NEW_TOKENS).finish() == expected
-                    reading = await ledger.read()
-                    decision = decide(reading.snapshot("experts-0", 1, first), State(), GroupSettings(), 0.0)
-                    assert (decision.target, decision.reason) == (1, "the registry does not answer: stay at 1")
-                redis = EmbeddedRedis(port=port)
-                redis.start()
-                async with asyncio.timeout(15):
-                    while {replica.id for replica in await cluster.registry.replicas()} != listed:
-                        await asyncio.sleep(0.1)
-                assert await Streams(client, NEW_TOKENS).finish() == expected
-                async with asyncio.timeout(15):
-                    while await _rows(cluster) <= counted:
-                        await asyncio.sleep(0.1)
-                assert {r.deployment: r.held for r in await cluster.registry.replicas() if len(r.held)} == swapped
-                # The store lost the placement in force.
-                restored = Placement(2, {"experts-0": first, "experts-1": second})
-                assert await cluster.registry.set_placement(restored)
-                await cluster.until_settled(2)
-                assert await Streams(client, NEW_TOKENS).finish() == expected
-        finally:
+    redis = EmbeddedRedis()
+    redis.start()
+    try:
+        served = LocalCluster(tiny("qwen3_moe"), dtype="float32", registry=redis.url)
+        async with served as cluster, Client(cluster.address) as client:
+            expected = await Streams(client, NEW_TOKENS).finish()
+            listed = {replica.id for replica in await cluster.registry.replicas()}
+            first, second = cluster.partition
+            swapped = {"experts-0": second, "experts-1": first}
+            await cluster.until_settled(await cluster.set_placement(swapped))
+            ledger = Ledger(cluster.registry)
+            assert not (await ledger.read()).stale
+            counted = await _rows(cluster)
+            streams = Streams(client, NEW_TOKENS)
+            await streams.wait_for_tokens(10)
+            port = redis.port
             redis.stop()
-
-    asyncio.run(scenario())
+            outage_end = time.monotonic() + OUTAGE_S
+            assert await streams.finish() == expected
+            assert OUTAGE_S > TTL_S
+            while time.monotonic() < outage_end:
+                assert await Streams(client, NEW_TOKENS).finish() == expected
+                reading = await ledger.read()
+                decision = decide(reading.snapshot("experts-0", 1, first), State(), GroupSettings(), 0.0)
+                assert (decision.target, decision.reason) == (1, "the registry does not answer: stay at 1")
+            redis = EmbeddedRedis(port=port)
+            redis.start()
+            async with asyncio.timeout(15):
+                while {replica.id for replica in await cluster.registry.replicas()} != listed:
+                    await asyncio.sleep(0.1)
+            assert await Streams(client, NEW_TOKENS).finish() == expected
+            async with asyncio.timeout(15):
+                while await _rows(cluster) <= counted:
+                    await asyncio.sleep(0.1)
+            assert {r.deployment: r.held for r in await cluster.registry.replicas() if len(r.held)} == swapped
+            # The store lost the placement in force.
+            restored = Placement(2, {"experts-0": first, "experts-1": second})
+            assert await cluster.registry.set_placement(restored)
+            await cluster.until_settled(2)
+            assert await Streams(client, NEW_TOKENS).finish() == expected
+    finally:
+        redis.stop()

@@ -32,16 +32,12 @@ async def answer(client: Client, prompt: Sequence[int]) -> tuple[list[int], list
         ("deepseek_v3", "float32"),  # torch's products depend on the batch here: without the setting this fails
     ],
 )
-def test_no_bit_depends_on_the_batch(architecture: str, dtype: str, tiny: Callable[[str], str]) -> None:
+async def test_no_bit_depends_on_the_batch(architecture: str, dtype: str, tiny: Callable[[str], str]) -> None:
     """A request in small chunks has the same log probabilities to the last bit, alone and beside seven others."""
-
-    async def scenario() -> None:
-        router = {"token_budget": 24, "slots": 8, "prefix_cache": False}
-        options = {"groups": 2, "dtype": dtype, "deterministic": True, "router": router}
-        async with LocalCluster(tiny(architecture), **options) as cluster, Client(cluster.address) as client:  # type: ignore[arg-type]
-            alone = [await answer(client, prompt) for prompt in PROMPTS]
-            together = await asyncio.gather(*(answer(client, prompt) for prompt in PROMPTS))
-        assert all(len(logprobs) == len(p) - 1 + NEW_TOKENS for p, (_, logprobs) in zip(PROMPTS, alone, strict=True))
-        assert list(together) == alone
-
-    asyncio.run(scenario())
+    router = {"token_budget": 24, "slots": 8, "prefix_cache": False}
+    options = {"groups": 2, "dtype": dtype, "deterministic": True, "router": router}
+    async with LocalCluster(tiny(architecture), **options) as cluster, Client(cluster.address) as client:  # type: ignore[arg-type]
+        alone = [await answer(client, prompt) for prompt in PROMPTS]
+        together = await asyncio.gather(*(answer(client, prompt) for prompt in PROMPTS))
+    assert all(len(logprobs) == len(p) - 1 + NEW_TOKENS for p, (_, logprobs) in zip(PROMPTS, alone, strict=True))
+    assert list(together) == alone

@@ -31,22 +31,22 @@ async def generate_all(client: Client) -> list[tuple[list[int], float]]:
     return await asyncio.gather(*(generate(client, number) for number in range(STREAMS)))
 
 
-async def answers(cluster: LocalCluster) -> tuple[list[list[int]], list[float]]:
+async def answers(address: str) -> tuple[list[list[int]], list[float]]:
     """Returns the tokens of all streams, and their rerouted fractions."""
-    async with Client(cluster.address) as client:
+    async with Client(address) as client:
         done = await generate_all(client)
     return [tokens for tokens, _ in done], [rerouted for _, rerouted in done]
 
 
 @pytest.mark.slow
-def test_backup_reroutes_under_load_and_reports_it(tiny: Callable[[str], str], served: Served) -> None:
+async def test_backup_reroutes_under_load_and_reports_it(tiny: Callable[[str], str], served: Served) -> None:
     """Under `backup` a slow group's rows go to other experts, as usage and metrics report; without load, tokens are exact.
 
     Over 20 s: it starts its own cluster, with a slow group.
     """
-    expected = served.run(lambda client: generate(client, 0))[0]
-
-    async def scenario() -> None:
+    async with Client(served.cluster.address) as client:
+        expected, _ = await generate(client, 0)
+    with TraceReceiver() as receiver:
         router = {"overflow_groups": {"experts-0": "backup"}, "overflow_queue_ms": 5.0, "lanes": 2}
         env = {"OTEL_EXPORTER_OTLP_ENDPOINT": receiver.endpoint, "OTEL_TRACES_EXPORTER": "none"}
         async with LocalCluster(tiny("qwen3_moe"), dtype="float32", router=router, env=env) as cluster:
@@ -57,29 +57,22 @@ def test_backup_reroutes_under_load_and_reports_it(tiny: Callable[[str], str], s
             (fast,) = cluster.experts(0)
             await cluster.add_expert(0, capacity=400.0)
             await cluster.drain(fast)
-            tokens, fractions = await answers(cluster)
+            tokens, fractions = await answers(cluster.address)
             assert all(len(each) == NEW_TOKENS for each in tokens)
             assert 0.0 < max(fractions) < 1.0
             print(f"rerouted: {fractions}")
-
-    with TraceReceiver() as receiver:
-        asyncio.run(scenario())
         rows = {figure.name: figure.value for figure in receiver.metrics() if figure.cumulative}
     assert 0 < rows[MetricName.REROUTED_ROWS] < rows[MetricName.ROUTED_ROWS]
 
 
 @pytest.mark.slow
-def test_rows_wait_by_default(tiny: Callable[[str], str], served: Served) -> None:
+async def test_rows_wait_by_default(tiny: Callable[[str], str], served: Served) -> None:
     """Under the default policy `wait` slow groups give the tokens of fast ones, and no row is rerouted.
 
     Over 20 s: it starts its own cluster, with slow groups.
     """
-
-    async def scenario() -> None:
-        async with LocalCluster(tiny("qwen3_moe"), dtype="float32", expert={"capacity": 400.0}) as cluster:
-            tokens, fractions = await answers(cluster)
-            assert set(fractions) == {0.0}
-            assert tokens == expected
-
-    expected = [tokens for tokens, _ in served.run(generate_all)]
-    asyncio.run(scenario())
+    expected, _ = await answers(served.cluster.address)
+    async with LocalCluster(tiny("qwen3_moe"), dtype="float32", expert={"capacity": 400.0}) as cluster:
+        tokens, fractions = await answers(cluster.address)
+    assert set(fractions) == {0.0}
+    assert tokens == expected

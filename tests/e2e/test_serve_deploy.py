@@ -22,34 +22,27 @@ WAIT_S = 120.0
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 
 
-def test_the_unchanged_file_deploys_and_serves(ray_head: RayHead) -> None:
+async def test_the_unchanged_file_deploys_and_serves(ray_head: RayHead) -> None:
     """The committed file starts a system that serves on the port of the environment, and Serve can delete it.
 
     Over 20 s: four replicas start on two cores.
     """
     command = [Path(sys.executable).with_name("serve"), "deploy", "-a", ray_head.dashboard, "cluster/serve.yaml"]
-    deployed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    options = {"cwd": ROOT, "capture_output": True, "text": True, "timeout": 60, "check": False}
+    deployed = await asyncio.to_thread(subprocess.run, command, **options)
     assert deployed.returncode == 0, deployed.stderr
-
-    async def generate() -> tuple[int, set[str]]:
-        registry = connect(ray_head.redis_url, "moiety")
-        try:
-            async with asyncio.timeout(WAIT_S), Client(ray_head.gateway) as client:
-                while True:
-                    with suppress(Unavailable):
-                        await client.models()
-                        break
-                    await asyncio.sleep(0.2)
-                tokens = [
-                    t
-                    async for chunk in client.generate("Hello", max_tokens=8, ignore_eos=True)
-                    for t in chunk.token_ids
-                ]
-                return len(tokens), {replica.deployment for replica in await registry.replicas()}
-        finally:
-            await registry.close()
-
-    tokens, deployments = asyncio.run(generate())
-    assert tokens == 8
-    assert deployments == {"gateway", "router", "experts-0", "experts-1"}
-    serve.delete("moiety")
+    registry = connect(ray_head.redis_url, "moiety")
+    try:
+        async with asyncio.timeout(WAIT_S), Client(ray_head.gateway) as client:
+            while True:
+                with suppress(Unavailable):
+                    await client.models()
+                    break
+                await asyncio.sleep(0.2)
+            stream = client.generate("Hello", max_tokens=8, ignore_eos=True)
+            assert len([token async for chunk in stream for token in chunk.token_ids]) == 8
+            deployments = {replica.deployment for replica in await registry.replicas()}
+            assert deployments == {"gateway", "router", "experts-0", "experts-1"}
+    finally:
+        await registry.close()
+    await asyncio.to_thread(serve.delete, "moiety")

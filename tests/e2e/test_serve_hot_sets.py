@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
 
 import pytest
 
@@ -46,13 +47,12 @@ def app(ray_head: RayHead) -> Iterator[DeployedApp]:
         yield deployed
 
 
-def test_a_hot_set_comes_and_goes_with_expert_load(app: DeployedApp, ray_head: RayHead) -> None:
+async def test_a_hot_set_comes_and_goes_with_expert_load(app: DeployedApp, ray_head: RayHead) -> None:
     """Load fills the hot set and starts its replica; tokens and other processes stay; without load it goes to zero.
 
     Over 20 s: expert load is smoothed over ten seconds, and Ray starts a replica.
     """
-
-    async def check(registry: Registry) -> None:
+    async with _registry(ray_head.redis_url) as registry:
         async with Client(app.gateways[0]) as client:
             expected = await tokens_of(client)
             before = {replica.deployment: replica.pid for replica in await ready(registry)}
@@ -81,8 +81,6 @@ def test_a_hot_set_comes_and_goes_with_expert_load(app: DeployedApp, ray_head: R
         moves = [(entry["deployment"], entry["from"], entry["to"]) for entry in await registry.decisions()]
         assert moves.index(("placement", 1, 2)) < moves.index(("hot-0", 0, 1)) < moves.index(("hot-0", 1, 0))
         assert {name for name, _, _ in moves} <= {"placement", "hot-0", "router"}  # the router's queue may scale it too
-
-    asyncio.run(_with_registry(ray_head.redis_url, check))
 
 
 async def tokens_of(client: Client) -> list[int]:
@@ -115,9 +113,10 @@ async def until(condition: Callable[[], Awaitable[bool]]) -> None:
             await asyncio.sleep(0.1)
 
 
-async def _with_registry(url: str, action: Callable[[Registry], Awaitable[object]]) -> None:
+@asynccontextmanager
+async def _registry(url: str) -> AsyncIterator[Registry]:
     registry = connect(url, APP)
     try:
-        await action(registry)
+        yield registry
     finally:
         await registry.close()

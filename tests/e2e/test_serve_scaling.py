@@ -58,15 +58,14 @@ def app(ray_head: RayHead) -> Iterator[DeployedApp]:
         HOT: ExpertSet.uniform(shape.moe_layers, range(split)),
         COLD: ExpertSet.uniform(shape.moe_layers, [split]),
     }
-    asyncio.run(_with_registry(ray_head.redis_url, lambda registry: registry.set_placement(Placement(1, held))))
+    asyncio.run(_place(ray_head.redis_url, held))
     with deploy_app(settings, wait_s=120, progress=print) as deployed:
         yield deployed
 
 
-def test_a_hot_group_grows_and_shrinks_under_traffic(app: DeployedApp, ray_head: RayHead) -> None:
+async def test_a_hot_group_grows_and_shrinks_under_traffic(app: DeployedApp, ray_head: RayHead) -> None:
     """High load adds a second replica to the hot group only, low load removes it; all answers have the same tokens."""
-
-    async def check(registry: Registry) -> None:
+    async with _registry(ray_head.redis_url) as registry:
         async with _traffic(app.gateways[0], STREAMS) as answers:
             await _until(lambda: _count(registry, HOT, 2))
             await _more(answers, STREAMS)
@@ -76,13 +75,10 @@ def test_a_hot_group_grows_and_shrinks_under_traffic(app: DeployedApp, ray_head:
         moves = [(entry["deployment"], entry["from"], entry["to"]) for entry in await registry.decisions()]
         assert moves == [(HOT, 1, 2), (HOT, 2, 1)]
 
-    asyncio.run(_with_registry(ray_head.redis_url, check))
 
-
-def test_a_killed_sole_replica_is_replaced_and_requests_go_on(app: DeployedApp, ray_head: RayHead) -> None:
+async def test_a_killed_sole_replica_is_replaced_and_requests_go_on(app: DeployedApp, ray_head: RayHead) -> None:
     """kill -9 of an expert's only holder fails no request: all wait for its replacement and get the same tokens."""
-
-    async def check(registry: Registry) -> None:
+    async with _registry(ray_head.redis_url) as registry:
         await _until(lambda: _count(registry, COLD, 1))
         (victim,) = await _ready(registry, COLD)
         async with _traffic(app.gateways[0], STREAMS) as answers:
@@ -90,8 +86,6 @@ def test_a_killed_sole_replica_is_replaced_and_requests_go_on(app: DeployedApp, 
             os.kill(victim.pid, signal.SIGKILL)
             await _until(lambda: _replaced(registry, victim))
             await _more(answers, STREAMS)
-
-    asyncio.run(_with_registry(ray_head.redis_url, check))
 
 
 @asynccontextmanager
@@ -122,12 +116,18 @@ async def _traffic(
     assert len(answers[0]) == tokens
 
 
-async def _with_registry(url: str, action: Callable[[Registry], Awaitable[object]]) -> None:
+@asynccontextmanager
+async def _registry(url: str) -> AsyncIterator[Registry]:
     registry = connect(url, APP)
     try:
-        await action(registry)
+        yield registry
     finally:
         await registry.close()
+
+
+async def _place(url: str, held: dict[str, ExpertSet]) -> None:
+    async with _registry(url) as registry:
+        assert await registry.set_placement(Placement(1, held))
 
 
 async def _until(condition: Callable[[], Awaitable[bool]]) -> None:

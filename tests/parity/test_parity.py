@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,14 +37,14 @@ LITTLE = {"kv_memory": 256 << 10}  # holds about half of the prompts, so that so
         pytest.param("nllb-moe", {"deterministic": True}, marks=pytest.mark.slow),
     ],
 )
-def test_served_tokens_are_the_reference_tokens(
+async def test_served_tokens_are_the_reference_tokens(
     architecture: str, router: dict[str, Any], tiny: Callable[[str], str]
 ) -> None:
     """Eight prompts of different lengths at once give transformers' tokens for one at a time, without a single tie.
 
     The parameters cover preemption, lanes, drafts and a forced gRPC transport.
     """
-    report = asyncio.run(run_parity(tiny(architecture), router={**LITTLE, **router}))
+    report = await run_parity(tiny(architecture), router={**LITTLE, **router})
     print("\n".join(report.lines()))
     assert report.ok
     assert not any(prompt.tie for prompt in report.prompts)
@@ -59,34 +58,40 @@ LOGIT_BOUND = 1e-3
 
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", [name for name in tiny_names() if name not in SERVED])
-def test_every_architecture_is_served_token_for_token(architecture: str, tiny: Callable[[str], str]) -> None:
+async def test_every_architecture_is_served_token_for_token(architecture: str, tiny: Callable[[str], str]) -> None:
     """Every other architecture of `moiety parity --all-tiny` gives the reference's tokens.
 
     Slow: each test starts its own cluster, about 10 s on an idle machine.
     """
     references = Path(__file__).parent / "references.py"
-    report = asyncio.run(run_parity(tiny(architecture), references=references))
+    report = await run_parity(tiny(architecture), references=references)
     print("\n".join(report.lines()))
     assert report.identical == len(report.prompts)
     assert report.logit_error < LOGIT_BOUND
 
 
-def test_a_wrong_expert_is_noticed(tiny: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The comparison can fail: with one expert of the reference changed, it reports differing tokens, not ties."""
-    source = Path(tiny("mixtral"))
+def write_with_a_wrong_expert(source: Path, target: Path) -> None:
+    """Copies a checkpoint, with another down projection of each layer's expert 1."""
     for file in source.iterdir():
         if file.suffix != ".safetensors":
-            (tmp_path / file.name).write_bytes(file.read_bytes())
-    for shard in source.glob("*.safetensors"):
-        tensors = load_file(shard)
+            (target / file.name).write_bytes(file.read_bytes())
+            continue
+        tensors = load_file(file)
         changed = {name: t * 1.5 if ".experts.1.w2" in name else t for name, t in tensors.items()}
-        save_file(changed, tmp_path / shard.name, metadata={"format": "pt"})
+        save_file(changed, target / file.name, metadata={"format": "pt"})
 
+
+async def test_a_wrong_expert_is_noticed(
+    tiny: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The comparison can fail: with one expert of the reference changed, it reports differing tokens, not ties."""
+    source = tiny("mixtral")
+    write_with_a_wrong_expert(Path(source), tmp_path)
     import moiety.tools.parity.parity as parity
 
     reference = parity._transformers_model
     monkeypatch.setattr(parity, "_transformers_model", lambda _, dtype: reference(str(tmp_path), dtype))
-    report = asyncio.run(run_parity(str(source)))
+    report = await run_parity(source)
     assert not report.ok
     assert sum(not prompt.ok for prompt in report.prompts) >= 4
     assert report.logit_error > 0.1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import signal
 import subprocess
@@ -26,40 +25,30 @@ def _peer(module: str, scratch: Path) -> Peer:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("module", ["hf_generate", "hf_continuous"])
-def test_peer_generates(tiny: Callable[[str], str], tmp_path: Path, module: str) -> None:
+async def test_peer_generates(tiny: Callable[[str], str], tmp_path: Path, module: str) -> None:
     """Every prompt gets its tokens, with rising times after the start. Slow: each case imports and loads transformers."""
-
-    async def scenario() -> tuple[str, float, list[list[float]]]:
-        peer = _peer(module, tmp_path)
-        try:
-            await peer.start({**LOAD, "checkpoint": tiny("qwen3_moe")}, START_S)
-            began, arrivals = await peer.run([[5, 6, 7, 8], [9, 10, 11, 12], [13, 14, 15, 16]], 6, START_S)
-        finally:
-            await peer.stop()
-        return peer.name, began, arrivals
-
-    name, began, arrivals = asyncio.run(scenario())
-    assert name.startswith("transformers ")
+    peer = _peer(module, tmp_path)
+    try:
+        await peer.start({**LOAD, "checkpoint": tiny("qwen3_moe")}, START_S)
+        began, arrivals = await peer.run([[5, 6, 7, 8], [9, 10, 11, 12], [13, 14, 15, 16]], 6, START_S)
+    finally:
+        await peer.stop()
+    assert peer.name.startswith("transformers ")
     assert [len(times) for times in arrivals] == [6, 6, 6]
     for times in arrivals:
         assert began < times[0]
         assert times == sorted(times)
 
 
-def test_peer_without_its_library(tmp_path: Path) -> None:
+async def test_peer_without_its_library(tmp_path: Path) -> None:
     """A Python without the peer's library gives an error that names the missing module, and its process ends."""
-
-    async def scenario() -> int:
-        peer = _peer("vllm_cpu", tmp_path)
-        with pytest.raises(Unavailable, match="ModuleNotFoundError: No module named 'vllm'"):
-            await peer.start({**LOAD, "checkpoint": str(tmp_path)}, START_S)
-        assert peer.pid is not None
-        await peer.stop()
-        return peer.pid
-
-    pid = asyncio.run(scenario())
+    peer = _peer("vllm_cpu", tmp_path)
+    with pytest.raises(Unavailable, match="ModuleNotFoundError: No module named 'vllm'"):
+        await peer.start({**LOAD, "checkpoint": str(tmp_path)}, START_S)
+    assert peer.pid is not None
+    await peer.stop()
     with pytest.raises(ProcessLookupError):
-        os.killpg(pid, 0)
+        os.killpg(peer.pid, 0)
 
 
 def test_stopped_peer_does_not_outlive_its_parent(tmp_path: Path) -> None:
@@ -96,13 +85,9 @@ def _exists(group: int) -> bool:
     return True
 
 
-def test_peer_that_dies(tmp_path: Path) -> None:
+async def test_peer_that_dies(tmp_path: Path) -> None:
     """A process that ends without an answer gives an error with the last lines of its log."""
-
-    async def scenario() -> None:
-        peer = Peer(PeerKind("false", "none", "false", {}), tmp_path)
-        with pytest.raises(Unavailable, match="the process ended: its log is empty"):
-            await peer.start({**LOAD, "checkpoint": str(tmp_path)}, START_S)
-        await peer.stop()
-
-    asyncio.run(scenario())
+    peer = Peer(PeerKind("false", "none", "false", {}), tmp_path)
+    with pytest.raises(Unavailable, match="the process ended: its log is empty"):
+        await peer.start({**LOAD, "checkpoint": str(tmp_path)}, START_S)
+    await peer.stop()

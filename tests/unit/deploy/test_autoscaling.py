@@ -6,7 +6,8 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,9 @@ from moiety.deploy import autoscaling_hook
 from moiety.deploy.arguments import to_arguments
 from moiety.registry.connect import connect
 from moiety.registry.embedded_redis import EmbeddedRedis
+from moiety.registry.interface import Registry
 from moiety.telemetry import MetricName
+from moiety.testing import eventually
 from moiety.tools.trace.receiver import TraceReceiver
 
 WAIT_S = 10.0
@@ -57,60 +60,48 @@ def _policy(settings: AppSettings) -> Any:
     return copied(arguments=to_arguments(settings), held="0:0-3")
 
 
-def _report(settings: AppSettings, busy: float) -> None:
-    """Reports load as a replica would."""
-
-    async def publish() -> None:
-        registry = connect(settings.registry, settings.app)
-        await registry.register(Replica("a", Role.EXPERT, "experts-0", "127.0.0.1:1", "node", "m", "r"))
-        await registry.publish_load("a", ReplicaLoad(busy, 0.0, 100.0, 10.0))
+@asynccontextmanager
+async def _registry(settings: AppSettings) -> AsyncIterator[Registry]:
+    registry = connect(settings.registry, settings.app)
+    try:
+        yield registry
+    finally:
         await registry.close()
 
-    asyncio.run(publish())
+
+async def _report(settings: AppSettings, busy: float) -> None:
+    """Reports load as a replica would."""
+    async with _registry(settings) as registry:
+        await registry.register(Replica("a", Role.EXPERT, "experts-0", "127.0.0.1:1", "node", "m", "r"))
+        await registry.publish_load("a", ReplicaLoad(busy, 0.0, 100.0, 10.0))
 
 
-def _decisions(settings: AppSettings) -> Sequence[Mapping[str, Any]]:
-    async def read() -> Sequence[Mapping[str, Any]]:
-        registry = connect(settings.registry, settings.app)
-        try:
-            return await registry.decisions()
-        finally:
-            await registry.close()
-
-    return asyncio.run(read())
-
-
-def _until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < deadline, "the condition was not met in time"
-        time.sleep(0.05)
-
-
-def test_a_busy_deployment_grows_and_the_decision_is_recorded(redis: EmbeddedRedis) -> None:
+async def test_a_busy_deployment_grows_and_the_decision_is_recorded(redis: EmbeddedRedis) -> None:
     """Load in the ledger raises the target, and the decision is recorded with its reason and its inputs."""
     settings = _settings(redis)
     policy, context = _policy(settings), Context()
     assert policy(context) == (1, {})
-    _report(settings, busy=1.0)
-    _until(lambda: policy(context)[0] == 2)
-    _until(lambda: len(_decisions(settings)) == 1)
-    (decision,) = _decisions(settings)
+    await _report(settings, busy=1.0)
+    await eventually(lambda: policy(context)[0] == 2)
+    async with _registry(settings) as registry, asyncio.timeout(WAIT_S):
+        while not (decisions := await registry.decisions()):
+            await asyncio.sleep(0.05)
+    (decision,) = decisions
     assert (decision["deployment"], decision["from"], decision["to"]) == ("experts-0", 1, 2)
     assert decision["reason"] == "busy 1.00 of 1 replica > target 0.60: 1 → 2"
     assert decision["inputs"]["busy"] == 1.0
     assert abs(decision["time"] - time.time()) < WAIT_S
 
 
-def test_live_bounds_win_over_the_arguments(redis: EmbeddedRedis) -> None:
+async def test_live_bounds_win_over_the_arguments(redis: EmbeddedRedis) -> None:
     """Bounds changed in the running application apply from the next decision on."""
     settings = _settings(redis)
     policy = _policy(settings)
     context = Context(capacity_adjusted_min_replicas=3, capacity_adjusted_max_replicas=8)
-    _until(lambda: policy(context)[0] == 3)
+    await eventually(lambda: policy(context)[0] == 3)
 
 
-def test_targets_are_exported(redis: EmbeddedRedis, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_targets_are_exported(redis: EmbeddedRedis, monkeypatch: pytest.MonkeyPatch) -> None:
     """The target of each deployment is exported as a metric."""
     with TraceReceiver() as receiver:
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", receiver.endpoint)
@@ -124,22 +115,22 @@ def test_targets_are_exported(redis: EmbeddedRedis, monkeypatch: pytest.MonkeyPa
             names = ("moiety.deployment", "service.instance.id")
             return {(figure.service, figure.value, *map(figure.attributes.get, names)) for figure in figures}
 
-        _until(lambda: exported() == {("moiety-autoscaler", 3, "experts-0", settings.app)})
+        await eventually(lambda: exported() == {("moiety-autoscaler", 3, "experts-0", settings.app)})
 
 
-def test_without_a_registry_the_current_target_holds(redis: EmbeddedRedis) -> None:
+async def test_without_a_registry_the_current_target_holds(redis: EmbeddedRedis) -> None:
     """When Redis is gone, the policy answers with Serve's current target, at once."""
     settings = _settings(redis)
     policy = _policy(settings)
-    _report(settings, busy=1.0)
-    _until(lambda: policy(Context())[0] == 2)
+    await _report(settings, busy=1.0)
+    await eventually(lambda: policy(Context())[0] == 2)
     redis.stop()
     context = Context(target_num_replicas=2)
     for _ in range(20):
         began = time.monotonic()
         assert policy(context) == (2, {})
         assert time.monotonic() - began < 0.1
-        time.sleep(0.05)
+        await asyncio.sleep(0.05)
 
 
 def test_the_policy_never_raises(caplog: pytest.LogCaptureFixture) -> None:

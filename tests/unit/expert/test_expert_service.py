@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -56,30 +56,17 @@ class Served:
         return self.caller.send(header, codec.rows_of(rows_for(len(wanted))))
 
 
-Scenario = Callable[[Served], Awaitable[None]]
-
-
 @asynccontextmanager
 async def served(runtime: Runtime) -> AsyncIterator[Served]:
-    """Runs the service over `runtime`, with a link to it."""
+    """The service over `runtime` and a link to it, for at most 20 s."""
     service = ExpertService(runtime, SHAPE, "tiny", "r1", torch.float32, NO_TRACER)
     server = Server([service.handler()], [SERVICE])
     address = f"{HOST}:{await server.start(HOST, 0)}"
     try:
-        async with open_caller(address) as caller:
+        async with asyncio.timeout(20), open_caller(address) as caller:
             yield Served(service, server, address, caller)
     finally:
         await server.stop(0)
-
-
-def run(runtime: Runtime, scenario: Scenario) -> None:
-    """Runs `scenario` on a service over `runtime`."""
-
-    async def whole() -> None:
-        async with asyncio.timeout(20), served(runtime) as it:
-            await scenario(it)
-
-    asyncio.run(whole())
 
 
 def tensor_of(reply: Reply) -> torch.Tensor:
@@ -87,10 +74,9 @@ def tensor_of(reply: Reply) -> torch.Tensor:
     return torch.frombuffer(bytearray(reply.payload), dtype=torch.float32).view(-1, SHAPE.mlp.hidden)
 
 
-def test_rows_come_back_in_the_order_asked_for(make_runtime: MakeRuntime):
+async def test_rows_come_back_in_the_order_asked_for(make_runtime: MakeRuntime):
     """A reply has the call's ids, its rows in the order of its experts, and the measurements."""
-
-    async def scenario(it: Served) -> None:
+    async with served(make_runtime(HELD)) as it:
         reply = await it.send([3, 0, 3], call_id=42, attempt=5)
         assert isinstance(reply, Reply)
         header = reply.header
@@ -99,8 +85,6 @@ def test_rows_come_back_in_the_order_asked_for(make_runtime: MakeRuntime):
         assert (header.rows, header.activated_experts, header.batch_rows) == (3, 2, 3)
         assert header.compute_ms > 0
         torch.testing.assert_close(tensor_of(reply), plainly([3, 0, 3], rows_for(3)))
-
-    run(make_runtime(HELD), scenario)
 
 
 @pytest.mark.parametrize(
@@ -116,66 +100,54 @@ def test_rows_come_back_in_the_order_asked_for(make_runtime: MakeRuntime):
     ],
     ids=["one expert not held", "no such layer", "revision", "no revision", "dtype", "k_offsets", "rows"],
 )
-def test_a_refusal_names_its_reason_and_ends_no_other_call(make_runtime: MakeRuntime, changes, outcome, said):
+async def test_a_refusal_names_its_reason_and_ends_no_other_call(make_runtime: MakeRuntime, changes, outcome, said):
     """A refused call gets its outcome, a reason and no rows; the next call on the stream is answered."""
-
-    async def scenario(it: Served) -> None:
+    async with served(make_runtime(HELD)) as it:
         refused = await it.send([0, 1], **changes)
         assert refused.header.outcome == outcome
         assert said in refused.header.detail
         assert (refused.header.rows, len(refused.payload)) == (0, 0)
         assert (await it.send([0])).header.outcome == experts_pb2.OUTCOME_OK
 
-    run(make_runtime(HELD), scenario)
 
-
-def test_garbage_on_the_stream_is_answered_and_survived(make_runtime: MakeRuntime):
+async def test_garbage_on_the_stream_is_answered_and_survived(make_runtime: MakeRuntime):
     """An unreadable frame gets OUTCOME_INVALID, and the same stream serves the next call."""
-
-    async def scenario(it: Served) -> None:
-        async with channel(it.address) as link:
-            call = link.stream_stream("/moiety.internal.v1.ExpertService/Forward")()
-            await call.write(b"\xff\xff garbage")
-            header, _ = codec.decode(experts_pb2.ForwardResponse, await call.read())
-            assert header.outcome == experts_pb2.OUTCOME_INVALID
-            assert "ForwardRequest" in header.detail
-            good = experts_pb2.ForwardRequest(call_id=3, revision="r1", dtype="float32", k_offsets=bytes(4))
-            await call.write(good.SerializeToString())
-            header, _ = codec.decode(experts_pb2.ForwardResponse, await call.read())
-            assert (header.call_id, header.outcome) == (3, experts_pb2.OUTCOME_OK)
-            await call.done_writing()
-            assert await call.read() is grpc.aio.EOF
-
-    run(make_runtime(HELD), scenario)
+    async with served(make_runtime(HELD)) as it, channel(it.address) as link:
+        call = link.stream_stream("/moiety.internal.v1.ExpertService/Forward")()
+        await call.write(b"\xff\xff garbage")
+        header, _ = codec.decode(experts_pb2.ForwardResponse, await call.read())
+        assert header.outcome == experts_pb2.OUTCOME_INVALID
+        assert "ForwardRequest" in header.detail
+        good = experts_pb2.ForwardRequest(call_id=3, revision="r1", dtype="float32", k_offsets=bytes(4))
+        await call.write(good.SerializeToString())
+        header, _ = codec.decode(experts_pb2.ForwardResponse, await call.read())
+        assert (header.call_id, header.outcome) == (3, experts_pb2.OUTCOME_OK)
+        await call.done_writing()
+        assert await call.read() is grpc.aio.EOF
 
 
-def test_a_client_without_our_codec_is_served(make_runtime: MakeRuntime):
+async def test_a_client_without_our_codec_is_served(make_runtime: MakeRuntime):
     """The generated stub, which does not set payload_bytes, gets the same rows."""
-
-    async def scenario(it: Served) -> None:
-        async with channel(it.address) as link:
-            request = experts_pb2.ForwardRequest(
-                call_id=1,
-                revision="r1",
-                rows=1,
-                k_offsets=codec.int32_bytes(np.array([0, 1])),
-                experts=codec.int32_bytes(np.array([2])),
-                dtype="float32",
-                payload=rows_for(1).numpy().tobytes(),
-            )
-            replies = experts_pb2_grpc.ExpertServiceStub(link).Forward(iter([request]))
-            reply = await replies.read()
-            got = torch.frombuffer(bytearray(reply.payload), dtype=torch.float32)[None]
-            torch.testing.assert_close(got, plainly([2], rows_for(1)))
-
-    run(make_runtime(HELD), scenario)
+    async with served(make_runtime(HELD)) as it, channel(it.address) as link:
+        request = experts_pb2.ForwardRequest(
+            call_id=1,
+            revision="r1",
+            rows=1,
+            k_offsets=codec.int32_bytes(np.array([0, 1])),
+            experts=codec.int32_bytes(np.array([2])),
+            dtype="float32",
+            payload=rows_for(1).numpy().tobytes(),
+        )
+        replies = experts_pb2_grpc.ExpertServiceStub(link).Forward(iter([request]))
+        reply = await replies.read()
+        got = torch.frombuffer(bytearray(reply.payload), dtype=torch.float32)[None]
+        torch.testing.assert_close(got, plainly([2], rows_for(1)))
 
 
-def test_a_full_replica_says_overloaded(make_runtime: MakeRuntime):
+async def test_a_full_replica_says_overloaded(make_runtime: MakeRuntime):
     """A call beyond queue_calls gets OVERLOADED at once; accepted calls are answered later."""
     runtime = make_runtime(HELD, start=False, queue_calls=2)
-
-    async def scenario(it: Served) -> None:
+    async with served(runtime) as it:
         accepted = [it.send([0], call_id=1), it.send([0], call_id=2)]
         refused = await it.send([0], call_id=3)
         assert refused.header.outcome == experts_pb2.OUTCOME_OVERLOADED
@@ -184,24 +156,19 @@ def test_a_full_replica_says_overloaded(make_runtime: MakeRuntime):
         for answer in accepted:
             assert (await answer).header.outcome == experts_pb2.OUTCOME_OK
 
-    run(runtime, scenario)
 
-
-def test_a_late_call_says_expired(make_runtime: MakeRuntime):
+async def test_a_late_call_says_expired(make_runtime: MakeRuntime):
     """A call whose deadline passed before the device was free gets EXPIRED and is not computed."""
     runtime = make_runtime(HELD, start=False)
-
-    async def scenario(it: Served) -> None:
+    async with served(runtime) as it:
         late = it.send([0], deadline_ms=1)
         await eventually(lambda: not runtime.idle)
         await asyncio.sleep(0.002)
         runtime.start()
         assert (await late).header.outcome == experts_pb2.OUTCOME_EXPIRED
 
-    run(runtime, scenario)
 
-
-def test_a_failed_computation_is_reported_and_survived(make_runtime: MakeRuntime):
+async def test_a_failed_computation_is_reported_and_survived(make_runtime: MakeRuntime):
     """OUTCOME_FAILED carries the reason; the next call is computed."""
 
     def load(held):
@@ -209,20 +176,17 @@ def test_a_failed_computation_is_reported_and_survived(make_runtime: MakeRuntime
         broken = {(0, 1): ExpertWeights(torch.ones(3, 5), torch.ones(5, 2))}
         return {pair: broken.get(pair, weights) for pair, weights in good.items()}
 
-    async def scenario(it: Served) -> None:
+    async with served(make_runtime(HELD, load=load)) as it:
         failed = await it.send([1])
         assert failed.header.outcome == experts_pb2.OUTCOME_FAILED
         assert "ValueError" in failed.header.detail
         assert (await it.send([0])).header.outcome == experts_pb2.OUTCOME_OK
 
-    run(make_runtime(HELD, load=load), scenario)
 
-
-def test_describe_follows_the_placement(make_runtime: MakeRuntime):
+async def test_describe_follows_the_placement(make_runtime: MakeRuntime):
     """DescribeReplica reports what is served and held, also after a new placement."""
     runtime = make_runtime(HELD)
-
-    async def scenario(it: Served) -> None:
+    async with served(runtime) as it:
         first = it.caller.link.description
         assert (first.model, first.revision, first.dtype, first.hidden) == ("tiny", "r1", "float32", SHAPE.mlp.hidden)
         assert first.wire_version == WIRE_VERSION
@@ -234,35 +198,28 @@ def test_describe_follows_the_placement(make_runtime: MakeRuntime):
         reply = await it.send([4])
         assert reply.header.outcome == experts_pb2.OUTCOME_OK
 
-    run(runtime, scenario)
 
-
-def test_health_and_reflection_know_the_service(make_runtime: MakeRuntime):
+async def test_health_and_reflection_know_the_service(make_runtime: MakeRuntime):
     """Health reports SERVING, and reflection lists the service and describes its methods."""
-
-    async def scenario(it: Served) -> None:
-        async with channel(it.address) as link:
-            health = health_pb2_grpc.HealthStub(link)
-            for service in ("", SERVICE):
-                reply = await health.Check(health_pb2.HealthCheckRequest(service=service))
-                assert reply.status == health_pb2.HealthCheckResponse.SERVING
-            ask = reflection_pb2.ServerReflectionRequest
-            questions = [ask(list_services=""), ask(file_containing_symbol=SERVICE)]
-            replies = reflection_pb2_grpc.ServerReflectionStub(link).ServerReflectionInfo(iter(questions))
-            listed = await replies.read()
-            assert SERVICE in {service.name for service in listed.list_services_response.service}
-            described = (await replies.read()).file_descriptor_response.file_descriptor_proto
-            files = [FileDescriptorProto.FromString(data) for data in described]
-            assert "Forward" in {method.name for file in files for service in file.service for method in service.method}
-
-    run(make_runtime(HELD), scenario)
+    async with served(make_runtime(HELD)) as it, channel(it.address) as link:
+        health = health_pb2_grpc.HealthStub(link)
+        for service in ("", SERVICE):
+            reply = await health.Check(health_pb2.HealthCheckRequest(service=service))
+            assert reply.status == health_pb2.HealthCheckResponse.SERVING
+        ask = reflection_pb2.ServerReflectionRequest
+        questions = [ask(list_services=""), ask(file_containing_symbol=SERVICE)]
+        replies = reflection_pb2_grpc.ServerReflectionStub(link).ServerReflectionInfo(iter(questions))
+        listed = await replies.read()
+        assert SERVICE in {service.name for service in listed.list_services_response.service}
+        described = (await replies.read()).file_descriptor_response.file_descriptor_proto
+        files = [FileDescriptorProto.FromString(data) for data in described]
+        assert "Forward" in {method.name for file in files for service in file.service for method in service.method}
 
 
-def test_a_router_that_leaves_is_forgotten(make_runtime: MakeRuntime):
+async def test_a_router_that_leaves_is_forgotten(make_runtime: MakeRuntime):
     """After a router's stream breaks, its open calls do no harm and other routers are still served."""
     runtime = make_runtime(HELD, start=False)
-
-    async def scenario(it: Served) -> None:
+    async with served(runtime) as it:
         async with open_caller(it.address) as left:
             await eventually(lambda: it.service.open_streams == 2)
             header = experts_pb2.ForwardRequest(call_id=8, revision="r1", rows=0, k_offsets=bytes(4), dtype="float32")
@@ -273,5 +230,3 @@ def test_a_router_that_leaves_is_forgotten(make_runtime: MakeRuntime):
         runtime.start()
         assert (await it.send([0])).header.outcome == experts_pb2.OUTCOME_OK
         await eventually(lambda: runtime.idle)
-
-    run(runtime, scenario)

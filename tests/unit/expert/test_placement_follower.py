@@ -21,60 +21,48 @@ LEAVING = ExpertSet.uniform(3, [0])
 ROUTER = Replica("r1", Role.ROUTER, "router", "h:1", "n", "m", "revision", placement_epoch=0)
 
 
-def test_it_waits_for_every_router_of_its_revision(make_runtime: MakeRuntime) -> None:
+async def test_it_waits_for_every_router_of_its_revision(make_runtime: MakeRuntime) -> None:
     """Experts are dropped once both routers have acknowledged for SEEN_S; a router of another revision does not count."""
-
-    async def check() -> None:
-        registry, runtime = MemoryRegistry(clock=lambda: 0.0), make_runtime(HELD)
-        follower = PlacementFollower(runtime, registry, "experts-0", HELD, "revision")
-        await registry.register(replace(ROUTER, placement_epoch=1))
-        await registry.register(replace(ROUTER, id="r2"))
-        await registry.register(replace(ROUTER, id="r3", revision="another"))
-        assert await registry.set_placement(Placement(1, {"experts-0": NEXT}))
-        for _ in range(3):
-            await follower.follow()
-            await asyncio.sleep(SEEN_S)
-            holding = runtime.holding
-            assert (holding.held, holding.leaving, holding.epoch) == (NEXT, LEAVING, 1)
-        await registry.register(replace(ROUTER, id="r2", placement_epoch=1))
+    registry, runtime = MemoryRegistry(clock=lambda: 0.0), make_runtime(HELD)
+    follower = PlacementFollower(runtime, registry, "experts-0", HELD, "revision")
+    await registry.register(replace(ROUTER, placement_epoch=1))
+    await registry.register(replace(ROUTER, id="r2"))
+    await registry.register(replace(ROUTER, id="r3", revision="another"))
+    assert await registry.set_placement(Placement(1, {"experts-0": NEXT}))
+    for _ in range(3):
         await follower.follow()
-        assert runtime.holding.leaving == LEAVING  # a store that was just emptied may not list all routers yet
         await asyncio.sleep(SEEN_S)
-        await follower.follow()
-        assert len(runtime.holding.leaving) == 0
+        holding = runtime.holding
+        assert (holding.held, holding.leaving, holding.epoch) == (NEXT, LEAVING, 1)
+    await registry.register(replace(ROUTER, id="r2", placement_epoch=1))
+    await follower.follow()
+    assert runtime.holding.leaving == LEAVING  # a store that was just emptied may not list all routers yet
+    await asyncio.sleep(SEEN_S)
+    await follower.follow()
+    assert len(runtime.holding.leaving) == 0
 
-    asyncio.run(check())
 
-
-def test_where_no_router_is_listed_it_waits_longer(make_runtime: MakeRuntime) -> None:
+async def test_where_no_router_is_listed_it_waits_longer(make_runtime: MakeRuntime) -> None:
     """Without a listed router it waits TTL_S: an emptied store lists none either, until they have registered again."""
-
-    async def check() -> None:
-        registry, runtime = MemoryRegistry(clock=lambda: 0.0), make_runtime(HELD)
-        follower = PlacementFollower(runtime, registry, "experts-0", HELD, "revision")
-        assert await registry.set_placement(Placement(1, {"experts-0": NEXT}))
-        began = time.monotonic()
-        while len((await _followed(follower, runtime)).leaving):
-            assert time.monotonic() - began < TTL_S + 5
-        assert time.monotonic() - began >= TTL_S
-
-    asyncio.run(check())
+    registry, runtime = MemoryRegistry(clock=lambda: 0.0), make_runtime(HELD)
+    follower = PlacementFollower(runtime, registry, "experts-0", HELD, "revision")
+    assert await registry.set_placement(Placement(1, {"experts-0": NEXT}))
+    began = time.monotonic()
+    while len((await _followed(follower, runtime)).leaving):
+        assert time.monotonic() - began < TTL_S + 5
+    assert time.monotonic() - began >= TTL_S
 
 
-def test_a_deployment_that_is_not_named_holds_its_default(make_runtime: MakeRuntime) -> None:
+async def test_a_deployment_that_is_not_named_holds_its_default(make_runtime: MakeRuntime) -> None:
     """A deployment that the placement does not name holds its default under the new epoch: routers wait for all."""
-
-    async def check() -> None:
-        registry, runtime = MemoryRegistry(clock=lambda: 0.0), make_runtime(ExpertSet())
-        follower = PlacementFollower(runtime, registry, "experts-0", HELD, "revision")
-        assert await registry.set_placement(Placement(4, {"experts-1": NEXT}))
-        await follower.start()
-        assert (runtime.holding.held, runtime.holding.epoch) == (HELD, 4)
-
-    asyncio.run(check())
+    registry, runtime = MemoryRegistry(clock=lambda: 0.0), make_runtime(ExpertSet())
+    follower = PlacementFollower(runtime, registry, "experts-0", HELD, "revision")
+    assert await registry.set_placement(Placement(4, {"experts-1": NEXT}))
+    await follower.start()
+    assert (runtime.holding.held, runtime.holding.epoch) == (HELD, 4)
 
 
-def test_without_a_registry_it_starts_with_the_default(
+async def test_without_a_registry_it_starts_with_the_default(
     make_runtime: MakeRuntime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without a registry it holds the default, on which all services agree because it is deterministic."""
@@ -82,13 +70,10 @@ def test_without_a_registry_it_starts_with_the_default(
     async def silent() -> None:
         raise RegistryUnreachable("nobody answers")
 
-    async def check() -> None:
-        registry, runtime = MemoryRegistry(), make_runtime(ExpertSet())
-        monkeypatch.setattr(registry, "placement", silent)
-        await PlacementFollower(runtime, registry, "experts-0", HELD, "revision").start()
-        assert (runtime.holding.held, runtime.holding.epoch) == (HELD, 0)
-
-    asyncio.run(check())
+    registry, runtime = MemoryRegistry(), make_runtime(ExpertSet())
+    monkeypatch.setattr(registry, "placement", silent)
+    await PlacementFollower(runtime, registry, "experts-0", HELD, "revision").start()
+    assert (runtime.holding.held, runtime.holding.epoch) == (HELD, 0)
 
 
 async def _followed(follower: PlacementFollower, runtime):

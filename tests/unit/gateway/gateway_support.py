@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
 from moiety.client import Chunk, Client
@@ -34,35 +34,28 @@ class Gateway:
     received: int = 0  # tokens that `chunks` has received
 
 
-def run(
-    scenario: Callable[[Gateway], Awaitable[None]],
-    tokenizer: Tokenizer,
-    *engines: FakeEngine,
-    router_wait_s: float = 5.0,
-    max_concurrent: int = 16,
-) -> None:
-    """Runs `scenario` with a gateway over `engines`."""
-
-    async def whole() -> None:
-        registry = MemoryRegistry(clock=lambda: 0.0)
-        async with asyncio.timeout(30), AsyncExitStack() as stack:
-            for engine in engines:
-                await engine.start(registry)
-                stack.push_async_callback(engine.vanish)
-            watch = Watch(registry, interval_s=0.02)
-            await watch.start()
-            stack.push_async_callback(watch.stop)
-            routers = RouterPool(watch, router_wait_s)
-            stack.push_async_callback(routers.close)
-            service = GenerationService(routers, tokenizer, "fake", max_concurrent, NO_TRACER)
-            server = Server([service.handler()], [SERVICE])
-            address = f"{HOST}:{await server.start(HOST, 0)}"
-            stack.push_async_callback(server.stop, 0)
-            client = await stack.enter_async_context(Client(address))
-            await scenario(Gateway(service, address, client, registry, watch, routers))
-            await eventually(lambda: service.running == 0)
-
-    asyncio.run(whole())
+@asynccontextmanager
+async def gateway_over(
+    tokenizer: Tokenizer, *engines: FakeEngine, router_wait_s: float = 5.0, max_concurrent: int = 16
+) -> AsyncIterator[Gateway]:
+    """A running gateway over `engines`, for at most 30 s. At the end it waits until no request is running."""
+    registry = MemoryRegistry(clock=lambda: 0.0)
+    async with asyncio.timeout(30), AsyncExitStack() as stack:
+        for engine in engines:
+            await engine.start(registry)
+            stack.push_async_callback(engine.vanish)
+        watch = Watch(registry, interval_s=0.02)
+        await watch.start()
+        stack.push_async_callback(watch.stop)
+        routers = RouterPool(watch, router_wait_s)
+        stack.push_async_callback(routers.close)
+        service = GenerationService(routers, tokenizer, "fake", max_concurrent, NO_TRACER)
+        server = Server([service.handler()], [SERVICE])
+        address = f"{HOST}:{await server.start(HOST, 0)}"
+        stack.push_async_callback(server.stop, 0)
+        client = await stack.enter_async_context(Client(address))
+        yield Gateway(service, address, client, registry, watch, routers)
+        await eventually(lambda: service.running == 0)
 
 
 def expected(max_tokens: int, prompt: list[int] = PROMPT, seed: int = 0) -> list[int]:

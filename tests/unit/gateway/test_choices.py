@@ -6,7 +6,7 @@ import asyncio
 from collections import defaultdict
 
 import pytest
-from gateway_support import PROMPT, SHAPE, Gateway, chunks, die_before, run
+from gateway_support import PROMPT, SHAPE, chunks, die_before, gateway_over
 
 from moiety.client import Chunk
 from moiety.core.sampling import FinishReason
@@ -35,11 +35,10 @@ def by_choice(got: list[Chunk]) -> dict[int, list[int]]:
     return tokens
 
 
-def test_choices_stream_side_by_side(tokenizer: Tokenizer):
+async def test_choices_stream_side_by_side(tokenizer: Tokenizer):
     """One engine request serves all choices; each has its own text and end, and the last message has the usage."""
     router = FakeEngine("a", SHAPE, blocks=8, block_tokens=2)
-
-    async def scenario(gateway: Gateway) -> None:
+    async with gateway_over(tokenizer, router) as gateway:
         await chunks(gateway, max_tokens=1)
         got = await chunks(gateway, n=N, max_tokens=TOKENS, request_id="mine")
         assert len(router.requests) == 2
@@ -52,15 +51,12 @@ def test_choices_stream_side_by_side(tokenizer: Tokenizer):
         assert [chunk.completion_tokens for chunk in got[-2:]] == [0, N * TOKENS]
         assert (got[-1].prompt_tokens, got[-1].cached_tokens) == (len(PROMPT), 2)
 
-    run(scenario, tokenizer, router)
-
 
 @pytest.mark.parametrize("position", [0, 1, 5])  # before anything was sent; after the first tokens; later
-def test_a_lost_router_costs_no_choice_a_token(tokenizer: Tokenizer, position: int):
+async def test_a_lost_router_costs_no_choice_a_token(tokenizer: Tokenizer, position: int):
     """Choices resume in one request before their first token, each in a request of its own after it; no token is lost."""
     routers = engine("a"), engine("b")
-
-    async def scenario(gateway: Gateway) -> None:
+    async with gateway_over(tokenizer, *routers) as gateway:
         die_before(gateway, position, *routers, choices=N)
         got = await chunks(gateway, n=N, max_tokens=TOKENS, logprobs=True, prompt_logprobs=True)
         assert by_choice(got) == {choice: expected(choice) for choice in range(N)}
@@ -71,10 +67,8 @@ def test_a_lost_router_costs_no_choice_a_token(tokenizer: Tokenizer, position: i
         alone = {(choice, 1, tuple(expected(choice, position))) for choice in range(N)}
         assert resumed == ({(0, N, ())} if position == 0 else alone)
 
-    run(scenario, tokenizer, *routers)
 
-
-def test_a_resumed_choice_that_fails_ends_the_request(tokenizer: Tokenizer):
+async def test_a_resumed_choice_that_fails_ends_the_request(tokenizer: Tokenizer):
     """An error of one resumed choice ends the whole request, and no other choice keeps running."""
     first, second = engine("a"), engine("b")
     vanishing: list[asyncio.Task[None]] = []
@@ -90,7 +84,7 @@ def test_a_resumed_choice_that_fails_ends_the_request(tokenizer: Tokenizer):
                 raise MoietyError("the step failed")
             await asyncio.Event().wait()
 
-    async def scenario(gateway: Gateway) -> None:
+    async with gateway_over(tokenizer, first) as gateway:
         first.before_token, second.before_token = dies, refuses
         running = asyncio.create_task(chunks(gateway, n=N, max_tokens=TOKENS))
         await eventually(lambda: bool(first.requests))
@@ -102,8 +96,6 @@ def test_a_resumed_choice_that_fails_ends_the_request(tokenizer: Tokenizer):
         finally:
             await second.vanish()
 
-    run(scenario, tokenizer, first)
-
 
 def text_and_stop(tokenizer: Tokenizer, choice: int = 0, count: int = 40) -> tuple[str, str]:
     """Returns the text of a choice, and a piece of it that spans tokens."""
@@ -112,22 +104,19 @@ def text_and_stop(tokenizer: Tokenizer, choice: int = 0, count: int = 40) -> tup
     return text, text[middle : middle + 4]
 
 
-def test_a_stop_string_ends_the_output_before_it(tokenizer: Tokenizer):
+async def test_a_stop_string_ends_the_output_before_it(tokenizer: Tokenizer):
     """A stop string that spans tokens ends the text with reason STOP and is not sent; the engine gets no stop strings."""
     router = engine("a")
     text, stop = text_and_stop(tokenizer)
-
-    async def scenario(gateway: Gateway) -> None:
+    async with gateway_over(tokenizer, router) as gateway:
         got = await chunks(gateway, max_tokens=40, stop=[stop, "never to be found"])
         assert "".join(chunk.text for chunk in got) == text[: text.index(stop)]
         assert [chunk.finish_reason for chunk in got] == [None] * (len(got) - 1) + [FinishReason.STOP]
         assert got[-1].completion_tokens == len(by_choice(got)[0]) < 40
         assert not router.requests[0].sampling.stop, "the engine must not get stop strings"
 
-    run(scenario, tokenizer, router)
 
-
-def test_the_engine_is_cancelled_when_every_choice_has_stopped(tokenizer: Tokenizer):
+async def test_the_engine_is_cancelled_when_every_choice_has_stopped(tokenizer: Tokenizer):
     """A stopped choice sends nothing more; when all have stopped, the request ends though the engine would go on."""
     router = engine("a")
     stops = [text_and_stop(tokenizer, choice)[1] for choice in range(2)]
@@ -142,7 +131,7 @@ def test_the_engine_is_cancelled_when_every_choice_has_stopped(tokenizer: Tokeni
         if position > longest + 1:
             await asyncio.Event().wait()
 
-    async def scenario(gateway: Gateway) -> None:
+    async with gateway_over(tokenizer, router) as gateway:
         router.before_token = hold
         got = await chunks(gateway, n=2, max_tokens=40, stop=stops)
         assert [chunk.finish_reason for chunk in got if chunk.finish_reason] == [FinishReason.STOP] * 2
@@ -151,29 +140,21 @@ def test_the_engine_is_cancelled_when_every_choice_has_stopped(tokenizer: Tokeni
             assert [bool(chunk.finish_reason) for chunk in of_choice] == [False] * (len(of_choice) - 1) + [True]
         assert got[-1].completion_tokens == sum(map(len, by_choice(got).values()))
 
-    run(scenario, tokenizer, router)
 
-
-def test_stop_strings_wait_for_min_tokens(tokenizer: Tokenizer):
+async def test_stop_strings_wait_for_min_tokens(tokenizer: Tokenizer):
     """The text of the first min_tokens tokens is not searched for stop strings."""
     text = tokenizer.decode(expected(0, 20))
-
-    async def scenario(gateway: Gateway) -> None:
+    async with gateway_over(tokenizer, engine("a")) as gateway:
         every = sorted(set(text))[:16]
         got = await chunks(gateway, max_tokens=20, stop=every, min_tokens=10)
         assert len(by_choice(got)[0]) > 10
         got = await chunks(gateway, max_tokens=20, stop=every)
         assert len(by_choice(got)[0]) < 10
 
-    run(scenario, tokenizer, engine("a"))
 
-
-def test_priority_and_tenant_reach_the_engine(tokenizer: Tokenizer):
+async def test_priority_and_tenant_reach_the_engine(tokenizer: Tokenizer):
     """The engine receives priority and tenant unchanged."""
     router = engine("a")
-
-    async def scenario(gateway: Gateway) -> None:
+    async with gateway_over(tokenizer, router) as gateway:
         await chunks(gateway, max_tokens=1, priority=-3, tenant="blue")
         assert (router.requests[0].priority, router.requests[0].tenant) == (-3, "blue")
-
-    run(scenario, tokenizer, router)

@@ -7,7 +7,7 @@ from typing import Any
 
 import grpc
 import pytest
-from gateway_support import PROMPT, SHAPE, Gateway, chunks, expected, run, tokens
+from gateway_support import PROMPT, SHAPE, Gateway, chunks, expected, gateway_over, tokens
 
 from moiety.core.sampling import FinishReason
 from moiety.errors import DeadlineExceeded, InvalidRequest, ResourceExhausted, Unavailable
@@ -25,10 +25,9 @@ def engine(name: str = "r0") -> FakeEngine:
     return FakeEngine(name, SHAPE)
 
 
-def test_a_request_streams_tokens_text_and_usage(tokenizer: Tokenizer):
+async def test_a_request_streams_tokens_text_and_usage(tokenizer: Tokenizer):
     """Each token is streamed; the first message has the request id, the last the finish reason and the counts."""
-
-    async def scenario(gateway: Gateway) -> None:
+    async with gateway_over(tokenizer, engine()) as gateway:
         got = await chunks(gateway, max_tokens=6, request_id="mine")
         assert [token for chunk in got for token in chunk.token_ids] == expected(6)
         assert "".join(chunk.text for chunk in got) == tokenizer.decode(expected(6))
@@ -36,14 +35,11 @@ def test_a_request_streams_tokens_text_and_usage(tokenizer: Tokenizer):
         assert [chunk.finish_reason for chunk in got] == [None] * 5 + [FinishReason.LENGTH]
         assert (got[-1].prompt_tokens, got[-1].completion_tokens) == (3, 6)
 
-    run(scenario, tokenizer, engine())
 
-
-def test_text_and_its_ids_are_the_same_prompt(tokenizer: Tokenizer):
+async def test_text_and_its_ids_are_the_same_prompt(tokenizer: Tokenizer):
     """Text and its token ids give the same tokens; without a client's seed the engine still gets one, drawn per request."""
     router = engine()
-
-    async def scenario(gateway: Gateway) -> None:
+    async with gateway_over(tokenizer, router) as gateway:
         ids = tokenizer.encode("hello")
         by_text = await chunks(gateway, "hello", max_tokens=4)
         by_ids = await chunks(gateway, ids, max_tokens=4)
@@ -53,42 +49,31 @@ def test_text_and_its_ids_are_the_same_prompt(tokenizer: Tokenizer):
         assert router.requests[-1].sampling.seed != router.requests[-2].sampling.seed
         assert tuple(router.requests[-1].stop_ids) == tokenizer.stop_ids
 
-    run(scenario, tokenizer, router)
 
-
-def test_models_are_listed(tokenizer: Tokenizer):
+async def test_models_are_listed(tokenizer: Tokenizer):
     """ListModels returns name, revision and context of the served model."""
-
-    async def scenario(gateway: Gateway) -> None:
+    async with gateway_over(tokenizer, engine()) as gateway:
         (model,) = await gateway.client.models()
         assert (model.name, model.revision, model.max_context) == ("fake", REVISION, SHAPE.max_context)
 
-    run(scenario, tokenizer, engine())
 
-
-def test_an_encoder_s_prompt_leaves_the_output_its_context(tokenizer: Tokenizer):
+async def test_an_encoder_s_prompt_leaves_the_output_its_context(tokenizer: Tokenizer):
     """An encoder's prompt takes none of the decoder's context of 64: an output of 63 tokens fits, of 64 does not."""
-
-    async def scenario(gateway: Gateway) -> None:
+    async with gateway_over(tokenizer, FakeEngine("r0", SHAPE, encoder_decoder=True)) as gateway:
         assert sum([len(chunk.token_ids) for chunk in await chunks(gateway, [5] * 60, max_tokens=63)]) == 63
         with pytest.raises(InvalidRequest, match=r"sampling\.max_tokens = 64: must be 1 to 63"):
             await chunks(gateway, [5] * 60, max_tokens=64)
         with pytest.raises(InvalidRequest, match="prompt = '64 tokens': must be below the context of 64"):
             await chunks(gateway, [5] * 64, max_tokens=1)
 
-    run(scenario, tokenizer, FakeEngine("r0", SHAPE, encoder_decoder=True))
 
-
-def test_a_first_token_is_named_by_text_or_id(tokenizer: Tokenizer):
+async def test_a_first_token_is_named_by_text_or_id(tokenizer: Tokenizer):
     """The router receives the id of the first token, whether the client names its text or its id."""
     router = engine()
-
-    async def scenario(gateway: Gateway) -> None:
+    async with gateway_over(tokenizer, router) as gateway:
         await chunks(gateway, max_tokens=1, first_token="<|pad|>")
         await chunks(gateway, max_tokens=1, first_token=2)
         assert [request.sampling.first_token_id for request in router.requests] == [2, 2]
-
-    run(scenario, tokenizer, router)
 
 
 INVALID, MISSING = grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND
@@ -178,10 +163,9 @@ async def refusal(gateway: Gateway, data: bytes) -> grpc.aio.AioRpcError:
     return refused.value
 
 
-def test_bad_requests_get_field_value_and_bound(tokenizer: Tokenizer):
+async def test_bad_requests_get_field_value_and_bound(tokenizer: Tokenizer):
     """Each bad request gets its status and an error that names field, value and bound; the next request is served."""
-
-    async def scenario(gateway: Gateway) -> None:
+    async with gateway_over(tokenizer, engine()) as gateway:
         for name, (changes, code, words) in BAD.items():
             error = await refusal(gateway, bad_request(changes))
             assert error.code() is code, name
@@ -189,43 +173,33 @@ def test_bad_requests_get_field_value_and_bound(tokenizer: Tokenizer):
             assert len(error.details()) < 300, name
             assert await tokens(gateway, 2) == expected(2), f"after {name}"
 
-    run(scenario, tokenizer, engine())
 
-
-def test_a_huge_prompt_stalls_nobody(tokenizer: Tokenizer):
+async def test_a_huge_prompt_stalls_nobody(tokenizer: Tokenizer):
     """Other requests stream while a prompt of a megabyte is tokenised; then it is refused for its length."""
-
-    async def scenario(gateway: Gateway) -> None:
+    async with gateway_over(tokenizer, engine()) as gateway:
         huge = asyncio.create_task(refusal(gateway, bad_request({"text": "expert " * 150_000})))
         await eventually(lambda: gateway.service.running == 1)
         assert await tokens(gateway, 2) == expected(2)
         assert not huge.done(), "the other request had to wait for it"
         assert "context of 64" in (await huge).details()
 
-    run(scenario, tokenizer, engine())
-
 
 @pytest.mark.parametrize("data", [b"\x12\x02\xff\xfe", b"\x0a\x01\x80", b"\xff" * 20], ids=["text", "model", "garbage"])
-def test_bytes_that_are_no_request_are_invalid(tokenizer: Tokenizer, data: bytes):
+async def test_bytes_that_are_no_request_are_invalid(tokenizer: Tokenizer, data: bytes):
     """Bytes that are no GenerateRequest, or hold invalid UTF-8, get INVALID_ARGUMENT, not INTERNAL."""
-
-    async def scenario(gateway: Gateway) -> None:
+    async with gateway_over(tokenizer, engine()) as gateway:
         error = await refusal(gateway, data)
         assert error.code() is INVALID
         assert f"request = '{len(data)} bytes'" in error.details()
         assert await tokens(gateway, 2) == expected(2)
 
-    run(scenario, tokenizer, engine())
 
-
-def test_without_a_router_requests_wait_and_then_fail(tokenizer: Tokenizer):
+async def test_without_a_router_requests_wait_and_then_fail(tokenizer: Tokenizer):
     """Without a router a request gets UNAVAILABLE after router_wait_s, which it names; a router in time is used."""
-
-    async def none(gateway: Gateway) -> None:
+    async with gateway_over(tokenizer, router_wait_s=0.2) as gateway:
         with pytest.raises(Unavailable, match=r"no router is ready; waited 0.2 s \(setting router_wait_s\)"):
             await tokens(gateway)
-
-    async def late(gateway: Gateway) -> None:
+    async with gateway_over(tokenizer) as gateway:
         waiting = asyncio.create_task(tokens(gateway))
         await eventually(lambda: gateway.service.running == 1)
         router = engine()
@@ -235,29 +209,23 @@ def test_without_a_router_requests_wait_and_then_fail(tokenizer: Tokenizer):
         finally:
             await router.vanish()
 
-    run(none, tokenizer, router_wait_s=0.2)
-    run(late, tokenizer)
 
-
-def test_a_deadline_holds_while_waiting_for_a_router(tokenizer: Tokenizer):
+async def test_a_deadline_holds_while_waiting_for_a_router(tokenizer: Tokenizer):
     """A client's deadline ends the wait for a router, in the client and in the gateway."""
-
-    async def scenario(gateway: Gateway) -> None:
+    async with gateway_over(tokenizer, router_wait_s=60.0) as gateway:
         with pytest.raises(DeadlineExceeded):
             await tokens(gateway, timeout_s=0.1)
         await eventually(lambda: gateway.service.running == 0)
 
-    run(scenario, tokenizer, router_wait_s=60.0)
 
-
-def test_too_many_requests_are_refused_with_a_retry_delay(tokenizer: Tokenizer):
+async def test_too_many_requests_are_refused_with_a_retry_delay(tokenizer: Tokenizer):
     """Beyond max_concurrent a request is refused at once with a retry delay; a freed place is used."""
     router, released = engine(), asyncio.Event()
 
     async def hold(_position: int) -> None:
         await released.wait()
 
-    async def scenario(gateway: Gateway) -> None:
+    async with gateway_over(tokenizer, router, max_concurrent=2) as gateway:
         router.before_token = hold
         running = [asyncio.create_task(tokens(gateway)) for _ in range(2)]
         await eventually(lambda: len(router.requests) == 2)
@@ -268,10 +236,8 @@ def test_too_many_requests_are_refused_with_a_retry_delay(tokenizer: Tokenizer):
         assert [await task for task in running] == [expected(6)] * 2
         assert await tokens(gateway) == expected(6)
 
-    run(scenario, tokenizer, router, max_concurrent=2)
 
-
-def test_a_client_that_leaves_frees_its_router(tokenizer: Tokenizer):
+async def test_a_client_that_leaves_frees_its_router(tokenizer: Tokenizer):
     """Closing the stream cancels the request at its router while it waits for a token."""
     router = engine()
 
@@ -279,11 +245,9 @@ def test_a_client_that_leaves_frees_its_router(tokenizer: Tokenizer):
         if position == 2:
             await asyncio.Event().wait()
 
-    async def scenario(gateway: Gateway) -> None:
+    async with gateway_over(tokenizer, router) as gateway:
         router.before_token = hold
         stream = gateway.client.generate(PROMPT, max_tokens=6, seed=0)
         assert [(await anext(stream)).token_ids for _ in range(2)] == [(token,) for token in expected(2)]
         await stream.aclose()
         await eventually(lambda: router.cancelled == 1 and gateway.service.running == 0)
-
-    run(scenario, tokenizer, router)

@@ -7,7 +7,7 @@ import re
 from dataclasses import replace
 
 import pytest
-from gateway_support import PROMPT, SHAPE, Gateway, chunks, die_before, expected, run, tokens
+from gateway_support import PROMPT, SHAPE, chunks, die_before, expected, gateway_over, tokens
 
 from moiety.core.replica import ReplicaState
 from moiety.errors import DeadlineExceeded, MoietyError, NoHolder, ResourceExhausted, Unavailable
@@ -27,11 +27,10 @@ def engine(name: str, revision: str = "fake-revision") -> FakeEngine:
 
 
 @pytest.mark.parametrize("position", [0, 1, 5])  # before anything was sent; after the first token; at the last
-def test_a_lost_router_costs_no_token(tokenizer: Tokenizer, position: int):
+async def test_a_lost_router_costs_no_token(tokenizer: Tokenizer, position: int):
     """After a loss the stream resumes on another router: the client gets the same tokens, each once."""
     routers = engine("a"), engine("b")
-
-    async def scenario(gateway: Gateway) -> None:
+    async with gateway_over(tokenizer, *routers) as gateway:
         die_before(gateway, position, *routers)
         assert await tokens(gateway) == expected(6)
         lost, resumed = sorted((request for router in routers for request in router.requests), key=_generated)
@@ -41,15 +40,12 @@ def test_a_lost_router_costs_no_token(tokenizer: Tokenizer, position: int):
         assert resumed.sampling.seed == 0
         assert resumed.revision == "fake-revision"
 
-    run(scenario, tokenizer, *routers)
 
-
-def test_losing_every_router_waits_for_the_next(tokenizer: Tokenizer):
+async def test_losing_every_router_waits_for_the_next(tokenizer: Tokenizer):
     """A request whose two routers are lost resumes on the next router that registers."""
     routers = [engine("a"), engine("b")]
     late = engine("c")
-
-    async def scenario(gateway: Gateway) -> None:
+    async with gateway_over(tokenizer, *routers) as gateway:
         for router in routers:
             die_before(gateway, 3, router)
         running = asyncio.create_task(tokens(gateway))
@@ -60,42 +56,34 @@ def test_losing_every_router_waits_for_the_next(tokenizer: Tokenizer):
         finally:
             await late.vanish()
 
-    run(scenario, tokenizer, *routers)
 
-
-def test_no_other_router_in_time_is_unavailable(tokenizer: Tokenizer):
+async def test_no_other_router_in_time_is_unavailable(tokenizer: Tokenizer):
     """Without another router in time, a request ends with UNAVAILABLE that names the revision it needs."""
     only = engine("a")
-
-    async def scenario(gateway: Gateway) -> None:
+    async with gateway_over(tokenizer, only, router_wait_s=0.3) as gateway:
         die_before(gateway, 1, only)
         with pytest.raises(Unavailable, match="no router of revision fake-revision is ready"):
             await tokens(gateway)
 
-    run(scenario, tokenizer, only, router_wait_s=0.3)
 
-
-def test_a_request_keeps_one_revision_for_life(tokenizer: Tokenizer):
+async def test_a_request_keeps_one_revision_for_life(tokenizer: Tokenizer):
     """A router of another revision does not take over: its tokens would be another model's."""
     routers = engine("a"), engine("b", revision="newer")
-
-    async def scenario(gateway: Gateway) -> None:
+    async with gateway_over(tokenizer, *routers, router_wait_s=0.3) as gateway:
         die_before(gateway, 3, *routers)
         with pytest.raises(Unavailable, match=r"no router of revision (fake-revision|newer) is ready"):
             await tokens(gateway)
         assert sum(len(router.requests) for router in routers) == 1
 
-    run(scenario, tokenizer, *routers, router_wait_s=0.3)
 
-
-def test_requests_are_spread(tokenizer: Tokenizer):
+async def test_requests_are_spread(tokenizer: Tokenizer):
     """Four requests at once are spread evenly over two routers."""
     routers, released = [engine("a"), engine("b")], asyncio.Event()
 
     async def hold(_position: int) -> None:
         await released.wait()
 
-    async def scenario(gateway: Gateway) -> None:
+    async with gateway_over(tokenizer, *routers) as gateway:
         for router in routers:
             router.before_token = hold
         running = []
@@ -106,15 +94,13 @@ def test_requests_are_spread(tokenizer: Tokenizer):
         released.set()
         assert [await task for task in running] == [expected(6)] * 4
 
-    run(scenario, tokenizer, *routers)
-
 
 @pytest.mark.parametrize("cause", [NoHolder(3, [1], 30.0), MoietyError("the step failed"), DeadlineExceeded("late")])
-def test_a_routers_own_refusal_is_passed_on(tokenizer: Tokenizer, cause: MoietyError):
+async def test_a_routers_own_refusal_is_passed_on(tokenizer: Tokenizer, cause: MoietyError):
     """The error of a living router, such as missing experts, goes to the client; the request is not sent to another."""
     routers = engine("a"), engine("b")
+    async with gateway_over(tokenizer, *routers) as gateway:
 
-    async def scenario(gateway: Gateway) -> None:
         async def refuse(position: int) -> None:
             if position == 1:
                 raise cause
@@ -126,8 +112,6 @@ def test_a_routers_own_refusal_is_passed_on(tokenizer: Tokenizer, cause: MoietyE
         assert status.code_of(refused.value) is status.code_of(cause)
         assert sum(len(router.requests) for router in routers) == 1
 
-    run(scenario, tokenizer, *routers)
-
 
 def choosing(*names: str, places: int = 8, slots: int = 4) -> list[FakeEngine]:
     """Returns routers that cache prefixes in blocks of four tokens."""
@@ -137,11 +121,10 @@ def choosing(*names: str, places: int = 8, slots: int = 4) -> list[FakeEngine]:
 LONG = [list(range(start, start + 41)) for start in (10, 60, 110, 160, 210, 260)]
 
 
-def test_a_prompt_goes_to_the_router_that_has_its_prefix(tokenizer: Tokenizer):
+async def test_a_prompt_goes_to_the_router_that_has_its_prefix(tokenizer: Tokenizer):
     """A longer prompt goes to the router that cached its prefix, and the client gets the count of cached tokens."""
     routers = choosing("a", "b", "c")
-
-    async def scenario(gateway: Gateway) -> None:
+    async with gateway_over(tokenizer, *routers) as gateway:
         for prompt in LONG:
             assert (await chunks(gateway, prompt, max_tokens=2))[-1].cached_tokens == 0
         assert len([router for router in routers if router.requests]) > 1
@@ -151,14 +134,11 @@ def test_a_prompt_goes_to_the_router_that_has_its_prefix(tokenizer: Tokenizer):
         other = await chunks(gateway, LONG[0], max_tokens=2, tenant="somebody else")
         assert other[-1].cached_tokens == 0
 
-    run(scenario, tokenizer, *routers)
 
-
-def test_a_conversation_returns_to_its_router(tokenizer: Tokenizer):
+async def test_a_conversation_returns_to_its_router(tokenizer: Tokenizer):
     """A prompt that starts with an earlier prompt and its output goes to the router that generated that output."""
     routers = choosing("a", "b", "c")
-
-    async def scenario(gateway: Gateway) -> None:
+    async with gateway_over(tokenizer, *routers) as gateway:
         said = await tokens(gateway, 12)
         for prompt in LONG:
             await chunks(gateway, prompt, max_tokens=1)
@@ -166,14 +146,11 @@ def test_a_conversation_returns_to_its_router(tokenizer: Tokenizer):
         (home,) = [router for router in routers if list(router.requests[0].prompt_ids) == PROMPT]
         assert list(home.requests[-1].prompt_ids) == [*PROMPT, *said, 9]
 
-    run(scenario, tokenizer, *routers)
 
-
-def test_a_router_that_evicted_a_prompt_is_still_right(tokenizer: Tokenizer):
+async def test_a_router_that_evicted_a_prompt_is_still_right(tokenizer: Tokenizer):
     """A wrong estimate changes no token, and the router's answer corrects it."""
     routers = choosing("a", "b")
-
-    async def scenario(gateway: Gateway) -> None:
+    async with gateway_over(tokenizer, *routers) as gateway:
         await chunks(gateway, LONG[0], max_tokens=2)
         for router in routers:
             router.empty_cache()
@@ -182,17 +159,15 @@ def test_a_router_that_evicted_a_prompt_is_still_right(tokenizer: Tokenizer):
             assert [token for chunk in got for token in chunk.token_ids] == expected(2, LONG[0])
             assert got[-1].cached_tokens == cached
 
-    run(scenario, tokenizer, *routers)
 
-
-def test_a_full_router_is_skipped(tokenizer: Tokenizer):
+async def test_a_full_router_is_skipped(tokenizer: Tokenizer):
     """A request goes to the next router where one is full, and is refused with a retry delay only when all are full."""
     routers, released = [FakeEngine("a", SHAPE, places=3), FakeEngine("b", SHAPE, places=1)], asyncio.Event()
 
     async def hold(_position: int) -> None:
         await released.wait()
 
-    async def scenario(gateway: Gateway) -> None:
+    async with gateway_over(tokenizer, *routers) as gateway:
         for router in routers:
             router.before_token = hold
         running = []
@@ -207,14 +182,11 @@ def test_a_full_router_is_skipped(tokenizer: Tokenizer):
         assert [await task for task in running] == [expected(6)] * 4
         assert await tokens(gateway) == expected(6)
 
-    run(scenario, tokenizer, *routers)
 
-
-def test_a_resumed_request_waits_for_a_place(tokenizer: Tokenizer):
+async def test_a_resumed_request_waits_for_a_place(tokenizer: Tokenizer):
     """An accepted request whose router is lost waits for a place at a full router instead of being refused."""
     first, full = engine("a"), FakeEngine("b", SHAPE, places=0)
-
-    async def scenario(gateway: Gateway) -> None:
+    async with gateway_over(tokenizer, first, full) as gateway:
         die_before(gateway, 2, first)
         running = asyncio.create_task(tokens(gateway))
         await eventually(lambda: full.refused > 0 and len(first.requests) == 1)
@@ -224,10 +196,8 @@ def test_a_resumed_request_waits_for_a_place(tokenizer: Tokenizer):
         assert await running == expected(6)
         assert list(full.requests[0].generated_ids) == expected(2)
 
-    run(scenario, tokenizer, first, full)
 
-
-def test_a_router_that_drains_gets_nothing_new(tokenizer: Tokenizer):
+async def test_a_router_that_drains_gets_nothing_new(tokenizer: Tokenizer):
     """A draining router finishes its streams; new requests go elsewhere, even if it has cached their prompt."""
     routers, released = choosing("a", "b"), asyncio.Event()
 
@@ -235,7 +205,7 @@ def test_a_router_that_drains_gets_nothing_new(tokenizer: Tokenizer):
         if position:
             await released.wait()
 
-    async def scenario(gateway: Gateway) -> None:
+    async with gateway_over(tokenizer, *routers) as gateway:
         for router in routers:
             router.before_token = hold
         running = asyncio.create_task(chunks(gateway, LONG[0], max_tokens=3))
@@ -251,17 +221,15 @@ def test_a_router_that_drains_gets_nothing_new(tokenizer: Tokenizer):
             assert [token for chunk in await task for token in chunk.token_ids] == expected(3, LONG[0])
         assert len(leaving.requests) == 1
 
-    run(scenario, tokenizer, *routers)
 
-
-def test_a_router_that_is_full_with_our_own_requests_is_not_asked(tokenizer: Tokenizer):
+async def test_a_router_that_is_full_with_our_own_requests_is_not_asked(tokenizer: Tokenizer):
     """A router gets at most slots + queue limit of our requests; the gateway refuses the next with a retry delay."""
     router, released = FakeEngine("a", SHAPE, slots=2, queue=1), asyncio.Event()
 
     async def hold(_position: int) -> None:
         await released.wait()
 
-    async def scenario(gateway: Gateway) -> None:
+    async with gateway_over(tokenizer, router) as gateway:
         router.before_token = hold
         running = [asyncio.create_task(tokens(gateway)) for _ in range(3)]
         await eventually(lambda: len(router.requests) == 3)
@@ -272,5 +240,3 @@ def test_a_router_that_is_full_with_our_own_requests_is_not_asked(tokenizer: Tok
         released.set()
         assert [await task for task in running] == [expected(6)] * 3
         assert await tokens(gateway) == expected(6)
-
-    run(scenario, tokenizer, router)

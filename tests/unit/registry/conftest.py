@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import uuid
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
@@ -28,18 +27,8 @@ def app() -> str:
 
 
 @pytest.fixture(params=["memory", "redis"])
-def run(request: pytest.FixtureRequest, app: str) -> Callable[[Callable[[Registry], Awaitable[None]]], None]:
-    """Runs a coroutine function on an empty registry of each kind, and closes the registry."""
-    url = request.getfixturevalue("redis_server").url if request.param == "redis" else None
-
-    def run_on_registry(behaviour: Callable[[Registry], Awaitable[None]]) -> None:
-        async def with_registry() -> None:
-            registry: Registry = connect(url, app) if url else MemoryRegistry()
-            try:
-                await behaviour(registry)
-            finally:
-                await registry.close()
-
-        asyncio.run(with_registry())
-
-    return run_on_registry
+async def registry(request: pytest.FixtureRequest, redis_server: EmbeddedRedis, app: str) -> AsyncIterator[Registry]:
+    """An empty registry of each kind."""
+    opened: Registry = connect(redis_server.url, app) if request.param == "redis" else MemoryRegistry()
+    yield opened
+    await opened.close()

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import signal
 import socket
-import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -75,20 +72,21 @@ def test_a_server_outlives_the_thread_that_started_it() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends children with their parent")
-def test_a_server_dies_with_a_killed_parent() -> None:
+async def test_a_server_dies_with_a_killed_parent() -> None:
     """SIGKILL to the parent leaves no redis-server behind."""
-    with subprocess.Popen(
-        [sys.executable, "-c", PARENT], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as parent:
-        assert parent.stdout is not None
-        pid = int(parent.stdout.readline())
-        assert running(pid)
-        os.kill(parent.pid, signal.SIGKILL)
+    parent = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", PARENT, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
+    )
+    assert parent.stdout is not None
+    pid = int(await parent.stdout.readline())
+    assert running(pid)
+    parent.kill()
+    await parent.wait()
 
     async def gone() -> bool:
         return not running(pid)
 
-    asyncio.run(eventually(gone))
+    await eventually(gone)
 
 
 def test_a_taken_port_is_an_error_that_says_so() -> None:

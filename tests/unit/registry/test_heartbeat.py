@@ -18,89 +18,76 @@ from moiety.registry.interface import HEARTBEAT_S, TTL_S
 from moiety.registry.memory import MemoryRegistry
 
 
-def test_an_entry_lives_from_start_to_stop() -> None:
+async def test_an_entry_lives_from_start_to_stop() -> None:
     """The entry exists when `start` returns, follows the service's state, and is gone when `stop` returns."""
+    registry = MemoryRegistry()
+    state = ReplicaState.STARTING
+    heartbeat = Heartbeat(registry, lambda: expert_replica(state=state), interval_s=0.02)
+    await heartbeat.start()
+    assert await registry.replicas() == (expert_replica(state=ReplicaState.STARTING),)
+    state = ReplicaState.READY
 
-    async def behaviour() -> None:
-        registry = MemoryRegistry()
-        state = ReplicaState.STARTING
-        heartbeat = Heartbeat(registry, lambda: expert_replica(state=state), interval_s=0.02)
-        await heartbeat.start()
-        assert await registry.replicas() == (expert_replica(state=ReplicaState.STARTING),)
-        state = ReplicaState.READY
+    async def ready() -> bool:
+        return await registry.replicas() == (expert_replica(state=ReplicaState.READY),)
 
-        async def ready() -> bool:
-            return await registry.replicas() == (expert_replica(state=ReplicaState.READY),)
-
-        await eventually(ready)
-        state = ReplicaState.DRAINING
-        await heartbeat.beat()
-        assert await registry.replicas() == (expert_replica(state=ReplicaState.DRAINING),)
-        await heartbeat.stop()
-        assert await registry.replicas() == ()
-
-    asyncio.run(behaviour())
+    await eventually(ready)
+    state = ReplicaState.DRAINING
+    await heartbeat.beat()
+    assert await registry.replicas() == (expert_replica(state=ReplicaState.DRAINING),)
+    await heartbeat.stop()
+    assert await registry.replicas() == ()
 
 
-def test_an_emptied_redis_refills_within_a_beat() -> None:
+async def test_an_emptied_redis_refills_within_a_beat() -> None:
     """After FLUSHALL every heartbeat writes its entry again, under a new generation."""
-
-    async def behaviour() -> None:
-        with EmbeddedRedis() as server:
-            registry = connect(server.url, "app")
-            heartbeats = [Heartbeat(registry, expert_replica(f"e{n}")) for n in range(3)]
-            for heartbeat in heartbeats:
-                await heartbeat.start()
-            before = await registry.generation()
-            await flush(server)
-
-            async def refilled() -> bool:
-                return len(await registry.replicas()) == 3
-
-            assert await eventually(refilled) < HEARTBEAT_S + 0.4
-            assert await registry.generation() != before
-            for heartbeat in heartbeats:
-                await heartbeat.stop()
-            assert await registry.replicas() == ()
-            await registry.close()
-
-    asyncio.run(behaviour())
-
-
-def test_an_outage_is_logged_once_and_survived(caplog: pytest.LogCaptureFixture) -> None:
-    """However many beats and actions fail, one line logs the outage and one the recovery."""
-
-    async def behaviour() -> None:
-        with EmbeddedRedis() as server:
-            registry = connect(server.url, "app")
-
-            async def action() -> None:
-                await registry.report_missing_experts(0, [1])
-
-            heartbeat = Heartbeat(registry, expert_replica(), interval_s=0.05, on_beat=[action])
+    with EmbeddedRedis() as server:
+        registry = connect(server.url, "app")
+        heartbeats = [Heartbeat(registry, expert_replica(f"e{n}")) for n in range(3)]
+        for heartbeat in heartbeats:
             await heartbeat.start()
-            server.stop()
+        before = await registry.generation()
+        await flush(server)
 
-            async def logged() -> bool:
-                return "Connection refused" in caplog.text or "Connect call failed" in caplog.text
+        async def refilled() -> bool:
+            return len(await registry.replicas()) == 3
 
-            await eventually(logged)
-            await asyncio.sleep(0.3)  # a few more beats, which must not be logged
-            with EmbeddedRedis(server.port):
+        assert await eventually(refilled) < HEARTBEAT_S + 0.4
+        assert await registry.generation() != before
+        for heartbeat in heartbeats:
+            await heartbeat.stop()
+        assert await registry.replicas() == ()
+        await registry.close()
 
-                async def back() -> bool:
-                    return "works again" in caplog.text and await registry.replicas() == (expert_replica(),)
 
-                await eventually(back)
-                await heartbeat.stop()
-                await registry.close()
+async def test_an_outage_is_logged_once_and_survived(caplog: pytest.LogCaptureFixture) -> None:
+    """However many beats and actions fail, one line logs the outage and one the recovery."""
+    with caplog.at_level(logging.INFO, logger="moiety"), EmbeddedRedis() as server:
+        registry = connect(server.url, "app")
 
-    with caplog.at_level(logging.INFO, logger="moiety"):
-        asyncio.run(behaviour())
+        async def action() -> None:
+            await registry.report_missing_experts(0, [1])
+
+        heartbeat = Heartbeat(registry, expert_replica(), interval_s=0.05, on_beat=[action])
+        await heartbeat.start()
+        server.stop()
+
+        async def logged() -> bool:
+            return "Connection refused" in caplog.text or "Connect call failed" in caplog.text
+
+        await eventually(logged)
+        await asyncio.sleep(0.3)  # a few more beats, which must not be logged
+        with EmbeddedRedis(server.port):
+
+            async def back() -> bool:
+                return "works again" in caplog.text and await registry.replicas() == (expert_replica(),)
+
+            await eventually(back)
+            await heartbeat.stop()
+            await registry.close()
     assert len(caplog.records) == 2, caplog.text
 
 
-def test_actions_fail_and_hang_alone(caplog: pytest.LogCaptureFixture) -> None:
+async def test_actions_fail_and_hang_alone(caplog: pytest.LogCaptureFixture) -> None:
     """A failing action is logged once and called again; one that hangs stops neither the others nor the heartbeat."""
     calls = {"failing": 0, "healthy": 0}
 
@@ -114,7 +101,7 @@ def test_actions_fail_and_hang_alone(caplog: pytest.LogCaptureFixture) -> None:
     async def healthy() -> None:
         calls["healthy"] += 1
 
-    async def behaviour() -> None:
+    with caplog.at_level(logging.WARNING, logger="moiety"):
         registry = MemoryRegistry()
         beats = 0
 
@@ -134,28 +121,21 @@ def test_actions_fail_and_hang_alone(caplog: pytest.LogCaptureFixture) -> None:
         ended = dict(calls)
         await asyncio.sleep(0.05)
         assert calls == ended
-
-    with caplog.at_level(logging.WARNING, logger="moiety"):
-        asyncio.run(behaviour())
     assert caplog.text.count("a bug\n") == 2, "the line and its traceback"
 
 
-def test_a_required_registry_must_answer_at_start() -> None:
+async def test_a_required_registry_must_answer_at_start() -> None:
     """With `require` the first failure is raised; without it, the service starts and registers later."""
-
-    async def behaviour() -> None:
-        registry = connect("redis://127.0.0.1:1/0", "app")
-        with pytest.raises(RegistryUnreachable):
-            await Heartbeat(registry, expert_replica(), require=True).start()
-        heartbeat = Heartbeat(registry, expert_replica())
-        await heartbeat.start()
-        await heartbeat.stop()
-        await registry.close()
-
-    asyncio.run(behaviour())
+    registry = connect("redis://127.0.0.1:1/0", "app")
+    with pytest.raises(RegistryUnreachable):
+        await Heartbeat(registry, expert_replica(), require=True).start()
+    heartbeat = Heartbeat(registry, expert_replica())
+    await heartbeat.start()
+    await heartbeat.stop()
+    await registry.close()
 
 
-def test_stopping_takes_a_second_at_most() -> None:
+async def test_stopping_takes_a_second_at_most() -> None:
     """`stop` returns within a second and raises nothing, even if a beat and the removal hang."""
 
     class Hanging(MemoryRegistry):
@@ -168,17 +148,14 @@ def test_stopping_takes_a_second_at_most() -> None:
         async def deregister(self, replica_id: str) -> None:
             await asyncio.Event().wait()
 
-    async def behaviour() -> None:
-        registry = Hanging()
-        heartbeat = Heartbeat(registry, expert_replica(), interval_s=0.01)
-        await heartbeat.start()
-        registry.hangs = True
-        await asyncio.sleep(0.05)
-        began = time.monotonic()
-        await heartbeat.stop()
-        assert time.monotonic() - began < 1.2
-
-    asyncio.run(behaviour())
+    registry = Hanging()
+    heartbeat = Heartbeat(registry, expert_replica(), interval_s=0.01)
+    await heartbeat.start()
+    registry.hangs = True
+    await asyncio.sleep(0.05)
+    began = time.monotonic()
+    await heartbeat.stop()
+    assert time.monotonic() - began < 1.2
 
 
 def test_several_beats_fit_into_a_lifetime() -> None:

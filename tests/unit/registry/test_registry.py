@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
 from registry_support import demand_of, expert_replica
@@ -13,217 +12,156 @@ from moiety.core.load import ExpertDemand, ReplicaLoad
 from moiety.core.replica import Placement, ReplicaState, Role
 from moiety.registry.interface import DECISIONS_KEPT, Registry
 
-Run = Callable[[Callable[[Registry], Awaitable[None]]], None]
 
-
-def test_a_registered_replica_is_read_back_whole(run: Run) -> None:
+async def test_a_registered_replica_is_read_back_whole(registry: Registry) -> None:
     """Every field of a replica survives the store."""
-
-    async def behaviour(registry: Registry) -> None:
-        replica = expert_replica(state=ReplicaState.DRAINING)
-        await registry.register(replica)
-        assert await registry.replicas() == (replica,)
-
-    run(behaviour)
+    replica = expert_replica(state=ReplicaState.DRAINING)
+    await registry.register(replica)
+    assert await registry.replicas() == (replica,)
 
 
-def test_replicas_are_sorted_and_the_last_registration_counts(run: Run) -> None:
+async def test_replicas_are_sorted_and_the_last_registration_counts(registry: Registry) -> None:
     """Replicas are ordered by id, not by arrival, and a heartbeat replaces the entry."""
-
-    async def behaviour(registry: Registry) -> None:
-        first, second = expert_replica("b"), expert_replica("a", role=Role.ROUTER, held=ExpertSet())
-        await registry.register(first)
-        await registry.register(second)
-        moved = expert_replica("b", held=ExpertSet.uniform(1, [7]), placement_epoch=3)
-        await registry.register(moved)
-        assert await registry.replicas() == (second, moved)
-
-    run(behaviour)
+    first, second = expert_replica("b"), expert_replica("a", role=Role.ROUTER, held=ExpertSet())
+    await registry.register(first)
+    await registry.register(second)
+    moved = expert_replica("b", held=ExpertSet.uniform(1, [7]), placement_epoch=3)
+    await registry.register(moved)
+    assert await registry.replicas() == (second, moved)
 
 
-def test_a_reader_follows_every_change(run: Run) -> None:
+async def test_a_reader_follows_every_change(registry: Registry) -> None:
     """A reading after each write shows that write: a change and its reversal, a removal and a return, one among others."""
-
-    async def behaviour(registry: Registry) -> None:
-        ready, draining, other = expert_replica(), expert_replica(state=ReplicaState.DRAINING), expert_replica("e1")
-        await registry.register(other)
-        for replica in (ready, ready, draining, ready):
-            await registry.register(replica)
-            assert await registry.replicas() == (replica, other)
-        await registry.deregister("e0")
-        assert await registry.replicas() == (other,)
-        await registry.register(ready)
-        assert await registry.replicas() == (ready, other)
-
-    run(behaviour)
+    ready, draining, other = expert_replica(), expert_replica(state=ReplicaState.DRAINING), expert_replica("e1")
+    await registry.register(other)
+    for replica in (ready, ready, draining, ready):
+        await registry.register(replica)
+        assert await registry.replicas() == (replica, other)
+    await registry.deregister("e0")
+    assert await registry.replicas() == (other,)
+    await registry.register(ready)
+    assert await registry.replicas() == (ready, other)
 
 
-def test_a_deregistered_replica_is_gone_at_once(run: Run) -> None:
+async def test_a_deregistered_replica_is_gone_at_once(registry: Registry) -> None:
     """Deregistering takes effect before the TTL, and a second call is harmless."""
-
-    async def behaviour(registry: Registry) -> None:
-        await registry.register(expert_replica())
-        await registry.deregister("e0")
-        await registry.deregister("e0")
-        assert await registry.replicas() == ()
-
-    run(behaviour)
+    await registry.register(expert_replica())
+    await registry.deregister("e0")
+    await registry.deregister("e0")
+    assert await registry.replicas() == ()
 
 
-def test_a_generation_begins_with_the_first_registration_and_stays(run: Run) -> None:
+async def test_a_generation_begins_with_the_first_registration_and_stays(registry: Registry) -> None:
     """An empty store has no generation; a filled one keeps its generation even when the last replica leaves."""
-
-    async def behaviour(registry: Registry) -> None:
-        assert await registry.generation() is None
-        await registry.register(expert_replica())
-        generation = await registry.generation()
-        assert generation is not None
-        await registry.register(expert_replica("e1"))
-        await registry.deregister("e0")
-        await registry.deregister("e1")
-        assert await registry.generation() == generation
-
-    run(behaviour)
+    assert await registry.generation() is None
+    await registry.register(expert_replica())
+    generation = await registry.generation()
+    assert generation is not None
+    await registry.register(expert_replica("e1"))
+    await registry.deregister("e0")
+    await registry.deregister("e1")
+    assert await registry.generation() == generation
 
 
-def test_routers_are_listed_alone(run: Run) -> None:
+async def test_routers_are_listed_alone(registry: Registry) -> None:
     """`routers` lists the routers as they last registered, until they deregister."""
-
-    async def behaviour(registry: Registry) -> None:
-        router = replace(expert_replica(id="r"), role=Role.ROUTER, held=ExpertSet())
-        await registry.register(expert_replica(id="a"))
-        await registry.register(router)
-        await registry.register(acknowledged := replace(router, placement_epoch=4))
-        assert await registry.routers() == (acknowledged,)
-        await registry.deregister("r")
-        assert not await registry.routers()
-
-    run(behaviour)
+    router = replace(expert_replica(id="r"), role=Role.ROUTER, held=ExpertSet())
+    await registry.register(expert_replica(id="a"))
+    await registry.register(router)
+    await registry.register(acknowledged := replace(router, placement_epoch=4))
+    assert await registry.routers() == (acknowledged,)
+    await registry.deregister("r")
+    assert not await registry.routers()
 
 
-def test_a_placement_needs_the_next_epoch(run: Run) -> None:
+async def test_a_placement_needs_the_next_epoch(registry: Registry) -> None:
     """Only the epoch after the one in force is stored; with none in force, any epoch: the store may have been emptied."""
 
-    async def behaviour(registry: Registry) -> None:
-        def placement(epoch: int) -> Placement:
-            return Placement(epoch, {"experts-0": ExpertSet.uniform(2, range(epoch)), "hot-0": ExpertSet()})
+    def placement(epoch: int) -> Placement:
+        return Placement(epoch, {"experts-0": ExpertSet.uniform(2, range(epoch)), "hot-0": ExpertSet()})
 
-        assert await registry.placement() is None
-        assert await registry.placement_epoch() == 0
-        assert await registry.set_placement(placement(7))
-        assert not await registry.set_placement(placement(1))
-        assert not await registry.set_placement(placement(7))
-        assert not await registry.set_placement(placement(9))
-        assert await registry.set_placement(placement(8))
-        assert await registry.placement() == placement(8)
-        assert await registry.placement_epoch() == 8
-
-    run(behaviour)
+    assert await registry.placement() is None
+    assert await registry.placement_epoch() == 0
+    assert await registry.set_placement(placement(7))
+    assert not await registry.set_placement(placement(1))
+    assert not await registry.set_placement(placement(7))
+    assert not await registry.set_placement(placement(9))
+    assert await registry.set_placement(placement(8))
+    assert await registry.placement() == placement(8)
+    assert await registry.placement_epoch() == 8
 
 
-def test_one_of_several_racing_placements_wins(run: Run) -> None:
+async def test_one_of_several_racing_placements_wins(registry: Registry) -> None:
     """If eight writers propose the same epoch at once, exactly one call returns True."""
-
-    async def behaviour(registry: Registry) -> None:
-        proposals = [Placement(1, {f"experts-{writer}": ExpertSet.uniform(1, [writer])}) for writer in range(8)]
-        stored = await asyncio.gather(*(registry.set_placement(proposal) for proposal in proposals))
-        assert stored.count(True) == 1
-        assert await registry.placement() == proposals[stored.index(True)]
-
-    run(behaviour)
+    proposals = [Placement(1, {f"experts-{writer}": ExpertSet.uniform(1, [writer])}) for writer in range(8)]
+    stored = await asyncio.gather(*(registry.set_placement(proposal) for proposal in proposals))
+    assert stored.count(True) == 1
+    assert await registry.placement() == proposals[stored.index(True)]
 
 
-def test_counters_are_exact_through_repeated_flushes(run: Run) -> None:
+async def test_counters_are_exact_through_repeated_flushes(registry: Registry) -> None:
     """A flush sent three times counts once per writer, up to the largest 64-bit counts."""
-
-    async def behaviour(registry: Registry) -> None:
-        huge = ExpertDemand(
-            rows=((1, 2**63 - 1), (0, 4)), activations=((1, 2), (0, 3)), time=1700000000.123456, started=5.5
-        )
-        other = demand_of((7, 0), (0, 0), time=3.0)
-        for _ in range(3):
-            await registry.publish_load("router-a", demand=huge)
-        await registry.publish_load("router-b", demand=other)
-        assert await registry.expert_demand() == {"router-a": huge, "router-b": other}
-
-    run(behaviour)
+    huge = ExpertDemand(
+        rows=((1, 2**63 - 1), (0, 4)), activations=((1, 2), (0, 3)), time=1700000000.123456, started=5.5
+    )
+    other = demand_of((7, 0), (0, 0), time=3.0)
+    for _ in range(3):
+        await registry.publish_load("router-a", demand=huge)
+    await registry.publish_load("router-b", demand=other)
+    assert await registry.expert_demand() == {"router-a": huge, "router-b": other}
 
 
-def test_a_restarted_writer_has_new_counters(run: Run) -> None:
+async def test_a_restarted_writer_has_new_counters(registry: Registry) -> None:
     """A router's new id neither adds to nor replaces the counters of its old id; a flush replaces only its own counters."""
-
-    async def behaviour(registry: Registry) -> None:
-        await registry.publish_load("router-a1", demand=demand_of((5, 5)))
-        await registry.publish_load("router-a2", demand=demand_of((1, 0)))
-        assert await registry.expert_demand() == {"router-a1": demand_of((5, 5)), "router-a2": demand_of((1, 0))}
-        await registry.publish_load("router-a2", demand=demand_of((1, 2)))
-        assert await registry.expert_demand() == {"router-a1": demand_of((5, 5)), "router-a2": demand_of((1, 2))}
-
-    run(behaviour)
+    await registry.publish_load("router-a1", demand=demand_of((5, 5)))
+    await registry.publish_load("router-a2", demand=demand_of((1, 0)))
+    assert await registry.expert_demand() == {"router-a1": demand_of((5, 5)), "router-a2": demand_of((1, 0))}
+    await registry.publish_load("router-a2", demand=demand_of((1, 2)))
+    assert await registry.expert_demand() == {"router-a1": demand_of((5, 5)), "router-a2": demand_of((1, 2))}
 
 
-def test_the_last_load_report_counts(run: Run) -> None:
+async def test_the_last_load_report_counts(registry: Registry) -> None:
     """Only the newest load report of each replica is kept."""
-
-    async def behaviour(registry: Registry) -> None:
-        await registry.publish_load("e0", ReplicaLoad(0.1, 1.0, 10.0, 2.0))
-        await registry.publish_load("e0", ReplicaLoad(0.9, 30.5, 100.0, 20.0))
-        await registry.publish_load("e1", ReplicaLoad(0.0, 0.0, 0.0, 0.0))
-        assert await registry.replica_load() == {
-            "e0": ReplicaLoad(0.9, 30.5, 100.0, 20.0),
-            "e1": ReplicaLoad(0.0, 0.0, 0.0, 0.0),
-        }
-
-    run(behaviour)
+    await registry.publish_load("e0", ReplicaLoad(0.1, 1.0, 10.0, 2.0))
+    await registry.publish_load("e0", ReplicaLoad(0.9, 30.5, 100.0, 20.0))
+    await registry.publish_load("e1", ReplicaLoad(0.0, 0.0, 0.0, 0.0))
+    assert await registry.replica_load() == {
+        "e0": ReplicaLoad(0.9, 30.5, 100.0, 20.0),
+        "e1": ReplicaLoad(0.0, 0.0, 0.0, 0.0),
+    }
 
 
-def test_a_router_reports_load_and_counters_at_once(run: Run) -> None:
+async def test_a_router_reports_load_and_counters_at_once(registry: Registry) -> None:
     """One call stores a router's load and its counters under the same id."""
-
-    async def behaviour(registry: Registry) -> None:
-        await registry.publish_load("r0", ReplicaLoad(0.1, 1.0, 10.0, 2.0), demand_of((1, 2)))
-        assert await registry.replica_load() == {"r0": ReplicaLoad(0.1, 1.0, 10.0, 2.0)}
-        assert await registry.expert_demand() == {"r0": demand_of((1, 2))}
-
-    run(behaviour)
+    await registry.publish_load("r0", ReplicaLoad(0.1, 1.0, 10.0, 2.0), demand_of((1, 2)))
+    assert await registry.replica_load() == {"r0": ReplicaLoad(0.1, 1.0, 10.0, 2.0)}
+    assert await registry.expert_demand() == {"r0": demand_of((1, 2))}
 
 
-def test_missing_experts_of_all_routers_are_joined(run: Run) -> None:
+async def test_missing_experts_of_all_routers_are_joined(registry: Registry) -> None:
     """Missing experts are the union per layer; a report of no experts records none."""
-
-    async def behaviour(registry: Registry) -> None:
-        assert await registry.missing_experts() == {}
-        await registry.report_missing_experts(0, [1, 2])
-        await registry.report_missing_experts(0, [2, 3])
-        await registry.report_missing_experts(11, [40])
-        await registry.report_missing_experts(5, [])
-        assert await registry.missing_experts() == {0: frozenset({1, 2, 3}), 11: frozenset({40})}
-
-    run(behaviour)
+    assert await registry.missing_experts() == {}
+    await registry.report_missing_experts(0, [1, 2])
+    await registry.report_missing_experts(0, [2, 3])
+    await registry.report_missing_experts(11, [40])
+    await registry.report_missing_experts(5, [])
+    assert await registry.missing_experts() == {0: frozenset({1, 2, 3}), 11: frozenset({40})}
 
 
-def test_decisions_come_back_oldest_first(run: Run) -> None:
+async def test_decisions_come_back_oldest_first(registry: Registry) -> None:
     """The newest `count` decisions are returned in order, with the types of their values."""
-
-    async def behaviour(registry: Registry) -> None:
-        assert await registry.decisions() == []
-        for number in range(5):
-            await registry.record_decision({"group": f"experts-{number}", "target": number, "why": {"busy": 0.5}})
-        assert [decision["target"] for decision in await registry.decisions(3)] == [2, 3, 4]
-        assert (await registry.decisions())[0] == {"group": "experts-0", "target": 0, "why": {"busy": 0.5}}
-
-    run(behaviour)
+    assert await registry.decisions() == []
+    for number in range(5):
+        await registry.record_decision({"group": f"experts-{number}", "target": number, "why": {"busy": 0.5}})
+    assert [decision["target"] for decision in await registry.decisions(3)] == [2, 3, 4]
+    assert (await registry.decisions())[0] == {"group": "experts-0", "target": 0, "why": {"busy": 0.5}}
 
 
-def test_the_log_of_decisions_is_bounded(run: Run) -> None:
+async def test_the_log_of_decisions_is_bounded(registry: Registry) -> None:
     """Beyond its bound the log drops the oldest decisions."""
-
-    async def behaviour(registry: Registry) -> None:
-        for start in range(0, DECISIONS_KEPT + 20, 60):
-            await asyncio.gather(*(registry.record_decision({"number": start + n}) for n in range(60)))
-        kept = await registry.decisions(count=2 * DECISIONS_KEPT)
-        assert len(kept) == DECISIONS_KEPT
-        # The first 60 are concurrent, so their order is open; none of the later ones may be missing.
-        assert {decision["number"] for decision in kept} >= set(range(60, DECISIONS_KEPT + 20))
-
-    run(behaviour)
+    for start in range(0, DECISIONS_KEPT + 20, 60):
+        await asyncio.gather(*(registry.record_decision({"number": start + n}) for n in range(60)))
+    kept = await registry.decisions(count=2 * DECISIONS_KEPT)
+    assert len(kept) == DECISIONS_KEPT
+    # The first 60 are concurrent, so their order is open; none of the later ones may be missing.
+    assert {decision["number"] for decision in kept} >= set(range(60, DECISIONS_KEPT + 20))

@@ -106,7 +106,7 @@ def test_a_reader_that_follows_sees_what_a_new_one_sees(redis_server: EmbeddedRe
         asyncio.run(behaviour(client))
 
 
-def test_unchanged_entries_are_not_sent(redis_server: EmbeddedRedis, app: str) -> None:
+async def test_unchanged_entries_are_not_sent(redis_server: EmbeddedRedis, app: str) -> None:
     """An unchanged table costs a few bytes whatever its size; a changed entry costs a list of digests and its own text."""
     held = ExpertSet({layer: frozenset(range(layer % 3, 256, 3)) for layer in range(60)})
     replicas = [expert_replica(f"experts-0-{n:04}", held=held) for n in range(100)]
@@ -121,35 +121,31 @@ def test_unchanged_entries_are_not_sent(redis_server: EmbeddedRedis, app: str) -
             await action
         return (await registry.server_counters())[1] - before - (before - earlier)
 
-    async def behaviour() -> None:
-        async with opened(redis_server.url, app) as writer, opened(redis_server.url, app) as reader:
-            for replica in replicas:
-                await writer.register(replica)
-            assert await transferred(reader, reader.replicas()) > 100 * size
-            assert await transferred(reader, *(reader.replicas() for _ in range(10))) < 10 * 1500
-            assert await transferred(writer, *(writer.register(replicas[0]) for _ in range(10))) < 10 * 300
-            await writer.register(changed)
-            assert await transferred(reader, reader.replicas()) < 2 * size + 100 * 64
-            assert changed in await reader.replicas()
+    async with opened(redis_server.url, app) as writer, opened(redis_server.url, app) as reader:
+        for replica in replicas:
+            await writer.register(replica)
+        assert await transferred(reader, reader.replicas()) > 100 * size
+        assert await transferred(reader, *(reader.replicas() for _ in range(10))) < 10 * 1500
+        assert await transferred(writer, *(writer.register(replicas[0]) for _ in range(10))) < 10 * 300
+        await writer.register(changed)
+        assert await transferred(reader, reader.replicas()) < 2 * size + 100 * 64
+        assert changed in await reader.replicas()
 
-            await writer.publish_load("r0", demand=demand_of((5,) * 10_000))
-            assert await transferred(reader, reader.expert_demand()) > 2 * 4 * 10_000
-            assert await transferred(reader, *(reader.expert_demand() for _ in range(10))) < 10 * 2000
-            await writer.publish_load("r0", demand=(flushed := demand_of((6,) * 10_000)))
-            assert await reader.expert_demand() == {"r0": flushed}
-
-    asyncio.run(behaviour())
+        await writer.publish_load("r0", demand=demand_of((5,) * 10_000))
+        assert await transferred(reader, reader.expert_demand()) > 2 * 4 * 10_000
+        assert await transferred(reader, *(reader.expert_demand() for _ in range(10))) < 10 * 2000
+        await writer.publish_load("r0", demand=(flushed := demand_of((6,) * 10_000)))
+        assert await reader.expert_demand() == {"r0": flushed}
 
 
-def test_a_store_that_lost_parts_is_repaired(
+async def test_a_store_that_lost_parts_is_repaired(
     redis_server: EmbeddedRedis, app: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Keys that Redis evicted, other than the beat, come back with the next full write, within REWRITE_S."""
-
-    async def behaviour(client: redis.Redis) -> None:
-        loop = asyncio.get_running_loop()
-        clock, ahead = loop.time, 0.0
-        monkeypatch.setattr(loop, "time", lambda: clock() + ahead)
+    loop = asyncio.get_running_loop()
+    clock, ahead = loop.time, 0.0
+    monkeypatch.setattr(loop, "time", lambda: clock() + ahead)
+    with redis.Redis(port=redis_server.port) as client:
         async with opened(redis_server.url, app) as registry:
             await registry.register(expert_replica())
             client.delete(f"moiety:{{{app}}}:replicas", f"moiety:{{{app}}}:replica:e0")
@@ -158,9 +154,6 @@ def test_a_store_that_lost_parts_is_repaired(
             ahead = REWRITE_S
             await registry.register(expert_replica())
             assert await registry.replicas() == (expert_replica(),)
-
-    with redis.Redis(port=redis_server.port) as client:
-        asyncio.run(behaviour(client))
 
 
 def test_a_text_that_changed_between_listing_and_fetching_is_not_kept() -> None:

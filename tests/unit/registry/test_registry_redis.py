@@ -34,81 +34,68 @@ def redis_cli(redis_server: EmbeddedRedis) -> Iterator[redis.Redis]:
         yield client
 
 
-def test_entries_expire_each_after_its_time(redis_server: EmbeddedRedis, app: str, redis_cli: redis.Redis) -> None:
+async def test_entries_expire_each_after_its_time(
+    redis_server: EmbeddedRedis, app: str, redis_cli: redis.Redis
+) -> None:
     """A replica expires 3 s after its last beat, load reports and missing experts after 5 s, and the sets are pruned."""
+    async with opened(redis_server.url, app) as registry:
+        await registry.register(expert_replica())
+        await registry.publish_load("e0", ReplicaLoad(0.5, 1.0, 2.0, 3.0))
+        await registry.report_missing_experts(1, [2])
+        began = time.monotonic()
 
-    async def behaviour() -> None:
-        async with opened(redis_server.url, app) as registry:
-            await registry.register(expert_replica())
-            await registry.publish_load("e0", ReplicaLoad(0.5, 1.0, 2.0, 3.0))
-            await registry.report_missing_experts(1, [2])
-            began = time.monotonic()
+        async def replica_gone() -> bool:
+            return await registry.replicas() == ()
 
-            async def replica_gone() -> bool:
-                return await registry.replicas() == ()
+        async def rest_gone() -> bool:
+            return not await registry.replica_load() and not await registry.missing_experts()
 
-            async def rest_gone() -> bool:
-                return not await registry.replica_load() and not await registry.missing_experts()
-
-            await eventually(replica_gone)
-            assert time.monotonic() - began == pytest.approx(TTL_S, abs=0.5)
-            assert await registry.replica_load()
-            assert await registry.missing_experts()
-            await eventually(rest_gone)
-            assert time.monotonic() - began == pytest.approx(LOAD_TTL_S, abs=0.5)
-
-    asyncio.run(behaviour())
+        await eventually(replica_gone)
+        assert time.monotonic() - began == pytest.approx(TTL_S, abs=0.5)
+        assert await registry.replica_load()
+        assert await registry.missing_experts()
+        await eventually(rest_gone)
+        assert time.monotonic() - began == pytest.approx(LOAD_TTL_S, abs=0.5)
     assert LOAD_TTL_S == MISSING_EXPERTS_TTL_S
     assert redis_cli.keys(f"moiety:{{{app}}}:*") == [f"moiety:{{{app}}}:generation"]
 
 
-def test_counters_outlive_a_slow_writer(redis_server: EmbeddedRedis, app: str, redis_cli: redis.Redis) -> None:
+async def test_counters_outlive_a_slow_writer(redis_server: EmbeddedRedis, app: str, redis_cli: redis.Redis) -> None:
     """A writer's counters stay for a minute after its last flush and leave no trace; its hot experts expire earlier."""
     load, hot = f"moiety:{{{app}}}:load:router-a", f"moiety:{{{app}}}:hot"
-
-    async def publish() -> None:
-        async with opened(redis_server.url, app) as registry:
-            for second in (0, 1):
-                await registry.publish_load("router-a", demand=demand_of((second, 2 * second), time=second))
-
-    async def read() -> object:
-        async with opened(redis_server.url, app) as registry:
-            return await registry.expert_demand()
-
-    asyncio.run(publish())
+    async with opened(redis_server.url, app) as registry:
+        for second in (0, 1):
+            await registry.publish_load("router-a", demand=demand_of((second, 2 * second), time=second))
     assert DEMAND_TTL_S - 5 < redis_cli.ttl(load) <= DEMAND_TTL_S
     assert all(0 < redis_cli.ttl(key) <= LOAD_TTL_S for key in (hot, f"{hot}:router-a"))
     redis_cli.delete(load)
-    assert asyncio.run(read()) == {}
+    async with opened(redis_server.url, app) as registry:
+        assert await registry.expert_demand() == {}
     assert redis_cli.scard(f"moiety:{{{app}}}:writers") == 0
 
 
-def test_hot_lists_the_current_rates_of_the_hottest_experts(
+async def test_hot_lists_the_current_rates_of_the_hottest_experts(
     redis_server: EmbeddedRedis, app: str, redis_cli: redis.Redis
 ) -> None:
     """`hot` has 64 rates, summed over writers; a repeated flush counts once, and old rows do not count."""
     wide, hot = tuple(range(100)), f"moiety:{{{app}}}:hot"
-
-    async def behaviour() -> None:
-        async with opened(redis_server.url, app) as registry:
-            for second in (0, 2, 2):
-                rows = tuple(1000 + second * count for count in wide)
-                mine = demand_of(rows, (0,) * 100, time=float(second))
-                other = demand_of((0,) * 99 + (second,), (0, 500 * second, *(0,) * 98), time=9.0 + second)
-                await registry.publish_load("router-a", demand=mine)
-                await registry.publish_load("router-b", demand=other)
-            listed = redis_cli.zrevrange(hot, 0, -1, withscores=True)
-            assert listed[:3] == [("1/1", 500.0), ("0/99", 100.0), ("0/98", 98.0)]
-            assert len(listed) == 64
-            await registry.publish_load("router-a", demand=demand_of(rows, (0,) * 100, time=5.0))
-            assert redis_cli.zrevrange(hot, 0, -1, withscores=True) == [("1/1", 500.0), ("0/99", 1.0)]
-            await registry.publish_load("router-b", demand=replace(other, time=14.0))
-            assert not redis_cli.exists(hot)
-
-    asyncio.run(behaviour())
+    async with opened(redis_server.url, app) as registry:
+        for second in (0, 2, 2):
+            rows = tuple(1000 + second * count for count in wide)
+            mine = demand_of(rows, (0,) * 100, time=float(second))
+            other = demand_of((0,) * 99 + (second,), (0, 500 * second, *(0,) * 98), time=9.0 + second)
+            await registry.publish_load("router-a", demand=mine)
+            await registry.publish_load("router-b", demand=other)
+        listed = redis_cli.zrevrange(hot, 0, -1, withscores=True)
+        assert listed[:3] == [("1/1", 500.0), ("0/99", 100.0), ("0/98", 98.0)]
+        assert len(listed) == 64
+        await registry.publish_load("router-a", demand=demand_of(rows, (0,) * 100, time=5.0))
+        assert redis_cli.zrevrange(hot, 0, -1, withscores=True) == [("1/1", 500.0), ("0/99", 1.0)]
+        await registry.publish_load("router-b", demand=replace(other, time=14.0))
+        assert not redis_cli.exists(hot)
 
 
-def test_broken_entries_are_skipped_with_one_warning(
+async def test_broken_entries_are_skipped_with_one_warning(
     redis_server: EmbeddedRedis, app: str, redis_cli: redis.Redis, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A broken entry does not hide the good ones, and is logged once, by name and field."""
@@ -137,8 +124,7 @@ def test_broken_entries_are_skipped_with_one_warning(
     redis_cli.zadd(f"{key}missing", {"one/two": 9e15})
     redis_cli.set(f"{key}placement", '{"epoch": 4}')
     redis_cli.xadd(f"{key}decisions", {"json": "{"})
-
-    async def behaviour() -> None:
+    with caplog.at_level(logging.WARNING):
         async with opened(redis_server.url, app) as registry:
             await registry.register(expert_replica())
             await registry.publish_load("r0", demand=demand_of((1,)))
@@ -150,64 +136,51 @@ def test_broken_entries_are_skipped_with_one_warning(
                 assert await registry.missing_experts() == {}
                 assert await registry.placement() is None
                 assert await registry.decisions() == [{"target": 2}]
-
-    with caplog.at_level(logging.WARNING):
-        asyncio.run(behaviour())
     warned = [record.getMessage() for record in caplog.records]
     assert len(warned) == len(set(warned)) == len(broken) + 2 + 2 + 1 + 1 + 1
     assert any("replica:role " in message and "field role = 'chef'" in message for message in warned)
 
 
-def test_fields_of_a_newer_version_are_ignored(redis_server: EmbeddedRedis, app: str, redis_cli: redis.Redis) -> None:
+async def test_fields_of_a_newer_version_are_ignored(
+    redis_server: EmbeddedRedis, app: str, redis_cli: redis.Redis
+) -> None:
     """An entry with unknown fields is read without these."""
-
-    async def behaviour() -> None:
-        async with opened(redis_server.url, app) as registry:
-            await registry.register(expert_replica())
-            key = f"moiety:{{{app}}}:replica:e0"
-            redis_cli.set(key, redis_cli.get(key).replace("{", '{"colour": ["blue"], ', 1), keepttl=True)
-            assert await registry.replicas() == (expert_replica(),)
-
-    asyncio.run(behaviour())
+    async with opened(redis_server.url, app) as registry:
+        await registry.register(expert_replica())
+        key = f"moiety:{{{app}}}:replica:e0"
+        redis_cli.set(key, redis_cli.get(key).replace("{", '{"colour": ["blue"], ', 1), keepttl=True)
+        assert await registry.replicas() == (expert_replica(),)
 
 
-def test_a_redis_that_stops_is_unreachable_and_comes_back() -> None:
+async def test_a_redis_that_stops_is_unreachable_and_comes_back() -> None:
     """Every operation raises RegistryUnreachable while the server is down; the registry works once it is up again."""
-
-    async def behaviour() -> None:
-        with EmbeddedRedis() as server:
-            async with opened(server.url, "app") as registry:
+    with EmbeddedRedis() as server:
+        async with opened(server.url, "app") as registry:
+            await registry.register(expert_replica())
+            server.stop()
+            for operation in every_operation(registry):
+                with pytest.raises(RegistryUnreachable, match=f"127.0.0.1:{server.port}"):
+                    await operation
+            with EmbeddedRedis(server.port):
+                assert await registry.replicas() == ()
                 await registry.register(expert_replica())
-                server.stop()
-                for operation in every_operation(registry):
-                    with pytest.raises(RegistryUnreachable, match=f"127.0.0.1:{server.port}"):
-                        await operation
-                with EmbeddedRedis(server.port):
-                    assert await registry.replicas() == ()
-                    await registry.register(expert_replica())
-                    assert await registry.replicas() == (expert_replica(),)
-
-    asyncio.run(behaviour())
-
-
-def test_a_redis_that_hangs_is_unreachable_soon() -> None:
-    """A server that accepts and does not answer fails an operation within 2 s; once it answers, operations work."""
-
-    async def behaviour() -> None:
-        with EmbeddedRedis() as server:
-            async with opened(server.url, "app") as registry:
-                await registry.register(expert_replica())
-                os.kill(server.pid, signal.SIGSTOP)
-                try:
-                    began = time.monotonic()
-                    results = await asyncio.gather(registry.replicas(), registry.placement(), return_exceptions=True)
-                    assert time.monotonic() - began < 2.2
-                finally:
-                    os.kill(server.pid, signal.SIGCONT)
-                assert [type(result) for result in results] == [RegistryUnreachable] * 2
                 assert await registry.replicas() == (expert_replica(),)
 
-    asyncio.run(behaviour())
+
+async def test_a_redis_that_hangs_is_unreachable_soon() -> None:
+    """A server that accepts and does not answer fails an operation within 2 s; once it answers, operations work."""
+    with EmbeddedRedis() as server:
+        async with opened(server.url, "app") as registry:
+            await registry.register(expert_replica())
+            os.kill(server.pid, signal.SIGSTOP)
+            try:
+                began = time.monotonic()
+                results = await asyncio.gather(registry.replicas(), registry.placement(), return_exceptions=True)
+                assert time.monotonic() - began < 2.2
+            finally:
+                os.kill(server.pid, signal.SIGCONT)
+            assert [type(result) for result in results] == [RegistryUnreachable] * 2
+            assert await registry.replicas() == (expert_replica(),)
 
 
 def test_one_registry_serves_the_loops_of_several_threads(redis_server: EmbeddedRedis, app: str) -> None:
@@ -231,22 +204,18 @@ def test_one_registry_serves_the_loops_of_several_threads(redis_server: Embedded
     assert max(seen) == 3
 
 
-def test_a_password_is_never_shown() -> None:
+async def test_a_password_is_never_shown() -> None:
     """Errors name the server without user name and password, wherever the URL has them."""
-
-    async def behaviour() -> None:
-        for url in (
-            "redis://alice:s3cret@127.0.0.1:1/0",
-            "redis://127.0.0.1:1/0?password=s3cret&username=alice",
-            "unix:///nowhere/redis.sock?password=s3cret",
-        ):
-            async with opened(url, "app") as registry:
-                with pytest.raises(RegistryUnreachable) as caught:
-                    await registry.replicas()
-            assert "s3cret" not in str(caught.value)
-            assert "alice" not in str(caught.value)
-
-    asyncio.run(behaviour())
+    for url in (
+        "redis://alice:s3cret@127.0.0.1:1/0",
+        "redis://127.0.0.1:1/0?password=s3cret&username=alice",
+        "unix:///nowhere/redis.sock?password=s3cret",
+    ):
+        async with opened(url, "app") as registry:
+            with pytest.raises(RegistryUnreachable) as caught:
+                await registry.replicas()
+        assert "s3cret" not in str(caught.value)
+        assert "alice" not in str(caught.value)
     for url in ("redis://alice:s3/cret@127.0.0.1:1/0", "redis://:s3cret@h:port", "http://a:s3cret@h", "s3cret@h"):
         with pytest.raises(ConfigError, match="registry") as refused:
             connect(url, "app")

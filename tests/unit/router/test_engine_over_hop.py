@@ -66,7 +66,7 @@ def router_of(folder: str) -> tuple[Any, Any]:
         "gpt_oss",  # a window of 16 tokens in every other layer, and sinks
     ],
 )
-def test_pressure_prefixes_and_choices_change_no_token(architecture: str, tiny: Callable[[str], str]):
+async def test_pressure_prefixes_and_choices_change_no_token(architecture: str, tiny: Callable[[str], str]):
     """Requests at once in six blocks, again with cached prefixes, and three choices in one get the tokens of running alone."""
     model, shape = router_of(tiny(architecture))
     spec = discover_cache_spec(model, shape)
@@ -85,22 +85,19 @@ def test_pressure_prefixes_and_choices_change_no_token(architecture: str, tiny: 
             tracer=NO_TRACER,
         )
 
-    async def scenario() -> None:
-        held = ExpertSet.uniform(shape.moe_layers, range(shape.experts))
-        async with loopback_hop([FakeExperts("all", held, shape)], shape) as loopback:
+    held = ExpertSet.uniform(shape.moe_layers, range(shape.experts))
+    async with loopback_hop([FakeExperts("all", held, shape)], shape) as loopback:
 
-            def compare() -> None:
-                together = [*((prompt, GREEDY, 0) for prompt in PROMPTS), (PROMPTS[0], CHOICES, 0)]
-                one_by_one = [
-                    *together[:-1],
-                    *((PROMPTS[0], Sampling(NEW_TOKENS, 0.8, seed=11, ignore_eos=True), choice) for choice in range(3)),
-                ]
-                alone = [run(engine_of(loopback.hop, slots=1, blocks=100), [request])[0] for request in one_by_one]
-                expected = [*alone[:-3], alone[-3] | alone[-2] | alone[-1]]
-                pressed = engine_of(loopback.hop, slots=6, blocks=6)
-                assert run(pressed, together) == expected
-                assert run(pressed, together) == expected, "with the prefixes that are still cached"
+        def compare() -> None:
+            together = [*((prompt, GREEDY, 0) for prompt in PROMPTS), (PROMPTS[0], CHOICES, 0)]
+            one_by_one = [
+                *together[:-1],
+                *((PROMPTS[0], Sampling(NEW_TOKENS, 0.8, seed=11, ignore_eos=True), choice) for choice in range(3)),
+            ]
+            alone = [run(engine_of(loopback.hop, slots=1, blocks=100), [request])[0] for request in one_by_one]
+            expected = [*alone[:-3], alone[-3] | alone[-2] | alone[-1]]
+            pressed = engine_of(loopback.hop, slots=6, blocks=6)
+            assert run(pressed, together) == expected
+            assert run(pressed, together) == expected, "with the prefixes that are still cached"
 
-            await asyncio.to_thread(compare)
-
-    asyncio.run(scenario())
+        await asyncio.to_thread(compare)

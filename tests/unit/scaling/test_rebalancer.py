@@ -53,100 +53,78 @@ class System:
             await self.registry.register(replica_of(name, placement.held[name], placement.epoch))
 
 
-def test_the_default_placement_is_set_and_set_again() -> None:
+async def test_the_default_placement_is_set_and_set_again() -> None:
     """The default is set if there was no placement; after a loss, the last one is set again with its old epoch."""
-
-    async def check() -> None:
-        system = System()
-        await system.follow(EVEN, None)
-        assert await system.registry.placement() is None  # not all deployments are known yet
-        await system.follow(EVEN)
-        assert await system.registry.placement() == Placement(1, DEFAULT)
-        moved = {**DEFAULT, "experts-0": DEFAULT["experts-1"], "experts-1": DEFAULT["experts-0"]}
-        assert await system.registry.set_placement(Placement(2, moved))
-        await system.follow(EVEN)
-        system.registry.clear()
-        await system.registry.register(replica_of("experts-0", moved["experts-0"], 2))
-        await system.follow(EVEN)
-        assert await system.registry.placement() == Placement(2, moved)
-
-    asyncio.run(check())
+    system = System()
+    await system.follow(EVEN, None)
+    assert await system.registry.placement() is None  # not all deployments are known yet
+    await system.follow(EVEN)
+    assert await system.registry.placement() == Placement(1, DEFAULT)
+    moved = {**DEFAULT, "experts-0": DEFAULT["experts-1"], "experts-1": DEFAULT["experts-0"]}
+    assert await system.registry.set_placement(Placement(2, moved))
+    await system.follow(EVEN)
+    system.registry.clear()
+    await system.registry.register(replica_of("experts-0", moved["experts-0"], 2))
+    await system.follow(EVEN)
+    assert await system.registry.placement() == Placement(2, moved)
 
 
-def test_skew_changes_the_placement_and_says_why() -> None:
+async def test_skew_changes_the_placement_and_says_why() -> None:
     """If one group has both hot experts, a hot set gets one of them, and the decision names the gain."""
-
-    async def check() -> None:
-        system = System()
-        await system.follow(EVEN)
-        await system.settle()
-        for _ in range(int(2 * EVERY_S)):
-            await system.follow(SKEWED)
-        placement = await system.registry.placement()
-        assert placement is not None
-        assert placement.epoch == 2
-        holders = [sum((0, expert) in held for held in placement.held.values()) for expert in range(4)]
-        assert min(holders) == 1
-        assert len(placement.held["hot-0"]) == 1
-        assert placement.held["hot-0"].layer(0) <= {0, 1}
-        (decision,) = await system.registry.decisions()
-        assert (decision["deployment"], decision["from"], decision["to"]) == ("placement", 1, 2)
-        assert "gain" in decision["reason"]
-
-    asyncio.run(check())
+    system = System()
+    await system.follow(EVEN)
+    await system.settle()
+    for _ in range(int(2 * EVERY_S)):
+        await system.follow(SKEWED)
+    placement = await system.registry.placement()
+    assert placement is not None
+    assert placement.epoch == 2
+    holders = [sum((0, expert) in held for held in placement.held.values()) for expert in range(4)]
+    assert min(holders) == 1
+    assert len(placement.held["hot-0"]) == 1
+    assert placement.held["hot-0"].layer(0) <= {0, 1}
+    (decision,) = await system.registry.decisions()
+    assert (decision["deployment"], decision["from"], decision["to"]) == ("placement", 1, 2)
+    assert "gain" in decision["reason"]
 
 
 @pytest.mark.parametrize("reason", ["even", "under way", "off"])
-def test_the_placement_stays(reason: str) -> None:
+async def test_the_placement_stays(reason: str) -> None:
     """The placement stays if load is even, if a change is under way, or if rebalancing is off."""
-
-    async def check() -> None:
-        system = System(gain=None if reason == "off" else 0.5)
-        await system.follow(EVEN)
-        await system.settle()
-        if reason == "under way":
-            await system.registry.register(replica_of("experts-1", ExpertSet(), 0))
-        for _ in range(int(3 * EVERY_S)):
-            await system.follow(EVEN if reason == "even" else SKEWED)
-        assert await system.registry.placement() == Placement(1, DEFAULT)
-        assert not await system.registry.decisions()
-
-    asyncio.run(check())
+    system = System(gain=None if reason == "off" else 0.5)
+    await system.follow(EVEN)
+    await system.settle()
+    if reason == "under way":
+        await system.registry.register(replica_of("experts-1", ExpertSet(), 0))
+    for _ in range(int(3 * EVERY_S)):
+        await system.follow(EVEN if reason == "even" else SKEWED)
+    assert await system.registry.placement() == Placement(1, DEFAULT)
+    assert not await system.registry.decisions()
 
 
-def test_the_command_plans_from_the_load_and_enacts_once() -> None:
+async def test_the_command_plans_from_the_load_and_enacts_once() -> None:
     """`moiety rebalance` finds a gain; of two plans made at once, the second is refused with "plan again"."""
-
-    async def check() -> None:
-        system = System(gain=None)
-        for name, held in DEFAULT.items():
-            if len(held):
-                await system.registry.register(replica_of(name, held, 0))
-        serving = asyncio.create_task(_serve(system))
-        found = await propose_placement(
-            system.registry, RebalanceRequest(watch_s=3.0, hot_sets=1, hot_memory=1_000_000)
-        )
-        serving.cancel()
-        assert found.gain > 0.2
-        assert any(line.startswith("  + 0:") for line in found.lines())
-        with pytest.raises(Unavailable, match="placement 1 is not in force everywhere"):
-            await apply_placement(system.registry, found, 0.3, lambda _: None)
-        with pytest.raises(FailedPrecondition, match="plan again"):
-            await apply_placement(system.registry, replace(found), 0.3, lambda _: None)
-
-    asyncio.run(check())
+    system = System(gain=None)
+    for name, held in DEFAULT.items():
+        if len(held):
+            await system.registry.register(replica_of(name, held, 0))
+    serving = asyncio.create_task(_serve(system))
+    found = await propose_placement(system.registry, RebalanceRequest(watch_s=3.0, hot_sets=1, hot_memory=1_000_000))
+    serving.cancel()
+    assert found.gain > 0.2
+    assert any(line.startswith("  + 0:") for line in found.lines())
+    with pytest.raises(Unavailable, match="placement 1 is not in force everywhere"):
+        await apply_placement(system.registry, found, 0.3, lambda _: None)
+    with pytest.raises(FailedPrecondition, match="plan again"):
+        await apply_placement(system.registry, replace(found), 0.3, lambda _: None)
 
 
-def test_without_load_there_is_nothing_to_plan_for() -> None:
+async def test_without_load_there_is_nothing_to_plan_for() -> None:
     """A system without load gets no plan, and the error says so."""
-
-    async def check() -> None:
-        system = System()
-        await system.registry.register(replica_of("experts-0", DEFAULT["experts-0"], 0))
-        with pytest.raises(FailedPrecondition, match="no load to plan for"):
-            await propose_placement(system.registry, RebalanceRequest(watch_s=0.1))
-
-    asyncio.run(check())
+    system = System()
+    await system.registry.register(replica_of("experts-0", DEFAULT["experts-0"], 0))
+    with pytest.raises(FailedPrecondition, match="no load to plan for"):
+        await propose_placement(system.registry, RebalanceRequest(watch_s=0.1))
 
 
 async def _serve(system: System) -> None:

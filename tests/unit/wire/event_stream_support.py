@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from math import inf
 from typing import Any
 
@@ -38,30 +39,25 @@ class Router(engine_pb2_grpc.EngineServiceServicer):
         await self._handle(call, send_event)
 
 
-def serve(handle: CallHandler, scenario: Callable[[Router, str], Awaitable[None]]) -> None:
-    """Runs `scenario` with a router that listens."""
-
-    async def main() -> None:
-        router = Router(handle)
-        address = f"{HOST}:{await router.server.start(HOST, 0)}"
-        try:
-            await scenario(router, address)
-        finally:
-            await router.server.stop(0)
-
-    asyncio.run(asyncio.wait_for(main(), 20))
+@asynccontextmanager
+async def serving(handle: CallHandler) -> AsyncIterator[tuple[Router, str]]:
+    """A router that listens, for at most 20 s, and its address."""
+    router = Router(handle)
+    address = f"{HOST}:{await router.server.start(HOST, 0)}"
+    try:
+        async with asyncio.timeout(20):
+            yield router, address
+    finally:
+        await router.server.stop(0)
 
 
-def calling(handle: CallHandler, scenario: Callable[[Router, CallClient], Awaitable[None]]) -> None:
-    """Runs `scenario` with a router and a gateway's end of one stream to it."""
-
-    async def main(router: Router, address: str) -> None:
-        async with channel(address) as link:
-            client = CallClient(engine_pb2_grpc.EngineServiceStub(link), "the router")
-            await scenario(router, client)
-            await client.close()
-
-    serve(handle, main)
+@asynccontextmanager
+async def calling(handle: CallHandler) -> AsyncIterator[tuple[Router, CallClient]]:
+    """A router, and a gateway's end of one stream to it."""
+    async with serving(handle) as (router, address), channel(address) as link:
+        client = CallClient(engine_pb2_grpc.EngineServiceStub(link), "the router")
+        yield router, client
+        await client.close()
 
 
 def event(token: int, *, last: bool = False) -> engine_pb2.EngineEvent:

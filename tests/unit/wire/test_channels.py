@@ -21,36 +21,28 @@ from moiety.wire.transports.mailbox import Mailbox
 SHAPE = fake_shape()
 
 
-def test_a_port_in_use_is_a_wrong_setting():
+async def test_a_port_in_use_is_a_wrong_setting():
     """The error names the port and the host, besides gRPC's own message."""
-
-    async def scenario() -> None:
-        with socket.socket() as taken:
-            taken.bind((HOST, 0))
-            taken.listen()
-            port = taken.getsockname()[1]
-            server = Server([], [])
-            with pytest.raises(ConfigError, match=f"setting port = {port}: cannot listen on {HOST}"):
-                await server.start(HOST, port)
-            await server.stop(0)
-
-    asyncio.run(scenario())
+    with socket.socket() as taken:
+        taken.bind((HOST, 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        server = Server([], [])
+        with pytest.raises(ConfigError, match=f"setting port = {port}: cannot listen on {HOST}"):
+            await server.start(HOST, port)
+        await server.stop(0)
 
 
-def test_a_server_may_be_stopped_from_two_sides_at_once():
+async def test_a_server_may_be_stopped_from_two_sides_at_once():
     """Overlapping and repeated stops act as one; grpc.aio alone would crash the process."""
-
-    async def scenario() -> None:
-        replica = FakeExperts("a", ExpertSet.uniform(2, [0]), SHAPE, on_call=lambda _: asyncio.Event().wait())
-        await replica.start(MemoryRegistry())
-        async with open_caller(replica.replica.address) as caller:
-            lost = ask(caller, 1)
-            await eventually(lambda: bool(replica.calls))
-            await asyncio.gather(*(replica.vanish() for _ in range(5)))
-            await replica.vanish()
-            assert isinstance(await lost, PeerLost)
-
-    asyncio.run(scenario())
+    replica = FakeExperts("a", ExpertSet.uniform(2, [0]), SHAPE, on_call=lambda _: asyncio.Event().wait())
+    await replica.start(MemoryRegistry())
+    async with open_caller(replica.replica.address) as caller:
+        lost = ask(caller, 1)
+        await eventually(lambda: bool(replica.calls))
+        await asyncio.gather(*(replica.vanish() for _ in range(5)))
+        await replica.vanish()
+        assert isinstance(await lost, PeerLost)
 
 
 def ask(caller: Caller, call_id: int) -> asyncio.Future[Reply | PeerLost]:
@@ -62,15 +54,11 @@ def ask(caller: Caller, call_id: int) -> asyncio.Future[Reply | PeerLost]:
     return caller.send(request, codec.rows_in(memoryview(bytes(row_bytes)), row_bytes))
 
 
-def test_an_address_without_a_replica_fails_soon():
+async def test_an_address_without_a_replica_fails_soon():
     """Opening a link to a port that never answers raises one of our errors within the time limit."""
-
-    async def scenario() -> None:
-        with socket.socket() as silent:
-            silent.bind((HOST, 0))
-            silent.listen()  # accepts, but never sends a byte
-            async with asyncio.timeout(5):
-                with pytest.raises(MoietyError):
-                    await ExpertLink.open(f"{HOST}:{silent.getsockname()[1]}", 0.2, Mailbox())
-
-    asyncio.run(scenario())
+    with socket.socket() as silent:
+        silent.bind((HOST, 0))
+        silent.listen()  # accepts, but never sends a byte
+        async with asyncio.timeout(5):
+            with pytest.raises(MoietyError):
+                await ExpertLink.open(f"{HOST}:{silent.getsockname()[1]}", 0.2, Mailbox())

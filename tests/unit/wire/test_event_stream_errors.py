@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from event_stream_support import Router, calling, event, request, serve, tokens
+from event_stream_support import Router, calling, event, request, serving, tokens
 
 from moiety.errors import DeadlineExceeded, InvalidRequest, MoietyError, PeerLost, ResourceExhausted
 from moiety.internal.v1 import engine_pb2, engine_pb2_grpc
@@ -19,7 +19,7 @@ from moiety.wire.event_stream import CallClient, SendEvent
 @pytest.mark.parametrize(
     "error", [ResourceExhausted("the queue is full", 0.25), InvalidRequest("n", 0, "at least 1"), MoietyError("broken")]
 )
-def test_an_error_ends_its_own_call_alone(error: MoietyError):
+async def test_an_error_ends_its_own_call_alone(error: MoietyError):
     """An error arrives as it was raised, including its retry delay, and a concurrent call goes on."""
     go_on = asyncio.Event()
 
@@ -30,7 +30,7 @@ def test_an_error_ends_its_own_call_alone(error: MoietyError):
         await go_on.wait()
         send_event(lambda: event(2, last=True))
 
-    async def scenario(router: Router, client: CallClient) -> None:
+    async with calling(handle) as (router, client):
         good = asyncio.create_task(tokens(client, "good"))
         await eventually(lambda: bool(router.seen))
         with pytest.raises(type(error), match=str(error)) as raised:
@@ -41,24 +41,20 @@ def test_an_error_ends_its_own_call_alone(error: MoietyError):
         go_on.set()
         assert await good == [1, 2]
 
-    calling(handle, scenario)
 
-
-def test_an_unexpected_error_hides_its_message(caplog: pytest.LogCaptureFixture):
+async def test_an_unexpected_error_hides_its_message(caplog: pytest.LogCaptureFixture):
     """An unexpected exception is logged at the router; the gateway gets only its type."""
 
     async def handle(call: engine_pb2.GenerateTokensRequest, send_event: SendEvent) -> None:
         raise KeyError("secret")
 
-    async def scenario(_: Router, client: CallClient) -> None:
+    async with calling(handle) as (_, client):
         with pytest.raises(MoietyError, match=r"^internal error: KeyError$"):
             await tokens(client)
         assert "secret" in caplog.text
 
-    calling(handle, scenario)
 
-
-def test_leaving_a_request_cancels_it_at_its_router():
+async def test_leaving_a_request_cancels_it_at_its_router():
     """Closing the iterator of a request cancels its call, and no other; the stream goes on."""
     cancelled: list[str] = []
 
@@ -70,7 +66,7 @@ def test_leaving_a_request_cancels_it_at_its_router():
             cancelled.append(call.request.request_id)
             raise
 
-    async def scenario(router: Router, client: CallClient) -> None:
+    async with calling(handle) as (router, client):
         stays = client.generate(request("stays"), Deadline(), "")
         leaves = client.generate(request("leaves"), Deadline(), "")
         assert [*(await anext(stays)).token_ids, *(await anext(leaves)).token_ids] == [1, 1]
@@ -80,10 +76,8 @@ def test_leaving_a_request_cancels_it_at_its_router():
         await stays.aclose()
         await eventually(lambda: cancelled == ["leaves", "stays"] and router.streams[0].idle)
 
-    calling(handle, scenario)
 
-
-def test_a_lost_router_fails_open_requests_and_serves_the_next():
+async def test_a_lost_router_fails_open_requests_and_serves_the_next():
     """Every request of a broken stream gets PeerLost at once; the next request opens a new stream."""
 
     async def handle(call: engine_pb2.GenerateTokensRequest, send_event: SendEvent) -> None:
@@ -91,7 +85,7 @@ def test_a_lost_router_fails_open_requests_and_serves_the_next():
         if call.request.request_id != "short":
             await asyncio.Event().wait()
 
-    async def scenario(router: Router, address: str) -> None:
+    async with serving(handle) as (router, address):
         port = int(address.rpartition(":")[2])
         async with channel(address) as link:
             client = CallClient(engine_pb2_grpc.EngineServiceStub(link), "the router")
@@ -115,10 +109,8 @@ def test_a_lost_router_fails_open_requests_and_serves_the_next():
             await client.close()
             await again.server.stop(0)
 
-    serve(handle, scenario)
 
-
-def test_a_lost_gateway_ends_its_calls():
+async def test_a_lost_gateway_ends_its_calls():
     """Cancelling the stream cancels every call on it, so that their slots become free."""
     running: set[int] = set()
 
@@ -129,16 +121,13 @@ def test_a_lost_gateway_ends_its_calls():
         finally:
             running.discard(call.call_id)
 
-    async def scenario(router: Router, address: str) -> None:
-        async with channel(address) as link:
-            stream = engine_pb2_grpc.EngineServiceStub(link).GenerateTokens()
-            for number in range(4):
-                await stream.write(engine_pb2.GenerateTokensRequest(call_id=number, request=request(str(number))))
-            await eventually(lambda: len(running) == 4)
-            stream.cancel()
-            await eventually(lambda: not running)
-
-    serve(handle, scenario)
+    async with serving(handle) as (_, address), channel(address) as link:
+        stream = engine_pb2_grpc.EngineServiceStub(link).GenerateTokens()
+        for number in range(4):
+            await stream.write(engine_pb2.GenerateTokensRequest(call_id=number, request=request(str(number))))
+        await eventually(lambda: len(running) == 4)
+        stream.cancel()
+        await eventually(lambda: not running)
 
 
 def test_every_error_keeps_its_kind_in_a_message():

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-
 import grpc
 import pytest
 
@@ -16,24 +14,21 @@ from moiety.wire.transports.mailbox import Mailbox
 SERVICE = "moiety.internal.v1.ExpertService"
 
 
-def test_an_unreadable_describe_is_refused_by_name() -> None:
+async def test_an_unreadable_describe_is_refused_by_name() -> None:
     """A replica whose `held` cannot be parsed raises InvalidRequest with that value, not PeerLost."""
 
     async def describe(_request: DescribeReplicaRequest, _context: grpc.aio.ServicerContext) -> DescribeReplicaResponse:
         return DescribeReplicaResponse(held="all of them")
 
-    async def scenario() -> None:
-        method = grpc.unary_unary_rpc_method_handler(
-            describe,
-            request_deserializer=DescribeReplicaRequest.FromString,
-            response_serializer=DescribeReplicaResponse.SerializeToString,
-        )
-        server = Server([grpc.method_handlers_generic_handler(SERVICE, {"DescribeReplica": method})], [SERVICE])
-        port = await server.start("127.0.0.1", 0)
-        try:
-            with pytest.raises(InvalidRequest, match="held = 'all of them'"):
-                await ExpertLink.open(f"127.0.0.1:{port}", 5.0, Mailbox())
-        finally:
-            await server.stop(0)
-
-    asyncio.run(scenario())
+    method = grpc.unary_unary_rpc_method_handler(
+        describe,
+        request_deserializer=DescribeReplicaRequest.FromString,
+        response_serializer=DescribeReplicaResponse.SerializeToString,
+    )
+    server = Server([grpc.method_handlers_generic_handler(SERVICE, {"DescribeReplica": method})], [SERVICE])
+    port = await server.start("127.0.0.1", 0)
+    try:
+        with pytest.raises(InvalidRequest, match="held = 'all of them'"):
+            await ExpertLink.open(f"127.0.0.1:{port}", 5.0, Mailbox())
+    finally:
+        await server.stop(0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import pytest
@@ -31,6 +31,8 @@ from moiety.wire.transports.mailbox import Mailbox
 from moiety.wire.transports.shm_connection import SharedMemoryConnection
 from moiety.wire.transports.shm_segment import Allocator, aligned, create_segment
 
+pytestmark = pytest.mark.timeout(20)
+
 SHAPE = fake_shape(layers=1, experts=2, hidden=16)
 ROW_BYTES = 4 * SHAPE.mlp.hidden
 
@@ -46,16 +48,6 @@ async def replica() -> AsyncIterator[tuple[FakeExperts, str]]:
         yield experts, name
     finally:
         await experts.vanish()
-
-
-def run(scenario: Callable[[], Awaitable[None]]) -> None:
-    """Runs `scenario`, which must not take longer than 20 s."""
-
-    async def whole() -> None:
-        async with asyncio.timeout(20):
-            await scenario()
-
-    asyncio.run(whole())
 
 
 def ask(caller: Caller, call_id: int, rows: int = 1) -> asyncio.Future:
@@ -78,33 +70,29 @@ async def greet(name: str, hello: bytes, descriptors: list[int]) -> SharedMemory
         return SharedMemoryWelcome.FromString(await loop.sock_recv(sock, 4096))
 
 
-def test_only_a_sealed_segment_of_the_same_revision_is_accepted():
+async def test_only_a_sealed_segment_of_the_same_revision_is_accepted():
     """Another revision, no segment, an unsealed one and garbage are refused with a reason; the next router is served."""
     good = SharedMemoryHello(wire_version=WIRE_VERSION, revision=REVISION, dtype="float32")
     other = SharedMemoryHello(wire_version=WIRE_VERSION, revision="other", dtype="float32")
-
-    async def scenario() -> None:
-        async with replica() as (experts, name):
-            sealed, _ = create_segment(4096)
-            unsealed = os.memfd_create("unsealed", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-            os.ftruncate(unsealed, 4096)
-            try:
-                for hello, descriptors, reason in (
-                    (good.SerializeToString(), [sealed], ""),
-                    (other.SerializeToString(), [sealed], f"serves revision {REVISION} in float32"),
-                    (good.SerializeToString(), [], "the hello came without a segment"),
-                    (good.SerializeToString(), [unsealed], "segment = '4096 bytes, seals 0x0': must be sealed memory"),
-                    (b"\xff\xff", [sealed], "Error parsing message"),
-                ):
-                    welcome = await greet(name, hello, descriptors)
-                    assert (welcome.accepted, reason in welcome.refusal) == (not reason, True)
-            finally:
-                os.close(sealed)
-                os.close(unsealed)
-            async with open_caller(experts.replica.address, Transport.SHM) as caller:
-                assert (await ask(caller, 1)).header.rows == 1
-
-    run(scenario)
+    async with replica() as (experts, name):
+        sealed, _ = create_segment(4096)
+        unsealed = os.memfd_create("unsealed", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        os.ftruncate(unsealed, 4096)
+        try:
+            for hello, descriptors, reason in (
+                (good.SerializeToString(), [sealed], ""),
+                (other.SerializeToString(), [sealed], f"serves revision {REVISION} in float32"),
+                (good.SerializeToString(), [], "the hello came without a segment"),
+                (good.SerializeToString(), [unsealed], "segment = '4096 bytes, seals 0x0': must be sealed memory"),
+                (b"\xff\xff", [sealed], "Error parsing message"),
+            ):
+                welcome = await greet(name, hello, descriptors)
+                assert (welcome.accepted, reason in welcome.refusal) == (not reason, True)
+        finally:
+            os.close(sealed)
+            os.close(unsealed)
+        async with open_caller(experts.replica.address, Transport.SHM) as caller:
+            assert (await ask(caller, 1)).header.rows == 1
 
 
 # Invalid messages ----------------------------------------------------------------------------------------------
@@ -115,26 +103,22 @@ def test_only_a_sealed_segment_of_the_same_revision_is_accepted():
     [b"garbage", CALL.pack(1 << 40, 64, 64, 64), CALL.pack(0, 1 << 31, 0, 0), CALL.pack(0, 0, 0, 64)],
     ids=["no call", "far outside", "too long", "no header there"],
 )
-def test_an_invalid_call_ends_its_connection_only(message: bytes):
+async def test_an_invalid_call_ends_its_connection_only(message: bytes):
     """A replica closes the connection that sent an invalid message, and serves its other routers."""
-
-    async def scenario() -> None:
-        async with replica() as (experts, name), open_caller(experts.replica.address, Transport.SHM) as other:
-            loop = asyncio.get_running_loop()
-            descriptor, segment = create_segment(4096)
-            segment[:64] = b"\xff" * 64
-            with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
-                sock.setblocking(False)
-                await loop.sock_connect(sock, f"\0{name}")
-                hello = SharedMemoryHello(wire_version=WIRE_VERSION, revision=REVISION, dtype="float32")
-                socket.send_fds(sock, [hello.SerializeToString()], [descriptor])
-                os.close(descriptor)
-                assert SharedMemoryWelcome.FromString(await loop.sock_recv(sock, 4096)).accepted
-                await loop.sock_sendall(sock, message)
-                assert await loop.sock_recv(sock, 4096) == b""
-            assert (await ask(other, 1)).header.rows == 1
-
-    run(scenario)
+    async with replica() as (experts, name), open_caller(experts.replica.address, Transport.SHM) as other:
+        loop = asyncio.get_running_loop()
+        descriptor, segment = create_segment(4096)
+        segment[:64] = b"\xff" * 64
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+            sock.setblocking(False)
+            await loop.sock_connect(sock, f"\0{name}")
+            hello = SharedMemoryHello(wire_version=WIRE_VERSION, revision=REVISION, dtype="float32")
+            socket.send_fds(sock, [hello.SerializeToString()], [descriptor])
+            os.close(descriptor)
+            assert SharedMemoryWelcome.FromString(await loop.sock_recv(sock, 4096)).accepted
+            await loop.sock_sendall(sock, message)
+            assert await loop.sock_recv(sock, 4096) == b""
+        assert (await ask(other, 1)).header.rows == 1
 
 
 @pytest.mark.parametrize(
@@ -148,44 +132,40 @@ def test_an_invalid_call_ends_its_connection_only(message: bytes):
     ],
     ids=["too short", "no reply", "no such range", "another call", "more than there is room for"],
 )
-def test_an_invalid_answer_ends_the_connection(answer: bytes):
+async def test_an_invalid_answer_ends_the_connection(answer: bytes):
     """Every open call gets PeerLost with the reason, and nothing is read from outside its range."""
-
-    async def scenario() -> None:
-        loop, name = asyncio.get_running_loop(), f"moiety-test-{os.getpid()}"
-        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
-            listener.bind(f"\0{name}")
-            listener.listen()
-            listener.setblocking(False)
-            mailbox, answers = Mailbox(), []
-            with owner_of(mailbox):
-                description = DescribeReplicaResponse(shared_memory=name)
-                opening = asyncio.create_task(SharedMemoryConnection.open(description, mailbox, 5, 4096))
-                sock, _ = await loop.sock_accept(listener)
-                with sock:
-                    sock.setblocking(False)
-                    await loop.sock_recv(sock, 4096)
-                    await loop.sock_sendall(sock, SharedMemoryWelcome(accepted=True).SerializeToString())
-                    connection = await opening
-                    header = ForwardRequest(call_id=1)
-                    buffer = connection.acquire(header, rows=1, row_bytes=ROW_BYTES, reply_rows=1)
-                    mailbox.post(lambda: buffer.send(answers.append))
-                    await loop.sock_recv(sock, 4096)
-                    await loop.sock_sendall(sock, answer)
-                    await asyncio.wait_for(connection.closed.wait(), 5)
-                    await eventually(lambda: bool(answers))
-                assert isinstance(answers[0], PeerLost)
-                assert "it sent an answer that fits no open call" in str(answers[0])
-                await connection.close()
-                mailbox.drain()
-
-    run(scenario)
+    loop, name = asyncio.get_running_loop(), f"moiety-test-{os.getpid()}"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(f"\0{name}")
+        listener.listen()
+        listener.setblocking(False)
+        mailbox, answers = Mailbox(), []
+        with owner_of(mailbox):
+            description = DescribeReplicaResponse(shared_memory=name)
+            opening = asyncio.create_task(SharedMemoryConnection.open(description, mailbox, 5, 4096))
+            sock, _ = await loop.sock_accept(listener)
+            with sock:
+                sock.setblocking(False)
+                await loop.sock_recv(sock, 4096)
+                await loop.sock_sendall(sock, SharedMemoryWelcome(accepted=True).SerializeToString())
+                connection = await opening
+                header = ForwardRequest(call_id=1)
+                buffer = connection.acquire(header, rows=1, row_bytes=ROW_BYTES, reply_rows=1)
+                mailbox.post(lambda: buffer.send(answers.append))
+                await loop.sock_recv(sock, 4096)
+                await loop.sock_sendall(sock, answer)
+                await asyncio.wait_for(connection.closed.wait(), 5)
+                await eventually(lambda: bool(answers))
+            assert isinstance(answers[0], PeerLost)
+            assert "it sent an answer that fits no open call" in str(answers[0])
+            await connection.close()
+            mailbox.drain()
 
 
 # Full ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_full_segment_refuses_and_goes_on(monkeypatch: pytest.MonkeyPatch):
+async def test_a_full_segment_refuses_and_goes_on(monkeypatch: pytest.MonkeyPatch):
     """Calls that do not fit raise at once; calls in flight are answered, and their memory is reused."""
     monkeypatch.setattr("moiety.wire.transports.shm_connection.SEGMENT_BYTES", 1024)
     released = asyncio.Event()
@@ -193,36 +173,29 @@ def test_a_full_segment_refuses_and_goes_on(monkeypatch: pytest.MonkeyPatch):
     async def wait(_call: object) -> None:
         await released.wait()
 
-    async def scenario() -> None:
-        async with replica() as (experts, _):
-            experts.on_call = wait
-            async with open_caller(experts.replica.address, Transport.SHM) as caller:
-                answers = [ask(caller, call_id) for call_id in range(8)]
-                refusals = await asyncio.gather(*answers[5:], return_exceptions=True)
-                assert {type(refusal) for refusal in refusals} == {ResourceExhausted}
-                assert "fill its 1024 bytes of shared memory" in str(refusals[0])
-                released.set()
-                for _ in range(3):
-                    accepted = await asyncio.gather(*answers, return_exceptions=True)
-                    served = [answer for answer in accepted if not isinstance(answer, ResourceExhausted)]
-                    assert len(served) == 1024 // (3 * aligned(ROW_BYTES))
-                    answers = [ask(caller, 10 + call_id) for call_id in range(len(served))]
-
-    run(scenario)
+    async with replica() as (experts, _):
+        experts.on_call = wait
+        async with open_caller(experts.replica.address, Transport.SHM) as caller:
+            answers = [ask(caller, call_id) for call_id in range(8)]
+            refusals = await asyncio.gather(*answers[5:], return_exceptions=True)
+            assert {type(refusal) for refusal in refusals} == {ResourceExhausted}
+            assert "fill its 1024 bytes of shared memory" in str(refusals[0])
+            released.set()
+            for _ in range(3):
+                accepted = await asyncio.gather(*answers, return_exceptions=True)
+                served = [answer for answer in accepted if not isinstance(answer, ResourceExhausted)]
+                assert len(served) == 1024 // (3 * aligned(ROW_BYTES))
+                answers = [ask(caller, 10 + call_id) for call_id in range(len(served))]
 
 
-def test_a_layer_waits_for_free_memory(monkeypatch: pytest.MonkeyPatch):
+async def test_a_layer_waits_for_free_memory(monkeypatch: pytest.MonkeyPatch):
     """A hop over a segment that holds one call at a time gets all its rows by retrying."""
     monkeypatch.setattr("moiety.wire.transports.shm_connection.SEGMENT_BYTES", 512)
     monkeypatch.setattr("moiety.router.hop.call.MAX_CALL_BYTES", ROW_BYTES)
     only = FakeExperts("a", ExpertSet.uniform(1, range(2)), SHAPE)
-
-    async def scenario() -> None:
-        async with loopback_hop([only], SHAPE, transport=Transport.SHM) as lane:
-            rows = await lane.compute(0, torch.ones(4, SHAPE.mlp.hidden), torch.zeros(4, 1, dtype=torch.int64))
-            assert torch.equal(rows[0], rows[3])
-
-    run(scenario)
+    async with loopback_hop([only], SHAPE, transport=Transport.SHM) as lane:
+        rows = await lane.compute(0, torch.ones(4, SHAPE.mlp.hidden), torch.zeros(4, 1, dtype=torch.int64))
+        assert torch.equal(rows[0], rows[3])
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(1, 700)), max_size=60))
@@ -243,11 +216,7 @@ def test_ranges_never_overlap_and_all_come_back(steps: list[tuple[bool, int]]):
     assert allocator.allocate(4096) == 0
 
 
-def test_a_socket_without_a_listener_is_lost():
+async def test_a_socket_without_a_listener_is_lost():
     """Connecting to a replica that is gone or on another node raises PeerLost at once."""
-
-    async def scenario() -> None:
-        with pytest.raises(PeerLost, match=r"connecting to its shared memory failed: .*refused"):
-            await SharedMemoryConnection.open(DescribeReplicaResponse(shared_memory="moiety-nobody"), Mailbox(), 5)
-
-    run(scenario)
+    with pytest.raises(PeerLost, match=r"connecting to its shared memory failed: .*refused"):
+        await SharedMemoryConnection.open(DescribeReplicaResponse(shared_memory="moiety-nobody"), Mailbox(), 5)

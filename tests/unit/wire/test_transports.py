@@ -28,6 +28,8 @@ from moiety.wire.transports.connection import Reply
 from moiety.wire.transports.expert_link import ExpertLink
 from moiety.wire.transports.mailbox import Mailbox
 
+pytestmark = pytest.mark.timeout(20)
+
 SHAPE = fake_shape(layers=2, experts=4, hidden=1024)
 TRANSPORTS = (Transport.SHM, Transport.UNIX, Transport.GRPC)
 HANGS = 1  # the layer whose calls are never answered
@@ -74,77 +76,52 @@ async def replica(on_call: Callable[[ForwardCall], Awaitable[None]] = hang, **op
         await experts.vanish()
 
 
-def run(scenario: Callable[[], Awaitable[None]]) -> None:
-    """Runs `scenario`, which must not take longer than 20 s."""
-
-    async def whole() -> None:
-        async with asyncio.timeout(20):
-            await scenario()
-
-    asyncio.run(whole())
-
-
 @each_transport
-def test_rows_come_back_whatever_their_number(transport: Transport):
+async def test_rows_come_back_whatever_their_number(transport: Transport):
     """Calls of no row, one row and 4 MiB of rows are answered, one after the other on one connection."""
-
-    async def scenario() -> None:
-        async with replica() as experts, open_caller(experts.replica.address, transport) as caller:
-            assert caller.link.transport is transport
-            for call_id, rows in enumerate((0, 1, 3, 16, 1024, 1)):
-                assert right(await ask(caller, call_id, rows), call_id, rows)
-
-    run(scenario)
+    async with replica() as experts, open_caller(experts.replica.address, transport) as caller:
+        assert caller.link.transport is transport
+        for call_id, rows in enumerate((0, 1, 3, 16, 1024, 1)):
+            assert right(await ask(caller, call_id, rows), call_id, rows)
 
 
 @each_transport
-def test_replies_find_their_calls_in_any_order(transport: Transport):
+async def test_replies_find_their_calls_in_any_order(transport: Transport):
     """Each of many calls gets its own answer, even when the last one is answered first; a closed link gives PeerLost."""
     turns = [asyncio.Event() for _ in range(8)]
 
     async def latest_first(arrived: ForwardCall) -> None:
         await turns[arrived.call_id].wait()
 
-    async def scenario() -> None:
-        async with replica(latest_first) as experts, open_caller(experts.replica.address, transport) as caller:
-            answers = [ask(caller, call_id) for call_id in range(8)]
-            for call_id in reversed(range(8)):
-                turns[call_id].set()
-                assert right(await answers[call_id], call_id)
-                assert not any(answer.done() for answer in answers[:call_id])
-            await caller.link.close()
-            assert isinstance(await ask(caller, 0), PeerLost), "a closed link answers at once"
-
-    run(scenario)
+    async with replica(latest_first) as experts, open_caller(experts.replica.address, transport) as caller:
+        answers = [ask(caller, call_id) for call_id in range(8)]
+        for call_id in reversed(range(8)):
+            turns[call_id].set()
+            assert right(await answers[call_id], call_id)
+            assert not any(answer.done() for answer in answers[:call_id])
+        await caller.link.close()
+        assert isinstance(await ask(caller, 0), PeerLost), "a closed link answers at once"
 
 
 @each_transport
-def test_a_flood_corrupts_nothing(transport: Transport):
+async def test_a_flood_corrupts_nothing(transport: Transport):
     """Each of five hundred concurrent calls of mixed sizes is answered with its own rows."""
-
-    async def scenario() -> None:
-        async with replica() as experts, open_caller(experts.replica.address, transport) as caller:
-            sizes = [1 + call_id % 5 for call_id in range(500)]
-            answers = [ask(caller, call_id, rows) for call_id, rows in enumerate(sizes)]
-            for call_id, rows in enumerate(sizes):
-                assert right(await answers[call_id], call_id, rows)
-
-    run(scenario)
+    async with replica() as experts, open_caller(experts.replica.address, transport) as caller:
+        sizes = [1 + call_id % 5 for call_id in range(500)]
+        answers = [ask(caller, call_id, rows) for call_id, rows in enumerate(sizes)]
+        for call_id, rows in enumerate(sizes):
+            assert right(await answers[call_id], call_id, rows)
 
 
 @each_transport
-def test_a_link_that_closes_loses_what_is_open(transport: Transport):
+async def test_a_link_that_closes_loses_what_is_open(transport: Transport):
     """Closing a link answers its open calls with PeerLost and does not disturb other routers."""
-
-    async def scenario() -> None:
-        async with replica() as experts, open_caller(experts.replica.address, transport) as other:
-            async with open_caller(experts.replica.address, transport) as caller:
-                lost = [ask(caller, call_id, layer=HANGS) for call_id in range(3)]
-                await eventually(lambda: len(experts.calls) == 3)
-            assert {type(answer) for answer in await asyncio.gather(*lost)} == {PeerLost}
-            assert right(await ask(other, 9), 9)
-
-    run(scenario)
+    async with replica() as experts, open_caller(experts.replica.address, transport) as other:
+        async with open_caller(experts.replica.address, transport) as caller:
+            lost = [ask(caller, call_id, layer=HANGS) for call_id in range(3)]
+            await eventually(lambda: len(experts.calls) == 3)
+        assert {type(answer) for answer in await asyncio.gather(*lost)} == {PeerLost}
+        assert right(await ask(other, 9), 9)
 
 
 # Death: real processes, kill -9 --------------------------------------------------------------------------------
@@ -207,78 +184,66 @@ def descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
-def test_a_killed_replica_is_noticed_at_once_in_the_middle_of_a_call():
+async def test_a_killed_replica_is_noticed_at_once_in_the_middle_of_a_call():
     """After kill -9 of a replica its open calls get PeerLost within 100 ms by every transport, and nothing leaks."""
+    before = settled_segments()
+    async with child("expert_process") as (process, address):
+        for transport in TRANSPORTS:
+            async with open_caller(address, transport) as caller:
+                assert right(await ask(caller, 1, 64), 1, 64)
 
-    async def scenario() -> None:
-        before = settled_segments()
-        async with child("expert_process") as (process, address):
-            for transport in TRANSPORTS:
-                async with open_caller(address, transport) as caller:
-                    assert right(await ask(caller, 1, 64), 1, 64)
-
-            async with (
-                open_caller(address, Transport.SHM) as shm,
-                open_caller(address, Transport.UNIX) as unix,
-                open_caller(address, Transport.GRPC) as grpc,
-            ):
-                answers = [ask(caller, 0, 64, layer=HANGS) for caller in (shm, unix, grpc)]
-                assert right(await ask(grpc, 2), 2), "an answer shows that the open calls, sent before, have arrived"
-                process.send_signal(signal.SIGKILL)
-                began = time.monotonic()
-                for answer in answers:
-                    assert isinstance(await answer, PeerLost)
-                assert time.monotonic() - began < 0.1
-                await asyncio.wait_for(shm.link.connection.closed.wait(), 5)
-                assert isinstance(await ask(shm, 3), PeerLost)
-        await eventually(lambda: segments() == before)
-
-    run(scenario)
+        async with (
+            open_caller(address, Transport.SHM) as shm,
+            open_caller(address, Transport.UNIX) as unix,
+            open_caller(address, Transport.GRPC) as grpc,
+        ):
+            answers = [ask(caller, 0, 64, layer=HANGS) for caller in (shm, unix, grpc)]
+            assert right(await ask(grpc, 2), 2), "an answer shows that the open calls, sent before, have arrived"
+            process.send_signal(signal.SIGKILL)
+            began = time.monotonic()
+            for answer in answers:
+                assert isinstance(await answer, PeerLost)
+            assert time.monotonic() - began < 0.1
+            await asyncio.wait_for(shm.link.connection.closed.wait(), 5)
+            assert isinstance(await ask(shm, 3), PeerLost)
+    await eventually(lambda: segments() == before)
 
 
-def test_a_killed_router_leaves_nothing_behind():
+async def test_a_killed_router_leaves_nothing_behind():
     """After kill -9 of a router with open calls by every transport, the replica frees everything and serves the next."""
-
-    async def scenario() -> None:
-        mapped = settled_segments()
-        async with replica() as experts:
-            address = experts.replica.address
-            async with open_caller(address) as first:
-                assert right(await ask(first, 1), 1)
-            before = descriptors()
-            async with child("router_process", address) as (process, said):
-                assert said == "sent"
-                await eventually(lambda: len(experts.calls) == 4)
-                assert segments() == mapped + 1
-                process.send_signal(signal.SIGKILL)
-                await process.wait()
-            experts.forget()
-            await eventually(lambda: segments() == mapped)
-            await eventually(lambda: descriptors() <= before)
-            async with open_caller(address, Transport.SHM) as next_one:
-                assert right(await ask(next_one, 2), 2)
-            experts.forget()
-            await eventually(lambda: segments() == mapped)
-
-    run(scenario)
+    mapped = settled_segments()
+    async with replica() as experts:
+        address = experts.replica.address
+        async with open_caller(address) as first:
+            assert right(await ask(first, 1), 1)
+        before = descriptors()
+        async with child("router_process", address) as (process, said):
+            assert said == "sent"
+            await eventually(lambda: len(experts.calls) == 4)
+            assert segments() == mapped + 1
+            process.send_signal(signal.SIGKILL)
+            await process.wait()
+        experts.forget()
+        await eventually(lambda: segments() == mapped)
+        await eventually(lambda: descriptors() <= before)
+        async with open_caller(address, Transport.SHM) as next_one:
+            assert right(await ask(next_one, 2), 2)
+        experts.forget()
+        await eventually(lambda: segments() == mapped)
 
 
 # Choosing ------------------------------------------------------------------------------------------------------
 
 
-def test_auto_prefers_shared_memory_and_falls_back_to_grpc():
+async def test_auto_prefers_shared_memory_and_falls_back_to_grpc():
     """`auto` uses shared memory on one node, else gRPC; a transport that is set but cannot reach the replica raises."""
-
-    async def scenario() -> None:
-        async with replica() as experts:
-            address = experts.replica.address
-            async with open_caller(address, Transport.AUTO) as caller:
-                assert caller.link.transport is Transport.SHM
-            experts.near = False
-            async with open_caller(address, Transport.AUTO) as caller:
-                assert caller.link.transport is Transport.GRPC
-            for transport, means in ((Transport.SHM, "by shared memory"), (Transport.UNIX, "by its unix socket")):
-                with pytest.raises(FailedPrecondition, match=f"{address} cannot be reached {means}: .*refused"):
-                    await ExpertLink.open(address, 5, Mailbox(), transport)
-
-    run(scenario)
+    async with replica() as experts:
+        address = experts.replica.address
+        async with open_caller(address, Transport.AUTO) as caller:
+            assert caller.link.transport is Transport.SHM
+        experts.near = False
+        async with open_caller(address, Transport.AUTO) as caller:
+            assert caller.link.transport is Transport.GRPC
+        for transport, means in ((Transport.SHM, "by shared memory"), (Transport.UNIX, "by its unix socket")):
+            with pytest.raises(FailedPrecondition, match=f"{address} cannot be reached {means}: .*refused"):
+                await ExpertLink.open(address, 5, Mailbox(), transport)

@@ -1,9 +1,10 @@
-"""What the tests of the hop share: fake holders, a layer with its expected result, and a runner for scenarios."""
+"""What the tests of the hop share: fake holders, a layer with its expected result, and a running hop."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 
 import torch
 
@@ -26,15 +27,12 @@ def holder(replica_id: str, experts: str = "0-3", **options) -> FakeExperts:
     return FakeExperts(replica_id, ExpertSet.parse(f"0-1:{experts}"), SHAPE, **options)
 
 
-def run(scenario: Callable[[LoopbackHop], Awaitable[None]], *replicas: FakeExperts, **options) -> None:
-    """Runs `scenario` with a hop over `replicas`, for at most 20 s."""
-
-    async def whole() -> None:
-        options.setdefault("transport", TRANSPORT)
-        async with asyncio.timeout(20), loopback_hop(replicas, SHAPE, **options) as lane:
-            await scenario(lane)
-
-    asyncio.run(whole())
+@asynccontextmanager
+async def hop_over(*replicas: FakeExperts, **options) -> AsyncIterator[LoopbackHop]:
+    """A hop over `replicas`, for at most 20 s."""
+    options.setdefault("transport", TRANSPORT)
+    async with asyncio.timeout(20), loopback_hop(replicas, SHAPE, **options) as lane:
+        yield lane
 
 
 async def assert_layer(lane: LoopbackHop, **options) -> None:

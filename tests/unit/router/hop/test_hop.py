@@ -8,50 +8,43 @@ import time
 
 import pytest
 import torch
-from hop_scenarios import EXPECTED, HIDDEN, ROUTING, SHAPE, answers, assert_layer, holder, run
+from hop_scenarios import EXPECTED, HIDDEN, ROUTING, SHAPE, answers, assert_layer, holder, hop_over
 
 from moiety.core.expert_backend import CallClass
 from moiety.core.experts import ExpertSet
 from moiety.errors import Cancelled, HopFailed, MoietyError, NoHolder
 from moiety.internal.v1 import experts_pb2
-from moiety.testing import FakeExperts, LoopbackHop, eventually, fake_layer, loopback_hop
+from moiety.testing import FakeExperts, eventually, fake_layer, loopback_hop
 from moiety.wire.frames import ForwardCall
 
 pytestmark = pytest.mark.usefixtures("each_transport")
 
 
-def test_each_replica_gets_one_message_with_each_row_once():
+async def test_each_replica_gets_one_message_with_each_row_once():
     """Each of two groups gets one message; a token with two experts in one group is sent once."""
     low, high = holder("low", "0-1"), holder("high", "2-3")
-
-    async def scenario(lane: LoopbackHop) -> None:
+    async with hop_over(low, high) as lane:
         await assert_layer(lane, call_class=CallClass.PREFILL)
         assert [len(replica.calls) for replica in (low, high)] == [1, 1]
         assert low.calls[0].experts.tolist() == [0, 1, 1]
         assert len(low.calls[0].payload) == 2
         assert low.calls[0].call_class is CallClass.PREFILL
 
-    run(scenario, low, high)
 
-
-def test_slots_without_an_expert_are_zero_and_never_sent():
+async def test_slots_without_an_expert_are_zero_and_never_sent():
     """-1 in the routing means no expert; a layer of only -1 sends no message."""
     only = holder("only")
-
-    async def scenario(lane: LoopbackHop) -> None:
+    async with hop_over(only) as lane:
         routing = torch.tensor([[0, -1], [-1, -1], [-1, 3]])
         assert torch.equal(await lane.compute(0, HIDDEN, routing), fake_layer(0, HIDDEN, routing))
         assert not torch.any(await lane.compute(0, HIDDEN, torch.full((3, 2), -1)))
         assert len(only.calls) == 1
 
-    run(scenario, only)
 
-
-def test_a_stale_table_costs_a_second_call_but_no_request():
+async def test_a_stale_table_costs_a_second_call_but_no_request():
     """After NOT_HELD, the whole call goes to another replica, and the router learns what the first one holds now."""
     moved, other = holder("a"), holder("b")
-
-    async def scenario(lane: LoopbackHop) -> None:
+    async with hop_over(moved, other) as lane:
         moved.held = ExpertSet.parse("0-1:0")  # the registry still says 0-3
         await assert_layer(lane)
         assert [call.attempt for call in other.calls][-1] == 1
@@ -60,15 +53,12 @@ def test_a_stale_table_costs_a_second_call_but_no_request():
         await assert_layer(lane)
         assert all(call.experts.tolist() == [0] for call in moved.calls[before:])
 
-    run(scenario, moved, other)
 
-
-def test_a_lost_replica_is_replaced_within_the_call():
+async def test_a_lost_replica_is_replaced_within_the_call():
     """If every replica but one vanishes at its first call, the last replica returns all rows."""
     leaving = [holder(name) for name in ("a", "b")]
     last = holder("c")
-
-    async def scenario(lane: LoopbackHop) -> None:
+    async with hop_over(*leaving, last) as lane:
         ends: list[asyncio.Task[None]] = []
         for replica in leaving:
 
@@ -81,13 +71,10 @@ def test_a_lost_replica_is_replaced_within_the_call():
             assert torch.equal(await lane.compute(layer, HIDDEN, ROUTING), fake_layer(layer, HIDDEN, ROUTING))
         assert last.calls
 
-    run(scenario, *leaving, last)
 
-
-def test_no_holder_fails_exactly_the_tokens_concerned():
+async def test_no_holder_fails_exactly_the_tokens_concerned():
     """After expert_wait_s, the tokens of uncovered experts fail; the error names layer, experts and the time waited."""
-
-    async def scenario(lane: LoopbackHop) -> None:
+    async with hop_over(holder("a", "0-2"), expert_wait_s=0.2) as lane:
         with pytest.raises(HopFailed) as failed:
             await lane.compute(1, HIDDEN, ROUTING)
         assert failed.value.tokens == [1, 2]
@@ -99,14 +86,11 @@ def test_no_holder_fails_exactly_the_tokens_concerned():
         survivors = ROUTING[:1]
         assert torch.equal(await lane.compute(1, HIDDEN[:1], survivors), fake_layer(1, HIDDEN[:1], survivors))
 
-    run(scenario, holder("a", "0-2"), expert_wait_s=0.2)
 
-
-def test_a_layer_parks_until_a_replica_registers():
+async def test_a_layer_parks_until_a_replica_registers():
     """Rows without a holder wait; a replica that registers meanwhile gets these rows and no others."""
     late = holder("late", "3")
-
-    async def scenario(lane: LoopbackHop) -> None:
+    async with hop_over(holder("a", "0-2")) as lane:
         parked = asyncio.create_task(lane.compute(0, HIDDEN, ROUTING))
         await eventually(lambda: (0, [3]) in lane.reported_missing)
         await late.start(lane.registry)
@@ -116,10 +100,8 @@ def test_a_layer_parks_until_a_replica_registers():
         finally:
             await late.vanish()
 
-    run(scenario, holder("a", "0-2"))
 
-
-def test_cancellation_ends_the_wait_of_a_parked_layer():
+async def test_cancellation_ends_the_wait_of_a_parked_layer():
     """A cancellation ends the wait at once, long before expert_wait_s."""
     cancelled = threading.Event()
 
@@ -127,33 +109,28 @@ def test_cancellation_ends_the_wait_of_a_parked_layer():
         if cancelled.is_set():
             raise Cancelled("the client closed the stream")
 
-    async def scenario(lane: LoopbackHop) -> None:
+    async with hop_over(holder("a", "0-2"), expert_wait_s=60.0) as lane:
         parked = asyncio.create_task(lane.compute(0, HIDDEN, ROUTING, check=check))
         await eventually(lambda: bool(lane.reported_missing))
         cancelled.set()
         with pytest.raises(Cancelled):
             await asyncio.wait_for(parked, 2)
 
-    run(scenario, holder("a", "0-2"), expert_wait_s=60.0)
 
-
-def test_a_replica_that_always_refuses_is_not_called_for_ever():
+async def test_a_replica_that_always_refuses_is_not_called_for_ever():
     """Holders that always answer NOT_HELD or OVERLOADED count as none: the wait ends after expert_wait_s."""
     for outcome in (experts_pb2.OUTCOME_NOT_HELD, experts_pb2.OUTCOME_OVERLOADED):
-
-        async def scenario(lane: LoopbackHop) -> None:
+        async with hop_over(holder("a", on_call=answers(outcome)), expert_wait_s=0.2) as lane:
             with pytest.raises(HopFailed) as failed:
                 await lane.compute(0, HIDDEN, ROUTING)
             assert isinstance(failed.value.cause, NoHolder)
 
-        run(scenario, holder("a", on_call=answers(outcome)), expert_wait_s=0.2)
 
-
-def test_an_overloaded_replica_is_called_again():
+async def test_an_overloaded_replica_is_called_again():
     """If the only holder answers OVERLOADED, the hop calls it again later."""
     busy = holder("a")
+    async with hop_over(busy) as lane:
 
-    async def scenario(lane: LoopbackHop) -> None:
         async def on_call(_call: ForwardCall) -> experts_pb2.Outcome | None:
             return experts_pb2.OUTCOME_OVERLOADED if len(busy.calls) < 3 else None
 
@@ -161,16 +138,13 @@ def test_an_overloaded_replica_is_called_again():
         await assert_layer(lane)
         assert len(busy.calls) == 3
 
-    run(scenario, busy)
-
 
 @pytest.mark.parametrize(
     "outcome", [experts_pb2.OUTCOME_FAILED, experts_pb2.OUTCOME_INVALID, experts_pb2.OUTCOME_UNSPECIFIED, 99]
 )
-def test_an_error_that_waiting_cannot_cure_fails_at_once(outcome: experts_pb2.Outcome):
+async def test_an_error_that_waiting_cannot_cure_fails_at_once(outcome: experts_pb2.Outcome):
     """When every holder fails, the tokens fail with the replica's error, without waiting for expert_wait_s."""
-
-    async def scenario(lane: LoopbackHop) -> None:
+    async with hop_over(holder("a", on_call=answers(outcome)), expert_wait_s=60.0) as lane:
         began = time.monotonic()
         with pytest.raises(HopFailed, match="a was set to refuse") as failed:
             await lane.compute(0, HIDDEN, ROUTING)
@@ -178,14 +152,11 @@ def test_an_error_that_waiting_cannot_cure_fails_at_once(outcome: experts_pb2.Ou
         assert not isinstance(failed.value.cause, NoHolder)
         assert time.monotonic() - began < 10
 
-    run(scenario, holder("a", on_call=answers(outcome)), expert_wait_s=60.0)
 
-
-def test_a_failure_is_forgotten_once_another_holder_succeeds():
+async def test_a_failure_is_forgotten_once_another_holder_succeeds():
     """One replica fails and another computes its rows: the layer still waits for its missing experts."""
     late = holder("late", "3")
-
-    async def scenario(lane: LoopbackHop) -> None:
+    async with hop_over(holder("a", "0-2", on_call=answers(experts_pb2.OUTCOME_FAILED)), holder("b", "0-2")) as lane:
         parked = asyncio.create_task(lane.compute(0, HIDDEN, ROUTING))
         await eventually(lambda: bool(lane.reported_missing))
         await late.start(lane.registry)
@@ -194,39 +165,30 @@ def test_a_failure_is_forgotten_once_another_holder_succeeds():
         finally:
             await late.vanish()
 
-    run(scenario, holder("a", "0-2", on_call=answers(experts_pb2.OUTCOME_FAILED)), holder("b", "0-2"))
 
-
-def test_a_replica_of_another_revision_is_not_used():
+async def test_a_replica_of_another_revision_is_not_used():
     """A router uses only replicas of its own revision: a holder of another revision counts as none."""
-
-    async def scenario() -> None:
-        async with loopback_hop([], SHAPE, revision="ours", expert_wait_s=0.2) as lane:
-            other = holder("a")
-            await other.start(lane.registry)
-            try:
-                with pytest.raises(HopFailed):
-                    await lane.compute(0, HIDDEN, ROUTING)
-                assert not other.calls
-            finally:
-                await other.vanish()
-
-    asyncio.run(scenario())
+    async with loopback_hop([], SHAPE, revision="ours", expert_wait_s=0.2) as lane:
+        other = holder("a")
+        await other.start(lane.registry)
+        try:
+            with pytest.raises(HopFailed):
+                await lane.compute(0, HIDDEN, ROUTING)
+            assert not other.calls
+        finally:
+            await other.vanish()
 
 
-def test_a_message_never_outgrows_the_transport(monkeypatch: pytest.MonkeyPatch):
+async def test_a_message_never_outgrows_the_transport(monkeypatch: pytest.MonkeyPatch):
     """Rows beyond the size limit of a message are split over several messages, and all arrive."""
     monkeypatch.setattr("moiety.router.hop.call.MAX_CALL_BYTES", 2 * 8 * 4)  # two rows of eight float32
     only = holder("only")
-
-    async def scenario(lane: LoopbackHop) -> None:
+    async with hop_over(only) as lane:
         await assert_layer(lane)
         assert [len(call.experts) for call in only.calls] == [2, 2, 2]
 
-    run(scenario, only)
 
-
-def test_a_malformed_reply_is_that_replicas_failure(monkeypatch: pytest.MonkeyPatch):
+async def test_a_malformed_reply_is_that_replicas_failure(monkeypatch: pytest.MonkeyPatch):
     """A reply of the wrong size is sent again to another holder; without one, the tokens fail and both sizes are named."""
     broken = holder("a")
 
@@ -239,8 +201,7 @@ def test_a_malformed_reply_is_that_replicas_failure(monkeypatch: pytest.MonkeyPa
         return reply.SerializeToString()
 
     monkeypatch.setattr(broken, "_reply", truncated)
-
-    async def scenario(lane: LoopbackHop) -> None:
+    async with hop_over(broken) as lane:
         with pytest.raises(HopFailed, match="sent 187 bytes for 6 rows, expected 192"):
             await lane.compute(0, HIDDEN, ROUTING)
         intact = holder("b")
@@ -251,16 +212,15 @@ def test_a_malformed_reply_is_that_replicas_failure(monkeypatch: pytest.MonkeyPa
         finally:
             await intact.vanish()
 
-    run(scenario, broken)
 
-
-def test_demand_counts_every_routed_row_once():
+async def test_demand_counts_every_routed_row_once():
     """Counts equal the model's routing through refusals, duplicates, a lost replica and rows without an expert."""
     generator = torch.Generator().manual_seed(7)
     routings = [torch.randint(-1, 4, (5, 2), generator=generator) for _ in range(12)]
     doomed = holder("c")
-
-    async def scenario(lane: LoopbackHop) -> None:
+    async with hop_over(
+        holder("a", copies=2), holder("b", on_call=answers(experts_pb2.OUTCOME_NOT_HELD)), doomed
+    ) as lane:
         for number, routing in enumerate(routings):
             if number == 6:
                 await doomed.vanish()  # the call in flight to it is sent again
@@ -275,19 +235,14 @@ def test_demand_counts_every_routed_row_once():
             assert list(reading.activations[layer]) == sum((count > 0).long() for count in counts).tolist()
         assert reading.time == 5.0
 
-    run(scenario, holder("a", copies=2), holder("b", on_call=answers(experts_pb2.OUTCOME_NOT_HELD)), doomed)
 
-
-def test_closing_the_hop_ends_a_call_in_flight():
+async def test_closing_the_hop_ends_a_call_in_flight():
     """A fleet that closes answers every open call with PeerLost, so that the engine's thread does not wait for ever."""
     hung = holder("a")
-
-    async def scenario(lane: LoopbackHop) -> None:
+    async with hop_over(hung, expert_wait_s=0.1) as lane:
         hung.on_call = lambda _call: asyncio.Event().wait()
         pending = asyncio.create_task(lane.compute(0, HIDDEN, ROUTING))
         await eventually(lambda: bool(hung.calls))
         await lane.fleet.close()
         with pytest.raises(MoietyError):
             await pending
-
-    run(scenario, hung, expert_wait_s=0.1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from hop_scenarios import assert_layer, holder, run
+from hop_scenarios import assert_layer, holder, hop_over
 
 from moiety.core.expert_backend import CallClass
 from moiety.router.hop.hedging import BURST, Hedging
@@ -21,12 +21,12 @@ def warm(lane: LoopbackHop) -> None:
         lane.hop.hedging.record_latency(0, CallClass.DECODE, 0.0)
 
 
-def test_a_hung_replica_is_bridged_and_avoided_until_it_answers():
+async def test_a_hung_replica_is_bridged_and_avoided_until_it_answers():
     """A hedge returns the rows; the hung replica gets no call until its late answer shows that it is alive."""
     released = asyncio.Event()
     hung, other = holder("a"), holder("b")
+    async with hop_over(hung, other, hedge_after_s=0.02) as lane:
 
-    async def scenario(lane: LoopbackHop) -> None:
         async def wait(_call: ForwardCall) -> None:
             await released.wait()
 
@@ -44,40 +44,32 @@ def test_a_hung_replica_is_bridged_and_avoided_until_it_answers():
         await assert_layer(lane)
         assert len(hung.calls) > before
 
-    run(scenario, hung, other, hedge_after_s=0.02)
 
-
-def test_a_suspect_that_is_the_only_holder_is_still_called():
+async def test_a_suspect_that_is_the_only_holder_is_still_called():
     """A slow holder is better than none."""
     slow = holder("a")
-
-    async def scenario(lane: LoopbackHop) -> None:
+    async with hop_over(slow, holder("b", "0-1")) as lane:
         lane.fleet.suspects.add("a")
         await assert_layer(lane)
         assert not lane.fleet.suspects, "its answer clears it"
 
-    run(scenario, slow, holder("b", "0-1"))
 
-
-def test_a_replica_that_has_just_answered_is_no_suspect():
+async def test_a_replica_that_has_just_answered_is_no_suspect():
     """A hedge that wins narrowly does not mark the other replica, whose answer has already arrived."""
-
-    async def scenario(lane: LoopbackHop) -> None:
+    async with hop_over(holder("a")) as lane:
         await assert_layer(lane)
         lane.fleet.suspect("a", 1)  # the call that was answered
         assert not lane.fleet.suspects
 
-    run(scenario, holder("a"))
 
-
-def test_hedges_keep_to_their_budget():
+async def test_hedges_keep_to_their_budget():
     """If all replicas are slow, hedges are at most the burst plus the budgeted fraction of all calls."""
     both = [holder("a"), holder("b")]
 
     async def slow(_call: ForwardCall) -> None:
         await asyncio.sleep(0.01)
 
-    async def scenario(lane: LoopbackHop) -> None:
+    async with hop_over(*both) as lane:
         for replica in both:
             replica.on_call = slow
         lane.hop.hedging = Hedging(0.001, 0.1, factor=0.0)  # every hedge is due after 1 ms
@@ -88,5 +80,3 @@ def test_hedges_keep_to_their_budget():
         calls = [call for replica in both for call in replica.calls]
         hedges = sum(call.attempt > 0 for call in calls)
         assert 5 <= hedges <= BURST + 0.1 * len(calls)
-
-    run(scenario, *both)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import re
 from collections.abc import Iterator
@@ -56,9 +55,9 @@ def guides(folder: str) -> Iterator[Guides]:
     made.close()
 
 
-def compiled(guides: Guides, kind: GuideKind, text: str) -> CompiledGuide:
+async def compiled(guides: Guides, kind: GuideKind, text: str) -> CompiledGuide:
     """Returns the compiled guide."""
-    return asyncio.run(guides.compile(Guide(kind, text)))
+    return await guides.compile(Guide(kind, text))
 
 
 def written(guide: CompiledGuide, seed: int, most: int = 300, **options: object) -> list[int]:
@@ -74,27 +73,27 @@ def written(guide: CompiledGuide, seed: int, most: int = 300, **options: object)
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_json_matches_its_schema(guides: Guides, folder: str, seed: int):
+async def test_json_matches_its_schema(guides: Guides, folder: str, seed: int):
     """Random logits under a schema give JSON that jsonschema accepts."""
-    guide = compiled(guides, GuideKind.JSON_SCHEMA, json.dumps(SCHEMA))
+    guide = await compiled(guides, GuideKind.JSON_SCHEMA, json.dumps(SCHEMA))
     text = Tokenizer(folder).decode(written(guide, seed))
     jsonschema.validate(json.loads(text), SCHEMA)
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_a_regular_expression_matches_all_of_the_output(guides: Guides, folder: str, seed: int):
+async def test_a_regular_expression_matches_all_of_the_output(guides: Guides, folder: str, seed: int):
     """The output matches from its first to its last character, including multi-byte characters."""
     pattern = r"(yes|no|может), [a-f]{3,5} 🙂[0-9]+\."
-    tokens = written(compiled(guides, GuideKind.REGEX, pattern), seed)
+    tokens = written(await compiled(guides, GuideKind.REGEX, pattern), seed)
     assert tokens[-1] == EOS
     assert re.fullmatch(pattern, Tokenizer(folder).decode(tokens))
 
 
 @pytest.mark.parametrize("schema", ["true", "{}", '{"type": "string"}'])
-def test_the_shortest_schemas(guides: Guides, folder: str, schema: str):
+async def test_the_shortest_schemas(guides: Guides, folder: str, schema: str):
     """Schemas for any JSON value and for a bare string work."""
     sequence = sequence_of(temperature=0.0)
-    sequence.guide = compiled(guides, GuideKind.JSON_SCHEMA, schema)
+    sequence.guide = await compiled(guides, GuideKind.JSON_SCHEMA, schema)
     for character in '"hi"':
         wants = logits_of(5, PADDED)
         wants[0, Tokenizer(folder).encode(character)[0]] = 50.0
@@ -102,16 +101,16 @@ def test_the_shortest_schemas(guides: Guides, folder: str, schema: str):
     assert json.loads(Tokenizer(folder).decode(sequence.tokens[2:])) == "hi"
 
 
-def test_a_grammar_is_followed(guides: Guides, folder: str):
+async def test_a_grammar_is_followed(guides: Guides, folder: str):
     """The output matches a context-free grammar in Lark syntax."""
     for seed in range(4):
-        text = Tokenizer(folder).decode(written(compiled(guides, GuideKind.GRAMMAR, GRAMMAR), seed))
+        text = Tokenizer(folder).decode(written(await compiled(guides, GuideKind.GRAMMAR, GRAMMAR), seed))
         assert re.fullmatch(r"[1-9]\d?([+*][1-9]\d?)*", text)
 
 
-def test_the_end_comes_only_where_the_guide_is_complete(guides: Guides, folder: str):
+async def test_the_end_comes_only_where_the_guide_is_complete(guides: Guides, folder: str):
     """An end is sampled only where the guide allows it, and before min_tokens only if it allows nothing else."""
-    guide = compiled(guides, GuideKind.REGEX, "abc")
+    guide = await compiled(guides, GuideKind.REGEX, "abc")
     wants_to_end = torch.zeros(1, PADDED)
     wants_to_end[0, EOS] = 50.0
     sequence = sequence_of(temperature=0.0, min_tokens=50)
@@ -122,9 +121,9 @@ def test_the_end_comes_only_where_the_guide_is_complete(guides: Guides, folder: 
     assert Tokenizer(folder).decode(sequence.tokens[2:]) == "abc"
 
 
-def test_resumed_and_forked_outputs_continue_from_their_tokens(guides: Guides):
+async def test_resumed_and_forked_outputs_continue_from_their_tokens(guides: Guides):
     """A sequence resumed after generated tokens continues like the original, also with a shared guide."""
-    guide = compiled(guides, GuideKind.JSON_SCHEMA, json.dumps(SCHEMA))
+    guide = await compiled(guides, GuideKind.JSON_SCHEMA, json.dumps(SCHEMA))
     tokens = written(guide, seed=2)
     for cut in (0, 1, len(tokens) // 2, len(tokens) - 1):
         resumed = sequence_of(generated=tokens[:cut], seed=2)
@@ -132,25 +131,25 @@ def test_resumed_and_forked_outputs_continue_from_their_tokens(guides: Guides):
         assert one(logits_of(2000 + cut, PADDED), resumed).token == tokens[cut]
 
 
-def test_rows_without_a_guide_beside_rows_with_one(guides: Guides):
+async def test_rows_without_a_guide_beside_rows_with_one(guides: Guides):
     """Each row gets the result of running alone, to the bit, and guides of different rows do not mix."""
     kinds = [(GuideKind.REGEX, "[ab]+"), None, (GuideKind.REGEX, "[0-9]+"), None]
 
-    def rows() -> list[Sequence]:
+    async def rows() -> list[Sequence]:
         made = [sequence_of(seed=seed, logprobs=True) for seed in range(4)]
         for sequence, kind in zip(made, kinds, strict=True):
-            sequence.guide = compiled(guides, *kind) if kind else None
+            sequence.guide = await compiled(guides, *kind) if kind else None
         return made
 
     logits = logits_of(3, PADDED, rows=4)
-    alone = [one(logits[row : row + 1], sequence) for row, sequence in enumerate(rows())]
-    assert sampled(logits, *rows()) == alone
+    alone = [one(logits[row : row + 1], sequence) for row, sequence in enumerate(await rows())]
+    assert sampled(logits, *await rows()) == alone
 
 
-def test_a_guide_that_fails_ends_its_request_alone(guides: Guides):
+async def test_a_guide_that_fails_ends_its_request_alone(guides: Guides):
     """Earlier tokens that the guide does not allow end only that request, with an error."""
     broken, fine = sequence_of(generated=[9, 9, 9]), sequence_of(seed=1)
-    broken.guide = compiled(guides, GuideKind.REGEX, "abc")
+    broken.guide = await compiled(guides, GuideKind.REGEX, "abc")
     logits = logits_of(4, PADDED, rows=2)
     failed, good = sample(logits, [broken, fine])
     assert isinstance(failed, MoietyError)
@@ -171,10 +170,12 @@ def test_a_guide_that_fails_ends_its_request_alone(guides: Guides):
         (GuideKind.GRAMMAR, 'x: "a"', "no start rule"),
     ],
 )
-def test_errors_of_bad_guides_name_field_value_and_problem(guides: Guides, kind: GuideKind, text: str, words: str):
+async def test_errors_of_bad_guides_name_field_value_and_problem(
+    guides: Guides, kind: GuideKind, text: str, words: str
+):
     """The error has the compiler's message in one line of bounded length."""
     with pytest.raises(InvalidRequest) as refused:
-        compiled(guides, kind, text)
+        await compiled(guides, kind, text)
     message = str(refused.value)
     assert message.startswith(f"sampling.guide.{kind} = ")
     assert words in message
@@ -182,9 +183,9 @@ def test_errors_of_bad_guides_name_field_value_and_problem(guides: Guides, kind:
     assert len(message) < 400
 
 
-def test_a_checkpoint_without_a_tokenizer_says_so(tmp_path: Path):
+async def test_a_checkpoint_without_a_tokenizer_says_so(tmp_path: Path):
     """Without a tokenizer, guided requests get FailedPrecondition."""
     guides = Guides(str(tmp_path), PADDED, threads=1)
     with pytest.raises(FailedPrecondition, match="guided output needs the checkpoint's tokenizer"):
-        compiled(guides, GuideKind.REGEX, "a")
+        await compiled(guides, GuideKind.REGEX, "a")
     guides.close()

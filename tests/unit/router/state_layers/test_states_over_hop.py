@@ -26,7 +26,7 @@ SAMPLING = Sampling(max_tokens=8, ignore_eos=True)
 
 
 @pytest.mark.parametrize("covered", [True, False], ids=["another holder", "no holder"])
-def test_a_replica_that_dies_in_a_step_costs_no_state(covered: bool, tiny: Callable[[str], str]) -> None:
+async def test_a_replica_that_dies_in_a_step_costs_no_state(covered: bool, tiny: Callable[[str], str]) -> None:
     """When a replica dies after some Jamba layers wrote states, all tokens sent are those of an undisturbed run."""
     paged.register_paged_attention()
     checkpoint = Checkpoint.open(tiny("jamba"))
@@ -48,32 +48,28 @@ def test_a_replica_that_dies_in_a_step_costs_no_state(covered: bool, tiny: Calla
     doomed = FakeExperts("doomed", ExpertSet.uniform(shape.moe_layers, everywhere[-1:]), shape, on_call=on_call)
     others = everywhere if covered else everywhere[:-1]
     replicas = [doomed, FakeExperts("well", ExpertSet.uniform(shape.moe_layers, others), shape)]
+    async with loopback_hop(replicas, shape, expert_wait_s=0.2) as loopback:
 
-    async def scenario() -> None:
-        async with loopback_hop(replicas, shape, expert_wait_s=0.2) as loopback:
+        def compare() -> None:
+            texts: list[list[Listener]] = []
+            for disturbed in (False, True):
+                engine = engine_on(model, spec, token_budget=20, backend=loopback.hop)
+                texts.append([submit(engine, prompt, sampling=SAMPLING)[1] for prompt in PROMPTS])
+                for step in range(1000):
+                    if disturbed and step == 3:
+                        dying.add("now")
+                    if not engine.step():
+                        break
+                engine.check_integrity()
+            assert not dying, "no replica died: the test tests nothing"
+            assert covered or any(listener.end and listener.end.error for listener in texts[1])
+            for undisturbed, listener in zip(*texts, strict=True):
+                assert listener.end is not None
+                if covered:
+                    assert listener.tokens == undisturbed.tokens
+                else:
+                    assert isinstance(listener.end.error, NoHolder | None)
+                    assert listener.tokens == undisturbed.tokens[: len(listener.tokens)]
+                    assert listener.end.error or len(listener.tokens) == 8
 
-            def compare() -> None:
-                texts: list[list[Listener]] = []
-                for disturbed in (False, True):
-                    engine = engine_on(model, spec, token_budget=20, backend=loopback.hop)
-                    texts.append([submit(engine, prompt, sampling=SAMPLING)[1] for prompt in PROMPTS])
-                    for step in range(1000):
-                        if disturbed and step == 3:
-                            dying.add("now")
-                        if not engine.step():
-                            break
-                    engine.check_integrity()
-                assert not dying, "no replica died: the test tests nothing"
-                assert covered or any(listener.end and listener.end.error for listener in texts[1])
-                for undisturbed, listener in zip(*texts, strict=True):
-                    assert listener.end is not None
-                    if covered:
-                        assert listener.tokens == undisturbed.tokens
-                    else:
-                        assert isinstance(listener.end.error, NoHolder | None)
-                        assert listener.tokens == undisturbed.tokens[: len(listener.tokens)]
-                        assert listener.end.error or len(listener.tokens) == 8
-
-            await asyncio.to_thread(compare)
-
-    asyncio.run(scenario())
+        await asyncio.to_thread(compare)
