@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from moiety.model.architectures.adapters import adapter_of
 from moiety.model.architectures.gating_description import gating_of
 from moiety.model.architectures.supported import served_through
 from moiety.model.architectures.transformers_model import (
@@ -17,7 +18,6 @@ from moiety.model.architectures.transformers_model import (
     load_config,
     meta_model,
     quiet_transformers,
-    routed_experts,
     towers,
 )
 from moiety.model.checkpoint.checkpoint import EXPERT, Checkpoint
@@ -79,7 +79,7 @@ def inspect(checkpoint: Checkpoint, memory: int | None = None) -> Inspection:
         model = meta_model(causal_lm_class(checkpoint, config), config)
     text, shape = config.get_text_config(), layout.shape
     router_parameters = _router_parameters(model)
-    spec = routed_experts(experts_modules(model)[0][1])
+    spec = adapter_of(config.model_type).recognise(experts_modules(model)[0][1])
     # A parameter's shape is [E, ...]; without its first dimension it is one expert's.
     expert_parameters = sum(prod(part.shape[1:]) for parts in spec.parameters.values() for part in parts)
     stored = _expert_bytes(checkpoint, layout)

@@ -2,18 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from moiety.core.experts import ExpertMLP
-from moiety.model.architectures.adapters.protocol import Parameter, RoutedExperts
 from moiety_kernels import ACTIVATIONS, activate
 
 LIMIT_NAMES = ("limit", "swiglu_limit")
 ALPHA_NAMES = ("alpha", "swiglu_alpha")
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """One parameter of an experts module: its name within the module, and its shape.
+
+    The shape is [E, rows, columns], or [E, rows] for a bias; E is the number of experts.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RoutedExperts:
+    """What one module's routed experts compute, and from which parameters.
+
+    `parameters` maps each field of moiety_kernels.ExpertWeights to the parameters that make it up: each expert's parts are
+    concatenated along `rows`. Parameters of the fields in `transposed` hold [in, out] instead of [out, in].
+    """
+
+    mlp: ExpertMLP
+    parameters: Mapping[str, tuple[Parameter, ...]]
+    transposed: frozenset[str] = frozenset()
+
+    @property
+    def experts(self) -> int:
+        return self.parameters["down"][0].shape[0]
 
 
 def recognise(module: Any) -> RoutedExperts:

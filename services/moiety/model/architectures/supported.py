@@ -13,6 +13,7 @@ from itertools import takewhile
 from pathlib import Path
 from types import MappingProxyType
 
+from moiety.model.architectures.adapters import ADAPTERS, adapter_of
 from moiety.model.architectures.definitions import DEFINITIONS
 
 DECORATOR = "@use_experts_implementation"
@@ -60,20 +61,16 @@ def seam_architectures() -> frozenset[str]:
     )
 
 
-# Served through `adapters/`.
-ADAPTED = frozenset({"dbrx", "llama4", "llama4_text", "longcat_flash", "nllb-moe", "switch_transformers"})
-
-
 def served_architectures() -> frozenset[str]:
     """Returns every model_type that can be served."""
-    return (seam_architectures() | ADAPTED | DEFINITIONS.keys()) - REFUSED.keys()
+    return (seam_architectures() | ADAPTERS.keys() | DEFINITIONS.keys()) - REFUSED.keys()
 
 
 def served_through(architecture: str) -> str:
     """Returns how `architecture` is served: `seam`, `adapter` or `definition`."""
     if architecture in DEFINITIONS:
         return "definition"
-    return "adapter" if architecture in ADAPTED else "seam"
+    return "seam" if adapter_of(architecture).experts_class is None else "adapter"
 
 
 def refusal_reason(architecture: str) -> str | None:

@@ -7,7 +7,7 @@ expert layout is cached (`model/experts/cached.py`) starts without this import.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,29 +15,10 @@ import torch
 from torch import nn
 
 from moiety.errors import CheckpointError
-from moiety.model.architectures.adapters import adapter_of, dbrx, longcat, nllb, switch
-from moiety.model.architectures.adapters.protocol import RoutedExperts
+from moiety.model.architectures.adapters import adapter_of
 from moiety.model.architectures.definitions import definition_of
-from moiety.model.architectures.recognise import recognise
 from moiety.model.architectures.supported import nearest_hint, refusal_reason
 from moiety.model.checkpoint.checkpoint import Checkpoint
-
-
-def _check_window(config: Any) -> None:
-    """Raises ValueError for a MiniMax config with a sliding window: full-attention layers would apply the window, too.
-
-    No published checkpoint sets a window.
-    """
-    if config.sliding_window is not None:
-        raise ValueError(f"sliding_window {config.sliding_window}: windows in its full attention are not supported")
-
-
-_AMENDMENTS: Mapping[str, Callable[[Any], None]] = {
-    "dbrx": dbrx.amend,
-    "minimax": _check_window,
-    "nllb-moe": nllb.amend,
-    "switch_transformers": switch.amend,
-}
 
 
 def load_config(checkpoint: Checkpoint) -> Any:
@@ -59,11 +40,10 @@ def load_config(checkpoint: Checkpoint) -> Any:
     for name in ("quantization_config", "compression_config"):  # Moiety dequantises the weights, not transformers
         if hasattr(config, name):
             delattr(config, name)
-    if (amend := _AMENDMENTS.get(config.model_type)) is not None:
-        try:
-            amend(config)
-        except ValueError as error:
-            raise unsupported(checkpoint, str(error)) from error
+    try:
+        adapter_of(config.model_type).amend(config)
+    except ValueError as error:
+        raise unsupported(checkpoint, str(error)) from error
     text = config.sub_configs.get("text_config")
     found = text_class(config)
     # If a multimodal architecture's language model has its own class, only the language model is served.
@@ -95,7 +75,7 @@ def text_class(config: Any) -> Any:
         found = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
         found = found or MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(config), None)
     found = found[0] if isinstance(found, tuple | list) else found
-    return longcat.as_published(found) if config.model_type == "longcat_flash" else found
+    return found and adapter_of(config.model_type).published_class(found)
 
 
 def meta_model(model_class: type[nn.Module], config: Any) -> nn.Module:
@@ -107,21 +87,16 @@ def meta_model(model_class: type[nn.Module], config: Any) -> nn.Module:
 def experts_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Returns (path, module) of each MoE layer's routed experts, in layer order; an encoder's layers come first.
 
-    Finds modules that use transformers' experts interface or have an adapter; leaves out experts inside towers.
+    Leaves out experts inside towers.
     """
+    config: Any = model.config
+    adapter = adapter_of(config.model_type)
     tower_prefixes = tuple(f"{path}." for path in towers(model))  # a tower may have experts of its own
     return [
         (path, module)
         for path, module in model.named_modules()
-        if (_behind_the_seam(type(module)) or adapter_of(type(module)) is not None)
-        and not path.startswith(tower_prefixes)
+        if adapter.holds_experts(module) and not path.startswith(tower_prefixes)
     ]
-
-
-def routed_experts(module: nn.Module) -> RoutedExperts:
-    """Describes the experts of a module found by `experts_modules`. Raises ValueError if no kernel computes them."""
-    adapter = adapter_of(type(module))
-    return recognise(module) if adapter is None else adapter.recognise(module)
 
 
 def towers(model: nn.Module) -> list[str]:
@@ -153,12 +128,6 @@ def quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
-
-
-def _behind_the_seam(module_class: type[nn.Module]) -> bool:
-    # `use_experts_implementation` leaves no mark on a class except its closure over the registry of experts functions.
-    code = getattr(module_class.forward, "__code__", None)
-    return code is not None and "experts_interface" in code.co_freevars
 
 
 def _first_line(error: Exception) -> str:

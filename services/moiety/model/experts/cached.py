@@ -33,7 +33,7 @@ def expert_layout(checkpoint: Checkpoint) -> ExpertLayout:
     if file and (cached := _read(file, key)) is not None:
         return cached
 
-    from moiety.model.experts.derive import derive_layout  # imports transformers: 4.5 s that a cached layout saves
+    from moiety.model.experts.derive import derive_layout  # torch, transformers: 4.5 s that a cached layout saves
 
     layout = derive_layout(checkpoint)
     if file:

@@ -15,14 +15,14 @@ from torch import nn
 
 from moiety.core.experts import ModelShape
 from moiety.errors import CheckpointError
-from moiety.model.architectures.adapters.protocol import RoutedExperts
+from moiety.model.architectures.adapters import adapter_of
+from moiety.model.architectures.recognise import RoutedExperts
 from moiety.model.architectures.supported import nearest_hint
 from moiety.model.architectures.transformers_model import (
     causal_lm_class,
     experts_modules,
     load_config,
     meta_model,
-    routed_experts,
     towers,
     unsupported,
 )
@@ -56,7 +56,7 @@ def derive_layout(checkpoint: Checkpoint) -> ExpertLayout:
         reason = "it has no MoE layer that transformers routes through its experts interface, and no adapter"
         raise unsupported(checkpoint, f"{reason}; {nearest_hint(checkpoint.architecture)}")
     try:
-        described = {path: routed_experts(module) for path, module in modules}
+        described = {path: adapter_of(config.model_type).recognise(module) for path, module in modules}
     except ValueError as error:
         raise unsupported(checkpoint, str(error)) from error
     kinds = {(experts.mlp, experts.experts) for experts in described.values()}

@@ -112,8 +112,7 @@ def _without_experts(model_class: Any, layout: ExpertLayout) -> Any:
             block._is_hf_initialized = (
                 True  # some blocks initialise the experts' weights; `load_trunk` refuses missing weights
             )
-            if (adapter := adapter_of(type(module))) is not None:
-                adapter.patch(block, module)
+            adapter_of(self.config.model_type).patch(block, module)
         unread = {rf"^{re.escape(layer.module)}\." for layer in layout.layers}
         for path in towers(self):
             parent, _, name = path.rpartition(".")

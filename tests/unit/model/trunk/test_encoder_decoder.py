@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM
 
 from moiety.errors import CheckpointError, HopFailed, NoHolder
-from moiety.model.architectures.adapters import nllb, switch
+from moiety.model.architectures.adapters.nllb import Nllb
+from moiety.model.architectures.adapters.switch import Switch
 from moiety.model.checkpoint.checkpoint import Checkpoint
 from moiety.model.experts.cached import expert_layout
 from moiety.model.experts.derive import derive_layout
@@ -187,7 +188,7 @@ def test_switch_routes_as_transformers_does(open_tiny, capacity: int, dtype: tor
     block.router.expert_capacity = capacity
     hidden, lengths = torch.randn(50, 64, generator=torch.Generator().manual_seed(1)).to(dtype), (7, 30, 13)
     with in_an_encoder(lengths), torch.no_grad():
-        chosen, weights = switch.route(block, hidden)
+        chosen, weights = Switch().route(block, hidden)
     for ids, weight, rows in zip(chosen.split(lengths), weights.split(lengths), hidden.split(lengths), strict=True):
         with torch.no_grad():
             dispatch, probabilities, _ = block.router(rows[None])
@@ -209,7 +210,7 @@ def test_nllb_routes_as_transformers_does(open_tiny, before: bool, prioritised: 
     block.router.expert_capacity = 4
     hidden, lengths = torch.randn(50, 64, generator=torch.Generator().manual_seed(1)), (7, 30, 13)
     with in_an_encoder(lengths), torch.no_grad():
-        chosen, weights = nllb.route(block, hidden)
+        chosen, weights = Nllb().route(block, hidden)
     for ids, weight, rows in zip(chosen.split(lengths), weights.split(lengths), hidden.split(lengths), strict=True):
         router = copy.deepcopy(block.router)
         with torch.no_grad():
@@ -223,7 +224,7 @@ def test_capacity_does_not_limit_decoder_tokens(open_tiny):
     checkpoint, _ = open_tiny("switch_transformers")
     block = plain(checkpoint).decoder.block[1].layer[2].mlp
     with use_backend(None), torch.no_grad():  # type: ignore[arg-type]  # nothing is submitted
-        chosen, _ = switch.route(block, torch.ones(60, 64))
+        chosen, _ = Switch().route(block, torch.ones(60, 64))
     assert (chosen >= 0).all()
 
 

@@ -10,13 +10,20 @@ from typing import Any
 
 import torch
 
-from moiety.model.architectures.adapters.protocol import Parameter, RoutedExperts
-from moiety.model.architectures.recognise import recognise_gated
+from moiety.model.architectures.adapters.adapter import Adapter
+from moiety.model.architectures.recognise import Parameter, RoutedExperts, recognise_gated
 from moiety.model.seam import remote_experts
 
 
-class Dbrx:
-    """Adapter for transformers' DbrxExperts."""
+class Dbrx(Adapter):
+    """Adapter for DBRX."""
+
+    experts_class = "DbrxExperts"
+
+    def amend(self, config: Any) -> None:
+        # transformers 5.23 ignores the published `attn_config.rope_theta` (500000) and rotates by its default base.
+        config.rope_parameters["rope_theta"] = config.attn_config.rope_theta
+        config.moe_top_k = config.ffn_config.moe_top_k
 
     def recognise(self, module: Any) -> RoutedExperts:
         shape = module.num_experts, module.ffn_hidden_size, module.hidden_size  # [E, I, D], also w2's
@@ -35,12 +42,3 @@ class Dbrx:
             return remote_experts(module, rows, top_k_index, top_k_weights).view(hidden.shape)
 
         module.forward = forward
-
-
-def amend(config: Any) -> None:
-    """Copies two values of a DbrxConfig to where transformers and Moiety look for them.
-
-    transformers 5.23 ignores the published `attn_config.rope_theta` (500000) and rotates by its default base.
-    """
-    config.rope_parameters["rope_theta"] = config.attn_config.rope_theta
-    config.moe_top_k = config.ffn_config.moe_top_k

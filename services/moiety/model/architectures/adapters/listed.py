@@ -2,48 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from types import MethodType
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from moiety.model.architectures.adapters.protocol import Parameter, RoutedExperts
-from moiety.model.architectures.recognise import recognise_plain
+from moiety.model.architectures.adapters.adapter import Adapter
+from moiety.model.architectures.recognise import Parameter, RoutedExperts, recognise_plain
 from moiety.model.checkpoint.checkpoint import EXPERT
 from moiety.model.seam import remote_experts
 
-# (block, hidden [T, D]) -> expert ids int64 [T, K], -1 for no expert, and their weights [T, K].
-Route = Callable[[Any, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
+class Listed(Adapter):
+    """Adapts an architecture whose MoE blocks hold each expert as its own module; its subclass says how tokens are routed."""
 
-def recognise_listed(module: Any, names: Mapping[str, str]) -> RoutedExperts:
-    """Describes a module whose children are experts; `names` maps fields of ExpertWeights to an expert's parameter names.
+    names: Mapping[str, str]  # field of ExpertWeights -> an expert's parameter
 
-    Raises ValueError if no kernel computes the experts' activation.
-    """
-    first = module["expert_0"]
-    shapes = {field: tuple(first.get_parameter(name).shape) for field, name in names.items()}
-    hidden, intermediate = shapes["down"]
-    return RoutedExperts(
-        recognise_plain(hidden, intermediate, first.act, biased="down_bias" in names),
-        {
-            field: (Parameter(f"expert_{EXPERT}.{name}", (module.num_experts, *shapes[field])),)
-            for field, name in names.items()
-        },
-    )
+    def route(self, block: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Chooses K experts for each of the T tokens in `hidden`: returns expert ids int64 [T, K] and weights [T, K].
 
+        `hidden` [T, D] has the tokens of several sequences, one sequence after the other. An id is -1 for no expert.
+        """
+        raise NotImplementedError
 
-def patch_block(block: Any, route: Route) -> None:
-    """Replaces a MoE block's forward: `route` chooses experts, and `seam.remote_experts` returns their weighted sum."""
+    def recognise(self, module: Any) -> RoutedExperts:
+        first = module["expert_0"]
+        shapes = {field: tuple(first.get_parameter(name).shape) for field, name in self.names.items()}
+        hidden, intermediate = shapes["down"]
+        return RoutedExperts(
+            recognise_plain(hidden, intermediate, first.act, biased="down_bias" in self.names),
+            {
+                field: (Parameter(f"expert_{EXPERT}.{name}", (module.num_experts, *shapes[field])),)
+                for field, name in self.names.items()
+            },
+        )
 
-    def forward(block: Any, hidden_states: torch.Tensor, *_: Any) -> torch.Tensor:
-        rows = hidden_states.reshape(-1, hidden_states.shape[-1])
-        return remote_experts(block.experts, rows, *route(block, rows)).view(hidden_states.shape)
+    def patch(self, block: Any, module: Any) -> None:
+        def forward(hidden_states: torch.Tensor, *_: Any) -> torch.Tensor:
+            rows = hidden_states.reshape(-1, hidden_states.shape[-1])
+            return remote_experts(module, rows, *self.route(block, rows)).view(hidden_states.shape)
 
-    block.forward = MethodType(forward, block)
-    block._is_hf_initialized = True  # or transformers would initialise the experts' weights, which are gone
+        block.forward = forward
+        block._is_hf_initialized = True  # or transformers would initialise the experts' weights, which are gone
 
 
 def router_logits(router: Any, hidden: torch.Tensor) -> torch.Tensor:

@@ -11,13 +11,15 @@ from typing import Any
 
 import torch
 
-from moiety.model.architectures.adapters.protocol import Parameter, RoutedExperts
-from moiety.model.architectures.recognise import recognise_gated
+from moiety.model.architectures.adapters.adapter import Adapter
+from moiety.model.architectures.recognise import Parameter, RoutedExperts, recognise_gated
 from moiety.model.seam import remote_experts
 
 
-class Llama4:
-    """Adapter for transformers' Llama4TextExperts; also replaces the forward of the Llama4TextMoe block around it."""
+class Llama4(Adapter):
+    """Adapter for Llama 4; also replaces the forward of the Llama4TextMoe block around the experts."""
+
+    experts_class = "Llama4TextExperts"
 
     def recognise(self, module: Any) -> RoutedExperts:
         experts, hidden, inner = module.num_experts, module.hidden_size, module.expert_dim

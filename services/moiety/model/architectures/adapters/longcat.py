@@ -10,13 +10,30 @@ from typing import Any
 import torch
 from torch import nn
 
-from moiety.model.architectures.adapters.protocol import Parameter, RoutedExperts
-from moiety.model.architectures.recognise import recognise_gated
+from moiety.model.architectures.adapters.adapter import Adapter
+from moiety.model.architectures.recognise import Parameter, RoutedExperts, recognise_gated
 from moiety.model.seam import remote_experts
 
 
-class Longcat:
-    """Adapter for transformers' LongcatFlashExperts."""
+class Longcat(Adapter):
+    """Adapter for LongCat-Flash."""
+
+    experts_class = "LongcatFlashExperts"
+
+    def published_class(self, model_class: Any) -> Any:
+        """Returns a subclass of `model_class` that has no weights for the zero-computation experts.
+
+        No checkpoint has these weights and nothing reads them. transformers 5.23 stacks them with the routed experts' weights
+        in `gate_up_proj`, and therefore cannot load LongCat-Flash.
+        """
+
+        def __init__(model: Any, *arguments: Any, **options: Any) -> None:
+            model_class.__init__(model, *arguments, **options)
+            for module in filter(self.holds_experts, model.modules()):
+                module.gate_up_proj = nn.Parameter(module.gate_up_proj.detach()[: module.num_routed_experts])
+
+        # With another `__module__`, transformers would treat the class as custom code and skip weight conversions.
+        return type(model_class.__name__, (model_class,), {"__init__": __init__, "__module__": model_class.__module__})
 
     def recognise(self, module: Any) -> RoutedExperts:
         experts, hidden, inner = module.num_routed_experts, module.hidden_size, module.intermediate_size
@@ -36,21 +53,3 @@ class Longcat:
             return routed + (hidden * zero_weight).to(hidden.dtype)
 
         module.forward = forward
-
-
-def as_published(model_class: Any) -> Any:
-    """Returns a subclass of `model_class` that has no weights for the zero-computation experts.
-
-    No checkpoint has these weights and nothing reads them. transformers 5.23 stacks them with the routed experts' weights in
-    `gate_up_proj`, and therefore cannot load LongCat-Flash.
-    """
-
-    def __init__(self: nn.Module, *arguments: Any, **options: Any) -> None:
-        model_class.__init__(self, *arguments, **options)
-        modules: Any = self.modules()
-        for module in modules:
-            if type(module).__name__ == "LongcatFlashExperts":
-                module.gate_up_proj = nn.Parameter(module.gate_up_proj.detach()[: module.num_routed_experts])
-
-    # With another `__module__`, transformers would treat the class as custom code and skip weight conversions.
-    return type(model_class.__name__, (model_class,), {"__init__": __init__, "__module__": model_class.__module__})

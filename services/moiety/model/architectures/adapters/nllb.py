@@ -9,37 +9,51 @@ gets experts 0 and 1 and no others, and the published weights give nonsense.
 from __future__ import annotations
 
 import math
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch.nn.functional import one_hot
 
-from moiety.model.architectures.adapters import listed
-from moiety.model.architectures.adapters.listed import router_logits
-from moiety.model.architectures.adapters.protocol import RoutedExperts
+from moiety.model.architectures.adapters.listed import Listed, router_logits
 from moiety.model.seam import sequence_lengths
 
 
-def route(block: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Chooses two experts for each of the T tokens in `hidden`: returns expert ids [T, 2] and weights [T, 2].
+class Nllb(Listed):
+    """Adapter for NLLB-MoE."""
 
-    `hidden` has the tokens of several sequences, one sequence after the other. An id is -1 if its expert is over capacity.
-    """
-    router = block.router
-    logits = router_logits(router, hidden)
-    probabilities = logits.softmax(-1, dtype=router.dtype).to(hidden.dtype)  # [T, E]
-    first = probabilities.argmax(-1, keepdim=True)
-    chosen = torch.cat((first, logits.scatter(1, first, -torch.inf).argmax(-1, keepdim=True)), dim=1)  # [T, 2]
-    gates = probabilities.gather(1, chosen)
-    lengths = sequence_lengths()
-    kept = torch.ones_like(chosen, dtype=torch.bool)
-    if lengths is not None:
-        parts = zip(chosen.split(lengths), probabilities.amax(-1).split(lengths), strict=True)
-        kept = torch.cat([_within_capacity(router, ids, importance) for ids, importance in parts])
-    counted = gates if router.normalize_router_prob_before_dropping else gates * kept
-    gates = gates / counted.sum(1, keepdim=True).clamp(min=torch.finfo(gates.dtype).eps)
-    # Training masks a share of the experts' outputs; inference scales all of them by the share that was kept.
-    return chosen.masked_fill(~kept, -1), gates * kept * (1 - block.experts.moe_token_dropout)
+    experts_class = "NllbMoeExperts"
+    names = MappingProxyType(
+        {"gate_up": "fc1.weight", "down": "fc2.weight", "gate_up_bias": "fc1.bias", "down_bias": "fc2.bias"}
+    )
+
+    def amend(self, config: Any) -> None:
+        """Sets the top-k, which the config does not state. Raises ValueError if the second expert is drawn at random."""
+        if config.second_expert_policy != "all":
+            policy = f"second_expert_policy {config.second_expert_policy!r}"
+            raise ValueError(f"{policy} draws experts at random: must be 'all'")
+        config.moe_top_k = 2
+
+    def route(self, block: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Chooses two experts for each of the T tokens in `hidden`: returns expert ids [T, 2] and weights [T, 2].
+
+        `hidden` has the tokens of several sequences, one sequence after the other. An id is -1 if its expert is over capacity.
+        """
+        router = block.router
+        logits = router_logits(router, hidden)
+        probabilities = logits.softmax(-1, dtype=router.dtype).to(hidden.dtype)  # [T, E]
+        first = probabilities.argmax(-1, keepdim=True)
+        chosen = torch.cat((first, logits.scatter(1, first, -torch.inf).argmax(-1, keepdim=True)), dim=1)  # [T, 2]
+        gates = probabilities.gather(1, chosen)
+        lengths = sequence_lengths()
+        kept = torch.ones_like(chosen, dtype=torch.bool)
+        if lengths is not None:
+            parts = zip(chosen.split(lengths), probabilities.amax(-1).split(lengths), strict=True)
+            kept = torch.cat([_within_capacity(router, ids, importance) for ids, importance in parts])
+        counted = gates if router.normalize_router_prob_before_dropping else gates * kept
+        gates = gates / counted.sum(1, keepdim=True).clamp(min=torch.finfo(gates.dtype).eps)
+        # Training masks a share of the experts' outputs; inference scales all of them by the share that was kept.
+        return chosen.masked_fill(~kept, -1), gates * kept * (1 - block.experts.moe_token_dropout)
 
 
 def _within_capacity(router: Any, chosen: torch.Tensor, importance: torch.Tensor) -> torch.Tensor:
@@ -63,25 +77,3 @@ def _within_capacity(router: Any, chosen: torch.Tensor, importance: torch.Tensor
 def _fixed_capacity(router: Any, tokens: int) -> int:
     fixed: int | None = router.expert_capacity
     return 2 * math.ceil(tokens / router.num_experts) if fixed is None else fixed
-
-
-class Nllb:
-    """Adapter for transformers' NllbMoeExperts."""
-
-    def recognise(self, module: Any) -> RoutedExperts:
-        names = {"gate_up": "fc1.weight", "down": "fc2.weight", "gate_up_bias": "fc1.bias", "down_bias": "fc2.bias"}
-        return listed.recognise_listed(module, names)
-
-    def patch(self, block: Any, module: Any) -> None:
-        listed.patch_block(block, route)
-
-
-def amend(config: Any) -> None:
-    """Sets the top-k of an NllbMoeConfig, which does not state it: two experts a token.
-
-    Raises ValueError if the second expert is drawn at random.
-    """
-    if config.second_expert_policy != "all":
-        policy = f"second_expert_policy {config.second_expert_policy!r}"
-        raise ValueError(f"{policy} draws experts at random: must be 'all'")
-    config.moe_top_k = 2
