@@ -23,9 +23,10 @@ from moiety.model.experts.layout import ExpertLayout
 from moiety.registry.connect import connect
 from moiety.registry.heartbeat import Heartbeat
 from moiety.registry.interface import Registry
-from moiety.telemetry.metrics import Meter, configure_metrics
+from moiety.telemetry.export import configure, configure_metrics
+from moiety.telemetry.metrics import Meter
 from moiety.telemetry.names import MetricName, ResourceAttribute
-from moiety.telemetry.tracing import Tracer, configure
+from moiety.telemetry.tracing import Tracer
 from moiety.wire.channels import Server
 
 LEDGER_S = 1.0  # how often a service reports its load

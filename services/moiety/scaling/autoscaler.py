@@ -19,7 +19,7 @@ from moiety.policy.autoscale import Decision, State, decide
 from moiety.registry.interface import Registry
 from moiety.scaling.ledger import Ledger, Reading
 from moiety.scaling.rebalancer import Rebalancer
-from moiety.telemetry.metrics import configure_metrics
+from moiety.telemetry.export import configure_metrics
 from moiety.telemetry.names import Attribute, MetricName, ResourceAttribute
 
 PERIOD_S = 0.25

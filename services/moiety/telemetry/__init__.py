@@ -1,6 +1,7 @@
 """Traces of every hop and metrics of every service, behind an interface that costs nothing while export is off."""
 
-from moiety.telemetry.metrics import NO_METER, Meter, configure_metrics
+from moiety.telemetry.export import configure, configure_metrics
+from moiety.telemetry.metrics import NO_METER, Meter
 from moiety.telemetry.names import Attribute, MetricName, ResourceAttribute, SpanName
 from moiety.telemetry.tracing import (
     NO_SPAN,
@@ -10,7 +11,6 @@ from moiety.telemetry.tracing import (
     TraceContext,
     Tracer,
     Value,
-    configure,
     parse_traceparent,
 )
 

@@ -1,4 +1,4 @@
-"""The `Meter` interface that the rest of the code uses, its no-op twin, and `configure_metrics`, which returns one of them.
+"""The `Meter` interface that the rest of the code uses, and its no-op twin.
 
 At each export, the exporter's thread reads counts that services keep anyway. So serving a request does no work for
 metrics. No meter is global, so that several services can share a process.
@@ -6,15 +6,11 @@ metrics. No meter is global, so that several services can share a process.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
-from moiety.telemetry.export_enabled import export_enabled
 from moiety.telemetry.names import Attribute, MetricName
 from moiety.telemetry.tracing import Value
-
-_logger = logging.getLogger("moiety.telemetry")
 
 
 class Meter(Protocol):
@@ -47,21 +43,3 @@ class _NoMeter:
 
 
 NO_METER: Meter = _NoMeter()
-
-
-def configure_metrics(
-    service: str, attributes: Mapping[str, str] | None = None, *, endpoint: str | None = None
-) -> Meter:
-    """Returns the meter of one service: a real one if the OTEL_* variables ask for OTLP, else NO_METER.
-
-    The arguments are those of `tracing.configure`. If metrics cannot be set up, one warning is logged and they stay off.
-    """
-    if not export_enabled("metrics", endpoint):
-        return NO_METER
-    try:
-        from moiety.telemetry.otel_metrics import OtelMeter
-
-        return OtelMeter(service, dict(attributes or {}), endpoint)
-    except Exception as error:
-        _logger.warning("metrics are off: %s: %s", type(error).__name__, error)
-        return NO_METER

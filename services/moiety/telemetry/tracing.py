@@ -1,4 +1,4 @@
-"""The `Tracer` interface that the rest of the code uses, its no-op twin, and `configure`, which returns one of the two.
+"""The `Tracer` interface that the rest of the code uses, and its no-op twin.
 
 Spans start and end on any thread, in any order, with explicit times. So callers pass the parent; it is never looked up
 from a context. No tracer is global, so that several services can share a process.
@@ -6,19 +6,16 @@ from a context. No tracer is global, so that several services can share a proces
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol, TypeAlias
 
-from moiety.telemetry.export_enabled import export_enabled
 from moiety.telemetry.names import Attribute, SpanName
 
 Value: TypeAlias = str | bool | int | float | Sequence[str] | Sequence[int] | Sequence[float]
 
-_logger = logging.getLogger("moiety.telemetry")
 _TRACEPARENT = re.compile(r"(?!ff)([0-9a-f]{2})-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-([0-9a-f]{2})(-.*)?")
 
 
@@ -148,21 +145,3 @@ class _NoTracer:
 
 NO_SPAN: Span = _NoSpan()
 NO_TRACER: Tracer = _NoTracer()
-
-
-def configure(service: str, attributes: Mapping[str, str] | None = None, *, endpoint: str | None = None) -> Tracer:
-    """Returns the tracer of one service: a real one if the OTEL_* variables ask for OTLP, else NO_TRACER.
-
-    Every span carries `service` as its service.name, and `attributes` (names.ResourceAttribute). `endpoint`
-    (http://host:port) replaces OTEL_EXPORTER_OTLP_TRACES_ENDPOINT, and asks for OTLP as that variable does. If tracing
-    cannot be set up, one warning is logged and the service runs without it.
-    """
-    if not export_enabled("traces", endpoint):
-        return NO_TRACER
-    try:
-        from moiety.telemetry.otel import OtelTracer
-
-        return OtelTracer(service, dict(attributes or {}), endpoint)
-    except Exception as error:
-        _logger.warning("traces are off: %s: %s", type(error).__name__, error)
-        return NO_TRACER
