@@ -45,7 +45,7 @@ from moiety.router.hop.slices import SlicedHop
 from moiety.router.lanes import Lanes
 from moiety.router.layer_discovery import discover_cache_spec, prepare_layers, run_once
 from moiety.router.router_load import RouterLoad
-from moiety.router.sampling.guides import Guides
+from moiety.router.sequence.guides import Guides
 from moiety.router.service import SERVICE, EngineService
 from moiety.router.step_context import StepBackend
 from moiety.router.step_runner import StepRunner

@@ -26,9 +26,9 @@ from moiety.errors import (
     Unavailable,
 )
 from moiety.router.cache.kv_cache import KVCache
+from moiety.router.sampling.emit import emissions
 from moiety.router.schedule.retry_hint import AdmissionRate
 from moiety.router.schedule.scheduler import Scheduler
-from moiety.router.sequence.emit import emissions
 from moiety.router.sequence.sequence import Emitted, Sequence
 from moiety.router.sequence.step_plan import StepPlan
 from moiety.router.step_context import StepContext

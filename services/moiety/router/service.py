@@ -15,7 +15,7 @@ from moiety.errors import FailedPrecondition, InvalidRequest, MoietyError
 from moiety.internal.v1 import engine_pb2, engine_pb2_grpc
 from moiety.model.trunk.encoder_decoder import DecoderStart
 from moiety.router.engine import Engine
-from moiety.router.sampling.guides import Guides
+from moiety.router.sequence.guides import Guides
 from moiety.router.sequence.sequence import Emitted, Sequence
 from moiety.telemetry.names import Attribute, SpanName
 from moiety.telemetry.tracing import Tracer

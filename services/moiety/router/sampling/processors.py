@@ -8,16 +8,13 @@ Each stage runs once for the whole batch and changes only the rows whose own par
 from __future__ import annotations
 
 from collections import abc
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from moiety.errors import MoietyError
-from moiety.router.sampling.guides import allowed_tokens
-
-if TYPE_CHECKING:
-    from moiety.router.sequence.sequence import Sequence
+from moiety.router.sequence.guides import allowed_tokens
+from moiety.router.sequence.sequence import Sequence
 
 
 def changes(sequence: Sequence) -> bool:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 from collections import abc
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,9 +18,7 @@ from moiety.core.sampling import TopLogprobs
 from moiety.errors import MoietyError
 from moiety.router.sampling.logprobs import sampled_logprobs
 from moiety.router.sampling.processors import changes, process
-
-if TYPE_CHECKING:
-    from moiety.router.sequence.sequence import Sequence
+from moiety.router.sequence.sequence import Sequence
 
 _log = logging.getLogger(__name__)
 BLOCK = 64  # tokens per block: the draw finds a block by the sums of shares, then a token in it

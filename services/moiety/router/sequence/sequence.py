@@ -9,9 +9,9 @@ from dataclasses import dataclass, field, replace
 from moiety.core.sampling import FinishReason, Sampling, TopLogprobs
 from moiety.errors import MoietyError
 from moiety.router.cache.blocks import BlockTable
-from moiety.router.sampling.guides import CompiledGuide, Matcher
-from moiety.router.sampling.penalties import TokenCounts
 from moiety.router.sequence.drafts import Drafter
+from moiety.router.sequence.guides import CompiledGuide, Matcher
+from moiety.router.sequence.token_counts import TokenCounts
 from moiety.telemetry.tracing import NO_SPAN, Span
 from moiety.wire.deadline import Deadline
 

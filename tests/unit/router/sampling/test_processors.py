@@ -17,9 +17,9 @@ from transformers import (
 )
 
 from moiety.router.sampling.logprobs import prompt_logprobs
-from moiety.router.sampling.penalties import TokenCounts
 from moiety.router.sampling.processors import process
 from moiety.router.sequence.sequence import Sequence
+from moiety.router.sequence.token_counts import TokenCounts
 
 VOCABULARY = 50
 TOKENS = st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=30)

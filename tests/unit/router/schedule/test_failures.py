@@ -5,7 +5,7 @@ from __future__ import annotations
 from engine_support import RememberingModel, engine_of, expected_tokens, finish, greedy, prompt_of, submit
 
 from moiety.errors import Cancelled, DeadlineExceeded, HopFailed, NoHolder
-from moiety.router.sampling.guides import CompiledGuide, Matcher
+from moiety.router.sequence.guides import CompiledGuide, Matcher
 from moiety.wire.deadline import Deadline
 
 

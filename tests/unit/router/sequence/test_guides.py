@@ -15,8 +15,8 @@ from sampling_support import logits_of, one, sampled, sequence_of
 from moiety.core.sampling import Guide, GuideKind
 from moiety.errors import FailedPrecondition, InvalidRequest, MoietyError
 from moiety.gateway.text import Tokenizer
-from moiety.router.sampling.guides import CompiledGuide, Guides
 from moiety.router.sampling.sampler import sample
+from moiety.router.sequence.guides import CompiledGuide, Guides
 from moiety.router.sequence.sequence import Sequence
 from moiety.synthetic.tokenizer import EOS, VOCABULARY, write_tokenizer
 
