@@ -21,16 +21,12 @@ from moiety.internal.v1.engine_pb2_grpc import add_EngineServiceServicer_to_serv
 from moiety.model.checkpoint.checkpoint import Checkpoint
 from moiety.model.experts.layout import ExpertLayout
 from moiety.model.experts.slicing import sliced_revision
-from moiety.model.trunk import gate_scores, shared_expert_overlap
-from moiety.model.trunk.cpu_layers import use_cpu_kernels
 from moiety.model.trunk.encoder_decoder import DecoderStart
-from moiety.model.trunk.fixed_elementwise import fix_elementwise
 from moiety.model.trunk.read import load_trunk
 from moiety.policy.lane_tuner import LaneTuner
 from moiety.registry.interface import Registry
 from moiety.registry.watch import Watch
-from moiety.router.attention import cross, latent, paged
-from moiety.router.attention.paged import DiscoveryBatch
+from moiety.router.attention import paged
 from moiety.router.cache.cache_spec import CacheSpec
 from moiety.router.cache.kv_cache import KVCache
 from moiety.router.engine import Engine
@@ -43,12 +39,12 @@ from moiety.router.hop.missing_experts import MissingExpertReporter
 from moiety.router.hop.overflow import OverflowHop, OverrunExperts, OverrunReplicas
 from moiety.router.hop.slices import SlicedHop
 from moiety.router.lanes import Lanes
-from moiety.router.layer_discovery import discover_cache_spec, prepare_layers, run_once
 from moiety.router.router_load import RouterLoad
 from moiety.router.sequence.guides import Guides
 from moiety.router.service import SERVICE, EngineService
 from moiety.router.step_context import StepBackend
 from moiety.router.step_runner import StepRunner
+from moiety.router.trunk import prepare_trunk
 from moiety.telemetry.names import MetricName
 from moiety.telemetry.tracing import Tracer
 from moiety.wire.channels import Server
@@ -210,16 +206,8 @@ def load_model(
     torch.set_num_threads(_threads(settings))
     began = time.monotonic()
     model = load_trunk(checkpoint, layout, dtype, settings.device, paged.NAME)
-    use_cpu_kernels(model, deterministic=settings.deterministic)
-    latent.cache_latents(model, deterministic=settings.deterministic)
-    cross.use_cross_attention(model)
-    if settings.deterministic:
-        fix_elementwise(model)
-    prepare_layers(model)
-    spec = discover_cache_spec(model, layout.shape)
-    if settings.may_overflow:
-        gate_scores.record_gate_scores(model, layout.shape, lambda: run_once(model, DiscoveryBatch()))
-    shared_expert_overlap.overlap_shared_experts(model, lambda: run_once(model, DiscoveryBatch()))
+    deterministic, may_overflow = settings.deterministic, settings.may_overflow
+    spec = prepare_trunk(model, layout.shape, deterministic=deterministic, may_overflow=may_overflow)
     cache = _cache(settings, spec, revision)
     weights = sum(parameter.numel() * parameter.itemsize for parameter in model.parameters())
     _log.info(

@@ -13,7 +13,7 @@ from moiety.model.trunk.encoder_decoder import EncoderDecoder
 from moiety.router.attention import sparse
 from moiety.router.attention.paged import DiscoveryBatch
 from moiety.router.cache.cache_spec import CacheSpec
-from moiety.router.state_layers import batched_layer, state_discovery
+from moiety.router.state_layers.batched_layer import batched_state_layers
 
 _STATELESS = ("moe", "mlp")  # transformers' layer types for layers with only a feed-forward block
 
@@ -51,16 +51,8 @@ def run_once(model: Any, batch: DiscoveryBatch, cache: Any = None) -> torch.Tens
     return logits
 
 
-def prepare_layers(model: Any) -> None:
-    """Prepares a trunk's layers with indexers (`sparse.use_indexers`) or states (`state_discovery.batch_state_layers`)."""
-    sparse.use_indexers(model)
-    state_discovery.batch_state_layers(
-        model, lambda cache: run_once(model, DiscoveryBatch(state_discovery.PROBE_TOKENS), cache)
-    )
-
-
 def discover_cache_spec(model: Any, shape: ModelShape) -> CacheSpec:
-    """Returns what each layer of a trunk caches; call `prepare_layers` first.
+    """Returns what each layer of a trunk caches. Its layers must be prepared: see `trunk.py`.
 
     Raises CheckpointError where the router cannot run a layer.
     """
@@ -70,7 +62,7 @@ def discover_cache_spec(model: Any, shape: ModelShape) -> CacheSpec:
         raise CheckpointError(f"{shape.architecture}: {reason}")
     batch = DiscoveryBatch()
     run_once(model, batch)
-    states = {key: spec for layer in batched_layer.batched_state_layers(model) for key, spec in layer.specs.items()}
+    states = {key: spec for layer in batched_state_layers(model) for key, spec in layer.specs.items()}
     config = model.config.get_text_config()
     if isinstance(model, EncoderDecoder):
         # Output tokens and prompt tokens share one pool, so their blocks must have the same shape.

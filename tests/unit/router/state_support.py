@@ -12,13 +12,13 @@ from transformers import AutoConfig
 
 from moiety.core.experts import ExpertMLP, ModelShape
 from moiety.model.architectures.transformers_model import quiet_transformers
-from moiety.router.attention import latent, paged
+from moiety.router.attention import paged
 from moiety.router.cache.cache_spec import CacheSpec
 from moiety.router.cache.kv_cache import KVCache
 from moiety.router.engine import Engine
 from moiety.router.lanes import Lanes
-from moiety.router.layer_discovery import discover_cache_spec, prepare_layers
 from moiety.router.step_runner import StepRunner
+from moiety.router.trunk import prepare_trunk
 from moiety.telemetry.tracing import NO_TRACER
 
 VOCABULARY = 97
@@ -178,6 +178,9 @@ def hybrid(architecture: str) -> Any:
     return model
 
 
+SHAPE = ModelShape("hybrid", 1, 4, 2, ExpertMLP(32, 24), "float32", VOCABULARY, 256)
+
+
 def prompt_of(seed: int, length: int) -> tuple[int, ...]:
     """Returns `length` random tokens."""
     generator = torch.Generator().manual_seed(seed)
@@ -205,10 +208,7 @@ def served(architecture: str, dtype: torch.dtype = torch.float32) -> tuple[Any, 
     paged.register_paged_attention()
     model = hybrid(architecture).to(dtype)
     model.set_attn_implementation(paged.NAME)
-    latent.cache_latents(model)
-    prepare_layers(model)
-    shape = ModelShape(architecture, 1, 4, 2, ExpertMLP(32, 24), "float32", VOCABULARY, 256)
-    return model, discover_cache_spec(model, shape)
+    return model, prepare_trunk(model, SHAPE)
 
 
 def layers_of(model: Any) -> torch.nn.ModuleList:

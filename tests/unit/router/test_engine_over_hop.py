@@ -12,18 +12,19 @@ import pytest
 import torch
 from engine_support import Listener
 
-from moiety.core.experts import ExpertSet
+from moiety.core.experts import ExpertSet, ModelShape
 from moiety.core.sampling import Sampling
 from moiety.model.checkpoint.checkpoint import Checkpoint
 from moiety.model.experts.cached import expert_layout
 from moiety.model.trunk.read import load_trunk
 from moiety.router.attention import paged
+from moiety.router.cache.cache_spec import CacheSpec
 from moiety.router.cache.kv_cache import KVCache
 from moiety.router.engine import Engine
 from moiety.router.hop.hop import Hop
-from moiety.router.layer_discovery import discover_cache_spec
 from moiety.router.sequence.sequence import Sequence
 from moiety.router.step_runner import StepRunner
+from moiety.router.trunk import prepare_trunk
 from moiety.telemetry.tracing import NO_TRACER
 from moiety.testing import FakeExperts, loopback_hop
 
@@ -51,12 +52,13 @@ def run(engine: Engine, requests: abc.Sequence[Ask]) -> list[dict[int, list[int]
 
 
 @functools.cache
-def router_of(folder: str) -> tuple[Any, Any]:
-    """Loads a checkpoint's trunk; returns it with the shape of its experts."""
+def router_of(folder: str) -> tuple[Any, CacheSpec, ModelShape]:
+    """Loads and prepares a checkpoint's trunk; returns it with its CacheSpec and the shape of its experts."""
     paged.register_paged_attention()
     checkpoint = Checkpoint.open(folder)
     layout = expert_layout(checkpoint)
-    return load_trunk(checkpoint, layout, torch.float32, attention=paged.NAME), layout.shape
+    model = load_trunk(checkpoint, layout, torch.float32, attention=paged.NAME)
+    return model, prepare_trunk(model, layout.shape), layout.shape
 
 
 @pytest.mark.parametrize(
@@ -68,8 +70,7 @@ def router_of(folder: str) -> tuple[Any, Any]:
 )
 async def test_pressure_prefixes_and_choices_change_no_token(architecture: str, tiny: Callable[[str], str]):
     """Requests at once in six blocks, again with cached prefixes, and three choices in one get the tokens of running alone."""
-    model, shape = router_of(tiny(architecture))
-    spec = discover_cache_spec(model, shape)
+    model, spec, shape = router_of(tiny(architecture))
 
     def engine_of(hop: Hop, *, slots: int, blocks: int) -> Engine:
         memory = blocks * 16 * spec.bytes_per_token

@@ -1,8 +1,8 @@
 """`moiety parity`: compares the served system with plain transformers, token for token.
 
 The reference runs one unpadded prompt at a time. The served side runs all prompts at once, as a ragged batch with chunked
-prefill, through a LocalCluster. Then the trunk runs each whole text once more over the same served experts, to compare
-logits.
+prefill, through a LocalCluster. Then the same trunk, loaded here as a router loads it, runs each whole text in one step over
+the same served experts, to compare logits.
 
 A prompt whose tokens differ is a failure, unless its first difference is a tie: the reference itself picks the served token
 when its embeddings get noise of about 16 units in the last place. (Two logits, or two experts of a token in the gate,
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,11 @@ from typing import Any
 import torch
 
 from moiety.client import Client
+from moiety.compose.router import load_model, reach_experts
+from moiety.config.resolve import validated
+from moiety.config.services import RouterSettings
 from moiety.core.expert_backend import CallClass
+from moiety.core.sampling import Sampling
 from moiety.local.cluster import LocalCluster
 from moiety.model.architectures.supported import served_through
 from moiety.model.architectures.transformers_model import causal_lm_class, load_config, quiet_transformers
@@ -30,25 +34,14 @@ from moiety.model.checkpoint.quantised import QuantisedEntry
 from moiety.model.checkpoint.reading import Reader
 from moiety.model.checkpoint.revision import revision_of
 from moiety.model.experts.cached import expert_layout
-from moiety.model.seam import use_backend
-from moiety.model.trunk.read import load_trunk
-from moiety.registry.watch import Watch
-from moiety.router.attention import cross, latent, paged
-from moiety.router.attention.step_batch import CrossAttentionBatch, StepBatch
-from moiety.router.cache.blocks import BlockTable
-from moiety.router.cache.kv_cache import KVCache
-from moiety.router.hop.cost_fit import CostFit
-from moiety.router.hop.expert_demand import ExpertDemandCounter
-from moiety.router.hop.fleet import Fleet
-from moiety.router.hop.hedging import Hedging
-from moiety.router.hop.hop import Hop, HopSettings
-from moiety.router.layer_discovery import discover_cache_spec, prepare_layers
-from moiety.router.state_layers.batched_layer import use_states
+from moiety.router.sequence.sequence import Sequence as RouterSequence
+from moiety.router.sequence.step_plan import Scheduled, StepPlan
 from moiety.router.step_context import StepContext
+from moiety.router.step_runner import StepRunner
 from moiety.telemetry.tracing import NO_SPAN, NO_TRACER
 from moiety.tools.parity import encoder_decoder
 from moiety.tools.parity.plain_reference import PlainReference
-from moiety.wire.codec import DTYPE_NAMES, torch_dtype
+from moiety.wire.codec import torch_dtype
 
 PROMPT_LENGTHS = (3, 9, 17, 40, 25, 60, 33, 8)
 DEFAULT_SEED = 1  # of the prompts; with it the tiny checkpoints have no ties
@@ -142,7 +135,8 @@ async def run_parity(
         async with Client(cluster.address) as client:
             served = await asyncio.gather(*(_generate(client, prompt, new_tokens) for prompt in prompts))
         progress("logits: each whole text once more over the served experts")
-        async with _trunk_here(cluster, checkpoint, dtype) as forward:
+        settings = validated(RouterSettings, {"model": checkpoint, "dtype": dtype, **chunked})
+        async with _router_here(cluster, settings) as forward:
             errors = [
                 float((await asyncio.to_thread(forward, prompt, text) - expected).abs().max())
                 for prompt, text, expected in zip(prompts, texts, logits, strict=True)
@@ -239,52 +233,38 @@ async def _generate(client: Client, prompt: Sequence[int], new_tokens: int) -> l
 
 
 @asynccontextmanager
-async def _trunk_here(
-    cluster: LocalCluster, checkpoint: str, dtype_name: str
+async def _router_here(
+    cluster: LocalCluster, settings: RouterSettings
 ) -> AsyncIterator[Callable[[Sequence[int], Sequence[int]], torch.Tensor]]:
-    """Yields a function (prompt, text) that returns logits [tokens, V]. The trunk runs here, the experts in `cluster`."""
-    opened = Checkpoint.open(checkpoint)
+    """Yields a function (prompt, text) that returns logits [tokens, V].
+
+    A router with the served one's settings is built here, without an engine; the experts are those of `cluster`.
+    """
+    opened = Checkpoint.open(settings.model)
     layout, revision = expert_layout(opened), revision_of(opened)
-    dtype = torch_dtype(dtype_name, layout.shape.dtype)
-    paged.register_paged_attention()
-    model = await asyncio.to_thread(load_trunk, opened, layout, dtype, "cpu", paged.NAME)
-    latent.cache_latents(model)
-    cross.use_cross_attention(model)
-    prepare_layers(model)
-    cache = KVCache(discover_cache_spec(model, layout.shape), 1 << 30, torch.device("cpu"))
-    watch = Watch(cluster.registry)
-    await watch.start()
-    fleet = Fleet(watch, layout.shape, revision, DTYPE_NAMES[dtype])
-    fleet.start()
-    demand = ExpertDemandCounter(layout.shape.moe_layers, layout.shape.experts)
-    costs = CostFit(layout.shape.mlp.parameters * dtype.itemsize)
-    hop = Hop(fleet, HopSettings(revision, dtype, expert_wait_s=30.0), Hedging(0.02, 0.1), demand, costs, NO_TRACER)
+    shape, dtype = layout.shape, torch_dtype(settings.dtype, layout.shape.dtype)
+    model, cache = await asyncio.to_thread(load_model, settings, opened, layout, dtype, revision)
 
-    @torch.inference_mode()
-    def forward(prompt: Sequence[int], text: Sequence[int]) -> torch.Tensor:
-        table, encoded, cross_attention = BlockTable(), BlockTable(), None
-        cache.grow(table, len(text))
-        if cache.spec.cross_attention:
-            cache.grow(encoded, len(prompt))
-            cross_attention = CrossAttentionBatch.build(
-                cache, [prompt], [encoded], [True], [len(text)], torch.device("cpu")
-            )
-        batch = StepBatch.build(cache, [table], [0], [len(text)], torch.device("cpu"), cross_attention)
-        hop.begin_step(StepContext(CallClass.PREFILL, NO_SPAN, lambda: None, lambda *_: None))
-        with use_backend(hop), use_states(batch.states):
-            output = model(
-                input_ids=torch.tensor([text]),
-                position_ids=batch.positions[None],
-                use_cache=False,
-                moiety_batch=batch,
-            )
-        cache.release(table)
-        cache.release(encoded)
-        logits: torch.Tensor = output.logits[0].float()
-        return logits
+    async with AsyncExitStack() as closers:
+        hops, _ = await reach_experts(settings, shape, revision, dtype, cluster.registry, NO_TRACER, closers)
+        runner = StepRunner(model, cache, hops[:1])
 
-    try:
+        def forward(prompt: Sequence[int], text: Sequence[int]) -> torch.Tensor:
+            sequence = RouterSequence(
+                request_id="logits",
+                tokens=list(text),
+                prompt_tokens=len(text),
+                sampling=Sampling(max_tokens=1, prompt_logprobs=True),  # needs the logits of every token
+                stop_ids=frozenset(),
+                emit=lambda _: None,
+                encoder_ids=tuple(prompt) if cache.spec.cross_attention else (),
+            )
+            cache.grow(sequence.table, len(sequence.tokens))
+            cache.grow(sequence.cross_table, len(sequence.encoder_ids))
+            step = StepContext(CallClass.PREFILL, NO_SPAN, lambda: None, lambda *_: None)
+            logits = runner.run(StepPlan((Scheduled.of(sequence, len(text)),)), step)
+            cache.release(sequence.table)
+            cache.release(sequence.cross_table)
+            return logits.float()
+
         yield forward
-    finally:
-        await fleet.close()
-        await watch.stop()

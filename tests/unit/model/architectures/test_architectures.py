@@ -22,12 +22,12 @@ from moiety.model.checkpoint.checkpoint import Checkpoint
 from moiety.model.experts.derive import derive_layout
 from moiety.model.seam import use_backend
 from moiety.model.trunk.read import load_trunk
-from moiety.router.attention import latent, paged
+from moiety.router.attention import paged
 from moiety.router.attention.step_batch import StepBatch
 from moiety.router.cache.blocks import BlockTable
 from moiety.router.cache.kv_cache import KVCache
-from moiety.router.layer_discovery import discover_cache_spec, prepare_layers
 from moiety.router.state_layers.batched_layer import use_states
+from moiety.router.trunk import prepare_trunk
 from moiety.synthetic import tiny_model, tiny_names, write_tiny
 from moiety.synthetic.write import published_class, tiny_config
 from moiety.tools.parity.parity import _reference_model
@@ -53,9 +53,7 @@ def test_router_and_slices_are_the_reference(open_tiny, make_experts, name: str)
     reference = _reference_model(str(checkpoint.path), torch.float32, REFERENCES)
     paged.register_paged_attention()
     router = load_trunk(checkpoint, layout, torch.float32, "cpu", paged.NAME)
-    latent.cache_latents(router)
-    prepare_layers(router)
-    cache, table = KVCache(discover_cache_spec(router, layout.shape), 1 << 24, torch.device("cpu")), BlockTable()
+    cache, table = KVCache(prepare_trunk(router, layout.shape), 1 << 24, torch.device("cpu")), BlockTable()
     cache.grow(table, PROMPT.shape[1])
     batch = StepBatch.build(cache, [table], [0], [PROMPT.shape[1]], torch.device("cpu"))
     with torch.inference_mode(), use_backend(make_experts(checkpoint, layout)), use_states(batch.states):

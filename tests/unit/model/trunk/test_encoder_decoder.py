@@ -22,11 +22,11 @@ from moiety.model.experts.derive import derive_layout
 from moiety.model.seam import PackedRow, current_context, use_backend
 from moiety.model.trunk.encoder_decoder import DecoderStart
 from moiety.model.trunk.read import load_trunk
-from moiety.router.attention import cross, paged
+from moiety.router.attention import paged
 from moiety.router.attention.step_batch import CrossAttentionBatch, StepBatch
 from moiety.router.cache.blocks import BlockTable
 from moiety.router.cache.kv_cache import KVCache
-from moiety.router.layer_discovery import discover_cache_spec
+from moiety.router.trunk import prepare_trunk
 from moiety.synthetic import write_tiny
 from moiety.tools.parity import encoder_decoder
 from support.architectures import ENCODER_DECODERS
@@ -54,9 +54,8 @@ class BatchedModel:
     def __init__(self, checkpoint: Checkpoint, layout: Any, experts: Any, prompts: Sequence[Sequence[int]]):
         paged.register_paged_attention()
         self.model = load_trunk(checkpoint, layout, torch.float32, attention=paged.NAME)
-        cross.use_cross_attention(self.model)
         self.experts, self.prompts = experts, prompts
-        self.cache = KVCache(discover_cache_spec(self.model, layout.shape), 1 << 22, CPU)
+        self.cache = KVCache(prepare_trunk(self.model, layout.shape), 1 << 22, CPU)
         self.tables, self.cross_tables = [BlockTable() for _ in prompts], [BlockTable() for _ in prompts]
         for prompt, table, cross_table in zip(prompts, self.tables, self.cross_tables, strict=True):
             self.cache.grow(table, NEW_TOKENS + 1)

@@ -13,6 +13,7 @@ from engine_support import Listener, finish, submit
 from state_support import (
     HYBRIDS,
     NEW_TOKENS,
+    SHAPE,
     engine_on,
     hybrid,
     layers_of,
@@ -30,8 +31,8 @@ from moiety.router.cache.blocks import BlockTable
 from moiety.router.cache.kv_cache import KVCache
 from moiety.router.engine import Engine
 from moiety.router.lanes import Lanes
-from moiety.router.layer_discovery import prepare_layers
 from moiety.router.state_layers.batched_layer import batched_state_layers, use_states
+from moiety.router.trunk import prepare_trunk
 
 GREEDY = Sampling(max_tokens=NEW_TOKENS, ignore_eos=True)
 LENGTHS = (3, 9, 17, 40, 25, 1, 9)
@@ -195,4 +196,4 @@ def test_a_state_with_other_results_in_steps_is_refused() -> None:
 
     module.forward = uneven
     with pytest.raises(CheckpointError, match=r"lfm2_moe: layer 0 gives other results token by token than in one step"):
-        prepare_layers(model)
+        prepare_trunk(model, SHAPE)

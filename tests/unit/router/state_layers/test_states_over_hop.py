@@ -17,7 +17,7 @@ from moiety.model.checkpoint.checkpoint import Checkpoint
 from moiety.model.experts.cached import expert_layout
 from moiety.model.trunk.read import load_trunk
 from moiety.router.attention import paged
-from moiety.router.layer_discovery import discover_cache_spec, prepare_layers
+from moiety.router.trunk import prepare_trunk
 from moiety.testing import FakeExperts, loopback_hop
 from moiety.wire.frames import ForwardCall
 
@@ -33,8 +33,7 @@ async def test_a_replica_that_dies_in_a_step_costs_no_state(covered: bool, tiny:
     layout = expert_layout(checkpoint)
     shape = layout.shape
     model = load_trunk(checkpoint, layout, torch.float32, attention=paged.NAME)
-    prepare_layers(model)
-    spec = discover_cache_spec(model, shape)
+    spec = prepare_trunk(model, shape)
     dying: set[str] = set()
 
     async def on_call(call: ForwardCall) -> None:
