@@ -18,7 +18,7 @@ from moiety.model.checkpoint.checkpoint import Checkpoint
 from moiety.model.experts.cached import expert_layout
 from moiety.model.experts.layout import ExpertLayout
 from moiety.model.experts.read import load_experts
-from moiety.model.seam import use_backend
+from moiety.model.seam import forward_context
 from moiety.model.trunk.read import load_trunk
 from moiety.policy.precision import Allocation, Precision
 from moiety.tools.quantize.corpus import shipped_text
@@ -120,7 +120,7 @@ def evaluate(folder: str, ids: torch.Tensor) -> tuple[torch.Tensor, float]:
     pairs = [(layer, expert) for layer in range(shape.moe_layers) for expert in range(shape.experts)]
     experts = LocalExperts(shape.mlp, load_experts(checkpoint, layout, pairs, dtype))
     likeliest, total = [], 0.0
-    with use_backend(experts):
+    with forward_context(experts):
         for batch in ids.split(BATCH):
             logits = trunk(input_ids=batch, use_cache=False).logits.float()  # [sequences, tokens, V]
             likeliest.append(logits.argmax(dim=-1))

@@ -1,75 +1,111 @@
-"""The seam: connects transformers' experts interface to an ExpertBackend. Only here does a model's forward leave the router.
+"""The seam: what a forward pass reaches outside of its model: the routed experts, and the tokens and cache of a step.
 
-A context variable holds the backend of a forward, because transformers passes no extra arguments to experts functions, and
-because two lanes run the same model object at the same time, each with its own backend.
+One context variable holds the state of a running forward, because transformers passes no extra arguments to experts
+functions, and because two lanes run the same model object at the same time: each lane is a greenlet with its own context.
+So nothing that changes from step to step may lie on a module. What a module needs for as long as it is loaded is a ModuleFact.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 from torch import nn
 
 from moiety.core.expert_backend import ExpertBackend
+from moiety.model.batch import Batch, Prompts
 
 IMPLEMENTATION = "moiety"  # transformers' name for `remote_experts`
-LAYER_ATTRIBUTE = "moiety_layer"  # set on each experts module: its MoE layer ordinal
-# Set on experts modules whose block computes its shared expert during the hop: see `trunk/shared_expert_overlap.py`.
-SHARED_EXPERT_ATTRIBUTE = "moiety_overlap"
-
-
-@dataclass(frozen=True, slots=True)
-class PackedRow:
-    """How the T tokens of one forward pass divide into sequences, for modules that do not get this as an argument."""
-
-    positions: torch.Tensor  # int64 [T], each token's position in its sequence
-    lengths: tuple[int, ...] | None = None  # in an encoder: the token count of each prompt; None in a decoder
-    wanted: torch.Tensor | None = None  # int64 [R]: the tokens whose logits are computed; None: all
-    prompts: bool = False  # whether the decoder's layers get encoded prompts, whose keys and values they cache
+T = TypeVar("T")
 
 
 @dataclass(slots=True)
 class ForwardContext:
-    """The backend of one lane's forward passes, and the state of the running pass and of its current layer."""
+    """The state of one lane's forward pass, and of the layer that it computes now."""
 
     backend: ExpertBackend
+    batch: Batch | None = None  # for the router's attention and state layers; others do without
     weights: torch.Tensor | None = None  # the layer's routing weights [T, K], for backends that act on them
-    shared: tuple[torch.Tensor, torch.Tensor] | None = (
-        None  # a shared expert's input, and its output, filled now or later
-    )
-    row: PackedRow | None = None  # the running pass's tokens, if the model is an encoder-decoder
     scores: torch.Tensor | None = None  # [T, E]: the gate's score of each expert, in the layer being computed
+    # A shared expert's input, and its output, which is filled now or later.
+    shared: tuple[torch.Tensor, torch.Tensor] | None = None
+    encoding: tuple[int, ...] | None = None  # while an encoder runs: the token count of each prompt in the row
+    wanted: torch.Tensor | None = None  # int64 [R]: the tokens whose logits an encoder-decoder computes; None: all
 
+
+class ModuleFact(Generic[T]):
+    """Something that is known about a module for as long as it is loaded. Kept in an attribute of the module."""
+
+    def __init__(self, name: str) -> None:
+        self._attribute = f"moiety_{name}"
+
+    def set(self, module: nn.Module, fact: T) -> None:
+        setattr(module, self._attribute, fact)
+
+    def of(self, module: nn.Module) -> T | None:
+        """Returns the module's fact; None if none was set."""
+        fact: T | None = module.__dict__.get(self._attribute)
+        return fact
+
+    def remove(self, module: nn.Module) -> None:
+        delattr(module, self._attribute)
+
+
+MOE_LAYER = ModuleFact[int]("layer")  # of an experts module: its MoE layer ordinal
+# Of an experts module whose block computes its shared expert during the hop: computes it, from the rows in the hop.
+OVERLAP = ModuleFact[Callable[[ForwardContext, torch.Tensor], None]]("overlap")
 
 _forward: ContextVar[ForwardContext] = ContextVar("moiety_forward")
 
 
 @contextmanager
-def use_backend(backend: ExpertBackend) -> Iterator[None]:
-    """Sends the expert rows of this thread's forwards to `backend`, inside the `with` block."""
-    token = _forward.set(ForwardContext(backend))
+def forward_context(backend: ExpertBackend, batch: Batch | None = None) -> Iterator[ForwardContext]:
+    """Inside the `with` block, this lane's forward sends expert rows to `backend`, and its attention reads `batch`.
+
+    Without a batch, a trunk runs with transformers' own attention only.
+    """
+    token = _forward.set(context := ForwardContext(backend, batch))
     try:
-        yield
+        yield context
     finally:
         _forward.reset(token)
 
 
 def current_context() -> ForwardContext:
-    """Returns the context of the innermost `use_backend`; raises RuntimeError outside of one."""
+    """Returns the context of the innermost `forward_context`; raises RuntimeError outside of one."""
     try:
         return _forward.get()
     except LookupError:
-        raise RuntimeError("a trunk was run outside of use_backend(...): run its forward inside the block") from None
+        raise _outside() from None
+
+
+def current_batch() -> Batch:
+    """Returns the batch of the running forward; raises RuntimeError outside of a `forward_context` with a batch."""
+    batch = current_context().batch
+    if batch is None:
+        raise _outside()
+    return batch
+
+
+def current_prompts() -> Prompts:
+    """Returns the prompts of an encoder-decoder's running forward; raises RuntimeError where `current_batch` does."""
+    prompts = current_batch().cross
+    assert prompts is not None, "the batch of an encoder-decoder has prompts"
+    return prompts
+
+
+def _outside() -> RuntimeError:
+    reason = "a trunk was run outside of forward_context(backend, batch)"
+    return RuntimeError(f"{reason}: run its forward inside the block; the router's attention needs a batch")
 
 
 def sequence_lengths() -> tuple[int, ...] | None:
     """Returns the token count of each prompt in the running encoder pass; None in a decoder, which routes each token alone."""
-    row = current_context().row
-    return None if row is None else row.lengths
+    return current_context().encoding
 
 
 def remote_experts(
@@ -81,11 +117,12 @@ def remote_experts(
     in transformers' grouped_mm. Rows and weights are multiplied in their promoted dtype (in some models float32),
     summed over K in slot order, and cast to the dtype of `hidden`.
     """
-    forward, layer = current_context(), int(getattr(module, LAYER_ATTRIBUTE))
-    backend, forward.weights = forward.backend, top_k_weights
-    pending = backend.submit(layer, hidden, top_k_index)
-    if (shared := getattr(module, SHARED_EXPERT_ATTRIBUTE, None)) is not None:
-        shared.overlap(forward, hidden)
+    forward, layer = current_context(), MOE_LAYER.of(module)
+    assert layer is not None, "load_trunk numbers every experts module"
+    forward.weights = top_k_weights
+    pending = forward.backend.submit(layer, hidden, top_k_index)
+    if (overlap := OVERLAP.of(module)) is not None:
+        overlap(forward, hidden)
     rows = pending.result()  # [T, K, D]
     return (rows * top_k_weights.unsqueeze(-1)).sum(dim=1).to(hidden.dtype)
 

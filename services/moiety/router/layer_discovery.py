@@ -8,7 +8,7 @@ import torch
 
 from moiety.core.experts import ModelShape
 from moiety.errors import CheckpointError
-from moiety.model.seam import use_backend
+from moiety.model.seam import forward_context
 from moiety.model.trunk.encoder_decoder import EncoderDecoder
 from moiety.router.attention import sparse
 from moiety.router.attention.paged import DiscoveryBatch
@@ -40,13 +40,12 @@ def run_once(model: Any, batch: DiscoveryBatch, cache: Any = None) -> torch.Tens
     tokens = len(batch.length)
     vocabulary = model.config.get_text_config().vocab_size
     first = vocabulary // 2  # not a padding token, which may be embedded as zeros
-    with use_backend(_ZeroExperts()):
+    with forward_context(_ZeroExperts(), batch):
         logits: torch.Tensor = model(
             input_ids=((first + 7 * torch.arange(tokens)) % vocabulary)[None].to(device),
-            position_ids=torch.arange(tokens, device=device)[None],
+            position_ids=batch.positions[None].to(device),
             use_cache=False,
             past_key_values=cache,
-            moiety_batch=batch,
         ).logits
     return logits
 

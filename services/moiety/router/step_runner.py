@@ -12,14 +12,13 @@ import numpy as np
 import torch
 
 from moiety.errors import HopFailed
-from moiety.model.seam import use_backend
+from moiety.model.seam import forward_context
 from moiety.policy.lane_tuner import LaneTuner
 from moiety.router.attention.step_batch import CrossAttentionBatch, StepBatch
 from moiety.router.cache.kv_cache import KVCache
 from moiety.router.lanes import Lanes
 from moiety.router.sequence.sequence import Sequence
 from moiety.router.sequence.step_plan import StepPlan
-from moiety.router.state_layers.batched_layer import use_states
 from moiety.router.step_context import StepBackend, StepContext
 from moiety_kernels import threads
 from moiety_kernels.ops.linear import PACKED_ROWS
@@ -94,13 +93,12 @@ class StepRunner:
         )
         backend.begin_step(replace(step, report_rerouted=partial(_note_routed, plan)))
         try:
-            with use_backend(backend), use_states(batch.states):
+            with forward_context(backend, batch):
                 output = self._model(
                     input_ids=torch.tensor([ids], device=self._device),
                     position_ids=batch.positions[None],
                     use_cache=False,
                     logits_to_keep=torch.tensor(wanted or [0], device=self._device),
-                    moiety_batch=batch,
                 )
         except HopFailed as failed:
             raise HopFailed([offset + token for token in failed.tokens], failed.cause) from failed

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from moiety.core.sampling import Sampling
+from moiety.model.seam import current_batch, current_prompts
 from moiety.router.cache.cache_spec import CacheSpec, LayerSpec
 from moiety.router.cache.kv_cache import KVCache
 from moiety.router.engine import Engine
@@ -59,18 +60,18 @@ class RememberingModel(CountingModel):
         input_ids: torch.Tensor,
         logits_to_keep: torch.Tensor,
         position_ids: torch.Tensor | None = None,
-        moiety_batch: Any = None,
         **_: Any,
     ) -> Any:
         self.before(input_ids[0].tolist())
         self.steps.append(input_ids[0].tolist())
         assert position_ids is not None
-        assert torch.equal(position_ids[0] + 1, moiety_batch.length)
+        batch = current_batch()
+        assert torch.equal(position_ids[0] + 1, batch.length)
         key = input_ids[0].float().view(-1, 1, 1).expand(-1, 1, 2)
-        keys, values = moiety_batch.store(0, key, key + 1, self.window)
+        keys, values = batch.store(0, key, key + 1, self.window)
         rows = []
         for token in logits_to_keep.tolist():
-            length, table = int(moiety_batch.length[token]), moiety_batch.tables[moiety_batch.sequence[token]]
+            length, table = int(batch.length[token]), batch.tables[batch.sequence[token]]
             kept = keys[table, 0, :, 0].flatten()[:length]
             first = max(0, length - self.window) if self.window else 0
             assert torch.equal(values[table, 0, :, 1].flatten()[first:length], kept[first:] + 1)
@@ -90,22 +91,21 @@ class TranslatingModel(CountingModel):
         input_ids: torch.Tensor,
         logits_to_keep: torch.Tensor,
         position_ids: torch.Tensor | None = None,
-        moiety_batch: Any = None,
         **_: Any,
     ) -> Any:
-        prompts = moiety_batch.cross
+        batch, prompts = current_batch(), current_prompts()
         self.before(prompts.ids.tolist())
         self.steps.append(input_ids[0].tolist())
         self.encoded.append(prompts.lengths)
         key = prompts.ids.float().view(-1, 1, 1).expand(-1, 1, 2)
         prompts.store(0, key, key + 1)
         key = input_ids[0].float().view(-1, 1, 1).expand(-1, 1, 2)
-        keys, values = moiety_batch.store(0, key, key + 1)
+        keys, values = batch.store(0, key, key + 1)
         rows = []
         for token in logits_to_keep.tolist():
-            sequence = moiety_batch.sequence[token]
+            sequence = batch.sequence[token]
             text: list[int] = []
-            for table, length in ((prompts.tables, prompts.length), (moiety_batch.tables, moiety_batch.length)):
+            for table, length in ((prompts.tables, prompts.length), (batch.tables, batch.length)):
                 kept = keys[table[sequence], 0, :, 0].flatten()[: int(length[token])]
                 assert torch.equal(values[table[sequence], 0, :, 1].flatten()[: len(kept)], kept + 1)
                 text += kept.int().tolist()

@@ -18,7 +18,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import apply_rotary_po
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRMSNorm, apply_rotary_pos_emb
 
 from moiety.core.expert_backend import PendingRows
-from moiety.model.seam import LAYER_ATTRIBUTE, remote_experts, use_backend
+from moiety.model.seam import MOE_LAYER, forward_context, remote_experts
 from moiety.model.trunk.cpu_layers import use_cpu_kernels
 from moiety.model.trunk.fixed_elementwise import FixedElementwise
 from moiety.router.attention.latent import Latent
@@ -50,8 +50,8 @@ class Rows:
 def combined(hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Runs the seam: returns the weighted sum of the experts' rows."""
     module = nn.Module()
-    setattr(module, LAYER_ATTRIBUTE, 0)
-    with use_backend(Rows()):
+    MOE_LAYER.set(module, 0)
+    with forward_context(Rows()):
         return remote_experts(module, hidden, ids, weights)
 
 

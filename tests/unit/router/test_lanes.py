@@ -13,7 +13,7 @@ from engine_support import SPEC, VOCABULARY, CountingModel, NoHop
 from moiety.core.expert_backend import CallClass
 from moiety.core.sampling import Sampling
 from moiety.errors import HopFailed, Unavailable
-from moiety.model.seam import current_context
+from moiety.model.seam import ForwardContext, current_context
 from moiety.policy.lane_tuner import LaneTuner
 from moiety.router.cache.kv_cache import KVCache
 from moiety.router.lanes import Lanes
@@ -143,24 +143,29 @@ def test_failed_tokens_of_a_lane_are_positions_in_the_step() -> None:
     assert plan.owners(failed.value.tokens) == [plan.scheduled[1].sequence]
 
 
-def test_lanes_see_their_own_backend() -> None:
-    """Each of two interleaved forward passes sees its own backend, before and after the other has run."""
+def test_lanes_see_their_own_context() -> None:
+    """Each of two interleaved forward passes sees its own backend and batch, before and after the other has run."""
     lanes = Lanes(lambda _: None)
 
     class AskingModel(CountingModel):
-        """Records the backend before and after it switches lanes."""
+        """Records the context before and after it switches lanes."""
 
         def __init__(self) -> None:
             super().__init__()
-            self.seen: list[tuple[object, object]] = []
+            self.seen: list[tuple[ForwardContext, ForwardContext]] = []
 
         def forward(self, input_ids: torch.Tensor, logits_to_keep: torch.Tensor, **_: object) -> SimpleNamespace:
-            before = current_context().backend
+            before = current_context()
             lanes.wait(0.0)
-            self.seen.append((before, current_context().backend))
+            self.seen.append((before, current_context()))
             return SimpleNamespace(logits=torch.zeros(1, len(logits_to_keep), VOCABULARY))
 
     model, backends = AskingModel(), [NoHop(), NoHop()]
     cache = KVCache(SPEC, 1 << 12, torch.device("cpu"), block_tokens=4)
-    StepRunner(model, cache, backends, lanes).run(plan_of(cache, sequence(1), sequence(2)), context())
-    assert model.seen == [(backend, backend) for backend in backends]
+    plan = plan_of(cache, sequence(1), sequence(2))
+    StepRunner(model, cache, backends, lanes).run(plan, context())
+    assert [context.backend for context, _ in model.seen] == backends
+    for item, (before, after) in zip(plan.scheduled, model.seen, strict=True):
+        assert before is after
+        assert before.batch is not None
+        assert before.batch.tables.tolist() == [item.sequence.table.held]

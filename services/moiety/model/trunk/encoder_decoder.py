@@ -7,7 +7,7 @@ that pass only: every decoder layer turns it into keys and values, which are cac
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,9 +15,9 @@ from torch import nn
 from moiety.errors import HopFailed
 from moiety.model.architectures.transformers_model import load_config, unsupported
 from moiety.model.checkpoint.checkpoint import Checkpoint, read_json
-from moiety.model.seam import PackedRow, current_context
+from moiety.model.seam import ModuleFact, current_batch, current_context, current_prompts
 
-CROSS_ATTENTION_ATTRIBUTE = "moiety_cross"  # set on each attention module of the decoder that attends to the prompt
+ATTENDS_TO_PROMPT = ModuleFact[bool]("attends_to_prompt")  # of the decoder's attention modules that do
 _CROSS_ATTENTION_NAMES = ("EncDecAttention", "cross_attention")  # transformers' names of these modules
 _KEYS_AND_VALUES = ("k", "v", "k_proj", "v_proj")
 
@@ -52,24 +52,6 @@ class DecoderStart:
         return cls(token, value("forced_bos_token_id"))
 
 
-class Prompts(Protocol):
-    """The prompts that an encoder-decoder's batch has to encode, one after the other in a row of E tokens."""
-
-    @property
-    def ids(self) -> torch.Tensor:
-        """Token ids, int64 [E]."""
-        ...
-
-    @property
-    def lengths(self) -> tuple[int, ...]:
-        """The token count of each prompt; the sum is E."""
-        ...
-
-    def owners(self, tokens: list[int]) -> list[int]:
-        """Returns, for each prompt token in `tokens`, the index of a decoder token that belongs to the same sequence."""
-        ...
-
-
 class EncoderDecoder(nn.Module):
     """A loaded encoder-decoder that is called like a causal language model."""
 
@@ -81,57 +63,45 @@ class EncoderDecoder(nn.Module):
             if hasattr(module, "create_position_ids_from_input_ids"):
                 _use_row_positions(module)
             if path.rpartition(".")[2] in _CROSS_ATTENTION_NAMES:
-                setattr(module, CROSS_ATTENTION_ATTRIBUTE, True)
+                ATTENDS_TO_PROMPT.set(module, True)
                 for name, child in module.named_children():
                     if name in _KEYS_AND_VALUES:
                         _skip_without_prompts(child)
 
-    def forward(
-        self,
-        input_ids: torch.Tensor,
-        position_ids: torch.Tensor,
-        moiety_batch: Any,
-        logits_to_keep: torch.Tensor | None = None,
-        use_cache: bool = False,
-        past_key_values: object = None,
-    ) -> Any:
+    def forward(self, input_ids: torch.Tensor, logits_to_keep: torch.Tensor | None = None, **_: Any) -> Any:
         """Computes logits [1, R, V] in `.logits`, for the R tokens `logits_to_keep` (default: all) of `input_ids` [1, T].
 
-        `moiety_batch` gives attention its cache; its `cross` is a Prompts, the prompts to encode. Runs inside `use_backend`.
-        Raises HopFailed, which names tokens by their index in `input_ids`.
+        Runs inside a `forward_context` whose batch has the prompts to encode. Ignores the other arguments of a causal
+        language model. Raises HopFailed, which names tokens by their index in `input_ids`.
         """
         from transformers.modeling_outputs import MoEModelOutput
 
-        encoded = self._encoded(moiety_batch)
-        prompts = bool(moiety_batch.cross.lengths)
-        current_context().row = PackedRow(position_ids[0], wanted=logits_to_keep, prompts=prompts)
+        encoded = self._encoded()
+        current_context().wanted = logits_to_keep
         return self.model(
-            encoder_outputs=MoEModelOutput(last_hidden_state=encoded),
-            decoder_input_ids=input_ids,
-            use_cache=False,
-            moiety_batch=moiety_batch,
+            encoder_outputs=MoEModelOutput(last_hidden_state=encoded), decoder_input_ids=input_ids, use_cache=False
         )
 
-    def _encoded(self, batch: Any) -> torch.Tensor:
+    def _encoded(self) -> torch.Tensor:
         """Returns the encoder's output [1, E, D] for the batch's E prompt tokens; zeros [1, 1, D] if there are none."""
-        prompts: Prompts = batch.cross
+        prompts, context = current_prompts(), current_context()
         embedding = self.model.get_input_embeddings().weight
         if not len(prompts.ids):  # a row that is not used, because modules cannot reshape an empty one
             return embedding.new_zeros(1, 1, embedding.shape[1])
-        ids = prompts.ids[None].to(embedding.device)
-        positions = torch.cat([torch.arange(length, device=ids.device) for length in prompts.lengths])
-        current_context().row = PackedRow(positions, prompts.lengths)
+        context.encoding = prompts.lengths
         try:
-            output: torch.Tensor = self.model.get_encoder()(input_ids=ids, moiety_batch=batch).last_hidden_state
+            ids = prompts.ids[None].to(embedding.device)
+            output: torch.Tensor = self.model.get_encoder()(input_ids=ids).last_hidden_state
         except HopFailed as failed:
             raise HopFailed(prompts.owners(failed.tokens), failed.cause) from failed
+        finally:
+            context.encoding = None
         return output
 
 
 def _keep_wanted(_: nn.Module, arguments: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
     """Forward pre-hook of the output layer: keeps only the hidden states of tokens whose logits are wanted."""
-    row = current_context().row
-    wanted = None if row is None else row.wanted
+    wanted = current_context().wanted
     return arguments if wanted is None else (arguments[0][:, wanted],)
 
 
@@ -140,8 +110,7 @@ def _skip_without_prompts(projection: Any) -> None:
     compute = projection.forward
 
     def forward(encoded: torch.Tensor) -> torch.Tensor:
-        row = current_context().row
-        if row is not None and not row.prompts:
+        if not current_prompts().lengths:
             return encoded.new_empty(*encoded.shape[:-1], projection.out_features)
         projected: torch.Tensor = compute(encoded)
         return projected
@@ -156,13 +125,14 @@ def _use_row_positions(module: Any) -> None:
         module.make_weights(needed, module.embedding_dim, padding)
 
     def forward(input_ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        row = current_context().row
-        assert row is not None
-        if row.lengths is not None:  # padding in a prompt gets no position, as in transformers
-            prompts = input_ids.split(row.lengths, dim=1)
+        if (
+            lengths := current_context().encoding
+        ) is not None:  # padding in a prompt gets no position, as in transformers
+            prompts = input_ids.split(lengths, dim=1)
             places = torch.cat([module.create_position_ids_from_input_ids(ids, padding) for ids in prompts], dim=1)
         else:
-            places = torch.where(input_ids == padding, padding, row.positions + padding + 1)
+            positions = current_batch().positions.to(input_ids.device)
+            places = torch.where(input_ids == padding, padding, positions + padding + 1)
         embedded: torch.Tensor = module.weights[places]
         return embedded
 

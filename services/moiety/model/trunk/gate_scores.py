@@ -14,13 +14,13 @@ from torch import nn
 
 from moiety.core.experts import ModelShape
 from moiety.errors import ConfigError
-from moiety.model.seam import LAYER_ATTRIBUTE, current_context
+from moiety.model.seam import MOE_LAYER, current_context
 
 
 def record_gate_scores(model: nn.Module, shape: ModelShape, run: Callable[[], object]) -> None:
     """Makes every gate put its scores into the running lane's ForwardContext before its layer's experts are called.
 
-    `run` does one forward pass of `model` inside a `use_backend`. Raises ConfigError if a gate returns no scores, or does
+    `run` does one forward pass of `model` inside a `forward_context`. Raises ConfigError if a gate returns no scores, or does
     not choose the experts with the highest scores (for example, if it chooses by groups): the next best is unknown then.
     """
     agreeing: dict[nn.Module, bool] = {}  # experts module -> whether the chosen experts have the highest scores
@@ -60,7 +60,7 @@ def _keep(experts: int) -> Callable[[nn.Module, Any, Any], None]:
 def _gates(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
     """Yields (routed experts, their gate) for each MoE block with exactly one gate."""
     for path, module in model.named_modules():
-        if hasattr(module, LAYER_ATTRIBUTE):
+        if MOE_LAYER.of(module) is not None:
             block = model.get_submodule(path.rpartition(".")[0])
             gates = [child for name, child in block.named_children() if name in ("gate", "router")]
             if len(gates) == 1:

@@ -23,7 +23,7 @@ from moiety.model.checkpoint.checkpoint import EXPERT, Checkpoint
 from moiety.model.checkpoint.quantised import QuantisedEntry
 from moiety.model.checkpoint.reading import Reader
 from moiety.model.experts.layout import ExpertLayout
-from moiety.model.seam import IMPLEMENTATION, LAYER_ATTRIBUTE, register
+from moiety.model.seam import IMPLEMENTATION, MOE_LAYER, register
 from moiety.model.trunk.encoder_decoder import EncoderDecoder
 
 
@@ -34,7 +34,7 @@ def load_trunk(
     device: torch.device | str = "cpu",
     attention: str = "sdpa",
 ) -> nn.Module:
-    """Loads the trunk in eval mode, without gradients; run it inside `seam.use_backend`. Reads no routed expert's tensor.
+    """Loads the trunk in eval mode, without gradients; run it inside `seam.forward_context`. Reads no routed expert's tensor.
 
     `attention` names an attention implementation: one that transformers has for this architecture (gpt-oss has no
     `sdpa`: use `eager`), or one that the caller has registered. Raises CheckpointError if a weight is missing or does
@@ -107,7 +107,7 @@ def _without_experts(model_class: Any, layout: ExpertLayout) -> Any:
             for part in module.modules():
                 part._parameters.clear()
                 part._is_hf_initialized = True  # type: ignore[assignment]  # or weight initialisation looks for the parameters
-            setattr(module, LAYER_ATTRIBUTE, ordinal)
+            MOE_LAYER.set(module, ordinal)
             block = self.get_submodule(path.rpartition(".")[0])
             block._is_hf_initialized = (
                 True  # some blocks initialise the experts' weights; `load_trunk` refuses missing weights

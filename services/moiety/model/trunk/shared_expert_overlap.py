@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from moiety.model.seam import LAYER_ATTRIBUTE, SHARED_EXPERT_ATTRIBUTE, ForwardContext, current_context
+from moiety.model.seam import MOE_LAYER, OVERLAP, ForwardContext, current_context
 
 _log = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ class SharedExpert:
 def overlap_shared_experts(model: nn.Module, run: Callable[[], torch.Tensor]) -> int:
     """Overlaps a loaded trunk's shared experts with their blocks' hops where possible; returns how many are overlapped.
 
-    `run` does one forward pass of `model` inside a `use_backend` and returns its logits.
+    `run` does one forward pass of `model` inside a `forward_context` and returns its logits.
     """
     pairs = list(_pairs(model))
     if not pairs:
@@ -94,13 +94,13 @@ def overlap_shared_experts(model: nn.Module, run: Callable[[], torch.Tensor]) ->
     for (experts, shared), order in zip(pairs, orders, strict=True):
         if order.usable:
             installed.append((experts, SharedExpert(shared, order)))
-            setattr(experts, SHARED_EXPERT_ATTRIBUTE, installed[-1][1])
+            OVERLAP.set(experts, installed[-1][1].overlap)
     if torch.equal(run(), expected):
         _log.info("%d of %d shared experts are computed during the hop", len(installed), len(pairs))
         return len(installed)
     for experts, overlapped in installed:
         overlapped.remove()
-        delattr(experts, SHARED_EXPERT_ATTRIBUTE)
+        OVERLAP.remove(experts)
     _log.warning(
         "shared experts are not overlapped with the hop: the model reads their results before the routed ones'"
     )
@@ -110,7 +110,7 @@ def overlap_shared_experts(model: nn.Module, run: Callable[[], torch.Tensor]) ->
 def _pairs(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
     """Yields (routed experts, shared expert) for each MoE block with exactly one shared expert."""
     for path, module in model.named_modules():
-        if hasattr(module, LAYER_ATTRIBUTE):
+        if MOE_LAYER.of(module) is not None:
             block = model.get_submodule(path.rpartition(".")[0])
             shared = [child for name, child in block.named_children() if "shared" in name and "gate" not in name]
             if len(shared) == 1:

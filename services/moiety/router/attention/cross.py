@@ -11,43 +11,19 @@ head widths.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from moiety.model.trunk.encoder_decoder import CROSS_ATTENTION_ATTRIBUTE, EncoderDecoder
-from moiety.router.attention.paged import Batch, attend
+from moiety.model.seam import current_batch, current_prompts
+from moiety.model.trunk.encoder_decoder import ATTENDS_TO_PROMPT, EncoderDecoder
+from moiety.router.attention.paged import attend
 from moiety_kernels.ops.paged_attention import paged_attention
 
 NAME = "moiety_cross"
-
-
-class EncodedPrompts(Protocol):
-    """Interface of a batch's prompts: which of them the step encodes, and where all of them are cached.
-
-    `moiety.router.attention.step_batch.CrossAttentionBatch` implements it and explains its fields.
-    """
-
-    @property
-    def tables(self) -> torch.Tensor: ...
-
-    @property
-    def length(self) -> torch.Tensor: ...
-
-    @property
-    def lengths(self) -> tuple[int, ...]: ...
-
-    def store(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
-
-
-class EncoderDecoderBatch(Batch, Protocol):
-    """Interface of the argument `moiety_batch` of attention functions, for encoder-decoders: a Batch with its prompts."""
-
-    @property
-    def cross(self) -> EncodedPrompts: ...
 
 
 def use_cross_attention(model: nn.Module) -> None:
@@ -71,28 +47,25 @@ def attend_encoder_decoder(
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     position_bias: torch.Tensor | None = None,  # [H, N]: see `_use_distance_table`
-    moiety_batch: EncoderDecoderBatch | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """Computes attention within a prompt, along the output, or from the output to its prompt, depending on `module`.
 
     Returns [1, T or E, H, Dv].
     """
-    if moiety_batch is None:
-        raise TypeError("the moiety attention function needs the keyword argument moiety_batch")
+    prompts = current_prompts()
     if not module.is_decoder:
-        return _attend_within_prompts(query, key, value, moiety_batch.cross.lengths, scaling, position_bias), None
-    if not getattr(module, CROSS_ATTENTION_ATTRIBUTE, False):
-        return attend(module, query, key, value, None, scaling, distance_bias=position_bias, moiety_batch=moiety_batch)
-    cross = moiety_batch.cross
-    keys, values = cross.store(module.layer_idx, key[0].transpose(0, 1), value[0].transpose(0, 1))
+        return _attend_within_prompts(query, key, value, prompts.lengths, scaling, position_bias), None
+    if not ATTENDS_TO_PROMPT.of(module):
+        return attend(module, query, key, value, None, scaling, distance_bias=position_bias)
+    keys, values = prompts.store(module.layer_idx, key[0].transpose(0, 1), value[0].transpose(0, 1))
     output = paged_attention(
         query[0].transpose(0, 1),
         keys,
         values,
-        cross.tables,
-        moiety_batch.sequence,
-        cross.length,
+        prompts.tables,
+        current_batch().sequence,
+        prompts.length,
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
     )
     return output.unsqueeze(0), None

@@ -24,11 +24,11 @@ import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from moiety.model.seam import ModuleFact
 from moiety.router.attention.paged import attend
 from moiety.router.attention.sparse import uses_indexer
 
 NAME = "moiety_latent"
-LATENT_ATTRIBUTE = "moiety_latent"  # set on each attention module that caches its latent
 
 _log = logging.getLogger(__name__)
 
@@ -56,6 +56,9 @@ class Latent:
             return rows @ weight
         # The order of summation in a matrix product depends on its shape, so each token gets its own product.
         return torch.cat([token.contiguous() @ weight for token in rows.split(1, dim=2)], dim=2)
+
+
+LATENT = ModuleFact[Latent]("latent")  # of the attention modules that cache their latent
 
 
 def latent_of(module: Any, *, deterministic: bool = False) -> Latent:
@@ -105,7 +108,7 @@ def cache_latents(model: nn.Module, *, deterministic: bool = False) -> None:
             times = module.kv_b_proj.out_features / module.kv_a_proj_with_mqa.out_features
             expanded[kind] = expanded.get(kind, (0, 0.0))[0] + 1, times
         else:
-            setattr(module, LATENT_ATTRIBUTE, latent)
+            LATENT.set(module, latent)
             module.expand_kv = _as_one_head
             module.config._attn_implementation = NAME
     for kind, (layers, times) in expanded.items():
@@ -121,8 +124,7 @@ def attend_latent(
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
     """Computes a layer's attention: over its latents if it caches them, otherwise over its expanded keys and values."""
-    latent: Latent | None = getattr(module, LATENT_ATTRIBUTE, None)
-    if latent is None:
+    if (latent := LATENT.of(module)) is None:
         return attend(module, query, key, value, attention_mask, **options)
     output, _ = attend(module, latent.absorb(query), key, value, attention_mask, shared_values=True, **options)
     return latent.expand(output), None

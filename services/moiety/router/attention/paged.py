@@ -1,7 +1,7 @@
 """The attention function that the router registers with transformers: ragged batches over the engine's KV cache.
 
-A step packs all its sequences into one row, [1, T]. The keyword argument `moiety_batch`, which transformers passes to
-every attention layer, says which token belongs to which sequence.
+A step packs all its sequences into one row, [1, T]. The batch of the running forward (`seam.current_batch`) says which
+token belongs to which sequence.
 
 Shape legend: T tokens of a step, H query heads, G key/value heads, Dk and Dv head widths, S sequences, M blocks of the
 longest table, B blocks of the pool, P tokens per block.
@@ -9,41 +9,17 @@ longest table, B blocks of the pool, P tokens per block.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from moiety.model.seam import current_batch
 from moiety.router.cache.cache_spec import CacheSpec, LayerSpec
 from moiety_kernels.ops.paged_attention import paged_attention
 
 NAME = "moiety"
-
-
-class Batch(Protocol):
-    """Interface of the argument `moiety_batch` of attention functions: the step's tokens and the cache of their sequences.
-
-    `moiety.router.attention.step_batch.StepBatch` implements it and explains its fields.
-    """
-
-    @property
-    def tables(self) -> torch.Tensor: ...
-
-    @property
-    def sequence(self) -> torch.Tensor: ...
-
-    @property
-    def length(self) -> torch.Tensor: ...
-
-    def store(
-        self,
-        layer: int,
-        key: torch.Tensor,
-        value: torch.Tensor | int,
-        window: int | None = None,
-        chunk: int | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
 class DiscoveryBatch:
@@ -57,7 +33,9 @@ class DiscoveryBatch:
         self.cross = DiscoveryPrompts(tokens)
         self.tables = torch.arange(tokens, dtype=torch.int32)[None]
         self.sequence = torch.zeros(tokens, dtype=torch.int32)
-        self.length = torch.arange(1, tokens + 1, dtype=torch.int32)
+        self.positions = torch.arange(tokens)
+        self.length = self.positions.int() + 1
+        self.states = None  # state layers run without cached states
         self._layers: dict[int, LayerSpec] = {}
 
     def sequences(self) -> Iterator[DiscoveryBatch]:
@@ -93,8 +71,8 @@ class DiscoveryPrompts:
         self.length = torch.ones(tokens, dtype=torch.int32)
         self.layers: dict[int, LayerSpec] = {}
 
-    def owners(self, tokens: list[int]) -> list[int]:
-        return tokens
+    def owners(self, tokens: Sequence[int]) -> list[int]:
+        return list(tokens)
 
     def store(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         self.layers[layer] = LayerSpec(key.shape[1], key.shape[2], value.shape[2], key.dtype)
@@ -113,23 +91,20 @@ def attend(
     softcap: float | None = None,
     distance_bias: torch.Tensor | None = None,  # [H, N], added to the scores by distance in tokens
     shared_values: bool = False,  # value is the first Dv columns of key, so only the key is cached
-    moiety_batch: Batch | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """Computes causal attention of each token over its own sequence; returns [1, T, H, Dv]."""
-    if moiety_batch is None:
-        raise TypeError("the moiety attention function needs the keyword argument moiety_batch")
-    layer = module.layer_idx
+    batch, layer = current_batch(), module.layer_idx
     window, chunk = _reach(module, layer, sliding_window)
     stored = value.shape[-1] if shared_values else value[0].transpose(0, 1)
-    keys, values = moiety_batch.store(layer, key[0].transpose(0, 1), stored, window, chunk)
+    keys, values = batch.store(layer, key[0].transpose(0, 1), stored, window, chunk)
     output = paged_attention(
         query[0].transpose(0, 1),
         keys,
         values,
-        moiety_batch.tables,
-        moiety_batch.sequence,
-        moiety_batch.length,
+        batch.tables,
+        batch.sequence,
+        batch.length,
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
         window=window,
         chunk=chunk,

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache
 
+from moiety.model.batch import Batch
+from moiety.model.seam import current_batch
 from moiety.router.cache.cache_spec import indexer_of
 from moiety.router.token_rows import slice_tokens
 
@@ -25,7 +27,7 @@ _log = logging.getLogger(__name__)
 class SequenceCache(Cache):
     """A transformers cache for one sequence of a step. It stores in the sequence's blocks what the layer caches."""
 
-    def __init__(self, batch: Any):
+    def __init__(self, batch: Batch):
         """`batch` holds the tokens and the table of this sequence only."""
         super().__init__(layers=[])
         self._batch = batch
@@ -57,10 +59,11 @@ class SparseAttention:
         module.config = copy.copy(module.config)
         module.config._attn_implementation = attention
 
-    def __call__(self, *arguments: Any, moiety_batch: Any, **options: Any) -> Any:
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
         """Returns the module's output for the tokens of a packed row, [1, T, ...]."""
-        outputs, begin, tokens = [], 0, len(moiety_batch.length)
-        for batch in moiety_batch.sequences():
+        step = current_batch()
+        outputs, begin, tokens = [], 0, len(step.length)
+        for batch in step.sequences():
             end = begin + len(batch.length)
             positions = batch.length.long() - 1
             visible = torch.arange(int(positions[-1]) + 1)[None] <= positions[:, None]  # [tokens, all]

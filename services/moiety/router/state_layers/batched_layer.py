@@ -8,34 +8,18 @@ gathered from the slots' committed rows, and its new states are written to the s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
+from moiety.model.seam import current_batch
 from moiety.router.cache.cache_spec import StateKey, StateSpec
 from moiety.router.cache.state_slots import SlotStates, StateGroup, StepStates
 from moiety.router.state_layers.state_cache import LayerStates, PositionCache, StateCache, StateName
 from moiety.router.token_rows import map_token_rows, slice_tokens
-
-_step: ContextVar[StepStates | None] = ContextVar("moiety_step_states", default=None)
-
-
-@contextmanager
-def use_states(step: StepStates | None) -> Iterator[None]:
-    """Makes forward passes inside the `with` block, in this thread or lane, read and write the states of `step`.
-
-    With None, a BatchedStateLayer calls the module's own `forward`.
-    """
-    token = _step.set(step)
-    try:
-        yield
-    finally:
-        _step.reset(token)
 
 
 @dataclass(slots=True)
@@ -62,12 +46,13 @@ class BatchedStateLayer:
         self._layer, self._cache, self._compute = use.layer, use.cache, module.forward
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
-        """Returns the module's output for the tokens of a packed step, [1, T, ...]."""
-        step = _step.get()
-        if step is None:
-            return self._compute(*arguments, **options)
-        options.pop("moiety_batch", None)
-        given = arguments, options
+        """Returns the module's output for the tokens of the running step; without states, of the module's own `forward`."""
+        states: StepStates | None = current_batch().states
+        return self._compute(*arguments, **options) if states is None else self.run(states, arguments, options)
+
+    def run(self, step: StepStates, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        """Returns the module's output for the tokens of a packed step, [1, T, ...]; reads and writes their states."""
+        given: Any = arguments, options
         if (order := step.order) is not None:
             given = map_token_rows(given, (1, step.tokens), lambda tensor: tensor[:, order])
         outputs, begin = [], 0
@@ -105,10 +90,10 @@ class PositionedAttention:
     def __init__(self, compute: Callable[..., Any], cache: str | int):
         self._compute, self._cache = compute, cache
 
-    def __call__(self, *arguments: Any, moiety_batch: Any, **options: Any) -> Any:
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
         device = next(v for v in (*arguments, *options.values()) if isinstance(v, torch.Tensor)).device
-        positions = PositionCache((moiety_batch.length - 1).to(device))
-        return _with_cache(self._compute, arguments, {**options, "moiety_batch": moiety_batch}, self._cache, positions)
+        positions = PositionCache(current_batch().positions.to(device))
+        return _with_cache(self._compute, arguments, options, self._cache, positions)
 
 
 def batched_state_layers(model: nn.Module) -> list[BatchedStateLayer]:

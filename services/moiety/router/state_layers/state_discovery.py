@@ -21,7 +21,6 @@ from moiety.router.state_layers.batched_layer import (
     PositionedAttention,
     RecordedCall,
     concatenated,
-    use_states,
 )
 from moiety.router.state_layers.state_cache import CONVOLUTION, RECURRENT, LayerStates, StateCache, StateName
 from moiety.router.token_rows import slice_tokens
@@ -159,8 +158,8 @@ def _in_steps(layer: BatchedStateLayer, use: RecordedCall, counts: Sequence[int]
     for count in counts:
         given = use.arguments, use.options
         arguments, options = slice_tokens(given, (1, PROBE_TOKENS), past, past + count)
-        with use_states(StepStates.build(slots, [slot], [past], [count], device)):
-            outputs.append(layer(*arguments, **options))
+        step = StepStates.build(slots, [slot], [past], [count], device)
+        outputs.append(layer.run(step, arguments, options))
         slots.commit(slot)
         past += count
     joined = concatenated(outputs)

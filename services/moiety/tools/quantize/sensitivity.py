@@ -25,7 +25,7 @@ from moiety.model.checkpoint.checkpoint import Checkpoint
 from moiety.model.checkpoint.reading import Reader
 from moiety.model.experts.layout import ExpertLayout
 from moiety.model.experts.read import load_expert
-from moiety.model.seam import current_context, use_backend
+from moiety.model.seam import current_context, forward_context
 from moiety.model.trunk.read import load_trunk
 from moiety.policy.precision import Precision
 from moiety_kernels import ExpertWeights, grouped_expert_mlp
@@ -63,7 +63,7 @@ def measure_sensitivity(
     energy: dict[int, float] = {}
     with Reader() as reader, torch.inference_mode(), _energies(model, layout, energy):
         backend = _Measuring(checkpoint, layout, reader, precisions, dtype, progress)
-        with use_backend(backend):
+        with forward_context(backend):
             base = getattr(model, "base_model", model)  # skips the logits over the vocabulary
             base(input_ids=ids, use_cache=False)
     shape = layout.shape

@@ -20,13 +20,12 @@ from moiety.model.architectures.supported import (
 from moiety.model.architectures.transformers_model import experts_modules, meta_model, towers
 from moiety.model.checkpoint.checkpoint import Checkpoint
 from moiety.model.experts.derive import derive_layout
-from moiety.model.seam import use_backend
+from moiety.model.seam import forward_context
 from moiety.model.trunk.read import load_trunk
 from moiety.router.attention import paged
 from moiety.router.attention.step_batch import StepBatch
 from moiety.router.cache.blocks import BlockTable
 from moiety.router.cache.kv_cache import KVCache
-from moiety.router.state_layers.batched_layer import use_states
 from moiety.router.trunk import prepare_trunk
 from moiety.synthetic import tiny_model, tiny_names, write_tiny
 from moiety.synthetic.write import published_class, tiny_config
@@ -56,8 +55,8 @@ def test_router_and_slices_are_the_reference(open_tiny, make_experts, name: str)
     cache, table = KVCache(prepare_trunk(router, layout.shape), 1 << 24, torch.device("cpu")), BlockTable()
     cache.grow(table, PROMPT.shape[1])
     batch = StepBatch.build(cache, [table], [0], [PROMPT.shape[1]], torch.device("cpu"))
-    with torch.inference_mode(), use_backend(make_experts(checkpoint, layout)), use_states(batch.states):
-        found = router(PROMPT, position_ids=batch.positions[None], use_cache=False, moiety_batch=batch).logits
+    with torch.inference_mode(), forward_context(make_experts(checkpoint, layout), batch):
+        found = router(PROMPT, position_ids=batch.positions[None], use_cache=False).logits
         expected = reference(PROMPT).logits
     scale = expected.abs().max()
     assert scale > 0.01
@@ -129,7 +128,7 @@ def test_zero_experts_of_longcat_stay_on_the_router(open_tiny, make_experts):
             seen.append(index)
             return experts.submit(layer, hidden, index)
 
-    with torch.inference_mode(), use_backend(Watched()):
+    with torch.inference_mode(), forward_context(Watched()):
         router(PROMPT, use_cache=False)
     chosen = torch.stack(seen)
     assert int(chosen.max()) < layout.shape.experts

@@ -17,7 +17,7 @@ from moiety.errors import CheckpointError
 from moiety.model.checkpoint.checkpoint import Checkpoint
 from moiety.model.experts.cached import expert_layout
 from moiety.model.experts.read import load_experts
-from moiety.model.seam import use_backend
+from moiety.model.seam import forward_context
 from moiety.model.trunk.read import load_trunk
 from moiety.synthetic import write_tiny
 from moiety.synthetic.formats import FORMATS
@@ -51,7 +51,7 @@ def test_greedy_tokens_are_those_of_the_dequantised_model(written, make_experts,
     checkpoint = Checkpoint.open(written(name))
     layout = expert_layout(checkpoint)
     router = load_trunk(checkpoint, layout, torch.float32, attention=attention_of(checkpoint.architecture))
-    with use_backend(make_experts(checkpoint, layout)), torch.no_grad():
+    with forward_context(make_experts(checkpoint, layout)), torch.no_grad():
         for length in PROMPT_LENGTHS:
             expected = greedy(plain, prompt(length))
             assert torch.equal(greedy(router, prompt(length)), expected)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from moiety.model.seam import use_backend
+from moiety.model.seam import forward_context
 from moiety.model.trunk.cpu_layers import LinearWeight, use_cpu_kernels
 from moiety.model.trunk.read import load_trunk
 from moiety_kernels.cpu.library import SWITCH, find, load
@@ -35,7 +35,7 @@ def test_logits_stay_those_of_the_model(kernels: str, open_tiny, make_experts, a
     logits = []
     for prepare in (lambda model: model, use_cpu_kernels):
         model = prepare(load_trunk(checkpoint, layout, dtype, attention="eager"))
-        with use_backend(make_experts(checkpoint, layout, dtype)), torch.inference_mode():
+        with forward_context(make_experts(checkpoint, layout, dtype)), torch.inference_mode():
             logits.append(model(ids).logits.float())
     expected, found = logits
     if dtype is torch.float32:

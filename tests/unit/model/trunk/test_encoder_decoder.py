@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +20,7 @@ from moiety.model.architectures.adapters.switch import Switch
 from moiety.model.checkpoint.checkpoint import Checkpoint
 from moiety.model.experts.cached import expert_layout
 from moiety.model.experts.derive import derive_layout
-from moiety.model.seam import PackedRow, current_context, use_backend
+from moiety.model.seam import forward_context
 from moiety.model.trunk.encoder_decoder import DecoderStart
 from moiety.model.trunk.read import load_trunk
 from moiety.router.attention import paged
@@ -70,12 +71,11 @@ class BatchedModel:
         new = [encode] * len(counts)
         cross_batch = CrossAttentionBatch.build(self.cache, self.prompts, self.cross_tables, new, counts, CPU)
         batch = StepBatch.build(self.cache, self.tables, [past] * len(counts), counts, CPU, cross_batch)
-        with use_backend(self.experts):
+        with forward_context(self.experts, batch):
             logits: torch.Tensor = self.model(
                 input_ids=torch.tensor([[token for sequence in tokens for token in sequence]]),
                 position_ids=batch.positions[None],
                 logits_to_keep=None if wanted is None else torch.tensor(wanted),
-                moiety_batch=batch,
             ).logits[0]
         return logits
 
@@ -163,19 +163,12 @@ def test_nllb_agrees_with_its_papers(open_tiny, make_experts):
     assert (encoder_decoder.decode(uncorrected.eval(), prompt, output) - expected).abs().max() > 0.1
 
 
-def in_an_encoder(lengths: Sequence[int]) -> Any:
-    """Returns a context of a pass whose row holds prompts of these lengths."""
-    context = use_backend(None)  # type: ignore[arg-type]  # nothing is submitted
-
-    class Pass:
-        def __enter__(self) -> None:
-            context.__enter__()
-            current_context().row = PackedRow(torch.zeros(0), tuple(lengths))
-
-        def __exit__(self, *error: Any) -> None:
-            context.__exit__(*error)
-
-    return Pass()
+@contextmanager
+def in_an_encoder(lengths: Sequence[int]) -> Iterator[None]:
+    """Runs the block as a pass whose row holds prompts of these lengths."""
+    with forward_context(None) as context:  # type: ignore[arg-type]  # nothing is submitted
+        context.encoding = tuple(lengths)
+        yield
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -222,7 +215,7 @@ def test_capacity_does_not_limit_decoder_tokens(open_tiny):
     """Decoder tokens are routed one by one, as in a cached decode: sixty for one expert do not exceed its capacity."""
     checkpoint, _ = open_tiny("switch_transformers")
     block = plain(checkpoint).decoder.block[1].layer[2].mlp
-    with use_backend(None), torch.no_grad():  # type: ignore[arg-type]  # nothing is submitted
+    with forward_context(None), torch.no_grad():  # type: ignore[arg-type]  # nothing is submitted
         chosen, _ = Switch().route(block, torch.ones(60, 64))
     assert (chosen >= 0).all()
 

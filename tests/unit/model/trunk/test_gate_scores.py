@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moiety.errors import ConfigError
-from moiety.model.seam import current_context, use_backend
+from moiety.model.seam import current_context, forward_context
 from moiety.model.trunk import gate_scores
 from moiety.model.trunk.read import load_trunk
 
@@ -32,7 +32,7 @@ def test_the_chosen_experts_have_the_highest_scores(open_tiny, make_experts, arc
     backend = RecordingExperts(make_experts(checkpoint, layout))
 
     def run() -> None:
-        with use_backend(backend), torch.inference_mode():
+        with forward_context(backend), torch.inference_mode():
             router(TOKENS)
 
     gate_scores.record_gate_scores(router, layout.shape, run)
@@ -52,7 +52,7 @@ def test_a_gate_that_chooses_by_groups_is_refused(open_tiny, make_experts):
     backend = RecordingExperts(make_experts(checkpoint, layout))
 
     def run() -> None:
-        with use_backend(backend), torch.inference_mode():
+        with forward_context(backend), torch.inference_mode():
             router(TOKENS)
 
     with pytest.raises(ConfigError, match=r"overflow = 'backup': deepseek_v3's gates do not give"):

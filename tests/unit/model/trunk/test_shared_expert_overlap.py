@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from moiety.core.expert_backend import PendingRows
-from moiety.model.seam import LAYER_ATTRIBUTE, remote_experts, use_backend
+from moiety.model.seam import MOE_LAYER, forward_context, remote_experts
 from moiety.model.trunk import shared_expert_overlap
 from moiety.model.trunk.read import load_trunk
 
@@ -52,7 +52,7 @@ def test_shared_experts_are_computed_during_the_hop(open_tiny, make_experts, arc
     for name, module in router.named_modules():
         if "shared_expert" in name and name.endswith("down_proj"):
             module.register_forward_hook(lambda *_: seen.append(backend.in_flight))
-    with use_backend(backend), torch.inference_mode():
+    with forward_context(backend), torch.inference_mode():
         expected = router(TOKENS).logits
         assert not any(seen)
         assert (
@@ -82,13 +82,13 @@ def test_lanes_keep_their_own_shared_outputs(open_tiny, make_experts, architectu
             return pending
 
     lanes = [TOKENS[:, :5], TOKENS[:, 5:10]]
-    with use_backend(experts), torch.no_grad():
+    with forward_context(experts), torch.no_grad():
         expected = [router(ids).logits for ids in lanes]
         assert shared_expert_overlap.overlap_shared_experts(router, lambda: router(TOKENS[:, :3]).logits)
     logits: dict[int, torch.Tensor] = {}
 
     def forward(lane: int) -> None:
-        with use_backend(InStep(experts)), torch.no_grad():
+        with forward_context(InStep(experts)), torch.no_grad():
             logits[lane] = router(lanes[lane]).logits
 
     threads = [threading.Thread(target=forward, args=(lane,)) for lane in (0, 1)]
@@ -112,7 +112,7 @@ class Block(nn.Module):
     def __init__(self, early: bool):
         super().__init__()
         self.experts, self.shared_mlp, self.early = Experts(), nn.Linear(8, 8), early
-        setattr(self.experts, LAYER_ATTRIBUTE, 0)
+        MOE_LAYER.set(self.experts, 0)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         shared = self.shared_mlp(hidden)
@@ -150,7 +150,7 @@ class Echoed:
 def test_a_result_that_is_read_too_early_is_not_put_off(early: bool, caplog: pytest.LogCaptureFixture):
     """A block that reads its shared expert's result before the routed ones run is left as it was, with a warning."""
     model, rows = nn.Sequential(Block(early)), torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
-    with use_backend(Echo()), torch.no_grad(), caplog.at_level(logging.WARNING):
+    with forward_context(Echo()), torch.no_grad(), caplog.at_level(logging.WARNING):
         expected = model(rows)
         assert shared_expert_overlap.overlap_shared_experts(model, lambda: model(rows)) == (0 if early else 1)
         assert torch.equal(model(rows), expected)

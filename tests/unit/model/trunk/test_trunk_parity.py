@@ -16,7 +16,7 @@ from moiety.errors import CheckpointError
 from moiety.model.architectures.transformers_model import experts_modules
 from moiety.model.checkpoint.checkpoint import Checkpoint
 from moiety.model.experts.cached import expert_layout
-from moiety.model.seam import use_backend
+from moiety.model.seam import forward_context
 from moiety.model.trunk.read import load_trunk
 from moiety.synthetic import write_tiny
 from support.architectures import CORE
@@ -31,7 +31,7 @@ def test_greedy_tokens_are_those_of_transformers(
     plain = reference(checkpoint)
     router = load_trunk(checkpoint, layout, torch.float32, attention=attention_of(architecture))
     worst = 0.0
-    with use_backend(make_experts(checkpoint, layout)), torch.no_grad():
+    with forward_context(make_experts(checkpoint, layout)), torch.no_grad():
         for length in PROMPT_LENGTHS:
             expected = greedy(plain, prompt(length))
             assert torch.equal(greedy(router, prompt(length)), expected)
@@ -47,7 +47,7 @@ def test_one_wrong_expert_changes_the_logits(open_tiny, make_experts):
     checkpoint, layout = open_tiny("mixtral")
     router = load_trunk(checkpoint, layout, torch.float32)
     experts = make_experts(checkpoint, layout)
-    with use_backend(experts), torch.no_grad():
+    with forward_context(experts), torch.no_grad():
         right = router(prompt(40)).logits
         experts.replace(2, 1, by=(2, 0))
         assert (router(prompt(40)).logits - right).abs().max() > 0.1
@@ -65,7 +65,7 @@ def test_bfloat16_logits_agree(open_tiny, make_experts, architecture: str):
     checkpoint, layout = open_tiny(architecture)
     attention = attention_of(architecture)
     router = load_trunk(checkpoint, layout, torch.bfloat16, attention=attention)
-    with use_backend(make_experts(checkpoint, layout, torch.bfloat16)), torch.no_grad():
+    with forward_context(make_experts(checkpoint, layout, torch.bfloat16)), torch.no_grad():
         logits = router(prompt(40)).logits
         assert torch.equal(logits, reference(checkpoint, torch.bfloat16)(prompt(40)).logits)
 
@@ -110,7 +110,7 @@ def test_two_forwards_of_one_model_interleave(open_tiny, make_experts):
     logits: dict[int, torch.Tensor] = {}
 
     def forward(length: int) -> None:
-        with use_backend(lanes[length]), torch.no_grad():
+        with forward_context(lanes[length]), torch.no_grad():
             logits[length] = router(prompt(length)).logits
 
     threads = [threading.Thread(target=forward, args=(length,)) for length in lanes]
@@ -120,14 +120,14 @@ def test_two_forwards_of_one_model_interleave(open_tiny, make_experts):
         thread.join(timeout=60)
     for length, lane in lanes.items():
         assert lane.tokens == [length] * layout.shape.moe_layers
-        with use_backend(experts), torch.no_grad():
+        with forward_context(experts), torch.no_grad():
             assert torch.equal(logits[length], router(prompt(length)).logits)
 
 
 def test_a_forward_without_a_backend_is_refused(open_tiny):
-    """Running a trunk outside of use_backend raises an error."""
+    """Running a trunk outside of forward_context raises an error."""
     checkpoint, layout = open_tiny("mixtral")
-    with pytest.raises(RuntimeError, match="outside of use_backend"):
+    with pytest.raises(RuntimeError, match="outside of forward_context"):
         load_trunk(checkpoint, layout, torch.float32)(prompt(3))
 
 

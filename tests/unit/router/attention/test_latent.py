@@ -8,18 +8,20 @@ from typing import Any
 
 import pytest
 import torch
+from engine_support import NoHop
 from transformers import AutoConfig
 
 from moiety.core.experts import ExpertMLP, ModelShape
 from moiety.errors import CheckpointError
 from moiety.model.architectures.transformers_model import quiet_transformers
+from moiety.model.seam import forward_context
 from moiety.router.attention import latent, paged
 from moiety.router.attention.paged import DiscoveryBatch
 from moiety.router.attention.step_batch import StepBatch
 from moiety.router.cache.blocks import BlockTable
 from moiety.router.cache.cache_spec import CacheSpec
 from moiety.router.cache.kv_cache import KVCache
-from moiety.router.layer_discovery import discover_cache_spec
+from moiety.router.layer_discovery import discover_cache_spec, run_once
 
 RANK, UNROTATED, ROTATED, VALUE = 16, 12, 8, 10
 HEADS, LAYERS = 4, 2
@@ -88,8 +90,7 @@ def model_of(architecture: str, dtype: torch.dtype = torch.float32, **overrides:
 
 def probed(model: Any) -> CacheSpec:
     """Returns the CacheSpec of its attention layers, without the checks of `discover_cache_spec`."""
-    batch = DiscoveryBatch()
-    model(TOKENS[:, :1], position_ids=torch.zeros(1, 1, dtype=torch.long), use_cache=False, moiety_batch=batch)
+    run_once(model, batch := DiscoveryBatch())
     return batch.spec
 
 
@@ -103,7 +104,8 @@ def served(model: Any) -> tuple[torch.Tensor, CacheSpec]:
     for count in STEPS:
         batch = StepBatch.build(cache, [table], [past], [count], torch.device("cpu"))
         ids = TOKENS[:, past : past + count]
-        logits.append(model(ids, position_ids=batch.positions[None], use_cache=False, moiety_batch=batch).logits)
+        with forward_context(NoHop(), batch):
+            logits.append(model(ids, position_ids=batch.positions[None], use_cache=False).logits)
         past += count
     return torch.cat(logits, dim=1), spec
 

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from engine_support import NoHop
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from moiety.model.seam import forward_context
 from moiety.router.attention.paged import attend
 from moiety.router.attention.step_batch import StepBatch
 from moiety.router.cache.blocks import BlockTable
@@ -58,7 +60,8 @@ class Layers:
                     for i in range(3)
                 ]
                 module = SimpleNamespace(layer_idx=layer, config=config)
-                output, _ = attend(module, *packed, None, moiety_batch=batch, **options)
+                with forward_context(NoHop(), batch):
+                    output, _ = attend(module, *packed, None, **options)
                 assert output.shape == (1, sum(step.values()), self.heads, VALUE_WIDTH)
                 for name, rows in zip(step, output[0].split(list(step.values())), strict=True):
                     outputs[name, layer].append(rows.transpose(0, 1))
@@ -156,8 +159,10 @@ def test_a_layer_type_overrides_the_argument():
 
 
 def test_it_needs_a_batch():
-    """Outside the engine the error names the missing argument."""
+    """Outside of a forward with a batch, the error names what is missing."""
     module = SimpleNamespace(layer_idx=0, config=PLAIN)
     one = torch.zeros(1, 1, 1, 1)
-    with pytest.raises(TypeError, match="moiety_batch"):
+    with pytest.raises(RuntimeError, match=r"outside of forward_context\(backend, batch\)"):
+        attend(module, one, one, one, None)
+    with forward_context(NoHop()), pytest.raises(RuntimeError, match="needs a batch"):
         attend(module, one, one, one, None)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine_support import Listener, finish, submit
+from engine_support import Listener, NoHop, finish, submit
 from state_support import (
     HYBRIDS,
     NEW_TOKENS,
@@ -25,13 +25,14 @@ from state_support import (
 
 from moiety.core.sampling import Sampling
 from moiety.errors import CheckpointError, HopFailed, MoietyError, NoHolder
+from moiety.model.seam import forward_context
 from moiety.router.attention import paged
 from moiety.router.attention.step_batch import StepBatch
 from moiety.router.cache.blocks import BlockTable
 from moiety.router.cache.kv_cache import KVCache
 from moiety.router.engine import Engine
 from moiety.router.lanes import Lanes
-from moiety.router.state_layers.batched_layer import batched_state_layers, use_states
+from moiety.router.state_layers.batched_layer import batched_state_layers
 from moiety.router.trunk import prepare_trunk
 
 GREEDY = Sampling(max_tokens=NEW_TOKENS, ignore_eos=True)
@@ -67,8 +68,8 @@ def test_logits_are_those_of_a_cache_for_each_sequence(architecture: str) -> Non
         batch = StepBatch.build(cache, tables, past, counts, CPU)
         ids = torch.cat([t[0, a : a + n] for t, a, n in zip(texts, past, counts, strict=True)])
         for _ in range(2):  # a step may be run again
-            with torch.inference_mode(), use_states(batch.states):
-                output = model(input_ids=ids[None], position_ids=batch.positions[None], moiety_batch=batch)
+            with torch.inference_mode(), forward_context(NoHop(), batch):
+                output = model(input_ids=ids[None], position_ids=batch.positions[None])
         for which, logits in enumerate(output.logits[0].split(counts)):
             found[which].append(logits)
             past[which] += counts[which]
