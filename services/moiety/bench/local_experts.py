@@ -7,25 +7,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 
-from moiety.core.expert_backend import PendingRows
+from moiety.core.expert_backend import ComputedRows
 from moiety.core.experts import ExpertMLP
 from moiety.router.step_context import StepContext
 from moiety_kernels.ops.expert_mlp import grouped_expert_mlp
 from moiety_kernels.weights.expert_weights import ExpertWeights
-
-
-@dataclass(frozen=True, slots=True)
-class _Rows:
-    """A PendingRows whose outputs are computed already."""
-
-    rows: torch.Tensor  # [T, K, D]
-
-    def result(self) -> torch.Tensor:
-        return self.rows
 
 
 class LocalExperts:
@@ -39,7 +28,7 @@ class LocalExperts:
     def begin_step(self, step: StepContext) -> None:
         self.layer_began_ns = time.time_ns()
 
-    def submit(self, layer: int, hidden: torch.Tensor, top_k_index: torch.Tensor) -> PendingRows:
+    def submit(self, layer: int, hidden: torch.Tensor, top_k_index: torch.Tensor) -> ComputedRows:
         """Computes the experts of layer `layer` for hidden [T, D] routed to top_k_index [T, K] (int64, -1 = no expert)."""
         began, mlp, top_k = time.perf_counter(), self._mlp, top_k_index.shape[1]
         experts = top_k_index.reshape(-1)  # [A]
@@ -60,7 +49,7 @@ class LocalExperts:
         output[order] = computed
         self.compute_s.append(time.perf_counter() - began)
         self.layer_began_ns = time.time_ns()
-        return _Rows(output.view(*top_k_index.shape, -1))
+        return ComputedRows(output.view(*top_k_index.shape, -1))
 
     def poll(self) -> None:
         """Does nothing: `submit` computes the layer itself, so no messages arrive."""

@@ -202,7 +202,6 @@ def load_model(
     settings: RouterSettings, checkpoint: Checkpoint, layout: ExpertLayout, dtype: torch.dtype, revision: str
 ) -> tuple[torch.nn.Module, KVCache]:
     """Loads the trunk and creates the KV cache."""
-    paged.register_paged_attention()
     torch.set_num_threads(_threads(settings))
     began = time.monotonic()
     model = load_trunk(checkpoint, layout, dtype, settings.device, paged.NAME)

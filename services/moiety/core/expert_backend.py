@@ -5,6 +5,7 @@ Legend: T tokens, K experts per token (top-k), D hidden size.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Protocol
 
@@ -28,6 +29,16 @@ class PendingRows(Protocol):
         Raises HopFailed if the layer could not be computed for some tokens.
         """
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class ComputedRows:
+    """A PendingRows whose outputs, [T, K, D], are there already."""
+
+    rows: torch.Tensor
+
+    def result(self) -> torch.Tensor:
+        return self.rows
 
 
 class ExpertBackend(Protocol):

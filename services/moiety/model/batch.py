@@ -1,10 +1,7 @@
-"""Interfaces of a batch: the tokens of one forward pass of a router, packed into one row, and the cache of their sequences.
+"""Interfaces of a forward pass's tokens, packed into one row, and of the cache of their sequences.
 
-Attention, state layers and encoder-decoders read it through `seam.current_batch`. `router/attention/step_batch.py` implements
-both interfaces.
-
-Shape legend: T tokens of the row, S sequences, M blocks of the longest table, E tokens of all prompts to encode, G key/value
-heads, Dk and Dv head widths.
+The router's attention and state layers and the trunk's encoder-decoders read them through `seam.current_batch`. StepBatch and
+CrossAttentionBatch in `router/attention/step_batch.py` implement them and explain their fields and shapes.
 """
 
 from __future__ import annotations
@@ -16,41 +13,27 @@ import torch
 
 
 class Batch(Protocol):
-    """The T tokens of a forward pass, and where attention and state layers find each token's past."""
+    """The tokens of a pass, and where attention and state layers find each token's past."""
 
     @property
-    def positions(self) -> torch.Tensor:
-        """Each token's position in its sequence, int64 [T]."""
-        ...
+    def positions(self) -> torch.Tensor: ...
 
     @property
-    def tables(self) -> torch.Tensor:
-        """The block ids of each sequence, int32 [S, M]."""
-        ...
+    def tables(self) -> torch.Tensor: ...
 
     @property
-    def sequence(self) -> torch.Tensor:
-        """The row of `tables` that belongs to each token, int32 [T], on the host."""
-        ...
+    def sequence(self) -> torch.Tensor: ...
 
     @property
-    def length(self) -> torch.Tensor:
-        """The number of positions up to and including each token, int32 [T], on the host."""
-        ...
+    def length(self) -> torch.Tensor: ...
 
     @property
-    def cross(self) -> Prompts | None:
-        """The prompts of the sequences, if the model is an encoder-decoder."""
-        ...
+    def cross(self) -> Prompts | None: ...
 
     @property
-    def states(self) -> Any:
-        """Which states the tokens update: a `StepStates` of the router; None in a model or a trial run without states."""
-        ...
+    def states(self) -> Any: ...  # StepStates of the router, or None
 
-    def sequences(self) -> Iterator[Batch]:
-        """Yields a batch of each sequence alone, in the row's order."""
-        ...
+    def sequences(self) -> Iterator[Batch]: ...
 
     def store(
         self,
@@ -59,41 +42,24 @@ class Batch(Protocol):
         value: torch.Tensor | int,
         window: int | None = None,
         chunk: int | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Caches the tokens' key [T, G, Dk] and value [T, G, Dv]; returns the layer's pools of keys and of values.
-
-        An int as `value` is the number of leading key columns that are the values.
-        """
-        ...
+    ) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
 class Prompts(Protocol):
-    """The prompts of an encoder-decoder's sequences: those that this pass encodes, and where all of them are cached."""
+    """The prompts of an encoder-decoder's sequences: which of them the pass encodes, and where all of them are cached."""
 
     @property
-    def ids(self) -> torch.Tensor:
-        """Token ids of the prompts to encode, one prompt after the other, int64 [E]."""
-        ...
+    def ids(self) -> torch.Tensor: ...
 
     @property
-    def lengths(self) -> tuple[int, ...]:
-        """The token count of each prompt to encode; the sum is E."""
-        ...
+    def lengths(self) -> tuple[int, ...]: ...
 
     @property
-    def tables(self) -> torch.Tensor:
-        """The block ids of each sequence's prompt, int32 [S, M]."""
-        ...
+    def tables(self) -> torch.Tensor: ...
 
     @property
-    def length(self) -> torch.Tensor:
-        """The length of the prompt that each decoder token attends to, int32 [T], on the host."""
-        ...
+    def length(self) -> torch.Tensor: ...
 
-    def store(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Caches key [E, G, Dk] and value [E, G, Dv] of the prompts to encode; returns the layer's pools."""
-        ...
+    def store(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
 
-    def owners(self, tokens: Sequence[int]) -> list[int]:
-        """Returns, for each of these prompt tokens, the index of a decoder token that belongs to the same sequence."""
-        ...
+    def owners(self, tokens: Sequence[int]) -> list[int]: ...

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from moiety.core.expert_backend import ComputedRows
 from moiety.core.experts import ModelShape
 from moiety.errors import CheckpointError
 from moiety.model.seam import forward_context
@@ -21,16 +22,8 @@ _STATELESS = ("moe", "mlp")  # transformers' layer types for layers with only a 
 class _ZeroExperts:
     """An ExpertBackend whose experts all return zeros."""
 
-    def submit(self, layer: int, hidden: torch.Tensor, top_k_index: torch.Tensor) -> _ZeroRows:
-        return _ZeroRows(hidden.new_zeros(*top_k_index.shape, hidden.shape[-1]))
-
-
-class _ZeroRows:
-    def __init__(self, rows: torch.Tensor):
-        self._rows = rows
-
-    def result(self) -> torch.Tensor:
-        return self._rows
+    def submit(self, layer: int, hidden: torch.Tensor, top_k_index: torch.Tensor) -> ComputedRows:
+        return ComputedRows(hidden.new_zeros(*top_k_index.shape, hidden.shape[-1]))
 
 
 @torch.inference_mode()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moiety.core.expert_backend import PendingRows
+from moiety.core.expert_backend import ComputedRows
 from moiety.core.experts import ExpertMLP, ExpertSet
 from moiety.model.checkpoint.checkpoint import Checkpoint
 from moiety.model.experts.cached import expert_layout
@@ -21,16 +21,6 @@ from moiety_kernels.cpu.library import SWITCH, load
 OpenTiny = Callable[[str], tuple[Checkpoint, ExpertLayout]]
 Held = dict[tuple[int, int], ExpertWeights]
 MakeExperts = Callable[..., "LocalExperts"]
-
-
-class Rows:
-    """Rows that are already computed."""
-
-    def __init__(self, rows: torch.Tensor) -> None:
-        self._rows = rows
-
-    def result(self) -> torch.Tensor:
-        return self._rows
 
 
 class LocalExperts:
@@ -47,7 +37,7 @@ class LocalExperts:
         self._slices = slices
         self.tokens: list[int] = []  # T of every call, in order
 
-    def submit(self, layer: int, hidden: torch.Tensor, top_k_index: torch.Tensor) -> PendingRows:
+    def submit(self, layer: int, hidden: torch.Tensor, top_k_index: torch.Tensor) -> ComputedRows:
         self.tokens.append(hidden.shape[0])
         flat, top_k = top_k_index.reshape(-1), top_k_index.shape[1]
         out = torch.full((flat.numel(), hidden.shape[1]), torch.nan, dtype=hidden.dtype)
@@ -59,7 +49,7 @@ class LocalExperts:
             rows, counts = hidden[order // top_k], [len(slot) for slot in slots]
             out[order] = grouped_expert_mlp(rows, counts, [held[layer, e] for e in experts], **self._options)
         out[flat < 0] = 0  # no expert
-        return Rows(out.view(*top_k_index.shape, -1))
+        return ComputedRows(out.view(*top_k_index.shape, -1))
 
     def replace(self, layer: int, expert: int, *, by: tuple[int, int]) -> None:
         """Makes (layer, expert) compute with the weights of the pair `by` from now on; the same slice must hold both."""

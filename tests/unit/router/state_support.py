@@ -205,7 +205,6 @@ def transformers_tokens(architecture: str, prompt: tuple[int, ...]) -> list[int]
 
 def served(architecture: str, dtype: torch.dtype = torch.float32) -> tuple[Any, CacheSpec]:
     """Returns the same model, prepared to run packed steps, and its CacheSpec."""
-    paged.register_paged_attention()
     model = hybrid(architecture).to(dtype)
     model.set_attn_implementation(paged.NAME)
     return model, prepare_trunk(model, SHAPE)

@@ -54,7 +54,6 @@ def run(engine: Engine, requests: abc.Sequence[Ask]) -> list[dict[int, list[int]
 @functools.cache
 def router_of(folder: str) -> tuple[Any, CacheSpec, ModelShape]:
     """Loads and prepares a checkpoint's trunk; returns it with its CacheSpec and the shape of its experts."""
-    paged.register_paged_attention()
     checkpoint = Checkpoint.open(folder)
     layout = expert_layout(checkpoint)
     model = load_trunk(checkpoint, layout, torch.float32, attention=paged.NAME)

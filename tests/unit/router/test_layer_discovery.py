@@ -17,7 +17,6 @@ from moiety.router.layer_discovery import discover_cache_spec
 
 def spec_of(folder: str | Path) -> CacheSpec:
     """Returns the CacheSpec of a checkpoint's trunk."""
-    paged.register_paged_attention()
     checkpoint = Checkpoint.open(folder)
     layout = expert_layout(checkpoint)
     return discover_cache_spec(load_trunk(checkpoint, layout, torch.float32, attention=paged.NAME), layout.shape)

@@ -9,7 +9,7 @@ longest table, B blocks of the pool, P tokens per block.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -129,7 +129,4 @@ def _reach(module: Any, layer: int, sliding_window: int | None) -> tuple[int | N
     return sliding_window, None
 
 
-def register_paged_attention() -> None:
-    """Registers `attn_implementation="moiety"` with transformers. Calling it twice is harmless."""
-    function: Callable[..., Any] = attend
-    ALL_ATTENTION_FUNCTIONS.register(NAME, function)
+ALL_ATTENTION_FUNCTIONS.register(NAME, attend)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from moiety.core.expert_backend import PendingRows
+from moiety.core.expert_backend import ComputedRows
 from moiety.core.experts import ExpertMLP
 from moiety.errors import CheckpointError
 from moiety.model.checkpoint.checkpoint import Checkpoint
@@ -115,16 +115,6 @@ def _block(model: nn.Module, module: str) -> str:
 
 
 @dataclass(slots=True)
-class _Computed:
-    """A PendingRows whose outputs are computed already."""
-
-    rows: torch.Tensor  # [T, K, D]
-
-    def result(self) -> torch.Tensor:
-        return self.rows
-
-
-@dataclass(slots=True)
 class _Measuring:
     """An ExpertBackend that computes each activated expert, and measures the error of its output at each precision."""
 
@@ -137,7 +127,7 @@ class _Measuring:
     errors: dict[Pair, dict[Precision, float]] = field(default_factory=lambda: defaultdict(dict))
     uses: dict[Pair, int] = field(default_factory=dict)
 
-    def submit(self, layer: int, hidden: torch.Tensor, top_k_index: torch.Tensor) -> PendingRows:
+    def submit(self, layer: int, hidden: torch.Tensor, top_k_index: torch.Tensor) -> ComputedRows:
         self.progress(f"layer {layer + 1} of {self.layout.shape.moe_layers}")
         weights = current_context().weights
         out = hidden.new_zeros(*top_k_index.shape, hidden.shape[1])
@@ -155,7 +145,7 @@ class _Measuring:
                 smaller = compute(plain.quantised(precision.bits, precision.group), rows[sample], self.layout.shape.mlp)
                 error = ((smaller.double() - exact[sample].double()) * factor).square().sum()
                 self.errors[layer, expert][precision] = float(error) * len(token) / min(ROWS, len(token))
-        return _Computed(out)
+        return ComputedRows(out)
 
 
 def compute(weights: ExpertWeights, rows: torch.Tensor, mlp: ExpertMLP) -> torch.Tensor:

@@ -50,7 +50,6 @@ def test_router_and_slices_are_the_reference(open_tiny, make_experts, name: str)
     """A trunk with paged attention and experts in two slices together compute the reference's logits."""
     checkpoint, layout = open_tiny(name)
     reference = _reference_model(str(checkpoint.path), torch.float32, REFERENCES)
-    paged.register_paged_attention()
     router = load_trunk(checkpoint, layout, torch.float32, "cpu", paged.NAME)
     cache, table = KVCache(prepare_trunk(router, layout.shape), 1 << 24, torch.device("cpu")), BlockTable()
     cache.grow(table, PROMPT.shape[1])

@@ -53,7 +53,6 @@ class BatchedModel:
     """A trunk with its own KV cache, for several sequences in one row."""
 
     def __init__(self, checkpoint: Checkpoint, layout: Any, experts: Any, prompts: Sequence[Sequence[int]]):
-        paged.register_paged_attention()
         self.model = load_trunk(checkpoint, layout, torch.float32, attention=paged.NAME)
         self.experts, self.prompts = experts, prompts
         self.cache = KVCache(prepare_trunk(self.model, layout.shape), 1 << 22, CPU)

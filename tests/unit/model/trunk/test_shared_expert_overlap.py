@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from moiety.core.expert_backend import PendingRows
+from moiety.core.expert_backend import ComputedRows, PendingRows
 from moiety.model.seam import MOE_LAYER, forward_context, remote_experts
 from moiety.model.trunk import shared_expert_overlap
 from moiety.model.trunk.read import load_trunk
@@ -133,17 +133,7 @@ class Echo:
     """Experts that return their input rows."""
 
     def submit(self, layer: int, hidden: torch.Tensor, top_k_index: torch.Tensor) -> PendingRows:
-        return Echoed(hidden[:, None])
-
-
-class Echoed:
-    """Rows that are already computed."""
-
-    def __init__(self, rows: torch.Tensor):
-        self._rows = rows
-
-    def result(self) -> torch.Tensor:
-        return self._rows
+        return ComputedRows(hidden[:, None])
 
 
 @pytest.mark.parametrize("early", [False, True])

@@ -116,7 +116,6 @@ def test_latents_give_the_logits_of_expanded_keys_and_values(architecture: str):
     with quiet_transformers():
         model = model_of(architecture)
         expected = model(TOKENS, use_cache=False).logits
-        paged.register_paged_attention()
         model.set_attn_implementation(paged.NAME)
         latent.cache_latents(model)
         logits, spec = served(model)
@@ -127,7 +126,6 @@ def test_latents_give_the_logits_of_expanded_keys_and_values(architecture: str):
 
 def test_half_precision_is_no_worse_than_the_expanded_form():
     """In bf16 the absorbed form is at most a quarter further from the fp32 logits than the expanded form."""
-    paged.register_paged_attention()
     model = model_of("deepseek_v3")
     expected = model(TOKENS, use_cache=False).logits
     model = model.to(torch.bfloat16)
@@ -151,7 +149,6 @@ def test_the_absorbed_weights_are_views():
 
 def test_an_expansion_of_another_kind_is_left_expanded(caplog: pytest.LogCaptureFixture):
     """A layer whose keys are not the latent times kv_b_proj caches expanded keys; a warning gives the cost."""
-    paged.register_paged_attention()
     model = model_of("deepseek_v3")
     for layer in model.model.layers:
 
@@ -175,7 +172,6 @@ def test_an_expansion_of_another_kind_is_left_expanded(caplog: pytest.LogCapture
 
 def test_deepseek_v3_keeps_70_kilobytes_a_token():
     """With the published widths a token takes 1,152 bytes per layer in bf16: 70,272 in all 61 layers, not 4,997,120."""
-    paged.register_paged_attention()
     published = {"num_attention_heads": 128, "num_key_value_heads": 128, "kv_lora_rank": 512}
     widths = {"qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
     model = model_of("deepseek_v3", torch.bfloat16, **published, **widths, num_hidden_layers=1)
@@ -187,7 +183,6 @@ def test_deepseek_v3_keeps_70_kilobytes_a_token():
 
 def test_an_indexer_is_refused():
     """DeepSeek-V3.2 without a prepared indexer is refused, since its tokens would be wrong."""
-    paged.register_paged_attention()
     model = model_of("deepseek_v32", index_n_heads=2, index_head_dim=16, index_topk=8)
     model.set_attn_implementation(paged.NAME)
     shape = ModelShape("deepseek_v32", 1, 4, 2, ExpertMLP(64, 24), "float32", 320, 2048)

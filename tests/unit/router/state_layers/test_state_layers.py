@@ -186,7 +186,6 @@ def test_the_trial_at_start_judges_bf16_like_fp32(architecture: str) -> None:
 
 def test_a_state_with_other_results_in_steps_is_refused() -> None:
     """A module with other results token by token than in one step is refused, as its tokens would be wrong."""
-    paged.register_paged_attention()
     model = hybrid("lfm2_moe")
     model.set_attn_implementation(paged.NAME)
     module = next(module for module in model.modules() if type(module).__name__ == "Lfm2MoeShortConv")

@@ -28,7 +28,6 @@ SAMPLING = Sampling(max_tokens=8, ignore_eos=True)
 @pytest.mark.parametrize("covered", [True, False], ids=["another holder", "no holder"])
 async def test_a_replica_that_dies_in_a_step_costs_no_state(covered: bool, tiny: Callable[[str], str]) -> None:
     """When a replica dies after some Jamba layers wrote states, all tokens sent are those of an undisturbed run."""
-    paged.register_paged_attention()
     checkpoint = Checkpoint.open(tiny("jamba"))
     layout = expert_layout(checkpoint)
     shape = layout.shape
