@@ -125,9 +125,8 @@ def _use_row_positions(module: Any) -> None:
         module.make_weights(needed, module.embedding_dim, padding)
 
     def forward(input_ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        if (
-            lengths := current_context().encoding
-        ) is not None:  # padding in a prompt gets no position, as in transformers
+        lengths = current_context().encoding
+        if lengths is not None:  # padding in a prompt gets no position, as in transformers
             prompts = input_ids.split(lengths, dim=1)
             places = torch.cat([module.create_position_ids_from_input_ids(ids, padding) for ids in prompts], dim=1)
         else:
