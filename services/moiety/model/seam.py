@@ -56,7 +56,7 @@ class ModuleFact(Generic[T]):
 
 
 MOE_LAYER = ModuleFact[int]("layer")  # of an experts module: its MoE layer ordinal
-# Of an experts module whose block computes its shared expert during the hop: computes it, from the rows in the hop.
+# Of an experts module: computes its block's shared expert during the hop of these rows (`trunk/shared_expert_overlap.py`).
 OVERLAP = ModuleFact[Callable[[ForwardContext, torch.Tensor], None]]("overlap")
 
 _forward: ContextVar[ForwardContext] = ContextVar("moiety_forward")

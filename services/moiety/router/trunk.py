@@ -31,19 +31,19 @@ def prepare_trunk(
     def run() -> torch.Tensor:
         return run_once(model, DiscoveryBatch())
 
-    # First what replaces weights and arithmetic: all that follows looks at the weights, or compares results.
+    # First weights and arithmetic: latents are views of the final weights, and later passes compare results.
     use_cpu_kernels(model, deterministic=deterministic)
     if deterministic:
         fix_elementwise(model)
-    # Then attention, one kind of layer each. It must be the router's before the model runs on a batch for the first time.
+    # Then attention: the model runs on a batch only after all its attention layers read from one.
     cache_latents(model, deterministic=deterministic)
     use_cross_attention(model)
     use_indexers(model)
-    # Then what runs the model to find out about it. State layers are no layers of an unknown kind once they are batched.
+    # Then what runs the model. State layers come before `discover_cache_spec`, which refuses layers that keep nothing it knows.
     batch_state_layers(model, lambda cache: run_once(model, DiscoveryBatch(PROBE_TOKENS), cache))
     spec = discover_cache_spec(model, shape)
     if may_overflow:
         record_gate_scores(model, shape, run)
-    # Last, because it compares the bits of two runs: whatever is changed after it is not compared.
+    # Last, because it compares the bits of two runs of the model: a later change would not be compared.
     overlap_shared_experts(model, run)
     return spec
