@@ -26,6 +26,7 @@ from moiety.internal.v1.experts_pb2 import OUTCOME_OK, ForwardRequest, Outcome
 from moiety.local.cluster import LocalCluster
 from moiety.synthetic import write_tiny
 from moiety.wire import codec
+from moiety.wire.rows import RowBuffer, copy_rows
 from moiety.wire.transports.connection import Reply
 from moiety.wire.transports.expert_link import ExpertLink
 from moiety.wire.transports.mailbox import Mailbox
@@ -132,11 +133,11 @@ class _Caller:
         self._link, self._mailbox = link, mailbox
         self._count = 0
 
-    def run(self, payload: codec.Rows, calls: int) -> list[tuple[float, float]]:
+    def run(self, payload: RowBuffer, calls: int) -> list[tuple[float, float]]:
         """Returns (call, expert) of HopRow for each of `calls` calls, in milliseconds. Raises the error of a failed call."""
         return [self._once(payload) for _ in range(calls)]
 
-    def _once(self, payload: codec.Rows) -> tuple[float, float]:
+    def _once(self, payload: RowBuffer) -> tuple[float, float]:
         self._count += 1
         rows = len(payload)
         description = self._link.description
@@ -149,16 +150,16 @@ class _Caller:
             dtype=description.dtype,
         )
         answers: list[Reply | PeerLost] = []
-        into = np.empty_like(payload)
+        into = RowBuffer.empty(rows, payload.row_bytes)
 
         def answered(answer: Reply | PeerLost) -> None:
             if isinstance(answer, Reply) and len(answer.payload) == payload.nbytes:
-                into[:] = codec.rows_in(answer.payload, payload.itemsize)
+                copy_rows(RowBuffer.within(answer.payload, payload.row_bytes), into)
             answers.append(answer)
 
         began = time.perf_counter()
-        buffer = self._link.connection.acquire(header, rows=rows, row_bytes=payload.itemsize, reply_rows=rows)
-        buffer.rows[:] = payload
+        buffer = self._link.connection.acquire(header, rows=rows, row_bytes=payload.row_bytes, reply_rows=rows)
+        copy_rows(payload, buffer.rows)
         buffer.send(answered)
         while not answers:
             self._mailbox.wait(ANSWER_S)
@@ -175,8 +176,8 @@ class _Caller:
 
 
 async def _measure(callers: Sequence[_Caller], echo: Echo, size_kib: int, calls: int, rounds: int) -> list[HopRow]:
-    payload = codec.rows_of(torch.randn(size_kib // ROW_KIB, HIDDEN).to(torch.bfloat16))
-    frame = payload.tobytes()
+    payload = RowBuffer.of(torch.randn(size_kib // ROW_KIB, HIDDEN).to(torch.bfloat16))
+    frame = payload.host.tobytes()
     for caller in callers:
         await asyncio.to_thread(caller.run, payload, WARM_UP)
     await _echo_times(echo, frame, WARM_UP)

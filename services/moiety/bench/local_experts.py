@@ -18,15 +18,16 @@ from moiety_kernels.weights.expert_weights import ExpertWeights
 
 
 class LocalExperts:
-    """A StepBackend that computes each layer in `submit`, with the kernels of the expert replicas."""
+    """A StepBackend that computes each layer in `submit`, with the kernels of the expert replicas. All steps share it."""
 
     def __init__(self, mlp: ExpertMLP, weights: Mapping[tuple[int, int], ExpertWeights]):
         self._mlp, self._weights = mlp, weights
         self.layer_began_ns = 0
         self.compute_s: list[float] = []  # seconds of each layer since the list was last cleared
 
-    def begin_step(self, step: StepContext) -> None:
+    def begin_step(self, step: StepContext) -> LocalExperts:
         self.layer_began_ns = time.time_ns()
+        return self
 
     def submit(self, layer: int, hidden: torch.Tensor, top_k_index: torch.Tensor) -> ComputedRows:
         """Computes the experts of layer `layer` for hidden [T, D] routed to top_k_index [T, K] (int64, -1 = no expert)."""

@@ -30,14 +30,15 @@ from moiety.router.attention import paged
 from moiety.router.cache.cache_spec import CacheSpec
 from moiety.router.cache.kv_cache import KVCache
 from moiety.router.engine import Engine
+from moiety.router.hop.context import HopContext
 from moiety.router.hop.cost_fit import CostFit
 from moiety.router.hop.expert_demand import ExpertDemandCounter
 from moiety.router.hop.fleet import Fleet
 from moiety.router.hop.hedging import Hedging
-from moiety.router.hop.hop import Hop, HopSettings
+from moiety.router.hop.hop import Hop, Wrapper
 from moiety.router.hop.missing_experts import MissingExpertReporter
-from moiety.router.hop.overflow import OverflowHop, OverrunExperts, OverrunReplicas
-from moiety.router.hop.slices import SlicedHop
+from moiety.router.hop.overflow import BackupExperts, OverrunExperts, OverrunReplicas
+from moiety.router.hop.slices import SlicedExperts
 from moiety.router.lanes import Lanes
 from moiety.router.router_load import RouterLoad
 from moiety.router.sequence.guides import Guides
@@ -65,13 +66,18 @@ async def start(settings: RouterSettings, replica_id: str, node: str) -> Running
         start_token = await asyncio.to_thread(DecoderStart.of, checkpoint)
         model, cache = await asyncio.to_thread(load_model, settings, checkpoint, layout, dtype, revision)
 
-        hops, lanes = await reach_experts(
+        hop, lanes = await reach_experts(
             settings, shape, revision, dtype, startup.registry, startup.tracer, startup.closers
         )
-        backends = _backends(settings, hops)
-        fleet, demand, costs = hops[0].fleet, hops[0].demand, hops[0].costs
+        overrun = _overrun_experts(settings, hop)
         engine = build_engine(
-            backends, lanes, settings, model, cache, MissingExpertReporter(startup.registry), startup.tracer
+            hops_of(settings, hop, overrun),
+            lanes,
+            settings,
+            model,
+            cache,
+            MissingExpertReporter(startup.registry),
+            startup.tracer,
         )
         engine.start()
         startup.closers.push_async_callback(asyncio.to_thread, engine.stop, settings.drain_s)
@@ -92,17 +98,16 @@ async def start(settings: RouterSettings, replica_id: str, node: str) -> Running
 
         def entry(replica: Replica) -> Replica:
             nonlocal covered
-            covered = covered or not fleet.table.uncovered()
+            covered = covered or not hop.fleet.table.uncovered()
             state = replica.state if covered else ReplicaState.STARTING
-            return dataclasses.replace(replica, state=state, placement_epoch=fleet.placement_epoch)
+            return dataclasses.replace(replica, state=state, placement_epoch=hop.fleet.placement_epoch)
 
-        overflowing = [backend for backend in backends if isinstance(backend, OverflowHop)]
-        startup.meter.observe(MetricName.ROUTED_ROWS, lambda: demand.total() // settings.slices)
-        startup.meter.observe(MetricName.REROUTED_ROWS, lambda: sum(backend.rerouted for backend in overflowing))
-        startup.meter.observe(MetricName.COST_ERROR, lambda: costs.error)
+        startup.meter.observe(MetricName.ROUTED_ROWS, lambda: hop.demand.total() // settings.slices)
+        startup.meter.observe(MetricName.REROUTED_ROWS, lambda: overrun.rerouted if overrun else 0)
+        startup.meter.observe(MetricName.COST_ERROR, lambda: hop.costs.error)
 
         def counters() -> ExpertDemand:
-            return demand.reading(time.time(), costs.reading())
+            return hop.demand.reading(time.time(), hop.costs.reading())
 
         def healthy() -> None:
             if not engine.alive:
@@ -133,8 +138,8 @@ async def reach_experts(
     registry: Registry,
     tracer: Tracer,
     closers: AsyncExitStack,
-) -> tuple[list[Hop], Lanes]:
-    """Returns the lanes, and for each lane a hop to the expert replicas that `registry` lists, now or later.
+) -> tuple[HopContext, Lanes]:
+    """Returns the way to the expert replicas that `registry` lists, now or later, and the lanes that may wait on it.
 
     Closing `closers` ends the connections to the replicas and stops following the registry.
     """
@@ -148,31 +153,41 @@ async def reach_experts(
     fleet.start()
     closers.push_async_callback(fleet.close)
     lanes = Lanes(fleet.mailbox.wait)
-    hop_settings = HopSettings(revision, dtype, settings.expert_wait_s)
-    hedging = Hedging(settings.hedge_after_s, settings.retry_budget)
-    demand = ExpertDemandCounter(shape.moe_layers, shape.experts, started=time.time())
-    costs = CostFit(expert_bytes)
-    count = settings.lanes or LANES
-    queues = OverrunReplicas(settings.overflow_queue_ms) if settings.may_overflow else None
-    return [Hop(fleet, hop_settings, hedging, demand, costs, tracer, lanes.wait, queues) for _ in range(count)], lanes
+    context = HopContext(
+        fleet,
+        revision,
+        dtype,
+        settings.expert_wait_s,
+        Hedging(settings.hedge_after_s, settings.retry_budget),
+        ExpertDemandCounter(shape.moe_layers, shape.experts, started=time.time()),
+        CostFit(expert_bytes),
+        tracer,
+        lanes.wait,
+        OverrunReplicas(settings.overflow_queue_ms) if settings.may_overflow else None,
+    )
+    return context, lanes
 
 
 def _threads(settings: RouterSettings) -> int:
     return settings.threads or usable_cores()
 
 
-def _backends(settings: RouterSettings, hops: Sequence[Hop]) -> Sequence[StepBackend]:
-    """Wraps each hop as `settings` require: to split whole experts into slices, and to reroute rows of overrun experts."""
-    backends: list[StepBackend] = list(hops)
+def hops_of(settings: RouterSettings, context: HopContext, overrun: OverrunExperts | None = None) -> list[Hop]:
+    """Returns a hop for each lane: with slices if `settings` say so, and with backups for `overrun` experts if given."""
+    wrappers: list[Wrapper] = []
     if settings.slices > 1:
-        backends = [SlicedHop(backend, settings.slices) for backend in backends]
-    if (queues := hops[0].queues) is not None:
-        fleet = hops[0].fleet
-        overrun = OverrunExperts(
-            queues, lambda: fleet.table, fleet.deployment_of, settings.allows_backup, settings.slices
-        )
-        backends = [OverflowHop(backend, overrun) for backend in backends]
-    return backends
+        wrappers.append(lambda backend, _: SlicedExperts(backend, settings.slices))
+    if overrun is not None:
+        wrappers.append(lambda backend, step: BackupExperts(backend, step, overrun))
+    return [Hop(context, wrappers) for _ in range(settings.lanes or LANES)]
+
+
+def _overrun_experts(settings: RouterSettings, hop: HopContext) -> OverrunExperts | None:
+    """Returns what finds overrun experts; None if no group has the overflow policy `backup`."""
+    if hop.queues is None:
+        return None
+    fleet = hop.fleet
+    return OverrunExperts(hop.queues, lambda: fleet.table, fleet.deployment_of, settings.allows_backup, settings.slices)
 
 
 def build_engine(

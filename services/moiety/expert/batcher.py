@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 
 from moiety.core.expert_backend import CallClass
 from moiety.errors import ResourceExhausted
-from moiety.wire.codec import SelectedRows
 from moiety.wire.frames import ForwardCall
+from moiety.wire.rows import SelectedRows
 from moiety.wire.transports.mailbox import Mailbox
 
 PREFILL_PATIENCE_S = 0.5  # decode goes before a prefill call until it has waited this long: no call is starved

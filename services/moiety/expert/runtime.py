@@ -18,7 +18,7 @@ from moiety.core.load import ReplicaLoad
 from moiety.errors import DeadlineExceeded, MoietyError
 from moiety.expert.batcher import Batcher, Computed, QueuedCall
 from moiety.expert.holding import Holding, Weights
-from moiety.wire import codec
+from moiety.wire.rows import RowBuffer, SelectedRows, copy_rows
 from moiety.wire.transports.mailbox import Mailbox
 from moiety_kernels.ops.expert_mlp import grouped_expert_mlp
 from moiety_kernels.ops.partial_expert_mlp import grouped_partial_mlp
@@ -224,12 +224,12 @@ class Runtime:
         # Pinned for a GPU, so that this thread does not wait for the copy to the device.
         pinned = self._device.type == "cuda"
         rows = torch.empty(len(experts), self._mlp.hidden, dtype=on_the_wire, pin_memory=pinned)
-        into, start = codec.rows_of(rows), 0
+        into, start = RowBuffer.of(rows), 0
         position = np.empty_like(order)
         position[order] = np.arange(len(order))  # where each assignment lies in expert order
         for waiting in batch:
             end = start + len(waiting.call.experts)
-            into[position[start:end]] = waiting.call.payload[waiting.call.row_of]
+            copy_rows(waiting.call.payload, into, chosen=waiting.call.row_of, places=position[start:end])
             start = end
         compute = grouped_partial_mlp if self._partial else grouped_expert_mlp
         outputs = compute(
@@ -243,7 +243,7 @@ class Runtime:
             alpha=self._mlp.alpha,
             deterministic=self._deterministic,
         ).cpu()
-        computed = codec.rows_of(outputs)
+        computed = RowBuffer.of(outputs)
         self._pace(began, len(experts))
         ended, ended_ns = time.monotonic(), time.time_ns()
         self.served = self.served or ended_ns / 1e9
@@ -254,7 +254,7 @@ class Runtime:
             end = start + len(waiting.call.experts)
             results.append(
                 Computed(
-                    picked=codec.SelectedRows(computed, position[start:end]),
+                    picked=SelectedRows(computed, position[start:end]),
                     activated_experts=len(activated),
                     batch_rows=len(experts),
                     queue_ms=1000 * (began - waiting.since),

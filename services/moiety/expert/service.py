@@ -18,6 +18,7 @@ from moiety.telemetry.names import Attribute, SpanName
 from moiety.telemetry.tracing import Tracer
 from moiety.wire import codec
 from moiety.wire.frames import ForwardCall, ReplyCallback, parse_call
+from moiety.wire.rows import SelectedRows
 
 SERVICE = "moiety.internal.v1.ExpertService"
 
@@ -112,7 +113,7 @@ class ExpertService:
         self.accept(
             header,
             payload,
-            lambda header, picked: reply(codec.encode(header, None if picked is None else picked.rows[picked.order])),
+            lambda header, picked: reply(codec.encode(header, None if picked is None else picked.gathered())),
         )
 
     def accept(self, header: experts_pb2.ForwardRequest, payload: memoryview, answer: ReplyCallback) -> None:
@@ -137,7 +138,7 @@ class ExpertService:
 
     def _reply(
         self, to: experts_pb2.ForwardRequest | ForwardCall, result: Computed | BaseException
-    ) -> tuple[experts_pb2.ForwardResponse, codec.SelectedRows | None]:
+    ) -> tuple[experts_pb2.ForwardResponse, SelectedRows | None]:
         if isinstance(result, BaseException):
             reply = experts_pb2.ForwardResponse(
                 outcome=next((o for kind, o in _OUTCOMES if isinstance(result, kind)), experts_pb2.OUTCOME_FAILED),

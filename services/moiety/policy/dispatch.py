@@ -108,6 +108,15 @@ class HolderTable:
 
 
 @dataclass(frozen=True, slots=True)
+class ReplicaHolding:
+    """The experts of one replica."""
+
+    held: ExpertSet  # by the placement of `epoch`
+    leaving: ExpertSet  # by earlier placements: it still answers for them until it drops them
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
 class CallableExperts:
     """Which experts each replica may be called for while a placement changes, and the epoch of the last complete placement."""
 
@@ -116,22 +125,21 @@ class CallableExperts:
     epoch: int
 
 
-def holders(
-    held: Mapping[str, ExpertSet], leaving: Mapping[str, ExpertSet], epochs: Mapping[str, int]
-) -> CallableExperts:
+def holders(holdings: Mapping[str, ReplicaHolding]) -> CallableExperts:
     """Returns which experts each replica may be called for: those it holds, and those `leaving` it that are still needed.
 
-    `held` and `leaving` follow the placement of the replica's epoch in `epochs`. A leaving expert is needed while no
-    replica holds it. An expert on its way to another replica therefore keeps a holder. While a replica's leaving experts
-    are needed, its epoch does not count as complete.
+    `holdings` are by replica id. A leaving expert is needed while no replica holds it. An expert on its way to another
+    replica therefore keeps a holder. While a replica's leaving experts are needed, its epoch does not count as complete.
     """
-    changing = {layer for experts in leaving.values() for layer in experts.by_layer}  # few layers change at a time
+    changing = {layer for of in holdings.values() for layer in of.leaving.by_layer}  # few layers change at a time
     covered = ExpertSet(
-        {layer: frozenset().union(*(experts.layer(layer) for experts in held.values())) for layer in changing}
+        {layer: frozenset().union(*(of.held.layer(layer) for of in holdings.values())) for layer in changing}
     )
-    needed = {replica: left for replica, experts in leaving.items() if (left := experts - covered)}
-    completed = [epoch - (replica in needed) for replica, epoch in epochs.items()]
-    callable_ = {replica: held[replica] | needed[replica] if replica in needed else held[replica] for replica in held}
+    needed = {replica: left for replica, of in holdings.items() if (left := of.leaving - covered)}
+    completed = [of.epoch - (replica in needed) for replica, of in holdings.items()]
+    callable_ = {
+        replica: of.held | needed[replica] if replica in needed else of.held for replica, of in holdings.items()
+    }
     return CallableExperts(callable_, min(completed, default=0))
 
 

@@ -1,4 +1,4 @@
-"""What an expert backend must offer to an engine (StepBackend), and what the engine passes it for each step (StepContext)."""
+"""What an engine needs of the experts (StepBackend), and what it passes them for each step (StepContext)."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ class StepContext:
     report_rerouted: Callable[[np.ndarray], None] = lambda _rerouted: None
 
 
-class StepBackend(ExpertBackend, Protocol):
-    """An ExpertBackend that an Engine can run on: the hop, or experts in this process."""
+class StepBackend(Protocol):
+    """What computes the experts of one lane's steps: the hop, or experts in this process."""
 
     @property
     def layer_began_ns(self) -> int:
         """Unix time in nanoseconds at which the previous layer was done, or at which the step began."""
         ...
 
-    def begin_step(self, step: StepContext) -> None:
-        """Starts a step: every layer submitted from now on belongs to `step`."""
+    def begin_step(self, step: StepContext) -> ExpertBackend:
+        """Starts `step`. Returns the backend for its layers."""
         ...
 
     def poll(self) -> None:

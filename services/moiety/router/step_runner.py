@@ -91,9 +91,9 @@ class StepRunner:
             self._device,
             self._cross_attention(sequences, counts),
         )
-        backend.begin_step(replace(step, report_rerouted=partial(_note_routed, plan)))
+        experts = backend.begin_step(replace(step, report_rerouted=partial(_note_routed, plan)))
         try:
-            with forward_context(backend, batch):
+            with forward_context(experts, batch):
                 output = self._model(
                     input_ids=torch.tensor([ids], device=self._device),
                     position_ids=batch.positions[None],

@@ -17,16 +17,18 @@ from moiety.errors import MoietyError, PeerLost
 from moiety.internal.v1 import experts_pb2
 from moiety.registry.memory import MemoryRegistry
 from moiety.registry.watch import Watch
+from moiety.router.hop.context import HopContext
 from moiety.router.hop.cost_fit import CostFit
 from moiety.router.hop.expert_demand import ExpertDemandCounter
 from moiety.router.hop.fleet import Fleet
 from moiety.router.hop.hedging import Hedging
-from moiety.router.hop.hop import Hop, HopSettings
+from moiety.router.hop.hop import Hop
 from moiety.router.step_context import StepContext
 from moiety.telemetry.tracing import NO_SPAN, NO_TRACER
 from moiety.testing.common import REVISION, eventually, owner_of
 from moiety.testing.experts import FakeExperts
 from moiety.wire import codec
+from moiety.wire.rows import RowBuffer, copy_rows
 from moiety.wire.transports.connection import Reply
 from moiety.wire.transports.expert_link import ExpertLink
 from moiety.wire.transports.mailbox import Mailbox
@@ -39,7 +41,7 @@ class Caller:
         self.link, self._mailbox = link, mailbox
 
     def send(
-        self, header: experts_pb2.ForwardRequest, rows: codec.Rows, reply_rows: int | None = None
+        self, header: experts_pb2.ForwardRequest, rows: RowBuffer, reply_rows: int | None = None
     ) -> asyncio.Future[Reply | PeerLost]:
         """Sends a call. The future returns the answer, with its payload copied, or raises the error of `Connection.acquire`."""
         future: concurrent.futures.Future[Reply | PeerLost] = concurrent.futures.Future()
@@ -53,11 +55,11 @@ class Caller:
 
         def acquire_and_send() -> None:
             try:
-                buffer = self.link.connection.acquire(header, rows=len(rows), row_bytes=rows.itemsize, reply_rows=most)
+                buffer = self.link.connection.acquire(header, rows=len(rows), row_bytes=rows.row_bytes, reply_rows=most)
             except MoietyError as error:
                 future.set_exception(error)
                 return
-            buffer.rows[:] = rows
+            copy_rows(rows, buffer.rows)
             buffer.send(answered)
 
         self._mailbox.post(acquire_and_send)
@@ -104,10 +106,8 @@ class LoopbackHop:
         """Computes one layer's hop on the engine's thread; returns [T, K, D]."""
 
         def run() -> torch.Tensor:
-            self.hop.begin_step(
-                StepContext(call_class, NO_SPAN, check, lambda *missing: self.reported_missing.append(missing))
-            )
-            return self.hop.submit(layer, hidden, top_k_index).result()
+            step = StepContext(call_class, NO_SPAN, check, lambda *missing: self.reported_missing.append(missing))
+            return self.hop.begin_step(step).submit(layer, hidden, top_k_index).result()
 
         return await asyncio.get_running_loop().run_in_executor(self.thread, run)
 
@@ -127,6 +127,7 @@ async def loopback_hop(
     revision: str = REVISION,
     expert_wait_s: float = 5.0,
     hedge_after_s: float = 5.0,
+    hedge_factor: float = 3.0,
     retry_budget: float = 0.1,
     registry: MemoryRegistry | None = None,
     transport: Transport = Transport.GRPC,
@@ -134,7 +135,7 @@ async def loopback_hop(
     """Starts `replicas` and a Hop, waits until the Hop has found all replicas, and stops everything at the end.
 
     Entries of the default `registry` never expire. Until enough latencies of a layer are measured, a call is hedged after
-    one second, or after `hedge_after_s` if that is longer.
+    one second, or after `hedge_after_s` if that is longer; then after `hedge_factor` times their p99, or `hedge_after_s`.
     """
     registry = registry or MemoryRegistry(clock=lambda: 0.0)
     async with AsyncExitStack() as stack:
@@ -148,12 +149,20 @@ async def loopback_hop(
         fleet.start()
         thread = stack.enter_context(concurrent.futures.ThreadPoolExecutor(1, "engine"))
         stack.push_async_callback(fleet.close)
-        settings = HopSettings(revision, codec.DTYPES[dtype], expert_wait_s)
-        demand = ExpertDemandCounter(shape.moe_layers, shape.experts)
-        costs = CostFit(shape.mlp.parameters * settings.dtype.itemsize)
-        hop = Hop(fleet, settings, Hedging(hedge_after_s, retry_budget), demand, costs, NO_TRACER)
+        rows = codec.DTYPES[dtype]
+        context = HopContext(
+            fleet,
+            revision,
+            rows,
+            expert_wait_s,
+            Hedging(hedge_after_s, retry_budget, hedge_factor),
+            ExpertDemandCounter(shape.moe_layers, shape.experts),
+            CostFit(shape.mlp.parameters * rows.itemsize),
+            NO_TRACER,
+            fleet.mailbox.wait,
+        )
         await eventually(lambda: {replica.id for replica in replicas} <= set(fleet.table.replicas))
-        lane = LoopbackHop(hop, fleet, watch, registry, thread)
+        lane = LoopbackHop(Hop(context), fleet, watch, registry, thread)
         idle = asyncio.create_task(lane.idle())
         try:
             yield lane

@@ -22,6 +22,7 @@ from moiety.testing.common import HOST, MODEL, REVISION, fake_expert, fake_repli
 from moiety.wire import codec
 from moiety.wire.channels import Server
 from moiety.wire.frames import ForwardCall, ReplyCallback, parse_call
+from moiety.wire.rows import RowBuffer, SelectedRows, copy_rows
 from moiety.wire.transports.mailbox import Mailbox
 from moiety.wire.transports.shm_listener import SharedMemoryListener
 
@@ -135,9 +136,9 @@ class FakeExperts:
 
         async def handle() -> None:
             reply = experts_pb2.ForwardResponse.FromString(self._reply(header, call, await self.on_call(call)))
-            rows = codec.rows_in(memoryview(reply.payload), 1)
+            rows = RowBuffer.within(memoryview(reply.payload), 1)
             reply.ClearField("payload")
-            mailbox.post(lambda: answer(reply, codec.SelectedRows(rows, np.arange(len(rows)))))
+            mailbox.post(lambda: answer(reply, SelectedRows(rows, np.arange(len(rows)))))
 
         self._handling.add(asyncio.run_coroutine_threadsafe(handle(), loop))
 
@@ -157,7 +158,7 @@ class FakeExperts:
             reply.outcome, reply.detail = outcome, f"{self.id} was set to refuse"
             return codec.encode(reply)
         inputs = torch.empty(len(call.experts), self._shape.mlp.hidden, dtype=codec.DTYPES[self._dtype])
-        codec.rows_of(inputs)[:] = call.payload[call.row_of]
+        copy_rows(call.payload, RowBuffer.of(inputs), chosen=call.row_of)
         rows = [fake_expert(call.layer, expert, row) for expert, row in zip(call.experts.tolist(), inputs, strict=True)]
         reply.rows, reply.outcome = len(rows), experts_pb2.OUTCOME_OK
-        return codec.encode(reply, codec.rows_of(torch.stack(rows)) if rows else None)
+        return codec.encode(reply, RowBuffer.of(torch.stack(rows)) if rows else None)

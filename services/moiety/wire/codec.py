@@ -7,10 +7,8 @@ protobuf itself would copy the payload, which may be megabytes.
 
 from __future__ import annotations
 
-import math
 import struct
-from functools import lru_cache
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -18,23 +16,9 @@ from google.protobuf.message import DecodeError
 
 from moiety.errors import InvalidRequest
 from moiety.internal.v1.experts_pb2 import ForwardRequest, ForwardResponse
+from moiety.wire.rows import RowBuffer
 
 Header = TypeVar("Header", ForwardRequest, ForwardResponse)
-Rows = np.ndarray  # [R], dtype np.void of a row's bytes: copied by memcpy, whatever the element dtype
-
-
-class SelectedRows(NamedTuple):
-    """The rows `rows[order]`, not gathered yet, so that a transport can copy them straight to their destination."""
-
-    rows: Rows
-    order: np.ndarray  # int64 [A], indices into rows
-
-    @property
-    def nbytes(self) -> int:
-        """Size of the selected rows in bytes."""
-        return len(self.order) * self.rows.itemsize
-
-
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -47,13 +31,13 @@ def torch_dtype(setting: str, published: str) -> torch.dtype:
     return DTYPES[published if setting == "auto" else setting]
 
 
-def encode(header: Header, payload: Rows | None = None) -> bytes:
+def encode(header: Header, payload: RowBuffer | None = None) -> bytes:
     """Returns one frame: `header`, whose `payload` field is unset, followed by the rows of `payload`."""
     if payload is None or payload.nbytes == 0:
         header.payload_bytes = 0
         return header.SerializeToString()
     header.payload_bytes = payload.nbytes
-    body = np.ascontiguousarray(payload).view(np.uint8).data
+    body = payload.host.view(np.uint8).data
     return b"".join((header.SerializeToString(), _payload_prefix(payload.nbytes), body))
 
 
@@ -76,23 +60,6 @@ def decode(kind: type[Header], frame: bytes) -> tuple[Header, memoryview]:
     except DecodeError as error:
         raise InvalidRequest("frame", f"{len(frame)} bytes", f"a {kind.DESCRIPTOR.name}: {error}") from None
     return header, memoryview(header.payload)
-
-
-def rows_of(tensor: torch.Tensor) -> Rows:
-    """Returns a contiguous CPU tensor [R, ...] as an array of R rows, one np.void element each, without a copy."""
-    row = row_dtype(math.prod(tensor.shape[1:]) * tensor.itemsize)
-    return tensor.detach().view(-1).view(torch.uint8).numpy().view(row)
-
-
-def rows_in(payload: memoryview, row_bytes: int) -> Rows:
-    """Returns a received payload as a read-only array of rows, one np.void element each, without a copy."""
-    return np.frombuffer(payload, dtype=row_dtype(row_bytes))
-
-
-@lru_cache(64)
-def row_dtype(row_bytes: int) -> np.dtype[np.void]:
-    """Returns the NumPy dtype of one row: np.void of `row_bytes` bytes, whatever the dtype of the row's elements."""
-    return np.dtype((np.void, row_bytes))
 
 
 def int32_bytes(values: np.ndarray) -> bytes:

@@ -12,8 +12,9 @@ from moiety.errors import InvalidRequest
 from moiety.internal.v1.experts_pb2 import CALL_CLASS_PREFILL, ForwardRequest, ForwardResponse
 from moiety.wire import codec
 from moiety.wire.deadline import Deadline
+from moiety.wire.rows import RowBuffer, SelectedRows
 
-ReplyCallback = Callable[[ForwardResponse, codec.SelectedRows | None], None]  # receives the one answer to a call
+ReplyCallback = Callable[[ForwardResponse, SelectedRows | None], None]  # receives the one answer to a call
 
 
 @dataclass(slots=True)  # not frozen: a frozen one takes twice as long to create, and every call creates one
@@ -29,7 +30,7 @@ class ForwardCall:
     traceparent: str
     k_offsets: np.ndarray  # int32 [R + 1]
     experts: np.ndarray  # int32 [A], global ids
-    payload: codec.Rows  # [R]
+    payload: RowBuffer  # [R]
     sent: float = 0.0  # monotonic clock, in seconds, when it was sent through shared memory; 0: other transports
 
     @property
@@ -74,6 +75,6 @@ def parse_call(header: ForwardRequest, payload: memoryview, *, dtype: str, hidde
         traceparent=header.traceparent,
         k_offsets=offsets,
         experts=experts,
-        payload=codec.rows_in(payload, row_bytes) if header.rows else np.empty(0, dtype=codec.row_dtype(row_bytes)),
+        payload=RowBuffer.within(payload, row_bytes),
         sent=header.sent_ns / 1e9,
     )

@@ -13,9 +13,9 @@ from moiety.core.expert_backend import CallClass
 from moiety.expert.batcher import Computed, QueuedCall
 from moiety.expert.runtime import Runtime
 from moiety.testing import fake_shape
-from moiety.wire import codec
 from moiety.wire.deadline import Deadline
 from moiety.wire.frames import ForwardCall
+from moiety.wire.rows import RowBuffer, copy_rows
 from moiety_kernels import ExpertWeights, grouped_expert_mlp
 
 MakeRuntime = Callable[..., Runtime]  # see the fixture `make_runtime`
@@ -70,7 +70,7 @@ def call_for(
         traceparent="",
         k_offsets=np.arange(len(ids) + 1, dtype=np.int32),
         experts=ids,
-        payload=codec.rows_of(payload),
+        payload=RowBuffer.of(payload),
     )
 
 
@@ -98,5 +98,5 @@ def plainly(experts: Iterable[int], rows: torch.Tensor, layer: int = 0) -> torch
 def tensor_of(computed: Computed) -> torch.Tensor:
     """Returns the answered rows [A, D]."""
     out = torch.empty(len(computed.picked.order), SHAPE.mlp.hidden)
-    codec.rows_of(out)[:] = computed.picked.rows[computed.picked.order]
+    copy_rows(computed.picked.rows, RowBuffer.of(out), chosen=computed.picked.order)
     return out

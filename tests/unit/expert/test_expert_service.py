@@ -26,6 +26,7 @@ from moiety.telemetry.tracing import NO_TRACER
 from moiety.testing import HOST, Caller, eventually, open_caller
 from moiety.wire import codec
 from moiety.wire.channels import Server, channel
+from moiety.wire.rows import RowBuffer
 from moiety.wire.transports.connection import Reply
 from moiety_kernels import ExpertWeights
 
@@ -53,7 +54,7 @@ class Served:
             **changes,
         }
         header = experts_pb2.ForwardRequest(**fields)
-        return self.caller.send(header, codec.rows_of(rows_for(len(wanted))))
+        return self.caller.send(header, RowBuffer.of(rows_for(len(wanted))))
 
 
 @asynccontextmanager
@@ -223,7 +224,7 @@ async def test_a_router_that_leaves_is_forgotten(make_runtime: MakeRuntime):
         async with open_caller(it.address) as left:
             await eventually(lambda: it.service.open_streams == 2)
             header = experts_pb2.ForwardRequest(call_id=8, revision="r1", rows=0, k_offsets=bytes(4), dtype="float32")
-            answer = left.send(header, codec.rows_of(rows_for(0)))
+            answer = left.send(header, RowBuffer.of(rows_for(0)))
             await eventually(lambda: not runtime.idle)
         assert isinstance(await answer, PeerLost)
         await eventually(lambda: it.service.open_streams == 1)

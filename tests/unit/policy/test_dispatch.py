@@ -8,7 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moiety.core.experts import ExpertSet
-from moiety.policy.dispatch import KNEE_ROWS, MANY_HOLDERS, NO_HOLDER, DispatchPlan, HolderTable, holders, plan_dispatch
+from moiety.policy.dispatch import (
+    KNEE_ROWS,
+    MANY_HOLDERS,
+    NO_HOLDER,
+    DispatchPlan,
+    HolderTable,
+    ReplicaHolding,
+    holders,
+    plan_dispatch,
+)
 
 EXPERTS = 8
 Held = dict[str, frozenset[int]]
@@ -143,27 +152,29 @@ def test_the_table_lists_experts_without_a_holder(held: dict[str, ExpertSet], mi
     assert HolderTable.build(1, held, layers=1, experts=2).uncovered() == missing
 
 
-def _sets(**held: str) -> dict[str, ExpertSet]:
-    return {replica: ExpertSet.parse(text) for replica, text in held.items()}
+def _following(held: str, leaving: str, epoch: int) -> ReplicaHolding:
+    return ReplicaHolding(ExpertSet.parse(held), ExpertSet.parse(leaving), epoch)
 
 
 def test_a_leaving_expert_is_called_only_while_no_replica_holds_it():
     """Expert 1 leaves `a` and `b` holds it; expert 2 leaves `a` and has no other holder: only 2 is still called there."""
-    current = holders(_sets(a="0:0", b="0:1"), _sets(a="0:1-2", b=""), {"a": 4, "b": 4})
-    assert current.held == _sets(a="0:0,2", b="0:1")
+    current = holders({"a": _following("0:0", "0:1-2", 4), "b": _following("0:1", "", 4)})
+    assert current.held == {"a": ExpertSet.parse("0:0,2"), "b": ExpertSet.parse("0:1")}
     assert current.epoch == 3  # an expert that leaves `a` by placement 4 is still needed
 
 
 def test_a_placement_is_complete_when_every_replica_has_followed():
     """The epoch is that of the last replica to follow, and 0 without replicas."""
-    assert holders(_sets(a="0:0", b="0:1"), _sets(a="0:1"), {"a": 4, "b": 3}).epoch == 3
-    assert holders(_sets(a="0:0", b="0:1"), _sets(a="0:1"), {"a": 4, "b": 4}).epoch == 4
-    assert holders({}, {}, {}).epoch == 0
+    first = _following("0:0", "0:1", 4)
+    assert holders({"a": first, "b": _following("0:1", "", 3)}).epoch == 3
+    assert holders({"a": first, "b": _following("0:1", "", 4)}).epoch == 4
+    assert holders({}).epoch == 0
 
 
 def test_experts_held_only_by_the_named_replicas():
     """`held_only_by` marks experts whose holders are all among the named replicas, but none without a holder."""
-    table = HolderTable.build(1, _sets(a="0:0-1", b="0:1-2", c="0:3"), 1, 5)
+    held = {"a": ExpertSet.parse("0:0-1"), "b": ExpertSet.parse("0:1-2"), "c": ExpertSet.parse("0:3")}
+    table = HolderTable.build(1, held, 1, 5)
     assert table.held_only_by(0, {"a"}).tolist() == [True, False, False, False, False]
     assert table.held_only_by(0, {"a", "b"}).tolist() == [True, True, True, False, False]
     assert not table.held_only_by(0, ()).any()

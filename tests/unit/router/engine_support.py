@@ -133,12 +133,13 @@ def expected_tokens(prompt: abc.Sequence[int], count: int, window: int | None = 
 
 
 class NoHop:
-    """An expert backend that records the current step. These models call no experts."""
+    """A StepBackend that records the current step. These models call no experts."""
 
     layer_began_ns = 0
 
-    def begin_step(self, step: Any) -> None:
+    def begin_step(self, step: Any) -> NoHop:
         self.step = step
+        return self
 
     def poll(self) -> None:
         """Does nothing: no message arrives."""

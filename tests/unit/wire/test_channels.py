@@ -12,8 +12,8 @@ from moiety.errors import ConfigError, MoietyError, PeerLost
 from moiety.internal.v1.experts_pb2 import ForwardRequest
 from moiety.registry.memory import MemoryRegistry
 from moiety.testing import HOST, Caller, FakeExperts, eventually, fake_shape, open_caller
-from moiety.wire import codec
 from moiety.wire.channels import Server
+from moiety.wire.rows import RowBuffer
 from moiety.wire.transports.connection import Reply
 from moiety.wire.transports.expert_link import ExpertLink
 from moiety.wire.transports.mailbox import Mailbox
@@ -51,7 +51,7 @@ def ask(caller: Caller, call_id: int) -> asyncio.Future[Reply | PeerLost]:
         call_id=call_id, rows=1, k_offsets=bytes([0] * 4 + [1] + [0] * 3), experts=bytes(4), dtype="float32"
     )
     row_bytes = 4 * SHAPE.mlp.hidden
-    return caller.send(request, codec.rows_in(memoryview(bytes(row_bytes)), row_bytes))
+    return caller.send(request, RowBuffer.within(memoryview(bytes(row_bytes)), row_bytes))
 
 
 async def test_an_address_without_a_replica_fails_soon():

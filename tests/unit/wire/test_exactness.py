@@ -91,7 +91,7 @@ async def through(case: Case, hidden: torch.Tensor, top_k_index: torch.Tensor) -
     async with loopback_hop(replicas_of(case), SHAPE, hedge_after_s=0.001, retry_budget=1.0, **options) as lane:
         if case.hedged:  # a p99 of 0: every call that is not answered within a millisecond is sent again
             for _ in range(16):
-                lane.hop.hedging.record_latency(LAYER, CallClass.DECODE, 0.0)
+                lane.hop.context.hedging.record_latency(LAYER, CallClass.DECODE, 0.0)
         return await asyncio.wait_for(lane.compute(LAYER, hidden, top_k_index), 20)
 
 

@@ -26,6 +26,7 @@ from moiety.internal.v1.experts_pb2 import (
 from moiety.registry.memory import MemoryRegistry
 from moiety.testing import REVISION, Caller, FakeExperts, eventually, fake_shape, loopback_hop, open_caller, owner_of
 from moiety.wire import codec
+from moiety.wire.rows import RowBuffer
 from moiety.wire.transports.doorbell import ANSWER, CALL
 from moiety.wire.transports.mailbox import Mailbox
 from moiety.wire.transports.shm_connection import SharedMemoryConnection
@@ -54,7 +55,7 @@ def ask(caller: Caller, call_id: int, rows: int = 1) -> asyncio.Future:
     """Sends rows of zeros for expert 0."""
     offsets, experts = codec.int32_bytes(torch.arange(rows + 1).numpy()), bytes(4 * rows)
     header = ForwardRequest(call_id=call_id, rows=rows, dtype="float32", k_offsets=offsets, experts=experts)
-    return caller.send(header, codec.rows_in(memoryview(bytes(rows * ROW_BYTES)), ROW_BYTES))
+    return caller.send(header, RowBuffer.within(memoryview(bytes(rows * ROW_BYTES)), ROW_BYTES))
 
 
 # Handshake -----------------------------------------------------------------------------------------------------

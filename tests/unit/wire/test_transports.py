@@ -24,6 +24,7 @@ from moiety.registry.memory import MemoryRegistry
 from moiety.testing import Caller, FakeExperts, eventually, fake_expert, fake_shape, open_caller
 from moiety.wire import codec
 from moiety.wire.frames import ForwardCall
+from moiety.wire.rows import RowBuffer
 from moiety.wire.transports.connection import Reply
 from moiety.wire.transports.expert_link import ExpertLink
 from moiety.wire.transports.mailbox import Mailbox
@@ -49,7 +50,7 @@ def call(call_id: int, rows: int, layer: int = 0) -> tuple[ForwardRequest, torch
 def ask(caller: Caller, call_id: int, rows: int = 1, layer: int = 0) -> asyncio.Future[Reply | PeerLost]:
     """Sends the call that `call` returns."""
     header, hidden = call(call_id, rows, layer)
-    return caller.send(header, codec.rows_of(hidden))
+    return caller.send(header, RowBuffer.of(hidden))
 
 
 def right(answer: Reply | PeerLost, call_id: int, rows: int = 1) -> bool:

@@ -17,7 +17,7 @@ import torch
 from moiety.bench.checkpoints import model_folder
 from moiety.bench.engines.layer_times import SpanRecorder
 from moiety.bench.token_speeds import Speeds, speeds
-from moiety.compose.router import build_engine, load_model, reach_experts
+from moiety.compose.router import build_engine, hops_of, load_model, reach_experts
 from moiety.config.resolve import validated
 from moiety.config.services import RouterSettings
 from moiety.core.experts import ModelShape
@@ -30,7 +30,7 @@ from moiety.model.experts.cached import expert_layout
 from moiety.model.experts.layout import ExpertLayout
 from moiety.router.cache.kv_cache import KVCache
 from moiety.router.engine import Engine
-from moiety.router.hop.hop import Hop
+from moiety.router.hop.context import HopContext
 from moiety.router.sequence.sequence import Emitted, Sequence
 from moiety.telemetry.tracing import NO_SPAN, Tracer
 from moiety.wire.codec import torch_dtype
@@ -96,9 +96,11 @@ class BenchModel:
         """Builds an engine in this process on `cluster`'s experts. Returns its runner once every expert has a holder."""
         shape = self.layout.shape
         model, cache = await self.load(settings)
-        hops, lanes = await reach_experts(settings, shape, self.revision, self.dtype, cluster.registry, tracer, stack)
-        await _covered(hops[0])
-        return EngineRunner(build_engine(hops, lanes, settings, model, cache, no_waits, tracer), shape, stack)
+        hop, lanes = await reach_experts(settings, shape, self.revision, self.dtype, cluster.registry, tracer, stack)
+        await _covered(hop)
+        return EngineRunner(
+            build_engine(hops_of(settings, hop), lanes, settings, model, cache, no_waits, tracer), shape, stack
+        )
 
 
 class EngineRunner:
@@ -146,7 +148,7 @@ class EngineRunner:
         return speeds(began, times, prompt_tokens)
 
 
-async def _covered(hop: Hop) -> None:
+async def _covered(hop: HopContext) -> None:
     """Waits until every expert has a holder. Raises Unavailable after COVERED_S."""
     try:
         async with asyncio.timeout(COVERED_S):

@@ -20,9 +20,9 @@ from moiety.core.experts import ExpertSet, ModelShape
 from moiety.core.replica import WIRE_VERSION, Replica, ReplicaState, Role, Transport
 from moiety.errors import FailedPrecondition, InvalidRequest, MoietyError, PeerLost, ResourceExhausted
 from moiety.internal.v1.experts_pb2 import OUTCOME_OVERLOADED, DescribeReplicaResponse, ForwardRequest, ForwardResponse
-from moiety.policy.dispatch import HolderTable, holders
+from moiety.policy.dispatch import HolderTable, ReplicaHolding, holders
 from moiety.registry.watch import Watch
-from moiety.wire.codec import Rows
+from moiety.wire.rows import RowBuffer, copy_rows
 from moiety.wire.transports.connection import Answer, Reply
 from moiety.wire.transports.expert_link import ExpertLink
 from moiety.wire.transports.mailbox import Mailbox
@@ -46,9 +46,7 @@ class Fleet:
         self._watch, self._shape, self._revision, self._dtype = watch, shape, revision, dtype
         self._transport = transport
         self._links: dict[str, ExpertLink] = {}
-        self._held: dict[str, ExpertSet] = {}
-        self._leaving: dict[str, ExpertSet] = {}  # experts that a replica still answers for until it drops them
-        self._epochs: dict[str, int] = {}  # placement epoch that `_held` follows
+        self._holdings: dict[str, ReplicaHolding] = {}  # by replica id
         # Latest placement that `table` follows completely: no replica is called for an expert that it drops by it.
         self.placement_epoch = 0
         self._deployments: dict[str, str] = {}
@@ -88,7 +86,13 @@ class Fleet:
         return self._deployments.get(replica_id, "")
 
     def send(
-        self, replica_id: str, header: ForwardRequest, rows: Rows, tokens: np.ndarray, reply_rows: int, answer: Answer
+        self,
+        replica_id: str,
+        header: ForwardRequest,
+        rows: RowBuffer,
+        tokens: np.ndarray,
+        reply_rows: int,
+        answer: Answer,
     ) -> None:
         """Sends rows[tokens] as one call. `answer` is called once, on the engine's thread, after this method returned.
 
@@ -100,12 +104,12 @@ class Fleet:
             self.mailbox.post(partial(answer, PeerLost(f"replica {replica_id} has left")))
             return
         try:
-            buffer = link.connection.acquire(header, rows=len(tokens), row_bytes=rows.itemsize, reply_rows=reply_rows)
+            buffer = link.connection.acquire(header, rows=len(tokens), row_bytes=rows.row_bytes, reply_rows=reply_rows)
         except ResourceExhausted as error:
             full = ForwardResponse(outcome=OUTCOME_OVERLOADED, detail=str(error))
             self.mailbox.post(partial(answer, Reply(full, memoryview(b""))))
             return
-        rows.take(tokens, out=buffer.rows, mode="clip")
+        copy_rows(rows, buffer.rows, chosen=tokens)
 
         def on_answer(result: Reply | PeerLost) -> None:
             self._unanswered.discard(call_id)
@@ -144,8 +148,10 @@ class Fleet:
                 if replica.state is ReplicaState.READY and self._wanted(replica):
                     self._dialling[replica.id] = asyncio.create_task(self._serve(replica))
                     self._dialling[replica.id].add_done_callback(partial(self._forget, replica.id))
-                elif replica.id in self._held and self._newer(replica):
-                    changed |= self._note(replica.id, replica.held, replica.leaving, replica.placement_epoch)
+                elif (known := self._holdings.get(replica.id)) is not None and _newer(replica, known):
+                    changed |= self._note(
+                        replica.id, ReplicaHolding(replica.held, replica.leaving, replica.placement_epoch)
+                    )
             for replica_id in [r for r, listed_one in listed.items() if listed_one.state is ReplicaState.DRAINING]:
                 changed |= self._release(replica_id)  # no new calls; those in flight finish on its link
             if changed:
@@ -189,7 +195,7 @@ class Fleet:
                 return
             self._links[replica.id] = link
             self._deployments[replica.id] = replica.deployment
-            if self._note(replica.id, link.held, link.leaving, link.description.placement_epoch):
+            if self._note(replica.id, link.holding):
                 self._publish()
             _log.info(
                 "replica %s (%s) at %s is connected over %s",
@@ -226,33 +232,20 @@ class Fleet:
         except MoietyError as error:
             _log.warning("replica %s did not answer which experts it holds: %s", replica_id, error)
             return
-        epoch = link.description.placement_epoch
-        if replica_id in self._held and self._note(replica_id, link.held, link.leaving, epoch):
+        if replica_id in self._holdings and self._note(replica_id, link.holding):
             self._publish()
 
-    def _newer(self, listed: Replica) -> bool:
-        """Whether `listed`, a replica's entry in the registry, is newer than what the fleet knows of the replica.
-
-        The fleet may have learned more from DescribeReplica. Within one epoch a replica only drops experts, so fewer
-        leaving experts are newer.
-        """
-        fewer = len(listed.leaving) < len(self._leaving[listed.id])
-        return (listed.placement_epoch, fewer) > (self._epochs[listed.id], False)
-
-    def _note(self, replica_id: str, held: ExpertSet, leaving: ExpertSet, epoch: int) -> bool:
-        """Notes what a replica holds by the placement of `epoch`, and what it will drop. Returns whether anything changed."""
-        known = (self._held.get(replica_id), self._leaving.get(replica_id), self._epochs.get(replica_id))
-        self._held[replica_id], self._leaving[replica_id], self._epochs[replica_id] = held, leaving, epoch
-        return known != (held, leaving, epoch)
+    def _note(self, replica_id: str, holding: ReplicaHolding) -> bool:
+        """Notes what a replica holds. Returns whether that changed."""
+        known, self._holdings[replica_id] = self._holdings.get(replica_id), holding
+        return known != holding
 
     def _release(self, replica_id: str) -> bool:
         """Forgets what a replica holds, so that the next table leaves it out. Returns whether anything was known."""
-        self._leaving.pop(replica_id, None)
-        self._epochs.pop(replica_id, None)
-        return self._held.pop(replica_id, None) is not None
+        return self._holdings.pop(replica_id, None) is not None
 
     def _publish(self) -> None:
-        version, current = self.table.version + 1, holders(self._held, self._leaving, self._epochs)
+        version, current = self.table.version + 1, holders(self._holdings)
         if current.held != self._callable:
             self._callable = current.held
             self.table = HolderTable.build(version, current.held, self._shape.moe_layers, self._shape.experts)
@@ -267,3 +260,13 @@ class Fleet:
         if self._refused.get(replica.id) != why:
             self._refused[replica.id] = why
             _log.warning("replica %s (%s) is not used: %s", replica.id, replica.deployment, why)
+
+
+def _newer(listed: Replica, known: ReplicaHolding) -> bool:
+    """Whether `listed`, a replica's entry in the registry, is newer than what the fleet knows of the replica.
+
+    The fleet may have learned more from DescribeReplica. Within one epoch a replica only drops experts, so fewer
+    leaving experts are newer.
+    """
+    fewer = len(listed.leaving) < len(known.leaving)
+    return (listed.placement_epoch, fewer) > (known.epoch, False)

@@ -15,11 +15,11 @@ import numpy as np
 import torch
 
 from moiety.config.application import HOT
-from moiety.core.expert_backend import PendingRows
+from moiety.core.expert_backend import ExpertBackend, PendingRows
 from moiety.model.seam import current_context
 from moiety.policy.backup_experts import backups
 from moiety.policy.dispatch import HolderTable
-from moiety.router.step_context import StepBackend, StepContext
+from moiety.router.step_context import StepContext
 
 REMEMBER_S = 1.0  # how long a reported wait counts: a replica that gets no calls has no queue and reports nothing
 
@@ -74,6 +74,7 @@ class OverrunExperts:
         self._deployment_of, self._spares = deployment_of, spares
         self._masks: dict[int, Masks | None] = {}  # by layer
         self._built_for: tuple[int, frozenset[str]] = (0, frozenset())  # the masks' table version, overrun replicas
+        self.rerouted = 0  # rows that all lanes have sent to backups since the start
 
     def __call__(self, layer: int) -> Masks | None:
         """Returns which experts of `layer` are overrun, and which of these may pass rows to other experts; None if none may.
@@ -103,35 +104,22 @@ class OverrunExperts:
         return slices.reshape(-1, self._slices)
 
 
-class OverflowHop:
-    """A StepBackend that sends the rows of overrun experts to their backups, where the policy allows it."""
+@dataclass(frozen=True, slots=True)
+class BackupExperts:
+    """The ExpertBackend of one step that sends rows of overrun experts to their backups, where the policy allows it."""
 
-    def __init__(self, backend: StepBackend, overrun: Callable[[int], Masks | None]) -> None:
-        """`overrun(layer)`: which experts are overrun and which of these may pass rows to others; None = none may."""
-        self._backend, self._overrun = backend, overrun
-        self._step: StepContext | None = None
-        self.rerouted = 0  # rows since the start
-
-    @property
-    def layer_began_ns(self) -> int:
-        return self._backend.layer_began_ns
-
-    def begin_step(self, step: StepContext) -> None:
-        self._step = step
-        self._backend.begin_step(step)
+    backend: ExpertBackend
+    step: StepContext
+    overrun: OverrunExperts
 
     def submit(self, layer: int, hidden: torch.Tensor, top_k_index: torch.Tensor) -> PendingRows:
         """Sends hidden [T, D] to the experts in top_k_index [T, K] (int64, -1: none), or to their backups."""
-        assert self._step is not None, "submit outside a step"
-        masks, scores = self._overrun(layer), current_context().scores
+        masks, scores = self.overrun(layer), current_context().scores
         if masks is None or scores is None:
-            self._step.report_rerouted(np.zeros(top_k_index.shape, dtype=bool))
-            return self._backend.submit(layer, hidden, top_k_index)
+            self.step.report_rerouted(np.zeros(top_k_index.shape, dtype=bool))
+            return self.backend.submit(layer, hidden, top_k_index)
         chosen = top_k_index.cpu().numpy()
         assigned = backups(chosen, scores.float().cpu().numpy(), masks.spared, masks.overrun)
-        self._step.report_rerouted(elsewhere := assigned != chosen)
-        self.rerouted += int(elsewhere.sum())
-        return self._backend.submit(layer, hidden, torch.from_numpy(assigned).to(top_k_index.device))
-
-    def poll(self) -> None:
-        self._backend.poll()
+        self.step.report_rerouted(elsewhere := assigned != chosen)
+        self.overrun.rerouted += int(elsewhere.sum())
+        return self.backend.submit(layer, hidden, torch.from_numpy(assigned).to(top_k_index.device))

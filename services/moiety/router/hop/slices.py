@@ -9,12 +9,28 @@ from dataclasses import dataclass
 
 import torch
 
-from moiety.core.expert_backend import PendingRows
-from moiety.router.step_context import StepBackend, StepContext
+from moiety.core.expert_backend import ExpertBackend, PendingRows
 
 
 @dataclass(frozen=True, slots=True)
-class _Slices:
+class SlicedExperts:
+    """An ExpertBackend that takes rows for whole experts and sends them, in float32, to a backend whose experts are slices."""
+
+    backend: ExpertBackend
+    slices: int
+
+    def submit(self, layer: int, hidden: torch.Tensor, top_k_index: torch.Tensor) -> PendingRows:
+        """Sends hidden [T, D] to every slice of the experts in top_k_index [T, K] (int64, -1: none)."""
+        tokens, top_k = top_k_index.shape
+        numbers = torch.arange(self.slices, device=top_k_index.device)
+        slices = top_k_index[:, :, None] * self.slices + numbers  # [T, K, S]
+        slices = slices.masked_fill(top_k_index[:, :, None] < 0, -1)
+        partial = self.backend.submit(layer, hidden.float(), slices.view(tokens, top_k * self.slices))
+        return _Sum(partial, (tokens, top_k, self.slices), hidden.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class _Sum:
     """The PendingRows of a sliced layer: waits for the partial rows of all slices and sums them."""
 
     partial: PendingRows
@@ -28,29 +44,3 @@ class _Slices:
         for number in range(1, self.shape[2]):
             total += rows[:, :, number]
         return total.to(self.dtype)
-
-
-class SlicedHop:
-    """A StepBackend that takes rows for whole experts and sends them, in float32, to a backend whose experts are slices."""
-
-    def __init__(self, backend: StepBackend, slices: int) -> None:
-        self._backend, self._slices = backend, slices
-
-    @property
-    def layer_began_ns(self) -> int:
-        return self._backend.layer_began_ns
-
-    def begin_step(self, step: StepContext) -> None:
-        self._backend.begin_step(step)
-
-    def submit(self, layer: int, hidden: torch.Tensor, top_k_index: torch.Tensor) -> PendingRows:
-        """Sends hidden [T, D] to every slice of the experts in top_k_index [T, K] (int64, -1: none)."""
-        tokens, top_k = top_k_index.shape
-        numbers = torch.arange(self._slices, device=top_k_index.device)
-        slices = top_k_index[:, :, None] * self._slices + numbers  # [T, K, S]
-        slices = slices.masked_fill(top_k_index[:, :, None] < 0, -1)
-        partial = self._backend.submit(layer, hidden.float(), slices.view(tokens, top_k * self._slices))
-        return _Slices(partial, (tokens, top_k, self._slices), hidden.dtype)
-
-    def poll(self) -> None:
-        self._backend.poll()

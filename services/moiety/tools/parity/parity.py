@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from moiety.client import Client
-from moiety.compose.router import load_model, reach_experts
+from moiety.compose.router import hops_of, load_model, reach_experts
 from moiety.config.resolve import validated
 from moiety.config.services import RouterSettings
 from moiety.core.expert_backend import CallClass
@@ -246,8 +246,8 @@ async def _router_here(
     model, cache = await asyncio.to_thread(load_model, settings, opened, layout, dtype, revision)
 
     async with AsyncExitStack() as closers:
-        hops, _ = await reach_experts(settings, shape, revision, dtype, cluster.registry, NO_TRACER, closers)
-        runner = StepRunner(model, cache, hops[:1])
+        hop, _ = await reach_experts(settings, shape, revision, dtype, cluster.registry, NO_TRACER, closers)
+        runner = StepRunner(model, cache, hops_of(settings, hop)[:1])
 
         def forward(prompt: Sequence[int], text: Sequence[int]) -> torch.Tensor:
             sequence = RouterSequence(

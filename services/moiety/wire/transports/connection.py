@@ -1,7 +1,7 @@
 """The interface between the hop and a transport: the hop writes its calls into buffers that the transport provides.
 
     buffer = connection.acquire(header, rows=R, row_bytes=W, reply_rows=A)
-    source.take(tokens, out=buffer.rows)       # the only copy that the interface requires
+    copy_rows(source, buffer.rows, chosen=tokens)  # the only copy that the interface requires
     buffer.send(answer)
 
 gRPC (over TCP or a unix socket) copies the buffer into a frame; through shared memory the replica reads the buffer itself.
@@ -16,7 +16,7 @@ from typing import Protocol
 
 from moiety.errors import PeerLost
 from moiety.internal.v1.experts_pb2 import ForwardRequest, ForwardResponse
-from moiety.wire.codec import Rows
+from moiety.wire.rows import RowBuffer
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +37,8 @@ class Buffer(Protocol):
     """Memory for the rows of one call. The thread that acquired it fills and sends it."""
 
     @property
-    def rows(self) -> Rows:
-        """The array of R rows to fill; each is one np.void element (`codec.Rows`)."""
+    def rows(self) -> RowBuffer:
+        """The R rows to fill."""
         ...
 
     def send(self, answer: Answer) -> None:

@@ -12,6 +12,7 @@ from moiety.core.experts import ExpertSet
 from moiety.core.replica import Transport
 from moiety.errors import FailedPrecondition, InvalidRequest, MoietyError
 from moiety.internal.v1.experts_pb2 import DescribeReplicaRequest, DescribeReplicaResponse
+from moiety.policy.dispatch import ReplicaHolding
 from moiety.wire import status
 from moiety.wire.channels import channel
 from moiety.wire.transports.connection import Connection
@@ -80,13 +81,10 @@ class ExpertLink:
         return self.description
 
     @property
-    def held(self) -> ExpertSet:
-        return ExpertSet.parse(self.description.held)
-
-    @property
-    def leaving(self) -> ExpertSet:
-        """Experts that a new placement takes from the replica. It computes them until all routers know that placement."""
-        return ExpertSet.parse(self.description.leaving)
+    def holding(self) -> ReplicaHolding:
+        """The replica's experts, by its latest description."""
+        told = self.description
+        return ReplicaHolding(ExpertSet.parse(told.held), ExpertSet.parse(told.leaving), told.placement_epoch)
 
     async def close(self) -> None:
         """Closes the link; unanswered calls get PeerLost."""

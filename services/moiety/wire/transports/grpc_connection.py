@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from functools import partial
 
 import grpc
-import numpy as np
 
 from moiety.errors import InvalidRequest, PeerLost
 from moiety.internal.v1.experts_pb2 import ForwardRequest, ForwardResponse
 from moiety.wire import codec, status
+from moiety.wire.rows import RowBuffer
 from moiety.wire.transports.connection import Answer, Reply
 from moiety.wire.transports.mailbox import Mailbox
 
@@ -21,7 +21,7 @@ from moiety.wire.transports.mailbox import Mailbox
 class _Frame:
     connection: GrpcConnection
     header: ForwardRequest
-    rows: codec.Rows
+    rows: RowBuffer
 
     def send(self, answer: Answer) -> None:
         self.connection._send((self.header.call_id, self.header.attempt), codec.encode(self.header, self.rows), answer)
@@ -42,7 +42,7 @@ class GrpcConnection:
         self._tasks = [asyncio.create_task(self._write()), asyncio.create_task(self._read())]
 
     def acquire(self, header: ForwardRequest, *, rows: int, row_bytes: int, reply_rows: int) -> _Frame:
-        return _Frame(self, header, np.empty(rows, dtype=codec.row_dtype(row_bytes)))
+        return _Frame(self, header, RowBuffer.empty(rows, row_bytes))
 
     async def close(self) -> None:
         self._break(PeerLost(f"the stream to {self._address} was closed by this side"))

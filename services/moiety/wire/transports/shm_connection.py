@@ -13,7 +13,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
-import numpy as np
 from google.protobuf.message import DecodeError
 
 from moiety.core.replica import WIRE_VERSION
@@ -25,7 +24,7 @@ from moiety.internal.v1.experts_pb2 import (
     SharedMemoryHello,
     SharedMemoryWelcome,
 )
-from moiety.wire import codec
+from moiety.wire.rows import RowBuffer
 from moiety.wire.transports.connection import Answer, Reply
 from moiety.wire.transports.doorbell import ANSWER, CALL, MESSAGE_BYTES, Doorbell, check_peer
 from moiety.wire.transports.mailbox import Mailbox
@@ -43,7 +42,7 @@ class _Range:
     rows_bytes: int
     reply_bytes: int
     header_bytes: int
-    rows: codec.Rows
+    rows: RowBuffer
 
     def send(self, answer: Answer) -> None:
         self.connection._send(self, answer)
@@ -87,10 +86,9 @@ class SharedMemoryConnection:
 
     def acquire(self, header: ForwardRequest, *, rows: int, row_bytes: int, reply_rows: int) -> _Range:
         rows_bytes, reply_bytes = rows * row_bytes, reply_rows * row_bytes
-        row = codec.row_dtype(row_bytes)
         key = header.call_id, header.attempt
         if self._segment is None:
-            return _Range(self, key, 0, 0, rows_bytes, reply_bytes, 0, np.empty(rows, row))
+            return _Range(self, key, 0, 0, rows_bytes, reply_bytes, 0, RowBuffer.empty(rows, row_bytes))
         header.payload_bytes = rows_bytes
         header.sent_ns = time.monotonic_ns()
         message = header.SerializeToString()
@@ -101,7 +99,7 @@ class SharedMemoryConnection:
             detail = f"{len(self._calls)} unanswered calls to {self._peer} fill its {len(self._segment)} bytes"
             raise ResourceExhausted(f"{detail} of shared memory", 0.05)
         self._segment[start + into : start + size] = message
-        view = np.frombuffer(self._segment, row, rows, start)
+        view = RowBuffer.within(self._segment, row_bytes, rows, start)
         return _Range(self, key, start, size, rows_bytes, reply_bytes, len(message), view)
 
     async def close(self) -> None:

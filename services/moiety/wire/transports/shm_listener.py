@@ -13,7 +13,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 
-import numpy as np
 from google.protobuf.message import DecodeError
 
 from moiety.core.replica import WIRE_VERSION
@@ -25,8 +24,8 @@ from moiety.internal.v1.experts_pb2 import (
     SharedMemoryHello,
     SharedMemoryWelcome,
 )
-from moiety.wire.codec import SelectedRows
 from moiety.wire.frames import ReplyCallback
+from moiety.wire.rows import RowBuffer, SelectedRows, copy_rows
 from moiety.wire.transports.doorbell import ANSWER, CALL, MESSAGE_BYTES, Doorbell, check_peer
 from moiety.wire.transports.mailbox import Mailbox
 from moiety.wire.transports.shm_segment import AVAILABLE, aligned, map_segment
@@ -174,8 +173,8 @@ class SharedMemoryPeer:
         reply.payload_bytes = 0
         if picked is not None and picked.nbytes:
             reply.payload_bytes = picked.nbytes
-            into = np.frombuffer(self._segment, picked.rows.dtype, len(picked.order), reply_at)
-            picked.rows.take(picked.order, out=into, mode="clip")  # mode="raise" would copy through a buffer of numpy's
+            into = RowBuffer.within(self._segment, picked.rows.row_bytes, len(picked.order), reply_at)
+            copy_rows(picked.rows, into, chosen=picked.order)
         if reply.detail:
             reply.detail = reply.detail[:DETAIL_CHARACTERS]
         self._doorbell.ring(ANSWER.pack(start) + reply.SerializeToString())

@@ -227,7 +227,7 @@ async def test_demand_counts_every_routed_row_once():
             hidden = torch.ones(5, 8) * number
             layer = number % 2
             assert torch.equal(await lane.compute(layer, hidden, routing), fake_layer(layer, hidden, routing))
-        reading = lane.hop.demand.reading(5.0)
+        reading = lane.hop.context.demand.reading(5.0)
         for layer in (0, 1):
             of_layer = [routing for number, routing in enumerate(routings) if number % 2 == layer]
             counts = [torch.bincount(routing[routing >= 0], minlength=4) for routing in of_layer]

@@ -8,7 +8,7 @@ import pytest
 from hop_scenarios import assert_layer, holder, hop_over
 
 from moiety.core.expert_backend import CallClass
-from moiety.router.hop.hedging import BURST, Hedging
+from moiety.router.hop.hedging import BURST
 from moiety.testing import LoopbackHop, eventually
 from moiety.wire.frames import ForwardCall
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("each_transport")
 def warm(lane: LoopbackHop) -> None:
     """Gives layer 0 a p99 of 0 s, so that hedges fire after `hedge_after_s`."""
     for _ in range(16):
-        lane.hop.hedging.record_latency(0, CallClass.DECODE, 0.0)
+        lane.hop.context.hedging.record_latency(0, CallClass.DECODE, 0.0)
 
 
 async def test_a_hung_replica_is_bridged_and_avoided_until_it_answers():
@@ -69,10 +69,9 @@ async def test_hedges_keep_to_their_budget():
     async def slow(_call: ForwardCall) -> None:
         await asyncio.sleep(0.01)
 
-    async with hop_over(*both) as lane:
+    async with hop_over(*both, hedge_after_s=0.001, hedge_factor=0.0) as lane:  # every hedge is due after 1 ms
         for replica in both:
             replica.on_call = slow
-        lane.hop.hedging = Hedging(0.001, 0.1, factor=0.0)  # every hedge is due after 1 ms
         warm(lane)
         for _ in range(40):
             lane.fleet.suspects.clear()

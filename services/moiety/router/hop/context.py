@@ -1,0 +1,40 @@
+"""What all layers of a router share: the replicas, the settings, and everything that counts or times calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from moiety.internal.v1.experts_pb2 import ForwardResponse
+from moiety.router.hop.cost_fit import CostFit
+from moiety.router.hop.expert_demand import ExpertDemandCounter
+from moiety.router.hop.fleet import Fleet
+from moiety.router.hop.hedging import Hedging
+from moiety.router.hop.overflow import OverrunReplicas
+from moiety.telemetry.tracing import Tracer
+
+
+@dataclass(frozen=True, slots=True)
+class HopContext:
+    """What every layer uses, in every lane of a router."""
+
+    fleet: Fleet
+    revision: str
+    dtype: torch.dtype  # of the rows on the wire
+    expert_wait_s: float  # how long a layer waits for an expert without a holder
+    hedging: Hedging
+    demand: ExpertDemandCounter
+    costs: CostFit
+    tracer: Tracer
+    # wait(seconds) returns once an event was handled or the time is over. Lanes let another lane run meanwhile
+    # (`Lanes.wait`); without lanes it blocks in the fleet's mailbox (`Mailbox.wait`).
+    wait: Callable[[float], object]
+    queues: OverrunReplicas | None = None  # under the overflow policy `backup`
+
+    def record(self, replica: str, reply: ForwardResponse) -> None:
+        """Records the batch cost and queue wait that an OK reply reports."""
+        self.costs.record(reply)
+        if self.queues is not None:
+            self.queues.record(replica, reply.queue_ms)
