@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
+from moiety.model.checkpoint.reading import AWQ_COLUMNS
 from moiety_kernels.weights.fp8 import Fp8Matrix
 from moiety_kernels.weights.mxfp4 import E2M1
 from moiety_kernels.weights.nibbles import pack_nibbles
 
 GROUP = 32
-AWQ_COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)  # the column, of a word's eight, in each nibble of the word, lowest nibble first
 LINEAR = ("proj", "w1", "w2", "w3", "_mqa", "a_proj", "b_proj")  # how the names of linear layers end
 _INT4 = {"bits": 4, "group_size": GROUP}
 Stored = Iterator[tuple[str, torch.Tensor]]

@@ -28,9 +28,10 @@ from moiety.model.architectures.transformers_model import (
 )
 from moiety.model.checkpoint.checkpoint import EXPERT, Checkpoint
 from moiety.model.checkpoint.quantised import QuantisedEntry
+from moiety.model.checkpoint.reading import FLOATS
 from moiety.model.experts.layout import ExpertLayout, LayerLayout
 
-DTYPES: Mapping[str, str] = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+DTYPES = {stored: str(dtype).removeprefix("torch.") for stored, dtype in FLOATS.items()}
 TOP_K_NAMES = (
     "num_experts_per_tok",
     "num_experts_per_token",
