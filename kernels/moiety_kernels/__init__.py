@@ -1,7 +1,8 @@
 """Kernels for experts and for a router's CPU layers, one operation per file. `ops` holds what services call."""
 
 from moiety_kernels.ops.expert_mlp import grouped_expert_mlp
-from moiety_kernels.reference.expert_mlp import ACTIVATIONS, activate, expert_mlp
+from moiety_kernels.reference.activation import ACTIVATIONS, SWIGLU, Activation, activate
+from moiety_kernels.reference.expert_mlp import expert_mlp
 from moiety_kernels.weights.expert_weights import ExpertWeights
 from moiety_kernels.weights.fp8 import Fp8Matrix
 from moiety_kernels.weights.int4 import Int4Matrix
@@ -11,6 +12,8 @@ from moiety_kernels.weights.mxfp4 import Mxfp4Matrix
 
 __all__ = [
     "ACTIVATIONS",
+    "SWIGLU",
+    "Activation",
     "ExpertWeights",
     "Fp8Matrix",
     "Int4Matrix",

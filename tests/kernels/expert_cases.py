@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
-from moiety_kernels import ExpertWeights, expert_mlp
+from moiety_kernels import SWIGLU, Activation, ExpertWeights, expert_mlp
 
 HIDDEN, INTERMEDIATE = 64, 40
 
@@ -20,14 +19,15 @@ COUNTS = {
     "a prefill's worth of rows": (0, 130, 3),  # where torch's packed product is faster for bfloat16
     "no row at all": (0, 0),
 }
-KINDS: dict[str, dict[str, Any]] = {
-    "swiglu": {"activation": "silu"},
-    "gelu gate": {"activation": "gelu"},
-    "tanh gelu gate": {"activation": "gelu_pytorch_tanh"},
-    "relu": {"activation": "relu", "gated": False},
-    "squared relu": {"activation": "relu2", "gated": False},
-    "clamped silu": {"activation": "silu", "limit": 1.0},
-    "gpt-oss": {"activation": "swiglu_clamped", "interleaved": True, "biased": True, "limit": 1.0, "alpha": 1.702},
+KINDS = {
+    "swiglu": SWIGLU,
+    "gelu gate": Activation("gelu"),
+    "tanh gelu gate": Activation("gelu_pytorch_tanh"),
+    "relu": Activation("relu", gated=False),
+    "gelu": Activation("gelu", gated=False),
+    "squared relu": Activation("relu2", gated=False),
+    "clamped silu": Activation(limit=1.0),
+    "gpt-oss": Activation("swiglu_clamped", interleaved=True, limit=1.0, alpha=1.702),
 }
 # Largest error over the largest output: two matrix products of 64 and 40 terms, each within a few units in the last place.
 BOUND = {torch.float32: 2e-6, torch.bfloat16: 3e-2}
@@ -35,23 +35,25 @@ BOUND = {torch.float32: 2e-6, torch.bfloat16: 3e-2}
 LOOSER = {"C++": 1, "torch": 4}
 
 
-def options_of(kind: dict[str, Any]) -> dict[str, Any]:
-    """Returns a kind's keyword arguments for the kernels, which find biases in the weights."""
-    return {name: value for name, value in kind.items() if name != "biased"}
-
-
 def make_weights(
-    kind: dict[str, Any], dtype: torch.dtype, seed: int, hidden: int = HIDDEN, intermediate: int = INTERMEDIATE
+    kind: Activation,
+    dtype: torch.dtype,
+    seed: int,
+    hidden: int = HIDDEN,
+    intermediate: int = INTERMEDIATE,
+    *,
+    biased: bool | None = None,
 ) -> ExpertWeights:
-    """Returns one random expert of `kind`, with biases where the kind has them."""
+    """Returns one random expert for `kind`, by default with biases where gate and up are interleaved, as in gpt-oss."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> torch.Tensor:
         return (torch.randn(*shape, generator=generator) * 0.15).to(dtype)
 
-    width = intermediate * (2 if kind.get("gated", True) else 1)
+    width = intermediate * (2 if kind.gated else 1)
     matrices = normal(width, hidden), normal(hidden, intermediate)
-    return ExpertWeights(*matrices, normal(width), normal(hidden)) if kind.get("biased") else ExpertWeights(*matrices)
+    biased = kind.interleaved if biased is None else biased
+    return ExpertWeights(*matrices, normal(width), normal(hidden)) if biased else ExpertWeights(*matrices)
 
 
 def in_float64(weights: ExpertWeights) -> ExpertWeights:
@@ -60,7 +62,7 @@ def in_float64(weights: ExpertWeights) -> ExpertWeights:
     return ExpertWeights(*(None if part is None else part.double() for part in parts))  # type: ignore[arg-type,union-attr]
 
 
-def one_at_a_time(rows: torch.Tensor, counts: Sequence[int], weights: Sequence[ExpertWeights], kind: dict[str, Any]):
+def one_at_a_time(rows: torch.Tensor, counts: Sequence[int], weights: Sequence[ExpertWeights], kind: Activation):
     """Computes the reference, expert by expert."""
     parts = zip(rows.split(list(counts)), weights, strict=True)
-    return torch.cat([expert_mlp(part, expert, **options_of(kind)) for part, expert in parts])
+    return torch.cat([expert_mlp(part, expert, kind) for part, expert in parts])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -11,7 +12,8 @@ import pytest
 import torch
 
 from moiety_kernels import ExpertWeights, grouped_expert_mlp
-from moiety_kernels.cpu.library import BASE, COMMAND, SWITCH, load
+from moiety_kernels.cpu.calls import CALLS
+from moiety_kernels.cpu.library import BASE, COMMAND, SWITCH, Library, find, load
 
 
 def run_module(cache: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -53,3 +55,17 @@ def test_check_says_what_would_be_used(tmp_path: Path):
         assert done.returncode == 1
         assert done.stdout.startswith("used: torch")
     assert not list(tmp_path.rglob("*.so"))
+
+
+def test_structs_that_differ_from_the_library_are_refused(monkeypatch: pytest.MonkeyPatch):
+    """A Python struct with a field more than the C++ struct raises RuntimeError when the library is loaded."""
+    path, problem = find()
+    if path is None:
+        pytest.skip(problem)
+
+    class NormCall(CALLS[-1]):
+        _fields_ = (("more", ctypes.c_int64),)
+
+    monkeypatch.setattr("moiety_kernels.cpu.library.CALLS", (*CALLS[:-1], NormCall))
+    with pytest.raises(RuntimeError, match=r"NormCall of calls\.py has 72 bytes: must have 64"):
+        Library(path, BASE)

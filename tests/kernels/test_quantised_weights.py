@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from expert_cases import BOUND, KINDS, LOOSER, in_float64, make_weights, one_at_a_time, options_of
+from expert_cases import BOUND, KINDS, LOOSER, in_float64, make_weights, one_at_a_time
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from moiety_kernels import ExpertWeights, Fp8Matrix, Int4Matrix, Int8Matrix, Mxfp4Matrix, grouped_expert_mlp
+from moiety_kernels import SWIGLU, ExpertWeights, Fp8Matrix, Int4Matrix, Int8Matrix, Mxfp4Matrix, grouped_expert_mlp
 from moiety_kernels.weights.matrix import QuantisedMatrix
 from moiety_kernels.weights.matrix_ops import concatenate
 from moiety_kernels.weights.nibbles import pack_nibbles, unpack_nibbles
@@ -122,7 +122,7 @@ def test_experts_are_within_rounding_of_their_values(
     generator = torch.Generator().manual_seed(3)
 
     def bias(width: int) -> torch.Tensor | None:
-        return torch.randn(width, generator=generator).to(dtype) if "biased" in kind else None
+        return torch.randn(width, generator=generator).to(dtype) if kind.interleaved else None
 
     weights = [
         ExpertWeights(
@@ -134,7 +134,7 @@ def test_experts_are_within_rounding_of_their_values(
         for e in range(len(counts))
     ]
     rows = torch.randn(sum(counts), hidden, generator=generator).to(dtype)
-    out = grouped_expert_mlp(rows, counts, weights, **options_of(kind))
+    out = grouped_expert_mlp(rows, counts, weights, kind)
     plain = [expert.dequantised(torch.float64) for expert in weights]
     expected = one_at_a_time(rows.double(), counts, [in_float64(expert) for expert in plain], kind)
     bound = BOUND[dtype] * LOOSER[kernels]
@@ -163,7 +163,7 @@ def test_bits_do_not_depend_on_the_batch(kernels: str, held: str, counts: list[i
 def test_experts_held_in_different_ways_share_a_batch(kernels: str):
     """In a batch of mixed formats, each expert gives the bits that it gives alone."""
     counts = (2, 3, 0, 1, 4)
-    plain = [make_weights({}, torch.bfloat16, seed, 128, 64) for seed in range(5)]
+    plain = [make_weights(SWIGLU, torch.bfloat16, seed, 128, 64) for seed in range(5)]
     weights = [plain[0], plain[1].quantised(4), plain[2], plain[3].quantised(8), plain[4].quantised(4, group=32)]
     rows = torch.randn(sum(counts), 128, generator=torch.Generator().manual_seed(1)).bfloat16()
     together = grouped_expert_mlp(rows, counts, weights, deterministic=True)
@@ -178,11 +178,11 @@ def test_quantised_experts_are_within_their_bound(
     kernels: str, dtype: torch.dtype, bits: int, bound: float, size: float
 ):
     """For noise-like weights, outputs change by at most 2 % with 8 bits and 20 % with 4, and memory is as documented."""
-    weights = make_weights({}, dtype, 1, 512, 192)
+    weights = make_weights(SWIGLU, dtype, 1, 512, 192)
     rows = torch.randn(13, 512, generator=torch.Generator().manual_seed(4)).to(dtype)
     quantised = weights.quantised(bits)
     out = grouped_expert_mlp(rows, (13,), [quantised])
-    expected = one_at_a_time(rows.double(), (13,), [in_float64(weights)], {})
+    expected = one_at_a_time(rows.double(), (13,), [in_float64(weights)], SWIGLU)
     assert (out.double() - expected).norm() <= bound * expected.norm()
     assert quantised.nbytes <= size * weights.nbytes * (2 / dtype.itemsize)
 
@@ -220,4 +220,4 @@ def test_what_cpp_could_not_read_is_refused(arguments: tuple[Any, ...], message:
 def test_columns_that_are_no_groups_are_refused():
     """int4 raises ValueError where the columns are no whole number of groups."""
     with pytest.raises(ValueError, match="40 columns cannot be groups of 64"):
-        make_weights({}, torch.float32, 0).quantised(4)
+        make_weights(SWIGLU, torch.float32, 0).quantised(4)

@@ -36,7 +36,7 @@ def linear_layer() -> torch.Tensor:
 def experts() -> torch.Tensor:
     """Runs an uneven spread of rows through four experts."""
     weights = [ExpertWeights(noise(1024, 512) / 16, noise(512, 512) / 16) for _ in range(4)]
-    return grouped_expert_mlp(noise(128, 512), [60, 4, 63, 1], weights, activation="silu")
+    return grouped_expert_mlp(noise(128, 512), [60, 4, 63, 1], weights)
 
 
 def attention() -> torch.Tensor:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from expert_cases import options_of
+from expert_cases import KINDS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from triton_cases import BOUND, HIDDEN, KINDS, error, in_float64, make_rows, make_weights
+from triton_cases import BOUND, HIDDEN, error, in_float64, make_rows, make_weights
 
-from moiety_kernels import ExpertWeights, Fp8Matrix, Mxfp4Matrix, grouped_expert_mlp
-from moiety_kernels.ops.partial_expert_mlp import grouped_partial_mlp
+from moiety_kernels import SWIGLU, Activation, ExpertWeights, Fp8Matrix, Mxfp4Matrix, grouped_expert_mlp
 from moiety_kernels.weights.int4 import Int4Matrix
 
 pytest.importorskip("triton", reason="triton is not installed: pip install 'moiety[gpu]'")
@@ -36,11 +36,11 @@ COUNTS = {
 def test_every_shape_of_batch(counts: tuple[int, ...]):
     """Every batch shape is within float32 rounding of float64, through the expert service's entry point."""
     rows = make_rows(sum(counts), torch.float32)
-    weights = [make_weights({}, torch.float32, seed) for seed in range(len(counts))]
+    weights = [make_weights(SWIGLU, torch.float32, seed) for seed in range(len(counts))]
     out = grouped_expert_mlp(rows, counts, weights, backend="triton")
     assert out.shape == rows.shape
     if sum(counts):
-        assert error(out, in_float64(rows, counts, weights, {})) <= BOUND[torch.float32]
+        assert error(out, in_float64(rows, counts, weights, SWIGLU)) <= BOUND[torch.float32]
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_every_kind_of_expert(name: str, dtype: torch.dtype):
     counts = (2, 0, 3)
     rows = make_rows(sum(counts), dtype)
     weights = [make_weights(kind, dtype, seed) for seed in range(len(counts))]
-    out = grouped_expert_mlp(rows, counts, weights, backend="triton", **options_of(kind))
+    out = grouped_expert_mlp(rows, counts, weights, kind, backend="triton")
     assert out.dtype == dtype
     assert error(out, in_float64(rows, counts, weights, kind)) <= BOUND[dtype]
 
@@ -72,12 +72,12 @@ def test_every_kind_of_expert(name: str, dtype: torch.dtype):
         (8, 3),  # less than one tile in every direction, starts that are not aligned for vector loads
     ],
 )
-def test_odd_sizes(hidden: int, intermediate: int, kind: dict[str, Any]):
+def test_odd_sizes(hidden: int, intermediate: int, kind: Activation):
     """Widths that are no multiple of a tile meet the same bound."""
     counts = (1, 0, 7)
     rows = make_rows(sum(counts), torch.float32, hidden)
     weights = [make_weights(kind, torch.float32, seed, hidden, intermediate) for seed in range(len(counts))]
-    out = grouped_expert_mlp(rows, counts, weights, backend="triton", **options_of(kind))
+    out = grouped_expert_mlp(rows, counts, weights, kind, backend="triton")
     assert error(out, in_float64(rows, counts, weights, kind)) <= BOUND[torch.float32]
 
 
@@ -86,9 +86,9 @@ def test_more_experts_than_a_warp_has_lanes():
     counts = [0] * 130
     counts[0], counts[77], counts[129] = 1, 2, 3
     rows = make_rows(6, torch.float32)
-    weights = [make_weights({}, torch.float32, seed % 3) for seed in range(130)]
+    weights = [make_weights(SWIGLU, torch.float32, seed % 3) for seed in range(130)]
     out = grouped_expert_mlp(rows, counts, weights, backend="triton")
-    assert error(out, in_float64(rows, tuple(counts), weights, {})) <= BOUND[torch.float32]
+    assert error(out, in_float64(rows, tuple(counts), weights, SWIGLU)) <= BOUND[torch.float32]
 
 
 # Compared with float64 on the same quantised values, so without the error of quantising itself.
@@ -110,7 +110,7 @@ def test_quantised_weights(held: str, hidden: int, intermediate: int, dtype: tor
     counts = (1, 0, 3)
     weights = [quantised(make_weights(KINDS["gpt-oss"], dtype, seed, hidden, intermediate), held) for seed in range(3)]
     rows = make_rows(4, dtype, hidden)
-    out = grouped_expert_mlp(rows, counts, weights, backend="triton", **options_of(KINDS["gpt-oss"]))
+    out = grouped_expert_mlp(rows, counts, weights, KINDS["gpt-oss"], backend="triton")
     assert error(out, in_float64(rows, counts, weights, KINDS["gpt-oss"])) <= {**BOUND, torch.float32: 4e-6}[dtype]
 
 
@@ -154,32 +154,32 @@ def with_zero_points(matrix: torch.Tensor) -> Int4Matrix:
 
 def test_experts_held_in_different_ways():
     """In a batch of plain, int8 and int4 experts, each row goes through its own expert."""
-    plain = [make_weights({}, torch.float32, seed) for seed in range(3)]
+    plain = [make_weights(SWIGLU, torch.float32, seed) for seed in range(3)]
     weights = [plain[0], plain[1].quantised(), plain[2].quantised(4, 32)]
     rows, counts = make_rows(6, torch.float32), (1, 2, 3)
     out = grouped_expert_mlp(rows, counts, weights, backend="triton")
-    assert error(out, in_float64(rows, counts, weights, {})) <= 4e-6
+    assert error(out, in_float64(rows, counts, weights, SWIGLU)) <= 4e-6
 
 
 def test_partial_sums_are_not_rounded():
     """Partial outputs of bfloat16 rows are float32 sums; rounded, they equal the outputs of whole experts."""
-    plain = [make_weights({}, torch.bfloat16, seed) for seed in range(3)]
+    plain = [make_weights(SWIGLU, torch.bfloat16, seed) for seed in range(3)]
     weights = [plain[0], plain[1].quantised(), plain[2]]
     rows, counts = make_rows(6, torch.bfloat16), (1, 2, 3)
-    out = grouped_partial_mlp(rows, counts, weights, backend="triton")
+    out = grouped_expert_mlp(rows, counts, weights, dtype=torch.float32, backend="triton")
     assert out.dtype == torch.float32
-    assert error(out, in_float64(rows, counts, weights, {})) <= BOUND[torch.bfloat16]
+    assert error(out, in_float64(rows, counts, weights, SWIGLU)) <= BOUND[torch.bfloat16]
     assert torch.equal(out.bfloat16(), grouped_expert_mlp(rows, counts, weights, backend="triton"))
 
 
 def test_fp8_rows_with_fp8_weights():
     """fp8 rows times fp8 weights, as in DeepSeek, stay within bfloat16's bound of float64 on the same values."""
     hidden, counts = 256, (2, 0, 15)
-    weights = [quantised(make_weights({}, torch.bfloat16, seed, hidden, 128), "fp8") for seed in range(3)]
+    weights = [quantised(make_weights(SWIGLU, torch.bfloat16, seed, hidden, 128), "fp8") for seed in range(3)]
     codes, scale = quantise_rows(make_rows(17, torch.bfloat16, hidden))
     offsets, gate_up, down = operands_of(counts, weights)
     out = sorted_expert_mlp(codes, offsets, ExpertOperands(gate_up, down), x_scale=scale[:, 0], dtype=torch.bfloat16)
-    assert error(out, in_float64(codes.double() * scale, counts, weights, {})) <= BOUND[torch.bfloat16]
+    assert error(out, in_float64(codes.double() * scale, counts, weights, SWIGLU)) <= BOUND[torch.bfloat16]
 
 
 @settings(deadline=None, max_examples=5, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -188,11 +188,11 @@ def test_deterministic_bits_do_not_depend_on_the_batch(counts: list[int], kind: 
     """With `deterministic` a row has the same bits alone and among other rows."""
     rows = make_rows(sum(counts), torch.bfloat16, seed=sum(counts))
     weights = [make_weights(KINDS[kind], torch.bfloat16, seed) for seed in range(len(counts))]
-    options = {**options_of(KINDS[kind]), "deterministic": True, "backend": "triton"}
-    together = grouped_expert_mlp(rows, counts, weights, **options)
+    compute = partial(grouped_expert_mlp, activation=KINDS[kind], deterministic=True, backend="triton")
+    together = compute(rows, counts, weights)
     expert_of = [expert for expert, count in enumerate(counts) for _ in range(count)]
     row = len(rows) // 2
-    alone = grouped_expert_mlp(rows[row : row + 1], (1,), [weights[expert_of[row]]], **options)
+    alone = compute(rows[row : row + 1], (1,), [weights[expert_of[row]]])
     assert torch.equal(alone[0], together[row])
 
 
@@ -201,12 +201,12 @@ def test_what_is_no_number_stays_in_its_row():
     """An infinity or NaN in one row affects only that row, although rows share tiles and spare rows repeat one."""
     rows = make_rows(4, torch.float32)
     rows[0, 3], rows[3, 5] = torch.inf, torch.nan
-    out = grouped_expert_mlp(rows, (4,), [make_weights({}, torch.float32, 0)], backend="triton")
+    out = grouped_expert_mlp(rows, (4,), [make_weights(SWIGLU, torch.float32, 0)], backend="triton")
     assert not out[0].isfinite().all()
     assert not out[3].isfinite().any()
     clean = rows.clone()
     clean[0], clean[3] = 0, 0
-    expected = grouped_expert_mlp(clean, (4,), [make_weights({}, torch.float32, 0)], backend="triton")
+    expected = grouped_expert_mlp(clean, (4,), [make_weights(SWIGLU, torch.float32, 0)], backend="triton")
     assert torch.equal(out[1:3], expected[1:3])
 
 
@@ -223,20 +223,20 @@ def test_a_whole_block(tokens: int, top_k: int, experts: int, seed: int):
     index = torch.randint(-1, experts + 1, (tokens, top_k), generator=generator)  # -1 and E: held elsewhere
     routing = torch.rand(tokens, top_k, generator=generator)
     x = make_rows(tokens, torch.float32, seed=seed)
-    weights = [make_weights({}, torch.float32, number) for number in range(experts)]
+    weights = [make_weights(SWIGLU, torch.float32, number) for number in range(experts)]
     _, gate_up, down = operands_of([0] * experts, weights)
     out = moe(x, index, routing, ExpertOperands(gate_up, down))
     expected = torch.zeros(tokens, HIDDEN, dtype=torch.float64)
     for token in range(tokens):
         for k in range(top_k):
             if 0 <= (expert := int(index[token, k])) < experts:
-                row = in_float64(x[token : token + 1], (1,), [weights[expert]], {})[0]
+                row = in_float64(x[token : token + 1], (1,), [weights[expert]], SWIGLU)[0]
                 expected[token] += routing[token, k].double() * row
     assert (out.double() - expected).abs().max() <= 3e-6 * max(expected.abs().max().item(), 1e-3)
 
 
 def test_groups_that_fit_no_step_are_refused():
     """int4 groups of a width that fits no tile raise an error that names the width."""
-    weights = [make_weights({}, torch.float32, 0, 60, 60).quantised(4, 12)]
+    weights = [make_weights(SWIGLU, torch.float32, 0, 60, 60).quantised(4, 12)]
     with pytest.raises(ValueError, match="groups of 12 columns"):
         grouped_expert_mlp(make_rows(1, torch.float32, 60), (1,), weights, backend="triton")

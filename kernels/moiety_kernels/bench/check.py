@@ -9,10 +9,11 @@ import torch
 
 from moiety_kernels.gpu.expert_mlp import ExpertOperands, moe, sorted_expert_mlp
 from moiety_kernels.gpu.gating import gating
+from moiety_kernels.gpu.models import CLAMPED
 from moiety_kernels.gpu.operand import operands_of
 from moiety_kernels.gpu.permute import sort_by_expert
 from moiety_kernels.gpu.row_fp8 import dequantise_rows, quantise_rows
-from moiety_kernels.reference.expert_mlp import activate
+from moiety_kernels.reference.activation import SWIGLU, Activation, activate
 from moiety_kernels.reference.gating import Gate, gating_reference
 from moiety_kernels.weights.expert_weights import ExpertWeights
 from moiety_kernels.weights.fp8 import Fp8Matrix
@@ -24,7 +25,6 @@ from moiety_kernels.weights.mxfp4 import Mxfp4Matrix
 # Largest error over the largest output: two products of up to 2048 terms, with one rounding of the row between them.
 BOUNDS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 KINDS = ("plain", "int8", "int4", "fp8", "mxfp4")
-CLAMPED = {"activation": "swiglu_clamped", "interleaved": True, "limit": 7.0, "alpha": 1.702}
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +53,8 @@ def check_all(device: str, small: bool) -> Iterator[Checked]:
     for kind in KINDS:
         for dtype in (torch.bfloat16,) if kind != "plain" else BOUNDS:
             for counts in batches:
-                for options in ({}, CLAMPED):
-                    yield _experts(device, kind, dtype, counts, hidden, inner, options)
+                for activation in (SWIGLU, CLAMPED):
+                    yield _experts(device, kind, dtype, counts, hidden, inner, activation)
     yield _block(device, 3 if small else 200, hidden, inner)
     for name, gate in (
         ("softmax", Gate(4, renormalise=True)),
@@ -99,7 +99,7 @@ def _weights(device: str, kind: str, dtype: torch.dtype, hidden: int, inner: int
     return ExpertWeights(matrix(2 * inner, hidden), matrix(hidden, inner), *biases)
 
 
-def _exact(rows: torch.Tensor, expert: ExpertWeights, options: dict[str, object]) -> torch.Tensor:
+def _exact(rows: torch.Tensor, expert: ExpertWeights, activation: Activation) -> torch.Tensor:
     """Runs `rows` through one expert in float64, with the values that its weights have after quantisation."""
     plain = expert.dequantised(torch.float64)
     assert isinstance(plain.gate_up, torch.Tensor)
@@ -107,7 +107,7 @@ def _exact(rows: torch.Tensor, expert: ExpertWeights, options: dict[str, object]
     projected = rows.double() @ plain.gate_up.double().T
     if plain.gate_up_bias is not None:
         projected += plain.gate_up_bias.double()
-    out = activate(projected, **options) @ plain.down.double().T  # type: ignore[arg-type]
+    out = activate(projected, activation) @ plain.down.double().T
     return out if plain.down_bias is None else out + plain.down_bias.double()
 
 
@@ -118,16 +118,16 @@ def _experts(
     counts: tuple[int, ...],
     hidden: int,
     inner: int,
-    options: dict[str, object],
+    activation: Activation,
 ) -> Checked:
     """Runs sorted rows through random experts with `sorted_expert_mlp`, and compares the outputs with `_exact`."""
-    experts = [_weights(device, kind, dtype, hidden, inner, bool(options)) for _ in counts]
+    experts = [_weights(device, kind, dtype, hidden, inner, activation is CLAMPED) for _ in counts]
     rows = torch.randn(sum(counts), hidden, device=device).to(dtype)
     offsets, gate_up, down = operands_of(counts, experts)
-    out = sorted_expert_mlp(rows, offsets, ExpertOperands(gate_up, down, **options))  # type: ignore[arg-type]
-    exact = torch.cat([_exact(part, e, options) for part, e in zip(rows.split(list(counts)), experts, strict=True)])
+    out = sorted_expert_mlp(rows, offsets, ExpertOperands(gate_up, down, activation))
+    exact = torch.cat([_exact(part, e, activation) for part, e in zip(rows.split(list(counts)), experts, strict=True)])
     error = ((out.double() - exact).abs().max() / exact.abs().max()).item()
-    name = f"experts, {kind}, {str(dtype).removeprefix('torch.')}, rows {counts}{', gpt-oss' if options else ''}"
+    name = f"experts, {kind}, {str(dtype).removeprefix('torch.')}, rows {counts}{', gpt-oss' if activation is CLAMPED else ''}"
     return Checked(name, error, BOUNDS[dtype])
 
 
@@ -142,5 +142,5 @@ def _block(device: str, tokens: int, hidden: int, inner: int) -> Checked:
     exact = torch.zeros(tokens, hidden, dtype=torch.float64, device=device)
     for number, expert in enumerate(experts):
         share = (weights * (index == number)).sum(1, keepdim=True).double()
-        exact += share * _exact(x, expert, {})
+        exact += share * _exact(x, expert, SWIGLU)
     return Checked("a whole block", ((out.double() - exact).abs().max() / exact.abs().max()).item(), BOUNDS[dtype])

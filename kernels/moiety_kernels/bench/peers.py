@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from moiety_kernels.gpu.expert_mlp import ExpertOperands
-from moiety_kernels.reference.expert_mlp import activate
+from moiety_kernels.reference.activation import activate
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,12 +39,9 @@ Function = Callable[[], torch.Tensor]
 
 def _activated(work: Work, projected: torch.Tensor) -> torch.Tensor:
     """Adds the gate and up bias to `projected` [R, 2I] and applies the activation, both in eager torch: [R, I]."""
-    e = work.experts
-    if e.gate_up.bias is not None:
-        projected = projected + e.gate_up.bias[work.expert_of]
-    return activate(
-        projected, activation=e.activation, gated=e.gated, interleaved=e.interleaved, limit=e.limit, alpha=e.alpha
-    )
+    if work.experts.gate_up.bias is not None:
+        projected = projected + work.experts.gate_up.bias[work.expert_of]
+    return activate(projected, work.experts.activation)
 
 
 def grouped_mm(work: Work) -> Function | None:

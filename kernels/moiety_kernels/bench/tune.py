@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import product
 from math import exp, log
-from typing import Any
 
 import torch
 
@@ -15,9 +14,7 @@ from moiety_kernels.bench.table import work_of
 from moiety_kernels.gpu.decode import decode_gemm
 from moiety_kernels.gpu.grouped_gemm import grouped_gemm
 from moiety_kernels.gpu.models import Model, experts_of
-from moiety_kernels.gpu.tiles import DECODE_ROWS, TABLE, Tile
-
-SHARED = 227 * 1024  # bytes of shared memory that a program may use on sm_90
+from moiety_kernels.gpu.tiles import DECODE_ROWS, SHARED, TABLE, Tile
 
 
 def candidates(gated: bool, largest: int | None) -> Iterator[Tile]:
@@ -87,13 +84,11 @@ def _times(
     x = work.rows if gated else torch.randn(rows, model.intermediate, device=clock.device).to(dtype)
     out = torch.empty(rows, model.intermediate if gated else model.hidden, dtype=dtype, device=clock.device)
     gemm = decode_gemm if largest is not None and largest <= DECODE_ROWS else grouped_gemm
-    options: dict[str, Any] = {}
-    if gated:
-        options = {"activation": experts.activation, "gated": True, "interleaved": experts.interleaved}
-        options |= {"limit": experts.limit, "alpha": experts.alpha}
+    activation = experts.activation if gated else None
+    launch = partial(gemm, x, work.offsets, matrices, out, rows=rows, activation=activation)
     for tile in tiles:
         try:
-            seconds, _ = clock.seconds(partial(gemm, x, work.offsets, matrices, out, rows=rows, tile=tile, **options))
+            seconds, _ = clock.seconds(partial(launch, tile=tile))
         except Exception as error:  # this version of Triton cannot compile or launch the tile
             if "CUDA error" in str(error):
                 raise  # the device is lost: all later times would be wrong

@@ -13,7 +13,6 @@
 #include <cstring>
 #include <vector>
 
-#include "attention_call.h"
 #include "attention_worker.h"
 #include "numbers.h"
 #include "softmax.h"
@@ -25,7 +24,7 @@ constexpr std::int64_t work_worth_thread = 1 << 20;       // multiply-adds per t
 constexpr std::int64_t floats_worth_splitting = 4 << 20;  // the most floats of partial results
 
 template <class T>
-void paged_attention(const Call& call, int threads) {
+void paged_attention(const AttentionCall& call) {
     struct Part {
         std::int64_t unit, split;
     };
@@ -40,17 +39,17 @@ void paged_attention(const Call& call, int threads) {
         work += (unit.last - unit.first) * unit.rows() * (call.key_width + call.value_width);
         rows = std::max(rows, unit.rows());
     }
-    threads = static_cast<int>(std::clamp<std::int64_t>(work / work_worth_thread, 1, threads));
+    const int threads = static_cast<int>(std::clamp<std::int64_t>(work / work_worth_thread, 1, call.threads));
     const std::int64_t count = units.size(), part_count = parts.size();
     const std::int64_t width = Worker<T>::padded(call.value_width), floats = State::floats(rows, width);
     // With few units per thread, the threads share the splits instead. The parts are then merged in the same order.
     const bool shared = count < 4 * threads && part_count > count && part_count * floats <= floats_worth_splitting;
-    static thread_local Buffer partial_results;
+    static thread_local Scratch partial_results;
     float* const partial = shared && threads > 1 ? partial_results.at_least(part_count * floats) : nullptr;
 
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-        static thread_local Buffer scratch;
+        static thread_local Scratch scratch;
         float* const results = scratch.at_least(2 * floats);  // of a unit: its total, and one part
         Worker<T> worker(call);
         if (partial) {
@@ -84,31 +83,17 @@ void paged_attention(const Call& call, int threads) {
 
 extern "C" {
 
-// Strides are in elements. sinks and bias may be null; window, chunk and softcap are 0 where they do not apply.
-void moiety_paged_attention(int element_bytes, const void* query, std::int64_t query_token, std::int64_t query_head,
-                            const void* keys, std::int64_t key_block, std::int64_t key_group, std::int64_t key_position,
-                            const void* values, std::int64_t value_block, std::int64_t value_group,
-                            std::int64_t value_position, const std::int32_t* tables, std::int64_t table_row,
-                            const std::int32_t* sequence, const std::int32_t* length, const float* sinks, const float* bias,
-                            std::int64_t biases, void* output, std::int64_t tokens, std::int64_t heads,
-                            std::int64_t groups, std::int64_t key_width, std::int64_t value_width, std::int64_t page,
-                            std::int64_t window, std::int64_t chunk, float scale, float softcap, int threads) {
-    const moiety::Call call{query,       keys,      values,       output,      tables,      sequence,
-                            length,      sinks,     bias,        biases,      query_token,  query_head,  key_block,   key_group,
-                            key_position, value_block, value_group, value_position, table_row, tokens,
-                            heads,       groups,    key_width,    value_width, page,        window,
-                            chunk,       scale,     softcap};
-    if (element_bytes == sizeof(float)) moiety::paged_attention<float>(call, threads);
-    else moiety::paged_attention<moiety::bf16>(call, threads);
+void moiety_paged_attention(const moiety::AttentionCall& call) {
+    if (call.element_bytes == sizeof(float)) moiety::paged_attention<float>(call);
+    else moiety::paged_attention<moiety::bf16>(call);
 }
 
-// Copies `rows` [T, G, bytes] to their slots of a pool of blocks [G, page, bytes]. Strides and widths are in bytes.
-void moiety_paged_store(char* pool, std::int64_t block, std::int64_t group, std::int64_t position, const char* rows,
-                        std::int64_t row_token, std::int64_t row_group, const std::int64_t* slots, std::int64_t tokens,
-                        std::int64_t groups, std::int64_t bytes, std::int64_t page) {
-    for (std::int64_t t = 0; t < tokens; ++t) {
-        char* to = pool + slots[t] / page * block + slots[t] % page * position;
-        for (std::int64_t g = 0; g < groups; ++g) std::memcpy(to + g * group, rows + t * row_token + g * row_group, bytes);
+void moiety_paged_store(const moiety::StoreCall& call) {
+    for (std::int64_t t = 0; t < call.tokens; ++t) {
+        char* to = call.pool + call.slots[t] / call.page * call.block + call.slots[t] % call.page * call.position;
+        const char* from = call.rows + t * call.row_token;
+        for (std::int64_t g = 0; g < call.groups; ++g)
+            std::memcpy(to + g * call.group, from + g * call.row_group, call.bytes);
     }
 }
 

@@ -1,11 +1,11 @@
 // What one thread of a call of paged attention does: it computes units, split by split and tile by tile.
 #pragma once
 
-#include <cstdlib>
 #include <type_traits>
 
-#include "attention_call.h"
+#include "attention_units.h"
 #include "rows.h"
+#include "scratch.h"
 #include "softmax.h"
 
 namespace moiety {
@@ -14,33 +14,12 @@ namespace {  // for attention.cpp alone: symbols stay local to it
 constexpr std::int64_t columns_at_once = 64;  // columns of values: four vectors, so four rows have 16 sums in registers
 constexpr int rows_worth_copying = 8;         // from so many rows on, keys and values are first converted to float32
 
-// Aligned floats, kept between calls and only ever grown, so that a warm step allocates nothing.
-class Buffer {
-   public:
-    Buffer() = default;
-    Buffer(const Buffer&) = delete;
-    Buffer& operator=(const Buffer&) = delete;
-    ~Buffer() { std::free(floats_); }
-    float* at_least(std::int64_t count) {
-        if (count > count_) {
-            std::free(floats_);
-            count_ = (count + 1023) / 1024 * 1024;
-            floats_ = static_cast<float*>(std::aligned_alloc(64, count_ * sizeof(float)));
-        }
-        return floats_;
-    }
-
-   private:
-    float* floats_ = nullptr;
-    std::int64_t count_ = 0;
-};
-
 template <class T>
 class Worker {
    public:
-    explicit Worker(const Call& call)
+    explicit Worker(const AttentionCall& call)
         : call_(call), width_(padded(call.value_width)), query_width_(padded(call.key_width)) {
-        static thread_local Buffer queries, keys;
+        static thread_local Scratch queries, keys;
         queries_ = queries.at_least(rows_at_once * query_width_);
         keys_ = keys.at_least(16 * query_width_);
     }
@@ -207,7 +186,7 @@ class Worker {
             }
     }
 
-    const Call& call_;
+    const AttentionCall& call_;
     const std::int64_t width_, query_width_;
     float *queries_, *keys_;
     Places places_[2];

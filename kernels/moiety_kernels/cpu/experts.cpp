@@ -6,41 +6,18 @@
 #include <utility>
 #include <vector>
 
+#include "calls.h"
+#include "exponential.h"
 #include "product.h"
+#include "scratch.h"
 
 namespace moiety {
 namespace {
 
-// In the order of ACTIVATIONS in reference/expert_mlp.py.
+// In the order of ACTIVATIONS in reference/activation.py.
 enum Activation { silu, gelu, gelu_tanh, relu, relu2, swiglu_clamped };
 
-struct Kind {
-    int activation;
-    bool gated, interleaved, limited;
-    float limit, alpha;
-};
-
-// Cephes' expf: within 1 ulp, clamped to the range where the result is a normal number and does not overflow.
-inline __m512 exponential(__m512 x) {
-    x = _mm512_min_ps(_mm512_max_ps(x, _mm512_set1_ps(-87.3365f)), _mm512_set1_ps(88.3762f));
-    const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504088896341f)), 0);
-    x = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
-    x = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), x);
-    __m512 y = _mm512_set1_ps(1.9875691500e-4f);
-    for (const float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
-        y = _mm512_fmadd_ps(y, x, _mm512_set1_ps(c));
-    y = _mm512_add_ps(_mm512_fmadd_ps(y, _mm512_mul_ps(x, x), x), _mm512_set1_ps(1.0f));
-    return _mm512_scalef_ps(y, n);
-}
-
-// 1 / (1 + exp(-x)); NaN stays NaN.
-inline __m512 sigmoid(__m512 x) {
-    const __m512 one = _mm512_set1_ps(1.0f);
-    const __m512 value = _mm512_div_ps(one, _mm512_add_ps(one, exponential(_mm512_sub_ps(_mm512_setzero_ps(), x))));
-    return _mm512_mask_mov_ps(value, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), x);
-}
-
-inline __m512 apply(int activation, __m512 x) {
+inline __m512 apply(int64_t activation, __m512 x) {
     const __m512 zero = _mm512_setzero_ps();
     switch (activation) {
         case silu: return _mm512_mul_ps(x, sigmoid(x));
@@ -64,21 +41,21 @@ inline __m512 apply(int activation, __m512 x) {
     }
 }
 
-// `activate` of reference/expert_mlp.py for 16 columns, rounded to T wherever torch would store a tensor.
+// `activate` of reference/activation.py for 16 columns, rounded to T wherever torch would store a tensor.
 template <class T>
-inline __m512 activate(const Kind& kind, __m512 gate, __m512 up) {
-    if (!kind.gated) return rounded<T>(apply(kind.activation, gate));
-    if (kind.limited) {
-        const __m512 limit = rounded<T>(_mm512_set1_ps(kind.limit)), least = rounded<T>(_mm512_set1_ps(-kind.limit));
+inline __m512 activate(const ExpertsCall& call, __m512 gate, __m512 up) {
+    if (!call.gated) return rounded<T>(apply(call.activation, gate));
+    if (call.limit < INFINITY) {
+        const __m512 limit = rounded<T>(_mm512_set1_ps(call.limit)), least = rounded<T>(_mm512_set1_ps(-call.limit));
         gate = _mm512_min_ps(limit, gate);
         up = _mm512_max_ps(least, _mm512_min_ps(limit, up));
     }
-    if (kind.activation == swiglu_clamped) {
-        const __m512 scaled = rounded<T>(_mm512_mul_ps(gate, _mm512_set1_ps(kind.alpha)));
+    if (call.activation == swiglu_clamped) {
+        const __m512 scaled = rounded<T>(_mm512_mul_ps(gate, _mm512_set1_ps(call.alpha)));
         const __m512 gated = rounded<T>(_mm512_mul_ps(gate, rounded<T>(sigmoid(scaled))));
         return rounded<T>(_mm512_mul_ps(rounded<T>(_mm512_add_ps(up, _mm512_set1_ps(1.0f))), gated));
     }
-    return rounded<T>(_mm512_mul_ps(rounded<T>(apply(kind.activation, gate)), up));
+    return rounded<T>(_mm512_mul_ps(rounded<T>(apply(call.activation, gate)), up));
 }
 
 template <class T, class W>
@@ -102,20 +79,18 @@ inline __m512 finished(const float* sums, const float* heads, int64_t row, const
 
 // Computes inner columns [begin, begin + count). A row's sums are [gate: 32 | up: 32], or alternate like the weights.
 template <class T, class W>
-void project(const Kind& kind, const Expert<T, W>& expert, const float* packed, T* inner, int64_t hidden, int64_t intermediate,
-             int64_t begin, int64_t count) {
+void project(const ExpertsCall& call, const Expert<T, W>& expert, const float* packed, T* inner, int64_t begin, int64_t count) {
     constexpr int64_t half = chunk_columns / 2;
+    const int64_t hidden = call.hidden, intermediate = call.intermediate;
     for_row_tiles(expert.rows, [&](int64_t first_row, int64_t height) {
         alignas(64) float sums[tile_rows * chunk_columns];
         const float* x = packed + (expert.begin + first_row) * packed_row<W>(hidden);
         const auto multiply = [&](int64_t column, int64_t columns, float* out) {
             product(x, height, expert.gate_up, column, columns, hidden, out, chunk_columns);
         };
-        if (kind.interleaved)
-            multiply(2 * begin, 2 * count, sums);
-        else
-            multiply(begin, count, sums);
-        if (kind.gated && !kind.interleaved) multiply(intermediate + begin, count, sums + half);
+        const int64_t columns = call.interleaved ? 2 : 1;  // of weights per inner column
+        multiply(columns * begin, columns * count, sums);
+        if (call.gated && !call.interleaved) multiply(intermediate + begin, count, sums + half);
         for (int64_t r = 0; r < height; ++r) {
             const auto projected = [&](int64_t at, int64_t column, int64_t some) {
                 return finished<T, W>(sums + r * chunk_columns + at, x, r, expert.gate_up, expert.gate_up_bias, column, some);
@@ -123,7 +98,7 @@ void project(const Kind& kind, const Expert<T, W>& expert, const float* packed, 
             for (int64_t i = 0; i < count; i += 16) {
                 const int64_t some = count - i;
                 __m512 gate, up = _mm512_setzero_ps();
-                if (kind.interleaved) {
+                if (call.interleaved) {
                     const __m512 low = projected(2 * i, 2 * (begin + i), 2 * some);
                     const __m512 high = some > 8 ? projected(2 * i + 16, 2 * (begin + i) + 16, 2 * some - 16) : up;
                     const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
@@ -131,9 +106,9 @@ void project(const Kind& kind, const Expert<T, W>& expert, const float* packed, 
                     up = _mm512_permutex2var_ps(low, _mm512_add_epi32(even, _mm512_set1_epi32(1)), high);
                 } else {
                     gate = projected(i, begin + i, some);
-                    if (kind.gated) up = projected(half + i, intermediate + begin + i, some);
+                    if (call.gated) up = projected(half + i, intermediate + begin + i, some);
                 }
-                store(inner + (expert.begin + first_row + r) * intermediate + begin + i, some, activate<T>(kind, gate, up));
+                store(inner + (expert.begin + first_row + r) * intermediate + begin + i, some, activate<T>(call, gate, up));
             }
         }
     });
@@ -141,8 +116,9 @@ void project(const Kind& kind, const Expert<T, W>& expert, const float* packed, 
 
 // Computes output columns [begin, begin + count).
 template <class T, class W>
-void contract(const Expert<T, W>& expert, const float* packed, T* out, int64_t hidden, int64_t intermediate, int64_t begin,
-              int64_t count) {
+void contract(const ExpertsCall& call, const Expert<T, W>& expert, const float* packed, int64_t begin, int64_t count) {
+    T* const out = static_cast<T*>(call.out);
+    const int64_t hidden = call.hidden, intermediate = call.intermediate;
     for_row_tiles(expert.rows, [&](int64_t first_row, int64_t height) {
         alignas(64) float sums[tile_rows * chunk_columns];
         const float* x = packed + (expert.begin + first_row) * packed_row<W>(intermediate);
@@ -167,24 +143,28 @@ void share_out(const Experts& experts, int64_t width, int64_t columns, Body body
 }
 
 template <class T, class W>
-void experts(const T* rows, int64_t ldx, const int64_t* counts, const void* const* tensors, int64_t number, T* out,
-             int64_t hidden, int64_t intermediate, int64_t gate_up_group, int64_t down_group, const Kind& kind, int threads) {
+void experts(const ExpertsCall& call) {
     static thread_local Scratch row_scratch, inner_scratch, packed_scratch;
+    const T* const rows = static_cast<const T*>(call.rows);
+    const int64_t ldx = call.row_stride, hidden = call.hidden, intermediate = call.intermediate;
     std::vector<Expert<T, W>> active;
     int64_t total = 0;
-    for (int64_t e = 0; e < number; ++e, tensors += 8) {
-        if (counts[e])
-            active.push_back({Matrix<W>::of(tensors, hidden, gate_up_group), Matrix<W>::of(tensors + 3, intermediate, down_group),
-                              static_cast<const T*>(tensors[6]), static_cast<const T*>(tensors[7]), total, counts[e]});
-        total += counts[e];
+    const void* const* tensors = call.tensors;
+    for (int64_t e = 0; e < call.experts; ++e, tensors += 8) {
+        const int64_t count = call.counts[e];
+        if (count)
+            active.push_back({Matrix<W>::of(tensors, hidden, call.gate_up_group),
+                              Matrix<W>::of(tensors + 3, intermediate, call.down_group), static_cast<const T*>(tensors[6]),
+                              static_cast<const T*>(tensors[7]), total, count});
+        total += count;
     }
-    const int64_t products = hidden * intermediate * (kind.gated ? 3 : 2);  // per row
-    threads = worth_threads(products * static_cast<int64_t>(active.size()) * static_cast<int64_t>(sizeof(T)),
-                            2 * products * total, threads);
-    float* packed = row_scratch.floats(total * packed_row<W>(hidden));
-    T* inner = reinterpret_cast<T*>(inner_scratch.floats(total * intermediate));
-    float* packed_inner = packed_scratch.floats(total * packed_row<W>(intermediate));
-    const int64_t inner_columns = kind.gated ? chunk_columns / 2 : chunk_columns;
+    const int64_t products = hidden * intermediate * (call.gated ? 3 : 2);  // per row
+    const int threads = worth_threads(products * static_cast<int64_t>(active.size()) * static_cast<int64_t>(sizeof(T)),
+                                      2 * products * total, call.threads);
+    float* packed = row_scratch.at_least(total * packed_row<W>(hidden));
+    T* inner = reinterpret_cast<T*>(inner_scratch.at_least(total * intermediate));
+    float* packed_inner = packed_scratch.at_least(total * packed_row<W>(intermediate));
+    const int64_t inner_columns = call.gated ? chunk_columns / 2 : chunk_columns;
     const int64_t size = static_cast<int64_t>(active.size());
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
@@ -194,7 +174,7 @@ void experts(const T* rows, int64_t ldx, const int64_t* counts, const void* cons
             pack<W>(rows + begin * ldx, ldx, count, hidden, packed + begin * packed_row<W>(hidden));
         }
         share_out(active, intermediate, inner_columns, [&](const Expert<T, W>& expert, int64_t begin, int64_t count) {
-            project(kind, expert, packed, inner, hidden, intermediate, begin, count);
+            project(call, expert, packed, inner, begin, count);
         });
 #pragma omp for schedule(dynamic, 1)
         for (int64_t e = 0; e < size; ++e) {
@@ -203,7 +183,7 @@ void experts(const T* rows, int64_t ldx, const int64_t* counts, const void* cons
                     packed_inner + begin * packed_row<W>(intermediate));
         }
         share_out(active, hidden, chunk_columns, [&](const Expert<T, W>& expert, int64_t begin, int64_t count) {
-            contract(expert, packed_inner, out, hidden, intermediate, begin, count);
+            contract(call, expert, packed_inner, begin, count);
         });
     }
 }
@@ -212,17 +192,9 @@ void experts(const T* rows, int64_t ldx, const int64_t* counts, const void* cons
 }  // namespace moiety
 
 using moiety::bf16;
-using std::int64_t;
 
-// `tensors` holds eight pointers per expert: codes, scales and zero points of gate_up [O, D], the same of down [D, I] (null
-// where there are none), then the biases [O] and [D] (or null). The groups are the numbers that Python's `layout_of` returns.
-#define MOIETY_EXPERTS(name, T, W)                                                                                            \
-    void name(const T* rows, int64_t ldx, const int64_t* counts, const void* const* tensors, int64_t number, T* out,          \
-              int64_t hidden, int64_t intermediate, int64_t gate_up_group, int64_t down_group, int activation, int gated,     \
-              int interleaved, int limited, float limit, float alpha, int threads) {                                          \
-        moiety::experts<T, W>(rows, ldx, counts, tensors, number, out, hidden, intermediate, gate_up_group, down_group,       \
-                              {activation, gated != 0, interleaved != 0, limited != 0, limit, alpha}, threads);               \
-    }
+#define MOIETY_EXPERTS(name, T, W) \
+    void name(const moiety::ExpertsCall& call) { moiety::experts<T, W>(call); }
 
 #define MOIETY_EXPERTS_OF(suffix, W)                    \
     MOIETY_EXPERTS(moiety_experts_f32##suffix, float, W) \

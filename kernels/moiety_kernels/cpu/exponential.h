@@ -1,12 +1,13 @@
-// e^x and tanh x of float32 vectors, with error bounds.
+// e^x, sigmoid and tanh of float32 vectors, with error bounds.
 #pragma once
 
 #include <immintrin.h>
 
 namespace moiety {
 
-// e^x for x <= 0: an exact 0 below -150, NaN for NaN, within 0.9 units in the last place of a normal result. The argument
-// is reduced by ln 2 in two parts, and the remainder goes into a minimax polynomial of degree 6.
+// e^x for x up to 200: an exact 0 below -150, infinity where a float overflows, NaN for NaN, within 0.9 units in the last
+// place of a normal result. The argument is reduced by ln 2 in two parts, and the remainder goes into a minimax polynomial of
+// degree 6.
 inline __m512 exponential(__m512 x) {
     x = _mm512_max_ps(_mm512_set1_ps(-200.0f), x);
     const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT);
@@ -19,6 +20,13 @@ inline __m512 exponential(__m512 x) {
 }
 
 inline float exponential(float x) { return _mm512_cvtss_f32(exponential(_mm512_set1_ps(x))); }
+
+// 1 / (1 + e^-x), within 2.5 units in the last place of a normal result; 0 below -89, NaN for NaN.
+inline __m512 sigmoid(__m512 x) {
+    const __m512 one = _mm512_set1_ps(1.0f);
+    const __m512 opposite = _mm512_min_ps(_mm512_set1_ps(200.0f), _mm512_sub_ps(_mm512_setzero_ps(), x));
+    return _mm512_div_ps(one, _mm512_add_ps(one, exponential(opposite)));
+}
 
 // tanh x within 1.5 units in the last place. Near 0, where 1 - e^-2x would cancel, the odd polynomial of Cephes' tanhf.
 inline __m512 hyperbolic_tangent(__m512 x) {

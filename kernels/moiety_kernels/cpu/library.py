@@ -8,11 +8,11 @@ import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch  # noqa: F401  # load torch's libgomp first, so that the library shares its threads
 
 from moiety_kernels.cpu.build import built
+from moiety_kernels.cpu.calls import CALLS
 
 SWITCH = "MOIETY_CPU_KERNELS"  # "off": compute with torch
 COMMAND = "python -m moiety_kernels.cpu"
@@ -24,18 +24,29 @@ _log = logging.getLogger(__name__)
 
 
 class Library:
-    """The loaded library. ctypes releases the GIL during calls; threads come from torch's OpenMP pool."""
+    """The loaded library. ctypes releases the GIL during calls; threads come from torch's OpenMP pool.
+
+    Raises RuntimeError if a struct of `calls.h` does not have the size of its mirror in `calls.py`.
+    """
 
     def __init__(self, path: Path, cpu: frozenset[str]):
         self.path, self.cpu = path, cpu
         self.pairs = cpu >= BF16 and cpu_vendor() == "AuthenticAMD"  # whether vdpbf16ps is faster, see packing.h
         self._library = ctypes.CDLL(str(path))
         self._functions: dict[str, Callable[..., None] | None] = {}
+        for call, size in zip(
+            CALLS, (ctypes.c_int64 * len(CALLS)).in_dll(self._library, "moiety_call_bytes"), strict=True
+        ):
+            if ctypes.sizeof(call) != size:
+                sizes = f"calls.py has {ctypes.sizeof(call)} bytes: must have {size}"
+                raise RuntimeError(f"{call.__name__} of {sizes}, as in calls.h")
 
-    def function(self, name: str, *arguments: Any, isa: frozenset[str] = frozenset()) -> Callable[..., None] | None:
+    def function(
+        self, name: str, call: type[ctypes.Structure], isa: frozenset[str] = frozenset()
+    ) -> Callable[..., None] | None:
         """Returns the C++ function `name`; None if this CPU lacks an instruction set extension of `isa`, logged once.
 
-        `arguments` are the ctypes types of the C++ function's arguments. The C++ function has no return value.
+        The function returned takes the fields of `call` as keyword arguments.
         """
         if name not in self._functions:
             if missing := isa - self.cpu:
@@ -45,8 +56,8 @@ class Library:
                 self._functions[name] = None
             else:
                 function = self._library[name]
-                function.argtypes, function.restype = arguments, None
-                self._functions[name] = function
+                function.argtypes, function.restype = (ctypes.POINTER(call),), None
+                self._functions[name] = lambda **fields: function(call(**fields))
         return self._functions[name]
 
 

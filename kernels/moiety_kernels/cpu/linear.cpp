@@ -1,19 +1,24 @@
 // y = x w^T + bias: for the few rows of a decode step, or for any number of rows where bits must not depend on the batch.
 
+#include "calls.h"
 #include "product.h"
+#include "scratch.h"
 
 namespace moiety {
 namespace {
 
 constexpr int64_t rows_at_once = 192;  // packed rows at D = 1024 take 768 KiB, which leaves room in L2 for a chunk of weights
 
-template <class W, class T>
-void linear(const T* x, int64_t ldx, const T* w, int64_t ldw, const T* bias, T* y, int64_t rows, int64_t depth, int64_t width,
-            int threads) {
+template <class T, class W>
+void linear(const LinearCall& call) {
+    const T *x = static_cast<const T*>(call.x), *const bias = static_cast<const T*>(call.bias);
+    T* y = static_cast<T*>(call.out);
+    const int64_t ldx = call.x_stride, rows = call.rows, depth = call.depth, width = call.width;
     static thread_local Scratch scratch;
-    float* packed = scratch.floats(std::min(rows, rows_at_once) * packed_row<W>(depth));
-    const Matrix<W> weights{w, nullptr, ldw};
-    threads = worth_threads(width * depth * sizeof(T), 2 * std::min(rows, rows_at_once) * width * depth, threads);
+    float* packed = scratch.at_least(std::min(rows, rows_at_once) * packed_row<W>(depth));
+    const Matrix<W> weights{static_cast<const T*>(call.weight), nullptr, call.weight_stride};
+    const int64_t flops = 2 * std::min(rows, rows_at_once) * width * depth;
+    const int threads = worth_threads(width * depth * sizeof(T), flops, call.threads);
     const int64_t chunks = (width + chunk_columns - 1) / chunk_columns;
     for (int64_t start = 0; start < rows; start += rows_at_once, x += rows_at_once * ldx, y += rows_at_once * width) {
         const int64_t some = std::min(rows_at_once, rows - start);
@@ -40,23 +45,11 @@ void linear(const T* x, int64_t ldx, const T* w, int64_t ldw, const T* bias, T* 
 }  // namespace moiety
 
 using moiety::bf16;
-using std::int64_t;
 
 extern "C" {
 
-void moiety_linear_f32(const float* x, int64_t ldx, const float* w, int64_t ldw, const float* bias, float* y, int64_t rows,
-                       int64_t depth, int64_t width, int threads) {
-    moiety::linear<float>(x, ldx, w, ldw, bias, y, rows, depth, width, threads);
-}
-
-void moiety_linear_bf16(const bf16* x, int64_t ldx, const bf16* w, int64_t ldw, const bf16* bias, bf16* y, int64_t rows,
-                        int64_t depth, int64_t width, int threads) {
-    moiety::linear<bf16>(x, ldx, w, ldw, bias, y, rows, depth, width, threads);
-}
-
-void moiety_linear_bf16_pairs(const bf16* x, int64_t ldx, const bf16* w, int64_t ldw, const bf16* bias, bf16* y, int64_t rows,
-                              int64_t depth, int64_t width, int threads) {
-    moiety::linear<moiety::Pairs>(x, ldx, w, ldw, bias, y, rows, depth, width, threads);
-}
+void moiety_linear_f32(const moiety::LinearCall& call) { moiety::linear<float, float>(call); }
+void moiety_linear_bf16(const moiety::LinearCall& call) { moiety::linear<bf16, bf16>(call); }
+void moiety_linear_bf16_pairs(const moiety::LinearCall& call) { moiety::linear<bf16, moiety::Pairs>(call); }
 
 }

@@ -5,7 +5,6 @@
 #pragma once
 
 #include <algorithm>
-#include <memory>
 
 #include "matrices.h"
 
@@ -114,28 +113,9 @@ inline void product(const float* x, int64_t height, const M& w, int64_t begin, i
 }
 
 // Returns how many threads this work is worth, at most `most`.
-inline int worth_threads(int64_t bytes, int64_t flops, int most) {
+inline int worth_threads(int64_t bytes, int64_t flops, int64_t most) {
     const int64_t us = bytes / bytes_per_us + flops / flops_per_us;
     return static_cast<int>(std::clamp<int64_t>(us / us_worth_thread, 1, most));
 }
-
-// Memory for packed rows: one per calling thread and use, kept between calls.
-class Scratch {
-  public:
-    float* floats(int64_t count) {
-        if (count > size_) {
-            data_.reset(static_cast<float*>(::operator new(count * sizeof(float), std::align_val_t(64))));
-            size_ = count;
-        }
-        return data_.get();
-    }
-
-  private:
-    struct Delete {
-        void operator()(float* data) const { ::operator delete(data, std::align_val_t(64)); }
-    };
-    std::unique_ptr<float, Delete> data_;
-    int64_t size_ = 0;
-};
 
 }  // namespace moiety

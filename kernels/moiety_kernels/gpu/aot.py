@@ -31,9 +31,8 @@ from moiety_kernels.gpu.grouped_gemm import grouped_gemm
 from moiety_kernels.gpu.models import MODELS, experts_of
 from moiety_kernels.gpu.permute import permute, sort_by_expert, unpermute
 from moiety_kernels.gpu.row_fp8 import dequantise_rows, quantise_rows
-from moiety_kernels.gpu.tiles import TABLE
+from moiety_kernels.gpu.tiles import SHARED, TABLE
 
-SHARED = 227 * 1024  # bytes of shared memory that a program may use on sm_90
 TARGET = GPUTarget("cuda", 90, 32)
 TYPES = {
     torch.float32: "*fp32",
@@ -177,17 +176,9 @@ def compile_all(quick: bool = False) -> list[Compiled]:
             x = torch.empty(rows, model.hidden, dtype=torch.bfloat16, device="meta")
             offsets = torch.empty(model.experts + 1, dtype=torch.int32, device="meta")
             inner = torch.empty(rows, model.intermediate, dtype=torch.bfloat16, device="meta")
-            large = TABLE[-1][1:]
-            gates: dict[str, Any] = {
-                "activation": experts.activation,
-                "gated": True,
-                "interleaved": experts.interleaved,
-            }
-            gates |= {"limit": experts.limit, "alpha": experts.alpha}
-            for tile, options in zip(large, (gates, dict[str, Any]()), strict=True):
-                tile = replace(tile, descriptors=True, persistent=True)
-                first = (x, offsets, experts.gate_up, inner) if options else (inner, offsets, experts.down, x)
-                grouped_gemm(*first, rows=rows, tile=tile, **options)
+            first, second = (replace(tile, descriptors=True, persistent=True) for tile in TABLE[-1][1:])
+            grouped_gemm(x, offsets, experts.gate_up, inner, rows=rows, tile=first, activation=experts.activation)
+            grouped_gemm(inner, offsets, experts.down, x, rows=rows, tile=second)
         case = "permutation of 8192 tokens"
         x = torch.empty(8192, model.hidden, dtype=torch.bfloat16, device="meta")
         permutation = sort_by_expert(torch.empty(8192, 8, dtype=torch.int64, device="meta"), 128)

@@ -16,8 +16,9 @@ import triton.language as tl
 from moiety_kernels.gpu.grouped_gemm import grouped_gemm
 from moiety_kernels.gpu.numbers import narrowed
 from moiety_kernels.gpu.operand import Operand
-from moiety_kernels.gpu.product import activate, find_tile, matrix_rows, product, tiles_of
+from moiety_kernels.gpu.product import activate, find_tile, gate_options, matrix_rows, product, tiles_of
 from moiety_kernels.gpu.tiles import Tile, choose, fit_to_groups, split_count
+from moiety_kernels.reference.activation import Activation
 
 
 @triton.jit
@@ -153,11 +154,7 @@ def decode_gemm(
     out: torch.Tensor,
     *,
     rows: int,
-    activation: str = "none",
-    gated: bool = False,
-    interleaved: bool = False,
-    limit: float | None = None,
-    alpha: float | None = None,
+    activation: Activation | None = None,
     gather: torch.Tensor | None = None,
     gather_by: int = 1,
     slots: torch.Tensor | None = None,
@@ -170,8 +167,9 @@ def decode_gemm(
     If K has only one part, or there are no rows, this calls `grouped_gemm`.
     """
     width, depth = matrices.shape
-    n = width // 2 if gated else width
-    tile = fit_to_groups(tile or choose(rows, matrices.experts, n, depth, x.dtype, gated), matrices)
+    gates = gate_options(activation)
+    n = width // 2 if gates["GATED"] else width
+    tile = fit_to_groups(tile or choose(rows, matrices.experts, n, depth, x.dtype, gates["GATED"]), matrices)
     split = split or split_count(tile, rows, matrices.experts, n, depth, x.device)
     part_depth = triton.cdiv(triton.cdiv(depth, tile.depth), split) * tile.depth  # columns of K per part
     split = triton.cdiv(depth, part_depth)
@@ -183,10 +181,6 @@ def decode_gemm(
             out,
             rows=rows,
             activation=activation,
-            gated=gated,
-            interleaved=interleaved,
-            limit=limit,
-            alpha=alpha,
             gather=gather,
             gather_by=gather_by,
             slots=slots,
@@ -216,8 +210,8 @@ def decode_gemm(
         GROUP=matrices.group,
         GROUP_ROWS=matrices.group_rows,
         ALIGNED=matrices.aligned,
-        GATED=gated,
-        INTERLEAVED=interleaved,
+        GATED=gates["GATED"],
+        INTERLEAVED=gates["INTERLEAVED"],
         BM=tile.rows,
         BN=tile.columns,
         BK=tile.depth,
@@ -240,11 +234,7 @@ def decode_gemm(
         gather_by,
         partial.stride(0),
         **shared,
-        ACTIVATION=activation,
-        GATED=gated,
-        INTERLEAVED=interleaved,
-        LIMIT=limit,
-        ALPHA=alpha,
+        **gates,
         PARTS=split,
         BN=finish,
         num_warps=4,

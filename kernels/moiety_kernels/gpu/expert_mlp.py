@@ -15,19 +15,16 @@ from moiety_kernels.gpu.grouped_gemm import grouped_gemm
 from moiety_kernels.gpu.operand import Operand
 from moiety_kernels.gpu.permute import Permutation, sort_by_expert
 from moiety_kernels.gpu.tiles import DECODE_ROWS, FIXED, FLOAT32
+from moiety_kernels.reference.activation import SWIGLU, Activation
 
 
 @dataclass(frozen=True, slots=True)
 class ExpertOperands:
-    """The matrices of E experts and the activation between them, defined by `activate` in `reference/expert_mlp.py`."""
+    """The matrices of E experts and the activation between them."""
 
     gate_up: Operand  # [O, D] each, O = 2I when gated, else I
     down: Operand  # [D, I] each
-    activation: str = "silu"
-    gated: bool = True
-    interleaved: bool = False
-    limit: float | None = None
-    alpha: float | None = None
+    activation: Activation = SWIGLU
 
 
 def sorted_expert_mlp(
@@ -68,10 +65,6 @@ def sorted_expert_mlp(
         inner,
         rows=rows,
         activation=experts.activation,
-        gated=experts.gated,
-        interleaved=experts.interleaved,
-        limit=experts.limit,
-        alpha=experts.alpha,
         gather=gather,
         gather_by=gather_by,
         x_scale=x_scale,

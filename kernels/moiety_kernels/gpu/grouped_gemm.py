@@ -12,8 +12,9 @@ import triton.language as tl
 from moiety_kernels.gpu.descriptors import allow_scratch, describable, described_product
 from moiety_kernels.gpu.numbers import narrowed
 from moiety_kernels.gpu.operand import Operand
-from moiety_kernels.gpu.product import activate, find_tile, matrix_rows, product, tiles_of
+from moiety_kernels.gpu.product import activate, find_tile, gate_options, matrix_rows, product, tiles_of
 from moiety_kernels.gpu.tiles import Tile, choose, fit_to_groups, processors
+from moiety_kernels.reference.activation import Activation
 
 
 @triton.jit
@@ -137,11 +138,7 @@ def grouped_gemm(
     out: torch.Tensor,
     *,
     rows: int,
-    activation: str = "none",
-    gated: bool = False,
-    interleaved: bool = False,
-    limit: float | None = None,
-    alpha: float | None = None,
+    activation: Activation | None = None,
     gather: torch.Tensor | None = None,
     gather_by: int = 1,
     slots: torch.Tensor | None = None,
@@ -151,6 +148,7 @@ def grouped_gemm(
 ) -> torch.Tensor:
     """Multiplies rows `offsets[e]` to `offsets[e + 1]` of x by expert e's matrix, into `out` [., N], and returns `out`.
 
+    Applies `activation` to the products, if there is one.
     Row `offsets[e + 1]` itself is excluded. x [R, K] is float32, float16, bfloat16, or float8_e4m3fn with one `x_scale`
     (float32) per row. `offsets` (int32 or int64 [E + 1]) stays on the device: the host needs only `rows` (R) to start as
     many programs as there can be tiles. `gather` int32 [R]: row r is `x[gather[r] // gather_by]`. `slots` int32 [R]: row
@@ -158,9 +156,10 @@ def grouped_gemm(
     one per tile, or one per SM if the tile is `persistent`. The order of every sum depends only on K and the tile's depth.
     """
     width, depth = matrices.shape
-    n = width // 2 if gated else width
+    gates = gate_options(activation)
+    n = width // 2 if gates["GATED"] else width
     # The tile table is for plain weights; quantised weights need a depth that fits their groups.
-    tile = fit_to_groups(tile or choose(rows, matrices.experts, n, depth, x.dtype, gated), matrices)
+    tile = fit_to_groups(tile or choose(rows, matrices.experts, n, depth, x.dtype, gates["GATED"]), matrices)
     bound = (rows // tile.rows + min(matrices.experts, rows)) * triton.cdiv(n, tile.columns)
     if programs is None and tile.persistent:
         programs = processors(x.device)
@@ -194,11 +193,7 @@ def grouped_gemm(
             GROUP=matrices.group,
             GROUP_ROWS=matrices.group_rows,
             ALIGNED=matrices.aligned,
-            ACTIVATION=activation,
-            GATED=gated,
-            INTERLEAVED=interleaved,
-            LIMIT=limit,
-            ALPHA=alpha,
+            **gates,
             BM=tile.rows,
             BN=tile.columns,
             BK=tile.depth,

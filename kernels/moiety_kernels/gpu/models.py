@@ -8,7 +8,10 @@ import torch
 
 from moiety_kernels.gpu.expert_mlp import ExpertOperands
 from moiety_kernels.gpu.operand import Operand, operand_of_stack
+from moiety_kernels.reference.activation import Activation
 from moiety_kernels.reference.gating import Gate
+
+CLAMPED = Activation("swiglu_clamped", interleaved=True, limit=7.0, alpha=1.702)  # gpt-oss
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +53,7 @@ def experts_of(model: Model, dtype: torch.dtype, kind: str, device: str) -> Expe
     gate_up = _matrices(model, 2 * model.intermediate, model.hidden, dtype, kind, device)
     down = _matrices(model, model.hidden, model.intermediate, dtype, kind, device)
     if model.clamped:
-        return ExpertOperands(gate_up, down, "swiglu_clamped", interleaved=True, limit=7.0, alpha=1.702)
+        return ExpertOperands(gate_up, down, CLAMPED)
     return ExpertOperands(gate_up, down)
 
 

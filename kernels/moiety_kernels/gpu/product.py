@@ -6,10 +6,13 @@ So nothing is stacked or copied when a placement changes.
 Shape legend: R rows sorted by expert, E experts, K input features of the product, N output columns of a tile's matrix.
 """
 
+from typing import Any
+
 import triton
 import triton.language as tl
 
 from moiety_kernels.gpu.numbers import multiplied, narrowed
+from moiety_kernels.reference.activation import Activation
 
 # Weight formats: `KIND` of the kernels.
 PLAIN, FP8, INT8, INT4, MXFP4 = (tl.constexpr(kind) for kind in range(5))
@@ -210,7 +213,7 @@ def _tanh_gelu(x):
 
 @triton.jit
 def activate(total, ACTIVATION: tl.constexpr, GATED: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr):
-    """Applies the activation of `reference/expert_mlp.py` in float32. When GATED, [BM, 2 BN] becomes [BM, BN]."""
+    """Applies the activation of `reference/activation.py` in float32. When GATED, [BM, 2 BN] becomes [BM, BN]."""
     if GATED:
         gate, up = total.reshape(total.shape[0], total.shape[1] // 2, 2).split()
         if LIMIT is not None:
@@ -237,3 +240,16 @@ def activate(total, ACTIVATION: tl.constexpr, GATED: tl.constexpr, LIMIT: tl.con
         if GATED:
             value = value * up
     return value
+
+
+def gate_options(activation: Activation | None) -> dict[str, Any]:
+    """Returns the compile-time arguments of kernels that apply `activation`, or with None leave the products as they are."""
+    if activation is None:
+        return {"ACTIVATION": "none", "GATED": False, "INTERLEAVED": False, "LIMIT": None, "ALPHA": None}
+    return {
+        "ACTIVATION": activation.name,
+        "GATED": activation.gated,
+        "INTERLEAVED": activation.interleaved,
+        "LIMIT": activation.limit,
+        "ALPHA": activation.alpha,
+    }

@@ -16,6 +16,8 @@ import torch
 
 from moiety_kernels.gpu.operand import KINDS, WHOLE, Operand
 
+SHARED = 227 * 1024  # bytes of shared memory that a program may use on sm_90
+
 
 @dataclass(frozen=True, slots=True)
 class Tile:

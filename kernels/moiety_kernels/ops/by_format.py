@@ -1,4 +1,4 @@
-"""Helpers of expert_mlp and partial_expert_mlp: they split a batch by weight format and run the Triton kernels."""
+"""Helpers of expert_mlp: they split a batch by weight format and run the Triton kernels."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 
+from moiety_kernels.reference.activation import Activation
 from moiety_kernels.weights.expert_weights import ExpertWeights
 
 Backend = Literal["torch", "triton"]  # "torch" includes the C++ kernels on CPU
@@ -46,20 +47,17 @@ def run_in_triton(
     counts: Sequence[int],
     weights: Sequence[ExpertWeights],
     *,
+    activation: Activation,
     dtype: torch.dtype,
     deterministic: bool,
-    options: dict[str, Any],
 ) -> torch.Tensor:
     """Computes experts of one weight format with the Triton kernels: [R, D] in `dtype`. The host does not wait for the GPU."""
-    from moiety_kernels.gpu.expert_mlp import (  # imported late: Triton is slow to import
-        ExpertOperands,
-        sorted_expert_mlp,
-    )
+    # Imported late: Triton is slow to import.
+    from moiety_kernels.gpu.expert_mlp import ExpertOperands, sorted_expert_mlp
     from moiety_kernels.gpu.operand import operands_of
 
     with torch.cuda.device(rows.get_device()):  # Triton launches on the current device; a CPU's -1 changes nothing
         offsets, gate_up, down = operands_of(counts, weights)
         out = torch.empty(rows.shape, dtype=dtype, device=rows.device)
-        return sorted_expert_mlp(
-            rows, offsets, ExpertOperands(gate_up, down, **options), out=out, deterministic=deterministic
-        )
+        experts = ExpertOperands(gate_up, down, activation)
+        return sorted_expert_mlp(rows, offsets, experts, out=out, deterministic=deterministic)

@@ -5,12 +5,12 @@ Shape legend: R rows, D input features, O output features.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable
 
 import torch
 from torch.nn import functional
 
+from moiety_kernels.cpu.calls import LinearCall
 from moiety_kernels.cpu.library import load
 from moiety_kernels.threads import thread_limit
 
@@ -20,8 +20,6 @@ PACKED_ROWS = 64
 FIXED_ROWS = 8  # rows of a deterministic tile in torch: a GEMM of one fixed shape sums in one order
 
 _NAMES = {torch.float32: "moiety_linear_f32", torch.bfloat16: "moiety_linear_bf16"}
-_POINTER, _SIZE = ctypes.c_void_p, ctypes.c_int64
-_SIGNATURE = (_POINTER, _SIZE, _POINTER, _SIZE, _POINTER, _POINTER, _SIZE, _SIZE, _SIZE, ctypes.c_int)
 
 
 def linear(
@@ -48,16 +46,16 @@ def linear(
     width = weight.shape[0]
     out = x.new_empty(rows, width)
     kernel(
-        x.data_ptr(),
-        x.stride(0),
-        weight.data_ptr(),
-        weight.stride(0),
-        None if bias is None else bias.data_ptr(),
-        out.data_ptr(),
-        rows,
-        depth,
-        width,
-        thread_limit(),
+        x=x.data_ptr(),
+        weight=weight.data_ptr(),
+        bias=None if bias is None else bias.data_ptr(),
+        out=out.data_ptr(),
+        x_stride=x.stride(0),
+        weight_stride=weight.stride(0),
+        rows=rows,
+        depth=depth,
+        width=width,
+        threads=thread_limit(),
     )
     return out
 
@@ -73,7 +71,7 @@ def linear_kernel(dtype: torch.dtype) -> Callable[..., None] | None:
     """Returns the C++ function that computes `linear` in `dtype`; None if there is none."""
     if dtype not in _NAMES or (library := load()) is None:
         return None
-    return library.function(f"{_NAMES[dtype]}{'_pairs' if multiplies_in_pairs(dtype) else ''}", *_SIGNATURE)
+    return library.function(f"{_NAMES[dtype]}{'_pairs' if multiplies_in_pairs(dtype) else ''}", LinearCall)
 
 
 def multiplies_in_pairs(dtype: torch.dtype) -> bool:

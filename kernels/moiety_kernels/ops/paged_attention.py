@@ -6,26 +6,14 @@ pool, P tokens per block, M blocks per table. A token's slot in the pool is `blo
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable
 
 import torch
 
+from moiety_kernels.cpu.calls import AttentionCall, StoreCall
 from moiety_kernels.cpu.library import load
 from moiety_kernels.ops import paged_attention_torch
 from moiety_kernels.threads import thread_limit
-
-_POINTER, _SIZE, _FLOAT, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
-_ATTENTION = (
-    *(_INT, _POINTER, _SIZE, _SIZE),  # element bytes, query
-    *(_POINTER, _SIZE, _SIZE, _SIZE),  # keys
-    *(_POINTER, _SIZE, _SIZE, _SIZE),  # values
-    *(_POINTER, _SIZE, _POINTER, _POINTER, _POINTER),  # tables, sequence, length, sinks
-    *(_POINTER, _SIZE, _POINTER),  # bias, output
-    *(_SIZE,) * 8,  # T, H, G, Dk, Dv, P, window, chunk
-    *(_FLOAT, _FLOAT, _INT),  # scale, softcap, threads
-)
-_STORE = (_POINTER, _SIZE, _SIZE, _SIZE, _POINTER, _SIZE, _SIZE, _POINTER, _SIZE, _SIZE, _SIZE, _SIZE)
 
 
 def store(
@@ -101,33 +89,41 @@ def paged_attention(
     tokens, heads, key_width = query.shape
     groups, page, value_width = values.shape[1:]
     output = query.new_empty(tokens, heads, value_width)
+    query_token, query_head, _ = query.stride()
+    key_block, key_group, key_position, _ = keys.stride()
+    value_block, value_group, value_position, _ = values.stride()
     kernel(
-        query.itemsize,
-        query.data_ptr(),
-        *query.stride()[:2],
-        keys.data_ptr(),
-        *keys.stride()[:3],
-        values.data_ptr(),
-        *values.stride()[:3],
-        tables.data_ptr(),
-        tables.shape[1],
-        sequence.data_ptr(),
-        length.data_ptr(),
-        None if sinks is None else sinks.data_ptr(),
-        None if bias is None else bias.data_ptr(),
-        0 if bias is None else bias.shape[1],
-        output.data_ptr(),
-        tokens,
-        heads,
-        groups,
-        key_width,
-        value_width,
-        page,
-        window or 0,
-        chunk or 0,
-        scale,
-        softcap or 0.0,
-        thread_limit(),
+        query=query.data_ptr(),
+        keys=keys.data_ptr(),
+        values=values.data_ptr(),
+        output=output.data_ptr(),
+        tables=tables.data_ptr(),
+        sequence=sequence.data_ptr(),
+        length=length.data_ptr(),
+        sinks=None if sinks is None else sinks.data_ptr(),
+        bias=None if bias is None else bias.data_ptr(),
+        biases=0 if bias is None else bias.shape[1],
+        query_token=query_token,
+        query_head=query_head,
+        key_block=key_block,
+        key_group=key_group,
+        key_position=key_position,
+        value_block=value_block,
+        value_group=value_group,
+        value_position=value_position,
+        table_row=tables.shape[1],
+        tokens=tokens,
+        heads=heads,
+        groups=groups,
+        key_width=key_width,
+        value_width=value_width,
+        page=page,
+        window=window or 0,
+        chunk=chunk or 0,
+        element_bytes=query.itemsize,
+        threads=thread_limit(),
+        scale=scale,
+        softcap=softcap or 0.0,
     )
     return output
 
@@ -142,18 +138,18 @@ def _store(pool: torch.Tensor, rows: torch.Tensor, slots: torch.Tensor) -> None:
     block, group, position, _ = pool.stride()
     token, head, _ = rows.stride()
     kernel(
-        pool.data_ptr(),
-        block * size,
-        group * size,
-        position * size,
-        rows.data_ptr(),
-        token * size,
-        head * size,
-        slots.data_ptr(),
-        rows.shape[0],
-        rows.shape[1],
-        rows.shape[2] * size,
-        pool.shape[2],
+        pool=pool.data_ptr(),
+        rows=rows.data_ptr(),
+        slots=slots.data_ptr(),
+        block=block * size,
+        group=group * size,
+        position=position * size,
+        row_token=token * size,
+        row_group=head * size,
+        tokens=rows.shape[0],
+        groups=rows.shape[1],
+        bytes=rows.shape[2] * size,
+        page=pool.shape[2],
     )
 
 
@@ -161,9 +157,9 @@ def _attention_kernel(dtype: torch.dtype) -> Callable[..., None] | None:
     """Returns the C++ function that computes `paged_attention` in `dtype`; None if there is none."""
     if dtype not in (torch.float32, torch.bfloat16) or (library := load()) is None:
         return None
-    return library.function("moiety_paged_attention", *_ATTENTION)
+    return library.function("moiety_paged_attention", AttentionCall)
 
 
 def _store_kernel() -> Callable[..., None] | None:
     """Returns the C++ function that writes rows to a paged pool; None if the C++ library cannot be used."""
-    return None if (library := load()) is None else library.function("moiety_paged_store", *_STORE)
+    return None if (library := load()) is None else library.function("moiety_paged_store", StoreCall)

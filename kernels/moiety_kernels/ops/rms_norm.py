@@ -5,16 +5,14 @@ Shape legend: D features.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable
 
 import torch
 
+from moiety_kernels.cpu.calls import NormCall
 from moiety_kernels.cpu.library import load
 
 _NAMES = {torch.float32: "moiety_rms_norm_f32", torch.bfloat16: "moiety_rms_norm_bf16"}
-_POINTER, _SIZE, _REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
-_SIGNATURE = (_POINTER, _SIZE, _POINTER, _POINTER, _SIZE, _SIZE, _REAL, _REAL, ctypes.c_int)
 
 
 def rms_norm(
@@ -37,7 +35,15 @@ def rms_norm(
         rows = rows.contiguous()
     out = torch.empty_like(rows, memory_format=torch.contiguous_format)
     kernel(
-        rows.data_ptr(), rows.stride(0), weight.data_ptr(), out.data_ptr(), rows.shape[0], depth, epsilon, offset, late
+        x=rows.data_ptr(),
+        weight=weight.data_ptr(),
+        out=out.data_ptr(),
+        x_stride=rows.stride(0),
+        rows=rows.shape[0],
+        depth=depth,
+        late=late,
+        epsilon=epsilon,
+        offset=offset,
     )
     return out.view(x.shape)
 
@@ -46,4 +52,4 @@ def rms_norm_kernel(dtype: torch.dtype) -> Callable[..., None] | None:
     """Returns the C++ function that computes `rms_norm` in `dtype`; None if there is none."""
     if dtype not in _NAMES or (library := load()) is None:
         return None
-    return library.function(_NAMES[dtype], *_SIGNATURE)
+    return library.function(_NAMES[dtype], NormCall)

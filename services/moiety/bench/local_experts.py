@@ -12,6 +12,7 @@ import torch
 
 from moiety.core.expert_backend import ComputedRows
 from moiety.core.experts import ExpertMLP
+from moiety.model.activation import activation_of
 from moiety.router.step_context import StepContext
 from moiety_kernels.ops.expert_mlp import grouped_expert_mlp
 from moiety_kernels.weights.expert_weights import ExpertWeights
@@ -21,7 +22,7 @@ class LocalExperts:
     """A StepBackend that computes each layer in `submit`, with the kernels of the expert replicas. All steps share it."""
 
     def __init__(self, mlp: ExpertMLP, weights: Mapping[tuple[int, int], ExpertWeights]):
-        self._mlp, self._weights = mlp, weights
+        self._activation, self._weights = activation_of(mlp), weights
         self.layer_began_ns = 0
         self.compute_s: list[float] = []  # seconds of each layer since the list was last cleared
 
@@ -31,7 +32,7 @@ class LocalExperts:
 
     def submit(self, layer: int, hidden: torch.Tensor, top_k_index: torch.Tensor) -> ComputedRows:
         """Computes the experts of layer `layer` for hidden [T, D] routed to top_k_index [T, K] (int64, -1 = no expert)."""
-        began, mlp, top_k = time.perf_counter(), self._mlp, top_k_index.shape[1]
+        began, top_k = time.perf_counter(), top_k_index.shape[1]
         experts = top_k_index.reshape(-1)  # [A]
         order = experts.argsort(stable=True)
         order = order[experts[order] >= 0]
@@ -40,11 +41,7 @@ class LocalExperts:
             hidden[order // top_k],
             counts.tolist(),
             [self._weights[layer, expert] for expert in activated.tolist()],
-            activation=mlp.activation,
-            gated=mlp.gated,
-            interleaved=mlp.interleaved,
-            limit=mlp.limit,
-            alpha=mlp.alpha,
+            self._activation,
         )
         output = hidden.new_zeros(len(experts), hidden.shape[1])
         output[order] = computed

@@ -83,7 +83,7 @@ class ExpertMLP:
     """What one expert computes, declared as data, so that kernels need no code per model.
 
     It is `down(act(gate(x)) * up(x))` if `gated`, else `down(act(up(x)))`. `activation` is a name of
-    `moiety_kernels.reference.expert_mlp.ACTIVATIONS`; `swiglu_clamped` is gpt-oss's
+    `moiety_kernels.reference.activation.ACTIVATIONS`; `swiglu_clamped` is gpt-oss's
     `(clamp(up, ±limit) + 1) * gate * sigmoid(alpha * gate)` with gate clamped from above only.
     """
 

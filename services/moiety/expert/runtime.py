@@ -18,10 +18,10 @@ from moiety.core.load import ReplicaLoad
 from moiety.errors import DeadlineExceeded, MoietyError
 from moiety.expert.batcher import Batcher, Computed, QueuedCall
 from moiety.expert.holding import Holding, Weights
+from moiety.model.activation import activation_of
 from moiety.wire.rows import RowBuffer, SelectedRows, copy_rows
 from moiety.wire.transports.mailbox import Mailbox
 from moiety_kernels.ops.expert_mlp import grouped_expert_mlp
-from moiety_kernels.ops.partial_expert_mlp import grouped_partial_mlp
 
 _log = logging.getLogger(__name__)
 
@@ -61,13 +61,8 @@ class Runtime:
     ):
         self.capacity = capacity
         self._partial = partial
-        self._mlp, self._dtype, self._device, self._load, self._threads = (
-            mlp,
-            dtype,
-            torch.device(device),
-            load,
-            threads,
-        )
+        self._activation, self._hidden = activation_of(mlp), mlp.hidden
+        self._dtype, self._device, self._load, self._threads = dtype, torch.device(device), load, threads
         self._deterministic = deterministic
         self._holding = Holding(ExpertSet(), ExpertSet(), 0, {})
         self._loading = threading.Lock()
@@ -223,7 +218,7 @@ class Runtime:
         on_the_wire = torch.float32 if self._partial else self._dtype
         # Pinned for a GPU, so that this thread does not wait for the copy to the device.
         pinned = self._device.type == "cuda"
-        rows = torch.empty(len(experts), self._mlp.hidden, dtype=on_the_wire, pin_memory=pinned)
+        rows = torch.empty(len(experts), self._hidden, dtype=on_the_wire, pin_memory=pinned)
         into, start = RowBuffer.of(rows), 0
         position = np.empty_like(order)
         position[order] = np.arange(len(order))  # where each assignment lies in expert order
@@ -231,16 +226,12 @@ class Runtime:
             end = start + len(waiting.call.experts)
             copy_rows(waiting.call.payload, into, chosen=waiting.call.row_of, places=position[start:end])
             start = end
-        compute = grouped_partial_mlp if self._partial else grouped_expert_mlp
-        outputs = compute(
+        outputs = grouped_expert_mlp(
             rows.to(self._device, self._dtype, non_blocking=True),
             counts[activated].tolist(),
             [weights[layer, expert] for expert in activated.tolist()],
-            activation=self._mlp.activation,
-            gated=self._mlp.gated,
-            interleaved=self._mlp.interleaved,
-            limit=self._mlp.limit,
-            alpha=self._mlp.alpha,
+            self._activation,
+            dtype=torch.float32 if self._partial else None,
             deterministic=self._deterministic,
         ).cpu()
         computed = RowBuffer.of(outputs)

@@ -10,6 +10,7 @@ import torch
 
 from moiety.core.expert_backend import ComputedRows
 from moiety.core.experts import ExpertMLP, ExpertSet
+from moiety.model.activation import activation_of
 from moiety.model.checkpoint.checkpoint import Checkpoint
 from moiety.model.experts.cached import expert_layout
 from moiety.model.experts.layout import ExpertLayout
@@ -27,14 +28,7 @@ class LocalExperts:
     """Stands in for the hop: each slice computes the rows of the experts that it holds, and no others."""
 
     def __init__(self, mlp: ExpertMLP, slices: Sequence[Held]) -> None:
-        self._options = {
-            "activation": mlp.activation,
-            "gated": mlp.gated,
-            "interleaved": mlp.interleaved,
-            "limit": mlp.limit,
-            "alpha": mlp.alpha,
-        }
-        self._slices = slices
+        self._activation, self._slices = activation_of(mlp), slices
         self.tokens: list[int] = []  # T of every call, in order
 
     def submit(self, layer: int, hidden: torch.Tensor, top_k_index: torch.Tensor) -> ComputedRows:
@@ -47,7 +41,7 @@ class LocalExperts:
             slots = [(flat == expert).nonzero().squeeze(1) for expert in experts]
             order = torch.cat(slots)
             rows, counts = hidden[order // top_k], [len(slot) for slot in slots]
-            out[order] = grouped_expert_mlp(rows, counts, [held[layer, e] for e in experts], **self._options)
+            out[order] = grouped_expert_mlp(rows, counts, [held[layer, e] for e in experts], self._activation)
         out[flat < 0] = 0  # no expert
         return ComputedRows(out.view(*top_k_index.shape, -1))
 

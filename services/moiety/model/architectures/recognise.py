@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from moiety.core.experts import ExpertMLP
+from moiety.model.activation import activation_of
 from moiety_kernels import ACTIVATIONS, activate
 
 LIMIT_NAMES = ("limit", "swiglu_limit")
@@ -107,7 +108,7 @@ def _probe(apply: Callable[[torch.Tensor], torch.Tensor], candidates: list[Exper
     for dtype in (torch.float32, torch.bfloat16):
         rows = probe.to(dtype)
         expected = apply(rows)
-        candidates = [spec for spec in candidates if torch.equal(_activated(rows, spec), expected)]
+        candidates = [spec for spec in candidates if torch.equal(activate(rows, activation_of(spec)), expected)]
     if not candidates:
         raise ValueError("applies a gate or an activation that no kernel computes")
     return candidates[0]
@@ -123,17 +124,6 @@ def _candidates(module: Any, base: ExpertMLP) -> Iterator[ExpertMLP]:
                 for alpha in alphas:
                     if (activation == "swiglu_clamped") == (alpha is not None) and (base.gated or alpha is None):
                         yield replace(base, activation=activation, interleaved=interleaved, limit=limit, alpha=alpha)
-
-
-def _activated(rows: torch.Tensor, spec: ExpertMLP) -> torch.Tensor:
-    return activate(
-        rows,
-        activation=spec.activation,
-        gated=spec.gated,
-        interleaved=spec.interleaved,
-        limit=spec.limit,
-        alpha=spec.alpha,
-    )
 
 
 def _numbers(module: Any, names: tuple[str, ...]) -> list[float]:

@@ -21,6 +21,7 @@ from torch import nn
 from moiety.core.expert_backend import ComputedRows
 from moiety.core.experts import ExpertMLP
 from moiety.errors import CheckpointError
+from moiety.model.activation import activation_of
 from moiety.model.checkpoint.checkpoint import Checkpoint
 from moiety.model.checkpoint.reading import Reader
 from moiety.model.experts.layout import ExpertLayout
@@ -150,13 +151,4 @@ class _Measuring:
 
 def compute(weights: ExpertWeights, rows: torch.Tensor, mlp: ExpertMLP) -> torch.Tensor:
     """Returns the output [n, D] of one expert for `rows` [n, D]."""
-    return grouped_expert_mlp(
-        rows,
-        (len(rows),),
-        (weights,),
-        activation=mlp.activation,
-        gated=mlp.gated,
-        interleaved=mlp.interleaved,
-        limit=mlp.limit,
-        alpha=mlp.alpha,
-    )
+    return grouped_expert_mlp(rows, (len(rows),), (weights,), activation_of(mlp))

@@ -7,10 +7,10 @@ import torch
 
 from moiety.core.experts import ExpertMLP, ExpertSet
 from moiety.errors import ConfigError
+from moiety.model.activation import activation_of
 from moiety.model.experts.slicing import slice_of, sliced_revision
 from moiety.testing import fake_shape
-from moiety_kernels import ExpertWeights
-from moiety_kernels.ops.partial_expert_mlp import grouped_partial_mlp
+from moiety_kernels import ExpertWeights, grouped_expert_mlp
 
 FORMS = {
     "mixtral": ExpertMLP(8, 12),
@@ -33,16 +33,7 @@ def random_expert(mlp: ExpertMLP, dtype: torch.dtype) -> ExpertWeights:
 
 def computed(expert: ExpertWeights, mlp: ExpertMLP, rows: torch.Tensor) -> torch.Tensor:
     """Computes one expert on the rows, in float32."""
-    return grouped_partial_mlp(
-        rows,
-        [len(rows)],
-        [expert],
-        activation=mlp.activation,
-        gated=mlp.gated,
-        interleaved=mlp.interleaved,
-        limit=mlp.limit,
-        alpha=mlp.alpha,
-    )
+    return grouped_expert_mlp(rows, [len(rows)], [expert], activation_of(mlp), dtype=torch.float32)
 
 
 @pytest.mark.parametrize("slices", [2, 3])

@@ -1,38 +1,17 @@
-// One call of paged attention, and its division into units of work.
+// The division of a call of paged attention into units of work.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 #include <vector>
 
+#include "calls.h"
+
 namespace moiety {
 namespace {  // for attention.cpp alone: symbols stay local to it
 
 constexpr std::int64_t split_positions = 512;  // positions per partial result; threads share these where units are few
 constexpr std::int64_t rows_at_once = 64;      // the most rows of a unit: enough arithmetic per key read in a prefill
-
-// The arguments of one call.
-struct Call {
-    const void *query, *keys, *values;
-    void* output;  // [T, H, Dv], contiguous
-    const std::int32_t *tables, *sequence, *length;
-    const float* sinks;                       // [H], or null
-    const float* bias;                        // [H, biases], or null: added to a score, indexed by distance in tokens
-    std::int64_t biases;
-    std::int64_t query_token, query_head;     // strides in elements; the columns of a row are contiguous
-    std::int64_t key_block, key_group, key_position, value_block, value_group, value_position, table_row;
-    std::int64_t tokens, heads, groups, key_width, value_width, page;
-    std::int64_t window, chunk;  // in positions; 0: none
-    float scale, softcap;        // softcap 0: none
-
-    // The oldest position that the token at position `end` - 1 sees.
-    std::int64_t first_visible(std::int64_t end) const {
-        std::int64_t first = 0;
-        if (window) first = std::max(first, end - window);
-        if (chunk) first = std::max(first, (end - 1) / chunk * chunk);
-        return first;
-    }
-};
 
 // Some query tokens of one sequence with some query heads of one key/value head (`group`). Each pair is a row.
 struct Unit {
@@ -45,7 +24,7 @@ struct Unit {
 };
 
 // Divides a call into units, the longest first, so that the threads finish at about the same time.
-std::vector<Unit> units_of(const Call& call) {
+std::vector<Unit> units_of(const AttentionCall& call) {
     const std::int64_t repeat = call.heads / call.groups, heads_at_once = std::min(repeat, rows_at_once);
     const std::int64_t tokens_at_once = rows_at_once / heads_at_once;
     std::vector<Unit> units;
