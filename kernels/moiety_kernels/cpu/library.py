@@ -34,12 +34,10 @@ class Library:
         self.pairs = cpu >= BF16 and cpu_vendor() == "AuthenticAMD"  # whether vdpbf16ps is faster, see packing.h
         self._library = ctypes.CDLL(str(path))
         self._functions: dict[str, Callable[..., None] | None] = {}
-        for call, size in zip(
-            CALLS, (ctypes.c_int64 * len(CALLS)).in_dll(self._library, "moiety_call_bytes"), strict=True
-        ):
-            if ctypes.sizeof(call) != size:
-                sizes = f"calls.py has {ctypes.sizeof(call)} bytes: must have {size}"
-                raise RuntimeError(f"{call.__name__} of {sizes}, as in calls.h")
+        sizes = (ctypes.c_int64 * len(CALLS)).in_dll(self._library, "moiety_call_bytes")
+        for call, size in zip(CALLS, sizes, strict=True):
+            if (mirrored := ctypes.sizeof(call)) != size:
+                raise RuntimeError(f"{call.__name__} of calls.py has {mirrored} bytes: must have {size}, as in calls.h")
 
     def function(
         self, name: str, call: type[ctypes.Structure], isa: frozenset[str] = frozenset()

@@ -68,13 +68,12 @@ def grouped_expert_mlp(
         bound = f"all must be equal, D {rows.shape[1]} and O {'2I' if activation.gated else 'I'}"
         raise ValueError(f"expert shapes {shapes}: {bound}")
     triton = backend == "triton" or (backend is None and uses_triton(rows))
-    compute = partial(
-        run_in_triton if triton else _on_host, activation=activation, dtype=dtype, deterministic=deterministic
-    )
+    run = run_in_triton if triton else _in_cpp_or_torch
+    compute = partial(run, activation=activation, dtype=dtype, deterministic=deterministic)
     return for_each_format(compute, rows, counts, weights, dtype)
 
 
-def _on_host(
+def _in_cpp_or_torch(
     rows: torch.Tensor,
     counts: Sequence[int],
     weights: Sequence[ExpertWeights],
