@@ -18,4 +18,4 @@ def serving(address: str, timeout_s: float = 3.0) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(0 if serving("127.0.0.1:" + os.environ.get("MOIETY_GRPC_PORT", "50051")) else 1)
+    sys.exit(0 if serving("127.0.0.1:" + os.environ.get("MOIETY_GATEWAY__PORT", "50051")) else 1)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 
 from moiety.client import Client
-from moiety.config.application import GroupSettings
+from moiety.config.options import Scaling
 from moiety.core.replica import Placement
 from moiety.local.cluster import LocalCluster
 from moiety.policy.autoscale import State, decide
@@ -57,7 +57,7 @@ async def test_serving_outlives_its_registry(tiny: Callable[[str], str]) -> None
             while time.monotonic() < outage_end:
                 assert await Streams(client, NEW_TOKENS).finish() == expected
                 reading = await ledger.read()
-                decision = decide(reading.snapshot("experts-0", 1, first), State(), GroupSettings(), 0.0)
+                decision = decide(reading.snapshot("experts-0", 1, first), State(), Scaling(), 0.0)
                 assert (decision.target, decision.reason) == (1, "the registry does not answer: stay at 1")
             redis = EmbeddedRedis(port=port)
             redis.start()

@@ -135,8 +135,8 @@ def test_the_environment_is_the_applications(home: Path, monkeypatch: pytest.Mon
     assert {name.removeprefix("MOIETY_").lower() for name in ours} <= set(AppSettings.model_fields)
     for name, value in ours.items():
         monkeypatch.setenv(name, value)
-    settings = resolve(AppSettings, {})
-    assert settings.registry == "redis://:s3cret@192.0.2.10:6390/0"
+    settings = resolve({})
+    assert settings.registry.get_secret_value() == "redis://:s3cret@192.0.2.10:6390/0"
     assert (settings.model, settings.listen_host) == ("/models/moiety", "0.0.0.0")
     assert variables["RAY_AUTH_MODE"] == "token"
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 from cluster_files import LoggingConfig, ServeApplicationSchema, ServeDeploySchema, load
 
-from moiety.config.application import AppSettings
 from moiety.config.resolve import resolve
 
 SERVE_FILES = ["serve.yaml", "serve-gpu.yaml"]
@@ -25,9 +24,9 @@ def test_the_arguments_are_settings(name: str, monkeypatch: pytest.MonkeyPatch) 
     arguments = load(name)["applications"][0]["args"]
     monkeypatch.setenv("MOIETY_MODEL", "/models/mixtral")
     monkeypatch.setenv("MOIETY_GROUPS", "7")
-    settings = resolve(AppSettings, arguments)
+    settings = resolve(arguments)
     assert (settings.model, settings.groups) == ("/models/mixtral", arguments["groups"])
-    assert (settings.device == "cuda") == (settings.experts.num_gpus > 0) == (settings.router_gpus > 0)
+    assert (settings.device == "cuda") == (settings.experts.num_gpus > 0) == (settings.router.num_gpus > 0)
 
 
 @pytest.mark.parametrize("name", SERVE_FILES)

@@ -36,12 +36,16 @@ def app(ray_head: RayHead) -> Iterator[DeployedApp]:
         hot_memory=4 * 3 * 64 * 96 * 4,
         rebalance_gain=0.05,
         registry=ray_head.redis_url,
-        grpc_port=0,
         dtype="float32",
-        router_cpus=0.1,
-        kv_memory=64 << 20,
+        gateway={"port": 0},
+        router={
+            "num_cpus": 0.1,
+            "kv_memory": 64 << 20,
+            "max_replicas": 2,
+            "target_busy": 0.9,
+            "shrink_after_s": 2.0,
+        },
         experts={"num_cpus": 0.1, "max_replicas": 1, "capacity": 300.0, "shrink_after_s": 2.0},
-        overrides={"router": {"max_replicas": 2, "target_busy": 0.9}},
     )
     with deploy_app(settings, wait_s=120, progress=print) as deployed:
         yield deployed

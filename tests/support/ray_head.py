@@ -27,7 +27,7 @@ class RayHead:
     """A running head node, and the values that `cluster/serve.yaml` reads from its environment."""
 
     dashboard: str  # http://host:port
-    gateway: str  # host:port of the gateway; the port is MOIETY_GRPC_PORT
+    gateway: str  # host:port of the gateway; the port is MOIETY_GATEWAY__PORT
     redis_url: str
     model: str
     address: str  # host:port for ray.init
@@ -47,7 +47,7 @@ def started_head(model: str) -> Iterator[RayHead]:
             "OMP_WAIT_POLICY": "passive",
             "MOIETY_MODEL": head.model,
             "MOIETY_REGISTRY": head.redis_url,
-            "MOIETY_GRPC_PORT": str(gateway),
+            "MOIETY_GATEWAY__PORT": str(gateway),
         }
         options = [f"--port={gcs}", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", "--num-cpus=16"]
         options += [f"--temp-dir={folder}", f"--object-store-memory={80 << 20}", "--node-ip-address=127.0.0.1"]

@@ -49,6 +49,10 @@ COMMANDS: Mapping[str, LazyCommand] = MappingProxyType(
         "serve": LazyCommand(
             "moiety.cli.serve:serve", "Serve a checkpoint on Ray: gateway, router and elastic expert groups."
         ),
+        "settings": LazyCommand(
+            "moiety.cli.settings:settings",
+            "List the settings of a system: name, default, environment variable, and what each means.",
+        ),
         "simulate": LazyCommand(
             "moiety.cli.simulate:simulate", "Simulate a day of a large cluster, to estimate what elasticity would save."
         ),

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import click
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
-from moiety.config.services import DTYPES
+from moiety.config.options import DTYPES
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 

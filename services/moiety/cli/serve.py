@@ -3,63 +3,66 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import click
 
-from moiety.cli.options import dtype_option
 from moiety.cli.run import progress, signals_interrupt
+from moiety.cli.setting_options import Assignment, setting_option
+from moiety.config.application import AppSettings
+from moiety.config.registry_url import RegistryUrl
+from moiety.config.resolve import merged, nested, resolve
 
 
 @click.command()
 @click.argument("model", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--groups", type=click.IntRange(1, 4096), help="Expert groups, one deployment each.  [default: 2]")
-@click.option("--max-replicas", type=click.IntRange(1, 1000), help="Most replicas per expert group.  [default: 4]")
+@setting_option("--groups", "groups")
+@setting_option("--max-replicas", "experts.max_replicas")
+@setting_option("--hot-sets", "hot_sets")
+@setting_option("--registry", "registry", default="this command starts its own Redis")
+@setting_option("--grpc-port", "gateway.port")
+@setting_option("--slots", "router.slots")
+@setting_option("--kv-memory", "router.kv_memory")
+@setting_option("--app", "app")
+@setting_option("--dtype", "dtype")
 @click.option(
-    "--hot-sets", type=click.IntRange(0, 256), help="Small deployments for the hottest experts.  [default: 0]"
+    "--set",
+    "assignments",
+    type=Assignment(),
+    multiple=True,
+    help="Any other setting, by its name in `moiety settings`, such as router.lanes=2. Repeatable.",
 )
 @click.option(
-    "--registry", help="URL of a Redis: redis://… or rediss://…  [default: this command starts its own Redis]"
+    "--config", type=click.Path(exists=True, dir_okay=False), help="YAML file of settings; options override it."
 )
-@click.option(
-    "--grpc-port", type=click.IntRange(0, 65535), help="Port of the gateway; 0: any free port.  [default: 50051]"
-)
-@click.option("--slots", type=click.IntRange(1, 4096), help="Sequences that run at once.  [default: 32]")
-@click.option("--kv-memory", help="Memory for the KV cache, such as 4GiB.  [default: 1GiB]")
-@click.option("--app", help="Name of the application, and prefix of its registry keys.  [default: moiety]")
 @click.option("--ray-address", help="An existing Ray: auto, or host:port.  [default: this command starts its own Ray]")
 @click.option("--dashboard", is_flag=True, help="Start Ray's dashboard on 127.0.0.1 (needs ray[default]).")
-@click.option(
-    "--config", type=click.Path(exists=True, dir_okay=False), help="YAML file with AppSettings; options override it."
-)
-@dtype_option("auto")
-def serve(model: Path, ray_address: str | None, dashboard: bool, config: str | None, **flags: Any) -> None:
+def serve(ray_address: str | None, dashboard: bool, **options: Any) -> None:
     """Serve a checkpoint on Ray: gateway, router and elastic expert groups.
 
     MODEL is a checkpoint folder. Starts Ray and Redis unless you name existing ones, prints the gateway's address, and
     runs until Ctrl-C. Then it stops only what it started. Requests that are still running may be cut off.
 
+    `moiety settings` lists all settings. An option goes before a MOIETY_* environment variable, that before a file in the
+    folder MOIETY_SECRETS_DIR, and that before the YAML file of --config.
+
     \b
-    Example:
+    Examples:
       moiety serve ./Mixtral-8x7B-v0.1 --groups 4
+      moiety serve ./Mixtral-8x7B-v0.1 --set router.threads=8 --set overrides.experts-1.max_replicas=8
     """
-    from moiety.config.application import AppSettings, GroupSettings
-    from moiety.config.resolve import resolve, validated
     from moiety.deploy.run import deploy_app
     from moiety.registry.embedded_redis import EmbeddedRedis
 
     show = progress()
-    max_replicas = flags.pop("max_replicas")
-    settings = resolve(AppSettings, {**flags, "model": str(model)}, config)
-    if max_replicas is not None:  # sets one field of the group settings; the config file may set the others
-        experts = {**settings.experts.model_dump(), "max_replicas": max_replicas}
-        settings = settings.model_copy(update={"experts": validated(GroupSettings, experts)})
+    settings = read_settings(**options)
     with signals_interrupt(), ExitStack() as ends:
         if "registry" not in settings.model_fields_set:
             redis = ends.enter_context(EmbeddedRedis())
-            settings = settings.model_copy(update={"registry": redis.url})
+            settings = settings.model_copy(update={"registry": RegistryUrl(redis.url)})
             show(f"Redis: {redis.url}")
         deployed = ends.enter_context(
             deploy_app(settings, address=ray_address, dashboard=dashboard, progress=show, wait_s=1800.0)
@@ -69,3 +72,14 @@ def serve(model: Path, ray_address: str | None, dashboard: bool, config: str | N
         click.echo(f'try:   moiety generate "Hello" --address {deployed.gateways[0]}')
         click.echo("Ctrl-C stops it.")
         threading.Event().wait()
+
+
+def read_settings(
+    model: Path, config: str | None, assignments: Sequence[Mapping[str, Any]], **options: Any
+) -> AppSettings:
+    """Returns the settings that the command's options, the environment and the file `config` give.
+
+    `options` are those that stand for one setting, named as `setting_option` passes them. An assignment of --set wins.
+    """
+    given = [nested(name.replace("__", "."), value) for name, value in options.items() if value is not None]
+    return resolve(merged({"model": str(model)}, *given, *assignments), config)

@@ -13,8 +13,8 @@ from typing import Any
 
 from moiety.compose.background import at_low_priority
 from moiety.compose.running import Running
-from moiety.config.resolve import validated
 from moiety.config.services import ExpertSettings, GatewaySettings, RouterSettings, ServiceSettings
+from moiety.config.validate import validated
 from moiety.core.replica import Role
 
 __all__ = ["Running", "settings_of", "start", "start_expert", "start_gateway", "start_router"]

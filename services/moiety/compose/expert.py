@@ -13,7 +13,7 @@ import torch
 
 from moiety.compose.placement_follower import PlacementFollower
 from moiety.compose.running import Running, ServiceParts, ServiceStart
-from moiety.config.application import GroupSettings
+from moiety.config.options import Scaling
 from moiety.config.services import ExpertSettings
 from moiety.core.experts import ExpertSet
 from moiety.core.replica import Replica, Role
@@ -94,7 +94,7 @@ async def start(settings: ExpertSettings, replica_id: str, node: str, launched: 
             if capacity is not None and not (isinstance(capacity, int | float) and capacity > 0):
                 raise ConfigError("user_config.capacity", capacity, "must be above 0, or null for no limit")
             live = {name: value for name, value in values.items() if name != "capacity"}
-            GroupSettings().with_live(live)  # raises ConfigError for a setting that is not live
+            Scaling().with_live(live)  # raises ConfigError for a setting that is not live
             runtime.capacity, scaling = capacity, live
 
         return await startup.serve(

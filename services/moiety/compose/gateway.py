@@ -47,6 +47,7 @@ async def start(settings: GatewaySettings, replica_id: str, node: str) -> Runnin
                 deployment=settings.deployment,
                 revision=revision,
                 server=Server([service.handler()], [SERVICE], share_port=settings.port != 0),
+                port=settings.port,
                 idle=lambda: service.running == 0,
                 on_beat=(startup.load_beat(load_since_last),),
             )

@@ -47,6 +47,7 @@ class ServiceParts:
     reconfigure: Callable[[Mapping[str, Any]], Awaitable[None]] | None = None
     entry: Callable[[Replica], Replica] = lambda replica: replica  # updates the registry entry before each beat
     on_beat: Sequence[Beat] = ()
+    port: int = 0  # 0 = a free one
     calls_end: bool = True  # False if its RPCs are streams that stay open as long as the service
 
 
@@ -121,7 +122,7 @@ class ServiceStart:
         }
         self.tracer: Tracer = configure(f"moiety-{deployment}", resource)
         self.meter: Meter = configure_metrics(f"moiety-{deployment}", resource)
-        self.registry = connect(settings.registry, settings.app)
+        self.registry = connect(settings.registry.get_secret_value(), settings.app)
         self.closers = AsyncExitStack()
         self.closers.push_async_callback(self._end_telemetry)
         self.closers.push_async_callback(self.registry.close)
@@ -169,7 +170,7 @@ class ServiceStart:
     async def serve(self, parts: ServiceParts) -> Running:
         """Binds, registers and returns the running service."""
         settings = self.settings
-        port = await parts.server.start(settings.listen_host, settings.port)
+        port = await parts.server.start(settings.listen_host, parts.port)
         self.closers.push_async_callback(parts.server.stop, 0)
         replica = Replica(
             id=self.replica_id,

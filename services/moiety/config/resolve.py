@@ -1,6 +1,7 @@
-"""Reads settings from flags, the environment and YAML files. No other module reads settings from environment or YAML.
+"""Reads the application's settings, once, at the entry of a command or of the Serve application.
 
-Precedence: flag > MOIETY_* environment variable > YAML file > default.
+Precedence: flag or argument > MOIETY_* environment variable > file of MOIETY_SECRETS_DIR > YAML file > default. What runs
+below the entry receives plain frozen settings. No other module reads settings from environment or files.
 """
 
 from __future__ import annotations
@@ -8,49 +9,67 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic_settings import BaseSettings, EnvSettingsSource, SecretsSettingsSource, SettingsConfigDict, SettingsError
 
+from moiety.config.application import AppSettings
+from moiety.config.validate import validated
 from moiety.errors import ConfigError
 
 ENV_PREFIX = "MOIETY_"
-
-Settings = TypeVar("Settings", bound=BaseModel)
-
-
-def resolve(kind: type[Settings], flags: Mapping[str, Any], yaml_path: str | None = None) -> Settings:
-    """Returns settings of `kind`. A flag (None = not given) overrides a MOIETY_* variable, which overrides the YAML file."""
-    values: dict[str, Any] = {}
-    if yaml_path is not None:
-        values.update(_read_yaml(yaml_path))
-    for name in kind.model_fields:
-        if (text := os.environ.get(ENV_PREFIX + name.upper())) is not None:
-            values[name] = text
-    values.update({name: value for name, value in flags.items() if value is not None})
-    return validated(kind, values)
+NESTED = "__"  # MOIETY_ROUTER__SLOTS is router.slots
+SECRETS_DIR = "MOIETY_SECRETS_DIR"
 
 
-def cache_dir() -> Path | None:
-    """Returns the folder for derived files: $MOIETY_CACHE or ~/.cache/moiety; None if there is no home folder."""
-    if text := os.environ.get(ENV_PREFIX + "CACHE"):
-        return Path(text)
+class _Sources(AppSettings, BaseSettings):
+    """Tells pydantic-settings what to look for; never made itself."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX, env_nested_delimiter=NESTED, env_parse_none_str="null", env_ignore_empty=True
+    )
+
+
+def resolve(given: Mapping[str, Any], yaml_path: str | None = None) -> AppSettings:
+    """Returns the settings. What is `given` (flags, or Serve's arguments) wins over all other sources, field by field."""
+    file = {} if yaml_path is None else _read_yaml(yaml_path)
+    return validated(AppSettings, merged(file, from_surroundings(), given))
+
+
+def from_surroundings() -> dict[str, Any]:
+    """Returns what MOIETY_* variables and, below them, the files of the folder MOIETY_SECRETS_DIR set.
+
+    A file has the name of a top-level setting, such as `registry`. A nested one is a variable such as
+    MOIETY_ROUTER__SLOTS, or JSON in the variable or file of the outer one.
+    """
+    secrets: dict[str, Any] = {}
     try:
-        return Path.home() / ".cache" / "moiety"
-    except RuntimeError:
-        return None
+        if folder := os.environ.get(SECRETS_DIR):
+            if not Path(folder).is_dir():
+                raise ConfigError(SECRETS_DIR, folder, "must be a folder")
+            secrets = SecretsSettingsSource(_Sources, folder, env_prefix="")() or {}
+        return merged(secrets, EnvSettingsSource(_Sources)() or {})
+    except SettingsError as error:
+        raise ConfigError("environment", None, str(error)) from None
 
 
-def validated(kind: type[Settings], values: Mapping[str, Any]) -> Settings:
-    """Returns `kind(**values)`. Raises ConfigError for the first value that pydantic refuses."""
-    try:
-        return kind(**values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        # For a missing field, pydantic's input is everything that was given, which may hold a secret.
-        value = None if first["type"] == "missing" else first["input"]
-        raise ConfigError(".".join(map(str, first["loc"])), value, first["msg"].removeprefix("Value error, ")) from None
+def merged(*sources: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns all of `sources` in one, later ones first, and mappings inside them key by key."""
+    out: dict[str, Any] = {}
+    for source in sources:
+        for name, value in source.items():
+            below = out.get(name)
+            out[name] = merged(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
+    return out
+
+
+def nested(name: str, value: Any) -> dict[str, Any]:
+    """Returns {"router": {"slots": 64}} for `router.slots` and 64."""
+    for part in reversed(name.split(".")):
+        value = {part: value}
+    out: dict[str, Any] = value
+    return out
 
 
 def _read_yaml(path: str) -> dict[str, Any]:

@@ -13,7 +13,6 @@ from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
 from moiety.config.application import GATEWAY, HOT, ROUTER, AppSettings
 from moiety.config.resolve import resolve
-from moiety.config.services import ServiceSettings
 from moiety.core.experts import ExpertSet
 from moiety.deploy.arguments import LOOPBACK, initial_replicas, router_settings, to_arguments
 from moiety.deploy.replicas import ExpertReplica, GatewayReplica, RouterReplica
@@ -23,35 +22,23 @@ from moiety.model.experts.cached import expert_layout
 
 POLICY = "moiety.deploy.autoscaling_hook:LoadPolicy"
 
-_DRAIN_S: float = ServiceSettings.model_fields["drain_s"].default
-_LIFE = {
-    "health_check_period_s": 1.0,  # a killed replica is replaced in 2.2 s; with Serve's default of 10 s, in 3.7 to 5.7 s
-    "health_check_timeout_s": 10.0,
-    "graceful_shutdown_wait_loop_s": 0.1,  # no request goes through Serve, so there is none to wait for
-    "graceful_shutdown_timeout_s": _DRAIN_S + 7.0,
-}
-
 
 def build(args: Mapping[str, Any] | AppSettings) -> serve.Application:
-    """Returns the application for `args`: AppSettings, or a mapping of fields that MOIETY_* variables complete.
+    """Returns the application for `args`: AppSettings, or a mapping of fields that this process's environment completes.
 
     Reads the checkpoint's headers, so it must run where the checkpoint is. Raises ConfigError for an unknown or
     impossible argument, CheckpointError for a checkpoint that cannot be served.
     """
-    settings = args if isinstance(args, AppSettings) else resolve(AppSettings, args)
-    if settings.registry.startswith("file:"):
-        raise ConfigError("registry", settings.registry, "Serve's replicas need a redis:// or rediss:// registry")
+    settings = args if isinstance(args, AppSettings) else resolve(args)
+    if str(settings.registry).startswith("file:"):
+        raise ConfigError("registry", str(settings.registry), "Serve's replicas need a redis:// or rediss:// registry")
     router_settings(settings, LOOPBACK[0])  # raises here what would stop a replica from starting
     arguments = to_arguments(settings)
-    routers = serve.deployment(RouterReplica).options(
-        name=ROUTER, **_replicas(settings, arguments, ROUTER, settings.router_replicas), **_LIFE
-    )
-    gateway = serve.deployment(GatewayReplica).options(
-        name=GATEWAY, **_replicas(settings, arguments, GATEWAY, 1), **_LIFE
-    )
+    routers = serve.deployment(RouterReplica).options(**_options(settings, arguments, ROUTER))
+    gateway = serve.deployment(GatewayReplica).options(**_options(settings, arguments, GATEWAY))
     experts = [
         serve.deployment(ExpertReplica)
-        .options(name=name, **_scaled(settings, arguments, name, str(held)), **_LIFE)
+        .options(**_options(settings, arguments, name, str(held)))
         .bind(arguments, str(held))
         for name, held in default_placement(settings).items()
     ]
@@ -67,28 +54,27 @@ def default_placement(settings: AppSettings) -> dict[str, ExpertSet]:
     return {**groups, **{f"{HOT}{slot}": ExpertSet() for slot in range(settings.hot_sets)}}
 
 
-def _replicas(settings: AppSettings, arguments: dict[str, Any], name: str, count: int) -> dict[str, Any]:
-    """Returns Serve's options for deployment `name`: `count` replicas, or scaling by load if `settings.overrides` names it."""
-    if name in settings.overrides:
-        return _scaled(settings, arguments, name, "")
-    group = settings.group(name)
-    return {"num_replicas": count, "ray_actor_options": {"num_cpus": group.num_cpus, "num_gpus": group.num_gpus}}
-
-
-def _scaled(settings: AppSettings, arguments: dict[str, Any], name: str, held: str) -> dict[str, Any]:
-    """Returns Serve's options for deployment `name`, which scales by its load."""
-    group = settings.group(name)
+def _options(settings: AppSettings, arguments: dict[str, Any], name: str, held: str = "") -> dict[str, Any]:
+    """Returns Serve's options for deployment `name`: how many replicas, what each reserves, and how Serve treats them."""
+    wanted = settings.scaling(name)
+    options: dict[str, Any] = {
+        "name": name,
+        "ray_actor_options": {"num_cpus": wanted.num_cpus, "num_gpus": wanted.num_gpus},
+        "health_check_period_s": 1.0,  # a killed replica is replaced in 2.2 s; with Serve's default of 10 s, in 3.7 to 5.7 s
+        "health_check_timeout_s": 10.0,
+        "graceful_shutdown_wait_loop_s": 0.1,  # no request goes through Serve, so there is none to wait for
+        "graceful_shutdown_timeout_s": settings.drain_s + 7.0,
+    }
+    if name in (ROUTER, GATEWAY) and wanted.min_replicas == wanted.max_replicas:
+        return {**options, "num_replicas": wanted.min_replicas}
     # moiety.policy decides, with delays of its own; Serve carries its decisions out at once.
     scaling = AutoscalingConfig(
-        min_replicas=group.min_replicas,
+        min_replicas=wanted.min_replicas,
         initial_replicas=initial_replicas(settings, name),
-        max_replicas=group.max_replicas,
+        max_replicas=wanted.max_replicas,
         upscale_delay_s=0.0,
         downscale_delay_s=0.0,
         downscale_to_zero_delay_s=0.0,
         policy=AutoscalingPolicy(policy_function=POLICY, policy_kwargs={"arguments": arguments, "held": held}),
     )
-    return {
-        "autoscaling_config": scaling,
-        "ray_actor_options": {"num_cpus": group.num_cpus, "num_gpus": group.num_gpus},
-    }
+    return {**options, "autoscaling_config": scaling}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping
 
-from moiety.config.application import AppSettings
+from moiety.config.application import EXPERTS, GATEWAY, ROUTER, AppSettings
 from moiety.core.replica import ReplicaState
 from moiety.deploy.arguments import initial_replicas
 from moiety.errors import FailedPrecondition, RegistryUnreachable, Unavailable
@@ -18,8 +18,8 @@ Progress = Callable[[str], None]
 
 def wanted_replicas(args: AppSettings) -> dict[str, int]:
     """Returns deployment name -> number of replicas to wait for. Hot sets, which start with none, are left out."""
-    experts = {name: initial_replicas(args, name) for name in (f"experts-{group}" for group in range(args.groups))}
-    return {"gateway": 1, "router": args.router_replicas, **experts}
+    groups = (f"{EXPERTS}{group}" for group in range(args.groups))
+    return {name: initial_replicas(args, name) for name in (GATEWAY, ROUTER, *groups)}
 
 
 async def until_ready(
@@ -30,7 +30,7 @@ async def until_ready(
     Calls `progress` whenever a deployment's number of ready replicas changes. Raises FailedPrecondition if Serve could not
     deploy the application, Unavailable after `wait_s` seconds.
     """
-    registry = connect(args.registry, args.app)
+    registry = connect(args.registry.get_secret_value(), args.app)
     ready: dict[str, list[str]] = {}
     try:
         async with asyncio.timeout(wait_s):

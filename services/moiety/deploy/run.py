@@ -93,7 +93,7 @@ def _check(args: AppSettings) -> None:
     """Checks the arguments, the checkpoint and the registry, so that a wrong one fails before Ray is started."""
 
     async def reach_registry() -> None:
-        registry = connect(args.registry, args.app)
+        registry = connect(args.registry.get_secret_value(), args.app)
         try:
             await registry.replicas()
         finally:
@@ -112,5 +112,7 @@ def _ray(args: AppSettings, address: str | None, num_cpus: int, dashboard: bool,
     elif connected():
         yield
     else:
-        with local_ray(registry=args.registry, num_cpus=num_cpus, dashboard=dashboard, folder=folder):
+        with local_ray(
+            registry=args.registry.get_secret_value(), num_cpus=num_cpus, dashboard=dashboard, folder=folder
+        ):
             yield

@@ -101,12 +101,13 @@ class LocalCluster:
             "registry": self.registry_url,
             "app": app,
             "dtype": dtype,
+            "slices": slices,
+            "deterministic": deterministic,
         }
-        engine = {"slices": slices, "deterministic": deterministic}
         self._extra: Mapping[Role, Mapping[str, Any]] = {
-            Role.EXPERT: {"threads": threads, "weights": weights, **engine, **(expert or {})},
-            Role.ROUTER: {**engine, **(router or {})},
-            Role.GATEWAY: gateway or {},
+            Role.EXPERT: {"threads": threads, "weights": weights, **(expert or {})},
+            Role.ROUTER: router or {},
+            Role.GATEWAY: {"port": 0, **(gateway or {})},
         }
         self._env = {**PROCESS_ENVIRONMENT, "OMP_NUM_THREADS": str(threads), **os.environ, **(env or {})}
         self._count, self._pin = 0, pin

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from moiety.config.application import GroupSettings
+    from moiety.config.options import Scaling
 
 STEP_TIMEOUT_S = 30.0  # a replica that is not live after this time no longer delays the next step
 SETTLE_S = 1.5  # after this time, the load reports from before a step have left their window
@@ -80,7 +80,7 @@ class Decision:
         return self.target != self.current
 
 
-def decide(snapshot: Snapshot, state: State, settings: GroupSettings, now: float) -> Decision:
+def decide(snapshot: Snapshot, state: State, settings: Scaling, now: float) -> Decision:
     """Decides how many replicas `snapshot.deployment` should have, within `[min_replicas, max_replicas]`.
 
     1. The registry does not answer: hold.      2. Out of bounds: go to the bound.      3. At zero: start one on demand.
@@ -124,7 +124,7 @@ def router_busy(running: int, slots: int, used_blocks: int, blocks: int) -> floa
     return max(running / max(slots, 1), used_blocks / max(blocks, 1))
 
 
-def _observe(snapshot: Snapshot, state: State, settings: GroupSettings, now: float) -> State:
+def _observe(snapshot: Snapshot, state: State, settings: Scaling, now: float) -> State:
     """Tracks whether the requested replicas are live, and judges the last step up."""
     arrived = state.live is not None and snapshot.live > state.live
     state = replace(state, live=snapshot.live, settled_at=now + SETTLE_S if arrived else state.settled_at)
@@ -137,7 +137,7 @@ def _observe(snapshot: Snapshot, state: State, settings: GroupSettings, now: flo
     return state
 
 
-def _judge(snapshot: Snapshot, state: State, trial: Trial, settings: GroupSettings, now: float) -> State:
+def _judge(snapshot: Snapshot, state: State, trial: Trial, settings: Scaling, now: float) -> State:
     """Ends the trial of a step up. If the step brought less than a fifth of the expected relief, growth pauses."""
     state = replace(state, trial=None)
     expected = 1.0 - trial.live / max(snapshot.live, 1)
@@ -155,7 +155,7 @@ def _measured(snapshot: Snapshot, measure: str) -> float:
     return snapshot.busy if measure == "busy" else snapshot.queue_wait_ms
 
 
-def _at_zero(snapshot: Snapshot, state: State, settings: GroupSettings, now: float) -> Decision:
+def _at_zero(snapshot: Snapshot, state: State, settings: Scaling, now: float) -> Decision:
     if snapshot.missing_experts:
         return _step(snapshot, state, 1, "requests or a starting router wait for its experts", now)
     if snapshot.spare:
@@ -169,7 +169,7 @@ def _at_zero(snapshot: Snapshot, state: State, settings: GroupSettings, now: flo
     return _decision(snapshot, state, 0, "no demand")
 
 
-def _wanted(snapshot: Snapshot, settings: GroupSettings, growing: bool) -> tuple[int, str, str]:
+def _wanted(snapshot: Snapshot, settings: Scaling, growing: bool) -> tuple[int, str, str]:
     """Returns the replicas that the current load needs, the reason, and the measure that is too high ("" if none is)."""
     target, busy = settings.target_busy, snapshot.busy
     text = f"busy {busy:.2f} of {_replicas(snapshot.live)} > target {target:.2f}"
@@ -206,7 +206,7 @@ def _grow(snapshot: Snapshot, state: State, target: int, why: str, measure: str,
     return _step(snapshot, replace(state, trial=trial), target, why, now)
 
 
-def _shrink(snapshot: Snapshot, state: State, settings: GroupSettings, now: float) -> Decision:
+def _shrink(snapshot: Snapshot, state: State, settings: Scaling, now: float) -> Decision:
     fewest = max(settings.min_replicas, snapshot.target - max(1, int(SHRINK_STEP * snapshot.target)))
     if fewest >= snapshot.target:
         return _decision(snapshot, replace(state, low_since=None), snapshot.target, "within bounds and load")
@@ -223,7 +223,7 @@ def _shrink(snapshot: Snapshot, state: State, settings: GroupSettings, now: floa
     return _step(snapshot, replace(state, trial=None), fewer, f"{why} for {now - since:.0f} s", now)
 
 
-def _low(snapshot: Snapshot, settings: GroupSettings, fewer: int) -> tuple[bool, str]:
+def _low(snapshot: Snapshot, settings: Scaling, fewer: int) -> tuple[bool, str]:
     """Returns whether `fewer` replicas would carry this load with a margin, and the reason."""
     if snapshot.reporting < snapshot.live:
         return False, f"only {snapshot.reporting} of {_replicas(snapshot.live)} report their load"

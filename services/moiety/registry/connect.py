@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from urllib.parse import unquote, urlsplit
 
+from moiety.config.registry_url import without_secrets
 from moiety.errors import ConfigError, FailedPrecondition
 from moiety.registry.interface import Registry
-from moiety.registry.urls import without_secrets
 
 SCHEMES = "must be redis://…, rediss://…, unix:///… or file:///…"
 
@@ -42,6 +42,8 @@ def _file(url: str) -> Registry:
     parts = urlsplit(url)
     if parts.netloc not in ("", "localhost") or not parts.path.startswith("/"):
         raise ConfigError(
-            "registry", url, "must be file:// and an absolute path, such as file:///run/moiety/registry.json"
+            "registry",
+            without_secrets(url),
+            "must be file:// and an absolute path, such as file:///run/moiety/registry.json",
         )
     return FileRegistry(unquote(parts.path))

@@ -34,6 +34,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
+from moiety.config.registry_url import without_secrets
 from moiety.core.load import ExpertDemand, ReplicaLoad
 from moiety.core.replica import Placement, Replica, Role
 from moiety.errors import ConfigError, RegistryUnreachable
@@ -41,8 +42,8 @@ from moiety.registry import entries, redis_scripts
 from moiety.registry.interface import DECISIONS_KEPT, DEMAND_TTL_S, LOAD_TTL_S, MISSING_EXPERTS_TTL_S, TTL_S
 from moiety.registry.listing import Listing, digest_of
 from moiety.registry.rates import RecentRates
-from moiety.registry.urls import without_secrets
 
+BOUND = "must be a Redis URL; in a password, escape / ? # @ as %2F %3F %23 %40"
 SOCKET_TIMEOUT_S = 1.0  # to connect, and for each answer
 OPERATION_TIMEOUT_S = 2.0  # for a whole operation
 REWRITE_S = 10.0  # an unchanged entry is written again after this long: Redis may have evicted parts of it
@@ -61,8 +62,8 @@ class RedisRegistry:
     def __init__(self, url: str, app: str) -> None:
         try:
             parse_url(url)
-        except ValueError as error:
-            raise ConfigError("registry", without_secrets(url), str(error)) from None
+        except ValueError:  # its text may show a part of the password
+            raise ConfigError("registry", without_secrets(url), BOUND) from None
         self._url = url
         self._prefix = f"moiety:{{{app}}}:"
         self._clients: dict[asyncio.AbstractEventLoop, Any] = {}

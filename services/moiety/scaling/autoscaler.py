@@ -12,7 +12,9 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from moiety.config.application import GATEWAY, HOT, ROUTER, AppSettings, GroupSettings
+from moiety.config.application import GATEWAY, HOT, ROUTER, AppSettings
+from moiety.config.options import Scaling
+from moiety.config.registry_url import RegistryUrl
 from moiety.core.experts import ExpertSet
 from moiety.errors import ConfigError, MoietyError
 from moiety.policy.autoscale import Decision, State, decide
@@ -38,7 +40,7 @@ class Subscription:
     """
 
     deployment: str
-    settings: GroupSettings
+    settings: Scaling
     held: ExpertSet
     live: Mapping[str, float] = field(default_factory=dict)  # live settings, from user_config
     state: State = field(default_factory=State)
@@ -114,7 +116,7 @@ class Autoscaler:
         # This imports redis-py and OpenTelemetry. In this thread, the import does not block the controller's loop.
         from moiety.registry.connect import connect
 
-        registry = connect(self._settings.registry, self._settings.app)
+        registry = connect(self._settings.registry.get_secret_value(), self._settings.app)
         meter = configure_metrics("moiety-autoscaler", {ResourceAttribute.INSTANCE: self._settings.app})
         try:
             ledger, rebalancer = Ledger(registry), self._rebalancer(registry)
@@ -171,13 +173,13 @@ async def _record(registry: Registry, decision: Decision) -> None:
 
 # Serve creates one policy object per deployment, and these share nothing but the process. Hence the global.
 _lock = threading.Lock()
-_autoscalers: dict[tuple[str, str], Autoscaler] = {}
+_autoscalers: dict[tuple[RegistryUrl, str], Autoscaler] = {}
 
 
 def subscribe(deployment: str, settings: AppSettings, held: str) -> Subscription:
     """Adds `deployment` to its system's autoscaler and returns its subscription; starts the autoscaler if none runs."""
     subscription = Subscription(
-        deployment, settings.group(deployment), ExpertSet.parse(held), asked_at=time.monotonic()
+        deployment, settings.scaling(deployment), ExpertSet.parse(held), asked_at=time.monotonic()
     )
     with _lock:
         key = (settings.registry, settings.app)

@@ -14,7 +14,8 @@ from itertools import pairwise
 from pathlib import Path
 
 from moiety.client import Client
-from moiety.config.application import AppSettings, GroupSettings
+from moiety.config.application import AppSettings, ExpertDeployment, GatewayDeployment, RouterDeployment
+from moiety.config.registry_url import RegistryUrl
 from moiety.core.replica import Replica, ReplicaState, Role
 from moiety.deploy.ray_cluster import environment
 from moiety.deploy.run import deploy_app
@@ -69,10 +70,10 @@ def run_demo(say: Say, wait_s: float) -> None:
             model=str(model),
             dtype="float32",
             groups=GROUPS,
-            registry=redis.url,
-            grpc_port=0,
-            router_cpus=0.1,
-            experts=GroupSettings(
+            registry=RegistryUrl(redis.url),
+            gateway=GatewayDeployment(port=0),
+            router=RouterDeployment(num_cpus=0.1),
+            experts=ExpertDeployment(
                 max_replicas=2,
                 num_cpus=0.1,
                 capacity=CAPACITY,

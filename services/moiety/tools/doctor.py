@@ -11,7 +11,7 @@ from enum import StrEnum
 from importlib.metadata import PackageNotFoundError, version
 
 from moiety.compose.environment import PROCESS_ENVIRONMENT
-from moiety.config.application import AppSettings
+from moiety.config.options import GatewayOptions
 from moiety.errors import FailedPrecondition
 from moiety.registry.embedded_redis import server_binary
 from moiety.tools import machine
@@ -66,7 +66,7 @@ def examine(*, measure: bool = False) -> Iterator[Check]:
     yield _kernels()
     yield from _memory()
     yield _redis()
-    yield _port(AppSettings(model="unused").grpc_port)
+    yield _port(GatewayOptions().port)
     if measure:
         yield from _speed()
 

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from moiety.cli.main import run
+from moiety.cli.serve import read_settings, serve
+from moiety.config.application import AppSettings
 
 
 @pytest.fixture
@@ -50,7 +52,7 @@ def test_unreachable_registry(tiny: Callable[[str], str], capsys: pytest.Capture
 def test_settings_that_contradict_each_other(tiny: Callable[[str], str], capsys: pytest.CaptureFixture[str]) -> None:
     """Settings that a router replica would refuse are refused by the command, not only in a replica's log."""
     assert run(["serve", tiny("mixtral"), "--slots", "4096", "--grpc-port", "0"]) == 1
-    assert "error: setting token_budget = 512: must be at least slots, 4096" in capsys.readouterr().err
+    assert "error: setting router.token_budget = 512: must be at least slots, 4096" in capsys.readouterr().err
 
 
 def test_options_win_over_the_file(
@@ -64,4 +66,64 @@ def test_options_win_over_the_file(
     assert run(["serve", tiny("mixtral"), "--config", str(file), "--groups", "88"]) == 1
     assert "setting groups = 88" in capsys.readouterr().err
     assert run(["serve", tiny("mixtral"), "--config", str(file), "--groups", "2", "--max-replicas", "1"]) == 1
-    assert "error: setting max_replicas = 1: must be at least min_replicas, 3" in capsys.readouterr().err
+    assert "error: setting experts.max_replicas = 1: must be at least min_replicas, 3" in capsys.readouterr().err
+
+
+def test_the_file_and_the_environment_choose_the_dtype(
+    tiny: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without --dtype, the one of the file applies, before it that of the environment; --dtype wins over both."""
+    file = tmp_path / "app.yaml"
+    file.write_text("dtype: float32")
+    assert _settings(tiny("mixtral"), "--config", str(file)).dtype == "float32"
+    monkeypatch.setenv("MOIETY_DTYPE", "bfloat16")
+    assert _settings(tiny("mixtral"), "--config", str(file)).dtype == "bfloat16"
+    assert _settings(tiny("mixtral"), "--config", str(file), "--dtype", "float16").dtype == "float16"
+
+
+def test_every_option_of_a_setting_reaches_it(tiny: Callable[[str], str]) -> None:
+    """The options with names of their own set the same settings as --set, which wins where both are given."""
+    short = _settings(
+        tiny("mixtral"),
+        *("--groups", "3", "--max-replicas", "6", "--hot-sets", "2", "--registry", "redis://h:1/0", "--app", "chat"),
+        *("--grpc-port", "50052", "--slots", "64", "--kv-memory", "2GiB", "--set", "router.slots=65"),
+    )
+    assert (short.groups, short.experts.max_replicas, short.hot_sets, short.app) == (3, 6, 2, "chat")
+    assert (short.gateway.port, short.router.slots, short.router.kv_memory) == (50052, 65, 2 << 30)
+    assert str(short.registry) == "redis://h:1/0"
+
+
+@pytest.mark.parametrize(
+    ("assignment", "status", "message"),
+    [
+        ("slots=4", 1, "error: setting slots = 4: unknown; did you mean router.slots?"),
+        ("overrides.experts-7.max_replicas=8", 1, "experts-7: no such expert group or hot set; there are experts-0 to"),
+        ("router.slots", 2, "must be NAME=VALUE, such as router.slots=64"),
+        ("router.slots={", 2, "must be a value as in YAML"),
+    ],
+)
+def test_wrong_assignments(
+    assignment: str, status: int, message: str, tiny: Callable[[str], str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An assignment that cannot be read is wrong usage; one of an unknown setting says which may be meant."""
+    assert run(["serve", tiny("mixtral"), "--set", assignment]) == status
+    assert message in capsys.readouterr().err
+
+
+def test_settings_lists_all_of_them(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """`settings` prints each setting with its default, its variable and its meaning; words choose among them."""
+    monkeypatch.setenv("MOIETY_REGISTRY", "redis://:hunter2@h:1/0")
+    assert run(["settings"]) == 0
+    everything = capsys.readouterr().out
+    assert "router.kv_memory = 1GiB  [MOIETY_ROUTER__KV_MEMORY]\n    Bytes of a router for keys" in everything
+    assert "\nmodel  [MOIETY_MODEL]\n" in everything
+    assert "hunter2" not in everything
+    assert run(["settings", "lanes", "port"]) == 0
+    names = [line.split(" ")[0] for line in capsys.readouterr().out.splitlines() if not line.startswith(" ")]
+    assert names == ["router.lanes", "router.transport", "gateway.port"]
+
+
+def _settings(*words: str) -> AppSettings:
+    """Returns the settings that the command would serve with."""
+    options = serve.make_context("serve", list(words)).params
+    return read_settings(**{name: options[name] for name in options.keys() - {"ray_address", "dashboard"}})

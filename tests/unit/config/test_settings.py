@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from moiety.config.application import AppSettings, GroupSettings
-from moiety.config.resolve import cache_dir, resolve, validated
+from moiety.config.application import AppSettings, ExpertDeployment
+from moiety.config.cache_folder import cache_dir
+from moiety.config.options import Scaling
+from moiety.config.resolve import resolve
 from moiety.config.services import ExpertSettings, GatewaySettings, RouterSettings
+from moiety.config.validate import validated
 from moiety.errors import ConfigError
+
+URL = "redis://:hunter2@cache.example.com:6379/0"
 
 
 @pytest.fixture(autouse=True)
 def _no_environment_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     """Removes MOIETY_* variables that the user may have set."""
-    for kind in (AppSettings, ExpertSettings, RouterSettings):
-        for name in kind.model_fields:
-            monkeypatch.delenv(f"MOIETY_{name.upper()}", raising=False)
+    for name in list(os.environ):
+        if name.startswith("MOIETY_"):
+            monkeypatch.delenv(name)
 
 
 @pytest.fixture
@@ -33,37 +39,111 @@ def yaml_file(tmp_path: Path):
     return write
 
 
-def test_flag_beats_environment_beats_file_beats_default(yaml_file, monkeypatch: pytest.MonkeyPatch):
-    """Each source applies where no stronger one gives a value; a flag of None was not given."""
-    path = yaml_file("{model: /from/yaml, slots: 1, token_budget: 5, queue_limit: 1}")
-    monkeypatch.setenv("MOIETY_SLOTS", "2")
-    monkeypatch.setenv("MOIETY_TOKEN_BUDGET", "4")
-    settings = resolve(RouterSettings, {"slots": 3, "token_budget": None}, path)
-    assert (settings.slots, settings.token_budget, settings.queue_limit) == (3, 4, 1)
-    assert settings.expert_wait_s == RouterSettings.model_fields["expert_wait_s"].default
-    assert settings.model == "/from/yaml"
+def test_flag_beats_environment_beats_secret_file_beats_file_beats_default(
+    yaml_file, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Each source applies, setting by setting, where no stronger one gives a value."""
+    path = yaml_file("{app: yaml, served_name: yaml, groups: 3, router: {slots: 1, token_budget: 5, queue_limit: 1}}")
+    (tmp_path / "app").write_text("secret\n")
+    (tmp_path / "served_name").write_text("secret")
+    monkeypatch.setenv("MOIETY_SECRETS_DIR", str(tmp_path))
+    monkeypatch.setenv("MOIETY_APP", "environment")
+    monkeypatch.setenv("MOIETY_ROUTER__SLOTS", "2")
+    monkeypatch.setenv("MOIETY_ROUTER__TOKEN_BUDGET", "4")
+    settings = resolve({"model": "m", "router": {"slots": 3}}, path)
+    router = settings.router
+    assert (router.slots, router.token_budget, router.queue_limit) == (3, 4, 1)
+    assert (settings.app, settings.served_name, settings.groups) == ("environment", "secret", 3)
+    assert router.expert_wait_s == RouterSettings.model_fields["expert_wait_s"].default
 
 
 def test_other_variables_are_not_settings(monkeypatch: pytest.MonkeyPatch):
     """Only variables named after settings are read, so those of other tools have no effect."""
     monkeypatch.setenv("MOIETY_BOGUS", "1")
-    monkeypatch.setenv("SLOTS", "7")
-    assert resolve(RouterSettings, {"model": "m"}).slots == 32
+    monkeypatch.setenv("ROUTER__SLOTS", "7")
+    assert resolve({"model": "m"}).router.slots == 32
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("MOIETY_ROUTER__SLOTZ", "1", r"router\.slotz = '1': unknown; did you mean router\.slots\?"),
+        ("MOIETY_ROUTER", "slots", 'environment .*"router"'),
+        ("MOIETY_SECRETS_DIR", "/no/such/folder", "MOIETY_SECRETS_DIR = '/no/such/folder': must be a folder"),
+    ],
+)
+def test_a_wrong_variable_is_reported(variable: str, value: str, message: str, monkeypatch: pytest.MonkeyPatch):
+    """A variable that names no setting inside a section, or that cannot be read, is an error."""
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(ConfigError, match=message):
+        resolve({"model": "m"})
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"slots": 64}, r"setting slots = 64: unknown; did you mean router\.slots\?"),
+        ({"threads": 2}, r"unknown; did you mean router\.threads or experts\.threads\?"),
+        (
+            {"gateway": {"max_concurent": 2}},
+            r"gateway\.max_concurent = 2: unknown; did you mean gateway\.max_concurrent",
+        ),
+        ({"frobnicate": 1}, "setting frobnicate = 1: unknown$"),
+    ],
+)
+def test_an_unknown_setting_is_told_where_it_may_be(given: dict[str, Any], message: str):
+    """The error names the settings with that name in a section, else those with a similar name."""
+    with pytest.raises(ConfigError, match=message):
+        resolve({"model": "m", **given})
+
+
+@pytest.mark.parametrize("name", ["registry", "registri", "overrides", "experts"])
+def test_the_registrys_password_is_shown_nowhere(name: str):
+    """Text, repr, JSON and errors show the URL without its password, wherever it was put."""
+    given = {"model": "m", "groups": 2, name: URL if name.startswith("r") else {"experts-0": {"url": URL}}}
+    if name == "registry":
+        settings = resolve(given)
+        assert settings.registry.get_secret_value() == URL
+        shown = [str(settings), repr(settings), settings.model_dump_json()]
+    else:
+        with pytest.raises(ConfigError, match=name) as refused:
+            resolve(given)
+        shown = [str(refused.value), repr(refused.value)]
+    assert not any("hunter2" in text for text in shown)
+    assert all("cache.example.com" in text for text in shown)
 
 
 @pytest.mark.parametrize(
     ("kind", "values", "field", "message"),
     [
-        (RouterSettings, {"model": "m", "slotz": 3}, "slotz", "setting slotz = 3: Extra inputs are not permitted"),
+        (RouterSettings, {"model": "m", "slotz": 3}, "slotz", "setting slotz = 3: unknown; did you mean slots?"),
         (RouterSettings, {"model": "m", "slots": 0}, "slots", "setting slots = 0: Input should be greater than or"),
         (RouterSettings, {"model": "m", "slots": "many"}, "slots", "setting slots = 'many': Input should be a valid"),
-        (RouterSettings, {"model": "m", "dtype": "int4"}, "dtype", "must be one of auto, float32, bfloat16, float16"),
+        (
+            RouterSettings,
+            {"model": "m", "dtype": "int4"},
+            "dtype",
+            "Input should be 'auto', 'float32', 'bfloat16' or 'float16'",
+        ),
         (RouterSettings, {"model": "m", "kv_memory": "4 gobs"}, "kv_memory", "setting kv_memory = '4 gobs'"),
-        (RouterSettings, {"model": "m", "port": 70000}, "port", "less than or equal to 65535"),
+        (GatewaySettings, {"model": "m", "port": 70000}, "port", "less than or equal to 65535"),
         (RouterSettings, {"model": "m", "app": "a b"}, "app", "setting app = 'a b'"),
         (ExpertSettings, {"model": "m", "held": "0-3"}, "held", "expected LAYERS:EXPERTS, such as 0-31:0-7"),
         (ExpertSettings, {"model": "m", "held": "0:0", "capacity": 0}, "capacity", "greater than 0"),
-        (AppSettings, {"model": "m", "experts": {"min": 1}}, "experts.min", "Extra inputs are not permitted"),
+        (AppSettings, {"model": "m", "experts": {"min": 1}}, "experts.min", "experts.min = 1: unknown"),
+        (AppSettings, {"model": "m", "router": {"slots": 600}}, "router.token_budget", "at least slots, 600"),
+        (
+            AppSettings,
+            {"model": "m", "experts": {"min_replicas": 5}},
+            "experts.max_replicas",
+            "at least min_replicas, 5",
+        ),
+        (
+            AppSettings,
+            {"model": "m", "router": {"min_replicas": 0}},
+            "router.min_replicas",
+            "greater than or equal to 1",
+        ),
         (AppSettings, {"model": "m", "experts": {"target_busy": 2}}, "experts.target_busy", "less than or equal to 1"),
     ],
 )
@@ -80,7 +160,7 @@ def test_a_wrong_setting_is_reported_by_name_value_and_bound(
 def test_a_missing_setting_is_reported_without_the_others():
     """The error names the missing setting and shows no other setting, such as a URL with a secret."""
     with pytest.raises(ConfigError, match="setting model = None: Field required") as refused:
-        resolve(RouterSettings, {"registry": "redis://:secret@host"})
+        resolve({"registry": "redis://:secret@host"})
     assert "secret" not in str(refused.value)
 
 
@@ -91,36 +171,36 @@ def test_a_bad_file_is_reported_with_its_path(yaml_file, text: str, message: str
     """A file that is not a mapping, or not YAML, raises ConfigError, which names it."""
     path = yaml_file(text)
     with pytest.raises(ConfigError, match=message) as refused:
-        resolve(RouterSettings, {"model": "m"}, path)
+        resolve({"model": "m"}, path)
     assert path in str(refused.value) or len(path) > 80
 
 
 def test_a_missing_file_is_reported(tmp_path: Path):
     """A path that does not exist raises ConfigError."""
     with pytest.raises(ConfigError, match="cannot be read"):
-        resolve(RouterSettings, {"model": "m"}, str(tmp_path / "none.yaml"))
+        resolve({"model": "m"}, str(tmp_path / "none.yaml"))
 
 
 def test_settings_are_frozen_and_unknown_keys_of_a_file_are_refused(yaml_file):
     """An unknown key in a file raises ConfigError, and a setting cannot be changed afterwards."""
     with pytest.raises(ConfigError, match="slotz"):
-        resolve(RouterSettings, {"model": "m"}, yaml_file("slotz: 3"))
-    settings = resolve(RouterSettings, {"model": "m"})
+        resolve({"model": "m"}, yaml_file("slotz: 3"))
+    settings = resolve({"model": "m"})
     with pytest.raises(ValueError, match="frozen"):
-        settings.slots = 1
+        settings.groups = 1
 
 
 def test_sizes_names_and_experts_are_read_as_people_write_them(monkeypatch: pytest.MonkeyPatch):
     """4GiB is a size, the folder's name is the model's name, and experts are kept in their canonical form."""
-    monkeypatch.setenv("MOIETY_KV_MEMORY", "4GiB")
-    settings = resolve(RouterSettings, {"model": "/models/Mixtral"})
-    assert settings.kv_memory == 4 << 30
+    monkeypatch.setenv("MOIETY_ROUTER__KV_MEMORY", "4GiB")
+    assert resolve({"model": "m"}).router.kv_memory == 4 << 30
+    settings = validated(RouterSettings, {"model": "/models/Mixtral"})
     assert settings.name == "Mixtral"
     assert settings.advertised == settings.listen_host == "127.0.0.1"
-    named = resolve(GatewaySettings, {"model": "/m", "served_name": "mine", "advertise_host": "10.0.0.1"})
+    named = validated(GatewaySettings, {"model": "/m", "served_name": "mine", "advertise_host": "10.0.0.1"})
     assert (named.name, named.advertised) == ("mine", "10.0.0.1")
-    assert resolve(ExpertSettings, {"model": "m", "held": "1:0 ; 0:0"}).held == "0-1:0"
-    assert resolve(AppSettings, {"model": "m"}).experts == GroupSettings()
+    assert validated(ExpertSettings, {"model": "m", "held": "1:0 ; 0:0"}).held == "0-1:0"
+    assert resolve({"model": "m"}).experts == ExpertDeployment()
 
 
 def test_the_cache_folder_can_be_chosen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
@@ -135,33 +215,41 @@ def test_the_cache_folder_can_be_chosen(monkeypatch: pytest.MonkeyPatch, tmp_pat
 def test_a_deployment_may_differ_from_the_others() -> None:
     """`overrides` changes only what it names, for one deployment; an impossible change is refused with that name."""
     settings = AppSettings(
-        model="m", experts=GroupSettings(max_replicas=4), overrides={"experts-1": {"max_replicas": 9}}
+        model="m", experts=ExpertDeployment(max_replicas=4), overrides={"experts-1": {"max_replicas": 9}}
     )
     assert (settings.group("experts-0").max_replicas, settings.group("experts-1").max_replicas) == (4, 9)
     assert settings.group("experts-1").target_busy == settings.experts.target_busy
     with pytest.raises(ConfigError, match=r"experts-1: .*max_replicas.* must be at least min_replicas"):
-        resolve(AppSettings, {"model": "m", "overrides": {"experts-1": {"min_replicas": 5}}})
+        resolve({"model": "m", "overrides": {"experts-1": {"min_replicas": 5}}})
+
+
+@pytest.mark.parametrize("name", ["experts-2", "hot-1", "expert-1", "experts-01", "router"])
+def test_overrides_are_for_what_exists(name: str) -> None:
+    """A name of `overrides` that no expert group or hot set has is refused with the names there are."""
+    known = "there are experts-0 to experts-1, hot-0 to hot-0$"
+    with pytest.raises(ConfigError, match=f"{name}: no such expert group or hot set; {known}"):
+        resolve({"model": "m", "groups": 2, "hot_sets": 1, "overrides": {name: {"max_replicas": 2}}})
 
 
 def test_overflow_is_set_per_group() -> None:
     """`overflow` is for groups only, cannot change while they run, and excludes `deterministic`."""
     overrides = {"experts-1": {"overflow": "backup"}}
-    assert resolve(AppSettings, {"model": "m", "overrides": overrides}).group("experts-1").overflow == "backup"
+    assert resolve({"model": "m", "overrides": overrides}).group("experts-1").overflow == "backup"
     with pytest.raises(ConfigError, match=r"hot-0: overflow is for groups"):
-        resolve(AppSettings, {"model": "m", "overrides": {"hot-0": {"overflow": "backup"}}})
+        resolve({"model": "m", "hot_sets": 1, "overrides": {"hot-0": {"overflow": "backup"}}})
     with pytest.raises(ConfigError, match=r"experts-1: .*overflow.*'wait' or 'backup'"):
-        resolve(AppSettings, {"model": "m", "overrides": {"experts-1": {"overflow": "drop"}}})
+        resolve({"model": "m", "overrides": {"experts-1": {"overflow": "drop"}}})
     with pytest.raises(ConfigError, match=r"overflow_groups.* not possible with deterministic"):
-        resolve(RouterSettings, {"model": "m", "deterministic": True, "overflow_groups": {"experts-1": "backup"}})
-    assert not resolve(RouterSettings, {"model": "m", "overflow_groups": {"experts-1": "wait"}}).may_overflow
+        validated(RouterSettings, {"model": "m", "deterministic": True, "overflow_groups": {"experts-1": "backup"}})
+    assert not validated(RouterSettings, {"model": "m", "overflow_groups": {"experts-1": "wait"}}).may_overflow
     with pytest.raises(ConfigError, match=r"user_config\.overflow"):
         # routers get it at start: they refuse models without backup experts
-        GroupSettings().with_live({"overflow": "backup"})
+        Scaling().with_live({"overflow": "backup"})
 
 
 def test_live_settings_of_a_group() -> None:
     """A live setting changes only itself; any other setting, or a bad value, is refused."""
-    group = GroupSettings(target_busy=0.5, max_replicas=7)
+    group = Scaling(target_busy=0.5, max_replicas=7)
     assert group.with_live({}) is group
     assert group.with_live({"target_busy": 0.9}) == group.model_copy(update={"target_busy": 0.9})
     with pytest.raises(ConfigError, match=r"user_config\.num_cpus = 2: live settings are target_busy"):

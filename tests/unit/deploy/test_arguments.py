@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from moiety.config.application import AppSettings
+from moiety.config.application import AppSettings, GatewayDeployment
 from moiety.deploy.app import build, default_placement
 from moiety.deploy.arguments import expert_settings, from_arguments, gateway_settings, router_settings, to_arguments
 from moiety.errors import ConfigError
@@ -30,8 +30,8 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MOIETY_REGISTRY", raising=False)
 
 
-def test_a_password_travels_in_the_environment_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What Ray stores and logs holds no password; a process needs MOIETY_REGISTRY to restore the URL."""
+def test_a_password_does_not_travel_in_arguments(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What Ray stores and logs holds no password; a process restores the URL from its environment or a secret file."""
     settings = AppSettings(model="m", registry=SECRET_URL)
     values = to_arguments(settings)
     assert "hunter2" not in json.dumps(values)
@@ -39,14 +39,21 @@ def test_a_password_travels_in_the_environment_only(monkeypatch: pytest.MonkeyPa
         from_arguments(values)
     monkeypatch.setenv("MOIETY_REGISTRY", SECRET_URL)
     assert from_arguments(values) == settings
+    monkeypatch.delenv("MOIETY_REGISTRY")
+    (tmp_path / "registry").write_text(SECRET_URL + "\n")
+    monkeypatch.setenv("MOIETY_SECRETS_DIR", str(tmp_path))
+    assert from_arguments(values) == settings
 
 
 def test_carried_arguments_win_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """A node's MOIETY_* variables do not change the application's arguments."""
-    settings = AppSettings(model="m", registry="redis://10.0.0.1:6390/0", slots=7)
+    settings = AppSettings(model="m", registry="redis://10.0.0.1:6390/0", router={"slots": 7})
     monkeypatch.setenv("MOIETY_REGISTRY", "redis://elsewhere:1/0")
-    monkeypatch.setenv("MOIETY_SLOTS", "9")
-    assert from_arguments(to_arguments(settings)) == settings
+    monkeypatch.setenv("MOIETY_ROUTER__SLOTS", "9")
+    monkeypatch.setenv("MOIETY_OVERRIDES", '{"experts-0": {"threads": 9}}')
+    carried = from_arguments(to_arguments(settings))
+    assert carried == settings
+    assert router_settings(carried, NODE).slots == 7
 
 
 def test_loopback_stays_loopback() -> None:
@@ -55,22 +62,29 @@ def test_loopback_stays_loopback() -> None:
     assert gateway_settings(local, NODE).advertised == "127.0.0.1"
     cluster = local.model_copy(update={"listen_host": "0.0.0.0"})
     assert router_settings(cluster, NODE).advertised == NODE
+    door = cluster.model_copy(update={"gateway": GatewayDeployment(listen_host="127.0.0.1")})
+    assert gateway_settings(door, NODE).advertised == gateway_settings(door, NODE).listen_host == "127.0.0.1"
+    assert router_settings(door, NODE).listen_host == "0.0.0.0"
     named = cluster.model_copy(update={"advertise_host": "pod-3.experts"})
     assert expert_settings(named, "experts-3", "0:0", NODE).advertised == "pod-3.experts"
 
 
 def test_each_service_gets_its_own_settings() -> None:
-    """Only the gateway gets the port; the group's settings reach its replicas."""
-    settings = AppSettings(model="m", grpc_port=50999, slots=5, experts={"threads": 3, "capacity": 9.5})
+    """Each gets its own section; the group's settings reach its replicas."""
+    settings = AppSettings(
+        model="m", gateway={"port": 50999}, router={"slots": 5}, experts={"threads": 3, "capacity": 9.5}
+    )
     expert = expert_settings(settings, "experts-1", "0:4-7", NODE)
-    assert (expert.port, expert.threads, expert.capacity, expert.deployment) == (0, 3, 9.5, "experts-1")
-    assert (router_settings(settings, NODE).port, router_settings(settings, NODE).slots) == (0, 5)
+    assert (expert.threads, expert.capacity, expert.deployment) == (3, 9.5, "experts-1")
+    assert router_settings(settings, NODE).slots == 5
     assert gateway_settings(settings, NODE).port == 50999
 
 
 def test_a_router_knows_which_groups_may_overflow() -> None:
     """`experts.overflow` applies to every group unless `overrides` changes it."""
-    settings = AppSettings(model="m", overrides={"experts-1": {"overflow": "backup"}, "experts-0": {"threads": 2}})
+    settings = AppSettings(
+        model="m", groups=3, overrides={"experts-1": {"overflow": "backup"}, "experts-0": {"threads": 2}}
+    )
     router = router_settings(settings, NODE)
     assert [router.allows_backup(f"experts-{group}") for group in range(3)] == [False, True, False]
     others = settings.model_copy(

@@ -62,7 +62,7 @@ def _policy(settings: AppSettings) -> Any:
 
 @asynccontextmanager
 async def _registry(settings: AppSettings) -> AsyncIterator[Registry]:
-    registry = connect(settings.registry, settings.app)
+    registry = connect(settings.registry.get_secret_value(), settings.app)
     try:
         yield registry
     finally:

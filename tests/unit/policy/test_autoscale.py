@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moiety.config.application import GroupSettings
+from moiety.config.options import Scaling
 from moiety.policy.autoscale import (
     SETTLE_S,
     STEP_TIMEOUT_S,
@@ -21,7 +21,7 @@ from moiety.policy.autoscale import (
 )
 
 TICK_S = 0.25
-SETTINGS = GroupSettings(min_replicas=1, max_replicas=4, target_busy=0.6, queue_wait_ms=50, shrink_after_s=10)
+SETTINGS = Scaling(min_replicas=1, max_replicas=4, target_busy=0.6, queue_wait_ms=50, shrink_after_s=10)
 QUIET = Snapshot("experts-0", target=1, live=1, reporting=1, busy=0.2, queue_wait_ms=0.0, rows_per_s=100.0)
 
 
@@ -29,7 +29,7 @@ QUIET = Snapshot("experts-0", target=1, live=1, reporting=1, busy=0.2, queue_wai
 class Group:
     """A group whose replicas are live `start_s` after the request; `load` is measured in fully busy replicas."""
 
-    settings: GroupSettings = SETTINGS
+    settings: Scaling = SETTINGS
     target: int = 1
     live: int = 1
     start_s: float = 2.0
@@ -252,7 +252,7 @@ def test_bounds_hold_and_the_last_holder_stays(
     now: float, low_since: float | None,
 ) -> None:  # fmt: skip
     """Every decision is within the bounds, and none removes the last holder while there is demand."""
-    settings = GroupSettings(min_replicas=0, max_replicas=40, shrink_after_s=1.0)
+    settings = Scaling(min_replicas=0, max_replicas=40, shrink_after_s=1.0)
     snapshot = Snapshot(
         "experts-0", target, live, min(reporting, live), busy, wait, rows, missing_experts=missing_experts, fixed=fixed
     )

@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from moiety.config.application import GroupSettings
+from moiety.config.options import Scaling
 from moiety.policy.autoscale import SETTLE_S, STEP_TIMEOUT_S, Snapshot, State, decide, predicted_busy
 
-SETTINGS = GroupSettings(min_replicas=1, max_replicas=4, target_busy=0.6, queue_wait_ms=50, shrink_after_s=10)
+SETTINGS = Scaling(min_replicas=1, max_replicas=4, target_busy=0.6, queue_wait_ms=50, shrink_after_s=10)
 QUIET = Snapshot("experts-0", target=1, live=1, reporting=1, busy=0.2, queue_wait_ms=0.0, rows_per_s=100.0)
 
 

@@ -13,7 +13,8 @@ from pathlib import Path
 from moiety.bench.elastic.report import ElasticReport, LoadSample, ReplicaStart, report_of
 from moiety.bench.elastic.traffic import Traffic, skewed_prompts
 from moiety.client import Client
-from moiety.config.application import AppSettings, GroupSettings
+from moiety.config.application import AppSettings, ExpertDeployment, GatewayDeployment, RouterDeployment
+from moiety.config.registry_url import RegistryUrl
 from moiety.core.replica import ReplicaState, Role
 from moiety.deploy.ray_cluster import environment
 from moiety.deploy.run import DeployedApp, deploy_app
@@ -60,11 +61,11 @@ def bench_elastic(work: ElasticWork, *, wait_s: float = 120.0, progress: Progres
             model=str(model),
             dtype="float32",
             groups=work.groups,
-            registry=redis.url,
-            grpc_port=0,
-            router_cpus=0.1,
-            prefix_cache=False,  # a repeated prompt must be computed again, because its rows are the load
-            experts=GroupSettings(
+            registry=RegistryUrl(redis.url),
+            gateway=GatewayDeployment(port=0),
+            # without prefix cache: a repeated prompt must be computed again, because its rows are the load
+            router=RouterDeployment(num_cpus=0.1, prefix_cache=False),
+            experts=ExpertDeployment(
                 max_replicas=work.max_replicas,
                 num_cpus=0.1,
                 capacity=work.capacity,
@@ -83,7 +84,7 @@ def bench_elastic(work: ElasticWork, *, wait_s: float = 120.0, progress: Progres
 
 
 async def _offer(work: ElasticWork, settings: AppSettings, deployed: DeployedApp, progress: Progress) -> ElasticReport:
-    registry = connect(settings.registry, settings.app)
+    registry = connect(settings.registry.get_secret_value(), settings.app)
     try:
         async with Client(deployed.gateways[0]) as client:
             prompts = await skewed_prompts(client, registry, work.zipf, work.seed, progress)

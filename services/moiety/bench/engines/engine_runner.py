@@ -18,8 +18,8 @@ from moiety.bench.checkpoints import model_folder
 from moiety.bench.engines.layer_times import SpanRecorder
 from moiety.bench.token_speeds import Speeds, speeds
 from moiety.compose.router import build_engine, hops_of, load_model, reach_experts
-from moiety.config.resolve import validated
 from moiety.config.services import RouterSettings
+from moiety.config.validate import validated
 from moiety.core.experts import ModelShape
 from moiety.core.sampling import Sampling
 from moiety.errors import ConfigError, Unavailable

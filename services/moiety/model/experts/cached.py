@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from moiety.config.resolve import cache_dir
+from moiety.config.cache_folder import cache_dir
 from moiety.core.experts import ExpertMLP, ModelShape
 from moiety.model.checkpoint.checkpoint import Checkpoint
 from moiety.model.checkpoint.revision import revision_of

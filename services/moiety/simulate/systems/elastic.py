@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from moiety.config.application import GroupSettings
+from moiety.config.options import Scaling
 from moiety.policy.autoscale import Decision
 from moiety.policy.placement.planner import plan_placement
 from moiety.simulate.flow import TimeStep, time_step, work_per_step
@@ -26,7 +26,7 @@ from moiety.simulate.systems.trace_load import (
 REPLAN_GAIN = 0.03  # fraction of the critical path that a new placement must save
 
 
-def elastic(load: TraceLoad, settings: GroupSettings = SETTINGS, hot_sets: int | None = None) -> SystemResult:
+def elastic(load: TraceLoad, settings: Scaling = SETTINGS, hot_sets: int | None = None) -> SystemResult:
     """Simulates groups and hot sets that `policy/autoscale.py` scales and `policy/placement/planner.py` fills with experts.
 
     Both use the costs that a router has fitted by `policy/cost_model.py`. Scaling sees the measurements of the previous time
@@ -86,5 +86,5 @@ def elastic(load: TraceLoad, settings: GroupSettings = SETTINGS, hot_sets: int |
     return recorder.result("elastic", decisions, rebalances, moved)
 
 
-def _spare(settings: GroupSettings) -> GroupSettings:
+def _spare(settings: Scaling) -> Scaling:
     return settings.model_copy(update={"min_replicas": 0})

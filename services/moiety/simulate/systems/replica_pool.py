@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from moiety.config.application import GroupSettings
+from moiety.config.options import Scaling
 from moiety.policy.autoscale import Decision, Snapshot, State, decide
 from moiety.policy.cost_model import KernelCost
 from moiety.simulate.flow import StepWork, TimeStep
 from moiety.simulate.scenario import Cluster, Trace
 
-SETTINGS = GroupSettings(min_replicas=1, max_replicas=1000, target_busy=0.7, shrink_after_s=60.0, shrink_margin=0.95)
+SETTINGS = Scaling(min_replicas=1, max_replicas=1000, target_busy=0.7, shrink_after_s=60.0, shrink_margin=0.95)
 
 
 @dataclass(slots=True)
@@ -18,7 +18,7 @@ class ReplicaPool:
     """The replicas of one deployment, live and starting, and the policy's state."""
 
     deployment: str
-    settings: GroupSettings
+    settings: Scaling
     target: int
     spare: bool
     state: State = field(default_factory=State)

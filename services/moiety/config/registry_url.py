@@ -1,10 +1,23 @@
-"""Removes secrets from registry URLs, so that errors, logs and pages may show them."""
+"""The registry's URL, which may hold a password: what errors, logs and pages may show of it."""
 
 from __future__ import annotations
 
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
+from pydantic import Secret
+
 _SECRET_OPTIONS = ("password", "ssl_password", "username")
+
+
+class RegistryUrl(Secret[str]):
+    """A registry's URL. Text, JSON and repr show it without its secrets; `get_secret_value()` returns all of it."""
+
+    def _display(self) -> str:
+        return without_secrets(self.get_secret_value())
+
+    @property
+    def holds_secret(self) -> bool:
+        return str(self) != self.get_secret_value()
 
 
 def without_secrets(url: str) -> str:

@@ -1,0 +1,49 @@
+"""Options for the application's settings: their help and their defaults come from the models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+import yaml
+
+from moiety.cli.options import Function
+from moiety.config.catalogue import catalogue
+from moiety.config.resolve import nested
+
+
+class SettingValue(click.ParamType[Any]):
+    """Option type: the value of a setting, as YAML: 64, 4GiB, true, null, {experts-3: {max_replicas: 8}}."""
+
+    name = "value"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            return yaml.safe_load(value)
+        except yaml.YAMLError:
+            self.fail("must be a value as in YAML", param, ctx)
+
+
+class Assignment(click.ParamType[dict[str, Any]]):
+    """Option type: a setting and its value, as NAME=VALUE; nested settings have dotted names."""
+
+    name = "name=value"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> dict[str, Any]:
+        if isinstance(value, dict):
+            return value
+        setting, separator, text = str(value).partition("=")
+        if not separator or not all(setting.split(".")):
+            self.fail("must be NAME=VALUE, such as router.slots=64", param, ctx)
+        return nested(setting, SettingValue().convert(text, param, ctx))
+
+
+def setting_option(option: str, name: str, default: str | None = None) -> Callable[[Function], Function]:
+    """Returns a decorator that adds `option` for the application's setting `name`, with the setting's description as help.
+
+    The command receives it as `name` with "__" for each dot, None if not given. `default` replaces the default in the help.
+    """
+    setting = next(setting for setting in catalogue() if setting.name == name)
+    text = f"{setting.description}  [{name}; default: {default or setting.default}]"
+    return click.option(option, name.replace(".", "__"), type=SettingValue(), help=text)

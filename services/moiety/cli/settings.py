@@ -1,0 +1,26 @@
+"""`moiety settings`."""
+
+from __future__ import annotations
+
+import click
+
+from moiety.config.catalogue import catalogue
+
+
+@click.command()
+@click.argument("words", nargs=-1)
+def settings(words: tuple[str, ...]) -> None:
+    """List the settings of a system: name, default, environment variable, and what each means.
+
+    With WORDS, only those whose name contains one of them. `moiety serve --set NAME=VALUE` sets one. In a YAML file, in the
+    arguments of `serve deploy` and under `app` in the Helm chart, a dot is a level of nesting.
+
+    \b
+    Examples:
+      moiety settings
+      moiety settings router overflow
+    """
+    for setting in catalogue():
+        if not words or any(word in setting.name for word in words):
+            value = f" = {setting.default}" if setting.default else ""
+            click.echo(f"{setting.name}{value}  [{setting.variable}]\n    {setting.description}")

@@ -1,0 +1,164 @@
+"""What can be set, each setting declared once: for the system, for one kind of service, and for how a deployment scales."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Literal, Self, get_args
+
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationInfo, WithJsonSchema, field_validator
+
+from moiety.config.registry_url import RegistryUrl
+from moiety.config.validate import validated
+from moiety.core.replica import Transport
+from moiety.errors import ConfigError
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+DTYPES: tuple[str, ...] = get_args(Dtype)
+Overflow = Literal["wait", "backup"]
+_SIZE = {"type": ["integer", "string"], "minimum": 1 << 10, "pattern": r"^[0-9]+(\.[0-9]+)?\s*([KMGT]i?B)?$"}
+Size = Annotated[ByteSize, Field(ge=1 << 10), WithJsonSchema(_SIZE)]  # bytes, with or without a unit
+LIVE_SETTINGS = (
+    "target_busy",
+    "queue_wait_ms",
+    "shrink_after_s",
+    "shrink_margin",
+)  # what `Scaling.with_live` may change
+
+# Settings whose default depends on the kind of service.
+MinReplicas = Annotated[int, Field(ge=0, le=1000, description="Fewest replicas.")]
+MaxReplicas = Annotated[int, Field(ge=1, le=1000, description="Most replicas; above min_replicas, the load decides.")]
+Cpus = Annotated[float, Field(ge=0, description="Ray CPUs per replica.")]
+
+
+class Options(BaseModel):
+    """Base of all settings: frozen, and closed to unknown names. The text below a setting is its description."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, use_attribute_docstrings=True)
+
+
+class SystemOptions(Options):
+    """What concerns every service of a system."""
+
+    app: str = Field(default="moiety", pattern=r"^[A-Za-z0-9_.-]{1,64}$")
+    """Prefix of this system's registry keys."""
+    model: str
+    """Path of the checkpoint folder, the same on every node."""
+    served_name: str = ""
+    """Model name that clients use; default: the checkpoint folder's name."""
+    registry: RegistryUrl = RegistryUrl("redis://127.0.0.1:6379/0")
+    """URL of the registry: redis://… or rediss://…; without Ray unix:///… or file:///… too."""
+    listen_host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 = every interface."""
+    advertise_host: str = ""
+    """Address by which others reach a service; default: the node's, or listen_host on loopback."""
+    dtype: Dtype = "auto"
+    """Data type of weights and rows: auto (as published), float32, bfloat16 or float16."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Torch device: cpu or cuda."""
+    deterministic: bool = False
+    """Make every output depend, bit by bit, on its request alone: not on batch, lanes, replicas or retries."""
+    slices: int = Field(default=1, ge=1, le=64)
+    """Parts that every expert is cut into, each held by a group of its own, for experts too large for a device.
+
+    1 = whole experts. The number of groups must be a multiple of it.
+    """
+    drain_s: float = Field(default=8.0, ge=0, le=600)
+    """Seconds that work in flight gets to finish on shutdown."""
+
+
+class RouterOptions(Options):
+    """What a router can be set to."""
+
+    threads: int = Field(default=0, ge=0, le=1024)
+    """Most compute threads; 0 = every core it may use."""
+    slots: int = Field(default=32, ge=1, le=4096)
+    """Sequences that run at once, per router."""
+    token_budget: int = Field(default=512, ge=1, le=65536)
+    """Tokens per step, decode and prefill together."""
+    max_context: int | None = Field(default=None, ge=1)
+    """Most tokens per sequence; default: the model's limit."""
+    kv_memory: Size = ByteSize(1 << 30)
+    """Bytes of a router for keys, values and states, e.g. 4GiB."""
+    block_tokens: int = Field(default=16, ge=1, le=1024)
+    """Tokens per block of the KV cache."""
+    prefix_cache: bool = True
+    """Reuse keys and values between prompts with a common prefix."""
+    speculative_tokens: int = Field(default=0, ge=0, le=64)
+    """Tokens drafted from a sequence's own text and verified in one step; 0 = none."""
+    queue_limit: int = Field(default=256, ge=1, le=1_000_000)
+    """Requests that may wait for a slot before RESOURCE_EXHAUSTED."""
+    expert_wait_s: float = Field(default=30.0, ge=0, le=3600)
+    """Seconds to wait for a replica that holds an expert, if none does."""
+    hedge_after_s: float = Field(default=0.02, gt=0, le=60)
+    """Least seconds before a call is sent again."""
+    retry_budget: float = Field(default=0.1, ge=0, le=1)
+    """Most hedges (slow calls sent to other replicas too), as a fraction of calls."""
+    overflow_queue_ms: float = Field(default=100.0, gt=0, le=60_000)
+    """Milliseconds of queue wait above which a queue is too long, see experts.overflow."""
+    lanes: int = Field(default=0, ge=0, le=8)
+    """Parts of a batch that take turns: one computes while others wait for experts; 0 = chosen by measurement."""
+    transport: Transport = Transport.AUTO
+    """How calls reach experts: auto = shared memory on the same node, else gRPC. Replicas out of reach are left out."""
+
+    @field_validator("token_budget")
+    @classmethod
+    def _at_least_slots(cls, value: int, info: ValidationInfo) -> int:
+        if value < (slots := info.data.get("slots", value)):
+            raise ValueError(f"must be at least slots, {slots}, or prompts would starve")
+        return value
+
+
+class GatewayOptions(Options):
+    """What a gateway can be set to."""
+
+    port: int = Field(default=50051, ge=0, le=65535)
+    """Port of the gateway, one per node; 0 = a free one."""
+    max_concurrent: int = Field(default=1024, ge=1)
+    """Requests in flight, at most, before RESOURCE_EXHAUSTED."""
+    router_wait_s: float = Field(default=30.0, ge=0, le=3600)
+    """Seconds to wait for a ready router."""
+
+
+class ExpertOptions(Options):
+    """What a replica of an expert group or hot set can be set to."""
+
+    threads: int = Field(default=1, ge=1, le=1024)
+    """Compute threads per replica."""
+    weights: Literal["auto", "int8"] = "auto"
+    """Expert weights in memory: auto = as published, int8 = quantised while loading, half the size of bfloat16."""
+    capacity: float | None = Field(default=None, gt=0)
+    """Slow a replica down to this many rows per second, for tests on small machines; default: no limit."""
+    queue_calls: int = Field(default=256, ge=1, le=65536)
+    """Calls that may wait for the device."""
+
+
+class Scaling(Options):
+    """How a deployment scales, and what Ray reserves for each of its replicas."""
+
+    min_replicas: MinReplicas = 1
+    max_replicas: MaxReplicas = 4
+    num_cpus: Cpus = 1.0
+    num_gpus: float = Field(default=0.0, ge=0)
+    """Ray GPUs per replica."""
+    target_busy: float = Field(default=0.6, gt=0, le=1)
+    """Busy fraction that scaling aims at, 0 to 1."""
+    queue_wait_ms: float = Field(default=50.0, gt=0)
+    """Mean queue wait in milliseconds that forces a step up."""
+    shrink_after_s: float = Field(default=30.0, ge=0)
+    """Seconds that load must stay low before a step down."""
+    shrink_margin: float = Field(default=0.8, gt=0, lt=1)
+    """A step down needs a predicted busy fraction below this fraction of target_busy."""
+
+    def with_live(self, values: Mapping[str, float]) -> Self:
+        """Returns a copy of these settings with `values` set. Raises ConfigError for a name that is not in LIVE_SETTINGS."""
+        for name in values:
+            if name not in LIVE_SETTINGS:
+                raise ConfigError(f"user_config.{name}", values[name], f"live settings are {', '.join(LIVE_SETTINGS)}")
+        return validated(type(self), {**self.model_dump(), **values}) if values else self
+
+    @field_validator("max_replicas")
+    @classmethod
+    def _at_least_min_replicas(cls, value: int, info: ValidationInfo) -> int:
+        if value < (minimum := info.data.get("min_replicas", value)):
+            raise ValueError(f"must be at least min_replicas, {minimum}")
+        return value
