@@ -135,13 +135,17 @@ def test_pods_have_no_privileges() -> None:
 
 def test_a_worker_is_ready_when_its_gateway_is() -> None:
     """The probe, the container, the Service and the application's argument use the same port."""
-    document = rayservice(merged(MINIMAL, nested("app.grpc_port", 50052)))
+    document = rayservice(merged(MINIMAL, nested("app.gateway.port", 50052)))
     container = dig(document, f"{POD}/containers/0")
     port = dig(document, "spec/serveService/spec/ports/0")
     arguments = yaml.safe_load(document["spec"]["serveConfigV2"])["applications"][0]["args"]
     assert container["readinessProbe"]["grpc"]["port"] == 50052
     assert (
-        container["ports"][0]["containerPort"] == port["port"] == port["targetPort"] == arguments["grpc_port"] == 50052
+        container["ports"][0]["containerPort"]
+        == port["port"]
+        == port["targetPort"]
+        == arguments["gateway"]["port"]
+        == 50052
     )
     assert port["name"] == "serve"
 
@@ -206,7 +210,7 @@ def test_missing_values_are_named(values: dict[str, Any], message: str) -> None:
 
 def test_the_notes_name_what_was_installed() -> None:
     """The commands in NOTES.txt have this release's names and port."""
-    notes = templates(merged(MINIMAL, nested("app.grpc_port", 50052)))["moiety/templates/NOTES.txt"]
+    notes = templates(merged(MINIMAL, nested("app.gateway.port", 50052)))["moiety/templates/NOTES.txt"]
     assert "kubectl -n ns port-forward service/rel-moiety-gateway 50052" in notes
     assert "kubectl -n ns wait rayservice/rel-moiety --for=condition=Ready" in notes
     command = next(line.split("moiety generate ")[1] for line in notes.splitlines() if "moiety generate" in line)

@@ -1,4 +1,4 @@
-"""values.schema.json is closed, refuses wrong types, and has the bounds of the application's settings for `app`."""
+"""values.schema.json is closed and refuses wrong types; `app` in it and in values.yaml is generated from the settings."""
 
 from __future__ import annotations
 
@@ -10,15 +10,12 @@ from typing import Any
 import helm_python
 import pytest
 import yaml
+from app_settings import SECTIONS, written
 from rendering import CHART, EVERYTHING, MINIMAL, REPOSITORY, manifests, merged, named, nested
 
 import moiety
-from moiety.config.application import AppSettings, GroupSettings
-from moiety.config.resolve import validated
-
-# The chart sets these itself: running in pods determines their values.
-GIVEN_BY_THE_CHART = {"model", "registry", "listen_host", "advertise_host"}
-BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
+from moiety.config.application import AppSettings
+from moiety.config.validate import validated
 
 
 def values() -> dict[str, Any]:
@@ -65,7 +62,9 @@ def test_every_object_is_closed() -> None:
         "image.repo",
         "model.path",
         "app.model",
+        "app.slots",
         "app.experts.replicas",
+        "app.overrides.experts-1.replicas",
         "ray.head.cpu",
         "redis.password",
         "redis.external.password",
@@ -89,11 +88,13 @@ def test_an_unknown_key_is_refused(path: str) -> None:
         ("model.folder", "../elsewhere"),
         ("app.groups", 0),
         ("app.groups", "2"),
-        ("app.grpc_port", 0),
+        ("app.gateway.port", 0),
         ("app.dtype", "float8"),
-        ("app.kv_memory", "lots"),
+        ("app.router.kv_memory", "lots"),
         ("app.experts.target_busy", 1.5),
         ("app.experts.capacity", 0),
+        ("app.overrides", {"experts-1": {"capacity": 0}}),
+        ("app.overrides", {"router": {}}),
         ("ray.version", "latest"),
         ("ray.auth", "off"),
         ("ray.autoscaling", "yes"),
@@ -116,21 +117,10 @@ def test_good_values_pass() -> None:
     assert not refuses({})
 
 
-def test_app_has_the_applications_settings() -> None:
-    """`app` in values.yaml and in the schema has the fields of AppSettings, with their defaults and bounds."""
-    documented = values()["app"]
-    for kind, given, defaults, node in (
-        (AppSettings, GIVEN_BY_THE_CHART, documented, schema()["properties"]["app"]),
-        (GroupSettings, set[str](), documented["experts"], schema()["properties"]["app"]["properties"]["experts"]),
-    ):
-        fields = kind.model_json_schema()["properties"]
-        assert set(defaults) == set(fields) - given == set(node["properties"])
-        # A Service needs a fixed port, pydantic gives no bound of a size, and the next round checks the experts' fields.
-        for name in set(fields) - given - {"experts", "grpc_port", "kv_memory", "hot_memory"}:
-            options = fields[name].get("anyOf", [fields[name]])
-            for bound in BOUNDS:
-                assert node["properties"][name].get(bound) == options[0].get(bound), f"{name}: {bound}"
-    assert validated(AppSettings, {**documented, "model": "/m"}) == AppSettings(model="/m")
+@pytest.mark.parametrize("file", SECTIONS)
+def test_app_has_the_applications_settings(file: str) -> None:
+    """`app` has the application's settings, with their defaults, descriptions and bounds; else run app_settings.py."""
+    assert (CHART / file).read_text() == written(file, SECTIONS[file]())
 
 
 def test_the_application_accepts_its_arguments() -> None:

@@ -1,6 +1,6 @@
 {{/* The config file that `serve deploy` would take: the application of cluster/serve.yaml. */}}
 {{- define "moiety.serveConfig" -}}
-{{- $given := dict "model" (include "moiety.modelPath" .) "listen_host" "0.0.0.0" -}}
+{{- $given := dict "model" (include "moiety.modelPath" .) -}}
 proxy_location: Disabled
 logging_config:
   encoding: JSON
@@ -66,10 +66,10 @@ spec:
         - {name: client, containerPort: 10001}
       {{- else }}
       ports:
-        - {name: grpc, containerPort: {{ $root.Values.app.grpc_port }}}
+        - {name: grpc, containerPort: {{ $root.Values.app.gateway.port }}}
       # Ready means that this pod's gateway answers. A worker without a gateway computes for the others, outside the Service.
       readinessProbe:
-        grpc: {port: {{ $root.Values.app.grpc_port }}}
+        grpc: {port: {{ $root.Values.app.gateway.port }}}
         periodSeconds: 2
         failureThreshold: 2
       {{- end }}
