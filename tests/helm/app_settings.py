@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from textwrap import wrap
 from typing import Any
 
 from rendering import CHART
@@ -37,7 +38,10 @@ def values_of_app() -> str:
         indent = "    " if outer else "  "
         line = f"{indent}{name}: {CHART_DEFAULTS.get(setting.name, setting.default)}"
         comment = f"# {setting.description}"
-        lines += [f"{line} {comment}"] if len(f"{line} {comment}") <= WIDTH else [*_wrapped(comment, indent), line]
+        if len(f"{line} {comment}") <= WIDTH:
+            lines.append(f"{line} {comment}")
+        else:
+            lines += [*wrap(comment, WIDTH, initial_indent=indent, subsequent_indent=f"{indent}# "), line]
     return "\n".join(lines) + "\n\n"
 
 
@@ -65,15 +69,6 @@ def written(file: str, section: str) -> str:
 
 
 SECTIONS = {"values.yaml": values_of_app, "values.schema.json": schema_of_app}
-
-
-def _wrapped(comment: str, indent: str) -> list[str]:
-    lines = [""]
-    for word in comment.split():
-        if len(f"{indent}{lines[-1]} {word}") > WIDTH:
-            lines.append("#")
-        lines[-1] = f"{lines[-1]} {word}".lstrip()
-    return [indent + line for line in lines]
 
 
 def _plain(node: Any, definitions: Mapping[str, Any]) -> Any:

@@ -156,9 +156,9 @@ def test_serves_arguments_set_it(name: str) -> None:
 
 @pytest.mark.parametrize("left_out", ["deterministic", "experts.overflow"])
 def test_the_chart_sets_all(left_out: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`app` in the chart's values sets all but two at once; `model` and `redis` set the checkpoint and the registry.
+    """The chart's values set all at once: the checkpoint by `model`, the registry by `redis`, all others by `app`.
 
-    Two settings exclude each other: each is left out once.
+    The two settings that exclude each other take turns.
     """
     values = {
         **MINIMAL,
