@@ -22,8 +22,8 @@ import torch
 
 from moiety.client import Client
 from moiety.compose.router import hops_of, load_model, reach_experts
-from moiety.config.resolve import validated
 from moiety.config.services import RouterSettings
+from moiety.config.validate import validated
 from moiety.core.expert_backend import CallClass
 from moiety.core.sampling import Sampling
 from moiety.local.cluster import LocalCluster
