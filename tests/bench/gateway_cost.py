@@ -19,7 +19,7 @@ from moiety.client import Client
 from moiety.gateway.attempt import Attempt
 from moiety.gateway.prompt import Prompt
 from moiety.gateway.router_pool import RouterPool
-from moiety.gateway.service import SERVICE, GenerationService
+from moiety.gateway.service import GenerationService
 from moiety.gateway.text import Tokenizer
 from moiety.internal.v1 import engine_pb2
 from moiety.registry.memory import MemoryRegistry
@@ -29,6 +29,7 @@ from moiety.telemetry.tracing import NO_TRACER
 from moiety.testing import HOST, FakeEngine, fake_shape
 from moiety.wire.channels import Server
 from moiety.wire.deadline import Deadline
+from moiety.wire.service_names import GENERATION_SERVICE
 
 ROUTERS, TOKENS, BLOCK = 16, 4096, 16
 SHAPE = fake_shape(vocabulary=50_000, max_context=8192)
@@ -51,7 +52,7 @@ async def with_gateway(routers: int, scenario: Callable[[RouterPool, str], Await
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         write_tokenizer(folder)
         service = GenerationService(pool, Tokenizer(folder), "fake", 1024, NO_TRACER)
-        server = Server([service.handler()], [SERVICE])
+        server = Server([service.handler()], [GENERATION_SERVICE])
         address = f"{HOST}:{await server.start(HOST, 0)}"
         stack.push_async_callback(server.stop, 0)
         await scenario(pool, address)

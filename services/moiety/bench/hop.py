@@ -43,7 +43,7 @@ _MODEL: Mapping[str, Any] = {
     "dtype": "bfloat16",
 }
 WARM_UP = 20  # calls before the measured ones
-TRANSPORTS = (Transport.SHM, Transport.UNIX, Transport.GRPC)
+TRANSPORTS = (Transport.SHM, Transport.GRPC)
 ANSWER_S = 10.0
 _MS = 1000.0
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
-import uuid
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,11 +18,12 @@ from moiety.core.experts import ExpertSet
 from moiety.core.replica import Replica, Role
 from moiety.errors import ConfigError, Unavailable
 from moiety.expert.runtime import Runtime
-from moiety.expert.service import SERVICE, ExpertService
+from moiety.expert.service import ExpertService
 from moiety.model.experts.read import load_experts
 from moiety.model.experts.slicing import sliced_revision
 from moiety.wire.channels import Server
 from moiety.wire.codec import torch_dtype
+from moiety.wire.service_names import EXPERT_SERVICE
 from moiety.wire.transports.shm_listener import SharedMemoryListener
 
 
@@ -62,10 +62,8 @@ async def start(settings: ExpertSettings, replica_id: str, node: str, launched: 
         service = ExpertService(
             runtime, shape, settings.name, revision, torch.float32 if slices > 1 else dtype, startup.tracer
         )
-        server = Server([service.handler()], [SERVICE])
+        server = Server([service.handler()], [EXPERT_SERVICE])
         if SharedMemoryListener.available():
-            service.unix = f"{SERVICE}-{uuid.uuid4().hex}"
-            server.grpc.add_insecure_port(f"unix-abstract:{service.unix}")
             listener = SharedMemoryListener(revision, service.dtype, service.row_bytes, runtime.mailbox, service.accept)
             service.shared_memory = listener.name
             startup.closers.push_async_callback(listener.close)

@@ -11,12 +11,13 @@ from moiety.config.services import GatewaySettings
 from moiety.core.load import ReplicaLoad
 from moiety.core.replica import Role
 from moiety.gateway.router_pool import RouterPool
-from moiety.gateway.service import SERVICE, GenerationService
+from moiety.gateway.service import GenerationService
 from moiety.gateway.text import Tokenizer
 from moiety.model.checkpoint.checkpoint import Checkpoint
 from moiety.model.checkpoint.revision import revision_of
 from moiety.registry.watch import Watch
 from moiety.wire.channels import Server
+from moiety.wire.service_names import GENERATION_SERVICE
 
 
 async def start(settings: GatewaySettings, replica_id: str, node: str) -> Running:
@@ -46,7 +47,7 @@ async def start(settings: GatewaySettings, replica_id: str, node: str) -> Runnin
                 role=Role.GATEWAY,
                 deployment=settings.deployment,
                 revision=revision,
-                server=Server([service.handler()], [SERVICE], share_port=settings.port != 0),
+                server=Server([service.handler()], [GENERATION_SERVICE], share_port=settings.port != 0),
                 port=settings.port,
                 idle=lambda: service.running == 0,
                 on_beat=(startup.load_beat(load_since_last),),

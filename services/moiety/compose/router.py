@@ -42,7 +42,7 @@ from moiety.router.hop.slices import SlicedExperts
 from moiety.router.lanes import Lanes
 from moiety.router.router_load import RouterLoad
 from moiety.router.sequence.guides import Guides
-from moiety.router.service import SERVICE, EngineService
+from moiety.router.service import EngineService
 from moiety.router.step_context import StepBackend
 from moiety.router.step_runner import StepRunner
 from moiety.router.trunk import prepare_trunk
@@ -50,6 +50,7 @@ from moiety.telemetry.names import MetricName
 from moiety.telemetry.tracing import Tracer
 from moiety.wire.channels import Server
 from moiety.wire.codec import DTYPE_NAMES, torch_dtype
+from moiety.wire.service_names import ENGINE_SERVICE
 from moiety_kernels.threads import usable_cores
 
 _log = logging.getLogger(__name__)
@@ -113,7 +114,7 @@ async def start(settings: RouterSettings, replica_id: str, node: str) -> Running
             if not engine.alive:
                 raise Unavailable("the engine's thread has ended")
 
-        server = Server([], [SERVICE])
+        server = Server([], [ENGINE_SERVICE])
         add_EngineServiceServicer_to_server(service, server.grpc)
         return await startup.serve(
             ServiceParts(

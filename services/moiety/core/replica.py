@@ -32,7 +32,6 @@ class Transport(StrEnum):
 
     AUTO = "auto"  # shared memory on the same node, else gRPC
     GRPC = "grpc"  # over TCP
-    UNIX = "unix"  # gRPC over a unix socket
     SHM = "shm"  # shared memory
 
 

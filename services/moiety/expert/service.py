@@ -19,8 +19,7 @@ from moiety.telemetry.tracing import Tracer
 from moiety.wire import codec
 from moiety.wire.frames import ForwardCall, ReplyCallback, parse_call
 from moiety.wire.rows import SelectedRows
-
-SERVICE = "moiety.internal.v1.ExpertService"
+from moiety.wire.service_names import EXPERT_SERVICE
 
 _OUTCOMES: tuple[tuple[type[MoietyError], experts_pb2.Outcome], ...] = (
     (NotHeld, experts_pb2.OUTCOME_NOT_HELD),
@@ -41,18 +40,17 @@ class ExpertService:
         self.dtype = codec.DTYPE_NAMES[dtype]
         self.row_bytes = shape.mlp.hidden * dtype.itemsize
         self.open_streams = 0
-        self.shared_memory = ""  # socket names for routers on this node, see DescribeReplicaResponse
-        self.unix = ""
+        self.shared_memory = ""  # name of the socket for routers on this node, see DescribeReplicaResponse
 
     def handler(self) -> grpc.GenericRpcHandler:
-        """Returns the handler to add to a server under the name SERVICE."""
+        """Returns the handler to add to a server under the name EXPERT_SERVICE."""
         describe = grpc.unary_unary_rpc_method_handler(
             self._describe,
             request_deserializer=experts_pb2.DescribeReplicaRequest.FromString,
             response_serializer=experts_pb2.DescribeReplicaResponse.SerializeToString,
         )
         forward = grpc.stream_stream_rpc_method_handler(self._forward)  # no serialisers: raw frames
-        return grpc.method_handlers_generic_handler(SERVICE, {"DescribeReplica": describe, "Forward": forward})
+        return grpc.method_handlers_generic_handler(EXPERT_SERVICE, {"DescribeReplica": describe, "Forward": forward})
 
     async def _describe(
         self, _request: experts_pb2.DescribeReplicaRequest, _context: grpc.aio.ServicerContext
@@ -68,7 +66,6 @@ class ExpertService:
             leaving=str(holding.leaving),
             placement_epoch=holding.epoch,
             shared_memory=self.shared_memory,
-            unix=self.unix,
         )
 
     async def _forward(self, frames: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> None:

@@ -22,9 +22,9 @@ from moiety.v1 import generation_pb2
 from moiety.wire import finish_reason, status
 from moiety.wire.deadline import Deadline
 from moiety.wire.sampling_params import check_prompt, check_sampling, write_defaults
+from moiety.wire.service_names import GENERATION_SERVICE
 from moiety.wire.trace_context import traceparent_in
 
-SERVICE = "moiety.v1.GenerationService"
 MAX_REQUEST_ID = 128
 LONG_PROMPT = 1 << 13  # characters: some 5 ms of tokenising
 
@@ -47,9 +47,9 @@ class GenerationService:
         self.begun = 0  # requests since the start
 
     def handler(self) -> grpc.GenericRpcHandler:
-        """Returns the handler to add to a server under the name SERVICE."""
+        """Returns the handler to add to a server under the name GENERATION_SERVICE."""
         return grpc.method_handlers_generic_handler(
-            SERVICE,
+            GENERATION_SERVICE,
             {
                 "Generate": grpc.unary_stream_rpc_method_handler(
                     self._generate,

@@ -25,8 +25,6 @@ from moiety.wire.deadline import Deadline
 from moiety.wire.event_stream import CallServer, SendEvent
 from moiety.wire.sampling_params import check_prompt, check_sampling
 
-SERVICE = "moiety.internal.v1.EngineService"
-
 
 class EngineService(engine_pb2_grpc.EngineServiceServicer):
     """Serves the RPCs of one engine: DescribeEngine and GenerateTokens."""

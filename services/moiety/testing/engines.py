@@ -18,6 +18,7 @@ from moiety.testing.common import HOST, MODEL, REVISION, fake_replica, fake_toke
 from moiety.v1 import generation_pb2
 from moiety.wire.channels import Server
 from moiety.wire.event_stream import CallServer, SendEvent
+from moiety.wire.service_names import ENGINE_SERVICE
 
 
 class FakeEngine(engine_pb2_grpc.EngineServiceServicer):
@@ -57,7 +58,7 @@ class FakeEngine(engine_pb2_grpc.EngineServiceServicer):
 
     async def start(self, registry: MemoryRegistry) -> None:
         """Serves on a free port and registers."""
-        server = self._server = Server([], ["moiety.internal.v1.EngineService"])
+        server = self._server = Server([], [ENGINE_SERVICE])
         engine_pb2_grpc.add_EngineServiceServicer_to_server(self, server.grpc)
         port = await server.start(HOST, 0)
         await registry.register(fake_replica(self.id, Role.ROUTER, port, revision=self._revision))

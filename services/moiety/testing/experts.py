@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
 from functools import partial
@@ -15,7 +14,6 @@ import torch
 
 from moiety.core.experts import ExpertSet, ModelShape
 from moiety.core.replica import WIRE_VERSION, Replica, Role
-from moiety.expert.service import SERVICE
 from moiety.internal.v1 import experts_pb2
 from moiety.registry.memory import MemoryRegistry
 from moiety.testing.common import HOST, MODEL, REVISION, fake_expert, fake_replica, no_wait, owner_of
@@ -23,6 +21,7 @@ from moiety.wire import codec
 from moiety.wire.channels import Server
 from moiety.wire.frames import ForwardCall, ReplyCallback, parse_call
 from moiety.wire.rows import RowBuffer, SelectedRows, copy_rows
+from moiety.wire.service_names import EXPERT_SERVICE
 from moiety.wire.transports.mailbox import Mailbox
 from moiety.wire.transports.shm_listener import SharedMemoryListener
 
@@ -51,10 +50,9 @@ class FakeExperts:
         self.replica: Replica | None = None  # its registry entry, once started
         self._shape, self._dtype = shape, dtype
         self._row_bytes = shape.mlp.hidden * codec.DTYPES[dtype].itemsize
-        self._unix = f"{SERVICE}-{uuid.uuid4().hex}"
         self._server: Server | None = None
         self._stack = AsyncExitStack()
-        self.near = True  # False: its description names sockets that do not exist here, like that of another node
+        self.near = True  # False: its description names a socket that does not exist here, like that of another node
         self._handling: set[concurrent.futures.Future[None]] = set()  # calls through shared memory
         self._listener: SharedMemoryListener | None = None
 
@@ -66,8 +64,9 @@ class FakeExperts:
             response_serializer=experts_pb2.DescribeReplicaResponse.SerializeToString,
         )
         handlers = {"DescribeReplica": describe, "Forward": grpc.stream_stream_rpc_method_handler(self._forward)}
-        server = self._server = Server([grpc.method_handlers_generic_handler(SERVICE, handlers)], [SERVICE])
-        server.grpc.add_insecure_port(f"unix-abstract:{self._unix}")
+        server = self._server = Server(
+            [grpc.method_handlers_generic_handler(EXPERT_SERVICE, handlers)], [EXPERT_SERVICE]
+        )
         mailbox = Mailbox()
         self._stack.enter_context(owner_of(mailbox))
         accept = partial(self._accept, asyncio.get_running_loop(), mailbox)
@@ -106,7 +105,6 @@ class FakeExperts:
             wire_version=WIRE_VERSION,
             held=str(self.held),
             shared_memory=self._listener.name if self._listener and self.near else "moiety-elsewhere",
-            unix=self._unix if self.near else "moiety-elsewhere",
         )
 
     async def _forward(self, frames: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> None:

@@ -21,7 +21,7 @@ def test_bench_hop(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     words = ["bench", "hop", "--payload", "4,64", "--calls", "10", "--rounds", "1"]
     assert run([*words, "--json", str(file)]) == 0
     rows = json.loads(file.read_text())
-    transports = ("shm", "unix", "grpc")
+    transports = ("shm", "grpc")
     assert [(row["payload_kib"], row["transport"]) for row in rows] == [(n, t) for n in (4, 64) for t in transports]
     for row in rows:
         assert row["calls"] == 10

@@ -20,13 +20,14 @@ from moiety.core.experts import ExpertSet
 from moiety.core.replica import WIRE_VERSION
 from moiety.errors import PeerLost
 from moiety.expert.runtime import Runtime
-from moiety.expert.service import SERVICE, ExpertService
+from moiety.expert.service import ExpertService
 from moiety.internal.v1 import experts_pb2, experts_pb2_grpc
 from moiety.telemetry.tracing import NO_TRACER
 from moiety.testing import HOST, Caller, eventually, open_caller
 from moiety.wire import codec
 from moiety.wire.channels import Server, channel
 from moiety.wire.rows import RowBuffer
+from moiety.wire.service_names import EXPERT_SERVICE
 from moiety.wire.transports.connection import Reply
 from moiety_kernels import ExpertWeights
 
@@ -61,7 +62,7 @@ class Served:
 async def served(runtime: Runtime) -> AsyncIterator[Served]:
     """The service over `runtime` and a link to it, for at most 20 s."""
     service = ExpertService(runtime, SHAPE, "tiny", "r1", torch.float32, NO_TRACER)
-    server = Server([service.handler()], [SERVICE])
+    server = Server([service.handler()], [EXPERT_SERVICE])
     address = f"{HOST}:{await server.start(HOST, 0)}"
     try:
         async with asyncio.timeout(20), open_caller(address) as caller:
@@ -114,7 +115,7 @@ async def test_a_refusal_names_its_reason_and_ends_no_other_call(make_runtime: M
 async def test_garbage_on_the_stream_is_answered_and_survived(make_runtime: MakeRuntime):
     """An unreadable frame gets OUTCOME_INVALID, and the same stream serves the next call."""
     async with served(make_runtime(HELD)) as it, channel(it.address) as link:
-        call = link.stream_stream("/moiety.internal.v1.ExpertService/Forward")()
+        call = link.stream_stream(f"/{EXPERT_SERVICE}/Forward")()
         await call.write(b"\xff\xff garbage")
         header, _ = codec.decode(experts_pb2.ForwardResponse, await call.read())
         assert header.outcome == experts_pb2.OUTCOME_INVALID
@@ -204,14 +205,14 @@ async def test_health_and_reflection_know_the_service(make_runtime: MakeRuntime)
     """Health reports SERVING, and reflection lists the service and describes its methods."""
     async with served(make_runtime(HELD)) as it, channel(it.address) as link:
         health = health_pb2_grpc.HealthStub(link)
-        for service in ("", SERVICE):
+        for service in ("", EXPERT_SERVICE):
             reply = await health.Check(health_pb2.HealthCheckRequest(service=service))
             assert reply.status == health_pb2.HealthCheckResponse.SERVING
         ask = reflection_pb2.ServerReflectionRequest
-        questions = [ask(list_services=""), ask(file_containing_symbol=SERVICE)]
+        questions = [ask(list_services=""), ask(file_containing_symbol=EXPERT_SERVICE)]
         replies = reflection_pb2_grpc.ServerReflectionStub(link).ServerReflectionInfo(iter(questions))
         listed = await replies.read()
-        assert SERVICE in {service.name for service in listed.list_services_response.service}
+        assert EXPERT_SERVICE in {service.name for service in listed.list_services_response.service}
         described = (await replies.read()).file_descriptor_response.file_descriptor_proto
         files = [FileDescriptorProto.FromString(data) for data in described]
         assert "Forward" in {method.name for file in files for service in file.service for method in service.method}

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 
 from moiety.client import Chunk, Client
 from moiety.gateway.router_pool import RouterPool
-from moiety.gateway.service import SERVICE, GenerationService
+from moiety.gateway.service import GenerationService
 from moiety.gateway.text import Tokenizer
 from moiety.registry.memory import MemoryRegistry
 from moiety.registry.watch import Watch
 from moiety.telemetry.tracing import NO_TRACER
 from moiety.testing import HOST, FakeEngine, eventually, fake_shape, fake_token
 from moiety.wire.channels import Server
+from moiety.wire.service_names import GENERATION_SERVICE
 
 SHAPE = fake_shape(max_context=64)
 PROMPT = [5, 6, 7]
@@ -50,7 +51,7 @@ async def gateway_over(
         routers = RouterPool(watch, router_wait_s)
         stack.push_async_callback(routers.close)
         service = GenerationService(routers, tokenizer, "fake", max_concurrent, NO_TRACER)
-        server = Server([service.handler()], [SERVICE])
+        server = Server([service.handler()], [GENERATION_SERVICE])
         address = f"{HOST}:{await server.start(HOST, 0)}"
         stack.push_async_callback(server.stop, 0)
         client = await stack.enter_async_context(Client(address))

@@ -16,6 +16,7 @@ from moiety.gateway.text import Tokenizer
 from moiety.testing import REVISION, FakeEngine, eventually
 from moiety.v1 import generation_pb2
 from moiety.wire.channels import channel
+from moiety.wire.service_names import GENERATION_SERVICE
 
 NAN = float("nan")
 
@@ -157,7 +158,7 @@ def bad_request(changes: dict[str, Any]) -> bytes:
 async def refusal(gateway: Gateway, data: bytes) -> grpc.aio.AioRpcError:
     """Sends a request of these bytes; returns the error that it gets."""
     async with channel(gateway.address) as link:
-        call = link.unary_stream("/moiety.v1.GenerationService/Generate")(data)
+        call = link.unary_stream(f"/{GENERATION_SERVICE}/Generate")(data)
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await call.read()
     return refused.value

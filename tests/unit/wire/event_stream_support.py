@@ -16,6 +16,7 @@ from moiety.v1 import generation_pb2
 from moiety.wire.channels import Server, channel
 from moiety.wire.deadline import Deadline
 from moiety.wire.event_stream import CallClient, CallHandler, CallServer, SendEvent
+from moiety.wire.service_names import ENGINE_SERVICE
 
 
 class Router(engine_pb2_grpc.EngineServiceServicer):
@@ -25,7 +26,7 @@ class Router(engine_pb2_grpc.EngineServiceServicer):
         self._handle = handle
         self.streams: list[CallServer] = []
         self.seen: list[engine_pb2.GenerateTokensRequest] = []
-        self.server = Server([], ["moiety.internal.v1.EngineService"])
+        self.server = Server([], [ENGINE_SERVICE])
         engine_pb2_grpc.add_EngineServiceServicer_to_server(self, self.server.grpc)
 
     async def GenerateTokens(

@@ -58,7 +58,7 @@ def cases(draw: st.DrawFn) -> Case:
         lost=lost,
         hedged=draw(st.booleans()),
         copies=draw(st.integers(1, 2)),
-        transport=draw(st.sampled_from((Transport.SHM, Transport.GRPC, Transport.UNIX))),
+        transport=draw(st.sampled_from((Transport.SHM, Transport.GRPC))),
     )
 
 

@@ -8,10 +8,9 @@ import pytest
 from moiety.errors import InvalidRequest
 from moiety.internal.v1.experts_pb2 import DescribeReplicaRequest, DescribeReplicaResponse
 from moiety.wire.channels import Server
+from moiety.wire.service_names import EXPERT_SERVICE
 from moiety.wire.transports.expert_link import ExpertLink
 from moiety.wire.transports.mailbox import Mailbox
-
-SERVICE = "moiety.internal.v1.ExpertService"
 
 
 async def test_an_unreadable_describe_is_refused_by_name() -> None:
@@ -25,7 +24,9 @@ async def test_an_unreadable_describe_is_refused_by_name() -> None:
         request_deserializer=DescribeReplicaRequest.FromString,
         response_serializer=DescribeReplicaResponse.SerializeToString,
     )
-    server = Server([grpc.method_handlers_generic_handler(SERVICE, {"DescribeReplica": method})], [SERVICE])
+    server = Server(
+        [grpc.method_handlers_generic_handler(EXPERT_SERVICE, {"DescribeReplica": method})], [EXPERT_SERVICE]
+    )
     port = await server.start("127.0.0.1", 0)
     try:
         with pytest.raises(InvalidRequest, match="held = 'all of them'"):

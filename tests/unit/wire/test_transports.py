@@ -1,4 +1,4 @@
-"""What every transport must do: the same tests for gRPC over TCP, gRPC over a unix socket, and shared memory."""
+"""What every transport must do: the same tests for gRPC over TCP and shared memory."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from moiety.wire.transports.mailbox import Mailbox
 pytestmark = pytest.mark.timeout(20)
 
 SHAPE = fake_shape(layers=2, experts=4, hidden=1024)
-TRANSPORTS = (Transport.SHM, Transport.UNIX, Transport.GRPC)
+TRANSPORTS = (Transport.SHM, Transport.GRPC)
 HANGS = 1  # the layer whose calls are never answered
 
 each_transport = pytest.mark.parametrize("transport", TRANSPORTS)
@@ -160,10 +160,9 @@ async def router_process(address: str) -> None:
     """Runs a router with one open call by every transport."""
     async with (
         open_caller(address, Transport.SHM) as shm,
-        open_caller(address, Transport.UNIX) as unix,
         open_caller(address, Transport.GRPC) as grpc,
     ):
-        for caller in (shm, unix, grpc):
+        for caller in (shm, grpc):
             ask(caller, 0, 64, layer=HANGS)
         print("sent", flush=True)
         await asyncio.Event().wait()
@@ -195,10 +194,9 @@ async def test_a_killed_replica_is_noticed_at_once_in_the_middle_of_a_call():
 
         async with (
             open_caller(address, Transport.SHM) as shm,
-            open_caller(address, Transport.UNIX) as unix,
             open_caller(address, Transport.GRPC) as grpc,
         ):
-            answers = [ask(caller, 0, 64, layer=HANGS) for caller in (shm, unix, grpc)]
+            answers = [ask(caller, 0, 64, layer=HANGS) for caller in (shm, grpc)]
             assert right(await ask(grpc, 2), 2), "an answer shows that the open calls, sent before, have arrived"
             process.send_signal(signal.SIGKILL)
             began = time.monotonic()
@@ -220,7 +218,7 @@ async def test_a_killed_router_leaves_nothing_behind():
         before = descriptors()
         async with child("router_process", address) as (process, said):
             assert said == "sent"
-            await eventually(lambda: len(experts.calls) == 4)
+            await eventually(lambda: len(experts.calls) == 3)
             assert segments() == mapped + 1
             process.send_signal(signal.SIGKILL)
             await process.wait()
@@ -245,6 +243,5 @@ async def test_auto_prefers_shared_memory_and_falls_back_to_grpc():
         experts.near = False
         async with open_caller(address, Transport.AUTO) as caller:
             assert caller.link.transport is Transport.GRPC
-        for transport, means in ((Transport.SHM, "by shared memory"), (Transport.UNIX, "by its unix socket")):
-            with pytest.raises(FailedPrecondition, match=f"{address} cannot be reached {means}: .*refused"):
-                await ExpertLink.open(address, 5, Mailbox(), transport)
+        with pytest.raises(FailedPrecondition, match=f"{address} cannot be reached by shared memory: .*refused"):
+            await ExpertLink.open(address, 5, Mailbox(), Transport.SHM)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict
 from pathlib import Path
 
 import click
 
-from moiety.cli.options import IntegerList, WordList, invocation, json_option, write_json
+from moiety.cli.options import IntegerList, WordList, invocation, json_option, service_environment, write_json
 from moiety.cli.run import progress, signals_interrupt
 
 
@@ -65,7 +64,7 @@ def experts(
     Example:
       moiety bench experts --dtypes bfloat16,int4 --rows 1,8 --json experts.json
     """
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages for torch, as in the services
+    service_environment()
     from moiety.bench.experts import DTYPES, bench_experts, experts_lines
     from moiety.tools.machine import Machine
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
 import click
 
-from moiety.cli.options import invocation, json_option, write_json
+from moiety.cli.options import invocation, json_option, service_environment, write_json
 from moiety.cli.run import progress, signals_interrupt
 
 
@@ -39,7 +38,7 @@ def quantize(
     Example:
       moiety bench quantize --keep /tmp/quantised --json quality.json
     """
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages for torch, as in the services
+    service_environment()
     from moiety.bench.quantize import bench_quantize, quality_lines
     from moiety.tools.machine import Machine
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from moiety.cli.options import (
     groups_option,
     invocation,
     json_option,
+    service_environment,
     write_json,
 )
 from moiety.cli.run import progress, run_async
@@ -102,7 +102,7 @@ def serve(
       moiety bench serve --models ./Qwen3-30B-A3B --groups 4 --concurrency 1,16 --json serve.json
       moiety bench serve --compare --vllm ~/vllm/bin/python --llama-cpp ~/llama/bin/python --json compare.json
     """
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages for torch, as in the services
+    service_environment()
     from moiety.bench.serve.serve import Workload, bench_serve, serve_lines
     from moiety.bench.serve.systems import peer_kinds
     from moiety.tools.machine import Machine

@@ -38,7 +38,7 @@ class DescribeReplicaRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class DescribeReplicaResponse(_message.Message):
-    __slots__ = ("model", "revision", "dtype", "hidden", "wire_version", "held", "placement_epoch", "shared_memory", "unix", "leaving")
+    __slots__ = ("model", "revision", "dtype", "hidden", "wire_version", "held", "placement_epoch", "shared_memory", "leaving")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     REVISION_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
@@ -47,7 +47,6 @@ class DescribeReplicaResponse(_message.Message):
     HELD_FIELD_NUMBER: _ClassVar[int]
     PLACEMENT_EPOCH_FIELD_NUMBER: _ClassVar[int]
     SHARED_MEMORY_FIELD_NUMBER: _ClassVar[int]
-    UNIX_FIELD_NUMBER: _ClassVar[int]
     LEAVING_FIELD_NUMBER: _ClassVar[int]
     model: str
     revision: str
@@ -57,9 +56,8 @@ class DescribeReplicaResponse(_message.Message):
     held: str
     placement_epoch: int
     shared_memory: str
-    unix: str
     leaving: str
-    def __init__(self, model: _Optional[str] = ..., revision: _Optional[str] = ..., dtype: _Optional[str] = ..., hidden: _Optional[int] = ..., wire_version: _Optional[int] = ..., held: _Optional[str] = ..., placement_epoch: _Optional[int] = ..., shared_memory: _Optional[str] = ..., unix: _Optional[str] = ..., leaving: _Optional[str] = ...) -> None: ...
+    def __init__(self, model: _Optional[str] = ..., revision: _Optional[str] = ..., dtype: _Optional[str] = ..., hidden: _Optional[int] = ..., wire_version: _Optional[int] = ..., held: _Optional[str] = ..., placement_epoch: _Optional[int] = ..., shared_memory: _Optional[str] = ..., leaving: _Optional[str] = ...) -> None: ...
 
 class SharedMemoryHello(_message.Message):
     __slots__ = ("wire_version", "revision", "dtype")

@@ -4,7 +4,7 @@
     copy_rows(source, buffer.rows, chosen=tokens)  # the only copy that the interface requires
     buffer.send(answer)
 
-gRPC (over TCP or a unix socket) copies the buffer into a frame; through shared memory the replica reads the buffer itself.
+gRPC copies the buffer into a frame; through shared memory the replica reads the buffer itself.
 """
 
 from __future__ import annotations

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
-import socket
 
 import grpc
 
@@ -12,6 +10,7 @@ from moiety.core.experts import ExpertSet
 from moiety.core.replica import Transport
 from moiety.errors import FailedPrecondition, InvalidRequest, MoietyError
 from moiety.internal.v1.experts_pb2 import DescribeReplicaRequest, DescribeReplicaResponse
+from moiety.internal.v1.experts_pb2_grpc import ExpertServiceStub
 from moiety.policy.dispatch import ReplicaHolding
 from moiety.wire import status
 from moiety.wire.channels import channel
@@ -35,11 +34,11 @@ class ExpertLink:
         description: DescribeReplicaResponse,
         transport: Transport,
         connection: Connection,
-        channels: list[grpc.aio.Channel],
+        grpc_channel: grpc.aio.Channel,
     ):
         self.description = description  # the replica's latest answer to DescribeReplica
         self.transport, self.connection = transport, connection
-        self._channels = channels
+        self._channel = grpc_channel
 
     @classmethod
     async def open(
@@ -51,24 +50,20 @@ class ExpertLink:
         Raises PeerLost or another error with which DescribeReplica failed, InvalidRequest if the sets of experts in the
         description cannot be parsed, FailedPrecondition if `transport` cannot reach the replica.
         """
-        channels = [channel(address)]
+        grpc_channel = channel(address)
         try:
-            description = await _describe(channels[0], timeout_s)
+            description = await _describe(grpc_channel, timeout_s)
             if transport in (Transport.AUTO, Transport.SHM):
                 try:
                     connection = await _shared_memory(description, mailbox, timeout_s)
-                    return cls(description, Transport.SHM, connection, channels)
+                    return cls(description, Transport.SHM, connection, grpc_channel)
                 except MoietyError as error:
                     if transport is Transport.SHM:
                         raise FailedPrecondition(f"{address} cannot be reached by shared memory: {error}") from None
                     _log.debug("%s is reached by gRPC, because shared memory failed: %s", address, error)
-            if transport is Transport.UNIX:
-                address = await _unix(description, address)
-                channels.append(channel(address))
-            used = transport if transport is Transport.UNIX else Transport.GRPC
-            return cls(description, used, GrpcConnection(address, channels[-1], mailbox), channels)
+            return cls(description, Transport.GRPC, GrpcConnection(address, grpc_channel, mailbox), grpc_channel)
         except BaseException:
-            await asyncio.gather(*(opened.close() for opened in channels))
+            await grpc_channel.close()
             raise
 
     async def describe(self, timeout_s: float) -> DescribeReplicaResponse:
@@ -77,7 +72,7 @@ class ExpertLink:
         A router does so after the replica has refused a call, because the replica lacks an expert or serves another
         revision. Raises PeerLost or another error with which DescribeReplica failed, or InvalidRequest as `open` does.
         """
-        self.description = await _describe(self._channels[0], timeout_s)
+        self.description = await _describe(self._channel, timeout_s)
         return self.description
 
     @property
@@ -89,7 +84,7 @@ class ExpertLink:
     async def close(self) -> None:
         """Closes the link; unanswered calls get PeerLost."""
         await self.connection.close()
-        await asyncio.gather(*(opened.close() for opened in self._channels))
+        await self._channel.close()
 
 
 async def _shared_memory(
@@ -102,30 +97,10 @@ async def _shared_memory(
     return await SharedMemoryConnection.open(description, mailbox, timeout_s)
 
 
-async def _unix(description: DescribeReplicaResponse, address: str) -> str:
-    """Returns the gRPC address of the replica's unix socket.
-
-    Raises FailedPrecondition if the replica has no unix socket, or if a trial connection to it fails, as from another node.
-    """
-    if not description.unix:
-        raise FailedPrecondition(f"{address} offers no unix socket")
-    with socket.socket(socket.AF_UNIX) as probe:
-        probe.setblocking(False)
-        try:
-            await asyncio.get_running_loop().sock_connect(probe, f"\0{description.unix}")
-        except OSError as error:
-            raise FailedPrecondition(f"{address} cannot be reached by its unix socket: {error}") from None
-    return f"unix-abstract:{description.unix}"
-
-
 async def _describe(grpc_channel: grpc.aio.Channel, timeout_s: float) -> DescribeReplicaResponse:
-    call = grpc_channel.unary_unary(
-        "/moiety.internal.v1.ExpertService/DescribeReplica",
-        request_serializer=DescribeReplicaRequest.SerializeToString,
-        response_deserializer=DescribeReplicaResponse.FromString,
-    )
+    describe = ExpertServiceStub(grpc_channel).DescribeReplica
     try:
-        description: DescribeReplicaResponse = await call(DescribeReplicaRequest(), timeout=timeout_s)
+        description: DescribeReplicaResponse = await describe(DescribeReplicaRequest(), timeout=timeout_s)
     except grpc.RpcError as error:
         raise status.error_of(error) from None
     for field, text in (("held", description.held), ("leaving", description.leaving)):

@@ -13,6 +13,7 @@ from moiety.errors import InvalidRequest, PeerLost
 from moiety.internal.v1.experts_pb2 import ForwardRequest, ForwardResponse
 from moiety.wire import codec, status
 from moiety.wire.rows import RowBuffer
+from moiety.wire.service_names import EXPERT_SERVICE
 from moiety.wire.transports.connection import Answer, Reply
 from moiety.wire.transports.mailbox import Mailbox
 
@@ -28,13 +29,13 @@ class _Frame:
 
 
 class GrpcConnection:
-    """A Connection over a gRPC channel (TCP or unix socket). Its asyncio loop is the one that runs the constructor."""
+    """A Connection over a gRPC channel. Its asyncio loop is the one that runs the constructor."""
 
     def __init__(self, address: str, channel: grpc.aio.Channel, mailbox: Mailbox):
         self.closed = asyncio.Event()
         self._address, self._mailbox = address, mailbox
         self._loop = asyncio.get_running_loop()
-        self._call = channel.stream_stream("/moiety.internal.v1.ExpertService/Forward")()  # no serialisers: raw frames
+        self._call = channel.stream_stream(f"/{EXPERT_SERVICE}/Forward")()  # no serialisers: raw frames
         self._outbox: deque[tuple[tuple[int, int], bytes, Answer]] = deque()
         self._more, self._woken = asyncio.Event(), False
         self._answers: dict[tuple[int, int], Answer] = {}
