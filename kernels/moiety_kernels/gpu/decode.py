@@ -169,7 +169,7 @@ def decode_gemm(
     width, depth = matrices.shape
     gates = gate_options(activation)
     n = width // 2 if gates["GATED"] else width
-    tile = fit_to_groups(tile or choose(rows, matrices.experts, n, depth, x.dtype, gates["GATED"]), matrices)
+    tile = fit_to_groups(tile or choose(rows, matrices.experts, depth, x.dtype, gates["GATED"]), matrices)
     split = split or split_count(tile, rows, matrices.experts, n, depth, x.device)
     part_depth = triton.cdiv(triton.cdiv(depth, tile.depth), split) * tile.depth  # columns of K per part
     split = triton.cdiv(depth, part_depth)

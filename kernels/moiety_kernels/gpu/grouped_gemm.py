@@ -159,7 +159,7 @@ def grouped_gemm(
     gates = gate_options(activation)
     n = width // 2 if gates["GATED"] else width
     # The tile table is for plain weights; quantised weights need a depth that fits their groups.
-    tile = fit_to_groups(tile or choose(rows, matrices.experts, n, depth, x.dtype, gates["GATED"]), matrices)
+    tile = fit_to_groups(tile or choose(rows, matrices.experts, depth, x.dtype, gates["GATED"]), matrices)
     bound = (rows // tile.rows + min(matrices.experts, rows)) * triton.cdiv(n, tile.columns)
     if programs is None and tile.persistent:
         programs = processors(x.device)

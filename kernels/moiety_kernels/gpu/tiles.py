@@ -52,8 +52,8 @@ FILLS = 2  # programs that occupy one SM
 SHALLOWEST = 4  # the fewest steps of depth in a part of a split sum
 
 
-def choose(rows: int, experts: int, columns: int, depth: int, dtype: torch.dtype, gated: bool) -> Tile:
-    """Returns the tile for a grouped GEMM of `rows` rows in total, `experts` experts, `depth` inputs and `columns` outputs."""
+def choose(rows: int, experts: int, depth: int, dtype: torch.dtype, gated: bool) -> Tile:
+    """Returns the tile for a grouped GEMM of `rows` rows in total, `experts` experts and `depth` inputs."""
     if dtype == torch.float32:
         return FLOAT32
     rows_per_expert = rows / max(1, min(experts, rows))

@@ -65,10 +65,6 @@ class Running:
         replica = self._parts.entry(self._replica)
         return dataclasses.replace(replica, state=ReplicaState.DRAINING) if self._draining else replica
 
-    @property
-    def address(self) -> str:
-        return self._replica.address
-
     async def register(self) -> None:
         """Registers and keeps registering. Raises RegistryUnreachable if the registry does not answer at start."""
         await self._heartbeat.start()

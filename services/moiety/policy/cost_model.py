@@ -74,18 +74,6 @@ class KernelCost:
         whole = self.predict(weight_bytes, rows)
         return self.fixed_s / whole if whole > 0 else 0.0
 
-    def rows_at_knee(self, expert_bytes: float) -> float:
-        """Returns how many rows of one expert cost as much as reading its weights; inf if rows cost nothing.
-
-        With fewer rows, splitting them over two replicas gains little, because both read the weights.
-        """
-        return self.s_per_byte * expert_bytes / self.s_per_row if self.s_per_row > 0 else float("inf")
-
-    def capacity(self, weight_bytes: float, rows: float, busy: float = 1.0) -> float:
-        """Returns the rows/s of a replica that is `busy` with batches of `weight_bytes` and `rows`; inf if their time is 0."""
-        seconds = self.predict(weight_bytes, rows)
-        return busy * rows / seconds if seconds > 0 else float("inf")
-
 
 def update(model: KernelCost, sample: Sample) -> KernelCost:
     """Returns `model` after learning `sample`. Ignores an impossible sample (no time, negative counts). Takes about 25 µs.

@@ -23,7 +23,6 @@ class ForwardCall:
 
     call_id: int
     attempt: int
-    revision: str
     layer: int
     call_class: CallClass
     deadline: Deadline
@@ -68,7 +67,6 @@ def parse_call(header: ForwardRequest, payload: memoryview, *, dtype: str, hidde
     return ForwardCall(
         call_id=header.call_id,
         attempt=header.attempt,
-        revision=header.revision,
         layer=header.layer,
         call_class=CallClass.PREFILL if header.call_class == CALL_CLASS_PREFILL else CallClass.DECODE,
         deadline=Deadline.after(header.deadline_ms / 1000 if header.deadline_ms else None),

@@ -13,7 +13,7 @@ from moiety.bench.elastic.traffic import SkewedPrompts
 from moiety.errors import FailedPrecondition
 
 BEGAN = 1000.0
-PROMPTS = SkewedPrompts((20, 21), (0.7, 0.3), "experts-0", 0.9)
+PROMPTS = SkewedPrompts((20, 21), (0.7, 0.3), "experts-0")
 OLD = ReplicaStart("a", "experts-0", 900.0, 901.0, 902.0, 903.0)
 NEW = ReplicaStart("b", "experts-0", 1013.0, 1014.5, 1015.0, 1015.5)
 

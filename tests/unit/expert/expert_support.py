@@ -63,7 +63,6 @@ def call_for(
     return ForwardCall(
         call_id=1,
         attempt=0,
-        revision="r",
         layer=layer,
         call_class=call_class,
         deadline=deadline or Deadline(),

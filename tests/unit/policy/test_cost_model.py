@@ -73,16 +73,11 @@ def test_a_seed_holds_until_it_is_contradicted() -> None:
     assert fit(batches(300, seed=8), seed).s_per_row == pytest.approx(TRUE[2], rel=0.05)
 
 
-def test_the_knee_and_the_capacity_follow_from_the_costs() -> None:
-    """At the knee, rows cost as much as weights; capacity is rows over time; the fixed share is fixed over total time."""
+def test_busy_and_the_fixed_share_follow_from_the_costs() -> None:
+    """Busy is rates times predicted times; the fixed share is fixed over total time."""
     model = KernelCost.seeded(*TRUE)
-    knee = model.rows_at_knee(EXPERT)
-    assert knee * model.s_per_row == pytest.approx(EXPERT * model.s_per_byte)
-    assert model.capacity(EXPERT, knee) == pytest.approx(knee / model.predict(EXPERT, knee))
-    assert model.capacity(EXPERT, knee, busy=0.5) == pytest.approx(0.5 * model.capacity(EXPERT, knee))
-    assert model.fixed_share(EXPERT, knee) == pytest.approx(TRUE[0] / model.predict(EXPERT, knee))
-    assert model.busy(10.0, 10 * EXPERT, 10 * knee) == pytest.approx(10 * model.predict(EXPERT, knee))
-    assert KernelCost().rows_at_knee(EXPERT) == KernelCost().capacity(EXPERT, 1.0) == float("inf")
+    assert model.fixed_share(EXPERT, 40.0) == pytest.approx(TRUE[0] / model.predict(EXPERT, 40.0))
+    assert model.busy(10.0, 10 * EXPERT, 10 * 40.0) == pytest.approx(10 * model.predict(EXPERT, 40.0))
 
 
 def test_expert_load_counts_activations_in_decode_and_rows_in_prefill() -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from event_simulation import run_events
 
-from moiety.simulate.events import run_events
 from moiety.simulate.flow import HeldExperts, percentile, time_step, work_per_step
 from moiety.simulate.report import compare, lines, plot
 from moiety.simulate.scenario import Cluster, day_trace, inclusion, popularity

@@ -26,7 +26,6 @@ class SkewedPrompts:
     tokens: tuple[int, ...]  # each prompt repeats one of these PROMPT_TOKENS times; the largest share comes first
     chances: tuple[float, ...]  # probability of each prompt
     hot: str  # deployment of the hot group: the one that gets the largest shares of the first prompts' rows
-    share: float  # share of the first prompt's rows that goes to the hot group
 
 
 class Traffic:
@@ -100,9 +99,7 @@ async def skewed_prompts(
         f"{len(order)} prompts by Zipf({exponent:g}): {groups[hot]} gets {table[order[0], hot]:.0%} of the first prompt's "
         f"rows, {expected:.0%} of all rows"
     )
-    return SkewedPrompts(
-        tuple(tokens[index] for index in order), tuple(chances.tolist()), groups[hot], float(table[order[0], hot])
-    )
+    return SkewedPrompts(tuple(tokens[index] for index in order), tuple(chances.tolist()), groups[hot])
 
 
 async def _moved(registry: Registry, before: dict[str, int]) -> dict[str, int]:

@@ -28,11 +28,6 @@ class SlotStates:
             key: torch.empty(2 * slots, *spec.shape, dtype=spec.dtype, device=device) for key, spec in specs.items()
         }
 
-    @property
-    def available(self) -> int:
-        """Number of slots that no sequence holds."""
-        return len(self._free)
-
     def rows(self, key: StateKey) -> torch.Tensor:
         """Returns both rows of one state for all slots, [2 * slots, ...]."""
         return self._rows[key]

@@ -59,7 +59,7 @@ def elastic(load: TraceLoad, settings: Scaling = SETTINGS, hot_sets: int | None 
         now = index * trace.step_s
         if seen is not None:
             for deployment, pool in enumerate(pools):
-                decision = pool.decide(now, cluster, trace, costs, step_work, seen, deployment)
+                decision = pool.decide(now, cluster, costs, step_work, seen, deployment)
                 if decision.changes:
                     decisions.append((now, decision))
         live = np.array([float(pool.live(now, cluster.start_s)) for pool in pools])

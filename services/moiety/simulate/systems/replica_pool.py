@@ -8,7 +8,7 @@ from moiety.config.options import Scaling
 from moiety.policy.autoscale import Decision, Snapshot, State, decide
 from moiety.policy.cost_model import KernelCost
 from moiety.simulate.flow import StepWork, TimeStep
-from moiety.simulate.scenario import Cluster, Trace
+from moiety.simulate.scenario import Cluster
 
 SETTINGS = Scaling(min_replicas=1, max_replicas=1000, target_busy=0.7, shrink_after_s=60.0, shrink_margin=0.95)
 
@@ -35,7 +35,6 @@ class ReplicaPool:
         self,
         now: float,
         cluster: Cluster,
-        trace: Trace,
         costs: KernelCost,
         step_work: StepWork,
         seen: TimeStep,

@@ -1,6 +1,6 @@
 """Simulates a small cluster event by event, with sampled routings, queues and merged batches.
 
-Slow, but without the approximations of `flow.py`, which tests compare with it.
+Slow, but without the approximations of `moiety.simulate.flow`, whose results the tests compare with it.
 """
 
 from __future__ import annotations
