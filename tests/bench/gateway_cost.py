@@ -27,8 +27,8 @@ from moiety.registry.watch import Watch
 from moiety.synthetic.tokenizer import write_tokenizer
 from moiety.telemetry.tracing import NO_TRACER
 from moiety.testing import HOST, FakeEngine, fake_shape
-from moiety.wire.channels import Server
 from moiety.wire.deadline import Deadline
+from moiety.wire.server import Server
 from moiety.wire.service_names import GENERATION_SERVICE
 
 ROUTERS, TOKENS, BLOCK = 16, 4096, 16

@@ -13,7 +13,8 @@ from contextlib import asynccontextmanager
 import grpc
 
 from moiety.errors import Unavailable
-from moiety.wire.channels import Server, channel
+from moiety.wire.channels import channel
+from moiety.wire.server import Server
 
 SERVICE = "moiety.bench.Echo"
 START_S = 30.0

@@ -9,12 +9,26 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from moiety.cli.options import TOKEN_BIAS
 from moiety.cli.run import run_async
 from moiety.errors import Unavailable
 
 if TYPE_CHECKING:
     from moiety.client import Chunk
+
+
+class _TokenBias(click.ParamType[tuple[int, float]]):
+    """Option type: a token id and the bias to add to the token's logit, as ID=BIAS."""
+
+    name = "id=bias"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, float]:
+        if isinstance(value, tuple):
+            return value
+        token, _, bias = str(value).partition("=")
+        try:
+            return int(token), float(bias)
+        except ValueError:
+            self.fail(f"{value!r}: must be ID=BIAS, such as 42=-100", param, ctx)
 
 
 @click.command()
@@ -74,7 +88,10 @@ if TYPE_CHECKING:
     help="Above 0 makes tokens of the output less likely, once per occurrence.  [default: 0]",
 )
 @click.option(
-    "--logit-bias", type=TOKEN_BIAS, multiple=True, help="Add BIAS, -100 to 100, to the logit of token ID. Repeatable."
+    "--logit-bias",
+    type=_TokenBias(),
+    multiple=True,
+    help="Add BIAS, -100 to 100, to the logit of token ID. Repeatable.",
 )
 @click.option("--stop", metavar="TEXT", multiple=True, help="End the output before this text. Repeatable.")
 @click.option(

@@ -58,6 +58,8 @@ COMMANDS: Mapping[str, LazyCommand] = MappingProxyType(
         ),
     }
 )
+# Which extra brings a package, if not `serve`.
+EXTRAS: Mapping[str, str] = MappingProxyType({"matplotlib": "plot", "triton": "gpu"})
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -94,6 +96,15 @@ def run(arguments: Sequence[str]) -> int:
         return error.exit_code
     except MoietyError as error:
         click.echo(f"error: {error}", err=True)
+        return 1
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package in ("", "moiety", "moiety_kernels"):
+            raise
+        extra = EXTRAS.get(package, "serve")
+        click.echo(
+            f"error: this command needs {package}, of the extra {extra!r}: pip install 'moiety[{extra}]'", err=True
+        )
         return 1
     except Interrupted as interruption:
         click.echo(f"\n{interruption}", err=True)

@@ -39,21 +39,6 @@ class IntegerList(click.ParamType[tuple[int, ...]]):
         return numbers
 
 
-class TokenBias(click.ParamType[tuple[int, float]]):
-    """Option type: a token id and the bias to add to the token's logit, as ID=BIAS."""
-
-    name = "id=bias"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, float]:
-        if isinstance(value, tuple):
-            return value
-        token, _, bias = str(value).partition("=")
-        try:
-            return int(token), float(bias)
-        except ValueError:
-            self.fail(f"{value!r}: must be ID=BIAS, such as 42=-100", param, ctx)
-
-
 class ByteCount(click.ParamType[int]):
     """Option type: a number of bytes, with or without a unit: 24GiB, 500MB, 1000000."""
 
@@ -76,9 +61,6 @@ class WordList(click.ParamType[tuple[str, ...]]):
         if not all(words):
             self.fail(f"{value!r}: must be words separated by commas", param, ctx)
         return words
-
-
-TOKEN_BIAS = TokenBias()
 
 
 def groups_option(function: Function) -> Function:

@@ -21,8 +21,8 @@ from moiety.expert.runtime import Runtime
 from moiety.expert.service import ExpertService
 from moiety.model.experts.read import load_experts
 from moiety.model.experts.slicing import sliced_revision
-from moiety.wire.channels import Server
 from moiety.wire.codec import torch_dtype
+from moiety.wire.server import Server
 from moiety.wire.service_names import EXPERT_SERVICE
 from moiety.wire.transports.shm_listener import SharedMemoryListener
 

@@ -16,7 +16,7 @@ from moiety.gateway.text import Tokenizer
 from moiety.model.checkpoint.checkpoint import Checkpoint
 from moiety.model.checkpoint.revision import revision_of
 from moiety.registry.watch import Watch
-from moiety.wire.channels import Server
+from moiety.wire.server import Server
 from moiety.wire.service_names import GENERATION_SERVICE
 
 

@@ -48,8 +48,8 @@ from moiety.router.step_runner import StepRunner
 from moiety.router.trunk import prepare_trunk
 from moiety.telemetry.names import MetricName
 from moiety.telemetry.tracing import Tracer
-from moiety.wire.channels import Server
 from moiety.wire.codec import DTYPE_NAMES, torch_dtype
+from moiety.wire.server import Server
 from moiety.wire.service_names import ENGINE_SERVICE
 from moiety_kernels.threads import usable_cores
 

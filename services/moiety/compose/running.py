@@ -27,7 +27,7 @@ from moiety.telemetry.export import configure, configure_metrics
 from moiety.telemetry.metrics import Meter
 from moiety.telemetry.names import MetricName, ResourceAttribute
 from moiety.telemetry.tracing import Tracer
-from moiety.wire.channels import Server
+from moiety.wire.server import Server
 
 LEDGER_S = 1.0  # how often a service reports its load
 DRAIN_NOTICE_S = 0.6  # others read the registry every 0.25 s: after this time they send no new work

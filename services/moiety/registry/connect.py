@@ -5,7 +5,7 @@ from __future__ import annotations
 from urllib.parse import unquote, urlsplit
 
 from moiety.config.registry_url import without_secrets
-from moiety.errors import ConfigError, FailedPrecondition
+from moiety.errors import ConfigError
 from moiety.registry.interface import Registry
 
 SCHEMES = "must be redis://…, rediss://…, unix:///… or file:///…"
@@ -14,26 +14,18 @@ SCHEMES = "must be redis://…, rediss://…, unix:///… or file:///…"
 def connect(url: str, app: str) -> Registry:
     """Returns the registry at `url` for the system called `app`; contacts nothing before the first operation.
 
-    Raises ConfigError if `url` has no known form, FailedPrecondition if redis-py is needed but missing.
+    Raises ConfigError if `url` has no known form.
     """
     scheme, separator, _ = url.partition("://")
     if not separator:
         raise ConfigError("registry", without_secrets(url), SCHEMES)
     if scheme in ("redis", "rediss", "unix"):
-        return _redis(url, app)
+        from moiety.registry.redis import RedisRegistry
+
+        return RedisRegistry(url, app)
     if scheme == "file":
         return _file(url)
     raise ConfigError("registry", without_secrets(url), SCHEMES)
-
-
-def _redis(url: str, app: str) -> Registry:
-    try:
-        from moiety.registry.redis import RedisRegistry
-    except ImportError as error:
-        raise FailedPrecondition(
-            f"registry {without_secrets(url)} needs redis-py, which is not installed: pip install 'moiety[serve]'"
-        ) from error
-    return RedisRegistry(url, app)
 
 
 def _file(url: str) -> Registry:

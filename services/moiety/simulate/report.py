@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 
-from moiety.errors import FailedPrecondition
 from moiety.simulate.scenario import Cluster, Trace, day_trace, inclusion, popularity
 from moiety.simulate.systems.baselines import clairvoyant, fixed, whole_engine
 from moiety.simulate.systems.elastic import elastic
@@ -155,10 +154,8 @@ def lines(report: Report) -> Iterator[str]:
 
 def plot(report: Report, path: Path) -> None:
     """Draws load and replicas over time into `path`; its suffix chooses the format."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise FailedPrecondition("a picture needs matplotlib: pip install 'moiety[plot]'") from None
+    from matplotlib.figure import Figure  # the extra `plot`
+
     figure = Figure(figsize=(11, 7), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=[1, 2.2])
     hours = np.arange(len(report.trace.rates)) * report.trace.step_s / 3600

@@ -18,9 +18,9 @@ from moiety.internal.v1 import experts_pb2
 from moiety.registry.memory import MemoryRegistry
 from moiety.testing.common import HOST, MODEL, REVISION, fake_expert, fake_replica, no_wait, owner_of
 from moiety.wire import codec
-from moiety.wire.channels import Server
 from moiety.wire.frames import ForwardCall, ReplyCallback, parse_call
 from moiety.wire.rows import RowBuffer, SelectedRows, copy_rows
+from moiety.wire.server import Server
 from moiety.wire.service_names import EXPERT_SERVICE
 from moiety.wire.transports.mailbox import Mailbox
 from moiety.wire.transports.shm_listener import SharedMemoryListener

@@ -21,8 +21,7 @@ PYTHON = (3, 11)
 LEAST_MEMORY, LITTLE_MEMORY = 1 << 30, 4 << 30
 LITTLE_SHARED_MEMORY = 256 << 20  # bytes; containers get 64 MiB by default
 LITTLE_BANDWIDTH = 5e9  # bytes per second
-REQUIRED = ("torch", "transformers", "grpcio", "protobuf", "safetensors", "tokenizers", "numpy", "pydantic")
-SERVING = ("ray", "redis", "opentelemetry-sdk")  # the extra `serve`
+PACKAGES = ("torch", "transformers", "grpcio", "protobuf", "safetensors", "tokenizers", "numpy", "ray", "redis")
 INTERESTING = (
     "avx2",
     "avx512f",
@@ -90,17 +89,11 @@ def _python() -> Check:
 
 
 def _packages() -> Iterator[Check]:
-    for name in REQUIRED:
-        yield _package(name, Finding.FAIL, f"pip install {name}")
-    for name in SERVING:
-        yield _package(name, Finding.WARN, "`moiety serve` and `moiety demo` need it: pip install 'moiety[serve]'")
-
-
-def _package(name: str, missing: Finding, advice: str) -> Check:
-    try:
-        return Check(name, version(name))
-    except PackageNotFoundError:
-        return Check(name, "not installed", missing, advice)
+    for name in PACKAGES:
+        try:
+            yield Check(name, version(name))
+        except PackageNotFoundError:
+            yield Check(name, "not installed", Finding.FAIL, "pip install 'moiety[serve]'")
 
 
 def _cores() -> Iterator[Check]:

@@ -1,35 +1,22 @@
-"""Builds all gRPC servers and channels: keepalive, message size limits, health, reflection."""
+"""Builds all gRPC channels, and holds what they share with servers: keepalive and message size limits."""
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Sequence
-
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
-
-from moiety.errors import ConfigError
 
 MAX_MESSAGE_BYTES = 64 << 20
 # Without keepalive a cut link hangs for over a minute; with these settings it is noticed within two seconds.
-_KEEPALIVE_MS = 1000
-_COMMON = [
+KEEPALIVE_MS = 1000
+COMMON_OPTIONS = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.keepalive_time_ms", _KEEPALIVE_MS),
-    ("grpc.keepalive_timeout_ms", _KEEPALIVE_MS),
+    ("grpc.keepalive_time_ms", KEEPALIVE_MS),
+    ("grpc.keepalive_timeout_ms", KEEPALIVE_MS),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
 ]
-_SERVER = [
-    *_COMMON,
-    ("grpc.http2.min_ping_interval_without_data_ms", _KEEPALIVE_MS // 2),
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", _KEEPALIVE_MS // 2),
-    ("grpc.http2.max_ping_strikes", 0),
-]
-_CLIENT = [
-    *_COMMON,
+_OPTIONS = [
+    *COMMON_OPTIONS,
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
@@ -41,49 +28,4 @@ _CLIENT = [
 
 def channel(address: str) -> grpc.aio.Channel:
     """Returns an insecure channel that notices a dead peer within two seconds."""
-    return grpc.aio.insecure_channel(address, options=_CLIENT)
-
-
-class Server:
-    """A grpc.aio server with the standard health and reflection services."""
-
-    def __init__(
-        self, handlers: Sequence[grpc.GenericRpcHandler], services: Sequence[str], *, share_port: bool = False
-    ):
-        """`services`: full names for health and reflection to report, such as moiety.v1.GenerationService.
-
-        `share_port`: other processes may listen on the same port.
-        """
-        self.grpc = grpc.aio.server(options=[*_SERVER, ("grpc.so_reuseport", int(share_port))])
-        self._health = health.aio.HealthServicer()
-        self._services = services
-        self._stopping: asyncio.Task[None] | None = None
-        if handlers:
-            self.grpc.add_generic_rpc_handlers(tuple(handlers))
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self.grpc)
-        names = (*services, health.SERVICE_NAME, reflection.SERVICE_NAME)
-        reflection.enable_server_reflection(names, self.grpc)
-
-    async def start(self, host: str, port: int) -> int:
-        """Binds, starts serving and returns the port. Raises ConfigError where the address cannot be bound."""
-        try:
-            bound = self.grpc.add_insecure_port(f"{host}:{port}")
-        except RuntimeError as error:
-            raise ConfigError("port", port, f"cannot listen on {host}: {error}") from None
-        await self.grpc.start()
-        await self._report(health_pb2.HealthCheckResponse.SERVING)
-        return bound
-
-    async def stop(self, grace_s: float) -> None:
-        """Refuses new RPCs immediately and gives running ones `grace_s` seconds to end. A second `stop` waits for the first."""
-        if self._stopping is None:  # grpc.aio crashes with a segmentation fault where two stops overlap
-            self._stopping = asyncio.create_task(self._stop(grace_s))
-        await asyncio.shield(self._stopping)
-
-    async def _stop(self, grace_s: float) -> None:
-        await self._report(health_pb2.HealthCheckResponse.NOT_SERVING)
-        await self.grpc.stop(grace_s)
-
-    async def _report(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
-        for service in ("", *self._services):
-            await self._health.set(service, status)
+    return grpc.aio.insecure_channel(address, options=_OPTIONS)

@@ -25,8 +25,9 @@ from moiety.internal.v1 import experts_pb2, experts_pb2_grpc
 from moiety.telemetry.tracing import NO_TRACER
 from moiety.testing import HOST, Caller, eventually, open_caller
 from moiety.wire import codec
-from moiety.wire.channels import Server, channel
+from moiety.wire.channels import channel
 from moiety.wire.rows import RowBuffer
+from moiety.wire.server import Server
 from moiety.wire.service_names import EXPERT_SERVICE
 from moiety.wire.transports.connection import Reply
 from moiety_kernels import ExpertWeights

@@ -15,7 +15,7 @@ from moiety.registry.memory import MemoryRegistry
 from moiety.registry.watch import Watch
 from moiety.telemetry.tracing import NO_TRACER
 from moiety.testing import HOST, FakeEngine, eventually, fake_shape, fake_token
-from moiety.wire.channels import Server
+from moiety.wire.server import Server
 from moiety.wire.service_names import GENERATION_SERVICE
 
 SHAPE = fake_shape(max_context=64)

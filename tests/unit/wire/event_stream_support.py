@@ -13,9 +13,10 @@ import grpc
 from moiety.internal.v1 import engine_pb2, engine_pb2_grpc
 from moiety.testing import HOST
 from moiety.v1 import generation_pb2
-from moiety.wire.channels import Server, channel
+from moiety.wire.channels import channel
 from moiety.wire.deadline import Deadline
 from moiety.wire.event_stream import CallClient, CallHandler, CallServer, SendEvent
+from moiety.wire.server import Server
 from moiety.wire.service_names import ENGINE_SERVICE
 
 

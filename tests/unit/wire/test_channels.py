@@ -12,8 +12,8 @@ from moiety.errors import ConfigError, MoietyError, PeerLost
 from moiety.internal.v1.experts_pb2 import ForwardRequest
 from moiety.registry.memory import MemoryRegistry
 from moiety.testing import HOST, Caller, FakeExperts, eventually, fake_shape, open_caller
-from moiety.wire.channels import Server
 from moiety.wire.rows import RowBuffer
+from moiety.wire.server import Server
 from moiety.wire.transports.connection import Reply
 from moiety.wire.transports.expert_link import ExpertLink
 from moiety.wire.transports.mailbox import Mailbox

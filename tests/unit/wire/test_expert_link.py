@@ -7,7 +7,7 @@ import pytest
 
 from moiety.errors import InvalidRequest
 from moiety.internal.v1.experts_pb2 import DescribeReplicaRequest, DescribeReplicaResponse
-from moiety.wire.channels import Server
+from moiety.wire.server import Server
 from moiety.wire.service_names import EXPERT_SERVICE
 from moiety.wire.transports.expert_link import ExpertLink
 from moiety.wire.transports.mailbox import Mailbox

@@ -10,7 +10,6 @@ from typing import Any
 from moiety.bench.elastic.traffic import SkewedPrompts, Traffic
 from moiety.bench.report import percentile
 from moiety.core.load import BatchCost
-from moiety.errors import FailedPrecondition
 
 # Token gaps count for a decision until this long after the last of its new replicas served its first rows.
 AROUND_S = 3.0
@@ -166,11 +165,9 @@ def elastic_lines(report: ElasticReport) -> Iterator[str]:
 
 
 def plot(report: ElasticReport, file: Path) -> None:
-    """Draws load and replicas over time as PNG or SVG, by the file's suffix. Raises FailedPrecondition without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise FailedPrecondition("a picture needs matplotlib: pip install 'moiety[plot]'") from None
+    """Draws load and replicas over time as PNG or SVG, by the file's suffix."""
+    from matplotlib.figure import Figure  # the extra `plot`
+
     times = [moment["time"] for moment in report.timeline]
     groups = sorted({name for moment in report.timeline for name in moment["replicas"]})
     colours = {name: "tab:red" if name == report.hot else f"C{9 - index % 9}" for index, name in enumerate(groups)}
