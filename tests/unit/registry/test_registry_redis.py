@@ -167,6 +167,20 @@ async def test_a_redis_that_stops_is_unreachable_and_comes_back() -> None:
                 assert await registry.replicas() == (expert_replica(),)
 
 
+async def test_a_redis_that_lost_the_scripts_gets_them_again(
+    redis_server: EmbeddedRedis, app: str, redis_cli: redis.Redis
+) -> None:
+    """Every operation works on a server with an empty script cache, such as one that was restarted."""
+    async with opened(redis_server.url, app) as registry:
+        await registry.set_placement(Placement(0, {}))
+        for operation in every_operation(registry):
+            redis_cli.script_flush()
+            assert redis_cli.info("memory")["number_of_cached_scripts"] == 0
+            await operation
+        assert await registry.expert_demand()
+        assert (await registry.placement()).epoch == 1
+
+
 async def test_a_redis_that_hangs_is_unreachable_soon() -> None:
     """A server that accepts and does not answer fails an operation within 2 s; once it answers, operations work."""
     with EmbeddedRedis() as server:
