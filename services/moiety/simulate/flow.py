@@ -2,8 +2,8 @@
 
 Layer by layer, a router's step calls one replica of every deployment that it has rows for, and waits for the slowest.
 Each replica is an M/G/1 queue. A call waits with probability ρ, the busy fraction. The wait is then a Weibull
-distribution with the mean and variance of Pollaczek and Khinchine (a geometric number of residual services). `events.py`
-simulates the same cluster event by event, as a check.
+distribution with the mean and variance of Pollaczek and Khinchine (a geometric number of residual services). As a check, a
+test simulates the same cluster event by event.
 
 Legend: D deployments, L layers, E experts per layer, X points of a grid of times.
 """
