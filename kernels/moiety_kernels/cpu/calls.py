@@ -45,7 +45,7 @@ class ExpertsCall(Structure):
     _fields_ = (
         ("rows", c_void_p),
         ("counts", POINTER(c_int64)),
-        ("tensors", POINTER(c_void_p)),
+        ("tensors", c_void_p),
         ("out", c_void_p),
         *_fields(c_int64, "row_stride experts hidden intermediate gate_up_group down_group"),
         *_fields(c_int64, "activation gated interleaved threads"),

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from moiety_kernels.weights.expert_table import addresses
 from moiety_kernels.weights.expert_weights import ExpertWeights
 from moiety_kernels.weights.fp8 import FP8_BLOCK, Fp8Matrix
 from moiety_kernels.weights.int4 import Int4Matrix
@@ -136,7 +137,7 @@ def operands_of(counts: Sequence[int], weights: Sequence[ExpertWeights]) -> tupl
     between two batches costs nothing. The caller must keep the weights alive.
     """
     first = weights[0]
-    pointers = torch.tensor([[pointer or 0 for pointer in expert.pointers] for expert in weights]).T  # [8, E]
+    pointers = addresses(weights).T  # [8, E]
     tensors = (*_codes_scale_zero(first.gate_up), *_codes_scale_zero(first.down), first.gate_up_bias, first.down_bias)
     sizes = torch.tensor([1 if tensor is None else tensor.element_size() for tensor in tensors])
     offsets = (pointers - pointers[:, :1]) // sizes[:, None]

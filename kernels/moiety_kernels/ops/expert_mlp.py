@@ -18,6 +18,7 @@ from moiety_kernels.ops.by_format import Backend, for_each_format, run_in_triton
 from moiety_kernels.ops.linear import PACKED_ROWS, linear, multiplies_in_pairs
 from moiety_kernels.reference.activation import ACTIVATIONS, SWIGLU, Activation, activate
 from moiety_kernels.threads import thread_limit
+from moiety_kernels.weights.expert_table import addresses
 from moiety_kernels.weights.expert_weights import ExpertWeights, dequantised
 from moiety_kernels.weights.fp8 import FP8_BLOCK
 
@@ -115,12 +116,12 @@ def _in_cpp(
     activation: Activation,
 ) -> torch.Tensor:
     out = rows.new_empty(rows.shape)
-    pointers = [pointer for expert in weights for pointer in expert.pointers]
+    tensors = addresses(weights)
     *_, gate_up_group, _, down_group = weights[0].weight_format
     kernel(
         rows=rows.data_ptr(),
         counts=(ctypes.c_int64 * len(counts))(*counts),
-        tensors=(ctypes.c_void_p * len(pointers))(*pointers),
+        tensors=tensors.data_ptr(),
         out=out.data_ptr(),
         row_stride=rows.stride(0),
         experts=len(weights),

@@ -8,9 +8,7 @@ from dataclasses import dataclass
 from moiety.core.experts import ExpertSet
 from moiety.errors import NotHeld
 from moiety.wire.frames import ForwardCall
-from moiety_kernels.weights.expert_weights import ExpertWeights
-
-Weights = Mapping[tuple[int, int], ExpertWeights]  # (layer, expert) -> weights
+from moiety_kernels.weights.expert_table import ExpertTable
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +21,7 @@ class Holding:
     held: ExpertSet  # by the placement of `epoch`
     leaving: ExpertSet  # of earlier placements: still computed until `Runtime.drop_leaving`
     epoch: int  # of the placement; 0 = none yet
-    weights: Weights
+    layers: Mapping[int, ExpertTable]  # by MoE layer: the weights of the experts in `held` and `leaving`
 
     def check(self, call: ForwardCall) -> None:
         """Raises NotHeld unless the replica holds every expert of the call."""

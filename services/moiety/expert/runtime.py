@@ -6,7 +6,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -17,13 +17,16 @@ from moiety.core.experts import ExpertMLP, ExpertSet
 from moiety.core.load import ReplicaLoad
 from moiety.errors import DeadlineExceeded, MoietyError
 from moiety.expert.batcher import Batcher, Computed, QueuedCall
-from moiety.expert.holding import Holding, Weights
+from moiety.expert.holding import Holding
 from moiety.model.activation import activation_of
 from moiety.wire.rows import RowBuffer, SelectedRows, copy_rows
 from moiety.wire.transports.mailbox import Mailbox
 from moiety_kernels.ops.expert_mlp import grouped_expert_mlp
+from moiety_kernels.weights.expert_table import ExpertTable
+from moiety_kernels.weights.expert_weights import ExpertWeights
 
 _log = logging.getLogger(__name__)
+NO_EXPERTS = ExpertTable({})  # of a layer of which this replica holds none
 
 
 @dataclass(slots=True)
@@ -51,7 +54,7 @@ class Runtime:
         mlp: ExpertMLP,
         dtype: torch.dtype,
         device: str,
-        load: Callable[[ExpertSet], Weights],
+        load: Callable[[ExpertSet], Mapping[tuple[int, int], ExpertWeights]],
         *,
         queue_calls: int,
         capacity: float | None = None,
@@ -88,10 +91,11 @@ class Runtime:
         """
         with self._loading:
             current = self._holding
-            new, weights = held - (current.held | current.leaving), dict(current.weights)
-            for layer, ids in new.by_layer.items():
-                weights.update(self._load(ExpertSet({layer: ids})))
-            self._holding = Holding(held, (current.held | current.leaving) - held, epoch, weights)
+            loaded, layers = current.held | current.leaving, dict(current.layers)
+            for layer, ids in (held - loaded).by_layer.items():
+                new = {expert: weights for (_, expert), weights in self._load(ExpertSet({layer: ids})).items()}
+                layers[layer] = ExpertTable({**layers[layer].experts, **new} if layer in layers else new)
+            self._holding = Holding(held, loaded - held, epoch, layers)
 
     def drop_leaving(self) -> bool:
         """Frees the weights of the leaving experts. Returns False and frees none while an unanswered call needs one of them."""
@@ -101,7 +105,10 @@ class Runtime:
                 calls = [waiting.call for waiting in self._unanswered]
             if any(not current.leaving.layer(call.layer).isdisjoint(call.experts.tolist()) for call in calls):
                 return False
-            kept = {pair: current.weights[pair] for pair in current.held}
+            kept = {
+                layer: ExpertTable({expert: current.layers[layer].experts[expert] for expert in ids})
+                for layer, ids in current.held.by_layer.items()
+            }
             self._holding = Holding(current.held, ExpertSet(), current.epoch, kept)
             return True
 
@@ -169,7 +176,7 @@ class Runtime:
             if not ready:
                 continue
             try:
-                results = self._compute(ready, holding.weights)
+                results = self._compute(ready, holding.layers.get(ready[0].call.layer, NO_EXPERTS))
             except Exception as error:
                 _log.exception("a batch of %d calls for layer %d failed", len(ready), ready[0].call.layer)
                 for waiting in ready:
@@ -207,10 +214,9 @@ class Runtime:
         return True
 
     @torch.inference_mode()
-    def _compute(self, batch: list[QueuedCall], weights: Weights) -> list[Computed]:
+    def _compute(self, batch: list[QueuedCall], weights: ExpertTable) -> list[Computed]:
         """Gathers the rows of all calls, sorted by expert, and computes them. A result's rows are in the order of its call."""
         began, began_ns = time.monotonic(), time.time_ns()
-        layer = batch[0].call.layer
         experts = np.concatenate([waiting.call.experts for waiting in batch])  # [A]
         order = np.argsort(experts, kind="stable")
         counts = np.bincount(experts)  # takes a tenth of np.unique's time for the few rows of a decode step
@@ -229,7 +235,7 @@ class Runtime:
         outputs = grouped_expert_mlp(
             rows.to(self._device, self._dtype, non_blocking=True),
             counts[activated].tolist(),
-            [weights[layer, expert] for expert in activated.tolist()],
+            weights.select(activated.tolist()),
             self._activation,
             dtype=torch.float32 if self._partial else None,
             deterministic=self._deterministic,
