@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict
-from typing import Any, TypeVar
+from functools import cache
+from typing import Any, TypeVar, get_type_hints
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +21,8 @@ from moiety.core.experts import ExpertSet
 from moiety.core.load import BatchCost, ExpertDemand, ReplicaLoad
 from moiety.core.replica import Placement, Replica, ReplicaState, Role
 
+# Of a replica's entry, those that the first version did not have.
+ADDED_FIELDS = ("leaving", "placement_epoch", "launched", "loaded", "started", "served", "pid", "scaling")
 DEMAND_FIELDS = ("layers", "experts", "time", "started", "rows", "activations", "costs")
 
 T = TypeVar("T")
@@ -29,53 +32,14 @@ _REQUIRED = object()
 
 def replica_to_json(replica: Replica) -> str:
     """Returns `replica` as one line of JSON; expert sets are in the text form of `ExpertSet`."""
-    return json.dumps(
-        {
-            "id": replica.id,
-            "role": replica.role,
-            "deployment": replica.deployment,
-            "address": replica.address,
-            "node": replica.node,
-            "model": replica.model,
-            "revision": replica.revision,
-            "state": replica.state,
-            "held": str(replica.held),
-            "leaving": str(replica.leaving),
-            "placement_epoch": replica.placement_epoch,
-            "wire_version": replica.wire_version,
-            "launched": replica.launched,
-            "loaded": replica.loaded,
-            "started": replica.started,
-            "served": replica.served,
-            "pid": replica.pid,
-            "scaling": dict(replica.scaling),
-        }
-    )
+    values = {name: getattr(replica, name) for name in _converters(Replica)}
+    texts = {"held": str(replica.held), "leaving": str(replica.leaving), "scaling": dict(replica.scaling)}
+    return json.dumps(values | texts)
 
 
 def replica_from_json(text: str | bytes) -> Replica:
-    """Decodes what `replica_to_json` returns; fields that were added since the first version have defaults."""
-    data = _mapping(_decoded(text), "entry")
-    return Replica(
-        id=_field(data, "id", _text),
-        role=_field(data, "role", Role),
-        deployment=_field(data, "deployment", _text),
-        address=_field(data, "address", _text),
-        node=_field(data, "node", _text),
-        model=_field(data, "model", _text),
-        revision=_field(data, "revision", _text),
-        state=_field(data, "state", ReplicaState),
-        held=_field(data, "held", _experts),
-        leaving=_field(data, "leaving", _experts, ExpertSet()),
-        placement_epoch=_field(data, "placement_epoch", _integer, 0),
-        wire_version=_field(data, "wire_version", _integer),
-        launched=_field(data, "launched", _number, 0.0),
-        loaded=_field(data, "loaded", _number, 0.0),
-        started=_field(data, "started", _number, 0.0),
-        served=_field(data, "served", _number, 0.0),
-        pid=_field(data, "pid", _integer, 0),
-        scaling=_field(data, "scaling", _numbers, {}),
-    )
+    """Decodes what `replica_to_json` returns; fields that were added since the first version may be missing."""
+    return _value(Replica, _mapping(_decoded(text), "entry"), optional=ADDED_FIELDS)
 
 
 def placement_to_json(placement: Placement) -> str:
@@ -101,13 +65,7 @@ def load_to_json(busy: ReplicaLoad) -> str:
 
 def load_from_json(text: str | bytes) -> ReplicaLoad:
     """Decodes what `load_to_json` returns."""
-    data = _mapping(_decoded(text), "entry")
-    return ReplicaLoad(
-        busy=_field(data, "busy", _number),
-        queue_wait_ms=_field(data, "queue_wait_ms", _number),
-        rows_per_s=_field(data, "rows_per_s", _number),
-        calls_per_s=_field(data, "calls_per_s", _number),
-    )
+    return _value(ReplicaLoad, _mapping(_decoded(text), "entry"))
 
 
 def decision_from_json(text: str | bytes) -> dict[str, Any]:
@@ -180,6 +138,17 @@ def _packed(counters: npt.NDArray[np.int64]) -> bytes:
     return (narrow if np.array_equal(narrow, counters) else counters).tobytes()
 
 
+def _value(kind: Callable[..., T], data: Mapping[str, Any], optional: Collection[str] = ()) -> T:
+    """Returns the dataclass `kind`, made from the fields in `data`. A field in `optional` has its default if it is missing."""
+    return kind(
+        **{
+            name: _field(data, name, convert)
+            for name, convert in _converters(kind).items()
+            if name not in optional or data.get(name) is not None
+        }
+    )
+
+
 def _field(data: Mapping[str, Any], name: str, convert: Callable[[Any], T], default: Any = _REQUIRED) -> T:
     value = data.get(name)
     if value is None:
@@ -235,16 +204,25 @@ def _seconds(raw: bytes) -> float:
 
 
 def _costs(raw: bytes) -> BatchCost:
-    data = _mapping(_decoded(raw), "costs")
-    return BatchCost(
-        fixed_s=_field(data, "fixed_s", _number),
-        s_per_byte=_field(data, "s_per_byte", _number),
-        s_per_row=_field(data, "s_per_row", _number),
-        expert_bytes=_field(data, "expert_bytes", _integer),
-        samples=_field(data, "samples", _integer),
-        error=_field(data, "error", _number),
-    )
+    return _value(BatchCost, _mapping(_decoded(raw), "costs"))
 
 
 def _experts(value: object) -> ExpertSet:
     return ExpertSet.parse(_text(value))
+
+
+# How the fields of a decoded value are read, by their annotation.
+_CONVERTERS: Mapping[Any, Callable[[Any], Any]] = {
+    str: _text,
+    int: _integer,
+    float: _number,
+    Role: Role,
+    ReplicaState: ReplicaState,
+    ExpertSet: _experts,
+    Mapping[str, float]: _numbers,
+}
+
+
+@cache
+def _converters(kind: Callable[..., object]) -> Mapping[str, Callable[[Any], Any]]:
+    return {name: _CONVERTERS[annotation] for name, annotation in get_type_hints(kind).items()}
