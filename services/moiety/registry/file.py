@@ -8,18 +8,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from moiety.core.load import ExpertDemand, ReplicaLoad
-from moiety.core.replica import Placement, Replica, Role
+from moiety.core.replica import Placement, Replica
 from moiety.errors import FailedPrecondition, RegistryUnreachable
 from moiety.registry import entries
 from moiety.registry.memory import MemoryRegistry
 
 
-class FileRegistry:
+class FileRegistry(MemoryRegistry):
     """Reads the registry file in a child process. Reads replicas and placement again whenever the file has changed.
 
     `register` and `deregister`, which a child's heartbeat calls, do nothing: only the parent writes the file.
@@ -27,12 +24,11 @@ class FileRegistry:
     """
 
     def __init__(self, path: str | Path) -> None:
+        super().__init__()
         self._path = Path(path)
         self._seen: tuple[int, int, int] | None = None
-        self._replicas: dict[str, Replica] = {}
-        self._placement: Placement | None = None
+        self._listed: dict[str, Replica] = {}
         self._reader = entries.TolerantReader()
-        self._ledger = MemoryRegistry()
 
     async def register(self, replica: Replica) -> None: ...
 
@@ -40,10 +36,7 @@ class FileRegistry:
 
     async def replicas(self) -> tuple[Replica, ...]:
         self._refresh()
-        return tuple(self._replicas[replica_id] for replica_id in sorted(self._replicas))
-
-    async def routers(self) -> tuple[Replica, ...]:
-        return tuple(replica for replica in await self.replicas() if replica.role is Role.ROUTER)
+        return tuple(self._listed[replica_id] for replica_id in sorted(self._listed))
 
     async def generation(self) -> str | None:
         """Returns a constant: unlike Redis, the file is not emptied while it is in use."""
@@ -53,38 +46,9 @@ class FileRegistry:
         self._refresh()
         return self._placement
 
-    async def placement_epoch(self) -> int:
-        placement = await self.placement()
-        return 0 if placement is None else placement.epoch
-
     async def set_placement(self, placement: Placement) -> bool:
         """Raises FailedPrecondition: only the parent process (`FileRegistryWriter`) can set a placement."""
         raise FailedPrecondition(f"placement {placement.epoch}: only the process that owns {self._path} can set it")
-
-    async def publish_load(
-        self, replica_id: str, busy: ReplicaLoad | None = None, demand: ExpertDemand | None = None
-    ) -> None:
-        await self._ledger.publish_load(replica_id, busy, demand)
-
-    async def expert_demand(self) -> Mapping[str, ExpertDemand]:
-        return await self._ledger.expert_demand()
-
-    async def replica_load(self) -> Mapping[str, ReplicaLoad]:
-        return await self._ledger.replica_load()
-
-    async def report_missing_experts(self, layer: int, experts: Sequence[int]) -> None:
-        await self._ledger.report_missing_experts(layer, experts)
-
-    async def missing_experts(self) -> Mapping[int, frozenset[int]]:
-        return await self._ledger.missing_experts()
-
-    async def record_decision(self, decision: Mapping[str, Any]) -> None:
-        await self._ledger.record_decision(decision)
-
-    async def decisions(self, count: int = 100) -> Sequence[Mapping[str, Any]]:
-        return await self._ledger.decisions(count)
-
-    async def close(self) -> None: ...
 
     def _refresh(self) -> None:
         """Reads the file if it has changed. Blocks the event loop, because waking a thread would take longer than the read."""
@@ -100,7 +64,7 @@ class FileRegistry:
             raise RegistryUnreachable(f"registry file {self._path}: {error}") from error
         read = self._reader.read
         found = (read(f"replica:{key}", entries.replica_from_json, json.dumps(replicas[key])) for key in replicas)
-        self._replicas = {replica.id: replica for replica in found if replica is not None}
+        self._listed = {replica.id: replica for replica in found if replica is not None}
         self._placement = placement and read("placement", entries.placement_from_json, json.dumps(placement))
         self._seen = stamp
 
@@ -113,20 +77,18 @@ class FileRegistryWriter(FileRegistry):
         self._write()
 
     async def register(self, replica: Replica) -> None:
-        if self._replicas.get(replica.id) != replica:
-            self._replicas[replica.id] = replica
+        if self._listed.get(replica.id) != replica:
+            self._listed[replica.id] = replica
             self._write()
 
     async def deregister(self, replica_id: str) -> None:
-        if self._replicas.pop(replica_id, None) is not None:
+        if self._listed.pop(replica_id, None) is not None:
             self._write()
 
     async def set_placement(self, placement: Placement) -> bool:
-        if self._placement is not None and placement.epoch != self._placement.epoch + 1:
-            return False
-        self._placement = placement
-        self._write()
-        return True
+        if stored := await MemoryRegistry.set_placement(self, placement):
+            self._write()
+        return stored
 
     async def close(self) -> None:
         self._path.unlink(missing_ok=True)
@@ -136,9 +98,7 @@ class FileRegistryWriter(FileRegistry):
 
     def _write(self) -> None:
         data = {
-            "replicas": {
-                key: json.loads(entries.replica_to_json(self._replicas[key])) for key in sorted(self._replicas)
-            },
+            "replicas": {key: json.loads(entries.replica_to_json(self._listed[key])) for key in sorted(self._listed)},
             "placement": self._placement and json.loads(entries.placement_to_json(self._placement)),
         }
         new = self._path.with_name(f"{self._path.name}.new")

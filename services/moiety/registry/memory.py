@@ -55,7 +55,8 @@ class MemoryRegistry:
         return self._placement
 
     async def placement_epoch(self) -> int:
-        return 0 if self._placement is None else self._placement.epoch
+        placement = await self.placement()
+        return 0 if placement is None else placement.epoch
 
     async def set_placement(self, placement: Placement) -> bool:
         if self._placement is not None and placement.epoch != self._placement.epoch + 1:
