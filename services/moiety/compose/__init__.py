@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from types import ModuleType
+from importlib import import_module
 from typing import Any
 
 from moiety.compose.background import at_low_priority
@@ -17,37 +17,7 @@ from moiety.config.services import ExpertSettings, GatewaySettings, RouterSettin
 from moiety.config.validate import validated
 from moiety.core.replica import Role
 
-__all__ = ["Running", "settings_of", "start", "start_expert", "start_gateway", "start_router"]
-
-
-async def start_expert(settings: ExpertSettings, *, replica_id: str, node: str) -> Running:
-    """Starts a replica of an expert group: reads its experts' weights, serves moiety.internal.v1.ExpertService."""
-    launched = time.time()
-    return await (await at_low_priority(_expert)).start(settings, replica_id, node, launched)
-
-
-def _expert() -> ModuleType:
-    """Imports `compose.expert` and with it torch, which takes a second or two.
-
-    `start_expert` calls this at low priority, because replicas are started while other replicas are busy.
-    """
-    from moiety.compose import expert
-
-    return expert
-
-
-async def start_router(settings: RouterSettings, *, replica_id: str, node: str) -> Running:
-    """Starts a router: reads the trunk, serves moiety.internal.v1.EngineService."""
-    from moiety.compose import router
-
-    return await router.start(settings, replica_id, node)
-
-
-async def start_gateway(settings: GatewaySettings, *, replica_id: str, node: str) -> Running:
-    """Starts a gateway: reads the tokenizer, serves moiety.v1.GenerationService."""
-    from moiety.compose import gateway
-
-    return await gateway.start(settings, replica_id, node)
+__all__ = ["Running", "settings_of", "start"]
 
 
 def settings_of(role: Role, values: Mapping[str, Any]) -> ServiceSettings:
@@ -62,11 +32,19 @@ def settings_of(role: Role, values: Mapping[str, Any]) -> ServiceSettings:
 
 async def start(settings: ServiceSettings, *, replica_id: str, node: str) -> Running:
     """Starts an expert replica, a router or a gateway, depending on the type of `settings`."""
+    launched = time.time()
     match settings:
         case ExpertSettings():
-            return await start_expert(settings, replica_id=replica_id, node=node)
+            # At low priority, because replicas are started while other replicas are busy.
+            expert = await at_low_priority(import_module, "moiety.compose.expert")  # torch: a second or two
+            running: Running = await expert.start(settings, replica_id, node, launched)
+            return running
         case RouterSettings():
-            return await start_router(settings, replica_id=replica_id, node=node)
+            from moiety.compose import router
+
+            return await router.start(settings, replica_id, node)
         case GatewaySettings():
-            return await start_gateway(settings, replica_id=replica_id, node=node)
+            from moiety.compose import gateway
+
+            return await gateway.start(settings, replica_id, node)
     raise TypeError(f"{type(settings).__name__} is not the settings of a service")

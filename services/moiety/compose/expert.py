@@ -25,6 +25,7 @@ from moiety.wire.codec import torch_dtype
 from moiety.wire.server import Server
 from moiety.wire.service_names import EXPERT_SERVICE
 from moiety.wire.transports.shm_listener import SharedMemoryListener
+from moiety.wire.transports.shm_segment import AVAILABLE
 
 
 async def start(settings: ExpertSettings, replica_id: str, node: str, launched: float) -> Running:
@@ -32,7 +33,7 @@ async def start(settings: ExpertSettings, replica_id: str, node: str, launched: 
 
     Its experts are those that the placement in force gives to `settings.deployment`, else those in `settings.held`.
     """
-    async with ServiceStart(settings, settings.deployment, replica_id, node, launched) as startup:
+    async with ServiceStart(settings, replica_id, node, launched) as startup:
         checkpoint, layout, revision = await startup.open_model()
         slices, router_revision = settings.slices, revision
         revision = sliced_revision(router_revision, slices)
@@ -63,7 +64,7 @@ async def start(settings: ExpertSettings, replica_id: str, node: str, launched: 
             runtime, shape, settings.name, revision, torch.float32 if slices > 1 else dtype, startup.tracer
         )
         server = Server([service.handler()], [EXPERT_SERVICE])
-        if SharedMemoryListener.available():
+        if AVAILABLE:
             listener = SharedMemoryListener(revision, service.dtype, service.row_bytes, runtime.mailbox, service.accept)
             service.shared_memory = listener.name
             startup.closers.push_async_callback(listener.close)
@@ -98,7 +99,6 @@ async def start(settings: ExpertSettings, replica_id: str, node: str, launched: 
         return await startup.serve(
             ServiceParts(
                 role=Role.EXPERT,
-                deployment=settings.deployment,
                 revision=revision,
                 server=server,
                 idle=lambda: runtime.idle,

@@ -22,7 +22,7 @@ from moiety.wire.service_names import GENERATION_SERVICE
 
 async def start(settings: GatewaySettings, replica_id: str, node: str) -> Running:
     """Starts a gateway: reads the tokenizer, follows the registry for routers, serves the public API."""
-    async with ServiceStart(settings, settings.deployment, replica_id, node) as startup:
+    async with ServiceStart(settings, replica_id, node) as startup:
         checkpoint = await asyncio.to_thread(Checkpoint.open, settings.model)
         revision = await asyncio.to_thread(revision_of, checkpoint)
         tokenizer = await asyncio.to_thread(Tokenizer, settings.model)
@@ -45,7 +45,6 @@ async def start(settings: GatewaySettings, replica_id: str, node: str) -> Runnin
         return await startup.serve(
             ServiceParts(
                 role=Role.GATEWAY,
-                deployment=settings.deployment,
                 revision=revision,
                 server=Server([service.handler()], [GENERATION_SERVICE], share_port=settings.port != 0),
                 port=settings.port,

@@ -59,7 +59,7 @@ LANES = 2  # lanes that a step may be split into; a third lane would wait for th
 
 async def start(settings: RouterSettings, replica_id: str, node: str) -> Running:
     """Starts a router: loads the trunk, follows the registry, serves. It becomes READY when every expert has a holder."""
-    async with ServiceStart(settings, settings.deployment, replica_id, node) as startup:
+    async with ServiceStart(settings, replica_id, node) as startup:
         checkpoint, layout, revision = await startup.open_model()
         shape = layout.shape
         dtype = torch_dtype(settings.dtype, shape.dtype)
@@ -119,7 +119,6 @@ async def start(settings: RouterSettings, replica_id: str, node: str) -> Running
         return await startup.serve(
             ServiceParts(
                 role=Role.ROUTER,
-                deployment=settings.deployment,
                 revision=revision,
                 server=server,
                 calls_end=False,

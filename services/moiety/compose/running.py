@@ -39,7 +39,6 @@ class ServiceParts:
     """The parts that differ between expert replicas, routers and gateways; an argument of `ServiceStart.serve`."""
 
     role: Role
-    deployment: str
     revision: str
     server: Server
     idle: Callable[[], bool]
@@ -105,19 +104,17 @@ class Running:
 class ServiceStart:
     """Starts one service. Holds its settings, registry and tracer; closes what it opened if the start fails."""
 
-    def __init__(
-        self, settings: ServiceSettings, deployment: str, replica_id: str, node: str, launched: float | None = None
-    ):
+    def __init__(self, settings: ServiceSettings, replica_id: str, node: str, launched: float | None = None):
         """`launched`: when the start began, imports included, in Unix seconds; None = now."""
         self.settings, self.replica_id, self.node = settings, replica_id, node
         self._launched = time.time() if launched is None else launched
         resource: dict[str, str] = {
             ResourceAttribute.INSTANCE: replica_id,
             ResourceAttribute.VERSION: __version__,
-            ResourceAttribute.DEPLOYMENT: deployment,
+            ResourceAttribute.DEPLOYMENT: settings.deployment,
         }
-        self.tracer: Tracer = configure(f"moiety-{deployment}", resource)
-        self.meter: Meter = configure_metrics(f"moiety-{deployment}", resource)
+        self.tracer: Tracer = configure(f"moiety-{settings.deployment}", resource)
+        self.meter: Meter = configure_metrics(f"moiety-{settings.deployment}", resource)
         self.registry = connect(settings.registry.get_secret_value(), settings.app)
         self.closers = AsyncExitStack()
         self.closers.push_async_callback(self._end_telemetry)
@@ -149,15 +146,17 @@ class ServiceStart:
         a router's counters; other services leave it out. Both values are sent in one round trip.
         """
         latest: ReplicaLoad | None = None
+        due = 0.0
 
         async def publish() -> None:
-            nonlocal latest
-            latest = busy()
-            await self.registry.publish_load(self.replica_id, latest, demand() if demand is not None else None)
+            nonlocal latest, due
+            if (now := time.monotonic()) >= due:
+                latest, due = busy(), now + LEDGER_S
+                await self.registry.publish_load(self.replica_id, latest, demand() if demand is not None else None)
 
         self.meter.observe(MetricName.BUSY, lambda: None if latest is None else latest.busy)
         self.meter.observe(MetricName.QUEUE_WAIT, lambda: None if latest is None else latest.queue_wait_ms / 1000)
-        return every(LEDGER_S, publish)
+        return publish
 
     async def _end_telemetry(self) -> None:
         """Ends tracer and meter concurrently, because each waits for its full timeout if the collector does not answer."""
@@ -171,7 +170,7 @@ class ServiceStart:
         replica = Replica(
             id=self.replica_id,
             role=parts.role,
-            deployment=parts.deployment,
+            deployment=settings.deployment,
             address=f"{settings.advertised}:{port}",
             node=self.node,
             model=settings.name,
@@ -183,16 +182,3 @@ class ServiceStart:
         running = Running(parts, replica, self.registry, self.closers)
         await running.register()
         return running
-
-
-def every(seconds: float, action: Beat) -> Beat:
-    """Returns an action for `ServiceParts.on_beat` that calls `action` at most once per `seconds`."""
-    due = 0.0
-
-    async def maybe() -> None:
-        nonlocal due
-        if (now := time.monotonic()) >= due:
-            due = now + seconds
-            await action()
-
-    return maybe

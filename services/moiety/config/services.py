@@ -17,6 +17,8 @@ Deployment = Annotated[str, Field(description="Name of the deployment that the s
 class ServiceSettings(SystemOptions):
     """The settings of every service."""
 
+    deployment: Deployment
+
     @property
     def name(self) -> str:
         return self.served_name or Path(self.model).name

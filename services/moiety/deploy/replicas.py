@@ -12,6 +12,7 @@ import ray
 from ray import serve
 
 from moiety import compose
+from moiety.config.services import ServiceSettings
 from moiety.deploy.arguments import expert_settings, from_arguments, gateway_settings, router_settings
 
 
@@ -20,6 +21,12 @@ class _Replica:
 
     _running: compose.Running | None = None
     _drain_s: float = 0.0
+
+    async def _start(self, settings: ServiceSettings) -> None:
+        self._drain_s = settings.drain_s
+        replica_id: str = serve.get_replica_context().replica_id.unique_id
+        node: str = ray.get_runtime_context().get_node_id()
+        self._running = await compose.start(settings, replica_id=replica_id, node=node)
 
     async def check_health(self) -> None:
         """Raises if this replica should be replaced. Serve calls it every second."""
@@ -45,8 +52,7 @@ class ExpertReplica(_Replica):
     async def __init__(self, arguments: Mapping[str, Any], held: str) -> None:  # type: ignore[misc]  # Serve awaits it
         context = serve.get_replica_context()
         settings = expert_settings(from_arguments(arguments), context.deployment, held, ray.util.get_node_ip_address())
-        self._drain_s = settings.drain_s
-        self._running = await compose.start_expert(settings, replica_id=_replica_id(), node=_node())
+        await self._start(settings)
 
 
 class RouterReplica(_Replica):
@@ -54,8 +60,7 @@ class RouterReplica(_Replica):
 
     async def __init__(self, arguments: Mapping[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits it
         settings = router_settings(from_arguments(arguments), ray.util.get_node_ip_address())
-        self._drain_s = settings.drain_s
-        self._running = await compose.start_router(settings, replica_id=_replica_id(), node=_node())
+        await self._start(settings)
 
 
 class GatewayReplica(_Replica):
@@ -66,15 +71,4 @@ class GatewayReplica(_Replica):
 
     async def __init__(self, arguments: Mapping[str, Any], *_bound: object) -> None:  # type: ignore[misc]  # Serve awaits it
         settings = gateway_settings(from_arguments(arguments), ray.util.get_node_ip_address())
-        self._drain_s = settings.drain_s
-        self._running = await compose.start_gateway(settings, replica_id=_replica_id(), node=_node())
-
-
-def _replica_id() -> str:
-    unique: str = serve.get_replica_context().replica_id.unique_id
-    return unique
-
-
-def _node() -> str:
-    node: str = ray.get_runtime_context().get_node_id()
-    return node
+        await self._start(settings)

@@ -28,7 +28,7 @@ from moiety.wire.frames import ReplyCallback
 from moiety.wire.rows import RowBuffer, SelectedRows, copy_rows
 from moiety.wire.transports.doorbell import ANSWER, CALL, MESSAGE_BYTES, Doorbell, check_peer
 from moiety.wire.transports.mailbox import Mailbox
-from moiety.wire.transports.shm_segment import AVAILABLE, aligned, map_segment
+from moiety.wire.transports.shm_segment import aligned, map_segment
 
 _log = logging.getLogger(__name__)
 
@@ -57,11 +57,6 @@ class SharedMemoryListener:
         self._loop = asyncio.get_running_loop()
         self._greeting: set[asyncio.Task[None]] = set()
         self._task = asyncio.create_task(self._listen())
-
-    @staticmethod
-    def available() -> bool:
-        """Returns whether this system can create shared memory without a name (memfd_create): Linux can."""
-        return AVAILABLE
 
     async def close(self) -> None:
         """Ends all connections; their routers send unanswered calls to other replicas."""
