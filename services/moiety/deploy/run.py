@@ -5,10 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from moiety.config.application import AppSettings
@@ -36,9 +35,7 @@ class DeployedApp:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.shutdown()
 
 
@@ -63,7 +60,12 @@ def deploy_app(
     args = args.model_copy(update={"model": str(Path(args.model).absolute())})
     _check(args)
     with ExitStack() as ends:
-        ends.enter_context(_ray(args, address, num_cpus, dashboard, ray_folder))
+        if address is not None:
+            ends.enter_context(existing_ray(address))
+        elif not connected():
+            registry = args.registry.get_secret_value()
+            local = local_ray(registry=registry, num_cpus=num_cpus, dashboard=dashboard, folder=ray_folder)
+            ends.enter_context(local)
         ray_s = time.monotonic() - began
         progress(f"Ray: ready in {ray_s:.1f} s")
         # These import Ray, whose environment is set by now.
@@ -102,17 +104,3 @@ def _check(args: AppSettings) -> None:
     router_settings(args, LOOPBACK[0])
     expert_layout(Checkpoint.open(args.model)).shape.sliced_partition(args.groups, args.slices)
     asyncio.run(reach_registry())
-
-
-@contextmanager
-def _ray(args: AppSettings, address: str | None, num_cpus: int, dashboard: bool, folder: Path | None) -> Iterator[None]:
-    if address is not None:
-        with existing_ray(address):
-            yield
-    elif connected():
-        yield
-    else:
-        with local_ray(
-            registry=args.registry.get_secret_value(), num_cpus=num_cpus, dashboard=dashboard, folder=folder
-        ):
-            yield

@@ -11,7 +11,6 @@ import sysconfig
 import tempfile
 import threading
 import time
-from types import TracebackType
 from typing import IO
 
 from moiety.errors import FailedPrecondition, Unavailable
@@ -114,9 +113,7 @@ class EmbeddedRedis:
         self.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.stop()
 
     def _launch(self, binary: str) -> None:
