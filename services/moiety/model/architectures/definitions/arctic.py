@@ -19,7 +19,7 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm
 
-from moiety.model.architectures.definitions.parts import CausalLM, Decoder, Gate, GatedExperts, GatedMLP, MoE, stacked
+from moiety.model.architectures.definitions.parts import CausalLM, Gate, GatedExperts, GatedMLP, MoE, stacked
 
 
 class Config(LlamaConfig):
@@ -76,19 +76,12 @@ class Layer(GradientCheckpointingLayer):
         return dense + self.block_sparse_moe(self.post_attention_layernorm(hidden_states))
 
 
-class Model(Decoder):
-    """Arctic's decoder: embedding, layers and final norm."""
-
-    config: Config
-    layer_class = Layer
-
-
 class ArcticForCausalLM(CausalLM):
     """Arctic's decoder and language-model head, under the published class name."""
 
     config: Config
     config_class = Config
-    decoder_class = Model
+    layer_class = Layer
 
 
 register_checkpoint_conversion_mapping("arctic", stacked("block_sparse_moe", ("w1", "w3"), "w2"), overwrite=True)

@@ -14,7 +14,7 @@ from transformers import LlamaConfig
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP
 
-from moiety.model.architectures.definitions.parts import CausalLM, Decoder, Gate, GatedExperts, MoE, stacked
+from moiety.model.architectures.definitions.parts import CausalLM, Gate, GatedExperts, MoE, stacked
 
 
 class Config(LlamaConfig):
@@ -67,19 +67,12 @@ class Layer(LlamaDecoderLayer):
             self.mlp = SharedAndRouted(config)
 
 
-class Model(Decoder):
-    """DeepSeek-MoE's decoder: embedding, layers and final norm."""
-
-    config: Config
-    layer_class = Layer
-
-
 class DeepseekForCausalLM(CausalLM):
     """DeepSeek-MoE's decoder and language-model head, under the published class name."""
 
     config: Config
     config_class = Config
-    decoder_class = Model
+    layer_class = Layer
 
 
 register_checkpoint_conversion_mapping(

@@ -14,7 +14,7 @@ from transformers import LlamaConfig
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from moiety.model.architectures.definitions.parts import CausalLM, Decoder, Gate, MoE, PlainExperts, stacked
+from moiety.model.architectures.definitions.parts import CausalLM, Gate, MoE, PlainExperts, stacked
 
 
 class Config(LlamaConfig):
@@ -38,19 +38,12 @@ class Layer(LlamaDecoderLayer):
             self.mlp = MoE(gate, PlainExperts(config, config.num_experts, config.intermediate_size))
 
 
-class Model(Decoder):
-    """The decoder of a GLaM-style model: embedding, layers and final norm."""
-
-    config: Config
-    layer_class = Layer
-
-
 class GlamForCausalLM(CausalLM):
     """A GLaM-style causal language model."""
 
     config: Config
     config_class = Config
-    decoder_class = Model
+    layer_class = Layer
 
 
 register_checkpoint_conversion_mapping("glam", stacked("mlp", ("up_proj",), "down_proj"), overwrite=True)

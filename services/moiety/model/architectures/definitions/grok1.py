@@ -74,9 +74,6 @@ class Layer(GradientCheckpointingLayer):
 class Model(Decoder):
     """Grok-1's decoder: embedding scaled by `embedding_multiplier_scale`, layers and final norm."""
 
-    config: Config
-    layer_class = Layer
-
     def forward(self, input_ids: Any = None, inputs_embeds: Any = None, **options: Any) -> Any:
         """Same arguments and result as LlamaModel."""
         if inputs_embeds is None:
@@ -89,6 +86,7 @@ class Grok1ModelForCausalLM(CausalLM):
 
     config: Config
     config_class = Config
+    layer_class = Layer
     decoder_class = Model
 
     def forward(self, *arguments: Any, **options: Any) -> Any:

@@ -97,22 +97,21 @@ class GatedMLP(nn.Module):
 class Decoder(LlamaModel):
     """Llama's embedding, rotary positions and final norm, around layers that `layer_class(config, index)` makes."""
 
-    layer_class: type[nn.Module]
-
-    def __init__(self, config: Any):
+    def __init__(self, config: Any, layer_class: type[nn.Module]):
         super().__init__(config)
-        self.layers = nn.ModuleList([self.layer_class(config, index) for index in range(config.num_hidden_layers)])
+        self.layers = nn.ModuleList([layer_class(config, index) for index in range(config.num_hidden_layers)])
         self.post_init()
 
 
 class CausalLM(LlamaForCausalLM):
-    """A decoder of class `decoder_class` with Llama's language-model head."""
+    """A decoder with layers of class `layer_class`, and Llama's language-model head."""
 
-    decoder_class: type[Decoder]
+    layer_class: type[nn.Module]
+    decoder_class = Decoder
 
     def __init__(self, config: Any):
         super().__init__(config)
-        self.model = self.decoder_class(config)
+        self.model = self.decoder_class(config, self.layer_class)
         self.post_init()
 
 
