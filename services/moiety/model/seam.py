@@ -33,7 +33,8 @@ class ForwardContext:
     scores: torch.Tensor | None = None  # [T, E]: the gate's score of each expert, in the layer being computed
     # A shared expert's input, and its output, which is filled now or later.
     shared: tuple[torch.Tensor, torch.Tensor] | None = None
-    encoding: tuple[int, ...] | None = None  # while an encoder runs: the token count of each prompt in the row
+    # While an encoder runs: the token count of each prompt in the row. None in a decoder, which routes each token alone.
+    encoding: tuple[int, ...] | None = None
     wanted: torch.Tensor | None = None  # int64 [R]: the tokens whose logits an encoder-decoder computes; None: all
 
 
@@ -101,11 +102,6 @@ def current_prompts() -> Prompts:
 def _outside() -> RuntimeError:
     reason = "a trunk was run outside of forward_context(backend, batch)"
     return RuntimeError(f"{reason}: run its forward inside the block; the router's attention needs a batch")
-
-
-def sequence_lengths() -> tuple[int, ...] | None:
-    """Returns the token count of each prompt in the running encoder pass; None in a decoder, which routes each token alone."""
-    return current_context().encoding
 
 
 def remote_experts(

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from importlib.util import find_spec
 from pathlib import Path
 
 from moiety.model.architectures.definitions import DEFINITIONS
+from moiety.model.architectures.supported import models_folder
 
 _CLASS = re.compile(r"^class (\w+)\b.*?(?=^class |\Z)", re.MULTILINE | re.DOTALL)
 _COMMENT = re.compile(r"#[^\n]*|\"\"\".*?\"\"\"", re.DOTALL)
@@ -49,8 +49,5 @@ def modelling_source(architecture: str) -> Path:
         return Path(__file__).parent / "definitions" / "parts.py"
     from transformers.models.auto.configuration_auto import model_type_to_module_name
 
-    spec = find_spec("transformers")
-    assert spec is not None
-    assert spec.origin is not None
     name = model_type_to_module_name(architecture)
-    return Path(spec.origin).parent / "models" / name / f"modeling_{name}.py"
+    return models_folder() / name / f"modeling_{name}.py"

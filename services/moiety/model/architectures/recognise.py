@@ -78,23 +78,26 @@ def _mlp(module: Any, hidden: int, intermediate: int) -> ExpertMLP:
         raise ValueError(f"{type(module).__name__} {error}") from error
 
 
-def recognise_gated(hidden: int, intermediate: int, *, glu: Callable[[torch.Tensor], torch.Tensor]) -> ExpertMLP:
-    """Describes an expert without biases, down(glu(gate) * up). Raises ValueError if no kernel computes its activation."""
-    base = ExpertMLP(hidden=hidden, intermediate=intermediate)
+def recognise_activation(
+    hidden: int,
+    intermediate: int,
+    activation: Callable[[torch.Tensor], torch.Tensor],
+    *,
+    gated: bool = True,
+    biased: bool = False,
+) -> ExpertMLP:
+    """Describes an expert down(activation(gate) * up), or down(activation(up)) if it is not `gated`.
+
+    Raises ValueError if no kernel computes its activation.
+    """
 
     def apply(rows: torch.Tensor) -> torch.Tensor:
         gate, up = rows.chunk(2, dim=-1)
-        return glu(gate) * up
+        return activation(gate) * up
 
-    return _probe(apply, [replace(base, activation=name) for name in ACTIVATIONS if name != "swiglu_clamped"])
-
-
-def recognise_plain(
-    hidden: int, intermediate: int, activation: Callable[[torch.Tensor], torch.Tensor], *, biased: bool
-) -> ExpertMLP:
-    """Describes an ungated expert, down(activation(up)). Raises ValueError if no kernel computes its activation."""
-    base = ExpertMLP(hidden=hidden, intermediate=intermediate, gated=False, biased=biased)
-    return _probe(activation, [replace(base, activation=name) for name in ACTIVATIONS if name != "swiglu_clamped"])
+    base = ExpertMLP(hidden=hidden, intermediate=intermediate, gated=gated, biased=biased)
+    candidates = [replace(base, activation=name) for name in ACTIVATIONS if name != "swiglu_clamped"]
+    return _probe(apply if gated else activation, candidates)
 
 
 @torch.no_grad()

@@ -48,17 +48,23 @@ def seam_architectures() -> frozenset[str]:
         MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
     )
 
-    spec = find_spec("transformers")
-    assert spec is not None
-    assert spec.origin is not None
-    folder = Path(spec.origin).parent / "models"
     decorated = {
-        file.parent.name for file in folder.glob("*/modeling_*.py") if DECORATOR in file.read_text(encoding="utf-8")
+        file.parent.name
+        for file in models_folder().glob("*/modeling_*.py")
+        if DECORATOR in file.read_text(encoding="utf-8")
     }
     generating = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES}
     return frozenset(
         name for name in CONFIG_MAPPING_NAMES if name in generating and model_type_to_module_name(name) in decorated
     )
+
+
+def models_folder() -> Path:
+    """Returns the folder of transformers' modelling code, without importing transformers."""
+    spec = find_spec("transformers")
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).parent / "models"
 
 
 def served_architectures() -> frozenset[str]:

@@ -35,7 +35,8 @@ def load_config(checkpoint: Checkpoint) -> Any:
     try:
         config = reader.from_pretrained(checkpoint.path, local_files_only=True, trust_remote_code=False)
     except (ValueError, KeyError, TypeError, OSError) as error:
-        reason = f"transformers cannot read its config: {_first_line(error)}; {nearest_hint(checkpoint.architecture)}"
+        problem = str(error).strip().partition("\n")[0]
+        reason = f"transformers cannot read its config: {problem}; {nearest_hint(checkpoint.architecture)}"
         raise unsupported(checkpoint, reason) from error
     for name in ("quantization_config", "compression_config"):  # Moiety dequantises the weights, not transformers
         if hasattr(config, name):
@@ -128,7 +129,3 @@ def quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]

@@ -64,14 +64,13 @@ def stored_tensors(path: Path, config: Mapping[str, Any], tensors: _Tensors) -> 
         return dict(tensors)
     settings = quantization if isinstance(quantization, dict) else {}
     method = str(settings.get("quant_method", "unknown"))
-    supported = ", ".join(_METHODS)
-    refuse = _Refusal(f"checkpoint {path} (architecture {config.get('model_type', 'unknown')})", method)
-    if method not in _METHODS:
-        raise refuse(f"must be one of {supported}, or unquantised")
     try:
+        if method not in _METHODS:
+            raise _UnservedError(f"must be one of {', '.join(_METHODS)}, or unquantised")
         quantised = dict(_METHODS[method](tensors, settings))
     except _UnservedError as error:
-        raise refuse(str(error)) from None
+        checkpoint = f"checkpoint {path} (architecture {config.get('model_type', 'unknown')})"
+        raise CheckpointError(f"{checkpoint}: its weights are quantised ({method}): {error}") from None
     used = {part for entry in quantised.values() for part in entry.parts.values()}
     plain = {name: entry for name, entry in tensors.items() if entry not in used}
     return {**plain, **quantised}
@@ -79,17 +78,6 @@ def stored_tensors(path: Path, config: Mapping[str, Any], tensors: _Tensors) -> 
 
 class _UnservedError(Exception):
     """Quantised weights are stored in a form that is not supported; the message says what is wrong with it."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Refusal:
-    """Makes the CheckpointError for one checkpoint whose quantised weights cannot be served; called with the reason."""
-
-    checkpoint: str
-    method: str
-
-    def __call__(self, reason: str) -> CheckpointError:
-        return CheckpointError(f"{self.checkpoint}: its weights are quantised ({self.method}): {reason}")
 
 
 def _fp8(tensors: _Tensors, config: Mapping[str, Any]) -> Iterator[tuple[str, QuantisedEntry]]:
@@ -128,9 +116,8 @@ def _gptq(tensors: _Tensors, config: Mapping[str, Any]) -> Iterator[tuple[str, Q
     _only_four_bits(config)
     if config.get("desc_act"):
         raise _UnservedError("desc_act (act-order: columns in another order than the groups) is not supported")
-    if config.get("checkpoint_format", "gptq") not in ("gptq", "gptq_v2"):
-        raise _UnservedError(f"checkpoint_format {config['checkpoint_format']}: must be gptq or gptq_v2")
-    method = "gptq_v2" if config.get("checkpoint_format") == "gptq_v2" else "gptq"
+    if (method := config.get("checkpoint_format", "gptq")) not in ("gptq", "gptq_v2"):
+        raise _UnservedError(f"checkpoint_format {method}: must be gptq or gptq_v2")
     for name, codes, parts in _packed_words(tensors):
         if f"{name}.g_idx" in tensors:
             parts["order"] = tensors[f"{name}.g_idx"]

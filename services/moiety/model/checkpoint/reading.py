@@ -22,7 +22,7 @@ from moiety_kernels.weights.int4 import Int4Matrix
 from moiety_kernels.weights.int8 import Int8Matrix
 from moiety_kernels.weights.matrix import QuantisedMatrix
 from moiety_kernels.weights.mxfp4 import Mxfp4Matrix
-from moiety_kernels.weights.nibbles import pack_nibbles
+from moiety_kernels.weights.nibbles import pack_nibbles, unpack_nibbles
 
 FLOATS: Mapping[str, torch.dtype] = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 DTYPES: Mapping[str, torch.dtype] = {
@@ -190,8 +190,7 @@ def _held_scale(scale: torch.Tensor) -> torch.Tensor:
 
 def _nibbles(words: torch.Tensor) -> torch.Tensor:
     """Unpacks int32 [R, C] to uint8 [R, 8 C], the lowest four bits first."""
-    bytes_ = words.contiguous().view(torch.uint8)  # little-endian: lowest byte first
-    return torch.stack((bytes_ & 15, bytes_ >> 4), dim=2).view(words.shape[0], -1)
+    return unpack_nibbles(words.contiguous().view(torch.uint8))  # little-endian: lowest byte first
 
 
 _MAKE: Mapping[str, Callable[[_Parts, QuantisedEntry], QuantisedMatrix]] = {

@@ -106,12 +106,10 @@ def _read(reader: Reader, entries: list[Stored], dtype: torch.dtype, *, transpos
     The result is quantised if all matrices are stored quantised and their formats fit together, and in `dtype` otherwise.
     """
     quantised = [entry for entry in entries if isinstance(entry, QuantisedEntry)]
-    if len(quantised) == len(entries):
-        try:
-            return concatenate([reader.matrix(entry) for entry in quantised])
-        except ValueError:  # only some have zero points, or their groups differ: rare enough to dequantise
-            return torch.cat([reader.values(entry, dtype) for entry in entries])
     if quantised:
+        if len(quantised) == len(entries):
+            with suppress(ValueError):  # only some have zero points, or their groups differ: rare enough to dequantise
+                return concatenate([reader.matrix(entry) for entry in quantised])
         return torch.cat([reader.values(entry, dtype) for entry in entries])
     plain = [entry for entry in entries if isinstance(entry, TensorEntry)]
     matrix = _read_plain(reader, plain, dtype)

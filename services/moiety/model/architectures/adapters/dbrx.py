@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from moiety.model.architectures.adapters.adapter import Adapter
-from moiety.model.architectures.recognise import Parameter, RoutedExperts, recognise_gated
+from moiety.model.architectures.recognise import Parameter, RoutedExperts, recognise_activation
 from moiety.model.seam import remote_experts
 
 
@@ -28,7 +28,7 @@ class Dbrx(Adapter):
     def recognise(self, module: Any) -> RoutedExperts:
         shape = module.num_experts, module.ffn_hidden_size, module.hidden_size  # [E, I, D], also w2's
         return RoutedExperts(
-            recognise_gated(module.hidden_size, module.ffn_hidden_size, glu=module.mlp.activation_fn),
+            recognise_activation(module.hidden_size, module.ffn_hidden_size, module.mlp.activation_fn),
             {
                 "gate_up": (Parameter("mlp.w1", shape), Parameter("mlp.v1", shape)),
                 "down": (Parameter("mlp.w2", shape),),

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from moiety.model.architectures.adapters.adapter import Adapter
-from moiety.model.architectures.recognise import Parameter, RoutedExperts, recognise_plain
+from moiety.model.architectures.recognise import Parameter, RoutedExperts, recognise_activation
 from moiety.model.checkpoint.checkpoint import EXPERT
 from moiety.model.seam import remote_experts
 
@@ -31,7 +31,7 @@ class Listed(Adapter):
         shapes = {field: tuple(first.get_parameter(name).shape) for field, name in self.names.items()}
         hidden, intermediate = shapes["down"]
         return RoutedExperts(
-            recognise_plain(hidden, intermediate, first.act, biased="down_bias" in self.names),
+            recognise_activation(hidden, intermediate, first.act, gated=False, biased="down_bias" in self.names),
             {
                 field: (Parameter(f"expert_{EXPERT}.{name}", (module.num_experts, *shapes[field])),)
                 for field, name in self.names.items()

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from moiety.model.architectures.adapters.adapter import Adapter
-from moiety.model.architectures.recognise import Parameter, RoutedExperts, recognise_gated
+from moiety.model.architectures.recognise import Parameter, RoutedExperts, recognise_activation
 from moiety.model.seam import remote_experts
 
 
@@ -24,7 +24,7 @@ class Llama4(Adapter):
     def recognise(self, module: Any) -> RoutedExperts:
         experts, hidden, inner = module.num_experts, module.hidden_size, module.expert_dim
         return RoutedExperts(
-            recognise_gated(hidden, inner, glu=module.act_fn),
+            recognise_activation(hidden, inner, module.act_fn),
             {
                 "gate_up": (Parameter("gate_up_proj", (experts, hidden, 2 * inner)),),
                 "down": (Parameter("down_proj", (experts, inner, hidden)),),

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from moiety.model.architectures.adapters.adapter import Adapter
-from moiety.model.architectures.recognise import Parameter, RoutedExperts, recognise_gated
+from moiety.model.architectures.recognise import Parameter, RoutedExperts, recognise_activation
 from moiety.model.seam import remote_experts
 
 
@@ -38,7 +38,7 @@ class Longcat(Adapter):
     def recognise(self, module: Any) -> RoutedExperts:
         experts, hidden, inner = module.num_routed_experts, module.hidden_size, module.intermediate_size
         return RoutedExperts(
-            recognise_gated(hidden, inner, glu=module.act_fn),
+            recognise_activation(hidden, inner, module.act_fn),
             {
                 "gate_up": (Parameter("gate_up_proj", (experts, 2 * inner, hidden)),),
                 "down": (Parameter("down_proj", (experts, hidden, inner)),),

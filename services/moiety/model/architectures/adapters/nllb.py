@@ -16,7 +16,7 @@ import torch
 from torch.nn.functional import one_hot
 
 from moiety.model.architectures.adapters.listed import Listed, router_logits
-from moiety.model.seam import sequence_lengths
+from moiety.model.seam import current_context
 
 
 class Nllb(Listed):
@@ -45,7 +45,7 @@ class Nllb(Listed):
         first = probabilities.argmax(-1, keepdim=True)
         chosen = torch.cat((first, logits.scatter(1, first, -torch.inf).argmax(-1, keepdim=True)), dim=1)  # [T, 2]
         gates = probabilities.gather(1, chosen)
-        lengths = sequence_lengths()
+        lengths = current_context().encoding
         kept = torch.ones_like(chosen, dtype=torch.bool)
         if lengths is not None:
             parts = zip(chosen.split(lengths), probabilities.amax(-1).split(lengths), strict=True)

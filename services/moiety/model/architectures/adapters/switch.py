@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from moiety.model.architectures.adapters.listed import Listed, router_logits
-from moiety.model.seam import sequence_lengths
+from moiety.model.seam import current_context
 
 
 class Switch(Listed):
@@ -39,7 +39,7 @@ class Switch(Listed):
         router = block.router
         probabilities = router_logits(router, hidden).softmax(-1, dtype=router.dtype).to(hidden.dtype)
         chosen = probabilities.argmax(-1)  # [T]
-        lengths = sequence_lengths()
+        lengths = current_context().encoding
         if lengths is not None:
             dispatch = torch.nn.functional.one_hot(chosen, router.num_experts)
             place = torch.cat([sequence.cumsum(0) for sequence in dispatch.split(lengths)]).gather(1, chosen[:, None])
