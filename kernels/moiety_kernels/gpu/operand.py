@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from moiety_kernels.weights.expert_table import addresses
-from moiety_kernels.weights.expert_weights import ExpertWeights
+from moiety_kernels.weights.expert_weights import FORMATS, ExpertWeights
 from moiety_kernels.weights.fp8 import FP8_BLOCK, Fp8Matrix
-from moiety_kernels.weights.int4 import Int4Matrix
-from moiety_kernels.weights.int8 import Int8Matrix
 from moiety_kernels.weights.matrix import Matrix
-from moiety_kernels.weights.mxfp4 import Mxfp4Matrix
 
 KINDS = ("plain", "fp8", "int8", "int4", "mxfp4")  # in the order of the constants in product.py
 WHOLE = 1 << 30  # a group that spans all columns: one scale per row
@@ -107,7 +103,7 @@ def _operand(matrix: Matrix, bias: torch.Tensor | None, offsets: torch.Tensor, a
     if isinstance(matrix, torch.Tensor):
         return Operand(matrix, offsets, (rows, columns), (matrix.stride(0), 1), bias=bias, aligned=aligned)
     codes, scale, *zero = matrix.tensors
-    kind = {Int8Matrix: "int8", Int4Matrix: "int4", Fp8Matrix: "fp8", Mxfp4Matrix: "mxfp4"}[type(matrix)]
+    kind = FORMATS[type(matrix)]
     group, group_rows = WHOLE, 1
     if isinstance(matrix, Fp8Matrix):
         group, group_rows = FP8_BLOCK, matrix.block_rows
@@ -138,24 +134,17 @@ def operands_of(counts: Sequence[int], weights: Sequence[ExpertWeights]) -> tupl
     """
     first = weights[0]
     pointers = addresses(weights).T  # [8, E]
-    tensors = (*_codes_scale_zero(first.gate_up), *_codes_scale_zero(first.down), first.gate_up_bias, first.down_bias)
-    sizes = torch.tensor([1 if tensor is None else tensor.element_size() for tensor in tensors])
+    sizes = torch.tensor([1 if part is None else part.element_size() for part in first.parts])
     offsets = (pointers - pointers[:, :1]) // sizes[:, None]
     starts = torch.tensor([0, *counts]).cumsum(0)
     packed = torch.cat((offsets[[0, 1, 2, 6, 3, 4, 5, 7]].flatten(), starts))
-    packed = packed.to(tensors[0].device, non_blocking=True)  # pageable and small: the driver stages it
+    packed = packed.to(first.tensors[0].device, non_blocking=True)  # pageable and small: the driver stages it
     gate_up_offsets, down_offsets, row_offsets = packed.split((4 * len(weights), 4 * len(weights), len(starts)))
     return (
         row_offsets,
         _operand(first.gate_up, first.gate_up_bias, gate_up_offsets.view(4, -1), _aligned(offsets)),
         _operand(first.down, first.down_bias, down_offsets.view(4, -1), _aligned(offsets[3:])),
     )
-
-
-def _codes_scale_zero(matrix: Matrix) -> tuple[Any, ...]:
-    """Returns the matrix's codes, scale and zero tensors; None for each that its format does not have."""
-    tensors = (matrix,) if isinstance(matrix, torch.Tensor) else matrix.tensors
-    return (*tensors, None, None)[:3]
 
 
 def _aligned(offsets: torch.Tensor) -> bool:

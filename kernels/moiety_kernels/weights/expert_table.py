@@ -34,8 +34,8 @@ class SelectedExperts(tuple[ExpertWeights, ...]):
 def addresses(experts: Sequence[ExpertWeights]) -> torch.Tensor:
     """Returns the addresses of the experts' tensors, int64 [E, 8]; 0 for those that their format does not have.
 
-    Codes, scale and zero of gate_up, then of down, then both biases. The caller keeps the experts alive.
+    In the order of `ExpertWeights.parts`. The caller keeps the experts alive.
     """
     if isinstance(experts, SelectedExperts):
         return experts.addresses
-    return torch.tensor([[pointer or 0 for pointer in expert.pointers] for expert in experts])
+    return torch.tensor([expert.pointers for expert in experts])

@@ -14,7 +14,7 @@ from moiety_kernels.weights.matrix import Matrix
 from moiety_kernels.weights.matrix_ops import to_device
 from moiety_kernels.weights.mxfp4 import Mxfp4Matrix
 
-KINDS = {Int8Matrix: "int8", Int4Matrix: "int4", Fp8Matrix: "fp8", Mxfp4Matrix: "mxfp4"}
+FORMATS = {Int8Matrix: "int8", Int4Matrix: "int4", Fp8Matrix: "fp8", Mxfp4Matrix: "mxfp4"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class ExpertWeights:
     down_bias: torch.Tensor | None = None  # [D]
     form: tuple[int, int, int] = field(init=False)  # D, I, O
     weight_format: tuple[Any, ...] = field(init=False)  # experts with equal formats can share a kernel call
-    pointers: tuple[int | None, ...] = field(init=False, repr=False)  # codes, scale, zero of each matrix; biases
+    pointers: tuple[int, ...] = field(init=False, repr=False)  # addresses of `parts`; 0 for None
 
     def __post_init__(self) -> None:
         (width, hidden), inner = self.gate_up.shape, self.down.shape[1]
@@ -49,25 +49,28 @@ class ExpertWeights:
             raise ValueError(f"expert weights: {formats}: must be of one format")
         object.__setattr__(self, "form", (hidden, inner, width))
         object.__setattr__(self, "weight_format", (self.kind, *layout_of(self.gate_up), *layout_of(self.down)))
-        biases = (None if bias is None else bias.data_ptr() for bias in (self.gate_up_bias, self.down_bias))
-        object.__setattr__(self, "pointers", (*_pointers(self.gate_up), *_pointers(self.down), *biases))
+        object.__setattr__(self, "pointers", tuple(0 if part is None else part.data_ptr() for part in self.parts))
 
     @property
     def kind(self) -> str:
         """The matrices' number format: a dtype such as `bfloat16`, or `int8`, `int4`, `fp8`, `mxfp4`."""
         if isinstance(self.gate_up, torch.Tensor):
             return str(self.gate_up.dtype).removeprefix("torch.")
-        return KINDS[type(self.gate_up)]
+        return FORMATS[type(self.gate_up)]
+
+    @property
+    def parts(self) -> tuple[torch.Tensor | None, ...]:
+        """Codes, scale and zero of gate_up, then of down, then both biases; None for those that the format does not have."""
+        parts: list[torch.Tensor | None] = []
+        for matrix in (self.gate_up, self.down):
+            tensors = (matrix,) if isinstance(matrix, torch.Tensor) else matrix.tensors
+            parts += (*tensors, None, None)[:3]
+        return (*parts, self.gate_up_bias, self.down_bias)
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """Every tensor of this expert."""
-        parts = (self.gate_up, self.down, self.gate_up_bias, self.down_bias)
-        tensors: list[torch.Tensor] = []
-        for part in parts:
-            if part is not None:
-                tensors.extend((part,) if isinstance(part, torch.Tensor) else part.tensors)
-        return tuple(tensors)
+        return tuple(part for part in self.parts if part is not None)
 
     @property
     def nbytes(self) -> int:
@@ -117,9 +120,3 @@ def layout_of(matrix: Matrix) -> tuple[Any, ...]:
 def dequantised(matrix: Matrix, dtype: torch.dtype) -> torch.Tensor:
     """Returns the values of `matrix` in `dtype`; a plain tensor is returned as it is."""
     return matrix if isinstance(matrix, torch.Tensor) else matrix.dequantised(dtype)
-
-
-def _pointers(matrix: Matrix) -> tuple[int | None, ...]:
-    """Returns the addresses of the matrix's codes, scale and zero; None for each that its format does not have."""
-    tensors = (matrix,) if isinstance(matrix, torch.Tensor) else matrix.tensors
-    return (*(tensor.data_ptr() for tensor in tensors), None, None)[:3]
