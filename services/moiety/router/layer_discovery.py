@@ -58,14 +58,14 @@ def discover_cache_spec(model: Any, shape: ModelShape) -> CacheSpec:
     config = model.config.get_text_config()
     if isinstance(model, EncoderDecoder):
         # Output tokens and prompt tokens share one pool, so their blocks must have the same shape.
-        if batch.cross.layers != batch.spec.layers:
+        if batch.cross.layers != batch.layers:
             reason = "its decoder layers cache prompt tokens in another shape than output tokens"
             raise CheckpointError(f"{shape.architecture}: {reason}, which the router cannot do yet")
-        return CacheSpec(batch.spec.layers, cross_attention=True)
+        return CacheSpec(batch.layers, cross_attention=True)
     # The run has recorded each attention layer, and each state layer knows its states. Any other layer keeps nothing or
     # something unknown. Without what it keeps, it would give wrong tokens with no error.
     kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or {}
-    seen = {*batch.spec.layers, *(layer for layer, _ in states)}
+    seen = {*batch.layers, *(layer for layer, _ in states)}
     unknown = [layer for layer in range(config.num_hidden_layers) if layer not in seen]
     unknown = [layer for layer in unknown if not (kinds and kinds[layer] in _STATELESS)]
     if unknown:
@@ -74,8 +74,8 @@ def discover_cache_spec(model: Any, shape: ModelShape) -> CacheSpec:
             f"{shape.architecture}: {len(unknown)} of {config.num_hidden_layers} layers ({listed}) keep neither keys "
             f"and values nor a state that the router supports"
         )
-    if not batch.spec.layers:
+    if not batch.layers:
         raise CheckpointError(
             f"{shape.architecture}: no layer has attention, and the router needs keys and values to cache in blocks"
         )
-    return CacheSpec(batch.spec.layers, states)
+    return CacheSpec(batch.layers, states)

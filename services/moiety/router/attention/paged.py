@@ -16,7 +16,7 @@ import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from moiety.model.seam import current_batch
-from moiety.router.cache.cache_spec import CacheSpec, LayerSpec
+from moiety.router.cache.cache_spec import LayerSpec
 from moiety_kernels.ops.paged_attention import paged_attention
 
 NAME = "moiety"
@@ -25,7 +25,7 @@ NAME = "moiety"
 class DiscoveryBatch:
     """A batch of a few tokens that records only shapes.
 
-    After a model has run on this batch, `spec` says what each layer of the model caches per token. The batch also has
+    After a model has run on this batch, `layers` says what each layer of the model caches per token. The batch also has
     a prompt of one token, which only encoder-decoders use.
     """
 
@@ -36,7 +36,7 @@ class DiscoveryBatch:
         self.positions = torch.arange(tokens)
         self.length = self.positions.int() + 1
         self.states = None  # state layers run without cached states
-        self._layers: dict[int, LayerSpec] = {}
+        self.layers: dict[int, LayerSpec] = {}
 
     def sequences(self) -> Iterator[DiscoveryBatch]:
         """Yields itself: all its tokens belong to one sequence."""
@@ -53,12 +53,8 @@ class DiscoveryBatch:
         """Records what the layer caches per token; returns key and value as pools with one block for each token."""
         shared = isinstance(value, int)
         values = key[..., :value] if isinstance(value, int) else value
-        self._layers[layer] = LayerSpec(key.shape[1], key.shape[2], values.shape[2], key.dtype, shared, window, chunk)
+        self.layers[layer] = LayerSpec(key.shape[1], key.shape[2], values.shape[2], key.dtype, shared, window, chunk)
         return key.unsqueeze(2), values.unsqueeze(2)
-
-    @property
-    def spec(self) -> CacheSpec:
-        return CacheSpec(dict(self._layers))
 
 
 class DiscoveryPrompts:

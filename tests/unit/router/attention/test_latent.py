@@ -91,7 +91,7 @@ def model_of(architecture: str, dtype: torch.dtype = torch.float32, **overrides:
 def probed(model: Any) -> CacheSpec:
     """Returns the CacheSpec of its attention layers, without the checks of `discover_cache_spec`."""
     run_once(model, batch := DiscoveryBatch())
-    return batch.spec
+    return CacheSpec(batch.layers)
 
 
 def served(model: Any) -> tuple[torch.Tensor, CacheSpec]:
