@@ -39,6 +39,7 @@ async def start(settings: ExpertSettings, replica_id: str, node: str, launched: 
         revision = sliced_revision(router_revision, slices)
         shape = layout.shape.sliced(slices)
         dtype = torch_dtype(settings.dtype, shape.dtype)
+        wire_dtype = torch.float32 if slices > 1 else dtype
         runtime = Runtime(
             shape.mlp,
             dtype,
@@ -50,7 +51,7 @@ async def start(settings: ExpertSettings, replica_id: str, node: str, launched: 
             capacity=settings.capacity,
             threads=settings.threads,
             deterministic=settings.deterministic,
-            partial=slices > 1,
+            wire_dtype=wire_dtype,
         )
 
         follower = PlacementFollower(
@@ -60,9 +61,7 @@ async def start(settings: ExpertSettings, replica_id: str, node: str, launched: 
         loaded = time.time()
         runtime.start()
         startup.closers.push_async_callback(asyncio.to_thread, runtime.stop, settings.drain_s)
-        service = ExpertService(
-            runtime, shape, settings.name, revision, torch.float32 if slices > 1 else dtype, startup.tracer
-        )
+        service = ExpertService(runtime, shape, settings.name, revision, wire_dtype, startup.tracer)
         server = Server([service.handler()], [EXPERT_SERVICE])
         if AVAILABLE:
             listener = SharedMemoryListener(revision, service.dtype, service.row_bytes, runtime.mailbox, service.accept)

@@ -45,8 +45,8 @@ class Runtime:
 
     `load(experts)` reads the weights of new experts. It runs on the thread that calls `hold`, so the device thread keeps
     serving meanwhile. `capacity`: most rows per second that the device computes, for tests and demos whose replicas share
-    two cores. `deterministic`: the bits of a row do not depend on the batch that computes it. `partial`: the replica holds
-    slices of experts; rows arrive and return in float32, whatever the `dtype` of the weights.
+    two cores. `deterministic`: the bits of a row do not depend on the batch that computes it. `wire_dtype`: in which rows
+    arrive and return, by default `dtype`, that of the weights. float32 for slices of experts, whose results are summed.
     """
 
     def __init__(
@@ -60,10 +60,10 @@ class Runtime:
         capacity: float | None = None,
         threads: int = 1,
         deterministic: bool = False,
-        partial: bool = False,
+        wire_dtype: torch.dtype | None = None,
     ):
         self.capacity = capacity
-        self._partial = partial
+        self._wire_dtype = wire_dtype or dtype
         self._activation, self._hidden = activation_of(mlp), mlp.hidden
         self._dtype, self._device, self._load, self._threads = dtype, torch.device(device), load, threads
         self._deterministic = deterministic
@@ -221,51 +221,45 @@ class Runtime:
         order = np.argsort(experts, kind="stable")
         counts = np.bincount(experts)  # takes a tenth of np.unique's time for the few rows of a decode step
         activated = counts.nonzero()[0]
-        on_the_wire = torch.float32 if self._partial else self._dtype
         # Pinned for a GPU, so that this thread does not wait for the copy to the device.
         pinned = self._device.type == "cuda"
-        rows = torch.empty(len(experts), self._hidden, dtype=on_the_wire, pin_memory=pinned)
+        rows = torch.empty(len(experts), self._hidden, dtype=self._wire_dtype, pin_memory=pinned)
         into, start = RowBuffer.of(rows), 0
+        places: list[np.ndarray] = []  # of each call
         position = np.empty_like(order)
         position[order] = np.arange(len(order))  # where each assignment lies in expert order
         for waiting in batch:
             end = start + len(waiting.call.experts)
-            copy_rows(waiting.call.payload, into, chosen=waiting.call.row_of, places=position[start:end])
+            places.append(position[start:end])
+            copy_rows(waiting.call.payload, into, chosen=waiting.call.row_of, places=places[-1])
             start = end
         outputs = grouped_expert_mlp(
             rows.to(self._device, self._dtype, non_blocking=True),
             counts[activated].tolist(),
             weights.select(activated.tolist()),
             self._activation,
-            dtype=torch.float32 if self._partial else None,
+            dtype=self._wire_dtype,
             deterministic=self._deterministic,
         ).cpu()
         computed = RowBuffer.of(outputs)
-        self._pace(began, len(experts))
+        if self.capacity is not None:
+            time.sleep(max(0.0, began + len(experts) / self.capacity - time.monotonic()))
         ended, ended_ns = time.monotonic(), time.time_ns()
         self.served = self.served or ended_ns / 1e9
         self._computed_at = ended
         self._account(batch, began, ended, len(experts))
-        results, start = [], 0
-        for waiting in batch:
-            end = start + len(waiting.call.experts)
-            results.append(
-                Computed(
-                    picked=SelectedRows(computed, position[start:end]),
-                    activated_experts=len(activated),
-                    batch_rows=len(experts),
-                    queue_ms=1000 * (began - waiting.since),
-                    compute_ms=1000 * (ended - began),
-                    started_ns=began_ns,
-                    ended_ns=ended_ns,
-                )
+        return [
+            Computed(
+                picked=SelectedRows(computed, picked),
+                activated_experts=len(activated),
+                batch_rows=len(experts),
+                queue_ms=1000 * (began - waiting.since),
+                compute_ms=1000 * (ended - began),
+                started_ns=began_ns,
+                ended_ns=ended_ns,
             )
-            start = end
-        return results
-
-    def _pace(self, began: float, rows: int) -> None:
-        if self.capacity is not None:
-            time.sleep(max(0.0, began + rows / self.capacity - time.monotonic()))
+            for waiting, picked in zip(batch, places, strict=True)
+        ]
 
     def _account(self, batch: list[QueuedCall], began: float, ended: float, rows: int) -> None:
         with self._window_lock:

@@ -1,7 +1,7 @@
 """Rows on their way between router and experts: buffers in memory that others own, and the one function that copies rows.
 
-What computes or moves rows natively, or on a device, needs only a buffer's device, address and sizes. Here is where it
-would take over.
+Code that computes or moves rows natively, or on a device, needs only a buffer's device, address and sizes. It would
+replace `copy_rows`.
 """
 
 from __future__ import annotations

@@ -110,9 +110,8 @@ def _sources(checkpoint: Checkpoint, model: nn.Module) -> tuple[_Sources, dict[s
         target, pattern = stacked.get(wildcard) or rename_source_key(
             name, renamings, converters, model.base_model_prefix, state
         )
-        if (
-            pattern is not None and "*" in pattern
-        ):  # so that all experts of a layer need one renaming: a checkpoint may have 90,000 names
+        # So that all experts of a layer need one renaming: a checkpoint may have 90,000 names.
+        if pattern is not None and "*" in pattern:
             stacked[wildcard] = target, pattern
         sources[target][pattern].append(name)
     return sources, {pattern: converter for converter in converters for pattern in converter.source_patterns}

@@ -109,9 +109,8 @@ def _without_experts(model_class: Any, layout: ExpertLayout) -> Any:
                 part._is_hf_initialized = True  # type: ignore[assignment]  # or weight initialisation looks for the parameters
             MOE_LAYER.set(module, ordinal)
             block = self.get_submodule(path.rpartition(".")[0])
-            block._is_hf_initialized = (
-                True  # some blocks initialise the experts' weights; `load_trunk` refuses missing weights
-            )
+            # Some blocks initialise the experts' weights; `load_trunk` refuses missing weights.
+            block._is_hf_initialized = True
             adapter_of(self.config.model_type).patch(block, module)
         unread = {rf"^{re.escape(layer.module)}\." for layer in layout.layers}
         for path in towers(self):

@@ -82,9 +82,8 @@ def latent_of(module: Any, *, deterministic: bool = False) -> Latent:
         found = Latent(rows[:, :unrotated], rows[:, unrotated:], deterministic)
         expected_keys = torch.cat((latent @ found.key.mT, rotated.expand(-1, heads, -1, -1)), dim=-1)
         for expected, computed in ((expected_keys, keys), (latent @ found.value.mT, values)):
-            if (
-                expected - computed
-            ).norm() > 0.02 * computed.norm():  # bf16 rounds to 0.004; another layout is off by 1
+            # bf16 rounds to 0.004; another layout is off by 1.
+            if (expected - computed).norm() > 0.02 * computed.norm():
                 raise ValueError("its keys and values are not its latent times kv_b_proj")
     return found
 

@@ -16,7 +16,7 @@ _NONE = np.empty(0, dtype=np.int64)
 
 
 class ParkedRows:
-    """While there are any, the layer is parked. Times are seconds of `time.monotonic()`."""
+    """The parked rows of one layer, which is parked while there are any. Times are seconds of `time.monotonic()`."""
 
     def __init__(self) -> None:
         self.assignments = _NONE  # indices into the layer's A assignments, ascending
