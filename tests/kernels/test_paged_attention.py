@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from moiety_kernels.cpu.library import load
 from moiety_kernels.ops.paged_attention import paged_attention, store
-from moiety_kernels.reference.attention import paged_attention_reference
+from moiety_kernels.reference.attention import AttentionOptions, paged_attention_reference
 
 # Largest error over the largest output: float32 sums, and in bfloat16 one rounding of the result. torch rounds the bfloat16
 # attention weights as well.
@@ -60,24 +60,20 @@ class Case:
     tables: torch.Tensor
     sequence: torch.Tensor
     length: torch.Tensor
-    options: dict[str, Any]
+    options: AttentionOptions
 
     def run(self) -> torch.Tensor:
         """Returns the result of the operation under test, [T, H, Dv]."""
         return paged_attention(
-            self.query, self.keys, self.values, self.tables, self.sequence, self.length, **self.options
+            self.query, self.keys, self.values, self.tables, self.sequence, self.length, self.options
         )
 
     def exact(self) -> torch.Tensor:
         """Returns the reference's result in float64."""
-        options = dict(self.options)
-        for name in ("sinks", "bias"):
-            if options.get(name) is not None:
-                options[name] = options[name].double()
+        sinks, bias = (None if part is None else part.double() for part in (self.options.sinks, self.options.bias))
+        options = replace(self.options, sinks=sinks, bias=bias)
         pools = self.keys.double(), self.values.double()
-        return paged_attention_reference(
-            self.query.double(), *pools, self.tables, self.sequence, self.length, **options
-        )
+        return paged_attention_reference(self.query.double(), *pools, self.tables, self.sequence, self.length, options)
 
     def only(self, tokens: list[int]) -> Case:
         """Returns the case with only these tokens."""
@@ -123,12 +119,12 @@ def make(
         tables,
         torch.tensor([row for row, (count, _) in enumerate(counts) for _ in range(count)], dtype=torch.int32),
         torch.tensor([end for n, length in counts for end in range(length - n + 1, length + 1)], dtype=torch.int32),
-        {
-            "scale": key_width**-0.5 * 2,
-            "sinks": normal(heads) * 2 if sinks else None,
-            "bias": torch.randn(heads, biases, generator=generator) * 2 if biases else None,
+        AttentionOptions(
+            scale=key_width**-0.5 * 2,
+            sinks=normal(heads) * 2 if sinks else None,
+            bias=torch.randn(heads, biases, generator=generator) * 2 if biases else None,
             **options,
-        },
+        ),
     )
 
 
@@ -183,7 +179,7 @@ def test_is_as_exact_as_torch(dtype: torch.dtype):
     exact = case.exact()
     index = case.tables[0, : -(-150 // 16)].long()
     key, value = (pool[index].transpose(0, 1).flatten(1, 2)[:, :150] for pool in (case.keys, case.values))
-    query, scale = case.query.transpose(0, 1), case.options["scale"]
+    query, scale = case.query.transpose(0, 1), case.options.scale
     fused = functional.scaled_dot_product_attention(query[None], key[None], value[None], is_causal=True, scale=scale)
     assert error(case.run(), exact) <= 1.5 * error(fused[0].transpose(0, 1), exact)
 

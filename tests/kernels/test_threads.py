@@ -12,6 +12,7 @@ from moiety_kernels.cpu.library import load
 from moiety_kernels.ops.expert_mlp import grouped_expert_mlp
 from moiety_kernels.ops.linear import linear
 from moiety_kernels.ops.paged_attention import paged_attention
+from moiety_kernels.reference.attention import AttentionOptions
 from moiety_kernels.threads import set_thread_limit, thread_limit
 from moiety_kernels.weights.expert_weights import ExpertWeights
 
@@ -44,7 +45,7 @@ def attention() -> torch.Tensor:
     tables = torch.arange(32 * 8, dtype=torch.int32).view(32, 8)
     pool = noise(32 * 8, 4, 16, 64)
     sequence, length = torch.arange(32, dtype=torch.int32), torch.full((32,), 128, dtype=torch.int32)
-    return paged_attention(noise(32, 16, 64), pool, pool.roll(1, 0), tables, sequence, length, scale=0.125)
+    return paged_attention(noise(32, 16, 64), pool, pool.roll(1, 0), tables, sequence, length, AttentionOptions(0.125))
 
 
 @pytest.mark.skipif(load() is None, reason="no C++ kernels here; torch does not guarantee this")

@@ -13,6 +13,7 @@ import torch
 from moiety_kernels.cpu.calls import AttentionCall, StoreCall
 from moiety_kernels.cpu.library import load
 from moiety_kernels.ops import paged_attention_torch
+from moiety_kernels.reference.attention import AttentionOptions
 from moiety_kernels.threads import thread_limit
 
 
@@ -40,23 +41,14 @@ def paged_attention(
     tables: torch.Tensor,
     sequence: torch.Tensor,
     length: torch.Tensor,
-    *,
-    scale: float,
-    window: int | None = None,
-    chunk: int | None = None,
-    sinks: torch.Tensor | None = None,
-    softcap: float | None = None,
-    bias: torch.Tensor | None = None,
+    options: AttentionOptions,
 ) -> torch.Tensor:
     """Returns the attention [T, H, Dv] of each token of `query` [T, H, Dk] over its sequence, in the query's dtype.
 
     Token t sees the first `length[t]` (int32 [T], at least 1: itself) positions of sequence `sequence[t]` (int32 [T]),
-    except those that a sliding `window` or an attention `chunk` (in tokens) hides. Position p of sequence s lies in block
-    `tables[s, p // P]` (int32 [S, M]) of `keys` [B, G, P, Dk] and `values` [B, G, P, Dv]. Table entries after the last
-    position or before the first visible one are not used. `values` may be a view of the first columns of `keys`.
-    `sinks` [H] add one score per head to the softmax, without a value. `softcap` replaces each score s by
-    softcap * tanh(s / softcap). `bias` [H, N] (float32): `bias[:, min(n, N - 1)]` is added to the score of the position
-    n tokens back.
+    except those that a window or a chunk hides. Position p of sequence s lies in block `tables[s, p // P]` (int32 [S, M])
+    of `keys` [B, G, P, Dk] and `values` [B, G, P, Dv]. Table entries after the last position or before the first visible
+    one are not used. `values` may be a view of the first columns of `keys`.
 
     Tokens of one sequence should be adjacent, so that they are computed together. The bits that the C++ kernel gives a
     token do not depend on the call's other tokens; those that torch gives may. `sequence` and `length` should be on the
@@ -67,25 +59,9 @@ def paged_attention(
             raise ValueError(f"{name} is {index.dtype} with strides {index.stride()}: must be contiguous int32")
     kernel = _attention_kernel(query.dtype) if query.device.type == "cpu" else None
     if kernel is None or keys.dtype != query.dtype or values.dtype != query.dtype:
-        return paged_attention_torch.paged_attention(
-            query,
-            keys,
-            values,
-            tables,
-            sequence,
-            length,
-            scale=scale,
-            window=window,
-            chunk=chunk,
-            sinks=sinks,
-            softcap=softcap,
-            bias=bias,
-        )
+        return paged_attention_torch.paged_attention(query, keys, values, tables, sequence, length, options)
     query = query if query.stride(2) == 1 else query.contiguous()
-    if sinks is not None:
-        sinks = sinks.float().contiguous()
-    if bias is not None:
-        bias = bias.float().contiguous()
+    sinks, bias = (None if part is None else part.float().contiguous() for part in (options.sinks, options.bias))
     tokens, heads, key_width = query.shape
     groups, page, value_width = values.shape[1:]
     output = query.new_empty(tokens, heads, value_width)
@@ -118,12 +94,12 @@ def paged_attention(
         key_width=key_width,
         value_width=value_width,
         page=page,
-        window=window or 0,
-        chunk=chunk or 0,
+        window=options.window or 0,
+        chunk=options.chunk or 0,
         element_bytes=query.itemsize,
         threads=thread_limit(),
-        scale=scale,
-        softcap=softcap or 0.0,
+        scale=options.scale,
+        softcap=options.softcap or 0.0,
     )
     return output
 

@@ -17,7 +17,7 @@ from itertools import groupby
 import torch
 from torch.nn import functional
 
-from moiety_kernels.reference.attention import first_visible
+from moiety_kernels.reference.attention import AttentionOptions, first_visible
 
 # A long prefill is cut into segments of this many tokens, so that mask and scores fit in the cache.
 _QUERY_TOKENS = 512
@@ -40,16 +40,11 @@ def paged_attention(
     tables: torch.Tensor,
     sequence: torch.Tensor,
     length: torch.Tensor,
-    *,
-    scale: float,
-    window: int | None,
-    chunk: int | None,
-    sinks: torch.Tensor | None,
-    softcap: float | None,
-    bias: torch.Tensor | None,
+    options: AttentionOptions,
 ) -> torch.Tensor:
     """Computes `ops.paged_attention.paged_attention` in torch, with the same arguments."""
     device, page, groups = query.device, keys.shape[2], keys.shape[1]
+    window, chunk, bias = options.window, options.chunk, options.bias
     shared = keys.data_ptr() == values.data_ptr()
     ends = length.tolist()
     length, tables = length.to(device), tables.to(device)
@@ -78,10 +73,10 @@ def paged_attention(
             added = bias.to(query.dtype)[:, distance].view(groups, repeat, *distance.shape)
             added = added.permute(2, 0, 1, 3, 4).flatten(2, 3)  # [N, G, H / G * n, L]
             mask = added.masked_fill(~mask, float("-inf"))
-        if sinks is None and softcap is None:
-            result = functional.scaled_dot_product_attention(heads, key, value, attn_mask=mask, scale=scale)
+        if options.sinks is None and options.softcap is None:
+            result = functional.scaled_dot_product_attention(heads, key, value, attn_mask=mask, scale=options.scale)
         else:
-            result = _plain(heads, key, value, mask, scale, sinks, softcap)
+            result = _plain(heads, key, value, mask, options)
         result = result.view(len(segments), groups, repeat, count, -1)
         output[tokens] = result.permute(0, 3, 1, 2, 4).flatten(2, 3)
     return output
@@ -146,16 +141,14 @@ def _plain(
     key: torch.Tensor,  # [N, G, L, Dk]
     value: torch.Tensor,  # [N, G, L, Dv]
     mask: torch.Tensor,  # bool [N, 1, H / G * n, L], true where visible; or a bias [N, G, H / G * n, L], added to the scores
-    scale: float,
-    sinks: torch.Tensor | None,
-    softcap: float | None,
+    options: AttentionOptions,
 ) -> torch.Tensor:
     """Computes attention in separate torch operations, with the soft caps and sinks that torch's fused function lacks."""
-    scores = (heads @ key.transpose(-1, -2)) * scale
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
+    scores = (heads @ key.transpose(-1, -2)) * options.scale
+    if options.softcap is not None:
+        scores = torch.tanh(scores / options.softcap) * options.softcap
     scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
-    if sinks is not None:
+    if (sinks := options.sinks) is not None:
         groups = key.shape[1]
         count = heads.shape[2] * groups // sinks.shape[0]
         sink = sinks.to(scores.dtype).view(1, groups, -1, 1).repeat_interleave(count, 2)

@@ -22,6 +22,7 @@ from moiety.model.seam import current_batch, current_prompts
 from moiety.model.trunk.encoder_decoder import ATTENDS_TO_PROMPT, EncoderDecoder
 from moiety.router.attention.paged import attend
 from moiety_kernels.ops.paged_attention import paged_attention
+from moiety_kernels.reference.attention import AttentionOptions
 
 NAME = "moiety_cross"
 
@@ -66,7 +67,7 @@ def attend_encoder_decoder(
         prompts.tables,
         current_batch().sequence,
         prompts.length,
-        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        AttentionOptions(query.shape[-1] ** -0.5 if scaling is None else scaling),
     )
     return output.unsqueeze(0), None
 

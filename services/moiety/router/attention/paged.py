@@ -18,6 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from moiety.model.seam import current_batch
 from moiety.router.cache.cache_spec import LayerSpec
 from moiety_kernels.ops.paged_attention import paged_attention
+from moiety_kernels.reference.attention import AttentionOptions
 
 NAME = "moiety"
 
@@ -94,19 +95,10 @@ def attend(
     window, chunk = _reach(module, layer, sliding_window)
     stored = value.shape[-1] if shared_values else value[0].transpose(0, 1)
     keys, values = batch.store(layer, key[0].transpose(0, 1), stored, window, chunk)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    options = AttentionOptions(scale, window, chunk, s_aux, softcap, distance_bias)
     output = paged_attention(
-        query[0].transpose(0, 1),
-        keys,
-        values,
-        batch.tables,
-        batch.sequence,
-        batch.length,
-        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        window=window,
-        chunk=chunk,
-        sinks=s_aux,
-        softcap=softcap,
-        bias=distance_bias,
+        query[0].transpose(0, 1), keys, values, batch.tables, batch.sequence, batch.length, options
     )
     return output.unsqueeze(0), None
 
