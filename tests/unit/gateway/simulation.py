@@ -38,7 +38,7 @@ class Request:
     started: float = 0.0  # when it got a slot
     first: float = 0.0
     streams: int = 0
-    ahead: float = 0.0
+    pending_prompt_tokens: float = 0.0  # at its router, when it was sent
     queued: bool = False
     guess: float = 0.0
     visit: Visit | None = None

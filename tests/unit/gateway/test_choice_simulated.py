@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulation import BLOCK, Request, simulate
 
-ROUTERS = 4
+ROUTERS, SLOTS = 4, 16
 RATE = 25.0  # requests a second: some two thirds of what four routers can do
 few = settings(max_examples=8, derandomize=True, deadline=None)
 seeds, gateways = st.integers(0, 1000), st.integers(1, 4)
@@ -33,12 +33,12 @@ def ids(drawn: random.Random, tokens: int) -> np.ndarray:
 @few
 @given(seed=seeds, gateways=gateways)
 def test_without_shared_prefixes_load_is_balanced(seed: int, gateways: int):
-    """With 1 to 4 gateways and load reports 0.25 s old, no router gets over 15 % more requests or load than the mean."""
+    """With 1 to 4 gateways and reports 0.25 s old, no router gets over 15 % more requests or 25 % more load than the mean."""
     drawn = random.Random(seed)
     requests = [Request(at, drawn.randrange(gateways), ids(drawn, 128)) for at in arrivals(drawn)]
     outcome = simulate(requests, routers=ROUTERS, gateways=gateways, seed=seed)
     assert max(outcome.served) <= 1.15 * len(requests) / ROUTERS
-    assert outcome.imbalance <= 1.15
+    assert outcome.imbalance <= 1.25
 
 
 @few
@@ -60,12 +60,15 @@ def test_sessions_return_to_their_prefixes(seed: int, gateways: int):
 @few
 @given(seed=seeds, gateways=gateways)
 def test_a_hot_prefix_does_not_overload_one_router(seed: int, gateways: int):
-    """A prefix that every request has is computed once or twice by each router, and then load decides."""
+    """A tenth at most of a prefix that every request has is computed again, and no router is asked for more than its slots.
+
+    Loads may differ: a gateway stays with the routers that it knows to have the prefix, until waiting there costs more.
+    """
     drawn = random.Random(seed)
     hot = ids(drawn, 1024)
     requests = [Request(at, drawn.randrange(gateways), np.concatenate((hot, ids(drawn, 32)))) for at in arrivals(drawn)]
-    outcome = simulate(requests, routers=ROUTERS, gateways=gateways, seed=seed)
-    assert outcome.imbalance <= 1.3
+    outcome = simulate(requests, routers=ROUTERS, gateways=gateways, seed=seed, slots=SLOTS)
+    assert max(outcome.mean_load) <= SLOTS
     assert outcome.cached >= 0.9 * 1024 * len(requests)
 
 
