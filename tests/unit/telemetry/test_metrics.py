@@ -74,8 +74,8 @@ def test_no_collector_for_metrics_is_quiet_and_bounded(caplog: pytest.LogCapture
         meter = configure_metrics("moiety-router", endpoint=f"http://127.0.0.1:{bound.getsockname()[1]}")
         meter.observe(MetricName.BUSY, lambda: 0.5)
         began = time.monotonic()
-        meter.shutdown(timeout_s=0.3)
-        assert time.monotonic() - began < 2.0
+        meter.shutdown(timeout_s=0.2)
+        assert time.monotonic() - began < 5.0
     assert len(caplog.records) <= 1, caplog.text
     assert not [record for record in caplog.records if record.exc_info]
 

