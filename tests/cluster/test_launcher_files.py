@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from cluster_files import CLUSTER, REPOSITORY, Config, launch_check, load
+from jsonschema import ValidationError
 
 from moiety.config.application import AppSettings
 from moiety.config.resolve import resolve
@@ -38,42 +39,44 @@ def misspell_command(config: Config) -> None:
     config["head_start_commands"] = config.pop("head_start_ray_commands")
 
 
-def mistype_commands(config: Config) -> None:
-    """Puts a number where a list of commands belongs."""
-    config["setup_commands"] = 3
-
-
-def mistype_mounts(config: Config) -> None:
-    """Puts a list where a mapping belongs."""
-    config["file_mounts"] = ["services"]
+def mistype_command(config: Config) -> None:
+    """Puts a number in place of a command."""
+    config["setup_commands"] = [3]
 
 
 @pytest.mark.parametrize("name", LAUNCHER_FILES)
-@pytest.mark.parametrize("break_it", [rename_workers, misspell_command, mistype_commands, mistype_mounts])
-def test_rays_check_of_the_launcher_file_can_fail(name: str, break_it: Callable[[Config], None]) -> None:
-    """Each mutation of a valid file is refused."""
+@pytest.mark.parametrize(
+    ("break_it", "why"),
+    [
+        (rename_workers, "'max_worker' was unexpected"),
+        (misspell_command, "'head_start_commands' was unexpected"),
+        (mistype_command, "3 is not of type 'string'"),
+    ],
+)
+def test_rays_check_of_the_launcher_file_can_fail(name: str, break_it: Callable[[Config], None], why: str) -> None:
+    """Each mutation of a valid file is refused for its own reason."""
     config = load(name)
     break_it(config)
-    with pytest.raises(Exception, match=r".+"):
+    with pytest.raises(ValidationError, match=why):
         launch_check(config)
 
 
 @pytest.mark.parametrize(
-    ("path", "value"),
+    ("path", "value", "error", "why"),
     [
-        (("head_node_type",), "none"),
-        (("available_node_types", "gpu", "min_workers"), 99),
-        (("available_node_types", "gpu", "min_worker"), 1),
+        (("head_node_type",), "none", ValueError, "must be one of `available_node_types`"),
+        (("available_node_types", "gpu", "min_workers"), 99, ValueError, "smaller than the sum of `min_workers`"),
+        (("available_node_types", "gpu", "min_worker"), 1, ValidationError, "'min_worker' was unexpected"),
     ],
 )
-def test_rays_check_of_node_types_can_fail(path: tuple[str, ...], value: Any) -> None:
+def test_rays_check_of_node_types_can_fail(path: tuple[str, ...], value: Any, error: type[Exception], why: str) -> None:
     """An unknown head type, more workers than allowed and an unknown key are refused."""
     config = load("gpu.yaml")
     node = config
     for key in path[:-1]:
         node = node[key]
     node[path[-1]] = value
-    with pytest.raises(Exception, match=r".+"):
+    with pytest.raises(error, match=why):
         launch_check(config)
 
 

@@ -87,7 +87,15 @@ def test_an_unused_claim_ends(admission: Admission, clock: Clock):
 
 
 def test_tenants_are_forgotten_with_their_requests(admission: Admission):
-    """A tenant without requests leaves nothing behind: a thousand tenants, one after another, each get all places."""
+    """A thousand tenants whose requests have ended do not count: two tenants that compete get half of the places each."""
     for number in range(1000):
         for place in take(admission, f"tenant {number}", 4):
             place.close()
+    taken = take(admission, "a", 4)
+    with pytest.raises(ResourceExhausted):
+        take(admission, "b", 1)  # from now on b has a claim
+    for _ in range(3):
+        taken.pop().close()
+    taken += take(admission, "a", 1)
+    with pytest.raises(ResourceExhausted, match="2 of this tenant's requests are in flight, its share"):
+        take(admission, "a", 1)

@@ -44,7 +44,7 @@ def test_what_fails_one_request_leaves_the_others_alone():
 
 
 def test_blocks_of_a_step_that_failed_serve_when_it_runs_again():
-    """When every third forward pass fails for its first sequence, the others' tokens stay correct."""
+    """When every twelfth forward pass fails for its first sequence, the others' tokens stay correct."""
     model = RememberingModel()
     engine = engine_of(model, slots=4, blocks=14)
     calls = 0
@@ -52,13 +52,15 @@ def test_blocks_of_a_step_that_failed_serve_when_it_runs_again():
     def lose(_ids: list[int]) -> None:
         nonlocal calls
         calls += 1
-        if calls % 3 == 0:
+        if calls % 12 == 0:
             raise HopFailed([0], NoHolder(0, [3], 30.0))
 
     model.before = lose
     prompts = [prompt_of(seed, 7) for seed in range(6)]
     listeners = [submit(engine, prompt, sampling=greedy(20))[1] for prompt in prompts]
     finish(engine)
+    failed = [listener for listener in listeners if isinstance(listener.end.error, NoHolder)]
+    assert 0 < len(failed) < len(listeners)
     for prompt, listener in zip(prompts, listeners, strict=True):
         assert listener.tokens == expected_tokens(prompt, 20)[: len(listener.tokens)]
-        assert isinstance(listener.end.error, NoHolder) or len(listener.tokens) == 20
+        assert listener in failed or len(listener.tokens) == 20
