@@ -12,22 +12,25 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Awaitable, Callable
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
 
 from moiety.client import Client
 from moiety.gateway.attempt import Attempt
+from moiety.gateway.prefixes import PrefixHasher
 from moiety.gateway.prompt import Prompt
+from moiety.gateway.router_peer import RouterPeer
 from moiety.gateway.router_pool import RouterPool
 from moiety.gateway.service import GenerationService
 from moiety.gateway.text import Tokenizer
 from moiety.internal.v1 import engine_pb2
+from moiety.policy.router_choice import choose
+from moiety.policy.router_pace import Pace
 from moiety.registry.memory import MemoryRegistry
 from moiety.registry.watch import Watch
 from moiety.synthetic.tokenizer import write_tokenizer
 from moiety.telemetry.tracing import NO_TRACER
 from moiety.testing import HOST, FakeEngine, fake_shape
-from moiety.wire.deadline import Deadline
 from moiety.wire.server import Server
 from moiety.wire.service_names import GENERATION_SERVICE
 
@@ -36,14 +39,22 @@ SHAPE = fake_shape(vocabulary=50_000, max_context=8192)
 REPEATS = 5000
 
 
-async def with_gateway(routers: int, scenario: Callable[[RouterPool, str], Awaitable[None]]) -> None:
-    """Runs `scenario(pool, address)` with a real gateway in front of `routers` fake engines."""
+@asynccontextmanager
+async def fake_routers() -> AsyncIterator[MemoryRegistry]:
+    """Yields a registry that lists ROUTERS fake engines, which run meanwhile."""
     registry = MemoryRegistry(clock=lambda: 0.0)
     async with AsyncExitStack() as stack:
-        for number in range(routers):
+        for number in range(ROUTERS):
             engine = FakeEngine(f"r{number}", SHAPE, slots=64, blocks=1 << 14, block_tokens=BLOCK)
             await engine.start(registry)
             stack.push_async_callback(engine.vanish)
+        yield registry
+
+
+@asynccontextmanager
+async def gateway_over(registry: MemoryRegistry) -> AsyncIterator[str]:
+    """Yields the address of a real gateway in front of the registry's routers."""
+    async with AsyncExitStack() as stack:
         watch = Watch(registry)
         await watch.start()
         stack.push_async_callback(watch.stop)
@@ -55,43 +66,53 @@ async def with_gateway(routers: int, scenario: Callable[[RouterPool, str], Await
         server = Server([service.handler()], [GENERATION_SERVICE])
         address = f"{HOST}:{await server.start(HOST, 0)}"
         stack.push_async_callback(server.stop, 0)
-        await scenario(pool, address)
+        yield address
 
 
-async def measure_choice(pool: RouterPool, address: str) -> None:
+async def measure_choice(registry: MemoryRegistry) -> None:
     """Times choosing a router (hash, match, choose) and noting the visit.
 
     Measures both for new prompts and for prompts whose first half every router has seen.
     """
+    routers = [router for replica in await registry.replicas() if (router := await RouterPeer.dial(replica))]
     generator = random.Random(0)
-    first_half = [generator.randrange(SHAPE.vocabulary) for _ in range(TOKENS // 2)]
-    async with Client(address) as client:
-        for _ in range(4 * ROUTERS):
-            prompt = first_half + [generator.randrange(SHAPE.vocabulary) for _ in range(TOKENS // 2)]
-            async for _ in client.generate(prompt, max_tokens=2):
-                pass
-    for kind, beginning in (("new", []), ("first half known to every router", first_half)):
+    hasher, pace = PrefixHasher(generator.getrandbits(64)), Pace()
+
+    def request_for(beginning: list[int]) -> engine_pb2.EngineRequest:
         request = engine_pb2.EngineRequest(prompt_ids=beginning)
         request.prompt_ids.extend(generator.randrange(SHAPE.vocabulary) for _ in range(TOKENS - len(beginning)))
         request.sampling.max_tokens = 64
+        return request
+
+    first_half = [generator.randrange(SHAPE.vocabulary) for _ in range(TOKENS // 2)]
+    for router in routers * 4:
+        attempt = Attempt(router, Prompt(request_for(first_half), hasher), pace)
+        for _ in range(2):
+            pace = attempt.event(engine_pb2.EngineEvent(token_ids=[1]), pace)
+        pace = attempt.end(pace)
+    for kind, beginning in (("new", []), ("first half known to every router", first_half)):
+        request = request_for(beginning)
         choice_s, visit_s = list[float](), list[float]()
-        routers = await pool._ready(Deadline(), "")
         for _ in range(REPEATS):
+            draw = generator.getrandbits(32)
             began = time.perf_counter()
-            prompt = Prompt(request, pool._hasher)
-            router = pool._choose(request, prompt, routers)
+            prompt = Prompt(request, hasher)
+            candidates = [router.candidate(prompt, pace) for router in routers]
+            router = routers[choose(candidates, pace, prompt.tokens, prompt.max_tokens, draw).index]
             choice_s.append(time.perf_counter() - began)
-            attempt = Attempt(router, prompt, pool._pace)
+            attempt = Attempt(router, prompt, pace)
             visit_s.append(time.perf_counter() - began - choice_s[-1])
-            attempt.end(pool._pace)  # without an answer: this withdraws the visit
+            attempt.end(pace)  # without an answer: this withdraws the visit
         for step, seconds in (("choosing a router", choice_s), ("noting the visit", visit_s)):
             print(
                 f"{step}, {TOKENS} tokens ({kind}), {ROUTERS} routers: "
                 f"{min(seconds) * 1e6:.0f} µs minimum, {statistics.median(seconds) * 1e6:.0f} µs median"
             )
+    for router in routers:
+        await router.close()
 
 
-async def measure_requests(_: RouterPool, address: str) -> None:
+async def measure_requests(address: str) -> None:
     """Prints the requests per second, one new token each, with client, gateway and engines on one event loop."""
     for tokens in (16, TOKENS):
         prompt = list(range(tokens))
@@ -109,6 +130,13 @@ async def measure_requests(_: RouterPool, address: str) -> None:
         print(f"client, gateway and fake engine in one process, {tokens} prompt tokens: {best:.0f} requests/s at best")
 
 
+async def main() -> None:
+    """Measures the choice of a router, then whole requests."""
+    async with fake_routers() as registry:
+        await measure_choice(registry)
+    async with fake_routers() as registry, gateway_over(registry) as address:
+        await measure_requests(address)
+
+
 if __name__ == "__main__":
-    asyncio.run(with_gateway(ROUTERS, measure_choice))
-    asyncio.run(with_gateway(ROUTERS, measure_requests))
+    asyncio.run(main())

@@ -10,7 +10,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from moiety.synthetic import tiny_names
-from moiety.tools.parity.parity import run_parity
+from moiety.tools.parity import parity
+from moiety.tools.parity.parity import reference_model, run_parity
 
 LITTLE = {"kv_memory": 256 << 10}  # holds about half of the prompts, so that some are preempted and recomputed
 
@@ -87,10 +88,7 @@ async def test_a_wrong_expert_is_noticed(
     """The comparison can fail: with one expert of the reference changed, it reports differing tokens, not ties."""
     source = tiny("mixtral")
     write_with_a_wrong_expert(Path(source), tmp_path)
-    import moiety.tools.parity.parity as parity
-
-    reference = parity._transformers_model
-    monkeypatch.setattr(parity, "_transformers_model", lambda _, dtype: reference(str(tmp_path), dtype))
+    monkeypatch.setattr(parity, "reference_model", lambda _, *options: reference_model(str(tmp_path), *options))
     report = await run_parity(source)
     assert not report.ok
     assert sum(not prompt.ok for prompt in report.prompts) >= 4

@@ -36,18 +36,6 @@ class ExpertSet:
         """
         return _parse_set(text)
 
-    @classmethod
-    def _parsed(cls, text: str) -> ExpertSet:
-        by_layer: dict[int, frozenset[int]] = {}
-        for part in filter(None, (piece.strip() for piece in text.split(";"))):
-            layers, separator, experts = part.partition(":")
-            if not separator:
-                raise ValueError(f"{part!r}: expected LAYERS:EXPERTS, such as 0-31:0-7")
-            ids = frozenset(_parse_ranges(experts))
-            for layer in _parse_ranges(layers):
-                by_layer[layer] = by_layer.get(layer, frozenset()) | ids
-        return cls({layer: ids for layer, ids in by_layer.items() if ids})
-
     def __str__(self) -> str:
         layers_of: dict[frozenset[int], list[int]] = {}
         for layer, ids in sorted(self.by_layer.items()):
@@ -158,7 +146,15 @@ class ModelShape:
 
 @lru_cache(maxsize=1024)
 def _parse_set(text: str) -> ExpertSet:
-    return ExpertSet._parsed(text)
+    by_layer: dict[int, frozenset[int]] = {}
+    for part in filter(None, (piece.strip() for piece in text.split(";"))):
+        layers, separator, experts = part.partition(":")
+        if not separator:
+            raise ValueError(f"{part!r}: expected LAYERS:EXPERTS, such as 0-31:0-7")
+        ids = frozenset(_parse_ranges(experts))
+        for layer in _parse_ranges(layers):
+            by_layer[layer] = by_layer.get(layer, frozenset()) | ids
+    return ExpertSet({layer: ids for layer, ids in by_layer.items() if ids})
 
 
 def _parse_ranges(text: str) -> Iterator[int]:

@@ -31,8 +31,9 @@ OnCall = Callable[[ForwardCall], Awaitable["experts_pb2.Outcome | None"]]
 class FakeExperts:
     """An expert replica on loopback that computes `fake_expert`, reachable by every transport.
 
-    `on_call` is awaited before each answer; an outcome that it returns is sent instead of rows. A test may change `held`
-    while the replica runs; the registry does not see that. `copies`: how many times each reply is sent.
+    `on_call` is awaited before each answer; an outcome that it returns is sent instead of rows. `on_reply` returns the frame
+    to send in place of the right one. A test may change `held` while the replica runs; the registry does not see that.
+    `copies`: how many times each reply is sent.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class FakeExperts:
         copies: int = 1,
     ):
         self.id, self.held, self.on_call, self.copies = replica_id, held, on_call, copies
+        self.on_reply: Callable[[bytes], bytes] = bytes
         self.calls: list[ForwardCall] = []  # every call that arrived, in order
         self.replica: Replica | None = None  # its registry entry, once started
         self._shape, self._dtype = shape, dtype
@@ -111,7 +113,7 @@ class FakeExperts:
         writing = asyncio.Lock()
 
         async def answer(header: experts_pb2.ForwardRequest, call: ForwardCall) -> None:
-            frame = self._reply(header, call, await self.on_call(call))
+            frame = self.on_reply(self._reply(header, call, await self.on_call(call)))
             async with writing:
                 for _ in range(self.copies):
                     await context.write(frame)
@@ -133,7 +135,8 @@ class FakeExperts:
         call = self._arrived(header, payload)
 
         async def handle() -> None:
-            reply = experts_pb2.ForwardResponse.FromString(self._reply(header, call, await self.on_call(call)))
+            frame = self.on_reply(self._reply(header, call, await self.on_call(call)))
+            reply = experts_pb2.ForwardResponse.FromString(frame)
             rows = RowBuffer.within(memoryview(reply.payload), 1)
             reply.ClearField("payload")
             mailbox.post(lambda: answer(reply, SelectedRows(rows, np.arange(len(rows)))))

@@ -127,7 +127,7 @@ async def run_parity(
     prompts = _prompts(shape.vocabulary, shape.max_context - new_tokens, seed)
     progress(f"reference: {len(prompts)} prompts through plain transformers, one at a time")
     reference_dtype = torch_dtype(dtype, shape.dtype)
-    reference = await asyncio.to_thread(_reference_model, checkpoint, reference_dtype, references)
+    reference = await asyncio.to_thread(reference_model, checkpoint, reference_dtype, references)
     texts, logits = await asyncio.to_thread(_reference, reference, prompts, new_tokens)
     progress(f"served: the same prompts at once through a LocalCluster of {groups} expert groups")
     chunked = {"slots": len(prompts), "token_budget": 3 * len(prompts), **(router or {})}
@@ -203,7 +203,7 @@ def _undecided(model: Any, prompt: Sequence[int], text: Sequence[int], token: in
     return False
 
 
-def _reference_model(checkpoint: str, dtype: torch.dtype, references: Path | None) -> Any:
+def reference_model(checkpoint: str, dtype: torch.dtype, references: Path | None) -> Any:
     """Loads the model of plain transformers or, where transformers lacks it, the plain forward pass in `references`."""
     if served_through(Checkpoint.open(checkpoint).architecture) == "definition":
         return PlainReference.load(Path(checkpoint), dtype, references)

@@ -25,7 +25,7 @@ class _Frame:
     rows: RowBuffer
 
     def send(self, answer: Answer) -> None:
-        self.connection._send((self.header.call_id, self.header.attempt), codec.encode(self.header, self.rows), answer)
+        self.connection.send((self.header.call_id, self.header.attempt), codec.encode(self.header, self.rows), answer)
 
 
 class GrpcConnection:
@@ -51,7 +51,8 @@ class GrpcConnection:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def _send(self, key: tuple[int, int], frame: bytes, answer: Answer) -> None:
+    def send(self, key: tuple[int, int], frame: bytes, answer: Answer) -> None:
+        """Queues the frame of the call (call id, attempt) for the stream, from any thread."""
         self._outbox.append((key, frame, answer))
         if not self._woken:  # one wake-up of the loop for all frames that are queued before it runs
             self._woken = True

@@ -45,7 +45,7 @@ class _Range:
     rows: RowBuffer
 
     def send(self, answer: Answer) -> None:
-        self.connection._send(self, answer)
+        self.connection.send(self, answer)
 
 
 class SharedMemoryConnection:
@@ -106,7 +106,8 @@ class SharedMemoryConnection:
         self._doorbell.hang_up("closed by this side")
         self._gone()
 
-    def _send(self, call: _Range, answer: Answer) -> None:
+    def send(self, call: _Range, answer: Answer) -> None:
+        """Announces a call, whose rows and header are in its range of the segment."""
         if self._lost is not None:
             self._mailbox.post(partial(answer, self._lost))
             return

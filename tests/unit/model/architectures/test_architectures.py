@@ -29,7 +29,7 @@ from moiety.router.cache.kv_cache import KVCache
 from moiety.router.trunk import prepare_trunk
 from moiety.synthetic import tiny_model, tiny_names, write_tiny
 from moiety.synthetic.write import published_class, tiny_config
-from moiety.tools.parity.parity import _reference_model
+from moiety.tools.parity.parity import reference_model
 from support.architectures import CORE, ENCODER_DECODERS
 
 REFERENCES = Path(__file__).parents[3] / "parity" / "references.py"
@@ -49,7 +49,7 @@ PROMPT = torch.randint(3, 320, (1, 40), generator=torch.Generator().manual_seed(
 def test_router_and_slices_are_the_reference(open_tiny, make_experts, name: str):
     """A trunk with paged attention and experts in two slices together compute the reference's logits."""
     checkpoint, layout = open_tiny(name)
-    reference = _reference_model(str(checkpoint.path), torch.float32, REFERENCES)
+    reference = reference_model(str(checkpoint.path), torch.float32, REFERENCES)
     router = load_trunk(checkpoint, layout, torch.float32, "cpu", paged.NAME)
     cache, table = KVCache(prepare_trunk(router, layout.shape), 1 << 24, torch.device("cpu")), BlockTable()
     cache.grow(table, PROMPT.shape[1])

@@ -53,7 +53,7 @@ def test_linear_layers_gates_and_norms_are_recognised(open_tiny, monkeypatch: py
     model = use_cpu_kernels(load_trunk(*open_tiny("qwen3_moe"), torch.bfloat16))
     load.cache_clear()
     for path, module in model.named_modules():
-        weight = module._parameters.get("weight")
+        weight = dict(module.named_parameters(recurse=False)).get("weight")
         if weight is not None and weight.dim() == 2 and not isinstance(module, nn.Embedding):
             assert isinstance(weight, LinearWeight), path
         if type(module).__name__.endswith("RMSNorm"):

@@ -51,7 +51,7 @@ async def test_a_stale_table_costs_a_second_call_but_no_request():
         await eventually(lambda: (0, 1) not in lane.fleet.table.shared)
         before = len(moved.calls)
         await assert_layer(lane)
-        assert all(call.experts.tolist() == [0] for call in moved.calls[before:])
+        assert [call.experts.tolist() for call in moved.calls[before:]] == [[0]]
 
 
 async def test_a_lost_replica_is_replaced_within_the_call():
@@ -69,6 +69,7 @@ async def test_a_lost_replica_is_replaced_within_the_call():
             replica.on_call = vanish
         for layer in (0, 1):
             assert torch.equal(await lane.compute(layer, HIDDEN, ROUTING), fake_layer(layer, HIDDEN, ROUTING))
+        assert len(ends) == len(leaving)
         assert last.calls
 
 
@@ -188,19 +189,17 @@ async def test_a_message_never_outgrows_the_transport(monkeypatch: pytest.Monkey
         assert [len(call.experts) for call in only.calls] == [2, 2, 2]
 
 
-async def test_a_malformed_reply_is_that_replicas_failure(monkeypatch: pytest.MonkeyPatch):
+async def test_a_malformed_reply_is_that_replicas_failure():
     """A reply of the wrong size is sent again to another holder; without one, the tokens fail and both sizes are named."""
-    broken = holder("a")
 
-    original = broken._reply
-
-    def truncated(header, call, outcome):
-        reply = experts_pb2.ForwardResponse.FromString(original(header, call, outcome))
+    def truncated(frame: bytes) -> bytes:
+        reply = experts_pb2.ForwardResponse.FromString(frame)
         reply.payload = reply.payload[:-5]
         reply.ClearField("payload_bytes")
         return reply.SerializeToString()
 
-    monkeypatch.setattr(broken, "_reply", truncated)
+    broken = holder("a")
+    broken.on_reply = truncated
     async with hop_over(broken) as lane:
         with pytest.raises(HopFailed, match="sent 187 bytes for 6 rows, expected 192"):
             await lane.compute(0, HIDDEN, ROUTING)
