@@ -19,18 +19,8 @@ from moiety.cli.run import Interrupted, run_async
 HEAVY = ("torch", "transformers", "ray", "grpc", "numpy", "pydantic")
 
 
-def test_help_is_quick() -> None:
-    """`moiety --help` takes less than half a second, the best of three: a person is waiting."""
-    took = []
-    for _ in range(3):
-        began = time.monotonic()
-        subprocess.run([sys.executable, "-m", "moiety.cli.main", "--help"], check=True, capture_output=True)
-        took.append(time.monotonic() - began)
-    assert min(took) < 0.5
-
-
 def test_help_imports_nothing_heavy() -> None:
-    """Listing the commands imports none of the heavy libraries that commands need."""
+    """Listing the commands imports none of the heavy libraries that commands need: a person is waiting."""
     script = (
         "import sys; from moiety.cli.main import run; assert run(['--help']) == 0; "
         f"print([name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr)"
