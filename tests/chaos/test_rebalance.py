@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Mapping
 
 import pytest
+from chaos_support import NEW_TOKENS, STRIKE_AT, assert_serves_on
 
 from moiety.bench.report import percentile
 from moiety.client import Client
@@ -14,15 +15,6 @@ from moiety.errors import Unavailable
 from moiety.tools.rebalance import RebalanceRequest, apply_placement, propose_placement
 from support.serving import Served
 from support.streams import Streams
-
-NEW_TOKENS = 80
-STRIKE_AT = 20  # tokens that every stream has when the placement changes
-
-
-@pytest.fixture(scope="module")
-def expected(served: Served) -> list[list[int]]:
-    """Returns the tokens of a run without changes."""
-    return served.run(lambda client: Streams(client, NEW_TOKENS).finish())
 
 
 async def change(served: Served, client: Client, held: Mapping[str, ExpertSet]) -> Streams:
@@ -74,13 +66,13 @@ def test_a_hot_set_takes_over_hot_experts_and_gives_them_back(served: Served, ex
                 assert await holdings(served) == held
                 rows = (await served.cluster.registry.replica_load())[hot.replica.id].rows_per_s
                 served.receiver.clear()
-                assert await Streams(client, NEW_TOKENS).finish() == expected
+                await assert_serves_on(client, expected)
                 hops = [span for span in served.receiver.spans() if span.name == "hop"]
                 shared = [span for span in hops if span.attributes.get("moiety.deployment") == "hot-0"]
                 assert bool(shared) == bool(text), rows
             # Every expert keeps a holder when the hot set drains: the groups have held all of theirs throughout.
             await served.cluster.drain(hot)
-            assert await Streams(client, NEW_TOKENS).finish() == expected
+            await assert_serves_on(client, expected)
         finally:
             if hot in served.cluster.children:
                 await served.cluster.drain(hot)
@@ -101,7 +93,7 @@ def test_an_expert_missing_from_the_placement_is_not_lost(served: Served, expect
         assert await streams.finish() == expected
         with pytest.raises(Unavailable, match="leaving 0:0"):
             await served.cluster.until_settled(epoch, timeout_s=3.0)
-        assert await Streams(client, NEW_TOKENS).finish() == expected
+        await assert_serves_on(client, expected)
         await served.cluster.until_settled(
             await served.cluster.set_placement({"experts-0": first, "experts-1": second})
         )

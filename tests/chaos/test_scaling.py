@@ -4,20 +4,11 @@ from __future__ import annotations
 
 import asyncio
 
-import pytest
+from chaos_support import NEW_TOKENS, STRIKE_AT
 
 from moiety.client import Client
 from support.serving import Served
 from support.streams import Streams
-
-NEW_TOKENS = 60
-STRIKE_AT = 15  # tokens that every stream has when a group changes
-
-
-@pytest.fixture(scope="module")
-def expected(served: Served) -> list[list[int]]:
-    """Returns the tokens of a run without changes."""
-    return served.run(lambda client: Streams(client, NEW_TOKENS).finish())
 
 
 def test_a_group_grows_and_shrinks_again(served: Served, expected: list[list[int]]) -> None:

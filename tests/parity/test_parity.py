@@ -21,14 +21,14 @@ LITTLE = {"kv_memory": 256 << 10}  # holds about half of the prompts, so that so
     [
         # Grouped-query attention, softmax of the top k, per-expert w1/w2/w3; rows travel through gRPC.
         ("mixtral", {"transport": "grpc", "speculative_tokens": 3}),
-        # Query and key norms, top k of the softmax, per-expert projections; every step in two lanes.
-        ("qwen3_moe", {"lanes": 2}),
         # MLA cached as its latent; sigmoid gating with bias, shared experts overlapped with the hop, a dense layer.
         ("deepseek_v3", {"lanes": 2, "speculative_tokens": 3}),
         # Sliding window and sinks, fused and transposed experts with biases, clamped activation.
         ("gpt_oss", {"deterministic": True}),
         # Mamba layers with their states in slots, one attention layer, prompts in chunks; every step in two lanes.
         ("jamba", {"lanes": 2, "kv_memory": 340 << 10}),
+        # Query and key norms, top k of the softmax; `e2e/test_sampling.py` compares it with transformers in every run.
+        pytest.param("qwen3_moe", {"lanes": 2}, marks=pytest.mark.slow),
         # The same latent attention, in the whole served system; unit tests compare every MLA class with transformers.
         pytest.param("deepseek_v2", {}, marks=pytest.mark.slow),  # complex rotation, softmax gating
         pytest.param("glm4_moe_lite", {}, marks=pytest.mark.slow),
@@ -89,7 +89,7 @@ async def test_a_wrong_expert_is_noticed(
     source = tiny("mixtral")
     write_with_a_wrong_expert(Path(source), tmp_path)
     monkeypatch.setattr(parity, "reference_model", lambda _, *options: reference_model(str(tmp_path), *options))
-    report = await run_parity(source)
+    report = await run_parity(source, groups=1)
     assert not report.ok
     assert sum(not prompt.ok for prompt in report.prompts) >= 4
     assert report.logit_error > 0.1

@@ -40,3 +40,10 @@ class Served:
                 await self.cluster.drain(child)
         missing = [group for group, n in enumerate(replicas) for _ in range(n - len(self.cluster.experts(group)))]
         await asyncio.gather(*(self.cluster.add_expert(group) for group in missing))
+
+    async def scale_routers(self, wanted: int) -> None:
+        """Adds and drains routers until there are `wanted`."""
+        routers = self.cluster.replicas("router")
+        for child in routers[wanted:]:
+            await self.cluster.drain(child)
+        await asyncio.gather(*(self.cluster.add_router() for _ in range(wanted - len(routers))))

@@ -1,18 +1,16 @@
-"""Fixtures: run the command in this process or in its own, and one running system for tests that need a gateway."""
+"""Fixtures: run the command in this process or in its own; the address of a gateway."""
 
 from __future__ import annotations
 
-import asyncio
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import pytest
 
 from moiety.cli.main import run
-from moiety.local.cluster import LocalCluster
+from support.serving import Served
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,28 +55,7 @@ def moiety_process() -> Iterator[Process]:
         process.communicate()
 
 
-@pytest.fixture(scope="package")
-def gateway(tiny: Callable[[str], str]) -> Iterator[str]:
-    """Yields the address of a running system that serves a tiny qwen3_moe, on an event loop in its own thread."""
-    address: list[str] = []
-    ready, done = threading.Event(), threading.Event()
-
-    async def serve() -> None:
-        async with LocalCluster(tiny("qwen3_moe"), groups=2, dtype="float32") as cluster:
-            address.append(cluster.address)
-            ready.set()
-            await asyncio.to_thread(done.wait)
-
-    def work() -> None:
-        try:
-            asyncio.run(serve())
-        finally:
-            ready.set()
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    assert ready.wait(60)
-    assert address, "the system did not start"
-    yield address[0]
-    done.set()
-    thread.join()
+@pytest.fixture
+def gateway(served: Served) -> str:
+    """Returns the address of the session's running system, whose services are processes of their own."""
+    return served.cluster.address
