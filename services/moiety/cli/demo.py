@@ -12,7 +12,6 @@ from moiety.cli.run import signals_interrupt
     "--seconds",
     type=click.FloatRange(10, 600),
     default=60.0,
-    show_default=True,
     help="Longest wait for one event, in seconds; the start of the system may take three times as long.",
 )
 def demo(seconds: float) -> None:

@@ -34,12 +34,7 @@ class _TokenBias(click.ParamType[tuple[int, float]]):
 @click.command()
 @click.argument("prompt")
 @click.option(
-    "--address",
-    envvar="MOIETY_ADDRESS",
-    show_envvar=True,
-    default="127.0.0.1:50051",
-    show_default=True,
-    help="HOST:PORT of the gateway.",
+    "--address", envvar="MOIETY_ADDRESS", show_envvar=True, default="127.0.0.1:50051", help="HOST:PORT of the gateway."
 )
 @click.option(
     "--max-tokens",
@@ -124,9 +119,12 @@ class _TokenBias(click.ParamType[tuple[int, float]]):
 )
 @click.option("--prompt-logprobs", is_flag=True, help="First print the log probabilities of the prompt's tokens.")
 @click.option("--token-ids", "as_ids", is_flag=True, help="Print token ids instead of text.")
-@click.option("--priority", type=click.IntRange(-100, 100), default=0, help="Lower priorities run first.  [default: 0]")
+@click.option("--priority", type=click.IntRange(-100, 100), default=0, help="Lower priorities run first.")
 @click.option(
-    "--tenant", default="", help="Tenants share capacity fairly and share no cached prefixes.  [default: no name]"
+    "--tenant",
+    default="",
+    show_default=False,
+    help="Tenants share capacity fairly and share no cached prefixes.  [default: no name]",
 )
 @click.option(
     "--timeout",
@@ -135,10 +133,7 @@ class _TokenBias(click.ParamType[tuple[int, float]]):
     help="Seconds for the whole request.  [default: no limit]",
 )
 @click.option(
-    "--retries",
-    type=click.IntRange(min=0),
-    default=0,
-    help="How often to try again when the gateway has no room.  [default: 0]",
+    "--retries", type=click.IntRange(min=0), default=0, help="How often to try again when the gateway has no room."
 )
 def generate(prompt: str, address: str, as_ids: bool, top_logprobs: int | None, **options: Any) -> None:
     """Generate text from a running gateway.

@@ -3,41 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
 import click
 
 
-@dataclass(frozen=True, slots=True)
-class LazyCommand:
-    """A command that is imported only when it is used."""
-
-    target: str  # `module:attribute` of the click command
-    summary: str  # shown in the list of commands
-
-    def load(self) -> click.Command:
-        """Imports the command and returns it."""
-        module, _, attribute = self.target.partition(":")
-        command: click.Command = getattr(import_module(module), attribute)
-        return command
-
-
 class LazyGroup(click.Group):
-    """A group whose help imports none of its commands. `lazy` maps a command's name to its LazyCommand."""
+    """A group whose help imports none of its commands.
 
-    def __init__(self, *args: Any, lazy: Mapping[str, LazyCommand], **options: Any):
+    `summaries` maps a command's name to its line in that help. The command itself is the attribute of that name of the
+    module of that name in `package`.
+    """
+
+    def __init__(self, *args: Any, package: str, summaries: Mapping[str, str], **options: Any):
         super().__init__(*args, **options)
-        self.lazy = lazy
+        self._package, self._summaries = package, summaries
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return sorted(self.lazy)
+        return sorted(self._summaries)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        found = self.lazy.get(cmd_name)
-        return found.load() if found else None
+        if cmd_name not in self._summaries:
+            return None
+        command: click.Command = getattr(import_module(f"{self._package}.{cmd_name}"), cmd_name)
+        return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
-            formatter.write_dl([(name, command.summary) for name, command in sorted(self.lazy.items())])
+            formatter.write_dl(sorted(self._summaries.items()))

@@ -12,50 +12,24 @@ from typing import NoReturn
 import click
 
 from moiety import __version__
-from moiety.cli.lazy import LazyCommand, LazyGroup
+from moiety.cli.lazy import LazyGroup
 from moiety.cli.run import Interrupted
 from moiety.errors import MoietyError
 
-COMMANDS: Mapping[str, LazyCommand] = MappingProxyType(
+COMMANDS: Mapping[str, str] = MappingProxyType(
     {
-        "bench": LazyCommand(
-            "moiety.cli.bench.group:bench",
-            "Measure the system on this machine: transports, kernels, memory, serving speed, overload, elasticity.",
-        ),
-        "demo": LazyCommand(
-            "moiety.cli.demo:demo", "Show the whole system at work on this machine, from start to end."
-        ),
-        "doctor": LazyCommand(
-            "moiety.cli.doctor:doctor", "Check what decides how well this machine serves, and report what is wrong."
-        ),
-        "generate": LazyCommand("moiety.cli.generate:generate", "Generate text from a running gateway."),
-        "inspect": LazyCommand(
-            "moiety.cli.inspect:inspect", "Report how large a checkpoint and its parts are, without reading a weight."
-        ),
-        "models": LazyCommand(
-            "moiety.cli.models:models", "List the architectures that can be served, and what each uses."
-        ),
-        "parity": LazyCommand(
-            "moiety.cli.parity:parity", "Compare the served system with transformers, token for token."
-        ),
-        "quantize": LazyCommand(
-            "moiety.cli.quantize:quantize",
-            "Quantise a checkpoint's experts, each to 16, 8 or 4 bits by its measured sensitivity.",
-        ),
-        "rebalance": LazyCommand(
-            "moiety.cli.rebalance:rebalance",
-            "Move experts between replicas to fit the current load, while requests run.",
-        ),
-        "serve": LazyCommand(
-            "moiety.cli.serve:serve", "Serve a checkpoint on Ray: gateway, router and elastic expert groups."
-        ),
-        "settings": LazyCommand(
-            "moiety.cli.settings:settings",
-            "List the settings of a system: name, default, environment variable, and what each means.",
-        ),
-        "simulate": LazyCommand(
-            "moiety.cli.simulate:simulate", "Simulate a day of a large cluster, to estimate what elasticity would save."
-        ),
+        "bench": "Measure the system on this machine: transports, kernels, memory, serving speed, overload, elasticity.",
+        "demo": "Show the whole system at work on this machine, from start to end.",
+        "doctor": "Check what decides how well this machine serves, and report what is wrong.",
+        "generate": "Generate text from a running gateway.",
+        "inspect": "Report how large a checkpoint and its parts are, without reading a weight.",
+        "models": "List the architectures that can be served, and what each uses.",
+        "parity": "Compare the served system with transformers, token for token.",
+        "quantize": "Quantise a checkpoint's experts, each to 16, 8 or 4 bits by its measured sensitivity.",
+        "rebalance": "Move experts between replicas to fit the current load, while requests run.",
+        "serve": "Serve a checkpoint on Ray: gateway, router and elastic expert groups.",
+        "settings": "List the settings of a system: name, default, environment variable, and what each means.",
+        "simulate": "Simulate a day of a large cluster, to estimate what elasticity would save.",
     }
 )
 # Which extra brings a package, if not `serve`.
@@ -64,14 +38,16 @@ LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
 @click.group(
-    cls=LazyGroup, lazy=COMMANDS, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+    cls=LazyGroup,
+    package="moiety.cli",
+    summaries=COMMANDS,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100, "show_default": True},
 )
 @click.version_option(__version__, prog_name="moiety")
 @click.option(
     "--log-level",
     type=click.Choice(LOG_LEVELS, case_sensitive=False),
     default="warning",
-    show_default=True,
     envvar="MOIETY_LOG_LEVEL",
     help="Lowest level of messages that this process logs on stderr.",
 )

@@ -69,7 +69,6 @@ def groups_option(function: Function) -> Function:
         "--groups",
         type=click.IntRange(min=1),
         default=2,
-        show_default=True,
         help="Expert groups, each in its own process; at most the model's experts per layer.",
     )(function)
 
@@ -80,7 +79,6 @@ def dtype_option(default: str) -> Callable[[Function], Function]:
         "--dtype",
         type=click.Choice(DTYPES),
         default=default,
-        show_default=True,
         help="Data type of weights and rows (hidden states); auto: as published.",
     )
 
@@ -128,7 +126,6 @@ rounds_option = click.option(
     "--rounds",
     type=click.IntRange(1, 100),
     default=3,
-    show_default=True,
     help="Rounds of measurement; systems that are compared take turns in each round.",
 )
 

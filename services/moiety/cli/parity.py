@@ -15,13 +15,7 @@ from moiety.cli.run import progress, run_async
 @click.argument("checkpoint", type=click.Path(path_type=str), required=False)
 @groups_option
 @dtype_option("float32")
-@click.option(
-    "--new-tokens",
-    type=click.IntRange(1, 4096),
-    default=24,
-    show_default=True,
-    help="Greedy tokens to generate per prompt.",
-)
+@click.option("--new-tokens", type=click.IntRange(1, 4096), default=24, help="Greedy tokens to generate per prompt.")
 @click.option(
     "--all-tiny", is_flag=True, help="Instead of CHECKPOINT: compare a tiny checkpoint of every supported architecture."
 )

@@ -27,13 +27,7 @@ from moiety.cli.run import progress, signals_interrupt
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="File with text like the text that the model will serve.  [default: English and code that ship with Python]",
 )
-@click.option(
-    "--tokens",
-    type=click.IntRange(16, 1 << 20),
-    default=4096,
-    show_default=True,
-    help="Most calibration tokens to use.",
-)
+@click.option("--tokens", type=click.IntRange(16, 1 << 20), default=4096, help="Most calibration tokens to use.")
 def quantize(checkpoint: str, memory: int, out: Path, calibration: Path | None, tokens: int) -> None:
     """Quantise a checkpoint's experts, each to 16, 8 or 4 bits by its measured sensitivity.
 

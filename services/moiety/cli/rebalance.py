@@ -12,35 +12,19 @@ from moiety.cli.run import progress, run_async
 @click.option(
     "--registry",
     default="redis://127.0.0.1:6379/0",
-    show_default=True,
     envvar="MOIETY_REGISTRY",
     help="URL of the Redis that holds the application's registry.",
 )
 @click.option(
-    "--app",
-    default="moiety",
-    show_default=True,
-    envvar="MOIETY_APP",
-    help="Name of the application: the prefix of its registry keys.",
+    "--app", default="moiety", envvar="MOIETY_APP", help="Name of the application: the prefix of its registry keys."
 )
 @click.option(
-    "--watch",
-    "watch_s",
-    type=click.FloatRange(2, 3600),
-    default=6.0,
-    show_default=True,
-    help="Seconds to watch the load before planning.",
+    "--watch", "watch_s", type=click.FloatRange(2, 3600), default=6.0, help="Seconds to watch the load before planning."
 )
 @click.option(
     "--hot-sets", type=click.IntRange(0, 256), help="Hot sets that the plan may fill.  [default: as deployed]"
 )
-@click.option(
-    "--hot-memory",
-    type=ByteCount(),
-    default="1GiB",
-    show_default=True,
-    help="Bytes for the experts of one hot set.",
-)
+@click.option("--hot-memory", type=ByteCount(), default="1GiB", help="Bytes for the experts of one hot set.")
 @click.option(
     "--layers-at-once",
     type=click.IntRange(1),
@@ -53,7 +37,6 @@ from moiety.cli.run import progress, run_async
     "timeout_s",
     type=click.FloatRange(1, 3600),
     default=120.0,
-    show_default=True,
     help="Seconds that replicas may take to follow each stage of the change.",
 )
 def rebalance(

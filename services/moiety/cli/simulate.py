@@ -11,31 +11,20 @@ from moiety.cli.run import progress
 
 
 @click.command()
-@click.option("--hours", type=click.FloatRange(0.1, 168), default=24.0, show_default=True, help="Hours to simulate.")
-@click.option("--step", type=click.FloatRange(0.5, 60), default=20.0, show_default=True, help="Seconds per time step.")
-@click.option(
-    "--tokens", type=click.FloatRange(1e3, 1e8), default=0.9e6, show_default=True, help="Mean load, tokens per second."
-)
-@click.option(
-    "--peak", type=click.FloatRange(1.05, 4), default=2.0, show_default=True, help="Peak load over mean load."
-)
-@click.option(
-    "--skew",
-    type=click.FloatRange(0, 2),
-    default=0.8,
-    show_default=True,
-    help="Zipf exponent of the experts' popularity.",
-)
+@click.option("--hours", type=click.FloatRange(0.1, 168), default=24.0, help="Hours to simulate.")
+@click.option("--step", type=click.FloatRange(0.5, 60), default=20.0, help="Seconds per time step.")
+@click.option("--tokens", type=click.FloatRange(1e3, 1e8), default=0.9e6, help="Mean load, tokens per second.")
+@click.option("--peak", type=click.FloatRange(1.05, 4), default=2.0, help="Peak load over mean load.")
+@click.option("--skew", type=click.FloatRange(0, 2), default=0.8, help="Zipf exponent of the experts' popularity.")
 @click.option(
     "--start",
     type=click.FloatRange(0, 600),
     default=30.0,
-    show_default=True,
     help="Seconds from a decision to the first row that the new replica computes.",
 )
-@click.option("--groups", type=click.IntRange(1, 256), default=32, show_default=True, help="Expert groups.")
-@click.option("--hot-sets", type=click.IntRange(0, 64), default=4, show_default=True, help="Most hot sets.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="The same seed gives the same day.")
+@click.option("--groups", type=click.IntRange(1, 256), default=32, help="Expert groups.")
+@click.option("--hot-sets", type=click.IntRange(0, 64), default=4, help="Most hot sets.")
+@click.option("--seed", type=click.IntRange(0), default=0, help="The same seed gives the same day.")
 @click.option(
     "--plot",
     "picture",

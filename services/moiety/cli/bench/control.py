@@ -12,14 +12,12 @@ from moiety.cli.run import progress
 
 
 @click.command()
-@click.option("--replicas", type=click.IntRange(1, 100_000), default=2000, show_default=True, help="Expert replicas.")
-@click.option(
-    "--routers", type=click.IntRange(1, 1000), default=16, show_default=True, help="Routers that read the registry."
-)
-@click.option("--layers", type=click.IntRange(1, 1000), default=58, show_default=True, help="MoE layers.")
-@click.option("--experts", type=click.IntRange(1, 4096), default=256, show_default=True, help="Experts per layer.")
-@click.option("--groups", type=click.IntRange(1, 4096), default=64, show_default=True, help="Expert groups.")
-@click.option("--hot-sets", type=click.IntRange(0, 1024), default=16, show_default=True, help="Hot sets.")
+@click.option("--replicas", type=click.IntRange(1, 100_000), default=2000, help="Expert replicas.")
+@click.option("--routers", type=click.IntRange(1, 1000), default=16, help="Routers that read the registry.")
+@click.option("--layers", type=click.IntRange(1, 1000), default=58, help="MoE layers.")
+@click.option("--experts", type=click.IntRange(1, 4096), default=256, help="Experts per layer.")
+@click.option("--groups", type=click.IntRange(1, 4096), default=64, help="Expert groups.")
+@click.option("--hot-sets", type=click.IntRange(0, 1024), default=16, help="Hot sets.")
 @rounds_option
 @json_option
 @click.pass_context

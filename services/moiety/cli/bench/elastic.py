@@ -11,46 +11,24 @@ from moiety.cli.run import progress, signals_interrupt
 
 
 @click.command()
-@click.option("--groups", type=click.IntRange(1, 8), default=2, show_default=True, help="Expert groups.")
+@click.option("--groups", type=click.IntRange(1, 8), default=2, help="Expert groups.")
 @click.option(
     "--capacity",
     type=click.FloatRange(10, 1e6),
     default=200.0,
-    show_default=True,
     help="Rows per second that each expert replica is paced to, because replicas share this machine's cores.",
 )
-@click.option(
-    "--max-replicas", type=click.IntRange(2, 8), default=3, show_default=True, help="Most replicas per group."
-)
-@click.option(
-    "--low",
-    type=click.FloatRange(0.05, 100),
-    default=0.4,
-    show_default=True,
-    help="Requests per second while load is low.",
-)
-@click.option(
-    "--high",
-    type=click.FloatRange(0.1, 100),
-    default=8.0,
-    show_default=True,
-    help="Requests per second while load is high.",
-)
+@click.option("--max-replicas", type=click.IntRange(2, 8), default=3, help="Most replicas per group.")
+@click.option("--low", type=click.FloatRange(0.05, 100), default=0.4, help="Requests per second while load is low.")
+@click.option("--high", type=click.FloatRange(0.1, 100), default=8.0, help="Requests per second while load is high.")
 @click.option(
     "--seconds",
     type=(click.FloatRange(5, 3600), click.FloatRange(5, 3600), click.FloatRange(5, 3600)),
     default=(10.0, 30.0, 40.0),
-    show_default=True,
     help="Seconds of low load, of high load, and of low load again.",
 )
-@click.option(
-    "--zipf",
-    type=click.FloatRange(0, 4),
-    default=1.6,
-    show_default=True,
-    help="Zipf exponent of the skew over prompts.",
-)
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of prompts and arrivals.")
+@click.option("--zipf", type=click.FloatRange(0, 4), default=1.6, help="Zipf exponent of the skew over prompts.")
+@click.option("--seed", type=click.IntRange(0), default=0, help="Seed of prompts and arrivals.")
 @click.option(
     "--plot",
     "plot_file",

@@ -38,23 +38,16 @@ def engine_options(concurrency: str) -> Callable[[Function], Function]:
             json_option,
             rounds_option,
             dtype_option("bfloat16"),
-            click.option(
-                "--new",
-                type=click.IntRange(3, 1 << 20),
-                default=64,
-                show_default=True,
-                help="Tokens to generate per stream.",
-            ),
-            click.option("--prompt", type=tokens, default=64, show_default=True, help="Tokens per prompt."),
+            click.option("--new", type=click.IntRange(3, 1 << 20), default=64, help="Tokens to generate per stream."),
+            click.option("--prompt", type=tokens, default=64, help="Tokens per prompt."),
             click.option(
                 "--concurrency",
                 type=IntegerList(1, 1024),
                 default=concurrency,
-                show_default=True,
                 help="Streams at once; several values separated by commas.",
             ),
             groups_option,
-            click.option("--model", default="large", show_default=True, help=model_help),
+            click.option("--model", default="large", help=model_help),
         ):
             function = option(function)
         return function

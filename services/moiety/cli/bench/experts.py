@@ -12,32 +12,18 @@ from moiety.cli.run import progress, signals_interrupt
 
 
 @click.command()
-@click.option(
-    "--hidden",
-    type=click.IntRange(128, 1 << 16),
-    default=1024,
-    show_default=True,
-    help="Hidden size: the length of a row.",
-)
-@click.option(
-    "--intermediate",
-    type=click.IntRange(128, 1 << 16),
-    default=512,
-    show_default=True,
-    help="Intermediate size of an expert.",
-)
+@click.option("--hidden", type=click.IntRange(128, 1 << 16), default=1024, help="Hidden size: the length of a row.")
+@click.option("--intermediate", type=click.IntRange(128, 1 << 16), default=512, help="Intermediate size of an expert.")
 @click.option(
     "--rows",
     type=IntegerList(1, 4096),
     default="1,2,4,8,32,256",
-    show_default=True,
     help="Rows per expert; several values separated by commas.",
 )
 @click.option(
     "--dtypes",
     type=WordList(),
     default="bfloat16,float32,int8,int4",
-    show_default=True,
     help="Data types of the weights, separated by commas.",
 )
 @click.option("--threads", type=click.IntRange(1, 1024), help="Threads that compute.  [default: one per usable core]")

@@ -21,24 +21,20 @@ from moiety.cli.run import progress, run_async
 
 @click.command()
 @click.option(
-    "--model",
-    default="small",
-    show_default=True,
-    help="Synthetic model small or large (see bench serve), or a checkpoint folder.",
+    "--model", default="small", help="Synthetic model small or large (see bench serve), or a checkpoint folder."
 )
 @groups_option
-@click.option("--slots", type=click.IntRange(1, 1024), default=8, show_default=True, help="Requests that run at once.")
-@click.option("--queue", type=click.IntRange(1, 1024), default=8, show_default=True, help="Requests that may wait.")
+@click.option("--slots", type=click.IntRange(1, 1024), default=8, help="Requests that run at once.")
+@click.option("--queue", type=click.IntRange(1, 1024), default=8, help="Requests that may wait.")
 @click.option(
     "--loads",
     type=IntegerList(1, 64),
     default="1,2,4",
-    show_default=True,
     help="Requests offered per second, as multiples of the measured capacity; separated by commas.",
 )
-@click.option("--seconds", type=click.FloatRange(1, 600), default=15.0, show_default=True, help="Seconds per load.")
-@click.option("--prompt", type=click.IntRange(1, 1 << 20), default=32, show_default=True, help="Tokens per prompt.")
-@click.option("--new", type=click.IntRange(1, 1 << 20), default=32, show_default=True, help="New tokens per request.")
+@click.option("--seconds", type=click.FloatRange(1, 600), default=15.0, help="Seconds per load.")
+@click.option("--prompt", type=click.IntRange(1, 1 << 20), default=32, help="Tokens per prompt.")
+@click.option("--new", type=click.IntRange(1, 1 << 20), default=32, help="New tokens per request.")
 @dtype_option("bfloat16")
 @rounds_option
 @json_option
@@ -57,7 +53,7 @@ def flood(
     rounds: int,
     json_file: Path | None,
 ) -> None:
-    """Offer more requests than can be served, and check tokens/s of accepted requests and retry delays of refusals.
+    """Offer more requests than can be served, and check tokens/s of accepted ones and retry delays of refusals.
 
     First measures the capacity: the requests served per second while every slot and half of the queue are occupied.
     Then sends requests at multiples of this rate, without waiting for earlier ones. Exit status 1 if accepted requests

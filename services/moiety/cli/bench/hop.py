@@ -16,12 +16,9 @@ from moiety.cli.run import progress, run_async
     "--payload",
     type=IntegerList(4, 16384, step=4),
     default="4,16,64,256,1024",
-    show_default=True,
     help="KiB of rows in a call and in its reply: multiples of 4 from 4 to 16384, separated by commas.",
 )
-@click.option(
-    "--calls", type=click.IntRange(1, 1_000_000), default=200, show_default=True, help="Calls per payload and round."
-)
+@click.option("--calls", type=click.IntRange(1, 1_000_000), default=200, help="Calls per payload and round.")
 @rounds_option
 @json_option
 @click.pass_context

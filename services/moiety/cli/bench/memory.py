@@ -14,15 +14,9 @@ from moiety.cli.run import progress, run_async
 
 @click.command()
 @click.option(
-    "--gigabytes",
-    type=click.FloatRange(0.05, 1000),
-    default=2.2,
-    show_default=True,
-    help="Gigabytes of expert weights in bfloat16.",
+    "--gigabytes", type=click.FloatRange(0.05, 1000), default=2.2, help="Gigabytes of expert weights in bfloat16."
 )
-@click.option(
-    "--groups", type=click.IntRange(1, 64), default=1, show_default=True, help="Expert replicas that share the weights."
-)
+@click.option("--groups", type=click.IntRange(1, 64), default=1, help="Expert replicas that share the weights.")
 @json_option
 @click.pass_context
 def memory(context: click.Context, gigabytes: float, groups: int, json_file: Path | None) -> None:

@@ -16,8 +16,8 @@ from moiety.cli.run import progress, signals_interrupt
 @click.option(
     "--model", help="Folder of a trained checkpoint.  [default: train a small model first, in a minute or two]"
 )
-@click.option("--steps", type=click.IntRange(10, 100_000), default=400, show_default=True, help="Steps of training.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the training.")
+@click.option("--steps", type=click.IntRange(10, 100_000), default=400, help="Steps of training.")
+@click.option("--seed", type=int, default=0, help="Seed of the training.")
 @click.option(
     "--keep",
     type=click.Path(path_type=Path),

@@ -65,7 +65,6 @@ from moiety.cli.run import progress, run_async
     "--minutes",
     type=click.FloatRange(0.1, 1440),
     default=60.0,
-    show_default=True,
     help="No run begins after this many minutes, which the models share evenly. Rows not measured by then say so.",
 )
 @dtype_option("bfloat16")
