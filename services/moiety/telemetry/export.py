@@ -8,13 +8,14 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-from collections.abc import Mapping
-from typing import Literal
+from collections.abc import Callable, Mapping
+from typing import Literal, TypeVar
 
 from moiety.telemetry.metrics import NO_METER, Meter
 from moiety.telemetry.tracing import NO_TRACER, Tracer
 
 Signal = Literal["traces", "metrics"]
+Made = TypeVar("Made", Tracer, Meter)
 
 _logger = logging.getLogger("moiety.telemetry")
 
@@ -26,46 +27,43 @@ def configure(service: str, attributes: Mapping[str, str] | None = None, *, endp
     (http://host:port) replaces OTEL_EXPORTER_OTLP_TRACES_ENDPOINT, and asks for OTLP as that variable does. If tracing
     cannot be set up, one warning is logged and the service runs without it.
     """
-    if not _enabled("traces", endpoint):
-        return NO_TRACER
-    try:
+
+    def tracer() -> Tracer:
         from moiety.telemetry.otel import OtelTracer
 
-        return OtelTracer(service, dict(attributes or {}), endpoint)
-    except Exception as error:
-        _logger.warning("traces are off: %s: %s", type(error).__name__, error)
-        return NO_TRACER
+        return OtelTracer(service, attributes or {}, endpoint)
+
+    return _exporting("traces", endpoint, tracer, NO_TRACER)
 
 
 def configure_metrics(
     service: str, attributes: Mapping[str, str] | None = None, *, endpoint: str | None = None
 ) -> Meter:
-    """Returns the meter of one service: a real one if the OTEL_* variables ask for OTLP, else NO_METER.
+    """Returns the meter of one service, as `configure` returns its tracer: a real one or NO_METER."""
 
-    The arguments are those of `configure`. If metrics cannot be set up, one warning is logged and they stay off.
-    """
-    if not _enabled("metrics", endpoint):
-        return NO_METER
-    try:
+    def meter() -> Meter:
         from moiety.telemetry.otel_metrics import OtelMeter
 
-        return OtelMeter(service, dict(attributes or {}), endpoint)
-    except Exception as error:
-        _logger.warning("metrics are off: %s: %s", type(error).__name__, error)
-        return NO_METER
+        return OtelMeter(service, attributes or {}, endpoint)
+
+    return _exporting("metrics", endpoint, meter, NO_METER)
 
 
-def _enabled(signal: Signal, endpoint: str | None) -> bool:
-    """Returns whether to export `signal`: the OTEL_* variables or an `endpoint` ask for it, and it can be exported.
+def _exporting(signal: Signal, endpoint: str | None, make: Callable[[], Made], off: Made) -> Made:
+    """Returns `make()` if the OTEL_* variables or an `endpoint` ask for the export of `signal`, else `off`.
 
-    Logs the reason if the export is asked for but not possible.
+    Logs the reason and returns `off` if the export is asked for but not possible.
     """
     if not _wanted(signal, endpoint):
-        return False
+        return off
     if any(importlib.util.find_spec(package) is None for package in ("opentelemetry", "grpc")):
         _logger.warning("%s are off, because OpenTelemetry is not installed: pip install 'moiety[serve]'", signal)
-        return False
-    return True
+        return off
+    try:
+        return make()
+    except Exception as error:
+        _logger.warning("%s are off: %s: %s", signal, type(error).__name__, error)
+        return off
 
 
 def _wanted(signal: Signal, endpoint: str | None) -> bool:

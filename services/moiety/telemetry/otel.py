@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any
 
 from opentelemetry import trace
 from opentelemetry.context import Context
 from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
-from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExportResult
 
 from moiety.telemetry.names import Attribute, SpanKind, SpanName, kind_of
 from moiety.telemetry.quiet_export import OutageLog, finishes_within
@@ -100,31 +102,25 @@ class OtelTracer:
 
     def flush(self, timeout_s: float = 2.0) -> bool:
         # The SDK's force_flush ignores its timeout.
-        return finishes_within(timeout_s, self._processor.force_flush) and not self._exporter.quiet.failing
+        return finishes_within(timeout_s, self._processor.force_flush) and not self._exporter.outages.failing
 
     def shutdown(self, timeout_s: float = 2.0) -> None:
-        if self._exporter.quiet.failing:
-            self._exporter.shutdown()
-        if not finishes_within(timeout_s, self._processor.shutdown):
-            self._exporter.shutdown()  # cuts off the export that the processor waits for
+        self._exporter.outages.drain(timeout_s, self._processor.shutdown)
 
 
-class _QuietExporter(SpanExporter):
-    """Wraps the SDK's OTLP exporter so that it logs each outage once."""
+class _QuietExporter(OTLPSpanExporter):
+    """The SDK's OTLP exporter, but it logs each outage once."""
 
     def __init__(self, endpoint: str | None) -> None:
-        self.quiet = OutageLog("spans")
-        self._exporter = OTLPSpanExporter(endpoint=endpoint)
+        super().__init__(endpoint=endpoint)
+        self.outages = OutageLog("spans", super().shutdown)
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
-        sent = self.quiet.export(lambda: self._exporter.export(spans) is SpanExportResult.SUCCESS)
-        return SpanExportResult.SUCCESS if sent else SpanExportResult.FAILURE
+        send = partial(super().export, spans)
+        return self.outages.export(send, SpanExportResult.SUCCESS, SpanExportResult.FAILURE)
 
-    def shutdown(self) -> None:
-        self.quiet.close(self._exporter.shutdown)
-
-    def force_flush(self, timeout_millis: int = 30_000) -> bool:
-        return True
+    def shutdown(self, timeout_millis: float = 30_000, **_options: Any) -> None:
+        self.outages.close()
 
 
 def _context(parent: Parent) -> Context | None:

@@ -9,16 +9,11 @@ from typing import Any
 from opentelemetry.exporter.otlp.proto.grpc.metric_exporter import OTLPMetricExporter
 from opentelemetry.metrics import CallbackOptions, Observation
 from opentelemetry.sdk.metrics import MeterProvider
-from opentelemetry.sdk.metrics.export import (
-    MetricExporter,
-    MetricExportResult,
-    MetricsData,
-    PeriodicExportingMetricReader,
-)
+from opentelemetry.sdk.metrics.export import MetricExportResult, MetricsData, PeriodicExportingMetricReader
 from opentelemetry.sdk.resources import Resource
 
 from moiety.telemetry.names import METRICS, Attribute, MetricName
-from moiety.telemetry.quiet_export import OutageLog, finishes_within
+from moiety.telemetry.quiet_export import OutageLog
 from moiety.telemetry.tracing import Value
 
 Read = Callable[[], float | None]
@@ -52,10 +47,7 @@ class OtelMeter:
             create(name.value, [partial(self._observations, name)], metric.unit, metric.description)
 
     def shutdown(self, timeout_s: float = 2.0) -> None:
-        if self._exporter.quiet.failing:
-            self._exporter.shutdown()
-        if not finishes_within(timeout_s, partial(self._provider.shutdown, 1000 * timeout_s)):
-            self._exporter.shutdown()  # cuts off the export that the reader waits for
+        self._exporter.outages.drain(timeout_s, partial(self._provider.shutdown, 1000 * timeout_s))
 
     def _observations(self, name: MetricName, _: CallbackOptions) -> Iterable[Observation]:
         for labels, read in list(self._reads[name].items()):  # a copy: another thread may call `observe`
@@ -63,22 +55,16 @@ class OtelMeter:
                 yield Observation(value, dict(labels))
 
 
-class _QuietExporter(MetricExporter):
-    """Wraps the SDK's OTLP exporter so that it logs each outage once."""
+class _QuietExporter(OTLPMetricExporter):
+    """The SDK's OTLP exporter, but it logs each outage once."""
 
     def __init__(self, endpoint: str | None) -> None:
-        self.quiet = OutageLog("metrics")
-        self._exporter = OTLPMetricExporter(endpoint=endpoint)
-        super().__init__(self._exporter._preferred_temporality, self._exporter._preferred_aggregation)
+        super().__init__(endpoint=endpoint)
+        self.outages = OutageLog("metrics", super().shutdown)
 
     def export(self, metrics_data: MetricsData, timeout_millis: float = 10_000, **options: Any) -> MetricExportResult:
-        def send() -> bool:
-            return self._exporter.export(metrics_data, timeout_millis, **options) is MetricExportResult.SUCCESS
-
-        return MetricExportResult.SUCCESS if self.quiet.export(send) else MetricExportResult.FAILURE
+        send = partial(super().export, metrics_data, timeout_millis, **options)
+        return self.outages.export(send, MetricExportResult.SUCCESS, MetricExportResult.FAILURE)
 
     def shutdown(self, timeout_millis: float = 30_000, **_options: Any) -> None:
-        self.quiet.close(self._exporter.shutdown)
-
-    def force_flush(self, timeout_millis: float = 10_000) -> bool:
-        return True
+        self.outages.close()

@@ -9,50 +9,63 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
+from typing import TypeVar
 
 from opentelemetry.exporter.otlp.proto.grpc import exporter as otlp
+
+Result = TypeVar("Result")
 
 _logger = logging.getLogger("moiety.telemetry")
 
 
 class OutageLog:
-    """Logs the outages of one exporter, one warning each. `what` is the word for the exported data: spans or metrics."""
+    """Logs the outages of one exporter, one warning each, and ends it.
 
-    def __init__(self, what: str) -> None:
+    `what` is the word for the exported data: spans or metrics. `shutdown` is the exporter's own; it is called once.
+    """
+
+    def __init__(self, what: str, shutdown: Callable[[], object]) -> None:
         self.failing = False  # since the last export that went through
-        self._what = what
+        self._what, self._shutdown = what, shutdown
         self._closed = threading.Event()
         self._thread = 0  # the thread inside export(): we report what the SDK logs there
         otlp.logger.addFilter(self._passes)
 
-    def export(self, send: Callable[[], bool]) -> bool:
-        """Calls `send()` and returns whether it succeeded; sends nothing after `close`."""
+    def export(self, send: Callable[[], Result], success: Result, failure: Result) -> Result:
+        """Returns the result of `send()`, or `failure` if it raises. After `close`, sends nothing."""
         if self._closed.is_set():
-            return False
+            return failure
         self._thread = threading.get_ident()
         try:
-            sent = send()
+            result = send()
         except Exception as error:
             self._failed(f"{type(error).__name__}: {error}")
-            return False
+            return failure
         finally:
             self._thread = 0
             if self._closed.is_set():
                 otlp.logger.removeFilter(self._passes)
-        if not sent:
+        if result is not success:
             self._failed("export failed")
         elif self.failing:
             self.failing = False
             _logger.info("exporting %s works again", self._what)
-        return sent
+        return result
 
-    def close(self, shutdown: Callable[[], object]) -> None:
-        """Calls the exporter's `shutdown()`, once."""
+    def close(self) -> None:
+        """Ends the exporter: cuts off a running export."""
         if not self._closed.is_set():
             self._closed.set()
-            shutdown()
+            self._shutdown()
             if not self._thread:  # else a running export, cut off by this, still logs an error and removes the filter
                 otlp.logger.removeFilter(self._passes)
+
+    def drain(self, timeout_s: float, shutdown: Callable[[], object]) -> None:
+        """Calls `shutdown`, which exports what is left. Ends the exporter first if it fails, or after `timeout_s`."""
+        if self.failing:
+            self.close()
+        if not finishes_within(timeout_s, shutdown):
+            self.close()  # cuts off the export that `shutdown` waits for
 
     def _failed(self, why: str) -> None:
         if not (self.failing or self._closed.is_set()):
