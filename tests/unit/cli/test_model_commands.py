@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -67,6 +68,18 @@ def verdict(name: str, *, identical: int) -> ParityVerdict:
     """Returns the verdict of eight prompts, `identical` of them identical."""
     prompts = [PromptResult(3, 24, None if number < identical else 7, False, 1e-5, 0.5) for number in range(8)]
     return ParityVerdict(name, "seam", ParityReport(name, "float32", 2, tuple(prompts)))
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_logits_that_are_no_numbers_fail(place: int) -> None:
+    """A NaN among the logits of any prompt fails the comparison, although all tokens agree, and is the largest error."""
+    errors = [1e-5, 1e-5]
+    errors[place] = math.nan
+    report = ParityReport("x", "float32", 2, tuple(PromptResult(3, 24, None, False, error, 0.5) for error in errors))
+    assert not report.ok
+    assert math.isnan(report.logit_error)
+    assert not ParityVerdict("x", "seam", report).ok
+    assert summary([ParityVerdict("x", "seam", report)]).startswith("FAIL: 0/1")
 
 
 def test_the_table_goes_between_its_markers(tmp_path: Path) -> None:

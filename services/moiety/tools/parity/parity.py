@@ -15,6 +15,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -57,12 +58,12 @@ class PromptResult:
     new_tokens: int
     first_difference: int | None  # index of the first generated token that differs; None = identical
     tie: bool  # whether the reference itself is undecided at that token
-    logit_error: float  # largest absolute difference over the whole text and vocabulary
+    logit_error: float  # largest absolute difference over the whole text and vocabulary; NaN if any logit is NaN
     margin: float  # smallest distance between the reference's two best logits
 
     @property
     def ok(self) -> bool:
-        return self.first_difference is None or self.tie
+        return not isnan(self.logit_error) and (self.first_difference is None or self.tie)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,12 +81,13 @@ class ParityReport:
 
     @property
     def identical(self) -> int:
-        """Number of prompts whose every token agrees."""
-        return sum(prompt.first_difference is None for prompt in self.prompts)
+        """Number of prompts whose every token agrees, and whose logits are numbers."""
+        return sum(prompt.ok and prompt.first_difference is None for prompt in self.prompts)
 
     @property
     def logit_error(self) -> float:
-        return max(prompt.logit_error for prompt in self.prompts)
+        """The largest of all prompts; NaN if that of any prompt is NaN."""
+        return max((prompt.logit_error for prompt in self.prompts), key=lambda error: (isnan(error), error))
 
     def lines(self) -> Iterator[str]:
         """Yields the lines of the report: a table with one line per prompt, then the verdict."""
