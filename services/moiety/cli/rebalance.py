@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
-from moiety.cli.options import ByteCount
 from moiety.cli.run import progress, run_async
+from moiety.cli.setting_options import setting_option
+from moiety.config.resolve import resolve
 
 
 @click.command()
-@click.option(
-    "--registry",
-    default="redis://127.0.0.1:6379/0",
-    envvar="MOIETY_REGISTRY",
-    help="URL of the Redis that holds the application's registry.",
-)
-@click.option(
-    "--app", default="moiety", envvar="MOIETY_APP", help="Name of the application: the prefix of its registry keys."
-)
+@setting_option("--registry", "registry")
+@setting_option("--app", "app")
+@setting_option("--hot-memory", "hot_memory")
 @click.option(
     "--watch", "watch_s", type=click.FloatRange(2, 3600), default=6.0, help="Seconds to watch the load before planning."
 )
 @click.option(
     "--hot-sets", type=click.IntRange(0, 256), help="Hot sets that the plan may fill.  [default: as deployed]"
 )
-@click.option("--hot-memory", type=ByteCount(), default="1GiB", help="Bytes for the experts of one hot set.")
 @click.option(
     "--layers-at-once",
     type=click.IntRange(1),
@@ -40,15 +36,13 @@ from moiety.cli.run import progress, run_async
     help="Seconds that replicas may take to follow each stage of the change.",
 )
 def rebalance(
-    registry: str,
-    app: str,
     watch_s: float,
     hot_sets: int | None,
-    hot_memory: int,
     layers_at_once: int | None,
     dry_run: bool,
     yes: bool,
     timeout_s: float,
+    **given: Any,
 ) -> None:
     """Move experts between replicas to fit the current load, while requests run.
 
@@ -63,10 +57,13 @@ def rebalance(
     from moiety.registry.connect import connect
     from moiety.tools.rebalance import RebalanceRequest, apply_placement, propose_placement
 
+    # `model` is required but not used here: the checkpoint's sizes are in the registry.
+    settings = resolve({"model": ""} | {name: value for name, value in given.items() if value is not None})
+
     async def work() -> None:
-        store = connect(registry, app)
+        store = connect(settings.registry.get_secret_value(), settings.app)
         try:
-            plan = await propose_placement(store, RebalanceRequest(watch_s, hot_sets, hot_memory))
+            plan = await propose_placement(store, RebalanceRequest(watch_s, hot_sets, int(settings.hot_memory)))
             for line in plan.lines():
                 click.echo(line)
             if not plan.changes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -12,12 +13,13 @@ from moiety.cli.run import progress
 
 @click.command()
 @click.option("--hours", type=click.FloatRange(0.1, 168), default=24.0, help="Hours to simulate.")
-@click.option("--step", type=click.FloatRange(0.5, 60), default=20.0, help="Seconds per time step.")
-@click.option("--tokens", type=click.FloatRange(1e3, 1e8), default=0.9e6, help="Mean load, tokens per second.")
-@click.option("--peak", type=click.FloatRange(1.05, 4), default=2.0, help="Peak load over mean load.")
+@click.option("--step", "step_s", type=click.FloatRange(0.5, 60), default=20.0, help="Seconds per time step.")
+@click.option("--tokens", "mean", type=click.FloatRange(1e3, 1e8), default=0.9e6, help="Mean load, tokens per second.")
+@click.option("--peak", "peak_over_mean", type=click.FloatRange(1.05, 4), default=2.0, help="Peak load over mean load.")
 @click.option("--skew", type=click.FloatRange(0, 2), default=0.8, help="Zipf exponent of the experts' popularity.")
 @click.option(
     "--start",
+    "start_s",
     type=click.FloatRange(0, 600),
     default=30.0,
     help="Seconds from a decision to the first row that the new replica computes.",
@@ -35,17 +37,13 @@ from moiety.cli.run import progress
 @click.pass_context
 def simulate(
     context: click.Context,
-    hours: float,
-    step: float,
-    tokens: float,
-    peak: float,
-    skew: float,
-    start: float,
+    /,
     groups: int,
     hot_sets: int,
-    seed: int,
+    start_s: float,
     picture: Path | None,
     json_file: Path | None,
+    **options: Any,
 ) -> None:
     """Simulate a day of a large cluster, to estimate what elasticity would save.
 
@@ -61,8 +59,8 @@ def simulate(
     from moiety.simulate.report import compare, lines, plot
     from moiety.simulate.scenario import Cluster, day_trace
 
-    cluster = Cluster(groups=groups, hot_sets=hot_sets, start_s=start)
-    trace = day_trace(tokens, hours=hours, step_s=step, peak_over_mean=peak, skew=skew, seed=seed)
+    cluster = Cluster(groups=groups, hot_sets=hot_sets, start_s=start_s)
+    trace = day_trace(**options)
     report = compare(cluster, trace, progress())
     for line in (*lines(report), f"rerun:   {invocation(context)}"):
         click.echo(line)

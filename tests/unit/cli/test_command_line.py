@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -104,3 +105,13 @@ def test_rebalance_reports_a_wrong_address_at_once(capsys: pytest.CaptureFixture
     assert run(["rebalance", "--registry", "redis://127.0.0.1:1/0", "--watch", "60"]) == 1
     assert time.monotonic() - began < 20
     assert capsys.readouterr().err.startswith("error: registry redis://127.0.0.1:1/0: ")
+
+
+def test_rebalance_reads_settings_where_serve_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`rebalance` finds the registry in a secret file, and shows its address without the password."""
+    (tmp_path / "registry").write_text("redis://:hidden@127.0.0.1:1/3")
+    monkeypatch.setenv("MOIETY_SECRETS_DIR", str(tmp_path))
+    assert run(["rebalance", "--watch", "60"]) == 1
+    assert capsys.readouterr().err.startswith("error: registry redis://127.0.0.1:1/3: ")

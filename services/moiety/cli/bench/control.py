@@ -21,17 +21,7 @@ from moiety.cli.run import progress
 @rounds_option
 @json_option
 @click.pass_context
-def control(
-    context: click.Context,
-    replicas: int,
-    routers: int,
-    layers: int,
-    experts: int,
-    groups: int,
-    hot_sets: int,
-    rounds: int,
-    json_file: Path | None,
-) -> None:
+def control(context: click.Context, /, json_file: Path | None, **options: int) -> None:
     """Measure the control plane of a large system: planning, the dispatch table, the traffic on Redis.
 
     Nothing is served: the replicas exist only as entries in a real Redis, which this benchmark starts. Each kind of
@@ -46,7 +36,7 @@ def control(
     from moiety.tools.machine import Machine
 
     machine = Machine.here()
-    work = ControlWork(replicas, routers, layers, experts, groups, hot_sets, rounds)
+    work = ControlWork(**options)
     report = bench_control(work, progress())
     for line in (*control_lines(report, work), *machine.lines(), f"rerun:   {invocation(context)}"):
         click.echo(line)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -37,19 +38,7 @@ from moiety.cli.run import progress, signals_interrupt
 )
 @json_option
 @click.pass_context
-def elastic(
-    context: click.Context,
-    groups: int,
-    capacity: float,
-    max_replicas: int,
-    low: float,
-    high: float,
-    seconds: tuple[float, float, float],
-    zipf: float,
-    seed: int,
-    plot_file: Path | None,
-    json_file: Path | None,
-) -> None:
+def elastic(context: click.Context, /, plot_file: Path | None, json_file: Path | None, **options: Any) -> None:
     """Raise and lower a skewed load on a live Ray system, and check that only the hot group's replicas follow.
 
     Starts its own Ray, Redis and small model. Requests arrive as a Poisson process, with prompts drawn by Zipf's law. The
@@ -66,7 +55,7 @@ def elastic(
     from moiety.tools.machine import Machine
 
     machine = Machine.here()
-    work = ElasticWork(groups, capacity, max_replicas, low, high, seconds, zipf, seed=seed)
+    work = ElasticWork(**options)
     with signals_interrupt():
         report = bench_elastic(work, progress=progress())
     for line in (*elastic_lines(report), *machine.lines(), f"rerun:   {invocation(context)}"):

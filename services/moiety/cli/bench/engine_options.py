@@ -38,8 +38,14 @@ def engine_options(concurrency: str) -> Callable[[Function], Function]:
             json_option,
             rounds_option,
             dtype_option("bfloat16"),
-            click.option("--new", type=click.IntRange(3, 1 << 20), default=64, help="Tokens to generate per stream."),
-            click.option("--prompt", type=tokens, default=64, help="Tokens per prompt."),
+            click.option(
+                "--new",
+                "new_tokens",
+                type=click.IntRange(3, 1 << 20),
+                default=64,
+                help="Tokens to generate per stream.",
+            ),
+            click.option("--prompt", "prompt_tokens", type=tokens, default=64, help="Tokens per prompt."),
             click.option(
                 "--concurrency",
                 type=IntegerList(1, 1024),
@@ -70,15 +76,7 @@ def run_engine_benchmark(
     from moiety.tools.machine import Machine
 
     machine = Machine.here()
-    work = EngineWork(
-        options["model"],
-        options["groups"],
-        options["concurrency"],
-        options["prompt"],
-        options["new"],
-        options["dtype"],
-        options["rounds"],
-    )
+    work = EngineWork(**options)
     rows = run_async(measure(work, progress=progress()))
     for line in (*lines(rows, work), *machine.lines(), f"rerun:   {invocation(context)}"):
         click.echo(line)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -29,15 +30,7 @@ from moiety.cli.run import progress, signals_interrupt
 @click.option("--threads", type=click.IntRange(1, 1024), help="Threads that compute.  [default: one per usable core]")
 @json_option
 @click.pass_context
-def experts(
-    context: click.Context,
-    hidden: int,
-    intermediate: int,
-    rows: tuple[int, ...],
-    dtypes: tuple[str, ...],
-    threads: int | None,
-    json_file: Path | None,
-) -> None:
+def experts(context: click.Context, /, json_file: Path | None, dtypes: tuple[str, ...], **options: Any) -> None:
     """Measure the experts' kernels beside plain torch: weight bandwidth and matrix products.
 
     The same run measures the machine's read bandwidth and matmul rate. Up to 8 rows per expert, reading weights is the
@@ -58,9 +51,7 @@ def experts(
         raise click.UsageError(f"--dtypes {', '.join(unknown)}: must be among {', '.join(DTYPES)}")
     machine = Machine.here()
     with signals_interrupt():
-        report = bench_experts(
-            hidden=hidden, intermediate=intermediate, rows=rows, dtypes=dtypes, threads=threads, progress=progress()
-        )
+        report = bench_experts(dtypes=dtypes, progress=progress(), **options)
     for line in (*experts_lines(report), *machine.lines(), f"rerun:   {invocation(context)}"):
         click.echo(line)
     write_json(json_file, {"machine": asdict(machine), **asdict(report)})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -33,26 +34,13 @@ from moiety.cli.run import progress, run_async
     help="Requests offered per second, as multiples of the measured capacity; separated by commas.",
 )
 @click.option("--seconds", type=click.FloatRange(1, 600), default=15.0, help="Seconds per load.")
-@click.option("--prompt", type=click.IntRange(1, 1 << 20), default=32, help="Tokens per prompt.")
-@click.option("--new", type=click.IntRange(1, 1 << 20), default=32, help="New tokens per request.")
+@click.option("--prompt", "prompt_tokens", type=click.IntRange(1, 1 << 20), default=32, help="Tokens per prompt.")
+@click.option("--new", "new_tokens", type=click.IntRange(1, 1 << 20), default=32, help="New tokens per request.")
 @dtype_option("bfloat16")
 @rounds_option
 @json_option
 @click.pass_context
-def flood(
-    context: click.Context,
-    model: str,
-    groups: int,
-    slots: int,
-    queue: int,
-    loads: tuple[int, ...],
-    seconds: float,
-    prompt: int,
-    new: int,
-    dtype: str,
-    rounds: int,
-    json_file: Path | None,
-) -> None:
+def flood(context: click.Context, /, json_file: Path | None, **options: Any) -> None:
     """Offer more requests than can be served, and check tokens/s of accepted ones and retry delays of refusals.
 
     First measures the capacity: the requests served per second while every slot and half of the queue are occupied.
@@ -68,7 +56,7 @@ def flood(
     from moiety.tools.machine import Machine
 
     machine = Machine.here()
-    work = FloodWork(model, groups, slots, queue, loads, seconds, prompt, new, dtype, rounds)
+    work = FloodWork(**options)
     report = run_async(bench_flood(work, progress=progress()))
     for line in (*flood_lines(report), *machine.lines(), f"rerun:   {invocation(context)}"):
         click.echo(line)
