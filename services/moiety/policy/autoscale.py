@@ -9,10 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from moiety.config.options import Scaling
+from moiety.config.options import Scaling
 
 STEP_TIMEOUT_S = 30.0  # a replica that is not live after this time no longer delays the next step
 SETTLE_S = 1.5  # after this time, the load reports from before a step have left their window
@@ -178,9 +176,8 @@ def _wanted(snapshot: Snapshot, settings: Scaling, growing: bool) -> tuple[int, 
         wanted = min(math.ceil(divisible / per_replica - ROUNDING), 4 * snapshot.target)
         if wanted > snapshot.target:
             return wanted, text, "busy"
-    elif (
-        busy > target and not growing
-    ):  # no number of replicas reaches the target: double, then judge whether it helped
+    elif busy > target and not growing:
+        # No number of replicas reaches the target: double, then judge whether it helped.
         return 2 * snapshot.target, text, "busy"
     if snapshot.queue_wait_ms > settings.queue_wait_ms and not growing:
         why = f"queue wait {snapshot.queue_wait_ms:.0f} ms > limit {settings.queue_wait_ms:.0f} ms"

@@ -90,9 +90,8 @@ class LoopbackHop:
     watch: Watch
     registry: MemoryRegistry
     thread: concurrent.futures.Executor
-    reported_missing: list[tuple[int, list[int]]] = field(
-        default_factory=list
-    )  # (layer, experts) that had no live replica
+    # (layer, experts) that had no live replica
+    reported_missing: list[tuple[int, list[int]]] = field(default_factory=list)
 
     async def compute(
         self,

@@ -17,8 +17,6 @@ from opentelemetry.proto.trace.v1 import trace_pb2
 from moiety.telemetry.tracing import Value
 from moiety.tools.trace.spans import ReceivedMetric, ReceivedSpan
 
-__all__ = ["ReceivedMetric", "ReceivedSpan", "TraceReceiver"]
-
 _MAX_MESSAGE_BYTES = 16 << 20
 _STATUS = {trace_pb2.Status.STATUS_CODE_OK: "ok", trace_pb2.Status.STATUS_CODE_ERROR: "error"}
 _KIND = {trace_pb2.Span.SPAN_KIND_CLIENT: "client", trace_pb2.Span.SPAN_KIND_SERVER: "server"}

@@ -9,9 +9,7 @@ from statistics import median
 
 from moiety.telemetry.names import Attribute, SpanName
 from moiety.tools.trace.spans import ReceivedSpan
-from moiety.tools.trace.tree import Node, coverage, trees
-
-__all__ = ["coverage", "waterfall"]
+from moiety.tools.trace.tree import Node, trees
 
 _EIGHTHS = " ▏▎▍▌▋▊▉"
 _OUTLIER = 3.0  # the slowest sibling is shown, not summed up, if it took this many times the median of its kind
