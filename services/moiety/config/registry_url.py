@@ -17,18 +17,25 @@ class RegistryUrl(Secret[str]):
 
     @property
     def holds_secret(self) -> bool:
+        """Whether the URL may not be shown whole."""
         return str(self) != self.get_secret_value()
 
 
 def without_secrets(url: str) -> str:
-    """Returns `url` without user name, password and secret options, or only the scheme of a malformed `url`."""
+    """Returns `url` without user name, password and secret options, or only the scheme of a malformed `url`.
+
+    A URL without any of these is returned as it is.
+    """
     try:
         parts = urlsplit(url)
-        host = parts.netloc.rpartition("@")[2]
-        options = [(name, value) for name, value in parse_qsl(parts.query) if name not in _SECRET_OPTIONS]
+        user, _, host = parts.netloc.rpartition("@")
+        given = parse_qsl(parts.query)
+        options = [(name, value) for name, value in given if name not in _SECRET_OPTIONS]
         # A password with an unescaped "/", "?" or "#" ends up outside the netloc: show nothing of such a text.
         if not parts.scheme or any("@" in part for part in (parts.path, parts.query, parts.fragment)):
             raise ValueError
+        if not user and options == given:
+            return url
         return urlunsplit((parts.scheme, host, parts.path, urlencode(options), ""))
     except ValueError:
         return f"{url.partition('://')[0]}://…" if "://" in url else "…"

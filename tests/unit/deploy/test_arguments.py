@@ -45,6 +45,12 @@ def test_a_password_does_not_travel_in_arguments(monkeypatch: pytest.MonkeyPatch
     assert from_arguments(values) == settings
 
 
+@pytest.mark.parametrize("url", ["unix:///run/redis.sock", "rediss://h:1/0?ssl_ca_certs=/etc/ca.pem", "REDIS://h:1/0"])
+def test_a_url_without_a_password_travels(url: str) -> None:
+    """A registry URL that holds no secret is carried as it is, whatever its form: no process needs it in its environment."""
+    assert from_arguments(to_arguments(AppSettings(model="m", registry=url))).registry.get_secret_value() == url
+
+
 def test_carried_arguments_win_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """A node's MOIETY_* variables do not change the application's arguments."""
     settings = AppSettings(model="m", registry="redis://10.0.0.1:6390/0", router={"slots": 7})
