@@ -9,20 +9,32 @@ import click
 import yaml
 
 from moiety.cli.options import Function
+from moiety.config.application import AppSettings
 from moiety.config.catalogue import catalogue
+from moiety.config.registry_url import RegistryUrl
 from moiety.config.resolve import nested
+from moiety.config.validate import leaves
+
+_TEXTS = frozenset(name for name, field in leaves(AppSettings) if field.annotation in (str, RegistryUrl))
 
 
 class SettingValue(click.ParamType[Any]):
-    """Option type: the value of a setting, as YAML: 64, 4GiB, true, null, {experts-3: {max_replicas: 8}}."""
+    """Option type: the value of `setting`, as YAML: 64, 4GiB, true, null, {experts-3: {max_replicas: 8}}.
+
+    The value of a text may look like a number or a flag: `--app 7` names the application "7".
+    """
 
     name = "value"
 
+    def __init__(self, setting: str) -> None:
+        self.setting = setting
+
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         try:
-            return yaml.safe_load(value)
+            read = yaml.safe_load(value)
         except yaml.YAMLError:
             self.fail("must be a value as in YAML", param, ctx)
+        return value if self.setting in _TEXTS and not isinstance(read, str) else read
 
 
 class Assignment(click.ParamType[dict[str, Any]]):
@@ -36,7 +48,7 @@ class Assignment(click.ParamType[dict[str, Any]]):
         setting, separator, text = str(value).partition("=")
         if not separator or not all(setting.split(".")):
             self.fail("must be NAME=VALUE, such as router.slots=64", param, ctx)
-        return nested(setting, SettingValue().convert(text, param, ctx))
+        return nested(setting, SettingValue(setting).convert(text, param, ctx))
 
 
 def setting_option(option: str, name: str, default: str | None = None) -> Callable[[Function], Function]:
@@ -46,4 +58,4 @@ def setting_option(option: str, name: str, default: str | None = None) -> Callab
     """
     setting = next(setting for setting in catalogue() if setting.name == name)
     text = f"{setting.description}  [{name}; default: {default or setting.default}]"
-    return click.option(option, name.replace(".", "__"), type=SettingValue(), help=text)
+    return click.option(option, name.replace(".", "__"), type=SettingValue(name), help=text)

@@ -93,6 +93,12 @@ def test_every_option_of_a_setting_reaches_it(tiny: Callable[[str], str]) -> Non
     assert str(short.registry) == "redis://h:1/0"
 
 
+def test_a_text_may_look_like_a_number(tiny: Callable[[str], str]) -> None:
+    """Names are taken as they are written, whatever YAML would make of them."""
+    settings = _settings(tiny("mixtral"), "--app", "0123", "--set", "served_name=on", "--set", 'listen_host="::"')
+    assert (settings.app, settings.served_name, settings.listen_host) == ("0123", "on", "::")
+
+
 @pytest.mark.parametrize(
     ("assignment", "status", "message"),
     [
