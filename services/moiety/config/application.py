@@ -97,7 +97,7 @@ class AppSettings(SystemOptions):
                     f"{name}: overflow is for groups, {EXPERTS}…; a hot set follows the groups of its experts"
                 )
             try:
-                validated(ExpertDeployment, {**common.model_dump(), **changes})
+                _changed(common, name, changes)
             except ConfigError as error:
                 raise ValueError(f"{name}: {error}") from None
         return value
@@ -107,10 +107,16 @@ class AppSettings(SystemOptions):
 
         A hot set may scale to zero unless its entry says otherwise.
         """
-        changes = {**({"min_replicas": 0} if name.startswith(HOT) else {}), **self.overrides.get(name, {})}
-        return validated(ExpertDeployment, {**self.experts.model_dump(), **changes}) if changes else self.experts
+        return _changed(self.experts, name, self.overrides.get(name, {}))
 
     def scaling(self, deployment: str) -> Scaling:
         """Returns how `deployment` scales: the routers, the gateways, an expert group or a hot set."""
         standing: Mapping[str, Scaling] = {ROUTER: self.router, GATEWAY: self.gateway}
         return standing.get(deployment) or self.group(deployment)
+
+
+def _changed(common: ExpertDeployment, name: str, changes: Mapping[str, Any]) -> ExpertDeployment:
+    """Returns the settings of an expert group or hot set from those `common` to all, and `changes` for this one."""
+    if name.startswith(HOT):
+        changes = {"min_replicas": 0, **changes}
+    return validated(ExpertDeployment, {**common.model_dump(), **changes}) if changes else common

@@ -223,6 +223,13 @@ def test_a_deployment_may_differ_from_the_others() -> None:
         resolve({"model": "m", "overrides": {"experts-1": {"min_replicas": 5}}})
 
 
+def test_a_hot_set_may_have_fewer_replicas_than_a_group() -> None:
+    """A hot set may scale to zero unless its entry says otherwise, so the fewest replicas of groups do not bind it."""
+    given = {"model": "m", "hot_sets": 1, "experts": {"min_replicas": 2}, "overrides": {"hot-0": {"max_replicas": 1}}}
+    hot = resolve(given).group("hot-0")
+    assert (hot.min_replicas, hot.max_replicas) == (0, 1)
+
+
 @pytest.mark.parametrize("name", ["experts-2", "hot-1", "expert-1", "experts-01", "router"])
 def test_overrides_are_for_what_exists(name: str) -> None:
     """A name of `overrides` that no expert group or hot set has is refused with the names there are."""
