@@ -51,7 +51,7 @@ def from_surroundings() -> dict[str, Any]:
             secrets = SecretsSettingsSource(_Sources, folder, env_prefix="")() or {}
         return merged(secrets, EnvSettingsSource(_Sources)() or {})
     except SettingsError as error:
-        raise ConfigError("environment", None, str(error)) from None
+        raise ConfigError("environment", None, f"{error}: must be JSON") from None
 
 
 def merged(*sources: Mapping[str, Any]) -> dict[str, Any]:

@@ -68,7 +68,7 @@ def test_other_variables_are_not_settings(monkeypatch: pytest.MonkeyPatch):
     ("variable", "value", "message"),
     [
         ("MOIETY_ROUTER__SLOTZ", "1", r"router\.slotz = '1': unknown; did you mean router\.slots\?"),
-        ("MOIETY_ROUTER", "slots", 'environment .*"router"'),
+        ("MOIETY_ROUTER", "slots", 'environment .*"router".*: must be JSON'),
         ("MOIETY_SECRETS_DIR", "/no/such/folder", "MOIETY_SECRETS_DIR = '/no/such/folder': must be a folder"),
     ],
 )
