@@ -37,8 +37,8 @@ inline __m512 distance_bias(const float* bias, std::int64_t count, std::int64_t 
 
 // Turns a row's scores of one tile into weights relative to the largest score so far, and rescales the earlier sums where
 // that has grown. `bias` is the row's own or null; `distance` is that of the tile's first position.
-inline void add_scores(const AttentionCall& call, float* score, std::uint64_t seen, State& state, std::int64_t row, const float* bias,
-                       std::int64_t distance) {
+inline void add_scores(const AttentionCall& call, float* score, std::uint64_t seen, State& state, std::int64_t row,
+                       const float* bias, std::int64_t distance) {
     __m512 s[4];
     float largest = state.maximum[row];
     for (int i = 0; i < 4; ++i) {

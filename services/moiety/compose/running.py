@@ -143,7 +143,7 @@ class ServiceStart:
         """Returns an action for `ServiceParts.on_beat` that reports the service's load to the load ledger once a second.
 
         `busy()` must return the load since the previous `busy()`; the meter exports the latest value. `demand()` returns
-        a router's counters; other services leave it out. Both values are sent in one round trip.
+        a router's counters; other services leave it out. Both values are sent together.
         """
         latest: ReplicaLoad | None = None
         due = 0.0

@@ -73,7 +73,7 @@ class Registry(Protocol):
     ) -> None:
         """Stores a service's load, `busy`, and a router's counters, `demand`. Services call this once a second.
 
-        Both travel in one round trip, to separate keys. Counters are cumulative, so a repeated report counts once.
+        Both travel together, to separate keys. Counters are cumulative, so a repeated report counts once.
         """
         ...
 
