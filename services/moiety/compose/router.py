@@ -154,16 +154,16 @@ async def reach_experts(
     closers.push_async_callback(fleet.close)
     lanes = Lanes(fleet.mailbox.wait)
     context = HopContext(
-        fleet,
-        revision,
-        dtype,
-        settings.expert_wait_s,
-        Hedging(settings.hedge_after_s, settings.retry_budget),
-        ExpertDemandCounter(shape.moe_layers, shape.experts, started=time.time()),
-        CostFit(expert_bytes),
-        tracer,
-        lanes.wait,
-        OverrunReplicas(settings.overflow_queue_ms) if settings.may_overflow else None,
+        fleet=fleet,
+        revision=revision,
+        dtype=dtype,
+        expert_wait_s=settings.expert_wait_s,
+        hedging=Hedging(settings.hedge_after_s, settings.retry_budget),
+        demand=ExpertDemandCounter(shape.moe_layers, shape.experts, started=time.time()),
+        costs=CostFit(expert_bytes),
+        tracer=tracer,
+        wait=lanes.wait,
+        queues=OverrunReplicas(settings.overflow_queue_ms) if settings.may_overflow else None,
     )
     return context, lanes
 

@@ -150,15 +150,15 @@ async def loopback_hop(
         stack.push_async_callback(fleet.close)
         rows = codec.DTYPES[dtype]
         context = HopContext(
-            fleet,
-            revision,
-            rows,
-            expert_wait_s,
-            Hedging(hedge_after_s, retry_budget, hedge_factor),
-            ExpertDemandCounter(shape.moe_layers, shape.experts),
-            CostFit(shape.mlp.parameters * rows.itemsize),
-            NO_TRACER,
-            fleet.mailbox.wait,
+            fleet=fleet,
+            revision=revision,
+            dtype=rows,
+            expert_wait_s=expert_wait_s,
+            hedging=Hedging(hedge_after_s, retry_budget, hedge_factor),
+            demand=ExpertDemandCounter(shape.moe_layers, shape.experts),
+            costs=CostFit(shape.mlp.parameters * rows.itemsize),
+            tracer=NO_TRACER,
+            wait=fleet.mailbox.wait,
         )
         await eventually(lambda: {replica.id for replica in replicas} <= set(fleet.table.replicas))
         lane = LoopbackHop(Hop(context), fleet, watch, registry, thread)
