@@ -17,7 +17,8 @@ DTYPES: tuple[str, ...] = get_args(Dtype)
 Overflow = Literal["wait", "backup"]
 _SIZE = {"type": ["integer", "string"], "minimum": 1 << 10, "pattern": r"^[0-9]+(\.[0-9]+)?\s*([KMGT]i?B)?$"}
 Size = Annotated[ByteSize, Field(ge=1 << 10), WithJsonSchema(_SIZE)]  # bytes, with or without a unit
-LIVE_SETTINGS = ("target_busy", "queue_wait_ms", "shrink_after_s", "shrink_margin")  # what `Scaling.with_live` may change
+# What `Scaling.with_live` may change.
+LIVE_SETTINGS = ("target_busy", "queue_wait_ms", "shrink_after_s", "shrink_margin")
 
 # Settings whose default depends on the kind of service.
 MinReplicas = Annotated[int, Field(ge=0, le=1000, description="Fewest replicas.")]
