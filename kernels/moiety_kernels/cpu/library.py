@@ -8,6 +8,7 @@ import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch  # noqa: F401  # load torch's libgomp first, so that the library shares its threads
 
@@ -55,8 +56,15 @@ class Library:
             else:
                 function = self._library[name]
                 function.argtypes, function.restype = (ctypes.POINTER(call),), None
-                self._functions[name] = lambda **fields: function(call(**fields))
+                self._functions[name] = functools.partial(_run, function, call, len(call._fields_))
         return self._functions[name]
+
+
+def _run(function: Callable[..., None], call: type[ctypes.Structure], fields: int, /, **values: Any) -> None:
+    """Calls `function` with a `call` of `values`. Raises TypeError unless all its `fields` are given: ctypes would take 0."""
+    if len(values) != fields:
+        raise TypeError(f"{call.__name__}: {len(values)} fields given: must be {fields}, all of calls.py")
+    function(call(**values))
 
 
 @functools.cache

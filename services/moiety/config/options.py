@@ -46,7 +46,7 @@ class SystemOptions(Options):
     listen_host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 = every interface."""
     advertise_host: str = ""
-    """Address by which others reach a service; default: the node's, or listen_host on loopback."""
+    """Address by which others reach a service; default: listen_host, or the node's if that is every interface."""
     dtype: Dtype = "auto"
     """Data type of weights and rows: auto (as published), float32, bfloat16 or float16."""
     device: Literal["cpu", "cuda"] = "cpu"

@@ -12,6 +12,7 @@ from moiety.config.validate import validated
 from moiety.errors import ConfigError
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+EVERY_INTERFACE = ("0.0.0.0", "::")
 
 
 def to_arguments(settings: AppSettings) -> dict[str, Any]:
@@ -78,11 +79,11 @@ def _values(
 ) -> dict[str, Any]:
     """Returns the settings of a service: those of the system, and those of `deployment` that `kind` declares.
 
-    The address to register is `advertise_host` if set, `listen_host` if that is loopback, else the node's address.
+    The address to register is `advertise_host` if set, else `listen_host`, or the node's address if that is every interface.
     """
     return {
         **settings.model_dump(include=set(SystemOptions.model_fields)),
         **deployment.model_dump(include=set(kind.model_fields)),
         "listen_host": listen_host,
-        "advertise_host": settings.advertise_host or (listen_host if listen_host in LOOPBACK else node_address),
+        "advertise_host": settings.advertise_host or (node_address if listen_host in EVERY_INTERFACE else listen_host),
     }

@@ -71,6 +71,8 @@ def test_loopback_stays_loopback() -> None:
     door = cluster.model_copy(update={"gateway": GatewayDeployment(listen_host="127.0.0.1")})
     assert gateway_settings(door, NODE).advertised == gateway_settings(door, NODE).listen_host == "127.0.0.1"
     assert router_settings(door, NODE).listen_host == "0.0.0.0"
+    one = cluster.model_copy(update={"gateway": GatewayDeployment(listen_host="10.0.0.9")})
+    assert gateway_settings(one, NODE).advertised == "10.0.0.9"  # it does not listen on another address of the node
     named = cluster.model_copy(update={"advertise_host": "pod-3.experts"})
     assert expert_settings(named, "experts-3", "0:0", NODE).advertised == "pod-3.experts"
 
