@@ -29,7 +29,9 @@ Cpus = Annotated[float, Field(ge=0, description="Ray CPUs per replica.")]
 class Options(BaseModel):
     """Base of all settings: frozen, and closed to unknown names. The text below a setting is its description."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True, use_attribute_docstrings=True
+    )
 
 
 class SystemOptions(Options):

@@ -6,6 +6,7 @@ below the entry receives plain frozen settings. No other module reads settings f
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,12 +16,14 @@ import yaml
 from pydantic_settings import BaseSettings, EnvSettingsSource, SecretsSettingsSource, SettingsConfigDict, SettingsError
 
 from moiety.config.application import AppSettings
-from moiety.config.validate import validated
+from moiety.config.validate import leaves, similar, validated
 from moiety.errors import ConfigError
 
 ENV_PREFIX = "MOIETY_"
 NESTED = "__"  # MOIETY_ROUTER__SLOTS is router.slots
 SECRETS_DIR = "MOIETY_SECRETS_DIR"
+
+_log = logging.getLogger(__name__)
 
 
 class _Sources(AppSettings, BaseSettings):
@@ -33,6 +36,7 @@ class _Sources(AppSettings, BaseSettings):
 
 def resolve(given: Mapping[str, Any], yaml_path: str | None = None) -> AppSettings:
     """Returns the settings. What is `given` (flags, or Serve's arguments) wins over all other sources, field by field."""
+    _warn_of_unknown_variables()
     file = {} if yaml_path is None else _read_yaml(yaml_path)
     return validated(AppSettings, merged(file, from_surroundings(), given))
 
@@ -48,10 +52,12 @@ def from_surroundings() -> dict[str, Any]:
         if folder := os.environ.get(SECRETS_DIR):
             if not Path(folder).is_dir():
                 raise ConfigError(SECRETS_DIR, folder, "must be a folder")
-            secrets = SecretsSettingsSource(_Sources, folder, env_prefix="")() or {}
+            files = SecretsSettingsSource(_Sources, folder, env_prefix="")() or {}
+            secrets = {name: value for name, value in files.items() if value != ""}  # unset, like an empty variable
         return merged(secrets, EnvSettingsSource(_Sources)() or {})
     except SettingsError as error:
-        raise ConfigError("environment", None, f"{error}: must be JSON") from None
+        name = str(error).split('"')[1]  # pydantic-settings names the field, and its own class instead of the source
+        raise ConfigError(name, None, f"{ENV_PREFIX}{name.upper()}, or the secret file {name}, must be JSON") from None
 
 
 def merged(*sources: Mapping[str, Any]) -> dict[str, Any]:
@@ -75,8 +81,20 @@ def nested(name: str, value: Any) -> dict[str, Any]:
 def _read_yaml(path: str) -> dict[str, Any]:
     try:
         data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError("config file", path, f"cannot be read: {error}") from error
-    if not isinstance(data, dict):
-        raise ConfigError("config file", path, "must hold a mapping of settings")
+    if not isinstance(data, dict) or not all(isinstance(name, str) for name in data):
+        raise ConfigError("config file", path, "must hold a mapping of settings by name")
     return data
+
+
+def _warn_of_unknown_variables() -> None:
+    """Warns of a variable that is no setting but resembles one. Not an error: Kubernetes sets MOIETY_PORT for a Service."""
+    names = {name for name, _ in leaves(AppSettings)} | AppSettings.model_fields.keys()
+    for variable, value in os.environ.items():
+        if not variable.startswith(ENV_PREFIX) or value.startswith("tcp://"):
+            continue
+        name = variable.removeprefix(ENV_PREFIX).lower().replace(NESTED, ".")
+        if name not in names and (meant := similar(AppSettings, name)):
+            there = " or ".join(ENV_PREFIX + other.replace(".", NESTED).upper() for other in meant)
+            _log.warning("%s is not read; did you mean %s?", variable, there)

@@ -48,8 +48,15 @@ def _without_secrets(value: Any) -> Any:
     return without_secrets(value) if isinstance(value, str) and "://" in value else value
 
 
+def similar(kind: type[BaseModel], name: str) -> list[str]:
+    """Returns the dotted names of those settings of `kind` that may be meant by the unknown `name`."""
+    names = [known for known, _ in leaves(kind)]
+    return [known for known in names if known.rpartition(".")[2] == name] or get_close_matches(name, names, cutoff=0.7)
+
+
 def _unknown(kind: type[BaseModel], name: str) -> str:
     """Says that `kind` has no setting called `name`, and which one may be meant."""
-    names = [known for known, _ in leaves(kind)]
-    meant = [known for known in names if known.rpartition(".")[2] == name] or get_close_matches(name, names, cutoff=0.7)
+    meant = similar(kind, name)
+    if name in meant:
+        return f"unknown with a dot: write {': {'.join(name.split('.'))}: …{'}' * name.count('.')}"
     return f"unknown; did you mean {' or '.join(meant)}?" if meant else "unknown"

@@ -30,8 +30,10 @@ def build(args: Mapping[str, Any] | AppSettings) -> serve.Application:
     impossible argument, CheckpointError for a checkpoint that cannot be served.
     """
     settings = args if isinstance(args, AppSettings) else resolve(args)
-    if str(settings.registry).startswith("file:"):
-        raise ConfigError("registry", str(settings.registry), "Serve's replicas need a redis:// or rediss:// registry")
+    if not settings.registry.get_secret_value().lower().startswith(("redis://", "rediss://")):
+        raise ConfigError(
+            "registry", str(settings.registry), "must be redis://… or rediss://…: replicas may be on any node"
+        )
     router_settings(settings, LOOPBACK[0])  # raises here what would stop a replica from starting
     arguments = to_arguments(settings)
     routers = serve.deployment(RouterReplica).options(**_options(settings, arguments, ROUTER))

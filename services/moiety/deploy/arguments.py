@@ -12,24 +12,27 @@ from moiety.config.validate import validated
 from moiety.errors import ConfigError
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+SHOWN = "without_secrets"  # key of a registry URL that lacks its password
 EVERY_INTERFACE = ("0.0.0.0", "::")
 
 
 def to_arguments(settings: AppSettings) -> dict[str, Any]:
     """Returns `settings` as plain values that Ray may store and log.
 
-    A registry URL that holds a password is left out: each process reads it where it runs, see `from_arguments`.
+    Of a registry URL that holds a password, only what may be shown: each process reads the whole URL where it runs, see
+    `from_arguments`.
     """
-    return settings.model_dump(mode="json", exclude={"registry"} if settings.registry.holds_secret else None)
+    values = settings.model_dump(mode="json")
+    return {**values, "registry": {SHOWN: values["registry"]}} if settings.registry.holds_secret else values
 
 
 def from_arguments(values: Mapping[str, Any]) -> AppSettings:
     """Returns the settings from which `to_arguments` made `values`. Called in the process that receives `values`.
 
-    A registry URL that was left out comes from this process's environment or secret files; nothing else does. Raises
-    ConfigError if it is not there.
+    A registry URL with a password comes from this process's environment or secret files; nothing else does. Raises
+    ConfigError if it is not there, or is another URL.
     """
-    if "registry" in values:
+    if not isinstance(values["registry"], Mapping):
         return validated(AppSettings, values)
     from moiety.config.resolve import from_surroundings  # takes 0.1 s to import, and only a secret URL needs it
 
@@ -39,7 +42,10 @@ def from_arguments(values: Mapping[str, Any]) -> AppSettings:
             None,
             "its URL has a password: set MOIETY_REGISTRY, or a file `registry` in MOIETY_SECRETS_DIR, for Ray on each node",
         )
-    return validated(AppSettings, {**values, "registry": registry})
+    settings = validated(AppSettings, {**values, "registry": registry})
+    if str(settings.registry) != (given := values["registry"][SHOWN]):
+        raise ConfigError("registry", str(settings.registry), f"must be {given} with its password, as Serve was given")
+    return settings
 
 
 def initial_replicas(settings: AppSettings, deployment: str) -> int:

@@ -65,10 +65,56 @@ def test_other_variables_are_not_settings(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.parametrize(
+    ("variable", "value", "meant"),
+    [
+        ("MOIETY_SLOTS", "64", "MOIETY_ROUTER__SLOTS"),
+        ("MOIETY_ROUTER_SLOTS", "64", "MOIETY_ROUTER__SLOTS"),
+        ("MOIETY_REGISTRI", "redis://h", "MOIETY_REGISTRY"),
+        ("MOIETY_PORT", "tcp://10.0.0.1:50051", None),  # Kubernetes sets it in pods beside a Service called moiety
+        ("MOIETY_CPU_KERNELS", "off", None),  # read elsewhere
+    ],
+)
+def test_a_variable_that_resembles_a_setting_is_warned_of(
+    variable: str,
+    value: str,
+    meant: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+):
+    """It has no effect, and a warning names the setting that may be meant."""
+    monkeypatch.setenv(variable, value)
+    assert resolve({"model": "m"}) == AppSettings(model="m")
+    assert caplog.messages == ([f"{variable} is not read; did you mean {meant}?"] if meant else [])
+
+
+def test_an_empty_secret_file_counts_as_unset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As an empty variable does."""
+    (tmp_path / "app").write_text("\n")
+    monkeypatch.setenv("MOIETY_SECRETS_DIR", str(tmp_path))
+    assert resolve({"model": "m"}).app == "moiety"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"5: 3", "must hold a mapping of settings by name"),
+        (b"app: \xff", "cannot be read"),
+        (b"router.slots: 5", r"router\.slots = 5: unknown with a dot: write router: \{slots: …\}"),
+    ],
+)
+def test_a_file_that_is_no_list_of_settings_is_reported(content: bytes, message: str, tmp_path: Path):
+    """Keys that are no names, bytes that are no text, and dots instead of nesting."""
+    (tmp_path / "settings.yaml").write_bytes(content)
+    with pytest.raises(ConfigError, match=message):
+        resolve({"model": "m"}, str(tmp_path / "settings.yaml"))
+
+
+@pytest.mark.parametrize(
     ("variable", "value", "message"),
     [
         ("MOIETY_ROUTER__SLOTZ", "1", r"router\.slotz = '1': unknown; did you mean router\.slots\?"),
-        ("MOIETY_ROUTER", "slots", 'environment .*"router".*: must be JSON'),
+        ("MOIETY_ROUTER", "slots", "router = None: MOIETY_ROUTER, or the secret file router, must be JSON"),
+        ("MOIETY_EXPERTS__NUM_CPUS", "inf", r"experts\.num_cpus = 'inf': Input should be a finite number"),
         ("MOIETY_SECRETS_DIR", "/no/such/folder", "MOIETY_SECRETS_DIR = '/no/such/folder': must be a folder"),
     ],
 )

@@ -37,6 +37,9 @@ def test_a_password_does_not_travel_in_arguments(monkeypatch: pytest.MonkeyPatch
     assert "hunter2" not in json.dumps(values)
     with pytest.raises(ConfigError, match="MOIETY_REGISTRY"):
         from_arguments(values)
+    monkeypatch.setenv("MOIETY_REGISTRY", "redis://:hunter2@elsewhere:1/0")
+    with pytest.raises(ConfigError, match=r"registry = 'redis://elsewhere:1/0': must be .* as Serve was given"):
+        from_arguments(values)
     monkeypatch.setenv("MOIETY_REGISTRY", SECRET_URL)
     assert from_arguments(values) == settings
     monkeypatch.delenv("MOIETY_REGISTRY")
@@ -115,6 +118,8 @@ def test_default_placement_covers_every_expert_once(model: Path) -> None:
         ({"groups": 9}, "groups"),
         ({"grups": 2}, "grups"),
         ({"registry": "file:///run/registry.json"}, "registry"),
+        ({"registry": "unix:///run/redis.sock"}, "registry"),
+        ({"registry": "hunter2"}, "registry"),
         ({"experts": {"min_replicas": 5, "max_replicas": 4}}, "experts.max_replicas"),
         ({"experts": {"min_replica": 1}}, "experts.min_replica"),
     ],
