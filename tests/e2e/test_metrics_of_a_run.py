@@ -22,7 +22,9 @@ def test_services_export_load_rows_and_cost_error(served: Served) -> None:
             demand = await served.cluster.registry.expert_demand()
             counted = [sum(map(sum, counters.rows)) for counters in demand.values()]
             errors = [figure.value for figure in figures if figure.name == MetricName.COST_ERROR]
-            if errors and routed and max(counted) > 0 and max(routed) == max(counted):
+            if (
+                errors and max(counted) > 0 and set(counted) <= set(routed)
+            ):  # routers that have left exported theirs, too
                 break
             assert time.monotonic() < deadline, (routed, counted, errors)
             await asyncio.sleep(0.05)
