@@ -11,7 +11,7 @@ from pydantic import ByteSize
 
 from moiety.config.application import AppSettings
 from moiety.config.registry_url import RegistryUrl
-from moiety.config.resolve import ENV_PREFIX, NESTED
+from moiety.config.resolve import variable_of
 from moiety.config.validate import leaves
 
 
@@ -26,7 +26,7 @@ class Setting:
     @property
     def variable(self) -> str:
         """Its environment variable."""
-        return ENV_PREFIX + self.name.replace(".", NESTED).upper()
+        return variable_of(self.name)
 
 
 def catalogue() -> Iterator[Setting]:

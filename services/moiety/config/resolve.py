@@ -27,7 +27,7 @@ _log = logging.getLogger(__name__)
 
 
 class _Sources(AppSettings, BaseSettings):
-    """Tells pydantic-settings what to look for; never made itself."""
+    """What pydantic-settings looks for; never made itself."""
 
     model_config = SettingsConfigDict(
         env_prefix=ENV_PREFIX, env_nested_delimiter=NESTED, env_parse_none_str="null", env_ignore_empty=True
@@ -57,7 +57,12 @@ def from_surroundings() -> dict[str, Any]:
         return merged(secrets, EnvSettingsSource(_Sources)() or {})
     except SettingsError as error:
         name = str(error).split('"')[1]  # pydantic-settings names the field, and its own class instead of the source
-        raise ConfigError(name, None, f"{ENV_PREFIX}{name.upper()}, or the secret file {name}, must be JSON") from None
+        raise ConfigError(name, None, f"{variable_of(name)}, or the secret file {name}, must be JSON") from None
+
+
+def variable_of(name: str) -> str:
+    """Returns the environment variable of the setting `name`: MOIETY_ROUTER__SLOTS for `router.slots`."""
+    return ENV_PREFIX + name.replace(".", NESTED).upper()
 
 
 def merged(*sources: Mapping[str, Any]) -> dict[str, Any]:
@@ -96,5 +101,4 @@ def _warn_of_unknown_variables() -> None:
             continue
         name = variable.removeprefix(ENV_PREFIX).lower().replace(NESTED, ".")
         if name not in names and (meant := similar(AppSettings, name)):
-            there = " or ".join(ENV_PREFIX + other.replace(".", NESTED).upper() for other in meant)
-            _log.warning("%s is not read; did you mean %s?", variable, there)
+            _log.warning("%s is not read; did you mean %s?", variable, " or ".join(map(variable_of, meant)))

@@ -107,6 +107,8 @@ class Runtime:
                 return False
             kept = {
                 layer: ExpertTable({expert: current.layers[layer].experts[expert] for expert in ids})
+                if layer in current.leaving.by_layer
+                else current.layers[layer]
                 for layer, ids in current.held.by_layer.items()
             }
             self._holding = Holding(current.held, ExpertSet(), current.epoch, kept)

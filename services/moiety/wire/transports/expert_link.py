@@ -78,8 +78,8 @@ class ExpertLink:
     @property
     def holding(self) -> ReplicaHolding:
         """The replica's experts, by its latest description."""
-        told = self.description
-        return ReplicaHolding(ExpertSet.parse(told.held), ExpertSet.parse(told.leaving), told.placement_epoch)
+        latest = self.description
+        return ReplicaHolding(ExpertSet.parse(latest.held), ExpertSet.parse(latest.leaving), latest.placement_epoch)
 
     async def close(self) -> None:
         """Closes the link; unanswered calls get PeerLost."""
