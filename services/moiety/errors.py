@@ -16,7 +16,7 @@ MoietyError
 ├── HopFailed                a layer could not be computed for some tokens of a step
 └── CallRejected             an expert replica refused a whole call
     ├── NotHeld              it lacks a (layer, expert) pair that the call names
-    └── RevisionMismatch     it serves another revision of the model
+    └── WrongSystem          it belongs to another system: another model, say, or other expert groups
 """
 
 from __future__ import annotations
@@ -108,8 +108,8 @@ class NotHeld(CallRejected):
     """The replica lacks a (layer, expert) pair that the call names."""
 
 
-class RevisionMismatch(CallRejected):
-    """The replica serves another revision of the model."""
+class WrongSystem(CallRejected):
+    """The replica belongs to another system than its caller (see core/system.py)."""
 
 
 def _shown(value: object) -> str:

@@ -30,7 +30,7 @@ from moiety.registry.memory import MemoryRegistry
 from moiety.registry.watch import Watch
 from moiety.synthetic.tokenizer import write_tokenizer
 from moiety.telemetry.tracing import NO_TRACER
-from moiety.testing import HOST, FakeEngine, fake_shape
+from moiety.testing import HOST, SYSTEM, FakeEngine, fake_shape
 from moiety.wire.server import Server
 from moiety.wire.service_names import GENERATION_SERVICE
 
@@ -58,12 +58,12 @@ async def gateway_over(registry: MemoryRegistry) -> AsyncIterator[str]:
         watch = Watch(registry)
         await watch.start()
         stack.push_async_callback(watch.stop)
-        pool = RouterPool(watch, 5.0)
+        pool = RouterPool(watch, SYSTEM, 5.0)
         stack.push_async_callback(pool.close)
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         write_tokenizer(folder)
-        service = GenerationService(pool, Tokenizer(folder), "fake", 1024, NO_TRACER)
-        server = Server([service.handler()], [GENERATION_SERVICE])
+        service = GenerationService(pool, Tokenizer(folder), "fake", SYSTEM, 1024, NO_TRACER)
+        server = Server(service.handlers(), [GENERATION_SERVICE])
         address = f"{HOST}:{await server.start(HOST, 0)}"
         stack.push_async_callback(server.stop, 0)
         yield address

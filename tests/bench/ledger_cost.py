@@ -19,6 +19,7 @@ from moiety.registry.connect import connect
 from moiety.registry.embedded_redis import EmbeddedRedis
 from moiety.router.hop.cost_fit import SAMPLE_S, CostFit
 from moiety.router.hop.expert_demand import ExpertDemandCounter
+from moiety.testing import SYSTEM
 
 # Name, MoE layers, experts, top-k, streams, milliseconds of a decode step: the first two from `moiety bench split`, the
 # third for GPUs.
@@ -46,7 +47,7 @@ def counting_us(layers: int, experts: int, rows: int) -> float:
 
 async def flush_ms(url: str, layers: int, experts: int) -> float:
     """Returns the CPU milliseconds of one flush, including the fit of one second's samples."""
-    registry, demand = connect(url, "bench"), ExpertDemandCounter(layers, experts)
+    registry, demand = connect(url, SYSTEM), ExpertDemandCounter(layers, experts)
     costs = CostFit(1 << 20, count(step=SAMPLE_S).__next__)  # with this clock every reply is sampled
     replies = [
         ForwardResponse(activated_experts=1 + n % 9, batch_rows=4 + n % 31, compute_ms=1 + n % 5) for n in range(100)

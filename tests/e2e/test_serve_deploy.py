@@ -13,7 +13,7 @@ from ray import serve
 
 from moiety.client import Client
 from moiety.errors import Unavailable
-from moiety.registry.connect import connect
+from moiety.registry.connect import connect, live_systems
 from support.ray_head import RayHead
 
 ROOT = Path(__file__).parents[2]
@@ -31,18 +31,19 @@ async def test_the_unchanged_file_deploys_and_serves(ray_head: RayHead) -> None:
     options = {"cwd": ROOT, "capture_output": True, "text": True, "timeout": 60, "check": False}
     deployed = await asyncio.to_thread(subprocess.run, command, **options)
     assert deployed.returncode == 0, deployed.stderr
-    registry = connect(ray_head.redis_url, "moiety")
+    async with asyncio.timeout(WAIT_S), Client(ray_head.gateway) as client:
+        while True:
+            with suppress(Unavailable):
+                await client.models()
+                break
+            await asyncio.sleep(0.2)
+        stream = client.generate("Hello", max_tokens=8, ignore_eos=True)
+        assert len([token async for chunk in stream for token in chunk.token_ids]) == 8
+    (system,) = await live_systems(ray_head.redis_url, "moiety")
+    registry = connect(ray_head.redis_url, system)
     try:
-        async with asyncio.timeout(WAIT_S), Client(ray_head.gateway) as client:
-            while True:
-                with suppress(Unavailable):
-                    await client.models()
-                    break
-                await asyncio.sleep(0.2)
-            stream = client.generate("Hello", max_tokens=8, ignore_eos=True)
-            assert len([token async for chunk in stream for token in chunk.token_ids]) == 8
-            deployments = {replica.deployment for replica in await registry.replicas()}
-            assert deployments == {"gateway", "router", "experts-0", "experts-1"}
+        deployments = {replica.deployment for replica in await registry.replicas()}
+        assert deployments == {"gateway", "router", "experts-0", "experts-1"}
     finally:
         await registry.close()
     await asyncio.to_thread(serve.delete, "moiety")

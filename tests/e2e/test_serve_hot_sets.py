@@ -12,7 +12,7 @@ from moiety.client import Client
 from moiety.config.application import AppSettings
 from moiety.core.replica import Replica, ReplicaState, Role
 from moiety.deploy.run import DeployedApp, deploy_app
-from moiety.registry.connect import connect
+from moiety.registry.connect import connect, live_systems
 from moiety.registry.interface import Registry
 from support.ray_head import RayHead
 
@@ -119,7 +119,8 @@ async def until(condition: Callable[[], Awaitable[bool]]) -> None:
 
 @asynccontextmanager
 async def _registry(url: str) -> AsyncIterator[Registry]:
-    registry = connect(url, APP)
+    (system,) = await live_systems(url, APP)
+    registry = connect(url, system)
     try:
         yield registry
     finally:

@@ -17,7 +17,7 @@ from moiety.core.replica import Placement, Replica, ReplicaState
 from moiety.deploy.run import DeployedApp, deploy_app
 from moiety.model.checkpoint.checkpoint import Checkpoint
 from moiety.model.experts.cached import expert_layout
-from moiety.registry.connect import connect
+from moiety.registry.connect import connect, live_systems
 from moiety.registry.interface import Registry
 from support.ray_head import RayHead
 
@@ -117,7 +117,8 @@ async def _traffic(
 
 @asynccontextmanager
 async def _registry(url: str) -> AsyncIterator[Registry]:
-    registry = connect(url, APP)
+    (system,) = await live_systems(url, APP)
+    registry = connect(url, system)
     try:
         yield registry
     finally:

@@ -14,6 +14,7 @@ import numpy as np
 from moiety.core.experts import ExpertSet
 from moiety.core.load import ExpertDemand, ReplicaLoad
 from moiety.core.replica import Placement, Replica, Role
+from moiety.core.system import SystemId
 from moiety.errors import Unavailable
 from moiety.policy.dispatch import HolderTable
 from moiety.policy.dispatch import plan_dispatch as dispatch
@@ -141,7 +142,10 @@ async def _redis(
     itself. Its cost is multiplied by the number of such requests per second.
     """
     with EmbeddedRedis() as server:
-        registry, gate = RedisRegistry(server.url, "bench"), asyncio.Semaphore(AT_ONCE)
+        registry, gate = (
+            RedisRegistry(server.url, SystemId("bench", "here", "0" * 32, work.groups, 1)),
+            asyncio.Semaphore(AT_ONCE),
+        )
         counts = tuple(map(tuple, (1e6 * expert_load / expert_load.max()).astype(int).tolist()))
         demand = ExpertDemand(counts, counts, time=1.0)
         busy = ReplicaLoad(busy=0.612345, queue_wait_ms=1.234567, rows_per_s=123456.7, calls_per_s=2345.6)

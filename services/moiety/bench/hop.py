@@ -21,6 +21,7 @@ import torch
 from moiety.bench.echo import Echo, echo_process
 from moiety.bench.report import percentile, table
 from moiety.core.replica import Transport
+from moiety.core.system import SystemId
 from moiety.errors import MoietyError, PeerLost, Unavailable
 from moiety.internal.v1.experts_pb2 import OUTCOME_OK, ForwardRequest, Outcome
 from moiety.local.cluster import LocalCluster
@@ -143,7 +144,7 @@ class _Caller:
         description = self._link.description
         header = ForwardRequest(
             call_id=self._count,
-            revision=description.revision,
+            system_key=SystemId.parse(description.system).key,
             rows=rows,
             k_offsets=codec.int32_bytes(np.arange(rows + 1)),
             experts=codec.int32_bytes(np.zeros(rows)),

@@ -21,6 +21,7 @@ from moiety.config.resolve import resolve
 @click.option(
     "--hot-sets", type=click.IntRange(0, 256), help="Hot sets that the plan may fill.  [default: as deployed]"
 )
+@click.option("--system", "wanted", default="", help="A part of the system's name, if several of this app are live.")
 @click.option(
     "--layers-at-once",
     type=click.IntRange(1),
@@ -38,6 +39,7 @@ from moiety.config.resolve import resolve
 def rebalance(
     watch_s: float,
     hot_sets: int | None,
+    wanted: str,
     layers_at_once: int | None,
     dry_run: bool,
     yes: bool,
@@ -54,14 +56,16 @@ def rebalance(
     Example:
       moiety rebalance --dry-run
     """
-    from moiety.registry.connect import connect
-    from moiety.tools.rebalance import RebalanceRequest, apply_placement, propose_placement
+    from moiety.registry.connect import connect, live_systems
+    from moiety.tools.rebalance import RebalanceRequest, apply_placement, chosen_system, propose_placement
 
     # `model` is required but not used here: the checkpoint's sizes are in the registry.
     settings = resolve({"model": ""} | {name: value for name, value in given.items() if value is not None})
 
     async def work() -> None:
-        store = connect(settings.registry.get_secret_value(), settings.app)
+        url = settings.registry.get_secret_value()
+        system = chosen_system(await live_systems(url, settings.app), settings.app, wanted)
+        store = connect(url, system)
         try:
             plan = await propose_placement(store, RebalanceRequest(watch_s, hot_sets, int(settings.hot_memory)))
             for line in plan.lines():

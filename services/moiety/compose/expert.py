@@ -19,8 +19,8 @@ from moiety.core.replica import Replica, Role
 from moiety.errors import ConfigError, Unavailable
 from moiety.expert.runtime import Runtime
 from moiety.expert.service import ExpertService
+from moiety.model.experts.cached import expert_layout
 from moiety.model.experts.read import load_experts
-from moiety.model.experts.slicing import sliced_revision
 from moiety.wire.codec import torch_dtype
 from moiety.wire.server import Server
 from moiety.wire.service_names import EXPERT_SERVICE
@@ -34,9 +34,7 @@ async def start(settings: ExpertSettings, replica_id: str, node: str, launched: 
     Its experts are those that the placement in force gives to `settings.deployment`, else those in `settings.held`.
     """
     async with ServiceStart(settings, replica_id, node, launched) as startup:
-        checkpoint, layout, revision = await startup.open_model()
-        slices, router_revision = settings.slices, revision
-        revision = sliced_revision(router_revision, slices)
+        layout, slices = await asyncio.to_thread(expert_layout, startup.checkpoint), settings.slices
         shape = layout.shape.sliced(slices)
         dtype = torch_dtype(settings.dtype, shape.dtype)
         wire_dtype = torch.float32 if slices > 1 else dtype
@@ -45,7 +43,13 @@ async def start(settings: ExpertSettings, replica_id: str, node: str, launched: 
             dtype,
             settings.device,
             lambda experts: load_experts(
-                checkpoint, layout, experts, dtype, settings.device, int8=settings.weights == "int8", slices=slices
+                startup.checkpoint,
+                layout,
+                experts,
+                dtype,
+                settings.device,
+                int8=settings.weights == "int8",
+                slices=slices,
             ),
             queue_calls=settings.queue_calls,
             capacity=settings.capacity,
@@ -54,17 +58,17 @@ async def start(settings: ExpertSettings, replica_id: str, node: str, launched: 
             wire_dtype=wire_dtype,
         )
 
-        follower = PlacementFollower(
-            runtime, startup.registry, settings.deployment, ExpertSet.parse(settings.held), router_revision
-        )
+        follower = PlacementFollower(runtime, startup.registry, settings.deployment, ExpertSet.parse(settings.held))
         await follower.start()
         loaded = time.time()
         runtime.start()
         startup.closers.push_async_callback(asyncio.to_thread, runtime.stop, settings.drain_s)
-        service = ExpertService(runtime, shape, settings.name, revision, wire_dtype, startup.tracer)
+        service = ExpertService(runtime, shape, settings.name, startup.system, wire_dtype, startup.tracer)
         server = Server([service.handler()], [EXPERT_SERVICE])
         if AVAILABLE:
-            listener = SharedMemoryListener(revision, service.dtype, service.row_bytes, runtime.mailbox, service.accept)
+            listener = SharedMemoryListener(
+                str(startup.system), service.dtype, service.row_bytes, runtime.mailbox, service.accept
+            )
             service.shared_memory = listener.name
             startup.closers.push_async_callback(listener.close)
 
@@ -98,7 +102,6 @@ async def start(settings: ExpertSettings, replica_id: str, node: str, launched: 
         return await startup.serve(
             ServiceParts(
                 role=Role.EXPERT,
-                revision=revision,
                 server=server,
                 idle=lambda: runtime.idle,
                 healthy=healthy,

@@ -13,25 +13,25 @@ from moiety.core.replica import Role
 from moiety.gateway.router_pool import RouterPool
 from moiety.gateway.service import GenerationService
 from moiety.gateway.text import Tokenizer
-from moiety.model.checkpoint.checkpoint import Checkpoint
-from moiety.model.checkpoint.revision import revision_of
 from moiety.registry.watch import Watch
 from moiety.wire.server import Server
 from moiety.wire.service_names import GENERATION_SERVICE
+from moiety.wire.shared_port import check_port, port_lock
 
 
 async def start(settings: GatewaySettings, replica_id: str, node: str) -> Running:
     """Starts a gateway: reads the tokenizer, follows the registry for routers, serves the public API."""
     async with ServiceStart(settings, replica_id, node) as startup:
-        checkpoint = await asyncio.to_thread(Checkpoint.open, settings.model)
-        revision = await asyncio.to_thread(revision_of, checkpoint)
+        await check_port(settings.listen_host, settings.port, startup.system)  # before anything is loaded
         tokenizer = await asyncio.to_thread(Tokenizer, settings.model)
         watch = Watch(startup.registry)
         await watch.start()
         startup.closers.push_async_callback(watch.stop)
-        routers = RouterPool(watch, settings.router_wait_s, seed=secrets.randbits(64))
+        routers = RouterPool(watch, startup.system, settings.router_wait_s, seed=secrets.randbits(64))
         startup.closers.push_async_callback(routers.close)
-        service = GenerationService(routers, tokenizer, settings.name, settings.max_concurrent, startup.tracer)
+        service = GenerationService(
+            routers, tokenizer, settings.name, startup.system, settings.max_concurrent, startup.tracer
+        )
         begun, since = 0, time.monotonic()
 
         def load_since_last() -> ReplicaLoad:
@@ -42,13 +42,13 @@ async def start(settings: GatewaySettings, replica_id: str, node: str) -> Runnin
             busy = min(1.0, service.running / settings.max_concurrent)  # requests wait at the routers, not here
             return ReplicaLoad(busy, 0.0, requests_per_s, requests_per_s)
 
-        return await startup.serve(
-            ServiceParts(
-                role=Role.GATEWAY,
-                revision=revision,
-                server=Server([service.handler()], [GENERATION_SERVICE], share_port=settings.port != 0),
-                port=settings.port,
-                idle=lambda: service.running == 0,
-                on_beat=(startup.load_beat(load_since_last),),
-            )
+        parts = ServiceParts(
+            role=Role.GATEWAY,
+            server=Server(service.handlers(), [GENERATION_SERVICE], share_port=settings.port != 0),
+            port=settings.port,
+            idle=lambda: service.running == 0,
+            on_beat=(startup.load_beat(load_since_last),),
         )
+        async with port_lock(settings.port):
+            await check_port(settings.listen_host, settings.port, startup.system)
+            return await startup.serve(parts)

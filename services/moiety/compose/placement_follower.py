@@ -21,15 +21,12 @@ class PlacementFollower:
     """Loads and drops experts of one replica, so that it holds what the placement in force says.
 
     The replica holds `default` if no placement is in force or if the placement does not name its deployment. An expert
-    that a placement takes away is served until every live router of the same revision has acknowledged the placement's
+    that a placement takes away is served until every live router has acknowledged the placement's
     epoch and every call that names the expert is answered. So requests are served even if other replicas load slowly.
     """
 
-    def __init__(
-        self, runtime: Runtime, registry: Registry, deployment: str, default: ExpertSet, revision: str
-    ) -> None:
-        self._runtime, self._registry, self._deployment = runtime, registry, deployment
-        self._default, self._revision = default, revision
+    def __init__(self, runtime: Runtime, registry: Registry, deployment: str, default: ExpertSet) -> None:
+        self._runtime, self._registry, self._deployment, self._default = runtime, registry, deployment, default
         self._agreed_at = inf  # time since which all routers seen have acknowledged the epoch; inf = not all yet
 
     async def start(self) -> None:
@@ -62,12 +59,12 @@ class PlacementFollower:
         _log.info("%s holds %s (epoch %d), read in %.2f s", self._deployment, held, epoch, took)
 
     async def _acknowledged(self, epoch: int) -> bool:
-        """Whether, at each look in the last SEEN_S, all listed routers of this revision had acknowledged `epoch`.
+        """Whether, at each look in the last SEEN_S, all listed routers had acknowledged `epoch`.
 
         One look is not enough: a registry that was just emptied lists few routers or none. If no router is listed now,
         the looks of the last TTL_S count.
         """
-        routers = [router for router in await self._registry.routers() if router.revision == self._revision]
+        routers = await self._registry.routers()
         now = time.monotonic()
         if not all(router.placement_epoch >= epoch for router in routers):
             self._agreed_at = inf

@@ -16,11 +16,12 @@ from moiety.config.services import RouterSettings
 from moiety.core.experts import ModelShape
 from moiety.core.load import ExpertDemand
 from moiety.core.replica import Replica, ReplicaState, Role
+from moiety.core.system import SystemId
 from moiety.errors import ConfigError, Unavailable
 from moiety.internal.v1.engine_pb2_grpc import add_EngineServiceServicer_to_server
 from moiety.model.checkpoint.checkpoint import Checkpoint
+from moiety.model.experts.cached import expert_layout
 from moiety.model.experts.layout import ExpertLayout
-from moiety.model.experts.slicing import sliced_revision
 from moiety.model.trunk.encoder_decoder import DecoderStart
 from moiety.model.trunk.read import load_trunk
 from moiety.policy.lane_tuner import LaneTuner
@@ -60,15 +61,16 @@ LANES = 2  # lanes that a step may be split into; a third lane would wait for th
 async def start(settings: RouterSettings, replica_id: str, node: str) -> Running:
     """Starts a router: loads the trunk, follows the registry, serves. It becomes READY when every expert has a holder."""
     async with ServiceStart(settings, replica_id, node) as startup:
-        checkpoint, layout, revision = await startup.open_model()
+        checkpoint, system = startup.checkpoint, startup.system
+        layout = await asyncio.to_thread(expert_layout, checkpoint)
         shape = layout.shape
         dtype = torch_dtype(settings.dtype, shape.dtype)
         max_context = _max_context(settings, shape.max_context)
         start_token = await asyncio.to_thread(DecoderStart.of, checkpoint)
-        model, cache = await asyncio.to_thread(load_model, settings, checkpoint, layout, dtype, revision)
+        model, cache = await asyncio.to_thread(load_model, settings, checkpoint, layout, dtype, system.revision)
 
         hop, lanes = await reach_experts(
-            settings, shape, revision, dtype, startup.registry, startup.tracer, startup.closers
+            settings, shape, system, dtype, startup.registry, startup.tracer, startup.closers
         )
         overrun = _overrun_experts(settings, hop)
         engine = build_engine(
@@ -87,7 +89,7 @@ async def start(settings: RouterSettings, replica_id: str, node: str) -> Running
         service = EngineService(
             engine,
             settings.name,
-            revision,
+            system,
             vocabulary=shape.vocabulary,
             max_context=max_context,
             slots=settings.slots,
@@ -119,7 +121,6 @@ async def start(settings: RouterSettings, replica_id: str, node: str) -> Running
         return await startup.serve(
             ServiceParts(
                 role=Role.ROUTER,
-                revision=revision,
                 server=server,
                 calls_end=False,
                 idle=lambda: engine.load.running + engine.load.waiting == 0 and service.idle,
@@ -133,29 +134,29 @@ async def start(settings: RouterSettings, replica_id: str, node: str) -> Running
 async def reach_experts(
     settings: RouterSettings,
     shape: ModelShape,
-    revision: str,
+    system: SystemId,
     dtype: torch.dtype,
     registry: Registry,
     tracer: Tracer,
     closers: AsyncExitStack,
 ) -> tuple[HopContext, Lanes]:
-    """Returns the way to the expert replicas that `registry` lists, now or later, and the lanes that may wait on it.
+    """Returns the way to the expert replicas of `system`, now or later in `registry`, and the lanes that may wait on it.
 
     Closing `closers` ends the connections to the replicas and stops following the registry.
     """
     shape, expert_bytes = shape.sliced(settings.slices), shape.mlp.parameters * dtype.itemsize // settings.slices
     if settings.slices > 1:
-        revision, dtype = sliced_revision(revision, settings.slices), torch.float32
+        dtype = torch.float32
     watch = Watch(registry)
     await watch.start()
     closers.push_async_callback(watch.stop)
-    fleet = Fleet(watch, shape, revision, DTYPE_NAMES[dtype], settings.transport)
+    fleet = Fleet(watch, shape, system, DTYPE_NAMES[dtype], settings.transport)
     fleet.start()
     closers.push_async_callback(fleet.close)
     lanes = Lanes(fleet.mailbox.wait)
     context = HopContext(
         fleet=fleet,
-        revision=revision,
+        system_key=system.key,
         dtype=dtype,
         expert_wait_s=settings.expert_wait_s,
         hedging=Hedging(settings.hedge_after_s, settings.retry_budget),

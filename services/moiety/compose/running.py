@@ -15,11 +15,10 @@ from moiety import __version__
 from moiety.config.services import ServiceSettings
 from moiety.core.load import ExpertDemand, ReplicaLoad
 from moiety.core.replica import Replica, ReplicaState, Role
+from moiety.core.system import SystemId
 from moiety.errors import ConfigError, RegistryUnreachable
 from moiety.model.checkpoint.checkpoint import Checkpoint
-from moiety.model.checkpoint.revision import revision_of
-from moiety.model.experts.cached import expert_layout
-from moiety.model.experts.layout import ExpertLayout
+from moiety.model.checkpoint.revision import pinned_revision
 from moiety.registry.connect import connect
 from moiety.registry.heartbeat import Heartbeat
 from moiety.registry.interface import Registry
@@ -39,7 +38,6 @@ class ServiceParts:
     """The parts that differ between expert replicas, routers and gateways; an argument of `ServiceStart.serve`."""
 
     role: Role
-    revision: str
     server: Server
     idle: Callable[[], bool]
     healthy: Callable[[], None] = lambda: None  # raises Unavailable when the service is broken
@@ -102,7 +100,7 @@ class Running:
 
 
 class ServiceStart:
-    """Starts one service. Holds its settings, registry and tracer; closes what it opened if the start fails."""
+    """Starts one service. Holds what every service needs, and closes what it opened if the start fails."""
 
     def __init__(self, settings: ServiceSettings, replica_id: str, node: str, launched: float | None = None):
         """`launched`: when the start began, imports included, in Unix seconds; None = now."""
@@ -115,29 +113,32 @@ class ServiceStart:
         }
         self.tracer: Tracer = configure(f"moiety-{settings.deployment}", resource)
         self.meter: Meter = configure_metrics(f"moiety-{settings.deployment}", resource)
-        self.registry = connect(settings.registry.get_secret_value(), settings.app)
+        self.checkpoint: Checkpoint
+        self.system: SystemId
+        self.registry: Registry
         self.closers = AsyncExitStack()
         self.closers.push_async_callback(self._end_telemetry)
-        self.closers.push_async_callback(self.registry.close)
 
     async def __aenter__(self) -> ServiceStart:
+        """Opens the checkpoint, which completes the system's identity, and the registry. Reads no weight.
+
+        Raises CheckpointError if the checkpoint cannot be read or is another one than the settings name.
+        """
+        settings = self.settings
+        try:
+            self.checkpoint = await asyncio.to_thread(Checkpoint.open, settings.model)
+            revision = await asyncio.to_thread(pinned_revision, self.checkpoint, settings.verify, settings.revision)
+            self.system = dataclasses.replace(settings.system, revision=revision)
+            self.registry = connect(settings.registry.get_secret_value(), self.system)
+            self.closers.push_async_callback(self.registry.close)
+        except BaseException:
+            await self.closers.aclose()
+            raise
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None:
             await self.closers.aclose()
-
-    async def open_model(self) -> tuple[Checkpoint, ExpertLayout, str]:
-        """Opens the checkpoint. Returns the checkpoint, the layout of its experts, and its revision. Reads no weight.
-
-        Raises CheckpointError.
-        """
-
-        def read() -> tuple[Checkpoint, ExpertLayout, str]:
-            checkpoint = Checkpoint.open(self.settings.model)
-            return checkpoint, expert_layout(checkpoint), revision_of(checkpoint)
-
-        return await asyncio.to_thread(read)
 
     def load_beat(self, busy: Callable[[], ReplicaLoad], demand: Callable[[], ExpertDemand] | None = None) -> Beat:
         """Returns an action for `ServiceParts.on_beat` that reports the service's load to the load ledger once a second.
@@ -174,7 +175,7 @@ class ServiceStart:
             address=f"{settings.advertised}:{port}",
             node=self.node,
             model=settings.name,
-            revision=parts.revision,
+            revision=self.system.revision,
             launched=self._launched,
             started=time.time(),
             pid=os.getpid(),

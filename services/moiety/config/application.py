@@ -56,8 +56,6 @@ class ExpertDeployment(ExpertOptions, Scaling):
 class AppSettings(SystemOptions):
     """Arguments of the Serve application. Changing any argument restarts all deployments of the application."""
 
-    groups: int = Field(default=2, ge=1, le=4096)
-    """Expert groups, one deployment each; at most the model's experts per layer."""
     hot_sets: int = Field(default=0, ge=0, le=256)
     """Small deployments that hold only the hottest experts, whichever these are at the time; 0 = none."""
     hot_memory: Size = ByteSize(1 << 30)

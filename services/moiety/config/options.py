@@ -10,9 +10,11 @@ from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationInfo, Wit
 from moiety.config.registry_url import RegistryUrl
 from moiety.config.validate import validated
 from moiety.core.replica import Transport
+from moiety.core.system import SystemId
 from moiety.errors import ConfigError
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Verify = Literal["sampled", "full"]
 DTYPES: tuple[str, ...] = get_args(Dtype)
 Overflow = Literal["wait", "backup"]
 _SIZE = {"type": ["integer", "string"], "minimum": 1 << 10, "pattern": r"^[0-9]+(\.[0-9]+)?\s*([KMGT]i?B)?$"}
@@ -38,9 +40,15 @@ class SystemOptions(Options):
     """What concerns every service of a system."""
 
     app: str = Field(default="moiety", pattern=r"^[A-Za-z0-9_.-]{1,64}$")
-    """Prefix of this system's registry keys."""
+    """Name of the application, the first part of the system's identity and of its registry keys."""
+    cluster: str = Field(default="", pattern=r"^[A-Za-z0-9_.-]{0,128}$")
+    """Name of the cluster that runs the system; default: Ray's session. Systems of different clusters share nothing."""
     model: str
     """Path of the checkpoint folder, the same on every node."""
+    revision: str = Field(default="", pattern=r"^([0-9a-f]{32})?$")
+    """Revision that the checkpoint must have on every node; default: that of the folder where the system is deployed."""
+    verify: Verify = "sampled"
+    """What a revision covers: sampled = parts of every tensor, full = every byte, which reads the whole checkpoint once."""
     served_name: str = ""
     """Model name that clients use; default: the checkpoint folder's name."""
     registry: RegistryUrl = RegistryUrl("redis://127.0.0.1:6379/0")
@@ -55,6 +63,8 @@ class SystemOptions(Options):
     """Torch device: cpu or cuda."""
     deterministic: bool = False
     """Make every output depend, bit by bit, on its request alone: not on batch, lanes, replicas or retries."""
+    groups: int = Field(default=2, ge=1, le=4096)
+    """Expert groups, one deployment each; at most the model's experts per layer."""
     slices: int = Field(default=1, ge=1, le=64)
     """Parts that every expert is cut into, each held by a group of its own, for experts too large for a device.
 
@@ -62,6 +72,11 @@ class SystemOptions(Options):
     """
     drain_s: float = Field(default=8.0, ge=0, le=600)
     """Seconds that work in flight gets to finish on shutdown."""
+
+    @property
+    def system(self) -> SystemId:
+        """The identity of the system; complete once `cluster` and `revision` are set."""
+        return SystemId(self.app, self.cluster, self.revision, self.groups, self.slices)
 
 
 class RouterOptions(Options):

@@ -8,7 +8,7 @@ from enum import StrEnum
 
 from moiety.core.experts import ExpertSet
 
-WIRE_VERSION = 2
+WIRE_VERSION = 3
 
 
 class Role(StrEnum):

@@ -14,7 +14,7 @@ from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 from moiety.config.application import GATEWAY, HOT, ROUTER, AppSettings
 from moiety.config.resolve import resolve
 from moiety.core.experts import ExpertSet
-from moiety.deploy.arguments import LOOPBACK, initial_replicas, router_settings, to_arguments
+from moiety.deploy.arguments import LOOPBACK, initial_replicas, router_settings, to_arguments, with_revision
 from moiety.deploy.replicas import ExpertReplica, GatewayReplica, RouterReplica
 from moiety.errors import ConfigError
 from moiety.model.checkpoint.checkpoint import Checkpoint
@@ -26,10 +26,11 @@ POLICY = "moiety.deploy.autoscaling_hook:LoadPolicy"
 def build(args: Mapping[str, Any] | AppSettings) -> serve.Application:
     """Returns the application for `args`: AppSettings, or a mapping of fields that this process's environment completes.
 
-    Reads the checkpoint's headers, so it must run where the checkpoint is. Raises ConfigError for an unknown or
-    impossible argument, CheckpointError for a checkpoint that cannot be served.
+    Reads the checkpoint's headers, so it must run where the checkpoint is. Its revision becomes part of the application:
+    a replica refuses another one, and deploying again after a change of the checkpoint restarts all replicas. Raises
+    ConfigError for an unknown or impossible argument, CheckpointError for a checkpoint that cannot be served.
     """
-    settings = args if isinstance(args, AppSettings) else resolve(args)
+    settings = with_revision(args if isinstance(args, AppSettings) else resolve(args))
     if not settings.registry.get_secret_value().lower().startswith(("redis://", "rediss://")):
         raise ConfigError(
             "registry", str(settings.registry), "must be redis://… or rediss://…: replicas may be on any node"

@@ -10,10 +10,18 @@ from moiety.config.options import ExpertOptions, GatewayOptions, Options, Router
 from moiety.config.services import ExpertSettings, GatewaySettings, RouterSettings
 from moiety.config.validate import validated
 from moiety.errors import ConfigError
+from moiety.model.checkpoint.checkpoint import Checkpoint
+from moiety.model.checkpoint.revision import pinned_revision
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 SHOWN = "without_secrets"  # key of a registry URL that lacks its password
 EVERY_INTERFACE = ("0.0.0.0", "::")
+
+
+def with_revision(settings: AppSettings) -> AppSettings:
+    """Returns `settings` with the checkpoint's revision. Raises CheckpointError if another one is set."""
+    checkpoint = Checkpoint.open(settings.model)
+    return settings.model_copy(update={"revision": pinned_revision(checkpoint, settings.verify, settings.revision)})
 
 
 def to_arguments(settings: AppSettings) -> dict[str, Any]:

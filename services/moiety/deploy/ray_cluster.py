@@ -11,6 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from moiety.compose.environment import PROCESS_ENVIRONMENT
+from moiety.config.application import AppSettings
 from moiety.deploy.arguments import LOOPBACK
 from moiety.errors import FailedPrecondition
 
@@ -72,6 +73,16 @@ def existing_ray(address: str) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def on_this_cluster(settings: AppSettings) -> AppSettings:
+    """Returns `settings` with the cluster in the system's identity: if none is set, the session of the connected Ray.
+
+    A session lasts as long as the Ray cluster. Two clusters side by side, as during KubeRay's upgrade, have two.
+    """
+    import ray
+
+    return settings.model_copy(update={"cluster": settings.cluster or ray.get_runtime_context().get_session_name()})
 
 
 def connected() -> bool:

@@ -25,12 +25,12 @@ def wanted_replicas(args: AppSettings) -> dict[str, int]:
 async def until_ready(
     args: AppSettings, wanted: Mapping[str, int], wait_s: float, progress: Progress
 ) -> tuple[str, ...]:
-    """Waits until `wanted` replicas of each deployment are ready; returns the gateways' addresses.
+    """Waits until `wanted` replicas of each deployment of `args.system` are ready; returns the gateways' addresses.
 
     Calls `progress` whenever a deployment's number of ready replicas changes. Raises FailedPrecondition if Serve could not
     deploy the application, Unavailable after `wait_s` seconds.
     """
-    registry = connect(args.registry.get_secret_value(), args.app)
+    registry = connect(args.registry.get_secret_value(), args.system)
     ready: dict[str, list[str]] = {}
     try:
         async with asyncio.timeout(wait_s):

@@ -11,19 +11,23 @@ from pathlib import Path
 from typing import Self
 
 from moiety.config.application import AppSettings
-from moiety.deploy.arguments import LOOPBACK, router_settings
-from moiety.deploy.ray_cluster import LOGICAL_CPUS, connected, existing_ray, local_ray
+from moiety.core.system import SystemId
+from moiety.deploy.arguments import LOOPBACK, gateway_settings, router_settings, with_revision
+from moiety.deploy.ray_cluster import LOGICAL_CPUS, connected, existing_ray, local_ray, on_this_cluster
 from moiety.deploy.ready import Progress, until_ready, wanted_replicas
 from moiety.model.checkpoint.checkpoint import Checkpoint
 from moiety.model.experts.cached import expert_layout
 from moiety.registry.connect import connect
+from moiety.wire.shared_port import check_port
 
 
 class DeployedApp:
     """A deployed application. Leaving its context calls `shutdown`."""
 
-    def __init__(self, name: str, gateways: tuple[str, ...], seconds: Mapping[str, float], ends: ExitStack) -> None:
-        self.name = name
+    def __init__(
+        self, system: SystemId, gateways: tuple[str, ...], seconds: Mapping[str, float], ends: ExitStack
+    ) -> None:
+        self.system = system
         self.gateways = gateways  # host:port of each gateway
         self.seconds = seconds  # duration of each stage: ray, build, ready
         self._ends = ends
@@ -58,7 +62,7 @@ def deploy_app(
     """
     began = time.monotonic()
     args = args.model_copy(update={"model": str(Path(args.model).absolute())})
-    _check(args)
+    args = _checked(args, alone=address is None and not connected())
     with ExitStack() as ends:
         if address is not None:
             ends.enter_context(existing_ray(address))
@@ -75,6 +79,7 @@ def deploy_app(
 
         logging.getLogger("ray.serve").setLevel(logging.WARNING)  # `progress` reports the same in fewer lines
         application = build(args)
+        args = on_this_cluster(args)
         build_s = time.monotonic() - began - ray_s
         serve.start(proxy_location="Disabled")
         if args.app not in serve.status().applications:
@@ -88,19 +93,27 @@ def deploy_app(
         ready_s = time.monotonic() - began - ray_s - build_s
         progress(f"{args.app}: ready in {ready_s:.1f} s")
         seconds = {"ray": ray_s, "build": build_s, "ready": ready_s}
-        return DeployedApp(args.app, gateways, seconds, ends.pop_all())
+        return DeployedApp(args.system, gateways, seconds, ends.pop_all())
 
 
-def _check(args: AppSettings) -> None:
-    """Checks the arguments, the checkpoint and the registry, so that a wrong one fails before Ray is started."""
+def _checked(args: AppSettings, *, alone: bool) -> AppSettings:
+    """Returns `args` with the checkpoint's revision.
+
+    Checks the arguments, the checkpoint, the registry and, if the application will run `alone` on a Ray of its own, the
+    gateway's port, so that a wrong one fails before Ray is started.
+    """
 
     async def reach_registry() -> None:
-        registry = connect(args.registry.get_secret_value(), args.app)
+        registry = connect(args.registry.get_secret_value(), args.system)
         try:
             await registry.replicas()
         finally:
             await registry.close()
 
     router_settings(args, LOOPBACK[0])
+    if alone:
+        gateway = gateway_settings(args, LOOPBACK[0])
+        asyncio.run(check_port(gateway.listen_host, gateway.port, None))
     expert_layout(Checkpoint.open(args.model)).shape.sliced_partition(args.groups, args.slices)
     asyncio.run(reach_registry())
+    return with_revision(args)

@@ -10,7 +10,8 @@ import torch
 
 from moiety.core.experts import ModelShape
 from moiety.core.replica import WIRE_VERSION
-from moiety.errors import DeadlineExceeded, InvalidRequest, MoietyError, NotHeld, ResourceExhausted, RevisionMismatch
+from moiety.core.system import SystemId
+from moiety.errors import DeadlineExceeded, InvalidRequest, MoietyError, NotHeld, ResourceExhausted, WrongSystem
 from moiety.expert.batcher import Computed, QueuedCall
 from moiety.expert.runtime import Runtime
 from moiety.internal.v1 import experts_pb2
@@ -23,7 +24,7 @@ from moiety.wire.service_names import EXPERT_SERVICE
 
 _OUTCOMES: tuple[tuple[type[MoietyError], experts_pb2.Outcome], ...] = (
     (NotHeld, experts_pb2.OUTCOME_NOT_HELD),
-    (RevisionMismatch, experts_pb2.OUTCOME_REVISION_MISMATCH),
+    (WrongSystem, experts_pb2.OUTCOME_WRONG_SYSTEM),
     (InvalidRequest, experts_pb2.OUTCOME_INVALID),
     (ResourceExhausted, experts_pb2.OUTCOME_OVERLOADED),
     (DeadlineExceeded, experts_pb2.OUTCOME_EXPIRED),
@@ -34,9 +35,9 @@ class ExpertService:
     """moiety.internal.v1.ExpertService: accepts calls from every transport. gRPC passes frames as raw bytes."""
 
     def __init__(
-        self, runtime: Runtime, shape: ModelShape, model: str, revision: str, dtype: torch.dtype, tracer: Tracer
+        self, runtime: Runtime, shape: ModelShape, model: str, system: SystemId, dtype: torch.dtype, tracer: Tracer
     ):
-        self._runtime, self._shape, self._model, self._revision, self._tracer = runtime, shape, model, revision, tracer
+        self._runtime, self._shape, self._model, self._system, self._tracer = runtime, shape, model, system, tracer
         self.dtype = codec.DTYPE_NAMES[dtype]
         self.row_bytes = shape.mlp.hidden * dtype.itemsize
         self.open_streams = 0
@@ -58,7 +59,7 @@ class ExpertService:
         holding = self._runtime.holding
         return experts_pb2.DescribeReplicaResponse(
             model=self._model,
-            revision=self._revision,
+            system=str(self._system),
             dtype=self.dtype,
             hidden=self._shape.mlp.hidden,
             wire_version=WIRE_VERSION,
@@ -116,10 +117,8 @@ class ExpertService:
     def accept(self, header: experts_pb2.ForwardRequest, payload: memoryview, answer: ReplyCallback) -> None:
         """Passes one call to the runtime; every path calls `answer` exactly once. `payload` is readable until that call."""
         try:
-            if header.revision != self._revision:
-                raise RevisionMismatch(
-                    f"this replica serves revision {self._revision}, not {header.revision or '(none)'}"
-                )
+            if header.system_key != self._system.key:
+                raise WrongSystem(f"the call is for system {header.system_key or '(none)'}, not for {self._system}")
             call = parse_call(
                 header, payload, dtype=self.dtype, hidden=self._shape.mlp.hidden, row_bytes=self.row_bytes
             )

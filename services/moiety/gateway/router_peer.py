@@ -9,6 +9,8 @@ from collections.abc import AsyncGenerator, Sequence
 import grpc
 
 from moiety.core.replica import Replica
+from moiety.core.system import SystemId
+from moiety.errors import WrongSystem
 from moiety.gateway.prefixes import PrefixIndex
 from moiety.gateway.prompt import Prompt
 from moiety.internal.v1 import engine_pb2, engine_pb2_grpc
@@ -32,8 +34,10 @@ class RouterPeer:
     gateway that have ended since.
     """
 
-    def __init__(self, replica: Replica, link: grpc.aio.Channel, description: engine_pb2.DescribeEngineResponse):
-        self.replica, self._channel = replica, link
+    def __init__(
+        self, replica: Replica, system: SystemId, link: grpc.aio.Channel, description: engine_pb2.DescribeEngineResponse
+    ):
+        self.replica, self._system, self._channel = replica, system, link
         self.stub = engine_pb2_grpc.EngineServiceStub(link)
         self._calls = CallClient(self.stub, f"router {replica.id}")
         self.requests = 0  # of this gateway, at this router
@@ -50,8 +54,8 @@ class RouterPeer:
         self._polling = asyncio.create_task(self._poll())
 
     @classmethod
-    async def dial(cls, replica: Replica) -> RouterPeer | None:
-        """Connects to a router; returns None where it does not answer yet."""
+    async def dial(cls, replica: Replica, system: SystemId) -> RouterPeer | None:
+        """Connects to a router; returns None if it does not answer yet. Raises WrongSystem if it is not of `system`."""
         link = channel(replica.address)
         try:
             stub = engine_pb2_grpc.EngineServiceStub(link)
@@ -60,7 +64,10 @@ class RouterPeer:
             _log.debug("router %s does not answer yet: %s", replica.id, status.error_of(error))
             await link.close()
             return None
-        return cls(replica, link, description)
+        if difference := system.difference(description.system):
+            await link.close()
+            raise WrongSystem(difference)
+        return cls(replica, system, link, description)
 
     @property
     def load(self) -> int:
@@ -94,11 +101,13 @@ class RouterPeer:
         return self._calls.generate(request, deadline, traceparent)
 
     async def poll(self) -> bool:
-        """Asks the router for its load and stores the answer. Returns False if the router does not answer."""
+        """Asks the router for its load and stores the answer. Returns False if it does not answer, or another one does."""
         before = self.in_flight
         try:
             report = await self.stub.DescribeEngine(engine_pb2.DescribeEngineRequest(), timeout=HANDSHAKE_S)
         except grpc.RpcError:
+            return False
+        if self._system.difference(report.system):  # a router of another system has got the address of a lost one
             return False
         # The report may or may not count requests of ours that began or ended meanwhile. Taking the larger number rather
         # misses a sequence of another gateway than invents one.

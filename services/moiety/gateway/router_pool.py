@@ -10,7 +10,8 @@ from contextlib import aclosing
 from functools import partial
 
 from moiety.core.replica import Replica, ReplicaState, Role
-from moiety.errors import DeadlineExceeded, ResourceExhausted, Unavailable
+from moiety.core.system import SystemId
+from moiety.errors import DeadlineExceeded, ResourceExhausted, Unavailable, WrongSystem
 from moiety.gateway.attempt import Attempt
 from moiety.gateway.backlog import Backlog
 from moiety.gateway.choices import choices_of, merge_streams, resumed_request
@@ -35,22 +36,23 @@ class RouterLost(Unavailable):
 class RouterPool:
     """Finds the ready routers in the registry, sends each request to one of them, and resumes it elsewhere after a loss."""
 
-    def __init__(self, watch: Watch, wait_s: float, seed: int = 0):
-        """`wait_s`: longest wait for a ready router, in seconds.
+    def __init__(self, watch: Watch, system: SystemId, wait_s: float, seed: int = 0):
+        """`system`: the gateway's; routers of another one are not used. `wait_s`: longest wait for a ready router, in seconds.
 
         `seed` determines the random choice of routers to compare, and the keys of hashes. Each gateway needs its own.
         """
-        self._watch, self._wait_s = watch, wait_s
+        self._watch, self._system, self._wait_s = watch, system, wait_s
         self._routers: dict[str, RouterPeer] = {}
         self._dialling: dict[str, asyncio.Task[None]] = {}
+        self._refused: dict[str, str] = {}  # listed router -> why it is not used, logged once
         self._seen: tuple[Replica, ...] | None = None  # the registry's table that `_routers` reflects
         self._pace, self._backlog = Pace(), Backlog()
         self._random = random.Random(seed)
         self._hasher = PrefixHasher(self._random.getrandbits(64))
 
-    async def pick(self, deadline: Deadline, revision: str = "") -> RouterPeer:
+    async def pick(self, deadline: Deadline) -> RouterPeer:
         """Returns the least loaded ready router. Raises Unavailable or DeadlineExceeded when none appears in time."""
-        return min(await self._ready(deadline, revision), key=lambda router: (router.load, router.replica.id))
+        return min(await self._ready(deadline), key=lambda router: (router.load, router.replica.id))
 
     async def generate(
         self,
@@ -113,7 +115,7 @@ class RouterPool:
         prompt, full, started = Prompt(request, self._hasher), dict[str, float](), False
         waits = Deadline.after(min(self._wait_s, deadline.left()) if accepted else 0.0)
         while True:
-            ready = await self._ready(deadline, request.revision)
+            ready = await self._ready(deadline)
             full |= {router.replica.id: RETRY_S for router in ready if router.full_of_own_requests}
             ready_ids = {router.replica.id for router in ready}
             if ready_ids <= full.keys():
@@ -123,7 +125,6 @@ class RouterPool:
                 await asyncio.sleep(min(soonest, waits.left()))
                 full.clear()
             router = self._choose(request, prompt, [router for router in ready if router.replica.id not in full])
-            request.revision = router.replica.revision  # kept when the request resumes elsewhere
             try:
                 async with aclosing(self._stream(router, request, prompt, deadline, traceparent)) as events:
                     async for event in events:
@@ -183,22 +184,20 @@ class RouterPool:
             self._pace = attempt.end(self._pace)
             await router.close_if_done()
 
-    async def _ready(self, deadline: Deadline, revision: str) -> list[RouterPeer]:
-        """Returns the ready routers of `revision` ("" = any) that answer polls. If none answers, returns all ready ones.
+    async def _ready(self, deadline: Deadline) -> list[RouterPeer]:
+        """Returns the ready routers that answer polls. If none answers, returns all ready ones.
 
         Raises Unavailable or DeadlineExceeded when none appears in time.
         """
         waits = Deadline.after(min(self._wait_s, deadline.left()))
         while True:
             await self._refresh()
-            ready = [router for router in self._routers.values() if not revision or router.replica.revision == revision]
-            if ready:
+            if ready := list(self._routers.values()):
                 return [router for router in ready if not router.unresponsive] or ready
             if deadline.passed:
                 raise DeadlineExceeded("the deadline passed before a router was ready")
             if waits.passed:
-                wanted = f" of revision {revision}" if revision else ""
-                raise Unavailable(f"no router{wanted} is ready; waited {self._wait_s:g} s (setting router_wait_s)")
+                raise Unavailable(f"no router is ready; waited {self._wait_s:g} s (setting router_wait_s)")
             await asyncio.sleep(RETRY_S)
 
     async def _refresh(self) -> None:
@@ -210,6 +209,7 @@ class RouterPool:
         for gone in self._routers.keys() - listed.keys():
             if (router := self._routers.pop(gone, None)) is not None:  # None: removed while we closed another
                 await router.leave()
+        self._refused = {router_id: why for router_id, why in self._refused.items() if router_id in listed}
         missing = listed.keys() - self._routers.keys()
         for new in missing - self._dialling.keys():
             self._dialling[new] = asyncio.create_task(self._dial(listed[new]))
@@ -223,7 +223,14 @@ class RouterPool:
         del self._dialling[router_id]
 
     async def _dial(self, replica: Replica) -> None:
-        if (router := await RouterPeer.dial(replica)) is not None:
+        try:
+            router = await RouterPeer.dial(replica, self._system)
+        except WrongSystem as error:
+            if self._refused.get(replica.id) != str(error):
+                self._refused[replica.id] = str(error)
+                _log.warning("router %s at %s is not used: %s", replica.id, replica.address, error)
+            return
+        if router is not None:
             self._routers[replica.id] = router
             self._seen = None  # the router may have left the table meanwhile
 

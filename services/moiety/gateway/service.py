@@ -10,19 +10,20 @@ from contextlib import ExitStack, aclosing
 import grpc
 from google.protobuf.message import DecodeError
 
+from moiety.core.system import SystemId
 from moiety.errors import InvalidRequest, MoietyError, NotFound
 from moiety.gateway.admission import Admission, check_priority_and_tenant
 from moiety.gateway.choices import ResponseBuilder
 from moiety.gateway.router_pool import RouterPool
 from moiety.gateway.text import Tokenizer
-from moiety.internal.v1 import engine_pb2
+from moiety.internal.v1 import engine_pb2, gateway_pb2
 from moiety.telemetry.names import Attribute, SpanName
 from moiety.telemetry.tracing import Tracer
 from moiety.v1 import generation_pb2
 from moiety.wire import finish_reason, status
 from moiety.wire.deadline import Deadline
 from moiety.wire.sampling_params import check_prompt, check_sampling, write_defaults
-from moiety.wire.service_names import GENERATION_SERVICE
+from moiety.wire.service_names import GATEWAY_SERVICE, GENERATION_SERVICE
 from moiety.wire.trace_context import traceparent_in
 
 MAX_REQUEST_ID = 128
@@ -40,29 +41,51 @@ _SAMPLING: Mapping[Attribute, str] = {
 class GenerationService:
     """Serves the public API, moiety.v1.GenerationService, for one model."""
 
-    def __init__(self, routers: RouterPool, tokenizer: Tokenizer, model: str, max_concurrent: int, tracer: Tracer):
+    def __init__(
+        self,
+        routers: RouterPool,
+        tokenizer: Tokenizer,
+        model: str,
+        system: SystemId,
+        max_concurrent: int,
+        tracer: Tracer,
+    ):
         self._routers, self._tokenizer, self._model, self._tracer = routers, tokenizer, model, tracer
+        self._system = system
         self._admission = Admission(max_concurrent, routers.retry_after_s)
         self.running = 0  # requests in progress
         self.begun = 0  # requests since the start
 
-    def handler(self) -> grpc.GenericRpcHandler:
-        """Returns the handler to add to a server under the name GENERATION_SERVICE."""
-        return grpc.method_handlers_generic_handler(
-            GENERATION_SERVICE,
-            {
-                "Generate": grpc.unary_stream_rpc_method_handler(
-                    self._generate,
-                    request_deserializer=_parse,
-                    response_serializer=generation_pb2.GenerateResponse.SerializeToString,
-                ),
-                "ListModels": grpc.unary_unary_rpc_method_handler(
-                    self._list_models,
-                    request_deserializer=generation_pb2.ListModelsRequest.FromString,
-                    response_serializer=generation_pb2.ListModelsResponse.SerializeToString,
-                ),
-            },
+    def handlers(self) -> tuple[grpc.GenericRpcHandler, grpc.GenericRpcHandler]:
+        """Returns the handlers to add to a server under the names GENERATION_SERVICE and GATEWAY_SERVICE."""
+        generation = {
+            "Generate": grpc.unary_stream_rpc_method_handler(
+                self._generate,
+                request_deserializer=_parse,
+                response_serializer=generation_pb2.GenerateResponse.SerializeToString,
+            ),
+            "ListModels": grpc.unary_unary_rpc_method_handler(
+                self._list_models,
+                request_deserializer=generation_pb2.ListModelsRequest.FromString,
+                response_serializer=generation_pb2.ListModelsResponse.SerializeToString,
+            ),
+        }
+        gateway = {
+            "DescribeGateway": grpc.unary_unary_rpc_method_handler(
+                self._describe,
+                request_deserializer=gateway_pb2.DescribeGatewayRequest.FromString,
+                response_serializer=gateway_pb2.DescribeGatewayResponse.SerializeToString,
+            )
+        }
+        return (
+            grpc.method_handlers_generic_handler(GENERATION_SERVICE, generation),
+            grpc.method_handlers_generic_handler(GATEWAY_SERVICE, gateway),
         )
+
+    async def _describe(
+        self, _request: gateway_pb2.DescribeGatewayRequest, _context: grpc.aio.ServicerContext
+    ) -> gateway_pb2.DescribeGatewayResponse:
+        return gateway_pb2.DescribeGatewayResponse(model=self._model, system=str(self._system))
 
     async def _list_models(
         self, _request: generation_pb2.ListModelsRequest, context: grpc.aio.ServicerContext
@@ -72,7 +95,7 @@ class GenerationService:
         except MoietyError as error:
             await status.abort(context, error)
         served = router.description
-        model = generation_pb2.Model(name=self._model, revision=served.revision, max_context=served.max_context)
+        model = generation_pb2.Model(name=self._model, revision=self._system.revision, max_context=served.max_context)
         return generation_pb2.ListModelsResponse(models=[model])
 
     async def _generate(
@@ -137,6 +160,7 @@ class GenerationService:
         sampling = check_sampling(request.sampling, in_context, served.vocabulary, served.max_context)
         engine_request = engine_pb2.EngineRequest(
             request_id=request.request_id or secrets.token_hex(8),
+            system_key=self._system.key,
             prompt_ids=ids,
             sampling=request.sampling,
             stop_ids=self._tokenizer.stop_ids,

@@ -10,12 +10,13 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import secrets
 import shutil
 import signal
 import sys
 import tempfile
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -25,14 +26,17 @@ from moiety.client import Client
 from moiety.compose.environment import PROCESS_ENVIRONMENT
 from moiety.core.experts import ExpertSet, ModelShape
 from moiety.core.replica import Placement, Replica, Role
+from moiety.core.system import SystemId
 from moiety.errors import Unavailable
 from moiety.model.checkpoint.checkpoint import Checkpoint
+from moiety.model.checkpoint.revision import revision_of
 from moiety.model.experts.cached import expert_layout
 from moiety.registry.connect import connect
 from moiety.registry.entries import replica_from_json
 from moiety.registry.file import FileRegistryWriter
 from moiety.registry.interface import Registry
 from moiety.scaling.placement_progress import until_settled
+from moiety.wire.shared_port import check_port
 
 READY_S = 120.0
 STOP_S = 10.0
@@ -66,9 +70,10 @@ class LocalCluster:
 
     `add_hot_set` starts a hot set, which holds no experts until a placement gives it some.
     `threads` is the number of compute threads of an expert replica. `registry` is a redis:// URL, or None for a registry
-    file that this process writes. `expert`, `router` and `gateway` are further settings of these services
-    (`config/services.py`). `env` is added to the children's environment. `pin` gives every group its own cores, if there
-    are enough: otherwise the operating system sometimes keeps two replicas on one core while another core is idle.
+    file that this process writes. `cluster` names the cluster in the system's identity; default: a random name. `expert`,
+    `router` and `gateway` are further settings of these services (`config/services.py`). `env` is added to the children's
+    environment. `pin` gives every group its own cores, if there are enough: otherwise the operating system sometimes keeps
+    two replicas on one core while another core is idle.
     """
 
     def __init__(
@@ -84,6 +89,7 @@ class LocalCluster:
         weights: str = "auto",
         deterministic: bool = False,
         slices: int = 1,
+        cluster: str = "",
         expert: Mapping[str, Any] | None = None,
         router: Mapping[str, Any] | None = None,
         gateway: Mapping[str, Any] | None = None,
@@ -95,11 +101,15 @@ class LocalCluster:
         self.children: list[Child] = []
         self._writer = FileRegistryWriter(self.folder / "registry.json") if registry is None else None
         self.registry_url = registry or f"file://{self.folder / 'registry.json'}"
-        self.registry: Registry = self._writer or connect(self.registry_url, app)
+        self.registry: Registry
+        self.system: SystemId
+        self._closers = AsyncExitStack()
         self._common = {
             "model": self.model,
             "registry": self.registry_url,
             "app": app,
+            "cluster": cluster or f"local-{secrets.token_hex(4)}",
+            "groups": groups,
             "dtype": dtype,
             "slices": slices,
             "deterministic": deterministic,
@@ -114,7 +124,14 @@ class LocalCluster:
 
     async def __aenter__(self) -> Self:
         try:
-            self.shape = await asyncio.to_thread(_shape, self.model)
+            self.shape, revision = await asyncio.to_thread(_shape_and_revision, self.model)
+            settings = compose.settings_of(
+                Role.GATEWAY, {**self._common, **self._extra[Role.GATEWAY], "revision": revision}
+            )
+            self.system = settings.system
+            self.registry = self._writer or connect(self.registry_url, self.system)
+            self._closers.push_async_callback(self.registry.close)
+            await check_port(settings.listen_host, settings.port, self.system)
             self.partition = self.shape.sliced_partition(self.groups, self.slices)
             experts = [self.add_expert(group) for group in range(self.groups)]
             routers = [self.add_router() for _ in range(self.routers)]
@@ -184,7 +201,7 @@ class LocalCluster:
                 child.process.stdin.close()
         await asyncio.gather(*(_ended(child.process) for child in self.children))
         await asyncio.gather(*(child.follower for child in self.children if child.follower), return_exceptions=True)
-        await self.registry.close()
+        await self._closers.aclose()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     async def _add(self, role: Role, deployment: str, settings: Mapping[str, Any]) -> Child:
@@ -259,8 +276,9 @@ def _share_of_cores(deployment: str, groups: int) -> list[int]:
     return usable[group * len(usable) // groups : (group + 1) * len(usable) // groups] if len(usable) >= groups else []
 
 
-def _shape(model: str) -> ModelShape:
-    return expert_layout(Checkpoint.open(model)).shape
+def _shape_and_revision(model: str) -> tuple[ModelShape, str]:
+    checkpoint = Checkpoint.open(model)
+    return expert_layout(checkpoint).shape, revision_of(checkpoint)
 
 
 async def _write(process: asyncio.subprocess.Process, message: Mapping[str, Any]) -> None:

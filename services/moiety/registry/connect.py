@@ -5,12 +5,13 @@ from __future__ import annotations
 from urllib.parse import unquote, urlsplit
 
 from moiety.config.registry_url import without_secrets
+from moiety.core.system import SystemId
 from moiety.errors import ConfigError
 from moiety.registry.interface import Registry
 
 
-def connect(url: str, app: str) -> Registry:
-    """Returns the registry at `url` for the system called `app`; contacts nothing before the first operation.
+def connect(url: str, system: SystemId) -> Registry:
+    """Returns the part of the registry at `url` that belongs to `system`; contacts nothing before the first operation.
 
     Raises ConfigError if `url` has no known form.
     """
@@ -19,7 +20,7 @@ def connect(url: str, app: str) -> Registry:
     if separator and scheme in ("redis", "rediss", "unix"):
         from moiety.registry.redis import RedisRegistry
 
-        return RedisRegistry(url, app)
+        return RedisRegistry(url, system)
     if separator and scheme == "file":
         from moiety.registry.file import FileRegistry
 
@@ -28,3 +29,15 @@ def connect(url: str, app: str) -> Registry:
             return FileRegistry(unquote(parts.path))
         bound = "must be file:// and an absolute path, such as file:///run/moiety/registry.json"
     raise ConfigError("registry", without_secrets(url), bound)
+
+
+async def live_systems(url: str, app: str) -> list[SystemId]:
+    """Returns the systems of application `app` that have a live service in the registry at `url`, in the order of their text.
+
+    A registry file holds one system only, which it does not name: the list is empty. Raises ConfigError as `connect` does.
+    """
+    store = connect(url, SystemId(app, "", "", 1, 1))
+    try:
+        return sorted(await store.systems(), key=str)
+    finally:
+        await store.close()

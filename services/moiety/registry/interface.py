@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from moiety.core.load import ExpertDemand, ReplicaLoad
 from moiety.core.replica import Placement, Replica
+from moiety.core.system import SystemId
 
 HEARTBEAT_S = 0.5  # every replica registers this often
 TTL_S = 3.0  # a replica that has not registered for this long is removed
@@ -18,10 +19,13 @@ LOAD_TTL_S = 5.0
 MISSING_EXPERTS_TTL_S = 5.0
 DEMAND_TTL_S = 60.0  # counters are cumulative: a reader must see the last flush of a router that writes slowly
 DECISIONS_KEPT = 1000
+FORGET_S = 24 * 3600.0  # what a system leaves behind is deleted this long after its last sign of life
 
 
 class Registry(Protocol):
-    """Stores live replicas, the placement and the load ledger.
+    """Stores one system's live replicas, its placement and its load ledger.
+
+    A store may hold several systems. Each has a registry of its own, in which the others' entries do not exist.
 
     Every method except `close` raises RegistryUnreachable if the store does not answer. Callers then keep what they last read.
     """
@@ -99,6 +103,10 @@ class Registry(Protocol):
 
     async def decisions(self, count: int = 100) -> Sequence[Mapping[str, Any]]:
         """Returns the newest `count` (at least 1) decisions, oldest first."""
+        ...
+
+    async def systems(self) -> tuple[SystemId, ...]:
+        """Returns the systems of the same application that have a live replica in this store, this one included."""
         ...
 
     async def close(self) -> None: ...

@@ -11,6 +11,7 @@ from typing import Any, Generic, TypeVar
 
 from moiety.core.load import ExpertDemand, ReplicaLoad
 from moiety.core.replica import Placement, Replica, Role
+from moiety.core.system import SystemId
 from moiety.registry.interface import DECISIONS_KEPT, DEMAND_TTL_S, LOAD_TTL_S, MISSING_EXPERTS_TTL_S, TTL_S
 
 K = TypeVar("K", bound=Hashable)
@@ -94,6 +95,9 @@ class MemoryRegistry:
     async def decisions(self, count: int = 100) -> Sequence[Mapping[str, Any]]:
         skipped = max(0, len(self._decisions) - count)
         return [json.loads(text) for text in itertools.islice(self._decisions, skipped, None)]
+
+    async def systems(self) -> tuple[SystemId, ...]:
+        return ()  # the store holds one system, and does not know its name
 
     async def close(self) -> None: ...
 

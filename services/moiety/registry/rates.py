@@ -72,6 +72,13 @@ class RecentRates:
         return _added(before, rows) / seconds if seconds > 0 else np.zeros(rows.shape)
 
 
+def hottest(rows_per_s: npt.NDArray[np.float64], count: int) -> dict[str, float]:
+    """Returns `layer/expert` -> rows per second for the `count` busiest experts; `rows_per_s` is [layers, experts]."""
+    flat, experts = rows_per_s.reshape(-1), rows_per_s.shape[1]
+    top = np.argsort(-flat, kind="stable")[:count]
+    return {f"{cell // experts}/{cell % experts}": round(float(flat[cell]), 1) for cell in top if flat[cell] > 0}
+
+
 def latest_costs(demand: Mapping[str, ExpertDemand]) -> BatchCost | None:
     """Returns the batch-cost fit with the most samples among all routers' fits, or None if no router has one yet."""
     fits = [reading.costs for reading in demand.values() if reading.costs is not None]

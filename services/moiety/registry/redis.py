@@ -1,6 +1,7 @@
 """The registry on Redis or Valkey; the only module of the package that imports redis-py.
 
-Keys, all under `moiety:{<app>}:` (the braces keep them in one Redis Cluster slot):
+`moiety:{<app>}:systems` is a sorted set of `<key> <system>` by the time of its last sign of life. All other keys of a system
+stand under `moiety:{<app>}:<key>:`, where <key> is `SystemId.key` (the braces keep them in one Redis Cluster slot):
 
     beat:<id>      digest of the entry, PX 3000: a replica is live as long as this key exists
     replica:<id>   the entry, JSON      replicas   set of ids, pruned on read       generation   random, new once emptied
@@ -13,8 +14,10 @@ A heartbeat that finds the digest of its own entry in `beat:<id>` renews only th
 the entry. A reader asks for the list of digests, which the server sends only if the list has changed. Then it fetches the
 entries it lacks. It fetches a router's counters only if their field `stamp`, new at every report, has changed.
 
+Keys without an expiry above expire FORGET_S after the last service of the system has written its entry.
+
 `hot` is for operators: `<layer>/<expert>` -> rows per second over the last three seconds, for the 64 busiest experts. It sums
-the routers' `hot:<writer>`. `redis-cli ZREVRANGE 'moiety:{<app>}:hot' 0 9 WITHSCORES` shows the ten busiest.
+the routers' `hot:<writer>`. `redis-cli ZREVRANGE 'moiety:{<app>}:<key>:hot' 0 9 WITHSCORES` shows the ten busiest.
 """
 
 from __future__ import annotations
@@ -22,12 +25,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-import numpy as np
-import numpy.typing as npt
 import redis.asyncio
 from redis.asyncio.connection import parse_url
 from redis.asyncio.retry import Retry
@@ -37,17 +39,21 @@ from redis.exceptions import RedisError
 from moiety.config.registry_url import without_secrets
 from moiety.core.load import ExpertDemand, ReplicaLoad
 from moiety.core.replica import Placement, Replica, Role
+from moiety.core.system import SystemId
 from moiety.errors import ConfigError, RegistryUnreachable
 from moiety.registry import entries, redis_scripts
-from moiety.registry.interface import DECISIONS_KEPT, DEMAND_TTL_S, LOAD_TTL_S, MISSING_EXPERTS_TTL_S, TTL_S
+from moiety.registry.interface import DECISIONS_KEPT, DEMAND_TTL_S, FORGET_S, LOAD_TTL_S, MISSING_EXPERTS_TTL_S, TTL_S
 from moiety.registry.listing import Listing, digest_of
-from moiety.registry.rates import RecentRates
+from moiety.registry.rates import RecentRates, hottest
 
 BOUND = "must be a Redis URL; in a password, escape / ? # @ as %2F %3F %23 %40"
 SOCKET_TIMEOUT_S = 1.0  # to connect, and for each answer
 OPERATION_TIMEOUT_S = 2.0  # for a whole operation
 REWRITE_S = 10.0  # an unchanged entry is written again after this long: Redis may have evicted parts of it
 HOT_ENTRIES = 64
+# Keys whose life an entry's writer prolongs: those that its role writes, and as routers are few, those of the system.
+KEPT_BY_ALL = ("replicas", "generation", "reporters")
+KEPT_BY_ROUTERS = (*KEPT_BY_ALL, "routers", "writers", "placement", "epoch", "decisions")
 
 T = TypeVar("T")
 
@@ -59,13 +65,14 @@ class RedisRegistry:
     that used it must `close()` it.
     """
 
-    def __init__(self, url: str, app: str) -> None:
+    def __init__(self, url: str, system: SystemId) -> None:
         try:
             parse_url(url)
         except ValueError:  # its text may show a part of the password
             raise ConfigError("registry", without_secrets(url), BOUND) from None
         self._url = url
-        self._prefix = f"moiety:{{{app}}}:"
+        self._system, self._app_prefix = system, f"moiety:{{{system.app}}}:"
+        self._prefix = f"{self._app_prefix}{system.key}:"
         self._clients: dict[asyncio.AbstractEventLoop, Any] = {}
         self._reader = entries.TolerantReader()
         self._recent: dict[str, RecentRates] = {}  # by writer id; only writers of this process
@@ -101,6 +108,10 @@ class RedisRegistry:
             if replica.role is Role.ROUTER:
                 pipeline.sadd(self._key("routers"), replica.id)
             pipeline.set(self._key("generation"), uuid.uuid4().hex, nx=True)
+            kept = KEPT_BY_ROUTERS if replica.role is Role.ROUTER else KEPT_BY_ALL
+            for key in (*map(self._key, kept), self._app_prefix + "systems"):
+                pipeline.expire(key, int(FORGET_S))
+            pipeline.zadd(self._app_prefix + "systems", {f"{self._system.key} {self._system}": time.time()})
             await pipeline.execute()
 
     async def deregister(self, replica_id: str) -> None:
@@ -134,7 +145,12 @@ class RedisRegistry:
 
     async def set_placement(self, placement: Placement) -> bool:
         text = entries.placement_to_json(placement)
-        return await self._script(redis_scripts.SET_PLACEMENT, ["placement", "epoch"], placement.epoch, text) == 1
+        return (
+            await self._script(
+                redis_scripts.SET_PLACEMENT, ["placement", "epoch"], placement.epoch, text, int(FORGET_S)
+            )
+            == 1
+        )
 
     async def publish_load(
         self, replica_id: str, busy: ReplicaLoad | None = None, demand: ExpertDemand | None = None
@@ -153,8 +169,8 @@ class RedisRegistry:
         pipeline.expire(load, int(DEMAND_TTL_S))
         pipeline.sadd(self._key("writers"), writer)
         pipeline.delete(hot)
-        if hottest := _hottest(self._recent.setdefault(writer, RecentRates()).rows_per_s(demand)):
-            pipeline.zadd(hot, hottest)
+        if busiest := hottest(self._recent.setdefault(writer, RecentRates()).rows_per_s(demand), HOT_ENTRIES):
+            pipeline.zadd(hot, busiest)
             pipeline.expire(hot, recent_s)  # the rows of a lost router soon leave the sum
         keys = (self._key("hot"), self._key("writers"))
         await pipeline.register_script(redis_scripts.SUM_HOT)(keys, (self._key("hot", ""), HOT_ENTRIES, recent_s))
@@ -207,6 +223,21 @@ class RedisRegistry:
             newest = await client.xrevrange(self._key("decisions"), count=count)
         found = [part for name, fields in reversed(newest) for part in (name, fields.get(b"json", b""))]
         return list(self._decoded("decisions", found, entries.decision_from_json).values())
+
+    async def systems(self) -> tuple[SystemId, ...]:
+        index = self._app_prefix + "systems"
+        async with self._store() as client:
+            await client.zremrangebyscore(index, "-inf", time.time() - FORGET_S)
+            names = [raw.decode(errors="replace").partition(" ")[2] for raw in await client.zrange(index, 0, -1)]
+        live: list[SystemId] = []
+        for name in names:
+            if (system := self._reader.read(f"systems:{name}", SystemId.parse, name)) is None:
+                continue
+            other = RedisRegistry(self._url, system)
+            if await other.replicas():
+                live.append(system)
+            await other.close()
+        return tuple(live)
 
     async def server_counters(self) -> tuple[int, int, float]:
         """Returns totals of the whole server since its start: operations, bytes sent and received, CPU seconds."""
@@ -286,13 +317,6 @@ class RedisRegistry:
 
 def _milliseconds(seconds: float) -> int:
     return round(seconds * 1000)
-
-
-def _hottest(rows_per_s: npt.NDArray[np.float64]) -> dict[str, float]:
-    """Returns `layer/expert` -> rows per second for the HOT_ENTRIES busiest experts; `rows_per_s` is [layers, experts]."""
-    flat, experts = rows_per_s.reshape(-1), rows_per_s.shape[1]
-    top = np.argsort(-flat, kind="stable")[:HOT_ENTRIES]
-    return {f"{cell // experts}/{cell % experts}": round(float(flat[cell]), 1) for cell in top if flat[cell] > 0}
 
 
 def _layer_and_expert(member: bytes) -> tuple[int, int]:

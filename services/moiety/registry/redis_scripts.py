@@ -1,6 +1,6 @@
 """The Lua scripts of `redis.py`. Each makes one read or write atomic. They need Redis 5 or Valkey, or newer.
 
-The braces in `moiety:{<app>}:` keep all keys in one Redis Cluster slot, so a script may build key names from a prefix.
+The braces in `moiety:{<app>}:<key>:` keep all keys in one Redis Cluster slot, so a script may build key names from a prefix.
 """
 
 # KEYS: a set of ids. ARGV: prefix of their keys, digest of an earlier answer, prefixes of keys to delete with a pruned id.
@@ -63,7 +63,8 @@ redis.call('ZREMRANGEBYRANK', KEYS[1], 0, -1 - tonumber(ARGV[2]))
 redis.call('EXPIRE', KEYS[1], ARGV[3])
 """
 
-# KEYS: placement, epoch. ARGV: epoch, JSON. -> 1 if stored, else 0. An unreadable placement counts as none, as in readers.
+# KEYS: placement, epoch. ARGV: epoch, JSON, seconds to live. -> 1 if stored, else 0. An unreadable placement counts as
+# none, as in readers.
 SET_PLACEMENT = """
 local epoch = nil
 local text = redis.call('GET', KEYS[1])
@@ -72,8 +73,8 @@ if text then
   if readable and type(current) == 'table' then epoch = tonumber(current.epoch) end
 end
 if epoch and epoch + 1 ~= tonumber(ARGV[1]) then return 0 end
-redis.call('SET', KEYS[1], ARGV[2])
-redis.call('SET', KEYS[2], ARGV[1])
+redis.call('SET', KEYS[1], ARGV[2], 'EX', ARGV[3])
+redis.call('SET', KEYS[2], ARGV[1], 'EX', ARGV[3])
 return 1
 """
 

@@ -11,7 +11,8 @@ from functools import partial
 import grpc
 
 from moiety.core.sampling import TopLogprobs
-from moiety.errors import FailedPrecondition, InvalidRequest, MoietyError
+from moiety.core.system import SystemId
+from moiety.errors import InvalidRequest, MoietyError, Unavailable
 from moiety.internal.v1 import engine_pb2, engine_pb2_grpc
 from moiety.model.trunk.encoder_decoder import DecoderStart
 from moiety.router.engine import Engine
@@ -33,7 +34,7 @@ class EngineService(engine_pb2_grpc.EngineServiceServicer):
         self,
         engine: Engine,
         model: str,
-        revision: str,
+        system: SystemId,
         *,
         vocabulary: int,
         max_context: int,
@@ -45,7 +46,7 @@ class EngineService(engine_pb2_grpc.EngineServiceServicer):
         """`start`: the tokens at the start of an encoder-decoder's output; None for a decoder-only model."""
         self._start = start
         self._guides = guides
-        self._engine, self._model, self._revision, self._tracer = engine, model, revision, tracer
+        self._engine, self._model, self._system, self._tracer = engine, model, system, tracer
         self._vocabulary, self._max_context, self._slots = vocabulary, max_context, slots
         self._streams: set[CallServer] = set()  # one for each gateway
         self._arrivals = itertools.count()
@@ -56,7 +57,7 @@ class EngineService(engine_pb2_grpc.EngineServiceServicer):
         load = self._engine.load
         return engine_pb2.DescribeEngineResponse(
             model=self._model,
-            revision=self._revision,
+            system=str(self._system),
             max_context=self._max_context,
             vocabulary=self._vocabulary,
             running=load.running,
@@ -111,8 +112,8 @@ class EngineService(engine_pb2_grpc.EngineServiceServicer):
 
     async def _sequence(self, call: engine_pb2.GenerateTokensRequest, emit: Callable[[Emitted], None]) -> Sequence:
         request = call.request
-        if request.revision and request.revision != self._revision:
-            raise FailedPrecondition(f"this router serves revision {self._revision}, not {request.revision}")
+        if request.system_key != self._system.key:  # the gateway meant another router, which had this address before
+            raise Unavailable(f"the request is for system {request.system_key or '(none)'}, not for {self._system}")
         prompt, generated = list(request.prompt_ids), list(request.generated_ids)
         decoder_prompt = prompt
         if self._start is not None:  # the prompt goes to the encoder; the decoder begins with its start token

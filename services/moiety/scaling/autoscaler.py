@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 
 from moiety.config.application import GATEWAY, HOT, ROUTER, AppSettings
 from moiety.config.options import Scaling
-from moiety.config.registry_url import RegistryUrl
 from moiety.core.experts import ExpertSet
 from moiety.errors import ConfigError, MoietyError
 from moiety.policy.autoscale import Decision, State, decide
@@ -87,11 +86,12 @@ class Subscription:
 class Autoscaler:
     """Decides for all deployments of one system together, every PERIOD_S, in a daemon thread with its own event loop.
 
-    The thread lives as long as the controller. If Serve has asked for no target within FORGET_S, the thread reads nothing.
+    The thread lives until `stop`. If Serve has asked for no target within FORGET_S, the thread reads nothing.
     """
 
     def __init__(self, settings: AppSettings) -> None:
-        self._settings = settings
+        self.settings = settings
+        self._stopping = False
         self._subscriptions: dict[str, Subscription] = {}
         self._thread = threading.Thread(target=self._run, name=f"autoscaler-{settings.app}", daemon=True)
 
@@ -102,6 +102,10 @@ class Autoscaler:
     def start(self) -> None:
         self._thread.start()
 
+    def stop(self) -> None:
+        """Ends the thread after its current round. Returns at once."""
+        self._stopping = True
+
     def add(self, subscription: Subscription) -> None:
         """Adds a deployment to decide for; replaces an earlier one of the same name."""
         self._subscriptions = {**self._subscriptions, subscription.deployment: subscription}
@@ -110,17 +114,17 @@ class Autoscaler:
         try:
             asyncio.run(self._follow())
         except Exception:
-            _log.exception("autoscaling of %s has ended: replicas stay as they are", self._settings.app)
+            _log.exception("autoscaling of %s has ended: replicas stay as they are", self.settings.app)
 
     async def _follow(self) -> None:
         # This imports redis-py and OpenTelemetry. In this thread, the import does not block the controller's loop.
         from moiety.registry.connect import connect
 
-        registry = connect(self._settings.registry.get_secret_value(), self._settings.app)
-        meter = configure_metrics("moiety-autoscaler", {ResourceAttribute.INSTANCE: self._settings.app})
+        registry = connect(self.settings.registry.get_secret_value(), self.settings.system)
+        meter = configure_metrics("moiety-autoscaler", {ResourceAttribute.INSTANCE: self.settings.app})
         try:
             ledger, rebalancer = Ledger(registry), self._rebalancer(registry)
-            while True:
+            while not self._stopping:
                 began = time.monotonic()
                 try:
                     if active := [one for one in self._subscriptions.values() if began - one.asked_at < FORGET_S]:
@@ -131,20 +135,20 @@ class Autoscaler:
                         await _decide(active, reading, registry)
                         await rebalancer.follow(reading, self._default(), began)
                 except Exception:
-                    _log.exception("autoscaling of %s: this round is skipped", self._settings.app)
+                    _log.exception("autoscaling of %s: this round is skipped", self.settings.app)
                 await asyncio.sleep(max(0.0, began + PERIOD_S - time.monotonic()))
         finally:
             await registry.close()
             meter.shutdown()
 
     def _rebalancer(self, registry: Registry) -> Rebalancer:
-        gain = self._settings.rebalance_gain or (HOT_GAIN if self._settings.hot_sets else None)
-        return Rebalancer(registry, gain, int(self._settings.hot_memory), self._settings.rebalance_layers)
+        gain = self.settings.rebalance_gain or (HOT_GAIN if self.settings.hot_sets else None)
+        return Rebalancer(registry, gain, int(self.settings.hot_memory), self.settings.rebalance_layers)
 
     def _default(self) -> Mapping[str, ExpertSet] | None:
         """Returns the experts of each deployment by default, or None until all groups and hot sets are subscribed."""
         held = {name: one.held for name, one in self._subscriptions.items() if name not in (ROUTER, GATEWAY)}
-        return held if len(held) == self._settings.groups + self._settings.hot_sets else None
+        return held if len(held) == self.settings.groups + self.settings.hot_sets else None
 
 
 async def _decide(active: Sequence[Subscription], reading: Reading, registry: Registry) -> None:
@@ -173,19 +177,23 @@ async def _record(registry: Registry, decision: Decision) -> None:
 
 # Serve creates one policy object per deployment, and these share nothing but the process. Hence the global.
 _lock = threading.Lock()
-_autoscalers: dict[tuple[RegistryUrl, str], Autoscaler] = {}
+_autoscalers: dict[str, Autoscaler] = {}  # by application
 
 
 def subscribe(deployment: str, settings: AppSettings, held: str) -> Subscription:
-    """Adds `deployment` to its system's autoscaler and returns its subscription; starts the autoscaler if none runs."""
+    """Adds `deployment` to its application's autoscaler and returns its subscription; starts the autoscaler if none runs.
+
+    An autoscaler has one set of settings. An application that was deployed again with others gets a new one.
+    """
     subscription = Subscription(
         deployment, settings.scaling(deployment), ExpertSet.parse(held), asked_at=time.monotonic()
     )
     with _lock:
-        key = (settings.registry, settings.app)
-        autoscaler = _autoscalers.get(key)
-        if autoscaler is None or not autoscaler.alive:
-            autoscaler = _autoscalers[key] = Autoscaler(settings)
+        autoscaler = _autoscalers.get(settings.app)
+        if autoscaler is None or not autoscaler.alive or autoscaler.settings != settings:
+            if autoscaler is not None:
+                autoscaler.stop()
+            autoscaler = _autoscalers[settings.app] = Autoscaler(settings)
             autoscaler.add(subscription)
             autoscaler.start()
         else:

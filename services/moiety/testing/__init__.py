@@ -8,12 +8,13 @@ from moiety.testing.callers import Caller, LoopbackHop, loopback_hop, open_calle
 from moiety.testing.common import (
     HOST,
     MODEL,
-    REVISION,
+    SYSTEM,
     eventually,
     fake_expert,
     fake_layer,
     fake_replica,
     fake_shape,
+    fake_system,
     fake_token,
     owner_of,
 )
@@ -23,7 +24,7 @@ from moiety.testing.experts import FakeExperts
 __all__ = [
     "HOST",
     "MODEL",
-    "REVISION",
+    "SYSTEM",
     "Caller",
     "FakeEngine",
     "FakeExperts",
@@ -33,6 +34,7 @@ __all__ = [
     "fake_layer",
     "fake_replica",
     "fake_shape",
+    "fake_system",
     "fake_token",
     "loopback_hop",
     "open_caller",

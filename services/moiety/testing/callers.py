@@ -13,6 +13,7 @@ import torch
 from moiety.core.expert_backend import CallClass
 from moiety.core.experts import ModelShape
 from moiety.core.replica import Transport
+from moiety.core.system import SystemId
 from moiety.errors import MoietyError, PeerLost
 from moiety.internal.v1 import experts_pb2
 from moiety.registry.memory import MemoryRegistry
@@ -25,7 +26,7 @@ from moiety.router.hop.hedging import Hedging
 from moiety.router.hop.hop import Hop
 from moiety.router.step_context import StepContext
 from moiety.telemetry.tracing import NO_SPAN, NO_TRACER
-from moiety.testing.common import REVISION, eventually, owner_of
+from moiety.testing.common import SYSTEM, eventually, owner_of
 from moiety.testing.experts import FakeExperts
 from moiety.wire import codec
 from moiety.wire.rows import RowBuffer, copy_rows
@@ -123,7 +124,7 @@ async def loopback_hop(
     shape: ModelShape,
     *,
     dtype: str = "float32",
-    revision: str = REVISION,
+    system: SystemId = SYSTEM,
     expert_wait_s: float = 5.0,
     hedge_after_s: float = 5.0,
     hedge_factor: float = 3.0,
@@ -144,14 +145,14 @@ async def loopback_hop(
         watch = Watch(registry, interval_s=0.02)
         await watch.start()
         stack.push_async_callback(watch.stop)
-        fleet = Fleet(watch, shape, revision, dtype, transport)
+        fleet = Fleet(watch, shape, system, dtype, transport)
         fleet.start()
         thread = stack.enter_context(concurrent.futures.ThreadPoolExecutor(1, "engine"))
         stack.push_async_callback(fleet.close)
         rows = codec.DTYPES[dtype]
         context = HopContext(
             fleet=fleet,
-            revision=revision,
+            system_key=system.key,
             dtype=rows,
             expert_wait_s=expert_wait_s,
             hedging=Hedging(hedge_after_s, retry_budget, hedge_factor),

@@ -6,17 +6,27 @@ import asyncio
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
 
 from moiety.core.experts import ExpertMLP, ExpertSet, ModelShape
 from moiety.core.replica import Replica, Role
+from moiety.core.system import SystemId
 from moiety.wire.transports.mailbox import Mailbox
 
 HOST = "127.0.0.1"
 MODEL = "fake"
-REVISION = "fake-revision"
+
+
+def fake_system(**changes: Any) -> SystemId:
+    """Returns the identity of a made-up system, with `changes`."""
+    return replace(SystemId("fake", "here", "0" * 32, groups=2, slices=1), **changes)
+
+
+SYSTEM = fake_system()
 
 
 def fake_shape(
@@ -57,7 +67,7 @@ def fake_token(prompt: Sequence[int], seed: int, position: int, vocabulary: int,
 
 
 def fake_replica(
-    replica_id: str, role: Role, port: int, *, held: ExpertSet | None = None, revision: str = REVISION
+    replica_id: str, role: Role, port: int, *, held: ExpertSet | None = None, system: SystemId = SYSTEM
 ) -> Replica:
     """Returns the registry entry of a ready service on this machine."""
     return Replica(
@@ -67,7 +77,7 @@ def fake_replica(
         address=f"{HOST}:{port}",
         node="here",
         model=MODEL,
-        revision=revision,
+        revision=system.revision,
         held=held or ExpertSet(),
     )
 

@@ -11,10 +11,11 @@ import grpc
 
 from moiety.core.experts import ModelShape
 from moiety.core.replica import Role
-from moiety.errors import ResourceExhausted
+from moiety.core.system import SystemId
+from moiety.errors import ResourceExhausted, Unavailable
 from moiety.internal.v1 import engine_pb2, engine_pb2_grpc
 from moiety.registry.memory import MemoryRegistry
-from moiety.testing.common import HOST, MODEL, REVISION, fake_replica, fake_token, no_wait
+from moiety.testing.common import HOST, MODEL, SYSTEM, fake_replica, fake_token, no_wait
 from moiety.v1 import generation_pb2
 from moiety.wire.event_stream import CallServer, SendEvent
 from moiety.wire.server import Server
@@ -35,7 +36,7 @@ class FakeEngine(engine_pb2_grpc.EngineServiceServicer):
         replica_id: str,
         shape: ModelShape,
         *,
-        revision: str = REVISION,
+        system: SystemId = SYSTEM,
         places: int = 1 << 20,
         slots: int = 0,
         queue: int = 0,
@@ -49,7 +50,8 @@ class FakeEngine(engine_pb2_grpc.EngineServiceServicer):
         self.cancelled = 0  # requests whose client went away
         self.before_token: Callable[[int], Awaitable[None]] = no_wait
         self.places = places
-        self._shape, self._revision, self._slots, self._queue = shape, revision, slots, queue
+        self.system = system  # as it describes itself; a test may change it
+        self._shape, self._slots, self._queue = shape, slots, queue
         self._blocks, self._block_tokens = blocks, block_tokens
         self._encoder_decoder = encoder_decoder
         self._cached: OrderedDict[int, None] = OrderedDict()
@@ -61,7 +63,7 @@ class FakeEngine(engine_pb2_grpc.EngineServiceServicer):
         server = self._server = Server([], [ENGINE_SERVICE])
         engine_pb2_grpc.add_EngineServiceServicer_to_server(self, server.grpc)
         port = await server.start(HOST, 0)
-        await registry.register(fake_replica(self.id, Role.ROUTER, port, revision=self._revision))
+        await registry.register(fake_replica(self.id, Role.ROUTER, port, system=self.system))
 
     async def vanish(self) -> None:
         """Breaks every stream immediately, without a grace period; the registry still lists the router."""
@@ -77,7 +79,7 @@ class FakeEngine(engine_pb2_grpc.EngineServiceServicer):
     ) -> engine_pb2.DescribeEngineResponse:
         return engine_pb2.DescribeEngineResponse(
             model=MODEL,
-            revision=self._revision,
+            system=str(self.system),
             max_context=self._shape.max_context,
             vocabulary=self._shape.vocabulary,
             running=self._running,
@@ -97,6 +99,8 @@ class FakeEngine(engine_pb2_grpc.EngineServiceServicer):
 
     async def _answer(self, call: engine_pb2.GenerateTokensRequest, send_event: SendEvent) -> None:
         request = call.request
+        if request.system_key != self.system.key:
+            raise Unavailable(f"this router is of {self.system}")
         if self._running >= self.places:
             self.refused += 1
             raise ResourceExhausted(f"{self._running} of at most {self.places} requests run", 0.25)

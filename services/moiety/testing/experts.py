@@ -14,9 +14,10 @@ import torch
 
 from moiety.core.experts import ExpertSet, ModelShape
 from moiety.core.replica import WIRE_VERSION, Replica, Role
+from moiety.core.system import SystemId
 from moiety.internal.v1 import experts_pb2
 from moiety.registry.memory import MemoryRegistry
-from moiety.testing.common import HOST, MODEL, REVISION, fake_expert, fake_replica, no_wait, owner_of
+from moiety.testing.common import HOST, MODEL, SYSTEM, fake_expert, fake_replica, no_wait, owner_of
 from moiety.wire import codec
 from moiety.wire.frames import ForwardCall, ReplyCallback, parse_call
 from moiety.wire.rows import RowBuffer, SelectedRows, copy_rows
@@ -45,8 +46,10 @@ class FakeExperts:
         dtype: str = "float32",
         on_call: OnCall = no_wait,
         copies: int = 1,
+        system: SystemId = SYSTEM,
     ):
         self.id, self.held, self.on_call, self.copies = replica_id, held, on_call, copies
+        self.system = system
         self.on_reply: Callable[[bytes], bytes] = bytes
         self.calls: list[ForwardCall] = []  # every call that arrived, in order
         self.replica: Replica | None = None  # its registry entry, once started
@@ -72,10 +75,10 @@ class FakeExperts:
         mailbox = Mailbox()
         self._stack.enter_context(owner_of(mailbox))
         accept = partial(self._accept, asyncio.get_running_loop(), mailbox)
-        self._listener = SharedMemoryListener(REVISION, self._dtype, self._row_bytes, mailbox, accept)
+        self._listener = SharedMemoryListener(str(self.system), self._dtype, self._row_bytes, mailbox, accept)
         self._stack.push_async_callback(self._listener.close)
         port = await server.start(HOST, 0)
-        self.replica = fake_replica(self.id, Role.EXPERT, port, held=self.held)
+        self.replica = fake_replica(self.id, Role.EXPERT, port, held=self.held, system=self.system)
         await registry.register(self.replica)
 
     def forget(self) -> None:
@@ -101,7 +104,7 @@ class FakeExperts:
     ) -> experts_pb2.DescribeReplicaResponse:
         return experts_pb2.DescribeReplicaResponse(
             model=MODEL,
-            revision=REVISION,
+            system=str(self.system),
             dtype=self._dtype,
             hidden=self._shape.mlp.hidden,
             wire_version=WIRE_VERSION,

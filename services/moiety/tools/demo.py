@@ -89,7 +89,7 @@ def run_demo(say: Say, wait_s: float) -> None:
                     settings, progress=lambda line: say(f"    {line}"), wait_s=wait_s * 3, ray_folder=folder / "ray"
                 )
             )
-        registry = connect(redis.url, settings.app)
+        registry = connect(redis.url, deployed.system)
         demo = _Demo(say, stage, registry, deployed.gateways[0], receiver, wait_s)
         asyncio.run(demo.show())
         stage("Shutting down: replicas drain, then Ray and Redis end")

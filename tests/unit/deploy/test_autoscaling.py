@@ -47,7 +47,9 @@ def redis() -> Iterator[EmbeddedRedis]:
 
 
 def _settings(redis: EmbeddedRedis) -> AppSettings:
-    return AppSettings(model="m", app=f"test-{uuid.uuid4().hex[:8]}", registry=redis.url)
+    return AppSettings(
+        model="m", app=f"test-{uuid.uuid4().hex[:8]}", cluster="here", revision="0" * 32, registry=redis.url
+    )
 
 
 def _policy(settings: AppSettings) -> Any:
@@ -62,7 +64,7 @@ def _policy(settings: AppSettings) -> Any:
 
 @asynccontextmanager
 async def _registry(settings: AppSettings) -> AsyncIterator[Registry]:
-    registry = connect(settings.registry.get_secret_value(), settings.app)
+    registry = connect(settings.registry.get_secret_value(), settings.system)
     try:
         yield registry
     finally:
@@ -99,6 +101,20 @@ async def test_live_bounds_win_over_the_arguments(redis: EmbeddedRedis) -> None:
     policy = _policy(settings)
     context = Context(capacity_adjusted_min_replicas=3, capacity_adjusted_max_replicas=8)
     await eventually(lambda: policy(context)[0] == 3)
+
+
+async def test_an_application_deployed_again_scales_by_its_new_settings(redis: EmbeddedRedis) -> None:
+    """After a deployment with other settings, these decide; a policy of the earlier deployment no longer gets targets."""
+    settings = _settings(redis)
+    before = _policy(settings)
+    await eventually(lambda: before(Context(capacity_adjusted_min_replicas=3))[0] == 3)
+    changed = settings.model_copy(update={"groups": 4})
+    after = _policy(changed)
+    await _report(settings, busy=1.0)  # of the earlier system: with two groups
+    await eventually(lambda: after(Context(capacity_adjusted_min_replicas=2))[0] == 2)
+    await eventually(lambda: before(Context(target_num_replicas=1, capacity_adjusted_min_replicas=3))[0] == 1)
+    async with _registry(changed) as registry:
+        assert [entry["to"] for entry in await registry.decisions()] == [2]
 
 
 async def test_targets_are_exported(redis: EmbeddedRedis, monkeypatch: pytest.MonkeyPatch) -> None:

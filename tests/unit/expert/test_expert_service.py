@@ -23,7 +23,7 @@ from moiety.expert.runtime import Runtime
 from moiety.expert.service import ExpertService
 from moiety.internal.v1 import experts_pb2, experts_pb2_grpc
 from moiety.telemetry.tracing import NO_TRACER
-from moiety.testing import HOST, Caller, eventually, open_caller
+from moiety.testing import HOST, SYSTEM, Caller, eventually, open_caller
 from moiety.wire import codec
 from moiety.wire.channels import channel
 from moiety.wire.rows import RowBuffer
@@ -48,7 +48,7 @@ class Served:
         """Sends one row per expert of layer 0, with `changes` to the header."""
         fields = {
             "call_id": 1,
-            "revision": "r1",
+            "system_key": SYSTEM.key,
             "rows": len(wanted),
             "k_offsets": codec.int32_bytes(np.arange(len(wanted) + 1)),
             "experts": codec.int32_bytes(np.array(wanted)),
@@ -62,7 +62,7 @@ class Served:
 @asynccontextmanager
 async def served(runtime: Runtime) -> AsyncIterator[Served]:
     """The service over `runtime` and a link to it, for at most 20 s."""
-    service = ExpertService(runtime, SHAPE, "tiny", "r1", torch.float32, NO_TRACER)
+    service = ExpertService(runtime, SHAPE, "tiny", SYSTEM, torch.float32, NO_TRACER)
     server = Server([service.handler()], [EXPERT_SERVICE])
     address = f"{HOST}:{await server.start(HOST, 0)}"
     try:
@@ -95,13 +95,13 @@ async def test_rows_come_back_in_the_order_asked_for(make_runtime: MakeRuntime):
     [
         ({"experts": codec.int32_bytes(np.array([0, 5]))}, experts_pb2.OUTCOME_NOT_HELD, "expert(s) [5]"),
         ({"layer": 3}, experts_pb2.OUTCOME_NOT_HELD, "layer 3"),
-        ({"revision": "other"}, experts_pb2.OUTCOME_REVISION_MISMATCH, "serves revision r1, not other"),
-        ({"revision": ""}, experts_pb2.OUTCOME_REVISION_MISMATCH, "not (none)"),
+        ({"system_key": "other"}, experts_pb2.OUTCOME_WRONG_SYSTEM, f"for system other, not for {SYSTEM}"),
+        ({"system_key": ""}, experts_pb2.OUTCOME_WRONG_SYSTEM, "for system (none)"),
         ({"dtype": "float16"}, experts_pb2.OUTCOME_INVALID, "dtype = 'float16': must be float32"),
         ({"k_offsets": codec.int32_bytes(np.array([0, 3, 2]))}, experts_pb2.OUTCOME_INVALID, "k_offsets"),
         ({"rows": 3}, experts_pb2.OUTCOME_INVALID, "k_offsets = '12 bytes': must be 16 bytes"),
     ],
-    ids=["one expert not held", "no such layer", "revision", "no revision", "dtype", "k_offsets", "rows"],
+    ids=["one expert not held", "no such layer", "system", "no system", "dtype", "k_offsets", "rows"],
 )
 async def test_a_refusal_names_its_reason_and_ends_no_other_call(make_runtime: MakeRuntime, changes, outcome, said):
     """A refused call gets its outcome, a reason and no rows; the next call on the stream is answered."""
@@ -121,7 +121,7 @@ async def test_garbage_on_the_stream_is_answered_and_survived(make_runtime: Make
         header, _ = codec.decode(experts_pb2.ForwardResponse, await call.read())
         assert header.outcome == experts_pb2.OUTCOME_INVALID
         assert "ForwardRequest" in header.detail
-        good = experts_pb2.ForwardRequest(call_id=3, revision="r1", dtype="float32", k_offsets=bytes(4))
+        good = experts_pb2.ForwardRequest(call_id=3, system_key=SYSTEM.key, dtype="float32", k_offsets=bytes(4))
         await call.write(good.SerializeToString())
         header, _ = codec.decode(experts_pb2.ForwardResponse, await call.read())
         assert (header.call_id, header.outcome) == (3, experts_pb2.OUTCOME_OK)
@@ -134,7 +134,7 @@ async def test_a_client_without_our_codec_is_served(make_runtime: MakeRuntime):
     async with served(make_runtime(HELD)) as it, channel(it.address) as link:
         request = experts_pb2.ForwardRequest(
             call_id=1,
-            revision="r1",
+            system_key=SYSTEM.key,
             rows=1,
             k_offsets=codec.int32_bytes(np.array([0, 1])),
             experts=codec.int32_bytes(np.array([2])),
@@ -191,7 +191,12 @@ async def test_describe_follows_the_placement(make_runtime: MakeRuntime):
     runtime = make_runtime(HELD)
     async with served(runtime) as it:
         first = it.caller.link.description
-        assert (first.model, first.revision, first.dtype, first.hidden) == ("tiny", "r1", "float32", SHAPE.mlp.hidden)
+        assert (first.model, first.system, first.dtype, first.hidden) == (
+            "tiny",
+            str(SYSTEM),
+            "float32",
+            SHAPE.mlp.hidden,
+        )
         assert first.wire_version == WIRE_VERSION
         assert (ExpertSet.parse(first.held), first.placement_epoch) == (HELD, 0)
         moved = ExpertSet.parse("0-1:4-5")
@@ -225,7 +230,9 @@ async def test_a_router_that_leaves_is_forgotten(make_runtime: MakeRuntime):
     async with served(runtime) as it:
         async with open_caller(it.address) as left:
             await eventually(lambda: it.service.open_streams == 2)
-            header = experts_pb2.ForwardRequest(call_id=8, revision="r1", rows=0, k_offsets=bytes(4), dtype="float32")
+            header = experts_pb2.ForwardRequest(
+                call_id=8, system_key=SYSTEM.key, rows=0, k_offsets=bytes(4), dtype="float32"
+            )
             answer = left.send(header, RowBuffer.of(rows_for(0)))
             await eventually(lambda: not runtime.idle)
         assert isinstance(await answer, PeerLost)

@@ -1,4 +1,4 @@
-"""An expert replica follows the placement: it drops no expert before every router of its revision has acknowledged."""
+"""An expert replica follows the placement: it drops no expert before every router has acknowledged."""
 
 from __future__ import annotations
 
@@ -21,13 +21,12 @@ LEAVING = ExpertSet.uniform(3, [0])
 ROUTER = Replica("r1", Role.ROUTER, "router", "h:1", "n", "m", "revision", placement_epoch=0)
 
 
-async def test_it_waits_for_every_router_of_its_revision(make_runtime: MakeRuntime) -> None:
-    """Experts are dropped once both routers have acknowledged for SEEN_S; a router of another revision does not count."""
+async def test_it_waits_for_every_router(make_runtime: MakeRuntime) -> None:
+    """Experts are dropped once both routers have acknowledged for SEEN_S."""
     registry, runtime = MemoryRegistry(clock=lambda: 0.0), make_runtime(HELD)
-    follower = PlacementFollower(runtime, registry, "experts-0", HELD, "revision")
+    follower = PlacementFollower(runtime, registry, "experts-0", HELD)
     await registry.register(replace(ROUTER, placement_epoch=1))
     await registry.register(replace(ROUTER, id="r2"))
-    await registry.register(replace(ROUTER, id="r3", revision="another"))
     assert await registry.set_placement(Placement(1, {"experts-0": NEXT}))
     for _ in range(3):
         await follower.follow()
@@ -45,7 +44,7 @@ async def test_it_waits_for_every_router_of_its_revision(make_runtime: MakeRunti
 async def test_where_no_router_is_listed_it_waits_longer(make_runtime: MakeRuntime) -> None:
     """Without a listed router it waits TTL_S: an emptied store lists none either, until they have registered again."""
     registry, runtime = MemoryRegistry(clock=lambda: 0.0), make_runtime(HELD)
-    follower = PlacementFollower(runtime, registry, "experts-0", HELD, "revision")
+    follower = PlacementFollower(runtime, registry, "experts-0", HELD)
     assert await registry.set_placement(Placement(1, {"experts-0": NEXT}))
     began = time.monotonic()
     while len((await _followed(follower, runtime)).leaving):
@@ -56,7 +55,7 @@ async def test_where_no_router_is_listed_it_waits_longer(make_runtime: MakeRunti
 async def test_a_deployment_that_is_not_named_holds_its_default(make_runtime: MakeRuntime) -> None:
     """A deployment that the placement does not name holds its default under the new epoch: routers wait for all."""
     registry, runtime = MemoryRegistry(clock=lambda: 0.0), make_runtime(ExpertSet())
-    follower = PlacementFollower(runtime, registry, "experts-0", HELD, "revision")
+    follower = PlacementFollower(runtime, registry, "experts-0", HELD)
     assert await registry.set_placement(Placement(4, {"experts-1": NEXT}))
     await follower.start()
     assert (runtime.holding.held, runtime.holding.epoch) == (HELD, 4)
@@ -72,7 +71,7 @@ async def test_without_a_registry_it_starts_with_the_default(
 
     registry, runtime = MemoryRegistry(), make_runtime(ExpertSet())
     monkeypatch.setattr(registry, "placement", silent)
-    await PlacementFollower(runtime, registry, "experts-0", HELD, "revision").start()
+    await PlacementFollower(runtime, registry, "experts-0", HELD).start()
     assert (runtime.holding.held, runtime.holding.epoch) == (HELD, 0)
 
 

@@ -14,7 +14,7 @@ from moiety.gateway.text import Tokenizer
 from moiety.registry.memory import MemoryRegistry
 from moiety.registry.watch import Watch
 from moiety.telemetry.tracing import NO_TRACER
-from moiety.testing import HOST, FakeEngine, eventually, fake_shape, fake_token
+from moiety.testing import HOST, SYSTEM, FakeEngine, eventually, fake_shape, fake_token
 from moiety.wire.server import Server
 from moiety.wire.service_names import GENERATION_SERVICE
 
@@ -48,10 +48,10 @@ async def gateway_over(
         watch = Watch(registry, interval_s=0.02)
         await watch.start()
         stack.push_async_callback(watch.stop)
-        routers = RouterPool(watch, router_wait_s)
+        routers = RouterPool(watch, SYSTEM, router_wait_s)
         stack.push_async_callback(routers.close)
-        service = GenerationService(routers, tokenizer, "fake", max_concurrent, NO_TRACER)
-        server = Server([service.handler()], [GENERATION_SERVICE])
+        service = GenerationService(routers, tokenizer, "fake", SYSTEM, max_concurrent, NO_TRACER)
+        server = Server(service.handlers(), [GENERATION_SERVICE])
         address = f"{HOST}:{await server.start(HOST, 0)}"
         stack.push_async_callback(server.stop, 0)
         client = await stack.enter_async_context(Client(address))

@@ -13,7 +13,7 @@ from moiety.core.sampling import FinishReason
 from moiety.errors import DeadlineExceeded, InvalidRequest, ResourceExhausted, Unavailable
 from moiety.gateway.service import MAX_REQUEST_ID
 from moiety.gateway.text import Tokenizer
-from moiety.testing import REVISION, FakeEngine, eventually
+from moiety.testing import SYSTEM, FakeEngine, eventually
 from moiety.v1 import generation_pb2
 from moiety.wire.channels import channel
 from moiety.wire.service_names import GENERATION_SERVICE
@@ -55,7 +55,7 @@ async def test_models_are_listed(tokenizer: Tokenizer):
     """ListModels returns name, revision and context of the served model."""
     async with gateway_over(tokenizer, engine()) as gateway:
         (model,) = await gateway.client.models()
-        assert (model.name, model.revision, model.max_context) == ("fake", REVISION, SHAPE.max_context)
+        assert (model.name, model.revision, model.max_context) == ("fake", SYSTEM.revision, SHAPE.max_context)
 
 
 async def test_an_encoder_s_prompt_leaves_the_output_its_context(tokenizer: Tokenizer):

@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 import re
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from gateway_support import PROMPT, SHAPE, chunks, die_before, expected, gateway_over, tokens
 
 from moiety.core.replica import ReplicaState
+from moiety.core.system import SystemId
 from moiety.errors import DeadlineExceeded, MoietyError, NoHolder, ResourceExhausted, Unavailable
 from moiety.gateway.text import Tokenizer
 from moiety.internal.v1 import engine_pb2
-from moiety.testing import FakeEngine, eventually
+from moiety.testing import SYSTEM, FakeEngine, eventually, fake_system
 from moiety.wire import status
 
 
@@ -21,9 +23,9 @@ def _generated(request: engine_pb2.EngineRequest) -> int:
     return len(request.generated_ids)
 
 
-def engine(name: str, revision: str = "fake-revision") -> FakeEngine:
+def engine(name: str, system: SystemId = SYSTEM) -> FakeEngine:
     """Returns a router."""
-    return FakeEngine(name, SHAPE, revision=revision)
+    return FakeEngine(name, SHAPE, system=system)
 
 
 @pytest.mark.parametrize("position", [0, 1, 5])  # before anything was sent; after the first token; at the last
@@ -38,7 +40,7 @@ async def test_a_lost_router_costs_no_token(tokenizer: Tokenizer, position: int)
         assert list(resumed.generated_ids) == expected(position)
         assert list(resumed.prompt_ids) == PROMPT
         assert resumed.sampling.seed == 0
-        assert resumed.revision == "fake-revision"
+        assert resumed.system_key == SYSTEM.key
 
 
 async def test_losing_every_router_waits_for_the_next(tokenizer: Tokenizer):
@@ -58,22 +60,41 @@ async def test_losing_every_router_waits_for_the_next(tokenizer: Tokenizer):
 
 
 async def test_no_other_router_in_time_is_unavailable(tokenizer: Tokenizer):
-    """Without another router in time, a request ends with UNAVAILABLE that names the revision it needs."""
+    """Without another router in time, a request ends with UNAVAILABLE."""
     only = engine("a")
     async with gateway_over(tokenizer, only, router_wait_s=0.3) as gateway:
         die_before(gateway, 1, only)
-        with pytest.raises(Unavailable, match="no router of revision fake-revision is ready"):
+        with pytest.raises(Unavailable, match="no router is ready"):
             await tokens(gateway)
 
 
-async def test_a_request_keeps_one_revision_for_life(tokenizer: Tokenizer):
-    """A router of another revision does not take over: its tokens would be another model's."""
-    routers = engine("a"), engine("b", revision="newer")
-    async with gateway_over(tokenizer, *routers, router_wait_s=0.3) as gateway:
-        die_before(gateway, 3, *routers)
-        with pytest.raises(Unavailable, match=r"no router of revision (fake-revision|newer) is ready"):
+@pytest.mark.parametrize("change", [{"app": "other"}, {"cluster": "other"}, {"revision": "f" * 32}, {"groups": 4}])
+async def test_a_router_of_another_system_is_never_used(
+    tokenizer: Tokenizer, change: dict[str, Any], caplog: pytest.LogCaptureFixture
+):
+    """A request whose router is lost ends with UNAVAILABLE: another system's router would go on with another model."""
+    ours, other = engine("a"), engine("b", fake_system(**change))
+    async with gateway_over(tokenizer, ours, other, router_wait_s=0.3) as gateway:
+        assert await tokens(gateway) == expected(6)
+        die_before(gateway, 3, ours)
+        with pytest.raises(Unavailable, match="no router is ready"):
             await tokens(gateway)
-        assert sum(len(router.requests) for router in routers) == 1
+        assert not other.requests
+    (name,) = change
+    refusals = [record.message for record in caplog.records if "router b" in record.message]
+    assert len(refusals) == 1
+    assert f"its {name} is {change[name]}, ours" in refusals[0]
+
+
+async def test_a_router_that_took_the_address_of_a_lost_one_is_never_used(tokenizer: Tokenizer):
+    """While the registry still lists a lost router, another system's router at its address gets no request."""
+    router = engine("a")
+    async with gateway_over(tokenizer, router, router_wait_s=0.3) as gateway:
+        assert await tokens(gateway) == expected(6)
+        router.system = fake_system(revision="f" * 32)
+        with pytest.raises(Unavailable, match="no router is ready"):
+            await tokens(gateway)
+        assert len(router.requests) == 1
 
 
 async def test_requests_are_spread(tokenizer: Tokenizer):

@@ -11,6 +11,7 @@ from moiety.registry.connect import connect
 from moiety.registry.embedded_redis import EmbeddedRedis
 from moiety.registry.interface import Registry
 from moiety.registry.memory import MemoryRegistry
+from moiety.testing import fake_system
 
 
 @pytest.fixture(scope="session")
@@ -29,6 +30,6 @@ def app() -> str:
 @pytest.fixture(params=["memory", "redis"])
 async def registry(request: pytest.FixtureRequest, redis_server: EmbeddedRedis, app: str) -> AsyncIterator[Registry]:
     """An empty registry of each kind."""
-    opened: Registry = connect(redis_server.url, app) if request.param == "redis" else MemoryRegistry()
+    opened: Registry = connect(redis_server.url, fake_system(app=app)) if request.param == "redis" else MemoryRegistry()
     yield opened
     await opened.close()

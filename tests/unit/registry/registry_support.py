@@ -11,6 +11,7 @@ from moiety.core.experts import ExpertSet
 from moiety.core.load import ExpertDemand
 from moiety.core.replica import Replica, Role
 from moiety.registry.redis import RedisRegistry
+from moiety.testing import fake_system
 
 
 def expert_replica(replica_id: str = "e0", **changes: object) -> Replica:
@@ -36,10 +37,15 @@ def demand_of(*rows: tuple[int, ...], time: float = 0.0, started: float = 0.0) -
     return ExpertDemand(rows=rows, activations=rows, time=time, started=started)
 
 
+def prefix_of(app: str) -> str:
+    """Returns what the keys of `opened(url, app)` begin with."""
+    return f"moiety:{{{app}}}:{fake_system(app=app).key}:"
+
+
 @contextlib.asynccontextmanager
 async def opened(url: str, app: str) -> AsyncIterator[RedisRegistry]:
     """Yields a registry in Redis, and closes it at the end."""
-    registry = RedisRegistry(url, app)
+    registry = RedisRegistry(url, fake_system(app=app))
     try:
         yield registry
     finally:

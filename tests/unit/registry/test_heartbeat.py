@@ -15,6 +15,7 @@ from moiety.registry.embedded_redis import EmbeddedRedis
 from moiety.registry.heartbeat import Heartbeat
 from moiety.registry.interface import HEARTBEAT_S, TTL_S
 from moiety.registry.memory import MemoryRegistry
+from moiety.testing import SYSTEM
 
 
 async def test_an_entry_lives_from_start_to_stop() -> None:
@@ -40,7 +41,7 @@ async def test_an_entry_lives_from_start_to_stop() -> None:
 async def test_an_emptied_redis_refills() -> None:
     """After FLUSHALL every heartbeat writes its entry again, under a new generation."""
     with EmbeddedRedis() as server:
-        registry = connect(server.url, "app")
+        registry = connect(server.url, SYSTEM)
         heartbeats = [Heartbeat(registry, expert_replica(f"e{n}")) for n in range(3)]
         for heartbeat in heartbeats:
             await heartbeat.start()
@@ -61,7 +62,7 @@ async def test_an_emptied_redis_refills() -> None:
 async def test_an_outage_is_logged_once_and_survived(caplog: pytest.LogCaptureFixture) -> None:
     """However many beats and actions fail, one line logs the outage and one the recovery."""
     with caplog.at_level(logging.INFO, logger="moiety"), EmbeddedRedis() as server:
-        registry = connect(server.url, "app")
+        registry = connect(server.url, SYSTEM)
 
         async def action() -> None:
             await registry.report_missing_experts(0, [1])
@@ -125,7 +126,7 @@ async def test_actions_fail_and_hang_alone(caplog: pytest.LogCaptureFixture) -> 
 
 async def test_a_required_registry_must_answer_at_start() -> None:
     """With `require` the first failure is raised; without it, the service starts and registers later."""
-    registry = connect("redis://127.0.0.1:1/0", "app")
+    registry = connect("redis://127.0.0.1:1/0", SYSTEM)
     with pytest.raises(RegistryUnreachable):
         await Heartbeat(registry, expert_replica(), require=True).start()
     heartbeat = Heartbeat(registry, expert_replica())

@@ -10,7 +10,7 @@ import pytest
 import redis
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from registry_support import demand_of, expert_replica, opened
+from registry_support import demand_of, expert_replica, opened, prefix_of
 
 from moiety.core.experts import ExpertSet
 from moiety.core.replica import Replica
@@ -19,6 +19,7 @@ from moiety.registry.entries import replica_to_json
 from moiety.registry.listing import Listing, digest_of
 from moiety.registry.redis import REWRITE_S, RedisRegistry
 from moiety.registry.watch import GRACE_S, Watch
+from moiety.testing import fake_system
 
 IDS = st.sampled_from("abc")
 STEPS = st.lists(
@@ -36,8 +37,8 @@ class System:
 
     def __init__(self, client: redis.Redis, url: str, app: str) -> None:
         self._client, self._url, self._app = client, url, app
-        self._prefix = f"moiety:{{{app}}}:"
-        self.writer = RedisRegistry(url, app)
+        self._prefix = prefix_of(app)
+        self.writer = RedisRegistry(url, fake_system(app=app))
         self.running: dict[str, Replica] = {}
         self.stored: dict[str, Replica] = {}
         self._saved: tuple[dict[bytes, bytes], dict[str, Replica]] = {}, {}
@@ -61,7 +62,7 @@ class System:
             self.stored.update(self.running)
         elif step == "restart":  # of the services: they return under their ids and know nothing of what was written
             await self.writer.close()
-            self.writer = RedisRegistry(self._url, self._app)
+            self.writer = RedisRegistry(self._url, fake_system(app=self._app))
         elif step == "save":
             self._saved = {key: self._client.dump(key) for key in self._keys()}, dict(self.stored)
         else:  # flush, or a failover to a server that had not received the last writes
@@ -148,7 +149,7 @@ async def test_a_store_that_lost_parts_is_repaired(
     with redis.Redis(port=redis_server.port) as client:
         async with opened(redis_server.url, app) as registry:
             await registry.register(expert_replica())
-            client.delete(f"moiety:{{{app}}}:replicas", f"moiety:{{{app}}}:replica:e0")
+            client.delete(f"{prefix_of(app)}replicas", f"{prefix_of(app)}replica:e0")
             await registry.register(expert_replica())
             assert await registry.replicas() == ()
             ahead = REWRITE_S

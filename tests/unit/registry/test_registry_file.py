@@ -15,6 +15,7 @@ from moiety.core.replica import Placement
 from moiety.errors import ConfigError, FailedPrecondition, RegistryUnreachable
 from moiety.registry.connect import connect
 from moiety.registry.file import FileRegistry, FileRegistryWriter
+from moiety.testing import SYSTEM
 
 
 async def test_readers_see_every_change_of_the_writer(tmp_path: Path) -> None:
@@ -22,7 +23,7 @@ async def test_readers_see_every_change_of_the_writer(tmp_path: Path) -> None:
     path = tmp_path / "a folder" / "registry.json"
     path.parent.mkdir()
     writer = FileRegistryWriter(path)
-    reader = connect(path.as_uri(), "app")
+    reader = connect(path.as_uri(), SYSTEM)
     assert await reader.replicas() == ()
     assert await reader.placement() is None
     for epoch in range(1, 20):
@@ -103,4 +104,4 @@ async def test_a_broken_entry_hides_no_other(tmp_path: Path, caplog: pytest.LogC
 def test_a_url_of_another_form_is_refused(url: str) -> None:
     """The error names the setting and the forms it may have."""
     with pytest.raises(ConfigError, match="registry"):
-        connect(url, "app")
+        connect(url, SYSTEM)

@@ -14,7 +14,7 @@ from dataclasses import replace
 
 import pytest
 import redis
-from registry_support import demand_of, expert_replica, opened
+from registry_support import demand_of, expert_replica, opened, prefix_of
 
 from moiety.core.experts import ExpertSet
 from moiety.core.load import ReplicaLoad
@@ -24,6 +24,7 @@ from moiety.registry.connect import connect
 from moiety.registry.embedded_redis import EmbeddedRedis
 from moiety.registry.interface import DEMAND_TTL_S, LOAD_TTL_S, MISSING_EXPERTS_TTL_S, TTL_S, Registry
 from moiety.registry.listing import digest_of
+from moiety.testing import SYSTEM, fake_system
 
 
 @pytest.fixture
@@ -41,7 +42,7 @@ async def test_entries_expire_each_after_its_time(
         await registry.register(expert_replica())
         await registry.publish_load("e0", ReplicaLoad(0.5, 1.0, 2.0, 3.0))
         await registry.report_missing_experts(1, [2])
-        beat, busy, missing = (f"moiety:{{{app}}}:{key}" for key in ("beat:e0", "busy:e0", "missing"))
+        beat, busy, missing = (f"{prefix_of(app)}{key}" for key in ("beat:e0", "busy:e0", "missing"))
         seconds, microseconds = redis_cli.time()
         assert TTL_S - 2 < redis_cli.pttl(beat) / 1e3 <= TTL_S
         assert LOAD_TTL_S - 2 < redis_cli.pttl(busy) / 1e3 <= LOAD_TTL_S
@@ -55,12 +56,12 @@ async def test_entries_expire_each_after_its_time(
         redis_cli.zadd(missing, {"1/2": seconds * 1000})
         assert await registry.replica_load() == {}
         assert await registry.missing_experts() == {}
-    assert redis_cli.keys(f"moiety:{{{app}}}:*") == [f"moiety:{{{app}}}:generation"]
+    assert redis_cli.keys(f"{prefix_of(app)}*") == [f"{prefix_of(app)}generation"]
 
 
 async def test_counters_outlive_a_slow_writer(redis_server: EmbeddedRedis, app: str, redis_cli: redis.Redis) -> None:
     """A writer's counters stay for a minute after its last flush and leave no trace; its hot experts expire earlier."""
-    load, hot = f"moiety:{{{app}}}:load:router-a", f"moiety:{{{app}}}:hot"
+    load, hot = f"{prefix_of(app)}load:router-a", f"{prefix_of(app)}hot"
     async with opened(redis_server.url, app) as registry:
         for second in (0, 1):
             await registry.publish_load("router-a", demand=demand_of((second, 2 * second), time=second))
@@ -69,14 +70,14 @@ async def test_counters_outlive_a_slow_writer(redis_server: EmbeddedRedis, app: 
     redis_cli.delete(load)
     async with opened(redis_server.url, app) as registry:
         assert await registry.expert_demand() == {}
-    assert redis_cli.scard(f"moiety:{{{app}}}:writers") == 0
+    assert redis_cli.scard(f"{prefix_of(app)}writers") == 0
 
 
 async def test_hot_lists_the_current_rates_of_the_hottest_experts(
     redis_server: EmbeddedRedis, app: str, redis_cli: redis.Redis
 ) -> None:
     """`hot` has 64 rates, summed over writers; a repeated flush counts once, and old rows do not count."""
-    wide, hot = tuple(range(100)), f"moiety:{{{app}}}:hot"
+    wide, hot = tuple(range(100)), f"{prefix_of(app)}hot"
     async with opened(redis_server.url, app) as registry:
         for second in (0, 2, 2):
             rows = tuple(1000 + second * count for count in wide)
@@ -97,7 +98,7 @@ async def test_broken_entries_are_skipped_with_one_warning(
     redis_server: EmbeddedRedis, app: str, redis_cli: redis.Redis, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A broken entry does not hide the good ones, and is logged once, by name and field."""
-    key = f"moiety:{{{app}}}:"
+    key = prefix_of(app)
     broken = {
         "not-json": "{",
         "list": "[]",
@@ -145,7 +146,7 @@ async def test_fields_of_a_newer_version_are_ignored(
     """An entry with unknown fields is read without these."""
     async with opened(redis_server.url, app) as registry:
         await registry.register(expert_replica())
-        key = f"moiety:{{{app}}}:replica:e0"
+        key = f"{prefix_of(app)}replica:e0"
         redis_cli.set(key, redis_cli.get(key).replace("{", '{"colour": ["blue"], ', 1), keepttl=True)
         assert await registry.replicas() == (expert_replica(),)
 
@@ -196,7 +197,7 @@ async def test_a_redis_that_hangs_is_unreachable_soon() -> None:
 
 def test_one_registry_serves_the_loops_of_several_threads(redis_server: EmbeddedRedis, app: str) -> None:
     """Event loops that run one after another, or at the same time, each get a working client."""
-    registry = connect(redis_server.url, app)
+    registry = connect(redis_server.url, fake_system(app=app))
     seen: list[int] = []
 
     async def life(replica_id: str) -> None:
@@ -229,7 +230,7 @@ async def test_a_password_is_never_shown() -> None:
         assert "alice" not in str(caught.value)
     for url in ("redis://alice:s3/cret@127.0.0.1:1/0", "redis://:s3cret@h:port", "http://a:s3cret@h", "s3cret@h"):
         with pytest.raises(ConfigError, match="registry") as refused:
-            connect(url, "app")
+            connect(url, SYSTEM)
         assert "cret" not in str(refused.value)
 
 

@@ -21,7 +21,7 @@ ROW_BYTES = 24
 def header() -> ForwardRequest:
     """A request with every field but the payload."""
     return ForwardRequest(
-        call_id=7, attempt=2, revision="r", layer=3, rows=2, dtype="float32", k_offsets=b"k" * 12, experts=b"e" * 8
+        call_id=7, attempt=2, system_key="k", layer=3, rows=2, dtype="float32", k_offsets=b"k" * 12, experts=b"e" * 8
     )
 
 
@@ -43,7 +43,7 @@ def test_rows_survive_the_wire_to_the_bit(dtype: torch.dtype, count: int):
     got = torch.empty_like(sent)
     copy_rows(RowBuffer.within(payload, 12 * dtype.itemsize), RowBuffer.of(got))
     assert torch.equal(got.view(torch.uint8), sent.view(torch.uint8))
-    assert (decoded.call_id, decoded.attempt, decoded.layer, decoded.revision) == (7, 2, 3, "r")
+    assert (decoded.call_id, decoded.attempt, decoded.layer, decoded.system_key) == (7, 2, 3, "k")
     assert not decoded.payload, "the payload must not be copied out of the frame"
 
 

@@ -24,7 +24,17 @@ from moiety.internal.v1.experts_pb2 import (
     SharedMemoryWelcome,
 )
 from moiety.registry.memory import MemoryRegistry
-from moiety.testing import REVISION, Caller, FakeExperts, eventually, fake_shape, loopback_hop, open_caller, owner_of
+from moiety.testing import (
+    SYSTEM,
+    Caller,
+    FakeExperts,
+    eventually,
+    fake_shape,
+    fake_system,
+    loopback_hop,
+    open_caller,
+    owner_of,
+)
 from moiety.wire import codec
 from moiety.wire.rows import RowBuffer
 from moiety.wire.transports.doorbell import ANSWER, CALL
@@ -71,10 +81,10 @@ async def greet(name: str, hello: bytes, descriptors: list[int]) -> SharedMemory
         return SharedMemoryWelcome.FromString(await loop.sock_recv(sock, 4096))
 
 
-async def test_only_a_sealed_segment_of_the_same_revision_is_accepted():
-    """Another revision, no segment, an unsealed one and garbage are refused with a reason; the next router is served."""
-    good = SharedMemoryHello(wire_version=WIRE_VERSION, revision=REVISION, dtype="float32")
-    other = SharedMemoryHello(wire_version=WIRE_VERSION, revision="other", dtype="float32")
+async def test_only_a_sealed_segment_of_the_same_system_is_accepted():
+    """Another system, no segment, an unsealed one and garbage are refused with a reason; the next router is served."""
+    good = SharedMemoryHello(wire_version=WIRE_VERSION, system=str(SYSTEM), dtype="float32")
+    other = SharedMemoryHello(wire_version=WIRE_VERSION, system=str(fake_system(groups=4)), dtype="float32")
     async with replica() as (experts, name):
         sealed, _ = create_segment(4096)
         unsealed = os.memfd_create("unsealed", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
@@ -82,7 +92,7 @@ async def test_only_a_sealed_segment_of_the_same_revision_is_accepted():
         try:
             for hello, descriptors, reason in (
                 (good.SerializeToString(), [sealed], ""),
-                (other.SerializeToString(), [sealed], f"serves revision {REVISION} in float32"),
+                (other.SerializeToString(), [sealed], f"belongs to {SYSTEM}, its rows are float32"),
                 (good.SerializeToString(), [], "the hello came without a segment"),
                 (good.SerializeToString(), [unsealed], "segment = '4096 bytes, seals 0x0': must be sealed memory"),
                 (b"\xff\xff", [sealed], "Error parsing message"),
@@ -113,7 +123,7 @@ async def test_an_invalid_call_ends_its_connection_only(message: bytes):
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
             sock.setblocking(False)
             await loop.sock_connect(sock, f"\0{name}")
-            hello = SharedMemoryHello(wire_version=WIRE_VERSION, revision=REVISION, dtype="float32")
+            hello = SharedMemoryHello(wire_version=WIRE_VERSION, system=str(SYSTEM), dtype="float32")
             socket.send_fds(sock, [hello.SerializeToString()], [descriptor])
             os.close(descriptor)
             assert SharedMemoryWelcome.FromString(await loop.sock_recv(sock, 4096)).accepted

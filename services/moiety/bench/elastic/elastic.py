@@ -84,7 +84,7 @@ def bench_elastic(work: ElasticWork, *, wait_s: float = 120.0, progress: Progres
 
 
 async def _offer(work: ElasticWork, settings: AppSettings, deployed: DeployedApp, progress: Progress) -> ElasticReport:
-    registry = connect(settings.registry.get_secret_value(), settings.app)
+    registry = connect(settings.registry.get_secret_value(), deployed.system)
     try:
         async with Client(deployed.gateways[0]) as client:
             prompts = await skewed_prompts(client, registry, work.zipf, work.seed, progress)

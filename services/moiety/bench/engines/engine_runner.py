@@ -96,7 +96,7 @@ class BenchModel:
         """Builds an engine in this process on `cluster`'s experts. Returns its runner once every expert has a holder."""
         shape = self.layout.shape
         model, cache = await self.load(settings)
-        hop, lanes = await reach_experts(settings, shape, self.revision, self.dtype, cluster.registry, tracer, stack)
+        hop, lanes = await reach_experts(settings, shape, cluster.system, self.dtype, cluster.registry, tracer, stack)
         await _covered(hop)
         return EngineRunner(
             build_engine(hops_of(settings, hop), lanes, settings, model, cache, no_waits, tracer), shape, stack

@@ -30,9 +30,9 @@ class DescribeEngineRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class DescribeEngineResponse(_message.Message):
-    __slots__ = ("model", "revision", "max_context", "vocabulary", "running", "waiting", "slots", "block_tokens", "blocks", "encoder_decoder", "queue_limit")
+    __slots__ = ("model", "system", "max_context", "vocabulary", "running", "waiting", "slots", "block_tokens", "blocks", "encoder_decoder", "queue_limit")
     MODEL_FIELD_NUMBER: _ClassVar[int]
-    REVISION_FIELD_NUMBER: _ClassVar[int]
+    SYSTEM_FIELD_NUMBER: _ClassVar[int]
     MAX_CONTEXT_FIELD_NUMBER: _ClassVar[int]
     VOCABULARY_FIELD_NUMBER: _ClassVar[int]
     RUNNING_FIELD_NUMBER: _ClassVar[int]
@@ -43,7 +43,7 @@ class DescribeEngineResponse(_message.Message):
     ENCODER_DECODER_FIELD_NUMBER: _ClassVar[int]
     QUEUE_LIMIT_FIELD_NUMBER: _ClassVar[int]
     model: str
-    revision: str
+    system: str
     max_context: int
     vocabulary: int
     running: int
@@ -53,12 +53,12 @@ class DescribeEngineResponse(_message.Message):
     blocks: int
     encoder_decoder: bool
     queue_limit: int
-    def __init__(self, model: _Optional[str] = ..., revision: _Optional[str] = ..., max_context: _Optional[int] = ..., vocabulary: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., slots: _Optional[int] = ..., block_tokens: _Optional[int] = ..., blocks: _Optional[int] = ..., encoder_decoder: _Optional[bool] = ..., queue_limit: _Optional[int] = ...) -> None: ...
+    def __init__(self, model: _Optional[str] = ..., system: _Optional[str] = ..., max_context: _Optional[int] = ..., vocabulary: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., slots: _Optional[int] = ..., block_tokens: _Optional[int] = ..., blocks: _Optional[int] = ..., encoder_decoder: _Optional[bool] = ..., queue_limit: _Optional[int] = ...) -> None: ...
 
 class EngineRequest(_message.Message):
-    __slots__ = ("request_id", "revision", "prompt_ids", "generated_ids", "sampling", "stop_ids", "priority", "tenant", "choice")
+    __slots__ = ("request_id", "system_key", "prompt_ids", "generated_ids", "sampling", "stop_ids", "priority", "tenant", "choice")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
-    REVISION_FIELD_NUMBER: _ClassVar[int]
+    SYSTEM_KEY_FIELD_NUMBER: _ClassVar[int]
     PROMPT_IDS_FIELD_NUMBER: _ClassVar[int]
     GENERATED_IDS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
@@ -67,7 +67,7 @@ class EngineRequest(_message.Message):
     TENANT_FIELD_NUMBER: _ClassVar[int]
     CHOICE_FIELD_NUMBER: _ClassVar[int]
     request_id: str
-    revision: str
+    system_key: str
     prompt_ids: _containers.RepeatedScalarFieldContainer[int]
     generated_ids: _containers.RepeatedScalarFieldContainer[int]
     sampling: _generation_pb2.SamplingParams
@@ -75,7 +75,7 @@ class EngineRequest(_message.Message):
     priority: int
     tenant: str
     choice: int
-    def __init__(self, request_id: _Optional[str] = ..., revision: _Optional[str] = ..., prompt_ids: _Optional[_Iterable[int]] = ..., generated_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_generation_pb2.SamplingParams, _Mapping]] = ..., stop_ids: _Optional[_Iterable[int]] = ..., priority: _Optional[int] = ..., tenant: _Optional[str] = ..., choice: _Optional[int] = ...) -> None: ...
+    def __init__(self, request_id: _Optional[str] = ..., system_key: _Optional[str] = ..., prompt_ids: _Optional[_Iterable[int]] = ..., generated_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_generation_pb2.SamplingParams, _Mapping]] = ..., stop_ids: _Optional[_Iterable[int]] = ..., priority: _Optional[int] = ..., tenant: _Optional[str] = ..., choice: _Optional[int] = ...) -> None: ...
 
 class EngineEvent(_message.Message):
     __slots__ = ("token_ids", "finish_reason", "logprobs", "choice", "top_logprobs", "prompt_logprobs", "cached_tokens", "routed_rows", "rerouted_rows", "call_id", "error")

@@ -16,7 +16,7 @@ class Outcome(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     OUTCOME_UNSPECIFIED: _ClassVar[Outcome]
     OUTCOME_OK: _ClassVar[Outcome]
     OUTCOME_NOT_HELD: _ClassVar[Outcome]
-    OUTCOME_REVISION_MISMATCH: _ClassVar[Outcome]
+    OUTCOME_WRONG_SYSTEM: _ClassVar[Outcome]
     OUTCOME_INVALID: _ClassVar[Outcome]
     OUTCOME_OVERLOADED: _ClassVar[Outcome]
     OUTCOME_EXPIRED: _ClassVar[Outcome]
@@ -27,7 +27,7 @@ CALL_CLASS_PREFILL: CallClass
 OUTCOME_UNSPECIFIED: Outcome
 OUTCOME_OK: Outcome
 OUTCOME_NOT_HELD: Outcome
-OUTCOME_REVISION_MISMATCH: Outcome
+OUTCOME_WRONG_SYSTEM: Outcome
 OUTCOME_INVALID: Outcome
 OUTCOME_OVERLOADED: Outcome
 OUTCOME_EXPIRED: Outcome
@@ -38,9 +38,9 @@ class DescribeReplicaRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class DescribeReplicaResponse(_message.Message):
-    __slots__ = ("model", "revision", "dtype", "hidden", "wire_version", "held", "placement_epoch", "shared_memory", "leaving")
+    __slots__ = ("model", "system", "dtype", "hidden", "wire_version", "held", "placement_epoch", "shared_memory", "leaving")
     MODEL_FIELD_NUMBER: _ClassVar[int]
-    REVISION_FIELD_NUMBER: _ClassVar[int]
+    SYSTEM_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     HIDDEN_FIELD_NUMBER: _ClassVar[int]
     WIRE_VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -49,7 +49,7 @@ class DescribeReplicaResponse(_message.Message):
     SHARED_MEMORY_FIELD_NUMBER: _ClassVar[int]
     LEAVING_FIELD_NUMBER: _ClassVar[int]
     model: str
-    revision: str
+    system: str
     dtype: str
     hidden: int
     wire_version: int
@@ -57,17 +57,17 @@ class DescribeReplicaResponse(_message.Message):
     placement_epoch: int
     shared_memory: str
     leaving: str
-    def __init__(self, model: _Optional[str] = ..., revision: _Optional[str] = ..., dtype: _Optional[str] = ..., hidden: _Optional[int] = ..., wire_version: _Optional[int] = ..., held: _Optional[str] = ..., placement_epoch: _Optional[int] = ..., shared_memory: _Optional[str] = ..., leaving: _Optional[str] = ...) -> None: ...
+    def __init__(self, model: _Optional[str] = ..., system: _Optional[str] = ..., dtype: _Optional[str] = ..., hidden: _Optional[int] = ..., wire_version: _Optional[int] = ..., held: _Optional[str] = ..., placement_epoch: _Optional[int] = ..., shared_memory: _Optional[str] = ..., leaving: _Optional[str] = ...) -> None: ...
 
 class SharedMemoryHello(_message.Message):
-    __slots__ = ("wire_version", "revision", "dtype")
+    __slots__ = ("wire_version", "system", "dtype")
     WIRE_VERSION_FIELD_NUMBER: _ClassVar[int]
-    REVISION_FIELD_NUMBER: _ClassVar[int]
+    SYSTEM_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     wire_version: int
-    revision: str
+    system: str
     dtype: str
-    def __init__(self, wire_version: _Optional[int] = ..., revision: _Optional[str] = ..., dtype: _Optional[str] = ...) -> None: ...
+    def __init__(self, wire_version: _Optional[int] = ..., system: _Optional[str] = ..., dtype: _Optional[str] = ...) -> None: ...
 
 class SharedMemoryWelcome(_message.Message):
     __slots__ = ("accepted", "refusal")
@@ -78,11 +78,11 @@ class SharedMemoryWelcome(_message.Message):
     def __init__(self, accepted: _Optional[bool] = ..., refusal: _Optional[str] = ...) -> None: ...
 
 class ForwardRequest(_message.Message):
-    __slots__ = ("payload_bytes", "call_id", "attempt", "revision", "layer", "rows", "k_offsets", "experts", "dtype", "call_class", "deadline_ms", "traceparent", "payload", "sent_ns")
+    __slots__ = ("payload_bytes", "call_id", "attempt", "system_key", "layer", "rows", "k_offsets", "experts", "dtype", "call_class", "deadline_ms", "traceparent", "payload", "sent_ns")
     PAYLOAD_BYTES_FIELD_NUMBER: _ClassVar[int]
     CALL_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
-    REVISION_FIELD_NUMBER: _ClassVar[int]
+    SYSTEM_KEY_FIELD_NUMBER: _ClassVar[int]
     LAYER_FIELD_NUMBER: _ClassVar[int]
     ROWS_FIELD_NUMBER: _ClassVar[int]
     K_OFFSETS_FIELD_NUMBER: _ClassVar[int]
@@ -96,7 +96,7 @@ class ForwardRequest(_message.Message):
     payload_bytes: int
     call_id: int
     attempt: int
-    revision: str
+    system_key: str
     layer: int
     rows: int
     k_offsets: bytes
@@ -107,7 +107,7 @@ class ForwardRequest(_message.Message):
     traceparent: str
     payload: bytes
     sent_ns: int
-    def __init__(self, payload_bytes: _Optional[int] = ..., call_id: _Optional[int] = ..., attempt: _Optional[int] = ..., revision: _Optional[str] = ..., layer: _Optional[int] = ..., rows: _Optional[int] = ..., k_offsets: _Optional[bytes] = ..., experts: _Optional[bytes] = ..., dtype: _Optional[str] = ..., call_class: _Optional[_Union[CallClass, str]] = ..., deadline_ms: _Optional[int] = ..., traceparent: _Optional[str] = ..., payload: _Optional[bytes] = ..., sent_ns: _Optional[int] = ...) -> None: ...
+    def __init__(self, payload_bytes: _Optional[int] = ..., call_id: _Optional[int] = ..., attempt: _Optional[int] = ..., system_key: _Optional[str] = ..., layer: _Optional[int] = ..., rows: _Optional[int] = ..., k_offsets: _Optional[bytes] = ..., experts: _Optional[bytes] = ..., dtype: _Optional[str] = ..., call_class: _Optional[_Union[CallClass, str]] = ..., deadline_ms: _Optional[int] = ..., traceparent: _Optional[str] = ..., payload: _Optional[bytes] = ..., sent_ns: _Optional[int] = ...) -> None: ...
 
 class ForwardResponse(_message.Message):
     __slots__ = ("payload_bytes", "call_id", "attempt", "outcome", "detail", "rows", "activated_experts", "batch_rows", "queue_ms", "compute_ms", "payload")

@@ -15,11 +15,6 @@ from moiety_kernels import ExpertWeights
 from moiety_kernels.weights.expert_weights import dequantised
 
 
-def sliced_revision(revision: str, slices: int) -> str:
-    """Returns the revision of a model with `slices` slices an expert: routers find only replicas with equal `slices`."""
-    return revision if slices == 1 else f"{revision}-slices{slices}"
-
-
 def slice_of(expert: ExpertWeights, mlp: ExpertMLP, number: int, slices: int, dtype: torch.dtype) -> ExpertWeights:
     """Returns slice `number` of an expert that `mlp` describes, as weights that share no memory with the expert.
 

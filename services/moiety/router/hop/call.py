@@ -43,7 +43,7 @@ def request_for(
 ) -> tuple[experts_pb2.ForwardRequest, np.ndarray]:
     """Builds the request for `assignments` (indices into `experts` [A]). Returns the request and the tokens to send.
 
-    A token with several assignments is sent once. The caller fills in the call id, attempt, layer, revision, dtype and
+    A token with several assignments is sent once. The caller fills in the call id, attempt, layer, system, dtype and
     traceparent.
     """
     token_of = assignments // top_k  # ascending, as the assignments are

@@ -21,7 +21,7 @@ class HopContext:
     """What every layer uses, in every lane of a router."""
 
     fleet: Fleet
-    revision: str
+    system_key: str  # of SystemId, in every call
     dtype: torch.dtype  # of the rows on the wire
     expert_wait_s: float  # how long a layer waits for an expert without a holder
     hedging: Hedging

@@ -18,6 +18,7 @@ import numpy as np
 
 from moiety.core.experts import ExpertSet, ModelShape
 from moiety.core.replica import WIRE_VERSION, Replica, ReplicaState, Role, Transport
+from moiety.core.system import SystemId
 from moiety.errors import FailedPrecondition, InvalidRequest, MoietyError, PeerLost, ResourceExhausted
 from moiety.internal.v1.experts_pb2 import OUTCOME_OVERLOADED, DescribeReplicaResponse, ForwardRequest, ForwardResponse
 from moiety.policy.dispatch import HolderTable, ReplicaHolding, holders
@@ -34,16 +35,16 @@ REDIAL_S = 0.25  # a registered replica that does not answer is dialled again th
 
 
 class Fleet:
-    """Live expert replicas of one revision. A replica leaves the table the moment its connection breaks."""
+    """Live expert replicas of one system. A replica leaves the table the moment its connection breaks."""
 
     def __init__(
-        self, watch: Watch, shape: ModelShape, revision: str, dtype: str, transport: Transport = Transport.AUTO
+        self, watch: Watch, shape: ModelShape, system: SystemId, dtype: str, transport: Transport = Transport.AUTO
     ):
         self.mailbox = Mailbox()  # the engine thread's: receives answers and changes of the table
         self.table = HolderTable.build(0, {}, shape.moe_layers, shape.experts)
         # replica id -> experts that it may be called for; `table` was built from it.
         self._callable: Mapping[str, ExpertSet] = {}
-        self._watch, self._shape, self._revision, self._dtype = watch, shape, revision, dtype
+        self._watch, self._shape, self._system, self._dtype = watch, shape, system, dtype
         self._transport = transport
         self._links: dict[str, ExpertLink] = {}
         self._holdings: dict[str, ReplicaHolding] = {}  # by replica id
@@ -163,10 +164,9 @@ class Fleet:
     def _wanted(self, replica: Replica) -> bool:
         if replica.id in self._dialling:
             return False
-        if replica.revision == self._revision and replica.wire_version == WIRE_VERSION:
+        if replica.wire_version == WIRE_VERSION:
             return True
-        theirs = f"it serves revision {replica.revision}, wire version {replica.wire_version}"
-        self._refuse(replica, f"{theirs}; ours is revision {self._revision}, wire version {WIRE_VERSION}")
+        self._refuse(replica, f"its wire version is {replica.wire_version}, ours {WIRE_VERSION}")
         return False
 
     def _forget(self, replica_id: str, _: asyncio.Task[None]) -> None:
@@ -190,7 +190,7 @@ class Fleet:
             return
         try:
             if problem := self._mismatch(link.description):
-                self._refuse(replica, f"{problem}; ours is {self._revision}")
+                self._refuse(replica, problem)
                 await asyncio.sleep(REDIAL_S)
                 return
             self._links[replica.id] = link
@@ -217,8 +217,8 @@ class Fleet:
     def _mismatch(self, description: DescribeReplicaResponse) -> str:
         if description.wire_version != WIRE_VERSION:
             return f"its wire version is {description.wire_version}, ours {WIRE_VERSION}"
-        if description.revision != self._revision:
-            return f"it serves revision {description.revision}"
+        if difference := self._system.difference(description.system):
+            return difference
         if description.dtype != self._dtype or description.hidden != self._shape.mlp.hidden:
             rows = f"{description.hidden} x {description.dtype}"
             return f"its rows are {rows}, ours {self._shape.mlp.hidden} x {self._dtype}"

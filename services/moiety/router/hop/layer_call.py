@@ -129,7 +129,7 @@ class LayerCall:
             span = self._start(SpanName.HOP, self._span, attributes)
         header, tokens = request_for(assignments, rows.experts, rows.top_k, self._step.call_class)
         header.call_id, header.attempt, header.layer = call_id, attempt, rows.layer
-        header.revision, header.dtype = hop.revision, codec.DTYPE_NAMES[hop.dtype]
+        header.system_key, header.dtype = hop.system_key, codec.DTYPE_NAMES[hop.dtype]
         header.traceparent = span.traceparent
         hedge_at = inf if hedge_of is not None else now + hop.hedging.delay(rows.layer, self._step.call_class)
         self._calls[call_id] = CallInFlight(replica, assignments, attempt, now, hedge_at, hedge_of, span)
@@ -205,7 +205,7 @@ class LayerCall:
         error = MoietyError(f"replica {call.replica} answered {outcome}: {reply.detail}")
         call.span.set(Attribute.OUTCOME, outcome)
         call.span.error(error)
-        if reply.outcome in (experts_pb2.OUTCOME_NOT_HELD, experts_pb2.OUTCOME_REVISION_MISMATCH):
+        if reply.outcome in (experts_pb2.OUTCOME_NOT_HELD, experts_pb2.OUTCOME_WRONG_SYSTEM):
             self._hop.fleet.describe_again(call.replica)
         elif reply.outcome not in (experts_pb2.OUTCOME_OVERLOADED, experts_pb2.OUTCOME_EXPIRED):
             self._fail(call, error)

@@ -33,7 +33,6 @@ from moiety.model.architectures.transformers_model import causal_lm_class, load_
 from moiety.model.checkpoint.checkpoint import Checkpoint
 from moiety.model.checkpoint.quantised import QuantisedEntry
 from moiety.model.checkpoint.reading import Reader
-from moiety.model.checkpoint.revision import revision_of
 from moiety.model.experts.cached import expert_layout
 from moiety.router.sequence.sequence import Sequence as RouterSequence
 from moiety.router.sequence.step_plan import Scheduled, StepPlan
@@ -243,12 +242,12 @@ async def _router_here(
     A router with the served one's settings is built here, without an engine; the experts are those of `cluster`.
     """
     opened = Checkpoint.open(settings.model)
-    layout, revision = expert_layout(opened), revision_of(opened)
+    layout = expert_layout(opened)
     shape, dtype = layout.shape, torch_dtype(settings.dtype, layout.shape.dtype)
-    model, cache = await asyncio.to_thread(load_model, settings, opened, layout, dtype, revision)
+    model, cache = await asyncio.to_thread(load_model, settings, opened, layout, dtype, cluster.system.revision)
 
     async with AsyncExitStack() as closers:
-        hop, _ = await reach_experts(settings, shape, revision, dtype, cluster.registry, NO_TRACER, closers)
+        hop, _ = await reach_experts(settings, shape, cluster.system, dtype, cluster.registry, NO_TRACER, closers)
         runner = StepRunner(model, cache, hops_of(settings, hop)[:1])
 
         def forward(prompt: Sequence[int], text: Sequence[int]) -> torch.Tensor:

@@ -167,7 +167,7 @@ async def _shake_hands(sock: socket.socket, description: DescribeReplicaResponse
     check_peer(sock)
     descriptor, segment = create_segment(size)
     try:
-        hello = SharedMemoryHello(wire_version=WIRE_VERSION, revision=description.revision, dtype=description.dtype)
+        hello = SharedMemoryHello(wire_version=WIRE_VERSION, system=description.system, dtype=description.dtype)
         socket.send_fds(sock, [hello.SerializeToString()], [descriptor])
     finally:
         os.close(descriptor)

@@ -16,7 +16,7 @@ from functools import partial
 from google.protobuf.message import DecodeError
 
 from moiety.core.replica import WIRE_VERSION
-from moiety.errors import InvalidRequest, MoietyError, PeerLost, RevisionMismatch
+from moiety.errors import InvalidRequest, MoietyError, PeerLost, WrongSystem
 from moiety.internal.v1.experts_pb2 import (
     OUTCOME_INVALID,
     ForwardRequest,
@@ -45,10 +45,10 @@ class SharedMemoryListener:
     `accept` or later. The payload may be read until `answer` is called.
     """
 
-    def __init__(self, revision: str, dtype: str, row_bytes: int, mailbox: Mailbox, accept: Accept):
+    def __init__(self, system: str, dtype: str, row_bytes: int, mailbox: Mailbox, accept: Accept):
         self.name = f"moiety-{uuid.uuid4().hex}"  # in the abstract namespace: nothing to clean up
         self.peers: set[SharedMemoryPeer] = set()  # changed by the mailbox's owner
-        self._revision, self._dtype, self._row_bytes = revision, dtype, row_bytes
+        self._system, self._dtype, self._row_bytes = system, dtype, row_bytes
         self._mailbox, self._accept = mailbox, accept
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._socket.bind(f"\0{self.name}")
@@ -112,9 +112,9 @@ class SharedMemoryListener:
             hello = SharedMemoryHello.FromString(message)
             if not descriptors:
                 raise PeerLost("the hello came without a segment")
-            if (hello.wire_version, hello.revision, hello.dtype) != (WIRE_VERSION, self._revision, self._dtype):
-                raise RevisionMismatch(
-                    f"this replica serves revision {self._revision} in {self._dtype}, wire version {WIRE_VERSION}"
+            if (hello.wire_version, hello.system, hello.dtype) != (WIRE_VERSION, self._system, self._dtype):
+                raise WrongSystem(
+                    f"this replica belongs to {self._system}, its rows are {self._dtype}, its wire version is {WIRE_VERSION}"
                 )
             segment = map_segment(descriptors[0])
         finally:

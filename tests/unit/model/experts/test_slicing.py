@@ -8,7 +8,7 @@ import torch
 from moiety.core.experts import ExpertMLP, ExpertSet
 from moiety.errors import ConfigError
 from moiety.model.activation import activation_of
-from moiety.model.experts.slicing import slice_of, sliced_revision
+from moiety.model.experts.slicing import slice_of
 from moiety.testing import fake_shape
 from moiety_kernels import ExpertWeights, grouped_expert_mlp
 
@@ -76,9 +76,3 @@ def test_a_slice_count_must_divide_the_experts() -> None:
         shape.sliced(7)
     assert shape.sliced(2).experts == 12
     assert ExpertSet.uniform(1, range(12)) == shape.sliced(2).partition(1)[0]
-
-
-def test_models_in_other_slices_never_meet() -> None:
-    """Each slice count gives another revision, because expert numbers mean something else."""
-    assert sliced_revision("r", 1) == "r"
-    assert len({sliced_revision("r", slices) for slices in (1, 2, 4)}) == 3

@@ -14,7 +14,7 @@ from moiety.core.expert_backend import CallClass
 from moiety.core.experts import ExpertSet
 from moiety.errors import Cancelled, HopFailed, MoietyError, NoHolder
 from moiety.internal.v1 import experts_pb2
-from moiety.testing import FakeExperts, eventually, fake_layer, loopback_hop
+from moiety.testing import FakeExperts, eventually, fake_layer, fake_system, loopback_hop
 from moiety.wire.frames import ForwardCall
 
 pytestmark = pytest.mark.usefixtures("each_transport")
@@ -167,9 +167,9 @@ async def test_a_failure_is_forgotten_once_another_holder_succeeds():
             await late.vanish()
 
 
-async def test_a_replica_of_another_revision_is_not_used():
-    """A router uses only replicas of its own revision: a holder of another revision counts as none."""
-    async with loopback_hop([], SHAPE, revision="ours", expert_wait_s=0.2) as lane:
+async def test_a_replica_of_another_system_is_not_used():
+    """A router uses only replicas of its own system: a holder of another system counts as none."""
+    async with loopback_hop([], SHAPE, system=fake_system(groups=4), expert_wait_s=0.2) as lane:
         other = holder("a")
         await other.start(lane.registry)
         try:
