@@ -35,6 +35,9 @@ SCALING = {
 SAMPLE: dict[str, Any] = {
     "app": "chat",
     "model": "/models/mixtral",
+    "cluster": "blue",
+    "revision": "0123456789abcdef" * 2,
+    "verify": "full",
     "served_name": "mixtral",
     "registry": "redis://cache.example.com:6379/0",
     "listen_host": "::",

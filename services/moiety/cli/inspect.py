@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import get_args
 
 import click
 
 from moiety.cli.options import ByteCount, json_option, write_json
+from moiety.config.options import Verify
 
 
 @click.command()
@@ -17,12 +19,19 @@ from moiety.cli.options import ByteCount, json_option, write_json
     type=ByteCount(),
     help="Memory of one expert replica, such as 24GiB; the report then suggests a number of groups.",
 )
+@click.option(
+    "--verify",
+    type=click.Choice(get_args(Verify)),
+    default="sampled",
+    show_default=True,
+    help="What the revision covers: parts of every tensor, or every byte.",
+)
 @json_option
-def inspect(checkpoint: str, memory: int | None, json_file: Path | None) -> None:
-    """Report how large a checkpoint and its parts are, without reading a weight.
+def inspect(checkpoint: str, memory: int | None, verify: Verify, json_file: Path | None) -> None:
+    """Report how large a checkpoint and its parts are, and its revision.
 
-    CHECKPOINT is a folder with config.json and safetensors; only the headers of the safetensors are read. Exit status 1,
-    with the reason, if the checkpoint cannot be served.
+    CHECKPOINT is a folder with config.json and safetensors; of the safetensors, the headers and a few blocks of every tensor
+    are read. Exit status 1, with the reason, if the checkpoint cannot be served.
 
     \b
     Example:
@@ -32,7 +41,7 @@ def inspect(checkpoint: str, memory: int | None, json_file: Path | None) -> None
     from moiety.tools.inspect_checkpoint import inspect as inspect_checkpoint
     from moiety.tools.inspect_checkpoint import lines
 
-    inspection = inspect_checkpoint(Checkpoint.open(checkpoint), memory)
+    inspection = inspect_checkpoint(Checkpoint.open(checkpoint), memory, verify)
     for line in lines(inspection):
         click.echo(line)
     write_json(json_file, asdict(inspection))

@@ -28,6 +28,7 @@ from moiety.config.resolve import merged, nested, resolve
 @setting_option("--kv-memory", "router.kv_memory")
 @setting_option("--app", "app")
 @setting_option("--dtype", "dtype")
+@setting_option("--verify", "verify")
 @click.option(
     "--set",
     "assignments",

@@ -55,6 +55,7 @@ from moiety.wire.service_names import ENGINE_SERVICE
 from moiety_kernels.threads import usable_cores
 
 _log = logging.getLogger(__name__)
+MISSING_NOTICE_S = 10.0  # between two log lines of a router that waits for holders
 LANES = 2  # lanes that a step may be split into; a third lane would wait for the same experts
 
 
@@ -97,7 +98,7 @@ async def start(settings: RouterSettings, replica_id: str, node: str) -> Running
             tracer=startup.tracer,
             start=start_token,
         )
-        covered = False
+        covered, told = False, time.monotonic()
 
         def entry(replica: Replica) -> Replica:
             nonlocal covered
@@ -108,6 +109,15 @@ async def start(settings: RouterSettings, replica_id: str, node: str) -> Running
         startup.meter.observe(MetricName.ROUTED_ROWS, lambda: hop.demand.total() // settings.slices)
         startup.meter.observe(MetricName.REROUTED_ROWS, lambda: overrun.rerouted if overrun else 0)
         startup.meter.observe(MetricName.COST_ERROR, lambda: hop.costs.error)
+
+        async def tell_what_is_missing() -> None:
+            nonlocal told
+            if not covered and time.monotonic() - told > MISSING_NOTICE_S and (pairs := hop.fleet.table.uncovered()):
+                told = time.monotonic()
+                layer, expert = pairs[0]
+                _log.warning(
+                    "not ready: no replica holds %d experts, such as expert %d of layer %d", len(pairs), expert, layer
+                )
 
         def counters() -> ExpertDemand:
             return hop.demand.reading(time.time(), hop.costs.reading())
@@ -126,7 +136,10 @@ async def start(settings: RouterSettings, replica_id: str, node: str) -> Running
                 idle=lambda: engine.load.running + engine.load.waiting == 0 and service.idle,
                 healthy=healthy,
                 entry=entry,
-                on_beat=(startup.load_beat(RouterLoad(engine, settings.slots).reading, counters),),
+                on_beat=(
+                    startup.load_beat(RouterLoad(engine, settings.slots).reading, counters),
+                    tell_what_is_missing,
+                ),
             )
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import logging
 import os
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -30,6 +31,7 @@ from moiety.wire.server import Server
 
 LEDGER_S = 1.0  # how often a service reports its load
 DRAIN_NOTICE_S = 0.6  # others read the registry every 0.25 s: after this time they send no new work
+_log = logging.getLogger(__name__)
 Beat = Callable[[], Awaitable[None]]
 
 
@@ -182,4 +184,12 @@ class ServiceStart:
         )
         running = Running(parts, replica, self.registry, self.closers)
         await running.register()
+        await self._name_other_systems()
         return running
+
+    async def _name_other_systems(self) -> None:
+        """Logs which other systems of this application are live: an operator may expect one system where there are two."""
+        with suppress(RegistryUnreachable):
+            for other in await self.registry.systems():
+                if difference := self.system.difference(str(other)):
+                    _log.warning("the registry also holds %s, which is another system: %s", other, difference)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 
 from moiety.config.application import EXPERTS, GATEWAY, ROUTER, AppSettings
 from moiety.core.replica import ReplicaState
@@ -13,6 +14,7 @@ from moiety.registry.connect import connect
 from moiety.registry.interface import Registry
 
 POLL_S = 0.1
+STILL_S = 15.0
 Progress = Callable[[str], None]
 
 
@@ -27,11 +29,12 @@ async def until_ready(
 ) -> tuple[str, ...]:
     """Waits until `wanted` replicas of each deployment of `args.system` are ready; returns the gateways' addresses.
 
-    Calls `progress` whenever a deployment's number of ready replicas changes. Raises FailedPrecondition if Serve could not
-    deploy the application, Unavailable after `wait_s` seconds.
+    Calls `progress` whenever a deployment's number of ready replicas changes, and every STILL_S while none does. Raises
+    FailedPrecondition if Serve could not deploy the application, Unavailable after `wait_s` seconds.
     """
     registry = connect(args.registry.get_secret_value(), args.system)
     ready: dict[str, list[str]] = {}
+    told = time.monotonic()
     try:
         async with asyncio.timeout(wait_s):
             while True:
@@ -39,15 +42,26 @@ async def until_ready(
                 for deployment, addresses in ready.items():
                     if len(addresses) != len(before.get(deployment, [])):
                         progress(f"{deployment}: {len(addresses)}/{wanted.get(deployment, 0)} ready")
+                        told = time.monotonic()
+                if time.monotonic() - told > STILL_S:
+                    told = time.monotonic()
+                    progress(
+                        f"still waiting for {', '.join(_late(ready, wanted))}; the router waits for every expert group"
+                    )
                 complete = all(len(ready.get(deployment, [])) >= count for deployment, count in wanted.items())
                 if _serve_runs(args.app) and complete:
                     return tuple(ready["gateway"])
                 await asyncio.sleep(POLL_S)
     except TimeoutError:
-        counts = [f"{name} {len(ready.get(name, []))}/{count}" for name, count in wanted.items()]
-        raise Unavailable(f"{args.app} is not ready after {wait_s:g} s: {', '.join(counts)}") from None
+        late = ", ".join(_late(ready, wanted))
+        raise Unavailable(f"{args.app} is not ready after {wait_s:g} s: still waiting for {late}") from None
     finally:
         await registry.close()
+
+
+def _late(ready: Mapping[str, Sequence[str]], wanted: Mapping[str, int]) -> list[str]:
+    counts = {name: len(ready.get(name, ())) for name in wanted}
+    return [f"{name} ({counts[name]}/{count})" for name, count in wanted.items() if counts[name] < count]
 
 
 async def _ready(registry: Registry) -> dict[str, list[str]]:

@@ -24,6 +24,8 @@ from typing import Any, Self
 from moiety import compose
 from moiety.client import Client
 from moiety.compose.environment import PROCESS_ENVIRONMENT
+from moiety.config.services import GatewaySettings
+from moiety.config.validate import validated
 from moiety.core.experts import ExpertSet, ModelShape
 from moiety.core.replica import Placement, Replica, Role
 from moiety.core.system import SystemId
@@ -125,9 +127,8 @@ class LocalCluster:
     async def __aenter__(self) -> Self:
         try:
             self.shape, revision = await asyncio.to_thread(_shape_and_revision, self.model)
-            settings = compose.settings_of(
-                Role.GATEWAY, {**self._common, **self._extra[Role.GATEWAY], "revision": revision}
-            )
+            gateway = {**self._common, **self._extra[Role.GATEWAY], "revision": revision}
+            settings = validated(GatewaySettings, gateway)
             self.system = settings.system
             self.registry = self._writer or connect(self.registry_url, self.system)
             self._closers.push_async_callback(self.registry.close)

@@ -1,4 +1,4 @@
-"""`moiety inspect`: sizes of a checkpoint and its parts, from its config and its shards' headers. Reads no weights."""
+"""`moiety inspect`: sizes of a checkpoint and its parts, from its config and its shards' headers, and its revision."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from moiety.config.options import Verify
 from moiety.model.architectures.adapters import adapter_of
 from moiety.model.architectures.gating_description import gating_of
 from moiety.model.architectures.supported import served_through
@@ -22,6 +23,7 @@ from moiety.model.architectures.transformers_model import (
 )
 from moiety.model.checkpoint.checkpoint import EXPERT, Checkpoint
 from moiety.model.checkpoint.headers import ITEM_BITS
+from moiety.model.checkpoint.revision import revision_of
 from moiety.model.experts.derive import derive_layout
 from moiety.model.experts.layout import ExpertLayout
 
@@ -60,6 +62,7 @@ class Inspection:
     expert_bytes: int  # of one expert in one layer
     router_bytes: int
     skipped_bytes: int  # stored and never read: towers for images, next-token predictors
+    revision: str  # names the content, see model/checkpoint/revision.py
     memory: int | None = None  # bytes per replica, if given
     groups: int | None = None  # suggested for `memory`; None where not even one expert of each layer fits
 
@@ -68,7 +71,7 @@ class Inspection:
         return -(-self.experts // groups) * self.moe_layers * self.expert_bytes
 
 
-def inspect(checkpoint: Checkpoint, memory: int | None = None) -> Inspection:
+def inspect(checkpoint: Checkpoint, memory: int | None = None, verify: Verify = "sampled") -> Inspection:
     """Returns the sizes of a checkpoint and, for `memory` bytes per expert replica, a suggested number of groups.
 
     Raises CheckpointError where the checkpoint cannot be served.
@@ -101,6 +104,7 @@ def inspect(checkpoint: Checkpoint, memory: int | None = None) -> Inspection:
         expert_bytes=stored // (shape.experts * shape.moe_layers),
         router_bytes=router_bytes,
         skipped_bytes=max(0, sum(entry.nbytes for entry in checkpoint.tensors.values()) - stored - router_bytes),
+        revision=revision_of(checkpoint, verify),
     )
     return found if memory is None else suggest(found, memory)
 
@@ -118,6 +122,7 @@ def lines(found: Inspection) -> Iterator[str]:
     """Yields the lines of the report of `moiety inspect`, one per fact."""
     shared = f", {found.shared_experts} shared" if found.shared_experts else ""
     yield f"architecture    {found.architecture} ({found.path}), {found.dtype}"
+    yield f"revision        {found.revision}"
     yield f"layers          {found.layers}, of them {found.moe_layers} with {found.experts} experts, top {found.top_k}{shared}"
     yield f"gating          {found.gating}"
     yield f"parameters      {_billions(found.parameters)}, active {_billions(found.active_parameters)}"

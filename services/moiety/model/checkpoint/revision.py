@@ -5,7 +5,7 @@ tensor counts with its first, middle and last block, a large one with a block of
 changes at least one of these, unless it changes only a few rows between two samples. `verify="full"` reads every byte and
 also detects a single flipped bit.
 
-Sampling reads some 0.4 % of a checkpoint, SHARDS_AT_ONCE shards at a time. `python tests/bench/revision_cost.py` measures it.
+Sampling reads some 0.1 % of a checkpoint, SHARDS_AT_ONCE shards at a time. `python tests/bench/revision_cost.py` measures it.
 """
 
 from __future__ import annotations
@@ -136,11 +136,11 @@ def _samples(file: Path) -> Iterator[bytes]:
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
         yield os.pread(stream.fileno(), entries[0].start if entries else file.stat().st_size, 0)
         for entry in entries:
-            for start in _sampled_blocks(entry):
+            for start in sampled_blocks(entry):
                 yield os.pread(stream.fileno(), min(BLOCK_BYTES, entry.end - start), start)
 
 
-def _sampled_blocks(entry: TensorEntry) -> Iterator[int]:
+def sampled_blocks(entry: TensorEntry) -> Iterator[int]:
     """Yields where the sampled blocks of a tensor begin: evenly spaced from its first to its last block, at least three."""
     last = max(entry.nbytes - BLOCK_BYTES, 0)
     intervals = max(2, -(-last // SPACING_BYTES))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -11,8 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from moiety.errors import CheckpointError
 from moiety.model.checkpoint.checkpoint import Checkpoint
-from moiety.model.checkpoint.revision import revision_of
+from moiety.model.checkpoint.revision import pinned_revision, revision_of
 from moiety.synthetic import write_tiny
 
 
@@ -51,6 +53,54 @@ def test_a_fine_tune_of_any_one_tensor_differs(folder: Path):
         seen.add(now)
 
 
+def _flip(folder: Path, tensor: str, offset: int) -> None:
+    """Flips one bit of `tensor`, `offset` bytes from its start, or before its end where negative."""
+    entry = Checkpoint.open(folder).tensor(tensor)
+    with entry.file.open("r+b") as stream:
+        stream.seek((entry.start if offset >= 0 else entry.end) + offset)
+        byte = stream.read(1)[0]
+        stream.seek(-1, os.SEEK_CUR)
+        stream.write(bytes([byte ^ 1]))
+
+
+@pytest.mark.parametrize("offset", [0, -1], ids=["first byte", "last byte"])
+def test_heads_and_tails_of_every_tensor_count(folder: Path, offset: int):
+    """A bit flipped in the first or last block of a tensor, even of one among hundreds, changes the revision."""
+    names = list(Checkpoint.open(folder).tensors)
+    seen = {named(folder)}
+    for name in names[:: max(1, len(names) // 12)]:
+        _flip(folder, name, offset)
+        now = named(folder)
+        assert now not in seen, name
+        seen.add(now)
+
+
+def test_a_large_tensor_is_sampled_along_its_length(tmp_path: Path):
+    """In a tensor of 24 MiB, changed rows of 5 MiB anywhere change the revision."""
+    wide = torch.zeros(24, 1 << 18)  # rows of 1 MiB
+    file = tmp_path / "model.safetensors"
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]})
+    )
+    seen = set[str]()
+    for first in (None, 1, 7, 13, 18):
+        tuned = wide.clone()
+        if first is not None:
+            tuned[first : first + 5] += 1.0
+        save_file({"embed.weight": tuned}, file)
+        seen.add(named(tmp_path))
+    assert len(seen) == 5
+
+
+def test_a_service_refuses_another_checkpoint(folder: Path):
+    """Where a revision is set, a checkpoint with another one is refused; the message names both."""
+    checkpoint = Checkpoint.open(folder)
+    found = revision_of(checkpoint)
+    assert pinned_revision(checkpoint, "sampled", "") == pinned_revision(checkpoint, "sampled", found) == found
+    with pytest.raises(CheckpointError, match=f"has revision {found}, but this system serves revision {'0' * 32}"):
+        pinned_revision(checkpoint, "sampled", "0" * 32)
+
+
 @pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "tokenizer_config.json"])
 def test_config_and_tokenizer_count(folder: Path, file: str):
     """A changed config, vocabulary or tokenizer config gives another revision."""
@@ -65,11 +115,6 @@ def test_full_verification_finds_one_bit(tmp_path: Path):
     """One flipped bit outside all sampled blocks changes the full revision."""
     folder = write_tiny("mixtral", tmp_path / "wide", num_hidden_layers=1, vocab_size=4096)
     sampled, full = named(folder), named(folder, verify="full")
-    entry = Checkpoint.open(folder).tensor("lm_head.weight")
-    with entry.file.open("r+b") as stream:
-        stream.seek(entry.start)
-        byte = stream.read(1)[0]
-        stream.seek(entry.start)
-        stream.write(bytes([byte ^ 1]))
+    _flip(folder, "lm_head.weight", 8192)
     assert named(folder) == sampled, "the flipped bit was meant to be outside of the sample"
     assert named(folder, verify="full") != full
