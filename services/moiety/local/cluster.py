@@ -17,7 +17,6 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from contextlib import AsyncExitStack, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -30,6 +29,7 @@ from moiety.core.experts import ExpertSet, ModelShape
 from moiety.core.replica import Placement, Replica, Role
 from moiety.core.system import SystemId
 from moiety.errors import Unavailable
+from moiety.local.child_process import STOP_S, Child, ended, read, tail, write
 from moiety.model.checkpoint.checkpoint import Checkpoint
 from moiety.model.checkpoint.revision import revision_of
 from moiety.model.experts.cached import expert_layout
@@ -41,30 +41,6 @@ from moiety.scaling.placement_progress import until_settled
 from moiety.wire.shared_port import check_port
 
 READY_S = 120.0
-STOP_S = 10.0
-
-
-@dataclass(slots=True, eq=False)
-class Child:
-    """One service process."""
-
-    replica: Replica
-    process: asyncio.subprocess.Process
-    follower: asyncio.Task[None] | None = None
-
-    @property
-    def pid(self) -> int:
-        return self.process.pid
-
-    def signal(self, number: int) -> None:
-        """Sends a signal, such as SIGKILL or SIGSTOP, to the process."""
-        self.process.send_signal(number)
-
-    async def ended(self) -> None:
-        """Waits until the process has ended and the cluster has removed it."""
-        await self.process.wait()
-        if self.follower is not None:
-            await self.follower
 
 
 class LocalCluster:
@@ -189,7 +165,7 @@ class LocalCluster:
 
     async def drain(self, child: Child, grace_s: float = 8.0) -> None:
         """Stops one child as an autoscaler would: it registers as draining, finishes work in flight and deregisters."""
-        await _write(child.process, {"drain_s": grace_s})
+        await write(child.process, {"drain_s": grace_s})
         async with asyncio.timeout(grace_s + STOP_S):
             await child.process.wait()
 
@@ -200,7 +176,7 @@ class LocalCluster:
                 child.signal(signal.SIGCONT)  # a stopped process would not read the end of its stdin
             if child.process.stdin is not None:
                 child.process.stdin.close()
-        await asyncio.gather(*(_ended(child.process) for child in self.children))
+        await asyncio.gather(*(ended(child.process) for child in self.children))
         await asyncio.gather(*(child.follower for child in self.children if child.follower), return_exceptions=True)
         await self._closers.aclose()
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -226,9 +202,9 @@ class LocalCluster:
         try:
             if self._pin and role is Role.EXPERT and (cores := _share_of_cores(deployment, self.groups)):
                 os.sched_setaffinity(process.pid, cores)
-            await _write(process, {"role": role, "settings": values, "replica_id": replica_id})
+            await write(process, {"role": role, "settings": values, "replica_id": replica_id})
             async with asyncio.timeout(READY_S):
-                answer = await _read(process)
+                answer = await read(process)
             if "error" in answer:
                 raise Unavailable(f"{deployment} did not start: {answer['error']}")
         except BaseException as error:
@@ -236,7 +212,7 @@ class LocalCluster:
                 process.kill()
             await process.wait()
             if isinstance(error, EOFError):
-                raise Unavailable(f"{deployment} ended while starting:\n{_tail(Path(log.name))}") from None
+                raise Unavailable(f"{deployment} ended while starting:\n{tail(Path(log.name))}") from None
             raise
         child = Child(replica_from_json(json.dumps(answer["replica"])), process)
         await self._record(child.replica)
@@ -248,7 +224,7 @@ class LocalCluster:
         """Keeps `child` and its entry in the registry file up to date until the child ends."""
         with suppress(EOFError):
             while True:
-                message = await _read(child.process)
+                message = await read(child.process)
                 child.replica = replica_from_json(json.dumps(message["replica"]))
                 await self._record(child.replica)
         await child.process.wait()
@@ -280,31 +256,3 @@ def _share_of_cores(deployment: str, groups: int) -> list[int]:
 def _shape_and_revision(model: str) -> tuple[ModelShape, str]:
     checkpoint = Checkpoint.open(model)
     return expert_layout(checkpoint).shape, revision_of(checkpoint)
-
-
-async def _write(process: asyncio.subprocess.Process, message: Mapping[str, Any]) -> None:
-    assert process.stdin is not None
-    process.stdin.write(json.dumps(message).encode() + b"\n")
-    await process.stdin.drain()
-
-
-async def _read(process: asyncio.subprocess.Process) -> dict[str, Any]:
-    """Returns the child's next message. Raises EOFError if the child has ended."""
-    assert process.stdout is not None
-    if not (line := await process.stdout.readline()):
-        raise EOFError
-    message: dict[str, Any] = json.loads(line)
-    return message
-
-
-async def _ended(process: asyncio.subprocess.Process) -> None:
-    try:
-        async with asyncio.timeout(STOP_S):
-            await process.wait()
-    except TimeoutError:
-        process.kill()
-        await process.wait()
-
-
-def _tail(log: Path, lines: int = 15) -> str:
-    return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])

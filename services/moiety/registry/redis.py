@@ -1,4 +1,4 @@
-"""The registry on Redis or Valkey; the only module of the package that imports redis-py.
+"""The registry on Redis or Valkey; what is stored under which key.
 
 `moiety:{<app>}:systems` is a sorted set of `<key> <system>` by the time of its last sign of life. All other keys of a system
 stand under `moiety:{<app>}:<key>:`, where <key> is `SystemId.key` (the braces keep them in one Redis Cluster slot):
@@ -23,32 +23,21 @@ the routers' `hot:<writer>`. `redis-cli ZREVRANGE 'moiety:{<app>}:<key>:hot' 0 9
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-import redis.asyncio
-from redis.asyncio.connection import parse_url
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
-
-from moiety.config.registry_url import without_secrets
 from moiety.core.load import ExpertDemand, ReplicaLoad
 from moiety.core.replica import Placement, Replica, Role
 from moiety.core.system import SystemId
-from moiety.errors import ConfigError, RegistryUnreachable
 from moiety.registry import entries, redis_scripts
 from moiety.registry.interface import DECISIONS_KEPT, DEMAND_TTL_S, FORGET_S, LOAD_TTL_S, MISSING_EXPERTS_TTL_S, TTL_S
 from moiety.registry.listing import Listing, digest_of
 from moiety.registry.rates import RecentRates, hottest
+from moiety.registry.redis_store import RedisStore
 
-BOUND = "must be a Redis URL; in a password, escape / ? # @ as %2F %3F %23 %40"
-SOCKET_TIMEOUT_S = 1.0  # to connect, and for each answer
-OPERATION_TIMEOUT_S = 2.0  # for a whole operation
 REWRITE_S = 10.0  # an unchanged entry is written again after this long: Redis may have evicted parts of it
 HOT_ENTRIES = 64
 # Keys whose life an entry's writer prolongs: those that its role writes, and as routers are few, those of the system.
@@ -58,22 +47,13 @@ KEPT_BY_ROUTERS = (*KEPT_BY_ALL, "routers", "writers", "placement", "epoch", "de
 T = TypeVar("T")
 
 
-class RedisRegistry:
-    """A registry in Redis. An operation takes one or two round trips, or fails within OPERATION_TIMEOUT_S.
-
-    Each event loop gets its own client on first use, so one registry may serve the loops of several threads. Every loop
-    that used it must `close()` it.
-    """
+class RedisRegistry(RedisStore):
+    """A registry in Redis. An operation takes one or two round trips, or fails within OPERATION_TIMEOUT_S."""
 
     def __init__(self, url: str, system: SystemId) -> None:
-        try:
-            parse_url(url)
-        except ValueError:  # its text may show a part of the password
-            raise ConfigError("registry", without_secrets(url), BOUND) from None
-        self._url = url
-        self._system, self._app_prefix = system, f"moiety:{{{system.app}}}:"
-        self._prefix = f"{self._app_prefix}{system.key}:"
-        self._clients: dict[asyncio.AbstractEventLoop, Any] = {}
+        self._app_prefix = f"moiety:{{{system.app}}}:"
+        super().__init__(url, f"{self._app_prefix}{system.key}:")
+        self._system = system
         self._reader = entries.TolerantReader()
         self._recent: dict[str, RecentRates] = {}  # by writer id; only writers of this process
         self._written: dict[str, tuple[bytes, float]] = {}  # replica id -> digest and time of its last full write
@@ -239,19 +219,6 @@ class RedisRegistry:
             await other.close()
         return tuple(live)
 
-    async def server_counters(self) -> tuple[int, int, float]:
-        """Returns totals of the whole server since its start: operations, bytes sent and received, CPU seconds."""
-        async with self._store() as client:
-            stats, cpu = await client.info("stats"), await client.info("cpu")
-        transferred = stats["total_net_input_bytes"] + stats["total_net_output_bytes"]
-        return stats["total_commands_processed"], transferred, cpu["used_cpu_user"] + cpu["used_cpu_sys"]
-
-    async def close(self) -> None:
-        client = self._clients.pop(asyncio.get_running_loop(), None)
-        if client is not None:
-            with contextlib.suppress(RedisError, OSError):
-                await client.aclose()
-
     async def _live(self, index: str) -> tuple[Replica, ...]:
         """Returns the replicas in the set `index` ("replicas" or "routers"). Fetches only entries that are new or changed."""
         known = self._listings.get(index, Listing())
@@ -280,39 +247,6 @@ class RedisRegistry:
             if (value := self._reader.read(f"{kind}:{name}", decode, raw)) is not None:
                 live[name] = value
         return live
-
-    async def _script(self, script: str, keys: Sequence[str], *arguments: str | bytes | int) -> Any:
-        async with self._store() as client:
-            return await client.register_script(script)([self._key(key) for key in keys], arguments)
-
-    def _key(self, *parts: str) -> str:
-        return self._prefix + ":".join(parts)
-
-    @contextlib.asynccontextmanager
-    async def _store(self) -> AsyncIterator[Any]:
-        """Yields this event loop's Redis client. Redis errors and timeouts inside the context become RegistryUnreachable."""
-        try:
-            async with asyncio.timeout(OPERATION_TIMEOUT_S):
-                yield self._client()
-        except (RedisError, OSError, TimeoutError) as error:
-            reason = str(error) or "no answer in time"
-            raise RegistryUnreachable(f"registry {without_secrets(self._url)}: {reason}") from error
-
-    # Any: redis-py types its commands for its sync and its async client at once, so mypy would refuse to await them.
-    def _client(self) -> Any:
-        loop = asyncio.get_running_loop()
-        if loop not in self._clients:
-            for closed in [known for known in self._clients if known.is_closed()]:
-                del self._clients[closed]
-            self._clients[loop] = redis.asyncio.Redis.from_url(
-                self._url,
-                socket_connect_timeout=SOCKET_TIMEOUT_S,
-                socket_timeout=SOCKET_TIMEOUT_S,
-                protocol=2,  # plain replies from every server version
-                # A lost answer is an error, not retried: the caller's next beat repeats what may be repeated.
-                retry=Retry(NoBackoff(), 0),
-            )
-        return self._clients[loop]
 
 
 def _milliseconds(seconds: float) -> int:
