@@ -11,8 +11,9 @@ import pytest
 from moiety.client import Client
 from moiety.config.application import AppSettings
 from moiety.core.replica import Replica, ReplicaState, Role
+from moiety.core.system import SystemId
 from moiety.deploy.run import DeployedApp, deploy_app
-from moiety.registry.connect import connect, live_systems
+from moiety.registry.connect import connect
 from moiety.registry.interface import Registry
 from support.ray_head import RayHead
 
@@ -56,7 +57,7 @@ async def test_a_hot_set_comes_and_goes_with_expert_load(app: DeployedApp, ray_h
 
     Over 20 s: expert load is smoothed over ten seconds, and Ray starts a replica.
     """
-    async with _registry(ray_head.redis_url) as registry:
+    async with _registry(ray_head.redis_url, app.system) as registry:
         async with Client(app.gateways[0]) as client:
             expected = await tokens_of(client)
             before = {replica.deployment: replica.pid for replica in await ready(registry)}
@@ -118,8 +119,7 @@ async def until(condition: Callable[[], Awaitable[bool]]) -> None:
 
 
 @asynccontextmanager
-async def _registry(url: str) -> AsyncIterator[Registry]:
-    (system,) = await live_systems(url, APP)
+async def _registry(url: str, system: SystemId) -> AsyncIterator[Registry]:
     registry = connect(url, system)
     try:
         yield registry

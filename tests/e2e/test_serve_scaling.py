@@ -14,10 +14,12 @@ from moiety.client import Client
 from moiety.config.application import AppSettings
 from moiety.core.experts import ExpertSet
 from moiety.core.replica import Placement, Replica, ReplicaState
+from moiety.core.system import SystemId
+from moiety.deploy.arguments import with_revision
 from moiety.deploy.run import DeployedApp, deploy_app
 from moiety.model.checkpoint.checkpoint import Checkpoint
 from moiety.model.experts.cached import expert_layout
-from moiety.registry.connect import connect, live_systems
+from moiety.registry.connect import connect
 from moiety.registry.interface import Registry
 from support.ray_head import RayHead
 
@@ -36,6 +38,7 @@ def app(ray_head: RayHead) -> Iterator[DeployedApp]:
     """Deploys two groups: the first holds all experts but one, and pacing makes that too much for one replica."""
     settings = AppSettings(
         app=APP,
+        cluster="tests",
         model=ray_head.model,
         groups=2,
         registry=ray_head.redis_url,
@@ -57,14 +60,14 @@ def app(ray_head: RayHead) -> Iterator[DeployedApp]:
         HOT: ExpertSet.uniform(shape.moe_layers, range(split)),
         COLD: ExpertSet.uniform(shape.moe_layers, [split]),
     }
-    asyncio.run(_place(ray_head.redis_url, held))
+    asyncio.run(_place(ray_head.redis_url, with_revision(settings).system, held))
     with deploy_app(settings, wait_s=120, progress=print) as deployed:
         yield deployed
 
 
 async def test_a_hot_group_grows_and_shrinks_under_traffic(app: DeployedApp, ray_head: RayHead) -> None:
     """High load adds a second replica to the hot group only, low load removes it; all answers have the same tokens."""
-    async with _registry(ray_head.redis_url) as registry:
+    async with _registry(ray_head.redis_url, app.system) as registry:
         async with _traffic(app.gateways[0], STREAMS) as answers:
             await _until(lambda: _count(registry, HOT, 2))
             await _more(answers, STREAMS)
@@ -77,7 +80,7 @@ async def test_a_hot_group_grows_and_shrinks_under_traffic(app: DeployedApp, ray
 
 async def test_a_killed_sole_replica_is_replaced_and_requests_go_on(app: DeployedApp, ray_head: RayHead) -> None:
     """kill -9 of an expert's only holder fails no request: all wait for its replacement and get the same tokens."""
-    async with _registry(ray_head.redis_url) as registry:
+    async with _registry(ray_head.redis_url, app.system) as registry:
         await _until(lambda: _count(registry, COLD, 1))
         (victim,) = await _ready(registry, COLD)
         async with _traffic(app.gateways[0], STREAMS) as answers:
@@ -116,8 +119,7 @@ async def _traffic(
 
 
 @asynccontextmanager
-async def _registry(url: str) -> AsyncIterator[Registry]:
-    (system,) = await live_systems(url, APP)
+async def _registry(url: str, system: SystemId) -> AsyncIterator[Registry]:
     registry = connect(url, system)
     try:
         yield registry
@@ -125,8 +127,8 @@ async def _registry(url: str) -> AsyncIterator[Registry]:
         await registry.close()
 
 
-async def _place(url: str, held: dict[str, ExpertSet]) -> None:
-    async with _registry(url) as registry:
+async def _place(url: str, system: SystemId, held: dict[str, ExpertSet]) -> None:
+    async with _registry(url, system) as registry:
         assert await registry.set_placement(Placement(1, held))
 
 
