@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from moiety.model.architectures.supported import REFUSED, seam_architectures, served_architectures
 from moiety.synthetic.encoder_decoders import NARROW, NLLB, SWITCH
 from moiety.synthetic.families import FAMILIES
-from moiety.synthetic.formats import FORMATS, stored
+from moiety.synthetic.formats import FORMATS, in_out, stored
 from moiety.synthetic.lightning import with_decays
 from moiety.synthetic.tokenizer import write_nllb_tokenizer, write_t5_tokenizer, write_tokenizer
 
@@ -57,6 +57,7 @@ TINY: Mapping[str, TinyModel] = {
         {"layer_types": ["linear_attention", "full_attention"] * 2, "block_size": 8, "sliding_window": None},
         store=with_decays,
     ),
+    "qwen3_vl_moe": TinyModel("qwen3_vl_moe", store=in_out),
 }
 
 

@@ -162,3 +162,9 @@ def _awq(module: str, tensor: torch.Tensor, generator: torch.Generator) -> Store
 def _words(codes: torch.Tensor) -> torch.Tensor:
     """Packs uint8 [R, 8 C] into int32 [R, C], the first code in the lowest four bits."""
     return pack_nibbles(codes.contiguous()).contiguous().view(torch.int32)
+
+
+def in_out(name: str, tensor: torch.Tensor) -> Stored:
+    """Yields the (name, tensor) pair as Qwen3-VL-MoE is published: with experts [in, out]; transformers holds [out, in]."""
+    experts = name.endswith(("experts.gate_up_proj", "experts.down_proj"))
+    yield name, tensor.mT.contiguous() if experts else tensor

@@ -27,12 +27,17 @@ AWQ_VERSIONS = ("gemm",)
 
 @dataclass(frozen=True, slots=True)
 class QuantisedEntry:
-    """A matrix, or one matrix per expert, stored as several tensors; `shape` is that of the unquantised tensor."""
+    """A matrix, or one matrix per expert, stored as several tensors; `shape` is that of the unquantised tensor.
+
+    `transposed` says that the codes hold the transpose of the unquantised matrix. The format decides: a shape cannot tell
+    for a square matrix.
+    """
 
     method: str  # fp8, mxfp4, gptq, gptq_v2, awq or packed
     shape: tuple[int, ...]
     parts: Mapping[str, TensorEntry]  # by role: codes, scale, zero, order
     bits: int
+    transposed: bool = False
 
     @property
     def dtype(self) -> str:
@@ -108,7 +113,7 @@ def _mxfp4(tensors: _Tensors, config: Mapping[str, Any]) -> Iterator[tuple[str, 
             )
         experts, rows, groups, _ = codes.shape
         shape = (experts, groups * MXFP4_GROUP, rows)
-        yield base, QuantisedEntry("mxfp4", shape, {"codes": codes, "scale": scale}, 4)
+        yield base, QuantisedEntry("mxfp4", shape, {"codes": codes, "scale": scale}, 4, transposed=True)
 
 
 def _gptq(tensors: _Tensors, config: Mapping[str, Any]) -> Iterator[tuple[str, QuantisedEntry]]:

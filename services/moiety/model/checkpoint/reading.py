@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -85,7 +86,10 @@ class Reader:
         return out
 
     def matrix(self, entry: QuantisedEntry) -> QuantisedMatrix:
-        """Reads one matrix [out, in] and keeps it quantised. Raises CheckpointError if its tensors contradict each other."""
+        """Reads one matrix as its codes hold it and keeps it quantised: the transpose of `entry.shape` if `entry.transposed`.
+
+        Raises CheckpointError if its tensors contradict each other.
+        """
         parts = {role: self.tensor(part) for role, part in entry.parts.items()}
         try:
             return _MAKE[entry.method](parts, entry)
@@ -97,11 +101,9 @@ class Reader:
         if isinstance(entry, TensorEntry):
             return self.tensor(entry).to(dtype)
         if len(entry.shape) == 2:
-            return self.matrix(entry).dequantised(dtype)
-        experts = entry.shape[0]
-        matrices = [self.matrix(_of_expert(entry, expert)).dequantised(dtype) for expert in range(experts)]
-        values = torch.stack(matrices)  # [E, out, in]
-        return values if values.shape == entry.shape else values.transpose(1, 2)
+            values = self.matrix(entry).dequantised(dtype)
+            return values.T if entry.transposed else values
+        return torch.stack([self.values(_of_expert(entry, expert), dtype) for expert in range(entry.shape[0])])
 
     def state(self, tensors: Mapping[str, Stored], dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """Reads all `tensors`: those stored quantised are dequantised to `dtype`, the others keep their stored dtype."""
@@ -118,7 +120,7 @@ def expert_entry(entry: Stored, expert: int, experts: int) -> Stored:
 
 def _of_expert(entry: QuantisedEntry, expert: int) -> QuantisedEntry:
     parts = {role: _expert_part(part, expert, entry.shape[0]) for role, part in entry.parts.items()}
-    return QuantisedEntry(entry.method, entry.shape[1:], parts, entry.bits)
+    return replace(entry, shape=entry.shape[1:], parts=parts)
 
 
 def _expert_part(entry: TensorEntry, expert: int, experts: int) -> TensorEntry:

@@ -135,6 +135,9 @@ def _layer(
                 fused = pattern is None or "*" not in pattern
                 joined.append(tensors[0] if fused and len(tensors) == 1 else _template(checkpoint, target, tensors))
             shape = parameter.shape
+            if may_transpose and shape[1] == shape[2]:
+                reason = f"{joined[0]} holds square matrices, {shape[1]} x {shape[2]}"
+                raise unsupported(checkpoint, f"{reason}: whether they are [in, out] or [out, in] is not known")
             if may_transpose and _published_shape(checkpoint, joined[0]) != shape[1:]:
                 shape = (shape[0], shape[2], shape[1])
                 transposed ^= {field}
@@ -183,7 +186,8 @@ def _conversion(
 ) -> tuple[Sequence[str | None], bool]:
     """Returns a parameter's conversion patterns in order of concatenation, and whether a conversion may transpose.
 
-    If one may, transformers transposes the matrices whose published shape differs from the parameter's.
+    If one may, such checkpoints exist in both orientations, and transformers transposes the matrices whose published shape
+    differs from the parameter's. A square matrix looks the same in both.
 
     Raises CheckpointError for conversions other than stacking, concatenating and transposing.
     """

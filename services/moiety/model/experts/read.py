@@ -101,19 +101,22 @@ def _entry(checkpoint: Checkpoint, layout: ExpertLayout, name: str, expert: int)
 
 
 def _read(reader: Reader, entries: list[Stored], dtype: torch.dtype, *, transposed: bool) -> Matrix:
-    """Reads the matrices at `entries`, concatenated along dim 0; if none is quantised, `transposed` transposes the result.
+    """Reads the matrices at `entries`, [out, in] or, if `transposed`, [in, out]; returns them [out, in], joined along `out`.
 
-    The result is quantised if all matrices are stored quantised and their formats fit together, and in `dtype` otherwise.
+    The result is quantised if the codes of all matrices are [out, in] and fit together, and in `dtype` otherwise.
     """
     quantised = [entry for entry in entries if isinstance(entry, QuantisedEntry)]
-    if quantised:
-        if len(quantised) == len(entries):
-            with suppress(ValueError):  # only some have zero points, or their groups differ: rare enough to dequantise
-                return concatenate([reader.matrix(entry) for entry in quantised])
-        return torch.cat([reader.values(entry, dtype) for entry in entries])
+    if len(quantised) == len(entries) and all(entry.transposed == transposed for entry in quantised):
+        with suppress(ValueError):  # only some have zero points, or their groups differ: rare enough to dequantise
+            return concatenate([reader.matrix(entry) for entry in quantised])
     plain = [entry for entry in entries if isinstance(entry, TensorEntry)]
-    matrix = _read_plain(reader, plain, dtype)
-    return matrix.T.contiguous() if transposed else matrix
+    if len(plain) == len(entries) and not transposed:
+        return _read_plain(reader, plain, dtype)
+    matrices = [
+        reader.values(entry, dtype) if isinstance(entry, QuantisedEntry) else _read_plain(reader, [entry], dtype)
+        for entry in entries
+    ]
+    return torch.cat([matrix.T if transposed else matrix for matrix in matrices])
 
 
 def _read_plain(reader: Reader, entries: list[TensorEntry], dtype: torch.dtype) -> torch.Tensor:
