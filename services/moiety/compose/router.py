@@ -19,6 +19,7 @@ from moiety.core.replica import Replica, ReplicaState, Role
 from moiety.core.system import SystemId
 from moiety.errors import ConfigError, Unavailable
 from moiety.internal.v1.engine_pb2_grpc import add_EngineServiceServicer_to_server
+from moiety.model.architectures.rope_by_length import check_rope
 from moiety.model.checkpoint.checkpoint import Checkpoint
 from moiety.model.experts.cached import expert_layout
 from moiety.model.experts.layout import ExpertLayout
@@ -230,7 +231,8 @@ def build_engine(
 def load_model(
     settings: RouterSettings, checkpoint: Checkpoint, layout: ExpertLayout, dtype: torch.dtype, revision: str
 ) -> tuple[torch.nn.Module, KVCache]:
-    """Loads the trunk and creates the KV cache."""
+    """Loads the trunk and creates the KV cache. Raises ConfigError or CheckpointError if the router cannot run the model."""
+    check_rope(checkpoint, _max_context(settings, layout.shape.max_context))
     torch.set_num_threads(_threads(settings))
     began = time.monotonic()
     model = load_trunk(checkpoint, layout, dtype, settings.device, paged.NAME)
