@@ -157,11 +157,11 @@ def test_serves_arguments_set_it(name: str) -> None:
     assert_arrived(resolve(given), name)
 
 
-@pytest.mark.parametrize("left_out", ["deterministic", "experts.overflow"])
-def test_the_chart_sets_all(left_out: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("left_out", [["deterministic"], ["experts.overflow", "device"]])
+def test_the_chart_sets_all(left_out: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """The chart's values set all at once: the checkpoint by `model`, the registry by `redis`, all others by `app`.
 
-    The two settings that exclude each other take turns.
+    `deterministic` and the settings that exclude it take turns.
     """
     values = {
         **MINIMAL,
@@ -169,14 +169,14 @@ def test_the_chart_sets_all(left_out: str, monkeypatch: pytest.MonkeyPatch) -> N
         "redis": {"enabled": False, "external": {"url": SAMPLE["registry"]}},
         "app": {name: written(value) for name, value in SAMPLE.items() if name not in ELSEWHERE},
     }
-    values["app"] = merged(
-        values["app"], nested(left_out, dig(AppSettings(model="m").model_dump(), left_out.replace(".", "/")))
-    )
+    for name in left_out:
+        default = dig(AppSettings(model="m").model_dump(), name.replace(".", "/"))
+        values["app"] = merged(values["app"], nested(name, default))
     document = named(manifests(values), "RayService")
     environment = dig(document, "spec/rayClusterConfig/workerGroupSpecs/0/template/spec/containers/0/env")
     for variable in environment:
         monkeypatch.setenv(variable["name"], variable["value"])
     settings = resolve(yaml.safe_load(dig(document, "spec/serveConfigV2"))["applications"][0]["args"])
     for name in NAMES:
-        if name != left_out:
+        if name not in left_out:
             assert_arrived(settings, name)

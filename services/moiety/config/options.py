@@ -62,7 +62,7 @@ class SystemOptions(Options):
     device: Literal["cpu", "cuda"] = "cpu"
     """Torch device: cpu or cuda."""
     deterministic: bool = False
-    """Make every output depend, bit by bit, on its request alone: not on batch, lanes, replicas or retries."""
+    """Make every output depend, bit by bit, on its request alone: not on batch, lanes, replicas or retries. On cpu only."""
     groups: int = Field(default=2, ge=1, le=4096)
     """Expert groups, one deployment each; at most the model's experts per layer."""
     slices: int = Field(default=1, ge=1, le=64)
@@ -77,6 +77,13 @@ class SystemOptions(Options):
     def system(self) -> SystemId:
         """The identity of the system; complete once `cluster` and `revision` are set."""
         return SystemId(self.app, self.cluster, self.revision, self.groups, self.slices)
+
+    @field_validator("deterministic")
+    @classmethod
+    def _on_cpu(cls, value: bool, info: ValidationInfo) -> bool:
+        if value and info.data.get("device") == "cuda":
+            raise ValueError("needs device cpu until every operation on cuda computes a row alike in any batch")
+        return value
 
 
 class RouterOptions(Options):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from moiety.config.application import AppSettings, ExpertDeployment
-from moiety.config.options import Scaling
+from moiety.config.options import Scaling, SystemOptions
 from moiety.config.resolve import resolve
-from moiety.config.services import RouterSettings
+from moiety.config.services import ExpertSettings, RouterSettings
 from moiety.config.validate import validated
 from moiety.errors import ConfigError
 
@@ -52,6 +52,15 @@ def test_overflow_is_set_per_group() -> None:
     with pytest.raises(ConfigError, match=r"user_config\.overflow"):
         # routers get it at start: they refuse models without backup experts
         Scaling().with_live({"overflow": "backup"})
+
+
+@pytest.mark.parametrize("kind", [ExpertSettings, RouterSettings, AppSettings])
+def test_deterministic_is_for_cpu(kind: type[SystemOptions]) -> None:
+    """Services and the application refuse `deterministic` on cuda, where nothing keeps it."""
+    values = {"model": "m", "device": "cuda", **({"held": "0:0"} if kind is ExpertSettings else {})}
+    assert validated(kind, values).device == "cuda"
+    with pytest.raises(ConfigError, match="deterministic = True: needs device cpu until"):
+        validated(kind, {**values, "deterministic": True})
 
 
 def test_live_settings_of_a_group() -> None:

@@ -18,7 +18,7 @@ from moiety.model.checkpoint.checkpoint import Checkpoint
 from moiety.model.checkpoint.revision import revision_of
 from moiety.model.experts.layout import ExpertLayout, LayerLayout
 
-FORMAT = 3  # version of the cached file: increase it with every change of ExpertLayout
+FORMAT = 4  # version of the cached file: increase it with every change of ExpertLayout
 
 
 def expert_layout(checkpoint: Checkpoint) -> ExpertLayout:
