@@ -15,13 +15,16 @@ from moiety.v1 import generation_pb2
 class ResponseBuilder:
     """Turns the engine's events for one request into the responses to its client."""
 
-    def __init__(self, request: engine_pb2.EngineRequest, tokenizer: Tokenizer, stops: Sequence[str]):
+    def __init__(
+        self, request: engine_pb2.EngineRequest, tokenizer: Tokenizer, stops: Sequence[str], continues: Sequence[int]
+    ):
+        """`continues`: the ids whose text the outputs continue, which are none for an encoder-decoder."""
         self.produced = 0  # tokens, of all choices
         self.ended: set[int] = set()  # choices whose last response has been created
         self.finish_reasons: list[generation_pb2.FinishReason] = []  # in the order in which choices ended
         self._request, self._began, self._cached = request, False, 0
         self._routed = self._rerouted = 0  # rows; both stay 0 unless experts may overflow
-        self._texts = {choice: _Text(tokenizer, stops) for choice in choices_of(request)}
+        self._texts = {choice: _Text(tokenizer, stops, continues) for choice in choices_of(request)}
 
     @property
     def complete(self) -> bool:
@@ -62,8 +65,8 @@ class ResponseBuilder:
 class _Text:
     """One choice: turns its tokens into text, up to its first stop string."""
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]):
-        self._detokenizer, self._stops = Detokenizer(tokenizer), StopStrings(stops)
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], continues: Sequence[int]):
+        self._detokenizer, self._stops = Detokenizer(tokenizer, continues), StopStrings(stops)
         self._produced = 0
 
     def push(self, ids: Sequence[int], min_tokens: int, *, last: bool) -> tuple[str, bool]:

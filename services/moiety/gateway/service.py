@@ -116,12 +116,12 @@ class GenerationService:
             self._routers.check_room()
             held.enter_context(self._admission.place(request.tenant))
             deadline = Deadline.after(context.time_remaining())
-            engine_request = await self._admit(request, deadline)
+            engine_request, continues = await self._admit(request, deadline)
             span.set(Attribute.REQUEST_ID, engine_request.request_id)
             span.set(Attribute.INPUT_TOKENS, len(engine_request.prompt_ids))
             for key, field in _SAMPLING.items():
                 span.set(key, getattr(engine_request.sampling, field))
-            answer = ResponseBuilder(engine_request, self._tokenizer, tuple(request.sampling.stop))
+            answer = ResponseBuilder(engine_request, self._tokenizer, tuple(request.sampling.stop), continues)
             events = self._routers.generate(engine_request, deadline, span.traceparent, answer.ended)
             async with aclosing(events):  # leaving it cancels the request at its router
                 async for event in events:
@@ -141,8 +141,13 @@ class GenerationService:
             self.running -= 1
             span.end()
 
-    async def _admit(self, request: generation_pb2.GenerateRequest, deadline: Deadline) -> engine_pb2.EngineRequest:
-        """Checks a client's request and returns it as token ids. Raises the error that the client receives."""
+    async def _admit(
+        self, request: generation_pb2.GenerateRequest, deadline: Deadline
+    ) -> tuple[engine_pb2.EngineRequest, list[int]]:
+        """Checks a client's request. Returns it as token ids, and the ids whose text the output continues.
+
+        Raises the error that the client receives.
+        """
         if request.model and request.model != self._model:
             raise NotFound(f"model {request.model!r} is not served here; this is {self._model!r}")
         if len(request.request_id) > MAX_REQUEST_ID:
@@ -156,7 +161,8 @@ class GenerationService:
         check_prompt(ids, served.vocabulary, served.max_context)
         if request.sampling.HasField("first_token"):
             request.sampling.first_token_id = self._tokenizer.token_id(request.sampling.first_token)
-        in_context = 1 if served.encoder_decoder else len(ids)
+        continues = [] if served.encoder_decoder else ids
+        in_context = len(continues) or 1  # an encoder-decoder's output begins with its start token
         sampling = check_sampling(request.sampling, in_context, served.vocabulary, served.max_context)
         engine_request = engine_pb2.EngineRequest(
             request_id=request.request_id or secrets.token_hex(8),
@@ -169,7 +175,7 @@ class GenerationService:
         )
         write_defaults(engine_request.sampling, sampling)
         engine_request.sampling.ClearField("stop")  # the gateway matches stop strings: the engine has no text
-        return engine_request
+        return engine_request, continues
 
     async def _encode(self, text: str) -> list[int]:
         """Returns the token ids of a prompt. A long prompt is tokenised on another thread.

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from moiety.errors import InvalidRequest
-from moiety.model.checkpoint.tokenizer import open_tokenizer
+from moiety.model.checkpoint.tokenizer import TokenKinds, open_tokenizer
 
 MAX_PROMPT_CHARACTERS = 16 << 20
-CHARACTER_BYTES = 4  # the longest UTF-8 character, and so the most tokens that one character can be split into
-PENDING_TOKENS = 3 * CHARACTER_BYTES
+CONTEXT_TOKENS = 4  # an unfinished UTF-8 character has at most 3 bytes, and so 3 tokens; and one token before it
 _PARTIAL = "\ufffd"  # what a decoder shows for the bytes of an unfinished character
 
 
@@ -19,6 +19,12 @@ class Tokenizer:
     def __init__(self, folder: str):
         """Raises CheckpointError when the folder has no usable tokenizer."""
         self._tokenizer, self.stop_ids = open_tokenizer(folder)
+        self.kinds = TokenKinds(self._tokenizer)
+        # transformers' own `decode` does the same for a fast tokenizer, and takes ten times as long.
+        if self._tokenizer.is_fast:
+            self._decode: Callable[..., str] = self._tokenizer.backend_tokenizer.decode
+        else:
+            self._decode = partial(self._tokenizer.decode, clean_up_tokenization_spaces=False)
 
     def encode(self, text: str) -> list[int]:
         """Returns the token ids of a prompt. Raises InvalidRequest when it is empty or has over MAX_PROMPT_CHARACTERS."""
@@ -39,48 +45,58 @@ class Tokenizer:
         return int(found)
 
     def decode(self, ids: Sequence[int]) -> str:
-        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
-        return text
+        """Returns the text of `ids` without special tokens, as transformers decodes it by default.
+
+        transformers' clean-up of spaces, which a tokenizer's config can switch on, is not applied: it would change text
+        that has been sent ("is" + " n't" becomes "isn't"), and transformers itself no longer applies it to BPE.
+        """
+        return self._decode(list(ids), skip_special_tokens=True)
 
 
 class Detokenizer:
-    """Turns a stream of token ids into a stream of text; returns each character once it is complete.
+    """Turns a stream of token ids into a stream of text; returns each character once later tokens cannot change it.
 
-    Decodes from a little before the new tokens, since a token's text depends on the token before it.
+    The text of an output is what decode(prompt + output) has after decode(prompt). (Where the output completes a
+    character that the prompt began, it is what follows their longest common prefix.) The portions in which ids arrive
+    make no difference.
+
+    Only a window of the last ids is decoded, so time grows with the number of tokens. A decoder treats the first token
+    of a text unlike the others: it may drop its leading space. So a window begins with a token whose text is sent or belongs
+    to the prompt, unless it begins where the text begins. Tokens that decoding skips are left out, since they are no context.
     """
 
-    def __init__(self, tokenizer: Tokenizer):
-        self._tokenizer = tokenizer
-        self._ids: list[int] = []  # ids that are still decoded
-        self._shown = 0  # how many of them have been sent already and serve as context
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = ()):
+        """`prompt` are the ids before the output; empty for an encoder-decoder, whose output is a text of its own."""
+        self._tokenizer, self._kinds = tokenizer, tokenizer.kinds
+        self._window: list[int] = []
+        for token in reversed(prompt):
+            # A window may begin inside a character, but not inside a run of byte tokens, which `push` decodes as a whole.
+            if len(self._window) >= CONTEXT_TOKENS and self._window[-1] not in self._kinds.byte_ids:
+                break
+            if self._kinds.has_text(token):
+                self._window.append(token)
+        self._window.reverse()
+        self._shown = tokenizer.decode(self._window)  # the window's text that is not to be sent again
 
     def push(self, ids: Sequence[int], *, last: bool = False) -> str:
-        """Returns the new text; `last` also flushes an unfinished character."""
-        self._ids.extend(ids)
-        shown = self._tokenizer.decode(self._ids[: self._shown])
-        text = self._tokenizer.decode(self._ids)
-        if text == shown:  # only special tokens, which have no text
-            del self._ids[self._shown :]
-            return ""
-        if len(text) < len(shown) or (text.endswith(_PARTIAL) and not last):
-            return self._final_part(text)[len(shown) :]
-        del self._ids[: self._shown]
-        self._shown = len(self._ids)
-        return text[len(shown) :]
+        """Returns the new text; `last` also flushes an unfinished character.
 
-    def _final_part(self, text: str) -> str:
-        """Returns the part of `text` that later tokens cannot change; "" while fewer than PENDING_TOKENS tokens are pending.
-
-        A model may go on generating bytes that form no character. Decoding all of them again for each token would take
-        quadratic time. So the ids are cut where decoding both parts separately gives the same text; "" if there is no such
-        cut. A cut does not split a character that the newest ids may still complete.
+        A run of byte tokens ("<0xE2>") is text once a token of another kind follows it: a decoder shows all its bytes as
+        replacement characters where one of them is wrong, the last included.
         """
-        if len(self._ids) - self._shown < PENDING_TOKENS:
+        self._window.extend(filter(self._kinds.has_text, ids))
+        if not self._window or (self._window[-1] in self._kinds.byte_ids and not last):
             return ""
-        for cut in range(len(self._ids) - 1, len(self._ids) - CHARACTER_BYTES - 1, -1):
-            before = self._tokenizer.decode(self._ids[:cut])
-            if before + self._tokenizer.decode(self._ids[cut:]) == text:
-                del self._ids[:cut]
-                self._shown = 0
-                return before
-        return ""
+        text = self._tokenizer.decode(self._window)
+        unfinished = not last and text.endswith(_PARTIAL)
+        settled = text[:-1] if unfinished else text
+        if len(settled) < len(self._shown) and self._shown.startswith(settled):
+            return ""  # still inside the prompt's last character
+        while not settled.startswith(self._shown):  # the output changes the prompt's last character
+            self._shown = self._shown[:-1]
+        piece = settled[len(self._shown) :]
+        del self._window[: -CONTEXT_TOKENS if unfinished else -1]
+        self._shown = self._tokenizer.decode(self._window)
+        if unfinished:
+            self._shown = self._shown[:-1]
+        return piece

@@ -130,7 +130,7 @@ class EngineService(engine_pb2_grpc.EngineServiceServicer):
                 sampling = replace(sampling, first_token_id=self._start.first_token)
         if generated and sampling.n > 1:
             raise InvalidRequest("sampling.n", sampling.n, "1 with generated_ids, which belong to one choice")
-        guide = await self._guides.compile(sampling.guide) if sampling.guide else None
+        guide = await self._guides.compile(sampling.guide, decoder_prompt) if sampling.guide else None
         eos = {*request.stop_ids, *(self._guides.eos_ids if guide else ())}
         span = self._tracer.start(
             SpanName.ENGINE_REQUEST,

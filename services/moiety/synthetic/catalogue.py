@@ -18,7 +18,13 @@ from moiety.synthetic.encoder_decoders import NARROW, NLLB, SWITCH
 from moiety.synthetic.families import FAMILIES
 from moiety.synthetic.formats import FORMATS, in_out, stored
 from moiety.synthetic.lightning import with_decays
-from moiety.synthetic.tokenizer import write_nllb_tokenizer, write_t5_tokenizer, write_tokenizer
+from moiety.synthetic.tokenizer import (
+    write_nllb_tokenizer,
+    write_sentencepiece_tokenizer,
+    write_t5_tokenizer,
+    write_tokenizer,
+    write_wordpiece_tokenizer,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -50,6 +56,9 @@ TINY: Mapping[str, TinyModel] = {
         )
         for name, (architecture, settings, quantization) in FORMATS.items()
     },
+    "mixtral": TinyModel("mixtral", FAMILIES["mixtral"], tokenizer=write_sentencepiece_tokenizer),
+    # No published MoE model has a WordPiece tokenizer: one tiny checkpoint does, so that its text is compared too.
+    "olmoe": TinyModel("olmoe", FAMILIES["olmoe"], tokenizer=write_wordpiece_tokenizer),
     "switch_transformers": TinyModel("switch_transformers", SWITCH, tokenizer=write_t5_tokenizer, noise_factors=NARROW),
     "nllb-moe": TinyModel("nllb-moe", NLLB, tokenizer=write_nllb_tokenizer, noise_factors=NARROW),
     "minimax": TinyModel(

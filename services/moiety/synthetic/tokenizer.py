@@ -1,9 +1,16 @@
-"""Real tokenizers of at most 320 tokens for random checkpoints: byte-level BPE, and tokenizers like T5's and NLLB's."""
+"""Real tokenizers of at most 320 tokens for random checkpoints: byte-level BPE, SentencePiece's BPE, Unigram, WordPiece."""
 
 from __future__ import annotations
 
+import json
+import re
+import string
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 VOCABULARY = 320
 SPECIAL = ("<|bos|>", "<|eos|>", "<|pad|>")
@@ -13,6 +20,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}assistant:{% endif %}"
 )
 LANGUAGES = ("eng_Latn", "fra_Latn")  # NLLB's source language and a target language
+_CHARACTERS = string.ascii_letters + string.digits + string.punctuation
 _CORPUS = (
     "The router runs attention and gating, and the experts run where there is room for them.",
     "Each expert group is a service of its own: it grows when it is hot and shrinks when it is not.",
@@ -23,7 +31,6 @@ _CORPUS = (
 def write_tokenizer(folder: Path) -> None:
     """Saves a byte-level BPE tokenizer to `folder` for `AutoTokenizer`: 3 special tokens, 256 bytes, 61 merges."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -35,6 +42,46 @@ def write_tokenizer(folder: Path) -> None:
         show_progress=False,
     )
     tokenizer.train_from_iterator(_CORPUS, trainer)
+    _save(folder, tokenizer)
+
+
+def write_sentencepiece_tokenizer(folder: Path) -> None:
+    """Saves a tokenizer like Mixtral's to `folder`: BPE on text whose spaces are "▁", and 256 tokens for other bytes."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, trainers
+
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
+    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=[*SPECIAL, *byte_tokens], show_progress=False)
+    tokenizer.train_from_iterator(_CORPUS, trainer)
+    form = json.loads(tokenizer.to_str())  # as published, byte tokens are not special
+    form["added_tokens"] = [token for token in form["added_tokens"] if token["content"] in SPECIAL]
+    _save(folder, Tokenizer.from_str(json.dumps(form)))
+
+
+def write_wordpiece_tokenizer(folder: Path) -> None:
+    """Saves a tokenizer like BERT's to `folder`: words and their parts, of which all but the first begin with "##"."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    pieces = [*SPECIAL, *_CHARACTERS, *(f"##{character}" for character in _CHARACTERS), *_words()]
+    vocabulary = {piece: token_id for token_id, piece in enumerate(pieces)}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token=SPECIAL[PAD]))
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    _save(folder, tokenizer)
+
+
+def _words() -> list[str]:
+    return sorted({word for text in _CORPUS for word in re.findall(r"\w\w+", text)})
+
+
+def _save(folder: Path, tokenizer: Tokenizer) -> None:
+    """Saves a tokenizer whose first ids are SPECIAL to `folder` for `AutoTokenizer`."""
+    from transformers import PreTrainedTokenizerFast
+
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=SPECIAL[BOS],
@@ -64,17 +111,16 @@ def write_nllb_tokenizer(folder: Path) -> None:
 
 def _write_pieces(folder: Path, *, template: str, languages: Sequence[str] = (), **special: str) -> None:
     """Saves a Unigram tokenizer whose first ids are the `special` tokens in order, then the languages."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer = Tokenizer(models.Unigram())
+    special_tokens = [*special.values(), *languages]
+    # Built, not trained: the trainers of Unigram and WordPiece give other pieces in every run.
+    pieces = [*((piece, -8.0) for piece in ("▁", *_CHARACTERS)), *((f"▁{word}", -4.0) for word in _words())]
+    unknown = special_tokens.index(special["unk_token"])
+    tokenizer = Tokenizer(models.Unigram([*((token, 0.0) for token in special_tokens), *pieces], unknown))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
-    special_tokens = [*special.values(), *languages]
-    trainer = trainers.UnigramTrainer(
-        vocab_size=VOCABULARY, special_tokens=special_tokens, unk_token=special["unk_token"], show_progress=False
-    )
-    tokenizer.train_from_iterator(_CORPUS, trainer)
     special_ids = [(token, tokenizer.token_to_id(token)) for token in special_tokens]
     tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=special_ids)
     PreTrainedTokenizerFast(

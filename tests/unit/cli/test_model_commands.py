@@ -66,7 +66,7 @@ def test_parity_options_that_do_not_fit(moiety: Callable, words: tuple[str, ...]
 
 def verdict(name: str, *, identical: int) -> ParityVerdict:
     """Returns the verdict of eight prompts, `identical` of them identical."""
-    prompts = [PromptResult(3, 24, None if number < identical else 7, False, 1e-5, 0.5) for number in range(8)]
+    prompts = [PromptResult(3, 24, None if number < identical else 7, False, 1e-5, 0.5, True) for number in range(8)]
     return ParityVerdict(name, "seam", ParityReport(name, "float32", 2, tuple(prompts)))
 
 
@@ -75,7 +75,9 @@ def test_logits_that_are_no_numbers_fail(place: int) -> None:
     """A NaN among the logits of any prompt fails the comparison, although all tokens agree, and is the largest error."""
     errors = [1e-5, 1e-5]
     errors[place] = math.nan
-    report = ParityReport("x", "float32", 2, tuple(PromptResult(3, 24, None, False, error, 0.5) for error in errors))
+    report = ParityReport(
+        "x", "float32", 2, tuple(PromptResult(3, 24, None, False, error, 0.5, True) for error in errors)
+    )
     assert not report.ok
     assert math.isnan(report.logit_error)
     assert not ParityVerdict("x", "seam", report).ok

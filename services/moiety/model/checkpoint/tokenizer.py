@@ -1,4 +1,4 @@
-"""Opens a checkpoint's tokenizer and reads its end-of-sequence ids; gateways and routers both use this."""
+"""Opens a checkpoint's tokenizer and says what its ids are: ends of sequence, text, bytes. Gateways and routers use this."""
 
 from __future__ import annotations
 
@@ -18,6 +18,28 @@ def open_tokenizer(folder: str) -> tuple[Any, tuple[int, ...]]:
     except Exception as error:  # transformers raises whatever its parsers raise
         raise CheckpointError(f"{folder}: no usable tokenizer: {error}") from error
     return tokenizer, _eos_ids(Path(folder), tokenizer)
+
+
+class TokenKinds:
+    """Which ids of a tokenizer decoding turns into text, and which of these are single bytes."""
+
+    def __init__(self, tokenizer: Any):
+        self._token = tokenizer.convert_ids_to_tokens
+        self._special = frozenset(tokenizer.all_special_ids)
+        self.byte_ids: frozenset[int] = (
+            frozenset()
+        )  # of tokens such as "<0xE2>", for decoders that join these to characters
+        if tokenizer.is_fast:
+            backend = tokenizer.backend_tokenizer
+            added = backend.get_added_tokens_decoder().items()
+            self._special = frozenset(token_id for token_id, token in added if token.special)
+            if backend.decoder is not None and backend.decoder.decode(["<0x41>"]) == "A":
+                found = (backend.token_to_id(f"<0x{byte:02X}>") for byte in range(256))
+                self.byte_ids = frozenset(token_id for token_id in found if token_id is not None)
+
+    def has_text(self, token_id: int) -> bool:
+        """Returns whether decoding keeps a token: it skips special tokens, and ids that the tokenizer does not have."""
+        return token_id not in self._special and self._token(token_id) is not None
 
 
 def _eos_ids(folder: Path, tokenizer: Any) -> tuple[int, ...]:

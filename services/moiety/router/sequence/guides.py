@@ -1,5 +1,8 @@
 """Guided output: a grammar, compiled for the checkpoint's tokenizer, determines which tokens may come next (llguidance).
 
+A guide describes the text that the client receives. At the start of a text (after a prompt of nothing but special tokens, or
+in an encoder-decoder) some tokenizers drop a leading space, so there a guide is compiled with that space before it.
+
 `Guides` compiles guides off the engine's thread, before a request is queued. A `Matcher` follows one sequence. It is
 updated from the sequence's tokens alone, so resumed, preempted and forked sequences need no special handling.
 """
@@ -7,6 +10,7 @@ updated from the sequence's tokens alone, so resumed, preempted and forked seque
 from __future__ import annotations
 
 import asyncio
+import json
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,10 +19,11 @@ import llguidance
 import llguidance.hf
 import llguidance.numpy
 import numpy as np
+from tokenizers import AddedToken, Tokenizer, decoders
 
 from moiety.core.sampling import Guide, GuideKind
 from moiety.errors import CheckpointError, FailedPrecondition, InvalidRequest, MoietyError, ResourceExhausted
-from moiety.model.checkpoint.tokenizer import open_tokenizer
+from moiety.model.checkpoint.tokenizer import TokenKinds, open_tokenizer
 
 COMPILE_S = 5.0  # a large JSON schema takes some 100 ms
 KEPT = 64  # compiled guides in the cache: clients send the same schema repeatedly
@@ -81,57 +86,81 @@ class Guides:
 
     def __init__(self, folder: str, vocabulary: int, threads: int):
         self._folder, self._vocabulary, self._threads = folder, vocabulary, threads
-        self._kept: OrderedDict[Guide, CompiledGuide] = OrderedDict()
+        self._kept: OrderedDict[tuple[Guide, int], CompiledGuide] = OrderedDict()
         self._tokenizer: llguidance.LLTokenizer | None = None
         self._executor: llguidance.LLExecutor | None = None
+        self._kinds: TokenKinds | None = None
+        self._dropped_spaces = 0  # by decoding, at the start of a text
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="guides")
         self.eos_ids: tuple[int, ...] = ()  # known once a guide has been compiled
 
-    async def compile(self, guide: Guide) -> CompiledGuide:
-        """Compiles a guide, or takes it from the cache.
+    async def compile(self, guide: Guide, prompt: Sequence[int]) -> CompiledGuide:
+        """Compiles a guide for an output after the ids `prompt`, or takes it from the cache.
 
         Raises InvalidRequest if the guide does not compile, FailedPrecondition if the checkpoint has no usable tokenizer,
         ResourceExhausted if the wait for other guides and compiling this one take longer than COMPILE_S together.
         """
         try:
             async with asyncio.timeout(COMPILE_S):
-                return await asyncio.get_running_loop().run_in_executor(self._thread, self._compile, guide)
+                return await asyncio.get_running_loop().run_in_executor(self._thread, self._compile, guide, prompt)
         except TimeoutError:
             raise ResourceExhausted(f"compiling the guide took longer than {COMPILE_S:g} s", COMPILE_S) from None
 
     def close(self) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
-    def _compile(self, guide: Guide) -> CompiledGuide:
-        if guide in self._kept:
-            self._kept.move_to_end(guide)
-            return self._kept[guide]
-        tokenizer, executor = self._open()
+    def _compile(self, guide: Guide, prompt: Sequence[int]) -> CompiledGuide:
+        tokenizer, executor, kinds = self._open()
+        spaces = 0 if any(map(kinds.has_text, prompt)) else self._dropped_spaces
+        if (guide, spaces) in self._kept:
+            self._kept.move_to_end((guide, spaces))
+            return self._kept[guide, spaces]
         problem = ""
         try:
-            matcher = llguidance.LLMatcher(tokenizer, _grammar(guide), log_level=0, limits=_LIMITS)
+            grammar = _after_spaces(guide, spaces) if spaces else _grammar(guide)
+            matcher = llguidance.LLMatcher(tokenizer, grammar, log_level=0, limits=_LIMITS)
             problem = matcher.get_error()
         except ValueError as error:
             problem = str(error)
         if problem:
             bound = f"{_EXPECTED[guide.kind]}: {_shortened(problem)}"
             raise InvalidRequest(f"sampling.guide.{guide.kind}", guide.text, bound)
-        compiled = self._kept[guide] = CompiledGuide(matcher, executor)
+        compiled = self._kept[guide, spaces] = CompiledGuide(matcher, executor)
         if len(self._kept) > KEPT:
             self._kept.popitem(last=False)
         return compiled
 
-    def _open(self) -> tuple[llguidance.LLTokenizer, llguidance.LLExecutor]:
-        if self._tokenizer is None or self._executor is None:
+    def _open(self) -> tuple[llguidance.LLTokenizer, llguidance.LLExecutor, TokenKinds]:
+        if self._tokenizer is None or self._executor is None or self._kinds is None:
             try:
                 tokenizer, self.eos_ids = open_tokenizer(self._folder)
+                self._kinds = TokenKinds(tokenizer)
+                if tokenizer.is_fast:
+                    self._dropped_spaces = _prepare(tokenizer.backend_tokenizer)
                 self._tokenizer = llguidance.hf.from_tokenizer(
                     tokenizer, n_vocab=self._vocabulary, eos_token=list(self.eos_ids)
                 )
             except (CheckpointError, ValueError) as error:
                 raise FailedPrecondition(f"guided output needs the checkpoint's tokenizer: {error}") from error
             self._executor = llguidance.LLExecutor(num_threads=self._threads)
-        return self._tokenizer, self._executor
+        return self._tokenizer, self._executor, self._kinds
+
+
+def _prepare(backend: Tokenizer) -> int:
+    """Makes a tokenizer readable for llguidance; returns how many spaces its decoder drops at the start of a text.
+
+    llguidance does not know the decoder Metaspace, so it gets an equal one. They differ in the first token of a text, in
+    which Metaspace drops every space. A guide must not use tokens with several spaces, which are therefore made special.
+    """
+    decoder = backend.decoder
+    if decoder is None:
+        return 0
+    dropped = 3 - len(decoder.decode(["▁"] * 3))
+    if isinstance(decoder, decoders.Metaspace):
+        spaced = [token for token in backend.get_vocab() if token.count("▁") > 1]
+        backend.add_special_tokens([AddedToken(token, special=True) for token in spaced])
+        backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return dropped
 
 
 def _grammar(guide: Guide) -> str:
@@ -144,6 +173,14 @@ def _grammar(guide: Guide) -> str:
             return llguidance.LLMatcher.grammar_from_regex(guide.text)
         case GuideKind.GRAMMAR:
             return llguidance.LLMatcher.grammar_from_lark(guide.text)
+
+
+def _after_spaces(guide: Guide, spaces: int) -> str:
+    """Returns a grammar of `spaces` spaces, then the guide. Raises ValueError as `_grammar` does."""
+    lark = guide.kind is GuideKind.GRAMMAR
+    grammars = [{"lark_grammar": guide.text}] if lark else json.loads(_grammar(guide))["grammars"]
+    grammars[0]["name"] = "guide"
+    return json.dumps({"grammars": [{"lark_grammar": f'start: "{" " * spaces}" @guide'}, *grammars]})
 
 
 def _shortened(problem: str) -> str:

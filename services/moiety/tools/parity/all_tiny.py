@@ -30,7 +30,7 @@ class ParityVerdict:
 
     @property
     def ok(self) -> bool:
-        """Whether the tokens of every prompt are identical. A tie is a failure: in float32 the default prompts have none."""
+        """Whether tokens and text of every prompt are identical. A tie fails: in float32 the default prompts have none."""
         return self.report is not None and self.report.identical == len(self.report.prompts)
 
     @property

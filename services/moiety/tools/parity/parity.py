@@ -1,4 +1,4 @@
-"""`moiety parity`: compares the served system with plain transformers, token for token.
+"""`moiety parity`: compares the served system with plain transformers, token for token, and the text of the tokens.
 
 The reference runs one unpadded prompt at a time. The served side runs all prompts at once, as a ragged batch with chunked
 prefill, through a LocalCluster. Then the same trunk, loaded here as a router loads it, runs each whole text in one step over
@@ -33,6 +33,7 @@ from moiety.model.architectures.transformers_model import causal_lm_class, load_
 from moiety.model.checkpoint.checkpoint import Checkpoint
 from moiety.model.checkpoint.quantised import QuantisedEntry
 from moiety.model.checkpoint.reading import Reader
+from moiety.model.checkpoint.tokenizer import open_tokenizer
 from moiety.model.experts.cached import expert_layout
 from moiety.router.sequence.sequence import Sequence as RouterSequence
 from moiety.router.sequence.step_plan import Scheduled, StepPlan
@@ -41,6 +42,7 @@ from moiety.router.step_runner import StepRunner
 from moiety.telemetry.tracing import NO_SPAN, NO_TRACER
 from moiety.tools.parity import encoder_decoder
 from moiety.tools.parity.plain_reference import PlainReference
+from moiety.tools.parity.reference_text import reference_text
 from moiety.wire.codec import torch_dtype
 
 PROMPT_LENGTHS = (3, 9, 17, 40, 25, 60, 33, 8)
@@ -59,10 +61,11 @@ class PromptResult:
     tie: bool  # whether the reference itself is undecided at that token
     logit_error: float  # largest absolute difference over the whole text and vocabulary; NaN if any logit is NaN
     margin: float  # smallest distance between the reference's two best logits
+    same_text: bool  # whether the streamed text is what transformers decodes the served tokens to
 
     @property
     def ok(self) -> bool:
-        return not isnan(self.logit_error) and (self.first_difference is None or self.tie)
+        return self.same_text and not isnan(self.logit_error) and (self.first_difference is None or self.tie)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +83,7 @@ class ParityReport:
 
     @property
     def identical(self) -> int:
-        """Number of prompts whose every token agrees, and whose logits are numbers."""
+        """Number of prompts whose every token and text agree, and whose logits are numbers."""
         return sum(prompt.ok and prompt.first_difference is None for prompt in self.prompts)
 
     @property
@@ -94,6 +97,7 @@ class ParityReport:
         for prompt in self.prompts:
             tokens = "identical" if prompt.first_difference is None else f"differ at {prompt.first_difference}"
             tokens += " (tie)" if prompt.tie else ""
+            tokens += "" if prompt.same_text else ", text differs"
             yield (
                 f"{prompt.prompt_tokens:>8} {prompt.new_tokens:>5}  {tokens:<12}  {prompt.logit_error:>15.3g}"
                 f"   {prompt.margin:>15.3g}"
@@ -142,8 +146,9 @@ async def run_parity(
                 float((await asyncio.to_thread(forward, prompt, text) - expected).abs().max())
                 for prompt, text, expected in zip(prompts, texts, logits, strict=True)
             ]
+    tokenizer, _ = await asyncio.to_thread(open_tokenizer, checkpoint)
     results = []
-    for prompt, text, tokens, expected, error in zip(prompts, texts, served, logits, errors, strict=True):
+    for prompt, text, (tokens, streamed), expected, error in zip(prompts, texts, served, logits, errors, strict=True):
         before = len(text) - new_tokens  # tokens of the prompt, or an encoder-decoder's decoder start
         best = expected[before - 1 : -1].topk(2).values  # [new tokens, 2]
         margins = best[:, 0] - best[:, 1]
@@ -151,7 +156,8 @@ async def run_parity(
         tie = differ is not None and (
             await asyncio.to_thread(_undecided, reference, prompt, text[: before + differ], tokens[differ])
         )
-        results.append(PromptResult(len(prompt), len(tokens), differ, tie, error, float(margins.min())))
+        same_text = streamed == reference_text(tokenizer, text[:before], tokens)
+        results.append(PromptResult(len(prompt), len(tokens), differ, tie, error, float(margins.min()), same_text))
     return ParityReport(shape.architecture, dtype, groups, tuple(results))
 
 
@@ -228,9 +234,10 @@ def _transformers_model(checkpoint: str, dtype: torch.dtype) -> Any:
     return encoder_decoder.correct_experts(model)
 
 
-async def _generate(client: Client, prompt: Sequence[int], new_tokens: int) -> list[int]:
-    stream = client.generate(prompt, max_tokens=new_tokens, ignore_eos=True)
-    return [token async for chunk in stream for token in chunk.token_ids]
+async def _generate(client: Client, prompt: Sequence[int], new_tokens: int) -> tuple[list[int], str]:
+    """Returns the generated tokens and their streamed text."""
+    chunks = [chunk async for chunk in client.generate(prompt, max_tokens=new_tokens, ignore_eos=True)]
+    return [token for chunk in chunks for token in chunk.token_ids], "".join(chunk.text for chunk in chunks)
 
 
 @asynccontextmanager

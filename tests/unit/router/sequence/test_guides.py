@@ -14,12 +14,21 @@ from sampling_support import logits_of, one, sampled, sequence_of
 
 from moiety.core.sampling import Guide, GuideKind
 from moiety.errors import FailedPrecondition, InvalidRequest, MoietyError
-from moiety.gateway.text import Tokenizer
+from moiety.gateway.text import Detokenizer, Tokenizer
 from moiety.router.sampling.sampler import sample
 from moiety.router.sequence.guides import CompiledGuide, Guides
 from moiety.router.sequence.sequence import Sequence
-from moiety.synthetic.tokenizer import EOS, VOCABULARY, write_tokenizer
+from moiety.synthetic.tokenizer import (
+    BOS,
+    EOS,
+    VOCABULARY,
+    write_sentencepiece_tokenizer,
+    write_t5_tokenizer,
+    write_tokenizer,
+    write_wordpiece_tokenizer,
+)
 
+PROMPT = (9, 10)
 PADDED = VOCABULARY + 13  # models often have more logits than their tokenizer has tokens
 SCHEMA = {
     "type": "object",
@@ -57,7 +66,7 @@ def guides(folder: str) -> Iterator[Guides]:
 
 async def compiled(guides: Guides, kind: GuideKind, text: str) -> CompiledGuide:
     """Returns the compiled guide."""
-    return await guides.compile(Guide(kind, text))
+    return await guides.compile(Guide(kind, text), PROMPT)
 
 
 def written(guide: CompiledGuide, seed: int, most: int = 300, **options: object) -> list[int]:
@@ -87,6 +96,54 @@ async def test_a_regular_expression_matches_all_of_the_output(guides: Guides, fo
     tokens = written(await compiled(guides, GuideKind.REGEX, pattern), seed)
     assert tokens[-1] == EOS
     assert re.fullmatch(pattern, Tokenizer(folder).decode(tokens))
+
+
+@pytest.fixture(
+    scope="module",
+    params=[write_tokenizer, write_sentencepiece_tokenizer, write_t5_tokenizer],
+    ids=["bytes", "bpe", "t5"],
+)
+def any_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Returns a folder with a tokenizer of each kind that can be guided."""
+    made = tmp_path_factory.mktemp("tokenizer")
+    request.param(made)
+    return str(made)
+
+
+@pytest.mark.parametrize("prompt", [(BOS,), PROMPT, ()], ids=["bos", "words", "none"])
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        (GuideKind.REGEX, "(yes|no)"),
+        (GuideKind.REGEX, " yes"),
+        (GuideKind.REGEX, "  in{1,3}dented at| all"),
+        (GuideKind.REGEX, "[a-z]{1,9} [a-z]{1,9}"),
+        (GuideKind.GRAMMAR, 'start: " "? "a" B\nB: /[b-d]{2} /'),
+        (GuideKind.JSON_SCHEMA, '{"enum": [" yes", "no  way"]}'),
+    ],
+)
+async def test_a_guide_is_about_the_text_that_is_streamed(
+    any_folder: str, prompt: tuple[int, ...], kind: GuideKind, text: str
+):
+    """With every kind of tokenizer, spaces included, the streamed text matches the guide, after a prompt and without one."""
+    guides, tokenizer = Guides(any_folder, PADDED, threads=1), Tokenizer(any_folder)
+    guide = await guides.compile(Guide(kind, text), prompt)
+    for seed in range(3):
+        streamed = Detokenizer(tokenizer, prompt).push(written(guide, seed), last=True)
+        if kind is GuideKind.JSON_SCHEMA:
+            assert json.loads(streamed) in json.loads(text)["enum"]
+        else:
+            assert re.fullmatch(" ?a[b-d]{2} " if kind is GuideKind.GRAMMAR else text, streamed)
+    guides.close()
+
+
+async def test_a_tokenizer_that_cannot_be_guided_is_refused(tmp_path: Path):
+    """The tokens of WordPiece have no text of their own, and a guided request says that the tokenizer is the reason."""
+    write_wordpiece_tokenizer(tmp_path)
+    guides = Guides(str(tmp_path), PADDED, threads=1)
+    with pytest.raises(FailedPrecondition, match=r"guided output needs the checkpoint's tokenizer: .*WordPiece"):
+        await compiled(guides, GuideKind.REGEX, "a")
+    guides.close()
 
 
 @pytest.mark.parametrize("schema", ["true", "{}", '{"type": "string"}'])
