@@ -68,17 +68,25 @@ class _Text:
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], continues: Sequence[int]):
         self._detokenizer, self._stops = Detokenizer(tokenizer, continues), StopStrings(stops)
         self._produced = 0
+        self._exempt = 0  # characters of the first min_tokens tokens that the detokenizer still holds
 
     def push(self, ids: Sequence[int], min_tokens: int, *, last: bool) -> tuple[str, bool]:
         """Returns the text to send, and whether a stop string ends the choice here.
 
         The text of the first `min_tokens` tokens is not searched for stop strings.
         """
+        early = ids[: max(min_tokens - self._produced, 0)]
         self._produced += len(ids)
-        text = self._detokenizer.push(ids, last=last)
-        if self._produced <= min_tokens:
-            return text, False
-        return self._stops.push(text, last=last), self._stops.stopped
+        only_early = self._produced <= min_tokens
+        sent = self._detokenizer.push(early, last=last and only_early) if early or only_early else ""
+        if early and self._produced >= min_tokens:
+            self._exempt = self._detokenizer.held
+        if only_early:
+            return sent, False
+        text = self._detokenizer.push(ids[len(early) :], last=last)
+        exempt = text[: self._exempt]
+        self._exempt -= len(exempt)
+        return sent + exempt + self._stops.push(text[len(exempt) :], last=last), self._stops.stopped
 
 
 def choices_of(request: engine_pb2.EngineRequest) -> range:

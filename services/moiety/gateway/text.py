@@ -78,6 +78,11 @@ class Detokenizer:
         self._window.reverse()
         self._shown = tokenizer.decode(self._window)  # the window's text that is not to be sent again
 
+    @property
+    def held(self) -> int:
+        """Number of characters that `push` has not returned because the byte tokens after them may change them."""
+        return max(len(self._tokenizer.decode(self._window).rstrip(_PARTIAL)) - len(self._shown), 0)
+
     def push(self, ids: Sequence[int], *, last: bool = False) -> str:
         """Returns the new text; `last` also flushes an unfinished character.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
+from pathlib import Path
 
 import pytest
 from gateway_support import PROMPT, SHAPE, chunks, die_before, gateway_over
@@ -11,7 +12,10 @@ from gateway_support import PROMPT, SHAPE, chunks, die_before, gateway_over
 from moiety.client import Chunk
 from moiety.core.sampling import FinishReason
 from moiety.errors import MoietyError
+from moiety.gateway.choices import ResponseBuilder
 from moiety.gateway.text import Tokenizer
+from moiety.internal.v1 import engine_pb2
+from moiety.synthetic.tokenizer import write_sentencepiece_tokenizer
 from moiety.testing import FakeEngine, eventually, fake_token
 
 N, TOKENS = 3, 8
@@ -158,3 +162,37 @@ async def test_priority_and_tenant_reach_the_engine(tokenizer: Tokenizer):
     async with gateway_over(tokenizer, router) as gateway:
         await chunks(gateway, max_tokens=1, priority=-3, tenant="blue")
         assert (router.requests[0].priority, router.requests[0].tenant) == (-3, "blue")
+
+
+def answered(builder: ResponseBuilder, ids: list[int], sizes: list[int]) -> tuple[str, bool]:
+    """Returns the text of events with `ids` in portions of `sizes`, and whether a stop string ended it."""
+    pieces, start = [], 0
+    for size in sizes:
+        event = engine_pb2.EngineEvent(token_ids=ids[start : start + size])
+        if response := builder.push(event):
+            pieces.append(response.text)
+        start += size
+    return "".join(pieces), builder.complete
+
+
+@pytest.mark.parametrize("sizes", [[1] * 6, [6], [2, 4], [3, 3], [1, 4, 1]])
+def test_stop_strings_are_found_in_the_decoded_text(tmp_path: Path, sizes: list[int]):
+    """A stop string begins with the space that the text has after the prompt, however tokens arrive."""
+    write_sentencepiece_tokenizer(tmp_path)
+    tokenizer = Tokenizer(str(tmp_path))
+    prompt, output = tokenizer.encode("Answer:"), tokenizer.encode("no more")[:6]
+    request = engine_pb2.EngineRequest(prompt_ids=prompt)
+    assert answered(ResponseBuilder(request, tokenizer, [" no"], prompt), output, sizes) == ("", True)
+    assert answered(ResponseBuilder(request, tokenizer, [" no"], []), output, sizes)[1] is False
+
+
+@pytest.mark.parametrize("sizes", [[1] * 6, [6], [2, 4], [3, 3], [1, 4, 1]])
+def test_min_tokens_counts_tokens_whose_text_is_held_back(tmp_path: Path, sizes: list[int]):
+    """Text of the first min_tokens tokens is not searched for stop strings, also where later tokens complete it."""
+    write_sentencepiece_tokenizer(tmp_path)
+    tokenizer = Tokenizer(str(tmp_path))
+    output = [*tokenizer.encode("éé")[-4:], *tokenizer.encode("x")]
+    assert len(output) == 6, "each é must be two tokens, and x a space and a letter"
+    request = engine_pb2.EngineRequest(prompt_ids=PROMPT)
+    request.sampling.min_tokens = 2
+    assert answered(ResponseBuilder(request, tokenizer, ["é"], PROMPT), output, sizes) == ("é", True)

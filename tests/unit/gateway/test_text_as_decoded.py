@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gateway_support import SHAPE, gateway_over
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
@@ -25,6 +26,7 @@ from moiety.synthetic.tokenizer import (
     write_tokenizer,
     write_wordpiece_tokenizer,
 )
+from moiety.testing import FakeEngine, fake_token
 from moiety.tools.parity.reference_text import reference_text
 
 UNKNOWN_IDS = 3  # ids above the vocabulary, which padded logits can give
@@ -197,3 +199,20 @@ def published(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 def test_any_stream_of_a_published_tokenizer(published: Opened, data: st.DataObject) -> None:
     """The same holds for tokenizers as they are published, whose vocabularies have more odd tokens."""
     check_any_stream(data, *published)
+
+
+@pytest.mark.parametrize("encoder_decoder", [False, True])
+async def test_output_continues_the_prompt_but_not_an_encoders(tmp_path: Path, encoder_decoder: bool) -> None:
+    """Through a gateway, a decoder's first word keeps its space; an encoder-decoder's output is a text of its own."""
+    write_sentencepiece_tokenizer(tmp_path)
+    tokenizer, plain, _ = opened(tmp_path)
+    first = {
+        letter: fake_token([letter], 0, 0, SHAPE.vocabulary, 0) for letter in plain.encode("abcdefghijklmnopqrstuvw")
+    }
+    prompt = next([letter] for letter, token in first.items() if plain.convert_ids_to_tokens(token)[:1] == "▁")
+    async with gateway_over(tokenizer, FakeEngine("a", SHAPE, encoder_decoder=encoder_decoder)) as gateway:
+        got = [chunk async for chunk in gateway.client.generate(prompt, max_tokens=8)]
+    output = [token for chunk in got for token in chunk.token_ids]
+    text = "".join(chunk.text for chunk in got)
+    assert text == reference_text(plain, [] if encoder_decoder else prompt, output)
+    assert text.startswith(" ") is not encoder_decoder
