@@ -25,6 +25,17 @@ FORMATS: Mapping[str, tuple[str, Mapping[str, Any], Mapping[str, Any]]] = {
         {"hidden_size": 160, "moe_intermediate_size": 136},
         {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]},
     ),
+    "mixtral-fp8": (
+        "mixtral",
+        {"hidden_size": 128},  # narrower, a scale for every row would take more than 5 % of the codes' bytes
+        {
+            "quant_method": "modelopt",
+            "quant_algo": "FP8",
+            "kv_cache_quant_algo": "FP8",
+            "exclude_modules": ["lm_head", "*gate"],
+            "producer": {"name": "modelopt"},
+        },
+    ),
     "gpt_oss-mxfp4": (
         "gpt_oss",
         {},
@@ -104,6 +115,13 @@ def stored(method: str, name: str, tensor: torch.Tensor) -> Stored:
         matrix = Fp8Matrix.of(tensor)
         yield name, matrix.codes
         yield f"{name}_scale_inv", matrix.scale
+    elif method == "modelopt" and linear:
+        scale = tensor.abs().max() / torch.finfo(torch.float8_e4m3fn).max
+        yield name, (tensor / scale).to(torch.float8_e4m3fn)
+        yield f"{name}_scale", scale
+        yield f"{module}.input_scale", torch.tensor(1.0)
+        if module.endswith(("k_proj", "v_proj")):
+            yield f"{module}.{module[-6]}_scale", torch.tensor(0.05)
     elif method == "mxfp4" and name.endswith(("gate_up_proj", "down_proj")) and tensor.dim() == 3:
         yield from _mxfp4(name, tensor)
     elif method in ("gptq", "awq") and linear:

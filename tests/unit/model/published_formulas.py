@@ -26,7 +26,7 @@ def dequantised_copy(source: Path, target: Path) -> Path:
     method = config.pop("quantization_config")["quant_method"]
     (target / "config.json").write_text(json.dumps(config))
     stored = {name: tensor for file in source.glob("*.safetensors") for name, tensor in load_file(file).items()}
-    values = {"fp8": fp8, "mxfp4": mxfp4, "gptq": gptq, "awq": awq, "compressed-tensors": compressed}[method](stored)
+    values = METHODS[method](stored)
     tensors = {name: torch.from_numpy(np.ascontiguousarray(value)).float() for name, value in values.items()}
     save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
     return target
@@ -49,6 +49,14 @@ def fp8(stored: Stored) -> Values:
             rows, columns = np.indices(values[name].shape)
             values[name] = values[name] * scale.double().numpy()[rows // 128, columns // 128]
     return values
+
+
+def fp8_by_matrix(stored: Stored) -> Values:
+    """Code times the factor of its matrix. The other scales are for activations and for a KV cache in fp8."""
+    values = plain(stored, "_scale")
+    return {
+        name: value * stored.get(f"{name}_scale", torch.ones(())).double().numpy() for name, value in values.items()
+    }
 
 
 def mxfp4(stored: Stored) -> Values:
@@ -116,3 +124,13 @@ def compressed(stored: Stored) -> Values:
         size = shape[1] // scales.shape[1]
         values[f"{base}.weight"] = (codes - 2 ** (bits - 1)) * scales.repeat(size, axis=1)
     return values
+
+
+METHODS = {
+    "fp8": fp8,
+    "modelopt": fp8_by_matrix,
+    "mxfp4": mxfp4,
+    "gptq": gptq,
+    "awq": awq,
+    "compressed-tensors": compressed,
+}

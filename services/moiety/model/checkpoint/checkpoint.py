@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from moiety.model.checkpoint.quantised import Stored, stored_tensors
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+MODELOPT_FILE = "hf_quant_config.json"
+AUTOGPTQ_FILE = "quantize_config.json"
 EXPERT = "{expert}"  # stands for the expert id in a tensor's name
 
 
@@ -25,12 +27,14 @@ class Checkpoint:
     """An opened checkpoint folder: parsed config, shard files in name order, and the location of every tensor.
 
     `tensors` has the names and shapes of an unquantised checkpoint, even if some tensors are stored quantised.
+    `quantization` states how they are stored, as a `quantization_config`; it is empty if no file of the folder states it.
     """
 
     path: Path
     config: Mapping[str, Any]
     shards: tuple[Path, ...]
     tensors: Mapping[str, Stored]
+    quantization: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def open(cls, path: str | Path) -> Checkpoint:
@@ -49,7 +53,9 @@ class Checkpoint:
         for name, file in indexed.items():
             if name not in tensors or tensors[name].file != file:
                 raise CheckpointError(f"{file}: tensor {name}, which {INDEX_FILE} places there, is missing")
-        return cls(folder, config, shards, stored_tensors(folder, config, tensors))
+        quantization = _quantization(folder, config)
+        stored = stored_tensors(folder, config, quantization, tensors)
+        return cls(folder, config, shards, stored, quantization)
 
     @property
     def architecture(self) -> str:
@@ -75,6 +81,27 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise CheckpointError(f"{file}: holds a JSON {type(data).__name__}, not an object")
     return data
+
+
+def _quantization(folder: Path, config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns how the weights are quantised, as a `quantization_config`: from config.json, or else from a tool's own file.
+
+    Raises CheckpointError if one of these is no JSON object.
+    """
+    for name in ("quantization_config", "compression_config"):
+        if stated := config.get(name):
+            if not isinstance(stated, dict):
+                raise CheckpointError(f"{folder / 'config.json'}: {name} is {stated!r}: must be a JSON object")
+            return stated
+    if (folder / MODELOPT_FILE).is_file():
+        stated = read_json(folder / MODELOPT_FILE).get("quantization") or {}
+        if not isinstance(stated, dict):
+            raise CheckpointError(f"{folder / MODELOPT_FILE}: quantization is {stated!r}: must be a JSON object")
+        if stated.get("quant_algo"):  # without one, only the KV cache was meant to be quantised
+            return {"quant_method": "modelopt", **stated}
+    if (folder / AUTOGPTQ_FILE).is_file():
+        return {"quant_method": "gptq", **read_json(folder / AUTOGPTQ_FILE)}
+    return {}
 
 
 def _shards(folder: Path) -> tuple[tuple[Path, ...], dict[str, Path]]:

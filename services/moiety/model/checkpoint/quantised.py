@@ -1,9 +1,9 @@
 """Finds quantised weights in published checkpoints: which stored tensors make up each matrix.
 
-`quantization_config` names the format: DeepSeek's fp8, gpt-oss's mxfp4, GPTQ, AWQ, or compressed-tensors'
-pack-quantized. A matrix is listed with the name and shape that it has in an unquantised checkpoint, so code that looks
-up a tensor need not know how the tensor is stored. Uses only names, shapes and the config; `reading.py` reads the
-bytes.
+`quantization_config` names the format: fp8 by block (DeepSeek) or by matrix (modelopt, AutoFP8), gpt-oss's mxfp4, GPTQ,
+AWQ, or compressed-tensors' pack-quantized. A matrix is listed with the name and shape that it has in an unquantised
+checkpoint, so code that looks up a tensor need not know how the tensor is stored. Uses only names, shapes and the
+config; `reading.py` reads the bytes.
 
 Legend: X name of a module or parameter, E experts, D input size, O output size, G groups of D that share a scale.
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ class QuantisedEntry:
     for a square matrix.
     """
 
-    method: str  # fp8, mxfp4, gptq, gptq_v2, awq or packed
+    method: str  # fp8, fp8_by_matrix, mxfp4, gptq, gptq_v2, awq or packed
     shape: tuple[int, ...]
     parts: Mapping[str, TensorEntry]  # by role: codes, scale, zero, order
     bits: int
@@ -59,20 +60,20 @@ _Tensors = Mapping[str, TensorEntry]
 _Method = Callable[[_Tensors, Mapping[str, Any]], Iterator[tuple[str, QuantisedEntry]]]
 
 
-def stored_tensors(path: Path, config: Mapping[str, Any], tensors: _Tensors) -> dict[str, Stored]:
+def stored_tensors(
+    path: Path, config: Mapping[str, Any], quantization: Mapping[str, Any], tensors: _Tensors
+) -> dict[str, Stored]:
     """Returns where every tensor is stored, by the name that it has in an unquantised checkpoint.
 
-    Raises CheckpointError for an unsupported quantisation method or variant.
+    `quantization` is empty if no tensor is quantised. Raises CheckpointError for an unsupported method or variant.
     """
-    quantization = config.get("quantization_config") or config.get("compression_config")
     if not quantization:
         return dict(tensors)
-    settings = quantization if isinstance(quantization, dict) else {}
-    method = str(settings.get("quant_method", "unknown"))
+    method = str(quantization.get("quant_method", "unknown"))
     try:
         if method not in _METHODS:
             raise _UnservedError(f"must be one of {', '.join(_METHODS)}, or unquantised")
-        quantised = dict(_METHODS[method](tensors, settings))
+        quantised = dict(_METHODS[method](tensors, quantization))
     except _UnservedError as error:
         checkpoint = f"checkpoint {path} (architecture {config.get('model_type', 'unknown')})"
         raise CheckpointError(f"{checkpoint}: its weights are quantised ({method}): {error}") from None
@@ -86,10 +87,16 @@ class _UnservedError(Exception):
 
 
 def _fp8(tensors: _Tensors, config: Mapping[str, Any]) -> Iterator[tuple[str, QuantisedEntry]]:
-    """Finds DeepSeek's fp8 matrices: X.weight in e4m3, X.weight_scale_inv with one factor per 128 x 128 block."""
+    """Finds DeepSeek's fp8 matrices: X.weight in e4m3, X.weight_scale_inv with one factor per 128 x 128 block.
+
+    Without `weight_block_size`, each matrix has one factor, as in AutoFP8's checkpoints.
+    """
     block = config.get("weight_block_size")
+    if block is None:
+        yield from _fp8_by_matrix(tensors)
+        return
     if block != [FP8_BLOCK, FP8_BLOCK]:
-        raise _UnservedError(f"weight_block_size {block}: must be [{FP8_BLOCK}, {FP8_BLOCK}]")
+        raise _UnservedError(f"weight_block_size {block}: must be [{FP8_BLOCK}, {FP8_BLOCK}] or null")
     for name, codes in tensors.items():
         if codes.dtype != "F8_E4M3":
             continue
@@ -98,6 +105,27 @@ def _fp8(tensors: _Tensors, config: Mapping[str, Any]) -> Iterator[tuple[str, Qu
         if scale.shape[-2:] != blocks:
             raise _UnservedError(f"{name}_scale_inv is {list(scale.shape)}: must end in {list(blocks)}")
         yield name, QuantisedEntry("fp8", codes.shape, {"codes": codes, "scale": scale}, 8)
+
+
+def _modelopt(tensors: _Tensors, config: Mapping[str, Any]) -> Iterator[tuple[str, QuantisedEntry]]:
+    """Finds modelopt's fp8 matrices: one factor each. Its other algorithms are not supported."""
+    if (algorithm := config.get("quant_algo")) != "FP8":
+        raise _UnservedError(f"quant_algo {algorithm}: must be FP8")
+    yield from _fp8_by_matrix(tensors)
+
+
+def _fp8_by_matrix(tensors: _Tensors) -> Iterator[tuple[str, QuantisedEntry]]:
+    """Finds fp8 matrices with one factor each: X.weight in e4m3, and X.weight_scale or (transformers) X.weight_scale_inv."""
+    for name, codes in tensors.items():
+        if codes.dtype != "F8_E4M3":
+            continue
+        published = f"{name}_scale_inv" if f"{name}_scale_inv" in tensors else f"{name}_scale"
+        scale = _part(tensors, published, name)
+        if len(codes.shape) != 2 or prod(scale.shape) != 1:
+            raise _UnservedError(
+                f"{name} is {list(codes.shape)}, its scale {list(scale.shape)}: must be [O, D] and one factor"
+            )
+        yield name, QuantisedEntry("fp8_by_matrix", codes.shape, {"codes": codes, "scale": scale}, 8)
 
 
 def _mxfp4(tensors: _Tensors, config: Mapping[str, Any]) -> Iterator[tuple[str, QuantisedEntry]]:
@@ -213,6 +241,7 @@ def _part(tensors: _Tensors, name: str, owner: str) -> TensorEntry:
 
 _METHODS: Mapping[str, _Method] = {
     "fp8": _fp8,
+    "modelopt": _modelopt,
     "mxfp4": _mxfp4,
     "gptq": _gptq,
     "awq": _awq,

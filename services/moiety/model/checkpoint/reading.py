@@ -17,7 +17,7 @@ import torch
 
 from moiety.errors import CheckpointError
 from moiety.model.checkpoint.headers import TensorEntry
-from moiety.model.checkpoint.quantised import CODES_PER_WORD, QuantisedEntry, Stored
+from moiety.model.checkpoint.quantised import CODES_PER_WORD, FP8_BLOCK, QuantisedEntry, Stored
 from moiety_kernels.weights.fp8 import Fp8Matrix
 from moiety_kernels.weights.int4 import Int4Matrix
 from moiety_kernels.weights.int8 import Int8Matrix
@@ -29,6 +29,7 @@ FLOATS: Mapping[str, torch.dtype] = {"F32": torch.float32, "BF16": torch.bfloat1
 DTYPES: Mapping[str, torch.dtype] = {
     **FLOATS,
     "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "F64": torch.float64,
     "U8": torch.uint8,
     "I8": torch.int8,
@@ -138,6 +139,11 @@ def _fp8(parts: _Parts, _: QuantisedEntry) -> Fp8Matrix:
     return Fp8Matrix(parts["codes"], parts["scale"].float())
 
 
+def _fp8_by_matrix(parts: _Parts, entry: QuantisedEntry) -> Fp8Matrix:
+    blocks = [-(-size // FP8_BLOCK) for size in entry.shape]
+    return Fp8Matrix(parts["codes"], parts["scale"].float().reshape(1, 1).repeat(blocks))
+
+
 def _mxfp4(parts: _Parts, _: QuantisedEntry) -> Mxfp4Matrix:
     codes = parts["codes"]  # [O, D / 32, 16]
     return Mxfp4Matrix(codes.view(codes.shape[0], -1), parts["scale"])
@@ -197,6 +203,7 @@ def _nibbles(words: torch.Tensor) -> torch.Tensor:
 
 _MAKE: Mapping[str, Callable[[_Parts, QuantisedEntry], QuantisedMatrix]] = {
     "fp8": _fp8,
+    "fp8_by_matrix": _fp8_by_matrix,
     "mxfp4": _mxfp4,
     "gptq": _gptq,
     "gptq_v2": _gptq,

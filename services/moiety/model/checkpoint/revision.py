@@ -23,7 +23,7 @@ from pathlib import Path
 from moiety.config.cache_folder import cache_dir
 from moiety.config.options import Verify
 from moiety.errors import CheckpointError
-from moiety.model.checkpoint.checkpoint import Checkpoint
+from moiety.model.checkpoint.checkpoint import AUTOGPTQ_FILE, MODELOPT_FILE, Checkpoint
 from moiety.model.checkpoint.headers import TensorEntry, read_header
 
 DIGEST_BYTES = 16
@@ -33,8 +33,8 @@ SPACING_BYTES = 4 << 20
 SHARDS_AT_ONCE = 16  # storage answers many reads at once faster than one after another
 COMPANIONS = (
     "generation_config.json",
-    "hf_quant_config.json",
-    "quantize_config.json",
+    MODELOPT_FILE,
+    AUTOGPTQ_FILE,
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",

@@ -29,6 +29,7 @@ from moiety.model.architectures.transformers_model import (
 from moiety.model.checkpoint.checkpoint import EXPERT, Checkpoint
 from moiety.model.checkpoint.quantised import QuantisedEntry
 from moiety.model.checkpoint.reading import FLOATS
+from moiety.model.experts.accounting import check_tensors
 from moiety.model.experts.layout import ExpertLayout, LayerLayout
 
 DTYPES = {stored: str(dtype).removeprefix("torch.") for stored, dtype in FLOATS.items()}
@@ -65,6 +66,7 @@ def derive_layout(checkpoint: Checkpoint) -> ExpertLayout:
         raise unsupported(checkpoint, "its MoE layers differ in size or kind")
     mlp, count = kinds.pop()
     sources, converters = _sources(checkpoint, model)
+    check_tensors(checkpoint, model, sources)
     layers = tuple(_layer(checkpoint, path, experts, sources, converters) for path, experts in described.items())
     _check_trunk(checkpoint, model, sources, converters)
     text = config.get_text_config()

@@ -22,6 +22,7 @@ from moiety.model.architectures.transformers_model import (
 from moiety.model.checkpoint.checkpoint import EXPERT, Checkpoint
 from moiety.model.checkpoint.quantised import QuantisedEntry
 from moiety.model.checkpoint.reading import Reader
+from moiety.model.experts.accounting import predicts_several_tokens
 from moiety.model.experts.layout import ExpertLayout
 from moiety.model.seam import IMPLEMENTATION, MOE_LAYER, register
 from moiety.model.trunk.encoder_decoder import EncoderDecoder
@@ -87,7 +88,9 @@ def _dequantised(
     trunk_tensors = {
         name: entry
         for name, entry in checkpoint.tensors.items()
-        if name not in expert_tensors and not any(pattern.search(name) for pattern in ignored)
+        if name not in expert_tensors
+        and not any(pattern.search(name) for pattern in ignored)
+        and not predicts_several_tokens(checkpoint, name)
     }
     if not any(isinstance(entry, QuantisedEntry) for entry in trunk_tensors.values()):
         return None

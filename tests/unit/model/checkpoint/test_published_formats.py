@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from trunk_reference import PROMPT_LENGTHS, attention_of, greedy, prompt, refere
 from moiety.core.experts import ExpertSet
 from moiety.errors import CheckpointError
 from moiety.model.checkpoint.checkpoint import Checkpoint
+from moiety.model.checkpoint.revision import revision_of
 from moiety.model.experts.cached import expert_layout
 from moiety.model.experts.read import load_experts
 from moiety.model.seam import forward_context
@@ -24,6 +26,7 @@ from moiety.synthetic.formats import FORMATS
 
 HELD_AS = {
     "deepseek_v3-fp8": "fp8",
+    "mixtral-fp8": "fp8",
     "gpt_oss-mxfp4": "mxfp4",
     "mixtral-gptq": "int4",
     "mixtral-awq": "int4",
@@ -97,9 +100,19 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "another method": (
         "mixtral-gptq",
         {"quant_method": "aqlm"},
-        r"mixtral.*quantised \(aqlm\): must be one of fp8, mxfp4",
+        r"mixtral.*quantised \(aqlm\): must be one of fp8, modelopt, mxfp4",
     ),
-    "fp8 by tensor": ("deepseek_v3-fp8", {"weight_block_size": None}, r"weight_block_size None: must be \[128, 128\]"),
+    "small blocks": (
+        "deepseek_v3-fp8",
+        {"weight_block_size": [64, 64]},
+        r"weight_block_size \[64, 64\]: must be \[128, 128\]",
+    ),
+    "blocks unsaid": (
+        "deepseek_v3-fp8",
+        {"weight_block_size": None},
+        r"its scale \[\d+, 2\]: must be \[O, D\] and one factor",
+    ),
+    "nvfp4": ("mixtral-fp8", {"quant_algo": "NVFP4"}, r"\(modelopt\): quant_algo NVFP4: must be FP8"),
     "act-order": ("mixtral-gptq", {"desc_act": True}, r"\(gptq\): desc_act"),
     "3 bits": ("mixtral-gptq", {"bits": 3}, "bits 3: must be 4"),
     "gemv": ("mixtral-awq", {"version": "gemv"}, "version gemv: must be gemm"),
@@ -113,6 +126,73 @@ def test_variants_that_are_not_served_are_named(written, tmp_path: Path, name: s
     """Opening a checkpoint with an unsupported variant raises an error that names it and the supported values."""
     with pytest.raises(CheckpointError, match=message):
         Checkpoint.open(edited(written(name), tmp_path / "copy", **change))
+
+
+OWN_FILES = {
+    "modelopt": ("mixtral-fp8", "hf_quant_config.json", "quantization"),
+    "AutoGPTQ": ("mixtral-gptq", "quantize_config.json", None),
+}
+
+
+@pytest.mark.parametrize(("name", "file", "key"), OWN_FILES.values(), ids=OWN_FILES)
+def test_quantisation_may_be_stated_in_a_tools_own_file(written, tmp_path: Path, name: str, file: str, key: str | None):
+    """The file of modelopt or AutoGPTQ counts like config.json and makes another revision; without it nothing is served."""
+    folder = edited(written(name), tmp_path / "copy")
+    stated = Checkpoint.open(folder)
+    config = json.loads((folder / "config.json").read_text())
+    quantization = config.pop("quantization_config")
+    del quantization["quant_method"]
+    (folder / "config.json").write_text(json.dumps(config))
+    unsaid = Checkpoint.open(folder)
+    revision = revision_of(unsaid)
+    with pytest.raises(CheckpointError, match=f"neither config.json nor .*{file}"):
+        expert_layout(unsaid)
+    (folder / file).write_text(json.dumps({key: quantization} if key else quantization))
+    moved = Checkpoint.open(folder)
+    assert moved.tensors == stated.tensors
+    assert revision_of(moved) != revision
+    assert expert_layout(moved) == expert_layout(stated)
+
+
+def test_a_cache_in_fp8_does_not_make_the_weights_quantised(open_tiny, tmp_path: Path):
+    """modelopt's file without quant_algo leaves the weights as they are."""
+    folder = shutil.copytree(open_tiny("mixtral")[0].path, tmp_path / "copy")
+    (folder / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": null, "kv_cache_quant_algo": "FP8"}}')
+    assert not Checkpoint.open(folder).quantization
+
+
+@pytest.mark.parametrize("content", ['{"quantization": "FP8"}', "[]", "{"])
+def test_a_damaged_file_of_modelopt_is_named(open_tiny, tmp_path: Path, content: str):
+    """A file of modelopt that is no JSON object, or states no object, raises an error that names it."""
+    folder = shutil.copytree(open_tiny("mixtral")[0].path, tmp_path / "copy")
+    (folder / "hf_quant_config.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"hf_quant_config\.json: "):
+        Checkpoint.open(folder)
+
+
+def test_fp8_without_blocks_has_one_scale_a_matrix(written, tmp_path: Path):
+    """AutoFP8's config, which states no blocks, gives the same weights as modelopt's."""
+    folder = edited(written("mixtral-fp8"), tmp_path / "copy", quant_method="fp8", activation_scheme="static")
+    expected, found = Checkpoint.open(written("mixtral-fp8")), Checkpoint.open(folder)
+    assert expert_layout(found) == expert_layout(expected)
+    for checkpoint in (expected, found):
+        assert checkpoint.tensor("model.layers.0.self_attn.q_proj.weight").dtype == "fp8_by_matrix (8 bits)"
+
+
+def test_scales_stored_as_exponents_are_read(written, tmp_path: Path):
+    """Block scales in F8_E8M0 mean the same as the same powers of two in float32."""
+    read = []
+    for dtype in (torch.float32, torch.float8_e8m0fnu):
+        folder = edited(written("deepseek_v3-fp8"), tmp_path / str(dtype))
+        for shard in folder.glob("*.safetensors"):
+            tensors = load_file(shard)
+            for name in [name for name in tensors if name.endswith("_scale_inv")]:
+                tensors[name] = tensors[name].log2().ceil().exp2().to(dtype)
+            save_file(tensors, shard, metadata={"format": "pt"})
+        checkpoint = Checkpoint.open(folder)
+        read.append(load_experts(checkpoint, expert_layout(checkpoint), [(0, 3)], torch.float32)[0, 3])
+    for expected, found in zip(read[0].gate_up.tensors, read[1].gate_up.tensors, strict=True):
+        assert torch.equal(expected.float(), found.float())
 
 
 def test_act_order_that_the_config_hides_is_found(written, tmp_path: Path):

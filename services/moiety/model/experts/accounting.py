@@ -1,0 +1,88 @@
+"""Accounts for every tensor of a checkpoint: the model reads it, it is unused on purpose, or the checkpoint is refused.
+
+A tensor that nothing reads may be the scale, zero point or bias of a weight. The model would run without it and give wrong
+answers. Only names, shapes and dtypes count; values are read of unexpected biases, which may be zeros.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from moiety.model.architectures.transformers_model import towers, unsupported
+from moiety.model.checkpoint.checkpoint import AUTOGPTQ_FILE, MODELOPT_FILE, Checkpoint
+from moiety.model.checkpoint.headers import TensorEntry
+from moiety.model.checkpoint.quantised import Stored
+from moiety.model.checkpoint.reading import FLOATS, Reader
+
+# Patterns of tensors that may be left over: each is searched in the published name of a tensor that becomes no weight.
+UNUSED = (
+    # Towers of images, video and sound, and what joins them to the text model: only text is served.
+    r"(^|\.)(visual|vision|vision_(model|tower|encoder|adapter|embed_tokens)|audio_(model|tower|encoder)|vit_\w+)\.",
+    r"(^|\.)(multi_modal_projector|mm_projector|embed_vision|embed_audio|image_newline|talker|code2wav|token2wav)(\.|$)",
+    # Layers that predict several tokens at once, which were trained for speculative decoding.
+    r"(^|\.)mtp(_\w+)?\.",
+    # Computed from the config.
+    r"(^|\.)rotary_emb\.inv_freq$",
+    # Scales of a quantised KV cache and of quantised activations: both stay in the model's dtype.
+    r"\.(k|v|kv|q|prob)_scale$",
+    r"\.(input|activation)_scale$",
+)
+# DeepSeek-V3, GLM-4.5 and others number such layers on from the model's last one; only these layers have this tensor.
+MULTI_TOKEN_PROJECTION = "eh_proj.weight"
+
+_LAYER = re.compile(r"(.*\.)?layers\.\d+\.")
+_PLAIN = {*FLOATS, "F64"}  # dtypes of weights that are not quantised
+
+
+def predicts_several_tokens(checkpoint: Checkpoint, name: str) -> bool:
+    """Returns whether the tensor `name` is of a layer that predicts several tokens at once, which no trunk has."""
+    layer = _LAYER.match(name)
+    return layer is not None and layer[0] + MULTI_TOKEN_PROJECTION in checkpoint.tensors
+
+
+def check_tensors(checkpoint: Checkpoint, model: Any, sources: Mapping[str, Mapping[Any, Sequence[str]]]) -> None:
+    """Raises CheckpointError for a tensor that would be misread, or that nothing reads and nothing lists.
+
+    `model` is on `meta`. `sources` has, for each name in the model, the published tensors that become it.
+    """
+    state = model.state_dict()
+    unused = re.compile("|".join((*UNUSED, *(model._keys_to_ignore_on_load_unexpected or ()))))
+    tower_prefixes = tuple(f"{path}." for path in towers(model))
+    targets = {
+        name: target
+        for target, by_pattern in sources.items()
+        if not target.startswith(tower_prefixes)
+        for names in by_pattern.values()
+        for name in names
+    }
+    for name, target in targets.items():
+        entry = checkpoint.tensor(name)
+        if target in state:
+            if state[target].is_floating_point() and isinstance(entry, TensorEntry) and entry.dtype not in _PLAIN:
+                raise unsupported(checkpoint, f"{name} is {entry.dtype}, but {_stated(checkpoint)}")
+        elif not (unused.search(name) or predicts_several_tokens(checkpoint, name) or _is_zero_bias(name, entry)):
+            module = name.rpartition(".")[0]
+            siblings = (other for other, place in targets.items() if place in state)
+            owner = next((other for other in siblings if other.rpartition(".")[0] == module), None)
+            stored = f"{name} ({entry.dtype} {list(entry.shape)})"
+            if owner is not None:
+                raise unsupported(checkpoint, f"{stored} belongs to {owner}, but {_stated(checkpoint)}")
+            reason = f"{stored} becomes no weight of the model, and {_stated(checkpoint)}"
+            raise unsupported(checkpoint, f"{reason}; if the model is the same without it, remove it")
+
+
+def _is_zero_bias(name: str, entry: Stored) -> bool:
+    """Returns whether `name` is a bias of zeros: AutoGPTQ wrote one for every matrix, even if the model has none."""
+    if not name.endswith(".bias") or not isinstance(entry, TensorEntry):
+        return False
+    with Reader() as reader:
+        return not reader.tensor(entry).any()
+
+
+def _stated(checkpoint: Checkpoint) -> str:
+    """Returns what the checkpoint states about quantisation, for a tensor that it does not explain."""
+    if not checkpoint.quantization:
+        return f"neither config.json nor {MODELOPT_FILE} nor {AUTOGPTQ_FILE} says how it is quantised"
+    return f"the stated quantisation ({checkpoint.quantization.get('quant_method')}) has no such tensor"
