@@ -110,7 +110,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "blocks unsaid": (
         "deepseek_v3-fp8",
         {"weight_block_size": None},
-        r"its scale \[\d+, 2\]: must be \[O, D\] and one factor",
+        r"its scale \[2, 1\]: must be \[O, D\] and one factor",
     ),
     "nvfp4": ("mixtral-fp8", {"quant_algo": "NVFP4"}, r"\(modelopt\): quant_algo NVFP4: must be FP8"),
     "act-order": ("mixtral-gptq", {"desc_act": True}, r"\(gptq\): desc_act"),
