@@ -21,25 +21,25 @@ UNUSED = (
     # Towers of images, video and sound, and what joins them to the text model: only text is served.
     r"(^|\.)(visual|vision|vision_(model|tower|encoder|adapter|embed_tokens)|audio_(model|tower|encoder)|vit_\w+)\.",
     r"(^|\.)(multi_modal_projector|mm_projector|embed_vision|embed_audio|image_newline|talker|code2wav|token2wav)(\.|$)",
-    # Layers that predict several tokens at once, which were trained for speculative decoding.
-    r"(^|\.)mtp(_\w+)?\.",
     # Computed from the config.
     r"(^|\.)rotary_emb\.inv_freq$",
     # Scales of a quantised KV cache and of quantised activations: both stay in the model's dtype.
     r"\.(k|v|kv|q|prob)_scale$",
     r"\.(input|activation)_scale$",
 )
-# DeepSeek-V3, GLM-4.5 and others number such layers on from the model's last one; only these layers have this tensor.
-MULTI_TOKEN_PROJECTION = "eh_proj.weight"
-
+# Layers that predict several tokens at once, for speculative decoding, have names like `mtp`. DeepSeek-V3, GLM-4.5 and others
+# number them on from the model's last layer instead; of all layers, only they have an `eh_proj`.
+_MULTI_TOKEN = re.compile(r"(^|\.)mtp(_\w+)?\.")
 _LAYER = re.compile(r"(.*\.)?layers\.\d+\.")
 _PLAIN = {*FLOATS, "F64"}  # dtypes of weights that are not quantised
 
 
 def predicts_several_tokens(checkpoint: Checkpoint, name: str) -> bool:
     """Returns whether the tensor `name` is of a layer that predicts several tokens at once, which no trunk has."""
+    if _MULTI_TOKEN.search(name):
+        return True
     layer = _LAYER.match(name)
-    return layer is not None and layer[0] + MULTI_TOKEN_PROJECTION in checkpoint.tensors
+    return layer is not None and f"{layer[0]}eh_proj.weight" in checkpoint.tensors
 
 
 def check_tensors(checkpoint: Checkpoint, model: Any, sources: Mapping[str, Mapping[Any, Sequence[str]]]) -> None:

@@ -44,7 +44,7 @@ def load_trunk(
     register()
     config = load_config(checkpoint)
     trunk_class = _without_experts(causal_lm_class(checkpoint, config), layout)
-    values = _dequantised(checkpoint, layout, trunk_class, dtype)
+    values = _dequantised(checkpoint, layout, dtype)
     with quiet_transformers():
         try:
             model, report = trunk_class.from_pretrained(
@@ -69,9 +69,7 @@ def load_trunk(
     return EncoderDecoder(model) if config.is_encoder_decoder else model
 
 
-def _dequantised(
-    checkpoint: Checkpoint, layout: ExpertLayout, trunk_class: Any, dtype: torch.dtype
-) -> dict[str, torch.Tensor] | None:
+def _dequantised(checkpoint: Checkpoint, layout: ExpertLayout, dtype: torch.dtype) -> dict[str, torch.Tensor] | None:
     """Returns the trunk's tensors, dequantised; None if none is quantised, so that transformers can read the files itself.
 
     If a side of an fp8 matrix is no multiple of 128, transformers dequantises it wrongly or fails. For GPTQ and AWQ,
@@ -84,13 +82,10 @@ def _dequantised(
         for name in names
         for expert in range(layout.shape.experts if EXPERT in name else 1)
     }
-    ignored = [re.compile(pattern) for pattern in trunk_class._keys_to_ignore_on_load_unexpected or ()]
     trunk_tensors = {
         name: entry
         for name, entry in checkpoint.tensors.items()
-        if name not in expert_tensors
-        and not any(pattern.search(name) for pattern in ignored)
-        and not predicts_several_tokens(checkpoint, name)
+        if name not in expert_tensors and not predicts_several_tokens(checkpoint, name)
     }
     if not any(isinstance(entry, QuantisedEntry) for entry in trunk_tensors.values()):
         return None

@@ -179,6 +179,20 @@ def test_fp8_without_blocks_has_one_scale_a_matrix(written, tmp_path: Path):
         assert checkpoint.tensor("model.layers.0.self_attn.q_proj.weight").dtype == "fp8_by_matrix (8 bits)"
 
 
+def test_a_layer_with_the_number_of_another_models_last_is_read(tmp_path: Path):
+    """Layer 46 of a quantised GLM with 47 layers is read, although it predicts several tokens in GLM-4.5-Air, which has 46."""
+    folder = write_tiny("glm4_moe", tmp_path, num_hidden_layers=47, first_k_dense_replace=46)
+    shard = next(folder.glob("*.safetensors"))
+    tensors = load_file(shard)
+    name = "model.layers.46.self_attn.q_proj.weight"
+    tensors |= {name: tensors[name].to(torch.float8_e4m3fn), f"{name}_scale": torch.tensor(2.0)}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "FP8"}}')
+    checkpoint = Checkpoint.open(folder)
+    trunk = load_trunk(checkpoint, expert_layout(checkpoint), torch.float32)
+    assert torch.equal(trunk.get_parameter(name), 2 * tensors[name].float())
+
+
 def test_scales_stored_as_exponents_are_read(written, tmp_path: Path):
     """Block scales in F8_E8M0 mean the same as the same powers of two in float32."""
     read = []
