@@ -68,7 +68,10 @@ def check_tensors(checkpoint: Checkpoint, model: Any, sources: Mapping[str, Mapp
             owner = next((other for other in siblings if other.rpartition(".")[0] == module), None)
             stored = f"{name} ({entry.dtype} {list(entry.shape)})"
             if owner is not None:
-                raise unsupported(checkpoint, f"{stored} belongs to {owner}, but {_stated(checkpoint)}")
+                raise unsupported(
+                    checkpoint,
+                    f"{stored} belongs to {owner} ({checkpoint.tensor(owner).dtype}), but {_stated(checkpoint)}",
+                )
             reason = f"{stored} becomes no weight of the model, and {_stated(checkpoint)}"
             raise unsupported(checkpoint, f"{reason}; if the model is the same without it, remove it")
 

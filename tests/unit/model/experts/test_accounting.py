@@ -65,7 +65,7 @@ LEFT_OVER = {
 def test_a_tensor_left_over_beside_a_weight_is_refused(open_tiny, architecture: str, name: str, owner: str):
     """A tensor that nothing reads, in a module with a weight that is read, is refused with the name of both."""
     checkpoint = with_tensors(open_tiny(architecture)[0], {name: "F32"})
-    with pytest.raises(CheckpointError, match=rf"{name} \(F32 .*\) belongs to {owner}, but {UNSAID}"):
+    with pytest.raises(CheckpointError, match=rf"{name} \(F32 .*\) belongs to {owner} \(F32\), but {UNSAID}"):
         derive_layout(checkpoint)
 
 
