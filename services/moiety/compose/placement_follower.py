@@ -21,8 +21,8 @@ class PlacementFollower:
     """Loads and drops experts of one replica, so that it holds what the placement in force says.
 
     The replica holds `default` if no placement is in force or if the placement does not name its deployment. An expert
-    that a placement takes away is served until every live router has acknowledged the placement's
-    epoch and every call that names the expert is answered. So requests are served even if other replicas load slowly.
+    that a placement takes away is served until every live router has acknowledged the placement's epoch and every call
+    that names the expert is answered. So requests are served even if other replicas load slowly.
     """
 
     def __init__(self, runtime: Runtime, registry: Registry, deployment: str, default: ExpertSet) -> None:

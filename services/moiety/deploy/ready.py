@@ -45,9 +45,7 @@ async def until_ready(
                         told = time.monotonic()
                 if time.monotonic() - told > STILL_S:
                     told = time.monotonic()
-                    progress(
-                        f"still waiting for {', '.join(_late(ready, wanted))}; the router waits for every expert group"
-                    )
+                    progress(f"still waiting for {', '.join(_late(ready, wanted))}")
                 complete = all(len(ready.get(deployment, [])) >= count for deployment, count in wanted.items())
                 if _serve_runs(args.app) and complete:
                     return tuple(ready["gateway"])
@@ -60,8 +58,10 @@ async def until_ready(
 
 
 def _late(ready: Mapping[str, Sequence[str]], wanted: Mapping[str, int]) -> list[str]:
+    """Returns the deployments that lack ready replicas, in words. A router is ready once every expert has a holder."""
     counts = {name: len(ready.get(name, ())) for name in wanted}
-    return [f"{name} ({counts[name]}/{count})" for name, count in wanted.items() if counts[name] < count]
+    late = [name for name, count in wanted.items() if counts[name] < count]
+    return [f"{name} ({counts[name]}/{wanted[name]}{'; it needs every expert' * (name == ROUTER)})" for name in late]
 
 
 async def _ready(registry: Registry) -> dict[str, list[str]]:
