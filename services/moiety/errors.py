@@ -14,9 +14,9 @@ MoietyError
 │   ├── PeerLost             a replica has left, or its stream broke
 │   └── NoHolder             no live replica holds an expert that a token needs
 ├── HopFailed                a layer could not be computed for some tokens of a step
+├── WrongSystem              a peer belongs to another system: another model, say, or other expert groups
 └── CallRejected             an expert replica refused a whole call
-    ├── NotHeld              it lacks a (layer, expert) pair that the call names
-    └── WrongSystem          it belongs to another system: another model, say, or other expert groups
+    └── NotHeld              it lacks a (layer, expert) pair that the call names
 """
 
 from __future__ import annotations
@@ -108,8 +108,8 @@ class NotHeld(CallRejected):
     """The replica lacks a (layer, expert) pair that the call names."""
 
 
-class WrongSystem(CallRejected):
-    """The replica belongs to another system than its caller (see core/system.py)."""
+class WrongSystem(MoietyError):
+    """A peer belongs to another system, see core/system.py. Nothing was computed."""
 
 
 def _shown(value: object) -> str:

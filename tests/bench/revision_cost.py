@@ -15,10 +15,11 @@ import time
 from pathlib import Path
 
 from moiety.model.checkpoint.checkpoint import Checkpoint
-from moiety.model.checkpoint.headers import TensorEntry
-from moiety.model.checkpoint.revision import revision_of, sampled_blocks
+from moiety.model.checkpoint.revision import revision_of, sampled_parts
 
+VOCABULARY = 129280
 TENSORS, MATRIX = 290, (7168, 2048)  # of a shard; each with the scales of its blocks of 128 x 128
+EMBEDDINGS = 4  # those of the model and of its layer for two tokens at once, each with its head
 
 
 def write_shard(file: Path, number: int) -> list[str]:
@@ -32,6 +33,14 @@ def write_shard(file: Path, number: int) -> list[str]:
             name = f"layers.{number}.experts.{tensor}.{suffix}"
             header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + size]}
             end += size
+    if number < EMBEDDINGS:
+        size = 2 * VOCABULARY * MATRIX[0]
+        header[f"embedding.{number}"] = {
+            "dtype": "BF16",
+            "shape": [VOCABULARY, MATRIX[0]],
+            "data_offsets": [end, end + size],
+        }
+        end += size
     text = json.dumps(header).encode()
     with file.open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
@@ -45,22 +54,21 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         os.environ["MOIETY_CACHE"] = str(folder / "cache")
-        (folder / "config.json").write_text(json.dumps({"model_type": "deepseek_v3"}))
+        (folder / "config.json").write_text(json.dumps({"model_type": "deepseek_v3", "vocab_size": VOCABULARY}))
         index: dict[str, str] = {}
         for number in range(shards):
             file = folder / f"model-{number + 1:05}-of-{shards:05}.safetensors"
             index |= dict.fromkeys(write_shard(file, number), file.name)
         (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
         checkpoint = Checkpoint.open(folder)
-        entries: list[TensorEntry] = list(checkpoint.tensors.values())
-        reads = sum(len(list(sampled_blocks(entry))) for entry in entries) + shards
+        parts = [part for entry in checkpoint.tensors.values() for part in sampled_parts(entry, {VOCABULARY})]
         began = time.perf_counter()
         revision_of(checkpoint)
         seconds = time.perf_counter() - began
-        gigabytes = sum(entry.nbytes for entry in entries) / 1e9
-        print(
-            f"{gigabytes:.0f} GB in {shards} shards, {len(entries)} tensors: {reads} reads, {seconds:.1f} s without storage"
-        )
+        gigabytes = sum(shard.stat().st_size for shard in checkpoint.shards) / 1e9
+        read = sum(size for _, size in parts) / 1e9
+        print(f"{gigabytes:.0f} GB in {shards} shards, {len(checkpoint.tensors)} tensors")
+        print(f"{len(parts)} reads of {read:.1f} GB, {seconds:.1f} s without storage")
 
 
 if __name__ == "__main__":

@@ -1,18 +1,19 @@
 """Whoever answers is who was meant: no service uses another system's services, nor what another system left behind.
 
 The matrix is {other application, other cluster, other model, other group count, a dead writer} x {gateway, router, expert
-replica, autoscaler, port}. Each refusal says in one line what differs.
+replica, autoscaler, port}. A dead writer is one that the registry still lists, or whose keys are left there. More is tested in
+`expert/test_expert_service.py` (a refused call), `deploy/test_autoscaling.py` and `test_compose_starts.py`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from typing import Any
 
-import grpc
 import pytest
 import torch
 from redis import Redis
@@ -23,7 +24,6 @@ from moiety.core.replica import Placement, Role
 from moiety.core.system import SystemId
 from moiety.errors import ConfigError, FailedPrecondition, HopFailed, Unavailable
 from moiety.gateway.router_pool import RouterPool
-from moiety.internal.v1 import gateway_pb2
 from moiety.registry.connect import connect, live_systems
 from moiety.registry.embedded_redis import EmbeddedRedis
 from moiety.registry.interface import Registry
@@ -35,6 +35,7 @@ from moiety.testing import (
     SYSTEM,
     FakeEngine,
     FakeExperts,
+    FakeGateway,
     fake_replica,
     fake_shape,
     fake_system,
@@ -42,9 +43,7 @@ from moiety.testing import (
 )
 from moiety.tools.rebalance import chosen_system
 from moiety.wire.deadline import Deadline
-from moiety.wire.server import Server
-from moiety.wire.service_names import GATEWAY_SERVICE
-from moiety.wire.shared_port import check_port
+from moiety.wire.shared_port import check_port, listening
 
 OTHERS: dict[str, dict[str, Any]] = {
     "app": {"app": "another"},
@@ -160,7 +159,6 @@ async def test_what_a_dead_system_left_behind_expires(redis: EmbeddedRedis):
     system = fake_system(app="expiring")
     async with _registries(redis, system) as (registry,):
         await _leave_traces(registry, system)
-        await registry.register(fake_replica("router-1", Role.ROUTER, 1, system=replace(system, revision="1" * 32)))
         with Redis.from_url(redis.url) as store:
             lifetimes = {key: store.ttl(key) for key in store.keys("moiety:{expiring}:*")}
     assert len(lifetimes) >= 10
@@ -185,66 +183,63 @@ async def test_the_live_systems_of_an_application_are_named(redis: EmbeddedRedis
 # Port ----------------------------------------------------------------------------------------------------------
 
 
-class _Gateway:
-    """The part of a gateway that says who it is, on a port that it may share."""
-
-    def __init__(self, system: SystemId):
-        self.system = system
-        describe = grpc.unary_unary_rpc_method_handler(
-            self._describe,
-            request_deserializer=gateway_pb2.DescribeGatewayRequest.FromString,
-            response_serializer=gateway_pb2.DescribeGatewayResponse.SerializeToString,
-        )
-        handler = grpc.method_handlers_generic_handler(GATEWAY_SERVICE, {"DescribeGateway": describe})
-        self.server = Server([handler], [GATEWAY_SERVICE], share_port=True)
-
-    async def _describe(self, *_: object) -> gateway_pb2.DescribeGatewayResponse:
-        return gateway_pb2.DescribeGatewayResponse(model="tiny", system=str(self.system))
-
-
-@contextlib.asynccontextmanager
-async def _listening(system: SystemId) -> AsyncIterator[tuple[_Gateway, int]]:
-    gateway = _Gateway(system)
-    port = await gateway.server.start(HOST, 0)
-    try:
-        yield gateway, port
-    finally:
-        await gateway.server.stop(0)
-
-
 @pytest.mark.parametrize("changes", [OTHERS["app"], OTHERS["cluster"]], ids=["app", "cluster"])
 async def test_a_port_of_another_system_is_refused(changes: dict[str, Any]):
     """A gateway refuses a port where another application or cluster is served, and names who listens there."""
     other = fake_system(**changes)
-    async with _listening(other) as (_, port):
+    async with FakeGateway(other) as gateway:
+        port = gateway.port
         with pytest.raises(
-            ConfigError, match=f"gateway.port = {port}: .* serves model tiny of another system, {other}"
+            ConfigError, match=f"gateway.port = {port}: .* serves model fake of another system, {other}"
         ):
             await check_port(HOST, port, SYSTEM)
-        with pytest.raises(ConfigError, match="serves model tiny"):  # on every interface, it would share the port too
+        with pytest.raises(ConfigError, match="serves model fake"):  # on every interface, it would share the port too
             await check_port("0.0.0.0", port, None)
 
 
-@pytest.mark.parametrize("changes", [OTHERS["revision"], OTHERS["groups"]], ids=["revision", "groups"])
-async def test_the_port_of_the_same_application_is_handed_over(changes: dict[str, Any]):
-    """While an application changes its model or groups, the new gateway waits until the old one has left the port."""
-    async with _listening(fake_system(**changes)) as (gateway, port):
+@pytest.mark.parametrize("name", ["revision", "groups", "slices"])
+async def test_the_port_of_the_same_application_is_handed_over(name: str):
+    """While an application changes its model or groups, the new gateway waits until the old one has left, but not for ever."""
+    async with FakeGateway(fake_system(**OTHERS[name])) as gateway:
+        port = gateway.port
+        with pytest.raises(ConfigError, match="of another system"):
+            await check_port(HOST, port, SYSTEM, handover_s=0.2)
         checking = asyncio.create_task(check_port(HOST, port, SYSTEM))
         await asyncio.wait([checking], timeout=0.5)
         assert not checking.done()
-        await gateway.server.stop(0)
+        await gateway.stop()
         await checking
 
 
 async def test_a_port_is_shared_by_gateways_of_one_system_and_free_after_their_death():
     """A gateway of the same system may listen too; a dead gateway holds no port; any other program is refused."""
-    async with _listening(SYSTEM) as (_, port):
+    async with FakeGateway(SYSTEM) as gateway:
+        port = gateway.port
         await check_port(HOST, port, SYSTEM)
     await check_port(HOST, port, fake_system(app="another"))
     server = await asyncio.start_server(lambda _, writer: writer.close(), HOST, port)
     async with server:
         with pytest.raises(ConfigError, match=f"another program listens at {HOST}:{port}"):
             await check_port(HOST, port, SYSTEM)
+
+
+async def test_of_two_systems_that_start_at_once_one_gets_the_port():
+    """Looking who listens and beginning to listen is one step: of two systems' gateways that start together, one is refused."""
+    systems = [SYSTEM, fake_system(app="another")]
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        port = probe.getsockname()[1]
+    gateways = [FakeGateway(system) for system in systems]
+
+    async def start(system: SystemId, gateway: FakeGateway) -> None:
+        async with listening(HOST, port, system):
+            await gateway.start(port)
+
+    outcomes = await asyncio.gather(*map(start, systems, gateways), return_exceptions=True)
+    await asyncio.gather(*(gateway.stop() for gateway in gateways))
+    refused = [outcome for outcome in outcomes if isinstance(outcome, ConfigError)]
+    assert len(refused) == 1, outcomes
+    assert "serves model fake of another system" in str(refused[0])
 
 
 # The identity itself -------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from moiety.gateway.text import Tokenizer
 from moiety.registry.watch import Watch
 from moiety.wire.server import Server
 from moiety.wire.service_names import GENERATION_SERVICE
-from moiety.wire.shared_port import check_port, port_lock
+from moiety.wire.shared_port import check_port, listening
 
 
 async def start(settings: GatewaySettings, replica_id: str, node: str) -> Running:
@@ -42,13 +42,13 @@ async def start(settings: GatewaySettings, replica_id: str, node: str) -> Runnin
             busy = min(1.0, service.running / settings.max_concurrent)  # requests wait at the routers, not here
             return ReplicaLoad(busy, 0.0, requests_per_s, requests_per_s)
 
-        parts = ServiceParts(
-            role=Role.GATEWAY,
-            server=Server(service.handlers(), [GENERATION_SERVICE], share_port=settings.port != 0),
-            port=settings.port,
-            idle=lambda: service.running == 0,
-            on_beat=(startup.load_beat(load_since_last),),
+        return await startup.serve(
+            ServiceParts(
+                role=Role.GATEWAY,
+                server=Server(service.handlers(), [GENERATION_SERVICE], share_port=settings.port != 0),
+                port=settings.port,
+                listening=listening(settings.listen_host, settings.port, startup.system),
+                idle=lambda: service.running == 0,
+                on_beat=(startup.load_beat(load_since_last),),
+            )
         )
-        async with port_lock(settings.port):
-            await check_port(settings.listen_host, settings.port, startup.system)
-            return await startup.serve(parts)

@@ -8,8 +8,8 @@ import logging
 import os
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack, suppress
-from dataclasses import dataclass
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, nullcontext, suppress
+from dataclasses import dataclass, field
 from typing import Any
 
 from moiety import __version__
@@ -47,6 +47,7 @@ class ServiceParts:
     entry: Callable[[Replica], Replica] = lambda replica: replica  # updates the registry entry before each beat
     on_beat: Sequence[Beat] = ()
     port: int = 0  # 0 = a free one
+    listening: AbstractAsyncContextManager[None] = field(default_factory=nullcontext)  # around the start of the server
     calls_end: bool = True  # False if its RPCs are streams that stay open as long as the service
 
 
@@ -168,7 +169,8 @@ class ServiceStart:
     async def serve(self, parts: ServiceParts) -> Running:
         """Binds, registers and returns the running service."""
         settings = self.settings
-        port = await parts.server.start(settings.listen_host, parts.port)
+        async with parts.listening:
+            port = await parts.server.start(settings.listen_host, parts.port)
         self.closers.push_async_callback(parts.server.stop, 0)
         replica = Replica(
             id=self.replica_id,

@@ -58,10 +58,12 @@ async def until_ready(
 
 
 def _late(ready: Mapping[str, Sequence[str]], wanted: Mapping[str, int]) -> list[str]:
-    """Returns the deployments that lack ready replicas, in words. A router is ready once every expert has a holder."""
-    counts = {name: len(ready.get(name, ())) for name in wanted}
-    late = [name for name, count in wanted.items() if counts[name] < count]
-    return [f"{name} ({counts[name]}/{wanted[name]}{'; it needs every expert' * (name == ROUTER)})" for name in late]
+    """Returns what `wanted` lacks, in words. A router is ready once every expert has a holder."""
+    late = []
+    for name, count in wanted.items():
+        if (found := len(ready.get(name, ()))) < count:
+            late.append(f"{name} ({found}/{count}{'; it needs every expert' if name == ROUTER else ''})")
+    return late or ["Serve to report the application as running"]
 
 
 async def _ready(registry: Registry) -> dict[str, list[str]]:

@@ -26,6 +26,7 @@ from moiety.wire.deadline import Deadline
 
 _log = logging.getLogger(__name__)
 RETRY_S = 0.1
+REDIAL_S = 0.5  # a listed router of another system is dialled again this often
 UNKNOWN_WAIT_S = 1.0  # retry delay before any request has shown how long one takes
 
 
@@ -229,6 +230,7 @@ class RouterPool:
             if self._refused.get(replica.id) != str(error):
                 self._refused[replica.id] = str(error)
                 _log.warning("router %s at %s is not used: %s", replica.id, replica.address, error)
+            await asyncio.sleep(REDIAL_S)
             return
         if router is not None:
             self._routers[replica.id] = router

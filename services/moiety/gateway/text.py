@@ -100,7 +100,9 @@ class Detokenizer:
         while not settled.startswith(self._shown):  # the output changes the prompt's last character
             self._shown = self._shown[:-1]
         piece = settled[len(self._shown) :]
-        del self._window[: -1 if piece and not unfinished else -CONTEXT_TOKENS]  # some decoders hide unfinished bytes
+        # One token is context enough after a whole character. Otherwise its first bytes may be among the last tokens.
+        kept = 1 if piece and not unfinished else CONTEXT_TOKENS
+        del self._window[:-kept]
         self._shown = self._tokenizer.decode(self._window)
         if unfinished:
             self._shown = self._shown[:-1]

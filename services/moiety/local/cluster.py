@@ -16,7 +16,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Mapping
-from contextlib import AsyncExitStack, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -79,10 +79,9 @@ class LocalCluster:
         self.children: list[Child] = []
         self._writer = FileRegistryWriter(self.folder / "registry.json") if registry is None else None
         self.registry_url = registry or f"file://{self.folder / 'registry.json'}"
-        self.registry: Registry
-        self.system: SystemId
-        self._closers = AsyncExitStack()
-        self._common = {
+        self.system: SystemId  # known once the cluster is entered, as the registry
+        self._registry: Registry | None = self._writer
+        self._common: dict[str, Any] = {
             "model": self.model,
             "registry": self.registry_url,
             "app": app,
@@ -103,11 +102,10 @@ class LocalCluster:
     async def __aenter__(self) -> Self:
         try:
             self.shape, revision = await asyncio.to_thread(_shape_and_revision, self.model)
-            gateway = {**self._common, **self._extra[Role.GATEWAY], "revision": revision}
-            settings = validated(GatewaySettings, gateway)
+            self._common["revision"] = revision
+            settings = validated(GatewaySettings, {**self._common, **self._extra[Role.GATEWAY]})
             self.system = settings.system
-            self.registry = self._writer or connect(self.registry_url, self.system)
-            self._closers.push_async_callback(self.registry.close)
+            self._registry = self._writer or connect(self.registry_url, self.system)
             await check_port(settings.listen_host, settings.port, self.system)
             self.partition = self.shape.sliced_partition(self.groups, self.slices)
             experts = [self.add_expert(group) for group in range(self.groups)]
@@ -121,6 +119,13 @@ class LocalCluster:
 
     async def __aexit__(self, *_: object) -> None:
         await self.stop()
+
+    @property
+    def registry(self) -> Registry:
+        """The system's registry."""
+        if self._registry is None:
+            raise Unavailable("the cluster was not entered")
+        return self._registry
 
     @property
     def address(self) -> str:
@@ -178,7 +183,8 @@ class LocalCluster:
                 child.process.stdin.close()
         await asyncio.gather(*(ended(child.process) for child in self.children))
         await asyncio.gather(*(child.follower for child in self.children if child.follower), return_exceptions=True)
-        await self._closers.aclose()
+        if self._registry is not None:
+            await self._registry.close()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     async def _add(self, role: Role, deployment: str, settings: Mapping[str, Any]) -> Child:

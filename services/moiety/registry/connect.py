@@ -34,8 +34,10 @@ def connect(url: str, system: SystemId) -> Registry:
 async def live_systems(url: str, app: str) -> list[SystemId]:
     """Returns the systems of application `app` that have a live service in the registry at `url`, in the order of their text.
 
-    A registry file holds one system only, which it does not name: the list is empty. Raises ConfigError as `connect` does.
+    Raises ConfigError as `connect` does, and for a registry file, which belongs to the one system that wrote it.
     """
+    if url.startswith("file://"):
+        raise ConfigError("registry", without_secrets(url), "must be redis://… or rediss://…: a file holds one system")
     store = connect(url, SystemId(app, "", "", 1, 1))
     try:
         return sorted(await store.systems(), key=str)

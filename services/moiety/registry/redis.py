@@ -40,9 +40,9 @@ from moiety.registry.redis_store import RedisStore
 
 REWRITE_S = 10.0  # an unchanged entry is written again after this long: Redis may have evicted parts of it
 HOT_ENTRIES = 64
-# Keys whose life an entry's writer prolongs: those that its role writes, and as routers are few, those of the system.
-KEPT_BY_ALL = ("replicas", "generation", "reporters")
-KEPT_BY_ROUTERS = (*KEPT_BY_ALL, "routers", "writers", "placement", "epoch", "decisions")
+# Keys whose expiry is set anew with every full write of an entry. Routers, which are few, also keep what changes rarely.
+KEPT_BY_ALL = ("replicas", "generation")
+KEPT_BY_ROUTERS = (*KEPT_BY_ALL, "routers", "placement", "epoch", "decisions")
 
 T = TypeVar("T")
 
@@ -88,10 +88,10 @@ class RedisRegistry(RedisStore):
             if replica.role is Role.ROUTER:
                 pipeline.sadd(self._key("routers"), replica.id)
             pipeline.set(self._key("generation"), uuid.uuid4().hex, nx=True)
+            pipeline.zadd(self._app_prefix + "systems", {f"{self._system.key} {self._system}": time.time()})
             kept = KEPT_BY_ROUTERS if replica.role is Role.ROUTER else KEPT_BY_ALL
             for key in (*map(self._key, kept), self._app_prefix + "systems"):
                 pipeline.expire(key, int(FORGET_S))
-            pipeline.zadd(self._app_prefix + "systems", {f"{self._system.key} {self._system}": time.time()})
             await pipeline.execute()
 
     async def deregister(self, replica_id: str) -> None:
@@ -139,6 +139,7 @@ class RedisRegistry(RedisStore):
             if busy is not None:  # the key before the id: a reader prunes an id that has no key
                 pipeline.set(self._key("busy", replica_id), entries.load_to_json(busy), px=_milliseconds(LOAD_TTL_S))
                 pipeline.sadd(self._key("reporters"), replica_id)
+                pipeline.expire(self._key("reporters"), int(FORGET_S))
             if demand is not None:
                 await self._add_demand(pipeline, replica_id, demand)
             await pipeline.execute()
@@ -148,6 +149,7 @@ class RedisRegistry(RedisStore):
         pipeline.hset(load, mapping={**entries.demand_to_fields(demand), "stamp": uuid.uuid4().hex})
         pipeline.expire(load, int(DEMAND_TTL_S))
         pipeline.sadd(self._key("writers"), writer)
+        pipeline.expire(self._key("writers"), int(FORGET_S))
         pipeline.delete(hot)
         if busiest := hottest(self._recent.setdefault(writer, RecentRates()).rows_per_s(demand), HOT_ENTRIES):
             pipeline.zadd(hot, busiest)
@@ -195,8 +197,10 @@ class RedisRegistry(RedisStore):
 
     async def record_decision(self, decision: Mapping[str, Any]) -> None:
         fields = {"json": json.dumps(decision)}
-        async with self._store() as client:
-            await client.xadd(self._key("decisions"), fields, maxlen=DECISIONS_KEPT, approximate=False)
+        async with self._store() as client, client.pipeline(transaction=False) as pipeline:
+            pipeline.xadd(self._key("decisions"), fields, maxlen=DECISIONS_KEPT, approximate=False)
+            pipeline.expire(self._key("decisions"), int(FORGET_S))
+            await pipeline.execute()
 
     async def decisions(self, count: int = 100) -> Sequence[Mapping[str, Any]]:
         async with self._store() as client:
@@ -209,14 +213,13 @@ class RedisRegistry(RedisStore):
         async with self._store() as client:
             await client.zremrangebyscore(index, "-inf", time.time() - FORGET_S)
             names = [raw.decode(errors="replace").partition(" ")[2] for raw in await client.zrange(index, 0, -1)]
-        live: list[SystemId] = []
-        for name in names:
-            if (system := self._reader.read(f"systems:{name}", SystemId.parse, name)) is None:
-                continue
-            other = RedisRegistry(self._url, system)
-            if await other.replicas():
-                live.append(system)
-            await other.close()
+            live: list[SystemId] = []
+            for name in names:
+                if (system := self._reader.read(f"systems:{name}", SystemId.parse, name)) is not None:
+                    prefix = f"{self._app_prefix}{system.key}:"
+                    ids = await client.smembers(prefix + "replicas")
+                    if ids and await client.exists(*(f"{prefix}beat:".encode() + replica_id for replica_id in ids)):
+                        live.append(system)
         return tuple(live)
 
     async def _live(self, index: str) -> tuple[Replica, ...]:

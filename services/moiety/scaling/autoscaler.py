@@ -1,4 +1,4 @@
-"""The stateful half of autoscaling, in Serve's controller: one thread per system reads the ledger and decides.
+"""The stateful half of autoscaling, in Serve's controller: one thread for each system reads the ledger and decides.
 
 `deploy/autoscaling_hook.py`, which Serve calls, only looks up the target that the thread has published.
 """
@@ -14,7 +14,9 @@ from dataclasses import dataclass, field
 
 from moiety.config.application import GATEWAY, HOT, ROUTER, AppSettings
 from moiety.config.options import Scaling
+from moiety.config.registry_url import RegistryUrl
 from moiety.core.experts import ExpertSet
+from moiety.core.system import SystemId
 from moiety.errors import ConfigError, MoietyError
 from moiety.policy.autoscale import Decision, State, decide
 from moiety.registry.interface import Registry
@@ -177,23 +179,24 @@ async def _record(registry: Registry, decision: Decision) -> None:
 
 # Serve creates one policy object per deployment, and these share nothing but the process. Hence the global.
 _lock = threading.Lock()
-_autoscalers: dict[str, Autoscaler] = {}  # by application
+_autoscalers: dict[tuple[RegistryUrl, SystemId], Autoscaler] = {}
 
 
 def subscribe(deployment: str, settings: AppSettings, held: str) -> Subscription:
-    """Adds `deployment` to its application's autoscaler and returns its subscription; starts the autoscaler if none runs.
+    """Adds `deployment` to its system's autoscaler and returns its subscription; starts the autoscaler if none runs.
 
-    An autoscaler has one set of settings. An application that was deployed again with others gets a new one.
+    An autoscaler has one set of settings. A system that was deployed again with others gets a new one.
     """
     subscription = Subscription(
         deployment, settings.scaling(deployment), ExpertSet.parse(held), asked_at=time.monotonic()
     )
     with _lock:
-        autoscaler = _autoscalers.get(settings.app)
+        key = (settings.registry, settings.system)
+        autoscaler = _autoscalers.get(key)
         if autoscaler is None or not autoscaler.alive or autoscaler.settings != settings:
             if autoscaler is not None:
                 autoscaler.stop()
-            autoscaler = _autoscalers[settings.app] = Autoscaler(settings)
+            autoscaler = _autoscalers[key] = Autoscaler(settings)
             autoscaler.add(subscription)
             autoscaler.start()
         else:

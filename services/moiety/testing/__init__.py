@@ -20,6 +20,7 @@ from moiety.testing.common import (
 )
 from moiety.testing.engines import FakeEngine
 from moiety.testing.experts import FakeExperts
+from moiety.testing.gateways import FakeGateway
 
 __all__ = [
     "HOST",
@@ -28,6 +29,7 @@ __all__ = [
     "Caller",
     "FakeEngine",
     "FakeExperts",
+    "FakeGateway",
     "LoopbackHop",
     "eventually",
     "fake_expert",

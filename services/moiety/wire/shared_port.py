@@ -18,48 +18,57 @@ from moiety.internal.v1.gateway_pb2_grpc import GatewayServiceStub
 from moiety.wire.channels import channel
 
 ANSWER_S = 2.0
+TRIES = 2  # a gateway that is just starting or stopping may not answer
 HANDOVER_S = 20.0  # while an application changes its model or groups, its old gateway still listens for a while
-RETRY_S = 0.1
 LOCK_S = 10.0
+RETRY_S = 0.1
 _REACHABLE = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}  # every interface -> an address that reaches it
 
 
-async def check_port(host: str, port: int, system: SystemId | None) -> None:
-    """Returns once no service listens at `host`:`port` that is not a gateway of `system`. Port 0 is always free.
+async def check_port(host: str, port: int, system: SystemId | None, handover_s: float = HANDOVER_S) -> None:
+    """Returns once nobody listens at `host`:`port` but gateways of `system`. Port 0 is always free.
 
-    Waits up to HANDOVER_S for an earlier system of the same application and cluster. Raises ConfigError, naming who
-    listens, for everybody else. `system` None: a system that does not run anywhere yet.
+    Waits up to `handover_s` for a gateway of the same application and cluster with another model or groups, which Serve is
+    about to end. Raises ConfigError, naming who listens, for everybody else. `system` None: one that runs nowhere yet.
     """
-    deadline = asyncio.get_running_loop().time() + HANDOVER_S
+    clock = asyncio.get_running_loop().time
+    until, silent = clock() + handover_s, 0
     while port and _occupied(host, port):
         owner = await _owner(host, port)
         if owner is None:
-            raise ConfigError(
-                "gateway.port", port, f"another program listens at {host}:{port}: stop it, or set another port"
-            )
-        if system is not None and owner.system == str(system):
+            silent += 1
+            if silent >= TRIES and _occupied(host, port):
+                raise _refusal(port, f"another program listens at {host}:{port}")
+        elif system is not None and owner.system == str(system):
             return
-        if not _succeeds(system, owner.system) or asyncio.get_running_loop().time() > deadline:
-            served = f"{host}:{port} serves model {owner.model} of another system, {owner.system}"
-            raise ConfigError("gateway.port", port, f"{served}: stop it, or set another port")
+        elif clock() >= until or not _succeeds(system, owner.system):
+            raise _refusal(port, f"{host}:{port} serves model {owner.model} of another system, {owner.system}")
         await asyncio.sleep(RETRY_S)
 
 
 @asynccontextmanager
-async def port_lock(port: int) -> AsyncIterator[None]:
-    """Between looking who listens at a port and listening there, no other gateway of this machine does the same.
+async def listening(host: str, port: int, system: SystemId) -> AsyncIterator[None]:
+    """In the block a gateway may begin to listen at `host`:`port`. No other gateway of this machine does so meanwhile.
 
-    Linux only: the lock is a socket name, which the kernel frees when its process ends. After LOCK_S the block runs without it.
+    Raises ConfigError as `check_port` does, and if the other gateway takes longer than LOCK_S. Without Linux, two gateways
+    that start at the same moment may not see each other.
     """
-    with socket.socket(socket.AF_UNIX) as lock:
-        deadline = asyncio.get_running_loop().time() + LOCK_S
-        while port and sys.platform == "linux" and asyncio.get_running_loop().time() < deadline:
+    with socket.socket(socket.AF_UNIX) as lock:  # the kernel frees a name of the abstract namespace with its process
+        until = asyncio.get_running_loop().time() + LOCK_S
+        while port and sys.platform == "linux":
             try:
                 lock.bind(f"\0moiety-gateway-port-{port}")
                 break
             except OSError:
-                await asyncio.sleep(RETRY_S)
+                if asyncio.get_running_loop().time() >= until:
+                    raise _refusal(port, f"another gateway has been starting there for {LOCK_S:g} s") from None
+            await asyncio.sleep(RETRY_S)
+        await check_port(host, port, system, handover_s=0.0)
         yield
+
+
+def _refusal(port: int, why: str) -> ConfigError:
+    return ConfigError("gateway.port", port, f"{why}: stop it, or set another port")
 
 
 def _occupied(host: str, port: int) -> bool:
@@ -74,7 +83,7 @@ def _occupied(host: str, port: int) -> bool:
 
 
 async def _owner(host: str, port: int) -> DescribeGatewayResponse | None:
-    """Asks who listens; None if it is no gateway, or does not answer."""
+    """Asks who listens; None if it does not answer, or is no gateway."""
     address = _REACHABLE.get(host, host)
     async with channel(f"[{address}]:{port}" if ":" in address else f"{address}:{port}") as link:
         try:

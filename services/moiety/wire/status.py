@@ -23,6 +23,7 @@ _CODES: tuple[tuple[type[errors.MoietyError], grpc.StatusCode], ...] = (
     (errors.Cancelled, grpc.StatusCode.CANCELLED),
     (errors.FailedPrecondition, grpc.StatusCode.FAILED_PRECONDITION),
     (errors.CallRejected, grpc.StatusCode.FAILED_PRECONDITION),
+    (errors.WrongSystem, grpc.StatusCode.FAILED_PRECONDITION),
     (errors.Unavailable, grpc.StatusCode.UNAVAILABLE),
     (errors.MoietyError, grpc.StatusCode.INTERNAL),
 )

@@ -103,18 +103,28 @@ async def test_live_bounds_win_over_the_arguments(redis: EmbeddedRedis) -> None:
     await eventually(lambda: policy(context)[0] == 3)
 
 
-async def test_an_application_deployed_again_scales_by_its_new_settings(redis: EmbeddedRedis) -> None:
-    """After a deployment with other settings, these decide; a policy of the earlier deployment no longer gets targets."""
+async def test_a_system_deployed_again_scales_by_its_new_settings(redis: EmbeddedRedis) -> None:
+    """After a deployment with other settings these decide, and a policy of the earlier deployment gets no more targets."""
     settings = _settings(redis)
     before = _policy(settings)
     await eventually(lambda: before(Context(capacity_adjusted_min_replicas=3))[0] == 3)
-    changed = settings.model_copy(update={"groups": 4})
-    after = _policy(changed)
-    await _report(settings, busy=1.0)  # of the earlier system: with two groups
+    after = _policy(settings.model_copy(update={"rebalance_layers": 4}))
     await eventually(lambda: after(Context(capacity_adjusted_min_replicas=2))[0] == 2)
     await eventually(lambda: before(Context(target_num_replicas=1, capacity_adjusted_min_replicas=3))[0] == 1)
-    async with _registry(changed) as registry:
-        assert [entry["to"] for entry in await registry.decisions()] == [2]
+
+
+async def test_two_systems_of_one_application_scale_by_themselves(redis: EmbeddedRedis) -> None:
+    """Each decides by its own load, and records its decisions where the other does not see them."""
+    settings = _settings(redis)
+    other = settings.model_copy(update={"groups": 4})
+    mine, theirs = _policy(settings), _policy(other)
+    await _report(settings, busy=1.0)
+    await eventually(lambda: mine(Context())[0] == 2)
+    await eventually(lambda: theirs(Context(capacity_adjusted_min_replicas=3))[0] == 3)
+    assert mine(Context())[0] == 2
+    async with _registry(settings) as one, _registry(other) as two:
+        assert [entry["to"] for entry in await one.decisions()] == [2]
+        assert [entry["to"] for entry in await two.decisions()] == [3]
 
 
 async def test_targets_are_exported(redis: EmbeddedRedis, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,11 +1,11 @@
 """Computes a checkpoint's revision, a hash of its content: services with equal revisions are taken to hold the same model.
 
-The revision is a BLAKE2b hash of the config, the tokenizer's files, and each shard's header, size and sampled blocks. Every
-tensor counts with its first, middle and last block, a large one with a block of every SPACING_BYTES besides. A fine-tune
-changes at least one of these, unless it changes only a few rows between two samples. `verify="full"` reads every byte and
-also detects a single flipped bit.
+The revision is a BLAKE2b hash of the config, the tokenizer's files, and each shard's header, size and sampled blocks. Of
+every tensor the first, middle and last block count, of a large one a block of every SPACING_BYTES besides. Tensors with a
+row per token, in which a fine-tune may change a few rows only, are read whole. `verify="full"` reads every byte, and also
+detects a single flipped bit anywhere.
 
-Sampling reads some 0.1 % of a checkpoint, SHARDS_AT_ONCE shards at a time. `python tests/bench/revision_cost.py` measures it.
+`python tests/bench/revision_cost.py` measures the cost for a checkpoint of DeepSeek-V3's size.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ import contextlib
 import hashlib
 import json
 import os
-import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any
 
-from moiety.config.cache_folder import cache_dir
+from moiety.config.cache_folder import cache_dir, write_derived
 from moiety.config.options import Verify
 from moiety.errors import CheckpointError
 from moiety.model.checkpoint.checkpoint import AUTOGPTQ_FILE, MODELOPT_FILE, Checkpoint
@@ -28,6 +29,7 @@ from moiety.model.checkpoint.headers import TensorEntry, read_header
 
 DIGEST_BYTES = 16
 BLOCK_BYTES = 4096
+READ_BYTES = 4 << 20
 FORMAT = 2  # of the hash: increase it with every change of what is hashed
 SPACING_BYTES = 4 << 20
 SHARDS_AT_ONCE = 16  # storage answers many reads at once faster than one after another
@@ -47,9 +49,10 @@ COMPANIONS = (
 )
 INCIDENTAL = ("_name_or_path", "transformers_version")  # config keys that differ between copies of one model
 
-# File, size, times of the last changes of content and of the inode in ns, inode. The kernel sets the second time, so
-# content cannot change and leave all of these as they were.
+# File, size, times of the last changes of content and of the inode in ns, inode. The kernel sets the second time. So a
+# change of content changes a stamp, unless the earlier change is too recent to tell the two apart.
 _Stamp = tuple[str, int, int, int, int]
+RECENT_NS = 2 * 10**9
 
 
 def revision_of(checkpoint: Checkpoint, verify: Verify = "sampled") -> str:
@@ -61,7 +64,9 @@ def revision_of(checkpoint: Checkpoint, verify: Verify = "sampled") -> str:
     companions = [checkpoint.path / name for name in COMPANIONS]
     stamps = tuple(_stamp(file) for file in [*checkpoint.shards, *filter(Path.is_file, companions)])
     config = {key: value for key, value in checkpoint.config.items() if key not in INCIDENTAL}
-    return _cached(json.dumps(config, sort_keys=True), len(checkpoint.shards), stamps, verify)
+    recent = any(changed > time.time_ns() - RECENT_NS for _, _, _, changed, _ in stamps)
+    compute = _digest if recent else _cached
+    return compute(json.dumps(config, sort_keys=True), len(checkpoint.shards), stamps, verify)
 
 
 def pinned_revision(checkpoint: Checkpoint, verify: Verify, wanted: str) -> str:
@@ -89,10 +94,7 @@ def _cached(config: str, shards: int, stamps: tuple[_Stamp, ...], verify: Verify
     revision = _digest(config, shards, stamps, verify)
     if file:
         with contextlib.suppress(OSError):  # without a writable cache the next reader computes it again
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False, encoding="ascii") as new:
-                new.write(revision)
-            os.replace(new.name, file)
+            write_derived(file, revision)
     return revision
 
 
@@ -100,12 +102,12 @@ def _digest(config: str, shards: int, stamps: tuple[_Stamp, ...], verify: Verify
     digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
     _add(digest, verify.encode())
     _add(digest, config.encode())
+    vocabularies = frozenset(_vocabularies(json.loads(config)))
     files = [Path(name) for name, *_ in stamps]
+    sampled = [position < shards and verify == "sampled" for position in range(len(files))]
     try:
         with ThreadPoolExecutor(SHARDS_AT_ONCE) as threads:
-            contents = threads.map(
-                _content, files, [position >= shards or verify == "full" for position in range(len(files))]
-            )
+            contents = threads.map(partial(_content, vocabularies), files, sampled)
             for file, (_, size, *_), content in zip(files, stamps, contents, strict=True):
                 _add(digest, file.name.encode())
                 _add(digest, str(size).encode())
@@ -115,36 +117,43 @@ def _digest(config: str, shards: int, stamps: tuple[_Stamp, ...], verify: Verify
     return digest.hexdigest()
 
 
-def _content(file: Path, whole: bool) -> bytes:
+def _vocabularies(config: Any) -> Iterator[int]:
+    """Yields every `vocab_size` in a config: that of the model, or those of its parts."""
+    for key, value in config.items() if isinstance(config, dict) else ():
+        if key == "vocab_size" and isinstance(value, int):
+            yield value
+        yield from _vocabularies(value)
+
+
+def _content(vocabularies: frozenset[int], file: Path, sampled: bool) -> bytes:
     """Returns a hash of the whole `file`, or of the samples of a shard."""
     digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
-    if whole:
+    if not sampled:
         with file.open("rb") as stream:
-            while block := stream.read(1 << 22):
-                digest.update(block)
-    else:
-        for block in _samples(file):
-            _add(digest, block)
-    return digest.digest()
-
-
-def _samples(file: Path) -> Iterator[bytes]:
-    """Yields the parts of a shard to hash: its header, then the sampled blocks of each tensor."""
+            while part := stream.read(READ_BYTES):
+                digest.update(part)
+        return digest.digest()
     entries = sorted(read_header(file).values(), key=lambda entry: entry.start)
     with file.open("rb", buffering=0) as stream:
         if hasattr(os, "posix_fadvise"):  # or each read of a block would read 128 KiB ahead
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
-        yield os.pread(stream.fileno(), entries[0].start if entries else file.stat().st_size, 0)
+        _add(digest, os.pread(stream.fileno(), entries[0].start if entries else file.stat().st_size, 0))
         for entry in entries:
-            for start in sampled_blocks(entry):
-                yield os.pread(stream.fileno(), min(BLOCK_BYTES, entry.end - start), start)
+            for start, size in sampled_parts(entry, vocabularies):
+                _add(digest, os.pread(stream.fileno(), size, start))
+    return digest.digest()
 
 
-def sampled_blocks(entry: TensorEntry) -> Iterator[int]:
-    """Yields where the sampled blocks of a tensor begin: evenly spaced from its first to its last block, at least three."""
-    last = max(entry.nbytes - BLOCK_BYTES, 0)
+def sampled_parts(entry: TensorEntry, vocabularies: Collection[int]) -> Iterator[tuple[int, int]]:
+    """Yields start and size of the parts of a tensor that count: all of it if it has a row per token, else single blocks."""
+    if entry.shape and entry.shape[0] in vocabularies:
+        for start in range(entry.start, entry.end, READ_BYTES):
+            yield start, min(READ_BYTES, entry.end - start)
+        return
+    last = max(entry.nbytes - BLOCK_BYTES, 0)  # where the last block begins
     intervals = max(2, -(-last // SPACING_BYTES))
-    yield from sorted({entry.start + last * position // intervals for position in range(intervals + 1)})
+    for offset in sorted({last * position // intervals for position in range(intervals + 1)}):
+        yield entry.start + offset, min(BLOCK_BYTES, entry.nbytes)
 
 
 def _add(digest: hashlib.blake2b, part: bytes) -> None:

@@ -26,9 +26,8 @@ class TokenKinds:
     def __init__(self, tokenizer: Any):
         self._token = tokenizer.convert_ids_to_tokens
         self._special = frozenset(tokenizer.all_special_ids)
-        self.byte_ids: frozenset[int] = (
-            frozenset()
-        )  # of tokens such as "<0xE2>", for decoders that join these to characters
+        # Those of tokens such as "<0xE2>", for decoders that join these to characters.
+        self.byte_ids: frozenset[int] = frozenset()
         if tokenizer.is_fast:
             backend = tokenizer.backend_tokenizer
             added = backend.get_added_tokens_decoder().items()

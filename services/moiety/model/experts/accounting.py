@@ -26,6 +26,7 @@ UNUSED = (
     # Scales of a quantised KV cache and of quantised activations: both stay in the model's dtype.
     r"\.(k|v|kv|q|prob)_scale$",
     r"\.(input|activation)_scale$",
+    r"\.(q|k|v)_proj\.output_scale$",
 )
 # Layers that predict several tokens at once, for speculative decoding, have names like `mtp`. DeepSeek-V3, GLM-4.5 and others
 # number them on from the model's last layer instead; of all layers, only they have an `eh_proj`.
@@ -48,7 +49,8 @@ def check_tensors(checkpoint: Checkpoint, model: Any, sources: Mapping[str, Mapp
     `model` is on `meta`. `sources` has, for each name in the model, the published tensors that become it.
     """
     state = model.state_dict()
-    unused = re.compile("|".join((*UNUSED, *(model._keys_to_ignore_on_load_unexpected or ()))))
+    known = (name for name in model._keys_to_ignore_on_load_unexpected or () if not _names_a_layer_of(model, name))
+    unused = re.compile("|".join((*UNUSED, *known)))
     tower_prefixes = tuple(f"{path}." for path in towers(model))
     targets = {
         name: target
@@ -74,6 +76,12 @@ def check_tensors(checkpoint: Checkpoint, model: Any, sources: Mapping[str, Mapp
                 )
             reason = f"{stored} becomes no weight of the model, and {_stated(checkpoint)}"
             raise unsupported(checkpoint, f"{reason}; if the model is the same without it, remove it")
+
+
+def _names_a_layer_of(model: Any, pattern: str) -> bool:
+    """Returns whether a pattern of transformers, meant for the last layer of one published model, names a layer of this one."""
+    number = re.search(r"layers\\?\.(\d+)", pattern)
+    return number is not None and int(number[1]) < model.config.get_text_config().num_hidden_layers
 
 
 def _is_zero_bias(name: str, entry: Stored) -> bool:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from moiety.config.cache_folder import cache_dir
+from moiety.config.cache_folder import cache_dir, write_derived
 from moiety.core.experts import ExpertMLP, ModelShape
 from moiety.model.checkpoint.checkpoint import Checkpoint
 from moiety.model.checkpoint.revision import revision_of
@@ -29,6 +27,7 @@ def expert_layout(checkpoint: Checkpoint) -> ExpertLayout:
     # transformers moves modules between releases, so a layout is valid for one release only.
     key = {"format": FORMAT, "transformers": version("transformers")}
     folder = cache_dir()
+    # The revision is only a key here: the sampled one serves, whatever the setting `verify` says.
     file = folder / revision_of(checkpoint) / "layout.json" if folder else None
     if file and (cached := _read(file, key)) is not None:
         return cached
@@ -38,7 +37,7 @@ def expert_layout(checkpoint: Checkpoint) -> ExpertLayout:
     layout = derive_layout(checkpoint)
     if file:
         with contextlib.suppress(OSError):  # without a writable cache the next reader derives the layout again
-            _write(file, {**key, "layout": asdict(layout)})
+            write_derived(file, json.dumps({**key, "layout": asdict(layout)}))
     return layout
 
 
@@ -60,16 +59,3 @@ def _read(file: Path, key: Mapping[str, Any]) -> ExpertLayout | None:
         return ExpertLayout(ModelShape(**{**shape, "mlp": ExpertMLP(**shape["mlp"])}), layers)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-
-
-def _write(file: Path, data: Mapping[str, Any]) -> None:
-    """Writes `data` to the cache file `file` atomically: no reader sees a half-written file."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=file.parent, prefix=file.name)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            json.dump(data, stream)
-        os.replace(name, file)
-    except BaseException:
-        os.unlink(name)
-        raise

@@ -155,7 +155,7 @@ def _prepare(backend: Tokenizer) -> int:
     decoder = backend.decoder
     if decoder is None:
         return 0
-    dropped = 3 - len(decoder.decode(["▁"] * 3))
+    dropped = max(3 - len(decoder.decode(["▁"] * 3)), 0)
     if isinstance(decoder, decoders.Metaspace):
         spaced = [token for token in backend.get_vocab() if token.count("▁") > 1]
         backend.add_special_tokens([AddedToken(token, special=True) for token in spaced])

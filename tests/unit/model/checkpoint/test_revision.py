@@ -92,6 +92,16 @@ def test_a_large_tensor_is_sampled_along_its_length(tmp_path: Path):
     assert len(seen) == 5
 
 
+@pytest.mark.parametrize("row", [1, 1234, 2999])
+@pytest.mark.parametrize("tensor", ["model.embed_tokens.weight", "lm_head.weight"])
+def test_one_row_of_an_embedding_counts(tmp_path: Path, tensor: str, row: int):
+    """A fine-tune of a single token's row, anywhere in the vocabulary, changes the revision."""
+    folder = write_tiny("mixtral", tmp_path / "rows", num_hidden_layers=1, vocab_size=3000)
+    before = named(folder)
+    _flip(folder, tensor, row * Checkpoint.open(folder).tensor(tensor).nbytes // 3000 + 2)
+    assert named(folder) != before
+
+
 def test_a_service_refuses_another_checkpoint(folder: Path):
     """Where a revision is set, a checkpoint with another one is refused; the message names both."""
     checkpoint = Checkpoint.open(folder)
@@ -113,8 +123,8 @@ def test_config_and_tokenizer_count(folder: Path, file: str):
 
 def test_full_verification_finds_one_bit(tmp_path: Path):
     """One flipped bit outside all sampled blocks changes the full revision."""
-    folder = write_tiny("mixtral", tmp_path / "wide", num_hidden_layers=1, vocab_size=4096)
+    folder = write_tiny("mixtral", tmp_path / "wide", num_hidden_layers=1, intermediate_size=512)
     sampled, full = named(folder), named(folder, verify="full")
-    _flip(folder, "lm_head.weight", 8192)
+    _flip(folder, "model.layers.0.block_sparse_moe.experts.0.w1.weight", 8192)
     assert named(folder) == sampled, "the flipped bit was meant to be outside of the sample"
     assert named(folder, verify="full") != full

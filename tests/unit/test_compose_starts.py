@@ -1,0 +1,59 @@
+"""Services that cannot start, or are not ready, say why in one line."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from moiety import compose
+from moiety.core.replica import ReplicaState, Role
+from moiety.errors import CheckpointError, ConfigError
+from moiety.registry.file import FileRegistryWriter
+from moiety.testing import HOST, SYSTEM, FakeGateway, eventually
+
+
+def settings(role: Role, model: str, folder: Path, **more: object) -> compose.ServiceSettings:
+    """Settings of a service whose registry is a file in `folder`."""
+    return compose.settings_of(role, {"model": model, "registry": f"file://{folder / 'registry.json'}", **more})
+
+
+async def test_a_gateway_and_a_command_refuse_the_port_of_another_system(tiny: Callable[[str], str], tmp_path: Path):
+    """Both name who listens: a gateway that starts there, and `moiety serve` before it starts Ray."""
+    async with FakeGateway(SYSTEM) as other:
+        said = f"{HOST}:{other.port} serves model fake of another system, {SYSTEM}"
+        wanted = settings(Role.GATEWAY, tiny("mixtral"), tmp_path, port=other.port)
+        with pytest.raises(ConfigError, match=said):
+            await compose.start(wanted, replica_id="g", node="here")
+        command = [sys.executable, "-m", "moiety.cli.main", "serve", tiny("mixtral"), "--grpc-port", str(other.port)]
+        served = await asyncio.to_thread(
+            subprocess.run, command, capture_output=True, text=True, timeout=60, check=False
+        )
+        assert (served.returncode, said in served.stderr, "Ray" in served.stderr) == (1, True, False)
+
+
+async def test_a_service_refuses_another_checkpoint_than_was_deployed(tiny: Callable[[str], str], tmp_path: Path):
+    """A node whose folder holds another model than the application was deployed with starts no replica."""
+    wanted = settings(Role.EXPERT, tiny("mixtral"), tmp_path, held="0:0", revision="0" * 32)
+    with pytest.raises(CheckpointError, match=f"but this system serves revision {'0' * 32}"):
+        await compose.start(wanted, replica_id="e", node="here")
+
+
+async def test_a_router_that_waits_for_experts_says_so(
+    tiny: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    """While experts have no holder, a router is STARTING and logs how many, with an example."""
+    monkeypatch.setattr("moiety.compose.router.MISSING_NOTICE_S", 0.1)
+    FileRegistryWriter(tmp_path / "registry.json")
+    wanted = settings(Role.ROUTER, tiny("mixtral"), tmp_path, dtype="float32", kv_memory=16 << 20, threads=1)
+    running = await compose.start(wanted, replica_id="r", node="here")
+    try:
+        assert running.replica.state is ReplicaState.STARTING
+        await eventually(lambda: "not ready: no replica holds" in caplog.text)
+        assert "such as expert 0 of layer 0" in caplog.text
+    finally:
+        await running.close()
