@@ -22,7 +22,7 @@ COMMANDS: Mapping[str, str] = MappingProxyType(
         "demo": "Show the whole system at work on this machine, from start to end.",
         "doctor": "Check what decides how well this machine serves, and report what is wrong.",
         "generate": "Generate text from a running gateway.",
-        "inspect": "Report how large a checkpoint and its parts are, without reading a weight.",
+        "inspect": "Report how large a checkpoint and its parts are, and its revision.",
         "models": "List the architectures that can be served, and what each uses.",
         "parity": "Compare the served system with transformers, token for token.",
         "quantize": "Quantise a checkpoint's experts, each to 16, 8 or 4 bits by its measured sensitivity.",

@@ -81,7 +81,11 @@ class Detokenizer:
     @property
     def held(self) -> int:
         """Number of characters that `push` has not returned because the byte tokens after them may change them."""
-        return max(len(self._tokenizer.decode(self._window).rstrip(_PARTIAL)) - len(self._shown), 0)
+        for unfinished in range(CONTEXT_TOKENS):  # tokens at the end that are no whole character yet
+            text = self._tokenizer.decode(self._window[: len(self._window) - unfinished])
+            if not text.endswith(_PARTIAL):
+                return max(len(text) - len(self._shown), 0)
+        return 0
 
     def push(self, ids: Sequence[int], *, last: bool = False) -> str:
         """Returns the new text; `last` also flushes an unfinished character.

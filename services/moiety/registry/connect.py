@@ -37,7 +37,9 @@ async def live_systems(url: str, app: str) -> list[SystemId]:
     Raises ConfigError as `connect` does, and for a registry file, which belongs to the one system that wrote it.
     """
     if url.startswith("file://"):
-        raise ConfigError("registry", without_secrets(url), "must be redis://… or rediss://…: a file holds one system")
+        raise ConfigError(
+            "registry", without_secrets(url), "must be redis://…, rediss://… or unix:///…: a file holds one system"
+        )
     store = connect(url, SystemId(app, "", "", 1, 1))
     try:
         return sorted(await store.systems(), key=str)

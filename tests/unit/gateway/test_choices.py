@@ -196,3 +196,14 @@ def test_min_tokens_counts_tokens_whose_text_is_held_back(tmp_path: Path, sizes:
     request = engine_pb2.EngineRequest(prompt_ids=PROMPT)
     request.sampling.min_tokens = 2
     assert answered(ResponseBuilder(request, tokenizer, ["é"], PROMPT), output, sizes) == ("é", True)
+
+
+@pytest.mark.parametrize("sizes", [[1] * 7, [7], [3, 4], [2, 1, 4]])
+def test_min_tokens_may_end_inside_a_character(tmp_path: Path, sizes: list[int]):
+    """A whole character of the exempt tokens stays exempt if they end with the first byte of another one."""
+    write_sentencepiece_tokenizer(tmp_path)
+    tokenizer = Tokenizer(str(tmp_path))
+    output = [*tokenizer.encode("é")[-2:], *tokenizer.encode("€")[-3:], *tokenizer.encode("x")]
+    request = engine_pb2.EngineRequest(prompt_ids=PROMPT)
+    request.sampling.min_tokens = 3
+    assert answered(ResponseBuilder(request, tokenizer, ["é"], PROMPT), output, sizes)[0].startswith("é€")

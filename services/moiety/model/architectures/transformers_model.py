@@ -38,6 +38,8 @@ def load_config(checkpoint: Checkpoint) -> Any:
         problem = str(error).strip().partition("\n")[0]
         reason = f"transformers cannot read its config: {problem}; {nearest_hint(checkpoint.architecture)}"
         raise unsupported(checkpoint, reason) from error
+    if any(rope.get("rope_type") == "su" for rope in rope_parameters(config)):
+        raise unsupported(checkpoint, "rope_type su: transformers knows it by its later name, longrope, only")
     for name in ("quantization_config", "compression_config"):  # Moiety dequantises the weights, not transformers
         if hasattr(config, name):
             delattr(config, name)
@@ -108,6 +110,13 @@ def towers(model: nn.Module) -> list[str]:
     }
     found = [path for path, module in model.named_modules() if path and type(getattr(module, "config", None)) in others]
     return [path for path in found if not any(path.startswith(f"{other}.") for other in found)]
+
+
+def rope_parameters(config: Any) -> list[dict[str, Any]]:
+    """Returns the parameters of rotary positions of a config for transformers: one set, or one for each kind of layer."""
+    found = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    kinds = list(found.values())
+    return kinds if kinds and all(isinstance(kind, dict) for kind in kinds) else [found]
 
 
 def unsupported(checkpoint: Checkpoint, reason: str) -> CheckpointError:

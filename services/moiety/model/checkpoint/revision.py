@@ -46,6 +46,11 @@ COMPANIONS = (
     "vocab.json",
     "merges.txt",
     "tokenizer.model",
+    "tiktoken.model",
+    "tekken.json",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "vocab.txt",
 )
 INCIDENTAL = ("_name_or_path", "transformers_version")  # config keys that differ between copies of one model
 

@@ -31,7 +31,7 @@ UNUSED = (
 # Layers that predict several tokens at once, for speculative decoding, have names like `mtp`. DeepSeek-V3, GLM-4.5 and others
 # number them on from the model's last layer instead; of all layers, only they have an `eh_proj`.
 _MULTI_TOKEN = re.compile(r"(^|\.)mtp(_\w+)?\.")
-_LAYER = re.compile(r"(.*\.)?layers\.\d+\.")
+_LAYER = re.compile(r"(.*\.)?layers\.(\d+)\.")
 _PLAIN = {*FLOATS, "F64"}  # dtypes of weights that are not quantised
 
 
@@ -39,8 +39,9 @@ def predicts_several_tokens(checkpoint: Checkpoint, name: str) -> bool:
     """Returns whether the tensor `name` is of a layer that predicts several tokens at once, which no trunk has."""
     if _MULTI_TOKEN.search(name):
         return True
+    layers = (checkpoint.config.get("text_config") or checkpoint.config).get("num_hidden_layers") or 0
     layer = _LAYER.match(name)
-    return layer is not None and f"{layer[0]}eh_proj.weight" in checkpoint.tensors
+    return layer is not None and int(layer[2]) >= layers and f"{layer[0]}eh_proj.weight" in checkpoint.tensors
 
 
 def check_tensors(checkpoint: Checkpoint, model: Any, sources: Mapping[str, Mapping[Any, Sequence[str]]]) -> None:

@@ -135,6 +135,11 @@ def _layer(
             for pattern in patterns:
                 tensors = by_pattern[pattern]
                 fused = pattern is None or "*" not in pattern
+                if not fused and len(tensors) > parameter.shape[0]:
+                    stored = f"{len(tensors)} tensors such as {tensors[-1]}"
+                    raise unsupported(
+                        checkpoint, f"it has {stored}, but config.json states {parameter.shape[0]} experts"
+                    )
                 joined.append(tensors[0] if fused and len(tensors) == 1 else _template(checkpoint, target, tensors))
             shape = parameter.shape
             if may_transpose and shape[1] == shape[2]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from moiety.errors import ConfigError
+from moiety.errors import CheckpointError, ConfigError
 from moiety.model.architectures.rope_by_length import check_rope
 from moiety.model.checkpoint.checkpoint import Checkpoint
 from moiety.synthetic import write_tiny
@@ -48,6 +49,32 @@ def test_longrope_is_served_up_to_its_first_length(architecture: str, rope: dict
     expected = f"max_context = {LIMIT + 1}: must be at most {LIMIT}, the checkpoint's original_max_position_embeddings"
     with pytest.raises(ConfigError, match=f"{re.escape(expected)}.*rope_type longrope"):
         check_rope(checkpoint, LIMIT + 1)
+
+
+def configured(folder: Path, **config: Any) -> Checkpoint:
+    """Writes a tiny checkpoint, and `config` into its config instead of rope_parameters, as other tools publish it."""
+    write_tiny("mixtral", folder, max_position_embeddings=LONGEST, num_hidden_layers=1)
+    written = json.loads((folder / "config.json").read_text())
+    written.pop("rope_parameters", None)
+    (folder / "config.json").write_text(json.dumps(written | config))
+    return Checkpoint.open(folder)
+
+
+@pytest.mark.parametrize("name", ["rope_scaling", "rope_parameters"])
+def test_the_original_length_may_stand_at_the_top_of_the_config(name: str, tmp_path: Path):
+    """Wherever the config states the original length, and however it names longrope's parameters, the same is refused."""
+    rope = {key: value for key, value in LONGROPE.items() if key != "original_max_position_embeddings"}
+    checkpoint = configured(tmp_path, **{name: rope}, original_max_position_embeddings=LIMIT)
+    check_rope(checkpoint, LIMIT)
+    with pytest.raises(ConfigError, match=f"max_context = {LIMIT + 1}: must be at most {LIMIT}"):
+        check_rope(checkpoint, LIMIT + 1)
+
+
+def test_an_old_name_of_longrope_is_refused(tmp_path: Path):
+    """transformers does not know `su`, and would fail with a KeyError."""
+    checkpoint = configured(tmp_path, rope_scaling={**LONGROPE, "rope_type": "su"})
+    with pytest.raises(CheckpointError, match=r"rope_type su: .* longrope"):
+        check_rope(checkpoint, LIMIT)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -146,3 +147,12 @@ def test_only_biases_of_zeros_may_be_left_over(tmp_path: Path, value: float):
     else:
         with pytest.raises(CheckpointError, match=rf"{name} .* belongs to {ATTENTION}\.q_proj\.weight"):
             derive_layout(checkpoint)
+
+
+def test_more_experts_in_the_file_than_in_the_config_are_refused(tmp_path: Path):
+    """A config that states fewer experts than the file holds is refused, with both numbers."""
+    folder = write_tiny("mixtral", tmp_path / "model", num_hidden_layers=1)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_local_experts": 4}))
+    with pytest.raises(CheckpointError, match=r"it has 8 tensors such as .*, but config.json states 4 experts"):
+        derive_layout(Checkpoint.open(folder))
