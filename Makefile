@@ -24,7 +24,7 @@ $(VENV)/.kernels: $(VENV)/.installed $(CPU)
 demo: $(VENV)/.kernels ## the main job, start to end, on this machine
 	$(BIN)/moiety demo
 
-test: $(VENV)/.kernels ## the tests that every change must pass (about 6 minutes on 2 cores with AVX-512, twice that without)
+test: $(VENV)/.kernels ## the tests that every change must pass (15 minutes on 2 cores, about half of that with AVX-512)
 	$(BIN)/python -m pytest -m "not slow"
 
 test-all: $(VENV)/.kernels ## these and the long ones
