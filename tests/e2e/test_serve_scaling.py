@@ -54,13 +54,14 @@ def app(ray_head: RayHead) -> Iterator[DeployedApp]:
             "shrink_after_s": 2.0,
         },
     )
-    shape = expert_layout(Checkpoint.open(ray_head.model)).shape
+    checkpoint = Checkpoint.open(ray_head.model)
+    shape = expert_layout(checkpoint).shape
     split = shape.experts - 1
     held = {
         HOT: ExpertSet.uniform(shape.moe_layers, range(split)),
         COLD: ExpertSet.uniform(shape.moe_layers, [split]),
     }
-    asyncio.run(_place(ray_head.redis_url, with_revision(settings).system, held))
+    asyncio.run(_place(ray_head.redis_url, with_revision(settings, checkpoint).system, held))
     with deploy_app(settings, wait_s=120, progress=print) as deployed:
         yield deployed
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -13,7 +12,6 @@ from moiety.core.replica import Role
 from moiety.errors import ConfigError
 from moiety.local.cluster import LocalCluster
 from moiety.registry.embedded_redis import EmbeddedRedis
-from moiety.testing import HOST
 
 PROMPT, NEW_TOKENS = [5, 6, 7, 8], 8
 
@@ -30,20 +28,15 @@ async def _greedy(client: Client) -> list[int]:
     return [token async for chunk in stream for token in chunk.token_ids]
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-async def test_two_models_under_one_name_never_mix(tiny: Callable[[str], str], redis: EmbeddedRedis) -> None:
+async def test_two_models_under_one_name_never_mix(
+    tiny: Callable[[str], str], redis: EmbeddedRedis, unused_tcp_port: int
+) -> None:
     """Clients of each gateway get its model only; a system that wants the other's port is refused before it loads anything.
 
     Over 20 s on two cores: two systems of four processes start.
     """
     options = {"registry": redis.url, "app": "same", "dtype": "float32"}
-    port = _free_port()
+    port = unused_tcp_port
     async with LocalCluster(tiny("mixtral"), gateway={"port": port}, **options) as first, Client(first.address) as one:
         alone = await _greedy(one)
         async with LocalCluster(tiny("qwen3_moe"), **options) as second, Client(second.address) as two:

@@ -1,4 +1,4 @@
-"""Whoever answers is who was meant: no service uses another system's services, nor what another system left behind.
+"""No service uses another system's services, nor what another system left behind.
 
 The matrix is {other application, other cluster, other model, other group count, a dead writer} x {gateway, router, expert
 replica, autoscaler, port}. A dead writer is one that the registry still lists, or whose keys are left there. More is tested in
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import socket
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from typing import Any
@@ -223,17 +222,14 @@ async def test_a_port_is_shared_by_gateways_of_one_system_and_free_after_their_d
             await check_port(HOST, port, SYSTEM)
 
 
-async def test_of_two_systems_that_start_at_once_one_gets_the_port():
+async def test_of_two_systems_that_start_at_once_one_gets_the_port(unused_tcp_port: int):
     """Looking who listens and beginning to listen is one step: of two systems' gateways that start together, one is refused."""
     systems = [SYSTEM, fake_system(app="another")]
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        port = probe.getsockname()[1]
     gateways = [FakeGateway(system) for system in systems]
 
     async def start(system: SystemId, gateway: FakeGateway) -> None:
-        async with listening(HOST, port, system):
-            await gateway.start(port)
+        async with listening(HOST, unused_tcp_port, system):
+            await gateway.start(unused_tcp_port)
 
     outcomes = await asyncio.gather(*map(start, systems, gateways), return_exceptions=True)
     await asyncio.gather(*(gateway.stop() for gateway in gateways))

@@ -99,7 +99,7 @@ async def start(settings: RouterSettings, replica_id: str, node: str) -> Running
             tracer=startup.tracer,
             start=start_token,
         )
-        covered, told = False, time.monotonic()
+        covered, warned_at = False, time.monotonic()
 
         def entry(replica: Replica) -> Replica:
             nonlocal covered
@@ -111,10 +111,14 @@ async def start(settings: RouterSettings, replica_id: str, node: str) -> Running
         startup.meter.observe(MetricName.REROUTED_ROWS, lambda: overrun.rerouted if overrun else 0)
         startup.meter.observe(MetricName.COST_ERROR, lambda: hop.costs.error)
 
-        async def tell_what_is_missing() -> None:
-            nonlocal told
-            if not covered and time.monotonic() - told > MISSING_NOTICE_S and (pairs := hop.fleet.table.uncovered()):
-                told = time.monotonic()
+        async def warn_of_missing_experts() -> None:
+            nonlocal warned_at
+            if (
+                not covered
+                and time.monotonic() - warned_at > MISSING_NOTICE_S
+                and (pairs := hop.fleet.table.uncovered())
+            ):
+                warned_at = time.monotonic()
                 layer, expert = pairs[0]
                 _log.warning(
                     "not ready: no replica holds %d experts, such as expert %d of layer %d", len(pairs), expert, layer
@@ -139,7 +143,7 @@ async def start(settings: RouterSettings, replica_id: str, node: str) -> Running
                 entry=entry,
                 on_beat=(
                     startup.load_beat(RouterLoad(engine, settings.slots).reading, counters),
-                    tell_what_is_missing,
+                    warn_of_missing_experts,
                 ),
             )
         )

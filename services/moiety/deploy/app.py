@@ -30,11 +30,13 @@ def build(args: Mapping[str, Any] | AppSettings) -> serve.Application:
     a replica refuses another one, and deploying again after a change of the checkpoint restarts all replicas. Raises
     ConfigError for an unknown or impossible argument, CheckpointError for a checkpoint that cannot be served.
     """
-    settings = with_revision(args if isinstance(args, AppSettings) else resolve(args))
+    settings = args if isinstance(args, AppSettings) else resolve(args)
     if not settings.registry.get_secret_value().lower().startswith(("redis://", "rediss://")):
         raise ConfigError(
             "registry", str(settings.registry), "must be redis://… or rediss://…: replicas may be on any node"
         )
+    checkpoint = Checkpoint.open(settings.model)
+    settings = with_revision(settings, checkpoint)
     router_settings(settings, LOOPBACK[0])  # raises here what would stop a replica from starting
     arguments = to_arguments(settings)
     routers = serve.deployment(RouterReplica).options(**_options(settings, arguments, ROUTER))
@@ -43,14 +45,14 @@ def build(args: Mapping[str, Any] | AppSettings) -> serve.Application:
         serve.deployment(ExpertReplica)
         .options(**_options(settings, arguments, name, str(held)))
         .bind(arguments, str(held))
-        for name, held in default_placement(settings).items()
+        for name, held in default_placement(settings, checkpoint).items()
     ]
     return gateway.bind(arguments, routers.bind(arguments), *experts)
 
 
-def default_placement(settings: AppSettings) -> dict[str, ExpertSet]:
+def default_placement(settings: AppSettings, checkpoint: Checkpoint) -> dict[str, ExpertSet]:
     """Returns deployment name -> experts that each group and hot set holds without a placement: none for a hot set."""
-    shape = expert_layout(Checkpoint.open(settings.model)).shape
+    shape = expert_layout(checkpoint).shape
     groups = {
         f"experts-{group}": held for group, held in enumerate(shape.sliced_partition(settings.groups, settings.slices))
     }

@@ -18,9 +18,8 @@ SHOWN = "without_secrets"  # key of a registry URL that lacks its password
 EVERY_INTERFACE = ("0.0.0.0", "::")
 
 
-def with_revision(settings: AppSettings) -> AppSettings:
-    """Returns `settings` with the checkpoint's revision. Raises CheckpointError if another one is set."""
-    checkpoint = Checkpoint.open(settings.model)
+def with_revision(settings: AppSettings, checkpoint: Checkpoint) -> AppSettings:
+    """Returns `settings` with the revision of `checkpoint`, their model. Raises CheckpointError if another one is set."""
     return settings.model_copy(update={"revision": pinned_revision(checkpoint, settings.verify, settings.revision)})
 
 

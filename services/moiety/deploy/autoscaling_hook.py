@@ -38,11 +38,10 @@ class LoadPolicy:
 
     def _target(self, ctx: Any) -> int:
         if self._subscription is None:
-            from moiety.deploy.arguments import from_arguments
-            from moiety.deploy.ray_cluster import on_this_cluster
+            from moiety.deploy.ray_cluster import settings_of_process
             from moiety.scaling.autoscaler import subscribe
 
-            settings = on_this_cluster(from_arguments(self._arguments))
+            settings = settings_of_process(self._arguments)
             self._subscription = subscribe(ctx.deployment_name, settings, self._held)
         target: int = self._subscription.target(
             ctx.target_num_replicas, ctx.capacity_adjusted_min_replicas, ctx.capacity_adjusted_max_replicas

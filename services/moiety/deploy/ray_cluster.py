@@ -9,10 +9,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 from moiety.compose.environment import PROCESS_ENVIRONMENT
 from moiety.config.application import AppSettings
-from moiety.deploy.arguments import LOOPBACK
+from moiety.deploy.arguments import LOOPBACK, from_arguments
 from moiety.errors import FailedPrecondition
 
 # Moiety sends nothing through Ray's object store; about the smallest size that Ray accepts
@@ -73,6 +74,11 @@ def existing_ray(address: str) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def settings_of_process(arguments: Mapping[str, Any]) -> AppSettings:
+    """Returns the settings of the application in a process of Ray, which got its `arguments`."""
+    return on_this_cluster(from_arguments(arguments))
 
 
 def on_this_cluster(settings: AppSettings) -> AppSettings:

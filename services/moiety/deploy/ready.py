@@ -34,7 +34,7 @@ async def until_ready(
     """
     registry = connect(args.registry.get_secret_value(), args.system)
     ready: dict[str, list[str]] = {}
-    told = time.monotonic()
+    reported_at = time.monotonic()
     try:
         async with asyncio.timeout(wait_s):
             while True:
@@ -42,9 +42,9 @@ async def until_ready(
                 for deployment, addresses in ready.items():
                     if len(addresses) != len(before.get(deployment, [])):
                         progress(f"{deployment}: {len(addresses)}/{wanted.get(deployment, 0)} ready")
-                        told = time.monotonic()
-                if time.monotonic() - told > STILL_S:
-                    told = time.monotonic()
+                        reported_at = time.monotonic()
+                if time.monotonic() - reported_at > STILL_S:
+                    reported_at = time.monotonic()
                     progress(f"still waiting for {', '.join(_late(ready, wanted))}")
                 complete = all(len(ready.get(deployment, [])) >= count for deployment, count in wanted.items())
                 if _serve_runs(args.app) and complete:

@@ -12,10 +12,9 @@ import ray
 from ray import serve
 
 from moiety import compose
-from moiety.config.application import AppSettings
 from moiety.config.services import ServiceSettings
-from moiety.deploy.arguments import expert_settings, from_arguments, gateway_settings, router_settings
-from moiety.deploy.ray_cluster import on_this_cluster
+from moiety.deploy.arguments import expert_settings, gateway_settings, router_settings
+from moiety.deploy.ray_cluster import settings_of_process
 
 
 class _Replica:
@@ -53,7 +52,9 @@ class ExpertReplica(_Replica):
 
     async def __init__(self, arguments: Mapping[str, Any], held: str) -> None:  # type: ignore[misc]  # Serve awaits it
         context = serve.get_replica_context()
-        settings = expert_settings(_settings(arguments), context.deployment, held, ray.util.get_node_ip_address())
+        settings = expert_settings(
+            settings_of_process(arguments), context.deployment, held, ray.util.get_node_ip_address()
+        )
         await self._start(settings)
 
 
@@ -61,7 +62,7 @@ class RouterReplica(_Replica):
     """One replica of the router deployment."""
 
     async def __init__(self, arguments: Mapping[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits it
-        settings = router_settings(_settings(arguments), ray.util.get_node_ip_address())
+        settings = router_settings(settings_of_process(arguments), ray.util.get_node_ip_address())
         await self._start(settings)
 
 
@@ -72,9 +73,5 @@ class GatewayReplica(_Replica):
     """
 
     async def __init__(self, arguments: Mapping[str, Any], *_bound: object) -> None:  # type: ignore[misc]  # Serve awaits it
-        settings = gateway_settings(_settings(arguments), ray.util.get_node_ip_address())
+        settings = gateway_settings(settings_of_process(arguments), ray.util.get_node_ip_address())
         await self._start(settings)
-
-
-def _settings(arguments: Mapping[str, Any]) -> AppSettings:
-    return on_this_cluster(from_arguments(arguments))

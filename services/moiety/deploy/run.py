@@ -114,6 +114,7 @@ def _checked(args: AppSettings, *, alone: bool) -> AppSettings:
     if alone:
         gateway = gateway_settings(args, LOOPBACK[0])
         asyncio.run(check_port(gateway.listen_host, gateway.port, None))
-    expert_layout(Checkpoint.open(args.model)).shape.sliced_partition(args.groups, args.slices)
+    checkpoint = Checkpoint.open(args.model)
+    expert_layout(checkpoint).shape.sliced_partition(args.groups, args.slices)
     asyncio.run(reach_registry())
-    return with_revision(args)
+    return with_revision(args, checkpoint)

@@ -19,7 +19,7 @@ LOAD_TTL_S = 5.0
 MISSING_EXPERTS_TTL_S = 5.0
 DEMAND_TTL_S = 60.0  # counters are cumulative: a reader must see the last flush of a router that writes slowly
 DECISIONS_KEPT = 1000
-FORGET_S = 24 * 3600.0  # what a system leaves behind is deleted this long after its last sign of life
+SYSTEM_TTL_S = 24 * 3600.0  # what a system leaves behind is deleted this long after its last sign of life
 
 
 class Registry(Protocol):

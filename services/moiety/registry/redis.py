@@ -14,7 +14,7 @@ A heartbeat that finds the digest of its own entry in `beat:<id>` renews only th
 the entry. A reader asks for the list of digests, which the server sends only if the list has changed. Then it fetches the
 entries it lacks. It fetches a router's counters only if their field `stamp`, new at every report, has changed.
 
-Keys without an expiry above expire FORGET_S after the last service of the system has written its entry.
+Keys without an expiry above expire SYSTEM_TTL_S after the last service of the system has written its entry.
 
 `hot` is for operators: `<layer>/<expert>` -> rows per second over the last three seconds, for the 64 busiest experts. It sums
 the routers' `hot:<writer>`. `redis-cli ZREVRANGE 'moiety:{<app>}:<key>:hot' 0 9 WITHSCORES` shows the ten busiest.
@@ -33,7 +33,14 @@ from moiety.core.load import ExpertDemand, ReplicaLoad
 from moiety.core.replica import Placement, Replica, Role
 from moiety.core.system import SystemId
 from moiety.registry import entries, redis_scripts
-from moiety.registry.interface import DECISIONS_KEPT, DEMAND_TTL_S, FORGET_S, LOAD_TTL_S, MISSING_EXPERTS_TTL_S, TTL_S
+from moiety.registry.interface import (
+    DECISIONS_KEPT,
+    DEMAND_TTL_S,
+    LOAD_TTL_S,
+    MISSING_EXPERTS_TTL_S,
+    SYSTEM_TTL_S,
+    TTL_S,
+)
 from moiety.registry.listing import Listing, digest_of
 from moiety.registry.rates import RecentRates, hottest
 from moiety.registry.redis_store import RedisStore
@@ -91,7 +98,7 @@ class RedisRegistry(RedisStore):
             pipeline.zadd(self._app_prefix + "systems", {f"{self._system.key} {self._system}": time.time()})
             kept = KEPT_BY_ROUTERS if replica.role is Role.ROUTER else KEPT_BY_ALL
             for key in (*map(self._key, kept), self._app_prefix + "systems"):
-                pipeline.expire(key, int(FORGET_S))
+                pipeline.expire(key, int(SYSTEM_TTL_S))
             await pipeline.execute()
 
     async def deregister(self, replica_id: str) -> None:
@@ -124,13 +131,8 @@ class RedisRegistry(RedisStore):
         return 0 if value is None else self._reader.read("epoch", int, value) or 0
 
     async def set_placement(self, placement: Placement) -> bool:
-        text = entries.placement_to_json(placement)
-        return (
-            await self._script(
-                redis_scripts.SET_PLACEMENT, ["placement", "epoch"], placement.epoch, text, int(FORGET_S)
-            )
-            == 1
-        )
+        arguments = placement.epoch, entries.placement_to_json(placement), int(SYSTEM_TTL_S)
+        return await self._script(redis_scripts.SET_PLACEMENT, ["placement", "epoch"], *arguments) == 1
 
     async def publish_load(
         self, replica_id: str, busy: ReplicaLoad | None = None, demand: ExpertDemand | None = None
@@ -139,7 +141,7 @@ class RedisRegistry(RedisStore):
             if busy is not None:  # the key before the id: a reader prunes an id that has no key
                 pipeline.set(self._key("busy", replica_id), entries.load_to_json(busy), px=_milliseconds(LOAD_TTL_S))
                 pipeline.sadd(self._key("reporters"), replica_id)
-                pipeline.expire(self._key("reporters"), int(FORGET_S))
+                pipeline.expire(self._key("reporters"), int(SYSTEM_TTL_S))
             if demand is not None:
                 await self._add_demand(pipeline, replica_id, demand)
             await pipeline.execute()
@@ -149,7 +151,7 @@ class RedisRegistry(RedisStore):
         pipeline.hset(load, mapping={**entries.demand_to_fields(demand), "stamp": uuid.uuid4().hex})
         pipeline.expire(load, int(DEMAND_TTL_S))
         pipeline.sadd(self._key("writers"), writer)
-        pipeline.expire(self._key("writers"), int(FORGET_S))
+        pipeline.expire(self._key("writers"), int(SYSTEM_TTL_S))
         pipeline.delete(hot)
         if busiest := hottest(self._recent.setdefault(writer, RecentRates()).rows_per_s(demand), HOT_ENTRIES):
             pipeline.zadd(hot, busiest)
@@ -199,7 +201,7 @@ class RedisRegistry(RedisStore):
         fields = {"json": json.dumps(decision)}
         async with self._store() as client, client.pipeline(transaction=False) as pipeline:
             pipeline.xadd(self._key("decisions"), fields, maxlen=DECISIONS_KEPT, approximate=False)
-            pipeline.expire(self._key("decisions"), int(FORGET_S))
+            pipeline.expire(self._key("decisions"), int(SYSTEM_TTL_S))
             await pipeline.execute()
 
     async def decisions(self, count: int = 100) -> Sequence[Mapping[str, Any]]:
@@ -211,7 +213,7 @@ class RedisRegistry(RedisStore):
     async def systems(self) -> tuple[SystemId, ...]:
         index = self._app_prefix + "systems"
         async with self._store() as client:
-            await client.zremrangebyscore(index, "-inf", time.time() - FORGET_S)
+            await client.zremrangebyscore(index, "-inf", time.time() - SYSTEM_TTL_S)
             names = [raw.decode(errors="replace").partition(" ")[2] for raw in await client.zrange(index, 0, -1)]
             live: list[SystemId] = []
             for name in names:

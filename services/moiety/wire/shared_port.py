@@ -1,4 +1,4 @@
-"""Lets gateways of one system share a port, and nobody else: whoever listens there is asked first."""
+"""Lets gateways of one system share a port, and no one else: a gateway asks who listens there before it does too."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ from moiety.config.application import AppSettings, GatewayDeployment
 from moiety.deploy.app import build, default_placement
 from moiety.deploy.arguments import expert_settings, from_arguments, gateway_settings, router_settings, to_arguments
 from moiety.errors import ConfigError
+from moiety.model.checkpoint.checkpoint import Checkpoint
 from moiety.synthetic import write_tiny
 
 SECRET_URL = "redis://:hunter2@10.0.0.1:6390/0"
@@ -106,10 +107,12 @@ def test_a_router_knows_which_groups_may_overflow() -> None:
 
 def test_default_placement_covers_every_expert_once(model: Path) -> None:
     """Deployments are named experts-0, experts-1, … and hold the model's experts without overlap."""
-    placement = default_placement(AppSettings(model=str(model), groups=3))
+    checkpoint = Checkpoint.open(model)
+    placement = default_placement(AppSettings(model=str(model), groups=3), checkpoint)
     assert list(placement) == ["experts-0", "experts-1", "experts-2"]
     pairs = [pair for held in placement.values() for pair in held]
-    assert len(pairs) == len(set(pairs)) == len(default_placement(AppSettings(model=str(model), groups=1))["experts-0"])
+    whole = default_placement(AppSettings(model=str(model), groups=1), checkpoint)["experts-0"]
+    assert len(pairs) == len(set(pairs)) == len(whole)
 
 
 @pytest.mark.parametrize(
