@@ -119,9 +119,13 @@ class Runtime:
         self._thread.start()
 
     def stop(self, timeout_s: float) -> None:
-        """Refuses new calls, computes the queued ones and ends the thread. Waits at most `timeout_s` seconds for its end."""
+        """Refuses new calls, computes the queued ones and ends the thread. Waits at most `timeout_s` seconds for its end.
+
+        Does not wait for a device that hangs.
+        """
         self._batcher.close()
-        self._thread.join(timeout_s)
+        if not self._progress.problem(time.monotonic()):
+            self._thread.join(timeout_s)
 
     @property
     def mailbox(self) -> Mailbox:
