@@ -98,8 +98,10 @@ async def start(settings: RouterSettings, replica_id: str, node: str) -> Running
             slots=settings.slots,
             guides=guides,
             tracer=startup.tracer,
+            state=lambda: running.replica.state if running is not None else ReplicaState.STARTING,
             start=start_token,
         )
+        running: Running | None = None  # until it is registered
         covered, warned_at = False, time.monotonic()
 
         def entry(replica: Replica) -> Replica:
@@ -131,7 +133,7 @@ async def start(settings: RouterSettings, replica_id: str, node: str) -> Running
         health = EngineHealth(engine, hop.fleet.mailbox)
         server = Server([], [ENGINE_SERVICE])
         add_EngineServiceServicer_to_server(service, server.grpc)
-        return await startup.serve(
+        running = await startup.serve(
             ServiceParts(
                 role=Role.ROUTER,
                 server=server,
@@ -145,6 +147,7 @@ async def start(settings: RouterSettings, replica_id: str, node: str) -> Running
                 ),
             )
         )
+        return running
 
 
 async def reach_experts(
