@@ -152,9 +152,9 @@ class LocalCluster:
         """Returns the live replicas of one deployment, oldest first."""
         return [child for child in self.children if child.replica.deployment == deployment]
 
-    async def add_router(self) -> Child:
-        """Starts one more router; returns when it is registered."""
-        return await self._add(Role.ROUTER, "router", {})
+    async def add_router(self, **settings: Any) -> Child:
+        """Starts one more router; returns when it is registered. `settings` apply to this router only."""
+        return await self._add(Role.ROUTER, "router", settings)
 
     async def set_placement(self, held: Mapping[str, ExpertSet]) -> int:
         """Puts a new placement (deployment -> experts) in force and returns its epoch; replicas follow at their next beat."""
