@@ -16,7 +16,7 @@ from moiety_kernels.weights.expert_weights import ExpertWeights
 
 
 class Device:
-    """One device. Rows arrive and return in `wire_dtype`, weights have `dtype`.
+    """One device, used by one thread, in inference mode. Rows arrive and return in `wire_dtype`, weights have `dtype`.
 
     `deterministic`: the bits of a row do not depend on the batch that computes it.
     """
@@ -57,7 +57,6 @@ class Device:
         if not self._run(rows, [1] * len(weights), weights).isfinite().all():
             raise MoietyError("the outputs are not finite, even for rows of zeros")
 
-    @torch.inference_mode()
     def _run(self, rows: torch.Tensor, counts: Sequence[int], weights: Sequence[ExpertWeights]) -> torch.Tensor:
         outputs = grouped_expert_mlp(
             rows.to(self._device, self._dtype, non_blocking=True),

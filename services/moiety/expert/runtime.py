@@ -179,6 +179,7 @@ class Runtime:
         """Returns the replica's load since the previous call of this method: busy fraction, queue wait and rates."""
         return self._window.read()
 
+    @torch.inference_mode()
     def _run(self) -> None:
         _let_callers_finish()
         torch.set_num_threads(self._threads)
