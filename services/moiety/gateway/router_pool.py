@@ -214,16 +214,19 @@ class RouterPool:
 
     async def _refresh(self) -> None:
         """Drops routers that have left or are lost, and dials those that the registry lists."""
+        self._read_table()
+        await self._drop_lost()
+        self._dial_listed()
+        if self._dialling and not self._routers:  # with a router to use, others are dialled in the background
+            await asyncio.wait(self._dialling.values())
+
+    def _read_table(self) -> None:
         if self._watch.replicas is not self._seen:
             self._seen = self._watch.replicas
             routers = {replica.id: replica for replica in self._seen if replica.role is Role.ROUTER}
             self._listed = {name: replica for name, replica in routers.items() if replica.state in USABLE}
             self._leaving = {name for name, replica in routers.items() if replica.state is ReplicaState.DRAINING}
             self._refused = {name: why for name, why in self._refused.items() if name in self._listed}
-        await self._drop_lost()
-        self._dial_listed()
-        if self._dialling and not self._routers:  # with a router to use, others are dialled in the background
-            await asyncio.wait(self._dialling.values())
 
     async def _drop_lost(self, spare: RouterPeer | None = None) -> None:
         for router in [router for router in self._routers.values() if router is not spare and self._has_left(router)]:
@@ -248,6 +251,7 @@ class RouterPool:
 
     async def _polled(self, router: RouterPeer) -> None:
         """Drops and dials routers without waiting for a request, and moves requests from a router that is sick or hangs."""
+        self._read_table()
         await self._drop_lost(spare=router)  # its own task runs here: the next request drops it
         self._dial_listed()
         if router.in_flight and router.must_hand_over and any(other.well for other in self._routers.values()):

@@ -21,9 +21,8 @@ class Child:
     replica: Replica
     process: asyncio.subprocess.Process
     follower: asyncio.Task[None] | None = None
-    reconfigured: asyncio.Queue[str] = field(
-        default_factory=asyncio.Queue
-    )  # what a change of live settings brought: "" or why not
+    # of each change of live settings: why the child refused it, or an empty text
+    reconfigured: asyncio.Queue[str] = field(default_factory=asyncio.Queue)
 
     @property
     def pid(self) -> int:
