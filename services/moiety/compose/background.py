@@ -10,6 +10,8 @@ from concurrent.futures import Future
 from contextlib import suppress
 from typing import ParamSpec, TypeVar
 
+from moiety.core.supervise import supervise_thread
+
 NICENESS = 5  # about a third of the time of a serving thread on the same core; all of the time on an idle core
 
 P = ParamSpec("P")
@@ -22,6 +24,7 @@ async def at_low_priority(function: Callable[P, T], *args: P.args, **kwargs: P.k
     The thread is a new one because an unprivileged thread that has lowered its priority cannot raise it again.
     """
     future: Future[T] = Future()
+    future.set_running_or_notify_cancel()  # from now on it cannot be cancelled, so that its result can always be set
 
     def run() -> None:
         with suppress(OSError, AttributeError):
@@ -31,5 +34,5 @@ async def at_low_priority(function: Callable[P, T], *args: P.args, **kwargs: P.k
         except BaseException as error:
             future.set_exception(error)
 
-    threading.Thread(target=run, name="background", daemon=True).start()
+    supervise_thread("background", run).start()
     return await asyncio.wrap_future(future)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ class Child:
     replica: Replica
     process: asyncio.subprocess.Process
     follower: asyncio.Task[None] | None = None
+    # of each change of live settings: why the child refused it, or an empty text
+    reconfigured: asyncio.Queue[str] = field(default_factory=asyncio.Queue)
 
     @property
     def pid(self) -> int:

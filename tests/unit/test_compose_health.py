@@ -1,0 +1,102 @@
+"""The health of a service of any kind: its own check, its tasks and its event loop, as the registry and Serve see them."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+
+import pytest
+
+from moiety.compose.running import MOST_LATE, Running, ServiceParts
+from moiety.core.replica import ReplicaState, Role
+from moiety.core.supervise import TASKS, supervise
+from moiety.errors import Unavailable
+from moiety.registry.memory import MemoryRegistry
+from moiety.testing import HOST, eventually
+from moiety.testing.common import fake_replica
+from moiety.wire.server import Server
+
+
+@pytest.fixture(autouse=True)
+def looks_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes services look every 20 ms, and count 100 ms as late."""
+    monkeypatch.setattr("moiety.compose.running.LOOK_S", 0.02)
+    monkeypatch.setattr("moiety.compose.running.LATE_S", 0.1)
+
+
+@asynccontextmanager
+async def running() -> AsyncIterator[tuple[Running, MemoryRegistry]]:
+    """A running service without any work, and its registry."""
+    server, registry = Server([], []), MemoryRegistry()
+    parts = ServiceParts(role=Role.GATEWAY, server=server, idle=lambda: True)
+    replica = fake_replica("g", Role.GATEWAY, await server.start(HOST, 0))
+    service = Running(parts, replica, registry, AsyncExitStack())
+    await service.register()
+    try:
+        yield service, registry
+    finally:
+        await service.close()
+
+
+def block(seconds: float) -> None:
+    """Blocks the event loop, as a computation on it would."""
+    time.sleep(seconds)
+
+
+async def state_in(registry: MemoryRegistry) -> ReplicaState:
+    """Returns the state that the registry lists."""
+    (replica,) = await registry.replicas()
+    return replica.state
+
+
+async def test_a_task_that_ended_by_a_failure_makes_its_service_sick():
+    """The registry lists the service as SICK at once, and Serve's check fails with the task's name and error."""
+
+    async def fail() -> None:
+        raise OSError("too many open files")
+
+    async with running() as (service, registry):
+        service.healthy()
+        supervise("listener", fail, restart=False)
+        try:
+            await eventually(lambda: service.replica.state is ReplicaState.SICK)
+            with pytest.raises(Unavailable, match="task 'listener' ended by OSError: too many open files"):
+                service.healthy()
+            await asyncio.sleep(0)
+            assert await state_in(registry) is ReplicaState.SICK
+        finally:
+            TASKS.forget()
+        await eventually(lambda: service.replica.state is ReplicaState.READY)
+
+
+async def test_a_loop_that_is_blocked_once_is_well_and_again_and_again_is_sick():
+    """One long pause, as after SIGSTOP, counts for nothing; several in a row make the service sick until they end."""
+    async with running() as (service, _):
+        block(0.5)
+        await asyncio.sleep(0.1)
+        service.healthy()
+        for _ in range(MOST_LATE):
+            block(0.3)
+            await asyncio.sleep(0.001)
+        await eventually(lambda: service.replica.state is ReplicaState.SICK, within_s=1.0)
+        await eventually(lambda: service.replica.state is ReplicaState.READY)
+
+
+async def test_a_sick_service_drains_at_once():
+    """What a sick service has in flight does not finish: its replacement need not wait for it."""
+    async with running() as (service, _):
+
+        async def fail() -> None:
+            raise OSError
+
+        supervise("listener", fail, restart=False)
+        try:
+            await eventually(lambda: service.replica.state is ReplicaState.SICK)
+            began = time.monotonic()
+            await service.drain(30.0)
+            assert time.monotonic() - began < 5.0
+            assert service.replica.state is ReplicaState.DRAINING
+        finally:
+            TASKS.forget()
