@@ -23,8 +23,8 @@ class Watch:
     - *The registry does not answer*: the last table stays, and `stale_since` is set.
     - *The registry refuses writes*: no replica can renew its entry, so an expired one proves nothing. The replicas that
       are no longer listed stay in the table, and `refused` is set. The watch asks only if a replica is missing.
-    - *The registry was emptied*, or recovers from one of the above: replicas that it no longer lists stay in the table for
-      GRACE_S, so that their heartbeats can register them again.
+    - *The registry was emptied*, recovers from one of the above, or loses most of its entries at once: replicas that it
+      no longer lists stay in the table for GRACE_S, so that their heartbeats can register them again.
     - *An entry expired or was removed* from a working registry: the replica leaves the table.
 
     The last case does not prove that the replica is gone: a caller whose stream to the replica works keeps using it. If Redis
@@ -73,14 +73,19 @@ class Watch:
         try:
             listed = {replica.id: replica for replica in await self._registry.replicas()}
             generation = await self._registry.generation()
-            missing = any(replica.id not in listed for replica in self.replicas)
+            missing = {replica.id for replica in self.replicas} - listed.keys()
             refused = await self._refusal() if missing else None
         except RegistryUnreachable as error:
             if self.stale_since is None:
                 self.stale_since = self._clock()
                 _log.warning("the last table of %d replicas stays in use: %s", len(self.replicas), error)
             return
-        self._open_grace(generation, refused)
+        if (doubt := self._doubt(missing, generation, refused)) is not None:
+            if refused is None or self.refused is None:
+                _log.warning("replicas that are no longer listed stay in the table for now: %s", doubt)
+            self._unconfirmed = {replica.id: replica for replica in self.replicas}
+            self._grace_ends = self._clock() + GRACE_S
+        self._generation, self.stale_since, self.refused = generation, None, refused
         if self._clock() >= self._grace_ends:
             self._unconfirmed.clear()
         for replica_id in listed:
@@ -96,18 +101,18 @@ class Watch:
             return str(error)
         return None
 
-    def _open_grace(self, generation: str | None, refused: str | None) -> None:
-        """Starts the grace period if entries of live replicas may be missing. It does not end while writes are refused."""
-        emptied = self._generation is not None and generation != self._generation
-        recovered = self.stale_since is not None or (self.refused is not None and refused is None)
-        if emptied or recovered or refused is not None:
-            self._unconfirmed = {replica.id: replica for replica in self.replicas}
-            self._grace_ends = self._clock() + GRACE_S
-        if refused is not None and self.refused is None:
-            _log.warning("replicas that are no longer listed stay in the table: %s", refused)
-        elif emptied or recovered:
-            _log.warning("the registry %s: the last table is kept for %g s", "was emptied" if emptied else "is back", GRACE_S)
-        self._generation, self.stale_since, self.refused = generation, None, refused
+    def _doubt(self, missing: set[str], generation: str | None, refused: str | None) -> str | None:
+        """Returns why `missing` replicas, which are no longer listed, may be live; None if nothing speaks for it."""
+        vanished = len(missing - self._unconfirmed.keys())
+        if refused is not None:
+            return refused
+        if self._generation is not None and generation != self._generation:
+            return "the registry was emptied"
+        if self.stale_since is not None or self.refused is not None:
+            return "the registry is back"
+        if vanished > max(1, len(self.replicas) // 2):
+            return f"{vanished} of {len(self.replicas)} entries are gone at once"
+        return None
 
     async def _publish(self, table: tuple[Replica, ...]) -> None:
         if table == self.replicas:

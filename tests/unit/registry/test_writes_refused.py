@@ -99,6 +99,7 @@ async def test_an_expired_entry_proves_nothing_while_writes_are_refused(store: R
             assert watch.stale_since is None
             now += 2 * GRACE_S
         store.mend()
+        await watch.poll()  # before any beat
         await registry.register(expert_replica("lives"))
         await watch.poll()
         assert watch.replicas == both
