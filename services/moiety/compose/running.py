@@ -16,6 +16,7 @@ from moiety import __version__
 from moiety.config.services import ServiceSettings
 from moiety.core.load import ExpertDemand, ReplicaLoad
 from moiety.core.replica import Replica, ReplicaState, Role
+from moiety.core.supervise import TASKS
 from moiety.core.system import SystemId
 from moiety.errors import ConfigError, RegistryUnreachable
 from moiety.model.checkpoint.checkpoint import Checkpoint
@@ -69,6 +70,11 @@ class Running:
         """Registers and keeps registering. Raises RegistryUnreachable if the registry does not answer at start."""
         await self._heartbeat.start()
 
+    @property
+    def registered(self) -> bool:
+        """Whether the registry took the last heartbeat. If not, the service is still healthy: its peers keep their links."""
+        return self._heartbeat.trouble is None
+
     def healthy(self) -> None:
         """Raises Unavailable when the service is broken and should be replaced."""
         self._parts.healthy()
@@ -119,6 +125,7 @@ class ServiceStart:
         self.checkpoint: Checkpoint
         self.system: SystemId
         self.registry: Registry
+        self.meter.observe(MetricName.TASK_FAILURES, TASKS.failures.total)
         self.closers = AsyncExitStack()
         self.closers.push_async_callback(self._end_telemetry)
 
@@ -185,6 +192,7 @@ class ServiceStart:
             pid=os.getpid(),
         )
         running = Running(parts, replica, self.registry, self.closers)
+        self.meter.observe(MetricName.REGISTERED, lambda: float(running.registered))
         await running.register()
         await self._name_other_systems()
         return running

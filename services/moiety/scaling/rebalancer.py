@@ -7,6 +7,8 @@ import logging
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
+from functools import reduce
+from operator import or_
 from typing import Any
 
 from moiety.core.experts import ExpertSet
@@ -102,12 +104,8 @@ def _followed(replicas: Sequence[Replica], last: Placement) -> Placement:
     if epoch <= last.epoch:
         return last
     newer = {one.deployment: one.held for one in replicas if one.role is Role.EXPERT and one.placement_epoch == epoch}
-    complete = all(
-        ids <= frozenset().union(*(held.layer(layer) for held in newer.values()))
-        for experts in last.held.values()
-        for layer, ids in experts.by_layer.items()
-    )
-    return Placement(epoch, {**last.held, **newer}) if complete else Placement(epoch + 1, last.held)
+    lacking = reduce(or_, last.held.values(), ExpertSet()) - reduce(or_, newer.values(), ExpertSet())
+    return Placement(epoch + 1, last.held) if len(lacking) else Placement(epoch, {**last.held, **newer})
 
 
 def decision_of(plan: PlacementPlan, why: str) -> dict[str, Any]:

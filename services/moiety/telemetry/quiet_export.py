@@ -82,7 +82,7 @@ class OutageLog:
 
 def finishes_within(timeout_s: float, action: Callable[[], object]) -> bool:
     """Runs `action` on another thread; returns whether it has ended within `timeout_s`."""
-    thread = threading.Thread(target=action, name="telemetry-drain", daemon=True)
+    thread = supervise_thread("telemetry drain", lambda: action() and None)
     thread.start()
     thread.join(timeout_s)
     return not thread.is_alive()
