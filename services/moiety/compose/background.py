@@ -10,6 +10,8 @@ from concurrent.futures import Future
 from contextlib import suppress
 from typing import ParamSpec, TypeVar
 
+from moiety.core.supervise import spawn_thread
+
 NICENESS = 5  # about a third of the time of a serving thread on the same core; all of the time on an idle core
 
 P = ParamSpec("P")
@@ -24,6 +26,8 @@ async def at_low_priority(function: Callable[P, T], *args: P.args, **kwargs: P.k
     future: Future[T] = Future()
 
     def run() -> None:
+        if not future.set_running_or_notify_cancel():
+            return  # whoever waited was cancelled; from here on, the future can no longer be
         with suppress(OSError, AttributeError):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
         try:
@@ -31,5 +35,5 @@ async def at_low_priority(function: Callable[P, T], *args: P.args, **kwargs: P.k
         except BaseException as error:
             future.set_exception(error)
 
-    threading.Thread(target=run, name="background", daemon=True).start()
+    spawn_thread("background", run).start()
     return await asyncio.wrap_future(future)

@@ -166,6 +166,18 @@ def supervise_thread(name: str, run: Callable[[], None], *, restart: bool = Fals
     return threading.Thread(target=keep_running, name=name, daemon=True)
 
 
+def spawn_thread(name: str, work: Callable[[], object]) -> threading.Thread:
+    """Returns a daemon thread, not started yet, that runs `work`, which ends by itself, as `spawn` runs a task."""
+
+    def run() -> None:
+        try:
+            work()
+        except Exception as error:
+            TASKS._failed(_Supervised(name), error, restart=False)
+
+    return threading.Thread(target=run, name=name, daemon=True)
+
+
 def _task(name: str, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
     task = asyncio.create_task(work, name=name)
     TASKS._running.add(task)
