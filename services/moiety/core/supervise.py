@@ -46,7 +46,7 @@ class Tasks:
     def __init__(self) -> None:
         self.failures: Counter[str] = Counter()  # since the process started, by name
         self._supervised: set[_Supervised] = set()
-        self._running: set[asyncio.Task[None]] = set()  # an event loop does not keep its tasks alive
+        self.running: set[asyncio.Task[None]] = set()  # an event loop does not keep its tasks alive
         self._failed_at: dict[tuple[str, type[BaseException]], float] = {}  # (name, error) -> time.monotonic()
         self._lock = threading.Lock()
 
@@ -68,16 +68,18 @@ class Tasks:
             self._failed_at.clear()
             self._supervised = {one for one in self._supervised if not one.ended}
 
-    def _begin(self, name: str) -> _Supervised:
+    def begin(self, name: str) -> _Supervised:
+        """Adds a task or thread that begins to run."""
         with self._lock:
             self._supervised.add(one := _Supervised(name))
         return one
 
-    def _end(self, one: _Supervised) -> None:
+    def end(self, one: _Supervised) -> None:
+        """Removes one that has returned or was cancelled."""
         with self._lock:
             self._supervised.discard(one)
 
-    def _failed(self, one: _Supervised, error: BaseException, restart: bool) -> float:
+    def failed(self, one: _Supervised, error: BaseException, restart: bool) -> float:
         """Records a failure. Returns the delay in seconds before the restart.
 
         It is logged unless a task of the same name has failed with the same kind of error within the last STEADY_S.
@@ -109,7 +111,7 @@ def supervise(name: str, run: Callable[[], Coroutine[Any, Any, None]], *, restar
     """
 
     async def keep_running() -> None:
-        one = TASKS._begin(name)
+        one = TASKS.begin(name)
         try:
             while True:
                 one.began = time.monotonic()
@@ -118,15 +120,15 @@ def supervise(name: str, run: Callable[[], Coroutine[Any, Any, None]], *, restar
                 except asyncio.CancelledError as error:
                     if _cancelled():
                         raise
-                    delay_s = TASKS._failed(one, error, restart)  # what it waited for was cancelled, not this task
+                    delay_s = TASKS.failed(one, error, restart)  # what it waited for was cancelled, not this task
                 except Exception as error:
-                    delay_s = TASKS._failed(one, error, restart)
+                    delay_s = TASKS.failed(one, error, restart)
                 if not restart:
                     return
                 await asyncio.sleep(delay_s)
         finally:
             if not one.ended:
-                TASKS._end(one)
+                TASKS.end(one)
 
     return _task(name, keep_running())
 
@@ -138,7 +140,7 @@ def spawn(name: str, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         try:
             await work
         except Exception as error:
-            TASKS._failed(_Supervised(name), error, restart=False)
+            TASKS.failed(_Supervised(name), error, restart=False)
 
     task = _task(name, run())
     task.add_done_callback(lambda _: work.close())  # a task that is cancelled before it runs never awaits `work`
@@ -149,18 +151,18 @@ def supervise_thread(name: str, run: Callable[[], None], *, restart: bool = Fals
     """Returns a daemon thread, not started yet, that runs `run()` as `supervise` runs a task."""
 
     def keep_running() -> None:
-        one = TASKS._begin(name)
+        one = TASKS.begin(name)
         while True:
             one.began = time.monotonic()
             try:
                 run()
             except Exception as error:
-                delay_s = TASKS._failed(one, error, restart)
+                delay_s = TASKS.failed(one, error, restart)
                 if restart:
                     time.sleep(delay_s)
                     continue
                 return
-            TASKS._end(one)
+            TASKS.end(one)
             return
 
     return threading.Thread(target=keep_running, name=name, daemon=True)
@@ -173,15 +175,15 @@ def spawn_thread(name: str, work: Callable[[], object]) -> threading.Thread:
         try:
             work()
         except Exception as error:
-            TASKS._failed(_Supervised(name), error, restart=False)
+            TASKS.failed(_Supervised(name), error, restart=False)
 
     return threading.Thread(target=run, name=name, daemon=True)
 
 
 def _task(name: str, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
     task = asyncio.create_task(work, name=name)
-    TASKS._running.add(task)
-    task.add_done_callback(TASKS._running.discard)
+    TASKS.running.add(task)
+    task.add_done_callback(TASKS.running.discard)
     return task
 
 

@@ -10,9 +10,10 @@ stand under `moiety:{<app>}:<key>:`, where <key> is `SystemId.key` (the braces k
     placement      JSON                 epoch      epoch of `placement`             routers      set of ids, like replicas
     decisions      stream, 1,000 entries           probe      written to find out whether Redis takes writes
 
-A heartbeat renews `beat:<id>` and `replica:<id>`. It writes the entry if it finds another digest there, if a part of the entry
-is missing (Redis may have evicted it), and every 10 s in any case. A reader asks for the list of digests, which the server sends only if the list has changed. Then it fetches the
-entries it lacks. It fetches a router's counters only if their field `stamp`, new at every report, has changed.
+A heartbeat renews `beat:<id>` and `replica:<id>`. It writes the entry if it finds another digest there, if a part of it is
+missing (Redis may have evicted it), and every 10 s in any case. A reader asks for the list of digests, which the server sends
+only if the list has changed. Then it fetches the entries it lacks. It fetches a router's counters only if their field
+`stamp`, new at every report, has changed.
 
 Keys without an expiry above expire SYSTEM_TTL_S after the last service of the system has written its entry.
 

@@ -73,7 +73,9 @@ class RedisStore:
                 yield self._client()
         except (RedisError, OSError, TimeoutError) as error:
             name, reason = f"registry {without_secrets(self._url)}", str(error) or "no answer in time"
-            if (refusal := REFUSAL.search(f"{getattr(error, 'status_code', '')} {reason}")) and isinstance(error, ResponseError):
+            if (refusal := REFUSAL.search(f"{getattr(error, 'status_code', '')} {reason}")) and isinstance(
+                error, ResponseError
+            ):
                 raise WritesRefused(f"{name} refuses writes: {refusal[0]}: {REFUSALS[refusal[0]]}") from error
             raise RegistryUnreachable(f"{name}: {reason}") from error
 

@@ -66,7 +66,10 @@ def test_no_task_or_thread_is_started_bare() -> None:
         ("asyncio.run_coroutine_threadsafe(work(), loop)", [(1, "asyncio.run_coroutine_threadsafe")]),
         ("future = asyncio.run_coroutine_threadsafe(work(), loop)", []),
         ("async def f():\n async with asyncio.TaskGroup() as group:\n  group.create_task(work())", []),
-        ("async def f():\n async with asyncio.timeout(1) as group:\n  group.create_task(work())", [(3, "group.create_task")]),
+        (
+            "async def f():\n async with asyncio.timeout(1) as group:\n  group.create_task(work())",
+            [(3, "group.create_task")],
+        ),
     ],
 )
 def test_bare_starts_are_found(source: str, found: list[tuple[int, str]]) -> None:

@@ -15,6 +15,7 @@ from moiety.errors import Unavailable
 
 @pytest.fixture(autouse=True)
 def no_earlier_failures(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Restarts follow at once, and other tests' failures do not count."""
     monkeypatch.setattr(supervision, "BACKOFF_S", 0.001)
     TASKS.forget()
     yield
@@ -22,6 +23,7 @@ def no_earlier_failures(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 async def until(condition: object) -> None:
+    """Waits until `condition()` holds."""
     async with asyncio.timeout(5):
         while not condition():  # type: ignore[operator]
             await asyncio.sleep(0.001)
@@ -42,7 +44,8 @@ async def test_a_failed_task_is_started_again(caplog: pytest.LogCaptureFixture) 
     await until(lambda: runs == 2)
     TASKS.check()
     assert TASKS.failures == {"listener": 1}
-    assert "task 'listener' failed" in caplog.text and "too many open files" in caplog.text
+    assert "task 'listener' failed" in caplog.text
+    assert "too many open files" in caplog.text
     task.cancel()
     await asyncio.wait([task])
     assert task.cancelled()
@@ -164,7 +167,7 @@ async def test_the_cancellation_of_something_else_is_a_failure() -> None:
 
 
 async def test_many_short_tasks_that_fail_alike_are_logged_once(caplog: pytest.LogCaptureFixture) -> None:
-    """Of equal failures of one kind of task, the first is logged and all are counted; another kind of failure is logged, too."""
+    """Of equal failures of one kind of task, the first is logged and all are counted; a new kind of failure is logged."""
 
     async def fails(error: Exception) -> None:
         raise error

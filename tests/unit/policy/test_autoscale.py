@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from moiety.config.options import Scaling
 from moiety.policy.autoscale import (
-    SETTLE_S,
     LEAST_PATIENCE_S,
+    SETTLE_S,
     Decision,
     Snapshot,
     State,

@@ -63,7 +63,7 @@ def test_a_ramp_is_followed_while_replicas_start() -> None:
 
 
 def wishes(start_s: float, snapshot: Snapshot, until_s: float) -> list[int]:
-    """The distinct targets of a deployment whose replicas need `start_s` seconds, decided four times a second under this load."""
+    """The targets of a deployment whose replicas need `start_s` seconds to start, decided four times a second."""
     settings = SETTINGS.model_copy(update={"max_replicas": 1000})
     state, requested, targets = State(), [(0.0, snapshot.target)], [snapshot.target]
     for step in range(int(until_s * 4)):

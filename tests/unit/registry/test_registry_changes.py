@@ -139,7 +139,9 @@ async def test_unchanged_entries_are_not_sent(redis_server: EmbeddedRedis, app: 
         assert await reader.expert_demand() == {"r0": flushed}
 
 
-@pytest.mark.parametrize("evicted", [("replicas",), ("routers",), ("replica:e0",), ("beat:e0",), ("replicas", "generation")])
+@pytest.mark.parametrize(
+    "evicted", [("replicas",), ("routers",), ("replica:e0",), ("beat:e0",), ("replicas", "generation")]
+)
 async def test_a_store_that_lost_parts_is_repaired(
     redis_server: EmbeddedRedis, app: str, evicted: tuple[str, ...]
 ) -> None:
@@ -154,9 +156,7 @@ async def test_a_store_that_lost_parts_is_repaired(
             assert await registry.generation() is not None
 
 
-async def test_a_full_write_is_repeated(
-    redis_server: EmbeddedRedis, app: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_full_write_is_repeated(redis_server: EmbeddedRedis, app: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The generation, which no beat looks at, comes back within REWRITE_S if Redis has evicted it."""
     loop = asyncio.get_running_loop()
     clock, ahead = loop.time, 0.0

@@ -7,7 +7,6 @@ import logging
 from collections.abc import Iterator
 
 import pytest
-import redis
 from registry_support import eventually, expert_replica, opened, prefix_of
 
 from moiety.core.load import ReplicaLoad
@@ -17,58 +16,23 @@ from moiety.registry.embedded_redis import EmbeddedRedis
 from moiety.registry.heartbeat import Heartbeat
 from moiety.registry.redis import ENTRY_TTL_S, REWRITE_S
 from moiety.registry.watch import GRACE_S, Watch
-
-
-class Refusing:
-    """A Redis of its own that refuses writes between `refuse` and `mend`."""
-
-    def __init__(self, server: EmbeddedRedis) -> None:
-        self.server, self.client = server, redis.Redis(port=server.port)
-        self._before: dict[str, str] = {}
-
-    def refuse(self, how: str) -> str:
-        """Begins to refuse writes; returns the code with which Redis does."""
-        if how == "READONLY":
-            self.client.replicaof("127.0.0.1", 1)
-        elif how == "NOREPLICAS":
-            self._set("min-replicas-to-write", "1")
-        elif how == "MISCONF":
-            try:
-                self._set("dir", "/proc")
-            except redis.ResponseError as error:
-                pytest.skip(f"this Redis does not let a client break its snapshots: {error}")
-            self._set("save", "900 1")
-            self.client.bgsave()
-            while self.client.info("persistence")["rdb_last_bgsave_status"] == "ok":
-                pass
-        else:
-            self._set("maxmemory-policy", {"OOM": "noeviction", "evicting": "allkeys-lru"}[how])
-            self._set("maxmemory", "1")
-        return "OOM" if how == "evicting" else how
-
-    def mend(self) -> None:
-        """Takes writes again."""
-        for name in reversed(self._before):
-            self.client.config_set(name, self._before[name])
-        self.client.replicaof("NO", "ONE")
-
-    def _set(self, name: str, value: str) -> None:
-        self._before[name] = self.client.config_get(name)[name]
-        self.client.config_set(name, value)
+from support.refusing_redis import REFUSALS, RefusingRedis
 
 
 @pytest.fixture
-def store() -> Iterator[Refusing]:
+def store() -> Iterator[RefusingRedis]:
     """A server of this test's own."""
     with EmbeddedRedis() as server:
-        refusing = Refusing(server)
+        refusing = RefusingRedis(server)
         yield refusing
         refusing.client.close()
 
 
-@pytest.mark.parametrize("how", ["OOM", "evicting", "READONLY", "MISCONF", "NOREPLICAS"])
-async def test_an_expired_entry_proves_nothing_while_writes_are_refused(store: Refusing, app: str, how: str) -> None:
-    """Reads answer, the error says what to do, the table keeps its replicas until writes work again, and one that died leaves."""
+@pytest.mark.parametrize("how", REFUSALS)
+async def test_an_expired_entry_proves_nothing_while_writes_are_refused(
+    store: RefusingRedis, app: str, how: str
+) -> None:
+    """Reads answer, the error says what to do, the table keeps its replicas, and later one that died leaves."""
     now = 0.0
     async with opened(store.server.url, app) as registry:
         watch = Watch(registry, clock=lambda: now)
@@ -114,7 +78,7 @@ async def test_an_expired_entry_proves_nothing_while_writes_are_refused(store: R
 
 @pytest.mark.parametrize("role", [Role.EXPERT, Role.ROUTER])
 async def test_a_full_redis_still_renews(
-    store: Refusing, app: str, role: Role, monkeypatch: pytest.MonkeyPatch
+    store: RefusingRedis, app: str, role: Role, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While its memory is full, an entry lives on, also when it is due to be written again, and when a newer one is refused."""
     loop = asyncio.get_running_loop()
@@ -141,7 +105,7 @@ async def test_a_full_redis_still_renews(
 
 
 async def test_a_refusal_is_logged_once_and_shown(
-    store: Refusing, app: str, caplog: pytest.LogCaptureFixture
+    store: RefusingRedis, app: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """However many beats fail, the refusal is one line and the recovery another; meanwhile `trouble` says why."""
     replica = expert_replica()

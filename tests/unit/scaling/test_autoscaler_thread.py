@@ -26,14 +26,18 @@ class Flaky(Ledger):
         return await super().read()
 
 
-def test_a_failing_round_does_not_end_scaling(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_failing_round_does_not_end_scaling(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """Rounds that raise are logged once and counted; then targets are published again."""
     monkeypatch.setattr(autoscaler, "Ledger", Flaky)
     TASKS.forget()
     with EmbeddedRedis() as server:
         settings = AppSettings(model="m", registry=server.url, groups=1, experts={"min_replicas": 2, "max_replicas": 4})
         running = autoscaler.Autoscaler(settings)
-        subscription = autoscaler.Subscription("experts-0", settings.scaling("experts-0"), ExpertSet(), asked_at=time.monotonic())
+        subscription = autoscaler.Subscription(
+            "experts-0", settings.scaling("experts-0"), ExpertSet(), asked_at=time.monotonic()
+        )
         running.add(subscription)
         running.start()
         try:

@@ -44,9 +44,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="shared memory i
 async def replica() -> AsyncIterator[asyncio.subprocess.Process]:
     """A process with a shared-memory listener."""
     pipe = asyncio.subprocess.PIPE
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", REPLICA, stdin=pipe, stdout=pipe
-    )
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", REPLICA, stdin=pipe, stdout=pipe)
     yield process
     process.kill()
     await process.wait()
@@ -54,7 +52,8 @@ async def replica() -> AsyncIterator[asyncio.subprocess.Process]:
 
 async def test_a_lack_of_descriptors_does_not_end_the_listener(replica: asyncio.subprocess.Process) -> None:
     """Without a free descriptor no connection is accepted; a router that connects later, with some free, is served."""
-    assert replica.stdin is not None and replica.stdout is not None
+    assert replica.stdin is not None
+    assert replica.stdout is not None
     name = (await replica.stdout.readline()).decode().strip()
     description = DescribeReplicaResponse(
         wire_version=WIRE_VERSION, system=str(SYSTEM), dtype="float32", shared_memory=name
@@ -62,7 +61,8 @@ async def test_a_lack_of_descriptors_does_not_end_the_listener(replica: asyncio.
 
     async def failures(which: str = "") -> int:
         """Sets the limit, if one is given; returns how often the listener has failed."""
-        assert replica.stdin is not None and replica.stdout is not None
+        assert replica.stdin is not None
+        assert replica.stdout is not None
         replica.stdin.write(f"{which}\n".encode())
         return int(await replica.stdout.readline())
 
