@@ -125,7 +125,7 @@ class ServiceStart:
         self.checkpoint: Checkpoint
         self.system: SystemId
         self.registry: Registry
-        self.meter.observe(MetricName.TASK_FAILURES, TASKS.failures.total)
+        self.meter.observe(MetricName.TASK_FAILURES, TASKS.total_failures)
         self.closers = AsyncExitStack()
         self.closers.push_async_callback(self._end_telemetry)
 

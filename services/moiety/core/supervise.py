@@ -61,6 +61,11 @@ class Tasks:
             what = "ended by" if sick[0].ended else f"failed {sick[0].failures} times in a row, last by"
             raise Unavailable(f"task {sick[0].name!r} {what} {_shown(sick[0].error)}")
 
+    def total_failures(self) -> int:
+        """Returns how often tasks and threads have failed since the process started."""
+        with self._lock:
+            return self.failures.total()
+
     def forget(self) -> None:
         """Forgets failures, for tests that provoke them."""
         with self._lock:

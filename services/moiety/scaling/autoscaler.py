@@ -97,6 +97,7 @@ class Autoscaler:
         self.settings = settings
         self._stopping = False
         self._subscriptions: dict[str, Subscription] = {}
+        self._latest: tuple[Reading, float] | None = None  # the last reading of the ledger and its time
         self._thread = supervise_thread("autoscaler", lambda: asyncio.run(self._follow()), restart=True)
 
     @property
@@ -120,15 +121,16 @@ class Autoscaler:
 
         registry = connect(self.settings.registry.get_secret_value(), self.settings.system)
         meter = configure_metrics("moiety-autoscaler", {ResourceAttribute.INSTANCE: self.settings.app})
-        meter.observe(MetricName.TASK_FAILURES, TASKS.failures.total)
+        meter.observe(MetricName.TASK_FAILURES, TASKS.total_failures)
         try:
             ledger, rebalancer = Ledger(registry), self._rebalancer(registry)
-            await supervise("autoscaling", lambda: self._decide_all(registry, ledger, rebalancer, meter))
+            scaling = supervise("autoscaling", lambda: self._decide_all(registry, ledger, meter))
+            await asyncio.wait([scaling, supervise("rebalancing", lambda: self._rebalance(rebalancer))])
         finally:
             await registry.close()
             meter.shutdown()
 
-    async def _decide_all(self, registry: Registry, ledger: Ledger, rebalancer: Rebalancer, meter: Meter) -> None:
+    async def _decide_all(self, registry: Registry, ledger: Ledger, meter: Meter) -> None:
         """Decides for all deployments every PERIOD_S, until `stop`."""
         while not self._stopping:
             began = time.monotonic()
@@ -137,9 +139,19 @@ class Autoscaler:
                     attributes = {Attribute.DEPLOYMENT: subscription.deployment}
                     meter.observe(MetricName.TARGET, subscription.trusted, attributes)
                 reading = await ledger.read()
+                self._latest = reading, began
                 await _decide(active, reading, registry)
-                await rebalancer.follow(reading, self._default(), began)
             await asyncio.sleep(max(0.0, began + PERIOD_S - time.monotonic()))
+
+    async def _rebalance(self, rebalancer: Rebalancer) -> None:
+        """Shows each reading to the rebalancer, until `stop`. A task of its own: planning a placement delays no decision."""
+        seen: tuple[Reading, float] | None = None
+        while not self._stopping:
+            if (latest := self._latest) is not None and latest is not seen:
+                seen = latest
+                reading, now = latest
+                await rebalancer.follow(reading, self._default(), now)
+            await asyncio.sleep(PERIOD_S)
 
     def _rebalancer(self, registry: Registry) -> Rebalancer:
         gain = self.settings.rebalance_gain or (HOT_GAIN if self.settings.hot_sets else None)
