@@ -68,7 +68,7 @@ async def test_refused_writes_neither_empty_nor_double_a_deployment() -> None:
 
 
 async def test_the_longest_start_is_measured() -> None:
-    """The start of a replica lasts from its launch to its registration; one that does not say when it was launched is left out."""
+    """A start lasts from a replica's launch to its registration; a replica without a launch time is left out."""
     registry = await _registry(
         READY,
         replace(READY, id="b", launched=100.0, started=280.0),
