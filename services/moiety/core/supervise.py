@@ -26,7 +26,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True, eq=False)
-class _Supervised:
+class Supervised:
     """One running task or thread, or one that ended by a failure."""
 
     name: str
@@ -45,7 +45,7 @@ class Tasks:
 
     def __init__(self) -> None:
         self.failures: Counter[str] = Counter()  # since the process started, by name
-        self._supervised: set[_Supervised] = set()
+        self._supervised: set[Supervised] = set()
         self.running: set[asyncio.Task[None]] = set()  # an event loop does not keep its tasks alive
         self._failed_at: dict[tuple[str, type[BaseException]], float] = {}  # (name, error) -> time.monotonic()
         self._lock = threading.Lock()
@@ -73,18 +73,18 @@ class Tasks:
             self._failed_at.clear()
             self._supervised = {one for one in self._supervised if not one.ended}
 
-    def begin(self, name: str) -> _Supervised:
+    def begin(self, name: str) -> Supervised:
         """Adds a task or thread that begins to run."""
         with self._lock:
-            self._supervised.add(one := _Supervised(name))
+            self._supervised.add(one := Supervised(name))
         return one
 
-    def end(self, one: _Supervised) -> None:
+    def end(self, one: Supervised) -> None:
         """Removes one that has returned or was cancelled."""
         with self._lock:
             self._supervised.discard(one)
 
-    def failed(self, one: _Supervised, error: BaseException, restart: bool) -> float:
+    def failed(self, one: Supervised, error: BaseException, restart: bool) -> float:
         """Records a failure. Returns the delay in seconds before the restart.
 
         It is logged unless a task of the same name has failed with the same kind of error within the last STEADY_S.
@@ -145,7 +145,7 @@ def spawn(name: str, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         try:
             await work
         except Exception as error:
-            TASKS.failed(_Supervised(name), error, restart=False)
+            TASKS.failed(Supervised(name), error, restart=False)
 
     task = _task(name, run())
     task.add_done_callback(lambda _: work.close())  # a task that is cancelled before it runs never awaits `work`
@@ -180,7 +180,7 @@ def spawn_thread(name: str, work: Callable[[], object]) -> threading.Thread:
         try:
             work()
         except Exception as error:
-            TASKS.failed(_Supervised(name), error, restart=False)
+            TASKS.failed(Supervised(name), error, restart=False)
 
     return threading.Thread(target=run, name=name, daemon=True)
 
