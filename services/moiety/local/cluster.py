@@ -254,6 +254,7 @@ class LocalCluster:
     async def _follow(self, child: Child) -> None:
         """Keeps `child` and its entry in the registry file up to date until the child ends."""
         with suppress(EOFError):
+            await self._record(child.replica)  # again, if that has failed: the disk may have been full
             while True:
                 message = await read(child.process)
                 if "reconfigured" in message:
