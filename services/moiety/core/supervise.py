@@ -147,9 +147,7 @@ def spawn(name: str, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         except Exception as error:
             TASKS.failed(Supervised(name), error, restart=False)
 
-    task = _task(name, run())
-    task.add_done_callback(lambda _: work.close())  # a task that is cancelled before it runs never awaits `work`
-    return task
+    return _task(name, run(), work)
 
 
 def supervise_thread(name: str, run: Callable[[], None], *, restart: bool = False) -> threading.Thread:
@@ -185,10 +183,19 @@ def spawn_thread(name: str, work: Callable[[], object]) -> threading.Thread:
     return threading.Thread(target=run, name=name, daemon=True)
 
 
-def _task(name: str, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-    task = asyncio.create_task(work, name=name)
+def _task(
+    name: str, run: Coroutine[Any, Any, None], work: Coroutine[Any, Any, None] | None = None
+) -> asyncio.Task[None]:
+    """Starts `run`, which awaits `work`."""
+
+    def done(task: asyncio.Task[None]) -> None:
+        TASKS.running.discard(task)
+        if work is not None:
+            work.close()  # a task that is cancelled before it runs never awaits it
+
+    task = asyncio.create_task(run, name=name)
     TASKS.running.add(task)
-    task.add_done_callback(TASKS.running.discard)
+    task.add_done_callback(done)
     return task
 
 
