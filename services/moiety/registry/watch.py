@@ -110,6 +110,7 @@ class Watch:
             return "the registry was emptied"
         if self.stale_since is not None or self.refused is not None:
             return "the registry is back"
+        # For instance, Redis has just become a primary: until then it had listed entries that had expired.
         if vanished > max(1, len(self.replicas) // 2):
             return f"{vanished} of {len(self.replicas)} entries are gone at once"
         return None
