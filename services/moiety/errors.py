@@ -11,6 +11,7 @@ MoietyError
 │   └── CheckpointError      a checkpoint is missing, corrupt or unsupported
 ├── Unavailable              something that is needed is missing for now
 │   ├── RegistryUnreachable  Redis (or the registry file) does not answer
+│   │   └── WritesRefused    Redis answers, but takes no writes
 │   ├── PeerLost             a replica has left, or its stream broke
 │   └── NoHolder             no live replica holds an expert that a token needs
 ├── HopFailed                a layer could not be computed for some tokens of a step
@@ -76,6 +77,10 @@ class Unavailable(MoietyError):
 
 class RegistryUnreachable(Unavailable):
     """The registry does not answer. Readers keep using the replicas and the placement that they read last."""
+
+
+class WritesRefused(RegistryUnreachable):
+    """The registry answers reads but refuses writes, so entries expire though their services live."""
 
 
 class PeerLost(Unavailable):

@@ -15,11 +15,14 @@ from moiety.local.cluster import LocalCluster
 from moiety.policy.autoscale import State, decide
 from moiety.registry.embedded_redis import EmbeddedRedis
 from moiety.registry.interface import TTL_S
+from moiety.registry.watch import GRACE_S
 from moiety.scaling.ledger import Ledger
+from support.refusing_redis import REFUSALS, RefusingRedis
 from support.streams import Streams
 
 NEW_TOKENS = 60
 OUTAGE_S = 30.0
+REFUSED_S = 12.0  # the entries of all services expire, and their readers' grace is over
 
 
 async def _rows(cluster: LocalCluster) -> int:
@@ -58,7 +61,10 @@ async def test_serving_outlives_its_registry(tiny: Callable[[str], str]) -> None
                 assert await Streams(client, NEW_TOKENS).finish() == expected
                 reading = await ledger.read()
                 decision = decide(reading.snapshot("experts-0", 1, first), State(), Scaling(), 0.0)
-                assert (decision.target, decision.reason) == (1, "the registry does not answer: stay at 1")
+                assert (decision.target, decision.reason) == (
+                    1,
+                    "the registry does not answer, or refuses writes: stay at 1",
+                )
                 if time.monotonic() > outage_end:
                     break
             redis = EmbeddedRedis(port=port)
@@ -78,3 +84,32 @@ async def test_serving_outlives_its_registry(tiny: Callable[[str], str]) -> None
             assert await Streams(client, NEW_TOKENS).finish() == expected
     finally:
         redis.stop()
+
+
+@pytest.mark.slow
+async def test_serving_outlives_a_redis_that_refuses_writes(tiny: Callable[[str], str]) -> None:
+    """Tokens stay the same however Redis refuses writes, targets stay, and soon after all services are listed once.
+
+    Over 20 s: each refusal lasts until entries have expired and readers' grace is over.
+    """
+    assert REFUSED_S > TTL_S + GRACE_S
+    with EmbeddedRedis() as server:
+        served = LocalCluster(tiny("qwen3_moe"), dtype="float32", registry=server.url)
+        async with served as cluster, Client(cluster.address) as client:
+            expected = await Streams(client, NEW_TOKENS).finish()
+            listed = [replica.id for replica in await cluster.registry.replicas()]
+            for how in REFUSALS:
+                store, ledger = RefusingRedis(server), Ledger(cluster.registry)
+                assert not (await ledger.read()).stale
+                store.refuse(how)
+                mended_at = time.monotonic() + REFUSED_S
+                while time.monotonic() < mended_at:
+                    assert await Streams(client, NEW_TOKENS).finish() == expected, how
+                    assert (await ledger.read()).snapshot("experts-0", 1, cluster.partition[0]).stale, how
+                store.mend()
+                async with asyncio.timeout(5):
+                    while [replica.id for replica in await cluster.registry.replicas()] != listed:
+                        await asyncio.sleep(0.1)
+                assert await Streams(client, NEW_TOKENS).finish() == expected
+                assert not (await ledger.read()).stale
+                store.client.close()

@@ -30,7 +30,7 @@ def test_services_export_load_rows_and_cost_error(served: Served) -> None:
             await asyncio.sleep(0.05)
         assert min(errors) >= 0.0
         services = {f"moiety-{child.replica.deployment}" for child in served.cluster.children}
-        for name in (MetricName.BUSY, MetricName.QUEUE_WAIT):
+        for name in (MetricName.BUSY, MetricName.QUEUE_WAIT, MetricName.TASK_FAILURES, MetricName.REGISTERED):
             assert {figure.service for figure in figures if figure.name == name} >= services
         assert {figure.value for figure in figures if figure.name == MetricName.REROUTED_ROWS} == {0}
 

@@ -64,10 +64,11 @@ class PlacementFollower:
         One look is not enough: a registry that was just emptied lists few routers or none. If no router is listed now,
         the looks of the last TTL_S count.
         """
+        agreed_at, self._agreed_at = self._agreed_at, inf
+        await self._registry.check_writes()  # where writes are refused, routers that are not listed may live
         routers = await self._registry.routers()
         now = time.monotonic()
         if not all(router.placement_epoch >= epoch for router in routers):
-            self._agreed_at = inf
             return False
-        self._agreed_at = min(self._agreed_at, now)
+        self._agreed_at = min(agreed_at, now)
         return now >= self._agreed_at + (SEEN_S if routers else TTL_S)

@@ -81,6 +81,11 @@ class Running:
         await self._heartbeat.start()
         self._looking = supervise("health", self._look)
 
+    @property
+    def registered(self) -> bool:
+        """Whether the registry took the last heartbeat. If not, the service is still healthy: its peers keep their links."""
+        return self._heartbeat.trouble is None
+
     def healthy(self) -> None:
         """Raises Unavailable while the service is sick: it should be replaced, unless it recovers."""
         TASKS.check()
@@ -167,6 +172,7 @@ class ServiceStart:
         self.checkpoint: Checkpoint
         self.system: SystemId
         self.registry: Registry
+        self.meter.observe(MetricName.TASK_FAILURES, TASKS.total_failures)
         self.closers = AsyncExitStack()
         self.closers.push_async_callback(self._end_telemetry)
 
@@ -233,6 +239,7 @@ class ServiceStart:
             pid=os.getpid(),
         )
         running = Running(parts, replica, self.registry, self.closers)
+        self.meter.observe(MetricName.REGISTERED, lambda: float(running.registered))
         await running.register()
         await self._name_other_systems()
         return running

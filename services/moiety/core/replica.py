@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -59,6 +59,11 @@ class Replica:
     served: float = 0.0  # when it had computed its first rows; experts only
     pid: int = 0
     scaling: Mapping[str, float] = field(default_factory=dict)  # live scaling settings from user_config
+
+
+def ready_experts(replicas: Iterable[Replica]) -> list[Replica]:
+    """Returns the expert replicas among `replicas` that may get new work."""
+    return [one for one in replicas if one.role is Role.EXPERT and one.state is ReplicaState.READY]
 
 
 @dataclass(frozen=True, slots=True)

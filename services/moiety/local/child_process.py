@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
+import signal
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,7 @@ from typing import Any
 from moiety.core.replica import Replica
 
 STOP_S = 10.0
+_log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True, eq=False)
@@ -20,6 +24,8 @@ class Child:
 
     replica: Replica
     process: asyncio.subprocess.Process
+    log: Path
+    leaving: bool = False  # it was told to end
     follower: asyncio.Task[None] | None = None
     # of each change of live settings: why the child refused it, or an empty text
     reconfigured: asyncio.Queue[str] = field(default_factory=asyncio.Queue)
@@ -38,6 +44,29 @@ class Child:
         if self.follower is not None:
             await self.follower
 
+    async def end(self) -> None:
+        """Ends the process: closes its stdin, which it obeys also if it is stopped, and kills it after STOP_S."""
+        self.leaving = True
+        with suppress(ProcessLookupError):
+            self.signal(signal.SIGCONT)
+        if self.process.stdin is not None:
+            self.process.stdin.close()
+        try:
+            async with asyncio.timeout(STOP_S):
+                await self.process.wait()
+        except TimeoutError:
+            _log.warning("%s did not end within %g s: it is killed", self.replica.id, STOP_S)
+        finally:  # also if this is cancelled: nothing may be left
+            if self.process.returncode is None:
+                self.process.kill()
+                await self.process.wait()
+
+    def obituary(self) -> str:
+        """Returns how the process ended and the end of its log."""
+        status = self.process.returncode or 0
+        how = f"was killed by signal {-status}" if status < 0 else f"ended by itself with status {status}"
+        return f"{self.replica.id} {how}; the end of its log:\n{tail(self.log)}"
+
 
 async def write(process: asyncio.subprocess.Process, message: Mapping[str, Any]) -> None:
     """Sends a message to the child."""
@@ -53,16 +82,6 @@ async def read(process: asyncio.subprocess.Process) -> dict[str, Any]:
         raise EOFError
     message: dict[str, Any] = json.loads(line)
     return message
-
-
-async def ended(process: asyncio.subprocess.Process) -> None:
-    """Waits until the child has ended; kills it after STOP_S."""
-    try:
-        async with asyncio.timeout(STOP_S):
-            await process.wait()
-    except TimeoutError:
-        process.kill()
-        await process.wait()
 
 
 def tail(log: Path, lines: int = 15) -> str:

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import secrets
 import shutil
-import signal
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -27,9 +27,10 @@ from moiety.config.services import GatewaySettings
 from moiety.config.validate import validated
 from moiety.core.experts import ExpertSet, ModelShape
 from moiety.core.replica import Placement, Replica, Role
+from moiety.core.supervise import supervise
 from moiety.core.system import SystemId
 from moiety.errors import FailedPrecondition, Unavailable
-from moiety.local.child_process import STOP_S, Child, ended, read, tail, write
+from moiety.local.child_process import STOP_S, Child, read, tail, write
 from moiety.model.checkpoint.checkpoint import Checkpoint
 from moiety.model.checkpoint.revision import revision_of
 from moiety.model.experts.cached import expert_layout
@@ -41,6 +42,7 @@ from moiety.scaling.placement_progress import until_settled
 from moiety.wire.shared_port import check_port
 
 READY_S = 120.0
+_log = logging.getLogger(__name__)
 
 
 class LocalCluster:
@@ -97,7 +99,7 @@ class LocalCluster:
             Role.GATEWAY: {"port": 0, **(gateway or {})},
         }
         self._env = {**PROCESS_ENVIRONMENT, "OMP_NUM_THREADS": str(threads), **os.environ, **(env or {})}
-        self._count, self._pin = 0, pin
+        self._count, self._pin, self._stopped = 0, pin, False
 
     async def __aenter__(self) -> Self:
         try:
@@ -108,12 +110,17 @@ class LocalCluster:
             self._registry = self._writer or connect(self.registry_url, self.system)
             await check_port(settings.listen_host, settings.port, self.system)
             self.partition = self.shape.sliced_partition(self.groups, self.slices)
-            experts = [self.add_expert(group) for group in range(self.groups)]
-            routers = [self.add_router() for _ in range(self.routers)]
-            await asyncio.gather(*experts, *routers, self._add(Role.GATEWAY, "gateway", {}))
+            async with asyncio.TaskGroup() as starting:  # if one child does not start, it ends the others
+                for group in range(self.groups):
+                    starting.create_task(self.add_expert(group))
+                for _ in range(self.routers):
+                    starting.create_task(self.add_router())
+                starting.create_task(self._add(Role.GATEWAY, "gateway", {}))
             await self._until_ready()
-        except BaseException:
+        except BaseException as error:
             await self.stop()
+            if isinstance(error, ExceptionGroup):
+                raise error.exceptions[0] from None
             raise
         return self
 
@@ -170,6 +177,7 @@ class LocalCluster:
 
     async def drain(self, child: Child, grace_s: float = 8.0) -> None:
         """Stops one child as an autoscaler would: it registers as draining, finishes work in flight and deregisters."""
+        child.leaving = True
         await write(child.process, {"drain_s": grace_s})
         async with asyncio.timeout(grace_s + STOP_S):
             await child.process.wait()
@@ -191,13 +199,13 @@ class LocalCluster:
 
     async def stop(self) -> None:
         """Ends every child and removes the files of the cluster."""
-        for child in self.children:
-            with suppress(ProcessLookupError):
-                child.signal(signal.SIGCONT)  # a stopped process would not read the end of its stdin
-            if child.process.stdin is not None:
-                child.process.stdin.close()
-        await asyncio.gather(*(ended(child.process) for child in self.children))
-        await asyncio.gather(*(child.follower for child in self.children if child.follower), return_exceptions=True)
+        self._stopped = True
+        followers = [child.follower for child in self.children if child.follower]
+        await asyncio.gather(*(child.end() for child in self.children))
+        if followers:
+            await asyncio.wait(followers, timeout=STOP_S)
+        for late in followers:
+            late.cancel()
         if self._registry is not None:
             await self._registry.close()
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -228,6 +236,8 @@ class LocalCluster:
                 answer = await read(process)
             if "error" in answer:
                 raise Unavailable(f"{deployment} did not start: {answer['error']}")
+            if self._stopped:
+                raise Unavailable(f"{deployment} was started while the cluster stopped")
         except BaseException as error:
             with suppress(ProcessLookupError):
                 process.kill()
@@ -235,15 +245,16 @@ class LocalCluster:
             if isinstance(error, EOFError):
                 raise Unavailable(f"{deployment} ended while starting:\n{tail(Path(log.name))}") from None
             raise
-        child = Child(replica_from_json(json.dumps(answer["replica"])), process)
+        child = Child(replica_from_json(json.dumps(answer["replica"])), process, Path(log.name))
         await self._record(child.replica)
-        child.follower = asyncio.create_task(self._follow(child))
+        child.follower = supervise("child of a local cluster", lambda: self._follow(child))
         self.children.append(child)
         return child
 
     async def _follow(self, child: Child) -> None:
         """Keeps `child` and its entry in the registry file up to date until the child ends."""
         with suppress(EOFError):
+            await self._record(child.replica)  # again, if that has failed: the disk may have been full
             while True:
                 message = await read(child.process)
                 if "reconfigured" in message:
@@ -252,6 +263,8 @@ class LocalCluster:
                 child.replica = replica_from_json(json.dumps(message["replica"]))
                 await self._record(child.replica)
         await child.process.wait()
+        if not child.leaving:
+            _log.warning("%s", child.obituary())
         if self._writer is not None:
             await self._writer.deregister(child.replica.id)
         self.children.remove(child)

@@ -12,7 +12,10 @@ from dataclasses import dataclass, replace
 
 from moiety.config.options import Scaling
 
-STEP_TIMEOUT_S = 30.0  # a replica that is not live after this time no longer delays the next step
+# A replica that is not live after this time, or after this many times its deployment's longest start, no longer delays
+# the next step.
+LEAST_PATIENCE_S = 30.0
+PATIENCE = 2.0
 SETTLE_S = 1.5  # after this time, the load reports from before a step have left their window
 SHRINK_STEP = 0.1  # fraction of the replicas that one step removes (at least one replica)
 LEAST_GAIN = 0.1  # growth must promise this: doubling the replicas relieves each by at least this fraction
@@ -33,10 +36,11 @@ class Snapshot:
     queue_wait_ms: float  # the longest mean wait for the device among the reporting replicas
     rows_per_s: float  # rows that routers send to the experts it holds; for a router or gateway, its requests
     missing_experts: bool = False  # requests or a starting router wait for an expert that it holds
-    stale: bool = False  # the registry does not answer: only `target` can be trusted
+    stale: bool = False  # the registry does not answer or refuses writes: only `target` can be trusted
     fixed: float = 0.0  # part of busy that stays when more replicas share the work, 0 to 1: KernelCost.fixed_share
     spare: bool = False  # a hot set: other deployments hold all its experts too
     busy_if_added: float = 0.0  # for a hot set: the busy fraction that one more holder of its experts would have
+    start_s: float = 0.0  # the longest start among its live replicas, from launch to registration; 0 = unknown
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +58,7 @@ class State:
     """What one deployment's next decision needs from the last one. Times are values of `now`, in seconds."""
 
     starting_since: float | None = None  # since when fewer replicas are live than requested
+    start_s: float = 0.0  # how long it took until the replicas requested were live: the longest time of late
     settled_at: float = -math.inf  # until then, load reports may still cover the time before the last step
     low_since: float | None = None  # since when fewer replicas would be enough
     live: int | None = None  # live replicas at the last decision
@@ -81,15 +86,16 @@ class Decision:
 def decide(snapshot: Snapshot, state: State, settings: Scaling, now: float) -> Decision:
     """Decides how many replicas `snapshot.deployment` should have, within `[min_replicas, max_replicas]`.
 
-    1. The registry does not answer: hold.      2. Out of bounds: go to the bound.      3. At zero: start one on demand.
+    1. The registry cannot be trusted: hold.      2. Out of bounds: go to the bound.      3. At zero: start one on demand.
     4. No replica reports its load: hold.
     5. Too busy, even counting the replicas that are still starting, or the queue is too long: grow at once, unless replicas
        have just become live, growth would not help, or the last step up did not help.
-    6. Still growing: wait, up to STEP_TIMEOUT_S.
+    6. Still growing: wait, as long as `patience_s` says.
     7. Load low for `shrink_after_s`: remove up to a tenth of the replicas, at least one.      8. Otherwise hold.
     """
     if snapshot.stale:
-        return _decision(snapshot, replace(state, low_since=None), snapshot.target, "the registry does not answer")
+        why = "the registry does not answer, or refuses writes"
+        return _decision(snapshot, replace(state, low_since=None), snapshot.target, why)
     state = _observe(snapshot, state, settings, now)
     low, high = settings.min_replicas, max(settings.max_replicas, settings.min_replicas)
     if not low <= snapshot.target <= high:
@@ -97,7 +103,7 @@ def decide(snapshot: Snapshot, state: State, settings: Scaling, now: float) -> D
         return _step(snapshot, state, target, f"bounds are {low} to {high}", now)
     if snapshot.target == 0:
         return _at_zero(snapshot, state, settings, now)
-    growing = state.starting_since is not None and now - state.starting_since < STEP_TIMEOUT_S
+    growing = state.starting_since is not None and now - state.starting_since < patience_s(snapshot, state)
     if snapshot.reporting == 0:
         why = _coming(snapshot) if growing else "no replica reports its load"
         return _decision(snapshot, replace(state, low_since=None), snapshot.target, why)
@@ -117,6 +123,11 @@ def predicted_busy(snapshot: Snapshot, replicas: int) -> float:
     return snapshot.busy * (snapshot.fixed + (1.0 - snapshot.fixed) * snapshot.live / replicas)
 
 
+def patience_s(snapshot: Snapshot, state: State) -> float:
+    """Returns how many seconds to wait for replicas that start, before deciding as if they would not come."""
+    return max(LEAST_PATIENCE_S, PATIENCE * max(snapshot.start_s, state.start_s))
+
+
 def router_busy(running: int, slots: int, used_blocks: int, blocks: int) -> float:
     """Returns how full a router is, 0 to 1: its slots or its KV blocks, whichever is scarcer. Cached prefixes count as free."""
     return max(running / max(slots, 1), used_blocks / max(blocks, 1))
@@ -129,7 +140,10 @@ def _observe(snapshot: Snapshot, state: State, settings: Scaling, now: float) ->
     if snapshot.live < snapshot.target:
         return replace(state, starting_since=now if state.starting_since is None else state.starting_since)
     if state.starting_since is not None:
-        state = replace(state, starting_since=None, settled_at=now + SETTLE_S)
+        start_s = max(
+            now - state.starting_since, state.start_s / 2
+        )  # a single slow start is forgotten after some others
+        state = replace(state, starting_since=None, start_s=start_s, settled_at=now + SETTLE_S)
     if state.trial is not None and now >= state.settled_at and snapshot.reporting == snapshot.live:
         return _judge(snapshot, state, state.trial, settings, now)
     return state
@@ -146,7 +160,8 @@ def _judge(snapshot: Snapshot, state: State, trial: Trial, settings: Scaling, no
         return state
     steps = f"{trial.live} → {snapshot.live} replicas"
     doubt = f"the step {steps} changed {trial.measure} per row by {-relief:+.0%}, expected {-expected:+.0%}"
-    return replace(state, doubted_until=now + max(settings.shrink_after_s, STEP_TIMEOUT_S), growth_failure=doubt)
+    pause_s = max(settings.shrink_after_s, patience_s(snapshot, state))
+    return replace(state, doubted_until=now + pause_s, growth_failure=doubt)
 
 
 def _measured(snapshot: Snapshot, measure: str) -> float:
@@ -264,6 +279,7 @@ def _decision(snapshot: Snapshot, state: State, target: int, why: str) -> Decisi
         "fixed": round(snapshot.fixed, 4),
         "spare": snapshot.spare,
         "busy_if_added": round(snapshot.busy_if_added, 4),
+        "start_s": round(snapshot.start_s, 1),
     }
     return Decision(snapshot.deployment, current, target, f"{why}: {move}", inputs, state)
 

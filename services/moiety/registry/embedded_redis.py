@@ -13,6 +13,7 @@ import threading
 import time
 from typing import IO
 
+from moiety.core.supervise import spawn_thread
 from moiety.errors import FailedPrecondition, Unavailable
 
 READY_S = 10.0
@@ -138,7 +139,7 @@ class EmbeddedRedis:
                 started.set()
             self._released.wait()
 
-        self._keeper = threading.Thread(target=keep, name="embedded-redis", daemon=True)
+        self._keeper = spawn_thread("embedded Redis", keep)
         self._keeper.start()
         started.wait()
         self._wait_ready()

@@ -74,20 +74,24 @@ class FileRegistryWriter(FileRegistry):
 
     def __init__(self, path: str | Path) -> None:
         super().__init__(path)
-        self._write()
+        self._write({})
 
     async def register(self, replica: Replica) -> None:
         if self._listed.get(replica.id) != replica:
-            self._listed[replica.id] = replica
-            self._write()
+            self._write({**self._listed, replica.id: replica})
 
     async def deregister(self, replica_id: str) -> None:
-        if self._listed.pop(replica_id, None) is not None:
-            self._write()
+        if replica_id in self._listed:
+            self._write({key: replica for key, replica in self._listed.items() if key != replica_id})
 
     async def set_placement(self, placement: Placement) -> bool:
+        before = self._placement
         if stored := await MemoryRegistry.set_placement(self, placement):
-            self._write()
+            try:
+                self._write(self._listed)
+            except RegistryUnreachable:
+                self._placement = before
+                raise
         return stored
 
     async def close(self) -> None:
@@ -96,9 +100,10 @@ class FileRegistryWriter(FileRegistry):
     def _refresh(self) -> None:
         """Does nothing: no other process writes the file, so this object knows its content."""
 
-    def _write(self) -> None:
+    def _write(self, listed: dict[str, Replica]) -> None:
+        """Writes `listed` and the placement. If that fails, for instance because the disk is full, `listed` is not kept."""
         data = {
-            "replicas": {key: json.loads(entries.replica_to_json(self._listed[key])) for key in sorted(self._listed)},
+            "replicas": {key: json.loads(entries.replica_to_json(listed[key])) for key in sorted(listed)},
             "placement": self._placement and json.loads(entries.placement_to_json(self._placement)),
         }
         new = self._path.with_name(f"{self._path.name}.new")
@@ -107,3 +112,4 @@ class FileRegistryWriter(FileRegistry):
             os.replace(new, self._path)
         except OSError as error:
             raise RegistryUnreachable(f"registry file {self._path}: {error}") from error
+        self._listed = listed

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 
 from moiety.core.replica import Replica
-from moiety.errors import RegistryUnreachable
+from moiety.core.supervise import supervise
+from moiety.errors import MoietyError, RegistryUnreachable
 from moiety.registry.interface import HEARTBEAT_S, Registry
 
 STOP_S = 1.0
@@ -20,8 +22,8 @@ class Heartbeat:
     """Registers a replica every `interval_s` seconds (a beat) between `start` and `stop`.
 
     `replica` is the registry entry, or a function that returns the current entry. Each action of `on_beat` also runs
-    every `interval_s` seconds, in a task of its own, so a slow action delays no other. A failed action is called
-    again at the next beat.
+    every `interval_s` seconds, in a task of its own, so a slow action delays no other. An action that raises a MoietyError
+    or an OSError is called again at the next beat. Any other failure is a bug, which `supervise` handles.
     """
 
     def __init__(
@@ -40,26 +42,32 @@ class Heartbeat:
         self._interval_s = interval_s
         self._stopping = asyncio.Event()
         self._beat_task: asyncio.Task[None] | None = None
+        self.trouble: str | None = None  # why the registry did not take the last beat
         self._action_tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
         """Registers at once, then at every beat. If the first try fails and `require` is set, raises RegistryUnreachable."""
-        unreachable = False
+        reported: type[Exception] | None = None
         try:
             await self.beat()
         except RegistryUnreachable as error:
             if self._require:
                 raise
-            unreachable = self._report(_HEARTBEAT, error)
-        self._beat_task = asyncio.create_task(self._repeat(self.beat, _HEARTBEAT, reported=unreachable))
+            reported = self._report(_HEARTBEAT, error)
+        self._beat_task = supervise(_HEARTBEAT, lambda: self._repeat(self.beat, _HEARTBEAT, self._interval_s, reported))
         self._action_tasks = [
-            asyncio.create_task(self._repeat(action, getattr(action, "__qualname__", repr(action)), at_once=True))
+            supervise("action at a beat", partial(self._repeat, action, getattr(action, "__qualname__", repr(action))))
             for action in self._on_beat
         ]
 
     async def beat(self) -> None:
         """Registers at once, for example to publish a changed state before the next beat. Raises RegistryUnreachable."""
-        await self._registry.register(self._current())
+        try:
+            await self._registry.register(self._current())
+        except RegistryUnreachable as error:
+            self.trouble = str(error)
+            raise
+        self.trouble = None
 
     async def stop(self) -> None:
         """Stops the beats and deregisters, within STOP_S. A failure to deregister is only logged: the entry expires."""
@@ -79,29 +87,37 @@ class Heartbeat:
             _log.info("not deregistered, the entry will expire: %s", str(error) or "no answer in time")
 
     async def _repeat(
-        self, action: Callable[[], Awaitable[None]], name: str, *, reported: bool = False, at_once: bool = False
+        self,
+        action: Callable[[], Awaitable[None]],
+        name: str,
+        wait_s: float = 0.0,
+        reported: type[Exception] | None = None,
     ) -> None:
-        """Calls `action` every `interval_s` seconds; logs the first of consecutive failures, and the next success."""
+        """Calls `action` every `interval_s` seconds, the first time after `wait_s`. Logs each change of how it ends.
+
+        `reported` is the kind of failure that was logged last, None if it works.
+        """
         clock = asyncio.get_running_loop().time
-        due = clock() if at_once else clock() + self._interval_s
+        due = clock() + wait_s
         while not await self._stopped_within(due - clock()):
             due = clock() + self._interval_s
             try:
                 await action()
-            except Exception as error:
-                reported = reported or self._report(name, error)
+            except (MoietyError, OSError) as error:
+                if type(error) is not reported:
+                    reported = self._report(name, error) or reported
             else:
-                if reported:
+                if reported is not None:
                     _log.warning("%s of %s works again", name, self._current().id)
-                reported = False
+                reported = None
 
-    def _report(self, name: str, error: Exception) -> bool:
-        """Logs that `name` failed; a registry outage is logged only for the heartbeat. Returns whether this call logged."""
+    def _report(self, name: str, error: MoietyError | OSError) -> type[Exception] | None:
+        """Logs that `name` failed; a registry outage is logged only for the heartbeat. Returns the error's type if logged."""
         outage = isinstance(error, RegistryUnreachable)
         if outage and name != _HEARTBEAT:
-            return False
+            return None
         _log.warning("%s of %s: %s", name, self._current().id, error, exc_info=None if outage else error)
-        return True
+        return type(error)
 
     async def _stopped_within(self, seconds: float) -> bool:
         try:

@@ -34,10 +34,15 @@ class Registry(Protocol):
         """Stores `replica` for TTL_S. Called at start and at every heartbeat, so an emptied store refills itself.
 
         An entry that the store already has need not be sent again. A newer entry replaces an older one of the same id.
+        If this raises WritesRefused, an older entry of the same id was still renewed, where the store allows that.
         """
         ...
 
     async def deregister(self, replica_id: str) -> None: ...
+
+    async def check_writes(self) -> None:
+        """Raises WritesRefused if the store refuses writes now. Then an entry that has expired proves nothing."""
+        ...
 
     async def replicas(self) -> tuple[Replica, ...]:
         """Returns all live replicas, sorted by id, and prunes expired ones."""

@@ -43,6 +43,9 @@ class MemoryRegistry:
     async def deregister(self, replica_id: str) -> None:
         self._replicas.remove(replica_id)
 
+    async def check_writes(self) -> None:
+        """Does nothing: a dictionary takes every write."""
+
     async def replicas(self) -> tuple[Replica, ...]:
         return tuple(replica for _, replica in sorted(self._replicas.live().items()))
 

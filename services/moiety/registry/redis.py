@@ -4,15 +4,16 @@
 stand under `moiety:{<app>}:<key>:`, where <key> is `SystemId.key` (the braces keep them in one Redis Cluster slot):
 
     beat:<id>      digest of the entry, PX 3000: a replica is live as long as this key exists
-    replica:<id>   the entry, JSON      replicas   set of ids, pruned on read       generation   random, new once emptied
+    replica:<id>   JSON, PX 6000        replicas   set of ids, pruned on read       generation   random, new once emptied
     load:<writer>  hash, EX 60          writers    set of ids, pruned on read       hot[:<writer>]  sorted set, see below
     busy:<id>      JSON, PX 5000        reporters  set of ids, pruned on read       missing      sorted set by expiry
     placement      JSON                 epoch      epoch of `placement`             routers      set of ids, like replicas
-    decisions      stream, 1,000 entries
+    decisions      stream, 1,000 entries           probe      written to find out whether Redis takes writes
 
-A heartbeat that finds the digest of its own entry in `beat:<id>` renews only that key. Otherwise, and every 10 s, it writes
-the entry. A reader asks for the list of digests, which the server sends only if the list has changed. Then it fetches the
-entries it lacks. It fetches a router's counters only if their field `stamp`, new at every report, has changed.
+A heartbeat renews `beat:<id>` and `replica:<id>`. It writes the entry if it finds another digest there, if a part of it is
+missing (Redis may have evicted it), and every 10 s in any case. A reader asks for the list of digests, which the server sends
+only if the list has changed. Then it fetches the entries it lacks. It fetches a router's counters only if their field
+`stamp`, new at every report, has changed.
 
 Keys without an expiry above expire SYSTEM_TTL_S after the last service of the system has written its entry.
 
@@ -27,6 +28,7 @@ import json
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from math import inf
 from typing import Any, TypeVar
 
 from moiety.core.load import ExpertDemand, ReplicaLoad
@@ -45,7 +47,8 @@ from moiety.registry.listing import Listing, digest_of
 from moiety.registry.rates import RecentRates, hottest
 from moiety.registry.redis_store import RedisStore
 
-REWRITE_S = 10.0  # an unchanged entry is written again after this long: Redis may have evicted parts of it
+REWRITE_S = 10.0  # an unchanged entry is written again after this long, with all that belongs to it
+ENTRY_TTL_S = 2 * TTL_S  # of the entry itself: who finds its digest also finds the entry
 HOT_ENTRIES = 64
 # Keys whose expiry is set anew with every full write of an entry. Routers, which are few, also keep what changes rarely.
 KEPT_BY_ALL = ("replicas", "generation")
@@ -63,41 +66,40 @@ class RedisRegistry(RedisStore):
         self._system = system
         self._reader = entries.TolerantReader()
         self._recent: dict[str, RecentRates] = {}  # by writer id; only writers of this process
-        self._written: dict[str, tuple[bytes, float]] = {}  # replica id -> digest and time of its last full write
+        self._written: dict[str, float] = {}  # replica id -> time of its last full write, on the event loop's clock
         self._listings: dict[str, Listing] = {}  # set of replicas -> its last reading
         self._demand: dict[str, tuple[bytes, ExpertDemand]] = {}  # writer id -> stamp and counters last read
 
     async def register(self, replica: Replica) -> None:
         text = entries.replica_to_json(replica)
         digest, now = digest_of(text), asyncio.get_running_loop().time()
-        written, since = self._written.pop(replica.id, (b"", 0.0))
         async with self._store() as client:
-            if digest != written or now - since >= REWRITE_S or not await self._renew(client, replica.id, digest):
+            # Renewing comes first: a Redis whose memory is full still renews, but takes no new entry.
+            renewed = await self._renew(client, replica, digest)
+            if not renewed or now - self._written.get(replica.id, -inf) >= REWRITE_S:
                 await self._write(client, replica, text, digest)
-                since = now
-        self._written[replica.id] = (digest, since)
+                self._written[replica.id] = now
 
-    async def _renew(self, client: Any, replica_id: str, digest: bytes) -> bool:
-        """Renews the TTL of a replica's entry; returns whether the store still had the entry with this `digest`."""
-        beat = self._key("beat", replica_id)
-        async with client.pipeline(transaction=False) as pipeline:
-            pipeline.get(beat)
-            pipeline.pexpire(beat, _milliseconds(TTL_S))
-            found, renewed = await pipeline.execute()
-        return bool(found == digest and renewed)
+    async def _renew(self, client: Any, replica: Replica, digest: bytes) -> bool:
+        """Renews the TTL of a replica's entry; returns whether the store still had all of the entry with this `digest`."""
+        indices = ("replicas", "routers") if replica.role is Role.ROUTER else ("replicas",)
+        lifetimes = _milliseconds(TTL_S), _milliseconds(ENTRY_TTL_S)
+        renew = client.register_script(redis_scripts.RENEW)
+        return bool(await renew((self._key(""),), (replica.id, *lifetimes, *indices)) == digest)
 
     async def _write(self, client: Any, replica: Replica, text: str, digest: bytes) -> None:
+        systems, now = self._app_prefix + "systems", time.time()
         async with client.pipeline(transaction=True) as pipeline:
-            # Beats renew only the digest: the entry must last until it is written again, after REWRITE_S.
-            pipeline.set(self._key("replica", replica.id), text, px=_milliseconds(2 * REWRITE_S))
+            pipeline.set(self._key("replica", replica.id), text, px=_milliseconds(ENTRY_TTL_S))
             pipeline.set(self._key("beat", replica.id), digest, px=_milliseconds(TTL_S))
             pipeline.sadd(self._key("replicas"), replica.id)
             if replica.role is Role.ROUTER:
                 pipeline.sadd(self._key("routers"), replica.id)
             pipeline.set(self._key("generation"), uuid.uuid4().hex, nx=True)
-            pipeline.zadd(self._app_prefix + "systems", {f"{self._system.key} {self._system}": time.time()})
+            pipeline.zremrangebyscore(systems, "-inf", now - SYSTEM_TTL_S)
+            pipeline.zadd(systems, {f"{self._system.key} {self._system}": now})
             kept = KEPT_BY_ROUTERS if replica.role is Role.ROUTER else KEPT_BY_ALL
-            for key in (*map(self._key, kept), self._app_prefix + "systems"):
+            for key in (*map(self._key, kept), systems):
                 pipeline.expire(key, int(SYSTEM_TTL_S))
             await pipeline.execute()
 
@@ -108,6 +110,10 @@ class RedisRegistry(RedisStore):
             pipeline.srem(self._key("replicas"), replica_id)
             pipeline.srem(self._key("routers"), replica_id)
             await pipeline.execute()
+
+    async def check_writes(self) -> None:
+        async with self._store() as client:
+            await client.set(self._key("probe"), b"", px=1)
 
     async def replicas(self) -> tuple[Replica, ...]:
         return await self._live("replicas")
@@ -213,8 +219,8 @@ class RedisRegistry(RedisStore):
     async def systems(self) -> tuple[SystemId, ...]:
         index = self._app_prefix + "systems"
         async with self._store() as client:
-            await client.zremrangebyscore(index, "-inf", time.time() - SYSTEM_TTL_S)
-            names = [raw.decode(errors="replace").partition(" ")[2] for raw in await client.zrange(index, 0, -1)]
+            found = await client.zrangebyscore(index, time.time() - SYSTEM_TTL_S, "+inf")
+            names = [raw.decode(errors="replace").partition(" ")[2] for raw in found]
             live: list[SystemId] = []
             for name in names:
                 if (system := self._reader.read(f"systems:{name}", SystemId.parse, name)) is not None:

@@ -1,6 +1,20 @@
 """The Lua scripts of `redis.py`. Each makes one read or write atomic. They need Redis 5 or Valkey, or newer.
 
+Scripts that read use `pcall` to prune, so they answer also where Redis refuses writes.
+
 The braces in `moiety:{<app>}:<key>:` keep all keys in one Redis Cluster slot, so a script may build key names from a prefix.
+"""
+
+# KEYS: prefix of a system's keys. ARGV: id, ms for `beat:<id>` to live, ms for `replica:<id>`, the sets that must have the id.
+# -> the digest in `beat:<id>`, or nil if a part of the entry is missing: it expired, or Redis has evicted it.
+RENEW = """
+local beat, whole = KEYS[1] .. 'beat:' .. ARGV[1], true
+if redis.call('PEXPIRE', beat, ARGV[2]) == 0 then whole = false end
+if redis.call('PEXPIRE', KEYS[1] .. 'replica:' .. ARGV[1], ARGV[3]) == 0 then whole = false end
+for set = 4, #ARGV do
+  if redis.call('SISMEMBER', KEYS[1] .. ARGV[set], ARGV[1]) == 0 then whole = false end
+end
+return whole and redis.call('GET', beat)
 """
 
 # KEYS: a set of ids. ARGV: prefix of their keys, digest of an earlier answer, prefixes of keys to delete with a pruned id.
@@ -17,8 +31,8 @@ for first = 1, #ids, 1000 do
       found[#found + 1] = id
       found[#found + 1] = value
     else
-      redis.call('SREM', KEYS[1], id)
-      for prefix = 3, #ARGV do redis.call('DEL', ARGV[prefix] .. id) end
+      redis.pcall('SREM', KEYS[1], id)
+      for prefix = 3, #ARGV do redis.pcall('DEL', ARGV[prefix] .. id) end
     end
   end
 end
@@ -41,7 +55,7 @@ for _, id in ipairs(redis.call('SMEMBERS', KEYS[1])) do
       if value.err then value = {} end
     else
       value = nil
-      redis.call('SREM', KEYS[1], id)
+      redis.pcall('SREM', KEYS[1], id)
     end
   end
   if value then
@@ -90,6 +104,6 @@ redis.call('PEXPIRE', KEYS[1], ARGV[1])
 READ_MISSING = """
 local time = redis.call('TIME')
 local now = string.format('%.0f', time[1] * 1000 + math.floor(time[2] / 1000))
-redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now)
-return redis.call('ZRANGE', KEYS[1], 0, -1)
+redis.pcall('ZREMRANGEBYSCORE', KEYS[1], '-inf', now)
+return redis.call('ZRANGEBYSCORE', KEYS[1], '(' .. now, '+inf')
 """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -11,14 +12,22 @@ import redis.asyncio
 from redis.asyncio.connection import parse_url
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, ResponseError
 
 from moiety.config.registry_url import without_secrets
-from moiety.errors import ConfigError, RegistryUnreachable
+from moiety.errors import ConfigError, RegistryUnreachable, WritesRefused
 
 BOUND = "must be a Redis URL; in a password, escape / ? # @ as %2F %3F %23 %40"
 SOCKET_TIMEOUT_S = 1.0  # to connect, and for each answer
 OPERATION_TIMEOUT_S = 2.0  # for a whole operation
+# The codes with which Redis refuses writes while it answers reads; what they mean and what to do.
+REFUSALS = {
+    "OOM": "its memory is full: raise maxmemory",
+    "READONLY": "it is a replica: point `registry` at the primary, or promote it",
+    "MISCONF": "it cannot save to disk: free disk space, or set stop-writes-on-bgsave-error no",
+    "NOREPLICAS": "too few replicas are connected to it: see min-replicas-to-write",
+}
+REFUSAL = re.compile(rf"\b({'|'.join(REFUSALS)})\b")
 
 
 class RedisStore:
@@ -63,8 +72,12 @@ class RedisStore:
             async with asyncio.timeout(OPERATION_TIMEOUT_S):
                 yield self._client()
         except (RedisError, OSError, TimeoutError) as error:
-            reason = str(error) or "no answer in time"
-            raise RegistryUnreachable(f"registry {without_secrets(self._url)}: {reason}") from error
+            name, reason = f"registry {without_secrets(self._url)}", str(error) or "no answer in time"
+            if (refusal := REFUSAL.search(f"{getattr(error, 'status_code', '')} {reason}")) and isinstance(
+                error, ResponseError
+            ):
+                raise WritesRefused(f"{name} refuses writes: {refusal[0]}: {REFUSALS[refusal[0]]}") from error
+            raise RegistryUnreachable(f"{name}: {reason}") from error
 
     # Any: redis-py types its commands for its sync and its async client at once, so mypy would refuse to await them.
     def _client(self) -> Any:

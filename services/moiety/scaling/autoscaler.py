@@ -16,6 +16,7 @@ from moiety.config.application import GATEWAY, HOT, ROUTER, AppSettings
 from moiety.config.options import Scaling
 from moiety.config.registry_url import RegistryUrl
 from moiety.core.experts import ExpertSet
+from moiety.core.supervise import TASKS, supervise, supervise_thread
 from moiety.core.system import SystemId
 from moiety.errors import ConfigError, MoietyError
 from moiety.policy.autoscale import Decision, State, decide
@@ -23,6 +24,7 @@ from moiety.registry.interface import Registry
 from moiety.scaling.ledger import Ledger, Reading
 from moiety.scaling.rebalancer import Rebalancer
 from moiety.telemetry.export import configure_metrics
+from moiety.telemetry.metrics import Meter
 from moiety.telemetry.names import Attribute, MetricName, ResourceAttribute
 
 PERIOD_S = 0.25
@@ -95,7 +97,8 @@ class Autoscaler:
         self.settings = settings
         self._stopping = False
         self._subscriptions: dict[str, Subscription] = {}
-        self._thread = threading.Thread(target=self._run, name=f"autoscaler-{settings.app}", daemon=True)
+        self._latest: tuple[Reading, float] | None = None  # the last reading of the ledger and its time
+        self._thread = supervise_thread("autoscaler", lambda: asyncio.run(self._follow()), restart=True)
 
     @property
     def alive(self) -> bool:
@@ -112,36 +115,43 @@ class Autoscaler:
         """Adds a deployment to decide for; replaces an earlier one of the same name."""
         self._subscriptions = {**self._subscriptions, subscription.deployment: subscription}
 
-    def _run(self) -> None:
-        try:
-            asyncio.run(self._follow())
-        except Exception:
-            _log.exception("autoscaling of %s has ended: replicas stay as they are", self.settings.app)
-
     async def _follow(self) -> None:
         # This imports redis-py and OpenTelemetry. In this thread, the import does not block the controller's loop.
         from moiety.registry.connect import connect
 
         registry = connect(self.settings.registry.get_secret_value(), self.settings.system)
         meter = configure_metrics("moiety-autoscaler", {ResourceAttribute.INSTANCE: self.settings.app})
+        meter.observe(MetricName.TASK_FAILURES, TASKS.total_failures)
         try:
             ledger, rebalancer = Ledger(registry), self._rebalancer(registry)
-            while not self._stopping:
-                began = time.monotonic()
-                try:
-                    if active := [one for one in self._subscriptions.values() if began - one.asked_at < FORGET_S]:
-                        for subscription in active:
-                            attributes = {Attribute.DEPLOYMENT: subscription.deployment}
-                            meter.observe(MetricName.TARGET, subscription.trusted, attributes)
-                        reading = await ledger.read()
-                        await _decide(active, reading, registry)
-                        await rebalancer.follow(reading, self._default(), began)
-                except Exception:
-                    _log.exception("autoscaling of %s: this round is skipped", self.settings.app)
-                await asyncio.sleep(max(0.0, began + PERIOD_S - time.monotonic()))
+            scaling = supervise("autoscaling", lambda: self._decide_all(registry, ledger, meter))
+            await asyncio.wait([scaling, supervise("rebalancing", lambda: self._rebalance(rebalancer))])
         finally:
             await registry.close()
             meter.shutdown()
+
+    async def _decide_all(self, registry: Registry, ledger: Ledger, meter: Meter) -> None:
+        """Decides for all deployments every PERIOD_S, until `stop`."""
+        while not self._stopping:
+            began = time.monotonic()
+            if active := [one for one in self._subscriptions.values() if began - one.asked_at < FORGET_S]:
+                for subscription in active:
+                    attributes = {Attribute.DEPLOYMENT: subscription.deployment}
+                    meter.observe(MetricName.TARGET, subscription.trusted, attributes)
+                reading = await ledger.read()
+                self._latest = reading, began
+                await _decide(active, reading, registry)
+            await asyncio.sleep(max(0.0, began + PERIOD_S - time.monotonic()))
+
+    async def _rebalance(self, rebalancer: Rebalancer) -> None:
+        """Shows each reading to the rebalancer, until `stop`. A task of its own: planning a placement delays no decision."""
+        seen: tuple[Reading, float] | None = None
+        while not self._stopping:
+            if (latest := self._latest) is not None and latest is not seen:
+                seen = latest
+                reading, now = latest
+                await rebalancer.follow(reading, self._default(), now)
+            await asyncio.sleep(PERIOD_S)
 
     def _rebalancer(self, registry: Registry) -> Rebalancer:
         gain = self.settings.rebalance_gain or (HOT_GAIN if self.settings.hot_sets else None)

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 from moiety.config.application import HOT
-from moiety.core.replica import Placement, Replica, ReplicaState, Role
+from moiety.core.replica import Placement, Replica, ready_experts
 from moiety.policy.placement.planner import DeploymentCapacity
 
 
@@ -18,11 +18,7 @@ def deployment_capacities(
     Each group may hold as many experts per layer as the largest group holds now. A hot set may hold as many experts as fit
     into `hot_memory` bytes.
     """
-    live = Counter(
-        replica.deployment
-        for replica in replicas
-        if replica.role is Role.EXPERT and replica.state is ReplicaState.READY
-    )
+    live = Counter(replica.deployment for replica in ready_experts(replicas))
     groups = [held for name, held in placement.held.items() if not name.startswith(HOT)]
     layers = max((layer + 1 for held in groups for layer in held.by_layer), default=0)
     slots = max((len(ids) for held in groups for ids in held.by_layer.values()), default=0)

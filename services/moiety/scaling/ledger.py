@@ -1,4 +1,4 @@
-"""Reads the registry for the autoscaler: one snapshot per deployment, marked stale while the registry does not answer."""
+"""Reads the registry for the autoscaler: one snapshot per deployment, marked stale while the registry is not to be trusted."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from moiety.core.experts import ExpertSet
 from moiety.core.load import BatchCost, ExpertDemand, ReplicaLoad
-from moiety.core.replica import Placement, Replica, ReplicaState, Role
+from moiety.core.replica import Placement, Replica, ReplicaState, Role, ready_experts
 from moiety.errors import RegistryUnreachable
 from moiety.policy.autoscale import Snapshot
 from moiety.registry.interface import Registry
@@ -58,6 +58,7 @@ class Reading:
             fixed=self._fixed(held, loads),
             spare=spare,
             busy_if_added=self._busy_of_another(held) if spare else 0.0,
+            start_s=max((replica.started - replica.launched for replica in live if replica.launched), default=0.0),
         )
 
     def scaling(self, deployment: str) -> Mapping[str, float] | None:
@@ -91,7 +92,7 @@ class Reading:
         """Predicts the busy fraction of one more replica that holds `held` and shares its rows with the present holders."""
         if self.costs is None:
             return 0.0
-        replicas = [one for one in self.replicas if one.role is Role.EXPERT and one.state is ReplicaState.READY]
+        replicas = ready_experts(self.replicas)
         busy = 0.0
         for layer, ids in held.by_layer.items():
             in_layer = ExpertSet({layer: ids})
@@ -127,11 +128,15 @@ class Ledger:
         self._history: deque[tuple[float, Mapping[str, ExpertDemand]]] = deque()
 
     async def read(self) -> Reading:
-        """Reads the registry; the reading is `stale` if the registry does not answer. Never raises for an outage."""
+        """Reads the registry; the reading is `stale` if the registry does not answer or refuses writes.
+
+        Never raises for an outage. While writes are refused, nobody can report load, so what is read is old.
+        """
         await self._watch.poll()
         if self._watch.stale_since is not None:
             return Reading(stale=True)
         try:
+            await self._registry.check_writes()
             busy, demand, missing_experts, placement = await asyncio.gather(
                 self._registry.replica_load(),
                 self._registry.expert_demand(),

@@ -6,11 +6,13 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import reduce
+from operator import or_
 from typing import Any
 
 from moiety.core.experts import ExpertSet
-from moiety.core.replica import Placement
+from moiety.core.replica import Placement, Replica, Role
 from moiety.policy.placement.planner import PlacementPlan, plan_placement
 from moiety.policy.placement.stages import placement_stages
 from moiety.registry.interface import Registry
@@ -83,14 +85,27 @@ class Rebalancer:
         return False
 
     async def _restore(self, reading: Reading, last: Placement) -> None:
-        """Writes the placement `last` to the registry. Raises its epoch to the highest epoch of a replica.
+        """Sets the placement that was lost: `last`, the newest one that this process has read, or the one that replicas follow.
 
-        Replicas follow only placements with a higher epoch than theirs, so those that hold `last` already change nothing.
+        Replicas follow only placements with a higher epoch than theirs, so those that hold it already change nothing.
         """
-        epoch = max((replica.placement_epoch for replica in reading.replicas), default=0)
-        restored = Placement(max(epoch, last.epoch), last.held)
-        if await self._registry.set_placement(restored):
-            _log.info("placement %d is set%s", restored.epoch, " again" if epoch else "")
+        lost = _followed(reading.replicas, last)
+        if await self._registry.set_placement(lost):
+            _log.info("placement %d is set", lost.epoch)
+
+
+def _followed(replicas: Sequence[Replica], last: Placement) -> Placement:
+    """Returns the placement to restore where `last` was the newest one read. Another process may have set a newer one since.
+
+    What replicas hold under a newer epoch is the placement of that epoch, if together they hold all experts. If they do not,
+    some have yet to follow it. Then the experts of `last` get an epoch above all, so that all replicas return to it.
+    """
+    epoch = max((replica.placement_epoch for replica in replicas), default=0)
+    if epoch <= last.epoch:
+        return last
+    newer = {one.deployment: one.held for one in replicas if one.role is Role.EXPERT and one.placement_epoch == epoch}
+    lacking = reduce(or_, last.held.values(), ExpertSet()) - reduce(or_, newer.values(), ExpertSet())
+    return Placement(epoch + 1, last.held) if len(lacking) else Placement(epoch, {**last.held, **newer})
 
 
 def decision_of(plan: PlacementPlan, why: str) -> dict[str, Any]:

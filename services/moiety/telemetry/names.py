@@ -104,6 +104,8 @@ class MetricName(StrEnum):
     REROUTED_ROWS = "moiety.rerouted_rows"
     COST_ERROR = "moiety.cost_model.error"
     TARGET = "moiety.scaling.target"
+    TASK_FAILURES = "moiety.task.failures"
+    REGISTERED = "moiety.registered"
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +128,10 @@ METRICS: Mapping[MetricName, Metric] = {
     ),
     MetricName.COST_ERROR: Metric("relative error of the cost model that a router fits to expert batches"),
     MetricName.TARGET: Metric("replicas that autoscaling wants, by moiety.deployment", "{replica}"),
+    MetricName.TASK_FAILURES: Metric("failures of the service's tasks and threads", "{failure}", cumulative=True),
+    MetricName.REGISTERED: Metric(
+        "1 if the registry took the service's last heartbeat; 0 if it refused or did not answer"
+    ),
 }
 
 

@@ -13,6 +13,8 @@ from typing import TypeVar
 
 from opentelemetry.exporter.otlp.proto.grpc import exporter as otlp
 
+from moiety.core.supervise import spawn_thread
+
 Result = TypeVar("Result")
 
 _logger = logging.getLogger("moiety.telemetry")
@@ -82,7 +84,7 @@ class OutageLog:
 
 def finishes_within(timeout_s: float, action: Callable[[], object]) -> bool:
     """Runs `action` on another thread; returns whether it has ended within `timeout_s`."""
-    thread = threading.Thread(target=action, name="telemetry-drain", daemon=True)
+    thread = spawn_thread("telemetry drain", action)
     thread.start()
     thread.join(timeout_s)
     return not thread.is_alive()

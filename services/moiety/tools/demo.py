@@ -16,7 +16,7 @@ from pathlib import Path
 from moiety.client import Client
 from moiety.config.application import AppSettings, ExpertDeployment, GatewayDeployment, RouterDeployment
 from moiety.config.registry_url import RegistryUrl
-from moiety.core.replica import Replica, ReplicaState, Role
+from moiety.core.replica import Replica, ready_experts
 from moiety.deploy.ray_cluster import environment
 from moiety.deploy.run import deploy_app
 from moiety.errors import Unavailable
@@ -260,11 +260,7 @@ class _Demo:
             raise Unavailable("the tokens changed")
 
     async def _experts(self) -> list[Replica]:
-        return [
-            replica
-            for replica in await self._registry.replicas()
-            if replica.role is Role.EXPERT and replica.state is ReplicaState.READY
-        ]
+        return ready_experts(await self._registry.replicas())
 
 
 async def _tokens(client: Client, prompt: str) -> list[int]:

@@ -55,7 +55,7 @@ async def propose_placement(registry: Registry, request: RebalanceRequest) -> Pl
     The plan compares this placement with the one in force. Raises RegistryUnreachable, and FailedPrecondition where there
     is no expert replica or no load.
     """
-    await registry.replicas()  # so that a wrong address fails at once, not after `watch_s`
+    await registry.check_writes()  # so that a wrong address fails at once, not after `watch_s`
     ledger, expert_load, until = Ledger(registry), ExpertLoad(), time.monotonic() + request.watch_s
     while True:
         reading = await ledger.read()

@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from moiety.core import supervise as supervision
-from moiety.core.supervise import MOST_FAILURES, TASKS, spawn, supervise, supervise_thread
+from moiety.core.supervise import MOST_FAILURES, TASKS, spawn, spawn_thread, supervise, supervise_thread
 from moiety.errors import Unavailable
 
 
 @pytest.fixture(autouse=True)
 def no_earlier_failures(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Each test starts without failures, and restarts take no time."""
+    """Restarts follow at once, and other tests' failures do not count."""
     monkeypatch.setattr(supervision, "BACKOFF_S", 0.001)
     TASKS.forget()
     yield
@@ -125,3 +125,64 @@ def test_a_failing_thread(restart: bool) -> None:
     else:
         with pytest.raises(Unavailable, match="'autoscaler' ended by"):
             TASKS.check()
+
+
+async def test_a_task_that_runs_steadily_again_is_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A task that failed often is sick only until it has run for STEADY_S since."""
+    runs = 0
+
+    async def fails_at_first() -> None:
+        nonlocal runs
+        runs += 1
+        if runs <= MOST_FAILURES:
+            raise OSError("too many open files")
+        await asyncio.Event().wait()
+
+    task = supervise("listener", fails_at_first)
+    await until(lambda: runs > MOST_FAILURES)
+    with pytest.raises(Unavailable, match="'listener' failed"):
+        TASKS.check()
+    monkeypatch.setattr(supervision, "STEADY_S", 0.0)
+    TASKS.check()
+    task.cancel()
+    await asyncio.wait([task])
+
+
+async def test_the_cancellation_of_something_else_is_a_failure() -> None:
+    """A task that awaits a future which somebody cancels has failed: it is run again, not ended in silence."""
+    futures: list[asyncio.Future[None]] = []
+
+    async def waits() -> None:
+        futures.append(asyncio.get_running_loop().create_future())
+        await futures[-1]
+
+    task = supervise("waiter", waits)
+    await until(lambda: len(futures) == 1)
+    futures[0].cancel()
+    await until(lambda: len(futures) == 2)
+    assert TASKS.failures == {"waiter": 1}
+    task.cancel()
+    await asyncio.wait([task])
+    assert task.cancelled()
+
+
+async def test_many_short_tasks_that_fail_alike_are_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    """Of equal failures of one kind of task, the first is logged and all are counted; a new kind of failure is logged."""
+
+    async def fails(error: Exception) -> None:
+        raise error
+
+    for error in (ValueError("first"), ValueError("second"), OSError("third")):
+        await spawn("call", fails(error))
+    assert TASKS.failures == {"call": 3}
+    assert [str(record.exc_info and record.exc_info[1]) for record in caplog.records] == ["first", "third"]
+
+
+def test_a_short_thread_that_fails_is_logged_and_counted(caplog: pytest.LogCaptureFixture) -> None:
+    """The failure of a short thread is logged and counted, and the service stays healthy."""
+    thread = spawn_thread("drain", lambda: divmod(1, 0))
+    thread.start()
+    thread.join(5)
+    TASKS.check()
+    assert TASKS.failures == {"drain": 1}
+    assert "ZeroDivisionError" in caplog.text

@@ -12,7 +12,7 @@ from expert_support import MakeRuntime
 from moiety.compose.placement_follower import SEEN_S, PlacementFollower
 from moiety.core.experts import ExpertSet
 from moiety.core.replica import Placement, Replica, Role
-from moiety.errors import RegistryUnreachable
+from moiety.errors import RegistryUnreachable, WritesRefused
 from moiety.registry.interface import TTL_S
 from moiety.registry.memory import MemoryRegistry
 
@@ -50,6 +50,29 @@ async def test_where_no_router_is_listed_it_waits_longer(make_runtime: MakeRunti
     while len((await _followed(follower, runtime)).leaving):
         assert time.monotonic() - began < TTL_S + 5
     assert time.monotonic() - began >= TTL_S
+
+
+async def test_while_writes_are_refused_nothing_is_dropped(make_runtime: MakeRuntime) -> None:
+    """A router whose entry has expired because the store refuses writes may still use the old experts: it counts later."""
+    store: dict[str, float | bool] = {"now": 0.0, "refuses": False}
+
+    class Refusing(MemoryRegistry):
+        async def check_writes(self) -> None:
+            if store["refuses"]:
+                raise WritesRefused("OOM")
+
+    registry, runtime = Refusing(clock=lambda: store["now"]), make_runtime(HELD)
+    follower = PlacementFollower(runtime, registry, "experts-0", HELD)
+    await registry.register(replace(ROUTER, placement_epoch=1))
+    assert await registry.set_placement(Placement(1, {"experts-0": NEXT}))
+    await follower.follow()  # the router has acknowledged, for the first time
+    await asyncio.sleep(SEEN_S)
+    store.update(now=2 * TTL_S, refuses=True)
+    with pytest.raises(WritesRefused):
+        await follower.follow()
+    store["refuses"] = False
+    await follower.follow()
+    assert runtime.holding.leaving == LEAVING  # what it saw before counts no more
 
 
 async def test_a_deployment_that_is_not_named_holds_its_default(make_runtime: MakeRuntime) -> None:

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from moiety.config.options import Scaling
 from moiety.policy.autoscale import (
+    LEAST_PATIENCE_S,
     SETTLE_S,
-    STEP_TIMEOUT_S,
     Decision,
     Snapshot,
     State,
@@ -105,12 +105,12 @@ def test_no_second_step_before_the_first_is_live() -> None:
 
 
 def test_a_replica_that_never_comes_up_does_not_block_for_ever() -> None:
-    """After STEP_TIMEOUT_S, a queue that is still too long may add one replica."""
+    """After LEAST_PATIENCE_S, a queue that is still too long may add one replica."""
     short = replace(QUIET, target=2, live=1, queue_wait_ms=200.0)
     state = decide(short, State(), SETTINGS, 0.0).state
-    early = decide(short, state, SETTINGS, STEP_TIMEOUT_S - 1)
+    early = decide(short, state, SETTINGS, LEAST_PATIENCE_S - 1)
     assert not early.changes
-    assert decide(short, early.state, SETTINGS, STEP_TIMEOUT_S).target == 3
+    assert decide(short, early.state, SETTINGS, LEAST_PATIENCE_S).target == 3
 
 
 def test_long_queue_steps_up_although_the_device_is_not_busy() -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from registry_support import demand_of, expert_replica, opened, prefix_of
 
 from moiety.core.experts import ExpertSet
-from moiety.core.replica import Replica
+from moiety.core.replica import Replica, Role
 from moiety.registry.embedded_redis import EmbeddedRedis
 from moiety.registry.entries import replica_to_json
 from moiety.registry.listing import Listing, digest_of
@@ -139,22 +139,37 @@ async def test_unchanged_entries_are_not_sent(redis_server: EmbeddedRedis, app: 
         assert await reader.expert_demand() == {"r0": flushed}
 
 
+@pytest.mark.parametrize(
+    "evicted", [("replicas",), ("routers",), ("replica:e0",), ("beat:e0",), ("replicas", "generation")]
+)
 async def test_a_store_that_lost_parts_is_repaired(
-    redis_server: EmbeddedRedis, app: str, monkeypatch: pytest.MonkeyPatch
+    redis_server: EmbeddedRedis, app: str, evicted: tuple[str, ...]
 ) -> None:
-    """Keys that Redis evicted, other than the beat, come back with the next full write, within REWRITE_S."""
+    """Whichever key of a router's entry Redis has evicted, the next beat writes it again."""
+    router = expert_replica(role=Role.ROUTER)
+    with redis.Redis(port=redis_server.port) as client:
+        async with opened(redis_server.url, app) as registry:
+            await registry.register(router)
+            assert client.delete(*(f"{prefix_of(app)}{key}" for key in evicted)) == len(evicted)
+            await registry.register(router)
+            assert await registry.replicas() == await registry.routers() == (router,)
+            assert await registry.generation() is not None
+
+
+async def test_a_full_write_is_repeated(redis_server: EmbeddedRedis, app: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The generation, which no beat looks at, comes back within REWRITE_S if Redis has evicted it."""
     loop = asyncio.get_running_loop()
     clock, ahead = loop.time, 0.0
     monkeypatch.setattr(loop, "time", lambda: clock() + ahead)
     with redis.Redis(port=redis_server.port) as client:
         async with opened(redis_server.url, app) as registry:
             await registry.register(expert_replica())
-            client.delete(f"{prefix_of(app)}replicas", f"{prefix_of(app)}replica:e0")
+            client.delete(f"{prefix_of(app)}generation")
             await registry.register(expert_replica())
-            assert await registry.replicas() == ()
+            assert await registry.generation() is None
             ahead = REWRITE_S
             await registry.register(expert_replica())
-            assert await registry.replicas() == (expert_replica(),)
+            assert await registry.generation() is not None
 
 
 def test_a_text_that_changed_between_listing_and_fetching_is_not_kept() -> None:

@@ -40,6 +40,33 @@ async def test_readers_see_every_change_of_the_writer(tmp_path: Path) -> None:
     assert list(path.parent.iterdir()) == []
 
 
+async def test_a_change_that_could_not_be_written_is_written_when_it_is_repeated(tmp_path: Path) -> None:
+    """If writing the file fails, readers keep what they have, and the same change again is not taken as done."""
+    folder, away = tmp_path / "folder", tmp_path / "away"
+    folder.mkdir()
+    writer, reader = FileRegistryWriter(folder / "registry.json"), FileRegistry(folder / "registry.json")
+    await writer.register(expert_replica("stays"))
+    await writer.register(expert_replica("leaves"))
+    old, new = Placement(1, {}), Placement(2, {"experts-0": ExpertSet.uniform(1, [1])})
+    assert await writer.set_placement(old)
+    changes = [
+        lambda: writer.register(expert_replica("comes")),
+        lambda: writer.deregister("leaves"),
+        lambda: writer.set_placement(new),
+    ]
+    folder.rename(away)  # the folder's file system is gone, as it may be full
+    for change in changes:
+        with pytest.raises(RegistryUnreachable, match=r"registry\.json"):
+            await change()
+    away.rename(folder)
+    assert [replica.id for replica in await reader.replicas()] == ["leaves", "stays"]
+    assert await reader.placement() == await writer.placement() == old
+    for change in changes:
+        await change()
+    assert [replica.id for replica in await reader.replicas()] == ["comes", "stays"]
+    assert await reader.placement() == new
+
+
 async def test_a_reader_changes_nothing(tmp_path: Path) -> None:
     """A child's heartbeat is harmless, and its placement is refused."""
     writer = FileRegistryWriter(tmp_path / "registry.json")

@@ -136,6 +136,28 @@ async def test_a_replica_that_refilled_and_left_is_not_kept(registry: Switchable
     assert ids(watch) == "b"
 
 
+async def test_a_loss_of_most_entries_at_once_is_doubted(registry: Switchable, watch: Watch) -> None:
+    """Replicas that vanish together stay until they had time to register again; one that vanishes alone leaves at once."""
+    await registry.beat("a", "b", "c")
+    await watch.poll()
+    await registry.deregister("a")
+    await registry.deregister("b")
+    await watch.poll()
+    assert ids(watch) == "a b c"
+    await registry.beat("b", "c")
+    registry.now += GRACE_S / 2
+    await registry.beat("b", "c")
+    await watch.poll()
+    assert ids(watch) == "a b c"
+    registry.now += GRACE_S / 2
+    await registry.beat("b", "c")
+    await watch.poll()
+    assert ids(watch) == "b c"
+    await registry.deregister("b")
+    await watch.poll()
+    assert ids(watch) == "c"
+
+
 async def test_changes_reach_the_callback_and_waiters() -> None:
     """The callback gets the whole table at each change and only then; if it fails, the watch continues."""
     tables: list[str] = []

@@ -9,6 +9,7 @@ import pytest
 from moiety.core.experts import ExpertSet
 from moiety.core.load import BatchCost, ExpertDemand, ReplicaLoad
 from moiety.core.replica import Placement, Replica, ReplicaState, Role
+from moiety.errors import WritesRefused
 from moiety.registry.memory import MemoryRegistry
 from moiety.scaling.ledger import Ledger
 
@@ -39,6 +40,44 @@ async def test_only_ready_replicas_of_the_deployment_count() -> None:
     assert (snapshot.target, snapshot.live, snapshot.reporting) == (3, 2, 2)
     assert snapshot.busy == pytest.approx(0.4)
     assert (snapshot.queue_wait_ms, snapshot.rows_per_s) == (5.0, 150.0)
+
+
+async def test_refused_writes_neither_empty_nor_double_a_deployment() -> None:
+    """While the store refuses writes, readings are stale; after it, replicas whose entries expired still count, once each."""
+    store: dict[str, float | bool] = {"now": 0.0, "refuses": False}
+
+    class Refusing(MemoryRegistry):
+        async def check_writes(self) -> None:
+            if store["refuses"]:
+                raise WritesRefused("OOM")
+
+    registry = Refusing(clock=lambda: store["now"])
+    both = READY, replace(READY, id="b")
+    for replica in both:
+        await registry.register(replica)
+    ledger = Ledger(registry)
+    assert (await ledger.read()).snapshot("experts-0", 2, HELD).live == 2
+    store.update(now=100.0, refuses=True)
+    assert (await ledger.read()).snapshot("experts-0", 2, HELD).stale
+    store["refuses"] = False
+    for beating in (), both[:1], both:  # the heartbeats come back one after the other
+        for replica in beating:
+            await registry.register(replica)
+        snapshot = (await ledger.read()).snapshot("experts-0", 2, HELD)
+        assert (snapshot.live, snapshot.stale) == (2, False)
+
+
+async def test_the_longest_start_is_measured() -> None:
+    """A start lasts from a replica's launch to its registration; a replica without a launch time is left out."""
+    registry = await _registry(
+        READY,
+        replace(READY, id="b", launched=100.0, started=280.0),
+        replace(READY, id="c", launched=500.0, started=530.0),
+        replace(READY, id="d", deployment="experts-1", launched=0.0, started=900.0),
+    )
+    reading = await Ledger(registry).read()
+    assert reading.snapshot("experts-0", 3, HELD).start_s == 180.0
+    assert reading.snapshot("experts-1", 3, HELD).start_s == 0.0
 
 
 async def test_demand_is_what_routers_send_to_the_experts_held() -> None:

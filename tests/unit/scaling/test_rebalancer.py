@@ -11,7 +11,7 @@ import pytest
 from moiety.core.experts import ExpertSet
 from moiety.core.load import BatchCost, ExpertDemand
 from moiety.core.replica import Placement, Replica, Role
-from moiety.errors import FailedPrecondition, Unavailable
+from moiety.errors import FailedPrecondition, Unavailable, WritesRefused
 from moiety.registry.memory import MemoryRegistry
 from moiety.scaling.ledger import Ledger
 from moiety.scaling.rebalancer import EVERY_S, Rebalancer
@@ -19,6 +19,7 @@ from moiety.tools.rebalance import RebalanceRequest, apply_placement, propose_pl
 
 COSTS = BatchCost(fixed_s=0.0, s_per_byte=1e-9, s_per_row=1e-5, expert_bytes=1_000_000, samples=100, error=0.05)
 DEFAULT = {"experts-0": ExpertSet.parse("0:0-1"), "experts-1": ExpertSet.parse("0:2-3"), "hot-0": ExpertSet()}
+MOVED = {**DEFAULT, "experts-0": DEFAULT["experts-1"], "experts-1": DEFAULT["experts-0"]}
 SKEWED = (1000, 900, 10, 10)  # rows per second; both hot experts are in one group
 EVEN = (500, 500, 500, 500)
 
@@ -31,8 +32,10 @@ def replica_of(deployment: str, held: ExpertSet, epoch: int) -> Replica:
 class System:
     """A registry, and readings of it one second apart."""
 
-    def __init__(self, gain: float | None = 0.1, hot_memory: int = 1_000_000) -> None:
-        self.registry = MemoryRegistry(clock=lambda: 0.0)
+    def __init__(
+        self, gain: float | None = 0.1, hot_memory: int = 1_000_000, registry: MemoryRegistry | None = None
+    ) -> None:
+        self.registry = registry or MemoryRegistry(clock=lambda: 0.0)
         self.ledger = Ledger(self.registry)
         self.rebalancer = Rebalancer(self.registry, gain, hot_memory)
         self.now, self._rows = 0.0, [0, 0, 0, 0]
@@ -60,13 +63,57 @@ async def test_the_default_placement_is_set_and_set_again() -> None:
     assert await system.registry.placement() is None  # not all deployments are known yet
     await system.follow(EVEN)
     assert await system.registry.placement() == Placement(1, DEFAULT)
-    moved = {**DEFAULT, "experts-0": DEFAULT["experts-1"], "experts-1": DEFAULT["experts-0"]}
-    assert await system.registry.set_placement(Placement(2, moved))
+    assert await system.registry.set_placement(Placement(2, MOVED))
     await system.follow(EVEN)
     system.registry.clear()
-    await system.registry.register(replica_of("experts-0", moved["experts-0"], 2))
+    await system.registry.register(replica_of("experts-0", MOVED["experts-0"], 2))
     await system.follow(EVEN)
-    assert await system.registry.placement() == Placement(2, moved)
+    assert await system.registry.placement() == Placement(2, MOVED)
+
+
+async def lose_a_newer_placement(system: System, *followers: str) -> None:
+    """Another process sets placement 2, which `followers` follow, and the store is emptied before the rebalancer reads it."""
+    await system.follow(EVEN)
+    await system.settle()
+    system.registry.clear()
+    for name in ("experts-0", "experts-1"):
+        held, epoch = (MOVED, 2) if name in followers else (DEFAULT, 1)
+        await system.registry.register(replica_of(name, held[name], epoch))
+    await system.follow(EVEN)
+
+
+async def test_a_newer_placement_is_restored_from_the_replicas() -> None:
+    """An epoch never stands for other experts than those that its followers hold."""
+    system = System()
+    await lose_a_newer_placement(system, "experts-0", "experts-1")
+    assert await system.registry.placement() == Placement(2, MOVED)
+
+
+async def test_a_newer_placement_that_few_follow_is_taken_back() -> None:
+    """If the followers of a lost placement do not hold all experts, all replicas return to the last known placement."""
+    system = System()
+    await lose_a_newer_placement(system, "experts-0")
+    assert await system.registry.placement() == Placement(3, DEFAULT)
+
+
+async def test_nothing_is_decided_or_set_while_writes_are_refused() -> None:
+    """A store that refuses writes gives no reading to decide on, and the placement is neither changed nor set again."""
+
+    class Refusing(MemoryRegistry):
+        async def check_writes(self) -> None:
+            raise WritesRefused("OOM")
+
+        async def set_placement(self, placement: Placement) -> bool:
+            raise AssertionError("set while writes are refused")
+
+    system = System(registry=Refusing(clock=lambda: 0.0))
+    for name in ("experts-0", "experts-1"):
+        await system.registry.register(replica_of(name, DEFAULT[name], 1))
+    for _ in range(int(2 * EVERY_S)):
+        await system.follow(SKEWED)
+    reading = await system.ledger.read()
+    assert reading.stale
+    assert reading.snapshot("experts-0", 3, DEFAULT["experts-0"]).stale
 
 
 async def test_skew_changes_the_placement_and_says_why() -> None:

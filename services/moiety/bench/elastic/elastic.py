@@ -15,7 +15,7 @@ from moiety.bench.elastic.traffic import Traffic, skewed_prompts
 from moiety.client import Client
 from moiety.config.application import AppSettings, ExpertDeployment, GatewayDeployment, RouterDeployment
 from moiety.config.registry_url import RegistryUrl
-from moiety.core.replica import ReplicaState, Role
+from moiety.core.replica import ready_experts
 from moiety.deploy.ray_cluster import environment
 from moiety.deploy.run import DeployedApp, deploy_app
 from moiety.registry.connect import connect
@@ -114,7 +114,7 @@ async def _offer(work: ElasticWork, settings: AppSettings, deployed: DeployedApp
 async def _watch(registry: Registry, moments: list[LoadSample], traffic: Traffic) -> None:
     """Appends a LoadSample to `moments` every SAMPLE_S seconds, until the task is cancelled."""
     while True:
-        replicas = [r for r in await registry.replicas() if r.role is Role.EXPERT and r.state is ReplicaState.READY]
+        replicas = ready_experts(await registry.replicas())
         loads, counts, rows = await registry.replica_load(), dict[str, int](), dict[str, float]()
         for replica in replicas:
             counts[replica.deployment] = counts.get(replica.deployment, 0) + 1

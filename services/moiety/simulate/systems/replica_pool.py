@@ -55,6 +55,7 @@ class ReplicaPool:
             fixed=0.0,  # each call goes to one replica: more replicas share the calls, they do not split batches
             spare=self.spare,
             busy_if_added=costs.busy(calls * steps, weight_bytes * calls * steps, rows * calls * steps),
+            start_s=cluster.start_s,
         )
         return self.step(snapshot, now)
 

@@ -16,6 +16,7 @@ from functools import partial
 from google.protobuf.message import DecodeError
 
 from moiety.core.replica import WIRE_VERSION
+from moiety.core.supervise import spawn, supervise
 from moiety.errors import InvalidRequest, MoietyError, PeerLost, WrongSystem
 from moiety.internal.v1.experts_pb2 import (
     OUTCOME_INVALID,
@@ -56,7 +57,7 @@ class SharedMemoryListener:
         self._socket.setblocking(False)
         self._loop = asyncio.get_running_loop()
         self._greeting: set[asyncio.Task[None]] = set()
-        self._task = asyncio.create_task(self._listen())
+        self._task = supervise("shared-memory listener", self._listen)
 
     async def close(self) -> None:
         """Ends all connections; their routers send unanswered calls to other replicas."""
@@ -70,7 +71,7 @@ class SharedMemoryListener:
     async def _listen(self) -> None:
         while True:
             sock, _ = await self._loop.sock_accept(self._socket)
-            task = asyncio.create_task(self._greet(sock))
+            task = spawn("shared-memory handshake", self._greet(sock))
             self._greeting.add(task)
             task.add_done_callback(self._greeting.discard)
 
