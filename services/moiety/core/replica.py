@@ -8,7 +8,7 @@ from enum import StrEnum
 
 from moiety.core.experts import ExpertSet
 
-WIRE_VERSION = 3
+WIRE_VERSION = 4
 
 
 class Role(StrEnum):
@@ -20,11 +20,12 @@ class Role(StrEnum):
 
 
 class ReplicaState(StrEnum):
-    """The state of a replica; only a READY one may get new work."""
+    """The state of a replica. Only a READY one may get new work, and a SICK one if there is no other."""
 
     STARTING = "starting"
     READY = "ready"
     DRAINING = "draining"
+    SICK = "sick"  # its health check fails: routers call it only for experts that no other replica holds
 
 
 class Transport(StrEnum):
@@ -57,6 +58,7 @@ class Replica:
     started: float = 0.0  # when it was registered
     served: float = 0.0  # when it had computed its first rows; experts only
     pid: int = 0
+    kind: str = ""  # of an expert replica, for the cost model: device, format of the weights, pace
     scaling: Mapping[str, float] = field(default_factory=dict)  # live scaling settings from user_config
 
 
