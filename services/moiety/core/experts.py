@@ -182,8 +182,8 @@ def _parse_set(text: str, bounds: _Bounds) -> ExpertSet:
         layers, separator, experts = part.partition(":")
         if not separator:
             raise ValueError(f"{_shown(part)}: expected LAYERS:EXPERTS, such as 0-31:0-7")
-        ids = frozenset(_parse_ranges(experts, "expert", bounds.experts))
         among = frozenset(_parse_ranges(layers, "layer", bounds.layers))
+        ids = frozenset(_parse_ranges(experts, "expert", bounds.experts))
         if (pairs := pairs + len(among) * len(ids)) > bounds.pairs:
             raise ValueError(f"{_shown(text)}: names more than {bounds.pairs} experts, all layers together")
         for layer in among:

@@ -122,7 +122,9 @@ def spawn(name: str, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         except Exception as error:
             TASKS._failed(_Supervised(name), error, time.monotonic() - began, restart=False)
 
-    return asyncio.create_task(run(), name=name)
+    task = asyncio.create_task(run(), name=name)
+    task.add_done_callback(lambda _: work.close())  # it was never awaited if the task was cancelled before it began
+    return task
 
 
 def supervise_thread(name: str, run: Callable[[], None], *, restart: bool = False) -> threading.Thread:
