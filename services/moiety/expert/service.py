@@ -11,7 +11,15 @@ import torch
 from moiety.core.experts import ModelShape
 from moiety.core.replica import WIRE_VERSION
 from moiety.core.system import SystemId
-from moiety.errors import Cancelled, DeadlineExceeded, InvalidRequest, MoietyError, NotHeld, ResourceExhausted, WrongSystem
+from moiety.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    InvalidRequest,
+    MoietyError,
+    NotHeld,
+    ResourceExhausted,
+    WrongSystem,
+)
 from moiety.expert.batcher import Computed, QueuedCall
 from moiety.expert.runtime import Runtime
 from moiety.internal.v1 import experts_pb2

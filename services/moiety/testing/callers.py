@@ -18,6 +18,7 @@ from moiety.errors import MoietyError, PeerLost
 from moiety.internal.v1 import experts_pb2
 from moiety.registry.memory import MemoryRegistry
 from moiety.registry.watch import Watch
+from moiety.router.hop.call_limits import CallLimits
 from moiety.router.hop.context import HopContext
 from moiety.router.hop.cost_fit import CostFit
 from moiety.router.hop.expert_demand import ExpertDemandCounter
@@ -150,6 +151,7 @@ async def loopback_hop(
         thread = stack.enter_context(concurrent.futures.ThreadPoolExecutor(1, "engine"))
         stack.push_async_callback(fleet.close)
         rows = codec.DTYPES[dtype]
+        costs = CostFit(shape.mlp.parameters * rows.itemsize)
         context = HopContext(
             fleet=fleet,
             system_key=system.key,
@@ -157,7 +159,8 @@ async def loopback_hop(
             expert_wait_s=expert_wait_s,
             hedging=Hedging(hedge_after_s, retry_budget, hedge_factor),
             demand=ExpertDemandCounter(shape.moe_layers, shape.experts),
-            costs=CostFit(shape.mlp.parameters * rows.itemsize),
+            costs=costs,
+            limits=CallLimits(costs, shape.experts),
             tracer=NO_TRACER,
             wait=fleet.mailbox.wait,
         )

@@ -55,7 +55,9 @@ class FakeExperts:
         self.cancelled: list[tuple[int, int]] = []  # (call id, attempt) of each cancellation that arrived
         self.describes = 0  # how many DescribeReplica calls arrived
         self.kind = ""  # DescribeReplicaResponse.kind
-        self.described: Callable[[experts_pb2.DescribeReplicaResponse], None] = lambda _: None  # changes its description
+        self.described: Callable[[experts_pb2.DescribeReplicaResponse], None] = lambda _: (
+            None
+        )  # changes its description
         self.replica: Replica | None = None  # its registry entry, once started
         self._shape, self._dtype = shape, dtype
         self._row_bytes = shape.mlp.hidden * codec.DTYPES[dtype].itemsize

@@ -93,7 +93,7 @@ async def test_the_fixed_share_follows_from_the_fit() -> None:
     await registry.publish_load("router", demand=ExpertDemand(((0, 0, 0, 0),), ((0, 0, 0, 0),), time=100.0))
     await ledger.read()
     await registry.publish_load(
-        "router", demand=ExpertDemand(((100, 0, 0, 0),), ((10, 0, 0, 0),), time=101.0, costs=COSTS)
+        "router", demand=ExpertDemand(((100, 0, 0, 0),), ((10, 0, 0, 0),), time=101.0, costs=(COSTS,))
     )
     await registry.publish_load("a", ReplicaLoad(0.03, 0.0, rows_per_s=100.0, calls_per_s=10.0))
     snapshot = (await ledger.read()).snapshot("experts-0", 1, HELD)
@@ -108,7 +108,7 @@ async def test_a_hot_set_at_zero_counts_its_share() -> None:
     await registry.publish_load("router", demand=ExpertDemand(((0, 0, 0, 0),), ((0, 0, 0, 0),), time=100.0))
     await ledger.read()
     await registry.publish_load(
-        "router", demand=ExpertDemand(((1000, 0, 0, 0),), ((100, 0, 0, 0),), time=101.0, costs=COSTS)
+        "router", demand=ExpertDemand(((1000, 0, 0, 0),), ((100, 0, 0, 0),), time=101.0, costs=(COSTS,))
     )
     reading = await ledger.read()
     hot = reading.snapshot("hot-0", 0, ExpertSet(), spare=True)

@@ -1,7 +1,7 @@
 """The breakers of a router, one per expert replica: what it remembers between calls of how each replica answers.
 
-A breaker opens after a few failures in a row, or at once for a proof that the device is sick. An open replica is called only for
-experts without another usable holder. After a delay, which grows with each further failure, one call probes it.
+A breaker opens after a few failures in a row, or at once for a proof that the device is sick. An open replica is called only
+for experts without another usable holder. After a delay, which grows with each further failure, one call probes it.
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ class _Breaker:
     failures: int = 0  # in a row
     silent: bool = False  # it is open because it did not answer: any answer closes it
     since: float = 0.0  # when it opened or closed
-    until: float = 0.0  # LATE: when it counts as stuck; OPEN: when it may be probed; PROBED: when it may be probed again
+    until: float = (
+        0.0  # LATE: when it counts as stuck; OPEN: when it may be probed; PROBED: when it may be probed again
+    )
     delay_s: float = DELAY_S  # the next delay between opening and probe
     rest_s: float = REST_S
     rests_until: float = 0.0  # an overloaded replica
@@ -118,7 +120,7 @@ class Breakers:
             self._open(replica, breaker, now, count + why, silent=False)
 
     def overtaken(self, replica: str, now: float, limit_s: float) -> None:
-        """Notes that another holder answered first. After STUCK_LIMITS times `limit_s` without an answer, it counts as stuck."""
+        """Notes that another holder answered first. If STUCK_LIMITS times `limit_s` bring no answer, the replica is stuck."""
         breaker = self._breakers.setdefault(replica, _Breaker(since=now))
         if breaker.state is BreakerState.CLOSED:
             breaker.state, breaker.since, breaker.until = BreakerState.LATE, now, now + STUCK_LIMITS * limit_s
@@ -142,7 +144,9 @@ class Breakers:
         breaker.delay_s = min(2 * breaker.delay_s, LONGEST_DELAY_S)
         self.changes += 1
         after_s = breaker.until - now
-        _log.warning("replica %s is avoided where another holds its experts: %s; next try in %g s", replica, why, after_s)
+        _log.warning(
+            "replica %s is avoided where another holds its experts: %s; next try in %g s", replica, why, after_s
+        )
 
     def _close(self, replica: str, breaker: _Breaker, now: float) -> None:
         open_s, breaker.state, breaker.since, breaker.failures = now - breaker.since, BreakerState.CLOSED, now, 0

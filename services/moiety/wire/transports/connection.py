@@ -51,7 +51,9 @@ class Connection(Protocol):
     """Carries the calls of one router to one replica: many in flight, answered in any order.
 
     An answer that fits no open call is dropped and reported to `on_unasked`, on the mailbox's thread. After MOST_UNASKED
-    of them the connection closes. Created and closed on an asyncio loop. Calls are sent and answered on the thread that owns the connection's mailbox
+    of them the connection closes.
+
+    Created and closed on an asyncio loop. Calls are sent and answered on the thread that owns the connection's mailbox
     (`mailbox.py`).
     """
 

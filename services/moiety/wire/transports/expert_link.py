@@ -55,7 +55,9 @@ class ExpertLink:
         """Asks the replica at `address` for its description, then connects to it. Each step may take `timeout_s` seconds.
 
         Answers to calls arrive through `mailbox`. Transport.AUTO uses shared memory if it reaches the replica, else gRPC.
-        `shape` bounds the sets of experts that the replica may name. `on_unasked`: see `Connection`. Raises PeerLost or another error with which DescribeReplica failed, InvalidRequest if the sets of experts in the
+        `shape` bounds the sets of experts that the replica may name. `on_unasked`: see `Connection`.
+
+        Raises PeerLost or another error with which DescribeReplica failed, InvalidRequest if the sets of experts in the
         description cannot be parsed, FailedPrecondition if `transport` cannot reach the replica.
         """
         grpc_channel = channel(address)
