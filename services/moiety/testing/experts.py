@@ -55,6 +55,7 @@ class FakeExperts:
         self.cancelled: list[tuple[int, int]] = []  # (call id, attempt) of each cancellation that arrived
         self.describes = 0  # how many DescribeReplica calls arrived
         self.kind = ""  # DescribeReplicaResponse.kind
+        self.unasked = 0  # through gRPC: how many replies to calls that nobody made come before each reply
         self.described: Callable[[experts_pb2.DescribeReplicaResponse], None] = lambda _: (
             None
         )  # changes its description
@@ -128,6 +129,8 @@ class FakeExperts:
         async def answer(header: experts_pb2.ForwardRequest, call: ForwardCall) -> None:
             frame = self.on_reply(self._reply(header, call, await self.on_call(call)))
             async with writing:
+                for number in range(self.unasked):
+                    await context.write(codec.encode(experts_pb2.ForwardResponse(call_id=1_000_000 + number)))
                 for _ in range(self.copies):
                     await context.write(frame)
 

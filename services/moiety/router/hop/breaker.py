@@ -113,8 +113,8 @@ class Breakers:
         breaker = self._breakers.setdefault(replica, _Breaker(since=now))
         breaker.failures += 1
         if breaker.state is BreakerState.PROBED:
-            breaker.delay_s = min(2 * breaker.delay_s, LONGEST_DELAY_S)
             breaker.state, breaker.until = BreakerState.OPEN, now + breaker.delay_s
+            breaker.delay_s = min(2 * breaker.delay_s, LONGEST_DELAY_S)
         elif not breaker.is_open and (certain or breaker.failures >= FAILURES):
             count = "" if certain else f"{breaker.failures} failures in a row, last: "
             self._open(replica, breaker, now, count + why, silent=False)

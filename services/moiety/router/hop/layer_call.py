@@ -266,10 +266,11 @@ class LayerCall:
     def _check_parked(self) -> None:
         """Raises an error if waiting longer cannot help; otherwise reports to the registry which experts are missing."""
         parked, layer = self._parked.assignments, self._rows.layer
-        if failed := [a for a in parked.tolist() if a in self._failures]:
+        unheld = self._without_holder(parked)
+        if failed := [a for a in unheld.tolist() if a in self._failures]:
             self._returned.accuse(failed, self._hop.fleet.breakers, time.monotonic())
             raise HopFailed(self._tokens_of(failed), self._failures[failed[0]])
-        missing = self._missing_experts(parked)
+        missing = np.unique(self._rows.experts[unheld]).tolist()
         if (waited := self._parked.waited_s) >= self._hop.expert_wait_s:
             experts = np.unique(self._rows.experts[parked]).tolist()
             raise HopFailed(self._tokens_of(parked), wait_error(layer, experts, missing, waited))
@@ -277,13 +278,13 @@ class LayerCall:
         if missing:
             self._step.report_missing(layer, missing)
 
-    def _missing_experts(self, parked: np.ndarray) -> list[int]:
-        """Returns the experts of the `parked` assignments of which no holder merely lacks room."""
-        if self._full:
-            table = self._hop.fleet.table
-            others = set(table.replicas) - self._full
-            parked = plan_dispatch(table, self._rows.layer, self._rows.experts, parked, others).uncovered
-        return np.unique(self._rows.experts[parked]).tolist()
+    def _without_holder(self, parked: np.ndarray) -> np.ndarray:
+        """Returns those of the `parked` assignments for which no holder merely lacks room."""
+        if not self._full:
+            return parked
+        table = self._hop.fleet.table
+        others = set(table.replicas) - self._full
+        return plan_dispatch(table, self._rows.layer, self._rows.experts, parked, others).uncovered
 
     def _room_freed(self) -> None:
         if self._full:
