@@ -27,6 +27,7 @@ class CallInFlight:
     assignments: np.ndarray  # the (token, expert) pairs it computes: ascending indices into the layer's A = T * K pairs
     attempt: int
     sent: float
+    hedge_at: float
     look_at: float  # when to look whether it is slow
     probe: bool  # it shows whether a replica with an open breaker has recovered
     hedge_of: int | None  # call id of the slow call that this one duplicates

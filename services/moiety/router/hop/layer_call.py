@@ -21,8 +21,8 @@ import numpy as np
 from moiety.errors import HopFailed, MoietyError, PeerLost, Unavailable
 from moiety.internal.v1 import experts_pb2
 from moiety.policy.dispatch import plan_dispatch
-from moiety.router.hop.call import CallInFlight, RoutedRows, outcome_name, refusal, size_error, split_by_size
-from moiety.router.hop.call_sender import CallSender
+from moiety.router.hop.call import CallInFlight, RoutedRows, outcome_name, refusal, size_error
+from moiety.router.hop.calls_in_flight import CallsInFlight
 from moiety.router.hop.context import HopContext
 from moiety.router.hop.finite import ReturnedRows
 from moiety.router.hop.parked import POLL_S, ParkedRows, wait_error
@@ -45,7 +45,7 @@ class LayerCall:
         self._hop, self._step, self._rows = hop, step, rows
         self._missing = len(rows.wanted)  # results that are not in place yet
         self._filled = rows.experts < 0  # [A]
-        self._calls: dict[int, CallInFlight] = {}
+        self._calls = CallsInFlight(hop, step, rows, began_ns, self._take)
         self._resent = False  # the same rows may arrive twice
         self._refusing: set[str] = set()  # replicas that refused this layer or were lost, until the next retry
         self._full: set[str] = set()  # those of them that had no room
@@ -54,7 +54,6 @@ class LayerCall:
         self._returned = ReturnedRows(hop.dtype)
         self._parked = ParkedRows()
         self._error: BaseException | None = None
-        self._sender = CallSender(hop, step, rows, began_ns)
 
     def send(self) -> None:
         """Sends the rows to their experts."""
@@ -73,17 +72,16 @@ class LayerCall:
             if self._error is not None:
                 raise self._error
         except BaseException as error:
-            self._sender.span.error(error)
+            self._calls.span.error(error)
             raise
         finally:
             self.end()
 
     def end(self) -> None:
         """Gives up what is still in flight or parked. Late answers are ignored."""
-        for call_id in tuple(self._calls):
-            self._give_up(call_id)
+        self._calls.give_up()
         self._parked.end()
-        self._sender.span.end()
+        self._calls.span.end()
 
     # Sending -----------------------------------------------------------------------------------------------------
 
@@ -100,16 +98,13 @@ class LayerCall:
 
     def _send_parts(self, parts: Mapping[str, np.ndarray], attempt: int, hedge_of: int | None = None) -> None:
         self._resent = self._resent or attempt > 0
-        for replica, assignments in parts.items():
-            for piece in split_by_size(assignments, self._rows.hidden.row_bytes):
-                call_id, call = self._sender.send(replica, piece, attempt, hedge_of, self._take)
-                self._calls[call_id] = call
+        self._calls.send(parts, attempt, hedge_of)
 
     # Receiving ---------------------------------------------------------------------------------------------------
 
     def _take(self, call_id: int, answer: Reply | PeerLost) -> None:
         """Handles a call's answer. Errors are kept for `wait`, because the thread may be waiting for another layer."""
-        if (call := self._calls.pop(call_id, None)) is None:
+        if (call := self._calls.pop(call_id)) is None:
             return
         try:
             if isinstance(answer, PeerLost):
@@ -134,8 +129,7 @@ class LayerCall:
             return
         self._hop.hedging.record_latency(self._rows.layer, self._step.call_class, now - call.sent)
         self._hop.record(call.replica, reply.header, now - call.sent)
-        if call.hedge_of in self._calls:
-            slow = self._calls[call.hedge_of]
+        if call.hedge_of is not None and (slow := self._calls.get(call.hedge_of)) is not None:
             self._hop.fleet.overtaken(slow.replica, call.hedge_of, self._limit_s(slow))
         call.span.set(Attribute.QUEUE_MS, reply.header.queue_ms)
         call.span.set(Attribute.COMPUTE_MS, reply.header.compute_ms)
@@ -148,16 +142,8 @@ class LayerCall:
         self._filled[assignments] = True
         self._missing -= len(assignments)
         self._returned.add(call.replica, assignments)
-        if not self._resent:
-            return
-        for other_id in [i for i, other in self._calls.items() if self._filled[other.assignments].all()]:
-            self._give_up(other_id)  # the slower of two calls for the same rows
-
-    def _give_up(self, call_id: int) -> None:
-        """Ignores the answer of a call, and cancels the call. Its answer still shows that its replica is alive."""
-        call = self._calls.pop(call_id)
-        call.span.end()
-        self._hop.fleet.cancel(call.replica, call_id, call.attempt)
+        if self._resent:
+            self._calls.give_up(self._filled)  # the slower of two calls for the same rows
 
     def _check_finite(self) -> None:
         """Sends rows with NaN or Inf again, to other holders, unless they are right. Called when all results are in place."""
@@ -207,50 +193,46 @@ class LayerCall:
     def _send_again(self, call: CallInFlight, avoid: str) -> None:
         """Sends the rows of `call` to holders other than `avoid`. Leaves out rows that have arrived or are in another call."""
         self._refusing.add(avoid)
-        missing = ~self._filled
-        for other in self._calls.values():
-            missing[other.assignments] = False
-        self._dispatch(call.assignments[missing[call.assignments]], call.attempt + 1)
+        self._dispatch(self._calls.without(call.assignments, self._filled), call.attempt + 1)
 
     # The two clocks ----------------------------------------------------------------------------------------------
 
     def _due(self) -> float:
         """The `time.monotonic()` of the next retry, or look at a slow call."""
-        return min([self._parked.retry_at, *(call.look_at for call in self._calls.values())])
+        return min(self._parked.retry_at, self._calls.due())
 
     def _on_time(self, now: float) -> None:
-        for call_id, call in list(self._calls.items()):
-            if now >= call.look_at and call_id in self._calls:
-                self._look_at_slow(call_id, call, now)
+        for call_id, call in self._calls.slow(now):
+            self._look_at_slow(call_id, call, now)
         if now >= self._parked.retry_at:
             self._retry()
 
     def _look_at_slow(self, call_id: int, call: CallInFlight, now: float) -> None:
-        """Sends the rows of a slow call to other holders too, if there are any and the hedge budget allows.
+        """Sends the rows of a slow call to other holders too, if others hold them and the hedge budget allows.
 
         The budget keeps hedges from doubling the load of replicas that are merely busy. It does not count where the replica
-        has answered nothing since a limit has passed, or was only tried. The only holder keeps the rows; if it stays silent
-        for `expert_wait_s` beyond the limit, they fail.
+        has answered nothing for a whole limit, or is only being probed. An only holder keeps the rows; those that nobody
+        else holds fail `expert_wait_s` after the limit.
         """
-        waited_s, limit_s = now - call.sent, self._limit_s(call)
+        waited_s, limit_s, layer = now - call.sent, self._limit_s(call), self._rows.layer
         late = waited_s >= limit_s
         if late:
             self._step.check()
-        silent = late and not self._hop.fleet.answered_since(call.replica, call.sent)
-        call.look_at = now + POLL_S if late else min(call.sent + limit_s, now + max(limit_s / 4, POLL_S))
-        if any(other.hedge_of == call_id for other in self._calls.values()):
-            return
-        table, breakers = self._hop.fleet.table, self._hop.fleet.breakers
-        avoid = {call.replica} | self._refusing | breakers.avoided(now)
-        planned = plan_dispatch(table, self._rows.layer, self._rows.experts, call.assignments, avoid)
-        if not len(planned.uncovered):
-            if silent or call.probe or self._hop.hedging.take():
-                self._send_parts(planned.parts, call.attempt + 1, hedge_of=call_id)
+        silent = late and not self._hop.fleet.answered_since(call.replica, max(call.sent, now - limit_s))
+        table, avoid = self._hop.fleet.table, {call.replica} | self._refusing
+        avoided = self._hop.fleet.breakers.avoided(now)
+        elsewhere = plan_dispatch(table, layer, self._rows.experts, call.assignments, avoid | avoided)
+        if silent and len(elsewhere.uncovered) and avoided:  # a replica that answers wrongly may be better than none
+            elsewhere = plan_dispatch(table, layer, self._rows.experts, call.assignments, avoid)
+        call.look_at = now + POLL_S if late else call.sent + limit_s
+        if not len(elsewhere.uncovered):
+            if silent or call.probe or (now >= call.hedge_at and self._hop.hedging.take()):
+                self._send_parts(elsewhere.parts, call.attempt + 1, hedge_of=call_id)
             else:
-                call.look_at = now + self._hop.hedging.least_s
+                call.look_at = min(call.look_at, max(call.hedge_at, now + self._hop.hedging.least_s))
         elif waited_s >= limit_s + self._hop.expert_wait_s:
-            why = f"layer {self._rows.layer}: replica {call.replica}, the only holder, has not answered for {waited_s:.1f} s"
-            raise HopFailed(self._tokens_of(call.assignments), Unavailable(why))
+            why = f"layer {layer}: the only holder, replica {call.replica}, has not answered for {waited_s:.1f} s"
+            raise HopFailed(self._tokens_of(elsewhere.uncovered), Unavailable(why))
 
     def _limit_s(self, call: CallInFlight) -> float:
         return self._hop.limit_s(call.replica, len(call.assignments))
@@ -259,7 +241,7 @@ class LayerCall:
         """Parks the `uncovered` assignments until a live holder of their experts accepts them."""
         self._parked.add(
             uncovered,
-            start_span=lambda: self._sender.start_span(SpanName.PARK),
+            start_span=lambda: self._calls.start_span(SpanName.PARK),
             listen=lambda: self._hop.fleet.listen(self._retry_safely, self._room_freed),
         )
 

@@ -8,14 +8,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hop_scenarios import EXPECTED, HIDDEN, ROUTING, answers, assert_layer, holder, hop_over
+from hop_scenarios import HIDDEN, ROUTING, answers, assert_layer, holder, hop_over
 
-from moiety.core.replica import Transport
 from moiety.errors import HopFailed
 from moiety.internal.v1 import experts_pb2
 from moiety.router.hop.breaker import FAILURES
 from moiety.testing import LoopbackHop, eventually
-from moiety.wire.transports.connection import MOST_UNASKED
 
 pytestmark = pytest.mark.usefixtures("each_transport")
 
