@@ -7,6 +7,7 @@ import concurrent.futures
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
@@ -66,6 +67,10 @@ class Caller:
 
         self._mailbox.post(acquire_and_send)
         return asyncio.wrap_future(future)
+
+    def cancel(self, call_id: int, attempt: int) -> None:
+        """Cancels a call that `send` sent earlier."""
+        self._mailbox.post(partial(self.link.connection.cancel, call_id, attempt))
 
 
 @asynccontextmanager
