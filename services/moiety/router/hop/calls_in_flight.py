@@ -11,6 +11,7 @@ import numpy as np
 
 from moiety.errors import PeerLost
 from moiety.router.hop.call import CallInFlight, RoutedRows, request_for, split_by_size
+from moiety.router.hop import call_limits
 from moiety.router.hop.context import HopContext
 from moiety.router.hop.parked import POLL_S
 from moiety.router.step_context import StepContext
@@ -20,22 +21,19 @@ from moiety.wire import codec
 from moiety.wire.transports.connection import Reply
 
 
+Take = Callable[[int, Reply | PeerLost], None]  # receives a call's id and its answer
+
+
 class CallsInFlight:
     """The calls of one layer of one step, by call id. `span` is the layer's, and the parent of the calls' spans.
 
-    `take(id, answer)` is called once per call, on the engine's thread, after `send` returned.
+    It does not keep what takes the answers: a circle of references would keep each layer's rows until the next garbage
+    collection.
     """
 
-    def __init__(
-        self,
-        hop: HopContext,
-        step: StepContext,
-        rows: RoutedRows,
-        began_ns: int,
-        take: Callable[[int, Reply | PeerLost], None],
-    ):
+    def __init__(self, hop: HopContext, step: StepContext, rows: RoutedRows, began_ns: int):
         """`began_ns`: Unix time at which the previous layer ended, or the step began."""
-        self._hop, self._step, self._rows, self._take = hop, step, rows, take
+        self._hop, self._step, self._rows = hop, step, rows
         self._calls: dict[int, CallInFlight] = {}
         self.span = self._start(SpanName.LAYER, step.span, {Attribute.LAYER: rows.layer}, began_ns)
         self.start_span(SpanName.ATTENTION, start_ns=began_ns).end()
@@ -46,11 +44,14 @@ class CallsInFlight:
         """Starts a span within the layer's."""
         return self._start(name, self.span, attributes or {}, start_ns)
 
-    def send(self, parts: Mapping[str, np.ndarray], attempt: int, hedge_of: int | None = None) -> None:
-        """Sends the rows of `parts` (replica -> assignments), split into calls of a bounded size."""
+    def send(self, parts: Mapping[str, np.ndarray], attempt: int, hedge_of: int | None, take: Take) -> None:
+        """Sends the rows of `parts` (replica -> assignments), split into calls of a bounded size.
+
+        `take(id, answer)` is called once per call, on the engine's thread, after this method returned.
+        """
         for replica, assignments in parts.items():
             for piece in split_by_size(assignments, self._rows.hidden.row_bytes):
-                self._send(replica, piece, attempt, hedge_of)
+                self._send(replica, piece, attempt, hedge_of, take)
 
     def get(self, call_id: int | None) -> CallInFlight | None:
         return None if call_id is None else self._calls.get(call_id)
@@ -65,8 +66,8 @@ class CallsInFlight:
 
     def slow(self, now: float) -> list[tuple[int, CallInFlight]]:
         """Returns the calls to look at by `now`, with their ids, except those that are hedged already."""
-        hedged = {call.hedge_of for call in self._calls.values()}
         slow = [(call_id, call) for call_id, call in self._calls.items() if now >= call.look_at]
+        hedged = {call.hedge_of for call in self._calls.values()} if slow else ()
         for call_id, call in slow:
             if call_id in hedged:
                 call.look_at = now + POLL_S  # its hedge may be lost
@@ -90,7 +91,7 @@ class CallsInFlight:
                 call.span.end()
                 self._hop.fleet.cancel(call.replica, call_id, call.attempt)
 
-    def _send(self, replica: str, assignments: np.ndarray, attempt: int, hedge_of: int | None) -> None:
+    def _send(self, replica: str, assignments: np.ndarray, attempt: int, hedge_of: int | None, take: Take) -> None:
         hop, rows, now = self._hop, self._rows, time.monotonic()
         call_id = hop.fleet.next_call_id()
         span = NO_SPAN
@@ -110,13 +111,12 @@ class CallsInFlight:
         header.traceparent = span.traceparent
         probe = hop.fleet.breakers.sent(replica, now)
         hedge_s = hop.hedging.least_s if probe else hop.hedging.delay(rows.layer, self._step.call_class)
-        hedge_at, late_at = now + hedge_s, now + hop.limit_s(replica, len(assignments))
+        hedge_at, look_at = now + hedge_s, now + min(hedge_s, call_limits.FLOOR_S)
         hop.hedging.count_call()
-        look_at = min(hedge_at, late_at)
         self._calls[call_id] = CallInFlight(
             replica, assignments, attempt, now, hedge_at, look_at, probe, hedge_of, span
         )
-        hop.fleet.send(replica, header, rows.hidden, tokens, len(assignments), partial(self._take, call_id))
+        hop.fleet.send(replica, header, rows.hidden, tokens, len(assignments), partial(take, call_id))
 
     def _start(
         self, name: SpanName, parent: Span, attributes: Mapping[Attribute, str | int], start_ns: int | None

@@ -60,11 +60,11 @@ class ReturnedRows:
         Two replicas that agree prove a row: a model may overflow, and then the reference returns the same. Notes in
         `breakers` who answered well, and who returned NaN or Inf where another holder did not.
         """
-        replicas = dict.fromkeys(replica for replica, _ in self._returned)
         if self._agreed is None and all_finite(rows.output, self._dtype):
-            for replica in replicas:
+            for replica, _ in self._returned:
                 breakers.succeeded(replica, now)
             return {}
+        replicas = dict.fromkeys(replica for replica, _ in self._returned)
         bad = non_finite_rows(rows.output, self._dtype)  # [A]
         bad &= ~non_finite_rows(rows.hidden, self._dtype)[
             np.arange(len(bad)) // rows.top_k

@@ -45,7 +45,7 @@ class LayerCall:
         self._hop, self._step, self._rows = hop, step, rows
         self._missing = len(rows.wanted)  # results that are not in place yet
         self._filled = rows.experts < 0  # [A]
-        self._calls = CallsInFlight(hop, step, rows, began_ns, self._take)
+        self._calls = CallsInFlight(hop, step, rows, began_ns)
         self._resent = False  # the same rows may arrive twice
         self._refusing: set[str] = set()  # replicas that refused this layer or were lost, until the next retry
         self._full: set[str] = set()  # those of them that had no room
@@ -67,8 +67,10 @@ class LayerCall:
             while self._missing and self._error is None:
                 if len(self._parked):
                     self._check_parked()
-                self._hop.wait(max(0.0, self._due() - time.monotonic()))
-                self._on_time(time.monotonic())
+                due = self._due()
+                self._hop.wait(max(0.0, due - time.monotonic()))
+                if (now := time.monotonic()) >= due:
+                    self._on_time(now)
             if self._error is not None:
                 raise self._error
         except BaseException as error:
@@ -98,7 +100,7 @@ class LayerCall:
 
     def _send_parts(self, parts: Mapping[str, np.ndarray], attempt: int, hedge_of: int | None = None) -> None:
         self._resent = self._resent or attempt > 0
-        self._calls.send(parts, attempt, hedge_of)
+        self._calls.send(parts, attempt, hedge_of, self._take)
 
     # Receiving ---------------------------------------------------------------------------------------------------
 
