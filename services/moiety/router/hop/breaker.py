@@ -127,6 +127,12 @@ class Breakers:
         elif breaker.state is BreakerState.PROBED:
             self.failed(replica, now, "it did not answer in time")
 
+    def silent(self, replica: str, now: float, waited_s: float, limit_s: float) -> None:
+        """Notes that an only holder has answered nothing for `waited_s` seconds, where a call should take `limit_s` at most."""
+        if waited_s >= STUCK_LIMITS * limit_s and self.closed(replica):
+            breaker = self._breakers.setdefault(replica, _Breaker(since=now))
+            self._open(replica, breaker, now, f"it has not answered for {waited_s:.1f} s", silent=True)
+
     def overloaded(self, replica: str, now: float) -> None:
         """Notes that a replica has no room. It rests for a moment, which grows while it goes on refusing."""
         breaker = self._breakers.setdefault(replica, _Breaker(since=now))

@@ -72,7 +72,7 @@ class Fleet:
         self._call_ids = itertools.count(1)
         self._table_listeners: list[Callable[[], None]] = []
         self._room_listeners: list[Callable[[], None]] = []
-        self._unanswered: set[int] = set()  # ids of calls in flight, overtaken ones too
+        self._unanswered: dict[int, Answer] = {}  # by call id, cancelled ones too: who takes the answer
         self._answered_at: dict[str, float] = {}  # replica id -> time.monotonic() of its last answer
         self._describe: dict[
             str, tuple[float, float]
@@ -147,7 +147,7 @@ class Fleet:
         copy_rows(rows, buffer.rows, chosen=tokens)
 
         def on_answer(result: Reply | PeerLost) -> None:
-            self._unanswered.discard(call_id)
+            answer = self._unanswered.pop(call_id)
             if isinstance(result, Reply):
                 self._answered_at[replica_id] = now = time.monotonic()
                 self.breakers.answered(replica_id, now)
@@ -155,13 +155,15 @@ class Fleet:
                     self.mailbox.post(lambda: _notify(self._room_listeners))  # the transport still holds the room
             answer(result)
 
-        self._unanswered.add(call_id)
+        self._unanswered[call_id] = answer
         buffer.send(on_answer)
 
     def cancel(self, replica_id: str, call_id: int, attempt: int) -> None:
         """Tells a replica that the answer to a call is no longer needed. Has no effect once the call is answered."""
-        if call_id in self._unanswered and (link := self._links.get(replica_id)) is not None:
-            link.connection.cancel(call_id, attempt)
+        if call_id in self._unanswered:
+            self._unanswered[call_id] = _ignore  # a replica that hangs must not keep the rows of its calls in memory
+            if (link := self._links.get(replica_id)) is not None:
+                link.connection.cancel(call_id, attempt)
 
     def overtaken(self, replica_id: str, call_id: int, limit_s: float) -> None:
         """Notes that a hedge of a call was answered before the call, unless that is answered by now. `limit_s`: its limit."""
@@ -267,6 +269,10 @@ class Fleet:
             self.table = HolderTable.build(version, current.held, self._shape.moe_layers, self._shape.experts)
         self.placement_epoch = current.epoch
         self.mailbox.post(lambda: _notify(self._table_listeners))
+
+
+def _ignore(_: object) -> None:
+    """Does nothing."""
 
 
 def _notify(listeners: list[Callable[[], None]]) -> None:

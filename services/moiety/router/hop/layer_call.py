@@ -232,7 +232,10 @@ class LayerCall:
                 self._send_parts(elsewhere.parts, call.attempt + 1, hedge_of=call_id)
             else:
                 call.look_at = min(call.look_at, max(call.hedge_at, now + self._hop.hedging.least_s))
-        elif waited_s >= limit_s + self._hop.expert_wait_s:
+            return
+        if silent:
+            self._hop.fleet.breakers.silent(call.replica, now, waited_s, limit_s)
+        if waited_s >= limit_s + self._hop.expert_wait_s:
             why = f"layer {layer}: the only holder, replica {call.replica}, has not answered for {waited_s:.1f} s"
             raise HopFailed(self._tokens_of(elsewhere.uncovered), Unavailable(why))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
 
 import pytest
@@ -14,6 +15,7 @@ from moiety.errors import Cancelled, HopFailed, Unavailable
 from moiety.internal.v1.experts_pb2 import ForwardResponse
 from moiety.router.hop.call_limits import FACTOR, FLOOR_S, CallLimits
 from moiety.router.hop.cost_fit import CostFit
+from moiety.router.hop.layer_call import LayerCall
 from moiety.router.step_context import StepContext
 from moiety.telemetry.tracing import NO_SPAN
 from moiety.testing import FakeExperts, LoopbackHop, eventually, fake_layer
@@ -70,6 +72,8 @@ async def test_a_silent_replica_is_bridged_without_a_budget():
         await assert_layer(lane)
         assert 0.1 <= time.monotonic() - began < 1.0
         lost = [(call.call_id, call.attempt) for call in hung.calls]
+        gc.collect()
+        assert not [held for held in gc.get_objects() if type(held) is LayerCall], "it keeps no rows in memory"
         await eventually(lambda: hung.cancelled == lost)
         for _ in range(5):
             await assert_layer(lane)
@@ -113,6 +117,7 @@ async def test_a_silent_only_holder_ends_its_rows_after_the_wait():
             await lane.compute(0, HIDDEN, ROUTING)
         assert isinstance(end.value.cause, Unavailable)
         assert len(hung.calls) == 1
+        assert lane.fleet.breakers.open == {"a"}, "this is visible"
         await eventually(lambda: len(hung.cancelled) == 1)
 
 
