@@ -10,8 +10,8 @@ from math import inf
 import numpy as np
 
 from moiety.errors import PeerLost
-from moiety.router.hop.call import CallInFlight, RoutedRows, request_for, split_by_size
 from moiety.router.hop import call_limits
+from moiety.router.hop.call import CallInFlight, RoutedRows, request_for, split_by_size
 from moiety.router.hop.context import HopContext
 from moiety.router.hop.parked import POLL_S
 from moiety.router.step_context import StepContext
@@ -19,7 +19,6 @@ from moiety.telemetry.names import Attribute, SpanName
 from moiety.telemetry.tracing import NO_SPAN, Span
 from moiety.wire import codec
 from moiety.wire.transports.connection import Reply
-
 
 Take = Callable[[int, Reply | PeerLost], None]  # receives a call's id and its answer
 
