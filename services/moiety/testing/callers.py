@@ -14,6 +14,7 @@ import torch
 from moiety.core.expert_backend import CallClass
 from moiety.core.experts import ModelShape
 from moiety.core.replica import Transport
+from moiety.core.supervise import spawn
 from moiety.core.system import SystemId
 from moiety.errors import MoietyError, PeerLost
 from moiety.internal.v1 import experts_pb2
@@ -171,7 +172,7 @@ async def loopback_hop(
         )
         await eventually(lambda: {replica.id for replica in replicas} <= set(fleet.table.replicas))
         lane = LoopbackHop(Hop(context), fleet, watch, registry, thread)
-        idle = asyncio.create_task(lane.idle())
+        idle = spawn("idle hop", lane.idle())
         try:
             yield lane
         finally:

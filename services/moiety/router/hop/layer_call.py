@@ -236,7 +236,9 @@ class LayerCall:
         if silent:
             self._hop.fleet.breakers.silent(call.replica, now, waited_s, limit_s)
         if waited_s >= limit_s + self._hop.expert_wait_s:
-            why = f"layer {layer}: the only holder, replica {call.replica}, has not answered for {waited_s:.1f} s"
+            why = (
+                f"layer {layer}: replica {call.replica} has not answered for {waited_s:.1f} s; there is no other to ask"
+            )
             raise HopFailed(self._tokens_of(elsewhere.uncovered), Unavailable(why))
 
     def _limit_s(self, call: CallInFlight) -> float:
