@@ -40,8 +40,8 @@ def counting_us(layers: int, experts: int, rows: int) -> float:
     began = time.thread_time()
     for repeat in range(REPEATS):
         demand.count(repeat % layers, chosen[repeat % 64])
-        costs.record(reply)
-        costs.record(reply)
+        costs.record("", reply, 1.0)
+        costs.record("", reply, 1.0)
     return 1e6 * (time.thread_time() - began) / REPEATS
 
 
@@ -58,7 +58,7 @@ async def flush_ms(url: str, layers: int, experts: int) -> float:
     try:
         for flush in range(FLUSHES + 1):
             for reply in replies:
-                costs.record(reply)
+                costs.record("", reply, 1.0)
             began = time.process_time()
             await registry.publish_load("router", demand=demand.reading(time.time(), costs.reading()))
             spent += (time.process_time() - began) * (flush > 0)  # the first flush also connects

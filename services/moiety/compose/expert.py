@@ -22,7 +22,7 @@ from moiety.expert.runtime import Runtime
 from moiety.expert.service import ExpertService
 from moiety.model.experts.cached import expert_layout
 from moiety.model.experts.read import load_experts
-from moiety.wire.codec import torch_dtype
+from moiety.wire.codec import DTYPE_NAMES, torch_dtype
 from moiety.wire.server import Server
 from moiety.wire.service_names import EXPERT_SERVICE
 from moiety.wire.transports.shm_listener import SharedMemoryListener
@@ -38,7 +38,7 @@ async def start(settings: ExpertSettings, replica_id: str, node: str, launched: 
         layout, slices = await asyncio.to_thread(expert_layout, startup.checkpoint), settings.slices
         shape = layout.shape.sliced(slices)
         dtype = torch_dtype(settings.dtype, shape.dtype)
-        wire_dtype = torch.float32 if slices > 1 else dtype
+        dtype_name, wire_dtype = DTYPE_NAMES[dtype], torch.float32 if slices > 1 else dtype
         runtime = Runtime(
             shape.mlp,
             dtype,
@@ -64,7 +64,14 @@ async def start(settings: ExpertSettings, replica_id: str, node: str, launched: 
         loaded = time.time()
         runtime.start()
         startup.closers.push_async_callback(asyncio.to_thread, runtime.stop, settings.drain_s)
-        service = ExpertService(runtime, shape, settings.name, startup.system, wire_dtype, startup.tracer)
+        device = torch.cuda.get_device_name(settings.device) if settings.device.startswith("cuda") else settings.device
+
+        def kind() -> str:
+            pace = "" if runtime.capacity is None else f", {runtime.capacity:g} rows/s"
+            weights = dtype_name if settings.weights == "auto" else settings.weights
+            return f"{device}, {settings.threads} threads, {weights}{pace}"
+
+        service = ExpertService(runtime, shape, settings.name, startup.system, wire_dtype, startup.tracer, kind)
         server = Server([service.handler()], [EXPERT_SERVICE])
         if AVAILABLE:
             listener = SharedMemoryListener(
@@ -82,6 +89,7 @@ async def start(settings: ExpertSettings, replica_id: str, node: str, launched: 
                 placement_epoch=holding.epoch,
                 loaded=loaded,
                 served=runtime.served,
+                kind=kind(),
                 scaling=scaling,
             )
 

@@ -33,6 +33,7 @@ from moiety.router.cache.cache_spec import CacheSpec
 from moiety.router.cache.kv_cache import KVCache
 from moiety.router.engine import Engine
 from moiety.router.engine_health import EngineHealth
+from moiety.router.hop.call_limits import CallLimits
 from moiety.router.hop.context import HopContext
 from moiety.router.hop.cost_fit import CostFit
 from moiety.router.hop.expert_demand import ExpertDemandCounter
@@ -113,6 +114,8 @@ async def start(settings: RouterSettings, replica_id: str, node: str) -> Running
         startup.meter.observe(MetricName.ROUTED_ROWS, lambda: hop.demand.total() // settings.slices)
         startup.meter.observe(MetricName.REROUTED_ROWS, lambda: overrun.rerouted if overrun else 0)
         startup.meter.observe(MetricName.COST_ERROR, lambda: hop.costs.error)
+        startup.meter.observe(MetricName.OPEN_BREAKERS, lambda: len(hop.fleet.breakers.open))
+        startup.meter.observe(MetricName.BREAKER_CHANGES, lambda: hop.fleet.breakers.changes)
 
         async def warn_of_missing_experts() -> None:
             nonlocal warned_at
@@ -173,6 +176,7 @@ async def reach_experts(
     fleet.start()
     closers.push_async_callback(fleet.close)
     lanes = Lanes(fleet.mailbox.wait)
+    costs = CostFit(expert_bytes)
     context = HopContext(
         fleet=fleet,
         system_key=system.key,
@@ -180,7 +184,8 @@ async def reach_experts(
         expert_wait_s=settings.expert_wait_s,
         hedging=Hedging(settings.hedge_after_s, settings.retry_budget),
         demand=ExpertDemandCounter(shape.moe_layers, shape.experts, started=time.time()),
-        costs=CostFit(expert_bytes),
+        costs=costs,
+        limits=CallLimits(costs, shape.experts),
         tracer=tracer,
         wait=lanes.wait,
         queues=OverrunReplicas(settings.overflow_queue_ms) if settings.may_overflow else None,

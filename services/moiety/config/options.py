@@ -108,7 +108,7 @@ class RouterOptions(Options):
     queue_limit: int = Field(default=256, ge=1, le=1_000_000)
     """Requests that may wait for a slot before RESOURCE_EXHAUSTED."""
     expert_wait_s: float = Field(default=30.0, ge=0, le=3600)
-    """Seconds to wait for a replica that holds an expert, if none does."""
+    """Seconds to wait for a replica that holds an expert and has room, or for the late answer of the only holder."""
     hedge_after_s: float = Field(default=0.02, gt=0, le=60)
     """Least seconds before a call is sent again."""
     retry_budget: float = Field(default=0.1, ge=0, le=1)

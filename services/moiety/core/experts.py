@@ -7,12 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from weakref import WeakValueDictionary
 
 from moiety.errors import ConfigError
 
+# Bounds of a set that is read without knowing its model. The largest published models have about 100 MoE layers and 512
+# experts per layer, each cut into a few slices.
+MAX_LAYERS = 1024
+MAX_EXPERTS = 1 << 16
+MAX_PAIRS = 1 << 20
+_CHARACTERS = 16  # of text, at most, that one (layer, expert) pair takes
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class ExpertSet:
     """A set of experts, such as those that a replica holds: MoE layer ordinal -> expert ids.
 
@@ -29,12 +36,18 @@ class ExpertSet:
         return cls(dict.fromkeys(range(layers), held) if held else {})
 
     @classmethod
-    def parse(cls, text: str) -> ExpertSet:
+    def parse(cls, text: str, layers: int | None = None, experts: int | None = None) -> ExpertSet:
         """Parses the text form, the inverse of `str()`. Raises ValueError if the text does not have that form.
 
-        Results are cached by text, because thousands of replicas may share a few texts.
+        `layers` and `experts` (per layer): those of the model, where it is known. Raises ValueError for an id outside of them,
+        before anything of that size is allocated. Equal texts give the same object while it is in use, because thousands of
+        replicas may share a few texts.
         """
-        return _parse_set(text)
+        bounds = _Bounds(layers or MAX_LAYERS, experts or MAX_EXPERTS)
+        key = text, bounds.layers, bounds.experts
+        if (known := _parsed.get(key)) is None:
+            known = _parsed[key] = _parse_set(text, bounds)
+        return known
 
     def __str__(self) -> str:
         layers_of: dict[frozenset[int], list[int]] = {}
@@ -144,26 +157,59 @@ class ModelShape:
         return tuple(ExpertSet.uniform(self.moe_layers, range(bounds[g], bounds[g + 1])) for g in range(groups))
 
 
-@lru_cache(maxsize=1024)
-def _parse_set(text: str) -> ExpertSet:
+@dataclass(frozen=True, slots=True)
+class _Bounds:
+    """The ids that a text may name: layers and experts from 0 to below these numbers."""
+
+    layers: int
+    experts: int
+
+    @property
+    def pairs(self) -> int:
+        return min(self.layers * self.experts, MAX_PAIRS)
+
+
+_parsed: WeakValueDictionary[tuple[str, int, int], ExpertSet] = WeakValueDictionary()
+
+
+def _parse_set(text: str, bounds: _Bounds) -> ExpertSet:
+    if len(text) > (most := 64 + _CHARACTERS * bounds.pairs):
+        raise ValueError(f"{text[:40]!r}...: {len(text)} characters, at most {most} for {bounds.pairs} experts")
     by_layer: dict[int, frozenset[int]] = {}
+    repeated: dict[int, set[int]] = {}  # layers that several parts name
+    pairs = 0
     for part in filter(None, (piece.strip() for piece in text.split(";"))):
         layers, separator, experts = part.partition(":")
         if not separator:
-            raise ValueError(f"{part!r}: expected LAYERS:EXPERTS, such as 0-31:0-7")
-        ids = frozenset(_parse_ranges(experts))
-        for layer in _parse_ranges(layers):
-            by_layer[layer] = by_layer.get(layer, frozenset()) | ids
-    return ExpertSet({layer: ids for layer, ids in by_layer.items() if ids})
+            raise ValueError(f"{_shown(part)}: expected LAYERS:EXPERTS, such as 0-31:0-7")
+        among = frozenset(_parse_ranges(layers, "layer", bounds.layers))
+        ids = frozenset(_parse_ranges(experts, "expert", bounds.experts))
+        if (pairs := pairs + len(among) * len(ids)) > bounds.pairs:
+            raise ValueError(f"{_shown(text)}: names more than {bounds.pairs} experts, all layers together")
+        for layer in among:
+            if layer not in by_layer:
+                by_layer[layer] = ids  # one set for all layers of the part
+            else:
+                repeated.setdefault(layer, set(by_layer[layer])).update(ids)
+    return ExpertSet(by_layer | {layer: frozenset(ids) for layer, ids in repeated.items()})
 
 
-def _parse_ranges(text: str) -> Iterator[int]:
+def _parse_ranges(text: str, what: str, bound: int) -> Iterator[int]:
+    named = 0
     for part in text.split(","):
         low, dash, high = part.strip().partition("-")
         first, last = int(low), int(high) if dash else int(low)
         if last < first:
-            raise ValueError(f"{part!r}: the range runs backwards")
+            raise ValueError(f"{_shown(part)}: the range runs backwards")
+        if last >= bound:
+            raise ValueError(f"{what} {_shown(part)}: must be 0 to {bound - 1}")
+        if (named := named + last - first + 1) > 2 * bound:
+            raise ValueError(f"{_shown(text)}: names {what}s again and again")
         yield from range(first, last + 1)
+
+
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= 40 else text[:40] + "...")
 
 
 def _format_ranges(ids: Iterable[int]) -> str:

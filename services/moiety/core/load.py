@@ -28,6 +28,7 @@ class BatchCost:
     expert_bytes: int  # weight bytes of one activated expert
     samples: int  # batches that the fit has used
     error: float  # median relative error of its latest predictions
+    kind: str = ""  # of the replicas that it was fitted to: device, format of the weights, pace
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,4 +42,4 @@ class ExpertDemand:
     activations: tuple[tuple[int, ...], ...]  # [moe_layers][experts]: steps in which each expert got at least one row
     time: float  # Unix seconds of this reading
     started: float = 0.0  # Unix seconds at which the counters were zero; 0 = unknown
-    costs: BatchCost | None = None  # the router's fit to the batch times in the replies so far
+    costs: tuple[BatchCost, ...] = ()  # the router's fits to the batch times in the replies so far, one per kind

@@ -58,6 +58,7 @@ class Replica:
     started: float = 0.0  # when it was registered
     served: float = 0.0  # when it had computed its first rows; experts only
     pid: int = 0
+    kind: str = ""  # of an expert replica, for the cost model: device, format of the weights, pace
     scaling: Mapping[str, float] = field(default_factory=dict)  # live scaling settings from user_config
 
 

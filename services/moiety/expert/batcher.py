@@ -33,12 +33,13 @@ class Computed:
 
 @dataclass(slots=True, eq=False)
 class QueuedCall:
-    """A queued call. `done` receives its result, once, on the runtime's thread."""
+    """A queued call. `done` receives its result, once: on the runtime's thread, or if it is cancelled, on the canceller's."""
 
     call: ForwardCall
     done: Callable[[Computed | BaseException], None]
     since: float = field(default_factory=time.monotonic)
     since_ns: int = field(default_factory=time.time_ns)
+    origin: object = None  # the connection that it came through: call ids are unique there
     checked: object = None  # the runtime's Holding that was found to have all experts of the call
 
 
@@ -92,6 +93,19 @@ class Batcher:
                 del self._queues[key]
             self._size -= len(batch)
             return batch
+
+    def remove(self, origin: object, call_id: int, attempt: int) -> QueuedCall | None:
+        """Takes one call out of its queue. Returns None if it does not wait here. May be called from any thread."""
+        with self._lock:
+            for key, queue in self._queues.items():
+                for waiting in queue:
+                    if (waiting.call.call_id, waiting.call.attempt, waiting.origin) == (call_id, attempt, origin):
+                        queue.remove(waiting)
+                        if not queue:
+                            del self._queues[key]
+                        self._size -= 1
+                        return waiting
+        return None
 
     def _urgency(self, key: tuple[CallClass, int], patient_until: float) -> tuple[bool, float]:
         """Returns the sort key of a queue; the queue with the smallest key is taken first.

@@ -16,7 +16,7 @@ from moiety.core.experts import ExpertMLP, ExpertSet
 from moiety.core.load import ReplicaLoad
 from moiety.core.progress import Progress
 from moiety.core.supervise import supervise_thread
-from moiety.errors import DeadlineExceeded, MoietyError, Unavailable
+from moiety.errors import Cancelled, DeadlineExceeded, MoietyError, Unavailable
 from moiety.expert.batcher import Batcher, Computed, QueuedCall
 from moiety.expert.device import Device
 from moiety.expert.fault import Fault
@@ -174,6 +174,11 @@ class Runtime:
         except BaseException:
             self._answered(waiting)
             raise
+
+    def cancel(self, origin: object, call_id: int, attempt: int) -> None:
+        """Answers a call that came through `origin` with Cancelled, unless the device has begun it. From any thread."""
+        if (waiting := self._batcher.remove(origin, call_id, attempt)) is not None:
+            self._answer(waiting, Cancelled("the router no longer needs the call"))
 
     def load_since_last(self) -> ReplicaLoad:
         """Returns the replica's load since the previous call of this method: busy fraction, queue wait and rates."""

@@ -11,7 +11,15 @@ import torch
 from moiety.core.experts import ModelShape
 from moiety.core.replica import WIRE_VERSION
 from moiety.core.system import SystemId
-from moiety.errors import DeadlineExceeded, InvalidRequest, MoietyError, NotHeld, ResourceExhausted, WrongSystem
+from moiety.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    InvalidRequest,
+    MoietyError,
+    NotHeld,
+    ResourceExhausted,
+    WrongSystem,
+)
 from moiety.expert.batcher import Computed, QueuedCall
 from moiety.expert.runtime import Runtime
 from moiety.internal.v1 import experts_pb2
@@ -28,6 +36,7 @@ _OUTCOMES: tuple[tuple[type[MoietyError], experts_pb2.Outcome], ...] = (
     (InvalidRequest, experts_pb2.OUTCOME_INVALID),
     (ResourceExhausted, experts_pb2.OUTCOME_OVERLOADED),
     (DeadlineExceeded, experts_pb2.OUTCOME_EXPIRED),
+    (Cancelled, experts_pb2.OUTCOME_CANCELLED),
 )
 
 
@@ -35,8 +44,17 @@ class ExpertService:
     """moiety.internal.v1.ExpertService: accepts calls from every transport. gRPC passes frames as raw bytes."""
 
     def __init__(
-        self, runtime: Runtime, shape: ModelShape, model: str, system: SystemId, dtype: torch.dtype, tracer: Tracer
+        self,
+        runtime: Runtime,
+        shape: ModelShape,
+        model: str,
+        system: SystemId,
+        dtype: torch.dtype,
+        tracer: Tracer,
+        kind: Callable[[], str] = str,
     ):
+        """`kind()` is DescribeReplicaResponse.kind."""
+        self._kind = kind
         self._runtime, self._shape, self._model, self._system, self._tracer = runtime, shape, model, system, tracer
         self.dtype = codec.DTYPE_NAMES[dtype]
         self.row_bytes = shape.mlp.hidden * dtype.itemsize
@@ -67,6 +85,7 @@ class ExpertService:
             leaving=str(holding.leaving),
             placement_epoch=holding.epoch,
             shared_memory=self.shared_memory,
+            kind=self._kind(),
         )
 
     async def _forward(self, frames: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> None:
@@ -91,9 +110,9 @@ class ExpertService:
         self.open_streams += 1
         try:
             async for frame in frames:
-                outstanding += 1
-                idle.clear()
-                self._accept_frame(frame, reply)
+                if self._accept_frame(frame, reply):
+                    outstanding += 1
+                    idle.clear()
             await idle.wait()
             replies.put_nowait(None)
             await writer
@@ -101,21 +120,31 @@ class ExpertService:
             self.open_streams -= 1
             writer.cancel()
 
-    def _accept_frame(self, frame: bytes, reply: Callable[[bytes], None]) -> None:
-        """Passes one frame to the runtime; every path calls `reply` exactly once."""
+    def _accept_frame(self, frame: bytes, reply: Callable[[bytes], None]) -> bool:
+        """Passes one frame to the runtime. Returns whether it is a call: every call makes `reply` be called exactly once."""
         try:
             header, payload = codec.decode(experts_pb2.ForwardRequest, frame)
         except InvalidRequest as error:
             reply(codec.encode(experts_pb2.ForwardResponse(outcome=experts_pb2.OUTCOME_INVALID, detail=str(error))))
-            return
+            return True
         self.accept(
             header,
             payload,
             lambda header, picked: reply(codec.encode(header, None if picked is None else picked.gathered())),
+            reply,
         )
+        return not header.cancel
 
-    def accept(self, header: experts_pb2.ForwardRequest, payload: memoryview, answer: ReplyCallback) -> None:
-        """Passes one call to the runtime; every path calls `answer` exactly once. `payload` is readable until that call."""
+    def accept(
+        self, header: experts_pb2.ForwardRequest, payload: memoryview, answer: ReplyCallback, origin: object
+    ) -> None:
+        """Passes one call of the connection `origin` to the runtime, or cancels one.
+
+        A call makes `answer` be called exactly once; `payload` is readable until then. A cancellation is not answered.
+        """
+        if header.cancel:
+            self._runtime.cancel(origin, header.call_id, header.attempt)
+            return
         try:
             if header.system_key != self._system.key:
                 raise WrongSystem(f"the call is for system {header.system_key or '(none)'}, not for {self._system}")
@@ -127,7 +156,7 @@ class ExpertService:
                 answer(*self._reply(call, result))
                 self._trace(waiting, result)
 
-            waiting = QueuedCall(call, done)
+            waiting = QueuedCall(call, done, origin=origin)
             self._runtime.submit(waiting)
         except MoietyError as error:
             answer(*self._reply(header, error))

@@ -22,7 +22,7 @@ from moiety.core.load import BatchCost, ExpertDemand, ReplicaLoad
 from moiety.core.replica import Placement, Replica, ReplicaState, Role
 
 # Of a replica's entry, those that the first version did not have.
-ADDED_FIELDS = ("leaving", "placement_epoch", "launched", "loaded", "started", "served", "pid", "scaling")
+ADDED_FIELDS = ("leaving", "placement_epoch", "launched", "loaded", "started", "served", "pid", "kind", "scaling")
 DEMAND_FIELDS = ("layers", "experts", "time", "started", "rows", "activations", "costs")
 
 T = TypeVar("T")
@@ -92,8 +92,8 @@ def demand_to_fields(demand: ExpertDemand) -> dict[str, bytes]:
         "rows": _packed(rows),
         "activations": _packed(activations),
     }
-    if demand.costs is not None:
-        fields["costs"] = json.dumps(asdict(demand.costs)).encode()
+    if demand.costs:
+        fields["costs"] = json.dumps([asdict(costs) for costs in demand.costs]).encode()
     return fields
 
 
@@ -110,7 +110,7 @@ def demand_from_fields(fields: Mapping[str, bytes | None]) -> ExpertDemand:
         activations=_field(fields, "activations", table),
         time=_field(fields, "time", _seconds),
         started=_field(fields, "started", _seconds, 0.0),
-        costs=_field(fields, "costs", _costs, None),
+        costs=_field(fields, "costs", _costs, ()),
     )
 
 
@@ -203,8 +203,11 @@ def _seconds(raw: bytes) -> float:
     return _number(float(raw))
 
 
-def _costs(raw: bytes) -> BatchCost:
-    return _value(BatchCost, _mapping(_decoded(raw), "costs"))
+def _costs(raw: bytes) -> tuple[BatchCost, ...]:
+    values = _decoded(raw)
+    if not isinstance(values, list):
+        raise ValueError("must be a JSON list")
+    return tuple(_value(BatchCost, _mapping(value, "costs"), optional=("kind",)) for value in values)
 
 
 def _experts(value: object) -> ExpertSet:

@@ -79,10 +79,15 @@ def hottest(rows_per_s: npt.NDArray[np.float64], count: int) -> dict[str, float]
     return {f"{cell // experts}/{cell % experts}": round(float(flat[cell]), 1) for cell in top if flat[cell] > 0}
 
 
-def latest_costs(demand: Mapping[str, ExpertDemand]) -> BatchCost | None:
-    """Returns the batch-cost fit with the most samples among all routers' fits, or None if no router has one yet."""
-    fits = [reading.costs for reading in demand.values() if reading.costs is not None]
-    return max(fits, key=lambda costs: costs.samples, default=None)
+def latest_costs(demand: Mapping[str, ExpertDemand]) -> Mapping[str, BatchCost]:
+    """Returns, for each kind of replica, the batch-cost fit with the most samples among all routers' fits."""
+    fits = sorted((costs for reading in demand.values() for costs in reading.costs), key=lambda costs: costs.samples)
+    return {costs.kind: costs for costs in fits}
+
+
+def main_costs(by_kind: Mapping[str, BatchCost]) -> BatchCost | None:
+    """Returns the costs of the kind with the most samples, for what concerns all replicas; None if no router has a fit yet."""
+    return max(by_kind.values(), key=lambda costs: costs.samples, default=None)
 
 
 def _table(demand: ExpertDemand, counter: Counter) -> npt.NDArray[np.int64]:

@@ -17,7 +17,7 @@ from moiety.core.replica import Placement, Replica, ReplicaState, Role, ready_ex
 from moiety.errors import RegistryUnreachable
 from moiety.policy.autoscale import Snapshot
 from moiety.registry.interface import Registry
-from moiety.registry.rates import WINDOW_S, latest_costs, rates
+from moiety.registry.rates import WINDOW_S, latest_costs, main_costs, rates
 from moiety.registry.watch import Watch
 from moiety.scaling.expert_load import cost_model_of
 
@@ -33,9 +33,15 @@ class Reading:
     busy: Mapping[str, ReplicaLoad] = field(default_factory=dict)
     rows_per_s: Rates = field(default_factory=lambda: np.zeros((0, 0)))  # [moe_layers][experts]
     activations_per_s: Rates = field(default_factory=lambda: np.zeros((0, 0)))  # [moe_layers][experts]
-    costs: BatchCost | None = None  # the cost of a batch, as fitted by the router with the most samples
+    # kind of replica -> the cost of a batch, as fitted by the router with the most samples
+    costs_by_kind: Mapping[str, BatchCost] = field(default_factory=dict)
     missing_experts: Mapping[int, frozenset[int]] = field(default_factory=dict)
     placement: Placement | None = None
+
+    @property
+    def costs(self) -> BatchCost | None:
+        """The cost of a batch on the kind of replica that computes most, for plans over all deployments."""
+        return main_costs(self.costs_by_kind)
 
     def snapshot(self, deployment: str, target: int, default: ExpertSet, *, spare: bool = False) -> Snapshot:
         """Returns what is known of `deployment`. A deployment outside the placement in force holds `default`.
@@ -55,9 +61,9 @@ class Reading:
             rows_per_s=max(_total(self.rows_per_s, held), sum(load.rows_per_s for load in loads)),
             missing_experts=self._has_waiters(held, spare),
             stale=self.stale,
-            fixed=self._fixed(held, loads),
+            fixed=self._fixed(self._costs_of(live), held, loads),
             spare=spare,
-            busy_if_added=self._busy_of_another(held) if spare else 0.0,
+            busy_if_added=self._busy_of_another(self._costs_of(live), held) if spare else 0.0,
             start_s=max((replica.started - replica.launched for replica in live if replica.launched), default=0.0),
         )
 
@@ -80,17 +86,22 @@ class Reading:
             return len(held) > 0
         return any(experts & held.layer(layer) for layer, experts in self.missing_experts.items())
 
-    def _fixed(self, held: ExpertSet, loads: Sequence[ReplicaLoad]) -> float:
+    def _costs_of(self, live: Sequence[Replica]) -> BatchCost | None:
+        """Returns the cost of a batch on replicas like `live`; if there are none, or their kind has no fit, as `costs`."""
+        youngest = max(live, key=lambda replica: replica.started, default=None)
+        return self.costs_by_kind.get(youngest.kind, self.costs) if youngest else self.costs
+
+    def _fixed(self, costs: BatchCost | None, held: ExpertSet, loads: Sequence[ReplicaLoad]) -> float:
         """Returns the fraction of a replica's busy time that does not shrink if more replicas share the rows of `held`."""
         batches, rows = sum(load.calls_per_s for load in loads), sum(load.rows_per_s for load in loads)
-        if self.costs is None or not batches:
+        if costs is None or not batches:
             return 0.0
-        weights = self.costs.expert_bytes * _total(self.activations_per_s, held)
-        return cost_model_of(self.costs).fixed_share(weights / batches, rows / batches)
+        weights = costs.expert_bytes * _total(self.activations_per_s, held)
+        return cost_model_of(costs).fixed_share(weights / batches, rows / batches)
 
-    def _busy_of_another(self, held: ExpertSet) -> float:
+    def _busy_of_another(self, costs: BatchCost | None, held: ExpertSet) -> float:
         """Predicts the busy fraction of one more replica that holds `held` and shares its rows with the present holders."""
-        if self.costs is None:
+        if costs is None:
             return 0.0
         replicas = ready_experts(self.replicas)
         busy = 0.0
@@ -101,8 +112,8 @@ class Reading:
             batches = max(
                 (_total(self.activations_per_s, ExpertSet({layer: frozenset({e})})) for e in ids), default=0.0
             )
-            weights, rows = self.costs.expert_bytes * activations, _total(self.rows_per_s, in_layer)
-            busy += cost_model_of(self.costs).busy(batches, weights, rows) / (holders + 1)
+            weights, rows = costs.expert_bytes * activations, _total(self.rows_per_s, in_layer)
+            busy += cost_model_of(costs).busy(batches, weights, rows) / (holders + 1)
         return busy
 
 

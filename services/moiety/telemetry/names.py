@@ -103,6 +103,8 @@ class MetricName(StrEnum):
     ROUTED_ROWS = "moiety.routed_rows"
     REROUTED_ROWS = "moiety.rerouted_rows"
     COST_ERROR = "moiety.cost_model.error"
+    OPEN_BREAKERS = "moiety.breakers.open"
+    BREAKER_CHANGES = "moiety.breakers.changes"
     TARGET = "moiety.scaling.target"
     TASK_FAILURES = "moiety.task.failures"
     REGISTERED = "moiety.registered"
@@ -126,7 +128,13 @@ METRICS: Mapping[MetricName, Metric] = {
         "{row}",
         cumulative=True,
     ),
-    MetricName.COST_ERROR: Metric("relative error of the cost model that a router fits to expert batches"),
+    MetricName.COST_ERROR: Metric("relative error of the worst cost model that a router fits to expert batches"),
+    MetricName.OPEN_BREAKERS: Metric(
+        "expert replicas that a router avoids, because they failed or fell silent", "{replica}"
+    ),
+    MetricName.BREAKER_CHANGES: Metric(
+        "breakers of expert replicas that opened or closed", "{change}", cumulative=True
+    ),
     MetricName.TARGET: Metric("replicas that autoscaling wants, by moiety.deployment", "{replica}"),
     MetricName.TASK_FAILURES: Metric("failures of the service's tasks and threads", "{failure}", cumulative=True),
     MetricName.REGISTERED: Metric(

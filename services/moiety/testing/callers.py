@@ -7,17 +7,20 @@ import concurrent.futures
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
 from moiety.core.expert_backend import CallClass
 from moiety.core.experts import ModelShape
 from moiety.core.replica import Transport
+from moiety.core.supervise import spawn
 from moiety.core.system import SystemId
 from moiety.errors import MoietyError, PeerLost
 from moiety.internal.v1 import experts_pb2
 from moiety.registry.memory import MemoryRegistry
 from moiety.registry.watch import Watch
+from moiety.router.hop.call_limits import CallLimits
 from moiety.router.hop.context import HopContext
 from moiety.router.hop.cost_fit import CostFit
 from moiety.router.hop.expert_demand import ExpertDemandCounter
@@ -65,6 +68,10 @@ class Caller:
 
         self._mailbox.post(acquire_and_send)
         return asyncio.wrap_future(future)
+
+    def cancel(self, call_id: int, attempt: int) -> None:
+        """Cancels a call that `send` sent earlier."""
+        self._mailbox.post(partial(self.link.connection.cancel, call_id, attempt))
 
 
 @asynccontextmanager
@@ -150,6 +157,7 @@ async def loopback_hop(
         thread = stack.enter_context(concurrent.futures.ThreadPoolExecutor(1, "engine"))
         stack.push_async_callback(fleet.close)
         rows = codec.DTYPES[dtype]
+        costs = CostFit(shape.mlp.parameters * rows.itemsize)
         context = HopContext(
             fleet=fleet,
             system_key=system.key,
@@ -157,13 +165,14 @@ async def loopback_hop(
             expert_wait_s=expert_wait_s,
             hedging=Hedging(hedge_after_s, retry_budget, hedge_factor),
             demand=ExpertDemandCounter(shape.moe_layers, shape.experts),
-            costs=CostFit(shape.mlp.parameters * rows.itemsize),
+            costs=costs,
+            limits=CallLimits(costs, shape.experts),
             tracer=NO_TRACER,
             wait=fleet.mailbox.wait,
         )
         await eventually(lambda: {replica.id for replica in replicas} <= set(fleet.table.replicas))
         lane = LoopbackHop(Hop(context), fleet, watch, registry, thread)
-        idle = asyncio.create_task(lane.idle())
+        idle = spawn("idle hop", lane.idle())
         try:
             yield lane
         finally:

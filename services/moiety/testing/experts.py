@@ -52,6 +52,13 @@ class FakeExperts:
         self.system = system
         self.on_reply: Callable[[bytes], bytes] = bytes
         self.calls: list[ForwardCall] = []  # every call that arrived, in order
+        self.cancelled: list[tuple[int, int]] = []  # (call id, attempt) of each cancellation that arrived
+        self.describes = 0  # how many DescribeReplica calls arrived
+        self.kind = ""  # DescribeReplicaResponse.kind
+        self.unasked = 0  # through gRPC: how many replies to calls that nobody made come before each reply
+        self.described: Callable[[experts_pb2.DescribeReplicaResponse], None] = lambda _: (
+            None
+        )  # changes its description
         self.replica: Replica | None = None  # its registry entry, once started
         self._shape, self._dtype = shape, dtype
         self._row_bytes = shape.mlp.hidden * codec.DTYPES[dtype].itemsize
@@ -102,7 +109,8 @@ class FakeExperts:
     async def _describe(
         self, _request: experts_pb2.DescribeReplicaRequest, _context: grpc.aio.ServicerContext
     ) -> experts_pb2.DescribeReplicaResponse:
-        return experts_pb2.DescribeReplicaResponse(
+        self.describes += 1
+        description = experts_pb2.DescribeReplicaResponse(
             model=MODEL,
             system=str(self.system),
             dtype=self._dtype,
@@ -110,7 +118,10 @@ class FakeExperts:
             wire_version=WIRE_VERSION,
             held=str(self.held),
             shared_memory=self._listener.name if self._listener and self.near else "moiety-elsewhere",
+            kind=self.kind,
         )
+        self.described(description)
+        return description
 
     async def _forward(self, frames: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> None:
         writing = asyncio.Lock()
@@ -118,12 +129,17 @@ class FakeExperts:
         async def answer(header: experts_pb2.ForwardRequest, call: ForwardCall) -> None:
             frame = self.on_reply(self._reply(header, call, await self.on_call(call)))
             async with writing:
+                for number in range(self.unasked):
+                    await context.write(codec.encode(experts_pb2.ForwardResponse(call_id=1_000_000 + number)))
                 for _ in range(self.copies):
                     await context.write(frame)
 
         async with asyncio.TaskGroup() as answers:
             async for frame in frames:
                 header, payload = codec.decode(experts_pb2.ForwardRequest, frame)
+                if header.cancel:
+                    self.cancelled.append((header.call_id, header.attempt))
+                    continue
                 answers.create_task(answer(header, self._arrived(header, payload)))
 
     def _accept(
@@ -133,8 +149,12 @@ class FakeExperts:
         header: experts_pb2.ForwardRequest,
         payload: memoryview,
         answer: ReplyCallback,
+        _origin: object,
     ) -> None:
         """Takes a call from shared memory: computes it on the asyncio loop, and answers it on the mailbox owner's thread."""
+        if header.cancel:
+            self.cancelled.append((header.call_id, header.attempt))
+            return
         call = self._arrived(header, payload)
 
         async def handle() -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import tracemalloc
+import weakref
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -65,6 +69,45 @@ def test_malformed_text_is_refused(text: str, why: str):
     """Malformed text raises ValueError, which settings and Describe replies turn into their own errors."""
     with pytest.raises(ValueError, match=why):
         ExpertSet.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("0-30000:0-3000", "layer '0-30000': must be 0 to 57"),
+        ("0-57:0-3000", "expert '0-3000': must be 0 to 255"),
+        ("0-57:0-255;0:0", "names more than 14848 experts"),
+        ("0:" + ",".join(["0-255"] * 1000), "names experts again and again"),
+        ("0:0;" * 100_000, "at most .* for 14848 experts"),
+    ],
+)
+def test_reading_costs_no_more_than_the_model_has_experts(text: str, why: str):
+    """A set of a peer beyond the model's shape is refused before anything of its size is allocated."""
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=why):
+            ExpertSet.parse(text, layers=58, experts=256)
+        assert tracemalloc.get_traced_memory()[1] < 4e6
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_set_is_bounded_where_the_model_is_unknown():
+    """Without a model's shape, absolute bounds hold."""
+    with pytest.raises(ValueError, match="layer '0-30000': must be 0 to 1023"):
+        ExpertSet.parse("0-30000:0-3000")
+    with pytest.raises(ValueError, match="names more than 1048576 experts"):
+        ExpertSet.parse("0-1000:0-3000")
+
+
+def test_equal_texts_share_one_set_while_it_is_used():
+    """Replicas with equal texts share one object; memory of sets that nobody uses is freed."""
+    first = ExpertSet.parse("0-3:7-9")
+    assert ExpertSet.parse("0-3:7-9") is first
+    gone = weakref.ref(first)
+    del first
+    gc.collect()
+    assert gone() is None
 
 
 def test_a_block_is_the_same_experts_in_every_layer():

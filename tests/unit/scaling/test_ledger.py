@@ -132,11 +132,28 @@ async def test_the_fixed_share_follows_from_the_fit() -> None:
     await registry.publish_load("router", demand=ExpertDemand(((0, 0, 0, 0),), ((0, 0, 0, 0),), time=100.0))
     await ledger.read()
     await registry.publish_load(
-        "router", demand=ExpertDemand(((100, 0, 0, 0),), ((10, 0, 0, 0),), time=101.0, costs=COSTS)
+        "router", demand=ExpertDemand(((100, 0, 0, 0),), ((10, 0, 0, 0),), time=101.0, costs=(COSTS,))
     )
     await registry.publish_load("a", ReplicaLoad(0.03, 0.0, rows_per_s=100.0, calls_per_s=10.0))
     snapshot = (await ledger.read()).snapshot("experts-0", 1, HELD)
     assert snapshot.fixed == pytest.approx(1 / 3)
+
+
+async def test_each_deployment_is_judged_by_the_cost_of_its_kind() -> None:
+    """Of two kinds of replicas, a deployment uses the fit of its own; one whose kind has no fit uses the larger fit."""
+    registry = await _registry(replace(READY, kind="slow"), replace(READY, id="b", deployment="experts-1", kind="new"))
+    ledger = Ledger(registry)
+    await registry.publish_load("router", demand=ExpertDemand(((0, 0, 0, 0),), ((0, 0, 0, 0),), time=100.0))
+    await ledger.read()
+    slow = BatchCost(0.001, 0.0, 0.0, expert_bytes=1_000_000, samples=10, error=0.05, kind="slow")
+    demand = ExpertDemand(((100, 0, 0, 0),), ((10, 0, 0, 0),), time=101.0, costs=(slow, replace(COSTS, kind="fast")))
+    await registry.publish_load("router", demand=demand)
+    for replica in ("a", "b"):
+        await registry.publish_load(replica, ReplicaLoad(0.03, 0.0, rows_per_s=100.0, calls_per_s=10.0))
+    reading = await ledger.read()
+    assert reading.snapshot("experts-0", 1, HELD).fixed == pytest.approx(1.0)
+    assert reading.snapshot("experts-1", 1, HELD).fixed == pytest.approx(1 / 3)
+    assert reading.costs == replace(COSTS, kind="fast")
 
 
 async def test_a_hot_set_at_zero_counts_its_share() -> None:
@@ -147,7 +164,7 @@ async def test_a_hot_set_at_zero_counts_its_share() -> None:
     await registry.publish_load("router", demand=ExpertDemand(((0, 0, 0, 0),), ((0, 0, 0, 0),), time=100.0))
     await ledger.read()
     await registry.publish_load(
-        "router", demand=ExpertDemand(((1000, 0, 0, 0),), ((100, 0, 0, 0),), time=101.0, costs=COSTS)
+        "router", demand=ExpertDemand(((1000, 0, 0, 0),), ((100, 0, 0, 0),), time=101.0, costs=(COSTS,))
     )
     reading = await ledger.read()
     hot = reading.snapshot("hot-0", 0, ExpertSet(), spare=True)

@@ -45,7 +45,7 @@ class System:
         self.now += 1.0
         self._rows = [old + new for old, new in zip(self._rows, rows, strict=True)]
         counts = (tuple(self._rows),)
-        await self.registry.publish_load("router", demand=ExpertDemand(counts, counts, time=self.now, costs=COSTS))
+        await self.registry.publish_load("router", demand=ExpertDemand(counts, counts, time=self.now, costs=(COSTS,)))
         await self.rebalancer.follow(await self.ledger.read(), default, self.now)
 
     async def settle(self) -> None:

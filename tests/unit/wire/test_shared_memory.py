@@ -6,7 +6,7 @@ import asyncio
 import os
 import socket
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 import pytest
 import torch
@@ -17,6 +17,8 @@ from moiety.core.experts import ExpertSet
 from moiety.core.replica import WIRE_VERSION, Transport
 from moiety.errors import PeerLost, ResourceExhausted
 from moiety.internal.v1.experts_pb2 import (
+    OUTCOME_INVALID,
+    OUTCOME_OK,
     DescribeReplicaResponse,
     ForwardRequest,
     ForwardResponse,
@@ -37,6 +39,7 @@ from moiety.testing import (
 )
 from moiety.wire import codec
 from moiety.wire.rows import RowBuffer
+from moiety.wire.transports.connection import MOST_UNASKED
 from moiety.wire.transports.doorbell import ANSWER, CALL
 from moiety.wire.transports.mailbox import Mailbox
 from moiety.wire.transports.shm_connection import SharedMemoryConnection
@@ -132,45 +135,88 @@ async def test_an_invalid_call_ends_its_connection_only(message: bytes):
         assert (await ask(other, 1)).header.rows == 1
 
 
-@pytest.mark.parametrize(
-    "answer",
-    [
-        b"x",
-        ANSWER.pack(0) + b"\xff",
-        ANSWER.pack(64) + ForwardResponse(call_id=1).SerializeToString(),
-        ANSWER.pack(0) + ForwardResponse(call_id=2).SerializeToString(),
-        ANSWER.pack(0) + ForwardResponse(call_id=1, payload_bytes=1 << 20).SerializeToString(),
-    ],
-    ids=["too short", "no reply", "no such range", "another call", "more than there is room for"],
-)
-async def test_an_invalid_answer_ends_the_connection(answer: bytes):
-    """Every open call gets PeerLost with the reason, and nothing is read from outside its range."""
+@asynccontextmanager
+async def answered_by_hand(answers: list, unasked: list) -> AsyncIterator[tuple[SharedMemoryConnection, socket.socket]]:
+    """Yields a connection with one open call, and the socket of a replica that the test plays."""
     loop, name = asyncio.get_running_loop(), f"moiety-test-{os.getpid()}"
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
         listener.bind(f"\0{name}")
         listener.listen()
         listener.setblocking(False)
-        mailbox, answers = Mailbox(), []
+        mailbox = Mailbox()
         with owner_of(mailbox):
-            description = DescribeReplicaResponse(shared_memory=name)
-            opening = asyncio.create_task(SharedMemoryConnection.open(description, mailbox, 5, 4096))
+            opening = asyncio.create_task(
+                SharedMemoryConnection.open(
+                    DescribeReplicaResponse(shared_memory=name), mailbox, 5, 4096, lambda: unasked.append(1)
+                )
+            )
             sock, _ = await loop.sock_accept(listener)
             with sock:
                 sock.setblocking(False)
                 await loop.sock_recv(sock, 4096)
                 await loop.sock_sendall(sock, SharedMemoryWelcome(accepted=True).SerializeToString())
                 connection = await opening
-                header = ForwardRequest(call_id=1)
-                buffer = connection.acquire(header, rows=1, row_bytes=ROW_BYTES, reply_rows=1)
+                buffer = connection.acquire(ForwardRequest(call_id=1), rows=1, row_bytes=ROW_BYTES, reply_rows=1)
                 mailbox.post(lambda: buffer.send(answers.append))
                 await loop.sock_recv(sock, 4096)
-                await loop.sock_sendall(sock, answer)
-                await asyncio.wait_for(connection.closed.wait(), 5)
-                await eventually(lambda: bool(answers))
-            assert isinstance(answers[0], PeerLost)
-            assert "it sent an answer that fits no open call" in str(answers[0])
+                yield connection, sock
             await connection.close()
             mailbox.drain()
+
+
+@pytest.mark.parametrize("answer", [b"x", ANSWER.pack(0) + b"\xff"], ids=["too short", "no reply"])
+async def test_an_answer_that_cannot_be_read_ends_the_connection(answer: bytes):
+    """Every open call gets PeerLost with the reason."""
+    answers: list = []
+    async with answered_by_hand(answers, []) as (connection, sock):
+        await asyncio.get_running_loop().sock_sendall(sock, answer)
+        await asyncio.wait_for(connection.closed.wait(), 5)
+        await eventually(lambda: bool(answers))
+        assert isinstance(answers[0], PeerLost)
+        assert "it sent an answer that cannot be read" in str(answers[0])
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        ANSWER.pack(64) + ForwardResponse(call_id=1).SerializeToString(),
+        ANSWER.pack(0) + ForwardResponse(call_id=2).SerializeToString(),
+    ],
+    ids=["no such range", "another call"],
+)
+async def test_an_answer_that_nobody_asked_for_is_dropped_and_counted(answer: bytes):
+    """The open call still gets its own answer, and the liar is reported once per answer."""
+    answers, unasked = [], []
+    async with answered_by_hand(answers, unasked) as (_, sock):
+        loop = asyncio.get_running_loop()
+        for message in (answer, answer, ANSWER.pack(0) + ForwardResponse(call_id=1, rows=7).SerializeToString()):
+            await loop.sock_sendall(sock, message)
+        await eventually(lambda: bool(answers))
+        assert (answers[0].header.rows, len(unasked)) == (7, 2)
+
+
+async def test_a_flood_of_answers_that_nobody_asked_for_ends_the_connection():
+    """After MOST_UNASKED of them, reading more is no use: open calls get PeerLost and go elsewhere."""
+    answers: list = []
+    async with answered_by_hand(answers, []) as (connection, sock):
+        message = ANSWER.pack(64) + ForwardResponse(call_id=9).SerializeToString()
+        with suppress(ConnectionError):  # the last ones find it closed
+            for _ in range(MOST_UNASKED + 1):
+                await asyncio.get_running_loop().sock_sendall(sock, message)
+        await asyncio.wait_for(connection.closed.wait(), 5)
+        await eventually(lambda: bool(answers))
+        assert f"over {MOST_UNASKED} answers that fit no open call" in str(answers[0])
+
+
+async def test_more_rows_than_there_is_room_for_are_never_read():
+    """A reply that announces more bytes than its range has is an invalid answer to its call, and has no rows."""
+    answers: list = []
+    async with answered_by_hand(answers, []) as (_, sock):
+        lie = ForwardResponse(call_id=1, outcome=OUTCOME_OK, payload_bytes=1 << 20)
+        await asyncio.get_running_loop().sock_sendall(sock, ANSWER.pack(0) + lie.SerializeToString())
+        await eventually(lambda: bool(answers))
+        assert (answers[0].header.outcome, len(answers[0].payload)) == (OUTCOME_INVALID, 0)
+        assert "announced 1048576 bytes" in answers[0].header.detail
 
 
 # Full ----------------------------------------------------------------------------------------------------------

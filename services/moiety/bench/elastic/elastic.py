@@ -21,7 +21,7 @@ from moiety.deploy.run import DeployedApp, deploy_app
 from moiety.registry.connect import connect
 from moiety.registry.embedded_redis import EmbeddedRedis
 from moiety.registry.interface import Registry
-from moiety.registry.rates import latest_costs
+from moiety.registry.rates import latest_costs, main_costs
 from moiety.synthetic import write_tiny
 
 SAMPLE_S = 0.25
@@ -105,7 +105,7 @@ async def _offer(work: ElasticWork, settings: AppSettings, deployed: DeployedApp
             if not watching.cancelled() and (failed := watching.exception()):
                 raise failed
             decisions = [entry for entry in await registry.decisions() if entry["deployment"] != "placement"]
-            costs = latest_costs(await registry.expert_demand())
+            costs = main_costs(latest_costs(await registry.expert_demand()))
             return report_of(work.capacity, prompts, phases, moments, decisions, traffic, costs)
     finally:
         await registry.close()

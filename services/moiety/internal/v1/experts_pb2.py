@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n moiety/internal/v1/experts.proto\x12\x12moiety.internal.v1\"\x18\n\x16\x44\x65scribeReplicaRequest\"\xe1\x01\n\x17\x44\x65scribeReplicaResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x06system\x18\x02 \x01(\t\x12\r\n\x05\x64type\x18\x03 \x01(\t\x12\x0e\n\x06hidden\x18\x04 \x01(\r\x12\x14\n\x0cwire_version\x18\x05 \x01(\r\x12\x0c\n\x04held\x18\x06 \x01(\t\x12\x17\n\x0fplacement_epoch\x18\x07 \x01(\x04\x12\x15\n\rshared_memory\x18\t \x01(\t\x12\x0f\n\x07leaving\x18\x0b \x01(\tJ\x04\x08\x08\x10\tJ\x04\x08\n\x10\x0bR\x11max_message_bytesR\x04unix\"H\n\x11SharedMemoryHello\x12\x14\n\x0cwire_version\x18\x01 \x01(\r\x12\x0e\n\x06system\x18\x02 \x01(\t\x12\r\n\x05\x64type\x18\x03 \x01(\t\"8\n\x13SharedMemoryWelcome\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x08\x12\x0f\n\x07refusal\x18\x02 \x01(\t\"\xed\x02\n\x0e\x46orwardRequest\x12\x1a\n\rpayload_bytes\x18\x01 \x01(\x07H\x00\x88\x01\x01\x12\x0f\n\x07\x63\x61ll_id\x18\x02 \x01(\x04\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\x12\x12\n\nsystem_key\x18\x04 \x01(\t\x12\r\n\x05layer\x18\x06 \x01(\r\x12\x0c\n\x04rows\x18\x07 \x01(\r\x12\x11\n\tk_offsets\x18\x08 \x01(\x0c\x12\x0f\n\x07\x65xperts\x18\t \x01(\x0c\x12\r\n\x05\x64type\x18\n \x01(\t\x12\x31\n\ncall_class\x18\x0c \x01(\x0e\x32\x1d.moiety.internal.v1.CallClass\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\r \x01(\r\x12\x13\n\x0btraceparent\x18\x0e \x01(\t\x12\x0f\n\x07payload\x18\x0f \x01(\x0c\x12\x0f\n\x07sent_ns\x18\x10 \x01(\x06\x42\x10\n\x0e_payload_bytesJ\x04\x08\x05\x10\x06J\x04\x08\x0b\x10\x0cR\x0fplacement_epochR\x0breturn_mode\"\xb5\x02\n\x0f\x46orwardResponse\x12\x1a\n\rpayload_bytes\x18\x01 \x01(\x07H\x00\x88\x01\x01\x12\x0f\n\x07\x63\x61ll_id\x18\x02 \x01(\x04\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\x12,\n\x07outcome\x18\x05 \x01(\x0e\x32\x1b.moiety.internal.v1.Outcome\x12\x0e\n\x06\x64\x65tail\x18\x06 \x01(\t\x12\x0c\n\x04rows\x18\x08 \x01(\r\x12\x19\n\x11\x61\x63tivated_experts\x18\t \x01(\r\x12\x12\n\nbatch_rows\x18\n \x01(\r\x12\x10\n\x08queue_ms\x18\x0b \x01(\x02\x12\x12\n\ncompute_ms\x18\x0c \x01(\x02\x12\x0f\n\x07payload\x18\x0f \x01(\x0c\x42\x10\n\x0e_payload_bytesJ\x04\x08\x04\x10\x05J\x04\x08\x07\x10\x08R\nheld_epochR\x08revision*V\n\tCallClass\x12\x1a\n\x16\x43\x41LL_CLASS_UNSPECIFIED\x10\x00\x12\x15\n\x11\x43\x41LL_CLASS_DECODE\x10\x01\x12\x16\n\x12\x43\x41LL_CLASS_PREFILL\x10\x02*\xb8\x01\n\x07Outcome\x12\x17\n\x13OUTCOME_UNSPECIFIED\x10\x00\x12\x0e\n\nOUTCOME_OK\x10\x01\x12\x14\n\x10OUTCOME_NOT_HELD\x10\x02\x12\x18\n\x14OUTCOME_WRONG_SYSTEM\x10\x03\x12\x13\n\x0fOUTCOME_INVALID\x10\x04\x12\x16\n\x12OUTCOME_OVERLOADED\x10\x05\x12\x13\n\x0fOUTCOME_EXPIRED\x10\x06\x12\x12\n\x0eOUTCOME_FAILED\x10\x07\x32\xd3\x01\n\rExpertService\x12j\n\x0f\x44\x65scribeReplica\x12*.moiety.internal.v1.DescribeReplicaRequest\x1a+.moiety.internal.v1.DescribeReplicaResponse\x12V\n\x07\x46orward\x12\".moiety.internal.v1.ForwardRequest\x1a#.moiety.internal.v1.ForwardResponse(\x01\x30\x01\x42\x1fZ\x1dmoiety/internal/v1;internalv1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n moiety/internal/v1/experts.proto\x12\x12moiety.internal.v1\"\x18\n\x16\x44\x65scribeReplicaRequest\"\xef\x01\n\x17\x44\x65scribeReplicaResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x06system\x18\x02 \x01(\t\x12\r\n\x05\x64type\x18\x03 \x01(\t\x12\x0e\n\x06hidden\x18\x04 \x01(\r\x12\x14\n\x0cwire_version\x18\x05 \x01(\r\x12\x0c\n\x04held\x18\x06 \x01(\t\x12\x17\n\x0fplacement_epoch\x18\x07 \x01(\x04\x12\x15\n\rshared_memory\x18\t \x01(\t\x12\x0f\n\x07leaving\x18\x0b \x01(\t\x12\x0c\n\x04kind\x18\x0c \x01(\tJ\x04\x08\x08\x10\tJ\x04\x08\n\x10\x0bR\x11max_message_bytesR\x04unix\"H\n\x11SharedMemoryHello\x12\x14\n\x0cwire_version\x18\x01 \x01(\r\x12\x0e\n\x06system\x18\x02 \x01(\t\x12\r\n\x05\x64type\x18\x03 \x01(\t\"8\n\x13SharedMemoryWelcome\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x08\x12\x0f\n\x07refusal\x18\x02 \x01(\t\"\xfd\x02\n\x0e\x46orwardRequest\x12\x1a\n\rpayload_bytes\x18\x01 \x01(\x07H\x00\x88\x01\x01\x12\x0f\n\x07\x63\x61ll_id\x18\x02 \x01(\x04\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\x12\x12\n\nsystem_key\x18\x04 \x01(\t\x12\r\n\x05layer\x18\x06 \x01(\r\x12\x0c\n\x04rows\x18\x07 \x01(\r\x12\x11\n\tk_offsets\x18\x08 \x01(\x0c\x12\x0f\n\x07\x65xperts\x18\t \x01(\x0c\x12\r\n\x05\x64type\x18\n \x01(\t\x12\x31\n\ncall_class\x18\x0c \x01(\x0e\x32\x1d.moiety.internal.v1.CallClass\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\r \x01(\r\x12\x13\n\x0btraceparent\x18\x0e \x01(\t\x12\x0f\n\x07payload\x18\x0f \x01(\x0c\x12\x0f\n\x07sent_ns\x18\x10 \x01(\x06\x12\x0e\n\x06\x63\x61ncel\x18\x11 \x01(\x08\x42\x10\n\x0e_payload_bytesJ\x04\x08\x05\x10\x06J\x04\x08\x0b\x10\x0cR\x0fplacement_epochR\x0breturn_mode\"\xb5\x02\n\x0f\x46orwardResponse\x12\x1a\n\rpayload_bytes\x18\x01 \x01(\x07H\x00\x88\x01\x01\x12\x0f\n\x07\x63\x61ll_id\x18\x02 \x01(\x04\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\x12,\n\x07outcome\x18\x05 \x01(\x0e\x32\x1b.moiety.internal.v1.Outcome\x12\x0e\n\x06\x64\x65tail\x18\x06 \x01(\t\x12\x0c\n\x04rows\x18\x08 \x01(\r\x12\x19\n\x11\x61\x63tivated_experts\x18\t \x01(\r\x12\x12\n\nbatch_rows\x18\n \x01(\r\x12\x10\n\x08queue_ms\x18\x0b \x01(\x02\x12\x12\n\ncompute_ms\x18\x0c \x01(\x02\x12\x0f\n\x07payload\x18\x0f \x01(\x0c\x42\x10\n\x0e_payload_bytesJ\x04\x08\x04\x10\x05J\x04\x08\x07\x10\x08R\nheld_epochR\x08revision*V\n\tCallClass\x12\x1a\n\x16\x43\x41LL_CLASS_UNSPECIFIED\x10\x00\x12\x15\n\x11\x43\x41LL_CLASS_DECODE\x10\x01\x12\x16\n\x12\x43\x41LL_CLASS_PREFILL\x10\x02*\xcf\x01\n\x07Outcome\x12\x17\n\x13OUTCOME_UNSPECIFIED\x10\x00\x12\x0e\n\nOUTCOME_OK\x10\x01\x12\x14\n\x10OUTCOME_NOT_HELD\x10\x02\x12\x18\n\x14OUTCOME_WRONG_SYSTEM\x10\x03\x12\x13\n\x0fOUTCOME_INVALID\x10\x04\x12\x16\n\x12OUTCOME_OVERLOADED\x10\x05\x12\x13\n\x0fOUTCOME_EXPIRED\x10\x06\x12\x12\n\x0eOUTCOME_FAILED\x10\x07\x12\x15\n\x11OUTCOME_CANCELLED\x10\x08\x32\xd3\x01\n\rExpertService\x12j\n\x0f\x44\x65scribeReplica\x12*.moiety.internal.v1.DescribeReplicaRequest\x1a+.moiety.internal.v1.DescribeReplicaResponse\x12V\n\x07\x46orward\x12\".moiety.internal.v1.ForwardRequest\x1a#.moiety.internal.v1.ForwardResponse(\x01\x30\x01\x42\x1fZ\x1dmoiety/internal/v1;internalv1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,22 +32,22 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'moiety.internal.v1.experts_
 if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
   _globals['DESCRIPTOR']._serialized_options = b'Z\035moiety/internal/v1;internalv1'
-  _globals['_CALLCLASS']._serialized_start=1122
-  _globals['_CALLCLASS']._serialized_end=1208
-  _globals['_OUTCOME']._serialized_start=1211
-  _globals['_OUTCOME']._serialized_end=1395
+  _globals['_CALLCLASS']._serialized_start=1152
+  _globals['_CALLCLASS']._serialized_end=1238
+  _globals['_OUTCOME']._serialized_start=1241
+  _globals['_OUTCOME']._serialized_end=1448
   _globals['_DESCRIBEREPLICAREQUEST']._serialized_start=56
   _globals['_DESCRIBEREPLICAREQUEST']._serialized_end=80
   _globals['_DESCRIBEREPLICARESPONSE']._serialized_start=83
-  _globals['_DESCRIBEREPLICARESPONSE']._serialized_end=308
-  _globals['_SHAREDMEMORYHELLO']._serialized_start=310
-  _globals['_SHAREDMEMORYHELLO']._serialized_end=382
-  _globals['_SHAREDMEMORYWELCOME']._serialized_start=384
-  _globals['_SHAREDMEMORYWELCOME']._serialized_end=440
-  _globals['_FORWARDREQUEST']._serialized_start=443
-  _globals['_FORWARDREQUEST']._serialized_end=808
-  _globals['_FORWARDRESPONSE']._serialized_start=811
-  _globals['_FORWARDRESPONSE']._serialized_end=1120
-  _globals['_EXPERTSERVICE']._serialized_start=1398
-  _globals['_EXPERTSERVICE']._serialized_end=1609
+  _globals['_DESCRIBEREPLICARESPONSE']._serialized_end=322
+  _globals['_SHAREDMEMORYHELLO']._serialized_start=324
+  _globals['_SHAREDMEMORYHELLO']._serialized_end=396
+  _globals['_SHAREDMEMORYWELCOME']._serialized_start=398
+  _globals['_SHAREDMEMORYWELCOME']._serialized_end=454
+  _globals['_FORWARDREQUEST']._serialized_start=457
+  _globals['_FORWARDREQUEST']._serialized_end=838
+  _globals['_FORWARDRESPONSE']._serialized_start=841
+  _globals['_FORWARDRESPONSE']._serialized_end=1150
+  _globals['_EXPERTSERVICE']._serialized_start=1451
+  _globals['_EXPERTSERVICE']._serialized_end=1662
 # @@protoc_insertion_point(module_scope)

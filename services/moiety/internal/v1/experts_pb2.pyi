@@ -21,6 +21,7 @@ class Outcome(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     OUTCOME_OVERLOADED: _ClassVar[Outcome]
     OUTCOME_EXPIRED: _ClassVar[Outcome]
     OUTCOME_FAILED: _ClassVar[Outcome]
+    OUTCOME_CANCELLED: _ClassVar[Outcome]
 CALL_CLASS_UNSPECIFIED: CallClass
 CALL_CLASS_DECODE: CallClass
 CALL_CLASS_PREFILL: CallClass
@@ -32,13 +33,14 @@ OUTCOME_INVALID: Outcome
 OUTCOME_OVERLOADED: Outcome
 OUTCOME_EXPIRED: Outcome
 OUTCOME_FAILED: Outcome
+OUTCOME_CANCELLED: Outcome
 
 class DescribeReplicaRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class DescribeReplicaResponse(_message.Message):
-    __slots__ = ("model", "system", "dtype", "hidden", "wire_version", "held", "placement_epoch", "shared_memory", "leaving")
+    __slots__ = ("model", "system", "dtype", "hidden", "wire_version", "held", "placement_epoch", "shared_memory", "leaving", "kind")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     SYSTEM_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
@@ -48,6 +50,7 @@ class DescribeReplicaResponse(_message.Message):
     PLACEMENT_EPOCH_FIELD_NUMBER: _ClassVar[int]
     SHARED_MEMORY_FIELD_NUMBER: _ClassVar[int]
     LEAVING_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
     model: str
     system: str
     dtype: str
@@ -57,7 +60,8 @@ class DescribeReplicaResponse(_message.Message):
     placement_epoch: int
     shared_memory: str
     leaving: str
-    def __init__(self, model: _Optional[str] = ..., system: _Optional[str] = ..., dtype: _Optional[str] = ..., hidden: _Optional[int] = ..., wire_version: _Optional[int] = ..., held: _Optional[str] = ..., placement_epoch: _Optional[int] = ..., shared_memory: _Optional[str] = ..., leaving: _Optional[str] = ...) -> None: ...
+    kind: str
+    def __init__(self, model: _Optional[str] = ..., system: _Optional[str] = ..., dtype: _Optional[str] = ..., hidden: _Optional[int] = ..., wire_version: _Optional[int] = ..., held: _Optional[str] = ..., placement_epoch: _Optional[int] = ..., shared_memory: _Optional[str] = ..., leaving: _Optional[str] = ..., kind: _Optional[str] = ...) -> None: ...
 
 class SharedMemoryHello(_message.Message):
     __slots__ = ("wire_version", "system", "dtype")
@@ -78,7 +82,7 @@ class SharedMemoryWelcome(_message.Message):
     def __init__(self, accepted: _Optional[bool] = ..., refusal: _Optional[str] = ...) -> None: ...
 
 class ForwardRequest(_message.Message):
-    __slots__ = ("payload_bytes", "call_id", "attempt", "system_key", "layer", "rows", "k_offsets", "experts", "dtype", "call_class", "deadline_ms", "traceparent", "payload", "sent_ns")
+    __slots__ = ("payload_bytes", "call_id", "attempt", "system_key", "layer", "rows", "k_offsets", "experts", "dtype", "call_class", "deadline_ms", "traceparent", "payload", "sent_ns", "cancel")
     PAYLOAD_BYTES_FIELD_NUMBER: _ClassVar[int]
     CALL_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
@@ -93,6 +97,7 @@ class ForwardRequest(_message.Message):
     TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_FIELD_NUMBER: _ClassVar[int]
     SENT_NS_FIELD_NUMBER: _ClassVar[int]
+    CANCEL_FIELD_NUMBER: _ClassVar[int]
     payload_bytes: int
     call_id: int
     attempt: int
@@ -107,7 +112,8 @@ class ForwardRequest(_message.Message):
     traceparent: str
     payload: bytes
     sent_ns: int
-    def __init__(self, payload_bytes: _Optional[int] = ..., call_id: _Optional[int] = ..., attempt: _Optional[int] = ..., system_key: _Optional[str] = ..., layer: _Optional[int] = ..., rows: _Optional[int] = ..., k_offsets: _Optional[bytes] = ..., experts: _Optional[bytes] = ..., dtype: _Optional[str] = ..., call_class: _Optional[_Union[CallClass, str]] = ..., deadline_ms: _Optional[int] = ..., traceparent: _Optional[str] = ..., payload: _Optional[bytes] = ..., sent_ns: _Optional[int] = ...) -> None: ...
+    cancel: bool
+    def __init__(self, payload_bytes: _Optional[int] = ..., call_id: _Optional[int] = ..., attempt: _Optional[int] = ..., system_key: _Optional[str] = ..., layer: _Optional[int] = ..., rows: _Optional[int] = ..., k_offsets: _Optional[bytes] = ..., experts: _Optional[bytes] = ..., dtype: _Optional[str] = ..., call_class: _Optional[_Union[CallClass, str]] = ..., deadline_ms: _Optional[int] = ..., traceparent: _Optional[str] = ..., payload: _Optional[bytes] = ..., sent_ns: _Optional[int] = ..., cancel: _Optional[bool] = ...) -> None: ...
 
 class ForwardResponse(_message.Message):
     __slots__ = ("payload_bytes", "call_id", "attempt", "outcome", "detail", "rows", "activated_experts", "batch_rows", "queue_ms", "compute_ms", "payload")

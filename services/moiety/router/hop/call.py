@@ -1,4 +1,4 @@
-"""One Forward call as the router sees it: its record while in flight, and the request message."""
+"""A layer's rows, and one Forward call as the router sees it: its record while in flight, and the request message."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from moiety.internal.v1 import experts_pb2
 from moiety.telemetry.tracing import Span
 from moiety.wire import codec
 from moiety.wire.channels import MAX_MESSAGE_BYTES
+from moiety.wire.rows import RowBuffer
 from moiety.wire.transports.connection import Reply
 
-CALL_TIMEOUT_S = 10.0  # a replica that answers pings but not a call for this long is broken
 MAX_CALL_BYTES = MAX_MESSAGE_BYTES // 2  # of rows, in each direction; a larger message would break the stream
 
 
@@ -28,8 +28,22 @@ class CallInFlight:
     attempt: int
     sent: float
     hedge_at: float
+    look_at: float  # when to look whether it is slow
+    probe: bool  # it shows whether a replica with an open breaker has recovered
     hedge_of: int | None  # call id of the slow call that this one duplicates
     span: Span
+
+
+@dataclass(frozen=True, slots=True)
+class RoutedRows:
+    """One layer's rows, and the expert of each assignment. The caller owns the memory of both buffers."""
+
+    layer: int
+    top_k: int  # K
+    experts: np.ndarray  # int64 [A]; -1: no expert
+    wanted: np.ndarray  # int64: the assignments that have an expert, ascending
+    hidden: RowBuffer  # [T]
+    output: RowBuffer  # [A]: where the results go; zeros for assignments without an expert
 
 
 def split_by_size(assignments: np.ndarray, row_bytes: int) -> Sequence[np.ndarray]:
@@ -44,7 +58,7 @@ def request_for(
     """Builds the request for `assignments` (indices into `experts` [A]). Returns the request and the tokens to send.
 
     A token with several assignments is sent once. The caller fills in the call id, attempt, layer, system, dtype and
-    traceparent.
+    traceparent. There is no deadline: a call that is no longer needed is cancelled.
     """
     token_of = assignments // top_k  # ascending, as the assignments are
     first = np.ones(len(assignments) + 1, dtype=bool)  # first of its token's run; the end counts as a start too
@@ -56,7 +70,6 @@ def request_for(
         k_offsets=codec.int32_bytes(offsets),
         experts=codec.int32_bytes(experts[assignments]),
         call_class=experts_pb2.CALL_CLASS_PREFILL if prefill else experts_pb2.CALL_CLASS_DECODE,
-        deadline_ms=int(CALL_TIMEOUT_S * 1000),
     )
     return request, token_of[offsets[:-1]]
 
@@ -68,6 +81,11 @@ def size_error(call: CallInFlight, reply: Reply, row_bytes: int) -> MoietyError 
         return None
     sent = f"sent {len(reply.payload)} bytes for {len(call.assignments)} rows, expected {expected}"
     return MoietyError(f"replica {call.replica} {sent}")
+
+
+def refusal(call: CallInFlight, reply: experts_pb2.ForwardResponse) -> MoietyError:
+    """Returns the error of a reply without rows. `detail` is the replica's text, of any length."""
+    return MoietyError(f"replica {call.replica} answered {outcome_name(reply.outcome)}: {reply.detail[:500]}")
 
 
 def outcome_name(outcome: int) -> str:

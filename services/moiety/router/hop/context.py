@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from moiety.internal.v1.experts_pb2 import ForwardResponse
+from moiety.router.hop.call_limits import CallLimits
 from moiety.router.hop.cost_fit import CostFit
 from moiety.router.hop.expert_demand import ExpertDemandCounter
 from moiety.router.hop.fleet import Fleet
@@ -27,14 +28,20 @@ class HopContext:
     hedging: Hedging
     demand: ExpertDemandCounter
     costs: CostFit
+    limits: CallLimits
     tracer: Tracer
     # wait(seconds) returns once an event was handled or the time is over. Lanes let another lane run meanwhile
     # (`Lanes.wait`); without lanes it blocks in the fleet's mailbox (`Mailbox.wait`).
     wait: Callable[[float], object]
     queues: OverrunReplicas | None = None  # under the overflow policy `backup`
 
-    def record(self, replica: str, reply: ForwardResponse) -> None:
-        """Records the batch cost and queue wait that an OK reply reports."""
-        self.costs.record(reply)
+    def record(self, replica: str, reply: ForwardResponse, took_s: float) -> None:
+        """Records the batch cost and queue wait that an OK reply reports, `took_s` seconds after its call."""
+        self.costs.record(self.fleet.kind_of(replica), reply, took_s)
+        self.limits.record(replica, reply, took_s)
         if self.queues is not None:
             self.queues.record(replica, reply.queue_ms)
+
+    def limit_s(self, replica: str, rows: int) -> float:
+        """Returns the seconds after which a call of `rows` (token, expert) pairs is late."""
+        return self.limits.of(replica, self.fleet.kind_of(replica), rows)

@@ -34,8 +34,8 @@ class ExpertDemandCounter:
         with self._lock:
             return int(self._rows.sum())
 
-    def reading(self, now: float, costs: BatchCost | None = None) -> ExpertDemand:
-        """Returns the totals so far. `now`: Unix seconds at this reading. `costs`: batch costs fitted by the router."""
+    def reading(self, now: float, costs: tuple[BatchCost, ...] = ()) -> ExpertDemand:
+        """Returns the totals so far. `now`: Unix seconds at this reading. `costs`: batch costs that the router has fitted."""
         with self._lock:
             rows, activations = self._rows.tolist(), self._activations.tolist()
         return ExpertDemand(tuple(map(tuple, rows)), tuple(map(tuple, activations)), now, self._started, costs)

@@ -1,7 +1,7 @@
-"""The expert replicas a router can reach: follows the registry, keeps one link per replica, publishes the holder table.
+"""The expert replicas a router can reach: follows the registry, publishes the holder table, sends calls.
 
-Runs on the router's asyncio loop. The engine's thread owns the mailbox, calls `send`, handles the answers and
-reads `table`. Each update replaces `table` by a new object.
+It follows the registry on the router's asyncio loop. The engine's thread owns the mailbox and the breakers, calls `send`,
+handles the answers and reads `table`. Each update replaces `table` by a new object.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
@@ -17,12 +18,15 @@ from operator import ne
 import numpy as np
 
 from moiety.core.experts import ExpertSet, ModelShape
-from moiety.core.replica import WIRE_VERSION, Replica, ReplicaState, Role, Transport
+from moiety.core.replica import Replica, ReplicaState, Role, Transport
+from moiety.core.supervise import spawn, supervise
 from moiety.core.system import SystemId
-from moiety.errors import FailedPrecondition, InvalidRequest, MoietyError, PeerLost, ResourceExhausted
-from moiety.internal.v1.experts_pb2 import OUTCOME_OVERLOADED, DescribeReplicaResponse, ForwardRequest, ForwardResponse
+from moiety.errors import MoietyError, PeerLost, ResourceExhausted
+from moiety.internal.v1.experts_pb2 import OUTCOME_OK, OUTCOME_OVERLOADED, ForwardRequest, ForwardResponse
 from moiety.policy.dispatch import HolderTable, ReplicaHolding, holders
 from moiety.registry.watch import Watch
+from moiety.router.hop.breaker import Breakers
+from moiety.router.hop.links import HANDSHAKE_S, Links
 from moiety.wire.rows import RowBuffer, copy_rows
 from moiety.wire.transports.connection import Answer, Reply
 from moiety.wire.transports.expert_link import ExpertLink
@@ -30,8 +34,9 @@ from moiety.wire.transports.mailbox import Mailbox
 
 _log = logging.getLogger(__name__)
 
-HANDSHAKE_S = 2.0
-REDIAL_S = 0.25  # a registered replica that does not answer is dialled again this often
+FOLLOW_S = 0.25  # how often replicas that are listed and not linked are looked at, if the list does not change
+DESCRIBE_S = 0.25  # between two DescribeReplica calls to a replica that refuses; doubled while nothing changes
+LONGEST_DESCRIBE_S = 30.0
 
 
 class Fleet:
@@ -42,42 +47,62 @@ class Fleet:
     ):
         self.mailbox = Mailbox()  # the engine thread's: receives answers and changes of the table
         self.table = HolderTable.build(0, {}, shape.moe_layers, shape.experts)
+        self.breakers = Breakers()
         # replica id -> experts that it may be called for; `table` was built from it.
         self._callable: Mapping[str, ExpertSet] = {}
-        self._watch, self._shape, self._system, self._dtype = watch, shape, system, dtype
-        self._transport = transport
-        self._links: dict[str, ExpertLink] = {}
+        self._watch, self._shape = watch, shape
+        self._links = Links(
+            shape,
+            system,
+            dtype,
+            transport,
+            self.mailbox,
+            opened=self._opened,
+            lost=self._lost,
+            unasked=lambda replica: self.breakers.failed(replica, time.monotonic(), "an answer that fits no open call"),
+        )
         self._holdings: dict[str, ReplicaHolding] = {}  # by replica id
         # Latest placement that `table` follows completely: no replica is called for an expert that it drops by it.
         self.placement_epoch = 0
         self._deployments: dict[str, str] = {}
-        self._refused: dict[str, str] = {}  # replica id -> why, so that each reason is logged once
-        self._listeners: list[Callable[[], None]] = []  # used by the engine's thread only
-        self._dialling: dict[str, asyncio.Task[None]] = {}
+        self._listed: frozenset[str] = frozenset()
         self._task: asyncio.Task[None] | None = None
-        self.suspects: set[str] = set()  # replicas that a hedge overtook and that have not answered since
-        self._unanswered: set[int] = set()  # ids of calls in flight, overtaken ones too; engine's thread only
         self._loop = asyncio.get_running_loop()
+        # Of the engine's thread:
         self._call_ids = itertools.count(1)
+        self._table_listeners: list[Callable[[], None]] = []
+        self._room_listeners: list[Callable[[], None]] = []
+        self._unanswered: dict[int, Answer] = {}  # by call id, cancelled ones too: who takes the answer
+        self._answered_at: dict[str, float] = {}  # replica id -> time.monotonic() of its last answer
+        self._describe: dict[
+            str, tuple[float, float]
+        ] = {}  # replica id -> when it may be asked again, the delay after that
 
     def start(self) -> None:
-        self._task = asyncio.create_task(self._follow())
+        self._task = supervise("expert fleet", self._follow)
 
     async def close(self) -> None:
-        tasks = [task for task in (self._task, *self._dialling.values()) if task is not None]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        await asyncio.gather(*(link.close() for link in self._links.values()))
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        await self._links.close()
         await asyncio.to_thread(self.mailbox.drain)
 
-    def on_table_change(self, changed: Callable[[], None]) -> Callable[[], None]:
-        """Registers `changed` to be called after `table` or `placement_epoch` is updated. Returns a function to unregister it.
+    # The engine's thread -----------------------------------------------------------------------------------------
 
-        Both functions, and this method, run on the engine's thread.
+    def listen(self, table_changed: Callable[[], None], room_freed: Callable[[], None]) -> Callable[[], None]:
+        """Registers callbacks: after `table` or `placement_epoch` is updated; after a replica has answered a call.
+
+        Returns a function to unregister both.
         """
-        self._listeners.append(changed)
-        return partial(self._listeners.remove, changed)
+        self._table_listeners.append(table_changed)
+        self._room_listeners.append(room_freed)
+
+        def stop() -> None:
+            self._table_listeners.remove(table_changed)
+            self._room_listeners.remove(room_freed)
+
+        return stop
 
     def next_call_id(self) -> int:
         """Returns an id that is unique among the calls of all lanes of this router."""
@@ -85,6 +110,15 @@ class Fleet:
 
     def deployment_of(self, replica_id: str) -> str:
         return self._deployments.get(replica_id, "")
+
+    def kind_of(self, replica_id: str) -> str:
+        """Returns the replica's kind, for the cost model; "" if it has left."""
+        link = self._links.get(replica_id)
+        return "" if link is None else link.description.kind[:80]
+
+    def answered_since(self, replica_id: str, since: float) -> bool:
+        """Whether the replica has answered any call after `since`, in seconds of `time.monotonic()`."""
+        return self._answered_at.get(replica_id, 0.0) > since
 
     def send(
         self,
@@ -113,116 +147,99 @@ class Fleet:
         copy_rows(rows, buffer.rows, chosen=tokens)
 
         def on_answer(result: Reply | PeerLost) -> None:
-            self._unanswered.discard(call_id)
+            answer = self._unanswered.pop(call_id)
             if isinstance(result, Reply):
-                self.suspects.discard(replica_id)
+                self._answered_at[replica_id] = now = time.monotonic()
+                self.breakers.answered(replica_id, now)
+                if self._room_listeners and result.header.outcome == OUTCOME_OK:
+                    self.mailbox.post(lambda: _notify(self._room_listeners))  # the transport still holds the room
             answer(result)
 
-        self._unanswered.add(call_id)
+        self._unanswered[call_id] = answer
         buffer.send(on_answer)
 
-    def suspect(self, replica_id: str, call_id: int) -> None:
-        """Marks a replica as suspect, because a hedge of its call `call_id` was answered first.
-
-        A suspect is called only for experts without another usable holder, until it answers any call. Has no effect if the
-        replica has already answered `call_id`. Called by the engine's thread.
-        """
+    def cancel(self, replica_id: str, call_id: int, attempt: int) -> None:
+        """Tells a replica that the answer to a call is no longer needed. Has no effect once the call is answered."""
         if call_id in self._unanswered:
-            self.suspects.add(replica_id)
+            self._unanswered[call_id] = _ignore  # a replica that hangs must not keep the rows of its calls in memory
+            if (link := self._links.get(replica_id)) is not None:
+                link.connection.cancel(call_id, attempt)
 
-    def describe_again(self, replica_id: str) -> None:
-        """Asks a replica again which experts it holds, after it answered NOT_HELD. From any thread."""
-        asyncio.run_coroutine_threadsafe(self._describe_again(replica_id), self._loop)
+    def overtaken(self, replica_id: str, call_id: int, limit_s: float) -> None:
+        """Notes that a hedge of a call was answered before the call, unless that is answered by now. `limit_s`: its limit."""
+        if call_id in self._unanswered:
+            self.breakers.overtaken(replica_id, time.monotonic(), limit_s)
 
-    def reconnect(self, replica_id: str) -> None:
-        """Closes the link to a replica that no longer answers calls; the fleet dials it again. From any thread."""
-        if link := self._links.get(replica_id):
-            asyncio.run_coroutine_threadsafe(link.close(), self._loop)
+    def not_held(self, replica_id: str, why: str) -> None:
+        """Notes that a replica refused a call because it lacks an expert or belongs to another system.
+
+        Asks it again what it holds, less and less often while the answer stays the same.
+        """
+        now = time.monotonic()
+        self.breakers.failed(replica_id, now, why)
+        next_at, delay_s = self._describe.get(replica_id, (0.0, DESCRIBE_S))
+        if now >= next_at:
+            self._describe[replica_id] = now + delay_s, min(2 * delay_s, LONGEST_DESCRIBE_S)
+            self._loop.call_soon_threadsafe(
+                lambda: spawn("description of an expert replica", self._describe_again(replica_id))
+            )
+
+    def _keep(self, replicas: frozenset[str]) -> None:
+        self.breakers.keep(replicas)
+        for memory in (self._answered_at, self._describe):
+            for gone in memory.keys() - replicas:
+                del memory[gone]
+
+    def _holding_changed(self, replica_id: str) -> None:
+        self._describe.pop(replica_id, None)
+        self.breakers.succeeded(replica_id, time.monotonic())
+
+    # The asyncio loop --------------------------------------------------------------------------------------------
 
     async def _follow(self) -> None:
-        """Dials the replicas that the registry lists, and notes changes of what they hold."""
+        """Dials the replicas that the registry lists, and notes changes of what they hold and of their state."""
         while True:
             listed_now = self._watch.replicas
             listed = {replica.id: replica for replica in listed_now if replica.role is Role.EXPERT}
             changed = False  # one new table for all replicas that have followed a placement
             for replica in listed.values():
-                if replica.state is ReplicaState.READY and self._wanted(replica):
-                    self._dialling[replica.id] = asyncio.create_task(self._serve(replica))
-                    self._dialling[replica.id].add_done_callback(partial(self._forget, replica.id))
+                if replica.state is ReplicaState.DRAINING:
+                    changed |= self._release(replica.id)  # no new calls; those in flight finish on its link
+                elif self._links.get(replica.id) is None:
+                    if replica.state is not ReplicaState.STARTING:
+                        self._links.want(replica)
                 elif (known := self._holdings.get(replica.id)) is not None and _newer(replica, known):
-                    changed |= self._note(
-                        replica.id, ReplicaHolding(replica.held, replica.leaving, replica.placement_epoch)
-                    )
-            for replica_id in [r for r, listed_one in listed.items() if listed_one.state is ReplicaState.DRAINING]:
-                changed |= self._release(replica_id)  # no new calls; those in flight finish on its link
+                    holding = ReplicaHolding(replica.held, replica.leaving, replica.placement_epoch)
+                    changed |= self._note(replica.id, holding)
             if changed:
                 self._publish()
+            self._note_listed(listed)
             with suppress(TimeoutError):
-                async with asyncio.timeout(REDIAL_S):
+                async with asyncio.timeout(FOLLOW_S):
                     await self._watch.until(partial(ne, listed_now))
 
-    def _wanted(self, replica: Replica) -> bool:
-        if replica.id in self._dialling:
-            return False
-        if replica.wire_version == WIRE_VERSION:
-            return True
-        self._refuse(replica, f"its wire version is {replica.wire_version}, ours {WIRE_VERSION}")
-        return False
-
-    def _forget(self, replica_id: str, _: asyncio.Task[None]) -> None:
-        del self._dialling[replica_id]
-
-    async def _serve(self, replica: Replica) -> None:
-        """Keeps the link to one replica from start to end: handshake, entry in the table, wait for its loss, removal."""
-        try:
-            link = await ExpertLink.open(replica.address, HANDSHAKE_S, self.mailbox, self._transport)
-        except InvalidRequest as error:
-            self._refuse(replica, f"its description is invalid: {error}")
-            await asyncio.sleep(REDIAL_S)
-            return
-        except FailedPrecondition as error:
-            self._refuse(replica, f"with the setting transport = {self._transport}, {error}")
-            await asyncio.sleep(REDIAL_S)
-            return
-        except MoietyError as error:
-            _log.debug("replica %s at %s does not answer yet: %s", replica.id, replica.address, error)
-            await asyncio.sleep(REDIAL_S)
-            return
-        try:
-            if problem := self._mismatch(link.description):
-                self._refuse(replica, problem)
-                await asyncio.sleep(REDIAL_S)
-                return
-            self._links[replica.id] = link
-            self._deployments[replica.id] = replica.deployment
-            if self._note(replica.id, link.holding):
-                self._publish()
-            _log.info(
-                "replica %s (%s) at %s is connected over %s",
-                replica.id,
-                replica.deployment,
-                replica.address,
-                link.transport,
+    def _note_listed(self, listed: Mapping[str, Replica]) -> None:
+        sick = frozenset(replica.id for replica in listed.values() if replica.state is ReplicaState.SICK)
+        if sick != self.breakers.sick:
+            _log.warning(
+                "replicas that report themselves sick, avoided where others hold their experts: %s", sorted(sick)
             )
-            await link.connection.closed.wait()
-            _log.warning("replica %s (%s) at %s is lost", replica.id, replica.deployment, replica.address)
-        finally:
-            self._links.pop(replica.id, None)
-            self.suspects.discard(replica.id)
-            self._deployments.pop(replica.id, None)
-            if self._release(replica.id):
-                self._publish()
-            await link.close()
+            self.breakers.sick = sick
+        if listed.keys() != self._listed:
+            self._listed = frozenset(listed)
+            self._links.keep(self._listed)
+            self.mailbox.post(partial(self._keep, self._listed))
 
-    def _mismatch(self, description: DescribeReplicaResponse) -> str:
-        if description.wire_version != WIRE_VERSION:
-            return f"its wire version is {description.wire_version}, ours {WIRE_VERSION}"
-        if difference := self._system.difference(description.system):
-            return difference
-        if description.dtype != self._dtype or description.hidden != self._shape.mlp.hidden:
-            rows = f"{description.hidden} x {description.dtype}"
-            return f"its rows are {rows}, ours {self._shape.mlp.hidden} x {self._dtype}"
-        return ""
+    def _opened(self, replica: Replica, link: ExpertLink) -> None:
+        self._deployments[replica.id] = replica.deployment
+        if self._note(replica.id, link.holding):
+            self._publish()
+
+    def _lost(self, replica: Replica, _: ExpertLink) -> None:
+        self._deployments.pop(replica.id, None)
+        if self._release(replica.id):
+            self._publish()
+        self.mailbox.post(lambda: self.breakers.failed(replica.id, time.monotonic(), "its connection broke"))
 
     async def _describe_again(self, replica_id: str) -> None:
         if (link := self._links.get(replica_id)) is None:
@@ -230,10 +247,11 @@ class Fleet:
         try:
             await link.describe(HANDSHAKE_S)
         except MoietyError as error:
-            _log.warning("replica %s did not answer which experts it holds: %s", replica_id, error)
+            _log.debug("replica %s did not answer which experts it holds: %s", replica_id, error)
             return
         if replica_id in self._holdings and self._note(replica_id, link.holding):
             self._publish()
+            self.mailbox.post(partial(self._holding_changed, replica_id))
 
     def _note(self, replica_id: str, holding: ReplicaHolding) -> bool:
         """Notes what a replica holds. Returns whether that changed."""
@@ -250,16 +268,16 @@ class Fleet:
             self._callable = current.held
             self.table = HolderTable.build(version, current.held, self._shape.moe_layers, self._shape.experts)
         self.placement_epoch = current.epoch
-        self.mailbox.post(self._notify_listeners)
+        self.mailbox.post(lambda: _notify(self._table_listeners))
 
-    def _notify_listeners(self) -> None:
-        for changed in tuple(self._listeners):
-            changed()
 
-    def _refuse(self, replica: Replica, why: str) -> None:
-        if self._refused.get(replica.id) != why:
-            self._refused[replica.id] = why
-            _log.warning("replica %s (%s) is not used: %s", replica.id, replica.deployment, why)
+def _ignore(_: object) -> None:
+    """Does nothing."""
+
+
+def _notify(listeners: list[Callable[[], None]]) -> None:
+    for listener in tuple(listeners):
+        listener()
 
 
 def _newer(listed: Replica, known: ReplicaHolding) -> bool:

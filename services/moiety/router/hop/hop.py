@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 
 from moiety.core.expert_backend import ExpertBackend
+from moiety.router.hop.call import RoutedRows
 from moiety.router.hop.context import HopContext
-from moiety.router.hop.layer_call import LayerCall, RoutedRows
+from moiety.router.hop.layer_call import LayerCall
 from moiety.router.step_context import StepContext
 from moiety.wire.rows import RowBuffer
 
@@ -30,11 +31,15 @@ class Hop:
     def __init__(self, context: HopContext, wrappers: Sequence[Wrapper] = ()):
         """`wrappers` are applied to each step's backend; the last one gets the model's rows first."""
         self.context, self._wrappers = context, wrappers
+        self.open: set[LayerCall] = set()  # layers that were submitted and not yet waited for
         self.layer_began_ns = 0  # Unix time at which the previous layer ended, or the step began
 
     def begin_step(self, step: StepContext) -> ExpertBackend:
         """Starts `step` and returns the backend for its layers."""
         self.layer_began_ns = time.time_ns()
+        for abandoned in self.open:  # what ran between `submit` and `result` failed, such as a shared expert
+            abandoned.end()
+        self.open.clear()
         self.poll()
         backend: ExpertBackend = _StepHop(self, step)
         for wrap in self._wrappers:
@@ -63,8 +68,9 @@ class _StepHop:
         routed = RoutedRows(
             layer, top_k, experts, wanted, RowBuffer.of(hidden.contiguous().cpu()), RowBuffer.of(output)
         )
-        call = LayerCall(self.hop.context, self.step, routed)
-        call.send(self.hop.layer_began_ns)
+        call = LayerCall(self.hop.context, self.step, routed, self.hop.layer_began_ns)
+        self.hop.open.add(call)
+        call.send()
         return _LayerOutput(self.hop, call, output.view(tokens, top_k, -1), hidden.device)
 
 
@@ -81,5 +87,6 @@ class _LayerOutput:
         try:
             self.call.wait()
         finally:
+            self.hop.open.discard(self.call)
             self.hop.layer_began_ns = time.time_ns()
         return self.output.to(self.device)

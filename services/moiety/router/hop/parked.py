@@ -8,6 +8,7 @@ from math import inf
 
 import numpy as np
 
+from moiety.errors import MoietyError, NoHolder, ResourceExhausted
 from moiety.telemetry.tracing import NO_SPAN, Span
 
 POLL_S = 0.05  # how often a parked layer tries again and looks for cancelled requests
@@ -54,3 +55,11 @@ class ParkedRows:
             self._stop_listening()
             self._before_s, self._since, self.retry_at = self.waited_s, None, inf
             self._span.end()
+
+
+def wait_error(layer: int, experts: list[int], missing: list[int], waited_s: float) -> MoietyError:
+    """Returns why rows for `experts` end that were parked for `waited_s`; those in `missing` have no holder."""
+    if missing:
+        return NoHolder(layer, missing, waited_s)
+    what = f"all holders of expert(s) {experts} of MoE layer {layer} are overloaded"
+    return ResourceExhausted(f"{what}; waited {waited_s:.1f} s for room", 1.0)

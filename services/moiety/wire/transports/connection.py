@@ -31,6 +31,7 @@ class Reply:
 
 
 Answer = Callable[[Reply | PeerLost], None]
+MOST_UNASKED = 1000  # answers that fit no open call, after which a connection is closed: reading them takes our time
 
 
 class Buffer(Protocol):
@@ -49,6 +50,9 @@ class Buffer(Protocol):
 class Connection(Protocol):
     """Carries the calls of one router to one replica: many in flight, answered in any order.
 
+    An answer that fits no open call is dropped and reported to `on_unasked`, on the mailbox's thread. After MOST_UNASKED
+    of them the connection closes.
+
     Created and closed on an asyncio loop. Calls are sent and answered on the thread that owns the connection's mailbox
     (`mailbox.py`).
     """
@@ -61,6 +65,10 @@ class Connection(Protocol):
         `header` must be complete, because the transport may serialise it here. Raises ResourceExhausted if
         unanswered calls leave too little memory. A lost connection still returns a buffer; its call is answered with PeerLost.
         """
+        ...
+
+    def cancel(self, call_id: int, attempt: int) -> None:
+        """Asks the replica to drop a call that it has not begun. The call is still answered once. Mailbox's thread only."""
         ...
 
     async def close(self) -> None:

@@ -5,7 +5,8 @@ When the peer's process ends, for whatever reason, the operating system closes i
 Rows are passed in a segment, memory that the router created and both processes map (`shm_segment.py`). A call uses one
 range of it: [rows | space for the answer's rows | ForwardRequest], each part aligned. The router sends CALL. The replica
 writes the answer's rows into their space and sends ANSWER, followed by the ForwardResponse. Then the router may reuse the
-range. So only the router allocates, and neither side waits for the other to free memory.
+range. So only the router allocates, and neither side waits for the other to free memory. CANCEL names a call that the
+router no longer needs. The replica answers that call as always, and CANCEL itself not at all.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from moiety.wire.transports.mailbox import READABLE, WRITABLE, Mailbox
 MESSAGE_BYTES = 8192  # the kernel truncates a longer message, which then cannot be parsed
 # CALL: start of the range; bytes of the rows, of the space for the answer's rows, of the ForwardRequest
 CALL = struct.Struct("<QIII")
+CANCEL = struct.Struct("<QI")  # call id, attempt; told from CALL by its length
 ANSWER = struct.Struct("<Q")  # start of the range
 _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
 

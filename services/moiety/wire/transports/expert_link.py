@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 import grpc
 
-from moiety.core.experts import ExpertSet
+from moiety.core.experts import ExpertSet, ModelShape
 from moiety.core.replica import Transport
 from moiety.errors import FailedPrecondition, InvalidRequest, MoietyError
 from moiety.internal.v1.experts_pb2 import DescribeReplicaRequest, DescribeReplicaResponse
@@ -35,33 +36,43 @@ class ExpertLink:
         transport: Transport,
         connection: Connection,
         grpc_channel: grpc.aio.Channel,
+        shape: ModelShape | None = None,
     ):
         self.description = description  # the replica's latest answer to DescribeReplica
         self.transport, self.connection = transport, connection
-        self._channel = grpc_channel
+        self._channel, self._shape = grpc_channel, shape
 
     @classmethod
     async def open(
-        cls, address: str, timeout_s: float, mailbox: Mailbox, transport: Transport = Transport.AUTO
+        cls,
+        address: str,
+        timeout_s: float,
+        mailbox: Mailbox,
+        transport: Transport = Transport.AUTO,
+        shape: ModelShape | None = None,
+        on_unasked: Callable[[], None] = lambda: None,
     ) -> ExpertLink:
         """Asks the replica at `address` for its description, then connects to it. Each step may take `timeout_s` seconds.
 
         Answers to calls arrive through `mailbox`. Transport.AUTO uses shared memory if it reaches the replica, else gRPC.
+        `shape` bounds the sets of experts that the replica may name. `on_unasked`: see `Connection`.
+
         Raises PeerLost or another error with which DescribeReplica failed, InvalidRequest if the sets of experts in the
         description cannot be parsed, FailedPrecondition if `transport` cannot reach the replica.
         """
         grpc_channel = channel(address)
         try:
-            description = await _describe(grpc_channel, timeout_s)
+            description = await _describe(grpc_channel, timeout_s, shape)
             if transport in (Transport.AUTO, Transport.SHM):
                 try:
-                    connection = await _shared_memory(description, mailbox, timeout_s)
-                    return cls(description, Transport.SHM, connection, grpc_channel)
+                    connection = await _shared_memory(description, mailbox, timeout_s, on_unasked)
+                    return cls(description, Transport.SHM, connection, grpc_channel, shape)
                 except MoietyError as error:
                     if transport is Transport.SHM:
                         raise FailedPrecondition(f"{address} cannot be reached by shared memory: {error}") from None
                     _log.debug("%s is reached by gRPC, because shared memory failed: %s", address, error)
-            return cls(description, Transport.GRPC, GrpcConnection(address, grpc_channel, mailbox), grpc_channel)
+            stream = GrpcConnection(address, grpc_channel, mailbox, on_unasked)
+            return cls(description, Transport.GRPC, stream, grpc_channel, shape)
         except BaseException:
             await grpc_channel.close()
             raise
@@ -72,14 +83,15 @@ class ExpertLink:
         A router does so after the replica has refused a call, because the replica lacks an expert or serves another
         revision. Raises PeerLost or another error with which DescribeReplica failed, or InvalidRequest as `open` does.
         """
-        self.description = await _describe(self._channel, timeout_s)
+        self.description = await _describe(self._channel, timeout_s, self._shape)
         return self.description
 
     @property
     def holding(self) -> ReplicaHolding:
         """The replica's experts, by its latest description."""
         latest = self.description
-        return ReplicaHolding(ExpertSet.parse(latest.held), ExpertSet.parse(latest.leaving), latest.placement_epoch)
+        held, leaving = _experts(latest.held, self._shape), _experts(latest.leaving, self._shape)
+        return ReplicaHolding(held, leaving, latest.placement_epoch)
 
     async def close(self) -> None:
         """Closes the link; unanswered calls get PeerLost."""
@@ -88,16 +100,18 @@ class ExpertLink:
 
 
 async def _shared_memory(
-    description: DescribeReplicaResponse, mailbox: Mailbox, timeout_s: float
+    description: DescribeReplicaResponse, mailbox: Mailbox, timeout_s: float, on_unasked: Callable[[], None]
 ) -> SharedMemoryConnection:
     if not description.shared_memory:
         raise FailedPrecondition("the replica does not offer it")
     if not AVAILABLE:
         raise FailedPrecondition("this system has no memfd_create")
-    return await SharedMemoryConnection.open(description, mailbox, timeout_s)
+    return await SharedMemoryConnection.open(description, mailbox, timeout_s, on_unasked=on_unasked)
 
 
-async def _describe(grpc_channel: grpc.aio.Channel, timeout_s: float) -> DescribeReplicaResponse:
+async def _describe(
+    grpc_channel: grpc.aio.Channel, timeout_s: float, shape: ModelShape | None
+) -> DescribeReplicaResponse:
     describe = ExpertServiceStub(grpc_channel).DescribeReplica
     try:
         description: DescribeReplicaResponse = await describe(DescribeReplicaRequest(), timeout=timeout_s)
@@ -105,7 +119,11 @@ async def _describe(grpc_channel: grpc.aio.Channel, timeout_s: float) -> Describ
         raise status.error_of(error) from None
     for field, text in (("held", description.held), ("leaving", description.leaving)):
         try:
-            ExpertSet.parse(text)
+            _experts(text, shape)
         except ValueError as error:
-            raise InvalidRequest(field, text, f"a set of experts: {error}") from None
+            raise InvalidRequest(field, text[:80], f"a set of experts: {error}") from None
     return description
+
+
+def _experts(text: str, shape: ModelShape | None) -> ExpertSet:
+    return ExpertSet.parse(text, shape.moe_layers, shape.experts) if shape else ExpertSet.parse(text)

@@ -9,6 +9,7 @@ import select
 import socket
 import struct
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +19,7 @@ from google.protobuf.message import DecodeError
 from moiety.core.replica import WIRE_VERSION
 from moiety.errors import FailedPrecondition, PeerLost, ResourceExhausted
 from moiety.internal.v1.experts_pb2 import (
+    OUTCOME_INVALID,
     DescribeReplicaResponse,
     ForwardRequest,
     ForwardResponse,
@@ -25,8 +27,8 @@ from moiety.internal.v1.experts_pb2 import (
     SharedMemoryWelcome,
 )
 from moiety.wire.rows import RowBuffer
-from moiety.wire.transports.connection import Answer, Reply
-from moiety.wire.transports.doorbell import ANSWER, CALL, MESSAGE_BYTES, Doorbell, check_peer
+from moiety.wire.transports.connection import MOST_UNASKED, Answer, Reply
+from moiety.wire.transports.doorbell import ANSWER, CALL, CANCEL, MESSAGE_BYTES, Doorbell, check_peer
 from moiety.wire.transports.mailbox import Mailbox
 from moiety.wire.transports.shm_segment import SEGMENT_BYTES, Allocator, aligned, create_segment
 
@@ -51,12 +53,15 @@ class _Range:
 class SharedMemoryConnection:
     """A Connection through shared memory to a replica on the same node."""
 
-    def __init__(self, peer: str, sock: socket.socket, segment: mmap.mmap, mailbox: Mailbox):
+    def __init__(
+        self, peer: str, sock: socket.socket, segment: mmap.mmap, mailbox: Mailbox, on_unasked: Callable[[], None]
+    ):
         self.closed = asyncio.Event()
         self._peer, self._mailbox = peer, mailbox
         self._segment: mmap.mmap | None = segment  # None once the connection is lost, so that the memory is freed
         self._allocator = Allocator(len(segment))
-        self._calls: dict[int, tuple[_Range, Answer]] = {}
+        self._calls: dict[int, tuple[_Range, Answer]] = {}  # by the start of their range
+        self._on_unasked, self._unasked = on_unasked, 0
         self._lost: PeerLost | None = None
         self._loop = asyncio.get_running_loop()
         self._hang_up = self._watch_for_hang_up(sock)
@@ -64,7 +69,12 @@ class SharedMemoryConnection:
 
     @classmethod
     async def open(
-        cls, description: DescribeReplicaResponse, mailbox: Mailbox, timeout_s: float, size: int | None = None
+        cls,
+        description: DescribeReplicaResponse,
+        mailbox: Mailbox,
+        timeout_s: float,
+        size: int | None = None,
+        on_unasked: Callable[[], None] = lambda: None,
     ) -> SharedMemoryConnection:
         """Connects to the replica that sent `description`, with a segment of `size` bytes (default SEGMENT_BYTES).
 
@@ -76,7 +86,7 @@ class SharedMemoryConnection:
             sock.setblocking(False)
             async with asyncio.timeout(timeout_s):
                 segment = await _shake_hands(sock, description, size or SEGMENT_BYTES)
-            return cls(description.shared_memory, sock, segment, mailbox)
+            return cls(description.shared_memory, sock, segment, mailbox, on_unasked)
         except (OSError, DecodeError, TimeoutError) as error:
             sock.close()
             raise PeerLost(f"connecting to its shared memory failed: {error or 'no answer'}") from None
@@ -114,23 +124,38 @@ class SharedMemoryConnection:
         self._calls[call.start] = call, answer
         self._doorbell.ring(CALL.pack(call.start, call.rows_bytes, call.reply_bytes, call.header_bytes))
 
+    def cancel(self, call_id: int, attempt: int) -> None:
+        if any(call.key == (call_id, attempt) for call, _ in self._calls.values()):
+            self._doorbell.ring(CANCEL.pack(call_id, attempt))
+
     def _on_message(self, message: bytes) -> None:
         assert self._segment is not None, "a lost connection receives no message"
         try:
             (start,) = ANSWER.unpack_from(message)
             header = ForwardResponse.FromString(message[ANSWER.size :])
-            call, answer = self._calls[start]
-            if (header.call_id, header.attempt) != call.key or header.payload_bytes > call.reply_bytes:
-                raise KeyError(start)
-        except (struct.error, DecodeError, KeyError) as error:
-            self._doorbell.end(f"it sent an answer that fits no open call ({type(error).__name__})")
+        except (struct.error, DecodeError) as error:
+            self._doorbell.end(f"it sent an answer that cannot be read ({type(error).__name__})")
             return
-        del self._calls[start]
+        if start not in self._calls or (header.call_id, header.attempt) != self._calls[start][0].key:
+            self._count_unasked()
+            return
+        call, answer = self._calls.pop(start)
         at = start + aligned(call.rows_bytes)
+        if header.payload_bytes > call.reply_bytes:
+            detail = f"it announced {header.payload_bytes} bytes of rows, and there is room for {call.reply_bytes}"
+            header = ForwardResponse(
+                call_id=header.call_id, attempt=header.attempt, outcome=OUTCOME_INVALID, detail=detail
+            )
         try:
             answer(Reply(header, memoryview(self._segment)[at : at + header.payload_bytes]))
         finally:
             self._allocator.release(start, call.size)
+
+    def _count_unasked(self) -> None:
+        self._unasked += 1
+        self._on_unasked()
+        if self._unasked > MOST_UNASKED:
+            self._doorbell.end(f"it sent over {MOST_UNASKED} answers that fit no open call")
 
     def _break(self, why: str) -> None:
         self._lost = PeerLost(f"the connection to {self._peer} broke: {why}")

@@ -27,7 +27,7 @@ from moiety.internal.v1.experts_pb2 import (
 )
 from moiety.wire.frames import ReplyCallback
 from moiety.wire.rows import RowBuffer, SelectedRows, copy_rows
-from moiety.wire.transports.doorbell import ANSWER, CALL, MESSAGE_BYTES, Doorbell, check_peer
+from moiety.wire.transports.doorbell import ANSWER, CALL, CANCEL, MESSAGE_BYTES, Doorbell, check_peer
 from moiety.wire.transports.mailbox import Mailbox
 from moiety.wire.transports.shm_segment import aligned, map_segment
 
@@ -36,14 +36,15 @@ _log = logging.getLogger(__name__)
 HANDSHAKE_S = 2.0
 DETAIL_CHARACTERS = MESSAGE_BYTES // 8  # an answer's `detail` must fit into a message, in any alphabet
 
-Accept = Callable[[ForwardRequest, memoryview, ReplyCallback], None]
+Accept = Callable[[ForwardRequest, memoryview, ReplyCallback, object], None]
 
 
 class SharedMemoryListener:
     """Accepts routers' connections on the asyncio loop. The mailbox's owner reads their calls and passes each to `accept`.
 
-    `accept(header, payload, answer)` makes the mailbox's owner call `answer(reply, selected_rows)` once, during
-    `accept` or later. The payload may be read until `answer` is called.
+    `accept(header, payload, answer, origin)` makes the mailbox's owner call `answer(reply, selected_rows)` once, during
+    `accept` or later. The payload may be read until `answer` is called. `origin` tells connections apart. A header with
+    `cancel` is not answered.
     """
 
     def __init__(self, system: str, dtype: str, row_bytes: int, mailbox: Mailbox, accept: Accept):
@@ -82,7 +83,8 @@ class SharedMemoryListener:
         except (MoietyError, DecodeError, OSError, TimeoutError) as error:
             _log.warning("refused a router's shared-memory connection: %s", error or "its hello did not come in time")
             with suppress(OSError):
-                sock.send(SharedMemoryWelcome(refusal=str(error)[:DETAIL_CHARACTERS]).SerializeToString())
+                refusal = str(error)[:DETAIL_CHARACTERS] or f"the hello did not come within {HANDSHAKE_S:g} s"
+                sock.send(SharedMemoryWelcome(refusal=refusal).SerializeToString())
             sock.close()
         except BaseException:
             sock.close()
@@ -144,6 +146,11 @@ class SharedMemoryPeer:
         self._doorbell.end("closed by this side")
 
     def _on_message(self, message: bytes) -> None:
+        if len(message) == CANCEL.size:
+            call_id, attempt = CANCEL.unpack(message)
+            cancel = ForwardRequest(call_id=call_id, attempt=attempt, cancel=True)
+            self._accept(cancel, memoryview(b""), lambda _reply, _rows: None, self)
+            return
         try:
             start, rows_bytes, reply_bytes, header_bytes = CALL.unpack(message)
             reply_at = start + aligned(rows_bytes)
@@ -163,7 +170,7 @@ class SharedMemoryPeer:
                 None,
             )
             return
-        self._accept(header, payload, answer)
+        self._accept(header, payload, answer, self)
 
     def _answer(self, start: int, reply_at: int, reply: ForwardResponse, picked: SelectedRows | None) -> None:
         reply.payload_bytes = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 import pytest
 from hop_scenarios import assert_layer, holder, hop_over
@@ -21,6 +22,11 @@ def warm(lane: LoopbackHop) -> None:
         lane.hop.context.hedging.record_latency(0, CallClass.DECODE, 0.0)
 
 
+def avoided(lane: LoopbackHop) -> set[str]:
+    """Returns the replicas that the router calls only where there is no other holder."""
+    return set(lane.fleet.breakers.avoided(time.monotonic()))
+
+
 async def test_a_hung_replica_is_bridged_and_avoided_until_it_answers():
     """A hedge returns the rows; the hung replica gets no call until its late answer shows that it is alive."""
     released = asyncio.Event()
@@ -33,33 +39,33 @@ async def test_a_hung_replica_is_bridged_and_avoided_until_it_answers():
         hung.on_call = wait
         warm(lane)
         await assert_layer(lane)
-        assert lane.fleet.suspects == {"a"}
+        assert avoided(lane) == {"a"}
         before = len(hung.calls)
         for _ in range(5):
             await assert_layer(lane)
         assert len(hung.calls) == before
         assert not other.calls[-1].attempt
         released.set()
-        await eventually(lambda: not lane.fleet.suspects)
+        await eventually(lambda: not avoided(lane))
         await assert_layer(lane)
         assert len(hung.calls) > before
 
 
-async def test_a_suspect_that_is_the_only_holder_is_still_called():
+async def test_a_late_replica_that_is_the_only_holder_is_still_called():
     """A slow holder is better than none."""
     slow = holder("a")
     async with hop_over(slow, holder("b", "0-1")) as lane:
-        lane.fleet.suspects.add("a")
+        lane.fleet.breakers.overtaken("a", time.monotonic(), 60.0)
         await assert_layer(lane)
-        assert not lane.fleet.suspects, "its answer clears it"
+        assert not avoided(lane), "its answer clears it"
 
 
-async def test_a_replica_that_has_just_answered_is_no_suspect():
+async def test_a_replica_that_has_just_answered_is_not_late():
     """A hedge that wins narrowly does not mark the other replica, whose answer has already arrived."""
     async with hop_over(holder("a")) as lane:
         await assert_layer(lane)
-        lane.fleet.suspect("a", 1)  # the call that was answered
-        assert not lane.fleet.suspects
+        lane.fleet.overtaken("a", 1, 60.0)  # the call that was answered
+        assert not avoided(lane)
 
 
 async def test_hedges_keep_to_their_budget():
@@ -74,7 +80,7 @@ async def test_hedges_keep_to_their_budget():
             replica.on_call = slow
         warm(lane)
         for _ in range(40):
-            lane.fleet.suspects.clear()
+            lane.fleet.breakers.keep(())
             await assert_layer(lane)
         calls = [call for replica in both for call in replica.calls]
         hedges = sum(call.attempt > 0 for call in calls)
