@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator, Callable
+import logging
+from collections.abc import AsyncIterator
 
 import grpc
 import torch
@@ -21,6 +21,7 @@ from moiety.errors import (
     WrongSystem,
 )
 from moiety.expert.batcher import Computed, QueuedCall
+from moiety.expert.call_stream import CallStream
 from moiety.expert.runtime import Runtime
 from moiety.internal.v1 import experts_pb2
 from moiety.telemetry.names import Attribute, SpanName
@@ -30,6 +31,7 @@ from moiety.wire.frames import ForwardCall, ReplyCallback, parse_call
 from moiety.wire.rows import SelectedRows
 from moiety.wire.service_names import EXPERT_SERVICE
 
+_log = logging.getLogger(__name__)
 _OUTCOMES: tuple[tuple[type[MoietyError], experts_pb2.Outcome], ...] = (
     (NotHeld, experts_pb2.OUTCOME_NOT_HELD),
     (WrongSystem, experts_pb2.OUTCOME_WRONG_SYSTEM),
@@ -89,51 +91,31 @@ class ExpertService:
         )
 
     async def _forward(self, frames: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> None:
-        """Reads calls and writes replies concurrently until the router closes its half and every call is answered."""
-        replies: asyncio.Queue[bytes | None] = asyncio.Queue()
-        writer = asyncio.create_task(_write(replies, context))
-        outstanding = 0
-        loop = asyncio.get_running_loop()
-        idle = asyncio.Event()
-        idle.set()
-
-        def answered(frame: bytes) -> None:
-            nonlocal outstanding
-            outstanding -= 1
-            replies.put_nowait(frame)
-            if not outstanding:
-                idle.set()
-
-        def reply(frame: bytes) -> None:
-            loop.call_soon_threadsafe(answered, frame)
-
+        """Serves one router's calls until the router closes its half and every call is answered."""
         self.open_streams += 1
         try:
-            async for frame in frames:
-                if self._accept_frame(frame, reply):
-                    outstanding += 1
-                    idle.clear()
-            await idle.wait()
-            replies.put_nowait(None)
-            await writer
+            await CallStream(self._accept_frame).serve(frames, context)
         finally:
             self.open_streams -= 1
-            writer.cancel()
 
-    def _accept_frame(self, frame: bytes, reply: Callable[[bytes], None]) -> bool:
-        """Passes one frame to the runtime. Returns whether it is a call: every call makes `reply` be called exactly once."""
+    def _accept_frame(self, frame: bytes, stream: CallStream) -> None:
+        """Passes one frame to the runtime. Each call gets one reply, a cancellation none."""
         try:
             header, payload = codec.decode(experts_pb2.ForwardRequest, frame)
         except InvalidRequest as error:
-            reply(codec.encode(experts_pb2.ForwardResponse(outcome=experts_pb2.OUTCOME_INVALID, detail=str(error))))
-            return True
+            refusal = experts_pb2.ForwardResponse(outcome=experts_pb2.OUTCOME_INVALID, detail=str(error))
+            stream.begin(len(frame))(codec.encode(refusal))
+            return
+        if header.cancel:
+            self._runtime.cancel(stream, header.call_id, header.attempt)
+            return
+        reply = stream.begin(len(frame) + len(header.experts) // 4 * self.row_bytes)
         self.accept(
             header,
             payload,
             lambda header, picked: reply(codec.encode(header, None if picked is None else picked.gathered())),
-            reply,
+            stream,
         )
-        return not header.cancel
 
     def accept(
         self, header: experts_pb2.ForwardRequest, payload: memoryview, answer: ReplyCallback, origin: object
@@ -148,9 +130,7 @@ class ExpertService:
         try:
             if header.system_key != self._system.key:
                 raise WrongSystem(f"the call is for system {header.system_key or '(none)'}, not for {self._system}")
-            call = parse_call(
-                header, payload, dtype=self.dtype, hidden=self._shape.mlp.hidden, row_bytes=self.row_bytes
-            )
+            call = parse_call(header, payload, shape=self._shape, dtype=self.dtype)
 
             def done(result: Computed | BaseException) -> None:
                 answer(*self._reply(call, result))
@@ -160,6 +140,9 @@ class ExpertService:
             self._runtime.submit(waiting)
         except MoietyError as error:
             answer(*self._reply(header, error))
+        except Exception:  # a bug: without an answer, the router would wait until the call's time is over
+            _log.exception("a call for layer %d could not be accepted", header.layer)
+            answer(*self._reply(header, MoietyError("the replica failed to accept the call; its log says why")))
 
     def _reply(
         self, to: experts_pb2.ForwardRequest | ForwardCall, result: Computed | BaseException
@@ -202,8 +185,3 @@ class ExpertService:
         self._tracer.start(SpanName.EXPERT_QUEUE, parent=expert, start_ns=waiting.since_ns).end(result.started_ns)
         self._tracer.start(SpanName.EXPERT_KERNEL, parent=expert, start_ns=result.started_ns).end(result.ended_ns)
         expert.end(result.ended_ns)
-
-
-async def _write(replies: asyncio.Queue[bytes | None], context: grpc.aio.ServicerContext) -> None:
-    while (frame := await replies.get()) is not None:
-        await context.write(frame)

@@ -34,9 +34,11 @@ def sequence(name: str, prompt: int = 1, *, computed: int = 0, max_tokens: int =
 class Bench:
     """A scheduler with a cache, and the steps that an engine would do on it."""
 
-    def __init__(self, *sequences: Sequence, slots: int = 8, budget: int = 10, blocks: int = 100):
+    def __init__(
+        self, *sequences: Sequence, slots: int = 8, budget: int = 10, blocks: int = 100, revision: str | None = None
+    ):
         memory = blocks * BLOCK_TOKENS * SPEC.bytes_per_token
-        self.cache = KVCache(SPEC, memory, torch.device("cpu"), block_tokens=BLOCK_TOKENS)
+        self.cache = KVCache(SPEC, memory, torch.device("cpu"), block_tokens=BLOCK_TOKENS, revision=revision)
         self.scheduler = Scheduler(self.cache, slots, budget)
         self.add(*sequences)
 
@@ -45,7 +47,7 @@ class Bench:
             self.scheduler.add(one)
 
     def admitted(self) -> list[str]:
-        return names(self.scheduler.admit())
+        return names(iter(self.scheduler.admit_next, None))
 
     @property
     def running(self) -> list[str]:
@@ -61,7 +63,7 @@ class Bench:
 
     def step(self) -> StepPlan:
         """Admits and runs one step as an engine would, and appends a token to each sequence that samples."""
-        self.scheduler.admit()
+        self.admitted()
         plan = self.plan()
         for item in plan.scheduled:
             item.sequence.computed += item.count
