@@ -45,7 +45,12 @@ async def start(settings: GatewaySettings, replica_id: str, node: str) -> Runnin
         return await startup.serve(
             ServiceParts(
                 role=Role.GATEWAY,
-                server=Server(service.handlers(), [GENERATION_SERVICE], share_port=settings.port != 0),
+                server=Server(
+                    service.handlers(),
+                    [GENERATION_SERVICE],
+                    share_port=settings.port != 0,
+                    streams=2 * settings.max_concurrent,  # half of them to be refused with a retry delay
+                ),
                 port=settings.port,
                 listening=listening(settings.listen_host, settings.port, startup.system),
                 idle=lambda: service.running == 0,
