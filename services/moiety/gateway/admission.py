@@ -13,23 +13,9 @@ from ipaddress import IPv6Network
 from typing import NoReturn
 from urllib.parse import unquote
 
-from moiety.errors import InvalidRequest, ResourceExhausted
-from moiety.v1 import generation_pb2
+from moiety.errors import ResourceExhausted
 
-MAX_REQUEST_ID = 128
-MAX_TENANT = 128
-MAX_PRIORITY = 100
 MOST_CLAIMS = 64  # of one host; a few are enough to keep others at their share
-
-
-def check_labels(request: generation_pb2.GenerateRequest) -> None:
-    """Raises InvalidRequest unless priority, tenant and request id are within their bounds."""
-    if not -MAX_PRIORITY <= request.priority <= MAX_PRIORITY:
-        raise InvalidRequest("priority", request.priority, f"{-MAX_PRIORITY} to {MAX_PRIORITY}")
-    if len(request.tenant) > MAX_TENANT:
-        raise InvalidRequest("tenant", request.tenant, f"at most {MAX_TENANT} characters")
-    if len(request.request_id) > MAX_REQUEST_ID:
-        raise InvalidRequest("request_id", request.request_id, f"at most {MAX_REQUEST_ID} characters")
 
 
 def host_of(peer: str) -> str:

@@ -11,7 +11,7 @@ import grpc
 
 from moiety.core.system import SystemId
 from moiety.errors import InvalidRequest, NotFound, ResourceExhausted
-from moiety.gateway.admission import Admission, check_labels, host_of
+from moiety.gateway.admission import Admission, host_of
 from moiety.gateway.choices import ResponseBuilder
 from moiety.gateway.encoder import PromptEncoder
 from moiety.gateway.router_pool import RouterPool
@@ -23,7 +23,7 @@ from moiety.v1 import generation_pb2
 from moiety.wire import finish_reason, status
 from moiety.wire.deadline import Deadline
 from moiety.wire.event_stream import end_unread
-from moiety.wire.sampling_params import check_prompt, check_sampling, write_defaults
+from moiety.wire.sampling_params import check_labels, check_prompt, check_sampling, write_defaults
 from moiety.wire.service_names import GATEWAY_SERVICE, GENERATION_SERVICE
 from moiety.wire.trace_context import traceparent_in
 

@@ -159,7 +159,9 @@ class CallServer:
 
 async def end_unread(context: grpc.aio.ServicerContext, error: MoietyError) -> None:
     """Ends an RPC whose peer does not read, and whose initial metadata has been sent. The peer finds `error` if it reads on."""
-    with suppress(TimeoutError):  # then gRPC keeps the message that waits, and the status, until the peer reads or leaves
+    with suppress(
+        TimeoutError
+    ):  # then gRPC keeps the message that waits, and the status, until the peer reads or leaves
         async with asyncio.timeout(CUT_S):
             await status.abort(context, error)
 

@@ -11,11 +11,11 @@ from gateway_support import PROMPT, SHAPE, Gateway, chunks, expected, gateway_ov
 
 from moiety.core.sampling import FinishReason
 from moiety.errors import DeadlineExceeded, InvalidRequest, ResourceExhausted, Unavailable
-from moiety.gateway.admission import MAX_REQUEST_ID
 from moiety.gateway.text import Tokenizer
 from moiety.testing import SYSTEM, FakeEngine, eventually
 from moiety.v1 import generation_pb2
 from moiety.wire.channels import channel
+from moiety.wire.sampling_params import MAX_REQUEST_ID
 from moiety.wire.service_names import GENERATION_SERVICE
 
 NAN = float("nan")

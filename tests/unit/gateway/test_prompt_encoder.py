@@ -86,7 +86,9 @@ async def test_prompts_share_a_budget_of_characters(
     text = "x" * 40_000
     running = [asyncio.create_task(encoder.encode(text, CONTEXT * 10)) for _ in range(2)]
     await eventually(lambda: len(counting.texts) == 2)
-    with pytest.raises(ResourceExhausted, match="prompts of 80000 characters are being tokenised, at most 100000 may be"):
+    with pytest.raises(
+        ResourceExhausted, match="prompts of 80000 characters are being tokenised, at most 100000 may be"
+    ):
         await encoder.encode(text, CONTEXT * 10)
     running[0].cancel()
     counting.go_on.set()
