@@ -129,6 +129,8 @@ class GenerationService:
             span.error(error)
             held.close()
             await end_unread(context, error)
+        except grpc.aio.BaseError:  # the client has gone
+            raise
         except Exception as error:
             seen = status.ours(error, request.request_id)
             span.error(seen)

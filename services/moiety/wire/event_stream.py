@@ -136,14 +136,15 @@ class CallServer:
     async def _write(
         self, context: grpc.aio.ServicerContext[engine_pb2.GenerateTokensRequest, engine_pb2.GenerateTokensResponse]
     ) -> None:
-        while await self._more.wait():
-            self._more.clear()
-            while self._outbox:
-                message = engine_pb2.GenerateTokensResponse()
-                while self._outbox and len(message.events) < MESSAGE_EVENTS:
-                    message.events.append(self._made(*self._outbox.popleft()))
-                await context.write(message)
-            self._sent.set()
+        with suppress(grpc.aio.BaseError):  # the stream broke
+            while await self._more.wait():
+                self._more.clear()
+                while self._outbox:
+                    message = engine_pb2.GenerateTokensResponse()
+                    while self._outbox and len(message.events) < MESSAGE_EVENTS:
+                        message.events.append(self._made(*self._outbox.popleft()))
+                    await context.write(message)
+                self._sent.set()
 
     def _made(self, call_id: int, make: Event) -> engine_pb2.EngineEvent:
         """Returns the event. If it cannot be made, its call ends; otherwise no call of the stream would get another event."""

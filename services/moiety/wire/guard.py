@@ -62,7 +62,7 @@ class Guard(grpc.aio.ServerInterceptor):
                     return await behaviour(request, context)
                 async for response in behaviour(request, context):
                     await context.write(response)
-            except grpc.aio.AbortError:
+            except grpc.aio.BaseError:  # the RPC was aborted, or its client has gone
                 raise
             except Exception as error:
                 await status.abort(context, status.ours(error))
