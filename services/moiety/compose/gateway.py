@@ -32,6 +32,7 @@ async def start(settings: GatewaySettings, replica_id: str, node: str) -> Runnin
         service = GenerationService(
             routers, tokenizer, settings.name, startup.system, settings.max_concurrent, startup.tracer
         )
+        startup.closers.callback(service.close)
         begun, since = 0, time.monotonic()
 
         def load_since_last() -> ReplicaLoad:

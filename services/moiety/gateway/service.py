@@ -60,6 +60,10 @@ class GenerationService:
         self.running = 0  # requests in progress
         self.begun = 0  # requests since the start
 
+    def close(self) -> None:
+        """Drops the prompts that wait to be tokenised."""
+        self._encoder.close()
+
     def handlers(self) -> tuple[grpc.GenericRpcHandler, grpc.GenericRpcHandler]:
         """Returns the handlers to add to a server under the names GENERATION_SERVICE and GATEWAY_SERVICE."""
         generation = {

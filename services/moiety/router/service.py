@@ -104,7 +104,7 @@ class EngineService(engine_pb2_grpc.EngineServiceServicer):
         sequence = await self._sequence(call, emit)
         try:
             self._engine.submit(sequence)
-        except MoietyError as refusal:
+        except Exception as refusal:
             sequence.span.error(refusal)
             sequence.span.end()
             raise

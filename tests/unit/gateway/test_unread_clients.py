@@ -25,7 +25,9 @@ async def unread(gateway: Gateway, requests: int) -> AsyncIterator[list[grpc.aio
         stub = generation_pb2_grpc.GenerationServiceStub(link)
         sampling = generation_pb2.SamplingParams(max_tokens=LONG, seed=0)
         ids = generation_pb2.TokenIds(ids=PROMPT)
-        calls = [stub.Generate(generation_pb2.GenerateRequest(token_ids=ids, sampling=sampling)) for _ in range(requests)]
+        calls = [
+            stub.Generate(generation_pb2.GenerateRequest(token_ids=ids, sampling=sampling)) for _ in range(requests)
+        ]
         try:
             yield calls
         finally:
