@@ -9,6 +9,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from moiety.core.supervise import spawn
 from moiety.errors import ConfigError
 from moiety.wire.channels import COMMON_OPTIONS, KEEPALIVE_MS
 from moiety.wire.guard import Guard
@@ -66,7 +67,7 @@ class Server:
     async def stop(self, grace_s: float) -> None:
         """Refuses new RPCs immediately and gives running ones `grace_s` seconds to end. A second `stop` waits for the first."""
         if self._stopping is None:  # grpc.aio crashes with a segmentation fault where two stops overlap
-            self._stopping = asyncio.create_task(self._stop(grace_s))
+            self._stopping = spawn("stop of a server", self._stop(grace_s))
         await asyncio.shield(self._stopping)
 
     async def _stop(self, grace_s: float) -> None:

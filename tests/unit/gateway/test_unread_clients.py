@@ -35,6 +35,16 @@ async def unread(gateway: Gateway, requests: int) -> AsyncIterator[list[grpc.aio
                 call.cancel()
 
 
+async def received(call: grpc.aio.UnaryStreamCall, pauses: tuple[int, ...] = ()) -> int:
+    """Reads to the end, with a pause of 0.3 s at each of these numbers of tokens; returns how many tokens came."""
+    got = 0
+    while (response := await call.read()) is not grpc.aio.EOF:
+        got += len(response.token_ids)
+        if got in pauses:
+            await asyncio.sleep(0.3)
+    return got
+
+
 def engine() -> FakeEngine:
     """A router with one slot and a queue of two."""
     return FakeEngine("r0", fake_shape(max_context=2 * LONG), slots=1, queue=2)
@@ -44,11 +54,10 @@ async def test_unread_responses_take_no_place_at_a_router(tokenizer: Tokenizer, 
     """Requests that the router has ended fill neither its slots nor its queue, though their clients have read nothing."""
     monkeypatch.setattr("moiety.wire.inbox.MOST_UNREAD", LONG)
     router = engine()
-    async with gateway_over(tokenizer, router) as gateway:
-        async with unread(gateway, 3):  # as many as the router has places
-            await eventually(lambda: len(router.requests) == 3)
-            assert await tokens(gateway, retries=5) == expected(6)
-            assert gateway.service.running == 3
+    async with gateway_over(tokenizer, router) as gateway, unread(gateway, 3):  # as many as the router has places
+        await eventually(lambda: len(router.requests) == 3)
+        assert await tokens(gateway, retries=5) == expected(6)
+        assert gateway.service.running == 3
 
 
 async def test_a_client_that_does_not_read_is_cut_off(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch):
@@ -60,8 +69,7 @@ async def test_a_client_that_does_not_read_is_cut_off(tokenizer: Tokenizer, monk
         assert await tokens(gateway) == expected(6)
         for call in calls:
             with pytest.raises(grpc.aio.AioRpcError, match=r"the client has not read for 0.3 s") as cut:
-                while await call.read() is not grpc.aio.EOF:
-                    pass
+                await received(call)
             assert cut.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
@@ -70,9 +78,4 @@ async def test_a_client_that_reads_slowly_gets_everything(tokenizer: Tokenizer, 
     monkeypatch.setattr("moiety.gateway.service.UNREAD_S", 2.0)
     monkeypatch.setattr("moiety.wire.inbox.MOST_UNREAD", LONG)
     async with gateway_over(tokenizer, engine()) as gateway, unread(gateway, 1) as calls:
-        got = 0
-        while (response := await calls[0].read()) is not grpc.aio.EOF:
-            got += len(response.token_ids)
-            if got in {10, LONG // 2}:
-                await asyncio.sleep(0.3)
-        assert got == LONG
+        assert await received(calls[0], pauses=(10, LONG // 2)) == LONG
