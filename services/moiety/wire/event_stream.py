@@ -31,7 +31,9 @@ from moiety.wire.inbox import MOST_UNREAD_BY_ALL, Inbox, Open
 MESSAGE_EVENTS = 256  # most events in one message, so that no message exceeds the channel's size limit
 LONGEST_MS = (1 << 32) - 1  # largest value of timeout_ms: 49 days
 LATE_S = 1.0  # seconds after its deadline that a call still waits for the router's own answer
-MOST_UNSENT = 1 << 16  # events that wait for a gateway to read: up to 2 KB each
+MOST_UNSENT = 1 << 16  # events that wait for a gateway that has stopped to read: up to 2 KB each
+MOST_BEHIND = 4 * MOST_UNSENT  # events that wait for a gateway that reads, but more slowly than the router computes
+STOPPED_S = 1.0  # a gateway that has taken no message for so long has stopped to read
 CUT_S = 1.0  # seconds that the end of an RPC may wait for a peer that does not read
 
 Event = Callable[[], engine_pb2.EngineEvent]  # builds the event on the loop, to spare the engine's thread the work
@@ -56,6 +58,8 @@ class CallServer:
         self._sent.set()
         self._ended = False
         self._writing: asyncio.Task[None] | None = None
+        self._unsent = 0  # events that waited when the stream was cut off
+        self._wrote = 0.0  # when the gateway took the last message, or the first event after a pause came
 
     @property
     def idle(self) -> bool:
@@ -69,8 +73,8 @@ class CallServer:
     ) -> None:
         """Serves calls until the gateway has closed its half of the stream and every call has ended.
 
-        Raises ResourceExhausted if over MOST_UNSENT events wait for the gateway to read. gRPC cancels this coroutine when the
-        stream breaks. The open calls are cancelled in both cases.
+        Ends the stream with ResourceExhausted if too many events wait for the gateway to read. gRPC cancels this coroutine
+        when the stream breaks. The open calls are cancelled in both cases.
         """
         await context.send_initial_metadata(())  # an RPC without it cannot be ended while a message waits
         reading = spawn("calls of a gateway", self._read(calls))
@@ -79,8 +83,7 @@ class CallServer:
             await asyncio.wait((reading, writing), return_when=asyncio.FIRST_COMPLETED)
             if not self._ended:
                 return
-            cut = ResourceExhausted(f"over {MOST_UNSENT} events wait for this gateway to read", CUT_S)
-            await end_unread(context, cut)
+            await end_unread(context, ResourceExhausted(f"{self._unsent} events wait for this gateway to read", CUT_S))
         finally:
             self._ended = True
             self._outbox.clear()
@@ -89,16 +92,17 @@ class CallServer:
                 task.cancel()
 
     async def _read(self, calls: AsyncIterator[engine_pb2.GenerateTokensRequest]) -> None:
-        async for call in calls:
-            open_call = self._calls.get(call.call_id)
-            if not call.HasField("request"):
-                if open_call is not None:
-                    open_call.cancel()
-            elif open_call is None:
-                self._calls[call.call_id] = spawn("call", self._run(call))
-            else:
-                repeated = InvalidRequest("call_id", call.call_id, "an id of no open call of this stream")
-                self._send_error(call.call_id, repeated)
+        with suppress(grpc.aio.BaseError):  # the stream broke
+            async for call in calls:
+                open_call = self._calls.get(call.call_id)
+                if not call.HasField("request"):
+                    if open_call is not None:
+                        open_call.cancel()
+                elif open_call is None:
+                    self._calls[call.call_id] = spawn("call", self._run(call))
+                else:
+                    repeated = InvalidRequest("call_id", call.call_id, "an id of no open call of this stream")
+                    self._send_error(call.call_id, repeated)
         while self._calls:
             await asyncio.wait(self._calls.values())
         await self._sent.wait()
@@ -127,10 +131,14 @@ class CallServer:
 
     def _wake(self) -> None:
         self._woken = False
+        now = self._loop.time()
+        if self._sent.is_set():
+            self._wrote = now
         self._sent.clear()
         self._more.set()
-        if len(self._outbox) > MOST_UNSENT and self._writing is not None:
-            self._ended = True
+        stopped = now - self._wrote > STOPPED_S
+        if len(self._outbox) > (MOST_UNSENT if stopped else MOST_BEHIND) and self._writing is not None:
+            self._ended, self._unsent = True, len(self._outbox)
             self._writing.cancel()
 
     async def _write(
@@ -144,6 +152,7 @@ class CallServer:
                     while self._outbox and len(message.events) < MESSAGE_EVENTS:
                         message.events.append(self._made(*self._outbox.popleft()))
                     await context.write(message)
+                    self._wrote = self._loop.time()
                 self._sent.set()
 
     def _made(self, call_id: int, make: Event) -> engine_pb2.EngineEvent:

@@ -38,6 +38,7 @@ async def read_to_the_end(stream: grpc.aio.StreamStreamCall) -> None:
 async def test_a_gateway_that_does_not_read_loses_its_stream(monkeypatch: pytest.MonkeyPatch):
     """Its calls end, nothing is kept for it, and if it reads on it finds the reason; another gateway is served."""
     monkeypatch.setattr("moiety.wire.event_stream.MOST_UNSENT", 5000)
+    monkeypatch.setattr("moiety.wire.event_stream.STOPPED_S", 0.1)
     async with (
         serving(flood) as (router, address),
         grpc.aio.insecure_channel(address, options=SMALL_WINDOW) as link,
@@ -50,8 +51,22 @@ async def test_a_gateway_that_does_not_read_loses_its_stream(monkeypatch: pytest
         second = engine_pb2_grpc.EngineServiceStub(other).GenerateTokens()
         await second.write(engine_pb2.GenerateTokensRequest(call_id=1, request=request("a")))
         assert [got.token_ids[0] for got in (await second.read()).events] == [1, 2]
-        with pytest.raises(grpc.aio.AioRpcError, match="over 5000 events wait for this gateway to read"):
+        with pytest.raises(grpc.aio.AioRpcError, match=r"\d+ events wait for this gateway to read"):
             await read_to_the_end(stream)
+
+
+async def test_a_gateway_that_reads_slowly_keeps_its_stream(monkeypatch: pytest.MonkeyPatch):
+    """While it takes messages, more than MOST_UNSENT events may wait for it, and it gets all of them."""
+    monkeypatch.setattr("moiety.wire.inbox.MOST_UNREAD", 20_000)
+    monkeypatch.setattr("moiety.wire.event_stream.MOST_UNSENT", 1000)
+
+    async def burst(call: engine_pb2.GenerateTokensRequest, send_event: SendEvent) -> None:
+        for token in range(20_000):
+            send_event(lambda token=token: event(token % 100, last=token == 19_999))
+
+    async with calling(burst) as (router, client):
+        assert len(await tokens(client)) == 20_000
+        await eventually(lambda: router.streams[0].idle)
 
 
 @pytest.mark.parametrize("bound", ["MOST_UNREAD", "event_stream.MOST_UNREAD_BY_ALL"])
