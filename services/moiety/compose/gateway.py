@@ -32,6 +32,7 @@ async def start(settings: GatewaySettings, replica_id: str, node: str) -> Runnin
         service = GenerationService(
             routers, tokenizer, settings.name, startup.system, settings.max_concurrent, startup.tracer
         )
+        startup.closers.callback(service.close)
         begun, since = 0, time.monotonic()
 
         def load_since_last() -> ReplicaLoad:
@@ -50,6 +51,7 @@ async def start(settings: GatewaySettings, replica_id: str, node: str) -> Runnin
                     [GENERATION_SERVICE],
                     share_port=settings.port != 0,
                     ping_timeout_s=CLIENT_PING_TIMEOUT_S,
+                    streams=2 * settings.max_concurrent,  # half of them to be refused with a retry delay
                 ),
                 port=settings.port,
                 listening=listening(settings.listen_host, settings.port, startup.system),

@@ -12,8 +12,19 @@ from grpc_reflection.v1alpha import reflection
 from moiety.core.supervise import spawn
 from moiety.errors import ConfigError
 from moiety.wire.channels import PING_MS, PING_TIMEOUT_S, shared_options
+from moiety.wire.guard import Guard
 
 CLIENT_PING_TIMEOUT_S = 20.0  # of a gateway's clients: a slow link needs seconds for a long prompt
+FEW_STREAMS = 256  # per connection, where the peers are services: each holds one or two open, and asks some more
+_OPTIONS = [
+    ("grpc.http2.min_ping_interval_without_data_ms", PING_MS // 2),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", PING_MS // 2),
+    ("grpc.http2.max_ping_strikes", 0),
+    ("grpc.max_metadata_size", 8 << 10),  # headers of one RPC; beyond, gRPC refuses it at the latest at twice that
+    ("grpc.absolute_max_metadata_size", 16 << 10),
+    ("grpc.server_handshake_timeout_ms", 5000),  # a connection that says nothing
+    ("grpc.max_connection_idle_ms", 600_000),  # without any RPC; clients connect again by themselves
+]
 
 
 class Server:
@@ -26,19 +37,17 @@ class Server:
         *,
         share_port: bool = False,
         ping_timeout_s: float = PING_TIMEOUT_S,
+        streams: int = FEW_STREAMS,
     ):
         """`services`: full names for health and reflection to report, such as moiety.v1.GenerationService.
 
         `share_port`: other processes may listen on the same port. `ping_timeout_s`: see `channels.shared_options`.
+        `streams`: RPCs that one connection may have open; a client's library keeps further ones back until others end.
         """
-        options = [
-            *shared_options(ping_timeout_s),
-            ("grpc.http2.min_ping_interval_without_data_ms", PING_MS // 2),
-            ("grpc.http2.min_recv_ping_interval_without_data_ms", PING_MS // 2),
-            ("grpc.http2.max_ping_strikes", 0),
-            ("grpc.so_reuseport", int(share_port)),
-        ]
-        self.grpc = grpc.aio.server(options=options)
+        own = [("grpc.so_reuseport", int(share_port)), ("grpc.max_concurrent_streams", streams)]
+        self.grpc = grpc.aio.server(
+            options=[*shared_options(ping_timeout_s), *_OPTIONS, *own], interceptors=[Guard()]
+        )
         self._health = health.aio.HealthServicer()
         self._services = services
         self._stopping: asyncio.Task[None] | None = None

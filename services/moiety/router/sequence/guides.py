@@ -3,8 +3,9 @@
 A guide describes the text that the client receives. At the start of a text (after a prompt of nothing but special tokens, or
 in an encoder-decoder) some tokenizers drop a leading space, so there a guide is compiled with that space before it.
 
-`Guides` compiles guides off the engine's thread, before a request is queued. A `Matcher` follows one sequence. It is
-updated from the sequence's tokens alone, so resumed, preempted and forked sequences need no special handling.
+`Guides` compiles guides off the engine's thread, before a request is queued, and in another process first
+(`guide_trial.py`). A `Matcher` follows one sequence. It is updated from the sequence's tokens alone, so resumed, preempted
+and forked sequences need no special handling.
 """
 
 from __future__ import annotations
@@ -24,15 +25,18 @@ from tokenizers import AddedToken, Tokenizer, decoders
 from moiety.core.sampling import Guide, GuideKind
 from moiety.errors import CheckpointError, FailedPrecondition, InvalidRequest, MoietyError, ResourceExhausted
 from moiety.model.checkpoint.tokenizer import TokenKinds, open_tokenizer
+from moiety.router.sequence.guide_trial import LIMITS, GuideTrial, first_mask_problem
+from moiety.wire.sampling_params import MAX_GUIDE_CHARACTERS
 
 COMPILE_S = 5.0  # a large JSON schema takes some 100 ms
-KEPT = 64  # compiled guides in the cache: clients send the same schema repeatedly
+KEPT_BYTES = 256 << 20  # of compiled guides in the cache: clients send the same schema repeatedly
+# What a compiled guide takes. All sequences that follow it share its lexer, which gains states with the tokens that they
+# generate. Measured with 60,000 tokens in the vocabulary: 4 MB for a text of 50,000 characters, 54 MB after 3,000 tokens.
+CHARACTER_BYTES, FOLLOWED_BYTES, MOST_FOLLOWED_BYTES = 100, 18 << 10, 100 << 20
 MAX_PROBLEM = 200  # characters of a compiler's error message that a client receives
-# Fuel for building lexer and grammar: 20 ms at llguidance's own figure of 50,000 per millisecond. The cost of one mask
-# on the engine's thread is bounded too: 50,000 items at 20,000 per millisecond, 50,000 fuel at 14,000 per millisecond.
-_LIMITS = llguidance.LLParserLimits(
-    initial_lexer_fuel=1_000_000, step_lexer_fuel=50_000, step_max_items=50_000, verbose_errors=False
-)
+# llguidance would compute the whole text that a guide forces, such as a million characters of `(a{1000}){1000}`, in one
+# mask on the engine's thread: 1 s and 180 MB. Without forcing, the model chooses how a forced text is cut into tokens.
+_OPTIONS = '%llguidance {"no_forcing": true}'
 # White space between parts of JSON is bounded, as a model may otherwise fill all of max_tokens with it.
 _JSON: llguidance._lib.JsonCompileOptions = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{0,32}"}
 _EXPECTED = {
@@ -45,19 +49,25 @@ _EXPECTED = {
 class CompiledGuide:
     """A compiled guide, shared by all sequences that follow it."""
 
-    def __init__(self, fresh: llguidance.LLMatcher, executor: llguidance.LLExecutor):
-        self._fresh, self.executor = fresh, executor
+    def __init__(self, text: str, fresh: llguidance.LLMatcher, executor: llguidance.LLExecutor):
+        self._characters, self._fresh, self.executor = len(text), fresh, executor
+        self.followed = 0  # tokens, by all matchers
+
+    @property
+    def bytes(self) -> int:
+        """Memory that the guide takes, estimated."""
+        return CHARACTER_BYTES * self._characters + min(FOLLOWED_BYTES * self.followed, MOST_FOLLOWED_BYTES)
 
     def matcher(self) -> Matcher:
         """Returns a new matcher at the start of an output."""
-        return Matcher(self._fresh.deep_copy(), self.executor)
+        return Matcher(self, self._fresh.deep_copy())
 
 
 class Matcher:
     """The position of one sequence in its guide."""
 
-    def __init__(self, state: llguidance.LLMatcher, executor: llguidance.LLExecutor):
-        self.state, self.executor = state, executor
+    def __init__(self, guide: CompiledGuide, state: llguidance.LLMatcher):
+        self.guide, self.state = guide, state
         self._followed = 0
 
     def follow(self, generated: Sequence[int]) -> None:
@@ -65,13 +75,14 @@ class Matcher:
         if new := list(generated[self._followed :]):
             self.state.consume_tokens(new)
             self._followed = len(generated)
+            self.guide.followed += len(new)
 
 
 def allowed_tokens(matchers: Sequence[Matcher], vocabulary: int) -> tuple[np.ndarray, dict[int, MoietyError]]:
     """Returns uint8 [matchers, vocabulary], 1 where a token may come next, and the errors of failed matchers by index."""
     words = llguidance.numpy.allocate_token_bitmask(len(matchers), vocabulary)
     batch = [(matcher.state, index) for index, matcher in enumerate(matchers)]
-    llguidance.numpy.fill_next_token_bitmask_par(matchers[0].executor, batch, words)
+    llguidance.numpy.fill_next_token_bitmask_par(matchers[0].guide.executor, batch, words)
     failed = {
         index: MoietyError(f"the output cannot follow its guide: {_shortened(matcher.state.get_error())}")
         for index, matcher in enumerate(matchers)
@@ -86,7 +97,8 @@ class Guides:
 
     def __init__(self, folder: str, vocabulary: int, threads: int):
         self._folder, self._vocabulary, self._threads = folder, vocabulary, threads
-        self._kept: OrderedDict[tuple[Guide, int], CompiledGuide] = OrderedDict()
+        self._kept: OrderedDict[tuple[Guide, int], CompiledGuide | str] = OrderedDict()  # or the problem
+        self._trial = GuideTrial()
         self._tokenizer: llguidance.LLTokenizer | None = None
         self._executor: llguidance.LLExecutor | None = None
         self._kinds: TokenKinds | None = None
@@ -107,28 +119,38 @@ class Guides:
             raise ResourceExhausted(f"compiling the guide took longer than {COMPILE_S:g} s", COMPILE_S) from None
 
     def close(self) -> None:
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        self._thread.submit(self._trial.close)
+        self._thread.shutdown(wait=False, cancel_futures=False)
 
     def _compile(self, guide: Guide, prompt: Sequence[int]) -> CompiledGuide:
         tokenizer, executor, kinds = self._open()
-        spaces = 0 if any(map(kinds.has_text, prompt)) else self._dropped_spaces
-        if (guide, spaces) in self._kept:
-            self._kept.move_to_end((guide, spaces))
-            return self._kept[guide, spaces]
-        problem = ""
+        key = guide, 0 if any(map(kinds.has_text, prompt)) else self._dropped_spaces
+        if (made := self._kept.get(key)) is None:
+            made = self._kept[key] = self._make(*key, tokenizer, executor)
+        self._kept.move_to_end(key)
+        used = sum(map(_bytes, self._kept.values()))
+        while used > KEPT_BYTES:
+            used -= _bytes(self._kept.popitem(last=False)[1])
+        if isinstance(made, str):
+            raise InvalidRequest(f"sampling.guide.{guide.kind}", guide.text, f"{_EXPECTED[guide.kind]}: {made}")
+        return made
+
+    def _make(
+        self, guide: Guide, spaces: int, tokenizer: llguidance.LLTokenizer, executor: llguidance.LLExecutor
+    ) -> CompiledGuide | str:
+        """Compiles a guide for an output that begins after `spaces` dropped spaces. Returns the problem if there is one."""
         try:
-            grammar = _after_spaces(guide, spaces) if spaces else _grammar(guide)
-            matcher = llguidance.LLMatcher(tokenizer, grammar, log_level=0, limits=_LIMITS)
-            problem = matcher.get_error()
-        except ValueError as error:
-            problem = str(error)
-        if problem:
-            bound = f"{_EXPECTED[guide.kind]}: {_shortened(problem)}"
-            raise InvalidRequest(f"sampling.guide.{guide.kind}", guide.text, bound)
-        compiled = self._kept[guide, spaces] = CompiledGuide(matcher, executor)
-        if len(self._kept) > KEPT:
-            self._kept.popitem(last=False)
-        return compiled
+            grammar = _grammar(guide, spaces)
+        except (ValueError, RecursionError) as error:
+            return _shortened(str(error))
+        if problem := self._trial.problem(grammar):
+            return _shortened(problem)
+        matcher = llguidance.LLMatcher(tokenizer, grammar, log_level=0, limits=LIMITS)
+        if problem := first_mask_problem(
+            matcher.deep_copy()
+        ):  # such as characters for which the vocabulary has no token
+            return _shortened(problem)
+        return CompiledGuide(guide.text, matcher, executor)
 
     def _open(self) -> tuple[llguidance.LLTokenizer, llguidance.LLExecutor, TokenKinds]:
         if self._tokenizer is None or self._executor is None or self._kinds is None:
@@ -163,24 +185,24 @@ def _prepare(backend: Tokenizer) -> int:
     return dropped
 
 
-def _grammar(guide: Guide) -> str:
-    """Returns the guide as an llguidance grammar. Raises ValueError if a JSON schema is not valid JSON."""
+def _grammar(guide: Guide, spaces: int) -> str:
+    """Returns a grammar of `spaces` spaces, then the guide. Raises ValueError if a JSON schema is not valid JSON."""
     match guide.kind:
         case GuideKind.JSON_SCHEMA:
             options = _JSON if guide.text.lstrip().startswith("{") else None  # the schema `true` takes no options
-            return llguidance.LLMatcher.grammar_from_json_schema(guide.text, defaults=options)
+            made = llguidance.LLMatcher.grammar_from_json_schema(guide.text, defaults=options)
+            grammars = json.loads(made)["grammars"]
         case GuideKind.REGEX:
-            return llguidance.LLMatcher.grammar_from_regex(guide.text)
+            grammars = json.loads(llguidance.LLMatcher.grammar_from_regex(guide.text))["grammars"]
         case GuideKind.GRAMMAR:
-            return llguidance.LLMatcher.grammar_from_lark(guide.text)
-
-
-def _after_spaces(guide: Guide, spaces: int) -> str:
-    """Returns a grammar of `spaces` spaces, then the guide. Raises ValueError as `_grammar` does."""
-    lark = guide.kind is GuideKind.GRAMMAR
-    grammars = [{"lark_grammar": guide.text}] if lark else json.loads(_grammar(guide))["grammars"]
+            grammars = [{"lark_grammar": guide.text}]
     grammars[0]["name"] = "guide"
-    return json.dumps({"grammars": [{"lark_grammar": f'start: "{" " * spaces}" @guide'}, *grammars]})
+    before = f'"{" " * spaces}" ' if spaces else ""
+    return json.dumps({"grammars": [{"lark_grammar": f"{_OPTIONS}\nstart: {before}@guide"}, *grammars]})
+
+
+def _bytes(kept: CompiledGuide | str) -> int:
+    return kept.bytes if isinstance(kept, CompiledGuide) else MAX_GUIDE_CHARACTERS
 
 
 def _shortened(problem: str) -> str:
