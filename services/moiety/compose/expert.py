@@ -17,6 +17,7 @@ from moiety.config.services import ExpertSettings
 from moiety.core.experts import ExpertSet
 from moiety.core.replica import Replica, Role
 from moiety.errors import ConfigError, Unavailable
+from moiety.expert.fault import Fault
 from moiety.expert.runtime import Runtime
 from moiety.expert.service import ExpertService
 from moiety.model.experts.cached import expert_layout
@@ -95,9 +96,10 @@ async def start(settings: ExpertSettings, replica_id: str, node: str, launched: 
             capacity = values.get("capacity", settings.capacity)
             if capacity is not None and not (isinstance(capacity, int | float) and capacity > 0):
                 raise ConfigError("user_config.capacity", capacity, "must be above 0, or null for no limit")
-            live = {name: value for name, value in values.items() if name != "capacity"}
+            fault = Fault.parse(values.get("fault", ""))
+            live = {name: value for name, value in values.items() if name not in ("capacity", "fault")}
             Scaling().with_live(live)  # raises ConfigError for a setting that is not live
-            runtime.capacity, scaling = capacity, live
+            runtime.capacity, runtime.fault, scaling = capacity, fault, live
 
         return await startup.serve(
             ServiceParts(

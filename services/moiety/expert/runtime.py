@@ -17,6 +17,7 @@ from moiety.core.experts import ExpertMLP, ExpertSet
 from moiety.core.load import ReplicaLoad
 from moiety.errors import DeadlineExceeded, MoietyError
 from moiety.expert.batcher import Batcher, Computed, QueuedCall
+from moiety.expert.fault import Fault
 from moiety.expert.holding import Holding
 from moiety.model.activation import activation_of
 from moiety.wire.rows import RowBuffer, SelectedRows, copy_rows
@@ -63,6 +64,7 @@ class Runtime:
         wire_dtype: torch.dtype | None = None,
     ):
         self.capacity = capacity
+        self.fault: Fault | None = None  # for trials: what the device does wrong
         self._wire_dtype = wire_dtype or dtype
         self._activation, self._hidden = activation_of(mlp), mlp.hidden
         self._dtype, self._device, self._load, self._threads = dtype, torch.device(device), load, threads
@@ -243,6 +245,8 @@ class Runtime:
             dtype=self._wire_dtype,
             deterministic=self._deterministic,
         ).cpu()
+        if (fault := self.fault) is not None:
+            outputs = fault.strike(outputs, lambda: self.fault is fault)
         computed = RowBuffer.of(outputs)
         if self.capacity is not None:
             time.sleep(max(0.0, began + len(experts) / self.capacity - time.monotonic()))

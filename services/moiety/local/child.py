@@ -1,8 +1,8 @@
 """One service as a child process of a LocalCluster: `python -m moiety.local.child`, which only `cluster.py` starts.
 
 The parent writes one JSON line to the child's stdin: which service to run. The child writes a JSON line to stdout when it is
-ready, or when it cannot start (with the reason), and another whenever its registry entry changes. A second line on stdin
-requests a drain. The end of stdin means that the parent is gone.
+ready, or when it cannot start (with the reason), and another whenever its registry entry changes. Further lines on stdin
+change live settings, which a line on stdout answers, or request a drain. The end of stdin means that the parent is gone.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 
 from moiety import compose
 from moiety.core.replica import Replica, Role
+from moiety.core.supervise import spawn
 from moiety.errors import MoietyError
 from moiety.registry.entries import replica_to_json
 
@@ -39,19 +40,35 @@ async def main() -> int:
         return 1
     sent = running.replica
     _send_replica(sent)
-    command = asyncio.create_task(stdin.readline())
-    while not command.done():
-        await asyncio.wait([command], timeout=POLL_S)
+    line: bytes | None = None
+    while line != b"":
+        line = None
+        with suppress(TimeoutError):
+            async with asyncio.timeout(POLL_S):
+                line = await stdin.readline()
+        command = json.loads(line) if line else {}
+        if "reconfigure" in command:
+            await _reconfigure(running, command["reconfigure"])
+        if "drain_s" in command:
+            draining = spawn("drain", running.drain(command["drain_s"]))
+            await asyncio.sleep(0)  # the replica is DRAINING now: report that before the drain is over
+            _send_replica(running.replica)
+            await draining
+            break
         if running.replica != sent:
             sent = running.replica
             _send_replica(sent)
-    if line := command.result():
-        draining = asyncio.create_task(running.drain(json.loads(line)["drain_s"]))
-        await asyncio.sleep(0)  # the replica is DRAINING now: report that before the drain is over
-        _send_replica(running.replica)
-        await draining
     await running.close()
     return 0
+
+
+async def _reconfigure(running: compose.Running, values: Mapping[str, Any]) -> None:
+    try:
+        await running.reconfigure(values)
+    except MoietyError as error:
+        _send({"reconfigured": str(error)})
+    else:
+        _send({"reconfigured": ""})
 
 
 def _send_replica(replica: Replica) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,9 @@ class Child:
     replica: Replica
     process: asyncio.subprocess.Process
     follower: asyncio.Task[None] | None = None
+    reconfigured: asyncio.Queue[str] = field(
+        default_factory=asyncio.Queue
+    )  # what a change of live settings brought: "" or why not
 
     @property
     def pid(self) -> int:

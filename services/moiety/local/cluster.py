@@ -28,7 +28,7 @@ from moiety.config.validate import validated
 from moiety.core.experts import ExpertSet, ModelShape
 from moiety.core.replica import Placement, Replica, Role
 from moiety.core.system import SystemId
-from moiety.errors import Unavailable
+from moiety.errors import FailedPrecondition, Unavailable
 from moiety.local.child_process import STOP_S, Child, ended, read, tail, write
 from moiety.model.checkpoint.checkpoint import Checkpoint
 from moiety.model.checkpoint.revision import revision_of
@@ -174,6 +174,21 @@ class LocalCluster:
         async with asyncio.timeout(grace_s + STOP_S):
             await child.process.wait()
 
+    async def set_fault(self, child: Child, fault: str) -> None:
+        """Makes the device of an expert replica faulty, for trials: see `expert.fault.Fault.parse`. "" clears the fault."""
+        await self.reconfigure(child, {"fault": fault})
+
+    async def reconfigure(self, child: Child, values: Mapping[str, Any]) -> None:
+        """Gives one child new live settings, as Serve does with `user_config`; a setting that is left out is as at the start.
+
+        Raises FailedPrecondition where the child refuses them, TimeoutError if it does not answer.
+        """
+        await write(child.process, {"reconfigure": values})
+        async with asyncio.timeout(STOP_S):
+            refusal = await child.reconfigured.get()
+        if refusal:
+            raise FailedPrecondition(f"{child.replica.id}: {refusal}")
+
     async def stop(self) -> None:
         """Ends every child and removes the files of the cluster."""
         for child in self.children:
@@ -231,6 +246,9 @@ class LocalCluster:
         with suppress(EOFError):
             while True:
                 message = await read(child.process)
+                if "reconfigured" in message:
+                    child.reconfigured.put_nowait(message["reconfigured"])
+                    continue
                 child.replica = replica_from_json(json.dumps(message["replica"]))
                 await self._record(child.replica)
         await child.process.wait()
