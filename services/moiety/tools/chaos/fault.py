@@ -24,11 +24,22 @@ class DidNotHold(Exception):
 class System(Protocol):
     """A running system, as faults and meters see it."""
 
-    address: str  # of a gateway
     folder: Path  # where its services keep logs and caches; on a small file system of its own where that is possible
-    registry: Registry
     redis: RedisServer
-    system: SystemId
+    redis_relay: Relay | None  # through which services reach Redis, where that is so
+
+    @property
+    def address(self) -> str:
+        """The address of a gateway."""
+        ...
+
+    @property
+    def registry(self) -> Registry: ...
+
+    @property
+    def system(self) -> SystemId:
+        """The identity of its services."""
+        ...
 
     def replicas(self, role: Role) -> Sequence[Replica]:
         """Returns the live services of one kind, with their process ids."""
@@ -46,8 +57,12 @@ class System(Protocol):
         """Starts a replica of the first group whose command begins with `prefix`. Raises FailedPrecondition as above."""
         ...
 
+    async def remove(self, replica: Replica) -> None:
+        """Kills a replica that `add_expert` started."""
+        ...
+
     async def repair(self) -> None:
-        """Waits until the system is as large as at its start, and every service reaches the others."""
+        """Waits until the system is as large as at its start, and every service reaches the others; else Unavailable."""
         ...
 
 
