@@ -10,14 +10,15 @@ import signal
 import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from moiety.client import Client
 from moiety.core.replica import Replica, ReplicaState, Role, Transport
 from moiety.core.supervise import supervise
 from moiety.core.system import SystemId
-from moiety.errors import FailedPrecondition, Unavailable
+from moiety.errors import FailedPrecondition, MoietyError, Unavailable
 from moiety.local.child_process import Child
 from moiety.local.cluster import LocalCluster
 from moiety.registry.interface import Registry
@@ -123,10 +124,13 @@ class LocalSystem:
         while len(self._transports) < self._routers:
             await self._add_router()
         until = time.monotonic() + REPAIR_S
-        while lacking := await self._lacking():
-            if time.monotonic() > until:
-                raise Unavailable(f"{REPAIR_S:g} s after a fault {'; '.join(lacking)}")
-            await asyncio.sleep(POLL_S)
+        async with Client(self.address) as client:
+            while lacking := await self._lacking():
+                if time.monotonic() > until:
+                    raise Unavailable(f"{REPAIR_S:g} s after a fault {'; '.join(lacking)}")
+                with suppress(MoietyError):
+                    await client.models()  # a gateway dials a new router when it needs one
+                await asyncio.sleep(POLL_S)
 
     async def _add_router(self) -> None:
         """Adds a router with the transport that fewest routers use."""

@@ -10,13 +10,15 @@ import asyncio
 import socket
 import struct
 from contextlib import suppress
+from functools import partial
 
 RELAYED = "127.0.0.2"  # where relays listen, and what relayed services advertise
 CHUNK_BYTES = 1 << 16
 QUEUED_CHUNKS = 64  # per direction; then the relay stops reading, and TCP slows the sender down
 _RESET = struct.pack("ii", 1, 0)  # SO_LINGER: closing sends RST
 
-Pair = tuple[asyncio.StreamWriter, asyncio.StreamWriter]
+_Pair = tuple[asyncio.StreamWriter, asyncio.StreamWriter]
+_Chunks = asyncio.Queue[tuple[float, bytes]]  # when each is due; an empty one is the end
 
 
 class Relay:
@@ -27,7 +29,7 @@ class Relay:
         self.target, self.host, self.port = port, host, port
         self.delay_s = 0.0  # that each chunk is late, in each direction; the order is kept
         self.refuses = False  # whether new connections are reset at once
-        self._pairs: set[Pair] = set()
+        self._pairs: set[_Pair] = set()
         self._flows = asyncio.Event()
         self._flows.set()
         self._server: asyncio.Server | None = None
@@ -54,6 +56,7 @@ class Relay:
     def reset(self) -> None:
         """Cuts every connection with RST at both ends; what is under way is lost."""
         for pair in tuple(self._pairs):
+            self._pairs.discard(pair)
             for writer in pair:
                 _reset(writer)
 
@@ -76,39 +79,53 @@ class Relay:
         pair = writer, far_writer
         self._pairs.add(pair)
         try:
-            async with asyncio.TaskGroup() as ways:
-                ways.create_task(self._pass_on(reader, far_writer))
-                ways.create_task(self._pass_on(far_reader, writer))
-        except* OSError:
-            pass  # one end has reset the connection, so the other end is reset, too
+            await self._carry(reader, writer, far_reader, far_writer)
+        except asyncio.CancelledError:
+            pass  # the loop ends; asyncio would log the cancelled callback as an error
         finally:
             self._pairs.discard(pair)
-            for end in pair:
-                _reset(end)
 
-    async def _pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Passes bytes on until `reader` ends. Each chunk has a deadline of its own, so a delay does not lower the rate."""
-        chunks: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(QUEUED_CHUNKS)
-        now = asyncio.get_running_loop().time
+    async def _carry(
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        far_reader: asyncio.StreamReader,
+        far_writer: asyncio.StreamWriter,
+    ) -> None:
+        """Passes bytes on in both directions until both have ended. If one end is reset, the other end is reset, too."""
+        there: _Chunks = asyncio.Queue(QUEUED_CHUNKS)
+        back: _Chunks = asyncio.Queue(QUEUED_CHUNKS)
+        end = writer.close, far_writer.close
+        try:
+            async with asyncio.TaskGroup() as ways:
+                ways.create_task(self._read(reader, there))
+                ways.create_task(self._write(there, far_writer))
+                ways.create_task(self._read(far_reader, back))
+                ways.create_task(self._write(back, writer))
+        except* OSError:
+            end = partial(_reset, writer), partial(_reset, far_writer)
+        finally:
+            for each in end:
+                each()
 
-        async def write() -> None:
-            while True:
-                due, chunk = await chunks.get()
-                await asyncio.sleep(max(0.0, due - now()))
-                await self._flows.wait()
-                if not chunk:
-                    with suppress(OSError):
-                        writer.write_eof()
-                    return
+    async def _read(self, reader: asyncio.StreamReader, chunks: _Chunks) -> None:
+        """Queues what arrives, each chunk with a deadline of its own, so that a delay does not lower the rate."""
+        now, chunk = asyncio.get_running_loop().time, b"first"
+        while chunk:
+            chunk = await reader.read(CHUNK_BYTES)
+            await chunks.put((now() + self.delay_s, chunk))
+
+    async def _write(self, chunks: _Chunks, writer: asyncio.StreamWriter) -> None:
+        """Sends each chunk when it is due; an empty one ends this direction."""
+        now, chunk = asyncio.get_running_loop().time, b"first"
+        while chunk:
+            due, chunk = await chunks.get()
+            await asyncio.sleep(max(0.0, due - now()))
+            await self._flows.wait()
+            if chunk:
                 writer.write(chunk)
                 await writer.drain()
-
-        async with asyncio.TaskGroup() as both:
-            both.create_task(write())
-            chunk = b"first"
-            while chunk:
-                chunk = await reader.read(CHUNK_BYTES)
-                await chunks.put((now() + self.delay_s, chunk))
+        writer.write_eof()
 
 
 def _reset(writer: asyncio.StreamWriter) -> None:
