@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import click
 
 from moiety.cli.options import WordList, invocation, json_option, write_json
-from moiety.cli.run import progress, run_async
+from moiety.cli.run import progress, run_async, signals_interrupt
 
 
 @click.command()
@@ -44,7 +45,7 @@ def chaos(context: click.Context, /, json_file: Path | None, listed: bool, place
       moiety chaos --on ray --faults 4
     """
     from moiety.bench.report import table
-    from moiety.tools.chaos.chaos import ChaosRun, chaos_folder, run_local
+    from moiety.tools.chaos.chaos import ChaosRun, chaos_folder, on_ray, run_local
     from moiety.tools.chaos.kinds import KINDS, chosen
     from moiety.tools.chaos.report import HEADER, rows_of
 
@@ -59,7 +60,11 @@ def chaos(context: click.Context, /, json_file: Path | None, listed: bool, place
     run = ChaosRun(**options)
     say = progress()
     with chaos_folder(run) as (disk, model):
-        outcome = run_async(run_local(run, disk, model, say))
+        if place == "ray":
+            with signals_interrupt(), on_ray(run, disk, model, say) as trials:
+                outcome = asyncio.run(trials)
+        else:
+            outcome = run_async(run_local(run, disk, model, say))
     rows = rows_of(outcome, run.slack)
     for line in table(HEADER, [row.cells for row in rows]):
         click.echo(line)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from moiety.errors import FailedPrecondition
 from moiety.synthetic import write_tiny
+from moiety.tools.chaos.fault import System
 from moiety.tools.chaos.kinds import chosen
 from moiety.tools.chaos.local_system import LocalSystem
 from moiety.tools.chaos.redis_server import RedisServer
@@ -58,19 +60,38 @@ def chaos_folder(run: ChaosRun) -> Iterator[tuple[Path, str]]:
 
 async def run_local(run: ChaosRun, disk: Path, model: str, say: Progress) -> Outcome:
     """Runs the trials on a LocalCluster, whose services write to `disk`."""
-    kinds = chosen(run.only, ray=False)
     with RedisServer() as redis:
         say(f"starting {run.groups} x {run.replicas} expert replicas, {run.routers} routers and a gateway")
         started = LocalSystem.started(model, redis, disk, groups=run.groups, replicas=run.replicas, routers=run.routers)
         async with started as system:
-            return await run_trials(
-                system,
-                schedule(run.seed, kinds),
-                faults=run.faults,
-                seconds=None if run.minutes is None else 60 * run.minutes,
-                slack=run.slack,
-                say=say,
-            )
+            return await _tried(run, system, ray=False, say=say)
+
+
+@contextmanager
+def on_ray(run: ChaosRun, disk: Path, model: str, say: Progress) -> Iterator[Coroutine[Any, Any, Outcome]]:
+    """Serves the model on a Ray of its own while the block runs; yields the coroutine that runs the trials."""
+    from moiety.tools.chaos import ray_system
+
+    folder = disk.parent  # the small file system has no room for Ray's logs
+    size = {"groups": run.groups, "replicas": run.replicas, "routers": run.routers}
+    with RedisServer() as redis, ray_system.deployed(model, redis, folder, **size, say=say) as application:
+
+        async def trials() -> Outcome:
+            async with ray_system.RaySystem.of(application, redis, folder) as system:
+                return await _tried(run, system, ray=True, say=say)
+
+        yield trials()
+
+
+async def _tried(run: ChaosRun, system: System, *, ray: bool, say: Progress) -> Outcome:
+    return await run_trials(
+        system,
+        schedule(run.seed, chosen(run.only, ray=ray)),
+        faults=run.faults,
+        seconds=None if run.minutes is None else 60 * run.minutes,
+        slack=run.slack,
+        say=say,
+    )
 
 
 def _call(*command: str) -> bool:

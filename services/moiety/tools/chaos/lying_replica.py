@@ -66,7 +66,7 @@ def _silence(_call: ForwardRequest, _width: int) -> Iterator[bytes]:
 
 
 def _next_id(call: ForwardRequest, width: int) -> Iterator[bytes]:
-    yield _answer(call, np.zeros((_asked(call), width)), call_id=call.call_id + 1)
+    yield _answer(call, np.full((_asked(call), width), np.nan), call_id=call.call_id + 1)
 
 
 def _neighbours(call: ForwardRequest, width: int) -> Iterator[bytes]:
