@@ -17,7 +17,7 @@ from moiety.telemetry.names import Attribute, SpanName
 from moiety.telemetry.tracing import NO_TRACER, Tracer
 from moiety.v1 import generation_pb2, generation_pb2_grpc
 from moiety.wire import finish_reason, status
-from moiety.wire.channels import channel
+from moiety.wire.channels import PING_TIMEOUT_S, channel
 from moiety.wire.trace_context import with_traceparent
 
 
@@ -51,10 +51,14 @@ class ModelInfo:
 class Client:
     """Streams generations from a gateway. An async context manager; one channel, any number of streams."""
 
-    def __init__(self, address: str, tracer: Tracer = NO_TRACER):
+    def __init__(self, address: str, tracer: Tracer = NO_TRACER, *, ping_timeout_s: float = PING_TIMEOUT_S):
+        """`ping_timeout_s`: a gateway that does not answer a ping for so long is lost, and its streams end with PeerLost.
+
+        Pings wait behind the data sent before them: raise the time where a prompt takes longer to send.
+        """
         self.address = address
         self._tracer = tracer
-        self._channel = channel(address)
+        self._channel = channel(address, ping_timeout_s)
         self._stub = generation_pb2_grpc.GenerationServiceStub(self._channel)
 
     async def __aenter__(self) -> Self:

@@ -16,7 +16,7 @@ from moiety.config.options import Scaling
 from moiety.config.services import ExpertSettings
 from moiety.core.experts import ExpertSet
 from moiety.core.replica import Replica, Role
-from moiety.errors import ConfigError, Unavailable
+from moiety.errors import ConfigError
 from moiety.expert.fault import Fault
 from moiety.expert.runtime import Runtime
 from moiety.expert.service import ExpertService
@@ -85,10 +85,6 @@ async def start(settings: ExpertSettings, replica_id: str, node: str, launched: 
                 scaling=scaling,
             )
 
-        def healthy() -> None:
-            if not runtime.alive:
-                raise Unavailable("the expert runtime's thread has ended")
-
         scaling: dict[str, float] = {}
 
         async def reconfigure(values: Mapping[str, Any]) -> None:
@@ -106,7 +102,7 @@ async def start(settings: ExpertSettings, replica_id: str, node: str, launched: 
                 role=Role.EXPERT,
                 server=server,
                 idle=lambda: runtime.idle,
-                healthy=healthy,
+                healthy=runtime.check_health,
                 reconfigure=reconfigure,
                 entry=entry,
                 on_beat=(startup.load_beat(runtime.load_since_last), follower.follow),

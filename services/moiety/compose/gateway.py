@@ -14,7 +14,7 @@ from moiety.gateway.router_pool import RouterPool
 from moiety.gateway.service import GenerationService
 from moiety.gateway.text import Tokenizer
 from moiety.registry.watch import Watch
-from moiety.wire.server import Server
+from moiety.wire.server import CLIENT_PING_TIMEOUT_S, Server
 from moiety.wire.service_names import GENERATION_SERVICE
 from moiety.wire.shared_port import check_port, listening
 
@@ -45,7 +45,12 @@ async def start(settings: GatewaySettings, replica_id: str, node: str) -> Runnin
         return await startup.serve(
             ServiceParts(
                 role=Role.GATEWAY,
-                server=Server(service.handlers(), [GENERATION_SERVICE], share_port=settings.port != 0),
+                server=Server(
+                    service.handlers(),
+                    [GENERATION_SERVICE],
+                    share_port=settings.port != 0,
+                    ping_timeout_s=CLIENT_PING_TIMEOUT_S,
+                ),
                 port=settings.port,
                 listening=listening(settings.listen_host, settings.port, startup.system),
                 idle=lambda: service.running == 0,

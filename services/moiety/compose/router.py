@@ -17,7 +17,7 @@ from moiety.core.experts import ModelShape
 from moiety.core.load import ExpertDemand
 from moiety.core.replica import Replica, ReplicaState, Role
 from moiety.core.system import SystemId
-from moiety.errors import ConfigError, Unavailable
+from moiety.errors import ConfigError
 from moiety.internal.v1.engine_pb2_grpc import add_EngineServiceServicer_to_server
 from moiety.model.architectures.rope_by_length import check_rope
 from moiety.model.checkpoint.checkpoint import Checkpoint
@@ -32,6 +32,7 @@ from moiety.router.attention import paged
 from moiety.router.cache.cache_spec import CacheSpec
 from moiety.router.cache.kv_cache import KVCache
 from moiety.router.engine import Engine
+from moiety.router.engine_health import EngineHealth
 from moiety.router.hop.context import HopContext
 from moiety.router.hop.cost_fit import CostFit
 from moiety.router.hop.expert_demand import ExpertDemandCounter
@@ -97,8 +98,10 @@ async def start(settings: RouterSettings, replica_id: str, node: str) -> Running
             slots=settings.slots,
             guides=guides,
             tracer=startup.tracer,
+            state=lambda: running.replica.state if running is not None else ReplicaState.STARTING,
             start=start_token,
         )
+        running: Running | None = None  # until it is registered
         covered, warned_at = False, time.monotonic()
 
         def entry(replica: Replica) -> Replica:
@@ -127,19 +130,16 @@ async def start(settings: RouterSettings, replica_id: str, node: str) -> Running
         def counters() -> ExpertDemand:
             return hop.demand.reading(time.time(), hop.costs.reading())
 
-        def healthy() -> None:
-            if not engine.alive:
-                raise Unavailable("the engine's thread has ended")
-
+        health = EngineHealth(engine, hop.fleet.mailbox)
         server = Server([], [ENGINE_SERVICE])
         add_EngineServiceServicer_to_server(service, server.grpc)
-        return await startup.serve(
+        running = await startup.serve(
             ServiceParts(
                 role=Role.ROUTER,
                 server=server,
                 calls_end=False,
                 idle=lambda: engine.load.running + engine.load.waiting == 0 and service.idle,
-                healthy=healthy,
+                healthy=lambda: health.check(time.monotonic()),
                 entry=entry,
                 on_beat=(
                     startup.load_beat(RouterLoad(engine, settings.slots).reading, counters),
@@ -147,6 +147,7 @@ async def start(settings: RouterSettings, replica_id: str, node: str) -> Running
                 ),
             )
         )
+        return running
 
 
 async def reach_experts(

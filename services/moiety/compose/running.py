@@ -15,9 +15,11 @@ from typing import Any
 from moiety import __version__
 from moiety.config.services import ServiceSettings
 from moiety.core.load import ExpertDemand, ReplicaLoad
+from moiety.core.progress import Progress
 from moiety.core.replica import Replica, ReplicaState, Role
+from moiety.core.supervise import TASKS, supervise
 from moiety.core.system import SystemId
-from moiety.errors import ConfigError, RegistryUnreachable
+from moiety.errors import ConfigError, RegistryUnreachable, Unavailable
 from moiety.model.checkpoint.checkpoint import Checkpoint
 from moiety.model.checkpoint.revision import pinned_revision
 from moiety.registry.connect import connect
@@ -30,6 +32,9 @@ from moiety.telemetry.tracing import Tracer
 from moiety.wire.server import Server
 
 LEDGER_S = 1.0  # how often a service reports its load
+LOOK_S = 0.5  # how often a service looks whether it is healthy
+LATE_S = 2.0  # a look that comes so much later means that the event loop was blocked
+MOST_LATE = 3  # looks in a row that may be late
 DRAIN_NOTICE_S = 0.6  # others read the registry every 0.25 s: after this time they send no new work
 _log = logging.getLogger(__name__)
 Beat = Callable[[], Awaitable[None]]
@@ -42,7 +47,7 @@ class ServiceParts:
     role: Role
     server: Server
     idle: Callable[[], bool]
-    healthy: Callable[[], None] = lambda: None  # raises Unavailable when the service is broken
+    healthy: Callable[[], None] = lambda: None  # raises Unavailable while the service is sick; called every LOOK_S
     reconfigure: Callable[[Mapping[str, Any]], Awaitable[None]] | None = None
     entry: Callable[[Replica], Replica] = lambda replica: replica  # updates the registry entry before each beat
     on_beat: Sequence[Beat] = ()
@@ -58,20 +63,58 @@ class Running:
         self._parts, self._replica, self._closers = parts, replica, closers
         self._heartbeat = Heartbeat(registry, lambda: self.replica, on_beat=parts.on_beat, require=True)
         self._draining = False
+        self._sick = False
+        self._loop_progress = Progress(MOST_LATE)
+        self._looking: asyncio.Task[None] | None = None
 
     @property
     def replica(self) -> Replica:
         """The current registry entry."""
         replica = self._parts.entry(self._replica)
-        return dataclasses.replace(replica, state=ReplicaState.DRAINING) if self._draining else replica
+        if self._draining:
+            return dataclasses.replace(replica, state=ReplicaState.DRAINING)
+        return dataclasses.replace(replica, state=ReplicaState.SICK) if self._sick else replica
 
     async def register(self) -> None:
         """Registers and keeps registering. Raises RegistryUnreachable if the registry does not answer at start."""
         await self._heartbeat.start()
+        self._looking = supervise("health", self._look)
 
     def healthy(self) -> None:
-        """Raises Unavailable when the service is broken and should be replaced."""
+        """Raises Unavailable while the service is sick: it should be replaced, unless it recovers."""
+        TASKS.check()
+        if late := self._loop_progress.problem(time.monotonic()):
+            raise Unavailable(f"the event loop is blocked again and again: {late}")
         self._parts.healthy()
+
+    async def _look(self) -> None:
+        """Keeps health service and registry entry up to date with `healthy`. Logs each change."""
+        while True:
+            began = time.monotonic()
+            await asyncio.sleep(LOOK_S)
+            now = time.monotonic()
+            if now - began > LOOK_S + LATE_S:
+                self._loop_progress.fail(now)
+            else:
+                self._loop_progress.end(now)
+            try:
+                self.healthy()
+                problem = ""
+            except Unavailable as error:
+                problem = str(error)
+            if self._sick != bool(problem):
+                await self._turn_sick(problem)
+
+    async def _turn_sick(self, problem: str) -> None:
+        """Tells others that the service is sick because of `problem`, or that it is well again where that is empty."""
+        self._sick = bool(problem)
+        if problem:
+            _log.error("%s is sick: %s", self._replica.id, problem)
+        else:
+            _log.warning("%s is well again", self._replica.id)
+        await self._parts.server.report(serving=not problem)
+        with suppress(RegistryUnreachable):  # the next heartbeat tries again
+            await self._heartbeat.beat()
 
     async def reconfigure(self, values: Mapping[str, Any]) -> None:
         """Applies live settings. Raises ConfigError for one that cannot change while the service runs."""
@@ -85,6 +128,8 @@ class Running:
         if self._draining:
             return
         self._draining = True
+        if self._sick:  # what is in flight does not finish, and a replacement may wait for the device
+            grace_s = min(grace_s, DRAIN_NOTICE_S)
         until = time.monotonic() + grace_s
         with suppress(RegistryUnreachable):  # then calls still arrive: they are refused or sent again
             await self._heartbeat.beat()
@@ -97,6 +142,8 @@ class Running:
     async def close(self) -> None:
         """Deregisters, stops at once what still runs, and frees everything."""
         self._draining = True
+        if self._looking is not None:
+            self._looking.cancel()
         await self._heartbeat.stop()
         await self._parts.server.stop(0)
         await self._closers.aclose()

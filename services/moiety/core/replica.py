@@ -8,7 +8,7 @@ from enum import StrEnum
 
 from moiety.core.experts import ExpertSet
 
-WIRE_VERSION = 3
+WIRE_VERSION = 4
 
 
 class Role(StrEnum):
@@ -20,11 +20,12 @@ class Role(StrEnum):
 
 
 class ReplicaState(StrEnum):
-    """The state of a replica; only a READY one may get new work."""
+    """The state of a replica. New work goes to READY ones, and to SICK ones if no other can do it."""
 
     STARTING = "starting"
     READY = "ready"
     DRAINING = "draining"
+    SICK = "sick"  # it fails or does not get on; READY again if it recovers
 
 
 class Transport(StrEnum):

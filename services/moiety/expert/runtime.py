@@ -8,37 +8,28 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from moiety.core.experts import ExpertMLP, ExpertSet
 from moiety.core.load import ReplicaLoad
-from moiety.errors import DeadlineExceeded, MoietyError
+from moiety.core.progress import Progress
+from moiety.core.supervise import supervise_thread
+from moiety.errors import DeadlineExceeded, MoietyError, Unavailable
 from moiety.expert.batcher import Batcher, Computed, QueuedCall
+from moiety.expert.device import Device
 from moiety.expert.fault import Fault
 from moiety.expert.holding import Holding
-from moiety.model.activation import activation_of
+from moiety.expert.load_window import LoadWindow
 from moiety.wire.rows import RowBuffer, SelectedRows, copy_rows
 from moiety.wire.transports.mailbox import Mailbox
-from moiety_kernels.ops.expert_mlp import grouped_expert_mlp
 from moiety_kernels.weights.expert_table import ExpertTable
 from moiety_kernels.weights.expert_weights import ExpertWeights
 
 _log = logging.getLogger(__name__)
 NO_EXPERTS = ExpertTable({})  # of a layer of which this replica holds none
-
-
-@dataclass(slots=True)
-class _Window:
-    """Sums over the batches since the replica's load was last read. `since`: when that was, on the monotonic clock."""
-
-    since: float
-    busy_s: float = 0.0
-    wait_s: float = 0.0
-    rows: int = 0
-    calls: int = 0
+MOST_FAILURES = 2  # a batch, and then the device's probe
 
 
 class Runtime:
@@ -64,11 +55,11 @@ class Runtime:
         wire_dtype: torch.dtype | None = None,
     ):
         self.capacity = capacity
-        self.fault: Fault | None = None  # for trials: what the device does wrong
-        self._wire_dtype = wire_dtype or dtype
-        self._activation, self._hidden = activation_of(mlp), mlp.hidden
-        self._dtype, self._device, self._load, self._threads = dtype, torch.device(device), load, threads
-        self._deterministic = deterministic
+        self._device = Device(mlp, dtype, device, wire_dtype=wire_dtype or dtype, deterministic=deterministic)
+        self._load, self._threads = load, threads
+        self._progress = Progress(MOST_FAILURES)
+        self._suspect: tuple[ExpertTable, list[int]] = NO_EXPERTS, []  # weights of the batch that failed last
+        self._recheck_posted = False
         self._holding = Holding(ExpertSet(), ExpertSet(), 0, {})
         self._loading = threading.Lock()
         self._batcher = Batcher(queue_calls)
@@ -76,9 +67,17 @@ class Runtime:
         self._unanswered_lock = threading.Lock()
         self._computed_at = 0.0  # monotonic clock, in seconds, when the last batch was done
         self.served = 0.0  # Unix seconds at which the first rows were computed; 0 = none yet
-        self._window = _Window(time.monotonic())
-        self._window_lock = threading.Lock()
-        self._thread = threading.Thread(target=self._run, name="expert-runtime", daemon=True)
+        self._window = LoadWindow()
+        self._thread = supervise_thread("expert-runtime", self._run)
+
+    @property
+    def fault(self) -> Fault | None:
+        """What the device does wrong, for trials. May be set from any thread."""
+        return self._device.fault
+
+    @fault.setter
+    def fault(self, fault: Fault | None) -> None:
+        self._device.fault = fault
 
     @property
     def holding(self) -> Holding:
@@ -120,9 +119,13 @@ class Runtime:
         self._thread.start()
 
     def stop(self, timeout_s: float) -> None:
-        """Refuses new calls, computes the queued ones and ends the thread. Waits at most `timeout_s` seconds for its end."""
+        """Refuses new calls, computes the queued ones and ends the thread. Waits at most `timeout_s` seconds for its end.
+
+        Does not wait for a device that hangs.
+        """
         self._batcher.close()
-        self._thread.join(timeout_s)
+        if not self._progress.problem(time.monotonic()):
+            self._thread.join(timeout_s)
 
     @property
     def mailbox(self) -> Mailbox:
@@ -132,6 +135,19 @@ class Runtime:
     @property
     def alive(self) -> bool:
         return self._thread.is_alive()
+
+    def check_health(self) -> None:
+        """Raises Unavailable if the device hangs or fails, or its thread has ended. From any thread, about once a second.
+
+        A device that failed its last batch is probed again, so that it recovers, or turns out to be sick, without calls.
+        """
+        if not self.alive:
+            raise Unavailable("the expert runtime's thread has ended")
+        if self._progress.failures and not self._recheck_posted:
+            self._recheck_posted = True
+            self.mailbox.post(self._recheck)
+        if problem := self._progress.problem(time.monotonic()):
+            raise Unavailable(f"the device is sick: {problem}")
 
     @property
     def idle(self) -> bool:
@@ -160,16 +176,7 @@ class Runtime:
 
     def load_since_last(self) -> ReplicaLoad:
         """Returns the replica's load since the previous call of this method: busy fraction, queue wait and rates."""
-        now = time.monotonic()
-        with self._window_lock:
-            window, self._window = self._window, _Window(now)
-        span = max(now - window.since, 1e-6)
-        return ReplicaLoad(
-            busy=min(1.0, window.busy_s / span),
-            queue_wait_ms=1000 * window.wait_s / max(window.calls, 1),
-            rows_per_s=window.rows / span,
-            calls_per_s=window.calls / span,
-        )
+        return self._window.read()
 
     def _run(self) -> None:
         _let_callers_finish()
@@ -179,17 +186,37 @@ class Runtime:
             ready = [waiting for waiting in batch if self._admit(waiting, holding)]
             if not ready:
                 continue
+            table = holding.layers.get(ready[0].call.layer, NO_EXPERTS)
             try:
-                results = self._compute(ready, holding.layers.get(ready[0].call.layer, NO_EXPERTS))
+                results = self._compute(ready, table)
             except Exception as error:
-                _log.exception("a batch of %d calls for layer %d failed", len(ready), ready[0].call.layer)
+                if self._progress.fail(time.monotonic()):
+                    _log.exception("a batch of %d calls for layer %d failed", len(ready), ready[0].call.layer)
                 for waiting in ready:
                     self._answer(
                         waiting, MoietyError(f"the expert computation failed: {type(error).__name__}: {error}")
                     )
+                self._suspect = table, np.unique(ready[0].call.experts).tolist()
+                self._probe()
                 continue
             for waiting, result in zip(ready, results, strict=True):
                 self._answer(waiting, result)
+
+    def _probe(self) -> None:
+        """Finds out whether the device or the rows of the failed batch are to blame: a sick device fails zeros, too."""
+        table, experts = self._suspect
+        self._progress.begin(time.monotonic())
+        try:
+            self._device.probe(table.select(experts))
+        except Exception:
+            self._progress.fail(time.monotonic())
+        else:
+            self._progress.end(time.monotonic())
+
+    def _recheck(self) -> None:
+        self._recheck_posted = False
+        if self._progress.failures:
+            self._probe()
 
     def _answer(self, waiting: QueuedCall, result: Computed | BaseException) -> None:
         """Passes a result to a call's `done`. Logs an exception of `done`: a lost caller must not stop the other calls."""
@@ -217,17 +244,15 @@ class Runtime:
             return False
         return True
 
-    @torch.inference_mode()
     def _compute(self, batch: list[QueuedCall], weights: ExpertTable) -> list[Computed]:
         """Gathers the rows of all calls, sorted by expert, and computes them. A result's rows are in the order of its call."""
         began, began_ns = time.monotonic(), time.time_ns()
         experts = np.concatenate([waiting.call.experts for waiting in batch])  # [A]
+        self._progress.begin(began, len(experts))
         order = np.argsort(experts, kind="stable")
         counts = np.bincount(experts)  # takes a tenth of np.unique's time for the few rows of a decode step
         activated = counts.nonzero()[0]
-        # Pinned for a GPU, so that this thread does not wait for the copy to the device.
-        pinned = self._device.type == "cuda"
-        rows = torch.empty(len(experts), self._hidden, dtype=self._wire_dtype, pin_memory=pinned)
+        rows = self._device.empty(len(experts))
         into, start = RowBuffer.of(rows), 0
         places: list[np.ndarray] = []  # of each call
         position = np.empty_like(order)
@@ -237,23 +262,15 @@ class Runtime:
             places.append(position[start:end])
             copy_rows(waiting.call.payload, into, chosen=waiting.call.row_of, places=places[-1])
             start = end
-        outputs = grouped_expert_mlp(
-            rows.to(self._device, self._dtype, non_blocking=True),
-            counts[activated].tolist(),
-            weights.select(activated.tolist()),
-            self._activation,
-            dtype=self._wire_dtype,
-            deterministic=self._deterministic,
-        ).cpu()
-        if (fault := self.fault) is not None:
-            outputs = fault.strike(outputs, lambda: self.fault is fault)
+        outputs = self._device.compute(rows, counts[activated].tolist(), weights.select(activated.tolist()))
         computed = RowBuffer.of(outputs)
+        self._progress.end(time.monotonic())
         if self.capacity is not None:
             time.sleep(max(0.0, began + len(experts) / self.capacity - time.monotonic()))
         ended, ended_ns = time.monotonic(), time.time_ns()
         self.served = self.served or ended_ns / 1e9
         self._computed_at = ended
-        self._account(batch, began, ended, len(experts))
+        self._window.add(ended - began, sum(began - waiting.since for waiting in batch), len(experts), len(batch))
         return [
             Computed(
                 picked=SelectedRows(computed, picked),
@@ -266,13 +283,6 @@ class Runtime:
             )
             for waiting, picked in zip(batch, places, strict=True)
         ]
-
-    def _account(self, batch: list[QueuedCall], began: float, ended: float, rows: int) -> None:
-        with self._window_lock:
-            self._window.busy_s += ended - began
-            self._window.wait_s += sum(began - waiting.since for waiting in batch)
-            self._window.rows += rows
-            self._window.calls += len(batch)
 
 
 def _let_callers_finish() -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Sequence
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import suppress
 
 import grpc
 
-from moiety.core.replica import Replica
+from moiety.core.replica import Replica, ReplicaState
+from moiety.core.supervise import supervise
 from moiety.core.system import SystemId
 from moiety.errors import WrongSystem
 from moiety.gateway.prefixes import PrefixIndex
@@ -25,24 +28,33 @@ _log = logging.getLogger(__name__)
 HANDSHAKE_S = 2.0
 # As often as the registry is read. DescribeEngine costs a router some 0.2 ms: below 0.1 % of its time for each gateway.
 POLL_S = 0.25
+SILENT_S = 5.0  # a router whose connection lives but which answers no poll for so long hangs
 
 
 class RouterPeer:
     """A router that has answered at least once, as this gateway sees it.
 
     Its load is what it last reported, plus the sequences that this gateway has sent it since, minus the sequences of this
-    gateway that have ended since.
+    gateway that have ended since. Its link says more about it than the registry: a router that answers, lives.
     """
 
     def __init__(
-        self, replica: Replica, system: SystemId, link: grpc.aio.Channel, description: engine_pb2.DescribeEngineResponse
+        self,
+        replica: Replica,
+        system: SystemId,
+        link: grpc.aio.Channel,
+        description: engine_pb2.DescribeEngineResponse,
+        on_poll: Callable[[RouterPeer], Awaitable[None]],
     ):
+        """`on_poll` is called after every poll, answered or not."""
         self.replica, self._system, self._channel = replica, system, link
         self.stub = engine_pb2_grpc.EngineServiceStub(link)
         self._calls = CallClient(self.stub, f"router {replica.id}")
         self.requests = 0  # of this gateway, at this router
         self.in_flight = 0  # sequences of these requests
         self.pending_prompt_tokens = 0.0  # prompt tokens of those of our requests that have no first token yet
+        self.lost = False  # its connection broke, or another system's router has its address
+        self._answered = time.monotonic()  # when it answered last
         self.unresponsive = False  # it did not answer the last poll
         cached = description.block_tokens and description.blocks
         self.prefixes = PrefixIndex(description.blocks) if cached else None
@@ -51,10 +63,13 @@ class RouterPeer:
         self._others = 0  # sequences of other gateways
         self._note(description, 0)
         self._left = False
-        self._polling = asyncio.create_task(self._poll())
+        self._on_poll = on_poll
+        self._polling = supervise("router poll", self._poll)
 
     @classmethod
-    async def dial(cls, replica: Replica, system: SystemId) -> RouterPeer | None:
+    async def dial(
+        cls, replica: Replica, system: SystemId, on_poll: Callable[[RouterPeer], Awaitable[None]]
+    ) -> RouterPeer | None:
         """Connects to a router; returns None if it does not answer yet. Raises WrongSystem if it is not of `system`."""
         link = channel(replica.address)
         try:
@@ -67,7 +82,29 @@ class RouterPeer:
         if difference := system.difference(description.system):
             await link.close()
             raise WrongSystem(difference)
-        return cls(replica, system, link, description)
+        return cls(replica, system, link, description, on_poll)
+
+    @property
+    def state(self) -> ReplicaState:
+        """The router's own state, by its last report."""
+        with suppress(ValueError):
+            return ReplicaState(self.description.state)
+        return ReplicaState.READY
+
+    @property
+    def well(self) -> bool:
+        """Whether the router is the right place for a new request."""
+        return not self.unresponsive and self.state is ReplicaState.READY
+
+    @property
+    def must_hand_over(self) -> bool:
+        """Whether its requests should move to a router that is well: this one is sick, or answers no poll."""
+        return self.state is ReplicaState.SICK or time.monotonic() - self._answered > SILENT_S
+
+    @property
+    def stream_broken(self) -> bool:
+        """Whether the stream that carries requests broke."""
+        return self._calls.broken
 
     @property
     def load(self) -> int:
@@ -100,19 +137,27 @@ class RouterPeer:
         """Sends a request to the router and yields its events; see `CallClient.generate`."""
         return self._calls.generate(request, deadline, traceparent)
 
-    async def poll(self) -> bool:
+    async def poll(self, timeout_s: float = HANDSHAKE_S) -> bool:
         """Asks the router for its load and stores the answer. Returns False if it does not answer, or another one does."""
         before = self.in_flight
         try:
-            report = await self.stub.DescribeEngine(engine_pb2.DescribeEngineRequest(), timeout=HANDSHAKE_S)
-        except grpc.RpcError:
+            report = await self.stub.DescribeEngine(engine_pb2.DescribeEngineRequest(), timeout=timeout_s)
+        except grpc.RpcError as error:
+            self.unresponsive = True
+            self.lost = self.lost or error.code() is grpc.StatusCode.UNAVAILABLE  # no connection, or it has ended
             return False
         if self._system.difference(report.system):  # a router of another system has got the address of a lost one
+            self.lost = True
             return False
+        self.unresponsive, self._answered = False, time.monotonic()
         # The report may or may not count requests of ours that began or ended meanwhile. Taking the larger number rather
         # misses a sequence of another gateway than invents one.
         self._note(report, max(before, self.in_flight))
         return True
+
+    async def hand_over(self) -> None:
+        """Breaks the stream, so that this gateway's requests at the router get PeerLost and move. Later ones may come back."""
+        await self._calls.close()
 
     async def leave(self) -> None:
         """Marks the router as leaving. Its channel closes when the last of this gateway's requests at the router ends."""
@@ -142,6 +187,7 @@ class RouterPeer:
         self.slots = min(report.slots, report.running) if report.waiting and report.running else report.slots
 
     async def _poll(self) -> None:
-        while True:
+        while not self.lost:
             await asyncio.sleep(POLL_S)
-            self.unresponsive = not await self.poll()
+            await self.poll()
+            await self._on_poll(self)

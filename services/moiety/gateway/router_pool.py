@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import AsyncGenerator, Set
+from collections.abc import AsyncGenerator, Mapping, Set
 from contextlib import aclosing
 from functools import partial
 
 from moiety.core.replica import Replica, ReplicaState, Role
+from moiety.core.supervise import spawn
 from moiety.core.system import SystemId
 from moiety.errors import DeadlineExceeded, ResourceExhausted, Unavailable, WrongSystem
 from moiety.gateway.attempt import Attempt
@@ -27,7 +28,9 @@ from moiety.wire.deadline import Deadline
 _log = logging.getLogger(__name__)
 RETRY_S = 0.1
 REDIAL_S = 0.5  # a listed router of another system is dialled again this often
+ASK_S = 0.25  # how long a router whose stream broke may take to answer
 UNKNOWN_WAIT_S = 1.0  # retry delay before any request has shown how long one takes
+USABLE = (ReplicaState.READY, ReplicaState.SICK)  # states of a router that may get requests
 
 
 class RouterLost(Unavailable):
@@ -35,7 +38,11 @@ class RouterLost(Unavailable):
 
 
 class RouterPool:
-    """Finds the ready routers in the registry, sends each request to one of them, and resumes it elsewhere after a loss."""
+    """Finds routers in the registry, sends each request to one of them, and resumes it elsewhere after a loss.
+
+    A live link outranks the registry. A router that answers stays in use, though it is no longer listed, until it says that
+    it leaves. A router whose link breaks is out of use at once, though it is listed.
+    """
 
     def __init__(self, watch: Watch, system: SystemId, wait_s: float, seed: int = 0):
         """`system`: the gateway's; routers of another one are not used. `wait_s`: longest wait for a ready router, in seconds.
@@ -46,7 +53,9 @@ class RouterPool:
         self._routers: dict[str, RouterPeer] = {}
         self._dialling: dict[str, asyncio.Task[None]] = {}
         self._refused: dict[str, str] = {}  # listed router -> why it is not used, logged once
-        self._seen: tuple[Replica, ...] | None = None  # the registry's table that `_routers` reflects
+        self._seen: tuple[Replica, ...] | None = None  # the registry's table that the next two reflect
+        self._listed: Mapping[str, Replica] = {}  # routers that may be used
+        self._leaving: Set[str] = frozenset()  # routers that drain
         self._pace, self._backlog = Pace(), Backlog()
         self._random = random.Random(seed)
         self._hasher = PrefixHasher(self._random.getrandbits(64))
@@ -186,7 +195,7 @@ class RouterPool:
             await router.close_if_done()
 
     async def _ready(self, deadline: Deadline) -> list[RouterPeer]:
-        """Returns the ready routers that answer polls. If none answers, returns all ready ones.
+        """Returns the routers that are well; if there are none, those that answer polls, though sick; else all others.
 
         Raises Unavailable or DeadlineExceeded when none appears in time.
         """
@@ -194,62 +203,72 @@ class RouterPool:
         while True:
             await self._refresh()
             if ready := list(self._routers.values()):
-                return [router for router in ready if not router.unresponsive] or ready
+                well = [router for router in ready if router.well]
+                return well or [router for router in ready if not router.unresponsive] or ready
             if deadline.passed:
                 raise DeadlineExceeded("the deadline passed before a router was ready")
             if waits.passed:
-                raise Unavailable(f"no router is ready; waited {self._wait_s:g} s (setting router_wait_s)")
+                others = "".join(f"; router {router} is not used: {why}" for router, why in self._refused.items())
+                raise Unavailable(f"no router is ready; waited {self._wait_s:g} s (setting router_wait_s){others}")
             await asyncio.sleep(RETRY_S)
 
     async def _refresh(self) -> None:
-        """Updates the routers to match the registry."""
-        table = self._watch.replicas
-        if table is self._seen:
-            return
-        listed = {replica.id: replica for replica in table if _is_ready(replica)}
-        for gone in self._routers.keys() - listed.keys():
-            if (router := self._routers.pop(gone, None)) is not None:  # None: removed while we closed another
-                await router.leave()
-        self._refused = {router_id: why for router_id, why in self._refused.items() if router_id in listed}
-        missing = listed.keys() - self._routers.keys()
-        for new in missing - self._dialling.keys():
-            self._dialling[new] = asyncio.create_task(self._dial(listed[new]))
-            self._dialling[new].add_done_callback(partial(self._dialled, new))
+        """Drops routers that have left or are lost, and dials those that the registry lists."""
+        if self._watch.replicas is not self._seen:
+            self._seen = self._watch.replicas
+            routers = {replica.id: replica for replica in self._seen if replica.role is Role.ROUTER}
+            self._listed = {name: replica for name, replica in routers.items() if replica.state in USABLE}
+            self._leaving = {name for name, replica in routers.items() if replica.state is ReplicaState.DRAINING}
+            self._refused = {name: why for name, why in self._refused.items() if name in self._listed}
+        for router in [router for router in self._routers.values() if self._has_left(router)]:
+            await self._drop(router)
+        for name in self._listed.keys() - self._routers.keys() - self._dialling.keys():
+            self._dialling[name] = spawn("router dial", self._dial(self._listed[name]))
+            self._dialling[name].add_done_callback(partial(self._dialled, name))
         if self._dialling and not self._routers:  # with a router to use, others are dialled in the background
             await asyncio.wait(self._dialling.values())
-        if not missing:
-            self._seen = table
+
+    def _has_left(self, router: RouterPeer) -> bool:
+        name = router.replica.id
+        if router.lost or name in self._leaving or router.state is ReplicaState.DRAINING:
+            return True
+        return name not in self._listed and router.unresponsive
+
+    async def _drop(self, router: RouterPeer) -> None:
+        """Takes a router out of use. It is dialled again while it is listed."""
+        if self._routers.get(router.replica.id) is router:  # it may have been dropped while another one was closed
+            del self._routers[router.replica.id]
+            await router.leave()
+
+    async def _polled(self, router: RouterPeer) -> None:
+        """Moves the requests of a router that is sick or hangs, if another one is well."""
+        if router.in_flight and router.must_hand_over and any(other.well for other in self._routers.values()):
+            _log.warning("router %s is %s; its requests move", router.replica.id, router.state)
+            await router.hand_over()
 
     def _dialled(self, router_id: str, _: asyncio.Task[None]) -> None:
         del self._dialling[router_id]
 
     async def _dial(self, replica: Replica) -> None:
         try:
-            router = await RouterPeer.dial(replica, self._system)
+            router = await RouterPeer.dial(replica, self._system, self._polled)
         except WrongSystem as error:
             if self._refused.get(replica.id) != str(error):
                 self._refused[replica.id] = str(error)
                 _log.warning("router %s at %s is not used: %s", replica.id, replica.address, error)
             await asyncio.sleep(REDIAL_S)
             return
-        if router is not None:
+        if router is not None and not self._has_left(router):
             self._routers[replica.id] = router
-            self._seen = None  # the router may have left the table meanwhile
+        elif router is not None:
+            await router.close()
 
     async def _is_lost(self, router: RouterPeer) -> bool:
-        """Returns whether the router no longer answers or is leaving.
+        """Returns whether a request that `router` failed with Unavailable should resume elsewhere.
 
-        If neither, an error Unavailable from the router has another cause, such as an expert that has no holder.
+        If not, the error has another cause, such as an expert that has no holder.
         """
-        listed = any(replica.id == router.replica.id and _is_ready(replica) for replica in self._watch.replicas)
-        if await router.poll():
-            return not listed
-        if self._routers.get(router.replica.id) is router:
-            del self._routers[router.replica.id]
-            self._seen = None  # the router is dialled again while it is listed
-            await router.leave()
-        return True
-
-
-def _is_ready(replica: Replica) -> bool:
-    return replica.role is Role.ROUTER and replica.state is ReplicaState.READY
+        answers = await router.poll(ASK_S) if router.stream_broken else await router.poll()
+        if not answers:
+            await self._drop(router)
+        return not answers or self._has_left(router) or (router.stream_broken and router.must_hand_over)

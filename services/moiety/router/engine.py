@@ -16,6 +16,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from moiety.core.progress import Progress
+from moiety.core.supervise import supervise_thread
 from moiety.errors import (
     Cancelled,
     DeadlineExceeded,
@@ -36,6 +38,7 @@ from moiety.router.step_runner import StepRunner
 from moiety.telemetry.names import Attribute, SpanName
 from moiety.telemetry.tracing import NO_SPAN, Span, Tracer
 
+MOST_FAILURES = 3  # steps in a row
 _log = logging.getLogger(__name__)
 
 
@@ -79,7 +82,9 @@ class Engine:
         self._arrived: list[Sequence] = []
         self._changed = threading.Condition()
         self._stopping = False
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self.turns = 0  # of the thread's loop
+        self.steps = Progress(MOST_FAILURES)  # which steps failed
+        self._thread = supervise_thread("engine", self._run)
 
     def start(self) -> None:
         self._thread.start()
@@ -236,10 +241,13 @@ class Engine:
     def _run(self) -> None:
         self._runner.use_threads(self._threads)
         while not self._stopping:
+            self.turns += 1
             try:
-                worked = self.step()
+                if worked := self.step():
+                    self.steps.end(time.monotonic())
             except Exception as error:  # a bug: end the running requests, keep serving
-                _log.exception("a step failed; all running requests end")
+                if self.steps.fail(time.monotonic()):
+                    _log.exception("a step failed; all running requests end")
                 for sequence in list(self._scheduler.running):
                     self._end(sequence, Emitted(error=MoietyError(f"the step failed: {type(error).__name__}: {error}")))
                 continue

@@ -10,6 +10,7 @@ from functools import partial
 
 import grpc
 
+from moiety.core.replica import ReplicaState
 from moiety.core.sampling import TopLogprobs
 from moiety.core.system import SystemId
 from moiety.errors import InvalidRequest, MoietyError, Unavailable
@@ -41,9 +42,14 @@ class EngineService(engine_pb2_grpc.EngineServiceServicer):
         slots: int,
         guides: Guides,
         tracer: Tracer,
+        state: Callable[[], ReplicaState],
         start: DecoderStart | None = None,
     ):
-        """`start`: the tokens at the start of an encoder-decoder's output; None for a decoder-only model."""
+        """`state` returns the router's own state, as in its registry entry.
+
+        `start`: the tokens at the start of an encoder-decoder's output; None for a decoder-only model.
+        """
+        self._state = state
         self._start = start
         self._guides = guides
         self._engine, self._model, self._system, self._tracer = engine, model, system, tracer
@@ -67,6 +73,7 @@ class EngineService(engine_pb2_grpc.EngineServiceServicer):
             block_tokens=self._engine.block_tokens,
             blocks=self._engine.blocks,
             encoder_decoder=self._start is not None,
+            state=self._state(),
         )
 
     async def GenerateTokens(

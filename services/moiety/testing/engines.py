@@ -10,7 +10,7 @@ from functools import partial
 import grpc
 
 from moiety.core.experts import ModelShape
-from moiety.core.replica import Role
+from moiety.core.replica import ReplicaState, Role
 from moiety.core.system import SystemId
 from moiety.errors import ResourceExhausted, Unavailable
 from moiety.internal.v1 import engine_pb2, engine_pb2_grpc
@@ -51,6 +51,8 @@ class FakeEngine(engine_pb2_grpc.EngineServiceServicer):
         self.before_token: Callable[[int], Awaitable[None]] = no_wait
         self.places = places
         self.system = system  # as it describes itself; a test may change it
+        self.state = ReplicaState.READY  # as it reports it on its link; a test may change it
+        self.before_describe: Callable[[int], Awaitable[None]] = no_wait  # awaited, with 0, before each DescribeEngine
         self._shape, self._slots, self._queue = shape, slots, queue
         self._blocks, self._block_tokens = blocks, block_tokens
         self._encoder_decoder = encoder_decoder
@@ -77,6 +79,7 @@ class FakeEngine(engine_pb2_grpc.EngineServiceServicer):
     async def DescribeEngine(
         self, _request: engine_pb2.DescribeEngineRequest, _context: grpc.aio.ServicerContext
     ) -> engine_pb2.DescribeEngineResponse:
+        await self.before_describe(0)
         return engine_pb2.DescribeEngineResponse(
             model=MODEL,
             system=str(self.system),
@@ -88,6 +91,7 @@ class FakeEngine(engine_pb2_grpc.EngineServiceServicer):
             blocks=self._blocks,
             block_tokens=self._block_tokens if self._blocks else 0,
             encoder_decoder=self._encoder_decoder,
+            state=self.state,
         )
 
     async def GenerateTokens(

@@ -160,8 +160,13 @@ class CallClient:
             if unfinished:
                 stream.calls.put_nowait(engine_pb2.GenerateTokensRequest(call_id=call_id))
 
+    @property
+    def broken(self) -> bool:
+        """Whether the stream broke, or was closed, since the last call began."""
+        return self._stream is not None and self._stream.broken
+
     async def close(self) -> None:
-        """Ends the stream; unanswered calls get PeerLost."""
+        """Ends the stream; unanswered calls get PeerLost. A later call opens another stream."""
         if self._stream is not None:
             await self._stream.close()
 

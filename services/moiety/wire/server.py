@@ -9,28 +9,36 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from moiety.core.supervise import spawn
 from moiety.errors import ConfigError
-from moiety.wire.channels import COMMON_OPTIONS, KEEPALIVE_MS
+from moiety.wire.channels import PING_MS, PING_TIMEOUT_S, shared_options
 
-_OPTIONS = [
-    *COMMON_OPTIONS,
-    ("grpc.http2.min_ping_interval_without_data_ms", KEEPALIVE_MS // 2),
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", KEEPALIVE_MS // 2),
-    ("grpc.http2.max_ping_strikes", 0),
-]
+CLIENT_PING_TIMEOUT_S = 20.0  # of a gateway's clients: a slow link needs seconds for a long prompt
 
 
 class Server:
     """A grpc.aio server with the standard health and reflection services."""
 
     def __init__(
-        self, handlers: Sequence[grpc.GenericRpcHandler], services: Sequence[str], *, share_port: bool = False
+        self,
+        handlers: Sequence[grpc.GenericRpcHandler],
+        services: Sequence[str],
+        *,
+        share_port: bool = False,
+        ping_timeout_s: float = PING_TIMEOUT_S,
     ):
         """`services`: full names for health and reflection to report, such as moiety.v1.GenerationService.
 
-        `share_port`: other processes may listen on the same port.
+        `share_port`: other processes may listen on the same port. `ping_timeout_s`: see `channels.shared_options`.
         """
-        self.grpc = grpc.aio.server(options=[*_OPTIONS, ("grpc.so_reuseport", int(share_port))])
+        options = [
+            *shared_options(ping_timeout_s),
+            ("grpc.http2.min_ping_interval_without_data_ms", PING_MS // 2),
+            ("grpc.http2.min_recv_ping_interval_without_data_ms", PING_MS // 2),
+            ("grpc.http2.max_ping_strikes", 0),
+            ("grpc.so_reuseport", int(share_port)),
+        ]
+        self.grpc = grpc.aio.server(options=options)
         self._health = health.aio.HealthServicer()
         self._services = services
         self._stopping: asyncio.Task[None] | None = None
@@ -47,19 +55,22 @@ class Server:
         except RuntimeError as error:
             raise ConfigError("port", port, f"cannot listen on {host}: {error}") from None
         await self.grpc.start()
-        await self._report(health_pb2.HealthCheckResponse.SERVING)
+        await self.report(serving=True)
         return bound
+
+    async def report(self, *, serving: bool) -> None:
+        """Makes the health service answer SERVING or NOT_SERVING. A server that stops is NOT_SERVING."""
+        answer = health_pb2.HealthCheckResponse
+        status = answer.SERVING if serving and self._stopping is None else answer.NOT_SERVING
+        for service in ("", *self._services):
+            await self._health.set(service, status)
 
     async def stop(self, grace_s: float) -> None:
         """Refuses new RPCs immediately and gives running ones `grace_s` seconds to end. A second `stop` waits for the first."""
         if self._stopping is None:  # grpc.aio crashes with a segmentation fault where two stops overlap
-            self._stopping = asyncio.create_task(self._stop(grace_s))
+            self._stopping = spawn("server stop", self._stop(grace_s))
         await asyncio.shield(self._stopping)
 
     async def _stop(self, grace_s: float) -> None:
-        await self._report(health_pb2.HealthCheckResponse.NOT_SERVING)
+        await self.report(serving=False)
         await self.grpc.stop(grace_s)
-
-    async def _report(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
-        for service in ("", *self._services):
-            await self._health.set(service, status)

@@ -30,7 +30,7 @@ class DescribeEngineRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class DescribeEngineResponse(_message.Message):
-    __slots__ = ("model", "system", "max_context", "vocabulary", "running", "waiting", "slots", "block_tokens", "blocks", "encoder_decoder", "queue_limit")
+    __slots__ = ("model", "system", "max_context", "vocabulary", "running", "waiting", "slots", "block_tokens", "blocks", "encoder_decoder", "queue_limit", "state")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     SYSTEM_FIELD_NUMBER: _ClassVar[int]
     MAX_CONTEXT_FIELD_NUMBER: _ClassVar[int]
@@ -42,6 +42,7 @@ class DescribeEngineResponse(_message.Message):
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
     ENCODER_DECODER_FIELD_NUMBER: _ClassVar[int]
     QUEUE_LIMIT_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
     model: str
     system: str
     max_context: int
@@ -53,7 +54,8 @@ class DescribeEngineResponse(_message.Message):
     blocks: int
     encoder_decoder: bool
     queue_limit: int
-    def __init__(self, model: _Optional[str] = ..., system: _Optional[str] = ..., max_context: _Optional[int] = ..., vocabulary: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., slots: _Optional[int] = ..., block_tokens: _Optional[int] = ..., blocks: _Optional[int] = ..., encoder_decoder: _Optional[bool] = ..., queue_limit: _Optional[int] = ...) -> None: ...
+    state: str
+    def __init__(self, model: _Optional[str] = ..., system: _Optional[str] = ..., max_context: _Optional[int] = ..., vocabulary: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., slots: _Optional[int] = ..., block_tokens: _Optional[int] = ..., blocks: _Optional[int] = ..., encoder_decoder: _Optional[bool] = ..., queue_limit: _Optional[int] = ..., state: _Optional[str] = ...) -> None: ...
 
 class EngineRequest(_message.Message):
     __slots__ = ("request_id", "system_key", "prompt_ids", "generated_ids", "sampling", "stop_ids", "priority", "tenant", "choice")

@@ -28,6 +28,7 @@ class Mailbox:
         self._posted: deque[Callable[[], None]] = deque()
         self._asleep = False  # the owner blocks or is about to: a post must wake it
         self._woken = False
+        self.turns = 0  # how often the owner has been here: a health check sees from it that the owner gets on
         self._selector = selectors.DefaultSelector()
         woken, self._waker = os.pipe()
         for end in (woken, self._waker):
@@ -50,6 +51,11 @@ class Mailbox:
             self._asleep = False
             os.write(self._waker, b"\0")
 
+    @property
+    def asleep(self) -> bool:
+        """Whether the owner waits here and nothing has come."""
+        return self._asleep
+
     def watch(self, sock: socket.socket, ready: Callable[[int], None], events: int = READABLE) -> None:
         """Makes `wait` call `ready(mask)` whenever `sock` is ready for one of `events`.
 
@@ -70,6 +76,7 @@ class Mailbox:
         Returns whether a socket was ready. A ready socket is handled once and may hold further messages. So call `wait` again
         if it returned True.
         """
+        self.turns += 1
         with self._turn:
             if self._run_posted():
                 timeout_s = 0.0
