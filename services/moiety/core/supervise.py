@@ -25,7 +25,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True, eq=False)
-class _Supervised:
+class Supervised:
     """One running task or thread, or one that ended by a failure."""
 
     name: str
@@ -43,7 +43,7 @@ class Tasks:
 
     def __init__(self) -> None:
         self.failures: Counter[str] = Counter()  # since the process started, by name
-        self._supervised: set[_Supervised] = set()
+        self._supervised: set[Supervised] = set()
         self._lock = threading.Lock()
 
     def check(self) -> None:
@@ -60,17 +60,19 @@ class Tasks:
             self.failures.clear()
             self._supervised = {one for one in self._supervised if not one.ended}
 
-    def _begin(self, name: str) -> _Supervised:
+    def begin(self, name: str) -> Supervised:
+        """Records that a task has started."""
         with self._lock:
-            self._supervised.add(one := _Supervised(name))
+            self._supervised.add(one := Supervised(name))
         return one
 
-    def _end(self, one: _Supervised) -> None:
+    def end(self, one: Supervised) -> None:
+        """Records that a task has ended well, or was cancelled."""
         with self._lock:
             self._supervised.discard(one)
 
-    def _failed(self, one: _Supervised, error: BaseException, ran_s: float, restart: bool) -> float:
-        """Records a failure. Returns the delay in seconds before the restart."""
+    def failed(self, one: Supervised, error: BaseException, ran_s: float, restart: bool) -> float:
+        """Records and logs a failure. Returns the delay in seconds before the restart."""
         with self._lock:
             self.failures[one.name] += 1
             one.failures = 1 if ran_s >= STEADY_S else one.failures + 1
@@ -94,20 +96,20 @@ def supervise(name: str, run: Callable[[], Coroutine[Any, Any, None]], *, restar
     """
 
     async def keep_running() -> None:
-        one = TASKS._begin(name)
+        one = TASKS.begin(name)
         try:
             while True:
                 began = time.monotonic()
                 try:
                     return await run()
                 except Exception as error:
-                    delay_s = TASKS._failed(one, error, time.monotonic() - began, restart)
+                    delay_s = TASKS.failed(one, error, time.monotonic() - began, restart)
                 if not restart:
                     return
                 await asyncio.sleep(delay_s)
         finally:
             if not one.ended:
-                TASKS._end(one)
+                TASKS.end(one)
 
     return asyncio.create_task(keep_running(), name=name)
 
@@ -120,7 +122,7 @@ def spawn(name: str, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         try:
             await work
         except Exception as error:
-            TASKS._failed(_Supervised(name), error, time.monotonic() - began, restart=False)
+            TASKS.failed(Supervised(name), error, time.monotonic() - began, restart=False)
 
     return asyncio.create_task(run(), name=name)
 
@@ -129,18 +131,18 @@ def supervise_thread(name: str, run: Callable[[], None], *, restart: bool = Fals
     """Returns a daemon thread, not started yet, that runs `run()` as `supervise` runs a task."""
 
     def keep_running() -> None:
-        one = TASKS._begin(name)
+        one = TASKS.begin(name)
         while True:
             began = time.monotonic()
             try:
                 run()
             except Exception as error:
-                delay_s = TASKS._failed(one, error, time.monotonic() - began, restart)
+                delay_s = TASKS.failed(one, error, time.monotonic() - began, restart)
                 if restart:
                     time.sleep(delay_s)
                     continue
                 return
-            TASKS._end(one)
+            TASKS.end(one)
             return
 
     return threading.Thread(target=keep_running, name=name, daemon=True)

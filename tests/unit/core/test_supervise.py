@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -15,15 +15,17 @@ from moiety.errors import Unavailable
 
 @pytest.fixture(autouse=True)
 def no_earlier_failures(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Each test starts without failures, and restarts take no time."""
     monkeypatch.setattr(supervision, "BACKOFF_S", 0.001)
     TASKS.forget()
     yield
     TASKS.forget()
 
 
-async def until(condition: object) -> None:
+async def until(condition: Callable[[], bool]) -> None:
+    """Waits until `condition()` holds."""
     async with asyncio.timeout(5):
-        while not condition():  # type: ignore[operator]
+        while not condition():
             await asyncio.sleep(0.001)
 
 
@@ -42,7 +44,8 @@ async def test_a_failed_task_is_started_again(caplog: pytest.LogCaptureFixture) 
     await until(lambda: runs == 2)
     TASKS.check()
     assert TASKS.failures == {"listener": 1}
-    assert "task 'listener' failed" in caplog.text and "too many open files" in caplog.text
+    assert "task 'listener' failed" in caplog.text
+    assert "too many open files" in caplog.text
     task.cancel()
     await asyncio.wait([task])
     assert task.cancelled()
