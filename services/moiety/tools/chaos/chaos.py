@@ -21,6 +21,9 @@ from moiety.tools.chaos.schedule import schedule
 from moiety.tools.chaos.trials import Outcome, Progress, run_trials
 
 DISK_BYTES = 256 << 20  # of the small file system for logs and caches
+CONTEXT = 2048  # tokens, of the tiny model
+TINY_KV_MEMORY = CONTEXT << 10  # bytes: as many tokens as its context, so that one request can need every block
+KV_MEMORY = 1 << 30  # bytes, for a model that is given
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +39,16 @@ class ChaosRun:
     groups: int = 2
     replicas: int = 2  # per group
     routers: int = 2
+
+    @property
+    def size(self) -> dict[str, int]:
+        """How large the system is."""
+        return {
+            "groups": self.groups,
+            "replicas": self.replicas,
+            "routers": self.routers,
+            "kv_memory": TINY_KV_MEMORY if self.model is None else KV_MEMORY,
+        }
 
 
 @contextmanager
@@ -54,7 +67,7 @@ def chaos_folder(run: ChaosRun) -> Iterator[tuple[Path, str]]:
         disk.mkdir()
         if _call("mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "moiety-chaos", str(disk)):
             ends.callback(_call, "umount", "--lazy", str(disk))
-        model = run.model or str(write_tiny("qwen3_moe", folder / "model", max_position_embeddings=2048))
+        model = run.model or str(write_tiny("qwen3_moe", folder / "model", max_position_embeddings=CONTEXT))
         yield disk, model
 
 
@@ -62,8 +75,7 @@ async def run_local(run: ChaosRun, disk: Path, model: str, say: Progress) -> Out
     """Runs the trials on a LocalCluster, whose services write to `disk`."""
     with RedisServer() as redis:
         say(f"starting {run.groups} x {run.replicas} expert replicas, {run.routers} routers and a gateway")
-        started = LocalSystem.started(model, redis, disk, groups=run.groups, replicas=run.replicas, routers=run.routers)
-        async with started as system:
+        async with LocalSystem.started(model, redis, disk, **run.size) as system:
             return await _tried(run, system, ray=False, say=say)
 
 
@@ -73,8 +85,7 @@ def on_ray(run: ChaosRun, disk: Path, model: str, say: Progress) -> Iterator[Cor
     from moiety.tools.chaos import ray_system
 
     folder = disk.parent  # the small file system has no room for Ray's logs
-    size = {"groups": run.groups, "replicas": run.replicas, "routers": run.routers}
-    with RedisServer() as redis, ray_system.deployed(model, redis, folder, **size, say=say) as application:
+    with RedisServer() as redis, ray_system.deployed(model, redis, folder, **run.size, say=say) as application:
 
         async def trials() -> Outcome:
             async with ray_system.RaySystem.of(application, redis, folder) as system:

@@ -83,6 +83,7 @@ class Kind:
     cause: Callable[[System, Random], Fault]
     lasts_s: float = 4.0
     on_ray: bool = True
+    may_break: bool = False  # requests may end with UNAVAILABLE, within `bound_s`: their only gateway is gone
 
     @property
     def family(self) -> str:

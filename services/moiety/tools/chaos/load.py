@@ -29,7 +29,7 @@ class Tally:
 
     requests: int = 0
     identical: int = 0  # of those that did not fail
-    errors: list[str] = field(default_factory=list)  # of those that failed
+    errors: list[MoietyError] = field(default_factory=list)  # of those that failed
     worst_gap_s: float = 0.0  # that a stream waited for its next token, the first included
     tokens: int = 0
     seconds: float = 0.0
@@ -100,7 +100,7 @@ class Load:
             try:
                 await self._request(lane, tally, output)
             except MoietyError as error:
-                tally.errors.append(f"{type(error).__name__}: {error}")
+                tally.errors.append(error)
                 await asyncio.sleep(0.2)  # a failed request may come back at once: do not spin
             else:
                 tally.identical += output == self._expected[lane]

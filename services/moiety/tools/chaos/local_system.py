@@ -52,9 +52,9 @@ class LocalSystem:
     @classmethod
     @asynccontextmanager
     async def started(
-        cls, model: str, redis: RedisServer, folder: Path, *, groups: int = 2, replicas: int = 2, routers: int = 2
+        cls, model: str, redis: RedisServer, folder: Path, *, groups: int, replicas: int, routers: int, kv_memory: int
     ) -> AsyncIterator[LocalSystem]:
-        """Serves `model` with `groups` groups of `replicas` replicas each. `folder` gets what the services write."""
+        """Serves `model` with `groups` groups of `replicas` replicas each. `folder` gets what the services write; `kv_memory` is a router's, in bytes."""
         relay = Relay(redis.port)
         await relay.start()
         try:
@@ -65,7 +65,7 @@ class LocalSystem:
                     dtype="float32",
                     registry=f"redis://{RELAYED}:{relay.port}/0",
                     expert={"advertise_host": RELAYED},
-                    router={"advertise_host": RELAYED},
+                    router={"advertise_host": RELAYED, "kv_memory": kv_memory},
                     env={"MOIETY_CACHE": str(folder / "cache")},
                 )
             system = cls(cluster, redis, relay, folder, replicas=replicas, routers=routers)

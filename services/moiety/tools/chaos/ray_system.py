@@ -35,6 +35,7 @@ def deployed(
     groups: int,
     replicas: int,
     routers: int,
+    kv_memory: int,
     say: Callable[[str], None],
 ) -> Iterator[DeployedApp]:
     """Serves `model` on a Ray that this process starts; `folder` gets Ray's logs and sockets, so its path must be short."""
@@ -45,7 +46,7 @@ def deployed(
         groups=groups,
         registry=RegistryUrl(redis.url),
         gateway=GatewayDeployment(port=0),
-        router=RouterDeployment(min_replicas=routers, max_replicas=routers, num_cpus=0.1),
+        router=RouterDeployment(min_replicas=routers, max_replicas=routers, num_cpus=0.1, kv_memory=kv_memory),
         experts=ExpertDeployment(min_replicas=replicas, max_replicas=replicas, num_cpus=0.1),
     )
     with (

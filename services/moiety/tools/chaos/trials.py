@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from random import Random
 
 from moiety.client import Client
-from moiety.errors import FailedPrecondition, MoietyError
+from moiety.errors import FailedPrecondition, MoietyError, Unavailable
 from moiety.tools.chaos.fault import DidNotHold, Kind, System
 from moiety.tools.chaos.load import Load, Tally
 from moiety.tools.chaos.meters import Leaks, leaks, read_usage
@@ -114,7 +114,7 @@ async def _trial(system: System, load: Load, plan: Planned, slack: float) -> Tri
         if isinstance(error, FailedPrecondition):
             raise
         broken.append(str(error) or "streams did not begin in time")
-    broken = [*_judged(tally, kind.bound_s * slack), *broken]
+    broken = [*_judged(kind, tally, slack), *broken]
     left: Leaks | None = None
     try:
         await system.repair()
@@ -125,10 +125,11 @@ async def _trial(system: System, load: Load, plan: Planned, slack: float) -> Tri
     return Trial(kind, what, tally, left, tuple(broken))
 
 
-def _judged(tally: Tally, bound_s: float) -> Iterator[str]:
-    if tally.failed:
-        yield f"{tally.failed} requests failed, such as {tally.errors[0][:160]}"
-    if (wrong := tally.requests - tally.failed - tally.identical) > 0:
-        yield f"{wrong} streams have other tokens, or did not end"
-    if tally.worst_gap_s > bound_s:
+def _judged(kind: Kind, tally: Tally, slack: float) -> Iterator[str]:
+    wrong = [error for error in tally.errors if not (kind.may_break and isinstance(error, Unavailable))]
+    if wrong:
+        yield f"{len(wrong)} requests failed, such as {type(wrong[0]).__name__}: {str(wrong[0])[:160]}"
+    if (other := tally.requests - tally.failed - tally.identical) > 0:
+        yield f"{other} streams have other tokens, or did not end"
+    if tally.worst_gap_s > (bound_s := kind.bound_s * slack):
         yield f"a stream waited {tally.worst_gap_s:.2f} s, at most {bound_s:g} s are allowed"
