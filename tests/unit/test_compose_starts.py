@@ -8,13 +8,22 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from moiety import compose
 from moiety.core.replica import ReplicaState, Role
-from moiety.errors import CheckpointError, ConfigError
+from moiety.core.system import SystemId
+from moiety.errors import CheckpointError, ConfigError, Unavailable
+from moiety.internal.v1 import experts_pb2
 from moiety.registry.file import FileRegistryWriter
-from moiety.testing import HOST, SYSTEM, FakeGateway, eventually
+from moiety.testing import HOST, SYSTEM, FakeGateway, eventually, open_caller
+from moiety.wire import codec
+from moiety.wire.channels import channel
+from moiety.wire.rows import RowBuffer
+from moiety.wire.service_names import EXPERT_SERVICE
 
 
 def settings(role: Role, model: str, folder: Path, **more: object) -> compose.ServiceSettings:
@@ -55,5 +64,49 @@ async def test_a_router_that_waits_for_experts_says_so(
         assert running.replica.state is ReplicaState.STARTING
         await eventually(lambda: "not ready: no replica holds" in caplog.text)
         assert "such as expert 0 of layer 0" in caplog.text
+    finally:
+        await running.close()
+
+
+async def test_a_replica_with_a_sick_device_says_so_everywhere(
+    tiny: Callable[[str], str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    """It is SICK in the registry, NOT_SERVING, and fails Serve's check, with one line in the log; then it recovers."""
+    FileRegistryWriter(tmp_path / "registry.json")
+    wanted = settings(Role.EXPERT, tiny("mixtral"), tmp_path, held="0:0", dtype="float32")
+    running = await compose.start(wanted, replica_id="e", node="here")
+    address = running.replica.address
+
+    async def serving() -> bool:
+        async with channel(address) as link:
+            request = health_pb2.HealthCheckRequest(service=EXPERT_SERVICE)
+            answer = await health_pb2_grpc.HealthStub(link).Check(request, timeout=5)
+            return answer.status == health_pb2.HealthCheckResponse.SERVING
+
+    try:
+        running.healthy()
+        await running.reconfigure({"fault": "nan"})
+        async with open_caller(address) as caller:
+            described = caller.link.description
+            request = experts_pb2.ForwardRequest(
+                call_id=1,
+                system_key=SystemId.parse(described.system).key,
+                rows=1,
+                k_offsets=codec.int32_bytes(np.array([0, 1])),
+                experts=codec.int32_bytes(np.array([0])),
+                dtype=described.dtype,
+            )
+            reply = await caller.send(request, RowBuffer.of(torch.ones(1, described.hidden)))
+            assert reply.header.outcome == experts_pb2.OUTCOME_FAILED
+        await eventually(lambda: running.replica.state is ReplicaState.SICK)
+        with pytest.raises(Unavailable, match="the device is sick"):
+            running.healthy()
+        assert not await serving()
+        await running.reconfigure({})
+        await eventually(lambda: running.replica.state is ReplicaState.READY)
+        running.healthy()
+        assert await serving()
+        said = [record.message for record in caplog.records if "sick" in record.message or "well" in record.message]
+        assert [line.split(":")[0] for line in said] == ["e is sick", "e is well again"]
     finally:
         await running.close()

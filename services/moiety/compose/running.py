@@ -10,6 +10,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, nullcontext, suppress
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any
 
 from moiety import __version__
@@ -64,7 +65,7 @@ class Running:
         self._heartbeat = Heartbeat(registry, lambda: self.replica, on_beat=parts.on_beat, require=True)
         self._draining = False
         self._sick = False
-        self._loop_progress = Progress(MOST_LATE)
+        self._loop_progress = Progress(MOST_LATE, inf)
         self._looking: asyncio.Task[None] | None = None
 
     @property

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import inf
 
-LEAST_S = 5.0  # a unit may always take this long, where nothing else is said
-FACTOR = 8.0  # and this many times as long as units of its size have taken of late
+FACTOR = 8.0  # a unit may take this many times as long as units of its size have taken of late
 FIRST_S = 30.0  # while nothing has shown how long units take: kernels are compiled, weights are paged in
 LATE_S = 60.0  # "of late": the longest unit of the last one to two such spans counts
 FORGET_S = 10.0  # failures that are older than this say nothing about now
@@ -29,8 +28,8 @@ class Progress:
     seconds of one monotonic clock, which callers pass in.
     """
 
-    def __init__(self, most_failures: int, least_s: float = LEAST_S) -> None:
-        """`most_failures`: so many units that fail in a row make the worker sick. `least_s`: each may take so many seconds."""
+    def __init__(self, most_failures: int, least_s: float) -> None:
+        """`most_failures`: so many units that fail in a row make the worker sick. `least_s`: each may take so long."""
         self._most_failures, self._least_s = most_failures, least_s
         self._longest: dict[int, _Longest] = {}  # by size class, the number of bits of a unit's size
         self._unit: tuple[float, int] | None = None  # begin and size of the current unit

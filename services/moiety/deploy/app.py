@@ -65,8 +65,10 @@ def _options(settings: AppSettings, arguments: dict[str, Any], name: str, held: 
     options: dict[str, Any] = {
         "name": name,
         "ray_actor_options": {"num_cpus": wanted.num_cpus, "num_gpus": wanted.num_gpus},
-        "health_check_period_s": 1.0,  # a killed replica is replaced in 2.2 s; with Serve's default of 10 s, in 3.7 to 5.7 s
-        "health_check_timeout_s": 10.0,
+        # A killed replica is replaced in 2.2 s; with Serve's default of 10 s, in 3.7 to 5.7 s. A sick one is replaced after
+        # three checks that fail, a stopped one after three that are not answered.
+        "health_check_period_s": 1.0,
+        "health_check_timeout_s": 5.0,
         "graceful_shutdown_wait_loop_s": 0.1,  # no request goes through Serve, so there is none to wait for
         "graceful_shutdown_timeout_s": settings.drain_s + 7.0,
     }

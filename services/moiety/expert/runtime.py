@@ -30,6 +30,7 @@ from moiety_kernels.weights.expert_weights import ExpertWeights
 _log = logging.getLogger(__name__)
 NO_EXPERTS = ExpertTable({})  # of a layer of which this replica holds none
 MOST_FAILURES = 2  # a batch, and then the device's probe
+LEAST_S = 5.0  # a batch may always take this long
 
 
 class Runtime:
@@ -57,7 +58,7 @@ class Runtime:
         self.capacity = capacity
         self._device = Device(mlp, dtype, device, wire_dtype=wire_dtype or dtype, deterministic=deterministic)
         self._load, self._threads = load, threads
-        self._progress = Progress(MOST_FAILURES)
+        self._progress = Progress(MOST_FAILURES, LEAST_S)
         self._suspect: tuple[ExpertTable, list[int]] = NO_EXPERTS, []  # weights of the batch that failed last
         self._recheck_posted = False
         self._holding = Holding(ExpertSet(), ExpertSet(), 0, {})

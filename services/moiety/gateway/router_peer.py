@@ -137,11 +137,13 @@ class RouterPeer:
         """Sends a request to the router and yields its events; see `CallClient.generate`."""
         return self._calls.generate(request, deadline, traceparent)
 
-    async def poll(self, timeout_s: float = HANDSHAKE_S) -> bool:
+    async def poll(self, timeout_s: float | None = None) -> bool:
         """Asks the router for its load and stores the answer. Returns False if it does not answer, or another one does."""
         before = self.in_flight
         try:
-            report = await self.stub.DescribeEngine(engine_pb2.DescribeEngineRequest(), timeout=timeout_s)
+            report = await self.stub.DescribeEngine(
+                engine_pb2.DescribeEngineRequest(), timeout=timeout_s or HANDSHAKE_S
+            )
         except grpc.RpcError as error:
             self.unresponsive = True
             self.lost = self.lost or error.code() is grpc.StatusCode.UNAVAILABLE  # no connection, or it has ended

@@ -220,13 +220,19 @@ class RouterPool:
             self._listed = {name: replica for name, replica in routers.items() if replica.state in USABLE}
             self._leaving = {name for name, replica in routers.items() if replica.state is ReplicaState.DRAINING}
             self._refused = {name: why for name, why in self._refused.items() if name in self._listed}
-        for router in [router for router in self._routers.values() if self._has_left(router)]:
+        await self._drop_lost()
+        self._dial_listed()
+        if self._dialling and not self._routers:  # with a router to use, others are dialled in the background
+            await asyncio.wait(self._dialling.values())
+
+    async def _drop_lost(self, spare: RouterPeer | None = None) -> None:
+        for router in [router for router in self._routers.values() if router is not spare and self._has_left(router)]:
             await self._drop(router)
+
+    def _dial_listed(self) -> None:
         for name in self._listed.keys() - self._routers.keys() - self._dialling.keys():
             self._dialling[name] = spawn("router dial", self._dial(self._listed[name]))
             self._dialling[name].add_done_callback(partial(self._dialled, name))
-        if self._dialling and not self._routers:  # with a router to use, others are dialled in the background
-            await asyncio.wait(self._dialling.values())
 
     def _has_left(self, router: RouterPeer) -> bool:
         name = router.replica.id
@@ -241,7 +247,9 @@ class RouterPool:
             await router.leave()
 
     async def _polled(self, router: RouterPeer) -> None:
-        """Moves the requests of a router that is sick or hangs, if another one is well."""
+        """Drops and dials routers without waiting for a request, and moves requests from a router that is sick or hangs."""
+        await self._drop_lost(spare=router)  # its own task runs here: the next request drops it
+        self._dial_listed()
         if router.in_flight and router.must_hand_over and any(other.well for other in self._routers.values()):
             _log.warning("router %s is %s; its requests move", router.replica.id, router.state)
             await router.hand_over()

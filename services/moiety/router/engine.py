@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from math import inf
 
 import torch
 
@@ -83,7 +84,7 @@ class Engine:
         self._changed = threading.Condition()
         self._stopping = False
         self.turns = 0  # of the thread's loop
-        self.steps = Progress(MOST_FAILURES)  # which steps failed
+        self.steps = Progress(MOST_FAILURES, inf)  # counts failures; `engine_health.py` judges time
         self._thread = supervise_thread("engine", self._run)
 
     def start(self) -> None:
