@@ -54,7 +54,10 @@ class LocalSystem:
     async def started(
         cls, model: str, redis: RedisServer, folder: Path, *, groups: int, replicas: int, routers: int, kv_memory: int
     ) -> AsyncIterator[LocalSystem]:
-        """Serves `model` with `groups` groups of `replicas` replicas each. `folder` gets what the services write; `kv_memory` is a router's, in bytes."""
+        """Serves `model` with `groups` groups of `replicas` replicas each. `folder` gets what the services write.
+
+        `kv_memory` is a router's, in bytes.
+        """
         relay = Relay(redis.port)
         await relay.start()
         try:

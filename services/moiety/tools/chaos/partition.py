@@ -1,7 +1,7 @@
 """A network partition: an expert replica in a network namespace of its own, whose only cable (veth) goes down.
 
-Nothing of it leaves the machine. The addresses are of a block that is reserved for documentation; should the cable's own
-route vanish, a second route drops what is sent to them.
+Nothing of it leaves the machine. The addresses are of a block that is reserved for documentation, and are used only if this
+machine has no route to them. Should the cable's own route vanish, a second route drops what is sent to them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from moiety.errors import FailedPrecondition
 from moiety.tools.chaos.fault import Kind, System
 from moiety.tools.chaos.relay import Relay
 
-NEAR, FAR, NET = "192.0.2.1", "192.0.2.2", "192.0.2.0/30"  # RFC 5737
+NEAR, FAR, NET = "198.51.100.1", "198.51.100.2", "198.51.100.0/30"  # of a block for documentation, RFC 5737
 PARTITION_S = 2.0  # longest gap, as for a hung process
 
 
@@ -26,6 +26,9 @@ async def _namespace() -> AsyncIterator[str]:
     """Makes a network namespace that has FAR, joined by a cable to this one, which has NEAR. Yields its name."""
     if shutil.which("ip") is None:
         raise FailedPrecondition("the command `ip` is not installed (Debian: apt install iproute2)")
+    routes = await _ip(f"route show to match {FAR}")
+    if [route for route in routes.splitlines() if not route.startswith("default")]:
+        raise FailedPrecondition(f"this machine already has a network {NET}, which the trial would use: {routes}")
     name = f"moiety-{os.getpid()}"
     near, far = f"mn{os.getpid()}", f"mf{os.getpid()}"
     try:
@@ -44,14 +47,15 @@ async def _namespace() -> AsyncIterator[str]:
                 await _ip(undo)
 
 
-async def _ip(command: str) -> None:
-    """Runs `ip COMMAND`. Raises FailedPrecondition where it fails, for example without root."""
+async def _ip(command: str) -> str:
+    """Runs `ip COMMAND` and returns its output. Raises FailedPrecondition where it fails, for example without root."""
     process = await asyncio.create_subprocess_exec(
-        "ip", *command.split(), stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE
+        "ip", *command.split(), stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
     )
-    _, complaint = await process.communicate()
+    output, complaint = await process.communicate()
     if process.returncode:
         raise FailedPrecondition(f"`ip {command}` failed: {complaint.decode(errors='replace').strip()}")
+    return output.decode(errors="replace").strip()
 
 
 @asynccontextmanager

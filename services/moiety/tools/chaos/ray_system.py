@@ -9,6 +9,8 @@ from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
+from pydantic import ByteSize
+
 from moiety.config.application import AppSettings, ExpertDeployment, GatewayDeployment, RouterDeployment
 from moiety.config.registry_url import RegistryUrl
 from moiety.core.replica import Replica, ReplicaState, Role
@@ -46,7 +48,9 @@ def deployed(
         groups=groups,
         registry=RegistryUrl(redis.url),
         gateway=GatewayDeployment(port=0),
-        router=RouterDeployment(min_replicas=routers, max_replicas=routers, num_cpus=0.1, kv_memory=kv_memory),
+        router=RouterDeployment(
+            min_replicas=routers, max_replicas=routers, num_cpus=0.1, kv_memory=ByteSize(kv_memory)
+        ),
         experts=ExpertDeployment(min_replicas=replicas, max_replicas=replicas, num_cpus=0.1),
     )
     with (
