@@ -177,7 +177,7 @@ class LyingReplica:
             case "mute":
                 await asyncio.Event().wait()
             case "garbled":
-                return os.urandom(200)
+                return b"\xff" * 200  # no message: a field of an unknown kind
             case "wide":
                 described.hidden *= 2
             case "bomb":
