@@ -9,12 +9,20 @@ from pathlib import Path
 from random import Random
 from typing import Any, Protocol
 
+import grpc
+
 from moiety.core.replica import Replica, Role
 from moiety.core.system import SystemId
 from moiety.errors import FailedPrecondition
+from moiety.internal.v1.experts_pb2 import DescribeReplicaRequest, DescribeReplicaResponse
+from moiety.internal.v1.experts_pb2_grpc import ExpertServiceStub
 from moiety.registry.interface import Registry
 from moiety.tools.chaos.redis_server import RedisServer
 from moiety.tools.chaos.relay import Relay
+from moiety.wire import status
+from moiety.wire.channels import channel
+
+DESCRIBE_S = 10.0
 
 
 class DidNotHold(Exception):
@@ -96,3 +104,12 @@ def one_of(system: System, role: Role, random: Random) -> Replica:
     if not replicas:
         raise FailedPrecondition(f"there is no {role}")
     return random.choice(replicas)
+
+
+async def described(replica: Replica) -> DescribeReplicaResponse:
+    """Returns what an expert replica says of itself. Raises the MoietyError of a failed call."""
+    async with channel(replica.address) as link:
+        try:
+            return await ExpertServiceStub(link).DescribeReplica(DescribeReplicaRequest(), timeout=DESCRIBE_S)
+        except grpc.RpcError as error:
+            raise status.error_of(error) from None

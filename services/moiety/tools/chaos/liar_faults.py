@@ -11,12 +11,9 @@ from random import Random
 
 from moiety.core.replica import Role
 from moiety.core.supervise import supervise
-from moiety.internal.v1.experts_pb2 import DescribeReplicaRequest
-from moiety.internal.v1.experts_pb2_grpc import ExpertServiceStub
 from moiety.registry.interface import HEARTBEAT_S
-from moiety.tools.chaos.fault import DidNotHold, Kind, System, one_of
+from moiety.tools.chaos.fault import DidNotHold, Kind, System, described, one_of
 from moiety.tools.chaos.lying_replica import HOST, LIES, LyingReplica
-from moiety.wire.channels import channel
 
 LIED_TO_S = 2.0  # longest gap while an honest holder can answer
 LASTS_S = 4.0
@@ -27,8 +24,7 @@ MOST_CALLS = 400  # likewise
 @asynccontextmanager
 async def _liar(lie: str, system: System, random: Random) -> AsyncIterator[str]:
     honest = one_of(system, Role.EXPERT, random)
-    async with channel(honest.address) as link:
-        description = await ExpertServiceStub(link).DescribeReplica(DescribeReplicaRequest(), timeout=10)
+    description = await described(honest)
     description.shared_memory = ""  # routers then send their calls through gRPC
     async with LyingReplica(lie, description) as liar:
         entry = dataclasses.replace(

@@ -13,10 +13,7 @@ from random import Random
 
 from moiety.core.replica import Role
 from moiety.errors import FailedPrecondition
-from moiety.internal.v1.experts_pb2 import DescribeReplicaRequest
-from moiety.internal.v1.experts_pb2_grpc import ExpertServiceStub
-from moiety.tools.chaos.fault import DidNotHold, Kind, System, one_of
-from moiety.wire.channels import channel
+from moiety.tools.chaos.fault import DidNotHold, Kind, System, described, one_of
 
 UNDISTURBED_S = 2.0
 BLOCK = bytes(1 << 20)
@@ -45,8 +42,7 @@ async def _full_disk(system: System, _: Random) -> AsyncIterator[str]:
 @asynccontextmanager
 async def _few_descriptors(system: System, random: Random) -> AsyncIterator[str]:
     victim = one_of(system, Role.EXPERT, random)
-    async with channel(victim.address) as link:
-        description = await ExpertServiceStub(link).DescribeReplica(DescribeReplicaRequest(), timeout=10)
+    description = await described(victim)
     before = resource.prlimit(victim.pid, resource.RLIMIT_NOFILE)
     open_now = len(os.listdir(f"/proc/{victim.pid}/fd"))
     with ExitStack() as callers:

@@ -108,7 +108,7 @@ async def _trial(system: System, load: Load, plan: Planned, slack: float) -> Tri
             try:
                 async with kind.cause(system, Random(plan.seed)) as what:
                     await asyncio.sleep(kind.lasts_s)
-            except DidNotHold as error:
+            except (DidNotHold, OSError) as error:
                 broken.append(str(error))
     except (TimeoutError, MoietyError) as error:
         if isinstance(error, FailedPrecondition):
