@@ -71,6 +71,10 @@ def chaos(context: click.Context, /, json_file: Path | None, listed: bool, place
     for row in rows:
         for text in row.broken:
             click.echo(f"{row.fault}: DID NOT HOLD: {text}")
+    if outcome.leaks is not None:
+        click.echo(f"all faults together left behind: {outcome.leaks}")
+        for text in outcome.leaks.excess:
+            click.echo(f"all: DID NOT HOLD: {text}")
     for name, reason in outcome.skipped.items():
         click.echo(f"{name}: skipped: {reason}")
     click.echo(

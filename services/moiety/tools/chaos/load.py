@@ -14,6 +14,8 @@ from moiety.core.supervise import spawn
 from moiety.errors import MoietyError, Unavailable
 
 NEW_TOKENS = 120  # per request
+AFTERWARDS_TOKENS = 16  # per request after a fault
+FAILED_S = 0.2  # between a request that failed and the next one
 DRAIN_S = 120.0  # longest wait for the last streams of a trial
 PROMPTS = tuple(tuple(3 + (7 * i + 11 * j) % 250 for j in range(4 + 3 * i)) for i in range(8))
 # Eight greedy streams, and four with a temperature and a seed.
@@ -65,6 +67,14 @@ class Load:
         self._expected = outputs
         return tally
 
+    async def check(self) -> Tally:
+        """Runs the beginning of every stream once, after a fault. Returns the tally; a request that fails is counted."""
+        tally = Tally()
+        async with asyncio.TaskGroup() as lanes:
+            for lane in range(len(self._mix)):
+                lanes.create_task(self._counted(lane, tally, AFTERWARDS_TOKENS))
+        return tally
+
     @asynccontextmanager
     async def running(self) -> AsyncIterator[Tally]:
         """Keeps every lane busy while the block runs, then waits for the last streams. Yields the tally, complete at the end.
@@ -95,22 +105,27 @@ class Load:
 
     async def _lane(self, lane: int, tally: Tally, ending: asyncio.Event) -> None:
         while not ending.is_set():
-            output: list[int] = []
-            tally.requests += 1
-            try:
-                await self._request(lane, tally, output)
-            except MoietyError as error:
-                tally.errors.append(error)
-                await asyncio.sleep(0.2)  # a failed request may come back at once: do not spin
-            else:
-                tally.identical += output == self._expected[lane]
+            if not await self._counted(lane, tally, NEW_TOKENS):
+                await asyncio.sleep(FAILED_S)  # the next request may fail as soon
 
-    async def _request(self, lane: int, tally: Tally, output: list[int]) -> None:
+    async def _counted(self, lane: int, tally: Tally, new_tokens: int) -> bool:
+        """Runs one request of `lane` and counts it in `tally`; returns whether it succeeded."""
+        output: list[int] = []
+        tally.requests += 1
+        try:
+            await self._request(lane, tally, output, new_tokens)
+        except MoietyError as error:
+            tally.errors.append(error)
+            return False
+        tally.identical += output == self._expected[lane][:new_tokens]
+        return True
+
+    async def _request(self, lane: int, tally: Tally, output: list[int], new_tokens: int = NEW_TOKENS) -> None:
         """Runs one request of `lane`, adds its tokens to `output` and its longest gap to `tally`."""
         prompt, options = self._mix[lane]
         latest = time.monotonic()
         try:
-            async for chunk in self._client.generate(prompt, max_tokens=NEW_TOKENS, ignore_eos=True, **options):
+            async for chunk in self._client.generate(prompt, max_tokens=new_tokens, ignore_eos=True, **options):
                 now = time.monotonic()
                 tally.worst_gap_s, latest = max(tally.worst_gap_s, now - latest), now
                 output.extend(chunk.token_ids)

@@ -20,9 +20,10 @@ from moiety.wire.deadline import Deadline
 from moiety.wire.event_stream import CallClient
 
 PROBE_S = 30.0  # longest time for a request that needs nearly every KV block of an idle router
-# What a trial may leave behind. Memory and descriptors: of one process. Allocators keep some memory, and gRPC some
-# connections that are closed only later. The keys of a lost replica expire after up to a minute.
-RSS_MIB, DESCRIPTORS, SEGMENTS, KEYS = 64, 16, 0, 48
+# What a trial, and all trials together, may leave behind. Memory and descriptors: of one process. Allocators keep some
+# memory, and gRPC some connections that are closed only later. An idle expert replica keeps the segment of its last call
+# until the next one. The keys of a lost replica expire after up to a minute.
+RSS_MIB, DESCRIPTORS, SEGMENTS, KEYS = 64, 16, 4, 48
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,11 +38,13 @@ class Outcome:
     quiet: Tally  # the same streams without a fault
     trials: tuple[Trial, ...]
     skipped: dict[str, str]  # kind -> why this machine or system cannot have it
+    leaks: Leaks | None  # what all trials together left behind; None if the system could not be measured
 
     @property
     def passed(self) -> bool:
-        """Whether there was a trial, and everything held in each."""
-        return bool(self.trials) and not any(trial.broken for trial in self.trials)
+        """Whether there was a trial, everything held in each, and all together left no more behind than one may."""
+        clean = self.leaks is not None and not self.leaks.excess
+        return bool(self.trials) and clean and not any(trial.broken for trial in self.trials)
 
 
 async def run_trials(
@@ -66,6 +68,7 @@ async def run_trials(
             await load.learn()
         quiet = await load.learn()
         say(f"quiet: {quiet.tokens_per_s:.0f} tokens/s, worst gap {quiet.worst_gap_s:.2f} s")
+        first = await read_usage(system)
         trials: list[Trial] = []
         skipped: dict[str, str] = {}
         for plan in planned:
@@ -85,8 +88,8 @@ async def run_trials(
             say(line_of(trial))
             if any(text.startswith("not whole") for text in trial.broken):
                 say("the system cannot be repaired: the run ends")
-                break
-        return Outcome(quiet, tuple(trials), skipped)
+                return Outcome(quiet, tuple(trials), skipped, None)
+        return Outcome(quiet, tuple(trials), skipped, leaks(first, await read_usage(system)))
 
 
 def line_of(trial: Trial) -> str:
@@ -118,6 +121,8 @@ async def _trial(system: System, load: Load, plan: Planned, slack: float) -> Tri
     left: Leaks | None = None
     try:
         await system.repair()
+        later = await load.check()
+        broken += [f"afterwards {problem}" for problem in _judged(kind, later, slack)]
         left = leaks(before, await read_usage(system))
         broken += left.excess
     except (TimeoutError, MoietyError) as error:

@@ -15,7 +15,6 @@ from moiety.client import Chunk
 from moiety.errors import FailedPrecondition, MoietyError, PeerLost
 from moiety.tools.chaos import trials
 from moiety.tools.chaos.fault import DidNotHold, Kind, System
-from moiety.tools.chaos.load import NEW_TOKENS
 from moiety.tools.chaos.meters import Usage
 from moiety.tools.chaos.report import rows_of
 from moiety.tools.chaos.schedule import Planned
@@ -40,8 +39,8 @@ class World:
 
     async def __aexit__(self, *_: object) -> None: ...
 
-    async def generate(self, prompt: list[int], **_: Any) -> AsyncIterator[Chunk]:
-        for position in range(NEW_TOKENS):
+    async def generate(self, prompt: list[int], *, max_tokens: int, **_: Any) -> AsyncIterator[Chunk]:
+        for position in range(max_tokens):
             await asyncio.sleep(max(self.pause_s, 0.0005))
             if self.error is not None:
                 raise self.error
@@ -128,7 +127,7 @@ async def test_failed_requests_count_unless_the_kind_breaks_streams(monkeypatch:
     [
         ({"rss_mib": {1: 400}}, "300 MiB of memory more than before"),
         ({"descriptors": {1: 60}}, "40 descriptors more"),
-        ({"segments": 3}, "1 segments more"),
+        ({"segments": 9}, "7 segments more"),
         ({"keys": 500}, "490 registry keys more"),
         ({"blocked": ("router#1",)}, "router#1 does not give all its KV blocks to one request"),
     ],
