@@ -110,10 +110,10 @@ class LocalSystem:
         return (await self._cluster.add_expert(0, prefix=prefix, **settings)).replica
 
     async def remove(self, replica: Replica) -> None:
-        """Kills a replica and waits until the cluster has noticed."""
-        child = self._child(replica)
-        child.signal(signal.SIGKILL)
-        await child.ended()
+        with suppress(FailedPrecondition, ProcessLookupError):  # it has ended already
+            child = self._child(replica)
+            child.signal(signal.SIGKILL)
+            await child.ended()
 
     async def repair(self) -> None:
         missing = [

@@ -18,6 +18,7 @@ from moiety.tools.chaos.schedule import Planned
 Progress = Callable[[str], None]
 START_S = 60.0  # longest wait for streams to begin
 WARM_ROUNDS = 2  # of every stream, before the first trial
+MOST_SKIPPED = 1000  # faults in a row: then no kind is left that can happen
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,19 +72,22 @@ async def run_trials(
         first = await read_usage(system)
         trials: list[Trial] = []
         skipped: dict[str, str] = {}
-        for plan in planned:
-            if faults is not None and len(trials) + len(skipped) >= faults:
-                break
-            if seconds is not None and time.monotonic() - began >= seconds:
+        idle = 0  # faults in a row that were skipped
+        for count, plan in enumerate(planned):
+            late = seconds is not None and time.monotonic() - began >= seconds
+            if late or count == faults or idle == MOST_SKIPPED:
                 break
             if plan.kind.name in skipped:
+                idle += 1
                 continue
             try:
                 trial = await _trial(system, load, plan, slack)
             except FailedPrecondition as error:
                 skipped[plan.kind.name] = str(error)
                 say(f"{plan.kind.name}: skipped, {error}")
+                await system.repair()
                 continue
+            idle = 0
             trials.append(trial)
             say(line_of(trial))
             if any(text.startswith("not whole") for text in trial.broken):
