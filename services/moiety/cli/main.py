@@ -19,6 +19,7 @@ from moiety.errors import MoietyError
 COMMANDS: Mapping[str, str] = MappingProxyType(
     {
         "bench": "Measure the system on this machine: transports, kernels, memory, serving speed, overload, elasticity.",
+        "chaos": "Let faults of every kind happen to a system under load, and check that nothing is lost.",
         "demo": "Show the whole system at work on this machine, from start to end.",
         "doctor": "Check what decides how well this machine serves, and report what is wrong.",
         "generate": "Generate text from a running gateway.",

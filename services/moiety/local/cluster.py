@@ -15,7 +15,7 @@ import secrets
 import shutil
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
@@ -147,9 +147,13 @@ class LocalCluster:
         """Returns the oldest router."""
         return next(child for child in self.children if child.replica.role is Role.ROUTER)
 
-    async def add_expert(self, group: int, **settings: Any) -> Child:
-        """Starts one more replica of `group`; returns when it is registered. `settings` apply to this replica only."""
-        return await self._add(Role.EXPERT, f"experts-{group}", {"held": str(self.partition[group]), **settings})
+    async def add_expert(self, group: int, *, prefix: Sequence[str] = (), **settings: Any) -> Child:
+        """Starts one more replica of `group`; returns when it is registered. `settings` apply to this replica only.
+
+        `prefix` is a command that runs the child's command, such as `("nice", "-n", "5")`; it must end as that command.
+        """
+        values = {"held": str(self.partition[group]), **settings}
+        return await self._add(Role.EXPERT, f"experts-{group}", values, prefix)
 
     async def add_hot_set(self, slot: int) -> Child:
         """Starts one more replica of the hot set `hot-<slot>`; returns when it is registered."""
@@ -210,7 +214,7 @@ class LocalCluster:
             await self._registry.close()
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    async def _add(self, role: Role, deployment: str, settings: Mapping[str, Any]) -> Child:
+    async def _add(self, role: Role, deployment: str, settings: Mapping[str, Any], prefix: Sequence[str] = ()) -> Child:
         self._count += 1
         replica_id = f"{deployment}#{self._count}"
         values = {**self._common, "deployment": deployment, **self._extra[role], **settings}
@@ -218,6 +222,7 @@ class LocalCluster:
         log = (self.folder / f"{replica_id.replace('#', '-')}.log").open("wb")
         with log:
             process = await asyncio.create_subprocess_exec(
+                *prefix,
                 sys.executable,
                 "-m",
                 "moiety.local.child",

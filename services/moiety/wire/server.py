@@ -45,9 +45,7 @@ class Server:
         `streams`: RPCs that one connection may have open; a client's library keeps further ones back until others end.
         """
         own = [("grpc.so_reuseport", int(share_port)), ("grpc.max_concurrent_streams", streams)]
-        self.grpc = grpc.aio.server(
-            options=[*shared_options(ping_timeout_s), *_OPTIONS, *own], interceptors=[Guard()]
-        )
+        self.grpc = grpc.aio.server(options=[*shared_options(ping_timeout_s), *_OPTIONS, *own], interceptors=[Guard()])
         self._health = health.aio.HealthServicer()
         self._services = services
         self._stopping: asyncio.Task[None] | None = None

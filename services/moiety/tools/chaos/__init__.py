@@ -1,0 +1,1 @@
+"""`moiety chaos`: faults of every kind under streaming load, and what they cost."""
