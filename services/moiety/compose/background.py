@@ -10,7 +10,7 @@ from concurrent.futures import Future
 from contextlib import suppress
 from typing import ParamSpec, TypeVar
 
-from moiety.core.supervise import spawn_thread
+from moiety.core.supervise import supervise_thread
 
 NICENESS = 5  # about a third of the time of a serving thread on the same core; all of the time on an idle core
 
@@ -24,10 +24,9 @@ async def at_low_priority(function: Callable[P, T], *args: P.args, **kwargs: P.k
     The thread is a new one because an unprivileged thread that has lowered its priority cannot raise it again.
     """
     future: Future[T] = Future()
+    future.set_running_or_notify_cancel()  # from now on it cannot be cancelled, so that its result can always be set
 
     def run() -> None:
-        if not future.set_running_or_notify_cancel():
-            return  # whoever waited was cancelled; from here on, the future can no longer be
         with suppress(OSError, AttributeError):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
         try:
@@ -35,5 +34,5 @@ async def at_low_priority(function: Callable[P, T], *args: P.args, **kwargs: P.k
         except BaseException as error:
             future.set_exception(error)
 
-    spawn_thread("background", run).start()
+    supervise_thread("background", run).start()
     return await asyncio.wrap_future(future)
