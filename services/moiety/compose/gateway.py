@@ -32,6 +32,7 @@ async def start(settings: GatewaySettings, replica_id: str, node: str) -> Runnin
         service = GenerationService(
             routers, tokenizer, settings.name, startup.system, settings.max_concurrent, startup.tracer
         )
+        startup.closers.callback(service.close)
         begun, since = 0, time.monotonic()
 
         def load_since_last() -> ReplicaLoad:
@@ -45,7 +46,12 @@ async def start(settings: GatewaySettings, replica_id: str, node: str) -> Runnin
         return await startup.serve(
             ServiceParts(
                 role=Role.GATEWAY,
-                server=Server(service.handlers(), [GENERATION_SERVICE], share_port=settings.port != 0),
+                server=Server(
+                    service.handlers(),
+                    [GENERATION_SERVICE],
+                    share_port=settings.port != 0,
+                    streams=2 * settings.max_concurrent,  # half of them to be refused with a retry delay
+                ),
                 port=settings.port,
                 listening=listening(settings.listen_host, settings.port, startup.system),
                 idle=lambda: service.running == 0,

@@ -1,4 +1,4 @@
-"""One request at one router: counts it at that router until it ends, and measures how fast the routers are."""
+"""One request at one router: counts its prompt at that router, and measures how fast the routers are."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from moiety.policy.router_pace import Pace
 
 
 class Attempt:
-    """One request at one router. Its RouterPeer counts the request from construction until `end`.
+    """One request at one router, from its construction until `end`.
 
     `pace`, how fast the routers are (policy/router_pace.py), is a frozen value: each method takes it and returns the new one.
     """
@@ -27,8 +27,6 @@ class Attempt:
         self._generated: list[int] = []
         self._streams = 0.0
         self._sent = self._first = self._last = time.monotonic()
-        router.requests += 1
-        router.in_flight += prompt.sequences
         router.pending_prompt_tokens += self._to_compute
         self._answered = False
 
@@ -44,8 +42,6 @@ class Attempt:
         Returns `pace`. It is updated only if an event has arrived and the request has a single sequence.
         """
         router, prompt = self._router, self._prompt
-        router.requests -= 1
-        router.in_flight -= prompt.sequences
         if not self._answered:
             router.pending_prompt_tokens -= self._to_compute
             if router.prefixes is not None and self._visit is not None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 
+from moiety.core.supervise import spawn
 from moiety.gateway.stops import StopStrings
 from moiety.gateway.text import Detokenizer, Tokenizer
 from moiety.internal.v1 import engine_pb2
@@ -106,24 +107,27 @@ def resumed_request(request: engine_pb2.EngineRequest, choice: int, ids: Sequenc
 async def merge_streams(
     streams: Sequence[AsyncGenerator[engine_pb2.EngineEvent, None]],
 ) -> AsyncGenerator[engine_pb2.EngineEvent, None]:
-    """Yields the events of all streams as they arrive. The first error ends all streams and is raised."""
-    events: asyncio.Queue[engine_pb2.EngineEvent | BaseException | None] = asyncio.Queue()
+    """Yields the events of all streams as they arrive. The first error ends all streams and is raised.
+
+    At most one event of each waits to be taken: the others stay where their number is bounded (wire/inbox.py).
+    """
+    events: asyncio.Queue[engine_pb2.EngineEvent | Exception | None] = asyncio.Queue(1)
 
     async def follow(stream: AsyncGenerator[engine_pb2.EngineEvent, None]) -> None:
         try:
             async with aclosing(stream):
                 async for event in stream:
-                    events.put_nowait(event)
-            events.put_nowait(None)
+                    await events.put(event)
+            await events.put(None)
         except Exception as error:
-            events.put_nowait(error)
+            await events.put(error)
 
-    tasks = [asyncio.create_task(follow(stream)) for stream in streams]
+    tasks = [spawn("choice", follow(stream)) for stream in streams]
     try:
         running = len(tasks)
         while running:
             event = await events.get()
-            if isinstance(event, BaseException):
+            if isinstance(event, Exception):
                 raise event
             if event is None:
                 running -= 1
@@ -132,5 +136,4 @@ async def merge_streams(
     finally:
         for task in tasks:
             task.cancel()
-        with suppress(asyncio.CancelledError):
-            await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.wait(tasks)

@@ -40,8 +40,6 @@ class RouterPeer:
         self.replica, self._system, self._channel = replica, system, link
         self.stub = engine_pb2_grpc.EngineServiceStub(link)
         self._calls = CallClient(self.stub, f"router {replica.id}")
-        self.requests = 0  # of this gateway, at this router
-        self.in_flight = 0  # sequences of these requests
         self.pending_prompt_tokens = 0.0  # prompt tokens of those of our requests that have no first token yet
         self.unresponsive = False  # it did not answer the last poll
         cached = description.block_tokens and description.blocks
@@ -70,6 +68,11 @@ class RouterPeer:
         return cls(replica, system, link, description)
 
     @property
+    def in_flight(self) -> int:
+        """Sequences of this gateway that the router has not ended. What a client has not read yet takes no slot."""
+        return self._calls.open.choices
+
+    @property
     def load(self) -> int:
         """Sequences of all gateways at this router, running or waiting."""
         return self._others + self.in_flight
@@ -81,7 +84,7 @@ class RouterPeer:
         The router would refuse one more request. Sending it would take time from the requests that the router serves.
         """
         description = self.description
-        return 0 < description.queue_limit <= self.requests - description.slots
+        return 0 < description.queue_limit <= self._calls.open.calls - description.slots
 
     def candidate(self, prompt: Prompt, pace: Pace) -> Candidate:
         """Returns what `router_choice.choose` compares: load, slots, pending prompt tokens and the cached part of `prompt`."""

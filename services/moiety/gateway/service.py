@@ -1,19 +1,19 @@
-"""The public gRPC API: checks requests, tokenises, streams text, and cancels requests that their clients abandon."""
+"""The public gRPC API: checks requests, tokenises, streams text, and ends requests that their clients leave or do not read."""
 
 from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import ExitStack, aclosing
 
 import grpc
-from google.protobuf.message import DecodeError
 
 from moiety.core.system import SystemId
-from moiety.errors import InvalidRequest, MoietyError, NotFound
-from moiety.gateway.admission import Admission, check_priority_and_tenant
+from moiety.errors import InvalidRequest, NotFound, ResourceExhausted
+from moiety.gateway.admission import Admission, host_of
 from moiety.gateway.choices import ResponseBuilder
+from moiety.gateway.encoder import PromptEncoder
 from moiety.gateway.router_pool import RouterPool
 from moiety.gateway.text import Tokenizer
 from moiety.internal.v1 import engine_pb2, gateway_pb2
@@ -22,13 +22,12 @@ from moiety.telemetry.tracing import Tracer
 from moiety.v1 import generation_pb2
 from moiety.wire import finish_reason, status
 from moiety.wire.deadline import Deadline
-from moiety.wire.sampling_params import check_prompt, check_sampling, write_defaults
+from moiety.wire.event_stream import end_unread
+from moiety.wire.sampling_params import check_labels, check_prompt, check_sampling, write_defaults
 from moiety.wire.service_names import GATEWAY_SERVICE, GENERATION_SERVICE
 from moiety.wire.trace_context import traceparent_in
 
-MAX_REQUEST_ID = 128
-LONG_PROMPT = 1 << 13  # characters: some 5 ms of tokenising
-
+UNREAD_S = 20.0  # a client that has not read for so long loses its request
 
 _SAMPLING: Mapping[Attribute, str] = {
     Attribute.MAX_TOKENS: "max_tokens",
@@ -36,6 +35,10 @@ _SAMPLING: Mapping[Attribute, str] = {
     Attribute.TOP_P: "top_p",
     Attribute.TOP_K: "top_k",
 }
+
+
+class Unread(ResourceExhausted):
+    """The client does not read what was generated for it."""
 
 
 class GenerationService:
@@ -53,15 +56,22 @@ class GenerationService:
         self._routers, self._tokenizer, self._model, self._tracer = routers, tokenizer, model, tracer
         self._system = system
         self._admission = Admission(max_concurrent, routers.retry_after_s)
+        self._encoder = PromptEncoder(tokenizer)
+        self._writing: dict[asyncio.Timeout, float] = {}  # since when a response waits for its client
+        self._next_look: asyncio.TimerHandle | None = None
         self.running = 0  # requests in progress
         self.begun = 0  # requests since the start
+
+    def close(self) -> None:
+        """Drops the prompts that wait to be tokenised."""
+        self._encoder.close()
 
     def handlers(self) -> tuple[grpc.GenericRpcHandler, grpc.GenericRpcHandler]:
         """Returns the handlers to add to a server under the names GENERATION_SERVICE and GATEWAY_SERVICE."""
         generation = {
             "Generate": grpc.unary_stream_rpc_method_handler(
                 self._generate,
-                request_deserializer=_parse,
+                request_deserializer=generation_pb2.GenerateRequest.FromString,
                 response_serializer=generation_pb2.GenerateResponse.SerializeToString,
             ),
             "ListModels": grpc.unary_unary_rpc_method_handler(
@@ -90,17 +100,11 @@ class GenerationService:
     async def _list_models(
         self, _request: generation_pb2.ListModelsRequest, context: grpc.aio.ServicerContext
     ) -> generation_pb2.ListModelsResponse:
-        try:
-            router = await self._routers.pick(Deadline.after(context.time_remaining()))
-        except MoietyError as error:
-            await status.abort(context, error)
-        served = router.description
+        served = (await self._routers.pick(Deadline.after(context.time_remaining()))).description
         model = generation_pb2.Model(name=self._model, revision=self._system.revision, max_context=served.max_context)
         return generation_pb2.ListModelsResponse(models=[model])
 
-    async def _generate(
-        self, request: generation_pb2.GenerateRequest | InvalidRequest, context: grpc.aio.ServicerContext
-    ) -> AsyncIterator[generation_pb2.GenerateResponse]:
+    async def _generate(self, request: generation_pb2.GenerateRequest, context: grpc.aio.ServicerContext) -> None:
         span = self._tracer.start(
             SpanName.GENERATE,
             parent=traceparent_in(context),
@@ -110,36 +114,79 @@ class GenerationService:
         self.begun += 1
         held = ExitStack()
         try:
-            if isinstance(request, InvalidRequest):
-                raise request
-            check_priority_and_tenant(request)
+            check_labels(request)
             self._routers.check_room()
-            held.enter_context(self._admission.place(request.tenant))
+            held.enter_context(self._admission.place(request.tenant, host_of(context.peer())))
             deadline = Deadline.after(context.time_remaining())
+            request.request_id = request.request_id or secrets.token_hex(8)
+            span.set(Attribute.REQUEST_ID, request.request_id)
             engine_request, continues = await self._admit(request, deadline)
-            span.set(Attribute.REQUEST_ID, engine_request.request_id)
             span.set(Attribute.INPUT_TOKENS, len(engine_request.prompt_ids))
             for key, field in _SAMPLING.items():
                 span.set(key, getattr(engine_request.sampling, field))
             answer = ResponseBuilder(engine_request, self._tokenizer, tuple(request.sampling.stop), continues)
             events = self._routers.generate(engine_request, deadline, span.traceparent, answer.ended)
-            async with aclosing(events):  # leaving it cancels the request at its router
-                async for event in events:
-                    if (response := answer.push(event)) is not None:
-                        yield response
-                    if answer.complete:
-                        break
+            await self._answer(events, answer, context)
             span.set(Attribute.OUTPUT_TOKENS, answer.produced)
             span.set(
                 Attribute.FINISH_REASONS, [str(finish_reason.FROM_WIRE[reason]) for reason in answer.finish_reasons]
             )
-        except MoietyError as error:
+        except Unread as error:
             span.error(error)
-            await status.abort(context, error)
+            held.close()
+            await end_unread(context, error)
+        except grpc.aio.BaseError:  # the client has gone
+            raise
+        except Exception as error:
+            seen = status.ours(error, request.request_id)
+            span.error(seen)
+            await status.abort(context, seen)
         finally:
             held.close()
             self.running -= 1
             span.end()
+
+    async def _answer(
+        self,
+        events: AsyncGenerator[engine_pb2.EngineEvent, None],
+        answer: ResponseBuilder,
+        context: grpc.aio.ServicerContext,
+    ) -> None:
+        """Sends the responses to `events`. Raises Unread if the client does not read them."""
+        sent_headers, loop = False, asyncio.get_running_loop()
+        try:
+            async with (
+                aclosing(events),
+                asyncio.timeout(None) as patience,
+            ):  # leaving `events` cancels them at their router
+                async for event in events:
+                    if (response := answer.push(event)) is not None:
+                        if not sent_headers:  # an RPC without them cannot be ended while a message waits
+                            await context.send_initial_metadata(())
+                            sent_headers = True
+                        self._writing[patience] = loop.time()
+                        if self._next_look is None:
+                            self._next_look = loop.call_later(UNREAD_S / 4, self._end_patience)
+                        await context.write(response)
+                        del self._writing[patience]
+                    if answer.complete:
+                        break
+        except TimeoutError:
+            if not patience.expired():
+                raise
+            raise Unread(f"the client has not read for {UNREAD_S:g} s", UNREAD_S) from None
+        finally:
+            self._writing.pop(patience, None)
+
+    def _end_patience(self) -> None:
+        """Ends the requests whose clients have not read for UNREAD_S. One timer for all: one for each token costs 5 µs."""
+        loop = asyncio.get_running_loop()
+        now, self._next_look = loop.time(), None
+        for patience, since in self._writing.items():
+            if since <= now - UNREAD_S:
+                patience.reschedule(now)
+        if self._writing:
+            self._next_look = loop.call_later(UNREAD_S / 4, self._end_patience)
 
     async def _admit(
         self, request: generation_pb2.GenerateRequest, deadline: Deadline
@@ -150,22 +197,23 @@ class GenerationService:
         """
         if request.model and request.model != self._model:
             raise NotFound(f"model {request.model!r} is not served here; this is {self._model!r}")
-        if len(request.request_id) > MAX_REQUEST_ID:
-            raise InvalidRequest("request_id", request.request_id, f"at most {MAX_REQUEST_ID} characters")
         kind = request.WhichOneof("prompt")
         if kind is None:
             raise InvalidRequest("prompt", None, "text or token_ids")
-        ids = await self._encode(request.text) if kind == "text" else list(request.token_ids.ids)
-        router = await self._routers.pick(deadline)
-        served = router.description
-        check_prompt(ids, served.vocabulary, served.max_context)
+        served = (await self._routers.pick(deadline)).description
+        if kind == "text":
+            ids = await self._encoder.encode(request.text, served.max_context)
+            check_prompt(ids, served.vocabulary, served.max_context)
+        else:
+            check_prompt(request.token_ids.ids, served.vocabulary, served.max_context)
+            ids = list(request.token_ids.ids)
         if request.sampling.HasField("first_token"):
             request.sampling.first_token_id = self._tokenizer.token_id(request.sampling.first_token)
         continues = [] if served.encoder_decoder else ids
         in_context = len(continues) or 1  # an encoder-decoder's output begins with its start token
         sampling = check_sampling(request.sampling, in_context, served.vocabulary, served.max_context)
         engine_request = engine_pb2.EngineRequest(
-            request_id=request.request_id or secrets.token_hex(8),
+            request_id=request.request_id,
             system_key=self._system.key,
             prompt_ids=ids,
             sampling=request.sampling,
@@ -176,23 +224,3 @@ class GenerationService:
         write_defaults(engine_request.sampling, sampling)
         engine_request.sampling.ClearField("stop")  # the gateway matches stop strings: the engine has no text
         return engine_request, continues
-
-    async def _encode(self, text: str) -> list[int]:
-        """Returns the token ids of a prompt. A long prompt is tokenised on another thread.
-
-        On the event loop, a long prompt would hold up all streams and the gateway's heartbeat.
-        """
-        if len(text) <= LONG_PROMPT:
-            return self._tokenizer.encode(text)
-        return await asyncio.to_thread(self._tokenizer.encode, text)
-
-
-def _parse(data: bytes) -> generation_pb2.GenerateRequest | InvalidRequest:
-    """Parses a request. For unreadable bytes it returns an InvalidRequest, which the handler raises.
-
-    gRPC would report an exception raised here as INTERNAL.
-    """
-    try:
-        return generation_pb2.GenerateRequest.FromString(data)
-    except DecodeError as error:
-        return InvalidRequest("request", f"{len(data)} bytes", f"a GenerateRequest with valid UTF-8 text: {error}")

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cached_property, partial
 
 from moiety.errors import InvalidRequest
 from moiety.model.checkpoint.tokenizer import TokenKinds, open_tokenizer
 
-MAX_PROMPT_CHARACTERS = 16 << 20
 CONTEXT_TOKENS = 4  # an unfinished UTF-8 character has at most 3 bytes, and so 3 tokens; and one token before it
 _PARTIAL = "\ufffd"  # what a decoder shows for the bytes of an unfinished character
 
@@ -26,23 +25,26 @@ class Tokenizer:
         else:
             self._decode = partial(self._tokenizer.decode, clean_up_tokenization_spaces=False)
 
+    @cached_property
+    def longest_token(self) -> int:
+        """Most characters of text that one token stands for."""
+        return max(map(len, self._vocabulary))
+
     def encode(self, text: str) -> list[int]:
-        """Returns the token ids of a prompt. Raises InvalidRequest when it is empty or has over MAX_PROMPT_CHARACTERS."""
-        if not text:
-            raise InvalidRequest("prompt.text", text, "at least one character")
-        if len(text) > MAX_PROMPT_CHARACTERS:
-            raise InvalidRequest(
-                "prompt.text", f"{len(text)} characters", f"at most {MAX_PROMPT_CHARACTERS} characters"
-            )
+        """Returns the token ids of a prompt."""
         ids: list[int] = self._tokenizer.encode(text)
         return ids
 
     def token_id(self, token: str) -> int:
         """Returns the id of the token whose text is exactly `token`. Raises InvalidRequest where there is none."""
-        found = self._tokenizer.get_vocab().get(token)
+        found = self._vocabulary.get(token)
         if found is None:
             raise InvalidRequest("sampling.first_token", token, "the text of a token of this model")
-        return int(found)
+        return found
+
+    @cached_property
+    def _vocabulary(self) -> dict[str, int]:
+        return dict(self._tokenizer.get_vocab())
 
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of `ids` without special tokens, as transformers decodes it by default.

@@ -1,4 +1,4 @@
-"""Checks the public sampling parameters. Gateway and router share these bounds and error messages."""
+"""Checks prompts, sampling parameters and labels of requests. Gateway and router share these bounds and error messages."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from math import isfinite
 
 from moiety.core.sampling import Guide, GuideKind, Sampling
 from moiety.errors import InvalidRequest
-from moiety.v1.generation_pb2 import SamplingParams
+from moiety.internal.v1.engine_pb2 import EngineRequest
+from moiety.v1.generation_pb2 import GenerateRequest, SamplingParams
 
 DEFAULT_MAX_TOKENS = 128
 MAX_TEMPERATURE = 10.0
@@ -20,6 +21,33 @@ MAX_STOPS, MAX_STOP_CHARACTERS = 16, 256
 MAX_STOP_IDS = 64
 MAX_CHOICES = 16
 MAX_GUIDE_CHARACTERS = 1 << 16
+MAX_REQUEST_ID, MAX_TENANT = 128, 128  # characters
+MAX_PRIORITY = 100
+MAX_END_IDS = 256  # end-of-sequence ids of a checkpoint
+
+
+def check_labels(request: GenerateRequest | EngineRequest) -> None:
+    """Raises InvalidRequest unless priority, tenant and request id are within their bounds."""
+    if not -MAX_PRIORITY <= request.priority <= MAX_PRIORITY:
+        raise InvalidRequest("priority", request.priority, f"{-MAX_PRIORITY} to {MAX_PRIORITY}")
+    if len(request.tenant) > MAX_TENANT:
+        raise InvalidRequest("tenant", request.tenant, f"at most {MAX_TENANT} characters")
+    if len(request.request_id) > MAX_REQUEST_ID:
+        raise InvalidRequest("request_id", request.request_id, f"at most {MAX_REQUEST_ID} characters")
+
+
+def check_resolved(request: EngineRequest, max_tokens: int) -> None:
+    """Raises InvalidRequest if a router is asked for what only a gateway can do, or to resume what has ended."""
+    _check("stop", f"{len(request.sampling.stop)} strings", not request.sampling.stop, "empty: a gateway matches them")
+    named = request.sampling.HasField("first_token")
+    _check("first_token", request.sampling.first_token, not named, "resolved by a gateway to first_token_id")
+    if len(request.generated_ids) >= max_tokens:
+        count = f"{len(request.generated_ids)} tokens"
+        raise InvalidRequest("generated_ids", count, f"fewer than max_tokens, {max_tokens}")
+    if request.choice + max(request.sampling.n, 1) > MAX_CHOICES:
+        raise InvalidRequest("choice", request.choice, f"at most {MAX_CHOICES} - n")
+    if len(request.stop_ids) > MAX_END_IDS:
+        raise InvalidRequest("stop_ids", f"{len(request.stop_ids)} ids", f"at most {MAX_END_IDS} ids")
 
 
 def check_prompt(ids: Sequence[int], vocabulary: int, max_context: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import secrets
 from typing import NoReturn
 
 import grpc
@@ -30,22 +31,29 @@ _CODES: tuple[tuple[type[errors.MoietyError], grpc.StatusCode], ...] = (
 _BY_NUMBER = {code.value[0]: code for code in grpc.StatusCode}
 
 
-def code_of(error: BaseException) -> grpc.StatusCode:
-    """Returns the gRPC status code that a client sees for `error`: INTERNAL if it is not a MoietyError."""
-    return next((code for kind, code in _CODES if isinstance(error, kind)), grpc.StatusCode.INTERNAL)
+def code_of(error: errors.MoietyError) -> grpc.StatusCode:
+    """Returns the gRPC status code that a client sees for `error`."""
+    return next(code for kind, code in _CODES if isinstance(error, kind))
 
 
-async def abort(context: grpc.aio.ServicerContext, error: BaseException) -> NoReturn:
-    """Ends the RPC with the status of `error`.
+def ours(error: Exception, request_id: str = "") -> errors.MoietyError:
+    """Returns `error` if it is one of ours, else one that a client may see.
 
-    An exception that is not a MoietyError is logged with its traceback, and the client sees only its type.
+    An exception that is not ours may quote anything. It is logged with its traceback; the client gets only an id to find it
+    by: `request_id`, or a new one.
     """
+    if isinstance(error, errors.MoietyError):
+        return error
+    request_id = request_id or secrets.token_hex(8)
+    _log.error("request %s failed by an unexpected error", request_id, exc_info=error)
+    return errors.MoietyError(f"internal error; the service's log has it under request id {request_id}")
+
+
+async def abort(context: grpc.aio.ServicerContext, error: errors.MoietyError) -> NoReturn:
+    """Ends the RPC with the status of `error`."""
     if isinstance(error, errors.ResourceExhausted):
         context.set_trailing_metadata(((RETRY_AFTER_KEY, str(int(error.retry_after_s * 1000))),))
-    if isinstance(error, errors.MoietyError):
-        await context.abort(code_of(error), str(error))
-    _log.error("unexpected error in an RPC", exc_info=error)
-    await context.abort(grpc.StatusCode.INTERNAL, f"internal error: {type(error).__name__}")
+    await context.abort(code_of(error), str(error))
     raise AssertionError("abort returned")
 
 
@@ -54,17 +62,11 @@ def error_of(rpc: grpc.RpcError) -> errors.MoietyError:
     return error_of_code(rpc.code(), rpc.details() or "", rpc.trailing_metadata())
 
 
-def to_message(error: BaseException) -> engine_pb2.EngineError:
-    """Returns `error` as an EngineError. It ends one call, whereas a gRPC status would end the stream with all its calls.
-
-    An exception that is not a MoietyError is logged with its traceback, and the peer sees only its type.
-    """
+def to_message(error: errors.MoietyError) -> engine_pb2.EngineError:
+    """Returns `error` as an EngineError. It ends one call, whereas a gRPC status would end the stream with all its calls."""
     message = engine_pb2.EngineError(code=code_of(error).value[0], detail=str(error))
     if isinstance(error, errors.ResourceExhausted):
         message.retry_after_ms = int(error.retry_after_s * 1000)
-    if not isinstance(error, errors.MoietyError):
-        _log.error("unexpected error in a call", exc_info=error)
-        message.detail = f"internal error: {type(error).__name__}"
     return message
 
 

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 import pytest
 
 from moiety.errors import ResourceExhausted
-from moiety.gateway.admission import Admission
+from moiety.gateway.admission import MOST_CLAIMS, Admission, host_of
 
 
 class Clock:
@@ -32,12 +32,12 @@ def admission(clock: Clock) -> Admission:
     return Admission(4, lambda: 2.0, clock)
 
 
-def take(admission: Admission, tenant: str, places: int) -> list[ExitStack]:
+def take(admission: Admission, tenant: str, places: int, host: str = "") -> list[ExitStack]:
     """Takes `places` places; closing one frees it."""
     taken = []
     for _ in range(places):
         stack = ExitStack()
-        stack.enter_context(admission.place(tenant))
+        stack.enter_context(admission.place(tenant, host))
         taken.append(stack)
     return taken
 
@@ -99,3 +99,71 @@ def test_tenants_are_forgotten_with_their_requests(admission: Admission):
     taken += take(admission, "a", 1)
     with pytest.raises(ResourceExhausted, match="2 of this tenant's requests are in flight, its share"):
         take(admission, "a", 1)
+
+
+def taken_or_refused(admission: Admission, tenant: str, host: str) -> list[ExitStack]:
+    """Takes a place if the admission gives one."""
+    try:
+        return take(admission, tenant, 1, host)
+    except ResourceExhausted:
+        return []
+
+
+def test_invented_tenants_take_nothing_from_another_host(clock: Clock):
+    """Against a thousand invented names at another host, a tenant keeps an equal share: half of the places."""
+    admission = Admission(16, lambda: 2.0, clock)
+    honest = take(admission, "honest", 8, "a")
+    invented = [place for n in range(8) for place in take(admission, f"name {n}", 1, "b")]
+    for number in range(1000):
+        assert not taken_or_refused(admission, f"name {number}", "b")
+    for round_number in range(200):  # requests end and others take their places; the attacker is always first
+        clock.now += 0.1
+        (honest if round_number % 2 else invented).pop(0).close()
+        for number in range(20):
+            invented += taken_or_refused(admission, f"name {20 * round_number + number}", "b")
+        while len(honest) < 8 and (got := taken_or_refused(admission, "honest", "a")):
+            honest += got
+        assert len(honest) >= 7
+    assert len(invented) <= 9
+
+
+def test_names_that_only_ask_count_as_one(clock: Clock):
+    """At one host, a thousand names without a place lower the share of a tenant with requests to half, not to nothing."""
+    admission = Admission(16, lambda: 2.0, clock)
+    taken = take(admission, "honest", 16, "a")
+    for number in range(1000):
+        assert not taken_or_refused(admission, f"name {number}", "a")
+    for place in taken[7:]:
+        place.close()
+    taken[7:] = take(admission, "honest", 1, "a")
+    with pytest.raises(ResourceExhausted, match="8 of this tenant's requests are in flight, its share"):
+        take(admission, "honest", 1, "a")
+
+
+def test_a_host_with_many_claims_keeps_no_other_from_claiming(clock: Clock):
+    """The claims of one host are bounded, and another host's claim counts beside them."""
+    admission = Admission(4, lambda: 2.0, clock)
+    taken = take(admission, "x", 4, "a")
+    for number in range(10 * MOST_CLAIMS):
+        assert not taken_or_refused(admission, f"name {number}", "a")
+    assert not taken_or_refused(admission, "late", "b")
+    taken.pop().close()
+    with pytest.raises(ResourceExhausted, match="3 of this host's requests are in flight, its share"):
+        take(admission, "y", 1, "a")
+    take(admission, "late", 1, "b")
+
+
+@pytest.mark.parametrize(
+    ("peer", "host"),
+    [
+        ("ipv4:192.0.2.7:50000", "192.0.2.7"),
+        ("ipv6:%5B::1%5D:50000", "::/64"),
+        ("ipv6:[2001:db8:0:7:1:2:3:4]:1", "2001:db8:0:7::/64"),
+        ("ipv6:%5Bfe80::1%25eth0%5D:50000", "fe80::/64"),
+        ("unix:/run/x.sock", "unix:/run/x.sock"),
+        ("", ""),
+    ],
+)
+def test_a_host_is_an_address_or_a_network(peer: str, host: str):
+    """Connections of one IPv4 address, or of one IPv6 network, are of one host."""
+    assert host_of(peer) == host

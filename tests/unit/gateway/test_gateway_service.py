@@ -11,11 +11,11 @@ from gateway_support import PROMPT, SHAPE, Gateway, chunks, expected, gateway_ov
 
 from moiety.core.sampling import FinishReason
 from moiety.errors import DeadlineExceeded, InvalidRequest, ResourceExhausted, Unavailable
-from moiety.gateway.service import MAX_REQUEST_ID
 from moiety.gateway.text import Tokenizer
 from moiety.testing import SYSTEM, FakeEngine, eventually
 from moiety.v1 import generation_pb2
 from moiety.wire.channels import channel
+from moiety.wire.sampling_params import MAX_REQUEST_ID
 from moiety.wire.service_names import GENERATION_SERVICE
 
 NAN = float("nan")
@@ -175,14 +175,14 @@ async def test_bad_requests_get_field_value_and_bound(tokenizer: Tokenizer):
             assert await tokens(gateway, 2) == expected(2), f"after {name}"
 
 
-async def test_a_huge_prompt_stalls_nobody(tokenizer: Tokenizer):
-    """Other requests stream while a prompt of a megabyte is tokenised; then it is refused for its length."""
+async def test_a_huge_prompt_is_refused_for_its_length(tokenizer: Tokenizer):
+    """A text or token ids that cannot fit into the context are refused before they are converted."""
     async with gateway_over(tokenizer, engine()) as gateway:
-        huge = asyncio.create_task(refusal(gateway, bad_request({"text": "expert " * 150_000})))
-        await eventually(lambda: gateway.service.running == 1)
-        assert await tokens(gateway, 2) == expected(2)
-        assert not huge.done(), "the other request had to wait for it"
-        assert "context of 64" in (await huge).details()
+        error = await refusal(gateway, bad_request({"text": "expert " * 150_000}))
+        assert "prompt.text = '1050000 characters'" in error.details()
+        assert "a context of 64 tokens" in error.details()
+        error = await refusal(gateway, bad_request({"token_ids": [1] * 1_000_000}))
+        assert "prompt = '1000000 tokens': must be below the context of 64 tokens" in error.details()
 
 
 @pytest.mark.parametrize("data", [b"\x12\x02\xff\xfe", b"\x0a\x01\x80", b"\xff" * 20], ids=["text", "model", "garbage"])
@@ -191,7 +191,7 @@ async def test_bytes_that_are_no_request_are_invalid(tokenizer: Tokenizer, data:
     async with gateway_over(tokenizer, engine()) as gateway:
         error = await refusal(gateway, data)
         assert error.code() is INVALID
-        assert f"request = '{len(data)} bytes'" in error.details()
+        assert error.details().startswith("request = 'unreadable bytes': must be a message with valid UTF-8 text")
         assert await tokens(gateway, 2) == expected(2)
 
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moiety.errors import CheckpointError, InvalidRequest
-from moiety.gateway.text import MAX_PROMPT_CHARACTERS, Detokenizer, Tokenizer
+from moiety.errors import CheckpointError
+from moiety.gateway.text import Detokenizer, Tokenizer
 from moiety.synthetic.tokenizer import EOS, VOCABULARY
 
 BYTE_80 = 225  # the token of the byte 0x80, which begins no character
@@ -84,14 +84,6 @@ def test_end_of_sequence_is_not_text(tokenizer: Tokenizer):
     ids = [*tokenizer.encode("hi"), EOS]
     assert "".join(streamed(tokenizer, ids)) == "hi"
     assert EOS in tokenizer.stop_ids
-
-
-def test_the_bounds_of_a_prompt(tokenizer: Tokenizer):
-    """Empty text and text beyond MAX_PROMPT_BYTES raise InvalidRequest that names the field."""
-    with pytest.raises(InvalidRequest, match=r"prompt.text = '': must be at least one character"):
-        tokenizer.encode("")
-    with pytest.raises(InvalidRequest, match=rf"prompt.text = .* at most {MAX_PROMPT_CHARACTERS}"):
-        tokenizer.encode("x" * (MAX_PROMPT_CHARACTERS + 1))
 
 
 def test_a_folder_without_a_tokenizer_is_named(tmp_path: Path):

@@ -43,14 +43,16 @@ async def test_an_error_ends_its_own_call_alone(error: MoietyError):
 
 
 async def test_an_unexpected_error_hides_its_message(caplog: pytest.LogCaptureFixture):
-    """An unexpected exception is logged at the router; the gateway gets only its type."""
+    """An unexpected exception is logged once, under the request id; the gateway gets only this id."""
 
     async def handle(call: engine_pb2.GenerateTokensRequest, send_event: SendEvent) -> None:
         raise KeyError("secret")
 
     async with calling(handle) as (_, client):
-        with pytest.raises(MoietyError, match=r"^internal error: KeyError$"):
-            await tokens(client)
+        with pytest.raises(MoietyError, match=r"^internal error; the service's log has it under request id mine$"):
+            await tokens(client, "mine")
+        (logged,) = caplog.records
+        assert "request mine failed" in logged.message
         assert "secret" in caplog.text
 
 
