@@ -24,7 +24,7 @@ from moiety.v1 import generation_pb2
 from moiety.wire import finish_reason
 from moiety.wire.deadline import Deadline
 from moiety.wire.event_stream import CallServer, SendEvent
-from moiety.wire.sampling_params import check_prompt, check_sampling
+from moiety.wire.sampling_params import check_labels, check_prompt, check_resolved, check_sampling
 
 
 class EngineService(engine_pb2_grpc.EngineServiceServicer):
@@ -102,7 +102,12 @@ class EngineService(engine_pb2_grpc.EngineServiceServicer):
                 loop.call_soon_threadsafe(ended.set)
 
         sequence = await self._sequence(call, emit)
-        self._engine.submit(sequence)
+        try:
+            self._engine.submit(sequence)
+        except Exception as refusal:
+            sequence.span.error(refusal)
+            sequence.span.end()
+            raise
         try:
             await ended.wait()
         finally:
@@ -114,13 +119,15 @@ class EngineService(engine_pb2_grpc.EngineServiceServicer):
         request = call.request
         if request.system_key != self._system.key:  # the gateway meant another router, which had this address before
             raise Unavailable(f"the request is for system {request.system_key or '(none)'}, not for {self._system}")
-        prompt, generated = list(request.prompt_ids), list(request.generated_ids)
-        decoder_prompt = prompt
-        if self._start is not None:  # the prompt goes to the encoder; the decoder begins with its start token
-            check_prompt(prompt, self._vocabulary, self._max_context)
-            decoder_prompt = [self._start.token]
-        check_prompt(decoder_prompt + generated, self._vocabulary, self._max_context)
+        check_labels(request)
+        check_prompt(request.prompt_ids, self._vocabulary, self._max_context)  # before it is copied
+        prompt = list(request.prompt_ids)
+        # An encoder-decoder's prompt goes to the encoder; its decoder begins with its start token.
+        decoder_prompt = prompt if self._start is None else [self._start.token]
         sampling = check_sampling(request.sampling, len(decoder_prompt), self._vocabulary, self._max_context)
+        check_resolved(request, sampling.max_tokens)
+        generated = list(request.generated_ids)
+        check_prompt(decoder_prompt + generated, self._vocabulary, self._max_context)
         if self._start is not None:
             if sampling.prompt_logprobs:
                 raise InvalidRequest(
