@@ -74,7 +74,7 @@ async def measure_choice(registry: MemoryRegistry) -> None:
 
     Measures both for new prompts and for prompts whose first half every router has seen.
     """
-    routers = [router for replica in await registry.replicas() if (router := await RouterPeer.dial(replica))]
+    routers = [router for replica in await registry.replicas() if (router := await RouterPeer.dial(replica, SYSTEM))]
     generator = random.Random(0)
     hasher, pace = PrefixHasher(generator.getrandbits(64)), Pace()
 

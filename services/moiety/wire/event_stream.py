@@ -26,7 +26,7 @@ from moiety.errors import DeadlineExceeded, InvalidRequest, MoietyError, PeerLos
 from moiety.internal.v1 import engine_pb2, engine_pb2_grpc
 from moiety.wire import status
 from moiety.wire.deadline import Deadline
-from moiety.wire.inbox import MOST_UNREAD_BY_ALL, Inbox, Open
+from moiety.wire.inbox import MOST_UNREAD, MOST_UNREAD_BY_ALL, Inbox, Open
 
 MESSAGE_EVENTS = 256  # most events in one message, so that no message exceeds the channel's size limit
 LONGEST_MS = (1 << 32) - 1  # largest value of timeout_ms: 49 days
@@ -169,9 +169,8 @@ class CallServer:
 
 async def end_unread(context: grpc.aio.ServicerContext, error: MoietyError) -> None:
     """Ends an RPC whose peer does not read, and whose initial metadata has been sent. The peer finds `error` if it reads on."""
-    with suppress(
-        TimeoutError
-    ):  # then gRPC keeps the message that waits, and the status, until the peer reads or leaves
+    # After the timeout gRPC keeps the message that waits, and the status, until the peer reads on or leaves.
+    with suppress(TimeoutError):
         async with asyncio.timeout(CUT_S):
             await status.abort(context, error)
 
@@ -271,7 +270,7 @@ class _Stream:
                 for event in message.events:
                     if (inbox := self.inboxes.get(event.call_id)) is not None:
                         inbox.put(event)
-                        if inbox.full:
+                        if len(inbox) > MOST_UNREAD:
                             self._cut(event.call_id)
                 if self._counts.unread > MOST_UNREAD_BY_ALL and self.inboxes:
                     self._cut(max(self.inboxes, key=lambda call_id: len(self.inboxes[call_id])))

@@ -37,10 +37,6 @@ class Inbox:
     def __len__(self) -> int:
         return len(self._events)
 
-    @property
-    def full(self) -> bool:
-        return len(self._events) > MOST_UNREAD
-
     def put(self, event: engine_pb2.EngineEvent) -> None:
         """Adds an event of the router, unless the call has ended."""
         if not self.unfinished:

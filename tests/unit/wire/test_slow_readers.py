@@ -57,7 +57,7 @@ async def test_a_gateway_that_does_not_read_loses_its_stream(monkeypatch: pytest
 
 async def test_a_gateway_that_reads_slowly_keeps_its_stream(monkeypatch: pytest.MonkeyPatch):
     """While it takes messages, more than MOST_UNSENT events may wait for it, and it gets all of them."""
-    monkeypatch.setattr("moiety.wire.inbox.MOST_UNREAD", 20_000)
+    monkeypatch.setattr("moiety.wire.event_stream.MOST_UNREAD", 20_000)
     monkeypatch.setattr("moiety.wire.event_stream.MOST_UNSENT", 1000)
 
     async def burst(call: engine_pb2.GenerateTokensRequest, send_event: SendEvent) -> None:
@@ -69,10 +69,10 @@ async def test_a_gateway_that_reads_slowly_keeps_its_stream(monkeypatch: pytest.
         await eventually(lambda: router.streams[0].idle)
 
 
-@pytest.mark.parametrize("bound", ["MOST_UNREAD", "event_stream.MOST_UNREAD_BY_ALL"])
+@pytest.mark.parametrize("bound", ["MOST_UNREAD", "MOST_UNREAD_BY_ALL"])
 async def test_a_client_that_takes_no_events_loses_its_request(monkeypatch: pytest.MonkeyPatch, bound: str):
     """Its call is cancelled at the router and its events are dropped, while other requests of the stream go on."""
-    monkeypatch.setattr(f"moiety.wire.{bound}" if "." in bound else f"moiety.wire.inbox.{bound}", 1000)
+    monkeypatch.setattr(f"moiety.wire.event_stream.{bound}", 1000)
     async with calling(flood) as (router, client):
         unread = client.generate(request("flood"), Deadline(), "")
         assert (await anext(unread)).token_ids == [7]

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 
+from moiety.core.supervise import spawn
 from moiety.errors import MoietyError
 from moiety.registry.interface import Registry
 
@@ -29,7 +30,7 @@ class MissingExpertReporter:
         """Schedules a report unless one was scheduled for `layer` within REPEAT_S. Does not wait for the registry."""
         if (now := time.monotonic()) >= self._due.get(layer, 0.0):
             self._due[layer] = now + REPEAT_S
-            asyncio.run_coroutine_threadsafe(self._record(layer, experts), self._loop)
+            self._loop.call_soon_threadsafe(lambda: spawn("missing experts", self._record(layer, experts)))
 
     async def _record(self, layer: int, experts: list[int]) -> None:
         try:
