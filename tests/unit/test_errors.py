@@ -42,8 +42,11 @@ def test_a_retry_hint_is_relayed():
 
 
 def test_foreign_errors_are_internal():
-    """An error of another library is INTERNAL, and an unknown status code becomes a plain MoietyError."""
-    assert status.code_of(KeyError("x")) is grpc.StatusCode.INTERNAL
+    """An error of another library is INTERNAL, without its text; an unknown status code becomes a plain MoietyError."""
+    seen = status.ours(KeyError("secret"), "r-1")
+    assert status.code_of(seen) is grpc.StatusCode.INTERNAL
+    assert "secret" not in str(seen)
+    assert "r-1" in str(seen)
     assert type(status.error_of_code(grpc.StatusCode.UNIMPLEMENTED, "")) is errors.MoietyError
 
 

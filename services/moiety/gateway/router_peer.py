@@ -110,11 +110,6 @@ class RouterPeer:
         return self._calls.open.choices
 
     @property
-    def in_flight(self) -> int:
-        """Sequences of this gateway that the router has not ended. What a client has not read yet takes no slot."""
-        return self._calls.open.choices
-
-    @property
     def load(self) -> int:
         """Sequences of all gateways at this router, running or waiting."""
         return self._others + self.in_flight

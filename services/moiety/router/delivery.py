@@ -60,9 +60,10 @@ class Delivery:
             error = DeadlineExceeded(f"the deadline passed after {sequence.generated} tokens")
         self.end(sequence, Emitted(error=error))
 
-    def fail(self, error: BaseException | None, *sequences: Sequence) -> None:
+    def fail(self, error: BaseException | None, *sequences: Sequence, traceback: bool = True) -> None:
         """Ends sequences for which an exception was raised that is not ours. Only the log tells which."""
-        _log.error("request %s failed", ", ".join(one.request_id for one in sequences), exc_info=error)
+        ids = ", ".join(one.request_id for one in sequences)
+        _log.error("request %s failed: %r", ids, error, exc_info=error if traceback else None)
         for one in sequences:
             problem = f"the router failed to compute request {one.request_id}; its log says why"
             self.end(one, Emitted(error=MoietyError(problem)))

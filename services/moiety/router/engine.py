@@ -154,7 +154,7 @@ class Engine:
             self._admit()
             plan = self._scheduler.plan_step()
         except SequenceFault as fault:
-            self._delivery.fail(fault.__cause__, fault.sequence)
+            self._fail(fault.__cause__, fault.sequence)
             return True
         if not plan.scheduled:
             return False
@@ -215,8 +215,7 @@ class Engine:
                 plan = plan.without(ended)
             except Exception as error:
                 if len(plan.scheduled) == 1:
-                    self.steps.fail(time.monotonic())
-                    self._delivery.fail(error, plan.scheduled[0].sequence)
+                    self._fail(error, plan.scheduled[0].sequence)
                     break
                 parts = [self._run_plan(half, span) for half in plan.split(2)]
                 done = [part for part in parts if part[0].scheduled]
@@ -242,9 +241,13 @@ class Engine:
             try:
                 self._advance(item)
             except Exception as error:
-                self._delivery.fail(error, item.sequence)
+                self._fail(error, item.sequence)
         for sequence, emitted in sampled:
             self._delivery.emit(sequence, emitted)
+
+    def _fail(self, error: BaseException | None, *sequences: Sequence) -> None:
+        """Ends sequences in whose step an exception that is not ours was raised. Of failures in a row one traceback is enough."""
+        self._delivery.fail(error, *sequences, traceback=self.steps.fail(time.monotonic()))
 
     def _advance(self, item: Scheduled) -> None:
         sequence = item.sequence
@@ -268,8 +271,7 @@ class Engine:
             try:
                 worked = self.step()
             except Exception as error:  # a bug that no request explains: end the running ones, keep serving
-                self.steps.fail(time.monotonic())
-                self._delivery.fail(error, *self._scheduler.running)
+                self._fail(error, *self._scheduler.running)
                 continue
             if not worked:
                 self._runner.poll()

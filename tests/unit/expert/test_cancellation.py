@@ -71,7 +71,7 @@ async def test_only_the_waiting_call_of_that_connection_is_cancelled(
         assert free.wait(10)
         return grouped_expert_mlp(*arguments, **options)
 
-    monkeypatch.setattr("moiety.expert.runtime.grouped_expert_mlp", compute_when_free)
+    monkeypatch.setattr("moiety.expert.device.grouped_expert_mlp", compute_when_free)
     runtime = make_runtime(ExpertSet.uniform(3, range(4)))
     async with served(runtime) as address, open_caller(address, transport) as one, open_caller(address) as other:
         assert one.link.description.kind == "cpu, float32"

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from moiety.core.replica import ReplicaState
 from moiety.core.sampling import FinishReason
 from moiety.errors import InvalidRequest, MoietyError
 from moiety.internal.v1 import engine_pb2, engine_pb2_grpc
@@ -64,6 +65,7 @@ async def router(folder: Path) -> AsyncIterator[tuple[OneTokenEngine, CallClient
         slots=4,
         guides=guides,
         tracer=NO_TRACER,
+        state=lambda: ReplicaState.READY,
     )
     server = Server([], [ENGINE_SERVICE])
     engine_pb2_grpc.add_EngineServiceServicer_to_server(service, server.grpc)
