@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator, Callable
+import logging
+from collections.abc import AsyncIterator
 
 import grpc
 import torch
@@ -13,6 +13,7 @@ from moiety.core.replica import WIRE_VERSION
 from moiety.core.system import SystemId
 from moiety.errors import DeadlineExceeded, InvalidRequest, MoietyError, NotHeld, ResourceExhausted, WrongSystem
 from moiety.expert.batcher import Computed, QueuedCall
+from moiety.expert.call_stream import CallStream
 from moiety.expert.runtime import Runtime
 from moiety.internal.v1 import experts_pb2
 from moiety.telemetry.names import Attribute, SpanName
@@ -22,6 +23,7 @@ from moiety.wire.frames import ForwardCall, ReplyCallback, parse_call
 from moiety.wire.rows import SelectedRows
 from moiety.wire.service_names import EXPERT_SERVICE
 
+_log = logging.getLogger(__name__)
 _OUTCOMES: tuple[tuple[type[MoietyError], experts_pb2.Outcome], ...] = (
     (NotHeld, experts_pb2.OUTCOME_NOT_HELD),
     (WrongSystem, experts_pb2.OUTCOME_WRONG_SYSTEM),
@@ -70,44 +72,22 @@ class ExpertService:
         )
 
     async def _forward(self, frames: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> None:
-        """Reads calls and writes replies concurrently until the router closes its half and every call is answered."""
-        replies: asyncio.Queue[bytes | None] = asyncio.Queue()
-        writer = asyncio.create_task(_write(replies, context))
-        outstanding = 0
-        loop = asyncio.get_running_loop()
-        idle = asyncio.Event()
-        idle.set()
-
-        def answered(frame: bytes) -> None:
-            nonlocal outstanding
-            outstanding -= 1
-            replies.put_nowait(frame)
-            if not outstanding:
-                idle.set()
-
-        def reply(frame: bytes) -> None:
-            loop.call_soon_threadsafe(answered, frame)
-
+        """Serves one router's calls until the router closes its half and every call is answered."""
         self.open_streams += 1
         try:
-            async for frame in frames:
-                outstanding += 1
-                idle.clear()
-                self._accept_frame(frame, reply)
-            await idle.wait()
-            replies.put_nowait(None)
-            await writer
+            await CallStream(self._accept_frame).serve(frames, context)
         finally:
             self.open_streams -= 1
-            writer.cancel()
 
-    def _accept_frame(self, frame: bytes, reply: Callable[[bytes], None]) -> None:
-        """Passes one frame to the runtime; every path calls `reply` exactly once."""
+    def _accept_frame(self, frame: bytes, stream: CallStream) -> None:
+        """Passes one frame to the runtime; every path sends one reply."""
         try:
             header, payload = codec.decode(experts_pb2.ForwardRequest, frame)
         except InvalidRequest as error:
-            reply(codec.encode(experts_pb2.ForwardResponse(outcome=experts_pb2.OUTCOME_INVALID, detail=str(error))))
+            refusal = experts_pb2.ForwardResponse(outcome=experts_pb2.OUTCOME_INVALID, detail=str(error))
+            stream.begin(len(frame))(codec.encode(refusal))
             return
+        reply = stream.begin(len(frame) + len(header.experts) // 4 * self.row_bytes)
         self.accept(
             header,
             payload,
@@ -119,9 +99,7 @@ class ExpertService:
         try:
             if header.system_key != self._system.key:
                 raise WrongSystem(f"the call is for system {header.system_key or '(none)'}, not for {self._system}")
-            call = parse_call(
-                header, payload, dtype=self.dtype, hidden=self._shape.mlp.hidden, row_bytes=self.row_bytes
-            )
+            call = parse_call(header, payload, shape=self._shape, dtype=self.dtype)
 
             def done(result: Computed | BaseException) -> None:
                 answer(*self._reply(call, result))
@@ -131,6 +109,9 @@ class ExpertService:
             self._runtime.submit(waiting)
         except MoietyError as error:
             answer(*self._reply(header, error))
+        except Exception:  # a bug: without an answer, the router would wait until the call's time is over
+            _log.exception("a call for layer %d could not be accepted", header.layer)
+            answer(*self._reply(header, MoietyError("the replica failed to accept the call; its log says why")))
 
     def _reply(
         self, to: experts_pb2.ForwardRequest | ForwardCall, result: Computed | BaseException
@@ -173,8 +154,3 @@ class ExpertService:
         self._tracer.start(SpanName.EXPERT_QUEUE, parent=expert, start_ns=waiting.since_ns).end(result.started_ns)
         self._tracer.start(SpanName.EXPERT_KERNEL, parent=expert, start_ns=result.started_ns).end(result.ended_ns)
         expert.end(result.ended_ns)
-
-
-async def _write(replies: asyncio.Queue[bytes | None], context: grpc.aio.ServicerContext) -> None:
-    while (frame := await replies.get()) is not None:
-        await context.write(frame)

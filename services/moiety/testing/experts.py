@@ -147,8 +147,7 @@ class FakeExperts:
         self._handling.add(asyncio.run_coroutine_threadsafe(handle(), loop))
 
     def _arrived(self, header: experts_pb2.ForwardRequest, payload: memoryview) -> ForwardCall:
-        hidden = self._shape.mlp.hidden
-        call = parse_call(header, payload, dtype=self._dtype, hidden=hidden, row_bytes=self._row_bytes)
+        call = parse_call(header, payload, shape=self._shape, dtype=self._dtype)
         self.calls.append(call)
         return call
 

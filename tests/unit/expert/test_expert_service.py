@@ -94,7 +94,7 @@ async def test_rows_come_back_in_the_order_asked_for(make_runtime: MakeRuntime):
     ("changes", "outcome", "said"),
     [
         ({"experts": codec.int32_bytes(np.array([0, 5]))}, experts_pb2.OUTCOME_NOT_HELD, "expert(s) [5]"),
-        ({"layer": 3}, experts_pb2.OUTCOME_NOT_HELD, "layer 3"),
+        ({"layer": 3}, experts_pb2.OUTCOME_INVALID, "layer = 3: must be below 3"),
         ({"system_key": "other"}, experts_pb2.OUTCOME_WRONG_SYSTEM, f"for system other, not for {SYSTEM}"),
         ({"system_key": ""}, experts_pb2.OUTCOME_WRONG_SYSTEM, "for system (none)"),
         ({"dtype": "float16"}, experts_pb2.OUTCOME_INVALID, "dtype = 'float16': must be float32"),

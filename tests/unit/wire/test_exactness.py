@@ -20,7 +20,7 @@ from moiety.testing import FakeExperts, fake_layer, fake_shape, loopback_hop
 from moiety.wire import codec
 from moiety.wire.frames import ForwardCall
 
-SHAPE = fake_shape(layers=2, experts=6, hidden=8)
+SHAPE = fake_shape(layers=2, experts=6, hidden=8, top_k=4)
 LAYER = 1
 
 

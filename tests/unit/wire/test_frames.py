@@ -10,11 +10,12 @@ import pytest
 from moiety.core.expert_backend import CallClass
 from moiety.errors import InvalidRequest
 from moiety.internal.v1.experts_pb2 import CALL_CLASS_PREFILL, ForwardRequest
+from moiety.testing import fake_shape
 from moiety.wire import codec
 from moiety.wire.frames import ForwardCall, parse_call
 
-HIDDEN = 4
-ROW_BYTES = 4 * HIDDEN
+SHAPE = fake_shape(layers=2, experts=6, top_k=2, hidden=4)
+ROW_BYTES = 4 * SHAPE.mlp.hidden
 
 
 def int32(*values: int) -> bytes:
@@ -33,7 +34,7 @@ def parse(payload: bytes = bytes(2 * ROW_BYTES), **changes: Any) -> ForwardCall:
         **changes,
     }
     header = ForwardRequest(**fields)
-    return parse_call(header, memoryview(payload), dtype="float32", hidden=HIDDEN, row_bytes=ROW_BYTES)
+    return parse_call(header, memoryview(payload), shape=SHAPE, dtype="float32")
 
 
 def test_a_good_call_is_read():
@@ -70,7 +71,13 @@ def test_a_call_of_no_rows_is_a_call():
         ("k_offsets", {"k_offsets": int32(1, 2, 3)}, "non-decreasing from 0 to 3"),
         ("k_offsets", {"k_offsets": int32(0, -1, 3)}, "non-decreasing from 0 to 3"),
         ("k_offsets", {"k_offsets": int32(0, 1, 2)}, "non-decreasing from 0 to 3"),
+        ("k_offsets", {"k_offsets": int32(0, 0, 3)}, "in steps of at most 2, the top-k"),
+        ("k_offsets", {"k_offsets": int32(0, -(2**31), 3)}, "non-decreasing from 0 to 3"),
         ("experts", {"experts": b"12345"}, "int32"),
+        ("experts", {"experts": int32(0, 1, 6)}, "0 to 5"),
+        ("experts", {"experts": int32(0, 1, -1)}, "0 to 5"),
+        ("layer", {"layer": 2}, "below 2"),
+        ("payload_bytes", {"payload_bytes": 2 * ROW_BYTES - 4}, "32, the length of the payload"),
         ("payload", {"payload": bytes(ROW_BYTES)}, "32 bytes: 2 rows of 4 float32"),
         ("payload", {"payload": bytes(2 * ROW_BYTES + 1)}, "32 bytes"),
         ("payload", {"payload": b""}, "32 bytes"),
@@ -82,3 +89,14 @@ def test_a_contradiction_names_its_field(field: str, changes: dict[str, Any], sa
         parse(**changes)
     assert refused.value.field == field
     assert said in str(refused.value)
+
+
+def test_a_call_whose_answer_would_not_fit_into_a_message_is_refused():
+    """The bound is on the rows of the answer, which may be top-k times those of the call."""
+    shape = fake_shape(experts=6, top_k=6, hidden=1 << 18)  # rows of 1 MiB
+    rows = 11
+    header = ForwardRequest(
+        rows=rows, dtype="float32", k_offsets=int32(*range(0, 6 * rows + 1, 6)), experts=int32(*range(6)) * rows
+    )
+    with pytest.raises(InvalidRequest, match=r"assignments = 66: must be at most 63, .*: split the call"):
+        parse_call(header, memoryview(bytearray(rows << 20)), shape=shape, dtype="float32")

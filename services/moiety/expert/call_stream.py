@@ -1,0 +1,94 @@
+"""One router's gRPC stream of calls: how much memory it may occupy, and what happens when the router does not read."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+
+import grpc
+
+from moiety.core.supervise import spawn
+from moiety.wire.channels import MAX_MESSAGE_BYTES
+
+# Calls and replies of one router in memory. The largest calls still overlap: one is computed while another is transferred.
+WINDOW_BYTES = MAX_MESSAGE_BYTES
+UNREAD_S = 10.0  # a router that does not take a reply within this time is given up: 32 MiB at 27 Mbit/s
+
+
+class CallStream:
+    """Reads calls and writes replies concurrently, on one event loop.
+
+    A call occupies the window, with its frame and its reply's rows, from when it is read until its reply is written. While
+    the window is full, no call is read. HTTP/2's flow control then stops this router, and no other one.
+    """
+
+    def __init__(self, accept: Callable[[bytes, CallStream], None]):
+        """`accept(frame, stream)` takes one frame. If it is a call, it uses `stream.begin`."""
+        self._accept = accept
+        self._loop = asyncio.get_running_loop()
+        self._replies: deque[tuple[bytes, int]] = deque()  # (reply, bytes that its call occupies), bounded by the window
+        self._occupied = self._open = 0  # bytes; calls whose reply is not written yet
+        self._reading, self._given_up = True, False
+        self._to_write, self._written = asyncio.Event(), asyncio.Event()
+
+    def begin(self, size: int) -> Callable[[bytes], None]:
+        """Counts a call of `size` bytes, reply included. Returns the function that sends its reply, once, from any thread."""
+        self._occupied += size
+        self._open += 1
+        return lambda frame: self._enqueue_later(frame, size)
+
+    async def serve(self, frames: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> None:
+        """Serves until the router closes its half and every reply is written.
+
+        A router that does not take a reply is given up: its other replies are freed, and its stream ends with
+        RESOURCE_EXHAUSTED as soon as it has taken that one. gRPC cannot end a stream in the middle of a message.
+        """
+        reader = spawn("expert calls", self._read(frames))
+        try:
+            while await self._next():
+                frame, size = self._replies.popleft()
+                alarm = self._loop.call_later(UNREAD_S, self._give_up, reader)
+                await context.write(frame)
+                alarm.cancel()
+                self._occupied -= size
+                self._open -= 1
+                self._written.set()
+                if self._given_up:
+                    detail = f"a reply was not read for {UNREAD_S:g} s; {self._open} further calls were given up"
+                    await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, detail)
+        finally:
+            reader.cancel()
+
+    async def _read(self, frames: AsyncIterator[bytes]) -> None:
+        try:
+            async for frame in frames:
+                self._accept(frame, self)
+                while self._occupied >= WINDOW_BYTES:
+                    self._written.clear()
+                    await self._written.wait()
+        finally:
+            self._reading = False
+            self._to_write.set()
+
+    async def _next(self) -> bool:
+        """Waits for a reply to write. Returns False if no further one will come."""
+        while not self._replies:
+            if not (self._reading or self._open):
+                return False
+            self._to_write.clear()
+            await self._to_write.wait()
+        return True
+
+    def _enqueue_later(self, frame: bytes, size: int) -> None:
+        self._loop.call_soon_threadsafe(self._enqueue, frame, size)
+
+    def _enqueue(self, frame: bytes, size: int) -> None:
+        if not self._given_up:
+            self._replies.append((frame, size))
+            self._to_write.set()
+
+    def _give_up(self, reader: asyncio.Task[None]) -> None:
+        self._given_up = True
+        self._replies.clear()
+        reader.cancel()
