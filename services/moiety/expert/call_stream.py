@@ -27,7 +27,9 @@ class CallStream:
         """`accept(frame, stream)` takes one frame. If it is a call, it uses `stream.begin`."""
         self._accept = accept
         self._loop = asyncio.get_running_loop()
-        self._replies: deque[tuple[bytes, int]] = deque()  # (reply, bytes that its call occupies), bounded by the window
+        self._replies: deque[tuple[bytes, int]] = (
+            deque()
+        )  # (reply, bytes that its call occupies), bounded by the window
         self._occupied = self._open = 0  # bytes; calls whose reply is not written yet
         self._reading, self._given_up = True, False
         self._to_write, self._written = asyncio.Event(), asyncio.Event()

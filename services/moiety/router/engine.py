@@ -3,40 +3,32 @@
 admit -> schedule -> run -> sample -> emit
 
 A step commits at its end; until then no sequence advances. When experts are lost and no replica can take over, the
-engine runs the step again without the sequences that needed them.
+engine runs the step again without the sequences that needed them. A bug ends the request at which it shows, no other one.
 """
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
-from moiety.errors import (
-    Cancelled,
-    DeadlineExceeded,
-    HopFailed,
-    InvalidRequest,
-    MoietyError,
-    ResourceExhausted,
-    Unavailable,
-)
+from moiety.core.supervise import supervise_thread
+from moiety.errors import HopFailed, InvalidRequest, MoietyError, ResourceExhausted, Unavailable
 from moiety.router.cache.kv_cache import KVCache
+from moiety.router.delivery import Delivery
 from moiety.router.sampling.emit import emissions
 from moiety.router.schedule.retry_hint import AdmissionRate
 from moiety.router.schedule.scheduler import Scheduler
-from moiety.router.sequence.sequence import Emitted, Sequence
-from moiety.router.sequence.step_plan import StepPlan
+from moiety.router.sequence.sequence import Emitted, Sequence, SequenceFault
+from moiety.router.sequence.step_plan import Scheduled, StepPlan
 from moiety.router.step_context import StepContext
 from moiety.router.step_runner import StepRunner
-from moiety.telemetry.names import Attribute, SpanName
-from moiety.telemetry.tracing import NO_SPAN, Span, Tracer
-
-_log = logging.getLogger(__name__)
+from moiety.router.step_spans import step_spans
+from moiety.telemetry.names import SpanName
+from moiety.telemetry.tracing import Span, Tracer
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,14 +64,16 @@ class Engine:
     ):
         self._runner, self._cache = runner, cache
         self._scheduler = Scheduler(cache, slots, token_budget, speculative_tokens)
+        self._delivery = Delivery(self._scheduler)
         self._slots, self._rate = slots, AdmissionRate()
         self.queue_limit = queue_limit  # requests that may wait for a slot
         self._threads, self._report_missing, self._tracer = threads, report_missing, tracer
         self._admitted, self._waited_s = 0, 0.0
         self._arrived: list[Sequence] = []
+        self._cancelled: list[Sequence] = []  # since the last step
         self._changed = threading.Condition()
         self._stopping = False
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread = supervise_thread("engine", self._run)
 
     def start(self) -> None:
         self._thread.start()
@@ -140,6 +134,7 @@ class Engine:
         """Cancels a request with all its choices. Their slots and blocks are freed at the next step."""
         with self._changed:
             sequence.cancelled = True
+            self._cancelled.append(sequence)
             self._changed.notify()
 
     def check_integrity(self) -> None:
@@ -149,11 +144,15 @@ class Engine:
 
     def step(self) -> bool:
         """Runs one step. Returns False when there is nothing to do."""
-        self._admit()
-        plan = self._scheduler.plan_step()
+        try:
+            self._admit()
+            plan = self._scheduler.plan_step()
+        except SequenceFault as fault:
+            self._delivery.fail(fault.__cause__, fault.sequence)
+            return True
         if not plan.scheduled:
             return False
-        span, linked = self._step_spans(plan)
+        span, linked = step_spans(self._tracer, plan)
         plan, logits = self._run_plan(plan, span)
         sampled = emissions(plan, logits)
         self._tracer.start(SpanName.SAMPLE, parent=span, start_ns=self._runner.last_layer_ns).end()
@@ -166,15 +165,19 @@ class Engine:
     # The parts of a step -----------------------------------------------------------------------------------------
 
     def _admit(self) -> None:
+        waiting = self._scheduler.waiting
         with self._changed:
             for sequence in self._arrived:
                 self._scheduler.add(sequence)
+            cancelled, self._cancelled = self._cancelled, []
             self._arrived.clear()
         now, now_ns = time.monotonic(), time.time_ns()
-        unfinished = (*self._scheduler.running, *self._scheduler.waiting)
-        for sequence in [s for s in unfinished if self._stopping or s.must_end(now)]:
-            self._end_early(sequence)
-        for sequence in self._scheduler.admit():
+        ended = [sequence for sequence in self._scheduler.running if self._stopping or sequence.must_end(now)]
+        ended += [choice for one in cancelled for choice in (one, *one.forked) if choice in waiting]
+        ended += waiting if self._stopping else waiting.late(now)
+        for sequence in ended:
+            self._delivery.end_early(sequence, stopping=self._stopping)
+        for sequence in iter(self._scheduler.admit_next, None):
             if not sequence.admitted:  # otherwise it was preempted and runs again
                 sequence.admitted = True
                 self._rate.note(now)
@@ -184,22 +187,35 @@ class Engine:
                 self._tracer.start(SpanName.QUEUE, parent=sequence.span, start_ns=sequence.submitted_ns).end(now_ns)
 
     def _run_plan(self, plan: StepPlan, span: Span) -> tuple[StepPlan, torch.Tensor]:
-        """Runs `plan`, without the sequences that fail, until it succeeds. Returns the plan that ran and its logits [R, V]."""
+        """Runs `plan`, without the sequences that fail, until it succeeds. Returns the plan that ran and its logits [R, V].
+
+        After an exception that is not ours, runs both halves of the plan for themselves, down to the sequence at fault.
+        """
         while plan.scheduled:
             try:
                 return plan, self._runner.run(plan, self._context(plan, span))
             except HopFailed as failed:
                 ended = plan.owners(failed.tokens)
                 for sequence in ended:
-                    self._end(sequence, Emitted(error=failed.cause))
+                    self._delivery.end(sequence, Emitted(error=failed.cause))
                 plan = plan.without(ended)
             except StepInterrupted:
                 now = time.monotonic()
                 ended = [item.sequence for item in plan.scheduled if self._stopping or item.sequence.must_end(now)]
                 for sequence in ended:
-                    self._end_early(sequence)
+                    self._delivery.end_early(sequence, stopping=self._stopping)
                 plan = plan.without(ended)
-        return plan, torch.empty(0, 0)
+            except Exception as error:
+                if len(plan.scheduled) == 1:
+                    self._delivery.fail(error, plan.scheduled[0].sequence)
+                    break
+                parts = [self._run_plan(half, span) for half in plan.split(2)]
+                done = [part for part in parts if part[0].scheduled]
+                if not done:
+                    break
+                scheduled = (item for part, _ in done for item in part.scheduled)
+                return StepPlan(tuple(scheduled)), torch.cat([logits for _, logits in done])
+        return StepPlan(()), torch.empty(0, 0)
 
     def _context(self, plan: StepPlan, span: Span) -> StepContext:
         def check() -> None:
@@ -214,22 +230,25 @@ class Engine:
         for sequence, emitted in sampled:
             sequence.tokens.extend(emitted.token_ids)
         for item in plan.scheduled:
-            sequence = item.sequence
-            sequence.encoded = sequence.encoded or item.encode > 0
-            if item.drafts and sequence.drafter is not None:
-                accepted = len(sequence.tokens) - sequence.computed - 2
-                sequence.drafter.learn(len(item.drafts), accepted, len(sequence.tokens))
-                sequence.computed = len(sequence.tokens) - 1  # later tokens overwrite the entries of rejected drafts
-            else:
-                sequence.computed += item.count
-            self._cache.commit(sequence.table, sequence.tokens, sequence.computed, sequence.tenant)
-            if item.samples and sequence.siblings:
-                self._scheduler.fork(sequence)
+            try:
+                self._advance(item)
+            except Exception as error:
+                self._delivery.fail(error, item.sequence)
         for sequence, emitted in sampled:
-            if emitted.finish is None and emitted.error is None:
-                self._emit(sequence, emitted)
-            else:
-                self._end(sequence, emitted)
+            self._delivery.emit(sequence, emitted)
+
+    def _advance(self, item: Scheduled) -> None:
+        sequence = item.sequence
+        sequence.encoded = sequence.encoded or item.encode > 0
+        if item.drafts and sequence.drafter is not None:
+            accepted = len(sequence.tokens) - sequence.computed - 2
+            sequence.drafter.learn(len(item.drafts), accepted, len(sequence.tokens))
+            sequence.computed = len(sequence.tokens) - 1  # later tokens overwrite the entries of rejected drafts
+        else:
+            sequence.computed += item.count
+        self._cache.commit(sequence.table, sequence.tokens, sequence.computed, sequence.tenant)
+        if item.samples and sequence.siblings:
+            self._scheduler.fork(sequence)
 
     # The thread --------------------------------------------------------------------------------------------------
 
@@ -238,62 +257,11 @@ class Engine:
         while not self._stopping:
             try:
                 worked = self.step()
-            except Exception as error:  # a bug: end the running requests, keep serving
-                _log.exception("a step failed; all running requests end")
-                for sequence in list(self._scheduler.running):
-                    self._end(sequence, Emitted(error=MoietyError(f"the step failed: {type(error).__name__}: {error}")))
+            except Exception as error:  # a bug that no request explains: end the running ones, keep serving
+                self._delivery.fail(error, *self._scheduler.running)
                 continue
             if not worked:
                 self._runner.poll()
                 with self._changed:
-                    self._changed.wait_for(lambda: self._stopping or self._arrived, timeout=0.1)
+                    self._changed.wait_for(lambda: self._stopping or self._arrived or self._cancelled, timeout=0.1)
         self._admit()
-
-    def _step_spans(self, plan: StepPlan) -> tuple[Span, list[Span]]:
-        """Starts the step's span in the first traced request's trace, and a span linked to it in each other request's trace."""
-        traced = [item.sequence.span for item in plan.scheduled if item.sequence.span.recording]
-        if not traced:
-            return NO_SPAN, []
-        attributes: dict[Attribute, str | int] = {
-            Attribute.STEP_CLASS: plan.call_class.value,
-            Attribute.STEP_SEQUENCES: len(plan.scheduled),
-            Attribute.STEP_TOKENS: plan.work,
-        }
-        span = self._tracer.start(SpanName.STEP, parent=traced[0], attributes=attributes)
-        return span, [
-            self._tracer.start(SpanName.STEP, parent=request_span, attributes=attributes, links=(span,))
-            for request_span in traced[1:]
-        ]
-
-    def _end(self, sequence: Sequence, emitted: Emitted) -> None:
-        self._scheduler.remove(sequence)
-        for sibling in sequence.siblings:  # choices that have not started
-            self._end(sibling, emitted)
-        if emitted.error is not None:
-            sequence.span.error(emitted.error)
-        if sequence.routed_rows:
-            sequence.span.set(Attribute.REROUTED, sequence.rerouted_rows / sequence.routed_rows)
-        sequence.span.end()
-        self._emit(sequence, emitted)
-
-    def _emit(self, sequence: Sequence, emitted: Emitted) -> None:
-        if not sequence.emitted:
-            sequence.emitted = True
-            emitted = replace(emitted, cached_tokens=sequence.cached_tokens)
-        if sequence.routed_rows:
-            rows, rerouted = sequence.reported_rows
-            sequence.reported_rows = sequence.routed_rows, sequence.rerouted_rows
-            emitted = replace(
-                emitted, routed_rows=sequence.routed_rows - rows, rerouted_rows=sequence.rerouted_rows - rerouted
-            )
-        sequence.emit(replace(emitted, choice=sequence.choice) if sequence.choice else emitted)
-
-    def _end_early(self, sequence: Sequence) -> None:
-        error: MoietyError
-        if self._stopping:
-            error = Unavailable("this router is shutting down")
-        elif sequence.is_cancelled:
-            error = Cancelled("the client closed the stream")
-        else:
-            error = DeadlineExceeded(f"the deadline passed after {sequence.generated} tokens")
-        self._end(sequence, Emitted(error=error))

@@ -58,7 +58,7 @@ class StepRunner:
     def run(self, plan: StepPlan, step: StepContext) -> torch.Tensor:
         """Returns logits [R, V] of the tokens that need them, in plan order. Raises HopFailed, or what `step.check` raises."""
         # Up to PACKED_ROWS tokens our kernels do the work that is worth several threads; torch uses one for the rest.
-        torch.set_num_threads(1 if plan.tokens <= PACKED_ROWS else self._threads)
+        torch.set_num_threads(1 if plan.work <= PACKED_ROWS else self._threads)
         if self._lanes is None or len(self._backends) == 1 or len(plan.scheduled) == 1:
             return self._run_part(self._backends[0], plan, 0, step)
         size = plan.call_class, plan.work.bit_length()

@@ -52,7 +52,9 @@ def parse_call(header: ForwardRequest, payload: memoryview, *, shape: ModelShape
     if header.dtype != dtype:
         raise InvalidRequest("dtype", header.dtype, f"{dtype}, as DescribeReplica says")
     if header.HasField("payload_bytes") and header.payload_bytes != len(payload):
-        raise InvalidRequest("payload_bytes", header.payload_bytes, f"{len(payload)}, the length of the payload in bytes")
+        raise InvalidRequest(
+            "payload_bytes", header.payload_bytes, f"{len(payload)}, the length of the payload in bytes"
+        )
     if len(header.k_offsets) != 4 * (header.rows + 1):
         raise InvalidRequest(
             "k_offsets", f"{len(header.k_offsets)} bytes", f"{4 * (header.rows + 1)} bytes: rows + 1 int32"
@@ -93,4 +95,6 @@ def _check_assignments(offsets: np.ndarray, experts: np.ndarray, shape: ModelSha
         bound = f"non-decreasing from 0 to {len(experts)}, the number of experts, in steps of at most {shape.top_k}, the top-k"
         raise InvalidRequest("k_offsets", offsets[:8].tolist(), bound)
     if experts.view(np.uint32).max(initial=0) >= shape.experts:
-        raise InvalidRequest("experts", experts[:8].tolist(), f"0 to {shape.experts - 1}, the model's experts per layer")
+        raise InvalidRequest(
+            "experts", experts[:8].tolist(), f"0 to {shape.experts - 1}, the model's experts per layer"
+        )

@@ -45,7 +45,7 @@ class Bench:
             self.scheduler.add(one)
 
     def admitted(self) -> list[str]:
-        return names(self.scheduler.admit())
+        return names(iter(self.scheduler.admit_next, None))
 
     @property
     def running(self) -> list[str]:
@@ -61,7 +61,7 @@ class Bench:
 
     def step(self) -> StepPlan:
         """Admits and runs one step as an engine would, and appends a token to each sequence that samples."""
-        self.scheduler.admit()
+        self.admitted()
         plan = self.plan()
         for item in plan.scheduled:
             item.sequence.computed += item.count

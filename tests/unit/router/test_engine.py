@@ -20,7 +20,8 @@ from moiety.errors import (
     Unavailable,
 )
 from moiety.router.engine import Engine
-from moiety.router.sequence.sequence import Sequence
+from moiety.router.sequence.drafts import Drafter
+from moiety.router.sequence.sequence import Emitted, Sequence
 from moiety.wire.deadline import Deadline
 
 
@@ -131,19 +132,82 @@ def test_a_full_queue_and_an_impossible_request_are_refused(engine: Engine):
     assert [listener.tokens for listener in accepted] == [[2, 3, 4]] * 7
 
 
-def test_a_bug_in_a_step_ends_its_requests_and_not_the_engine(engine: Engine, model: CountingModel):
-    """After an exception in a step the thread continues, and the next request is served."""
-    model.before = lambda _: {}["a bug"]
+def test_a_bug_in_a_step_ends_its_request_and_not_the_engine(engine: Engine, model: CountingModel, caplog):
+    """The request at which the bug shows ends with an error that only the log explains. The thread continues."""
+
+    def fail(ids: list[int]) -> None:
+        if 11 in ids:
+            raise KeyError("a secret")
+
+    model.before = fail
     engine.start()
-    _, hit = submit(engine, [1])
-    assert hit.ended.wait(5)
-    assert isinstance(hit.end.error, MoietyError)
-    assert "KeyError" in str(hit.end.error)
-    model.before = lambda _: None
+    listeners = {first: submit(engine, [first])[1] for first in (1, 11, 21)}
+    assert all(listener.ended.wait(5) for listener in listeners.values())
+    assert type(listeners[11].end.error) is MoietyError
+    assert str(listeners[11].end.error) == "the router failed to compute request 11; its log says why"
+    assert [listeners[first].tokens for first in (1, 21)] == [[2, 3, 4], [22, 23, 24]]
+    assert [(record.message, str(record.exc_info[1])) for record in caplog.records] == [
+        ("request 11 failed", "'a secret'")
+    ]
     _, after = submit(engine, [1])
     assert after.ended.wait(5)
     assert after.tokens == [2, 3, 4]
     assert engine.alive
+
+
+def test_a_bug_in_every_pass_ends_every_request_of_the_step(engine: Engine, model: CountingModel):
+    """No request is left, and the next one is served."""
+    model.before = lambda _: {}["a bug"]
+    listeners = [submit(engine, [first])[1] for first in (1, 11, 21)]
+    engine.step()
+    assert all(type(listener.end.error) is MoietyError for listener in listeners)
+    finish(engine)
+    model.before = lambda _: None
+    _, after = submit(engine, [1])
+    finish(engine)
+    assert after.tokens == [2, 3, 4]
+
+
+@pytest.mark.parametrize("phase", ["admission", "plan", "commit"])
+def test_a_bug_in_scheduling_ends_the_request_it_is_for(phase: str, monkeypatch: pytest.MonkeyPatch):
+    """A request that cannot be admitted, planned or committed ends, with nothing of it left. The others get their tokens."""
+    model = CountingModel()
+    engine = engine_of(model, speculative_tokens=2)
+    draft = Drafter.draft
+
+    def fail(drafter: Drafter, tokens: list[int], most: int) -> tuple[int, ...]:
+        if phase == "plan" and 11 in tokens:
+            raise KeyError("a secret")
+        return draft(drafter, tokens, most)
+
+    monkeypatch.setattr(Drafter, "draft", fail)
+    _, first = submit(engine, [1] * 4)
+    engine.step()
+    # Tokens that are not numbers of 32 bits have no digest. With prompt_logprobs none is needed before the commit.
+    broken_prompt = [11] * 5 if phase == "plan" else [-11] * 5
+    sampling = Sampling(max_tokens=8, prompt_logprobs=phase == "commit")
+    _, broken = submit(engine, broken_prompt, sampling=sampling)
+    _, last = submit(engine, [21] * 4)
+    finish(engine)
+    assert type(broken.end.error) is MoietyError
+    assert "the router failed to compute request" in str(broken.end.error)
+    assert len(broken.tokens) == (phase == "plan")
+    assert (first.tokens, last.tokens) == ([2, 3, 4], [22, 23, 24])
+
+
+def test_a_request_whose_events_cannot_be_sent_ends(engine: Engine):
+    """The others of its step get their tokens, and nothing of it is left."""
+
+    def broken(_: Emitted) -> None:
+        raise RuntimeError("Event loop is closed")
+
+    sequence, _ = submit(engine, [1], max_tokens=50)
+    sequence.emit = broken
+    _, other = submit(engine, [11])
+    engine.step()
+    assert engine.load.running == 1
+    finish(engine)
+    assert other.tokens == [12, 13, 14]
 
 
 def test_stopping_ends_what_runs_with_unavailable(engine: Engine, model: CountingModel, hop: NoHop):

@@ -51,6 +51,11 @@ class BlockTable:
         held: list[int] = self.ids[self.first : self.count].tolist()
         return held
 
+    @property
+    def size(self) -> int:
+        """The number of blocks that the sequence holds."""
+        return self.count - self.first
+
     def append(self, block: int) -> None:
         if self.count == len(self.ids):
             self.ids = np.concatenate([self.ids, np.zeros_like(self.ids)])
@@ -108,8 +113,9 @@ class BlockPool:
             else:
                 self._free.append(block)
 
-    def is_held(self, block: int) -> bool:
-        return self._references[block] > 0
+    def references(self, block: int) -> int:
+        """Returns how many tables hold this block."""
+        return self._references[block]
 
     def name(self, block: int, digest: bytes) -> None:
         """Lets `find` return this held block for `digest`, unless the digest or the block is registered already."""

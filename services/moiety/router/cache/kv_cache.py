@@ -130,9 +130,9 @@ class KVCache:
                 found.append(block)
         return found
 
-    def unheld(self, blocks: Iterable[int]) -> int:
-        """Returns how many of `blocks` no sequence holds."""
-        return sum(not self._pool.is_held(block) for block in blocks)
+    def references(self, block: int) -> int:
+        """Returns how many sequences hold this block."""
+        return self._pool.references(block)
 
     def adopt(self, table: BlockTable, blocks: Sequence[int]) -> int:
         """Puts matched `blocks` into an empty `table`; returns the number of tokens that need not be computed."""

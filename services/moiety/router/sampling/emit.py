@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from itertools import islice
 
 import torch
@@ -14,38 +15,47 @@ from moiety.router.sequence.drafts import accepted
 from moiety.router.sequence.sequence import Emitted, Sequence
 from moiety.router.sequence.step_plan import StepPlan
 
+_log = logging.getLogger(__name__)
+
 
 def emissions(plan: StepPlan, logits: torch.Tensor) -> list[tuple[Sequence, Emitted]]:
     """Samples for each sequence whose last token was computed, and returns the events.
 
     A failure to sample becomes the event of that sequence only.
     """
-    _score_prompts(plan, logits)
-    choices = _choices(plan)
+    failed = _score_prompts(plan, logits)
+    choices = [choice for choice in _choices(plan) if choice[1] not in failed]
+    failures = [(sequence, Emitted(error=error)) for sequence, error in failed.items()]
     if not choices:
-        return []
+        return failures
     rows = [row for own_rows, _, _ in choices for row in own_rows]
     prefixes = [
         sequence.with_drafts(drafts[:n]) for own_rows, sequence, drafts in choices for n in range(len(own_rows))
     ]
     results = sample(logits if rows == list(range(len(logits))) else logits[rows], prefixes)
     emitted = map(_emitted, prefixes, results)
-    return [
+    return failures + [
         (sequence, event)
         for own_rows, sequence, drafts in choices
         for event in _up_to_wrong_draft(drafts, list(islice(emitted, len(own_rows))))
     ]
 
 
-def _score_prompts(plan: StepPlan, logits: torch.Tensor) -> None:
-    """Computes requested log probabilities of prompt tokens; they are sent with the first token."""
+def _score_prompts(plan: StepPlan, logits: torch.Tensor) -> dict[Sequence, MoietyError]:
+    """Computes requested log probabilities of prompt tokens; they are sent with the first token. Returns what failed."""
+    failed: dict[Sequence, MoietyError] = {}
     for item, rows in plan.rows():
         sequence = item.sequence
         if sequence.needs_prompt_logits:
             past = sequence.computed
             following = sequence.tokens[past + 1 : past + item.count + 1]  # no token follows the last one
-            prompt_logits = logits[rows.start : rows.start + len(following)]
-            sequence.prompt_logprobs += prompt_logprobs(prompt_logits, following)
+            try:
+                prompt_logits = logits[rows.start : rows.start + len(following)]
+                sequence.prompt_logprobs += prompt_logprobs(prompt_logits, following)
+            except Exception:
+                _log.exception("the log probabilities of the prompt of request %s failed", sequence.request_id)
+                failed[sequence] = MoietyError("the prompt's log probabilities failed; the router's log says why")
+    return failed
 
 
 def _emitted(sequence: Sequence, result: Sampled | MoietyError) -> Emitted:

@@ -9,13 +9,18 @@ always advances, and a sequence that fits in the whole cache can finish.
 from __future__ import annotations
 
 from bisect import insort
+from collections.abc import Iterable, Iterator
 from itertools import count
 
 from moiety.router.cache.kv_cache import KVCache
 from moiety.router.schedule.waiting import WaitingQueue
 from moiety.router.sequence.drafts import Drafter
-from moiety.router.sequence.sequence import Sequence
+from moiety.router.sequence.sequence import Sequence, SequenceFault
 from moiety.router.sequence.step_plan import Scheduled, StepPlan
+
+# Rows of logits that a step computes for log probabilities of prompts: 128 MiB in float32 at a vocabulary of 262,144.
+PROMPT_LOGITS = 128
+INDEX_TOKENS = 1024  # of all sequences, that a step adds to the n-grams for drafts: 1.5 ms
 
 
 class Scheduler:
@@ -37,39 +42,41 @@ class Scheduler:
             sibling.arrival = sequence.arrival
         self.waiting.push(sequence)
 
-    def admit(self) -> list[Sequence]:
-        """Moves waiting sequences to running while slots and blocks last; returns the admitted ones.
+    def admit_next(self) -> Sequence | None:
+        """Moves the first waiting sequence to running and returns it; returns None if none waits or there is no room for it.
 
         Admission follows queue order strictly. A waiting sequence may preempt running sequences of lower priority.
         """
-        admitted = []
-        while (sequence := self.waiting.first()) is not None:
+        if (sequence := self.waiting.first()) is None:
+            return None
+        try:
             slots, blocks = self._free_slots, self._spare_blocks
             if self._refused is not None:
                 refused, slots_then, blocks_then = self._refused
                 if refused is sequence and slots <= slots_then and blocks <= blocks_then:
-                    break  # nothing was freed: skip the prefix lookup, which is slow for long prompts
+                    return None  # nothing was freed: skip the prefix lookup, which is slow for long prompts
             found = self._match(sequence)
             if not self._make_place(sequence, found):
                 self._refused = sequence, slots, blocks
-                break
+                return None
             self._refused = None
             self.waiting.pop()
             sequence.computed = self._cache.adopt(sequence.table, found)
             if sequence.encoder_ids:  # a prompt is encoded in one piece, so it needs all its blocks now
                 self._cache.grow(sequence.cross_table, len(sequence.encoder_ids))
             insort(self.running, sequence, key=_rank)
-            admitted.append(sequence)
-        return admitted
+        except Exception as error:
+            raise SequenceFault(sequence) from error
+        return sequence
 
     def plan_step(self) -> StepPlan:
         """Plans decode tokens, then prompt chunks, then drafts, within the token budget. The plan may be empty.
 
         Only an encoder's prompt, which is not split, may exceed the budget. When this returns, all blocks that the plan
-        needs are allocated.
+        needs are allocated. Raises SequenceFault, after which it may be called again.
         """
         chosen: list[Scheduled] = []
-        left = self._token_budget
+        left, logits_left = self._token_budget, PROMPT_LOGITS
         for prefill in (False, True):
             at = 0
             while at < len(self.running) and left > 0:  # preemption removes from the end only
@@ -80,7 +87,13 @@ class Scheduler:
                     continue  # prompts are encoded in one piece; only the first of a step may exceed the budget
                 if sequence.prefilling is prefill:
                     wanted = min(max(left - encode, 1), len(sequence.tokens) - sequence.computed)
-                    granted = self._allocate(sequence, wanted)
+                    if sequence.needs_prompt_logits:
+                        wanted = min(wanted, max(logits_left, 1))
+                        logits_left -= wanted
+                    try:
+                        granted = self._allocate(sequence, wanted)
+                    except Exception as error:
+                        raise SequenceFault(sequence) from error
                     if granted > 0:
                         chosen.append(Scheduled.of(sequence, granted))
                         left -= granted + encode
@@ -89,18 +102,28 @@ class Scheduler:
 
     def _with_drafts(self, chosen: list[Scheduled], left: int) -> list[Scheduled]:
         """Adds drafts to decoding sequences, within the rest of the token budget and the free blocks."""
-        extended = []
+        extended, index_left = [], INDEX_TOKENS
         for item in chosen:
             sequence = item.sequence
-            most = min(left, sequence.sampling.max_tokens - sequence.generated - 1)
-            if sequence.drafts and most > 0:
-                sequence.drafter = sequence.drafter or Drafter(self._speculative_tokens)
-                drafts = sequence.drafter.draft(sequence.tokens, most)
-                granted = self._cache.grow(sequence.table, len(sequence.tokens) + len(drafts)) - len(sequence.tokens)
-                item = item.with_drafts(drafts[:granted])
-                left -= len(item.drafts)
+            if sequence.may_draft:
+                try:
+                    drafter = sequence.drafter = sequence.drafter or Drafter(self._speculative_tokens)
+                    index_left -= drafter.index(sequence.tokens, index_left)
+                    most = min(left, sequence.sampling.max_tokens - sequence.generated - 1)
+                    decoding = sequence.generated > 0 and not sequence.prefilling
+                    if decoding and (drafts := drafter.draft(sequence.tokens, most)):
+                        item = self._with_room(item, drafts)
+                except Exception as error:
+                    raise SequenceFault(sequence) from error
+            left -= len(item.drafts)
             extended.append(item)
         return extended
+
+    def _with_room(self, item: Scheduled, drafts: tuple[int, ...]) -> Scheduled:
+        """Returns the part of a decoding sequence with as many of `drafts` as get blocks."""
+        tokens = len(item.sequence.tokens)
+        granted = self._cache.grow(item.sequence.table, tokens + len(drafts)) - tokens
+        return item.with_drafts(drafts[:granted])
 
     def fork(self, sequence: Sequence) -> None:
         """Starts the siblings of a sequence whose prompt is computed, in the slots reserved for them.
@@ -117,13 +140,13 @@ class Scheduler:
                 sibling.table, sibling.computed = table, sequence.computed
                 sibling.cross_table, sibling.encoded = self._cache.share(sequence.cross_table), sequence.encoded
                 insort(self.running, sibling, key=_rank)
-        sequence.siblings = ()
+        sequence.forked, sequence.siblings = sequence.siblings, ()
 
     def remove(self, sequence: Sequence) -> None:
-        """Removes a running or waiting sequence and frees its blocks."""
+        """Removes a running or waiting sequence and frees its blocks, also those of an admission that failed."""
         if not self.waiting.remove(sequence) and sequence in self.running:
             self.running.remove(sequence)
-            self._release(sequence)
+        self._release(sequence)
 
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
@@ -145,20 +168,35 @@ class Scheduler:
     def _make_place(self, sequence: Sequence, found: list[int]) -> bool:
         """Makes room for all tokens of a sequence whose cached prefix is in the blocks `found`; returns False if it cannot.
 
-        Preempts running sequences of lower priority as needed.
+        Preempts running sequences of lower priority, last in rank first: as few as make the room, none if all would not.
         """
-        needed = self._cache.blocks_for(len(sequence.tokens)) - len(found) + self._cache.unheld(found)
-        needed += self._cache.blocks_for(len(sequence.encoder_ids))
-        lower = [other for other in self.running if other.priority > sequence.priority]
-        slots = self._free_slots + sum(other.slots for other in lower)
-        blocks = self._cache.free_blocks + sum(other.held_blocks for other in lower)
-        if slots < sequence.slots or blocks < needed:
-            return False
-        while self._free_slots < sequence.slots or self._spare_blocks < needed:
-            if not lower:
+        held = self._cache.references
+        needed = self._cache.blocks_for(len(sequence.tokens)) + self._cache.blocks_for(len(sequence.encoder_ids))
+        needed -= sum(held(block) > 0 for block in found)
+        slots, spare = self._free_slots, self._spare_blocks
+        lower, preempted = self._freed(reversed(self.running)), list[Sequence]()
+        while slots < sequence.slots or spare < needed:
+            other, freed = next(lower, (sequence, []))
+            if other.priority <= sequence.priority:
                 return False
-            self._preempt(lower.pop())
+            preempted.append(other)
+            slots += other.slots
+            spare += len(freed) + self._reserve(other)
+            needed += sum(block in found for block in freed)
+        for other in preempted:
+            self._preempt(other)
         return True
+
+    def _freed(self, sequences: Iterable[Sequence]) -> Iterator[tuple[Sequence, list[int]]]:
+        """Yields each of `sequences` with the blocks that nobody holds any more once it, after those before it, has none."""
+        left: dict[int, int] = {}  # block -> sequences that would still hold it
+        for sequence in sequences:
+            freed = []
+            for block in (*sequence.table.held, *sequence.cross_table.held):
+                left[block] = left.get(block, self._cache.references(block)) - 1
+                if not left[block]:
+                    freed.append(block)
+            yield sequence, freed
 
     @property
     def _free_slots(self) -> int:
@@ -166,29 +204,35 @@ class Scheduler:
 
     @property
     def _spare_blocks(self) -> int:
-        """Number of free blocks less a reserve: what running prompts still need, and one block per running sequence.
+        """Number of free blocks less those reserved for running sequences. Else a new one could soon be preempted again."""
+        return self._cache.free_blocks - sum(map(self._reserve, self.running))
 
-        A running sequence decodes into that block. Without the reserve, a new one could soon be preempted again.
-        """
-        reserved = sum(
-            max(0, self._cache.blocks_for(len(sequence.tokens)) - len(sequence.table.held)) + 1
-            for sequence in self.running
-        )
-        return self._cache.free_blocks - reserved
+    def _reserve(self, sequence: Sequence) -> int:
+        """Returns how many blocks a running sequence's prompt still needs, and one more, into which it decodes."""
+        return max(0, self._cache.blocks_for(len(sequence.tokens)) - sequence.table.size) + 1
 
     # Blocks for a step -------------------------------------------------------------------------------------------
 
     def _allocate(self, sequence: Sequence, wanted: int) -> int:
         """Allocates blocks for up to `wanted` more tokens of the sequence; returns for how many tokens it got blocks.
 
-        While no block is free, preempts the last sequence in rank. If `sequence` is the last, it keeps its blocks and
-        waits until others free some. So a sequence loses its blocks only to one before it in rank.
+        If no block is free, preempts the last sequences in rank, down to the first that frees one. If only `sequence` and
+        those before it could free one, it keeps its blocks and waits. So a sequence loses its blocks only to one before it
+        in rank.
         """
-        while True:
-            granted = self._cache.grow(sequence.table, sequence.computed + wanted) - sequence.computed
-            if granted > 0 or self.running[-1] is sequence:
-                return granted
-            self._preempt(self.running[-1])
+        until = sequence.computed + wanted
+        if (granted := self._cache.grow(sequence.table, until) - sequence.computed) > 0:
+            return granted
+        preempted: list[Sequence] = []
+        for other, freed in self._freed(reversed(self.running)):
+            if other is sequence:
+                return 0
+            preempted.append(other)
+            if freed:
+                break
+        for other in preempted:
+            self._preempt(other)
+        return self._cache.grow(sequence.table, until) - sequence.computed
 
 
 def _rank(sequence: Sequence) -> tuple[int, int, int]:

@@ -1,23 +1,40 @@
-"""The queue of waiting sequences. Order: lowest priority number, then tenants in turn, then arrival."""
+"""The queue of waiting sequences. Order: lowest priority number, then tenants in turn, then arrival.
+
+No operation takes longer because many sequences wait, except for a logarithm.
+"""
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from bisect import bisect_left, insort
+from collections import OrderedDict
 from collections.abc import Iterator
+from heapq import heapify, heappop, heappush
+from itertools import count
+from math import inf
 
 from moiety.router.sequence.sequence import Sequence
+
+_Tenants = OrderedDict[
+    str, OrderedDict[Sequence, None]
+]  # each tenant's sequences in order; the first tenant has the turn
 
 
 class WaitingQueue:
     """The sequences that wait to run. A waiting sequence holds no slot and no blocks."""
 
     def __init__(self) -> None:
-        # priority -> tenant -> its sequences in order; the first tenant has the next turn.
-        self._levels: dict[int, OrderedDict[str, deque[Sequence]]] = {}
-        self._count = 0
+        self._levels: dict[int, _Tenants] = {}  # by priority
+        self._priorities: list[int] = []  # of `_levels`, ascending
+        self._members: set[Sequence] = set()
+        # (deadline, number, sequence), a heap; also of sequences that have left the queue since
+        self._deadlines: list[tuple[float, int, Sequence]] = []
+        self._numbers = count()
 
     def __len__(self) -> int:
-        return self._count
+        return len(self._members)
+
+    def __contains__(self, sequence: Sequence) -> bool:
+        return sequence in self._members
 
     def __iter__(self) -> Iterator[Sequence]:
         for level in self._levels.values():
@@ -26,44 +43,63 @@ class WaitingQueue:
 
     def push(self, sequence: Sequence) -> None:
         """Adds a sequence at the end of its tenant's queue."""
-        self._queue(sequence).append(sequence)
-        self._count += 1
+        self._add(sequence)
 
     def push_front(self, sequence: Sequence) -> None:
         """Adds a sequence at the front of its tenant's queue, and gives its tenant the next turn."""
-        self._queue(sequence).appendleft(sequence)
+        self._add(sequence).move_to_end(sequence, last=False)
         self._levels[sequence.priority].move_to_end(sequence.tenant, last=False)
-        self._count += 1
 
     def first(self) -> Sequence | None:
         """Returns the next sequence, without removing it; None if none waits."""
-        if not self._levels:
+        if not self._priorities:
             return None
-        return next(iter(self._levels[min(self._levels)].values()))[0]
+        return next(iter(next(iter(self._levels[self._priorities[0]].values()))))
 
     def pop(self) -> Sequence:
         """Removes and returns `first()`. The turn passes to the next tenant of its priority."""
-        level = self._levels[min(self._levels)]
+        level = self._levels[self._priorities[0]]
         tenant, queue = next(iter(level.items()))
         level.move_to_end(tenant)
-        sequence = queue[0]
+        sequence = next(iter(queue))
         self.remove(sequence)
         return sequence
 
     def remove(self, sequence: Sequence) -> bool:
         """Removes a sequence. Returns False if it was not waiting."""
-        level = self._levels.get(sequence.priority, OrderedDict())
-        queue = level.get(sequence.tenant, deque())
-        if sequence not in queue:
+        if sequence not in self._members:
             return False
-        queue.remove(sequence)
-        self._count -= 1
+        self._members.discard(sequence)
+        level = self._levels[sequence.priority]
+        queue = level[sequence.tenant]
+        del queue[sequence]
         if not queue:
             del level[sequence.tenant]
         if not level:
             del self._levels[sequence.priority]
+            del self._priorities[bisect_left(self._priorities, sequence.priority)]
         return True
 
-    def _queue(self, sequence: Sequence) -> deque[Sequence]:
-        level = self._levels.setdefault(sequence.priority, OrderedDict())
-        return level.setdefault(sequence.tenant, deque())
+    def late(self, now: float) -> list[Sequence]:
+        """Returns the sequences whose deadline has passed at `now` (monotonic clock). Each is returned once."""
+        late: dict[Sequence, None] = {}
+        while self._deadlines and self._deadlines[0][0] <= now:
+            sequence = heappop(self._deadlines)[2]
+            if sequence in self._members:
+                late[sequence] = None
+        return list(late)
+
+    def _add(self, sequence: Sequence) -> OrderedDict[Sequence, None]:
+        if sequence.priority not in self._levels:
+            self._levels[sequence.priority] = OrderedDict()
+            insort(self._priorities, sequence.priority)
+        queue = self._levels[sequence.priority].setdefault(sequence.tenant, OrderedDict())
+        queue[sequence] = None
+        self._members.add(sequence)
+        if sequence.deadline.at < inf:
+            heappush(self._deadlines, (sequence.deadline.at, next(self._numbers), sequence))
+            if len(self._deadlines) > 2 * len(self._members) + 64:  # most have left: keep the others only
+                kept = {entry[2]: entry for entry in self._deadlines if entry[2] in self._members}
+                self._deadlines = list(kept.values())
+                heapify(self._deadlines)
+        return queue

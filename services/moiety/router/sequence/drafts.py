@@ -26,14 +26,10 @@ class Drafter:
         self._indexed = 0  # tokens whose n-grams are in the index
 
     def draft(self, tokens: Sequence[int], most: int) -> tuple[int, ...]:
-        """Returns up to `most` tokens that may follow `tokens`; often none.
-
-        `tokens` must begin with the tokens of the previous call. The time is proportional to the number of new tokens.
-        """
+        """Returns up to `most` tokens that may follow `tokens`; often none, and none before `index` has reached their end."""
         wanted = min(self._length, most)
-        if wanted < 1 or len(tokens) < self._resume:
+        if wanted < 1 or len(tokens) < self._resume or self._indexed < len(tokens):
             return ()
-        self._index(tokens)
         for width in range(LONGEST, SHORTEST - 1, -1):
             if (at := self._follows.get(tuple(tokens[-width:]))) is not None:
                 # Copying that reaches the end of the text goes on with what it has copied: tokens[at:] repeats.
@@ -59,12 +55,17 @@ class Drafter:
             self._length, self._resume = 1, tokens + self._pause
             self._pause *= 2
 
-    def _index(self, tokens: Sequence[int]) -> None:
-        """Indexes all n-grams except those at the end of the text, which no token follows yet."""
-        for end in range(max(self._indexed, SHORTEST), len(tokens)):
+    def index(self, tokens: Sequence[int], most: int) -> int:
+        """Indexes up to `most` further tokens of `tokens`, which must begin with those of the previous call; returns how many.
+
+        The n-grams at the end of the text are left out, because no token follows them yet.
+        """
+        before, until = self._indexed, min(len(tokens), self._indexed + most)
+        for end in range(max(before, SHORTEST), until):
             for width in range(SHORTEST, min(LONGEST, end) + 1):
                 self._follows[tuple(tokens[end - width : end])] = end
-        self._indexed = len(tokens)
+        self._indexed = until
+        return until - before
 
 
 def accepted(drafts: Sequence[int], sampled: Sequence[int]) -> int:

@@ -32,6 +32,14 @@ class Emitted:
     rerouted_rows: int = 0  # of routed_rows, those sent to another expert than the gate's
 
 
+class SequenceFault(Exception):
+    """Work for one sequence raised an exception that is not ours, `__cause__`. Other sequences are not affected."""
+
+    def __init__(self, sequence: Sequence) -> None:
+        super().__init__(sequence.request_id)
+        self.sequence = sequence
+
+
 @dataclass(slots=True, eq=False)
 class Sequence:
     """One choice of a request: its tokens, cache blocks and progress.
@@ -57,6 +65,7 @@ class Sequence:
     cached_tokens: int = 0  # prompt tokens found in the prefix cache
     admitted: bool = False  # whether it has run
     emitted: bool = False  # whether an event was sent
+    ended: bool = False  # whether its last event was sent
     routed_rows: int = 0  # as in Emitted, but since the start
     rerouted_rows: int = 0
     reported_rows: tuple[int, int] = (0, 0)  # routed_rows and rerouted_rows as of the last event
@@ -66,6 +75,7 @@ class Sequence:
     encoded: bool = False  # whether those keys and values are computed
     parent: Sequence | None = None  # the choice whose prompt this one shares
     siblings: tuple[Sequence, ...] = ()  # choices that start once this one's prompt is computed
+    forked: tuple[Sequence, ...] = ()  # choices that have started
     guide: CompiledGuide | None = None
     prompt_logprobs: list[float] = field(default_factory=list)  # collected in prefill, sent with the first token
     drafter: Drafter | None = field(default=None, init=False)
@@ -100,19 +110,14 @@ class Sequence:
         return len(self.tokens) - self.computed > 1 or self.to_encode > 0
 
     @property
-    def held_blocks(self) -> int:
-        """Number of blocks held, for decoder tokens and for the encoded prompt."""
-        return len(self.table.held) + len(self.cross_table.held)
-
-    @property
     def needs_prompt_logits(self) -> bool:
         """Whether the request still needs the logits of every prompt token. If so, it cannot use the prefix cache."""
         return self.sampling.prompt_logprobs and self.generated == 0
 
     @property
-    def drafts(self) -> bool:
-        """Whether the next tokens may be drafted: not in prefill, and not if a guide or penalties depend on each token."""
-        return self.generated > 0 and not self.prefilling and self.guide is None and not self.sampling.penalised
+    def may_draft(self) -> bool:
+        """Whether tokens may ever be drafted: not if a guide or penalties depend on each token."""
+        return self.guide is None and not self.sampling.penalised
 
     def with_drafts(self, tokens: tuple[int, ...]) -> Sequence:
         """Returns the sequence as if the drafts `tokens` were generated, to sample the token after them."""

@@ -33,7 +33,7 @@ def test_a_step_of_single_tokens_is_decode():
 def test_a_plan_without_some_is_the_same_for_the_others():
     """Failed positions identify sequences, and the plan without them leaves the others unchanged."""
     bench = Bench(*(sequence(name, 3) for name in "abc"))
-    bench.scheduler.admit()
+    bench.admitted()
     plan = bench.plan()
     assert names(plan.owners([2, 3, 4])) == ["a", "b"]
     assert summary(plan.without(plan.owners([5]))) == [("a", 3, True), ("c", 3, True)]
@@ -149,7 +149,7 @@ def test_a_sequence_without_a_new_block_keeps_those_it_has():
 def test_removing_frees_all_blocks():
     """Running and waiting sequences can be removed, and removing twice has no effect."""
     bench = Bench(sequence("a", 6), sequence("b", 6), slots=1, blocks=3)
-    (running,) = bench.scheduler.admit()
+    running = bench.scheduler.admit_next()
     bench.plan()
     waiting = bench.scheduler.waiting.first()
     for _ in range(2):

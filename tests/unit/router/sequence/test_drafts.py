@@ -10,6 +10,13 @@ from hypothesis import strategies as st
 
 from moiety.router.sequence.drafts import LONGEST, SHORTEST, Drafter, accepted
 
+
+def drafted_by(drafter: Drafter, tokens: list[int], most: int) -> tuple[int, ...]:
+    """Indexes all tokens and drafts."""
+    drafter.index(tokens, len(tokens))
+    return drafter.draft(tokens, most)
+
+
 TEXTS = st.lists(st.integers(0, 3), min_size=1, max_size=60)
 
 
@@ -30,7 +37,7 @@ def decoded(next_token: dict[tuple[int, ...], int], prompt: list[int], count: in
     drafter, tokens, steps = Drafter(most) if most else None, list(prompt), 0
     while len(tokens) < len(prompt) + count:
         left = len(prompt) + count - len(tokens)
-        drafts = drafter.draft(tokens, left - 1) if drafter else ()
+        drafts = drafted_by(drafter, tokens, left - 1) if drafter else ()
         text = [*tokens, *drafts]
         sampled = [next_token.get(tuple(text[: len(tokens) + i][-2:]), 0) for i in range(len(drafts) + 1)]
         right = accepted(drafts, sampled)
@@ -46,7 +53,7 @@ def test_drafts_are_those_of_the_naive_search(text: list[int], most: int):
     """The incremental index finds what a search through the whole text finds, after every token."""
     drafter = Drafter(most)
     for end in range(1, len(text) + 1):
-        assert drafter.draft(text[:end], most) == naive(text[:end], most)
+        assert drafted_by(drafter, text[:end], most) == naive(text[:end], most)
 
 
 @given(TEXTS, st.dictionaries(st.tuples(st.integers(0, 3), st.integers(0, 3)), st.integers(0, 3)), st.integers(1, 8))
@@ -71,11 +78,24 @@ def test_poor_drafts_become_rare():
     drafter, generator, tokens = Drafter(8), random.Random(0), [0] * 8
     wasted = 0
     for _ in range(2000):
-        drafts = drafter.draft(tokens, 8)
+        drafts = drafted_by(drafter, tokens, 8)
         tokens.append(generator.choice([t for t in range(4) if not drafts or t != drafts[0]]))
         drafter.learn(len(drafts), 0, len(tokens))
         wasted += len(drafts)
     assert 0 < wasted <= 12
+
+
+@given(TEXTS, st.lists(st.integers(1, 9), min_size=60, max_size=60))
+def test_an_index_built_in_parts_is_the_whole_index(text: list[int], parts: list[int]):
+    """Nothing is drafted until every token is indexed, and then the same as if they had been indexed at once."""
+    drafter, left = Drafter(2), len(text)
+    for part in parts:
+        if left:
+            assert drafter.draft(text, 2) == ()
+        done = drafter.index(text, part)
+        assert done == min(part, left)
+        left -= done
+    assert drafter.draft(text, 2) == naive(text, 2)
 
 
 def test_drafting_time_depends_on_new_tokens_only():
@@ -84,13 +104,13 @@ def test_drafting_time_depends_on_new_tokens_only():
     tokens = [generator.randrange(1000) for _ in range(50_000)]
     drafter = Drafter(4)
     began = time.perf_counter()
-    drafter.draft(tokens, 4)
+    drafted_by(drafter, tokens, 4)
     first = time.perf_counter() - began
     later = []
     for _ in range(20):
         tokens.append(generator.randrange(1000))
         began = time.perf_counter()
-        drafter.draft(tokens, 4)
+        drafted_by(drafter, tokens, 4)
         later.append(time.perf_counter() - began)
     assert min(later) < first / 100
 
