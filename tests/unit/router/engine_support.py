@@ -199,6 +199,7 @@ def engine_of(
     window: int | None = None,
     speculative_tokens: int = 0,
     cross_attention: bool = False,
+    threads: int = 1,
 ) -> Engine:
     """Builds an engine that is not started: the test steps or starts it."""
     spec = CacheSpec({0: LayerSpec(1, 2, 2, torch.float32, window=window)}, cross_attention=cross_attention)
@@ -210,7 +211,7 @@ def engine_of(
         slots=slots,
         token_budget=token_budget,
         queue_limit=queue_limit,
-        threads=1,
+        threads=threads,
         report_missing=lambda *_: None,
         tracer=NO_TRACER,
         speculative_tokens=speculative_tokens,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import abc
 
 import pytest
+import torch
 from engine_support import START, Listener, TranslatingModel, engine_of, expected_translation, finish, submit
 
 from moiety.core.sampling import Sampling
@@ -154,3 +155,15 @@ def test_a_given_first_token_is_the_first():
     assert drawn.tokens[0] == 21
     assert greedy.tokens == [21, *expected_translation(PROMPTS[0], 3, [21])]
     engine.stop(5)
+
+
+def test_a_long_prompt_is_encoded_with_all_threads():
+    """A step that encodes many tokens uses all of the engine's threads in torch, and a step of few tokens only one."""
+    model, threads = TranslatingModel(), list[int]()
+    model.before = lambda _: threads.append(torch.get_num_threads())
+    engine = engine_of(model, cross_attention=True, token_budget=200, blocks=100, threads=2)
+    engine.start()
+    _, listener = ask(engine, [3] * 100)
+    assert listener.ended.wait(10)
+    engine.stop(5)
+    assert threads == [2] + [1] * (NEW_TOKENS - 1)

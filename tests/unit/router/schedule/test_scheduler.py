@@ -8,6 +8,7 @@ from scheduler_support import Bench, names, sequence, summary
 
 from moiety.core.expert_backend import CallClass
 from moiety.core.sampling import Sampling
+from moiety.router.schedule.scheduler import PROMPT_LOGITS
 from moiety.router.sequence.step_plan import Scheduled, StepPlan
 
 # A step ----------------------------------------------------------------------------------------------------------
@@ -48,6 +49,21 @@ def test_logits_are_requested_only_where_used():
         ("a", range(0, 1)),
         ("c", range(1, 3)),
     ]
+
+
+def test_logits_of_prompts_are_computed_in_bounded_pieces():
+    """However long the prompts whose log probabilities are requested, a step computes at most PROMPT_LOGITS rows for them."""
+    scored = Sampling(max_tokens=2, prompt_logprobs=True)
+    long = [sequence(name, 1000) for name in "abc"]
+    for one in long:
+        one.sampling = scored
+    bench = Bench(*long, sequence("other", 300), budget=1000, blocks=1000)
+    plan = bench.step()
+    assert sum(item.wanted for item in plan.scheduled) <= PROMPT_LOGITS + len(long)
+    assert summary(plan)[-1] == ("other", 300, True), "a prompt without log probabilities uses the rest of the budget"
+    for _ in range(2 + len(long) * 1000 // PROMPT_LOGITS):
+        assert sum(item.wanted for item in bench.step().scheduled) <= PROMPT_LOGITS + len(long)
+    assert all(one.generated for one in long)
 
 
 # Slots and fairness ----------------------------------------------------------------------------------------------
