@@ -34,7 +34,9 @@ def sequence(name: str, prompt: int = 1, *, computed: int = 0, max_tokens: int =
 class Bench:
     """A scheduler with a cache, and the steps that an engine would do on it."""
 
-    def __init__(self, *sequences: Sequence, slots: int = 8, budget: int = 10, blocks: int = 100, revision: str | None = None):
+    def __init__(
+        self, *sequences: Sequence, slots: int = 8, budget: int = 10, blocks: int = 100, revision: str | None = None
+    ):
         memory = blocks * BLOCK_TOKENS * SPEC.bytes_per_token
         self.cache = KVCache(SPEC, memory, torch.device("cpu"), block_tokens=BLOCK_TOKENS, revision=revision)
         self.scheduler = Scheduler(self.cache, slots, budget)

@@ -195,19 +195,23 @@ def test_a_bug_in_scheduling_ends_the_request_it_is_for(phase: str, monkeypatch:
     assert (first.tokens, last.tokens) == ([2, 3, 4], [22, 23, 24])
 
 
-def test_a_request_whose_events_cannot_be_sent_ends(engine: Engine):
-    """The others of its step get their tokens, and nothing of it is left."""
+@pytest.mark.parametrize("lasting", [True, False], ids=["none can be sent", "the error can be sent"])
+def test_a_request_whose_events_cannot_be_sent_ends(engine: Engine, lasting: bool):
+    """Its client gets an error if that can be sent. The others of its step get their tokens, and nothing of it is left."""
+    sequence, listener = submit(engine, [1], max_tokens=50)
 
-    def broken(_: Emitted) -> None:
-        raise RuntimeError("Event loop is closed")
+    def broken(emitted: Emitted) -> None:
+        if lasting or emitted.error is None:
+            raise RuntimeError("a secret")
+        listener(emitted)
 
-    sequence, _ = submit(engine, [1], max_tokens=50)
     sequence.emit = broken
     _, other = submit(engine, [11])
     engine.step()
     assert engine.load.running == 1
     finish(engine)
     assert other.tokens == [12, 13, 14]
+    assert lasting or str(listener.end.error) == "the router failed to compute request 1; its log says why"
 
 
 def test_stopping_ends_what_runs_with_unavailable(engine: Engine, model: CountingModel, hop: NoHop):
