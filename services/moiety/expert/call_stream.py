@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Callable
+from math import inf
 
 import grpc
 
@@ -32,6 +33,8 @@ class CallStream:
         )  # (reply, bytes that its call occupies), bounded by the window
         self._occupied = self._open = 0  # bytes; calls whose reply is not written yet
         self._reading, self._given_up = True, False
+        self._write_began = inf  # the loop's time when the current write began; inf: none is in progress
+        self._alarm: asyncio.TimerHandle  # set by `_watch`
         self._to_write, self._written = asyncio.Event(), asyncio.Event()
 
     def begin(self, size: int) -> Callable[[bytes], None]:
@@ -47,12 +50,13 @@ class CallStream:
         RESOURCE_EXHAUSTED as soon as it has taken that one. gRPC cannot end a stream in the middle of a message.
         """
         reader = spawn("expert calls", self._read(frames))
+        self._watch(reader)
         try:
             while await self._next():
                 frame, size = self._replies.popleft()
-                alarm = self._loop.call_later(UNREAD_S, self._give_up, reader)
+                self._write_began = self._loop.time()
                 await context.write(frame)
-                alarm.cancel()
+                self._write_began = inf
                 self._occupied -= size
                 self._open -= 1
                 self._written.set()
@@ -61,6 +65,7 @@ class CallStream:
                     await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, detail)
         finally:
             reader.cancel()
+            self._alarm.cancel()
 
     async def _read(self, frames: AsyncIterator[bytes]) -> None:
         try:
@@ -90,7 +95,11 @@ class CallStream:
             self._replies.append((frame, size))
             self._to_write.set()
 
-    def _give_up(self, reader: asyncio.Task[None]) -> None:
+    def _watch(self, reader: asyncio.Task[None]) -> None:
+        """Gives the router up once the current write is late, else looks again soon: cheaper than a timer for each write."""
+        if self._loop.time() - self._write_began < UNREAD_S:
+            self._alarm = self._loop.call_later(UNREAD_S / 10, self._watch, reader)
+            return
         self._given_up = True
         self._replies.clear()
         reader.cancel()
