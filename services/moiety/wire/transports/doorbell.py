@@ -19,6 +19,7 @@ from collections.abc import Callable
 from moiety.errors import PeerLost
 from moiety.wire.transports.mailbox import READABLE, WRITABLE, Mailbox
 
+MOST_UNSENT = 16_384  # messages that wait for a peer that does not read; each belongs to an open call
 MESSAGE_BYTES = 8192  # the kernel truncates a longer message, which then cannot be parsed
 # CALL: start of the range; bytes of the rows, of the space for the answer's rows, of the ForwardRequest
 CALL = struct.Struct("<QIII")
@@ -49,15 +50,17 @@ class Doorbell:
     ):
         """`on_message` receives each message. `on_lost` is called once, with the reason, when the connection ends."""
         self._socket, self._mailbox, self._on_message, self._on_lost = sock, mailbox, on_message, on_lost
-        self._unsent: deque[bytes] = deque()  # bounded: each message refers to a range of the segment
+        self._unsent: deque[bytes] = deque()
         self._open = True
         sock.setblocking(False)
         mailbox.post(lambda: mailbox.watch(sock, self._ready))
 
     def ring(self, message: bytes) -> None:
-        """Sends `message` without blocking. Messages that the socket cannot take yet wait in a queue."""
+        """Sends `message` without blocking. Messages that the socket cannot take yet wait in a queue of at most MOST_UNSENT."""
         if self._unsent:
             self._unsent.append(message)
+            if len(self._unsent) > MOST_UNSENT:
+                self.hang_up(f"it did not read {MOST_UNSENT} messages")
             return
         try:
             self._socket.send(message)
