@@ -28,9 +28,8 @@ class CallStream:
         """`accept(frame, stream)` takes one frame. If it is a call, it uses `stream.begin`."""
         self._accept = accept
         self._loop = asyncio.get_running_loop()
-        self._replies: deque[tuple[bytes, int]] = (
-            deque()
-        )  # (reply, bytes that its call occupies), bounded by the window
+        # (reply, bytes that its call occupies), bounded by the window
+        self._replies: deque[tuple[bytes, int]] = deque()
         self._occupied = self._open = 0  # bytes; calls whose reply is not written yet
         self._reading, self._given_up = True, False
         self._write_began = inf  # the loop's time when the current write began; inf: none is in progress
@@ -41,7 +40,11 @@ class CallStream:
         """Counts a call of `size` bytes, reply included. Returns the function that sends its reply, once, from any thread."""
         self._occupied += size
         self._open += 1
-        return lambda frame: self._enqueue_later(frame, size)
+
+        def reply(frame: bytes) -> None:
+            self._loop.call_soon_threadsafe(self._enqueue, frame, size)
+
+        return reply
 
     async def serve(self, frames: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> None:
         """Serves until the router closes its half and every reply is written.
@@ -86,9 +89,6 @@ class CallStream:
             self._to_write.clear()
             await self._to_write.wait()
         return True
-
-    def _enqueue_later(self, frame: bytes, size: int) -> None:
-        self._loop.call_soon_threadsafe(self._enqueue, frame, size)
 
     def _enqueue(self, frame: bytes, size: int) -> None:
         if not self._given_up:

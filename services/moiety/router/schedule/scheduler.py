@@ -20,7 +20,7 @@ from moiety.router.sequence.step_plan import Scheduled, StepPlan
 
 # Rows of logits that a step computes for log probabilities of prompts: 128 MiB in float32 at a vocabulary of 262,144.
 PROMPT_LOGITS = 128
-INDEX_TOKENS = 1024  # of all sequences, that a step adds to the n-grams for drafts: 1.5 ms
+INDEX_TOKENS = 1024  # of all sequences, whose n-grams a step adds for drafts: 1.3 ms
 
 
 class Scheduler:

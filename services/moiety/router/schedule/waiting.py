@@ -1,6 +1,6 @@
 """The queue of waiting sequences. Order: lowest priority number, then tenants in turn, then arrival.
 
-No operation takes longer because many sequences wait, except for a logarithm.
+Each operation takes the same time however many sequences wait, apart from a logarithm and amortised over many operations.
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ class Sequence:
     cached_tokens: int = 0  # prompt tokens found in the prefix cache
     admitted: bool = False  # whether it has run
     emitted: bool = False  # whether an event was sent
-    ended: bool = False  # whether its last event was sent
+    ended: bool = False  # whether its last event was sent, or could not be sent
     routed_rows: int = 0  # as in Emitted, but since the start
     rerouted_rows: int = 0
     reported_rows: tuple[int, int] = (0, 0)  # routed_rows and rerouted_rows as of the last event
