@@ -22,6 +22,7 @@ from moiety.errors import (
 from moiety.router.engine import Engine
 from moiety.router.sequence.drafts import Drafter
 from moiety.router.sequence.sequence import Emitted, Sequence
+from moiety.telemetry.tracing import NO_SPAN
 from moiety.wire.deadline import Deadline
 
 
@@ -43,6 +44,16 @@ def engine(model: CountingModel, hop: NoHop) -> Iterator[Engine]:
     made = engine_of(model, hop=hop, queue_limit=3)
     yield made
     made.stop(5)
+
+
+class FailingSpan(type(NO_SPAN)):  # type: ignore[misc]
+    """A span that is not exported; remembers its errors."""
+
+    def __init__(self) -> None:
+        self.errors: list[BaseException | str] = []
+
+    def error(self, cause: BaseException | str) -> None:
+        self.errors.append(cause)
 
 
 def test_requests_run_together_and_end_independently(engine: Engine, model: CountingModel):
@@ -141,9 +152,11 @@ def test_a_bug_in_a_step_ends_its_request_and_not_the_engine(engine: Engine, mod
 
     model.before = fail
     engine.start()
-    listeners = {first: submit(engine, [first])[1] for first in (1, 11, 21)}
+    spans = {first: FailingSpan() for first in (1, 11, 21)}
+    listeners = {first: submit(engine, [first], span=span)[1] for first, span in spans.items()}
     assert all(listener.ended.wait(5) for listener in listeners.values())
     assert type(listeners[11].end.error) is MoietyError
+    assert {first: span.errors for first, span in spans.items()} == {1: [], 11: [listeners[11].end.error], 21: []}
     assert str(listeners[11].end.error) == "the router failed to compute request 11; its log says why"
     assert [listeners[first].tokens for first in (1, 21)] == [[2, 3, 4], [22, 23, 24]]
     assert [(record.message, str(record.exc_info[1])) for record in caplog.records] == [
@@ -193,6 +206,17 @@ def test_a_bug_in_scheduling_ends_the_request_it_is_for(phase: str, monkeypatch:
     assert "the router failed to compute request" in str(broken.end.error)
     assert len(broken.tokens) == (phase == "plan")
     assert (first.tokens, last.tokens) == ([2, 3, 4], [22, 23, 24])
+
+
+def test_a_bug_in_log_probabilities_ends_their_request_alone(engine: Engine):
+    """The client is told what failed, not how. The others of the step get their tokens."""
+    sampling = Sampling(max_tokens=3, prompt_logprobs=True)
+    _, broken = submit(engine, [40] * 3, sampling=sampling)  # the service would refuse tokens beyond the vocabulary
+    _, other = submit(engine, [1] * 4)
+    finish(engine)
+    assert str(broken.end.error) == "the prompt's log probabilities failed; the router's log says why"
+    assert broken.tokens == []
+    assert other.tokens == [2, 3, 4]
 
 
 @pytest.mark.parametrize("lasting", [True, False], ids=["none can be sent", "the error can be sent"])
