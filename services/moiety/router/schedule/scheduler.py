@@ -170,9 +170,9 @@ class Scheduler:
 
         Preempts running sequences of lower priority, last in rank first: as few as make the room, none if all would not.
         """
-        held = self._cache.references
+        reused = frozenset(found)
         needed = self._cache.blocks_for(len(sequence.tokens)) + self._cache.blocks_for(len(sequence.encoder_ids))
-        needed -= sum(held(block) > 0 for block in found)
+        needed -= sum(self._cache.references(block) > 0 for block in reused)
         slots, spare = self._free_slots, self._spare_blocks
         lower, preempted = self._freed(reversed(self.running)), list[Sequence]()
         while slots < sequence.slots or spare < needed:
@@ -182,7 +182,7 @@ class Scheduler:
             preempted.append(other)
             slots += other.slots
             spare += len(freed) + self._reserve(other)
-            needed += sum(block in found for block in freed)
+            needed += sum(block in reused for block in freed)
         for other in preempted:
             self._preempt(other)
         return True
