@@ -12,8 +12,8 @@ import grpc
 from moiety.core.supervise import spawn
 from moiety.wire.channels import MAX_MESSAGE_BYTES
 
-# Calls and replies of one router in memory. The largest calls still overlap: one is computed while another is transferred.
-WINDOW_BYTES = MAX_MESSAGE_BYTES
+# Calls and replies of one router in memory. A call of the largest size is read alone; smaller ones overlap.
+WINDOW_BYTES = MAX_MESSAGE_BYTES // 2
 UNREAD_S = 10.0  # a router that does not take a reply within this time is given up: 32 MiB at 27 Mbit/s
 
 
