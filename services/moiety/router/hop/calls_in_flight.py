@@ -34,14 +34,19 @@ class CallsInFlight:
         """`began_ns`: Unix time at which the previous layer ended, or the step began."""
         self._hop, self._step, self._rows = hop, step, rows
         self._calls: dict[int, CallInFlight] = {}
-        self.span = self._start(SpanName.LAYER, step.span, {Attribute.LAYER: rows.layer}, began_ns)
-        self.start_span(SpanName.ATTENTION, start_ns=began_ns).end()
+        self.span: Span = NO_SPAN
+        if step.span.recording:
+            attributes: Mapping[Attribute, str | int] = {Attribute.LAYER: rows.layer}
+            self.span = hop.tracer.start(SpanName.LAYER, parent=step.span, attributes=attributes, start_ns=began_ns)
+            self.start_span(SpanName.ATTENTION, start_ns=began_ns).end()
 
     def start_span(
         self, name: SpanName, attributes: Mapping[Attribute, str | int] | None = None, start_ns: int | None = None
     ) -> Span:
         """Starts a span within the layer's."""
-        return self._start(name, self.span, attributes or {}, start_ns)
+        if not self.span.recording:
+            return NO_SPAN
+        return self._hop.tracer.start(name, parent=self.span, attributes=attributes or {}, start_ns=start_ns)
 
     def send(self, parts: Mapping[str, np.ndarray], attempt: int, hedge_of: int | None, take: Take) -> None:
         """Sends the rows of `parts` (replica -> assignments), split into calls of a bounded size.
@@ -116,10 +121,3 @@ class CallsInFlight:
             replica, assignments, attempt, now, hedge_at, look_at, probe, hedge_of, span
         )
         hop.fleet.send(replica, header, rows.hidden, tokens, len(assignments), partial(take, call_id))
-
-    def _start(
-        self, name: SpanName, parent: Span, attributes: Mapping[Attribute, str | int], start_ns: int | None
-    ) -> Span:
-        if not parent.recording:
-            return NO_SPAN
-        return self._hop.tracer.start(name, parent=parent, attributes=attributes, start_ns=start_ns)

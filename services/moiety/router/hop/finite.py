@@ -46,9 +46,8 @@ class ReturnedRows:
     def __init__(self, dtype: torch.dtype) -> None:
         self._dtype = dtype
         self._returned: list[tuple[str, np.ndarray]] = []  # replica, assignments; a later entry replaces an earlier one
-        self._doubted: dict[
-            str, np.ndarray
-        ] = {}  # replica -> bool [A]: results that it returned non-finite for finite rows
+        # replica -> bool [A]: the results that it returned non-finite for finite rows
+        self._doubted: dict[str, np.ndarray] = {}
         self._agreed: np.ndarray | None = None  # [A]: how many trusted replicas did so; None: none yet
 
     def add(self, replica: str, assignments: np.ndarray) -> None:
@@ -66,12 +65,11 @@ class ReturnedRows:
             return {}
         replicas = dict.fromkeys(replica for replica, _ in self._returned)
         bad = non_finite_rows(rows.output, self._dtype)  # [A]
-        bad &= ~non_finite_rows(rows.hidden, self._dtype)[
-            np.arange(len(bad)) // rows.top_k
-        ]  # those are the router's own
+        own = non_finite_rows(rows.hidden, self._dtype)  # [T]: what the router sent
+        bad &= ~own[np.arange(len(bad)) // rows.top_k]
         for replica, doubted in self._doubted.items():
             if (doubted & ~bad).any():
-                breakers.failed(replica, now, "it returned NaN or Inf where another holder did not", certain=True)
+                breakers.failed(replica, now, "it returned NaN or Inf for results that are finite", certain=True)
         source = np.full(len(bad), "", dtype=object)
         for replica, assignments in self._returned:
             source[assignments] = replica
@@ -91,6 +89,5 @@ class ReturnedRows:
         """Blames the replicas that returned `assignments` non-finite, after no other holder could be asked."""
         for replica, doubted in self._doubted.items():
             if doubted[np.asarray(assignments)].any():
-                breakers.failed(
-                    replica, now, "it returned NaN or Inf, and no other holder could be asked", certain=True
-                )
+                why = "it returned NaN or Inf, and no other holder could be asked"
+                breakers.failed(replica, now, why, certain=True)

@@ -74,9 +74,8 @@ class Fleet:
         self._room_listeners: list[Callable[[], None]] = []
         self._unanswered: dict[int, Answer] = {}  # by call id, cancelled ones too: who takes the answer
         self._answered_at: dict[str, float] = {}  # replica id -> time.monotonic() of its last answer
-        self._describe: dict[
-            str, tuple[float, float]
-        ] = {}  # replica id -> when it may be asked again, the delay after that
+        # replica id -> when it may be asked again what it holds, and the delay after that
+        self._describe: dict[str, tuple[float, float]] = {}
 
     def start(self) -> None:
         self._task = supervise("expert fleet", self._follow)

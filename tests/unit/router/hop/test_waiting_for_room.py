@@ -27,7 +27,7 @@ async def test_overload_is_an_error_of_its_own():
     """When all holders stay overloaded, the error says so with a retry delay, and no expert was reported missing."""
     both = [holder(name, on_call=answers(OVERLOADED)) for name in ("a", "b")]
     async with hop_over(*both, expert_wait_s=0.3) as lane:
-        why = r"all holders of expert\(s\) \[.*\] of MoE layer 0 are overloaded; waited 0\.[3-9] s for room; retry"
+        why = r"all holders of expert\(s\) \[.*\] of MoE layer 0 are overloaded; waited \d\.\d s for room; retry"
         with pytest.raises(HopFailed, match=why) as failed:
             await lane.compute(0, HIDDEN, ROUTING)
         assert isinstance(failed.value.cause, ResourceExhausted)
