@@ -1,4 +1,4 @@
-"""Liveness by progress, by a clock of the test's own: hanging and failing is sickness; slowness, rest and a stopped judge are not."""
+"""Liveness by progress, by a clock of the test's own: hanging and failing is sickness, slowness and rest are not."""
 
 from __future__ import annotations
 
