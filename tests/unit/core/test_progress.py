@@ -1,4 +1,4 @@
-"""Liveness by progress, with a clock of the test's own: who hangs or fails is sick; who is slow or was stopped is not."""
+"""Liveness by progress, by a clock of the test's own: hanging and failing is sickness, slowness and rest are not."""
 
 from __future__ import annotations
 
