@@ -29,8 +29,9 @@ PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(9)  # a client's first byt
 TOKENS = 12
 GROWTH_MIB = 128  # of a process, over all inputs
 ANSWER_S = 10.0
-# What an RPC with a damaged message may end with. gRPC itself says INTERNAL for a message that it cannot parse.
-EXPECTED = {"OK", "INVALID_ARGUMENT", "INTERNAL", "NOT_FOUND", "FAILED_PRECONDITION", "UNAVAILABLE", "CANCELLED"}
+# What an RPC with a damaged message may end with.
+EXPECTED = {"INVALID_ARGUMENT", "NOT_FOUND", "FAILED_PRECONDITION", "UNAVAILABLE", "CANCELLED"}
+UNREADABLE = "DecodeError"  # gRPC's own answer, of status UNKNOWN, to a message between services that it cannot parse
 
 
 def rss_mib(pid: int) -> int:
@@ -59,7 +60,7 @@ async def noise_on_method(random: Random, link: grpc.aio.Channel, method: str, v
                 break
             call.cancel()
         except grpc.aio.AioRpcError as error:
-            if error.code().name not in EXPECTED:
+            if error.code().name not in EXPECTED and UNREADABLE not in (error.details() or ""):
                 raise AssertionError(f"{method} ended with {error.code().name}: {error.details()}") from error
     return count
 
@@ -134,13 +135,13 @@ def test_noise_harms_no_service(served: Served, times: int) -> None:
                 k_offsets=bytes(4) + b"\1\0\0\0",
                 experts=bytes(4),
             ).SerializeToString()
-            tried += await noise_on_stream(random, link, f"/{EXPERT_SERVICE}/Forward", call, 300 * times)
-            tried += await noise_on_method(random, link, f"/{EXPERT_SERVICE}/DescribeReplica", b"", 50 * times)
+            tried += await noise_on_stream(random, link, f"/{EXPERT_SERVICE}/Forward", call, 1500 * times)
+            tried += await noise_on_method(random, link, f"/{EXPERT_SERVICE}/DescribeReplica", b"", 200 * times)
         hello = experts_pb2.SharedMemoryHello(
             wire_version=WIRE_VERSION, system=description.system, dtype=description.dtype
         ).SerializeToString()
         name = description.shared_memory
-        tried += await asyncio.to_thread(noise_on_doorbell, random, name, hello, call, 60 * times)
+        tried += await asyncio.to_thread(noise_on_doorbell, random, name, hello, call, 200 * times)
         request = generation_pb2.GenerateRequest(sampling=generation_pb2.SamplingParams(max_tokens=2, temperature=0.5))
         request.token_ids.ids.extend([5, 6, 7])
         async with channel(served.cluster.address) as link:
@@ -154,9 +155,9 @@ def test_noise_harms_no_service(served: Served, times: int) -> None:
         )
         message = engine_pb2.GenerateTokensRequest(call_id=3, request=engine_request).SerializeToString()
         async with channel(served.cluster.router().replica.address) as link:
-            tried += await noise_on_stream(random, link, f"/{ENGINE_SERVICE}/GenerateTokens", message, 200 * times)
+            tried += await noise_on_stream(random, link, f"/{ENGINE_SERVICE}/GenerateTokens", message, 400 * times)
         for child in served.cluster.children:
-            tried += await noise_on_tcp(random, child.replica.address, 30 * times)
+            tried += await noise_on_tcp(random, child.replica.address, 60 * times)
         after = {child.replica.id: child.pid for child in served.cluster.children}
         assert after == pids, "every process lives"
         assert await Streams(client, TOKENS).finish() == expected
