@@ -246,7 +246,7 @@ class Engine:
             self._delivery.emit(sequence, emitted)
 
     def _fail(self, error: BaseException | None, *sequences: Sequence) -> None:
-        """Ends sequences in whose step an exception that is not ours was raised. Of failures in a row one traceback is enough."""
+        """Ends sequences whose step raised an exception that is not ours. Of failures in a row one traceback is enough."""
         self._delivery.fail(error, *sequences, traceback=self.steps.fail(time.monotonic()))
 
     def _advance(self, item: Scheduled) -> None:

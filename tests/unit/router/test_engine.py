@@ -160,7 +160,7 @@ def test_a_bug_in_a_step_ends_its_request_and_not_the_engine(engine: Engine, mod
     assert str(listeners[11].end.error) == "the router failed to compute request 11; its log says why"
     assert [listeners[first].tokens for first in (1, 21)] == [[2, 3, 4], [22, 23, 24]]
     assert [(record.message, str(record.exc_info[1])) for record in caplog.records] == [
-        ("request 11 failed", "'a secret'")
+        ("request 11 failed: KeyError('a secret')", "'a secret'")
     ]
     _, after = submit(engine, [1])
     assert after.ended.wait(5)
