@@ -196,13 +196,11 @@ class Runtime:
             table = holding.layers.get(ready[0].call.layer, NO_EXPERTS)
             try:
                 results = self._compute(ready, table)
-            except Exception as error:
+            except Exception:
                 if self._progress.fail(time.monotonic()):
                     _log.exception("a batch of %d calls for layer %d failed", len(ready), ready[0].call.layer)
                 for waiting in ready:
-                    self._answer(
-                        waiting, MoietyError(f"the expert computation failed: {type(error).__name__}: {error}")
-                    )
+                    self._answer(waiting, MoietyError("the expert computation failed; the replica's log says why"))
                 self._suspect = table, np.unique(ready[0].call.experts).tolist()
                 self._probe()
                 continue

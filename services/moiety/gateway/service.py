@@ -116,11 +116,13 @@ class GenerationService:
         try:
             check_labels(request)
             self._routers.check_room()
-            held.enter_context(self._admission.place(request.tenant, host_of(context.peer())))
+            host = host_of(context.peer())
+            held.enter_context(self._admission.place(request.tenant, host))
             deadline = Deadline.after(context.time_remaining())
             request.request_id = request.request_id or secrets.token_hex(8)
             span.set(Attribute.REQUEST_ID, request.request_id)
             engine_request, continues = await self._admit(request, deadline)
+            engine_request.host = host
             span.set(Attribute.INPUT_TOKENS, len(engine_request.prompt_ids))
             for key, field in _SAMPLING.items():
                 span.set(key, getattr(engine_request.sampling, field))

@@ -164,6 +164,7 @@ class EngineService(engine_pb2_grpc.EngineServiceServicer):
             choice=request.choice,
             priority=request.priority,
             tenant=request.tenant,
+            host=request.host,
             guide=guide,
         )
 

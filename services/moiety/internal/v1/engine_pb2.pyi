@@ -58,7 +58,7 @@ class DescribeEngineResponse(_message.Message):
     def __init__(self, model: _Optional[str] = ..., system: _Optional[str] = ..., max_context: _Optional[int] = ..., vocabulary: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., slots: _Optional[int] = ..., block_tokens: _Optional[int] = ..., blocks: _Optional[int] = ..., encoder_decoder: _Optional[bool] = ..., queue_limit: _Optional[int] = ..., state: _Optional[str] = ...) -> None: ...
 
 class EngineRequest(_message.Message):
-    __slots__ = ("request_id", "system_key", "prompt_ids", "generated_ids", "sampling", "stop_ids", "priority", "tenant", "choice")
+    __slots__ = ("request_id", "system_key", "prompt_ids", "generated_ids", "sampling", "stop_ids", "priority", "tenant", "choice", "host")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     SYSTEM_KEY_FIELD_NUMBER: _ClassVar[int]
     PROMPT_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -68,6 +68,7 @@ class EngineRequest(_message.Message):
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     TENANT_FIELD_NUMBER: _ClassVar[int]
     CHOICE_FIELD_NUMBER: _ClassVar[int]
+    HOST_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     system_key: str
     prompt_ids: _containers.RepeatedScalarFieldContainer[int]
@@ -77,7 +78,8 @@ class EngineRequest(_message.Message):
     priority: int
     tenant: str
     choice: int
-    def __init__(self, request_id: _Optional[str] = ..., system_key: _Optional[str] = ..., prompt_ids: _Optional[_Iterable[int]] = ..., generated_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_generation_pb2.SamplingParams, _Mapping]] = ..., stop_ids: _Optional[_Iterable[int]] = ..., priority: _Optional[int] = ..., tenant: _Optional[str] = ..., choice: _Optional[int] = ...) -> None: ...
+    host: str
+    def __init__(self, request_id: _Optional[str] = ..., system_key: _Optional[str] = ..., prompt_ids: _Optional[_Iterable[int]] = ..., generated_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_generation_pb2.SamplingParams, _Mapping]] = ..., stop_ids: _Optional[_Iterable[int]] = ..., priority: _Optional[int] = ..., tenant: _Optional[str] = ..., choice: _Optional[int] = ..., host: _Optional[str] = ...) -> None: ...
 
 class EngineEvent(_message.Message):
     __slots__ = ("token_ids", "finish_reason", "logprobs", "choice", "top_logprobs", "prompt_logprobs", "cached_tokens", "routed_rows", "rerouted_rows", "call_id", "error")

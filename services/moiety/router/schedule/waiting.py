@@ -1,4 +1,6 @@
-"""The queue of waiting sequences. Order: lowest priority number, then tenants in turn, then arrival.
+"""The queue of waiting sequences. Order: lowest priority number, then hosts in turn, then their tenants, then arrival.
+
+A tenant is a name that a client chooses. So a host that invents names gets no more turns than another host.
 
 Each operation takes the same time however many sequences wait, apart from a logarithm and amortised over many operations.
 """
@@ -14,16 +16,16 @@ from math import inf
 
 from moiety.router.sequence.sequence import Sequence
 
-_Tenants = OrderedDict[
-    str, OrderedDict[Sequence, None]
-]  # each tenant's sequences in order; the first tenant has the turn
+# Each tenant's sequences in order; the first tenant has the host's turn, and the first host has the turn.
+_Queue = OrderedDict[Sequence, None]
+_Hosts = OrderedDict[str, OrderedDict[str, _Queue]]
 
 
 class WaitingQueue:
     """The sequences that wait to run. A waiting sequence holds no slot and no blocks."""
 
     def __init__(self) -> None:
-        self._levels: dict[int, _Tenants] = {}  # by priority
+        self._levels: dict[int, _Hosts] = {}  # by priority
         self._priorities: list[int] = []  # of `_levels`, ascending
         self._members: set[Sequence] = set()
         # (deadline, number, sequence), a heap; also of sequences that have left the queue since
@@ -38,29 +40,35 @@ class WaitingQueue:
 
     def __iter__(self) -> Iterator[Sequence]:
         for level in self._levels.values():
-            for queue in level.values():
-                yield from queue
+            for tenants in level.values():
+                for queue in tenants.values():
+                    yield from queue
 
     def push(self, sequence: Sequence) -> None:
         """Adds a sequence at the end of its tenant's queue."""
         self._add(sequence)
 
     def push_front(self, sequence: Sequence) -> None:
-        """Adds a sequence at the front of its tenant's queue, and gives its tenant the next turn."""
+        """Adds a sequence at the front of its tenant's queue, and gives its host and its tenant the next turn."""
         self._add(sequence).move_to_end(sequence, last=False)
-        self._levels[sequence.priority].move_to_end(sequence.tenant, last=False)
+        level = self._levels[sequence.priority]
+        level.move_to_end(sequence.host, last=False)
+        level[sequence.host].move_to_end(sequence.tenant, last=False)
 
     def first(self) -> Sequence | None:
         """Returns the next sequence, without removing it; None if none waits."""
         if not self._priorities:
             return None
-        return next(iter(next(iter(self._levels[self._priorities[0]].values()))))
+        tenants = next(iter(self._levels[self._priorities[0]].values()))
+        return next(iter(next(iter(tenants.values()))))
 
     def pop(self) -> Sequence:
-        """Removes and returns `first()`. The turn passes to the next tenant of its priority."""
+        """Removes and returns `first()`. The turn passes to the next host of its priority, and to the host's next tenant."""
         level = self._levels[self._priorities[0]]
-        tenant, queue = next(iter(level.items()))
-        level.move_to_end(tenant)
+        host, tenants = next(iter(level.items()))
+        tenant, queue = next(iter(tenants.items()))
+        level.move_to_end(host)
+        tenants.move_to_end(tenant)
         sequence = next(iter(queue))
         self.remove(sequence)
         return sequence
@@ -71,10 +79,12 @@ class WaitingQueue:
             return False
         self._members.discard(sequence)
         level = self._levels[sequence.priority]
-        queue = level[sequence.tenant]
-        del queue[sequence]
-        if not queue:
-            del level[sequence.tenant]
+        tenants = level[sequence.host]
+        del tenants[sequence.tenant][sequence]
+        if not tenants[sequence.tenant]:
+            del tenants[sequence.tenant]
+        if not tenants:
+            del level[sequence.host]
         if not level:
             del self._levels[sequence.priority]
             del self._priorities[bisect_left(self._priorities, sequence.priority)]
@@ -89,11 +99,12 @@ class WaitingQueue:
                 late[sequence] = None
         return list(late)
 
-    def _add(self, sequence: Sequence) -> OrderedDict[Sequence, None]:
+    def _add(self, sequence: Sequence) -> _Queue:
         if sequence.priority not in self._levels:
             self._levels[sequence.priority] = OrderedDict()
             insort(self._priorities, sequence.priority)
-        queue = self._levels[sequence.priority].setdefault(sequence.tenant, OrderedDict())
+        tenants = self._levels[sequence.priority].setdefault(sequence.host, OrderedDict())
+        queue = tenants.setdefault(sequence.tenant, OrderedDict())
         queue[sequence] = None
         self._members.add(sequence)
         if sequence.deadline.at < inf:

@@ -61,6 +61,7 @@ class Sequence:
     choice: int = 0  # index; seed, choice and position determine the sampling noise
     priority: int = 0  # lower runs first
     tenant: str = ""
+    host: str = ""  # of the client: hosts take turns, then the tenants of a host
     arrival: int = 0  # set by the scheduler: order of arrival within a priority
     cached_tokens: int = 0  # prompt tokens found in the prefix cache
     admitted: bool = False  # whether it has run

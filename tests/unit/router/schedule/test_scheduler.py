@@ -78,6 +78,15 @@ def test_freed_slots_go_to_the_next_arrival():
     assert bench.admitted() == ["c"]
 
 
+def test_invented_tenants_take_no_turns_from_another_host():
+    """Hosts take turns before tenants do: a host with many names gets every second turn beside a host with one."""
+    bench = Bench(
+        *(sequence(f"a{i}", tenant=f"name {i}", host="a") for i in range(6)),
+        *(sequence(f"b{i}", tenant="b", host="b") for i in range(3)),
+    )
+    assert bench.admitted() == ["a0", "b0", "a1", "b1", "a2", "b2", "a3", "a4"]
+
+
 def test_tenants_take_turns_within_a_priority():
     """Tenants take turns, however many requests one sends; lower priorities wait for higher ones."""
     bench = Bench(
