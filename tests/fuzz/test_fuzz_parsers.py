@@ -17,7 +17,7 @@ from moiety.core.system import SystemId
 from moiety.errors import InvalidRequest
 from moiety.internal.v1 import experts_pb2
 from moiety.registry import entries
-from moiety.testing import SYSTEM, fake_replica
+from moiety.testing import SYSTEM, fake_replica, fake_shape
 from moiety.wire import codec
 from moiety.wire.frames import parse_call
 from moiety.wire.rows import RowBuffer
@@ -25,7 +25,7 @@ from moiety.wire.rows import RowBuffer
 HIDDEN, ROW_BYTES = 4, 16
 HELD = ExpertSet.uniform(3, range(6)) | ExpertSet({0: frozenset({7, 9})})
 COST = BatchCost(0.001, 1e-9, 1e-6, 4096, 12, 0.1)
-DEMAND = ExpertDemand(((1, 2), (3, 4)), ((1, 1), (1, 1)), 12.5, 1.0, COST)
+DEMAND = ExpertDemand(((1, 2), (3, 4)), ((1, 1), (1, 1)), 12.5, 1.0, (COST,))
 TIMES = [pytest.param(FAST, id="fast"), pytest.param(SLOW, id="slow", marks=pytest.mark.slow)]
 
 
@@ -53,7 +53,7 @@ def reply_frame() -> bytes:
 def parse_frame(data: bytes) -> None:
     """Parses a call as an expert replica does."""
     header, payload = codec.decode(experts_pb2.ForwardRequest, data)
-    call = parse_call(header, payload, dtype="float32", hidden=HIDDEN, row_bytes=ROW_BYTES)
+    call = parse_call(header, payload, shape=fake_shape(hidden=HIDDEN), dtype="float32")
     assert len(call.row_of) == len(call.experts)
     assert len(call.payload) == header.rows
 

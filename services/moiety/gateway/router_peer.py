@@ -13,7 +13,7 @@ import grpc
 from moiety.core.replica import Replica, ReplicaState
 from moiety.core.supervise import supervise
 from moiety.core.system import SystemId
-from moiety.errors import WrongSystem
+from moiety.errors import MoietyError, PeerLost, WrongSystem
 from moiety.gateway.prefixes import PrefixIndex
 from moiety.gateway.prompt import Prompt
 from moiety.internal.v1 import engine_pb2, engine_pb2_grpc
@@ -72,9 +72,9 @@ class RouterPeer:
         link = channel(replica.address)
         try:
             stub = engine_pb2_grpc.EngineServiceStub(link)
-            description = await stub.DescribeEngine(engine_pb2.DescribeEngineRequest(), timeout=HANDSHAKE_S)
-        except grpc.RpcError as error:
-            _log.debug("router %s does not answer yet: %s", replica.id, status.error_of(error))
+            description = await _describe(stub, HANDSHAKE_S)
+        except MoietyError as error:
+            _log.debug("router %s does not answer yet: %s", replica.id, error)
             await link.close()
             return None
         if difference := system.difference(description.system):
@@ -98,11 +98,6 @@ class RouterPeer:
     def must_hand_over(self) -> bool:
         """Whether its requests should move to a router that is well: this one is sick, or answers no poll."""
         return self.state is ReplicaState.SICK or time.monotonic() - self._answered > SILENT_S
-
-    @property
-    def stream_broken(self) -> bool:
-        """Whether the stream that carries requests broke."""
-        return self._calls.broken
 
     @property
     def in_flight(self) -> int:
@@ -140,16 +135,14 @@ class RouterPeer:
         """Sends a request to the router and yields its events; see `CallClient.generate`."""
         return self._calls.generate(request, deadline, traceparent)
 
-    async def poll(self, timeout_s: float | None = None) -> bool:
+    async def poll(self, timeout_s: float = HANDSHAKE_S) -> bool:
         """Asks the router for its load and stores the answer. Returns False if it does not answer, or another one does."""
         before = self.in_flight
         try:
-            report = await self.stub.DescribeEngine(
-                engine_pb2.DescribeEngineRequest(), timeout=timeout_s or HANDSHAKE_S
-            )
-        except grpc.RpcError as error:
+            report = await _describe(self.stub, timeout_s)
+        except MoietyError as error:
             self.unresponsive = True
-            self.lost = self.lost or error.code() is grpc.StatusCode.UNAVAILABLE  # no connection, or it has ended
+            self.lost = self.lost or isinstance(error, PeerLost)  # no connection, or it has ended
             return False
         if self._system.difference(report.system):  # a router of another system has got the address of a lost one
             self.lost = True
@@ -161,7 +154,7 @@ class RouterPeer:
         return True
 
     async def hand_over(self) -> None:
-        """Breaks the stream, so that this gateway's requests at the router get PeerLost and move. Later ones may come back."""
+        """Breaks the stream, so that this gateway's requests at the router move. Later ones may come back."""
         await self._calls.close()
 
     async def leave(self) -> None:
@@ -196,3 +189,12 @@ class RouterPeer:
             await asyncio.sleep(POLL_S)
             await self.poll()
             await self._on_poll(self)
+
+
+async def _describe(stub: engine_pb2_grpc.EngineServiceStub, timeout_s: float) -> engine_pb2.DescribeEngineResponse:
+    """Returns the router's answer to DescribeEngine. Raises PeerLost, or another error with which the call failed."""
+    try:
+        report = await stub.DescribeEngine(engine_pb2.DescribeEngineRequest(), timeout=timeout_s)
+    except grpc.RpcError as error:
+        raise status.error_of(error) from None
+    return status.parsed(report)

@@ -18,17 +18,19 @@ from moiety.gateway.backlog import Backlog
 from moiety.gateway.choices import choices_of, merge_streams, resumed_request
 from moiety.gateway.prefixes import PrefixHasher
 from moiety.gateway.prompt import Prompt
-from moiety.gateway.router_peer import RouterPeer
+from moiety.gateway.router_peer import HANDSHAKE_S, RouterPeer
 from moiety.internal.v1 import engine_pb2
 from moiety.policy import router_choice
 from moiety.policy.router_pace import Pace
 from moiety.registry.watch import Watch
 from moiety.wire.deadline import Deadline
+from moiety.wire.event_stream import StreamBroken
 
 _log = logging.getLogger(__name__)
 RETRY_S = 0.1
 REDIAL_S = 0.5  # a listed router of another system is dialled again this often
 ASK_S = 0.25  # how long a router whose stream broke may take to answer
+MOST_LOSSES = 5
 UNKNOWN_WAIT_S = 1.0  # retry delay before any request has shown how long one takes
 USABLE = (ReplicaState.READY, ReplicaState.SICK)  # states of a router that may get requests
 
@@ -76,14 +78,16 @@ class RouterPool:
         """Yields the request's events until every choice has ended; the caller may end choices by adding them to `ended`.
 
         If the router is lost, another one resumes each unfinished choice after the tokens that were sent. If a router's
-        queue is full, the next router is tried. Raises ResourceExhausted if all queues are full. A request that a router
-        has `accepted` before first waits for a place, at most `wait_s` seconds.
+        queue is full, the next router is tried. Raises ResourceExhausted if all queues are full, Unavailable if MOST_LOSSES
+        routers in a row are lost before they send anything: the request may be what ends them. A request that a router has
+        `accepted` before first waits for a place, at most `wait_s` seconds.
         """
-        done = {choice: list(request.generated_ids) for choice in choices_of(request)}
+        done, losses = {choice: list(request.generated_ids) for choice in choices_of(request)}, 0
         while True:
             try:
                 async with aclosing(self._placed(request, deadline, traceparent, accepted)) as events:
                     async for event in events:
+                        losses = 0
                         done[event.choice].extend(event.token_ids)
                         request.sampling.prompt_logprobs = False  # they were sent with the first tokens
                         if event.finish_reason:
@@ -93,6 +97,8 @@ class RouterPool:
                             return
             except RouterLost as lost:
                 _log.warning("%s after %d tokens; another router resumes", lost, sum(map(len, done.values())))
+                if (losses := losses + 1) >= MOST_LOSSES:
+                    raise Unavailable(f"{losses} routers in a row were lost with this request; last: {lost}") from None
             accepted = True
             unfinished = [resumed_request(request, choice, ids) for choice, ids in done.items() if choice not in ended]
             if len(unfinished) == 1:
@@ -187,8 +193,8 @@ class RouterPool:
                         event.cached_tokens = 0  # counts output too; the client already has the count of its prompt
                     yield event
         except Unavailable as error:
-            if await self._is_lost(router):
-                raise RouterLost(f"router {router.replica.id} is lost") from None
+            if await self._is_lost(router, error):
+                raise RouterLost(f"router {router.replica.id} is lost: {error}") from None
             raise error from None
         finally:
             self._pace = attempt.end(self._pace)
@@ -275,12 +281,13 @@ class RouterPool:
         elif router is not None:
             await router.close()
 
-    async def _is_lost(self, router: RouterPeer) -> bool:
-        """Returns whether a request that `router` failed with Unavailable should resume elsewhere.
+    async def _is_lost(self, router: RouterPeer, error: Unavailable) -> bool:
+        """Returns whether a request that ended with `error` should resume, on another router or over a new stream.
 
         If not, the error has another cause, such as an expert that has no holder.
         """
-        answers = await router.poll(ASK_S) if router.stream_broken else await router.poll()
+        broken = isinstance(error, StreamBroken)
+        answers = await router.poll(ASK_S if broken else HANDSHAKE_S)
         if not answers:
             await self._drop(router)
-        return not answers or self._has_left(router) or (router.stream_broken and router.must_hand_over)
+        return broken or not answers or self._has_left(router)

@@ -58,6 +58,7 @@ class FakeEngine(engine_pb2_grpc.EngineServiceServicer):
         self._encoder_decoder = encoder_decoder
         self._cached: OrderedDict[int, None] = OrderedDict()
         self._running = 0
+        self._streams: set[asyncio.Task[None]] = set()  # one for each gateway
         self._server: Server | None = None
 
     async def start(self, registry: MemoryRegistry) -> None:
@@ -71,6 +72,11 @@ class FakeEngine(engine_pb2_grpc.EngineServiceServicer):
         """Breaks every stream immediately, without a grace period; the registry still lists the router."""
         if self._server is not None:
             await self._server.stop(0)
+
+    def break_streams(self) -> None:
+        """Breaks every stream; the router lives and answers on new ones."""
+        for stream in self._streams:
+            stream.cancel()
 
     def empty_cache(self) -> None:
         """Evicts every block from the prefix cache."""
@@ -99,7 +105,13 @@ class FakeEngine(engine_pb2_grpc.EngineServiceServicer):
         calls: AsyncIterator[engine_pb2.GenerateTokensRequest],
         context: grpc.aio.ServicerContext[engine_pb2.GenerateTokensRequest, engine_pb2.GenerateTokensResponse],
     ) -> None:
-        await CallServer(self._answer).serve(calls, context)
+        serving = asyncio.current_task()
+        assert serving is not None
+        self._streams.add(serving)
+        try:
+            await CallServer(self._answer).serve(calls, context)
+        finally:
+            self._streams.discard(serving)
 
     async def _answer(self, call: engine_pb2.GenerateTokensRequest, send_event: SendEvent) -> None:
         request = call.request

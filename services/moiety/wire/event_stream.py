@@ -36,6 +36,11 @@ MOST_BEHIND = 4 * MOST_UNSENT  # events that wait for a gateway that reads, but 
 STOPPED_S = 1.0  # a gateway that has taken no message for so long has stopped to read
 CUT_S = 1.0  # seconds that the end of an RPC may wait for a peer that does not read
 
+
+class StreamBroken(PeerLost):
+    """The stream that carries a call broke. Its router may live."""
+
+
 Event = Callable[[], engine_pb2.EngineEvent]  # builds the event on the loop, to spare the engine's thread the work
 SendEvent = Callable[[Event], None]
 CallHandler = Callable[[engine_pb2.GenerateTokensRequest, SendEvent], Coroutine[Any, Any, None]]
@@ -189,7 +194,7 @@ class CallClient:
     ) -> AsyncGenerator[engine_pb2.EngineEvent, None]:
         """Yields the events of one request until all its choices have ended; closing the generator cancels the request.
 
-        Raises the error that the router sent, PeerLost if the stream breaks, DeadlineExceeded if the router has not ended
+        Raises the error that the router sent, StreamBroken if the stream breaks, DeadlineExceeded if the router has not ended
         the request LATE_S seconds after the deadline, and ResourceExhausted if too many events have not been taken.
         """
         if self._stream is None or self._stream.broken:
@@ -213,13 +218,8 @@ class CallClient:
                 alarm.cancel()
             stream.end(call_id)
 
-    @property
-    def broken(self) -> bool:
-        """Whether the stream broke, or was closed, since the last call began."""
-        return self._stream is not None and self._stream.broken
-
     async def close(self) -> None:
-        """Ends the stream; unanswered calls get PeerLost. A later call opens another stream."""
+        """Ends the stream; unanswered calls get StreamBroken. A later call opens another stream."""
         if self._stream is not None:
             await self._stream.close()
 
@@ -293,7 +293,7 @@ class _Stream:
             if task is not asyncio.current_task():
                 task.cancel()
         for inbox in self.inboxes.values():
-            inbox.fail(PeerLost(f"the stream to {self._peer} broke: {why}"))
+            inbox.fail(StreamBroken(f"the stream to {self._peer} broke: {why}"))
 
 
 def _reason(error: BaseException) -> str:

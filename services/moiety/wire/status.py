@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import secrets
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 import grpc
 
@@ -12,6 +12,7 @@ from moiety import errors
 from moiety.internal.v1 import engine_pb2
 
 _log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 RETRY_AFTER_KEY = "retry-after-ms"
 
@@ -60,6 +61,13 @@ async def abort(context: grpc.aio.ServicerContext, error: errors.MoietyError) ->
 def error_of(rpc: grpc.RpcError) -> errors.MoietyError:
     """Returns the MoietyError that a failed RPC stands for, with the peer's message."""
     return error_of_code(rpc.code(), rpc.details() or "", rpc.trailing_metadata())
+
+
+def parsed(response: T | None) -> T:
+    """Returns `response`. Raises PeerLost where it is None, which grpc.aio returns for bytes that it cannot parse."""
+    if response is None:
+        raise errors.PeerLost("its answer cannot be parsed")
+    return response
 
 
 def to_message(error: errors.MoietyError) -> engine_pb2.EngineError:

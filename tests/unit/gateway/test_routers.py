@@ -69,6 +69,37 @@ async def test_no_other_router_in_time_is_unavailable(tokenizer: Tokenizer):
             await tokens(gateway)
 
 
+async def test_a_reset_connection_costs_a_router_no_request(tokenizer: Tokenizer):
+    """A request whose stream broke while its router lives resumes, on the same router too, behind the tokens it has."""
+    only = engine("a")
+    async with gateway_over(tokenizer, only) as gateway:
+
+        async def break_once(position: int) -> None:
+            if position == 3 and len(only.requests) == 1:
+                await eventually(lambda: gateway.received == 3)
+                only.break_streams()
+                await asyncio.Event().wait()
+
+        only.before_token = break_once
+        assert await tokens(gateway) == expected(6)
+    assert [_generated(request) for request in only.requests] == [0, 3]
+
+
+async def test_a_request_that_ends_every_router_is_given_up(tokenizer: Tokenizer):
+    """A request that breaks stream after stream before its first token ends with UNAVAILABLE, not with every router."""
+    only = engine("a")
+    async with gateway_over(tokenizer, only) as gateway:
+
+        async def break_always(_position: int) -> None:
+            only.break_streams()
+            await asyncio.Event().wait()
+
+        only.before_token = break_always
+        with pytest.raises(Unavailable, match="5 routers in a row were lost with this request"):
+            await tokens(gateway)
+    assert len(only.requests) == 5
+
+
 @pytest.mark.parametrize("change", [{"app": "other"}, {"cluster": "other"}, {"revision": "f" * 32}, {"groups": 4}])
 async def test_a_router_of_another_system_is_never_used(
     tokenizer: Tokenizer, change: dict[str, Any], caplog: pytest.LogCaptureFixture

@@ -114,7 +114,9 @@ async def _describe(
 ) -> DescribeReplicaResponse:
     describe = ExpertServiceStub(grpc_channel).DescribeReplica
     try:
-        description: DescribeReplicaResponse = await describe(DescribeReplicaRequest(), timeout=timeout_s)
+        description: DescribeReplicaResponse = status.parsed(
+            await describe(DescribeReplicaRequest(), timeout=timeout_s)
+        )
     except grpc.RpcError as error:
         raise status.error_of(error) from None
     for field, text in (("held", description.held), ("leaving", description.leaving)):
