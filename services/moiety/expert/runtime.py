@@ -29,6 +29,7 @@ from moiety_kernels.weights.expert_weights import ExpertWeights
 
 _log = logging.getLogger(__name__)
 NO_EXPERTS = ExpertTable({})  # of a layer of which this replica holds none
+_SEE_LOG = "the expert computation failed; the replica's log says why"
 MOST_FAILURES = 2  # a batch, and then the device's probe
 LEAST_S = 5.0  # a batch may always take this long
 
@@ -196,11 +197,12 @@ class Runtime:
             table = holding.layers.get(ready[0].call.layer, NO_EXPERTS)
             try:
                 results = self._compute(ready, table)
-            except Exception:
+            except Exception as error:
                 if self._progress.fail(time.monotonic()):
                     _log.exception("a batch of %d calls for layer %d failed", len(ready), ready[0].call.layer)
+                ours = error if isinstance(error, MoietyError) else MoietyError(_SEE_LOG)
                 for waiting in ready:
-                    self._answer(waiting, MoietyError("the expert computation failed; the replica's log says why"))
+                    self._answer(waiting, ours)
                 self._suspect = table, np.unique(ready[0].call.experts).tolist()
                 self._probe()
                 continue

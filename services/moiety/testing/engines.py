@@ -58,7 +58,7 @@ class FakeEngine(engine_pb2_grpc.EngineServiceServicer):
         self._encoder_decoder = encoder_decoder
         self._cached: OrderedDict[int, None] = OrderedDict()
         self._running = 0
-        self._streams: set[asyncio.Task[None]] = set()  # one for each gateway
+        self._streams: set[asyncio.Event] = set()  # one for each gateway; setting it breaks the stream
         self._server: Server | None = None
 
     async def start(self, registry: MemoryRegistry) -> None:
@@ -75,8 +75,8 @@ class FakeEngine(engine_pb2_grpc.EngineServiceServicer):
 
     def break_streams(self) -> None:
         """Breaks every stream; the router lives and answers on new ones."""
-        for stream in self._streams:
-            stream.cancel()
+        for broken in self._streams:
+            broken.set()
 
     def empty_cache(self) -> None:
         """Evicts every block from the prefix cache."""
@@ -105,13 +105,17 @@ class FakeEngine(engine_pb2_grpc.EngineServiceServicer):
         calls: AsyncIterator[engine_pb2.GenerateTokensRequest],
         context: grpc.aio.ServicerContext[engine_pb2.GenerateTokensRequest, engine_pb2.GenerateTokensResponse],
     ) -> None:
-        serving = asyncio.current_task()
-        assert serving is not None
-        self._streams.add(serving)
+        self._streams.add(broken := asyncio.Event())
+        serving = asyncio.create_task(CallServer(self._answer).serve(calls, context))
+        breaking = asyncio.create_task(broken.wait())
         try:
-            await CallServer(self._answer).serve(calls, context)
+            await asyncio.wait((serving, breaking), return_when=asyncio.FIRST_COMPLETED)
+            if broken.is_set():
+                await context.abort(grpc.StatusCode.UNAVAILABLE, "the stream was broken by the test")
         finally:
-            self._streams.discard(serving)
+            self._streams.discard(broken)
+            serving.cancel()
+            breaking.cancel()
 
     async def _answer(self, call: engine_pb2.GenerateTokensRequest, send_event: SendEvent) -> None:
         request = call.request
