@@ -11,14 +11,14 @@ PING_MS = 500  # between two pings, also on a connection without calls
 PING_TIMEOUT_S = 1.0
 
 
-def shared_options(ping_timeout_s: float) -> list[tuple[str, int]]:
+def shared_options(ping_timeout_s: float, receive_bytes: int = MAX_MESSAGE_BYTES) -> list[tuple[str, int]]:
     """Returns the options of channels and servers. A peer whose answer to a ping takes `ping_timeout_s` is lost.
 
     A ping waits behind the data that was sent before it. So the time must be longer than the link needs for a message.
     """
     timeout_ms = round(1000 * ping_timeout_s)
     return [
-        ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+        ("grpc.max_receive_message_length", receive_bytes),
         ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
         ("grpc.keepalive_time_ms", PING_MS),
         ("grpc.keepalive_timeout_ms", timeout_ms),  # how long the kernel sends again to an address that has gone
@@ -28,10 +28,15 @@ def shared_options(ping_timeout_s: float) -> list[tuple[str, int]]:
     ]
 
 
-def channel(address: str, ping_timeout_s: float = PING_TIMEOUT_S) -> grpc.aio.Channel:
-    """Returns an insecure channel, whose calls break within `ping_timeout_s` + 0.5 s after the peer has stopped."""
+def channel(
+    address: str, ping_timeout_s: float = PING_TIMEOUT_S, receive_bytes: int = MAX_MESSAGE_BYTES
+) -> grpc.aio.Channel:
+    """Returns an insecure channel, whose calls break within `ping_timeout_s` + 0.5 s after the peer has stopped.
+
+    A call breaks, too, if a message of more than `receive_bytes` arrives. Such a message takes no memory.
+    """
     options = [
-        *shared_options(ping_timeout_s),
+        *shared_options(ping_timeout_s, receive_bytes),
         ("grpc.initial_reconnect_backoff_ms", 100),
         ("grpc.min_reconnect_backoff_ms", 100),
         ("grpc.max_reconnect_backoff_ms", 1000),

@@ -158,8 +158,12 @@ class LocalSystem:
         return relay.connections if relay is not None else 0
 
     def _callers(self, replica: Replica) -> int:
-        """Returns how many services keep a connection to `replica`, through its relay."""
-        return {Role.EXPERT: self._routers, Role.ROUTER: 1, Role.GATEWAY: 0}[replica.role]
+        """Returns how many services keep a connection to `replica`, through its relay.
+
+        A router that reaches an expert replica over shared memory opens one only when it asks for a description.
+        """
+        over_grpc = sum(used is Transport.GRPC for used in self._transports.values())
+        return {Role.EXPERT: over_grpc, Role.ROUTER: 1, Role.GATEWAY: 0}[replica.role]
 
     async def _relay_children(self) -> None:
         """Gives each new service that advertises RELAYED a relay, and takes away those of services that have ended."""

@@ -14,7 +14,7 @@ from moiety.internal.v1.experts_pb2 import DescribeReplicaRequest, DescribeRepli
 from moiety.internal.v1.experts_pb2_grpc import ExpertServiceStub
 from moiety.policy.dispatch import ReplicaHolding
 from moiety.wire import status
-from moiety.wire.channels import channel
+from moiety.wire.channels import MAX_MESSAGE_BYTES, channel
 from moiety.wire.transports.connection import Connection
 from moiety.wire.transports.grpc_connection import GrpcConnection
 from moiety.wire.transports.mailbox import Mailbox
@@ -22,6 +22,7 @@ from moiety.wire.transports.shm_connection import SharedMemoryConnection
 from moiety.wire.transports.shm_segment import AVAILABLE
 
 _log = logging.getLogger(__name__)
+REPLY_BYTES = MAX_MESSAGE_BYTES // 2 + (1 << 20)  # the rows of the largest call that a router sends, and a header
 
 
 class ExpertLink:
@@ -60,7 +61,7 @@ class ExpertLink:
         Raises PeerLost or another error with which DescribeReplica failed, InvalidRequest if the sets of experts in the
         description cannot be parsed, FailedPrecondition if `transport` cannot reach the replica.
         """
-        grpc_channel = channel(address)
+        grpc_channel = channel(address, receive_bytes=REPLY_BYTES)
         try:
             description = await _describe(grpc_channel, timeout_s, shape)
             if transport in (Transport.AUTO, Transport.SHM):
