@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from math import isfinite
 
@@ -13,6 +14,8 @@ from moiety.expert.fault import Fault
 from moiety.model.activation import activation_of
 from moiety_kernels.ops.expert_mlp import grouped_expert_mlp
 from moiety_kernels.weights.expert_weights import ExpertWeights
+
+CHECK_S = 0.05  # between two looks at a batch: a look takes some 7 µs, a small decode batch 100
 
 
 class Device:
@@ -28,6 +31,7 @@ class Device:
         self._activation, self._hidden = activation_of(mlp), mlp.hidden
         self._dtype, self._wire_dtype, self._device = dtype, wire_dtype, torch.device(device)
         self._deterministic = deterministic
+        self._next_check = 0.0  # monotonic clock, in seconds
 
     def empty(self, count: int) -> torch.Tensor:
         """Returns host memory [A, D] for the rows of a batch."""
@@ -38,14 +42,17 @@ class Device:
         """Returns the outputs [A, D], on the host, of rows [A, D] sorted by expert: counts[i] rows for weights[i].
 
         Raises MoietyError if finite rows give other outputs and the device is to blame. If it computes other rows well,
-        the outputs are returned: such rows overflow on any device.
+        the outputs are returned: such rows overflow on any device. Looks at a batch every CHECK_S, and at every one while
+        outputs are not finite. In between, routers notice: they look at all rows that they get.
         """
         outputs = self._run(rows, counts, weights)
+        if (now := time.monotonic()) < self._next_check:
+            return outputs
         # The sum shows NaN and Inf in 1 % of the time of torch.isfinite: 7 µs for 64 rows of 2048 in bfloat16.
-        if not isfinite(outputs.sum().item()):
-            wrong = ~outputs.isfinite().all(dim=1) & rows.isfinite().all(dim=1)
-            if wrong.any():
-                self.probe(weights)
+        if isfinite(outputs.sum(dtype=torch.float32).item()):
+            self._next_check = now + CHECK_S
+        elif (~outputs.isfinite().all(dim=1) & rows.isfinite().all(dim=1)).any():
+            self.probe(weights)
         return outputs
 
     def probe(self, weights: Sequence[ExpertWeights]) -> None:
