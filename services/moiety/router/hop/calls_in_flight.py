@@ -77,6 +77,11 @@ class CallsInFlight:
                 call.look_at = now + POLL_S  # its hedge may be lost
         return [(call_id, call) for call_id, call in slow if call_id not in hedged]
 
+    def asked(self, assignments: np.ndarray) -> frozenset[str]:
+        """Returns the replicas with a call in flight that has any of `assignments`."""
+        calls = self._calls.values()
+        return frozenset(call.replica for call in calls if np.isin(call.assignments, assignments).any())
+
     def without(self, assignments: np.ndarray, filled: np.ndarray) -> np.ndarray:
         """Returns those of `assignments` that have not arrived (`filled` [A]) and are in no call."""
         missing = ~filled

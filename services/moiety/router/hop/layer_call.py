@@ -210,18 +210,18 @@ class LayerCall:
             self._retry()
 
     def _look_at_slow(self, call_id: int, call: CallInFlight, now: float) -> None:
-        """Sends the rows of a slow call to other holders too, if others hold them and the hedge budget allows.
+        """Sends the rows of a slow call to other holders too, if others that have not got them hold them and the budget allows.
 
         The budget keeps hedges from doubling the load of replicas that are merely busy. It does not count where the replica
-        has answered nothing for a whole limit, or is only being probed. An only holder keeps the rows; those that nobody
-        else holds fail `expert_wait_s` after the limit.
+        has answered nothing for a whole limit, or is only being probed. Where there is no other holder to ask, the rows
+        stay where they are, and fail `expert_wait_s` after the limit.
         """
         waited_s, limit_s, layer = now - call.sent, self._limit_s(call), self._rows.layer
         late = waited_s >= limit_s
         if late:
             self._step.check()
         silent = late and not self._hop.fleet.answered_since(call.replica, max(call.sent, now - limit_s))
-        table, avoid = self._hop.fleet.table, {call.replica} | self._refusing
+        table, avoid = self._hop.fleet.table, self._calls.asked(call.assignments) | self._refusing
         avoided = self._hop.fleet.breakers.avoided(now)
         elsewhere = plan_dispatch(table, layer, self._rows.experts, call.assignments, avoid | avoided)
         if silent and len(elsewhere.uncovered) and avoided:  # a replica that answers wrongly may be better than none

@@ -120,6 +120,19 @@ async def test_a_silent_only_holder_ends_its_rows_after_the_wait():
 
 
 @pytest.mark.usefixtures("short_limits")
+async def test_rows_are_sent_once_to_each_of_several_silent_holders():
+    """Where every holder hangs, none gets the same rows twice, and the layer ends as with an only holder."""
+    first, second = holder("a", "0"), holder("b", "0")
+    async with hop_over(first, second, expert_wait_s=0.5) as lane:
+        hang(first)
+        hang(second)
+        with pytest.raises(HopFailed, match=r"layer 0: replica [ab] has not answered for \d\.\d s"):
+            async with asyncio.timeout(5.0):
+                await lane.compute(0, HIDDEN, torch.zeros(3, 1, dtype=torch.int64))
+        assert (len(first.calls), len(second.calls)) == (1, 1)
+
+
+@pytest.mark.usefixtures("short_limits")
 async def test_rows_of_a_silent_holder_go_to_a_holder_that_comes():
     """A replica that registers meanwhile gets the rows."""
     hung, late = holder("a"), holder("late")
