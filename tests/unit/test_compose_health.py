@@ -84,6 +84,17 @@ async def test_a_loop_that_is_blocked_once_is_well_and_again_and_again_is_sick()
         await eventually(lambda: service.replica.state is ReplicaState.READY)
 
 
+async def test_a_loop_that_is_blocked_for_long_each_time_is_sick(monkeypatch: pytest.MonkeyPatch):
+    """Blocks that each outlast the memory of failures are still several in a row."""
+    monkeypatch.setattr("moiety.core.progress.FORGET_S", 0.2)
+    async with running() as (service, _):
+        await asyncio.sleep(0.1)
+        for _ in range(MOST_LATE):
+            block(0.3)
+            await asyncio.sleep(0.001)
+        await eventually(lambda: service.replica.state is ReplicaState.SICK, within_s=1.0)
+
+
 async def test_a_sick_service_drains_at_once():
     """What a sick service has in flight does not finish: its replacement need not wait for it."""
     async with running() as (service, _):

@@ -97,6 +97,7 @@ class Running:
         """Keeps health service and registry entry up to date with `healthy`. Logs each change."""
         while True:
             began = time.monotonic()
+            self._loop_progress.begin(began)
             await asyncio.sleep(LOOK_S)
             now = time.monotonic()
             if now - began > LOOK_S + LATE_S:

@@ -60,9 +60,9 @@ class Progress:
         longest.now = max(longest.now, now - began)
 
     def fail(self, now: float) -> bool:
-        """Notes that the unit failed. Returns whether no other has failed within FORGET_S: then it belongs in the log."""
-        self._unit = None
-        first = now - self._failed_at > FORGET_S
+        """Notes that the unit failed. Returns whether none had failed in the FORGET_S before it: then it belongs in the log."""
+        began = now if self._unit is None else self._unit[0]
+        self._unit, first = None, began - self._failed_at > FORGET_S
         self.failures, self._failed_at = 1 if first else self.failures + 1, now
         return first
 
@@ -87,6 +87,6 @@ class Progress:
         """
         known = max((other for other in tuple(self._longest) if other <= size), default=None)
         if known is None:
-            return FIRST_S
+            return max(self._least_s, FIRST_S)
         longest = self._longest[known]
         return max(self._least_s, FACTOR * max(longest.now, longest.before) * 2.0 ** (size - known))

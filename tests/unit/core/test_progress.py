@@ -47,6 +47,16 @@ def test_a_unit_that_does_not_end_is_sickness_until_it_ends():
     assert not progress.problem(began + 7.0)
 
 
+def test_failures_in_a_row_count_however_long_each_takes():
+    """Units that fail after FORGET_S, each begun when the one before has failed, are failures in a row."""
+    progress = Progress(2, LEAST_S)
+    progress.begin(0.0)
+    progress.fail(FORGET_S + 1.0)
+    progress.begin(FORGET_S + 2.0)
+    progress.fail(2 * FORGET_S + 4.0)
+    assert progress.problem(2 * FORGET_S + 4.0) == "2 units of work failed in a row"
+
+
 def test_what_units_have_cost_is_the_measure():
     """A worker whose units take 3 s may take some times that, and one whose unit is larger more in proportion."""
     progress = Progress(1, LEAST_S)
