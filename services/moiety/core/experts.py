@@ -189,8 +189,10 @@ def _parse_set(text: str, bounds: _Bounds) -> ExpertSet:
         for layer in among:
             if layer not in by_layer:
                 by_layer[layer] = ids  # one set for all layers of the part
-            else:
-                repeated.setdefault(layer, set(by_layer[layer])).update(ids)
+                continue
+            if layer not in repeated:
+                repeated[layer] = set(by_layer[layer])
+            repeated[layer].update(ids)
     return ExpertSet(by_layer | {layer: frozenset(ids) for layer, ids in repeated.items()})
 
 

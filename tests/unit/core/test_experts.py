@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import time
 import tracemalloc
 import weakref
 
@@ -90,6 +91,13 @@ def test_reading_costs_no_more_than_the_model_has_experts(text: str, why: str):
         assert tracemalloc.get_traced_memory()[1] < 4e6
     finally:
         tracemalloc.stop()
+
+
+def test_a_layer_may_be_named_many_times():
+    """Each repetition costs what it names, not what the layer has already: a peer's text cannot hold up the reader."""
+    began = time.process_time()
+    assert len(ExpertSet.parse("0:0-65535" + ";0:1" * 20_000)) == 65536
+    assert time.process_time() - began < 2.0
 
 
 def test_a_set_is_bounded_where_the_model_is_unknown():
