@@ -31,8 +31,9 @@ from moiety.wire.sampling_params import MAX_GUIDE_CHARACTERS
 COMPILE_S = 5.0  # a large JSON schema takes some 100 ms
 KEPT_BYTES = 256 << 20  # of compiled guides in the cache: clients send the same schema repeatedly
 # What a compiled guide takes. All sequences that follow it share its lexer, which gains states with the tokens that they
-# generate. Measured with 60,000 tokens in the vocabulary: 4 MB for a text of 50,000 characters, 54 MB after 3,000 tokens.
-CHARACTER_BYTES, FOLLOWED_BYTES, MOST_FOLLOWED_BYTES = 100, 18 << 10, 100 << 20
+# generate. Measured with 60,000 tokens in the vocabulary: 28 to 53 KB for a text of five characters, 4 MB for one of 50,000,
+# 54 MB after 3,000 tokens.
+LEAST_BYTES, CHARACTER_BYTES, FOLLOWED_BYTES, MOST_FOLLOWED_BYTES = 64 << 10, 100, 18 << 10, 100 << 20
 MAX_PROBLEM = 200  # characters of a compiler's error message that a client receives
 # llguidance would compute the whole text that a guide forces, such as a million characters of `(a{1000}){1000}`, in one
 # mask on the engine's thread: 1 s and 180 MB. Without forcing, the model chooses how a forced text is cut into tokens.
@@ -56,7 +57,8 @@ class CompiledGuide:
     @property
     def bytes(self) -> int:
         """Memory that the guide takes, estimated."""
-        return CHARACTER_BYTES * self._characters + min(FOLLOWED_BYTES * self.followed, MOST_FOLLOWED_BYTES)
+        followed = min(FOLLOWED_BYTES * self.followed, MOST_FOLLOWED_BYTES)
+        return LEAST_BYTES + CHARACTER_BYTES * self._characters + followed
 
     def matcher(self) -> Matcher:
         """Returns a new matcher at the start of an output."""
@@ -146,9 +148,8 @@ class Guides:
         if problem := self._trial.problem(grammar):
             return _shortened(problem)
         matcher = llguidance.LLMatcher(tokenizer, grammar, log_level=0, limits=LIMITS)
-        if problem := first_mask_problem(
-            matcher.deep_copy()
-        ):  # such as characters for which the vocabulary has no token
+        # Only the checkpoint's tokenizer shows some problems, such as characters for which its vocabulary has no token.
+        if problem := first_mask_problem(matcher.deep_copy()):
             return _shortened(problem)
         return CompiledGuide(guide.text, matcher, executor)
 

@@ -102,6 +102,14 @@ async def test_a_guide_that_no_output_can_match_is_refused(guides: Guides, kind:
         await guides.compile(Guide(kind, text), PROMPT)
 
 
+async def test_kept_guides_take_the_memory_that_is_counted(guides: Guides):
+    """The smallest guides, too, take no more memory than the cache counts for them."""
+    await guides.compile(Guide(GuideKind.REGEX, "warm"), PROMPT)
+    before = memory()
+    kept = [await guides.compile(Guide(GuideKind.REGEX, f"a{number}"), PROMPT) for number in range(200)]
+    assert memory() - before < 2 * sum(guide.bytes for guide in kept)
+
+
 async def test_kept_guides_are_bounded_by_their_memory(guides: Guides, monkeypatch: pytest.MonkeyPatch):
     """A guide is kept while it and later ones take little memory; what its sequences add to it counts."""
     monkeypatch.setattr("moiety.router.sequence.guides.KEPT_BYTES", 1 << 20)
