@@ -140,9 +140,7 @@ def _observe(snapshot: Snapshot, state: State, settings: Scaling, now: float) ->
     if snapshot.live < snapshot.target:
         return replace(state, starting_since=now if state.starting_since is None else state.starting_since)
     if state.starting_since is not None:
-        start_s = max(
-            now - state.starting_since, state.start_s / 2
-        )  # a single slow start is forgotten after some others
+        start_s = max(now - state.starting_since, state.start_s / 2)  # others soon make a single slow start forgotten
         state = replace(state, starting_since=None, start_s=start_s, settled_at=now + SETTLE_S)
     if state.trial is not None and now >= state.settled_at and snapshot.reporting == snapshot.live:
         return _judge(snapshot, state, state.trial, settings, now)

@@ -40,9 +40,7 @@ class _Breaker:
     failures: int = 0  # in a row
     silent: bool = False  # it is open because it did not answer: any answer closes it
     since: float = 0.0  # when it opened or closed
-    until: float = (
-        0.0  # LATE: when it counts as stuck; OPEN: when it may be probed; PROBED: when it may be probed again
-    )
+    until: float = 0.0  # LATE: when it counts as stuck; OPEN and PROBED: when it may be probed next
     delay_s: float = DELAY_S  # the next delay between opening and probe
     rest_s: float = REST_S
     rests_until: float = 0.0  # an overloaded replica
@@ -81,7 +79,7 @@ class Breakers:
         return self.sick.union(replica for replica, breaker in self._breakers.items() if breaker.avoided(now))
 
     def closed(self, replica: str) -> bool:
-        """Whether nothing speaks against `replica`. What another one says proves nothing about a third."""
+        """Whether nothing speaks against `replica`. Only then its answer may show that another one's was right."""
         breaker = self._breakers.get(replica)
         return replica not in self.sick and (breaker is None or breaker.state is BreakerState.CLOSED)
 
