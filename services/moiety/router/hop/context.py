@@ -35,6 +35,9 @@ class HopContext:
     wait: Callable[[float], object]
     queues: OverrunReplicas | None = None  # under the overflow policy `backup`
 
+    def __post_init__(self) -> None:
+        self.fleet.add_memory(self.limits.keep)
+
     def record(self, replica: str, reply: ForwardResponse, took_s: float) -> None:
         """Records the batch cost and queue wait that an OK reply reports, `took_s` seconds after its call."""
         self.costs.record(self.fleet.kind_of(replica), reply, took_s)

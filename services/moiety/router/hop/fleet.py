@@ -10,7 +10,7 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from functools import partial
 from operator import ne
@@ -65,10 +65,11 @@ class Fleet:
         # Latest placement that `table` follows completely: no replica is called for an expert that it drops by it.
         self.placement_epoch = 0
         self._deployments: dict[str, str] = {}
-        self._listed: frozenset[str] = frozenset()
+        self._known: frozenset[str] = frozenset()  # replicas that are listed, or linked still
         self._task: asyncio.Task[None] | None = None
         self._loop = asyncio.get_running_loop()
         # Of the engine's thread:
+        self._memories: list[Callable[[Collection[str]], None]] = [self.breakers.keep]
         self._call_ids = itertools.count(1)
         self._table_listeners: list[Callable[[], None]] = []
         self._room_listeners: list[Callable[[], None]] = []
@@ -102,6 +103,10 @@ class Fleet:
             self._room_listeners.remove(room_freed)
 
         return stop
+
+    def add_memory(self, keep: Callable[[Collection[str]], None]) -> None:
+        """Registers what is remembered per replica: `keep(replicas)` is called when others have left, to forget these."""
+        self._memories.append(keep)
 
     def next_call_id(self) -> int:
         """Returns an id that is unique among the calls of all lanes of this router."""
@@ -184,7 +189,8 @@ class Fleet:
             )
 
     def _keep(self, replicas: frozenset[str]) -> None:
-        self.breakers.keep(replicas)
+        for keep in self._memories:
+            keep(replicas)
         for memory in (self._answered_at, self._describe):
             for gone in memory.keys() - replicas:
                 del memory[gone]
@@ -224,10 +230,11 @@ class Fleet:
                 "replicas that report themselves sick, avoided where others hold their experts: %s", sorted(sick)
             )
             self.breakers.sick = sick
-        if listed.keys() != self._listed:
-            self._listed = frozenset(listed)
-            self._links.keep(self._listed)
-            self.mailbox.post(partial(self._keep, self._listed))
+        # Of a replica that answers, nothing is forgotten because the registry has lost it.
+        if (known := listed.keys() | self._holdings.keys()) != self._known:
+            self._known = frozenset(known)
+            self._links.keep(self._known)
+            self.mailbox.post(partial(self._keep, self._known))
 
     def _opened(self, replica: Replica, link: ExpertLink) -> None:
         self._deployments[replica.id] = replica.deployment

@@ -73,9 +73,8 @@ class Links:
         """Closes all links; unanswered calls get PeerLost."""
         tasks = tuple(self._tasks.values())
         for task in tasks:
-            task.cancel()
+            task.cancel()  # it closes its link
         await asyncio.gather(*tasks, return_exceptions=True)
-        await asyncio.gather(*(link.close() for link in self._links.values()))
 
     async def _keep_link(self, replica: Replica) -> None:
         """Keeps the link to one replica from start to end: handshake, wait for its loss, and a delay before the next one."""
