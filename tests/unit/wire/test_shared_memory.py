@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import socket
 from collections.abc import AsyncIterator
@@ -277,3 +278,38 @@ async def test_a_socket_without_a_listener_is_lost():
     """Connecting to a replica that is gone or on another node raises PeerLost at once."""
     with pytest.raises(PeerLost, match=r"connecting to its shared memory failed: .*refused"):
         await SharedMemoryConnection.open(DescribeReplicaResponse(shared_memory="moiety-nobody"), Mailbox(), 5)
+
+
+async def test_a_replica_that_does_not_answer_the_hello_is_lost():
+    """The error says so; nothing is left open."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as silent:
+        silent.bind("\0moiety-silent")
+        silent.listen()
+        with pytest.raises(PeerLost, match="connecting to its shared memory failed: no answer"):
+            await SharedMemoryConnection.open(DescribeReplicaResponse(shared_memory="moiety-silent"), Mailbox(), 0.1)
+
+
+async def test_a_router_without_a_free_descriptor_says_so(monkeypatch: pytest.MonkeyPatch):
+    """It raises PeerLost, like any other failure to connect."""
+
+    def none_free(*_: object) -> socket.socket:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr("socket.socket", none_free)
+    with pytest.raises(PeerLost, match=r"connecting to its shared memory failed: .*Too many open files"):
+        await SharedMemoryConnection.open(DescribeReplicaResponse(shared_memory="moiety-any"), Mailbox(), 5)
+
+
+async def test_a_hello_that_does_not_come_is_refused_and_logged(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    """The router and the log are told what was missing."""
+    monkeypatch.setattr("moiety.wire.transports.shm_listener.HANDSHAKE_S", 0.1)
+    async with replica() as (_, name):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+            sock.setblocking(False)
+            loop = asyncio.get_running_loop()
+            await loop.sock_connect(sock, f"\0{name}")
+            welcome = SharedMemoryWelcome.FromString(await loop.sock_recv(sock, 4096))
+    assert welcome.refusal == "the hello did not come within 0.1 s"
+    assert "refused a router's shared-memory connection: the hello did not come within 0.1 s" in caplog.text

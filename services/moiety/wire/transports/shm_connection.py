@@ -79,9 +79,12 @@ class SharedMemoryConnection:
         """Connects to the replica that sent `description`, with a segment of `size` bytes (default SEGMENT_BYTES).
 
         Raises PeerLost if the replica is not on this node, belongs to another user or does not answer within `timeout_s`
-        seconds, and FailedPrecondition if it refuses the connection.
+        seconds, or this process has no free descriptor, and FailedPrecondition if it refuses the connection.
         """
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        except OSError as error:  # no free descriptor
+            raise _not_connected(error) from None
         try:
             sock.setblocking(False)
             async with asyncio.timeout(timeout_s):
@@ -89,7 +92,7 @@ class SharedMemoryConnection:
             return cls(description.shared_memory, sock, segment, mailbox, on_unasked)
         except (OSError, DecodeError, TimeoutError) as error:
             sock.close()
-            raise PeerLost(f"connecting to its shared memory failed: {error or 'no answer'}") from None
+            raise _not_connected(error) from None
         except BaseException:
             sock.close()
             raise
@@ -184,6 +187,10 @@ class SharedMemoryConnection:
             self._loop.remove_reader(self._hang_up)
             self._hang_up.close()
         self.closed.set()
+
+
+def _not_connected(error: Exception) -> PeerLost:
+    return PeerLost(f"connecting to its shared memory failed: {str(error) or 'no answer'}")
 
 
 async def _shake_hands(sock: socket.socket, description: DescribeReplicaResponse, size: int) -> mmap.mmap:

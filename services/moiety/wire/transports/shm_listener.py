@@ -81,9 +81,9 @@ class SharedMemoryListener:
             async with asyncio.timeout(HANDSHAKE_S):
                 segment = await self._shake_hands(sock)
         except (MoietyError, DecodeError, OSError, TimeoutError) as error:
-            _log.warning("refused a router's shared-memory connection: %s", error or "its hello did not come in time")
+            refusal = str(error)[:DETAIL_CHARACTERS] or f"the hello did not come within {HANDSHAKE_S:g} s"
+            _log.warning("refused a router's shared-memory connection: %s", refusal)
             with suppress(OSError):
-                refusal = str(error)[:DETAIL_CHARACTERS] or f"the hello did not come within {HANDSHAKE_S:g} s"
                 sock.send(SharedMemoryWelcome(refusal=refusal).SerializeToString())
             sock.close()
         except BaseException:
