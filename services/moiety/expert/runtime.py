@@ -219,6 +219,7 @@ class Runtime:
             self._progress.fail(time.monotonic())
         else:
             self._progress.end(time.monotonic())
+            self._suspect = NO_EXPERTS, []  # a placement may take these experts away
 
     def _recheck(self) -> None:
         self._recheck_posted = False

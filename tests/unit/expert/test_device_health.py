@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 
 import pytest
 import torch
@@ -94,6 +95,29 @@ def test_rows_that_no_device_could_compute_blame_nobody(make_runtime: MakeRuntim
     assert not plainly([0], rows).isfinite().all()
     torch.testing.assert_close(tensor_of(submit(runtime, rows).one()), plainly([0], rows), equal_nan=True)
     assert is_well(runtime)
+
+
+async def test_a_failure_that_is_over_keeps_no_weights(make_runtime: MakeRuntime, caplog: pytest.LogCaptureFixture):
+    """An expert that a placement takes away after its batch has failed is freed."""
+    caplog.set_level(logging.CRITICAL)  # a captured record's traceback would keep them
+    read: list[weakref.ref[object]] = []
+
+    def load(held: ExpertSet) -> dict[tuple[int, int], ExpertWeights]:
+        weights = {pair: weights_of(pair) for pair in held}
+        read.extend(weakref.ref(one.down) for pair, one in weights.items() if pair == (0, 0))
+        return weights
+
+    runtime = make_runtime(ALL, load=load)
+    runtime.fault = Fault.parse("raise")
+    assert isinstance(submit(runtime).one(), MoietyError)
+    runtime.fault = None
+    await eventually(lambda: is_well(runtime))
+    runtime.hold(ExpertSet.uniform(3, range(1, 6)), epoch=1)
+    assert runtime.drop_leaving()
+    waiting, answers = waiting_for(call_for([1], layer=1))  # until then the thread holds its last batch
+    runtime.submit(waiting)
+    assert isinstance(answers.one(), Computed)
+    await eventually(lambda: read[0]() is None)
 
 
 def test_wrong_weights_are_found(make_runtime: MakeRuntime):
