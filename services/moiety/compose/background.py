@@ -10,7 +10,7 @@ from concurrent.futures import Future
 from contextlib import suppress
 from typing import ParamSpec, TypeVar
 
-from moiety.core.supervise import supervise_thread
+from moiety.core.supervise import spawn_thread
 
 NICENESS = 5  # about a third of the time of a serving thread on the same core; all of the time on an idle core
 
@@ -34,5 +34,5 @@ async def at_low_priority(function: Callable[P, T], *args: P.args, **kwargs: P.k
         except BaseException as error:
             future.set_exception(error)
 
-    supervise_thread("background", run).start()
+    spawn_thread("background", run).start()
     return await asyncio.wrap_future(future)
