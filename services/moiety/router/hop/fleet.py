@@ -226,9 +226,8 @@ class Fleet:
     def _note_listed(self, listed: Mapping[str, Replica]) -> None:
         sick = frozenset(replica.id for replica in listed.values() if replica.state is ReplicaState.SICK)
         if sick != self.breakers.sick:
-            _log.warning(
-                "replicas that report themselves sick, avoided where others hold their experts: %s", sorted(sick)
-            )
+            what = "replicas that report themselves sick, avoided where others hold their experts"
+            _log.warning("%s: %s", what, ", ".join(sorted(sick)) or "none now")
             self.breakers.sick = sick
         # Of a replica that answers, nothing is forgotten because the registry has lost it.
         if (known := listed.keys() | self._holdings.keys()) != self._known:
