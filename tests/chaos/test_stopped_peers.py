@@ -55,7 +55,7 @@ def test_a_stopped_expert_replica_over_shared_memory(served: Served, expected: l
 
 
 def test_a_stopped_expert_replica_over_grpc(served: Served, expected: list[list[int]]) -> None:
-    """The same, with a router that reaches its experts over gRPC."""
+    """The same, with a router that reaches its experts over gRPC. Takes 20 s, because two routers start and end."""
 
     async def scenario(client: Client) -> None:
         await served.scale_experts(2, 1)
