@@ -62,7 +62,7 @@ def test_closing_the_stream_frees_the_slot(served: Served) -> None:
     """A stream closed after its first tokens leaves no request running or waiting."""
 
     async def scenario(client: Client) -> None:
-        stream = client.generate([5, 6, 7], max_tokens=400, ignore_eos=True)
+        stream = client.generate([5, 6, 7], max_tokens=500, ignore_eos=True)
         async for _ in stream:
             break
         assert (await _load(served))[0] == 1

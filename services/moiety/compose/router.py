@@ -87,7 +87,11 @@ async def start(settings: RouterSettings, replica_id: str, node: str) -> Running
             startup.tracer,
         )
         engine.start()
-        startup.closers.push_async_callback(asyncio.to_thread, engine.stop, settings.drain_s)
+        health = EngineHealth(engine, hop.fleet.mailbox)
+        # The thread of an engine that hangs does not end.
+        startup.closers.push_async_callback(
+            asyncio.to_thread, lambda: engine.stop(0.0 if health.hangs else settings.drain_s)
+        )
         guides = Guides(settings.model, shape.vocabulary, _threads(settings))
         startup.closers.callback(guides.close)
         service = EngineService(
@@ -133,7 +137,6 @@ async def start(settings: RouterSettings, replica_id: str, node: str) -> Running
         def counters() -> ExpertDemand:
             return hop.demand.reading(time.time(), hop.costs.reading())
 
-        health = EngineHealth(engine, hop.fleet.mailbox)
         server = Server([], [ENGINE_SERVICE])
         add_EngineServiceServicer_to_server(service, server.grpc)
         running = await startup.serve(

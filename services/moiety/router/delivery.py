@@ -62,7 +62,7 @@ class Delivery:
 
     def fail(self, error: BaseException | None, *sequences: Sequence, traceback: bool = True) -> None:
         """Ends sequences for which an exception was raised that is not ours. Only the log tells which."""
-        ids = ", ".join(one.request_id for one in sequences)
+        ids = ", ".join(one.request_id for one in sequences) or "(none)"
         _log.error("request %s failed: %r", ids, error, exc_info=error if traceback else None)
         for one in sequences:
             problem = f"the router failed to compute request {one.request_id}; its log says why"

@@ -78,6 +78,7 @@ class Engine:
         self._changed = threading.Condition()
         self._stopping = False
         self.turns = 0  # of the thread's loop
+        self.stepped = False  # whether a step has succeeded
         self.steps = Progress(MOST_FAILURES, inf)  # steps that failed in a row; `engine_health.py` judges time
         self._thread = supervise_thread("engine", self._run)
 
@@ -200,6 +201,7 @@ class Engine:
         while plan.scheduled:
             try:
                 logits = self._runner.run(plan, self._context(plan, span))
+                self.stepped = True
                 self.steps.end(time.monotonic())
                 return plan, logits
             except HopFailed as failed:

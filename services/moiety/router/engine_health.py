@@ -20,6 +20,7 @@ class EngineHealth:
         self._engine, self._mailbox = engine, mailbox
         self._turns = -1
         self._progress = Progress(1, LEAST_S)
+        self.hangs = False  # at the last check
 
     def check(self, now: float) -> None:
         """Raises Unavailable if the engine is sick. Call it about once a second; `now` is monotonic, in seconds."""
@@ -28,7 +29,10 @@ class EngineHealth:
         turns = self._engine.turns + self._mailbox.turns
         if turns != self._turns or self._mailbox.asleep:
             self._turns = turns
-            self._progress.end(now)
+            if self._engine.stepped:  # idle turns do not show how long a step takes
+                self._progress.end(now)
             self._progress.begin(now)
-        if problem := self._progress.problem(now) or self._engine.steps.problem(now):
+        hang = self._progress.problem(now)
+        self.hangs = bool(hang)
+        if problem := hang or self._engine.steps.problem(now):
             raise Unavailable(f"the engine is sick: {problem}")

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 from engine_support import CountingModel, engine_of, prompt_of, submit
 
+from moiety.core.progress import FIRST_S
 from moiety.errors import MoietyError, Unavailable
 from moiety.router.engine import Engine
 from moiety.router.engine_health import LEAST_S, EngineHealth
@@ -58,7 +59,7 @@ async def turned(engine: Engine) -> None:
 
 
 async def test_a_step_that_hangs_is_sickness_until_it_ends(engine: Engine, model: CountingModel):
-    """A thread that neither turns nor waits is sick after LEAST_S, and well as soon as it turns again."""
+    """A thread that neither turns nor waits is sick after LEAST_S, FIRST_S in its first step, and well once it turns again."""
     clock, released, reached = Clock(engine, Mailbox()), threading.Event(), threading.Event()
     assert not clock.look()
     await turned(engine)
@@ -70,12 +71,17 @@ async def test_a_step_that_hangs_is_sickness_until_it_ends(engine: Engine, model
 
     model.before = hang
     submit(engine, prompt_of(1, 4))
-    assert reached.wait(10)
-    assert not clock.look(LEAST_S)
-    assert clock.look(2.0).startswith("the engine is sick: no progress for")
+    for limit in (FIRST_S, LEAST_S):
+        assert reached.wait(10)
+        assert not clock.look(limit)
+        assert clock.look(2.0).startswith("the engine is sick: no progress for")
+        released.set()
+        await turned(engine)
+        assert not clock.look()
+        released.clear()
+        reached.clear()
+        submit(engine, prompt_of(1, 4))
     released.set()
-    await turned(engine)
-    assert not clock.look()
 
 
 async def test_waiting_for_experts_is_no_sickness(engine: Engine, model: CountingModel):

@@ -48,6 +48,21 @@ class GuideTrial:
 
         Raises TimeoutError if the machine is so busy that this takes longer than WALL_S.
         """
+        for _ in range(2):
+            if (found := self._try(grammar)) is not None:
+                return found
+            if self._end() != -signal.SIGKILL:  # none of its own limits: the system was short of memory, say
+                break
+        return TOO_COSTLY
+
+    def close(self) -> None:
+        """Ends the process, whatever it is doing."""
+        if self._process is not None:
+            self._process.kill()
+            self._end()
+
+    def _try(self, grammar: str) -> str | None:
+        """Returns the answer of the process; None if it ended without one."""
         if self._process is None or self._process.poll() is not None:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", __file__],
@@ -67,15 +82,14 @@ class GuideTrial:
             if line := stdout.readline():
                 problem: str = json.loads(line)
                 return problem
-        self.close()
-        return TOO_COSTLY
+        return None
 
-    def close(self) -> None:
-        """Ends the process, whatever it is doing."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.communicate()
-            self._process = None
+    def _end(self) -> int:
+        """Waits for the end of the process and returns its status."""
+        assert self._process is not None
+        process, self._process = self._process, None
+        process.communicate()
+        return process.returncode
 
 
 def first_mask_problem(matcher: llguidance.LLMatcher) -> str:
