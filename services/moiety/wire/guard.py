@@ -43,7 +43,8 @@ class Guard(grpc.aio.ServerInterceptor):
             handler: Any = await continuation(handler_call_details)
             if handler is None:
                 return handler
-            side = method.startswith("/grpc.") and handler.response_streaming  # a single health check is always answered
+            # A single health check ends by itself, and is always answered: probes depend on it.
+            side = method.startswith("/grpc.") and handler.response_streaming
             wrapped = self._wrapped[method] = self._wrap(handler, side)
         return wrapped
 
@@ -54,8 +55,8 @@ class Guard(grpc.aio.ServerInterceptor):
 
         async def call(requests: AsyncIterator[Any], context: grpc.aio.ServicerContext) -> Any:
             if side and self._side >= MOST_SIDE:
-                full = ResourceExhausted(f"{MOST_SIDE} streams of health and reflection are open, the most allowed", 1.0)
-                await status.abort(context, full)
+                why = f"{MOST_SIDE} streams of health and reflection are open, the most allowed"
+                await status.abort(context, ResourceExhausted(why, 1.0))
             self._side += side
             try:
                 request = requests if handler.request_streaming else await self._first(requests)
