@@ -66,14 +66,14 @@ def test_one_of_two_holders_is_sick(served: Served, expected: list[list[int]], f
 
 
 def test_a_sick_only_holder_is_named_and_recovers(served: Served, expected: list[list[int]]) -> None:
-    """Requests that need the only holder, which fails, end with an error; once it is well, they succeed again."""
+    """Requests that need the only holder, which fails, end with an error that names it; once it is well, they succeed."""
 
     async def scenario(client: Client) -> None:
         await served.scale_experts(1, 1)
         sick = served.cluster.experts(0)[0]
         await served.cluster.set_fault(sick, "raise")
         try:
-            with pytest.raises(MoietyError):
+            with pytest.raises(MoietyError, match=sick.replica.id):
                 await Streams(client, NEW_TOKENS).finish()
             await until_state(served, sick, ReplicaState.SICK)
         finally:
