@@ -87,16 +87,16 @@ async def test_a_client_that_reads_late_resumes_after_its_router_is_gone(
     """A request that notices the loss of its router after all others have left that router still resumes on another one."""
     monkeypatch.setattr("moiety.wire.event_stream.MOST_UNREAD", LONG)
     lost, other = engine(), FakeEngine("r1", fake_shape(max_context=2 * LONG))
-    go_on = asyncio.Event()
+    sent = asyncio.Event()
 
     async def hold(position: int) -> None:
-        if position == LONG // 2:
-            await go_on.wait()
+        if position == LONG // 2:  # more than the client's connection takes unread
+            sent.set()
+            await asyncio.Event().wait()
 
     async with gateway_over(tokenizer, lost) as gateway, unread(gateway, 1) as calls:
         lost.before_token = hold
-        await eventually(lambda: len(lost.requests) == 1)
-        await asyncio.sleep(0.3)  # until the gateway waits for its client
+        await sent.wait()
         await other.start(gateway.registry)
         await lost.vanish()
         try:
