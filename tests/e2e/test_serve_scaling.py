@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
 
 import pytest
+from ray import serve
 
 from moiety.client import Client
 from moiety.config.application import AppSettings
@@ -88,6 +89,21 @@ async def test_a_killed_sole_replica_is_replaced_and_requests_go_on(app: Deploye
             await _more(answers, 1)
             os.kill(victim.pid, signal.SIGKILL)
             await _until(lambda: _replaced(registry, victim))
+            await _more(answers, STREAMS)
+
+
+async def test_a_sick_sole_replica_is_replaced_and_requests_go_on(app: DeployedApp, ray_head: RayHead) -> None:
+    """Serve replaces a replica whose device hangs, though its process lives: all requests get the same tokens.
+
+    Takes 20 s: the device counts as hung after 5 s, and Serve looks three times before it starts another replica.
+    """
+    async with _registry(ray_head.redis_url, app.system) as registry:
+        await _until(lambda: _count(registry, COLD, 1))
+        (sick,) = await _ready(registry, COLD)
+        async with _traffic(app.gateways[0], STREAMS) as answers:
+            await _more(answers, 1)
+            await serve.get_deployment_handle(COLD, APP).reconfigure.remote({"fault": "hang"})
+            await _until(lambda: _replaced(registry, sick))
             await _more(answers, STREAMS)
 
 

@@ -269,8 +269,7 @@ class Runtime:
             places.append(position[start:end])
             copy_rows(waiting.call.payload, into, chosen=waiting.call.row_of, places=places[-1])
             start = end
-        outputs = self._device.compute(rows, counts[activated].tolist(), weights.select(activated.tolist()))
-        computed = RowBuffer.of(outputs)
+        computed = self._device.compute(rows, counts[activated].tolist(), weights.select(activated.tolist()))
         self._progress.end(time.monotonic())
         if self.capacity is not None:
             time.sleep(max(0.0, began + len(experts) / self.capacity - time.monotonic()))

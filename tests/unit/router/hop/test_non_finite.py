@@ -11,8 +11,8 @@ from hop_scenarios import EXPECTED, HIDDEN, ROUTING, SHAPE, assert_layer, holder
 
 from moiety.errors import HopFailed
 from moiety.internal.v1 import experts_pb2
-from moiety.router.hop.finite import all_finite, non_finite_rows
 from moiety.testing import FakeExperts, fake_layer
+from moiety.wire.finite import all_finite, non_finite_rows
 from moiety.wire.rows import RowBuffer
 
 pytestmark = pytest.mark.usefixtures("each_transport")
