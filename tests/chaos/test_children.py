@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from moiety.errors import MoietyError
+from moiety.errors import MoietyError, RegistryUnreachable
 from moiety.local import child_process
 from moiety.local.child_process import Child
 from moiety.local.cluster import LocalCluster
@@ -41,7 +41,7 @@ async def test_stop_ends_killed_stopped_and_hung_children(
     tiny: Callable[[str], str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A killed child's log is shown; a stopped one obeys at the end, and one that hangs is killed."""
-    monkeypatch.setattr(child_process, "STOP_S", 2.0)
+    monkeypatch.setattr(child_process, "STOP_S", 6.0)  # a busy machine takes seconds to end a router
     before = children_of_this_process()
     with caplog.at_level(logging.WARNING, logger="moiety"):
         async with LocalCluster(tiny("qwen3_moe"), groups=1) as cluster:
@@ -71,3 +71,15 @@ async def test_a_failed_start_leaves_nothing(tiny: Callable[[str], str]) -> None
         async with LocalCluster(tiny("qwen3_moe"), router={"kv_memory": "1KiB"}):
             raise AssertionError("it started")
     assert children_of_this_process() == before
+
+
+async def test_a_service_that_cannot_be_registered_is_ended(tiny: Callable[[str], str]) -> None:
+    """If the registry file cannot be written, adding a service fails and leaves no process."""
+    async with LocalCluster(tiny("qwen3_moe"), groups=1) as cluster:
+        before = children_of_this_process()
+        in_the_way = cluster.folder / "registry.json.new"
+        in_the_way.mkdir()
+        with pytest.raises(RegistryUnreachable, match="registry file"):
+            await cluster.add_expert(0)
+        in_the_way.rmdir()
+        assert children_of_this_process() == before

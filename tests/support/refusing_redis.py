@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import redis
 
@@ -9,6 +11,7 @@ from moiety.registry.embedded_redis import EmbeddedRedis
 
 # What Redis refuses writes with; "evicting": it has evicted all it had, and is still full.
 REFUSALS = ("OOM", "evicting", "READONLY", "MISCONF", "NOREPLICAS")
+SNAPSHOT_S = 10.0
 
 
 class RefusingRedis:
@@ -31,8 +34,10 @@ class RefusingRedis:
                 pytest.skip(f"this Redis does not let a client break its snapshots: {error}")
             self._set("save", "900 1")
             self.client.bgsave()
+            until = time.monotonic() + SNAPSHOT_S
             while self.client.info("persistence")["rdb_last_bgsave_status"] == "ok":
-                pass
+                assert time.monotonic() < until, "the snapshot did not fail"
+                time.sleep(0.01)
         else:
             self._set("maxmemory-policy", {"OOM": "noeviction", "evicting": "allkeys-lru"}[how])
             self._set("maxmemory", "1")

@@ -35,10 +35,11 @@ def test_an_error_survives_a_call(error: errors.MoietyError, code: grpc.StatusCo
 
 
 def test_a_retry_hint_is_relayed():
-    """ResourceExhausted takes its retry delay from the trailing metadata; without one the delay is one second."""
+    """ResourceExhausted takes its retry delay from the trailing metadata; without a number there it is one second."""
     code = grpc.StatusCode.RESOURCE_EXHAUSTED
     assert status.error_of_code(code, "full", ((status.RETRY_AFTER_KEY, "250"),)).retry_after_s == 0.25
     assert status.error_of_code(code, "full").retry_after_s == 1.0
+    assert status.error_of_code(code, "full", ((status.RETRY_AFTER_KEY, "soon"),)).retry_after_s == 1.0
 
 
 def test_foreign_errors_are_internal():

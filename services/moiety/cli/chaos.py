@@ -15,7 +15,7 @@ from moiety.cli.run import progress, run_async, signals_interrupt
 
 @click.command()
 @click.option("--seed", type=click.IntRange(0), default=0, help="Chooses which faults come when, and to whom.")
-@click.option("--faults", type=click.IntRange(1), help="Number of faults.  [default: one of every family]")
+@click.option("--faults", type=click.IntRange(1), help="Faults, skipped or not.  [default: one of every family]")
 @click.option("--minutes", type=click.FloatRange(0.1), help="Minutes to run, instead of a number of faults.")
 @click.option("--only", type=WordList(), default=(), help="Only these kinds or families of --list, with commas.")
 @click.option("--list", "listed", is_flag=True, help="List the kinds: what is done, and what must hold. Then stop.")

@@ -11,7 +11,7 @@ from contextlib import suppress
 import grpc
 
 from moiety.core.replica import Replica, ReplicaState
-from moiety.core.supervise import supervise
+from moiety.core.supervise import spawn, supervise
 from moiety.core.system import SystemId
 from moiety.errors import MoietyError, PeerLost, WrongSystem
 from moiety.gateway.prefixes import PrefixIndex
@@ -28,6 +28,7 @@ _log = logging.getLogger(__name__)
 HANDSHAKE_S = 2.0
 # As often as the registry is read. DescribeEngine costs a router some 0.2 ms: below 0.1 % of its time for each gateway.
 POLL_S = 0.25
+ASK_S = 0.25  # how long a router whose stream broke may take to answer
 SILENT_S = 5.0  # a router whose connection lives but which answers no poll for so long hangs
 
 
@@ -62,6 +63,7 @@ class RouterPeer:
         self._note(description, 0)
         self._left = False
         self._on_poll = on_poll
+        self._asking: asyncio.Task[None] | None = None
         self._polling = supervise("router poll", self._poll)
 
     @classmethod
@@ -153,6 +155,13 @@ class RouterPeer:
         self._note(report, max(before, self.in_flight))
         return True
 
+    async def survived(self) -> bool:
+        """Returns whether the router answers within ASK_S. All requests of a broken stream ask at once: one poll is enough."""
+        if self._asking is None or self._asking.done():
+            self._asking = spawn("router poll", self._ask())
+        await asyncio.shield(self._asking)
+        return not (self.unresponsive or self.lost)
+
     async def hand_over(self) -> None:
         """Breaks the stream, so that this gateway's requests at the router move. Later ones may come back."""
         await self._calls.close()
@@ -184,6 +193,9 @@ class RouterPeer:
         # While requests wait for KV cache, the router runs fewer sequences than it has slots.
         self.slots = min(report.slots, report.running) if report.waiting and report.running else report.slots
 
+    async def _ask(self) -> None:
+        await self.poll(ASK_S)
+
     async def _poll(self) -> None:
         while not self.lost:
             await asyncio.sleep(POLL_S)
@@ -197,4 +209,11 @@ async def _describe(stub: engine_pb2_grpc.EngineServiceStub, timeout_s: float) -
         report = await stub.DescribeEngine(engine_pb2.DescribeEngineRequest(), timeout=timeout_s)
     except grpc.RpcError as error:
         raise status.error_of(error) from None
+    except grpc.aio.UsageError:  # another request has found the router lost, and closed the channel
+        raise PeerLost("its channel is closed") from None
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        raise PeerLost("its channel was closed meanwhile") from None  # which cancels the call, not this task
     return status.parsed(report)

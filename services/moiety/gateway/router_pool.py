@@ -18,7 +18,7 @@ from moiety.gateway.backlog import Backlog
 from moiety.gateway.choices import choices_of, merge_streams, resumed_request
 from moiety.gateway.prefixes import PrefixHasher
 from moiety.gateway.prompt import Prompt
-from moiety.gateway.router_peer import HANDSHAKE_S, RouterPeer
+from moiety.gateway.router_peer import RouterPeer
 from moiety.internal.v1 import engine_pb2
 from moiety.policy import router_choice
 from moiety.policy.router_pace import Pace
@@ -29,7 +29,6 @@ from moiety.wire.event_stream import StreamBroken
 _log = logging.getLogger(__name__)
 RETRY_S = 0.1
 REDIAL_S = 0.5  # a listed router of another system is dialled again this often
-ASK_S = 0.25  # how long a router whose stream broke may take to answer
 MOST_LOSSES = 5
 UNKNOWN_WAIT_S = 1.0  # retry delay before any request has shown how long one takes
 USABLE = (ReplicaState.READY, ReplicaState.SICK)  # states of a router that may get requests
@@ -140,6 +139,7 @@ class RouterPool:
                     raise self._full(len(ready), soonest)
                 await asyncio.sleep(min(soonest, waits.left()))
                 full.clear()
+                continue  # routers may have come and gone
             router = self._choose(request, prompt, [router for router in ready if router.replica.id not in full])
             try:
                 async with aclosing(self._stream(router, request, prompt, deadline, traceparent)) as events:
@@ -287,7 +287,7 @@ class RouterPool:
         If not, the error has another cause, such as an expert that has no holder.
         """
         broken = isinstance(error, StreamBroken)
-        answers = await router.poll(ASK_S if broken else HANDSHAKE_S)
+        answers = await (router.survived() if broken else router.poll())
         if not answers:
             await self._drop(router)
         return broken or not answers or self._has_left(router)

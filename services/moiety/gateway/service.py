@@ -156,29 +156,28 @@ class GenerationService:
     ) -> None:
         """Sends the responses to `events`. Raises Unread if the client does not read them."""
         sent_headers, loop = False, asyncio.get_running_loop()
-        try:
-            async with (
-                aclosing(events),
-                asyncio.timeout(None) as patience,
-            ):  # leaving `events` cancels them at their router
-                async for event in events:
-                    if (response := answer.push(event)) is not None:
-                        if not sent_headers:  # an RPC without them cannot be ended while a message waits
-                            await context.send_initial_metadata(())
-                            sent_headers = True
-                        self._writing[patience] = loop.time()
-                        if self._next_look is None:
-                            self._next_look = loop.call_later(UNREAD_S / 4, self._end_patience)
-                        await context.write(response)
-                        del self._writing[patience]
-                    if answer.complete:
-                        break
-        except TimeoutError:
-            if not patience.expired():
-                raise
-            raise Unread(f"the client has not read for {UNREAD_S:g} s", UNREAD_S) from None
-        finally:
-            self._writing.pop(patience, None)
+        async with aclosing(events):  # leaving it cancels the request at its router
+            try:
+                async with asyncio.timeout(None) as patience:
+                    async for event in events:
+                        if (response := answer.push(event)) is not None:
+                            if not sent_headers:  # an RPC without them cannot be ended while a message waits
+                                await context.send_initial_metadata(())
+                                sent_headers = True
+                            self._writing[patience] = loop.time()
+                            if self._next_look is None:
+                                self._next_look = loop.call_later(UNREAD_S / 4, self._end_patience)
+                            await context.write(response)
+                            del self._writing[patience]
+                        if answer.complete:
+                            break
+            except TimeoutError:
+                if not patience.expired():
+                    raise
+                raise Unread(f"the client has not read for {UNREAD_S:g} s", UNREAD_S) from None
+            finally:
+                # Before `events` is closed, which takes time: a timeout that has ended cannot be rescheduled.
+                self._writing.pop(patience, None)
 
     def _end_patience(self) -> None:
         """Ends the requests whose clients have not read for UNREAD_S. One timer for all: one for each token costs 5 µs."""

@@ -241,6 +241,8 @@ class LocalCluster:
                 answer = await read(process)
             if "error" in answer:
                 raise Unavailable(f"{deployment} did not start: {answer['error']}")
+            child = Child(replica_from_json(json.dumps(answer["replica"])), process, Path(log.name))
+            await self._record(child.replica)
             if self._stopped:
                 raise Unavailable(f"{deployment} was started while the cluster stopped")
         except BaseException as error:
@@ -250,8 +252,6 @@ class LocalCluster:
             if isinstance(error, EOFError):
                 raise Unavailable(f"{deployment} ended while starting:\n{tail(Path(log.name))}") from None
             raise
-        child = Child(replica_from_json(json.dumps(answer["replica"])), process, Path(log.name))
-        await self._record(child.replica)
         child.follower = supervise("child of a local cluster", lambda: self._follow(child))
         self.children.append(child)
         return child

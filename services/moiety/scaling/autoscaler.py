@@ -116,6 +116,8 @@ class Autoscaler:
         self._subscriptions = {**self._subscriptions, subscription.deployment: subscription}
 
     async def _follow(self) -> None:
+        if self._stopping:  # a start that fails is repeated, but not for ever
+            return
         # This imports redis-py and OpenTelemetry. In this thread, the import does not block the controller's loop.
         from moiety.registry.connect import connect
 

@@ -26,7 +26,7 @@ from moiety.errors import DeadlineExceeded, InvalidRequest, MoietyError, PeerLos
 from moiety.internal.v1 import engine_pb2, engine_pb2_grpc
 from moiety.wire import status
 from moiety.wire.deadline import Deadline
-from moiety.wire.inbox import MOST_UNREAD, MOST_UNREAD_BY_ALL, Inbox, Open
+from moiety.wire.inbox import MOST_UNREAD, MOST_UNREAD_BY_ALL, Inbox, Open, fullest
 
 MESSAGE_EVENTS = 256  # most events in one message, so that no message exceeds the channel's size limit
 LONGEST_MS = (1 << 32) - 1  # largest value of timeout_ms: 49 days
@@ -272,8 +272,8 @@ class _Stream:
                         inbox.put(event)
                         if len(inbox) > MOST_UNREAD:
                             self._cut(event.call_id)
-                if self._counts.unread > MOST_UNREAD_BY_ALL and self.inboxes:
-                    self._cut(max(self.inboxes, key=lambda call_id: len(self.inboxes[call_id])))
+                if self._counts.unread > MOST_UNREAD_BY_ALL and (call_id := fullest(self.inboxes, MOST_UNREAD_BY_ALL)):
+                    self._cut(call_id)
             why = "ended by the peer"
         except (grpc.RpcError, asyncio.InvalidStateError) as error:
             why = _reason(error)

@@ -15,7 +15,7 @@ from moiety.wire import status
 
 REQUEST_S = 10.0  # a client sends its request with the headers; this is for slow networks
 MOST_EMPTY = 256  # RPCs whose request has not arrived
-MOST_SIDE = 64  # RPCs of health and reflection, some of which stay open as long as their client likes
+MOST_SIDE = 64  # streams of health and reflection, which stay open as long as their client likes
 
 
 class Guard(grpc.aio.ServerInterceptor):
@@ -43,7 +43,9 @@ class Guard(grpc.aio.ServerInterceptor):
             handler: Any = await continuation(handler_call_details)
             if handler is None:
                 return handler
-            wrapped = self._wrapped[method] = self._wrap(handler, side=method.startswith("/grpc."))
+            # A single health check ends by itself, and is always answered: probes depend on it.
+            side = method.startswith("/grpc.") and handler.response_streaming
+            wrapped = self._wrapped[method] = self._wrap(handler, side)
         return wrapped
 
     def _wrap(self, handler: Any, side: bool) -> grpc.RpcMethodHandler:
@@ -53,8 +55,8 @@ class Guard(grpc.aio.ServerInterceptor):
 
         async def call(requests: AsyncIterator[Any], context: grpc.aio.ServicerContext) -> Any:
             if side and self._side >= MOST_SIDE:
-                full = ResourceExhausted(f"{MOST_SIDE} RPCs of health and reflection are open, the most allowed", 1.0)
-                await status.abort(context, full)
+                why = f"{MOST_SIDE} streams of health and reflection are open, the most allowed"
+                await status.abort(context, ResourceExhausted(why, 1.0))
             self._side += side
             try:
                 request = requests if handler.request_streaming else await self._first(requests)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from moiety.errors import MoietyError, ResourceExhausted
@@ -11,7 +12,7 @@ from moiety.internal.v1 import engine_pb2
 from moiety.wire import status
 
 MOST_UNREAD = 1 << 12  # events of one call
-MOST_UNREAD_BY_ALL = 1 << 16  # events of all calls at one router: up to 2 KB each
+MOST_UNREAD_BY_ALL = 1 << 16  # events of all calls of one stream: up to 2 KB each
 
 
 @dataclass(slots=True)
@@ -87,3 +88,10 @@ class Inbox:
             self._counts.choices -= self.unfinished
             self._counts.calls -= 1
             self.unfinished = 0
+
+
+def fullest(inboxes: Mapping[int, Inbox], bound: int) -> int | None:
+    """Returns the call with the most unread events if all calls in `inboxes` have more than `bound` of them, else None."""
+    if sum(map(len, inboxes.values())) <= bound:
+        return None  # what is left of an earlier stream, which broke, is no fault of these calls
+    return max(inboxes, key=lambda call_id: len(inboxes[call_id]))

@@ -92,9 +92,8 @@ def error_of_code(code: grpc.StatusCode, details: str, metadata: object = None) 
     if code is grpc.StatusCode.INVALID_ARGUMENT:
         return _relayed(errors.InvalidRequest, details)
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
-        hints = dict(metadata) if metadata else {}  # type: ignore[call-overload]
         error = _relayed(errors.ResourceExhausted, details)
-        error.retry_after_s = int(hints.get(RETRY_AFTER_KEY, 1000)) / 1000  # type: ignore[attr-defined]
+        error.retry_after_s = _retry_after_s(metadata)  # type: ignore[attr-defined]
         return error
     simple: dict[grpc.StatusCode, type[errors.MoietyError]] = {
         grpc.StatusCode.NOT_FOUND: errors.NotFound,
@@ -104,6 +103,15 @@ def error_of_code(code: grpc.StatusCode, details: str, metadata: object = None) 
         grpc.StatusCode.UNAVAILABLE: errors.PeerLost,
     }
     return simple.get(code, errors.MoietyError)(details or code.name)
+
+
+def _retry_after_s(metadata: object) -> float:
+    """Returns the retry delay in a peer's trailing metadata, in seconds; 1 if the peer sent none, or no number."""
+    hints = dict(metadata) if metadata else {}  # type: ignore[call-overload]
+    try:
+        return int(hints.get(RETRY_AFTER_KEY, 1000)) / 1000
+    except ValueError:
+        return 1.0
 
 
 def _relayed(kind: type[errors.MoietyError], details: str) -> errors.MoietyError:

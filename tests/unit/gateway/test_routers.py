@@ -85,6 +85,28 @@ async def test_a_reset_connection_costs_a_router_no_request(tokenizer: Tokenizer
     assert [_generated(request) for request in only.requests] == [0, 3]
 
 
+async def test_the_requests_of_a_broken_stream_ask_its_router_once(tokenizer: Tokenizer):
+    """Each of many requests resumes on the router that lives, which is asked once whether it does, not once for each."""
+    only, asked = FakeEngine("a", SHAPE, places=64, slots=64), 0
+    async with gateway_over(tokenizer, only, max_concurrent=64) as gateway:
+
+        async def hold(position: int) -> None:
+            if position == 3 and len(only.requests) <= 40:
+                await asyncio.Event().wait()
+
+        async def count(_: int) -> None:
+            nonlocal asked
+            asked += 1
+
+        only.before_token = hold
+        running = [asyncio.create_task(tokens(gateway)) for _ in range(40)]
+        await eventually(lambda: gateway.received == 3 * 40)
+        only.before_describe = count
+        only.break_streams()
+        assert [await task for task in running] == [expected(6)] * 40
+        assert asked <= 1 + 4, "one question, and a few regular polls"
+
+
 async def test_a_request_that_ends_every_router_is_given_up(tokenizer: Tokenizer):
     """A request that breaks stream after stream before its first token ends with UNAVAILABLE, not with every router."""
     only = engine("a")

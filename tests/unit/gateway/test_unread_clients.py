@@ -79,3 +79,29 @@ async def test_a_client_that_reads_slowly_gets_everything(tokenizer: Tokenizer, 
     monkeypatch.setattr("moiety.wire.event_stream.MOST_UNREAD", LONG)
     async with gateway_over(tokenizer, engine()) as gateway, unread(gateway, 1) as calls:
         assert await received(calls[0], pauses=(10, LONG // 2)) == LONG
+
+
+async def test_a_client_that_reads_late_resumes_after_its_router_is_gone(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+):
+    """A request that notices the loss of its router after all others have left that router still resumes on another one."""
+    monkeypatch.setattr("moiety.wire.event_stream.MOST_UNREAD", LONG)
+    lost, other = engine(), FakeEngine("r1", fake_shape(max_context=2 * LONG))
+    sent = asyncio.Event()
+
+    async def hold(position: int) -> None:
+        if position == LONG // 2:  # more than the client's connection takes unread
+            sent.set()
+            await asyncio.Event().wait()
+
+    async with gateway_over(tokenizer, lost) as gateway, unread(gateway, 1) as calls:
+        lost.before_token = hold
+        await sent.wait()
+        await other.start(gateway.registry)
+        await lost.vanish()
+        try:
+            for _ in range(4):
+                assert await tokens(gateway) == expected(6)  # which drops the router that is lost
+            assert await received(calls[0]) == LONG
+        finally:
+            await other.vanish()

@@ -58,8 +58,14 @@ async def turned(engine: Engine) -> None:
     await eventually(lambda: engine.turns > before)
 
 
-async def test_a_step_that_hangs_is_sickness_until_it_ends(engine: Engine, model: CountingModel):
+@pytest.mark.parametrize(("steps", "limit"), [(0, FIRST_S), (1, LEAST_S)])
+async def test_a_step_that_hangs_is_sickness_until_it_ends(
+    engine: Engine, model: CountingModel, steps: int, limit: float
+):
     """A thread that neither turns nor waits is sick after LEAST_S, FIRST_S in its first step, and well once it turns again."""
+    for _ in range(steps):
+        _, listener = submit(engine, prompt_of(1, 4), max_tokens=1)
+        await eventually(lambda: listener.end is not None)
     clock, released, reached = Clock(engine, Mailbox()), threading.Event(), threading.Event()
     assert not clock.look()
     await turned(engine)
@@ -71,17 +77,12 @@ async def test_a_step_that_hangs_is_sickness_until_it_ends(engine: Engine, model
 
     model.before = hang
     submit(engine, prompt_of(1, 4))
-    for limit in (FIRST_S, LEAST_S):
-        assert reached.wait(10)
-        assert not clock.look(limit)
-        assert clock.look(2.0).startswith("the engine is sick: no progress for")
-        released.set()
-        await turned(engine)
-        assert not clock.look()
-        released.clear()
-        reached.clear()
-        submit(engine, prompt_of(1, 4))
+    assert reached.wait(10)
+    assert not clock.look(limit)
+    assert clock.look(2.0).startswith("the engine is sick: no progress for")
     released.set()
+    await turned(engine)
+    assert not clock.look()
 
 
 async def test_waiting_for_experts_is_no_sickness(engine: Engine, model: CountingModel):

@@ -9,9 +9,19 @@ import pytest
 from moiety.config.application import AppSettings
 from moiety.core.experts import ExpertSet
 from moiety.core.supervise import TASKS
+from moiety.core.system import SystemId
 from moiety.registry.embedded_redis import EmbeddedRedis
 from moiety.scaling import autoscaler
 from moiety.scaling.ledger import Ledger, Reading
+
+
+def _stops(running: autoscaler.Autoscaler) -> bool:
+    """Stops the autoscaler; returns whether its thread has ended within 20 s."""
+    running.stop()
+    deadline = time.monotonic() + 20
+    while running.alive and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return not running.alive
 
 
 class Flaky(Ledger):
@@ -46,10 +56,22 @@ def test_a_failing_round_does_not_end_scaling(
                 time.sleep(0.05)
             assert subscription.trusted() == 2
         finally:
-            running.stop()
-            deadline = time.monotonic() + 20
-            while running.alive and time.monotonic() < deadline:
-                time.sleep(0.05)
-    assert not running.alive
+            assert _stops(running)
     assert TASKS.failures["autoscaling"] == 2
     assert caplog.text.count("RuntimeError: a bug in a reading") == 1
+
+
+def test_an_autoscaler_that_cannot_start_can_be_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A start that fails is repeated until `stop`."""
+
+    def refuse(_url: str, _system: SystemId) -> None:
+        raise RuntimeError("no registry")
+
+    monkeypatch.setattr("moiety.registry.connect.connect", refuse)
+    TASKS.forget()
+    running = autoscaler.Autoscaler(AppSettings(model="m", registry="redis://127.0.0.1:1", groups=1))
+    running.start()
+    while TASKS.failures["autoscaler"] < 2:
+        time.sleep(0.05)
+    assert running.alive
+    assert _stops(running)

@@ -85,6 +85,29 @@ async def test_a_client_that_takes_no_events_loses_its_request(monkeypatch: pyte
         assert client.open.unread == 0
 
 
+async def test_what_is_left_of_a_broken_stream_costs_no_request_of_the_next(monkeypatch: pytest.MonkeyPatch):
+    """Events that nobody has taken since their stream broke do not count against the requests of the stream that follows."""
+    monkeypatch.setattr("moiety.wire.event_stream.MOST_UNREAD_BY_ALL", 1000)
+
+    async def burst(_call: engine_pb2.GenerateTokensRequest, send_event: SendEvent) -> None:
+        for token in range(300):
+            send_event(lambda token=token: event(token, last=token == 299))
+
+    async with calling(burst) as (_, client):
+        left = [client.generate(request("left"), Deadline(), "") for _ in range(3)]
+        for stream in left:
+            await anext(stream)
+        await eventually(lambda: client.open.unread == 3 * 299)
+        await client.close()
+        following = client.generate(request("following"), Deadline(), "")
+        await anext(following)
+        await eventually(lambda: client.open.calls == 0)
+        assert len([got async for got in following]) == 299
+        for stream in left:
+            await stream.aclose()
+        assert client.open.unread == 0
+
+
 async def test_what_a_client_has_not_read_is_no_work_of_the_router():
     """A call counts as open until the router has ended it, not until the client has read it."""
     async with calling(flood) as (router, client):

@@ -172,8 +172,9 @@ class LocalSystem:
             for pid, replica in live.items():
                 host, _, port = replica.address.rpartition(":")
                 if pid not in self._relays and host == RELAYED:
-                    self._relays[pid] = Relay(int(port))
-                    await self._relays[pid].start()
+                    relay = Relay(int(port))
+                    await relay.start()  # if that fails, it is tried again
+                    self._relays[pid] = relay
             for pid in self._relays.keys() - live.keys():
                 await self._relays.pop(pid).close()
             await asyncio.sleep(POLL_S)

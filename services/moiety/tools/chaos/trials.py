@@ -57,7 +57,10 @@ async def run_trials(
     slack: float,
     say: Progress,
 ) -> Outcome:
-    """Runs trials until `faults` of them are done or `seconds` have passed. `slack` multiplies every bound of a gap.
+    """Runs trials until `faults` faults of the schedule have had their turn or `seconds` have passed.
+
+    A fault that cannot happen here has its turn, too: a seed means the same faults on every machine. `slack` multiplies
+    every bound of a gap.
 
     Raises the error of a request that fails before the first fault.
     """
@@ -72,7 +75,7 @@ async def run_trials(
         first = await read_usage(system)
         trials: list[Trial] = []
         skipped: dict[str, str] = {}
-        idle = 0  # faults in a row that were skipped
+        idle = 0  # faults in a row that cannot happen here
         for count, plan in enumerate(planned):
             late = seconds is not None and time.monotonic() - began >= seconds
             if late or count == faults or idle == MOST_SKIPPED:
@@ -116,7 +119,7 @@ async def _trial(system: System, load: Load, plan: Planned, slack: float) -> Tri
                 async with kind.cause(system, Random(plan.seed)) as what:
                     await asyncio.sleep(kind.lasts_s)
             except (DidNotHold, OSError) as error:
-                broken.append(str(error))
+                broken.append(str(error) or f"the fault could not be caused: {type(error).__name__}")
     except (TimeoutError, MoietyError) as error:
         if isinstance(error, FailedPrecondition):
             raise
