@@ -15,6 +15,7 @@ from moiety.config.options import Scaling
 # A replica that is not live after this time, or after this many times its deployment's longest start, no longer delays
 # the next step.
 LEAST_PATIENCE_S = 30.0
+MOST_PATIENCE_S = 3600.0  # starts are measured by wall clocks, which may jump
 PATIENCE = 2.0
 SETTLE_S = 1.5  # after this time, the load reports from before a step have left their window
 SHRINK_STEP = 0.1  # fraction of the replicas that one step removes (at least one replica)
@@ -125,7 +126,7 @@ def predicted_busy(snapshot: Snapshot, replicas: int) -> float:
 
 def patience_s(snapshot: Snapshot, state: State) -> float:
     """Returns how many seconds to wait for replicas that start, before deciding as if they would not come."""
-    return max(LEAST_PATIENCE_S, PATIENCE * max(snapshot.start_s, state.start_s))
+    return min(max(LEAST_PATIENCE_S, PATIENCE * max(snapshot.start_s, state.start_s)), MOST_PATIENCE_S)
 
 
 def router_busy(running: int, slots: int, used_blocks: int, blocks: int) -> float:

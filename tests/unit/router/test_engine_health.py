@@ -65,7 +65,7 @@ async def test_a_step_that_hangs_is_sickness_until_it_ends(
     """A thread that neither turns nor waits is sick after LEAST_S, FIRST_S in its first step, and well once it turns again."""
     for _ in range(steps):
         _, listener = submit(engine, prompt_of(1, 4), max_tokens=1)
-        await eventually(lambda: listener.end is not None)
+        await eventually(listener.ended.is_set)
     clock, released, reached = Clock(engine, Mailbox()), threading.Event(), threading.Event()
     assert not clock.look()
     await turned(engine)
