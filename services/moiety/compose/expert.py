@@ -103,7 +103,7 @@ async def start(settings: ExpertSettings, replica_id: str, node: str, launched: 
             fault = Fault.parse(values.get("fault", ""))
             live = {name: value for name, value in values.items() if name not in ("capacity", "fault")}
             Scaling().with_live(live)  # raises ConfigError for a setting that is not live
-            runtime.capacity, runtime.fault, scaling = capacity, fault, live
+            runtime.capacity, runtime.device.fault, scaling = capacity, fault, live
 
         return await startup.serve(
             ServiceParts(

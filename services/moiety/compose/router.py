@@ -11,25 +11,19 @@ from contextlib import AsyncExitStack
 
 import torch
 
+from moiety.compose.router_model import load_model, max_context_of, threads_of
 from moiety.compose.running import Running, ServiceParts, ServiceStart
 from moiety.config.services import RouterSettings
 from moiety.core.experts import ModelShape
 from moiety.core.load import ExpertDemand
 from moiety.core.replica import Replica, ReplicaState, Role
 from moiety.core.system import SystemId
-from moiety.errors import ConfigError
 from moiety.internal.v1.engine_pb2_grpc import add_EngineServiceServicer_to_server
-from moiety.model.architectures.rope_by_length import check_rope
-from moiety.model.checkpoint.checkpoint import Checkpoint
 from moiety.model.experts.cached import expert_layout
-from moiety.model.experts.layout import ExpertLayout
 from moiety.model.trunk.encoder_decoder import DecoderStart
-from moiety.model.trunk.read import load_trunk
 from moiety.policy.lane_tuner import LaneTuner
 from moiety.registry.interface import Registry
 from moiety.registry.watch import Watch
-from moiety.router.attention import paged
-from moiety.router.cache.cache_spec import CacheSpec
 from moiety.router.cache.kv_cache import KVCache
 from moiety.router.engine import Engine
 from moiety.router.engine_health import EngineHealth
@@ -49,13 +43,11 @@ from moiety.router.sequence.guides import Guides
 from moiety.router.service import EngineService
 from moiety.router.step_context import StepBackend
 from moiety.router.step_runner import StepRunner
-from moiety.router.trunk import prepare_trunk
 from moiety.telemetry.names import MetricName
 from moiety.telemetry.tracing import Tracer
 from moiety.wire.codec import DTYPE_NAMES, torch_dtype
 from moiety.wire.server import Server
 from moiety.wire.service_names import ENGINE_SERVICE
-from moiety_kernels.threads import usable_cores
 
 _log = logging.getLogger(__name__)
 MISSING_NOTICE_S = 10.0  # between two log lines of a router that waits for holders
@@ -69,7 +61,7 @@ async def start(settings: RouterSettings, replica_id: str, node: str) -> Running
         layout = await asyncio.to_thread(expert_layout, checkpoint)
         shape = layout.shape
         dtype = torch_dtype(settings.dtype, shape.dtype)
-        max_context = _max_context(settings, shape.max_context)
+        max_context = max_context_of(settings, shape.max_context)
         start_token = await asyncio.to_thread(DecoderStart.of, checkpoint)
         model, cache = await asyncio.to_thread(load_model, settings, checkpoint, layout, dtype, system.revision)
 
@@ -92,7 +84,7 @@ async def start(settings: RouterSettings, replica_id: str, node: str) -> Running
         startup.closers.push_async_callback(
             asyncio.to_thread, lambda: engine.stop(0.0 if health.hangs else settings.drain_s)
         )
-        guides = Guides(settings.model, shape.vocabulary, _threads(settings))
+        guides = Guides(settings.model, shape.vocabulary, threads_of(settings))
         startup.closers.callback(guides.close)
         service = EngineService(
             engine,
@@ -196,10 +188,6 @@ async def reach_experts(
     return context, lanes
 
 
-def _threads(settings: RouterSettings) -> int:
-    return settings.threads or usable_cores()
-
-
 def hops_of(settings: RouterSettings, context: HopContext, overrun: OverrunExperts | None = None) -> list[Hop]:
     """Returns a hop for each lane: with slices if `settings` say so, and with backups for `overrun` experts if given."""
     wrappers: list[Wrapper] = []
@@ -234,74 +222,8 @@ def build_engine(
         slots=settings.slots,
         token_budget=settings.token_budget,
         queue_limit=settings.queue_limit,
-        threads=_threads(settings),
+        threads=threads_of(settings),
         report_missing=report_missing,
         tracer=tracer,
         speculative_tokens=settings.speculative_tokens,
     )
-
-
-def load_model(
-    settings: RouterSettings, checkpoint: Checkpoint, layout: ExpertLayout, dtype: torch.dtype, revision: str
-) -> tuple[torch.nn.Module, KVCache]:
-    """Loads the trunk and creates the KV cache. Raises ConfigError or CheckpointError if the router cannot run the model."""
-    check_rope(checkpoint, _max_context(settings, layout.shape.max_context))
-    torch.set_num_threads(_threads(settings))
-    began = time.monotonic()
-    model = load_trunk(checkpoint, layout, dtype, settings.device, paged.NAME)
-    deterministic, may_overflow = settings.deterministic, settings.may_overflow
-    spec = prepare_trunk(model, layout.shape, deterministic=deterministic, may_overflow=may_overflow)
-    cache = _cache(settings, spec, revision)
-    weights = sum(parameter.numel() * parameter.itemsize for parameter in model.parameters())
-    _log.info(
-        "trunk weights %.1f MiB, read in %.2f s; KV cache of %.1f MiB: %d blocks of %d tokens of %d bytes%s",
-        weights / 2**20,
-        time.monotonic() - began,
-        settings.kv_memory / 2**20,
-        cache.blocks,
-        cache.block_tokens,
-        spec.bytes_per_token,
-        f", states of {spec.bytes_per_slot} bytes in {settings.slots} slots; prefixes are not reused"
-        if spec.states
-        else "",
-    )
-    return model, cache
-
-
-def _cache(settings: RouterSettings, spec: CacheSpec, revision: str) -> KVCache:
-    """Creates a KV cache of `kv_memory` bytes.
-
-    Raises ConfigError if `kv_memory` is too small, or for a setting that the model's kind of cache does not allow.
-    """
-    if spec.states and settings.speculative_tokens:
-        bound = "must be 0 for this model: its layers keep states, which cannot be undone after a wrong draft"
-        raise ConfigError("speculative_tokens", settings.speculative_tokens, bound)
-    if (spec.states or spec.indexed) and settings.deterministic:
-        what = "states" if spec.states else "an indexer's picks"
-        bound = f"must be false for this model: the bits of {what} in its layers depend on where prompts are split into steps"
-        raise ConfigError("deterministic", settings.deterministic, bound)
-    cache = KVCache(
-        spec,
-        int(settings.kv_memory),
-        torch.device(settings.device),
-        slots=settings.slots,
-        block_tokens=settings.block_tokens,
-        revision=revision if settings.prefix_cache else None,
-    )
-    if cache.blocks == 0:
-        least = settings.slots * spec.bytes_per_slot + spec.bytes_per_token * settings.block_tokens
-        states = f"{settings.slots} slots of states and " if spec.states else ""
-        raise ConfigError(
-            "kv_memory",
-            int(settings.kv_memory),
-            f"must be at least {least} bytes, for {states}one block of the KV cache",
-        )
-    return cache
-
-
-def _max_context(settings: RouterSettings, model_limit: int) -> int:
-    if settings.max_context is None:
-        return model_limit
-    if settings.max_context > model_limit:
-        raise ConfigError("max_context", settings.max_context, f"must be at most {model_limit}, the model's limit")
-    return settings.max_context

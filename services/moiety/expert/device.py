@@ -25,7 +25,7 @@ class Device:
     def __init__(
         self, mlp: ExpertMLP, dtype: torch.dtype, device: str, *, wire_dtype: torch.dtype, deterministic: bool
     ):
-        self.fault: Fault | None = None  # for trials: what the device does wrong
+        self.fault: Fault | None = None  # for trials: what the device does wrong; may be set from any thread
         self._activation, self._hidden = activation_of(mlp), mlp.hidden
         self._dtype, self._wire_dtype, self._device = dtype, wire_dtype, torch.device(device)
         self._deterministic = deterministic

@@ -19,7 +19,6 @@ from moiety.core.supervise import supervise_thread
 from moiety.errors import Cancelled, DeadlineExceeded, MoietyError, Unavailable
 from moiety.expert.batcher import Batcher, Computed, QueuedCall
 from moiety.expert.device import Device
-from moiety.expert.fault import Fault
 from moiety.expert.holding import Holding
 from moiety.expert.load_window import LoadWindow
 from moiety.wire.rows import RowBuffer, SelectedRows, copy_rows
@@ -57,7 +56,7 @@ class Runtime:
         wire_dtype: torch.dtype | None = None,
     ):
         self.capacity = capacity
-        self._device = Device(mlp, dtype, device, wire_dtype=wire_dtype or dtype, deterministic=deterministic)
+        self.device = Device(mlp, dtype, device, wire_dtype=wire_dtype or dtype, deterministic=deterministic)
         self._load, self._threads = load, threads
         self._progress = Progress(MOST_FAILURES, LEAST_S)
         self._suspect: tuple[ExpertTable, list[int]] = NO_EXPERTS, []  # weights of the batch that failed last
@@ -71,15 +70,6 @@ class Runtime:
         self.served = 0.0  # Unix seconds at which the first rows were computed; 0 = none yet
         self._window = LoadWindow()
         self._thread = supervise_thread("expert-runtime", self._run)
-
-    @property
-    def fault(self) -> Fault | None:
-        """What the device does wrong, for trials. May be set from any thread."""
-        return self._device.fault
-
-    @fault.setter
-    def fault(self, fault: Fault | None) -> None:
-        self._device.fault = fault
 
     @property
     def holding(self) -> Holding:
@@ -214,7 +204,7 @@ class Runtime:
         table, experts = self._suspect
         self._progress.begin(time.monotonic())
         try:
-            self._device.probe(table.select(experts))
+            self.device.probe(table.select(experts))
         except Exception:
             self._progress.fail(time.monotonic())
         else:
@@ -260,7 +250,7 @@ class Runtime:
         order = np.argsort(experts, kind="stable")
         counts = np.bincount(experts)  # takes a tenth of np.unique's time for the few rows of a decode step
         activated = counts.nonzero()[0]
-        rows = self._device.empty(len(experts))
+        rows = self.device.empty(len(experts))
         into, start = RowBuffer.of(rows), 0
         places: list[np.ndarray] = []  # of each call
         position = np.empty_like(order)
@@ -270,7 +260,7 @@ class Runtime:
             places.append(position[start:end])
             copy_rows(waiting.call.payload, into, chosen=waiting.call.row_of, places=places[-1])
             start = end
-        computed = self._device.compute(rows, counts[activated].tolist(), weights.select(activated.tolist()))
+        computed = self.device.compute(rows, counts[activated].tolist(), weights.select(activated.tolist()))
         self._progress.end(time.monotonic())
         if self.capacity is not None:
             time.sleep(max(0.0, began + len(experts) / self.capacity - time.monotonic()))

@@ -44,7 +44,7 @@ async def test_a_device_that_fails_is_sick_until_it_works_again(
     runtime = make_runtime(ALL)
     assert isinstance(submit(runtime).one(), Computed)
     runtime.check_health()
-    runtime.fault = Fault.parse(fault)
+    runtime.device.fault = Fault.parse(fault)
     with caplog.at_level(logging.WARNING):
         assert isinstance(submit(runtime).one(), MoietyError)
         await eventually(lambda: not is_well(runtime))
@@ -53,7 +53,7 @@ async def test_a_device_that_fails_is_sick_until_it_works_again(
     assert len(caplog.records) == 1
     with pytest.raises(Unavailable, match=r"the device is sick: \d+ units of work failed in a row"):
         runtime.check_health()
-    runtime.fault = None
+    runtime.device.fault = None
     await eventually(lambda: is_well(runtime))
     torch.testing.assert_close(tensor_of(submit(runtime).one()), plainly([0], rows_for(1)))
 
@@ -63,13 +63,13 @@ async def test_a_device_that_hangs_is_sick_until_it_gets_on(make_runtime: MakeRu
     monkeypatch.setattr("moiety.expert.runtime.LEAST_S", 0.3)
     runtime = make_runtime(ALL)
     assert isinstance(submit(runtime).one(), Computed)
-    runtime.fault = Fault.parse("hang")
+    runtime.device.fault = Fault.parse("hang")
     hanging = submit(runtime)
     assert is_well(runtime)
     await eventually(lambda: not is_well(runtime))
     with pytest.raises(Unavailable, match=r"the device is sick: no progress for \d\.\d s, the limit is 0\.3 s"):
         runtime.check_health()
-    runtime.fault = None
+    runtime.device.fault = None
     assert isinstance(hanging.one(), Computed)
     assert is_well(runtime)
 
@@ -108,9 +108,9 @@ async def test_a_failure_that_is_over_keeps_no_weights(make_runtime: MakeRuntime
         return weights
 
     runtime = make_runtime(ALL, load=load)
-    runtime.fault = Fault.parse("raise")
+    runtime.device.fault = Fault.parse("raise")
     assert isinstance(submit(runtime).one(), MoietyError)
-    runtime.fault = None
+    runtime.device.fault = None
     await eventually(lambda: is_well(runtime))
     runtime.hold(ExpertSet.uniform(3, range(1, 6)), epoch=1)
     assert runtime.drop_leaving()

@@ -47,19 +47,19 @@ def test_an_empty_text_clears_the_fault():
 def test_a_raising_device_fails_each_call(make_runtime: MakeRuntime):
     """With `raise` each call gets an error; without it the next one is computed."""
     runtime = make_runtime(ALL)
-    runtime.fault = Fault.parse("raise")
+    runtime.device.fault = Fault.parse("raise")
     assert [type(submit(runtime).one()) for _ in range(2)] == [MoietyError] * 2
-    runtime.fault = None
+    runtime.device.fault = None
     torch.testing.assert_close(rows_of(submit(runtime)), plainly([0], rows_for(1)))
 
 
 def test_a_hanging_device_goes_on_when_the_fault_is_cleared(make_runtime: MakeRuntime):
     """With `hang` no call is answered; once that is cleared, the batch that hung is computed correctly."""
     runtime = make_runtime(ALL)
-    runtime.fault = Fault.parse("hang")
+    runtime.device.fault = Fault.parse("hang")
     first, second = submit(runtime), submit(runtime)
     assert not first.arrived.wait(0.2)
-    runtime.fault = None
+    runtime.device.fault = None
     for answers in (first, second):
         torch.testing.assert_close(rows_of(answers), plainly([0], rows_for(1)))
 
@@ -67,7 +67,7 @@ def test_a_hanging_device_goes_on_when_the_fault_is_cleared(make_runtime: MakeRu
 async def test_a_slow_device_takes_longer(make_runtime: MakeRuntime):
     """With `slow SECONDS` rows are right and each batch takes that much longer, also by its own account."""
     runtime = make_runtime(ALL)
-    runtime.fault = Fault.parse("slow 0.1")
+    runtime.device.fault = Fault.parse("slow 0.1")
     answers = submit(runtime)
     torch.testing.assert_close(rows_of(answers), plainly([0], rows_for(1)))
     computed = answers.one()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import os
 import socket
 from collections.abc import AsyncIterator
@@ -272,32 +271,6 @@ def test_ranges_never_overlap_and_all_come_back(steps: list[tuple[bool, int]]):
     for start, size in taken.items():
         allocator.release(start, size)
     assert allocator.allocate(4096) == 0
-
-
-async def test_a_socket_without_a_listener_is_lost():
-    """Connecting to a replica that is gone or on another node raises PeerLost at once."""
-    with pytest.raises(PeerLost, match=r"connecting to its shared memory failed: .*refused"):
-        await SharedMemoryConnection.open(DescribeReplicaResponse(shared_memory="moiety-nobody"), Mailbox(), 5)
-
-
-async def test_a_replica_that_does_not_answer_the_hello_is_lost():
-    """The error says so; nothing is left open."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as silent:
-        silent.bind("\0moiety-silent")
-        silent.listen()
-        with pytest.raises(PeerLost, match="connecting to its shared memory failed: no answer"):
-            await SharedMemoryConnection.open(DescribeReplicaResponse(shared_memory="moiety-silent"), Mailbox(), 0.1)
-
-
-async def test_a_router_without_a_free_descriptor_says_so(monkeypatch: pytest.MonkeyPatch):
-    """It raises PeerLost, like any other failure to connect."""
-
-    def none_free(*_: object) -> socket.socket:
-        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-
-    monkeypatch.setattr("socket.socket", none_free)
-    with pytest.raises(PeerLost, match=r"connecting to its shared memory failed: .*Too many open files"):
-        await SharedMemoryConnection.open(DescribeReplicaResponse(shared_memory="moiety-any"), Mailbox(), 5)
 
 
 async def test_a_hello_that_does_not_come_is_refused_and_logged(

@@ -17,7 +17,8 @@ import torch
 from moiety.bench.checkpoints import model_folder
 from moiety.bench.engines.layer_times import SpanRecorder
 from moiety.bench.token_speeds import Speeds, speeds
-from moiety.compose.router import build_engine, hops_of, load_model, reach_experts
+from moiety.compose.router import build_engine, hops_of, reach_experts
+from moiety.compose.router_model import load_model
 from moiety.config.services import RouterSettings
 from moiety.config.validate import validated
 from moiety.core.experts import ModelShape

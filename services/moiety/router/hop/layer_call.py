@@ -24,8 +24,8 @@ from moiety.policy.dispatch import plan_dispatch
 from moiety.router.hop.call import CallInFlight, RoutedRows, outcome_name, refusal, size_error
 from moiety.router.hop.calls_in_flight import CallsInFlight
 from moiety.router.hop.context import HopContext
-from moiety.router.hop.finite import ReturnedRows
 from moiety.router.hop.parked import POLL_S, ParkedRows, wait_error
+from moiety.router.hop.returned_rows import ReturnedRows
 from moiety.router.step_context import StepContext
 from moiety.telemetry.names import Attribute, SpanName
 from moiety.wire.rows import RowBuffer, copy_rows

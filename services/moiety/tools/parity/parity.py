@@ -22,7 +22,8 @@ from typing import Any
 import torch
 
 from moiety.client import Client
-from moiety.compose.router import hops_of, load_model, reach_experts
+from moiety.compose.router import hops_of, reach_experts
+from moiety.compose.router_model import load_model
 from moiety.config.services import RouterSettings
 from moiety.config.validate import validated
 from moiety.core.expert_backend import CallClass

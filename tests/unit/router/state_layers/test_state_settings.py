@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from moiety.compose.router import load_model
+from moiety.compose.router_model import load_model
 from moiety.config.services import RouterSettings
 from moiety.errors import ConfigError
 from moiety.model.checkpoint.checkpoint import Checkpoint
@@ -32,7 +32,7 @@ def test_states_are_taken_out_of_kv_memory_and_logged(
     tiny: Callable[[str], str], caplog: pytest.LogCaptureFixture
 ) -> None:
     """Slots come first and blocks get the rest; one log line says so, and that prefixes are not reused."""
-    with caplog.at_level(logging.INFO, logger="moiety.compose.router"):
+    with caplog.at_level(logging.INFO, logger="moiety.compose.router_model"):
         cache = loaded(tiny("jamba"), slots=8, kv_memory=1 << 20)
     assert cache.blocks == ((1 << 20) - 8 * PER_SLOT) // (16 * PER_TOKEN)
     assert cache.states.slots == 8
