@@ -137,6 +137,8 @@ class RouterPeer:
 
     async def poll(self, timeout_s: float = HANDSHAKE_S) -> bool:
         """Asks the router for its load and stores the answer. Returns False if it does not answer, or another one does."""
+        if self.lost:
+            return False
         before = self.in_flight
         try:
             report = await _describe(self.stub, timeout_s)
@@ -158,9 +160,14 @@ class RouterPeer:
         await self._calls.close()
 
     async def leave(self) -> None:
-        """Marks the router as leaving. Its channel closes when the last of this gateway's requests at the router ends."""
+        """Marks the router as leaving. Its channel closes when the last of this gateway's requests at the router ends.
+
+        The requests at a lost router move at once.
+        """
         self._left = True
         self._polling.cancel()
+        if self.lost:
+            await self._calls.close()
         await self.close_if_done()
 
     async def close(self) -> None:
@@ -188,6 +195,8 @@ class RouterPeer:
         while not self.lost:
             await asyncio.sleep(POLL_S)
             await self.poll()
+            if self.lost:
+                await self._calls.close()  # gRPC 1.85 sometimes leaves a stream open whose connection has ended
             await self._on_poll(self)
 
 

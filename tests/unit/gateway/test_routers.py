@@ -12,7 +12,8 @@ from gateway_support import PROMPT, SHAPE, chunks, die_before, expected, gateway
 
 from moiety.core.replica import ReplicaState
 from moiety.core.system import SystemId
-from moiety.errors import DeadlineExceeded, MoietyError, NoHolder, ResourceExhausted, Unavailable
+from moiety.errors import DeadlineExceeded, MoietyError, NoHolder, PeerLost, ResourceExhausted, Unavailable
+from moiety.gateway import router_peer
 from moiety.gateway.text import Tokenizer
 from moiety.internal.v1 import engine_pb2
 from moiety.testing import SYSTEM, FakeEngine, eventually, fake_system
@@ -381,6 +382,37 @@ async def test_the_requests_of_a_router_that_answers_no_poll_move(
         hung.before_describe = lambda _: never.wait()  # type: ignore[assignment,return-value]
         well.before_token = no_wait
         assert await running == expected(6)
+        assert list(well.requests[0].generated_ids) == expected(3)
+
+
+async def test_the_requests_of_a_router_whose_connection_ended_move(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+):
+    """A stream that gRPC forgot when its connection ended is broken by the poll that finds no connection."""
+    describe, lost = router_peer._describe, list[object]()
+
+    async def described(stub: object, timeout_s: float) -> engine_pb2.DescribeEngineResponse:
+        if stub in lost:
+            raise PeerLost("Stream removed (ping timeout)")
+        return await describe(stub, timeout_s)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(router_peer, "_describe", described)
+    routers, never = [engine("a"), engine("b")], asyncio.Event()
+    async with gateway_over(tokenizer, *routers) as gateway:
+
+        async def hang(position: int) -> None:
+            if position == 3:
+                await never.wait()
+
+        for router in routers:
+            router.before_token = hang
+        running = asyncio.create_task(tokens(gateway))
+        await eventually(lambda: gateway.received == 3)
+        hung, well = sorted(routers, key=lambda router: -len(router.requests))
+        well.before_token = no_wait
+        lost.append(gateway.routers._routers[hung.id].stub)
+        async with asyncio.timeout(2.0):
+            assert await running == expected(6)
         assert list(well.requests[0].generated_ids) == expected(3)
 
 
