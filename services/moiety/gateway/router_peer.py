@@ -144,10 +144,11 @@ class RouterPeer:
             report = await _describe(self.stub, timeout_s)
         except MoietyError as error:
             self.unresponsive = True
-            self.lost = self.lost or isinstance(error, PeerLost)  # no connection, or it has ended
+            if isinstance(error, PeerLost):  # no connection, or it has ended
+                await self._lose()
             return False
         if self._system.difference(report.system):  # a router of another system has got the address of a lost one
-            self.lost = True
+            await self._lose()
             return False
         self.unresponsive, self._answered = False, time.monotonic()
         # The report may or may not count requests of ours that began or ended meanwhile. Taking the larger number rather
@@ -160,14 +161,9 @@ class RouterPeer:
         await self._calls.close()
 
     async def leave(self) -> None:
-        """Marks the router as leaving. Its channel closes when the last of this gateway's requests at the router ends.
-
-        The requests at a lost router move at once.
-        """
+        """Marks the router as leaving. Its channel closes when the last of this gateway's requests at the router ends."""
         self._left = True
         self._polling.cancel()
-        if self.lost:
-            await self._calls.close()
         await self.close_if_done()
 
     async def close(self) -> None:
@@ -191,12 +187,15 @@ class RouterPeer:
         # While requests wait for KV cache, the router runs fewer sequences than it has slots.
         self.slots = min(report.slots, report.running) if report.waiting and report.running else report.slots
 
+    async def _lose(self) -> None:
+        """Moves the requests at a router that is lost: gRPC 1.85 sometimes forgets a stream whose connection has ended."""
+        self.lost = True
+        await self._calls.close()
+
     async def _poll(self) -> None:
         while not self.lost:
             await asyncio.sleep(POLL_S)
             await self.poll()
-            if self.lost:
-                await self._calls.close()  # gRPC 1.85 sometimes leaves a stream open whose connection has ended
             await self._on_poll(self)
 
 

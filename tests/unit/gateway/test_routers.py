@@ -389,15 +389,16 @@ async def test_the_requests_of_a_router_whose_connection_ended_move(
     tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ):
     """A stream that gRPC forgot when its connection ended is broken by the poll that finds no connection."""
-    describe, lost = router_peer._describe, list[object]()
+    describe, lost = vars(router_peer)["_describe"], set[int]()
 
     async def described(stub: object, timeout_s: float) -> engine_pb2.DescribeEngineResponse:
-        if stub in lost:
+        report: engine_pb2.DescribeEngineResponse = await describe(stub, timeout_s)
+        if report.slots in lost:
             raise PeerLost("Stream removed (ping timeout)")
-        return await describe(stub, timeout_s)  # type: ignore[arg-type]
+        return report
 
     monkeypatch.setattr(router_peer, "_describe", described)
-    routers, never = [engine("a"), engine("b")], asyncio.Event()
+    routers, never = [FakeEngine(str(slots), SHAPE, slots=slots) for slots in (4, 5)], asyncio.Event()
     async with gateway_over(tokenizer, *routers) as gateway:
 
         async def hang(position: int) -> None:
@@ -410,7 +411,7 @@ async def test_the_requests_of_a_router_whose_connection_ended_move(
         await eventually(lambda: gateway.received == 3)
         hung, well = sorted(routers, key=lambda router: -len(router.requests))
         well.before_token = no_wait
-        lost.append(gateway.routers._routers[hung.id].stub)
+        lost.add(int(hung.id))
         async with asyncio.timeout(2.0):
             assert await running == expected(6)
         assert list(well.requests[0].generated_ids) == expected(3)
