@@ -105,7 +105,7 @@ def invocation(context: click.Context) -> str:
     words = context.command_path.split()
     for parameter in context.command.params:
         value = context.params.get(parameter.name or "")
-        if value is None or parameter.name == "json_file":
+        if value in (None, ()) or parameter.name == "json_file":
             continue
         if isinstance(parameter, click.Option) and parameter.is_flag:
             words += [parameter.opts[0]] if value else []

@@ -139,15 +139,18 @@ class RouterPeer:
 
     async def poll(self, timeout_s: float = HANDSHAKE_S) -> bool:
         """Asks the router for its load and stores the answer. Returns False if it does not answer, or another one does."""
+        if self.lost:
+            return False
         before = self.in_flight
         try:
             report = await _describe(self.stub, timeout_s)
         except MoietyError as error:
             self.unresponsive = True
-            self.lost = self.lost or isinstance(error, PeerLost)  # no connection, or it has ended
+            if isinstance(error, PeerLost):  # no connection, or it has ended
+                await self._lose()
             return False
         if self._system.difference(report.system):  # a router of another system has got the address of a lost one
-            self.lost = True
+            await self._lose()
             return False
         self.unresponsive, self._answered = False, time.monotonic()
         # The report may or may not count requests of ours that began or ended meanwhile. Taking the larger number rather
@@ -195,6 +198,11 @@ class RouterPeer:
 
     async def _ask(self) -> None:
         await self.poll(ASK_S)
+
+    async def _lose(self) -> None:
+        """Moves the requests at a router that is lost: gRPC 1.85 sometimes forgets a stream whose connection has ended."""
+        self.lost = True
+        await self._calls.close()
 
     async def _poll(self) -> None:
         while not self.lost:

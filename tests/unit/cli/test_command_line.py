@@ -15,7 +15,9 @@ import pytest
 
 from moiety import __version__
 from moiety.cli.bench import COMMANDS as BENCHMARKS
+from moiety.cli.chaos import chaos
 from moiety.cli.main import COMMANDS, run
+from moiety.cli.options import invocation
 from moiety.cli.run import Interrupted, run_async
 
 HEAVY = ("torch", "transformers", "ray", "grpc", "numpy", "pydantic")
@@ -115,3 +117,10 @@ def test_rebalance_reads_settings_where_serve_does(
     monkeypatch.setenv("MOIETY_SECRETS_DIR", str(tmp_path))
     assert run(["rebalance", "--watch", "60"]) == 1
     assert capsys.readouterr().err.startswith("error: registry redis://127.0.0.1:1/3: ")
+
+
+def test_the_line_that_repeats_a_run_can_be_run() -> None:
+    """It leaves out options without a value, which the command would refuse."""
+    line = invocation(chaos.make_context("moiety chaos", ["--faults", "2"]))
+    assert line == "moiety chaos --seed 0 --faults 2 --on local --slack 1.0"
+    assert invocation(chaos.make_context("moiety chaos", line.split()[2:])) == line

@@ -9,7 +9,8 @@ from gateway_support import SHAPE, expected, gateway_over, tokens
 
 from moiety.core.replica import ReplicaState
 from moiety.core.system import SystemId
-from moiety.errors import Unavailable
+from moiety.gateway import router_peer
+from moiety.errors import PeerLost, Unavailable
 from moiety.gateway.text import Tokenizer
 from moiety.internal.v1 import engine_pb2
 from moiety.testing import SYSTEM, FakeEngine, eventually, fake_system
@@ -164,6 +165,38 @@ async def test_the_requests_of_a_router_that_answers_no_poll_move(
         hung.before_describe = lambda _: never.wait()  # type: ignore[assignment,return-value]
         well.before_token = no_wait
         assert await running == expected(6)
+        assert list(well.requests[0].generated_ids) == expected(3)
+
+
+async def test_the_requests_of_a_router_whose_connection_ended_move(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+):
+    """A stream that gRPC forgot when its connection ended is broken by the poll that finds no connection."""
+    describe, lost = vars(router_peer)["_describe"], set[int]()
+
+    async def described(stub: object, timeout_s: float) -> engine_pb2.DescribeEngineResponse:
+        report: engine_pb2.DescribeEngineResponse = await describe(stub, timeout_s)
+        if report.slots in lost:
+            raise PeerLost("Stream removed (ping timeout)")
+        return report
+
+    monkeypatch.setattr(router_peer, "_describe", described)
+    routers, never = [FakeEngine(str(slots), SHAPE, slots=slots) for slots in (4, 5)], asyncio.Event()
+    async with gateway_over(tokenizer, *routers) as gateway:
+
+        async def hang(position: int) -> None:
+            if position == 3:
+                await never.wait()
+
+        for router in routers:
+            router.before_token = hang
+        running = asyncio.create_task(tokens(gateway))
+        await eventually(lambda: gateway.received == 3)
+        hung, well = sorted(routers, key=lambda router: -len(router.requests))
+        well.before_token = no_wait
+        lost.add(int(hung.id))
+        async with asyncio.timeout(2.0):
+            assert await running == expected(6)
         assert list(well.requests[0].generated_ids) == expected(3)
 
 

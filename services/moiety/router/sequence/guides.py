@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -34,6 +35,10 @@ KEPT_BYTES = 256 << 20  # of compiled guides in the cache: clients send the same
 # generate. Measured with 60,000 tokens in the vocabulary: 28 to 53 KB for a text of five characters, 4 MB for one of 50,000,
 # 54 MB after 3,000 tokens.
 LEAST_BYTES, CHARACTER_BYTES, FOLLOWED_BYTES, MOST_FOLLOWED_BYTES = 64 << 10, 100, 18 << 10, 100 << 20
+# Processor time of the engine's thread for following one output. An ambiguous grammar, such as `start: start start | "a"`,
+# takes time that grows with the square of the output, up to 0.5 s per token. A JSON schema takes some 20 µs.
+STEP_S, TOKEN_S = 0.02, 200e-6  # for each step, and for each token in it: an output that is resumed is followed at once
+AT_ONCE = 16  # tokens that are followed between two looks at the clock
 MAX_PROBLEM = 200  # characters of a compiler's error message that a client receives
 # llguidance would compute the whole text that a guide forces, such as a million characters of `(a{1000}){1000}`, in one
 # mask on the engine's thread: 1 s and 180 MB. Without forcing, the model chooses how a forced text is cut into tokens.
@@ -50,15 +55,16 @@ _EXPECTED = {
 class CompiledGuide:
     """A compiled guide, shared by all sequences that follow it."""
 
-    def __init__(self, text: str, fresh: llguidance.LLMatcher, executor: llguidance.LLExecutor):
-        self._characters, self._fresh, self.executor = len(text), fresh, executor
+    def __init__(self, guide: Guide, fresh: llguidance.LLMatcher, executor: llguidance.LLExecutor):
+        self.kind, self.text = guide.kind, guide.text
+        self._fresh, self.executor = fresh, executor
         self.followed = 0  # tokens, by all matchers
 
     @property
     def bytes(self) -> int:
         """Memory that the guide takes, estimated."""
         followed = min(FOLLOWED_BYTES * self.followed, MOST_FOLLOWED_BYTES)
-        return LEAST_BYTES + CHARACTER_BYTES * self._characters + followed
+        return LEAST_BYTES + CHARACTER_BYTES * len(self.text) + followed
 
     def matcher(self) -> Matcher:
         """Returns a new matcher at the start of an output."""
@@ -70,26 +76,40 @@ class Matcher:
 
     def __init__(self, guide: CompiledGuide, state: llguidance.LLMatcher):
         self.guide, self.state = guide, state
+        self.too_costly = False
         self._followed = 0
 
     def follow(self, generated: Sequence[int]) -> None:
-        """Advances over the tokens that the output has gained since the last call."""
-        if new := list(generated[self._followed :]):
-            self.state.consume_tokens(new)
-            self._followed = len(generated)
-            self.guide.followed += len(new)
+        """Advances over the tokens that the output has gained since the last call, unless that takes too long."""
+        if self.too_costly or not (new := list(generated[self._followed :])):
+            return
+        ends = time.thread_time() + STEP_S + TOKEN_S * len(new)
+        for start in range(0, len(new), AT_ONCE):
+            self.state.consume_tokens(new[start : start + AT_ONCE])
+            if time.thread_time() > ends:
+                self.too_costly = True
+                return
+        self._followed = len(generated)
+        self.guide.followed += len(new)
+
+    def problem(self) -> MoietyError | None:
+        """Returns why the output cannot go on under its guide; None if it can."""
+        if self.too_costly:
+            return InvalidRequest(
+                f"sampling.guide.{self.guide.kind}", self.guide.text, f"one that takes less than {STEP_S:g} s per token"
+            )
+        if self.state.is_error():
+            return MoietyError(f"the output cannot follow its guide: {_shortened(self.state.get_error())}")
+        return None
 
 
 def allowed_tokens(matchers: Sequence[Matcher], vocabulary: int) -> tuple[np.ndarray, dict[int, MoietyError]]:
     """Returns uint8 [matchers, vocabulary], 1 where a token may come next, and the errors of failed matchers by index."""
     words = llguidance.numpy.allocate_token_bitmask(len(matchers), vocabulary)
-    batch = [(matcher.state, index) for index, matcher in enumerate(matchers)]
-    llguidance.numpy.fill_next_token_bitmask_par(matchers[0].guide.executor, batch, words)
-    failed = {
-        index: MoietyError(f"the output cannot follow its guide: {_shortened(matcher.state.get_error())}")
-        for index, matcher in enumerate(matchers)
-        if matcher.state.is_error()
-    }
+    batch = [(matcher.state, index) for index, matcher in enumerate(matchers) if not matcher.too_costly]
+    if batch:
+        llguidance.numpy.fill_next_token_bitmask_par(matchers[0].guide.executor, batch, words)
+    failed = {index: error for index, matcher in enumerate(matchers) if (error := matcher.problem()) is not None}
     bits = np.unpackbits(words.astype("<i4", copy=False).view(np.uint8), axis=1, bitorder="little")
     return bits[:, :vocabulary], failed
 
@@ -151,7 +171,7 @@ class Guides:
         # Only the checkpoint's tokenizer shows some problems, such as characters for which its vocabulary has no token.
         if problem := first_mask_problem(matcher.deep_copy()):
             return _shortened(problem)
-        return CompiledGuide(guide.text, matcher, executor)
+        return CompiledGuide(guide, matcher, executor)
 
     def _open(self) -> tuple[llguidance.LLTokenizer, llguidance.LLExecutor, TokenKinds]:
         if self._tokenizer is None or self._executor is None or self._kinds is None:

@@ -121,3 +121,22 @@ async def test_kept_guides_are_bounded_by_their_memory(guides: Guides, monkeypat
     assert kept.bytes > 1 << 20
     await guides.compile(Guide(GuideKind.REGEX, "[ef]+"), PROMPT)
     assert await guides.compile(small, PROMPT) is not kept
+
+
+@pytest.mark.parametrize("rules", ['start: e\ne: e e | "a" | e e e', 'start: e\ne: e e | "a"'])
+async def test_an_ambiguous_grammar_ends_before_it_holds_up_steps(guides: Guides, rules: str) -> None:
+    """A grammar whose cost grows with the output ends its own request, also where an output is resumed and followed at once."""
+    guide = await guides.compile(Guide(GuideKind.GRAMMAR, rules), PROMPT)
+    matcher, generated, failed = guide.matcher(), list[int](), {}
+    token = int(np.flatnonzero(allowed_tokens([matcher], VOCABULARY)[0][0])[0])
+    while not failed and len(generated) < 3000:
+        began = time.thread_time()
+        matcher.follow(generated)
+        _, failed = allowed_tokens([matcher], VOCABULARY)
+        assert time.thread_time() - began < MASK_S
+        generated.append(token)
+    began = time.thread_time()
+    resumed = guide.matcher()
+    resumed.follow(generated * 2)
+    assert time.thread_time() - began < 2 * MASK_S
+    assert resumed.problem() is not None
