@@ -46,11 +46,11 @@ def chaos(context: click.Context, /, json_file: Path | None, listed: bool, place
     """
     from moiety.bench.report import table
     from moiety.tools.chaos.chaos import ChaosRun, chaos_folder, on_ray, run_local
-    from moiety.tools.chaos.kinds import KINDS, chosen
+    from moiety.tools.chaos.kinds import chosen
     from moiety.tools.chaos.report import HEADER, rows_of
 
     if listed:
-        for kind in KINDS:
+        for kind in chosen(options["only"], ray=place == "ray"):
             where = "" if kind.on_ray else " (not on Ray)"
             click.echo(f"{kind.name:20} {kind.does}{where}: {kind.holds}; at most {kind.bound_s:g} s")
         return

@@ -95,7 +95,7 @@ class RouterPool:
                         if not done.keys() - ended:
                             return
             except RouterLost as lost:
-                _log.warning("%s after %d tokens; another router resumes", lost, sum(map(len, done.values())))
+                _log.debug("%s after %d tokens; another router resumes", lost, sum(map(len, done.values())))
                 if (losses := losses + 1) >= MOST_LOSSES:
                     raise Unavailable(f"{losses} routers in a row were lost with this request; last: {lost}") from None
             accepted = True
@@ -253,6 +253,9 @@ class RouterPool:
         """Takes a router out of use. It is dialled again while it is listed."""
         if self._routers.get(router.replica.id) is router:  # it may have been dropped while another one was closed
             del self._routers[router.replica.id]
+            _log.warning(
+                "router %s is no longer used: it %s", router.replica.id, "is lost" if router.lost else "leaves"
+            )
             await router.leave()
 
     async def _polled(self, router: RouterPeer) -> None:

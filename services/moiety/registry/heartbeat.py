@@ -9,7 +9,7 @@ from functools import partial
 
 from moiety.core.replica import Replica
 from moiety.core.supervise import supervise
-from moiety.errors import MoietyError, RegistryUnreachable
+from moiety.errors import MoietyError, RegistryUnreachable, WritesRefused
 from moiety.registry.interface import HEARTBEAT_S, Registry
 
 STOP_S = 1.0
@@ -46,12 +46,16 @@ class Heartbeat:
         self._action_tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
-        """Registers at once, then at every beat. If the first try fails and `require` is set, raises RegistryUnreachable."""
+        """Registers at once, then at every beat.
+
+        If `require` is set and the registry does not answer at first, raises RegistryUnreachable. One that refuses writes is
+        no error: the service is found once the registry takes them.
+        """
         reported: type[Exception] | None = None
         try:
             await self.beat()
         except RegistryUnreachable as error:
-            if self._require:
+            if self._require and not isinstance(error, WritesRefused):
                 raise
             reported = self._report(_HEARTBEAT, error)
         self._beat_task = supervise(_HEARTBEAT, lambda: self._repeat(self.beat, _HEARTBEAT, self._interval_s, reported))

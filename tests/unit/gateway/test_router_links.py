@@ -9,8 +9,8 @@ from gateway_support import SHAPE, expected, gateway_over, tokens
 
 from moiety.core.replica import ReplicaState
 from moiety.core.system import SystemId
-from moiety.gateway import router_peer
 from moiety.errors import PeerLost, Unavailable
+from moiety.gateway import router_peer
 from moiety.gateway.text import Tokenizer
 from moiety.internal.v1 import engine_pb2
 from moiety.testing import SYSTEM, FakeEngine, eventually, fake_system

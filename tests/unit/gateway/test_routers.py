@@ -12,8 +12,7 @@ from gateway_support import PROMPT, SHAPE, chunks, die_before, expected, gateway
 
 from moiety.core.replica import ReplicaState
 from moiety.core.system import SystemId
-from moiety.errors import DeadlineExceeded, MoietyError, NoHolder, PeerLost, ResourceExhausted, Unavailable
-from moiety.gateway import router_peer
+from moiety.errors import DeadlineExceeded, MoietyError, NoHolder, ResourceExhausted, Unavailable
 from moiety.gateway.text import Tokenizer
 from moiety.internal.v1 import engine_pb2
 from moiety.testing import SYSTEM, FakeEngine, eventually, fake_system
