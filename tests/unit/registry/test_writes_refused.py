@@ -104,6 +104,22 @@ async def test_a_full_redis_still_renews(
         assert await registry.replicas() == (due,)
 
 
+async def test_a_service_starts_while_writes_are_refused(store: RefusingRedis, app: str) -> None:
+    """A registry that refuses the first entry stops no start, and lists the service once it takes writes."""
+    async with opened(store.server.url, app) as registry:
+        store.refuse("OOM")
+        heartbeat = Heartbeat(registry, expert_replica(), require=True, interval_s=0.02)
+        await heartbeat.start()
+        assert "OOM" in str(heartbeat.trouble)
+        store.mend()
+
+        async def listed() -> bool:
+            return bool(await registry.replicas())
+
+        await eventually(listed)
+        await heartbeat.stop()
+
+
 async def test_a_refusal_is_logged_once_and_shown(
     store: RefusingRedis, app: str, caplog: pytest.LogCaptureFixture
 ) -> None:
