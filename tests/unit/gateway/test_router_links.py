@@ -5,12 +5,11 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from gateway_support import SHAPE, expected, gateway_over, tokens
+from gateway_support import SHAPE, Gateway, expected, gateway_over, tokens
 
 from moiety.core.replica import ReplicaState
 from moiety.core.system import SystemId
-from moiety.errors import PeerLost, Unavailable
-from moiety.gateway import router_peer
+from moiety.errors import Unavailable
 from moiety.gateway.text import Tokenizer
 from moiety.internal.v1 import engine_pb2
 from moiety.testing import SYSTEM, FakeEngine, eventually, fake_system
@@ -150,54 +149,45 @@ async def test_the_requests_of_a_router_that_answers_no_poll_move(
     """A router whose connection lives but whose service hangs loses its streams to one that answers."""
     monkeypatch.setattr("moiety.gateway.router_peer.HANDSHAKE_S", 0.2)
     monkeypatch.setattr("moiety.gateway.router_peer.SILENT_S", 0.5)
-    routers, never = [engine("a"), engine("b")], asyncio.Event()
+    routers = engine("a"), engine("b")
     async with gateway_over(tokenizer, *routers) as gateway:
-
-        async def hang(position: int) -> None:
-            if position == 3:
-                await never.wait()
-
-        for router in routers:
-            router.before_token = hang
-        running = asyncio.create_task(tokens(gateway))
-        await eventually(lambda: gateway.received == 3)
-        hung, well = sorted(routers, key=lambda router: -len(router.requests))
-        hung.before_describe = lambda _: never.wait()  # type: ignore[assignment,return-value]
-        well.before_token = no_wait
+        running, hung, well = await stuck_request(gateway, *routers)
+        hung.before_describe = lambda _: asyncio.Event().wait()  # type: ignore[assignment,return-value]
         assert await running == expected(6)
         assert list(well.requests[0].generated_ids) == expected(3)
 
 
-async def test_the_requests_of_a_router_whose_connection_ended_move(
-    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
-):
-    """A stream that gRPC forgot when its connection ended is broken by the poll that finds no connection."""
-    describe, lost = vars(router_peer)["_describe"], set[int]()
+async def test_the_requests_of_a_router_whose_connection_ended_move(tokenizer: Tokenizer):
+    """gRPC may forget a stream whose connection has ended. The poll that finds no router breaks the stream, within 2 s."""
+    routers = engine("a"), engine("b")
 
-    async def described(stub: object, timeout_s: float) -> engine_pb2.DescribeEngineResponse:
-        report: engine_pb2.DescribeEngineResponse = await describe(stub, timeout_s)
-        if report.slots in lost:
-            raise PeerLost("Stream removed (ping timeout)")
-        return report
+    async def lost(_: int) -> None:
+        raise Unavailable("Stream removed (ping timeout)")
 
-    monkeypatch.setattr(router_peer, "_describe", described)
-    routers, never = [FakeEngine(str(slots), SHAPE, slots=slots) for slots in (4, 5)], asyncio.Event()
     async with gateway_over(tokenizer, *routers) as gateway:
-
-        async def hang(position: int) -> None:
-            if position == 3:
-                await never.wait()
-
-        for router in routers:
-            router.before_token = hang
-        running = asyncio.create_task(tokens(gateway))
-        await eventually(lambda: gateway.received == 3)
-        hung, well = sorted(routers, key=lambda router: -len(router.requests))
-        well.before_token = no_wait
-        lost.add(int(hung.id))
+        running, hung, well = await stuck_request(gateway, *routers)
+        hung.before_describe = lost
         async with asyncio.timeout(2.0):
             assert await running == expected(6)
         assert list(well.requests[0].generated_ids) == expected(3)
+
+
+async def stuck_request(
+    gateway: Gateway, *routers: FakeEngine
+) -> tuple[asyncio.Task[list[int]], FakeEngine, FakeEngine]:
+    """Starts a request whose router stops after three tokens. Returns the request, that router, and one that goes on."""
+
+    async def stop(position: int) -> None:
+        if position == 3:
+            await asyncio.Event().wait()
+
+    for router in routers:
+        router.before_token = stop
+    running = asyncio.create_task(tokens(gateway))
+    await eventually(lambda: gateway.received == 3)
+    stopped, well = sorted(routers, key=lambda router: -len(router.requests))
+    well.before_token = no_wait
+    return running, stopped, well
 
 
 async def test_without_a_router_of_our_own_the_error_says_which_are_not_used(tokenizer: Tokenizer):
