@@ -25,7 +25,7 @@ class Child:
     replica: Replica
     process: asyncio.subprocess.Process
     log: Path
-    leaving: bool = False  # it was told to end
+    leaving: bool = False  # the cluster ends it
     follower: asyncio.Task[None] | None = None
     # of each change of live settings: why the child refused it, or an empty text
     reconfigured: asyncio.Queue[str] = field(default_factory=asyncio.Queue)
