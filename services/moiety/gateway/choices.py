@@ -109,7 +109,7 @@ async def merge_streams(
 ) -> AsyncGenerator[engine_pb2.EngineEvent, None]:
     """Yields the events of all streams as they arrive. The first error ends all streams and is raised.
 
-    At most one event of each waits to be taken: the others stay where their number is bounded (wire/inbox.py).
+    At most one event of each waits to be taken: the others stay where their number is bounded (wire/event_stream/inbox.py).
     """
     events: asyncio.Queue[engine_pb2.EngineEvent | Exception | None] = asyncio.Queue(1)
 

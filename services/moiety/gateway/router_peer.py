@@ -22,7 +22,7 @@ from moiety.policy.router_pace import Pace
 from moiety.wire import status
 from moiety.wire.channels import channel
 from moiety.wire.deadline import Deadline
-from moiety.wire.event_stream import CallClient
+from moiety.wire.event_stream.call_client import CallClient
 
 _log = logging.getLogger(__name__)
 HANDSHAKE_S = 2.0

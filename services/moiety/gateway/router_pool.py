@@ -24,7 +24,7 @@ from moiety.policy import router_choice
 from moiety.policy.router_pace import Pace
 from moiety.registry.watch import Watch
 from moiety.wire.deadline import Deadline
-from moiety.wire.event_stream import StreamBroken
+from moiety.wire.event_stream.call_client import StreamBroken
 
 _log = logging.getLogger(__name__)
 RETRY_S = 0.1

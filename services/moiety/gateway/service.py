@@ -22,7 +22,7 @@ from moiety.telemetry.tracing import Tracer
 from moiety.v1 import generation_pb2
 from moiety.wire import finish_reason, status
 from moiety.wire.deadline import Deadline
-from moiety.wire.event_stream import end_unread
+from moiety.wire.event_stream.call_server import end_unread
 from moiety.wire.sampling_params import check_labels, check_prompt, check_sampling, write_defaults
 from moiety.wire.service_names import GATEWAY_SERVICE, GENERATION_SERVICE
 from moiety.wire.trace_context import traceparent_in

@@ -24,7 +24,7 @@ from moiety.telemetry.tracing import Tracer
 from moiety.v1 import generation_pb2
 from moiety.wire import finish_reason
 from moiety.wire.deadline import Deadline
-from moiety.wire.event_stream import CallServer, SendEvent
+from moiety.wire.event_stream.call_server import CallServer, SendEvent
 from moiety.wire.sampling_params import check_labels, check_prompt, check_resolved, check_sampling
 
 

@@ -17,7 +17,7 @@ from moiety.internal.v1 import engine_pb2, engine_pb2_grpc
 from moiety.registry.memory import MemoryRegistry
 from moiety.testing.common import HOST, MODEL, SYSTEM, fake_replica, fake_token, no_wait
 from moiety.v1 import generation_pb2
-from moiety.wire.event_stream import CallServer, SendEvent
+from moiety.wire.event_stream.call_server import CallServer, SendEvent
 from moiety.wire.server import Server
 from moiety.wire.service_names import ENGINE_SERVICE
 

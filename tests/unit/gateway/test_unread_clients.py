@@ -52,7 +52,7 @@ def engine() -> FakeEngine:
 
 async def test_unread_responses_take_no_place_at_a_router(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch):
     """Requests that the router has ended fill neither its slots nor its queue, though their clients have read nothing."""
-    monkeypatch.setattr("moiety.wire.event_stream.MOST_UNREAD", LONG)
+    monkeypatch.setattr("moiety.wire.event_stream.call_client.MOST_UNREAD", LONG)
     router = engine()
     async with gateway_over(tokenizer, router) as gateway, unread(gateway, 3):  # as many as the router has places
         await eventually(lambda: len(router.requests) == 3)
@@ -76,7 +76,7 @@ async def test_a_client_that_does_not_read_is_cut_off(tokenizer: Tokenizer, monk
 async def test_a_client_that_reads_slowly_gets_everything(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch):
     """A client that pauses for less than UNREAD_S loses nothing."""
     monkeypatch.setattr("moiety.gateway.service.UNREAD_S", 2.0)
-    monkeypatch.setattr("moiety.wire.event_stream.MOST_UNREAD", LONG)
+    monkeypatch.setattr("moiety.wire.event_stream.call_client.MOST_UNREAD", LONG)
     async with gateway_over(tokenizer, engine()) as gateway, unread(gateway, 1) as calls:
         assert await received(calls[0], pauses=(10, LONG // 2)) == LONG
 
@@ -85,7 +85,7 @@ async def test_a_client_that_reads_late_resumes_after_its_router_is_gone(
     tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ):
     """A request that notices the loss of its router after all others have left that router still resumes on another one."""
-    monkeypatch.setattr("moiety.wire.event_stream.MOST_UNREAD", LONG)
+    monkeypatch.setattr("moiety.wire.event_stream.call_client.MOST_UNREAD", LONG)
     lost, other = engine(), FakeEngine("r1", fake_shape(max_context=2 * LONG))
     sent = asyncio.Event()
 

@@ -24,7 +24,7 @@ from moiety.testing import HOST, SYSTEM
 from moiety.v1 import generation_pb2
 from moiety.wire.channels import channel
 from moiety.wire.deadline import Deadline
-from moiety.wire.event_stream import CallClient
+from moiety.wire.event_stream.call_client import CallClient
 from moiety.wire.server import Server
 from moiety.wire.service_names import ENGINE_SERVICE
 

@@ -15,7 +15,8 @@ from moiety.testing import HOST
 from moiety.v1 import generation_pb2
 from moiety.wire.channels import channel
 from moiety.wire.deadline import Deadline
-from moiety.wire.event_stream import CallClient, CallHandler, CallServer, SendEvent
+from moiety.wire.event_stream.call_client import CallClient
+from moiety.wire.event_stream.call_server import CallHandler, CallServer, SendEvent
 from moiety.wire.server import Server
 from moiety.wire.service_names import ENGINE_SERVICE
 

@@ -12,7 +12,7 @@ from moiety.internal.v1 import engine_pb2, engine_pb2_grpc
 from moiety.testing import eventually
 from moiety.wire.channels import channel
 from moiety.wire.deadline import Deadline
-from moiety.wire.event_stream import SendEvent
+from moiety.wire.event_stream.call_server import SendEvent
 
 CALLS = 32
 
@@ -76,7 +76,7 @@ async def test_all_choices_end_before_a_request_does():
 
 async def test_deadlines_and_traces_travel_with_the_call(monkeypatch: pytest.MonkeyPatch):
     """A call carries its time left and its trace context; a router that does not answer in time is not waited for."""
-    monkeypatch.setattr("moiety.wire.event_stream.LATE_S", 0.1)
+    monkeypatch.setattr("moiety.wire.event_stream.call_client.LATE_S", 0.1)
 
     async def handle(call: engine_pb2.GenerateTokensRequest, send_event: SendEvent) -> None:
         await asyncio.Event().wait()

@@ -13,7 +13,8 @@ from moiety.testing import HOST, eventually
 from moiety.wire import status
 from moiety.wire.channels import channel
 from moiety.wire.deadline import Deadline
-from moiety.wire.event_stream import CallClient, SendEvent
+from moiety.wire.event_stream.call_client import MOST_MISSED, CallClient, StreamBroken
+from moiety.wire.event_stream.call_server import SendEvent
 
 
 @pytest.mark.parametrize(
@@ -138,3 +139,28 @@ def test_every_error_keeps_its_kind_in_a_message():
         received = status.error_of_message(status.to_message(error))
         assert type(received) is type(error)
         assert str(received) == str(error)
+
+
+async def test_a_silent_stream_is_broken_though_its_connection_lives(monkeypatch: pytest.MonkeyPatch):
+    """A call that waits long stays open while its router sends beats; a stream without beats fails its calls."""
+    monkeypatch.setattr("moiety.wire.event_stream.call_server.BEAT_S", 0.02)
+    monkeypatch.setattr("moiety.wire.event_stream.call_client.BEAT_S", 0.05)
+    finish = asyncio.Event()
+
+    async def handle(_: engine_pb2.GenerateTokensRequest, send_event: SendEvent) -> None:
+        await finish.wait()
+        send_event(lambda: event(1, last=True))
+
+    async with calling(handle) as (router, client):
+        waiting = asyncio.create_task(tokens(client))
+        await asyncio.sleep(0.05 * 2 * MOST_MISSED)
+        assert not waiting.done()
+        finish.set()
+        assert await waiting == [1]
+        finish.clear()
+        monkeypatch.setattr("moiety.wire.event_stream.call_server.BEAT_S", 60.0)
+        with pytest.raises(StreamBroken, match=r"silent for 0\.3 s"):
+            await tokens(client)
+        assert len(router.streams) == 1
+        finish.set()
+        assert await tokens(client) == [1]

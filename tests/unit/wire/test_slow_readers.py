@@ -12,7 +12,7 @@ from moiety.errors import MoietyError, ResourceExhausted
 from moiety.internal.v1 import engine_pb2, engine_pb2_grpc
 from moiety.testing import eventually
 from moiety.wire.deadline import Deadline
-from moiety.wire.event_stream import SendEvent
+from moiety.wire.event_stream.call_server import SendEvent
 
 SMALL_WINDOW = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 16), ("grpc.use_local_subchannel_pool", 1)]
 
@@ -37,8 +37,8 @@ async def read_to_the_end(stream: grpc.aio.StreamStreamCall) -> None:
 
 async def test_a_gateway_that_does_not_read_loses_its_stream(monkeypatch: pytest.MonkeyPatch):
     """Its calls end, nothing is kept for it, and if it reads on it finds the reason; another gateway is served."""
-    monkeypatch.setattr("moiety.wire.event_stream.MOST_UNSENT", 5000)
-    monkeypatch.setattr("moiety.wire.event_stream.STOPPED_S", 0.1)
+    monkeypatch.setattr("moiety.wire.event_stream.call_server.MOST_UNSENT", 5000)
+    monkeypatch.setattr("moiety.wire.event_stream.call_server.STOPPED_S", 0.1)
     async with (
         serving(flood) as (router, address),
         grpc.aio.insecure_channel(address, options=SMALL_WINDOW) as link,
@@ -57,8 +57,8 @@ async def test_a_gateway_that_does_not_read_loses_its_stream(monkeypatch: pytest
 
 async def test_a_gateway_that_reads_slowly_keeps_its_stream(monkeypatch: pytest.MonkeyPatch):
     """While it takes messages, more than MOST_UNSENT events may wait for it, and it gets all of them."""
-    monkeypatch.setattr("moiety.wire.event_stream.MOST_UNREAD", 20_000)
-    monkeypatch.setattr("moiety.wire.event_stream.MOST_UNSENT", 1000)
+    monkeypatch.setattr("moiety.wire.event_stream.call_client.MOST_UNREAD", 20_000)
+    monkeypatch.setattr("moiety.wire.event_stream.call_server.MOST_UNSENT", 1000)
 
     async def burst(call: engine_pb2.GenerateTokensRequest, send_event: SendEvent) -> None:
         for token in range(20_000):
@@ -72,7 +72,7 @@ async def test_a_gateway_that_reads_slowly_keeps_its_stream(monkeypatch: pytest.
 @pytest.mark.parametrize("bound", ["MOST_UNREAD", "MOST_UNREAD_BY_ALL"])
 async def test_a_client_that_takes_no_events_loses_its_request(monkeypatch: pytest.MonkeyPatch, bound: str):
     """Its call is cancelled at the router and its events are dropped, while other requests of the stream go on."""
-    monkeypatch.setattr(f"moiety.wire.event_stream.{bound}", 1000)
+    monkeypatch.setattr(f"moiety.wire.event_stream.call_client.{bound}", 1000)
     async with calling(flood) as (router, client):
         unread = client.generate(request("flood"), Deadline(), "")
         assert (await anext(unread)).token_ids == [7]
@@ -87,7 +87,7 @@ async def test_a_client_that_takes_no_events_loses_its_request(monkeypatch: pyte
 
 async def test_what_is_left_of_a_broken_stream_costs_no_request_of_the_next(monkeypatch: pytest.MonkeyPatch):
     """Events that nobody has taken since their stream broke do not count against the requests of the stream that follows."""
-    monkeypatch.setattr("moiety.wire.event_stream.MOST_UNREAD_BY_ALL", 1000)
+    monkeypatch.setattr("moiety.wire.event_stream.call_client.MOST_UNREAD_BY_ALL", 1000)
 
     async def burst(_call: engine_pb2.GenerateTokensRequest, send_event: SendEvent) -> None:
         for token in range(300):

@@ -17,7 +17,7 @@ from moiety.tools.chaos.fault import System
 from moiety.v1 import generation_pb2
 from moiety.wire.channels import channel
 from moiety.wire.deadline import Deadline
-from moiety.wire.event_stream import CallClient
+from moiety.wire.event_stream.call_client import CallClient
 
 PROBE_S = 30.0  # longest time for a request that needs nearly every KV block of an idle router
 # What a trial, and all trials together, may leave behind. Memory and descriptors: of one process. Allocators keep some
@@ -30,8 +30,8 @@ RSS_MIB, DESCRIPTORS, SEGMENTS, KEYS = 64, 16, 4, 48
 class Usage:
     """What an idle system uses."""
 
-    rss_mib: Mapping[int, int]  # by process id
-    descriptors: Mapping[int, int]
+    rss_mib: Mapping[str, int]  # by replica id
+    descriptors: Mapping[str, int]
     segments: int  # mappings of shared memory between routers and expert replicas, in all processes
     keys: int  # of the registry
     blocked: tuple[str, ...]  # routers that could not give all their KV blocks to one request
@@ -46,6 +46,7 @@ class Leaks:
     segments: int
     keys: int
     blocked: tuple[str, ...]
+    grown: str = ""  # the replica whose memory grew most
 
     def __str__(self) -> str:
         counts = f"{self.rss_mib:+d} MiB {self.descriptors:+d} fds {self.segments:+d} segs {self.keys:+d} keys"
@@ -55,7 +56,7 @@ class Leaks:
     def excess(self) -> list[str]:
         """What is more than a trial may leave behind."""
         limits = {
-            "MiB of memory": (self.rss_mib, RSS_MIB),
+            f"MiB of memory in {self.grown}": (self.rss_mib, RSS_MIB),
             "descriptors": (self.descriptors, DESCRIPTORS),
             "segments": (self.segments, SEGMENTS),
             "registry keys": (self.keys, KEYS),
@@ -67,15 +68,17 @@ class Leaks:
 def leaks(before: Usage, after: Usage) -> Leaks:
     """Returns what `after` has more than `before`."""
 
-    def most(first: Mapping[int, int], second: Mapping[int, int]) -> int:
-        return max((second[pid] - first[pid] for pid in first.keys() & second.keys()), default=0)
+    def most(first: Mapping[str, int], second: Mapping[str, int]) -> tuple[int, str]:
+        return max(((second[name] - first[name], name) for name in first.keys() & second.keys()), default=(0, ""))
 
+    rss_mib, grown = most(before.rss_mib, after.rss_mib)
     return Leaks(
-        rss_mib=most(before.rss_mib, after.rss_mib),
-        descriptors=most(before.descriptors, after.descriptors),
+        rss_mib=rss_mib,
+        descriptors=most(before.descriptors, after.descriptors)[0],
         segments=after.segments - before.segments,
         keys=after.keys - before.keys,
         blocked=after.blocked,
+        grown=grown,
     )
 
 
@@ -83,11 +86,11 @@ async def read_usage(system: System) -> Usage:
     """Reads what the idle `system` uses."""
     routers = system.replicas(Role.ROUTER)
     blocked = await asyncio.gather(*(_fills(router, system.system.key) for router in routers))
-    pids = [replica.pid for role in Role for replica in system.replicas(role)]
+    pids = {replica.id: replica.pid for role in Role for replica in system.replicas(role)}
     return Usage(
-        rss_mib={pid: _rss_mib(pid) for pid in pids},
-        descriptors={pid: _descriptors(pid) for pid in pids},
-        segments=sum(map(_segments, pids)),
+        rss_mib={name: _rss_mib(pid) for name, pid in pids.items()},
+        descriptors={name: _descriptors(pid) for name, pid in pids.items()},
+        segments=sum(map(_segments, pids.values())),
         keys=await system.redis.keys(),
         blocked=tuple(router.id for router, fills in zip(routers, blocked, strict=True) if not fills),
     )
