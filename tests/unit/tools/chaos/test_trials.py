@@ -20,7 +20,7 @@ from moiety.tools.chaos.report import rows_of
 from moiety.tools.chaos.schedule import Planned
 from moiety.tools.chaos.trials import Outcome, run_trials
 
-IDLE = Usage(rss_mib={1: 100}, descriptors={1: 20}, segments=2, keys=10, blocked=())
+IDLE = Usage(rss_mib={"router#1": 100}, descriptors={"router#1": 20}, segments=2, keys=10, blocked=())
 
 
 class World:
@@ -125,8 +125,8 @@ async def test_failed_requests_count_unless_the_kind_breaks_streams(monkeypatch:
 @pytest.mark.parametrize(
     ("left", "named"),
     [
-        ({"rss_mib": {1: 400}}, "300 MiB of memory more than before"),
-        ({"descriptors": {1: 60}}, "40 descriptors more"),
+        ({"rss_mib": {"router#1": 400}}, "300 MiB of memory in router#1 more than before"),
+        ({"descriptors": {"router#1": 60}}, "40 descriptors more"),
         ({"segments": 9}, "7 segments more"),
         ({"keys": 500}, "490 registry keys more"),
         ({"blocked": ("router#1",)}, "router#1 does not give all its KV blocks to one request"),
