@@ -38,6 +38,7 @@ LEAST_BYTES, CHARACTER_BYTES, FOLLOWED_BYTES, MOST_FOLLOWED_BYTES = 64 << 10, 10
 # Processor time of the engine's thread for following one output. An ambiguous grammar, such as `start: start start | "a"`,
 # takes time that grows with the square of the output, up to 0.5 s per token. A JSON schema takes some 20 µs.
 STEP_S, TOKEN_S = 0.02, 200e-6  # for each step, and for each token in it: an output that is resumed is followed at once
+TOGETHER_S = 0.05  # for each step, of all outputs together beyond TOKEN_S: the costliest ones end
 AT_ONCE = 16  # tokens that are followed between two looks at the clock
 MAX_PROBLEM = 200  # characters of a compiler's error message that a client receives
 # llguidance would compute the whole text that a guide forces, such as a million characters of `(a{1000}){1000}`, in one
@@ -76,18 +77,25 @@ class Matcher:
 
     def __init__(self, guide: CompiledGuide, state: llguidance.LLMatcher):
         self.guide, self.state = guide, state
-        self.too_costly = False
+        self.too_costly: MoietyError | None = None  # why this output must end, if it must
+        self.over_s = 0.0  # processor time that the last `follow` took beyond TOKEN_S per token
         self._followed = 0
 
     def follow(self, generated: Sequence[int]) -> None:
         """Advances over the tokens that the output has gained since the last call, unless that takes too long."""
+        self.over_s = 0.0
         if self.too_costly or not (new := list(generated[self._followed :])):
             return
-        ends = time.thread_time() + STEP_S + TOKEN_S * len(new)
+        began = time.thread_time() + TOKEN_S * len(new)
         for start in range(0, len(new), AT_ONCE):
             self.state.consume_tokens(new[start : start + AT_ONCE])
-            if time.thread_time() > ends:
-                self.too_costly = True
+            self.over_s = time.thread_time() - began
+            if self.over_s > STEP_S:
+                self.too_costly = InvalidRequest(
+                    f"sampling.guide.{self.guide.kind}",
+                    self.guide.text,
+                    f"one that takes less than {STEP_S:g} s per token",
+                )
                 return
         self._followed = len(generated)
         self.guide.followed += len(new)
@@ -95,16 +103,18 @@ class Matcher:
     def problem(self) -> MoietyError | None:
         """Returns why the output cannot go on under its guide; None if it can."""
         if self.too_costly:
-            return InvalidRequest(
-                f"sampling.guide.{self.guide.kind}", self.guide.text, f"one that takes less than {STEP_S:g} s per token"
-            )
+            return self.too_costly
         if self.state.is_error():
             return MoietyError(f"the output cannot follow its guide: {_shortened(self.state.get_error())}")
         return None
 
 
 def allowed_tokens(matchers: Sequence[Matcher], vocabulary: int) -> tuple[np.ndarray, dict[int, MoietyError]]:
-    """Returns uint8 [matchers, vocabulary], 1 where a token may come next, and the errors of failed matchers by index."""
+    """Returns uint8 [matchers, vocabulary], 1 where a token may come next, and the errors of failed matchers by index.
+
+    `matchers` have followed their outputs in this step. The costliest ones fail if all of them took too long together.
+    """
+    _end_costliest(matchers)
     words = llguidance.numpy.allocate_token_bitmask(len(matchers), vocabulary)
     batch = [(matcher.state, index) for index, matcher in enumerate(matchers) if not matcher.too_costly]
     if batch:
@@ -112,6 +122,18 @@ def allowed_tokens(matchers: Sequence[Matcher], vocabulary: int) -> tuple[np.nda
     failed = {index: error for index, matcher in enumerate(matchers) if (error := matcher.problem()) is not None}
     bits = np.unpackbits(words.astype("<i4", copy=False).view(np.uint8), axis=1, bitorder="little")
     return bits[:, :vocabulary], failed
+
+
+def _end_costliest(matchers: Sequence[Matcher]) -> None:
+    costly = sorted((each for each in matchers if each.over_s > 0), key=lambda each: each.over_s)
+    together_s = sum(each.over_s for each in costly)
+    while together_s > TOGETHER_S:
+        ended = costly.pop()
+        together_s -= ended.over_s
+        ended.too_costly = ended.too_costly or ResourceExhausted(
+            f"the guides of this step take more than {TOGETHER_S:g} s; this one, which took {ended.over_s:.3f} s, must end",
+            COMPILE_S,
+        )
 
 
 class Guides:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from moiety.core.sampling import Guide, GuideKind
-from moiety.errors import InvalidRequest
+from moiety.errors import InvalidRequest, MoietyError, ResourceExhausted
 from moiety.router.sequence.guides import CompiledGuide, Guides, allowed_tokens
 from moiety.synthetic.tokenizer import VOCABULARY, write_tokenizer
 
@@ -140,3 +140,23 @@ async def test_an_ambiguous_grammar_ends_before_it_holds_up_steps(guides: Guides
     resumed.follow(generated * 2)
     assert time.thread_time() - began < 2 * MASK_S
     assert resumed.problem() is not None
+
+
+async def test_many_costly_guides_do_not_add_up(guides: Guides, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outputs whose guides together hold up a step end, the costliest first; an ordinary one goes on."""
+    monkeypatch.setattr("moiety.router.sequence.guides.TOGETHER_S", 0.005)
+    costly = await guides.compile(Guide(GuideKind.GRAMMAR, 'start: e\ne: e e | "a" | e e e'), PROMPT)
+    ordinary = await guides.compile(Guide(GuideKind.REGEX, "[a-z]*"), PROMPT)
+    matchers = [*(costly.matcher() for _ in range(20)), ordinary.matcher()]
+    token = int(np.flatnonzero(allowed_tokens(matchers[:1], VOCABULARY)[0][0])[0])
+    generated, failed = list[int](), dict[int, MoietyError]()
+    while not failed and len(generated) < 1000:
+        generated.append(token)
+        for matcher in matchers:
+            matcher.follow(generated)
+        _, failed = allowed_tokens(matchers, VOCABULARY)
+    assert failed
+    assert all(isinstance(error, ResourceExhausted) for error in failed.values()), failed
+    assert len(failed) < len(matchers)
+    assert len(matchers) - 1 not in failed
+    assert sum(matcher.over_s for index, matcher in enumerate(matchers) if index not in failed) <= 0.005
