@@ -71,7 +71,7 @@ class Delivery:
     def _send(self, sequence: Sequence, emitted: Emitted) -> None:
         if not sequence.emitted:
             sequence.emitted = True
-            emitted = replace(emitted, cached_tokens=sequence.cached_tokens)
+            emitted = replace(emitted, cached_tokens=sequence.cached_tokens, queued_us=sequence.queued_us)
         if sequence.routed_rows:
             rows, rerouted = sequence.reported_rows
             sequence.reported_rows = sequence.routed_rows, sequence.rerouted_rows

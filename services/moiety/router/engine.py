@@ -189,7 +189,8 @@ class Engine:
                 sequence.admitted = True
                 self._rate.note(now)
                 self._admitted += 1
-                self._waited_s += (now_ns - sequence.submitted_ns) / 1e9
+                sequence.queued_us = max(now_ns - sequence.submitted_ns, 0) // 1000
+                self._waited_s += sequence.queued_us / 1e6
                 sequence.cached_tokens = min(sequence.computed, sequence.prompt_tokens)
                 self._tracer.start(SpanName.QUEUE, parent=sequence.span, start_ns=sequence.submitted_ns).end(now_ns)
 

@@ -27,6 +27,8 @@ from moiety.wire.deadline import Deadline
 from moiety.wire.event_stream.call_server import CallServer, SendEvent
 from moiety.wire.sampling_params import check_labels, check_prompt, check_resolved, check_sampling
 
+_MOST_UINT32 = (1 << 32) - 1
+
 
 class EngineService(engine_pb2_grpc.EngineServiceServicer):
     """Serves the RPCs of one engine: DescribeEngine and GenerateTokens."""
@@ -177,7 +179,9 @@ def _event(emitted: Emitted) -> engine_pb2.EngineEvent:
         choice=emitted.choice,
         top_logprobs=map(_top_logprobs, emitted.top_logprobs),
         prompt_logprobs=emitted.prompt_logprobs,
+        prompt_top_logprobs=map(_top_logprobs, emitted.prompt_top_logprobs),
         cached_tokens=emitted.cached_tokens,
+        queued_us=min(emitted.queued_us, _MOST_UINT32),
         routed_rows=emitted.routed_rows,
         rerouted_rows=emitted.rerouted_rows,
     )

@@ -82,7 +82,7 @@ class EngineRequest(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., system_key: _Optional[str] = ..., prompt_ids: _Optional[_Iterable[int]] = ..., generated_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_generation_pb2.SamplingParams, _Mapping]] = ..., stop_ids: _Optional[_Iterable[int]] = ..., priority: _Optional[int] = ..., tenant: _Optional[str] = ..., choice: _Optional[int] = ..., host: _Optional[str] = ...) -> None: ...
 
 class EngineEvent(_message.Message):
-    __slots__ = ("token_ids", "finish_reason", "logprobs", "choice", "top_logprobs", "prompt_logprobs", "cached_tokens", "routed_rows", "rerouted_rows", "call_id", "error")
+    __slots__ = ("token_ids", "finish_reason", "logprobs", "choice", "top_logprobs", "prompt_logprobs", "cached_tokens", "routed_rows", "rerouted_rows", "call_id", "error", "prompt_top_logprobs", "queued_us")
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
@@ -94,6 +94,8 @@ class EngineEvent(_message.Message):
     REROUTED_ROWS_FIELD_NUMBER: _ClassVar[int]
     CALL_ID_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOP_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    QUEUED_US_FIELD_NUMBER: _ClassVar[int]
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     finish_reason: _generation_pb2.FinishReason
     logprobs: _containers.RepeatedScalarFieldContainer[float]
@@ -105,7 +107,9 @@ class EngineEvent(_message.Message):
     rerouted_rows: int
     call_id: int
     error: EngineError
-    def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., finish_reason: _Optional[_Union[_generation_pb2.FinishReason, str]] = ..., logprobs: _Optional[_Iterable[float]] = ..., choice: _Optional[int] = ..., top_logprobs: _Optional[_Iterable[_Union[_generation_pb2.TopLogprobs, _Mapping]]] = ..., prompt_logprobs: _Optional[_Iterable[float]] = ..., cached_tokens: _Optional[int] = ..., routed_rows: _Optional[int] = ..., rerouted_rows: _Optional[int] = ..., call_id: _Optional[int] = ..., error: _Optional[_Union[EngineError, _Mapping]] = ...) -> None: ...
+    prompt_top_logprobs: _containers.RepeatedCompositeFieldContainer[_generation_pb2.TopLogprobs]
+    queued_us: int
+    def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., finish_reason: _Optional[_Union[_generation_pb2.FinishReason, str]] = ..., logprobs: _Optional[_Iterable[float]] = ..., choice: _Optional[int] = ..., top_logprobs: _Optional[_Iterable[_Union[_generation_pb2.TopLogprobs, _Mapping]]] = ..., prompt_logprobs: _Optional[_Iterable[float]] = ..., cached_tokens: _Optional[int] = ..., routed_rows: _Optional[int] = ..., rerouted_rows: _Optional[int] = ..., call_id: _Optional[int] = ..., error: _Optional[_Union[EngineError, _Mapping]] = ..., prompt_top_logprobs: _Optional[_Iterable[_Union[_generation_pb2.TopLogprobs, _Mapping]]] = ..., queued_us: _Optional[int] = ...) -> None: ...
 
 class EngineError(_message.Message):
     __slots__ = ("code", "detail", "retry_after_ms")

@@ -51,7 +51,9 @@ def _score_prompts(plan: StepPlan, logits: torch.Tensor) -> dict[Sequence, Moiet
             following = sequence.tokens[past + 1 : past + item.count + 1]  # no token follows the last one
             try:
                 prompt_logits = logits[rows.start : rows.start + len(following)]
-                sequence.prompt_logprobs += prompt_logprobs(prompt_logits, following)
+                scores, tops = prompt_logprobs(prompt_logits, following, sequence.sampling.top_logprobs)
+                sequence.prompt_logprobs += scores
+                sequence.prompt_top_logprobs += tops
             except Exception:
                 _log.exception("the log probabilities of the prompt of request %s failed", sequence.request_id)
                 failed[sequence] = MoietyError("the prompt's log probabilities failed; the router's log says why")
@@ -62,7 +64,9 @@ def _emitted(sequence: Sequence, result: Sampled | MoietyError) -> Emitted:
     """Returns the event for a sampled token, or for the failure to sample it."""
     if isinstance(result, MoietyError):
         return Emitted(error=result, choice=sequence.choice)
-    prompt_scores, sequence.prompt_logprobs = tuple(sequence.prompt_logprobs), []
+    prompt_scores, prompt_tops = tuple(sequence.prompt_logprobs), tuple(sequence.prompt_top_logprobs)
+    if prompt_scores:
+        sequence.prompt_logprobs, sequence.prompt_top_logprobs = [], []
     return Emitted(
         (result.token,),
         () if result.logprob is None else (result.logprob,),
@@ -70,6 +74,7 @@ def _emitted(sequence: Sequence, result: Sampled | MoietyError) -> Emitted:
         choice=sequence.choice,
         top_logprobs=() if result.top is None else (result.top,),
         prompt_logprobs=prompt_scores,
+        prompt_top_logprobs=prompt_tops,
     )
 
 

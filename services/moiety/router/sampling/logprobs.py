@@ -33,11 +33,20 @@ def sampled_logprobs(
 
 
 @torch.inference_mode()
-def prompt_logprobs(logits: torch.Tensor, following: Sequence[int]) -> list[float]:
-    """Returns the log probabilities of prompt tokens `following` [n], from the logits [n, V] of the positions before them."""
-    scores: list[float] = []
+def prompt_logprobs(
+    logits: torch.Tensor, following: Sequence[int], top: int = 0
+) -> tuple[list[float], list[TopLogprobs]]:
+    """Returns the log probabilities of prompt tokens `following` [n], from the logits [n, V] of the positions before them.
+
+    With them come the `top` likeliest tokens of each position, if `top` is above 0.
+    """
+    scores, tops = list[float](), list[TopLogprobs]()
     for start in range(0, len(following), ROWS):
         logprobs = logits[start : start + ROWS].float().log_softmax(-1)
         ids = torch.tensor(following[start : start + ROWS], device=logprobs.device)
         scores += logprobs.gather(1, ids[:, None])[:, 0].tolist()
-    return scores
+        if top:
+            best = logprobs.topk(top, -1)
+            pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+            tops += [TopLogprobs(tuple(tokens), tuple(values)) for tokens, values in pairs]
+    return scores, tops

@@ -27,7 +27,9 @@ class Emitted:
     choice: int = 0
     top_logprobs: tuple[TopLogprobs, ...] = ()
     prompt_logprobs: tuple[float, ...] = ()
+    prompt_top_logprobs: tuple[TopLogprobs, ...] = ()
     cached_tokens: int = 0  # of the prompt; sent with a choice's first token
+    queued_us: int = 0  # microseconds that the request waited for a slot; sent with a choice's first token
     routed_rows: int = 0  # (token, expert) rows since the choice's last event; 0 unless experts may overflow
     rerouted_rows: int = 0  # of routed_rows, those sent to another expert than the gate's
 
@@ -64,6 +66,7 @@ class Sequence:
     host: str = ""  # of the client: hosts take turns, then the tenants of a host
     arrival: int = 0  # set by the scheduler: order of arrival within a priority
     cached_tokens: int = 0  # prompt tokens found in the prefix cache
+    queued_us: int = 0  # microseconds from `submitted_ns` until it was first admitted
     admitted: bool = False  # whether it has run
     emitted: bool = False  # whether an event was sent
     ended: bool = False  # whether its last event was sent, or could not be sent
@@ -79,6 +82,7 @@ class Sequence:
     forked: tuple[Sequence, ...] = ()  # choices that have started
     guide: CompiledGuide | None = None
     prompt_logprobs: list[float] = field(default_factory=list)  # collected in prefill, sent with the first token
+    prompt_top_logprobs: list[TopLogprobs] = field(default_factory=list)  # likewise
     drafter: Drafter | None = field(default=None, init=False)
     counts: TokenCounts = field(default_factory=TokenCounts, init=False)
     _matcher: Matcher | None = field(default=None, init=False)
@@ -146,7 +150,7 @@ class Sequence:
     def restart(self) -> None:
         """Marks all tokens as not computed and the prompt as not encoded, after preemption has freed the sequence's blocks."""
         self.computed, self.encoded = 0, False
-        self.prompt_logprobs = []
+        self.prompt_logprobs, self.prompt_top_logprobs = [], []
 
     def sibling(self, choice: int, span: Span) -> Sequence:
         """Returns another choice of the same request, with the current tokens."""
@@ -156,6 +160,7 @@ class Sequence:
             span=span,
             choice=choice,
             prompt_logprobs=[],  # only the first choice sends them
+            prompt_top_logprobs=[],
             table=BlockTable(),
             cross_table=BlockTable(),
             parent=self,

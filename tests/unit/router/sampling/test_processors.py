@@ -118,7 +118,12 @@ def test_prompt_log_probabilities_are_the_log_softmax():
     logits = logits_of(7, rows=150)
     following = [(7 * at) % VOCABULARY for at in range(150)]
     expected = logits.log_softmax(-1)[torch.arange(150), following].tolist()
-    assert prompt_logprobs(logits, following) == pytest.approx(expected)
+    scores, tops = prompt_logprobs(logits, following, 2)
+    assert scores == pytest.approx(expected)
+    for row, top in enumerate(tops):
+        best = logits[row].log_softmax(-1).topk(2)
+        assert list(top.token_ids) == best.indices.tolist()
+        assert list(top.logprobs) == pytest.approx(best.values.tolist())
     halves = prompt_logprobs(logits[:70], following[:70]) + prompt_logprobs(logits[70:], following[70:])
     assert halves == prompt_logprobs(logits, following)
     assert prompt_logprobs(logits[:0], []) == []
