@@ -16,13 +16,15 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 
 from moiety.client import Client
-from moiety.gateway.attempt import Attempt
-from moiety.gateway.prefixes import PrefixHasher
-from moiety.gateway.prompt import Prompt
-from moiety.gateway.router_peer import RouterPeer
-from moiety.gateway.router_pool import RouterPool
-from moiety.gateway.service import GenerationService
-from moiety.gateway.text import Tokenizer
+from moiety.gateway.core import GenerationCore, ServedModel
+from moiety.gateway.grpc_service import GenerationService
+from moiety.gateway.routers.attempt import Attempt
+from moiety.gateway.routers.prefixes import PrefixHasher
+from moiety.gateway.routers.prompt import Prompt
+from moiety.gateway.routers.router_peer import RouterPeer
+from moiety.gateway.routers.router_pool import RouterPool
+from moiety.gateway.text.encoder import PromptEncoder
+from moiety.gateway.text.tokenizer import Tokenizer
 from moiety.internal.v1 import engine_pb2
 from moiety.policy.router_choice import choose
 from moiety.policy.router_pace import Pace
@@ -62,8 +64,9 @@ async def gateway_over(registry: MemoryRegistry) -> AsyncIterator[str]:
         stack.push_async_callback(pool.close)
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         write_tokenizer(folder)
-        service = GenerationService(pool, Tokenizer(folder), "fake", SYSTEM, 1024, NO_TRACER)
-        server = Server(service.handlers(), [GENERATION_SERVICE])
+        tokenizer = Tokenizer(folder)
+        served = ServedModel("fake", SYSTEM, pool, tokenizer, PromptEncoder(tokenizer))
+        server = Server(GenerationService(GenerationCore(served, 1024, NO_TRACER)).handlers(), [GENERATION_SERVICE])
         address = f"{HOST}:{await server.start(HOST, 0)}"
         stack.push_async_callback(server.stop, 0)
         yield address

@@ -6,6 +6,7 @@ import grpc
 import pytest
 
 from moiety import errors
+from moiety.core.visible import visible
 from moiety.wire import status
 
 SAMPLES: dict[errors.MoietyError, grpc.StatusCode] = {
@@ -44,7 +45,7 @@ def test_a_retry_hint_is_relayed():
 
 def test_foreign_errors_are_internal():
     """An error of another library is INTERNAL, without its text; an unknown status code becomes a plain MoietyError."""
-    seen = status.ours(KeyError("secret"), "r-1")
+    seen = visible(KeyError("secret"), "r-1")
     assert status.code_of(seen) is grpc.StatusCode.INTERNAL
     assert "secret" not in str(seen)
     assert "r-1" in str(seen)

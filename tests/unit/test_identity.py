@@ -22,7 +22,7 @@ from moiety.core.load import ExpertDemand, ReplicaLoad
 from moiety.core.replica import Placement, Role
 from moiety.core.system import SystemId
 from moiety.errors import ConfigError, FailedPrecondition, HopFailed, Unavailable
-from moiety.gateway.router_pool import RouterPool
+from moiety.gateway.routers.router_pool import RouterPool
 from moiety.registry.connect import connect, live_systems
 from moiety.registry.embedded_redis import EmbeddedRedis
 from moiety.registry.interface import Registry

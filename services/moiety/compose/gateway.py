@@ -10,9 +10,11 @@ from moiety.compose.running import Running, ServiceParts, ServiceStart
 from moiety.config.services import GatewaySettings
 from moiety.core.load import ReplicaLoad
 from moiety.core.replica import Role
-from moiety.gateway.router_pool import RouterPool
-from moiety.gateway.service import GenerationService
-from moiety.gateway.text import Tokenizer
+from moiety.gateway.core import GenerationCore, ServedModel
+from moiety.gateway.grpc_service import GenerationService
+from moiety.gateway.routers.router_pool import RouterPool
+from moiety.gateway.text.encoder import PromptEncoder
+from moiety.gateway.text.tokenizer import Tokenizer
 from moiety.registry.watch import Watch
 from moiety.wire.server import CLIENT_PING_TIMEOUT_S, Server
 from moiety.wire.service_names import GENERATION_SERVICE
@@ -29,25 +31,24 @@ async def start(settings: GatewaySettings, replica_id: str, node: str) -> Runnin
         startup.closers.push_async_callback(watch.stop)
         routers = RouterPool(watch, startup.system, settings.router_wait_s, seed=secrets.randbits(64))
         startup.closers.push_async_callback(routers.close)
-        service = GenerationService(
-            routers, tokenizer, settings.name, startup.system, settings.max_concurrent, startup.tracer
-        )
-        startup.closers.callback(service.close)
+        served = ServedModel(settings.name, startup.system, routers, tokenizer, PromptEncoder(tokenizer))
+        core = GenerationCore(served, settings.max_concurrent, startup.tracer)
+        startup.closers.callback(core.close)
         begun, since = 0, time.monotonic()
 
         def load_since_last() -> ReplicaLoad:
             nonlocal begun, since
             now = time.monotonic()
-            requests_per_s = (service.begun - begun) / max(now - since, 1e-6)
-            begun, since = service.begun, now
-            busy = min(1.0, service.running / settings.max_concurrent)  # requests wait at the routers, not here
+            requests_per_s = (core.begun - begun) / max(now - since, 1e-6)
+            begun, since = core.begun, now
+            busy = min(1.0, core.running / settings.max_concurrent)  # requests wait at the routers, not here
             return ReplicaLoad(busy, 0.0, requests_per_s, requests_per_s)
 
         return await startup.serve(
             ServiceParts(
                 role=Role.GATEWAY,
                 server=Server(
-                    service.handlers(),
+                    GenerationService(core).handlers(),
                     [GENERATION_SERVICE],
                     share_port=settings.port != 0,
                     ping_timeout_s=CLIENT_PING_TIMEOUT_S,
@@ -55,7 +56,7 @@ async def start(settings: GatewaySettings, replica_id: str, node: str) -> Runnin
                 ),
                 port=settings.port,
                 listening=listening(settings.listen_host, settings.port, startup.system),
-                idle=lambda: service.running == 0,
+                idle=lambda: core.running == 0,
                 on_beat=(startup.load_beat(load_since_last),),
             )
         )

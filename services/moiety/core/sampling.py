@@ -40,7 +40,7 @@ class TopLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """The sampling settings of one request. generation.proto explains them; `wire/sampling_params.py` checks their bounds."""
+    """The sampling settings of one request. generation.proto explains them; `sampling_options.py` checks their bounds."""
 
     max_tokens: int
     temperature: float = 0.0

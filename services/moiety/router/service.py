@@ -25,7 +25,7 @@ from moiety.v1 import generation_pb2
 from moiety.wire import finish_reason
 from moiety.wire.deadline import Deadline
 from moiety.wire.event_stream.call_server import CallServer, SendEvent
-from moiety.wire.sampling_params import check_labels, check_prompt, check_resolved, check_sampling
+from moiety.wire.sampling_params import check_labels, check_prompt, check_resolved, options_of
 
 _MOST_UINT32 = (1 << 32) - 1
 
@@ -133,7 +133,7 @@ class EngineService(engine_pb2_grpc.EngineServiceServicer):
         prompt = list(request.prompt_ids)
         # An encoder-decoder's prompt goes to the encoder; its decoder begins with its start token.
         decoder_prompt = prompt if self._start is None else [self._start.token]
-        sampling = check_sampling(request.sampling, len(decoder_prompt), self._vocabulary, self._max_context)
+        sampling = options_of(request.sampling).resolved(len(decoder_prompt), self._vocabulary, self._max_context)
         check_resolved(request, sampling.max_tokens)
         generated = list(request.generated_ids)
         check_prompt(decoder_prompt + generated, self._vocabulary, self._max_context)

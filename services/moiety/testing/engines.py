@@ -148,10 +148,14 @@ class FakeEngine(engine_pb2_grpc.EngineServiceServicer):
             choice=choice,
             cached_tokens=cached if first else 0,
         )
+        top = generation_pb2.TopLogprobs(token_ids=range(request.sampling.top_logprobs))
+        top.logprobs.extend([-1.0] * request.sampling.top_logprobs)
         if request.sampling.logprobs:
             event.logprobs.append(-float(position))
+            event.top_logprobs.extend([top] if top.token_ids else [])
         if request.sampling.prompt_logprobs and first and choice == request.choice:
             event.prompt_logprobs.extend([-1.0] * (len(request.prompt_ids) - 1))
+            event.prompt_top_logprobs.extend([top] * (len(request.prompt_ids) - 1) if top.token_ids else [])
         if position + 1 == request.sampling.max_tokens:
             event.finish_reason = generation_pb2.FINISH_REASON_LENGTH
         return event

@@ -10,6 +10,7 @@ from typing import Any
 import grpc
 from google.protobuf.message import DecodeError
 
+from moiety.core.visible import visible
 from moiety.errors import DeadlineExceeded, InvalidRequest, ResourceExhausted
 from moiety.wire import status
 
@@ -67,7 +68,7 @@ class Guard(grpc.aio.ServerInterceptor):
             except grpc.aio.BaseError:  # the RPC was aborted, or its client has gone
                 raise
             except Exception as error:
-                await status.abort(context, status.ours(error))
+                await status.abort(context, visible(error))
             finally:
                 self._side -= side
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import secrets
 from typing import NoReturn, TypeVar
 
 import grpc
@@ -11,7 +9,6 @@ import grpc
 from moiety import errors
 from moiety.internal.v1 import engine_pb2
 
-_log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 RETRY_AFTER_KEY = "retry-after-ms"
@@ -35,19 +32,6 @@ _BY_NUMBER = {code.value[0]: code for code in grpc.StatusCode}
 def code_of(error: errors.MoietyError) -> grpc.StatusCode:
     """Returns the gRPC status code that a client sees for `error`."""
     return next(code for kind, code in _CODES if isinstance(error, kind))
-
-
-def ours(error: Exception, request_id: str = "") -> errors.MoietyError:
-    """Returns `error` if it is one of ours, else one that a client may see.
-
-    An exception that is not ours may quote anything. It is logged with its traceback; the client gets only an id to find it
-    by: `request_id`, or a new one.
-    """
-    if isinstance(error, errors.MoietyError):
-        return error
-    request_id = request_id or secrets.token_hex(8)
-    _log.error("request %s failed by an unexpected error", request_id, exc_info=error)
-    return errors.MoietyError(f"internal error; the service's log has it under request id {request_id}")
 
 
 async def abort(context: grpc.aio.ServicerContext, error: errors.MoietyError) -> NoReturn:

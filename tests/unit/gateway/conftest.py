@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from moiety.gateway.text import Tokenizer
+from moiety.gateway.text.tokenizer import Tokenizer
 from moiety.synthetic.tokenizer import write_tokenizer
 
 

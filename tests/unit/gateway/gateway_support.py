@@ -8,9 +8,11 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
 from moiety.client import Chunk, Client
-from moiety.gateway.router_pool import RouterPool
-from moiety.gateway.service import GenerationService
-from moiety.gateway.text import Tokenizer
+from moiety.gateway.core import GenerationCore, ServedModel
+from moiety.gateway.grpc_service import GenerationService
+from moiety.gateway.routers.router_pool import RouterPool
+from moiety.gateway.text.encoder import PromptEncoder
+from moiety.gateway.text.tokenizer import Tokenizer
 from moiety.registry.memory import MemoryRegistry
 from moiety.registry.watch import Watch
 from moiety.telemetry.tracing import NO_TRACER
@@ -26,7 +28,7 @@ PROMPT = [5, 6, 7]
 class Gateway:
     """A running gateway, its client, and the registry of its routers."""
 
-    service: GenerationService
+    core: GenerationCore
     address: str
     client: Client
     registry: MemoryRegistry
@@ -50,13 +52,14 @@ async def gateway_over(
         stack.push_async_callback(watch.stop)
         routers = RouterPool(watch, SYSTEM, router_wait_s)
         stack.push_async_callback(routers.close)
-        service = GenerationService(routers, tokenizer, "fake", SYSTEM, max_concurrent, NO_TRACER)
-        server = Server(service.handlers(), [GENERATION_SERVICE])
+        served = ServedModel("fake", SYSTEM, routers, tokenizer, PromptEncoder(tokenizer))
+        core = GenerationCore(served, max_concurrent, NO_TRACER)
+        server = Server(GenerationService(core).handlers(), [GENERATION_SERVICE])
         address = f"{HOST}:{await server.start(HOST, 0)}"
         stack.push_async_callback(server.stop, 0)
         client = await stack.enter_async_context(Client(address))
-        yield Gateway(service, address, client, registry, watch, routers)
-        await eventually(lambda: service.running == 0)
+        yield Gateway(core, address, client, registry, watch, routers)
+        await eventually(lambda: core.running == 0)
 
 
 def expected(max_tokens: int, prompt: list[int] = PROMPT, seed: int = 0) -> list[int]:

@@ -11,7 +11,7 @@ from itertools import count
 
 import numpy as np
 
-from moiety.gateway.prefixes import PrefixHasher, PrefixIndex, Visit
+from moiety.gateway.routers.prefixes import PrefixHasher, PrefixIndex, Visit
 from moiety.policy.router_choice import Candidate, choose
 from moiety.policy.router_pace import Pace
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moiety.gateway.backlog import LEAST_S, MOST_S, Backlog
+from moiety.gateway.routers.backlog import LEAST_S, MOST_S, Backlog
 
 
 def test_each_refusal_is_expected_after_the_earlier_ones():

@@ -10,10 +10,10 @@ import pytest
 from gateway_support import PROMPT, SHAPE, chunks, die_before, gateway_over
 
 from moiety.client import Chunk
-from moiety.core.sampling import FinishReason
+from moiety.core.sampling import FinishReason, Sampling
 from moiety.errors import MoietyError
-from moiety.gateway.choices import ResponseBuilder
-from moiety.gateway.text import Tokenizer
+from moiety.gateway.outputs import Outputs
+from moiety.gateway.text.tokenizer import Tokenizer
 from moiety.internal.v1 import engine_pb2
 from moiety.synthetic.tokenizer import write_sentencepiece_tokenizer
 from moiety.testing import FakeEngine, eventually, fake_token
@@ -96,7 +96,7 @@ async def test_a_resumed_choice_that_fails_ends_the_request(tokenizer: Tokenizer
         try:
             with pytest.raises(MoietyError, match="the step failed"):
                 await running
-            await eventually(lambda: gateway.service.running == 0)
+            await eventually(lambda: gateway.core.running == 0)
         finally:
             await second.vanish()
 
@@ -164,15 +164,21 @@ async def test_priority_and_tenant_reach_the_engine(tokenizer: Tokenizer):
         assert (router.requests[0].priority, router.requests[0].tenant) == (-3, "blue")
 
 
-def answered(builder: ResponseBuilder, ids: list[int], sizes: list[int]) -> tuple[str, bool]:
+def outputs(tokenizer: Tokenizer, stop: str, continues: list[int], *, min_tokens: int = 0) -> Outputs:
+    """Returns the outputs of a request with one stop string."""
+    sampling = Sampling(max_tokens=99, min_tokens=min_tokens)
+    return Outputs(PROMPT, sampling, [stop], tokenizer, continues=continues, keep_special=False, arrived=0.0)
+
+
+def answered(made: Outputs, ids: list[int], sizes: list[int]) -> tuple[str, bool]:
     """Returns the text of events with `ids` in portions of `sizes`, and whether a stop string ended it."""
     pieces, start = [], 0
     for size in sizes:
         event = engine_pb2.EngineEvent(token_ids=ids[start : start + size])
-        if response := builder.push(event):
-            pieces.append(response.text)
+        if delta := made.push(event):
+            pieces.append(delta.text)
         start += size
-    return "".join(pieces), builder.complete
+    return "".join(pieces), made.complete
 
 
 @pytest.mark.parametrize("sizes", [[1] * 6, [6], [2, 4], [3, 3], [1, 4, 1]])
@@ -181,9 +187,8 @@ def test_stop_strings_are_found_in_the_decoded_text(tmp_path: Path, sizes: list[
     write_sentencepiece_tokenizer(tmp_path)
     tokenizer = Tokenizer(str(tmp_path))
     prompt, output = tokenizer.encode("Answer:"), tokenizer.encode("no more")[:6]
-    request = engine_pb2.EngineRequest(prompt_ids=prompt)
-    assert answered(ResponseBuilder(request, tokenizer, [" no"], prompt), output, sizes) == ("", True)
-    assert answered(ResponseBuilder(request, tokenizer, [" no"], []), output, sizes)[1] is False
+    assert answered(outputs(tokenizer, " no", prompt), output, sizes) == ("", True)
+    assert answered(outputs(tokenizer, " no", []), output, sizes)[1] is False
 
 
 @pytest.mark.parametrize("sizes", [[1] * 6, [6], [2, 4], [3, 3], [1, 4, 1]])
@@ -193,9 +198,7 @@ def test_min_tokens_counts_tokens_whose_text_is_held_back(tmp_path: Path, sizes:
     tokenizer = Tokenizer(str(tmp_path))
     output = [*tokenizer.encode("éé")[-4:], *tokenizer.encode("x")]
     assert len(output) == 6, "each é must be two tokens, and x a space and a letter"
-    request = engine_pb2.EngineRequest(prompt_ids=PROMPT)
-    request.sampling.min_tokens = 2
-    assert answered(ResponseBuilder(request, tokenizer, ["é"], PROMPT), output, sizes) == ("é", True)
+    assert answered(outputs(tokenizer, "é", PROMPT, min_tokens=2), output, sizes) == ("é", True)
 
 
 @pytest.mark.parametrize("sizes", [[1] * 7, [7], [3, 4], [2, 1, 4]])
@@ -204,6 +207,4 @@ def test_min_tokens_may_end_inside_a_character(tmp_path: Path, sizes: list[int])
     write_sentencepiece_tokenizer(tmp_path)
     tokenizer = Tokenizer(str(tmp_path))
     output = [*tokenizer.encode("é")[-2:], *tokenizer.encode("€")[-3:], *tokenizer.encode("x")]
-    request = engine_pb2.EngineRequest(prompt_ids=PROMPT)
-    request.sampling.min_tokens = 3
-    assert answered(ResponseBuilder(request, tokenizer, ["é"], PROMPT), output, sizes)[0].startswith("é€")
+    assert answered(outputs(tokenizer, "é", PROMPT, min_tokens=3), output, sizes)[0].startswith("é€")

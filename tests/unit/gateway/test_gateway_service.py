@@ -11,7 +11,7 @@ from gateway_support import PROMPT, SHAPE, Gateway, chunks, expected, gateway_ov
 
 from moiety.core.sampling import FinishReason
 from moiety.errors import DeadlineExceeded, InvalidRequest, ResourceExhausted, Unavailable
-from moiety.gateway.text import Tokenizer
+from moiety.gateway.text.tokenizer import Tokenizer
 from moiety.testing import SYSTEM, FakeEngine, eventually
 from moiety.v1 import generation_pb2
 from moiety.wire.channels import channel
@@ -202,7 +202,7 @@ async def test_without_a_router_requests_wait_and_then_fail(tokenizer: Tokenizer
             await tokens(gateway)
     async with gateway_over(tokenizer) as gateway:
         waiting = asyncio.create_task(tokens(gateway))
-        await eventually(lambda: gateway.service.running == 1)
+        await eventually(lambda: gateway.core.running == 1)
         router = engine()
         await router.start(gateway.registry)
         try:
@@ -216,7 +216,7 @@ async def test_a_deadline_holds_while_waiting_for_a_router(tokenizer: Tokenizer)
     async with gateway_over(tokenizer, router_wait_s=60.0) as gateway:
         with pytest.raises(DeadlineExceeded):
             await tokens(gateway, timeout_s=0.1)
-        await eventually(lambda: gateway.service.running == 0)
+        await eventually(lambda: gateway.core.running == 0)
 
 
 async def test_too_many_requests_are_refused_with_a_retry_delay(tokenizer: Tokenizer):
@@ -251,4 +251,4 @@ async def test_a_client_that_leaves_frees_its_router(tokenizer: Tokenizer):
         stream = gateway.client.generate(PROMPT, max_tokens=6, seed=0)
         assert [(await anext(stream)).token_ids for _ in range(2)] == [(token,) for token in expected(2)]
         await stream.aclose()
-        await eventually(lambda: router.cancelled == 1 and gateway.service.running == 0)
+        await eventually(lambda: router.cancelled == 1 and gateway.core.running == 0)

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moiety.gateway.prefixes import PrefixHasher, PrefixIndex
+from moiety.gateway.routers.prefixes import PrefixHasher, PrefixIndex
 
 P = 4  # tokens per block
 HASHER = PrefixHasher(seed=1)

@@ -9,8 +9,8 @@ from collections.abc import AsyncIterator
 import pytest
 
 from moiety.errors import InvalidRequest, ResourceExhausted
-from moiety.gateway.encoder import SHORT, THREADS, PromptEncoder
-from moiety.gateway.text import Tokenizer
+from moiety.gateway.text.encoder import SHORT, THREADS, PromptEncoder
+from moiety.gateway.text.tokenizer import Tokenizer
 from moiety.testing import eventually
 
 CONTEXT = 1 << 12
@@ -81,7 +81,7 @@ async def test_prompts_share_a_budget_of_characters(
     """A prompt beyond the budget is refused with a retry delay; a prompt that is done returns its part, and so does one
     whose client has left.
     """
-    monkeypatch.setattr("moiety.gateway.encoder.MOST_CHARACTERS", 100_000)
+    monkeypatch.setattr("moiety.gateway.text.encoder.MOST_CHARACTERS", 100_000)
     counting.go_on.clear()
     text = "x" * 40_000
     running = [asyncio.create_task(encoder.encode(text, CONTEXT * 10)) for _ in range(2)]

@@ -9,7 +9,7 @@ import pytest
 from gateway_support import SHAPE, expected, gateway_over, tokens
 
 from moiety.errors import InvalidRequest, ResourceExhausted
-from moiety.gateway.text import Tokenizer
+from moiety.gateway.text.tokenizer import Tokenizer
 from moiety.testing import FakeEngine, eventually
 
 HINT_S = 1.0  # a gateway's retry delay before any request has shown how long one takes

@@ -10,7 +10,7 @@ from gateway_support import SHAPE, Gateway, expected, gateway_over, tokens
 from moiety.core.replica import ReplicaState
 from moiety.core.system import SystemId
 from moiety.errors import Unavailable
-from moiety.gateway.text import Tokenizer
+from moiety.gateway.text.tokenizer import Tokenizer
 from moiety.internal.v1 import engine_pb2
 from moiety.testing import SYSTEM, FakeEngine, eventually, fake_system
 from moiety.testing.common import no_wait
@@ -147,8 +147,8 @@ async def test_the_requests_of_a_router_that_answers_no_poll_move(
     tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ):
     """A router whose connection lives but whose service hangs loses its streams to one that answers."""
-    monkeypatch.setattr("moiety.gateway.router_peer.HANDSHAKE_S", 0.2)
-    monkeypatch.setattr("moiety.gateway.router_peer.SILENT_S", 0.5)
+    monkeypatch.setattr("moiety.gateway.routers.router_peer.HANDSHAKE_S", 0.2)
+    monkeypatch.setattr("moiety.gateway.routers.router_peer.SILENT_S", 0.5)
     routers = engine("a"), engine("b")
     async with gateway_over(tokenizer, *routers) as gateway:
         running, hung, well = await stuck_request(gateway, *routers)

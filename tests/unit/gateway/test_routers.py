@@ -13,7 +13,7 @@ from gateway_support import PROMPT, SHAPE, chunks, die_before, expected, gateway
 from moiety.core.replica import ReplicaState
 from moiety.core.system import SystemId
 from moiety.errors import DeadlineExceeded, MoietyError, NoHolder, ResourceExhausted, Unavailable
-from moiety.gateway.text import Tokenizer
+from moiety.gateway.text.tokenizer import Tokenizer
 from moiety.internal.v1 import engine_pb2
 from moiety.testing import SYSTEM, FakeEngine, eventually, fake_system
 from moiety.wire import status

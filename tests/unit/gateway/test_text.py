@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moiety.errors import CheckpointError
-from moiety.gateway.text import Detokenizer, Tokenizer
+from moiety.gateway.text.detokenizer import Detokenizer
+from moiety.gateway.text.tokenizer import Tokenizer
 from moiety.synthetic.tokenizer import EOS, VOCABULARY
 
 BYTE_80 = 225  # the token of the byte 0x80, which begins no character
@@ -63,9 +64,9 @@ class Counting(Tokenizer):
 
     decoded = 0
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
         self.decoded += len(ids)
-        return super().decode(ids)
+        return super().decode(ids, special=special)
 
 
 @pytest.mark.parametrize("ids", [[BYTE_80], [EOS], [BYTE_80, EOS]], ids=["broken bytes", "special tokens", "both"])

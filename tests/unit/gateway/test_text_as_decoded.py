@@ -18,7 +18,8 @@ from tokenizers import decoders, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from moiety.gateway.text import Detokenizer, Tokenizer
+from moiety.gateway.text.detokenizer import Detokenizer
+from moiety.gateway.text.tokenizer import Tokenizer
 from moiety.synthetic.tokenizer import (
     write_nllb_tokenizer,
     write_sentencepiece_tokenizer,
@@ -130,10 +131,10 @@ def test_long_runs_of_byte_tokens_cost_their_length(tmp_path: Path) -> None:
     decoded = 0
 
     class Counting(Tokenizer):
-        def decode(self, ids: Sequence[int]) -> str:
+        def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
             nonlocal decoded
             decoded += len(ids)
-            return super().decode(ids)
+            return super().decode(ids, special=special)
 
     run = character * 1000
     assert streamed(Counting(str(tmp_path)), run, run) == "é" * 1000

@@ -10,7 +10,7 @@ import grpc
 import pytest
 from gateway_support import PROMPT, Gateway, expected, gateway_over, tokens
 
-from moiety.gateway.text import Tokenizer
+from moiety.gateway.text.tokenizer import Tokenizer
 from moiety.testing import FakeEngine, eventually, fake_shape
 from moiety.v1 import generation_pb2, generation_pb2_grpc
 
@@ -57,15 +57,15 @@ async def test_unread_responses_take_no_place_at_a_router(tokenizer: Tokenizer, 
     async with gateway_over(tokenizer, router) as gateway, unread(gateway, 3):  # as many as the router has places
         await eventually(lambda: len(router.requests) == 3)
         assert await tokens(gateway, retries=5) == expected(6)
-        assert gateway.service.running == 3
+        assert gateway.core.running == 3
 
 
 async def test_a_client_that_does_not_read_is_cut_off(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch):
     """After UNREAD_S its request ends, also at the router, and the client finds the reason behind what it had not read."""
-    monkeypatch.setattr("moiety.gateway.service.UNREAD_S", 0.3)
+    monkeypatch.setattr("moiety.gateway.unread.UNREAD_S", 0.3)
     async with gateway_over(tokenizer, engine()) as gateway, unread(gateway, 2) as calls:
-        await eventually(lambda: gateway.service.begun == 2)
-        await eventually(lambda: gateway.service.running == 0)
+        await eventually(lambda: gateway.core.begun == 2)
+        await eventually(lambda: gateway.core.running == 0)
         assert await tokens(gateway) == expected(6)
         for call in calls:
             with pytest.raises(grpc.aio.AioRpcError, match=r"the client has not read for 0.3 s") as cut:
@@ -75,7 +75,7 @@ async def test_a_client_that_does_not_read_is_cut_off(tokenizer: Tokenizer, monk
 
 async def test_a_client_that_reads_slowly_gets_everything(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch):
     """A client that pauses for less than UNREAD_S loses nothing."""
-    monkeypatch.setattr("moiety.gateway.service.UNREAD_S", 2.0)
+    monkeypatch.setattr("moiety.gateway.unread.UNREAD_S", 2.0)
     monkeypatch.setattr("moiety.wire.event_stream.call_client.MOST_UNREAD", LONG)
     async with gateway_over(tokenizer, engine()) as gateway, unread(gateway, 1) as calls:
         assert await received(calls[0], pauses=(10, LONG // 2)) == LONG

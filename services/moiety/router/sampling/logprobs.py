@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from moiety.core.sampling import TopLogprobs
-from moiety.wire.sampling_params import MAX_TOP_LOGPROBS
+from moiety.core.sampling_options import MAX_TOP_LOGPROBS
 
 ROWS = 64  # prompt positions at a time: 40 MB at a vocabulary of 151,936
 

@@ -24,10 +24,10 @@ import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders
 
 from moiety.core.sampling import Guide, GuideKind
+from moiety.core.sampling_options import MAX_GUIDE_CHARACTERS
 from moiety.errors import CheckpointError, FailedPrecondition, InvalidRequest, MoietyError, ResourceExhausted
 from moiety.model.checkpoint.tokenizer import TokenKinds, open_tokenizer
 from moiety.router.sequence.guide_trial import LIMITS, GuideTrial, first_mask_problem
-from moiety.wire.sampling_params import MAX_GUIDE_CHARACTERS
 
 COMPILE_S = 5.0  # a large JSON schema takes some 100 ms
 KEPT_BYTES = 256 << 20  # of compiled guides in the cache: clients send the same schema repeatedly

@@ -12,6 +12,7 @@ from typing import Any
 import grpc
 
 from moiety.core.supervise import spawn
+from moiety.core.visible import visible
 from moiety.errors import InvalidRequest, MoietyError, ResourceExhausted
 from moiety.internal.v1 import engine_pb2
 from moiety.wire import status
@@ -99,7 +100,7 @@ class CallServer:
         try:
             await self._handle(call, partial(self._send, call.call_id))
         except Exception as error:
-            self._send_error(call.call_id, status.ours(error, call.request.request_id))
+            self._send_error(call.call_id, visible(error, call.request.request_id))
         finally:
             if self._calls.get(call.call_id) is asyncio.current_task():
                 del self._calls[call.call_id]
@@ -156,7 +157,7 @@ class CallServer:
         try:
             event = make()
         except Exception as error:
-            event = engine_pb2.EngineEvent(error=status.to_message(status.ours(error)))
+            event = engine_pb2.EngineEvent(error=status.to_message(visible(error)))
             if (open_call := self._calls.get(call_id)) is not None:
                 open_call.cancel()
         event.call_id = call_id

@@ -124,6 +124,6 @@ def test_prompt_log_probabilities_are_the_log_softmax():
         best = logits[row].log_softmax(-1).topk(2)
         assert list(top.token_ids) == best.indices.tolist()
         assert list(top.logprobs) == pytest.approx(best.values.tolist())
-    halves = prompt_logprobs(logits[:70], following[:70]) + prompt_logprobs(logits[70:], following[70:])
-    assert halves == prompt_logprobs(logits, following)
-    assert prompt_logprobs(logits[:0], []) == []
+    halves = prompt_logprobs(logits[:70], following[:70])[0] + prompt_logprobs(logits[70:], following[70:])[0]
+    assert halves == prompt_logprobs(logits, following)[0]
+    assert prompt_logprobs(logits[:0], []) == ([], [])

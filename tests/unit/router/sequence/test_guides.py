@@ -14,7 +14,8 @@ from sampling_support import logits_of, one, sampled, sequence_of
 
 from moiety.core.sampling import Guide, GuideKind
 from moiety.errors import FailedPrecondition, InvalidRequest, MoietyError
-from moiety.gateway.text import Detokenizer, Tokenizer
+from moiety.gateway.text.detokenizer import Detokenizer
+from moiety.gateway.text.tokenizer import Tokenizer
 from moiety.router.sampling.sampler import sample
 from moiety.router.sequence.guides import CompiledGuide, Guides
 from moiety.router.sequence.sequence import Sequence

@@ -14,8 +14,8 @@ from moiety.core.replica import Replica, ReplicaState
 from moiety.core.supervise import spawn, supervise
 from moiety.core.system import SystemId
 from moiety.errors import MoietyError, PeerLost, WrongSystem
-from moiety.gateway.prefixes import PrefixIndex
-from moiety.gateway.prompt import Prompt
+from moiety.gateway.routers.prefixes import PrefixIndex
+from moiety.gateway.routers.prompt import Prompt
 from moiety.internal.v1 import engine_pb2, engine_pb2_grpc
 from moiety.policy.router_choice import Candidate
 from moiety.policy.router_pace import Pace

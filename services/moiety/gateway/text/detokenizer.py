@@ -1,58 +1,13 @@
-"""Converts text to token ids and back. Only the gateway does so."""
+"""Turns a stream of token ids into a stream of text."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import cached_property, partial
+from collections.abc import Sequence
 
-from moiety.errors import InvalidRequest
-from moiety.model.checkpoint.tokenizer import TokenKinds, open_tokenizer
+from moiety.gateway.text.tokenizer import Tokenizer
 
 CONTEXT_TOKENS = 4  # an unfinished UTF-8 character has at most 3 bytes, and so 3 tokens; and one token before it
 _PARTIAL = "\ufffd"  # what a decoder shows for the bytes of an unfinished character
-
-
-class Tokenizer:
-    """A checkpoint's tokenizer, and the ids that end its generations."""
-
-    def __init__(self, folder: str):
-        """Raises CheckpointError when the folder has no usable tokenizer."""
-        self._tokenizer, self.stop_ids = open_tokenizer(folder)
-        self.kinds = TokenKinds(self._tokenizer)
-        # transformers' own `decode` does the same for a fast tokenizer, and takes ten times as long.
-        if self._tokenizer.is_fast:
-            self._decode: Callable[..., str] = self._tokenizer.backend_tokenizer.decode
-        else:
-            self._decode = partial(self._tokenizer.decode, clean_up_tokenization_spaces=False)
-
-    @cached_property
-    def longest_token(self) -> int:
-        """Most characters of text that one token stands for."""
-        return max(map(len, self._vocabulary))
-
-    def encode(self, text: str) -> list[int]:
-        """Returns the token ids of a prompt."""
-        ids: list[int] = self._tokenizer.encode(text)
-        return ids
-
-    def token_id(self, token: str) -> int:
-        """Returns the id of the token whose text is exactly `token`. Raises InvalidRequest where there is none."""
-        found = self._vocabulary.get(token)
-        if found is None:
-            raise InvalidRequest("sampling.first_token", token, "the text of a token of this model")
-        return found
-
-    @cached_property
-    def _vocabulary(self) -> dict[str, int]:
-        return dict(self._tokenizer.get_vocab())
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Returns the text of `ids` without special tokens, as transformers decodes it by default.
-
-        transformers' clean-up of spaces, which a tokenizer's config can switch on, is not applied: it would change text
-        that has been sent ("is" + " n't" becomes "isn't"), and transformers itself no longer applies it to BPE.
-        """
-        return self._decode(list(ids), skip_special_tokens=True)
 
 
 class Detokenizer:
@@ -67,24 +22,27 @@ class Detokenizer:
     to the prompt, unless it begins where the text begins. Tokens that decoding skips are left out, since they are no context.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = ()):
-        """`prompt` are the ids before the output; empty for an encoder-decoder, whose output is a text of its own."""
-        self._tokenizer, self._kinds = tokenizer, tokenizer.kinds
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = (), *, special: bool = False):
+        """`prompt` are the ids before the output; empty for an encoder-decoder, whose output is a text of its own.
+
+        `special`: special tokens are text, too.
+        """
+        self._tokenizer, self._kinds, self._special = tokenizer, tokenizer.kinds, special
         self._window: list[int] = []
         for token in reversed(prompt):
             # A window may begin inside a character, but not inside a run of byte tokens, which `push` decodes as a whole.
             if len(self._window) >= CONTEXT_TOKENS and self._window[-1] not in self._kinds.byte_ids:
                 break
-            if self._kinds.has_text(token):
+            if special or self._kinds.has_text(token):
                 self._window.append(token)
         self._window.reverse()
-        self._shown = tokenizer.decode(self._window)  # the window's text that is not to be sent again
+        self._shown = self._decode(self._window)  # the window's text that is not to be sent again
 
     @property
     def held(self) -> int:
         """Number of characters that `push` has not returned because the byte tokens after them may change them."""
         for unfinished in range(CONTEXT_TOKENS):  # tokens at the end that are no whole character yet
-            text = self._tokenizer.decode(self._window[: len(self._window) - unfinished])
+            text = self._decode(self._window[: len(self._window) - unfinished])
             if not text.endswith(_PARTIAL):
                 return max(len(text) - len(self._shown), 0)
         return 0
@@ -95,10 +53,10 @@ class Detokenizer:
         A run of byte tokens ("<0xE2>") is text once a token of another kind follows it: a decoder shows all its bytes as
         replacement characters where one of them is wrong, the last included.
         """
-        self._window.extend(filter(self._kinds.has_text, ids))
+        self._window.extend(ids if self._special else filter(self._kinds.has_text, ids))
         if not self._window or (self._window[-1] in self._kinds.byte_ids and not last):
             return ""
-        text = self._tokenizer.decode(self._window)
+        text = self._decode(self._window)
         unfinished = not last and text.endswith(_PARTIAL)
         settled = text[:-1] if unfinished else text
         if len(settled) < len(self._shown) and self._shown.startswith(settled):
@@ -109,7 +67,10 @@ class Detokenizer:
         # One token is context enough after a whole character. Otherwise its first bytes may be among the last tokens.
         kept = 1 if piece and not unfinished else CONTEXT_TOKENS
         del self._window[:-kept]
-        self._shown = self._tokenizer.decode(self._window)
+        self._shown = self._decode(self._window)
         if unfinished:
             self._shown = self._shown[:-1]
         return piece
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(ids, special=self._special)

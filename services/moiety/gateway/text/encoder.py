@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 
 from moiety.errors import InvalidRequest, ResourceExhausted
-from moiety.gateway.text import Tokenizer
+from moiety.gateway.text.tokenizer import Tokenizer
 
 SHORT = 1 << 13  # characters: some 5 ms of tokenising, on the event loop
 THREADS = 2  # so that one long prompt does not hold up all others

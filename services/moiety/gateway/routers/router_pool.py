@@ -13,12 +13,12 @@ from moiety.core.replica import Replica, ReplicaState, Role
 from moiety.core.supervise import spawn
 from moiety.core.system import SystemId
 from moiety.errors import DeadlineExceeded, ResourceExhausted, Unavailable, WrongSystem
-from moiety.gateway.attempt import Attempt
-from moiety.gateway.backlog import Backlog
-from moiety.gateway.choices import choices_of, merge_streams, resumed_request
-from moiety.gateway.prefixes import PrefixHasher
-from moiety.gateway.prompt import Prompt
-from moiety.gateway.router_peer import RouterPeer
+from moiety.gateway.routers.attempt import Attempt
+from moiety.gateway.routers.backlog import Backlog
+from moiety.gateway.routers.prefixes import PrefixHasher
+from moiety.gateway.routers.prompt import Prompt
+from moiety.gateway.routers.resumption import choices_of, merge_streams, resumed_request
+from moiety.gateway.routers.router_peer import RouterPeer
 from moiety.internal.v1 import engine_pb2
 from moiety.policy import router_choice
 from moiety.policy.router_pace import Pace

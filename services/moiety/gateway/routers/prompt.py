@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from moiety.gateway.prefixes import PrefixHasher
+from moiety.gateway.routers.prefixes import PrefixHasher
 from moiety.internal.v1 import engine_pb2
 
 

@@ -16,24 +16,24 @@ class StopStrings:
         self._stops = [(stop, _borders(stop)) for stop in stops]
         self._matched = [0] * len(stops)  # characters of each stop string that the text so far ends with
         self._held = ""
-        self.stopped = False
+        self.matched: str | None = None  # the stop string that was completed
 
     def push(self, text: str, *, last: bool = False) -> str:
         """Returns the text to send now. `last`: no text follows, so held-back text is also returned."""
         for end, character in enumerate(text, start=1):
-            completed = 0
+            completed = ""
             for index, (stop, borders) in enumerate(self._stops):
                 matched = self._matched[index]
                 while matched and stop[matched] != character:
                     matched = borders[matched - 1]
                 matched += stop[matched] == character
                 self._matched[index] = matched
-                if matched == len(stop):
-                    completed = max(completed, matched)
+                if matched == len(stop) and matched > len(completed):
+                    completed = stop
             if completed:
-                self.stopped = True
+                self.matched = completed
                 whole = self._held + text[:end]
-                return whole[: len(whole) - completed]
+                return whole[: len(whole) - len(completed)]
         whole = self._held + text
         held = 0 if last else max(self._matched, default=0)
         self._held = whole[len(whole) - held :]

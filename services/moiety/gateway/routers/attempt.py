@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 
-from moiety.gateway.prompt import Prompt
-from moiety.gateway.router_peer import RouterPeer
+from moiety.gateway.routers.prompt import Prompt
+from moiety.gateway.routers.router_peer import RouterPeer
 from moiety.internal.v1 import engine_pb2
 from moiety.policy.router_pace import Pace
 

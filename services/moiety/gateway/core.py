@@ -1,0 +1,155 @@
+"""GenerationCore: from a request to the deltas of its output. It knows no transport; each API is an adapter on it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+
+from moiety.core.sampling import Sampling
+from moiety.core.system import SystemId
+from moiety.core.visible import visible
+from moiety.errors import InvalidRequest, NotFound
+from moiety.gateway.admission import Admission
+from moiety.gateway.outputs import Outputs
+from moiety.gateway.request import Conversation, Delta, GenerationRequest, Model, new_request_id
+from moiety.gateway.routers.engine_request import engine_request
+from moiety.gateway.routers.router_pool import RouterPool
+from moiety.gateway.text.encoder import PromptEncoder
+from moiety.gateway.text.tokenizer import Tokenizer
+from moiety.telemetry.names import Attribute, SpanName
+from moiety.telemetry.tracing import Span, Tracer
+from moiety.wire.deadline import Deadline
+from moiety.wire.sampling_params import check_labels, check_prompt
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """What serves one model: the routers of one system, and the checkpoint's own text tools."""
+
+    name: str
+    system: SystemId
+    routers: RouterPool
+    tokenizer: Tokenizer
+    encoder: PromptEncoder
+
+
+class GenerationCore:
+    """Serves one model. `_served` is the one place that would choose among several."""
+
+    def __init__(self, served: ServedModel, max_concurrent: int, tracer: Tracer):
+        self.model = served
+        self._tracer = tracer
+        self._admission = Admission(max_concurrent, served.routers.retry_after_s)
+        self.running = 0  # requests in progress
+        self.begun = 0  # requests since the start
+
+    def close(self) -> None:
+        """Drops the prompts that wait to be tokenised."""
+        self.model.encoder.close()
+
+    async def models(self, deadline: Deadline) -> tuple[Model, ...]:
+        """Returns what can be asked for. Raises Unavailable or DeadlineExceeded while no router is ready."""
+        served = self.model
+        described = (await served.routers.pick(deadline)).description
+        return (Model(served.name, served.system.revision, described.max_context),)
+
+    async def generate(self, request: GenerationRequest, deadline: Deadline) -> AsyncGenerator[Delta, None]:
+        """Yields the deltas of all choices until each has ended. Closing the generator cancels the request at its router.
+
+        Raises the errors of errors.py only; they are meant for the client. A caller that ends a request because of an
+        error of its own throws it into the generator, so that the trace shows it.
+        """
+        kind = "chat" if isinstance(request.prompt, Conversation) else "text_completion"
+        span = self._tracer.start(
+            SpanName.GENERATE,
+            parent=request.traceparent,
+            attributes={Attribute.OPERATION: kind, Attribute.REQUEST_MODEL: self.model.name},
+        )
+        request_id = request.request_id or new_request_id()
+        arrived = time.monotonic()
+        self.running += 1
+        self.begun += 1
+        try:
+            check_labels(request)
+            served = self._served(request.model)
+            served.routers.check_room()
+            with self._admission.place(request.tenant, request.host):
+                span.set(Attribute.REQUEST_ID, request_id)
+                async with aclosing(self._deltas(served, request, request_id, deadline, span, arrived)) as deltas:
+                    async for delta in deltas:
+                        yield delta
+        except Exception as error:
+            seen = visible(error, request_id)
+            span.error(seen)
+            raise seen from None
+        finally:
+            self.running -= 1
+            span.end()
+
+    async def _deltas(
+        self,
+        served: ServedModel,
+        request: GenerationRequest,
+        request_id: str,
+        deadline: Deadline,
+        span: Span,
+        arrived: float,
+    ) -> AsyncGenerator[Delta, None]:
+        described = (await served.routers.pick(deadline)).description
+        ids = await self._prompt_ids(served, request, described.vocabulary, described.max_context)
+        continues = () if described.encoder_decoder else ids
+        in_context = len(continues) or 1  # an encoder-decoder's output begins with its start token
+        options = request.sampling
+        first = served.tokenizer.token_id(options.first_token) if isinstance(options.first_token, str) else None
+        sampling = options.resolved(in_context, described.vocabulary, described.max_context, first)
+        _describe(span, ids, sampling)
+        outputs = Outputs(
+            ids,
+            sampling,
+            options.stop,
+            served.tokenizer,
+            continues=continues,
+            keep_special=request.keep_special,
+            arrived=arrived,
+        )
+        wanted = engine_request(request, request_id, ids, sampling, served.tokenizer.stop_ids, served.system)
+        events = served.routers.generate(wanted, deadline, span.traceparent, outputs.ended)
+        async with aclosing(events):  # leaving it cancels the request at its router
+            async for event in events:
+                if (delta := outputs.push(event)) is not None:
+                    yield delta
+                if outputs.complete:
+                    break
+        span.set(Attribute.OUTPUT_TOKENS, outputs.produced)
+        span.set(Attribute.FINISH_REASONS, [str(reason) for reason in outputs.finish_reasons])
+
+    async def _prompt_ids(
+        self, served: ServedModel, request: GenerationRequest, vocabulary: int, max_context: int
+    ) -> Sequence[int]:
+        """Returns the checked token ids of the request's prompt."""
+        prompt = request.prompt
+        if isinstance(prompt, Conversation):
+            raise InvalidRequest("messages", "a conversation", "a text: this checkpoint has no chat template")
+        if isinstance(prompt, str):
+            ids: Sequence[int] = await served.encoder.encode(prompt, max_context)
+            check_prompt(ids, vocabulary, max_context)
+        else:
+            check_prompt(prompt, vocabulary, max_context)  # before it is copied
+            ids = list(prompt)
+        return ids
+
+    def _served(self, model: str) -> ServedModel:
+        """Returns what serves the model of this name. Raises NotFound."""
+        if model and model != self.model.name:
+            raise NotFound(f"model {model!r} is not served here; this is {self.model.name!r}")
+        return self.model
+
+
+def _describe(span: Span, ids: Sequence[int], sampling: Sampling) -> None:
+    span.set(Attribute.INPUT_TOKENS, len(ids))
+    span.set(Attribute.MAX_TOKENS, sampling.max_tokens)
+    span.set(Attribute.TEMPERATURE, sampling.temperature)
+    span.set(Attribute.TOP_P, sampling.top_p)
+    span.set(Attribute.TOP_K, sampling.top_k)

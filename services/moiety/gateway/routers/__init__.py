@@ -1,0 +1,1 @@
+"""The routers of a gateway: where a request is sent, and where it resumes after a loss."""
