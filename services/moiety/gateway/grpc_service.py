@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import grpc
 
@@ -10,7 +12,7 @@ from moiety.core.sampling import TopLogprobs
 from moiety.errors import InvalidRequest
 from moiety.gateway.admission import host_of
 from moiety.gateway.core import GenerationCore
-from moiety.gateway.request import Delta, GenerationRequest, new_request_id
+from moiety.gateway.request import Conversation, Delta, GenerationRequest, new_request_id
 from moiety.gateway.unread import Readers, Unread
 from moiety.internal.v1 import gateway_pb2
 from moiety.v1 import generation_pb2
@@ -92,11 +94,8 @@ class GenerationService:
 
 
 def _request(message: generation_pb2.GenerateRequest, context: grpc.aio.ServicerContext) -> GenerationRequest:
-    kind = message.WhichOneof("prompt")
-    if kind is None:
-        raise InvalidRequest("prompt", None, "text or token_ids")
     return GenerationRequest(
-        prompt=message.text if kind == "text" else message.token_ids.ids,
+        prompt=_prompt(message),
         sampling=options_of(message.sampling),
         model=message.model,
         request_id=message.request_id,
@@ -105,6 +104,28 @@ def _request(message: generation_pb2.GenerateRequest, context: grpc.aio.Servicer
         host=host_of(context.peer()),
         traceparent=traceparent_in(context),
     )
+
+
+def _prompt(message: generation_pb2.GenerateRequest) -> str | Sequence[int] | Conversation:
+    match message.WhichOneof("prompt"):
+        case "text":
+            return message.text
+        case "token_ids":
+            return message.token_ids.ids
+        case "chat":
+            messages = [{"role": each.role, "content": each.content} for each in message.chat.messages]
+            return Conversation(messages, arguments=_template_arguments(message.chat.template_arguments))
+    raise InvalidRequest("prompt", None, "text, token_ids or chat")
+
+
+def _template_arguments(text: str) -> Mapping[str, Any]:
+    try:
+        arguments = json.loads(text or "{}")
+    except (ValueError, RecursionError):
+        arguments = None
+    if not isinstance(arguments, dict):
+        raise InvalidRequest("chat.template_arguments", text, "a JSON object")
+    return arguments
 
 
 def _response(delta: Delta) -> generation_pb2.GenerateResponse:
