@@ -129,16 +129,16 @@ def _template_arguments(text: str) -> Mapping[str, Any]:
 
 
 def _response(delta: Delta) -> generation_pb2.GenerateResponse:
-    response = generation_pb2.GenerateResponse(
-        text=delta.text,
-        token_ids=delta.token_ids,
-        finish_reason=finish_reason.TO_WIRE[delta.finish],
-        logprobs=delta.logprobs,
-        choice=delta.choice,
-        top_logprobs=_top_logprobs(delta.top_logprobs),
-        prompt_logprobs=delta.prompt_logprobs,
-        prompt_top_logprobs=_top_logprobs(delta.prompt_top_logprobs),
-    )
+    response = generation_pb2.GenerateResponse(text=delta.text, token_ids=delta.token_ids, choice=delta.choice)
+    if delta.logprobs:
+        response.logprobs.extend(delta.logprobs)
+        response.top_logprobs.extend(map(_top_logprobs, delta.top_logprobs))
+    if delta.prompt_logprobs:
+        response.prompt_logprobs.extend(delta.prompt_logprobs)
+        response.prompt_top_logprobs.extend(map(_top_logprobs, delta.prompt_top_logprobs))
+    if delta.finish is None:
+        return response
+    response.finish_reason = finish_reason.TO_WIRE[delta.finish]
     if isinstance(delta.matched_stop, str):
         response.stop = delta.matched_stop
     elif delta.matched_stop is not None:
@@ -155,5 +155,5 @@ def _response(delta: Delta) -> generation_pb2.GenerateResponse:
     return response
 
 
-def _top_logprobs(positions: Sequence[TopLogprobs]) -> list[generation_pb2.TopLogprobs]:
-    return [generation_pb2.TopLogprobs(token_ids=top.token_ids, logprobs=top.logprobs) for top in positions]
+def _top_logprobs(top: TopLogprobs) -> generation_pb2.TopLogprobs:
+    return generation_pb2.TopLogprobs(token_ids=top.token_ids, logprobs=top.logprobs)

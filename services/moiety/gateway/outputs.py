@@ -69,21 +69,18 @@ class Outputs:
         if finish is not None:
             self.ended.add(choice)
             self.finish_reasons.append(finish)
-        complete = finish is not None and self.complete
-        return Delta(
-            choice=choice,
-            text=piece,
-            token_ids=ids,
-            logprobs=event.logprobs,
-            top_logprobs=tuple(_top_logprobs(event.top_logprobs)),
-            prompt_ids=self._prompt_ids if began else (),
-            prompt_logprobs=event.prompt_logprobs,
-            prompt_top_logprobs=tuple(_top_logprobs(event.prompt_top_logprobs)),
-            finish=finish,
-            matched_stop=matched,
-            usage=self._usage() if complete else None,
-            timings=self._timings() if complete else None,
-        )
+        delta = Delta(choice, piece, ids, finish=finish, matched_stop=matched)
+        if event.logprobs:
+            delta.logprobs = event.logprobs
+            delta.top_logprobs = _top_logprobs(event.top_logprobs)
+        if began:
+            delta.prompt_ids = self._prompt_ids
+        if event.prompt_logprobs:
+            delta.prompt_logprobs = event.prompt_logprobs
+            delta.prompt_top_logprobs = _top_logprobs(event.prompt_top_logprobs)
+        if finish is not None and self.complete:
+            delta.usage, delta.timings = self._usage(), self._timings()
+        return delta
 
     def _usage(self) -> Usage:
         rerouted = self._rerouted / self._routed if self._routed else 0.0
@@ -95,5 +92,5 @@ class Outputs:
         return Timings(queued_s, to_first - queued_s, time.monotonic() - self._first)
 
 
-def _top_logprobs(received: Iterable[generation_pb2.TopLogprobs]) -> Iterable[TopLogprobs]:
-    return (TopLogprobs(tuple(top.token_ids), tuple(top.logprobs)) for top in received)
+def _top_logprobs(received: Iterable[generation_pb2.TopLogprobs]) -> list[TopLogprobs]:
+    return [TopLogprobs(tuple(top.token_ids), tuple(top.logprobs)) for top in received]

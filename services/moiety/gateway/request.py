@@ -56,9 +56,9 @@ class Timings:
     decode_s: float  # from then until its last token
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: that would double the time to make one, of which there is one per token
 class Delta:
-    """What one choice gains: text, the tokens that it comes from, or its end."""
+    """What one choice gains: text, the tokens that it comes from, or its end. `Outputs` fills it; others only read it."""
 
     choice: int
     text: str

@@ -65,8 +65,10 @@ class Guard(grpc.aio.ServerInterceptor):
                     return await behaviour(request, context)
                 async for response in behaviour(request, context):
                     await context.write(response)
-            except grpc.aio.BaseError:  # the RPC was aborted, or its client has gone
+            except grpc.aio.AbortError:
                 raise
+            except grpc.aio.BaseError:  # the client has gone: gRPC would log a traceback
+                raise asyncio.CancelledError from None
             except Exception as error:
                 await status.abort(context, visible(error))
             finally:

@@ -79,7 +79,7 @@ async def test_a_first_token_is_named_by_text_or_id(tokenizer: Tokenizer):
 
 INVALID, MISSING = grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND
 BAD: dict[str, tuple[dict[str, Any], grpc.StatusCode, list[str]]] = {
-    "no prompt": ({"token_ids": None}, INVALID, ["prompt", "text or token_ids"]),
+    "no prompt": ({"token_ids": None}, INVALID, ["prompt", "text, token_ids or chat"]),
     "empty text": ({"text": ""}, INVALID, ["prompt.text", "at least one character"]),
     "no ids": ({"token_ids": []}, INVALID, ["prompt", "at least one token"]),
     "id beyond the vocabulary": ({"token_ids": [1, 320]}, INVALID, ["prompt.token_ids = 320", "below", "320"]),
