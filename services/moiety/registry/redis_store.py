@@ -68,6 +68,8 @@ class RedisStore:
     @contextlib.asynccontextmanager
     async def _store(self) -> AsyncIterator[Any]:
         """Yields this event loop's Redis client. Redis errors and timeouts inside the context become RegistryUnreachable."""
+        task = asyncio.current_task()
+        cancellations = task.cancelling() if task is not None else 0
         try:
             async with asyncio.timeout(OPERATION_TIMEOUT_S):
                 yield self._client()
@@ -78,6 +80,10 @@ class RedisStore:
             ):
                 raise WritesRefused(f"{name} refuses writes: {refusal[0]}: {REFUSALS[refusal[0]]}") from error
             raise RegistryUnreachable(f"{name}: {reason}") from error
+        finally:
+            # redis-py sends with asyncio.wait_for, which on Python 3.11 swallows a cancellation that comes as it ends.
+            if task is not None and task.cancelling() > cancellations:
+                raise asyncio.CancelledError
 
     # Any: redis-py types its commands for its sync and its async client at once, so mypy would refuse to await them.
     def _client(self) -> Any:

@@ -262,3 +262,20 @@ def every_operation(registry: Registry) -> list:
         registry.record_decision({}),
         registry.decisions(),
     ]
+
+
+async def test_a_cancelled_operation_ends_its_task(redis_server: EmbeddedRedis, app: str) -> None:
+    """A task that is cancelled inside an operation ends, at whatever point: redis-py may swallow the cancellation."""
+    async with opened(redis_server.url, app) as registry:
+
+        async def beat() -> None:
+            while True:
+                await registry.register(expert_replica())
+
+        for turns in range(300):
+            beating = asyncio.create_task(beat())
+            for _ in range(turns % 30):
+                await asyncio.sleep(0)
+            beating.cancel()
+            await asyncio.wait([beating], timeout=1.0)
+            assert beating.cancelled(), f"not after {turns % 30} turns of the loop"
