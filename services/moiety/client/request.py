@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 
-from moiety.errors import InvalidRequest, MoietyError
+from moiety.errors import ConfigError, InvalidRequest, MoietyError
 from moiety.telemetry.names import Attribute, SpanName
 from moiety.telemetry.tracing import NO_TRACER, Tracer
 from moiety.v1 import generation_pb2, generation_pb2_grpc
@@ -41,8 +41,14 @@ class GenerationClient(ABC, Generic[Stream]):
         connection of a client that pings more often while no tokens come. To notice a loss sooner, give requests a
         `timeout_s`. Where nothing but Moiety's gateway answers, which allows all pings, and the network is fast,
         `ping_every_s=0.5, ping_timeout_s=1, connect_timeout_s=1` notices a loss within 1.5 s. A ping waits behind the data
-        sent before it: `ping_timeout_s` must be longer than sending a prompt takes.
+        sent before it: `ping_timeout_s` must be longer than sending a prompt takes. `ping_every_s=math.inf` sends none.
+
+        Raises ConfigError for a time that is not positive.
         """
+        times = {"ping_every_s": ping_every_s, "ping_timeout_s": ping_timeout_s, "connect_timeout_s": connect_timeout_s}
+        for name, seconds in times.items():
+            if not seconds > 0:
+                raise ConfigError(name, seconds, "more than 0 seconds")
         self.address = address
         self._tracer = tracer
         self._channel = self._open(client_options(Pings(ping_every_s, ping_timeout_s), connect_timeout_s))

@@ -11,6 +11,12 @@ from dataclasses import dataclass
 import grpc
 
 MAX_MESSAGE_BYTES = 64 << 20
+_NEVER_MS = (1 << 31) - 1  # gRPC's options are 32-bit integers; this one means never
+
+
+def milliseconds(seconds: float) -> int:
+    """Returns `seconds`, perhaps infinity, as an option of gRPC."""
+    return _NEVER_MS if seconds >= _NEVER_MS / 1000 else round(1000 * seconds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,9 +31,9 @@ class Pings:
 
         A ping waits behind the data that was sent before it. So `timeout_s` must be longer than the link needs for a message.
         """
-        timeout_ms = round(1000 * self.timeout_s)
+        timeout_ms = milliseconds(self.timeout_s)
         return [
-            ("grpc.keepalive_time_ms", round(1000 * self.every_s)),
+            ("grpc.keepalive_time_ms", milliseconds(self.every_s)),
             ("grpc.keepalive_timeout_ms", timeout_ms),  # how long the kernel sends again to an address that has gone
             ("grpc.http2.ping_timeout_ms", timeout_ms),  # how long gRPC waits for the answer; 60 s by default
             ("grpc.http2.max_pings_without_data", 0),  # no limit to the pings that we send
@@ -36,7 +42,8 @@ class Pings:
 
 # Between services: a stopped process is noticed 1.0 to 1.5 s after it stopped.
 SERVICE_PINGS = Pings(0.5, 1.0)
-# Of clients: gRPC servers with default settings answer a third ping within 5 min without data by GOAWAY "too many pings".
+# Of clients. A gRPC server with default settings counts pings that come less than 5 min after the one before, until it sends
+# data; the third one ends the connection: GOAWAY "too many pings".
 CLIENT_PINGS = Pings(310.0, 20.0)
 # Of the gateway, to its clients. nginx ends a stream at the 1000th ping of its upstream, here after 8 hours. A slow link
 # needs seconds for a long prompt.
@@ -86,7 +93,7 @@ def client_options(pings: Pings, connect_timeout_s: float) -> list[tuple[str, in
         *pings.options(),
         ("grpc.keepalive_permit_without_calls", 0),  # default servers forbid such pings
         ("grpc.initial_reconnect_backoff_ms", 200),
-        ("grpc.min_reconnect_backoff_ms", round(1000 * connect_timeout_s)),  # only that, despite its name
+        ("grpc.min_reconnect_backoff_ms", milliseconds(connect_timeout_s)),  # only that, despite its name
         ("grpc.max_reconnect_backoff_ms", 3000),  # 2 min by default: too late for a gateway that is back
         *_OWN_CONNECTION,
     ]

@@ -13,7 +13,7 @@ from grpc_reflection.v1alpha import reflection
 
 from moiety.core.supervise import spawn
 from moiety.errors import ConfigError
-from moiety.wire.channels import GATEWAY_PINGS, SERVICE_PINGS, Pings, server_options
+from moiety.wire.channels import GATEWAY_PINGS, SERVICE_PINGS, Pings, milliseconds, server_options
 from moiety.wire.guard import Guard
 
 FEW_STREAMS = 256  # per connection, where the peers are services: each holds one or two open, and asks some more
@@ -39,14 +39,11 @@ class Door:
 
     def options(self) -> list[tuple[str, int]]:
         """Returns the options of a server."""
-        bounded = [
-            ("grpc.max_connection_age_ms", self.max_age_s),
-            ("grpc.max_connection_age_grace_ms", self.max_age_grace_s),
-        ]
         return [
             *server_options(self.pings),
-            ("grpc.server_handshake_timeout_ms", round(1000 * self.handshake_s)),
-            *((name, round(1000 * seconds)) for name, seconds in bounded if seconds < inf),
+            ("grpc.server_handshake_timeout_ms", milliseconds(self.handshake_s)),
+            ("grpc.max_connection_age_ms", milliseconds(self.max_age_s)),
+            ("grpc.max_connection_age_grace_ms", milliseconds(self.max_age_grace_s)),
         ]
 
 

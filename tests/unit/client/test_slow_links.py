@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import socket
 import time
 
@@ -10,7 +11,7 @@ import pytest
 from client_support import PROMPT, Generations, relayed, serving, sync_tokens, tokens
 
 from moiety.client import Client, SyncClient
-from moiety.errors import PeerLost
+from moiety.errors import ConfigError, PeerLost
 from moiety.testing import HOST, eventually
 
 LONG_PROMPT = [7] * 200_000  # 200 KB: three times what HTTP/2 lets a new connection send at once
@@ -80,3 +81,13 @@ async def test_connecting_takes_as_long_as_the_client_allows():
             with pytest.raises(PeerLost, match="timed out"):
                 await tokens(client, 1)
             assert 0.4 < time.monotonic() - began < 5.0
+
+
+async def test_times_of_a_client_are_positive():
+    """A client refuses 0, negative times and NaN by name, and takes infinity."""
+    for name in ("ping_every_s", "ping_timeout_s", "connect_timeout_s"):
+        for value in (0.0, -1.0, math.nan):
+            with pytest.raises(ConfigError, match=name):
+                Client("127.0.0.1:1", **{name: value})
+    async with serving(Generations()) as address, Client(address, ping_every_s=math.inf) as client:
+        assert await tokens(client, 3) == [0, 1, 2]
