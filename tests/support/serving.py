@@ -25,10 +25,11 @@ class Served:
     runner: asyncio.Runner
 
     def run(self, scenario: Callable[[Client], Coroutine[Any, Any, T]]) -> T:
-        """Runs `scenario` with a client of the gateway and returns its result."""
+        """Runs `scenario` with a client of the gateway, which notices a loss soon, and returns its result."""
 
         async def with_client() -> T:
-            async with Client(self.cluster.address) as client:
+            quick = {"ping_every_s": 0.5, "ping_timeout_s": 1.0, "connect_timeout_s": 1.0}
+            async with Client(self.cluster.address, **quick) as client:
                 return await scenario(client)
 
         return self.runner.run(with_client())

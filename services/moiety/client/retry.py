@@ -1,10 +1,17 @@
-"""Retries requests that a full queue refused, after the gateway's retry delay and a random extra."""
+"""Retries requests that a full queue refused, after the gateway's retry delay and a random extra.
+
+A request that has got a response is not sent again: its tokens would come twice.
+
+Each wait is the refusal's retry delay times a random factor from 1 to 1.5. So no retry comes before the peer expects to
+have room, and clients that were refused together do not return together.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncGenerator, Callable
+import time
+from collections.abc import AsyncGenerator, Callable, Generator
 from typing import Any
 
 import grpc
@@ -17,13 +24,9 @@ from moiety.wire.deadline import Deadline
 async def stream_with_retries(
     call: Callable[[float | None], Any], retries: int, timeout_s: float | None
 ) -> AsyncGenerator[Any, None]:
-    """Yields the responses of `call(seconds left)`. Calls again after ResourceExhausted, up to `retries` times.
+    """Yields the responses of `call(seconds left)`, a call of grpc.aio. Calls again after ResourceExhausted.
 
-    A request that has got a response is not sent again: its tokens would come twice.
-
-    Each wait is the refusal's retry delay times a random factor from 1 to 1.5. So no retry comes before the peer expects to
-    have room, and clients that were refused together do not return together. Raises the peer's error (errors.py), also
-    where the wait would exceed `timeout_s`.
+    It does so up to `retries` times. Raises the peer's error (errors.py), also where a wait would exceed `timeout_s`.
     """
     deadline = Deadline.after(timeout_s)
     while True:
@@ -34,13 +37,39 @@ async def stream_with_retries(
                 yield response
             return
         except grpc.RpcError as error:
-            cause = status.error_of(error)
-            if not isinstance(cause, ResourceExhausted) or begun or retries <= 0:
-                raise cause from None
-            wait_s = cause.retry_after_s * random.uniform(1.0, 1.5)
-            if wait_s >= deadline.left():
-                raise cause from None
+            wait_s = _wait_s(error, 0 if begun else retries, deadline)
         finally:
             streaming.cancel()
         retries -= 1
         await asyncio.sleep(wait_s)
+
+
+def iterate_with_retries(
+    call: Callable[[float | None], Any], retries: int, timeout_s: float | None
+) -> Generator[Any, None, None]:
+    """Does what `stream_with_retries` does, for a call of grpc's synchronous API. Blocks while it waits."""
+    deadline = Deadline.after(timeout_s)
+    while True:
+        streaming, begun = call(None if timeout_s is None else deadline.left()), False
+        try:
+            for response in streaming:
+                begun = True
+                yield response
+            return
+        except grpc.RpcError as error:
+            wait_s = _wait_s(error, 0 if begun else retries, deadline)
+        finally:
+            streaming.cancel()
+        retries -= 1
+        time.sleep(wait_s)
+
+
+def _wait_s(error: grpc.RpcError, retries: int, deadline: Deadline) -> float:
+    """Returns the seconds until the request may be sent again. Raises the peer's error if it may not."""
+    cause = status.error_of(error)
+    if not isinstance(cause, ResourceExhausted) or retries <= 0:
+        raise cause from None
+    wait_s = cause.retry_after_s * random.uniform(1.0, 1.5)
+    if wait_s >= deadline.left():
+        raise cause from None
+    return wait_s

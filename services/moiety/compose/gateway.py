@@ -16,7 +16,7 @@ from moiety.gateway.routers.router_pool import RouterPool
 from moiety.gateway.text.encoder import PromptEncoder
 from moiety.gateway.text.tokenizer import Tokenizer
 from moiety.registry.watch import Watch
-from moiety.wire.server import CLIENT_PING_TIMEOUT_S, Server
+from moiety.wire.server import Server, public_door
 from moiety.wire.service_names import GENERATION_SERVICE
 from moiety.wire.shared_port import check_port, listening
 
@@ -51,7 +51,7 @@ async def start(settings: GatewaySettings, replica_id: str, node: str) -> Runnin
                     GenerationService(core).handlers(),
                     [GENERATION_SERVICE],
                     share_port=settings.port != 0,
-                    ping_timeout_s=CLIENT_PING_TIMEOUT_S,
+                    door=public_door(settings.max_connection_age_s, settings.max_connection_age_grace_s),
                     streams=2 * settings.max_concurrent,  # half of them to be refused with a retry delay
                 ),
                 port=settings.port,

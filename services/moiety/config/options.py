@@ -137,6 +137,13 @@ class GatewayOptions(Options):
     """Requests in flight, at most, before RESOURCE_EXHAUSTED."""
     router_wait_s: float = Field(default=30.0, ge=0, le=3600)
     """Seconds to wait for a ready router."""
+    max_connection_age_s: float = Field(default=600.0, ge=1, le=1_000_000)
+    """Seconds, give or take a tenth, after which a client opens a new connection for further requests.
+
+    Behind a load balancer of connections, such as a Kubernetes Service, new gateways get load in this way.
+    """
+    max_connection_age_grace_s: float | None = Field(default=None, gt=0, le=1_000_000)
+    """Seconds that requests on a connection get to finish once it is too old; default: as long as they take."""
 
 
 class ExpertOptions(Options):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import dataclass
+from math import inf
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -11,20 +13,47 @@ from grpc_reflection.v1alpha import reflection
 
 from moiety.core.supervise import spawn
 from moiety.errors import ConfigError
-from moiety.wire.channels import PING_MS, PING_TIMEOUT_S, shared_options
+from moiety.wire.channels import GATEWAY_PINGS, SERVICE_PINGS, Pings, milliseconds, server_options
 from moiety.wire.guard import Guard
 
-CLIENT_PING_TIMEOUT_S = 20.0  # of a gateway's clients: a slow link needs seconds for a long prompt
 FEW_STREAMS = 256  # per connection, where the peers are services: each holds one or two open, and asks some more
 _OPTIONS = [
-    ("grpc.http2.min_ping_interval_without_data_ms", PING_MS // 2),
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", PING_MS // 2),
-    ("grpc.http2.max_ping_strikes", 0),
+    ("grpc.http2.min_ping_interval_without_data_ms", 250),  # between two pings of a peer; fewer ms are a strike
+    ("grpc.http2.max_ping_strikes", 0),  # no number of strikes ends a connection
     ("grpc.max_metadata_size", 8 << 10),  # headers of one RPC; beyond, gRPC refuses it at the latest at twice that
     ("grpc.absolute_max_metadata_size", 16 << 10),
-    ("grpc.server_handshake_timeout_ms", 5000),  # a connection that says nothing
     ("grpc.max_connection_idle_ms", 600_000),  # without any RPC; clients connect again by themselves
 ]
+
+
+@dataclass(frozen=True, slots=True)
+class Door:
+    """How a server treats the connections of its peers. The defaults are for services as peers."""
+
+    pings: Pings = SERVICE_PINGS
+    handshake_s: float = 5.0  # a new connection that says nothing for so long is closed
+    # A client leaves a connection of this age, give or take 10 %, and opens another one, which a load balancer may lead to
+    # another server. RPCs that are open go on for the grace.
+    max_age_s: float = inf
+    max_age_grace_s: float = inf
+
+    def options(self) -> list[tuple[str, int]]:
+        """Returns the options of a server."""
+        return [
+            *server_options(self.pings),
+            ("grpc.server_handshake_timeout_ms", milliseconds(self.handshake_s)),
+            ("grpc.max_connection_age_ms", milliseconds(self.max_age_s)),
+            ("grpc.max_connection_age_grace_ms", milliseconds(self.max_age_grace_s)),
+        ]
+
+
+SERVICE_DOOR = Door()
+
+
+def public_door(max_age_s: float, max_age_grace_s: float | None) -> Door:
+    """Returns the gateway's door: clients may be far away. `max_age_grace_s`: None = unlimited."""
+    grace_s = inf if max_age_grace_s is None else max_age_grace_s
+    return Door(GATEWAY_PINGS, handshake_s=20.0, max_age_s=max_age_s, max_age_grace_s=grace_s)
 
 
 class Server:
@@ -36,16 +65,16 @@ class Server:
         services: Sequence[str],
         *,
         share_port: bool = False,
-        ping_timeout_s: float = PING_TIMEOUT_S,
+        door: Door = SERVICE_DOOR,
         streams: int = FEW_STREAMS,
     ):
         """`services`: full names for health and reflection to report, such as moiety.v1.GenerationService.
 
-        `share_port`: other processes may listen on the same port. `ping_timeout_s`: see `channels.shared_options`.
+        `share_port`: other processes may listen on the same port.
         `streams`: RPCs that one connection may have open; a client's library keeps further ones back until others end.
         """
-        own = [("grpc.so_reuseport", int(share_port)), ("grpc.max_concurrent_streams", streams)]
-        self.grpc = grpc.aio.server(options=[*shared_options(ping_timeout_s), *_OPTIONS, *own], interceptors=[Guard()])
+        own = [("grpc.so_reuseport", int(share_port)), ("grpc.max_concurrent_streams", streams), *door.options()]
+        self.grpc = grpc.aio.server(options=[*_OPTIONS, *own], interceptors=[Guard()])
         self._health = health.aio.HealthServicer()
         self._services = services
         self._stopping: asyncio.Task[None] | None = None

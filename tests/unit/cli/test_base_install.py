@@ -64,20 +64,23 @@ def run(program: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_the_client_needs_no_extra(gateway: str) -> None:
-    """moiety.client streams from a gateway where only the base dependencies can be imported."""
+def test_the_clients_need_no_extra(gateway: str) -> None:
+    """Both clients stream the same from a gateway where only the base dependencies can be imported."""
     done = run(f"""
 import asyncio
-from moiety.client import Client
+from moiety.client import Client, SyncClient
 
 async def main():
     async with Client({gateway!r}) as client:
-        chunks = [chunk async for chunk in client.generate([3, 4, 5], max_tokens=4, ignore_eos=True)]
-    print(sum(len(chunk.token_ids) for chunk in chunks), chunks[-1].finish_reason)
+        return [chunk async for chunk in client.generate([3, 4, 5], max_tokens=4, ignore_eos=True)]
 
-asyncio.run(main())
+chunks = asyncio.run(main())
+print(sum(len(chunk.token_ids) for chunk in chunks), chunks[-1].finish_reason)
+with SyncClient({gateway!r}) as client:
+    again = list(client.generate([3, 4, 5], max_tokens=4, ignore_eos=True))
+print([chunk.token_ids for chunk in again] == [chunk.token_ids for chunk in chunks], client.address)
 """)
-    assert (done.stdout, done.stderr) == ("4 length\n", "")
+    assert (done.stdout, done.stderr) == (f"4 length\nTrue {gateway}\n", "")
 
 
 def test_generate_needs_no_extra(gateway: str) -> None:

@@ -65,7 +65,8 @@ async def run_trials(
     Raises the error of a request that fails before the first fault.
     """
     began = time.monotonic()
-    async with Client(system.address) as client:
+    # A stopped gateway must be noticed within the gap that its trial allows.
+    async with Client(system.address, ping_every_s=0.5, ping_timeout_s=1.0, connect_timeout_s=1.0) as client:
         load = Load(client)
         say("quiet: learning the tokens of every stream")
         for _ in range(WARM_ROUNDS):

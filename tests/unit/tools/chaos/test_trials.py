@@ -70,7 +70,7 @@ async def run(
         finally:
             world.token, world.pause_s, world.error = 0, 0.0, None
 
-    monkeypatch.setattr(trials, "Client", lambda _: world)
+    monkeypatch.setattr(trials, "Client", lambda _, **__: world)
     monkeypatch.setattr(trials, "read_usage", read_usage)
     made = Kind("test-strike", "struck", "all", 0.25, cause, lasts_s=0.3, **(kind or {}))
     return await run_trials(
