@@ -70,7 +70,15 @@ SAMPLE: dict[str, Any] = {
         "lanes": 2,
         "transport": Transport.GRPC,
     },
-    "gateway": {**SCALING, "port": 50052, "max_concurrent": 77, "router_wait_s": 12.0, "listen_host": "10.1.1.1"},
+    "gateway": {
+        **SCALING,
+        "port": 50052,
+        "http": False,
+        "http_port": 50082,
+        "max_concurrent": 77,
+        "router_wait_s": 12.0,
+        "listen_host": "10.1.1.1",
+    },
     "experts": {
         **SCALING,
         "threads": 3,

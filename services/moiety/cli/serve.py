@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -24,6 +26,7 @@ from moiety.config.resolve import merged, nested, resolve
 @setting_option("--hot-sets", "hot_sets")
 @setting_option("--registry", "registry", default="this command starts its own Redis")
 @setting_option("--grpc-port", "gateway.port")
+@setting_option("--http-port", "gateway.http_port")
 @setting_option("--slots", "router.slots")
 @setting_option("--kv-memory", "router.kv_memory")
 @setting_option("--app", "app")
@@ -44,7 +47,7 @@ from moiety.config.resolve import merged, nested, resolve
 def serve(ray_address: str | None, dashboard: bool, **options: Any) -> None:
     """Serve a checkpoint on Ray: gateway, router and elastic expert groups.
 
-    MODEL is a checkpoint folder. Starts Ray and Redis unless you name existing ones, prints the gateway's address, and
+    MODEL is a checkpoint folder. Starts Ray and Redis unless you name existing ones, prints the gateway's addresses, and
     runs until Ctrl-C. Then it stops only what it started. Requests that are still running may be cut off.
 
     `moiety settings` lists all settings. An option goes before a MOIETY_* environment variable, that before a file in the
@@ -70,7 +73,13 @@ def serve(ray_address: str | None, dashboard: bool, **options: Any) -> None:
         )
         for gateway in deployed.gateways:
             click.echo(f"ready: gRPC moiety.v1.GenerationService at {gateway}")
+        for gateway in deployed.http:
+            click.echo(f"ready: OpenAI HTTP API at http://{gateway}/v1")
         click.echo(f'try:   moiety generate "Hello" --address {deployed.gateways[0]}')
+        if deployed.http:
+            name = settings.served_name or Path(settings.model).absolute().name
+            request = json.dumps({"model": name, "prompt": "Hello"})
+            click.echo(f"or:    curl http://{deployed.http[0]}/v1/completions --json {shlex.quote(request)}")
         click.echo("Ctrl-C stops it.")
         threading.Event().wait()
 
