@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -46,6 +47,8 @@ MAX_PROBLEM = 200  # characters of a compiler's error message that a client rece
 _OPTIONS = '%llguidance {"no_forcing": true}'
 # White space between parts of JSON is bounded, as a model may otherwise fill all of max_tokens with it.
 _JSON: llguidance._lib.JsonCompileOptions = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{0,32}"}
+# The trial's tokenizer has 262 tokens, so a special token that a grammar names by its id becomes one that it has.
+_TOKEN_ID, _TRIAL_TOKEN = re.compile(r"<\[\d+\]>"), "<[256]>"
 _EXPECTED = {
     GuideKind.JSON_SCHEMA: "a JSON Schema that compiles",
     GuideKind.REGEX: "a regular expression in Rust's regex syntax that compiles",
@@ -187,7 +190,7 @@ class Guides:
             grammar = _grammar(guide, spaces)
         except (ValueError, RecursionError) as error:
             return _shortened(str(error))
-        if problem := self._trial.problem(grammar):
+        if problem := self._trial.problem(_TOKEN_ID.sub(_TRIAL_TOKEN, grammar)):
             return _shortened(problem)
         matcher = llguidance.LLMatcher(tokenizer, grammar, log_level=0, limits=LIMITS)
         # Only the checkpoint's tokenizer shows some problems, such as characters for which its vocabulary has no token.
