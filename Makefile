@@ -15,6 +15,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "Setting up $(VENV): a few minutes, once …"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[serve,dev]'
+	@# Tests read the published chat templates in trl's wheel, as data. What trl itself would need is large and not needed.
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps trl
 	@touch $@
 
 $(VENV)/.kernels: $(VENV)/.installed $(CPU)

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,15 +25,17 @@ def _all_end(processes: list[psutil.Process]) -> bool:
 
 
 def test_serve_answers_and_ctrl_c_ends_every_process(tiny: Callable[[str], str]) -> None:
-    """`moiety serve` prints an address, `moiety generate` gets an answer there, and SIGINT leaves no process behind.
+    """`moiety serve` prints its addresses, clients of both APIs get answers there, and SIGINT leaves no process behind.
 
     Over 20 s: it starts Ray and four replicas on two cores.
     """
-    command = [MOIETY, "serve", tiny("mixtral"), "--groups", "2", "--grpc-port", "0"]
+    command = [MOIETY, "serve", tiny("mixtral"), "--groups", "2", "--grpc-port", "0", "--http-port", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as served:
         assert served.stdout is not None
-        address = ""
+        address, http = "", ""
         for line in served.stdout:
+            if found := re.match(r"ready: OpenAI HTTP API at (http://\S+)/v1", line):
+                http = found[1]
             if found := re.match(r"ready: gRPC moiety\.v1\.GenerationService at (\S+)", line):
                 address = found[1]
             if line.startswith("Ctrl-C"):
@@ -46,6 +49,8 @@ def test_serve_answers_and_ctrl_c_ends_every_process(tiny: Callable[[str], str])
         )
         assert generated.returncode == 0, generated.stderr
         assert "5 new tokens" in generated.stderr
+        with urllib.request.urlopen(f"{http}/healthz", timeout=10) as answer:
+            assert answer.status == 200
         descendants = psutil.Process(served.pid).children(recursive=True)
         served.send_signal(signal.SIGINT)
         assert served.wait(60) == 128 + signal.SIGINT

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
+import urllib.request
 from contextlib import suppress
 from pathlib import Path
 
@@ -23,7 +24,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 
 
 async def test_the_unchanged_file_deploys_and_serves(ray_head: RayHead) -> None:
-    """The committed file starts a system that serves on the port of the environment, and Serve can delete it.
+    """The committed file starts a system that serves on the ports of the environment, and Serve can delete it.
 
     Over 20 s: four replicas start on two cores.
     """
@@ -39,6 +40,8 @@ async def test_the_unchanged_file_deploys_and_serves(ray_head: RayHead) -> None:
             await asyncio.sleep(0.2)
         stream = client.generate("Hello", max_tokens=8, ignore_eos=True)
         assert len([token async for chunk in stream for token in chunk.token_ids]) == 8
+    with await asyncio.to_thread(urllib.request.urlopen, f"http://{ray_head.http}/healthz", timeout=10) as answer:
+        assert answer.status == 200
     (system,) = await live_systems(ray_head.redis_url, "moiety")
     registry = connect(ray_head.redis_url, system)
     try:

@@ -38,7 +38,7 @@ def app(ray_head: RayHead) -> Iterator[DeployedApp]:
         rebalance_gain=0.05,
         registry=ray_head.redis_url,
         dtype="float32",
-        gateway={"port": 0},
+        gateway={"port": 0, "http_port": 0},
         router={
             "num_cpus": 0.1,
             "kv_memory": 64 << 20,

@@ -43,7 +43,7 @@ def app(ray_head: RayHead) -> Iterator[DeployedApp]:
         model=ray_head.model,
         groups=2,
         registry=ray_head.redis_url,
-        gateway={"port": 0},
+        gateway={"port": 0, "http_port": 0},
         router={"num_cpus": 0.1, "kv_memory": 64 << 20},
         experts={
             "num_cpus": 0.1,

@@ -52,7 +52,8 @@ def schema_of_app() -> str:
     for name in ELSEWHERE:
         del app["properties"][name]
     del app["required"]
-    app["properties"]["gateway"]["properties"]["port"]["minimum"] = 1  # a Service needs a fixed port
+    for port in ("port", "http_port"):
+        app["properties"]["gateway"]["properties"][port]["minimum"] = 1  # a Service needs a fixed port
     app["properties"]["overrides"] = {
         "type": "object",
         "propertyNames": {"pattern": "^(experts|hot)-[0-9]+$"},

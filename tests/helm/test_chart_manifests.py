@@ -150,6 +150,40 @@ def test_a_worker_is_ready_when_its_gateway_is() -> None:
     assert port["name"] == "serve"
 
 
+def test_the_http_api_has_a_service_of_its_own() -> None:
+    """The container, the Service and the application's argument use one port, since KubeRay keeps a single one in its own."""
+    values = merged(MINIMAL, nested("app.gateway.http_port", 50082))
+    annotated = merged(values, nested("gateway", {"serviceType": "NodePort", "httpServiceAnnotations": {"a": "b"}}))
+    service = named(manifests(annotated), "Service", "-http")
+    assert service is not None
+    (port,) = service["spec"]["ports"]
+    assert (port["name"], port["port"], port["appProtocol"]) == ("http", 50082, "http")
+    assert (service["spec"]["type"], service["metadata"]["annotations"]) == ("NodePort", {"a": "b"})
+    document = rayservice(annotated)
+    ports = {one["name"]: one["containerPort"] for one in dig(document, f"{POD}/containers/0/ports")}
+    assert ports[port["targetPort"]] == 50082
+    arguments = yaml.safe_load(document["spec"]["serveConfigV2"])["applications"][0]["args"]
+    assert arguments["gateway"]["http_port"] == 50082
+    labels = dig(document, "spec/rayClusterConfig/workerGroupSpecs/0/template/metadata/labels")
+    assert service["spec"]["selector"].items() <= labels.items()
+    head = dig(document, "spec/rayClusterConfig/headGroupSpec/template/metadata/labels")
+    assert not service["spec"]["selector"].items() <= head.items()
+    assert [one["name"] for one in dig(document, "spec/serveService/spec/ports")] == ["serve"]
+
+
+def test_without_the_http_api_nothing_of_it_is_there() -> None:
+    """With app.gateway.http off, the chart has no Service, no container port, no open port and no note of it."""
+    values = merged(EVERYTHING, nested("app.gateway.http", False))
+    documents = manifests(values)
+    assert named(documents, "Service", "-http") is None
+    assert [port["name"] for port in dig(rayservice(values), f"{POD}/containers/0/ports")] == ["grpc"]
+    policy = named(documents, "NetworkPolicy", "-gateway")
+    assert [port["port"] for port in dig(policy, "spec/ingress/0/ports")] == [50051]
+    assert "curl" not in templates(values)["moiety/templates/NOTES.txt"]
+    policy = named(manifests(EVERYTHING), "NetworkPolicy", "-gateway")
+    assert [port["port"] for port in dig(policy, "spec/ingress/0/ports")] == [50051, 50080]
+
+
 def test_service_links_are_off() -> None:
     """Kubernetes injects no <SERVICE>_PORT variables: in a release named `moiety` they would be read as settings."""
     document = rayservice()
@@ -216,3 +250,5 @@ def test_the_notes_name_what_was_installed() -> None:
     command = next(line.split("moiety generate ")[1] for line in notes.splitlines() if "moiety generate" in line)
     parsed = generate.make_context("generate", shlex.split(command)).params
     assert parsed["address"] == "127.0.0.1:50052"
+    assert "port-forward service/rel-moiety-http 50080" in notes
+    assert "curl http://127.0.0.1:50080/v1/models" in notes

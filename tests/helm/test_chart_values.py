@@ -79,6 +79,7 @@ CASES = [
     group("tolerations", TOLERATIONS, f"{WORKER}/tolerations"),
     Case("gateway.serviceType", "LoadBalancer", "spec/serveService/spec/type", "LoadBalancer"),
     Case("gateway.serviceAnnotations", {"a": "b"}, "spec/serveService/metadata/annotations", {"a": "b"}),
+    Case("gateway.httpServiceAnnotations", {"c": "d"}, "metadata/annotations", {"c": "d"}, "Service", "-http"),
     Case("redis.enabled", False, "kind", None, "Deployment", "-redis", EXTERNAL),
     Case("redis.image.repository", "valkey/valkey", f"{CONTAINER}/image", "valkey/valkey:7.2-bookworm", "Deployment"),
     Case("redis.image.tag", "7.4-bookworm", f"{CONTAINER}/image", "redis:7.4-bookworm", "Deployment"),

@@ -73,6 +73,8 @@ SAMPLE: dict[str, Any] = {
     "gateway": {
         **SCALING,
         "port": 50052,
+        "http": False,
+        "http_port": 50082,
         "max_concurrent": 77,
         "router_wait_s": 12.0,
         "max_connection_age_s": 120.0,

@@ -27,7 +27,8 @@ class RayHead:
     """A running head node, and the values that `cluster/serve.yaml` reads from its environment."""
 
     dashboard: str  # http://host:port
-    gateway: str  # host:port of the gateway; the port is MOIETY_GATEWAY__PORT
+    gateway: str  # host:port of the gateway's gRPC API; the port is MOIETY_GATEWAY__PORT
+    http: str  # of its HTTP API; the port is MOIETY_GATEWAY__HTTP_PORT
     redis_url: str
     model: str
     address: str  # host:port for ray.init
@@ -37,9 +38,16 @@ class RayHead:
 def started_head(model: str) -> Iterator[RayHead]:
     """Runs a head node with its own Redis. Replicas inherit the environment that it was started with."""
     folder = Path(tempfile.mkdtemp(prefix="moiety-ray-"))  # short: a Unix socket's path may have 107 characters
-    gcs, dashboard, gateway = (_free_port() for _ in range(3))
+    gcs, dashboard, gateway, http = (_free_port() for _ in range(4))
     with EmbeddedRedis() as redis:
-        head = RayHead(f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{gateway}", redis.url, model, f"127.0.0.1:{gcs}")
+        head = RayHead(
+            dashboard=f"http://127.0.0.1:{dashboard}",
+            gateway=f"127.0.0.1:{gateway}",
+            http=f"127.0.0.1:{http}",
+            redis_url=redis.url,
+            model=model,
+            address=f"127.0.0.1:{gcs}",
+        )
         environment = {
             **os.environ,
             "RAY_USAGE_STATS_ENABLED": "0",
@@ -48,6 +56,7 @@ def started_head(model: str) -> Iterator[RayHead]:
             "MOIETY_MODEL": head.model,
             "MOIETY_REGISTRY": head.redis_url,
             "MOIETY_GATEWAY__PORT": str(gateway),
+            "MOIETY_GATEWAY__HTTP_PORT": str(http),
         }
         options = [f"--port={gcs}", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", "--num-cpus=16"]
         options += [f"--temp-dir={folder}", f"--object-store-memory={80 << 20}", "--node-ip-address=127.0.0.1"]

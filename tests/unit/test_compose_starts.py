@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
@@ -43,6 +45,56 @@ async def test_a_gateway_and_a_command_refuse_the_port_of_another_system(tiny: C
             subprocess.run, command, capture_output=True, text=True, timeout=60, check=False
         )
         assert (served.returncode, said in served.stderr, "Ray" in served.stderr) == (1, True, False)
+
+
+async def test_gateways_of_one_system_share_both_ports(tiny: Callable[[str], str], tmp_path: Path):
+    """Two gateways serve on the same two ports; a third of another system is refused; at the end both ports are free."""
+    FileRegistryWriter(tmp_path / "registry.json")
+    ports = {"port": _free_port(), "http_port": _free_port()}
+    wanted = settings(Role.GATEWAY, tiny("mixtral"), tmp_path, **ports)
+    before = asyncio.all_tasks()
+    gateways = [await compose.start(wanted, replica_id=name, node="here") for name in ("one", "two")]
+    try:
+        addresses = {(gateway.replica.address, gateway.replica.http_address) for gateway in gateways}
+        assert addresses == {(f"{HOST}:{ports['port']}", f"{HOST}:{ports['http_port']}")}
+        other = settings(
+            Role.GATEWAY, tiny("mixtral"), tmp_path, app="other", port=_free_port(), http_port=ports["http_port"]
+        )
+        with pytest.raises(
+            ConfigError, match=f"gateway.http_port = {ports['http_port']}: .* of another system, moiety"
+        ):
+            await compose.start(other, replica_id="three", node="here")
+        await gateways.pop(0).close()
+        assert await asyncio.to_thread(_status, f"http://{HOST}:{ports['http_port']}/healthz") == 200
+    finally:
+        for gateway in gateways:
+            await gateway.drain(5.0)
+            await gateway.close()
+    for port in ports.values():
+        with socket.create_server((HOST, port)):
+            pass
+    await eventually(lambda: asyncio.all_tasks() == before)
+
+
+async def test_a_gateway_without_http(tiny: Callable[[str], str], tmp_path: Path):
+    """With the setting off, a gateway serves gRPC alone, and a port that others use does not matter."""
+    FileRegistryWriter(tmp_path / "registry.json")
+    with socket.create_server((HOST, 0)) as taken:
+        wanted = settings(Role.GATEWAY, tiny("mixtral"), tmp_path, port=0, http=False, http_port=taken.getsockname()[1])
+        gateway = await compose.start(wanted, replica_id="g", node="here")
+        await gateway.close()
+    assert gateway.replica.http_address == ""
+
+
+def _free_port() -> int:
+    with socket.create_server((HOST, 0)) as free:
+        port: int = free.getsockname()[1]
+        return port
+
+
+def _status(url: str) -> int:
+    with urllib.request.urlopen(url, timeout=10) as answer:
+        return int(answer.status)
 
 
 async def test_a_service_refuses_another_checkpoint_than_was_deployed(tiny: Callable[[str], str], tmp_path: Path):

@@ -42,7 +42,9 @@ from moiety.testing import (
 )
 from moiety.tools.rebalance import chosen_system
 from moiety.wire.deadline import Deadline
-from moiety.wire.shared_port import check_port, listening
+from moiety.wire.http.identity import PATH, Owner, identified
+from moiety.wire.http.server import HttpServer
+from moiety.wire.shared_port import HTTP, check_port, listening
 
 OTHERS: dict[str, dict[str, Any]] = {
     "app": {"app": "another"},
@@ -250,3 +252,80 @@ def test_the_text_of_an_identity_is_read_back():
     systems = [SYSTEM, *(fake_system(**changes) for changes in OTHERS.values())]
     assert len({system.key for system in systems}) == len({str(system) for system in systems}) == len(systems)
     assert SYSTEM.difference("nonsense") == f"it names no system ('nonsense'), ours is {SYSTEM}"
+
+
+# HTTP port -----------------------------------------------------------------------------------------------------
+
+
+async def _app(_scope: object, _receive: object, _send: Any) -> None:
+    raise AssertionError("no request was to reach the app")
+
+
+@contextlib.asynccontextmanager
+async def _http_gateway(system: SystemId) -> AsyncIterator[tuple[HttpServer, int]]:
+    """The HTTP server of a gateway of `system`, and its port."""
+    server = HttpServer(identified(_app, Owner("fake", str(system))), share_port=True)
+    try:
+        yield server, await server.start(HOST, 0)
+    finally:
+        await server.stop(0)
+
+
+async def test_an_http_port_is_shared_by_gateways_of_one_system_only():
+    """The HTTP port has the rules of the gRPC port: free for the same system, refused to every other, free afterwards."""
+    other = fake_system(app="another")
+    async with _http_gateway(SYSTEM) as (_, port):
+        await check_port(HOST, port, SYSTEM, door=HTTP)
+        async with listening(HOST, port, SYSTEM, HTTP):
+            pass
+        with pytest.raises(
+            ConfigError, match=f"gateway.http_port = {port}: .* serves model fake of another system, {SYSTEM}"
+        ):
+            await check_port(HOST, port, other, door=HTTP)
+        with pytest.raises(ConfigError, match=r"gateway\.port = .*: another program listens"):
+            await check_port(HOST, port, SYSTEM)  # it is no port for gRPC
+    await check_port(HOST, port, other, door=HTTP)
+
+
+async def test_the_http_port_of_the_same_application_is_handed_over():
+    """While an application changes its model, the new gateway waits until the old one has left its HTTP port."""
+    async with _http_gateway(fake_system(**OTHERS["revision"])) as (server, port):
+        checking = asyncio.create_task(check_port(HOST, port, SYSTEM, door=HTTP))
+        await asyncio.wait([checking], timeout=0.5)
+        assert not checking.done()
+        await server.stop(0)
+        await checking
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"",
+        b"HTTP/1.1 200 OK\r\n\r\nhello",
+        b"HTTP/1.1 200 OK\r\n\r\n[]",
+        b'HTTP/1.1 200 OK\r\n\r\n{"model": "m"}',
+        b"\xff" * 100_000,
+        b"HTTP/1.1 200 OK\r\n\r\n" + b"[" * 15_000,
+    ],
+    ids=["nothing", "a text", "a list", "no system", "bytes", "depth"],
+)
+async def test_another_program_at_the_http_port_is_refused(said: bytes, monkeypatch: pytest.MonkeyPatch):
+    """Whatever another program answers, or if it answers nothing, the setting is named."""
+    monkeypatch.setattr("moiety.wire.shared_port.ANSWER_S", 0.2)
+    asked: list[tuple[bytes, asyncio.StreamWriter]] = []
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        asked.append((await reader.readline(), writer))
+        writer.write(said)
+        if said:
+            writer.close()
+
+    server = await asyncio.start_server(answer, HOST, 0)
+    async with server:
+        port = server.sockets[0].getsockname()[1]
+        with pytest.raises(ConfigError, match=f"gateway.http_port = {port}: another program listens at {HOST}:{port}"):
+            await check_port(HOST, port, SYSTEM, door=HTTP)
+    for line, writer in asked:
+        assert line == f"GET {PATH} HTTP/1.1\r\n".encode()
+        writer.close()
+    assert len(asked) == 2

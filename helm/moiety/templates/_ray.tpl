@@ -67,6 +67,9 @@ spec:
       {{- else }}
       ports:
         - {name: grpc, containerPort: {{ $root.Values.app.gateway.port }}}
+        {{- if $root.Values.app.gateway.http }}
+        - {name: http, containerPort: {{ $root.Values.app.gateway.http_port }}}
+        {{- end }}
       # Ready means that this pod's gateway answers. A worker without a gateway computes for the others, outside the Service.
       readinessProbe:
         grpc: {port: {{ $root.Values.app.gateway.port }}}

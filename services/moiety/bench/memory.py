@@ -6,9 +6,10 @@ The peak is that of a replica's whole process, from the start of the process to 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from moiety.client import Client
 from moiety.core.experts import ExpertSet
@@ -20,7 +21,7 @@ from moiety.synthetic import write_tiny
 from moiety.tools.quantize.quantize import expert_tensor_names, write_quantised
 
 FACTOR, EXTRA = 1.15, 200_000_000  # bound on the peak: FACTOR * weights + EXTRA bytes, Python and torch included
-LAYER = {"hidden_size": 1024, "moe_intermediate_size": 512, "num_experts": 32, "head_dim": 64}
+LAYER: Mapping[str, Any] = {"hidden_size": 1024, "moe_intermediate_size": 512, "num_experts": 32, "head_dim": 64}
 LAYER_BYTES = 32 * 3 * 1024 * 512 * 2  # bytes of a layer's experts in bfloat16
 INT4 = Precision(4, 128)
 

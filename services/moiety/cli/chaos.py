@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from moiety.cli.options import WordList, invocation, json_option, write_json
+from moiety.cli.options import ModelName, WordList, invocation, json_option, local_model, write_json
 from moiety.cli.run import progress, run_async, signals_interrupt
 
 
@@ -20,9 +20,7 @@ from moiety.cli.run import progress, run_async, signals_interrupt
 @click.option("--only", type=WordList(), default=(), help="Only these kinds or families of --list, with commas.")
 @click.option("--list", "listed", is_flag=True, help="List the kinds: what is done, and what must hold. Then stop.")
 @click.option("--on", "place", type=click.Choice(("local", "ray")), default="local", help="Child processes, or Ray.")
-@click.option(
-    "--model", type=click.Path(exists=True, file_okay=False), help="Checkpoint.  [default: writes a tiny one]"
-)
+@click.option("--model", type=ModelName(), help="Folder or Hugging Face id.  [default: writes a tiny one]")
 @click.option("--slack", type=click.FloatRange(1), default=1.0, help="Multiply the bounds of gaps, on a busy machine.")
 @json_option
 @click.pass_context
@@ -57,6 +55,8 @@ def chaos(context: click.Context, /, json_file: Path | None, listed: bool, place
     kinds = chosen(options["only"], ray=place == "ray")
     if options["faults"] is None and options["minutes"] is None:
         options["faults"] = context.params["faults"] = len({kind.family for kind in kinds})
+    if options["model"] is not None:
+        options["model"] = local_model(options["model"])
     run = ChaosRun(**options)
     say = progress()
     with chaos_folder(run) as (disk, model):

@@ -8,12 +8,13 @@ from typing import get_args
 
 import click
 
-from moiety.cli.options import ByteCount, json_option, write_json
+from moiety.cli.options import ByteCount, ModelName, json_option, local_model, revision_option, write_json
 from moiety.config.options import Verify
 
 
 @click.command()
-@click.argument("checkpoint", type=click.Path(path_type=str))
+@click.argument("checkpoint", type=ModelName())
+@revision_option
 @click.option(
     "--memory",
     type=ByteCount(),
@@ -27,11 +28,13 @@ from moiety.config.options import Verify
     help="What the revision covers: parts of every tensor, or every byte.",
 )
 @json_option
-def inspect(checkpoint: str, memory: int | None, verify: Verify, json_file: Path | None) -> None:
+def inspect(
+    checkpoint: str, hub_revision: str | None, memory: int | None, verify: Verify, json_file: Path | None
+) -> None:
     """Report how large a checkpoint and its parts are, and its revision.
 
-    CHECKPOINT is a folder with config.json and safetensors; of the safetensors, the headers and a few blocks of every tensor
-    are read. Exit status 1, with the reason, if the checkpoint cannot be served.
+    CHECKPOINT is a folder with config.json and safetensors, or a Hugging Face id, which is downloaded; of the safetensors,
+    the headers and a few blocks of every tensor are read. Exit status 1, with the reason, if the checkpoint cannot be served.
 
     \b
     Example:
@@ -41,7 +44,7 @@ def inspect(checkpoint: str, memory: int | None, verify: Verify, json_file: Path
     from moiety.tools.inspect_checkpoint import inspect as inspect_checkpoint
     from moiety.tools.inspect_checkpoint import lines
 
-    inspection = inspect_checkpoint(Checkpoint.open(checkpoint), memory, verify)
+    inspection = inspect_checkpoint(Checkpoint.open(local_model(checkpoint, hub_revision)), memory, verify)
     for line in lines(inspection):
         click.echo(line)
     write_json(json_file, asdict(inspection))

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import click
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
+from moiety.cli.run import progress, signals_interrupt
 from moiety.config.options import DTYPES
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -61,6 +62,39 @@ class WordList(click.ParamType[tuple[str, ...]]):
         if not all(words):
             self.fail(f"{value!r}: must be words separated by commas", param, ctx)
         return words
+
+
+class ModelName(click.ParamType[str]):
+    """Option type: a checkpoint folder, or a Hugging Face id such as Qwen/Qwen3-30B-A3B. `local_model` makes it a folder."""
+
+    name = "model"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        from moiety.model.hub import is_model_id
+
+        if not (value and Path(value).is_dir()) and not is_model_id(str(value)):
+            self.fail(f"{str(value)!r}: neither a folder nor a Hugging Face id, such as Qwen/Qwen3-30B-A3B", param, ctx)
+        return str(value)
+
+
+def local_model(model: str, revision: str | None = None) -> str:
+    """Returns the folder of `model`; downloads a Hugging Face id first, with progress on stderr.
+
+    Raises CheckpointError if it cannot be had, Interrupted on SIGINT or SIGTERM.
+    """
+    from moiety.model.hub import local_folder
+
+    with signals_interrupt():
+        return str(local_folder(model, revision, say=progress()))
+
+
+def revision_option(function: Function) -> Function:
+    """Adds the option --revision, passed as `hub_revision`: the setting `revision` is another thing."""
+    return click.option(
+        "--revision",
+        "hub_revision",
+        help="Branch, tag or commit of a Hugging Face id.  [default: main]",
+    )(function)
 
 
 def groups_option(function: Function) -> Function:

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import click
 
-from moiety.cli.options import dtype_option, groups_option, json_option, write_json
+from moiety.cli.options import ModelName, dtype_option, groups_option, json_option, local_model, write_json
 from moiety.cli.run import progress, run_async
 
 
 @click.command()
-@click.argument("checkpoint", type=click.Path(path_type=str), required=False)
+@click.argument("checkpoint", type=ModelName(), required=False)
 @groups_option
 @dtype_option("float32")
 @click.option("--new-tokens", type=click.IntRange(1, 4096), default=24, help="Greedy tokens to generate per prompt.")
@@ -53,10 +53,10 @@ def parity(
 ) -> None:
     """Compare the served system with transformers, token for token.
 
-    CHECKPOINT is a folder with config.json and safetensors. Eight prompts run through plain transformers, one at a time,
-    then all at once through gateway, router and expert groups on this machine. Exit status 0 only if each prompt's tokens
-    are identical, or first differ at a tie: a token at which rounding decides the reference's choice. --all-tiny accepts
-    no ties.
+    CHECKPOINT is a folder with config.json and safetensors, or a Hugging Face id. Eight prompts run through plain
+    transformers, one at a time, then all at once through gateway, router and expert groups on this machine. Exit status 0
+    only if each prompt's tokens are identical, or first differ at a tie: a token at which rounding decides the
+    reference's choice. --all-tiny accepts no ties.
 
     \b
     Examples:
@@ -74,7 +74,7 @@ def parity(
 
     report = run_async(
         run_parity(
-            checkpoint,
+            local_model(checkpoint),
             groups=groups,
             new_tokens=new_tokens,
             dtype=dtype,

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import click
 
-from moiety.cli.options import ByteCount
+from moiety.cli.options import ByteCount, ModelName, local_model
 from moiety.cli.run import progress, signals_interrupt
 
 
 @click.command()
-@click.argument("checkpoint", type=click.Path(path_type=str))
+@click.argument("checkpoint", type=ModelName())
 @click.option(
     "--memory", type=ByteCount(), required=True, help="Bytes that all weights together may take, such as 24GiB."
 )
@@ -31,11 +31,11 @@ from moiety.cli.run import progress, signals_interrupt
 def quantize(checkpoint: str, memory: int, out: Path, calibration: Path | None, tokens: int) -> None:
     """Quantise a checkpoint's experts, each to 16, 8 or 4 bits by its measured sensitivity.
 
-    Measures CHECKPOINT's experts on calibration text, one at a time: how much the model's hidden states change when the
-    expert's weights are rounded to 8 or 4 bits, weighted by how often and how strongly the expert is used. Then chooses
-    16, 8 or 4 bits for each expert so that all weights fit into --memory at the least total error. The new checkpoint
-    (format compressed-tensors) is served like any other, without a flag. Its folder also holds a report and a picture of
-    the choice.
+    CHECKPOINT is a folder, or a Hugging Face id. Measures its experts on calibration text, one at a time: how much the
+    model's hidden states change when the expert's weights are rounded to 8 or 4 bits, weighted by how often and how
+    strongly the expert is used. Then chooses 16, 8 or 4 bits for each expert so that all weights fit into --memory at the
+    least total error. The new checkpoint (format compressed-tensors) is served like any other, without a flag. Its folder
+    also holds a report and a picture of the choice.
 
     \b
     Example:
@@ -48,9 +48,10 @@ def quantize(checkpoint: str, memory: int, out: Path, calibration: Path | None, 
     from moiety.tools.quantize.report import as_json, lines, picture
 
     text = calibration.read_text(encoding="utf-8", errors="replace") if calibration else shipped_text()
+    folder = local_model(checkpoint)
     with signals_interrupt():
-        quantised = quantise(checkpoint, out, memory, text, tokens=tokens, progress=progress())
-    layout = expert_layout(Checkpoint.open(checkpoint))
+        quantised = quantise(folder, out, memory, text, tokens=tokens, progress=progress())
+    layout = expert_layout(Checkpoint.open(folder))
     (out / REPORT).write_text(json.dumps(as_json(quantised, layout, memory, checkpoint), indent=1), encoding="utf-8")
     title = f"{Path(checkpoint).name}: {quantised.nbytes / 2**30:.2f} of {memory / 2**30:.2f} GiB"
     (out / PICTURE).write_text(picture(quantised, layout, title), encoding="utf-8")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -10,6 +12,7 @@ from typing import Any
 
 import click
 
+from moiety.cli.options import ModelName, local_model, revision_option
 from moiety.cli.run import progress, signals_interrupt
 from moiety.cli.setting_options import Assignment, setting_option
 from moiety.config.application import AppSettings
@@ -18,12 +21,14 @@ from moiety.config.resolve import merged, nested, resolve
 
 
 @click.command()
-@click.argument("model", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("model", type=ModelName())
+@revision_option
 @setting_option("--groups", "groups")
 @setting_option("--max-replicas", "experts.max_replicas")
 @setting_option("--hot-sets", "hot_sets")
 @setting_option("--registry", "registry", default="this command starts its own Redis")
 @setting_option("--grpc-port", "gateway.port")
+@setting_option("--http-port", "gateway.http_port")
 @setting_option("--slots", "router.slots")
 @setting_option("--kv-memory", "router.kv_memory")
 @setting_option("--app", "app")
@@ -41,11 +46,14 @@ from moiety.config.resolve import merged, nested, resolve
 )
 @click.option("--ray-address", help="An existing Ray: auto, or host:port.  [default: this command starts its own Ray]")
 @click.option("--dashboard", is_flag=True, help="Start Ray's dashboard on 127.0.0.1 (needs ray[default]).")
-def serve(ray_address: str | None, dashboard: bool, **options: Any) -> None:
+def serve(model: str, hub_revision: str | None, ray_address: str | None, dashboard: bool, **options: Any) -> None:
     """Serve a checkpoint on Ray: gateway, router and elastic expert groups.
 
-    MODEL is a checkpoint folder. Starts Ray and Redis unless you name existing ones, prints the gateway's address, and
-    runs until Ctrl-C. Then it stops only what it started. Requests that are still running may be cut off.
+    MODEL is a checkpoint folder, or a Hugging Face id. Of an id, what is needed is first downloaded to Hugging Face's
+    cache on this machine. On several machines, each needs the folder under the same path.
+
+    Starts Ray and Redis unless you name existing ones, prints the gateway's addresses, and runs until Ctrl-C. Then it
+    stops only what it started. Requests that are still running may be cut off.
 
     `moiety settings` lists all settings. An option goes before a MOIETY_* environment variable, that before a file in the
     folder MOIETY_SECRETS_DIR, and that before the YAML file of --config.
@@ -53,13 +61,17 @@ def serve(ray_address: str | None, dashboard: bool, **options: Any) -> None:
     \b
     Examples:
       moiety serve ./Mixtral-8x7B-v0.1 --groups 4
+      moiety serve Qwen/Qwen3-30B-A3B --revision main
       moiety serve ./Mixtral-8x7B-v0.1 --set router.threads=8 --set overrides.experts-1.max_replicas=8
     """
     from moiety.deploy.run import deploy_app
     from moiety.registry.embedded_redis import EmbeddedRedis
 
     show = progress()
-    settings = read_settings(**options)
+    folder = local_model(model, hub_revision)
+    settings = read_settings(folder, **options)
+    if not Path(model).is_dir() and not settings.served_name:  # the folder's name is a commit
+        settings = settings.model_copy(update={"served_name": model})
     with signals_interrupt(), ExitStack() as ends:
         if "registry" not in settings.model_fields_set:
             redis = ends.enter_context(EmbeddedRedis())
@@ -70,17 +82,23 @@ def serve(ray_address: str | None, dashboard: bool, **options: Any) -> None:
         )
         for gateway in deployed.gateways:
             click.echo(f"ready: gRPC moiety.v1.GenerationService at {gateway}")
+        for gateway in deployed.http:
+            click.echo(f"ready: OpenAI HTTP API at http://{gateway}/v1")
         click.echo(f'try:   moiety generate "Hello" --address {deployed.gateways[0]}')
+        if deployed.http:
+            name = settings.served_name or Path(settings.model).absolute().name
+            request = json.dumps({"model": name, "prompt": "Hello"})
+            click.echo(f"or:    curl http://{deployed.http[0]}/v1/completions --json {shlex.quote(request)}")
         click.echo("Ctrl-C stops it.")
         threading.Event().wait()
 
 
 def read_settings(
-    model: Path, config: str | None, assignments: Sequence[Mapping[str, Any]], **options: Any
+    model: str, config: str | None, assignments: Sequence[Mapping[str, Any]], **options: Any
 ) -> AppSettings:
     """Returns the settings that the command's options, the environment and the file `config` give.
 
     `options` are those that stand for one setting, named as `setting_option` passes them. An assignment of --set wins.
     """
     given = [nested(name.replace("__", "."), value) for name, value in options.items() if value is not None]
-    return resolve(merged({"model": str(model)}, *given, *assignments), config)
+    return resolve(merged({"model": model}, *given, *assignments), config)

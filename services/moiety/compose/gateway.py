@@ -12,19 +12,23 @@ from moiety.core.load import ReplicaLoad
 from moiety.core.replica import Role
 from moiety.gateway.core import GenerationCore, ServedModel
 from moiety.gateway.grpc_service import GenerationService
+from moiety.gateway.http.app import build_app
 from moiety.gateway.routers.router_pool import RouterPool
 from moiety.gateway.text.encoder import PromptEncoder
 from moiety.gateway.text.tokenizer import Tokenizer
 from moiety.registry.watch import Watch
+from moiety.wire.http.connection import Limits
+from moiety.wire.http.identity import Owner, identified
+from moiety.wire.http.server import HttpServer
 from moiety.wire.server import Server, public_door
 from moiety.wire.service_names import GENERATION_SERVICE
-from moiety.wire.shared_port import check_port, listening
+from moiety.wire.shared_port import check_ports, listening_at_all
 
 
 async def start(settings: GatewaySettings, replica_id: str, node: str) -> Running:
-    """Starts a gateway: reads the tokenizer, follows the registry for routers, serves the public API."""
+    """Starts a gateway: reads the tokenizer, follows the registry for routers, serves the public APIs."""
     async with ServiceStart(settings, replica_id, node) as startup:
-        await check_port(settings.listen_host, settings.port, startup.system)  # before anything is loaded
+        await check_ports(settings, startup.system)  # before anything is loaded
         tokenizer = await asyncio.to_thread(Tokenizer, settings.model)
         watch = Watch(startup.registry)
         await watch.start()
@@ -34,6 +38,7 @@ async def start(settings: GatewaySettings, replica_id: str, node: str) -> Runnin
         served = ServedModel(settings.name, startup.system, routers, tokenizer, PromptEncoder(tokenizer))
         core = GenerationCore(served, settings.max_concurrent, startup.tracer)
         startup.closers.callback(core.close)
+        draining = asyncio.Event()
         begun, since = 0, time.monotonic()
 
         def load_since_last() -> ReplicaLoad:
@@ -55,8 +60,17 @@ async def start(settings: GatewaySettings, replica_id: str, node: str) -> Runnin
                     streams=2 * settings.max_concurrent,  # half of them to be refused with a retry delay
                 ),
                 port=settings.port,
-                listening=listening(settings.listen_host, settings.port, startup.system),
+                http=_http_server(core, settings, draining) if settings.http else None,
+                http_port=settings.http_port,
+                listening=listening_at_all(settings, startup.system),
                 idle=lambda: core.running == 0,
+                on_drain=draining.set,
                 on_beat=(startup.load_beat(load_since_last),),
             )
         )
+
+
+def _http_server(core: GenerationCore, settings: GatewaySettings, draining: asyncio.Event) -> HttpServer:
+    app = identified(build_app(core, draining=draining.is_set), Owner(core.model.name, str(core.model.system)))
+    limits = Limits(connections=2 * settings.max_concurrent)  # half of them to be refused with a retry delay
+    return HttpServer(app, limits, share_port=settings.http_port != 0)

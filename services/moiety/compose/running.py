@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, nullcontext, suppress
 from dataclasses import dataclass, field
 from math import inf
-from typing import Any
+from typing import Any, Protocol
 
 from moiety import __version__
 from moiety.config.services import ServiceSettings
@@ -41,6 +41,16 @@ _log = logging.getLogger(__name__)
 Beat = Callable[[], Awaitable[None]]
 
 
+class SideServer(Protocol):
+    """A server that a service has beside its gRPC server."""
+
+    async def start(self, host: str, port: int) -> int:
+        """Binds, starts serving and returns the port."""
+
+    async def stop(self, grace_s: float) -> None:
+        """Refuses new work at once and gives running work `grace_s` seconds to end."""
+
+
 @dataclass(frozen=True, slots=True)
 class ServiceParts:
     """The parts that differ between expert replicas, routers and gateways; an argument of `ServiceStart.serve`."""
@@ -53,8 +63,16 @@ class ServiceParts:
     entry: Callable[[Replica], Replica] = lambda replica: replica  # updates the registry entry before each beat
     on_beat: Sequence[Beat] = ()
     port: int = 0  # 0 = a free one
-    listening: AbstractAsyncContextManager[None] = field(default_factory=nullcontext)  # around the start of the server
+    http: SideServer | None = None
+    http_port: int = 0
+    listening: AbstractAsyncContextManager[None] = field(default_factory=nullcontext)  # around the start of the servers
+    on_drain: Callable[[], None] = lambda: None  # called once, when the service begins to drain
     calls_end: bool = True  # False if its RPCs are streams that stay open as long as the service
+
+    async def stop(self, grace_s: float) -> None:
+        """Stops the servers, all at once."""
+        servers: list[SideServer] = [self.server, *([self.http] if self.http else [])]
+        await asyncio.gather(*(server.stop(grace_s) for server in servers))
 
 
 class Running:
@@ -135,6 +153,7 @@ class Running:
         if self._draining:
             return
         self._draining = True
+        self._parts.on_drain()
         if self._sick:  # what is in flight does not finish, and a replacement may wait for the device
             grace_s = min(grace_s, DRAIN_NOTICE_S)
         until = time.monotonic() + grace_s
@@ -142,7 +161,7 @@ class Running:
             await self._heartbeat.beat()
         await asyncio.sleep(min(DRAIN_NOTICE_S, grace_s))
         if self._parts.calls_end:
-            await self._parts.server.stop(max(0.0, until - time.monotonic()))
+            await self._parts.stop(max(0.0, until - time.monotonic()))
         while not self._parts.idle() and time.monotonic() < until:
             await asyncio.sleep(0.02)
 
@@ -152,7 +171,7 @@ class Running:
         if self._looking is not None:
             self._looking.cancel()
         await self._heartbeat.stop()
-        await self._parts.server.stop(0)
+        await self._parts.stop(0)
         await self._closers.aclose()
 
 
@@ -223,10 +242,13 @@ class ServiceStart:
 
     async def serve(self, parts: ServiceParts) -> Running:
         """Binds, registers and returns the running service."""
-        settings = self.settings
+        settings, http_address = self.settings, ""
         async with parts.listening:
             port = await parts.server.start(settings.listen_host, parts.port)
-        self.closers.push_async_callback(parts.server.stop, 0)
+            self.closers.push_async_callback(parts.stop, 0)
+            if parts.http is not None:
+                http_port = await parts.http.start(settings.listen_host, parts.http_port)
+                http_address = f"{settings.advertised}:{http_port}"
         replica = Replica(
             id=self.replica_id,
             role=parts.role,
@@ -238,6 +260,7 @@ class ServiceStart:
             launched=self._launched,
             started=time.time(),
             pid=os.getpid(),
+            http_address=http_address,
         )
         running = Running(parts, replica, self.registry, self.closers)
         self.meter.observe(MetricName.REGISTERED, lambda: float(running.registered))

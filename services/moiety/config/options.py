@@ -132,7 +132,11 @@ class GatewayOptions(Options):
     """What a gateway can be set to."""
 
     port: int = Field(default=50051, ge=0, le=65535)
-    """Port of the gateway, one per node; 0 = a free one."""
+    """Port of the gRPC API, one per node; 0 = a free one."""
+    http: bool = True
+    """Offer the OpenAI HTTP API beside the gRPC API."""
+    http_port: int = Field(default=50080, ge=0, le=65535)
+    """Port of the HTTP API, one per node; 0 = a free one."""
     max_concurrent: int = Field(default=1024, ge=1)
     """Requests in flight, at most, before RESOURCE_EXHAUSTED."""
     router_wait_s: float = Field(default=30.0, ge=0, le=3600)
@@ -144,6 +148,13 @@ class GatewayOptions(Options):
     """
     max_connection_age_grace_s: float | None = Field(default=None, gt=0, le=1_000_000)
     """Seconds that requests on a connection get to finish once it is too old; default: as long as they take."""
+
+    @field_validator("http_port")
+    @classmethod
+    def _not_that_of_grpc(cls, value: int, info: ValidationInfo) -> int:
+        if value and value == info.data.get("port") and info.data.get("http"):
+            raise ValueError("is the gRPC API's port: each API needs one of its own")
+        return value
 
 
 class ExpertOptions(Options):

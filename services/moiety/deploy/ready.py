@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 from moiety.config.application import EXPERTS, GATEWAY, ROUTER, AppSettings
-from moiety.core.replica import ReplicaState
+from moiety.core.replica import Replica, ReplicaState
 from moiety.deploy.arguments import initial_replicas
 from moiety.errors import FailedPrecondition, RegistryUnreachable, Unavailable
 from moiety.registry.connect import connect
@@ -26,29 +26,29 @@ def wanted_replicas(args: AppSettings) -> dict[str, int]:
 
 async def until_ready(
     args: AppSettings, wanted: Mapping[str, int], wait_s: float, progress: Progress
-) -> tuple[str, ...]:
-    """Waits until `wanted` replicas of each deployment of `args.system` are ready; returns the gateways' addresses.
+) -> tuple[Replica, ...]:
+    """Waits until `wanted` replicas of each deployment of `args.system` are ready; returns the gateways.
 
     Calls `progress` whenever a deployment's number of ready replicas changes, and every STILL_S while none does. Raises
     FailedPrecondition if Serve could not deploy the application, Unavailable after `wait_s` seconds.
     """
     registry = connect(args.registry.get_secret_value(), args.system)
-    ready: dict[str, list[str]] = {}
+    ready: dict[str, list[Replica]] = {}
     reported_at = time.monotonic()
     try:
         async with asyncio.timeout(wait_s):
             while True:
                 before, ready = ready, await _ready(registry)
-                for deployment, addresses in ready.items():
-                    if len(addresses) != len(before.get(deployment, [])):
-                        progress(f"{deployment}: {len(addresses)}/{wanted.get(deployment, 0)} ready")
+                for deployment, replicas in ready.items():
+                    if len(replicas) != len(before.get(deployment, [])):
+                        progress(f"{deployment}: {len(replicas)}/{wanted.get(deployment, 0)} ready")
                         reported_at = time.monotonic()
                 if time.monotonic() - reported_at > STILL_S:
                     reported_at = time.monotonic()
                     progress(f"still waiting for {', '.join(_late(ready, wanted))}")
                 complete = all(len(ready.get(deployment, [])) >= count for deployment, count in wanted.items())
                 if _serve_runs(args.app) and complete:
-                    return tuple(ready["gateway"])
+                    return tuple(ready[GATEWAY])
                 await asyncio.sleep(POLL_S)
     except TimeoutError:
         late = ", ".join(_late(ready, wanted))
@@ -57,7 +57,7 @@ async def until_ready(
         await registry.close()
 
 
-def _late(ready: Mapping[str, Sequence[str]], wanted: Mapping[str, int]) -> list[str]:
+def _late(ready: Mapping[str, Sequence[Replica]], wanted: Mapping[str, int]) -> list[str]:
     """Returns what `wanted` lacks, in words. A router is ready once every expert has a holder."""
     late = []
     for name, count in wanted.items():
@@ -66,13 +66,13 @@ def _late(ready: Mapping[str, Sequence[str]], wanted: Mapping[str, int]) -> list
     return late or ["Serve to report the application as running"]
 
 
-async def _ready(registry: Registry) -> dict[str, list[str]]:
-    """Returns deployment -> addresses of its ready replicas; empty while the registry does not answer."""
-    ready: dict[str, list[str]] = {}
+async def _ready(registry: Registry) -> dict[str, list[Replica]]:
+    """Returns deployment -> its ready replicas; empty while the registry does not answer."""
+    ready: dict[str, list[Replica]] = {}
     try:
         for replica in await registry.replicas():
             if replica.state is ReplicaState.READY:
-                ready.setdefault(replica.deployment, []).append(replica.address)
+                ready.setdefault(replica.deployment, []).append(replica)
     except RegistryUnreachable:
         return {}
     return ready

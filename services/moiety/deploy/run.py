@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Self
 
 from moiety.config.application import AppSettings
+from moiety.core.replica import Replica
 from moiety.core.system import SystemId
 from moiety.deploy.arguments import LOOPBACK, gateway_settings, router_settings, with_revision
 from moiety.deploy.ray_cluster import LOGICAL_CPUS, connected, existing_ray, local_ray, on_this_cluster
@@ -18,17 +19,20 @@ from moiety.deploy.ready import Progress, until_ready, wanted_replicas
 from moiety.model.checkpoint.checkpoint import Checkpoint
 from moiety.model.experts.cached import expert_layout
 from moiety.registry.connect import connect
-from moiety.wire.shared_port import check_port
+from moiety.wire.shared_port import check_ports
 
 
 class DeployedApp:
     """A deployed application. Leaving its context calls `shutdown`."""
 
     def __init__(
-        self, system: SystemId, gateways: tuple[str, ...], seconds: Mapping[str, float], ends: ExitStack
+        self, system: SystemId, gateways: Sequence[Replica], seconds: Mapping[str, float], ends: ExitStack
     ) -> None:
         self.system = system
-        self.gateways = gateways  # host:port of each gateway
+        self.gateways = tuple(gateway.address for gateway in gateways)  # host:port of each gateway's gRPC API
+        self.http = tuple(
+            filter(None, (gateway.http_address for gateway in gateways))
+        )  # of its HTTP API, where it has one
         self.seconds = seconds  # duration of each stage: ray, build, ready
         self._ends = ends
 
@@ -100,7 +104,7 @@ def _checked(args: AppSettings, *, alone: bool) -> AppSettings:
     """Returns `args` with the checkpoint's revision.
 
     Checks the arguments, the checkpoint, the registry and, if the application will run `alone` on a Ray of its own, the
-    gateway's port, so that a wrong one fails before Ray is started.
+    gateway's ports, so that a wrong one fails before Ray is started.
     """
 
     async def reach_registry() -> None:
@@ -112,8 +116,7 @@ def _checked(args: AppSettings, *, alone: bool) -> AppSettings:
 
     router_settings(args, LOOPBACK[0])
     if alone:
-        gateway = gateway_settings(args, LOOPBACK[0])
-        asyncio.run(check_port(gateway.listen_host, gateway.port, None))
+        asyncio.run(check_ports(gateway_settings(args, LOOPBACK[0]), None))
     checkpoint = Checkpoint.open(args.model)
     expert_layout(checkpoint).shape.sliced_partition(args.groups, args.slices)
     asyncio.run(reach_registry())

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from moiety.core.sampling import Sampling
 from moiety.core.system import SystemId
@@ -16,8 +17,10 @@ from moiety.gateway.outputs import Outputs
 from moiety.gateway.request import Conversation, Delta, GenerationRequest, Model, new_request_id
 from moiety.gateway.routers.engine_request import engine_request
 from moiety.gateway.routers.router_pool import RouterPool
-from moiety.gateway.text.encoder import PromptEncoder
+from moiety.gateway.text.encoder import MOST_CHARACTERS, PromptEncoder
 from moiety.gateway.text.tokenizer import Tokenizer
+from moiety.model.checkpoint.chat_template import ChatTemplate
+from moiety.model.checkpoint.generation_defaults import GenerationDefaults
 from moiety.telemetry.names import Attribute, SpanName
 from moiety.telemetry.tracing import Span, Tracer
 from moiety.wire.deadline import Deadline
@@ -33,6 +36,8 @@ class ServedModel:
     routers: RouterPool
     tokenizer: Tokenizer
     encoder: PromptEncoder
+    template: ChatTemplate | None = None
+    defaults: GenerationDefaults = field(default_factory=GenerationDefaults)
 
 
 class GenerationCore:
@@ -49,11 +54,34 @@ class GenerationCore:
         """Drops the prompts that wait to be tokenised."""
         self.model.encoder.close()
 
+    def check_model(self, name: str) -> None:
+        """Raises NotFound unless the model of this name is served; "" is the only one."""
+        self._served(name)
+
     async def models(self, deadline: Deadline) -> tuple[Model, ...]:
         """Returns what can be asked for. Raises Unavailable or DeadlineExceeded while no router is ready."""
         served = self.model
         described = (await served.routers.pick(deadline)).description
         return (Model(served.name, served.system.revision, described.max_context),)
+
+    async def prompt_ids(self, request: GenerationRequest, deadline: Deadline) -> Sequence[int]:
+        """Returns the checked token ids of a request's prompt. Raises what `generate` raises for it."""
+        served = self._served(request.model)
+        served.routers.check_room()
+        described = (await served.routers.pick(deadline)).description
+        return await self._prompt_ids(served, request, described.vocabulary, described.max_context)
+
+    async def tokenize(self, request: GenerationRequest, *, begin: bool) -> Sequence[int]:
+        """Returns the token ids of a request's text or conversation, though they may not fit into the context.
+
+        `begin`: with the special tokens that the tokenizer puts before a text.
+        """
+        served, prompt = self._served(request.model), request.prompt
+        if isinstance(prompt, Conversation):
+            prompt = await self._rendered(served, prompt)
+        if not isinstance(prompt, str):
+            return prompt
+        return await served.encoder.encode(prompt, MOST_CHARACTERS, begin=begin)
 
     async def generate(self, request: GenerationRequest, deadline: Deadline) -> AsyncGenerator[Delta, None]:
         """Yields the deltas of all choices until each has ended. Closing the generator cancels the request at its router.
@@ -130,15 +158,28 @@ class GenerationCore:
     ) -> Sequence[int]:
         """Returns the checked token ids of the request's prompt."""
         prompt = request.prompt
-        if isinstance(prompt, Conversation):
-            raise InvalidRequest("messages", "a conversation", "a text: this checkpoint has no chat template")
-        if isinstance(prompt, str):
-            ids: Sequence[int] = await served.encoder.encode(prompt, max_context)
+        if isinstance(prompt, str | Conversation):
+            begin = isinstance(prompt, str)  # a template writes the special tokens before a text itself
+            text = prompt if isinstance(prompt, str) else await self._rendered(served, prompt)
+            ids: Sequence[int] = await served.encoder.encode(text, max_context, begin=begin)
             check_prompt(ids, vocabulary, max_context)
         else:
             check_prompt(prompt, vocabulary, max_context)  # before it is copied
             ids = list(prompt)
         return ids
+
+    async def _rendered(self, served: ServedModel, conversation: Conversation) -> str:
+        """Returns a conversation as the checkpoint's template writes it. Raises InvalidRequest where there is none."""
+        if (template := served.template) is None:
+            raise InvalidRequest("messages", "a conversation", "a text: this checkpoint has no chat template")
+        return await asyncio.to_thread(
+            template.render,
+            conversation.messages,
+            tools=conversation.tools,
+            add_generation_prompt=conversation.opens_reply,
+            continue_final_message=conversation.continues_last,
+            arguments=conversation.arguments,
+        )
 
     def _served(self, model: str) -> ServedModel:
         """Returns what serves the model of this name. Raises NotFound."""

@@ -1,10 +1,11 @@
-"""A child process of a LocalCluster, seen from the parent: its entry, its signals, and the messages on its pipes."""
+"""A child process of a LocalCluster, seen from the parent: its entry, signals and cores, and the messages on its pipes."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import logging
+import os
 import signal
 from collections.abc import Mapping
 from contextlib import suppress
@@ -87,3 +88,11 @@ async def read(process: asyncio.subprocess.Process) -> dict[str, Any]:
 def tail(log: Path, lines: int = 15) -> str:
     """Returns the last `lines` lines of a log."""
     return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
+
+
+def share_of_cores(deployment: str, groups: int) -> list[int]:
+    """Returns the cores to pin replicas of `deployment` to; an empty list if there are too few, or if pinning is impossible."""
+    if not hasattr(os, "sched_setaffinity"):
+        return []
+    usable, group = sorted(os.sched_getaffinity(0)), int(deployment.rpartition("-")[2])
+    return usable[group * len(usable) // groups : (group + 1) * len(usable) // groups] if len(usable) >= groups else []

@@ -30,7 +30,7 @@ from moiety.core.replica import Placement, Replica, Role
 from moiety.core.supervise import supervise
 from moiety.core.system import SystemId
 from moiety.errors import FailedPrecondition, Unavailable
-from moiety.local.child_process import STOP_S, Child, read, tail, write
+from moiety.local.child_process import STOP_S, Child, read, share_of_cores, tail, write
 from moiety.model.checkpoint.checkpoint import Checkpoint
 from moiety.model.checkpoint.revision import revision_of
 from moiety.model.experts.cached import expert_layout
@@ -39,7 +39,7 @@ from moiety.registry.entries import replica_from_json
 from moiety.registry.file import FileRegistryWriter
 from moiety.registry.interface import Registry
 from moiety.scaling.placement_progress import until_settled
-from moiety.wire.shared_port import check_port
+from moiety.wire.shared_port import check_ports
 
 READY_S = 120.0
 _log = logging.getLogger(__name__)
@@ -96,7 +96,7 @@ class LocalCluster:
         self._extra: Mapping[Role, Mapping[str, Any]] = {
             Role.EXPERT: {"threads": threads, "weights": weights, **(expert or {})},
             Role.ROUTER: router or {},
-            Role.GATEWAY: {"port": 0, **(gateway or {})},
+            Role.GATEWAY: {"port": 0, "http_port": 0, **(gateway or {})},
         }
         self._env = {**PROCESS_ENVIRONMENT, "OMP_NUM_THREADS": str(threads), **os.environ, **(env or {})}
         self._count, self._pin, self._stopped = 0, pin, False
@@ -108,7 +108,7 @@ class LocalCluster:
             settings = validated(GatewaySettings, {**self._common, **self._extra[Role.GATEWAY]})
             self.system = settings.system
             self._registry = self._writer or connect(self.registry_url, self.system)
-            await check_port(settings.listen_host, settings.port, self.system)
+            await check_ports(settings, self.system)
             self.partition = self.shape.sliced_partition(self.groups, self.slices)
             async with asyncio.TaskGroup() as starting:  # if one child does not start, it ends the others
                 for group in range(self.groups):
@@ -138,6 +138,11 @@ class LocalCluster:
     def address(self) -> str:
         """The address of the gateway, which serves moiety.v1.GenerationService."""
         return next(child.replica.address for child in self.children if child.replica.role is Role.GATEWAY)
+
+    @property
+    def http_address(self) -> str:
+        """The address of the gateway's HTTP API; empty with the setting `http` of `gateway` off."""
+        return next(child.replica.http_address for child in self.children if child.replica.role is Role.GATEWAY)
 
     def experts(self, group: int) -> list[Child]:
         """Returns the live replicas of one group, oldest first."""
@@ -234,7 +239,7 @@ class LocalCluster:
                 start_new_session=True,  # Ctrl-C at a terminal reaches only the parent, which stops the children in order
             )
         try:
-            if self._pin and role is Role.EXPERT and (cores := _share_of_cores(deployment, self.groups)):
+            if self._pin and role is Role.EXPERT and (cores := share_of_cores(deployment, self.groups)):
                 os.sched_setaffinity(process.pid, cores)
             await write(process, {"role": role, "settings": values, "replica_id": replica_id})
             async with asyncio.timeout(READY_S):
@@ -285,14 +290,6 @@ class LocalCluster:
                     await client.models()
                     return
                 await asyncio.sleep(0.1)
-
-
-def _share_of_cores(deployment: str, groups: int) -> list[int]:
-    """Returns the cores to pin replicas of `deployment` to; an empty list if there are too few, or if pinning is impossible."""
-    if not hasattr(os, "sched_setaffinity"):
-        return []
-    usable, group = sorted(os.sched_getaffinity(0)), int(deployment.rpartition("-")[2])
-    return usable[group * len(usable) // groups : (group + 1) * len(usable) // groups] if len(usable) >= groups else []
 
 
 def _shape_and_revision(model: str) -> tuple[ModelShape, str]:

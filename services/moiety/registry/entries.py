@@ -22,7 +22,8 @@ from moiety.core.load import BatchCost, ExpertDemand, ReplicaLoad
 from moiety.core.replica import Placement, Replica, ReplicaState, Role
 
 # Of a replica's entry, those that the first version did not have.
-ADDED_FIELDS = ("leaving", "placement_epoch", "launched", "loaded", "started", "served", "pid", "kind", "scaling")
+TIMES = ("launched", "loaded", "started", "served")
+ADDED_FIELDS = ("leaving", "placement_epoch", *TIMES, "pid", "kind", "scaling", "http_address")
 DEMAND_FIELDS = ("layers", "experts", "time", "started", "rows", "activations", "costs")
 
 T = TypeVar("T")

@@ -19,6 +19,51 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}"
 )
+# ChatML, and tools as the Hermes models and Qwen's have them: a call is JSON between markers, which are tokens of their own.
+TURN_BEGIN, TURN_END = "<|im_start|>", "<|im_end|>"
+CHAT_MARKERS = (
+    "<tool_call>",
+    "</tool_call>",
+    "<think>",
+    "</think>",
+)  # tokens, but not special ones: decoding keeps them
+TOOL_CHAT_TEMPLATE = """\
+{%- if tools %}
+    {{- '<|im_start|>system\\n' }}
+    {%- if messages[0].role == 'system' %}
+        {{- messages[0].content + '\\n\\n' }}
+    {%- endif %}
+    {{- 'These functions can be called:\\n<tools>\\n' }}
+    {%- for tool in tools %}
+        {{- tool | tojson + '\\n' }}
+    {%- endfor %}
+    {{- '</tools>\\nA call is a line of JSON with name and arguments, in these tags:\\n' }}
+    {{- '<tool_call>\\n{"name": ..., "arguments": {...}}\\n</tool_call><|im_end|>\\n' }}
+{%- elif messages[0].role == 'system' %}
+    {{- '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}
+{%- endif %}
+{%- for message in messages %}
+    {%- if message.role == 'tool' %}
+        {{- '<|im_start|>user\\n<tool_response>\\n' + message.content + '\\n</tool_response><|im_end|>\\n' }}
+    {%- elif message.role != 'system' or not loop.first %}
+        {{- '<|im_start|>' + message.role + '\\n' + (message.content or '') }}
+        {%- for call in message.tool_calls or [] %}
+            {%- if message.content or not loop.first %}
+                {{- '\\n' }}
+            {%- endif %}
+            {{- '<tool_call>\\n{"name": ' + call.function.name | tojson }}
+            {{- ', "arguments": ' + call.function.arguments | tojson + '}\\n</tool_call>' }}
+        {%- endfor %}
+        {{- '<|im_end|>\\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+    {%- if enable_thinking is defined and not enable_thinking %}
+        {{- '<think>\\n\\n</think>\\n\\n' }}
+    {%- endif %}
+{%- endif %}
+"""
 LANGUAGES = ("eng_Latn", "fra_Latn")  # NLLB's source language and a target language
 _CHARACTERS = string.ascii_letters + string.digits + string.punctuation
 _CORPUS = (
@@ -30,6 +75,28 @@ _CORPUS = (
 
 def write_tokenizer(folder: Path) -> None:
     """Saves a byte-level BPE tokenizer to `folder` for `AutoTokenizer`: 3 special tokens, 256 bytes, 61 merges."""
+    _save(folder, _byte_level(SPECIAL))
+
+
+def write_chat_tokenizer(folder: Path) -> None:
+    """Saves a tokenizer like that of a chat model with tools to `folder`, and a generation_config.json with its two ends.
+
+    Byte-level BPE: the 3 special tokens, the 2 special ones that frame a turn, 4 other markers, 256 bytes, 55 merges. An output
+    ends at `<|im_end|>`, or at the tokenizer's end of sequence.
+    """
+    from tokenizers import Tokenizer
+
+    markers = (*SPECIAL, TURN_BEGIN, TURN_END, *CHAT_MARKERS)
+    form = json.loads(_byte_level(markers).to_str())
+    for token in form["added_tokens"]:
+        token["special"] = token["content"] not in CHAT_MARKERS
+    _save(folder, Tokenizer.from_str(json.dumps(form)), TOOL_CHAT_TEMPLATE)
+    ends = [EOS, markers.index(TURN_END)]
+    (folder / "generation_config.json").write_text(json.dumps({"bos_token_id": BOS, "eos_token_id": ends}) + "\n")
+
+
+def _byte_level(special: Sequence[str]) -> Tokenizer:
+    """Returns a byte-level BPE tokenizer whose first ids are the `special` tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -37,12 +104,12 @@ def write_tokenizer(folder: Path) -> None:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY,
-        special_tokens=list(SPECIAL),
+        special_tokens=list(special),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(_CORPUS, trainer)
-    _save(folder, tokenizer)
+    return tokenizer
 
 
 def write_sentencepiece_tokenizer(folder: Path) -> None:
@@ -78,7 +145,7 @@ def _words() -> list[str]:
     return sorted({word for text in _CORPUS for word in re.findall(r"\w\w+", text)})
 
 
-def _save(folder: Path, tokenizer: Tokenizer) -> None:
+def _save(folder: Path, tokenizer: Tokenizer, chat_template: str = CHAT_TEMPLATE) -> None:
     """Saves a tokenizer whose first ids are SPECIAL to `folder` for `AutoTokenizer`."""
     from transformers import PreTrainedTokenizerFast
 
@@ -87,7 +154,7 @@ def _save(folder: Path, tokenizer: Tokenizer) -> None:
         bos_token=SPECIAL[BOS],
         eos_token=SPECIAL[EOS],
         pad_token=SPECIAL[PAD],
-        chat_template=CHAT_TEMPLATE,
+        chat_template=chat_template,
     ).save_pretrained(folder)
 
 

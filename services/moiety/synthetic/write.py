@@ -18,16 +18,23 @@ from moiety.model.architectures.transformers_model import meta_model, text_class
 from moiety.model.checkpoint.shards import SHARD_BYTES, write_shards
 from moiety.synthetic.catalogue import tiny_model
 from moiety.synthetic.sizes import sized
-from moiety.synthetic.tokenizer import VOCABULARY
+from moiety.synthetic.tokenizer import VOCABULARY, write_chat_tokenizer
 
 
 def write_tiny(
-    architecture: str, folder: str | Path, *, seed: int = 0, shard_bytes: int = SHARD_BYTES, **overrides: Any
+    architecture: str,
+    folder: str | Path,
+    *,
+    seed: int = 0,
+    shard_bytes: int = SHARD_BYTES,
+    chat: bool = False,
+    **overrides: Any,
 ) -> Path:
     """Writes the checkpoint that `tiny_model(architecture)` describes to `folder`, which it creates; returns the folder.
 
     `overrides` are config values; `dtype="bfloat16"` also sets the stored dtype. A tensor's noise is seeded by `seed`
-    and its name. At most `shard_bytes` and one tensor are in memory, so large benchmark checkpoints can be written,
+    and its name. `chat`: with the tokenizer and chat template of a chat model with tools, see `write_chat_tokenizer`;
+    decoders only. At most `shard_bytes` and one tensor are in memory, so large benchmark checkpoints can be written,
     too.
     """
     from transformers.core_model_loading import revert_weight_conversion
@@ -37,6 +44,8 @@ def write_tiny(
     if config.get_text_config().vocab_size < VOCABULARY:
         size = config.get_text_config().vocab_size
         raise ValueError(f"vocab_size {size}: must be at least {VOCABULARY}, the tokenizer's vocabulary")
+    if chat and config.is_encoder_decoder:
+        raise ValueError(f"{architecture}: an encoder-decoder does not chat")
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
     model: Any = meta_model(published_class(config), config)
@@ -59,7 +68,7 @@ def write_tiny(
     if tiny.config_fields:
         file = path / "config.json"
         file.write_text(json.dumps({**json.loads(file.read_text(encoding="utf-8")), **tiny.config_fields}, indent=2))
-    tiny.tokenizer(path)
+    (write_chat_tokenizer if chat else tiny.tokenizer)(path)
     return path
 
 

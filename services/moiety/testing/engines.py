@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from functools import partial
 
 import grpc
@@ -49,6 +49,7 @@ class FakeEngine(engine_pb2_grpc.EngineServiceServicer):
         self.refused = 0  # requests beyond `places`
         self.cancelled = 0  # requests whose client went away
         self.before_token: Callable[[int], Awaitable[None]] = no_wait
+        self.script: Sequence[int] = ()  # where there are any, every choice generates these tokens and ends by itself
         self.places = places
         self.system = system  # as it describes itself; a test may change it
         self.state = ReplicaState.READY  # as it reports it on its link; a test may change it
@@ -129,7 +130,8 @@ class FakeEngine(engine_pb2_grpc.EngineServiceServicer):
         sampling, cached = request.sampling, self._look_up(request)
         choices = range(request.choice, request.choice + (sampling.n or 1))
         try:
-            for position in range(len(request.generated_ids), sampling.max_tokens):
+            most = min(sampling.max_tokens, len(self.script) or sampling.max_tokens)
+            for position in range(len(request.generated_ids), most):
                 await self.before_token(position)
                 for choice in choices:
                     send_event(partial(self._event, request, choice, position, cached))
@@ -143,8 +145,9 @@ class FakeEngine(engine_pb2_grpc.EngineServiceServicer):
         self, request: engine_pb2.EngineRequest, choice: int, position: int, cached: int
     ) -> engine_pb2.EngineEvent:
         vocabulary, first = self._shape.vocabulary, position == len(request.generated_ids)
+        made = fake_token(request.prompt_ids, request.sampling.seed, position, vocabulary, choice)
         event = engine_pb2.EngineEvent(
-            token_ids=[fake_token(request.prompt_ids, request.sampling.seed, position, vocabulary, choice)],
+            token_ids=[self.script[position] if self.script else made],
             choice=choice,
             cached_tokens=cached if first else 0,
         )
@@ -156,7 +159,9 @@ class FakeEngine(engine_pb2_grpc.EngineServiceServicer):
         if request.sampling.prompt_logprobs and first and choice == request.choice:
             event.prompt_logprobs.extend([-1.0] * (len(request.prompt_ids) - 1))
             event.prompt_top_logprobs.extend([top] * (len(request.prompt_ids) - 1) if top.token_ids else [])
-        if position + 1 == request.sampling.max_tokens:
+        if position + 1 == len(self.script):
+            event.finish_reason = generation_pb2.FINISH_REASON_STOP
+        elif position + 1 == request.sampling.max_tokens:
             event.finish_reason = generation_pb2.FINISH_REASON_LENGTH
         return event
 

@@ -71,7 +71,7 @@ def run_demo(say: Say, wait_s: float) -> None:
             dtype="float32",
             groups=GROUPS,
             registry=RegistryUrl(redis.url),
-            gateway=GatewayDeployment(port=0),
+            gateway=GatewayDeployment(port=0, http_port=0),
             router=RouterDeployment(num_cpus=0.1),
             experts=ExpertDeployment(
                 max_replicas=2,

@@ -65,7 +65,9 @@ def examine(*, measure: bool = False) -> Iterator[Check]:
     yield _kernels()
     yield from _memory()
     yield _redis()
-    yield _port(GatewayOptions().port)
+    defaults = GatewayOptions()
+    yield _port(defaults.port, "gRPC API", "--grpc-port")
+    yield _port(defaults.http_port, "HTTP API", "--http-port")
     if measure:
         yield from _speed()
 
@@ -186,15 +188,15 @@ def _redis() -> Check:
         return Check("redis server", "none", Finding.WARN, f"needed unless a registry URL is given: {error}")
 
 
-def _port(port: int) -> Check:
+def _port(port: int, api: str, option: str) -> Check:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("127.0.0.1", port))
         except OSError as error:
-            advice = "stop the process that listens there, or choose another port: moiety serve --grpc-port"
+            advice = f"stop the process that listens there, or choose another port: moiety serve {option}"
             return Check(f"port {port}", error.strerror or str(error), Finding.WARN, advice)
-    return Check(f"port {port}", "free, for the gateway")
+    return Check(f"port {port}", f"free, for the gateway's {api}")
 
 
 def _speed() -> Iterator[Check]:

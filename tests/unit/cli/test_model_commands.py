@@ -52,8 +52,8 @@ def test_inspect_refuses_a_wrong_memory(tiny: Callable[[str], str], moiety: Call
     ("words", "message"),
     [
         ((), "give either CHECKPOINT or --all-tiny"),
-        (("x", "--all-tiny"), "give either CHECKPOINT or --all-tiny"),
-        (("x", "--only", "mixtral"), "--only and --write need --all-tiny"),
+        ((".", "--all-tiny"), "give either CHECKPOINT or --all-tiny"),
+        ((".", "--only", "mixtral"), "--only and --write need --all-tiny"),
         (("--all-tiny", "--only", "mixtral,bert"), "architecture 'bert': must be one of"),
     ],
 )

@@ -51,7 +51,7 @@ def test_unreachable_registry(tiny: Callable[[str], str], capsys: pytest.Capture
 
 def test_settings_that_contradict_each_other(tiny: Callable[[str], str], capsys: pytest.CaptureFixture[str]) -> None:
     """Settings that a router replica would refuse are refused by the command, not only in a replica's log."""
-    assert run(["serve", tiny("mixtral"), "--slots", "4096", "--grpc-port", "0"]) == 1
+    assert run(["serve", tiny("mixtral"), "--slots", "4096", "--grpc-port", "0", "--http-port", "0"]) == 1
     assert "error: setting router.token_budget = 512: must be at least slots, 4096" in capsys.readouterr().err
 
 
@@ -86,9 +86,21 @@ def test_every_option_of_a_setting_reaches_it(tiny: Callable[[str], str]) -> Non
     short = _settings(
         tiny("mixtral"),
         *("--groups", "3", "--max-replicas", "6", "--hot-sets", "2", "--registry", "redis://h:1/0", "--app", "chat"),
-        *("--grpc-port", "50052", "--slots", "64", "--kv-memory", "2GiB", "--set", "router.slots=65"),
+        *(
+            "--grpc-port",
+            "50052",
+            "--http-port",
+            "50082",
+            "--slots",
+            "64",
+            "--kv-memory",
+            "2GiB",
+            "--set",
+            "router.slots=65",
+        ),
     )
     assert (short.groups, short.experts.max_replicas, short.hot_sets, short.app) == (3, 6, 2, "chat")
+    assert (short.gateway.http, short.gateway.http_port) == (True, 50082)
     assert (short.gateway.port, short.router.slots, short.router.kv_memory) == (50052, 65, 2 << 30)
     assert str(short.registry) == "redis://h:1/0"
 
@@ -126,7 +138,7 @@ def test_settings_lists_all_of_them(capsys: pytest.CaptureFixture[str], monkeypa
     assert "hunter2" not in everything
     assert run(["settings", "lanes", "port"]) == 0
     names = [line.split(" ")[0] for line in capsys.readouterr().out.splitlines() if not line.startswith(" ")]
-    assert names == ["router.lanes", "router.transport", "gateway.port"]
+    assert names == ["router.lanes", "router.transport", "gateway.port", "gateway.http_port"]
 
 
 def _settings(*words: str) -> AppSettings:

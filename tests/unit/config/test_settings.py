@@ -163,6 +163,8 @@ def test_the_registrys_password_is_shown_nowhere(name: str):
         ),
         (RouterSettings, {"model": "m", "kv_memory": "4 gobs"}, "kv_memory", "setting kv_memory = '4 gobs'"),
         (GatewaySettings, {"model": "m", "port": 70000}, "port", "less than or equal to 65535"),
+        (GatewaySettings, {"model": "m", "port": 50080}, "http_port", "is the gRPC API's port"),
+        (AppSettings, {"model": "m", "gateway": {"port": 7, "http_port": 7}}, "gateway.http_port", "one of its own"),
         (RouterSettings, {"model": "m", "app": "a b"}, "app", "setting app = 'a b'"),
         (ExpertSettings, {"model": "m", "held": "0-3"}, "held", "expected LAYERS:EXPERTS, such as 0-31:0-7"),
         (ExpertSettings, {"model": "m", "held": "0:0", "capacity": 0}, "capacity", "greater than 0"),
@@ -246,3 +248,9 @@ def test_the_cache_folder_can_be_chosen(monkeypatch: pytest.MonkeyPatch, tmp_pat
     monkeypatch.delenv("MOIETY_CACHE")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cache_dir() == tmp_path / ".cache" / "moiety"
+
+
+def test_two_ports_may_be_equal_where_only_one_is_used() -> None:
+    """Two free ports, and a port of an HTTP API that is off, never collide."""
+    assert validated(GatewaySettings, {"model": "m", "port": 0, "http_port": 0}).http_port == 0
+    assert not validated(GatewaySettings, {"model": "m", "port": 50080, "http": False}).http

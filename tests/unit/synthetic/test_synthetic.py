@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from moiety.model.checkpoint.checkpoint import Checkpoint
 from moiety.model.checkpoint.revision import revision_of
+from moiety.model.checkpoint.tokenizer import open_tokenizer
 from moiety.synthetic import write_tiny
 from support.architectures import CORE
 
@@ -106,3 +107,19 @@ def test_large_ones_are_written_quickly(tmp_path: Path):
     folder = write_tiny("mixtral", tmp_path, dtype="bfloat16", hidden_size=512, intermediate_size=768, head_dim=64)
     assert sum(torch.Size(entry.shape).numel() for entry in Checkpoint.open(folder).tensors.values()) > 37_000_000
     assert time.monotonic() - start < 10
+
+
+def test_a_chat_checkpoint(tmp_path: Path):
+    """`chat=True` changes the tokenizer only: the weights and config stay, and turns end the output; encoder-decoders refuse."""
+    plain, chat = write_tiny("qwen3_moe", tmp_path / "plain"), write_tiny("qwen3_moe", tmp_path / "chat", chat=True)
+    for name in ("config.json", "model-00001-of-00001.safetensors"):
+        assert (plain / name).read_bytes() == (chat / name).read_bytes()
+    tokenizer, ends = open_tokenizer(str(chat))
+    assert len(tokenizer) == len(open_tokenizer(str(plain))[0]) == 320
+    assert ends == (1, tokenizer.convert_tokens_to_ids("<|im_end|>"))
+    text = '<|im_start|>x<tool_call>{"a": "Ünïcode 🙂"}</tool_call><|im_end|>'
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.decode(ids, skip_special_tokens=True) == 'x<tool_call>{"a": "Ünïcode 🙂"}</tool_call>'
+    with pytest.raises(ValueError, match="does not chat"):
+        write_tiny("switch_transformers", tmp_path / "t5", chat=True)

@@ -41,15 +41,18 @@ def test_settings_that_slow_down(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_port_in_use() -> None:
-    """A gateway port that is in use gives a warning."""
-    with socket.socket() as taken:
-        try:
-            taken.bind(("127.0.0.1", 50051))
-            taken.listen()
-        except OSError:
-            pass  # another process uses the port, which serves the test as well
+    """A gateway port that is in use gives a warning, which names the option that changes it."""
+    with socket.socket() as grpc, socket.socket() as http:
+        for taken, port in ((grpc, 50051), (http, 50080)):
+            try:
+                taken.bind(("127.0.0.1", port))
+                taken.listen()
+            except OSError:
+                pass  # another process uses the port, which serves the test as well
         checks = {check.check: check for check in examine()}
-    assert checks["port 50051"].verdict is Finding.WARN
+    for port, option in ((50051, "--grpc-port"), (50080, "--http-port")):
+        check = checks[f"port {port}"]
+        assert (check.verdict, option in check.advice) == (Finding.WARN, True)
 
 
 def test_doctor_lines_count() -> None:

@@ -62,7 +62,7 @@ def bench_elastic(work: ElasticWork, *, wait_s: float = 120.0, progress: Progres
             dtype="float32",
             groups=work.groups,
             registry=RegistryUrl(redis.url),
-            gateway=GatewayDeployment(port=0),
+            gateway=GatewayDeployment(port=0, http_port=0),
             # without prefix cache: a repeated prompt must be computed again, because its rows are the load
             router=RouterDeployment(num_cpus=0.1, prefix_cache=False),
             experts=ExpertDeployment(

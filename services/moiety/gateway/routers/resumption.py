@@ -1,12 +1,9 @@
-"""Requests that resume after the loss of their router: one for each unfinished choice, and their merged events."""
+"""Requests that resume after the loss of their router: one for each unfinished choice."""
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from collections.abc import Sequence
 
-from moiety.core.supervise import spawn
 from moiety.internal.v1 import engine_pb2
 
 
@@ -22,38 +19,3 @@ def resumed_request(request: engine_pb2.EngineRequest, choice: int, ids: Sequenc
     resumed.choice, resumed.sampling.n = choice, 1
     resumed.generated_ids[:] = ids
     return resumed
-
-
-async def merge_streams(
-    streams: Sequence[AsyncGenerator[engine_pb2.EngineEvent, None]],
-) -> AsyncGenerator[engine_pb2.EngineEvent, None]:
-    """Yields the events of all streams as they arrive. The first error ends all streams and is raised.
-
-    At most one event of each waits to be taken: the others stay where their number is bounded (wire/event_stream/inbox.py).
-    """
-    events: asyncio.Queue[engine_pb2.EngineEvent | Exception | None] = asyncio.Queue(1)
-
-    async def follow(stream: AsyncGenerator[engine_pb2.EngineEvent, None]) -> None:
-        try:
-            async with aclosing(stream):
-                async for event in stream:
-                    await events.put(event)
-            await events.put(None)
-        except Exception as error:
-            await events.put(error)
-
-    tasks = [spawn("choice", follow(stream)) for stream in streams]
-    try:
-        running = len(tasks)
-        while running:
-            event = await events.get()
-            if isinstance(event, Exception):
-                raise event
-            if event is None:
-                running -= 1
-            else:
-                yield event
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.wait(tasks)

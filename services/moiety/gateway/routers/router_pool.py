@@ -13,11 +13,12 @@ from moiety.core.replica import Replica, ReplicaState, Role
 from moiety.core.supervise import spawn
 from moiety.core.system import SystemId
 from moiety.errors import DeadlineExceeded, ResourceExhausted, Unavailable, WrongSystem
+from moiety.gateway.merge import merge_streams
 from moiety.gateway.routers.attempt import Attempt
 from moiety.gateway.routers.backlog import Backlog
 from moiety.gateway.routers.prefixes import PrefixHasher
 from moiety.gateway.routers.prompt import Prompt
-from moiety.gateway.routers.resumption import choices_of, merge_streams, resumed_request
+from moiety.gateway.routers.resumption import choices_of, resumed_request
 from moiety.gateway.routers.router_peer import RouterPeer
 from moiety.internal.v1 import engine_pb2
 from moiety.policy import router_choice

@@ -27,8 +27,10 @@ class PromptEncoder:
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="tokenizer")
         self._characters = 0  # that wait or are being tokenised
 
-    async def encode(self, text: str, max_context: int) -> list[int]:
+    async def encode(self, text: str, max_context: int, *, begin: bool = True) -> list[int]:
         """Returns the token ids of a prompt; of one that is far too long for the context, those of its beginning.
+
+        `begin`: see Tokenizer.encode.
 
         Raises InvalidRequest if the text is empty or cannot fit into `max_context` tokens, ResourceExhausted if other
         prompts take all of the budget. A caller that is cancelled leaves no work behind, except for the part of a text that
@@ -43,13 +45,13 @@ class PromptEncoder:
             bound = f"at most {most} characters" + (f", {why}" if most < MOST_CHARACTERS else "")
             raise InvalidRequest("prompt.text", f"{len(text)} characters", bound)
         if len(text) <= SHORT:
-            return self._tokenizer.encode(text)
+            return self._tokenizer.encode(text, begin=begin)
         if self._characters + len(text) > MOST_CHARACTERS:
             problem = f"prompts of {self._characters} characters are being tokenised, at most {MOST_CHARACTERS} may be"
             raise ResourceExhausted(problem, RETRY_S)
         self._characters += len(text)
         left = threading.Event()
-        work = self._threads.submit(self._encode, text, max_context, left)
+        work = self._threads.submit(self._encode, text, max_context, begin, left)
         work.add_done_callback(partial(self._done, asyncio.get_running_loop(), len(text)))
         try:
             return await asyncio.wrap_future(work)
@@ -59,13 +61,13 @@ class PromptEncoder:
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    def _encode(self, text: str, max_context: int, left: threading.Event) -> list[int]:
+    def _encode(self, text: str, max_context: int, begin: bool, left: threading.Event) -> list[int]:
         """Tokenises the beginning of a long text first; all of it only if it may fit."""
         if len(text) > PREFIX * max_context:
-            ids = self._tokenizer.encode(text[: PREFIX * max_context])
+            ids = self._tokenizer.encode(text[: PREFIX * max_context], begin=begin)
             if len(ids) >= max_context + MARGIN or left.is_set():
                 return ids
-        return self._tokenizer.encode(text)
+        return self._tokenizer.encode(text, begin=begin)
 
     def _done(self, loop: asyncio.AbstractEventLoop, characters: int, _: Future[list[int]]) -> None:
         if not loop.is_closed():

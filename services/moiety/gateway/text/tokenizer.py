@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 
 from moiety.errors import InvalidRequest
+from moiety.model.checkpoint.chat_template import ChatTemplate
 from moiety.model.checkpoint.tokenizer import TokenKinds, open_tokenizer
 
 
@@ -23,6 +24,7 @@ class Tokenizer:
 
     def __init__(self, folder: str):
         """Raises CheckpointError when the folder has no usable tokenizer."""
+        self._folder = folder
         self._tokenizer, self.stop_ids = open_tokenizer(folder)
         self.kinds = TokenKinds(self._tokenizer)
         self._tokens: dict[int, Token] = {}
@@ -35,7 +37,7 @@ class Tokenizer:
     @cached_property
     def longest_token(self) -> int:
         """Most characters of text that one token stands for."""
-        return max(map(len, self._vocabulary))
+        return max(map(len, self.vocabulary))
 
     def encode(self, text: str, *, begin: bool = True) -> list[int]:
         """Returns the token ids of a prompt. `begin`: with the special tokens that the tokenizer puts before a text, if any.
@@ -47,14 +49,24 @@ class Tokenizer:
 
     def token_id(self, token: str) -> int:
         """Returns the id of the token whose text is exactly `token`. Raises InvalidRequest where there is none."""
-        found = self._vocabulary.get(token)
+        found = self.vocabulary.get(token)
         if found is None:
             raise InvalidRequest("sampling.first_token", token, "the text of a token of this model")
         return found
 
     @cached_property
-    def _vocabulary(self) -> dict[str, int]:
+    def vocabulary(self) -> Mapping[str, int]:
+        """The id of each token by its name."""
         return dict(self._tokenizer.get_vocab())
+
+    @cached_property
+    def special_tokens(self) -> Mapping[str, int]:
+        """The id of each special token, which decoding skips, by its text."""
+        return {name: token_id for name, token_id in self.vocabulary.items() if not self.kinds.has_text(token_id)}
+
+    def chat_template(self) -> ChatTemplate | None:
+        """Opens the checkpoint's chat template; None if it has none. Blocks for about a second; raises CheckpointError."""
+        return ChatTemplate.open(self._folder, self._tokenizer)
 
     def token(self, token_id: int) -> Token:
         """Returns what a token shows. Raises InvalidRequest for an id that the tokenizer does not have."""

@@ -67,6 +67,7 @@ def revision_of(checkpoint: Checkpoint, verify: Verify = "sampled") -> str:
     if a file cannot be read.
     """
     companions = [checkpoint.path / name for name in COMPANIONS]
+    companions += sorted(checkpoint.path.glob("additional_chat_templates/*.jinja"))
     stamps = tuple(_stamp(file) for file in [*checkpoint.shards, *filter(Path.is_file, companions)])
     config = {key: value for key, value in checkpoint.config.items() if key not in INCIDENTAL}
     recent = any(changed > time.time_ns() - RECENT_NS for _, _, _, changed, _ in stamps)
@@ -89,7 +90,7 @@ def pinned_revision(checkpoint: Checkpoint, verify: Verify, wanted: str) -> str:
 def _cached(config: str, shards: int, stamps: tuple[_Stamp, ...], verify: Verify) -> str:
     """Returns the revision from the cache on disk, or computes it. The arguments are the key: a changed file is read again.
 
-    `stamps` are those of the `shards` shards, then those of the COMPANIONS.
+    `stamps` are those of the `shards` shards, then those of the COMPANIONS and of further chat templates.
     """
     key = hashlib.blake2b(repr((FORMAT, config, shards, stamps, verify)).encode(), digest_size=DIGEST_BYTES).hexdigest()
     file = folder / "revisions" / key if (folder := cache_dir()) else None

@@ -47,7 +47,7 @@ def deployed(
         dtype="float32",
         groups=groups,
         registry=RegistryUrl(redis.url),
-        gateway=GatewayDeployment(port=0),
+        gateway=GatewayDeployment(port=0, http_port=0),
         router=RouterDeployment(
             min_replicas=routers, max_replicas=routers, num_cpus=0.1, kv_memory=ByteSize(kv_memory)
         ),

@@ -128,3 +128,11 @@ def test_full_verification_finds_one_bit(tmp_path: Path):
     _flip(folder, "model.layers.0.block_sparse_moe.experts.0.w1.weight", 8192)
     assert named(folder) == sampled, "the flipped bit was meant to be outside of the sample"
     assert named(folder, verify="full") != full
+
+
+def test_a_further_chat_template_differs(folder: Path):
+    """A chat template for tools changes what is served, so it changes the revision."""
+    before = named(folder)
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates/tool_use.jinja").write_text("{{ tools }}")
+    assert named(folder) != before

@@ -1,0 +1,106 @@
+"""Reads the body of a request, bounded before it is parsed, and parses it as a JSON object."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from pydantic_core import from_json
+from starlette.types import Receive
+
+from moiety.errors import InvalidRequest, ResourceExhausted
+from moiety.gateway.http.errors import ClientGone, HttpError
+
+MOST_BYTES = 16 << 20  # of one body
+# Of all bodies that are being read or parsed. A parsed body may take some 30 times its size: `[[],[],…`.
+MOST_BYTES_TOGETHER = 48 << 20
+SMALL_BYTES = 64 << 10  # a body up to this size takes nothing of the budget that others share
+RETRY_S = 1.0
+
+
+class BodyReader:
+    """Reads bodies for one gateway, within a budget for all of them. Used on its event loop only."""
+
+    def __init__(self) -> None:
+        self._bytes = 0  # of large bodies that are being read or parsed
+
+    @contextmanager
+    def _space(self) -> Iterator[_Space]:
+        space = _Space(self)
+        try:
+            yield space
+        finally:
+            self._bytes -= space.taken
+
+    def take(self, count: int) -> None:
+        """Takes `count` bytes of the budget. Raises ResourceExhausted where others have taken it."""
+        if self._bytes + count > MOST_BYTES_TOGETHER:
+            why = f"bodies of {self._bytes} bytes are being read, at most {MOST_BYTES_TOGETHER} may be"
+            raise ResourceExhausted(why, RETRY_S)
+        self._bytes += count
+
+    async def read(self, headers: Mapping[bytes, bytes], receive: Receive) -> dict[str, Any]:
+        """Returns the JSON object that a request carries.
+
+        Raises HttpError for another media type (415) or too large a body (413), InvalidRequest for what is no JSON object,
+        ResourceExhausted if other bodies take the budget, ClientGone if the client leaves before it has sent everything.
+        """
+        _check_type(headers)
+        declared = headers.get(b"content-length", b"0")
+        if declared.isdigit() and (len(declared) > 18 or int(declared) > MOST_BYTES):
+            raise _too_large()
+        with self._space() as space:
+            data = bytearray()
+            more = True
+            while more:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientGone("the client left before it had sent its request")
+                data += message.get("body", b"")
+                more = message.get("more_body", False)
+                if len(data) > MOST_BYTES:
+                    raise _too_large()
+                space.grow(len(data))
+            return _parsed(data)
+
+
+class _Space:
+    """What one body takes of the budget."""
+
+    def __init__(self, reader: BodyReader):
+        self._reader = reader
+        self.taken = 0
+
+    def grow(self, size: int) -> None:
+        """Takes what a body of `size` bytes needs."""
+        if size > max(self.taken, SMALL_BYTES):
+            self._reader.take(size - self.taken)
+            self.taken = size
+
+
+def _parsed(data: bytearray) -> dict[str, Any]:
+    try:
+        # Refuses NaN, text that is not Unicode, numbers of thousands of digits, and nesting deeper than 200.
+        value = from_json(data, allow_inf_nan=False)
+    except ValueError as error:
+        raise InvalidRequest("body", f"{len(data)} bytes", f"JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise InvalidRequest("body", f"a JSON {type(value).__name__}", "a JSON object")
+    return value
+
+
+def _check_type(headers: Mapping[bytes, bytes]) -> None:
+    # A page of a foreign site can make a browser send every other type without asking this server first.
+    given = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
+    if given != b"application/json":
+        shown = given.decode("latin-1")[:80]
+        raise HttpError(415, f"content-type = {shown!r}: must be application/json")
+    encoding = headers.get(b"content-encoding", b"identity").strip().lower()
+    if encoding != b"identity":
+        shown = encoding.decode("latin-1")[:80]
+        raise HttpError(415, f"content-encoding = {shown!r}: must be identity; compressed bodies are not read")
+
+
+def _too_large() -> HttpError:
+    return HttpError(413, f"the request's body has over {MOST_BYTES} bytes, the most allowed")

@@ -1,0 +1,93 @@
+"""From a request's body to sampling options, with the defaults of this API."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TypeVar
+
+from moiety.core.sampling import Guide
+from moiety.core.sampling_options import MAX_CHOICES, SamplingOptions
+from moiety.errors import InvalidRequest
+from moiety.gateway.http.schema.bodies import GenerationBody
+from moiety.model.checkpoint.generation_defaults import GenerationDefaults
+
+V = TypeVar("V")
+
+COMPLETION_TOKENS = 16  # what OpenAI's completions have by default
+_SEEDS = 1 << 64
+
+
+def options_of(
+    body: GenerationBody,
+    defaults: GenerationDefaults,
+    *,
+    max_tokens: int | None,
+    guide: Guide | None,
+    logprobs: bool = False,
+    top_logprobs: int = 0,
+    prompt_logprobs: bool = False,
+) -> SamplingOptions:
+    """Returns the options of a request. `max_tokens` None: the checkpoint's default, or all that the context has left.
+
+    What the request leaves out is as the checkpoint's publisher recommends it, and otherwise as in OpenAI's API.
+    """
+    return SamplingOptions(
+        max_tokens=_first(max_tokens, defaults.max_new_tokens),
+        fill_context=True,
+        temperature=_first(body.temperature, defaults.temperature, 1.0),
+        top_p=_first(body.top_p, defaults.top_p),
+        top_k=_first(_top_k(body.top_k), defaults.top_k),
+        min_p=_first(body.min_p, defaults.min_p),
+        seed=_seed(body.seed),
+        repetition_penalty=_first(body.repetition_penalty, defaults.repetition_penalty),
+        presence_penalty=body.presence_penalty,
+        frequency_penalty=body.frequency_penalty,
+        logit_bias=body.logit_bias or {},
+        ignore_eos=bool(body.ignore_eos),
+        min_tokens=body.min_tokens or 0,
+        stop=body.stop or (),
+        stop_token_ids=body.stop_token_ids or (),
+        logprobs=logprobs,
+        top_logprobs=top_logprobs,
+        prompt_logprobs=prompt_logprobs,
+        n=body.n,
+        guide=guide,
+    )
+
+
+def choices_of(body: GenerationBody) -> int:
+    """Returns how many choices a request asks for. Raises InvalidRequest for too many, before anything is made for each."""
+    n = 1 if body.n is None else body.n
+    if not 1 <= n <= MAX_CHOICES:
+        raise InvalidRequest("n", n, f"1 to {MAX_CHOICES}")
+    return n
+
+
+def field_names(prompt: str, guide_field: str | None, **others: str) -> Mapping[str, str]:
+    """Returns the client's names of the core's fields, for error messages.
+
+    `prompt`: the client's field of the prompt. `guide_field`: the field that the guide comes from. `others`: the core's
+    sampling parameter -> the client's field.
+    """
+    names = {"prompt.text": prompt, "prompt.token_ids": prompt, "prompt": prompt, "tenant": "user"}
+    if guide_field is not None:
+        names |= {f"sampling.guide.{kind}": guide_field for kind in ("json_schema", "regex", "grammar")}
+    return names | {f"sampling.{name}": field for name, field in others.items()}
+
+
+def _first(*values: V | None) -> V | None:
+    """Returns the first value that is given."""
+    return next((value for value in values if value is not None), None)
+
+
+def _top_k(value: int | None) -> int | None:
+    return 0 if value == -1 else value
+
+
+def _seed(value: int | None) -> int | None:
+    """Returns the seed as the core counts it: OpenAI's may be negative."""
+    if value is None:
+        return None
+    if not -_SEEDS // 2 <= value < _SEEDS:
+        raise InvalidRequest("seed", value, f"{-_SEEDS // 2} to {_SEEDS - 1}")
+    return value % _SEEDS

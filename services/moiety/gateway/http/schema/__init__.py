@@ -1,0 +1,1 @@
+"""The bodies of requests: which fields they have, and of which type."""

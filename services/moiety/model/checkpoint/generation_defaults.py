@@ -1,0 +1,59 @@
+"""The sampling settings that a checkpoint's publisher recommends, in generation_config.json."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from moiety.errors import CheckpointError
+from moiety.model.checkpoint.checkpoint import read_json
+
+GENERATION_FILE = "generation_config.json"
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationDefaults:
+    """What a request that leaves these settings out gets; None: the publisher says nothing.
+
+    Units and meanings are those of `Sampling`; `top_k` 0 means the whole vocabulary, and `max_new_tokens` counts the output.
+
+    As in vLLM's `--generation-config auto`, `do_sample` plays no role: a client that wants greedy output asks for temperature 0.
+    """
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    max_new_tokens: int | None = None
+
+    @classmethod
+    def open(cls, folder: str | Path) -> GenerationDefaults:
+        """Reads them from a checkpoint folder; all are None where it has no such file.
+
+        Raises CheckpointError that names file, field, value and bound.
+        """
+        file = Path(folder, GENERATION_FILE)
+        stated = read_json(file) if file.is_file() else {}
+
+        def checked(name: str, holds: Callable[[float], bool], bound: str) -> float | None:
+            value = stated.get(name)
+            if value is None:
+                return None
+            number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+            if not number or not holds(value):
+                raise CheckpointError(f"{file}: {name} = {value!r}: must be {bound}")
+            return float(value)
+
+        top_k = checked("top_k", lambda k: k == int(k) and k >= -1, "an integer of at least -1")  # -1: all, as 0
+        most = checked("max_new_tokens", lambda count: count == int(count) and count >= 1, "an integer of at least 1")
+        return cls(
+            temperature=checked("temperature", lambda value: value >= 0, "a number of at least 0"),
+            top_p=checked("top_p", lambda value: 0 < value <= 1, "above 0 and at most 1"),
+            top_k=None if top_k is None else max(0, int(top_k)),
+            min_p=checked("min_p", lambda value: 0 <= value <= 1, "from 0 to 1"),
+            repetition_penalty=checked("repetition_penalty", lambda value: value > 0, "above 0"),
+            max_new_tokens=None if most is None else int(most),
+        )
