@@ -79,7 +79,9 @@ class LoadRun:
         await asyncio.gather(*(self._send(server, record, planned) for record, planned in records))
         for record, _ in records:
             if record.failure is not None:
-                raise Unavailable(f"warm-up request to {server.url}{self.work.path}: {record.failure}: {record.message}")
+                raise Unavailable(
+                    f"warm-up request to {server.url}{self.work.path}: {record.failure}: {record.message}"
+                )
         self._peak = 0
 
     async def _open(self, server: OpenAiServer, plan: Plan) -> None:

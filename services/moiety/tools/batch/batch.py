@@ -83,7 +83,9 @@ class BatchRun:
             allow_connections(min(work.concurrency, self.counts.left))
             async with OpenAiServer(work.url, api_key=self._api_key, timeout_s=work.timeout_s) as server:
                 await _check(server)
-                self._progress(f"send: {self.counts.left} of {self.counts.total} to {server.url}, {work.concurrency} at once")
+                self._progress(
+                    f"send: {self.counts.left} of {self.counts.total} to {server.url}, {work.concurrency} at once"
+                )
                 await self._send_all(server, output, errors)
 
     def _recover(self, output: ResultFile, errors: ResultFile) -> None:
