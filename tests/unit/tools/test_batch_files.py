@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from pathlib import Path
 
 import pytest
@@ -84,7 +85,7 @@ def test_a_file_of_something_else_is_left_alone(tmp_path: Path, text: str) -> No
     """A file that holds something else is refused, and stays as it is."""
     file = tmp_path / "notes.txt"
     file.write_text(text)
-    with ResultFile(file) as results, pytest.raises(InvalidRequest, match="line 1 = .* the file was not changed"):
+    with ResultFile(file) as results, pytest.raises(InvalidRequest, match=r"line 1 = .* the file was not changed"):
         list(results.recover())
     assert file.read_text() == text
 
@@ -98,9 +99,19 @@ def test_two_runs_of_one_file(tmp_path: Path) -> None:
         pass
 
 
-def test_a_full_disk_leaves_whole_lines() -> None:
-    """Where the disk is full, the error names the file."""
-    if not Path("/dev/full").exists():
-        pytest.skip("/dev/full is Linux's")
-    with ResultFile(Path("/dev/full")) as results, pytest.raises(FailedPrecondition, match="/dev/full: "):
-        results.append(result("a"))
+def test_a_full_disk_leaves_whole_lines(tmp_path: Path) -> None:
+    """Where a line does not fit, as on a full disk, the error names the file, and no part of the line remains."""
+    file = tmp_path / "out.jsonl"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with ResultFile(file) as results:
+        results.append(result("a" * 1_000_000))
+        whole = file.read_bytes()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 10, limits[1]))
+        try:
+            with pytest.raises(FailedPrecondition, match=str(file)):
+                results.append(result("b"))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert file.read_bytes() == whole
+        results.append(result("b"))
+        assert [len(custom_id) for _, custom_id, _ in results.recover()] == [1_000_000, 1]

@@ -30,8 +30,8 @@ COMMANDS: Mapping[str, str] = MappingProxyType(
 def bench() -> None:
     """Measure the system on this machine: transports, kernels, memory, serving speed, overload, elasticity.
 
-    Each benchmark starts what it needs and leaves no process behind. Systems that are compared are measured in turns.
-    Run it on a quiet machine: other load distorts the numbers.
+    Each benchmark starts what it needs and leaves no process behind; `load` measures a server that runs. Systems that are
+    compared are measured in turns. Run it on a quiet machine: other load distorts the numbers.
 
     \b
     Example:
