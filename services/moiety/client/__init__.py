@@ -3,6 +3,7 @@
 from moiety.client.chunk import Chunk, ModelInfo
 from moiety.client.client import Client
 from moiety.client.completion import Choice, Completion, completion_of
+from moiety.client.message import is_messages
 from moiety.client.options import GenerateOptions, Messages, Prompt
 from moiety.client.sync_client import SyncClient
 
@@ -17,4 +18,5 @@ __all__ = [
     "Prompt",
     "SyncClient",
     "completion_of",
+    "is_messages",
 ]
