@@ -128,6 +128,17 @@ def json_option(function: Function) -> Function:
     )(function)
 
 
+def api_key_option(function: Function) -> Function:
+    """Adds the option --api-key KEY, passed as `api_key`."""
+    return click.option(
+        "--api-key",
+        metavar="KEY",
+        envvar="OPENAI_API_KEY",
+        show_envvar=True,
+        help="Key that the server asks for. The variable keeps it out of the list of processes.",
+    )(function)
+
+
 def write_json(file: Path | None, value: object) -> None:
     """Writes `value` to `file` as indented JSON; does nothing where `file` is None."""
     if file is not None:
@@ -135,11 +146,14 @@ def write_json(file: Path | None, value: object) -> None:
 
 
 def invocation(context: click.Context) -> str:
-    """Returns the command line that repeats this run: every option that has a value, defaults included, but not --json."""
+    """Returns the command line that repeats this run: options with a value, defaults included.
+
+    It leaves out --json, and --api-key, which is a secret.
+    """
     words = context.command_path.split()
     for parameter in context.command.params:
         value = context.params.get(parameter.name or "")
-        if value in (None, ()) or parameter.name == "json_file":
+        if value in (None, ()) or parameter.name in ("json_file", "api_key"):
             continue
         if isinstance(parameter, click.Option) and parameter.is_flag:
             words += [parameter.opts[0]] if value else []

@@ -19,6 +19,7 @@ DTYPES: tuple[str, ...] = get_args(Dtype)
 Overflow = Literal["wait", "backup"]
 _SIZE = {"type": ["integer", "string"], "minimum": 1 << 10, "pattern": r"^[0-9]+(\.[0-9]+)?\s*([KMGT]i?B)?$"}
 Size = Annotated[ByteSize, Field(ge=1 << 10), WithJsonSchema(_SIZE)]  # bytes, with or without a unit
+DEFAULT_HTTP_PORT = 50080  # of the gateway's OpenAI API, beside gRPC's 50051
 # What `Scaling.with_live` may change.
 LIVE_SETTINGS = ("target_busy", "queue_wait_ms", "shrink_after_s", "shrink_margin")
 

@@ -17,6 +17,7 @@ COMMANDS: Mapping[str, str] = MappingProxyType(
         "flood": "Offer more requests than can be served, and check tokens/s of accepted ones and retry delays of refusals.",
         "hop": "Measure the hop over each transport: a call to an expert replica and back, less the experts' own time.",
         "lanes": "Measure lanes: a step's batch in one piece, in two parts that take turns, and in the way the router chooses.",
+        "load": "Offer load to any server that speaks OpenAI's API, and measure what its clients see.",
         "memory": "Compare the peak memory of expert replicas, from start to first answers, with the weights they hold.",
         "quantize": "Measure what quantised experts cost a trained model: perplexity and greedy agreement with bfloat16.",
         "serve": "Measure serving speed beside other systems, in turns, on the same checkpoints and prompts.",
@@ -29,8 +30,8 @@ COMMANDS: Mapping[str, str] = MappingProxyType(
 def bench() -> None:
     """Measure the system on this machine: transports, kernels, memory, serving speed, overload, elasticity.
 
-    Each benchmark starts what it needs and leaves no process behind. Systems that are compared are measured in turns.
-    Run it on a quiet machine: other load distorts the numbers.
+    Each benchmark starts what it needs and leaves no process behind; `load` measures a server that runs. Systems that are
+    compared are measured in turns. Run it on a quiet machine: other load distorts the numbers.
 
     \b
     Example:

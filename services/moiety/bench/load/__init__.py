@@ -1,0 +1,1 @@
+"""`moiety bench load`: a load generator for any server that speaks OpenAI's API."""
