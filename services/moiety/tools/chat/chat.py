@@ -7,7 +7,7 @@ from contextlib import closing
 
 from moiety.client import Chunk, GenerateOptions, ModelInfo, SyncClient
 from moiety.core.sampling import FinishReason
-from moiety.errors import InvalidRequest, MoietyError, Unavailable
+from moiety.errors import FailedPrecondition, InvalidRequest, MoietyError, Unavailable
 from moiety.tools.chat.commands import COMMANDS, Commands
 from moiety.tools.chat.conversation import Conversation, tokens_of
 from moiety.tools.chat.reasoning import ReasoningSplitter
@@ -83,7 +83,7 @@ class Chat:
         message = self._unanswered
         if not message:
             if (turn := self._conversation.undo()) is None:
-                raise InvalidRequest("/retry", "", "after a message")
+                raise FailedPrecondition("there is no message yet to send again")
             message = turn.message
         self._say(message)
 
@@ -169,7 +169,7 @@ class Chat:
 
     def _shown_stats(self) -> str:
         if self._stats is None:
-            raise InvalidRequest("/stats", "", "after a reply")
+            raise FailedPrecondition("there is no reply yet")
         used = f"about {self._conversation.tokens:,} of {self._model.max_context:,} tokens of context used"
         return f"{self._stats}; {used}"
 

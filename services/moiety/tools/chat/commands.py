@@ -48,7 +48,7 @@ class Commands:
                 return Conversation(conversation.system)
             case "undo":
                 if (turn := conversation.undo()) is None:
-                    raise InvalidRequest("/undo", "", "after a message")
+                    raise FailedPrecondition("there is no message yet to take back")
                 self._screen.note(f"Taken back: {_short(turn.message)}")
             case "system":
                 self._system(argument, conversation)
@@ -89,7 +89,7 @@ class Commands:
         except OSError as error:
             raise FailedPrecondition(f"{file}: {error.strerror}") from None
         self._own_files.add(file)
-        self._screen.note(f"{len(conversation.turns)} turns are in {file}.")
+        self._screen.note(f"Saved to {file}: {_turns(conversation)}.")
 
     def _load(self, argument: str) -> Conversation:
         file = _file("/load", argument)
@@ -99,7 +99,7 @@ class Commands:
             raise FailedPrecondition(f"{file}: {error.strerror}") from None
         self._own_files.add(file)
         last = f"; the last message: {_short(loaded.turns[-1].message)}" if loaded.turns else ""
-        self._screen.note(f"{len(loaded.turns)} turns{last}")
+        self._screen.note(f"Loaded {_turns(loaded)}{last}")
         return loaded
 
 
@@ -107,6 +107,11 @@ def _file(command: str, argument: str) -> Path:
     if not argument:
         raise InvalidRequest(command, "", "with the name of a file")
     return Path(argument).expanduser().absolute()
+
+
+def _turns(conversation: Conversation) -> str:
+    count = len(conversation.turns)
+    return f"{count} turn" if count == 1 else f"{count} turns"
 
 
 def _short(text: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from moiety.errors import InvalidRequest
+from moiety.errors import ConfigError, InvalidRequest
 
 Parse = Callable[[str], Any]  # raises ValueError that says what the value must be
 
@@ -24,7 +24,7 @@ class ChatSettings:
         return list(self._parsers)
 
     def set(self, name: str, text: str) -> None:
-        """Changes an option; an empty text takes its value away. Raises InvalidRequest for a wrong name or value."""
+        """Changes an option; an empty text takes its value away. Raises InvalidRequest for a wrong name, ConfigError for a wrong value."""
         name = name.replace("-", "_")
         if name not in self._parsers:
             raise InvalidRequest("/set", name, f"one of {', '.join(self._parsers)}")
@@ -34,7 +34,7 @@ class ChatSettings:
         try:
             self.values[name] = self._parsers[name](text)
         except ValueError as error:
-            raise InvalidRequest(name, text, str(error)) from None
+            raise ConfigError(name, text, str(error)) from None
 
     def __str__(self) -> str:
         shown = (f"{name} {self.values[name]}" for name in self._parsers if name in self.values)
