@@ -7,7 +7,6 @@ import fcntl
 import os
 import pty
 import re
-import subprocess
 import sys
 import termios
 from collections.abc import AsyncIterator
@@ -58,7 +57,7 @@ async def served(folder: Path, *, max_context: int = 2000, chats: bool = True) -
 class Terminal:
     """A terminal in which `moiety chat` runs."""
 
-    def __init__(self, master: int, process: subprocess.Popen[bytes]):
+    def __init__(self, master: int, process: asyncio.subprocess.Process):
         self._master, self.process = master, process
         self.raw = ""  # what came since the last `until`
         asyncio.get_running_loop().add_reader(master, self._read)
@@ -99,15 +98,15 @@ class Terminal:
     async def ended(self) -> int:
         """Waits until the process has ended; returns its exit status."""
         async with asyncio.timeout(30):
-            return await asyncio.to_thread(self.process.wait)
+            return await self.process.wait()
 
 
 @asynccontextmanager
 async def terminal(address: str, *words: str, state: Path, **environment: str) -> AsyncIterator[Terminal]:
     """`moiety chat` in a terminal of its own, with `state` as the folder of its history."""
     master, slave = pty.openpty()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "moiety.cli.main", "chat", "--address", address, *words],
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "moiety.cli.main", "chat", "--address", address, *words),
         stdin=slave,
         stdout=slave,
         stderr=slave,
@@ -121,9 +120,9 @@ async def terminal(address: str, *words: str, state: Path, **environment: str) -
         yield opened
     finally:
         asyncio.get_running_loop().remove_reader(master)
-        if process.poll() is None:
+        if process.returncode is None:
             process.kill()
-            process.wait()
+            await process.wait()
         os.close(master)
 
 

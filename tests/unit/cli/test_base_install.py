@@ -93,6 +93,33 @@ def test_generate_needs_no_extra(gateway: str) -> None:
     assert "simulate" in done.stdout
 
 
+def test_chat_needs_no_extra(gateway: str) -> None:
+    """`moiety chat` answers where only the base can be imported, and so does `moiety generate --chat`."""
+    words = ["chat", "--address", gateway, "--max-tokens", "4"]
+    done = run(f"""
+import io
+from moiety.cli.main import run
+sys.stdin = io.StringIO("hello\\n")
+sys.exit(run({words!r}))
+""")
+    assert (done.returncode, done.stdout[-1], done.stderr) == (0, "\n", "")
+    words = ["generate", "hello", "--chat", "--address", gateway, "--max-tokens", "4", "--ignore-eos", "--token-ids"]
+    done = run(f"from moiety.cli.main import run; sys.exit(run({words!r}))")
+    assert (done.returncode, len(done.stdout.split())) == (0, 4), done.stderr
+
+
+def test_the_model_of_a_script_names_what_it_needs() -> None:
+    """`import moiety` works without extras; `LLM` raises for the missing package when it is asked for."""
+    done = run("""
+import moiety
+try:
+    moiety.LLM
+except ModuleNotFoundError as error:
+    print(moiety.__version__ != "", error)
+""")
+    assert done.stdout.startswith("True No module named ")
+
+
 @pytest.mark.parametrize("command", ["serve --help", "models", "bench hop", "simulate"])
 def test_other_commands_name_the_extra(command: str) -> None:
     """A command that needs more ends with status 1 and one line that says what to install."""

@@ -43,7 +43,7 @@ async def test_a_conversation_in_a_terminal(chatty: Path, tmp_path: Path):
 
 
 async def test_a_reply_streams_and_ctrl_c_stops_it(chatty: Path, tmp_path: Path):
-    """Text appears while the model still generates. Ctrl-C ends the request, keeps what came, and at a prompt drops the line."""
+    """Text appears while the model generates. Ctrl-C ends the request and keeps what came; at a prompt it drops the line."""
     held = asyncio.Event()
 
     async def hold(position: int) -> None:
@@ -259,7 +259,7 @@ async def test_the_model_can_be_named(chatty: Path):
 
 
 async def test_the_history_lasts(chatty: Path, tmp_path: Path):
-    """What was entered comes back with the arrow key in the next chat, in a file only for its owner; --no-history keeps none."""
+    """What was entered comes back with the arrow key in the next chat, from a file of its owner; --no-history keeps none."""
     file = tmp_path / "moiety" / "chat_history"
     async with served(chatty) as gateway:
         gateway.reply("fine")

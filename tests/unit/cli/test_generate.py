@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from moiety.client import Chunk, Client
+from moiety.client import Chunk, Client, Prompt
 
 PROMPT = "Each expert group is a service"
 
 
-def chunks_of(address: str, prompt: str, **options: object) -> list[Chunk]:
+def chunks_of(address: str, prompt: Prompt, **options: object) -> list[Chunk]:
     """Returns the chunks that the client gets for the same request."""
 
     async def collect() -> list[Chunk]:
@@ -67,6 +67,21 @@ def test_every_option_reaches_the_system(gateway: str, moiety: Callable, tmp_pat
     refused = moiety(*base, "--logit-bias", "42")
     assert refused.status == 2
     assert "must be ID=BIAS" in refused.err
+
+
+def test_a_conversation_of_one_message(gateway: str, moiety: Callable) -> None:
+    """--chat sends PROMPT through the chat template, after --system; the defaults are the publisher's; --model is checked."""
+    messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": PROMPT}]
+    chunks = chunks_of(gateway, messages, max_tokens=8, ignore_eos=True, recommended=True, seed=3)
+    base = ["generate", PROMPT, "--address", gateway, "--max-tokens", "8", "--ignore-eos", "--seed", "3", "--token-ids"]
+    chat = moiety(*base, "--chat", "--system", "Be kind.")
+    assert chat.out.split() == [str(token) for chunk in chunks for token in chunk.token_ids]
+    assert moiety(*base).out != chat.out
+    refused = moiety(*base, "--system", "Be kind.")
+    assert refused.status == 2
+    assert "need --chat" in refused.err
+    assert "is not served here" in moiety(*base, "--model", "other").err
+    assert "must be a JSON object" in moiety(*base, "--chat", "--template-arguments", "[]").err
 
 
 def test_prompt_from_stdin(gateway: str, moiety: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
