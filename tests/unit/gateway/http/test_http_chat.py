@@ -78,6 +78,13 @@ async def test_the_checkpoints_defaults_stand_where_a_request_says_nothing(chat_
     assert second.max_tokens == 3
 
 
+async def test_a_default_length_beyond_the_context_is_cut(chat_door: ChatDoor):
+    """A checkpoint that recommends more tokens than the context has left gives what is left."""
+    async with chat_door(engine(), defaults=GenerationDefaults(max_new_tokens=9999)) as door:
+        answer = await door.post(PATH, messages=ASK)
+    assert answer["usage"]["total_tokens"] == WIDE.max_context
+
+
 async def test_log_probabilities_come_with_bytes(chat_door: ChatDoor):
     """Each token has its text, its bytes and the likeliest others; the bytes make up the text."""
     asked = {"messages": ASK, "max_tokens": 5, "seed": 3, "logprobs": True, "top_logprobs": 2}
