@@ -22,18 +22,19 @@ def options_of(
     defaults: GenerationDefaults,
     *,
     max_tokens: int | None,
+    default_max_tokens: int | None,
     guide: Guide | None,
     logprobs: bool = False,
     top_logprobs: int = 0,
     prompt_logprobs: bool = False,
 ) -> SamplingOptions:
-    """Returns the options of a request. `max_tokens` None: the checkpoint's default, or all that the context has left.
+    """Returns the options of a request. `default_max_tokens` None: all that the context has left.
 
     What the request leaves out is as the checkpoint's publisher recommends it, and otherwise as in OpenAI's API.
     """
     return SamplingOptions(
-        max_tokens=_first(max_tokens, defaults.max_new_tokens),
-        fill_context=True,
+        max_tokens=max_tokens,
+        default_max_tokens=_first(defaults.max_new_tokens, default_max_tokens),
         temperature=_first(body.temperature, defaults.temperature, 1.0),
         top_p=_first(body.top_p, defaults.top_p),
         top_k=_first(_top_k(body.top_k), defaults.top_k),

@@ -19,7 +19,8 @@ class GenerationDefaults:
 
     Units and meanings are those of `Sampling`; `top_k` 0 means the whole vocabulary, and `max_new_tokens` counts the output.
 
-    As in vLLM's `--generation-config auto`, `do_sample` plays no role: a client that wants greedy output asks for temperature 0.
+    As in vLLM's `--generation-config auto`, `do_sample` plays no role: a client that wants greedy output asks for temperature
+    0.
     """
 
     temperature: float | None = None
