@@ -27,9 +27,7 @@ class SamplingOptions:
     """Sampling settings as a client gives them. None: the client leaves the value to the default. See generation.proto."""
 
     max_tokens: int | None = None
-    default_max_tokens: int | None = (
-        DEFAULT_MAX_TOKENS  # or what the context has left, if that is less; None: all of that
-    )
+    default_max_tokens: int | None = DEFAULT_MAX_TOKENS  # or what the context has left if that is less; None: all of it
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
