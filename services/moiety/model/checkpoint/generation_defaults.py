@@ -62,10 +62,12 @@ class GenerationDefaults:
             max_new_tokens=None if most is None else int(most),
         )
 
-    def filled_in(self, options: SamplingOptions) -> SamplingOptions:
-        """Returns `options` with these defaults where a client left a value out, and else those of OpenAI's API."""
+    def filled_in(self, options: SamplingOptions, default_max_tokens: int | None = None) -> SamplingOptions:
+        """Returns `options` with these defaults where a client left a value out, and else those of OpenAI's API.
+
+        `default_max_tokens`: where the publisher says nothing; None: all that the context has left.
+        """
         recommended: dict[str, Any] = {
-            "max_tokens": self.max_new_tokens,
             "temperature": OPENAI_TEMPERATURE if self.temperature is None else self.temperature,
             "top_p": self.top_p,
             "top_k": self.top_k,
@@ -73,4 +75,5 @@ class GenerationDefaults:
             "repetition_penalty": self.repetition_penalty,
         }
         left_out = {name: value for name, value in recommended.items() if getattr(options, name) is None}
-        return replace(options, fill_context=True, **left_out)
+        most = default_max_tokens if self.max_new_tokens is None else self.max_new_tokens
+        return replace(options, default_max_tokens=most, **left_out)
