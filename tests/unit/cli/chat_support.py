@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import os
 import pty
 import re
 import sys
-import termios
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -20,6 +18,12 @@ from moiety.testing import FakeEngine, eventually, fake_shape
 from support.gateways import gateway_over
 
 CTRL_C, CTRL_D = "\x03", "\x04"
+# Makes the terminal the process's own, so that Ctrl-C becomes a signal, then runs the command.
+IN_TERMINAL = """
+import fcntl, os, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+os.execv(sys.executable, [sys.executable, "-m", "moiety.cli.main", *sys.argv[1:]])
+"""
 _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]|[\x01\x02\r]")
 
 
@@ -106,12 +110,11 @@ async def terminal(address: str, *words: str, state: Path, **environment: str) -
     """`moiety chat` in a terminal of its own, with `state` as the folder of its history."""
     master, slave = pty.openpty()
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "moiety.cli.main", "chat", "--address", address, *words),
+        *(sys.executable, "-c", IN_TERMINAL, "chat", "--address", address, *words),
         stdin=slave,
         stdout=slave,
         stderr=slave,
         start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # so that Ctrl-C becomes a signal
         env={**os.environ, "TERM": "xterm", "INPUTRC": os.devnull, "XDG_STATE_HOME": str(state), **environment},
     )
     os.close(slave)

@@ -24,7 +24,10 @@ class ChatSettings:
         return list(self._parsers)
 
     def set(self, name: str, text: str) -> None:
-        """Changes an option; an empty text takes its value away. Raises InvalidRequest for a wrong name, ConfigError for a wrong value."""
+        """Changes an option; an empty text takes its value away.
+
+        Raises InvalidRequest for a wrong name, ConfigError for a wrong value.
+        """
         name = name.replace("-", "_")
         if name not in self._parsers:
             raise InvalidRequest("/set", name, f"one of {', '.join(self._parsers)}")
