@@ -141,7 +141,9 @@ async def http_streams(address: str, streams: int, tokens: int) -> None:
         writer.write(request)
         received = await reader.read(-1)
         writer.close()
-        assert received.count(b"data: ") == tokens + 1, received[-500:]
+        # A token that ends within a character has no text yet, and so no event.
+        assert tokens // 2 < received.count(b"data: ") <= tokens + 1, received[-500:]
+        assert b"data: [DONE]" in received[-100:], received[-500:]
 
     await asyncio.gather(*(one() for _ in range(streams)))
 
