@@ -77,6 +77,7 @@ SAMPLE: dict[str, Any] = {
         "http_port": 50082,
         "max_concurrent": 77,
         "router_wait_s": 12.0,
+        "tool_format": "hermes",
         "max_connection_age_s": 120.0,
         "max_connection_age_grace_s": 900.0,
         "listen_host": "10.1.1.1",

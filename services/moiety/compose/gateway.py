@@ -76,6 +76,7 @@ async def start(settings: GatewaySettings, replica_id: str, node: str) -> Runnin
 
 
 def _http_server(core: GenerationCore, settings: GatewaySettings, draining: asyncio.Event) -> HttpServer:
-    app = identified(build_app(core, draining=draining.is_set), Owner(core.model.name, str(core.model.system)))
+    api = build_app(core, formats=settings.tool_format, draining=draining.is_set)
+    app = identified(api, Owner(core.model.name, str(core.model.system)))
     limits = Limits(connections=2 * settings.max_concurrent)  # half of them to be refused with a retry delay
     return HttpServer(app, limits, share_port=settings.http_port != 0)

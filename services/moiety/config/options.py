@@ -129,6 +129,22 @@ class RouterOptions(Options):
         return value
 
 
+# Names of gateway/formats besides auto and none.
+ToolFormat = Literal[
+    "auto",
+    "none",
+    "plain",
+    "hermes",
+    "llama",
+    "llama4",
+    "mistral",
+    "mistral_args",
+    "deepseek",
+    "deepseek_v31",
+    "gpt_oss",
+]
+
+
 class GatewayOptions(Options):
     """What a gateway can be set to."""
 
@@ -142,6 +158,8 @@ class GatewayOptions(Options):
     """Requests in flight, at most, before RESOURCE_EXHAUSTED."""
     router_wait_s: float = Field(default=30.0, ge=0, le=3600)
     """Seconds to wait for a ready router."""
+    tool_format: ToolFormat = "auto"
+    """How the model writes reasoning and tool calls; auto: as its chat template shows, none: neither."""
     max_connection_age_s: float = Field(default=600.0, ge=1, le=1_000_000)
     """Seconds, give or take a tenth, after which a client opens a new connection for further requests.
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 
+from moiety.config.options import ToolFormat
 from moiety.gateway.formats.format import FORMATS, format_for
 
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -47,3 +50,8 @@ def test_formats_know_their_names():
     assert [name for name, each in FORMATS.items() if not each.has_calls] == ["plain"]
     assert not FORMATS["hermes"].special_tokens
     assert FORMATS["gpt_oss"].special_tokens
+
+
+def test_the_setting_takes_every_format():
+    """`gateway.tool_format` may be auto, none, or any format there is."""
+    assert set(get_args(ToolFormat)) == {"auto", "none", *FORMATS}
