@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,14 @@ os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 
 
+from moiety.gateway.text.tokenizer import Tokenizer
 from moiety.local.cluster import LocalCluster
+from moiety.model.checkpoint.chat_template import ChatTemplate
 from moiety.registry.embedded_redis import EmbeddedRedis
 from moiety.synthetic import write_tiny
+from moiety.synthetic.tokenizer import write_chat_tokenizer
 from moiety.tools.trace.receiver import TraceReceiver
+from support.doors import ChatDoor, door_over
 from support.interpreter import import_interpreted
 from support.serving import Served
 
@@ -68,3 +73,32 @@ def served(tiny: Callable[[str], str]) -> Iterator[Served]:
             yield Served(cluster, receiver, redis, runner)
         finally:
             runner.run(cluster.stop())
+
+
+@pytest.fixture(scope="session")
+def chat_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with a tokenizer whose chat template knows tools, in the Hermes format."""
+    made = tmp_path_factory.mktemp("chat-tokenizer")
+    write_chat_tokenizer(made)
+    return str(made)
+
+
+@pytest.fixture(scope="session")
+def chat_tokenizer(chat_folder: str) -> Tokenizer:
+    """The tokenizer of `chat_folder`."""
+    return Tokenizer(chat_folder)
+
+
+@pytest.fixture(scope="session")
+def chat_template(chat_tokenizer: Tokenizer) -> Iterator[ChatTemplate]:
+    """The chat template of `chat_folder`."""
+    template = chat_tokenizer.chat_template()
+    assert template is not None
+    yield template
+    template.close()
+
+
+@pytest.fixture
+def chat_door(chat_tokenizer: Tokenizer, chat_template: ChatTemplate) -> ChatDoor:
+    """Opens gateways that serve the chat model over the engines that it gets."""
+    return partial(door_over, chat_tokenizer, template=chat_template)

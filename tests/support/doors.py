@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,8 @@ from moiety.gateway.text.tokenizer import Tokenizer
 from moiety.testing import FakeEngine
 from support.gateways import Gateway, gateway_over
 from support.http_door import http_door
+
+ChatDoor = Callable[..., AbstractAsyncContextManager["Door"]]  # from engines and options to a gateway of a chat model
 
 
 @dataclass(slots=True)
@@ -55,14 +57,9 @@ class Door:
 async def door_over(
     tokenizer: Tokenizer, *engines: FakeEngine, formats: str = "auto", **options: Any
 ) -> AsyncIterator[Door]:
-    """A running gateway over `engines` with both doors; it has the tokenizer's chat template unless `template` says otherwise."""
-    options.setdefault("template", tokenizer.chat_template())
-    try:
-        async with gateway_over(tokenizer, *engines, **options) as gateway:
-            app = build_app(gateway.core, formats=formats, draining=lambda: door.draining)
-            async with http_door(app) as url, httpx.AsyncClient(base_url=url, timeout=20) as client:
-                door = Door(gateway, url, client)
-                yield door
-    finally:
-        if options["template"] is not None:
-            options["template"].close()
+    """A running gateway over `engines` with both doors. `options` are those of `gateway_over`."""
+    async with gateway_over(tokenizer, *engines, **options) as gateway:
+        app = build_app(gateway.core, formats=formats, draining=lambda: door.draining)
+        async with http_door(app) as url, httpx.AsyncClient(base_url=url, timeout=20) as client:
+            door = Door(gateway, url, client)
+            yield door

@@ -16,6 +16,7 @@ from moiety.gateway.http.app import build_app
 from moiety.gateway.routers.router_pool import RouterPool
 from moiety.gateway.text.encoder import PromptEncoder
 from moiety.gateway.text.tokenizer import Tokenizer
+from moiety.model.checkpoint.generation_defaults import GenerationDefaults
 from moiety.registry.watch import Watch
 from moiety.wire.http.connection import Limits
 from moiety.wire.http.identity import Owner, identified
@@ -30,12 +31,16 @@ async def start(settings: GatewaySettings, replica_id: str, node: str) -> Runnin
     async with ServiceStart(settings, replica_id, node) as startup:
         await check_ports(settings, startup.system)  # before anything is loaded
         tokenizer = await asyncio.to_thread(Tokenizer, settings.model)
+        if (template := await asyncio.to_thread(tokenizer.chat_template)) is not None:
+            startup.closers.callback(template.close)
+        defaults = GenerationDefaults.open(settings.model)
         watch = Watch(startup.registry)
         await watch.start()
         startup.closers.push_async_callback(watch.stop)
         routers = RouterPool(watch, startup.system, settings.router_wait_s, seed=secrets.randbits(64))
         startup.closers.push_async_callback(routers.close)
-        served = ServedModel(settings.name, startup.system, routers, tokenizer, PromptEncoder(tokenizer))
+        encoder = PromptEncoder(tokenizer)
+        served = ServedModel(settings.name, startup.system, routers, tokenizer, encoder, template, defaults)
         core = GenerationCore(served, settings.max_concurrent, startup.tracer)
         startup.closers.callback(core.close)
         draining = asyncio.Event()

@@ -44,7 +44,7 @@ _KINDS: tuple[tuple[type[errors.MoietyError], _Kind], ...] = (
     (errors.Unavailable, _Kind(503, "server_error", "unavailable")),
     (errors.MoietyError, _Kind(500, "server_error", "internal_error")),
 )
-_FIELD = re.compile(r"[A-Za-z_][\w.]*(\[[^\]]*\])?(?= = )")  # with which the message of an InvalidRequest begins
+_FIELD = re.compile(r"[A-Za-z_][\w.]*(\[[^\]]*\][\w.]*)*(?= = )")  # with which the message of an InvalidRequest begins
 _TOO_LONG = re.compile(r"\d+ tokens")  # the value of a prompt that does not fit into the context
 
 
@@ -65,7 +65,7 @@ class Problem:
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
 
     def headers(self) -> list[tuple[bytes, bytes]]:
-        """Returns the headers that tell the client when to try again, and to open a new connection after an unread body."""
+        """Returns the headers that tell the client when to try again, or by which method."""
         found: list[tuple[bytes, bytes]] = []
         if (wait_s := self.retry_after_s) is not None:
             # Whole seconds by the standard; OpenAI's clients read the milliseconds.
@@ -73,8 +73,6 @@ class Problem:
             found.append((b"retry-after-ms", b"%d" % max(ceil(wait_s * 1000), 1)))
         if self.allowed:
             found.append((b"allow", ", ".join(self.allowed).encode()))
-        if self.status == 413:
-            found.append((b"connection", b"close"))
         return found
 
 

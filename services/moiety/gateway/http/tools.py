@@ -62,7 +62,7 @@ class ChatFormat:
         assert self.format is not None
         vocabulary = self._tokenizer.vocabulary
         how = Forcing(
-            special=self._tokenizer.special_tokens,
+            special=self._tokenizer.added_tokens,  # the model has learnt markers as these tokens, special or not
             parallel=choice.parallel,
             reasoning=any(marker in self._template or marker in vocabulary for marker in _THINKS),
             reasoning_open=self._reasons(prompt_ids),

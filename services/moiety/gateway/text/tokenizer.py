@@ -60,9 +60,9 @@ class Tokenizer:
         return dict(self._tokenizer.get_vocab())
 
     @cached_property
-    def special_tokens(self) -> Mapping[str, int]:
-        """The id of each special token, which decoding skips, by its text."""
-        return {name: token_id for name, token_id in self.vocabulary.items() if not self.kinds.has_text(token_id)}
+    def added_tokens(self) -> Mapping[str, int]:
+        """The id of each token that was added to the vocabulary as a whole, such as the markers of a chat model, by its text."""
+        return dict(self._tokenizer.get_added_vocab())
 
     def chat_template(self) -> ChatTemplate | None:
         """Opens the checkpoint's chat template; None if it has none. Blocks for about a second; raises CheckpointError."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from moiety.errors import InvalidRequest
 from moiety.gateway.http.schema.fields import Biases, Ids, Integer, Json, Object, Objects, Prompts, Strings, shown
@@ -100,6 +100,12 @@ class GenerationBody(Body):
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
     """Log probabilities name tokens as token_id:5."""
+
+    @model_validator(mode="after")
+    def _options_need_a_stream(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise InvalidRequest("stream_options", "an object", "absent without stream")
+        return self
 
     @property
     def include_usage(self) -> bool:
