@@ -55,7 +55,8 @@ def test_costly_requests_disturb_nobody(served: Served) -> None:
         names = [outcome(client, [5, 6], 60.0, max_tokens=2, tenant=f"name {n}", retries=100) for n in range(100)]
         results = await asyncio.gather(*guided, hanging, *texts, *names)
         assert all(result is None for result in results[: len(guided)]), results
-        assert isinstance(results[len(guided)], InvalidRequest)
+        hung = results[len(guided)]  # on a busy machine the wait for the other guides ends it first
+        assert isinstance(hung, InvalidRequest | ResourceExhausted), hung
         refused = (InvalidRequest, DeadlineExceeded, ResourceExhausted)
         assert all(isinstance(result, refused) for result in results[len(guided) + 1 : len(guided) + 9]), results
         assert all(result is None for result in results[len(guided) + 9 :]), results

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from moiety.cli.options import api_key_option
+from moiety.cli.options import ModelName, api_key_option, dtype_option, groups_option, local_model, revision_option
 from moiety.cli.run import Interrupted, progress, run_async
 from moiety.config.options import DEFAULT_HTTP_PORT
 
@@ -29,6 +29,12 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
     default=f"http://127.0.0.1:{DEFAULT_HTTP_PORT}",
     help="Address of a running server that speaks OpenAI's API, with or without /v1.",
 )
+@click.option(
+    "--model", type=ModelName(), help="Instead of --url: folder or Hugging Face id to serve here while the batch runs."
+)
+@revision_option
+@groups_option
+@dtype_option("auto")
 @api_key_option
 @click.option("--concurrency", type=click.IntRange(1, 65536), default=32, help="Requests at once.")
 @click.option(
@@ -61,6 +67,10 @@ def batch(
     output_file: Path,
     errors_file: Path | None,
     url: str,
+    model: str | None,
+    hub_revision: str | None,
+    groups: int,
+    dtype: str,
     api_key: str | None,
     concurrency: int,
     timeout_s: float,
@@ -68,7 +78,7 @@ def batch(
     retries: int,
     retry_failed: bool,
 ) -> None:
-    """Send a file of requests to a running server and write the answers, in OpenAI's batch format.
+    """Send a file of requests to a server and write the answers, in OpenAI's batch format.
 
     INPUT has one request a line: custom_id, method, url and body. All lines are checked before anything is sent. OUTPUT
     gets a line for each answer when it arrives, in the order of arrival; the file of errors gets one for each request that
@@ -77,6 +87,9 @@ def batch(
     The same command goes on where an earlier run stopped, whatever ended it: requests with a result are skipped. A busy
     server is asked again after the delay that it names. If the server is away for longer than --patience, the run ends, and
     the rest stays unsent. Exit status 1 if a request failed.
+
+    With --model, the command serves the checkpoint itself, by processes of this machine that end with it; --groups and
+    --dtype are about these. The model's name in a body, where there is one, is then the id, or the folder's name.
 
     \b
     Lines of INPUT and OUTPUT:
@@ -88,21 +101,34 @@ def batch(
       moiety batch requests.jsonl answers.jsonl
       moiety batch requests.jsonl answers.jsonl --url http://10.0.0.7:8000/v1 --concurrency 256
       moiety batch requests.jsonl answers.jsonl --retry-failed
+      moiety batch requests.jsonl answers.jsonl --model Qwen/Qwen3-30B-A3B --groups 4
     """
     from moiety.tools.batch.answer import Patience
     from moiety.tools.batch.batch import BatchRun, BatchWork
+    from moiety.tools.batch.server import local_server, running_server
 
+    show = progress()
+    if model is None:
+        if hub_revision is not None:
+            raise click.UsageError("--revision needs --model")
+        server = running_server(url)
+    else:
+        if context.get_parameter_source("url") is click.core.ParameterSource.COMMANDLINE:
+            raise click.UsageError("--url and --model exclude each other")
+        folder = local_model(model, hub_revision)
+        name = "" if Path(model).is_dir() else model  # the folder of an id is named after a commit
+        server = local_server(folder, served_name=name, say=show, groups=groups, dtype=dtype)
     work = BatchWork(
         input_file,
         output_file,
         errors_file or output_file.with_name(f"{output_file.stem}.errors.jsonl"),
-        url,
+        server,
         concurrency=concurrency,
         timeout_s=timeout_s,
         patience=Patience(patience_s, retries),
         retry_failed=retry_failed,
     )
-    run = BatchRun(work, api_key, progress=progress())
+    run = BatchRun(work, api_key, progress=show)
     try:
         run_async(run.run())
     except Interrupted:

@@ -9,98 +9,21 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from moiety.cli.generation_options import chat_options, gateway_options, request_options, sampling_options
 from moiety.cli.run import run_async
 from moiety.errors import Unavailable
 
 if TYPE_CHECKING:
-    from moiety.client import Chunk
-
-
-class _TokenBias(click.ParamType[tuple[int, float]]):
-    """Option type: a token id and the bias to add to the token's logit, as ID=BIAS."""
-
-    name = "id=bias"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, float]:
-        if isinstance(value, tuple):
-            return value
-        token, _, bias = str(value).partition("=")
-        try:
-            return int(token), float(bias)
-        except ValueError:
-            self.fail(f"{value!r}: must be ID=BIAS, such as 42=-100", param, ctx)
+    from moiety.client import Chunk, Prompt
 
 
 @click.command()
 @click.argument("prompt")
-@click.option(
-    "--address", envvar="MOIETY_ADDRESS", show_envvar=True, default="127.0.0.1:50051", help="HOST:PORT of the gateway."
-)
-@click.option(
-    "--max-tokens",
-    type=click.IntRange(1, 2**32 - 1),
-    help="Most tokens to generate, within the model's context.  [default: 128, or what is left of the context]",
-)
-@click.option(
-    "--temperature",
-    type=click.FloatRange(0, 10),
-    help="0 picks the likeliest token (greedy); 1 samples from the model's own distribution.  [default: 0]",
-)
-@click.option(
-    "--top-p",
-    type=click.FloatRange(0, 1, min_open=True),
-    help="Sample from the likeliest tokens whose probabilities add up to this.  [default: 1]",
-)
-@click.option(
-    "--top-k",
-    type=click.IntRange(0, 2**31 - 1),
-    help="Sample from this many of the likeliest tokens; 0: from all.  [default: 0]",
-)
-@click.option(
-    "--min-p",
-    type=click.FloatRange(0, 1),
-    help="Drop tokens less likely than this times the likeliest token.  [default: 0]",
-)
-@click.option(
-    "--seed",
-    type=click.IntRange(0, 2**64 - 1),
-    help="The same seed gives the same tokens.  [default: drawn for each request]",
-)
+@gateway_options
+@click.option("--chat", is_flag=True, help="PROMPT is the user's message; the checkpoint's chat template is used.")
+@chat_options
+@sampling_options
 @click.option("--n", type=click.IntRange(1, 16), help="Choices to generate, printed one after the other.  [default: 1]")
-@click.option(
-    "--repetition-penalty",
-    type=click.FloatRange(0, 10, min_open=True),
-    help="Above 1 makes tokens of the prompt and the output less likely.  [default: 1]",
-)
-@click.option(
-    "--presence-penalty",
-    type=click.FloatRange(-2, 2),
-    help="Above 0 makes tokens of the output less likely, once each.  [default: 0]",
-)
-@click.option(
-    "--frequency-penalty",
-    type=click.FloatRange(-2, 2),
-    help="Above 0 makes tokens of the output less likely, once per occurrence.  [default: 0]",
-)
-@click.option(
-    "--logit-bias",
-    type=_TokenBias(),
-    multiple=True,
-    help="Add BIAS, -100 to 100, to the logit of token ID. Repeatable.",
-)
-@click.option("--stop", metavar="TEXT", multiple=True, help="End the output before this text. Repeatable.")
-@click.option(
-    "--stop-token-id",
-    "stop_token_ids",
-    type=click.IntRange(0),
-    multiple=True,
-    help="End the output with this token. Repeatable.",
-)
-@click.option(
-    "--min-tokens",
-    type=click.IntRange(0, 2**32 - 1),
-    help="Do not end the output before it has this many tokens.  [default: 0]",
-)
 @click.option(
     "--first-token",
     metavar="TOKEN",
@@ -119,28 +42,24 @@ class _TokenBias(click.ParamType[tuple[int, float]]):
 )
 @click.option("--prompt-logprobs", is_flag=True, help="First print the log probabilities of the prompt's tokens.")
 @click.option("--token-ids", "as_ids", is_flag=True, help="Print token ids instead of text.")
-@click.option("--priority", type=click.IntRange(-100, 100), default=0, help="Lower priorities run first.")
-@click.option(
-    "--tenant",
-    default="",
-    show_default=False,
-    help="Tenants share capacity fairly and share no cached prefixes.  [default: no name]",
-)
-@click.option(
-    "--timeout",
-    "timeout_s",
-    type=click.FloatRange(min=0, min_open=True),
-    help="Seconds for the whole request.  [default: no limit]",
-)
-@click.option(
-    "--retries", type=click.IntRange(min=0), default=0, help="How often to try again when the gateway has no room."
-)
-def generate(prompt: str, address: str, as_ids: bool, top_logprobs: int | None, **options: Any) -> None:
+@request_options
+def generate(
+    prompt: str,
+    address: str,
+    chat: bool,
+    system: str | None,
+    as_ids: bool,
+    top_logprobs: int | None,
+    **options: Any,
+) -> None:
     """Generate text from a running gateway.
 
     Prints tokens as they arrive. With --n above 1 and without --logprobs, prints one choice after the other at the end.
     Then prints token counts and times on stderr. PROMPT is the text to continue. If PROMPT is -, the text is read from
     stdin. Ctrl-C cancels the request.
+
+    With --chat, PROMPT is the user's message in a conversation, and the output is the reply. Options that you leave out
+    are then as the model's publisher recommends, and the reply may fill the context.
 
     \b
     Examples:
@@ -150,7 +69,10 @@ def generate(prompt: str, address: str, as_ids: bool, top_logprobs: int | None, 
       moiety generate "The capital is" --max-tokens 1 --logprobs 5
       moiety generate "Describe it as JSON: " --json-schema person.schema.json
       moiety generate "Is it open? " --regex "(yes|no)"
+      moiety generate "What is an expert?" --chat --system "Answer in one sentence."
     """
+    if not chat and (system is not None or options["template_arguments"] is not None):
+        raise click.UsageError("--system and --template-arguments need --chat")
     text = sys.stdin.read() if prompt == "-" else prompt
     for name in ("json_schema", "grammar"):
         if options[name] is not None:
@@ -158,7 +80,14 @@ def generate(prompt: str, address: str, as_ids: bool, top_logprobs: int | None, 
     options["logit_bias"] = dict(options["logit_bias"])
     if top_logprobs is not None:
         options |= {"logprobs": True, "top_logprobs": top_logprobs}
-    run_async(_stream(text, address, _Printer(as_ids, options["n"] or 1, top_logprobs is not None), options))
+    printer = _Printer(as_ids, options["n"] or 1, top_logprobs is not None)
+    run_async(_stream(_messages(system, text) if chat else text, address, printer, options | {"recommended": chat}))
+
+
+def _messages(system: str | None, text: str) -> list[dict[str, str]]:
+    """Returns a conversation of one message."""
+    first = [{"role": "system", "content": system}] if system is not None else []
+    return [*first, {"role": "user", "content": text}]
 
 
 class _Printer:
@@ -201,7 +130,7 @@ def _lines(chunk: Chunk) -> Iterator[str]:
         yield line.rstrip()
 
 
-async def _stream(prompt: str, address: str, printer: _Printer, options: dict[str, Any]) -> None:
+async def _stream(prompt: Prompt, address: str, printer: _Printer, options: dict[str, Any]) -> None:
     """Sends the request and prints the stream. `options` are the keyword arguments of `Client.generate`."""
     from moiety.client import Client
 

@@ -18,8 +18,9 @@ from moiety.errors import MoietyError
 
 COMMANDS: Mapping[str, str] = MappingProxyType(
     {
-        "batch": "Send a file of requests to a running server and write the answers, in OpenAI's batch format.",
+        "batch": "Send a file of requests to a server and write the answers, in OpenAI's batch format.",
         "bench": "Measure the system on this machine: transports, kernels, memory, serving speed, overload, elasticity.",
+        "chat": "Talk with a model of a running gateway.",
         "chaos": "Let faults of every kind happen to a system under load, and check that nothing is lost.",
         "demo": "Show the whole system at work on this machine, from start to end.",
         "doctor": "Check what decides how well this machine serves, and report what is wrong.",

@@ -27,7 +27,7 @@ class SamplingOptions:
     """Sampling settings as a client gives them. None: the client leaves the value to the default. See generation.proto."""
 
     max_tokens: int | None = None
-    fill_context: bool = False  # whether the default of max_tokens is all that the context has left
+    default_max_tokens: int | None = DEFAULT_MAX_TOKENS  # or what the context has left if that is less; None: all of it
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
@@ -57,7 +57,7 @@ class SamplingOptions:
         decoder's first token. `first_token_id`: the id of `first_token` where that is a text.
         """
         available = max_context - prompt_tokens
-        default = available if self.fill_context else min(DEFAULT_MAX_TOKENS, available)
+        default = available if self.default_max_tokens is None else min(self.default_max_tokens, available)
         max_tokens = self.max_tokens if self.max_tokens is not None else default
         if not 1 <= max_tokens <= available:
             bound = f"1 to {available}: {prompt_tokens} prompt tokens are in a context of {max_context}"

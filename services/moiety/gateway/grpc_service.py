@@ -15,6 +15,7 @@ from moiety.gateway.core import GenerationCore
 from moiety.gateway.request import Conversation, Delta, GenerationRequest, new_request_id
 from moiety.gateway.unread import Readers, Unread
 from moiety.internal.v1 import gateway_pb2
+from moiety.model.checkpoint.generation_defaults import GenerationDefaults
 from moiety.v1 import generation_pb2
 from moiety.wire import finish_reason
 from moiety.wire.deadline import Deadline
@@ -87,16 +88,20 @@ class GenerationService:
 
         try:
             message.request_id = message.request_id or new_request_id()
-            deltas = self._core.generate(_request(message, context), Deadline.after(context.time_remaining()))
+            request = _request(message, context, self._core.model.defaults)
+            deltas = self._core.generate(request, Deadline.after(context.time_remaining()))
             await self._readers.send(deltas, write)
         except Unread as error:
             await end_unread(context, error)
 
 
-def _request(message: generation_pb2.GenerateRequest, context: grpc.aio.ServicerContext) -> GenerationRequest:
+def _request(
+    message: generation_pb2.GenerateRequest, context: grpc.aio.ServicerContext, defaults: GenerationDefaults
+) -> GenerationRequest:
+    sampling = options_of(message.sampling)
     return GenerationRequest(
         prompt=_prompt(message),
-        sampling=options_of(message.sampling),
+        sampling=defaults.filled_in(sampling) if message.sampling.recommended else sampling,
         model=message.model,
         request_id=message.request_id,
         priority=message.priority,

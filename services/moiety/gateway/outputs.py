@@ -6,7 +6,8 @@ import time
 from collections.abc import Iterable, Sequence
 
 from moiety.core.sampling import FinishReason, Sampling, TopLogprobs
-from moiety.gateway.request import Delta, Timings, Usage
+from moiety.core.timings import Timings
+from moiety.gateway.request import Delta, Usage
 from moiety.gateway.text.output_text import OutputText
 from moiety.gateway.text.tokenizer import Tokenizer
 from moiety.internal.v1.engine_pb2 import EngineEvent

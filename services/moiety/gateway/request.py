@@ -9,6 +9,7 @@ from typing import Any
 
 from moiety.core.sampling import FinishReason, TopLogprobs
 from moiety.core.sampling_options import SamplingOptions
+from moiety.core.timings import Timings
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,15 +46,6 @@ class Usage:
     completion_tokens: int  # of all choices
     cached_tokens: int  # of the prompt, found in the prefix cache
     rerouted: float = 0.0  # fraction of (token, expert) rows that another expert computed
-
-
-@dataclass(frozen=True, slots=True)
-class Timings:
-    """Where the time of a request went, in seconds."""
-
-    queued_s: float  # from its arrival until a router had a place for it
-    prefill_s: float  # from then until its first token
-    decode_s: float  # from then until its last token
 
 
 @dataclass(slots=True)  # not frozen: that would double the time to make one, of which there is one per token

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1amoiety/v1/generation.proto\x12\tmoiety.v1\"\x94\x06\n\x0eSamplingParams\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x01\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x03\x88\x01\x01\x12\x12\n\x05top_k\x18\x04 \x01(\x05H\x04\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x04H\x05\x88\x01\x01\x12\x12\n\nignore_eos\x18\x06 \x01(\x08\x12\x10\n\x08logprobs\x18\x07 \x01(\x08\x12\x12\n\x05min_p\x18\x08 \x01(\x02H\x06\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\t \x01(\x02H\x07\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\n \x01(\x02H\x08\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x0b \x01(\x02H\t\x88\x01\x01\x12<\n\nlogit_bias\x18\x0c \x03(\x0b\x32(.moiety.v1.SamplingParams.LogitBiasEntry\x12\x19\n\x0ctop_logprobs\x18\r \x01(\rH\n\x88\x01\x01\x12\x17\n\x0fprompt_logprobs\x18\x0e \x01(\x08\x12\x0c\n\x04stop\x18\x0f \x03(\t\x12\x16\n\x0estop_token_ids\x18\x10 \x03(\r\x12\x17\n\nmin_tokens\x18\x11 \x01(\rH\x0b\x88\x01\x01\x12\x0e\n\x01n\x18\x12 \x01(\rH\x0c\x88\x01\x01\x12\x1f\n\x05guide\x18\x13 \x01(\x0b\x32\x10.moiety.v1.Guide\x12\x18\n\x0e\x66irst_token_id\x18\x14 \x01(\rH\x00\x12\x15\n\x0b\x66irst_token\x18\x15 \x01(\tH\x00\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x07\n\x05\x66irstB\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x07\n\x05_seedB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x0f\n\r_top_logprobsB\r\n\x0b_min_tokensB\x04\n\x02_n\"J\n\x05Guide\x12\x15\n\x0bjson_schema\x18\x01 \x01(\tH\x00\x12\x0f\n\x05regex\x18\x02 \x01(\tH\x00\x12\x11\n\x07grammar\x18\x03 \x01(\tH\x00\x42\x06\n\x04kind\"2\n\x0bTopLogprobs\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x10\n\x08logprobs\x18\x02 \x03(\x02\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"L\n\x04\x43hat\x12(\n\x08messages\x18\x01 \x03(\x0b\x32\x16.moiety.v1.ChatMessage\x12\x1a\n\x12template_arguments\x18\x02 \x01(\t\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\xfa\x01\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12(\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x13.moiety.v1.TokenIdsH\x00\x12\x1f\n\x04\x63hat\x18\x08 \x01(\x0b\x32\x0f.moiety.v1.ChatH\x00\x12+\n\x08sampling\x18\x04 \x01(\x0b\x32\x19.moiety.v1.SamplingParams\x12\x12\n\nrequest_id\x18\x05 \x01(\t\x12\x15\n\x08priority\x18\x06 \x01(\x05H\x01\x88\x01\x01\x12\x0e\n\x06tenant\x18\x07 \x01(\tB\x08\n\x06promptB\x0b\n\t_priority\"b\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\x12\x10\n\x08rerouted\x18\x04 \x01(\x02\"\x8f\x03\n\x10GenerateResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12.\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x17.moiety.v1.FinishReason\x12\x1f\n\x05usage\x18\x04 \x01(\x0b\x32\x10.moiety.v1.Usage\x12\x12\n\nrequest_id\x18\x05 \x01(\t\x12\x10\n\x08logprobs\x18\x06 \x03(\x02\x12\x0e\n\x06\x63hoice\x18\x07 \x01(\r\x12,\n\x0ctop_logprobs\x18\x08 \x03(\x0b\x32\x16.moiety.v1.TopLogprobs\x12\x17\n\x0fprompt_logprobs\x18\t \x03(\x02\x12\x33\n\x13prompt_top_logprobs\x18\n \x03(\x0b\x32\x16.moiety.v1.TopLogprobs\x12\x0e\n\x04stop\x18\x0b \x01(\tH\x00\x12\x17\n\rstop_token_id\x18\x0c \x01(\rH\x00\x12#\n\x07timings\x18\r \x01(\x0b\x32\x12.moiety.v1.TimingsB\t\n\x07matched\":\n\x07Timings\x12\x0e\n\x06queued\x18\x01 \x01(\x02\x12\x0f\n\x07prefill\x18\x02 \x01(\x02\x12\x0e\n\x06\x64\x65\x63ode\x18\x03 \x01(\x02\"\x13\n\x11ListModelsRequest\"6\n\x12ListModelsResponse\x12 \n\x06models\x18\x01 \x03(\x0b\x32\x10.moiety.v1.Model\"<\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x13\n\x0bmax_context\x18\x03 \x01(\r*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\xa5\x01\n\x11GenerationService\x12\x45\n\x08Generate\x12\x1a.moiety.v1.GenerateRequest\x1a\x1b.moiety.v1.GenerateResponse0\x01\x12I\n\nListModels\x12\x1c.moiety.v1.ListModelsRequest\x1a\x1d.moiety.v1.ListModelsResponseB\x14Z\x12moiety/v1;moietyv1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1amoiety/v1/generation.proto\x12\tmoiety.v1\"\xa9\x06\n\x0eSamplingParams\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x01\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x03\x88\x01\x01\x12\x12\n\x05top_k\x18\x04 \x01(\x05H\x04\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x04H\x05\x88\x01\x01\x12\x12\n\nignore_eos\x18\x06 \x01(\x08\x12\x10\n\x08logprobs\x18\x07 \x01(\x08\x12\x12\n\x05min_p\x18\x08 \x01(\x02H\x06\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\t \x01(\x02H\x07\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\n \x01(\x02H\x08\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x0b \x01(\x02H\t\x88\x01\x01\x12<\n\nlogit_bias\x18\x0c \x03(\x0b\x32(.moiety.v1.SamplingParams.LogitBiasEntry\x12\x19\n\x0ctop_logprobs\x18\r \x01(\rH\n\x88\x01\x01\x12\x17\n\x0fprompt_logprobs\x18\x0e \x01(\x08\x12\x0c\n\x04stop\x18\x0f \x03(\t\x12\x16\n\x0estop_token_ids\x18\x10 \x03(\r\x12\x17\n\nmin_tokens\x18\x11 \x01(\rH\x0b\x88\x01\x01\x12\x0e\n\x01n\x18\x12 \x01(\rH\x0c\x88\x01\x01\x12\x1f\n\x05guide\x18\x13 \x01(\x0b\x32\x10.moiety.v1.Guide\x12\x18\n\x0e\x66irst_token_id\x18\x14 \x01(\rH\x00\x12\x15\n\x0b\x66irst_token\x18\x15 \x01(\tH\x00\x12\x13\n\x0brecommended\x18\x16 \x01(\x08\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x07\n\x05\x66irstB\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x07\n\x05_seedB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x0f\n\r_top_logprobsB\r\n\x0b_min_tokensB\x04\n\x02_n\"J\n\x05Guide\x12\x15\n\x0bjson_schema\x18\x01 \x01(\tH\x00\x12\x0f\n\x05regex\x18\x02 \x01(\tH\x00\x12\x11\n\x07grammar\x18\x03 \x01(\tH\x00\x42\x06\n\x04kind\"2\n\x0bTopLogprobs\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x10\n\x08logprobs\x18\x02 \x03(\x02\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"L\n\x04\x43hat\x12(\n\x08messages\x18\x01 \x03(\x0b\x32\x16.moiety.v1.ChatMessage\x12\x1a\n\x12template_arguments\x18\x02 \x01(\t\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\xfa\x01\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12(\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x13.moiety.v1.TokenIdsH\x00\x12\x1f\n\x04\x63hat\x18\x08 \x01(\x0b\x32\x0f.moiety.v1.ChatH\x00\x12+\n\x08sampling\x18\x04 \x01(\x0b\x32\x19.moiety.v1.SamplingParams\x12\x12\n\nrequest_id\x18\x05 \x01(\t\x12\x15\n\x08priority\x18\x06 \x01(\x05H\x01\x88\x01\x01\x12\x0e\n\x06tenant\x18\x07 \x01(\tB\x08\n\x06promptB\x0b\n\t_priority\"b\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\x12\x10\n\x08rerouted\x18\x04 \x01(\x02\"\x8f\x03\n\x10GenerateResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12.\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x17.moiety.v1.FinishReason\x12\x1f\n\x05usage\x18\x04 \x01(\x0b\x32\x10.moiety.v1.Usage\x12\x12\n\nrequest_id\x18\x05 \x01(\t\x12\x10\n\x08logprobs\x18\x06 \x03(\x02\x12\x0e\n\x06\x63hoice\x18\x07 \x01(\r\x12,\n\x0ctop_logprobs\x18\x08 \x03(\x0b\x32\x16.moiety.v1.TopLogprobs\x12\x17\n\x0fprompt_logprobs\x18\t \x03(\x02\x12\x33\n\x13prompt_top_logprobs\x18\n \x03(\x0b\x32\x16.moiety.v1.TopLogprobs\x12\x0e\n\x04stop\x18\x0b \x01(\tH\x00\x12\x17\n\rstop_token_id\x18\x0c \x01(\rH\x00\x12#\n\x07timings\x18\r \x01(\x0b\x32\x12.moiety.v1.TimingsB\t\n\x07matched\":\n\x07Timings\x12\x0e\n\x06queued\x18\x01 \x01(\x02\x12\x0f\n\x07prefill\x18\x02 \x01(\x02\x12\x0e\n\x06\x64\x65\x63ode\x18\x03 \x01(\x02\"\x13\n\x11ListModelsRequest\"6\n\x12ListModelsResponse\x12 \n\x06models\x18\x01 \x03(\x0b\x32\x10.moiety.v1.Model\"<\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x13\n\x0bmax_context\x18\x03 \x01(\r*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\xa5\x01\n\x11GenerationService\x12\x45\n\x08Generate\x12\x1a.moiety.v1.GenerateRequest\x1a\x1b.moiety.v1.GenerateResponse0\x01\x12I\n\nListModels\x12\x1c.moiety.v1.ListModelsRequest\x1a\x1d.moiety.v1.ListModelsResponseB\x14Z\x12moiety/v1;moietyv1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,36 +34,36 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._serialized_options = b'Z\022moiety/v1;moietyv1'
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_options = b'8\001'
-  _globals['_FINISHREASON']._serialized_start=2063
-  _globals['_FINISHREASON']._serialized_end=2158
+  _globals['_FINISHREASON']._serialized_start=2084
+  _globals['_FINISHREASON']._serialized_end=2179
   _globals['_SAMPLINGPARAMS']._serialized_start=42
-  _globals['_SAMPLINGPARAMS']._serialized_end=830
-  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=599
-  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=647
-  _globals['_GUIDE']._serialized_start=832
-  _globals['_GUIDE']._serialized_end=906
-  _globals['_TOPLOGPROBS']._serialized_start=908
-  _globals['_TOPLOGPROBS']._serialized_end=958
-  _globals['_TOKENIDS']._serialized_start=960
-  _globals['_TOKENIDS']._serialized_end=983
-  _globals['_CHAT']._serialized_start=985
-  _globals['_CHAT']._serialized_end=1061
-  _globals['_CHATMESSAGE']._serialized_start=1063
-  _globals['_CHATMESSAGE']._serialized_end=1107
-  _globals['_GENERATEREQUEST']._serialized_start=1110
-  _globals['_GENERATEREQUEST']._serialized_end=1360
-  _globals['_USAGE']._serialized_start=1362
-  _globals['_USAGE']._serialized_end=1460
-  _globals['_GENERATERESPONSE']._serialized_start=1463
-  _globals['_GENERATERESPONSE']._serialized_end=1862
-  _globals['_TIMINGS']._serialized_start=1864
-  _globals['_TIMINGS']._serialized_end=1922
-  _globals['_LISTMODELSREQUEST']._serialized_start=1924
-  _globals['_LISTMODELSREQUEST']._serialized_end=1943
-  _globals['_LISTMODELSRESPONSE']._serialized_start=1945
-  _globals['_LISTMODELSRESPONSE']._serialized_end=1999
-  _globals['_MODEL']._serialized_start=2001
-  _globals['_MODEL']._serialized_end=2061
-  _globals['_GENERATIONSERVICE']._serialized_start=2161
-  _globals['_GENERATIONSERVICE']._serialized_end=2326
+  _globals['_SAMPLINGPARAMS']._serialized_end=851
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=620
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=668
+  _globals['_GUIDE']._serialized_start=853
+  _globals['_GUIDE']._serialized_end=927
+  _globals['_TOPLOGPROBS']._serialized_start=929
+  _globals['_TOPLOGPROBS']._serialized_end=979
+  _globals['_TOKENIDS']._serialized_start=981
+  _globals['_TOKENIDS']._serialized_end=1004
+  _globals['_CHAT']._serialized_start=1006
+  _globals['_CHAT']._serialized_end=1082
+  _globals['_CHATMESSAGE']._serialized_start=1084
+  _globals['_CHATMESSAGE']._serialized_end=1128
+  _globals['_GENERATEREQUEST']._serialized_start=1131
+  _globals['_GENERATEREQUEST']._serialized_end=1381
+  _globals['_USAGE']._serialized_start=1383
+  _globals['_USAGE']._serialized_end=1481
+  _globals['_GENERATERESPONSE']._serialized_start=1484
+  _globals['_GENERATERESPONSE']._serialized_end=1883
+  _globals['_TIMINGS']._serialized_start=1885
+  _globals['_TIMINGS']._serialized_end=1943
+  _globals['_LISTMODELSREQUEST']._serialized_start=1945
+  _globals['_LISTMODELSREQUEST']._serialized_end=1964
+  _globals['_LISTMODELSRESPONSE']._serialized_start=1966
+  _globals['_LISTMODELSRESPONSE']._serialized_end=2020
+  _globals['_MODEL']._serialized_start=2022
+  _globals['_MODEL']._serialized_end=2082
+  _globals['_GENERATIONSERVICE']._serialized_start=2182
+  _globals['_GENERATIONSERVICE']._serialized_end=2347
 # @@protoc_insertion_point(module_scope)

@@ -74,7 +74,7 @@ def test_wrong_usage(words: list[str], message: str, moiety: Callable) -> None:
     assert message in " ".join(outcome.err.split())
 
 
-@pytest.mark.parametrize("words", [["parity"], ["bench", "serve", "--models"], ["bench", "split", "--model"]])
+@pytest.mark.parametrize("words", [["bench", "serve", "--models"], ["bench", "split", "--model"]])
 def test_error_is_one_line(words: list[str], moiety: Callable) -> None:
     """A command that cannot do its work prints one line on stderr and exits with status 1."""
     outcome = moiety(*words, "/no/such/checkpoint")

@@ -67,7 +67,7 @@ async def test_a_prompt_is_scored_with_its_likeliest_tokens(tokenizer: Tokenizer
 async def test_the_default_length_may_be_the_rest_of_the_context(tokenizer: Tokenizer):
     """Without max_tokens an output has 128 tokens at most, or fills the context where that is asked for."""
     async with gateway_over(tokenizer, FakeEngine("a", SHAPE)) as gateway:
-        got = await deltas(gateway.core, SamplingOptions(seed=0, fill_context=True))
+        got = await deltas(gateway.core, SamplingOptions(seed=0, default_max_tokens=None))
     assert got[-1].usage is not None
     assert got[-1].usage.completion_tokens == SHAPE.max_context - len(PROMPT)
 

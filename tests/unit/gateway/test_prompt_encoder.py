@@ -26,11 +26,11 @@ class CountingTokenizer:
         self.go_on = threading.Event()
         self.go_on.set()
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, begin: bool = True) -> list[int]:
         """Returns the token ids once `go_on` is set."""
         self.texts.append(len(text))
         self.go_on.wait(20)
-        return self._tokenizer.encode(text)
+        return self._tokenizer.encode(text, begin=begin)
 
 
 @pytest.fixture

@@ -110,7 +110,7 @@ def test_large_ones_are_written_quickly(tmp_path: Path):
 
 
 def test_a_chat_checkpoint(tmp_path: Path):
-    """`chat=True` changes the tokenizer only: the weights and config stay, and turns end the output; encoder-decoders refuse."""
+    """`chat=True` changes the tokenizer only: the weights and config stay, and turns end the output; no encoder-decoders."""
     plain, chat = write_tiny("qwen3_moe", tmp_path / "plain"), write_tiny("qwen3_moe", tmp_path / "chat", chat=True)
     for name in ("config.json", "model-00001-of-00001.safetensors"):
         assert (plain / name).read_bytes() == (chat / name).read_bytes()

@@ -71,7 +71,7 @@ class _App:
         except Exception as error:
             problem = problem_of(visible(error, exchange.request_id), exchange.names)
             if exchange.started:
-                exchange.abort()
+                exchange.break_off()
             else:
                 await exchange.send_problem(problem)
 

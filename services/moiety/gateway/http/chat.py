@@ -8,11 +8,11 @@ from typing import Any
 
 from moiety.errors import InvalidRequest
 from moiety.gateway.core import GenerationCore
-from moiety.gateway.http.answer import Head, deltas_of, send_answer
-from moiety.gateway.http.chat_answer import ChatAnswer, ChatView
+from moiety.gateway.http.answers.answer import Head, deltas_of, send_answer
+from moiety.gateway.http.answers.chat_answer import ChatAnswer, ChatView
+from moiety.gateway.http.answers.logprobs import TokenNames
 from moiety.gateway.http.exchange import Exchange
 from moiety.gateway.http.guides import guide_of
-from moiety.gateway.http.logprobs import TokenNames
 from moiety.gateway.http.sampling import choices_of, field_names, options_of
 from moiety.gateway.http.schema.bodies import ChatBody, TokenizeBody
 from moiety.gateway.http.tools import ChatFormat, OutputParser
@@ -48,6 +48,7 @@ class Chat:
                 body,
                 served.defaults,
                 max_tokens=body.max_completion_tokens if newer else body.max_tokens,
+                default_max_tokens=None,
                 guide=guided[0] if guided else None,
                 logprobs=bool(body.logprobs),
                 top_logprobs=body.top_logprobs or 0,

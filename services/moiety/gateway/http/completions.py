@@ -7,11 +7,11 @@ from typing import Any
 
 from moiety.errors import InvalidRequest
 from moiety.gateway.core import GenerationCore
-from moiety.gateway.http.answer import Head, deltas_of, send_answer
-from moiety.gateway.http.completion_answer import CompletionAnswer, CompletionView
+from moiety.gateway.http.answers.answer import Head, deltas_of, send_answer
+from moiety.gateway.http.answers.completion_answer import CompletionAnswer, CompletionView
+from moiety.gateway.http.answers.logprobs import TokenNames
 from moiety.gateway.http.exchange import Exchange
 from moiety.gateway.http.guides import guide_of
-from moiety.gateway.http.logprobs import TokenNames
 from moiety.gateway.http.sampling import COMPLETION_TOKENS, choices_of, field_names, options_of
 from moiety.gateway.http.schema.bodies import CompletionBody
 from moiety.gateway.http.schema.fields import Prompt
@@ -42,7 +42,8 @@ class Completions:
         sampling = options_of(
             body,
             served.defaults,
-            max_tokens=1 if prompt_only else COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens,
+            max_tokens=1 if prompt_only else body.max_tokens,
+            default_max_tokens=COMPLETION_TOKENS,
             guide=guided[0] if guided else None,
             logprobs=wants,
             top_logprobs=body.logprobs or 0,

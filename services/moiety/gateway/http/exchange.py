@@ -17,7 +17,6 @@ from moiety.gateway.http.errors import ClientGone, Problem
 from moiety.gateway.request import new_request_id
 from moiety.telemetry.tracing import parse_traceparent
 
-ABORT = "moiety.abort"  # the extension of an ASGI server that cuts the connection of a client that does not read
 _REQUEST_ID = re.compile(rb"[!-~]{1,120}")
 _NO_CACHE = (b"cache-control", b"no-cache")
 _UNBUFFERED = (b"x-accel-buffering", b"no")  # nginx would hold events back otherwise
@@ -87,11 +86,9 @@ class Exchange:
             await self._start(200, [(b"content-type", b"text/event-stream; charset=utf-8"), _NO_CACHE, _UNBUFFERED])
         await self._write(events, last=last)
 
-    def abort(self) -> None:
-        """Cuts the connection without sending what waits, if the server can do that."""
+    def break_off(self) -> None:
+        """Leaves the response incomplete. The server then closes the connection."""
         self.ended = True
-        if (cut := self._scope.get("extensions", {}).get(ABORT)) is not None:
-            cut()
 
     async def _start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
         self.started = True

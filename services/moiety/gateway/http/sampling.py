@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TypeVar
 
 from moiety.core.sampling import Guide
 from moiety.core.sampling_options import MAX_CHOICES, SamplingOptions
 from moiety.errors import InvalidRequest
 from moiety.gateway.http.schema.bodies import GenerationBody
 from moiety.model.checkpoint.generation_defaults import GenerationDefaults
-
-V = TypeVar("V")
 
 COMPLETION_TOKENS = 16  # what OpenAI's completions have by default
 _SEEDS = 1 << 64
@@ -22,24 +19,24 @@ def options_of(
     defaults: GenerationDefaults,
     *,
     max_tokens: int | None,
+    default_max_tokens: int | None,
     guide: Guide | None,
     logprobs: bool = False,
     top_logprobs: int = 0,
     prompt_logprobs: bool = False,
 ) -> SamplingOptions:
-    """Returns the options of a request. `max_tokens` None: the checkpoint's default, or all that the context has left.
+    """Returns the options of a request. `default_max_tokens` None: all that the context has left.
 
     What the request leaves out is as the checkpoint's publisher recommends it, and otherwise as in OpenAI's API.
     """
-    return SamplingOptions(
-        max_tokens=_first(max_tokens, defaults.max_new_tokens),
-        fill_context=True,
-        temperature=_first(body.temperature, defaults.temperature, 1.0),
-        top_p=_first(body.top_p, defaults.top_p),
-        top_k=_first(_top_k(body.top_k), defaults.top_k),
-        min_p=_first(body.min_p, defaults.min_p),
+    asked = SamplingOptions(
+        max_tokens=max_tokens,
+        temperature=body.temperature,
+        top_p=body.top_p,
+        top_k=0 if body.top_k == -1 else body.top_k,
+        min_p=body.min_p,
         seed=_seed(body.seed),
-        repetition_penalty=_first(body.repetition_penalty, defaults.repetition_penalty),
+        repetition_penalty=body.repetition_penalty,
         presence_penalty=body.presence_penalty,
         frequency_penalty=body.frequency_penalty,
         logit_bias=body.logit_bias or {},
@@ -53,6 +50,7 @@ def options_of(
         n=body.n,
         guide=guide,
     )
+    return defaults.filled_in(asked, default_max_tokens)
 
 
 def choices_of(body: GenerationBody) -> int:
@@ -73,15 +71,6 @@ def field_names(prompt: str, guide_field: str | None, **others: str) -> Mapping[
     if guide_field is not None:
         names |= {f"sampling.guide.{kind}": guide_field for kind in ("json_schema", "regex", "grammar")}
     return names | {f"sampling.{name}": field for name, field in others.items()}
-
-
-def _first(*values: V | None) -> V | None:
-    """Returns the first value that is given."""
-    return next((value for value in values if value is not None), None)
-
-
-def _top_k(value: int | None) -> int | None:
-    return 0 if value == -1 else value
 
 
 def _seed(value: int | None) -> int | None:

@@ -61,7 +61,7 @@ class Tokenizer:
 
     @cached_property
     def added_tokens(self) -> Mapping[str, int]:
-        """The id of each token that was added to the vocabulary as a whole, such as the markers of a chat model, by its text."""
+        """The id of each token that was added to the vocabulary as a whole, such as a marker of a chat model, by its text."""
         return dict(self._tokenizer.get_added_vocab())
 
     def chat_template(self) -> ChatTemplate | None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+from moiety.core.sampling_options import SamplingOptions
 from moiety.errors import CheckpointError
 from moiety.model.checkpoint.checkpoint import read_json
 
 GENERATION_FILE = "generation_config.json"
+OPENAI_TEMPERATURE = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +22,8 @@ class GenerationDefaults:
 
     Units and meanings are those of `Sampling`; `top_k` 0 means the whole vocabulary, and `max_new_tokens` counts the output.
 
-    As in vLLM's `--generation-config auto`, `do_sample` plays no role: a client that wants greedy output asks for temperature 0.
+    As in vLLM's `--generation-config auto`, `do_sample` plays no role: a client that wants greedy output asks for
+    temperature 0.
     """
 
     temperature: float | None = None
@@ -57,3 +61,19 @@ class GenerationDefaults:
             repetition_penalty=checked("repetition_penalty", lambda value: value > 0, "above 0"),
             max_new_tokens=None if most is None else int(most),
         )
+
+    def filled_in(self, options: SamplingOptions, default_max_tokens: int | None = None) -> SamplingOptions:
+        """Returns `options` with these defaults where a client left a value out, and else those of OpenAI's API.
+
+        `default_max_tokens`: where the publisher says nothing; None: all that the context has left.
+        """
+        recommended: dict[str, Any] = {
+            "temperature": OPENAI_TEMPERATURE if self.temperature is None else self.temperature,
+            "top_p": self.top_p,
+            "top_k": self.top_k,
+            "min_p": self.min_p,
+            "repetition_penalty": self.repetition_penalty,
+        }
+        left_out = {name: value for name, value in recommended.items() if getattr(options, name) is None}
+        most = default_max_tokens if self.max_new_tokens is None else self.max_new_tokens
+        return replace(options, default_max_tokens=most, **left_out)

@@ -13,6 +13,7 @@ from moiety.errors import InvalidRequest, MoietyError
 from moiety.tools.batch.answer import NOT_ALLOWED, Patience, answer_to
 from moiety.tools.batch.lines import BatchLine, check_input, read_lines
 from moiety.tools.batch.results import ResultFile
+from moiety.tools.batch.server import OpenServer
 
 Show = Callable[[str], None]
 SHOW_EVERY_S = 5.0
@@ -26,7 +27,7 @@ class BatchWork:
     input: Path
     output: Path
     errors: Path
-    url: str
+    server: OpenServer  # opened once something is to be sent
     concurrency: int = 32
     timeout_s: float = 600.0  # of one request
     patience: Patience = field(default_factory=Patience)
@@ -81,7 +82,10 @@ class BatchRun:
             if not self.counts.left:
                 return
             allow_connections(min(work.concurrency, self.counts.left))
-            async with OpenAiServer(work.url, api_key=self._api_key, timeout_s=work.timeout_s) as server:
+            async with (
+                work.server() as url,
+                OpenAiServer(url, api_key=self._api_key, timeout_s=work.timeout_s) as server,
+            ):
                 await _check(server)
                 self._progress(
                     f"send: {self.counts.left} of {self.counts.total} to {server.url}, {work.concurrency} at once"

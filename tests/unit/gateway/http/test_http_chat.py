@@ -7,8 +7,10 @@ from typing import Any
 
 from gateway_support import SHAPE
 
+from moiety.core.sampling import Guide, GuideKind
 from moiety.gateway.text.tokenizer import Tokenizer
 from moiety.model.checkpoint.generation_defaults import GenerationDefaults
+from moiety.router.sequence.guides import Guides
 from moiety.testing import FakeEngine, fake_shape
 from support.doors import ChatDoor, door_over
 
@@ -78,6 +80,13 @@ async def test_the_checkpoints_defaults_stand_where_a_request_says_nothing(chat_
     assert second.max_tokens == 3
 
 
+async def test_a_default_length_beyond_the_context_is_cut(chat_door: ChatDoor):
+    """A checkpoint that recommends more tokens than the context has left gives what is left."""
+    async with chat_door(engine(), defaults=GenerationDefaults(max_new_tokens=9999)) as door:
+        answer = await door.post(PATH, messages=ASK)
+    assert answer["usage"]["total_tokens"] == WIDE.max_context
+
+
 async def test_log_probabilities_come_with_bytes(chat_door: ChatDoor):
     """Each token has its text, its bytes and the likeliest others; the bytes make up the text."""
     asked = {"messages": ASK, "max_tokens": 5, "seed": 3, "logprobs": True, "top_logprobs": 2}
@@ -134,6 +143,18 @@ async def test_guides_of_every_spelling_reach_the_router(chat_door: ChatDoor):
     assert not router.requests[-1].sampling.HasField("guide")
     assert both["param"] == "guided_regex"
     assert wrong["param"] == "response_format.type"
+
+
+async def test_the_grammar_of_a_choice_compiles(chat_door: ChatDoor, chat_folder: str):
+    """Quotes, backslashes, line breaks and other languages in the texts of guided_choice make a grammar that routers take."""
+    router = engine()
+    async with chat_door(router) as door:
+        await door.post(PATH, messages=ASK, max_tokens=2, guided_choice=["yes", 'n"o', "a\\b", "c\nd", "é漢", "[x]*/"])
+    guides = Guides(chat_folder, WIDE.vocabulary, 1)
+    try:
+        await guides.compile(Guide(GuideKind.GRAMMAR, router.requests[0].sampling.guide.grammar), [5])
+    finally:
+        guides.close()
 
 
 async def test_a_checkpoint_without_a_template_takes_no_messages(tokenizer: Tokenizer):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from gateway_support import PROMPT, SHAPE, expected
 
 from moiety.gateway.text.tokenizer import Tokenizer
-from moiety.testing import FakeEngine, fake_token
+from moiety.testing import FakeEngine, fake_shape, fake_token
 from support.doors import door_over
 
 PATH = "/v1/completions"
@@ -185,3 +185,12 @@ async def test_tokens_can_be_named_by_their_ids(tokenizer: Tokenizer):
         asked = {"prompt": PROMPT, "max_tokens": 2, "seed": 0, "logprobs": 1}
         answer = await door.post(PATH, return_tokens_as_token_ids=True, **asked)
     assert answer["choices"][0]["logprobs"]["tokens"] == [f"token_id:{token}" for token in expected(2)]
+
+
+async def test_tokens_that_only_pad_the_vocabulary_have_no_text(tokenizer: Tokenizer):
+    """A model may have more ids than its tokenizer: log probabilities show these as empty."""
+    router = FakeEngine("a", fake_shape(max_context=64, vocabulary=400))
+    router.script = [350, 5]
+    async with door_over(tokenizer, router) as door:
+        answer = await door.post(PATH, prompt=PROMPT, max_tokens=2, logprobs=1)
+    assert answer["choices"][0]["logprobs"]["tokens"] == ["", tokenizer.token(5).text]

@@ -20,8 +20,8 @@ LONG = 20_000  # tokens: some 4 MB of events
 
 async def test_a_waiting_stream_shows_that_it_lives(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch):
     """The status comes before the first token, comments follow, and then the whole output."""
-    monkeypatch.setattr("moiety.gateway.http.answer.FIRST_S", 0.05)
-    monkeypatch.setattr("moiety.gateway.http.answer.QUEUED_S", 0.05)
+    monkeypatch.setattr("moiety.gateway.http.answers.answer.FIRST_S", 0.05)
+    monkeypatch.setattr("moiety.gateway.http.answers.answer.QUEUED_S", 0.05)
     router, go = FakeEngine("a", SHAPE), asyncio.Event()
 
     async def wait(_: int) -> None:

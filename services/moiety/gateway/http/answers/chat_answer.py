@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from moiety.core.sampling import FinishReason
-from moiety.gateway.http.answer import Counts, Head
-from moiety.gateway.http.logprobs import TokenNames, chat_logprobs
+from moiety.gateway.http.answers.answer import Counts, Head
+from moiety.gateway.http.answers.logprobs import TokenNames, chat_logprobs
 from moiety.gateway.http.tools import CallArguments, CallBegins, Content, OutputParser, Piece, Reasoning
 from moiety.gateway.request import Delta
 

@@ -150,7 +150,7 @@ async def _stream(
         await queue.end()
         await exchange.send_events(answer.end() + _DONE, last=True)
     except Unread:
-        exchange.abort()
+        exchange.break_off()
     except Exception as error:
         await queue.end()
         if not exchange.started:

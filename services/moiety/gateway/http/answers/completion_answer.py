@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from moiety.core.sampling import FinishReason, TopLogprobs
-from moiety.gateway.http.answer import Counts, Head
-from moiety.gateway.http.logprobs import CompletionLogprobs, TokenNames
+from moiety.gateway.http.answers.answer import Counts, Head
+from moiety.gateway.http.answers.logprobs import CompletionLogprobs, TokenNames
 from moiety.gateway.request import Delta
 
 

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from moiety.core.sampling import TopLogprobs
-from moiety.gateway.text.tokenizer import Tokenizer
+from moiety.errors import InvalidRequest
+from moiety.gateway.text.tokenizer import Token, Tokenizer
 
+_NOTHING = Token("", b"")
 LEAST = -9999.0  # stands for minus infinity, which JSON lacks
 
 
@@ -22,7 +24,7 @@ class TokenNames:
         """Returns the token's text; of a part of a character, its bytes, as bytes:\\xe2\\x82."""
         if self._as_ids:
             return f"token_id:{token_id}"
-        token = self._tokenizer.token(token_id)
+        token = self._token(token_id)
         if "\ufffd" in token.text:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token.bytes)
         return token.text
@@ -31,13 +33,20 @@ class TokenNames:
         """Returns how many characters of text the token stands for by itself."""
         if not self._tokenizer.kinds.has_text(token_id):
             return 0
-        return len(self._tokenizer.token(token_id).text)
+        return len(self._token(token_id).text)
 
     def chat(self, token_id: int, logprob: float) -> dict[str, Any]:
         """Returns the token as chat completions show it."""
-        token = self._tokenizer.token(token_id)
+        token = self._token(token_id)
         name = f"token_id:{token_id}" if self._as_ids else token.text
         return {"token": name, "logprob": max(logprob, LEAST), "bytes": [*token.bytes]}
+
+    def _token(self, token_id: int) -> Token:
+        """Returns what a token shows: nothing, where it is one of those that only pad a model's vocabulary."""
+        try:
+            return self._tokenizer.token(token_id)
+        except InvalidRequest:
+            return _NOTHING
 
 
 class CompletionLogprobs:

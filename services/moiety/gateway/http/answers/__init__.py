@@ -1,0 +1,1 @@
+"""The answers of generation requests: from deltas to chunks and whole answers."""
