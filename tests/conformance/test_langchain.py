@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import pydantic
 import pytest
-
 from conformance_support import ServedApi
 
 # The package leaves connections to the garbage collector.
