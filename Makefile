@@ -5,11 +5,11 @@ BIN    := $(VENV)/bin
 PROTOS := $(sort $(shell find protos -name '*.proto'))
 CPU    := $(wildcard kernels/moiety_kernels/cpu/*)
 
-.PHONY: help demo test test-all check parity proto bench clean
+.PHONY: help demo test test-all conformance check parity proto bench clean
 .DEFAULT_GOAL := help
 
 help: ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "Setting up $(VENV): a few minutes, once …"
@@ -32,6 +32,22 @@ test: $(VENV)/.kernels ## the tests that every change must pass (15 minutes on 2
 test-all: $(VENV)/.kernels ## these and the long ones
 	$(BIN)/python -m pytest
 
+# Other people's clients have an environment of their own, as they bring many packages. Where npm or its registry is missing, the
+# tests in TypeScript are skipped.
+$(VENV)-conformance/.installed: pyproject.toml constraints.txt
+	@echo "Setting up $(VENV)-conformance: a few minutes, once …"
+	@test -x $(VENV)-conformance/bin/python || $(PYTHON) -m venv $(VENV)-conformance
+	@# LiteLLM excludes these two pins.
+	grep -vE '^(certifi|python-dateutil)==' constraints.txt > $(VENV)-conformance/constraints.txt
+	$(VENV)-conformance/bin/python -m pip install --quiet --constraint $(VENV)-conformance/constraints.txt --editable '.[serve,dev,conformance]'
+	@touch $@
+
+tests/conformance/typescript/node_modules/.package-lock.json: tests/conformance/typescript/package-lock.json
+	-cd tests/conformance/typescript && npm ci --ignore-scripts --no-audit --no-fund
+
+conformance: $(VENV)-conformance/.installed tests/conformance/typescript/node_modules/.package-lock.json ## both APIs, tried with the clients that people have
+	$(VENV)-conformance/bin/python -m pytest tests/conformance
+
 check: $(VENV)/.installed ## lint, types, import rules, protos and their stubs
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -50,5 +66,5 @@ bench: $(VENV)/.kernels ## hop latency and serving speed beside plain transforme
 	$(BIN)/moiety bench hop
 	$(BIN)/moiety bench serve
 
-clean: ## remove the virtual environment and caches
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+clean: ## remove the virtual environments and caches
+	rm -rf $(VENV) $(VENV)-conformance tests/conformance/typescript/node_modules tests/conformance/typescript/build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

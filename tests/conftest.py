@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -57,9 +58,24 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
 @pytest.fixture(scope="session")
 def served(tiny: Callable[[str], str]) -> Iterator[Served]:
     """Serves qwen3_moe in fp32 with two expert groups, one router and one gateway, for the whole session."""
+    with _serving(tiny("qwen3_moe")) as system:
+        yield system
+
+
+@pytest.fixture(scope="session")
+def chat_served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """Serves a chat model with tools, like `served`; its context takes a conversation with tools."""
+    folder = tmp_path_factory.mktemp("qwen3_moe_chat")
+    with _serving(str(write_tiny("qwen3_moe", folder, chat=True, max_position_embeddings=4096))) as system:
+        yield system
+
+
+@contextmanager
+def _serving(model: str) -> Iterator[Served]:
+    """Serves the checkpoint `model` in fp32 with two expert groups, one router and one gateway."""
     with TraceReceiver() as receiver, EmbeddedRedis() as redis, asyncio.Runner() as runner:
         cluster = LocalCluster(
-            tiny("qwen3_moe"),
+            model,
             dtype="float32",
             registry=redis.url,
             env={

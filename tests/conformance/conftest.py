@@ -1,15 +1,19 @@
-"""The clients of the package openai, for a running door."""
+"""The clients of the package openai for a running door, and a whole system for other clients."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
+from conformance_support import ServedApi
 
+from moiety.gateway.text.tokenizer import Tokenizer
 from moiety.testing import FakeEngine, fake_shape
 from support.doors import Door
+from support.serving import Served
 
 Connect = Callable[..., Any]  # from a door and options to a client
 
@@ -38,3 +42,13 @@ def connect_sync() -> Connect:
         return openai.OpenAI(base_url=f"{door.url}/v1", api_key="none", **{"max_retries": 0, **options})
 
     return client
+
+
+@pytest.fixture(scope="session")
+def api(chat_served: Served) -> ServedApi:
+    """The APIs of a whole system that serves a chat model of random weights."""
+    cluster = chat_served.cluster
+    thinks = Tokenizer(cluster.model).vocabulary["<think>"]
+    return ServedApi(
+        cluster.http_address, cluster.address, cluster.model, Path(cluster.model).name, {str(thinks): -100}
+    )

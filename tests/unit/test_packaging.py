@@ -14,7 +14,8 @@ ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 EXTRAS = {"base": PROJECT["dependencies"], **PROJECT["optional-dependencies"]}
 NEEDS = {extra: [Requirement(text) for text in texts] for extra, texts in EXTRAS.items()}
-SHIPPED = [need for extra, needs in NEEDS.items() if extra != "dev" for need in needs]
+DEVELOPMENT = ("dev", "conformance")  # extras that are not shipped
+SHIPPED = [need for extra, needs in NEEDS.items() if extra not in DEVELOPMENT for need in needs]
 LICENCES = (ROOT / "docs/licences.md").read_text("utf-8")
 PERMISSIVE = re.compile("MIT|BSD|Apache|Python Software Foundation|PSF|ISC")
 RESTRICTIVE = re.compile("GPL|MPL|Mozilla|SSPL|RSAL|Proprietary")
@@ -34,7 +35,7 @@ def licence_of(package: str) -> str:
 
 
 def installed() -> set[str]:
-    """Returns the packages that are installed because the project, without the extra `dev`, needs them."""
+    """Returns the packages that are installed because the project, without the extras for development, needs them."""
     found: set[str] = set()
     waiting = [need for need in SHIPPED if applies(need)]
     seen = set()
@@ -95,7 +96,7 @@ def test_the_list_of_licences_is_that_of_the_dependencies() -> None:
     assert listed == {
         (str(need).partition(";")[0].removesuffix(str(need.specifier)), extra, str(need.specifier))
         for extra, needs in NEEDS.items()
-        if extra != "dev"
+        if extra not in DEVELOPMENT
         for need in needs
     }
     licences = {name.partition("[")[0]: licence for name, _, _, licence, _ in rows}
