@@ -22,6 +22,7 @@ LOGICAL_CPUS = 64  # replicas on one machine share its cores: Ray must not refus
 
 LOOPBACK_ONLY = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # "0" binds Ray to loopback, on Linux too, despite the name
 
+MOST_FOLDER = 43  # characters; a socket's path may have 107, and Ray adds /session_<time>_<pid>/sockets/plasma_store
 _LOCAL = {
     "RAY_AUTH_MODE": "disabled",  # everything listens on loopback
     LOOPBACK_ONLY: "0",
@@ -37,9 +38,13 @@ def local_ray(
     """Runs a Ray on loopback inside the context, and shuts that Ray down at the end.
 
     The URL `registry` may hold a password, so replicas get it only through their environment. `folder` is where Ray keeps
-    sockets and logs (a short path; default: /tmp/ray). Raises FailedPrecondition if Ray would listen on the network: Ray
-    decides this when it is first imported, which may have been before this call.
+    sockets and logs (default: /tmp/ray). Raises FailedPrecondition if that path is too long for sockets, or if Ray would
+    listen on the network: Ray decides this when it is first imported, which may have been before this call.
     """
+    if folder is not None and len(str(folder)) > MOST_FOLDER:
+        raise FailedPrecondition(
+            f"{folder}: Ray puts sockets below it, so its path may have {MOST_FOLDER} characters: set TMPDIR to a shorter one"
+        )
     with environment({"MOIETY_REGISTRY": registry} if registry else {}, _LOCAL):
         # Ray reads its environment when it is imported.
         import ray
