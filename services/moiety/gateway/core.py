@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from functools import partial
 
 from moiety.core.sampling import Sampling
 from moiety.core.system import SystemId
@@ -47,11 +49,14 @@ class GenerationCore:
         self.model = served
         self._tracer = tracer
         self._admission = Admission(max_concurrent, served.routers.retry_after_s)
+        # One template is rendered at a time. The loop's own threads also resolve names: they must not wait for templates.
+        self._renders = ThreadPoolExecutor(1, thread_name_prefix="template")
         self.running = 0  # requests in progress
         self.begun = 0  # requests since the start
 
     def close(self) -> None:
-        """Drops the prompts that wait to be tokenised."""
+        """Drops the prompts that wait to be rendered or tokenised."""
+        self._renders.shutdown(wait=False, cancel_futures=True)
         self.model.encoder.close()
 
     def check_model(self, name: str) -> None:
@@ -172,7 +177,7 @@ class GenerationCore:
         """Returns a conversation as the checkpoint's template writes it. Raises InvalidRequest where there is none."""
         if (template := served.template) is None:
             raise InvalidRequest("messages", "a conversation", "a text: this checkpoint has no chat template")
-        return await asyncio.to_thread(
+        render = partial(
             template.render,
             conversation.messages,
             tools=conversation.tools,
@@ -180,6 +185,7 @@ class GenerationCore:
             continue_final_message=conversation.continues_last,
             arguments=conversation.arguments,
         )
+        return await asyncio.get_running_loop().run_in_executor(self._renders, render)
 
     def _served(self, model: str) -> ServedModel:
         """Returns what serves the model of this name. Raises NotFound."""
