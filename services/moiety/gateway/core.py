@@ -28,6 +28,9 @@ from moiety.telemetry.tracing import Span, Tracer
 from moiety.wire.deadline import Deadline
 from moiety.wire.sampling_params import check_labels, check_prompt
 
+# Characters of a text that is only tokenised. It is not cut at the context, and must leave prompts room in the encoder's budget.
+MOST_COUNTED = MOST_CHARACTERS // 4
+
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
@@ -86,6 +89,8 @@ class GenerationCore:
             prompt = await self._rendered(served, prompt)
         if not isinstance(prompt, str):
             return prompt
+        if len(prompt) > MOST_COUNTED:
+            raise InvalidRequest("prompt.text", f"{len(prompt)} characters", f"at most {MOST_COUNTED}")
         return await served.encoder.encode(prompt, MOST_CHARACTERS, begin=begin)
 
     async def generate(self, request: GenerationRequest, deadline: Deadline) -> AsyncGenerator[Delta, None]:
