@@ -28,7 +28,7 @@ from moiety.telemetry.tracing import Span, Tracer
 from moiety.wire.deadline import Deadline
 from moiety.wire.sampling_params import check_labels, check_prompt
 
-# Characters of a text that is only tokenised. It is not cut at the context, and must leave prompts room in the encoder's budget.
+# Characters of a text that is only tokenised: it is not cut at the context, and must leave prompts room in the budget.
 MOST_COUNTED = MOST_CHARACTERS // 4
 
 
