@@ -152,7 +152,7 @@ class GatewayOptions(Options):
     """Port of the gRPC API, one per node; 0 = a free one."""
     http: bool = True
     """Offer the OpenAI HTTP API beside the gRPC API."""
-    http_port: int = Field(default=50080, ge=0, le=65535)
+    http_port: int = Field(default=DEFAULT_HTTP_PORT, ge=0, le=65535)
     """Port of the HTTP API, one per node; 0 = a free one."""
     max_concurrent: int = Field(default=1024, ge=1)
     """Requests in flight, at most, before RESOURCE_EXHAUSTED."""

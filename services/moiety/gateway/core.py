@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from functools import partial
 
 from moiety.core.sampling import Sampling
 from moiety.core.system import SystemId
@@ -25,6 +27,9 @@ from moiety.telemetry.names import Attribute, SpanName
 from moiety.telemetry.tracing import Span, Tracer
 from moiety.wire.deadline import Deadline
 from moiety.wire.sampling_params import check_labels, check_prompt
+
+# Characters of a text that is only tokenised: it is not cut at the context, and must leave prompts room in the budget.
+MOST_COUNTED = MOST_CHARACTERS // 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +52,14 @@ class GenerationCore:
         self.model = served
         self._tracer = tracer
         self._admission = Admission(max_concurrent, served.routers.retry_after_s)
+        # One template is rendered at a time. The loop's own threads also resolve names: they must not wait for templates.
+        self._renders = ThreadPoolExecutor(1, thread_name_prefix="template")
         self.running = 0  # requests in progress
         self.begun = 0  # requests since the start
 
     def close(self) -> None:
-        """Drops the prompts that wait to be tokenised."""
+        """Drops the prompts that wait to be rendered or tokenised."""
+        self._renders.shutdown(wait=False, cancel_futures=True)
         self.model.encoder.close()
 
     def check_model(self, name: str) -> None:
@@ -81,6 +89,8 @@ class GenerationCore:
             prompt = await self._rendered(served, prompt)
         if not isinstance(prompt, str):
             return prompt
+        if len(prompt) > MOST_COUNTED:
+            raise InvalidRequest("prompt.text", f"{len(prompt)} characters", f"at most {MOST_COUNTED}")
         return await served.encoder.encode(prompt, MOST_CHARACTERS, begin=begin)
 
     async def generate(self, request: GenerationRequest, deadline: Deadline) -> AsyncGenerator[Delta, None]:
@@ -172,7 +182,7 @@ class GenerationCore:
         """Returns a conversation as the checkpoint's template writes it. Raises InvalidRequest where there is none."""
         if (template := served.template) is None:
             raise InvalidRequest("messages", "a conversation", "a text: this checkpoint has no chat template")
-        return await asyncio.to_thread(
+        render = partial(
             template.render,
             conversation.messages,
             tools=conversation.tools,
@@ -180,6 +190,7 @@ class GenerationCore:
             continue_final_message=conversation.continues_last,
             arguments=conversation.arguments,
         )
+        return await asyncio.get_running_loop().run_in_executor(self._renders, render)
 
     def _served(self, model: str) -> ServedModel:
         """Returns what serves the model of this name. Raises NotFound."""

@@ -23,8 +23,9 @@ from moiety.gateway.formats.tool import MAX_NAME, NAME_CHARACTERS
 
 CALLS, ARGS, CALL_ID = "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"
 _THINK = ("[THINK]", "[/THINK]")
+# `\s*+` gives nothing back: with two plain `\s*`, n spaces that no bracket follows take n² steps.
 _HEAD = re.compile(
-    rf"({NAME_CHARACTERS}{{1,{MAX_NAME}}})(?:{re.escape(CALL_ID)}\w{{0,{MAX_NAME}}})?\s*(?:{re.escape(ARGS)})?\s*(?=\{{)"
+    rf"({NAME_CHARACTERS}{{1,{MAX_NAME}}})(?:{re.escape(CALL_ID)}\w{{0,{MAX_NAME}}})?\s*+(?:{re.escape(ARGS)})?\s*+(?=\{{)"
 )
 # What `_HEAD` may still match with more text after it.
 _MARKER_BEGUN = r"\[|\[A|\[AR|\[ARG|\[ARGS"

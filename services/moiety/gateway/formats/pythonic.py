@@ -22,7 +22,8 @@ _NAME = r"[A-Za-z_][A-Za-z0-9_.]{0,127}"
 _FIRST, _FIRST_BEGUN = re.compile(rf"\[\s*({_NAME})\s*\("), re.compile(rf"\[\s*(?:{_NAME}\s*)?")
 _NEXT, _NEXT_BEGUN = re.compile(rf",\s*({_NAME})\s*\("), re.compile(rf",\s*(?:{_NAME}\s*)?")
 _KEY = re.compile(r",?\s*([A-Za-z_]\w{0,127})\s*=\s*(?=\S)")
-_KEY_BEGUN = re.compile(r",?\s*(?:[A-Za-z_]\w{0,127}\s*=?\s*)?")
+# `\s*+` gives nothing back, so that many spaces that do not match take linear time.
+_KEY_BEGUN = re.compile(r",?\s*(?:[A-Za-z_]\w{0,127}\s*+=?\s*+)?")
 _TOKEN = re.compile(
     r"""\s*(?:(?P<string>"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')|(?P<number>-?\d[\d.eE+-]*)|(?P<word>\w+)|(?P<mark>[\[\](){},:]))\s*""",
     re.DOTALL,

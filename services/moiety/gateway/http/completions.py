@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from moiety.errors import InvalidRequest
@@ -14,9 +14,7 @@ from moiety.gateway.http.exchange import Exchange
 from moiety.gateway.http.guides import guide_of
 from moiety.gateway.http.sampling import COMPLETION_TOKENS, choices_of, field_names, options_of
 from moiety.gateway.http.schema.bodies import CompletionBody
-from moiety.gateway.http.schema.fields import Prompt
 from moiety.gateway.request import GenerationRequest
-from moiety.gateway.text.tokenizer import Tokenizer
 from moiety.gateway.unread import Readers
 
 
@@ -66,7 +64,7 @@ class Completions:
         ]
         view = CompletionView(
             n=n,
-            echoes=_texts(body.prompt, served.tokenizer) if body.echo else None,
+            echoes=body.prompt if body.echo else None,
             prompt_only=prompt_only,
             logprobs=wants,
             token_ids=bool(body.return_token_ids),
@@ -75,11 +73,6 @@ class Completions:
         )
         head = Head("text_completion", f"cmpl-{exchange.request_id}", served.name, served.system.revision)
         names = TokenNames(served.tokenizer, as_ids=bool(body.return_tokens_as_token_ids))
-        answer = CompletionAnswer(head, names, view, len(requests))
+        answer = CompletionAnswer(head, names, view, len(requests), served.tokenizer.decode)
         deltas = deltas_of(self._core, requests, n)
         await send_answer(exchange, self._readers, deltas, answer, stream=bool(body.stream))
-
-
-def _texts(prompts: Sequence[Prompt], tokenizer: Tokenizer) -> list[str]:
-    """Returns the prompts' texts; that of token ids as they are decoded."""
-    return [prompt if isinstance(prompt, str) else tokenizer.decode(prompt) for prompt in prompts]

@@ -34,8 +34,7 @@ class Screen:
 
     def reply(self, text: str, *, style: str = "") -> None:
         """Prints a piece of a reply at once."""
-        if self.interactive:
-            text = text.translate(_CONTROLS)
+        text = self._safe(self._out, text)
         if style != self._style and self.styled:
             self._out.write((PLAIN if self._style else "") + style)
             self._style = style
@@ -69,7 +68,10 @@ class Screen:
         return f"\001{BOLD}\002{text}\001{PLAIN}\002" if self.styled else text
 
     def _line(self, stream: TextIO, text: str, style: str) -> None:
-        if self.interactive:
-            text = text.translate(_CONTROLS)
+        text = self._safe(stream, text)
         stream.write(f"{style}{text}{PLAIN}\n" if self.styled else f"{text}\n")
         stream.flush()
+
+    def _safe(self, stream: TextIO, text: str) -> str:
+        """Returns `text` as it may go to `stream`: a terminal shows it also where what is entered comes through a pipe."""
+        return text.translate(_CONTROLS) if self.interactive or stream.isatty() else text

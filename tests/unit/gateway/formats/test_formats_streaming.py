@@ -130,3 +130,12 @@ def test_a_long_output_of_markers_takes_little_time(name: str, part: str):
         parser.push(part)
     parser.end()
     assert time.thread_time() - began < 3
+
+
+@pytest.mark.parametrize(("name", "before"), [("mistral", "[TOOL_CALLS]name"), ("llama4", "[f(a")])
+def test_white_space_after_a_name_takes_linear_time(name: str, before: str):
+    """A model that goes on with white space does not hold the event loop."""
+    parser, began = FORMATS[name].parser(tools=True), time.process_time()
+    for piece in (before, *[" " * 16] * 600, "?"):
+        parser.push(piece)
+    assert time.process_time() - began < 2.0

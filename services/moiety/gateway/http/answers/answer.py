@@ -6,6 +6,7 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -103,8 +104,8 @@ def deltas_of(core: GenerationCore, requests: list[GenerationRequest], n: int) -
 async def _numbered(
     core: GenerationCore, request: GenerationRequest, first: int, room: asyncio.Semaphore
 ) -> AsyncGenerator[Delta, None]:
-    async with room:
-        async for delta in core.generate(request, Deadline()):
+    async with room, aclosing(core.generate(request, Deadline())) as deltas:
+        async for delta in deltas:
             yield replace(delta, choice=first + delta.choice)
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from moiety.core.sampling import FinishReason, TopLogprobs
 from moiety.gateway.http.answers.answer import Counts, Head
 from moiety.gateway.http.answers.logprobs import CompletionLogprobs, TokenNames
+from moiety.gateway.http.schema.fields import Prompt
 from moiety.gateway.request import Delta
 
 
@@ -17,7 +18,7 @@ class CompletionView:
     """What a client wants to see of its completions."""
 
     n: int = 1  # choices of each prompt
-    echoes: Sequence[str] | None = None  # the prompts' texts, where outputs begin with them
+    echoes: Sequence[Prompt] | None = None  # the prompts, where outputs begin with them
     prompt_only: bool = False  # whether the client wants no output: the one token that is generated is not shown
     logprobs: bool = False
     token_ids: bool = False
@@ -32,6 +33,7 @@ class _Prompt:
     ids: Sequence[int] = ()
     logprobs: Sequence[float | None] = ()
     tops: Sequence[TopLogprobs | None] = ()
+    text: str | None = None  # of ids, once it is needed
 
 
 @dataclass(slots=True)
@@ -50,8 +52,11 @@ class _Choice:
 class CompletionAnswer:
     """Turns deltas into completions."""
 
-    def __init__(self, head: Head, names: TokenNames, view: CompletionView, prompts: int):
-        self._head, self._view, self._counts = head, view, Counts()
+    def __init__(
+        self, head: Head, names: TokenNames, view: CompletionView, prompts: int, decode: Callable[[Sequence[int]], str]
+    ):
+        """`decode` returns the text of a prompt of token ids, where it is to be echoed."""
+        self._head, self._view, self._counts, self._decode = head, view, Counts(), decode
         self._prompts = [_Prompt() for _ in range(prompts)]
         self._choices = [_Choice(CompletionLogprobs(names)) for _ in range(prompts * view.n)]
 
@@ -103,7 +108,7 @@ class CompletionAnswer:
         began, choice.began = not choice.began, True
         echoes = began and view.echoes is not None
         if echoes and view.echoes is not None:
-            text = view.echoes[place] + text
+            text = self._echo(view.echoes[place], prompt) + text
         if view.logprobs:
             all_ids: Sequence[int] = [*prompt.ids, *ids] if echoes else ids
             own, tops = delta.logprobs[: len(ids)], delta.top_logprobs[: len(ids)]
@@ -117,6 +122,14 @@ class CompletionAnswer:
             if began:
                 part["prompt_token_ids"] = list(prompt.ids)
         return part
+
+    def _echo(self, given: Prompt, prompt: _Prompt) -> str:
+        """Returns the text of a prompt. Ids are decoded here and not before, as the core has checked them by now."""
+        if isinstance(given, str):
+            return given
+        if prompt.text is None:
+            prompt.text = self._decode(prompt.ids)
+        return prompt.text
 
     def _note_prompt(self, prompt: _Prompt, delta: Delta) -> None:
         if delta.prompt_ids:
