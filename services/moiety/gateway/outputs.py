@@ -38,6 +38,7 @@ class Outputs:
         self.ended: set[int] = set()  # choices whose last delta has been created
         self.finish_reasons: list[FinishReason] = []  # in the order in which choices ended
         self._prompt_ids, self._sampling, self._keep_special = prompt_ids, sampling, keep_special
+        self._has_text = tokenizer.kinds.has_text
         self._cached = self._routed = self._rerouted = 0  # both numbers of rows stay 0 unless experts may overflow
         self._arrived, self._first, self._queued_s = arrived, 0.0, 0.0
         self._texts = [OutputText(tokenizer, stops, continues, special=keep_special) for _ in range(sampling.n)]
@@ -60,8 +61,9 @@ class Outputs:
         if began:
             self._first, self._queued_s = time.monotonic(), event.queued_us / 1e6
         finish = finish_reason.FROM_WIRE[event.finish_reason]
-        ends_by_token = self._keep_special and finish is FinishReason.STOP
-        piece = text.push(ids[:-1] if ends_by_token else ids, self._sampling.min_tokens, last=finish is not None)
+        # Where special tokens are text, the one that ends the output is none.
+        end = self._keep_special and finish is FinishReason.STOP and not self._has_text(ids[-1])
+        piece = text.push(ids[:-1] if end else ids, self._sampling.min_tokens, last=finish is not None)
         matched: str | int | None = text.matched
         if matched is not None:
             finish = FinishReason.STOP

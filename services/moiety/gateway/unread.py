@@ -34,7 +34,7 @@ class Readers:
                         if self._next_look is None:
                             self._next_look = loop.call_later(UNREAD_S / 4, self._end_patience)
                         await write(delta)
-                        del self._writing[patience]
+                        self._writing.pop(patience, None)
             except TimeoutError:
                 if not patience.expired():
                     raise
@@ -47,8 +47,9 @@ class Readers:
         """Ends the requests whose clients have not read for UNREAD_S. One timer for all: one for each token costs 5 µs."""
         loop = asyncio.get_running_loop()
         now, self._next_look = loop.time(), None
-        for patience, since in self._writing.items():
+        for patience, since in [*self._writing.items()]:
             if since <= now - UNREAD_S:
+                del self._writing[patience]  # once: a timeout that ends cannot be rescheduled again
                 patience.reschedule(now)
         if self._writing:
             self._next_look = loop.call_later(UNREAD_S / 4, self._end_patience)

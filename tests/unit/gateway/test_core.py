@@ -90,3 +90,16 @@ def test_the_bytes_of_tokens_make_up_the_text(tokenizer: Tokenizer, tmp_path: Pa
             assert joined.decode().removeprefix(" ") == text
     with pytest.raises(InvalidRequest, match="ids of this model's tokenizer"):
         tokenizer.token(10**6)
+
+
+async def test_the_special_token_that_ends_an_output_is_no_text(tokenizer: Tokenizer):
+    """Where special tokens are text, the end of sequence is not, and a stop token of the request that has text still is."""
+    a, end = tokenizer.encode("a", begin=False)[0], tokenizer.stop_ids[0]
+    router = FakeEngine("a", SHAPE)
+    async with gateway_over(tokenizer, router) as gateway:
+        for script, stops in (([a, a, end], ()), ([a, a, a], (a,))):
+            router.script = script
+            got = await deltas(gateway.core, options(stop_token_ids=stops), keep_special=True)
+            assert "".join(delta.text for delta in got) == tokenizer.decode([t for t in script if t != end])
+            assert got[-1].matched_stop == (a if stops else None)
+            assert [token for delta in got for token in delta.token_ids] == script

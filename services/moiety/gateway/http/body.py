@@ -15,6 +15,8 @@ from moiety.gateway.http.errors import ClientGone, HttpError
 MOST_BYTES = 16 << 20  # of one body
 # Of all bodies that are being read or parsed. A parsed body may take some 30 times its size: `[[],[],…`.
 MOST_BYTES_TOGETHER = 48 << 20
+# Parsing holds up the event loop: by 0.2 s for this many lists, or for this many numbers in one list.
+MOST_NESTED, MOST_VALUES = 1 << 18, 1 << 20
 SMALL_BYTES = 64 << 10  # a body up to this size takes nothing of the budget that others share
 RETRY_S = 1.0
 
@@ -80,6 +82,11 @@ class _Space:
 
 
 def _parsed(data: bytearray) -> dict[str, Any]:
+    # Counts those within texts, too: 2 MB of source code have some 100,000 brackets.
+    if data.count(b"[") + data.count(b"{") > MOST_NESTED or data.count(b",") > MOST_VALUES:
+        raise HttpError(
+            413, f"the request's body has over {MOST_NESTED} brackets or {MOST_VALUES} commas, the most allowed"
+        )
     try:
         # Refuses NaN, text that is not Unicode, numbers of thousands of digits, and nesting deeper than 200.
         value = from_json(data, allow_inf_nan=False)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from moiety.core.sampling_options import SamplingOptions
+from moiety.core.sampling_options import MAX_REPETITION_PENALTY, MAX_TEMPERATURE, SamplingOptions
 from moiety.errors import CheckpointError
 from moiety.model.checkpoint.checkpoint import read_json
 
@@ -54,11 +54,17 @@ class GenerationDefaults:
         top_k = checked("top_k", lambda k: k == int(k) and k >= -1, "an integer of at least -1")  # -1: all, as 0
         most = checked("max_new_tokens", lambda count: count == int(count) and count >= 1, "an integer of at least 1")
         return cls(
-            temperature=checked("temperature", lambda value: value >= 0, "a number of at least 0"),
+            temperature=checked(
+                "temperature", lambda value: 0 <= value <= MAX_TEMPERATURE, f"0 to {MAX_TEMPERATURE:g}"
+            ),
             top_p=checked("top_p", lambda value: 0 < value <= 1, "above 0 and at most 1"),
             top_k=None if top_k is None else max(0, int(top_k)),
             min_p=checked("min_p", lambda value: 0 <= value <= 1, "from 0 to 1"),
-            repetition_penalty=checked("repetition_penalty", lambda value: value > 0, "above 0"),
+            repetition_penalty=checked(
+                "repetition_penalty",
+                lambda value: 0 < value <= MAX_REPETITION_PENALTY,
+                f"above 0, up to {MAX_REPETITION_PENALTY:g}",
+            ),
             max_new_tokens=None if most is None else int(most),
         )
 

@@ -180,5 +180,6 @@ class Chat:
 
 
 def _is_too_long(error: InvalidRequest) -> bool:
-    """Returns whether a gateway's refusal is about the prompt's length: the only bound of a prompt of messages."""
-    return str(error).startswith(("prompt = ", "prompt.text = "))
+    """Returns whether a gateway's refusal is about the prompt's length, alone or together with max_tokens."""
+    text = str(error)
+    return text.startswith(("prompt = ", "prompt.text = ")) or "are in a context of" in text

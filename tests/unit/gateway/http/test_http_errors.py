@@ -243,3 +243,13 @@ async def test_request_ids_and_trace_contexts_come_from_headers(tokenizer: Token
 def test_every_class_of_errors_has_a_status(error: MoietyError, status: int):
     """The nearest class of the table decides."""
     assert problem_of(error).status == status
+
+
+async def test_bodies_that_take_long_to_parse_are_refused(tokenizer: Tokenizer):
+    """Millions of lists or numbers in one body are refused before they are parsed; as many in a text are not needed."""
+    async with door_over(tokenizer, engine()) as door:
+        for value in ("[],", "1,"):
+            body = b'{"prompt": "a", "unknown": [' + value.encode() * (1 << 20) + b"1]}"
+            answer = await door.http.post(PATH, content=body, headers={"content-type": "application/json"})
+            assert answer.status_code == 413
+            assert "the most allowed" in answer.json()["error"]["message"]
