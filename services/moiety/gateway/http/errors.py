@@ -45,7 +45,7 @@ _KINDS: tuple[tuple[type[errors.MoietyError], _Kind], ...] = (
     (errors.MoietyError, _Kind(500, "server_error", "internal_error")),
 )
 _FIELD = re.compile(r"[A-Za-z_][\w.]*(\[[^\]]*\][\w.]*)*(?= = )")  # with which the message of an InvalidRequest begins
-_TOO_LONG = re.compile(r"\d+ tokens")  # the value of a prompt that does not fit into the context
+_TOO_LONG = re.compile(r"\d+ (tokens|characters)")  # the value of a prompt that does not fit into the context
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +103,6 @@ def client_name(field: str, names: Mapping[str, str]) -> str:
 
 def _context_code(field: str, value: str) -> str | None:
     """Returns OpenAI's code for a prompt, or prompt and output together, beyond the context."""
-    too_long = field == "prompt" and _TOO_LONG.match(value.strip("'"))
+    too_long = field in ("prompt", "prompt.text") and _TOO_LONG.match(value.strip("'"))
     beyond = field == "sampling.max_tokens" and "are in a context of" in value
     return "context_length_exceeded" if too_long or beyond else None

@@ -15,11 +15,17 @@ _ANY_OBJECT = '{"type":"object"}'
 
 
 def guide_of(body: GenerationBody) -> tuple[Guide, str] | None:
-    """Returns the guide that a body asks for and the field that it comes from. Raises InvalidRequest for several."""
+    """Returns the guide that a body asks for and the field that it comes from. Raises InvalidRequest for several.
+
+    `structured_outputs` must name a guide, unless another field does: other keys of it are options of other servers.
+    """
     found = [*_guides(body)]
     if len(found) > 1:
         names = " and ".join(name for _, name in found)
         raise InvalidRequest(found[1][1], f"beside {found[0][1]}", f"the only guide, but the request has {names}")
+    if not found and body.structured_outputs is not None:  # a misspelt kind would leave the output free
+        bound = "an object with one of json, json_object, regex, choice and grammar"
+        raise InvalidRequest("structured_outputs", shown(body.structured_outputs), bound)
     return found[0] if found else None
 
 

@@ -27,6 +27,7 @@ RESERVED = frozenset(  # what `render` itself passes to transformers' renderer
         "template",
         "chat_template",
         "return_assistant_tokens_mask",
+        "self",  # an argument of jinja's own
     }
 )
 _NEEDLES = ("moiety probe one", "moiety probe two")
@@ -108,7 +109,9 @@ class ChatTemplate:
         more = dict(arguments or {})
         if wrong := next((name for name in more if name in RESERVED), None):
             raise InvalidRequest(
-                f"chat_template_kwargs.{wrong}", more[wrong], "left out: the request says it elsewhere"
+                f"chat_template_kwargs.{wrong}",
+                more[wrong],
+                "left out: the request says it elsewhere, or the name is jinja's",
             )
         variables = {
             **self._special,

@@ -73,6 +73,9 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"guided_choice": []}, "guided_choice"),
     ({"guided_regex": "a", "ignore_eos": True}, "ignore_eos"),
     ({"structured_outputs": {"structural_tag": "x"}}, "structured_outputs.structural_tag"),
+    ({"structured_outputs": {}}, "structured_outputs"),
+    ({"structured_outputs": {"jsn": {"type": "object"}}}, "structured_outputs"),
+    ({"stream_options": True}, "stream_options"),
     ({"guided_regex": "a" * (1 << 17)}, "guided_regex"),
     ({"add_special_tokens": False}, "add_special_tokens"),
 ]
@@ -87,6 +90,7 @@ async def test_a_wrong_field_is_named_and_an_unknown_one_ignored(tokenizer: Toke
             assert error["param"] == name, error
             assert error["type"] == "invalid_request_error"
             assert error["message"].startswith(f"{name} = ")
+            assert "instance of" not in error["message"]  # the name of a class says nothing to a client
         assert not router.requests
         await door.post(PATH, prompt=PROMPT, max_tokens=2, service_tier="auto", metadata={"a": 1}, x=None, best_of=1)
 
@@ -105,11 +109,13 @@ async def test_chat_fields_are_named_as_the_client_named_them(chat_door: ChatDoo
             ({"messages": [{"content": "a"}]}, "messages[0].role"),
             ({"functions": [{}]}, "functions"),
             ({"chat_template": "{{ 1 }}"}, "chat_template"),
+            ({"chat_template_kwargs": {"self": 1}}, "chat_template_kwargs.self"),
         ]:
             error = await door.refused(CHAT, 400, **{**asked, **fields})
             assert error["param"] == name, error
-        too_long = await door.refused(CHAT, 400, messages=[{"role": "user", "content": "x y z " * 200}])
-        assert (too_long["code"], too_long["param"]) == ("context_length_exceeded", "messages")
+        for words in (200, 20_000):  # too many tokens, and so many characters that they are not tokenised
+            too_long = await door.refused(CHAT, 400, messages=[{"role": "user", "content": "x y z " * words}])
+            assert (too_long["code"], too_long["param"]) == ("context_length_exceeded", "messages")
 
 
 async def test_models_paths_and_methods_have_their_statuses(tokenizer: Tokenizer):

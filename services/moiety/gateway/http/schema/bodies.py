@@ -46,6 +46,8 @@ class Body(BaseModel):
             bound = first["msg"].removeprefix("Input should be ").removeprefix("a valid ")
             if first["type"] == "missing":
                 raise InvalidRequest(name, None, "present") from None
+            if first["type"] == "model_type":
+                bound = "an object"
             raise InvalidRequest(name, shown(first["input"]), bound) from None
 
 
