@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeGuard
 
@@ -69,7 +69,12 @@ def request_of(prompt: Prompt, options: GenerateOptions) -> generation_pb2.Gener
 
 def is_messages(prompt: Prompt) -> TypeGuard[Messages]:
     """Returns whether a prompt is a conversation."""
-    return not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
+    return (
+        isinstance(prompt, Sequence)
+        and not isinstance(prompt, str)
+        and len(prompt) > 0
+        and isinstance(prompt[0], Mapping)
+    )
 
 
 def _set_prompt(

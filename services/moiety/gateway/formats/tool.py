@@ -11,6 +11,7 @@ from moiety.errors import InvalidRequest
 
 NAME_CHARACTERS = "[A-Za-z0-9_.-]"
 MAX_NAME = 128  # OpenAI's API accepts 64; names of tools from MCP servers are longer
+TOOL_NAME = f"1 to {MAX_NAME} letters, digits, '_', '-' and '.'"
 _NAME = re.compile(f"{NAME_CHARACTERS}{{1,{MAX_NAME}}}")
 
 
@@ -24,7 +25,7 @@ class Tool:
 
     def __post_init__(self) -> None:
         if not is_tool_name(self.name):
-            raise InvalidRequest("tools.function.name", self.name, f"1 to {MAX_NAME} letters, digits, '_', '-' and '.'")
+            raise InvalidRequest("tools.function.name", self.name, TOOL_NAME)
 
 
 def is_tool_name(text: str) -> bool:

@@ -13,6 +13,7 @@ from moiety.core.sampling import Guide
 from moiety.errors import ConfigError, InvalidRequest
 from moiety.gateway.formats.format import FORMATS, Forcing, Format, Tool, format_for
 from moiety.gateway.formats.pieces import CallArguments, CallBegins, Content, OutputParser, Piece, Reasoning
+from moiety.gateway.formats.tool import TOOL_NAME, is_tool_name
 from moiety.gateway.http.schema.fields import shown
 from moiety.gateway.text.tokenizer import Tokenizer
 
@@ -110,8 +111,8 @@ def _tool(given: Mapping[str, Any], place: str) -> Tool:
     if given.get("type", "function") != "function" or not isinstance(function, dict):
         raise InvalidRequest(place, shown(given), 'of type function, with an object "function"')
     name, parameters = function.get("name"), function.get("parameters")
-    if not isinstance(name, str):
-        raise InvalidRequest(f"{place}.function.name", shown(name), "a text")
+    if not isinstance(name, str) or not is_tool_name(name):
+        raise InvalidRequest(f"{place}.function.name", shown(name), TOOL_NAME)
     if not isinstance(parameters, dict | None):
         raise InvalidRequest(f"{place}.function.parameters", shown(parameters), "a JSON schema as an object")
     return Tool(name, str(function.get("description") or ""), parameters or {})
