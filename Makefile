@@ -26,7 +26,7 @@ $(VENV)/.kernels: $(VENV)/.installed $(CPU)
 demo: $(VENV)/.kernels ## the main job, start to end, on this machine
 	$(BIN)/moiety demo
 
-test: $(VENV)/.kernels ## the tests that every change must pass (15 minutes on 2 cores, about half of that with AVX-512)
+test: $(VENV)/.kernels ## the tests that every change must pass (16 minutes on 2 cores)
 	$(BIN)/python -m pytest -m "not slow"
 
 test-all: $(VENV)/.kernels ## these and the long ones

@@ -7,7 +7,6 @@ import concurrent.futures
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 
@@ -69,9 +68,16 @@ class Caller:
         self._mailbox.post(acquire_and_send)
         return asyncio.wrap_future(future)
 
-    def cancel(self, call_id: int, attempt: int) -> None:
-        """Cancels a call that `send` sent earlier."""
-        self._mailbox.post(partial(self.link.connection.cancel, call_id, attempt))
+    def cancel(self, call_id: int, attempt: int) -> asyncio.Future[None]:
+        """Cancels a call that `send` sent earlier. The future ends once the cancellation is on its way."""
+        future: concurrent.futures.Future[None] = concurrent.futures.Future()
+
+        def cancel_call() -> None:
+            self.link.connection.cancel(call_id, attempt)
+            future.set_result(None)
+
+        self._mailbox.post(cancel_call)
+        return asyncio.wrap_future(future)
 
 
 @asynccontextmanager

@@ -79,7 +79,7 @@ async def test_only_the_waiting_call_of_that_connection_is_cancelled(
         assert await asyncio.to_thread(begun.wait, 10)
         waiting, foreign = send(one, 2, layer=1), send(other, 2, layer=1)
         for call_id in (2, 1, 9):  # waits, has begun, was never sent
-            one.cancel(call_id, 0)
+            await one.cancel(call_id, 0)
         if transport is Transport.GRPC:  # shared memory is read by the device's thread
             await waiting
         free.set()
