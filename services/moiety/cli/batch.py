@@ -6,7 +6,15 @@ from pathlib import Path
 
 import click
 
-from moiety.cli.options import ModelName, api_key_option, dtype_option, groups_option, local_model, revision_option
+from moiety.cli.options import (
+    ModelName,
+    api_key_option,
+    dtype_option,
+    groups_option,
+    local_model,
+    request_timeout_option,
+    revision_option,
+)
 from moiety.cli.run import Interrupted, progress, run_async
 from moiety.config.options import DEFAULT_HTTP_PORT
 
@@ -37,13 +45,7 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
 @dtype_option("auto")
 @api_key_option
 @click.option("--concurrency", type=click.IntRange(1, 65536), default=32, help="Requests at once.")
-@click.option(
-    "--timeout",
-    "timeout_s",
-    type=click.FloatRange(min=0, min_open=True),
-    default=600.0,
-    help="Seconds for one request.",
-)
+@request_timeout_option
 @click.option(
     "--patience",
     "patience_s",

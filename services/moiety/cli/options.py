@@ -128,6 +128,17 @@ def json_option(function: Function) -> Function:
     )(function)
 
 
+def request_timeout_option(function: Function) -> Function:
+    """Adds the option --timeout SECONDS of one request, passed as `timeout_s`."""
+    return click.option(
+        "--timeout",
+        "timeout_s",
+        type=click.FloatRange(min=0, min_open=True),
+        default=600.0,
+        help="Seconds for one request.",
+    )(function)
+
+
 def api_key_option(function: Function) -> Function:
     """Adds the option --api-key KEY, passed as `api_key`."""
     return click.option(

@@ -10,25 +10,9 @@ from typing import Any, TypeGuard
 from moiety.client.options import GenerateOptions, Messages, Prompt
 from moiety.errors import InvalidRequest
 from moiety.v1 import generation_pb2
+from moiety.wire.sampling_params import SCALARS
 
-_SAMPLING = (  # options that are fields of SamplingParams by the same name
-    "max_tokens",
-    "recommended",
-    "min_tokens",
-    "ignore_eos",
-    "n",
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "seed",
-    "repetition_penalty",
-    "presence_penalty",
-    "frequency_penalty",
-    "logprobs",
-    "top_logprobs",
-    "prompt_logprobs",
-)
+_SAMPLING = ("recommended", *SCALARS)  # options that are fields of SamplingParams by the same name
 _REQUEST = ("model", "priority", "tenant", "request_id")  # likewise, of GenerateRequest
 _GUIDES = ("json_schema", "regex", "grammar")
 

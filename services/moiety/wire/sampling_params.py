@@ -27,6 +27,7 @@ _OPTIONAL = (
     "n",
 )
 _PLAIN = ("ignore_eos", "min_tokens", "logprobs", "top_logprobs", "prompt_logprobs")
+SCALARS = (*_OPTIONAL, *_PLAIN)  # fields of SamplingParams that have the same name wherever sampling is asked for
 
 
 class Labelled(Protocol):
@@ -96,7 +97,7 @@ def params_of(sampling: Sampling) -> SamplingParams:
     It holds the seed, so a router that takes over the request samples the same tokens.
     """
     params = SamplingParams(
-        **{name: getattr(sampling, name) for name in (*_OPTIONAL, *_PLAIN)},
+        **{name: getattr(sampling, name) for name in SCALARS},
         logit_bias=sampling.logit_bias,
         stop_token_ids=sampling.stop_token_ids,
     )

@@ -1,4 +1,4 @@
-"""What one run of the load generator is told."""
+"""The settings of one run of the load generator."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ import click
 from moiety.bench.load.arrivals import ARRIVALS
 from moiety.bench.load.goodput import targets
 from moiety.bench.load.work import PATHS, Length, LoadWork
-from moiety.cli.options import api_key_option, invocation, json_option, write_json
+from moiety.cli.options import api_key_option, invocation, json_option, request_timeout_option, write_json
 from moiety.cli.run import Interrupted, progress, run_async
 from moiety.errors import InvalidRequest
 
@@ -116,13 +116,7 @@ def _json_object(text: str) -> str:
 @click.option(
     "--warmup", type=click.IntRange(0, 65536), default=1, help="Requests before the measurement, all at once."
 )
-@click.option(
-    "--timeout",
-    "timeout_s",
-    type=click.FloatRange(min=0, min_open=True),
-    default=600.0,
-    help="Seconds for one request.",
-)
+@request_timeout_option
 @click.option(
     "--max-in-flight",
     type=click.IntRange(1, 1 << 20),

@@ -67,7 +67,7 @@ def format_for(template: str, vocabulary: Container[str]) -> Format | None:
     """Returns the format of a checkpoint with this chat template and vocabulary.
 
     Returns `plain` where the calls are unknown but reasoning is marked, and None where neither is known. A format with
-    calls is chosen only if the template renders calls: the model is not told of tools otherwise.
+    calls is chosen only if the template renders calls: otherwise the prompt does not show the tools.
     """
     if CHANNEL in template and CHANNEL in vocabulary:
         return GPT_OSS

@@ -1,8 +1,10 @@
-"""Tells a reply's reasoning from its answer, while the text streams in."""
+"""Splits a reply into reasoning and answer, while the text streams in."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+
+from moiety.gateway.formats.stepping import held
 
 BEGIN, END = "<think>", "</think>"
 
@@ -29,7 +31,7 @@ class ReasoningSplitter:
             marker = min((BEGIN, END), key=lambda each: _place(text, each))
             place = _place(text, marker)
             if place == len(text):
-                keep = 0 if last else max(_overlap(text, BEGIN), _overlap(text, END))
+                keep = 0 if last else held(text, (BEGIN, END))
                 self._waiting = text[len(text) - keep :]
                 yield from self._piece(text[: len(text) - keep])
                 return
@@ -48,8 +50,3 @@ class ReasoningSplitter:
 def _place(text: str, marker: str) -> int:
     place = text.find(marker)
     return place if place >= 0 else len(text)
-
-
-def _overlap(text: str, marker: str) -> int:
-    """Returns how many characters at the end of `text` may be the beginning of `marker`."""
-    return next((n for n in range(min(len(marker) - 1, len(text)), 0, -1) if text.endswith(marker[:n])), 0)

@@ -48,7 +48,7 @@ class Screen:
         self.reply("\n" if self._in_line else "")
 
     def note(self, text: str) -> None:
-        """Tells a person something; prints nothing through a pipe."""
+        """Prints a note for a person; prints nothing through a pipe."""
         if self.interactive:
             self.end_reply()
             self._line(self._out, text, DIM)

@@ -12,7 +12,7 @@ from moiety.core.timings import Timings
 
 @dataclass(slots=True)
 class Stats:
-    """One reply as it grows. The gateway tells tokens of the prompt and times at its end only."""
+    """One reply as it grows. The gateway sends the tokens of the prompt and the times at its end only."""
 
     text: str = ""
     new_tokens: int = 0

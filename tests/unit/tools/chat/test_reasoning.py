@@ -1,4 +1,4 @@
-"""Reasoning is told from the answer, however the text is cut into pieces."""
+"""Reasoning is split from the answer, however the text is cut into pieces."""
 
 from __future__ import annotations
 
