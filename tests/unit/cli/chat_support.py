@@ -94,9 +94,9 @@ class Terminal:
         """Enters a line at the prompt, which must be there, and waits for `until` and the next prompt."""
         self.type(f"{line}\r")
         seen = await self.until(until)
-        if not seen.endswith("\n> "):
-            await eventually(lambda: self.text.endswith("> "), within_s=30.0)
-            seen, self.raw = seen + self.text, ""
+        # The prompt may be part of what `until` has seen already, in one piece or begun.
+        await eventually(lambda: (seen + self.text).endswith("> "), within_s=30.0)
+        seen, self.raw = seen + self.text, ""
         return seen
 
     async def ended(self) -> int:
