@@ -1,23 +1,72 @@
-"""Opens a checkpoint's tokenizer and says what its ids are: ends of sequence, text, bytes. Gateways and routers use this."""
+"""Opens a checkpoint's tokenizer and says what its ids are: ends of sequence, text, bytes. Gateways and routers use this.
+
+transformers takes seconds to import, so only what needs it does: `check_tokenizer` is for before a start.
+"""
 
 from __future__ import annotations
 
-import json
+import re
+import shutil
+from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, processors
 
 from moiety.errors import CheckpointError
+from moiety.model.checkpoint.checkpoint import read_json
+from moiety.model.checkpoint.sentencepiece_model import converted, named_tokens, read_sentencepiece
+
+WHOLE_FILE, CONFIG_FILE, MODEL_FILE = "tokenizer.json", "tokenizer_config.json", "tokenizer.model"
+TIKTOKEN_FILES = (MODEL_FILE, "tiktoken.model")
+# What transformers converts, and the package that it needs for that.
+CONVERTED = {
+    "vocab.json": "",
+    "vocab.txt": "",
+    "spiece.model": "sentencepiece",
+    "sentencepiece.bpe.model": "sentencepiece",
+    "tekken.json": "mistral_common",
+}
+SIDE_FILES = (CONFIG_FILE, "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+# Classes that add nothing to a SentencePiece model but its begin and end of sequence. "": the checkpoint names none.
+PLAIN_CLASSES = ("", "LlamaTokenizer", "PreTrainedTokenizer", "TokenizersBackend")
+WITHOUT = "set gateway.skip_tokenizer to true to serve token ids without it"
+_TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+=* \d+\s")
+
+
+def check_tokenizer(folder: str | Path) -> None:
+    """Raises CheckpointError that says what to do if `folder` has no tokenizer that can be opened.
+
+    Takes up to a second for the largest. What only transformers finds wrong, `open_tokenizer` refuses.
+    """
+    folder = Path(folder)
+    if _file(folder) == WHOLE_FILE:
+        try:
+            Tokenizer.from_file(str(folder / WHOLE_FILE))
+        except Exception as error:  # tokenizers raises nothing more specific
+            raise CheckpointError(f"{folder / WHOLE_FILE}: not readable as a tokenizer: {error}; {WITHOUT}") from None
 
 
 def open_tokenizer(folder: str) -> tuple[Any, tuple[int, ...]]:
-    """Returns the tokenizer in `folder` and its end-of-sequence ids. Raises CheckpointError if there is no usable one."""
+    """Returns the tokenizer in `folder` and its end-of-sequence ids. Raises CheckpointError if there is no usable one.
+
+    Code that a checkpoint brings is not run.
+    """
+    path = Path(folder)
+    file = _file(path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        if file == WHOLE_FILE and _own_class(path):  # the file says what that class would
+            tokenizer = _whole(path)
+        elif file == MODEL_FILE and _class(path) in PLAIN_CLASSES and not _is_tiktoken(path / file):
+            tokenizer = _sentencepiece(path)
+        else:
+            tokenizer = _as_transformers(folder)
+    except CheckpointError:
+        raise
     except Exception as error:  # transformers raises whatever its parsers raise
-        raise CheckpointError(f"{folder}: no usable tokenizer: {error}") from error
-    return tokenizer, _eos_ids(Path(folder), tokenizer)
+        raise CheckpointError(f"{folder}: no usable tokenizer: {error}; {WITHOUT}") from error
+    return tokenizer, end_ids(path, tokenizer.eos_token_id)
 
 
 class TokenKinds:
@@ -41,15 +90,108 @@ class TokenKinds:
         return token_id not in self._special and self._token(token_id) is not None
 
 
-def _eos_ids(folder: Path, tokenizer: Any) -> tuple[int, ...]:
-    """Returns the end-of-sequence ids of the tokenizer and of one file: generation_config.json, or else config.json."""
+def end_ids(folder: Path, of_tokenizer: int | None = None) -> tuple[int, ...]:
+    """Returns the end-of-sequence ids of one file, generation_config.json or else config.json, and the tokenizer's own."""
     found: set[int] = set()
     for name in ("generation_config.json", "config.json"):
         path = folder / name
-        value = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
+        value = read_json(path).get("eos_token_id") if path.is_file() else None
         if value is not None:
             found.update(value if isinstance(value, list) else [value])
             break
-    if tokenizer.eos_token_id is not None:
-        found.add(tokenizer.eos_token_id)
+    if of_tokenizer is not None:
+        found.add(of_tokenizer)
     return tuple(sorted(found))
+
+
+def _file(folder: Path) -> str:
+    """Returns the name of the file that the tokenizer is read from.
+
+    Raises CheckpointError if there is none, or if it needs the checkpoint's own code or a package that is not installed.
+    """
+    own = _own_class(folder)  # reads tokenizer_config.json in any case: nothing is served with a damaged one
+    if (folder / WHOLE_FILE).is_file():
+        return WHOLE_FILE
+    if own:
+        raise CheckpointError(
+            f"{folder}: its tokenizer is code of its own, {own}, which Moiety does not run: convert it to {WHOLE_FILE}, or {WITHOUT}"
+        )
+    for name in TIKTOKEN_FILES:
+        if (folder / name).is_file() and _is_tiktoken(folder / name):
+            return _if_installed("tiktoken", folder, name)
+    if (folder / MODEL_FILE).is_file():
+        read_sentencepiece(folder / MODEL_FILE)
+        plain = _class(folder) in PLAIN_CLASSES
+        return MODEL_FILE if plain else _if_installed("sentencepiece", folder, MODEL_FILE)
+    for name, package in CONVERTED.items():
+        if (folder / name).is_file():
+            return _if_installed(package, folder, name)
+    known = ", ".join((WHOLE_FILE, *TIKTOKEN_FILES, *CONVERTED))
+    raise CheckpointError(
+        f"{folder}: no tokenizer: there is none of {known}: copy it from the model's publisher, or {WITHOUT}"
+    )
+
+
+def _if_installed(package: str, folder: Path, name: str) -> str:
+    """Returns `name`. Raises CheckpointError if the package that reads this file is not installed. "": it needs none."""
+    if package and find_spec(package) is None:
+        distribution = package.replace("_", "-")
+        raise CheckpointError(
+            f"{folder / name}: reading this tokenizer needs a package: pip install {distribution}, or {WITHOUT}"
+        )
+    return name
+
+
+def _class(folder: Path) -> str:
+    """Returns the class of tokenizers that the checkpoint names; "" if none."""
+    return str(_config(folder).get("tokenizer_class") or "").removesuffix("Fast")
+
+
+def _own_class(folder: Path) -> str:
+    """Returns the class, in the checkpoint's own code, of a tokenizer that transformers would run; "" if it needs none."""
+    stated = _config(folder).get("auto_map")
+    named = stated.get("AutoTokenizer") if isinstance(stated, dict) else stated
+    names = [name for name in (named if isinstance(named, list) else [named]) if isinstance(name, str)]
+    return names[0] if names else next((file.name for file in sorted(folder.glob("tokenization_*.py"))), "")
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    return _object(folder / CONFIG_FILE)
+
+
+def _object(file: Path) -> dict[str, Any]:
+    return read_json(file) if file.is_file() else {}
+
+
+def _is_tiktoken(file: Path) -> bool:
+    """Returns whether a file is in tiktoken's format: a line is a token in base64, and its rank."""
+    with file.open("rb") as opened:
+        return _TIKTOKEN_LINE.match(opened.read(1 << 12)) is not None
+
+
+def _as_transformers(folder: str) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def _whole(folder: Path, **named: Any) -> Any:
+    """Opens tokenizer.json as it is. `named`: special tokens, where no other file names them."""
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True, **named)
+
+
+def _sentencepiece(folder: Path) -> Any:
+    """Converts tokenizer.model. Side files count as beside a tokenizer.json, which is what this makes of it for a moment."""
+    config, model = _config(folder), read_sentencepiece(folder / MODEL_FILE)
+    # `legacy` is LlamaTokenizer's: whether text after a special token gets the space that begins a text.
+    backend = converted(model, once=config.get("legacy") is False)
+    stated = {name for file in SIDE_FILES[:2] for name in _object(folder / file)}
+    named = {name: token for name, token in named_tokens(model).items() if name not in stated}
+    with TemporaryDirectory() as made:
+        for name in SIDE_FILES:
+            if (folder / name).is_file():
+                shutil.copy(folder / name, made)
+        backend.save(str(Path(made, WHOLE_FILE)))
+        return _whole(Path(made), **{"add_bos_token": config.get("add_bos_token", True), **named})
