@@ -78,6 +78,7 @@ SAMPLE: dict[str, Any] = {
         "max_concurrent": 77,
         "router_wait_s": 12.0,
         "tool_format": "hermes",
+        "skip_tokenizer": True,
         "max_connection_age_s": 120.0,
         "max_connection_age_grace_s": 900.0,
         "listen_host": "10.1.1.1",

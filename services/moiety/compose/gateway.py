@@ -30,7 +30,7 @@ async def start(settings: GatewaySettings, replica_id: str, node: str) -> Runnin
     """Starts a gateway: reads the tokenizer, follows the registry for routers, serves the public APIs."""
     async with ServiceStart(settings, replica_id, node) as startup:
         await check_ports(settings, startup.system)  # before anything is loaded
-        tokenizer = await asyncio.to_thread(Tokenizer, settings.model)
+        tokenizer = await asyncio.to_thread(Tokenizer, settings.model, skip=settings.skip_tokenizer)
         if (template := await asyncio.to_thread(tokenizer.chat_template)) is not None:
             startup.closers.callback(template.close)
         defaults = GenerationDefaults.open(settings.model)

@@ -160,6 +160,8 @@ class GatewayOptions(Options):
     """Seconds to wait for a ready router."""
     tool_format: ToolFormat = "auto"
     """How the model writes reasoning and tool calls; auto: as its chat template shows, none: neither."""
+    skip_tokenizer: bool = False
+    """Serve token ids only, without the checkpoint's tokenizer, which may be missing or need code of its own."""
     max_connection_age_s: float = Field(default=600.0, ge=1, le=1_000_000)
     """Seconds, give or take a tenth, after which a client opens a new connection for further requests.
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from moiety.core.sampling import Sampling
+from moiety.core.sampling_options import SamplingOptions
 from moiety.core.system import SystemId
 from moiety.core.visible import visible
 from moiety.errors import InvalidRequest, NotFound
@@ -75,6 +76,7 @@ class GenerationCore:
     async def prompt_ids(self, request: GenerationRequest, deadline: Deadline) -> Sequence[int]:
         """Returns the checked token ids of a request's prompt. Raises what `generate` raises for it."""
         served = self._served(request.model)
+        _check_text(served.tokenizer, request)
         served.routers.check_room()
         described = (await served.routers.pick(deadline)).description
         return await self._prompt_ids(served, request, described.vocabulary, described.max_context)
@@ -85,6 +87,7 @@ class GenerationCore:
         `begin`: with the special tokens that the tokenizer puts before a text.
         """
         served, prompt = self._served(request.model), request.prompt
+        _check_text(served.tokenizer, request)
         if isinstance(prompt, Conversation):
             prompt = await self._rendered(served, prompt)
         if not isinstance(prompt, str):
@@ -112,6 +115,7 @@ class GenerationCore:
         try:
             check_labels(request)
             served = self._served(request.model)
+            _check_text(served.tokenizer, request)
             served.routers.check_room()
             with self._admission.place(request.tenant, request.host):
                 span.set(Attribute.REQUEST_ID, request_id)
@@ -139,7 +143,8 @@ class GenerationCore:
         ids = await self._prompt_ids(served, request, described.vocabulary, described.max_context)
         continues = () if described.encoder_decoder else ids
         in_context = len(continues) or 1  # an encoder-decoder's output begins with its start token
-        options = request.sampling
+        stops = _special_stops(served.tokenizer, request.sampling.stop, described.vocabulary)
+        options = _with_stop_ids(request.sampling, stops)
         first = served.tokenizer.token_id(options.first_token) if isinstance(options.first_token, str) else None
         sampling = options.resolved(in_context, described.vocabulary, described.max_context, first)
         _describe(span, ids, sampling)
@@ -148,6 +153,7 @@ class GenerationCore:
             sampling,
             options.stop,
             served.tokenizer,
+            special_stops=stops,
             continues=continues,
             keep_special=request.keep_special,
             arrived=arrived,
@@ -172,6 +178,7 @@ class GenerationCore:
             begin = isinstance(prompt, str)  # a template writes the special tokens before a text itself
             text = prompt if isinstance(prompt, str) else await self._rendered(served, prompt)
             ids: Sequence[int] = await served.encoder.encode(text, max_context, begin=begin)
+            _check_added(served.tokenizer, ids, vocabulary)
             check_prompt(ids, vocabulary, max_context)
         else:
             check_prompt(prompt, vocabulary, max_context)  # before it is copied
@@ -197,6 +204,40 @@ class GenerationCore:
         if model and model != self.model.name:
             raise NotFound(f"model {model!r} is not served here; this is {self.model.name!r}")
         return self.model
+
+
+def _check_text(tokenizer: Tokenizer, request: GenerationRequest) -> None:
+    """Raises InvalidRequest for what only a tokenizer can serve, where there is none."""
+    prompt, options = request.prompt, request.sampling
+    if isinstance(prompt, str):
+        tokenizer.check_there("prompt.text", prompt, "token ids")
+    elif isinstance(prompt, Conversation):
+        tokenizer.check_there("messages", "a conversation", "absent, and the prompt token ids")
+    if options.stop:
+        tokenizer.check_there("sampling.stop", options.stop, "absent, or token ids as stop_token_ids")
+    if options.guide is not None:
+        tokenizer.check_there(f"sampling.guide.{options.guide.kind}", options.guide.text, "absent")
+    if isinstance(options.first_token, str):
+        tokenizer.check_there("sampling.first_token", options.first_token, "a token id, first_token_id")
+
+
+def _check_added(tokenizer: Tokenizer, ids: Sequence[int], vocabulary: int) -> None:
+    """Raises InvalidRequest if a text names a token that was added to the tokenizer and that the model does not have."""
+    if ids and (worst := max(ids)) >= vocabulary:
+        name = tokenizer.token(worst).text
+        bound = f"without {name!r}: it is token {worst}, beyond the model's vocabulary of {vocabulary}"
+        raise InvalidRequest("prompt.text", name, bound)
+
+
+def _special_stops(tokenizer: Tokenizer, stops: Sequence[str], vocabulary: int) -> dict[int, str]:
+    """Returns the stop strings that are special tokens, by id: no text shows these, so the router ends outputs at them."""
+    found = {tokenizer.special_id(stop): stop for stop in stops}
+    return {token: stop for token, stop in found.items() if token is not None and token < vocabulary}
+
+
+def _with_stop_ids(options: SamplingOptions, more: Iterable[int]) -> SamplingOptions:
+    new = [token for token in more if token not in options.stop_token_ids]
+    return replace(options, stop_token_ids=(*options.stop_token_ids, *new)) if new else options
 
 
 def _describe(span: Span, ids: Sequence[int], sampling: Sampling) -> None:

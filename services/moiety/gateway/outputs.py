@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from moiety.core.sampling import FinishReason, Sampling, TopLogprobs
 from moiety.core.timings import Timings
@@ -25,11 +25,14 @@ class Outputs:
         stops: Sequence[str],
         tokenizer: Tokenizer,
         *,
+        special_stops: Mapping[int, str],
         continues: Sequence[int],
         keep_special: bool,
         arrived: float,
     ):
-        """`continues`: the ids whose text the outputs continue, which are none for an encoder-decoder.
+        """`special_stops`: those of `stops` that are special tokens, by id; they are among the stop ids of `sampling`.
+
+        `continues`: the ids whose text the outputs continue, which are none for an encoder-decoder.
 
         `keep_special`: special tokens are part of the text, but for the one that ends it. `arrived`: when the request came,
         on the monotonic clock.
@@ -38,7 +41,7 @@ class Outputs:
         self.ended: set[int] = set()  # choices whose last delta has been created
         self.finish_reasons: list[FinishReason] = []  # in the order in which choices ended
         self._prompt_ids, self._sampling, self._keep_special = prompt_ids, sampling, keep_special
-        self._has_text = tokenizer.kinds.has_text
+        self._has_text, self._special_stops = tokenizer.kinds.has_text, special_stops
         self._cached = self._routed = self._rerouted = 0  # both numbers of rows stay 0 unless experts may overflow
         self._arrived, self._first, self._queued_s = arrived, 0.0, 0.0
         self._texts = [OutputText(tokenizer, stops, continues, special=keep_special) for _ in range(sampling.n)]
@@ -68,7 +71,7 @@ class Outputs:
         if matched is not None:
             finish = FinishReason.STOP
         elif finish is FinishReason.STOP and ids and ids[-1] in self._sampling.stop_token_ids:
-            matched = ids[-1]
+            matched = self._special_stops.get(ids[-1], ids[-1])
         if finish is not None:
             self.ended.add(choice)
             self.finish_reasons.append(finish)

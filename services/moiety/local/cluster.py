@@ -33,6 +33,7 @@ from moiety.errors import FailedPrecondition, Unavailable
 from moiety.local.child_process import STOP_S, Child, read, share_of_cores, tail, write
 from moiety.model.checkpoint.checkpoint import Checkpoint
 from moiety.model.checkpoint.revision import revision_of
+from moiety.model.checkpoint.tokenizer import check_tokenizer
 from moiety.model.experts.cached import expert_layout
 from moiety.registry.connect import connect
 from moiety.registry.entries import replica_from_json
@@ -103,10 +104,11 @@ class LocalCluster:
 
     async def __aenter__(self) -> Self:
         try:
-            self.shape, revision = await asyncio.to_thread(_shape_and_revision, self.model)
-            self._common["revision"] = revision
             settings = validated(GatewaySettings, {**self._common, **self._extra[Role.GATEWAY]})
-            self.system = settings.system
+            tokenizer = not settings.skip_tokenizer
+            self.shape, revision = await asyncio.to_thread(_shape_and_revision, self.model, tokenizer)
+            self._common["revision"] = revision
+            self.system = settings.model_copy(update={"revision": revision}).system
             self._registry = self._writer or connect(self.registry_url, self.system)
             await check_ports(settings, self.system)
             self.partition = self.shape.sliced_partition(self.groups, self.slices)
@@ -292,6 +294,9 @@ class LocalCluster:
                 await asyncio.sleep(0.1)
 
 
-def _shape_and_revision(model: str) -> tuple[ModelShape, str]:
+def _shape_and_revision(model: str, tokenizer: bool) -> tuple[ModelShape, str]:
+    """`tokenizer`: whether the checkpoint must have a usable one."""
     checkpoint = Checkpoint.open(model)
+    if tokenizer:
+        check_tokenizer(model)
     return expert_layout(checkpoint).shape, revision_of(checkpoint)

@@ -52,14 +52,16 @@ class LLM:
         groups: int = 2,
         dtype: str = "auto",
         concurrency: int = CONCURRENCY,
+        skip_tokenizer: bool = False,
         gateway: Mapping[str, Any] | None = None,
         **cluster: Any,
     ) -> None:
         """Starts the processes; returns when they can generate.
 
         `model` is a checkpoint's folder or a Hugging Face id, which is downloaded first; `revision` is a branch, tag or commit
-        of an id. `concurrency` is how many requests run or wait at once. `groups`, `dtype`, `gateway` and further arguments
-        are those of LocalCluster.
+        of an id. `concurrency` is how many requests run or wait at once. `skip_tokenizer`: prompts and outputs are token ids
+        only, and the checkpoint needs no tokenizer. `groups`, `dtype`, `gateway` and further arguments are those of
+        LocalCluster.
 
         Raises CheckpointError, ConfigError, or Unavailable with the end of the log of a process that did not start.
         """
@@ -69,7 +71,7 @@ class LLM:
         name = {} if Path(model).is_dir() else {"served_name": str(model)}  # the folder's name is a commit
 
         def make() -> LocalCluster:
-            settings = {"http": False, **name, **(gateway or {})}
+            settings = {"http": False, "skip_tokenizer": skip_tokenizer, **name, **(gateway or {})}
             return LocalCluster(folder, groups=groups, dtype=dtype, gateway=settings, **cluster)
 
         self._concurrency = concurrency

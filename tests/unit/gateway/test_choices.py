@@ -167,7 +167,9 @@ async def test_priority_and_tenant_reach_the_engine(tokenizer: Tokenizer):
 def outputs(tokenizer: Tokenizer, stop: str, continues: list[int], *, min_tokens: int = 0) -> Outputs:
     """Returns the outputs of a request with one stop string."""
     sampling = Sampling(max_tokens=99, min_tokens=min_tokens)
-    return Outputs(PROMPT, sampling, [stop], tokenizer, continues=continues, keep_special=False, arrived=0.0)
+    return Outputs(
+        PROMPT, sampling, [stop], tokenizer, special_stops={}, continues=continues, keep_special=False, arrived=0.0
+    )
 
 
 def answered(made: Outputs, ids: list[int], sizes: list[int]) -> tuple[str, bool]:

@@ -67,7 +67,7 @@ class Completions:
             echoes=body.prompt if body.echo else None,
             prompt_only=prompt_only,
             logprobs=wants,
-            token_ids=bool(body.return_token_ids),
+            token_ids=bool(body.return_token_ids) or served.tokenizer.skipped,  # all that there is then
             usage=body.include_usage,
             usage_so_far=body.continuous_usage,
         )

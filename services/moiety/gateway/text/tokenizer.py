@@ -8,7 +8,7 @@ from functools import cached_property, partial
 
 from moiety.errors import InvalidRequest
 from moiety.model.checkpoint.chat_template import ChatTemplate
-from moiety.model.checkpoint.tokenizer import TokenKinds, open_tokenizer
+from moiety.model.checkpoint.tokenizer import TokenKinds, no_tokenizer, open_tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,10 +22,13 @@ class Token:
 class Tokenizer:
     """A checkpoint's tokenizer, and the ids that end its generations."""
 
-    def __init__(self, folder: str):
-        """Raises CheckpointError when the folder has no usable tokenizer."""
-        self._folder = folder
-        self._tokenizer, self.stop_ids = open_tokenizer(folder)
+    def __init__(self, folder: str, *, skip: bool = False):
+        """`skip`: the folder's tokenizer is not opened. Then no token has text, and `skipped` says so.
+
+        Raises CheckpointError when the folder has no usable tokenizer.
+        """
+        self._folder, self.skipped = folder, skip
+        self._tokenizer, self.stop_ids = no_tokenizer(folder) if skip else open_tokenizer(folder)
         self.kinds = TokenKinds(self._tokenizer)
         self._tokens: dict[int, Token] = {}
         # transformers' own `decode` does the same for a fast tokenizer, and takes ten times as long.
@@ -33,6 +36,11 @@ class Tokenizer:
             self._decode: Callable[..., str] = self._tokenizer.backend_tokenizer.decode
         else:
             self._decode = partial(self._tokenizer.decode, clean_up_tokenization_spaces=False)
+
+    def check_there(self, field: str, value: object, instead: str) -> None:
+        """Raises InvalidRequest for a `field` that only the tokenizer can serve, where it is skipped."""
+        if self.skipped:
+            raise InvalidRequest(field, value, f"{instead}: this gateway has no tokenizer (its skip_tokenizer is on)")
 
     @cached_property
     def longest_token(self) -> int:
@@ -53,6 +61,11 @@ class Tokenizer:
         if found is None:
             raise InvalidRequest("sampling.first_token", token, "the text of a token of this model")
         return found
+
+    def special_id(self, text: str) -> int | None:
+        """Returns the id of the special token whose text is exactly `text`; None where there is none."""
+        found = self.added_tokens.get(text)
+        return None if found is None or self.kinds.has_text(found) else found
 
     @cached_property
     def vocabulary(self) -> Mapping[str, int]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from tokenizers import Tokenizer, processors
+from tokenizers import Tokenizer, models
 
 from moiety.errors import CheckpointError
 from moiety.model.checkpoint.checkpoint import read_json
@@ -69,6 +69,14 @@ def open_tokenizer(folder: str) -> tuple[Any, tuple[int, ...]]:
     return tokenizer, end_ids(path, tokenizer.eos_token_id)
 
 
+def no_tokenizer(folder: str) -> tuple[Any, tuple[int, ...]]:
+    """Returns a tokenizer without tokens, and the end-of-sequence ids that the checkpoint in `folder` states elsewhere."""
+    from transformers import PreTrainedTokenizerFast
+
+    empty = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({}, "")))
+    return empty, end_ids(Path(folder))
+
+
 class TokenKinds:
     """Which ids of a tokenizer decoding turns into text, and which of these are single bytes."""
 
@@ -114,7 +122,8 @@ def _file(folder: Path) -> str:
         return WHOLE_FILE
     if own:
         raise CheckpointError(
-            f"{folder}: its tokenizer is code of its own, {own}, which Moiety does not run: convert it to {WHOLE_FILE}, or {WITHOUT}"
+            f"{folder}: its tokenizer is code of its own, {own}, which Moiety does not run: "
+            f"convert it to {WHOLE_FILE}, or {WITHOUT}"
         )
     for name in TIKTOKEN_FILES:
         if (folder / name).is_file() and _is_tiktoken(folder / name):

@@ -17,9 +17,9 @@ import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import llguidance
-import llguidance.hf
 import llguidance.numpy
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders
@@ -203,15 +203,36 @@ class Guides:
             try:
                 tokenizer, self.eos_ids = open_tokenizer(self._folder)
                 self._kinds = TokenKinds(tokenizer)
-                if tokenizer.is_fast:
-                    self._dropped_spaces = _prepare(tokenizer.backend_tokenizer)
-                self._tokenizer = llguidance.hf.from_tokenizer(
-                    tokenizer, n_vocab=self._vocabulary, eos_token=list(self.eos_ids)
+                _check_kind(tokenizer)
+                self._dropped_spaces = _prepare(tokenizer.backend_tokenizer)
+                self._tokenizer = llguidance.LLTokenizer(
+                    _within(tokenizer.backend_tokenizer, self._vocabulary),
+                    n_vocab=self._vocabulary,
+                    eos_token=[end for end in self.eos_ids if end < self._vocabulary],
                 )
             except (CheckpointError, ValueError) as error:
-                raise FailedPrecondition(f"guided output needs the checkpoint's tokenizer: {error}") from error
+                why = f"guided output is not possible with this checkpoint's tokenizer: {error}"
+                raise FailedPrecondition(why) from error
             self._executor = llguidance.LLExecutor(num_threads=self._threads)
         return self._tokenizer, self._executor, self._kinds
+
+
+def _check_kind(tokenizer: Any) -> None:
+    """Raises CheckpointError for a tokenizer whose tokens have no text of their own."""
+    if not tokenizer.is_fast:
+        raise CheckpointError(f"{type(tokenizer).__name__} of transformers does not tell the text of a token")
+    if isinstance(tokenizer.backend_tokenizer.decoder, decoders.WordPiece):
+        raise CheckpointError("in WordPiece the text of a token depends on the tokens around it")
+
+
+def _within(backend: Tokenizer, vocabulary: int) -> str:
+    """Returns a tokenizer as JSON, without the tokens that were added to it beyond the `vocabulary` of the model."""
+    form: str = backend.to_str()
+    if max(backend.get_vocab().values()) < vocabulary:
+        return form
+    whole = json.loads(form)
+    whole["added_tokens"] = [token for token in whole["added_tokens"] if token["id"] < vocabulary]
+    return json.dumps(whole)
 
 
 def _prepare(backend: Tokenizer) -> int:

@@ -17,8 +17,8 @@ class TokenNames:
     """What log probabilities call a token."""
 
     def __init__(self, tokenizer: Tokenizer, *, as_ids: bool):
-        """`as_ids`: token_id:5 instead of the token's text."""
-        self._tokenizer, self._as_ids = tokenizer, as_ids
+        """`as_ids`: token_id:5 instead of the token's text. So it is, too, where there is no tokenizer."""
+        self._tokenizer, self._as_ids = tokenizer, as_ids or tokenizer.skipped
 
     def plain(self, token_id: int) -> str:
         """Returns the token's text; of a part of a character, its bytes, as bytes:\\xe2\\x82."""
