@@ -55,6 +55,9 @@ def named_tokens(model: Any) -> Mapping[str, str]:
 def converted(model: Any, *, once: bool) -> Tokenizer:
     """Returns a tokenizer with the ids of `model`. Its control symbols are special tokens: their text in a prompt is them.
 
+    Ids are those of the library sentencepiece but for two cases: in a model that normalises text by NFKC, `tokenizers` loses a
+    combining mark behind a character that changes; a text that begins with a user-defined symbol gets no space before it.
+
     `once`: only the beginning of a text gets the space that SentencePiece puts before it; if not, so does what follows a
     special token. Which of them a checkpoint was trained with, SentencePiece does not say: it knows no special tokens in texts.
     """
