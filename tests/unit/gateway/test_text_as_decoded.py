@@ -152,9 +152,9 @@ def mistral_file(name: str) -> Path:
 
 def write_published_sentencepiece(file: Path, folder: Path) -> None:
     """Saves the pieces of a SentencePiece model as Mixtral's tokenizer.json has them; without merges, it only decodes."""
-    from transformers.utils import sentencepiece_model_pb2_new as sentencepiece_model
+    from transformers.convert_slow_tokenizer import import_protobuf
 
-    model = sentencepiece_model.ModelProto.FromString(file.read_bytes())
+    model = import_protobuf().ModelProto.FromString(file.read_bytes())
     vocabulary = {piece.piece: token_id for token_id, piece in enumerate(model.pieces)}
     backend = Backend(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
     backend.decoder = decoders.Sequence(

@@ -22,9 +22,9 @@ UNIGRAM, BPE = 1, 2  # types of models, likewise
 def read_sentencepiece(file: Path) -> Any:
     """Reads a SentencePiece ModelProto. Raises CheckpointError if the file holds none that can be converted."""
     from google.protobuf.message import DecodeError
-    from transformers.utils import sentencepiece_model_pb2_new as messages
+    from transformers.convert_slow_tokenizer import import_protobuf  # two copies of these messages exclude each other
 
-    model = messages.ModelProto()
+    model = import_protobuf().ModelProto()
     try:
         model.ParseFromString(file.read_bytes())
     except (OSError, DecodeError) as error:
@@ -46,20 +46,20 @@ def read_sentencepiece(file: Path) -> Any:
 
 def named_tokens(model: Any) -> Mapping[str, str]:
     """Returns the special tokens that a model names, as the arguments of a tokenizer of transformers."""
-    trainer = model.trainer_spec
-    ids = {"unk_token": trainer.unk_id, "bos_token": trainer.bos_id, "eos_token": trainer.eos_id}
-    ids["pad_token"] = trainer.pad_id
+    roles = ("unk", "bos", "eos", "pad")
+    ids = {f"{role}_token": getattr(model.trainer_spec, f"{role}_id") for role in roles}
     return {name: model.pieces[piece].piece for name, piece in ids.items() if 0 <= piece < len(model.pieces)}
 
 
 def converted(model: Any, *, once: bool) -> Tokenizer:
     """Returns a tokenizer with the ids of `model`. Its control symbols are special tokens: their text in a prompt is them.
 
-    Ids are those of the library sentencepiece but for two cases: in a model that normalises text by NFKC, `tokenizers` loses a
-    combining mark behind a character that changes; a text that begins with a user-defined symbol gets no space before it.
-
     `once`: only the beginning of a text gets the space that SentencePiece puts before it; if not, so does what follows a
     special token. Which of them a checkpoint was trained with, SentencePiece does not say: it knows no special tokens in texts.
+
+    Ids are those of the library sentencepiece, but for what `tokenizers` cannot do: a text that begins with a user-defined
+    symbol, or with a space where `once` is true, gets no further space; a combining mark behind a character that NFKC changes
+    is lost.
     """
     tokenizer = Tokenizer(_bpe(model) if model.trainer_spec.model_type == BPE else _unigram(model))
     steps = _normalizing(model)
@@ -71,9 +71,13 @@ def converted(model: Any, *, once: bool) -> Tokenizer:
     tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])
     shown: list[Any] = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     tokenizer.decoder = decoders.Sequence([*shown, decoders.Strip(" ", 1, 0)] if before else shown)
-    for piece in model.pieces:
-        if piece.type in (CONTROL, USER_DEFINED):
-            tokenizer.add_tokens([AddedToken(piece.piece, normalized=False, special=piece.type == CONTROL)])
+    tokenizer.add_tokens(
+        [
+            AddedToken(piece.piece, normalized=False, special=piece.type == CONTROL)
+            for piece in model.pieces
+            if piece.type in (CONTROL, USER_DEFINED)
+        ]
+    )
     return tokenizer
 
 

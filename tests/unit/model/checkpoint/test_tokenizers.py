@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers.utils import sentencepiece_model_pb2_new as spm
+from transformers.convert_slow_tokenizer import import_protobuf
 
 from moiety.errors import CheckpointError
 from moiety.model.checkpoint.tokenizer import TokenKinds, check_tokenizer, no_tokenizer, open_tokenizer
@@ -27,7 +27,7 @@ CORPUS = Path(__file__).parents[4].joinpath("README.md").read_text(encoding="utf
 
 def write_model(folder: Path, **config: Any) -> None:
     """Writes tokenizer.model, SentencePiece BPE with tokens for bytes as Mixtral has it, and the config of a tokenizer."""
-    model = spm.ModelProto()
+    model = import_protobuf().ModelProto()
     model.trainer_spec.model_type, model.trainer_spec.byte_fallback = 2, True
     model.normalizer_spec.remove_extra_whitespaces = False
     for piece, kind in SPECIAL.items():
