@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from moiety.errors import InvalidRequest, NotFound
 from moiety.gateway.core import GenerationCore
 from moiety.gateway.request import Conversation, Delta, GenerationRequest
 from moiety.gateway.text.tokenizer import Tokenizer
-from moiety.synthetic.tokenizer import write_sentencepiece_tokenizer
+from moiety.synthetic.tokenizer import write_sentencepiece_tokenizer, write_tokenizer
 from moiety.testing import FakeEngine
 from moiety.wire.deadline import Deadline
 
@@ -103,3 +104,14 @@ async def test_the_special_token_that_ends_an_output_is_no_text(tokenizer: Token
             assert "".join(delta.text for delta in got) == tokenizer.decode([t for t in script if t != end])
             assert got[-1].matched_stop == (a if stops else None)
             assert [token for delta in got for token in delta.token_ids] == script
+
+
+async def test_a_text_with_a_token_beyond_the_models_vocabulary_is_refused(tmp_path: Path):
+    """The error names the token, which was added to the tokenizer but not to the model."""
+    write_tokenizer(tmp_path)
+    form = json.loads((tmp_path / "tokenizer.json").read_text())
+    form["added_tokens"].append({**form["added_tokens"][0], "id": SHAPE.vocabulary, "content": "[PAD]"})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(form))
+    async with gateway_over(Tokenizer(str(tmp_path)), FakeEngine("a", SHAPE)) as gateway:
+        with pytest.raises(InvalidRequest, match=rf"without '\[PAD\]': it is token {SHAPE.vocabulary}, beyond"):
+            await deltas(gateway.core, options(), prompt="a[PAD]b")

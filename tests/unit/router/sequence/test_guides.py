@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jsonschema
@@ -17,7 +17,7 @@ from moiety.errors import FailedPrecondition, InvalidRequest, MoietyError
 from moiety.gateway.text.detokenizer import Detokenizer
 from moiety.gateway.text.tokenizer import Tokenizer
 from moiety.router.sampling.sampler import sample
-from moiety.router.sequence.guides import CompiledGuide, Guides
+from moiety.router.sequence.guides import CompiledGuide, Guides, allowed_tokens
 from moiety.router.sequence.sequence import Sequence
 from moiety.synthetic.tokenizer import (
     BOS,
@@ -142,8 +142,28 @@ async def test_a_tokenizer_that_cannot_be_guided_is_refused(tmp_path: Path):
     """The tokens of WordPiece have no text of their own, and a guided request says that the tokenizer is the reason."""
     write_wordpiece_tokenizer(tmp_path)
     guides = Guides(str(tmp_path), PADDED, threads=1)
-    with pytest.raises(FailedPrecondition, match=r"guided output needs the checkpoint's tokenizer: .*WordPiece"):
+    with pytest.raises(FailedPrecondition, match=r"not possible with this checkpoint's tokenizer: in WordPiece"):
         await compiled(guides, GuideKind.REGEX, "a")
+    guides.close()
+
+
+@pytest.mark.parametrize("write", [write_tokenizer, write_sentencepiece_tokenizer, write_t5_tokenizer])
+async def test_tokens_beyond_the_models_vocabulary(tmp_path: Path, write: Callable[[Path], None]):
+    """A token that was added behind the vocabulary leaves guides as they were; a grammar that names it is refused."""
+    write(tmp_path)
+    tokenizer = Tokenizer(str(tmp_path))
+    vocabulary, file = len(tokenizer.vocabulary), tmp_path / "tokenizer.json"
+    form = json.loads(file.read_text())
+    form["added_tokens"].append({**form["added_tokens"][0], "id": vocabulary, "content": "[PAD]"})
+    file.write_text(json.dumps(form))
+    guides = Guides(str(tmp_path), vocabulary, threads=1)
+    guide = await compiled(guides, GuideKind.REGEX, "[a-c]{3}")
+    allowed, failed = allowed_tokens([guide.matcher()], vocabulary)
+    shown = {tokenizer.token(token).text for token in allowed[0].nonzero()[0].tolist()}
+    assert shown >= {"a", "b", "c"}
+    assert not failed
+    with pytest.raises(InvalidRequest, match="grammar"):
+        await compiled(guides, GuideKind.GRAMMAR, f"start: <[{vocabulary}]>")
     guides.close()
 
 
@@ -244,6 +264,6 @@ async def test_errors_of_bad_guides_name_field_value_and_problem(
 async def test_a_checkpoint_without_a_tokenizer_says_so(tmp_path: Path):
     """Without a tokenizer, guided requests get FailedPrecondition."""
     guides = Guides(str(tmp_path), PADDED, threads=1)
-    with pytest.raises(FailedPrecondition, match="guided output needs the checkpoint's tokenizer"):
+    with pytest.raises(FailedPrecondition, match="guided output is not possible .*: no tokenizer"):
         await compiled(guides, GuideKind.REGEX, "a")
     guides.close()
