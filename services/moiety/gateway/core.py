@@ -210,15 +210,15 @@ def _check_text(tokenizer: Tokenizer, request: GenerationRequest) -> None:
     """Raises InvalidRequest for what only a tokenizer can serve, where there is none."""
     prompt, options = request.prompt, request.sampling
     if isinstance(prompt, str):
-        tokenizer.check_there("prompt.text", prompt, "token ids")
+        tokenizer.require("prompt.text", prompt, "token ids")
     elif isinstance(prompt, Conversation):
-        tokenizer.check_there("messages", "a conversation", "absent, and the prompt token ids")
+        tokenizer.require("messages", "a conversation", "absent, and the prompt token ids")
     if options.stop:
-        tokenizer.check_there("sampling.stop", options.stop, "absent, or token ids as stop_token_ids")
+        tokenizer.require("sampling.stop", options.stop, "absent, or token ids as stop_token_ids")
     if options.guide is not None:
-        tokenizer.check_there(f"sampling.guide.{options.guide.kind}", options.guide.text, "absent")
+        tokenizer.require(f"sampling.guide.{options.guide.kind}", options.guide.text, "absent")
     if isinstance(options.first_token, str):
-        tokenizer.check_there("sampling.first_token", options.first_token, "a token id, first_token_id")
+        tokenizer.require("sampling.first_token", options.first_token, "a token id, first_token_id")
 
 
 def _check_added(tokenizer: Tokenizer, ids: Sequence[int], vocabulary: int) -> None:

@@ -32,7 +32,7 @@ class Chat:
         body = ChatBody.read(content)
         n = choices_of(body)
         served = self._core.model
-        served.tokenizer.check_there("messages", "a conversation", "absent, and the prompt token ids of a completion")
+        served.tokenizer.require("messages", "a conversation", "absent, and the prompt token ids of a completion")
         choice = self._format.choice_of(body.tools, body.tool_choice, parallel=body.parallel_tool_calls is not False)
         guided = guide_of(body)
         if guided is not None and choice.forced:

@@ -57,7 +57,7 @@ class Detokenize:
         if len(body.tokens) > MOST_DETOKENIZED:
             raise InvalidRequest("tokens", f"{len(body.tokens)} ids", f"at most {MOST_DETOKENIZED}")
         tokenizer = self._core.model.tokenizer
-        tokenizer.check_there("tokens", f"{len(body.tokens)} ids", "left as they are")
+        tokenizer.require("tokens", f"{len(body.tokens)} ids", "left as they are")
         if body.tokens:
             tokenizer.token(max(body.tokens))  # refuses what the tokenizer does not have
         await exchange.send_json({"prompt": tokenizer.decode(body.tokens, special=True)})

@@ -37,7 +37,7 @@ class Tokenizer:
         else:
             self._decode = partial(self._tokenizer.decode, clean_up_tokenization_spaces=False)
 
-    def check_there(self, field: str, value: object, instead: str) -> None:
+    def require(self, field: str, value: object, instead: str) -> None:
         """Raises InvalidRequest for a `field` that only the tokenizer can serve, where it is skipped."""
         if self.skipped:
             raise InvalidRequest(field, value, f"{instead}: this gateway has no tokenizer (its skip_tokenizer is on)")
