@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
 
 from moiety.errors import CheckpointError
+from moiety.model.checkpoint.side_files import TOKENIZER_FILES, check_side_files, end_ids
 
 
 def open_tokenizer(folder: str) -> tuple[Any, tuple[int, ...]]:
     """Returns the tokenizer in `folder` and its end-of-sequence ids. Raises CheckpointError if there is no usable one."""
+    check_side_files(Path(folder), TOKENIZER_FILES)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # transformers raises whatever its parsers raise
         raise CheckpointError(f"{folder}: no usable tokenizer: {error}") from error
-    return tokenizer, _eos_ids(Path(folder), tokenizer)
+    return tokenizer, end_ids(folder, tokenizer.eos_token_id)
 
 
 class TokenKinds:
@@ -39,17 +40,3 @@ class TokenKinds:
     def has_text(self, token_id: int) -> bool:
         """Returns whether decoding keeps a token: it skips special tokens, and ids that the tokenizer does not have."""
         return token_id not in self._special and self._token(token_id) is not None
-
-
-def _eos_ids(folder: Path, tokenizer: Any) -> tuple[int, ...]:
-    """Returns the end-of-sequence ids of the tokenizer and of one file: generation_config.json, or else config.json."""
-    found: set[int] = set()
-    for name in ("generation_config.json", "config.json"):
-        path = folder / name
-        value = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
-        if value is not None:
-            found.update(value if isinstance(value, list) else [value])
-            break
-    if tokenizer.eos_token_id is not None:
-        found.add(tokenizer.eos_token_id)
-    return tuple(sorted(found))
