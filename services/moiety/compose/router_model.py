@@ -9,7 +9,6 @@ import torch
 
 from moiety.config.services import RouterSettings
 from moiety.errors import ConfigError
-from moiety.model.architectures.rope_by_length import check_rope
 from moiety.model.checkpoint.checkpoint import Checkpoint
 from moiety.model.experts.layout import ExpertLayout
 from moiety.model.trunk.read import load_trunk
@@ -31,7 +30,6 @@ def load_model(
     settings: RouterSettings, checkpoint: Checkpoint, layout: ExpertLayout, dtype: torch.dtype, revision: str
 ) -> tuple[torch.nn.Module, KVCache]:
     """Loads the trunk and creates the KV cache. Raises ConfigError or CheckpointError if the router cannot run the model."""
-    check_rope(checkpoint, max_context_of(settings, layout.shape.max_context))
     torch.set_num_threads(threads_of(settings))
     began = time.monotonic()
     model = load_trunk(checkpoint, layout, dtype, settings.device, paged.NAME)
@@ -90,5 +88,9 @@ def max_context_of(settings: RouterSettings, model_limit: int) -> int:
     if settings.max_context is None:
         return model_limit
     if settings.max_context > model_limit:
-        raise ConfigError("max_context", settings.max_context, f"must be at most {model_limit}, the model's limit")
+        raise ConfigError(
+            "max_context",
+            settings.max_context,
+            f"must be at most {model_limit}, the model's limit by its length and rope scaling",
+        )
     return settings.max_context

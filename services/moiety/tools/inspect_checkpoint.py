@@ -14,10 +14,9 @@ from moiety.model.architectures.adapters import adapter_of
 from moiety.model.architectures.gating_description import gating_of
 from moiety.model.architectures.supported import served_through
 from moiety.model.architectures.transformers_model import (
-    causal_lm_class,
+    checkpoint_model,
     experts_modules,
     load_config,
-    meta_model,
     quiet_transformers,
     towers,
 )
@@ -79,7 +78,7 @@ def inspect(checkpoint: Checkpoint, memory: int | None = None, verify: Verify = 
     with quiet_transformers():
         layout = derive_layout(checkpoint)
         config = load_config(checkpoint)
-        model = meta_model(causal_lm_class(checkpoint, config), config)
+        model = checkpoint_model(checkpoint, config)
     text, shape = config.get_text_config(), layout.shape
     router_parameters = _router_parameters(model)
     spec = adapter_of(config.model_type).recognise(experts_modules(model)[0][1])

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moiety.model.architectures.transformers_model import meta_model
-from moiety.model.checkpoint.checkpoint import INDEX_FILE
+from moiety.model.checkpoint.side_files import INDEX_FILE
 from moiety.synthetic.write import published_class
 
 

@@ -1,8 +1,9 @@
-"""Refuses rotary positions whose rotation depends on the length of the text.
+"""The longest text that a model's rotary positions serve: as far as the rope scaling reaches with one rotation per position.
 
 With `rope_type` longrope, transformers rotates all tokens of a call by other factors as soon as one of them lies beyond the
 length that the model was first trained on. A step packs texts of all lengths into one call, and cached keys serve longer texts
-later: each position needs one rotation. Dynamic NTK changes its factors only beyond the model's limit, where nothing is served.
+later: each position needs one rotation. Dynamic NTK changes its factors beyond `max_position_embeddings`, so it ends there.
+YaRN has one rotation for each position, and reaches `factor` times the length that the model was first trained on.
 """
 
 from __future__ import annotations
@@ -14,30 +15,54 @@ from typing import Any
 
 import torch
 
-from moiety.errors import ConfigError
-from moiety.model.architectures.transformers_model import causal_lm_class, load_config, meta_model, rope_parameters
+from moiety.model.architectures.transformers_model import rope_parameters
 from moiety.model.checkpoint.checkpoint import Checkpoint
+from moiety.model.checkpoint.side_files import CONFIG_FILE, text_config, warn
+
+ORIGINAL = "original_max_position_embeddings"
 
 
-def check_rope(checkpoint: Checkpoint, max_context: int) -> None:
-    """Raises ConfigError if rotations depend on the length of texts of up to `max_context` tokens. Reads no weights.
+def served_context(checkpoint: Checkpoint, config: Any, model: Any, stated: int) -> int:
+    """Returns the most tokens of a text, where the config's own length is `stated`. `model` is on `meta`; reads no weights.
 
-    What the rotary modules compute decides. Config fields do not: transformers reads them from several places.
+    Warns if that is less than `stated`.
     """
-    config = load_config(checkpoint)
-    ropes = [rope for rope in rope_parameters(config) if rope.get("rope_type") == "longrope"]
-    if not ropes:
-        return
-    model = meta_model(causal_lm_class(checkpoint, config), config)
+    context = _reached(checkpoint, config, model, stated)
+    if context < stated:
+        warn(
+            f"checkpoint {checkpoint.path}: texts of up to {context} tokens are served, though {CONFIG_FILE} states {stated}: "
+            "so far its rope scaling reaches with one rotation for each position"
+        )
+    return context
+
+
+def _reached(checkpoint: Checkpoint, config: Any, model: Any, stated: int) -> int:
+    """Returns how many tokens a text may have, without a warning."""
+    ropes = rope_parameters(config)
+    if _states_original(checkpoint):  # else transformers takes `stated` for it, which may be extended already
+        reaches = [int(rope["factor"] * rope[ORIGINAL]) for rope in ropes if _extends(rope)]
+        stated = min(reaches, default=stated)
+    if not any(rope.get("rope_type") == "longrope" for rope in ropes):
+        return stated
+    # What the rotary modules compute decides. Config fields do not: transformers reads them from several places.
     rotations = [rotation for module in model.modules() for rotation in _longropes(module)]
-    lengths = range(2, max_context + 1)
-    limit = 1 + bisect_left(lengths, True, key=lambda length: any(_changes(one, length) for one in rotations))
     if not rotations:  # what is not found may change
-        limit = min(int(rope.get("original_max_position_embeddings") or 1) for rope in ropes)
-    if limit < max_context:
-        reason = "with rope_parameters.rope_type longrope, longer texts rotate every position by other factors"
-        bound = f"must be at most {limit}, the checkpoint's original_max_position_embeddings: {reason}"
-        raise ConfigError("max_context", max_context, bound)
+        return min(stated, *(int(rope.get(ORIGINAL) or 1) for rope in ropes if rope.get("rope_type") == "longrope"))
+    lengths = range(2, stated + 1)
+    return 1 + bisect_left(lengths, True, key=lambda length: any(_changes(one, length) for one in rotations))
+
+
+def _extends(rope: dict[str, Any]) -> bool:
+    """Returns whether a rope says by which factor it extends which length."""
+    return rope.get("rope_type") in ("yarn", "longrope") and bool(rope.get("factor")) and bool(rope.get(ORIGINAL))
+
+
+def _states_original(checkpoint: Checkpoint) -> bool:
+    """Returns whether config.json states the length that the model was first trained on, at the top or with the rope."""
+    text = text_config(checkpoint.config)
+    ropes = [text.get(name) or {} for name in ("rope_scaling", "rope_parameters")]
+    kinds = [kind for rope in ropes for kind in rope.values() if isinstance(kind, dict)]
+    return any(ORIGINAL in part for part in (text, *ropes, *kinds))
 
 
 def _longropes(module: Any) -> Iterator[Callable[[torch.Tensor, torch.Tensor], Any]]:

@@ -34,15 +34,15 @@ def load_config(checkpoint: Checkpoint) -> Any:
     reader = AutoConfig if defined is None else defined.config_class
     try:
         config = reader.from_pretrained(checkpoint.path, local_files_only=True, trust_remote_code=False)
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        problem = str(error).strip().partition("\n")[0]
-        reason = f"transformers cannot read its config: {problem}; {nearest_hint(checkpoint.architecture)}"
+    except Exception as error:  # transformers raises whatever its parsers raise
+        reason = f"transformers cannot read its config: {problem_of(error)}; {nearest_hint(checkpoint.architecture)}"
         raise unsupported(checkpoint, reason) from error
     if any(rope.get("rope_type") == "su" for rope in rope_parameters(config)):
         raise unsupported(checkpoint, "rope_type su: transformers knows it by its later name, longrope, only")
-    for name in ("quantization_config", "compression_config"):  # Moiety dequantises the weights, not transformers
-        if hasattr(config, name):
-            delattr(config, name)
+    for part in (config, config.get_text_config()):
+        for name in ("quantization_config", "compression_config"):  # Moiety dequantises the weights, not transformers
+            if hasattr(part, name):
+                delattr(part, name)
     try:
         adapter_of(config.model_type).amend(config)
     except ValueError as error:
@@ -81,6 +81,19 @@ def text_class(config: Any) -> Any:
     return found and adapter_of(config.model_type).published_class(found)
 
 
+def checkpoint_model(checkpoint: Checkpoint, config: Any) -> nn.Module:
+    """Builds the model that generates text from `checkpoint` on `meta`.
+
+    Raises CheckpointError if transformers has no class for it, or if no model can be built of the config's values.
+    """
+    model_class = causal_lm_class(checkpoint, config)
+    try:
+        return meta_model(model_class, config)
+    except Exception as error:  # whatever a model's constructor does with a value that it does not expect
+        reason = f"transformers cannot build {model_class.__name__} with its config's values"
+        raise unsupported(checkpoint, f"{reason}: {type(error).__name__}: {problem_of(error)}") from error
+
+
 def meta_model(model_class: type[nn.Module], config: Any) -> nn.Module:
     """Builds a model of `config` whose tensors have shapes but no storage."""
     with torch.device("meta"):
@@ -117,6 +130,11 @@ def rope_parameters(config: Any) -> list[dict[str, Any]]:
     found = getattr(config.get_text_config(), "rope_parameters", None) or {}
     kinds = list(found.values())
     return kinds if kinds and all(isinstance(kind, dict) for kind in kinds) else [found]
+
+
+def problem_of(error: Exception) -> str:
+    """Returns what an error of transformers says, in one line."""
+    return " ".join(str(error).split())[:300]
 
 
 def unsupported(checkpoint: Checkpoint, reason: str) -> CheckpointError:

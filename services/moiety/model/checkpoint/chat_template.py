@@ -11,9 +11,8 @@ from typing import Any
 from moiety.errors import CheckpointError, InvalidRequest, ResourceExhausted
 from moiety.model.checkpoint.chat_messages import ContentForms, template_messages
 from moiety.model.checkpoint.chat_renderer import ChatRenderer, TemplateFailed
-from moiety.model.checkpoint.checkpoint import read_json
+from moiety.model.checkpoint.side_files import PROCESSOR_TEMPLATE_FILE, read_side_file
 
-PROCESSOR_FILE = "chat_template.json"
 DEFAULT, TOOL_USE = "default", "tool_use"
 RETRY_S = 5.0
 RESERVED = frozenset(  # what `render` itself passes to transformers' renderer
@@ -54,9 +53,8 @@ class ChatTemplate:
         about a second, unless a `renderer` that runs is given. Raises CheckpointError if a template is not one.
         """
         templates = _named(folder, getattr(tokenizer, "chat_template", None))
-        file = Path(folder, PROCESSOR_FILE)
-        if not templates and file.is_file():
-            templates = _named(folder, read_json(file).get("chat_template"))
+        if not templates:
+            templates = _named(folder, read_side_file(Path(folder), PROCESSOR_TEMPLATE_FILE).get("chat_template"))
         if not templates:
             return None
         opened = cls(str(folder), templates, tokenizer.special_tokens_map, renderer or ChatRenderer())

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from moiety.core.sampling_options import MAX_REPETITION_PENALTY, MAX_TEMPERATURE, SamplingOptions
-from moiety.errors import CheckpointError
-from moiety.model.checkpoint.checkpoint import read_json
+from moiety.core.sampling_options import SamplingOptions
+from moiety.model.checkpoint.side_files import GENERATION_FILE, read_side_file
 
-GENERATION_FILE = "generation_config.json"
 OPENAI_TEMPERATURE = 1.0
 
 
@@ -39,32 +35,18 @@ class GenerationDefaults:
 
         Raises CheckpointError that names file, field, value and bound.
         """
-        file = Path(folder, GENERATION_FILE)
-        stated = read_json(file) if file.is_file() else {}
+        stated = read_side_file(Path(folder), GENERATION_FILE)
 
-        def checked(name: str, holds: Callable[[float], bool], bound: str) -> float | None:
-            value = stated.get(name)
-            if value is None:
-                return None
-            number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-            if not number or not holds(value):
-                raise CheckpointError(f"{file}: {name} = {value!r}: must be {bound}")
-            return float(value)
+        def number(name: str) -> float | None:
+            return None if stated.get(name) is None else float(stated[name])
 
-        top_k = checked("top_k", lambda k: k == int(k) and k >= -1, "an integer of at least -1")  # -1: all, as 0
-        most = checked("max_new_tokens", lambda count: count == int(count) and count >= 1, "an integer of at least 1")
+        top_k, most = stated.get("top_k"), stated.get("max_new_tokens")
         return cls(
-            temperature=checked(
-                "temperature", lambda value: 0 <= value <= MAX_TEMPERATURE, f"0 to {MAX_TEMPERATURE:g}"
-            ),
-            top_p=checked("top_p", lambda value: 0 < value <= 1, "above 0 and at most 1"),
-            top_k=None if top_k is None else max(0, int(top_k)),
-            min_p=checked("min_p", lambda value: 0 <= value <= 1, "from 0 to 1"),
-            repetition_penalty=checked(
-                "repetition_penalty",
-                lambda value: 0 < value <= MAX_REPETITION_PENALTY,
-                f"above 0, up to {MAX_REPETITION_PENALTY:g}",
-            ),
+            temperature=number("temperature"),
+            top_p=number("top_p"),
+            top_k=None if top_k is None else max(0, int(top_k)),  # -1: all, as 0
+            min_p=number("min_p"),
+            repetition_penalty=number("repetition_penalty"),
             max_new_tokens=None if most is None else int(most),
         )
 

@@ -24,8 +24,9 @@ from typing import Any
 from moiety.config.cache_folder import cache_dir, write_derived
 from moiety.config.options import Verify
 from moiety.errors import CheckpointError
-from moiety.model.checkpoint.checkpoint import AUTOGPTQ_FILE, MODELOPT_FILE, Checkpoint
+from moiety.model.checkpoint.checkpoint import Checkpoint
 from moiety.model.checkpoint.headers import TensorEntry, read_header
+from moiety.model.checkpoint.side_files import AUTOAWQ_FILE, AUTOGPTQ_FILE, GENERATION_FILE, MODELOPT_FILE
 
 DIGEST_BYTES = 16
 BLOCK_BYTES = 4096
@@ -34,9 +35,10 @@ FORMAT = 2  # of the hash: increase it with every change of what is hashed
 SPACING_BYTES = 4 << 20
 SHARDS_AT_ONCE = 16  # storage answers many reads at once faster than one after another
 COMPANIONS = (
-    "generation_config.json",
+    GENERATION_FILE,
     MODELOPT_FILE,
     AUTOGPTQ_FILE,
+    AUTOAWQ_FILE,
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from moiety.model.checkpoint.checkpoint import INDEX_FILE
+from moiety.model.checkpoint.side_files import INDEX_FILE
 
 SHARD_BYTES = 256 << 20
 

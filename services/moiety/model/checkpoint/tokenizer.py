@@ -15,8 +15,8 @@ from typing import Any
 from tokenizers import Tokenizer, models
 
 from moiety.errors import CheckpointError
-from moiety.model.checkpoint.checkpoint import read_json
 from moiety.model.checkpoint.sentencepiece_model import converted, named_tokens, read_sentencepiece
+from moiety.model.checkpoint.side_files import TOKENIZER_FILES, check_side_files, end_ids, read_side_file
 
 WHOLE_FILE, CONFIG_FILE, MODEL_FILE = "tokenizer.json", "tokenizer_config.json", "tokenizer.model"
 TIKTOKEN_FILES = (MODEL_FILE, "tiktoken.model")
@@ -28,7 +28,6 @@ CONVERTED = {
     "sentencepiece.bpe.model": "sentencepiece",
     "tekken.json": "mistral_common",
 }
-SIDE_FILES = (CONFIG_FILE, "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 # Classes that add nothing to a SentencePiece model but its begin and end of sequence. "": the checkpoint names none.
 PLAIN_CLASSES = ("", "LlamaTokenizer", "PreTrainedTokenizer", "TokenizersBackend")
 WITHOUT = "set gateway.skip_tokenizer to true to serve token ids without it"
@@ -98,28 +97,17 @@ class TokenKinds:
         return token_id not in self._special and self._token(token_id) is not None
 
 
-def end_ids(folder: Path, of_tokenizer: int | None = None) -> tuple[int, ...]:
-    """Returns the end-of-sequence ids of one file, generation_config.json or else config.json, and the tokenizer's own."""
-    found: set[int] = set()
-    for name in ("generation_config.json", "config.json"):
-        path = folder / name
-        value = read_json(path).get("eos_token_id") if path.is_file() else None
-        if value is not None:
-            found.update(value if isinstance(value, list) else [value])
-            break
-    if of_tokenizer is not None:
-        found.add(of_tokenizer)
-    return tuple(sorted(found))
-
-
 def _file(folder: Path) -> str:
     """Returns the name of the file that the tokenizer is read from.
 
     Raises CheckpointError if there is none, or if it needs the checkpoint's own code or a package that is not installed.
     """
-    own = _own_class(folder)  # reads tokenizer_config.json in any case: nothing is served with a damaged one
+    check_side_files(folder, TOKENIZER_FILES)
     if (folder / WHOLE_FILE).is_file():
         return WHOLE_FILE
+    own = _own_class(folder)
+    if not own and _class(folder) not in PLAIN_CLASSES:
+        own = next((file.name for file in sorted(folder.glob("tokenization_*.py"))), "")
     if own:
         raise CheckpointError(
             f"{folder}: its tokenizer is code of its own, {own}, which Moiety does not run: "
@@ -153,23 +141,15 @@ def _if_installed(package: str, folder: Path, name: str) -> str:
 
 def _class(folder: Path) -> str:
     """Returns the class of tokenizers that the checkpoint names; "" if none."""
-    return str(_config(folder).get("tokenizer_class") or "").removesuffix("Fast")
+    return (read_side_file(folder, CONFIG_FILE).get("tokenizer_class") or "").removesuffix("Fast")
 
 
 def _own_class(folder: Path) -> str:
-    """Returns the class, in the checkpoint's own code, of a tokenizer that transformers would run; "" if it needs none."""
-    stated = _config(folder).get("auto_map")
+    """Returns the class, in the checkpoint's own code, that tokenizer_config.json names; "" if it names none."""
+    stated = read_side_file(folder, CONFIG_FILE).get("auto_map")
     named = stated.get("AutoTokenizer") if isinstance(stated, dict) else stated
     names = [name for name in (named if isinstance(named, list) else [named]) if isinstance(name, str)]
-    return names[0] if names else next((file.name for file in sorted(folder.glob("tokenization_*.py"))), "")
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    return _object(folder / CONFIG_FILE)
-
-
-def _object(file: Path) -> dict[str, Any]:
-    return read_json(file) if file.is_file() else {}
+    return names[0] if names else ""
 
 
 def _is_tiktoken(file: Path) -> bool:
@@ -193,13 +173,13 @@ def _whole(folder: Path, **named: Any) -> Any:
 
 def _sentencepiece(folder: Path) -> Any:
     """Converts tokenizer.model. Side files count as beside a tokenizer.json, which is what this makes of it for a moment."""
-    config, model = _config(folder), read_sentencepiece(folder / MODEL_FILE)
+    config, model = read_side_file(folder, CONFIG_FILE), read_sentencepiece(folder / MODEL_FILE)
     # `legacy` is LlamaTokenizer's: whether text after a special token gets the space that begins a text.
     backend = converted(model, once=config.get("legacy") is False)
-    stated = {name for file in SIDE_FILES[:2] for name in _object(folder / file)}
+    stated = {name for file in TOKENIZER_FILES for name in read_side_file(folder, file)}
     named = {name: token for name, token in named_tokens(model).items() if name not in stated}
     with TemporaryDirectory() as made:
-        for name in SIDE_FILES:
+        for name in (*TOKENIZER_FILES, "chat_template.jinja"):
             if (folder / name).is_file():
                 shutil.copy(folder / name, made)
         backend.save(str(Path(made, WHOLE_FILE)))

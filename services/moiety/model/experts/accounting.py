@@ -11,10 +11,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moiety.model.architectures.transformers_model import towers, unsupported
-from moiety.model.checkpoint.checkpoint import AUTOGPTQ_FILE, MODELOPT_FILE, Checkpoint
+from moiety.model.checkpoint.checkpoint import Checkpoint
 from moiety.model.checkpoint.headers import TensorEntry
 from moiety.model.checkpoint.quantised import Stored
 from moiety.model.checkpoint.reading import FLOATS, Reader
+from moiety.model.checkpoint.side_files import AUTOAWQ_FILE, AUTOGPTQ_FILE, CONFIG_FILE, MODELOPT_FILE
 
 # Patterns of tensors that may be left over: each is searched in the published name of a tensor that becomes no weight.
 UNUSED = (
@@ -96,5 +97,5 @@ def _is_zero_bias(name: str, entry: Stored) -> bool:
 def _stated(checkpoint: Checkpoint) -> str:
     """Returns what the checkpoint states about quantisation, for a tensor that it does not explain."""
     if not checkpoint.quantization:
-        return f"neither config.json nor {MODELOPT_FILE} nor {AUTOGPTQ_FILE} says how it is quantised"
+        return f"none of {CONFIG_FILE}, {MODELOPT_FILE}, {AUTOGPTQ_FILE} and {AUTOAWQ_FILE} says how it is quantised"
     return f"the stated quantisation ({checkpoint.quantization.get('quant_method')}) has no such tensor"

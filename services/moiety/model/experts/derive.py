@@ -17,18 +17,19 @@ from moiety.core.experts import ModelShape
 from moiety.errors import CheckpointError
 from moiety.model.architectures.adapters import adapter_of
 from moiety.model.architectures.recognise import RoutedExperts
+from moiety.model.architectures.rope_by_length import served_context
 from moiety.model.architectures.supported import nearest_hint
 from moiety.model.architectures.transformers_model import (
-    causal_lm_class,
+    checkpoint_model,
     experts_modules,
     load_config,
-    meta_model,
     towers,
     unsupported,
 )
 from moiety.model.checkpoint.checkpoint import EXPERT, Checkpoint
 from moiety.model.checkpoint.quantised import QuantisedEntry
 from moiety.model.checkpoint.reading import FLOATS
+from moiety.model.checkpoint.side_files import CONFIG_FILE, MAX_COUNT, text_config, warn
 from moiety.model.experts.accounting import check_tensors
 from moiety.model.experts.layout import ExpertLayout, LayerLayout
 
@@ -52,9 +53,12 @@ _Sources = dict[str, dict[str | None, list[str]]]
 def derive_layout(checkpoint: Checkpoint) -> ExpertLayout:
     """Returns the layout of `checkpoint`; raises CheckpointError with the reason if it cannot be served."""
     config = load_config(checkpoint)
-    model = meta_model(causal_lm_class(checkpoint, config), config)
+    model = checkpoint_model(checkpoint, config)
     modules = experts_modules(model)
     if not modules:
+        if not _has_experts(config):
+            kind = f"{type(model).__name__} is a dense model, without experts to spread"
+            raise unsupported(checkpoint, f"{kind}: serve it with another engine, such as vLLM or llama.cpp")
         reason = "it has no MoE layer that transformers routes through its experts interface, and no adapter"
         raise unsupported(checkpoint, f"{reason}; {nearest_hint(checkpoint.architecture)}")
     try:
@@ -78,19 +82,37 @@ def derive_layout(checkpoint: Checkpoint) -> ExpertLayout:
         architecture=checkpoint.architecture,
         moe_layers=len(layers),
         experts=count,
-        top_k=_setting(checkpoint, text, TOP_K_NAMES),
+        top_k=_setting(checkpoint, text, TOP_K_NAMES, count),
         mlp=mlp,
-        dtype=_computed_dtype(text) if quantised else DTYPES[first.dtype],
+        dtype=_dtype(checkpoint, text, None if quantised else DTYPES[first.dtype]),
         vocabulary=_setting(checkpoint, text, ("vocab_size",)),
-        max_context=_setting(checkpoint, text, CONTEXT_NAMES),
+        max_context=served_context(checkpoint, config, model, _setting(checkpoint, text, CONTEXT_NAMES)),
     )
     return ExpertLayout(shape, layers)
 
 
-def _computed_dtype(config: Any) -> str:
-    """Returns the dtype that a quantised model computes in: its config's, or bfloat16 if the config names none."""
-    dtype = str(getattr(config, "dtype", None)).removeprefix("torch.")
-    return dtype if dtype in DTYPES.values() else "bfloat16"
+def _has_experts(config: Any) -> bool:
+    """Returns whether a config speaks of experts: then its model is none that Moiety knows, else it is a dense one."""
+    return any(
+        "expert" in name and name != "output_router_logits" and value not in (None, 0, 1, [], False)
+        for name, value in config.get_text_config().to_dict().items()
+    )
+
+
+def _dtype(checkpoint: Checkpoint, config: Any, stored: str | None) -> str:
+    """Returns the dtype that a model computes in: that in which its experts are `stored`, whatever its config states.
+
+    A quantised model computes in the dtype that its config states, or in bfloat16 if that names none.
+    """
+    stated = str(getattr(config, "dtype", None)).removeprefix("torch.")
+    if stored is None:
+        return stated if stated in DTYPES.values() else "bfloat16"
+    if stated in DTYPES.values() and stated != stored:
+        warn(
+            f"checkpoint {checkpoint.path}: its experts are stored in {stored}, but {CONFIG_FILE} states {stated}: "
+            f"{stored} is served, unless the setting dtype says otherwise"
+        )
+    return stored
 
 
 def _sources(checkpoint: Checkpoint, model: nn.Module) -> tuple[_Sources, dict[str, Any]]:
@@ -140,7 +162,12 @@ def _layer(
                     raise unsupported(
                         checkpoint, f"it has {stored}, but config.json states {parameter.shape[0]} experts"
                     )
-                joined.append(tensors[0] if fused and len(tensors) == 1 else _template(checkpoint, target, tensors))
+                if fused and len(tensors) == 1:
+                    joined.append(tensors[0])
+                elif len(tensors) == parameter.shape[0] == 1:
+                    joined.append(_only_expert(tensors[0]))
+                else:
+                    joined.append(_template(checkpoint, target, tensors))
             shape = parameter.shape
             if may_transpose and shape[1] == shape[2]:
                 reason = f"{joined[0]} holds square matrices, {shape[1]} x {shape[2]}"
@@ -179,13 +206,32 @@ def _check_trunk(checkpoint: Checkpoint, model: Any, sources: _Sources, converte
         for target in converter.target_patterns
     }
     ignored = (*outside, *model.all_tied_weights_keys)
+    state = model.state_dict()
     missing = sorted(
         name
-        for name in model.state_dict().keys() - sources.keys()
+        for name in state.keys() - sources.keys()
         if not name.startswith(ignored) and not any(target in name for target in split)
     )
     if missing:
-        raise CheckpointError(f"checkpoint {checkpoint.path}: missing keys: {', '.join(missing[:8])}")
+        untied = (
+            f", which {CONFIG_FILE}'s tie_word_embeddings = false calls for" if missing == ["lm_head.weight"] else ""
+        )
+        raise CheckpointError(f"checkpoint {checkpoint.path}: missing keys: {', '.join(missing[:8])}{untied}")
+    for target, by_pattern in sources.items():
+        if target in state and not target.startswith(outside) and list(by_pattern) == [None]:
+            _check_size(checkpoint, by_pattern[None][0], tuple(state[target].shape), model.config)
+
+
+def _check_size(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], config: Any) -> None:
+    """Raises CheckpointError unless the tensor `name` has the `shape` that the config's values give it."""
+    found = checkpoint.tensor(name).shape
+    if found == shape:
+        return
+    vocabulary = config.get_text_config().vocab_size
+    if found[1:] == shape[1:] and shape[:1] == (vocabulary,):
+        bound = f"must be {found[0]}, the rows of {name}"
+        raise CheckpointError(f"{checkpoint.path / CONFIG_FILE}: vocab_size = {vocabulary}: {bound}")
+    raise unsupported(checkpoint, f"{name} is {list(found)}, but the values of {CONFIG_FILE} make it {list(shape)}")
 
 
 def _conversion(
@@ -234,6 +280,13 @@ def _template(checkpoint: Checkpoint, target: str, tensors: list[str]) -> str:
     return "".join(template)
 
 
+def _only_expert(tensor: str) -> str:
+    """Returns the name of the only expert's tensor with `{expert}` in place of its number, the last part that is one."""
+    parts = tensor.split(".")
+    last = max((place for place, part in enumerate(parts) if part.isdigit()), default=None)
+    return tensor if last is None else ".".join([*parts[:last], EXPERT, *parts[last + 1 :]])
+
+
 def _check_shapes(checkpoint: Checkpoint, target: str, names: Sequence[str], shape: tuple[int, ...]) -> None:
     """Raises CheckpointError unless the experts' tensors `names` exist and together have the shape `shape` [E, …]."""
     experts, rows = shape[0], 0
@@ -253,9 +306,18 @@ def _check_shapes(checkpoint: Checkpoint, target: str, names: Sequence[str], sha
         raise CheckpointError(f"checkpoint {checkpoint.path}: {target} needs {shape[1]} rows an expert, found {rows}")
 
 
-def _setting(checkpoint: Checkpoint, config: Any, names: Sequence[str]) -> int:
-    """Returns the first integer that the config has under one of `names`. Raises CheckpointError if it has none."""
+def _setting(checkpoint: Checkpoint, config: Any, names: Sequence[str], most: int = MAX_COUNT) -> int:
+    """Returns the first integer that the config has under one of `names`.
+
+    transformers gives its class's default where the file states none. Raises CheckpointError if there is none, or if it is
+    below 1 or above `most`.
+    """
     for name in names:
         if isinstance(value := getattr(config, name, None), int):
+            if not 1 <= value <= most:
+                bound = f"must be an integer from 1 to {most}"
+                raise CheckpointError(f"{checkpoint.path / CONFIG_FILE}: {name} = {value}: {bound}")
+            if not any(name in part for part in (text_config(checkpoint.config), checkpoint.config) for name in names):
+                warn(f"{checkpoint.path / CONFIG_FILE}: states no {name}: {value}, transformers' default, is taken")
             return value
     raise unsupported(checkpoint, f"its config has none of {', '.join(names)}")

@@ -14,7 +14,8 @@ from torch import nn
 
 from moiety.errors import HopFailed
 from moiety.model.architectures.transformers_model import load_config, unsupported
-from moiety.model.checkpoint.checkpoint import Checkpoint, read_json
+from moiety.model.checkpoint.checkpoint import Checkpoint
+from moiety.model.checkpoint.side_files import GENERATION_FILE, read_side_file
 from moiety.model.seam import ModuleFact, current_batch, current_context, current_prompts
 
 ATTENDS_TO_PROMPT = ModuleFact[bool]("attends_to_prompt")  # of the decoder's attention modules that do
@@ -38,8 +39,7 @@ class DecoderStart:
         config = load_config(checkpoint)
         if not config.is_encoder_decoder:
             return None
-        file = checkpoint.path / "generation_config.json"
-        generation_config = read_json(file) if file.is_file() else {}
+        generation_config = read_side_file(checkpoint.path, GENERATION_FILE)
 
         def value(name: str) -> int | None:
             found: int | None = generation_config.get(name, getattr(config, name, None))

@@ -18,10 +18,11 @@ from typing import Any
 import torch
 
 from moiety.errors import CheckpointError, ConfigError
-from moiety.model.checkpoint.checkpoint import EXPERT, INDEX_FILE, Checkpoint
+from moiety.model.checkpoint.checkpoint import EXPERT, Checkpoint
 from moiety.model.checkpoint.headers import TensorEntry
 from moiety.model.checkpoint.reading import Reader
 from moiety.model.checkpoint.shards import write_shards
+from moiety.model.checkpoint.side_files import INDEX_FILE
 from moiety.model.checkpoint.tokenizer import open_tokenizer
 from moiety.model.experts.cached import expert_layout
 from moiety.model.experts.layout import ExpertLayout

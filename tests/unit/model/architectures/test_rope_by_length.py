@@ -1,17 +1,16 @@
-"""Rotary positions that depend on the length of the text: served as far as they do not, refused by name beyond."""
+"""The longest text of a model: as far as its rope scaling reaches and no rotation depends on the length of the text."""
 
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from moiety.errors import CheckpointError, ConfigError
-from moiety.model.architectures.rope_by_length import check_rope
+from moiety.errors import CheckpointError
 from moiety.model.checkpoint.checkpoint import Checkpoint
+from moiety.model.experts.derive import derive_layout
 from moiety.synthetic import write_tiny
 
 LIMIT, LONGEST = 64, 256
@@ -25,10 +24,15 @@ LONGROPE = {
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
 
 
+def max_context(checkpoint: Checkpoint) -> int:
+    """Returns the most tokens of a text that a router offers for `checkpoint`."""
+    return derive_layout(checkpoint).shape.max_context
+
+
 def checkpoint_with(rope: dict[str, Any], architecture: str, folder: Path) -> Checkpoint:
     """Writes a tiny checkpoint with these rope parameters."""
     return Checkpoint.open(
-        write_tiny(architecture, folder, rope_parameters=rope, max_position_embeddings=LONGEST, num_hidden_layers=1)
+        write_tiny(architecture, folder, rope_parameters=rope, max_position_embeddings=LONGEST, num_hidden_layers=2)
     )
 
 
@@ -38,17 +42,16 @@ def checkpoint_with(rope: dict[str, Any], architecture: str, folder: Path) -> Ch
         ("qwen3_moe", LONGROPE),
         ("phimoe", {**LONGROPE, "short_mscale": 1.0, "long_mscale": 1.4}),
         ("deepseek_v2", {**LONGROPE, "long_factor": [2.0] * 4, "short_factor": [1.0] * 4}),  # complex rotations
-        ("mimo_v2_flash", {"full_attention": LONGROPE, "sliding_attention": {"rope_type": "default"}}),
+        (
+            "mimo_v2_flash",
+            {"full_attention": LONGROPE, "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0}},
+        ),
     ],
     ids=["factors", "scales", "complex factors", "by type of layer"],
 )
 def test_longrope_is_served_up_to_its_first_length(architecture: str, rope: dict[str, Any], tmp_path: Path):
-    """Longrope is refused above its original length, with what to set; up to it only the short factors apply."""
-    checkpoint = checkpoint_with(rope, architecture, tmp_path)
-    check_rope(checkpoint, LIMIT)
-    expected = f"max_context = {LIMIT + 1}: must be at most {LIMIT}, the checkpoint's original_max_position_embeddings"
-    with pytest.raises(ConfigError, match=f"{re.escape(expected)}.*rope_type longrope"):
-        check_rope(checkpoint, LIMIT + 1)
+    """Longrope is served up to its original length: up to it only the short factors apply."""
+    assert max_context(checkpoint_with(rope, architecture, tmp_path)) == LIMIT
 
 
 def configured(folder: Path, **config: Any) -> Checkpoint:
@@ -62,19 +65,17 @@ def configured(folder: Path, **config: Any) -> Checkpoint:
 
 @pytest.mark.parametrize("name", ["rope_scaling", "rope_parameters"])
 def test_the_original_length_may_stand_at_the_top_of_the_config(name: str, tmp_path: Path):
-    """Wherever the config states the original length, and however it names longrope's parameters, the same is refused."""
+    """Wherever the config states the original length, and however it names longrope's parameters, the same is served."""
     rope = {key: value for key, value in LONGROPE.items() if key != "original_max_position_embeddings"}
     checkpoint = configured(tmp_path, **{name: rope}, original_max_position_embeddings=LIMIT)
-    check_rope(checkpoint, LIMIT)
-    with pytest.raises(ConfigError, match=f"max_context = {LIMIT + 1}: must be at most {LIMIT}"):
-        check_rope(checkpoint, LIMIT + 1)
+    assert max_context(checkpoint) == LIMIT
 
 
 def test_an_old_name_of_longrope_is_refused(tmp_path: Path):
     """transformers does not know `su`, and would fail with a KeyError."""
     checkpoint = configured(tmp_path, rope_scaling={**LONGROPE, "rope_type": "su"})
     with pytest.raises(CheckpointError, match=r"rope_type su: .* longrope"):
-        check_rope(checkpoint, LIMIT)
+        max_context(checkpoint)
 
 
 @pytest.mark.parametrize(
@@ -90,4 +91,19 @@ def test_an_old_name_of_longrope_is_refused(tmp_path: Path):
 )
 def test_what_does_not_change_is_served_whole(architecture: str, rope: dict[str, Any], tmp_path: Path):
     """A rope whose rotations are the same for short and long texts is served up to the model's limit."""
-    check_rope(checkpoint_with(rope, architecture, tmp_path), LONGEST)
+    assert max_context(checkpoint_with(rope, architecture, tmp_path)) == LONGEST
+
+
+@pytest.mark.parametrize(
+    ("rope", "reached"),
+    [
+        ({"factor": 8.0, "original_max_position_embeddings": LIMIT}, 8 * LIMIT),  # as users add it to a config
+        ({"factor": 4.0, "original_max_position_embeddings": LIMIT}, LONGEST),  # as DeepSeek publishes it
+        ({"factor": 2.0, "original_max_position_embeddings": LIMIT}, 2 * LIMIT),
+        ({"factor": 4.0}, LONGEST),  # not known whether the config's length is extended already
+    ],
+    ids=["beyond the stated length", "the stated length", "below the stated length", "no original length"],
+)
+def test_yarn_reaches_its_factor_times_the_original_length(rope: dict[str, Any], reached: int, tmp_path: Path):
+    """With YaRN, the longest text has `factor` times the original length, whatever max_position_embeddings states."""
+    assert max_context(configured(tmp_path, rope_scaling={"rope_type": "yarn", **rope})) == reached

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from moiety.errors import CheckpointError
-from moiety.model.checkpoint.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint
+from moiety.model.checkpoint.checkpoint import SINGLE_FILE, Checkpoint
+from moiety.model.checkpoint.side_files import INDEX_FILE
 
 
 @pytest.fixture

@@ -145,7 +145,7 @@ def test_quantisation_may_be_stated_in_a_tools_own_file(written, tmp_path: Path,
     (folder / "config.json").write_text(json.dumps(config))
     unsaid = Checkpoint.open(folder)
     revision = revision_of(unsaid)
-    with pytest.raises(CheckpointError, match=f"neither config.json nor .*{file}"):
+    with pytest.raises(CheckpointError, match=f"none of config.json, .*{file}"):
         expert_layout(unsaid)
     (folder / file).write_text(json.dumps({key: quantization} if key else quantization))
     moved = Checkpoint.open(folder)

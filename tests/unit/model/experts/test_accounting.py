@@ -19,7 +19,7 @@ from moiety.model.experts.derive import derive_layout
 from moiety.synthetic import write_tiny
 
 ATTENTION, EXPERT = "model.layers.0.self_attn", "model.layers.1.block_sparse_moe.experts.2"
-UNSAID = r"neither config\.json nor hf_quant_config\.json nor quantize_config\.json says how it is quantised"
+UNSAID = r"none of config\.json, .*\.json and quant_config\.json says how it is quantised"
 
 
 def with_tensors(checkpoint: Checkpoint, dtypes: Mapping[str, str]) -> Checkpoint:

@@ -123,7 +123,7 @@ REFUSED = {
         {**DENSE, "quantization_config": {"quant_method": "aqlm"}},
         r"llama.*quantised \(aqlm\): must be one of fp8",
     ),
-    "dense": (DENSE, "architecture llama.*no MoE layer"),
+    "dense": (DENSE, "architecture llama.*LlamaForCausalLM is a dense model"),
     "unknown": (
         {"model_type": "grok-2"},
         "architecture grok-2.*cannot read its config.*nearest.* is grok-1",
