@@ -264,6 +264,6 @@ async def test_errors_of_bad_guides_name_field_value_and_problem(
 async def test_a_checkpoint_without_a_tokenizer_says_so(tmp_path: Path):
     """Without a tokenizer, guided requests get FailedPrecondition."""
     guides = Guides(str(tmp_path), PADDED, threads=1)
-    with pytest.raises(FailedPrecondition, match="guided output is not possible .*: no tokenizer"):
+    with pytest.raises(FailedPrecondition, match=r"guided output is not possible .*: no tokenizer"):
         await compiled(guides, GuideKind.REGEX, "a")
     guides.close()
