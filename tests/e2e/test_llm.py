@@ -1,11 +1,12 @@
 """`from moiety import LLM`: one model on this machine, used from a script, from threads and inside an event loop.
 
-Three clusters start here, each for its own reason: one serves most tests, two end in different ways.
+Four clusters start here, each for its own reason: one serves most tests, one has no tokenizer, two end in different ways.
 """
 
 from __future__ import annotations
 
 import asyncio
+import shutil
 import signal
 import sys
 from collections.abc import Iterator
@@ -135,6 +136,20 @@ def test_a_model_that_is_not_there(tmp_path: Path):
     for model in ("no such model", tmp_path):
         with pytest.raises(CheckpointError):
             LLM(model)
+
+
+def test_a_checkpoint_without_a_tokenizer(tmp_path: Path, llm: LLM, folder: Path):
+    """It is refused before anything starts; with skip_tokenizer it gives the same token ids, and no text."""
+    bare = tmp_path / "bare"
+    shutil.copytree(folder, bare, ignore=shutil.ignore_patterns("tokenizer*", "special_tokens*", "*.jinja"))
+    with pytest.raises(CheckpointError, match=r"no tokenizer: .*gateway\.skip_tokenizer"):
+        LLM(bare)
+    with LLM(bare, dtype="float32", skip_tokenizer=True) as without:
+        (completion,) = without.generate([[5, 6, 7]], **OPTIONS)
+        with pytest.raises(InvalidRequest, match="this gateway has no tokenizer"):
+            without.generate("Each expert")
+    assert completion.token_ids == llm.generate([[5, 6, 7]], **OPTIONS)[0].token_ids
+    assert completion.text == ""
 
 
 @pytest.mark.parametrize("end", ["close", "nothing"])

@@ -36,11 +36,6 @@ def read_sentencepiece(file: Path) -> Any:
         raise CheckpointError(f"{file}: model_type is {trainer.model_type}: must be 1 (unigram) or 2 (BPE)")
     if trainer.treat_whitespace_as_suffix or not normalizer.escape_whitespaces:
         raise CheckpointError(f"{file}: spaces are not written as {SPACE} before words, which is not supported")
-    for piece in model.pieces:
-        if piece.type == USER_DEFINED and (SPACE in piece.piece or " " in piece.piece):
-            raise CheckpointError(
-                f"{file}: the user-defined symbol {piece.piece!r} has a space, which is not supported"
-            )
     return model
 
 
@@ -51,19 +46,19 @@ def named_tokens(model: Any) -> Mapping[str, str]:
     return {name: model.pieces[piece].piece for name, piece in ids.items() if 0 <= piece < len(model.pieces)}
 
 
-def converted(model: Any, *, once: bool) -> Tokenizer:
+def converted(model: Any, *, space: bool, once: bool) -> Tokenizer:
     """Returns a tokenizer with the ids of `model`. Its control symbols are special tokens: their text in a prompt is them.
 
-    `once`: only the beginning of a text gets the space that SentencePiece puts before it; if not, so does what follows a
-    special token. Which of them a checkpoint was trained with, SentencePiece does not say: it knows no special tokens in texts.
+    `space`: whether texts get a space before them, if the model says so. `once`: only the beginning of a text gets it; if
+    not, so does what follows a special token. SentencePiece does not say which: it knows no special tokens in texts.
 
     Ids are those of the library sentencepiece, but for what `tokenizers` cannot do: a text that begins with a user-defined
-    symbol, or with a space where `once` is true, gets no further space; a combining mark behind a character that NFKC changes
-    is lost.
+    symbol, or with a space where `once` is true, gets no further space; a combining mark behind a character that NFKC
+    changes is lost; of equally likely Unigram pieces it may take others.
     """
     tokenizer = Tokenizer(_bpe(model) if model.trainer_spec.model_type == BPE else _unigram(model))
     steps = _normalizing(model)
-    before = model.normalizer_spec.add_dummy_prefix
+    before = space and model.normalizer_spec.add_dummy_prefix
     if before and once:
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, prepend_scheme="first", split=False)
     elif before:
@@ -73,7 +68,7 @@ def converted(model: Any, *, once: bool) -> Tokenizer:
     tokenizer.decoder = decoders.Sequence([*shown, decoders.Strip(" ", 1, 0)] if before else shown)
     tokenizer.add_tokens(
         [
-            AddedToken(piece.piece, normalized=False, special=piece.type == CONTROL)
+            AddedToken(piece.piece, normalized=SPACE in piece.piece, special=piece.type == CONTROL)
             for piece in model.pieces
             if piece.type in (CONTROL, USER_DEFINED)
         ]

@@ -28,8 +28,6 @@ CONVERTED = {
     "sentencepiece.bpe.model": "sentencepiece",
     "tekken.json": "mistral_common",
 }
-# Classes that add nothing to a SentencePiece model but its begin and end of sequence. "": the checkpoint names none.
-PLAIN_CLASSES = ("", "LlamaTokenizer", "PreTrainedTokenizer", "TokenizersBackend")
 WITHOUT = "set gateway.skip_tokenizer to true to serve token ids without it"
 _TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+=* \d+\s")
 
@@ -57,7 +55,7 @@ def open_tokenizer(folder: str) -> tuple[Any, tuple[int, ...]]:
     try:
         if file == WHOLE_FILE and _own_class(path):  # the file says what that class would
             tokenizer = _whole(path)
-        elif file == MODEL_FILE and _class(path) in PLAIN_CLASSES and not _is_tiktoken(path / file):
+        elif file == MODEL_FILE and not _is_tiktoken(path / file):
             tokenizer = _sentencepiece(path)
         else:
             tokenizer = _as_transformers(folder)
@@ -105,10 +103,7 @@ def _file(folder: Path) -> str:
     check_side_files(folder, TOKENIZER_FILES)
     if (folder / WHOLE_FILE).is_file():
         return WHOLE_FILE
-    own = _own_class(folder)
-    if not own and _class(folder) not in PLAIN_CLASSES:
-        own = next((file.name for file in sorted(folder.glob("tokenization_*.py"))), "")
-    if own:
+    if own := _own_class(folder):
         raise CheckpointError(
             f"{folder}: its tokenizer is code of its own, {own}, which Moiety does not run: "
             f"convert it to {WHOLE_FILE}, or {WITHOUT}"
@@ -118,8 +113,7 @@ def _file(folder: Path) -> str:
             return _if_installed("tiktoken", folder, name)
     if (folder / MODEL_FILE).is_file():
         read_sentencepiece(folder / MODEL_FILE)
-        plain = _class(folder) in PLAIN_CLASSES
-        return MODEL_FILE if plain else _if_installed("sentencepiece", folder, MODEL_FILE)
+        return MODEL_FILE
     for name, package in CONVERTED.items():
         if (folder / name).is_file():
             return _if_installed(package, folder, name)
@@ -137,11 +131,6 @@ def _if_installed(package: str, folder: Path, name: str) -> str:
             f"{folder / name}: reading this tokenizer needs a package: pip install {distribution}, or {WITHOUT}"
         )
     return name
-
-
-def _class(folder: Path) -> str:
-    """Returns the class of tokenizers that the checkpoint names; "" if none."""
-    return (read_side_file(folder, CONFIG_FILE).get("tokenizer_class") or "").removesuffix("Fast")
 
 
 def _own_class(folder: Path) -> str:
@@ -174,13 +163,15 @@ def _whole(folder: Path, **named: Any) -> Any:
 def _sentencepiece(folder: Path) -> Any:
     """Converts tokenizer.model. Side files count as beside a tokenizer.json, which is what this makes of it for a moment."""
     config, model = read_side_file(folder, CONFIG_FILE), read_sentencepiece(folder / MODEL_FILE)
-    # `legacy` is LlamaTokenizer's: whether text after a special token gets the space that begins a text.
-    backend = converted(model, once=config.get("legacy") is False)
+    # Both are LlamaTokenizer's. `legacy`: whether text after a special token gets the space that begins a text.
+    backend = converted(model, space=config.get("add_prefix_space") is not False, once=config.get("legacy") is False)
     stated = {name for file in TOKENIZER_FILES for name in read_side_file(folder, file)}
     named = {name: token for name, token in named_tokens(model).items() if name not in stated}
     with TemporaryDirectory() as made:
         for name in (*TOKENIZER_FILES, "chat_template.jinja"):
             if (folder / name).is_file():
                 shutil.copy(folder / name, made)
+        if (templates := folder / "additional_chat_templates").is_dir():
+            shutil.copytree(templates, Path(made, templates.name))
         backend.save(str(Path(made, WHOLE_FILE)))
         return _whole(Path(made), **{"add_bos_token": config.get("add_bos_token", True), **named})

@@ -22,7 +22,7 @@ from moiety.synthetic.tokenizer import write_tokenizer
 SPECIAL = {"<unk>": 2, "<s>": 3, "</s>": 3, "[INST]": 4}  # and their types
 PIECES = ["▁a", "ab", "▁ab", "▁▁", "▁▁▁▁", "▁", "a", "b"]  # the earlier, the sooner merged
 TEXTS = ["ab a", "  a", "a    ab", "aab\n", "né", "ab " * 20]
-CORPUS = Path(__file__).parents[4].joinpath("README.md").read_text(encoding="utf-8")
+SENTENCE = "the router runs attention, gating: and (each) group of experts grows while it's hot; naïve = def f(x):"
 
 
 def write_model(folder: Path, **config: Any) -> None:
@@ -174,6 +174,7 @@ def _published() -> list[Any]:
 def test_ids_are_those_of_the_sentencepiece_library(tmp_path: Path, which: Path | str):
     """Published models and trained ones give the library's ids and text for any text; with NFKC, without combining marks."""
     library = pytest.importorskip("sentencepiece", reason="the package sentencepiece is not installed")
+    drawn = random.Random(5)
     file = tmp_path / "tokenizer.model"
     if isinstance(which, Path):
         shutil.copy(which, file)
@@ -181,9 +182,10 @@ def test_ids_are_those_of_the_sentencepiece_library(tmp_path: Path, which: Path 
         exact = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False, "byte_fallback": True}
         made = io.BytesIO()
         library.SentencePieceTrainer.train(
-            sentence_iterator=iter(CORPUS.splitlines()),
+            sentence_iterator=iter([" ".join(drawn.choices(SENTENCE.split(), k=12)) for _ in range(300)]),
             model_writer=made,
-            vocab_size=600,
+            vocab_size=400,
+            hard_vocab_limit=False,
             model_type=which.split()[0],
             minloglevel=2,
             **({} if "NFKC" in which else exact),
@@ -191,11 +193,11 @@ def test_ids_are_those_of_the_sentencepiece_library(tmp_path: Path, which: Path 
         file.write_bytes(made.getvalue())
     (tmp_path / "config.json").write_text('{"model_type": "mixtral"}')
     reference, (tokenizer, _) = library.SentencePieceProcessor(model_file=str(file)), open_tokenizer(str(tmp_path))
-    drawn = random.Random(5)
     odd = "  \n\tab=é漢字🙂\u3000ﬁ½" + ("" if str(which).endswith("NFKC") else "e\u0301\u200d")
     for _ in range(300):
-        start = drawn.randrange(len(CORPUS))
-        text = CORPUS[start : start + drawn.randrange(80)] + "".join(drawn.choices(odd, k=drawn.randrange(12)))
+        text = " ".join(drawn.choices(SENTENCE.split(), k=drawn.randrange(8))) + "".join(
+            drawn.choices(odd, k=drawn.randrange(12))
+        )
         ids = reference.encode(text)
         assert tokenizer.encode(text, add_special_tokens=False) == ids
         if reference.unk_id() not in ids:  # which the library shows as " ⁇ "
