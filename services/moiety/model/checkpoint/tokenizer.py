@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,6 +20,7 @@ from moiety.model.checkpoint.sentencepiece_model import converted, named_tokens,
 from moiety.model.checkpoint.side_files import TOKENIZER_FILES, check_side_files, end_ids, read_side_file
 
 WHOLE_FILE, CONFIG_FILE, MODEL_FILE = "tokenizer.json", "tokenizer_config.json", "tokenizer.model"
+TEKKEN_FILE = "tekken.json"
 TIKTOKEN_FILES = (MODEL_FILE, "tiktoken.model")
 # What transformers converts, and the package that it needs for that.
 CONVERTED = {
@@ -26,8 +28,9 @@ CONVERTED = {
     "vocab.txt": "",
     "spiece.model": "sentencepiece",
     "sentencepiece.bpe.model": "sentencepiece",
-    "tekken.json": "mistral_common",
+    TEKKEN_FILE: "mistral_common",
 }
+TEKKEN = {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True}  # what no tekken.json states
 WITHOUT = "set gateway.skip_tokenizer to true to serve token ids without it"
 _TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+=* \d+\s")
 
@@ -58,7 +61,7 @@ def open_tokenizer(folder: str) -> tuple[Any, tuple[int, ...]]:
         elif file == MODEL_FILE and not _is_tiktoken(path / file):
             tokenizer = _sentencepiece(path)
         else:
-            tokenizer = _as_transformers(folder)
+            tokenizer = _as_transformers(path, **(_unstated(path, TEKKEN) if file == TEKKEN_FILE else {}))
     except CheckpointError:
         raise
     except Exception as error:  # transformers raises whatever its parsers raise
@@ -147,10 +150,22 @@ def _is_tiktoken(file: Path) -> bool:
         return _TIKTOKEN_LINE.match(opened.read(1 << 12)) is not None
 
 
-def _as_transformers(folder: str) -> Any:
+def _unstated(folder: Path, named: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns those of `named`, arguments of a tokenizer, that no side file states."""
+    stated = {name for file in TOKENIZER_FILES for name in read_side_file(folder, file)}
+    return {name: value for name, value in named.items() if name not in stated}
+
+
+def _as_transformers(folder: Path, **named: Any) -> Any:
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    return AutoTokenizer.from_pretrained(
+        str(folder),
+        local_files_only=True,
+        trust_remote_code=False,
+        mistral_format=False,  # else a tekken.json and mistral-common give a class without what is needed of a tokenizer
+        **named,
+    )
 
 
 def _whole(folder: Path, **named: Any) -> Any:
@@ -165,8 +180,7 @@ def _sentencepiece(folder: Path) -> Any:
     config, model = read_side_file(folder, CONFIG_FILE), read_sentencepiece(folder / MODEL_FILE)
     # Both are LlamaTokenizer's. `legacy`: whether text after a special token gets the space that begins a text.
     backend = converted(model, space=config.get("add_prefix_space") is not False, once=config.get("legacy") is False)
-    stated = {name for file in TOKENIZER_FILES for name in read_side_file(folder, file)}
-    named = {name: token for name, token in named_tokens(model).items() if name not in stated}
+    named = _unstated(folder, {"add_bos_token": True, **named_tokens(model)})
     with TemporaryDirectory() as made:
         for name in (*TOKENIZER_FILES, "chat_template.jinja"):
             if (folder / name).is_file():
@@ -174,4 +188,4 @@ def _sentencepiece(folder: Path) -> Any:
         if (templates := folder / "additional_chat_templates").is_dir():
             shutil.copytree(templates, Path(made, templates.name))
         backend.save(str(Path(made, WHOLE_FILE)))
-        return _whole(Path(made), **{"add_bos_token": config.get("add_bos_token", True), **named})
+        return _whole(Path(made), **named)
