@@ -19,7 +19,8 @@ from moiety.errors import CheckpointError
 from moiety.model.checkpoint.sentencepiece_model import converted, named_tokens, read_sentencepiece
 from moiety.model.checkpoint.side_files import TOKENIZER_FILES, check_side_files, end_ids, read_side_file
 
-WHOLE_FILE, CONFIG_FILE, MODEL_FILE = "tokenizer.json", "tokenizer_config.json", "tokenizer.model"
+WHOLE_FILE, CONFIG_FILE, ADDED_FILE = "tokenizer.json", "tokenizer_config.json", "added_tokens.json"
+MODEL_FILE = "tokenizer.model"
 TEKKEN_FILE = "tekken.json"
 TIKTOKEN_FILES = (MODEL_FILE, "tiktoken.model")
 # What transformers converts, and the package that it needs for that.
@@ -66,6 +67,8 @@ def open_tokenizer(folder: str) -> tuple[Any, tuple[int, ...]]:
         raise
     except Exception as error:  # transformers raises whatever its parsers raise
         raise CheckpointError(f"{folder}: no usable tokenizer: {error}; {WITHOUT}") from error
+    if file != WHOLE_FILE:
+        _check_added(path, tokenizer)
     return tokenizer, end_ids(path, tokenizer.eos_token_id)
 
 
@@ -156,6 +159,24 @@ def _unstated(folder: Path, named: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in named.items() if name not in stated}
 
 
+def _added(folder: Path) -> dict[str, int]:
+    """Returns the ids of the tokens that the side files of a tokenizer add or rename, by their texts."""
+    listed = read_side_file(folder, CONFIG_FILE).get("added_tokens_decoder") or {}
+    texts = {token_id: token["content"] if isinstance(token, dict) else token for token_id, token in listed.items()}
+    return {**read_side_file(folder, ADDED_FILE), **{text: int(token_id) for token_id, text in texts.items()}}
+
+
+def _check_added(folder: Path, tokenizer: Any) -> None:
+    """Raises CheckpointError if a conversion has lost the id of an added token: conversions append them one after another."""
+    vocabulary = tokenizer.get_vocab()
+    for text, token_id in _added(folder).items():
+        if (found := vocabulary.get(text)) != token_id:
+            raise CheckpointError(
+                f"{folder}: {text!r} is token {token_id} of the published tokenizer, and {found} of the one made of its files: "
+                f"{WITHOUT}"
+            )
+
+
 def _as_transformers(folder: Path, **named: Any) -> Any:
     from transformers import AutoTokenizer
 
@@ -178,6 +199,9 @@ def _whole(folder: Path, **named: Any) -> Any:
 def _sentencepiece(folder: Path) -> Any:
     """Converts tokenizer.model. Side files count as beside a tokenizer.json, which is what this makes of it for a moment."""
     config, model = read_side_file(folder, CONFIG_FILE), read_sentencepiece(folder / MODEL_FILE)
+    for text, token_id in _added(folder).items():
+        if token_id < len(model.pieces):  # a token that was kept free for this
+            model.pieces[token_id].piece = text
     # Both are LlamaTokenizer's. `legacy`: whether text after a special token gets the space that begins a text.
     backend = converted(model, space=config.get("add_prefix_space") is not False, once=config.get("legacy") is False)
     named = _unstated(folder, {"add_bos_token": True, **named_tokens(model)})

@@ -158,6 +158,21 @@ def test_side_files_count_beside_a_sentencepiece_model(tmp_path: Path):
     assert tokenizer.chat_template == "{{ messages }}"
 
 
+@pytest.mark.parametrize(
+    ("token", "kept"), [(3, True), (len(SPECIAL) + 256 + len(PIECES) + 1, False)], ids=["renamed", "gap"]
+)
+def test_added_tokens_have_their_published_ids(tmp_path: Path, token: int, kept: bool):
+    """A token that takes the place of a spare one keeps its id; where a conversion would give it another, it is refused."""
+    write_model(tmp_path, added_tokens_decoder={str(token): {"content": "<|turn|>", "special": True}})
+    if kept:
+        tokenizer, _ = open_tokenizer(str(tmp_path))
+        assert tokenizer.encode("<|turn|>", add_special_tokens=False) == [token]
+        assert not TokenKinds(tokenizer).has_text(token)
+    else:
+        with pytest.raises(CheckpointError, match=rf"'<\|turn\|>' is token {token} of the published tokenizer"):
+            open_tokenizer(str(tmp_path))
+
+
 def _published() -> list[Any]:
     spec = importlib.util.find_spec("mistral_common")
     found = sorted(Path(spec.origin or "").parent.glob("data/*.model.v[13]")) if spec else []
