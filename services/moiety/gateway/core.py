@@ -225,7 +225,7 @@ def _check_added(tokenizer: Tokenizer, ids: Sequence[int], vocabulary: int) -> N
     """Raises InvalidRequest if a text names a token that was added to the tokenizer and that the model does not have."""
     if ids and (worst := max(ids)) >= vocabulary:
         name = tokenizer.token(worst).text
-        bound = f"without {name!r}: it is token {worst}, beyond the model's vocabulary of {vocabulary}"
+        bound = f"left out: it is token {worst} of the tokenizer, and the model has {vocabulary} tokens"
         raise InvalidRequest("prompt.text", name, bound)
 
 

@@ -113,5 +113,5 @@ async def test_a_text_with_a_token_beyond_the_models_vocabulary_is_refused(tmp_p
     form["added_tokens"].append({**form["added_tokens"][0], "id": SHAPE.vocabulary, "content": "[PAD]"})
     (tmp_path / "tokenizer.json").write_text(json.dumps(form))
     async with gateway_over(Tokenizer(str(tmp_path)), FakeEngine("a", SHAPE)) as gateway:
-        with pytest.raises(InvalidRequest, match=rf"without '\[PAD\]': it is token {SHAPE.vocabulary}, beyond"):
+        with pytest.raises(InvalidRequest, match=rf"'\[PAD\]': must be left out: it is token {SHAPE.vocabulary} of"):
             await deltas(gateway.core, options(), prompt="a[PAD]b")

@@ -111,7 +111,7 @@ def _file(folder: Path) -> str:
         return WHOLE_FILE
     if own := _own_class(folder):
         raise CheckpointError(
-            f"{folder}: its tokenizer is code of its own, {own}, which Moiety does not run: "
+            f"{folder}: its tokenizer needs the checkpoint's own code, {own}, which Moiety does not run: "
             f"convert it to {WHOLE_FILE}, or {WITHOUT}"
         )
     for name in TIKTOKEN_FILES:

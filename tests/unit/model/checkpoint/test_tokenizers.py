@@ -73,7 +73,7 @@ def write_config(text: str) -> Callable[[Path], None]:
     [
         (lambda folder: None, r"no tokenizer: there is none of tokenizer\.json, .*gateway\.skip_tokenizer"),
         (write_damaged, r"tokenizer\.json: not readable as a tokenizer"),
-        (write_kimi, r"code of its own, tokenization_kimi\.TikTokenTokenizer, .*gateway\.skip_tokenizer"),
+        (write_kimi, r"the checkpoint's own code, tokenization_kimi\.TikTokenTokenizer, .*gateway\.skip_tokenizer"),
         (write_config("[]"), r"tokenizer_config\.json"),
         (write_config("{"), r"tokenizer_config\.json"),
         (lambda folder: (folder / "tokenizer.model").write_bytes(b"no model"), r"tokenizer\.model: not"),
