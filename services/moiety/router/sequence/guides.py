@@ -226,12 +226,19 @@ def _check_kind(tokenizer: Any) -> None:
 
 
 def _within(backend: Tokenizer, vocabulary: int) -> str:
-    """Returns a tokenizer as JSON, without the tokens that were added to it beyond the `vocabulary` of the model."""
+    """Returns a tokenizer as JSON, without tokens beyond the `vocabulary` of the model, as one for padding often is."""
     form: str = backend.to_str()
     if max(backend.get_vocab().values()) < vocabulary:
         return form
     whole = json.loads(form)
     whole["added_tokens"] = [token for token in whole["added_tokens"] if token["id"] < vocabulary]
+    model = whole["model"]
+    if isinstance(pieces := model["vocab"], list):
+        model["vocab"] = pieces[:vocabulary]
+    else:
+        model["vocab"] = {piece: token for piece, token in pieces.items() if token < vocabulary}
+    if "merges" in model:
+        model["merges"] = [pair for pair in model["merges"] if "".join(pair).replace(" ", "") in model["vocab"]]
     return json.dumps(whole)
 
 

@@ -147,14 +147,16 @@ async def test_a_tokenizer_that_cannot_be_guided_is_refused(tmp_path: Path):
     guides.close()
 
 
+@pytest.mark.parametrize("beyond", [0, 2], ids=["added", "others too"])
 @pytest.mark.parametrize("write", [write_tokenizer, write_sentencepiece_tokenizer, write_t5_tokenizer])
-async def test_tokens_beyond_the_models_vocabulary(tmp_path: Path, write: Callable[[Path], None]):
-    """A token that was added behind the vocabulary leaves guides as they were; a grammar that names it is refused."""
+async def test_tokens_beyond_the_models_vocabulary(tmp_path: Path, write: Callable[[Path], None], beyond: int):
+    """A token that was added behind the vocabulary, or any other, leaves guides as they were; a grammar may not name it."""
     write(tmp_path)
     tokenizer = Tokenizer(str(tmp_path))
-    vocabulary, file = len(tokenizer.vocabulary), tmp_path / "tokenizer.json"
+    last, file = len(tokenizer.vocabulary), tmp_path / "tokenizer.json"
+    vocabulary = last - beyond
     form = json.loads(file.read_text())
-    form["added_tokens"].append({**form["added_tokens"][0], "id": vocabulary, "content": "[PAD]"})
+    form["added_tokens"].append({**form["added_tokens"][0], "id": last, "content": "[PAD]"})
     file.write_text(json.dumps(form))
     guides = Guides(str(tmp_path), vocabulary, threads=1)
     guide = await compiled(guides, GuideKind.REGEX, "[a-c]{3}")
