@@ -63,12 +63,12 @@ def open_tokenizer(folder: str) -> tuple[Any, tuple[int, ...]]:
             tokenizer = _sentencepiece(path)
         else:
             tokenizer = _as_transformers(path, **(_unstated(path, TEKKEN) if file == TEKKEN_FILE else {}))
+        if file != WHOLE_FILE:
+            _check_added(path, tokenizer)
     except CheckpointError:
         raise
     except Exception as error:  # transformers raises whatever its parsers raise
         raise CheckpointError(f"{folder}: no usable tokenizer: {error}; {WITHOUT}") from error
-    if file != WHOLE_FILE:
-        _check_added(path, tokenizer)
     return tokenizer, end_ids(path, tokenizer.eos_token_id)
 
 
@@ -149,8 +149,11 @@ def _own_class(folder: Path) -> str:
 
 def _is_tiktoken(file: Path) -> bool:
     """Returns whether a file is in tiktoken's format: a line is a token in base64, and its rank."""
-    with file.open("rb") as opened:
-        return _TIKTOKEN_LINE.match(opened.read(1 << 12)) is not None
+    try:
+        with file.open("rb") as opened:
+            return _TIKTOKEN_LINE.match(opened.read(1 << 12)) is not None
+    except OSError as error:
+        raise CheckpointError(f"{file}: not readable: {error}") from None
 
 
 def _unstated(folder: Path, named: Mapping[str, Any]) -> dict[str, Any]:
