@@ -42,7 +42,10 @@ def checkpoint_with(rope: dict[str, Any], architecture: str, folder: Path) -> Ch
         ("qwen3_moe", LONGROPE),
         ("phimoe", {**LONGROPE, "short_mscale": 1.0, "long_mscale": 1.4}),
         ("deepseek_v2", {**LONGROPE, "long_factor": [2.0] * 4, "short_factor": [1.0] * 4}),  # complex rotations
-        ("mimo_v2_flash", {"full_attention": LONGROPE, "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0}}),
+        (
+            "mimo_v2_flash",
+            {"full_attention": LONGROPE, "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0}},
+        ),
     ],
     ids=["factors", "scales", "complex factors", "by type of layer"],
 )
