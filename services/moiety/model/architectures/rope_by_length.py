@@ -40,7 +40,7 @@ def _reached(checkpoint: Checkpoint, config: Any, model: Any, stated: int) -> in
     """Returns how many tokens a text may have, without a warning."""
     ropes = rope_parameters(config)
     if _states_original(checkpoint):  # else transformers takes `stated` for it, which may be extended already
-        reaches = [int(rope["factor"] * rope[ORIGINAL]) for rope in ropes if _extends(rope)]
+        reaches = [int(rope["factor"] * rope[ORIGINAL]) for rope in ropes if _extends(rope, stated)]
         stated = min(reaches, default=stated)
     if not any(rope.get("rope_type") == "longrope" for rope in ropes):
         return stated
@@ -52,9 +52,10 @@ def _reached(checkpoint: Checkpoint, config: Any, model: Any, stated: int) -> in
     return 1 + bisect_left(lengths, True, key=lambda length: any(_changes(one, length) for one in rotations))
 
 
-def _extends(rope: dict[str, Any]) -> bool:
-    """Returns whether a rope says by which factor it extends which length."""
-    return rope.get("rope_type") in ("yarn", "longrope") and bool(rope.get("factor")) and bool(rope.get(ORIGINAL))
+def _extends(rope: dict[str, Any], stated: int) -> bool:
+    """Returns whether a rope says by which factor it extends which length, no longer than the config's own."""
+    scaled = rope.get("rope_type") in ("yarn", "longrope") and bool(rope.get("factor"))
+    return scaled and 0 < (rope.get(ORIGINAL) or 0) <= stated
 
 
 def _states_original(checkpoint: Checkpoint) -> bool:

@@ -19,6 +19,7 @@ from moiety.model.architectures.adapters import adapter_of
 from moiety.model.architectures.definitions import definition_of
 from moiety.model.architectures.supported import nearest_hint, refusal_reason
 from moiety.model.checkpoint.checkpoint import Checkpoint
+from moiety.model.checkpoint.side_files import CONFIG_FILE
 
 
 def load_config(checkpoint: Checkpoint) -> Any:
@@ -28,6 +29,8 @@ def load_config(checkpoint: Checkpoint) -> Any:
     """
     from transformers import AutoConfig
 
+    if "model_type" not in checkpoint.config:
+        raise CheckpointError(f"{checkpoint.path / CONFIG_FILE}: model_type is missing: must name an architecture")
     if refusal := refusal_reason(checkpoint.architecture):
         raise unsupported(checkpoint, refusal)
     defined = definition_of(checkpoint.architecture)

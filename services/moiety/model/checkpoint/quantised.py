@@ -73,13 +73,21 @@ def stored_tensors(
     try:
         if method not in _METHODS:
             raise _UnservedError(f"must be one of {', '.join(_METHODS)}, or unquantised")
-        quantised = dict(_METHODS[method](tensors, quantization))
+        quantised = _found(method, tensors, quantization)
     except _UnservedError as error:
         checkpoint = f"checkpoint {path} (architecture {config.get('model_type', 'unknown')})"
         raise CheckpointError(f"{checkpoint}: its weights are quantised ({method}): {error}") from None
     used = {part for entry in quantised.values() for part in entry.parts.values()}
     plain = {name: entry for name, entry in tensors.items() if entry not in used}
     return {**plain, **quantised}
+
+
+def _found(method: str, tensors: _Tensors, quantization: Mapping[str, Any]) -> dict[str, QuantisedEntry]:
+    """Returns the quantised matrices by name. Raises _UnservedError if the config or the tensors do not have the method's form."""
+    try:
+        return dict(_METHODS[method](tensors, quantization))
+    except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError, re.error) as error:
+        raise _UnservedError(f"quantization_config is not as {method} publishes it: {error}") from error
 
 
 class _UnservedError(Exception):

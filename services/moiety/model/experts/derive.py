@@ -86,17 +86,25 @@ def derive_layout(checkpoint: Checkpoint) -> ExpertLayout:
         mlp=mlp,
         dtype=_dtype(checkpoint, text, None if quantised else DTYPES[first.dtype]),
         vocabulary=_setting(checkpoint, text, ("vocab_size",)),
-        max_context=served_context(checkpoint, config, model, _setting(checkpoint, text, CONTEXT_NAMES)),
+        max_context=served_context(checkpoint, config, model, _context(checkpoint, text)),
     )
     return ExpertLayout(shape, layers)
 
 
 def _has_experts(config: Any) -> bool:
-    """Returns whether a config speaks of experts: then its model is none that Moiety knows, else it is a dense one."""
-    return any(
-        "expert" in name and name != "output_router_logits" and value not in (None, 0, 1, [], False)
-        for name, value in config.get_text_config().to_dict().items()
-    )
+    """Returns whether a config counts experts: then its model is none that Moiety knows, else it is a dense one."""
+    counts = (value for name, value in config.get_text_config().to_dict().items() if name.endswith("experts"))
+    return any(isinstance(count, list) or (isinstance(count, int) and count > 1) for count in counts)
+
+
+def _context(checkpoint: Checkpoint, config: Any) -> int:
+    """Returns the longest text by the config's own length; warns if the file states none."""
+    context = _setting(checkpoint, config, CONTEXT_NAMES)
+    if not any(name in part for part in (text_config(checkpoint.config), checkpoint.config) for name in CONTEXT_NAMES):
+        warn(
+            f"{checkpoint.path / CONFIG_FILE}: states no {CONTEXT_NAMES[0]}: {context}, transformers' default, is taken"
+        )
+    return context
 
 
 def _dtype(checkpoint: Checkpoint, config: Any, stored: str | None) -> str:
@@ -317,7 +325,5 @@ def _setting(checkpoint: Checkpoint, config: Any, names: Sequence[str], most: in
             if not 1 <= value <= most:
                 bound = f"must be an integer from 1 to {most}"
                 raise CheckpointError(f"{checkpoint.path / CONFIG_FILE}: {name} = {value}: {bound}")
-            if not any(name in part for part in (text_config(checkpoint.config), checkpoint.config) for name in names):
-                warn(f"{checkpoint.path / CONFIG_FILE}: states no {name}: {value}, transformers' default, is taken")
             return value
     raise unsupported(checkpoint, f"its config has none of {', '.join(names)}")

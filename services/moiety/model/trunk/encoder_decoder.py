@@ -49,7 +49,12 @@ class DecoderStart:
         token = value("bos_token_id") if token is None else token
         if token is None:
             raise unsupported(checkpoint, "its configs have no decoder_start_token_id and no bos_token_id")
-        return cls(token, value("forced_bos_token_id"))
+        first = value("forced_bos_token_id")
+        vocabulary = config.get_text_config().vocab_size
+        for name, token_id in (("decoder_start_token_id", token), ("forced_bos_token_id", first)):
+            if token_id is not None and not 0 <= token_id < vocabulary:
+                raise unsupported(checkpoint, f"its {name} is {token_id}: must be from 0 to {vocabulary - 1}")
+        return cls(token, first)
 
 
 class EncoderDecoder(nn.Module):

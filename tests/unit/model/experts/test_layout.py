@@ -128,7 +128,7 @@ REFUSED = {
         {"model_type": "grok-2"},
         "architecture grok-2.*cannot read its config.*nearest.* is grok-1",
     ),
-    "no model type": ({}, "architecture unknown.*cannot read its config"),
+    "no model type": ({}, r"config\.json: model_type is missing"),
     "not a language model": ({"model_type": "vit"}, "architecture vit.*no class that generates text"),
 }
 
