@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from moiety.cli.arguments import FiniteRange, OutputFile
 from moiety.cli.options import (
     ModelName,
     api_key_option,
@@ -18,16 +19,14 @@ from moiety.cli.options import (
 from moiety.cli.run import Interrupted, progress, run_async
 from moiety.config.options import DEFAULT_HTTP_PORT
 
-_FILE = click.Path(dir_okay=False, path_type=Path)
-
 
 @click.command()
 @click.argument("input_file", metavar="INPUT", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.argument("output_file", metavar="OUTPUT", type=_FILE)
+@click.argument("output_file", metavar="OUTPUT", type=OutputFile())
 @click.option(
     "--errors",
     "errors_file",
-    type=_FILE,
+    type=OutputFile(),
     help="File for requests that failed.  [default: OUTPUT with .errors.jsonl instead of its ending]",
 )
 @click.option(
@@ -50,7 +49,7 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
     "--patience",
     "patience_s",
     metavar="SECONDS",
-    type=click.FloatRange(min=0),
+    type=FiniteRange(min=0),
     default=600.0,
     help="How long a request is sent again to a server that is busy (429, 502, 503) or away.",
 )

@@ -91,9 +91,7 @@ class AppSettings(SystemOptions):
         for name, changes in value.items():
             if name not in names:
                 there = ", ".join(f"{kind}0 to {kind}{count - 1}" for kind, count in known.items())
-                raise ConfigError(
-                    f"overrides.{name}", NOT_SHOWN, f"no such expert group or hot set; there are {there}"
-                )
+                raise ConfigError(f"overrides.{name}", NOT_SHOWN, f"no such expert group or hot set; there are {there}")
             if "overflow" in changes and not name.startswith(EXPERTS):
                 bound = f"is for groups, {EXPERTS}…; a hot set follows the groups of its experts"
                 raise ConfigError(f"overrides.{name}.overflow", changes["overflow"], bound)

@@ -38,7 +38,9 @@ def _of(kind: Any, limits: list[Any]) -> str:
         if issubclass(kind, Enum):
             return _one_of(str(each.value) for each in kind)
         if issubclass(kind, ByteSize):
-            least = next((f" of at least {ByteSize(each.ge).human_readable()}" for each in limits if isinstance(each, Ge)), "")
+            least = next(
+                (f" of at least {ByteSize(each.ge).human_readable()}" for each in limits if isinstance(each, Ge)), ""
+            )
             return f"a number of bytes{least.replace('.0', '')}, such as 4GiB"
         if issubclass(kind, BaseModel):
             names = ", ".join(list(kind.model_fields)[:3])

@@ -35,7 +35,6 @@ DEFAULT_HTTP_PORT = 50080  # of the gateway's OpenAI API, beside gRPC's 50051
 LIVE_SETTINGS = ("target_busy", "queue_wait_ms", "shrink_after_s", "shrink_margin")
 
 
-
 def _host(text: str) -> str:
     """Returns a host without the brackets of IPv6."""
     try:

@@ -73,7 +73,7 @@ def _has(settings: Mapping[str, Any], name: str) -> bool:
     """Whether `settings` give the setting with this dotted name."""
     outer, _, inner = name.partition(".")
     below = settings.get(outer)
-    return outer in settings and (not inner or name in settings or isinstance(below, Mapping) and _has(below, inner))
+    return outer in settings and (not inner or name in settings or (isinstance(below, Mapping) and _has(below, inner)))
 
 
 def _source(name: str) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from moiety.cli.arguments import FiniteRange
 from moiety.cli.options import (
     IntegerList,
     dtype_option,
@@ -33,7 +34,7 @@ from moiety.cli.run import progress, run_async
     default="1,2,4",
     help="Requests offered per second, as multiples of the measured capacity; separated by commas.",
 )
-@click.option("--seconds", type=click.FloatRange(1, 600), default=15.0, help="Seconds per load.")
+@click.option("--seconds", type=FiniteRange(1, 600), default=15.0, help="Seconds per load.")
 @click.option("--prompt", "prompt_tokens", type=click.IntRange(1, 1 << 20), default=32, help="Tokens per prompt.")
 @click.option("--new", "new_tokens", type=click.IntRange(1, 1 << 20), default=32, help="New tokens per request.")
 @dtype_option("bfloat16")

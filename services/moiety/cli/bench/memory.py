@@ -8,14 +8,13 @@ from pathlib import Path
 
 import click
 
+from moiety.cli.arguments import FiniteRange
 from moiety.cli.options import invocation, json_option, write_json
 from moiety.cli.run import progress, run_async
 
 
 @click.command()
-@click.option(
-    "--gigabytes", type=click.FloatRange(0.05, 1000), default=2.2, help="Gigabytes of expert weights in bfloat16."
-)
+@click.option("--gigabytes", type=FiniteRange(0.05, 1000), default=2.2, help="Gigabytes of expert weights in bfloat16.")
 @click.option("--groups", type=click.IntRange(1, 64), default=1, help="Expert replicas that share the weights.")
 @json_option
 @click.pass_context

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from moiety.cli.arguments import FiniteRange
 from moiety.cli.options import (
     IntegerList,
     WordList,
@@ -63,7 +64,7 @@ from moiety.cli.run import progress, run_async
 @click.option("--quick", is_flag=True, help="Small model, short prompts, one round: checks that every path works.")
 @click.option(
     "--minutes",
-    type=click.FloatRange(0.1, 1440),
+    type=FiniteRange(0.1, 1440),
     default=60.0,
     help="No run begins after this many minutes, which the models share evenly. Rows not measured by then say so.",
 )
