@@ -10,6 +10,7 @@ from moiety.cli.arguments import FiniteRange, OutputFile
 from moiety.cli.options import (
     ModelName,
     api_key_option,
+    check_first,
     dtype_option,
     groups_option,
     local_model,
@@ -104,19 +105,21 @@ def batch(
       moiety batch requests.jsonl answers.jsonl --retry-failed
       moiety batch requests.jsonl answers.jsonl --model Qwen/Qwen3-30B-A3B --groups 4
     """
+    if model is not None:
+        if context.get_parameter_source("url") is click.core.ParameterSource.COMMANDLINE:
+            raise click.UsageError("--url and --model exclude each other")
+        folder = local_model(model, hub_revision)
+        check_first(folder, groups=groups)
+    elif hub_revision is not None:
+        raise click.UsageError("--revision needs --model")
     from moiety.tools.batch.answer import Patience
     from moiety.tools.batch.batch import BatchRun, BatchWork
     from moiety.tools.batch.server import local_server, running_server
 
     show = progress()
     if model is None:
-        if hub_revision is not None:
-            raise click.UsageError("--revision needs --model")
         server = running_server(url)
     else:
-        if context.get_parameter_source("url") is click.core.ParameterSource.COMMANDLINE:
-            raise click.UsageError("--url and --model exclude each other")
-        folder = local_model(model, hub_revision)
         name = "" if Path(model).is_dir() else model  # the folder of an id is named after a commit
         server = local_server(folder, served_name=name, say=show, groups=groups, dtype=dtype)
     work = BatchWork(

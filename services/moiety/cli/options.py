@@ -89,6 +89,22 @@ def local_model(model: str, revision: str | None = None) -> str:
         return str(local_folder(model, revision, say=progress()))
 
 
+def check_first(folder: str, *, groups: int = 1, tokens: int = 0) -> None:
+    """Checks, within a second or two, what a long command would find after its start: call it before heavy imports.
+
+    Raises CheckpointError if the checkpoint in `folder` cannot be served, ConfigError if it has fewer experts than `groups`
+    or a context too short for `tokens`.
+    """
+    from moiety.errors import ConfigError
+    from moiety.model.checkpoint.checkpoint import Checkpoint
+    from moiety.model.experts.cached import expert_layout
+
+    shape = expert_layout(Checkpoint.open(folder)).shape
+    shape.sliced_partition(groups, 1)
+    if tokens > shape.max_context:
+        raise ConfigError("prompt + new tokens", tokens, f"must be at most {shape.max_context}, the model's context")
+
+
 def revision_option(function: Function) -> Function:
     """Adds the option --revision, passed as `hub_revision`: the setting `revision` is another thing."""
     return click.option(

@@ -91,7 +91,9 @@ async def check_port(
         elif system is not None and owner.system == str(system):
             return
         elif clock() >= until or not _succeeds(system, owner.system):
-            raise _refusal(door, port, f"{joined(host, port)} serves model {owner.model} of another system, {owner.system}")
+            raise _refusal(
+                door, port, f"{joined(host, port)} serves model {owner.model} of another system, {owner.system}"
+            )
         await asyncio.sleep(RETRY_S)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from moiety.cli.arguments import FiniteRange
+from moiety.cli.bench.model_check import check_model
 from moiety.cli.options import (
     IntegerList,
     dtype_option,
@@ -53,6 +54,7 @@ def flood(context: click.Context, /, json_file: Path | None, **options: Any) -> 
     Example:
       moiety bench flood --loads 1,2,4 --seconds 30
     """
+    check_model(options)
     from moiety.bench.flood import FloodWork, bench_flood, flood_lines
     from moiety.tools.machine import Machine
 
