@@ -102,9 +102,17 @@ def test_a_file_that_is_no_list_of_settings_is_reported(content: bytes, message:
 @pytest.mark.parametrize(
     ("variable", "value", "message"),
     [
-        ("MOIETY_ROUTER__SLOTZ", "1", r"router\.slotz: unknown; did you mean router\.slots\? \(from MOIETY_ROUTER__SLOTZ\)"),
+        (
+            "MOIETY_ROUTER__SLOTZ",
+            "1",
+            r"router\.slotz: unknown; did you mean router\.slots\? \(from MOIETY_ROUTER__SLOTZ\)",
+        ),
         ("MOIETY_ROUTER", "slots", "setting router: MOIETY_ROUTER, or the secret file router, must be JSON"),
-        ("MOIETY_EXPERTS__NUM_CPUS", "inf", r"num_cpus = 'inf': must be a number of at least 0 \(from MOIETY_EXPERTS__NUM_CPUS\)"),
+        (
+            "MOIETY_EXPERTS__NUM_CPUS",
+            "inf",
+            r"num_cpus = 'inf': must be a number of at least 0 \(from MOIETY_EXPERTS__NUM_CPUS\)",
+        ),
         ("MOIETY_SECRETS_DIR", "/no/such/folder", "MOIETY_SECRETS_DIR = '/no/such/folder': must be a folder"),
     ],
 )
@@ -153,15 +161,30 @@ def test_the_registrys_password_is_shown_nowhere(name: str):
     ("kind", "values", "field", "message"),
     [
         (RouterSettings, {"model": "m", "slotz": 3}, "slotz", "setting slotz: unknown; did you mean slots?"),
-        (RouterSettings, {"model": "m", "slots": 0}, "slots", "setting slots = 0: must be a whole number from 1 to 4096"),
-        (RouterSettings, {"model": "m", "slots": "many"}, "slots", "setting slots = 'many': must be a whole number from"),
+        (
+            RouterSettings,
+            {"model": "m", "slots": 0},
+            "slots",
+            "setting slots = 0: must be a whole number from 1 to 4096",
+        ),
+        (
+            RouterSettings,
+            {"model": "m", "slots": "many"},
+            "slots",
+            "setting slots = 'many': must be a whole number from",
+        ),
         (
             RouterSettings,
             {"model": "m", "dtype": "int4"},
             "dtype",
             "must be auto, float32, bfloat16 or float16",
         ),
-        (RouterSettings, {"model": "m", "kv_memory": "4 gobs"}, "kv_memory", "must be a number of bytes of at least 1KiB, such as 4GiB"),
+        (
+            RouterSettings,
+            {"model": "m", "kv_memory": "4 gobs"},
+            "kv_memory",
+            "must be a number of bytes of at least 1KiB, such as 4GiB",
+        ),
         (GatewaySettings, {"model": "m", "port": 70000}, "port", "must be a whole number from 0 to 65535"),
         (GatewaySettings, {"model": "m", "port": 50080}, "http_port", "is the gRPC API's port"),
         (AppSettings, {"model": "m", "gateway": {"port": 7, "http_port": 7}}, "gateway.http_port", "one of its own"),
@@ -182,7 +205,12 @@ def test_the_registrys_password_is_shown_nowhere(name: str):
             "router.min_replicas",
             "must be a whole number from 1 to 1000",
         ),
-        (AppSettings, {"model": "m", "experts": {"target_busy": 2}}, "experts.target_busy", "must be a number above 0 and of at most 1"),
+        (
+            AppSettings,
+            {"model": "m", "experts": {"target_busy": 2}},
+            "experts.target_busy",
+            "must be a number above 0 and of at most 1",
+        ),
     ],
 )
 def test_a_wrong_setting_is_reported_by_name_value_and_bound(
