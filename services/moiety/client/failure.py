@@ -6,7 +6,6 @@ import grpc
 
 from moiety.errors import DeadlineExceeded, MoietyError, Unavailable
 from moiety.wire import status
-from moiety.wire.grpc_words import OUT_OF_TIME
 
 
 def failure(error: grpc.RpcError, address: str, call: str, timeout_s: float | None, tokens: int = 0) -> MoietyError:
@@ -19,7 +18,8 @@ def failure(error: grpc.RpcError, address: str, call: str, timeout_s: float | No
     if isinstance(cause, DeadlineExceeded):
         limit = "" if timeout_s is None else f" within its timeout of {timeout_s:g} s"
         arrived = f"{tokens} tokens had arrived" if tokens else "nothing had arrived"
-        said = "" if str(cause) == OUT_OF_TIME else f": {cause}"
+        of_service = error.details() == str(cause)  # gRPC's own words add nothing
+        said = f": {cause}" if of_service else ""
         return DeadlineExceeded(f"gateway {address}: {call} was not done{limit}; {arrived}{said}")
     if isinstance(cause, Unavailable) or error.code() is grpc.StatusCode.UNIMPLEMENTED:
         after = f"; {tokens} tokens had arrived" if tokens else ""

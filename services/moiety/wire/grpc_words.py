@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 
-OUT_OF_TIME = "no answer in time"
 # The first pattern that is found in the details of a status says what happened.
 _WORDS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     (re.compile(pattern), words)
@@ -28,7 +27,7 @@ _WORDS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
             r"|Stream removed|Transport closed|failed to connect to all addresses",
             "the connection broke",
         ),
-        (r"^Deadline Exceeded$", OUT_OF_TIME),
+        (r"^Deadline Exceeded$", "no answer in time"),
     )
 )
 

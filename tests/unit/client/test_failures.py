@@ -22,10 +22,8 @@ async def test_a_late_answer_is_told_with_place_time_and_tokens() -> None:
         with pytest.raises(DeadlineExceeded) as late:
             async for _ in client.generate(PROMPT, max_tokens=4, timeout_s=0.5):
                 pass
-        assert (
-            str(late.value)
-            == f"gateway {address}: Generate was not done within its timeout of 0.5 s; 2 tokens had arrived"
-        )
+        told = f"gateway {address}: Generate was not done within its timeout of 0.5 s; 2 tokens had arrived"
+        assert str(late.value) == told
 
 
 def test_who_listens_at_a_wrong_address_is_told() -> None:

@@ -23,19 +23,28 @@ def test_what_is_split_can_be_joined(text: str, parts: tuple[str, int]) -> None:
     assert joined(*parts) == text
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["", "localhost", "localhost:", ":50051", "localhost:0", "localhost:65536", "localhost:1x", "::1:50051", "[::1]"]
-    + ["[localhost]:1", "[::1:50051", "http://localhost:1", "a b:1", "localhost:-1", "[127.0.0.1]:1", "x:١"],
+WITHOUT_HOST_OR_PORT = (
+    "",
+    "localhost",
+    "localhost:",
+    ":50051",
+    "localhost:0",
+    "localhost:65536",
+    "[::1]",
+    "localhost:-1",
 )
+NO_HOST = ("::1:50051", "[localhost]:1", "[::1:50051", "http://localhost:1", "a b:1", "[127.0.0.1]:1")
+
+
+@pytest.mark.parametrize("text", [*WITHOUT_HOST_OR_PORT, *NO_HOST, "localhost:1x", "x:\u0661"])
 def test_other_texts_are_refused(text: str) -> None:
     """A text without port or host, with a scheme, or with IPv6 outside brackets is no address."""
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="."):
         split(text)
 
 
 def test_a_host_alone_has_no_brackets() -> None:
     """Brackets are taken away, and other colons refused: that is a port."""
     assert [host(text) for text in ("[::1]", "::", "0.0.0.0", "node-1.svc")] == ["::1", "::", "0.0.0.0", "node-1.svc"]
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=r"0\.0\.0\.0:50051"):
         host("0.0.0.0:50051")
