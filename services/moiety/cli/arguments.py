@@ -7,14 +7,15 @@ from contextlib import suppress
 from importlib.util import find_spec
 from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import click
 
 from moiety.core import address
 from moiety.core.text import not_utf8
 
-Param, Ctx = click.Parameter | None, click.Context | None
+Param: TypeAlias = click.Parameter | None
+Ctx: TypeAlias = click.Context | None
 
 
 class FiniteRange(click.FloatRange):

@@ -38,9 +38,7 @@ def _of(kind: Any, limits: list[Any]) -> str:
         if issubclass(kind, Enum):
             return _one_of(str(each.value) for each in kind)
         if issubclass(kind, ByteSize):
-            least = next(
-                (f" of at least {ByteSize(each.ge).human_readable()}" for each in limits if isinstance(each, Ge)), ""
-            )
+            least = "".join(f" of at least {ByteSize(low).human_readable()}" for low in _limits(limits, Ge, "ge"))
             return f"a number of bytes{least.replace('.0', '')}, such as 4GiB"
         if issubclass(kind, BaseModel):
             names = ", ".join(list(kind.model_fields)[:3])
@@ -60,10 +58,10 @@ def _one_of(words: Any) -> str:
 
 def _range(limits: list[Any], before: str) -> str:
     """Returns the limits of a number in words, after `before`; nothing where there are none."""
-    low = max((each.ge for each in limits if isinstance(each, Ge)), default=None)
-    above = max((each.gt for each in limits if isinstance(each, Gt)), default=None)
-    high = min((each.le for each in limits if isinstance(each, Le)), default=None)
-    below = min((each.lt for each in limits if isinstance(each, Lt)), default=None)
+    low = max(_limits(limits, Ge, "ge"), default=None)
+    above = max(_limits(limits, Gt, "gt"), default=None)
+    high = min(_limits(limits, Le, "le"), default=None)
+    below = min(_limits(limits, Lt, "lt"), default=None)
     if low is not None and high is not None:
         return f"{before}from {_shown(low)} to {_shown(high)}"
     parts = [
@@ -72,6 +70,11 @@ def _range(limits: list[Any], before: str) -> str:
         if value is not None
     ]
     return before + " and ".join(parts) if parts else ""
+
+
+def _limits(metadata: list[Any], kind: type[Any], name: str) -> list[Any]:
+    """Returns the limits of one kind: a declaration may repeat one more strictly."""
+    return [getattr(each, name) for each in metadata if isinstance(each, kind)]
 
 
 def _shown(limit: Any) -> str:
