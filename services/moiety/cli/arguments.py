@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from contextlib import suppress
 from importlib.util import find_spec
 from math import isfinite
@@ -66,13 +67,13 @@ class TextFile(click.Path):
     def convert(self, value: Any, param: Param, ctx: Ctx) -> str:
         file = os.fsdecode(super().convert(value, param, ctx))
         try:
-            read = click.get_binary_stream("stdin").read() if file == "-" else Path(file).read_bytes()
-            return read.decode("utf-8")
+            data: bytes = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+            return data.decode("utf-8")
         except OSError as error:
             self.fail(f"{file}: {error.strerror}", param, ctx)
         except UnicodeDecodeError as error:
-            line = read.count(b"\n", 0, error.start) + 1
-            self.fail(f"{file}, line {line}: the byte 0x{read[error.start]:02x} is not UTF-8", param, ctx)
+            line = data.count(b"\n", 0, error.start) + 1
+            self.fail(f"{file}, line {line}: the byte 0x{data[error.start]:02x} is not UTF-8", param, ctx)
 
 
 class OutputFile(click.Path):
@@ -86,7 +87,7 @@ class OutputFile(click.Path):
         self._endings = endings
 
     def convert(self, value: Any, param: Param, ctx: Ctx) -> Path:
-        file = Path(super().convert(value, param, ctx))
+        file = Path(os.fsdecode(super().convert(value, param, ctx)))
         if not file.parent.is_dir():
             self.fail(f"{file.parent} is not a folder", param, ctx)
         if not file.exists() and not os.access(file.parent, os.W_OK):

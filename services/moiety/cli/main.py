@@ -91,8 +91,9 @@ def run(arguments: Sequence[str]) -> int:
         say(f"\n{interruption}")
         return interruption.exit_status
     except click.Abort:  # Ctrl-C before or after the command's own signal handling
-        say(str(interruption := Interrupted()))
-        return interruption.exit_status
+        ended = Interrupted()
+        say(str(ended))
+        return ended.exit_status
     except OSError as error:
         if error.filename is None:
             raise

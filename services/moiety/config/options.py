@@ -43,7 +43,9 @@ def _host(text: str) -> str:
         raise ValueError("must be a name or an address without a port, such as 0.0.0.0 or ::1") from None
 
 
-Host = Annotated[str, AfterValidator(_host)]  # IPv6 without brackets; core/address.py adds them beside a port
+# IPv6 without brackets; core/address.py adds them beside a port. The pattern: brackets, no colon, or several.
+_HOST = {"type": "string", "pattern": r"^(\[[^\]]+\]|[^:/\s]*|[^/\s]*:[^/\s]*:[^/\s]*)$"}
+Host = Annotated[str, AfterValidator(_host), WithJsonSchema(_HOST)]
 
 # Settings whose default depends on the kind of service.
 MinReplicas = Annotated[int, Field(ge=0, le=1000, description="Fewest replicas.")]
