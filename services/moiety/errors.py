@@ -22,6 +22,10 @@ MoietyError
 
 from __future__ import annotations
 
+from typing import Final
+
+NOT_SHOWN: Final = object()
+
 
 class MoietyError(Exception):
     """Every error that Moiety raises on purpose."""
@@ -60,11 +64,12 @@ class FailedPrecondition(MoietyError):
 
 
 class ConfigError(FailedPrecondition):
-    """A setting is wrong."""
+    """A setting is wrong. NOT_SHOWN as its value: there is none, or it may be a secret."""
 
     def __init__(self, field: str, value: object, bound: str) -> None:
         self.field, self.value, self.bound = field, value, bound
-        super().__init__(f"setting {field} = {_shown(value)}: {bound}")
+        shown = "" if value is NOT_SHOWN else f" = {_shown(value)}"
+        super().__init__(f"setting {field}{shown}: {bound}")
 
 
 class CheckpointError(FailedPrecondition):

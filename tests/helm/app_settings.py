@@ -54,10 +54,14 @@ def schema_of_app() -> str:
     del app["required"]
     for port in ("port", "http_port"):
         app["properties"]["gateway"]["properties"][port]["minimum"] = 1  # a Service needs a fixed port
+    entry = {"$ref": "#/properties/app/properties/experts"}
     app["properties"]["overrides"] = {
         "type": "object",
-        "propertyNames": {"pattern": "^(experts|hot)-[0-9]+$"},
-        "additionalProperties": {"$ref": "#/properties/app/properties/experts"},
+        "patternProperties": {
+            "^experts-[0-9]+$": entry,
+            "^hot-[0-9]+$": {"allOf": [entry, {"not": {"required": ["overflow"]}}]},
+        },
+        "additionalProperties": False,
     }
     return _object(app, HEAD["values.schema.json"], "    ") + ",\n"
 

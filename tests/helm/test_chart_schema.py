@@ -98,6 +98,8 @@ def test_an_unknown_key_is_refused(path: str) -> None:
         ("app.experts.capacity", 0),
         ("app.overrides", {"experts-1": {"capacity": 0}}),
         ("app.overrides", {"router": {}}),
+        ("app.overrides", {"hot-0": {"overflow": "backup"}}),
+        ("app.listen_host", "0.0.0.0:50051"),
         ("ray.version", "latest"),
         ("ray.auth", "off"),
         ("ray.autoscaling", "yes"),

@@ -7,8 +7,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from moiety.synthetic import write_tiny
-
 # 90 M parameters, 75 M of them in experts: enough work per step to measure, small enough for a laptop.
 _SMALL: Mapping[str, Any] = MappingProxyType(
     {
@@ -52,6 +50,8 @@ def model_folder(model: str, parent: Path, dtype: str, context: int, progress: C
     """
     if model not in SYNTHETIC:
         return Path(model)
+    from moiety.synthetic import write_tiny  # takes seconds: commands ask for the names above before that
+
     progress(f"model: writing a {model_name(model)}")
     stored = "bfloat16" if dtype == "auto" else dtype
     return write_tiny(

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import click
 
+from moiety.cli.arguments import FiniteRange, OutputFile
 from moiety.cli.options import (
     ModelName,
     api_key_option,
+    check_first,
     dtype_option,
     groups_option,
     local_model,
@@ -18,16 +20,14 @@ from moiety.cli.options import (
 from moiety.cli.run import Interrupted, progress, run_async
 from moiety.config.options import DEFAULT_HTTP_PORT
 
-_FILE = click.Path(dir_okay=False, path_type=Path)
-
 
 @click.command()
 @click.argument("input_file", metavar="INPUT", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.argument("output_file", metavar="OUTPUT", type=_FILE)
+@click.argument("output_file", metavar="OUTPUT", type=OutputFile())
 @click.option(
     "--errors",
     "errors_file",
-    type=_FILE,
+    type=OutputFile(),
     help="File for requests that failed.  [default: OUTPUT with .errors.jsonl instead of its ending]",
 )
 @click.option(
@@ -50,7 +50,7 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
     "--patience",
     "patience_s",
     metavar="SECONDS",
-    type=click.FloatRange(min=0),
+    type=FiniteRange(min=0),
     default=600.0,
     help="How long a request is sent again to a server that is busy (429, 502, 503) or away.",
 )
@@ -105,19 +105,21 @@ def batch(
       moiety batch requests.jsonl answers.jsonl --retry-failed
       moiety batch requests.jsonl answers.jsonl --model Qwen/Qwen3-30B-A3B --groups 4
     """
+    if model is not None:
+        if context.get_parameter_source("url") is click.core.ParameterSource.COMMANDLINE:
+            raise click.UsageError("--url and --model exclude each other")
+        folder = local_model(model, hub_revision)
+        check_first(folder, groups=groups)
+    elif hub_revision is not None:
+        raise click.UsageError("--revision needs --model")
     from moiety.tools.batch.answer import Patience
     from moiety.tools.batch.batch import BatchRun, BatchWork
     from moiety.tools.batch.server import local_server, running_server
 
     show = progress()
     if model is None:
-        if hub_revision is not None:
-            raise click.UsageError("--revision needs --model")
         server = running_server(url)
     else:
-        if context.get_parameter_source("url") is click.core.ParameterSource.COMMANDLINE:
-            raise click.UsageError("--url and --model exclude each other")
-        folder = local_model(model, hub_revision)
         name = "" if Path(model).is_dir() else model  # the folder of an id is named after a commit
         server = local_server(folder, served_name=name, say=show, groups=groups, dtype=dtype)
     work = BatchWork(

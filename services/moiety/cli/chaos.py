@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from moiety.cli.arguments import FiniteRange
 from moiety.cli.options import ModelName, WordList, invocation, json_option, local_model, write_json
 from moiety.cli.run import progress, run_async, signals_interrupt
 
@@ -16,12 +17,12 @@ from moiety.cli.run import progress, run_async, signals_interrupt
 @click.command()
 @click.option("--seed", type=click.IntRange(0), default=0, help="Chooses which faults come when, and to whom.")
 @click.option("--faults", type=click.IntRange(1), help="Faults, skipped or not.  [default: one of every family]")
-@click.option("--minutes", type=click.FloatRange(0.1), help="Minutes to run, instead of a number of faults.")
+@click.option("--minutes", type=FiniteRange(0.1), help="Minutes to run, instead of a number of faults.")
 @click.option("--only", type=WordList(), default=(), help="Only these kinds or families of --list, with commas.")
 @click.option("--list", "listed", is_flag=True, help="List the kinds: what is done, and what must hold. Then stop.")
 @click.option("--on", "place", type=click.Choice(("local", "ray")), default="local", help="Child processes, or Ray.")
 @click.option("--model", type=ModelName(), help="Folder or Hugging Face id.  [default: writes a tiny one]")
-@click.option("--slack", type=click.FloatRange(1), default=1.0, help="Multiply the bounds of gaps, on a busy machine.")
+@click.option("--slack", type=FiniteRange(1), default=1.0, help="Multiply the bounds of gaps, on a busy machine.")
 @json_option
 @click.pass_context
 def chaos(context: click.Context, /, json_file: Path | None, listed: bool, place: str, **options: Any) -> None:

@@ -18,7 +18,8 @@ from moiety.cli.generation_options import (
     sampling_names,
 )
 from moiety.cli.run import Interrupted
-from moiety.errors import NotFound, Unavailable
+from moiety.core.text import did_you_mean
+from moiety.errors import NotFound
 
 
 @click.command()
@@ -64,13 +65,12 @@ def chat(
     with ExitStack() as ends:
         ends.enter_context(_ends_raise())
         client = ends.enter_context(SyncClient(address))
-        try:
-            models = client.models()
-        except Unavailable as error:
-            raise Unavailable(f"gateway {address}: {error}") from None
+        models = client.models()
         served = next((each for each in models if model in (None, "", each.name)), None)
         if served is None:
-            raise NotFound(f"model {model!r} is not served at {address}: {', '.join(each.name for each in models)}")
+            names = [each.name for each in models]
+            near = did_you_mean(str(model), names)
+            raise NotFound(f"model {model!r} is not served at {address}: there is {', '.join(names)}{near}")
         if screen.interactive:
             words = [f"/{name}" for name in COMMANDS] + [f"/set {name} " for name in settings.names]
             ends.enter_context(LineEditor(history_file() if history else None, words))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import click
 
+from moiety.cli.arguments import FiniteRange
 from moiety.cli.run import signals_interrupt
 
 
 @click.command()
 @click.option(
     "--seconds",
-    type=click.FloatRange(10, 600),
+    type=FiniteRange(10, 600),
     default=60.0,
     help="Longest wait for one event, in seconds; the start of the system may take three times as long.",
 )

@@ -9,16 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from moiety.cli.arguments import Text, TextFile
 from moiety.cli.generation_options import chat_options, gateway_options, request_options, sampling_options
 from moiety.cli.run import run_async
-from moiety.errors import Unavailable
+from moiety.core.text import for_terminal
 
 if TYPE_CHECKING:
     from moiety.client import Chunk, Prompt
 
 
 @click.command()
-@click.argument("prompt")
+@click.argument("prompt", type=Text())
 @gateway_options
 @click.option("--chat", is_flag=True, help="PROMPT is the user's message; the checkpoint's chat template is used.")
 @chat_options
@@ -26,14 +27,20 @@ if TYPE_CHECKING:
 @click.option("--n", type=click.IntRange(1, 16), help="Choices to generate, printed one after the other.  [default: 1]")
 @click.option(
     "--first-token",
+    type=Text(),
     metavar="TOKEN",
     help="Text of the output's first token: a translation model's target language, such as fra_Latn.  "
     "[default: the checkpoint's forced_bos_token_id, if it has one]",
 )
 @click.option("--ignore-eos", is_flag=True, help="Continue after the end-of-sequence token.")
-@click.option("--json-schema", type=click.File(), help="File with a JSON Schema that the output must match.")
-@click.option("--regex", metavar="PATTERN", help="Regular expression (Rust's syntax) that the whole output must match.")
-@click.option("--grammar", type=click.File(), help="File with a Lark grammar that the output must match.")
+@click.option("--json-schema", type=TextFile(), help="File with a JSON Schema that the output must match.")
+@click.option(
+    "--regex",
+    type=Text(),
+    metavar="PATTERN",
+    help="Regular expression (Rust's syntax) that the whole output must match.",
+)
+@click.option("--grammar", type=TextFile(), help="File with a Lark grammar that the output must match.")
 @click.option(
     "--logprobs",
     "top_logprobs",
@@ -74,9 +81,6 @@ def generate(
     if not chat and (system is not None or options["template_arguments"] is not None):
         raise click.UsageError("--system and --template-arguments need --chat")
     text = sys.stdin.read() if prompt == "-" else prompt
-    for name in ("json_schema", "grammar"):
-        if options[name] is not None:
-            options[name] = options[name].read()
     options["logit_bias"] = dict(options["logit_bias"])
     if top_logprobs is not None:
         options |= {"logprobs": True, "top_logprobs": top_logprobs}
@@ -105,6 +109,7 @@ class _Printer:
                 click.echo(line)
             return
         text = "".join(f"{token} " for token in chunk.token_ids) if self._as_ids else chunk.text
+        text = for_terminal(text) if sys.stdout.isatty() else text
         if self._waiting is None:
             click.echo(text, nl=False)
         else:
@@ -136,15 +141,12 @@ async def _stream(prompt: Prompt, address: str, printer: _Printer, options: dict
 
     began, first_token_s, reasons = time.monotonic(), 0.0, dict[int, str]()
     async with Client(address) as client:
-        try:
-            async for chunk in client.generate(prompt, **options):
-                first_token_s = first_token_s or time.monotonic() - began
-                printer.show(chunk)
-                if chunk.finish_reason:
-                    reasons[chunk.choice] = chunk.finish_reason
-                last = chunk
-        except Unavailable as error:
-            raise Unavailable(f"gateway {address}: {error}") from None
+        async for chunk in client.generate(prompt, **options):
+            first_token_s = first_token_s or time.monotonic() - began
+            printer.show(chunk)
+            if chunk.finish_reason:
+                reasons[chunk.choice] = chunk.finish_reason
+            last = chunk
     printer.end()
     if last.rerouted:
         click.echo(f"{last.rerouted:.1%} of the rows went to another expert than the model's choice", err=True)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any, TypeVar
 
 import click
+
+from moiety.cli.arguments import Address, FiniteRange, Text
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -22,9 +25,12 @@ class TokenBias(click.ParamType[tuple[int, float]]):
             return value
         token, _, bias = str(value).partition("=")
         try:
-            return int(token), float(bias)
+            if isfinite(number := float(bias)):
+                return int(token), number
         except ValueError:
-            self.fail(f"{value!r}: must be ID=BIAS, such as 42=-100", param, ctx)
+            pass
+
+        self.fail(f"{value!r}: must be ID=BIAS, such as 42=-100", param, ctx)
 
 
 class JsonObject(click.ParamType[dict[str, Any]]):
@@ -73,13 +79,13 @@ _SAMPLING: Sequence[_SamplingOption] = (
     ),
     _SamplingOption(
         flag="--temperature",
-        type=click.FloatRange(0, 10),
+        type=FiniteRange(0, 10),
         help="0 picks the likeliest token (greedy); 1 samples from the model's own distribution.",
         usual="0",
     ),
     _SamplingOption(
         flag="--top-p",
-        type=click.FloatRange(0, 1, min_open=True),
+        type=FiniteRange(0, 1, min_open=True),
         help="Sample from the likeliest tokens whose probabilities add up to this.",
         usual="1",
     ),
@@ -91,7 +97,7 @@ _SAMPLING: Sequence[_SamplingOption] = (
     ),
     _SamplingOption(
         flag="--min-p",
-        type=click.FloatRange(0, 1),
+        type=FiniteRange(0, 1),
         help="Drop tokens less likely than this times the likeliest token.",
         usual="0",
     ),
@@ -103,19 +109,19 @@ _SAMPLING: Sequence[_SamplingOption] = (
     ),
     _SamplingOption(
         flag="--repetition-penalty",
-        type=click.FloatRange(0, 10, min_open=True),
+        type=FiniteRange(0, 10, min_open=True),
         help="Above 1 makes tokens of the prompt and the output less likely.",
         usual="1",
     ),
     _SamplingOption(
         flag="--presence-penalty",
-        type=click.FloatRange(-2, 2),
+        type=FiniteRange(-2, 2),
         help="Above 0 makes tokens of the output less likely, once each.",
         usual="0",
     ),
     _SamplingOption(
         flag="--frequency-penalty",
-        type=click.FloatRange(-2, 2),
+        type=FiniteRange(-2, 2),
         help="Above 0 makes tokens of the output less likely, once per occurrence.",
         usual="0",
     ),
@@ -125,7 +131,9 @@ _SAMPLING: Sequence[_SamplingOption] = (
         multiple=True,
         help="Add BIAS, -100 to 100, to the logit of token ID. Repeatable.",
     ),
-    _SamplingOption(flag="--stop", metavar="TEXT", multiple=True, help="End the output before this text. Repeatable."),
+    _SamplingOption(
+        flag="--stop", type=Text(), metavar="TEXT", multiple=True, help="End the output before this text. Repeatable."
+    ),
     _SamplingOption(
         flag="--stop-token-id",
         name="stop_token_ids",
@@ -145,13 +153,14 @@ _GATEWAY: Sequence[Callable[[Any], Any]] = (
         "--address",
         envvar="MOIETY_ADDRESS",
         show_envvar=True,
+        type=Address(),
         default="127.0.0.1:50051",
         help="HOST:PORT of the gateway.",
     ),
-    click.option("--model", metavar="NAME", help="Name of a served model.  [default: the only one]"),
+    click.option("--model", type=Text(), metavar="NAME", help="Name of a served model.  [default: the only one]"),
 )
 _CHAT: Sequence[Callable[[Any], Any]] = (
-    click.option("--system", metavar="TEXT", help="The conversation's first message, of the role system."),
+    click.option("--system", type=Text(), metavar="TEXT", help="The conversation's first message, of the role system."),
     click.option(
         "--template-arguments",
         metavar="JSON",
@@ -163,6 +172,7 @@ _REQUEST: Sequence[Callable[[Any], Any]] = (
     click.option("--priority", type=click.IntRange(-100, 100), default=0, help="Lower priorities run first."),
     click.option(
         "--tenant",
+        type=Text(),
         default="",
         show_default=False,
         help="Tenants share capacity fairly and share no cached prefixes.  [default: no name]",
@@ -170,7 +180,7 @@ _REQUEST: Sequence[Callable[[Any], Any]] = (
     click.option(
         "--timeout",
         "timeout_s",
-        type=click.FloatRange(min=0, min_open=True),
+        type=FiniteRange(min=0, min_open=True),
         help="Seconds for the whole request.  [default: no limit]",
     ),
     click.option(

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import logging
 import os
+import re
+import signal
 import sys
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
+from io import TextIOWrapper
+from types import FrameType, MappingProxyType
 from typing import NoReturn
 
 import click
 
 from moiety import __version__
-from moiety.cli.lazy import LazyGroup
+from moiety.cli.lazy import LazyGroup, install_hint
 from moiety.cli.run import Interrupted
+from moiety.core.text import for_terminal
 from moiety.errors import MoietyError
 
 COMMANDS: Mapping[str, str] = MappingProxyType(
@@ -35,8 +39,8 @@ COMMANDS: Mapping[str, str] = MappingProxyType(
         "simulate": "Simulate a day of a large cluster, to estimate what elasticity would save.",
     }
 )
-# Which extra brings a package, if not `serve`.
-EXTRAS: Mapping[str, str] = MappingProxyType({"matplotlib": "plot", "triton": "gpu"})
+_PASSWORD = re.compile(r"://[^/\s@]*@")  # and user, of a URL that a message quotes
+_log = logging.getLogger(__name__)
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -71,33 +75,75 @@ def run(arguments: Sequence[str]) -> int:
     try:
         return int(cli.main(list(arguments), prog_name="moiety", standalone_mode=False) or 0)
     except click.ClickException as error:
-        error.show()
+        if isinstance(error, click.UsageError) and error.ctx is not None:
+            say(f"{error.ctx.get_usage()}\nTry '{error.ctx.command_path} --help' for help.\n")
+        say(f"Error: {error.format_message()}")
         return error.exit_code
     except MoietyError as error:
-        click.echo(f"error: {error}", err=True)
+        say(f"error: {error}")
         return 1
     except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        if package in ("", "moiety", "moiety_kernels"):
+        if (hint := install_hint(error)) is None:
             raise
-        extra = EXTRAS.get(package, "serve")
-        click.echo(
-            f"error: this command needs {package}, of the extra {extra!r}: pip install 'moiety[{extra}]'", err=True
-        )
+        say(f"error: {hint}")
         return 1
     except Interrupted as interruption:
-        click.echo(f"\n{interruption}", err=True)
+        say(f"\n{interruption}")
         return interruption.exit_status
     except click.Abort:  # Ctrl-C before or after the command's own signal handling
-        return Interrupted().exit_status
+        ended = Interrupted()
+        say(str(ended))
+        return ended.exit_status
+    except OSError as error:
+        if error.filename is None:
+            raise
+        _log.debug("the traceback:", exc_info=True)
+        say(f"error: {error.filename}: {error.strerror}")
+        return 1
+
+
+def say(text: str) -> None:
+    """Prints a message on stderr: without the password of a URL, and without what would command a terminal."""
+    text = _PASSWORD.sub("://…@", text)
+    click.echo(for_terminal(text) if sys.stderr.isatty() else text, err=True)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Handles Ctrl-C where no command does.
+
+    An import that is interrupted may raise anything, print a traceback of its own, or go on. So the process ends at once:
+    while a command's modules are imported, there is nothing to clean up.
+    """
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            os.write(sys.stderr.fileno(), f"\n{Interrupted(number)}\n".encode())
+            os._exit(128 + number)
+        frame = frame.f_back
+    raise KeyboardInterrupt
+
+
+def _read_and_write_text() -> None:
+    """Makes standard streams take any text: in the C locale as UTF-8; bytes of another encoding are told by the field."""
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            encoding = "utf-8" if stream.encoding.lower() in ("ascii", "ansi_x3.4-1968", "us-ascii") else None
+            stream.reconfigure(
+                encoding=encoding, errors="surrogateescape" if stream is sys.stdin else "backslashreplace"
+            )
 
 
 def main() -> NoReturn:
     """Runs the console script and exits the process."""
+    signal.signal(signal.SIGINT, _interrupt)
+    _read_and_write_text()
     status = run(sys.argv[1:])
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read the output has had enough, as `| head`; the interpreter would flush again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 1
     if status > 128:
         # Clean-up is done. `sys.exit` would wait for threads that still compute, for no benefit.
-        sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
     sys.exit(status)

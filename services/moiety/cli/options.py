@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import click
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
+from moiety.cli.arguments import FiniteRange, OutputFile
 from moiety.cli.run import progress, signals_interrupt
 from moiety.config.options import DTYPES
 
@@ -88,6 +89,22 @@ def local_model(model: str, revision: str | None = None) -> str:
         return str(local_folder(model, revision, say=progress()))
 
 
+def check_first(folder: str, *, groups: int = 1, tokens: int = 0) -> None:
+    """Checks, within a second or two, what a long command would find after its start: call it before heavy imports.
+
+    Raises CheckpointError if the checkpoint in `folder` cannot be served, ConfigError if it has fewer experts than `groups`
+    or a context too short for `tokens`.
+    """
+    from moiety.errors import ConfigError
+    from moiety.model.checkpoint.checkpoint import Checkpoint
+    from moiety.model.experts.cached import expert_layout
+
+    shape = expert_layout(Checkpoint.open(folder)).shape
+    shape.sliced_partition(groups, 1)
+    if tokens > shape.max_context:
+        raise ConfigError("prompt + new tokens", tokens, f"must be at most {shape.max_context}, the model's context")
+
+
 def revision_option(function: Function) -> Function:
     """Adds the option --revision, passed as `hub_revision`: the setting `revision` is another thing."""
     return click.option(
@@ -122,8 +139,7 @@ def json_option(function: Function) -> Function:
     return click.option(
         "--json",
         "json_file",
-        type=click.Path(dir_okay=False, writable=True, path_type=Path),
-        callback=_writable,
+        type=OutputFile(),
         help="Also write the result to this file, as JSON.",
     )(function)
 
@@ -133,7 +149,7 @@ def request_timeout_option(function: Function) -> Function:
     return click.option(
         "--timeout",
         "timeout_s",
-        type=click.FloatRange(min=0, min_open=True),
+        type=FiniteRange(min=0, min_open=True),
         default=600.0,
         help="Seconds for one request.",
     )(function)
@@ -172,13 +188,6 @@ def invocation(context: click.Context) -> str:
         text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
         words += [text] if isinstance(parameter, click.Argument) else [parameter.opts[0], text]
     return shlex.join(words)
-
-
-def _writable(_context: click.Context, _parameter: click.Parameter, file: Path | None) -> Path | None:
-    """Callback of --json: rejects a file whose folder is missing, before the command does its work."""
-    if file is not None and not file.parent.is_dir():
-        raise click.BadParameter(f"{file.parent} is not a folder")
-    return file
 
 
 rounds_option = click.option(

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import click
 
-from moiety.cli.options import ModelName, dtype_option, groups_option, json_option, local_model, write_json
+from moiety.cli.options import ModelName, check_first, dtype_option, groups_option, json_option, local_model, write_json
 from moiety.cli.run import progress, run_async
+
+SHORTEST_PROMPT = 3  # tokens; longer prompts are cut to the context
 
 
 @click.command()
@@ -70,11 +72,13 @@ def parity(
     if checkpoint is None:
         names = [name for part in only for name in part.split(",")]
         context.exit(0 if _all_tiny(names, groups, new_tokens, references, write, json_file) else 1)
+    folder = local_model(checkpoint)
+    check_first(folder, groups=groups, tokens=new_tokens + SHORTEST_PROMPT)
     from moiety.tools.parity.parity import run_parity
 
     report = run_async(
         run_parity(
-            local_model(checkpoint),
+            folder,
             groups=groups,
             new_tokens=new_tokens,
             dtype=dtype,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from moiety.cli.options import ByteCount, ModelName, local_model
+from moiety.cli.options import ByteCount, ModelName, check_first, local_model
 from moiety.cli.run import progress, signals_interrupt
 
 
@@ -41,6 +41,8 @@ def quantize(checkpoint: str, memory: int, out: Path, calibration: Path | None, 
     Example:
       moiety quantize ./Qwen3-30B-A3B --memory 24GiB --out ./Qwen3-30B-A3B-24GiB
     """
+    folder = local_model(checkpoint)
+    check_first(folder)
     from moiety.model.checkpoint.checkpoint import Checkpoint
     from moiety.model.experts.cached import expert_layout
     from moiety.tools.quantize.corpus import shipped_text
@@ -48,7 +50,6 @@ def quantize(checkpoint: str, memory: int, out: Path, calibration: Path | None, 
     from moiety.tools.quantize.report import as_json, lines, picture
 
     text = calibration.read_text(encoding="utf-8", errors="replace") if calibration else shipped_text()
-    folder = local_model(checkpoint)
     with signals_interrupt():
         quantised = quantise(folder, out, memory, text, tokens=tokens, progress=progress())
     layout = expert_layout(Checkpoint.open(folder))

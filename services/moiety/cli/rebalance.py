@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from moiety.cli.arguments import FiniteRange
 from moiety.cli.run import progress, run_async
 from moiety.cli.setting_options import setting_option
 from moiety.config.resolve import resolve
@@ -16,7 +17,7 @@ from moiety.config.resolve import resolve
 @setting_option("--app", "app")
 @setting_option("--hot-memory", "hot_memory")
 @click.option(
-    "--watch", "watch_s", type=click.FloatRange(2, 3600), default=6.0, help="Seconds to watch the load before planning."
+    "--watch", "watch_s", type=FiniteRange(2, 3600), default=6.0, help="Seconds to watch the load before planning."
 )
 @click.option(
     "--hot-sets", type=click.IntRange(0, 256), help="Hot sets that the plan may fill.  [default: as deployed]"
@@ -32,7 +33,7 @@ from moiety.config.resolve import resolve
 @click.option(
     "--timeout",
     "timeout_s",
-    type=click.FloatRange(1, 3600),
+    type=FiniteRange(1, 3600),
     default=120.0,
     help="Seconds that replicas may take to follow each stage of the change.",
 )

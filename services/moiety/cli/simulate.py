@@ -7,20 +7,21 @@ from typing import Any
 
 import click
 
+from moiety.cli.arguments import FiniteRange, PictureFile
 from moiety.cli.options import invocation, json_option, write_json
 from moiety.cli.run import progress
 
 
 @click.command()
-@click.option("--hours", type=click.FloatRange(0.1, 168), default=24.0, help="Hours to simulate.")
-@click.option("--step", "step_s", type=click.FloatRange(0.5, 60), default=20.0, help="Seconds per time step.")
-@click.option("--tokens", "mean", type=click.FloatRange(1e3, 1e8), default=0.9e6, help="Mean load, tokens per second.")
-@click.option("--peak", "peak_over_mean", type=click.FloatRange(1.05, 4), default=2.0, help="Peak load over mean load.")
-@click.option("--skew", type=click.FloatRange(0, 2), default=0.8, help="Zipf exponent of the experts' popularity.")
+@click.option("--hours", type=FiniteRange(0.1, 168), default=24.0, help="Hours to simulate.")
+@click.option("--step", "step_s", type=FiniteRange(0.5, 60), default=20.0, help="Seconds per time step.")
+@click.option("--tokens", "mean", type=FiniteRange(1e3, 1e8), default=0.9e6, help="Mean load, tokens per second.")
+@click.option("--peak", "peak_over_mean", type=FiniteRange(1.05, 4), default=2.0, help="Peak load over mean load.")
+@click.option("--skew", type=FiniteRange(0, 2), default=0.8, help="Zipf exponent of the experts' popularity.")
 @click.option(
     "--start",
     "start_s",
-    type=click.FloatRange(0, 600),
+    type=FiniteRange(0, 600),
     default=30.0,
     help="Seconds from a decision to the first row that the new replica computes.",
 )
@@ -30,8 +31,8 @@ from moiety.cli.run import progress
 @click.option(
     "--plot",
     "picture",
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="Draw load and replicas over time into this PNG file.",
+    type=PictureFile(),
+    help="Draw load and replicas over time into this .png, .svg or .pdf file (needs moiety[plot]).",
 )
 @json_option
 @click.pass_context

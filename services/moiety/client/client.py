@@ -9,10 +9,11 @@ from typing import Self
 import grpc
 
 from moiety.client.chunk import Chunk, ModelInfo, chunk_of, models_of
+from moiety.client.failure import failure
 from moiety.client.request import GenerationClient
 from moiety.client.retry import stream_with_retries
+from moiety.errors import MoietyError
 from moiety.v1 import generation_pb2
-from moiety.wire import status
 
 
 class Client(GenerationClient[AsyncGenerator[Chunk, None]]):
@@ -32,7 +33,7 @@ class Client(GenerationClient[AsyncGenerator[Chunk, None]]):
         try:
             return models_of(await self._stub.ListModels(generation_pb2.ListModelsRequest(), timeout=timeout_s))
         except grpc.RpcError as error:
-            raise status.error_of(error) from None
+            raise failure(error, self.address, "ListModels", timeout_s) from None
 
     def _open(self, options: Sequence[tuple[str, int]]) -> grpc.aio.Channel:
         return grpc.aio.insecure_channel(self.address, options=options)
@@ -45,6 +46,9 @@ class Client(GenerationClient[AsyncGenerator[Chunk, None]]):
             def call(left_s: float | None) -> grpc.aio.UnaryStreamCall:
                 return self._stub.Generate(request, timeout=left_s, metadata=metadata)
 
-            async with aclosing(stream_with_retries(call, retries, timeout_s)) as responses:
+            def told(error: grpc.RpcError, tokens: int) -> MoietyError:
+                return failure(error, self.address, "Generate", timeout_s, tokens)
+
+            async with aclosing(stream_with_retries(call, retries, timeout_s, told)) as responses:
                 async for response in responses:
                     yield chunk_of(response)

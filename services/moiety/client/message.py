@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any, TypeGuard
 
 from moiety.client.options import GenerateOptions, Messages, Prompt
+from moiety.core.text import not_utf8
 from moiety.errors import InvalidRequest
 from moiety.v1 import generation_pb2
 from moiety.wire.sampling_params import SCALARS
@@ -105,5 +106,7 @@ def _expressible(field: str, value: object) -> Iterator[None]:
     """Raises InvalidRequest if the block cannot store `value` in a protobuf field. The gateway refuses other bad values."""
     try:
         yield
+    except UnicodeEncodeError as error:
+        raise InvalidRequest(field, value, f"text in UTF-8: {not_utf8(error.object)}") from None
     except (TypeError, ValueError, AttributeError) as error:
         raise InvalidRequest(field, value, f"a value that generation.proto can express ({error})") from None

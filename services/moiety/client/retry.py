@@ -16,28 +16,30 @@ from typing import Any
 
 import grpc
 
-from moiety.errors import ResourceExhausted
-from moiety.wire import status
+from moiety.errors import MoietyError, ResourceExhausted
 from moiety.wire.deadline import Deadline
+
+# Returns the error that a failed call stands for, after so many tokens.
+Told = Callable[[grpc.RpcError, int], MoietyError]
 
 
 async def stream_with_retries(
-    call: Callable[[float | None], Any], retries: int, timeout_s: float | None
+    call: Callable[[float | None], Any], retries: int, timeout_s: float | None, told: Told
 ) -> AsyncGenerator[Any, None]:
     """Yields the responses of `call(seconds left)`, a call of grpc.aio. Calls again after ResourceExhausted.
 
-    It does so up to `retries` times. Raises the peer's error (errors.py), also where a wait would exceed `timeout_s`.
+    It does so up to `retries` times. Raises the error that `told` returns, also where a wait would exceed `timeout_s`.
     """
     deadline = Deadline.after(timeout_s)
     while True:
-        streaming, begun = call(None if timeout_s is None else deadline.left()), False
+        streaming, begun, tokens = call(None if timeout_s is None else deadline.left()), False, 0
         try:
             async for response in streaming:
-                begun = True
+                begun, tokens = True, tokens + len(response.token_ids)
                 yield response
             return
         except grpc.RpcError as error:
-            wait_s = _wait_s(error, 0 if begun else retries, deadline)
+            wait_s = _wait_s(told(error, tokens), 0 if begun else retries, deadline)
         finally:
             streaming.cancel()
         retries -= 1
@@ -45,28 +47,27 @@ async def stream_with_retries(
 
 
 def iterate_with_retries(
-    call: Callable[[float | None], Any], retries: int, timeout_s: float | None
+    call: Callable[[float | None], Any], retries: int, timeout_s: float | None, told: Told
 ) -> Generator[Any, None, None]:
     """Does what `stream_with_retries` does, for a call of grpc's synchronous API. Blocks while it waits."""
     deadline = Deadline.after(timeout_s)
     while True:
-        streaming, begun = call(None if timeout_s is None else deadline.left()), False
+        streaming, begun, tokens = call(None if timeout_s is None else deadline.left()), False, 0
         try:
             for response in streaming:
-                begun = True
+                begun, tokens = True, tokens + len(response.token_ids)
                 yield response
             return
         except grpc.RpcError as error:
-            wait_s = _wait_s(error, 0 if begun else retries, deadline)
+            wait_s = _wait_s(told(error, tokens), 0 if begun else retries, deadline)
         finally:
             streaming.cancel()
         retries -= 1
         time.sleep(wait_s)
 
 
-def _wait_s(error: grpc.RpcError, retries: int, deadline: Deadline) -> float:
-    """Returns the seconds until the request may be sent again. Raises the peer's error if it may not."""
-    cause = status.error_of(error)
+def _wait_s(cause: MoietyError, retries: int, deadline: Deadline) -> float:
+    """Returns the seconds until the request may be sent again. Raises `cause` if it may not."""
     if not isinstance(cause, ResourceExhausted) or retries <= 0:
         raise cause from None
     wait_s = cause.retry_after_s * random.uniform(1.0, 1.5)

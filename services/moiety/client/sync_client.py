@@ -9,10 +9,11 @@ from typing import Self
 import grpc
 
 from moiety.client.chunk import Chunk, ModelInfo, chunk_of, models_of
+from moiety.client.failure import failure
 from moiety.client.request import GenerationClient
 from moiety.client.retry import iterate_with_retries
+from moiety.errors import MoietyError
 from moiety.v1 import generation_pb2
-from moiety.wire import status
 
 
 class SyncClient(GenerationClient[Generator[Chunk, None, None]]):
@@ -36,7 +37,7 @@ class SyncClient(GenerationClient[Generator[Chunk, None, None]]):
         try:
             return models_of(self._stub.ListModels(generation_pb2.ListModelsRequest(), timeout=timeout_s))
         except grpc.RpcError as error:
-            raise status.error_of(error) from None
+            raise failure(error, self.address, "ListModels", timeout_s) from None
 
     def _open(self, options: Sequence[tuple[str, int]]) -> grpc.Channel:
         return grpc.insecure_channel(self.address, options=options)
@@ -49,6 +50,9 @@ class SyncClient(GenerationClient[Generator[Chunk, None, None]]):
             def call(left_s: float | None) -> grpc.Call:
                 return self._stub.Generate(request, timeout=left_s, metadata=metadata)
 
-            with closing(iterate_with_retries(call, retries, timeout_s)) as responses:
+            def told(error: grpc.RpcError, tokens: int) -> MoietyError:
+                return failure(error, self.address, "Generate", timeout_s, tokens)
+
+            with closing(iterate_with_retries(call, retries, timeout_s, told)) as responses:
                 for response in responses:
                     yield chunk_of(response)

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from moiety import __version__
 from moiety.config.services import ServiceSettings
+from moiety.core.address import joined
 from moiety.core.load import ExpertDemand, ReplicaLoad
 from moiety.core.progress import Progress
 from moiety.core.replica import Replica, ReplicaState, Role
@@ -248,12 +249,12 @@ class ServiceStart:
             self.closers.push_async_callback(parts.stop, 0)
             if parts.http is not None:
                 http_port = await parts.http.start(settings.listen_host, parts.http_port)
-                http_address = f"{settings.advertised}:{http_port}"
+                http_address = joined(settings.advertised, http_port)
         replica = Replica(
             id=self.replica_id,
             role=parts.role,
             deployment=settings.deployment,
-            address=f"{settings.advertised}:{port}",
+            address=joined(settings.advertised, port),
             node=self.node,
             model=settings.name,
             revision=self.system.revision,

@@ -11,6 +11,7 @@ from moiety.config.options import (
     Cpus,
     ExpertOptions,
     GatewayOptions,
+    Host,
     MaxReplicas,
     MinReplicas,
     Overflow,
@@ -20,7 +21,7 @@ from moiety.config.options import (
     SystemOptions,
 )
 from moiety.config.validate import validated
-from moiety.errors import ConfigError
+from moiety.errors import NOT_SHOWN, ConfigError
 
 EXPERTS = "experts-"  # name prefix of the expert groups: each holds a share of the experts
 HOT = "hot-"  # name prefix of the hot sets: each holds what a placement gives it, in addition to the groups
@@ -42,7 +43,7 @@ class GatewayDeployment(GatewayOptions, StandingScaling):
     """The gateways: how many there are, and what each can be set to."""
 
     num_cpus: Cpus = 0.5
-    listen_host: str | None = None
+    listen_host: Host | None = None
     """Address on which the gateway listens for clients; default: listen_host of the system."""
 
 
@@ -81,6 +82,7 @@ class AppSettings(SystemOptions):
     def _valid_overrides(
         cls, value: Mapping[str, Mapping[str, Any]], info: ValidationInfo
     ) -> Mapping[str, Mapping[str, Any]]:
+        """Raises ConfigError, which pydantic passes on: it names an entry to the leaf, which a ValueError here could not."""
         common, *counts = (info.data.get(name) for name in ("experts", "groups", "hot_sets"))
         if common is None or None in counts:
             return value  # one of these is refused itself
@@ -89,15 +91,14 @@ class AppSettings(SystemOptions):
         for name, changes in value.items():
             if name not in names:
                 there = ", ".join(f"{kind}0 to {kind}{count - 1}" for kind, count in known.items())
-                raise ValueError(f"{name}: no such expert group or hot set; there are {there}")
+                raise ConfigError(f"overrides.{name}", NOT_SHOWN, f"no such expert group or hot set; there are {there}")
             if "overflow" in changes and not name.startswith(EXPERTS):
-                raise ValueError(
-                    f"{name}: overflow is for groups, {EXPERTS}…; a hot set follows the groups of its experts"
-                )
+                bound = f"is for groups, {EXPERTS}…; a hot set follows the groups of its experts"
+                raise ConfigError(f"overrides.{name}.overflow", changes["overflow"], bound)
             try:
                 _changed(common, name, changes)
             except ConfigError as error:
-                raise ValueError(f"{name}: {error}") from None
+                raise ConfigError(f"overrides.{name}.{error.field}", error.value, error.bound) from None
         return value
 
     def group(self, name: str) -> ExpertDeployment:

@@ -5,10 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Literal, Self, get_args
 
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationInfo, WithJsonSchema, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ByteSize,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    WithJsonSchema,
+    field_validator,
+)
 
+from moiety.config.bounds import Words
 from moiety.config.registry_url import RegistryUrl
 from moiety.config.validate import validated
+from moiety.core import address
 from moiety.core.replica import Transport
 from moiety.core.system import SystemId
 from moiety.errors import ConfigError
@@ -22,6 +33,19 @@ Size = Annotated[ByteSize, Field(ge=1 << 10), WithJsonSchema(_SIZE)]  # bytes, w
 DEFAULT_HTTP_PORT = 50080  # of the gateway's OpenAI API, beside gRPC's 50051
 # What `Scaling.with_live` may change.
 LIVE_SETTINGS = ("target_busy", "queue_wait_ms", "shrink_after_s", "shrink_margin")
+
+
+def _host(text: str) -> str:
+    """Returns a host without the brackets of IPv6."""
+    try:
+        return address.host(text) if text else text
+    except ValueError:
+        raise ValueError("must be a name or an address without a port, such as 0.0.0.0 or ::1") from None
+
+
+# IPv6 without brackets; core/address.py adds them beside a port. The pattern: brackets, no colon, or several.
+_HOST = {"type": "string", "pattern": r"^(\[[^\]]+\]|[^:/\s]*|[^/\s]*:[^/\s]*:[^/\s]*)$"}
+Host = Annotated[str, AfterValidator(_host), WithJsonSchema(_HOST)]
 
 # Settings whose default depends on the kind of service.
 MinReplicas = Annotated[int, Field(ge=0, le=1000, description="Fewest replicas.")]
@@ -40,13 +64,19 @@ class Options(BaseModel):
 class SystemOptions(Options):
     """What concerns every service of a system."""
 
-    app: str = Field(default="moiety", pattern=r"^[A-Za-z0-9_.-]{1,64}$")
+    app: Annotated[str, Words("1 to 64 of the characters A-Z, a-z, 0-9, _, . and -")] = Field(
+        default="moiety", pattern=r"^[A-Za-z0-9_.-]{1,64}$"
+    )
     """Name of the application, the first part of the system's identity and of its registry keys."""
-    cluster: str = Field(default="", pattern=r"^[A-Za-z0-9_.-]{0,128}$")
+    cluster: Annotated[str, Words("at most 128 of the characters A-Z, a-z, 0-9, _, . and -")] = Field(
+        default="", pattern=r"^[A-Za-z0-9_.-]{0,128}$"
+    )
     """Name of the cluster that runs the system; default: Ray's session. Systems of different clusters share nothing."""
     model: str
     """Path of the checkpoint folder, the same on every node."""
-    revision: str = Field(default="", pattern=r"^([0-9a-f]{32})?$")
+    revision: Annotated[str, Words("32 hexadecimal digits, as `moiety inspect` prints them, or empty")] = Field(
+        default="", pattern=r"^([0-9a-f]{32})?$"
+    )
     """Revision that the checkpoint must have on every node; default: that of the folder where the system is deployed."""
     verify: Verify = "sampled"
     """What a revision covers: sampled = parts of every tensor, full = every byte, which reads the whole checkpoint once."""
@@ -54,9 +84,9 @@ class SystemOptions(Options):
     """Model name that clients use; default: the checkpoint folder's name."""
     registry: RegistryUrl = RegistryUrl("redis://127.0.0.1:6379/0")
     """URL of the registry: redis://… or rediss://…; without Ray unix:///… or file:///… too."""
-    listen_host: str = "127.0.0.1"
-    """Address to listen on; 0.0.0.0 = every interface."""
-    advertise_host: str = ""
+    listen_host: Host = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 = every interface, :: = every interface with IPv6 too."""
+    advertise_host: Host = ""
     """Address by which others reach a service; default: listen_host, or the node's if that is every interface."""
     dtype: Dtype = "auto"
     """Data type of weights and rows: auto (as published), float32, bfloat16 or float16."""

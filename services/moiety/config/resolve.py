@@ -17,7 +17,7 @@ from pydantic_settings import BaseSettings, EnvSettingsSource, SecretsSettingsSo
 
 from moiety.config.application import AppSettings
 from moiety.config.validate import leaves, similar, validated
-from moiety.errors import ConfigError
+from moiety.errors import NOT_SHOWN, ConfigError
 
 ENV_PREFIX = "MOIETY_"
 NESTED = "__"  # MOIETY_ROUTER__SLOTS is router.slots
@@ -38,7 +38,16 @@ def resolve(given: Mapping[str, Any], yaml_path: str | None = None) -> AppSettin
     """Returns the settings. What is `given` (flags, or Serve's arguments) wins over all other sources, field by field."""
     _warn_of_unknown_variables()
     file = {} if yaml_path is None else _read_yaml(yaml_path)
-    return validated(AppSettings, merged(file, from_surroundings(), given))
+    surroundings = from_surroundings()
+    try:
+        return validated(AppSettings, merged(file, surroundings, given))
+    except ConfigError as error:
+        if _has(given, error.field):
+            raise
+        source = _source(error.field) if _has(surroundings, error.field) else yaml_path
+        if source is None or not _has(merged(file, surroundings), error.field):
+            raise  # a default that another setting contradicts, or a missing one
+        raise ConfigError(error.field, error.value, f"{error.bound} (from {source})") from None
 
 
 def from_surroundings() -> dict[str, Any]:
@@ -57,7 +66,22 @@ def from_surroundings() -> dict[str, Any]:
         return merged(secrets, EnvSettingsSource(_Sources)() or {})
     except SettingsError as error:
         name = str(error).split('"')[1]  # pydantic-settings names the field, and its own class instead of the source
-        raise ConfigError(name, None, f"{variable_of(name)}, or the secret file {name}, must be JSON") from None
+        raise ConfigError(name, NOT_SHOWN, f"{variable_of(name)}, or the secret file {name}, must be JSON") from None
+
+
+def _has(settings: Mapping[str, Any], name: str) -> bool:
+    """Whether `settings` give the setting with this dotted name."""
+    outer, _, inner = name.partition(".")
+    below = settings.get(outer)
+    return outer in settings and (not inner or name in settings or (isinstance(below, Mapping) and _has(below, inner)))
+
+
+def _source(name: str) -> str:
+    """Returns where the surroundings set `name`: its environment variable, that of an outer setting, or a secret file."""
+    variables = {variable.upper() for variable in os.environ}
+    parts = name.split(".")
+    outer = (variable_of(".".join(parts[:depth])) for depth in range(len(parts), 0, -1))
+    return next((variable for variable in outer if variable in variables), f"the secret file {parts[0]}")
 
 
 def variable_of(name: str) -> str:
@@ -84,12 +108,26 @@ def nested(name: str, value: Any) -> dict[str, Any]:
 
 
 def _read_yaml(path: str) -> dict[str, Any]:
+    field = "config file"
     try:
         data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError("config file", path, f"cannot be read: {error}") from error
+    except OSError as error:
+        raise ConfigError(field, path, f"cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(field, path, f"cannot be read: its byte {error.start + 1} is not UTF-8") from None
+    except yaml.YAMLError as error:  # its text quotes the file, which may hold a password
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ConfigError(field, path, f"cannot be read: not YAML{where}; indent with spaces, not tabs") from None
+    if isinstance(data, dict) and "applications" in data:
+        raise ConfigError(
+            field,
+            path,
+            "is a configuration of Ray Serve: `serve deploy` deploys it. For `moiety serve`, write what stands under `args` "
+            "of the application into a file of its own",
+        )
     if not isinstance(data, dict) or not all(isinstance(name, str) for name in data):
-        raise ConfigError("config file", path, "must hold a mapping of settings by name")
+        raise ConfigError(field, path, "must hold a mapping of settings by name, such as `groups: 4`")
     return data
 
 

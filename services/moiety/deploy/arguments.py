@@ -9,13 +9,13 @@ from moiety.config.application import HOT, AppSettings
 from moiety.config.options import ExpertOptions, GatewayOptions, Options, RouterOptions, SystemOptions
 from moiety.config.services import ExpertSettings, GatewaySettings, RouterSettings
 from moiety.config.validate import validated
+from moiety.core.address import EVERY_INTERFACE
 from moiety.errors import ConfigError
 from moiety.model.checkpoint.checkpoint import Checkpoint
 from moiety.model.checkpoint.revision import pinned_revision
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 SHOWN = "without_secrets"  # key of a registry URL that lacks its password
-EVERY_INTERFACE = ("0.0.0.0", "::")
 
 
 def with_revision(settings: AppSettings, checkpoint: Checkpoint) -> AppSettings:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
@@ -11,6 +12,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from moiety.core import address
 from moiety.core.supervise import spawn
 from moiety.errors import ConfigError
 from moiety.wire.channels import GATEWAY_PINGS, SERVICE_PINGS, Pings, milliseconds, server_options
@@ -87,9 +89,9 @@ class Server:
     async def start(self, host: str, port: int) -> int:
         """Binds, starts serving and returns the port. Raises ConfigError where the address cannot be bound."""
         try:
-            bound = self.grpc.add_insecure_port(f"{host}:{port}")
-        except RuntimeError as error:
-            raise ConfigError("port", port, f"cannot listen on {host}: {error}") from None
+            bound = self.grpc.add_insecure_port(address.joined(host, port))
+        except RuntimeError:
+            raise ConfigError("port", port, f"cannot listen on {host}: {_reason(host, port)}") from None
         await self.grpc.start()
         await self.report(serving=True)
         return bound
@@ -110,3 +112,14 @@ class Server:
     async def _stop(self, grace_s: float) -> None:
         await self.report(serving=False)
         await self.grpc.stop(grace_s)
+
+
+def _reason(host: str, port: int) -> str:
+    """Returns why nothing can be bound to the address, which gRPC does not say."""
+    try:
+        family, kind, protocol, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.bind(where)
+    except OSError as error:
+        return error.strerror or str(error)
+    return "gRPC could not"

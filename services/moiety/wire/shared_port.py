@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import grpc
 
 from moiety.config.services import GatewaySettings
+from moiety.core.address import joined
 from moiety.core.system import SystemId
 from moiety.errors import ConfigError
 from moiety.internal.v1.gateway_pb2 import DescribeGatewayRequest
@@ -31,7 +32,7 @@ _REACHABLE = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}  # every int
 
 async def _ask_over_grpc(address: str, port: int, timeout_s: float) -> Owner | None:
     """Asks who listens; None if it does not answer, or is no gateway."""
-    async with channel(f"[{address}]:{port}" if ":" in address else f"{address}:{port}") as link:
+    async with channel(joined(address, port)) as link:
         try:
             answer = await GatewayServiceStub(link).DescribeGateway(DescribeGatewayRequest(), timeout=timeout_s)
         except grpc.RpcError:
@@ -86,11 +87,13 @@ async def check_port(
         if owner is None:
             silent += 1
             if silent >= TRIES and _occupied(host, port):
-                raise _refusal(door, port, f"another program listens at {host}:{port}")
+                raise _refusal(door, port, f"another program listens at {joined(host, port)}")
         elif system is not None and owner.system == str(system):
             return
         elif clock() >= until or not _succeeds(system, owner.system):
-            raise _refusal(door, port, f"{host}:{port} serves model {owner.model} of another system, {owner.system}")
+            raise _refusal(
+                door, port, f"{joined(host, port)} serves model {owner.model} of another system, {owner.system}"
+            )
         await asyncio.sleep(RETRY_S)
 
 

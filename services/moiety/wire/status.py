@@ -8,6 +8,7 @@ import grpc
 
 from moiety import errors
 from moiety.internal.v1 import engine_pb2
+from moiety.wire.grpc_words import in_words
 
 T = TypeVar("T")
 
@@ -43,8 +44,8 @@ async def abort(context: grpc.aio.ServicerContext, error: errors.MoietyError) ->
 
 
 def error_of(rpc: grpc.RpcError) -> errors.MoietyError:
-    """Returns the MoietyError that a failed RPC stands for, with the peer's message."""
-    return error_of_code(rpc.code(), rpc.details() or "", rpc.trailing_metadata())
+    """Returns the MoietyError that a failed RPC stands for, with the peer's message, or gRPC's own in plain words."""
+    return error_of_code(rpc.code(), in_words(rpc.details() or ""), rpc.trailing_metadata())
 
 
 def parsed(response: T | None) -> T:

@@ -120,7 +120,16 @@ except ModuleNotFoundError as error:
     assert done.stdout.startswith("True No module named ")
 
 
-@pytest.mark.parametrize("command", ["serve --help", "models", "bench hop", "simulate"])
+@pytest.mark.parametrize("command", ["serve", "bench load", "simulate", "generate"])
+def test_every_command_has_help(command: str) -> None:
+    """`--help` works without extras: of a command that needs one, it is the summary and what to install."""
+    done = run(f"from moiety.cli.main import run; sys.exit(run({[*command.split(), '--help']!r}))")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"Usage: moiety {command}" in done.stdout
+    assert ("pip install 'moiety[serve]'" in " ".join(done.stdout.split())) == (command != "generate")
+
+
+@pytest.mark.parametrize("command", ["serve x", "models", "bench hop", "simulate"])
 def test_other_commands_name_the_extra(command: str) -> None:
     """A command that needs more ends with status 1 and one line that says what to install."""
     done = run(f"from moiety.cli.main import run; sys.exit(run({command.split()!r}))")

@@ -114,7 +114,7 @@ def test_a_text_may_look_like_a_number(tiny: Callable[[str], str]) -> None:
 @pytest.mark.parametrize(
     ("assignment", "status", "message"),
     [
-        ("slots=4", 1, "error: setting slots = 4: unknown; did you mean router.slots?"),
+        ("slots=4", 1, "error: setting slots: unknown; did you mean router.slots?"),
         ("overrides.experts-7.max_replicas=8", 1, "experts-7: no such expert group or hot set; there are experts-0 to"),
         ("router.slots", 2, "must be NAME=VALUE, such as router.slots=64"),
         ("router.slots={", 2, "must be a value as in YAML"),

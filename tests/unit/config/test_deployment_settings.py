@@ -19,7 +19,7 @@ def test_a_deployment_may_differ_from_the_others() -> None:
     )
     assert (settings.group("experts-0").max_replicas, settings.group("experts-1").max_replicas) == (4, 9)
     assert settings.group("experts-1").target_busy == settings.experts.target_busy
-    with pytest.raises(ConfigError, match=r"experts-1: .*max_replicas.* must be at least min_replicas"):
+    with pytest.raises(ConfigError, match=r"overrides\.experts-1\.max_replicas = 4: must be at least min_replicas"):
         resolve({"model": "m", "overrides": {"experts-1": {"min_replicas": 5}}})
 
 
@@ -42,9 +42,9 @@ def test_overflow_is_set_per_group() -> None:
     """`overflow` is for groups only, cannot change while they run, and excludes `deterministic`."""
     overrides = {"experts-1": {"overflow": "backup"}}
     assert resolve({"model": "m", "overrides": overrides}).group("experts-1").overflow == "backup"
-    with pytest.raises(ConfigError, match=r"hot-0: overflow is for groups"):
+    with pytest.raises(ConfigError, match=r"overrides\.hot-0\.overflow = 'backup': is for groups"):
         resolve({"model": "m", "hot_sets": 1, "overrides": {"hot-0": {"overflow": "backup"}}})
-    with pytest.raises(ConfigError, match=r"experts-1: .*overflow.*'wait' or 'backup'"):
+    with pytest.raises(ConfigError, match=r"overrides\.experts-1\.overflow = 'drop': must be wait or backup"):
         resolve({"model": "m", "overrides": {"experts-1": {"overflow": "drop"}}})
     with pytest.raises(ConfigError, match=r"overflow_groups.* not possible with deterministic"):
         validated(RouterSettings, {"model": "m", "deterministic": True, "overflow_groups": {"experts-1": "backup"}})

@@ -89,7 +89,7 @@ def test_an_empty_secret_file_counts_as_unset(tmp_path: Path, monkeypatch: pytes
     [
         (b"5: 3", "must hold a mapping of settings by name"),
         (b"app: \xff", "cannot be read"),
-        (b"router.slots: 5", r"router\.slots = 5: unknown with a dot: write router: \{slots: …\}"),
+        (b"router.slots: 5", r"router\.slots: unknown with a dot: write router: \{slots: …\}"),
     ],
 )
 def test_a_file_that_is_no_list_of_settings_is_reported(content: bytes, message: str, tmp_path: Path):
@@ -102,9 +102,17 @@ def test_a_file_that_is_no_list_of_settings_is_reported(content: bytes, message:
 @pytest.mark.parametrize(
     ("variable", "value", "message"),
     [
-        ("MOIETY_ROUTER__SLOTZ", "1", r"router\.slotz = '1': unknown; did you mean router\.slots\?"),
-        ("MOIETY_ROUTER", "slots", "router = None: MOIETY_ROUTER, or the secret file router, must be JSON"),
-        ("MOIETY_EXPERTS__NUM_CPUS", "inf", r"experts\.num_cpus = 'inf': Input should be a finite number"),
+        (
+            "MOIETY_ROUTER__SLOTZ",
+            "1",
+            r"router\.slotz: unknown; did you mean router\.slots\? \(from MOIETY_ROUTER__SLOTZ\)",
+        ),
+        ("MOIETY_ROUTER", "slots", "setting router: MOIETY_ROUTER, or the secret file router, must be JSON"),
+        (
+            "MOIETY_EXPERTS__NUM_CPUS",
+            "inf",
+            r"num_cpus = 'inf': must be a number of at least 0 \(from MOIETY_EXPERTS__NUM_CPUS\)",
+        ),
         ("MOIETY_SECRETS_DIR", "/no/such/folder", "MOIETY_SECRETS_DIR = '/no/such/folder': must be a folder"),
     ],
 )
@@ -118,13 +126,13 @@ def test_a_wrong_variable_is_reported(variable: str, value: str, message: str, m
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"slots": 64}, r"setting slots = 64: unknown; did you mean router\.slots\?"),
+        ({"slots": 64}, r"setting slots: unknown; did you mean router\.slots\?"),
         ({"threads": 2}, r"unknown; did you mean router\.threads or experts\.threads\?"),
         (
             {"gateway": {"max_concurent": 2}},
-            r"gateway\.max_concurent = 2: unknown; did you mean gateway\.max_concurrent",
+            r"gateway\.max_concurent: unknown; did you mean gateway\.max_concurrent",
         ),
-        ({"frobnicate": 1}, "setting frobnicate = 1: unknown$"),
+        ({"frobnicate": 1}, "setting frobnicate: unknown; `moiety settings` lists all"),
     ],
 )
 def test_the_error_for_an_unknown_setting_names_the_one_that_may_be_meant(given: dict[str, Any], message: str):
@@ -135,7 +143,7 @@ def test_the_error_for_an_unknown_setting_names_the_one_that_may_be_meant(given:
 
 @pytest.mark.parametrize("name", ["registry", "registri", "overrides", "experts"])
 def test_the_registrys_password_is_shown_nowhere(name: str):
-    """Text, repr, JSON and errors show the URL without its password, wherever it was put."""
+    """Text, repr and JSON show the URL without its password; errors show nothing of it where it was put elsewhere."""
     given = {"model": "m", "groups": 2, name: URL if name.startswith("r") else {"experts-0": {"url": URL}}}
     if name == "registry":
         settings = resolve(given)
@@ -146,29 +154,44 @@ def test_the_registrys_password_is_shown_nowhere(name: str):
             resolve(given)
         shown = [str(refused.value), repr(refused.value)]
     assert not any("hunter2" in text for text in shown)
-    assert all("cache.example.com" in text for text in shown)
+    assert all("cache.example.com" in text for text in shown if name == "registry")
 
 
 @pytest.mark.parametrize(
     ("kind", "values", "field", "message"),
     [
-        (RouterSettings, {"model": "m", "slotz": 3}, "slotz", "setting slotz = 3: unknown; did you mean slots?"),
-        (RouterSettings, {"model": "m", "slots": 0}, "slots", "setting slots = 0: Input should be greater than or"),
-        (RouterSettings, {"model": "m", "slots": "many"}, "slots", "setting slots = 'many': Input should be a valid"),
+        (RouterSettings, {"model": "m", "slotz": 3}, "slotz", "setting slotz: unknown; did you mean slots?"),
+        (
+            RouterSettings,
+            {"model": "m", "slots": 0},
+            "slots",
+            "setting slots = 0: must be a whole number from 1 to 4096",
+        ),
+        (
+            RouterSettings,
+            {"model": "m", "slots": "many"},
+            "slots",
+            "setting slots = 'many': must be a whole number from",
+        ),
         (
             RouterSettings,
             {"model": "m", "dtype": "int4"},
             "dtype",
-            "Input should be 'auto', 'float32', 'bfloat16' or 'float16'",
+            "must be auto, float32, bfloat16 or float16",
         ),
-        (RouterSettings, {"model": "m", "kv_memory": "4 gobs"}, "kv_memory", "setting kv_memory = '4 gobs'"),
-        (GatewaySettings, {"model": "m", "port": 70000}, "port", "less than or equal to 65535"),
+        (
+            RouterSettings,
+            {"model": "m", "kv_memory": "4 gobs"},
+            "kv_memory",
+            "must be a number of bytes of at least 1KiB, such as 4GiB",
+        ),
+        (GatewaySettings, {"model": "m", "port": 70000}, "port", "must be a whole number from 0 to 65535"),
         (GatewaySettings, {"model": "m", "port": 50080}, "http_port", "is the gRPC API's port"),
         (AppSettings, {"model": "m", "gateway": {"port": 7, "http_port": 7}}, "gateway.http_port", "one of its own"),
-        (RouterSettings, {"model": "m", "app": "a b"}, "app", "setting app = 'a b'"),
+        (RouterSettings, {"model": "m", "app": "a b"}, "app", "setting app = 'a b': must be 1 to 64 of the characters"),
         (ExpertSettings, {"model": "m", "held": "0-3"}, "held", "expected LAYERS:EXPERTS, such as 0-31:0-7"),
-        (ExpertSettings, {"model": "m", "held": "0:0", "capacity": 0}, "capacity", "greater than 0"),
-        (AppSettings, {"model": "m", "experts": {"min": 1}}, "experts.min", "experts.min = 1: unknown"),
+        (ExpertSettings, {"model": "m", "held": "0:0", "capacity": 0}, "capacity", "must be a number above 0, or null"),
+        (AppSettings, {"model": "m", "experts": {"min": 1}}, "experts.min", "experts.min: unknown"),
         (AppSettings, {"model": "m", "router": {"slots": 600}}, "router.token_budget", "at least slots, 600"),
         (
             AppSettings,
@@ -180,9 +203,14 @@ def test_the_registrys_password_is_shown_nowhere(name: str):
             AppSettings,
             {"model": "m", "router": {"min_replicas": 0}},
             "router.min_replicas",
-            "greater than or equal to 1",
+            "must be a whole number from 1 to 1000",
         ),
-        (AppSettings, {"model": "m", "experts": {"target_busy": 2}}, "experts.target_busy", "less than or equal to 1"),
+        (
+            AppSettings,
+            {"model": "m", "experts": {"target_busy": 2}},
+            "experts.target_busy",
+            "must be a number above 0 and of at most 1",
+        ),
     ],
 )
 def test_a_wrong_setting_is_reported_by_name_value_and_bound(
@@ -197,7 +225,7 @@ def test_a_wrong_setting_is_reported_by_name_value_and_bound(
 
 def test_a_missing_setting_is_reported_without_the_others():
     """The error names the missing setting and shows no other setting, such as a URL with a secret."""
-    with pytest.raises(ConfigError, match="setting model = None: Field required") as refused:
+    with pytest.raises(ConfigError, match="setting model: must be given") as refused:
         resolve({"registry": "redis://:secret@host"})
     assert "secret" not in str(refused.value)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from moiety.cli.arguments import FiniteRange, PictureFile
 from moiety.cli.options import invocation, json_option, write_json
 from moiety.cli.run import progress, signals_interrupt
 
@@ -15,26 +16,26 @@ from moiety.cli.run import progress, signals_interrupt
 @click.option("--groups", type=click.IntRange(1, 8), default=2, help="Expert groups.")
 @click.option(
     "--capacity",
-    type=click.FloatRange(10, 1e6),
+    type=FiniteRange(10, 1e6),
     default=200.0,
     help="Rows per second that each expert replica is paced to, because replicas share this machine's cores.",
 )
 @click.option("--max-replicas", type=click.IntRange(2, 8), default=3, help="Most replicas per group.")
-@click.option("--low", type=click.FloatRange(0.05, 100), default=0.4, help="Requests per second while load is low.")
-@click.option("--high", type=click.FloatRange(0.1, 100), default=8.0, help="Requests per second while load is high.")
+@click.option("--low", type=FiniteRange(0.05, 100), default=0.4, help="Requests per second while load is low.")
+@click.option("--high", type=FiniteRange(0.1, 100), default=8.0, help="Requests per second while load is high.")
 @click.option(
     "--seconds",
-    type=(click.FloatRange(5, 3600), click.FloatRange(5, 3600), click.FloatRange(5, 3600)),
+    type=(FiniteRange(5, 3600), FiniteRange(5, 3600), FiniteRange(5, 3600)),
     default=(10.0, 30.0, 40.0),
     help="Seconds of low load, of high load, and of low load again.",
 )
-@click.option("--zipf", type=click.FloatRange(0, 4), default=1.6, help="Zipf exponent of the skew over prompts.")
+@click.option("--zipf", type=FiniteRange(0, 4), default=1.6, help="Zipf exponent of the skew over prompts.")
 @click.option("--seed", type=click.IntRange(0), default=0, help="Seed of prompts and arrivals.")
 @click.option(
     "--plot",
     "plot_file",
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="Draw load and replicas over time into this .png or .svg file (needs moiety[plot]).",
+    type=PictureFile(),
+    help="Draw load and replicas over time into this .png, .svg or .pdf file (needs moiety[plot]).",
 )
 @json_option
 @click.pass_context

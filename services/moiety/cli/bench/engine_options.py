@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from moiety.cli.bench.model_check import check_model
 from moiety.cli.options import (
     Function,
     IntegerList,
@@ -17,6 +18,7 @@ from moiety.cli.options import (
     invocation,
     json_option,
     rounds_option,
+    service_environment,
     write_json,
 )
 from moiety.cli.run import progress, run_async
@@ -59,6 +61,12 @@ def engine_options(concurrency: str) -> Callable[[Function], Function]:
         return function
 
     return decorate
+
+
+def prepare(options: Mapping[str, Any]) -> None:
+    """Prepares this process for the benchmark's imports, and first checks the command's `options`. Raises as `check_first`."""
+    service_environment()
+    check_model(options)
 
 
 def run_engine_benchmark(

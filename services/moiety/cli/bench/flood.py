@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from moiety.cli.arguments import FiniteRange
+from moiety.cli.bench.model_check import check_model
 from moiety.cli.options import (
     IntegerList,
     dtype_option,
@@ -33,7 +35,7 @@ from moiety.cli.run import progress, run_async
     default="1,2,4",
     help="Requests offered per second, as multiples of the measured capacity; separated by commas.",
 )
-@click.option("--seconds", type=click.FloatRange(1, 600), default=15.0, help="Seconds per load.")
+@click.option("--seconds", type=FiniteRange(1, 600), default=15.0, help="Seconds per load.")
 @click.option("--prompt", "prompt_tokens", type=click.IntRange(1, 1 << 20), default=32, help="Tokens per prompt.")
 @click.option("--new", "new_tokens", type=click.IntRange(1, 1 << 20), default=32, help="New tokens per request.")
 @dtype_option("bfloat16")
@@ -52,6 +54,7 @@ def flood(context: click.Context, /, json_file: Path | None, **options: Any) -> 
     Example:
       moiety bench flood --loads 1,2,4 --seconds 30
     """
+    check_model(options)
     from moiety.bench.flood import FloodWork, bench_flood, flood_lines
     from moiety.tools.machine import Machine
 

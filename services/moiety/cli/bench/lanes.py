@@ -7,8 +7,7 @@ from typing import Any
 
 import click
 
-from moiety.cli.bench.engine_options import engine_options, run_engine_benchmark
-from moiety.cli.options import service_environment
+from moiety.cli.bench.engine_options import engine_options, prepare, run_engine_benchmark
 
 
 @click.command()
@@ -25,7 +24,7 @@ def lanes(context: click.Context, /, json_file: Path | None, **options: Any) -> 
     Example:
       moiety bench lanes --concurrency 8,64
     """
-    service_environment()
+    prepare(options)
     from moiety.bench.engines.lanes import bench_lanes, lanes_lines
 
     run_engine_benchmark(context, json_file, bench_lanes, lanes_lines, options)

@@ -12,6 +12,7 @@ import click
 from moiety.bench.load.arrivals import ARRIVALS
 from moiety.bench.load.goodput import targets
 from moiety.bench.load.work import PATHS, Length, LoadWork
+from moiety.cli.arguments import FiniteRange
 from moiety.cli.options import api_key_option, invocation, json_option, request_timeout_option, write_json
 from moiety.cli.run import Interrupted, progress, run_async
 from moiety.errors import InvalidRequest
@@ -47,7 +48,7 @@ def _json_object(text: str) -> str:
 @click.argument("url")
 @click.option(
     "--rate",
-    type=click.FloatRange(min=0, min_open=True),
+    type=FiniteRange(min=0, min_open=True),
     help="Open loop: requests that arrive per second on average.",
 )
 @click.option(
@@ -62,7 +63,7 @@ def _json_object(text: str) -> str:
     '"output_length"}, as in Mooncake\'s public traces; equal "hash_ids" give equal text.',
 )
 @click.option(
-    "--speed", type=click.FloatRange(min=0, min_open=True), default=1.0, help="Speed of the trace; 2: twice the rate."
+    "--speed", type=FiniteRange(min=0, min_open=True), default=1.0, help="Speed of the trace; 2: twice the rate."
 )
 @click.option(
     "--arrivals",
@@ -72,7 +73,7 @@ def _json_object(text: str) -> str:
 )
 @click.option(
     "--burstiness",
-    type=click.FloatRange(min=0, min_open=True),
+    type=FiniteRange(min=0, min_open=True),
     default=1.0,
     help="Shape of --arrivals gamma: below 1 in bursts, 1 as poisson, above 1 more even.",
 )
@@ -83,7 +84,7 @@ def _json_object(text: str) -> str:
 )
 @click.option(
     "--seconds",
-    type=click.FloatRange(min=0, min_open=True),
+    type=FiniteRange(min=0, min_open=True),
     help="Requests arrive for so long; then answers are awaited.",
 )
 @click.option(

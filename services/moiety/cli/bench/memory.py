@@ -8,14 +8,14 @@ from pathlib import Path
 
 import click
 
+from moiety.cli.arguments import FiniteRange
 from moiety.cli.options import invocation, json_option, write_json
 from moiety.cli.run import progress, run_async
+from moiety.errors import ConfigError
 
 
 @click.command()
-@click.option(
-    "--gigabytes", type=click.FloatRange(0.05, 1000), default=2.2, help="Gigabytes of expert weights in bfloat16."
-)
+@click.option("--gigabytes", type=FiniteRange(0.05, 1000), default=2.2, help="Gigabytes of expert weights in bfloat16.")
 @click.option("--groups", type=click.IntRange(1, 64), default=1, help="Expert replicas that share the weights.")
 @json_option
 @click.pass_context
@@ -30,8 +30,13 @@ def memory(context: click.Context, gigabytes: float, groups: int, json_file: Pat
     Example:
       moiety bench memory --gigabytes 4 --groups 1
     """
+    from moiety.tools.machine import Machine, free_bytes
+
+    free = free_bytes(tempfile.gettempdir())
+    if free is not None and 1.5e9 * gigabytes > free:  # in bfloat16, and at 4 bits
+        bound = f"must be at most {free / 1.5e9:.1f}: {tempfile.gettempdir()} has {free / 1e9:.1f} GB free"
+        raise ConfigError("gigabytes", gigabytes, bound)
     from moiety.bench.memory import bench_memory, memory_lines
-    from moiety.tools.machine import Machine
 
     with tempfile.TemporaryDirectory(prefix="moiety-memory-") as scratch:
         rows = run_async(bench_memory(Path(scratch), gigabytes=gigabytes, groups=groups, progress=progress()))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from moiety.cli.options import invocation, json_option, service_environment, write_json
+from moiety.cli.options import check_first, invocation, json_option, service_environment, write_json
 from moiety.cli.run import progress, signals_interrupt
 
 
@@ -20,7 +20,7 @@ from moiety.cli.run import progress, signals_interrupt
 @click.option("--seed", type=int, default=0, help="Seed of the training.")
 @click.option(
     "--keep",
-    type=click.Path(path_type=Path),
+    type=click.Path(file_okay=False, path_type=Path),
     help="Keep the checkpoints in this folder.  [default: delete them at the end]",
 )
 @json_option
@@ -39,6 +39,8 @@ def quantize(
       moiety bench quantize --keep /tmp/quantised --json quality.json
     """
     service_environment()
+    if model is not None:
+        check_first(model)
     from moiety.bench.quantize import bench_quantize, quality_lines
     from moiety.tools.machine import Machine
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import click
 
+from moiety.cli.arguments import FiniteRange
+from moiety.cli.bench.model_check import check_model
 from moiety.cli.options import (
     IntegerList,
     WordList,
@@ -33,11 +35,15 @@ from moiety.cli.run import progress, run_async
     help="Measure both synthetic models at both prompt lengths, and transformers' continuous batching too.",
 )
 @click.option(
-    "--vllm", metavar="PYTHON", help="Also measure vLLM: the Python of an environment that has vLLM's CPU build."
+    "--vllm",
+    metavar="PYTHON",
+    type=click.Path(exists=True, dir_okay=False),
+    help="Also measure vLLM: the Python of an environment that has vLLM's CPU build.",
 )
 @click.option(
     "--llama-cpp",
     metavar="PYTHON",
+    type=click.Path(exists=True, dir_okay=False),
     help="Also measure llama.cpp: the Python of an environment that has llama-cpp-python and gguf.",
 )
 @click.option("--int8", is_flag=True, help="Also measure Moiety with int8 experts.")
@@ -63,7 +69,7 @@ from moiety.cli.run import progress, run_async
 @click.option("--quick", is_flag=True, help="Small model, short prompts, one round: checks that every path works.")
 @click.option(
     "--minutes",
-    type=click.FloatRange(0.1, 1440),
+    type=FiniteRange(0.1, 1440),
     default=60.0,
     help="No run begins after this many minutes, which the models share evenly. Rows not measured by then say so.",
 )
@@ -102,17 +108,22 @@ def serve(
       moiety bench serve --compare --vllm ~/vllm/bin/python --llama-cpp ~/llama/bin/python --json compare.json
     """
     service_environment()
+    full = compare and not quick
+    models = models or (("large", "small") if full else ("small",))
+    prompts = prompts or ((64, 512) if full else (64,))
+    new = new or (16 if quick else 64)
+    for model in models:
+        check_model({"model": model, "groups": groups, "prompt_tokens": max(prompts), "new_tokens": new})
     from moiety.bench.serve.serve import Workload, bench_serve, serve_lines
     from moiety.bench.serve.systems import peer_kinds
     from moiety.tools.machine import Machine
 
-    full = compare and not quick
     workload = Workload(
-        models=models or (("large", "small") if full else ("small",)),
+        models=models,
         groups=groups,
-        prompts=prompts or ((64, 512) if full else (64,)),
+        prompts=prompts,
         concurrency=concurrency or ((1, 8) if quick else (1, 8, 32)),
-        new_tokens=new or (16 if quick else 64),
+        new_tokens=new,
         dtype=dtype,
         rounds=rounds or (1 if quick else 3),
         minutes=minutes,

@@ -7,8 +7,7 @@ from typing import Any
 
 import click
 
-from moiety.cli.bench.engine_options import engine_options, run_engine_benchmark
-from moiety.cli.options import service_environment
+from moiety.cli.bench.engine_options import engine_options, prepare, run_engine_benchmark
 
 
 @click.command()
@@ -25,7 +24,7 @@ def split(context: click.Context, /, json_file: Path | None, **options: Any) -> 
     Example:
       moiety bench split --concurrency 1,8,32 --json split.json
     """
-    service_environment()
+    prepare(options)
     from moiety.bench.engines.split import bench_split, split_lines
 
     run_engine_benchmark(context, json_file, bench_split, split_lines, options)

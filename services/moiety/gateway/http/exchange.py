@@ -11,6 +11,7 @@ from typing import Any
 
 from starlette.types import Receive, Scope, Send
 
+from moiety.core.address import joined
 from moiety.core.supervise import spawn
 from moiety.gateway.admission import host_of
 from moiety.gateway.http.errors import ClientGone, Problem
@@ -40,7 +41,7 @@ class Exchange:
     def host(self) -> str:
         """The client's host, named as for the gRPC API, so that admission counts both together."""
         address, port = self._scope.get("client") or ("", 0)
-        return host_of(f"ipv6:[{address}]:{port}" if ":" in address else f"ipv4:{address}:{port}")
+        return host_of(f"{'ipv6' if ':' in address else 'ipv4'}:{joined(address, port)}")
 
     @asynccontextmanager
     async def client_present(self) -> AsyncIterator[None]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from moiety.client import Client
+from moiety.core.address import split
 from moiety.core.replica import Replica, ReplicaState, Role, Transport
 from moiety.core.supervise import supervise
 from moiety.core.system import SystemId
@@ -170,9 +171,9 @@ class LocalSystem:
         while True:
             live = {child.replica.pid: child.replica for child in self._cluster.children}
             for pid, replica in live.items():
-                host, _, port = replica.address.rpartition(":")
+                host, port = split(replica.address)
                 if pid not in self._relays and host == RELAYED:
-                    relay = Relay(int(port))
+                    relay = Relay(port)
                     await relay.start()  # if that fails, it is tried again
                     self._relays[pid] = relay
             for pid in self._relays.keys() - live.keys():

@@ -7,7 +7,7 @@ from contextlib import closing
 
 from moiety.client import Chunk, GenerateOptions, ModelInfo, SyncClient
 from moiety.core.sampling import FinishReason
-from moiety.errors import FailedPrecondition, InvalidRequest, MoietyError, Unavailable
+from moiety.errors import FailedPrecondition, InvalidRequest, MoietyError
 from moiety.tools.chat.commands import COMMANDS, Commands
 from moiety.tools.chat.conversation import Conversation, tokens_of
 from moiety.tools.chat.reasoning import ReasoningSplitter
@@ -175,8 +175,7 @@ class Chat:
 
     def _failed(self, error: MoietyError) -> None:
         self.failures += 1
-        where = f"gateway {self._client.address}: " if isinstance(error, Unavailable) else ""
-        self._screen.error(f"{where}{error}")
+        self._screen.error(str(error))
 
 
 def _is_too_long(error: InvalidRequest) -> bool:

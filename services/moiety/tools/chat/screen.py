@@ -7,10 +7,10 @@ import sys
 from collections.abc import Mapping
 from typing import TextIO
 
+from moiety.core.text import for_terminal
+
 PROMPT, CONTINUED = "> ", ". "
 DIM, RED, BOLD, PLAIN = "\033[2m", "\033[31m", "\033[1m", "\033[0m"
-# What a model writes must not command the terminal: control characters but tab and line feed become U+FFFD.
-_CONTROLS = {code: "\ufffd" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\t\n"}
 
 
 class Screen:
@@ -74,4 +74,4 @@ class Screen:
 
     def _safe(self, stream: TextIO, text: str) -> str:
         """Returns `text` as it may go to `stream`: a terminal shows it also where what is entered comes through a pipe."""
-        return text.translate(_CONTROLS) if self.interactive or stream.isatty() else text
+        return for_terminal(text) if self.interactive or stream.isatty() else text

@@ -1,0 +1,33 @@
+"""Text from people and for people: what UTF-8 cannot express, what a terminal may get, which word may be meant."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+# A terminal must not be commanded by what a model or a server writes: control characters but tab and line feed.
+_CONTROLS = {code: "\ufffd" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\t\n"}
+
+
+def for_terminal(text: str) -> str:
+    """Returns `text` with U+FFFD in the place of control characters other than tab and line feed."""
+    return text.translate(_CONTROLS)
+
+
+def not_utf8(text: str) -> str | None:
+    """Returns what in `text` UTF-8 cannot express: a byte of an argument or file in another encoding, or half a character."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        code, place = ord(text[error.start]), error.start + 1
+        if 0xDC80 <= code <= 0xDCFF:  # Python's stand-in for a byte, PEP 383
+            return f"character {place} is the byte 0x{code - 0xDC00:02x}, which is not UTF-8"
+        return f"character {place} is U+{code:04X}, one half of a surrogate pair"
+    return None
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Returns "; did you mean …?" with the nearest of the `known` words; nothing if none is near."""
+    by_fold = {each.casefold(): each for each in known}
+    near = get_close_matches(word.casefold(), by_fold, n=1, cutoff=0.6)
+    return f"; did you mean {by_fold[near[0]]!r}?" if near else ""
