@@ -3,7 +3,9 @@
 
 # `ray up` exports RAY_HEAD_IP on workers, not on the head.
 export HEAD_ADDRESS="${RAY_HEAD_IP:-$(hostname -I | cut -d' ' -f1)}"
-export REDIS_PORT=6390 # Ray's control store uses 6379
+# Neither port is 6379, where a distribution's own redis-server listens.
+export RAY_HEAD_PORT=6380 # of Ray's control store
+export REDIS_PORT=6390
 export REDIS_PASSWORD="$(cat ~/.moiety/redis_password)"
 
 # Set in every process: if unset, the mode depends on whether a token file exists.
