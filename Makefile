@@ -2,8 +2,20 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
+# Which build of torch: cpu, or pip's, which for x86-64 is the CUDA build and takes 3 GB more (`make demo TORCH=cuda`).
+TORCH  ?= $(if $(shell command -v nvidia-smi),cuda,cpu)
 PROTOS := $(sort $(shell find protos -name '*.proto'))
 CPU    := $(wildcard kernels/moiety_kernels/cpu/*)
+
+# The CPU build comes from an index of its own; where that is out of reach, pip's build is installed with the rest.
+define install_torch
+	@case $(TORCH) in \
+	  cuda) ;; \
+	  cpu) $(1)/bin/python -m pip install --quiet --no-deps --retries 1 --timeout 20 --constraint constraints.txt \
+	      --index-url https://download.pytorch.org/whl/cpu torch || echo "No CPU build of torch within reach: taking pip's" ;; \
+	  *) echo "TORCH=$(TORCH): must be cpu or cuda" >&2; exit 1 ;; \
+	esac
+endef
 
 .PHONY: help demo test test-all conformance check parity proto bench clean
 .DEFAULT_GOAL := help
@@ -14,6 +26,7 @@ help: ## this list
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "Setting up $(VENV): a few minutes, once …"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(call install_torch,$(VENV))
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[serve,dev]'
 	@# Tests read the published chat templates in trl's wheel, as data. What trl itself would need is large and not needed.
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps trl
@@ -37,6 +50,7 @@ test-all: $(VENV)/.kernels ## these and the long ones
 $(VENV)-conformance/.installed: pyproject.toml constraints.txt
 	@echo "Setting up $(VENV)-conformance: a few minutes, once …"
 	@test -x $(VENV)-conformance/bin/python || $(PYTHON) -m venv $(VENV)-conformance
+	$(call install_torch,$(VENV)-conformance)
 	@# LiteLLM excludes these two pins.
 	grep -vE '^(certifi|python-dateutil)==' constraints.txt > $(VENV)-conformance/constraints.txt
 	$(VENV)-conformance/bin/python -m pip install --quiet --constraint $(VENV)-conformance/constraints.txt --editable '.[serve,dev,conformance]'

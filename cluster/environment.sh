@@ -1,9 +1,12 @@
 # Sourced on every machine by the start commands of local.yaml and gpu.yaml, and before `serve deploy`.
 # What depends on the machines is set here, so that serve.yaml is the same on a laptop and on a cluster. Edit it here.
 
-# `ray up` exports RAY_HEAD_IP on workers, not on the head.
+# `ray up` exports RAY_HEAD_IP on workers, not on the head. Where the head's first address is not the one that the launcher
+# file names, write that one here instead.
 export HEAD_ADDRESS="${RAY_HEAD_IP:-$(hostname -I | cut -d' ' -f1)}"
-export REDIS_PORT=6390 # Ray's control store uses 6379
+# Neither port is 6379, where a distribution's own redis-server listens.
+export RAY_HEAD_PORT=6380 # of Ray's control store
+export REDIS_PORT=6390
 export REDIS_PASSWORD="$(cat ~/.moiety/redis_password)"
 
 # Set in every process: if unset, the mode depends on whether a token file exists.

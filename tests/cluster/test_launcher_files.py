@@ -145,19 +145,39 @@ def test_the_environment_is_the_applications(home: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("name", LAUNCHER_FILES)
-def test_redis_is_configured_through_stdin(name: str, home: Path, tmp_path: Path) -> None:
-    """The head's Redis gets its password and addresses through stdin, not as arguments, which others could see."""
-    server = tmp_path / "redis-server"
-    server.write_text('#!/bin/sh\necho "arguments: $*"; cat\n')
-    server.chmod(0o755)
-    command = next(line for line in load(name)["head_start_ray_commands"] if "redis-server" in line)
-    redis_command = command.removeprefix(". ~/moiety/cluster/environment.sh; ")
-    output = run_under_environment(home, f"PATH={tmp_path}:$PATH; {redis_command}", RAY_HEAD_IP="192.0.2.10")
-    assert output.splitlines() == [
-        "arguments: -",
-        "port 6390",
-        "bind 127.0.0.1 192.0.2.10",
-        "requirepass s3cret",
-        'save ""',
-        "daemonize yes",
-    ]
+def test_the_ports_do_not_meet(name: str, home: Path) -> None:
+    """Ray and Redis take the ports of environment.sh: two, and neither is that of a distribution's redis-server."""
+    ports = run_under_environment(home, "echo $RAY_HEAD_PORT $REDIS_PORT").split()
+    assert len({*ports, "6379"}) == 3
+    commands = start_commands(load(name))
+    starts = [command for command in commands if "ray start" in command]
+    assert ["$RAY_HEAD_PORT" in command for command in starts] == [True, True]
+    assert not [command for command in commands if "6379" in command]
+
+
+@pytest.mark.parametrize("name", LAUNCHER_FILES)
+def test_redis_is_checked_before_ray_starts(name: str) -> None:
+    """The head first starts the Redis of its environment, or stops there if another server has the port."""
+    first = load(name)["head_start_ray_commands"][0]
+    assert first == ". ~/moiety/cluster/environment.sh; ~/venv/bin/python ~/moiety/cluster/shared_redis.py start"
+
+
+def test_files_are_copied_before_any_command_runs() -> None:
+    """No command of gpu.yaml installs rsync: Ray has used it by then."""
+    config = load("gpu.yaml")
+    commands = [*config["initialization_commands"], *config["setup_commands"], *start_commands(config)]
+    assert not [command for command in commands if "rsync" in command]
+
+
+def test_apt_is_tried_again_while_its_locks_are_held(tmp_path: Path) -> None:
+    """The first commands of gpu.yaml wait for a machine that still updates itself after its first boot."""
+    (tmp_path / "sudo").write_text('#!/bin/sh\necho "$*" >> calls\n[ "$(grep -c update calls)" -ge 3 ]\n')
+    (tmp_path / "sleep").write_text("#!/bin/sh\n")
+    for name in ("sudo", "sleep"):
+        (tmp_path / name).chmod(0o755)
+    for command in load("gpu.yaml")["initialization_commands"]:
+        subprocess.run(
+            ["bash", "-ec", command], env={"PATH": f"{tmp_path}:/usr/bin:/bin"}, cwd=tmp_path, check=True, timeout=20
+        )
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert calls == [*["apt-get update -q"] * 3, "apt-get install -yq python3-venv"]

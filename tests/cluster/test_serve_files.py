@@ -39,6 +39,22 @@ def test_every_key_is_one_of_serves(name: str) -> None:
         assert set(application) <= set(ServeApplicationSchema.model_fields)
 
 
+@pytest.mark.parametrize("name", SERVE_FILES)
+def test_the_gateway_is_on_the_head(name: str) -> None:
+    """The gateway is placed on the head, also where the head has no CPU for replicas, so that its address is known."""
+    gateway = resolve({"model": "m", **load(name)["applications"][0]["args"]}).gateway
+    assert (gateway.num_cpus, gateway.num_gpus) == (0, 0)
+    assert set(gateway.resources) == {"node:__internal_head__"}
+
+
+def test_two_cores_are_enough() -> None:
+    """The first replicas of serve.yaml, and another one of a group, reserve no more than 2 CPUs."""
+    settings = resolve({"model": "m", **load("serve.yaml")["applications"][0]["args"]})
+    deployments = ["gateway", "router", *(f"experts-{group}" for group in range(settings.groups))]
+    scaling = [settings.scaling(name) for name in deployments]
+    assert sum(each.min_replicas * each.num_cpus for each in scaling) + settings.experts.num_cpus <= 2
+
+
 def test_serves_check_can_fail() -> None:
     """A mistyped value of the deploy file is refused."""
     with pytest.raises(ValueError, match="proxy_location"):

@@ -26,6 +26,7 @@ SCALING = {
     "max_replicas": 7,
     "num_cpus": 2.5,
     "num_gpus": 0.5,
+    "resources": {"node:__internal_head__": 0.001},
     "target_busy": 0.5,
     "queue_wait_ms": 20.0,
     "shrink_after_s": 60.0,

@@ -51,6 +51,8 @@ Host = Annotated[str, AfterValidator(_host), WithJsonSchema(_HOST)]
 MinReplicas = Annotated[int, Field(ge=0, le=1000, description="Fewest replicas.")]
 MaxReplicas = Annotated[int, Field(ge=1, le=1000, description="Most replicas; above min_replicas, the load decides.")]
 Cpus = Annotated[float, Field(ge=0, description="Ray CPUs per replica.")]
+# Resources that `Scaling.resources` may not name, because Ray takes them elsewhere, and what to set instead.
+RESERVED = {"cpu": "set num_cpus", "gpu": "set num_gpus", "memory": "not offered"}
 
 
 class Options(BaseModel):
@@ -229,6 +231,8 @@ class Scaling(Options):
     num_cpus: Cpus = 1.0
     num_gpus: float = Field(default=0.0, ge=0)
     """Ray GPUs per replica."""
+    resources: Mapping[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
+    """Ray's other resources per replica, which choose the node: {"node:__internal_head__": 0.001} = the head."""
     target_busy: float = Field(default=0.6, gt=0, le=1)
     """Busy fraction that scaling aims at, 0 to 1."""
     queue_wait_ms: float = Field(default=50.0, gt=0)
@@ -244,6 +248,16 @@ class Scaling(Options):
             if name not in LIVE_SETTINGS:
                 raise ConfigError(f"user_config.{name}", values[name], f"live settings are {', '.join(LIVE_SETTINGS)}")
         return validated(type(self), {**self.model_dump(), **values}) if values else self
+
+    @field_validator("resources")
+    @classmethod
+    def _as_ray_takes_them(cls, value: Mapping[str, float]) -> Mapping[str, float]:
+        for name, quantity in value.items():
+            if name.lower() in RESERVED:
+                raise ValueError(f"{name}: {RESERVED[name.lower()]}")
+            if quantity > 1 and quantity % 1:
+                raise ValueError(f"{name}: {quantity}: must be a whole number where it is above 1, as Ray demands")
+        return value
 
     @field_validator("max_replicas")
     @classmethod

@@ -64,7 +64,11 @@ def _options(settings: AppSettings, arguments: dict[str, Any], name: str, held: 
     wanted = settings.scaling(name)
     options: dict[str, Any] = {
         "name": name,
-        "ray_actor_options": {"num_cpus": wanted.num_cpus, "num_gpus": wanted.num_gpus},
+        "ray_actor_options": {
+            "num_cpus": wanted.num_cpus,
+            "num_gpus": wanted.num_gpus,
+            "resources": dict(wanted.resources),
+        },
         # A killed replica is replaced in 2.2 s; with Serve's default of 10 s, in 3.7 to 5.7 s. A sick one is replaced after
         # three checks that fail, a stopped one after three that are not answered.
         "health_check_period_s": 1.0,

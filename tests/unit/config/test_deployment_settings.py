@@ -72,3 +72,20 @@ def test_live_settings_of_a_group() -> None:
         group.with_live({"num_cpus": 2})
     with pytest.raises(ConfigError, match="target_busy"):
         group.with_live({"target_busy": 1.5})
+
+
+@pytest.mark.parametrize(
+    ("resources", "why"),
+    [
+        ({"CPU": 1}, "CPU: set num_cpus"),
+        ({"gpu": 1}, "gpu: set num_gpus"),
+        ({"memory": 1e9}, "memory: not offered"),
+        ({"rack": 0}, "greater than 0"),
+        ({"rack": 1.5}, "rack: 1.5: must be a whole number"),
+    ],
+)
+def test_resources_are_what_ray_takes(resources: dict[str, float], why: str) -> None:
+    """A resource that Ray reserves by another option, or a quantity that it refuses, is refused with what to do instead."""
+    with pytest.raises(ConfigError, match=rf"experts\.resources.*{why}"):
+        resolve({"model": "m", "experts": {"resources": resources}})
+    assert resolve({"model": "m", "experts": {"resources": {"rack": 0.5}}}).experts.resources == {"rack": 0.5}
