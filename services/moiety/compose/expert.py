@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from moiety.compose.placement_follower import PlacementFollower
-from moiety.compose.running import Running, ServiceParts, ServiceStart
+from moiety.compose.running import Running, ServiceStart
+from moiety.compose.service_parts import ServiceParts
 from moiety.config.options import Scaling
 from moiety.config.services import ExpertSettings
 from moiety.core.experts import ExpertSet
@@ -110,6 +111,7 @@ async def start(settings: ExpertSettings, replica_id: str, node: str, launched: 
                 role=Role.EXPERT,
                 server=server,
                 idle=lambda: runtime.idle,
+                work=lambda: runtime.accepted,
                 healthy=runtime.check_health,
                 reconfigure=reconfigure,
                 entry=entry,
