@@ -56,14 +56,15 @@ class Running:
         self._registry, self._system = registry, system
         self._heartbeat = Heartbeat(registry, lambda: self.replica, on_beat=parts.on_beat, require=True)
         self._draining = False
-        self._sick = False
+        self._sick = ""  # why
+        self._refused = ""  # why the latest live settings were
         self._loop_progress = Progress(MOST_LATE, inf)
         self._looking: asyncio.Task[None] | None = None
 
     @property
     def replica(self) -> Replica:
         """The current registry entry."""
-        replica = self._parts.entry(self._replica)
+        replica = dataclasses.replace(self._parts.entry(self._replica), problem=self._sick or self._refused)
         if self._draining:
             return dataclasses.replace(replica, state=ReplicaState.DRAINING)
         return dataclasses.replace(replica, state=ReplicaState.SICK) if self._sick else replica
@@ -101,12 +102,12 @@ class Running:
                 problem = ""
             except Unavailable as error:
                 problem = str(error)
-            if self._sick != bool(problem):
+            if bool(self._sick) != bool(problem):
                 await self._turn_sick(problem)
 
     async def _turn_sick(self, problem: str) -> None:
         """Tells others that the service is sick because of `problem`, or that it is well again where that is empty."""
-        self._sick = bool(problem)
+        self._sick = problem
         if problem:
             _log.error("%s is sick: %s", self._replica.id, problem)
         else:
@@ -116,7 +117,21 @@ class Running:
             await self._heartbeat.beat()
 
     async def reconfigure(self, values: Mapping[str, Any]) -> None:
-        """Applies live settings. Raises ConfigError for one that cannot change while the service runs."""
+        """Applies live settings; one that is left out is as at the start.
+
+        Raises ConfigError for an unknown or wrong one. Then the service goes on with those it had, and its registry entry
+        tells why, until it is given others.
+        """
+        try:
+            await self._reconfigure(values)
+        except ConfigError as error:
+            self._refused = f"live settings refused: {error}"
+            raise
+        self._refused = ""
+
+    async def _reconfigure(self, values: Mapping[str, Any]) -> None:
+        if not isinstance(values, Mapping):
+            raise ConfigError("user_config", values, "must be a mapping of live settings")
         if self._parts.reconfigure is not None:
             await self._parts.reconfigure(values)
         elif values:

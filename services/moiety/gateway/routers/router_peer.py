@@ -86,7 +86,9 @@ class RouterPeer:
 
     @property
     def state(self) -> ReplicaState:
-        """The router's own state, by its last report."""
+        """The router's own state, by its last report; DRAINING also where the registry says so."""
+        if self.replica.state is ReplicaState.DRAINING:
+            return ReplicaState.DRAINING
         with suppress(ValueError):
             return ReplicaState(self.description.state)
         return ReplicaState.READY

@@ -238,6 +238,8 @@ class RouterPool:
             routers = {replica.id: replica for replica in self._seen if replica.role is Role.ROUTER}
             self._listed = {name: replica for name, replica in routers.items() if replica.state in USABLE}
             self._refused = {name: why for name, why in self._refused.items() if name in self._listed}
+            for name in self._routers.keys() & self._listed.keys():
+                self._routers[name].replica = self._listed[name]
 
     async def _drop_lost(self, spare: RouterPeer | None = None) -> None:
         for router in [router for router in self._routers.values() if router is not spare and self._has_left(router)]:
@@ -282,6 +284,7 @@ class RouterPool:
             return
         if router is not None and not self._has_left(router):
             self._routers[replica.id] = router
+            router.replica = self._listed.get(replica.id, replica)
         elif router is not None:
             await router.close()
 
