@@ -104,15 +104,14 @@ def test_signal_lets_work_clean_up(number: signal.Signals) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_only_the_first_signal_interrupts(number: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> None:
     """A second one is noted, so that an end which waits can hurry; one that comes with the first is the same."""
-    with pytest.raises(Interrupted), signals_interrupt() as signals:
-        try:
+    with signals_interrupt() as signals:
+        with pytest.raises(Interrupted):
             os.kill(os.getpid(), number)
-        finally:
-            os.kill(os.getpid(), number)
-            assert not signals.again()
-            monkeypatch.setattr("moiety.cli.run.SAME_S", 0.0)
-            os.kill(os.getpid(), number)
-            assert signals.again()
+        os.kill(os.getpid(), number)
+        assert not signals.again()
+        monkeypatch.setattr("moiety.cli.run.SAME_S", 0.0)
+        os.kill(os.getpid(), number)
+        assert signals.again()
 
 
 def test_rebalance_reports_a_wrong_address_at_once(capsys: pytest.CaptureFixture[str]) -> None:
