@@ -25,7 +25,7 @@ POLL_S = 0.2
 COUNT_S = 1.0  # between two counts of the running requests
 STILL_S = 10.0  # between two lines that say the same
 ASK_S = 1.0  # a router or the controller may take so long to answer
-EXTRA_S = 7.0  # beyond `drain_s`, in which Serve gives a replica time to close
+EXTRA_S = 10.0  # beyond `drain_s`, in which Serve gives a replica time to close
 
 
 def end_application(
@@ -50,6 +50,7 @@ def end_application(
         if now >= counted_at:
             counted_at = now + COUNT_S
             if (details := _applications().get(app)) is None:
+                progress(f"{app}: ended")
                 return True
             running = asyncio.run(running_requests(registry, app)) if registry else 0
             what = f"{running} request{'s' * (running != 1)}" if running else _left(details)
