@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from moiety.cli.local_system import http_door
 from moiety.cli.options import (
     ModelName,
     api_key_option,
@@ -18,6 +19,7 @@ from moiety.cli.options import (
 from moiety.cli.run import Interrupted, progress, run_async
 from moiety.config.options import DEFAULT_HTTP_PORT
 
+DEFAULT_URL = f"http://127.0.0.1:{DEFAULT_HTTP_PORT}"
 _FILE = click.Path(dir_okay=False, path_type=Path)
 
 
@@ -34,9 +36,10 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
     "--url",
     envvar="MOIETY_URL",
     show_envvar=True,
-    default=f"http://127.0.0.1:{DEFAULT_HTTP_PORT}",
-    help="Address of a running server that speaks OpenAI's API, with or without /v1.",
+    help="Address of a running server that speaks OpenAI's API, with or without /v1.  "
+    f"[default: that of the system on this machine, else {DEFAULT_URL}]",
 )
+@click.option("--app", help="Application, or pid, of the system, where several run on this machine.")
 @click.option(
     "--model", type=ModelName(), help="Instead of --url: folder or Hugging Face id to serve here while the batch runs."
 )
@@ -68,7 +71,8 @@ def batch(
     input_file: Path,
     output_file: Path,
     errors_file: Path | None,
-    url: str,
+    url: str | None,
+    app: str | None,
     model: str | None,
     hub_revision: str | None,
     groups: int,
@@ -113,7 +117,7 @@ def batch(
     if model is None:
         if hub_revision is not None:
             raise click.UsageError("--revision needs --model")
-        server = running_server(url)
+        server = running_server(http_door(url, app, DEFAULT_URL).address)
     else:
         if context.get_parameter_source("url") is click.core.ParameterSource.COMMANDLINE:
             raise click.UsageError("--url and --model exclude each other")

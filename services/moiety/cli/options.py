@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import click
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
+from moiety.cli.json_output import writable
 from moiety.cli.run import progress, signals_interrupt
 from moiety.config.options import DTYPES
 
@@ -123,7 +124,7 @@ def json_option(function: Function) -> Function:
         "--json",
         "json_file",
         type=click.Path(dir_okay=False, writable=True, path_type=Path),
-        callback=_writable,
+        callback=writable,
         help="Also write the result to this file, as JSON.",
     )(function)
 
@@ -172,13 +173,6 @@ def invocation(context: click.Context) -> str:
         text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
         words += [text] if isinstance(parameter, click.Argument) else [parameter.opts[0], text]
     return shlex.join(words)
-
-
-def _writable(_context: click.Context, _parameter: click.Parameter, file: Path | None) -> Path | None:
-    """Callback of --json: rejects a file whose folder is missing, before the command does its work."""
-    if file is not None and not file.parent.is_dir():
-        raise click.BadParameter(f"{file.parent} is not a folder")
-    return file
 
 
 rounds_option = click.option(

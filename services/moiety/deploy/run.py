@@ -18,7 +18,7 @@ from moiety.deploy.ray_cluster import LOGICAL_CPUS, connected, existing_ray, loc
 from moiety.deploy.ready import Progress, until_ready, wanted_replicas
 from moiety.model.checkpoint.checkpoint import Checkpoint
 from moiety.model.experts.cached import expert_layout
-from moiety.registry.connect import connect
+from moiety.registry.connect import connect, forget
 from moiety.wire.shared_port import check_ports
 
 
@@ -87,6 +87,7 @@ def deploy_app(
         build_s = time.monotonic() - began - ray_s
         serve.start(proxy_location="Disabled")
         if args.app not in serve.status().applications:
+            ends.callback(lambda: asyncio.run(forget(args.registry.get_secret_value(), args.system)))
             ends.callback(serve.delete, args.app)
         serve.run_many(
             [serve.RunTarget(application, name=args.app, route_prefix=None)],

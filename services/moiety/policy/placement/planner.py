@@ -67,16 +67,29 @@ class PlacementPlan:
 
     def lines(self) -> Iterator[str]:
         """Yields the plan as text, like a diff."""
+        yield from self.changed_lines()
+        yield from self.summary()
+
+    def changed_lines(self) -> Iterator[str]:
+        """Yields, for each deployment that changes, its name, then the experts that it loads (+) and drops (-)."""
         for name in sorted({*self.loads, *self.drops}):
             yield name
             for sign, experts in (("+", self.loads.get(name)), ("-", self.drops.get(name))):
                 if experts is not None:
                     yield from (f"  {sign} {part}" for part in str(experts).split(";"))
-        moved = sum(map(len, self.loads.values()))
+
+    def summary(self) -> Iterator[str]:
+        """Yields what the plan costs and gains, with units."""
+        if not self.changes:
+            yield f"nothing to change: placement {self.placement.epoch - 1} is the best known for this load"
+        else:
+            loaded, dropped = (sum(map(len, moved.values())) for moved in (self.loads, self.drops))
+            yield f"cost:    {loaded} experts to load, {self.moved_bytes / 1e9:.2f} GB over all replicas; {dropped} to drop"
         yield (
-            f"{moved} experts to load, {self.moved_bytes / 1e9:.2f} GB in all; slowest replicas {self.before:.4g} → "
-            f"{self.after:.4g} ({self.gain:+.1%} saved), balancedness {self.balancedness:.3f}, epoch {self.placement.epoch}"
+            f"gain:    {self.gain:.1%} of the critical path, {self.before:.4g} → {self.after:.4g} device seconds per second "
+            "(each layer's slowest replica, summed)"
         )
+        yield f"balance: {self.balancedness:.3f} (mean load of a replica by the heaviest; 1 is even)"
 
 
 def plan_placement(
