@@ -115,8 +115,7 @@ def running_systems() -> tuple[RunningSystem, ...]:
         files = sorted(runtime_folder().glob(f"*{SUFFIX}"))
     except (OSError, FailedPrecondition):
         return ()
-    found = filter(None, map(_read, files))
-    return tuple(sorted((one for one in found if one.machine == _machine()), key=lambda one: (one.since, one.pid)))
+    return tuple(sorted(filter(None, map(_read, files)), key=lambda one: (one.since, one.pid)))
 
 
 def is_running(system: RunningSystem) -> bool:
@@ -145,7 +144,7 @@ def chosen(systems: Sequence[RunningSystem], wanted: str | None) -> RunningSyste
 
 
 def _read(file: Path) -> RunningSystem | None:
-    """Returns what `file` says; None if its process has ended (then the file is removed) or it cannot be read."""
+    """Returns what `file` says; None if its process has ended (then the file is removed), or is on another machine."""
     while True:
         try:
             descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW)
@@ -158,6 +157,8 @@ def _read(file: Path) -> RunningSystem | None:
                 values = {name: value for name, value in values.items() if name in names}
                 system = RunningSystem(**{**values, "grpc": tuple(values["grpc"]), "http": tuple(values["http"])})
             except (OSError, ValueError, KeyError, TypeError, AttributeError):
+                return None
+            if system.machine != _machine():
                 return None
             if live:
                 return system
