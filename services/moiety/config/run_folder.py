@@ -50,7 +50,8 @@ def run_folder(kind: str, say: Callable[[str], None], ends: tuple[type[BaseExcep
     try:
         yield folder.path
     except BaseException as error:
-        keep = not isinstance(error, (KeyboardInterrupt, *ends))
+        # A run that failed before it started anything has no logs.
+        keep = not isinstance(error, (KeyboardInterrupt, *ends)) and any(folder.path.iterdir())
         raise
     finally:
         folder.end(keep=keep)

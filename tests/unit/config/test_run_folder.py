@@ -21,15 +21,17 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_failed_run_keeps_its_folder_and_names_it() -> None:
-    """A run that ends well, or by what is named as its end, leaves nothing; one that fails leaves its folder and says where."""
+    """A run that ends well, by what is named as its end, or without a log, leaves nothing; another leaves its folder and says so."""
     said: list[str] = []
     with run_folder("serve", said.append) as ended:
         assert ended.stat().st_mode & 0o777 == 0o700
     with pytest.raises(InterruptedError), run_folder("serve", said.append, (InterruptedError,)) as interrupted:
         raise InterruptedError
-    with pytest.raises(ValueError, match="reason"), run_folder("serve", said.append) as failed:
+    with pytest.raises(ValueError, match="reason"), run_folder("serve", said.append) as empty:
         raise ValueError("reason")
-    assert [path.is_dir() for path in (ended, interrupted, failed)] == [False, False, True]
+    with pytest.raises(ValueError, match="reason"), run_folder("serve", said.append) as failed:
+        raise ValueError(f"reason {(failed / 'log').write_text('why')}")
+    assert [path.is_dir() for path in (ended, interrupted, empty, failed)] == [False, False, False, True]
     assert said == [f"the logs of this run stay in {failed}: the {KEPT} newest are kept, for 7 days"]
 
 
