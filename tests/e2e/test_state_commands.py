@@ -10,6 +10,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+import redis
+
+from moiety.registry.embedded_redis import EmbeddedRedis
 
 MOIETY = Path(sys.executable).with_name("moiety")
 
@@ -22,19 +25,29 @@ def moiety(*words: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture
+def registry() -> Iterator[EmbeddedRedis]:
+    """A Redis that outlives the system."""
+    with EmbeddedRedis() as server:
+        yield server
+
+
+@pytest.fixture
 def started(
-    tiny: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Callable[[str], str], registry: EmbeddedRedis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[subprocess.Popen[str]]:
     """A `moiety serve` that has just been started; the only system that these tests see."""
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     command = [MOIETY, "serve", tiny("mixtral"), "--groups", "2", "--grpc-port", "0", "--http-port", "0"]
+    command += ["--registry", registry.url]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
         yield process
         if process.poll() is None:
             process.terminate()
 
 
-def test_a_system_is_seen_and_stopped_from_another_terminal(started: subprocess.Popen[str], tmp_path: Path) -> None:
+def test_a_system_is_seen_and_stopped_from_another_terminal(
+    started: subprocess.Popen[str], registry: EmbeddedRedis, tmp_path: Path
+) -> None:
     """Status and logs show the system from its start to its end; `stop` leaves no process, record, folder or key.
 
     Over 20 s: it starts Ray and four replicas on two cores.
@@ -70,4 +83,6 @@ def test_a_system_is_seen_and_stopped_from_another_terminal(started: subprocess.
     assert following.returncode == 0
     assert list((tmp_path / "moiety").iterdir()) == []
     assert not Path(state["logs"]).exists()
+    with redis.Redis(port=registry.port) as client:
+        assert client.keys() == []
     assert moiety("stop").returncode == 1

@@ -15,6 +15,7 @@ from moiety.cli.json_output import json_output_option, print_json
 from moiety.cli.run import run_async
 from moiety.cli.setting_options import setting_option
 from moiety.config.resolve import resolve
+from moiety.config.running_systems import RunningSystem, is_running
 
 CLEAR = "\033[H\033[2J"  # moves to the top left and clears the screen
 
@@ -24,7 +25,9 @@ CLEAR = "\033[H\033[2J"  # moves to the top left and clears the screen
 @setting_option("--app", "app", default="the only system on this machine, or moiety; a pid works too")
 @click.option("--system", "part", default="", help="A part of the system's name, if several of this app are live.")
 @click.option("--decisions", type=click.IntRange(1, 1000), default=5, help="How many of the last decisions to show.")
-@click.option("--watch", is_flag=True, help="Show it again and again until Ctrl-C; with --json, one line each time.")
+@click.option(
+    "--watch", is_flag=True, help="Show it again and again until it ends, or Ctrl-C; with --json, one line each time."
+)
 @click.option(
     "--every", "every_s", type=click.FloatRange(0.2, 3600), default=2.0, help="Seconds between two of --watch."
 )
@@ -52,7 +55,7 @@ def status(part: str, decisions: int, watch: bool, every_s: float, json_file: Pa
     app = settings.app if "app" in settings.model_fields_set else None
     screen = watch and json_file is None and sys.stdout.isatty()
 
-    async def show() -> None:
+    async def show() -> RunningSystem | None:
         snapshot = await read_snapshot(await find_system(registry, app, part, default), decisions)
         if json_file is None:
             lines = "\n".join(status_lines(snapshot))
@@ -61,16 +64,23 @@ def status(part: str, decisions: int, watch: bool, every_s: float, json_file: Pa
             click.echo(json.dumps(snapshot.to_json()))
         else:
             print_json(json_file, snapshot.to_json())
+        return snapshot.found.local
 
     async def show_again() -> None:
-        await show()  # there must be a system at first
+        local = await show()  # there must be a system at first
         while True:
             await asyncio.sleep(every_s)
+            if local is not None and not is_running(local):
+                click.echo(f"{local.app} has ended", err=True)
+                return
             try:
-                await show()
+                local = await show()
             except RegistryUnreachable as error:
                 click.echo(f"{CLEAR if screen else ''}{time.strftime('%H:%M:%S')}  {error}", err=not screen)
 
     if watch and json_file is not None and json_file != Path("-"):
         raise click.UsageError("--watch writes JSON to stdout only: leave out the file of --json")
-    run_async(show_again() if watch else show())
+    if watch:
+        run_async(show_again())
+    else:
+        run_async(show())

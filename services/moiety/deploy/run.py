@@ -68,6 +68,7 @@ def deploy_app(
     args = args.model_copy(update={"model": str(Path(args.model).absolute())})
     args = _checked(args, alone=address is None and not connected())
     with ExitStack() as ends:
+        last = ends.enter_context(ExitStack())  # what is done once Ray has ended, if it was started here
         if address is not None:
             ends.enter_context(existing_ray(address))
         elif not connected():
@@ -87,7 +88,7 @@ def deploy_app(
         build_s = time.monotonic() - began - ray_s
         serve.start(proxy_location="Disabled")
         if args.app not in serve.status().applications:
-            ends.callback(lambda: asyncio.run(forget(args.registry.get_secret_value(), args.system)))
+            last.callback(lambda: asyncio.run(forget(args.registry.get_secret_value(), args.system)))
             ends.callback(serve.delete, args.app)
         serve.run_many(
             [serve.RunTarget(application, name=args.app, route_prefix=None)],

@@ -21,7 +21,7 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_failed_run_keeps_its_folder_and_names_it() -> None:
-    """A run that ends well, by what is named as its end, or without a log, leaves nothing; another leaves its folder and says so."""
+    """A run that ends well, by what is named as its end, or without a log, leaves nothing; another says where its folder is."""
     said: list[str] = []
     with run_folder("serve", said.append) as ended:
         assert ended.stat().st_mode & 0o777 == 0o700
