@@ -77,7 +77,7 @@ def serve(model: str, hub_revision: str | None, ray_address: str | None, dashboa
     name = settings.served_name or Path(settings.model).absolute().name
     with signals_interrupt(), ExitStack() as ends:
         record = ends.enter_context(
-            recorded(settings.app, name, show, checkpoint=folder, ray_address=ray_address or "")
+            recorded(settings.app, name, show, checkpoint=str(Path(folder).absolute()), ray_address=ray_address or "")
         )
         if "registry" not in settings.model_fields_set:
             redis = ends.enter_context(EmbeddedRedis())

@@ -82,7 +82,7 @@ class Running:
         self._parts, self._replica, self._closers = parts, replica, closers
         self._heartbeat = Heartbeat(registry, lambda: self.replica, on_beat=parts.on_beat, require=True)
         self._draining = False
-        self._sick = False
+        self._sick, self._problem = False, ""
         self._loop_progress = Progress(MOST_LATE, inf)
         self._looking: asyncio.Task[None] | None = None
 
@@ -92,7 +92,7 @@ class Running:
         replica = self._parts.entry(self._replica)
         if self._draining:
             return dataclasses.replace(replica, state=ReplicaState.DRAINING)
-        return dataclasses.replace(replica, state=ReplicaState.SICK) if self._sick else replica
+        return dataclasses.replace(replica, state=ReplicaState.SICK, problem=self._problem) if self._sick else replica
 
     async def register(self) -> None:
         """Registers and keeps registering. Raises RegistryUnreachable if the registry does not answer at start."""
@@ -132,7 +132,7 @@ class Running:
 
     async def _turn_sick(self, problem: str) -> None:
         """Tells others that the service is sick because of `problem`, or that it is well again where that is empty."""
-        self._sick = bool(problem)
+        self._sick, self._problem = bool(problem), problem
         if problem:
             _log.error("%s is sick: %s", self._replica.id, problem)
         else:

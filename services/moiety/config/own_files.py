@@ -31,17 +31,17 @@ def temporary_folder() -> Path:
 
 
 def held(path: Path) -> int:
-    """Marks a file or folder as used by this process until it ends or closes the descriptor that is returned.
+    """Marks a new file or folder as used by this process until it ends or closes the descriptor that is returned.
 
     The mark is a lock (flock) of the operating system, so it ends with the process, however that ends, and no other process
-    with the same id can be taken for this one. Raises OSError where the file system has no locks, or another process holds it.
+    with the same id can be taken for this one. Raises OSError where the file system has no locks.
     """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         if sys.platform != "win32":
             import fcntl
 
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)  # waits for a process that asks `is_held` at this moment
     except BaseException:
         os.close(descriptor)
         raise

@@ -54,8 +54,9 @@ def _head(snapshot: Snapshot) -> Iterator[str]:
     models = sorted({one.model for one in live}) or ([found.local.model] if found.local else [])
     app = found.system.app if found.system else found.local.app if found.local else ""
     yield _shortened(f"{app}: {_state(snapshot)}, model {', '.join(models) or 'unknown'}")
-    if found.system is not None:
-        yield _shortened(f"system    {found.system}")
+    if (system := found.system) is not None:
+        yield f"revision  {system.revision}, {system.groups} expert groups, {system.slices} slices per expert"
+        yield f"cluster   {system.cluster}"
     for gateway in (one for one in live if one.role is Role.GATEWAY):
         http = f"   HTTP http://{gateway.http_address}/v1" if gateway.http_address else ""
         yield f"gateway   gRPC {gateway.address}{http}"
@@ -90,6 +91,8 @@ def _table(snapshot: Snapshot) -> Iterator[str]:
         for replica in live:
             nodes[replica.node] = nodes.get(replica.node, 0) + 1
             yield _row(snapshot, replica)
+            if replica.problem:
+                yield from textwrap.wrap(replica.problem, WIDTH, initial_indent="  ! ", subsequent_indent="    ")
     if len(nodes) > 1:
         yield f"on {len(nodes)} nodes: " + ", ".join(f"{node[:8]} {count}" for node, count in sorted(nodes.items()))
     yield from textwrap.wrap(_LEGEND, WIDTH)
@@ -97,9 +100,10 @@ def _table(snapshot: Snapshot) -> Iterator[str]:
 
 def _row(snapshot: Snapshot, replica: Replica) -> str:
     load = snapshot.loads.get(replica.id)
-    figures = (
-        (f"{100 * load.busy:.0f}", f"{load.queue_wait_ms:.1f}", f"{load.rows_per_s:.1f}") if load else ("-", "-", "-")
-    )
+    figures = ("-", "-", "-")
+    if load is not None:
+        wait = "-" if replica.role is Role.GATEWAY else f"{load.queue_wait_ms:.1f}"  # requests wait at the routers
+        figures = (f"{100 * load.busy:.0f}", wait, f"{load.rows_per_s:.1f}")
     held = str(len(replica.held)) if replica.role is Role.EXPERT else ""
     if len(replica.leaving):
         held += f"+{len(replica.leaving)}"  # still answered until every router has acknowledged the placement

@@ -26,7 +26,7 @@ def live(name: str, role: Role, **changes: object) -> Replica:
 
 HALF = ExpertSet.uniform(4, range(4))
 REPLICAS = (
-    live("experts-10#a", Role.EXPERT, held=HALF, state=ReplicaState.SICK),
+    live("experts-10#a", Role.EXPERT, held=HALF, state=ReplicaState.SICK, problem="no batch in 30 s"),
     live("experts-2#b", Role.EXPERT, held=HALF, leaving=ExpertSet.uniform(1, [9])),
     live("router#c", Role.ROUTER),
     live("gateway#d", Role.GATEWAY, http_address="10.0.0.7:50080"),
@@ -50,13 +50,14 @@ def test_it_shows_every_replica_with_its_load() -> None:
     (head,) = (line for line in lines if line.startswith("deployment"))
     assert head.split()[:4] == ["deployment", "replica", "state", "address"]
     assert all(heading in head for heading in ("busy %", "wait ms", "rate /s", "experts", "up"))
-    rows = lines[lines.index(head) + 1 :][:5]
-    assert [row.split()[0] for row in rows] == ["gateway", "router", "experts-2", "experts-10", "hot-0"]
+    rows = lines[lines.index(head) + 1 :][:6]
+    assert [row.split()[0] for row in rows] == ["gateway", "router", "experts-2", "experts-10", "!", "hot-0"]
     group = "experts-2 experts-2 ready 10.0.0.7:40001 88 12.3 567.8 16+1 90 s"
     assert " ".join(rows[2].split()) == group
     assert rows[2].index("567.8") + len("567.8") == head.index("rate /s") + len("rate /s")
     assert " sick " in rows[3]
-    assert rows[4].endswith("no replica")
+    assert rows[4] == "  ! no batch in 30 s"
+    assert rows[5].endswith("no replica")
 
 
 def test_it_fits_and_hides_secrets() -> None:
