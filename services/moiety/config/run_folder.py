@@ -15,13 +15,15 @@ from moiety.errors import FailedPrecondition
 
 KEPT = 3  # folders of runs that failed or were killed; older ones are removed when the next run starts
 KEPT_S = 7 * 24 * 3600.0
+SCRATCH = "scratch"
+NEW_S = 60.0  # a folder without a mark may be so new that its process has yet to set it
 
 
 class RunFolder:
     """A new folder `moiety-<user>/<kind>-…` below the temporary folder. It is this process's until `end`."""
 
     def __init__(self, kind: str) -> None:
-        """First removes folders that earlier runs of any kind left: all but the newest KEPT, and those older than KEPT_S."""
+        """First removes what earlier runs left: scratch folders, others older than KEPT_S, and all but the newest KEPT."""
         try:
             parent = temporary_folder()
         except FailedPrecondition:  # another user has taken the name
@@ -59,17 +61,33 @@ def run_folder(kind: str, say: Callable[[str], None], ends: tuple[type[BaseExcep
             say(f"the logs of this run stay in {folder.path}: the {KEPT} newest are kept, for {KEPT_S / 86400:g} days")
 
 
+@contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """Yields a new folder, for files that nobody wants later. If this process is killed, the next run removes the folder."""
+    folder = RunFolder(SCRATCH)
+    try:
+        yield folder.path
+    finally:
+        folder.end()
+
+
 def _remove_left(parent: Path) -> None:
-    """Removes folders in `parent` that no process holds, but for the newest."""
+    """Removes folders in `parent` that no process holds, but for the newest that are no scratch folders."""
     left: list[tuple[float, Path]] = []
     for folder in parent.iterdir():
         with suppress(OSError):
             descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             try:
                 if not is_held(descriptor):
-                    left.append((os.fstat(descriptor).st_mtime, folder))
+                    left.append((time.time() - os.fstat(descriptor).st_mtime, folder))
             finally:
                 os.close(descriptor)
-    for place, (changed, folder) in enumerate(sorted(left, reverse=True)):
-        if place >= KEPT or time.time() - changed > KEPT_S:
+    kept = 0
+    for age_s, folder in sorted(left):
+        if folder.name.startswith(SCRATCH):
+            keep = age_s < NEW_S
+        else:
+            kept += 1
+            keep = kept <= KEPT and age_s <= KEPT_S
+        if not keep:
             shutil.rmtree(folder, ignore_errors=True)

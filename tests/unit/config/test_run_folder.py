@@ -10,7 +10,7 @@ import pytest
 
 from moiety.config.cache_folder import KEPT as DERIVED_KEPT
 from moiety.config.cache_folder import prune_derived, read_derived, write_derived
-from moiety.config.run_folder import KEPT, RunFolder, run_folder
+from moiety.config.run_folder import KEPT, RunFolder, run_folder, scratch_folder
 
 
 @pytest.fixture(autouse=True)
@@ -51,6 +51,18 @@ def test_what_failed_runs_leave_is_bounded() -> None:
     assert [folder.path.is_dir() for folder in left[-KEPT:]] == [True] * (KEPT - 1) + [False]
     living.end()
     assert not living.path.exists()
+
+
+def test_scratch_folders_of_killed_runs_are_removed() -> None:
+    """A scratch folder lasts as long as its context or, if the process is killed, until the next run."""
+    with scratch_folder() as used:
+        killed = RunFolder("scratch")
+        killed.end(keep=True)  # as after kill -9: nobody holds it
+        for folder in (used, killed.path):
+            os.utime(folder, (1, 1))
+        RunFolder("serve").end()
+        assert (used.is_dir(), killed.path.exists()) == (True, False)
+    assert not used.exists()
 
 
 def test_a_name_that_another_has_taken_stops_no_run(temporary: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
@@ -31,10 +30,11 @@ def memory(context: click.Context, gigabytes: float, groups: int, json_file: Pat
       moiety bench memory --gigabytes 4 --groups 1
     """
     from moiety.bench.memory import bench_memory, memory_lines
+    from moiety.config.run_folder import scratch_folder
     from moiety.tools.machine import Machine
 
-    with tempfile.TemporaryDirectory(prefix="moiety-memory-") as scratch:
-        rows = run_async(bench_memory(Path(scratch), gigabytes=gigabytes, groups=groups, progress=progress()))
+    with scratch_folder() as scratch:
+        rows = run_async(bench_memory(scratch, gigabytes=gigabytes, groups=groups, progress=progress()))
     for line in (*memory_lines(rows), *Machine.here().lines(), f"rerun:   {invocation(context)}"):
         click.echo(line)
     write_json(json_file, [asdict(row) for row in rows])
