@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import closing
-from pathlib import Path
 
 import click
 
@@ -33,20 +32,20 @@ def logs(deployment: str | None, follow: bool, lines: int, app: str | None) -> N
       moiety logs experts-1 --lines 100
       moiety logs -f
     """
-    from moiety.tools.running.logs import LogReader
+    from moiety.tools.running.logs import LogReader, log_folder
 
     system = chosen(running_systems(), app)
     if system is None:
         raise FailedPrecondition(
             f"{NONE_RUNS}. On a cluster each node keeps the logs of its replicas: `moiety status --registry URL` says where"
         )
-    if not system.logs or not Path(system.logs).is_dir():
+    if (folder := log_folder(system)) is None:
         raise FailedPrecondition(f"{system}: its Ray keeps no logs in a folder of this machine that this command knows")
     if system.ray_address:
         click.echo(
             f"this machine's replicas only: the other nodes of {system.ray_address} keep their own logs", err=True
         )
-    with signals_interrupt(), closing(LogReader(Path(system.logs), system.app, deployment)) as reader:
+    with signals_interrupt(), closing(LogReader(folder, system.app, deployment)) as reader:
         for line in reader.last(lines):
             click.echo(line)
         for line in reader.follow(lambda: is_running(system)) if follow else ():

@@ -15,9 +15,12 @@ from pathlib import Path
 from typing import BinaryIO
 
 from moiety.config.application import EXPERTS, GATEWAY, HOT, ROUTER
+from moiety.config.running_systems import RunningSystem
+from moiety.core.system import SystemId
 from moiety.errors import NotFound
 
 POLL_S = 0.25
+RAY_FOLDER = Path("/tmp/ray")
 CONTROLLER = "controller"
 _DEPLOYMENT = rf"{GATEWAY}|{ROUTER}|{EXPERTS}\d+|{HOT}\d+"
 _MARK = re.compile(r":(job_id|actor_name|task_name):")  # lines by which Ray marks whose output follows
@@ -36,6 +39,17 @@ class LogFile:
     def prefix(self) -> str:
         """What the lines of this file begin with."""
         return f"{self.deployment} {self.source}"
+
+
+def log_folder(system: RunningSystem) -> Path | None:
+    """Returns the folder of this machine in which Ray logs for `system`; None if it is not known, or not there.
+
+    A Ray that ran before keeps its logs below /tmp/ray unless it was told another folder.
+    """
+    folder = Path(system.logs) if system.logs else None
+    if folder is None and system.system:
+        folder = RAY_FOLDER / SystemId.parse(system.system).cluster / "logs"
+    return folder if folder is not None and folder.is_dir() else None
 
 
 def log_files(folder: Path, app: str) -> list[LogFile]:

@@ -13,6 +13,7 @@ from moiety.core.load import ReplicaLoad
 from moiety.core.replica import Placement, Replica, Role
 from moiety.registry.connect import connect
 from moiety.tools.running.find import FoundSystem
+from moiety.tools.running.logs import RAY_FOLDER
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +42,7 @@ class Snapshot:
         if self.found.local is not None and self.found.local.logs:
             return self.found.local.logs
         session = self.found.system.cluster if self.found.system is not None else "session_latest"
-        return f"/tmp/ray/{session}/logs"
+        return f"{RAY_FOLDER}/{session}/logs"
 
     def to_json(self) -> dict[str, Any]:
         """Returns all of it as JSON types; times are Unix seconds. The registry's URL lacks its secrets."""
