@@ -13,10 +13,9 @@ import pytest
 import redis
 
 from moiety.registry.embedded_redis import EmbeddedRedis
+from support.ray_head import RayHead
 
 MOIETY = Path(sys.executable).with_name("moiety")
-
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 
 def moiety(*words: str) -> subprocess.CompletedProcess[str]:
@@ -45,6 +44,8 @@ def started(
             process.terminate()
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_a_system_is_seen_and_stopped_from_another_terminal(
     started: subprocess.Popen[str], registry: EmbeddedRedis, tmp_path: Path
 ) -> None:
@@ -86,3 +87,11 @@ def test_a_system_is_seen_and_stopped_from_another_terminal(
     with redis.Redis(port=registry.port) as client:
         assert client.keys() == []
     assert moiety("stop").returncode == 1
+
+
+@pytest.mark.ray
+def test_an_unknown_application_of_a_cluster_is_named(ray_head: RayHead) -> None:
+    """`stop --ray-address` ends nothing but the application that it is given; where that is not there, it says so."""
+    outcome = moiety("stop", "--ray-address", ray_head.address, "--app", "nope")
+    assert outcome.returncode == 1
+    assert "no application 'nope' on this Ray" in outcome.stderr

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from moiety.config.registry_url import without_secrets
-from moiety.core.experts import ExpertSet
 from moiety.core.replica import Replica, ReplicaState, Role
 from moiety.tools.running.snapshot import Snapshot
 
@@ -29,7 +28,7 @@ def status_lines(snapshot: Snapshot) -> Iterator[str]:
         yield ""
         yield f"placement {snapshot.placement.epoch}  (LAYERS:EXPERTS, counted from 0)"
         for name, experts in snapshot.placement.held.items():
-            yield _shortened(f"  {name:<13} {_count(experts):>8}  {experts}")
+            yield _shortened(f"  {name:<13} {len(experts):>6} in all  {experts}")
     if snapshot.decisions:
         yield ""
         yield "last decisions about scaling and placement, replicas before → after"
@@ -55,7 +54,7 @@ def _head(snapshot: Snapshot) -> Iterator[str]:
     app = found.system.app if found.system else found.local.app if found.local else ""
     yield _shortened(f"{app}: {_state(snapshot)}, model {', '.join(models) or 'unknown'}")
     if (system := found.system) is not None:
-        yield f"revision  {system.revision}, {system.groups} expert groups, {system.slices} slices per expert"
+        yield f"revision  {system.revision}, groups={system.groups}, slices={system.slices}"
         yield f"cluster   {system.cluster}"
     for gateway in (one for one in live if one.role is Role.GATEWAY):
         http = f"   HTTP http://{gateway.http_address}/v1" if gateway.http_address else ""
@@ -108,8 +107,8 @@ def _row(snapshot: Snapshot, replica: Replica) -> str:
     if len(replica.leaving):
         held += f"+{len(replica.leaving)}"  # still answered until every router has acknowledged the placement
     age = duration(snapshot.time - replica.started)
-    address = replica.address
-    return _ROW.format(replica.deployment, replica.id[:9], replica.state, address, *figures, held, age).rstrip()
+    names = replica.deployment, replica.id[:9], replica.state, replica.address
+    return _ROW.format(*names, *figures, held, age).rstrip()
 
 
 def _decision(decision: Mapping[str, Any], now: float) -> Iterator[str]:
@@ -130,10 +129,6 @@ def _logs(snapshot: Snapshot) -> Iterator[str]:
     else:
         yield f"logs      on each node, below Ray's temporary folder: {snapshot.logs}"
         yield "          (serve/replica_APP_DEPLOYMENT_REPLICA.log, worker-*-PID.err)"
-
-
-def _count(experts: ExpertSet) -> str:
-    return f"{len(experts)} in all"
 
 
 def _shortened(line: str) -> str:
