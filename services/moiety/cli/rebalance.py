@@ -65,7 +65,7 @@ def rebalance(
       moiety rebalance --registry redis://redis.example:6379/0 --yes --json plan.json
     """
     from moiety.registry.connect import connect
-    from moiety.tools.rebalance import RebalanceRequest, apply_placement, plan_json, plan_lines, propose_placement
+    from moiety.tools.rebalance import RebalanceRequest, apply_placement, plan_json, propose_placement
     from moiety.tools.running.find import find_system
 
     # `model` is required but not used here: the checkpoint's sizes are in the registry.
@@ -80,7 +80,7 @@ def rebalance(
         try:
             plan = await propose_placement(store, RebalanceRequest(watch_s, hot_sets, int(settings.hot_memory)))
             if json_file is None:
-                for line in plan_lines(plan, watch_s):
+                for line in plan.lines():
                     click.echo(line)
             question = f"Put placement {plan.placement.epoch} in force?"
             apply = plan.changes and not dry_run and (yes or click.confirm(question, err=json_file is not None))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,15 +80,6 @@ async def apply_placement(
         )
         await until_settled(registry, step.epoch, timeout_s)
     progress(f"placement {steps[-1].epoch} is in force everywhere after {time.monotonic() - began:.1f} s")
-
-
-def plan_lines(plan: PlacementPlan, watch_s: float) -> Iterator[str]:
-    """Yields a plan that was made from the load of `watch_s` seconds, like a diff, with what the signs and numbers mean."""
-    if plan.changes:
-        yield f"placement {plan.placement.epoch - 1} → {plan.placement.epoch}, planned from the load of {watch_s:g} s"
-        yield "  + experts that a deployment loads, - those it drops, as LAYERS:EXPERTS, counted from 0"
-        yield from plan.changed_lines()
-    yield from plan.summary()
 
 
 def plan_json(plan: PlacementPlan, system: str, *, applied: bool) -> dict[str, Any]:

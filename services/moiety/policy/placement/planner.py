@@ -66,23 +66,17 @@ class PlacementPlan:
         return 1.0 - self.after / self.before if self.before > 0 else 0.0
 
     def lines(self) -> Iterator[str]:
-        """Yields the plan as text, like a diff."""
-        yield from self.changed_lines()
-        yield from self.summary()
-
-    def changed_lines(self) -> Iterator[str]:
-        """Yields, for each deployment that changes, its name, then the experts that it loads (+) and drops (-)."""
-        for name in sorted({*self.loads, *self.drops}):
-            yield name
-            for sign, experts in (("+", self.loads.get(name)), ("-", self.drops.get(name))):
-                if experts is not None:
-                    yield from (f"  {sign} {part}" for part in str(experts).split(";"))
-
-    def summary(self) -> Iterator[str]:
-        """Yields what the plan costs and gains, with units."""
+        """Yields the plan as text, like a diff, with what its signs and numbers mean."""
+        epoch = self.placement.epoch
         if not self.changes:
-            yield f"nothing to change: placement {self.placement.epoch - 1} is the best known for this load"
+            yield f"nothing to change: placement {epoch - 1} is the best that is known for this load"
         else:
+            yield f"placement {epoch - 1} → {epoch}: + experts to load, - experts to drop, as LAYERS:EXPERTS counted from 0"
+            for name in sorted({*self.loads, *self.drops}):
+                yield name
+                for sign, experts in (("+", self.loads.get(name)), ("-", self.drops.get(name))):
+                    if experts is not None:
+                        yield from (f"  {sign} {part}" for part in str(experts).split(";"))
             loaded, dropped = (sum(map(len, moved.values())) for moved in (self.loads, self.drops))
             yield f"cost:    {loaded} experts to load, {self.moved_bytes / 1e9:.2f} GB over all replicas; {dropped} to drop"
         yield (
