@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from moiety.cli.local_system import http_door
+from moiety.cli.local_system import http_url
 from moiety.cli.options import (
     ModelName,
     api_key_option,
@@ -117,7 +117,7 @@ def batch(
     if model is None:
         if hub_revision is not None:
             raise click.UsageError("--revision needs --model")
-        server = running_server(http_door(url, app, DEFAULT_URL).address)
+        server = running_server(http_url(url, app, DEFAULT_URL))
     else:
         if context.get_parameter_source("url") is click.core.ParameterSource.COMMANDLINE:
             raise click.UsageError("--url and --model exclude each other")

@@ -12,7 +12,7 @@ NONE_RUNS = "no system that `moiety serve` started runs on this machine"
 
 @dataclass(frozen=True, slots=True)
 class Door:
-    """Where to send requests. `hint`: what an error adds if nothing answers there."""
+    """A gateway to send requests to. `hint`: what an error adds if nothing answers there."""
 
     address: str
     hint: str = ""
@@ -30,15 +30,15 @@ def grpc_door(address: str | None, app: str | None, default: str) -> Door:
     return Door(default, f"; {NONE_RUNS}: start one, or name its gateway with --address HOST:PORT")
 
 
-def http_door(url: str | None, app: str | None, default: str) -> Door:
+def http_url(url: str | None, app: str | None, default: str) -> str:
     """Returns the URL of an OpenAI HTTP API, likewise. Raises FailedPrecondition also if the system here has none."""
     if url is not None:
-        return Door(url)
+        return url
     if (system := _local(app)) is None:
-        return Door(default, f"; {NONE_RUNS}: start one, or name a server with --url")
+        return default
     if not system.http:
         raise FailedPrecondition(f"{system} has no HTTP API: serve it with the setting gateway.http on")
-    return Door(f"http://{system.http[0]}")
+    return f"http://{system.http[0]}"
 
 
 def _local(app: str | None) -> RunningSystem | None:

@@ -81,6 +81,17 @@ def test_requests_need_no_address(here: Update, served: Served, moiety: Callable
     assert "8 new tokens" in outcome.err
 
 
+def test_a_batch_needs_no_url(here: Update, moiety: Callable, tmp_path: Path) -> None:
+    """`batch` sends to the HTTP API of the system on this machine, and says so where that is off."""
+    body = {"model": "", "prompt": "Each expert", "max_tokens": 2}
+    line = {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": body}
+    (tmp_path / "in.jsonl").write_text(json.dumps(line))
+    words = ["batch", str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl"), "--patience", "0", "--retries", "0"]
+    assert moiety(*words).status == 0
+    here(http=())
+    assert "has no HTTP API" in moiety(*words).err
+
+
 def test_an_address_wins(here: Update, moiety: Callable) -> None:
     """An explicit --address is used whatever runs here, and its error has no advice about this machine."""
     outcome = moiety("generate", "x", "--address", "127.0.0.1:1")
