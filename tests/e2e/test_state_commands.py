@@ -94,4 +94,4 @@ def test_an_unknown_application_of_a_cluster_is_named(ray_head: RayHead) -> None
     """`stop --ray-address` ends nothing but the application that it is given; where that is not there, it says so."""
     outcome = moiety("stop", "--ray-address", ray_head.address, "--app", "nope")
     assert outcome.returncode == 1
-    assert "no application 'nope' on this Ray" in outcome.stderr
+    assert "no application 'nope' on the Ray at" in outcome.stderr

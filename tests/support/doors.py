@@ -26,7 +26,6 @@ class Door:
     gateway: Gateway
     url: str
     http: httpx.AsyncClient
-    draining: bool = False
 
     async def post(self, path: str, **body: object) -> Any:
         """Posts JSON; returns the answer's JSON, which must have status 200."""
@@ -59,7 +58,6 @@ async def door_over(
 ) -> AsyncIterator[Door]:
     """A running gateway over `engines` with both doors. `options` are those of `gateway_over`."""
     async with gateway_over(tokenizer, *engines, **options) as gateway:
-        app = build_app(gateway.core, formats=formats, draining=lambda: door.draining)
+        app = build_app(gateway.core, formats=formats)
         async with http_door(app) as url, httpx.AsyncClient(base_url=url, timeout=20) as client:
-            door = Door(gateway, url, client)
-            yield door
+            yield Door(gateway, url, client)

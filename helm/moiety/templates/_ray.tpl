@@ -22,6 +22,9 @@ metadata:
     {{- include "moiety.selector" $root | nindent 4 }}
     app.kubernetes.io/component: ray-{{ .node }}
 spec:
+  # Requests that run in this pod get drain_s to finish: Ray and Kubernetes must wait longer than that.
+  {{- $drain := int (ceil $root.Values.app.drain_s) }}
+  terminationGracePeriodSeconds: {{ add $drain 30 }}
   enableServiceLinks: false # else the application would read a Service's injected MOIETY_… variables as settings
   {{- if eq .node "worker" }}
   automountServiceAccountToken: false
@@ -52,6 +55,8 @@ spec:
         {{- include "moiety.registryEnv" $root | nindent 8 }}
         - name: RAY_USAGE_STATS_ENABLED
           value: "0"
+        - name: RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S # from SIGTERM on
+          value: {{ add $drain 15 | quote }}
         {{- with include "moiety.otlpEndpoint" $root }}
         - name: OTEL_EXPORTER_OTLP_ENDPOINT
           value: {{ . }}

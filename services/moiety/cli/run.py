@@ -6,18 +6,22 @@ import asyncio
 import signal
 import time
 from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from math import inf
 from typing import Any, TypeVar
 
 import click
 
 Result = TypeVar("Result")
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # they ask a command to end
+SAME_S = 0.5
 
 
 class Interrupted(Exception):
     """A signal ended the command, after its clean-up."""
 
     def __init__(self, number: int = signal.SIGINT) -> None:
+        self.number = number
         self.exit_status = 128 + number  # the shell's convention
         super().__init__(f"interrupted by {signal.Signals(number).name}")
 
@@ -38,19 +42,41 @@ def run_async(work: Coroutine[Any, Any, Result]) -> Result:
         close()
 
 
+class Signals:
+    """The signals that ask a command to end, in the order in which they came."""
+
+    def __init__(self) -> None:
+        self._first_at = self._last_at = inf
+
+    def note(self) -> bool:
+        """Notes a signal that has come now. Returns whether it is the first."""
+        self._last_at = time.monotonic()
+        first = self._first_at == inf
+        if first:
+            self._first_at = self._last_at
+        return first
+
+    def again(self) -> bool:
+        """Whether a second one has come. Two at the same moment are one: a program that runs this one may pass Ctrl-C on."""
+        return self._last_at > self._first_at + SAME_S
+
+
 @contextmanager
-def signals_interrupt() -> Iterator[None]:
-    """Raises Interrupted inside the block on SIGINT or SIGTERM. Later signals are ignored until the block ends."""
+def signals_interrupt() -> Iterator[Signals]:
+    """Raises Interrupted inside the block on SIGINT, SIGTERM or SIGHUP. Later signals are only noted, until the block ends.
+
+    SIGHUP is left alone where it is ignored, as under `nohup`.
+    """
+    signals = Signals()
 
     def stop(number: int, _: object) -> None:
-        for signal_number in handled:
-            signal.signal(signal_number, signal.SIG_IGN)
-        raise Interrupted(number)
+        if signals.note():
+            raise Interrupted(number)
 
-    handled = (signal.SIGINT, signal.SIGTERM)
+    handled = [number for number in ENDING if signal.getsignal(number) is not signal.SIG_IGN or number != signal.SIGHUP]
     before = {number: signal.signal(number, stop) for number in handled}
     try:
-        yield
+        yield signals
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -87,6 +113,7 @@ def progress() -> Callable[[str], None]:
     began = time.monotonic()
 
     def show(stage: str) -> None:
-        click.echo(f"[{time.monotonic() - began:6.1f} s] {stage}", err=True)
+        with suppress(OSError):  # the terminal may be gone
+            click.echo(f"[{time.monotonic() - began:6.1f} s] {stage}", err=True)
 
     return show

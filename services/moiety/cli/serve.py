@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import shlex
+import signal
 import threading
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import click
 
 from moiety.cli.options import ModelName, local_model, revision_option
-from moiety.cli.run import Interrupted, progress, signals_interrupt
+from moiety.cli.run import Interrupted, Signals, progress, signals_interrupt
 from moiety.cli.setting_options import Assignment, setting_option
 from moiety.config.application import AppSettings
 from moiety.config.registry_url import RegistryUrl
@@ -54,8 +55,9 @@ def serve(model: str, hub_revision: str | None, ray_address: str | None, dashboa
     MODEL is a checkpoint folder, or a Hugging Face id. Of an id, what is needed is first downloaded to Hugging Face's
     cache on this machine. On several machines, each needs the folder under the same path.
 
-    Starts Ray and Redis unless you name existing ones, prints the gateway's addresses, and runs until Ctrl-C. Then it
-    stops only what it started. Requests that are still running may be cut off.
+    Starts Ray and Redis unless you name existing ones, prints the gateway's addresses, and runs until Ctrl-C, SIGTERM or
+    SIGHUP, which a terminal sends when it closes. Then it stops what it started: new requests are refused, running ones get
+    `drain_s` seconds to finish. A second Ctrl-C stops at once. Exit status: 130 after Ctrl-C, else 0.
 
     `moiety settings` lists all settings. An option goes before a MOIETY_* environment variable, that before a file in the
     folder MOIETY_SECRETS_DIR, and that before the YAML file of --config.
@@ -75,7 +77,7 @@ def serve(model: str, hub_revision: str | None, ray_address: str | None, dashboa
     if not Path(model).is_dir() and not settings.served_name:  # the folder's name is a commit
         settings = settings.model_copy(update={"served_name": model})
     name = settings.served_name or Path(settings.model).absolute().name
-    with signals_interrupt(), ExitStack() as ends:
+    with _ended_by_signals() as signals, ExitStack() as ends:
         record = ends.enter_context(
             recorded(settings.app, name, show, checkpoint=str(Path(folder).absolute()), ray_address=ray_address or "")
         )
@@ -86,7 +88,15 @@ def serve(model: str, hub_revision: str | None, ray_address: str | None, dashboa
         run = None if ray_address else ends.enter_context(run_folder("serve", show, (Interrupted,)))
         record(registry=settings.registry.get_secret_value(), logs=str(run / "session_latest" / "logs") if run else "")
         deployed = ends.enter_context(
-            deploy_app(settings, address=ray_address, dashboard=dashboard, ray_folder=run, progress=show, wait_s=1800.0)
+            deploy_app(
+                settings,
+                address=ray_address,
+                dashboard=dashboard,
+                ray_folder=run,
+                progress=show,
+                wait_s=1800.0,
+                hurried=signals.again,
+            )
         )
         record(ready=True, grpc=deployed.gateways, http=deployed.http, system=str(deployed.system))
         for gateway in deployed.gateways:
@@ -98,8 +108,19 @@ def serve(model: str, hub_revision: str | None, ray_address: str | None, dashboa
             request = json.dumps({"model": name, "prompt": "Hello"})
             click.echo(f"or:    curl http://{deployed.http[0]}/v1/completions --json {shlex.quote(request)}")
         click.echo("look:  moiety status, moiety logs")
-        click.echo("Ctrl-C or `moiety stop` stops it.")
+        click.echo("Ctrl-C or `moiety stop` stops it, once running requests have finished; a second Ctrl-C at once.")
         threading.Event().wait()
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[Signals]:
+    """As `signals_interrupt`, but only Ctrl-C and an end in a hurry are errors: to end is what the other signals ask for."""
+    with signals_interrupt() as signals:
+        try:
+            yield signals
+        except Interrupted as interruption:
+            if interruption.number == signal.SIGINT or signals.again():
+                raise
 
 
 def read_settings(

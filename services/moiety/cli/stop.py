@@ -35,9 +35,14 @@ def stop(app: str | None, now: bool, timeout_s: float | None, ray_address: str |
       moiety stop --ray-address auto --app moiety
     """
     if ray_address is not None:
-        if now or timeout_s is not None:
-            raise click.UsageError("--now and --timeout are for the system on this machine: leave out --ray-address")
-        _stop_on_cluster(ray_address, app)
+        if timeout_s is not None:
+            raise click.UsageError("--timeout is for the system on this machine: leave out --ray-address")
+        from moiety.config.resolve import resolve
+        from moiety.tools.running.stop_on_cluster import stop_on_cluster
+
+        settings = resolve({"model": ""} | ({"app": app} if app else {}))
+        with signals_interrupt():
+            stop_on_cluster(ray_address, settings, now=now, progress=progress())
         return
     from moiety.tools.running.stop import stop_system
 
@@ -45,28 +50,3 @@ def stop(app: str | None, now: bool, timeout_s: float | None, ray_address: str |
     if system is None:
         raise FailedPrecondition(f"{NONE_RUNS}. One on a Ray cluster ends with --ray-address HOST:PORT or auto")
     run_async(stop_system(system, now=now, timeout_s=timeout_s, progress=progress()))
-
-
-def _stop_on_cluster(address: str, app: str | None) -> None:
-    """Deletes the application, and what it leaves in the registry if MOIETY_REGISTRY, or a secret file, names that."""
-    import asyncio
-    from contextlib import suppress
-
-    from moiety.config.resolve import resolve
-    from moiety.deploy.ray_cluster import existing_ray
-    from moiety.deploy.shutdown import shut_down
-    from moiety.errors import RegistryUnreachable
-    from moiety.registry.connect import forget, live_systems
-
-    settings = resolve({"model": ""} | ({"app": app} if app else {}))
-    url = settings.registry.get_secret_value() if "registry" in settings.model_fields_set else ""
-    with signals_interrupt(), existing_ray(address):
-        import ray
-
-        session, systems = ray.get_runtime_context().get_session_name(), []
-        with suppress(RegistryUnreachable):
-            live = asyncio.run(live_systems(url, settings.app)) if url else []
-            systems = [one for one in live if one.cluster in (settings.cluster or session, session)]
-        shut_down(settings.app, progress())
-        for system in systems:
-            asyncio.run(forget(url, system))

@@ -6,12 +6,14 @@ import asyncio
 import dataclasses
 import time
 from collections.abc import Mapping
+from math import inf
 from typing import Any
 
 import torch
 
 from moiety.compose.placement_follower import PlacementFollower
-from moiety.compose.running import Running, ServiceParts, ServiceStart
+from moiety.compose.running import Running, ServiceStart
+from moiety.compose.service_parts import ServiceParts
 from moiety.config.options import Scaling
 from moiety.config.services import ExpertSettings
 from moiety.core.experts import ExpertSet
@@ -98,18 +100,20 @@ async def start(settings: ExpertSettings, replica_id: str, node: str, launched: 
         async def reconfigure(values: Mapping[str, Any]) -> None:
             nonlocal scaling
             capacity = values.get("capacity", settings.capacity)
-            if capacity is not None and not (isinstance(capacity, int | float) and capacity > 0):
+            if capacity is not None and not (isinstance(capacity, int | float) and 0 < capacity < inf):
                 raise ConfigError("user_config.capacity", capacity, "must be above 0, or null for no limit")
             fault = Fault.parse(values.get("fault", ""))
             live = {name: value for name, value in values.items() if name not in ("capacity", "fault")}
-            Scaling().with_live(live)  # raises ConfigError for a setting that is not live
-            runtime.capacity, runtime.device.fault, scaling = capacity, fault, live
+            checked = Scaling().with_live(live)  # raises ConfigError for a setting that is not live, or a wrong value
+            runtime.capacity, runtime.device.fault = capacity, fault
+            scaling = {name: getattr(checked, name) for name in live}  # as numbers, also where the values were texts
 
         return await startup.serve(
             ServiceParts(
                 role=Role.EXPERT,
                 server=server,
                 idle=lambda: runtime.idle,
+                work=lambda: runtime.accepted,
                 healthy=runtime.check_health,
                 reconfigure=reconfigure,
                 entry=entry,

@@ -6,7 +6,8 @@ import asyncio
 import secrets
 import time
 
-from moiety.compose.running import Running, ServiceParts, ServiceStart
+from moiety.compose.running import Running, ServiceStart
+from moiety.compose.service_parts import ServiceParts
 from moiety.config.services import GatewaySettings
 from moiety.core.load import ReplicaLoad
 from moiety.core.replica import Role
@@ -43,7 +44,6 @@ async def start(settings: GatewaySettings, replica_id: str, node: str) -> Runnin
         served = ServedModel(settings.name, startup.system, routers, tokenizer, encoder, template, defaults)
         core = GenerationCore(served, settings.max_concurrent, startup.tracer)
         startup.closers.callback(core.close)
-        draining = asyncio.Event()
         begun, since = 0, time.monotonic()
 
         def load_since_last() -> ReplicaLoad:
@@ -65,18 +65,20 @@ async def start(settings: GatewaySettings, replica_id: str, node: str) -> Runnin
                     streams=2 * settings.max_concurrent,  # half of them to be refused with a retry delay
                 ),
                 port=settings.port,
-                http=_http_server(core, settings, draining) if settings.http else None,
+                http=_http_server(core, settings) if settings.http else None,
                 http_port=settings.http_port,
                 listening=listening_at_all(settings, startup.system),
                 idle=lambda: core.running == 0,
-                on_drain=draining.set,
+                work=lambda: core.begun,
+                refuse=core.refuse,
+                cut=core.end,
                 on_beat=(startup.load_beat(load_since_last),),
             )
         )
 
 
-def _http_server(core: GenerationCore, settings: GatewaySettings, draining: asyncio.Event) -> HttpServer:
-    api = build_app(core, formats=settings.tool_format, draining=draining.is_set)
+def _http_server(core: GenerationCore, settings: GatewaySettings) -> HttpServer:
+    api = build_app(core, formats=settings.tool_format)
     app = identified(api, Owner(core.model.name, str(core.model.system)))
     limits = Limits(connections=2 * settings.max_concurrent)  # half of them to be refused with a retry delay
     return HttpServer(app, limits, share_port=settings.http_port != 0)

@@ -12,7 +12,8 @@ from contextlib import AsyncExitStack
 import torch
 
 from moiety.compose.router_model import load_model, max_context_of, threads_of
-from moiety.compose.running import Running, ServiceParts, ServiceStart
+from moiety.compose.running import Running, ServiceStart
+from moiety.compose.service_parts import ServiceParts
 from moiety.config.services import RouterSettings
 from moiety.core.experts import ModelShape
 from moiety.core.load import ExpertDemand

@@ -7,18 +7,19 @@ import dataclasses
 import logging
 import os
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, nullcontext, suppress
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from contextlib import AsyncExitStack, suppress
 from math import inf
-from typing import Any, Protocol
+from typing import Any
 
 from moiety import __version__
+from moiety.compose.departure import DRAIN_NOTICE_S, Departure
+from moiety.compose.service_parts import Beat, ServiceParts
 from moiety.config.services import ServiceSettings
 from moiety.core.load import ExpertDemand, ReplicaLoad
 from moiety.core.progress import Progress
-from moiety.core.replica import Replica, ReplicaState, Role
-from moiety.core.supervise import TASKS, supervise
+from moiety.core.replica import Replica, ReplicaState
+from moiety.core.supervise import TASKS, spawn, supervise
 from moiety.core.system import SystemId
 from moiety.errors import ConfigError, RegistryUnreachable, Unavailable
 from moiety.model.checkpoint.checkpoint import Checkpoint
@@ -30,69 +31,43 @@ from moiety.telemetry.export import configure, configure_metrics
 from moiety.telemetry.metrics import Meter
 from moiety.telemetry.names import MetricName, ResourceAttribute
 from moiety.telemetry.tracing import Tracer
-from moiety.wire.server import Server
 
 LEDGER_S = 1.0  # how often a service reports its load
 LOOK_S = 0.5  # how often a service looks whether it is healthy
+CUT_S = 1.0  # in which clients hear why their work was cut
 LATE_S = 2.0  # a look that comes so much later means that the event loop was blocked
 MOST_LATE = 3  # looks in a row that may be late
-DRAIN_NOTICE_S = 0.6  # others read the registry every 0.25 s: after this time they send no new work
 _log = logging.getLogger(__name__)
-Beat = Callable[[], Awaitable[None]]
-
-
-class SideServer(Protocol):
-    """A server that a service has beside its gRPC server."""
-
-    async def start(self, host: str, port: int) -> int:
-        """Binds, starts serving and returns the port."""
-
-    async def stop(self, grace_s: float) -> None:
-        """Refuses new work at once and gives running work `grace_s` seconds to end."""
-
-
-@dataclass(frozen=True, slots=True)
-class ServiceParts:
-    """The parts that differ between expert replicas, routers and gateways; an argument of `ServiceStart.serve`."""
-
-    role: Role
-    server: Server
-    idle: Callable[[], bool]
-    healthy: Callable[[], None] = lambda: None  # raises Unavailable while the service is sick; called every LOOK_S
-    reconfigure: Callable[[Mapping[str, Any]], Awaitable[None]] | None = None
-    entry: Callable[[Replica], Replica] = lambda replica: replica  # updates the registry entry before each beat
-    on_beat: Sequence[Beat] = ()
-    port: int = 0  # 0 = a free one
-    http: SideServer | None = None
-    http_port: int = 0
-    listening: AbstractAsyncContextManager[None] = field(default_factory=nullcontext)  # around the start of the servers
-    on_drain: Callable[[], None] = lambda: None  # called once, when the service begins to drain
-    calls_end: bool = True  # False if its RPCs are streams that stay open as long as the service
-
-    async def stop(self, grace_s: float) -> None:
-        """Stops the servers, all at once."""
-        servers: list[SideServer] = [self.server, *([self.http] if self.http else [])]
-        await asyncio.gather(*(server.stop(grace_s) for server in servers))
 
 
 class Running:
     """A started service. Call `drain`, then `close`; both may be called again."""
 
-    def __init__(self, parts: ServiceParts, replica: Replica, registry: Registry, closers: AsyncExitStack):
+    def __init__(
+        self,
+        parts: ServiceParts,
+        replica: Replica,
+        registry: Registry,
+        closers: AsyncExitStack,
+        system: SystemId | None = None,
+    ):
+        """`system`: the service's own, where the registry may hold several."""
         self._parts, self._replica, self._closers = parts, replica, closers
+        self._registry, self._system = registry, system
         self._heartbeat = Heartbeat(registry, lambda: self.replica, on_beat=parts.on_beat, require=True)
         self._draining = False
-        self._sick, self._problem = False, ""
+        self._sick = ""  # why
+        self._refused = ""  # why the latest live settings were
         self._loop_progress = Progress(MOST_LATE, inf)
         self._looking: asyncio.Task[None] | None = None
 
     @property
     def replica(self) -> Replica:
         """The current registry entry."""
-        replica = self._parts.entry(self._replica)
+        replica = dataclasses.replace(self._parts.entry(self._replica), problem=self._sick or self._refused)
         if self._draining:
             return dataclasses.replace(replica, state=ReplicaState.DRAINING)
-        return dataclasses.replace(replica, state=ReplicaState.SICK, problem=self._problem) if self._sick else replica
+        return dataclasses.replace(replica, state=ReplicaState.SICK) if self._sick else replica
 
     async def register(self) -> None:
         """Registers and keeps registering. Raises RegistryUnreachable if the registry does not answer at start."""
@@ -127,12 +102,12 @@ class Running:
                 problem = ""
             except Unavailable as error:
                 problem = str(error)
-            if self._sick != bool(problem):
+            if bool(self._sick) != bool(problem):
                 await self._turn_sick(problem)
 
     async def _turn_sick(self, problem: str) -> None:
         """Tells others that the service is sick because of `problem`, or that it is well again where that is empty."""
-        self._sick, self._problem = bool(problem), problem
+        self._sick = problem
         if problem:
             _log.error("%s is sick: %s", self._replica.id, problem)
         else:
@@ -142,28 +117,53 @@ class Running:
             await self._heartbeat.beat()
 
     async def reconfigure(self, values: Mapping[str, Any]) -> None:
-        """Applies live settings. Raises ConfigError for one that cannot change while the service runs."""
+        """Applies live settings; one that is left out is as at the start.
+
+        Raises ConfigError for an unknown or wrong one. Then the service goes on with those it had, and its registry entry
+        tells why, until it is given others.
+        """
+        try:
+            await self._reconfigure(values)
+        except ConfigError as error:
+            self._refused = f"live settings refused: {error}"
+            raise
+        self._refused = ""
+
+    async def _reconfigure(self, values: Mapping[str, Any]) -> None:
+        if not isinstance(values, Mapping):
+            raise ConfigError("user_config", values, "must be a mapping of live settings")
         if self._parts.reconfigure is not None:
             await self._parts.reconfigure(values)
         elif values:
             raise ConfigError("user_config", dict(values), f"a {self._parts.role} has no live settings")
 
-    async def drain(self, grace_s: float) -> None:
-        """Registers as DRAINING, then gives work in flight up to `grace_s` seconds to finish."""
+    async def drain(self, grace_s: float, *, ending: bool = False) -> None:
+        """Registers as DRAINING; returns when nobody needs the service any more, at the latest after `grace_s` seconds.
+
+        It goes on working while others send it work that nobody else can take, and until its work in flight is done.
+        `ending`: the whole system ends. Then it has no successor, a gateway refuses new requests at once, and each service
+        waits for those that use it: routers for gateways, expert replicas for routers.
+        """
         if self._draining:
             return
         self._draining = True
-        self._parts.on_drain()
         if self._sick:  # what is in flight does not finish, and a replacement may wait for the device
             grace_s = min(grace_s, DRAIN_NOTICE_S)
         until = time.monotonic() + grace_s
+        parts = self._parts
+        if ending:
+            parts.refuse()
+            await parts.server.report(serving=False)
         with suppress(RegistryUnreachable):  # then calls still arrive: they are refused or sent again
             await self._heartbeat.beat()
-        await asyncio.sleep(min(DRAIN_NOTICE_S, grace_s))
-        if self._parts.calls_end:
-            await self._parts.stop(max(0.0, until - time.monotonic()))
-        while not self._parts.idle() and time.monotonic() < until:
-            await asyncio.sleep(0.02)
+        await Departure(self._registry, self._system, lambda: self.replica, parts, ending).until_unneeded(until)
+        if parts.calls_end:
+            stopping = spawn("server stop", parts.stop(max(0.0, until - time.monotonic()) + CUT_S))
+            while not (idle := parts.idle()) and time.monotonic() < until:
+                await asyncio.sleep(0.02)
+            if not idle:
+                await parts.cut()
+            await asyncio.wait([stopping], timeout=CUT_S)  # what is left then, `close` ends
 
     async def close(self) -> None:
         """Deregisters, stops at once what still runs, and frees everything."""
@@ -263,7 +263,7 @@ class ServiceStart:
             http_address=http_address,
             version=__version__,
         )
-        running = Running(parts, replica, self.registry, self.closers)
+        running = Running(parts, replica, self.registry, self.closers, self.system)
         self.meter.observe(MetricName.REGISTERED, lambda: float(running.registered))
         await running.register()
         await self._name_other_systems()

@@ -71,8 +71,8 @@ class SystemOptions(Options):
 
     1 = whole experts. The number of groups must be a multiple of it.
     """
-    drain_s: float = Field(default=8.0, ge=0, le=600)
-    """Seconds that work in flight gets to finish on shutdown."""
+    drain_s: float = Field(default=300.0, ge=0, le=86_400)
+    """Seconds that running requests get to finish when a service or the whole system ends; without any it ends at once."""
 
     @property
     def system(self) -> SystemId:

@@ -62,7 +62,7 @@ class Replica:
     scaling: Mapping[str, float] = field(default_factory=dict)  # live scaling settings from user_config
     http_address: str = ""  # host:port of its HTTP server; gateways only
     version: str = ""  # of Moiety; "" = unknown
-    problem: str = ""  # what an operator should know: why it is sick
+    problem: str = ""  # for an operator: why it is sick, or which live settings it refused
 
 
 def ready_experts(replicas: Iterable[Replica]) -> list[Replica]:

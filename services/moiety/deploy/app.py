@@ -16,6 +16,7 @@ from moiety.config.resolve import resolve
 from moiety.core.experts import ExpertSet
 from moiety.deploy.arguments import LOOPBACK, initial_replicas, router_settings, to_arguments, with_revision
 from moiety.deploy.replicas import ExpertReplica, GatewayReplica, RouterReplica
+from moiety.deploy.shutdown import EXTRA_S
 from moiety.errors import ConfigError
 from moiety.model.checkpoint.checkpoint import Checkpoint
 from moiety.model.experts.cached import expert_layout
@@ -70,7 +71,7 @@ def _options(settings: AppSettings, arguments: dict[str, Any], name: str, held: 
         "health_check_period_s": 1.0,
         "health_check_timeout_s": 5.0,
         "graceful_shutdown_wait_loop_s": 0.1,  # no request goes through Serve, so there is none to wait for
-        "graceful_shutdown_timeout_s": settings.drain_s + 7.0,
+        "graceful_shutdown_timeout_s": settings.drain_s + EXTRA_S,
     }
     if name in (ROUTER, GATEWAY) and wanted.min_replicas == wanted.max_replicas:
         return {**options, "num_replicas": wanted.min_replicas}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -49,16 +50,17 @@ def local_ray(
         # Ray reads its environment when it is imported.
         import ray
 
-        ray.init(
-            num_cpus=num_cpus,
-            include_dashboard=dashboard,
-            dashboard_host="127.0.0.1",
-            object_store_memory=OBJECT_STORE_BYTES,
-            log_to_driver=False,
-            logging_level=logging.WARNING,
-            _node_ip_address=LOOPBACK[0],
-            _temp_dir=str(folder) if folder else None,
-        )
+        with _own_signals():
+            ray.init(
+                num_cpus=num_cpus,
+                include_dashboard=dashboard,
+                dashboard_host="127.0.0.1",
+                object_store_memory=OBJECT_STORE_BYTES,
+                log_to_driver=False,
+                logging_level=logging.WARNING,
+                _node_ip_address=LOOPBACK[0],
+                _temp_dir=str(folder) if folder else None,
+            )
         try:
             if (host := ray.util.get_node_ip_address()) not in LOOPBACK:
                 raise FailedPrecondition(
@@ -70,11 +72,31 @@ def local_ray(
 
 
 @contextmanager
+def _own_signals() -> Iterator[None]:
+    """While Ray starts: keeps the handler of SIGTERM that this process has, which Ray would replace by one that aborts.
+
+    What Ray starts meanwhile ignores SIGHUP, as it does SIGINT. Both go to all processes of a terminal that closes or gets
+    Ctrl-C, and Ray's must live until this process has ended them in order.
+    """
+    from ray._private import utils
+
+    replace, mask = utils.set_sigterm_handler, signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+    if callable(signal.getsignal(signal.SIGTERM)):
+        utils.set_sigterm_handler = lambda _handler: None
+    try:
+        yield
+    finally:
+        utils.set_sigterm_handler = replace
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)  # a SIGHUP that came meanwhile arrives now
+
+
+@contextmanager
 def existing_ray(address: str) -> Iterator[None]:
     """Connects to the Ray at `address` (as `ray start` prints it, or `auto`), and disconnects at the end."""
     import ray
 
-    ray.init(address=address, log_to_driver=False)
+    with _own_signals():
+        ray.init(address=address, log_to_driver=False)
     try:
         yield
     finally:

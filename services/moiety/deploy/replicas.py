@@ -5,6 +5,7 @@ Serve pickles what is in this module, so it holds no clients, locks or other liv
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,10 @@ from moiety import compose
 from moiety.config.services import ServiceSettings
 from moiety.deploy.arguments import expert_settings, gateway_settings, router_settings
 from moiety.deploy.ray_cluster import settings_of_process
+from moiety.deploy.shutdown import is_ending
+from moiety.errors import MoietyError
+
+_log = logging.getLogger(__name__)
 
 
 class _Replica:
@@ -35,15 +40,23 @@ class _Replica:
             self._running.healthy()
 
     async def reconfigure(self, user_config: Mapping[str, Any] | None) -> None:
-        """Applies `user_config`; Serve calls it after start and at every change. Raises ConfigError for an unknown setting."""
+        """Applies `user_config`; Serve calls it after start and at every change.
+
+        Refused values change nothing. They are reported in the log and in the registry entry. An error would make Serve end
+        the replica, and each that it starts in its place.
+        """
         if self._running is not None and user_config is not None:
-            await self._running.reconfigure(user_config)
+            try:
+                await self._running.reconfigure(user_config)
+            except MoietyError as error:
+                _log.error("%s goes on with its earlier live settings: %s", self._running.replica.id, error)
 
     async def __del__(self) -> None:
         """Drains and closes the service. Serve awaits this once before it ends a replica, but not if the replica is killed."""
         running, self._running = self._running, None
         if running is not None:
-            await running.drain(self._drain_s)
+            app: str = serve.get_replica_context().app_name
+            await running.drain(self._drain_s, ending=await is_ending(app))
             await running.close()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Self
@@ -16,6 +16,7 @@ from moiety.core.system import SystemId
 from moiety.deploy.arguments import LOOPBACK, gateway_settings, router_settings, with_revision
 from moiety.deploy.ray_cluster import LOGICAL_CPUS, connected, existing_ray, local_ray, on_this_cluster
 from moiety.deploy.ready import Progress, until_ready, wanted_replicas
+from moiety.deploy.shutdown import end_application
 from moiety.model.checkpoint.checkpoint import Checkpoint
 from moiety.model.experts.cached import expert_layout
 from moiety.registry.connect import connect, forget
@@ -56,13 +57,15 @@ def deploy_app(
     dashboard: bool = False,
     ray_folder: Path | None = None,
     progress: Progress = lambda line: None,
+    hurried: Callable[[], bool] = lambda: False,
 ) -> DeployedApp:
     """Deploys the application and waits until every replica is ready. Tells `progress` what has become ready.
 
     Uses the Ray at `address` if given, else the Ray that this process is connected to. If there is neither, starts a Ray on
     this machine with `num_cpus`, `dashboard` and `ray_folder`. Raises CheckpointError, ConfigError or RegistryUnreachable
     before anything is started. Raises FailedPrecondition if Serve could not deploy the application, Unavailable if it is
-    not ready within `wait_s` seconds; in both cases nothing that this call started is left running.
+    not ready within `wait_s` seconds; in both cases nothing that this call started is left running. `hurried()`: whether
+    the application's end waits no longer for running requests.
     """
     began = time.monotonic()
     args = args.model_copy(update={"model": str(Path(args.model).absolute())})
@@ -88,8 +91,9 @@ def deploy_app(
         build_s = time.monotonic() - began - ray_s
         serve.start(proxy_location="Disabled")
         if args.app not in serve.status().applications:
-            last.callback(lambda: asyncio.run(forget(args.registry.get_secret_value(), args.system)))
-            ends.callback(serve.delete, args.app)
+            url = args.registry.get_secret_value()
+            last.callback(lambda: asyncio.run(forget(url, args.system)))
+            ends.callback(end_application, args.app, progress, registry=url, hurried=hurried)
         serve.run_many(
             [serve.RunTarget(application, name=args.app, route_prefix=None)],
             wait_for_ingress_deployment_creation=False,

@@ -1,22 +1,120 @@
-"""Ends an application on a Ray that goes on running."""
+"""Ends an application on the connected Ray, and tells how far it is.
+
+The replicas keep the order themselves (`compose/departure.py`): the gateways refuse new requests and finish those that run,
+then the routers end, then the expert replicas.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import asyncio
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
 
-from moiety.errors import NotFound
+import grpc
+
+from moiety.core.system import SystemId
+from moiety.deploy.ready import Progress
+from moiety.errors import MoietyError
+from moiety.internal.v1.engine_pb2 import DescribeEngineRequest
+from moiety.internal.v1.engine_pb2_grpc import EngineServiceStub
+from moiety.registry.connect import connect, live_systems
+from moiety.wire.channels import channel
+
+POLL_S = 0.2
+COUNT_S = 1.0  # between two counts of the running requests
+STILL_S = 10.0  # between two lines that say the same
+ASK_S = 1.0  # a router or the controller may take so long to answer
+EXTRA_S = 7.0  # beyond `drain_s`, in which Serve gives a replica time to close
 
 
-def shut_down(app: str, progress: Callable[[str], None]) -> None:
-    """Deletes the application `app` of the connected Ray; returns once all its replicas have ended.
+def end_application(
+    app: str, progress: Progress, *, registry: str = "", hurried: Callable[[], bool] = lambda: False
+) -> bool:
+    """Ends application `app`, and waits until its replicas have ended. Returns whether they have.
 
-    Raises NotFound, with the applications that are there, if there is no such one.
+    They refuse new requests and give running ones up to `drain_s` seconds to finish. `hurried()`, which is asked all the
+    time: whether to wait no longer. `progress` gets a line whenever the number of running requests changes; they are counted
+    if the URL of the application's `registry` is given.
     """
     from ray import serve
 
-    there = serve.status().applications
-    if app not in there:
-        raise NotFound(f"no application {app!r} on this Ray: there are {', '.join(sorted(there)) or 'none'}")
-    progress(f"{app}: its replicas finish what they do, then end")
-    serve.delete(app)
-    progress(f"{app}: ended")
+    applications = _applications()
+    if app not in applications:
+        return True
+    began = counted_at = time.monotonic()
+    until = began + grace_s(applications[app])
+    serve.delete(app, _blocking=False)
+    said, said_at = "", 0.0
+    while (now := time.monotonic()) < until and not hurried():
+        if now >= counted_at:
+            counted_at = now + COUNT_S
+            if (details := _applications().get(app)) is None:
+                return True
+            running = asyncio.run(running_requests(registry, app)) if registry else 0
+            what = f"{running} request{'s' * (running != 1)}" if running else _left(details)
+            if what != said or now >= said_at + STILL_S:
+                said, said_at = what, now
+                progress(f"draining: {what}, {max(0.0, until - EXTRA_S - now):.0f} s left")
+        time.sleep(POLL_S)
+    return app not in _applications()
+
+
+def grace_s(details: Mapping[str, Any]) -> float:
+    """Returns the longest time that Serve gives a replica of an application to end, in seconds."""
+    deployments = details["deployments"].values()
+    return max((each["deployment_config"]["graceful_shutdown_timeout_s"] for each in deployments), default=0.0)
+
+
+async def is_ending(app: str) -> bool:
+    """Whether Serve ends all of application `app`; False if it only replaces or scales some. For a replica."""
+    from ray.serve.schema import ApplicationStatus
+
+    try:
+        async with asyncio.timeout(ASK_S):
+            applications = await asyncio.to_thread(_applications)
+    except Exception:  # the controller may be gone: whatever it raises then, this replica must still drain
+        return True
+    return app not in applications or applications[app]["status"] == ApplicationStatus.DELETING
+
+
+async def running_requests(registry: str, app: str) -> int:
+    """Returns how many sequences the routers of application `app` run or queue; those that do not answer count as none."""
+    try:
+        counts = [await _at_routers(registry, system) for system in await live_systems(registry, app)]
+    except MoietyError:
+        return 0
+    return sum(counts)
+
+
+async def _at_routers(registry: str, system: SystemId) -> int:
+    store = connect(registry, system)
+    try:
+        routers = await store.routers()
+    finally:
+        await store.close()
+    return sum(await asyncio.gather(*(_at_router(router.address) for router in routers)))
+
+
+async def _at_router(address: str) -> int:
+    async with channel(address) as link:
+        try:
+            load = await EngineServiceStub(link).DescribeEngine(DescribeEngineRequest(), timeout=ASK_S)
+        except grpc.RpcError:
+            return 0
+    return int(load.running + load.waiting)
+
+
+def _applications() -> Mapping[str, Any]:
+    """Returns what Serve's controller tells about each application: name -> status, deployments with their options."""
+    from ray.serve.context import _get_global_client
+
+    client = _get_global_client(raise_if_no_controller_running=False)
+    applications: Mapping[str, Any] = {} if client is None else client.get_serve_details()["applications"]
+    return applications
+
+
+def _left(details: Mapping[str, Any]) -> str:
+    """Returns how many replicas of each deployment are left."""
+    counts = {name: len(each["replicas"]) for name, each in details["deployments"].items()}
+    return ", ".join(f"{name} {count}" for name, count in counts.items() if count) or "the last replica"

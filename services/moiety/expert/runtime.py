@@ -67,6 +67,7 @@ class Runtime:
         self._unanswered: set[QueuedCall] = set()
         self._unanswered_lock = threading.Lock()
         self._computed_at = 0.0  # monotonic clock, in seconds, when the last batch was done
+        self.accepted = 0  # calls since the start
         self.served = 0.0  # Unix seconds at which the first rows were computed; 0 = none yet
         self._window = LoadWindow()
         self._thread = supervise_thread("expert-runtime", self._run)
@@ -160,6 +161,7 @@ class Runtime:
         waiting.checked = holding
         with self._unanswered_lock:
             self._unanswered.add(waiting)
+            self.accepted += 1
         try:
             self._batcher.put(waiting)
         except BaseException:

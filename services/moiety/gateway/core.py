@@ -13,7 +13,7 @@ from functools import partial
 from moiety.core.sampling import Sampling
 from moiety.core.system import SystemId
 from moiety.core.visible import visible
-from moiety.errors import InvalidRequest, NotFound
+from moiety.errors import InvalidRequest, NotFound, Unavailable
 from moiety.gateway.admission import Admission
 from moiety.gateway.outputs import Outputs
 from moiety.gateway.request import Conversation, Delta, GenerationRequest, Model, new_request_id
@@ -28,6 +28,7 @@ from moiety.telemetry.tracing import Span, Tracer
 from moiety.wire.deadline import Deadline
 from moiety.wire.sampling_params import check_labels, check_prompt
 
+SHUTTING_DOWN = "the server is shutting down"
 # Characters of a text that is only tokenised: it is not cut at the context, and must leave prompts room in the budget.
 MOST_COUNTED = MOST_CHARACTERS // 4
 
@@ -56,18 +57,29 @@ class GenerationCore:
         self._renders = ThreadPoolExecutor(1, thread_name_prefix="template")
         self.running = 0  # requests in progress
         self.begun = 0  # requests since the start
+        self._refuses = False
 
     def close(self) -> None:
         """Drops the prompts that wait to be rendered or tokenised."""
         self._renders.shutdown(wait=False, cancel_futures=True)
         self.model.encoder.close()
 
+    def refuse(self) -> None:
+        """Refuses new requests from now on, because the server shuts down. Those that run go on."""
+        self._refuses = True
+
+    async def end(self) -> None:
+        """Refuses new requests, and ends those that run with Unavailable."""
+        self._refuses = True
+        await self.model.routers.end(f"{SHUTTING_DOWN}: the time for running requests is over (setting drain_s)")
+
     def check_model(self, name: str) -> None:
         """Raises NotFound unless the model of this name is served; "" is the only one."""
         self._served(name)
 
     async def models(self, deadline: Deadline) -> tuple[Model, ...]:
-        """Returns what can be asked for. Raises Unavailable or DeadlineExceeded while no router is ready."""
+        """Returns what can be asked for. Raises Unavailable or DeadlineExceeded while no router is ready, or after `refuse`."""
+        self._check_open()
         served = self.model
         described = (await served.routers.pick(deadline)).description
         return (Model(served.name, served.system.revision, described.max_context),)
@@ -75,6 +87,7 @@ class GenerationCore:
     async def prompt_ids(self, request: GenerationRequest, deadline: Deadline) -> Sequence[int]:
         """Returns the checked token ids of a request's prompt. Raises what `generate` raises for it."""
         served = self._served(request.model)
+        self._check_open()
         served.routers.check_room()
         described = (await served.routers.pick(deadline)).description
         return await self._prompt_ids(served, request, described.vocabulary, described.max_context)
@@ -112,6 +125,7 @@ class GenerationCore:
         try:
             check_labels(request)
             served = self._served(request.model)
+            self._check_open()
             served.routers.check_room()
             with self._admission.place(request.tenant, request.host):
                 span.set(Attribute.REQUEST_ID, request_id)
@@ -191,6 +205,11 @@ class GenerationCore:
             arguments=conversation.arguments,
         )
         return await asyncio.get_running_loop().run_in_executor(self._renders, render)
+
+    def _check_open(self) -> None:
+        """Raises Unavailable if the server shuts down."""
+        if self._refuses:
+            raise Unavailable(SHUTTING_DOWN)
 
     def _served(self, model: str) -> ServedModel:
         """Returns what serves the model of this name. Raises NotFound."""

@@ -2,7 +2,8 @@
 
 The parent writes one JSON line to the child's stdin: which service to run. The child writes a JSON line to stdout when it is
 ready, or when it cannot start (with the reason), and another whenever its registry entry changes. Further lines on stdin
-change live settings, which a line on stdout answers, or request a drain. The end of stdin means that the parent is gone.
+change live settings, which a line on stdout answers, or request a drain, as SIGTERM does. The end of stdin means that the
+parent is gone, or wants the child to end at once; so does a second SIGTERM.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import asyncio
 import json
 import logging
 import os
+import signal
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
@@ -38,10 +40,18 @@ async def main() -> int:
     except MoietyError as error:
         _send({"error": str(error)})
         return 1
+    draining: asyncio.Task[None] | None = None
+    terminated = 0
+
+    def terminate() -> None:
+        nonlocal terminated
+        terminated += 1
+
+    loop.add_signal_handler(signal.SIGTERM, terminate)
     sent = running.replica
     _send_replica(sent)
     line: bytes | None = None
-    while line != b"":
+    while line != b"" and terminated < 2 and (draining is None or not draining.done()):
         line = None
         with suppress(TimeoutError):
             async with asyncio.timeout(POLL_S):
@@ -49,12 +59,10 @@ async def main() -> int:
         command = json.loads(line) if line else {}
         if "reconfigure" in command:
             await _reconfigure(running, command["reconfigure"])
-        if "drain_s" in command:
-            draining = spawn("drain", running.drain(command["drain_s"]))
+        if draining is None and ("drain_s" in command or terminated):
+            grace_s, ending = command.get("drain_s", settings.drain_s), command.get("ending", False)
+            draining = spawn("drain", running.drain(grace_s, ending=ending))
             await asyncio.sleep(0)  # the replica is DRAINING now: report that before the drain is over
-            _send_replica(running.replica)
-            await draining
-            break
         if running.replica != sent:
             sent = running.replica
             _send_replica(sent)

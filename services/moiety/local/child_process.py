@@ -13,7 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from moiety.client import Client
 from moiety.core.replica import Replica
+from moiety.errors import Unavailable
 
 STOP_S = 10.0
 _log = logging.getLogger(__name__)
@@ -83,6 +85,16 @@ async def read(process: asyncio.subprocess.Process) -> dict[str, Any]:
         raise EOFError
     message: dict[str, Any] = json.loads(line)
     return message
+
+
+async def until_serves(address: str) -> None:
+    """Waits until the gateway at `address` has a router that is ready."""
+    async with Client(address) as client:
+        while True:
+            with suppress(Unavailable):
+                await client.models()
+                return
+            await asyncio.sleep(0.1)
 
 
 def tail(log: Path, lines: int = 15) -> str:

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, Self
 
 from moiety import compose
-from moiety.client import Client
 from moiety.compose.environment import PROCESS_ENVIRONMENT
 from moiety.config.run_folder import RunFolder
 from moiety.config.services import GatewaySettings
@@ -29,7 +28,7 @@ from moiety.core.replica import Placement, Replica, Role
 from moiety.core.supervise import supervise
 from moiety.core.system import SystemId
 from moiety.errors import FailedPrecondition, RegistryUnreachable, Unavailable
-from moiety.local.child_process import STOP_S, Child, read, share_of_cores, tail, write
+from moiety.local.child_process import STOP_S, Child, read, share_of_cores, tail, until_serves, write
 from moiety.model.checkpoint.checkpoint import Checkpoint
 from moiety.model.checkpoint.revision import revision_of
 from moiety.model.experts.cached import expert_layout
@@ -115,8 +114,9 @@ class LocalCluster:
                     starting.create_task(self.add_expert(group))
                 for _ in range(self.routers):
                     starting.create_task(self.add_router())
-                starting.create_task(self._add(Role.GATEWAY, "gateway", {}))
-            await self._until_ready()
+                starting.create_task(self.add_gateway())
+            async with asyncio.timeout(READY_S):
+                await until_serves(self.address)
         except BaseException as error:
             await self.stop()
             if isinstance(error, ExceptionGroup):
@@ -172,6 +172,10 @@ class LocalCluster:
         """Starts one more router; returns when it is registered. `settings` apply to this router only."""
         return await self._add(Role.ROUTER, "router", settings)
 
+    async def add_gateway(self, **settings: Any) -> Child:
+        """Starts one more gateway; returns when it is registered. `settings` apply to this gateway only."""
+        return await self._add(Role.GATEWAY, "gateway", settings)
+
     async def set_placement(self, held: Mapping[str, ExpertSet]) -> int:
         """Puts a new placement (deployment -> experts) in force and returns its epoch; replicas follow at their next beat."""
         current = await self.registry.placement()
@@ -184,10 +188,10 @@ class LocalCluster:
         """Waits until every expert replica holds exactly what the placement of `epoch` says."""
         await until_settled(self.registry, epoch, timeout_s)
 
-    async def drain(self, child: Child, grace_s: float = 8.0) -> None:
-        """Stops one child as an autoscaler would: it registers as draining, finishes work in flight and deregisters."""
+    async def drain(self, child: Child, grace_s: float = 8.0, *, ending: bool = False) -> None:
+        """Stops one child as an autoscaler would, or, if `ending`, as at the end of the system: see `Running.drain`."""
         child.leaving = True
-        await write(child.process, {"drain_s": grace_s})
+        await write(child.process, {"drain_s": grace_s, "ending": ending})
         async with asyncio.timeout(grace_s + STOP_S):
             await child.process.wait()
 
@@ -206,10 +210,13 @@ class LocalCluster:
         if refusal:
             raise FailedPrecondition(f"{child.replica.id}: {refusal}")
 
-    async def stop(self) -> None:
-        """Ends every child and removes the files of the cluster."""
+    async def stop(self, grace_s: float = 0.0) -> None:
+        """Ends every child and removes the files of the cluster. Running requests get up to `grace_s` seconds to finish."""
         self._stopped = True
         followers = [child.follower for child in self.children if child.follower]
+        if grace_s:
+            ends = (self.drain(child, grace_s, ending=True) for child in self.children)
+            await asyncio.gather(*ends, return_exceptions=True)  # a child that does not end is killed below
         await asyncio.gather(*(child.end() for child in self.children))
         if followers:
             await asyncio.wait(followers, timeout=STOP_S)
@@ -284,14 +291,6 @@ class LocalCluster:
     async def _record(self, replica: Replica) -> None:
         if self._writer is not None:
             await self._writer.register(replica)
-
-    async def _until_ready(self) -> None:
-        async with asyncio.timeout(READY_S), Client(self.address) as client:
-            while True:
-                with suppress(Unavailable):
-                    await client.models()
-                    return
-                await asyncio.sleep(0.1)
 
 
 def _shape_and_revision(model: str) -> tuple[ModelShape, str]:

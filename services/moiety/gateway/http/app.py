@@ -24,19 +24,18 @@ Post = Callable[[Exchange, Mapping[str, Any]], Awaitable[None]]
 _MODEL = "/v1/models/"
 
 
-def build_app(core: GenerationCore, *, formats: str = "auto", draining: Callable[[], bool] = lambda: False) -> ASGIApp:
+def build_app(core: GenerationCore, *, formats: str = "auto") -> ASGIApp:
     """Returns the application that serves `core` over HTTP. It must run in the event loop of `core`.
 
     `formats`: how the model writes reasoning and tool calls: auto (by the checkpoint's chat template), none, or a name in
-    gateway/formats; raises ConfigError for another one. `draining()`: whether the gateway is about to end, so that /readyz
-    answers 503.
+    gateway/formats; raises ConfigError for another one.
     """
-    return _App(core, formats, draining)
+    return _App(core, formats)
 
 
 class _App:
-    def __init__(self, core: GenerationCore, formats: str, draining: Callable[[], bool]):
-        readers, status = Readers(), Status(core, draining)
+    def __init__(self, core: GenerationCore, formats: str):
+        readers, status = Readers(), Status(core)
         served = core.model
         template = served.template.text if served.template is not None else None
         self._bodies = BodyReader()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from typing import Any
 
 import moiety
@@ -24,9 +23,8 @@ _PAGE_POLICY = (b"content-security-policy", b"default-src 'none'; style-src 'uns
 class Status:
     """Answers what needs no generation."""
 
-    def __init__(self, core: GenerationCore, draining: Callable[[], bool]):
-        """`draining()`: whether the gateway finishes its requests before it ends, and should get no new ones."""
-        self._core, self._draining = core, draining
+    def __init__(self, core: GenerationCore):
+        self._core = core
         self._since = int(time.time())
         self._document = document()
         self._page = page(self._document).encode()
@@ -49,9 +47,7 @@ class Status:
         await exchange.send_json({"status": "ok"})
 
     async def ready(self, exchange: Exchange) -> None:
-        """Says whether the gateway can serve requests now: a router is ready, and the gateway does not drain."""
-        if self._draining():
-            raise Unavailable("this gateway is about to end")
+        """Says whether the gateway can serve requests now: a router is ready, and the server does not shut down."""
         try:
             await self._core.models(Deadline.after(READY_S))
         except DeadlineExceeded:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
 
 import grpc
@@ -86,7 +86,9 @@ class RouterPeer:
 
     @property
     def state(self) -> ReplicaState:
-        """The router's own state, by its last report."""
+        """The router's own state, by its last report; DRAINING also where the registry says so."""
+        if self.replica.state is ReplicaState.DRAINING:
+            return ReplicaState.DRAINING
         with suppress(ValueError):
             return ReplicaState(self.description.state)
         return ReplicaState.READY
@@ -209,6 +211,16 @@ class RouterPeer:
             await asyncio.sleep(POLL_S)
             await self.poll()
             await self._on_poll(self)
+
+
+def best_of(routers: Iterable[RouterPeer]) -> list[RouterPeer]:
+    """Returns the routers for new requests: those that are well, else those that drain, else those that answer, else all."""
+    known = list(routers)
+    answering = [router for router in known if not router.unresponsive]
+    for state in (ReplicaState.READY, ReplicaState.DRAINING):
+        if best := [router for router in answering if router.state is state]:
+            return best
+    return answering or known
 
 
 async def _describe(stub: engine_pb2_grpc.EngineServiceStub, timeout_s: float) -> engine_pb2.DescribeEngineResponse:

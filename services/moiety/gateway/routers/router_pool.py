@@ -19,7 +19,7 @@ from moiety.gateway.routers.backlog import Backlog
 from moiety.gateway.routers.prefixes import PrefixHasher
 from moiety.gateway.routers.prompt import Prompt
 from moiety.gateway.routers.resumption import choices_of, resumed_request
-from moiety.gateway.routers.router_peer import RouterPeer
+from moiety.gateway.routers.router_peer import RouterPeer, best_of
 from moiety.internal.v1 import engine_pb2
 from moiety.policy import router_choice
 from moiety.policy.router_pace import Pace
@@ -32,7 +32,7 @@ RETRY_S = 0.1
 REDIAL_S = 0.5  # a listed router of another system is dialled again this often
 MOST_LOSSES = 5
 UNKNOWN_WAIT_S = 1.0  # retry delay before any request has shown how long one takes
-USABLE = (ReplicaState.READY, ReplicaState.SICK)  # states of a router that may get requests
+USABLE = (ReplicaState.READY, ReplicaState.DRAINING, ReplicaState.SICK)  # states of a router that may get requests
 
 
 class RouterLost(Unavailable):
@@ -57,7 +57,7 @@ class RouterPool:
         self._refused: dict[str, str] = {}  # listed router -> why it is not used, logged once
         self._seen: tuple[Replica, ...] | None = None  # the registry's table that the next two reflect
         self._listed: Mapping[str, Replica] = {}  # routers that may be used
-        self._leaving: Set[str] = frozenset()  # routers that drain
+        self._ended = ""  # why every request ends
         self._pace, self._backlog = Pace(), Backlog()
         self._random = random.Random(seed)
         self._hasher = PrefixHasher(self._random.getrandbits(64))
@@ -96,6 +96,8 @@ class RouterPool:
                         if not done.keys() - ended:
                             return
             except RouterLost as lost:
+                if self._ended:
+                    raise Unavailable(self._ended) from None
                 _log.debug("%s after %d tokens; another router resumes", lost, sum(map(len, done.values())))
                 if (losses := losses + 1) >= MOST_LOSSES:
                     raise Unavailable(f"{losses} routers in a row were lost with this request; last: {lost}") from None
@@ -112,12 +114,17 @@ class RouterPool:
 
     def check_room(self) -> None:
         """Raises ResourceExhausted if this gateway's own requests fill every router. Call it before any work on a prompt."""
-        if self._routers and all(router.full_of_own_requests for router in self._routers.values()):
-            raise self._full(len(self._routers))
+        if (best := best_of(self._routers.values())) and all(router.full_of_own_requests for router in best):
+            raise self._full(len(best))
 
     def retry_after_s(self) -> float:
         """Returns the retry delay, in seconds, of a request that is refused now, and expects the request back after it."""
         return self._backlog.refuse(self._predicted_wait_s)
+
+    async def end(self, why: str) -> None:
+        """Ends every request, now and later, with Unavailable(`why`)."""
+        self._ended = why
+        await asyncio.gather(*(router.hand_over() for router in self._routers.values()))
 
     async def close(self) -> None:
         for task in self._dialling.values():
@@ -162,10 +169,10 @@ class RouterPool:
 
         Assumes that `expected` refused requests return first, spread evenly over the routers.
         """
-        if not self._pace.known or not self._routers:
+        if not self._pace.known or not (best := best_of(self._routers.values())):
             return UNKNOWN_WAIT_S
-        before = expected / len(self._routers)
-        return min(self._pace.slot_wait(router.load + before, router.slots) for router in self._routers.values())
+        before = expected / len(best)
+        return min(self._pace.slot_wait(router.load + before, router.slots) for router in best)
 
     def _choose(self, request: engine_pb2.EngineRequest, prompt: Prompt, routers: list[RouterPeer]) -> RouterPeer:
         candidates = [router.candidate(prompt, self._pace) for router in routers]
@@ -202,16 +209,14 @@ class RouterPool:
             await router.close_if_done()
 
     async def _ready(self, deadline: Deadline) -> list[RouterPeer]:
-        """Returns the routers that are well; if there are none, those that answer polls, though sick; else all others.
-
-        Raises Unavailable or DeadlineExceeded when none appears in time.
-        """
+        """Returns the best routers (`best_of`). Raises Unavailable or DeadlineExceeded when none appears in time."""
         waits = Deadline.after(min(self._wait_s, deadline.left()))
         while True:
             await self._refresh()
-            if ready := list(self._routers.values()):
-                well = [router for router in ready if router.well]
-                return well or [router for router in ready if not router.unresponsive] or ready
+            if self._ended:
+                raise Unavailable(self._ended)
+            if ready := best_of(self._routers.values()):
+                return ready
             if deadline.passed:
                 raise DeadlineExceeded("the deadline passed before a router was ready")
             if waits.passed:
@@ -232,8 +237,9 @@ class RouterPool:
             self._seen = self._watch.replicas
             routers = {replica.id: replica for replica in self._seen if replica.role is Role.ROUTER}
             self._listed = {name: replica for name, replica in routers.items() if replica.state in USABLE}
-            self._leaving = {name for name, replica in routers.items() if replica.state is ReplicaState.DRAINING}
             self._refused = {name: why for name, why in self._refused.items() if name in self._listed}
+            for name in self._routers.keys() & self._listed.keys():
+                self._routers[name].replica = self._listed[name]
 
     async def _drop_lost(self, spare: RouterPeer | None = None) -> None:
         for router in [router for router in self._routers.values() if router is not spare and self._has_left(router)]:
@@ -245,18 +251,14 @@ class RouterPool:
             self._dialling[name].add_done_callback(partial(self._dialled, name))
 
     def _has_left(self, router: RouterPeer) -> bool:
-        name = router.replica.id
-        if router.lost or name in self._leaving or router.state is ReplicaState.DRAINING:
-            return True
-        return name not in self._listed and router.unresponsive
+        return router.lost or (router.replica.id not in self._listed and router.unresponsive)
 
     async def _drop(self, router: RouterPeer) -> None:
         """Takes a router out of use. It is dialled again while it is listed."""
         if self._routers.get(router.replica.id) is router:  # it may have been dropped while another one was closed
             del self._routers[router.replica.id]
-            _log.warning(
-                "router %s is no longer used: it %s", router.replica.id, "is lost" if router.lost else "leaves"
-            )
+            why = "has left" if router.state is ReplicaState.DRAINING else "is lost"
+            _log.warning("router %s is no longer used: it %s", router.replica.id, why)
             await router.leave()
 
     async def _polled(self, router: RouterPeer) -> None:
@@ -282,6 +284,7 @@ class RouterPool:
             return
         if router is not None and not self._has_left(router):
             self._routers[replica.id] = router
+            router.replica = self._listed.get(replica.id, replica)
         elif router is not None:
             await router.close()
 

@@ -55,10 +55,11 @@ class _Breaker:
 
 
 class Breakers:
-    """The breakers of all replicas. Used by the engine's thread, except for `sick`, which any thread may replace."""
+    """The breakers of all replicas. Used by the engine's thread; `sick` and `draining` may be replaced by any thread."""
 
     def __init__(self) -> None:
         self.sick: frozenset[str] = _NONE  # replicas that the registry lists as sick: avoided like open ones
+        self.draining: frozenset[str] = _NONE  # about to leave: avoided, not accused
         self.changes = 0  # breakers opened or closed since the start
         self._breakers: dict[str, _Breaker] = {}  # of replicas of which there is something to remember
 
@@ -70,13 +71,15 @@ class Breakers:
     def avoided(self, now: float) -> frozenset[str]:
         """Returns the replicas to call only for experts that have no other holder."""
         if not self._breakers:
-            return self.sick
+            return self.sick | self.draining
         for replica, breaker in tuple(self._breakers.items()):
             if breaker.state is BreakerState.LATE and now >= breaker.until:
                 self._open(replica, breaker, now, f"it has not answered for {now - breaker.since:.1f} s", silent=True)
             elif breaker.state is BreakerState.CLOSED and now >= max(breaker.since + STEADY_S, breaker.rests_until):
                 del self._breakers[replica]
-        return self.sick.union(replica for replica, breaker in self._breakers.items() if breaker.avoided(now))
+        return self.sick.union(
+            self.draining, (replica for replica, breaker in self._breakers.items() if breaker.avoided(now))
+        )
 
     def closed(self, replica: str) -> bool:
         """Whether nothing speaks against `replica`. Only then its answer may show that another one's was right."""

@@ -208,9 +208,7 @@ class Fleet:
             listed = {replica.id: replica for replica in listed_now if replica.role is Role.EXPERT}
             changed = False  # one new table for all replicas that have followed a placement
             for replica in listed.values():
-                if replica.state is ReplicaState.DRAINING:
-                    changed |= self._release(replica.id)  # no new calls; those in flight finish on its link
-                elif self._links.get(replica.id) is None:
+                if self._links.get(replica.id) is None:
                     if replica.state is not ReplicaState.STARTING:
                         self._links.want(replica)
                 elif (known := self._holdings.get(replica.id)) is not None and _newer(replica, known):
@@ -229,6 +227,7 @@ class Fleet:
             what = "replicas that report themselves sick, avoided where others hold their experts"
             _log.warning("%s: %s", what, ", ".join(sorted(sick)) or "none now")
             self.breakers.sick = sick
+        self.breakers.draining = frozenset(one.id for one in listed.values() if one.state is ReplicaState.DRAINING)
         # Of a replica that answers, nothing is forgotten because the registry has lost it.
         if (known := listed.keys() | self._holdings.keys()) != self._known:
             self._known = frozenset(known)

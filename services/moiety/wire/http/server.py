@@ -7,6 +7,7 @@ import logging
 import resource
 import socket
 from dataclasses import replace
+from math import inf
 
 import uvicorn
 
@@ -51,6 +52,7 @@ class HttpServer:
         self._uvicorn.lifespan = config.lifespan_class(config)
         self._tending: asyncio.Task[None] | None = None
         self._stopping: asyncio.Task[None] | None = None
+        self._until = inf  # when it ends at the latest, in the loop's time
 
     @property
     def connections(self) -> int:
@@ -78,10 +80,11 @@ class HttpServer:
     async def stop(self, grace_s: float) -> None:
         """Refuses new connections, gives running requests `grace_s` seconds to end, then cuts them.
 
-        A second `stop` waits for the first.
+        A second `stop` waits for the first, and may give less time.
         """
+        self._until = min(self._until, asyncio.get_running_loop().time() + grace_s)
         if self._stopping is None:
-            self._stopping = spawn("http server stop", self._stop(grace_s))
+            self._stopping = spawn("http server stop", self._stop())
         await asyncio.shield(self._stopping)
 
     async def _tend(self) -> None:
@@ -93,7 +96,7 @@ class HttpServer:
                 connection.look(now)  # type: ignore[union-attr]  # all are of Connections' making
             await asyncio.sleep(LOOK_S)
 
-    async def _stop(self, grace_s: float) -> None:
+    async def _stop(self) -> None:
         if self._tending is None:
             return
         state, clock = self._uvicorn.server_state, asyncio.get_running_loop().time
@@ -101,8 +104,7 @@ class HttpServer:
             server.close()
         for connection in list(state.connections):
             connection.shutdown()  # closes it, at the latest with the response that it waits for
-        until = clock() + grace_s
-        while (state.connections or state.tasks) and clock() < until:
+        while (state.connections or state.tasks) and clock() < self._until:
             await asyncio.sleep(WATCH_S)
         for connection in list(state.connections):
             connection.cut()  # type: ignore[union-attr]

@@ -196,7 +196,7 @@ async def test_a_full_system_says_when_to_come_again(tokenizer: Tokenizer):
 
 
 async def test_without_a_router_the_answer_is_503(tokenizer: Tokenizer):
-    """So is /readyz, at once, while /healthz stays 200; a draining gateway is not ready either."""
+    """So is /readyz, at once, while /healthz stays 200; nor is a gateway ready that shuts down."""
     async with door_over(tokenizer, router_wait_s=0.5) as door:
         assert (await door.refused(PATH, 503, prompt=PROMPT))["type"] == "server_error"
         assert (await door.http.get("/readyz")).status_code == 503
@@ -207,8 +207,9 @@ async def test_without_a_router_the_answer_is_503(tokenizer: Tokenizer):
             await eventually(lambda: bool(door.gateway.watch.replicas))
             assert (await door.post(PATH, prompt=PROMPT, max_tokens=1))["usage"]["completion_tokens"] == 1
             assert (await door.http.get("/readyz")).status_code == 200
-            door.draining = True
+            door.gateway.core.refuse()
             assert (await door.http.get("/readyz")).status_code == 503
+            assert (await door.refused(PATH, 503, prompt=PROMPT))["message"] == "the server is shutting down"
         finally:
             await router.vanish()
 
