@@ -188,8 +188,10 @@ def test_stop_now_and_a_limit(ending: Callable, moiety: Callable) -> None:
 
 
 def test_logs_of_the_system_here(here: Update, moiety: Callable, tmp_path: Path) -> None:
-    """`logs` prints what the replicas of the recorded system wrote; without a folder of logs it says so."""
+    """`logs` prints what the replicas of the recorded system wrote: nothing as it starts; an unknown folder is an error."""
     assert "keeps no logs in a folder of this machine" in moiety("logs").err
+    here(logs=str(tmp_path / "later"))
+    assert (moiety("logs").status, moiety("logs").out) == (0, "")
     (tmp_path / "serve").mkdir()
     (tmp_path / "serve" / "replica_local_router_2obnzzzv.log").write_text("why\n")
     here(logs=str(tmp_path))

@@ -42,13 +42,13 @@ class LogFile:
 
 
 def log_folder(system: RunningSystem) -> Path | None:
-    """Returns the folder of this machine in which Ray logs for `system`; None if it is not known, or not there.
+    """Returns the folder of this machine in which Ray logs for `system`, also before Ray has made it; None if not known.
 
     A Ray that ran before keeps its logs below /tmp/ray unless it was told another folder.
     """
-    folder = Path(system.logs) if system.logs else None
-    if folder is None and system.system:
-        folder = RAY_FOLDER / SystemId.parse(system.system).cluster / "logs"
+    if system.logs:
+        return Path(system.logs)
+    folder = RAY_FOLDER / SystemId.parse(system.system).cluster / "logs" if system.system else None
     return folder if folder is not None and folder.is_dir() else None
 
 
