@@ -54,7 +54,7 @@ async def state_in(registry: MemoryRegistry) -> ReplicaState:
 
 
 async def test_a_task_that_ended_by_a_failure_makes_its_service_sick():
-    """The registry lists the service as SICK at once, and Serve's check fails with the task's name and error."""
+    """The registry lists the service as SICK, and why, at once; Serve's check fails with the task's name and error."""
 
     async def fail() -> None:
         raise OSError("too many open files")
@@ -68,9 +68,11 @@ async def test_a_task_that_ended_by_a_failure_makes_its_service_sick():
                 service.healthy()
             await asyncio.sleep(0)
             assert await state_in(registry) is ReplicaState.SICK
+            assert "task 'listener' ended by OSError" in service.replica.problem
         finally:
             TASKS.forget()
         await eventually(lambda: service.replica.state is ReplicaState.READY)
+        assert service.replica.problem == ""
 
 
 async def test_a_loop_that_is_blocked_once_is_well_and_again_and_again_is_sick():

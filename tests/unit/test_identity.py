@@ -40,7 +40,7 @@ from moiety.testing import (
     fake_system,
     loopback_hop,
 )
-from moiety.tools.rebalance import chosen_system
+from moiety.tools.running.find import chosen_system
 from moiety.wire.deadline import Deadline
 from moiety.wire.http.identity import PATH, Owner, identified
 from moiety.wire.http.server import HttpServer

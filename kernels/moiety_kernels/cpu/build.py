@@ -24,6 +24,7 @@ FLAGS = (
     "-ffp-contract=off",
 )
 BUILD_S = 300.0  # timeout of each compiler command, in seconds
+KEPT = 8  # libraries in a cache folder, of other versions or compilers too; one takes less than 1 MB
 
 
 class BuildError(Exception):
@@ -82,9 +83,17 @@ def build() -> Path:
             _output([compiler, "-shared", "-fopenmp", *map(str, objects), "-o", str(fresh)])
             os.replace(fresh, library)  # atomic: a starting replica sees the whole file or none
             stamp.write_text(version)
+            _prune(library.parent)
     except OSError as error:
         raise BuildError(f"cannot write to {library.parent}: {error}; set MOIETY_CACHE to another folder") from error
     return library
+
+
+def _prune(folder: Path) -> None:
+    """Removes all but the KEPT newest libraries. A process that has loaded one keeps it."""
+    for library in sorted(folder.glob("libmoiety-*.so"), key=lambda file: file.stat().st_mtime, reverse=True)[KEPT:]:
+        library.unlink(missing_ok=True)
+        library.with_suffix(".txt").unlink(missing_ok=True)
 
 
 def _compiler() -> str:

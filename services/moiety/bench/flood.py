@@ -7,14 +7,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import grpc
 import torch
 
 from moiety.bench.checkpoints import model_folder, model_name
 from moiety.bench.report import percentile, table
+from moiety.config.run_folder import scratch_folder
 from moiety.errors import Unavailable
 from moiety.local.cluster import LocalCluster
 from moiety.model.checkpoint.checkpoint import Checkpoint
@@ -94,7 +93,7 @@ async def bench_flood(work: FloodWork, *, progress: Progress = lambda _: None) -
     Raises CheckpointError where the model cannot be served, Unavailable where the capacity run gets no token.
     """
     async with AsyncExitStack() as stack:
-        folder = Path(stack.enter_context(TemporaryDirectory(prefix="moiety-bench-")))
+        folder = stack.enter_context(scratch_folder())
         context = work.prompt_tokens + work.new_tokens
         path = await asyncio.to_thread(model_folder, work.model, folder, work.dtype, context, progress)
         shape = (await asyncio.to_thread(expert_layout, Checkpoint.open(path))).shape

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ import torch
 
 from moiety.bench.echo import Echo, echo_process
 from moiety.bench.report import percentile, table
+from moiety.config.run_folder import scratch_folder
 from moiety.core.replica import Transport
 from moiety.core.system import SystemId
 from moiety.errors import MoietyError, PeerLost, Unavailable
@@ -81,7 +81,7 @@ async def bench_hop(
     Payload sizes must be multiples of ROW_KIB.
     """
     async with AsyncExitStack() as stack:
-        folder = stack.enter_context(TemporaryDirectory(prefix="moiety-bench-"))
+        folder = stack.enter_context(scratch_folder())
         progress(f"model: writing a qwen3_moe with rows of {ROW_KIB} KiB")
         await asyncio.to_thread(write_tiny, "qwen3_moe", folder, **_MODEL)
         progress("start: an expert replica, and an echo process beside it")

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from moiety.cli.arguments import FiniteRange, OutputFile
+from moiety.cli.local_system import http_url
 from moiety.cli.options import (
     ModelName,
     api_key_option,
@@ -20,6 +21,7 @@ from moiety.cli.options import (
 from moiety.cli.run import Interrupted, progress, run_async
 from moiety.config.options import DEFAULT_HTTP_PORT
 
+DEFAULT_URL = f"http://127.0.0.1:{DEFAULT_HTTP_PORT}"
 
 @click.command()
 @click.argument("input_file", metavar="INPUT", type=click.Path(exists=True, dir_okay=False, path_type=Path))
@@ -34,9 +36,10 @@ from moiety.config.options import DEFAULT_HTTP_PORT
     "--url",
     envvar="MOIETY_URL",
     show_envvar=True,
-    default=f"http://127.0.0.1:{DEFAULT_HTTP_PORT}",
-    help="Address of a running server that speaks OpenAI's API, with or without /v1.",
+    help="Address of a running server that speaks OpenAI's API, with or without /v1.  "
+    f"[default: that of the system on this machine, else {DEFAULT_URL}]",
 )
+@click.option("--app", help="Application, or pid, of the system, where several run on this machine.")
 @click.option(
     "--model", type=ModelName(), help="Instead of --url: folder or Hugging Face id to serve here while the batch runs."
 )
@@ -68,7 +71,8 @@ def batch(
     input_file: Path,
     output_file: Path,
     errors_file: Path | None,
-    url: str,
+    url: str | None,
+    app: str | None,
     model: str | None,
     hub_revision: str | None,
     groups: int,
@@ -118,7 +122,7 @@ def batch(
 
     show = progress()
     if model is None:
-        server = running_server(url)
+        server = running_server(http_url(url, app, DEFAULT_URL))
     else:
         name = "" if Path(model).is_dir() else model  # the folder of an id is named after a commit
         server = local_server(folder, served_name=name, say=show, groups=groups, dtype=dtype)

@@ -11,15 +11,17 @@ from typing import Any, NoReturn
 import click
 
 from moiety.cli.generation_options import (
+    DEFAULT_ADDRESS,
     chat_options,
     gateway_options,
     recommended_sampling_options,
     request_options,
     sampling_names,
 )
+from moiety.cli.local_system import grpc_door
 from moiety.cli.run import Interrupted
 from moiety.core.text import did_you_mean
-from moiety.errors import NotFound
+from moiety.errors import NotFound, Unavailable
 
 
 @click.command()
@@ -32,7 +34,14 @@ from moiety.errors import NotFound
 )
 @click.pass_context
 def chat(
-    context: click.Context, /, address: str, model: str | None, system: str | None, history: bool, **options: Any
+    context: click.Context,
+    /,
+    address: str | None,
+    app: str | None,
+    model: str | None,
+    system: str | None,
+    history: bool,
+    **options: Any,
 ) -> None:
     """Talk with a model of a running gateway.
 
@@ -61,16 +70,20 @@ def chat(
     options["logit_bias"] = dict(options["logit_bias"])
     sampling = {name: options.pop(name) for name in names}
     settings = ChatSettings(sampling, {name: _parser(context, name) for name in names})
+    door = grpc_door(address, app, DEFAULT_ADDRESS)
     screen = Screen.standard()
     with ExitStack() as ends:
         ends.enter_context(_ends_raise())
-        client = ends.enter_context(SyncClient(address))
-        models = client.models()
+        client = ends.enter_context(SyncClient(door.address))
+        try:
+            models = client.models()
+        except Unavailable as error:
+            raise Unavailable(f"{error}{door.hint}") from None
         served = next((each for each in models if model in (None, "", each.name)), None)
         if served is None:
             names = [each.name for each in models]
             near = did_you_mean(str(model), names)
-            raise NotFound(f"model {model!r} is not served at {address}: there is {', '.join(names)}{near}")
+            raise NotFound(f"model {model!r} is not served at {door.address}: there is {', '.join(names)}{near}")
         if screen.interactive:
             words = [f"/{name}" for name in COMMANDS] + [f"/set {name} " for name in settings.names]
             ends.enter_context(LineEditor(history_file() if history else None, words))

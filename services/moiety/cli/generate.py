@@ -5,14 +5,25 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from moiety.cli.arguments import Text, TextFile
-from moiety.cli.generation_options import chat_options, gateway_options, request_options, sampling_options
+from moiety.cli.generation_options import (
+    DEFAULT_ADDRESS,
+    chat_options,
+    gateway_options,
+    request_options,
+    sampling_options,
+)
+from moiety.cli.json_output import json_output_option, print_json
+from moiety.cli.local_system import Door, grpc_door
 from moiety.cli.run import run_async
 from moiety.core.text import for_terminal
+from moiety.errors import Unavailable
 
 if TYPE_CHECKING:
     from moiety.client import Chunk, Prompt
@@ -50,20 +61,23 @@ if TYPE_CHECKING:
 @click.option("--prompt-logprobs", is_flag=True, help="First print the log probabilities of the prompt's tokens.")
 @click.option("--token-ids", "as_ids", is_flag=True, help="Print token ids instead of text.")
 @request_options
+@json_output_option
 def generate(
     prompt: str,
-    address: str,
+    address: str | None,
+    app: str | None,
     chat: bool,
     system: str | None,
     as_ids: bool,
     top_logprobs: int | None,
+    json_file: Path | None,
     **options: Any,
 ) -> None:
     """Generate text from a running gateway.
 
     Prints tokens as they arrive. With --n above 1 and without --logprobs, prints one choice after the other at the end.
     Then prints token counts and times on stderr. PROMPT is the text to continue. If PROMPT is -, the text is read from
-    stdin. Ctrl-C cancels the request.
+    stdin. Ctrl-C cancels the request. Without --address, the gateway is that of the system on this machine.
 
     With --chat, PROMPT is the user's message in a conversation, and the output is the reply. Options that you leave out
     are then as the model's publisher recommends, and the reply may fill the context.
@@ -77,6 +91,7 @@ def generate(
       moiety generate "Describe it as JSON: " --json-schema person.schema.json
       moiety generate "Is it open? " --regex "(yes|no)"
       moiety generate "What is an expert?" --chat --system "Answer in one sentence."
+      moiety generate "Each expert" --json | jq -r .choices[0].text
     """
     if not chat and (system is not None or options["template_arguments"] is not None):
         raise click.UsageError("--system and --template-arguments need --chat")
@@ -84,8 +99,16 @@ def generate(
     options["logit_bias"] = dict(options["logit_bias"])
     if top_logprobs is not None:
         options |= {"logprobs": True, "top_logprobs": top_logprobs}
-    printer = _Printer(as_ids, options["n"] or 1, top_logprobs is not None)
-    run_async(_stream(_messages(system, text) if chat else text, address, printer, options | {"recommended": chat}))
+    printer = None if json_file else _Printer(as_ids, options["n"] or 1, top_logprobs is not None)
+    work = _stream(
+        _messages(system, text) if chat else text,
+        grpc_door(address, app, DEFAULT_ADDRESS),
+        printer,
+        options | {"recommended": chat},
+    )
+    whole = run_async(work)
+    if json_file is not None:
+        print_json(json_file, whole)
 
 
 def _messages(system: str | None, text: str) -> list[dict[str, str]]:
@@ -135,24 +158,33 @@ def _lines(chunk: Chunk) -> Iterator[str]:
         yield line.rstrip()
 
 
-async def _stream(prompt: Prompt, address: str, printer: _Printer, options: dict[str, Any]) -> None:
-    """Sends the request and prints the stream. `options` are the keyword arguments of `Client.generate`."""
-    from moiety.client import Client
+async def _stream(prompt: Prompt, door: Door, printer: _Printer | None, options: dict[str, Any]) -> dict[str, Any]:
+    """Sends the request and prints the stream as it comes. `options` are the keyword arguments of `Client.generate`.
 
-    began, first_token_s, reasons = time.monotonic(), 0.0, dict[int, str]()
-    async with Client(address) as client:
-        async for chunk in client.generate(prompt, **options):
-            first_token_s = first_token_s or time.monotonic() - began
-            printer.show(chunk)
-            if chunk.finish_reason:
-                reasons[chunk.choice] = chunk.finish_reason
-            last = chunk
-    printer.end()
-    if last.rerouted:
-        click.echo(f"{last.rerouted:.1%} of the rows went to another expert than the model's choice", err=True)
+    Returns the whole as JSON types: the fields of `client.Completion`, and seconds.
+    """
+    from moiety.client import Client, completion_of
+
+    chunks: list[Chunk] = []
+    began, first_token_s = time.monotonic(), 0.0
+    async with Client(door.address) as client:
+        try:
+            async for chunk in client.generate(prompt, **options):
+                first_token_s = first_token_s or time.monotonic() - began
+                chunks.append(chunk)
+                if printer is not None:
+                    printer.show(chunk)
+        except Unavailable as error:
+            raise Unavailable(f"{error}{door.hint}") from None
+    if printer is not None:
+        printer.end()
+    whole, all_s = completion_of(chunks), time.monotonic() - began
+    if whole.rerouted:
+        click.echo(f"{whole.rerouted:.1%} of the rows went to another expert than the model's choice", err=True)
     click.echo(
-        f"{last.prompt_tokens} prompt tokens, {last.completion_tokens} new tokens, "
-        f"finished by {', '.join(reason for _, reason in sorted(reasons.items()))}; "
-        f"first token after {first_token_s:.2f} s, all after {time.monotonic() - began:.2f} s",
+        f"{whole.prompt_tokens} prompt tokens, {whole.completion_tokens} new tokens, "
+        f"finished by {', '.join(str(choice.finish_reason) for choice in whole.choices)}; "
+        f"first token after {first_token_s:.2f} s, all after {all_s:.2f} s",
         err=True,
     )
+    return {**asdict(whole), "first_token_s": first_token_s, "all_s": all_s}

@@ -148,15 +148,16 @@ _SAMPLING: Sequence[_SamplingOption] = (
         usual="0",
     ),
 )
+DEFAULT_ADDRESS = "127.0.0.1:50051"
 _GATEWAY: Sequence[Callable[[Any], Any]] = (
     click.option(
         "--address",
         envvar="MOIETY_ADDRESS",
         show_envvar=True,
         type=Address(),
-        default="127.0.0.1:50051",
-        help="HOST:PORT of the gateway.",
+        help=f"HOST:PORT of the gateway.  [default: that of the system on this machine, else {DEFAULT_ADDRESS}]",
     ),
+    click.option("--app", help="Application, or pid, of the system, where several run on this machine."),
     click.option("--model", type=Text(), metavar="NAME", help="Name of a served model.  [default: the only one]"),
 )
 _CHAT: Sequence[Callable[[Any], Any]] = (
@@ -190,7 +191,7 @@ _REQUEST: Sequence[Callable[[Any], Any]] = (
 
 
 def gateway_options(function: Function) -> Function:
-    """Adds --address and --model."""
+    """Adds --address, --app and --model."""
     return _added(function, _GATEWAY)
 
 

@@ -30,6 +30,7 @@ COMMANDS: Mapping[str, str] = MappingProxyType(
         "doctor": "Check what decides how well this machine serves, and report what is wrong.",
         "generate": "Generate text from a running gateway.",
         "inspect": "Report how large a checkpoint and its parts are, and its revision.",
+        "logs": "Print the logs of the replicas of the system that `moiety serve` runs on this machine.",
         "models": "List the architectures that can be served, and what each uses.",
         "parity": "Compare the served system with transformers, token for token.",
         "quantize": "Quantise a checkpoint's experts, each to 16, 8 or 4 bits by its measured sensitivity.",
@@ -37,6 +38,8 @@ COMMANDS: Mapping[str, str] = MappingProxyType(
         "serve": "Serve a checkpoint on Ray: gateway, router and elastic expert groups.",
         "settings": "List the settings of a system: name, default, environment variable, and what each means.",
         "simulate": "Simulate a day of a large cluster, to estimate what elasticity would save.",
+        "status": "Show a running system: replicas, load, placement, decisions with their reasons, where the logs are.",
+        "stop": "Stop the system that `moiety serve` runs on this machine, and wait until it is gone.",
     }
 )
 _PASSWORD = re.compile(r"://[^/\s@]*@")  # and user, of a URL that a message quotes

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
 
 from moiety.cli.arguments import FiniteRange
+from moiety.cli.json_output import json_output_option, print_json
 from moiety.cli.run import progress, run_async
 from moiety.cli.setting_options import setting_option
 from moiety.config.resolve import resolve
 
 
 @click.command()
-@setting_option("--registry", "registry")
-@setting_option("--app", "app")
+@setting_option("--registry", "registry", default="that of the system on this machine")
+@setting_option("--app", "app", default="the only system on this machine, or moiety; a pid works too")
 @setting_option("--hot-memory", "hot_memory")
 @click.option(
     "--watch", "watch_s", type=FiniteRange(2, 3600), default=6.0, help="Seconds to watch the load before planning."
@@ -37,6 +39,7 @@ from moiety.config.resolve import resolve
     default=120.0,
     help="Seconds that replicas may take to follow each stage of the change.",
 )
+@json_output_option
 def rebalance(
     watch_s: float,
     hot_sets: int | None,
@@ -45,6 +48,7 @@ def rebalance(
     dry_run: bool,
     yes: bool,
     timeout_s: float,
+    json_file: Path | None,
     **given: Any,
 ) -> None:
     """Move experts between replicas to fit the current load, while requests run.
@@ -53,28 +57,38 @@ def rebalance(
     hold, routers switch to the new placement, and replicas drop the experts they no longer need. Requests that run
     meanwhile keep their tokens.
 
+    Without --registry, it is the system that `moiety serve` runs on this machine. With --json, the plan is written once it
+    is in force, or at once with --dry-run.
+
     \b
-    Example:
+    Examples:
       moiety rebalance --dry-run
+      moiety rebalance --registry redis://redis.example:6379/0 --yes --json plan.json
     """
-    from moiety.registry.connect import connect, live_systems
-    from moiety.tools.rebalance import RebalanceRequest, apply_placement, chosen_system, propose_placement
+    from moiety.registry.connect import connect
+    from moiety.tools.rebalance import RebalanceRequest, apply_placement, plan_json, propose_placement
+    from moiety.tools.running.find import find_system
 
     # `model` is required but not used here: the checkpoint's sizes are in the registry.
     settings = resolve({"model": ""} | {name: value for name, value in given.items() if value is not None})
+    default = settings.registry.get_secret_value()
+    registry = default if "registry" in settings.model_fields_set else None
+    app = settings.app if "app" in settings.model_fields_set else None
 
     async def work() -> None:
-        url = settings.registry.get_secret_value()
-        system = chosen_system(await live_systems(url, settings.app), settings.app, wanted)
-        store = connect(url, system)
+        found = await find_system(registry, app, wanted, default)
+        store = connect(found.url, found.known())
         try:
             plan = await propose_placement(store, RebalanceRequest(watch_s, hot_sets, int(settings.hot_memory)))
-            for line in plan.lines():
-                click.echo(line)
-            if not plan.changes:
-                click.echo("nothing to change")
-            elif not dry_run and (yes or click.confirm(f"Put placement {plan.placement.epoch} in force?")):
+            if json_file is None:
+                for line in plan.lines():
+                    click.echo(line)
+            question = f"Put placement {plan.placement.epoch} in force?"
+            apply = plan.changes and not dry_run and (yes or click.confirm(question, err=json_file is not None))
+            if apply:
                 await apply_placement(store, plan, timeout_s, progress(), layers_at_once or 0)
+            if json_file is not None:
+                print_json(json_file, plan_json(plan, str(found.known()), applied=apply))
         finally:
             await store.close()
 

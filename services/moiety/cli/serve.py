@@ -19,6 +19,8 @@ from moiety.cli.setting_options import Assignment, setting_option
 from moiety.config.application import AppSettings
 from moiety.config.registry_url import RegistryUrl
 from moiety.config.resolve import merged, nested, resolve
+from moiety.config.run_folder import run_folder
+from moiety.config.running_systems import recorded
 
 
 @click.command()
@@ -74,26 +76,39 @@ def serve(model: str, hub_revision: str | None, ray_address: str | None, dashboa
     settings = read_settings(folder, **options)
     if not Path(model).is_dir() and not settings.served_name:  # the folder's name is a commit
         settings = settings.model_copy(update={"served_name": model})
+    name = settings.served_name or Path(settings.model).absolute().name
     with _ended_by_signals() as signals, ExitStack() as ends:
+        record = ends.enter_context(
+            recorded(settings.app, name, show, checkpoint=str(Path(folder).absolute()), ray_address=ray_address or "")
+        )
         if "registry" not in settings.model_fields_set:
             redis = ends.enter_context(EmbeddedRedis())
             settings = settings.model_copy(update={"registry": RegistryUrl(redis.url)})
             show(f"Redis: {redis.url}")
+        run = None if ray_address else ends.enter_context(run_folder("serve", show, (Interrupted,)))
+        record(registry=settings.registry.get_secret_value(), logs=str(run / "session_latest" / "logs") if run else "")
         deployed = ends.enter_context(
             deploy_app(
-                settings, address=ray_address, dashboard=dashboard, progress=show, wait_s=1800.0, hurried=signals.again
+                settings,
+                address=ray_address,
+                dashboard=dashboard,
+                ray_folder=run,
+                progress=show,
+                wait_s=1800.0,
+                hurried=signals.again,
             )
         )
+        record(ready=True, grpc=deployed.gateways, http=deployed.http, system=str(deployed.system))
         for gateway in deployed.gateways:
             click.echo(f"ready: gRPC moiety.v1.GenerationService at {gateway}")
         for gateway in deployed.http:
             click.echo(f"ready: OpenAI HTTP API at http://{gateway}/v1")
-        click.echo(f'try:   moiety generate "Hello" --address {deployed.gateways[0]}')
+        click.echo('try:   moiety generate "Hello"')
         if deployed.http:
-            name = settings.served_name or Path(settings.model).absolute().name
             request = json.dumps({"model": name, "prompt": "Hello"})
             click.echo(f"or:    curl http://{deployed.http[0]}/v1/completions --json {shlex.quote(request)}")
-        click.echo("Ctrl-C stops it, once running requests have finished; a second one at once.")
+        click.echo("look:  moiety status, moiety logs")
+        click.echo("Ctrl-C or `moiety stop` stops it, once running requests have finished; a second Ctrl-C at once.")
         threading.Event().wait()
 
 

@@ -263,6 +263,7 @@ class ServiceStart:
             started=time.time(),
             pid=os.getpid(),
             http_address=http_address,
+            version=__version__,
         )
         running = Running(parts, replica, self.registry, self.closers, self.system)
         self.meter.observe(MetricName.REGISTERED, lambda: float(running.registered))

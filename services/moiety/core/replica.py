@@ -61,6 +61,7 @@ class Replica:
     kind: str = ""  # of an expert replica, for the cost model: device, format of the weights, pace
     scaling: Mapping[str, float] = field(default_factory=dict)  # live scaling settings from user_config
     http_address: str = ""  # host:port of its HTTP server; gateways only
+    version: str = ""  # of Moiety; "" = unknown
     problem: str = ""  # for an operator: why it is sick, or which live settings it refused
 
 

@@ -19,7 +19,7 @@ from moiety.deploy.ready import Progress, until_ready, wanted_replicas
 from moiety.deploy.shutdown import end_application
 from moiety.model.checkpoint.checkpoint import Checkpoint
 from moiety.model.experts.cached import expert_layout
-from moiety.registry.connect import connect
+from moiety.registry.connect import connect, forget
 from moiety.wire.shared_port import check_ports
 
 
@@ -71,6 +71,7 @@ def deploy_app(
     args = args.model_copy(update={"model": str(Path(args.model).absolute())})
     args = _checked(args, alone=address is None and not connected())
     with ExitStack() as ends:
+        last = ends.enter_context(ExitStack())  # what is done once Ray has ended, if it was started here
         if address is not None:
             ends.enter_context(existing_ray(address))
         elif not connected():
@@ -91,6 +92,7 @@ def deploy_app(
         serve.start(proxy_location="Disabled")
         if args.app not in serve.status().applications:
             url = args.registry.get_secret_value()
+            last.callback(lambda: asyncio.run(forget(url, args.system)))
             ends.callback(end_application, args.app, progress, registry=url, hurried=hurried)
         serve.run_many(
             [serve.RunTarget(application, name=args.app, route_prefix=None)],

@@ -12,9 +12,7 @@ import json
 import logging
 import os
 import secrets
-import shutil
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -22,13 +20,14 @@ from typing import Any, Self
 
 from moiety import compose
 from moiety.compose.environment import PROCESS_ENVIRONMENT
+from moiety.config.run_folder import RunFolder
 from moiety.config.services import GatewaySettings
 from moiety.config.validate import validated
 from moiety.core.experts import ExpertSet, ModelShape
 from moiety.core.replica import Placement, Replica, Role
 from moiety.core.supervise import supervise
 from moiety.core.system import SystemId
-from moiety.errors import FailedPrecondition, Unavailable
+from moiety.errors import FailedPrecondition, RegistryUnreachable, Unavailable
 from moiety.local.child_process import STOP_S, Child, read, share_of_cores, tail, until_serves, write
 from moiety.model.checkpoint.checkpoint import Checkpoint
 from moiety.model.checkpoint.revision import revision_of
@@ -77,7 +76,8 @@ class LocalCluster:
         pin: bool = False,
     ):
         self.model, self.groups, self.slices, self.routers = str(model), groups, slices, routers
-        self.folder = Path(tempfile.mkdtemp(prefix="moiety-"))
+        self._run = RunFolder("cluster")
+        self.folder = self._run.path
         self.children: list[Child] = []
         self._writer = FileRegistryWriter(self.folder / "registry.json") if registry is None else None
         self.registry_url = registry or f"file://{self.folder / 'registry.json'}"
@@ -225,8 +225,10 @@ class LocalCluster:
         for late in followers:
             late.cancel()
         if self._registry is not None:
+            with suppress(RegistryUnreachable):
+                await self._registry.forget()
             await self._registry.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self._run.end()
 
     async def _add(self, role: Role, deployment: str, settings: Mapping[str, Any], prefix: Sequence[str] = ()) -> Child:
         self._count += 1

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+from contextlib import suppress
 from urllib.parse import unquote, urlsplit
 
 from moiety.config.registry_url import without_secrets
 from moiety.core.system import SystemId
-from moiety.errors import ConfigError
-from moiety.registry.interface import Registry
+from moiety.errors import ConfigError, RegistryUnreachable
+from moiety.registry.interface import TTL_S, Registry
+
+FORGET_S = TTL_S + 1.0
 
 
 def connect(url: str, system: SystemId) -> Registry:
@@ -43,5 +47,21 @@ async def live_systems(url: str, app: str) -> list[SystemId]:
     store = connect(url, SystemId(app, "", "", 1, 1))
     try:
         return sorted(await store.systems(), key=str)
+    finally:
+        await store.close()
+
+
+async def forget(url: str, system: SystemId) -> None:
+    """Deletes what `system`, which was ended on purpose, left in the registry at `url`.
+
+    Waits up to FORGET_S for entries of replicas that were killed. If they stay, or the registry does not answer, what the
+    system left expires a day after its last sign of life.
+    """
+    store = connect(url, system)
+    try:
+        with suppress(RegistryUnreachable, TimeoutError):
+            async with asyncio.timeout(FORGET_S):
+                while not await store.forget():
+                    await asyncio.sleep(0.1)
     finally:
         await store.close()

@@ -23,7 +23,7 @@ from moiety.core.replica import Placement, Replica, ReplicaState, Role
 
 # Of a replica's entry, those that the first version did not have.
 TIMES = ("launched", "loaded", "started", "served")
-ADDED_FIELDS = ("leaving", "placement_epoch", *TIMES, "pid", "kind", "scaling", "http_address", "problem")
+ADDED_FIELDS = ("leaving", "placement_epoch", *TIMES, "pid", "kind", "scaling", "http_address", "version", "problem")
 DEMAND_FIELDS = ("layers", "experts", "time", "started", "rows", "activations", "costs")
 
 T = TypeVar("T")

@@ -114,4 +114,11 @@ class Registry(Protocol):
         """Returns the systems of the same application that have a live replica in this store, this one included."""
         ...
 
+    async def forget(self) -> bool:
+        """Deletes all that the system left in the store, unless a replica of it is live; returns whether none is.
+
+        For a system that was ended on purpose. What others leave expires, see SYSTEM_TTL_S.
+        """
+        ...
+
     async def close(self) -> None: ...

@@ -102,6 +102,12 @@ class MemoryRegistry:
     async def systems(self) -> tuple[SystemId, ...]:
         return ()  # the store holds one system, and does not know its name
 
+    async def forget(self) -> bool:
+        if self._replicas.live():
+            return False
+        self.clear()
+        return True
+
     async def close(self) -> None: ...
 
 

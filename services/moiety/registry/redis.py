@@ -15,7 +15,8 @@ missing (Redis may have evicted it), and every 10 s in any case. A reader asks f
 only if the list has changed. Then it fetches the entries it lacks. It fetches a router's counters only if their field
 `stamp`, new at every report, has changed.
 
-Keys without an expiry above expire SYSTEM_TTL_S after the last service of the system has written its entry.
+Keys without an expiry above expire SYSTEM_TTL_S after the last service of the system has written its entry. Whoever ends a
+system on purpose deletes all of them (`forget`).
 
 `hot` is for operators: `<layer>/<expert>` -> rows per second over the last three seconds, for the 64 busiest experts. It sums
 the routers' `hot:<writer>`. `redis-cli ZREVRANGE 'moiety:{<app>}:<key>:hot' 0 9 WITHSCORES` shows the ten busiest.
@@ -53,6 +54,7 @@ HOT_ENTRIES = 64
 # Keys whose expiry is set anew with every full write of an entry. Routers, which are few, also keep what changes rarely.
 KEPT_BY_ALL = ("replicas", "generation")
 KEPT_BY_ROUTERS = (*KEPT_BY_ALL, "routers", "placement", "epoch", "decisions")
+WITHOUT_ID = (*KEPT_BY_ROUTERS, "reporters", "writers", "hot", "missing", "probe")
 
 T = TypeVar("T")
 
@@ -63,7 +65,8 @@ class RedisRegistry(RedisStore):
     def __init__(self, url: str, system: SystemId) -> None:
         self._app_prefix = f"moiety:{{{system.app}}}:"
         super().__init__(url, f"{self._app_prefix}{system.key}:")
-        self._system = system
+        # the index of the application's systems, and this system's member there
+        self._systems, self._member = f"{self._app_prefix}systems", f"{system.key} {system}"
         self._reader = entries.TolerantReader()
         self._recent: dict[str, RecentRates] = {}  # by writer id; only writers of this process
         self._written: dict[str, float] = {}  # replica id -> time of its last full write, on the event loop's clock
@@ -88,7 +91,7 @@ class RedisRegistry(RedisStore):
         return bool(await renew((self._key(""),), (replica.id, *lifetimes, *indices)) == digest)
 
     async def _write(self, client: Any, replica: Replica, text: str, digest: bytes) -> None:
-        systems, now = self._app_prefix + "systems", time.time()
+        systems, now = self._systems, time.time()
         async with client.pipeline(transaction=True) as pipeline:
             pipeline.set(self._key("replica", replica.id), text, px=_milliseconds(ENTRY_TTL_S))
             pipeline.set(self._key("beat", replica.id), digest, px=_milliseconds(TTL_S))
@@ -97,7 +100,7 @@ class RedisRegistry(RedisStore):
                 pipeline.sadd(self._key("routers"), replica.id)
             pipeline.set(self._key("generation"), uuid.uuid4().hex, nx=True)
             pipeline.zremrangebyscore(systems, "-inf", now - SYSTEM_TTL_S)
-            pipeline.zadd(systems, {f"{self._system.key} {self._system}": now})
+            pipeline.zadd(systems, {self._member: now})
             kept = KEPT_BY_ROUTERS if replica.role is Role.ROUTER else KEPT_BY_ALL
             for key in (*map(self._key, kept), systems):
                 pipeline.expire(key, int(SYSTEM_TTL_S))
@@ -217,9 +220,8 @@ class RedisRegistry(RedisStore):
         return list(self._decoded("decisions", found, entries.decision_from_json).values())
 
     async def systems(self) -> tuple[SystemId, ...]:
-        index = self._app_prefix + "systems"
         async with self._store() as client:
-            found = await client.zrangebyscore(index, time.time() - SYSTEM_TTL_S, "+inf")
+            found = await client.zrangebyscore(self._systems, time.time() - SYSTEM_TTL_S, "+inf")
             names = [raw.decode(errors="replace").partition(" ")[2] for raw in found]
             live: list[SystemId] = []
             for name in names:
@@ -229,6 +231,11 @@ class RedisRegistry(RedisStore):
                     if ids and await client.exists(*(f"{prefix}beat:".encode() + replica_id for replica_id in ids)):
                         live.append(system)
         return tuple(live)
+
+    async def forget(self) -> bool:
+        async with self._store() as client:
+            keys = (*map(self._key, ("replicas", "reporters", "writers")), self._systems, *map(self._key, WITHOUT_ID))
+            return await client.register_script(redis_scripts.FORGET)(keys, (self._key(""), self._member)) == 1
 
     async def _live(self, index: str) -> tuple[Replica, ...]:
         """Returns the replicas in the set `index` ("replicas" or "routers"). Fetches only entries that are new or changed."""

@@ -107,3 +107,20 @@ local now = string.format('%.0f', time[1] * 1000 + math.floor(time[2] / 1000))
 redis.pcall('ZREMRANGEBYSCORE', KEYS[1], '-inf', now)
 return redis.call('ZRANGEBYSCORE', KEYS[1], '(' .. now, '+inf')
 """
+
+# KEYS: replicas, reporters and writers, which are sets of ids; the index of systems; all keys without an id. ARGV: prefix of
+# the system's keys, the system's member in the index. -> 1 if all is deleted, 0 if a replica is live.
+FORGET = """
+local ids = redis.call('SUNION', KEYS[1], KEYS[2], KEYS[3])
+for _, id in ipairs(ids) do
+  if redis.call('EXISTS', ARGV[1] .. 'beat:' .. id) == 1 then return 0 end
+end
+for _, id in ipairs(ids) do
+  for _, kind in ipairs({'replica:', 'busy:', 'load:', 'hot:'}) do redis.call('DEL', ARGV[1] .. kind .. id) end
+end
+redis.call('ZREM', KEYS[4], ARGV[2])
+for key = 1, #KEYS do
+  if key ~= 4 then redis.call('DEL', KEYS[key]) end
+end
+return 1
+"""

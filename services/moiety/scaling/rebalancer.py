@@ -87,8 +87,11 @@ class Rebalancer:
     async def _restore(self, reading: Reading, last: Placement) -> None:
         """Sets the placement that was lost: `last`, the newest one that this process has read, or the one that replicas follow.
 
-        Replicas follow only placements with a higher epoch than theirs, so those that hold it already change nothing.
+        Replicas follow only placements with a higher epoch than theirs, so those that hold it already change nothing. Sets none
+        while no service is live: an ended system must leave nothing (`reading` may still have its replicas).
         """
+        if not await self._registry.replicas():
+            return
         lost = _followed(reading.replicas, last)
         if await self._registry.set_placement(lost):
             _log.info("placement %d is set", lost.epoch)

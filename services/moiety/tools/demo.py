@@ -5,17 +5,16 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import tempfile
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from itertools import pairwise
-from pathlib import Path
 
 from moiety.client import Client
 from moiety.config.application import AppSettings, ExpertDeployment, GatewayDeployment, RouterDeployment
 from moiety.config.registry_url import RegistryUrl
+from moiety.config.run_folder import scratch_folder
 from moiety.core.replica import Replica, ready_experts
 from moiety.deploy.ray_cluster import environment
 from moiety.deploy.run import deploy_app
@@ -59,7 +58,7 @@ def run_demo(say: Say, wait_s: float) -> None:
 
     with ExitStack() as ends:
         stage("A small Mixtral checkpoint with random weights")
-        folder = Path(ends.enter_context(tempfile.TemporaryDirectory(prefix="moiety-", ignore_cleanup_errors=True)))
+        folder = ends.enter_context(scratch_folder())
         model = folder / "tiny-mixtral"
         write_tiny("mixtral", model, num_hidden_layers=2)
         receiver = ends.enter_context(TraceReceiver())

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from moiety.config.application import HOT
 from moiety.core.experts import ExpertSet
 from moiety.core.replica import Placement, Replica, Role
-from moiety.core.system import SystemId
 from moiety.errors import FailedPrecondition
 from moiety.policy.placement.planner import PlacementPlan, plan_placement
 from moiety.policy.placement.stages import placement_stages
@@ -32,21 +32,6 @@ class RebalanceRequest:
     watch_s: float = 2 * WINDOW_S  # how long to watch the load
     hot_sets: int | None = None  # hot sets that the plan may fill; None = those that are deployed
     hot_memory: int = 1 << 30  # bytes for the experts of one hot set
-
-
-def chosen_system(live: Sequence[SystemId], app: str, wanted: str) -> SystemId:
-    """Returns the only system in `live`, those of application `app`, whose name contains `wanted`.
-
-    Raises FailedPrecondition if there is none or more than one; the message names them.
-    """
-    fitting = [system for system in live if wanted in str(system)]
-    if len(fitting) == 1:
-        return fitting[0]
-    if not live:
-        raise FailedPrecondition(f"the registry lists no live service of application {app}: check --registry and --app")
-    names = "; ".join(map(str, live))
-    how = f"none of them contains {wanted!r}" if not fitting else "choose one by a part of its name with --system"
-    raise FailedPrecondition(f"the registry lists {len(live)} live systems of application {app}: {names}; {how}")
 
 
 async def propose_placement(registry: Registry, request: RebalanceRequest) -> PlacementPlan:
@@ -95,6 +80,23 @@ async def apply_placement(
         )
         await until_settled(registry, step.epoch, timeout_s)
     progress(f"placement {steps[-1].epoch} is in force everywhere after {time.monotonic() - began:.1f} s")
+
+
+def plan_json(plan: PlacementPlan, system: str, *, applied: bool) -> dict[str, Any]:
+    """Returns a plan for `system` as JSON types. Loads are device seconds per second."""
+    return {
+        "system": system,
+        "epoch": plan.placement.epoch,
+        "applied": applied,
+        "placement": {name: str(held) for name, held in plan.placement.held.items()},
+        "loads": {name: str(experts) for name, experts in plan.loads.items()},
+        "drops": {name: str(experts) for name, experts in plan.drops.items()},
+        "moved_bytes": plan.moved_bytes,
+        "critical_path_before": plan.before,
+        "critical_path_after": plan.after,
+        "gain": plan.gain,
+        "balancedness": plan.balancedness,
+    }
 
 
 def _in_force(reading: Reading, hot_sets: int | None) -> Placement:

@@ -98,20 +98,21 @@ def test_a_balanced_placement_is_left_alone() -> None:
     assert again.placement.epoch == first.placement.epoch + 1
     assert again.moved_bytes == 0
     assert first.moved_bytes == 10 * sum(map(len, first.placement.held.values()))
-    assert "0 experts to load" in list(again.lines())[-1]
+    assert next(again.lines()) == "nothing to change: placement 1 is the best that is known for this load"
 
 
 def test_the_plan_reads_like_a_diff() -> None:
-    """The experts that a deployment gains and loses are listed under its name, with + and -."""
+    """What a deployment gains and loses is listed under its name, with + and -; signs and numbers are explained."""
     expert_load = np.array([[8.0, 7.0, 0.1, 0.1]])
     capacities = [DeploymentCapacity("experts-0", 2), DeploymentCapacity("experts-1", 2)]
     current = Placement(4, {"experts-0": ExpertSet.parse("0:0-1"), "experts-1": ExpertSet.parse("0:2-3")})
     lines = list(plan_placement(expert_load, capacities, current, expert_bytes=1000).lines())
-    assert lines[0] == "experts-0"
-    assert lines[1].startswith("  + 0:")
-    assert lines[2].startswith("  - 0:")
-    assert lines[-1].endswith("epoch 5")
-    assert "saved" in lines[-1]
+    assert lines[0] == "placement 4 → 5: + experts to load, - experts to drop, as LAYERS:EXPERTS counted from 0"
+    assert lines[1] == "experts-0"
+    assert lines[2].startswith("  + 0:")
+    assert lines[3].startswith("  - 0:")
+    assert lines[-3].startswith("cost:    2 experts to load, 0.00 GB over all replicas")
+    assert " device seconds per second" in lines[-2]
 
 
 def test_too_little_memory_is_refused() -> None:

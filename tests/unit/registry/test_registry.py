@@ -165,3 +165,18 @@ async def test_the_log_of_decisions_is_bounded(registry: Registry) -> None:
     assert len(kept) == DECISIONS_KEPT
     # The first 60 are concurrent, so their order is open; none of the later ones may be missing.
     assert {decision["number"] for decision in kept} >= set(range(60, DECISIONS_KEPT + 20))
+
+
+async def test_a_system_that_was_ended_is_forgotten(registry: Registry) -> None:
+    """`forget` does nothing while a replica is live; then it deletes placement, load and decisions."""
+    await registry.register(expert_replica())
+    await registry.set_placement(Placement(1, {"experts-0": ExpertSet.uniform(1, [0])}))
+    await registry.publish_load("e0", ReplicaLoad(0.5, 1.0, 2.0, 3.0), demand_of((1, 2)))
+    await registry.record_decision({"deployment": "experts-0"})
+    assert not await registry.forget()
+    assert await registry.placement() is not None
+    await registry.deregister("e0")
+    assert await registry.forget()
+    assert await registry.placement() is None
+    assert (await registry.decisions(), await registry.replica_load(), await registry.expert_demand()) == ([], {}, {})
+    assert await registry.generation() is None

@@ -29,6 +29,9 @@ def replica_of(deployment: str, held: ExpertSet, epoch: int) -> Replica:
     return Replica(f"{deployment}#1", Role.EXPERT, deployment, "h:1", "n", "m", "r", held=held, placement_epoch=epoch)
 
 
+GATEWAY = Replica("gateway#1", Role.GATEWAY, "gateway", "h:2", "n", "m", "r")
+
+
 class System:
     """A registry, and readings of it one second apart."""
 
@@ -45,6 +48,7 @@ class System:
         self.now += 1.0
         self._rows = [old + new for old, new in zip(self._rows, rows, strict=True)]
         counts = (tuple(self._rows),)
+        await self.registry.register(GATEWAY)
         await self.registry.publish_load("router", demand=ExpertDemand(counts, counts, time=self.now, costs=(COSTS,)))
         await self.rebalancer.follow(await self.ledger.read(), default, self.now)
 
@@ -69,6 +73,17 @@ async def test_the_default_placement_is_set_and_set_again() -> None:
     await system.registry.register(replica_of("experts-0", MOVED["experts-0"], 2))
     await system.follow(EVEN)
     assert await system.registry.placement() == Placement(2, MOVED)
+
+
+async def test_a_system_that_has_ended_gets_no_placement() -> None:
+    """While no service is live, a placement that is gone is not set again: the end of a system deletes it."""
+    system = System()
+    await system.follow(EVEN)
+    reading = await system.ledger.read()
+    await system.registry.deregister(GATEWAY.id)
+    assert await system.registry.forget()
+    await system.rebalancer.follow(replace(reading, placement=None), DEFAULT, 2.0)
+    assert await system.registry.placement() is None
 
 
 async def lose_a_newer_placement(system: System, *followers: str) -> None:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 
 from moiety.bench.elastic.report import ElasticReport, LoadSample, ReplicaStart, report_of
 from moiety.bench.elastic.traffic import Traffic, skewed_prompts
 from moiety.client import Client
 from moiety.config.application import AppSettings, ExpertDeployment, GatewayDeployment, RouterDeployment
 from moiety.config.registry_url import RegistryUrl
+from moiety.config.run_folder import scratch_folder
 from moiety.core.replica import ready_experts
 from moiety.deploy.ray_cluster import environment
 from moiety.deploy.run import DeployedApp, deploy_app
@@ -52,7 +51,7 @@ def bench_elastic(work: ElasticWork, *, wait_s: float = 120.0, progress: Progres
     Raises Unavailable where the system is not ready within `wait_s`.
     """
     with ExitStack() as ends:
-        folder = Path(ends.enter_context(tempfile.TemporaryDirectory(prefix="moiety-", ignore_cleanup_errors=True)))
+        folder = ends.enter_context(scratch_folder())
         model = folder / "tiny-mixtral"
         write_tiny("mixtral", model, num_hidden_layers=2)
         redis = ends.enter_context(EmbeddedRedis())

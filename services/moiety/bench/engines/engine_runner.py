@@ -9,7 +9,6 @@ from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from moiety.bench.engines.layer_times import SpanRecorder
 from moiety.bench.token_speeds import Speeds, speeds
 from moiety.compose.router import build_engine, hops_of, reach_experts
 from moiety.compose.router_model import load_model
+from moiety.config.run_folder import scratch_folder
 from moiety.config.services import RouterSettings
 from moiety.config.validate import validated
 from moiety.core.experts import ModelShape
@@ -70,7 +70,7 @@ class BenchModel:
 
         Raises ConfigError where prompt and new tokens together exceed the model's context.
         """
-        folder = Path(stack.enter_context(TemporaryDirectory(prefix="moiety-bench-")))
+        folder = stack.enter_context(scratch_folder())
         context = work.prompt_tokens + work.new_tokens
         path = await asyncio.to_thread(model_folder, work.model, folder, work.dtype, context, progress)
         checkpoint = Checkpoint.open(path)

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 
@@ -19,6 +18,7 @@ from moiety.bench.serve.peer_processes import PeerKind
 from moiety.bench.serve.rows import Cell, Measured, ServeRow, row_lines, rows_of
 from moiety.bench.serve.systems import PeerSystem, Served, System, SystemLoad
 from moiety.bench.token_speeds import speeds
+from moiety.config.run_folder import scratch_folder
 from moiety.core.experts import ModelShape
 from moiety.errors import ConfigError, MoietyError
 from moiety.model.checkpoint.checkpoint import Checkpoint
@@ -69,9 +69,9 @@ async def bench_serve(
     deadline = time.monotonic() + 60 * workload.minutes
     rows: list[ServeRow] = []
     idle: dict[str, float] = {}
-    with TemporaryDirectory(prefix="moiety-bench-") as folder:
+    with scratch_folder() as folder:
         subjects = [
-            await asyncio.to_thread(_Subject.open, model, Path(folder), workload, progress) for model in workload.models
+            await asyncio.to_thread(_Subject.open, model, folder, workload, progress) for model in workload.models
         ]
         progress("machine: measuring how fast it reads and multiplies")
         speed = await asyncio.to_thread(measure_speed)

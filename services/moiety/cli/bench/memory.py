@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
@@ -37,9 +36,10 @@ def memory(context: click.Context, gigabytes: float, groups: int, json_file: Pat
         bound = f"must be at most {free / 1.5e9:.1f}: {tempfile.gettempdir()} has {free / 1e9:.1f} GB free"
         raise ConfigError("gigabytes", gigabytes, bound)
     from moiety.bench.memory import bench_memory, memory_lines
+    from moiety.config.run_folder import scratch_folder
 
-    with tempfile.TemporaryDirectory(prefix="moiety-memory-") as scratch:
-        rows = run_async(bench_memory(Path(scratch), gigabytes=gigabytes, groups=groups, progress=progress()))
+    with scratch_folder() as scratch:
+        rows = run_async(bench_memory(scratch, gigabytes=gigabytes, groups=groups, progress=progress()))
     for line in (*memory_lines(rows), *Machine.here().lines(), f"rerun:   {invocation(context)}"):
         click.echo(line)
     write_json(json_file, [asdict(row) for row in rows])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
@@ -42,10 +41,11 @@ def quantize(
     if model is not None:
         check_first(model)
     from moiety.bench.quantize import bench_quantize, quality_lines
+    from moiety.config.run_folder import scratch_folder
     from moiety.tools.machine import Machine
 
-    with signals_interrupt(), tempfile.TemporaryDirectory(prefix="moiety-quantize-") as scratch:
-        work = keep or Path(scratch)
+    with signals_interrupt(), scratch_folder() as scratch:
+        work = keep or scratch
         rows = bench_quantize(work, model=model, steps=steps, seed=seed, progress=progress())
     for line in (*quality_lines(rows), *Machine.here().lines(), f"rerun:   {invocation(context)}"):
         click.echo(line)

@@ -21,7 +21,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-from moiety.config.cache_folder import cache_dir, write_derived
+from moiety.config.cache_folder import cache_dir, prune_derived, read_derived, write_derived
 from moiety.config.options import Verify
 from moiety.errors import CheckpointError
 from moiety.model.checkpoint.checkpoint import Checkpoint
@@ -96,13 +96,14 @@ def _cached(config: str, shards: int, stamps: tuple[_Stamp, ...], verify: Verify
     """
     key = hashlib.blake2b(repr((FORMAT, config, shards, stamps, verify)).encode(), digest_size=DIGEST_BYTES).hexdigest()
     file = folder / "revisions" / key if (folder := cache_dir()) else None
-    with contextlib.suppress(OSError):
-        if file and len(revision := file.read_text(encoding="ascii")) == 2 * DIGEST_BYTES:
+    with contextlib.suppress(OSError, ValueError):
+        if file and len(revision := read_derived(file)) == 2 * DIGEST_BYTES:
             return revision
     revision = _digest(config, shards, stamps, verify)
     if file:
         with contextlib.suppress(OSError):  # without a writable cache the next reader computes it again
             write_derived(file, revision)
+            prune_derived(file.parent.iterdir())
     return revision
 
 

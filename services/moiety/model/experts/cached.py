@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from moiety.config.cache_folder import cache_dir, write_derived
+from moiety.config.cache_folder import cache_dir, prune_derived, read_derived, write_derived
 from moiety.core.experts import ExpertMLP, ModelShape
 from moiety.model.checkpoint.checkpoint import Checkpoint
 from moiety.model.checkpoint.revision import revision_of
@@ -38,13 +38,14 @@ def expert_layout(checkpoint: Checkpoint) -> ExpertLayout:
     if file:
         with contextlib.suppress(OSError):  # without a writable cache the next reader derives the layout again
             write_derived(file, json.dumps({**key, "layout": asdict(layout)}))
+            prune_derived(file.parent.parent.glob(f"*/{file.name}"))
     return layout
 
 
 def _read(file: Path, key: Mapping[str, Any]) -> ExpertLayout | None:
     """Reads the cached layout; None if the file is missing, damaged, or of another format or transformers release."""
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
+        data = json.loads(read_derived(file))
         if any(data[name] != value for name, value in key.items()):
             return None
         shape = data["layout"]["shape"]

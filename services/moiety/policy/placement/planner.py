@@ -66,17 +66,24 @@ class PlacementPlan:
         return 1.0 - self.after / self.before if self.before > 0 else 0.0
 
     def lines(self) -> Iterator[str]:
-        """Yields the plan as text, like a diff."""
-        for name in sorted({*self.loads, *self.drops}):
-            yield name
-            for sign, experts in (("+", self.loads.get(name)), ("-", self.drops.get(name))):
-                if experts is not None:
-                    yield from (f"  {sign} {part}" for part in str(experts).split(";"))
-        moved = sum(map(len, self.loads.values()))
+        """Yields the plan as text, like a diff, with what its signs and numbers mean."""
+        epoch = self.placement.epoch
+        if not self.changes:
+            yield f"nothing to change: placement {epoch - 1} is the best that is known for this load"
+        else:
+            yield f"placement {epoch - 1} → {epoch}: + experts to load, - experts to drop, as LAYERS:EXPERTS counted from 0"
+            for name in sorted({*self.loads, *self.drops}):
+                yield name
+                for sign, experts in (("+", self.loads.get(name)), ("-", self.drops.get(name))):
+                    if experts is not None:
+                        yield from (f"  {sign} {part}" for part in str(experts).split(";"))
+            loaded, dropped = (sum(map(len, moved.values())) for moved in (self.loads, self.drops))
+            yield f"cost:    {loaded} experts to load, {self.moved_bytes / 1e9:.2f} GB over all replicas; {dropped} to drop"
         yield (
-            f"{moved} experts to load, {self.moved_bytes / 1e9:.2f} GB in all; slowest replicas {self.before:.4g} → "
-            f"{self.after:.4g} ({self.gain:+.1%} saved), balancedness {self.balancedness:.3f}, epoch {self.placement.epoch}"
+            f"gain:    {self.gain:.1%} of the critical path, {self.before:.4g} → {self.after:.4g} device seconds per second "
+            "(each layer's slowest replica, summed)"
         )
+        yield f"balance: {self.balancedness:.3f} (mean load of a replica by the heaviest; 1 is even)"
 
 
 def plan_placement(

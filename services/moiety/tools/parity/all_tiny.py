@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import re
-import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from moiety.config.run_folder import scratch_folder
 from moiety.model.architectures.supported import served_through
 from moiety.model.architectures.transformers_model import quiet_transformers
 from moiety.synthetic import tiny_model, write_tiny
@@ -60,13 +60,13 @@ async def run_all(
         began = time.monotonic()
         path = served_through(tiny_model(name).architecture)
         report, error = None, ""
-        with tempfile.TemporaryDirectory(prefix="moiety-tiny-") as folder:
+        with scratch_folder() as folder:
             try:
                 with quiet_transformers():
                     await asyncio.to_thread(write_tiny, name, folder)
-                report = await run_parity(folder, groups=groups, new_tokens=new_tokens, references=references)
+                report = await run_parity(str(folder), groups=groups, new_tokens=new_tokens, references=references)
             except Exception as failure:  # any error of a model's code fails this checkpoint only
-                error = f"{type(failure).__name__}: {failure}".replace(folder, name).partition("\n")[0]
+                error = f"{type(failure).__name__}: {failure}".replace(str(folder), name).partition("\n")[0]
         yield ParityVerdict(name, path, report, error, time.monotonic() - began)
 
 

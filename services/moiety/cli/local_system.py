@@ -1,0 +1,50 @@
+"""The addresses of commands that send requests: those that are given, or those of the system on this machine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moiety.config.running_systems import RunningSystem, chosen, running_systems
+from moiety.errors import FailedPrecondition, Unavailable
+
+NONE_RUNS = "no system that `moiety serve` started runs on this machine"
+
+
+@dataclass(frozen=True, slots=True)
+class Door:
+    """A gateway to send requests to. `hint`: what an error adds if nothing answers there."""
+
+    address: str
+    hint: str = ""
+
+
+def grpc_door(address: str | None, app: str | None, default: str) -> Door:
+    """Returns the gateway's HOST:PORT: `address` if given, else that of the system on this machine, else `default`.
+
+    Raises FailedPrecondition where several systems run here and `app` names none of them, Unavailable for one that starts.
+    """
+    if address is not None:
+        return Door(address)
+    if (system := _local(app)) is not None:
+        return Door(system.grpc[0])
+    return Door(default, f"; {NONE_RUNS}: start one, or name its gateway with --address HOST:PORT")
+
+
+def http_url(url: str | None, app: str | None, default: str) -> str:
+    """Returns the URL of an OpenAI HTTP API, likewise. Raises FailedPrecondition also if the system here has none."""
+    if url is not None:
+        return url
+    if (system := _local(app)) is None:
+        return default
+    if not system.http:
+        raise FailedPrecondition(f"{system} has no HTTP API: serve it with the setting gateway.http on")
+    return f"http://{system.http[0]}"
+
+
+def _local(app: str | None) -> RunningSystem | None:
+    system = chosen(running_systems(), app)
+    if system is not None and not system.ready:
+        raise Unavailable(f"{system} is not ready yet: `moiety status --watch` shows how far it is")
+    if system is None and app is not None:
+        raise FailedPrecondition(f"--app {app}: {NONE_RUNS}")
+    return system

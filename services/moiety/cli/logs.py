@@ -1,0 +1,52 @@
+"""`moiety logs`."""
+
+from __future__ import annotations
+
+from contextlib import closing
+
+import click
+
+from moiety.cli.local_system import NONE_RUNS
+from moiety.cli.run import signals_interrupt
+from moiety.config.running_systems import chosen, is_running, running_systems
+from moiety.errors import FailedPrecondition
+
+
+@click.command()
+@click.argument("deployment", required=False)
+@click.option("-f", "--follow", is_flag=True, help="Go on with new lines, also of replicas that start later.")
+@click.option("--lines", type=click.IntRange(0), default=20, help="Last lines of each log to begin with.")
+@click.option("--app", help="Application, or pid, of the system, where several run on this machine.")
+def logs(deployment: str | None, follow: bool, lines: int, app: str | None) -> None:
+    """Print the logs of the replicas of the system that `moiety serve` runs on this machine.
+
+    DEPLOYMENT is one that `moiety status` lists, such as router or experts-1, or `experts` for all groups, or `controller`
+    for Serve's controller, which starts replicas; by default, all. Each line begins with the deployment and the replica, or
+    the pid of its process. --follow ends with the system, or with Ctrl-C.
+
+    On a cluster each node keeps the logs of its own replicas: `moiety status` says where, on Kubernetes it is `kubectl logs`.
+
+    \b
+    Examples:
+      moiety logs
+      moiety logs experts-1 --lines 100
+      moiety logs -f
+    """
+    from moiety.tools.running.logs import LogReader, log_folder
+
+    system = chosen(running_systems(), app)
+    if system is None:
+        raise FailedPrecondition(
+            f"{NONE_RUNS}. On a cluster each node keeps the logs of its replicas: `moiety status --registry URL` says where"
+        )
+    if (folder := log_folder(system)) is None:
+        raise FailedPrecondition(f"{system}: its Ray keeps no logs in a folder of this machine that this command knows")
+    if system.ray_address:
+        click.echo(
+            f"this machine's replicas only: the other nodes of {system.ray_address} keep their own logs", err=True
+        )
+    with signals_interrupt(), closing(LogReader(folder, system.app, deployment)) as reader:
+        for line in reader.last(lines):
+            click.echo(line)
+        for line in reader.follow(lambda: is_running(system)) if follow else ():
+            click.echo(line)

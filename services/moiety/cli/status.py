@@ -1,0 +1,86 @@
+"""`moiety status`."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from moiety.cli.json_output import json_output_option, print_json
+from moiety.cli.run import run_async
+from moiety.cli.setting_options import setting_option
+from moiety.config.resolve import resolve
+from moiety.config.running_systems import RunningSystem, is_running
+
+CLEAR = "\033[H\033[2J"  # moves to the top left and clears the screen
+
+
+@click.command()
+@setting_option("--registry", "registry", default="that of the system on this machine")
+@setting_option("--app", "app", default="the only system on this machine, or moiety; a pid works too")
+@click.option("--system", "part", default="", help="A part of the system's name, if several of this app are live.")
+@click.option("--decisions", type=click.IntRange(1, 1000), default=5, help="How many of the last decisions to show.")
+@click.option(
+    "--watch", is_flag=True, help="Show it again and again until it ends, or Ctrl-C; with --json, one line each time."
+)
+@click.option(
+    "--every", "every_s", type=click.FloatRange(0.2, 3600), default=2.0, help="Seconds between two of --watch."
+)
+@json_output_option
+def status(part: str, decisions: int, watch: bool, every_s: float, json_file: Path | None, **given: Any) -> None:
+    """Show a running system: replicas, load, placement, decisions with their reasons, where the logs are.
+
+    Without --registry, it is the system that `moiety serve` runs on this machine. Everything is read from the registry, so
+    a system on a cluster needs its address only. Exit status 1 if there is no such system.
+
+    \b
+    Examples:
+      moiety status --watch
+      moiety status --json | jq .deployments
+      moiety status --registry redis://redis.example:6379/0
+    """
+    from moiety.errors import RegistryUnreachable
+    from moiety.tools.running.find import find_system
+    from moiety.tools.running.snapshot import read_snapshot
+    from moiety.tools.running.status_lines import status_lines
+
+    settings = resolve({"model": ""} | {name: value for name, value in given.items() if value is not None})
+    default = settings.registry.get_secret_value()
+    registry = default if "registry" in settings.model_fields_set else None
+    app = settings.app if "app" in settings.model_fields_set else None
+    screen = watch and json_file is None and sys.stdout.isatty()
+
+    async def show() -> RunningSystem | None:
+        snapshot = await read_snapshot(await find_system(registry, app, part, default), decisions)
+        if json_file is None:
+            lines = "\n".join(status_lines(snapshot))
+            click.echo(f"{CLEAR if screen else ''}{time.strftime('%H:%M:%S  ') if watch else ''}{lines}")
+        elif watch:
+            click.echo(json.dumps(snapshot.to_json()))
+        else:
+            print_json(json_file, snapshot.to_json())
+        return snapshot.found.local
+
+    async def show_again() -> None:
+        local = await show()  # there must be a system at first
+        while True:
+            await asyncio.sleep(every_s)
+            if local is not None and not is_running(local):
+                click.echo(f"{local.app} has ended", err=True)
+                return
+            try:
+                local = await show()
+            except RegistryUnreachable as error:
+                click.echo(f"{CLEAR if screen else ''}{time.strftime('%H:%M:%S')}  {error}", err=not screen)
+
+    if watch and json_file is not None and json_file != Path("-"):
+        raise click.UsageError("--watch writes JSON to stdout only: leave out the file of --json")
+    if watch:
+        run_async(show_again())
+    else:
+        run_async(show())

@@ -1,0 +1,72 @@
+"""Finds the system that a command is about: in a registry that was named, or the one that `moiety serve` runs here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from moiety.config.registry_url import without_secrets
+from moiety.config.running_systems import RunningSystem, chosen, running_systems
+from moiety.core.system import SystemId
+from moiety.errors import FailedPrecondition, RegistryUnreachable, Unavailable
+from moiety.registry.connect import live_systems
+
+
+@dataclass(frozen=True, slots=True)
+class FoundSystem:
+    """A system and where its registry is."""
+
+    url: str  # of the registry; "" = a local system has not started one yet
+    system: SystemId | None  # None: a local system that starts, and has no live service yet
+    local: RunningSystem | None  # if `moiety serve` runs it on this machine
+
+    def known(self) -> SystemId:
+        """Returns `system`. Raises Unavailable if it has no live service yet."""
+        if self.system is None:
+            raise Unavailable(f"{self.local} has no live service yet: try again, or see `moiety status --watch`")
+        return self.system
+
+
+async def find_system(registry: str | None, app: str | None, part: str, default_registry: str) -> FoundSystem:
+    """Returns the only system that fits: of application `app`, if given, and with `part` in the text of its name.
+
+    Looks in the registry at the URL `registry`, if given. Otherwise takes the system that runs on this machine and, where none
+    does, looks in the registry at `default_registry`. Raises FailedPrecondition, with the names that there are, if no system
+    or several fit, RegistryUnreachable if the registry does not answer.
+    """
+    local = chosen(running_systems(), app) if registry is None else None
+    if local is not None:
+        if not local.registry:
+            return FoundSystem("", None, local)
+        if local.system:
+            live = [SystemId.parse(local.system)]
+        elif not (live := await live_systems(local.registry, local.app)):
+            return FoundSystem(local.registry, None, local)
+        return FoundSystem(local.registry, chosen_system(live, local.app, part), local)
+    app = app or "moiety"
+    try:
+        system = chosen_system(await live_systems(registry or default_registry, app), app, part)
+    except RegistryUnreachable:
+        if registry is not None:
+            raise
+        raise RegistryUnreachable(
+            "no system that `moiety serve` started runs on this machine, and no registry answers at "
+            f"{without_secrets(default_registry)}: start a system, or name its registry with --registry"
+        ) from None
+    local = next((one for one in running_systems() if one.system == str(system)), None)
+    return FoundSystem(registry or default_registry, system, local)
+
+
+def chosen_system(live: Sequence[SystemId], app: str, part: str) -> SystemId:
+    """Returns the only system in `live`, those of application `app`, whose name contains `part`.
+
+    Raises FailedPrecondition if there is none or more than one; the message names them.
+    """
+    fitting = [system for system in live if part in str(system)]
+    if len(fitting) == 1:
+        return fitting[0]
+    if not live:
+        raise FailedPrecondition(f"the registry lists no live service of application {app}: check --registry and --app")
+    names = "; ".join(map(str, live))
+    how = f"none of them contains {part!r}" if not fitting else "choose one by a part of its name with --system"
+    raise FailedPrecondition(f"the registry lists {len(live)} live systems of application {app}: {names}; {how}")
