@@ -1,0 +1,139 @@
+"""What would keep an application from serving, found before anything is started."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from pathlib import Path
+
+from moiety.config.application import EXPERTS, GATEWAY, HOT, ROUTER, AppSettings
+from moiety.deploy.arguments import LOOPBACK, gateway_settings, initial_replicas, router_settings
+from moiety.deploy.memory import MachineMemory, MemoryNeed, size
+from moiety.deploy.ray_cluster import Progress
+from moiety.errors import ConfigError
+from moiety.model.checkpoint.checkpoint import Checkpoint
+from moiety.model.experts.cached import expert_layout
+from moiety.registry.connect import connect
+from moiety.wire.shared_port import check_ports
+
+
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """What an application asks of Ray."""
+
+    cpus: float
+    gpus: float
+
+    @classmethod
+    def at_start(cls, settings: AppSettings) -> Resources:
+        """Returns what the replicas that the application starts with reserve together."""
+        return cls._of(settings, {name: initial_replicas(settings, name) for name in _deployments(settings)})
+
+    @classmethod
+    def at_most(cls, settings: AppSettings) -> Resources:
+        """Returns what all replicas that the application may have reserve together."""
+        return cls._of(settings, {name: settings.scaling(name).max_replicas for name in _deployments(settings)})
+
+    @classmethod
+    def _of(cls, settings: AppSettings, replicas: dict[str, int]) -> Resources:
+        scaling = {name: settings.scaling(name) for name in replicas}
+        return cls(
+            cpus=sum(count * scaling[name].num_cpus for name, count in replicas.items()),
+            gpus=sum(count * scaling[name].num_gpus for name, count in replicas.items()),
+        )
+
+    def shortage(self, cpus: float, gpus: float) -> str:
+        """Returns, in words, what a Ray with so many CPUs and GPUs lacks; empty if it has enough."""
+        short = [
+            f"{asked:g} {what}, and Ray has {there:g}"
+            for what, asked, there in (("CPUs", self.cpus, cpus), ("GPUs", self.gpus, gpus))
+            if asked > there
+        ]
+        if not short:
+            return ""
+        advice = "add nodes, or lower num_cpus and num_gpus of router, gateway and experts"
+        return f"its replicas ask for {' and for '.join(short)}: {advice}"
+
+
+def check_application(settings: AppSettings, checkpoint: Checkpoint) -> None:
+    """Checks what is the same on every machine: the settings together, the groups, the tokenizer.
+
+    Raises ConfigError or CheckpointError here for what would stop a replica from starting.
+    """
+    router_settings(settings, LOOPBACK[0])
+    expert_layout(checkpoint).shape.sliced_partition(settings.groups, settings.slices)
+    check_tokenizer(settings.model)
+
+
+def check_machine(settings: AppSettings, checkpoint: Checkpoint, progress: Progress) -> None:
+    """Checks that this machine can run the whole application: ports, memory, devices. Raises ConfigError if it cannot.
+
+    Tells `progress` if the memory that is free now may not be enough.
+    """
+    asyncio.run(check_ports(gateway_settings(settings, LOOPBACK[0]), None))
+    _check_devices(settings)
+    if settings.device == "cpu" and (memory := MachineMemory.here()) is not None:
+        need = MemoryNeed.of(settings, checkpoint, expert_layout(checkpoint))
+        check_memory(need, memory)
+        if need.weights + need.caches > memory.available:
+            progress(f"memory: {need} are needed once the caches are full, and {size(memory.available)} are free")
+
+
+def check_memory(need: MemoryNeed, memory: MachineMemory) -> None:
+    """Raises ConfigError if `need` is more than all `memory` of a machine, whatever else runs there."""
+    bound = f"this machine has {size(memory.total)} with swap"
+    if need.weights > memory.total:
+        raise ConfigError("model", size(need.weights), f"are needed for weights alone, {need}, and {bound}")
+    if need.weights + need.cache > memory.total:
+        left = size(memory.total - need.weights)
+        raise ConfigError(
+            "router.kv_memory",
+            size(need.cache),
+            f"must be at most {left}: {size(need.weights)} are weights, and {bound}",
+        )
+
+
+async def check_registry(settings: AppSettings) -> None:
+    """Raises RegistryUnreachable or ConfigError if the registry cannot be used."""
+    registry = connect(settings.registry.get_secret_value(), settings.system)
+    try:
+        await registry.replicas()
+    finally:
+        await registry.close()
+
+
+def check_tokenizer(folder: str) -> None:
+    """Raises CheckpointError if the checkpoint in `folder` has no tokenizer that can be opened."""
+    import tokenizers
+
+    try:
+        tokenizers.Tokenizer.from_file(str(Path(folder, "tokenizer.json")))
+    except Exception:  # tokenizers raises its bare class
+        from moiety.model.checkpoint.tokenizer import open_tokenizer  # transformers: 3 s that a tokenizer.json saves
+
+        open_tokenizer(folder)
+
+
+def _check_devices(settings: AppSettings) -> None:
+    asked = Resources.at_start(settings).gpus
+    if settings.device == "cpu" and not asked:
+        return
+    import torch
+
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if settings.device == "cuda" and not there:
+        raise ConfigError(
+            "device", "cuda", "torch finds no CUDA device on this machine: `moiety doctor` shows which torch it is"
+        )
+    if asked > there:
+        by = ", ".join(
+            f"{name} {gpus:g}"
+            for name in _deployments(settings)
+            if (gpus := initial_replicas(settings, name) * settings.scaling(name).num_gpus)
+        )
+        raise ConfigError("num_gpus", asked, f"is asked in all ({by}), and this machine has {there}")
+
+
+def _deployments(settings: AppSettings) -> list[str]:
+    groups = [f"{EXPERTS}{group}" for group in range(settings.groups)]
+    return [GATEWAY, ROUTER, *groups, *(f"{HOT}{slot}" for slot in range(settings.hot_sets))]
