@@ -67,7 +67,7 @@ def local_ray(
     listen on the network: Ray decides this when it is first imported, which may have been before this call. Raises
     Unavailable, with the folder of its logs, if Ray does not start.
     """
-    folder = folder or Path(os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp", "ray")
+    folder = folder or default_ray_folder()
     if len(str(folder)) > MOST_FOLDER:
         raise FailedPrecondition(
             f"{folder}: Ray puts sockets below it, so its path may have {MOST_FOLDER} characters: set TMPDIR to a shorter one"
@@ -112,11 +112,17 @@ def local_ray(
             ray.shutdown()
 
 
+def default_ray_folder() -> Path:
+    """Returns the folder where a Ray keeps sockets and logs, unless it is told another one."""
+    return Path(os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp", "ray")
+
+
 @contextmanager
 def existing_ray(address: str) -> Iterator[None]:
     """Connects to the Ray at `address` (as `ray start` prints it, or `auto`), and disconnects at the end.
 
-    Raises ConfigError within seconds if no Ray answers there or it refuses this process, Unavailable if Ray cannot connect.
+    Raises FailedPrecondition within seconds if no Ray answers there, or one that refuses this process. Raises Unavailable if
+    Ray cannot connect for another reason.
     """
     import ray
 

@@ -6,17 +6,16 @@ import os
 
 import grpc
 
-from moiety.errors import ConfigError
+from moiety.errors import FailedPrecondition
 
 ANSWER_S = 5.0
-SETTING = "--ray-address"
 _TOKEN_HELP = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN; `ray get-auth-token` on its head prints the token"
 
 
 def check_ray(address: str) -> None:
     """Returns if a Ray answers at `address`, `auto` or host:port, and takes this process's token; waits up to ANSWER_S.
 
-    Raises ConfigError otherwise, which says what to do.
+    Raises FailedPrecondition otherwise, which says what to do.
     """
     import ray
     from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
@@ -25,13 +24,13 @@ def check_ray(address: str) -> None:
     from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 
     if "://" in address:
-        raise ConfigError(SETTING, address, "must be auto or host:port of the head, as `ray start` prints it")
+        raise _refused(address, "must be auto or host:port of the head, as `ray start` prints it")
     try:
         found = canonicalize_bootstrap_address(address)
     except ConnectionError:
-        raise ConfigError(SETTING, address, "no Ray runs on this machine: give its head's host:port") from None
+        raise _refused(address, "no Ray runs on this machine: give its head's host:port") from None
     except (ValueError, OSError) as error:
-        raise ConfigError(SETTING, address, f"must be auto, or host:port of a head: {error}") from None
+        raise _refused(address, f"must be auto, or host:port of a head: {error}") from None
     maybe_enable_token_auth_if_token_available(warn_if_disabled=False)  # as Ray does for `auto` alone
     where = found if found == address else f"{found}{_origin(address)}"
     with init_grpc_channel(found) as channel:
@@ -39,12 +38,16 @@ def check_ray(address: str) -> None:
         try:
             answer = ask(gcs_service_pb2.CheckAliveRequest(), timeout=ANSWER_S)
         except grpc.RpcError as error:
-            raise ConfigError(SETTING, address, _reason(error.code(), where)) from None
+            raise _refused(address, _reason(error.code(), where)) from None
     if answer.ray_version != ray.__version__:
         bound = (
             f"Ray {answer.ray_version} runs at {where}, and Ray {ray.__version__} is installed here: must be the same"
         )
-        raise ConfigError(SETTING, address, bound)
+        raise _refused(address, bound)
+
+
+def _refused(address: str, why: str) -> FailedPrecondition:
+    return FailedPrecondition(f"--ray-address {address}: {why}")
 
 
 def _reason(code: grpc.StatusCode, where: str) -> str:
@@ -62,4 +65,4 @@ def _origin(address: str) -> str:
     """Returns where `auto` found its address, in words."""
     if address != "auto":
         return ""
-    return ", from RAY_ADDRESS" if os.environ.get("RAY_ADDRESS") else ", the latest `ray start` on this machine"
+    return ", from RAY_ADDRESS" if os.environ.get("RAY_ADDRESS") else ", found on this machine"

@@ -127,7 +127,7 @@ async def until_ready(
 
 
 def _late(ready: Mapping[str, Sequence[Replica]], wanted: Mapping[str, int], short: str) -> str:
-    """Returns what `wanted` lacks, in words, and the resources that are `short`. A router waits for a holder of every expert."""
+    """Returns what `wanted` lacks, in words, and the resources that are `short`. A router waits until every expert is held."""
     late = []
     for name, count in wanted.items():
         if (found := len(ready.get(name, ()))) < count:
