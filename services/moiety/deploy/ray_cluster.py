@@ -94,6 +94,8 @@ def local_ray(
             with _slowness_told(progress):
                 try:
                     start()
+                except (PermissionError, FileNotFoundError):
+                    raise  # of the folder: the next start meets it again
                 except Exception as error:  # Ray raises its bare class too
                     progress(f"Ray: did not start ({_one_line(error)}); trying once more")
                     ray.shutdown()
@@ -101,7 +103,8 @@ def local_ray(
         except Exception as error:
             ray.shutdown()
             logs = folder / "session_latest" / "logs"
-            raise Unavailable(f"Ray did not start: {_one_line(error)}; its logs are in {logs}") from error
+            where = f"; its logs are in {logs}" if logs.exists() else ""
+            raise Unavailable(f"Ray did not start: {_one_line(error)}{where}") from error
         try:
             if (host := ray.util.get_node_ip_address()) not in LOOPBACK:
                 raise FailedPrecondition(
