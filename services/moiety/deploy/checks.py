@@ -108,7 +108,9 @@ def check_tokenizer(folder: str) -> None:
 
     try:
         tokenizers.Tokenizer.from_file(str(Path(folder, "tokenizer.json")))
-    except Exception:  # tokenizers raises its bare class
+    except Exception as error:
+        if type(error) is not Exception:  # tokenizers raises the bare class, a signal's handler others
+            raise
         from moiety.model.checkpoint.tokenizer import open_tokenizer  # transformers: 3 s that a tokenizer.json saves
 
         open_tokenizer(folder)

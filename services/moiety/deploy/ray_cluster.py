@@ -94,14 +94,16 @@ def local_ray(
             with _slowness_told(progress):
                 try:
                     start()
-                except (PermissionError, FileNotFoundError):
-                    raise  # of the folder: the next start meets it again
-                except Exception as error:  # Ray raises its bare class too
+                except Exception as error:
+                    if not _of_ray(error) or isinstance(error, PermissionError | FileNotFoundError):
+                        raise  # the next start would meet a wrong folder again
                     progress(f"Ray: did not start ({_one_line(error)}); trying once more")
                     ray.shutdown()
                     start()
         except Exception as error:
             ray.shutdown()
+            if not _of_ray(error):
+                raise
             logs = folder / "session_latest" / "logs"
             where = f"; its logs are in {logs}" if logs.exists() else ""
             raise Unavailable(f"Ray did not start: {_one_line(error)}{where}") from error
@@ -132,8 +134,10 @@ def existing_ray(address: str) -> Iterator[None]:
     check_ray(address)
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, job_config=_job_config())
-    except Exception as error:  # Ray raises its bare class too
+    except Exception as error:
         ray.shutdown()
+        if not _of_ray(error):
+            raise
         raise Unavailable(f"cannot connect to the Ray at {address}: {_one_line(error)}") from error
     try:
         yield
@@ -170,6 +174,15 @@ def _slowness_told(progress: Progress) -> Iterator[None]:
         yield
     finally:
         done.set()
+
+
+def _of_ray(error: Exception) -> bool:
+    """Whether Ray raises such errors, among them the bare class. A signal's handler raises others, wherever the process is."""
+    from ray.exceptions import RayError
+
+    return type(error) is Exception or isinstance(
+        error, OSError | RuntimeError | ValueError | AssertionError | RayError
+    )
 
 
 def _one_line(error: Exception) -> str:
