@@ -6,11 +6,12 @@ import asyncio
 from dataclasses import dataclass
 from pathlib import Path
 
-from moiety.config.application import EXPERTS, GATEWAY, HOT, ROUTER, AppSettings
-from moiety.deploy.arguments import LOOPBACK, gateway_settings, initial_replicas, router_settings
+from moiety.config.application import HOT, AppSettings
+from moiety.deploy.arguments import LOOPBACK, gateway_settings, router_settings
 from moiety.deploy.memory import MachineMemory, MemoryNeed, size
 from moiety.deploy.ray_cluster import Progress
-from moiety.errors import ConfigError
+from moiety.deploy.ready import wanted_replicas
+from moiety.errors import ConfigError, FailedPrecondition
 from moiety.model.checkpoint.checkpoint import Checkpoint
 from moiety.model.experts.cached import expert_layout
 from moiety.registry.connect import connect
@@ -27,12 +28,13 @@ class Resources:
     @classmethod
     def at_start(cls, settings: AppSettings) -> Resources:
         """Returns what the replicas that the application starts with reserve together."""
-        return cls._of(settings, {name: initial_replicas(settings, name) for name in _deployments(settings)})
+        return cls._of(settings, wanted_replicas(settings))
 
     @classmethod
     def at_most(cls, settings: AppSettings) -> Resources:
         """Returns what all replicas that the application may have reserve together."""
-        return cls._of(settings, {name: settings.scaling(name).max_replicas for name in _deployments(settings)})
+        names = [*wanted_replicas(settings), *(f"{HOT}{slot}" for slot in range(settings.hot_sets))]
+        return cls._of(settings, {name: settings.scaling(name).max_replicas for name in names})
 
     @classmethod
     def _of(cls, settings: AppSettings, replicas: dict[str, int]) -> Resources:
@@ -45,14 +47,14 @@ class Resources:
     def shortage(self, cpus: float, gpus: float) -> str:
         """Returns, in words, what a Ray with so many CPUs and GPUs lacks; empty if it has enough."""
         short = [
-            f"{asked:g} {what}, and Ray has {there:g}"
+            f"{asked:g} {what} (Ray has {there:g})"
             for what, asked, there in (("CPUs", self.cpus, cpus), ("GPUs", self.gpus, gpus))
             if asked > there
         ]
         if not short:
             return ""
         advice = "add nodes, or lower num_cpus and num_gpus of router, gateway and experts"
-        return f"its replicas ask for {' and for '.join(short)}: {advice}"
+        return f"its replicas ask for {' and '.join(short)}: {advice}"
 
 
 def check_application(settings: AppSettings, checkpoint: Checkpoint) -> None:
@@ -66,7 +68,7 @@ def check_application(settings: AppSettings, checkpoint: Checkpoint) -> None:
 
 
 def check_machine(settings: AppSettings, checkpoint: Checkpoint, progress: Progress) -> None:
-    """Checks that this machine can run the whole application: ports, memory, devices. Raises ConfigError if it cannot.
+    """Checks that this machine can run the whole application: ports, memory, devices. Raises FailedPrecondition if it cannot.
 
     Tells `progress` if the memory that is free now may not be enough.
     """
@@ -80,10 +82,12 @@ def check_machine(settings: AppSettings, checkpoint: Checkpoint, progress: Progr
 
 
 def check_memory(need: MemoryNeed, memory: MachineMemory) -> None:
-    """Raises ConfigError if `need` is more than all `memory` of a machine, whatever else runs there."""
+    """Raises FailedPrecondition if `need` is more than all `memory` of a machine, whatever else runs there."""
     bound = f"this machine has {size(memory.total)} with swap"
     if need.weights > memory.total:
-        raise ConfigError("model", size(need.weights), f"are needed for weights alone, {need}, and {bound}")
+        parts = f"{size(need.experts)} for the expert groups and {size(need.trunks)} for the routers"
+        advice = "serve fewer replicas, set experts.weights to int8, or use more machines"
+        raise FailedPrecondition(f"the weights need {size(need.weights)}, {parts}, and {bound}: {advice}")
     if need.weights + need.cache > memory.total:
         left = size(memory.total - need.weights)
         raise ConfigError(
@@ -130,12 +134,9 @@ def _check_devices(settings: AppSettings) -> None:
     if asked > there:
         by = ", ".join(
             f"{name} {gpus:g}"
-            for name in _deployments(settings)
-            if (gpus := initial_replicas(settings, name) * settings.scaling(name).num_gpus)
+            for name, count in wanted_replicas(settings).items()
+            if (gpus := count * settings.scaling(name).num_gpus)
         )
-        raise ConfigError("num_gpus", asked, f"is asked in all ({by}), and this machine has {there}")
-
-
-def _deployments(settings: AppSettings) -> list[str]:
-    groups = [f"{EXPERTS}{group}" for group in range(settings.groups)]
-    return [GATEWAY, ROUTER, *groups, *(f"{HOT}{slot}" for slot in range(settings.hot_sets))]
+        raise FailedPrecondition(
+            f"the replicas ask for {asked:g} GPUs ({by}), and this machine has {there}: lower num_gpus"
+        )
