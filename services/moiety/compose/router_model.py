@@ -76,8 +76,10 @@ def _cache(settings: RouterSettings, spec: CacheSpec, revision: str) -> KVCache:
             block_tokens=settings.block_tokens,
             revision=revision if settings.prefix_cache else None,
         )
-    except RuntimeError as error:  # torch has no class of its own for it on a CPU
-        if "allocate" not in str(error) and not isinstance(error, torch.OutOfMemoryError):
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, RuntimeError) and "allocate" not in str(
+            error
+        ):  # torch has no class of its own for a CPU's memory
             raise
         bound = f"must be less: {settings.device} cannot allocate so much"
         raise ConfigError("kv_memory", settings.kv_memory.human_readable(), bound) from error

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import dataclass
 from pathlib import Path
 
 from moiety.config.application import HOT, AppSettings
-from moiety.deploy.arguments import LOOPBACK, gateway_settings, router_settings
+from moiety.deploy.arguments import LOOPBACK, router_settings
 from moiety.deploy.memory import MachineMemory, MemoryNeed, size
 from moiety.deploy.ray_cluster import Progress
 from moiety.deploy.ready import wanted_replicas
@@ -15,7 +14,6 @@ from moiety.errors import ConfigError, FailedPrecondition
 from moiety.model.checkpoint.checkpoint import Checkpoint
 from moiety.model.experts.cached import expert_layout
 from moiety.registry.connect import connect
-from moiety.wire.shared_port import check_ports
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,11 +66,10 @@ def check_application(settings: AppSettings, checkpoint: Checkpoint) -> None:
 
 
 def check_machine(settings: AppSettings, checkpoint: Checkpoint, progress: Progress) -> None:
-    """Checks that this machine can run the whole application: ports, memory, devices. Raises FailedPrecondition if it cannot.
+    """Checks that this machine can run the whole application: devices and memory. Raises FailedPrecondition if it cannot.
 
     Tells `progress` if the memory that is free now may not be enough.
     """
-    asyncio.run(check_ports(gateway_settings(settings, LOOPBACK[0]), None))
     _check_devices(settings)
     if settings.device == "cpu" and (memory := MachineMemory.here()) is not None:
         need = MemoryNeed.of(settings, checkpoint, expert_layout(checkpoint))

@@ -21,7 +21,7 @@ from moiety.deploy.checks import Resources, check_application, check_machine, ch
 from moiety.deploy.ray_cluster import LOGICAL_CPUS, Progress, connected, existing_ray, local_ray, on_this_cluster
 from moiety.deploy.ready import ServeStatus, until_ready, wanted_replicas
 from moiety.model.checkpoint.checkpoint import Checkpoint
-from moiety.wire.shared_port import claimed_ports
+from moiety.wire.shared_port import check_ports, claimed_ports
 
 
 class DeployedApp:
@@ -69,12 +69,15 @@ def deploy_app(
     """
     began = time.monotonic()
     args = args.model_copy(update={"model": str(Path(args.model).absolute())})
-    checkpoint = Checkpoint.open(args.model)
-    check_application(args, checkpoint)
     with ExitStack() as ends:
         if alone := address is None and not connected():
+            gateway = gateway_settings(args, LOOPBACK[0])
+            asyncio.run(check_ports(gateway, None))
+            ends.enter_context(claimed_ports(gateway))
+        checkpoint = Checkpoint.open(args.model)
+        check_application(args, checkpoint)
+        if alone:
             check_machine(args, checkpoint, progress)
-            ends.enter_context(claimed_ports(gateway_settings(args, LOOPBACK[0])))
         asyncio.run(check_registry(args))
         args = with_revision(args, checkpoint)
         if address is not None:
