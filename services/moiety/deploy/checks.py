@@ -65,21 +65,13 @@ def check_application(settings: AppSettings, checkpoint: Checkpoint) -> None:
     check_tokenizer(settings.model)
 
 
-def check_machine(settings: AppSettings, checkpoint: Checkpoint, progress: Progress) -> None:
-    """Checks that this machine can run the whole application: devices and memory. Raises FailedPrecondition if it cannot.
+def check_memory(need: MemoryNeed, memory: MachineMemory | None, progress: Progress) -> None:
+    """Raises FailedPrecondition if `need` is more than all `memory` of the machine that is to run the application.
 
-    Tells `progress` if the memory that is free now may not be enough.
+    Tells `progress` if what is free now may not be enough. None: the memory is unknown.
     """
-    _check_devices(settings)
-    if settings.device == "cpu" and (memory := MachineMemory.here()) is not None:
-        need = MemoryNeed.of(settings, checkpoint, expert_layout(checkpoint))
-        check_memory(need, memory)
-        if need.weights + need.caches > memory.available:
-            progress(f"memory: {need} are needed once the caches are full, and {size(memory.available)} are free")
-
-
-def check_memory(need: MemoryNeed, memory: MachineMemory) -> None:
-    """Raises FailedPrecondition if `need` is more than all `memory` of a machine, whatever else runs there."""
+    if memory is None:
+        return
     bound = f"this machine has {size(memory.total)} with swap"
     if need.weights > memory.total:
         parts = f"{size(need.experts)} for the expert groups and {size(need.trunks)} for the routers"
@@ -92,6 +84,8 @@ def check_memory(need: MemoryNeed, memory: MachineMemory) -> None:
             size(need.cache),
             f"must be at most {left}: {size(need.weights)} are weights, and {bound}",
         )
+    if need.weights + need.caches > memory.available:
+        progress(f"memory: {need} are needed once the caches are full, and {size(memory.available)} are free")
 
 
 async def check_registry(settings: AppSettings) -> None:
@@ -117,7 +111,8 @@ def check_tokenizer(folder: str) -> None:
         open_tokenizer(folder)
 
 
-def _check_devices(settings: AppSettings) -> None:
+def check_devices(settings: AppSettings) -> None:
+    """Raises FailedPrecondition if the application asks for devices that this machine, which is to run it, does not have."""
     asked = Resources.at_start(settings).gpus
     if settings.device == "cpu" and not asked:
         return

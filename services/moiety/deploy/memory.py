@@ -12,6 +12,7 @@ from moiety.deploy.arguments import initial_replicas
 from moiety.model.checkpoint.checkpoint import EXPERT, Checkpoint
 from moiety.model.checkpoint.headers import ITEM_BITS, TensorEntry
 from moiety.model.checkpoint.quantised import Stored
+from moiety.model.experts.cached import expert_layout
 from moiety.model.experts.layout import ExpertLayout
 from moiety.model.experts.unread import is_never_read
 
@@ -54,8 +55,9 @@ class MemoryNeed:
     cache: int  # of one router
 
     @classmethod
-    def of(cls, settings: AppSettings, checkpoint: Checkpoint, layout: ExpertLayout) -> MemoryNeed:
+    def of(cls, settings: AppSettings, checkpoint: Checkpoint) -> MemoryNeed:
         """Computes the need from the headers of `checkpoint`."""
+        layout = expert_layout(checkpoint)
         groups = [f"{EXPERTS}{group}" for group in range(settings.groups)]
         replicas = sum(initial_replicas(settings, group) for group in groups)
         routers = initial_replicas(settings, ROUTER)

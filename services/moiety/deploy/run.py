@@ -17,7 +17,8 @@ from moiety.config.application import AppSettings
 from moiety.core.replica import Replica
 from moiety.core.system import SystemId
 from moiety.deploy.arguments import LOOPBACK, gateway_settings, with_revision
-from moiety.deploy.checks import Resources, check_application, check_machine, check_registry
+from moiety.deploy.checks import Resources, check_application, check_devices, check_memory, check_registry
+from moiety.deploy.memory import MachineMemory, MemoryNeed
 from moiety.deploy.ray_cluster import LOGICAL_CPUS, Progress, connected, existing_ray, local_ray, on_this_cluster
 from moiety.deploy.ready import ServeStatus, until_ready, wanted_replicas
 from moiety.model.checkpoint.checkpoint import Checkpoint
@@ -74,11 +75,12 @@ def deploy_app(
             gateway = gateway_settings(args, LOOPBACK[0])
             asyncio.run(check_ports(gateway, None))
             ends.enter_context(claimed_ports(gateway))
-        checkpoint = Checkpoint.open(args.model)
-        check_application(args, checkpoint)
-        if alone:
-            check_machine(args, checkpoint, progress)
+            check_devices(args)
         asyncio.run(check_registry(args))
+        checkpoint = Checkpoint.open(args.model)
+        check_application(args, checkpoint)  # the slowest: the first time, it derives the layout
+        if alone and args.device == "cpu":
+            check_memory(MemoryNeed.of(args, checkpoint), MachineMemory.here(), progress)
         args = with_revision(args, checkpoint)
         if address is not None:
             ends.enter_context(existing_ray(address))

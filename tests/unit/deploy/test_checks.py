@@ -11,11 +11,10 @@ import pytest
 from moiety.config.application import AppSettings
 from moiety.config.services import GatewaySettings
 from moiety.deploy.app import build
-from moiety.deploy.checks import Resources, check_machine, check_memory
+from moiety.deploy.checks import Resources, check_devices, check_memory
 from moiety.deploy.memory import MachineMemory, MemoryNeed
 from moiety.errors import CheckpointError, ConfigError, FailedPrecondition
 from moiety.model.checkpoint.checkpoint import Checkpoint
-from moiety.model.experts.cached import expert_layout
 from moiety.tools.inspect_checkpoint import inspect
 from moiety.wire.shared_port import claimed_ports
 
@@ -34,7 +33,7 @@ def test_the_need_is_what_inspect_reports(
     settings = AppSettings(
         model=tiny(architecture), dtype=dtype, groups=1, router={"min_replicas": 2, "max_replicas": 2}
     )
-    need = MemoryNeed.of(settings, checkpoint, expert_layout(checkpoint))
+    need = MemoryNeed.of(settings, checkpoint)
     assert found.dtype == "float32"
     assert need.trunks == pytest.approx(2 * growth * found.router_bytes, rel=0.001)
     assert need.experts == pytest.approx(growth * found.group_bytes(1), rel=0.1)
@@ -54,15 +53,17 @@ def test_a_control_group_bounds_the_memory(tmp_path: Path) -> None:
 
 
 def test_only_what_must_fail_is_refused() -> None:
-    """Weights or one router's cache beyond all memory are refused with the sum; what is free at the moment does not count."""
+    """Weights or one router's cache beyond all memory are refused with the sum; what is free is said."""
     memory = MachineMemory(16 * GIB, GIB)
-    check_memory(MemoryNeed(8 * GIB, 2 * GIB, 12 * GIB, 6 * GIB), memory)
+    lines: list[str] = []
+    check_memory(MemoryNeed(8 * GIB, 2 * GIB, 12 * GIB, 6 * GIB), memory, lines.append)
+    assert "12.0 GiB (kv_memory) are needed once the caches are full, and 1.0 GiB are free" in lines[0]
     with pytest.raises(
         ConfigError, match=r"kv_memory = '7.0 GiB': must be at most 6.0 GiB: 10.0 GiB are weights, .* 16.0"
     ):
-        check_memory(MemoryNeed(8 * GIB, 2 * GIB, 7 * GIB, 7 * GIB), memory)
+        check_memory(MemoryNeed(8 * GIB, 2 * GIB, 7 * GIB, 7 * GIB), memory, lines.append)
     with pytest.raises(FailedPrecondition, match=r"need 18.0 GiB, 16.0 GiB for .* and 2.0 GiB for .* has 16.0 GiB"):
-        check_memory(MemoryNeed(16 * GIB, 2 * GIB, GIB, GIB), memory)
+        check_memory(MemoryNeed(16 * GIB, 2 * GIB, GIB, GIB), memory, lines.append)
 
 
 def test_what_an_application_asks_of_ray(tiny: Callable[[str], str]) -> None:
@@ -89,7 +90,7 @@ def test_devices_that_are_not_there(tiny: Callable[[str], str], values: dict[str
     """A CUDA device or GPUs that this machine lacks are refused with the deployments that ask for them."""
     settings = AppSettings(model=tiny("mixtral"), gateway={"port": 0, "http_port": 0}, **values)
     with pytest.raises(FailedPrecondition, match=message):
-        check_machine(settings, Checkpoint.open(settings.model), print)
+        check_devices(settings)
 
 
 def test_no_tokenizer(tiny: Callable[[str], str], tmp_path: Path) -> None:
