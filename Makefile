@@ -28,6 +28,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(call install_torch,$(VENV))
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[serve,dev]'
+	@# Source roots on the path, too: a folder called `moiety`, as every clone is, would hide an editable package from what runs beside it.
+	@printf '%s\n' "$(CURDIR)/services" "$(CURDIR)/kernels" \
+	  > "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/moiety-source-roots.pth"
 	@# Tests read the published chat templates in trl's wheel, as data. What trl itself would need is large and not needed.
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps trl
 	@touch $@

@@ -104,6 +104,18 @@ async def test_a_service_refuses_another_checkpoint_than_was_deployed(tiny: Call
         await compose.start(wanted, replica_id="e", node="here")
 
 
+@pytest.mark.parametrize(
+    ("kv_memory", "said"), [(1 << 10, "must be at least .* bytes"), (1 << 46, "must be less: cpu")]
+)
+async def test_a_router_refuses_a_cache_that_it_cannot_have(
+    tiny: Callable[[str], str], tmp_path: Path, kv_memory: int, said: str
+):
+    """A cache without room for one block, or larger than the machine's memory, is a setting that is wrong."""
+    wanted = settings(Role.ROUTER, tiny("mixtral"), tmp_path, kv_memory=kv_memory, threads=1)
+    with pytest.raises(ConfigError, match=f"kv_memory = .*: {said}"):
+        await compose.start(wanted, replica_id="r", node="here")
+
+
 async def test_a_router_that_waits_for_experts_says_so(
     tiny: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):

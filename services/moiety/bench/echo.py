@@ -27,6 +27,7 @@ async def echo_process() -> AsyncIterator[Echo]:
     """Runs the child while the context is open. Yields an async function that sends bytes to it and returns the echo."""
     process = await asyncio.create_subprocess_exec(
         sys.executable,
+        "-P",
         "-m",
         "moiety.bench.echo",
         stdin=asyncio.subprocess.PIPE,

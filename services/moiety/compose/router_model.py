@@ -55,7 +55,8 @@ def load_model(
 def _cache(settings: RouterSettings, spec: CacheSpec, revision: str) -> KVCache:
     """Creates a KV cache of `kv_memory` bytes.
 
-    Raises ConfigError if `kv_memory` is too small, or for a setting that the model's kind of cache does not allow.
+    Raises ConfigError if `kv_memory` is too small or more than there is, or for a setting that the model's kind of cache
+    does not allow.
     """
     if spec.states and settings.speculative_tokens:
         bound = "must be 0 for this model: its layers keep states, which cannot be undone after a wrong draft"
@@ -64,14 +65,22 @@ def _cache(settings: RouterSettings, spec: CacheSpec, revision: str) -> KVCache:
         what = "states" if spec.states else "an indexer's picks"
         bound = f"must be false for this model: the bits of {what} in its layers depend on where prompts are split into steps"
         raise ConfigError("deterministic", settings.deterministic, bound)
-    cache = KVCache(
-        spec,
-        int(settings.kv_memory),
-        torch.device(settings.device),
-        slots=settings.slots,
-        block_tokens=settings.block_tokens,
-        revision=revision if settings.prefix_cache else None,
-    )
+    try:
+        cache = KVCache(
+            spec,
+            int(settings.kv_memory),
+            torch.device(settings.device),
+            slots=settings.slots,
+            block_tokens=settings.block_tokens,
+            revision=revision if settings.prefix_cache else None,
+        )
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, RuntimeError) and "allocate" not in str(
+            error
+        ):  # torch has no class of its own for a CPU's memory
+            raise
+        bound = f"must be less: {settings.device} cannot allocate so much"
+        raise ConfigError("kv_memory", settings.kv_memory.human_readable(), bound) from error
     if cache.blocks == 0:
         least = settings.slots * spec.bytes_per_slot + spec.bytes_per_token * settings.block_tokens
         states = f"{settings.slots} slots of states and " if spec.states else ""

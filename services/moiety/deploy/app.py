@@ -14,7 +14,8 @@ from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 from moiety.config.application import GATEWAY, HOT, ROUTER, AppSettings
 from moiety.config.resolve import resolve
 from moiety.core.experts import ExpertSet
-from moiety.deploy.arguments import LOOPBACK, initial_replicas, router_settings, to_arguments, with_revision
+from moiety.deploy.arguments import initial_replicas, to_arguments, with_revision
+from moiety.deploy.checks import check_application
 from moiety.deploy.replicas import ExpertReplica, GatewayReplica, RouterReplica
 from moiety.deploy.shutdown import EXTRA_S
 from moiety.errors import ConfigError
@@ -37,8 +38,8 @@ def build(args: Mapping[str, Any] | AppSettings) -> serve.Application:
             "registry", str(settings.registry), "must be redis://… or rediss://…: replicas may be on any node"
         )
     checkpoint = Checkpoint.open(settings.model)
+    check_application(settings, checkpoint)
     settings = with_revision(settings, checkpoint)
-    router_settings(settings, LOOPBACK[0])  # raises here what would stop a replica from starting
     arguments = to_arguments(settings)
     routers = serve.deployment(RouterReplica).options(**_options(settings, arguments, ROUTER))
     gateway = serve.deployment(GatewayReplica).options(**_options(settings, arguments, GATEWAY))

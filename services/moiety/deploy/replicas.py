@@ -6,17 +6,19 @@ Serve pickles what is in this module, so it holds no clients, locks or other liv
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import ray
 from ray import serve
 
 from moiety import compose
+from moiety.config.application import AppSettings
 from moiety.config.services import ServiceSettings
 from moiety.deploy.arguments import expert_settings, gateway_settings, router_settings
 from moiety.deploy.ray_cluster import settings_of_process
 from moiety.deploy.shutdown import is_ending
+from moiety.deploy.start_failure import start_explained
 from moiety.errors import MoietyError
 
 _log = logging.getLogger(__name__)
@@ -28,11 +30,16 @@ class _Replica:
     _running: compose.Running | None = None
     _drain_s: float = 0.0
 
-    async def _start(self, settings: ServiceSettings) -> None:
-        self._drain_s = settings.drain_s
-        replica_id: str = serve.get_replica_context().replica_id.unique_id
-        node: str = ray.get_runtime_context().get_node_id()
-        self._running = await compose.start(settings, replica_id=replica_id, node=node)
+    async def _start(
+        self, arguments: Mapping[str, Any], settings_of: Callable[[AppSettings, str], ServiceSettings]
+    ) -> None:
+        """Starts the service whose settings `settings_of` makes from those of the application and this node's address."""
+        with start_explained():
+            settings = settings_of(settings_of_process(arguments), ray.util.get_node_ip_address())
+            self._drain_s = settings.drain_s
+            replica_id: str = serve.get_replica_context().replica_id.unique_id
+            node: str = ray.get_runtime_context().get_node_id()
+            self._running = await compose.start(settings, replica_id=replica_id, node=node)
 
     async def check_health(self) -> None:
         """Raises if this replica should be replaced. Serve calls it every second."""
@@ -64,19 +71,15 @@ class ExpertReplica(_Replica):
     """One replica of an expert group or hot set; its deployment has the name of the group or hot set."""
 
     async def __init__(self, arguments: Mapping[str, Any], held: str) -> None:  # type: ignore[misc]  # Serve awaits it
-        context = serve.get_replica_context()
-        settings = expert_settings(
-            settings_of_process(arguments), context.deployment, held, ray.util.get_node_ip_address()
-        )
-        await self._start(settings)
+        deployment = serve.get_replica_context().deployment
+        await self._start(arguments, lambda settings, address: expert_settings(settings, deployment, held, address))
 
 
 class RouterReplica(_Replica):
     """One replica of the router deployment."""
 
     async def __init__(self, arguments: Mapping[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits it
-        settings = router_settings(settings_of_process(arguments), ray.util.get_node_ip_address())
-        await self._start(settings)
+        await self._start(arguments, router_settings)
 
 
 class GatewayReplica(_Replica):
@@ -86,5 +89,4 @@ class GatewayReplica(_Replica):
     """
 
     async def __init__(self, arguments: Mapping[str, Any], *_bound: object) -> None:  # type: ignore[misc]  # Serve awaits it
-        settings = gateway_settings(settings_of_process(arguments), ray.util.get_node_ip_address())
-        await self._start(settings)
+        await self._start(arguments, gateway_settings)

@@ -7,20 +7,24 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
+from math import ceil
 from pathlib import Path
 from typing import Self
 
+from moiety.compose.cpu_kernels import build_kernels
 from moiety.config.application import AppSettings
 from moiety.core.replica import Replica
 from moiety.core.system import SystemId
-from moiety.deploy.arguments import LOOPBACK, gateway_settings, router_settings, with_revision
-from moiety.deploy.ray_cluster import LOGICAL_CPUS, connected, existing_ray, local_ray, on_this_cluster
-from moiety.deploy.ready import Progress, until_ready, wanted_replicas
+from moiety.deploy.arguments import LOOPBACK, gateway_settings, with_revision
+from moiety.deploy.checks import Resources, check_application, check_devices, check_memory, check_registry
+from moiety.deploy.memory import MachineMemory, MemoryNeed
+from moiety.deploy.ray_cluster import LOGICAL_CPUS, Progress, connected, existing_ray, local_ray, on_this_cluster
+from moiety.deploy.ready import ServeStatus, until_ready, wanted_replicas
 from moiety.deploy.shutdown import end_application
 from moiety.model.checkpoint.checkpoint import Checkpoint
-from moiety.model.experts.cached import expert_layout
-from moiety.registry.connect import connect, forget
-from moiety.wire.shared_port import check_ports
+from moiety.registry.connect import forget
+from moiety.wire.shared_port import check_ports, claimed_ports
 
 
 class DeployedApp:
@@ -62,21 +66,39 @@ def deploy_app(
     """Deploys the application and waits until every replica is ready. Tells `progress` what has become ready.
 
     Uses the Ray at `address` if given, else the Ray that this process is connected to. If there is neither, starts a Ray on
-    this machine with `num_cpus`, `dashboard` and `ray_folder`. Raises CheckpointError, ConfigError or RegistryUnreachable
-    before anything is started. Raises FailedPrecondition if Serve could not deploy the application, Unavailable if it is
-    not ready within `wait_s` seconds; in both cases nothing that this call started is left running. `hurried()`: whether
-    the application's end waits no longer for running requests.
+    this machine with `num_cpus` or as many CPUs as the application may ask for, with `dashboard` and `ray_folder`. Raises
+    CheckpointError, ConfigError or RegistryUnreachable before anything is started. Raises FailedPrecondition as soon as a
+    replica cannot start or Serve has given up, Unavailable if Ray does not start or the application is not ready within
+    `wait_s` seconds; in all cases nothing that this call started is left running. `hurried()`: whether the application's
+    end waits no longer for running requests.
     """
     began = time.monotonic()
     args = args.model_copy(update={"model": str(Path(args.model).absolute())})
-    args = _checked(args, alone=address is None and not connected())
     with ExitStack() as ends:
         last = ends.enter_context(ExitStack())  # what is done once Ray has ended, if it was started here
+        if alone := address is None and not connected():
+            gateway = gateway_settings(args, LOOPBACK[0])
+            asyncio.run(check_ports(gateway, None))
+            ends.enter_context(claimed_ports(gateway))
+            check_devices(args)
+        asyncio.run(check_registry(args))
+        checkpoint = Checkpoint.open(args.model)
+        check_application(args, checkpoint)  # the slowest: the first time, it derives the layout
+        if alone and args.device == "cpu":
+            check_memory(MemoryNeed.of(args, checkpoint), MachineMemory.here(), progress)
+        args = with_revision(args, checkpoint)
         if address is not None:
             ends.enter_context(existing_ray(address))
-        elif not connected():
-            registry = args.registry.get_secret_value()
-            local = local_ray(registry=registry, num_cpus=num_cpus, dashboard=dashboard, folder=ray_folder)
+        elif alone:
+            if args.device == "cpu":
+                build_kernels(progress)
+            local = local_ray(
+                registry=args.registry.get_secret_value(),
+                num_cpus=max(num_cpus, ceil(Resources.at_most(args).cpus)),
+                dashboard=dashboard,
+                folder=ray_folder,
+                progress=progress,
+            )
             ends.enter_context(local)
         ray_s = time.monotonic() - began
         progress(f"Ray: ready in {ray_s:.1f} s")
@@ -90,6 +112,9 @@ def deploy_app(
         args = on_this_cluster(args)
         build_s = time.monotonic() - began - ray_s
         serve.start(proxy_location="Disabled")
+        status = ServeStatus(args.app)
+        if short := _shortage(args):
+            progress(f"Ray: {short}")
         if args.app not in serve.status().applications:
             url = args.registry.get_secret_value()
             last.callback(lambda: asyncio.run(forget(url, args.system)))
@@ -99,31 +124,18 @@ def deploy_app(
             wait_for_ingress_deployment_creation=False,
             wait_for_applications_running=False,
         )
-        gateways = asyncio.run(until_ready(args, wanted_replicas(args), wait_s, progress))
+        gateways = asyncio.run(
+            until_ready(args, wanted_replicas(args), status, wait_s, progress, partial(_shortage, args))
+        )
         ready_s = time.monotonic() - began - ray_s - build_s
         progress(f"{args.app}: ready in {ready_s:.1f} s")
         seconds = {"ray": ray_s, "build": build_s, "ready": ready_s}
         return DeployedApp(args.system, gateways, seconds, ends.pop_all())
 
 
-def _checked(args: AppSettings, *, alone: bool) -> AppSettings:
-    """Returns `args` with the checkpoint's revision.
+def _shortage(args: AppSettings) -> str:
+    """Returns what the connected Ray lacks for the application, in words. A cluster that scales may still get it."""
+    import ray
 
-    Checks the arguments, the checkpoint, the registry and, if the application will run `alone` on a Ray of its own, the
-    gateway's ports, so that a wrong one fails before Ray is started.
-    """
-
-    async def reach_registry() -> None:
-        registry = connect(args.registry.get_secret_value(), args.system)
-        try:
-            await registry.replicas()
-        finally:
-            await registry.close()
-
-    router_settings(args, LOOPBACK[0])
-    if alone:
-        asyncio.run(check_ports(gateway_settings(args, LOOPBACK[0]), None))
-    checkpoint = Checkpoint.open(args.model)
-    expert_layout(checkpoint).shape.sliced_partition(args.groups, args.slices)
-    asyncio.run(reach_registry())
-    return with_revision(args, checkpoint)
+    there = ray.cluster_resources()
+    return Resources.at_start(args).shortage(there.get("CPU", 0.0), there.get("GPU", 0.0))

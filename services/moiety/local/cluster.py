@@ -240,6 +240,7 @@ class LocalCluster:
             process = await asyncio.create_subprocess_exec(
                 *prefix,
                 sys.executable,
+                "-P",  # a folder called `moiety` where the user stands is not the package
                 "-m",
                 "moiety.local.child",
                 stdin=asyncio.subprocess.PIPE,

@@ -5,13 +5,19 @@ from __future__ import annotations
 import os
 import platform
 import socket
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from importlib.machinery import PathFinder
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
+import moiety
 from moiety.compose.environment import PROCESS_ENVIRONMENT
 from moiety.config.options import GatewayOptions
+from moiety.deploy.memory import MachineMemory
+from moiety.deploy.ray_cluster import MOST_FOLDER, default_ray_folder
 from moiety.errors import FailedPrecondition
 from moiety.registry.embedded_redis import server_binary
 from moiety.tools import machine
@@ -64,6 +70,8 @@ def examine(*, measure: bool = False) -> Iterator[Check]:
     yield _instruction_sets()
     yield _kernels()
     yield from _memory()
+    yield from _ray()
+    yield _package()
     yield _redis()
     defaults = GatewayOptions()
     yield _port(defaults.port, "gRPC API", "--grpc-port")
@@ -160,9 +168,9 @@ def _kernels() -> Check:
 
 
 def _memory() -> Iterator[Check]:
-    if (memory := machine.memory_bytes()) is not None:
-        total, available = memory
-        value = f"{_gib(available)} of {_gib(total)} available"
+    if (memory := MachineMemory.here()) is not None:
+        available = memory.available
+        value = f"{_gib(available)} of {_gib(memory.total)} (with swap) available"
         if available < LEAST_MEMORY:
             yield Check(
                 "memory", value, Finding.FAIL, f"free at least {_gib(LEAST_MEMORY)}, in addition to the weights"
@@ -179,6 +187,33 @@ def _memory() -> Iterator[Check]:
         yield Check("shared memory", f"{free >> 20} MiB free", Finding.WARN, advice)
     else:
         yield Check("shared memory", f"{_gib(free)} free")
+
+
+def _ray() -> Iterator[Check]:
+    """Checks what decides where `moiety serve` starts its Ray."""
+    if len(str(folder := default_ray_folder())) > MOST_FOLDER:
+        advice = (
+            f"set TMPDIR to a shorter path: Ray puts sockets below this folder, which may have {MOST_FOLDER} characters"
+        )
+        yield Check("Ray's folder", str(folder), Finding.FAIL, advice)
+    else:
+        yield Check("Ray's folder", str(folder))
+    if address := os.environ.get("RAY_ADDRESS"):
+        yield Check(
+            "RAY_ADDRESS", f"{address}: used by `moiety serve --ray-address auto`, else serve starts a Ray of its own"
+        )
+
+
+def _package() -> Check:
+    """Checks whether code that is started in this folder would import a folder called `moiety` instead of the package."""
+    here = Path.cwd()
+    found = PathFinder.find_spec("moiety", [str(here), *sys.path])
+    if (
+        found is not None and found.origin is None
+    ):  # Python takes such a folder only where the package is not on the path
+        advice = "start Python from another folder: scripts and `python -m` here import that folder, not the package"
+        return Check("package", f"{here / 'moiety'} hides it", Finding.WARN, advice)
+    return Check("package", str(Path(moiety.__file__).parent))
 
 
 def _redis() -> Check:

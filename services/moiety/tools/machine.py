@@ -43,13 +43,6 @@ def huge_pages() -> str | None:
     return None if text is None or "[" not in text else text.partition("[")[2].partition("]")[0]
 
 
-def memory_bytes() -> tuple[int, int] | None:
-    """Returns (total, available) memory in bytes, as Linux counts it; None where it is not reported."""
-    lines = (_text(_PROC / "meminfo") or "").splitlines()
-    kib = {line.partition(":")[0]: int(line.split()[1]) for line in lines if len(line.split()) > 1}
-    return (kib["MemTotal"] << 10, kib["MemAvailable"] << 10) if {"MemTotal", "MemAvailable"} <= kib.keys() else None
-
-
 def free_bytes(folder: str) -> int | None:
     """Returns the free bytes of the file system at `folder`; None where there is no such folder."""
     try:

@@ -6,8 +6,8 @@ import asyncio
 import errno
 import socket
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 
 import grpc
@@ -69,6 +69,24 @@ async def listening_at_all(settings: GatewaySettings, system: SystemId) -> Async
     async with AsyncExitStack() as held:
         for door, port in ports(settings):
             await held.enter_async_context(listening(settings.listen_host, port, system, door))
+        yield
+
+
+@contextmanager
+def claimed_ports(settings: GatewaySettings) -> Iterator[None]:
+    """In the block no other process of this machine gets past here with a port of `settings`, though nobody listens there yet.
+
+    For who starts a system of his own, from his check of the ports to the system's end. Raises ConfigError if another has
+    done so. Without Linux, nothing is checked.
+    """
+    with ExitStack() as claims:
+        for door, port in ports(settings):
+            if port and sys.platform == "linux":
+                claim = claims.enter_context(socket.socket(socket.AF_UNIX))
+                try:
+                    claim.bind(f"\0moiety-system-port-{settings.listen_host}-{port}")
+                except OSError:
+                    raise _refusal(door, port, "another system is starting there, or stopping") from None
         yield
 
 

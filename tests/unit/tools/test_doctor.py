@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import sys
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,19 @@ def test_port_in_use() -> None:
     for port, option in ((50051, "--grpc-port"), (50080, "--http-port")):
         check = checks[f"port {port}"]
         assert (check.verdict, option in check.advice) == (Finding.WARN, True)
+
+
+def test_what_first_contact_runs_into(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Ray of somebody's, a folder too long for Ray's sockets, and a folder that hides the package are named with advice."""
+    (tmp_path / "moiety").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [])  # as where the package was installed in editable mode
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    monkeypatch.setenv("RAY_TMPDIR", "/tmp/" + 40 * "x")
+    checks = {check.check: check for check in examine()}
+    assert "--ray-address auto" in checks["RAY_ADDRESS"].value
+    assert (checks["Ray's folder"].verdict, checks["package"].verdict) == (Finding.FAIL, Finding.WARN)
+    assert str(tmp_path / "moiety") in checks["package"].value
 
 
 def test_doctor_lines_count() -> None:

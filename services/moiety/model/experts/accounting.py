@@ -16,33 +16,9 @@ from moiety.model.checkpoint.headers import TensorEntry
 from moiety.model.checkpoint.quantised import Stored
 from moiety.model.checkpoint.reading import FLOATS, Reader
 from moiety.model.checkpoint.side_files import AUTOAWQ_FILE, AUTOGPTQ_FILE, CONFIG_FILE, MODELOPT_FILE
+from moiety.model.experts.unread import UNUSED, predicts_several_tokens
 
-# Patterns of tensors that may be left over: each is searched in the published name of a tensor that becomes no weight.
-UNUSED = (
-    # Towers of images, video and sound, and what joins them to the text model: only text is served.
-    r"(^|\.)(visual|vision|vision_(model|tower|encoder|adapter|embed_tokens)|audio_(model|tower|encoder)|vit_\w+)\.",
-    r"(^|\.)(multi_modal_projector|mm_projector|embed_vision|embed_audio|image_newline|talker|code2wav|token2wav)(\.|$)",
-    # Computed from the config.
-    r"(^|\.)rotary_emb\.inv_freq$",
-    # Scales of a quantised KV cache and of quantised activations: both stay in the model's dtype.
-    r"\.(k|v|kv|q|prob)_scale$",
-    r"\.(input|activation)_scale$",
-    r"\.(q|k|v)_proj\.output_scale$",
-)
-# Layers that predict several tokens at once, for speculative decoding, have names like `mtp`. DeepSeek-V3, GLM-4.5 and others
-# number them on from the model's last layer instead; of all layers, only they have an `eh_proj`.
-_MULTI_TOKEN = re.compile(r"(^|\.)mtp(_\w+)?\.")
-_LAYER = re.compile(r"(.*\.)?layers\.(\d+)\.")
 _PLAIN = {*FLOATS, "F64"}  # dtypes of weights that are not quantised
-
-
-def predicts_several_tokens(checkpoint: Checkpoint, name: str) -> bool:
-    """Returns whether the tensor `name` is of a layer that predicts several tokens at once, which no trunk has."""
-    if _MULTI_TOKEN.search(name):
-        return True
-    layers = (checkpoint.config.get("text_config") or checkpoint.config).get("num_hidden_layers") or 0
-    layer = _LAYER.match(name)
-    return layer is not None and int(layer[2]) >= layers and f"{layer[0]}eh_proj.weight" in checkpoint.tensors
 
 
 def check_tensors(checkpoint: Checkpoint, model: Any, sources: Mapping[str, Mapping[Any, Sequence[str]]]) -> None:

@@ -22,8 +22,8 @@ from moiety.model.architectures.transformers_model import (
 from moiety.model.checkpoint.checkpoint import EXPERT, Checkpoint
 from moiety.model.checkpoint.quantised import QuantisedEntry
 from moiety.model.checkpoint.reading import Reader
-from moiety.model.experts.accounting import predicts_several_tokens
 from moiety.model.experts.layout import ExpertLayout
+from moiety.model.experts.unread import predicts_several_tokens
 from moiety.model.seam import IMPLEMENTATION, MOE_LAYER, register
 from moiety.model.trunk.encoder_decoder import EncoderDecoder
 
