@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import pty
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
 from moiety.testing import HOST
+from moiety.v1 import generation_pb2, generation_pb2_grpc
+from moiety.wire.server import Server
+from moiety.wire.service_names import GENERATION_SERVICE
 
 NOBODY = f"{HOST}:1"
 LINE = [sys.executable, "-m", "moiety.cli.main"]
@@ -79,6 +84,30 @@ def test_ctrl_c_while_a_command_is_imported(tmp_path: Path) -> None:
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=30)
     assert (process.returncode, err.strip()) == (130, "interrupted by SIGINT")
+
+
+class Escaping(generation_pb2_grpc.GenerationServiceServicer):
+    """Answers each request with an escape sequence."""
+
+    async def Generate(self, *_: object) -> AsyncIterator[generation_pb2.GenerateResponse]:
+        yield generation_pb2.GenerateResponse(text="a\x1b]0;title\x07b", token_ids=[1])
+        yield generation_pb2.GenerateResponse(finish_reason=generation_pb2.FINISH_REASON_LENGTH)
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="this system has no pseudo-terminals")
+async def test_a_generation_cannot_command_a_terminal() -> None:
+    """A terminal shows replacement characters where the model wrote control characters; a pipe gets the text as it is."""
+    server = Server([], [GENERATION_SERVICE])
+    generation_pb2_grpc.add_GenerationServiceServicer_to_server(Escaping(), server.grpc)
+    line = [*LINE, "generate", "x", "--address", f"{HOST}:{await server.start(HOST, 0)}"]
+    ours, theirs = pty.openpty()
+    shown = await asyncio.create_subprocess_exec(*line, stdout=theirs)
+    os.close(theirs)
+    assert await shown.wait() == 0
+    assert _read(ours).strip() == "a\ufffd]0;title\ufffdb"
+    piped = await asyncio.create_subprocess_exec(*line, stdout=asyncio.subprocess.PIPE)
+    assert (await piped.communicate())[0] == b"a\x1b]0;title\x07b\n"
+    await server.stop(0)
 
 
 @pytest.mark.skipif(not hasattr(os, "openpty"), reason="this system has no pseudo-terminals")

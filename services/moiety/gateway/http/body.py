@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from pydantic_core import from_json
 from starlette.types import Receive
 
+from moiety.core.text import not_utf8
 from moiety.errors import InvalidRequest, ResourceExhausted
 from moiety.gateway.http.errors import ClientGone, HttpError
 
@@ -91,10 +93,31 @@ def _parsed(data: bytearray) -> dict[str, Any]:
         # Refuses NaN, text that is not Unicode, numbers of thousands of digits, and nesting deeper than 200.
         value = from_json(data, allow_inf_nan=False)
     except ValueError as error:
+        if len(data) <= SMALL_BYTES and (found := _not_utf8(data)):  # the search takes too long for larger ones
+            raise InvalidRequest(*found) from None
         raise InvalidRequest("body", f"{len(data)} bytes", f"JSON: {error}") from None
     if not isinstance(value, dict):
         raise InvalidRequest("body", f"a JSON {type(value).__name__}", "a JSON object")
     return value
+
+
+def _not_utf8(data: bytearray) -> tuple[str, str, str] | None:
+    """Returns field, value and bound of the first text of a refused body that is half of a surrogate pair; None without one."""
+    try:
+        waiting = [("body", json.loads(data))]  # unlike `from_json`, it reads such text
+    except (ValueError, RecursionError):
+        return None
+    while waiting:
+        field, value = waiting.pop()
+        if isinstance(value, str) and (why := not_utf8(value)) is not None:
+            return field, value, f"Unicode text: {why}"
+        if isinstance(value, dict):
+            outer = "" if field == "body" else f"{field}."
+            waiting += [(f"{outer}{name}", below) for name, below in reversed(value.items())]
+            waiting += [(field, name) for name in value]
+        elif isinstance(value, list):
+            waiting += [(f"{field}[{place}]", below) for place, below in reversed(list(enumerate(value)))]
+    return None
 
 
 def _check_type(headers: Mapping[bytes, bytes]) -> None:

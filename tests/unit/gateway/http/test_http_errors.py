@@ -131,14 +131,13 @@ async def test_models_paths_and_methods_have_their_statuses(tokenizer: Tokenizer
 
 
 async def test_bodies_that_are_no_json_object_are_refused(tokenizer: Tokenizer):
-    """Broken JSON, NaN, depth, lone surrogates and lists are 400; another type or encoding 415."""
+    """Broken JSON, NaN, depth and lists are 400; another type or encoding 415."""
     kind = {"content-type": "application/json"}
     bodies = [
         b"",
         b"{",
         b"[1]",
         b"null",
-        b'{"prompt": "\\ud800"}',
         b'{"prompt": "a", "temperature": NaN}',
         b'{"prompt": ' + b"[" * 100_000,
         b'{"a": ' + b"9" * 100_000 + b"}",
@@ -158,6 +157,23 @@ async def test_bodies_that_are_no_json_object_are_refused(tokenizer: Tokenizer):
             headers={"content-type": "application/json; charset=utf-8"},
         )
         assert answer.status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        (rb'{"prompt": "caf\ud83d"}', "prompt"),
+        (rb'{"prompt": "a", "stop": ["b", "\ud83d"]}', "stop[1]"),
+        (rb'{"prompt": "a", "response_format": {"json_schema": {"\udc00": 1}}}', "response_format.json_schema"),
+    ],
+)
+async def test_half_a_character_is_refused_by_its_field(body: bytes, param: str, tokenizer: Tokenizer):
+    """JSON can hold half of a surrogate pair, which no text in UTF-8 can: the error says where it stands."""
+    async with door_over(tokenizer, engine()) as door:
+        answer = await door.http.post(PATH, content=body, headers={"content-type": "application/json"})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"]) == (400, param)
+    assert "one half of a surrogate pair" in error["message"]
 
 
 async def test_a_body_is_bounded_before_it_is_parsed(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch):
