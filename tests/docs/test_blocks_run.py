@@ -1,0 +1,98 @@
+"""Marked blocks of Markdown files do what they say when pasted, by the tables of `pasted.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+from markdown_blocks import Block, Marker, all_blocks
+from pasted import CHECKPOINTS, HUB_ID, Pasted
+
+from moiety.synthetic import write_tiny
+from support.hub_server import HubServer
+from support.serving import Served
+
+MARKED: list[tuple[Block, Marker]] = [(block, block.marker) for block in all_blocks() if block.marker is not None]
+ALONE = [block for block, marker in MARKED if not marker.beside and not marker.until]
+BESIDE = [block for block, marker in MARKED if marker.beside and not marker.slow]
+SERVERS = [block for block, marker in MARKED if marker.until]
+
+
+def beside(server: Block) -> list[Block]:
+    """Returns the blocks that run beside `server`: those of its page up to the next one that starts a server."""
+    later = [block for block, _ in MARKED if block.file == server.file and block.line > server.line]
+    following: list[Block] = []
+    for block in later:
+        if block in SERVERS:
+            break
+        if block not in ALONE:
+            following.append(block)
+    return following
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Mixtral with a chat template."""
+    return write_tiny("mixtral", tmp_path_factory.mktemp("mixtral_chat"), chat=True)
+
+
+@pytest.fixture
+def pasted(tmp_path: Path, checkpoint: Path) -> Iterator[Pasted]:
+    """A fresh folder in which the checkpoints of the pages are tiny ones, also those from Hugging Face."""
+    for name in CHECKPOINTS:
+        (tmp_path / name).symlink_to(checkpoint)
+    with HubServer(checkpoint, HUB_ID) as hub, ExitStack() as ends:
+        pasted = Pasted(tmp_path, environment={"HF_ENDPOINT": hub.endpoint})
+        ends.callback(pasted.close)
+        yield pasted
+
+
+@pytest.mark.parametrize(
+    "block",
+    [pytest.param(each, marks=pytest.mark.slow if each.marker and each.marker.slow else ()) for each in ALONE],
+    ids=str,
+)
+@pytest.mark.timeout(300)
+def test_a_block_runs(block: Block, pasted: Pasted) -> None:
+    """A block that needs nothing else runs to its end without an error. Over 20 s where it starts a Ray or a system."""
+    pasted.run(block)
+
+
+@pytest.mark.parametrize("block", BESIDE, ids=str)
+def test_a_block_runs_against_a_system(block: Block, tmp_path: Path, chat_served: Served) -> None:
+    """A client's block gets its answer from a running system without an error."""
+    cluster = chat_served.cluster
+    redis = urlsplit(chat_served.redis.url)
+    texts = {
+        HUB_ID: Path(cluster.model).name,
+        "moiety generate": f"moiety generate --address {cluster.address}",
+        "moiety chat": f"moiety chat --address {cluster.address}",
+        "127.0.0.1:50051": cluster.address,
+        "127.0.0.1:50080": cluster.http_address,
+        "-p PORT": f"-p {redis.port}",
+        "APP": cluster.system.app,
+        "KEY": cluster.system.key,
+    }
+    Pasted(tmp_path, texts).run(block)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("server", SERVERS, ids=str)
+def test_a_page_runs_from_its_server_to_its_clients(server: Block, pasted: Pasted) -> None:
+    """A system that a page starts serves the page's blocks behind it and leaves no process. Over 20 s: it starts Ray."""
+    with pasted.running(server):
+        for block in beside(server):
+            pasted.run(block)
+
+
+def test_some_blocks_are_marked() -> None:
+    """There are blocks of every kind, so that no test here is empty."""
+    assert ALONE
+    assert BESIDE
+    assert SERVERS
+    _: Callable[[Block], list[Block]] = beside
+    assert all(beside(server) for server in SERVERS)
