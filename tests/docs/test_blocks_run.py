@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -15,10 +16,18 @@ from moiety.synthetic import write_tiny
 from support.hub_server import HubServer
 from support.serving import Served
 
+OTHERS = ("curl", "grpcurl", "redis-cli")  # programs that Moiety does not bring
 MARKED: list[tuple[Block, Marker]] = [(block, block.marker) for block in all_blocks() if block.marker is not None]
 ALONE = [block for block, marker in MARKED if not marker.beside and not marker.until]
 BESIDE = [block for block, marker in MARKED if marker.beside and not marker.slow]
 SERVERS = [block for block, marker in MARKED if marker.until]
+
+
+def skip_without_programs(block: Block) -> None:
+    """Skips the test where this machine lacks one of OTHERS that `block` names."""
+    missing = [name for name in OTHERS if f"{name} " in block.script and shutil.which(name) is None]
+    if missing:
+        pytest.skip(f"needs {', '.join(missing)}")
 
 
 def beside(server: Block) -> list[Block]:
@@ -64,6 +73,7 @@ def test_a_block_runs(block: Block, pasted: Pasted) -> None:
 @pytest.mark.parametrize("block", BESIDE, ids=str)
 def test_a_block_runs_against_a_system(block: Block, tmp_path: Path, chat_served: Served) -> None:
     """A client's block gets its answer from a running system without an error."""
+    skip_without_programs(block)
     cluster = chat_served.cluster
     redis = urlsplit(chat_served.redis.url)
     texts = {
@@ -73,8 +83,8 @@ def test_a_block_runs_against_a_system(block: Block, tmp_path: Path, chat_served
         "127.0.0.1:50051": cluster.address,
         "127.0.0.1:50080": cluster.http_address,
         "-p PORT": f"-p {redis.port}",
-        "APP": cluster.system.app,
-        "KEY": cluster.system.key,
+        "{APP}": f"{{{cluster.system.app}}}",
+        ":KEY:": f":{cluster.system.key}:",
     }
     Pasted(tmp_path, texts).run(block)
 
@@ -86,6 +96,7 @@ def test_a_page_runs_from_its_server_to_its_clients(server: Block, pasted: Paste
     """A system that a page starts serves the page's blocks behind it and leaves no process. Over 20 s: it starts Ray."""
     with pasted.running(server):
         for block in beside(server):
+            skip_without_programs(block)
             pasted.run(block)
 
 
@@ -94,5 +105,4 @@ def test_some_blocks_are_marked() -> None:
     assert ALONE
     assert BESIDE
     assert SERVERS
-    _: Callable[[Block], list[Block]] = beside
     assert all(beside(server) for server in SERVERS)

@@ -33,6 +33,21 @@ def test_every_link_has_a_target(path: str) -> None:
     assert not missing
 
 
+def anchors(page: Path) -> set[str]:
+    """Returns the anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text("utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("path", MARKDOWN)
+def test_every_anchor_is_a_heading(path: str) -> None:
+    """A link to a part of a page of this repository, such as page.md#part, names a heading of that page."""
+    page = ROOT / path
+    links = re.findall(r"\]\(([^)#\s]*)#([^)\s]+)\)", page.read_text("utf-8"))
+    local = [(page.parent / target if target else page, anchor) for target, anchor in links if "://" not in target]
+    assert [anchor for target, anchor in local if target.suffix == ".md" and anchor not in anchors(target)] == []
+
+
 def test_every_named_file_exists() -> None:
     """A file named in backticks, with or without its folders, is the end of a tracked file's path."""
     ends = {"/".join(parts[start:]) for parts in (path.split("/") for path in TRACKED) for start in range(len(parts))}
