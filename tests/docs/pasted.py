@@ -23,10 +23,20 @@ PORTS = ("50051", "50080", "6379", "6380", "6390", "8265")
 # What stands for a tiny checkpoint in the fresh folder, and what is there as in a clone.
 CHECKPOINTS = ("tiny-mixtral", "Mixtral-8x7B-v0.1", "checkpoint")
 CLONE = ("cluster",)
+FILES: Mapping[str, str] = {
+    "conversation_trace.jsonl": '{"timestamp": 0, "input_length": 24, "output_length": 4}\n',
+}
 HUB_ID = "mistralai/Mixtral-8x7B-v0.1"  # `support.hub_server` serves it as a tiny checkpoint
 # Text of a page → what a test runs.
 TEXTS: Mapping[str, str] = {
+    # The tests' environment is installed and active.
+    "python3 -m venv .venv && . .venv/bin/activate": ":",
+    "pip install --extra-index-url https://download.pytorch.org/whl/cpu '.[serve]'": ":",
     "/path/of/a/checkpoint": "$PWD/checkpoint",
+    # Less work than a measurement does; and the other server is the same one.
+    "--seconds 120 --input-tokens 128:1024 --output-tokens 128": "--seconds 1 --input-tokens 16:64 --output-tokens 8",
+    "127.0.0.1:8000": "127.0.0.1:50080",
+    # Beside other Rays, and as small as a test needs.
     "ray start --head": "ray start --head --dashboard-port=8265 --num-cpus=2 --object-store-memory=80000000",
 }
 READY_S, RUN_S, END_S = 180.0, 120.0, 90.0
@@ -42,6 +52,13 @@ class Pasted:
     ports: dict[str, str] = field(default_factory=lambda: {name: _free_port() for name in PORTS})
     run_id: str = field(default_factory=lambda: uuid.uuid4().hex)
 
+    def __post_init__(self) -> None:
+        """Puts into the folder what a reader has there."""
+        for name in CLONE:
+            (self.folder / name).symlink_to(ROOT / name)
+        for name, content in FILES.items():
+            (self.folder / name).write_text(content, "utf-8")
+
     def text(self, block: Block) -> str:
         """Returns the block's script by the tables, with this run's ports."""
         script = block.script
@@ -52,8 +69,8 @@ class Pasted:
     def run(self, block: Block) -> str:
         """Runs `block` to its end and returns what it printed. Raises AssertionError if it fails."""
         with self._started(block) as (process, output):
-            status = process.wait(RUN_S)
-            assert status == 0, f"{block} ended with {status}:\n{output()}"
+            _wait(lambda: process.poll() is not None, RUN_S, f"{block}: the end")
+            assert process.poll() == 0, f"{block} ended with {process.returncode}:\n{output()}"
             return output()
 
     @contextmanager
@@ -99,9 +116,6 @@ class Pasted:
     @contextmanager
     def _started(self, block: Block) -> Iterator[tuple[subprocess.Popen[bytes], Callable[[], str]]]:
         """Starts `block` and yields its process and a function that returns its output so far."""
-        for name in CLONE:
-            if not (self.folder / name).exists():
-                (self.folder / name).symlink_to(ROOT / name)
         script = self.folder / f"line-{block.line}"
         script.write_text(self.text(block), "utf-8")
         interpreter = [sys.executable] if block.language == "python" else ["bash", "-e"]
@@ -120,7 +134,7 @@ class Pasted:
                 yield process, lambda: log.read_text("utf-8", "replace")
             finally:
                 if process.poll() is None:
-                    process.kill()
+                    os.killpg(process.pid, signal.SIGKILL)
                     process.wait()
 
     def _environment(self) -> dict[str, str]:

@@ -52,7 +52,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pasted(tmp_path: Path, checkpoint: Path) -> Iterator[Pasted]:
     """A fresh folder in which the checkpoints of the pages are tiny ones, also those from Hugging Face."""
     for name in CHECKPOINTS:
-        (tmp_path / name).symlink_to(checkpoint)
+        shutil.copytree(checkpoint, tmp_path / name)
     with HubServer(checkpoint, HUB_ID) as hub, ExitStack() as ends:
         pasted = Pasted(tmp_path, environment={"HF_ENDPOINT": hub.endpoint})
         ends.callback(pasted.close)
