@@ -1,4 +1,4 @@
-"""What Markdown files tell a reader to type exists: commands, options, settings, targets, extras; code parses."""
+"""What Markdown files tell a reader to type exists: commands, options, settings, make's targets, chart values; code parses."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import shlex
 import subprocess
 import tomllib
 from collections.abc import Callable, Iterator
+from itertools import pairwise
+from typing import Any
 
 import click
 import pytest
@@ -67,16 +69,25 @@ def refused(words: list[str]) -> str:
     return ""
 
 
+def has_key(values: Any, path: list[str]) -> bool:
+    """Returns whether nested mappings have the keys `path`."""
+    return not path or (isinstance(values, dict) and path[0] in values and has_key(values[path[0]], path[1:]))
+
+
 def problems(script: str) -> list[str]:
     """Returns what the commands of a shell script name that does not exist."""
     found = []
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE)
+    values = yaml.safe_load((ROOT / "helm" / "moiety" / "values.yaml").read_text("utf-8"))
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
     for words in commands(script):
         if "moiety" in words[:1]:
             found += [refused(words)]
         if "make" in words[:1]:
             found += [f"make {each}: no such target" for each in words[1:] if "=" not in each and each not in targets]
+        if "helm" in words[:1]:
+            keys = [after.partition("=")[0] for word, after in pairwise(words) if word == "--set"]
+            found += [f"{shlex.join(words)}: no value {key}" for key in keys if not has_key(values, key.split("."))]
         if words[:2] == ["pip", "install"]:
             named = [
                 name for word in words for match in re.findall(r"\[([\w,]+)\]$", word) for name in match.split(",")
@@ -119,12 +130,13 @@ def test_commands_in_the_text_exist(page: str) -> None:
 
 
 def test_what_is_wrong_is_found() -> None:
-    """A command, an option, a setting, a target and an extra that do not exist are each reported, in lists and pipes too."""
+    """Names of commands, options, settings, targets, extras and chart values that do not exist are each reported."""
     script = (
         "moiety inspekt x && moiety serve x --grups 3  # comment\necho x | moiety bench hopp\n"
         "moiety serve x --set router.slotz=3\nmake demmo\npip install '.[srve]'\n"
+        "helm install chat helm/moiety --set model.foldr=x --set model.folder=x\n"
     )
-    assert len(problems(script)) == 6
+    assert len(problems(script)) == 7
     assert problems("moiety --log-level debug serve FOLDER_OR_ID --groups 4 --set router.slots=3 | head") == []
     assert shell_error("echo 'x")
 

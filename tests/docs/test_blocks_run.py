@@ -16,7 +16,7 @@ from moiety.synthetic import write_tiny
 from support.hub_server import HubServer
 from support.serving import Served
 
-OTHERS = ("curl", "grpcurl", "redis-cli")  # programs that Moiety does not bring
+OTHERS = ("curl", "redis-cli")  # programs that Moiety does not bring
 MARKED: list[tuple[Block, Marker]] = [(block, block.marker) for block in all_blocks() if block.marker is not None]
 ALONE = [block for block, marker in MARKED if not marker.beside and not marker.until]
 BESIDE = [block for block, marker in MARKED if marker.beside and not marker.slow]
