@@ -44,11 +44,11 @@ READY_S, RUN_S, END_S = 180.0, 120.0, 90.0
 
 @dataclass
 class Pasted:
-    """A fresh folder, and what runs in it. `texts` are further substitutions; `environment` is added to the process's."""
+    """A fresh folder, and what runs in it. `environment` is added to the process's; `texts` are further substitutions."""
 
     folder: Path
-    texts: Mapping[str, str] = field(default_factory=dict)
     environment: Mapping[str, str] = field(default_factory=dict)
+    texts: Mapping[str, str] = field(default_factory=dict)
     ports: dict[str, str] = field(default_factory=lambda: {name: _free_port() for name in PORTS})
     run_id: str = field(default_factory=lambda: uuid.uuid4().hex)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import closing
+from itertools import takewhile
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -32,14 +33,9 @@ def skip_without_programs(block: Block) -> None:
 
 def beside(server: Block) -> list[Block]:
     """Returns the blocks that run beside `server`: those of its page up to the next one that starts a server."""
-    later = [block for block, _ in MARKED if block.file == server.file and block.line > server.line]
-    following: list[Block] = []
-    for block in later:
-        if block in SERVERS:
-            break
-        if block not in ALONE:
-            following.append(block)
-    return following
+    here = [(block, marker) for block, marker in MARKED if block.file == server.file and block.line > server.line]
+    until_next = takewhile(lambda pair: not pair[1].until, here)
+    return [block for block, marker in until_next if marker.beside]
 
 
 @pytest.fixture(scope="module")
@@ -53,9 +49,7 @@ def pasted(tmp_path: Path, checkpoint: Path) -> Iterator[Pasted]:
     """A fresh folder in which the checkpoints of the pages are tiny ones, also those from Hugging Face."""
     for name in CHECKPOINTS:
         shutil.copytree(checkpoint, tmp_path / name)
-    with HubServer(checkpoint, HUB_ID) as hub, ExitStack() as ends:
-        pasted = Pasted(tmp_path, environment={"HF_ENDPOINT": hub.endpoint})
-        ends.callback(pasted.close)
+    with HubServer(checkpoint, HUB_ID) as hub, closing(Pasted(tmp_path, {"HF_ENDPOINT": hub.endpoint})) as pasted:
         yield pasted
 
 
@@ -78,15 +72,13 @@ def test_a_block_runs_against_a_system(block: Block, tmp_path: Path, chat_served
     redis = urlsplit(chat_served.redis.url)
     texts = {
         HUB_ID: Path(cluster.model).name,
-        "moiety generate": f"moiety generate --address {cluster.address}",
-        "moiety chat": f"moiety chat --address {cluster.address}",
         "127.0.0.1:50051": cluster.address,
         "127.0.0.1:50080": cluster.http_address,
         "-p PORT": f"-p {redis.port}",
         "{APP}": f"{{{cluster.system.app}}}",
         ":KEY:": f":{cluster.system.key}:",
     }
-    Pasted(tmp_path, texts).run(block)
+    Pasted(tmp_path, texts=texts).run(block)
 
 
 @pytest.mark.slow
