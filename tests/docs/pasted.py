@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -36,8 +38,8 @@ TEXTS: Mapping[str, str] = {
     # Less work than a measurement does; and the other server is the same one.
     "--seconds 120 --input-tokens 128:1024 --output-tokens 128": "--seconds 1 --input-tokens 16:64 --output-tokens 8",
     "127.0.0.1:8000": "127.0.0.1:50080",
-    # Beside other Rays, and as small as a test needs.
-    "ray start --head": "ray start --head --dashboard-port=8265 --num-cpus=2 --object-store-memory=80000000",
+    # Beside other Rays, and small.
+    "ray start --head": "ray start --head --temp-dir=$PASTED_RAY --dashboard-port=8265 --object-store-memory=80000000",
 }
 READY_S, RUN_S, END_S = 180.0, 120.0, 90.0
 
@@ -51,6 +53,7 @@ class Pasted:
     texts: Mapping[str, str] = field(default_factory=dict)
     ports: dict[str, str] = field(default_factory=lambda: {name: _free_port() for name in PORTS})
     run_id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    ray_folder: str = field(default_factory=lambda: tempfile.mkdtemp(prefix="moiety-"))  # short: it holds sockets
 
     def __post_init__(self) -> None:
         """Puts into the folder what a reader has there."""
@@ -87,7 +90,8 @@ class Pasted:
             yield
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGINT)
-            status = process.wait(END_S)
+            _wait(lambda: process.poll() is not None, END_S, f"{block}: the end after Ctrl-C")
+            status = process.returncode
             assert status in (0, 128 + signal.SIGINT), f"{block} ended with {status}:\n{output()}"
             _wait(lambda: not self.processes(), END_S, f"{block}: the end of all its processes")
 
@@ -96,7 +100,7 @@ class Pasted:
         found = {}
         for process in psutil.process_iter():
             try:
-                if process.environ().get("MOIETY_PASTED") == self.run_id:
+                if process.environ().get("PASTED_RUN") == self.run_id:
                     found |= {each.pid: each for each in (process, *process.children(recursive=True))}
             except psutil.Error:
                 continue
@@ -112,6 +116,7 @@ class Pasted:
                 except psutil.Error:
                     continue
             _, left = psutil.wait_procs(left, timeout=20)
+        shutil.rmtree(self.ray_folder, ignore_errors=True)
 
     @contextmanager
     def _started(self, block: Block) -> Iterator[tuple[subprocess.Popen[bytes], Callable[[], str]]]:
@@ -149,7 +154,8 @@ class Pasted:
             "MOIETY_GATEWAY__PORT": self.ports["50051"],
             "MOIETY_GATEWAY__HTTP_PORT": self.ports["50080"],
             "RAY_DASHBOARD_ADDRESS": f"http://127.0.0.1:{self.ports['8265']}",
-            "MOIETY_PASTED": self.run_id,
+            "PASTED_RAY": self.ray_folder,
+            "PASTED_RUN": self.run_id,
             **self.environment,
         }
 

@@ -78,7 +78,8 @@ def test_a_block_runs_against_a_system(block: Block, tmp_path: Path, chat_served
         "{APP}": f"{{{cluster.system.app}}}",
         ":KEY:": f":{cluster.system.key}:",
     }
-    Pasted(tmp_path, texts=texts).run(block)
+    with closing(Pasted(tmp_path, texts=texts)) as pasted:
+        pasted.run(block)
 
 
 @pytest.mark.slow
