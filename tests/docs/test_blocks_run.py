@@ -58,7 +58,7 @@ def pasted(tmp_path: Path, checkpoint: Path) -> Iterator[Pasted]:
     [pytest.param(each, marks=pytest.mark.slow if each.marker and each.marker.slow else ()) for each in ALONE],
     ids=str,
 )
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_a_block_runs(block: Block, pasted: Pasted) -> None:
     """A block that needs nothing else runs to its end without an error. Over 20 s where it starts a Ray or a system."""
     pasted.run(block)
