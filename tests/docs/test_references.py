@@ -33,6 +33,24 @@ def test_every_link_has_a_target(path: str) -> None:
     assert not missing
 
 
+def anchors(page: Path) -> set[str]:
+    """Returns the anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text("utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+
+
+def test_every_anchor_is_a_heading() -> None:
+    """A link to a part of a page of this repository, such as page.md#part, names a heading of that page."""
+    missing = []
+    for path in MARKDOWN:
+        page = ROOT / path
+        for target, anchor in re.findall(r"\]\(([^)#\s]*)#([^)\s]+)\)", page.read_text("utf-8")):
+            other = page.parent / target if target else page
+            if "://" not in target and other.suffix == ".md" and anchor not in anchors(other):
+                missing.append(f"{path}: {target}#{anchor}")
+    assert not missing
+
+
 def test_every_named_file_exists() -> None:
     """A file named in backticks, with or without its folders, is the end of a tracked file's path."""
     ends = {"/".join(parts[start:]) for parts in (path.split("/") for path in TRACKED) for start in range(len(parts))}

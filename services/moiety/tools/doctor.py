@@ -16,8 +16,9 @@ from pathlib import Path
 import moiety
 from moiety.compose.environment import PROCESS_ENVIRONMENT
 from moiety.config.options import GatewayOptions
+from moiety.config.own_files import temporary_folder
 from moiety.deploy.memory import MachineMemory
-from moiety.deploy.ray_cluster import MOST_FOLDER, default_ray_folder
+from moiety.deploy.ray_cluster import MOST_FOLDER
 from moiety.errors import FailedPrecondition
 from moiety.registry.embedded_redis import server_binary
 from moiety.tools import machine
@@ -191,13 +192,17 @@ def _memory() -> Iterator[Check]:
 
 def _ray() -> Iterator[Check]:
     """Checks what decides where `moiety serve` starts its Ray."""
-    if len(str(folder := default_ray_folder())) > MOST_FOLDER:
-        advice = (
-            f"set TMPDIR to a shorter path: Ray puts sockets below this folder, which may have {MOST_FOLDER} characters"
-        )
-        yield Check("Ray's folder", str(folder), Finding.FAIL, advice)
+    try:
+        parent = temporary_folder()
+    except FailedPrecondition as error:  # another user has taken the name
+        yield Check("Ray's folder", str(error), Finding.WARN)
     else:
-        yield Check("Ray's folder", str(folder))
+        most = MOST_FOLDER - len("/serve-12345678")
+        if len(str(parent)) > most:
+            advice = f"set TMPDIR to a shorter path: Ray puts sockets below this folder, which may have {most} characters"
+            yield Check("Ray's folder", str(parent), Finding.FAIL, advice)
+        else:
+            yield Check("Ray's folder", str(parent))
     if address := os.environ.get("RAY_ADDRESS"):
         yield Check(
             "RAY_ADDRESS", f"{address}: used by `moiety serve --ray-address auto`, else serve starts a Ray of its own"
