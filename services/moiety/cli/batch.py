@@ -23,6 +23,7 @@ from moiety.config.options import DEFAULT_HTTP_PORT
 
 DEFAULT_URL = f"http://127.0.0.1:{DEFAULT_HTTP_PORT}"
 
+
 @click.command()
 @click.argument("input_file", metavar="INPUT", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.argument("output_file", metavar="OUTPUT", type=OutputFile())

@@ -199,7 +199,9 @@ def _ray() -> Iterator[Check]:
     else:
         most = MOST_FOLDER - len("/serve-12345678")
         if len(str(parent)) > most:
-            advice = f"set TMPDIR to a shorter path: Ray puts sockets below this folder, which may have {most} characters"
+            advice = (
+                f"set TMPDIR to a shorter path: Ray puts sockets below this folder, which may have {most} characters"
+            )
             yield Check("Ray's folder", str(parent), Finding.FAIL, advice)
         else:
             yield Check("Ray's folder", str(parent))
