@@ -72,7 +72,7 @@ class ModelName(click.ParamType[str]):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         from moiety.model.hub import is_model_id
 
-        if not (value and Path(value).is_dir()) and not is_model_id(str(value)):
+        if not (value and Path(value).exists()) and not is_model_id(str(value)):
             self.fail(f"{str(value)!r}: neither a folder nor a Hugging Face id, such as Qwen/Qwen3-30B-A3B", param, ctx)
         return str(value)
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from moiety import __version__
 from moiety.errors import CheckpointError
+from moiety.model.checkpoint.foreign import ADAPTER_FILE, adapter_of_base, file_instead_of_folder, format_of
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo, RepoSibling
@@ -76,6 +77,8 @@ def local_folder(model: str, revision: str | None = None, *, say: Say) -> Path:
 
     Raises CheckpointError: there is neither; access is denied; no network; the disk is too small; it has no safetensors.
     """
+    if model and Path(model).is_file():
+        raise CheckpointError(f"{model}: {file_instead_of_folder(Path(model))}")
     if model and Path(model).is_dir():
         if revision is not None:
             raise CheckpointError(f"{model}: is a folder, so it has no revision {revision} to choose")
@@ -121,7 +124,9 @@ def _downloaded(model: str, revision: str | None, info: ModelInfo, say: Say) -> 
     needed = needed_files(files)
     for what, pattern in (("config.json", "config.json"), ("safetensors", "*.safetensors")):
         if not any(fnmatch(name, pattern) for name in needed):
-            raise CheckpointError(f"{model}: has no {what} at {constants.ENDPOINT}, which is all that Moiety serves")
+            found = adapter_of_base() if ADAPTER_FILE in files else format_of(files, model)
+            instead = f"; it holds {found}" if found else ", which Moiety needs"
+            raise CheckpointError(f"{model}: has no {what} at {constants.ENDPOINT}{instead}")
     cache = Path(constants.HF_HUB_CACHE)
     blobs = cache / f"models--{model.replace('/', '--')}" / "blobs"
     lacking = [files[name] for name in needed if not (blobs / _etag(files[name])).exists()]

@@ -140,8 +140,8 @@ def _shards(folder: Path) -> tuple[tuple[Path, ...], dict[str, Path]]:
     if missing := [name for name in names if not (folder / name).is_file()]:
         begun = f" ({listed(partial)} is not complete)" if (partial := partial_files(folder)) else ""
         raise CheckpointError(
-            f"checkpoint {folder}: {len(missing)} of the {len(names)} shards that {INDEX_FILE} names: {listed(missing)}: "
-            f"missing{begun}; download again what is missing"
+            f"checkpoint {folder}: {len(missing)} of the {len(names)} shards named by {INDEX_FILE} are missing: "
+            f"{listed(missing)}{begun}; start the download again, complete files are kept"
         )
     return tuple(folder / name for name in names), {tensor: folder / name for tensor, name in weight_map.items()}
 

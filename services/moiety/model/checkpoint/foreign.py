@@ -111,6 +111,15 @@ def listed(names: Collection[str]) -> str:
     return ", ".join(first) + (f" and {more} more" if more > 0 else "")
 
 
+def adapter_of_base(base: str | None = None) -> str:
+    """Returns what a LoRA adapter is, of the model `base` if its files say so, and what to do instead."""
+    of_base = f" for {base}" if base else ""
+    return (
+        f"a LoRA adapter{of_base}, not a model: merge it into its base with PEFT (merge_and_unload, then save_pretrained) "
+        "and serve the result"
+    )
+
+
 def _adapter(folder: Path, *, complete: bool) -> str:
     """Returns what to do with a folder that holds a LoRA adapter, beside whole weights if `complete`."""
     base = None
@@ -118,10 +127,7 @@ def _adapter(folder: Path, *, complete: bool) -> str:
         base = json.loads((folder / ADAPTER_FILE).read_text(encoding="utf-8")).get("base_model_name_or_path")
     if complete:
         return f"holds whole weights and a LoRA adapter: if the adapter is merged into them, remove {ADAPTER_FILE}"
-    return (
-        f"is a LoRA adapter{f' for {base}' if base else ''}, not a model: merge it into its base with PEFT "
-        "(merge_and_unload, then save_pretrained) and serve the result"
-    )
+    return f"is {adapter_of_base(base)}"
 
 
 def _checkpoints_within(folder: Path) -> Iterator[Path]:

@@ -83,7 +83,7 @@ def stored_tensors(
 
 
 def _found(method: str, tensors: _Tensors, quantization: Mapping[str, Any]) -> dict[str, QuantisedEntry]:
-    """Returns the quantised matrices by name. Raises _UnservedError if the config or the tensors do not have the method's form."""
+    """Returns the quantised matrices by name. Raises _UnservedError if config or tensors do not have the method's form."""
     try:
         return dict(_METHODS[method](tensors, quantization))
     except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError, re.error) as error:

@@ -24,7 +24,13 @@ def write_shards(folder: Path, weights: Iterable[tuple[str, torch.Tensor]], shar
     pending: dict[str, torch.Tensor] = {}
 
     def flush() -> None:
-        save_file(pending, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
+        file = folder / f"shard-{len(shards)}"
+        file.touch()
+        mode = (
+            file.stat().st_mode & 0o777
+        )  # as the umask has it: safetensors makes files that only their owner can read
+        save_file(pending, file, metadata={"format": "pt"})
+        file.chmod(mode)
         shards.append(list(pending))
         pending.clear()
 

@@ -72,6 +72,7 @@ def load_trunk(
 def _dequantised(checkpoint: Checkpoint, layout: ExpertLayout, dtype: torch.dtype) -> dict[str, torch.Tensor] | None:
     """Returns the trunk's tensors, dequantised; None if none is quantised, so that transformers can read the files itself.
 
+    transformers does not heed the index where several shards hold a tensor: then they are read here, too.
     If a side of an fp8 matrix is no multiple of 128, transformers dequantises it wrongly or fails. For GPTQ and AWQ,
     transformers needs further libraries.
     """
@@ -87,7 +88,8 @@ def _dequantised(checkpoint: Checkpoint, layout: ExpertLayout, dtype: torch.dtyp
         for name, entry in checkpoint.tensors.items()
         if name not in expert_tensors and not predicts_several_tokens(checkpoint, name)
     }
-    if not any(isinstance(entry, QuantisedEntry) for entry in trunk_tensors.values()):
+    quantised = any(isinstance(entry, QuantisedEntry) for entry in trunk_tensors.values())
+    if not quantised and checkpoint.repeated.isdisjoint(trunk_tensors):
         return None
     with Reader() as reader:
         return reader.state(trunk_tensors, dtype)

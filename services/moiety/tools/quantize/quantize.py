@@ -82,6 +82,7 @@ def quantise(
     layout = expert_layout(checkpoint)
     check_writable(out)
     precisions = usable_precisions(checkpoint, layout)
+    check_memory(checkpoint, layout, precisions, memory)
     progress(f"measuring {layout.shape.moe_layers} layers of {layout.shape.experts} experts")
     ids = calibration_ids(folder, calibration, min(tokens, layout.shape.max_context * 64), layout.shape.max_context)
     model_dtype = torch_dtype(dtype, layout.shape.dtype)
@@ -91,6 +92,13 @@ def quantise(
     chosen = {pair: option.precision for pair, option in quantised.allocation.chosen.items()}
     write_quantised(checkpoint, layout, chosen, out, progress)
     return quantised
+
+
+def check_memory(checkpoint: Checkpoint, layout: ExpertLayout, precisions: Sequence[Precision], memory: int) -> None:
+    """Raises ConfigError if the weights need over `memory` bytes with every expert at its fewest bits. Reads no weights."""
+    shape, unmeasured = layout.shape, dict.fromkeys(precisions, 0.0)
+    pairs = [(layer, expert) for layer in range(shape.moe_layers) for expert in range(shape.experts)]
+    _options(checkpoint, layout, dict.fromkeys(pairs, unmeasured), precisions, memory)
 
 
 def decide(
@@ -104,29 +112,39 @@ def decide(
 
     Raises ConfigError where the weights need more even with every expert at its smallest precision.
     """
-    experts = {name for pair in sensitivity.errors for name in expert_tensor_names(layout, pair)}
+    other, options = _options(checkpoint, layout, sensitivity.errors, precisions, memory)
+    return Quantised(allocate(options, memory - other), sensitivity, options, other)
+
+
+def _options(
+    checkpoint: Checkpoint,
+    layout: ExpertLayout,
+    errors: Mapping[Pair, Mapping[Precision, float]],
+    precisions: Sequence[Precision],
+    memory: int,
+) -> tuple[int, dict[Pair, tuple[Option, ...]]]:
+    """Returns the bytes of all tensors but the experts' matrices, and what can be chosen for each expert.
+
+    Raises ConfigError where the smallest choices need over `memory` bytes.
+    """
+    experts = {name for pair in errors for name in expert_tensor_names(layout, pair)}
     other = sum(entry.nbytes for name, entry in checkpoint.tensors.items() if name not in experts)
     options = {}
-    for pair, errors in sensitivity.errors.items():
+    for pair, measured in errors.items():
         matrices = [checkpoint.tensor(name) for name in expert_tensor_names(layout, pair)]
         shapes = [(entry.shape[0], entry.shape[1]) for entry in matrices]
         plain = Option(PLAIN, sum(entry.nbytes for entry in matrices), 0.0)
         itemsize = plain.nbytes // sum(rows * columns for rows, columns in shapes)
         smaller = (
-            Option(precision, sum(precision.bytes_of(shape, itemsize) for shape in shapes), errors[precision])
+            Option(precision, sum(precision.bytes_of(shape, itemsize) for shape in shapes), measured[precision])
             for precision in precisions
         )
         options[pair] = (plain, *smaller)
-    try:
-        allocation = allocate(options, memory - other)
-    except ConfigError:
-        least = other + sum(min(option.nbytes for option in choices) for choices in options.values())
-        raise ConfigError(
-            "memory",
-            memory,
-            f"must be at least {least} bytes: {other} for attention, router and the like, the rest for experts",
-        ) from None
-    return Quantised(allocation, sensitivity, options, other)
+    least = other + sum(min(option.nbytes for option in choices) for choices in options.values())
+    if least > memory:
+        bound = f"must be at least {least} bytes: {other} for attention, router and the like, the rest for experts"
+        raise ConfigError("memory", memory, bound)
+    return other, options
 
 
 def usable_precisions(checkpoint: Checkpoint, layout: ExpertLayout) -> tuple[Precision, ...]:
