@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from moiety.config.options import Verify
+from moiety.config.options import RouterOptions, Verify
 from moiety.model.architectures.adapters import adapter_of
 from moiety.model.architectures.gating_description import gating_of
 from moiety.model.architectures.supported import served_through
@@ -22,6 +22,7 @@ from moiety.model.architectures.transformers_model import (
 )
 from moiety.model.checkpoint.checkpoint import EXPERT, Checkpoint
 from moiety.model.checkpoint.headers import ITEM_BITS
+from moiety.model.checkpoint.quantised import Stored
 from moiety.model.checkpoint.revision import revision_of
 from moiety.model.experts.derive import derive_layout
 from moiety.model.experts.layout import ExpertLayout
@@ -34,8 +35,10 @@ SHARED = (
 )
 STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 # Memory of an expert replica: at most PEAK * its weights + FLOOR bytes. A test holds the peak to 1.15 * weights + 200 MB;
-# FLOOR also covers torch itself.
-PEAK, FLOOR = 1.15, 420_000_000
+# FLOOR also covers torch itself. A router takes at most its weights, its KV cache and ROUTER_FLOOR, which covers transformers,
+# too: a router of a tiny model on a CPU took 480 MB.
+PEAK, FLOOR, ROUTER_FLOOR = 1.15, 420_000_000, 700_000_000
+KV_MEMORY = int(RouterOptions.model_fields["kv_memory"].default)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +62,8 @@ class Inspection:
     active_parameters: int  # used for one token, embeddings included
     expert_parameters: int  # of one expert in one layer
     expert_bytes: int  # of one expert in one layer
+    expert_formats: tuple[str, ...]  # in which experts are stored, such as BF16, or gptq (4 bits)
+    max_context: int  # tokens of prompt and output
     router_bytes: int
     skipped_bytes: int  # stored and never read: towers for images, next-token predictors
     revision: str  # names the content, see model/checkpoint/revision.py
@@ -68,6 +73,19 @@ class Inspection:
     def group_bytes(self, groups: int) -> int:
         """Returns the bytes of the largest group when the experts are split into `groups` groups."""
         return -(-self.experts // groups) * self.moe_layers * self.expert_bytes
+
+    def replica_bytes(self, groups: int) -> int:
+        """Returns the most memory that a replica of the largest of `groups` groups takes, in bytes."""
+        return int(PEAK * self.group_bytes(groups)) + FLOOR
+
+    def router_memory(self, kv_memory: int = KV_MEMORY) -> int:
+        """Returns the most memory that a router takes, in bytes, with a KV cache of `kv_memory`."""
+        return self.router_bytes + kv_memory + ROUTER_FLOOR
+
+    @property
+    def bits(self) -> float:
+        """Bits per parameter of an expert, with scales and zero points."""
+        return 8 * self.expert_bytes / self.expert_parameters
 
 
 def inspect(checkpoint: Checkpoint, memory: int | None = None, verify: Verify = "sampled") -> Inspection:
@@ -84,7 +102,8 @@ def inspect(checkpoint: Checkpoint, memory: int | None = None, verify: Verify = 
     spec = adapter_of(config.model_type).recognise(experts_modules(model)[0][1])
     # A parameter's shape is [E, ...]; without its first dimension it is one expert's.
     expert_parameters = sum(prod(part.shape[1:]) for parts in spec.parameters.values() for part in parts)
-    stored = _expert_bytes(checkpoint, layout)
+    in_experts = _expert_entries(checkpoint, layout)
+    stored = sum(entry.nbytes for entry in in_experts)
     router_bytes = router_parameters * ITEM_BITS[STORED[shape.dtype]] // 8
     routed = expert_parameters * shape.experts * shape.moe_layers
     found = Inspection(
@@ -101,6 +120,8 @@ def inspect(checkpoint: Checkpoint, memory: int | None = None, verify: Verify = 
         active_parameters=router_parameters + expert_parameters * shape.top_k * shape.moe_layers,
         expert_parameters=expert_parameters,
         expert_bytes=stored // (shape.experts * shape.moe_layers),
+        expert_formats=tuple(sorted({entry.dtype for entry in in_experts if len(entry.shape) > 1})),
+        max_context=shape.max_context,
         router_bytes=router_bytes,
         skipped_bytes=max(0, sum(entry.nbytes for entry in checkpoint.tensors.values()) - stored - router_bytes),
         revision=revision_of(checkpoint, verify),
@@ -111,9 +132,9 @@ def inspect(checkpoint: Checkpoint, memory: int | None = None, verify: Verify = 
 def suggest(found: Inspection, memory: int) -> Inspection:
     """Returns `found` with a suggestion: the fewest groups such that a replica of any group fits into `memory` bytes.
 
-    A replica needs working memory in addition to its weights: see PEAK and FLOOR.
+    A replica needs working memory in addition to its weights: see `replica_bytes`.
     """
-    fitting = (n for n in range(1, found.experts + 1) if PEAK * found.group_bytes(n) + FLOOR <= memory)
+    fitting = (n for n in range(1, found.experts + 1) if found.replica_bytes(n) <= memory)
     return replace(found, memory=memory, groups=next(fitting, None))
 
 
@@ -125,14 +146,23 @@ def lines(found: Inspection) -> Iterator[str]:
     yield f"layers          {found.layers}, of them {found.moe_layers} with {found.experts} experts, top {found.top_k}{shared}"
     yield f"gating          {found.gating}"
     yield f"parameters      {_billions(found.parameters)}, active {_billions(found.active_parameters)}"
-    yield f"one expert      {_size(found.expert_bytes)} per layer, {_billions(found.expert_parameters)} parameters"
-    yield f"router          {_size(found.router_bytes)}, without its KV cache"
+    stored = f"{', '.join(found.expert_formats)}, {found.bits:.3g} bits per parameter"
+    yield f"context         {found.max_context} tokens"
+    one = f"{_size(found.expert_bytes)} per layer, {_billions(found.expert_parameters)} parameters"
+    yield f"one expert      {one}, stored as {stored}"
+    yield (
+        f"router          {_size(found.router_bytes)} of weights; takes up to {_size(found.router_memory())} of memory, "
+        f"{_size(KV_MEMORY)} of it kv_memory, the default"
+    )
     if found.skipped_bytes:
         yield f"never read      {_size(found.skipped_bytes)}"
     for groups in (n for n in (1, 2, 4, 8, 16, 32, 64) if n <= found.experts):
-        yield f"{groups:>3} {'group ' if groups == 1 else 'groups'}      {_size(found.group_bytes(groups))} each"
+        yield (
+            f"{_groups(groups):<15} {_size(found.group_bytes(groups))} of weights each; a replica takes up to "
+            f"{_size(found.replica_bytes(groups))} of memory"
+        )
     if found.memory is not None:
-        groups_text = f"{found.groups} groups" if found.groups else "not even one expert of every layer fits"
+        groups_text = _groups(found.groups) if found.groups else "not even one expert of every layer fits"
         yield f"suggested       {groups_text} for {_size(found.memory)} per replica"
 
 
@@ -146,16 +176,16 @@ def _router_parameters(model: nn.Module) -> int:
     return sum(tensor.numel() for tensor in model.parameters() if id(tensor) not in inside)
 
 
-def _expert_bytes(checkpoint: Checkpoint, layout: ExpertLayout) -> int:
-    """Returns the stored bytes of all routed experts: their matrices, and the scales and other tensors beside them."""
+def _expert_entries(checkpoint: Checkpoint, layout: ExpertLayout) -> list[Stored]:
+    """Returns all tensors of the routed experts: their matrices, and the scales and other tensors beside them."""
     names = {name for layer in layout.layers for sources in layer.sources.values() for name in sources}
     whole = {name for name in names if EXPERT not in name}
     starts = {f"{name.partition(EXPERT)[0].rpartition('.')[0]}." for name in names - whole}
-    return sum(
-        entry.nbytes
+    return [
+        entry
         for name, entry in checkpoint.tensors.items()
         if name in whole or any(start in starts for start in _prefixes(name))
-    )
+    ]
 
 
 def _prefixes(name: str) -> Iterator[str]:
@@ -191,5 +221,13 @@ def _billions(count: int) -> str:
     return f"{count / 1e9:.2f} B" if count >= 10**8 else f"{count / 1e6:.2f} M"
 
 
+def _groups(count: int) -> str:
+    return "1 group" if count == 1 else f"{count} groups"
+
+
 def _size(count: int) -> str:
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.2f} MiB"
+    """Returns a number of bytes in the largest unit of which there is at least one."""
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count} bytes"

@@ -154,10 +154,10 @@ def test_a_disk_that_is_too_small(hub: HubServer, monkeypatch: pytest.MonkeyPatc
 
 
 def test_no_safetensors(hub: HubServer, published: Path) -> None:
-    """A model without safetensors is refused before a file is downloaded."""
+    """A model without safetensors is refused before a file is downloaded, with what it holds and what to do instead."""
     for shard in published.glob("*.safetensors"):
         shard.unlink()
-    with pytest.raises(CheckpointError, match=r"has no safetensors"):
+    with pytest.raises(CheckpointError, match=r"has no safetensors at .*; it holds GGUF, .*: serve the safetensors"):
         local_folder(hub.model, say=quiet)
     assert not hub.downloads
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 
@@ -63,3 +64,19 @@ def test_groups_are_suggested_for_a_memory(tmp_path: Path):
     assert suggest(found, tight).groups == 16
     assert suggest(found, FLOOR).groups is None
     assert "not even one expert" in list(lines(suggest(found, FLOOR)))[-1]
+
+
+def test_the_report_says_what_a_replica_takes(tmp_path: Path):
+    """Of a quantised checkpoint: format and bits, small sizes in KiB, and the memory of a router and of one group's replica."""
+    found = inspect(Checkpoint.open(write_tiny("mixtral-gptq", tmp_path)), 2 * GIB)
+    assert found.expert_formats == ("gptq (4 bits)",)
+    assert 4 < found.bits < 6
+    report = "\n".join(lines(found))
+    assert re.search(
+        r"one expert +[\d.]+ KiB per layer, .* stored as gptq \(4 bits\), [\d.]+ bits per parameter", report
+    )
+    assert re.search(r"router .* of weights; takes up to 1\.\d\d GiB of memory, 1\.00 GiB of it kv_memory", report)
+    assert re.search(
+        r"^1 group +[\d.]+ KiB of weights each; a replica takes up to 4\d\d\.\d\d MiB", report, re.MULTILINE
+    )
+    assert re.search(r"^suggested +1 group for 2\.00 GiB per replica", report, re.MULTILINE)

@@ -93,9 +93,11 @@ def test_more_memory_costs_less_error(source: Path, tmp_path: Path, text: str):
 
 
 def test_a_memory_below_four_bits_names_the_least(source: Path, tmp_path: Path, text: str):
-    """A memory that is too small is refused with the least bytes that suffice; nothing is written."""
+    """A memory that is too small is refused with the least bytes that suffice, before anything is measured or written."""
+    said: list[str] = []
     with pytest.raises(ConfigError, match=r"must be at least [0-9]+ bytes"):
-        quantise(str(source), tmp_path / "out", 100_000, text, tokens=600)
+        quantise(str(source), tmp_path / "out", 100_000, text, tokens=600, progress=said.append)
+    assert not said
     assert not (tmp_path / "out").exists()
 
 

@@ -28,22 +28,17 @@ from moiety.model.architectures.transformers_model import (
 )
 from moiety.model.checkpoint.checkpoint import EXPERT, Checkpoint
 from moiety.model.checkpoint.quantised import QuantisedEntry
-from moiety.model.checkpoint.reading import FLOATS
-from moiety.model.checkpoint.side_files import CONFIG_FILE, MAX_COUNT, text_config, warn
+from moiety.model.checkpoint.side_files import CONFIG_FILE
 from moiety.model.experts.accounting import check_tensors
-from moiety.model.experts.layout import ExpertLayout, LayerLayout
-
-DTYPES = {stored: str(dtype).removeprefix("torch.") for stored, dtype in FLOATS.items()}
-TOP_K_NAMES = (
-    "num_experts_per_tok",
-    "num_experts_per_token",
-    "top_k_experts",
-    "moe_topk",
-    "moe_k",
-    "moe_top_k",
-    "top_k",
+from moiety.model.experts.config_values import (
+    DTYPES,
+    TOP_K_NAMES,
+    computed_dtype,
+    has_experts,
+    longest_text,
+    setting,
 )
-CONTEXT_NAMES = ("max_position_embeddings", "model_max_length", "max_seq_len", "n_positions")
+from moiety.model.experts.layout import ExpertLayout, LayerLayout
 
 _EXPERT_NUMBER = re.compile(r"\.experts\.\d+\.")
 # model parameter -> conversion pattern (None: unconverted) -> tensors
@@ -56,7 +51,7 @@ def derive_layout(checkpoint: Checkpoint) -> ExpertLayout:
     model = checkpoint_model(checkpoint, config)
     modules = experts_modules(model)
     if not modules:
-        if not _has_experts(config):
+        if not has_experts(config):
             kind = f"{type(model).__name__} is a dense model, without experts to spread"
             raise unsupported(checkpoint, f"{kind}: serve it with another engine, such as vLLM or llama.cpp")
         reason = "it has no MoE layer that transformers routes through its experts interface, and no adapter"
@@ -82,45 +77,13 @@ def derive_layout(checkpoint: Checkpoint) -> ExpertLayout:
         architecture=checkpoint.architecture,
         moe_layers=len(layers),
         experts=count,
-        top_k=_setting(checkpoint, text, TOP_K_NAMES, count),
+        top_k=setting(checkpoint, text, TOP_K_NAMES, count),
         mlp=mlp,
-        dtype=_dtype(checkpoint, text, None if quantised else DTYPES[first.dtype]),
-        vocabulary=_setting(checkpoint, text, ("vocab_size",)),
-        max_context=served_context(checkpoint, config, model, _context(checkpoint, text)),
+        dtype=computed_dtype(checkpoint, text, None if quantised else DTYPES[first.dtype]),
+        vocabulary=setting(checkpoint, text, ("vocab_size",)),
+        max_context=served_context(checkpoint, config, model, longest_text(checkpoint, text)),
     )
     return ExpertLayout(shape, layers)
-
-
-def _has_experts(config: Any) -> bool:
-    """Returns whether a config counts experts: then its model is none that Moiety knows, else it is a dense one."""
-    counts = (value for name, value in config.get_text_config().to_dict().items() if name.endswith("experts"))
-    return any(isinstance(count, list) or (isinstance(count, int) and count > 1) for count in counts)
-
-
-def _context(checkpoint: Checkpoint, config: Any) -> int:
-    """Returns the longest text by the config's own length; warns if the file states none."""
-    context = _setting(checkpoint, config, CONTEXT_NAMES)
-    if not any(name in part for part in (text_config(checkpoint.config), checkpoint.config) for name in CONTEXT_NAMES):
-        warn(
-            f"{checkpoint.path / CONFIG_FILE}: states no {CONTEXT_NAMES[0]}: {context}, transformers' default, is taken"
-        )
-    return context
-
-
-def _dtype(checkpoint: Checkpoint, config: Any, stored: str | None) -> str:
-    """Returns the dtype that a model computes in: that in which its experts are `stored`, whatever its config states.
-
-    A quantised model computes in the dtype that its config states, or in bfloat16 if that names none.
-    """
-    stated = str(getattr(config, "dtype", None)).removeprefix("torch.")
-    if stored is None:
-        return stated if stated in DTYPES.values() else "bfloat16"
-    if stated in DTYPES.values() and stated != stored:
-        warn(
-            f"checkpoint {checkpoint.path}: its experts are stored in {stored}, but {CONFIG_FILE} states {stated}: "
-            f"{stored} is served, unless the setting dtype says otherwise"
-        )
-    return stored
 
 
 def _sources(checkpoint: Checkpoint, model: nn.Module) -> tuple[_Sources, dict[str, Any]]:
@@ -312,18 +275,3 @@ def _check_shapes(checkpoint: Checkpoint, target: str, names: Sequence[str], sha
         rows += one[0]
     if rows != shape[1]:
         raise CheckpointError(f"checkpoint {checkpoint.path}: {target} needs {shape[1]} rows an expert, found {rows}")
-
-
-def _setting(checkpoint: Checkpoint, config: Any, names: Sequence[str], most: int = MAX_COUNT) -> int:
-    """Returns the first integer that the config has under one of `names`.
-
-    transformers gives its class's default where the file states none. Raises CheckpointError if there is none, or if it is
-    below 1 or above `most`.
-    """
-    for name in names:
-        if isinstance(value := getattr(config, name, None), int):
-            if not 1 <= value <= most:
-                bound = f"must be an integer from 1 to {most}"
-                raise CheckpointError(f"{checkpoint.path / CONFIG_FILE}: {name} = {value}: {bound}")
-            return value
-    raise unsupported(checkpoint, f"its config has none of {', '.join(names)}")

@@ -1,0 +1,71 @@
+"""What a config states of a model's shape: which field counts, and what is said where the file states none."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from moiety.errors import CheckpointError
+from moiety.model.architectures.transformers_model import unsupported
+from moiety.model.checkpoint.checkpoint import Checkpoint
+from moiety.model.checkpoint.reading import FLOATS
+from moiety.model.checkpoint.side_files import CONFIG_FILE, MAX_COUNT, text_config, warn
+
+DTYPES = {stored: str(dtype).removeprefix("torch.") for stored, dtype in FLOATS.items()}
+TOP_K_NAMES = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "top_k_experts",
+    "moe_topk",
+    "moe_k",
+    "moe_top_k",
+    "top_k",
+)
+CONTEXT_NAMES = ("max_position_embeddings", "model_max_length", "max_seq_len", "n_positions")
+
+
+def has_experts(config: Any) -> bool:
+    """Returns whether a config counts experts: then its model is none that Moiety knows, else it is a dense one."""
+    counts = (value for name, value in config.get_text_config().to_dict().items() if name.endswith("experts"))
+    return any(isinstance(count, list) or (isinstance(count, int) and count > 1) for count in counts)
+
+
+def longest_text(checkpoint: Checkpoint, config: Any) -> int:
+    """Returns the longest text by the config's own length; warns if the file states none."""
+    context = setting(checkpoint, config, CONTEXT_NAMES)
+    if not any(name in part for part in (text_config(checkpoint.config), checkpoint.config) for name in CONTEXT_NAMES):
+        warn(
+            f"{checkpoint.path / CONFIG_FILE}: states no {CONTEXT_NAMES[0]}: {context}, transformers' default, is taken"
+        )
+    return context
+
+
+def computed_dtype(checkpoint: Checkpoint, config: Any, stored: str | None) -> str:
+    """Returns the dtype that a model computes in: that in which its experts are `stored`, whatever its config states.
+
+    A quantised model computes in the dtype that its config states, or in bfloat16 if that names none.
+    """
+    stated = str(getattr(config, "dtype", None)).removeprefix("torch.")
+    if stored is None:
+        return stated if stated in DTYPES.values() else "bfloat16"
+    if stated in DTYPES.values() and stated != stored:
+        warn(
+            f"checkpoint {checkpoint.path}: its experts are stored in {stored}, but {CONFIG_FILE} states {stated}: "
+            f"{stored} is served, unless the setting dtype says otherwise"
+        )
+    return stored
+
+
+def setting(checkpoint: Checkpoint, config: Any, names: Sequence[str], most: int = MAX_COUNT) -> int:
+    """Returns the first integer that the config has under one of `names`.
+
+    transformers gives its class's default where the file states none. Raises CheckpointError if there is none, or if it is
+    below 1 or above `most`.
+    """
+    for name in names:
+        if isinstance(value := getattr(config, name, None), int):
+            if not 1 <= value <= most:
+                bound = f"must be an integer from 1 to {most}"
+                raise CheckpointError(f"{checkpoint.path / CONFIG_FILE}: {name} = {value}: {bound}")
+            return value
+    raise unsupported(checkpoint, f"its config has none of {', '.join(names)}")
