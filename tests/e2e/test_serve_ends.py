@@ -45,7 +45,7 @@ class Terminal:
         """Reads what the command prints until it matches `pattern`."""
         async with asyncio.timeout(120):
             while (found := re.search(pattern, self.shown)) is None:
-                self.shown += (await asyncio.to_thread(os.read, self.screen, 1 << 16)).decode()
+                self.shown += (await asyncio.to_thread(os.read, self.screen, 1 << 16)).decode(errors="replace")
         return found
 
     async def status(self) -> int:

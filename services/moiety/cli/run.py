@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import time
 from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from math import inf
 from typing import Any, TypeVar
 
@@ -113,7 +114,11 @@ def progress() -> Callable[[str], None]:
     began = time.monotonic()
 
     def show(stage: str) -> None:
-        with suppress(OSError):  # the terminal may be gone
+        try:
             click.echo(f"[{time.monotonic() - began:6.1f} s] {stage}", err=True)
+        except OSError:  # the terminal is gone, as after SIGHUP: what is still to be done does not depend on it
+            silent = os.open(os.devnull, os.O_WRONLY)
+            for stream in (1, 2):  # also what is buffered, or Python would fail at its end
+                os.dup2(silent, stream)
 
     return show
