@@ -118,7 +118,7 @@ def test_streams_that_do_not_finish_in_time_are_told_so(served: Served) -> None:
 
     async def scenario() -> None:
         async with cluster_of(served) as cluster, Client(cluster.address) as client:
-            streams = Streams(client, 4000, prompts=[[1, 2, 3]])
+            streams = Streams(client, 500, prompts=[[1, 2, 3]])
             await streams.wait_for_tokens(2)
             stopping = asyncio.create_task(cluster.stop(1.0))
             with pytest.raises(Unavailable, match=r"the server is shutting down.*drain_s"):

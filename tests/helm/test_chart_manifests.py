@@ -150,6 +150,15 @@ def test_a_worker_is_ready_when_its_gateway_is() -> None:
     assert port["name"] == "serve"
 
 
+def test_pods_wait_longer_than_running_requests_may_take() -> None:
+    """Kubernetes gives every Ray pod longer than Ray waits, and Ray longer than `drain_s`."""
+    document = rayservice(merged(MINIMAL, nested("app.drain_s", 900.5)))
+    for pod in (dig(document, POD), dig(document, HEAD_POD)):
+        variables = {each["name"]: each.get("value") for each in pod["containers"][0]["env"]}
+        ray_s = int(variables["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"])
+        assert 900.5 < ray_s < pod["terminationGracePeriodSeconds"] < 1000
+
+
 def test_the_http_api_has_a_service_of_its_own() -> None:
     """The container, the Service and the application's argument use one port, since KubeRay keeps a single one in its own."""
     values = merged(MINIMAL, nested("app.gateway.http_port", 50082))

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
 
 import pytest
 
-from moiety.compose.running import MOST_LATE, Running, ServiceParts
+from moiety.compose.running import MOST_LATE, Running
+from moiety.compose.service_parts import ServiceParts
 from moiety.core.replica import ReplicaState, Role
 from moiety.core.supervise import TASKS, supervise
-from moiety.errors import Unavailable
+from moiety.errors import ConfigError, Unavailable
 from moiety.registry.memory import MemoryRegistry
 from moiety.testing import HOST, eventually
 from moiety.testing.common import fake_replica
@@ -27,11 +29,11 @@ def looks_often(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @asynccontextmanager
-async def running() -> AsyncIterator[tuple[Running, MemoryRegistry]]:
-    """A running service without any work, and its registry."""
+async def running(role: Role = Role.GATEWAY, **parts_of: Any) -> AsyncIterator[tuple[Running, MemoryRegistry]]:
+    """A running service without any work, and its registry. `parts_of`: further fields of its ServiceParts."""
     server, registry = Server([], []), MemoryRegistry()
-    parts = ServiceParts(role=Role.GATEWAY, server=server, idle=lambda: True)
-    replica = fake_replica("g", Role.GATEWAY, await server.start(HOST, 0))
+    parts = ServiceParts(role=role, server=server, idle=lambda: True, **parts_of)
+    replica = fake_replica("g", role, await server.start(HOST, 0))
     service = Running(parts, replica, registry, AsyncExitStack())
     await service.register()
     try:
@@ -113,3 +115,37 @@ async def test_a_sick_service_drains_at_once():
             assert service.replica.state is ReplicaState.DRAINING
         finally:
             TASKS.forget()
+
+
+async def test_refused_live_settings_change_nothing():
+    """The service goes on with those it had, and its registry entry tells why until it is given others."""
+    applied: list[Mapping[str, Any]] = []
+
+    async def reconfigure(values: Mapping[str, Any]) -> None:
+        if values.get("capacity") == -1:
+            raise ConfigError("user_config.capacity", -1, "must be above 0")
+        applied.append(values)
+
+    async with running(reconfigure=reconfigure) as (service, _):
+        for wrong in ({"capacity": -1}, ["capacity"]):
+            with pytest.raises(ConfigError):
+                await service.reconfigure(wrong)  # type: ignore[arg-type]  # Serve passes on what it gets
+            assert service.replica.problem.startswith("live settings refused: setting user_config")
+            assert service.replica.state is ReplicaState.READY
+        await service.reconfigure({"capacity": 5})
+        assert (applied, service.replica.problem) == ([{"capacity": 5}], "")
+
+
+@pytest.mark.parametrize("ending", [False, True])
+async def test_a_service_waits_for_those_that_use_it(ending: bool, monkeypatch: pytest.MonkeyPatch):
+    """A router that nobody replaces stays for a while, at the end of its system until no gateway is listed."""
+    monkeypatch.setattr("moiety.compose.departure.SUCCESSOR_S", 0.3)
+    async with running(role=Role.ROUTER, calls_end=False) as (service, registry):
+        await registry.register(fake_replica("caller", Role.GATEWAY, 1))
+        draining = asyncio.create_task(service.drain(30.0, ending=ending))
+        if ending:
+            await asyncio.sleep(0.6)
+            assert not draining.done()
+            await registry.deregister("caller")
+        async with asyncio.timeout(5):
+            await draining

@@ -68,7 +68,7 @@ async def test_gateways_of_one_system_share_both_ports(tiny: Callable[[str], str
         assert await asyncio.to_thread(_status, f"http://{HOST}:{ports['http_port']}/healthz") == 200
     finally:
         for gateway in gateways:
-            await gateway.drain(5.0)
+            await gateway.drain(5.0, ending=True)
             await gateway.close()
     for port in ports.values():
         with socket.create_server((HOST, port)):

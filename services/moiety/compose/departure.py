@@ -17,9 +17,7 @@ from moiety.errors import RegistryUnreachable
 from moiety.registry.interface import Registry
 
 DRAIN_NOTICE_S = 0.6  # others read the registry every 0.25 s: after this time they prefer other services
-SUCCESSOR_S = (
-    5.0  # how long a service without a successor waits unused; its successor may need its place, such as a GPU
-)
+SUCCESSOR_S = 5.0  # how long a service without a successor waits unused: that may need its place, such as a GPU
 READ_S = 0.25  # between two looks into the registry
 LOOK_S = 0.02  # between two looks at the work in flight
 
@@ -42,30 +40,24 @@ class Departure:
 
     async def until_unneeded(self, until: float) -> None:
         """Returns once nobody needs the service, or at `until`, a time of the monotonic clock."""
-        listed: tuple[Replica, ...] = ()  # as last read
-        ending, read_at = self.ending, -inf
-        work, used_at = self.parts.work(), time.monotonic()
+        is_door, ending, used, succeeded = self.parts.calls_end, self.ending, False, False
+        work, used_at, read_at = self.parts.work(), time.monotonic(), -inf
         while (now := time.monotonic()) < until:
             if now >= read_at + READ_S:
-                with suppress(RegistryUnreachable):
-                    listed = await self.registry.replicas()
-                    ending = self.ending or await self._superseded(listed)
                 read_at = now
+                with suppress(RegistryUnreachable):  # then what was read last counts
+                    listed, own = await self.registry.replicas(), self.own()
+                    used, succeeded = depended_on(own, listed), replaced(own, listed)
+                    ending = self.ending or await self._superseded(listed)
             idle = self.parts.idle()
             if not idle or self.parts.work() != work:
                 work, used_at = self.parts.work(), now
-            if self._may_end(listed, ending, idle, now - used_at):
+            if is_door and not self.ending and (ending or succeeded):
+                return  # its servers let running requests end; new ones are for another gateway, which may need the port
+            patience_s = SUCCESSOR_S if (used or is_door) and not succeeded else DRAIN_NOTICE_S
+            if idle and (not used if ending else now >= used_at + patience_s):
                 return
             await asyncio.sleep(LOOK_S)
-
-    def _may_end(self, listed: Iterable[Replica], ending: bool, idle: bool, unused_s: float) -> bool:
-        own, is_door = self.own(), self.parts.calls_end
-        if is_door and not self.ending and (ending or replaced(own, listed)):
-            return True  # its servers let running requests end; new ones belong to another gateway, which may need the port
-        if ending:
-            return idle and not depended_on(own, listed)
-        alone = not replaced(own, listed) and (is_door or depended_on(own, listed))
-        return idle and unused_s >= (SUCCESSOR_S if alone else DRAIN_NOTICE_S)
 
     async def _superseded(self, listed: Iterable[Replica]) -> bool:
         """Whether the application goes on as another system, with another model, say, and all of this one drains."""

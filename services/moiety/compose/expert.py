@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from moiety.compose.placement_follower import PlacementFollower
-from moiety.compose.running import Running, ServiceStart
+from moiety.compose.running import CLOSE_S, Running, ServiceStart
 from moiety.compose.service_parts import ServiceParts
 from moiety.config.options import Scaling
 from moiety.config.services import ExpertSettings
@@ -65,7 +65,7 @@ async def start(settings: ExpertSettings, replica_id: str, node: str, launched: 
         await follower.start()
         loaded = time.time()
         runtime.start()
-        startup.closers.push_async_callback(asyncio.to_thread, runtime.stop, settings.drain_s)
+        startup.closers.push_async_callback(asyncio.to_thread, runtime.stop, CLOSE_S)
         device = torch.cuda.get_device_name(settings.device) if settings.device.startswith("cuda") else settings.device
 
         def kind() -> str:

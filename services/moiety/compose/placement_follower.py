@@ -8,7 +8,7 @@ from math import inf
 
 from moiety.compose.background import at_low_priority
 from moiety.core.experts import ExpertSet
-from moiety.errors import RegistryUnreachable
+from moiety.errors import MoietyError
 from moiety.expert.runtime import Runtime
 from moiety.registry.interface import HEARTBEAT_S, TTL_S, Registry
 
@@ -30,10 +30,12 @@ class PlacementFollower:
         self._agreed_at = inf  # time since which all routers seen have acknowledged the epoch; inf = not all yet
 
     async def start(self) -> None:
-        """Loads the experts that the placement gives this replica, or `default` if no placement can be read."""
+        """Loads the experts that the placement gives this replica, or `default` if there is none that can be followed."""
         try:
             await self._load()
-        except RegistryUnreachable as error:
+        except (
+            MoietyError
+        ) as error:  # one that names experts which the model lacks must not stop replicas from starting
             _log.warning("%s starts with the default plan: %s", self._deployment, error)
         if not self._runtime.holding.epoch:
             await self._hold(self._default, 0)

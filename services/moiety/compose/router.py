@@ -12,7 +12,7 @@ from contextlib import AsyncExitStack
 import torch
 
 from moiety.compose.router_model import load_model, max_context_of, threads_of
-from moiety.compose.running import Running, ServiceStart
+from moiety.compose.running import CLOSE_S, Running, ServiceStart
 from moiety.compose.service_parts import ServiceParts
 from moiety.config.services import RouterSettings
 from moiety.core.experts import ModelShape
@@ -82,9 +82,7 @@ async def start(settings: RouterSettings, replica_id: str, node: str) -> Running
         engine.start()
         health = EngineHealth(engine, hop.fleet.mailbox)
         # The thread of an engine that hangs does not end.
-        startup.closers.push_async_callback(
-            asyncio.to_thread, lambda: engine.stop(0.0 if health.hangs else settings.drain_s)
-        )
+        startup.closers.push_async_callback(asyncio.to_thread, lambda: engine.stop(0.0 if health.hangs else CLOSE_S))
         guides = Guides(settings.model, shape.vocabulary, threads_of(settings))
         startup.closers.callback(guides.close)
         service = EngineService(

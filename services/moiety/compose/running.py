@@ -35,6 +35,7 @@ from moiety.telemetry.tracing import Tracer
 LEDGER_S = 1.0  # how often a service reports its load
 LOOK_S = 0.5  # how often a service looks whether it is healthy
 CUT_S = 1.0  # in which clients hear why their work was cut
+CLOSE_S = 5.0  # for a thread to end once nobody waits for its work
 LATE_S = 2.0  # a look that comes so much later means that the event loop was blocked
 MOST_LATE = 3  # looks in a row that may be late
 _log = logging.getLogger(__name__)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Mapping
+from math import inf
 from typing import Any
 
 import grpc
@@ -25,7 +26,7 @@ POLL_S = 0.2
 COUNT_S = 1.0  # between two counts of the running requests
 STILL_S = 10.0  # between two lines that say the same
 ASK_S = 1.0  # a router or the controller may take so long to answer
-EXTRA_S = 7.0  # beyond `drain_s`, in which Serve gives a replica time to close
+EXTRA_S = 10.0  # beyond `drain_s`, in which Serve gives a replica time to close
 
 
 def end_application(
@@ -45,17 +46,18 @@ def end_application(
     began = counted_at = time.monotonic()
     until = began + grace_s(applications[app])
     serve.delete(app, _blocking=False)
-    said, said_at = "", 0.0
+    said, said_at = "", -inf
     while (now := time.monotonic()) < until and not hurried():
         if now >= counted_at:
             counted_at = now + COUNT_S
-            if (details := _applications().get(app)) is None:
+            if app not in _applications():
+                progress(f"{app}: ended")
                 return True
             running = asyncio.run(running_requests(registry, app)) if registry else 0
-            what = f"{running} request{'s' * (running != 1)}" if running else _left(details)
+            what = f"{running} request{'s' * (running != 1)}, " if registry else ""
             if what != said or now >= said_at + STILL_S:
                 said, said_at = what, now
-                progress(f"draining: {what}, {max(0.0, until - EXTRA_S - now):.0f} s left")
+                progress(f"draining: {what}{max(0.0, until - EXTRA_S - now):.0f} s left")
         time.sleep(POLL_S)
     return app not in _applications()
 
@@ -112,9 +114,3 @@ def _applications() -> Mapping[str, Any]:
     client = _get_global_client(raise_if_no_controller_running=False)
     applications: Mapping[str, Any] = {} if client is None else client.get_serve_details()["applications"]
     return applications
-
-
-def _left(details: Mapping[str, Any]) -> str:
-    """Returns how many replicas of each deployment are left."""
-    counts = {name: len(each["replicas"]) for name, each in details["deployments"].items()}
-    return ", ".join(f"{name} {count}" for name, count in counts.items() if count) or "the last replica"

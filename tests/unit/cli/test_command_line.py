@@ -18,7 +18,7 @@ from moiety.cli.bench import COMMANDS as BENCHMARKS
 from moiety.cli.chaos import chaos
 from moiety.cli.main import COMMANDS, run
 from moiety.cli.options import invocation
-from moiety.cli.run import Interrupted, run_async
+from moiety.cli.run import Interrupted, run_async, signals_interrupt
 
 HEAVY = ("torch", "transformers", "ray", "grpc", "numpy", "pydantic")
 
@@ -99,6 +99,19 @@ def test_signal_lets_work_clean_up(number: signal.Signals) -> None:
         run_async(work())
     assert steps == ["cleaned up"]
     assert interrupted.value.exit_status == 128 + number
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_only_the_first_signal_interrupts(number: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second one is noted, so that an end which waits can hurry; one that comes with the first is the same."""
+    with signals_interrupt() as signals:
+        with pytest.raises(Interrupted):
+            os.kill(os.getpid(), number)
+        os.kill(os.getpid(), number)
+        assert not signals.again()
+        monkeypatch.setattr("moiety.cli.run.SAME_S", 0.0)
+        os.kill(os.getpid(), number)
+        assert signals.again()
 
 
 def test_rebalance_reports_a_wrong_address_at_once(capsys: pytest.CaptureFixture[str]) -> None:
