@@ -134,12 +134,15 @@ def _own_signals() -> Iterator[None]:
     from ray._private import utils
 
     replace, mask = utils.set_sigterm_handler, signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
-    if callable(signal.getsignal(signal.SIGTERM)):
+    ours = signal.getsignal(signal.SIGTERM)
+    if callable(ours):
         utils.set_sigterm_handler = lambda _handler: None
     try:
         yield
     finally:
         utils.set_sigterm_handler = replace
+        if callable(ours) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, ours)  # Ray's C++ has put a handler below Python's, which aborts after 3 s
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)  # a SIGHUP that came meanwhile arrives now
 
 

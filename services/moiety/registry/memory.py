@@ -103,7 +103,7 @@ class MemoryRegistry:
         return ()  # the store holds one system, and does not know its name
 
     async def forget(self) -> bool:
-        if self._replicas.live():
+        if await self.replicas():
             return False
         self.clear()
         return True
