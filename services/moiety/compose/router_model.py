@@ -75,9 +75,8 @@ def _cache(settings: RouterSettings, spec: CacheSpec, revision: str) -> KVCache:
             revision=revision if settings.prefix_cache else None,
         )
     except (RuntimeError, MemoryError) as error:
-        if isinstance(error, RuntimeError) and "allocate" not in str(
-            error
-        ):  # torch has no class of its own for a CPU's memory
+        # For a CPU's memory torch raises the bare class. A GPU's may be free again at the next start.
+        if isinstance(error, RuntimeError) and (type(error) is not RuntimeError or "allocate" not in str(error)):
             raise
         bound = f"must be less: {settings.device} cannot allocate so much"
         raise ConfigError("kv_memory", settings.kv_memory.human_readable(), bound) from error

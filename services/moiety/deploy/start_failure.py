@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from moiety.errors import MoietyError, Unavailable
 
+TORCH_OUT_OF_MEMORY = "OutOfMemoryError"  # of a GPU; importing torch for its name would take seconds
 _MARK = "Error:\n"  # Serve's texts about failed starts have it, before the traceback
 _log = logging.getLogger(__name__)
 
@@ -42,14 +43,14 @@ class StartFailure:
 def start_explained() -> Iterator[None]:
     """Raises StartFailed or CannotStart for whatever the block raises: one line with the reason and the process's log.
 
-    What is missing for now may be there at the next start, and so may memory and files. Everything else is a wrong setting,
-    a wrong checkpoint or a bug, which the next start meets again.
+    What is missing for now may be there at the next start, and so may memory and files: an earlier replica may still hold
+    them. Everything else is a wrong setting, a wrong checkpoint or a bug, which the next start meets again.
     """
     try:
         yield
     except Exception as error:
         _log.exception("this replica cannot start")
-        heals = isinstance(error, Unavailable | OSError | MemoryError)
+        heals = isinstance(error, Unavailable | OSError | MemoryError) or type(error).__name__ == TORCH_OUT_OF_MEMORY
         reason = str(error) if isinstance(error, MoietyError) else f"{type(error).__name__}: {error}"
         line = " ".join(reason.split()) + (f" (log: {log})" if (log := _own_log()) else "")
         raise (StartFailed if heals else CannotStart)(line) from None  # Serve's text has room for the sentence alone
