@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib import import_module
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 import click
 
 from moiety.core.text import did_you_mean
+
+# Which extra brings a package, if not `serve`.
+_EXTRAS: Mapping[str, str] = MappingProxyType({"matplotlib": "plot", "triton": "gpu"})
 
 
 class LazyGroup(click.Group):
@@ -50,10 +54,6 @@ class LazyGroup(click.Group):
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl(sorted(self._summaries.items()))
-
-
-# Which extra brings a package, if not `serve`.
-_EXTRAS: Mapping[str, str] = {"matplotlib": "plot", "triton": "gpu"}
 
 
 def install_hint(error: ModuleNotFoundError) -> str | None:

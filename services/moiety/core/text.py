@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -24,6 +25,13 @@ def not_utf8(text: str) -> str | None:
             return f"character {place} is the byte 0x{code - 0xDC00:02x}, which is not UTF-8"
         return f"character {place} is U+{code:04X}, one half of a surrogate pair"
     return None
+
+
+def reason_of(error: OSError) -> str:
+    """Returns the system's words for an error, such as "Connection refused"; asyncio puts others in their place."""
+    if error.errno is not None and error.errno > 0:  # those of name resolution are negative
+        return os.strerror(error.errno)
+    return error.strerror or str(error)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -15,6 +15,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisError, ResponseError
 
 from moiety.config.registry_url import without_secrets
+from moiety.core.text import reason_of
 from moiety.errors import ConfigError, RegistryUnreachable, WritesRefused
 
 BOUND = "must be a Redis URL; in a password, escape / ? # @ as %2F %3F %23 %40"
@@ -74,7 +75,7 @@ class RedisStore:
             async with asyncio.timeout(OPERATION_TIMEOUT_S):
                 yield self._client()
         except (RedisError, OSError, TimeoutError) as error:
-            name, reason = f"registry {without_secrets(self._url)}", str(error) or "no answer in time"
+            name, reason = f"registry {without_secrets(self._url)}", _reason(error)
             if (refusal := REFUSAL.search(f"{getattr(error, 'status_code', '')} {reason}")) and isinstance(
                 error, ResponseError
             ):
@@ -100,3 +101,13 @@ class RedisStore:
                 retry=Retry(NoBackoff(), 0),
             )
         return self._clients[loop]
+
+
+def _reason(error: Exception) -> str:
+    """Returns why an operation failed: in the system's words where it had no connection, else in those of Redis."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno is not None:
+            return reason_of(cause)
+        cause = cause.__cause__ or cause.__context__
+    return str(error) or "no answer in time"

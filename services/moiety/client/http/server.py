@@ -15,6 +15,7 @@ import aiohttp
 
 from moiety.client.http.answers import error_message, retry_after_s
 from moiety.client.http.sse import SseEvent, SseParser
+from moiety.core.text import did_you_mean, reason_of
 from moiety.errors import InvalidRequest, MoietyError, NotFound
 
 # A connection that is idle for longer is not used again. uvicorn closes after 5 s: a request that is sent just then is lost.
@@ -111,8 +112,9 @@ class OpenAiServer:
         if wanted is None and names:
             return names[0]
         if wanted is None or wanted not in names:
+            near = did_you_mean(wanted or "", names)
             asked = "no model" if wanted is None else f"no model {wanted!r}"
-            raise NotFound(f"{self.url} serves {asked}; its models: {', '.join(names) or 'none'}")
+            raise NotFound(f"{self.url} serves {asked}; its models: {', '.join(names) or 'none'}{near}")
         return wanted
 
     async def post(self, path: str, body: Mapping[str, Any]) -> HttpAnswer:
@@ -159,9 +161,9 @@ class OpenAiServer:
         try:
             yield
         except TimeoutError:
-            raise RequestFailed(TIMED_OUT, f"not done within {self._timeout_s:g} s") from None
+            raise RequestFailed(TIMED_OUT, f"{self.url}: not done within {self._timeout_s:g} s") from None
         except aiohttp.ClientConnectorError as error:
-            raise RequestFailed(NO_CONNECTION, f"{self.url}: {error.os_error.strerror or error.os_error}") from None
+            raise RequestFailed(NO_CONNECTION, f"{self.url}: {reason_of(error.os_error)}") from None
         except aiohttp.ClientPayloadError:
             raise RequestFailed(LOST, "the answer broke off") from None
         except (aiohttp.ClientConnectionError, ConnectionError) as error:
