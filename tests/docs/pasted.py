@@ -154,6 +154,7 @@ class Pasted:
             "PYTHONUNBUFFERED": "1",
             "MOIETY_GATEWAY__PORT": self.ports["50051"],
             "MOIETY_GATEWAY__HTTP_PORT": self.ports["50080"],
+            "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_DASHBOARD_ADDRESS": f"http://127.0.0.1:{self.ports['8265']}",
             "PASTED_RAY": self.ray_folder,
             "PASTED_RUN": self.run_id,
