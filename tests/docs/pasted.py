@@ -39,6 +39,8 @@ TEXTS: Mapping[str, str] = {
     # Less work than a measurement does; and the other server is the same one.
     "--seconds 120 --input-tokens 128:1024 --output-tokens 128": "--seconds 1 --input-tokens 16:64 --output-tokens 8",
     "127.0.0.1:8000": "127.0.0.1:50080",
+    # A system that `serve deploy` started has its port from this run, and the command cannot know it.
+    "until moiety generate": "until moiety generate --address 127.0.0.1:50051",
     # Beside other Rays, and small.
     "ray start --head": "ray start --head --temp-dir=$PASTED_RAY --dashboard-port=8265 --object-store-memory=80000000",
 }
