@@ -39,6 +39,8 @@ TEXTS: Mapping[str, str] = {
     # Less work than a measurement does; and the other server is the same one.
     "--seconds 120 --input-tokens 128:1024 --output-tokens 128": "--seconds 1 --input-tokens 16:64 --output-tokens 8",
     "127.0.0.1:8000": "127.0.0.1:50080",
+    # A system that `serve deploy` started has its port from this run, and the command cannot know it.
+    "until moiety generate": "until moiety generate --address 127.0.0.1:50051",
     # Beside other Rays, and small.
     "ray start --head": "ray start --head --temp-dir=$PASTED_RAY --dashboard-port=8265 --object-store-memory=80000000",
 }
@@ -154,6 +156,7 @@ class Pasted:
             "PYTHONUNBUFFERED": "1",
             "MOIETY_GATEWAY__PORT": self.ports["50051"],
             "MOIETY_GATEWAY__HTTP_PORT": self.ports["50080"],
+            "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_DASHBOARD_ADDRESS": f"http://127.0.0.1:{self.ports['8265']}",
             "PASTED_RAY": self.ray_folder,
             "PASTED_RUN": self.run_id,
