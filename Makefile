@@ -43,7 +43,9 @@ demo: $(VENV)/.kernels ## the main job, start to end, on this machine
 	$(BIN)/moiety demo
 
 test: $(VENV)/.kernels ## the tests that every change must pass (16 minutes on 2 cores)
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadgroup --ignore tests/e2e --ignore tests/chaos
+	@# Whole systems use every core, and faults are timed: these tests run one at a time.
+	$(BIN)/python -m pytest -m "not slow" tests/e2e tests/chaos
 
 test-all: $(VENV)/.kernels ## these and the long ones
 	$(BIN)/python -m pytest

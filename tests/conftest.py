@@ -30,6 +30,13 @@ from support.serving import Served
 import_interpreted()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where tests run in several processes, gives each whole files, and one of them all tests of the session's systems."""
+    for item in items:
+        systems = {"served", "chat_served"} & set(getattr(item, "fixturenames", ()))
+        item.add_marker(pytest.mark.xdist_group("systems" if systems else item.path.name))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Makes the tests, and the processes they start, keep derived layouts in a folder of this session."""

@@ -15,7 +15,7 @@ from typing import Any
 import grpc
 
 from moiety.core.system import SystemId
-from moiety.deploy.ready import Progress
+from moiety.deploy.ray_cluster import Progress
 from moiety.errors import MoietyError
 from moiety.internal.v1.engine_pb2 import DescribeEngineRequest
 from moiety.internal.v1.engine_pb2_grpc import EngineServiceStub
