@@ -106,16 +106,22 @@ def _parser(context: click.Context, name: str) -> Callable[[str], Any]:
     return parse
 
 
+class _Ended(BaseException):
+    """A signal that ends a chat. It is no KeyboardInterrupt, which stops a reply only."""
+
+
 @contextmanager
 def _ends_raise() -> Iterator[None]:
-    """Raises Interrupted inside the block on SIGTERM and SIGHUP. Ctrl-C stays KeyboardInterrupt: it stops a reply only."""
+    """Ends the block on SIGTERM and SIGHUP, and then raises Interrupted."""
 
     def stop(number: int, _: object) -> NoReturn:
-        raise Interrupted(number)
+        raise _Ended(number)
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
         yield
+    except _Ended as ended:
+        raise Interrupted(*ended.args) from None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

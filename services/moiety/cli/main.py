@@ -90,11 +90,8 @@ def run(arguments: Sequence[str]) -> int:
             raise
         say(f"error: {hint}")
         return 1
-    except Interrupted as interruption:
-        say(f"\n{interruption}")
-        return interruption.exit_status
-    except click.Abort:  # Ctrl-C before or after the command's own signal handling
-        ended = Interrupted()
+    except click.Abort as error:  # click makes one of every KeyboardInterrupt, after a line feed
+        ended = error.__cause__ if isinstance(error.__cause__, Interrupted) else Interrupted()
         say(str(ended))
         return ended.exit_status
     except OSError as error:

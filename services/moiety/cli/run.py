@@ -18,8 +18,11 @@ ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # they ask a command to
 SAME_S = 0.5
 
 
-class Interrupted(Exception):
-    """A signal ended the command, after its clean-up."""
+class Interrupted(KeyboardInterrupt):
+    """A signal ended the command, after its clean-up.
+
+    It is a KeyboardInterrupt, so that neither an event loop nor a library that goes on after an error takes it for one.
+    """
 
     def __init__(self, number: int = signal.SIGINT) -> None:
         self.number = number

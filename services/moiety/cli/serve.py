@@ -85,7 +85,7 @@ def serve(model: str, hub_revision: str | None, ray_address: str | None, dashboa
             redis = ends.enter_context(EmbeddedRedis())
             settings = settings.model_copy(update={"registry": RegistryUrl(redis.url)})
             show(f"Redis: {redis.url}")
-        run = None if ray_address else ends.enter_context(run_folder("serve", show, (Interrupted,)))
+        run = None if ray_address else ends.enter_context(run_folder("serve", show))
         record(registry=settings.registry.get_secret_value(), logs=str(run / "session_latest" / "logs") if run else "")
         deployed = ends.enter_context(
             deploy_app(

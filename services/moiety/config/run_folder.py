@@ -45,15 +45,14 @@ class RunFolder:
 
 
 @contextmanager
-def run_folder(kind: str, say: Callable[[str], None], ends: tuple[type[BaseException], ...] = ()) -> Iterator[Path]:
-    """Yields a RunFolder's path. Keeps the folder where an exception leaves the context, other than `ends`, and says so."""
+def run_folder(kind: str, say: Callable[[str], None]) -> Iterator[Path]:
+    """Yields a RunFolder's path. Keeps the folder where an error leaves the context, and says so."""
     folder = RunFolder(kind)
     keep = False
     try:
         yield folder.path
-    except BaseException as error:
-        # A run that failed before it started anything has no logs.
-        keep = not isinstance(error, (KeyboardInterrupt, *ends)) and any(folder.path.iterdir())
+    except Exception:
+        keep = any(folder.path.iterdir())  # a run that failed before it started anything has no logs
         raise
     finally:
         folder.end(keep=keep)

@@ -97,15 +97,13 @@ def local_ray(
                 try:
                     start()
                 except Exception as error:
-                    if not _of_ray(error) or isinstance(error, PermissionError | FileNotFoundError):
+                    if isinstance(error, PermissionError | FileNotFoundError):
                         raise  # the next start would meet a wrong folder again
                     progress(f"Ray: did not start ({_one_line(error)}); trying once more")
                     ray.shutdown()
                     start()
         except Exception as error:
             ray.shutdown()
-            if not _of_ray(error):
-                raise
             logs = folder / "session_latest" / "logs"
             where = f"; its logs are in {logs}" if logs.exists() else ""
             raise Unavailable(f"Ray did not start: {_one_line(error)}{where}") from error
@@ -161,8 +159,6 @@ def existing_ray(address: str) -> Iterator[None]:
             ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, job_config=_job_config())
     except Exception as error:
         ray.shutdown()
-        if not _of_ray(error):
-            raise
         raise Unavailable(f"cannot connect to the Ray at {address}: {_one_line(error)}") from error
     try:
         yield
@@ -199,15 +195,6 @@ def _slowness_told(progress: Progress) -> Iterator[None]:
         yield
     finally:
         done.set()
-
-
-def _of_ray(error: Exception) -> bool:
-    """Whether Ray raises such errors, among them the bare class. A signal's handler raises others, wherever the process is."""
-    from ray.exceptions import RayError
-
-    return type(error) is Exception or isinstance(
-        error, OSError | RuntimeError | ValueError | AssertionError | RayError
-    )
 
 
 def _one_line(error: Exception) -> str:

@@ -45,9 +45,7 @@ def check_tokenizer(folder: str | Path) -> None:
     if _file(folder) == WHOLE_FILE:
         try:
             Tokenizer.from_file(str(folder / WHOLE_FILE))
-        except Exception as error:
-            if type(error) is not Exception:  # tokenizers raises the bare class, a signal's handler others
-                raise
+        except Exception as error:  # tokenizers raises nothing more specific
             raise CheckpointError(f"{folder / WHOLE_FILE}: not readable as a tokenizer: {error}; {WITHOUT}") from None
 
 
