@@ -64,7 +64,7 @@ CASES = [
     Case(
         "ray.extraEnv",
         [{"name": "OTEL_TRACES_SAMPLER_ARG", "value": "0.1"}],
-        f"{WORKER}/containers/0/env/2",
+        f"{WORKER}/containers/0/env/3",
         {"name": "OTEL_TRACES_SAMPLER_ARG", "value": "0.1"},
     ),
     Case("ray.head.resources", RESOURCES, f"{HEAD}/containers/0/resources/requests/cpu", "3"),
@@ -113,7 +113,7 @@ CASES = [
         secret("s", "address"),
         given=merged(EXTERNAL, nested("redis.external.existingSecret.name", "s")),
     ),
-    Case("telemetry.endpoint", "http://x:4317", f"{WORKER}/containers/0/env/2/value", "http://x:4317"),
+    Case("telemetry.endpoint", "http://x:4317", f"{WORKER}/containers/0/env/3/value", "http://x:4317"),
     Case("telemetry.collector.enabled", True, "spec/ports/0/port", 4317, "Service", "-collector"),
     Case(
         "telemetry.collector.image.repository",

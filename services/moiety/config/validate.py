@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
@@ -40,6 +40,8 @@ def _declaration(kind: type[BaseModel], place: Sequence[int | str]) -> FieldInfo
     """Returns the declaration of the setting at `place`, or of the innermost one that holds it."""
     field = kind.model_fields[str(place[0])]
     below = field.annotation
+    if len(place) > 1 and get_origin(below) is Mapping:
+        return FieldInfo.from_annotation(get_args(below)[1])
     inner = isinstance(below, type) and issubclass(below, BaseModel) and len(place) > 1
     return _declaration(below, place[1:]) if inner else field  # type: ignore[arg-type]
 

@@ -73,7 +73,7 @@ def test_bench_serve_outside_context(capsys: pytest.CaptureFixture[str], tiny: C
     """Prompts that do not fit the model's context are refused before anything starts."""
     assert run(["bench", "serve", "--models", tiny("qwen3_moe"), "--prompts", "500", "--new", "64"]) == 1
     stderr = capsys.readouterr().err
-    assert "error: setting prompt + new = '500 + 64': at most 512, the model's context" in stderr
+    assert "error: setting prompt + new tokens = 564: must be at most 512, the model's context" in stderr
 
 
 @pytest.mark.slow
@@ -109,7 +109,7 @@ def test_bench_lanes_outside_context(capsys: pytest.CaptureFixture[str], tiny: C
     """Prompts that do not fit the model's context are refused before anything starts."""
     assert run(["bench", "lanes", "--model", tiny("qwen3_moe"), "--prompt", "500", "--new", "64"]) == 1
     stderr = capsys.readouterr().err
-    assert "error: setting prompt + new = '500 + 64': at most 512, the model's context" in stderr
+    assert "error: setting prompt + new tokens = 564: must be at most 512, the model's context" in stderr
 
 
 @pytest.mark.slow

@@ -29,9 +29,9 @@ def test_too_many_groups(tiny: Callable[[str], str], capsys: pytest.CaptureFixtu
 
 
 def test_no_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """For a folder without a checkpoint the error names the missing file."""
+    """For a folder without a checkpoint the error says what to name instead."""
     assert run(["serve", str(tmp_path)]) == 1
-    assert f"error: {tmp_path}/config.json: missing" in capsys.readouterr().err
+    assert f"error: checkpoint {tmp_path}: is empty: name a folder with config.json" in capsys.readouterr().err
 
 
 def test_corrupt_checkpoint(truncated: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -80,7 +80,7 @@ def test_live_settings_of_a_group() -> None:
         ({"CPU": 1}, "CPU: set num_cpus"),
         ({"gpu": 1}, "gpu: set num_gpus"),
         ({"memory": 1e9}, "memory: not offered"),
-        ({"rack": 0}, "greater than 0"),
+        ({"rack": 0}, "must be a number above 0"),
         ({"rack": 1.5}, "rack: 1.5: must be a whole number"),
     ],
 )

@@ -99,10 +99,10 @@ def test_no_tokenizer(tiny: Callable[[str], str], tmp_path: Path) -> None:
         (tmp_path / file.name).write_bytes(file.read_bytes())
     build(AppSettings(model=str(tmp_path)))
     (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {}}))
-    with pytest.raises(CheckpointError, match="no usable tokenizer"):
+    with pytest.raises(CheckpointError, match="not readable as a tokenizer"):
         build(AppSettings(model=str(tmp_path)))
     (tmp_path / "tokenizer.json").unlink()
-    with pytest.raises(CheckpointError, match="no usable tokenizer"):
+    with pytest.raises(CheckpointError, match="no tokenizer: there is none of"):
         build(AppSettings(model=str(tmp_path)))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -62,7 +63,7 @@ def test_what_first_contact_runs_into(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [])  # as where the package was installed in editable mode
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
-    monkeypatch.setenv("RAY_TMPDIR", "/tmp/" + 40 * "x")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     checks = {check.check: check for check in examine()}
     assert "--ray-address auto" in checks["RAY_ADDRESS"].value
     assert (checks["Ray's folder"].verdict, checks["package"].verdict) == (Finding.FAIL, Finding.WARN)
