@@ -20,6 +20,8 @@ from pathlib import Path
 import psutil
 from markdown_blocks import ROOT, Block
 
+from moiety.compose.environment import PROCESS_ENVIRONMENT
+
 # Ports that the pages name. Each run has free ones instead, so that it does not meet other tests.
 PORTS = ("50051", "50080", "6379", "6380", "6390", "8265")
 # What stands for a tiny checkpoint in the fresh folder, and what is there as in a clone.
@@ -148,8 +150,10 @@ class Pasted:
     def _environment(self) -> dict[str, str]:
         """Returns the environment of a reader whose home is the fresh folder, with this run's ports where none is typed."""
         scripts = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        # An earlier test may have run a command in this process that sets what services start with.
+        before = {name: value for name, value in os.environ.items() if name not in PROCESS_ENVIRONMENT}
         return {
-            **os.environ,
+            **before,
             "PATH": scripts,
             "HOME": str(self.folder),
             "XDG_RUNTIME_DIR": str(self.folder),

@@ -40,9 +40,10 @@ def test_bench_serve(capsys: pytest.CaptureFixture[str], tiny: Callable[[str], s
     """
     file = tmp_path / "serve.json"
     words = ["--concurrency", "1,3", "--prompts", "8", "--new", "5", "--dtype", "float32", "--rounds", "1"]
-    absent = str(tmp_path / "absent")
+    unusable = tmp_path / "unusable"
+    unusable.touch()
     model = tiny("qwen3_moe")
-    assert run(["bench", "serve", "--models", model, "--vllm", absent, *words, "--json", str(file)]) == 0
+    assert run(["bench", "serve", "--models", model, "--vllm", str(unusable), *words, "--json", str(file)]) == 0
     report = json.loads(file.read_text())
     assert report["machine"]["read_bytes_per_s"] > 0
     rows = report["rows"]
@@ -63,7 +64,7 @@ def test_bench_serve(capsys: pytest.CaptureFixture[str], tiny: Callable[[str], s
         ratio = served["decode_tokens_per_s"] / plain["decode_tokens_per_s"]
         assert served["ratio_to_best_peer"] == pytest.approx(ratio)
         assert failed["decode_tokens_per_s"] is None
-        assert failed["failed"] == f"{absent}: No such file or directory"
+        assert failed["failed"] == f"{unusable}: Permission denied"
     shown = capsys.readouterr().out
     assert "torch" in shown
     assert f"FAILED: vLLM CPU ({Path(model).name})" in shown
