@@ -13,7 +13,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -47,6 +47,7 @@ TEXTS: Mapping[str, str] = {
     "ray start --head": "ray start --head --temp-dir=$PASTED_RAY --dashboard-port=8265 --object-store-memory=80000000",
 }
 READY_S, RUN_S, END_S = 300.0, 400.0, 90.0
+ENDED_S = 2.0  # in which a shell ends once its last command has ended
 
 
 @dataclass
@@ -93,6 +94,8 @@ class Pasted:
             _wait(lambda: block.marker.until in output() or process.poll() is not None, READY_S, f"{block}: ready")
             assert process.poll() is None, f"{block} ended with {process.returncode}:\n{output()}"
             yield
+            with suppress(subprocess.TimeoutExpired):  # one of the blocks may have ended it
+                process.wait(ENDED_S)
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGINT)
             _wait(lambda: process.poll() is not None, END_S, f"{block}: the end after Ctrl-C")
