@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from moiety.cli.arguments import FiniteRange
 from moiety.cli.json_output import json_output_option, print_json
 from moiety.cli.run import run_async
 from moiety.cli.setting_options import setting_option
@@ -29,7 +30,7 @@ CLEAR = "\033[H\033[2J"  # moves to the top left and clears the screen
     "--watch", is_flag=True, help="Show it again and again until it ends, or Ctrl-C; with --json, one line each time."
 )
 @click.option(
-    "--every", "every_s", type=click.FloatRange(0.2, 3600), default=2.0, help="Seconds between two of --watch."
+    "--every", "every_s", type=FiniteRange(0.2, 3600), default=2.0, help="Seconds between two of --watch."
 )
 @json_output_option
 def status(part: str, decisions: int, watch: bool, every_s: float, json_file: Path | None, **given: Any) -> None:

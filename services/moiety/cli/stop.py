@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from moiety.cli.arguments import FiniteRange
 from moiety.cli.local_system import NONE_RUNS
 from moiety.cli.run import progress, run_async, signals_interrupt
 from moiety.config.running_systems import chosen, running_systems
@@ -16,7 +17,7 @@ from moiety.errors import FailedPrecondition
 @click.option(
     "--timeout",
     "timeout_s",
-    type=click.FloatRange(min=0, min_open=True),
+    type=FiniteRange(min=0, min_open=True),
     help="Seconds to wait for the end.  [default: no limit]",
 )
 @click.option(
