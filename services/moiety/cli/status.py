@@ -29,9 +29,7 @@ CLEAR = "\033[H\033[2J"  # moves to the top left and clears the screen
 @click.option(
     "--watch", is_flag=True, help="Show it again and again until it ends, or Ctrl-C; with --json, one line each time."
 )
-@click.option(
-    "--every", "every_s", type=FiniteRange(0.2, 3600), default=2.0, help="Seconds between two of --watch."
-)
+@click.option("--every", "every_s", type=FiniteRange(0.2, 3600), default=2.0, help="Seconds between two of --watch.")
 @json_output_option
 def status(part: str, decisions: int, watch: bool, every_s: float, json_file: Path | None, **given: Any) -> None:
     """Show a running system: replicas, load, placement, decisions with their reasons, where the logs are.

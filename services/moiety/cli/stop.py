@@ -5,9 +5,8 @@ from __future__ import annotations
 import click
 
 from moiety.cli.arguments import FiniteRange
-from moiety.cli.local_system import NONE_RUNS
 from moiety.cli.run import progress, run_async, signals_interrupt
-from moiety.config.running_systems import chosen, running_systems
+from moiety.config.running_systems import NONE_RUNS, chosen, running_systems
 from moiety.errors import FailedPrecondition
 
 

@@ -24,6 +24,7 @@ from moiety.config.own_files import held, is_held, runtime_folder
 from moiety.errors import FailedPrecondition
 
 SUFFIX = ".json"
+NONE_RUNS = "no system that `moiety serve` started runs on this machine"
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moiety.config.registry_url import without_secrets
-from moiety.config.running_systems import RunningSystem, chosen, running_systems
+from moiety.config.running_systems import NONE_RUNS, RunningSystem, chosen, running_systems
 from moiety.core.system import SystemId
 from moiety.errors import FailedPrecondition, RegistryUnreachable, Unavailable
 from moiety.registry.connect import live_systems
@@ -50,8 +50,8 @@ async def find_system(registry: str | None, app: str | None, part: str, default_
         if registry is not None:
             raise
         raise RegistryUnreachable(
-            "no system that `moiety serve` started runs on this machine, and no registry answers at "
-            f"{without_secrets(default_registry)}: start a system, or name its registry with --registry"
+            f"{NONE_RUNS}, and no registry answers at {without_secrets(default_registry)}: "
+            "start a system, or name its registry with --registry"
         ) from None
     local = next((one for one in running_systems() if one.system == str(system)), None)
     return FoundSystem(registry or default_registry, system, local)
