@@ -12,7 +12,9 @@ from moiety.errors import FailedPrecondition
 
 @click.command()
 @click.option("--app", help="Application, or pid, of the system, where several run on this machine.")
-@click.option("--now", is_flag=True, help="End at once: running requests are cut off.")
+@click.option(
+    "--now", is_flag=True, help="End at once: running requests are cut off. With --ray-address: only do not wait."
+)
 @click.option(
     "--timeout",
     "timeout_s",
