@@ -49,13 +49,10 @@ def status(part: str, decisions: int, watch: bool, every_s: float, json_file: Pa
     from moiety.tools.running.status_lines import status_lines
 
     settings = resolve({"model": ""} | {name: value for name, value in given.items() if value is not None})
-    default = settings.registry.get_secret_value()
-    registry = default if "registry" in settings.model_fields_set else None
-    app = settings.app if "app" in settings.model_fields_set else None
     screen = watch and json_file is None and sys.stdout.isatty()
 
     async def show() -> RunningSystem | None:
-        snapshot = await read_snapshot(await find_system(registry, app, part, default), decisions)
+        snapshot = await read_snapshot(await find_system(settings, part), decisions)
         if json_file is None:
             lines = "\n".join(status_lines(snapshot))
             click.echo(f"{CLEAR if screen else ''}{time.strftime('%H:%M:%S  ') if watch else ''}{lines}")
