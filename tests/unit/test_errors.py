@@ -43,6 +43,22 @@ def test_a_retry_hint_is_relayed():
     assert status.error_of_code(code, "full", ((status.RETRY_AFTER_KEY, "soon"),)).retry_after_s == 1.0
 
 
+class FailedCall(grpc.RpcError):
+    """What grpc raises for a call that ended with a status."""
+
+    def __init__(self, code: grpc.StatusCode, details: str):
+        self.code, self.details, self.trailing_metadata = lambda: code, lambda: details, lambda: ()
+
+
+def test_a_refusal_that_quotes_a_client_is_not_taken_for_grpcs_words():
+    """gRPC's sentences about connections are put in plain words; a service's message that holds such words stays."""
+    refusal = "sampling.stop = 'keepalive': must be absent"
+    assert str(status.error_of(FailedCall(grpc.StatusCode.INVALID_ARGUMENT, refusal))) == refusal
+    assert str(status.error_of(FailedCall(grpc.StatusCode.UNAVAILABLE, "keepalive watchdog timeout"))).startswith(
+        "the connection broke"
+    )
+
+
 def test_foreign_errors_are_internal():
     """An error of another library is INTERNAL, without its text; an unknown status code becomes a plain MoietyError."""
     seen = visible(KeyError("secret"), "r-1")

@@ -83,7 +83,8 @@ def build() -> Path:
             _output([compiler, "-shared", "-fopenmp", *map(str, objects), "-o", str(fresh)])
             os.replace(fresh, library)  # atomic: a starting replica sees the whole file or none
             stamp.write_text(version)
-            _prune(library.parent)
+            with contextlib.suppress(OSError):  # another process may remove the same ones
+                _prune(library.parent)
     except OSError as error:
         raise BuildError(f"cannot write to {library.parent}: {error}; set MOIETY_CACHE to another folder") from error
     return library

@@ -18,7 +18,7 @@ from moiety.cli.generation_options import (
     request_options,
     sampling_names,
 )
-from moiety.cli.local_system import grpc_door
+from moiety.cli.local_system import gateway_address
 from moiety.cli.run import Interrupted
 from moiety.core.text import did_you_mean
 from moiety.errors import NotFound, Unavailable
@@ -70,20 +70,20 @@ def chat(
     options["logit_bias"] = dict(options["logit_bias"])
     sampling = {name: options.pop(name) for name in names}
     settings = ChatSettings(sampling, {name: _parser(context, name) for name in names})
-    door = grpc_door(address, app, DEFAULT_ADDRESS)
+    gateway = gateway_address(address, app, DEFAULT_ADDRESS)
     screen = Screen.standard()
     with ExitStack() as ends:
         ends.enter_context(_ends_raise())
-        client = ends.enter_context(SyncClient(door.address))
+        client = ends.enter_context(SyncClient(gateway.address))
         try:
             models = client.models()
         except Unavailable as error:
-            raise Unavailable(f"{error}{door.hint}") from None
+            raise Unavailable(f"{error}{gateway.hint}") from None
         served = next((each for each in models if model in (None, "", each.name)), None)
         if served is None:
             names = [each.name for each in models]
             near = did_you_mean(str(model), names)
-            raise NotFound(f"model {model!r} is not served at {door.address}: there is {', '.join(names)}{near}")
+            raise NotFound(f"model {model!r} is not served at {gateway.address}: there is {', '.join(names)}{near}")
         if screen.interactive:
             words = [f"/{name}" for name in COMMANDS] + [f"/set {name} " for name in settings.names]
             ends.enter_context(LineEditor(history_file() if history else None, words))

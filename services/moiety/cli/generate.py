@@ -20,7 +20,7 @@ from moiety.cli.generation_options import (
     sampling_options,
 )
 from moiety.cli.json_output import json_output_option, print_json
-from moiety.cli.local_system import Door, grpc_door
+from moiety.cli.local_system import GatewayAddress, gateway_address
 from moiety.cli.run import run_async
 from moiety.core.text import for_terminal
 from moiety.errors import Unavailable
@@ -102,7 +102,7 @@ def generate(
     printer = None if json_file else _Printer(as_ids, options["n"] or 1, top_logprobs is not None)
     work = _stream(
         _messages(system, text) if chat else text,
-        grpc_door(address, app, DEFAULT_ADDRESS),
+        gateway_address(address, app, DEFAULT_ADDRESS),
         printer,
         options | {"recommended": chat},
     )
@@ -158,7 +158,9 @@ def _lines(chunk: Chunk) -> Iterator[str]:
         yield line.rstrip()
 
 
-async def _stream(prompt: Prompt, door: Door, printer: _Printer | None, options: dict[str, Any]) -> dict[str, Any]:
+async def _stream(
+    prompt: Prompt, gateway: GatewayAddress, printer: _Printer | None, options: dict[str, Any]
+) -> dict[str, Any]:
     """Sends the request and prints the stream as it comes. `options` are the keyword arguments of `Client.generate`.
 
     Returns the whole as JSON types: the fields of `client.Completion`, and seconds.
@@ -167,7 +169,7 @@ async def _stream(prompt: Prompt, door: Door, printer: _Printer | None, options:
 
     chunks: list[Chunk] = []
     began, first_token_s = time.monotonic(), 0.0
-    async with Client(door.address) as client:
+    async with Client(gateway.address) as client:
         try:
             async for chunk in client.generate(prompt, **options):
                 first_token_s = first_token_s or time.monotonic() - began
@@ -175,7 +177,7 @@ async def _stream(prompt: Prompt, door: Door, printer: _Printer | None, options:
                 if printer is not None:
                     printer.show(chunk)
         except Unavailable as error:
-            raise Unavailable(f"{error}{door.hint}") from None
+            raise Unavailable(f"{error}{gateway.hint}") from None
     if printer is not None:
         printer.end()
     whole, all_s = completion_of(chunks), time.monotonic() - began

@@ -29,7 +29,6 @@ class TokenBias(click.ParamType[tuple[int, float]]):
                 return int(token), number
         except ValueError:
             pass
-
         self.fail(f"{value!r}: must be ID=BIAS, such as 42=-100", param, ctx)
 
 

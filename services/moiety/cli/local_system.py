@@ -4,30 +4,28 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moiety.config.running_systems import RunningSystem, chosen, running_systems
+from moiety.config.running_systems import NONE_RUNS, RunningSystem, chosen, running_systems
 from moiety.errors import FailedPrecondition, Unavailable
-
-NONE_RUNS = "no system that `moiety serve` started runs on this machine"
 
 
 @dataclass(frozen=True, slots=True)
-class Door:
+class GatewayAddress:
     """A gateway to send requests to. `hint`: what an error adds if nothing answers there."""
 
     address: str
     hint: str = ""
 
 
-def grpc_door(address: str | None, app: str | None, default: str) -> Door:
+def gateway_address(address: str | None, app: str | None, default: str) -> GatewayAddress:
     """Returns the gateway's HOST:PORT: `address` if given, else that of the system on this machine, else `default`.
 
     Raises FailedPrecondition where several systems run here and `app` names none of them, Unavailable for one that starts.
     """
     if address is not None:
-        return Door(address)
+        return GatewayAddress(address)
     if (system := _local(app)) is not None:
-        return Door(system.grpc[0])
-    return Door(default, f"; {NONE_RUNS}: start one, or name its gateway with --address HOST:PORT")
+        return GatewayAddress(system.grpc[0])
+    return GatewayAddress(default, f"; {NONE_RUNS}: start one, or name its gateway with --address HOST:PORT")
 
 
 def http_url(url: str | None, app: str | None, default: str) -> str:

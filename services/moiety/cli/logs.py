@@ -6,9 +6,8 @@ from contextlib import closing
 
 import click
 
-from moiety.cli.local_system import NONE_RUNS
 from moiety.cli.run import signals_interrupt
-from moiety.config.running_systems import chosen, is_running, running_systems
+from moiety.config.running_systems import NONE_RUNS, chosen, is_running, running_systems
 from moiety.errors import FailedPrecondition
 
 

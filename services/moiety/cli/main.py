@@ -42,7 +42,7 @@ COMMANDS: Mapping[str, str] = MappingProxyType(
         "stop": "Stop the system that `moiety serve` runs on this machine, and wait until it is gone.",
     }
 )
-_PASSWORD = re.compile(r"://[^\s@]*@")  # and user, of a URL that a message quotes
+_PASSWORD = re.compile(r"://\S*@")  # and user, of a URL that a message quotes; a password may hold an @
 _log = logging.getLogger(__name__)
 LOG_LEVELS = ("debug", "info", "warning", "error")
 

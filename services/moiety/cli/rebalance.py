@@ -71,12 +71,9 @@ def rebalance(
 
     # `model` is required but not used here: the checkpoint's sizes are in the registry.
     settings = resolve({"model": ""} | {name: value for name, value in given.items() if value is not None})
-    default = settings.registry.get_secret_value()
-    registry = default if "registry" in settings.model_fields_set else None
-    app = settings.app if "app" in settings.model_fields_set else None
 
     async def work() -> None:
-        found = await find_system(registry, app, wanted, default)
+        found = await find_system(settings, wanted)
         store = connect(found.url, found.known())
         try:
             plan = await propose_placement(store, RebalanceRequest(watch_s, hot_sets, int(settings.hot_memory)))

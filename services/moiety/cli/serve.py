@@ -57,7 +57,8 @@ def serve(model: str, hub_revision: str | None, ray_address: str | None, dashboa
 
     Starts Ray and Redis unless you name existing ones, prints the gateway's addresses, and runs until Ctrl-C, SIGTERM or
     SIGHUP, which a terminal sends when it closes. Then it stops what it started: new requests are refused, running ones get
-    `drain_s` seconds to finish. A second Ctrl-C stops at once. Exit status: 130 after Ctrl-C, else 0.
+    `drain_s` seconds to finish. A second signal stops at once; replicas on an existing Ray still finish first. Exit status: 130
+    after Ctrl-C, else 0, but 143 or 129 if SIGTERM or SIGHUP came first and a second signal after it.
 
     `moiety settings` lists all settings. An option goes before a MOIETY_* environment variable, that before a file in the
     folder MOIETY_SECRETS_DIR, and that before the YAML file of --config.

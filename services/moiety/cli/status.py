@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from moiety.cli.arguments import FiniteRange
 from moiety.cli.json_output import json_output_option, print_json
 from moiety.cli.run import run_async
 from moiety.cli.setting_options import setting_option
@@ -28,9 +29,7 @@ CLEAR = "\033[H\033[2J"  # moves to the top left and clears the screen
 @click.option(
     "--watch", is_flag=True, help="Show it again and again until it ends, or Ctrl-C; with --json, one line each time."
 )
-@click.option(
-    "--every", "every_s", type=click.FloatRange(0.2, 3600), default=2.0, help="Seconds between two of --watch."
-)
+@click.option("--every", "every_s", type=FiniteRange(0.2, 3600), default=2.0, help="Seconds between two of --watch.")
 @json_output_option
 def status(part: str, decisions: int, watch: bool, every_s: float, json_file: Path | None, **given: Any) -> None:
     """Show a running system: replicas, load, placement, decisions with their reasons, where the logs are.
@@ -50,13 +49,10 @@ def status(part: str, decisions: int, watch: bool, every_s: float, json_file: Pa
     from moiety.tools.running.status_lines import status_lines
 
     settings = resolve({"model": ""} | {name: value for name, value in given.items() if value is not None})
-    default = settings.registry.get_secret_value()
-    registry = default if "registry" in settings.model_fields_set else None
-    app = settings.app if "app" in settings.model_fields_set else None
     screen = watch and json_file is None and sys.stdout.isatty()
 
     async def show() -> RunningSystem | None:
-        snapshot = await read_snapshot(await find_system(registry, app, part, default), decisions)
+        snapshot = await read_snapshot(await find_system(settings, part), decisions)
         if json_file is None:
             lines = "\n".join(status_lines(snapshot))
             click.echo(f"{CLEAR if screen else ''}{time.strftime('%H:%M:%S  ') if watch else ''}{lines}")

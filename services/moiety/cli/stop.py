@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import click
 
-from moiety.cli.local_system import NONE_RUNS
+from moiety.cli.arguments import FiniteRange
 from moiety.cli.run import progress, run_async, signals_interrupt
-from moiety.config.running_systems import chosen, running_systems
+from moiety.config.running_systems import NONE_RUNS, chosen, running_systems
 from moiety.errors import FailedPrecondition
 
 
 @click.command()
 @click.option("--app", help="Application, or pid, of the system, where several run on this machine.")
-@click.option("--now", is_flag=True, help="End at once: running requests are cut off.")
+@click.option(
+    "--now", is_flag=True, help="End at once: running requests are cut off. With --ray-address: only do not wait."
+)
 @click.option(
     "--timeout",
     "timeout_s",
-    type=click.FloatRange(min=0, min_open=True),
+    type=FiniteRange(min=0, min_open=True),
     help="Seconds to wait for the end.  [default: no limit]",
 )
 @click.option(

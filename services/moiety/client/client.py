@@ -46,9 +46,9 @@ class Client(GenerationClient[AsyncGenerator[Chunk, None]]):
             def call(left_s: float | None) -> grpc.aio.UnaryStreamCall:
                 return self._stub.Generate(request, timeout=left_s, metadata=metadata)
 
-            def told(error: grpc.RpcError, tokens: int) -> MoietyError:
+            def failure_of(error: grpc.RpcError, tokens: int) -> MoietyError:
                 return failure(error, self.address, "Generate", timeout_s, tokens)
 
-            async with aclosing(stream_with_retries(call, retries, timeout_s, told)) as responses:
+            async with aclosing(stream_with_retries(call, retries, timeout_s, failure_of)) as responses:
                 async for response in responses:
                     yield chunk_of(response)

@@ -20,15 +20,15 @@ from moiety.errors import MoietyError, ResourceExhausted
 from moiety.wire.deadline import Deadline
 
 # Returns the error that a failed call stands for, after so many tokens.
-Told = Callable[[grpc.RpcError, int], MoietyError]
+FailureOf = Callable[[grpc.RpcError, int], MoietyError]
 
 
 async def stream_with_retries(
-    call: Callable[[float | None], Any], retries: int, timeout_s: float | None, told: Told
+    call: Callable[[float | None], Any], retries: int, timeout_s: float | None, failure_of: FailureOf
 ) -> AsyncGenerator[Any, None]:
     """Yields the responses of `call(seconds left)`, a call of grpc.aio. Calls again after ResourceExhausted.
 
-    It does so up to `retries` times. Raises the error that `told` returns, also where a wait would exceed `timeout_s`.
+    It does so up to `retries` times. Raises the error that `failure_of` returns, also where a wait would exceed `timeout_s`.
     """
     deadline = Deadline.after(timeout_s)
     while True:
@@ -39,7 +39,7 @@ async def stream_with_retries(
                 yield response
             return
         except grpc.RpcError as error:
-            wait_s = _wait_s(told(error, tokens), 0 if begun else retries, deadline)
+            wait_s = _wait_s(failure_of(error, tokens), 0 if begun else retries, deadline)
         finally:
             streaming.cancel()
         retries -= 1
@@ -47,7 +47,7 @@ async def stream_with_retries(
 
 
 def iterate_with_retries(
-    call: Callable[[float | None], Any], retries: int, timeout_s: float | None, told: Told
+    call: Callable[[float | None], Any], retries: int, timeout_s: float | None, failure_of: FailureOf
 ) -> Generator[Any, None, None]:
     """Does what `stream_with_retries` does, for a call of grpc's synchronous API. Blocks while it waits."""
     deadline = Deadline.after(timeout_s)
@@ -59,7 +59,7 @@ def iterate_with_retries(
                 yield response
             return
         except grpc.RpcError as error:
-            wait_s = _wait_s(told(error, tokens), 0 if begun else retries, deadline)
+            wait_s = _wait_s(failure_of(error, tokens), 0 if begun else retries, deadline)
         finally:
             streaming.cancel()
         retries -= 1

@@ -50,9 +50,9 @@ class SyncClient(GenerationClient[Generator[Chunk, None, None]]):
             def call(left_s: float | None) -> grpc.Call:
                 return self._stub.Generate(request, timeout=left_s, metadata=metadata)
 
-            def told(error: grpc.RpcError, tokens: int) -> MoietyError:
+            def failure_of(error: grpc.RpcError, tokens: int) -> MoietyError:
                 return failure(error, self.address, "Generate", timeout_s, tokens)
 
-            with closing(iterate_with_retries(call, retries, timeout_s, told)) as responses:
+            with closing(iterate_with_retries(call, retries, timeout_s, failure_of)) as responses:
                 for response in responses:
                     yield chunk_of(response)

@@ -40,7 +40,7 @@ class Departure:
 
     async def until_unneeded(self, until: float) -> None:
         """Returns once nobody needs the service, or at `until`, a time of the monotonic clock."""
-        is_door, ending, used, succeeded = self.parts.calls_end, self.ending, False, False
+        calls_end, ending, used, succeeded = self.parts.calls_end, self.ending, False, False
         work, used_at, read_at = self.parts.work(), time.monotonic(), -inf
         while (now := time.monotonic()) < until:
             if now >= read_at + READ_S:
@@ -52,9 +52,9 @@ class Departure:
             idle = self.parts.idle()
             if not idle or self.parts.work() != work:
                 work, used_at = self.parts.work(), now
-            if is_door and not self.ending and (ending or succeeded):
+            if calls_end and not self.ending and (ending or succeeded):
                 return  # its servers let running requests end; new ones are for another gateway, which may need the port
-            patience_s = SUCCESSOR_S if (used or is_door) and not succeeded else DRAIN_NOTICE_S
+            patience_s = SUCCESSOR_S if (used or calls_end) and not succeeded else DRAIN_NOTICE_S
             if idle and (not used if ending else now >= used_at + patience_s):
                 return
             await asyncio.sleep(LOOK_S)

@@ -33,9 +33,7 @@ class PlacementFollower:
         """Loads the experts that the placement gives this replica, or `default` if there is none that can be followed."""
         try:
             await self._load()
-        except (
-            MoietyError
-        ) as error:  # one that names experts which the model lacks must not stop replicas from starting
+        except MoietyError as error:  # a placement of experts that the model lacks must not stop replicas from starting
             _log.warning("%s starts with the default plan: %s", self._deployment, error)
         if not self._runtime.holding.epoch:
             await self._hold(self._default, 0)

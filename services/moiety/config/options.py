@@ -87,7 +87,7 @@ class SystemOptions(Options):
     registry: RegistryUrl = RegistryUrl("redis://127.0.0.1:6379/0")
     """URL of the registry: redis://… or rediss://…; without Ray unix:///… or file:///… too."""
     listen_host: Host = "127.0.0.1"
-    """Address to listen on; 0.0.0.0 = every interface, :: = every interface with IPv6 too."""
+    """Address to listen on; 0.0.0.0 = every interface, :: = the same for IPv6 as well."""
     advertise_host: Host = ""
     """Address by which others reach a service; default: listen_host, or the node's if that is every interface."""
     dtype: Dtype = "auto"
@@ -104,7 +104,7 @@ class SystemOptions(Options):
     1 = whole experts. The number of groups must be a multiple of it.
     """
     drain_s: float = Field(default=300.0, ge=0, le=86_400)
-    """Seconds that running requests get to finish when a service or the whole system ends; without any it ends at once."""
+    """Seconds that running requests get to finish when a service or the whole system ends; an idle one ends at once."""
 
     @property
     def system(self) -> SystemId:

@@ -24,6 +24,7 @@ from moiety.config.own_files import held, is_held, runtime_folder
 from moiety.errors import FailedPrecondition
 
 SUFFIX = ".json"
+NONE_RUNS = "no system that `moiety serve` started runs on this machine"
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +81,8 @@ class Record:
             descriptor = held(Path(name))
             os.replace(name, self._file)
         except BaseException:
-            os.unlink(name)
+            with contextlib.suppress(FileNotFoundError):  # a signal may come just after the file got its final name
+                os.unlink(name)
             raise
         if self._descriptor >= 0:
             os.close(self._descriptor)

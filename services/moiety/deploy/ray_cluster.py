@@ -102,6 +102,9 @@ def local_ray(
                     progress(f"Ray: did not start ({_one_line(error)}); trying once more")
                     ray.shutdown()
                     start()
+        except KeyboardInterrupt:
+            ray.shutdown()  # of what had started: the process may end without its exit handlers
+            raise
         except Exception as error:
             ray.shutdown()
             logs = folder / "session_latest" / "logs"

@@ -63,8 +63,10 @@ class _Replica:
         running, self._running = self._running, None
         if running is not None:
             app: str = serve.get_replica_context().app_name
-            await running.drain(self._drain_s, ending=await is_ending(app))
-            await running.close()
+            try:
+                await running.drain(self._drain_s, ending=await is_ending(app))
+            finally:
+                await running.close()
 
 
 class ExpertReplica(_Replica):

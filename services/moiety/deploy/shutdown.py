@@ -25,7 +25,8 @@ from moiety.wire.channels import channel
 POLL_S = 0.2
 COUNT_S = 1.0  # between two counts of the running requests
 STILL_S = 10.0  # between two lines that say the same
-ASK_S = 1.0  # a router or the controller may take so long to answer
+ASK_S = 1.0  # a router may take so long to answer
+CONTROLLER_S = 3.0  # Serve's controller may, which is busy while it restarts many replicas
 EXTRA_S = 10.0  # beyond `drain_s`, in which Serve gives a replica time to close
 
 
@@ -73,7 +74,7 @@ async def is_ending(app: str) -> bool:
     from ray.serve.schema import ApplicationStatus
 
     try:
-        async with asyncio.timeout(ASK_S):
+        async with asyncio.timeout(CONTROLLER_S):
             applications = await asyncio.to_thread(_applications)
     except Exception:  # the controller may be gone: whatever it raises then, this replica must still drain
         return True

@@ -215,9 +215,8 @@ def _package() -> Check:
     """Checks whether code that is started in this folder would import a folder called `moiety` instead of the package."""
     here = Path.cwd()
     found = PathFinder.find_spec("moiety", [str(here), *sys.path])
-    if (
-        found is not None and found.origin is None
-    ):  # Python takes such a folder only where the package is not on the path
+    # Python takes such a folder only where the package is not on the path.
+    if found is not None and found.origin is None:
         advice = "start Python from another folder: scripts and `python -m` here import that folder, not the package"
         return Check("package", f"{here / 'moiety'} hides it", Finding.WARN, advice)
     return Check("package", str(Path(moiety.__file__).parent))

@@ -110,10 +110,11 @@ class Server:
         A second `stop` waits for the first, or cuts it short if it gives less time. Then the first one ends as cancelled.
         """
         until = asyncio.get_running_loop().time() + grace_s
-        if self._stopping is not None and until < self._until and not self._stopping.done():
-            self._stopping.cancel()  # grpc.aio crashes with a segmentation fault where two stops overlap
-            await asyncio.wait([self._stopping])
-            self._stopping = None
+        if (first := self._stopping) is not None and until < self._until and not first.done():
+            first.cancel()  # grpc.aio crashes with a segmentation fault where two stops overlap
+            await asyncio.wait([first])
+            if self._stopping is first:  # else another `stop` has begun anew meanwhile
+                self._stopping = None
         if self._stopping is None:
             self._stopping, self._until = spawn("server stop", self._stop(grace_s)), until
         await asyncio.shield(self._stopping)

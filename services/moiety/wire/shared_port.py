@@ -74,10 +74,10 @@ async def listening_at_all(settings: GatewaySettings, system: SystemId) -> Async
 
 @contextmanager
 def claimed_ports(settings: GatewaySettings) -> Iterator[None]:
-    """In the block no other process of this machine gets past here with a port of `settings`, though nobody listens there yet.
+    """Claims the ports of `settings` on this machine until the block ends, though nobody listens there yet.
 
-    For who starts a system of his own, from his check of the ports to the system's end. Raises ConfigError if another has
-    done so. Without Linux, nothing is checked.
+    `deploy_app` holds the claim from its check of the ports to the system's end, so that two starts at once do not both pass
+    the check. Raises ConfigError if another process holds a claim. On other systems than Linux, nothing is claimed.
     """
     with ExitStack() as claims:
         for door, port in ports(settings):

@@ -27,6 +27,14 @@ _CODES: tuple[tuple[type[errors.MoietyError], grpc.StatusCode], ...] = (
     (errors.Unavailable, grpc.StatusCode.UNAVAILABLE),
     (errors.MoietyError, grpc.StatusCode.INTERNAL),
 )
+# gRPC itself ends no call with these: their details are a service's message, which may quote a client's text.
+_OF_SERVICES = frozenset(
+    {
+        grpc.StatusCode.INVALID_ARGUMENT,
+        grpc.StatusCode.NOT_FOUND,
+        grpc.StatusCode.FAILED_PRECONDITION,
+    }
+)
 _BY_NUMBER = {code.value[0]: code for code in grpc.StatusCode}
 
 
@@ -45,7 +53,10 @@ async def abort(context: grpc.aio.ServicerContext, error: errors.MoietyError) ->
 
 def error_of(rpc: grpc.RpcError) -> errors.MoietyError:
     """Returns the MoietyError that a failed RPC stands for, with the peer's message, or gRPC's own in plain words."""
-    return error_of_code(rpc.code(), in_words(rpc.details() or ""), rpc.trailing_metadata())
+    details = rpc.details() or ""
+    return error_of_code(
+        rpc.code(), details if rpc.code() in _OF_SERVICES else in_words(details), rpc.trailing_metadata()
+    )
 
 
 def parsed(response: T | None) -> T:

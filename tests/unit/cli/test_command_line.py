@@ -19,6 +19,7 @@ from moiety.cli.chaos import chaos
 from moiety.cli.main import COMMANDS, run
 from moiety.cli.options import invocation
 from moiety.cli.run import Interrupted, run_async, signals_interrupt
+from moiety.errors import CheckpointError
 
 HEAVY = ("torch", "transformers", "ray", "grpc", "numpy", "pydantic")
 
@@ -112,6 +113,19 @@ def test_only_the_first_signal_interrupts(number: signal.Signals, monkeypatch: p
         monkeypatch.setattr("moiety.cli.run.SAME_S", 0.0)
         os.kill(os.getpid(), number)
         assert signals.again()
+
+
+def test_a_signal_is_no_error_of_a_library() -> None:
+    """Code that makes an error of whatever a library raises does not catch it."""
+
+    def open_by_a_library() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except Exception as error:
+            raise CheckpointError("the library cannot read it") from error
+
+    with pytest.raises(Interrupted), signals_interrupt():
+        open_by_a_library()
 
 
 def test_rebalance_reports_a_wrong_address_at_once(capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,9 +26,7 @@ def write_shards(folder: Path, weights: Iterable[tuple[str, torch.Tensor]], shar
     def flush() -> None:
         file = folder / f"shard-{len(shards)}"
         file.touch()
-        mode = (
-            file.stat().st_mode & 0o777
-        )  # as the umask has it: safetensors makes files that only their owner can read
+        mode = file.stat().st_mode & 0o777  # by the umask: what safetensors writes, only its owner can read
         save_file(pending, file, metadata={"format": "pt"})
         file.chmod(mode)
         shards.append(list(pending))

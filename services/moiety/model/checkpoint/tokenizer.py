@@ -19,7 +19,7 @@ from moiety.errors import CheckpointError
 from moiety.model.checkpoint.sentencepiece_model import converted, named_tokens, read_sentencepiece
 from moiety.model.checkpoint.side_files import TOKENIZER_FILES, check_side_files, end_ids, read_side_file
 
-WHOLE_FILE, CONFIG_FILE, ADDED_FILE = "tokenizer.json", "tokenizer_config.json", "added_tokens.json"
+WHOLE_FILE, TOKENIZER_CONFIG_FILE, ADDED_FILE = "tokenizer.json", "tokenizer_config.json", "added_tokens.json"
 MODEL_FILE = "tokenizer.model"
 TEKKEN_FILE = "tekken.json"
 TIKTOKEN_FILES = (MODEL_FILE, "tiktoken.model")
@@ -141,7 +141,7 @@ def _if_installed(package: str, folder: Path, name: str) -> str:
 
 def _own_class(folder: Path) -> str:
     """Returns the class, in the checkpoint's own code, that tokenizer_config.json names; "" if it names none."""
-    stated = read_side_file(folder, CONFIG_FILE).get("auto_map")
+    stated = read_side_file(folder, TOKENIZER_CONFIG_FILE).get("auto_map")
     named = stated.get("AutoTokenizer") if isinstance(stated, dict) else stated
     names = [name for name in (named if isinstance(named, list) else [named]) if isinstance(name, str)]
     return names[0] if names else ""
@@ -164,7 +164,7 @@ def _unstated(folder: Path, named: Mapping[str, Any]) -> dict[str, Any]:
 
 def _added(folder: Path) -> dict[str, int]:
     """Returns the ids of the tokens that the side files of a tokenizer add or rename, by their texts."""
-    listed = read_side_file(folder, CONFIG_FILE).get("added_tokens_decoder") or {}
+    listed = read_side_file(folder, TOKENIZER_CONFIG_FILE).get("added_tokens_decoder") or {}
     texts = {token_id: token["content"] if isinstance(token, dict) else token for token_id, token in listed.items()}
     return {**read_side_file(folder, ADDED_FILE), **{text: int(token_id) for token_id, text in texts.items()}}
 
@@ -201,7 +201,7 @@ def _whole(folder: Path, **named: Any) -> Any:
 
 def _sentencepiece(folder: Path) -> Any:
     """Converts tokenizer.model. Side files count as beside a tokenizer.json, which is what this makes of it for a moment."""
-    config, model = read_side_file(folder, CONFIG_FILE), read_sentencepiece(folder / MODEL_FILE)
+    config, model = read_side_file(folder, TOKENIZER_CONFIG_FILE), read_sentencepiece(folder / MODEL_FILE)
     for text, token_id in _added(folder).items():
         if token_id < len(model.pieces):  # a token that was kept free for this
             model.pieces[token_id].piece = text

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from moiety.model.checkpoint.checkpoint import Checkpoint
+from moiety.model.checkpoint.side_files import text_config
 
 # Patterns of tensors that may be left over: each is searched in the published name of a tensor that becomes no weight.
 UNUSED = (
@@ -34,6 +35,6 @@ def predicts_several_tokens(checkpoint: Checkpoint, name: str) -> bool:
     """Returns whether the tensor `name` is of a layer that predicts several tokens at once, which no trunk has."""
     if _MULTI_TOKEN.search(name):
         return True
-    layers = (checkpoint.config.get("text_config") or checkpoint.config).get("num_hidden_layers") or 0
+    layers = text_config(checkpoint.config).get("num_hidden_layers") or 0
     layer = _LAYER.match(name)
     return layer is not None and int(layer[2]) >= layers and f"{layer[0]}eh_proj.weight" in checkpoint.tensors

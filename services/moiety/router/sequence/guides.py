@@ -238,8 +238,13 @@ def _within(backend: Tokenizer, vocabulary: int) -> str:
     else:
         model["vocab"] = {piece: token for piece, token in pieces.items() if token < vocabulary}
     if "merges" in model:
-        model["merges"] = [pair for pair in model["merges"] if "".join(pair).replace(" ", "") in model["vocab"]]
+        model["merges"] = [pair for pair in model["merges"] if _merged(pair) in model["vocab"]]
     return json.dumps(whole)
+
+
+def _merged(pair: str | list[str]) -> str:
+    """Returns the piece that a merge gives. Older files write the pair as one text with a space between."""
+    return pair.replace(" ", "", 1) if isinstance(pair, str) else "".join(pair)
 
 
 def _prepare(backend: Tokenizer) -> int:

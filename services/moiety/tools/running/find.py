@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from moiety.config.application import AppSettings
 from moiety.config.registry_url import without_secrets
-from moiety.config.running_systems import RunningSystem, chosen, running_systems
+from moiety.config.running_systems import NONE_RUNS, RunningSystem, chosen, running_systems
 from moiety.core.system import SystemId
 from moiety.errors import FailedPrecondition, RegistryUnreachable, Unavailable
 from moiety.registry.connect import live_systems
@@ -27,14 +28,16 @@ class FoundSystem:
         return self.system
 
 
-async def find_system(registry: str | None, app: str | None, part: str, default_registry: str) -> FoundSystem:
-    """Returns the only system that fits: of application `app`, if given, and with `part` in the text of its name.
+async def find_system(settings: AppSettings, part: str) -> FoundSystem:
+    """Returns the only system that fits: of application `app`, if `settings` were given one, and with `part` in its name.
 
-    Looks in the registry at the URL `registry`, if given. Otherwise takes the system that runs on this machine and, where none
-    does, looks in the registry at `default_registry`. Raises FailedPrecondition, with the names that there are, if no system
-    or several fit, RegistryUnreachable if the registry does not answer.
+    Looks in the registry that `settings` were given. If they were given none, takes the system that runs on this machine and,
+    where none does, looks in the registry at the default URL. Raises FailedPrecondition, with the names that there are, if
+    no system or several fit, RegistryUnreachable if the registry does not answer.
     """
-    local = chosen(running_systems(), app) if registry is None else None
+    given, url = settings.model_fields_set, settings.registry.get_secret_value()
+    app = settings.app if "app" in given else None
+    local = chosen(running_systems(), app) if "registry" not in given else None
     if local is not None:
         if not local.registry:
             return FoundSystem("", None, local)
@@ -43,18 +46,17 @@ async def find_system(registry: str | None, app: str | None, part: str, default_
         elif not (live := await live_systems(local.registry, local.app)):
             return FoundSystem(local.registry, None, local)
         return FoundSystem(local.registry, chosen_system(live, local.app, part), local)
-    app = app or "moiety"
     try:
-        system = chosen_system(await live_systems(registry or default_registry, app), app, part)
+        system = chosen_system(await live_systems(url, settings.app), settings.app, part)
     except RegistryUnreachable:
-        if registry is not None:
+        if "registry" in given:
             raise
         raise RegistryUnreachable(
-            "no system that `moiety serve` started runs on this machine, and no registry answers at "
-            f"{without_secrets(default_registry)}: start a system, or name its registry with --registry"
+            f"{NONE_RUNS}, and no registry answers at {without_secrets(url)}: "
+            "start a system, or name its registry with --registry"
         ) from None
     local = next((one for one in running_systems() if one.system == str(system)), None)
-    return FoundSystem(registry or default_registry, system, local)
+    return FoundSystem(url, system, local)
 
 
 def chosen_system(live: Sequence[SystemId], app: str, part: str) -> SystemId:

@@ -20,7 +20,7 @@ from moiety.core.system import SystemId
 from moiety.errors import NotFound
 
 POLL_S = 0.25
-RAY_FOLDER = Path("/tmp/ray")
+RAY_FOLDER = Path("/tmp/ray")  # on nodes whose environment is not known
 CONTROLLER = "controller"
 _DEPLOYMENT = rf"{GATEWAY}|{ROUTER}|{EXPERTS}\d+|{HOT}\d+"
 _MARK = re.compile(r":(job_id|actor_name|task_name):")  # lines by which Ray marks whose output follows
@@ -44,11 +44,13 @@ class LogFile:
 def log_folder(system: RunningSystem) -> Path | None:
     """Returns the folder of this machine in which Ray logs for `system`, also before Ray has made it; None if not known.
 
-    A Ray that ran before keeps its logs below /tmp/ray unless it was told another folder.
+    A Ray that ran before is taken to keep its logs where this user's environment would put them.
     """
     if system.logs:
         return Path(system.logs)
-    folder = RAY_FOLDER / SystemId.parse(system.system).cluster / "logs" if system.system else None
+    from moiety.deploy.ray_cluster import default_ray_folder  # a second, which other systems need not
+
+    folder = default_ray_folder() / SystemId.parse(system.system).cluster / "logs" if system.system else None
     return folder if folder is not None and folder.is_dir() else None
 
 

@@ -16,9 +16,8 @@ from moiety.registry.connect import connect
 from moiety.registry.interface import Registry
 
 POLL_S = 0.2
-AGAIN_S = (
-    1.0  # after this time the second signal is sent, which ends the system without a wait; sooner, both count as one
-)
+# After this time the second signal is sent, which ends the system without a wait. Sooner, both would count as one.
+AGAIN_S = 1.0
 
 
 async def stop_system(

@@ -17,9 +17,9 @@ from moiety.registry.connect import forget, live_systems
 def stop_on_cluster(address: str, settings: AppSettings, *, now: bool, progress: Callable[[str], None]) -> None:
     """Deletes application `settings.app` of the Ray at `address`; returns once its replicas have ended.
 
-    Running requests finish first, as the application's settings allow, unless `now`. What it leaves in the registry is deleted
-    if `settings` name that; else it expires. Raises NotFound, with the applications that are there, if there is no such one,
-    Unavailable if replicas are left at the end.
+    Running requests finish first, as the application's settings allow. `now`: returns at once, while they do. What the
+    application leaves in the registry is deleted if it has ended and `settings` name the registry; else it expires. Raises
+    NotFound, with the applications that are there, if there is no such one, Unavailable if replicas are left at the end.
     """
     registry = settings.registry.get_secret_value() if "registry" in settings.model_fields_set else ""
     with existing_ray(address):
@@ -31,10 +31,12 @@ def stop_on_cluster(address: str, settings: AppSettings, *, now: bool, progress:
             raise NotFound(f"no application {settings.app!r} on the Ray at {address}: there are {names}")
         cluster = settings.cluster or ray.get_runtime_context().get_session_name()
         systems = _systems(registry, settings.app, cluster) if registry else ()
-        if not end_application(settings.app, progress, registry=registry, hurried=lambda: now) and not now:
-            raise Unavailable(
-                f"{settings.app} has not ended in the time that its settings give: its replicas go on ending"
-            )
+        ended = end_application(settings.app, progress, registry=registry, hurried=lambda: now)
+    if not ended and now:
+        progress(f"{settings.app} ends: its running requests have up to `drain_s` seconds to finish")
+        return
+    if not ended:
+        raise Unavailable(f"{settings.app} has not ended in the time that its settings give: its replicas go on ending")
     for system in systems:
         asyncio.run(forget(registry, system))
     progress(f"{settings.app} has ended")
