@@ -63,7 +63,7 @@ async def test_streams_finish_when_the_command_is_asked_to_end(tiny: Callable[[s
     """
     terminal = Terminal(tiny("mixtral"))
     try:
-        address = (await terminal.read_until(r"GenerationService at (\S+)[\s\S]*Ctrl-C stops"))[1]
+        address = (await terminal.read_until(r"GenerationService at (\S+)[\s\S]*stops it"))[1]
         processes = psutil.Process(terminal.pid).children(recursive=True)
         async with Client(address) as client:
             streams = Streams(client, 60, prompts=[[1, 2, 3]])

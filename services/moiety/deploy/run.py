@@ -72,10 +72,10 @@ def deploy_app(
     `wait_s` seconds; in all cases nothing that this call started is left running. `hurried()`: whether the application's
     end waits no longer for running requests.
     """
-    began = time.monotonic()
+    began, served = time.monotonic(), False
     args = args.model_copy(update={"model": str(Path(args.model).absolute())})
     with ExitStack() as ends:
-        last = ends.enter_context(ExitStack())  # what is done once Ray has ended, if it was started here
+        after_ray = ends.enter_context(ExitStack())  # what is done once Ray has ended, if it was started here
         if alone := address is None and not connected():
             gateway = gateway_settings(args, LOOPBACK[0])
             asyncio.run(check_ports(gateway, None))
@@ -117,8 +117,14 @@ def deploy_app(
             progress(f"Ray: {short}")
         if args.app not in serve.status().applications:
             url = args.registry.get_secret_value()
-            last.callback(lambda: asyncio.run(forget(url, args.system)))
-            ends.callback(end_application, args.app, progress, registry=url, hurried=hurried)
+
+            def forget_system() -> None:
+                if not hurried():  # it waits for the entries of replicas that were killed
+                    asyncio.run(forget(url, args.system))
+
+            after_ray.callback(forget_system)
+            # Before it has served, there is nothing to wait for.
+            ends.callback(end_application, args.app, progress, registry=url, hurried=lambda: hurried() or not served)
         serve.run_many(
             [serve.RunTarget(application, name=args.app, route_prefix=None)],
             wait_for_ingress_deployment_creation=False,
@@ -128,6 +134,7 @@ def deploy_app(
             until_ready(args, wanted_replicas(args), status, wait_s, progress, partial(_shortage, args))
         )
         ready_s = time.monotonic() - began - ray_s - build_s
+        served = True
         progress(f"{args.app}: ready in {ready_s:.1f} s")
         seconds = {"ray": ray_s, "build": build_s, "ready": ready_s}
         return DeployedApp(args.system, gateways, seconds, ends.pop_all())

@@ -16,7 +16,7 @@ import grpc
 
 from moiety.core.system import SystemId
 from moiety.deploy.ray_cluster import Progress
-from moiety.errors import MoietyError
+from moiety.errors import MoietyError, Unavailable
 from moiety.internal.v1.engine_pb2 import DescribeEngineRequest
 from moiety.internal.v1.engine_pb2_grpc import EngineServiceStub
 from moiety.registry.connect import connect, live_systems
@@ -27,6 +27,7 @@ COUNT_S = 1.0  # between two counts of the running requests
 STILL_S = 10.0  # between two lines that say the same
 ASK_S = 1.0  # a router may take so long to answer
 CONTROLLER_S = 3.0  # Serve's controller may, which is busy while it restarts many replicas
+TRIES = 3
 EXTRA_S = 10.0  # beyond `drain_s`, in which Serve gives a replica time to close
 
 
@@ -37,8 +38,17 @@ def end_application(
 
     They refuse new requests and give running ones up to `drain_s` seconds to finish. `hurried()`, which is asked all the
     time: whether to wait no longer. `progress` gets a line whenever the number of running requests changes; they are counted
-    if the URL of the application's `registry` is given.
+    if the URL of the application's `registry` is given. It also hears if Serve does not answer, which ends the wait.
     """
+    try:
+        return _end(app, progress, registry, hurried)
+    except Unavailable as error:
+        progress(f"{app}: not known whether it has ended: {error}")
+        return False
+
+
+def _end(app: str, progress: Progress, registry: str, hurried: Callable[[], bool]) -> bool:
+    """As `end_application`. Raises Unavailable if Serve's controller does not answer any more."""
     from ray import serve
 
     applications = _applications()
@@ -108,10 +118,24 @@ async def _at_router(address: str) -> int:
     return int(load.running + load.waiting)
 
 
-def _applications() -> Mapping[str, Any]:
-    """Returns what Serve's controller tells about each application: name -> status, deployments with their options."""
-    from ray.serve.context import _get_global_client
+def _applications(tries: int = TRIES) -> Mapping[str, Any]:
+    """Returns what Serve's controller tells about each application: name -> status, deployments with their options.
 
-    client = _get_global_client(raise_if_no_controller_running=False)
-    applications: Mapping[str, Any] = {} if client is None else client.get_serve_details()["applications"]
-    return applications
+    Raises Unavailable if it does not answer `tries` times in a row, for CONTROLLER_S each.
+    """
+    import ray
+    from ray.exceptions import RayError
+    from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
+
+    try:
+        controller = ray.get_actor(SERVE_CONTROLLER_NAME, SERVE_NAMESPACE)
+    except ValueError:  # Serve does not run
+        return {}
+    try:
+        asked = controller.get_serve_instance_details.remote()  # the method of Serve's client has no timeout
+        applications: Mapping[str, Any] = ray.get(asked, timeout=CONTROLLER_S)["applications"]
+        return applications
+    except RayError as error:
+        if tries > 1:
+            return _applications(tries - 1)
+        raise Unavailable(f"Serve's controller does not answer ({type(error).__name__})") from None
