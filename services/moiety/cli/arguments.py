@@ -79,17 +79,15 @@ class TextFile(click.Path):
 class OutputFile(click.Path):
     """Option type: a file to write at the end of the work. Refused before the work if its folder cannot take it.
 
-    `endings`: those that its name may have; any, if there are none. `stdout`: whether `-` may stand for stdout.
+    `endings`: those that its name may have; any, if there are none.
     """
 
-    def __init__(self, *endings: str, stdout: bool = False) -> None:
-        super().__init__(dir_okay=False, writable=True, allow_dash=stdout, path_type=Path)
+    def __init__(self, *endings: str) -> None:
+        super().__init__(dir_okay=False, writable=True, path_type=Path)
         self._endings = endings
 
     def convert(self, value: Any, param: Param, ctx: Ctx) -> Path:
         file = Path(os.fsdecode(super().convert(value, param, ctx)))
-        if self.allow_dash and file == Path("-"):
-            return file
         if not file.parent.is_dir():
             self.fail(f"{file.parent} is not a folder", param, ctx)
         if not file.exists() and not os.access(file.parent, os.W_OK):

@@ -6,7 +6,6 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -70,7 +69,7 @@ def generate(
     system: str | None,
     as_ids: bool,
     top_logprobs: int | None,
-    json_file: Path | None,
+    as_json: bool,
     **options: Any,
 ) -> None:
     """Generate text from a running gateway.
@@ -99,7 +98,7 @@ def generate(
     options["logit_bias"] = dict(options["logit_bias"])
     if top_logprobs is not None:
         options |= {"logprobs": True, "top_logprobs": top_logprobs}
-    printer = None if json_file else _Printer(as_ids, options["n"] or 1, top_logprobs is not None)
+    printer = None if as_json else _Printer(as_ids, options["n"] or 1, top_logprobs is not None)
     work = _stream(
         _messages(system, text) if chat else text,
         gateway_address(address, app, DEFAULT_ADDRESS),
@@ -107,8 +106,8 @@ def generate(
         options | {"recommended": chat},
     )
     whole = run_async(work)
-    if json_file is not None:
-        print_json(json_file, whole)
+    if as_json:
+        print_json(whole)
 
 
 def _messages(system: str | None, text: str) -> list[dict[str, str]]:

@@ -4,33 +4,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TypeVar
 
 import click
-
-from moiety.cli.arguments import OutputFile
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def json_output_option(function: Function) -> Function:
-    """Adds the option --json [FILE], passed as `json_file`: JSON instead of text, on stdout unless a file is given."""
-    return click.option(
-        "--json",
-        "json_file",
-        is_flag=False,
-        flag_value="-",
-        metavar="[FILE]",
-        type=OutputFile(stdout=True),
-        help="Write JSON instead of text: to FILE, by default to stdout.",
-    )(function)
+    """Adds the flag --json, passed as `as_json`: JSON instead of text, on stdout.
+
+    It takes no file, as --json of other commands does: in `generate --json TEXT` that would be the prompt.
+    """
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")(function)
 
 
-def print_json(file: Path, value: object) -> None:
-    """Writes `value` as indented JSON to `file`, or to stdout if that is `-`."""
-    text = json.dumps(value, indent=2)
-    if file == Path("-"):
-        click.echo(text)
-    else:
-        file.write_text(f"{text}\n", encoding="utf-8")
+def print_json(value: object) -> None:
+    """Prints `value` as indented JSON."""
+    click.echo(json.dumps(value, indent=2))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import click
@@ -48,7 +47,7 @@ def rebalance(
     dry_run: bool,
     yes: bool,
     timeout_s: float,
-    json_file: Path | None,
+    as_json: bool,
     **given: Any,
 ) -> None:
     """Move experts between replicas to fit the current load, while requests run.
@@ -77,15 +76,15 @@ def rebalance(
         store = connect(found.url, found.known())
         try:
             plan = await propose_placement(store, RebalanceRequest(watch_s, hot_sets, int(settings.hot_memory)))
-            if json_file is None:
+            if not as_json:
                 for line in plan.lines():
                     click.echo(line)
             question = f"Put placement {plan.placement.epoch} in force?"
-            apply = plan.changes and not dry_run and (yes or click.confirm(question, err=json_file is not None))
+            apply = plan.changes and not dry_run and (yes or click.confirm(question, err=as_json))
             if apply:
                 await apply_placement(store, plan, timeout_s, progress(), layers_at_once or 0)
-            if json_file is not None:
-                print_json(json_file, plan_json(plan, str(found.known()), applied=apply))
+            if as_json:
+                print_json(plan_json(plan, str(found.known()), applied=apply))
         finally:
             await store.close()
 

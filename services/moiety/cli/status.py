@@ -6,7 +6,6 @@ import asyncio
 import json
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import click
@@ -31,7 +30,7 @@ CLEAR = "\033[H\033[2J"  # moves to the top left and clears the screen
 )
 @click.option("--every", "every_s", type=FiniteRange(0.2, 3600), default=2.0, help="Seconds between two of --watch.")
 @json_output_option
-def status(part: str, decisions: int, watch: bool, every_s: float, json_file: Path | None, **given: Any) -> None:
+def status(part: str, decisions: int, watch: bool, every_s: float, as_json: bool, **given: Any) -> None:
     """Show a running system: replicas, load, placement, decisions with their reasons, where the logs are.
 
     Without --registry, it is the system that `moiety serve` runs on this machine. Everything is read from the registry, so
@@ -49,17 +48,17 @@ def status(part: str, decisions: int, watch: bool, every_s: float, json_file: Pa
     from moiety.tools.running.status_lines import status_lines
 
     settings = resolve({"model": ""} | {name: value for name, value in given.items() if value is not None})
-    screen = watch and json_file is None and sys.stdout.isatty()
+    screen = watch and not as_json and sys.stdout.isatty()
 
     async def show() -> RunningSystem | None:
         snapshot = await read_snapshot(await find_system(settings, part), decisions)
-        if json_file is None:
+        if not as_json:
             lines = "\n".join(status_lines(snapshot))
             click.echo(f"{CLEAR if screen else ''}{time.strftime('%H:%M:%S  ') if watch else ''}{lines}")
         elif watch:
             click.echo(json.dumps(snapshot.to_json()))
         else:
-            print_json(json_file, snapshot.to_json())
+            print_json(snapshot.to_json())
         return snapshot.found.local
 
     async def show_again() -> None:
@@ -74,8 +73,6 @@ def status(part: str, decisions: int, watch: bool, every_s: float, json_file: Pa
             except RegistryUnreachable as error:
                 click.echo(f"{CLEAR if screen else ''}{time.strftime('%H:%M:%S')}  {error}", err=not screen)
 
-    if watch and json_file is not None and json_file != Path("-"):
-        raise click.UsageError("--watch writes JSON to stdout only: leave out the file of --json")
     if watch:
         run_async(show_again())
     else:
