@@ -113,8 +113,12 @@ async def _until_refused(address: str) -> None:
                 refusal = str(error)
 
 
+@pytest.mark.slow
 def test_streams_that_do_not_finish_in_time_are_told_so(served: Served) -> None:
-    """At the end of the grace a stream ends with the reason; an idle system ends at once, however long the grace is."""
+    """At the end of the grace a stream ends with the reason; an idle system ends at once, however long the grace is.
+
+    Over 20 s: it starts two systems.
+    """
 
     async def scenario() -> None:
         async with cluster_of(served) as cluster, Client(cluster.address) as client:

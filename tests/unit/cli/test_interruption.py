@@ -24,8 +24,8 @@ def test_interrupted_benchmark_leaves_nothing(moiety_process: Callable, tmp_path
         if "measure:" in line:
             break
     children = psutil.Process(process.pid).children(recursive=True)
-    assert len(children) == 4  # expert, router, gateway, echo
-    assert list(tmp_path.iterdir())
+    assert len(children) >= 4  # expert, router, gateway, echo
+    assert list(tmp_path.glob("*/*"))
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=30)
     assert process.returncode == 130
@@ -34,4 +34,4 @@ def test_interrupted_benchmark_leaves_nothing(moiety_process: Callable, tmp_path
     while any(child.is_running() for child in children):
         assert time.monotonic() < deadline, children
         time.sleep(0.05)
-    assert not list(tmp_path.iterdir())
+    assert not list(tmp_path.glob("*/*"))  # but for the folder of this user
