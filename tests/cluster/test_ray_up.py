@@ -14,6 +14,7 @@ from two_hosts import Network, missing, two_hosts
 
 FILE = "cluster/local.yaml"
 ENVIRONMENT = ". ~/moiety/cluster/environment.sh && "
+PACED = "    deployments: [" + ", ".join(f"{{name: experts-{n}, user_config: {{capacity: 300}}}}" for n in (0, 1)) + "]"
 LENGTH = 400  # tokens: a stream of some seconds
 # Processes of Ray, of Serve's replicas and of Redis.
 OURS = "ps -eo pid,args | grep -E '[r]ay::|[r]aylet|[g]cs_server|[r]ay/dashboard|[r]edis-server|[m]onitor.py' || true"
@@ -51,6 +52,9 @@ def test_the_unchanged_file_runs_a_cluster(network: Network) -> None:
         return len(expected) == LENGTH
 
     wait(serves, "the gateway on the head")
+    # Paced, the tiny model is busy enough to grow: a live setting, so nothing restarts.
+    on_head(network, f"(cat ~/moiety/cluster/serve.yaml; echo '{PACED}') > ~/paced.yaml")
+    on_head(network, "~/venv/bin/serve deploy ~/paced.yaml")
     wait(lambda: grown(network, worker), "a replica of an expert group on the second host")
     assert generate(network) == expected
 

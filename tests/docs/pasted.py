@@ -104,11 +104,15 @@ class Pasted:
             _wait(lambda: not self.processes(), END_S, f"{block}: the end of all its processes")
 
     def processes(self) -> list[psutil.Process]:
-        """Returns the running processes that it started, however: each or a parent has its mark."""
+        """Returns the running processes that it started, however: each or a parent has its mark, or listens on its ports."""
+        ports = set(map(int, self.ports.values()))
+        # Redis writes its title over its environment.
+        open_ports = (each for each in psutil.net_connections("tcp") if each.status == psutil.CONN_LISTEN)
+        listeners = {each.pid for each in open_ports if each.laddr.port in ports}
         found = {}
         for process in psutil.process_iter():
             try:
-                if process.environ().get("PASTED_RUN") == self.run_id:
+                if process.pid in listeners or process.environ().get("PASTED_RUN") == self.run_id:
                     found |= {each.pid: each for each in (process, *process.children(recursive=True))}
             except psutil.Error:
                 continue
