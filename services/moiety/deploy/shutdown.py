@@ -9,11 +9,14 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from contextlib import suppress
 from math import inf
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 
+from moiety.core.supervise import spawn_thread
 from moiety.core.system import SystemId
 from moiety.deploy.ray_cluster import Progress
 from moiety.errors import MoietyError, Unavailable
@@ -22,6 +25,7 @@ from moiety.internal.v1.engine_pb2_grpc import EngineServiceStub
 from moiety.registry.connect import connect, live_systems
 from moiety.wire.channels import channel
 
+Answer = TypeVar("Answer")
 POLL_S = 0.2
 COUNT_S = 1.0  # between two counts of the running requests
 STILL_S = 10.0  # between two lines that say the same
@@ -56,7 +60,7 @@ def _end(app: str, progress: Progress, registry: str, hurried: Callable[[], bool
         return True
     began = counted_at = time.monotonic()
     until = began + grace_s(applications[app])
-    serve.delete(app, _blocking=False)
+    _asked(lambda: serve.delete(app, _blocking=False))
     said, said_at = "", -inf
     while (now := time.monotonic()) < until and not hurried():
         if now >= counted_at:
@@ -123,19 +127,41 @@ def _applications(tries: int = TRIES) -> Mapping[str, Any]:
 
     Raises Unavailable if it does not answer `tries` times in a row, for CONTROLLER_S each.
     """
-    import ray
+    for _ in range(tries - 1):
+        with suppress(Unavailable):
+            return _asked(_details)
+    return _asked(_details)
+
+
+def _asked(question: Callable[[], Answer]) -> Answer:
+    """Returns the answer to a question to Ray. Raises Unavailable if it takes longer than CONTROLLER_S, or fails.
+
+    Ray itself waits a minute for a cluster that is gone, and then ends the process.
+    """
     from ray.exceptions import RayError
+
+    answer: Future[Answer] = Future()
+
+    def ask() -> None:
+        try:
+            answer.set_result(question())
+        except Exception as error:
+            answer.set_exception(error)
+
+    spawn_thread("question to Serve", ask).start()
+    try:
+        return answer.result(CONTROLLER_S)
+    except (RayError, TimeoutError) as error:
+        raise Unavailable(f"Serve's controller does not answer ({type(error).__name__})") from None
+
+
+def _details() -> Mapping[str, Any]:
+    import ray
     from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 
     try:
         controller = ray.get_actor(SERVE_CONTROLLER_NAME, SERVE_NAMESPACE)
     except ValueError:  # Serve does not run
         return {}
-    try:
-        asked = controller.get_serve_instance_details.remote()  # the method of Serve's client has no timeout
-        applications: Mapping[str, Any] = ray.get(asked, timeout=CONTROLLER_S)["applications"]
-        return applications
-    except RayError as error:
-        if tries > 1:
-            return _applications(tries - 1)
-        raise Unavailable(f"Serve's controller does not answer ({type(error).__name__})") from None
+    applications: Mapping[str, Any] = ray.get(controller.get_serve_instance_details.remote())["applications"]
+    return applications
