@@ -67,6 +67,7 @@ def test_the_unchanged_file_runs_a_cluster(network: Network) -> None:
     on_head(network, "~/venv/bin/serve shutdown -y")
     on_head(network, "~/venv/bin/python ~/moiety/cluster/shared_redis.py stop")
     network.run(["ray", "down", "-y", FILE], timeout_s=120)
+    network.on(worker, "~/venv/bin/ray stop")
     for host in (head, worker):
         wait(partial(ended, network, host), f"the end of all processes on {host}")
 
