@@ -43,6 +43,7 @@ COMMANDS = (
     Wrong("generate hello --address {nobody}", r"error: gateway {nobody}: nobody listens there", alone=True),
     Wrong("generate hello --address localhost", "'localhost': no port from 1 to 65535 .* HOST:PORT, such as", USAGE),
     Wrong("generate hello --address http://localhost:1", "leave out http://", USAGE),
+    Wrong("generate hello --address me:hunter2@{nobody}", "'{nobody}': an address has no user and no password", USAGE),
     Wrong("generate hello --temperature nan", "nan is not a finite number", USAGE),
     Wrong("chat --address {nobody}", r"error: gateway {nobody}: nobody listens there \(connection refused\)"),
     Wrong("batch {requests} {folder}/out.jsonl --url http://{nobody} --patience 0", "no connection: http://{nobody}"),

@@ -39,7 +39,8 @@ class Address(click.ParamType[str]):
             return address.joined(*address.split(str(value)))
         except ValueError as error:
             why = "leave out http:// and what follows the port" if "://" in str(value) else str(error)
-            self.fail(f"{str(value)!r}: {why}; must be {address.FORM}", param, ctx)
+            shown = str(value).rpartition("@")[2]  # what stands before it may be a password
+            self.fail(f"{shown!r}: {why}; must be {address.FORM}", param, ctx)
 
 
 class Text(click.ParamType[str]):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import closing
+from itertools import chain
 
 import click
 
 from moiety.cli.run import signals_interrupt
 from moiety.config.running_systems import NONE_RUNS, chosen, is_running, running_systems
+from moiety.core.text import for_terminal
 from moiety.errors import FailedPrecondition
 
 
@@ -45,7 +48,6 @@ def logs(deployment: str | None, follow: bool, lines: int, app: str | None) -> N
             f"this machine's replicas only: the other nodes of {system.ray_address} keep their own logs", err=True
         )
     with signals_interrupt(), closing(LogReader(folder, system.app, deployment)) as reader:
-        for line in reader.last(lines):
-            click.echo(line)
-        for line in reader.follow(lambda: is_running(system)) if follow else ():
-            click.echo(line)
+        followed = reader.follow(lambda: is_running(system)) if follow else ()
+        for line in chain(reader.last(lines), followed):
+            click.echo(for_terminal(line) if sys.stdout.isatty() else line)

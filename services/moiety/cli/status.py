@@ -16,6 +16,7 @@ from moiety.cli.run import run_async
 from moiety.cli.setting_options import setting_option
 from moiety.config.resolve import resolve
 from moiety.config.running_systems import RunningSystem, is_running
+from moiety.core.text import for_terminal
 
 CLEAR = "\033[H\033[2J"  # moves to the top left and clears the screen
 
@@ -54,6 +55,7 @@ def status(part: str, decisions: int, watch: bool, every_s: float, as_json: bool
         snapshot = await read_snapshot(await find_system(settings, part), decisions)
         if not as_json:
             lines = "\n".join(status_lines(snapshot))
+            lines = for_terminal(lines) if sys.stdout.isatty() else lines
             click.echo(f"{CLEAR if screen else ''}{time.strftime('%H:%M:%S  ') if watch else ''}{lines}")
         elif watch:
             click.echo(json.dumps(snapshot.to_json()))

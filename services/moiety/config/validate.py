@@ -67,7 +67,7 @@ def _without_secrets(value: Any) -> Any:
 
 def similar(kind: type[BaseModel], name: str) -> list[str]:
     """Returns the dotted names of those settings of `kind` that may be meant by the unknown `name`."""
-    names = [known for known, _ in leaves(kind)]
+    names = list(dict.fromkeys([*(known for known, _ in leaves(kind)), *kind.model_fields]))
     return [known for known in names if known.rpartition(".")[2] == name] or get_close_matches(name, names, cutoff=0.7)
 
 

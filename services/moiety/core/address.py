@@ -31,6 +31,8 @@ def joined(host: str, port: int) -> str:
 
 def split(text: str) -> tuple[str, int]:
     """Returns the host, without brackets, and the port, 1 to 65535, of a `text` of FORM. Raises ValueError for another text."""
+    if "@" in text:
+        raise ValueError("an address has no user and no password")
     before, _, after = text.rpartition(":")
     if ":" in before and not before.startswith("["):
         raise ValueError("an IPv6 address needs brackets beside a port")

@@ -127,6 +127,7 @@ def test_a_wrong_variable_is_reported(variable: str, value: str, message: str, m
     ("given", "message"),
     [
         ({"slots": 64}, r"setting slots: unknown; did you mean router\.slots\?"),
+        ({"gatway": {"port": 3}}, r"setting gatway: unknown; did you mean gateway\?"),
         ({"threads": 2}, r"unknown; did you mean router\.threads or experts\.threads\?"),
         (
             {"gateway": {"max_concurent": 2}},
