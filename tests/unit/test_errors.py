@@ -46,14 +46,17 @@ def test_a_retry_hint_is_relayed():
 class FailedCall(grpc.RpcError):
     """What grpc raises for a call that ended with a status."""
 
-    def __init__(self, code: grpc.StatusCode, details: str):
-        self.code, self.details, self.trailing_metadata = lambda: code, lambda: details, lambda: ()
+    def __init__(self, code: grpc.StatusCode, details: str, metadata: tuple[tuple[str, str], ...] = ()):
+        self.code, self.details, self.trailing_metadata = lambda: code, lambda: details, lambda: metadata
 
 
 def test_a_refusal_that_quotes_a_client_is_not_taken_for_grpcs_words():
     """gRPC's sentences about connections are put in plain words; a service's message that holds such words stays."""
     refusal = "sampling.stop = 'keepalive': must be absent"
-    assert str(status.error_of(FailedCall(grpc.StatusCode.INVALID_ARGUMENT, refusal))) == refusal
+    written = ((status.WRITTEN_KEY, "1"),)
+    assert str(status.error_of(FailedCall(grpc.StatusCode.INVALID_ARGUMENT, refusal, written))) == refusal
+    lost = "registry redis://127.0.0.1:1/0: Connection refused"
+    assert str(status.error_of(FailedCall(grpc.StatusCode.UNAVAILABLE, lost, written))) == lost
     assert str(status.error_of(FailedCall(grpc.StatusCode.UNAVAILABLE, "keepalive watchdog timeout"))).startswith(
         "the connection broke"
     )

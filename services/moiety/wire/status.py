@@ -13,6 +13,8 @@ from moiety.wire.grpc_words import in_words
 T = TypeVar("T")
 
 RETRY_AFTER_KEY = "retry-after-ms"
+# In the trailing metadata of a status whose details a service wrote. They may quote gRPC, or a client's text.
+WRITTEN_KEY = "written-by-service"
 
 # The first class that fits wins: a derived class with a code of its own stands before its base.
 _CODES: tuple[tuple[type[errors.MoietyError], grpc.StatusCode], ...] = (
@@ -27,14 +29,6 @@ _CODES: tuple[tuple[type[errors.MoietyError], grpc.StatusCode], ...] = (
     (errors.Unavailable, grpc.StatusCode.UNAVAILABLE),
     (errors.MoietyError, grpc.StatusCode.INTERNAL),
 )
-# gRPC itself ends no call with these: their details are a service's message, which may quote a client's text.
-_OF_SERVICES = frozenset(
-    {
-        grpc.StatusCode.INVALID_ARGUMENT,
-        grpc.StatusCode.NOT_FOUND,
-        grpc.StatusCode.FAILED_PRECONDITION,
-    }
-)
 _BY_NUMBER = {code.value[0]: code for code in grpc.StatusCode}
 
 
@@ -45,18 +39,19 @@ def code_of(error: errors.MoietyError) -> grpc.StatusCode:
 
 async def abort(context: grpc.aio.ServicerContext, error: errors.MoietyError) -> NoReturn:
     """Ends the RPC with the status of `error`."""
+    metadata = [(WRITTEN_KEY, "1")]
     if isinstance(error, errors.ResourceExhausted):
-        context.set_trailing_metadata(((RETRY_AFTER_KEY, str(int(error.retry_after_s * 1000))),))
+        metadata.append((RETRY_AFTER_KEY, str(int(error.retry_after_s * 1000))))
+    context.set_trailing_metadata(tuple(metadata))
     await context.abort(code_of(error), str(error))
     raise AssertionError("abort returned")
 
 
 def error_of(rpc: grpc.RpcError) -> errors.MoietyError:
     """Returns the MoietyError that a failed RPC stands for, with the peer's message, or gRPC's own in plain words."""
-    details = rpc.details() or ""
-    return error_of_code(
-        rpc.code(), details if rpc.code() in _OF_SERVICES else in_words(details), rpc.trailing_metadata()
-    )
+    details, metadata = rpc.details() or "", rpc.trailing_metadata()
+    written = WRITTEN_KEY in dict(metadata or ())
+    return error_of_code(rpc.code(), details if written else in_words(details), metadata)
 
 
 def parsed(response: T | None) -> T:
