@@ -48,6 +48,7 @@ def logs(deployment: str | None, follow: bool, lines: int, app: str | None) -> N
             f"this machine's replicas only: the other nodes of {system.ray_address} keep their own logs", err=True
         )
     with signals_interrupt(), closing(LogReader(folder, system.app, deployment)) as reader:
-        followed = reader.follow(lambda: is_running(system)) if follow else ()
-        for line in chain(reader.last(lines), followed):
+        for line in chain(
+            reader.last(lines), reader.follow(lambda: is_running(system)) if follow else reader.unfinished()
+        ):
             click.echo(for_terminal(line) if sys.stdout.isatty() else line)

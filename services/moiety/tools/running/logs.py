@@ -6,6 +6,7 @@ process prints, its warnings and tracebacks among it, in worker-…-PID.err and 
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections import deque
@@ -103,6 +104,12 @@ class LogReader:
         for file in chosen_files(log_files(self.folder, self.app), self.wanted):
             yield from deque(self._added(file), maxlen=lines)
 
+    def unfinished(self) -> Iterator[str]:
+        """Yields the last line of each file that has one without an end, as a process leaves it that is killed."""
+        for file in log_files(self.folder, self.app):
+            if line := self._begun.get(file.path):
+                yield f"{file.prefix}: {_text(line)}"
+
     def added(self) -> Iterator[str]:
         """Yields the lines that were added since the last reading. A deployment without a file yet has none."""
         for file in log_files(self.folder, self.app):
@@ -124,16 +131,32 @@ class LogReader:
             stream.close()
 
     def _added(self, file: LogFile) -> Iterator[str]:
-        try:
-            stream = self._open.get(file.path) or self._open.setdefault(file.path, file.path.open("rb"))
-        except OSError:  # it was removed in the meantime
-            return
-        *whole, begun = (self._begun.get(file.path, b"") + stream.read()).split(b"\n")
-        self._begun[file.path] = begun
-        for line in whole:
-            text = line.decode(errors="replace").rstrip("\r")
-            if not _MARK.match(text):
-                yield f"{file.prefix}: {text}"
+        goes_on = True
+        while goes_on:
+            try:
+                stream = self._open.get(file.path) or self._open.setdefault(file.path, file.path.open("rb"))
+            except OSError:  # it was removed in the meantime
+                return
+            for part in stream:
+                line = self._begun.pop(file.path, b"") + part
+                if not line.endswith(b"\n"):
+                    self._begun[file.path] = line
+                elif not _MARK.match(text := _text(line)):
+                    yield f"{file.prefix}: {text}"
+            if goes_on := _replaced(file.path, stream):
+                self._open.pop(file.path).close()
+
+
+def _text(line: bytes) -> str:
+    return line.decode(errors="replace").rstrip("\r\n")
+
+
+def _replaced(path: Path, stream: BinaryIO) -> bool:
+    """Whether another file has the name by now: Ray renames a log that has become long, and begins a new one."""
+    try:
+        return path.stat().st_ino != os.fstat(stream.fileno()).st_ino
+    except OSError:
+        return False
 
 
 def _head(path: Path) -> str:

@@ -86,3 +86,16 @@ def test_following_includes_replicas_that_start_later(folder: Path) -> None:
             "router pid 44: a second router",
             "router zzzzzzzz: at the end",
         ]
+
+
+def test_a_log_that_is_rotated_and_a_last_line_without_an_end(folder: Path) -> None:
+    """Lines go on in the file that takes a renamed one's place; a last line that never ended is shown too."""
+    log = folder / "serve" / "replica_my_app_router_2obnzzzv.log"
+    with closing(LogReader(folder, "my_app", "router")) as reader:
+        assert list(reader.last(0)) == []
+        with log.open("a") as stream:
+            stream.write("before\n")
+        log.rename(log.with_suffix(".log.1"))
+        log.write_text("after\nkil")
+        assert list(reader.added()) == ["router 2obnzzzv: before", "router 2obnzzzv: after"]
+        assert list(reader.unfinished()) == ["router 2obnzzzv: kil"]
