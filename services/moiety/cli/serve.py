@@ -69,15 +69,14 @@ def serve(model: str, hub_revision: str | None, ray_address: str | None, dashboa
       moiety serve Qwen/Qwen3-30B-A3B --revision main
       moiety serve ./Mixtral-8x7B-v0.1 --set router.threads=8 --set overrides.experts-1.max_replicas=8
     """
+    show = progress()
+    settings = read_settings(model, **options)  # before anything is downloaded, or imported for seconds
+    folder = local_model(model, hub_revision)
+    name = settings.served_name or (Path(folder).absolute().name if Path(model).is_dir() else model)
+    settings = settings.model_copy(update={"model": folder, "served_name": name})
     from moiety.deploy.run import deploy_app
     from moiety.registry.embedded_redis import EmbeddedRedis
 
-    show = progress()
-    folder = local_model(model, hub_revision)
-    settings = read_settings(folder, **options)
-    if not Path(model).is_dir() and not settings.served_name:  # the folder's name is a commit
-        settings = settings.model_copy(update={"served_name": model})
-    name = settings.served_name or Path(settings.model).absolute().name
     with _ended_by_signals() as signals, ExitStack() as ends:
         record = ends.enter_context(
             recorded(settings.app, name, show, checkpoint=str(Path(folder).absolute()), ray_address=ray_address or "")
