@@ -32,7 +32,9 @@ class SettingValue(click.ParamType[Any]):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         try:
             read = yaml.safe_load(value)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: a date or a number that is none
+            if self.setting in _TEXTS and str(value).isprintable():
+                return value  # the setting's own bound says what is wrong with it
             self.fail("must be a value as in YAML", param, ctx)
         return value if self.setting in _TEXTS and not isinstance(read, str) else read
 

@@ -119,6 +119,9 @@ def _read_yaml(path: str) -> dict[str, Any]:
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise ConfigError(field, path, f"cannot be read: not YAML{where}; indent with spaces, not tabs") from None
+    except (ValueError, RecursionError):  # its parser made a date or a number of a value, or it nests too deep
+        bound = "cannot be read: it holds a date or a number that is none, such as 2026-99-99, or nests too deep"
+        raise ConfigError(field, path, bound) from None
     if isinstance(data, dict) and "applications" in data:
         raise ConfigError(
             field,

@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import socket
+import stat
 import sys
 import tempfile
 import time
@@ -21,6 +22,7 @@ from typing import Any
 
 from moiety import __version__
 from moiety.config.own_files import held, is_held, runtime_folder
+from moiety.core.system import SystemId
 from moiety.errors import FailedPrecondition
 
 SUFFIX = ".json"
@@ -149,8 +151,11 @@ def _read(file: Path) -> RunningSystem | None:
     """Returns what `file` says; None if its process has ended (then the file is removed), or is on another machine."""
     while True:
         try:
-            descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW)
+            descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)  # a pipe would wait for a writer
         except OSError:
+            return None
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
             return None
         with os.fdopen(descriptor, encoding="utf-8") as stream:
             try:
@@ -158,7 +163,9 @@ def _read(file: Path) -> RunningSystem | None:
                 names = {field.name for field in fields(RunningSystem)}
                 values = {name: value for name, value in values.items() if name in names}
                 system = RunningSystem(**{**values, "grpc": tuple(values["grpc"]), "http": tuple(values["http"])})
-            except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                return None
+            if not _is_sound(system):
                 return None
             if system.machine != _machine():
                 return None
@@ -171,6 +178,25 @@ def _read(file: Path) -> RunningSystem | None:
             except OSError:
                 pass
             return None
+
+
+def _is_sound(system: RunningSystem) -> bool:
+    """Whether each field has the type that is declared. `stop` signals the pid: 0 and -1 would name other processes, too."""
+    texts = ("machine", "app", "model", "checkpoint", "version", "registry", "system", "ray_address", "logs")
+    if system.system:
+        try:
+            SystemId.parse(system.system)
+        except ValueError:
+            return False
+    return (
+        type(system.pid) is int
+        and system.pid > 1
+        and type(system.since) in (int, float)
+        and type(system.ready) is bool
+        and all(isinstance(getattr(system, name), str) for name in texts)
+        and all(isinstance(address, str) for address in (*system.grpc, *system.http))
+        and (bool(system.grpc) or not system.ready)
+    )
 
 
 def _machine() -> str:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -124,3 +125,34 @@ def test_files_of_elsewhere_are_left_alone(folder: Path) -> None:
         file.write_text(json.dumps({**own, "machine": "elsewhere"}))
         assert running_systems() == ()
         assert {each.name for each in folder.iterdir()} == {file.name, "broken.json"}
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"pid": -1},
+        {"pid": "7"},
+        {"since": "x"},
+        {"app": 7},
+        {"grpc": [5]},
+        {"ready": True, "grpc": []},
+        {"system": "x"},
+    ],
+)
+def test_a_record_with_a_wrong_field_is_not_believed(folder: Path, wrong: dict[str, Any]) -> None:
+    """No command acts on a field of the wrong type, above all not on a pid that stands for every process."""
+    with recorded("moiety", "tiny", print):
+        (file,) = folder.iterdir()
+        stated = {**json.loads(file.read_text()), **wrong}
+        file.write_text(json.dumps(stated))  # the lock stays
+        assert running_systems() == ()
+
+
+def test_no_file_in_the_folder_stops_a_command(folder: Path) -> None:
+    """A pipe, JSON that nests too deep and a folder are passed over at once."""
+    folder.mkdir(mode=0o700, exist_ok=True)
+    os.mkfifo(folder / "pipe.json")
+    (folder / "deep.json").write_text("[" * 100000)
+    (folder / "folder.json").mkdir()
+    with recorded("moiety", "tiny", print):
+        assert [system.app for system in running_systems()] == ["moiety"]

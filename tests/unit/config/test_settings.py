@@ -232,7 +232,15 @@ def test_a_missing_setting_is_reported_without_the_others():
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("- a\n- b", "must hold a mapping"), ("a: [", "cannot be read"), ("", "must hold a mapping")]
+    ("text", "message"),
+    [
+        ("- a\n- b", "must hold a mapping"),
+        ("a: [", "cannot be read"),
+        ("", "must hold a mapping"),
+        ("app: 2026-99-99", "a date or a number that is none"),
+        ("groups: " + "9" * 5000, "a date or a number that is none"),
+        ("groups: " + "[" * 2000, "nests too deep"),
+    ],
 )
 def test_a_bad_file_is_reported_with_its_path(yaml_file, text: str, message: str):
     """A file that is not a mapping, or not YAML, raises ConfigError, which names it."""

@@ -7,6 +7,7 @@ expert layout is cached (`model/experts/cached.py`) starts without this import.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,9 +18,13 @@ from torch import nn
 from moiety.errors import CheckpointError
 from moiety.model.architectures.adapters import adapter_of
 from moiety.model.architectures.definitions import definition_of
-from moiety.model.architectures.supported import nearest_hint, refusal_reason
+from moiety.model.architectures.supported import nearest_hint, refusal_reason, served_architectures
 from moiety.model.checkpoint.checkpoint import Checkpoint
 from moiety.model.checkpoint.side_files import CONFIG_FILE
+
+# How transformers refuses the type of a field, and its types in words.
+_REFUSED_FIELD = re.compile(r"TypeError: Field '(?P<name>\w+)' expected (?P<kind>[^,]+), got ")
+_KINDS = {"int": "an integer", "float": "a number", "str": "a string", "bool": "true or false"}
 
 
 def load_config(checkpoint: Checkpoint) -> Any:
@@ -38,8 +43,15 @@ def load_config(checkpoint: Checkpoint) -> Any:
     try:
         config = reader.from_pretrained(checkpoint.path, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever its parsers raise
-        reason = f"transformers cannot read its config: {problem_of(error)}; {nearest_hint(checkpoint.architecture)}"
-        raise unsupported(checkpoint, reason) from error
+        if field := _REFUSED_FIELD.search(str(error)):
+            name = field["name"]
+            value = repr(checkpoint.config.get(name))[:80]
+            place = f"{checkpoint.path / CONFIG_FILE}: {name} = {value}"
+            kind = _KINDS.get(field["kind"], f"of the type {field['kind']}")
+            raise CheckpointError(f"{place}: must be {kind}: copy the file from its publisher again") from error
+        known = checkpoint.architecture in served_architectures()
+        hint = "" if known else f"; {nearest_hint(checkpoint.architecture)}"
+        raise unsupported(checkpoint, f"transformers cannot read its config: {problem_of(error)}{hint}") from error
     if any(rope.get("rope_type") == "su" for rope in rope_parameters(config)):
         raise unsupported(checkpoint, "rope_type su: transformers knows it by its later name, longrope, only")
     for part in (config, config.get_text_config()):

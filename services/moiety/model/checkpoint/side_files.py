@@ -32,6 +32,9 @@ TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_to
 MAX_COUNT = (1 << 31) - 1
 POINTER = b"version https://git-lfs"  # how a file of Git LFS begins where its content was not fetched
 
+AGAIN = "copy it from its publisher again"
+_KINDS: Mapping[type, str] = {list: "a list", str: "a string", type(None): "null", bool: "true or false"}
+
 _log = logging.getLogger(__name__)
 
 
@@ -94,6 +97,7 @@ _DTYPE = Bound(
     f"one of {', '.join(_DTYPES)}",
 )
 _ROPE: Mapping[str, Bound] = {
+    "rope_theta": _within(lambda value: value > 0, "a number above 0"),
     "factor": _within(lambda value: value > 0, "a number above 0"),
     "original_max_position_embeddings": _whole(1, f"an integer from 1 to {MAX_COUNT}"),
 }
@@ -205,17 +209,29 @@ def read_json(file: Path) -> dict[str, Any]:
     try:
         content = file.read_bytes()
         if not content.strip():
-            raise CheckpointError(f"{file}: is empty: copy it from its publisher again, or remove it if there is none")
+            remove = "" if file.name in (CONFIG_FILE, INDEX_FILE) else ", or remove it if there is none"
+            raise CheckpointError(f"{file}: is empty: copy it from its publisher again{remove}")
         if content.startswith(POINTER):
             raise CheckpointError(f"{file}: is a pointer of Git LFS, not the file: run `git lfs pull` in its folder")
         data = json.loads(content.decode("utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{file}: missing") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: not readable as JSON: {error}") from error
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file}: not readable as JSON: {_damage(error)}: {AGAIN}") from error
     if not isinstance(data, dict):
-        raise CheckpointError(f"{file}: holds a JSON {type(data).__name__}, not an object")
+        raise CheckpointError(f"{file}: holds {_KINDS.get(type(data), 'a number')} instead of a JSON object: {AGAIN}")
     return data
+
+
+def _damage(error: Exception) -> str:
+    """Says in words what a parser of JSON stumbled over."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"damaged at line {error.lineno}, column {error.colno}"
+    if isinstance(error, UnicodeDecodeError):
+        return f"its byte {error.start + 1} is not UTF-8"
+    return "it nests too deep" if isinstance(error, RecursionError) else "it holds a number with too many digits"
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:

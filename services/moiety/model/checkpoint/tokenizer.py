@@ -17,7 +17,14 @@ from tokenizers import Tokenizer, models
 
 from moiety.errors import CheckpointError
 from moiety.model.checkpoint.sentencepiece_model import converted, named_tokens, read_sentencepiece
-from moiety.model.checkpoint.side_files import TOKENIZER_FILES, check_side_files, end_ids, read_side_file
+from moiety.model.checkpoint.side_files import (
+    AGAIN,
+    TOKENIZER_FILES,
+    check_side_files,
+    end_ids,
+    read_json,
+    read_side_file,
+)
 
 WHOLE_FILE, TOKENIZER_CONFIG_FILE, ADDED_FILE = "tokenizer.json", "tokenizer_config.json", "added_tokens.json"
 MODEL_FILE = "tokenizer.model"
@@ -46,7 +53,18 @@ def check_tokenizer(folder: str | Path) -> None:
         try:
             Tokenizer.from_file(str(folder / WHOLE_FILE))
         except Exception as error:  # tokenizers raises nothing more specific
+            _check_whole(folder / WHOLE_FILE)
             raise CheckpointError(f"{folder / WHOLE_FILE}: not readable as a tokenizer: {error}; {WITHOUT}") from None
+
+
+def _check_whole(file: Path) -> None:
+    """Raises CheckpointError if a tokenizer.json that could not be opened is not what its name says."""
+    try:
+        stated = read_json(file)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; {WITHOUT}") from None
+    if not isinstance(stated.get("model"), dict):
+        raise CheckpointError(f"{file}: model is missing, the tokens: {AGAIN}; {WITHOUT}")
 
 
 def open_tokenizer(folder: str) -> tuple[Any, tuple[int, ...]]:
@@ -68,6 +86,8 @@ def open_tokenizer(folder: str) -> tuple[Any, tuple[int, ...]]:
     except CheckpointError:
         raise
     except Exception as error:  # transformers raises whatever its parsers raise
+        if file == WHOLE_FILE:
+            _check_whole(path / file)
         raise CheckpointError(f"{folder}: no usable tokenizer: {error}; {WITHOUT}") from error
     return tokenizer, end_ids(path, tokenizer.eos_token_id)
 

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from moiety.errors import CheckpointError
+from moiety.model.architectures.transformers_model import load_config
 from moiety.model.checkpoint.checkpoint import SINGLE_FILE, Checkpoint
 from moiety.model.checkpoint.side_files import INDEX_FILE
 
@@ -82,9 +83,14 @@ def index_names(tensor: str, file: str | None = None) -> Callable[[Path], None]:
 
 DAMAGES = {
     "no config": (remove("config.json"), "config.json: missing"),
-    "config is not JSON": (rewrite("config.json", b"{"), "not readable as JSON"),
-    "config is not text": (rewrite("config.json", b"\xff\xfe"), "not readable as JSON"),
-    "config is a list": (rewrite("config.json", b"[]"), "JSON list, not an object"),
+    "config is not JSON": (
+        rewrite("config.json", b"{"),
+        "not readable as JSON: damaged at line 1, column 2: copy it from its publisher again$",
+    ),
+    "config is not text": (rewrite("config.json", b"\xff\xfe"), "not readable as JSON: its byte 1 is not UTF-8: copy"),
+    "config nests too deep": (rewrite("config.json", b"[" * 100000), "not readable as JSON: it nests too deep: copy"),
+    "config is a list": (rewrite("config.json", b"[]"), "holds a list instead of a JSON object: copy it"),
+    "config is empty": (rewrite("config.json", b""), "config.json: is empty: copy it from its publisher again$"),
     "no safetensors": (remove(INDEX_FILE), "no safetensors"),
     "an empty index": (rewrite(INDEX_FILE, b"{}"), "holds no weight_map"),
     "a missing shard": (
@@ -115,3 +121,11 @@ def test_a_missing_folder_is_named(tmp_path: Path):
     """Opening a path that does not exist raises an error that names it."""
     with pytest.raises(CheckpointError, match="nowhere: no such folder"):
         Checkpoint.open(tmp_path / "nowhere")
+
+
+def test_a_field_that_is_null_is_named_by_its_file(folder: Path):
+    """What transformers refuses for its type names file, field, value and bound, and no other architecture."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": None}))
+    with pytest.raises(CheckpointError, match=r"config\.json: num_hidden_layers = None: must be an integer: copy"):
+        load_config(Checkpoint.open(folder))

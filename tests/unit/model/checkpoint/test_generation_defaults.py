@@ -56,5 +56,5 @@ def test_values_out_of_bounds(tmp_path: Path, field: str, value: Any, bound: str
 def test_a_damaged_file(tmp_path: Path) -> None:
     """A file that is no JSON object is a damaged checkpoint."""
     (tmp_path / "generation_config.json").write_text("[]")
-    with pytest.raises(CheckpointError, match="not an object"):
+    with pytest.raises(CheckpointError, match="instead of a JSON object"):
         GenerationDefaults.open(tmp_path)
