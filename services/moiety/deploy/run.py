@@ -123,8 +123,14 @@ def deploy_app(
                     asyncio.run(forget(url, args.system))
 
             after_ray.callback(forget_system)
-            # Before it has served, there is nothing to wait for.
-            ends.callback(end_application, args.app, progress, registry=url, hurried=lambda: hurried() or not served)
+            ends.callback(
+                end_application,
+                args.app,
+                progress,
+                registry=url,
+                # A Ray of its own ends next: where the application has not served yet, nothing needs the time.
+                hurried=lambda: hurried() or (alone and not served),
+            )
         serve.run_many(
             [serve.RunTarget(application, name=args.app, route_prefix=None)],
             wait_for_ingress_deployment_creation=False,
