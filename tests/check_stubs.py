@@ -27,7 +27,8 @@ def main() -> int:
 
 
 def _stubs(root: Path) -> dict[str, str]:
-    return {str(path.relative_to(root)): path.read_text() for path in root.glob("moiety/**/*_pb2*.py*")}
+    found = (path for path in root.glob("moiety/**/*_pb2*.py*") if path.suffix != ".pyc")
+    return {str(path.relative_to(root)): path.read_text() for path in found}
 
 
 if __name__ == "__main__":
