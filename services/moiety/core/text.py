@@ -34,6 +34,14 @@ def reason_of(error: OSError) -> str:
     return error.strerror or str(error)
 
 
+def size(count: int, digits: int = 1) -> str:
+    """Returns a number of bytes in words, with as many digits behind the point."""
+    for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if count >= unit:
+            return f"{count / unit:.{digits}f} {name}"
+    return f"{count} bytes"
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Returns "; did you mean …?" with the nearest of the `known` words; nothing if none is near."""
     by_fold = {each.casefold(): each for each in known}

@@ -18,7 +18,6 @@ from moiety.deploy.arguments import initial_replicas, to_arguments, with_revisio
 from moiety.deploy.checks import check_application
 from moiety.deploy.replicas import ExpertReplica, GatewayReplica, RouterReplica
 from moiety.deploy.shutdown import EXTRA_S
-from moiety.errors import ConfigError
 from moiety.model.checkpoint.checkpoint import Checkpoint
 from moiety.model.experts.cached import expert_layout
 
@@ -33,13 +32,13 @@ def build(args: Mapping[str, Any] | AppSettings) -> serve.Application:
     ConfigError for an unknown or impossible argument, CheckpointError for a checkpoint that cannot be served.
     """
     settings = args if isinstance(args, AppSettings) else resolve(args)
-    if not settings.registry.get_secret_value().lower().startswith(("redis://", "rediss://")):
-        raise ConfigError(
-            "registry", str(settings.registry), "must be redis://… or rediss://…: replicas may be on any node"
-        )
     checkpoint = Checkpoint.open(settings.model)
     check_application(settings, checkpoint)
-    settings = with_revision(settings, checkpoint)
+    return application(with_revision(settings, checkpoint), checkpoint)
+
+
+def application(settings: AppSettings, checkpoint: Checkpoint) -> serve.Application:
+    """Returns the application for `settings`, which name the revision of `checkpoint`; `check_application` has passed them."""
     arguments = to_arguments(settings)
     routers = serve.deployment(RouterReplica).options(**_options(settings, arguments, ROUTER))
     gateway = serve.deployment(GatewayReplica).options(**_options(settings, arguments, GATEWAY))

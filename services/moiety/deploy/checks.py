@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moiety.config.application import HOT, AppSettings
+from moiety.core.text import size
 from moiety.deploy.arguments import LOOPBACK, router_settings
-from moiety.deploy.memory import MachineMemory, MemoryNeed, size
+from moiety.deploy.memory import MachineMemory, MemoryNeed
 from moiety.deploy.ray_cluster import Progress
 from moiety.deploy.ready import wanted_replicas
 from moiety.errors import ConfigError, FailedPrecondition
@@ -60,6 +61,10 @@ def check_application(settings: AppSettings, checkpoint: Checkpoint) -> None:
 
     Raises ConfigError or CheckpointError here for what would stop a replica from starting.
     """
+    if not settings.registry.get_secret_value().lower().startswith(("redis://", "rediss://")):
+        raise ConfigError(
+            "registry", str(settings.registry), "must be redis://… or rediss://…: replicas may be on any node"
+        )
     router_settings(settings, LOOPBACK[0])
     expert_layout(checkpoint).shape.sliced_partition(settings.groups, settings.slices)
     if not settings.gateway.skip_tokenizer:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from moiety.config.application import EXPERTS, ROUTER, AppSettings
 from moiety.core.experts import ModelShape
+from moiety.core.text import size
 from moiety.deploy.arguments import initial_replicas
 from moiety.model.checkpoint.checkpoint import EXPERT, Checkpoint
 from moiety.model.checkpoint.headers import ITEM_BITS, TensorEntry
@@ -73,11 +74,6 @@ class MemoryNeed:
     def __str__(self) -> str:
         parts = {"expert groups": self.experts, "routers": self.trunks, "kv_memory": self.caches}
         return " + ".join(f"{size(count)} ({name})" for name, count in parts.items())
-
-
-def size(count: int) -> str:
-    """Returns a number of bytes in words."""
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
 
 def _expert_bytes(settings: AppSettings, checkpoint: Checkpoint, layout: ExpertLayout) -> int:

@@ -105,10 +105,10 @@ def deploy_app(
         # These import Ray, whose environment is set by now.
         from ray import serve
 
-        from moiety.deploy.app import build
+        from moiety.deploy.app import application
 
         logging.getLogger("ray.serve").setLevel(logging.WARNING)  # `progress` reports the same in fewer lines
-        application = build(args)
+        target = serve.RunTarget(application(args, checkpoint), name=args.app, route_prefix=None)
         args = on_this_cluster(args)
         build_s = time.monotonic() - began - ray_s
         serve.start(proxy_location="Disabled")
@@ -132,7 +132,7 @@ def deploy_app(
                 hurried=lambda: hurried() or (alone and not served),
             )
         serve.run_many(
-            [serve.RunTarget(application, name=args.app, route_prefix=None)],
+            [target],
             wait_for_ingress_deployment_creation=False,
             wait_for_applications_running=False,
         )

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from math import prod
 from typing import Any
 
 from torch import nn
 
 from moiety.config.options import RouterOptions, Verify
+from moiety.core.text import size
 from moiety.model.architectures.adapters import adapter_of
 from moiety.model.architectures.gating_description import gating_of
 from moiety.model.architectures.supported import served_through
@@ -39,6 +41,7 @@ STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 # too: a router of a tiny model on a CPU took 480 MB.
 PEAK, FLOOR, ROUTER_FLOOR = 1.15, 420_000_000, 700_000_000
 KV_MEMORY = int(RouterOptions.model_fields["kv_memory"].default)
+_size = partial(size, digits=2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,11 +226,3 @@ def _billions(count: int) -> str:
 
 def _groups(count: int) -> str:
     return "1 group" if count == 1 else f"{count} groups"
-
-
-def _size(count: int) -> str:
-    """Returns a number of bytes in the largest unit of which there is at least one."""
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if count >= size:
-            return f"{count / size:.2f} {unit}"
-    return f"{count} bytes"
