@@ -25,6 +25,15 @@ _CALLERS = {Role.ROUTER: Role.GATEWAY, Role.EXPERT: Role.ROUTER}  # role -> the 
 
 
 @dataclass(frozen=True, slots=True)
+class _Others:
+    """What other services, by the registry, are to one that drains."""
+
+    use: bool = False  # some send it work
+    replace: bool = False  # some can do all that it does
+    supersede: bool = False  # the application goes on as another system
+
+
+@dataclass(frozen=True, slots=True)
 class Departure:
     """How a service leaves: what `until_unneeded` waits for.
 
@@ -40,24 +49,36 @@ class Departure:
 
     async def until_unneeded(self, until: float) -> None:
         """Returns once nobody needs the service, or at `until`, a time of the monotonic clock."""
-        calls_end, ending, used, succeeded = self.parts.calls_end, self.ending, False, False
-        work, used_at, read_at = self.parts.work(), time.monotonic(), -inf
+        others, work, used_at, read_at = _Others(), self.parts.work(), time.monotonic(), -inf
         while (now := time.monotonic()) < until:
             if now >= read_at + READ_S:
                 read_at = now
                 with suppress(RegistryUnreachable):  # then what was read last counts
-                    listed, own = await self.registry.replicas(), self.own()
-                    used, succeeded = depended_on(own, listed), replaced(own, listed)
-                    ending = self.ending or await self._superseded(listed)
+                    others = await self._others()
             idle = self.parts.idle()
             if not idle or self.parts.work() != work:
                 work, used_at = self.parts.work(), now
-            if calls_end and not self.ending and (ending or succeeded):
-                return  # its servers let running requests end; new ones are for another gateway, which may need the port
-            patience_s = SUCCESSOR_S if (used or calls_end) and not succeeded else DRAIN_NOTICE_S
-            if idle and (not used if ending else now >= used_at + patience_s):
+            if self._may_end(others, idle, now - used_at):
                 return
             await asyncio.sleep(LOOK_S)
+
+    def _may_end(self, others: _Others, idle: bool, unused_s: float) -> bool:
+        """Whether the service may end, after `unused_s` seconds without work."""
+        is_gateway = self.parts.calls_end
+        if is_gateway and not self.ending and (others.replace or others.supersede):
+            return (
+                True  # its servers let running requests end; new ones are for another gateway, which may need the port
+            )
+        if not idle:
+            return False
+        if self.ending or others.supersede:
+            return not others.use
+        waits = (others.use or is_gateway) and not others.replace
+        return unused_s >= (SUCCESSOR_S if waits else DRAIN_NOTICE_S)
+
+    async def _others(self) -> _Others:
+        listed, own = await self.registry.replicas(), self.own()
+        return _Others(depended_on(own, listed), replaced(own, listed), await self._superseded(listed))
 
     async def _superseded(self, listed: Iterable[Replica]) -> bool:
         """Whether the application goes on as another system, with another model, say, and all of this one drains."""
