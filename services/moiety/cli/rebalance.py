@@ -9,8 +9,7 @@ import click
 from moiety.cli.arguments import FiniteRange
 from moiety.cli.json_output import json_output_option, print_json
 from moiety.cli.run import progress, run_async
-from moiety.cli.setting_options import setting_option
-from moiety.config.resolve import resolve
+from moiety.cli.setting_options import setting_option, settings_of_system
 
 
 @click.command()
@@ -68,8 +67,7 @@ def rebalance(
     from moiety.tools.rebalance import RebalanceRequest, apply_placement, plan_json, propose_placement
     from moiety.tools.running.find import find_system
 
-    # `model` is required but not used here: the checkpoint's sizes are in the registry.
-    settings = resolve({"model": ""} | {name: value for name, value in given.items() if value is not None})
+    settings = settings_of_system(**given)
 
     async def work() -> None:
         found = await find_system(settings, wanted)

@@ -12,7 +12,7 @@ from moiety.cli.options import Function
 from moiety.config.application import AppSettings
 from moiety.config.catalogue import catalogue
 from moiety.config.registry_url import RegistryUrl
-from moiety.config.resolve import nested
+from moiety.config.resolve import nested, resolve
 from moiety.config.validate import leaves
 
 _TEXTS = frozenset(name for name, field in leaves(AppSettings) if field.annotation in (str, RegistryUrl))
@@ -61,3 +61,8 @@ def setting_option(option: str, name: str, default: str | None = None) -> Callab
     setting = next(setting for setting in catalogue() if setting.name == name)
     text = f"{setting.description}  [{name}; default: {default or setting.default}]"
     return click.option(option, name.replace(".", "__"), type=SettingValue(name), help=text)
+
+
+def settings_of_system(**given: Any) -> AppSettings:
+    """Returns the settings of a command about a running system, which needs no `model`. What is None is not given."""
+    return resolve({"model": ""} | {name: value for name, value in given.items() if value is not None})

@@ -13,8 +13,7 @@ import click
 from moiety.cli.arguments import FiniteRange
 from moiety.cli.json_output import json_output_option, print_json
 from moiety.cli.run import run_async
-from moiety.cli.setting_options import setting_option
-from moiety.config.resolve import resolve
+from moiety.cli.setting_options import setting_option, settings_of_system
 from moiety.config.running_systems import RunningSystem, is_running
 from moiety.core.text import for_terminal
 
@@ -48,7 +47,7 @@ def status(part: str, decisions: int, watch: bool, every_s: float, as_json: bool
     from moiety.tools.running.snapshot import read_snapshot
     from moiety.tools.running.status_lines import status_lines
 
-    settings = resolve({"model": ""} | {name: value for name, value in given.items() if value is not None})
+    settings = settings_of_system(**given)
     screen = watch and not as_json and sys.stdout.isatty()
 
     async def show() -> RunningSystem | None:

@@ -39,10 +39,10 @@ def stop(app: str | None, now: bool, timeout_s: float | None, ray_address: str |
     if ray_address is not None:
         if timeout_s is not None:
             raise click.UsageError("--timeout is for the system on this machine: leave out --ray-address")
-        from moiety.config.resolve import resolve
+        from moiety.cli.setting_options import settings_of_system
         from moiety.tools.running.stop_on_cluster import stop_on_cluster
 
-        settings = resolve({"model": ""} | ({"app": app} if app else {}))
+        settings = settings_of_system(app=app or None)
         with signals_interrupt():
             stop_on_cluster(ray_address, settings, now=now, progress=progress())
         return

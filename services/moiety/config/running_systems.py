@@ -182,7 +182,7 @@ def _read(file: Path) -> RunningSystem | None:
 
 def _is_sound(system: RunningSystem) -> bool:
     """Whether each field has the type that is declared. `stop` signals the pid: 0 and -1 would name other processes, too."""
-    texts = ("machine", "app", "model", "checkpoint", "version", "registry", "system", "ray_address", "logs")
+    texts = [field.name for field in fields(system) if field.type == "str"]
     if system.system:
         try:
             SystemId.parse(system.system)

@@ -28,7 +28,13 @@ AUTOGPTQ_FILE = "quantize_config.json"
 AUTOAWQ_FILE = "quant_config.json"
 PROCESSOR_TEMPLATE_FILE = "chat_template.json"
 MODEL_FILES = (CONFIG_FILE, GENERATION_FILE, MODELOPT_FILE, AUTOGPTQ_FILE, AUTOAWQ_FILE)
-TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+TOKENIZER_CONFIG_FILE, TOKEN_MAP_FILE, ADDED_FILE = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+TOKENIZER_FILES = (TOKENIZER_CONFIG_FILE, TOKEN_MAP_FILE, ADDED_FILE)
+CONTEXT_NAMES = ("max_position_embeddings", "model_max_length", "max_seq_len", "n_positions")  # of the longest text
 MAX_COUNT = (1 << 31) - 1
 POINTER = b"version https://git-lfs"  # how a file of Git LFS begins where its content was not fetched
 
@@ -111,7 +117,7 @@ _MODEL: Mapping[str, Bound] = {
     "vocab_size": _integer(1),
     "num_hidden_layers": _integer(1, MAX_LAYERS),
     **dict.fromkeys(("hidden_size", "num_attention_heads"), _each(_integer(1))),
-    **dict.fromkeys(("max_position_embeddings", "model_max_length", "max_seq_len", "n_positions"), _integer(1)),
+    **dict.fromkeys(CONTEXT_NAMES, _integer(1)),
     **dict.fromkeys(
         ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), _each(_integer(0, MAX_EXPERTS))
     ),
@@ -143,7 +149,7 @@ SIDE_FILES: Mapping[str, Mapping[str, Bound]] = MappingProxyType(
         MODELOPT_FILE: {"quantization": _OBJECT},
         AUTOGPTQ_FILE: {"bits": _integer(1, 16)},
         AUTOAWQ_FILE: {},
-        "tokenizer_config.json": {
+        TOKENIZER_CONFIG_FILE: {
             **dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), _TOKEN),
             "added_tokens_decoder": _OBJECT,
             "auto_map": Bound(lambda value: isinstance(value, dict | list), "a JSON object or a list"),
@@ -153,8 +159,8 @@ SIDE_FILES: Mapping[str, Mapping[str, Bound]] = MappingProxyType(
                 lambda value: isinstance(value, int | float) and not isinstance(value, bool), "a number"
             ),
         },
-        "special_tokens_map.json": dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), _TOKEN),
-        "added_tokens.json": {},
+        TOKEN_MAP_FILE: dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), _TOKEN),
+        ADDED_FILE: {},
         PROCESSOR_TEMPLATE_FILE: {"chat_template": _TEMPLATE},
     }
 )
@@ -257,7 +263,7 @@ def end_ids(folder: str | Path, of_tokenizer: int | None = None) -> tuple[int, .
             f"{folder}: no file states an end-of-sequence id: outputs end at their longest length, or at a stop string"
         )
     ids = _possible(folder / file, stated, vocabulary)
-    ids |= _possible(folder / "tokenizer_config.json", of_tokenizer, vocabulary)
+    ids |= _possible(folder / TOKENIZER_CONFIG_FILE, of_tokenizer, vocabulary)
     if generation is not None and (others := _possible(folder / CONFIG_FILE, general, vocabulary) - ids):
         stated_twice = f"{CONFIG_FILE} states eos_token_id {general}, {GENERATION_FILE} {generation}"
         warn(f"{folder}: {stated_twice}, which counts: {sorted(others)} end nothing")

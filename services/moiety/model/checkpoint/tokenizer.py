@@ -18,7 +18,9 @@ from tokenizers import Tokenizer, models
 from moiety.errors import CheckpointError
 from moiety.model.checkpoint.sentencepiece_model import converted, named_tokens, read_sentencepiece
 from moiety.model.checkpoint.side_files import (
+    ADDED_FILE,
     AGAIN,
+    TOKENIZER_CONFIG_FILE,
     TOKENIZER_FILES,
     check_side_files,
     end_ids,
@@ -26,7 +28,7 @@ from moiety.model.checkpoint.side_files import (
     read_side_file,
 )
 
-WHOLE_FILE, TOKENIZER_CONFIG_FILE, ADDED_FILE = "tokenizer.json", "tokenizer_config.json", "added_tokens.json"
+WHOLE_FILE = "tokenizer.json"
 MODEL_FILE = "tokenizer.model"
 TEKKEN_FILE = "tekken.json"
 TIKTOKEN_FILES = (MODEL_FILE, "tiktoken.model")

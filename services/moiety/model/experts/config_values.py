@@ -9,7 +9,7 @@ from moiety.errors import CheckpointError
 from moiety.model.architectures.transformers_model import unsupported
 from moiety.model.checkpoint.checkpoint import Checkpoint
 from moiety.model.checkpoint.reading import FLOATS
-from moiety.model.checkpoint.side_files import CONFIG_FILE, MAX_COUNT, text_config, warn
+from moiety.model.checkpoint.side_files import CONFIG_FILE, CONTEXT_NAMES, MAX_COUNT, text_config, warn
 
 DTYPES = {stored: str(dtype).removeprefix("torch.") for stored, dtype in FLOATS.items()}
 TOP_K_NAMES = (
@@ -21,7 +21,6 @@ TOP_K_NAMES = (
     "moe_top_k",
     "top_k",
 )
-CONTEXT_NAMES = ("max_position_embeddings", "model_max_length", "max_seq_len", "n_positions")
 
 
 def has_experts(config: Any) -> bool:
