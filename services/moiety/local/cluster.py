@@ -41,6 +41,7 @@ from moiety.scaling.placement_progress import until_settled
 from moiety.wire.shared_port import check_ports
 
 READY_S = 120.0
+CHILD = (sys.executable, "-P", "-m", "moiety.local.child")  # -P: a folder `moiety` where the user stands is no package
 _log = logging.getLogger(__name__)
 
 
@@ -104,8 +105,7 @@ class LocalCluster:
     async def __aenter__(self) -> Self:
         try:
             settings = validated(GatewaySettings, {**self._common, **self._extra[Role.GATEWAY]})
-            tokenizer = not settings.skip_tokenizer
-            self.shape, revision = await asyncio.to_thread(_shape_and_revision, self.model, tokenizer)
+            self.shape, revision = await asyncio.to_thread(_shape_and_revision, self.model, settings.skip_tokenizer)
             self._common["revision"] = revision
             self.system = settings.model_copy(update={"revision": revision}).system
             self._registry = self._writer or connect(self.registry_url, self.system)
@@ -239,10 +239,7 @@ class LocalCluster:
         with log:
             process = await asyncio.create_subprocess_exec(
                 *prefix,
-                sys.executable,
-                "-P",  # a folder called `moiety` where the user stands is not the package
-                "-m",
-                "moiety.local.child",
+                *CHILD,
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=log,
@@ -296,9 +293,8 @@ class LocalCluster:
             await self._writer.register(replica)
 
 
-def _shape_and_revision(model: str, tokenizer: bool) -> tuple[ModelShape, str]:
-    """`tokenizer`: whether the checkpoint must have a usable one."""
+def _shape_and_revision(model: str, skip_tokenizer: bool) -> tuple[ModelShape, str]:
     checkpoint = Checkpoint.open(model)
-    if tokenizer:
+    if not skip_tokenizer:
         check_tokenizer(model)
     return expert_layout(checkpoint).shape, revision_of(checkpoint)

@@ -6,6 +6,7 @@ import uuid
 from collections.abc import AsyncIterator, Iterator
 
 import pytest
+import redis
 
 from moiety.registry.connect import connect
 from moiety.registry.embedded_redis import EmbeddedRedis
@@ -19,6 +20,13 @@ def redis_server() -> Iterator[EmbeddedRedis]:
     """A server shared by all tests; a test that stops or empties a server starts its own."""
     with EmbeddedRedis() as server:
         yield server
+
+
+@pytest.fixture
+def redis_cli(redis_server: EmbeddedRedis) -> Iterator[redis.Redis]:
+    """A plain client, which sees what an operator sees."""
+    with redis.Redis(port=redis_server.port, decode_responses=True) as client:
+        yield client
 
 
 @pytest.fixture
