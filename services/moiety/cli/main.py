@@ -123,7 +123,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def _read_and_write_text() -> None:
-    """Makes standard streams take any text: in the C locale as UTF-8; bytes of another encoding are told by the field."""
+    """Makes standard streams take any text: in the C locale as UTF-8; an error about other bytes names their field."""
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             encoding = "utf-8" if stream.encoding.lower() in ("ascii", "ansi_x3.4-1968", "us-ascii") else None
@@ -139,7 +139,7 @@ def main() -> NoReturn:
     status = run(sys.argv[1:])
     try:
         sys.stdout.flush()
-    except BrokenPipeError:  # whoever read the output has had enough, as `| head`; the interpreter would flush again
+    except BrokenPipeError:  # the reader of the output has had enough, as `| head`; the interpreter would flush again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 1
     if status > 128:

@@ -36,7 +36,7 @@ class RunFolder:
             self._descriptor = held(self.path)
 
     def end(self, *, keep: bool = False) -> None:
-        """Removes the folder, or keeps it for whoever looks for the reason of a failure. A second call does nothing."""
+        """Removes the folder, or keeps it, so that the reason of a failure can be found. A second call does nothing."""
         if not keep:
             shutil.rmtree(self.path, ignore_errors=True)
         if self._descriptor is not None:

@@ -121,7 +121,7 @@ def local_ray(
 
 
 def default_ray_folder() -> Path:
-    """Returns the folder where a Ray keeps sockets and logs, unless it is told another one."""
+    """Returns the folder where a Ray keeps sockets and logs, unless another one is given."""
     return Path(os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp", "ray")
 
 

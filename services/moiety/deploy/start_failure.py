@@ -1,4 +1,4 @@
-"""Why a replica did not start: how the replica says it, and how whoever waits for it finds it in Serve's status.
+"""Why a replica did not start: how the replica reports it, and how the process that waits finds it in Serve's status.
 
 Serve keeps one text per deployment, which `serve status` shows too: the traceback of the latest failed start. A replica
 ends that text with a sentence of its own, so that nobody has to look for the replica's log.

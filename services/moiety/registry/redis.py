@@ -15,7 +15,7 @@ missing (Redis may have evicted it), and every 10 s in any case. A reader asks f
 only if the list has changed. Then it fetches the entries it lacks. It fetches a router's counters only if their field
 `stamp`, new at every report, has changed.
 
-Keys without an expiry above expire SYSTEM_TTL_S after the last service of the system has written its entry. Whoever ends a
+Keys without an expiry above expire SYSTEM_TTL_S after the last service of the system has written its entry. What ends a
 system on purpose deletes all of them (`forget`).
 
 `hot` is for operators: `<layer>/<expert>` -> rows per second over the last three seconds, for the 64 busiest experts. It sums
