@@ -22,6 +22,8 @@ MoietyError
 
 from __future__ import annotations
 
+import json
+from contextlib import suppress
 from typing import Final
 
 NOT_SHOWN: Final = object()
@@ -123,5 +125,9 @@ class WrongSystem(MoietyError):
 
 
 def _shown(value: object) -> str:
+    """Returns a value, cut: a text and a number as they are, all else as JSON and YAML have it, such as null and true."""
     text = repr(value)
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        with suppress(TypeError, ValueError, RecursionError):  # it has other keys than texts, or holds itself
+            text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 80 else f"{text[:77]}…"

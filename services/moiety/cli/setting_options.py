@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import click
-import yaml
 
 from moiety.cli.options import Function
 from moiety.config.application import AppSettings
@@ -14,6 +13,7 @@ from moiety.config.catalogue import catalogue
 from moiety.config.registry_url import RegistryUrl
 from moiety.config.resolve import nested, resolve
 from moiety.config.validate import leaves
+from moiety.config.yaml_text import NotRead, from_yaml
 
 _TEXTS = frozenset(name for name, field in leaves(AppSettings) if field.annotation in (str, RegistryUrl))
 
@@ -31,11 +31,11 @@ class SettingValue(click.ParamType[Any]):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         try:
-            read = yaml.safe_load(value)
-        except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: a date or a number that is none
+            read = from_yaml(value)
+        except NotRead as error:
             if self.setting in _TEXTS and str(value).isprintable():
                 return value  # the setting's own bound says what is wrong with it
-            self.fail("must be a value as in YAML", param, ctx)
+            self.fail(f"must be a value as in YAML; {error}", param, ctx)
         return value if self.setting in _TEXTS and not isinstance(read, str) else read
 
 

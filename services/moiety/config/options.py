@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ByteSize,
     ConfigDict,
     Field,
@@ -15,6 +16,7 @@ from pydantic import (
     WithJsonSchema,
     field_validator,
 )
+from pydantic_core import PydanticCustomError
 
 from moiety.config.bounds import Words
 from moiety.config.registry_url import RegistryUrl
@@ -33,6 +35,13 @@ Size = Annotated[ByteSize, Field(ge=1 << 10), WithJsonSchema(_SIZE)]  # bytes, w
 DEFAULT_HTTP_PORT = 50080  # of the gateway's OpenAI API, beside gRPC's 50051
 # What `Scaling.with_live` may change.
 LIVE_SETTINGS = ("target_busy", "queue_wait_ms", "shrink_after_s", "shrink_margin")
+
+
+def _no_flag(value: Any) -> Any:
+    """Refuses true and false, which pydantic takes for 1 and 0, where a number is wanted."""
+    if isinstance(value, bool):
+        raise PydanticCustomError("flag", "a flag is no number")
+    return value
 
 
 def _host(text: str) -> str:
@@ -61,6 +70,12 @@ class Options(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True, use_attribute_docstrings=True
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_flag_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        kind = cls.model_fields[str(info.field_name)].annotation
+        return value if kind is bool else _no_flag(value)
 
 
 class SystemOptions(Options):
@@ -231,7 +246,7 @@ class Scaling(Options):
     num_cpus: Cpus = 1.0
     num_gpus: float = Field(default=0.0, ge=0)
     """Ray GPUs per replica."""
-    resources: Mapping[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
+    resources: Mapping[str, Annotated[float, BeforeValidator(_no_flag), Field(gt=0)]] = Field(default_factory=dict)
     """Ray's other resources per replica, which choose the node: {"node:__internal_head__": 0.001} = the head."""
     target_busy: float = Field(default=0.6, gt=0, le=1)
     """Busy fraction that scaling aims at, 0 to 1."""

@@ -12,11 +12,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic_settings import BaseSettings, EnvSettingsSource, SecretsSettingsSource, SettingsConfigDict, SettingsError
 
 from moiety.config.application import AppSettings
-from moiety.config.validate import leaves, similar, validated
+from moiety.config.validate import leaves, meant_by, validated
+from moiety.config.yaml_text import NotRead, from_yaml
 from moiety.errors import NOT_SHOWN, ConfigError
 
 ENV_PREFIX = "MOIETY_"
@@ -36,9 +36,9 @@ class _Sources(AppSettings, BaseSettings):
 
 def resolve(given: Mapping[str, Any], yaml_path: str | None = None) -> AppSettings:
     """Returns the settings. What is `given` (flags, or Serve's arguments) wins over all other sources, field by field."""
-    _warn_of_unknown_variables()
     file = {} if yaml_path is None else _read_yaml(yaml_path)
     surroundings = from_surroundings()
+    _warn_of_unread_variables(surroundings)
     try:
         return validated(AppSettings, merged(file, surroundings, given))
     except ConfigError as error:
@@ -65,8 +65,11 @@ def from_surroundings() -> dict[str, Any]:
             secrets = {name: value for name, value in files.items() if value != ""}  # unset, like an empty variable
         return merged(secrets, EnvSettingsSource(_Sources)() or {})
     except SettingsError as error:
-        name = str(error).split('"')[1]  # pydantic-settings names the field, and its own class instead of the source
-        raise ConfigError(name, NOT_SHOWN, f"{variable_of(name)}, or the secret file {name}, must be JSON") from None
+        name = str(error).split('"')[1]  # pydantic-settings names the outer setting and its own class
+        source = _secret_file(name) if SecretsSettingsSource.__name__ in str(error) else _source(name)
+        raise ConfigError(name, NOT_SHOWN, f"{source} must be JSON") from None
+    except RecursionError:
+        raise ConfigError(f"{ENV_PREFIX}*", NOT_SHOWN, "JSON of one of these variables nests too deep") from None
 
 
 def _has(settings: Mapping[str, Any], name: str) -> bool:
@@ -77,11 +80,16 @@ def _has(settings: Mapping[str, Any], name: str) -> bool:
 
 
 def _source(name: str) -> str:
-    """Returns where the surroundings set `name`: its environment variable, that of an outer setting, or a secret file."""
-    variables = {variable.upper() for variable in os.environ}
-    parts = name.split(".")
-    outer = (variable_of(".".join(parts[:depth])) for depth in range(len(parts), 0, -1))
-    return next((variable for variable in outer if variable in variables), f"the secret file {parts[0]}")
+    """Returns where the surroundings set `name`: its variable, those of what is inside it, that of an outer one, or a file."""
+    variables, parts = {variable.upper() for variable in os.environ}, name.split(".")
+    own, *outer = (variable_of(".".join(parts[:depth])) for depth in range(len(parts), 0, -1))
+    inside = sorted(variable for variable in variables if variable.startswith(own + NESTED))
+    found = [own] if own in variables else inside or [variable for variable in outer if variable in variables][:1]
+    return " or ".join(found) or _secret_file(name)
+
+
+def _secret_file(name: str) -> str:
+    return f"the secret file {name.partition('.')[0]}"
 
 
 def variable_of(name: str) -> str:
@@ -110,18 +118,13 @@ def nested(name: str, value: Any) -> dict[str, Any]:
 def _read_yaml(path: str) -> dict[str, Any]:
     field = "config file"
     try:
-        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        data = from_yaml(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(field, path, f"cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise ConfigError(field, path, f"cannot be read: its byte {error.start + 1} is not UTF-8") from None
-    except yaml.YAMLError as error:  # its text quotes the file, which may hold a password
-        mark = getattr(error, "problem_mark", None)
-        where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise ConfigError(field, path, f"cannot be read: not YAML{where}; indent with spaces, not tabs") from None
-    except (ValueError, RecursionError):  # its parser made a date or a number of a value, or it nests too deep
-        bound = "cannot be read: it holds a date or a number that is none, such as 2026-99-99, or nests too deep"
-        raise ConfigError(field, path, bound) from None
+    except NotRead as error:
+        raise ConfigError(field, path, f"cannot be read: {error}") from None
     if isinstance(data, dict) and "applications" in data:
         raise ConfigError(
             field,
@@ -129,17 +132,17 @@ def _read_yaml(path: str) -> dict[str, Any]:
             "is a configuration of Ray Serve: `serve deploy` deploys it. For `moiety serve`, write what stands under `args` "
             "of the application into a file of its own",
         )
-    if not isinstance(data, dict) or not all(isinstance(name, str) for name in data):
+    if not isinstance(data, dict):
         raise ConfigError(field, path, "must hold a mapping of settings by name, such as `groups: 4`")
     return data
 
 
-def _warn_of_unknown_variables() -> None:
-    """Warns of a variable that is no setting but resembles one. Not an error: Kubernetes sets MOIETY_PORT for a Service."""
+def _warn_of_unread_variables(surroundings: Mapping[str, Any]) -> None:
+    """Warns of a variable that sets nothing but resembles one that would. No error: Kubernetes sets some for a Service."""
     names = {name for name, _ in leaves(AppSettings)} | AppSettings.model_fields.keys()
     for variable, value in os.environ.items():
         if not variable.startswith(ENV_PREFIX) or value.startswith("tcp://"):
             continue
         name = variable.removeprefix(ENV_PREFIX).lower().replace(NESTED, ".")
-        if name not in names and (meant := similar(AppSettings, name)):
+        if name not in names and not _has(surroundings, name) and (meant := meant_by(AppSettings, name)):
             _log.warning("%s is not read; did you mean %s?", variable, " or ".join(map(variable_of, meant)))

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from difflib import get_close_matches
 from typing import Any, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from moiety.config.bounds import bound_of
-from moiety.config.registry_url import RegistryUrl, without_secrets
+from moiety.config.registry_url import without_secrets
+from moiety.core.text import similar
 from moiety.errors import NOT_SHOWN, ConfigError
 
 LISTED = "`moiety settings` lists all settings"
@@ -18,22 +18,30 @@ Settings = TypeVar("Settings", bound=BaseModel)
 
 
 def validated(kind: type[Settings], values: Mapping[str, Any]) -> Settings:
-    """Returns `kind(**values)`. Raises ConfigError for the first value that is refused."""
+    """Returns `values` as a `kind`. Raises ConfigError for the first value that is refused."""
     try:
-        return kind(**values)
+        return kind.model_validate(dict(values))
     except ValidationError as error:
         first = error.errors()[0]
     place, why, value = first["loc"], first["type"], first["input"]
-    name = ".".join(map(str, place))
+    name = ".".join(str(part) for part in place if part != "[key]")  # pydantic's mark of a mapping's key
     if why == "extra_forbidden":
-        raise ConfigError(name, NOT_SHOWN, _unknown(kind, name))  # the value may be a secret under a misspelt name
+        raise ConfigError(
+            name, NOT_SHOWN, _unknown(kind, name, value)
+        )  # the value may be a secret under a misspelt name
     if why == "missing":  # its "input" is everything that was given
         raise ConfigError(name, NOT_SHOWN, "must be given")
-    field = _declaration(kind, place)
-    if field.annotation is RegistryUrl and not isinstance(value, str):
-        value = NOT_SHOWN
-    own = first["msg"].removeprefix("Value error, ") if why == "value_error" else f"must be {bound_of(field)}"
-    raise ConfigError(name, _without_secrets(value), own)
+    if why == "invalid_key" or place[-1] == "[key]":
+        raise ConfigError(name, NOT_SHOWN, "the name of a setting must be a text: put a number in quotes")
+    bound = f"must be {bound_of(_declaration(kind, place))}"
+    # A mapping or a list may be large, hold itself, or a secret under a misspelt name.
+    if isinstance(value, Mapping):
+        bound, value = f"{bound}, not a mapping", NOT_SHOWN
+    elif isinstance(value, list | tuple):
+        bound, value = f"{bound}, not a list", NOT_SHOWN
+    if why == "value_error":
+        bound = first["msg"].removeprefix("Value error, ")
+    raise ConfigError(name, _without_secrets(value), bound)
 
 
 def _declaration(kind: type[BaseModel], place: Sequence[int | str]) -> FieldInfo:
@@ -56,24 +64,22 @@ def leaves(kind: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Field
 
 
 def _without_secrets(value: Any) -> Any:
-    """Returns `value` with its URLs as they may be shown: a password may stand under a misspelt name."""
-    if isinstance(value, Mapping):
-        return {name: _without_secrets(below) for name, below in value.items()}
-    if isinstance(value, list):
-        return [_without_secrets(below) for below in value]
-    may_be_url = isinstance(value, str) and ("://" in value or "@" in value)
-    return without_secrets(value) if may_be_url else value
+    """Returns `value`, or of a URL what may be shown: a password may stand under a misspelt name."""
+    return without_secrets(value) if isinstance(value, str) and ("://" in value or "@" in value) else value
 
 
-def similar(kind: type[BaseModel], name: str) -> list[str]:
+def meant_by(kind: type[BaseModel], name: str) -> list[str]:
     """Returns the dotted names of those settings of `kind` that may be meant by the unknown `name`."""
     names = list(dict.fromkeys([*(known for known, _ in leaves(kind)), *kind.model_fields]))
-    return [known for known in names if known.rpartition(".")[2] == name] or get_close_matches(name, names, cutoff=0.7)
+    last = name.casefold()
+    return [known for known in names if known.rpartition(".")[2] == last] or similar(name, names)
 
 
-def _unknown(kind: type[BaseModel], name: str) -> str:
+def _unknown(kind: type[BaseModel], name: str, value: Any) -> str:
     """Says that `kind` has no setting called `name`, and which one may be meant."""
-    meant = similar(kind, name)
+    meant = meant_by(kind, name)
     if name in meant:
         return f"unknown with a dot: write {': {'.join(name.split('.'))}: …{'}' * name.count('.')}"
+    if isinstance(value, Mapping) and len(value) == 1:  # ROUTER.SLOTS, or {gatway: {port: 1}}
+        meant = meant_by(kind, f"{name}.{next(iter(value))}") or meant
     return f"unknown; did you mean {' or '.join(meant)}?" if meant else f"unknown; {LISTED}"

@@ -8,6 +8,9 @@ from difflib import get_close_matches
 
 # A terminal must not be commanded by what a model or a server writes: control characters but tab and line feed.
 _CONTROLS = {code: "\ufffd" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\t\n"}
+# The least ratio of difflib at which a word may be meant. Kubernetes sets MOIETY_SERVICE_HOST for a Service called moiety: it
+# must not resemble the setting advertise_host, at 0.69.
+_NEAR = 0.7
 
 
 def for_terminal(text: str) -> str:
@@ -42,8 +45,14 @@ def size(count: int, digits: int = 1) -> str:
     return f"{count} bytes"
 
 
+def similar(word: str, known: Iterable[str], most: int = 3) -> list[str]:
+    """Returns those of the `known` words that may be meant by `word`, the nearest first: upper and lower case are one."""
+    by_fold, word = {each.casefold(): each for each in known}, word.casefold()
+    near = [word] if word in by_fold else get_close_matches(word, by_fold, n=most, cutoff=_NEAR)
+    return [by_fold[each] for each in near]
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Returns "; did you mean …?" with the nearest of the `known` words; nothing if none is near."""
-    by_fold = {each.casefold(): each for each in known}
-    near = get_close_matches(word.casefold(), by_fold, n=1, cutoff=0.6)
-    return f"; did you mean {by_fold[near[0]]!r}?" if near else ""
+    near = similar(word, known, most=1)
+    return f"; did you mean {near[0]!r}?" if near else ""

@@ -59,7 +59,7 @@ def test_deterministic_is_for_cpu(kind: type[SystemOptions]) -> None:
     """Services and the application refuse `deterministic` on cuda, where nothing keeps it."""
     values = {"model": "m", "device": "cuda", **({"held": "0:0"} if kind is ExpertSettings else {})}
     assert validated(kind, values).device == "cuda"
-    with pytest.raises(ConfigError, match="deterministic = True: needs device cpu until"):
+    with pytest.raises(ConfigError, match="deterministic = true: needs device cpu until"):
         validated(kind, {**values, "deterministic": True})
 
 

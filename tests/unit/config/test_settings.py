@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from moiety.config.services import ExpertSettings, GatewaySettings, RouterSettin
 from moiety.config.validate import validated
 from moiety.errors import ConfigError
 
+HOLDS_ITSELF: dict[str, Any] = {}
+HOLDS_ITSELF["a"] = HOLDS_ITSELF
 URL = "redis://:hunter2@cache.example.com:6379/0"
 
 
@@ -62,6 +65,7 @@ def test_other_variables_are_not_settings(monkeypatch: pytest.MonkeyPatch):
         ("MOIETY_REGISTRI", "redis://h", "MOIETY_REGISTRY"),
         ("MOIETY_PORT", "tcp://10.0.0.1:50051", None),  # Kubernetes sets it in pods beside a Service called moiety
         ("MOIETY_CPU_KERNELS", "off", None),  # read elsewhere
+        ("MOIETY_SERVICE_HOST", "10.0.0.1", None),  # from Kubernetes too
     ],
 )
 def test_a_variable_that_resembles_a_setting_is_warned_of(
@@ -87,13 +91,12 @@ def test_an_empty_secret_file_counts_as_unset(tmp_path: Path, monkeypatch: pytes
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"5: 3", "must hold a mapping of settings by name"),
         (b"app: \xff", "cannot be read"),
         (b"router.slots: 5", r"router\.slots: unknown with a dot: write router: \{slots: …\}"),
     ],
 )
 def test_a_file_that_is_no_list_of_settings_is_reported(content: bytes, message: str, tmp_path: Path):
-    """Keys that are no names, bytes that are no text, and dots instead of nesting."""
+    """Bytes that are no text, and dots instead of nesting."""
     (tmp_path / "settings.yaml").write_bytes(content)
     with pytest.raises(ConfigError, match=message):
         resolve({"model": "m"}, str(tmp_path / "settings.yaml"))
@@ -107,7 +110,15 @@ def test_a_file_that_is_no_list_of_settings_is_reported(content: bytes, message:
             "1",
             r"router\.slotz: unknown; did you mean router\.slots\? \(from MOIETY_ROUTER__SLOTZ\)",
         ),
-        ("MOIETY_ROUTER", "slots", "setting router: MOIETY_ROUTER, or the secret file router, must be JSON"),
+        ("MOIETY_ROUTER", "slots", "setting router: MOIETY_ROUTER must be JSON"),
+        ("MOIETY_EXPERTS__RESOURCES", "slots", "setting experts: MOIETY_EXPERTS__RESOURCES must be JSON"),
+        ("MOIETY_ROUTER", "[" * 100_000, r"MOIETY_\*: JSON of one of these variables nests too deep"),
+        ("MOIETY_ROUTER", '{"slots": true}', r"router\.slots = true: must be a whole .* \(from MOIETY_ROUTER\)"),
+        (
+            "MOIETY_ROUTER__SLOTS__X",
+            "1",
+            r"router\.slots: must be a whole number from 1 to 4096, not a mapping \(from MOIETY_ROUTER__SLOTS__X\)",
+        ),
         (
             "MOIETY_EXPERTS__NUM_CPUS",
             "inf",
@@ -116,23 +127,28 @@ def test_a_file_that_is_no_list_of_settings_is_reported(content: bytes, message:
         ("MOIETY_SECRETS_DIR", "/no/such/folder", "MOIETY_SECRETS_DIR = '/no/such/folder': must be a folder"),
     ],
 )
-def test_a_wrong_variable_is_reported(variable: str, value: str, message: str, monkeypatch: pytest.MonkeyPatch):
-    """A variable that names no setting inside a section, or that cannot be read, is an error."""
+def test_a_wrong_variable_is_reported(
+    variable: str, value: str, message: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    """A variable that names no setting inside a section, or that cannot be read, is an error, and said once."""
     monkeypatch.setenv(variable, value)
     with pytest.raises(ConfigError, match=message):
         resolve({"model": "m"})
+    assert not caplog.messages
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
         ({"slots": 64}, r"setting slots: unknown; did you mean router\.slots\?"),
-        ({"gatway": {"port": 3}}, r"setting gatway: unknown; did you mean gateway\?"),
+        ({"gatway": {"port": 3, "http": True}}, r"setting gatway: unknown; did you mean gateway\?"),
         ({"threads": 2}, r"unknown; did you mean router\.threads or experts\.threads\?"),
         (
             {"gateway": {"max_concurent": 2}},
             r"gateway\.max_concurent: unknown; did you mean gateway\.max_concurrent",
         ),
+        ({"ROUTER": {"SLOTS": 3}}, r"setting ROUTER: unknown; did you mean router\.slots\?"),
+        ({"router": {"Slots": 3}}, r"setting router\.Slots: unknown; did you mean router\.slots\?"),
         ({"frobnicate": 1}, "setting frobnicate: unknown; `moiety settings` lists all"),
     ],
 )
@@ -186,6 +202,31 @@ def test_the_registrys_password_is_shown_nowhere(name: str):
             "kv_memory",
             "must be a number of bytes of at least 1KiB, such as 4GiB",
         ),
+        (RouterSettings, {"model": "m", "slots": True}, "slots", "slots = true: must be a whole number from 1 to 4096"),
+        (RouterSettings, {"model": "m", "kv_memory": True}, "kv_memory", "kv_memory = true: must be a number of bytes"),
+        (RouterSettings, {"model": "m", "max_context": False}, "max_context", "max_context = false: must be a whole"),
+        (
+            AppSettings,
+            {"model": "m", "experts": {"resources": {"a": True}}},
+            "experts.resources.a",
+            "= true: must be a",
+        ),
+        (
+            AppSettings,
+            {"model": "m", "overrides": {"experts-0": {"threads": True}}},
+            "overrides.experts-0.threads",
+            "true",
+        ),
+        (AppSettings, {"model": "m", "dtype": None}, "dtype", "dtype = null: must be auto, float32"),
+        (AppSettings, {"model": "m", "router": {1: 2}}, "router.1", "the name of a setting must be a text"),
+        (AppSettings, {"model": "m", "overrides": {1: {}}}, "overrides.1", "the name of a setting must be a text"),
+        (AppSettings, {"model": date(2026, 1, 1)}, "model", 'model = "2026-01-01": must be a text'),
+        (
+            AppSettings,
+            {"model": "m", "groups": HOLDS_ITSELF},
+            "groups",
+            "groups: must be a whole number from 1 to 4096, not",
+        ),
         (GatewaySettings, {"model": "m", "port": 70000}, "port", "must be a whole number from 0 to 65535"),
         (GatewaySettings, {"model": "m", "port": 50080}, "http_port", "is the gRPC API's port"),
         (AppSettings, {"model": "m", "gateway": {"port": 7, "http_port": 7}}, "gateway.http_port", "one of its own"),
@@ -237,9 +278,22 @@ def test_a_missing_setting_is_reported_without_the_others():
         ("- a\n- b", "must hold a mapping"),
         ("a: [", "cannot be read"),
         ("", "must hold a mapping"),
-        ("app: 2026-99-99", "a date or a number that is none"),
-        ("groups: " + "9" * 5000, "a date or a number that is none"),
+        ("groups: " + "9" * 5000, "too many digits"),
         ("groups: " + "[" * 2000, "nests too deep"),
+        ("&a {groups: *a}", "line 1, column 13: an alias stands inside its own anchor"),
+        (
+            "a0: &a0 [1, 1]\n" + "".join(f"a{n + 1}: &a{n + 1} [*a{n}, *a{n}, *a{n}, *a{n}]\n" for n in range(30)),
+            "more than 100000 values, counted with those that aliases repeat",
+        ),
+        ("router:\n  slots: 1\n  slots: 2", "line 3, column 3: 'slots' stands here a second time"),
+        ("5: 3", "line 1, column 1: the name of a setting must be a text"),
+        ("router: {1: 2}", "line 1, column 10: the name of a setting must be a text"),
+        ("app: !!python/name:os.system", "line 1, column 6: settings have no tags"),
+        ("groups: 3\n---\ngroups: 4", "line 2, column 1: a second document begins"),
+        ("router:\n\tslots: 3", "line 2, column 1: not YAML: indent with spaces"),
+        ("app: *hunter2", "line 1, column 6: not YAML: no anchor has the name of this alias"),
+        ("app: a: b", "line 1, column 7: not YAML: put a text with"),
+        ("app: \x01", r"character 6, U\+0001, may not stand in YAML"),
     ],
 )
 def test_a_bad_file_is_reported_with_its_path(yaml_file, text: str, message: str):
@@ -248,6 +302,23 @@ def test_a_bad_file_is_reported_with_its_path(yaml_file, text: str, message: str
     with pytest.raises(ConfigError, match=message) as refused:
         resolve({"model": "m"}, path)
     assert path in str(refused.value) or len(path) > 80
+    assert "hunter2" not in str(refused.value)
+
+
+def test_values_of_a_file_are_what_they_look_like(yaml_file):
+    """YAML 1.1 made a number of 1:30, a date of 2026-01-01 and a flag of no: here they are texts. An alias may be repeated."""
+    settings = resolve(
+        {"model": "m"},
+        yaml_file(
+            "app: no\nserved_name: 2026-01-01\nrouter: {slots: 010, lanes: 0x2, expert_wait_s: 1e1}\n"
+            "overrides: {experts-0: &some {threads: 2}, experts-1: {<<: *some, num_cpus: .5}}"
+        ),
+    )
+    assert (settings.app, settings.served_name) == ("no", "2026-01-01")
+    assert (settings.router.slots, settings.router.lanes, settings.router.expert_wait_s) == (10, 2, 10.0)
+    assert settings.overrides == {"experts-0": {"threads": 2}, "experts-1": {"threads": 2, "num_cpus": 0.5}}
+    with pytest.raises(ConfigError, match="groups = '1:30': must be a whole number"):
+        resolve({"model": "m"}, yaml_file("groups: 1:30"))
 
 
 def test_a_missing_file_is_reported(tmp_path: Path):
