@@ -17,6 +17,7 @@ import click
 from moiety import __version__
 from moiety.cli.lazy import LazyGroup, install_hint
 from moiety.cli.run import Interrupted
+from moiety.cli.unknown_option import message_of
 from moiety.core.text import for_terminal
 from moiety.errors import MoietyError
 
@@ -80,7 +81,7 @@ def run(arguments: Sequence[str]) -> int:
     except click.ClickException as error:
         if isinstance(error, click.UsageError) and error.ctx is not None:
             say(f"{error.ctx.get_usage()}\nTry '{error.ctx.command_path} --help' for help.\n")
-        say(f"Error: {error.format_message()}")
+        say(f"Error: {message_of(error)}")
         return error.exit_code
     except MoietyError as error:
         say(f"error: {error}")

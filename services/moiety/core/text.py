@@ -46,9 +46,13 @@ def size(count: int, digits: int = 1) -> str:
 
 
 def similar(word: str, known: Iterable[str], most: int = 3) -> list[str]:
-    """Returns those of the `known` words that may be meant by `word`, the nearest first: upper and lower case are one."""
+    """Returns those of the `known` words that may be meant by `word`, upper and lower case being one.
+
+    The word itself, else those that begin with it, the shortest first, else the nearest.
+    """
     by_fold, word = {each.casefold(): each for each in known}, word.casefold()
-    near = [word] if word in by_fold else get_close_matches(word, by_fold, n=most, cutoff=_NEAR)
+    longer = sorted((each for each in by_fold if word and each.startswith(word)), key=len)[:most]
+    near = [word] if word in by_fold else longer or get_close_matches(word, by_fold, n=most, cutoff=_NEAR)
     return [by_fold[each] for each in near]
 
 

@@ -56,6 +56,12 @@ def test_version(moiety: Callable) -> None:
     ("words", "message"),
     [
         (["frobnicate"], "No such command 'frobnicate'"),
+        (["gen", "x"], "No such command 'gen'; did you mean 'generate'?"),
+        (["status", "--address", "x"], "No such option '--address'; did you mean '--registry'?"),
+        (["generate", "x", "--url", "y"], "No such option '--url'; did you mean '--address'?"),
+        (["generate", "x", "--temp", "1"], "No such option '--temp'; did you mean '--temperature' or '--template-"),
+        (["serve", "x", "--threads", "8"], "did you mean '--set router.threads=…' or '--set experts.threads=…'?"),
+        (["bench", "hop", "--log-level", "info"], "it goes before the command: moiety --log-level …"),
         (["--log-level", "loud", "bench"], "'loud' is not one of 'debug', 'info', 'warning', 'error'"),
         (["parity", "x", "--groups", "0"], "0 is not in the range x>=1"),
         (["parity", "x", "--dtype", "int3"], "'int3' is not one of 'auto', 'float32', 'bfloat16', 'float16'"),
